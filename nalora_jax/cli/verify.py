@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,12 +81,14 @@ class Server:
         self.url = url.rstrip("/").removesuffix("/v1")
         listed = self._call("/v1/models")["data"]
         # llama.cpp has no names of adapters, but a list of files, which a request scales.
-        self.files = self._call("/lora-adapters", optional=True)
+        self.files: list[dict[str, Any]] | None = None
+        with suppress(NaloraError):
+            self.files = self._call("/lora-adapters")
         parents = [model["id"] for model in listed if not model.get("parent")]
         adapters = [model["id"] for model in listed if model["id"] not in parents] or parents[1:]
         self.base = parents[0]
         self.name = self.base
-        if isinstance(self.files, list):
+        if self.files is not None:
             return
         if name is None and len(adapters) == 1:
             name = adapters[0]
@@ -101,7 +103,7 @@ class Server:
         """Returns the log probabilities of the likeliest tokens after each prompt."""
         body = {"model": self.name if adapted else self.base, "max_tokens": 1, "temperature": 1.0}
         body |= {"logprobs": _TOP, "return_tokens_as_token_ids": True, "cache_prompt": False, "seed": 0}
-        if isinstance(self.files, list) and not adapted:
+        if self.files is not None and not adapted:
             body["lora"] = [{"id": file["id"], "scale": 0.0} for file in self.files]
         return [
             self._top(self._call("/v1/completions", body | {"prompt": ids})) for ids in prompts.tolist()
@@ -112,15 +114,12 @@ class Server:
         if found.get("content"):  # llama.cpp
             return {top["id"]: top["logprob"] for top in found["content"][0]["top_logprobs"]}
         if found.get("top_logprobs"):  # vLLM, SGLang
-            names = found["top_logprobs"][0]
-            return {
-                int(n.partition(":")[2]): p for n, p in names.items() if re.fullmatch(r"token_id:\d+", n)
-            }
-        raise NaloraError(
-            self.url, expected="log probabilities of tokens by id", found=sorted(found) or "none"
-        )
+            tokens = found["top_logprobs"][0].items()
+            return {int(name[9:]): p for name, p in tokens if name.startswith("token_id:")}
+        expected = "log probabilities of tokens by id"
+        raise NaloraError(self.url, expected=expected, found=sorted(found) or "none")
 
-    def _call(self, path: str, body: Any = None, *, optional: bool = False) -> Any:
+    def _call(self, path: str, body: Any = None) -> Any:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
@@ -130,8 +129,6 @@ class Server:
             with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
-            if optional:
-                return None
             found = f"status {error.code}: {error.read(300).decode(errors='replace')}"
             raise NaloraError(self.url + path, expected="an answer", found=found) from error
         except (OSError, ValueError) as error:
@@ -148,31 +145,23 @@ def judge(model: AdaptedModel, prompts: np.ndarray, base: LogProbs, adapted: Log
 
     places = [(row, token) for row, top in enumerate(base) for token in top if token in adapted[row]]
     rows, tokens = np.array(places).T
-    before = np.array([base[row][token] for row, token in places])
-    change = np.array([adapted[row][token] for row, token in places]) - before  # [places]
+    before, after = (np.array([top[row][token] for row, token in places]) for top in (base, adapted))
     ours = {name: values[rows, tokens] for name, values in _candidates(model, prompts)}
     off = _size(ours["base"] - before)
     if off > _SAME_BASE:
         return f"other base: its log probabilities are {off:.2f} nats off ours", False
     effect = _size(ours["adapter"] - ours["base"])
     if effect < max(3 * off, 1e-4):
-        expected = f"texts on which the adapter changes log probabilities by at least {3 * off:.2g} nats"
-        raise NaloraError(
-            "--texts",
-            expected=f"{expected}, three times the difference of the bases",
-            found=f"a change of {effect:.2g}",
-            remedy="give texts like those that it was trained on, or serve the base in a higher precision",
-        )
-    if _size(change) < _NONE * effect:
+        expected = f"a change of {3 * off:.2g} nats by the adapter, three times the difference of the bases"
+        remedy = "give texts like those that it was trained on, or serve the base in a higher precision"
+        raise NaloraError("--texts", expected=expected, found=f"{effect:.2g}", remedy=remedy)
+    if _size(after - before) < _NONE * effect:
         return "ignored: with the adapter it answers as without", False
-    distance = {
-        name: _size(change - (values - ours["base"])) / effect
-        for name, values in ours.items()
-        if name != "base"
-    }
+    base_of_ours = ours.pop("base")
+    distance = {n: _size(after - before - (x - base_of_ours)) / effect for n, x in ours.items()}
     if distance["adapter"] < _EQUAL:
         return f"served: the adapter's change is as here, to {distance['adapter']:.0%}", True
-    name = min(distance, key=lambda candidate: distance[candidate])
+    name = min(distance, key=distance.__getitem__)
     if distance[name] < _EQUAL:
         return f"served wrongly: {name}", False
     return f"another adapter: its change is {distance['adapter']:.0%} of ours away from ours", False
@@ -188,21 +177,19 @@ def _candidates(model: AdaptedModel, prompts: np.ndarray) -> Iterator[tuple[str,
 
     assert model.lora is not None
     params, leaves = {"params": model.base.params}, flatten(model.lora)
-    factors = [path for path in leaves if path.endswith("/b")]
-    plain = model.module.clone(adapters=AdapterSpec())
-    yield "base", np.asarray(_log_probs(plain, params, prompts))
+    part_of = {path: path.split("/")[-2] for path in leaves if path.endswith("/b")}
+    yield "base", np.asarray(_log_probs(model.module.clone(adapters=AdapterSpec()), params, prompts))
     applied = jax.jit(lambda lora: _log_probs(model.module, params | {"lora": lora}, prompts))
-    parts = sorted({path.split("/")[-2] for path in factors})
-    kept = {"adapter": (1.0, parts)} | {
-        f"with about {scale:g} times its scale": (scale, parts) for scale in _SCALES
-    }
+    parts = set(part_of.values())
+    kept = {"adapter": (1.0, parts)}
+    kept |= {f"with about {scale:g} times its scale": (scale, parts) for scale in _SCALES}
     if not model.spec.dora:
-        kept |= {f"without {part}": (1.0, [p for p in parts if p != part]) for part in parts}
+        kept |= {f"without {part}": (1.0, parts - {part}) for part in sorted(parts)}
         for block in ("attn", "ffn"):
-            inside = sorted({path.split("/")[-2] for path in factors if f"{block}/" in path})
+            inside = {part for path, part in part_of.items() if f"{block}/" in path}
             kept[f"the modules of {block} alone"] = (1.0, inside)
     for name, (scale, names) in kept.items():
-        scaled = {path: leaves[path] * (scale if path.split("/")[-2] in names else 0.0) for path in factors}
+        scaled = {path: leaves[path] * (scale if part in names else 0.0) for path, part in part_of.items()}
         yield name, np.asarray(applied(unflatten(leaves | scaled)))
 
 

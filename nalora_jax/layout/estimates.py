@@ -17,7 +17,7 @@ from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.experts import SLACK, block_rows
 from nalora_jax.models.remat import of_position
-from nalora_jax.models.stacks import groups, param_shapes, projection_shapes, stacks
+from nalora_jax.models.stacks import groups, param_shapes, parts, projection_shapes, stacks
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.attention_gpu import (
     CUDNN,
@@ -74,24 +74,14 @@ def decoder_alone(config: RunConfig, base: ModelConfig) -> tuple[ModelConfig, Ad
 def attention_flops(base: ModelConfig, seq: int) -> float:
     """Returns the forward flops of scores and weighted sums for one row, over all layers.
 
-    Only pairs within causality and windows count. The mixers of layers without attention count with
-    all their flops outside of projections.
+    The mixers of layers without attention count with all their flops outside of projections.
     """
-    total = 0.0
-    for config in uniform(base):
-        if config.mixer is not None and not config.mixer.attends:
-            total += config.n_layers * config.mixer.flops(config, seq)
-            continue
-        for window in config.layer_windows:
-            span = min(window, seq)
-            pairs = seq * span - span * (span - 1) / 2
-            total += 4.0 * pairs * config.n_heads * config.head_dim
-    return total
+    return sum(parts(config)[0].flops(config, seq) for config in uniform(base))
 
 
 def mixer_flops(base: ModelConfig, seq: int) -> float:
     """Returns the part of `attention_flops` in layers without attention."""
-    return sum(c.n_layers * c.mixer.flops(c, seq) for c in uniform(base) if c.mixer is not None)
+    return sum(parts(c)[0].flops(c, seq) for c in uniform(base) if not c.attends)
 
 
 def uniform(base: ModelConfig) -> list[ModelConfig]:

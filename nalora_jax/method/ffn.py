@@ -287,6 +287,31 @@ class Adapters:
         """Returns the rank of projection ``name``; 0 if it has no adapter."""
         return dict(self.ranks).get(name, 0)
 
+    def dense(
+        self,
+        name: str,
+        d_in: int,
+        d_out: int,
+        scales: Scales | None,
+        numerics: Numerics,
+        *,
+        bias: bool = False,
+        **options: Any,
+    ) -> Dense:
+        """Returns the arrays of a projection, in the compact module that calls it.
+
+        Args:
+          name: of the projection.
+          d_in, d_out: width of the input and the output.
+          scales: the adapters' ``s`` by projection name; 1 by default.
+          numerics: dtypes.
+          bias: True if the projection has one.
+          options: of `LoRADense.dense`.
+        """
+        layer = LoRADense(d_out, self.rank(name), bias, self.dora, self.dropout, numerics, name=name)
+        dense: Dense = layer.dense(d_in, (scales or {}).get(name, 1.0), **options)
+        return dense
+
 
 class AdaptedBlock(nn.Module):
     """The common part of both blocks: layers with adapters, mask, statistics."""
@@ -300,10 +325,7 @@ class AdaptedBlock(nn.Module):
     stats: GateStatsConfig = GateStatsConfig()
 
     def _dense(self, name: str, d_in: int, d_out: int, scales: Scales | None, **options: Any) -> Dense:
-        rank, dora, dropout = self.adapters.rank(name), self.adapters.dora, self.adapters.dropout
-        layer = LoRADense(d_out, rank, self.use_bias, dora, dropout, self.numerics, name=name)
-        dense: Dense = layer.dense(d_in, (scales or {}).get(name, 1.0), **options)
-        return dense
+        return self.adapters.dense(name, d_in, d_out, scales, self.numerics, bias=self.use_bias, **options)
 
     def _mask(self) -> jax.Array | None:
         if not self.has_variable("gate_mask", "mask"):

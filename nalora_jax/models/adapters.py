@@ -52,8 +52,10 @@ def init_lora(
       NaloraError: a token id without a row in the tables; see `check_token_indices`.
     """
     check_token_indices(spec, config)
-    leaves = _fresh(config, spec.targets, key, spec.adalora, spec.zero_a)
-    base = flatten(params or {})
+    base, shapes = flatten(params or {}), projection_shapes(config)
+    leaves = fresh_adapters(
+        spec, {path: (depth, *shapes[path]) for path, depth in depths(config).items()}, key, base
+    )
     for name in spec.saved:
         table = base[TABLES[name]] if TABLES[name] in base else base[TABLES["embed_tokens"]].T
         leaves[TABLES[name]] = table.astype(jnp.float32)
@@ -63,11 +65,25 @@ def init_lora(
         else:
             rows = jnp.take(base[TABLES["embed_tokens"]], np.array(ids), axis=0)
         leaves[ROWS[name]] = rows.astype(jnp.float32)
-    if spec.dora:
-        for path, _ in spec.targets:
-            kernel = base[f"{path}/kernel"].astype(jnp.float32)
-            leaves[f"{path}/magnitude"] = jnp.linalg.norm(kernel, axis=-2)
     return unflatten(leaves)
+
+
+def fresh_adapters(
+    spec: AdapterSpec, kernels: Mapping[str, tuple[int, ...]], key: jax.Array, base: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """Returns the adapters of `init_lora` by path.
+
+    Args:
+      spec: projections and ranks.
+      kernels: shape of every stacked kernel, ``(layers, ..., d_in, d_out)``, by path.
+      key: random key.
+      base: base weights by path, for DoRA's magnitudes.
+    """
+    shapes = tuple(kernels[path] for path, _ in spec.targets)
+    leaves: dict[str, jax.Array] = _factors(spec.targets, shapes, key, spec.adalora, spec.zero_a)
+    for path, _ in spec.targets if spec.dora else ():
+        leaves[f"{path}/magnitude"] = jnp.linalg.norm(base[f"{path}/kernel"].astype(jnp.float32), axis=-2)
+    return leaves
 
 
 def check_token_indices(
@@ -104,16 +120,15 @@ def check_token_indices(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3, 4))
-def _fresh(
-    config: ModelConfig,
+def _factors(
     targets: tuple[tuple[str, TargetSpec], ...],
+    shapes: tuple[tuple[int, ...], ...],
     key: jax.Array,
     adalora: bool,
     zero_a: bool,
 ) -> dict[str, jax.Array]:
     leaves = {}
-    for i, (path, target) in enumerate(targets):
-        *lead, d_in, d_out = (depths(config)[path], *projection_shapes(config)[path])
+    for i, ((path, target), (*lead, d_in, d_out)) in enumerate(zip(targets, shapes, strict=True)):
         used = target.used((*lead, target.rank))
         key_a, shape = jax.random.fold_in(key, i), (*lead, d_in, target.rank)
         if adalora:

@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.method.low_rank import adapted_dense, parallel_dense
 from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.parts import AttentionMixer, LayerInputs, PartOptions, RMSNorm, Shapes, SharedInputs
@@ -29,8 +28,8 @@ Heads = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 class SoftmaxAttention(AttentionMixer):
     """Attention as the fields of the config describe it."""
 
-    def param_shapes(self, config: ModelConfig) -> Shapes:
-        """Returns the shapes of one layer's parameters."""
+    def arrays(self, config: ModelConfig) -> Shapes:
+        """Returns the norms of queries and keys, and the sinks."""
         shapes: Shapes = {}
         if config.qk_norm:
             heads = {"q": 1, "k": 1}
@@ -39,7 +38,7 @@ class SoftmaxAttention(AttentionMixer):
             shapes = {f"{name}_norm/scale": (n * config.head_dim,) for name, n in heads.items()}
         if config.attn_sinks:
             shapes["sinks"] = (config.n_heads,)
-        return shapes | _dense_shapes(self.projections(config), config)
+        return shapes
 
     def projections(self, config: ModelConfig) -> Shapes:
         """Returns the kernel shapes of the projections."""
@@ -56,16 +55,6 @@ class SoftmaxAttention(AttentionMixer):
         return Attention(config, options, name=self.name)
 
 
-def _dense_shapes(projections: Shapes, config: ModelConfig) -> Shapes:
-    """Returns the shapes of kernels and biases."""
-    shapes: Shapes = {}
-    for name, shape in projections.items():
-        shapes[f"{name}/kernel"] = shape
-        if config.has_bias(name):
-            shapes[f"{name}/bias"] = shape[-1:]
-    return shapes
-
-
 class Attention(nn.Module):
     """Adapted projections, query and key norms, RoPE and softmax attention."""
 
@@ -80,16 +69,14 @@ class Attention(nn.Module):
         out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
         if gate is not None:
             out = out * jax.nn.sigmoid(round_and_save(gate, self.options.numerics)).astype(out.dtype)
-        o_proj = self.options.dense(
-            "o_proj", c.n_heads * c.head_dim, c.d_model, layer, shared, bias=c.o_bias
-        )
-        return adapted_dense(out, o_proj, self.options.numerics).y, (k, v)
+        (y,) = self.options.projected(out, {"o_proj": c.d_model}, layer, shared, bias=c.o_bias)
+        return y, (k, v)
 
     def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> Heads:
         """Returns rotated queries and keys, and values: ``[batch, seq, heads, head_dim]``; and the gate's input."""
         c = self.config
-        widths = {"q_proj": c.n_heads * (1 + c.attn_gate), "k_proj": c.n_kv_heads, "v_proj": c.n_kv_heads}
-        q, k, v = self._projected(x, widths, layer, shared)
+        heads = {"q_proj": c.n_heads * (1 + c.attn_gate), "k_proj": c.n_kv_heads, "v_proj": c.n_kv_heads}
+        q, k, v = self._projected(x, heads, layer, shared)
         gate = None
         if c.attn_gate:  # every head has its query, then its gate
             q, gate = (
@@ -115,15 +102,12 @@ class Attention(nn.Module):
         return q, k, v, gate
 
     def _projected(
-        self, x: jax.Array, widths: Mapping[str, int], layer: LayerInputs, shared: SharedInputs
+        self, x: jax.Array, heads: Mapping[str, int], layer: LayerInputs, shared: SharedInputs
     ) -> list[jax.Array]:
         """Returns ``[batch, seq, heads * head_dim]`` of projections, for heads by name."""
         c = self.config
-        layers = [
-            self.options.dense(name, c.d_model, heads * c.head_dim, layer, shared, bias=c.qkv_bias)
-            for name, heads in widths.items()
-        ]
-        return [projection.y for projection in parallel_dense(x, layers, self.options.numerics)]
+        widths = {name: heads * c.head_dim for name, heads in heads.items()}
+        return self.options.projected(x, widths, layer, shared, bias=c.qkv_bias)
 
     def _recomputed(self) -> str:
         """Returns the heads that follow from saved arrays without a matmul (`AttentionConfig.recomputed`)."""
@@ -198,13 +182,10 @@ class NormedAttention(AttentionMixer):
     hands: str = ""
     reads: str = ""
 
-    def param_shapes(self, config: ModelConfig) -> Shapes:
-        """Returns the shapes of one layer's parameters."""
-        shapes = _dense_shapes(self.projections(config), config)
-        normed = ["q_norm"]
-        if not self.reads:
-            normed.append("k_norm")
-        return shapes | {f"{name}/scale": (config.head_dim,) for name in normed}
+    def arrays(self, config: ModelConfig) -> Shapes:
+        """Returns the scales of norms."""
+        normed = ("q_norm",) if self.reads else ("q_norm", "k_norm")
+        return {f"{name}/scale": (config.head_dim,) for name in normed}
 
     def projections(self, config: ModelConfig) -> Shapes:
         """Returns the kernel shapes of the projections."""

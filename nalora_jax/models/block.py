@@ -13,14 +13,12 @@ from jax.sharding import NamedSharding
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import (
-    FeedForward,
     LayerInputs,
-    Mixer,
+    Part,
     PartOptions,
     ResidualNorm,
     RMSNorm,
     SharedInputs,
-    Tail,
     constrain,
     part_adapters,
 )
@@ -108,7 +106,7 @@ class Block(nn.Module):
             y = y * jnp.asarray(scale, y.dtype)
         return x + y.astype(x.dtype)
 
-    def _module(self, part: Mixer | FeedForward | Tail) -> Any:
+    def _module(self, part: Part) -> Any:
         adapters = part_adapters(self.adapters, f"{self.prefix}/{part.name}")
         routing = self.routing_sharding or self.activation_sharding
         shardings = self.activation_sharding, routing

@@ -19,7 +19,7 @@ from nalora_jax.models.ropes import RopeSpec
 
 if TYPE_CHECKING:
     from nalora_jax.models.embedding import LayerEmbeddings
-    from nalora_jax.models.parts import FeedForward, Mixer, Tail
+    from nalora_jax.models.parts import FeedForward, Mixer, ScaledTail
     from nalora_jax.models.vision.config import Sight
 
 # A window longer than any sequence: global attention as an integer that can be scanned over layers.
@@ -78,7 +78,7 @@ class ModelConfig:
     mixer: Mixer | None = None  # in place of attention
     ffn: FeedForward | None = None  # in place of the block that the fields above describe
     layer_embeddings: LayerEmbeddings | None = None  # vectors of tokens that every layer receives
-    tail: Tail | None = None  # after the feed-forward block, on the residual stream
+    tail: ScaledTail | None = None  # after the feed-forward block, on the residual stream
     # Kinds of layers: the fields that differ from this config's. `models.stacks` gives each kind's
     # config; `windows` and `rope_index` list all layers of the model in order.
     kinds: tuple[tuple[tuple[str, Any], ...], ...] = ()
@@ -93,12 +93,6 @@ class ModelConfig:
     def attends(self) -> bool:
         """True for layers of softmax attention."""
         return self.mixer is None or self.mixer.attends
-
-    def has_bias(self, projection: str) -> bool:
-        """Returns True if a projection of attention has a bias."""
-        if projection == "o_proj":
-            return self.o_bias
-        return self.qkv_bias
 
     @property
     def hands(self) -> str:

@@ -33,7 +33,7 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.reductions import RUN, sampled_weights
 from nalora_jax.ops.split_rows import Row, block_length, padded, repeated, shards_of, split
-from nalora_jax.ops.storage import LayerStack, reads_cache_in_place, store
+from nalora_jax.ops.storage import LayerStack, reads_cache_in_place
 
 
 class Decoder(nn.Module):
@@ -392,7 +392,7 @@ def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics 
     slots = jnp.zeros((batch, length), jnp.int32)
     return Cache(
         states={
-            stack.prefix: _init_state(stack.config, batch, length, numerics)
+            stack.prefix: parts(stack.config)[0].init_state(stack.config, batch, length, numerics)
             for stack in stacks(config)
             if not stack.config.reads
         },
@@ -400,17 +400,6 @@ def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics 
         segments=slots,
         lengths=jnp.zeros((batch,), jnp.int32),
         index=jnp.zeros((), jnp.int32),
-    )
-
-
-def _init_state(config: ModelConfig, batch: int, length: int, numerics: Numerics) -> Any:
-    state = parts(config)[0].init_state(config, batch, numerics)
-    if state is not None:
-        return state
-    lead = (config.n_layers, batch, config.n_kv_heads)
-    return KeyValues(
-        store(jnp.zeros((*lead, config.head_dim, length), numerics.operand), numerics),
-        store(jnp.zeros((*lead, length, config.head_dim), numerics.operand), numerics),
     )
 
 

@@ -45,7 +45,15 @@ from nalora_jax.models.experts import (
     of_each,
     routed_ffn,
 )
-from nalora_jax.models.parts import FeedForward, PartOptions, RMSNorm, Shapes, adapters_below, scales_below
+from nalora_jax.models.parts import (
+    FeedForward,
+    Gates,
+    PartOptions,
+    RMSNorm,
+    Shapes,
+    adapters_below,
+    scales_below,
+)
 from nalora_jax.models.routing import RouterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.quantize import Quantized
@@ -322,6 +330,16 @@ def _by_channel(name: str, axis: str | None) -> P:
 # ---------------------------------------------------------------- parts of a layer
 
 
+def _router(config: ModelConfig, spec: RouterSpec, prefix: str = "", *, bias: bool = False) -> Shapes:
+    """Returns the shapes of a router's arrays."""
+    shapes: Shapes = {f"{prefix}router/kernel": (config.d_model, config.n_experts)}
+    optional = {"bias": bias, "correction": spec.correction, "scale": spec.expert_scale}
+    of_experts: Shapes = {
+        f"{prefix}router/{name}": (config.n_experts,) for name in optional if optional[name]
+    }
+    return shapes | of_experts
+
+
 @dataclass(frozen=True)
 class Mixture(FeedForward):
     """A mixture of experts; number, width and biases of the experts are fields of the config."""
@@ -329,18 +347,13 @@ class Mixture(FeedForward):
     router: RouterSpec
     name: ClassVar[str] = "ffn"
 
-    def param_shapes(self, config: ModelConfig) -> Shapes:
+    def arrays(self, config: ModelConfig) -> Shapes:
+        """Returns the router."""
+        return _router(config, self.router, bias=config.router_bias)
+
+    def has_bias(self, config: ModelConfig, name: str) -> bool:
         """See `Part`."""
-        shapes: Shapes = {"router/kernel": (config.d_model, config.n_experts)}
-        if config.router_bias:
-            shapes["router/bias"] = (config.n_experts,)
-        if self.router.correction:
-            shapes["router/correction"] = (config.n_experts,)
-        for name, shape in self.projections(config).items():
-            shapes[f"{name}/kernel"] = shape
-            if config.ffn_bias:
-                shapes[f"{name}/bias"] = (shape[0], shape[-1])
-        return shapes
+        return config.ffn_bias
 
     def projections(self, config: ModelConfig) -> Shapes:
         """See `Part`."""
@@ -351,12 +364,12 @@ class Mixture(FeedForward):
         """See `Part`."""
         return 2.0 * config.experts_per_token * config.d_ff
 
-    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-        """See `FeedForward`."""
+    def gates(self, config: ModelConfig) -> Gates:
+        """See `Part`."""
         return {"": ((config.n_experts, config.d_ff), config.activation)}
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
-        """See `FeedForward`."""
+        """See `Part`."""
         return MoEFFN(
             config.d_model,
             config.d_ff,
@@ -400,8 +413,8 @@ class WithExperts(FeedForward):
         """See `Part`."""
         return 2.0 * (config.experts_per_token * config.d_ff + self.width)
 
-    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-        """See `FeedForward`."""
+    def gates(self, config: ModelConfig) -> Gates:
+        """See `Part`."""
         channels = {"experts_ffn": (config.n_experts, config.d_ff), self.block: (self.width,)}
         return {name: (channels[name], config.activation) for name in sorted(channels)}
 
@@ -446,17 +459,15 @@ class SharedExperts(WithExperts):
         """The channels of the shared expert."""
         return self.d_shared
 
-    def param_shapes(self, config: ModelConfig) -> Shapes:
-        """See `Part`."""
-        shapes: Shapes = {"experts_ffn/router/kernel": (config.d_model, config.n_experts)}
-        if self.router.correction:
-            shapes["experts_ffn/router/correction"] = (config.n_experts,)
+    def arrays(self, config: ModelConfig) -> Shapes:
+        """Returns the router, and the gate of the shared expert."""
+        shapes = _router(config, self.router, "experts_ffn/")
         if self.gated:
             shapes["shared_gate/kernel"] = (config.d_model, 1)
-        return shapes | {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
+        return shapes
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
-        """See `FeedForward`."""
+        """See `Part`."""
         return SharedExpertsFFN(config, self, options, name=self.name)
 
 
@@ -490,6 +501,7 @@ class Gate(nn.Module):
         return jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), frozen, precision=lax.Precision.HIGHEST))
 
 
+_SCALED = RouterSpec(expert_scale=True)
 _NORMS = ("dense_norm", "experts_norm", "experts_post_norm", "router_norm")
 
 
@@ -506,15 +518,13 @@ class DenseAndExperts(WithExperts):
         """The channels of the dense block."""
         return self.d_dense
 
-    def param_shapes(self, config: ModelConfig) -> Shapes:
-        """See `Part`."""
+    def arrays(self, config: ModelConfig) -> Shapes:
+        """Returns the scales of norms, and the router."""
         shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in _NORMS}
-        shapes["experts_ffn/router/kernel"] = (config.d_model, config.n_experts)
-        shapes["experts_ffn/router/scale"] = (config.n_experts,)
-        return shapes | {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
+        return shapes | _router(config, _SCALED, "experts_ffn/")
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
-        """See `FeedForward`."""
+        """See `Part`."""
         return DenseAndExpertsFFN(config, self, options, name=self.name)
 
 
@@ -536,7 +546,7 @@ class DenseAndExpertsFFN(nn.Module):
     ) -> jax.Array:
         """Returns ``[batch, seq, d_model]`` of ``x``, the layer's norm of ``stream``."""
         c, options = self.config, self.options
-        experts, dense = self.part.modules(c, options, RouterSpec(expert_scale=True))
+        experts, dense = self.part.modules(c, options, _SCALED)
         stream = round_and_save(stream, options.numerics)
         routed_by = self._norm("router_norm", stream, "float32") * c.d_model**-0.5
         of_dense = dense(x, scales_below(scales, "dense_ffn/"), **inputs)

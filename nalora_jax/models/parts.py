@@ -17,19 +17,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from nalora_jax.method.ffn import AdaptedBlock, Adapters, GatedFFN, LoRADense, Scales, SelfGatedFFN
-from nalora_jax.method.low_rank import Dense
+from nalora_jax.method.ffn import AdaptedBlock, Adapters, GatedFFN, SelfGatedFFN
+from nalora_jax.method.low_rank import adapted_dense, parallel_dense
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
+from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.residual_norm import residual_norm, rms_norm
 from nalora_jax.ops.split_rows import Row
-from nalora_jax.ops.storage import LayerStack, round_and_save
+from nalora_jax.ops.storage import LayerStack, round_and_save, store
 
 if TYPE_CHECKING:
     from nalora_jax.models.config import ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
+Gates = dict[str, tuple[tuple[int, ...], str]]
 
 
 @jax.tree_util.register_dataclass
@@ -116,22 +118,31 @@ class PartOptions:
     routing: NamedSharding | None  # the same for tokens that are routed to experts
     experts: str = "auto"  # see `nalora_jax.config.ComputeConfig`
 
-    def dense(
+    def projected(
         self,
-        name: str,
-        d_in: int,
-        d_out: int,
+        x: jax.Array,
+        widths: Mapping[str, int],
         layer: LayerInputs,
         shared: SharedInputs,
         *,
         bias: bool = False,
-    ) -> Dense:
-        """Returns the arrays of an adapted projection, in the module of the part that calls it."""
-        adapters, scale = self.adapters, layer.scales.get(self.part, {}).get(name, 1.0)
-        rank, numerics = adapters.rank(name), self.numerics
-        module = LoRADense(d_out, rank, bias, adapters.dora, adapters.dropout, numerics, name=name)
-        dense: Dense = module.dense(d_in, scale, deterministic=shared.deterministic)
-        return dense
+    ) -> list[jax.Array]:
+        """Returns the outputs ``[..., width]`` of adapted projections, in the module of the part that calls it.
+
+        Args:
+          x: ``[..., d_in]``.
+          widths: width of the output by name.
+          layer, shared: inputs of the part.
+          bias: True if the projections have one.
+        """
+        scales, options = layer.scales.get(self.part), {"deterministic": shared.deterministic}
+        layers = [
+            self.adapters.dense(name, x.shape[-1], width, scales, self.numerics, bias=bias, **options)
+            for name, width in widths.items()
+        ]
+        if len(layers) == 1:
+            return [adapted_dense(x, layers[0], self.numerics).y]
+        return [output.y for output in parallel_dense(x, layers, self.numerics)]
 
 
 class Part(ABC):
@@ -139,16 +150,31 @@ class Part(ABC):
 
     name: ClassVar[str]  # of the module: parameters are at layers/<name>/...
 
-    @abstractmethod
     def param_shapes(self, config: ModelConfig) -> Shapes:
-        """Returns the shapes of a layer's parameters, kernels and biases of `projections` included."""
+        """Returns the shapes of a layer's parameters: of `arrays`, and of kernels and biases of `projections`."""
+        shapes = dict(self.arrays(config))
+        for name, shape in self.projections(config).items():
+            shapes[f"{name}/kernel"] = shape
+            if self.has_bias(config, name):
+                shapes[f"{name}/bias"] = (*shape[:-2], shape[-1])
+        return shapes
+
+    def arrays(self, config: ModelConfig) -> Shapes:
+        """Returns the shapes of a layer's parameters that belong to no projection."""
+        del config
+        return {}
 
     @abstractmethod
     def projections(self, config: ModelConfig) -> Shapes:
         """Returns kernel shapes ``(..., d_in, d_out)`` of adaptable projections, by name."""
 
+    def has_bias(self, config: ModelConfig, name: str) -> bool:
+        """Returns True if a projection has a bias."""
+        del config, name
+        return False
+
     def flops(self, config: ModelConfig, seq: int) -> float:
-        """Returns the forward flops of one layer and row, without `projections` and routers."""
+        """Returns the forward flops of all layers for one row, without `projections` and routers."""
         del config, seq
         return 0.0
 
@@ -156,9 +182,21 @@ class Part(ABC):
     def saved(self, config: ModelConfig) -> float:
         """Returns the values per token, in the projections' dtype, saved for the backward pass."""
 
+    def gates(self, config: ModelConfig) -> Gates:
+        """Returns channel shape and activation of each gated block, by its path within the part."""
+        del config
+        return {}
+
+    @abstractmethod
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """Returns the Linen module."""
+
 
 class Mixer(Part):
-    """A part that mixes the tokens of a row, in place of attention."""
+    """A part that mixes the tokens of a row, in place of attention.
+
+    Its module is called as ``(x, LayerInputs, SharedInputs) -> (y, update of its state)``.
+    """
 
     attends: ClassVar[bool] = False  # True: softmax attention with the config's heads and windows
     # True: the module also computes parts of rows (`nalora_jax.ops.split_rows`).
@@ -167,46 +205,50 @@ class Mixer(Part):
     reads: str = ""  # name of an earlier layer's keys and values that this layer reads
 
     @abstractmethod
-    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
-        """Returns the module: ``(x, LayerInputs, SharedInputs) -> (y, update of its state)``."""
+    def init_state(self, config: ModelConfig, batch: int, length: int, numerics: Numerics) -> Any:
+        """Returns the state of ``config.n_layers`` layers before the first token (`models.cache`).
 
-    @abstractmethod
-    def init_state(self, config: ModelConfig, batch: int, numerics: Numerics) -> Any:
-        """Returns the state of ``config.n_layers`` layers before the first token (`models.cache`)."""
+        ``length`` is the number of slots for tokens.
+        """
 
 
 class AttentionMixer(Mixer):
-    """A form of softmax attention.
-
-    Cache, flops and saved values follow from the config's heads and windows, as for
-    `models.attention.Attention`.
-    """
+    """A form of softmax attention with the config's heads and windows."""
 
     name = "attn"
     attends = True
     splits_rows = True
 
+    def has_bias(self, config: ModelConfig, name: str) -> bool:
+        """See `Part`."""
+        return config.o_bias if name == "o_proj" else config.qkv_bias
+
+    def flops(self, config: ModelConfig, seq: int) -> float:
+        """Returns the flops of scores and weighted sums; only pairs within causality and windows count."""
+        spans = [min(window, seq) for window in config.layer_windows]
+        pairs = sum(seq * span - span * (span - 1) / 2 for span in spans)
+        return 4.0 * pairs * config.n_heads * config.head_dim
+
     def saved(self, config: ModelConfig) -> float:
-        """Returns 0: saved heads are counted by the config."""
+        """Returns 0: saved heads depend on the kernel (`nalora_jax.layout.estimates`)."""
         return 0.0
 
-    def init_state(self, config: ModelConfig, batch: int, numerics: Numerics) -> Any:
-        """Returns None: the layers cache keys and values."""
-        return None
+    def init_state(self, config: ModelConfig, batch: int, length: int, numerics: Numerics) -> KeyValues:
+        """Returns empty slots for keys and values."""
+        lead = (config.n_layers, batch, config.n_kv_heads)
+        return KeyValues(
+            store(jnp.zeros((*lead, config.head_dim, length), numerics.operand), numerics),
+            store(jnp.zeros((*lead, length, config.head_dim), numerics.operand), numerics),
+        )
 
 
 class FeedForward(Part):
-    """A part that transforms each token, in place of the gated block."""
+    """A part that transforms each token, in place of the gated block.
+
+    Its module has the call signature of `nalora_jax.method.ffn.GatedFFN`.
+    """
 
     reads_stream: ClassVar[bool] = False  # True: the module also gets ``stream``, the norm's input
-
-    @abstractmethod
-    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
-        """Returns the module, with the call signature of `nalora_jax.method.ffn.GatedFFN`."""
-
-    @abstractmethod
-    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Returns channel shape and activation of each gated block, by its path within the part."""
 
 
 @dataclass(frozen=True)
@@ -215,14 +257,9 @@ class GatedBlock(FeedForward):
 
     name: ClassVar[str] = "ffn"
 
-    def param_shapes(self, config: ModelConfig) -> Shapes:
+    def has_bias(self, config: ModelConfig, name: str) -> bool:
         """See `Part`."""
-        shapes: Shapes = {}
-        for name, shape in self.projections(config).items():
-            shapes[f"{name}/kernel"] = shape
-            if config.ffn_bias:
-                shapes[f"{name}/bias"] = shape[-1:]
-        return shapes
+        return config.ffn_bias
 
     def projections(self, config: ModelConfig) -> Shapes:
         """See `Part`."""
@@ -235,12 +272,12 @@ class GatedBlock(FeedForward):
         """See `Part`."""
         return (1.0 + config.gated) * config.d_ff
 
-    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-        """See `FeedForward`."""
+    def gates(self, config: ModelConfig) -> Gates:
+        """See `Part`."""
         return {"": ((config.d_ff,), config.activation)}
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
-        """See `FeedForward`."""
+        """See `Part`."""
         block: Any = GatedFFN if config.gated else SelfGatedFFN
         module: nn.Module = block(
             config.d_model,
@@ -253,18 +290,6 @@ class GatedBlock(FeedForward):
             name=self.name,
         )
         return module
-
-
-class Tail(Part):
-    """A part that ends a layer: it receives and returns the residual stream."""
-
-    @abstractmethod
-    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
-        """Returns the module: ``(x, LayerInputs, SharedInputs) -> x``."""
-
-    @abstractmethod
-    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Returns the part's gated blocks, as `FeedForward.gates`."""
 
 
 # ---------------------------------------------------------------- norms
@@ -319,8 +344,8 @@ class ResidualNorm(nn.Module):
 
 
 @dataclass(frozen=True)
-class ScaledTail(Tail):
-    """``(x + norm((phi(x W_gate) * embedded) W_down)) * scale``.
+class ScaledTail(Part):
+    """The end of a layer, on the residual stream: ``(x + norm((phi(x W_gate) * embedded) W_down)) * scale``.
 
     Attributes:
       width: of the layer's embeddings; 0 leaves the block out.
@@ -329,12 +354,12 @@ class ScaledTail(Tail):
     width: int = 0
     name = "tail"
 
-    def param_shapes(self, config: ModelConfig) -> Shapes:
-        """Returns the shapes of one layer's parameters."""
+    def arrays(self, config: ModelConfig) -> Shapes:
+        """Returns the scale, and that of the norm."""
         shapes: Shapes = {"scale": (1,)}
         if self.width:
             shapes["norm/scale"] = (config.d_model,)
-        return shapes | {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
+        return shapes
 
     def projections(self, config: ModelConfig) -> Shapes:
         """Returns the kernel shapes of the projections."""
@@ -343,7 +368,7 @@ class ScaledTail(Tail):
             return {}
         return {"gate_proj": (d, width), "down_proj": (width, d)}
 
-    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    def gates(self, config: ModelConfig) -> Gates:
         """Returns the block's channels and activation, at the part's own path."""
         if not self.width:
             return {}
@@ -354,7 +379,7 @@ class ScaledTail(Tail):
         return 2.0 * self.width
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
-        """Returns the module."""
+        """Returns the module: ``(x, LayerInputs, SharedInputs) -> x``."""
         return _ScaledTail(
             config.d_model,
             self.width,
@@ -367,40 +392,20 @@ class ScaledTail(Tail):
         )
 
 
-class FactoredFFN(AdaptedBlock):
-    """``(phi(x W_gate) * factor) W_down`` with adapters on gate_proj and down_proj."""
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        factor: jax.Array,
-        scales: Scales | None = None,
-        *,
-        token_weights: jax.Array | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        """Returns ``[batch, seq, d_model]`` for ``factor [batch, seq, d_ff]``; see `GatedFFN`."""
-        options: dict[str, Any] = {"deterministic": deterministic}
-        gate = self._dense("gate_proj", self.d_model, self.d_ff, scales, mask=self._mask(), **options)
-        down = self._dense("down_proj", self.d_ff, self.d_model, scales, **options)
-        return self._output(x, gate, None, down, token_weights, factor)
-
-
-class _ScaledTail(FactoredFFN):
+class _ScaledTail(AdaptedBlock):
     eps: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
         if self.d_ff:
-            assert layer.embedded is not None
-            y = super().__call__(
-                round_and_save(x, self.numerics),
-                layer.embedded,
-                layer.scales.get("tail", {}),
-                token_weights=shared.token_weights,
-                deterministic=shared.deterministic,
-            )
+            y = self._embedded(round_and_save(x, self.numerics), layer, shared)
             x = x + RMSNorm(self.eps, dtype=self.numerics.result, name="norm")(y).astype(x.dtype)
         scale = self.param("scale", nn.initializers.ones_init(), (1,))
         return x * jax.lax.stop_gradient(scale).astype(x.dtype)[0]
+
+    def _embedded(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
+        """Returns ``(phi(x W_gate) * embedded) W_down``."""
+        scales, options = layer.scales.get("tail"), {"deterministic": shared.deterministic}
+        gate = self._dense("gate_proj", self.d_model, self.d_ff, scales, mask=self._mask(), **options)
+        down = self._dense("down_proj", self.d_ff, self.d_model, scales, **options)
+        return self._output(x, gate, None, down, shared.token_weights, layer.embedded)

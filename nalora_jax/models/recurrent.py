@@ -27,7 +27,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.method import activations
-from nalora_jax.method.low_rank import adapted_dense, parallel_dense
 from nalora_jax.models.cache import Recurrent
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import (
@@ -89,12 +88,11 @@ class GatedDeltaNet(Mixer):
             "in_proj_a": heads,
         }
 
-    def param_shapes(self, config: ModelConfig) -> Shapes:  # noqa: D102
-        kernels = {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
+    def arrays(self, config: ModelConfig) -> Shapes:  # noqa: D102
         heads = (self.value_heads,)
         # The convolution's weight has torch's shape.
         conv = {"conv/weight": (self.channels, 1, self.conv_width)}
-        return kernels | conv | {"a_log": heads, "dt_bias": heads, "norm/scale": (self.value_dim,)}
+        return conv | {"a_log": heads, "dt_bias": heads, "norm/scale": (self.value_dim,)}
 
     def projections(self, config: ModelConfig) -> Shapes:  # noqa: D102
         d = config.d_model
@@ -102,13 +100,14 @@ class GatedDeltaNet(Mixer):
         return shapes | {"out_proj": (self.values, d)}
 
     def flops(self, config: ModelConfig, seq: int) -> float:
-        """Returns the forward flops of one layer and row, without projections and triangular inverses."""
+        """Returns the forward flops for one row, without projections and triangular inverses."""
         chunk = min(CHUNK, seq)
         of_key_head = 4.0 * chunk * self.key_dim  # scores of queries and of keys
         # The state is read twice and written once; corrections are solved for and summed.
         of_value_head = 6.0 * self.key_dim * self.value_dim + 4.0 * chunk * self.value_dim
         of_conv = 2.0 * self.conv_width * self.channels
-        return seq * (self.key_heads * of_key_head + self.value_heads * of_value_head + of_conv)
+        of_token = self.key_heads * of_key_head + self.value_heads * of_value_head + of_conv
+        return config.n_layers * seq * of_token
 
     def saved(self, config: ModelConfig) -> float:  # noqa: D102
         states = self.value_heads * self.key_dim * self.value_dim / CHUNK  # float32, of one chunk each
@@ -117,7 +116,9 @@ class GatedDeltaNet(Mixer):
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:  # noqa: D102
         return GatedDeltaNetLayer(self, config, options, name=self.name)
 
-    def init_state(self, config: ModelConfig, batch: int, numerics: Numerics) -> Recurrent:  # noqa: D102
+    def init_state(  # noqa: D102
+        self, config: ModelConfig, batch: int, length: int, numerics: Numerics
+    ) -> Recurrent:
         lead, per_key = (config.n_layers, batch), self.value_heads // self.key_heads
         state = (*lead, self.key_heads, per_key, self.key_dim, self.value_dim)
         conv = (*lead, self.conv_width - 1, self.channels)
@@ -137,11 +138,8 @@ class GatedDeltaNetLayer(nn.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         """Returns ``[batch, seq, d_model]``, and the new convolution inputs and state if there is a cache."""
         sizes, numerics = self.sizes, self.options.numerics
-        inputs = [
-            self.options.dense(name, x.shape[-1], width, layer, shared)
-            for name, width in sizes.inputs().items()
-        ]
-        projected = [round_and_save(dense.y, numerics) for dense in parallel_dense(x, inputs, numerics)]
+        outputs = self.options.projected(x, sizes.inputs(), layer, shared)
+        projected = [round_and_save(y, numerics) for y in outputs]
         qkv, z, b, a = _by_key_head(projected, sizes) if sizes.fused else projected
         before = {}
         if isinstance(layer.cached, Recurrent):
@@ -156,8 +154,7 @@ class GatedDeltaNetLayer(nn.Module):
         normed = RMSNorm(self.config.norm_eps, name="norm")(out.reshape(*x.shape[:-1], -1, sizes.value_dim))
         gate = jax.nn.silu(z.astype(jnp.float32)).reshape(normed.shape)
         y = (normed * gate).reshape(*x.shape[:-1], sizes.values).astype(numerics.result)
-        out_proj = self.options.dense("out_proj", sizes.values, x.shape[-1], layer, shared)
-        y = adapted_dense(y, out_proj, numerics).y
+        (y,) = self.options.projected(y, {"out_proj": x.shape[-1]}, layer, shared)
         if convolved is None or state is None:
             return y, None
         return y, {"conv": convolved, "state": state}
@@ -249,14 +246,16 @@ class ShortConvolution(Mixer):
     width: int  # taps of a channel
     bias: bool = False  # of the convolution and both projections
 
-    def param_shapes(self, config: ModelConfig) -> Shapes:
-        """Returns the shapes of kernels, biases and the taps, which have torch's layout."""
-        d = config.d_model
-        shapes: Shapes = {"taps": (d, 1, self.width)}
-        shapes |= {f"{name}/kernel": shape for name, shape in self.projections(config).items()}
+    def arrays(self, config: ModelConfig) -> Shapes:
+        """Returns the taps, which have torch's layout, and their bias."""
+        shapes: Shapes = {"taps": (config.d_model, 1, self.width)}
         if self.bias:
-            shapes |= {"taps_bias": (d,), "bcx_proj/bias": (3 * d,), "o_proj/bias": (d,)}
+            shapes["taps_bias"] = (config.d_model,)
         return shapes
+
+    def has_bias(self, config: ModelConfig, name: str) -> bool:
+        """See `Part`."""
+        return self.bias
 
     def projections(self, config: ModelConfig) -> Shapes:
         """Returns the kernels of the projections to B, C and u, and of the output."""
@@ -264,8 +263,8 @@ class ShortConvolution(Mixer):
         return {"bcx_proj": (d, 3 * d), "o_proj": (d, d)}
 
     def flops(self, config: ModelConfig, seq: int) -> float:
-        """Returns the flops of the taps and of both gates for one layer and row."""
-        return seq * config.d_model * (2.0 * self.width + 1)
+        """Returns the flops of the taps and of both gates for one row."""
+        return config.n_layers * seq * config.d_model * (2.0 * self.width + 1)
 
     def saved(self, config: ModelConfig) -> float:
         """Returns the values per token of B, C and u."""
@@ -275,7 +274,7 @@ class ShortConvolution(Mixer):
         """Returns the Linen module."""
         return GatedConvolution(self, config.d_model, options, name=self.name)
 
-    def init_state(self, config: ModelConfig, batch: int, numerics: Numerics) -> Recurrent:
+    def init_state(self, config: ModelConfig, batch: int, length: int, numerics: Numerics) -> Recurrent:
         """Returns zeros: the inputs of the convolution before the first token."""
         shape = (config.n_layers, batch, self.width - 1, config.d_model)
         return Recurrent({"inputs": jnp.zeros(shape, jnp.float32)})
@@ -293,9 +292,9 @@ class GatedConvolution(nn.Module):
         self, x: jax.Array, layer: LayerInputs, shared: SharedInputs
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         """Returns ``[batch, seq, d_model]``, and with a cache the new state."""
-        bcx = round_and_save(
-            self._project("bcx_proj", x, 3 * self.d_model, layer, shared), self.options.numerics
-        )
+        bias = self.part.bias
+        (bcx,) = self.options.projected(x, {"bcx_proj": 3 * self.d_model}, layer, shared, bias=bias)
+        bcx = round_and_save(bcx, self.options.numerics)
         before, after, u = jnp.split(bcx.astype(jnp.float32), 3, axis=-1)
         taps = self.param("taps", nn.initializers.lecun_normal(), (self.d_model, 1, self.part.width))
         kernel = taps[:, 0].T.astype(jnp.float32)
@@ -308,14 +307,9 @@ class GatedConvolution(nn.Module):
             inputs = layer.cached.arrays["inputs"]
             mixed, inputs = causal_conv_after(before * u, kernel, shared.segments, inputs)
             state = {"inputs": inputs}
-        if self.part.bias:
-            bias = self.param("taps_bias", nn.initializers.zeros_init(), (self.d_model,))
-            mixed = mixed + jnp.broadcast_to(bias.astype(jnp.float32), mixed.shape)
+        if bias:
+            of_taps = self.param("taps_bias", nn.initializers.zeros_init(), (self.d_model,))
+            mixed = mixed + jnp.broadcast_to(of_taps.astype(jnp.float32), mixed.shape)
         y = (after * mixed).astype(x.dtype)
-        return self._project("o_proj", y, self.d_model, layer, shared), state
-
-    def _project(
-        self, name: str, x: jax.Array, d_out: int, layer: LayerInputs, shared: SharedInputs
-    ) -> jax.Array:
-        dense = self.options.dense(name, x.shape[-1], d_out, layer, shared, bias=self.part.bias)
-        return adapted_dense(x, dense, self.options.numerics).y
+        (y,) = self.options.projected(y, {"o_proj": self.d_model}, layer, shared, bias=bias)
+        return y, state

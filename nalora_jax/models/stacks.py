@@ -23,11 +23,9 @@ from dataclasses import dataclass, replace
 from nalora_jax.models.attention import SoftmaxAttention
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.moe import Mixture
-from nalora_jax.models.parts import FeedForward, GatedBlock, Mixer, Part
+from nalora_jax.models.parts import FeedForward, GatedBlock, Gates, Mixer, Part, Shapes
 from nalora_jax.models.routing import RouterSpec
 from nalora_jax.models.targets import uniform_path
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -163,12 +161,12 @@ def depths(config: ModelConfig) -> dict[str, int]:
     return {path: len(numbers) for path, numbers in layer_numbers(config).items()}
 
 
-def gate_blocks(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+def gate_blocks(config: ModelConfig) -> Gates:
     """Returns channel shape and activation of every FFN, by stacked path, the decoder's first.
 
     Example (Llama): ``{"layers/ffn": ((L, F), "silu")}``.
     """
-    blocks: dict[str, tuple[tuple[int, ...], str]] = {}
+    blocks: Gates = {}
     for stack in stacks(config):
         for name, (shape, activation) in _gates(stack.config).items():
             blocks[f"{stack.prefix}/{name}"] = ((len(stack.layers), *shape), activation)
@@ -188,7 +186,7 @@ def parts(config: ModelConfig) -> tuple[Mixer, FeedForward]:
     return mixer, ffn or GatedBlock()
 
 
-def _with_tail(config: ModelConfig) -> list[Part]:
+def _all_parts(config: ModelConfig) -> list[Part]:
     return [*parts(config), *filter(None, [config.tail])]
 
 
@@ -199,23 +197,22 @@ def _layer_shapes(config: ModelConfig) -> Shapes:
     if config.post_norm:
         norms += ["attn_post_norm", "ffn_post_norm"]
     shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in norms}
-    for part in _with_tail(config):
+    for part in _all_parts(config):
         shapes |= {f"{part.name}/{path}": shape for path, shape in part.param_shapes(config).items()}
     return shapes
 
 
 def _projections(config: ModelConfig) -> Shapes:
     shapes: Shapes = {}
-    for part in _with_tail(config):
+    for part in _all_parts(config):
         shapes |= {f"{part.name}/{name}": shape for name, shape in part.projections(config).items()}
     return shapes
 
 
-def _gates(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+def _gates(config: ModelConfig) -> Gates:
     """Returns channel shape and activation of each gated block of a layer, by path."""
-    gates: dict[str, tuple[tuple[int, ...], str]] = {}
-    for part in (parts(config)[1], config.tail):
-        if part is not None:
-            of_part = part.gates(config).items()
-            gates |= {f"{part.name}/{name}".removesuffix("/"): gate for name, gate in of_part}
+    gates: Gates = {}
+    for part in _all_parts(config):
+        of_part = part.gates(config).items()
+        gates |= {f"{part.name}/{name}".removesuffix("/"): gate for name, gate in of_part}
     return gates

@@ -312,26 +312,16 @@ class AdapterSlot:
                 actual = "trained rows of the base's tables"
                 raise NaloraError("adapter", expected="the base's weights beside it", found=actual)
             lora, spec = with_whole_tables(self.config, params, lora, spec)
-        scales = folded_scales(lora, spec)
-        leaves: dict[str, Any] = {}
+        tables, leaves = flatten(lora), {}
         for path, target in self.spec.targets:
             *lead, d_in, d_out = (len(target.ranks), *projection_shapes(self.config)[path])
-            a, b = scales.get(path) or (jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out)))
+            a, b = jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out))
+            if spec.target(path) is not None:
+                a, b = (jnp.asarray(tables[f"{path}/{name}"], jnp.float32) for name in "ab")
+                b = b * np.reshape(spec.scales(path), (-1,) + (1,) * (b.ndim - 1))
             if a.shape[-1] > target.rank:
                 expected, remedy = f"at most {target.rank}", "make the slot with a larger rank"
                 raise NaloraError(f"{path}: rank", expected=expected, found=a.shape[-1], remedy=remedy)
             leaves[f"{path}/a"], leaves[f"{path}/b"] = pad_rank(a, b, target.rank)
-        tables = flatten(lora)
         leaves |= {TABLES[name]: tables[TABLES[name]] for name in spec.saved}
         return unflatten(leaves)
-
-
-def folded_scales(lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, tuple[Any, Any]]:
-    """Returns A and ``s B`` by path, ``[layers, ...]`` each."""
-    flat = flatten(lora)
-    folded = {}
-    for path, _ in spec.targets:
-        b = jnp.asarray(flat[f"{path}/b"], jnp.float32)
-        scales = np.reshape(spec.scales(path), (-1,) + (1,) * (b.ndim - 1))
-        folded[path] = (jnp.asarray(flat[f"{path}/a"], jnp.float32), b * scales)
-    return folded

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.data.chat_templates import ImageTokens
-from nalora_jax.data.images.processor import ImageProcessor, read_processor
+from nalora_jax.data.images.files import ImageProcessor, read_processor
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models import families  # noqa: F401  (enters the families that can be loaded)
@@ -20,7 +20,7 @@ from nalora_jax.ops.quantize import Kind
 from nalora_jax.weights import hub
 from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
-from nalora_jax.weights.tensors import DTYPES
+from nalora_jax.weights.tensors import require_dtype
 
 
 def load_model(
@@ -50,8 +50,7 @@ def load_model(
       NaloraError: the model cannot be found, read or understood; the message names the file and
         the field.
     """
-    if dtype not in DTYPES:  # checked before the download
-        raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
+    require_dtype(dtype)  # before the download
     resolved = hub.resolve(source, cache) if isinstance(source, str) else source
     files = open_files(resolved, images=images)
     if files.config.sight is not None:

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from nalora_jax.common import trees
-from nalora_jax.data.images.processor import (
+from nalora_jax.data.images.files import (
     ImageProcessor,
     TextTokenizer,
     read_processor,
@@ -19,16 +19,15 @@ from nalora_jax.data.images.processor import (
 )
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout import distributed
+from nalora_jax.models.vision import families
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.models.vision.dual import init_params
-from nalora_jax.models.vision.families import compose, read_encoder
 from nalora_jax.weights import hub
 from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.origin import Origin, fingerprint, origin
-from nalora_jax.weights.tensors import DTYPES, load_leaves
+from nalora_jax.weights.tensors import load_params, param_shardings, require_dtype
 
 # Separates the names of two towers that were trained separately.
 JOIN = "+"
@@ -88,7 +87,7 @@ def load_dual(
       NaloraError: the model cannot be found, read or understood; the message names the file and
         the field.
     """
-    _check_dtype(dtype)
+    require_dtype(dtype)  # before the download
     image, plus, text = source.partition(JOIN)
     if plus and not Path(source).exists():
         towers = [
@@ -98,10 +97,14 @@ def load_dual(
         return join(*towers, mesh=mesh, d_out=d_out, loss=loss, seed=seed, image_size=image_size)
     folder, name = hub.resolve_folder(source, cache)
     where = folder / "config.json"
-    config = DualConfig.from_hf(read_json(where), str(where))
+    config = families.read_dual(read_json(where), str(where))
     tensors = SafetensorsFolder(folder)
-    params = load_leaves(
-        config.param_shapes(), tensors, keymap_of(config), dtype=dtype, shardings=_shardings(config, mesh)
+    params = load_params(
+        config.param_shapes(),
+        tensors,
+        keymap_of(config),
+        dtype=dtype,
+        shardings=param_shardings(config.param_shapes(), mesh),
     )
     tokenizer = _tokenizer(folder, config.text)
     processor = _of_side(read_processor(folder), config.image, image_size)
@@ -116,16 +119,16 @@ def read_dual(
     image, plus, text = source.partition(JOIN)
     if plus and not Path(source).exists():
         image_config, read = (_description(name.strip(), cache)[0] for name in (image, text))
-        return compose(image_config, read, d_out or min(image_config.d_model, read.d_model), loss)
+        return families.compose(image_config, read, d_out or min(image_config.d_model, read.d_model), loss)
     where = hub.resolve_folder(source, cache)[0] / "config.json"
-    return DualConfig.from_hf(read_json(where), str(where))
+    return families.read_dual(read_json(where), str(where))
 
 
 def _description(source: str, cache: Path | None) -> tuple[EncoderConfig, Path, str]:
     """Returns a tower's architecture, folder and name."""
     folder, name = hub.resolve_folder(source, cache)
     where = folder / "config.json"
-    return _pooled(read_encoder(read_json(where), str(where)), folder), folder, name
+    return _pooled(families.read_encoder(read_json(where), str(where)), folder), folder, name
 
 
 def load_encoder(
@@ -140,13 +143,13 @@ def load_encoder(
     Raises:
       NaloraError: see `load_dual`.
     """
-    _check_dtype(dtype)
+    require_dtype(dtype)  # before the download
     config, folder, name = _description(source, cache)
     tokenizer = _tokenizer(folder, config) if config.kind == "text" else None
     processor = read_processor(folder) if config.kind == "image" else None
     tensors = SafetensorsFolder(folder)
-    shardings = _shardings(config, mesh, prefix)
-    params = load_leaves(
+    shardings = param_shardings(config.param_shapes(), mesh, prefix)
+    params = load_params(
         config.param_shapes(), tensors, keymap_of(config), dtype=dtype, shardings=shardings
     )
     return LoadedEncoder(config, params, tokenizer, processor, name, fingerprint(config, tensors))
@@ -168,7 +171,7 @@ def join(
       NaloraError: a tower is of the other kind, or its images cannot be resized to that size.
     """
     width = d_out or min(tower.config.d_model for tower in (image, text))
-    config = compose(image.config, text.config, width, loss)
+    config = families.compose(image.config, text.config, width, loss)
     assert image.processor is not None
     assert text.tokenizer is not None
     projections = _fresh(config, seed, mesh)
@@ -208,7 +211,7 @@ def _fresh(config: DualConfig, seed: int, mesh: Mesh | None) -> dict[str, Any]:
     """
     projections = ("image/projection/kernel", "text/projection/kernel", "logit_scale", "logit_bias")
     leaves = trees.flatten(init_params(config, jax.random.key(seed)))
-    shardings = _shardings(config, mesh)
+    shardings = param_shardings(config.param_shapes(), mesh)
     fresh = {path: leaf for path, leaf in leaves.items() if path in projections}
     if shardings is not None:
         fresh = {path: jax.device_put(leaf, shardings[path]) for path, leaf in fresh.items()}
@@ -228,20 +231,3 @@ def _pooled(config: EncoderConfig, folder: Path) -> EncoderConfig:
     if config.model_type == "bert" and settings.get("pooling_mode_cls_token"):
         return replace(config, pooling="first")
     return config
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:  # checked before the download
-        raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
-
-
-def _shardings(
-    config: DualConfig | EncoderConfig, mesh: Mesh | None, prefix: str = ""
-) -> dict[str, Any] | None:
-    if mesh is None:
-        return None
-    shapes = {
-        prefix + path: jax.ShapeDtypeStruct(s, "float32") for path, s in config.param_shapes().items()
-    }
-    shardings = trees.flatten(distributed.shardings(trees.unflatten(shapes), mesh, distributed.PARAM_RULES))
-    return {path.removeprefix(prefix): sharding for path, sharding in shardings.items()}

@@ -70,7 +70,7 @@ def read_tokenizer(file: GGUFFile) -> ours.Tokenizer:
       NaloraError: an unknown kind of vocabulary or splitting rule, or inconsistent metadata.
     """
     kind = file.get("tokenizer.ggml.model", str)
-    tokens = _strings(file, "tokenizer.ggml.tokens")
+    tokens = file.get("tokenizer.ggml.tokens", list)
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
         raise _error(file, "model", "gpt2 (byte-level BPE) or llama (SentencePiece BPE)", repr(kind))
@@ -125,7 +125,7 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     rule = file.get("tokenizer.ggml.pre", str, "")
     if rule not in _SPLITS:
         raise _error(file, "pre", f"one of {', '.join(name for name in _SPLITS if name)}", repr(rule))
-    listed = _strings(file, "tokenizer.ggml.merges")
+    listed = file.get("tokenizer.ggml.merges", list)
     if any(pair.count(" ") != 1 for pair in listed):
         raise _error(file, "merges", "two tokens and one space in each", "another form")
     merges = [(left, right) for left, _, right in (pair.partition(" ") for pair in listed)]
@@ -219,11 +219,6 @@ def _add_special(backend: Tokenizer, tokens: list[str], kinds: np.ndarray) -> No
             token for token in chosen if backend.token_to_id(token) is not None
         ]  # others would get new ids
         add([AddedToken(token, normalized=False, special=kind == _CONTROL) for token in present])
-
-
-def _strings(file: GGUFFile, key: str) -> list[str]:
-    value = file.get(key, list)
-    return [str(item) for item in value]
 
 
 def _numbers(file: GGUFFile, name: str, length: int, *, default: float) -> np.ndarray:

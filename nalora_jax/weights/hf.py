@@ -28,13 +28,18 @@ from safetensors import SafetensorError, safe_open
 from nalora_jax.common import buckets
 from nalora_jax.data.tokenizer import is_unicode, read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.shards import DTYPES as WRITTEN
 from nalora_jax.weights.tensors import WORKERS, FileTensor, Index
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
-DTYPES = WRITTEN | _FLOAT8  # supported for reading
+# NumPy dtypes by their names in safetensors.
+DTYPES = {
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_MAPPED = 16 << 20  # bytes
 _NEIGHBOURS = 1 << 20  # bytes that the system may map in addition to the requested bytes

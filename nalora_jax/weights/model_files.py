@@ -7,13 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 from jax.sharding import Mesh
 
-from nalora_jax.common import trees
 from nalora_jax.common.devices import WEIGHT_AXES
 from nalora_jax.data.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_json
-from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model, read
 from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
@@ -27,10 +24,10 @@ from nalora_jax.weights.hf import SafetensorsFolder, StreamedFolder
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.keymaps import KeyMap, keymap_for
 from nalora_jax.weights.origin import Origin, origin
-from nalora_jax.weights.tensors import TensorSource, load_params
+from nalora_jax.weights.tensors import TensorSource, load_params, param_shardings
 
 if TYPE_CHECKING:
-    from nalora_jax.data.images.processor import ImageProcessor
+    from nalora_jax.data.images.files import ImageProcessor
 
 log = logging.getLogger(__name__)
 
@@ -142,9 +139,10 @@ def load_weights(
     else:
         tensors = SafetensorsFolder(resolved.path)
     keymap = files.keymap or keymap_for(config, resolved.kind)
-    shardings = None if mesh is None else _shardings(config, mesh)
+    shapes = param_shapes(config)
+    shardings = param_shardings(shapes, mesh)
     floats = with_experts(with_floats(tensors), keymap)
-    params = load_params(config, floats, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
+    params = load_params(shapes, floats, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
     params = gathered(params, WEIGHT_AXES)
     source_of = origin(config, resolved, tensors, together=mesh is not None)
     log.info("base model: %s", source_of.describe())
@@ -173,8 +171,3 @@ def rope_of(loaded: LoadedModel) -> dict[str, Any]:
     if not loaded.rope_scaling:
         return {}
     return rope_settings(loaded.hf_config or {})
-
-
-def _shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(config).items()}
-    return trees.flatten(distributed.shardings(trees.unflatten(shapes), mesh, distributed.PARAM_RULES))

@@ -19,23 +19,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from nalora_jax.common.folders import write_json
 from nalora_jax.errors import NaloraError
+from nalora_jax.weights.hf import DTYPES, INDEX, SINGLE
 
-# NumPy dtypes by their names in safetensors, restricted to the dtypes of model files.
-DTYPES = {
-    "F32": np.dtype("float32"),
-    "F16": np.dtype("float16"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TORCH = {"format": "pt"}
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -88,7 +79,7 @@ def write_shards(
       shard_bytes: largest file; a larger tensor gets a separate file.
     """
     shards = _plan(infos, shard_bytes)
-    names = [_SINGLE]
+    names = [SINGLE]
     if len(shards) > 1:
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     stream = iter(tensors)
@@ -97,7 +88,7 @@ def write_shards(
     if len(shards) > 1:
         weight_map = {info.name: name for name, shard in zip(names, shards, strict=True) for info in shard}
         total = sum(info.nbytes for shard in shards for info in shard)
-        write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _plan(infos: Iterable[TensorInfo], limit: int) -> list[list[TensorInfo]]:

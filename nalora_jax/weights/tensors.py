@@ -23,13 +23,12 @@ from typing import Any, Protocol
 import jax
 import ml_dtypes
 import numpy as np
-from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import param_shapes
+from nalora_jax.layout import distributed
 from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.ops.quantize import Kind, Quantized, kernels, quantize
 from nalora_jax.ops.reductions import mesh_axes
@@ -83,7 +82,7 @@ class TensorSource(Protocol):
 
 
 def load_params(
-    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
     source: TensorSource,
     keymap: KeyMap,
     *,
@@ -94,11 +93,11 @@ def load_params(
     """Loads the parameter tree of a model.
 
     Args:
-      config: the model; its shapes are checked against the source's before anything is read.
-      source: the file(s).
+      shapes: of the leaves, by slash-joined path.
+      source: the file(s); its tensors' shapes are checked before anything is read.
       keymap: of the same model and file format.
       dtype: of every parameter, "bfloat16" or "float32".
-      shardings: sharding of each leaf, by slash-joined path; by default the first device.
+      shardings: sharding of each leaf; by default the first device.
       quantized: format of the projections' kernels, instead of ``dtype``. Each tensor is quantized
         from the file's values as it is read, so that at most one tensor is in memory as floats.
 
@@ -106,21 +105,6 @@ def load_params(
       NaloraError: an unknown dtype; a missing, unknown, misshapen or unreadable tensor; or a
         separate output head although the config ties it to the embedding.
     """
-    return load_leaves(
-        param_shapes(config), source, keymap, dtype=dtype, shardings=shardings, quantized=quantized
-    )
-
-
-def load_leaves(
-    shapes: Mapping[str, tuple[int, ...]],
-    source: TensorSource,
-    keymap: KeyMap,
-    *,
-    dtype: str,
-    shardings: Mapping[str, Sharding] | None = None,
-    quantized: Kind | None = None,
-) -> dict[str, Any]:
-    """Loads a model that is described by the shapes of its leaves; see `load_params`."""
     names = check_tensors(source, keymap, dtype)
     fills: dict[str, list[_Fill]] = defaultdict(list)
     for tensor in keymap.tensors:
@@ -139,14 +123,38 @@ def load_leaves(
     return trees.unflatten(leaves)
 
 
+def param_shardings(
+    shapes: Mapping[str, tuple[int, ...]], mesh: Mesh | None, prefix: str = ""
+) -> dict[str, Sharding] | None:
+    """Returns the sharding of each parameter on ``mesh`` by path; None without a mesh.
+
+    Args:
+      shapes: of the leaves, by path.
+      mesh: the devices.
+      prefix: path of these leaves in the tree that they will be part of.
+    """
+    if mesh is None:
+        return None
+    tree = trees.unflatten(
+        {prefix + path: jax.ShapeDtypeStruct(s, "float32") for path, s in shapes.items()}
+    )
+    shardings = trees.flatten(distributed.shardings(tree, mesh, distributed.PARAM_RULES))
+    return {path.removeprefix(prefix): sharding for path, sharding in shardings.items()}
+
+
+def require_dtype(dtype: str) -> None:
+    """Raises an error unless parameters can have this dtype."""
+    if dtype not in DTYPES:
+        raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
+
+
 def check_tensors(source: TensorSource, keymap: KeyMap, dtype: str = "float32") -> dict[str, str]:
     """Runs every check that needs no weights, and compares a tied head with the embedding.
 
     Returns:
       The file's name of every tensor, by canonical name.
     """
-    if dtype not in DTYPES:
-        raise NaloraError("dtype", expected=" or ".join(DTYPES), found=dtype)
+    require_dtype(dtype)
     names = keymap.check(source.shapes(), source.where)
     for name in names.values():
         source.check_readable(name)

@@ -70,13 +70,6 @@ def test_what_is_trained_is_what_is_scored(ask, write_jsonl, tokenizer, tmp_path
     assert item.prompt.endswith("<|im_start|>assistant\n" if chat else "Answer:")
 
 
-def test_completions(ask, tokenizer):
-    (item,) = ask({"prompt": "Tell me", "completion": " more"})
-    assert item == CompletionItem(
-        tokenizer.encode("Tell me"), tokenizer.encode(" more"), "Tell me", " more"
-    )
-
-
 def test_messages(ask, tokenizer):
     talk = [
         {"role": "user", "content": "up?"},
@@ -144,12 +137,3 @@ def test_questions_that_choose_are_never_reported_on(total, reported, selecting,
     assert (len(first), len(second)) == sizes
     assert not {item.prompt for item in first} & {item.prompt for item in second}
     assert (first, second) == split_questions(items, reported, selecting)
-
-
-def test_all_that_are_left_can_be_reported_on():
-    items = [CompletionItem([i], [i], str(i), str(i)) for i in range(50)]
-    first, second = split_questions(items, 0, 5)
-    assert len(first) == 45
-    assert len(second) == 5
-    with pytest.raises(NaloraError, match="at least two"):
-        split_questions(items[:1], 0, 5)

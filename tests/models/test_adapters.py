@@ -1,4 +1,4 @@
-"""Initial values of adapters."""
+"""Rules, ranks, scales and initial values of adapters."""
 
 from __future__ import annotations
 
@@ -6,15 +6,65 @@ import math
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nalora_jax.common.trees import flatten
 from nalora_jax.config import AdaLoRAConfig, LoRAConfig, LoRARule, RunConfig, check
 from nalora_jax.errors import NaloraError
+from nalora_jax.method.low_rank import init_a
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale, resolve
 from tests import tiny
+
+SHAPES = {"layers/ffn/gate_proj": (16, 40), "layers/ffn/up_proj": (16, 40), "layers/attn/q_proj": (16, 12)}
+
+
+def test_scales_follow_lora_and_rslora() -> None:
+    spec = AdapterSpec((("layers/ffn/gate_proj", TargetSpec((8, 4, 0), (16.0, 16.0, 1.0))),))
+    np.testing.assert_allclose(spec.scales("layers/ffn/gate_proj"), [2.0, 4.0, 0.0])
+    assert adapter_scale(16, 4, rslora=True) == 8.0
+
+
+def test_rules_decide_in_order_and_per_layer() -> None:
+    config = LoRAConfig(
+        rules=(LoRARule(r"layers/1/ffn/gate", 2, 3.0), LoRARule("gate_proj", 8), LoRARule("q_proj", 4, 4.0))
+    )
+    spec = resolve(config, SHAPES, 3)
+    assert spec.target("layers/ffn/gate_proj") == TargetSpec((8, 2, 8), (16.0, 3.0, 16.0))
+    assert spec.target("layers/attn/q_proj") == TargetSpec((4, 4, 4), (4.0, 4.0, 4.0))
+    assert spec.target("layers/ffn/up_proj") is None
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ((LoRARule("nothing_like_it"),), "matches nothing.*layers/\\*/ffn/gate_proj"),
+        ((LoRARule("gate_proj", 17),), "rank.*0 to 16.*found 17"),
+        ((LoRARule("gate_proj", -1),), "rank"),
+        ((LoRARule("gate_proj", 4, 0.0),), "alpha"),
+        ((LoRARule("gate_proj", 0),), "at least one adapter"),
+        ((LoRARule("gate_(proj"),), "regular expression"),
+    ],
+)
+def test_bad_rules_are_refused_by_name(rules: tuple[LoRARule, ...], message: str) -> None:
+    with pytest.raises(NaloraError, match=message):
+        resolve(LoRAConfig(rules=rules), SHAPES, 2)
+
+
+def test_lora_ga_takes_twice_as_many_singular_vectors_as_its_rank() -> None:
+    resolve(LoRAConfig(rules=(LoRARule("gate_proj", 8),), init="lora_ga"), SHAPES, 2)
+    with pytest.raises(NaloraError, match="0 to 8 \\(half the smaller side, for LoRA-GA.*found 9"):
+        resolve(LoRAConfig(rules=(LoRARule("gate_proj", 9),), init="lora_ga"), SHAPES, 2)
+
+
+def test_init_a_has_pefts_bound() -> None:
+    a = init_a(jax.random.key(0), (256, 64))
+    assert float(jnp.abs(a).max()) <= 1 / 16
+    np.testing.assert_allclose(jnp.std(a), 1 / 16 / np.sqrt(3), rtol=0.03)
+
 
 BASE = ModelConfig.from_hf(tiny.HF | {"hidden_size": 64, "intermediate_size": 512})
 ZERO_A = LoRAConfig(rules=(LoRARule("layers/0/ffn", 8), LoRARule("ffn", 4)), init="zero_a")

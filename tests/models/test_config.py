@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.family import supported
-from nalora_jax.models.stacks import param_shapes, projection_shapes
+from nalora_jax.models.stacks import param_shapes
 
 LLAMA = {
     "model_type": "llama",
@@ -41,6 +41,7 @@ OLD_FORMS = {
     },
     "linear, by its first name": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}},
     "YaRN": {**LLAMA, "model_type": "qwen2", "rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+    "Mistral, no window stated": {**LLAMA, "model_type": "mistral"},
     "Mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 8, "rope_theta": 1e6, "head_dim": None},
     "Qwen2.5": {**LLAMA, "model_type": "qwen2", "use_sliding_window": False, "sliding_window": 8, "rope_theta": 1e6},
     "Qwen2.5, sliding": {**LLAMA, "model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
@@ -163,51 +164,27 @@ def test_old_form_reads_as_transformers_rewrites_it(old):
     assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
 
 
-def test_multimodal_gemma3_is_its_text_model():
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 7,
-        "sliding_window": 8,
-        "head_dim": 16,
-    }
-    config = ModelConfig.from_hf({"model_type": "gemma3", "text_config": text, "vision_config": {}})
-    assert (config.model_type, config.vocab_size, config.n_heads) == ("gemma3_text", 262_208, 8)
-    assert config.layer_windows == (8, 8, 8, 8, 8, GLOBAL_WINDOW, 8)
-    assert [config.ropes[i].theta for i in config.layer_ropes] == [1e4] * 5 + [1e6, 1e4]
-    assert config.tie_embeddings
+# Text models of multimodal models, which list only differences from the text model's defaults.
+WITHIN = {
+    "gemma3": {**LLAMA, "model_type": "gemma3_text", "num_hidden_layers": 7, "sliding_window": 8, "head_dim": 16},
+    "gemma4": {**LLAMA, "model_type": "gemma4_text"},
+    "mistral3": {**LLAMA, "model_type": "ministral3"},
+    "qwen3_5": {**LLAMA, "model_type": "qwen3_5_text"},
+}  # fmt: skip
 
 
-def test_images_of_mistral3_are_refused_by_name():
-    raw = {
-        "model_type": "mistral3",
-        "text_config": {**LLAMA, "model_type": "ministral3"},
-        "vision_config": {},
-    }
-    assert ModelConfig.from_hf(raw).model_type == "ministral3"
-    with pytest.raises(
-        NaloraError,
-        match=r"model_type: expected a model that sees images: one of llava, gemma3, found .mistral3.",
-    ):
-        ModelConfig.from_hf(raw, images=True)
-
-
-def test_multimodal_gemma4_is_its_text_model():
-    raw = {
-        "model_type": "gemma4",
-        "text_config": {**LLAMA, "model_type": "gemma4_text"},
-        "vision_config": {},
-    }
-    config = ModelConfig.from_hf(raw)
-    assert (config.model_type, config.tie_embeddings, config.sight) == ("gemma4_text", True, None)
-    with pytest.raises(NaloraError, match=r"sees images: one of llava, gemma3, found 'gemma4'"):
-        ModelConfig.from_hf(raw, images=True)
-
-
-def test_unknown_family_names_the_supported_ones():
-    with pytest.raises(NaloraError, match="model_type") as error:
-        ModelConfig.from_hf({**LLAMA, "model_type": "gpt2"})
-    assert all(name in str(error.value) for name in supported())
+@pytest.mark.parametrize("family", WITHIN)
+def test_a_multimodal_model_is_its_text_model(family):
+    raw = {"model_type": family, "text_config": WITHIN[family], "vision_config": {}}
+    config, text = ModelConfig.from_hf(raw), ModelConfig.from_hf(WITHIN[family])
+    assert config == dataclasses.replace(text, tie_embeddings=config.tie_embeddings)
+    assert config.tie_embeddings == (family != "mistral3" and family != "qwen3_5")
+    if family != "gemma3":
+        with pytest.raises(NaloraError, match=f"sees images: one of llava, gemma3, found {family!r}"):
+            ModelConfig.from_hf(raw, images=True)
+    raw["text_config"] = raw["text_config"] | {"is_causal": False}
+    with pytest.raises(NaloraError, match="text_config: is_causal: expected true"):
+        ModelConfig.from_hf(raw)
 
 
 GLM = {"model_type": "glm4_moe", "n_routed_experts": 8, "num_experts_per_tok": 2}
@@ -325,6 +302,23 @@ REFUSED = {
     ),
     "clipped queries": ({"model_type": "olmoe", "num_experts": 4, "clip_qkv": 8.0}, "clip_qkv"),
     "a family that is not in the table": ({"model_type": "qwen4"}, "the nearest names are qwen3, qwen2, "),
+    "windows in a hybrid": (
+        {"model_type": "qwen3_5_text", "layer_types": ["sliding_attention", "full_attention"] * 2},
+        "layer_types: expected 'full_attention' or",
+    ),
+    "no gates of outputs": ({"model_type": "qwen3_5_text", "attn_output_gate": False}, "attn_output_gate"),
+    "uneven heads of a delta rule": (
+        {"model_type": "qwen3_5_text", "linear_num_value_heads": 17},
+        r"linear_num_value_heads: expected a multiple of linear_num_key_heads \(16\)",
+    ),
+    "an odd share of a head": (
+        {"model_type": "qwen3_5_text", "head_dim": 8, "partial_rotary_factor": 0.4},
+        "partial_rotary_factor: expected an even share of head_dim",
+    ),
+    "weights of experts as they are": (
+        {"model_type": "qwen3_5_moe_text", "norm_topk_prob": False},
+        "norm_topk_prob: expected 1",
+    ),
     "residual dropout": ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop"),
     "a list": ([1, 2], "a JSON object"),
 }  # fmt: skip
@@ -336,18 +330,6 @@ def test_refused_by_name(change, message):
     with pytest.raises(NaloraError, match=message) as error:
         ModelConfig.from_hf(raw, "some/config.json")
     assert error.value.where.startswith("some/config.json")
-
-
-@pytest.mark.parametrize("family", [*supported(), "gemma3", "mistral3"])
-def test_every_family_refuses_attention_in_both_directions(family):
-    with pytest.raises(NaloraError, match="is_causal: expected true, or no such field"):
-        ModelConfig.from_hf({**LLAMA, "model_type": family, "is_causal": False})
-
-
-def test_attention_in_both_directions_is_refused_in_a_nested_config():
-    with pytest.raises(NaloraError, match="text_config: is_causal: expected true"):
-        ModelConfig.from_hf({"model_type": "gemma3", "text_config": {"is_causal": False}})
-    assert ModelConfig.from_hf({**LLAMA, "is_causal": True}) == ModelConfig.from_hf(LLAMA)
 
 
 JSON = st.recursive(
@@ -380,22 +362,6 @@ def test_only_this_librarys_error_comes_out(family, changes):
         return
     assert len(config.layer_windows) == len(config.layer_ropes) == config.n_layers
     assert all(min(shape) > 0 for shape in param_shapes(config).values())
-
-
-def test_shapes_of_adaptable_projections_are_those_of_their_kernels():
-    for raw in ({**LLAMA}, {**LLAMA, "model_type": "mixtral", "num_key_value_heads": 2}):
-        config = ModelConfig.from_hf(raw)
-        shapes = param_shapes(config)
-        for path, shape in projection_shapes(config).items():
-            assert shapes[f"{path}/kernel"] == (config.n_layers, *shape)
-
-
-def test_self_gated_ffn_has_two_projections():
-    config = dataclasses.replace(ModelConfig.from_hf(LLAMA), gated=False)
-    assert [path for path in projection_shapes(config) if "ffn" in path] == [
-        "layers/ffn/in_proj",
-        "layers/ffn/out_proj",
-    ]
 
 
 def nullable(family: str) -> list[str]:
@@ -460,8 +426,3 @@ def test_null_fields_mean_what_they_mean_in_transformers(family: str) -> None:
         assert ours.final_softcap == (getattr(theirs, "final_logit_softcapping", None) or 0), name
         assert ours.attn_dropout == (getattr(theirs, "attention_dropout", None) or 0), name
         assert ours.tie_embeddings == theirs.tie_word_embeddings, name
-
-
-def test_an_absent_window_is_the_familys_own() -> None:
-    assert ModelConfig.from_hf({**LLAMA, "model_type": "mistral"}).windows == (4096,) * 4
-    assert ModelConfig.from_hf({**LLAMA, "model_type": "mistral", "sliding_window": None}).windows == ()

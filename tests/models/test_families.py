@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import safetensors.numpy
 import torch
@@ -32,6 +33,7 @@ from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.merge import merged_tensors
+from nalora_jax.weights.peft import export_adapter, import_adapter
 from tests.models.family_fields import GRANITE, LLAMA3, ORIGINAL, WINDOW, YARN
 from tests.param_trees import params_from_tensors, tensors_from_params
 
@@ -74,6 +76,8 @@ GEMMA4 = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
     },
 }
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+SHARED = EXPERTS | {"shared_expert_intermediate_size": 40}
 DELTA_NET = {
     "head_dim": 16,
     "linear_num_key_heads": 2,
@@ -353,10 +357,7 @@ CASES = (
         "Gated DeltaNet, top-3 of 8 experts, gated shared expert",
         {
             **DELTA_NET,
-            "num_experts": 8,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 40,
+            **SHARED,
             "attention_bias": True,
         },
         tolerance=5e-5,
@@ -366,11 +367,8 @@ CASES = (
         "fused DeltaNet, top-3 of 8 experts, not normalised, gated shared expert, two dense layers",
         {
             **DELTA_NET,
-            "num_experts": 8,
-            "num_experts_per_tok": 3,
+            **SHARED,
             "norm_topk_prob": False,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 40,
             "mlp_only_layers": [1, 3],
         },
         tolerance=5e-5,
@@ -411,9 +409,7 @@ CASES = (
             "conv_L_cache": 4,
             "norm_eps": 1e-3,
             "num_dense_layers": 2,
-            "num_experts": 8,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 24,
+            **EXPERTS,
             "routed_scaling_factor": 1.5,
             "tie_word_embeddings": False,
         },
@@ -427,10 +423,8 @@ CASES = (
         "qwen3_moe",
         "8 experts, top-3, normalised, qk-norm, biases, sliding window",
         {
-            "num_experts": 8,
-            "num_experts_per_tok": 3,
+            **EXPERTS,
             "norm_topk_prob": True,
-            "moe_intermediate_size": 24,
             "head_dim": 16,
             "attention_bias": True,
             "use_sliding_window": True,
@@ -470,10 +464,9 @@ CASES = (
         "qwen3_moe",
         "8 experts in every second layer, top-2, not normalised",
         {
-            "num_experts": 8,
+            **EXPERTS,
             "num_experts_per_tok": 2,
             "norm_topk_prob": False,
-            "moe_intermediate_size": 24,
             "head_dim": 16,
             "decoder_sparse_step": 2,
         },
@@ -482,11 +475,8 @@ CASES = (
         "qwen2_moe",
         "8 experts, top-3, not normalised, gated shared expert, a dense layer, sliding window",
         {
-            "num_experts": 8,
-            "num_experts_per_tok": 3,
+            **SHARED,
             "norm_topk_prob": False,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 40,
             "mlp_only_layers": [1],
             "use_sliding_window": True,
             "sliding_window": WINDOW,
@@ -775,13 +765,35 @@ def measure_gradients(case: Case) -> tuple[float, float]:
     return error, largest_error(theirs(torch.float32), expected) if error > 1e-4 else 0.0
 
 
+def measure_peft(case: Case, folder: Path) -> float:
+    """Difference of the logits of PEFT, which reads our adapter, from ours; the files give the same adapter back."""
+    pair, tokens = build(case), random_tokens(2, SEQ)
+    lora, spec = random_adapters(pair.config)
+    export_adapter(lora, spec, pair.config, folder, base_model_name="org/base")
+    again, spec_again = import_adapter(folder, pair.config)
+    assert dict(spec_again.targets) == dict(spec.targets)
+    jax.tree.map(np.testing.assert_array_equal, again, lora)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        wrapped = peft.PeftModel.from_pretrained(pair.theirs, str(folder))
+    try:
+        reset_rope(pair)
+        with torch.no_grad():
+            theirs = wrapped(torch.tensor(tokens)).logits.numpy()
+    finally:
+        wrapped.unload()
+    model, variables = Decoder(pair.config, spec), {"params": pair.params, "lora": lora}
+    ours = jax.jit(lambda: model.apply(variables, model.apply(variables, tokens), method="unembed"))()
+    return difference(ours, theirs)
+
+
 # The continuation needs a program of its own to compile: one case per family, and RoPE that changes as it grows.
 GREEDY = tuple({case.family: case for case in reversed(CASES)}.values()) + tuple(
     case for case in CASES if case.family == "llama" and case.one_length
 )
 
 
-# The gradients of one family for each kind of layer; those of Gemma 4 are in test_gemma4.py.
+# Adapters of one family for each kind of layer.
 KINDS = (
     "llama",
     "gemma2",
@@ -834,10 +846,20 @@ def test_greedy_continuation_with_cache_is_identical(case):
     assert measure_greedy(case, 32) == 32
 
 
-@pytest.mark.parametrize("case", [case for case in GREEDY if case.family in KINDS], ids=by_name)
+OF_KINDS = [case for case in GREEDY if case.family in KINDS]
+OF_KINDS += [case for case in CASES if case.features.startswith("per-layer embeddings")]
+
+
+@pytest.mark.parametrize("case", OF_KINDS, ids=by_name)
 def test_adapters_get_the_gradients_of_transformers(case):
     error, rounding = measure_gradients(case)
     assert error <= max(1e-4, 4 * rounding)
+
+
+# Files of mixtures with shared experts pad ranks: tests/weights/test_peft.py.
+@pytest.mark.parametrize("case", [case for case in OF_KINDS if "shared" not in case.features], ids=by_name)
+def test_peft_reads_adapters_and_they_are_read_back(case, tmp_path):
+    assert measure_peft(case, tmp_path) <= 10 * case.tolerance
 
 
 def test_every_family_has_a_case():
@@ -871,24 +893,6 @@ def test_a_class_is_the_one_of_transformers_and_in_the_documentation(family):
     assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.name] == family.class_name
     page = Path(__file__).parents[2] / "docs" / "parity.md"
     assert f"| {family.name} | {family.class_name} |" in page.read_text(encoding="utf-8")
-
-
-NO_CAPS = Case(
-    "gemma2",
-    "null soft caps",
-    {
-        "head_dim": 16,
-        "sliding_window": WINDOW,
-        "query_pre_attn_scalar": 24,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-    },
-)
-
-
-def test_null_soft_caps_mean_off():
-    assert measure_plain(NO_CAPS) <= TOLERANCE
-    assert build(NO_CAPS).config.final_softcap == build(NO_CAPS).config.attn_softcap == 0
 
 
 BIASED = Case(

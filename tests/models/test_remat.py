@@ -96,10 +96,6 @@ def test_what_a_policy_saves_goes_to_the_host_and_comes_back(lowered, remat):
         assert out == [of_input]
 
 
-def test_other_policies_save_on_the_device(lowered):
-    assert "annotate_device_placement" not in lowered("dots")
-
-
 FORWARD, BACKWARD = (
     jax.extend.core.Primitive(fused._dot_product_attention_fwd_p_wrapper.name),
     jax.extend.core.Primitive(fused._dot_product_attention_bwd_p_wrapper.name),

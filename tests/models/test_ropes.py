@@ -1,4 +1,4 @@
-"""Norms and rotary tables against torch and transformers; the length that dynamic RoPE sees."""
+"""Norms, rotary tables and scalings of RoPE against torch and transformers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import pytest
 import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.ministral3.modeling_ministral3 import (
+    Ministral3RotaryEmbedding,
+    get_llama_4_attn_scale,
+)
 
+from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import RMSNorm
+from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from nalora_jax.models.ropes import (
-    RopeSpec,
-    apply_rope,
-    identity_table,
     inverse_frequencies,
+    query_scales,
     rope_table,
     sequence_lengths,
 )
+from tests.models.test_families import LONGROPE, SIZES
 
 LLAMA = {
     "model_type": "llama",
@@ -60,36 +65,6 @@ def test_frequencies_are_transformers(scaling):
     assert spec.attention_factor == pytest.approx(magnitude)
 
 
-@pytest.mark.parametrize("length", [100, 33000, 100_000])
-def test_dynamic_frequencies_grow_with_the_sequence(length):
-    raw = {**LLAMA, "rope_parameters": SCALINGS["dynamic"]}
-    theirs, _ = ROPE_INIT_FUNCTIONS["dynamic"](
-        transformers.AutoConfig.for_model(**raw), "cpu", seq_len=length
-    )
-    positions = jnp.array([[1]])
-    table = rope_table(ModelConfig.from_hf(raw).ropes[0], positions, jnp.array([[length]]))
-    np.testing.assert_allclose(table[1, 0, 0], np.sin(theirs.numpy()), rtol=1e-4)
-
-
-def test_rotation_keeps_norms_and_depends_on_distance_only():
-    rng = np.random.default_rng(0)
-    q, k = rng.normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
-    spec = RopeSpec(dim=12)
-
-    def rotated(x, position):
-        return np.asarray(apply_rope(x, rope_table(spec, jnp.array([[position]])))).ravel()
-
-    assert rotated(q, 5) @ rotated(k, 2) == pytest.approx(rotated(q, 105) @ rotated(k, 102), rel=1e-4)
-    assert np.linalg.norm(rotated(q, 7)) == pytest.approx(np.linalg.norm(q), rel=1e-6)
-    np.testing.assert_array_equal(rotated(q, 7)[12:], q.ravel()[12:])
-
-
-def test_identity_table_rotates_nothing():
-    x = np.random.default_rng(0).normal(size=(2, 3, 4, 8)).astype(np.float32)
-    table = identity_table(RopeSpec(dim=8), jnp.tile(jnp.arange(3), (2, 1)))
-    np.testing.assert_array_equal(apply_rope(x, table), x)
-
-
 def test_lengths_are_those_of_a_tokens_own_segment():
     segments = jnp.array([[1, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 1]])
     positions = jnp.array([[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3]])
@@ -112,3 +87,147 @@ def test_rms_norm_of_bf16_is_computed_in_float32():
     y = RMSNorm(1e-6, dtype="bfloat16").apply({"params": {"scale": jnp.ones(512, jnp.bfloat16)}}, x)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y.astype(jnp.float32), 1.0)
+
+
+SHORT = {**SIZES, "model_type": "llama", "hidden_act": "silu", "max_position_embeddings": 16}
+TO_LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALED = {**SHORT, "max_position_embeddings": 64, "rope_theta": 1e4}
+SCALED["rope_scaling"] = {**TO_LLAMA3, "original_max_position_embeddings": 16}
+GEMMA3 = {
+    **SIZES,
+    "model_type": "gemma3_text",
+    "head_dim": 16,
+    "sliding_window": 8,
+    "max_position_embeddings": 32,
+}
+GEMMA3 |= {
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    "rope_theta": 1e5,
+    "rope_local_base_freq": 1e3,
+}
+GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
+NESTED = {name: value for name, value in GEMMA3.items() if "rope" not in name}
+NESTED["rope_parameters"] = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+}
+
+
+@pytest.mark.parametrize(
+    ("raw", "text", "context"),
+    [
+        (SHORT, "yarn:factor=4", 64),
+        (SHORT, "linear:factor=3", 48),
+        (SHORT, "dynamic:factor=3", 48),
+        (SHORT, "yarn:factor=4,beta_fast=8,truncate=false,original_max_position_embeddings=12", 48),
+        (SHORT, "llama3:factor=4,low_freq_factor=1,high_freq_factor=4", 64),
+        (SCALED, "llama3:factor=8", 128),
+        (SCALED, "yarn:factor=5", 80),
+        (GEMMA3, "linear:factor=4", 64),
+        (NESTED, "yarn:factor=2", 64),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_rotations_beyond_the_limit_equal_transformers(raw, text, context):
+    changed = with_rope_scaling(raw, text, "config.json")
+    ours = ModelConfig.from_hf(changed)
+    assert ours.max_positions == context > ModelConfig.from_hf(raw).max_positions
+    theirs = transformers.AutoConfig.for_model(**changed)
+    rope = type(transformers.AutoModelForCausalLM.from_config(theirs).model.rotary_emb)(theirs)
+    positions = np.arange(context)[None]
+    kinds = getattr(rope, "layer_types", None) or [None]
+    for index, kind in enumerate(sorted(set(kinds), key=str)):
+        table = rope_table(
+            ours.ropes[index], positions, sequence_lengths(positions, np.ones_like(positions))
+        )
+        more = {} if kind is None else {"layer_type": kind}
+        cosines, sines = rope(torch.zeros(1, 1), torch.tensor(positions), **more)
+        half = table.shape[-1]
+        np.testing.assert_allclose(table[0], cosines[..., :half], atol=2e-5)
+        np.testing.assert_allclose(table[1], sines[..., :half], atol=2e-5)
+
+
+MINISTRAL = {**SHORT, "model_type": "ministral3", "head_dim": 16}
+GROWING = {"rope_theta": 1e4, "original_max_position_embeddings": 6, "llama_4_scaling_beta": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("rope", "text"),
+    [
+        ({"rope_type": "dynamic", "factor": 3.0}, ""),
+        ({"rope_type": "linear", "factor": 3.0}, ""),
+        ({"rope_type": "default"}, ""),
+        ({"rope_type": "yarn", "factor": 3.0}, ""),
+        ({"rope_type": "yarn", "factor": 3.0}, "dynamic:factor=8"),
+        ({"rope_type": "yarn", "factor": 3.0}, "linear:factor=8"),
+        ({"rope_type": "dynamic", "factor": 3.0}, "yarn:factor=8,original_max_position_embeddings=16"),
+    ],
+)
+def test_rotated_queries_of_ministral_3_equal_transformers_in_float64(rope, text):
+    """A rotation by transformers' frequencies, times its scale of queries by position."""
+    changed = with_rope_scaling({**MINISTRAL, "rope_parameters": GROWING | rope}, text, "config.json")
+    ours, theirs = ModelConfig.from_hf(changed), transformers.AutoConfig.for_model(**changed)
+    rotary = Ministral3RotaryEmbedding(theirs)
+    positions = np.arange(40)[None]
+    rotary(torch.zeros(1, 1), torch.tensor(positions))  # dynamic frequencies follow the length
+    angles = positions[..., None] * rotary.inv_freq.double().numpy()
+    parameters = theirs.rope_parameters
+    scales = get_llama_4_attn_scale(
+        torch.tensor(positions).double(),
+        parameters["llama_4_scaling_beta"],
+        parameters["original_max_position_embeddings"],
+    )[:, 0].numpy()
+    expected = np.stack([np.cos(angles), np.sin(angles)]) * rotary.attention_scaling * scales
+    table = rope_table(ours.ropes[0], positions, sequence_lengths(positions, np.ones_like(positions)))
+    grown = query_scales(positions, ours.query_growth, ours.growth_length)
+    found = np.asarray(table) * np.asarray(grown)[..., None]
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_settings_for_other_tools_are_the_changed_fields():
+    changed = with_rope_scaling(NESTED, "yarn:factor=2", "config.json")
+    full = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "rope_theta": 1e5}
+    expected = {"full_attention": full, "sliding_attention": NESTED["rope_parameters"]["sliding_attention"]}
+    assert rope_settings(changed) == {"rope_parameters": expected, "max_position_embeddings": 64}
+    seeing = with_rope_scaling(
+        {"model_type": "gemma3", "text_config": NESTED}, "yarn:factor=2", "config.json"
+    )
+    assert rope_settings(seeing)["rope_parameters"] == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "text", "message"),
+    [
+        (SHORT, "ntk:factor=2", "linear, dynamic, yarn, llama3, found 'ntk:factor=2'"),
+        (SHORT, "yarn:scale=2", "fields of factor, attention_factor"),
+        (SHORT, "linear:factor=two", "a number of 0 or more as factor"),
+        (SHORT, "yarn:factor=2,truncate=1", "true or false as truncate"),
+        (SHORT, "yarn", "a factor, as in yarn:factor=4"),
+        (SHORT, "llama3:factor=2", "low_freq_factor"),
+        (SCALED, "yarn:factor=2", "a context of at least 64 tokens, the model's, found 32"),
+        (
+            {**SHORT, "model_type": "phi3"},
+            "yarn:factor=2",
+            "phi3, whose files have no scaling except longrope",
+        ),
+        (
+            {
+                **SHORT,
+                "model_type": "phi3",
+                "rope_parameters": LONGROPE,
+                "original_max_position_embeddings": 8,
+            },
+            "yarn:factor=2",
+            "phi3",
+        ),
+        (
+            {**SHORT, "model_type": "smollm3", "no_rope_layers": [0] * 4},
+            "yarn:factor=2",
+            "no layer with RoPE",
+        ),
+    ],
+)
+def test_scalings_that_cannot_be_are_refused(raw, text, message):
+    with pytest.raises(NaloraError, match="--model.rope-scaling") as caught:
+        with_rope_scaling(raw, text, "config.json")
+    assert message in str(caught.value)

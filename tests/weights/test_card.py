@@ -108,8 +108,7 @@ def test_an_interval_of_the_loss_does_not_stand_beside_an_empty_accuracy():
 
 
 def test_plain_lora_is_not_called_nalora():
-    run = RunConfig(mechanisms=())
-    text = render_card(dataclasses.replace(CARD, run=run))
+    text = render_card(dataclasses.replace(CARD, run=RunConfig(mechanisms=())))
     assert "Trained with plain LoRA." in text
     assert "NA-LoRA" not in text
 

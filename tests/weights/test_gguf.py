@@ -19,6 +19,7 @@ from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import param_shapes
 from nalora_jax.weights import tensors
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.gguf import READABLE, GGUFFile
@@ -307,7 +308,7 @@ def test_every_family_comes_back_from_its_file(
     file = GGUFFile(write_model(tmp_path / "m.gguf", architecture, model.config.to_dict(), params, more))
 
     assert ModelConfig.from_hf(hf_config(file)) == config
-    loaded = load_params(config, file, keymap_for(config, "gguf"), dtype="float32")
+    loaded = load_params(param_shapes(config), file, keymap_for(config, "gguf"), dtype="float32")
     for path, leaf in flatten(params).items():
         np.testing.assert_allclose(flatten(loaded)[path], leaf, rtol=0, atol=1e-6, err_msg=path)
 
@@ -315,14 +316,11 @@ def test_every_family_comes_back_from_its_file(
 # What transformers takes for granted instead of reading it from the file.
 TRANSFORMERS_READS = {
     "llama": {"attention_bias": False, "mlp_bias": False},
-    "qwen3": {"head_dim": 128},
     "qwen3_moe": {"moe_intermediate_size": 768, "head_dim": 128},
 }
 
 
-@pytest.mark.parametrize(
-    "model_type", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen3_moe"]
-)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "phi3", "qwen3_moe"])
 def test_the_files_of_these_tests_are_what_transformers_expects(
     tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], model_type: str
 ) -> None:
@@ -377,16 +375,10 @@ def test_rows_that_llama_cpp_regroups_are_right_on_a_mesh_and_in_blocks(
     path = str(write_llama(tmp_path / "m.gguf"))
     alone = flatten(load_model(path, dtype="float32").params)
     monkeypatch.setattr(tensors, "BLOCK", 40)
-    for sizes in ((8, 1, 1), (1, 4, 2), (2, 2, 2)):
+    for sizes in ((1, 4, 2), (2, 2, 2)):
         spread = load_model(path, dtype="float32", mesh=make_mesh(MeshConfig(*sizes)))
         for name, leaf in flatten(spread.params).items():
             np.testing.assert_array_equal(leaf, alone[name], err_msg=name)
-
-
-def test_untied_head(tmp_path: Path) -> None:
-    model = load_model(str(write_llama(tmp_path / "m.gguf", tie_word_embeddings=False)), dtype="float32")
-    assert not model.config.tie_embeddings
-    assert model.params["lm_head"]["kernel"].shape == (16, 48)
 
 
 # ---------------------------------------------------------------- rotary embeddings
@@ -429,17 +421,7 @@ def test_named_scaling(tmp_path: Path) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(4.0)
 
-    def yarn(writer: gguf.GGUFWriter) -> None:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(4.0)
-        writer.add_rope_scaling_orig_ctx_len(16)
-
     assert rope(tmp_path, linear) == {"rope_type": "linear", "factor": 4.0}
-    assert rope(tmp_path, yarn) == {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 16,
-    }
     assert rope(tmp_path, lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)) == {}
 
 
@@ -526,13 +508,3 @@ def test_an_end_of_sequence_token_needs_a_row_of_the_embedding(tmp_path: Path) -
     path = write_llama(tmp_path / "m.gguf", vocab_size=2)
     with pytest.raises(NaloraError, match="tokenizer: expected an end-of-sequence id below 2.*found 2"):
         load_model(str(path), dtype="float32")
-
-
-def test_unknown_dtype_and_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(NaloraError, match="dtype: expected bfloat16 or float32, found 'int8'"):
-        load_model(str(tmp_path / "m.gguf"), dtype="int8")
-    with pytest.raises(NaloraError, match="nothing of that name"):
-        load_model(str(tmp_path / "m.gguf"), dtype="float32")
-
-
-# ---------------------------------------------------------------- damaged on purpose

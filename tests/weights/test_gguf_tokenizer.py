@@ -101,7 +101,7 @@ def assert_equal(ours: Tokenizer, reference: Any, texts: list[str] = TEXTS) -> N
 # ---------------------------------------------------------------- byte-level BPE
 
 
-@pytest.mark.parametrize("pre", ["default", "gpt-2", "llama-bpe", "dbrx", "qwen2", "tekken"])
+@pytest.mark.parametrize("pre", ["default", "llama-bpe", "qwen2", "tekken"])
 def test_byte_level_vocabularies_equal_transformers(tmp_path: Path, pre: str) -> None:
     path = write_byte_level(tmp_path / "m.gguf", pre, *byte_level(None))
     ours = read_tokenizer(GGUFFile(path))
@@ -110,11 +110,10 @@ def test_byte_level_vocabularies_equal_transformers(tmp_path: Path, pre: str) ->
     assert ours.eos_ids == (2, 0)
 
 
-@pytest.mark.parametrize("pre", ["smollm", "refact"])
-def test_digits_stand_alone_where_the_model_was_trained_so(tmp_path: Path, pre: str) -> None:
+def test_digits_stand_alone_where_the_model_was_trained_so(tmp_path: Path) -> None:
     """transformers 5.24 reads these files with GPT-2's rule; the models' own tokenizer.json splits digits first."""
     path = write_byte_level(
-        tmp_path / "m.gguf", pre, *byte_level(pre_tokenizers.Digits(individual_digits=True))
+        tmp_path / "m.gguf", "smollm", *byte_level(pre_tokenizers.Digits(individual_digits=True))
     )
     ours, reference = read_tokenizer(GGUFFile(path)), theirs(path)
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -235,7 +234,7 @@ def test_sentencepiece_vocabularies_equal_transformers(
         ({"token_merges": ["qqq zzz"]}, "vocabulary and merges that fit together"),
         ({"token_types": [1, 2]}, "token_type: expected 703 numbers.*found 2"),
         ({"eos_token_id": 10_000}, "eos_token_id: expected an id below 703, found 10000"),
-        ({"bos_token_id": 10_000}, "bos_token_id: expected an id below"),
+        *(({name: None}, "no such key") for name in ("tokenizer_model", "token_merges", "eos_token_id")),
     ],
 )
 def test_metadata_that_does_not_fit(tmp_path: Path, change: dict[str, Any], match: str) -> None:
@@ -243,15 +242,6 @@ def test_metadata_that_does_not_fit(tmp_path: Path, change: dict[str, Any], matc
     tokens = [*tokens, *(f"<{i}>" for i in range(703 - len(tokens)))]
     fields: dict[str, Any] = {"tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "token_list": tokens}
     fields |= {"token_types": [1] * 703, "token_merges": merges, "eos_token_id": 2} | change
+    fields = {name: value for name, value in fields.items() if value is not None}
     with pytest.raises(NaloraError, match=match):
-        read_tokenizer(GGUFFile(write(tmp_path / "m.gguf", **fields)))
-
-
-@pytest.mark.parametrize("missing", ["tokenizer_model", "token_merges", "eos_token_id"])
-def test_missing_metadata(tmp_path: Path, missing: str) -> None:
-    tokens, merges = byte_level(None)
-    fields: dict[str, Any] = {"tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "token_list": tokens}
-    fields |= {"token_merges": merges, "eos_token_id": 2}
-    del fields[missing]
-    with pytest.raises(NaloraError, match="no such key"):
         read_tokenizer(GGUFFile(write(tmp_path / "m.gguf", **fields)))

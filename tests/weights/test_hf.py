@@ -20,6 +20,7 @@ from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import PARAM_RULES, make_mesh, shardings
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import param_shapes
 from nalora_jax.weights import tensors
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import INDEX, SafetensorsFolder
@@ -81,8 +82,9 @@ def write_shards(folder: Path, tensors: dict[str, np.ndarray], count: int) -> No
 # ---------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "float32")]
+)
 def test_a_saved_torch_model_loads_from_shards(
     tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], stored: str, dtype: str
 ) -> None:
@@ -107,7 +109,7 @@ def test_a_saved_torch_model_loads_from_shards(
     assert model.hf_config["model_type"] == model.config.model_type == "llama"
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "mixtral", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("model_type", ["phi3", "mixtral"])
 def test_fused_expert_and_norm_layouts(
     tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], model_type: str
 ) -> None:
@@ -158,7 +160,7 @@ def test_a_file_that_cannot_be_read_to_its_end_is_an_error(tmp_path: Path) -> No
     write_folder(tmp_path)
     config = ModelConfig.from_hf(RAW)
     with pytest.raises(NaloraError, match="bad sector"):
-        load_params(config, Broken(tmp_path), keymap_for(config, "hf"), dtype="float32")
+        load_params(param_shapes(config), Broken(tmp_path), keymap_for(config, "hf"), dtype="float32")
 
 
 class Counted(SafetensorsFolder):
@@ -190,7 +192,7 @@ def test_every_device_gets_its_shard_alone(tmp_path: Path, sizes: tuple[int, int
 
     config, source = alone.config, Counted(tmp_path)
     places = flatten(shardings(alone.params, mesh, PARAM_RULES))
-    load_params(config, source, keymap_for(config, "hf"), dtype="float32", shardings=places)
+    load_params(param_shapes(config), source, keymap_for(config, "hf"), dtype="float32", shardings=places)
     assert sum(source.sizes) == total // 4  # each number once, replicas included
 
 
@@ -253,17 +255,6 @@ def refused(folder: Path, match: str) -> None:
         load_model(str(folder), dtype="float32")
 
 
-def test_missing_extra_and_misshapen_tensors(tmp_path: Path) -> None:
-    good = write_folder(tmp_path)
-    up = "model.layers.1.mlp.up_proj.weight"
-    save_file({n: t for n, t in good.items() if n != up}, tmp_path / "model.safetensors")
-    refused(tmp_path, rf"expected {len(good)} tensors, found no {up}")
-    save_file(good | {"model.layers.1.mlp.side_proj.weight": good[up]}, tmp_path / "model.safetensors")
-    refused(tmp_path, r"model.layers.0.mlp.*unknown tensor model.layers.1.mlp.side_proj.weight \(32, 16\)")
-    save_file(good | {up: np.ascontiguousarray(good[up].T)}, tmp_path / "model.safetensors")
-    refused(tmp_path, rf"{up}: expected the shape \(32, 16\), found \(16, 32\)")
-
-
 def test_number_formats_that_are_not_read(tmp_path: Path) -> None:
     good = write_folder(tmp_path)
     up = "model.layers.1.mlp.up_proj.weight"
@@ -271,8 +262,7 @@ def test_number_formats_that_are_not_read(tmp_path: Path) -> None:
     refused(tmp_path, rf"{up}: expected one of F32, F16, BF16, F8_E4M3, F8_E5M2, found I8")
 
 
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "dtype"), [("float8_e4m3fn", "bfloat16"), ("float8_e5m2", "float32")])
 def test_float8_tensors_load_as_in_transformers(
     tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], name: str, dtype: str
 ) -> None:
@@ -375,34 +365,15 @@ def test_pickles_are_refused_with_the_reason(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "config.json: quantization_config"),
         ({"hidden_size": "big"}, "config.json: hidden_size"),
         ({"tie_word_embeddings": True}, "lm_head.weight.*tie_word_embeddings"),
-        ({"num_hidden_layers": 2}, "unknown tensor model.layers.2"),
+        ({"num_hidden_layers": 2}, r"model.layers.0.*unknown tensor model.layers.2"),
+        ({"num_hidden_layers": 4}, r"no model.layers.3"),
+        ({"intermediate_size": 24}, r"expected the shape \(24, 16\), found \(32, 16\)"),
     ],
 )
 def test_configs_that_do_not_fit(tmp_path: Path, change: dict[str, Any], match: str) -> None:
     write_folder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(RAW | change))
     refused(tmp_path, match)
-
-
-def test_an_untied_config_needs_a_head(tmp_path: Path) -> None:
-    write_folder(tmp_path, RAW | {"tie_word_embeddings": True})
-    (tmp_path / "config.json").write_text(json.dumps(RAW))
-    refused(tmp_path, "found no lm_head.weight")
-
-
-def test_tokens_without_a_row_of_the_embedding_are_refused_where_they_are_used(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    tokenizer_files(tmp_path, 50)
-    tokenizer = load_model(str(tmp_path), dtype="float32").tokenizer
-    assert tokenizer.encode("t47") == [47]
-    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["t1", text])):
-        with pytest.raises(
-            NaloraError, match="expected tokens below 48, the rows .*found 't49', which is token 49"
-        ):
-            encode("t49")
-
-
-# ---------------------------------------------------------------- damaged on purpose
 
 
 def test_a_multimodal_folder_loads_as_its_text_model_and_says_so(tmp_path, caplog):

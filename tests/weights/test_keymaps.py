@@ -139,10 +139,6 @@ WRONG = {
         lambda found: found.pop("model.layers.1.mlp.up_proj.weight"),
         "no model.layers.1.mlp.up_proj.weight",
     ),
-    "extra": (
-        lambda found: found.update({"score.weight": (2, 16)}),
-        r"unknown tensor score.weight \(2, 16\)",
-    ),
     "a bias too many": (
         lambda found: found.update({"model.layers.0.mlp.up_proj.bias": (24,)}),
         r"here model.layers.0.mlp.up_proj.weight\), found the unknown tensor model.layers.0.mlp.up_proj.bias",

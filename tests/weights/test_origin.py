@@ -16,7 +16,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.weights import origin
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import SafetensorsFolder
-from nalora_jax.weights.origin import Origin, fingerprint, number_formats
+from nalora_jax.weights.origin import fingerprint, number_formats
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -106,10 +106,3 @@ def test_number_formats_are_named_by_their_share(folder: Path) -> None:
     share = mlp / total
     assert number_formats(SafetensorsFolder(folder)) == f"BF16 ({share:.0%}), F32 ({1 - share:.0%})"
     assert digest(folder) != whole
-
-
-def test_a_copy_is_called_a_community_gguf() -> None:
-    copied = Origin(
-        "pypi:p==1/m.Q4_1.gguf", "m.Q4_1.gguf", "GGUF", "Q4_1", "all:" + "0" * 64, "owner/model"
-    )
-    assert "m.Q4_1.gguf: GGUF, Q4_1, a community GGUF of owner/model" in copied.describe()

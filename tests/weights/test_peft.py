@@ -14,9 +14,10 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import locate, projection_shapes
-from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
+from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 from nalora_jax.weights.peft_modules import layers_with, module_layout
 from tests.tiny import logits_of
+from tests.weights.test_merge import GLM
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -34,46 +35,10 @@ MIXED = {
     "attn/q_proj": ((1, 2, 5), (1.5, 2.5, 3.5)),
     "attn/v_proj": ((4, 4, 4), (8.0, 8.0, 8.0)),
 }
-# GLM-4.5 with a dense layer and two with experts.
-GLM = {
-    "group0/block0/ffn/gate_proj": ((2,), (3.0,)),
-    "group1/block0/attn/q_proj": ((4, 0), (8.0, 1.0)),
-    "group1/block0/ffn/experts_ffn/gate_proj": ((4, 2), (8.0, 3.0)),
-    "group1/block0/ffn/experts_ffn/down_proj": ((3, 3), (8.0, 8.0)),
-    "group1/block0/ffn/shared_ffn/up_proj": ((2, 3), (5.0, 2.0)),
-}
-# LFM2 with a convolution, attention and a convolution.
-LFM2 = {
-    "group0/block0/conv/bcx_proj": ((3,), (8.0,)),
-    "group0/block1/attn/o_proj": ((2,), (5.0,)),
-    "group0/block1/ffn/up_proj": ((2,), (3.0,)),
-    "group0/block2/conv/o_proj": ((4,), (3.0,)),
-}
-# LFM2 with a dense layer, one of attention and one of convolution, both with experts.
-LFM2_MOE = {
-    "group0/block0/conv/bcx_proj": ((3,), (8.0,)),
-    "group0/block0/ffn/up_proj": ((2,), (3.0,)),
-    "group0/block1/attn/o_proj": ((2,), (5.0,)),
-    "group0/block1/ffn/gate_proj": ((4,), (8.0,)),
-    "group0/block2/ffn/down_proj": ((3,), (2.0,)),
-}
-# Qwen3.5 with two layers of linear attention and one of attention.
-DELTA_NET = {
-    "group0/block0/linear_attn/in_proj_qkv": ((4, 2), (8.0, 3.0)),
-    "group0/block0/linear_attn/in_proj_a": ((0, 2), (1.0, 3.0)),
-    "group0/block0/linear_attn/out_proj": ((3, 3), (8.0, 8.0)),
-    "group1/block0/attn/q_proj": ((4,), (8.0,)),
-    "group1/block0/ffn/gate_proj": ((2,), (3.0,)),
-}
 DENSE_BETWEEN = {
     "group0/block0/ffn/gate_proj": ((4,), (8.0,)),
     "group0/block1/ffn/gate_proj": ((2,), (3.0,)),
     "group0/block1/ffn/down_proj": ((2,), (4.0,)),
-}
-SHARED = {
-    f"ffn/{part}/{n}": FFN[f"ffn/{n}"]
-    for part in ("experts_ffn", "shared_ffn")
-    for n in ("up_proj", "down_proj")
 }
 TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
 
@@ -329,29 +294,17 @@ def test_import_converted_pissa(tiny_model, deltas, tmp_path):
 # ---------------------------------------------------------------- here -> PEFT
 
 
-# tests/weights/test_merge.py has the other families.
+# Options; the families are in tests/weights/test_merge.py.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama rslora": ("llama", FFN | ATTENTION, {"rslora": True}),
     "llama mixed": ("llama", MIXED, {"dropout": 0.25}),
     "llama dora": ("llama", MIXED, {"dora": True}),
-    "lfm2": ("lfm2", LFM2, {}),
-    "lfm2_moe": ("lfm2_moe", LFM2_MOE, {}),
-    "seed_oss": ("seed_oss", MIXED, {}),
-    "ernie4_5": ("ernie4_5", FFN | ATTENTION, {"dora": True}),
-    "exaone4": ("exaone4", MIXED, {"rslora": True}),
-    "hunyuan_v1_dense": ("hunyuan_v1_dense", FFN | ATTENTION, {}),
-    "olmoe": ("olmoe", MIXED, {}),
     "phi3 mixed": ("phi3", MIXED, {}),
-    "phi3 rslora": ("phi3", MIXED, {"rslora": True}),
     "phi3 dora": ("phi3", FFN | ATTENTION, {"dora": True}),
     "mixtral mixed": ("mixtral", MIXED, {"rslora": True}),
     "gpt_oss mixed": ("gpt_oss", MIXED, {"rslora": True}),
     "qwen3_moe gate": ("qwen3_moe", {"ffn/gate_proj": FFN["ffn/gate_proj"]}, {"dropout": 0.5}),
     "qwen3_moe dense layer": ("qwen3_moe", DENSE_BETWEEN, {}),
-    "qwen2_moe": ("qwen2_moe", SHARED, {}),
-    "glm4_moe": ("glm4_moe", GLM, {}),
-    "qwen3_5_text": ("qwen3_5_text", DELTA_NET, {}),
-    "qwen3_5_text dora": ("qwen3_5_text", DELTA_NET, {"dora": True}),
 }
 CHANGES = {"qwen3_moe dense layer": {"mlp_only_layers": [1]}}
 
@@ -426,6 +379,22 @@ def test_config_file_is_the_contract(tiny_model, random_lora, tmp_path):
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" not in tensors
 
 
+def test_equal_adapters_are_equal_bytes(tiny_model, random_lora, tmp_path):
+    """The safetensors library's own writer differs from call to call."""
+    _, config = tiny_model("llama")
+    lora, spec = random_lora(config, MIXED)
+    options = {
+        "base_model_name": "base",
+        "fingerprint": "f" * 64,
+        "rope_scaling": "yarn:4",
+        "base_weights": "w",
+    }
+    for i in range(6):
+        export_adapter(lora, spec, config, tmp_path / str(i), **options)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert len({(tmp_path / str(i) / name).read_bytes() for i in range(6)}) == 1
+
+
 def test_verify_export_notices_any_change(tiny_model, random_lora, tmp_path):
     _, config = tiny_model("llama")
     lora, spec = random_lora(config, MIXED, dora=True)
@@ -469,9 +438,7 @@ def test_import_experts_from_peft(family, style, tiny_model, deltas, tmp_path):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("names", [("gate_up_proj", "down_proj"), ("gate_up_proj",)])
-def test_adapters_of_stacks_compute_the_logits_of_peft(
-    names, family, tiny_model, params_of, random_lora, tmp_path
-):
+def test_adapters_of_stacks_compute_the_logits_of_peft(names, family, tiny_model, params_of, tmp_path):
     """Gate and up read from one parameter share A, so they are written again with PEFT's own rank."""
     model, config = tiny_model(family)
     params = params_of(model, config)
@@ -491,12 +458,6 @@ def test_adapters_of_stacks_compute_the_logits_of_peft(
     assert theirs.keys() == written.keys()
     for name, tensor in theirs.items():
         np.testing.assert_array_equal(written[name], tensor, err_msg=name)
-    # Gate and up with an A each need the sum of their ranks.
-    trained, trained_spec = random_lora(config, MIXED)
-    ours = logits_of(Decoder(config, trained_spec), {"params": params, "lora": trained}, TOKENS)
-    export_adapter(trained, trained_spec, config, tmp_path / "trained", base_model_name="org/base")
-    expected = logits(load(tiny_model(family)[0], tmp_path / "trained"))
-    np.testing.assert_allclose(ours, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_import_experts_of_transformers_4(tiny_model, random_lora, deltas, tmp_path):
@@ -669,9 +630,3 @@ def test_vllm_refusals_name_the_rule(tiny_model, random_lora, tmp_path):
             lora, spec, config, tmp_path / "a", base_model_name="b", target="vllm", max_lora_rank=3
         )
     export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b", target="vllm", max_lora_rank=4)
-
-
-def test_max_logit_difference_is_relative():
-    first, second = (lambda x: x * 10.0), (lambda x: x * 10.0 + (x == 2))
-    assert max_logit_difference(first, first, np.arange(3)) == 0
-    assert max_logit_difference(first, second, np.arange(3)) == pytest.approx(0.05)

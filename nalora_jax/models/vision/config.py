@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any, Literal
 
 # How one feature vector is computed from a tower's sequence.
@@ -209,18 +207,6 @@ class DualConfig:
             for path, shape in self.param_shapes().items()
             if path in self.trained or path.rpartition("/")[0] in self.trained
         }
-
-    @staticmethod
-    def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
-        """Returns the config described by a parsed ``config.json`` of a dual encoder.
-
-        Raises:
-          NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is
-            not implemented.
-        """
-        families = import_module("nalora_jax.models.vision.families")  # which imports this module
-        config: DualConfig = families.read_dual(raw, where)
-        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, for JSON and fingerprints."""

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from nalora_jax.common.trees import flatten, unflatten
-from nalora_jax.method.low_rank import init_a
 from nalora_jax.method.measurement import GateStatsConfig
+from nalora_jax.models.adapters import fresh_adapters
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.models.vision.encoder import Encoder
@@ -149,17 +149,7 @@ def init_lora(
     """
     shapes, depths = config.projection_shapes(), config.depths()
     base = flatten(params or {})
-    leaves: dict[str, jax.Array] = {}
-    for i, (path, target) in enumerate(spec.targets):
-        d_in, d_out = shapes[path]
-        a = init_a(jax.random.fold_in(key, i), (depths[path], d_in, target.rank))
-        used = target.used((depths[path], target.rank))
-        leaves[f"{path}/a"] = jnp.where(used[:, None, :], a, 0.0)
-        leaves[f"{path}/b"] = jnp.zeros((depths[path], target.rank, d_out), jnp.float32)
-        if spec.dora:
-            leaves[f"{path}/magnitude"] = jnp.linalg.norm(
-                base[f"{path}/kernel"].astype(jnp.float32), axis=-2
-            )
+    leaves = fresh_adapters(spec, {path: (depths[path], *shapes[path]) for path in shapes}, key, base)
     for path, shape in config.trained_shapes().items():
         leaves[path] = jnp.zeros(shape)
         if path in base:

@@ -18,8 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from nalora_jax.method import activations
-from nalora_jax.method.ffn import GatedFFN, LoRADense, SelfGatedFFN, frozen_kernel
-from nalora_jax.method.low_rank import Dense as AdaptedDense
+from nalora_jax.method.ffn import GatedFFN, SelfGatedFFN, frozen_kernel
 from nalora_jax.method.low_rank import adapted_dense, parallel_dense
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.embedding import Embedding
@@ -280,9 +279,12 @@ class EncoderAttention(nn.Module):
 
         ``source`` is ``[batch, keys, d_model]``.
         """
-        c, n = self.config, self.numerics
+        c, n, d = self.config, self.numerics, self.config.d_model
+        adapters = part_adapters(self.adapters, "layers/attn")
+        options = {"deterministic": shared.deterministic}
         q, k, v, o = (
-            self._dense(f"{name}_proj", name == "o" or c.qkv_bias, scales, shared) for name in "qkvo"
+            adapters.dense(f"{name}_proj", d, d, scales, n, bias=name == "o" or c.qkv_bias, **options)
+            for name in "qkvo"
         )
         if x is source:
             projected = parallel_dense(x, [q, k, v], n)
@@ -295,16 +297,6 @@ class EncoderAttention(nn.Module):
             queries, keys, values, n, scale=c.head_dim**-0.5, mask=shared.mask, causal=c.causal
         ).astype(n.result)
         return adapted_dense(out.reshape(*x.shape[:-1], -1), o, n).y
-
-    def _dense(self, name: str, bias: bool, scales: dict[str, jax.Array], shared: Shared) -> AdaptedDense:
-        c, adapters = self.config, part_adapters(self.adapters, "layers/attn")
-        module = LoRADense(
-            c.d_model, adapters.rank(name), bias, adapters.dora, adapters.dropout, self.numerics, name=name
-        )
-        dense: AdaptedDense = module.dense(
-            c.d_model, scales.get(name, 1.0), deterministic=shared.deterministic
-        )
-        return dense
 
 
 class EncoderBlock(nn.Module):

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
-    """Returns the config of a dual encoder; see `DualConfig.from_hf`."""
+    """Returns the config that a parsed ``config.json`` of a dual encoder describes.
+
+    Raises:
+      NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is not
+        implemented.
+    """
     if not isinstance(raw, Mapping):
         raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
     name = raw.get("model_type")
@@ -94,7 +99,7 @@ def read_encoder(raw: Mapping[str, Any], where: str = "config.json") -> EncoderC
     """Returns the tower that a parsed ``config.json``, or a part of one, describes.
 
     Raises:
-      NaloraError: see `DualConfig.from_hf`.
+      NaloraError: see `read_dual`.
     """
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in ENCODERS:

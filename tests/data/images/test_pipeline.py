@@ -7,9 +7,8 @@ import pytest
 from PIL import Image
 
 from nalora_jax.config import DataConfig, VisionConfig
-from nalora_jax.data.images.opened import open_images, readable
-from nalora_jax.data.images.pipeline import ImageData, augmented, crop_box, draw_shots, generator
-from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.data.images.files import ImageProcessor
+from nalora_jax.data.images.opened import ImageData, augmented, crop_box, draw_shots, generator, open_images
 from nalora_jax.errors import NaloraError
 
 PROCESSOR = ImageProcessor(resize=(12, 12))
@@ -92,14 +91,6 @@ def test_reading_ahead_and_resuming_change_nothing(picture_folder) -> None:
         data(folder, seed=2).batches(state.get_state())
     with pytest.raises(NaloraError, match="data position"):
         data(folder, augment="flip").batches(state.get_state())
-
-
-def test_broken_images_are_said_in_the_log(picture_folder, caplog) -> None:
-    folder = picture_folder(cat=3)
-    (folder / "cat" / "1.png").write_bytes(b"no")
-    source = open_images(DataConfig(dataset=str(folder)), VisionConfig(), "train")
-    np.testing.assert_array_equal(readable(source, np.arange(3), VisionConfig()), [0, 2])
-    assert "left out: cat/1.png" in caplog.text
 
 
 def test_augmentation_keeps_what_it_promises() -> None:

@@ -1,4 +1,4 @@
-"""Experts on a mesh: eight devices are one, and each does an eighth of the work."""
+"""Decoders and experts on a mesh: eight devices are one, and each does an eighth of the work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.moe import MoEFFN
-from nalora_jax.models.stacks import layer_numbers, projection_shapes
+from nalora_jax.models.stacks import gate_blocks, layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.quantize import quantize
@@ -134,11 +134,11 @@ def sharding_of(mesh: MeshConfig) -> NamedSharding:
     return NamedSharding(distributed.make_mesh(mesh), P(BATCH_AXES))
 
 
-def assert_close(spread: Any, single: Any) -> None:
+def assert_close(spread: Any, single: Any, rounding: float = 3e-6) -> None:
     ours, theirs = trees.flatten(spread), trees.flatten(single)
     assert set(ours) == set(theirs)
     for path, value in theirs.items():
-        limit = 3e-6 * max(1.0, float(np.max(np.abs(value))))
+        limit = rounding * max(1.0, float(np.max(np.abs(value))))
         if path.rpartition("/")[2] in CHECKS:  # largest error of a part of the tokens, not of all
             assert np.all(ours[path] <= 1), path
             continue
@@ -227,8 +227,7 @@ def test_every_device_routes_its_own_tokens():
         return float(made.cost_analysis()["flops"])
 
     whole = flops(None)
-    for mesh in (MeshConfig(2, 4, 1), MeshConfig(2, 2, 2)):
-        assert flops(sharding_of(mesh)) < 1.2 / 8 * whole, mesh
+    assert flops(sharding_of(MeshConfig(2, 2, 2))) < 1.2 / 8 * whole
 
 
 MIXTRAL = {
@@ -255,10 +254,43 @@ GLM4_MOE = {
 }
 
 
-def test_a_decoder_s_loss_gradients_and_statistics():
-    """Through the scan over layers and rematerialization; tests/layout/test_context.py has other families."""
-    base = ModelConfig.from_hf(MIXTRAL | GLM4_MOE)
-    rules = LoRARule("ffn/", RANK), LoRARule("", 0)
+# Every feature of the released sizes at once.
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "num_global_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "attention_k_eq_v": True,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": 64,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 8,
+    "sliding_window": 6,
+}
+LLAMA = {"model_type": "llama", "rope_theta": 1e4, "attention_bias": True, "mlp_bias": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "experts"),
+    [
+        (LLAMA, MeshConfig(1, 4, 2), "auto"),
+        (GLM4_MOE, MeshConfig(2, 2, 2), "send"),
+        (GEMMA4, MeshConfig(2, 2, 2), "gather"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else str(value),
+)
+def test_loss_gradients_and_statistics_of_a_decoder(family, mesh, experts):
+    """Through the scan over layers and rematerialization; tests/layout/test_context.py splits rows."""
+    base = ModelConfig.from_hf(MIXTRAL | family)
+    rules = LoRARule("(ffn|attn|tail)/", RANK), LoRARule("", 0)
     spec = resolve(LoRAConfig(rules=rules), projection_shapes(base), layer_numbers(base))
     params, lora = init_params(base, jax.random.key(0)), init_lora(base, spec, jax.random.key(1))
     params = trees.map_named(lambda path, x: x + 0.3 if path.endswith(("bias", "sinks")) else x, params)
@@ -268,7 +300,7 @@ def test_a_decoder_s_loss_gradients_and_statistics():
     def run(sharding: NamedSharding | None) -> Any:
         stats = replace(STATS, sharding=sharding)
         model = Decoder(
-            base, spec, Numerics(), remat="dots", stats=stats, activation_sharding=sharding, experts="send"
+            base, spec, Numerics(), remat="dots", stats=stats, activation_sharding=sharding, experts=experts
         )
         placed = params
         rows = tokens
@@ -289,8 +321,11 @@ def test_a_decoder_s_loss_gradients_and_statistics():
 
         return jax.device_get(step(lora, placed, rows))
 
-    spread = run(sharding_of(MeshConfig(2, 2, 2)))
-    assert_close(spread | {"stats": over_shards(spread["stats"], axis=1)}, run(None))
+    spread, single = run(sharding_of(mesh)), run(None)
+    # Gemma 4 does not scale scores by the head's size, which amplifies rounding.
+    rounding = 1e-3 if family is GEMMA4 else 3e-6
+    assert_close(spread | {"stats": over_shards(spread["stats"], axis=1)}, single, rounding)
+    assert {path.rpartition("/")[0] for path in trees.flatten(single["stats"])} == gate_blocks(base).keys()
 
 
 @partial(jax.jit, static_argnames=("model",))

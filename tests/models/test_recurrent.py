@@ -1,0 +1,120 @@
+"""Mixers whose state has one size: calls with a cache, and counted operations (logits: `test_families`)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.evaluate.likelihood import score_groups
+from nalora_jax.layout.estimates import attention_flops
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder, init_cache
+from nalora_jax.ops.causal_conv import causal_conv
+from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule
+from tests.param_trees import init_params
+
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+DELTA_NET = ModelConfig.from_hf(
+    SIZES
+    | {
+        "model_type": "qwen3_5_text",
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+)
+CONVOLUTION = ModelConfig.from_hf(
+    SIZES | {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "conv_bias": True}
+)
+RELEASED = Path(__file__).parents[2] / "nalora_jax/cli/planning/released/LFM2-1.2B.json"
+
+
+@pytest.mark.parametrize("config", [DELTA_NET, CONVOLUTION], ids=["delta rule", "convolution"])
+def test_calls_with_a_cache_continue_after_padding_on_either_side(config):
+    model, variables = Decoder(config), {"params": init_params(config, jax.random.key(0))}
+    tokens = np.random.default_rng(0).integers(0, 48, (2, 12))
+    # Row 0 has no padding, row 1 has it before, between and after its tokens; positions count tokens.
+    real = np.ones((2, 12), np.int32)
+    real[1, [0, 1, 5, 6, 7, 11]] = 0
+    step = jax.jit(
+        lambda tokens, segments, cache: model.apply(variables, tokens, segment_ids=segments, cache=cache)
+    )
+    cache, pieces = init_cache(config, 2, 12), []
+    for piece in (slice(0, 4), slice(4, 8), slice(8, 12)):
+        hidden, cache = step(tokens[:, piece], real[:, piece], cache)
+        pieces.append(hidden)
+    ours, alone = np.concatenate(pieces, axis=1), jax.jit(model.apply)
+    for row in range(2):
+        place = real[row] > 0
+        expected = alone(variables, tokens[row : row + 1, place])
+        np.testing.assert_allclose(ours[row, place], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_choices_with_a_common_context_are_scored_like_single_ones():
+    model, variables = Decoder(DELTA_NET), {"params": init_params(DELTA_NET, jax.random.key(0))}
+    rng = np.random.default_rng(1)
+    contexts = [rng.integers(1, 48, n).tolist() for n in (9, 6, 4)]
+    groups = [[(context, rng.integers(1, 48, n).tolist()) for n in (2, 3)] for context in contexts]
+    together = score_groups(model, variables, groups)
+
+    @jax.jit
+    def log_probs_of(tokens):
+        logits = model.apply(variables, model.apply(variables, tokens), method="unembed")
+        return jax.nn.log_softmax(logits)[0]
+
+    for group, scores in zip(groups, together, strict=True):
+        for (context, continuation), score in zip(group, scores, strict=True):
+            row = context + continuation
+            log_probs = log_probs_of(np.array([row + [0] * (12 - len(row))]))[len(context) - 1 :]
+            expected = sum(float(log_probs[i, token]) for i, token in enumerate(continuation))
+            assert score.log_prob == pytest.approx(expected, abs=1e-4)
+
+
+def compiled_flops(function, *shapes) -> float:
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+
+def alone(config: ModelConfig) -> ModelConfig:
+    """A layer of the config's own mixer."""
+    return replace(config, kinds=(), layer_kinds=(), n_layers=1, mixer=dict(config.kinds[1])["mixer"])
+
+
+def test_flops_of_a_delta_rule_are_those_of_its_program():
+    one = alone(DELTA_NET)
+    sizes, lead = one.mixer, (1, CHUNK, one.mixer.key_heads)
+    keys, rates = (*lead, sizes.key_dim), (*lead, sizes.value_heads // sizes.key_heads)
+    shapes = [(shape, "float32") for shape in (keys, keys, (*rates, sizes.value_dim), rates, rates)]
+    compiled = compiled_flops(
+        lambda *x: gated_delta_rule(DeltaInputs(*x[:5]), x[5]), *shapes, ((1, CHUNK), "int32")
+    )
+    inverse = sizes.value_heads * 10 * 2 * CHUNK**3
+    conv = 2 * sizes.conv_width * sizes.channels * CHUNK
+    assert attention_flops(one, CHUNK) - conv + inverse == pytest.approx(compiled, rel=0.1)
+
+
+def test_flops_of_a_convolution_are_those_of_its_program():
+    one, seq = alone(ModelConfig.from_hf(json.loads(RELEASED.read_text()))), 64
+
+    def taps(u, kernel):
+        return causal_conv(u, kernel, jnp.ones((1, seq), jnp.int32))
+
+    compiled = compiled_flops(taps, ((1, seq, one.d_model), "float32"), ((3, one.d_model), "float32"))
+    gates, selects = 2 * seq * one.d_model, 2 * seq * one.d_model  # one select for each earlier token
+    assert attention_flops(one, seq) == pytest.approx(gates - selects + compiled, rel=0.05)
