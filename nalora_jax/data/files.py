@@ -14,13 +14,14 @@ import io
 import json
 import mmap
 import re
+from abc import ABC, abstractmethod
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -58,18 +59,37 @@ _DESCRIPTIONS = (
 )
 
 
-class RecordFile(Protocol):
+class RecordFile(ABC):
     """Records of one file, by index."""
 
+    name: str  # in messages
     sha256: str  # of the file, or of the checksum that its bucket stores
+    unit = "record"
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the records at ``indices``, in that order."""
 
     def where(self, index: int) -> str:
-        """Returns the name of a record in messages."""
+        """Returns the name of a record in messages: its number, counted from 1."""
+        return f"{self.name}, {self.unit} {range(len(self))[index] + 1}"
+
+
+class LoadedRows(RecordFile):
+    """Records in memory."""
+
+    def __init__(self, name: str, rows: Sequence[Record], sha256: str = "") -> None:
+        self.name, self.rows, self.sha256 = name, rows, sha256
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the records at ``indices``."""
+        return [self.rows[index] for index in indices]
 
 
 def open_rows(path: Path | str) -> RecordFile:
@@ -193,22 +213,20 @@ def _arrow_files(folder: Path) -> list[Path]:
     return [folder / str(name) for name in names]
 
 
-class JsonArray:
+class JsonArray(LoadedRows):
     """Objects of a JSON file that holds one array; the file is read into memory."""
 
+    unit = "item"
+
     def __init__(self, path: Path, name: str = "") -> None:
-        self._path = name or path
-        data = _bytes(path)
-        self.sha256 = hashlib.sha256(data).hexdigest()
+        data, name = _bytes(path), name or str(path)
         try:
-            self._records = json.loads(data)
+            rows = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise NaloraError(
-                str(self._path), expected="a JSON array of objects", found=error, remedy="fix it"
+                name, expected="a JSON array of objects", found=error, remedy="fix it"
             ) from error
-
-    def __len__(self) -> int:
-        return len(self._records)
+        super().__init__(name, rows, hashlib.sha256(data).hexdigest())
 
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the objects at ``indices``.
@@ -217,24 +235,20 @@ class JsonArray:
           NaloraError: an array item is not an object.
         """
         for index in indices:
-            if not isinstance(self._records[index], dict):
-                kind = type(self._records[index]).__name__
+            if not isinstance(self.rows[index], dict):
+                kind = type(self.rows[index]).__name__
                 raise NaloraError(self.where(index), expected="a JSON object", found=f"a {kind}")
-        return [self._records[index] for index in indices]
-
-    def where(self, index: int) -> str:
-        """Returns ``path, item n``, counted from 1."""
-        return f"{self._path}, item {range(len(self))[index] + 1}"
+        return super().read(indices)
 
 
-class DelimitedRows:
+class DelimitedRows(RecordFile):
     """Rows of a CSV or TSV file whose first row names the fields.
 
     Every value is a text. The file is read into memory.
     """
 
     def __init__(self, path: Path, delimiter: str, name: str = "") -> None:
-        self._path = name or path
+        self.name = name or str(path)
         data = _bytes(path)
         self.sha256 = hashlib.sha256(data).hexdigest()
         self._rows: list[tuple[str, ...]] = []
@@ -243,7 +257,7 @@ class DelimitedRows:
         try:
             self._parse(data.decode("utf-8-sig"), delimiter)
         except (UnicodeDecodeError, csv.Error) as error:
-            where = f"{self._path}:{max(self._lines, default=0) + 1}"
+            where = f"{self.name}:{max(self._lines, default=0) + 1}"
             raise NaloraError(
                 where, expected="rows of text in UTF-8", found=error, remedy="save it again"
             ) from error
@@ -256,12 +270,12 @@ class DelimitedRows:
             if len(set(self._fields)) < len(self._fields) or not all(self._fields):
                 fields = ", ".join(map(repr, self._fields))
                 raise NaloraError(
-                    f"{self._path}:1", expected="a name of its own for every column", found=fields
+                    f"{self.name}:1", expected="a name of its own for every column", found=fields
                 )
             for row in filter(None, reader):
                 if len(row) != len(self._fields):
                     raise NaloraError(
-                        f"{self._path}:{reader.line_num}",
+                        f"{self.name}:{reader.line_num}",
                         expected=f"{len(self._fields)} values, one for each of {', '.join(self._fields)}",
                         found=f"{len(row)}",
                         remedy="quote values that hold the separator or a line break",
@@ -280,7 +294,7 @@ class DelimitedRows:
 
     def where(self, index: int) -> str:
         """Returns ``path:line``, with the last line of the row."""
-        return f"{self._path}:{self._lines[index]}"
+        return f"{self.name}:{self._lines[index]}"
 
 
 def _bytes(path: Path) -> bytes:
@@ -301,7 +315,7 @@ def is_array_record(name: str) -> bool:
     return re.search(r"\.array_?record(-\d+-of-\d+)?$", name) is not None
 
 
-class ArrayRecords:
+class ArrayRecords(RecordFile):
     """Records of one ArrayRecord file of JSON objects.
 
     ArrayRecord files written by TFDS hold serialized examples instead, which only the folder's
@@ -318,7 +332,7 @@ class ArrayRecords:
     def __init__(self, path: Path, name: str) -> None:
         from array_record.python.array_record_module import ArrayRecordReader
 
-        self._name = name
+        self.name = name
         with foreign_errors(name, "a readable ArrayRecord file", "write it again"):
             with path.open("rb") as file:
                 self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -334,7 +348,7 @@ class ArrayRecords:
         Raises:
           NaloraError: a record is not a JSON object.
         """
-        with foreign_errors(self._name, "a readable ArrayRecord file", "write it again"):
+        with foreign_errors(self.name, "a readable ArrayRecord file", "write it again"):
             data = self._reader.read(list(map(int, indices)))
         return [self._parsed(index, record) for index, record in zip(indices, data, strict=True)]
 
@@ -349,12 +363,8 @@ class ArrayRecords:
             raise NaloraError(self.where(index), expected=expected, found=actual, remedy=remedy)
         return value
 
-    def where(self, index: int) -> str:
-        """Returns ``path, record n``, counted from 1."""
-        return f"{self._name}, record {range(len(self))[index] + 1}"
 
-
-class JsonLines:
+class JsonLines(RecordFile):
     """Objects of a JSON Lines file, by index; blank lines are skipped.
 
     One pass over the file computes the line offsets and the sha256; memory is 8 bytes a line.
@@ -434,7 +444,7 @@ def _index(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
 _OPEN_GROUPS = 2  # decoded row groups of a Parquet file that stay in memory
 
 
-class TableRows:
+class TableRows(RecordFile):
     """Rows of a Parquet file, decoded by row group on demand, or of a memory-mapped Arrow file.
 
     Args:
@@ -442,8 +452,10 @@ class TableRows:
       name: name of the file in messages.
     """
 
+    unit = "row"
+
     def __init__(self, path: Path | str, name: str = "") -> None:
-        self._name = name or str(path)
+        self.name = name or str(path)
         self.sha256 = data_digest(path)
         self._open: OrderedDict[int, Any] = OrderedDict()
         with self._errors():
@@ -452,10 +464,10 @@ class TableRows:
 
     @property
     def _kind(self) -> str:
-        return PurePath(self._name).suffix.lower()
+        return PurePath(self.name).suffix.lower()
 
     def _errors(self) -> Any:
-        return foreign_errors(self._name, f"a readable {self._kind[1:]} file", "write it again")
+        return foreign_errors(self.name, f"a readable {self._kind[1:]} file", "write it again")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -485,10 +497,6 @@ class TableRows:
             if len(self._open) > _OPEN_GROUPS:
                 self._open.popitem(last=False)
         return self._open[number]
-
-    def where(self, index: int) -> str:
-        """Returns ``path, row n``, counted from 1."""
-        return f"{self._name}, row {range(len(self))[index] + 1}"
 
 
 Groups = tuple[list[int], list[Callable[[], Any]]]

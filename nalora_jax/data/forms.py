@@ -162,13 +162,10 @@ def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
     Raises:
       NaloraError: an unknown form or speaker, a misspelt role, or a part that is not a text.
     """
-    if not isinstance(value, dict):
-        raise NaloraError(
-            where, expected='{"role": ..., "content": ...}', found=f"a {type(value).__name__}"
-        )
+    turn = spoken(value, where)
+    if turn is not value:
+        return turn
     message = {name: v for name, v in value.items() if v is not None or name in ("role", "content")}
-    if message.get("role") is None and {"from", "value"} <= message.keys():
-        return _shared(message, where)
     check_role(message.get("role"), where)
     calls = message.get("tool_calls")
     if isinstance(calls, list) and calls:
@@ -202,8 +199,18 @@ def check_role(role: object, where: str) -> None:
         )
 
 
-def _shared(message: Record, where: str) -> Record:
-    """Converts a ShareGPT message."""
+def spoken(message: Any, where: str) -> Record:
+    """Returns a message of ShareGPT's or LLaVA's form with a role; other messages as they are.
+
+    Raises:
+      NaloraError: not a dict, or an unknown speaker.
+    """
+    if not isinstance(message, dict):
+        raise NaloraError(
+            where, expected='{"role": ..., "content": ...}', found=f"a {type(message).__name__}"
+        )
+    if message.get("role") is not None or not {"from", "value"} <= message.keys():
+        return message
     speaker = message["from"]
     if speaker == _CALL:
         call = {"type": "function", "function": _object(message["value"], f"{where}: value")}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.source import Record, RecordsSource, Source, Span, TableRecord
+from nalora_jax.data.source import Record, RecordsSource, Source, SourceView, TableRecord
 from nalora_jax.data.sources import AUTO, open_source
 from nalora_jax.errors import NaloraError, described
 
@@ -22,7 +22,7 @@ Data = Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
 _CHUNK = 2048
 
 
-class FormattedSource(Source):
+class FormattedSource(SourceView):
     """Records of another source, converted by a function.
 
     The constructor calls the function once for every record, to find the records that it skips and
@@ -34,53 +34,34 @@ class FormattedSource(Source):
     """
 
     def __init__(self, base: Source, function: Format) -> None:
-        self._base, self._function = base, function
-        self.dataset, self.name, self.siblings = base.dataset, base.name, base.siblings
+        super().__init__(base)
+        self._function = function
         digest, formatted = hashlib.sha256(), []
         for start in range(0, len(base), _CHUNK):
             indices = range(start, min(start + _CHUNK, len(base)))
             for index, record in zip(indices, base.read(indices), strict=True):
-                example = self._apply(index, record)
+                example = self._example(index, record)
                 if example is not None:
                     formatted.append(index)
                     digest.update(json.dumps(example, sort_keys=True, default=str).encode())
-        self._kept = np.array(formatted, np.int64)
+        self._indices = np.array(formatted, np.int64)
         self.fingerprint = f"formatted:{base.fingerprint}:{digest.hexdigest()}"
 
-    def _apply(self, index: int, record: Record) -> Record | None:
+    def _changed(self, index: int, record: Record) -> Record:
+        return self._example(index, record) or {}
+
+    def _example(self, index: int, record: Record) -> Record | None:
+        where = f"format, {self._base.where(index)}"
         try:
             example = self._function(record)
         except Exception as error:
-            raise NaloraError(
-                f"format, {self._base.where(index)}", expected="an example", found=described(error)
-            ) from error
+            raise NaloraError(where, expected="an example", found=described(error)) from error
         if example is not None and not isinstance(example, dict):
-            actual = type(example).__name__
-            raise NaloraError(
-                f"format, {self._base.where(index)}", expected="a dict, or None", found=actual
-            )
+            raise NaloraError(where, expected="a dict, or None", found=type(example).__name__)
         # Nulls of a table's record may mean absent fields, also in the example.
         if example is not None and isinstance(record, TableRecord):
             return TableRecord(example)
         return example
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns the examples at ``indices``."""
-        places = self._kept[np.asarray(indices, np.int64)].tolist()
-        pairs = zip(places, self._base.read(places), strict=True)
-        return [self._apply(index, record) or {} for index, record in pairs]
-
-    @property
-    def spans(self) -> list[Span]:
-        """Returns the spans of the other source."""
-        return self._base.spans
-
-    def where(self, index: int) -> str:
-        """Returns the other source's name of the record."""
-        return self._base.where(int(self._kept[index]))
 
 
 def given_sources(

@@ -396,7 +396,7 @@ def _filled(lengths: np.ndarray, length: int, context: int) -> tuple[int, float]
     return max(tried, key=lambda row: row[1], default=(length, 0.0))
 
 
-def drawn(source: Source) -> np.ndarray:
+def measured(source: Source) -> np.ndarray:
     """Returns the ascending indices of the measured records, at most 10,000, equal in all runs."""
     return np.sort(permutation(len(source), _SEED)[:SAMPLE])
 
@@ -407,7 +407,7 @@ def example_lengths(source: Source, config: DataConfig, tokenizer: Tokenizer) ->
     Raises:
       NaloraError: a record is broken.
     """
-    indices = drawn(source)
+    indices = measured(source)
     lengths: list[int] = []
     with counting("measuring examples", len(indices)) as done:
         for chunk, _, texts in rendered(source, indices, config, tokenizer):

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,18 +28,16 @@ from nalora_jax.data.chat import (
     render_chat,
     text_field,
 )
-from nalora_jax.data.packing import fill_rows, pack, permutation
-from nalora_jax.data.pipeline import HostBatch, PackedStream, drawn, rows_read, stream_figures
+from nalora_jax.data.packing import fill_rows, pack
+from nalora_jax.data.pipeline import HostBatch, TrainData, measured, rows_read, stream_figures
+from nalora_jax.data.questions import drawn, split_questions
 from nalora_jax.data.source import Source
-from nalora_jax.data.store import UNLIMITED, Counts, advice, report_dropped
-from nalora_jax.data.tokenize import Example, broken_records, fit_example, tokenize
+from nalora_jax.data.store import UNLIMITED, Group, cut_store, open_store
+from nalora_jax.data.tokenize import Example, converted, tokenize
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
     from nalora_jax.data.tokenizer import Tokenizer
-
-_SEED = 20260101  # of the held-out draw: the same in every run
-_CHUNK = 1024  # records that are rendered and tokenized together
 
 
 @dataclass(frozen=True)
@@ -141,13 +140,7 @@ def tokenize_pairs(
         return render_pair(record, config, preference, tokenizer, where)
 
     with counting("tokenizing", len(indices)) as done:
-        for start in range(0, len(indices), _CHUNK):
-            chunk = [int(index) for index in indices[start : start + _CHUNK]]
-            try:
-                records = zip(chunk, source.read(chunk), strict=True)
-                texts = [texts_of(record, source.where(index)) for index, record in records]
-            except NaloraError as error:
-                raise broken_records(error, source, indices[start:], texts_of) from error
+        for chunk, _, texts in converted(source, indices, texts_of):
             examples = iter(tokenize([text for pair in texts for text in pair], tokenizer))
             for index, pair in zip(chunk, texts, strict=True):
                 yield _pair(pair, next(examples), next(examples), source.where(index))
@@ -167,18 +160,13 @@ def _pair(texts: tuple[Rendered, Rendered], chosen: Example, rejected: Example, 
 
 
 @dataclass(frozen=True)
-class PairData(PackedStream):
-    """Training rows of a run on pairs; the counterpart of `nalora_jax.data.pipeline.TrainData`."""
-
-    tokens: np.ndarray  # int32, prompt + completion: chosen, rejected, chosen, ...
-    answer: np.ndarray  # uint8, 1 for tokens of a completion
-    offsets: np.ndarray  # int64 [2 * pairs + 1], start of each segment
-    counts: Counts
+class PairData(TrainData):
+    """Training rows of a run on pairs; its store has both segments of a pair, the chosen first."""
 
     @property
     def lengths(self) -> np.ndarray:
         """Returns the row positions of each pair."""
-        return pair_lengths(self.offsets)
+        return self.store.lengths.reshape(-1, 2).sum(axis=1)
 
     @property
     def pairs_per_row(self) -> int:
@@ -189,28 +177,24 @@ class PairData(PackedStream):
     def fingerprint(self) -> str:
         """Returns the identity of the stream, which does not depend on hosts or batch size."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.answer, self.offsets):
-            digest.update(np.ascontiguousarray(array).tobytes())
+        for array in (self.store.tokens, self.store.answer, self.store.offsets):
+            digest.update(array.tobytes())
         packed = int(self.pattern.rows < len(self.pattern.lengths))
         return f"pairs:{digest.hexdigest()}:{self.pattern.capacity}:{packed}:{self.seed}"
 
     def describe(self) -> dict[str, Any]:
         """Returns figures for the log."""
-        return stream_figures("pairs", self.counts, self.pattern, self.batch_size)
+        counts = replace(self.store.counts, examples=len(self.pattern.lengths))
+        return stream_figures("pairs", counts, self.pattern, self.batch_size)
 
     def arrays(self, rows: list[int]) -> HostBatch:
         """Returns the text arrays, and ``pairs`` ``[len(rows), pairs_per_row]``: 1 for each pair in a row."""
-        pairs = [self.records_of(index) for index in rows]
+        store, pairs = self.store, [self.records_of(index) for index in rows]
         examples = [np.stack([2 * row, 2 * row + 1], axis=1).ravel() for row in pairs]
-        flat = fill_rows(examples, self.tokens, self.answer, self.offsets, self.pattern.capacity)
+        flat = fill_rows(examples, store.tokens, store.answer, store.offsets, self.pattern.capacity)
         counts = np.array([len(row) for row in pairs])
         flat["pairs"] = (np.arange(self.pairs_per_row)[None, :] < counts[:, None]).astype(np.float32)
         return flat
-
-
-def pair_lengths(offsets: np.ndarray) -> np.ndarray:
-    """Returns the row positions of each pair, int64 [pairs]."""
-    return (np.diff(offsets) - 1).reshape(-1, 2).sum(axis=1)
 
 
 def pair_data(
@@ -223,6 +207,7 @@ def pair_data(
     accumulate: int = 1,
     seed: int = 0,
     rows: Sequence[int] | None = None,
+    cache: Path | None = None,
     context: int = UNLIMITED,
 ) -> PairData:
     """Tokenizes and packs the pairs of ``source``.
@@ -240,79 +225,33 @@ def pair_data(
       accumulate: micro-batches per step.
       seed: seed of the shuffle.
       rows: rows of a micro-batch that this process reads; all by default.
+      cache: folder for tokenized data; `downloads.cache_dir` by default.
       context: maximum tokens of the model; a row has two texts.
 
     Raises:
       NaloraError: bad records, most pairs do not fit, or ``accumulate`` does not divide the batch.
     """
     rows = rows_read(rows, batch_size, accumulate)
-    indices = np.arange(len(source))
-    if 0 < config.train_limit < len(source):
-        indices = np.sort(permutation(len(source), seed)[: config.train_limit])
-    examples, dropped, truncated, longest = _fitting(
-        source, indices.tolist(), config, preference, tokenizer, 2 * context
-    )
-    tokens = np.concatenate([example.ids for example in examples]).astype(np.int32)
-    answer = np.concatenate([example.answer for example in examples]).astype(np.uint8)
-    offsets = np.concatenate([[0], np.cumsum([len(example.ids) for example in examples])]).astype(np.int64)
-    targets = sum(int(example.answer[1:].sum()) for example in examples)
-    counts = Counts(len(examples) // 2, dropped, truncated, len(tokens), targets, longest + 1)
-    report_dropped(source.name, counts, config, 2 * context, "truncate")
-    pattern = pack(pair_lengths(offsets), config.max_length, several=config.pack)
+
+    def examples(records: Source, indices: np.ndarray) -> Iterator[tuple[int, Example]]:
+        pairs = tokenize_pairs(records, indices.tolist(), config, preference, tokenizer)
+        for index, pair in zip(indices.tolist(), pairs, strict=True):
+            yield index, pair.chosen
+            yield index, pair.rejected
+
+    fields = {"chosen": preference.chosen_field, "rejected": preference.rejected_field}
+    uncut = open_store(source, config, tokenizer, seed, cache, 2 * context, Group(2, examples, fields))
+    store = cut_store(uncut, source, config, tokenizer.bos_id, 2 * context, group=2)
+    lengths = store.lengths.reshape(-1, 2).sum(axis=1)
     return PairData(
-        tokens,
-        answer,
-        offsets,
-        counts,
-        pattern=pattern,
+        store,
+        pattern=pack(lengths, config.max_length, several=config.pack),
         seed=seed,
         batch_size=batch_size,
         accumulate=accumulate,
         rows=rows,
         workers=config.workers,
     )
-
-
-def _fitting(
-    source: Source,
-    indices: list[int],
-    config: DataConfig,
-    preference: PreferenceConfig,
-    tokenizer: Tokenizer,
-    context: int,
-) -> tuple[list[Example], int, int, int]:
-    """Returns both segments of each pair that fits a row.
-
-    Also returns the numbers of dropped and cut pairs, and the positions of the longest pair.
-    """
-    fitting: list[Example] = []
-    dropped = truncated = longest = 0
-    pairs = tokenize_pairs(source, indices, config, preference, tokenizer)
-    for index, pair in zip(indices, pairs, strict=True):
-        longest = max(longest, pair.positions)
-        examples = [pair.chosen, pair.rejected]
-        if pair.positions > config.max_length:
-            if config.too_long == "error":
-                expected = f"at most --data.max-length {config.max_length} tokens in both answers with their prompts"
-                raise NaloraError(source.where(index), expected=expected, found=pair.positions)
-            if config.too_long == "drop":
-                dropped += 1
-                continue
-            truncated += 1
-            examples = [
-                fit_example(example, config.max_length // 2, tokenizer.bos_id) for example in examples
-            ]
-        fitting += examples
-    if not fitting:
-        actual = f"{dropped} pairs, all of them longer"
-        remedy = advice(longest, context, "truncate")
-        raise NaloraError(
-            source.name,
-            expected=f"pairs of at most {config.max_length} tokens",
-            found=actual,
-            remedy=remedy,
-        )
-    return fitting, dropped, truncated, longest
 
 
 def pairs_digest(pairs: Iterable[Pair]) -> str:
@@ -328,7 +267,7 @@ def pair_sizes(
     source: Source, config: DataConfig, tokenizer: Tokenizer, preference: PreferenceConfig
 ) -> np.ndarray:
     """Returns the row positions of pairs, int64 [n]; of more than 10,000, those of a fixed draw."""
-    pairs = tokenize_pairs(source, drawn(source).tolist(), config, preference, tokenizer)
+    pairs = tokenize_pairs(source, measured(source).tolist(), config, preference, tokenizer)
     return np.array([pair.positions for pair in pairs], np.int64)
 
 
@@ -351,13 +290,7 @@ def held_out_pairs(
     Raises:
       NaloraError: bad records, or fewer than two pairs.
     """
-    count = config.eval_limit + config.select_limit if config.eval_limit else len(records)
-    indices = np.sort(permutation(len(records), _SEED)[:count]).tolist()
-    pairs = list(tokenize_pairs(records, indices, config, preference, tokenizer))
-    pairs = [pair for pair in pairs if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= context]
-    if len(pairs) < 2:
-        raise NaloraError("--data.eval-split", expected="at least two pairs", found=len(pairs))
-    order = permutation(len(pairs), _SEED + 1).tolist()
-    cut = max(1, min(config.select_limit, len(pairs) // 3))
-    reported = order[cut:][: config.eval_limit or None]
-    return [pairs[i] for i in sorted(reported)], [pairs[i] for i in sorted(order[:cut])]
+    count = config.eval_limit + config.select_limit if config.eval_limit else 0
+    pairs = tokenize_pairs(records, drawn(len(records), count), config, preference, tokenizer)
+    fitting = [pair for pair in pairs if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= context]
+    return split_questions(fitting, config.eval_limit, config.select_limit)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig, RLConfig
 from nalora_jax.data.items import ChoiceItem, CompletionItem
 from nalora_jax.data.packing import permutation
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 1024  # records that are rendered and tokenized together
 _OTHERS = 7  # key of the prompts that replace groups without variance
 
 
@@ -204,21 +202,17 @@ def _fitting(
     """Returns the records whose prompts have at most ``limit`` tokens, and their examples."""
     whole = replace(config, max_length=0, loss_last=0.0)  # an example is not divided
     kept, items = [], []
-    with counting("tokenizing", len(indices)) as done:
-        for start in range(0, len(indices), _CHUNK):
-            chunk = indices[start : start + _CHUNK]
-            for index, item in zip(chunk, examples_at(records, chunk, whole, tokenizer), strict=True):
-                if len(item.prompt_ids) <= limit:
-                    kept.append(index)
-                    items.append(item)
-                elif config.too_long == "error":
-                    raise NaloraError(
-                        records.where(index),
-                        expected=f"a prompt of at most {limit} tokens, --data.max-length minus --rl.max-new-tokens",
-                        found=len(item.prompt_ids),
-                        remedy='raise --data.max-length, or leave such prompts out with --data.too-long "drop"',
-                    )
-            done(len(chunk))
+    for index, item in zip(indices, examples_at(records, indices, whole, tokenizer), strict=True):
+        if len(item.prompt_ids) <= limit:
+            kept.append(index)
+            items.append(item)
+        elif config.too_long == "error":
+            raise NaloraError(
+                records.where(index),
+                expected=f"a prompt of at most {limit} tokens, --data.max-length minus --rl.max-new-tokens",
+                found=len(item.prompt_ids),
+                remedy='raise --data.max-length, or leave such prompts out with --data.too-long "drop"',
+            )
     if not items:
         remedy = "raise --data.max-length or lower --rl.max-new-tokens"
         raise NaloraError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import (
     THOUGHT_END,
@@ -26,7 +27,7 @@ from nalora_jax.data.items import ChoiceItem, CompletionItem, Item, SeenItem
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.sources import open_held_out, open_pair
-from nalora_jax.data.tokenize import Example, broken_records, divided, tokenize, with_loss_last
+from nalora_jax.data.tokenize import Example, converted, divided, tokenize, with_loss_last
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -113,21 +114,18 @@ def examples_at(
     def convert(record: dict[str, Any], where: str) -> _Question:
         return _question(record, config, tokenizer, where)
 
-    try:
-        records = zip(indices, read.read(indices), strict=True)
-        questions = [convert(record, read.where(index)) for index, record in records]
-    except NaloraError as error:
-        raise broken_records(error, read, indices, convert, config) from error
-    examples = iter(
-        tokenize([text for question in questions for text in question.texts], tokenizer, end=False)
-    )
     items: list[Item] = []
-    for question in questions:
-        scored = [next(examples) for _ in question.texts]
-        if question.choices:
-            items.append(_item(question, scored))
-        else:
-            items += _completions(question, scored[0], config, tokenizer)
+    with counting("tokenizing", len(indices)) as done:
+        for chunk, _, questions in converted(read, indices, convert, config):
+            texts = [text for question in questions for text in question.texts]
+            examples = iter(tokenize(texts, tokenizer, end=False))
+            for question in questions:
+                scored = [next(examples) for _ in question.texts]
+                if question.choices:
+                    items.append(_item(question, scored))
+                else:
+                    items += _completions(question, scored[0], config, tokenizer)
+            done(len(chunk))
     return items
 
 

@@ -16,7 +16,6 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +103,54 @@ class RecordsSource(Source):
         return [("records", 0, len(self))]
 
 
+class SourceView(Source):
+    """Records of another source, selected and possibly changed.
+
+    Args:
+      base: the other source.
+      indices: indices of the records; all by default.
+    """
+
+    def __init__(self, base: Source, indices: np.ndarray | None = None) -> None:
+        self._base = base
+        self._indices = np.arange(len(base)) if indices is None else indices
+        self.dataset, self.name, self.siblings = base.dataset, base.name, base.siblings
+        self.fingerprint = base.fingerprint
+        if indices is not None:
+            self.fingerprint += f":{hashlib.sha256(indices.astype('<i8').tobytes()).hexdigest()}"
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the records at ``indices``."""
+        places = self._indices[np.asarray(indices, np.int64)].tolist()
+        records = zip(places, self._base.read(places), strict=True)
+        return [self._changed(index, record) for index, record in records]
+
+    def _changed(self, index: int, record: Record) -> Record:
+        """Returns the record ``index`` of the other source as this source has it."""
+        del index
+        return record
+
+    @property
+    def spans(self) -> list[Span]:
+        """Returns the spans of the other source."""
+        return self._base.spans
+
+    def where(self, index: int) -> str:
+        """Returns the other source's name of the record."""
+        return self._base.where(int(self._indices[index]))
+
+
+class SelectedSource(SourceView):
+    """Subset of another source; ``what`` describes it in messages."""
+
+    def __init__(self, base: Source, indices: np.ndarray, what: str) -> None:
+        super().__init__(base, indices)
+        self.name += f", {what}"
+
+
 def require_some(source: Source) -> None:
     """Refuses a source without records.
 
@@ -135,32 +182,28 @@ _SEED = 20260102  # of the draw of part of a data set: the same in every run
 _MOST = 1000.0
 
 
-@dataclass(frozen=True)
-class Part:
-    """A source and the number of times that an epoch contains each of its records."""
-
-    source: Source
-    weight: float = 1.0
-
-
 class MixedSource(Source):
     """Records of several sources, each repeated or sampled by its weight.
+
+    Args:
+      sources: the sources.
+      weights: number of times that an epoch contains each record of a source; 1 by default.
 
     Raises:
       NaloraError: a weight leaves no records of a source.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._sources = [component.source for component in parts]
-        chosen = [_chosen(component) for component in parts]
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float] = ()) -> None:
+        self._sources = list(sources)
+        weights = weights or [1.0] * len(sources)
+        chosen = [_chosen(source, weight) for source, weight in zip(sources, weights, strict=True)]
         self._counts = [len(indices) for indices in chosen]
-        self._of = np.repeat(np.arange(len(parts)), self._counts)
+        self._of = np.repeat(np.arange(len(sources)), self._counts)
         self._index = np.concatenate(chosen)
-        self.name = self.dataset = " + ".join(
-            component.source.name + (f" * {component.weight:g}" if component.weight != 1 else "")
-            for component in parts
-        )
-        weighted = (f"{component.source.fingerprint}*{component.weight:g}" for component in parts)
+        times = [f" * {weight:g}" if weight != 1 else "" for weight in weights]
+        names = (f"{source.name}{text}" for source, text in zip(sources, times, strict=True))
+        self.name = self.dataset = " + ".join(names)
+        weighted = (f"{s.fingerprint}*{weight:g}" for s, weight in zip(sources, weights, strict=True))
         self.fingerprint = "mixture:" + "|".join(weighted)
 
     def describe(self) -> str:
@@ -201,15 +244,14 @@ class MixedSource(Source):
         return self._sources[self._of[index]].where(int(self._index[index]))
 
 
-def _chosen(component: Part) -> np.ndarray:
+def _chosen(source: Source, weight: float) -> np.ndarray:
     """Returns the indices of a source's records, each repeated by the weight."""
-    size = len(component.source)
-    repeats, share = divmod(component.weight, 1)
+    size = len(source)
+    repeats, share = divmod(weight, 1)
     drawn = np.sort(permutation(size, _SEED)[: round(share * size)])
     indices = np.concatenate([np.tile(np.arange(size), int(repeats)), drawn])
     if not len(indices):
-        name, weight = component.source.name, f"{component.weight:g}"
-        raise NaloraError(name, expected="a weight that leaves a record", found=weight)
+        raise NaloraError(source.name, expected="a weight that leaves a record", found=f"{weight:g}")
     return indices
 
 

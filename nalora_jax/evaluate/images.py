@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nalora_jax.common.digests import digest_of
-from nalora_jax.data.images.files import Limits, open_image
+from nalora_jax.data.images.files import ImageProcessor, Limits, TextTokenizer, open_image, resized_to
 from nalora_jax.data.images.opened import ImageSource
-from nalora_jax.data.images.processor import ImageProcessor, TextTokenizer, resized_to
 from nalora_jax.evaluate.evaluator import Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.statistics import bootstrap, wilson
 from nalora_jax.layout import distributed

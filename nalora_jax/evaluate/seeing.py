@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax.data.images.chat import opened
-from nalora_jax.data.images.files import Limits
-from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.data.images.files import ImageProcessor, Limits
 from nalora_jax.data.items import CompletionItem, Item, SeenItem
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.evaluator import SAMPLE_TOKENS

@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.common.digests import digest_of
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
-from nalora_jax.data.images.opened import ImageSource, open_images
-from nalora_jax.data.images.pipeline import ImageData
+from nalora_jax.data.images.opened import ImageData, ImageSource, open_images
 from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.layout import distributed
@@ -171,7 +170,7 @@ class DualEncoders:
         """Returns images, which are opened when they are measured."""
         train, held = (self._source(config, data, split) for split in (data.train_split, data.eval_split))
         if data.train_split != data.eval_split:  # equal: a probe, whose data is not trained on
-            check_disjoint(train, held)  # type: ignore[arg-type]  # it reads name, dataset and spans
+            check_disjoint(train, held)
         indices = drawn_images(held, data.eval_limit, config.vision)
         images = Images(held, indices[indices.argsort()])
         classes, loaded = self._classes(config, data), self.model(config)
@@ -181,7 +180,7 @@ class DualEncoders:
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
         """Compares the spans of both splits."""
-        check_disjoint(*(self._source(config, config.data, split) for split in (tuned, tested)))  # type: ignore[arg-type]
+        check_disjoint(*(self._source(config, config.data, split) for split in (tuned, tested)))
 
     def measure(
         self, items: ImageItems, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.forms import form_of
-from nalora_jax.data.source import MixedSource, Source
-from nalora_jax.data.sources import SelectedSource, have_same_records, open_pair
+from nalora_jax.data.source import MixedSource, SelectedSource, Source
+from nalora_jax.data.sources import have_same_records, open_pair
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
@@ -45,7 +45,8 @@ def open_records(data: DataConfig, source: Mapping[str, Source] | None = None) -
     drawn = [selected for selected in held_out.parts if isinstance(selected, SelectedSource)]
     if drawn:
         log.info(
-            "no split is held out, so some records are, by a fixed draw: %s", "; ".join(map(str, drawn))
+            "no split is held out, so some records are, by a fixed draw: %s",
+            "; ".join(part.name for part in drawn),
         )
     if have_same_records(train, held_out):
         log.warning(

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.data.chat_templates import ImageTokens
-from nalora_jax.data.images.processor import ImageProcessor, read_processor
+from nalora_jax.data.images.files import ImageProcessor, read_processor
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models import families  # noqa: F401  (enters the families that can be loaded)

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from nalora_jax.common import trees
-from nalora_jax.data.images.processor import (
+from nalora_jax.data.images.files import (
     ImageProcessor,
     TextTokenizer,
     read_processor,

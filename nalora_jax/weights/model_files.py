@@ -27,7 +27,7 @@ from nalora_jax.weights.origin import Origin, origin
 from nalora_jax.weights.tensors import TensorSource, load_params, param_shardings
 
 if TYPE_CHECKING:
-    from nalora_jax.data.images.processor import ImageProcessor
+    from nalora_jax.data.images.files import ImageProcessor
 
 log = logging.getLogger(__name__)
 

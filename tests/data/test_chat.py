@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import Rendered, render, render_chat
+from nalora_jax.data.chat import render
 from nalora_jax.data.tokenize import Example, fit_example, tokenize
 from nalora_jax.errors import NaloraError
 
@@ -85,31 +85,6 @@ def test_chat_masks_are_exact(tokenizer, loss_on, expected):
     assert answers({"messages": TALK}, tokenizer, loss_on=loss_on) == expected
 
 
-def test_prompt_tokens_are_those_that_generation_reads(tokenizer):
-    # The second answer begins with line breaks, which this tokenizer merges with the template's own.
-    assert len(tokenizer.encode("\n\n\nYes")) < len(tokenizer.encode("\n") + tokenizer.encode("\n\nYes"))
-    (example,) = tokenize([render({"messages": TALK}, CONFIG, tokenizer, "")], tokenizer)
-    prompt = tokenizer.encode(tokenizer.render_chat(TALK[:-1], add_generation_prompt=True), special=False)
-    assert example.ids[: len(prompt)].tolist() == prompt
-    assert example.answer.tolist() == [index >= len(prompt) for index in range(len(example.ids))]
-
-
-def test_what_follows_the_last_answer(tokenizer):
-    talk = [*TALK[:3], {"role": "user", "content": "more"}]
-    assert answers({"messages": talk}, tokenizer) == ["the sky<|im_end|>"]
-    (short,) = tokenize([render({"messages": talk}, CONFIG, tokenizer, "")], tokenizer)
-    (whole,) = tokenize(
-        [render({"messages": talk}, DataConfig(loss_on="assistant"), tokenizer, "")], tokenizer
-    )
-    assert short.ids.tolist() == whole.ids[: len(short.ids)].tolist()
-    assert tokenizer.decode(whole.ids[len(short.ids) :]).endswith("more\n")
-
-
-def test_prompt_and_completion_in_the_chat_template(tokenizer):
-    record = {"prompt": "Which way is up?", "completion": " the sky"}
-    assert answers(record, tokenizer, chat=True) == ["the sky<|im_end|>"]
-
-
 def test_turn_without_special_end_gets_one(tokenizer):
     plain = dataclasses.replace(
         tokenizer,
@@ -118,29 +93,6 @@ def test_turn_without_special_end_gets_one(tokenizer):
     )
     assert answers({"messages": TALK[1:3]}, plain) == ["the sky<|im_end|>"]
     assert answers({"messages": TALK[1:]}, plain, loss_on="assistant")[0] == "the sky"
-
-
-def test_tokenizer_that_marks_the_start_of_a_text(tokenizer):
-    """As Llama 2's: encoding pieces alone would put a mark in front of each."""
-    import tokenizers
-    from tokenizers import decoders, models, normalizers
-
-    pieces = ["<unk>", "</s>", "▁", "▁up", "▁is", "up", "is", ":", "▁the", "▁sky", "s", "k", "y", "A"]
-    backend = tokenizers.Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, []))
-    backend.model = models.WordPiece(
-        {piece: index for index, piece in enumerate(pieces)},
-        unk_token="<unk>",
-        continuing_subword_prefix="",
-    )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Replace("▁", " ")
-    marking = dataclasses.replace(tokenizer, backend=backend, eos_id=1, eos_ids=(1,), chat_template=None)
-    (example,) = tokenize(
-        [render({"prompt": "up is", "completion": " the sky"}, CONFIG, marking, "")], marking
-    )
-    words = [pieces[index] for index in example.ids]
-    assert words == ["▁up", "▁is", "▁the", "▁sky", "</s>"]
-    assert example.answer.tolist() == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +109,8 @@ def test_tokenizer_that_marks_the_start_of_a_text(tokenizer):
         ({"prompt": "x", "completion": ""}, "here: completion: expected an answer, found an empty text"),
         ({"messages": []}, "here: messages: expected a list of chat messages, found none"),
         ({"messages": "hi"}, "found a str"),
+        ({"messages": {"role": "user", "content": "hi"}}, "a list of chat messages, found a dict"),
+        ({"prompt": "\udfff", "completion": "x"}, "prompt: expected Unicode text, found half a character"),
         ({"messages": ["hi"]}, r"here: messages\[0\]: expected \{\"role\""),
         ({"messages": [{"role": "user"}]}, r"messages\[0\]: expected a field 'content', found 'role'"),
         ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]: content: expected a text"),
@@ -174,41 +128,6 @@ def test_tokenizer_that_marks_the_start_of_a_text(tokenizer):
 def test_bad_records_name_the_field(tokenizer, record, message):
     with pytest.raises(NaloraError, match=message):
         render(record, CONFIG, tokenizer, "here")
-
-
-@pytest.mark.parametrize("loss_on", ["answer", "assistant", "all"])
-def test_an_empty_answer_is_refused_where_it_is_trained(tokenizer, loss_on):
-    config = dataclasses.replace(CONFIG, loss_on=loss_on)
-    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]
-    for message in ({"tool_calls": [{}]}, {"reasoning": "y"}):
-        render_chat([talk[0], {**talk[1], **message}], loss_on, tokenizer, "here")
-    if loss_on == "answer":
-        assert render({"messages": [*talk, *TALK[1:]]}, config, tokenizer, "here").text
-    else:
-        with pytest.raises(NaloraError, match="here: message 2 of 6: expected an assistant's answer"):
-            render({"messages": [*talk, *TALK[1:]]}, config, tokenizer, "here")
-    with pytest.raises(NaloraError, match="here: message 2 of 2: expected an assistant's answer"):
-        render(
-            {"prompt": "x", "completion": " "}, dataclasses.replace(config, chat=True), tokenizer, "here"
-        )
-
-
-def test_template_that_rewrites_earlier_turns(tokenizer):
-    # As templates of reasoning models: the last answer keeps its thoughts, earlier ones lose them.
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last %}{{ m.content }}{% else %}"
-        "{{ m.content.split('.')[-1] }}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    rewriting = dataclasses.replace(tokenizer, chat_template=template)
-    talk = [
-        {"role": "user", "content": "Which way"},
-        {"role": "assistant", "content": "The sky.up"},
-        {"role": "user", "content": "more"},
-        {"role": "assistant", "content": "Hills.green"},
-    ]
-    with pytest.raises(NaloraError, match="here: expected a chat template whose earlier turns stay"):
-        render({"messages": talk}, DataConfig(loss_on="assistant"), rewriting, "here")
 
 
 PHI_3 = (Path(__file__).parent / "templates" / "phi_3.jinja").read_text()
@@ -248,16 +167,6 @@ def test_misspelt_roles_are_refused_with_a_suggestion(tokenizer, role, meant):
         render({"messages": talk}, CONFIG, tokenizer, "here")
 
 
-def test_roles_of_a_users_own_are_rendered(tokenizer):
-    talk = [{"role": "critic", "content": "Which way is up?"}, *TALK[2:]]
-    assert "<|im_start|>critic" in render({"messages": talk}, CONFIG, tokenizer, "here").text
-
-
-def test_no_template_is_an_error(tokenizer):
-    with pytest.raises(NaloraError, match="chat template"):
-        render({"messages": TALK}, CONFIG, dataclasses.replace(tokenizer, chat_template=None), "here")
-
-
 def example(prompt: int, answer: int) -> Example:
     return Example(np.arange(1, prompt + answer + 1), np.arange(prompt + answer) >= prompt)
 
@@ -278,40 +187,3 @@ def test_truncation_keeps_answers(prompt, answer, bos, expected):
     assert cut.ids.tolist() == expected
     assert cut.answer.tolist() == [index > prompt for index in expected]
     assert cut.has_target
-
-
-def test_many_texts_at_once_equal_each_alone(tokenizer):
-    texts = [Rendered("up" * n + " Paris\n\nNo", ((2 * n, 2 * n + 6),), special=True) for n in range(6)]
-    for one, text in zip(tokenize(texts, tokenizer), texts, strict=True):
-        (alone,) = tokenize([text], tokenizer)
-        np.testing.assert_array_equal(one.ids, alone.ids)
-        np.testing.assert_array_equal(one.answer, alone.answer)
-
-
-@pytest.mark.parametrize(
-    ("record", "found"),
-    [
-        (
-            {"messages": [{"role": 1, "content": "hi"}]},
-            r"messages\[0\]: role: expected a text, found a int",
-        ),
-        ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]: content: .*found a NoneType"),
-        (
-            {"messages": {"role": 1, "content": None}},
-            "messages: expected a list of chat messages, found a dict",
-        ),
-        (
-            {"messages": {"role": "user", "content": "hi"}},
-            "messages: expected a list of chat messages, found a dict",
-        ),
-        ({"messages": {}}, "messages: expected a list of chat messages"),
-        (
-            {"messages": [{"role": "user", "content": "\ud800"}]},
-            r"messages\[0\]: content: expected Unicode text, found half a character",
-        ),
-        ({"prompt": "\udfff", "completion": "x"}, "prompt: expected Unicode text, found half a character"),
-    ],
-)
-def test_records_of_the_wrong_kind_are_named(tokenizer, record, found):
-    with pytest.raises(NaloraError, match=f"here: {found}"):
-        render(record, CONFIG, tokenizer, "here")

@@ -75,14 +75,3 @@ def test_fill_in_sentences_have_a_prompt_per_choice():
         assert second.endswith(record["choices"][1])
         assert record["prompt"] == record["choice_prompts"][record["gold"]]
         assert record["completion"].startswith(" ")
-
-
-@pytest.mark.network
-@pytest.mark.parametrize("task", ["openbookqa", "arc_easy"])
-def test_sizes(task):
-    for split, size in tasks.SIZES[task].items():
-        assert len(open_source(DataConfig(dataset=task), split)) == size
-    assert (
-        len(open_source(DataConfig(dataset=task), "train[:10%]+test[:7]"))
-        == round(tasks.SIZES[task]["train"] / 10) + 7
-    )

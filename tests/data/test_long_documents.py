@@ -122,12 +122,6 @@ def test_the_last_part_is_of_the_loss_tokens_and_of_another_cache(open_data, tok
 @pytest.mark.parametrize(
     ("data", "preference", "message"),
     [
-        (
-            {"loss_last": 1.5},
-            "none",
-            "--data.loss-last: expected whole tokens, or a share below 1, found 1.5",
-        ),
-        ({"loss_last": -1.0}, "none", "loss-last"),
         ({"loss_last": 4.0}, "dpo", "--data.loss-last: expected 0 with --preference.loss"),
         (
             {"too_long": "split"},

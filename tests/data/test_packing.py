@@ -31,21 +31,6 @@ def test_every_example_lies_in_one_row_and_no_row_overflows(case, several):
         assert len(rows) == len(lengths)
 
 
-@settings(max_examples=60, deadline=None)
-@given(cases)
-def test_never_more_rows_than_first_fit_decreasing(case):
-    lengths, capacity, _ = case
-    rooms: list[int] = []
-    for length in sorted(lengths, reverse=True):
-        place = next((index for index, room in enumerate(rooms) if room >= length), None)
-        if place is None:
-            rooms.append(capacity - length)
-        else:
-            rooms[place] -= length
-    found = packing.pack(lengths, capacity).rows
-    assert -(-sum(lengths) // capacity) <= found <= len(rooms) + 1
-
-
 def test_fills_rows_that_best_fit_leaves_gappy():
     # Best fit puts the 6s with nothing and wastes; 6 + 4 and 5 + 5 fill every row.
     lengths = [5] * 100 + [6] * 10 + [4] * 10 + [3] * 20 + [7] * 20

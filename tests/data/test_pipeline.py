@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import re
 
 import numpy as np
 import pytest
@@ -48,19 +47,6 @@ def assert_same(one, other):
             np.testing.assert_array_equal(left[name], right[name])
 
 
-def test_batches_have_the_contract_s_shape(open_data, config):
-    data = open_data(config, accumulate=2)
-    ((batch,), _) = take(data, 1)
-    assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
-        "tokens": ((2, 2, 64), np.int32),
-        "targets": ((2, 2, 64), np.int32),
-        "loss_weights": ((2, 2, 64), np.float32),
-        "segment_ids": ((2, 2, 64), np.int32),
-        "positions": ((2, 2, 64), np.int32),
-    }
-    assert ((batch["segment_ids"] > 0) | (batch["tokens"] == 0)).all()
-
-
 def answers_of(batches, tokenizer):
     """Text of the target tokens of each example in the batches."""
     texts = []
@@ -103,18 +89,6 @@ def test_resume_is_exact_across_epochs(open_data, config, workers):
         _, state = take(data, stop)
         rest, _ = take(open_data(config), steps - stop, json.loads(json.dumps(state)))
         assert_same(rest, everything[stop:])
-
-
-def test_state_can_be_set_on_a_running_iterator(open_data, config):
-    data = open_data(config)
-    batches = data.batches()
-    first, second = next(batches), next(batches)
-    batches.set_state({**batches.get_state(), "row": 4})
-    assert_same([next(batches)], [second])
-    batches.set_state({**batches.get_state(), "row": 0})
-    assert_same([next(batches)], [first])
-    assert batches.epoch == 4 / data.rows_per_epoch
-    batches.close()
 
 
 def test_micro_batches_divide_the_rows_of_a_batch(open_data, config):
@@ -215,18 +189,6 @@ def test_long_records_are_refused_before_all_are_tokenized(open_data, write_json
     assert sum(sizes) == 2000
 
 
-def test_example_exactly_as_long_as_a_row(open_data, write_jsonl, tokenizer):
-    record = {"prompt": "up up up", "completion": " Paris"}
-    size = len(tokenizer.encode(record["prompt"])) + len(tokenizer.encode(record["completion"])) + 1
-    path = write_jsonl(record)
-    data = open_data(
-        DataConfig(eval_split="unread", dataset=path, max_length=size - 1, too_long="error"), batch_size=1
-    )
-    assert data.describe()["filling"] == 1.0
-    with pytest.raises(NaloraError):
-        open_data(DataConfig(eval_split="unread", dataset=path, max_length=size - 2, too_long="error"))
-
-
 def test_record_without_a_token_to_learn(open_data, write_jsonl, tokenizer):
     talk = [{"role": "user", "content": "up"}]
     path = write_jsonl({"prompt": "a", "completion": "b"}, {"messages": talk})
@@ -265,7 +227,7 @@ def test_tokens_are_made_once(open_data, config, tokenizer, tmp_path, monkeypatc
     assert sorted(path.name for path in (tmp_path / "cache" / "tokens").glob(".*")) == []
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "answer.bin", "offsets.npy", "meta.json", "digests.json"])
+@pytest.mark.parametrize("name", ["tokens.bin", "meta.json", "digests.json"])
 def test_a_cache_that_something_wrote_over_is_made_again(open_data, config, tmp_path, caplog, name):
     first = open_data(config).store
     tokens, fingerprint = first.tokens.copy(), first.fingerprint
@@ -293,51 +255,6 @@ def test_broken_data_leave_nothing_behind(open_data, write_jsonl, tmp_path):
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
 
 
-def test_loss_on_every_turn_reaches_the_batch(open_data, write_jsonl, tokenizer):
-    turns = [
-        {"role": role, "content": text}
-        for role, text in [
-            ("user", "up"),
-            ("assistant", "the sky"),
-            ("user", "more"),
-            ("assistant", "green hills"),
-        ]
-    ]
-    data = open_data(
-        DataConfig(eval_split="unread", dataset=write_jsonl({"messages": turns}), loss_on="assistant"),
-        batch_size=1,
-    )
-    assert answers_of(take(data, 1)[0], tokenizer) == ["the sky<|im_end|>green hills<|im_end|>"]
-
-
-def test_the_length_that_keeps_all_is_named_every_time(open_data, write_jsonl, tokenizer, caplog):
-    texts = [{"prompt": "sky " * size, "completion": "blue"} for size in (1, 1, 1, 9)]
-    path = write_jsonl(*texts)
-    for _ in range(2):  # the second time from the cache
-        caplog.clear()
-        assert (
-            open_data(DataConfig(eval_split="unread", dataset=path, max_length=8), batch_size=1).describe()[
-                "dropped"
-            ]
-            == 1
-        )
-        (message,) = [record.message for record in caplog.records if "left out" in record.message]
-        assert "1 of 4 records (25%)" in message
-    enough = int(re.search(r"--data.max-length (\d+) keeps all", message)[1])
-    assert (
-        open_data(
-            DataConfig(eval_split="unread", dataset=path, max_length=enough), batch_size=1
-        ).describe()["dropped"]
-        == 0
-    )
-    assert (
-        open_data(
-            DataConfig(eval_split="unread", dataset=path, max_length=enough - 1), batch_size=1
-        ).describe()["dropped"]
-        == 1
-    )
-
-
 def test_no_length_beyond_the_model_s_context_is_advised(open_data, write_jsonl, caplog):
     texts = [{"prompt": "sky " * size, "completion": "blue"} for size in (1, 1, 1, 9)]
     config = DataConfig(eval_split="unread", dataset=write_jsonl(*texts), max_length=8)
@@ -355,10 +272,3 @@ def test_more_than_half_dropped_is_an_error(open_data, write_jsonl):
         NaloraError, match=r"3 of 5 records \(60%\), longer than --data.max-length 8; .*keeps all.*truncate"
     ):
         open_data(DataConfig(eval_split="unread", dataset=write_jsonl(*texts), max_length=8), batch_size=1)
-    half = write_jsonl(*texts[:4], name="half.jsonl")
-    assert (
-        open_data(DataConfig(eval_split="unread", dataset=half, max_length=8), batch_size=1).describe()[
-            "dropped"
-        ]
-        == 2
-    )

@@ -70,13 +70,6 @@ def test_what_is_trained_is_what_is_scored(ask, write_jsonl, tokenizer, tmp_path
     assert item.prompt.endswith("<|im_start|>assistant\n" if chat else "Answer:")
 
 
-def test_completions(ask, tokenizer):
-    (item,) = ask({"prompt": "Tell me", "completion": " more"})
-    assert item == CompletionItem(
-        tokenizer.encode("Tell me"), tokenizer.encode(" more"), "Tell me", " more"
-    )
-
-
 def test_messages(ask, tokenizer):
     talk = [
         {"role": "user", "content": "up?"},
@@ -128,13 +121,6 @@ def test_template_that_changes_answers(ask, tokenizer):
         ask(choice(0), chat=True, tokenizer=shouting)
 
 
-def test_evaluating_on_training_data_is_refused(write_jsonl, tokenizer):
-    config = DataConfig(dataset=write_jsonl(*map(choice, range(20))), eval_split="train[-10%:]")
-    with pytest.raises(NaloraError, match=r"--data.eval-split"):
-        eval_examples(config, tokenizer)
-    assert len(eval_examples(dataclasses.replace(config, train_split="train[:-10%]"), tokenizer)) == 2
-
-
 @pytest.mark.parametrize(
     ("total", "reported", "selecting", "sizes"), [(900, 400, 200, (400, 200)), (30, 400, 200, (20, 10))]
 )
@@ -144,12 +130,3 @@ def test_questions_that_choose_are_never_reported_on(total, reported, selecting,
     assert (len(first), len(second)) == sizes
     assert not {item.prompt for item in first} & {item.prompt for item in second}
     assert (first, second) == split_questions(items, reported, selecting)
-
-
-def test_all_that_are_left_can_be_reported_on():
-    items = [CompletionItem([i], [i], str(i), str(i)) for i in range(50)]
-    first, second = split_questions(items, 0, 5)
-    assert len(first) == 45
-    assert len(second) == 5
-    with pytest.raises(NaloraError, match="at least two"):
-        split_questions(items[:1], 0, 5)

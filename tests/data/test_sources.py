@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -42,12 +41,6 @@ def test_broken_line_is_named(write_jsonl, line, found):
     path = write_jsonl({"prompt": "a", "completion": "b"}, "", line)
     with pytest.raises(NaloraError, match=rf"data.jsonl:3: expected a JSON object, .*{found}"):
         JsonLines(path)[1]
-
-
-def test_bad_utf8_is_named(tmp_path):
-    (tmp_path / "x.jsonl").write_bytes(b'{"a": "\xff"}\n')
-    with pytest.raises(NaloraError, match=r"x.jsonl:1: .*utf-8"):
-        JsonLines(tmp_path / "x.jsonl")[0]
 
 
 def test_unknown_name_lists_the_tasks():
@@ -111,8 +104,10 @@ def test_overlap_of_training_and_evaluation(write_jsonl):
 
 
 BUILDER = """
+import io
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
@@ -120,22 +115,29 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         text = tfds.features.Text()
-        turns = tfds.features.Sequence({"role": text, "content": text})
-        return tfds.core.DatasetInfo(builder=self, disable_shuffling=True, features=tfds.features.FeaturesDict(
-            {"question": text, "reply": text, "turns": turns, "score": tfds.features.Scalar(np.float32)}))
+        features = {"question": text, "reply": text, "score": tfds.features.Scalar(np.float32),
+                    "turns": tfds.features.Sequence({"role": text, "content": text}),
+                    "image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["newt", "toad"])}
+        return tfds.core.DatasetInfo(builder=self, disable_shuffling=True,
+                                     features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples(40), "test": self._generate_examples(5)}
 
     def _generate_examples(self, count):
         for i in range(count):
+            buffer = io.BytesIO()
+            Image.fromarray(np.full((9, 8 + i, 3), i, np.uint8)).save(buffer, "PNG")
             turns = [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": f"A{i}"}]
-            yield i, {"question": f"Qü{i}", "reply": f" A{i}", "turns": turns, "score": i / 2}
+            yield i, {"question": f"Qü{i}", "reply": f" A{i}", "turns": turns, "score": i / 2,
+                      "image": buffer.getvalue(), "label": i % 2}
 """
 READ = """
 import sys
-from nalora_jax.config import DataConfig
+from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat import messages_of
+from nalora_jax.data.images.files import open_image
+from nalora_jax.data.images.opened import open_images
 from nalora_jax.data.sources import open_source
 
 config = DataConfig(dataset="tfds:pond_talk", data_dir=sys.argv[1], messages_field="turns")
@@ -144,19 +146,33 @@ record = source[1]
 assert len(source) == 20 and record["question"] == "Qü21" and record["reply"] == " A21", record
 assert record["score"] == 10.5 and type(record["score"]) is float, record
 assert messages_of(record, config, "")[1] == {"role": "assistant", "content": "A21"}, record
-assert source.spans == [("train", 20, 40)]
 assert "pond_talk/1.2.0" in source.fingerprint
-for split in ("valid", "train[oops"):
+images = open_images(config, VisionConfig(), "train[50%:]")
+assert images.classes() == ("newt", "toad") and images.labels(images.classes())[:3].tolist() == [0, 1, 0]
+image = open_image(images.image(images[1], ""))
+assert image.size == (29, 9) and image.getpixel((0, 0)) == (21, 21, 21), image
+assert source.spans == images.spans == [("train", 20, 40)]
+assert open_images(config, VisionConfig(classes=("a", "b")), "test").classes() == ("a", "b")
+
+
+def refused(function, *arguments):
     try:
-        open_source(config, split)
+        function(*arguments)
     except ValueError as error:
         print(error)
+
+
+for opener in (lambda split: open_source(config, split), lambda split: open_images(config, VisionConfig(), split)):
+    refused(opener, "valid")
+refused(open_source, config, "train[oops")
+refused(open_images, config, VisionConfig(image_field="photo"), "train")
+refused(open_images(config, VisionConfig(classes=("a",)), "test").classes)
 assert "tensorflow" not in sys.modules
 """
 
 
 def test_users_own_tfds_data_set(tmp_path):
-    """Prepared with its builder, then read in a process that has only its files."""
+    """Texts and images, prepared with the builder, then read in a process that has only the files."""
     package = tmp_path / "code" / "pond_talk"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -175,20 +191,12 @@ def test_users_own_tfds_data_set(tmp_path):
             check=False,
         )
         assert done.returncode == 0, done.stderr
-    unknown, malformed = done.stdout.strip().splitlines()
+    unknown, no_images, malformed, photo, names = done.stdout.strip().splitlines()
     assert "tfds:pond_talk[valid]: expected a readable TFDS data set" in unknown
-    assert "train" in unknown
+    assert "tfds:pond_talk[valid]: expected a readable TFDS data set" in no_images
     assert "tfds:pond_talk[train[oops]" in malformed
-
-
-def test_unknown_tfds_name(tmp_path):
-    with pytest.raises(NaloraError, match=r"tfds:no_such_pond\[train\]: expected a readable TFDS data set"):
-        open_source(DataConfig(dataset="tfds:no_such_pond", data_dir=str(tmp_path)), "train")
-
-
-def test_records_survive_json(write_jsonl):
-    source = open_source(DataConfig(dataset=write_jsonl(*RECORDS)), "train")
-    assert json.loads(json.dumps(source[3])) == RECORDS[3]
+    assert "tfds:pond_talk: photo: expected an image, found only the fields" in photo
+    assert "--vision.classes: expected 2 names, found 1" in names
 
 
 def test_sources_by_split_take_the_place_of_a_data_set(tokenizer, tmp_path):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer, read_json
 from nalora_jax.errors import NaloraError
@@ -114,13 +114,6 @@ def test_begin_of_sequence_comes_from_the_post_processor(tmp_path: Path) -> None
     assert ours.encode("Paris")[1:] == ours.encode("Paris", special=False)
 
 
-def test_begin_of_sequence_setting_wins(tmp_path: Path) -> None:
-    ours = Tokenizer.from_folder(save(tmp_path, add_bos_token=True))
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert ours.encode("Paris") == theirs.encode("Paris")
-    assert ours.encode("Paris")[0] == ours.bos_id
-
-
 def test_truncation_and_padding_of_the_saver_are_dropped(tmp_path: Path) -> None:
     backend = byte_level()
     save(tmp_path, backend)
@@ -128,14 +121,6 @@ def test_truncation_and_padding_of_the_saver_are_dropped(tmp_path: Path) -> None
     backend.enable_padding(length=64)
     backend.save(str(tmp_path / "tokenizer.json"))
     assert len(Tokenizer.from_folder(tmp_path).encode(CORPUS[0])) == len(byte_level().encode(CORPUS[0]).ids)
-
-
-def test_vocabulary_counts_added_tokens_beyond_a_gap(tmp_path: Path) -> None:
-    save(tmp_path)
-    raw = json.loads((tmp_path / "tokenizer.json").read_text())
-    raw["added_tokens"].append(raw["added_tokens"][0] | {"id": 320, "content": "<extra>"})
-    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    assert Tokenizer.from_folder(tmp_path).vocab_size == 321
 
 
 def test_special_tokens_as_objects_and_stop_ids(tmp_path: Path) -> None:
@@ -169,7 +154,7 @@ def test_a_folder_without_an_eos_token_takes_the_configs_id(tmp_path: Path, file
     assert (ours.eos_id, ours.eos_ids) == (2, (2, 0))
 
 
-@pytest.mark.parametrize("value", [-1, 10**30, 320, True, 2.0, "2", [[2]], None])
+@pytest.mark.parametrize("value", [-1, 10**30, True, "2"])
 def test_stop_ids_that_are_no_tokens_are_ignored(tmp_path: Path, value: object) -> None:
     save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
@@ -189,7 +174,7 @@ def test_tokens_beyond_the_embedding_are_refused_only_where_they_are_used(tmp_pa
     bound = free.for_embedding(320, "here")
     assert (bound.pad_id, bound.eos_id, bound.eos_ids) == (2, 2, (2,))
     assert bound.encode(CORPUS[0]) == free.encode(CORPUS[0])
-    for encode in (bound.encode, lambda text: bound.encode_batch([CORPUS[0], text])):
+    for encode in (bound.encode, lambda text: bound.encode_with_offsets([CORPUS[0], text])):
         with pytest.raises(
             NaloraError, match=r"expected tokens below 320, .*found '\[PAD\]', which is token 320"
         ):
@@ -201,60 +186,12 @@ def test_tokens_beyond_the_embedding_are_refused_only_where_they_are_used(tmp_pa
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])
 def test_half_a_character_is_no_text(tmp_path: Path, text: str) -> None:
     ours = Tokenizer.from_folder(save(tmp_path))
-    for encode in (ours.encode, lambda text: ours.encode_batch(["fine", text])):
+    for encode in (ours.encode, lambda text: ours.encode_with_offsets(["fine", text])):
         with pytest.raises(NaloraError, match="expected Unicode text, found half a character"):
             encode(text)
 
 
 # ---------------------------------------------------------------- chat templates
-
-TEMPLATES = {
-    "chatml": CHATML,
-    "special tokens": "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
-    "whitespace control": "{% for m in messages %}\n  {%- if m.role == 'user' %}\n"
-    "    {{ m.content }}\n  {% endif %}\n{% endfor %}",
-    "loop controls": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
-    "generation": "{% for m in messages %}{% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}[{{ m.content }}]{% endif %}{% endfor %}",
-    "json": "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }} {{ 'é' | tojson }}",
-    "tools": "{% if tools %}tools{% endif %}{% if documents is defined and documents %}docs{% endif %}ok",
-    "namespace": "{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}{% endfor %}{{ n.x }}",
-    "scope": "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
-    "strings": "{{ messages[0].content.strip().split(' ')[0] | trim | upper }}{{ messages[1:] | length }}",
-}
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("prompt", [False, True])
-def test_chat_templates_render_as_in_transformers(tmp_path: Path, name: str, prompt: bool) -> None:
-    ours = Tokenizer.from_folder(save(tmp_path, chat_template=TEMPLATES[name]))
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=prompt)
-    assert ours.render_chat(CHAT, add_generation_prompt=prompt) == expected
-
-
-def test_template_may_ask_for_the_date(tmp_path: Path) -> None:
-    ours = Tokenizer.from_folder(save(tmp_path, chat_template="{{ strftime_now('%Y') }}"))
-    assert ours.render_chat(CHAT) in (time.strftime("%Y"), str(int(time.strftime("%Y")) - 1))
-
-
-@pytest.mark.parametrize("where", ["file", "config", "named"])
-def test_where_a_template_is_found(tmp_path: Path, where: str) -> None:
-    save(tmp_path)
-    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
-    if where == "file":
-        (tmp_path / "chat_template.jinja").write_text("new{{ messages[0].role }}")
-        edit(tmp_path / "tokenizer_config.json", chat_template="old")
-    elif where == "config":
-        edit(tmp_path / "tokenizer_config.json", chat_template="new{{ messages[0].role }}")
-    else:
-        listed = [
-            {"name": "rag", "template": "other"},
-            {"name": "default", "template": "new{{ messages[0].role }}"},
-        ]
-        edit(tmp_path / "tokenizer_config.json", chat_template=listed)
-    assert Tokenizer.from_folder(tmp_path).render_chat(CHAT) == "newsystem"
-
 
 TOOL_USE = "tools{{ tools | length }}{{ messages[0].role }}"
 WHERE_TOOL_TEMPLATES_ARE = {
@@ -295,30 +232,6 @@ def test_a_template_for_tools_is_used_as_transformers_uses_it(tmp_path: Path, ca
     assert Tokenizer.from_folder(tmp_path / "copy").tool_template == TOOL_USE
 
 
-@pytest.mark.parametrize(
-    ("template", "found"),
-    [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[7].content }}", "UndefinedError"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
-        ("{{ messages.append(1) }}", "SecurityError"),
-        ("{% for m in messages %}", "endfor"),
-        ("{{ 1 // 0 }}", "ZeroDivisionError"),
-    ],
-)
-def test_template_failures_are_user_errors(tmp_path: Path, template: str, found: str) -> None:
-    ours = Tokenizer.from_folder(save(tmp_path, chat_template=template))
-    with pytest.raises(NaloraError, match="chat template") as error:
-        ours.render_chat(CHAT)
-    assert found in str(error.value)
-
-
-def test_a_template_that_is_no_text_is_named(tmp_path: Path) -> None:
-    (save(tmp_path) / "chat_template.jinja").write_bytes(b"{{ \xff }}")
-    with pytest.raises(NaloraError, match=r"chat_template\.jinja: expected a chat template"):
-        Tokenizer.from_folder(tmp_path)
-
-
 def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
     with pytest.raises(NaloraError, match="chat template.*prompt/completion"):
         Tokenizer.from_folder(save(tmp_path)).render_chat(CHAT)
@@ -326,32 +239,23 @@ def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- bad folders
 
-
-def test_missing_tokenizer_file(tmp_path: Path) -> None:
-    with pytest.raises(NaloraError, match=r"tokenizer\.json.*save_pretrained"):
-        Tokenizer.from_folder(tmp_path)
+PANIC = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", '{"model": 3}', "\0\1", '{"version": "1.0", "model": {"type": "BPE"}}']
-)
-def test_damaged_tokenizer_file(tmp_path: Path, content: str) -> None:
-    save(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(content)
+@pytest.mark.parametrize("change", [None, "", '{"model": 3}', PANIC])
+def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path, change: str | dict | None) -> None:
+    path = save(tmp_path) / "tokenizer.json"
+    if isinstance(change, dict):  # the library panics
+        edit(path, **change)
+    else:
+        path.unlink()
+    if isinstance(change, str):
+        path.write_text(change)
     with pytest.raises(NaloraError, match=r"tokenizer\.json"):
         Tokenizer.from_folder(tmp_path)
 
 
-def test_a_panic_of_the_tokenizers_library_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    save(tmp_path)
-    raw = json.loads((tmp_path / "tokenizer.json").read_text())
-    raw["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(NaloraError, match=r"tokenizer\.json: expected a tokenizer, found Precompiled"):
-        Tokenizer.from_folder(tmp_path)
-
-
-@pytest.mark.parametrize("eos", [None, "<nowhere>", 7, "\ud800"])
+@pytest.mark.parametrize("eos", ["<nowhere>", "\ud800"])
 def test_an_end_of_sequence_token_is_needed(tmp_path: Path, eos: object) -> None:
     save(tmp_path)
     edit(tmp_path / "tokenizer_config.json", eos_token=eos)
@@ -370,12 +274,6 @@ def test_json_files_that_are_not_objects(tmp_path: Path, content: bytes, found: 
     assert found in str(error.value)
 
 
-def test_missing_json_file(tmp_path: Path) -> None:
-    with pytest.raises(NaloraError, match="nothing of that name"):
-        read_json(tmp_path / "x.json")
-    assert read_json(tmp_path / "x.json", missing={"a": 1}) == {"a": 1}
-
-
 def test_added_tokens_are_those_of_transformers(tmp_path: Path) -> None:
     """Ids and splits; a word of the vocabulary is a token of its own, and what is one already stays as it is."""
     folder = save(tmp_path)
@@ -391,3 +289,51 @@ def test_added_tokens_are_those_of_transformers(tmp_path: Path) -> None:
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     with pytest.raises(NaloraError, match="added tokens: expected texts that are one token each, found ''"):
         ours.with_tokens(AddedTokens(("",)))
+
+
+# ---------------------------------------------------------------- tokenizers that lengthen texts without end
+
+TABLE = (8).to_bytes(4, "little") + bytes(8) + b"x" * 1100 + b"\0"
+DOUBLING = [normalizers.Replace("a", "aa")]
+ENDLESS = {
+    "doubling": ("normalizer", normalizers.Sequence(DOUBLING * 11)),
+    "a match of nothing": ("normalizer", normalizers.Replace(Regex("x*"), "long text" * 120)),
+    "a table of SentencePiece": (
+        "normalizer",
+        {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(TABLE).decode()},
+    ),
+    "a decoder": ("decoder", decoders.Sequence([decoders.Replace("a", "aaa")] * 7)),
+    "5,000 tokens added": (
+        "post_processor",
+        processors.TemplateProcessing(single="</s> " * 5000 + "$A", special_tokens=[("</s>", 1)]),
+    ),
+}
+RELEASED = {
+    "Llama": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    "CLIP": normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " ")]),
+    "T5": normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]),
+    "BERT": normalizers.BertNormalizer(),
+    "the bound": normalizers.Sequence(DOUBLING * 10),
+}
+
+
+def with_part(folder: Path, name: str, part: Any) -> Path:
+    backend = Backend(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    if not isinstance(part, dict):
+        setattr(backend, name, part)
+    raw = json.loads(backend.to_str()) | ({name: part} if isinstance(part, dict) else {})
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return folder
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_rules_that_lengthen_texts_without_bound_are_refused(tmp_path: Path, case: str) -> None:
+    name, part = ENDLESS[case]
+    with pytest.raises(NaloraError, match=f"{name}: expected .*at most (1024|4096)"):
+        Tokenizer.from_folder(with_part(tmp_path, name, part))
+
+
+@pytest.mark.parametrize("model", RELEASED)
+def test_rules_of_released_models_are_accepted(tmp_path: Path, model: str) -> None:
+    assert Tokenizer.from_folder(with_part(tmp_path, "normalizer", RELEASED[model])).eos_id == 1

@@ -9,11 +9,8 @@ from typing import Any
 import pytest
 import transformers
 
-from nalora_jax.config import DataConfig, PreferenceConfig
+from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import render
-from nalora_jax.data.preference import render_pair
-from nalora_jax.data.questions import eval_examples
-from nalora_jax.data.source import RecordsSource
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.errors import NaloraError
@@ -160,22 +157,6 @@ def test_masks_of_released_templates(released, name, messages, expected):
     assert learned(messages, "answer", ours) == expected[-1:]
 
 
-@pytest.mark.parametrize("case", MASKS)
-def test_text_is_that_of_transformers(released, case):
-    """All but the reasoning that DeepSeek's template drops, and the stop after the last turn."""
-    name, messages, _ = MASKS[case]
-    ours = released(name)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=ours.backend, **ours.special_tokens)
-    template = ours.chat_template
-    if case.startswith("R1 with"):
-        template = (FOLDER / "trl" / f"{name}.jinja").read_text()
-    want = theirs.apply_chat_template(messages, chat_template=template, tokenize=False)
-    rendered = render({"messages": messages}, DataConfig(loss_on="assistant"), ours, "here").text
-    for stop in MODELS[name][1]:
-        rendered, want = rendered.removesuffix(stop), want.rstrip().removesuffix(stop)
-    assert rendered == want
-
-
 @pytest.mark.parametrize("case", [case for case in MASKS if case.startswith(("R1", "GLM"))])
 def test_masks_are_those_of_trls_training_templates(released, case):
     """TRL's mask for DeepSeek includes the generation prompt of a turn."""
@@ -229,32 +210,3 @@ def test_a_turn_without_its_generation_prompt_is_refused_with_a_way_that_works(t
     assert learned(PLAIN, "all", other) == [
         "[user]Up?[assistant]the sky[user]more[assistant]<b>hills<|im_end|>"
     ]
-
-
-def test_all_tokens_end_with_the_stop_of_the_last_turn(released):
-    glm = released("glm_4_5")
-    assert learned(PLAIN, "all", glm)[0].endswith(f"{BARE}<b>hills<|user|>")
-    assert learned(called()[:2], "all", glm)[0].endswith("</tool_call><|observation|>")
-    assert not learned(PLAIN[:3], "all", glm)[0].endswith("<|user|>")
-
-
-def test_pairs_have_the_same_completions(released):
-    record = {"prompt": [user("Up?")], "chosen": [thought("hm", "the sky")], "rejected": [turn("down")]}
-    pair = render_pair(
-        record, DataConfig(), PreferenceConfig("dpo"), released("deepseek_r1_distill"), "here"
-    )
-    assert [text.text[slice(*text.answers[0])] for text in pair] == [
-        f"hm\n</think>\n\nthe sky{EOS}",
-        f"down{EOS}",
-    ]
-
-
-@pytest.mark.parametrize("name", ["deepseek_r1_distill", "glm_4_5", "qwen3_5"])
-def test_reasoning_is_evaluated_as_it_is_trained(released, name):
-    ours, record = released(name), {"messages": [user("Up?"), thought("sky", "the sky")]}
-    source = {"held": RecordsSource("others", [record])}
-    (item,) = eval_examples(DataConfig(eval_split="held"), ours, split="held", source=source)
-    (trained,) = learned(record["messages"], "answer", ours)
-    assert trained.startswith(item.completion)
-    assert trained.removeprefix(item.completion) in MODELS[name][1]
-    assert "sky" in item.completion.partition("</think>")[0]

@@ -10,8 +10,7 @@ import numpy as np
 
 from nalora_jax.cli.config_files import load_config
 from nalora_jax.data.files import open_rows
-from nalora_jax.data.images.files import open_image
-from nalora_jax.data.images.processor import read_processor
+from nalora_jax.data.images.files import open_image, read_processor
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.models.vision.families import read_dual
 

@@ -99,8 +99,9 @@ def assembled(preference, mesh=None):
 
 def sides(data):
     """Ids and number of answer tokens of every chosen and rejected text."""
-    rows = zip(data.offsets[:-1], data.offsets[1:], strict=True)
-    texts = [(data.tokens[a:b], int(data.answer[a + 1 : b].sum())) for a, b in rows]
+    store = data.store
+    rows = zip(store.offsets[:-1], store.offsets[1:], strict=True)
+    texts = [(store.tokens[a:b], int(store.answer[a + 1 : b].sum())) for a, b in rows]
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 

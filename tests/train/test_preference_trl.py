@@ -79,7 +79,8 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
     source = RecordsSource("pairs", records())
     data = pair_data(source, DataConfig(max_length=64), config, model.base.tokenizer, batch_size=2)
     ids = [row[row != tokenizer.pad_token_id].tolist() for row in theirs["input_ids"].numpy()]
-    mine = [data.tokens[a:b].tolist() for a, b in zip(data.offsets[:-1], data.offsets[1:], strict=True)]
+    store = data.store
+    mine = [store.tokens[a:b].tolist() for a, b in zip(store.offsets[:-1], store.offsets[1:], strict=True)]
     assert sorted(ids) == sorted(
         row[:-1] for row in mine
     )  # without the end token, which is the padding there

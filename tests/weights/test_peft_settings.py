@@ -22,7 +22,8 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.weights.peft import import_adapter
-from nalora_jax.weights.peft_settings import PEFT, Field, Refused, from_peft, rules_of
+from nalora_jax.weights.peft_config import PEFT, Field, Refused
+from nalora_jax.weights.peft_settings import from_peft, rules_of
 
 
 def text_of(fields: Mapping[str, Field]) -> Iterator[str]:

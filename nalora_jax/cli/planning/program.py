@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.common import trees
 from nalora_jax.common.devices import BATCH_AXES, WEIGHT_AXES
 from nalora_jax.config import ComputeConfig, RunConfig
-from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.data.images.files import ImageProcessor
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import (

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +31,11 @@ from nalora_jax.common.files import expand_user
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat import text_field
 from nalora_jax.data.chat_templates import ImageTokens
-from nalora_jax.data.forms import IMAGES, ROLES, Parts, canonical
-from nalora_jax.data.images.files import Limits, open_image
-from nalora_jax.data.images.opened import IMAGE_SETS, ImageSource, open_images, places_without_error
-from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.data.forms import IMAGES, Parts, canonical, spoken
+from nalora_jax.data.images.files import ImageProcessor, Limits, open_image
+from nalora_jax.data.images.opened import IMAGE_SETS, open_images, places_without_error
 from nalora_jax.data.packing import Pattern
-from nalora_jax.data.source import Record, Source, Span, components
+from nalora_jax.data.source import Record, Source, SourceView, components
 from nalora_jax.data.sources import open_source
 from nalora_jax.data.store import TokenStore
 from nalora_jax.errors import NaloraError
@@ -50,7 +48,7 @@ _PLACEHOLDER = "<image>"  # in LLaVA's texts, for every model
 Image = bytes | Path
 
 
-class ChatImages(Source):
+class ChatImages(SourceView):
     """Records of another source as messages (or prompt and completion), with images in `IMAGES`.
 
     Args:
@@ -58,47 +56,25 @@ class ChatImages(Source):
       data: names of the fields, and the setting that turns prompts into chats.
       vision: names of the image and caption fields, and the prompt for captions.
       tokens: the model's image tokens.
-      folder: folder of the image files; files outside it are refused. None: images are in the
-        records.
+      folder: folder of the image files, absolute and without links; files outside it are refused.
+        None: images are in the records.
       indices: indices into the source; all records by default.
     """
 
     def __init__(
         self,
-        source: Source | ImageSource,
+        source: Source,
         data: DataConfig,
         vision: VisionConfig,
         tokens: ImageTokens,
         folder: Path | None,
         indices: np.ndarray | None = None,
     ) -> None:
-        self.name, self.dataset = source.name, source.dataset
-        self.fingerprint = (
-            f"images:{source.fingerprint}:{vision.image_field}:{vision.caption_field}:{vision.prompt}"
-        )
-        self._source, self._data, self._vision, self._tokens = source, data, vision, tokens
-        self._folder = folder  # absolute, without links
-        self._indices = np.arange(len(source)) if indices is None else indices
-        if len(self._indices) < len(source):
-            self.fingerprint += f":{hashlib.sha256(self._indices.astype('<i8').tobytes()).hexdigest()}"
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @property
-    def spans(self) -> list[Span]:
-        """Returns the spans of the source."""
-        return self._source.spans
-
-    def where(self, index: int) -> str:
-        """Returns the source's name of a record."""
-        return self._source.where(int(self._indices[index]))
-
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns the records at ``indices``."""
-        places = [int(self._indices[int(index)]) for index in indices]
-        rows = self._source.read(places)
-        return [self._record(row, self._source.where(i)) for i, row in zip(places, rows, strict=True)]
+        super().__init__(source, indices)
+        fields = f":{vision.image_field}:{vision.caption_field}:{vision.prompt}"
+        chosen = self.fingerprint.removeprefix(source.fingerprint)
+        self.fingerprint = f"images:{source.fingerprint}{fields}{chosen}"
+        self._data, self._vision, self._tokens, self._folder = data, vision, tokens, folder
 
     def images(self, index: int) -> tuple[Image, ...]:
         """Returns the encoded images of a record, in the order of the text."""
@@ -121,11 +97,12 @@ class ChatImages(Source):
         if len(places) == len(self):
             return self
         good = self._indices[places]
-        return ChatImages(self._source, self._data, self._vision, self._tokens, self._folder, good)
+        return ChatImages(self._base, self._data, self._vision, self._tokens, self._folder, good)
 
-    def _record(self, row: Record, where: str) -> Record:
-        data, images = self._data, self._given(row, where)
-        row = canonical(row, data, where)
+    def _changed(self, index: int, record: Record) -> Record:
+        data, where = self._data, self._base.where(index)
+        images = self._given(record, where)
+        row = canonical(record, data, where)
         if data.messages_field not in row:
             return self._question(row, images, where)
         messages, images = self._messages(row[data.messages_field], images, where)
@@ -147,7 +124,7 @@ class ChatImages(Source):
         left, images, turns = list(images_given), [], []
         for number, message in enumerate(messages):
             here = f"{where}: messages[{number}]"
-            message = _spoken(message, here)
+            message = spoken(message, here)
             parts: list[dict[str, str]] = []
             for block in self._parts(message, here):
                 if isinstance(block, str):
@@ -314,20 +291,6 @@ def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list
     parts = Parts([*[{"type": "image"}] * images, {"type": "text", "text": prompt}])
     text = tokenizer.render_chat([{"role": "user", "content": parts}], add_generation_prompt=True)
     return tokenizer.encode(text, special=False)  # the template writes the begin-of-sequence token
-
-
-def _spoken(message: Any, where: str) -> Record:
-    """Returns a message of ShareGPT's or LLaVA's form with its speaker replaced by a role."""
-    if not isinstance(message, dict):
-        raise NaloraError(
-            where, expected='{"role": ..., "content": ...}', found=f"a {type(message).__name__}"
-        )
-    if message.get("role") is not None or not {"from", "value"} <= message.keys():
-        return message
-    role = ROLES.get(str(message["from"]))
-    if role is None:
-        raise NaloraError(f"{where}: from", expected=", ".join(ROLES), found=repr(message["from"])[:80])
-    return {"role": role, "content": message["value"]}
 
 
 def _split(text: str) -> Iterator[str | None]:

@@ -1,16 +1,28 @@
-"""Decoding of one image from a file or bytes to RGB, after checks of its format, size and frames."""
+"""Decoding of images after checks of format, size and frames, and preprocessing for encoders.
+
+Images are resized, cropped and scaled as in ``preprocessor_config.json``; the tokenizer of a text
+encoder pads rows to equal length, with special tokens from its post-processor. Images stay uint8 (a
+quarter of the bytes) until they are on the device, where `ImageProcessor.normalise` converts them.
+"""
 
 from __future__ import annotations
 
 import importlib
 import io
+import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
+from nalora_jax.common.fields import Fields
+from nalora_jax.data.tokenizer import read_backend, read_json
 from nalora_jax.errors import NaloraError
 
 # Formats that are decoded. Pillow has dozens of rarer decoders, which an untrusted file could
@@ -141,4 +153,314 @@ def flattened(image: Any) -> Any:
     images = pillow()
     return images.alpha_composite(images.new("RGBA", image.size, (255, 255, 255, 255)), image).convert(
         "RGB"
+    )
+
+
+FILES = ("preprocessor_config.json", "processor_config.json")
+# Pillow's numbers of the resize filters that processors name.
+_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_CLIP = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+_ALWAYS = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+_SQUARE = {"size": {"height": 224, "width": 224}}
+_LARGEST = 1e30  # bound on a channel's mean and standard deviation
+# Defaults of each processor class in transformers.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "CLIPImageProcessor": {
+        **_ALWAYS, **_CLIP, "resample": 3, "size": {"shortest_edge": 224}, "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 224},
+    },
+    "SiglipImageProcessor": {**_ALWAYS, **_HALF, **_SQUARE, "resample": 3},
+    "Siglip2ImageProcessor": {**_ALWAYS, **_HALF, "resample": 2, "patch_size": 16, "max_num_patches": 256},
+    "ViTImageProcessor": {**_ALWAYS, **_HALF, **_SQUARE, "resample": 2, "default_to_square": True},
+}  # fmt: skip
+DEFAULTS |= {
+    "BitImageProcessor": DEFAULTS["CLIPImageProcessor"],
+    "CLIPFeatureExtractor": DEFAULTS["CLIPImageProcessor"],
+    "ViTFeatureExtractor": DEFAULTS["ViTImageProcessor"],
+    "LlavaImageProcessor": DEFAULTS["CLIPImageProcessor"],
+    "Gemma3ImageProcessor": DEFAULTS["SiglipImageProcessor"] | {"resample": 2},
+}
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Preprocessing that is applied to every image."""
+
+    resize: tuple[int, int] | None = None  # height and width
+    shortest: int = 0  # length of the shorter side, keeping the aspect ratio; 0: use `resize`
+    resample: int = 3  # Pillow's number of the filter
+    crop: tuple[int, int] | None = (
+        None  # height and width of the centre crop; smaller images are padded with black
+    )
+    scale: float = 1 / 255  # multiplies grey levels
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    patch_size: int = 0  # above 0: images of any shape, as at most `max_patches` patches
+    max_patches: int = 0
+
+    @property
+    def output(self) -> tuple[int, int] | None:
+        """Returns the height and width of processed images, or None if they differ."""
+        return self.crop or self.resize
+
+    def __call__(self, image: Any) -> dict[str, np.ndarray]:
+        """Returns one RGB ``PIL.Image.Image`` (`open_image`) as arrays.
+
+        Returns:
+          ``pixels`` uint8 ``[height, width, 3]``; or, for images of any shape, ``pixels`` uint8
+          ``[max_patches, patch * patch * 3]``, ``shapes`` int32 ``[2]`` (rows and columns of
+          patches) and ``mask`` bool ``[max_patches]``.
+        """
+        if self.patch_size:
+            return self._patches(image)
+        target = self._target(image.height, image.width)
+        if target is not None:
+            image = image.resize((target[1], target[0]), resample=self.resample)
+        pixels = np.asarray(image, np.uint8)
+        if self.crop is not None:
+            pixels = _centre(pixels, self.crop)
+        return {"pixels": pixels}
+
+    def of_side(self, side: int) -> ImageProcessor:
+        """Returns the processor for squares of ``side`` pixels that crops the same share of an image."""
+        output = self.output or (self.shortest, self.shortest)
+        height, width = self.resize or output
+        resize = crop = None
+        if self.resize:
+            resize = (round(height * side / output[0]), round(width * side / output[1]))
+        if self.shortest or self.crop:
+            crop = (side, side)
+        return replace(self, resize=resize, shortest=round(self.shortest * side / min(output)), crop=crop)
+
+    def batch(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Returns several images, stacked."""
+        rows = [self(image) for image in images]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def normalise(self, pixels: jax.Array) -> jax.Array:
+        """Converts uint8 pixels or patches ``[..., channels or patch * patch * channels]`` to normalised float32."""
+        repeats = pixels.shape[-1] // len(self.mean)
+        mean, std = (jnp.tile(jnp.asarray(v, jnp.float32), repeats) for v in (self.mean, self.std))
+        x = pixels.astype(jnp.float32) * self.scale
+        return (x - jnp.broadcast_to(mean, x.shape)) / jnp.broadcast_to(std, x.shape)
+
+    def _target(self, height: int, width: int) -> tuple[int, int] | None:
+        if not self.shortest:
+            return self.resize
+        short, long = min(height, width), max(height, width)
+        # Rounded down, as in torchvision.
+        other = int(self.shortest * long / short)
+        if width <= height:
+            return (other, self.shortest)
+        return (self.shortest, other)
+
+    def _patches(self, image: Any) -> dict[str, np.ndarray]:
+        p = self.patch_size
+        height, width = _fitting(image.height, image.width, p, self.max_patches)
+        pixels = np.asarray(image.resize((width, height), resample=self.resample), np.uint8)
+        rows, columns = height // p, width // p
+        patches = (
+            pixels.reshape(rows, p, columns, p, -1).transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
+        )
+        padded = np.zeros((self.max_patches, patches.shape[1]), np.uint8)
+        padded[: len(patches)] = patches
+        mask = np.arange(self.max_patches) < len(patches)
+        return {"pixels": padded, "shapes": np.asarray([rows, columns], np.int32), "mask": mask}
+
+
+def read_processor(folder: Path) -> ImageProcessor:
+    """Returns the processor of a Hugging Face folder.
+
+    Raises:
+      NaloraError: the folder has none, its kind is not known, or a field has a wrong type.
+    """
+    path = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise NaloraError(
+            str(folder / FILES[0]),
+            expected="the file",
+            found="nothing of that name",
+            remedy="save it with transformers: AutoImageProcessor.from_pretrained(model).save_pretrained(folder)",
+        )
+    raw = read_json(path)
+    return parse_processor(raw.get("image_processor", raw), str(path))
+
+
+def parse_processor(raw: Mapping[str, Any], where: str) -> ImageProcessor:
+    """Returns the processor of a parsed ``preprocessor_config.json``; see `read_processor`."""
+    kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or ""
+    base_kind = str(kind).removesuffix("Fast").removesuffix("Pil")
+    if base_kind not in DEFAULTS:
+        expected = f"one of {', '.join(DEFAULTS)}"
+        raise NaloraError(f"{where}: image_processor_type", expected=expected, found=repr(kind))
+    f = Fields(raw, DEFAULTS[base_kind], where)
+    for name in ("do_rescale", "do_normalize", "do_resize"):
+        if not isinstance(f.get(name), bool):
+            raise f.error(name, "true or false", repr(f.get(name)))
+    for name in ("do_pad", "do_pan_and_scan"):
+        f.refuse(name, "set it to false in the file, as the model's own is")
+    resample = f.integer("resample", low=0, high=max(_FILTERS))
+    values: dict[str, Any] = {"resample": resample, "scale": 1.0}
+    if f.get("do_rescale"):
+        values["scale"] = f.number("rescale_factor")
+    if f.get("do_normalize"):
+        values |= {"mean": _channels(f, "image_mean"), "std": _channels(f, "image_std")}
+    if base_kind == "Siglip2ImageProcessor":
+        values["patch_size"] = f.integer("patch_size", high=2**10)
+        values["max_patches"] = f.integer("max_num_patches")
+        return ImageProcessor(**values)
+    if f.get("do_resize"):
+        values["resize"], values["shortest"] = _size(f, "size")
+    if f.get("do_center_crop"):
+        values["crop"] = _size(f, "crop_size")[0]
+    return ImageProcessor(**values)
+
+
+def _size(f: Fields, name: str) -> tuple[tuple[int, int] | None, int]:
+    """Returns height and width, or None and the length of the shorter side."""
+    value = f.get(name)
+    square = name == "crop_size" or f.get("default_to_square") is True
+    if not isinstance(value, Mapping):
+        value = {"shortest_edge": value}
+    sides = Fields(value, {}, f"{f.where}: {name}")
+    if set(value) == {"shortest_edge"}:
+        side = sides.integer("shortest_edge", high=2**14)
+        if square:
+            return (side, side), 0
+        return None, side
+    if not {"height", "width"} <= set(value):
+        raise f.error(name, "height and width, or shortest_edge", str(value)[:60])
+    return (sides.integer("height", high=2**14), sides.integer("width", high=2**14)), 0
+
+
+def _channels(f: Fields, name: str) -> tuple[float, ...]:
+    values = f.items(name, 3, (int, float))
+    least = 0.0 if name == "image_std" else -_LARGEST
+    if values is None or not all(least <= v <= _LARGEST for v in values) or (least == 0 and 0 in values):
+        raise f.error(name, "three finite numbers (above 0 for image_std)", str(values)[:80])
+    return tuple(float(v) for v in values)
+
+
+def _centre(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
+    """Returns the centre of ``[height, width, channels]``; a smaller image is padded with black."""
+    padding = [
+        (-(-max(c - s, 0) // 2), max(c - s, 0) // 2) for c, s in zip(crop, pixels.shape, strict=False)
+    ]
+    if any(sum(pair) for pair in padding):
+        pixels = np.pad(pixels, [*padding, (0, 0)])
+    top, left = ((s - c) // 2 for c, s in zip(crop, pixels.shape, strict=False))
+    return pixels[top : top + crop[0], left : left + crop[1]]
+
+
+def _fitting(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
+    """Returns the largest size of whole patches, near the aspect ratio, with at most ``most``.
+
+    It bisects the scale to the precision of SigLIP 2's processor, because the result depends on it.
+    """
+
+    def sized(factor: float) -> tuple[int, int]:
+        return tuple(max(patch, math.ceil(side * factor / patch) * patch) for side in (height, width))  # type: ignore[return-value]
+
+    precision = 1e-5
+    low, high = precision / 10, 100.0
+    while high - low >= precision:
+        middle = (low + high) / 2
+        tall, wide = sized(middle)
+        if (tall / patch) * (wide / patch) <= most:
+            low = middle
+        else:
+            high = middle
+    return sized(low)
+
+
+def resized_to(image: Any, side: int) -> Any:
+    """Returns an RGB image resized to a square of ``side`` pixels, for reports."""
+    return image.resize((side, side), resample=pillow().Resampling.BICUBIC)
+
+
+_MULTIPLE = 8  # lengths are rounded up to it, so that few programs are compiled
+
+
+@dataclass(frozen=True, eq=False)
+class TextTokenizer:
+    """The tokenizer of a text encoder.
+
+    Args:
+      backend: its post-processor adds begin and end tokens.
+      max_length: tokens of the longest text; longer texts are cut but keep their end token.
+      pad_id: the padding token.
+      fixed: pad every row to ``max_length`` tokens, as in the training of SigLIP.
+      left: pad on the left.
+      lowercase: convert texts to lower case first (SigLIP 2).
+    """
+
+    backend: tokenizers.Tokenizer
+    max_length: int
+    pad_id: int
+    fixed: bool = False
+    left: bool = False
+    lowercase: bool = False
+
+    def __call__(self, texts: Sequence[str], *, length: int = 0) -> dict[str, np.ndarray]:
+        """Returns ``tokens`` int32 and ``token_weights`` float32, ``[texts, length]``.
+
+        The weight of padding is 0.
+
+        Args:
+          texts: any number of texts.
+          length: tokens per row; by default the longest text's, rounded up to a multiple of 8, at
+            most ``max_length``.
+        """
+        if self.lowercase:
+            texts = [text.lower() for text in texts]
+        self.backend.enable_truncation(length or self.max_length)
+        rows = [encoding.ids for encoding in self.backend.encode_batch(list(texts))]
+        longest = max((len(row) for row in rows), default=1)
+        if self.fixed:
+            longest = self.max_length
+        length = length or min(self.max_length, -(-longest // _MULTIPLE) * _MULTIPLE)
+        tokens = np.full((len(rows), length), self.pad_id, np.int32)
+        weights = np.zeros((len(rows), length), np.float32)
+        for i, row in enumerate(rows):
+            place = slice(length - len(row), length) if self.left else slice(0, len(row))
+            tokens[i, place], weights[i, place] = row, 1.0
+        return {"tokens": tokens, "token_weights": weights}
+
+
+def read_text_tokenizer(
+    folder: Path, *, max_length: int, vocab_size: int, fixed: bool = False
+) -> TextTokenizer:
+    """Returns the tokenizer of a Hugging Face folder.
+
+    Raises:
+      NaloraError: tokenizer.json is missing or damaged, has more tokens than the embedding has
+        rows, or defines no padding token.
+    """
+    path = folder / "tokenizer.json"
+    backend = read_backend(path)
+    if backend.get_vocab_size() > vocab_size:
+        expected = f"at most {vocab_size} tokens, the rows of the embedding"
+        raise NaloraError(str(path), expected=expected, found=backend.get_vocab_size())
+    settings = read_json(folder / "special_tokens_map.json", missing={})
+    settings |= read_json(folder / "tokenizer_config.json", missing={})
+    pad = settings.get("pad_token")
+    if isinstance(pad, dict):
+        pad = pad.get("content")
+    pad_id = backend.token_to_id(pad) if isinstance(pad, str) else None
+    if pad_id is None:
+        remedy = "set pad_token to a token of the vocabulary"
+        raise NaloraError(
+            str(folder / "tokenizer_config.json"), expected="pad_token", found=repr(pad), remedy=remedy
+        )
+    return TextTokenizer(
+        backend,
+        max_length,
+        pad_id,
+        fixed=fixed,
+        left=settings.get("padding_side") == "left",
+        lowercase=settings.get("tokenizer_class") == "Siglip2Tokenizer",
     )

@@ -1,16 +1,18 @@
 """Sources of images: data sets of this library and of TFDS, and folders with captions or classes.
 
-The image of a record is encoded or the path of a file, and is decoded on use.
+The image of a record is encoded or the path of a file, and is decoded on use. Batches of images, classes
+and captions are a function of the seed and the batch's number.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from abc import ABC, abstractmethod
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +22,35 @@ from nalora_jax.common.downloads import cache_dir
 from nalora_jax.common.files import expand_user
 from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig, VisionConfig
-from nalora_jax.data.files import DELIMITERS, open_rows
-from nalora_jax.data.images.files import ENDINGS, Limits, open_image
-from nalora_jax.data.source import Span
-from nalora_jax.data.tfds_source import absolute, absolute_of, open_tfds, plain, tfds_errors
+from nalora_jax.data.files import DELIMITERS, LoadedRows, open_rows
+from nalora_jax.data.images.files import ENDINGS, ImageProcessor, Limits, TextTokenizer, open_image, pillow
+from nalora_jax.data.packing import permutation
+from nalora_jax.data.pipeline import HostBatch, Stream
+from nalora_jax.data.source import Record, Source, require_some
+from nalora_jax.data.sources import FileSource
+from nalora_jax.data.tfds_source import TfdsSource, open_tfds
 from nalora_jax.errors import NaloraError, shown
+
+log = logging.getLogger(__name__)
 
 # Files that list a folder's images, by precedence; metadata.* are from Hugging Face's ImageFolder.
 LISTS = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "captions.csv")
-_NAMES = ("file_name", "image", "file", "path")
 _CHUNK = 4096
+_THREADS, _SHOWN = 4, 20  # threads that check images; maximum of errors in the log
 
 
-class ImageSource(ABC):
-    """Records of one split expression, by index.
+class ImageSource(Source):
+    """Records with an image, and a class or a caption.
 
     Attributes:
-      name: for messages, e.g. ``"emoji[train]"``.
-      dataset: data set to which the splits belong.
-      fingerprint: changes whenever the records could have changed.
       fields: names of a record's image, class and caption fields.
     """
 
-    name: str
-    dataset: str
-    fingerprint: str
     fields: VisionConfig
 
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Returns the records at ``indices``; one call for many indices is fastest."""
-
-    @property
-    @abstractmethod
-    def spans(self) -> list[Span]:
-        """Returns the parts of the underlying splits that this source reads."""
-
-    @abstractmethod
     def own_classes(self) -> tuple[str, ...]:
         """Returns the names of the classes by label, as the data set lists them; () if labels are texts."""
-
-    def where(self, index: int) -> str:
-        """Returns the name of a record in messages."""
-        return f"{self.name}, record {index}"
+        return ()
 
     def image(self, record: Mapping[str, Any], where: str) -> bytes | Path:
         """Returns the encoded image of a record, or its file."""
@@ -81,19 +66,18 @@ class ImageSource(ABC):
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         """Returns the captions of the records at ``indices``."""
-        return [self._caption(row, index) for index, row in zip(indices, self.read(indices), strict=True)]
-
-    def _caption(self, record: Mapping[str, Any], index: int) -> str:
-        field = self.fields.caption_field
-        value = record.get(field)
-        if not isinstance(value, str) or not value.strip():
-            raise NaloraError(
-                f"{self.where(index)}: {field}",
-                expected="a text",
-                found=shown(value),
-                remedy=f"name the field by --vision.caption-field (there are {', '.join(record)})",
-            )
-        return value
+        field, captions = self.fields.caption_field, []
+        for index, record in zip(indices, self.read(indices), strict=True):
+            value = record.get(field)
+            if not isinstance(value, str) or not value.strip():
+                raise NaloraError(
+                    f"{self.where(index)}: {field}",
+                    expected="a text",
+                    found=shown(value),
+                    remedy=f"name the field by --vision.caption-field (there are {', '.join(record)})",
+                )
+            captions.append(value)
+        return captions
 
     @cached_property
     def _raw_labels(self) -> list[Any]:
@@ -157,60 +141,39 @@ class ImageSource(ABC):
         return tuple(sorted(names))
 
 
-class TfdsImages(ImageSource):
+class TfdsImages(TfdsSource, ImageSource):
     """One split expression of a TFDS data set, with images left encoded."""
 
+    timed = False  # data that another host prepared are the same
+
     def __init__(self, name: str, split: str, opener: Any, fields: VisionConfig) -> None:
-        self.dataset, self.name, self.fields = name, f"{name}[{split}]", fields
-        with tfds_errors(
-            self.name, "check the name, its config and the split (tensorflow.org/datasets/splits)"
-        ):
+        self.fields, field = fields, fields.image_field
+
+        def opened() -> Any:
             import tensorflow_datasets as tfds
 
-            self._data = opener(decoders={fields.image_field: tfds.decode.SkipDecoding()})
-            self._info = self._data.dataset_info
-            self._spans = absolute(split, self._info.splits)
-        if fields.image_field not in self._info.features:
+            return opener(decoders={field: tfds.decode.SkipDecoding()})
+
+        super().__init__(name, split, opened, encoded=[field])
+        self._features = self._data.dataset_info.features
+        if field not in self._features:
             raise NaloraError(
-                f"{name}: {fields.image_field}",
+                f"{name}: {field}",
                 expected="an image",
-                found=f"only the fields {', '.join(self._info.features)}",
+                found=f"only the fields {', '.join(self._features)}",
                 remedy="name it by --vision.image-field",
             )
-        path = Path(self._info.data_dir) / "dataset_info.json"
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.fingerprint = f"tfds:{self._info.full_name}:{digest}:{split}"
-        _require_some(self)
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    @property
-    def spans(self) -> list[Span]:
-        """Returns parts of the data set's splits."""
-        return self._spans
+        require_some(self)
 
     def own_classes(self) -> tuple[str, ...]:
         """Returns the class names of the label's feature, or ()."""
-        features, field = self._info.features, self.fields.label_field
-        # TFDS's features have no `get`.
-        if field in features:
-            return tuple(getattr(features[field], "names", ()) or ())
+        field = self.fields.label_field
+        if field in self._features:  # TFDS's features have no `get`
+            return tuple(getattr(self._features[field], "names", ()) or ())
         return ()
 
-    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Returns the records, with texts decoded and images as bytes."""
-        with tfds_errors(self.name, "prepare the data set again"):
-            rows = self._data.__getitems__([int(i) for i in indices])
-        return [{name: self._plain(name, value) for name, value in row.items()} for row in rows]
 
-    def _plain(self, name: str, value: Any) -> Any:
-        if name == self.fields.image_field:
-            return value if isinstance(value, bytes) else bytes(np.asarray(value).item())
-        return plain(value)
-
-
-class ListedImages(ImageSource):
+class ListedImages(FileSource, ImageSource):
     """Images of a folder, listed in a CSV or JSONL file or stored in one subfolder per class.
 
     Args:
@@ -220,64 +183,42 @@ class ListedImages(ImageSource):
     """
 
     def __init__(self, path: Path, split: str, fields: VisionConfig) -> None:
-        self.dataset, self.name, self.fields = str(path.resolve()), f"{path}[{split}]", fields
-        self._root, lists = path, [path / name for name in LISTS if (path / name).is_file()]
+        self.fields, self._root = fields, path
+        lists = [path / name for name in LISTS if (path / name).is_file()]
         if path.is_file():
             self._root, lists = path.parent, [path]
-        self._rows = _listed(lists[0]) if lists else _by_folder(path, fields)
-        digest = hashlib.sha256(repr(self._rows).encode())
-        with tfds_errors(
-            self.name,
-            'an image folder has one split, "train", or slices of it such as "train[-20%:]"',
-        ):
-            self._spans = absolute_of(split, {"train": len(self._rows)})
-        self._index = np.concatenate([np.arange(start, stop) for _, start, stop in self._spans])
-        self.fingerprint = f"images:{digest.hexdigest()}:{split}"
-        _require_some(self)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    @property
-    def spans(self) -> list[Span]:
-        """Returns parts of the list, as lines of its split "train"."""
-        return self._spans
-
-    def own_classes(self) -> tuple[str, ...]:
-        """Returns (), since labels are texts."""
-        return ()
+        rows = _listed(lists[0]) if lists else _by_folder(path, fields)
+        if not rows:
+            remedy = f"a folder holds one of {', '.join(LISTS)}, or a subfolder of images per class"
+            raise NaloraError(
+                f"{path}[{split}]", expected="at least one image", found="none", remedy=remedy
+            )
+        super().__init__(path, split, {"train": [LoadedRows(str(path), rows)]})
+        digest = hashlib.sha256(repr(rows).encode()).hexdigest()
+        self.fingerprint = f"images:{digest}:{split}"
 
     def where(self, index: int) -> str:
         """Returns the image's name."""
-        row = self._rows[int(self._index[index])]
-        return str(
-            next((row[name] for name in (self.fields.image_field, *_NAMES) if name in row), self.name)
-        )
+        (row,) = super().read([index])
+        return str(next((row[name] for name in self._names if name in row), self.name))
 
-    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the rows, with images as paths."""
-        return [self._record(int(i)) for i in indices]
+        return [self._record(row) for row in super().read(indices)]
 
-    def _record(self, index: int) -> dict[str, Any]:
-        row = dict(self._rows[int(self._index[index])])
-        name = next(
-            (row[n] for n in (self.fields.image_field, *_NAMES) if isinstance(row.get(n), str)),
-            None,
-        )
-        if name is not None:
-            row[self.fields.image_field] = self._inside(name)
-        return row
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (self.fields.image_field, "file_name", "image", "file", "path")
 
-    def _inside(self, name: str) -> Path:
-        """Returns the path of ``name``, which must be in the list's folder.
-
-        A list may come from an untrusted author.
-        """
+    def _record(self, row: Record) -> Record:
+        name = next((row[field] for field in self._names if isinstance(row.get(field), str)), None)
+        if name is None:
+            return row
         path = (self._root / name).resolve()
-        if not path.is_relative_to(self._root.resolve()):
+        if not path.is_relative_to(self._root.resolve()):  # a list may come from an untrusted author
             expected = "a file in the list's folder"
             raise NaloraError(f"{self.name}: {name}", expected=expected, found="one outside of it")
-        return path
+        return row | {self.fields.image_field: path}
 
 
 def _listed(path: Path) -> list[dict[str, Any]]:
@@ -302,18 +243,9 @@ def _by_folder(path: Path, fields: VisionConfig) -> list[dict[str, Any]]:
     ]
 
 
-def _require_some(source: ImageSource) -> None:
-    if len(source) == 0:
-        remedy = f"a folder holds one of {', '.join(LISTS)}, or a subfolder of images per class"
-        raise NaloraError(source.name, expected="at least one image", found="none", remedy=remedy)
-
-
-log = logging.getLogger(__name__)
-
 # Opens a split of a registered data set: (split, fields, cache) -> source.
 ImageOpener = Callable[[str, VisionConfig, Path], ImageSource]
 IMAGE_SETS: Registry[ImageOpener] = Registry("image data set", "nalora_jax.image_sources")
-_THREADS, _SHOWN = 4, 20  # threads that check images; maximum of errors in the log
 
 
 def register_images(name: str) -> Callable[[ImageOpener], ImageOpener]:
@@ -399,3 +331,154 @@ def places_without_error(name: str, count: int, check: Callable[[int], None], br
         found = next(iter(bad), "none")
         raise NaloraError(name, expected="at least one record with readable images", found=found)
     return np.flatnonzero([not text for text in errors])
+
+
+def draw_shots(labels: np.ndarray, classes: Sequence[str], shots: int, seed: int) -> np.ndarray:
+    """Returns the ascending indices of ``shots`` records of every class; with 0, of all records.
+
+    Draws are nested: fewer shots are a subset of more shots. A class with fewer records
+    contributes all of them.
+
+    Raises:
+      NaloraError: a class has no records.
+    """
+    if not shots:
+        return np.arange(len(labels))
+    chosen: list[np.ndarray] = []
+    for label, name in enumerate(classes):
+        members = np.flatnonzero(labels == label)
+        if not len(members):
+            raise NaloraError(f"class {name!r}", expected="at least one training image", found="none")
+        if len(members) < shots:
+            log.warning(
+                "class %r has %d training images, fewer than --vision.shots %d",
+                name,
+                len(members),
+                shots,
+            )
+        chosen.append(members[permutation(len(members), seed, label)[:shots]])
+    return np.sort(np.concatenate(chosen))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData(Stream):
+    """Training records of a run as an endless stream of rows.
+
+    A batch has ``pixels``
+    (and ``shapes``, ``mask``) of `ImageProcessor`, ``labels`` int32 if there are classes, and
+    ``tokens``, ``token_weights`` if there are captions; each ``[accumulate, rows, ...]``.
+    """
+
+    source: ImageSource
+    indices: np.ndarray  # training records, as indices into the source
+    processor: ImageProcessor
+    vision: VisionConfig
+    seed: int
+    labels: np.ndarray | None = None  # int32, by the source's index
+    tokens: dict[str, np.ndarray] | None = None  # of captions, by the position in ``indices``
+
+    @cached_property
+    def _order(self) -> Callable[[int], np.ndarray]:
+        count = len(self.indices)
+        return lru_cache(maxsize=2)(lambda epoch: permutation(count, self.seed, epoch))
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Returns the number of rows of an epoch, in which every record appears once."""
+        return len(self.indices)
+
+    @property
+    def fingerprint(self) -> str:
+        """Returns the identity of the stream: the same on any number of hosts and at any batch size."""
+        v = self.vision
+        chosen = hashlib.sha256(self.indices.tobytes()).hexdigest()[:16]
+        return f"{self.source.fingerprint}:{chosen}:{v.augment}:{v.crop_area}:{self.seed}"
+
+    def describe(self) -> dict[str, Any]:
+        """Returns figures for the log."""
+        return {
+            "images": len(self.indices),
+            "of": len(self.source),
+            "steps_per_epoch": round(len(self.indices) / self.batch_size, 2),
+        }
+
+    def arrays(self, rows: list[int]) -> HostBatch:
+        """Returns the arrays of these rows; images are opened and augmented."""
+        epochs, positions = np.divmod(rows, len(self.indices))
+        places = np.array([self._order(int(e))[p] for e, p in zip(epochs, positions, strict=True)])
+        indices = self.indices[places]
+        prepared = []
+        for row, index, record in zip(
+            rows, indices.tolist(), self.source.read(indices.tolist()), strict=True
+        ):
+            where = self.source.where(index)
+            image = open_image(
+                self.source.image(record, where), where, Limits(max_pixels=self.vision.max_pixels)
+            )
+            prepared.append(self.processor(augmented(image, self.vision, generator(self.seed, row))))
+        batch = {name: np.stack([arrays[name] for arrays in prepared]) for name in prepared[0]}
+        if self.labels is not None:
+            batch["labels"] = self.labels[indices]
+        if self.tokens is not None:
+            batch |= {name: value[places] for name, value in self.tokens.items()}
+        return batch
+
+
+def caption_tokens(
+    source: ImageSource, indices: np.ndarray, tokenizer: TextTokenizer, vision: VisionConfig
+) -> dict[str, np.ndarray]:
+    """Returns ``tokens`` and ``token_weights`` of the captions of ``indices``, ``[records, seq]``."""
+    limit = vision.caption_length
+    if limit > tokenizer.max_length:
+        length = limit
+        raise NaloraError(
+            "--vision.caption-length", expected=f"at most {tokenizer.max_length}", found=length
+        )
+    captions = source.captions(indices.tolist())
+    tokens = tokenizer(captions)
+    if limit and tokens["tokens"].shape[1] > limit and not tokenizer.fixed:
+        tokens = tokenizer(captions, length=limit)
+    return tokens
+
+
+# ---------------------------------------------------------------- augmentation
+#
+# Pure functions of a random generator, thus of (seed, step).
+
+
+_RATIO = (3 / 4, 4 / 3)  # aspect ratios of a crop, width over height
+_TRIES = 10
+
+
+def generator(*key: int) -> np.random.Generator:
+    """Returns a random generator that depends on ``key`` alone."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+def augmented(image: Any, vision: VisionConfig, rng: np.random.Generator) -> Any:
+    """Returns ``image`` (RGB), cropped and mirrored at random as ``vision.augment`` allows.
+
+    A crop has at least ``vision.crop_area`` of the image's area and an aspect ratio between 3/4 and
+    4/3, as in torchvision's RandomResizedCrop; the processor resizes it later.
+    """
+    if vision.augment == "none":
+        return image
+    if vision.augment == "crop":
+        image = image.crop(crop_box(image.width, image.height, vision.crop_area, rng))
+    if rng.random() < 0.5:
+        image = image.transpose(pillow().Transpose.FLIP_LEFT_RIGHT)
+    return image
+
+
+def crop_box(
+    width: int, height: int, smallest: float, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Returns the left, upper, right and lower border of a random crop."""
+    for _ in range(_TRIES):
+        area = rng.uniform(smallest, 1.0) * width * height
+        ratio = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    return 0, 0, width, height

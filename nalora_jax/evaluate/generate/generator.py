@@ -35,7 +35,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
 
 if TYPE_CHECKING:
-    from nalora_jax.data.images.processor import ImageProcessor
+    from nalora_jax.data.images.files import ImageProcessor
 
 
 @dataclass(frozen=True)

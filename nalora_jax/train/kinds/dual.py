@@ -19,9 +19,15 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.config import RunConfig, VisionConfig
-from nalora_jax.data.images.opened import ImageSource, open_images, readable
-from nalora_jax.data.images.pipeline import ImageData, caption_tokens, draw_shots
-from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.data.images.files import ImageProcessor
+from nalora_jax.data.images.opened import (
+    ImageData,
+    ImageSource,
+    caption_tokens,
+    draw_shots,
+    open_images,
+    readable,
+)
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO, check_disjoint
@@ -71,7 +77,7 @@ def image_records(config: RunConfig) -> tuple[ImageRecords, ImageSource]:
     data, vision = config.data, config.vision
     source = open_images(data, vision, data.train_split)
     held = open_images(data, vision, "validation" if data.eval_split == AUTO else data.eval_split)
-    check_disjoint(source, held)  # type: ignore[arg-type]  # name, dataset and spans are all that it reads
+    check_disjoint(source, held)
     classes: tuple[str, ...] = ()
     if vision.task == "classify":
         classes = source.classes()

@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
 from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.images.chat import ChatImages, open_chats, row_images
-from nalora_jax.data.images.files import Limits
-from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.data.images.files import ImageProcessor, Limits
 from nalora_jax.data.pipeline import TrainData
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO

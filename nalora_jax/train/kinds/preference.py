@@ -58,7 +58,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     config = replace(config, data=with_length(config.data, train, tokenizer, context, measure))
     shape = stream_shape(config) | {"context": context}
     data = pair_data(train, config.data, preference, tokenizer, **shape)
-    longest = int(max(b - a for a, b in zip(data.offsets[:-1], data.offsets[1:], strict=True))) - 1
+    longest = int(data.store.lengths.max())
     if longest > context:
         raise NaloraError(
             "training data",

@@ -96,16 +96,13 @@ def test_a_caption_answers_the_prompt_of_the_settings(tmp_path) -> None:
     ("record", "message"),
     [
         (openai({"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}), "download it"),
-        (openai({"type": "image_url", "image_url": {"url": "../a.png"}}), "a file below"),
         (openai({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}), "a file below"),
         (openai({"type": "image_url", "image_url": {"url": "data:image/png,xx"}}), "base64"),
-        (openai({"type": "image_url"}), "an image's path"),
         (openai({"type": "video"}), "image_url"),
         (openai(IMAGE, TEXT), "fewer images"),
         ({"image": ["a.png", "b.png"], **openai(IMAGE, TEXT)}, "more than places"),
         (openai({"type": "text", "text": "a <img> b"}), "no <img>"),
         ({"image": "a.png", "conversations": [{"from": "robot", "value": "x"}]}, "human"),
-        ({"image": "a.png", "conversations": []}, "a list of messages"),
         (
             {"messages": [{"role": "assistant", "content": [IMAGE]}], "image": "a.png"},
             "texts from the assistant",

@@ -10,7 +10,7 @@ import pytest
 import transformers
 from PIL import Image
 
-from nalora_jax.data.images.processor import ImageProcessor, read_processor
+from nalora_jax.data.images.files import ImageProcessor, read_processor
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.vision.encoder import patchify
 

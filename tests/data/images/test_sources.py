@@ -1,12 +1,8 @@
-"""Images by folder, by list and by TFDS: labels, captions, splits, and what is broken, by name."""
+"""Images by folder and by list: labels, captions, splits, and what is broken, by name."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,86 +89,3 @@ def test_what_is_missing_is_named(picture_folder, tmp_path) -> None:
     (folder / "captions.csv").write_text("file_name,caption\ncat/0.png\n")
     with pytest.raises(NaloraError, match="captions.csv:2"):
         open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
-    (folder / "captions.csv").write_text("file_name,label\ncat/0.png,3\n")
-    assert open_images(DataConfig(dataset=str(folder)), PLAIN, "train").classes() == ("3",)
-
-
-BUILDER = """
-import io
-import numpy as np
-import tensorflow_datasets as tfds
-from PIL import Image
-
-
-class Builder(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["newt", "toad"])}
-        features = tfds.features.FeaturesDict(features)
-        return tfds.core.DatasetInfo(builder=self, disable_shuffling=True, features=features)
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(6), "test": self._generate_examples(2)}
-
-    def _generate_examples(self, count):
-        for i in range(count):
-            buffer = io.BytesIO()
-            Image.fromarray(np.full((9, 8 + i, 3), i, np.uint8)).save(buffer, "PNG")
-            yield i, {"image": buffer.getvalue(), "label": i % 2}
-"""
-READ = """
-import sys
-from nalora_jax.config import DataConfig
-from nalora_jax.data.images.files import open_image
-from nalora_jax.data.images.opened import open_images
-from nalora_jax.config import VisionConfig
-
-config = DataConfig(dataset="tfds:pond_life", data_dir=sys.argv[1])
-source = open_images(config, VisionConfig(), "train[2:]")
-assert source.classes() == ("newt", "toad"), source.classes()
-assert source.labels(source.classes()).tolist() == [0, 1, 0, 1]
-image = open_image(source.image(*source.read([3]), ""))
-assert image.size == (13, 9) and image.getpixel((0, 0)) == (5, 5, 5), image
-assert source.spans == [("train", 2, 6)]
-assert open_images(config, VisionConfig(classes=("a", "b")), "test").classes() == ("a", "b")
-for fields, split in ((VisionConfig(image_field="photo"), "train"), (VisionConfig(), "valid")):
-    try:
-        open_images(config, fields, split)
-    except ValueError as error:
-        print(error)
-try:
-    open_images(config, VisionConfig(classes=("a",)), "test").classes()
-except ValueError as error:
-    print(error)
-assert "tensorflow" not in sys.modules
-"""
-
-
-def test_users_own_tfds_data_set(tmp_path) -> None:
-    """Prepared with its builder, then read in a process that has only its files, without TensorFlow."""
-    package = tmp_path / "code" / "pond_life"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "pond_life_dataset_builder.py").write_text(BUILDER)
-    prepare = (
-        "import sys\nfrom pond_life.pond_life_dataset_builder import Builder\n"
-        "Builder(data_dir=sys.argv[1], file_format='array_record').download_and_prepare()\n"
-    )
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(tmp_path / "code"), str(Path(__file__).parents[3])]),
-    }
-    for script in (prepare, READ):
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path / "data")],
-            env=env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-    photo, valid, names = done.stdout.strip().splitlines()
-    assert "photo" in photo
-    assert "tfds:pond_life[valid]" in valid
-    assert "--vision.classes: expected 2 names, found 1" in names

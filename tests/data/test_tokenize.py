@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+
+from nalora_jax.config import DataConfig
+from nalora_jax.data import tokenize as module
+from nalora_jax.data.chat import Rendered
+from nalora_jax.data.sources import FileSource
+from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.errors import NaloraError
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+FRAGMENTS = [*SPECIAL, " ", "  ", "\n", "\n\n", "a", " the way", "Paris is", "é ", "’s", "42", ", and", "▁"]
+PRE_TOKENIZERS = {
+    "byte-level": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "byte-level with a space in front": pre_tokenizers.ByteLevel(add_prefix_space=True),
+    "metaspace": pre_tokenizers.Metaspace(prepend_scheme="first"),
+    "metaspace always": pre_tokenizers.Metaspace(prepend_scheme="always"),
+    "words": pre_tokenizers.Whitespace(),
+    "none": None,
+}
+
+
+def trained(name: str) -> Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    if PRE_TOKENIZERS[name] is None:
+        backend.normalizer = normalizers.Replace(" ", "▁")
+    else:
+        backend.pre_tokenizer = PRE_TOKENIZERS[name]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>", *SPECIAL], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["Paris is the way, and the way is Paris a\n\nb  c\n d 42 's"] * 4, trainer)
+    if "space" in name:
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    return Tokenizer(backend, bos_id=None, eos_id=3, pad_id=1, eos_ids=(3,))
+
+
+TRAINED = {name: trained(name) for name in PRE_TOKENIZERS}
+
+
+def prefixes(text: str, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids of a text and the tokens before each cut, by encoding every prefix."""
+
+    def encode(part: str) -> list[int]:
+        return tokenizer.backend.encode(part, add_special_tokens=False).ids
+
+    ids, positions, start, rest = [], [], 0, encode(text)
+    for cut in cuts:
+        head = encode(text[start:cut])
+        if rest[: len(head)] != head:  # a token crosses the cut
+            ids, start, rest = ids + head, cut, encode(text[cut:])
+            head = []
+        positions.append(len(ids) + len(head))
+    return ids + rest, positions
+
+
+@st.composite
+def rendered(draw) -> Rendered:
+    """A completion that starts anywhere after each of several prompts, up to a special token."""
+    text, answers = "", []
+    for _ in range(draw(st.integers(1, 3))):
+        turn = "".join(draw(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=8)))
+        start = len(text) + draw(st.integers(0, len(turn)))
+        text += turn + "<|im_end|>"
+        answers.append((start, len(text)))
+    return Rendered(text, tuple(answers), special=False)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@settings(max_examples=50, deadline=None)
+@given(st.lists(rendered(), min_size=1, max_size=3))
+def test_tokens_before_a_completion_are_those_of_the_preceding_text(name, texts):
+    tokenizer = TRAINED[name]
+    for text, example in zip(texts, module.tokenize(texts, tokenizer, end=False), strict=True):
+        cuts = sorted({cut for answer in text.answers for cut in answer} - {0, len(text.text)})
+        ids, positions = prefixes(text.text, cuts, tokenizer)
+        assert example.ids.tolist() == ids
+        place = dict(zip([0, *cuts, len(text.text)], [0, *positions, len(ids)], strict=True))
+        expected = np.zeros(len(ids), bool)
+        for start, stop in text.answers:
+            expected[place[start] : place[stop]] = True
+        assert example.answer.tolist() == expected.tolist()
+
+
+# ---------------------------------------------------------------- broken records
+
+GOOD = {"messages": [{"role": "user", "content": "up"}, {"role": "assistant", "content": "the sky"}]}
+EMPTY = {"messages": [{"role": "user", "content": "up"}, {"role": "assistant", "content": ""}]}
+ODD = {"question": "up", "answer": "the sky"}
+
+
+def error_of(path, tokenizer, **options):
+    source = FileSource(path)
+    with pytest.raises(NaloraError) as error:
+        list(module.rendered(source, np.arange(len(source)), DataConfig(**options), tokenizer))
+    return str(error.value)
+
+
+def test_a_message_names_up_to_ten_broken_records(write_jsonl, tokenizer):
+    message = error_of(write_jsonl(*[GOOD] * 30, EMPTY, *[GOOD] * 200, "{oops", GOOD, ODD), tokenizer)
+    lines = message.splitlines()
+    assert lines[0].endswith("expected records without errors, found 3 broken ones:")
+    assert [re.match(r"  data.jsonl:(\d+)", line)[1] for line in lines[1:]] == ["31", "232", "234"]
+    assert "found an empty text" in lines[1]
+    many = error_of(write_jsonl(GOOD, *[EMPTY] * 40, name="many.jsonl"), tokenizer)
+    assert "found 10 or more broken ones:" in many
+    assert len(many.splitlines()) == 11
+    assert many.endswith("; the model would learn to end at once: write the answer, or remove the record")
+
+
+@pytest.mark.parametrize("place", [0, 150, 299])
+def test_one_odd_record_is_told_the_form_of_the_others(write_jsonl, tokenizer, place):
+    records = [GOOD] * 299
+    message = error_of(write_jsonl(*records[:place], ODD, *records[place:]), tokenizer)
+    assert message.endswith(
+        f"data.jsonl:{place + 1}: expected chat messages (messages), as in the other records, "
+        "found fields 'question', 'answer'; fix or remove this record"
+    )
+
+
+def test_a_wrong_setting_is_one_error(write_jsonl, tokenizer):
+    message = error_of(write_jsonl(*[GOOD] * 30), tokenizer, messages_field="turns")
+    assert "data.jsonl:1: expected a field 'prompt' (or 'turns'), found 'messages'; name" in message
