@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -118,6 +119,19 @@ def test_a_run_that_was_killed_in_a_reward_resumes_to_the_bit(
         for line in lines(parts.output)[-4:]
         if line.get("step", 0) > 3 and "loss" in line
     )
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(
+    config: RunConfig, rewards: ModuleType, tmp_path: Path
+) -> None:
+    config = replace(config, steps=2, resume="auto")
+    held_out = config.data.eval_limit + config.data.select_limit
+    vars(rewards)["letters"] = Letters(ends_at=held_out + 16 + 3)
+    with tiny.on_one_device(tmp_path / "cache"):
+        for expected in (pytest.raises(KeyboardInterrupt), contextlib.nullcontext()):
+            with expected:
+                run(replace(config, rl=replace(RL, updates=1), train=replace(TRAIN, log_every=1)))
+    assert len((Path(config.output) / "rollouts.jsonl").read_text().splitlines()) == 2 * 4
 
 
 def test_a_run_resumes_on_another_mesh_within_float_noise(

@@ -49,6 +49,7 @@ from nalora_jax.common.digests import DIGESTS, digest_of
 from nalora_jax.common.files import refuse_linked_folders
 from nalora_jax.common.locks import RUN_LOCK, RunLock
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.run_log import ROLLOUTS
 from nalora_jax.layout.distributed import on_first_process
 from nalora_jax.train.profile import FOLDER as PROFILE
 
@@ -56,6 +57,7 @@ CHECKPOINTS = "checkpoints"
 START = "start"
 # Entries that a run may write before its first checkpoint.
 _BEGINNING = {"metrics.jsonl", "before.json", "tensorboard", "wandb", "mlflow", START, CHECKPOINTS, PROFILE}
+_BEGINNING |= {ROLLOUTS, "rollouts"}  # with rewards
 _SEEN_WITHIN = (
     20.0  # seconds in which a file has to appear on all hosts; NFS keeps listings for some seconds
 )
