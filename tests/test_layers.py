@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,3 +113,36 @@ def test_devices_are_read_in_one_module() -> None:
     assert set(_device_reads("d.slice_index; devices[0].platform; getattr(x, 'coords', 0); jax.process_index()")) == {
         "d.slice_index", "devices[0].platform", "getattr(x, 'coords', 0)",
     }  # fmt: skip
+
+
+# Modules, lines and longest chain of imports: of the way alone, and with the kind for text.
+BOUNDS = {"nalora_jax.train.run": (80, 19_000, 15), "nalora_jax.train.kinds.text": (130, 36_500, 17)}
+AROUND = re.compile(
+    r"^nalora_jax\.(cli|study|report|cpu|data\.images|models\.(families|vision)|weights\.(base|gguf|card)"
+    r"|train\.(start|initial_adapter|cards|dual|kinds\.(images|preference|dual|rl)))\b"
+)
+
+
+def test_the_way_of_a_run_is_short() -> None:
+    """What `train.run` imports, and with it the kind for text; imports in functions count."""
+    sources = {
+        f"nalora_jax.{name.removesuffix('.py').replace('/', '.')}": text for name, text in _modules()
+    }
+    graph = {
+        name: {one for one in _imported(text, name) if one in sources} for name, text in sources.items()
+    }
+
+    @functools.cache
+    def chain(name: str) -> int:
+        return 1 + max(map(chain, graph[name]), default=0)
+
+    way: set[str] = set()
+    for start, (modules, lines, longest) in BOUNDS.items():
+        left = {start}
+        while left:
+            way |= left
+            left = {below for name in left for below in graph[name]} - way
+        assert len(way) <= modules, (start, len(way))
+        assert sum(len(sources[name].splitlines()) for name in way) <= lines, start
+        assert chain(start) <= longest, start
+    assert [name for name in sorted(way) if AROUND.match(name) and "vision.config" not in name] == []

@@ -20,10 +20,10 @@ from nalora_jax.config import LoRAConfig, LoRARule, OptimizerConfig, RunConfig, 
 from nalora_jax.report import html
 from nalora_jax.train.adapted import load
 from nalora_jax.train.callbacks import Callback
-from nalora_jax.train.initial_adapter import with_adapter
 from nalora_jax.train.kinds import text
 from nalora_jax.train.output import open_output
 from nalora_jax.train.run import RunResult, checked_mesh
+from nalora_jax.train.start import with_adapter, with_start
 from tests import tiny
 
 torch = pytest.importorskip("torch")
@@ -108,7 +108,7 @@ def test_an_adapter_goes_from_peft_to_a_run_and_back(config: RunConfig, tmp_path
     run = replace(config, adapter=str(tmp_path / "theirs"), output=str(tmp_path / "run"))
     settled = with_adapter(run)
     with open_output(tmp_path / "start", resume=False) as output:
-        inputs = text.open_inputs(settled, None)
+        inputs = replace(text.open_inputs(settled, None), begin=with_start)
         _, assembly, _ = text.build_step(inputs, inputs.config, checked_mesh(inputs.config), output, None)
     variables = {"params": assembly.params, "lora": assembly.state.lora}
     ours = tiny.logits_of(assembly.eval_model, variables, jnp.asarray(TOKENS))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from nalora_jax.train.adapted import AdaptedModel
     from nalora_jax.train.adapted_dual import AdaptedDual
     from nalora_jax.train.located import Located
-    from nalora_jax.weights.hub import ResolvedSource
+    from nalora_jax.weights.hf import ResolvedSource
     from nalora_jax.weights.model_files import LoadedModel
 
 
@@ -110,7 +110,7 @@ def export(args: cli.ExportArgs) -> None:
     from nalora_jax.common.files import write_atomically
     from nalora_jax.common.folders import new_file, new_folder
     from nalora_jax.train.adapted import load
-    from nalora_jax.train.export import write_adapter
+    from nalora_jax.train.kinds.text import write_adapter
     from nalora_jax.train.located import locate
     from nalora_jax.weights.peft_modules import layout_for
 
@@ -310,7 +310,7 @@ def from_peft(args: cli.FromPeftArgs) -> None:
 def card(model: AdaptedModel | AdaptedDual, kind: Literal["adapter", "merged"]) -> str:
     """Returns a model card's README.md, with settings and results if ``model`` is from a run."""
     from nalora_jax.report.history import read_history
-    from nalora_jax.train.export import base_card
+    from nalora_jax.train.cards import base_card
     from nalora_jax.weights.card import render_card
 
     written = base_card(kind, model.located.base, model.base, model.spec)

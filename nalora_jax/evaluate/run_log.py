@@ -44,6 +44,7 @@ from nalora_jax.errors import NaloraError
 
 FILE = "metrics.jsonl"
 ROLLOUTS = "rollouts.jsonl"  # in a run with rewards: some samples of the logged steps
+ADAPTER = "adapter"  # subfolder of a run: the exported adapter
 _MAX_STEP = 2**53
 _MAX_DEPTH = 12  # nesting of a run's config
 # Layers of all towers together. No model has more, and the report has a row and a curve for each.

@@ -250,6 +250,10 @@ class FeedForward(Part):
 
     reads_stream: ClassVar[bool] = False  # True: the module also gets ``stream``, the norm's input
 
+    @abstractmethod
+    def gates(self, config: ModelConfig) -> Gates:
+        """See `Part`."""
+
 
 @dataclass(frozen=True)
 class GatedBlock(FeedForward):

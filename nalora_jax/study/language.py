@@ -29,7 +29,8 @@ from nalora_jax.train.kinds import decoder_parts
 from nalora_jax.train.program import Assembly, assemble, starting_at
 from nalora_jax.train.start import first_adapters
 from nalora_jax.weights.base import load_model
-from nalora_jax.weights.hub import ResolvedSource, resolve
+from nalora_jax.weights.hf import ResolvedSource
+from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.model_files import LoadedModel, open_files
 from nalora_jax.weights.new_tokens import with_added
 

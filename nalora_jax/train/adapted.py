@@ -19,7 +19,8 @@ from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.train.located import Located, found_adapter, locate, run_config
 from nalora_jax.weights.base import load_model
-from nalora_jax.weights.hub import ResolvedSource, resolve
+from nalora_jax.weights.hf import ResolvedSource
+from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.model_files import LoadedModel
 from nalora_jax.weights.new_tokens import check_adapter, for_adapter
 from nalora_jax.weights.peft import import_adapter

@@ -23,7 +23,8 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import layer_numbers
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, layer_path
 from nalora_jax.train.located import adapter_folder, locate
-from nalora_jax.weights.hub import ResolvedSource, resolve
+from nalora_jax.weights.hf import ResolvedSource
+from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.model_files import LoadedModel, open_files
 from nalora_jax.weights.new_tokens import for_adapter
 from nalora_jax.weights.peft import import_adapter

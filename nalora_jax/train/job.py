@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jax.sharding import Mesh
 
 from nalora_jax.config import RunConfig
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.data.source import Source
-from nalora_jax.method.step import TrainState
-from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.output import Output
-from nalora_jax.train.program import Assembly
-from nalora_jax.weights.model_files import ModelFiles
-from nalora_jax.weights.origin import Origin
+
+if TYPE_CHECKING:
+    from nalora_jax.method.step import TrainState
+    from nalora_jax.models.config import ModelConfig
+    from nalora_jax.train.output import Output
+    from nalora_jax.train.program import Assembly
+    from nalora_jax.weights.model_files import ModelFiles
+    from nalora_jax.weights.origin import Origin
 
 
 class RunBase(Protocol):
@@ -38,6 +40,11 @@ class RunBase(Protocol):
     @property
     def origin(self) -> Origin | None:
         """Returns the origin of its weights, if they come from a single file or folder."""
+
+
+def original(loaded: RunBase) -> str:
+    """Returns the name under which other tools load the base: of a copy, its original's hub id."""
+    return (loaded.origin and loaded.origin.copy_of) or loaded.source
 
 
 class TrainingRows(Protocol):
@@ -63,6 +70,7 @@ class Inputs:
     ]  # examples that results are reported on, and others that select the checkpoint
     questions: Mapping[str, str]  # digests of both
     in_turns: bool | None = None  # True if the training texts are formatted by a chat template
+    begin: Begin | None = None  # of the run's `Start`
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,22 @@ class Job:
     def config(self) -> RunConfig:
         """Returns the settings that are recorded; automatic fields of the layout stay open."""
         return self.inputs.config
+
+
+# Returns an assembly with the initial adapters that its settings ask for, given the base, the rows and the folder.
+Begin = Callable[["Assembly", Any, TrainingRows, "Output"], "Assembly"]
+
+
+class Start(Protocol):
+    """The adapters that a run starts from: a module with these two functions."""
+
+    @property
+    def with_adapter(self) -> Callable[[RunConfig, Mapping[str, Any] | None], RunConfig]:
+        """Returns the function that takes settings over from the adapter on disk that a run continues."""
+
+    @property
+    def with_start(self) -> Begin:
+        """Returns the function that makes the initial adapters, before the first step."""
 
 
 class Kind(Protocol):

@@ -13,12 +13,12 @@ from nalora_jax.common.digests import unseal
 from nalora_jax.common.folders import can_exist
 from nalora_jax.config import config_from_dict
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.run_log import ADAPTER
 from nalora_jax.evaluate.run_log import FILE as METRICS
 from nalora_jax.weights.hub import alias_of
 from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_read import recorded_base
 
-ADAPTER = "adapter"  # subfolder of a run: the exported adapter
 T = TypeVar("T")
 
 

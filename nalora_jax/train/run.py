@@ -27,7 +27,7 @@ from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.source import Source
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import describe
-from nalora_jax.evaluate.run_log import read_evaluation
+from nalora_jax.evaluate.run_log import ADAPTER, read_evaluation
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
@@ -39,10 +39,7 @@ from nalora_jax.ops.dispatch import check_implementation
 from nalora_jax.train import loop
 from nalora_jax.train.callbacks import Callback, Ended, make_callbacks
 from nalora_jax.train.compilation import use_compilation_cache
-from nalora_jax.train.export import run_card
-from nalora_jax.train.initial_adapter import with_adapter
-from nalora_jax.train.job import Inputs, Job, Kind
-from nalora_jax.train.located import ADAPTER
+from nalora_jax.train.job import Inputs, Job, Kind, Start
 from nalora_jax.train.mechanisms import first_step, log_first_step
 from nalora_jax.train.optimizers import make_schedule
 from nalora_jax.train.output import Output
@@ -50,7 +47,6 @@ from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.profile import Profile
 from nalora_jax.train.progress import Stages
 from nalora_jax.train.session import Session, open_session, say_counts
-from nalora_jax.weights.card import write_card
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +54,9 @@ REPORT = "report.html"  # in a run's folder, written by `write_report`
 BEFORE = "before.json"  # in a run's folder: metrics of the base model and digests of the questions
 # Builds a job in a layout of its choice, by a function of settings whose layout is concrete.
 ChooseLayout = Callable[[RunConfig, ModelConfig, Callable[[RunConfig], Job]], Job]
+
+# Writes the card of a run's adapter, given its folder, the exported state and the metrics before and after.
+WriteCard = Callable[[Path, Job, TrainState, Mapping[str, Any], Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,10 @@ class BaseMetrics(NamedTuple):
 def fine_tune(
     config: RunConfig,
     kind: Kind,
+    start: Start,
     *,
     choose_layout: ChooseLayout,
+    write_card: WriteCard,
     write_report: Callable[[Path], Path],
     data: Data | None = None,
     format: Format | None = None,
@@ -95,7 +96,9 @@ def fine_tune(
     Args:
       config: the run's settings.
       kind: reads the data, builds the program and exports the adapter.
+      start: makes the initial adapters.
       choose_layout: chooses the mesh and the rematerialization policy of a decoder.
+      write_card: writes the adapter's README.md.
       write_report: writes the report into a run's folder and returns its path.
       data, format, callbacks, source: see `nalora_jax.run`, which also lists the errors.
     """
@@ -111,7 +114,7 @@ def fine_tune(
         session.closing,
     ):
         spent = Stages()
-        inputs = read_inputs(config, kind, session, source)
+        inputs = read_inputs(config, kind, start, session, source)
         job = prepare_job(inputs, kind, session, choose_layout)
         state = restore(job, session)
         spent.end("preparing")
@@ -121,7 +124,7 @@ def fine_tune(
             result = fit(job, state, session)
             state = best_state(job, result, session)
             spent.end("training")
-            return finish(job, state, result.step, session, spent, write_report)
+            return finish(job, state, result.step, session, spent, write_card, write_report)
 
 
 def checked_settings(
@@ -156,7 +159,7 @@ def attended() -> Iterator[StopSignals]:
 
 
 def read_inputs(
-    config: RunConfig, kind: Kind, session: Session, source: Mapping[str, Source] | None
+    config: RunConfig, kind: Kind, start: Start, session: Session, source: Mapping[str, Source] | None
 ) -> Inputs:
     """Reads all that a run needs before its weights; each file is session once.
 
@@ -165,9 +168,9 @@ def read_inputs(
     """
     if config.compute.compilation_cache:
         use_compilation_cache()
-    inputs = kind.open_inputs(with_adapter(config, session.recorded or None), source)
+    inputs = kind.open_inputs(start.with_adapter(config, session.recorded or None), source)
     session.check_continues(inputs.config)
-    return inputs
+    return replace(inputs, begin=start.with_start)
 
 
 # ---------------------------------------------------------------- layout, weights, adapters, step
@@ -335,6 +338,7 @@ def finish(
     last: int,
     session: Session,
     spent: Stages,
+    write_card: WriteCard,
     write_report: Callable[[Path], Path],
 ) -> RunResult:
     """Evaluates and exports a state on examples that did not select it, and writes the report.
@@ -345,7 +349,7 @@ def finish(
       last: the last step.
       session: its session.
       spent: times of its stages.
-      write_report: see `fine_tune`.
+      write_card, write_report: see `fine_tune`.
     """
     before, folder, best = session.before, session.output.folder, int(state.step)
     assert before is not None
@@ -361,8 +365,7 @@ def finish(
     spent.end("evaluating the result")
     adapter, after = folder / ADAPTER, after | {"step": best}
     job.kind.export_run(job, adapter, state, session.output.share)
-    readme = run_card(job.config, job.loaded, job.assembly, state.lora, before, after)
-    distributed.on_first_process(lambda: write_card(adapter, readme))
+    write_card(adapter, job, state, before, after)
     spent.end("exporting")
     session.callbacks.end(Ended(last, best, seconds=spent.seconds))
     distributed.on_first_process(lambda: log.info("report: %s", write_report(folder)))

@@ -65,6 +65,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.train.initial_adapter import read_initial, warn_if_changed
+from nalora_jax.train.initial_adapter import with_adapter as with_adapter
 from nalora_jax.train.output import START, Output
 from nalora_jax.train.program import Assembly, measured_blocks, next_token, starting_at
 from nalora_jax.weights.model_files import LoadedModel

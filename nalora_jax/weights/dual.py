@@ -24,8 +24,7 @@ from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.models.vision.dual import init_params
 from nalora_jax.weights import hub
 from nalora_jax.weights.encoders import keymap_of
-from nalora_jax.weights.hf import SafetensorsFolder
-from nalora_jax.weights.hub import ResolvedSource
+from nalora_jax.weights.hf import ResolvedSource, SafetensorsFolder
 from nalora_jax.weights.origin import Origin, fingerprint, origin
 from nalora_jax.weights.tensors import load_params, param_shardings, require_dtype
 

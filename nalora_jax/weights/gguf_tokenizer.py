@@ -8,6 +8,7 @@ merges follow from the scores).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from nalora_jax.data import tokenizer as ours
 from nalora_jax.data.tokenizer import is_foreign
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.gguf import GGUFFile
+from nalora_jax.weights.gguf_config import hf_config
+from nalora_jax.weights.model_files import SINGLE_FILES
 
 _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "▁"
@@ -61,6 +64,15 @@ _SPLITS = {
 }
 # Vocabularies in which a word that is a token takes precedence over the result of the merges.
 _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "tekken")
+
+
+def open_gguf(path: Path) -> tuple[GGUFFile, dict[str, Any], ours.Tokenizer]:
+    """Opens a GGUF file: its tensors, what its ``config.json`` would be, and its tokenizer."""
+    file = GGUFFile(path)
+    return file, hf_config(file), read_tokenizer(file)
+
+
+SINGLE_FILES["gguf"] = open_gguf
 
 
 def read_tokenizer(file: GGUFFile) -> ours.Tokenizer:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -43,6 +44,18 @@ DTYPES = {
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_MAPPED = 16 << 20  # bytes
 _NEIGHBOURS = 1 << 20  # bytes that the system may map in addition to the requested bytes
+
+
+@dataclass(frozen=True)
+class ResolvedSource:
+    """The location of a model's files."""
+
+    kind: Literal["gguf", "hf"]
+    path: Path  # the GGUF file, or the Hugging Face folder
+    name: str  # of the base in an adapter's config: hub id, package's file, or path as given
+    copy_of: str = ""  # hub id of the model that a package's community GGUF file was converted from
+    streamed: str = ""  # bucket folder whose safetensors are read by ranges; the rest is at `path`
+    rope_scaling: str = ""  # in place of the config's: see `models.rope_scaling.with_rope_scaling`
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
 
 import huggingface_hub
 from huggingface_hub import constants, errors
@@ -28,23 +27,11 @@ from nalora_jax.common.files import expand_user
 from nalora_jax.common.folders import can_exist
 from nalora_jax.common.registry import Registry
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.hf import INDEX, PICKLES, SafetensorsFolder
+from nalora_jax.weights.hf import INDEX, PICKLES, ResolvedSource, SafetensorsFolder
 
 log = logging.getLogger(__name__)
 
 _MIRROR = "pypi:"
-
-
-@dataclass(frozen=True)
-class ResolvedSource:
-    """The location of a model's files."""
-
-    kind: Literal["gguf", "hf"]
-    path: Path  # the GGUF file, or the Hugging Face folder
-    name: str  # of the base in an adapter's config: hub id, package's file, or path as given
-    copy_of: str = ""  # hub id of the model that a package's community GGUF file was converted from
-    streamed: str = ""  # bucket folder whose safetensors are read by ranges; the rest is at `path`
-    rope_scaling: str = ""  # in place of the config's: see `models.rope_scaling.with_rope_scaling`
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,7 @@ from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import Kind, gathered
 from nalora_jax.weights.expert_tensors import with_experts, with_floats
-from nalora_jax.weights.gguf import GGUFFile
-from nalora_jax.weights.gguf_config import hf_config
-from nalora_jax.weights.gguf_tokenizer import read_tokenizer
-from nalora_jax.weights.hf import SafetensorsFolder, StreamedFolder
-from nalora_jax.weights.hub import ResolvedSource
+from nalora_jax.weights.hf import ResolvedSource, SafetensorsFolder, StreamedFolder
 from nalora_jax.weights.keymaps import KeyMap, keymap_for
 from nalora_jax.weights.origin import Origin, origin
 from nalora_jax.weights.tensors import TensorSource, load_params, param_shardings
@@ -30,6 +27,11 @@ if TYPE_CHECKING:
     from nalora_jax.data.images.files import ImageProcessor
 
 log = logging.getLogger(__name__)
+
+
+# Opens a model in a single file, by `ResolvedSource.kind`: its tensors, what its config.json would be, and its
+# tokenizer. `nalora_jax.weights.gguf_tokenizer` enters its function.
+SINGLE_FILES: dict[str, Callable[[Path], tuple[TensorSource, dict[str, Any], Tokenizer]]] = {}
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class ModelFiles:
     raw: dict[str, Any]  # the config.json, or its equivalent for a GGUF file
     config: ModelConfig  # as stored
     tokenizer: Tokenizer  # as stored; with image tokens for a model that is loaded with images
-    gguf: GGUFFile | None = None
+    file: TensorSource | None = None  # the tensors of a model in a single file
     processor: ImageProcessor | None = None  # for a model that is loaded with images
     keymap: KeyMap | None = None  # names of the tensors, if they are not those of the text model alone
 
@@ -105,9 +107,8 @@ def open_files(resolved: ResolvedSource, *, images: bool = False) -> ModelFiles:
     """
     file = None
     where = resolved.path
-    if resolved.kind == "gguf":
-        file = GGUFFile(resolved.path)
-        raw, tokenizer = hf_config(file), read_tokenizer(file)
+    if resolved.kind in SINGLE_FILES:
+        file, raw, tokenizer = SINGLE_FILES[resolved.kind](resolved.path)
     else:
         where = resolved.path / "config.json"
         raw = read_json(where)
@@ -132,8 +133,8 @@ def load_weights(
     """
     resolved, config = files.resolved, files.config
     tensors: TensorSource
-    if files.gguf is not None:
-        tensors = files.gguf
+    if files.file is not None:
+        tensors = files.file
     elif resolved.streamed:
         tensors = StreamedFolder(resolved.path, resolved.streamed)
     else:

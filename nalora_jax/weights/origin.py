@@ -25,7 +25,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.weights.tensors import WORKERS, TensorSource
 
 if TYPE_CHECKING:
-    from nalora_jax.weights.hub import ResolvedSource
+    from nalora_jax.weights.hf import ResolvedSource
 
 _PREFIX = "all:"  # of fingerprints: they cover all weights
 _CHUNK = 4 << 20  # bytes hashed at once, by one worker

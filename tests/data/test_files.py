@@ -168,10 +168,8 @@ def test_a_text_of_many_rows_is_in_memory_once(tmp_path: Path) -> None:
     assert pa.total_allocated_bytes() - before < 10_000_000  # 200 MB were every row to hold its text
 
 
-@pytest.mark.parametrize(
-    "kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int8(), pa.string())]
-)
-@pytest.mark.parametrize("options", [{}, {"dictionary_pagesize_limit": 64}, {"use_dictionary": False}])
+@pytest.mark.parametrize("kind", [pa.string(), pa.binary(), pa.dictionary(pa.int8(), pa.string())])
+@pytest.mark.parametrize("options", [{"dictionary_pagesize_limit": 64}, {"use_dictionary": False}])
 def test_parquet_of_any_coding_gives_the_same_rows(
     tmp_path: Path, kind: pa.DataType, options: dict
 ) -> None:

@@ -121,13 +121,6 @@ def test_template_that_changes_answers(ask, tokenizer):
         ask(choice(0), chat=True, tokenizer=shouting)
 
 
-def test_evaluating_on_training_data_is_refused(write_jsonl, tokenizer):
-    config = DataConfig(dataset=write_jsonl(*map(choice, range(20))), eval_split="train[-10%:]")
-    with pytest.raises(NaloraError, match=r"--data.eval-split"):
-        eval_examples(config, tokenizer)
-    assert len(eval_examples(dataclasses.replace(config, train_split="train[:-10%]"), tokenizer)) == 2
-
-
 @pytest.mark.parametrize(
     ("total", "reported", "selecting", "sizes"), [(900, 400, 200, (400, 200)), (30, 400, 200, (20, 10))]
 )

@@ -14,10 +14,10 @@ import pytest
 from nalora_jax.config import OptimizerConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import statistics
+from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.rules import Mechanism
 from nalora_jax.method.transform import (
     Mechanisms,
-    find_gates,
     gate_state,
     make_mechanisms,
     masks,

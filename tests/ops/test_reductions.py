@@ -14,7 +14,6 @@ from nalora_jax.config import MeshConfig
 from nalora_jax.layout import distributed
 from nalora_jax.method import statistics
 from nalora_jax.ops.reductions import by_shard, count, first_alone
-from nalora_jax.train.mechanisms import layer_means
 
 SEQ, D_FF = 3, 6
 
@@ -83,16 +82,3 @@ def test_over_the_shards_only_what_is_asked_for_is_summed():
     # A rounding error of the others is no negative share.
     block["tokens"] = block["tokens"] - np.float32(1e-3) - block["occupancy"][..., -1, :].max(-1)
     assert np.all(statistics.over_shards(block, ("occupancy",))["occupancy"] >= 0)
-
-
-def test_a_layer_s_figures_are_the_same_by_shard():
-    rng = np.random.default_rng(1)
-    block = {
-        name: rng.uniform(size=(2, 4, D_FF)).astype(np.float32)
-        for name in ("slope", "feature", "selection")
-    }
-    block |= {"occupancy": rng.uniform(size=(2, 4, 4, D_FF)).astype(np.float32)}
-    block |= {name: rng.uniform(1, 2, size=(2, 4)).astype(np.float32) for name in statistics.COUNTS}
-    whole = layer_means({name: value.sum(1) for name, value in block.items()})
-    for name, value in layer_means(block).items():
-        np.testing.assert_allclose(value, whole[name], rtol=1e-5, err_msg=name)

@@ -10,7 +10,8 @@ import jax
 
 from nalora_jax.config import LoRAConfig, LoRARule, RunConfig
 from nalora_jax.models.adapters import adapter_spec, init_lora
-from nalora_jax.train.export import base_card, write_adapter
+from nalora_jax.train.cards import base_card
+from nalora_jax.train.kinds.text import write_adapter
 from nalora_jax.train.located import locate
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.card import render_card

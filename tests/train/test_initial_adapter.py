@@ -20,8 +20,8 @@ from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.train.export import write_adapter
 from nalora_jax.train.initial_adapter import lora_rules, read_initial, warn_if_changed, with_adapter
+from nalora_jax.train.kinds.text import write_adapter
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.model_files import LoadedModel
 from nalora_jax.weights.new_tokens import with_added

@@ -37,7 +37,9 @@ from nalora_jax.study.sweeps.fit import Fitting
 from nalora_jax.study.sweeps.grid import FILE, axes_of, check_names, grid
 from nalora_jax.study.sweeps.program import RunLoop, StatesMetrics, StopOfAll, SweepProgram, fit_all
 from nalora_jax.study.sweeps.values import grouped, program_key
+from nalora_jax.train import start
 from nalora_jax.train.callbacks import make_callbacks
+from nalora_jax.train.cards import write_run_card
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.kinds import run_kind
 from nalora_jax.train.output import write_text
@@ -164,7 +166,7 @@ def _opened(
     resume: bool | Literal["auto"] = "auto" if config.resume else False
     console, callbacks = _Named(Path(config.output).name), make_callbacks(config.callbacks)
     session = stack.enter_context(open_session(replace(config, resume=resume), stop, callbacks, console))
-    return _Run(read_inputs(config, run_kind(config), session, source), session)
+    return _Run(read_inputs(config, run_kind(config), start, session, source), session)
 
 
 def _common_folder(configs: Sequence[RunConfig]) -> str:
@@ -238,7 +240,7 @@ class _Group:
                 result = loop.follower.result
                 best = best_state(job, result, run.session)
                 results[run.config.output] = finish(
-                    job, best, result.step, run.session, spent, write_report
+                    job, best, result.step, run.session, spent, write_run_card, write_report
                 )
         return results
 

@@ -27,16 +27,15 @@ from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.train.export import write_adapter
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.train.inputs import check_layout, check_longest, open_records, settled, stream_shape
-from nalora_jax.train.job import Inputs, Job
+from nalora_jax.train.job import Inputs, Job, original
 from nalora_jax.train.output import Output
 from nalora_jax.train.program import Assembly, assemble, exportable_adapter
-from nalora_jax.train.start import with_start
 from nalora_jax.weights.hub import resolve
 from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
-from nalora_jax.weights.new_tokens import with_added
-from nalora_jax.weights.peft import import_adapter, max_logit_difference
+from nalora_jax.weights.new_tokens import tokenizer_writer, with_added
+from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +89,8 @@ def build_step(
     shared = None if like is None else like.assembly
     assembly = assemble(placed, loaded.config, loaded.params, mesh, like=shared, **parts)
     data: TrainData = replace(inputs.data, **stream_shape(placed, mesh))
-    return loaded, with_start(assembly, loaded, data, output), data
+    assert inputs.begin is not None
+    return loaded, inputs.begin(assembly, loaded, data, output), data
 
 
 def _loaded(files: ModelFiles, config: RunConfig, mesh: Mesh) -> LoadedModel:
@@ -181,3 +181,25 @@ def _difference(
         lambda _: logits(model.clone(adapters=spec), loaded.params, files),
         row["tokens"],
     )
+
+
+def write_adapter(
+    folder: Path, loaded: LoadedModel, lora: Mapping[str, Any], spec: AdapterSpec, **options: Any
+) -> float:
+    """Writes PEFT files of an adapter and verifies them; returns the difference (`verify_export`).
+
+    ``options`` are passed to `export_adapter`.
+    """
+    export_adapter(
+        lora,
+        spec,
+        loaded.config,
+        folder,
+        base_model_name=original(loaded),
+        base_weights=loaded.source if original(loaded) != loaded.source else "",
+        fingerprint=loaded.fingerprint,
+        rope_scaling=loaded.rope_scaling,
+        write_extra=tokenizer_writer(loaded) if loaded.added or loaded.resized else None,
+        **options,
+    )
+    return verify_export(folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,8 +11,8 @@ import pytest
 
 from nalora_jax.cli.planning import report
 from nalora_jax.cli.planning.program import architecture
-from nalora_jax.cli.planning.report import Plan, describe
-from nalora_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.cli.planning.report import Plan, RolloutPlan, describe
+from nalora_jax.config import DataConfig, MeshConfig, RLConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.accounting import Transfer
 from nalora_jax.layout.figures import Figures, roofline
@@ -53,6 +54,21 @@ def test_what_waits_in_the_host_s_memory_has_a_roofline_of_its_own():
     assert plan.fits
     assert not planned({}, host=200e9, transfers=moved).fits
     assert not [line for line in describe(planned({})) if line.startswith("  host")]
+
+
+def test_a_plan_with_rewards_has_update_and_rollout():
+    update = planned({})
+    rl = RLConfig(rewards=("number",), samples=16, max_new_tokens=1024)
+    rollout = RolloutPlan(update.nalora, update.bound, 2, 1e9, 0.0)
+    plan = replace(update, config=replace(update.config, rl=rl), rollout=rollout)
+    assert plan.seconds == 3 * update.seconds
+    assert plan.fits
+    assert not replace(plan, rollout=replace(rollout, resident=10e9)).fits
+    text = "\n".join(describe(plan))
+    assert "for 16 prompts x 16 samples x 1,024 tokens, 2 program(s) after each other" in text
+    assert "29.00 GB a chip of 33.6" in text
+    assert "between     0 bytes of weights moved" in text
+    assert plan.to_dict()["rollout"]["seconds"] == rollout.seconds
 
 
 def decided(monkeypatch: pytest.MonkeyPatch, temporary: Callable[[Any], float], **options: Any) -> Plan:

@@ -38,7 +38,7 @@ def test_transparency_becomes_white_and_grey_becomes_rgb() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_photos_are_turned_upright_as_transformers_turns_them(tmp_path, kind, orientation) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
