@@ -367,7 +367,7 @@ def test_pickles_are_refused_with_the_reason(tmp_path: Path) -> None:
         ({"tie_word_embeddings": True}, "lm_head.weight.*tie_word_embeddings"),
         ({"num_hidden_layers": 2}, r"model.layers.0.*unknown tensor model.layers.2"),
         ({"num_hidden_layers": 4}, r"no model.layers.3"),
-        ({"intermediate_size": 24}, r"expected the shape \(24, 16\), found \(32, 16\)"),
+        ({"intermediate_size": 24}, r"down_proj.*: expected the shape \(16, 24\), found \(16, 32\)"),
     ],
 )
 def test_configs_that_do_not_fit(tmp_path: Path, change: dict[str, Any], match: str) -> None:

@@ -46,7 +46,7 @@ def test_another_copy_of_the_library_is_not_registered_again(
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on one CPU with tiles."""
-    monkeypatch.setattr(library, "kinds", lambda: ("tiles", "vectors", "plain"))
+    monkeypatch.setattr(processor, "kinds", lambda: ("tiles", "vectors", "plain"))
 
 
 @pytest.mark.usefixtures("tiles")
@@ -97,7 +97,7 @@ def test_where_xla_does_the_work(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("NALORA_NATIVE", choice)
-    monkeypatch.setattr(library, "kinds", lambda: kinds)
+    monkeypatch.setattr(processor, "kinds", lambda: kinds)
     assert not library.available(devices)
     assert caplog.messages == []
 
@@ -146,13 +146,13 @@ def test_kinds_are_those_that_the_cpu_has(
 def test_the_fastest_kind_is_taken_unless_xla_is_faster(
     kinds: tuple[str, ...], features: set[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library, "kinds", lambda: kinds)
+    monkeypatch.setattr(processor, "kinds", lambda: kinds)
     monkeypatch.setattr(processor, "features", lambda: frozenset(features))
     assert library.kind("") == library.kind("1") == expected
 
 
 def test_a_kind_that_this_cpu_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "kinds", lambda: ("vectors", "plain"))
+    monkeypatch.setattr(processor, "kinds", lambda: ("vectors", "plain"))
     monkeypatch.setenv("NALORA_NATIVE", "tiles")
     with pytest.raises(NaloraError, match="expected 0, 1 or, on this CPU, vectors or plain, found tiles"):
         library.available()
