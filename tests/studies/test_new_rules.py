@@ -36,7 +36,7 @@ BF16 = Numerics("bfloat16", "bfloat16", "bfloat16", "bfloat16", platform=CPU.pla
 @pytest.fixture
 def rules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The globals of the three files, whose names are registered for one test."""
-    monkeypatch.setattr(imports, "_IMPORTED", {})
+    monkeypatch.setattr(imports, "_IMPORTED", dict(imports._IMPORTED))
     dispatch.register_all()
     for registry in (MECHANISMS, statistics.TABLE):
         monkeypatch.setattr(registry, "_values", dict(registry._values))
