@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.config import MeshConfig
 from nalora_jax.layout.distributed import PARAM_RULES, make_mesh, shardings
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.family import supported
+from nalora_jax.models.families import supported
 from nalora_jax.models.stacks import param_shapes
 
 # Defaults of transformers that no model has: 96 heads do not divide the width.

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.family import supported
+from nalora_jax.models.families import supported
 from nalora_jax.models.stacks import param_shapes
 
 LLAMA = {

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.family import supported
+from nalora_jax.models.families import supported
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32,

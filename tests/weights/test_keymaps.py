@@ -8,7 +8,7 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.family import BUILT_IN, supported
+from nalora_jax.models.families import BUILT_IN, supported
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.weights.keymaps import Slot, halves_from_pairs, keymap_for, pairs_from_halves
 from tests.param_trees import params_from_tensors, tensors_from_params
