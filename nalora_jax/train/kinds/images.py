@@ -94,7 +94,7 @@ def program_parts(processor: ImageProcessor | None) -> dict[str, Any]:
 class SeenNextToken(NextToken):
     """`NextToken` of a vision-language model whose packed sequences contain images."""
 
-    processor: Any = None  # `nalora_jax.data.images.ImageProcessor`: uint8 pixels to floats
+    processor: Any = None  # `nalora_jax.data.images.files.ImageProcessor`: uint8 pixels to floats
 
     def hidden(
         self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any
