@@ -25,7 +25,7 @@ from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.layout.layouts import Layout, estimate, laid_out
-from nalora_jax.layout.machines import Topology, of_devices, topology
+from nalora_jax.layout.machines import MATRIX_SHARE, Topology, of_devices, topology
 from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.rules import make
@@ -169,7 +169,7 @@ def _this_machine(config: RunConfig, mesh: Mesh) -> Topology:
     flops = 2.0 * 1024 * 2048**2 / seconds(1024, 2048)
     bandwidth = 2048 * 16384 * config.compute.itemsize / seconds(1, 16384)
     sheet = topology("v5e:1x1")
-    return replace(sheet, chip=replace(sheet.chip, flops=flops / 0.75, bandwidth=bandwidth))
+    return replace(sheet, chip=replace(sheet.chip, flops=flops / MATRIX_SHARE, bandwidth=bandwidth))
 
 
 def _differences(runs: Sequence[RunConfig]) -> list[str]:

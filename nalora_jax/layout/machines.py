@@ -14,6 +14,8 @@ import jax
 from nalora_jax.common.devices import domains, kind_of, torus
 from nalora_jax.errors import NaloraError
 
+MATRIX_SHARE = 0.75  # of the peak that matmuls of a model's size reach
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -33,8 +35,8 @@ class Chip:
 
     @property
     def matrix_rate(self) -> float:
-        """The flops that matmuls of a model's size reach in all estimates: 75% of the peak."""
-        return 0.75 * self.flops
+        """The flops that matmuls of a model's size reach in all estimates."""
+        return MATRIX_SHARE * self.flops
 
 
 # TPU: https://cloud.google.com/tpu/docs/v5e, .../v6e, .../v5p (bidirectional interconnect

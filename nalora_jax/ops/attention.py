@@ -140,6 +140,21 @@ def drops(config: AttentionConfig, dropout_rng: jax.Array | None) -> bool:
     return dropout_rng is not None and config.dropout > 0
 
 
+def fits_kernel(
+    config: AttentionConfig,
+    numerics: Numerics,
+    cached: CachedKeys | None,
+    dropout_rng: jax.Array | None,
+    starts: jax.Array | None,
+) -> bool:
+    """Returns True if a Pallas kernel can compute `attention`: of tokens over themselves, without dropout.
+
+    The compiler does not partition a Pallas call: on several devices it is mapped over the sharding.
+    """
+    mapped = config.sharding is not None or numerics.platform.devices == 1
+    return mapped and cached is None and starts is None and not drops(config, dropout_rng)
+
+
 # ---------------------------------------------------------------- scores
 
 

@@ -31,6 +31,7 @@ from nalora_jax.ops.attention import (
     Keys,
     attention,
     drops,
+    fits_kernel,
     saved_heads,
     visibility,
 )
@@ -235,10 +236,7 @@ def triton_attention(
     shorter than the row.
     """
     fits = triton_takes(q.shape[1], q.shape[-1], config.windows, config.softcap) and sinks is None
-    # The compiler does not partition a Pallas call: on several devices it is mapped over the
-    # sharding.
-    mapped = config.sharding is not None or numerics.platform.devices == 1
-    if not (fits and mapped) or cached is not None or drops(config, dropout_rng) or starts is not None:
+    if not fits or not fits_kernel(config, numerics, cached, dropout_rng, starts):
         return NotImplemented
     del window
     inputs = saved_heads(q, keys.k, keys.v, config, numerics)

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import CONTEXT
-from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, attention, drops, saved_heads
+from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, attention, fits_kernel, saved_heads
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.split_attention import Spread, on_shards, reach, split_attention
 from nalora_jax.ops.split_rows import (
@@ -72,11 +72,8 @@ def splash_attention(
     Positions must grow by one along each segment, and the window must be one of ``config.windows``:
     each is compiled as a branch, and a traced window selects one.
     """
-    # The compiler does not partition a Pallas call: on several devices it is mapped over the
-    # sharding.
-    mapped = config.sharding is not None or numerics.platform.devices == 1
-    fits = takes(q.shape[1], q.shape[-1]) and mapped
-    if not fits or cached is not None or drops(config, dropout_rng) or starts is not None:
+    fits = takes(q.shape[1], q.shape[-1])
+    if not fits or not fits_kernel(config, numerics, cached, dropout_rng, starts):
         return NotImplemented
     q, k, v = saved_heads(q, keys.k, keys.v, config, numerics)
     # [batch, heads, seq, head_dim]; splash attention has no scale parameter

@@ -165,8 +165,8 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     has_adapter = (folder / "adapter" / "adapter_config.json").exists()
-    files = {"needle": read_needle(folder), "rollouts": read_rollouts(folder)}
-    page = render(read_history(folder), has_adapter=has_adapter, **files)
+    history, needle, rollouts = read_history(folder), read_needle(folder), read_rollouts(folder)
+    page = render(history, has_adapter=has_adapter, needle=needle, rollouts=rollouts)
     write_atomically(folder / FILE, page)
     return folder / FILE
 

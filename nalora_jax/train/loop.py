@@ -15,6 +15,7 @@ import numpy as np
 
 from nalora_jax.common import trees
 from nalora_jax.common.notes import counting
+from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.method.step import TrainState
 from nalora_jax.train.compilation import compile_ahead
@@ -63,6 +64,24 @@ class Schedule:
     eval_every: int
     save_every: int
     patience: int = 0  # evaluations without a better metric before stopping; 0: never stop early
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Schedule:
+        """Returns the schedule of a run."""
+        train = config.train
+        return cls(config.steps, train.log_every, train.eval_every, train.save_every, train.patience)
+
+    def evaluates(self, step: int) -> bool:
+        """Returns True if the model is evaluated after ``step``."""
+        return step == self.steps or _due(step, self.eval_every)
+
+    def saves(self, step: int) -> bool:
+        """Returns True if the state is saved after ``step``."""
+        return self.evaluates(step) or _due(step, self.save_every)
+
+    def logs(self, step: int) -> bool:
+        """Returns True if ``step`` is logged."""
+        return self.saves(step) or _due(step, self.log_every)
 
 
 @dataclass
@@ -165,11 +184,9 @@ class Follower:
         self._meter.add(step, metrics)
         last = step == schedule.steps
         result.interrupted = hooks.asked_to_stop(step) and not last
-        to_evaluate = last or _due(step, schedule.eval_every)
-        to_save = to_evaluate or _due(step, schedule.save_every)
-        to_log = to_save or _due(step, schedule.log_every)  # also without the interruption
-        evaluates = to_evaluate and not result.interrupted
-        saves = to_save or result.interrupted
+        to_log = schedule.logs(step)  # also without the interruption
+        evaluates = schedule.evaluates(step) and not result.interrupted
+        saves = schedule.saves(step) or result.interrupted
         if to_log or result.interrupted:
             result.state, result.step = state(), step
             with _naming_bad_weights(self._params):

@@ -154,13 +154,9 @@ class Session:
 
     def follower(self, state: TrainState) -> Follower:
         """Returns the actions after each step, which continue from a state."""
-        config, train = self.job.config, self.job.config.train
-        schedule = Schedule(
-            config.steps, train.log_every, train.eval_every, train.save_every, train.patience
-        )
+        config, params = self.job.config, self.job.assembly.params
         rate = make_schedule(config.optimizer, config.steps)
-        params = self.job.assembly.params
-        return Follower(self, schedule, rate, state, int(state.step), params, self._begun)
+        return Follower(self, Schedule.of(config), rate, state, int(state.step), params, self._begun)
 
     def stopped(self, result: FitResult) -> Interrupted:
         """Returns the error of a run that a signal stopped, once its state is saved."""

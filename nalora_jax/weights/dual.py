@@ -26,7 +26,7 @@ from nalora_jax.weights import hub
 from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.hf import ResolvedSource, SafetensorsFolder
 from nalora_jax.weights.origin import Origin, fingerprint, origin
-from nalora_jax.weights.tensors import load_params, param_shardings, require_dtype
+from nalora_jax.weights.tensors import TensorSource, load_params, param_shardings, require_dtype
 
 # Separates the names of two towers that were trained separately.
 JOIN = "+"
@@ -98,13 +98,7 @@ def load_dual(
     where = folder / "config.json"
     config = families.read_dual(read_json(where), str(where))
     tensors = SafetensorsFolder(folder)
-    params = load_params(
-        config.param_shapes(),
-        tensors,
-        keymap_of(config),
-        dtype=dtype,
-        shardings=param_shardings(config.param_shapes(), mesh),
-    )
+    params = _params(config, tensors, dtype, mesh)
     tokenizer = _tokenizer(folder, config.text)
     processor = _of_side(read_processor(folder), config.image, image_size)
     source_of = origin(config, ResolvedSource("hf", folder, name), tensors, together=mesh is not None)
@@ -147,10 +141,7 @@ def load_encoder(
     tokenizer = _tokenizer(folder, config) if config.kind == "text" else None
     processor = read_processor(folder) if config.kind == "image" else None
     tensors = SafetensorsFolder(folder)
-    shardings = param_shardings(config.param_shapes(), mesh, prefix)
-    params = load_params(
-        config.param_shapes(), tensors, keymap_of(config), dtype=dtype, shardings=shardings
-    )
+    params = _params(config, tensors, dtype, mesh, prefix)
     return LoadedEncoder(config, params, tokenizer, processor, name, fingerprint(config, tensors))
 
 
@@ -184,6 +175,19 @@ def join(
     name = f"{image.source}{JOIN}{text.source}"
     processor = _of_side(image.processor, image.config, image_size)
     return LoadedDual(config, params | projections, text.tokenizer, processor, name, digest)
+
+
+def _params(
+    config: DualConfig | EncoderConfig,
+    tensors: TensorSource,
+    dtype: str,
+    mesh: Mesh | None,
+    prefix: str = "",
+) -> dict[str, Any]:
+    """Loads the parameters of a dual encoder or of one tower; arguments as in `load_encoder`."""
+    shapes = config.param_shapes()
+    shardings = param_shardings(shapes, mesh, prefix)
+    return load_params(shapes, tensors, keymap_of(config), dtype=dtype, shardings=shardings)
 
 
 def _of_side(processor: ImageProcessor, config: EncoderConfig, side: int) -> ImageProcessor:

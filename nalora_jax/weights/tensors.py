@@ -109,8 +109,7 @@ def load_params(
     fills: dict[str, list[_Fill]] = defaultdict(list)
     for tensor in keymap.tensors:
         for number, slot in enumerate(tensor.slots):
-            lead = slot.index
-            fills[slot.path].append(_Fill(names[tensor.name], tensor, number, lead))
+            fills[slot.path].append(_Fill(names[tensor.name], tensor, number, slot.index))
     where = shardings or defaultdict(lambda: SingleDeviceSharding(jax.local_devices()[0]))
     leaves: dict[str, Any] = {}
     with ThreadPoolExecutor(WORKERS) as pool:

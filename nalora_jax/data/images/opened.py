@@ -66,35 +66,37 @@ class ImageSource(Source):
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         """Returns the captions of the records at ``indices``."""
-        field, captions = self.fields.caption_field, []
-        for index, record in zip(indices, self.read(indices), strict=True):
-            value = record.get(field)
-            if not isinstance(value, str) or not value.strip():
-                raise NaloraError(
-                    f"{self.where(index)}: {field}",
-                    expected="a text",
-                    found=shown(value),
-                    remedy=f"name the field by --vision.caption-field (there are {', '.join(record)})",
-                )
-            captions.append(value)
-        return captions
+
+        def is_text(value: object) -> bool:
+            return isinstance(value, str) and bool(value.strip())
+
+        return self._values(indices, "caption", "a text", is_text)
 
     @cached_property
     def _raw_labels(self) -> list[Any]:
-        field, labels = self.fields.label_field, []
+        def is_class(value: object) -> bool:
+            return isinstance(value, int | str) and not isinstance(value, bool)
+
+        labels: list[Any] = []
         for start in range(0, len(self), _CHUNK):
             rows = range(start, min(start + _CHUNK, len(self)))
-            for index, record in zip(rows, self.read(rows), strict=True):
-                value = record.get(field)
-                if not isinstance(value, int | str) or isinstance(value, bool):
-                    raise NaloraError(
-                        f"{self.where(index)}: {field}",
-                        expected="a class: a number or a name",
-                        found=shown(value),
-                        remedy=f"name the field by --vision.label-field (there are {', '.join(record)})",
-                    )
-                labels.append(value)
+            labels += self._values(rows, "label", "a class: a number or a name", is_class)
         return labels
+
+    def _values(
+        self, indices: Sequence[int], kind: str, expected: str, is_valid: Callable[[object], bool]
+    ) -> list[Any]:
+        """Returns a field of the records at ``indices``: that of captions or labels, by ``kind``."""
+        field, values = getattr(self.fields, f"{kind}_field"), []
+        for index, record in zip(indices, self.read(indices), strict=True):
+            value = record.get(field)
+            if not is_valid(value):
+                remedy = f"name the field by --vision.{kind}-field (there are {', '.join(record)})"
+                raise NaloraError(
+                    f"{self.where(index)}: {field}", expected=expected, found=shown(value), remedy=remedy
+                )
+            values.append(value)
+        return values
 
     def labels(self, classes: Sequence[str]) -> np.ndarray:
         """Returns the index in ``classes`` (names, by label) of every record's class: int32 ``[len(self)]``."""
@@ -194,6 +196,7 @@ class ListedImages(FileSource, ImageSource):
                 f"{path}[{split}]", expected="at least one image", found="none", remedy=remedy
             )
         super().__init__(path, split, {"train": [LoadedRows(str(path), rows)]})
+        self._root = self._root.resolve()
         digest = hashlib.sha256(repr(rows).encode()).hexdigest()
         self.fingerprint = f"images:{digest}:{split}"
 
@@ -215,7 +218,7 @@ class ListedImages(FileSource, ImageSource):
         if name is None:
             return row
         path = (self._root / name).resolve()
-        if not path.is_relative_to(self._root.resolve()):  # a list may come from an untrusted author
+        if not path.is_relative_to(self._root):  # a list may come from an untrusted author
             expected = "a file in the list's folder"
             raise NaloraError(f"{self.name}: {name}", expected=expected, found="one outside of it")
         return row | {self.fields.image_field: path}

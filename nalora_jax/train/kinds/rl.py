@@ -42,9 +42,10 @@ from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, Step, TrainState
 from nalora_jax.ops.policy_losses import CLIPS, PolicyLoss, advantages, divergence_penalty
-from nalora_jax.train.inputs import open_records, settled
+from nalora_jax.train.inputs import open_records, settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.kinds import text
+from nalora_jax.train.loop import Schedule
 from nalora_jax.train.objectives import NextToken
 from nalora_jax.train.output import Output
 from nalora_jax.train.policy import Policy
@@ -109,13 +110,14 @@ def updates_with_base(rl: RLConfig) -> bool:
     return rl.beta > 0 and rl.updates == 1 and rl.loss != "rloo"
 
 
+def _policy(rl: RLConfig, plain: NextToken) -> Policy:
+    """Returns the objective of a run with rewards."""
+    return Policy(plain, policy_loss_of(rl), rl.temperature)
+
+
 def program_parts(rl: RLConfig) -> dict[str, Any]:
     """Returns the arguments of `nalora_jax.train.program.assemble` for a run with rewards."""
-
-    def objective(plain: NextToken) -> Policy:
-        return Policy(plain, policy_loss_of(rl), rl.temperature)
-
-    return {"objective": objective}
+    return {"objective": partial(_policy, rl)}
 
 
 # ---------------------------------------------------------------- the four functions of a kind
@@ -133,12 +135,8 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     base, tokenizer = files.described(added), files.tokenizer_with(added)
     train, held = open_records(config.data, source)
     turns = in_turns(train.read([0])[0], config.data)
-    shape = {
-        "batch_size": config.train.batch_size,
-        "accumulate": config.train.accumulate,
-        "seed": config.seed,
-    }
-    data = prompt_data(train, config.data, tokenizer, rl=rl, context=base.max_positions, **shape)
+    shape = stream_shape(config) | {"context": base.max_positions}
+    data = prompt_data(train, config.data, tokenizer, rl=rl, **shape)
     config = replace(config, data=replace(config.data, max_length=data.length))
     config = settled(config, base.d_model, data.rows_per_epoch, "samples")
     prompts = held_out_prompts(held, config.data, tokenizer, data.length - rl.max_new_tokens)
@@ -152,8 +150,7 @@ def build_step(
     """Loads the base, and builds adapters and the step with its rollouts; see `text.build_step`."""
     stream = inputs.data
     loaded, assembly, _ = text.build_step(inputs, placed, mesh, output, like, **program_parts(placed.rl))
-    rows = distributed.process_rows(mesh, stream.batch_size // stream.accumulate)
-    data = PromptRows(replace(stream, rows=tuple(rows.tolist())), Rollout())
+    data = PromptRows(replace(stream, **stream_shape(placed, mesh)), Rollout())
     sampler = Sampler(
         assembly.eval_model,
         assembly.params,
@@ -170,7 +167,7 @@ def build_step(
     )
     assert inputs.base is not None
     plain = next_token(inputs.base, assembly.model, placed.compute, mesh)
-    scoring: Policy = program_parts(placed.rl)["objective"](plain)
+    scoring = _policy(placed.rl, plain)
     step = RolloutStep(placed, assembly, scoring, sampler, data, output.folder / ROLLOUTS)
     return loaded, replace(assembly, step=step), data
 
@@ -355,10 +352,8 @@ class RolloutStep:
 
     def _is_shown(self, number: int) -> bool:
         """Returns True if a step of the rollout that starts after ``number`` steps is logged."""
-        train, steps = self._config.train, self._config.steps
-        intervals = [every for every in (train.log_every, train.eval_every, train.save_every) if every > 0]
         served = range(number + 1, number + self._config.rl.updates + 1)
-        return any(step == steps or any(step % every == 0 for every in intervals) for step in served)
+        return any(map(Schedule.of(self._config).logs, served))
 
     def _needs_base(self, number: int) -> bool:
         """Returns True if such a rollout needs the base's log-probabilities, for its loss or to show the divergence.
