@@ -168,7 +168,7 @@ def test_a_run_resumes_on_another_mesh_within_float_noise(
 
 
 def test_early_warnings_are_in_plain_words_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    warn = EarlyWarnings(100, "rollouts.jsonl")
+    warn = EarlyWarnings(100)
     usual = {"groups_alike": 0.5, "length": 20.0, "entropy": 2.0}
     for figures in [usual] * 12 + [usual | {"groups_alike": 1.0}] * 9 + [usual]:
         warn(figures)
