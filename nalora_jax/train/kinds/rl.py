@@ -59,6 +59,7 @@ from nalora_jax.weights.model_files import LoadedModel, open_files
 log = logging.getLogger(__name__)
 
 _SHOWN = 4  # samples of a step in the run's file of samples
+_MISMATCH = 0.1  # total variation distance between generator and training program, before a warning
 _PATIENCE = 10  # rollouts in a row without a difference between rewards, before a warning
 
 
@@ -437,7 +438,7 @@ def _forget_samples(file: Path, step: int) -> None:
 
 
 class EarlyWarnings:
-    """Logs once each that all rewards are equal, that samples grow, or that the policy has no entropy left.
+    """Logs once each that all rewards are equal, that samples grow, that no entropy is left, or a large mismatch.
 
     Args:
       limit: largest number of tokens of a sample.
@@ -450,8 +451,9 @@ class EarlyWarnings:
         self._logged: set[str] = set()
 
     def __call__(self, figures: Mapping[str, Any]) -> None:
-        """Reads the figures of a step: ``groups_alike``, ``length`` and ``entropy``."""
-        now = {name: float(figures[name]) for name in ("groups_alike", "length", "entropy")}
+        """Reads the figures of a step: ``groups_alike``, ``length``, ``entropy`` and ``mismatch_bound``."""
+        names = ("groups_alike", "length", "entropy", "mismatch_bound")
+        now = {name: float(figures[name]) for name in names}
         first = self._first = self._first or now
         self._alike.append(now["groups_alike"] == 1)
         if len(self._alike) == _PATIENCE and all(self._alike):
@@ -466,6 +468,12 @@ class EarlyWarnings:
         if now["entropy"] < 0.1 * first["entropy"]:
             text_of = "the entropy of the policy fell from %.3f to %.3f: samples hardly differ; lower the learning rate"
             self._once(text_of, first["entropy"], now["entropy"])
+        if now["mismatch_bound"] > _MISMATCH:
+            self._once(
+                "generator and training program differ by %.2f in the probabilities of a token, more than %g: "
+                "train with --compute.dtype float32",
+                *(now["mismatch_bound"], _MISMATCH),
+            )
 
     def _once(self, message: str, *values: Any) -> None:
         if message not in self._logged:
