@@ -162,10 +162,7 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the output of the last layer, and the updates of the layers' states by stack."""
         x, of_stacks = x.astype(self.numerics.result), stacks(self.config)
-        inputs = {
-            stack.prefix: _layer_inputs(stack, self.adapters, cache, embedded)
-            for stack in of_stacks
-        }
+        inputs = {stack.prefix: _layer_inputs(stack, self.adapters, cache, embedded) for stack in of_stacks}
         if self.config.layer_kinds:
             mixed: tuple[jax.Array, dict[str, Any]] = self.layers(x, inputs, shared)
             return mixed
