@@ -19,7 +19,7 @@ from jax import lax
 
 from nalora_jax.common import processor
 from nalora_jax.cpu import native
-from nalora_jax.cpu.native import Sum, Term
+from nalora_jax.cpu.native import Sum, Term, library
 from nalora_jax.cpu.storage import Bits, bf16_bits, from_bits, usable
 from nalora_jax.method import low_rank
 from nalora_jax.method.low_rank import Adapted, Dense, Factors, LowRankHidden, Products, add_bias, gated
@@ -36,7 +36,7 @@ def is_native(rows: int, operand: str, numerics: Numerics) -> bool:
     """Returns True if matmuls with this number of rows are native."""
     if operand != "bfloat16" or not usable(numerics):
         return False
-    return rows >= _FEWEST_ROWS or native.kind() != "floats"
+    return rows >= _FEWEST_ROWS or library.kind() != "floats"
 
 
 def native_sums(numerics: Numerics, *sums: Sum) -> list[jax.Array]:

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nalora_jax.common.trees import map_named, unflatten
 from nalora_jax.cpu import native
+from nalora_jax.cpu.native import library
 from nalora_jax.ops import dispatch, storage
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import SAVED, STACKS, Kernel, LayerStack, Stored
@@ -33,7 +34,7 @@ _WIDEST_RECOMPUTED = 1024
 
 def usable(numerics: Numerics) -> bool:
     """Returns True if native kernels compile and support programs with these numerics: on one device."""
-    return native.kind(numerics.platform.devices) is not None
+    return library.kind(numerics.platform.devices) is not None
 
 
 @jax.tree_util.register_dataclass
@@ -206,7 +207,7 @@ def best_remat(d_model: int, numerics: Numerics, *, gated: bool = True) -> str:
     not. A block with one wide matmul has half as much to save: CLIP ViT-B/16 is 6% faster with
     "dots".
     """
-    tiles = numerics.operand == "bfloat16" and native.kind(numerics.platform.devices) == "tiles"
+    tiles = numerics.operand == "bfloat16" and library.kind(numerics.platform.devices) == "tiles"
     if tiles and gated and d_model <= _WIDEST_RECOMPUTED:
         return "attention"
     return "dots"

@@ -364,7 +364,7 @@ def _fwd(
     operands = _operands(heads, options)
     batch, queries, n, _ = q.shape
     shapes = (_float32(q.shape), _float32((batch, n, queries)))
-    call = _Call.of(*operands[:2], integers, options)
+    call = _Call.of(operands[0], operands[1], integers, options)
     out, logsumexp = call.by_queries(_forward_kernel, FORWARD, operands, shapes)
     logsumexp = logsumexp.swapaxes(1, 2)
     if sinks is not None:

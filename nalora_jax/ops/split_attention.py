@@ -65,9 +65,9 @@ def split_attention(
             q, of.queries[:2], keys, of.window, config, numerics, starts=of.keys.starts, sinks=sinks
         )
 
-    saved = saved_heads(q, k, v, config, numerics)
-    out = on_shards(partial(on_shard, config=config, attend=attend), *saved, row, window, config, sinks)
-    return out.astype(numerics.result)
+    q, k, v = saved_heads(q, k, v, config, numerics)
+    local = partial(on_shard, config=config, attend=attend)
+    return on_shards(local, q, k, v, row, window, config, sinks).astype(numerics.result)
 
 
 # ---------------------------------------------------------------- a shard

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nalora_jax.common import processor
-from nalora_jax.cpu import native
+from nalora_jax.cpu.native import library
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.ops.dispatch import numerics_for
 
@@ -20,7 +20,7 @@ from nalora_jax.ops.dispatch import numerics_for
     ],
 )
 def test_products_are_computed_again_where_that_is_sooner(tiles, d_model, gated, expected, monkeypatch):
-    monkeypatch.setattr(native, "kind", lambda devices=1: "tiles" if tiles else "vectors")
+    monkeypatch.setattr(library, "kind", lambda devices=1: "tiles" if tiles else "vectors")
     assert chosen_remat("auto", d_model, numerics_for("bfloat16", "cpu"), gated=gated) == expected
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from nalora_jax.cpu.native.library import kind
+from nalora_jax.cpu.native import library
 from nalora_jax.ops.storage import Stored
 
 # Columns that the adapters of a group of runs may add to the contraction of a shared kernel.
@@ -38,7 +38,7 @@ Shapes = Sequence[jax.ShapeDtypeStruct]
 
 def call(function: str, shapes: Shapes, **attributes: Any) -> Callable[..., list[jax.Array]]:
     """Returns a call of the library; `jax.vmap` makes it a loop."""
-    called = jax.ffi.ffi_call(f"nalora_{function}_{kind()}", shapes, vmap_method="sequential")
+    called = jax.ffi.ffi_call(f"nalora_{function}_{library.kind()}", shapes, vmap_method="sequential")
     return lambda *operands: list(called(*operands, **attributes))
 
 
@@ -365,9 +365,14 @@ def over_vocabulary(
             return _looped(call("over_vocabulary", shapes, **attributes), batched, operands), [True] * 3
         of_run, counts = _of_runs(operands[0], size, batched[0]), _of_runs(operands[2], size, batched[2])
         order = jnp.argsort((jnp.arange(rows)[None] >= counts[:, None]).reshape(-1), stable=True)
-        options = {"transposed": transposed, "scale": scale, "softcap": softcap, "gradient": gradient}
         sums = over_vocabulary(
-            jnp.take(_joined_rows(of_run), order, axis=0), operands[1], jnp.sum(counts), **options
+            jnp.take(_joined_rows(of_run), order, axis=0),
+            operands[1],
+            jnp.sum(counts),
+            transposed=transposed,
+            scale=scale,
+            softcap=softcap,
+            gradient=gradient,
         )
         back = jnp.argsort(order)
         return [jnp.take(x, back, axis=0).reshape(size, rows, *x.shape[1:]) for x in sums], [True] * 3

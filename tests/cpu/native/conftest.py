@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from nalora_jax.common import processor
-from nalora_jax.cpu import native
 from nalora_jax.cpu.native import library
 
 EMULATED = Path(__file__).with_name("emulated_tiles.h")
@@ -37,5 +36,5 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(processor, "kinds", lambda: ("emulated",))
     elif request.param != KINDS[0]:  # users of this machine get the first one
         monkeypatch.setitem(library._FLAGS, request.param, (*library._FLAGS[request.param], QUICK))
-    assert native.kind() == request.param
+    assert library.kind() == request.param
     return str(request.param)
