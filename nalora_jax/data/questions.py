@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -56,7 +55,6 @@ def eval_examples(
     *,
     split: str | None = None,
     limit: int | None = None,
-    cache: Path | None = None,
     source: Mapping[str, Source] | None = None,
 ) -> list[Item]:
     """Opens the evaluation split and returns its examples; see `examples_of`.
@@ -66,16 +64,15 @@ def eval_examples(
       tokenizer: tokenizer of the model.
       split: in place of ``config.eval_split``.
       limit: in place of ``config.eval_limit``; 0 means all.
-      cache: folder for prepared data; `downloads.cache_dir` by default.
       source: sources by split, in place of the data set in ``config``.
 
     Raises:
       NaloraError: bad data, or records that are also in the training split.
     """
     if split is None:
-        _, read = open_pair(config, cache=cache, source=source)
+        _, read = open_pair(config, source=source)
     else:
-        read = open_held_out(config, split, cache=cache, source=source)
+        read = open_held_out(config, split, source=source)
     require_some(read)
     return examples_of(read, config, tokenizer, config.eval_limit if limit is None else limit)
 

@@ -230,7 +230,11 @@ def _use_jsonl(folder: Path) -> None:
     lines, tokenizer = JsonLines(folder / "data.jsonl"), Tokenizer.from_folder(folder)
     for index in range(min(len(lines), 8)):
         tokenize(
-            [render(lines[index], DataConfig(loss_on="assistant"), tokenizer, lines.where(index))],
+            [
+                render(
+                    lines.read([index])[0], DataConfig(loss_on="assistant"), tokenizer, lines.where(index)
+                )
+            ],
             tokenizer,
         )
 

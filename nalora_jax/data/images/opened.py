@@ -23,7 +23,7 @@ from nalora_jax.common.files import expand_user
 from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.files import DELIMITERS, LoadedRows, open_rows
-from nalora_jax.data.images.files import ENDINGS, ImageProcessor, Limits, TextTokenizer, open_image, pillow
+from nalora_jax.data.images.files import ENDINGS, ImageProcessor, TextTokenizer, open_image, pillow
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.pipeline import HostBatch, Stream
 from nalora_jax.data.source import Record, Source, require_some
@@ -63,6 +63,21 @@ class ImageSource(Source):
             found="nothing" if value is None else type(value).__name__,
             remedy=f"name the field by --vision.image-field (there are {', '.join(record)})",
         )
+
+    def opened(self, index: int, record: Mapping[str, Any]) -> Any:
+        """Returns the image of the record ``index`` as an RGB ``PIL.Image.Image``."""
+        where = self.where(index)
+        return open_image(self.image(record, where), where, self.fields.max_pixels)
+
+    def readable(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the ``indices`` whose images can be read; see `places_without_error`."""
+
+        def check(place: int) -> None:
+            index = int(indices[place])
+            self.opened(index, self[index])
+
+        places = places_without_error(self.name, len(indices), check, self.fields.broken)
+        return np.asarray(indices, np.int64)[places]
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         """Returns the captions of the records at ``indices``."""
@@ -256,9 +271,7 @@ def register_images(name: str) -> Callable[[ImageOpener], ImageOpener]:
     return IMAGE_SETS.decorator(name)
 
 
-def open_images(
-    config: DataConfig, vision: VisionConfig, split: str, *, cache: Path | None = None
-) -> ImageSource:
+def open_images(config: DataConfig, vision: VisionConfig, split: str) -> ImageSource:
     """Returns the images of ``split`` of ``config.dataset``.
 
     Args:
@@ -267,7 +280,6 @@ def open_images(
       vision: names of the fields.
       split: a TFDS split expression; for a folder or a list also the path of another folder or
         list.
-      cache: folder in which registered data sets are prepared.
 
     Raises:
       NaloraError: no such data set, split, folder or field, or no records.
@@ -277,7 +289,7 @@ def open_images(
         opener = partial(open_tfds, name.removeprefix("tfds:"), split, config.data_dir)
         return TfdsImages(name, split, opener, vision)
     if name in IMAGE_SETS:
-        return IMAGE_SETS.get(name)(split, vision, cache or cache_dir())
+        return IMAGE_SETS.get(name)(split, vision, cache_dir())
     path = expand_user(name)
     if Path(split).exists():
         path, split = Path(split), "train"
@@ -286,19 +298,6 @@ def open_images(
         remedy = f"--import FILE registers data sets; registered: {', '.join(IMAGE_SETS.names()) or 'none'}"
         raise NaloraError("--data.dataset", expected=expected, found=repr(name), remedy=remedy)
     return ListedImages(path, split, vision)
-
-
-def readable(source: ImageSource, indices: np.ndarray, vision: VisionConfig) -> np.ndarray:
-    """Returns the ``indices`` whose images can be read; see `places_without_error`."""
-    limits = Limits(max_pixels=vision.max_pixels)
-
-    def check(place: int) -> None:
-        index = int(indices[place])
-        (record,) = source.read([index])
-        open_image(source.image(record, source.where(index)), source.where(index), limits)
-
-    places = places_without_error(source.name, len(indices), check, vision.broken)
-    return np.asarray(indices, np.int64)[places]
 
 
 def places_without_error(name: str, count: int, check: Callable[[int], None], broken: str) -> np.ndarray:
@@ -414,10 +413,7 @@ class ImageData(Stream):
         for row, index, record in zip(
             rows, indices.tolist(), self.source.read(indices.tolist()), strict=True
         ):
-            where = self.source.where(index)
-            image = open_image(
-                self.source.image(record, where), where, Limits(max_pixels=self.vision.max_pixels)
-            )
+            image = self.source.opened(index, record)
             prepared.append(self.processor(augmented(image, self.vision, generator(self.seed, row))))
         batch = {name: np.stack([arrays[name] for arrays in prepared]) for name in prepared[0]}
         if self.labels is not None:
