@@ -278,7 +278,7 @@ class DelimitedRows(LoadedRows):
             csv.field_size_limit(limit)
 
     def _parse(self, reader: Any) -> None:
-        fields = next(reader, [])
+        fields: list[str] = next(reader, [])
         listed = ", ".join(fields)
         if len(set(fields)) < len(fields) or not all(fields):
             raise NaloraError(

@@ -130,23 +130,19 @@ class Tokenizer:
         Raises:
           NaloraError: as of `encode`.
         """
-        with tokenizer_errors("texts", *texts):
-            encodings: list[tokenizers.Encoding] = self._unprocessed.encode_batch(
-                list(texts), add_special_tokens=False
-            )
+        processor = self.backend.post_processor
+        self.backend.post_processor = None  # it may leave white space out of offsets
+        try:
+            with tokenizer_errors("texts", *texts):
+                encodings: list[tokenizers.Encoding] = self.backend.encode_batch(
+                    list(texts), add_special_tokens=False
+                )
+        finally:
+            self.backend.post_processor = processor
         if self.rows is not None and self.vocab_size > self.rows:
             for encoding in encodings:
                 self._check_rows(encoding.ids)
         return encodings
-
-    @cached_property
-    def _unprocessed(self) -> tokenizers.Tokenizer:
-        """The backend without its post-processor, which may leave white space out of offsets."""
-        if self.backend.post_processor is None:
-            return self.backend
-        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        backend.post_processor = None
-        return backend
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Returns the text of ``ids``."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -169,24 +170,12 @@ def test_too_long(open_data, write_jsonl, tokenizer, caplog):
     data = open_data(dataclasses.replace(base, too_long="truncate"), batch_size=1)
     assert (data.describe()["examples"], data.describe()["truncated"]) == (3, 1)
     assert answers_of(take(data, data.rows_per_epoch)[0], tokenizer) == [" Paris<|im_end|>"] * 3
-    with pytest.raises(NaloraError, match=r"found 3 of 3 records \(100%\)"):
-        open_data(dataclasses.replace(base, max_length=1))
 
 
-def test_record_without_a_token_to_learn(open_data, write_jsonl, tokenizer):
-    talk = [{"role": "user", "content": "up"}]
-    path = write_jsonl({"prompt": "a", "completion": "b"}, {"messages": talk})
-    with pytest.raises(NaloraError, match=r"data.jsonl:2: expected an assistant's turn"):
+def test_record_without_a_token_to_learn(open_data, write_jsonl):
+    path = write_jsonl({"prompt": "", "completion": "<|im_end|>"})
+    with pytest.raises(NaloraError, match="jsonl:1: expected a token to learn, found none in 1 tokens"):
         open_data(DataConfig(eval_split="unread", dataset=path))
-    with pytest.raises(
-        NaloraError, match=r"eos.jsonl:1: expected a token to learn, found none in 1 tokens"
-    ):
-        open_data(
-            DataConfig(
-                eval_split="unread",
-                dataset=write_jsonl({"prompt": "", "completion": "<|im_end|>"}, name="eos.jsonl"),
-            )
-        )
 
 
 def test_tokens_are_made_once(open_data, config, tokenizer, cache, monkeypatch):
@@ -250,9 +239,10 @@ def test_no_length_beyond_the_model_s_context_is_advised(open_data, write_jsonl,
         open_data(config, context=9)
 
 
-def test_more_than_half_dropped_is_an_error(open_data, write_jsonl):
-    texts = [{"prompt": "sky " * size, "completion": "blue"} for size in (1, 9, 9, 1, 9)]
+@pytest.mark.parametrize(("sizes", "share"), [((1, 9, 9, 1, 9), "3 of 5 records (60%)"), ((9,), "1 of 1")])
+def test_more_than_half_dropped_is_an_error(open_data, write_jsonl, sizes, share):
+    path = write_jsonl(*({"prompt": "sky " * size, "completion": "blue"} for size in sizes))
     with pytest.raises(
-        NaloraError, match=r"3 of 5 records \(60%\), longer than --data.max-length 8; .*keeps all.*truncate"
+        NaloraError, match=rf"{re.escape(share)}.*, longer than .* 8; .*keeps all.*truncate"
     ):
-        open_data(DataConfig(eval_split="unread", dataset=write_jsonl(*texts), max_length=8), batch_size=1)
+        open_data(DataConfig(eval_split="unread", dataset=path, max_length=8), batch_size=1)
