@@ -29,7 +29,7 @@ from nalora_jax.data.chat import (
 )
 from nalora_jax.data.packing import fill_rows, pack
 from nalora_jax.data.pipeline import HostBatch, TrainData, measured, rows_read
-from nalora_jax.data.questions import drawn, split_questions
+from nalora_jax.data.questions import held_out_indices, split_questions
 from nalora_jax.data.source import Source
 from nalora_jax.data.store import UNLIMITED, Group, cut_store, open_store
 from nalora_jax.data.tokenize import Example, converted, tokenize
@@ -284,7 +284,6 @@ def held_out_pairs(
     Raises:
       NaloraError: bad records, or fewer than two pairs.
     """
-    count = config.eval_limit + config.select_limit if config.eval_limit else 0
-    pairs = tokenize_pairs(records, drawn(len(records), count), config, preference, tokenizer)
+    pairs = tokenize_pairs(records, held_out_indices(records, config), config, preference, tokenizer)
     fitting = [pair for pair in pairs if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= context]
     return split_questions(fitting, config.eval_limit, config.select_limit)

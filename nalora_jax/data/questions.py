@@ -94,12 +94,16 @@ def examples_of(read: Source, config: DataConfig, tokenizer: Tokenizer, limit: i
     Raises:
       NaloraError: bad records.
     """
-    return examples_at(read, drawn(len(read), limit), config, tokenizer)
+    return examples_at(read, _drawn(read, limit), config, tokenizer)
 
 
-def drawn(count: int, limit: int) -> list[int]:
-    """Returns the indices of held-out records, ascending: the same draw in all runs; 0 means all."""
-    indices: list[int] = np.sort(permutation(count, _SEED)[: limit or None]).tolist()
+def held_out_indices(records: Source, config: DataConfig) -> list[int]:
+    """Returns the indices of the held-out records that a run evaluates, ascending: the same in all runs."""
+    return _drawn(records, config.eval_limit + config.select_limit if config.eval_limit else 0)
+
+
+def _drawn(records: Source, limit: int) -> list[int]:
+    indices: list[int] = np.sort(permutation(len(records), _SEED)[: limit or None]).tolist()
     return indices
 
 
@@ -137,8 +141,7 @@ def held_out(records: Source, config: DataConfig, tokenizer: Tokenizer) -> tuple
     Raises:
       NaloraError: bad records, or fewer than two.
     """
-    limit = config.eval_limit + config.select_limit if config.eval_limit else 0
-    items = examples_of(records, config, tokenizer, limit)
+    items = examples_at(records, held_out_indices(records, config), config, tokenizer)
     return split_questions(items, config.eval_limit, config.select_limit)
 
 

@@ -364,14 +364,10 @@ def row_images(
 
     ``store`` has the tokens of ``source``.
     """
-    places = places_of(pattern, store.lengths, images_of(store, tokens))
+    of_image = (store.tokens == tokens.token_id).astype(np.int64)
+    images = np.add.reduceat(of_image, store.offsets[:-1]) // tokens.count  # of each example
+    places = places_of(pattern, store.lengths, images)
     return RowImages(source, store.records, processor, max_pixels, places)
-
-
-def images_of(store: TokenStore, tokens: ImageTokens) -> np.ndarray:
-    """Returns the number of images of each example: int ``[examples]``."""
-    sums = np.add.reduceat((store.tokens == tokens.token_id).astype(np.int64), store.offsets[:-1])
-    return sums // tokens.count
 
 
 def places_of(pattern: Pattern, lengths: np.ndarray, images: np.ndarray) -> int:

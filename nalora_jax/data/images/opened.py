@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.files import DELIMITERS, LoadedRows, open_rows
 from nalora_jax.data.images.files import ENDINGS, ImageProcessor, TextTokenizer, open_image, pillow
-from nalora_jax.data.packing import permutation
+from nalora_jax.data.packing import epoch_order, permutation
 from nalora_jax.data.pipeline import HostBatch, Stream
 from nalora_jax.data.source import Record, Source, require_some
 from nalora_jax.data.sources import FileSource
@@ -81,31 +81,22 @@ class ImageSource(Source):
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         """Returns the captions of the records at ``indices``."""
-
-        def is_text(value: object) -> bool:
-            return isinstance(value, str) and bool(value.strip())
-
-        return self._values(indices, "caption", "a text", is_text)
+        return self._values(indices, "caption", "a text", str)
 
     @cached_property
     def _raw_labels(self) -> list[Any]:
-        def is_class(value: object) -> bool:
-            return isinstance(value, int | str) and not isinstance(value, bool)
-
         labels: list[Any] = []
         for start in range(0, len(self), _CHUNK):
             rows = range(start, min(start + _CHUNK, len(self)))
-            labels += self._values(rows, "label", "a class: a number or a name", is_class)
+            labels += self._values(rows, "label", "a class: a number or a name", int | str)
         return labels
 
-    def _values(
-        self, indices: Sequence[int], kind: str, expected: str, is_valid: Callable[[object], bool]
-    ) -> list[Any]:
+    def _values(self, indices: Sequence[int], kind: str, expected: str, types: Any) -> list[Any]:
         """Returns a field of the records at ``indices``: that of captions or labels, by ``kind``."""
         field, values = getattr(self.fields, f"{kind}_field"), []
         for index, record in zip(indices, self.read(indices), strict=True):
             value = record.get(field)
-            if not is_valid(value):
+            if not isinstance(value, types) or isinstance(value, bool) or not str(value).strip():
                 remedy = f"name the field by --vision.{kind}-field (there are {', '.join(record)})"
                 raise NaloraError(
                     f"{self.where(index)}: {field}", expected=expected, found=shown(value), remedy=remedy
@@ -379,11 +370,6 @@ class ImageData(Stream):
     labels: np.ndarray | None = None  # int32, by the source's index
     tokens: dict[str, np.ndarray] | None = None  # of captions, by the position in ``indices``
 
-    @cached_property
-    def _order(self) -> Callable[[int], np.ndarray]:
-        count = len(self.indices)
-        return lru_cache(maxsize=2)(lambda epoch: permutation(count, self.seed, epoch))
-
     @property
     def rows_per_epoch(self) -> int:
         """Returns the number of rows of an epoch, in which every record appears once."""
@@ -406,8 +392,9 @@ class ImageData(Stream):
 
     def arrays(self, rows: list[int]) -> HostBatch:
         """Returns the arrays of these rows; images are opened and augmented."""
-        epochs, positions = np.divmod(rows, len(self.indices))
-        places = np.array([self._order(int(e))[p] for e, p in zip(epochs, positions, strict=True)])
+        count = len(self.indices)
+        pairs = (divmod(row, count) for row in rows)
+        places = np.array([epoch_order(count, self.seed, epoch)[place] for epoch, place in pairs])
         indices = self.indices[places]
         prepared = []
         for row, index, record in zip(
