@@ -18,6 +18,7 @@ from nalora_jax.data.images.opened import ImageData, ImageSource, open_images
 from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.layout import distributed
+from nalora_jax.method.step import Step
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.study.plan import MEASURES
 from nalora_jax.train.kinds.dual import (
@@ -160,6 +161,10 @@ class DualEncoders:
             self._rows[key] = image_data(config, self.model(config), records, _mesh(config))
         return self._rows[key]
 
+    def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
+        """Returns the assembly's step."""
+        return assembly.step
+
     def adapters(self, config: RunConfig, assembly: Assembly, data: Any, seed: int) -> Any:
         """Returns adapters with A drawn by ``seed``, and projections drawn by the run's seed."""
         del data
@@ -177,6 +182,10 @@ class DualEncoders:
         asked = json.dumps([images.digest, classes, config.vision.templates, loaded.processor.output])
         digest = digest_of(asked)[:16]
         return ImageItems(images, classes, config.vision, loaded, digest)
+
+    def probe(self, config: RunConfig, data: DataConfig) -> ImageItems:
+        """Returns images."""
+        return self.items(config, data)
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
         """Compares the spans of both splits."""

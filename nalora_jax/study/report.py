@@ -30,7 +30,7 @@ from nalora_jax.study.analysis import (
     results,
 )
 from nalora_jax.study.pictures import draw
-from nalora_jax.study.plan import MEASURES, Cell, cells, tuning, wanted
+from nalora_jax.study.plan import Cell, cells, others_of, tuning, wanted
 from nalora_jax.study.protocol import Method, Protocol
 from nalora_jax.study.provenance import checked_records, describe_old, old_records
 from nalora_jax.study.records import Record, Records, hours
@@ -244,9 +244,7 @@ def _tests(protocol: Protocol, cell_results: Sequence[MethodResult]) -> str:
     parts = [f"## Test\n\n{title}{_scored(protocol)}"]
     header = ["method", "rate", "parameters", "seeds", "diverged", named(protocol.metric), "deviation"]
     for heading, group in grouped(cell_results):
-        names = [
-            n for n in MEASURES if n != protocol.metric and any(result.measured(n) for result in group)
-        ]
+        names = [n for n in others_of(protocol.metric) if any(result.measured(n) for result in group)]
         rows = [_test_row(result, names) for result in group if result.tests]
         columns = [*(name.replace("_", " ") for name in names), *_MOVEMENT.values(), "seconds a run"]
         if rows:

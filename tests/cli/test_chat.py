@@ -153,21 +153,6 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(base, monkeypatch
     assert err.count("...") == 2
 
 
-def test_a_model_without_a_chat_template_is_refused(base, tmp_path, capsys):
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for file in base.iterdir():
-        if file.name != "chat_template.jinja":
-            text = file.read_bytes()
-            if file.name == "tokenizer_config.json":
-                settings = json.loads(text)
-                settings.pop("chat_template", None)
-                text = json.dumps(settings).encode()
-            (bare / file.name).write_bytes(text)
-    assert main(["chat", str(bare)]) == 2
-    assert "expected a model with a chat template, found none in its tokenizer" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_generate_takes_messages(base, tmp_path, capsys, wrapped):
     messages = [{"role": "system", "content": "x y"}, {"role": "user", "content": "a b c"}]
@@ -194,10 +179,3 @@ def test_messages_that_are_none_are_refused_before_anything_is_loaded(tmp_path, 
     file.write_text(content)
     assert main(["generate", "no/model", "--messages", str(file)]) == 2
     assert said in capsys.readouterr().err
-
-
-def test_generate_wants_a_prompt_or_messages(capsys):
-    assert main(["generate", "no/model"]) == 2
-    assert "expected --prompt or --messages, found neither" in capsys.readouterr().err
-    assert main(["generate", "no/model", "--prompt", "a", "--messages", "b.json"]) == 2
-    assert "found both" in capsys.readouterr().err

@@ -124,19 +124,6 @@ def test_flags_of_a_run_change_the_plan(tmp_path, flags):
     assert after > before
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--data.max-length auto", "--data.max-length: expected the tokens of a row: a plan reads no data"),
-        ("--vision.task classify", "--vision.task: expected a language model"),
-        ("--rules ffn:4", "--rules: .*did you mean --lora.rules"),
-    ],
-)
-def test_flags_that_cannot_be_planned_are_refused(flags, message):
-    with pytest.raises(NaloraError, match=message):
-        command(f"--model llama-3.1-8b --topology v6e:4x4 {flags}")
-
-
 def test_messages_of_native_libraries_go_to_a_file(tmp_path):
     program = (
         "import os, sys; from pathlib import Path; from nalora_jax.cli.plan import compiler_messages_in\n"

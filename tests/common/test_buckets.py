@@ -25,7 +25,6 @@ from nalora_jax.data.sources import open_pair, open_source
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.train.located import locate
-from nalora_jax.weights import hf
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hub import resolve
 from tests import emulator, tiny
@@ -175,23 +174,6 @@ def test_an_adapter_in_a_bucket_is_copied_with_its_run(google: Any, tmp_path: Pa
     assert not list(located.adapter.parent.rglob("checkpoints"))
     assert locate("base", f"gs://bucket/{name}").adapter == located.adapter
     assert locate(put("only/m.gguf", b"GGUF")).adapter is None
-
-
-def test_a_process_fetches_the_rows_that_its_devices_hold(
-    google: Any, model: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.setattr(hf, "CHUNK", 256)
-    found = resolve(put_model(model, "rows"))
-    folder = hf.StreamedFolder(found.path, found.streamed)
-    (name,) = (
-        name for name, shape in folder.shapes().items() if shape == (28, 16)
-    )  # of float32: 64 bytes a row
-    google[1].clear()
-    rows = folder.read(name, (slice(6, 9), slice(0, 16)))
-    assert rows.shape == (3, 16)
-    assert fetched(google[1]) == 512
-    folder.read(name, (slice(8, 10), slice(4, 8)))  # again from the chunks in memory
-    assert fetched(google[1]) == 512
 
 
 @pytest.mark.parametrize(

@@ -110,12 +110,6 @@ def test_another_adapter_changes_the_text_but_compiles_nothing(model, generator)
     assert generator.with_lora(None).generate(prompt, max_new_tokens=8) not in (first, other)
 
 
-def test_a_full_context_ends_generation(model, variables):
-    generator = Generator(model, variables, byte_tokenizer(()), max_length=24)
-    made = generator.complete(prompts_of([20, 10]), max_new_tokens=50)
-    assert [len(c.ids) for c in made] == [4, 14]
-
-
 def test_weights_and_prompts_on_a_mesh_give_the_same_text(model, variables, generator):
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     spec = jax.sharding.PartitionSpec

@@ -221,17 +221,6 @@ def test_models_and_rows_that_cannot_be_split_are_refused(
         check_context(config, base, made)
 
 
-def test_rows_that_the_axis_does_not_divide_are_padded(caplog: pytest.LogCaptureFixture) -> None:
-    made = distributed.make_mesh(ALONE)
-    with caplog.at_level("INFO", logger="nalora_jax"):
-        check_context(
-            replace(CONFIG, data=replace(CONFIG.data, max_length=100)),
-            ModelConfig.from_hf(RAWS["dense"]),
-            made,
-        )
-    assert "rows of 100 tokens are padded to 112" in caplog.text
-
-
 def test_held_out_losses_of_split_rows_are_those_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likelihood, "_LEAST_BLOCK", 4)
     base, results = ModelConfig.from_hf(RAWS["dense"]), []

@@ -102,8 +102,3 @@ def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
 def test_what_is_wrong_is_named(study: Path, pattern: str, text: str, message: str) -> None:
     with pytest.raises(NaloraError, match=f"protocol.toml: .*{message}"):
         read_protocol(changed(study, pattern, text))
-
-
-def test_a_folder_without_a_protocol_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NaloraError, match="protocol.toml: expected a study, found No such file"):
-        read_protocol(tmp_path)

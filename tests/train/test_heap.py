@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-from nalora_jax.train import compilation
-
 HOLDS = """
 from nalora_jax.train.compilation import release_heap, retain_heap
 
@@ -56,9 +54,3 @@ def test_a_large_block_is_kept_for_the_next_of_its_size() -> None:
     done = subprocess.run([sys.executable, "-c", KEEPS], capture_output=True, text=True, check=True)
     handed_back, kept = map(int, done.stdout.split())
     assert kept < 0.1 * handed_back
-
-
-def test_a_c_library_without_trimming_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compilation.ctypes, "CDLL", lambda _: object())
-    compilation.release_heap()
-    compilation.retain_heap()

@@ -25,17 +25,6 @@ def steps_of(folder):
     return [record["step"] for record in read_metrics(folder / "metrics.jsonl") if "step" in record]
 
 
-def test_lines_are_json_and_values_are_plain(tmp_path):
-    with MetricsLog(tmp_path / "run") as log:
-        log.start({"steps": 2, "rules": ({"rank": 8},)}, **MACHINE)
-        log.write(
-            {"step": 1, "loss": np.float32(0.1), "layers": {"limit": np.array([[1.0, 2.0]], np.float32)}}
-        )
-    first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert first == {"run": {"steps": 2, "rules": [{"rank": 8}]}, **MACHINE}
-    assert second == {"step": 1, "loss": 0.100000001, "layers": {"limit": [[1.0, 2.0]]}}
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan"), np.array(-np.inf)])
 def test_what_json_lacks_becomes_null(tmp_path, value):
     with MetricsLog(tmp_path) as log:
@@ -66,13 +55,6 @@ def test_floats_tell_any_two_float32_apart():
     nearby = np.nextafter(value, np.float32(1))
     assert np.float32(to_json(value)) == value
     assert np.float32(to_json(nearby)) == nearby
-
-
-def test_every_line_is_on_disk_at_once(tmp_path):
-    log = MetricsLog(tmp_path)
-    log.write({"step": 1})
-    assert steps_of(tmp_path) == [1]
-    log.close()
 
 
 def test_a_new_run_never_touches_another_runs_log(tmp_path):

@@ -262,14 +262,3 @@ def test_a_store_that_fails_is_tried_again_and_at_the_end_an_error_that_names_th
     with pytest.raises(NaloraError, match=r"last files of the run, which are in .*, found quota exceeded"):
         mirrored.__exit__(None, None, None)
     assert (folder / "metrics.jsonl").exists()
-
-
-@pytest.mark.usefixtures("store")
-def test_a_store_that_is_not_known_is_refused():
-    with (
-        pytest.raises(NaloraError, match=r"--output: .*found ftp://host/run"),
-        open_output("ftp://host/run", False),
-    ):
-        pass
-    assert buckets.url("runs/gs") is None
-    assert buckets.url("C:/runs") is None

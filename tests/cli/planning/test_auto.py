@@ -19,7 +19,6 @@ from nalora_jax.cli.planning import auto
 from nalora_jax.cli.planning.auto import accepted
 from nalora_jax.cli.planning.program import architecture
 from nalora_jax.config import ComputeConfig, DataConfig, MeshConfig, RunConfig, TrainConfig
-from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.figures import of_compiled
 from nalora_jax.layout.machines import CHIPS, Topology
@@ -121,24 +120,6 @@ def test_too_little_memory_on_the_device_leads_to_the_next_layout(on_chips, capl
     assert pieces.config.mesh == builder.meshes[1] != MeshConfig(8, 1, 1)
     np.testing.assert_array_equal(pieces.assembly.state.lora, [0, 1, 2])
     assert "instead of data 8 x fsdp 1 x tensor 1, remat dots (out of memory)" in caplog.text
-
-
-def test_a_program_too_large_by_its_memory_analysis_is_not_run(on_chips, monkeypatch):
-    large = iter([1e12])
-    monkeypatch.setattr(
-        auto, "of_compiled", lambda program: replace(of_compiled(program), temporary=next(large, 0.0))
-    )
-    builder = Builder({MeshConfig(8, 1, 1): "step"})
-    pieces: Any = accepted(CONFIG, BASE, builder)
-    assert pieces.config.mesh == builder.meshes[1]
-
-
-def test_no_memory_in_any_layout_is_an_error_that_names_them(on_chips, monkeypatch):
-    monkeypatch.setattr(auto, "of_compiled", lambda program: replace(of_compiled(program), temporary=1e12))
-    with pytest.raises(
-        NaloraError, match=r"--mesh: expected a layout whose .* fits in 33\.6 GB .*data 8.*1000\.0 GB"
-    ):
-        accepted(CONFIG, BASE, Builder({}))
 
 
 def test_a_run_compiles_its_step_once_for_each_layout_that_is_tried(

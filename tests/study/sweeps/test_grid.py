@@ -33,18 +33,6 @@ def test_values_have_the_type_of_their_setting() -> None:
     assert names == ["rules-ffn-2+attn-4-8.0", "rules-ffn-16"]
 
 
-def test_no_mechanism_is_a_value_and_settings_of_a_rule_are_one() -> None:
-    axis = axes_of(["mechanisms=soft:power=2,high=3,none,hard+squared"])[0]
-    assert axis == ("mechanisms", (("soft:power=2,high=3",), (), ("hard", "squared")))
-    runs = grid(RunConfig(output="out"), [axis])
-    assert [run.output for run in runs] == [
-        "out/mechanisms-soft-power-2-high-3",
-        "out/mechanisms-none",
-        "out/mechanisms-hard+squared",
-    ]
-    assert runs[1].mechanisms == ()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

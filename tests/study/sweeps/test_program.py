@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,23 +17,19 @@ from nalora_jax.common import trees
 from nalora_jax.config import (
     AdaLoRAConfig,
     ComputeConfig,
-    DataConfig,
     LoRAConfig,
     LoRARule,
     MeshConfig,
     OptimizerConfig,
     PreferenceConfig,
     RunConfig,
-    TrainConfig,
-    VisionConfig,
 )
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.study.sweeps.program import SweepProgram, batch_of
 from nalora_jax.study.sweeps.values import program_key
-from nalora_jax.train.kinds import decoder_parts, dual
+from nalora_jax.train.kinds import decoder_parts
 from nalora_jax.train.program import Assembly, assemble, starting_at
-from nalora_jax.train.run import built
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -266,25 +261,3 @@ def test_lowered_kernels_belong_to_their_run() -> None:
         )
         runs.append(starting_at(run, start))
     _assert_like_solo(runs)
-
-
-def test_both_towers_of_a_dual_encoder(dual_folder: Any, tmp_path: Path) -> None:
-    colours = {"red": (200, 30, 30), "green": (30, 180, 40)}
-    data = str(tiny.make_pictures(tmp_path, colours, count=8, size=(18, 20)))
-    config = _variant(
-        0,
-        model=str(dual_folder("clip")),
-        lora=LoRAConfig(rules=(LoRARule("ffn", 2),)),
-        data=DataConfig(data, train_split="train[:60%]", eval_split="train[60%:]", workers=0),
-        train=TrainConfig(batch_size=4),
-        vision=VisionConfig("contrast", augment="none"),
-    )
-    mesh, inputs = distributed.make_mesh(MeshConfig(), jax.devices()[:1]), dual.open_inputs(config, None)
-    first = built(inputs, dual, config, mesh, None)
-    other = replace(config, seed=1, optimizer=replace(config.optimizer, learning_rate=0.2))
-    pieces = [first, built(inputs, dual, other, mesh, None, first)]
-
-    def batches(seed: int) -> Any:
-        return pieces[seed // 100].data.batch_at(4 * (seed % 100))
-
-    _assert_like_solo([each.assembly for each in pieces], batches)
