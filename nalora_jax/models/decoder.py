@@ -390,40 +390,25 @@ def _with_images(
     config: ModelConfig,
     sharding: NamedSharding | None,
 ) -> tuple[jax.Array, SharedInputs]:
-    """Returns ``x`` with the images' features, and the inputs of layers in which their tokens see each other.
+    """Returns ``x [batch, seq, d]`` with the images' features at their tokens, in order, and the layers' inputs.
 
-    Features and tokens are of whole rows, x may have their parts.
+    In these, the tokens of an image see each other if the model wants it. Features and tokens are of
+    whole rows, x may have their parts.
     """
-    sight = config.sight
+    sight, row = config.sight, shared.row
     assert sight is not None
     places = tokens == sight.image_token
-    x = _with_features(x, features, places, sharding)
-    if sight.mutual:
-        shared = _with_starts(shared, places, sharding)
-    return x, shared
-
-
-def _with_features(
-    x: jax.Array, features: jax.Array, places: jax.Array, sharding: NamedSharding | None
-) -> jax.Array:
-    """Returns ``x [batch, seq, d]`` with each row's features at its ``places``, in order.
-
-    Features and places are of whole rows, x may have their parts.
-    """
     index = split(jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0), sharding)
-    features, places = repeated(features, sharding), split(places, sharding)
     # A row with more places than features gets NaN there, so that the error is visible.
-    rows = jnp.take_along_axis(features.astype(x.dtype), index[..., None], axis=1, mode="fill")
-    return jnp.where(places[..., None], rows, x)
-
-
-def _with_starts(shared: SharedInputs, places: jax.Array, sharding: NamedSharding | None) -> SharedInputs:
-    """Returns the inputs of layers in which runs of ``places`` in whole rows see each other."""
-    row = shared.row
+    rows = repeated(features, sharding).astype(x.dtype)
+    rows = jnp.take_along_axis(rows, index[..., None], axis=1, mode="fill")
+    x = jnp.where(split(places, sharding)[..., None], rows, x)
+    if not sight.mutual:
+        return x, shared
     if row is None:
-        return replace(shared, starts=run_starts(places, shared.positions, shared.segments))
+        return x, replace(shared, starts=run_starts(places, shared.positions, shared.segments))
     starts = run_starts(padded(places, sharding), row.positions, row.segments)
-    return replace(shared, row=row._replace(starts=starts))
+    return x, replace(shared, row=row._replace(starts=starts))
 
 
 def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
