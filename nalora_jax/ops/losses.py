@@ -23,6 +23,7 @@ from jax import lax
 
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.matmul import dot
+from nalora_jax.ops.reductions import with_zeros
 from nalora_jax.ops.storage import Kernel
 
 # Floats of one chunk of logits on a device: 512 MB. Each chunk reads the whole head twice, so an
@@ -274,55 +275,34 @@ def _loop(count: jax.Array, most: int, body: Callable[[jax.Array, Any], Any], ca
     return lax.while_loop(more, step, (jnp.zeros((), jnp.int32), carry))[1]
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Chunks of whole columns of a batch ``[batch, seq, ...]``, the last padded with zeros."""
-
-    seq: int
-    chunks: int
-    step: int  # positions of each example in a chunk
-
-    @classmethod
-    def of(cls, batch: int, seq: int, rows: int) -> _Columns:
-        """Returns chunks of at most ``rows`` rows each, or of one column."""
-        chunks = -(-seq // max(1, rows // max(batch, 1)))
-        return cls(seq, chunks, -(-seq // chunks))
-
-    def split(self, arrays: Any) -> Any:
-        """Returns ``[chunks, batch, step, ...]`` of arrays ``[batch, seq, ...]``."""
-
-        def one(x: jax.Array) -> jax.Array:
-            padded = jnp.pad(
-                x, ((0, 0), (0, self.chunks * self.step - self.seq)) + ((0, 0),) * (x.ndim - 2)
-            )
-            return jnp.moveaxis(padded.reshape(x.shape[0], self.chunks, self.step, *x.shape[2:]), 1, 0)
-
-        return jax.tree.map(one, arrays)
-
-    def join(self, parts: jax.Array) -> jax.Array:
-        """Returns ``[batch, seq, ...]`` of ``[chunks, batch, step, ...]``."""
-        joined = jnp.moveaxis(parts, 0, 1)
-        return joined.reshape(joined.shape[0], self.chunks * self.step, *joined.shape[3:])[:, : self.seq]
-
-
 def _along_sequence(
     chunk: RowsChunk, hidden: jax.Array, targets: Any, weights: jax.Array, rows: int, start: Any
 ) -> Any:
     """Runs chunks of whole columns of the batch, so that every shard processes its own rows.
 
-    ``rows`` is the most rows of a chunk; sums are added to ``start``.
+    ``rows`` is the most rows of a chunk, which has at least one column; sums are added to ``start``.
     """
     batch, seq = weights.shape
-    columns = _Columns.of(batch, seq, rows)
+    chunks = -(-seq // max(1, rows // max(batch, 1)))
+    step = -(-seq // chunks)  # positions of each example in a chunk
+
+    def split(x: jax.Array) -> jax.Array:
+        """Returns ``[chunks, batch, step, ...]`` of ``[batch, seq, ...]``, padded with zeros."""
+        padded = with_zeros(x, chunks * step - seq, 1)
+        return jnp.moveaxis(padded.reshape(batch, chunks, step, *x.shape[2:]), 1, 0)
+
+    def join(parts: jax.Array) -> jax.Array:
+        """Returns ``[batch, seq, ...]`` of ``[chunks, batch, step, ...]``."""
+        return jnp.moveaxis(parts, 0, 1).reshape(batch, chunks * step, *parts.shape[3:])[:, :seq]
 
     def body(sums: Any, columns_of: Any) -> tuple[Any, Any]:
         h, w, t = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), columns_of)
         more, parts = chunk(h, t, w)
-        parts = jax.tree.map(lambda x: x.reshape(batch, columns.step, *x.shape[1:]), parts)
+        parts = jax.tree.map(lambda x: x.reshape(batch, step, *x.shape[1:]), parts)
         return jax.tree.map(jnp.add, sums, more), parts
 
-    sums, parts = lax.scan(body, start, columns.split((hidden, weights, targets)))
-    return sums, jax.tree.map(columns.join, parts)
+    sums, parts = lax.scan(body, start, jax.tree.map(split, (hidden, weights, targets)))
+    return sums, jax.tree.map(join, parts)
 
 
 # ---------------------------------------------------------------- the loss of every target
