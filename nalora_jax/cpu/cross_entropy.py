@@ -17,12 +17,10 @@ from nalora_jax.cpu import native
 from nalora_jax.cpu.storage import Bits, bits_of, from_bits, usable
 from nalora_jax.ops import losses as ops
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.losses import PLAIN_HEAD, Head, Tiles, in_chunks
+from nalora_jax.ops.losses import PLAIN_HEAD, Head
 from nalora_jax.ops.storage import Kernel, expand, rounded
 
-# Rows of XLA's chunks. The remainder of the larger chunks is processed in smaller ones, so that few
-# targets cost little.
-_ROWS = (512, 128)
+_ROWS = 128  # of XLA's chunks: few targets cost little, and logits little memory
 
 
 @ops.cross_entropy.implements("cpu")
@@ -50,8 +48,7 @@ def cross_entropy(
         target_rows = _target_rows(lax.stop_gradient(kernel), targets, head.transposed)
         weights = lax.stop_gradient(weights.astype(jnp.float32))
         return _native(hidden, kernel, target_rows, weights, head, numerics)
-    rows_chunk = partial(ops.chunk_of_rows, head=head, numerics=numerics)
-    return in_chunks(hidden, kernel, targets, weights, Tiles((chunk,) if chunk else _ROWS), rows_chunk)
+    return ops.cross_entropy.plain(hidden, kernel, targets, weights, head, numerics, chunk=chunk or _ROWS)
 
 
 def _target_rows(kernel: Kernel, targets: jax.Array, transposed: bool) -> jax.Array:
