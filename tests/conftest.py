@@ -219,6 +219,22 @@ def two_processes() -> Callable[..., list[tuple[int, str, str]]]:
     return run
 
 
+@pytest.fixture
+def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[tuple[str, str]]]]:
+    """An emulator that gcsfs takes for Google's store: its objects, and the path and range of each request."""
+    from nalora_jax.common import buckets
+    from tests import emulator
+
+    requests: list[tuple[str, str]] = []
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    with emulator.emulator(tmp_path / "google", requests) as (held, address):
+        for name, value in emulator.variables(address).items():
+            monkeypatch.setenv(name, value)
+        buckets._filesystem_of.cache_clear()
+        yield held, requests
+        buckets._filesystem_of.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathlib.Path]:
     """Makes folders of tiny dual encoders with random weights, as transformers saves them: model, tokenizer, processor.

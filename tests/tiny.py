@@ -39,9 +39,13 @@ from nalora_jax.config import (
 )
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.layout import distributed
+from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.targets import AdapterSpec, resolve
+from nalora_jax.train.adapted import load
 from nalora_jax.weights.merge import write_merged
+from nalora_jax.weights.peft import export_adapter
 from tests import xla_options
 from tests.param_trees import init_params, tensors_from_params
 
@@ -127,6 +131,19 @@ def write_gguf(writer: Any, config: ModelConfig, params: Any, **more: np.ndarray
     writer.close()
 
 
+def make_adapter(
+    folder: Path, base: Path, rules: Sequence[LoRARule], shift: float = 0.2, seed: int = 1
+) -> Path:
+    """An adapter of a base model's folder in PEFT's files, ``shift`` away from a fresh one."""
+    model = load(base, dtype="float32").base
+    spec = resolve(LoRAConfig(rules=tuple(rules)), projection_shapes(model.config), model.config.n_layers)
+    fresh = init_lora(model.config, spec, jax.random.key(seed))
+    lora = jax.device_get(jax.tree.map(lambda leaf: leaf + shift, fresh))
+    named = {"base_model_name": str(base), "fingerprint": model.fingerprint}
+    export_adapter(lora, spec, model.config, folder, **named)
+    return folder
+
+
 def make_questions(path: Path, count: int = 60) -> Path:
     """Prompts of two letters; the answer is always z."""
     rng = np.random.default_rng(0)
@@ -137,6 +154,22 @@ def make_questions(path: Path, count: int = 60) -> Path:
     ]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def packed_batch(seed: int, rows: int, seq: int, shares: Any = 0.7) -> dict[str, np.ndarray]:
+    """Two packed examples and padding in every row ``[rows, seq]``, with ``shares`` of the tokens as loss tokens."""
+    rng = np.random.default_rng(seed)
+    cut, end = rng.integers(2, 7, (rows, 1)), rng.integers(9, seq + 1, (rows, 1))
+    place = np.arange(seq)[None, :]
+    segments = np.where(place < cut, 1, np.where(place < end, 2, 0)).astype(np.int32)
+    weights = (rng.uniform(size=(rows, seq)) < shares) & (segments > 0)
+    return {
+        "tokens": rng.integers(0, GROUPED["vocab_size"], (rows, seq)).astype(np.int32),
+        "targets": rng.integers(0, GROUPED["vocab_size"], (rows, seq)).astype(np.int32),
+        "loss_weights": weights.astype(np.float32),
+        "segment_ids": segments,
+        "positions": np.where(place < cut, place, place - cut).astype(np.int32),
+    }
 
 
 def torch_llama() -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from fsspec.implementations.memory import MemoryFileSystem
-from gcp_storage_emulator.storage import Storage
 
 from nalora_jax.common import buckets
 from nalora_jax.config import DataConfig, MeshConfig
@@ -34,21 +32,6 @@ pytestmark = pytest.mark.usefixtures("cache")
 Requests = list[tuple[str, str]]
 RECORDS = [{"prompt": f"q{i}", "completion": f" a{i}"} for i in range(40)]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
-
-
-@pytest.fixture(scope="module")
-def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Storage, Requests]]:
-    """The emulator, which gcsfs takes for Google's store, and the requests that it gets."""
-    requests: Requests = []
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        emulator.emulator(tmp_path_factory.mktemp("google"), requests) as (held, address),
-    ):
-        for name, value in emulator.variables(address).items():
-            patch.setenv(name, value)
-        buckets._filesystem_of.cache_clear()
-        yield held, requests
-        buckets._filesystem_of.cache_clear()
 
 
 @pytest.fixture

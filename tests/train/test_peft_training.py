@@ -50,7 +50,6 @@ PROJECTIONS = {
 }
 # Settings of ours and of PEFT's, by method.
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "LoRA": ({}, {}),
     "rsLoRA": ({"rslora": True}, {"use_rslora": True}),
     "DoRA": ({"dora": True}, {"use_dora": True}),
     "LoRA+": ({"plus_ratio": RATIO}, {}),

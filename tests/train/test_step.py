@@ -48,21 +48,9 @@ ROWS, SEQ = 8, 16
 
 
 def _batch(seed: int, accumulate: int = 1) -> dict[str, np.ndarray]:
-    """Two packed examples and padding in every row; the rows have very different numbers of targets."""
-    rng = np.random.default_rng(seed)
-    cut, end = rng.integers(2, 7, (ROWS, 1)), rng.integers(9, SEQ + 1, (ROWS, 1))
-    place = np.arange(SEQ)[None, :]
-    segments = np.where(place < cut, 1, np.where(place < end, 2, 0)).astype(np.int32)
-    positions = np.where(place < cut, place, place - cut).astype(np.int32)
-    weights = (rng.uniform(size=(ROWS, SEQ)) < np.linspace(0.05, 1, ROWS)[:, None]) & (segments > 0)
-    flat = {
-        "tokens": rng.integers(0, 96, (ROWS, SEQ)).astype(np.int32),
-        "targets": rng.integers(0, 96, (ROWS, SEQ)).astype(np.int32),
-        "loss_weights": weights.astype(np.float32),
-        "segment_ids": segments,
-        "positions": positions,
-    }
-    return {k: v.reshape(accumulate, ROWS // accumulate, SEQ) for k, v in flat.items()}
+    """The rows have very different numbers of targets."""
+    flat = tiny.packed_batch(seed, ROWS, SEQ, np.linspace(0.05, 1, ROWS)[:, None])
+    return {name: value.reshape(accumulate, ROWS // accumulate, SEQ) for name, value in flat.items()}
 
 
 def _assemble(

@@ -45,20 +45,7 @@ ROWS, SEQ = 4, 16
 
 
 def _batch(seed: int) -> dict[str, np.ndarray]:
-    """Rows of two packed examples and padding."""
-    rng = np.random.default_rng(seed)
-    cut, end = rng.integers(2, 7, (ROWS, 1)), rng.integers(9, SEQ + 1, (ROWS, 1))
-    place = np.arange(SEQ)[None, :]
-    segments = np.where(place < cut, 1, np.where(place < end, 2, 0)).astype(np.int32)
-    weights = (rng.uniform(size=(ROWS, SEQ)) < 0.7) & (segments > 0)
-    flat = {
-        "tokens": rng.integers(0, 96, (ROWS, SEQ)).astype(np.int32),
-        "targets": rng.integers(0, 96, (ROWS, SEQ)).astype(np.int32),
-        "loss_weights": weights.astype(np.float32),
-        "segment_ids": segments,
-        "positions": np.where(place < cut, place, place - cut).astype(np.int32),
-    }
-    return {name: value[None] for name, value in flat.items()}
+    return {name: value[None] for name, value in tiny.packed_batch(seed, ROWS, SEQ).items()}
 
 
 def _assembled(configs: Sequence[RunConfig], base: ModelConfig = BASE, mesh: Any = None) -> list[Assembly]:
