@@ -158,30 +158,6 @@ def test_every_file_names_the_very_weights_that_were_trained_on(finished: tuple[
         )
 
 
-def test_the_run_folder_is_a_model_for_every_verb(
-    finished: tuple[RunConfig, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    config, result = finished
-    assert (
-        main(["generate", config.output, "--prompt", "k m", "--max-new-tokens", "1", "--dtype", "float32"])
-        == 0
-    )
-    capsys.readouterr()
-    assert main(["eval", config.output, "--dtype", "float32"]) == 0
-    assert f"accuracy {result.after['accuracy']:.3f}" in capsys.readouterr().out  # the run's own questions
-    assert main(["export", config.output, "--output", config.output + "-vllm", "--for", "vllm"]) == 0
-    assert main(["merge", config.output, "--output", config.output + "-merged", "--dtype", "float32"]) == 0
-    assert main(["inspect", config.output, "--texts", "a b c", "--dtype", "float32"]) == 0
-    capsys.readouterr()
-    tokens = np.array([[2, 5, 9]])
-    with_adapter, merged = (
-        load(config.output, dtype="float32"),
-        load(config.output + "-merged", dtype="float32"),
-    )
-    first, second = (tiny.logits_of(one.module, one.variables, tokens) for one in (with_adapter, merged))
-    np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("changes", "flags"),
     [

@@ -297,20 +297,20 @@ def test_prompts_that_cannot_be_continued_are_named(generator, prompt, found):
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("name", "value"),
     [
-        {"temperature": float("nan")},
-        {"top_k": -1},
-        {"top_p": 0.0},
-        {"min_p": 1.5},
-        {"repetition_penalty": 0.0},
-        {"max_new_tokens": 0},
-        {"max_new_tokens": 1.5},
-        {"stop": 5},
-        {"seed": 1.5},
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 1.5),
+        ("stop", 5),
+        ("seed", 1.5),
     ],
 )
-def test_settings_out_of_range_are_named(bad):
+def test_settings_out_of_range_are_named(name, value):
     with pytest.raises(NaloraError) as caught:
-        Settings(**bad)
-    assert caught.value.where == next(iter(bad))
+        Settings(**{name: value})
+    assert caught.value.where == name
