@@ -228,7 +228,7 @@ def make_config(folder: Path, **changes: Any) -> RunConfig:
 
 
 def make_pictures(
-    folder: Path, colours: Mapping[str, Sequence[int]], count: int, size: tuple[int, int]
+    folder: Path, colours: Mapping[str, Sequence[int]], count: int, size: tuple[int, int], damaged: str = ""
 ) -> Path:
     """``count`` noisy PNGs of ``size`` (height, width) of each colour, with captions and labels beside them."""
     from PIL import Image
@@ -240,6 +240,8 @@ def make_pictures(
             Image.fromarray(pixels).save(folder / f"{name}{i}.png")
             rows.append(f"{name}{i}.png,a photo of the {name} square,{name}")
     (folder / "captions.csv").write_text("\n".join(rows) + "\n")
+    if damaged:
+        os.truncate(folder / damaged, 50)
     return folder
 
 
