@@ -24,7 +24,8 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from jax.sharding import Mesh
+from tokenizers import decoders, models, pre_tokenizers
 
 from nalora_jax.common.downloads import cache_dir
 from nalora_jax.config import (
@@ -82,6 +83,11 @@ def new_cache(folder: Path) -> str:
     return str(folder)
 
 
+def one_device() -> Mesh:
+    """A mesh of the first device."""
+    return distributed.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
 @contextlib.contextmanager
 def on_one_device(folder: Path) -> Iterator[None]:
     """Runs have the empty cache ``folder``, and one device."""
@@ -100,6 +106,16 @@ def word_tokenizer(words: Sequence[str] = WORDS, chat_template: str | None = Non
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(["<end>"])
     return Tokenizer(backend, None, 0, 0, (0,), chat_template)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, so that most characters beyond ASCII take several; the last, 256, ends a text."""
+    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab | {"<end>": 256}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<end>"])
+    return Tokenizer(backend, None, 256, 256, (256,))
 
 
 def make_model(
@@ -170,6 +186,18 @@ def packed_batch(seed: int, rows: int, seq: int, shares: Any = 0.7) -> dict[str,
         "segment_ids": segments,
         "positions": np.where(place < cut, place, place - cut).astype(np.int32),
     }
+
+
+def whole_batch(
+    seed: int, shape: tuple[int, ...], share: float = 1.0, vocab: int = 40
+) -> dict[str, np.ndarray]:
+    """Random rows ``[..., rows, seq]`` without padding, with a share of the tokens as loss tokens."""
+    rng, ones = np.random.default_rng(seed), np.ones(shape, np.int32)
+    tokens, targets = rng.integers(0, vocab, (2, *shape)).astype(np.int32)
+    weights = (rng.random(shape) < share).astype(np.float32)
+    positions = ones * np.arange(shape[-1], dtype=np.int32)
+    names = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
+    return dict(zip(names, (tokens, targets, weights, ones, positions), strict=True))
 
 
 def torch_llama() -> Any:
@@ -299,6 +327,11 @@ def wait_for_line(process: subprocess.Popen, text: str) -> str:
     raise AssertionError(f"the process ended without {text!r}: {process.stderr and process.stderr.read()}")
 
 
+def lines(folder: Path | str) -> list[dict[str, Any]]:
+    """The log of a run."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(folder: Path | str) -> dict[int, float]:
     """Loss of every logged step."""
     return logged(folder, "loss")
@@ -306,5 +339,4 @@ def losses(folder: Path | str) -> dict[int, float]:
 
 def logged(folder: Path | str, name: str) -> dict[int, float]:
     """A number of every logged step."""
-    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line[name] for line in lines if name in line}
+    return {line["step"]: line[name] for line in lines(folder) if name in line}

@@ -159,21 +159,10 @@ def test_an_adapter_in_a_bucket_is_copied_with_its_run(google: Any, tmp_path: Pa
     assert locate(put("only/m.gguf", b"GGUF")).adapter is None
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (
-            lambda data: data[:-8],
-            "gs://bucket/damaged-1/model.safetensors: expected a complete safetensors file",
-        ),
-    ],
-)
-def test_damaged_weights_in_a_bucket_are_refused(
-    google: Any, model: Path, damage: Any, said: str, request: pytest.FixtureRequest
-) -> None:
-    url = put_model(model, said.split("/")[3])
-    put(f"{said.split('/')[3]}/model.safetensors", damage((model / "model.safetensors").read_bytes()))
-    with pytest.raises(NaloraError, match=said):
+def test_damaged_weights_in_a_bucket_are_refused(google: Any, model: Path) -> None:
+    url = put_model(model, "damaged")
+    put("damaged/model.safetensors", (model / "model.safetensors").read_bytes()[:-8])
+    with pytest.raises(NaloraError, match="gs://bucket/damaged/model.safetensors: expected a complete saf"):
         load_model(url, dtype="float32")
 
 

@@ -14,10 +14,8 @@ from nalora_jax.config import (
     ComputeConfig,
     LoRAConfig,
     LoRARule,
-    MeshConfig,
     RunConfig,
 )
-from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.program import Assembly, assemble
@@ -42,28 +40,13 @@ def assembly(**lora: object) -> Assembly:
         mechanisms=(),
         compute=ComputeConfig(dtype="float32", stats_stride=1),
     )
-    return assemble(config, BASE, PARAMS, distributed.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    return assemble(config, BASE, PARAMS, tiny.one_device())
 
 
-def batches(count: int = 2) -> list[dict[str, jax.Array]]:
-    """Rows of unequal numbers of targets."""
-    rng = np.random.default_rng(1)
-    made = []
-    for _ in range(count):
-        tokens = rng.integers(0, 40, (1, 4, 12))
-        made.append(
-            {
-                "tokens": jnp.asarray(tokens, jnp.int32),
-                "targets": jnp.asarray(rng.integers(0, 40, tokens.shape), jnp.int32),
-                "loss_weights": jnp.asarray(rng.random(tokens.shape) < 0.5, jnp.float32),
-                "segment_ids": jnp.ones(tokens.shape, jnp.int32),
-                "positions": jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), tokens.shape),
-            }
-        )
-    return made
+BATCHES = [tiny.whole_batch(seed, (1, 4, 12), share=0.5) for seed in range(2)]
 
 
-def kernel_gradients(rows: list[dict[str, jax.Array]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def kernel_gradients(rows: list[dict[str, np.ndarray]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Of the summed loss, by transformers in float64; and the gates' pre-activations ``[layers, tokens, d_ff]``."""
     seen: list[list[np.ndarray]] = [[], []]
     gates = [layer.mlp.gate_proj for layer in TORCH.model.layers]
@@ -111,13 +94,13 @@ def found(made: Assembly) -> dict[str, dict[str, np.ndarray]]:
         changed = replace(
             made, config=replace(made.config, lora=replace(made.config.lora, gradient_weights=kind))
         )
-        return trees.flatten(jax.device_get(gradient_adapters(changed, BASE, batches(), seed=0)))
+        return trees.flatten(jax.device_get(gradient_adapters(changed, BASE, BATCHES, seed=0)))
 
     return {kind: adapters(kind) for kind in ("ones", "slope", "permuted")}
 
 
 def test_a_holds_the_gradients_left_singular_vectors_and_b_is_zero(made, found) -> None:
-    lora, (gradients, _) = found["ones"], kernel_gradients(batches())
+    lora, (gradients, _) = found["ones"], kernel_gradients(BATCHES)
     for path, target in made.spec.targets:
         assert not np.any(lora[f"{path}/b"])
         for layer, rank in enumerate(target.ranks):
@@ -132,7 +115,7 @@ def test_a_holds_the_gradients_left_singular_vectors_and_b_is_zero(made, found) 
 
 
 def test_slope_weights_the_gates_columns_and_the_placebo_permutes_them(found) -> None:
-    gradients, z = kernel_gradients(batches())
+    gradients, z = kernel_gradients(BATCHES)
     gate, up = "layers/ffn/gate_proj", "layers/ffn/up_proj/a"
     slope = np.mean(np.abs(silu_slope(z)), axis=1)  # [layers, d_ff]
     weighted = gradients[gate] * (slope / slope.mean(axis=1, keepdims=True))[:, None, :]

@@ -83,7 +83,7 @@ def settings(preference, **changes):
 def assembled(preference, mesh=None):
     """A run's assembly on a fixed base, its adapters moved away from the start."""
     params = jax.tree.map(lambda leaf: 2 * leaf, init_params(BASE, jax.random.key(0)))
-    mesh = mesh or distributed.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = mesh or tiny.one_device()
     params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
     made = assemble(settings(preference), BASE, params, mesh, **program_parts(preference))
     moved = {
@@ -272,7 +272,7 @@ def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
         train=TrainConfig(batch_size=8, log_every=1, eval_every=6, save_every=6),
     )
     result = run(config)
-    records = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    records = tiny.lines(result.folder)
     steps = [record for record in records if "loss" in record]
     assert steps[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)
     assert steps[0]["rewards_margin"] == pytest.approx(0.0, abs=1e-5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -91,9 +90,7 @@ def test_each_run_leaves_what_its_solo_run_leaves(
         sorted(p.relative_to(f).as_posix() for p in Path(f).glob("*")) for f in (folder, alone.folder)
     ]
     assert listings[0] == listings[1]
-    first, second = (
-        json.loads((Path(f) / "metrics.jsonl").read_text().splitlines()[1]) for f in (folder, alone.folder)
-    )
+    first, second = (tiny.lines(f)[1] for f in (folder, alone.folder))
     assert first.keys() == second.keys()
 
 
@@ -101,7 +98,7 @@ def test_a_run_that_diverges_is_frozen_and_reported(swept: SweepResult) -> None:
     ((folder, error),) = swept.diverged.items()
     assert folder.endswith("rate-1000")
     assert "the checkpoints of earlier steps are kept" in str(error)
-    done = json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])["done"]
+    done = tiny.lines(folder)[-1]["done"]
     assert "expected" in done["message"]
     assert len(swept.runs) == 2
     assert Path(swept.page).exists()
