@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from nalora_jax.common.downloads import cache_dir
 from tests import seeing, tiny
 
 HERE = Path(__file__).resolve().parents[1]
@@ -102,27 +102,12 @@ def write_inputs(folder: Path) -> None:
     seeing.make_chats(folder / "pictures")
 
 
-def users_cache() -> Path:
-    """Returns the folder that NALORA_CACHE names, or its default."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nalora_jax"
-    return Path(os.environ.get("NALORA_CACHE") or root)
-
-
-def copy_kernels(cache: Path) -> None:
-    """Copies the compiled CPU kernels into a new cache; to compile them takes half a minute."""
-    if (users_cache() / "native").exists():
-        shutil.copytree(
-            users_cache() / "native", cache / "native", ignore=shutil.ignore_patterns("making-*")
-        )
-
-
 def make_cache(cache: Path) -> None:
     """Makes a folder to be NALORA_CACHE, with copies of the compiled kernels and links to the downloads."""
-    cache.mkdir()
-    copy_kernels(cache)
+    tiny.new_cache(cache)
     for name in ("packages", "wheels"):
-        (users_cache() / name).mkdir(parents=True, exist_ok=True)
-        (cache / name).symlink_to(users_cache() / name)
+        (cache_dir() / name).mkdir(parents=True, exist_ok=True)
+        (cache / name).symlink_to(cache_dir() / name)
 
 
 def train(checkout: Path, run: Run, inputs: Path, scratch: Path, devices: int) -> dict[str, Path]:

@@ -130,13 +130,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, pictures, tmp_path) -> 
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_captions_of_two_towers_that_never_met(tower_folders, pictures, tmp_path) -> None:
+def test_captions_of_two_towers_that_never_met(tower_folders, pictures, tmp_path, one_device) -> None:
     image, text = tower_folders
     settings = few_shot(
         f"{image}+{text}",
         pictures,
         tmp_path / "run",
         lora=LoRAConfig(rules=(LoRARule("ffn", 2),)),
+        mesh=MeshConfig(data=1),
         vision=VisionConfig("contrast", features=16, loss="sigmoid"),
     )
     result = run(settings)
