@@ -800,7 +800,6 @@ KINDS = (
     "llama",
     "gemma2",
     "gpt_oss",
-    "mixtral",
     "glm4_moe",
     "qwen2_moe",
     "qwen3_next",
