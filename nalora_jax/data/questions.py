@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -56,7 +55,6 @@ def eval_examples(
     *,
     split: str | None = None,
     limit: int | None = None,
-    cache: Path | None = None,
     source: Mapping[str, Source] | None = None,
 ) -> list[Item]:
     """Opens the evaluation split and returns its examples; see `examples_of`.
@@ -66,16 +64,15 @@ def eval_examples(
       tokenizer: tokenizer of the model.
       split: in place of ``config.eval_split``.
       limit: in place of ``config.eval_limit``; 0 means all.
-      cache: folder for prepared data; `downloads.cache_dir` by default.
       source: sources by split, in place of the data set in ``config``.
 
     Raises:
       NaloraError: bad data, or records that are also in the training split.
     """
     if split is None:
-        _, read = open_pair(config, cache=cache, source=source)
+        _, read = open_pair(config, source=source)
     else:
-        read = open_held_out(config, split, cache=cache, source=source)
+        read = open_held_out(config, split, source=source)
     require_some(read)
     return examples_of(read, config, tokenizer, config.eval_limit if limit is None else limit)
 
@@ -97,12 +94,16 @@ def examples_of(read: Source, config: DataConfig, tokenizer: Tokenizer, limit: i
     Raises:
       NaloraError: bad records.
     """
-    return examples_at(read, drawn(len(read), limit), config, tokenizer)
+    return examples_at(read, _drawn(read, limit), config, tokenizer)
 
 
-def drawn(count: int, limit: int) -> list[int]:
-    """Returns the indices of held-out records, ascending: the same draw in all runs; 0 means all."""
-    indices: list[int] = np.sort(permutation(count, _SEED)[: limit or None]).tolist()
+def held_out_indices(records: Source, config: DataConfig) -> list[int]:
+    """Returns the indices of the held-out records that a run evaluates, ascending: the same in all runs."""
+    return _drawn(records, config.eval_limit + config.select_limit if config.eval_limit else 0)
+
+
+def _drawn(records: Source, limit: int) -> list[int]:
+    indices: list[int] = np.sort(permutation(len(records), _SEED)[: limit or None]).tolist()
     return indices
 
 
@@ -140,8 +141,7 @@ def held_out(records: Source, config: DataConfig, tokenizer: Tokenizer) -> tuple
     Raises:
       NaloraError: bad records, or fewer than two.
     """
-    limit = config.eval_limit + config.select_limit if config.eval_limit else 0
-    items = examples_of(records, config, tokenizer, limit)
+    items = examples_at(records, held_out_indices(records, config), config, tokenizer)
     return split_questions(items, config.eval_limit, config.select_limit)
 
 

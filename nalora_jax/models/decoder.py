@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.block import Block
-from nalora_jax.models.cache import Cache, KeyValues, default_positions, extend
+from nalora_jax.models.cache import Cache, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.embedding import Embedding, LMHead
 from nalora_jax.models.parts import HandedKeys, LayerInputs, RMSNorm, SharedInputs, constrain
@@ -33,7 +33,6 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.reductions import RUN, sampled_weights
 from nalora_jax.ops.split_rows import Row, block_length, padded, repeated, shards_of, split
-from nalora_jax.ops.storage import LayerStack, reads_cache_in_place
 
 
 class Decoder(nn.Module):
@@ -119,7 +118,6 @@ class Decoder(nn.Module):
         sharding = self.activation_sharding
         if shards_of(sharding) > 1:
             shared = self._in_parts(shared, tokens)
-        shared = _with_cache(shared, cache, tokens.shape[1], self.numerics)
         rows, tokens = tokens, split(tokens, sharding)
         x = self.embed(tokens, self.numerics).astype(jnp.float32) * self.config.embed_scale
         embedded = None
@@ -164,10 +162,7 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the output of the last layer, and the updates of the layers' states by stack."""
         x, of_stacks = x.astype(self.numerics.result), stacks(self.config)
-        inputs = {
-            stack.prefix: _layer_inputs(stack, self.adapters, cache, shared, embedded)
-            for stack in of_stacks
-        }
+        inputs = {stack.prefix: _layer_inputs(stack, self.adapters, cache, embedded) for stack in of_stacks}
         if self.config.layer_kinds:
             mixed: tuple[jax.Array, dict[str, Any]] = self.layers(x, inputs, shared)
             return mixed
@@ -255,7 +250,7 @@ def _with_keys(
     shared: SharedInputs, stack: Stack, keys: tuple[jax.Array, jax.Array], cached: Any
 ) -> SharedInputs:
     """Returns the inputs of later layers, which may read the keys and values of ``stack``."""
-    handed = HandedKeys(*keys, cached, stack.prefix)
+    handed = HandedKeys(*keys, cached)
     return replace(shared, handed=shared.handed | {stack.config.hands: handed})
 
 
@@ -263,7 +258,6 @@ def _layer_inputs(
     stack: Stack,
     adapters: AdapterSpec,
     cache: Cache | None,
-    shared: SharedInputs,
     embedded: jax.Array | None,
 ) -> LayerInputs:
     """Returns the inputs that are scanned over the layers of a stack."""
@@ -272,17 +266,12 @@ def _layer_inputs(
         if path.startswith(f"{stack.prefix}/"):
             part_name, _, name = path.removeprefix(f"{stack.prefix}/").partition("/")
             scales.setdefault(part_name, {})[name] = jnp.asarray(adapters.scales(path))
-    cached = None
-    if stack.prefix in (shared.cache or {}):
-        cached = jnp.arange(len(stack.layers))
-    elif cache is not None:
-        cached = cache.states.get(stack.prefix)
     return LayerInputs(
         window=_scanned(stack.config.layer_windows, GLOBAL_WINDOW),
         rope=_scanned(stack.config.layer_ropes, 0),
         scales=scales,
         embedded=None if embedded is None else embedded[np.array(stack.layers)],
-        cached=cached,
+        cached=None if cache is None else cache.states.get(stack.prefix),
     )
 
 
@@ -291,19 +280,6 @@ def _scanned(by_layer: tuple[int, ...], default: int) -> jax.Array | None:
     if set(by_layer) == {default}:
         return None
     return jnp.asarray(by_layer, jnp.int32)
-
-
-def _with_cache(shared: SharedInputs, cache: Cache | None, seq: int, numerics: Numerics) -> SharedInputs:
-    """Returns the inputs with the cached keys, by stack, that ``seq`` tokens read in place."""
-    if cache is None:
-        return shared
-    stacks_in_place = {}
-    for prefix, state in cache.states.items():
-        if isinstance(state, KeyValues) and reads_cache_in_place(seq, state.k, numerics):
-            assert isinstance(state.k, LayerStack)
-            assert isinstance(state.v, LayerStack)
-            stacks_in_place[prefix] = state.k, state.v
-    return replace(shared, cache=stacks_in_place)
 
 
 def _shared_inputs(
@@ -414,40 +390,25 @@ def _with_images(
     config: ModelConfig,
     sharding: NamedSharding | None,
 ) -> tuple[jax.Array, SharedInputs]:
-    """Returns ``x`` with the images' features, and the inputs of layers in which their tokens see each other.
+    """Returns ``x [batch, seq, d]`` with the images' features at their tokens, in order, and the layers' inputs.
 
-    Features and tokens are of whole rows, x may have their parts.
+    In these, the tokens of an image see each other if the model wants it. Features and tokens are of
+    whole rows, x may have their parts.
     """
-    sight = config.sight
+    sight, row = config.sight, shared.row
     assert sight is not None
     places = tokens == sight.image_token
-    x = _with_features(x, features, places, sharding)
-    if sight.mutual:
-        shared = _with_starts(shared, places, sharding)
-    return x, shared
-
-
-def _with_features(
-    x: jax.Array, features: jax.Array, places: jax.Array, sharding: NamedSharding | None
-) -> jax.Array:
-    """Returns ``x [batch, seq, d]`` with each row's features at its ``places``, in order.
-
-    Features and places are of whole rows, x may have their parts.
-    """
     index = split(jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0), sharding)
-    features, places = repeated(features, sharding), split(places, sharding)
     # A row with more places than features gets NaN there, so that the error is visible.
-    rows = jnp.take_along_axis(features.astype(x.dtype), index[..., None], axis=1, mode="fill")
-    return jnp.where(places[..., None], rows, x)
-
-
-def _with_starts(shared: SharedInputs, places: jax.Array, sharding: NamedSharding | None) -> SharedInputs:
-    """Returns the inputs of layers in which runs of ``places`` in whole rows see each other."""
-    row = shared.row
+    rows = repeated(features, sharding).astype(x.dtype)
+    rows = jnp.take_along_axis(rows, index[..., None], axis=1, mode="fill")
+    x = jnp.where(split(places, sharding)[..., None], rows, x)
+    if not sight.mutual:
+        return x, shared
     if row is None:
-        return replace(shared, starts=run_starts(places, shared.positions, shared.segments))
+        return x, replace(shared, starts=run_starts(places, shared.positions, shared.segments))
     starts = run_starts(padded(places, sharding), row.positions, row.segments)
-    return replace(shared, row=row._replace(starts=starts))
+    return x, replace(shared, row=row._replace(starts=starts))
 
 
 def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:

@@ -176,7 +176,7 @@ class DualEncoders:
         train, held = (self._source(config, data, split) for split in (data.train_split, data.eval_split))
         if data.train_split != data.eval_split:  # equal: a probe, whose data is not trained on
             check_disjoint(train, held)
-        indices = drawn_images(held, data.eval_limit, config.vision)
+        indices = drawn_images(held, data.eval_limit)
         images = Images(held, indices[indices.argsort()])
         classes, loaded = self._classes(config, data), self.model(config)
         asked = json.dumps([images.digest, classes, config.vision.templates, loaded.processor.output])

@@ -142,7 +142,7 @@ def test_a_call_can_be_the_answer_that_is_scored(
     path = write_jsonl(*[{"messages": TOOL_TALK[:2], "tools": TOOLS}] * 3)
     ours = replace(tokenizer, chat_template=TEMPLATE)
     config = DataConfig(dataset="unread.jsonl", eval_split=path)
-    item = eval_examples(config, ours, split=path, cache=tmp_path)[0]
+    item = eval_examples(config, ours, split=path)[0]
     assert item.completion.startswith("<tool_call>")
     assert item.completion.endswith("</tool_call>")
 

@@ -59,11 +59,11 @@ def test_loss_on_the_last_part(last, counted):
 
 
 @pytest.fixture
-def open_data(tokenizer, tmp_path):
+def open_data(tokenizer, cache):
     def open_data(*records, **settings):
         config = DataConfig(**{"max_length": 24, "eval_split": "unread", **settings})
         source = {"train": RecordsSource("documents", list(records))}
-        return train_data(config, tokenizer, batch_size=1, source=source, cache=tmp_path / "cache")
+        return train_data(config, tokenizer, batch_size=1, source=source)
 
     return open_data
 

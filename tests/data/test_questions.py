@@ -59,11 +59,11 @@ def test_choices_that_change_the_prompt(ask, tokenizer):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_what_is_trained_is_what_is_scored(ask, write_jsonl, tokenizer, tmp_path, chat):
+def test_what_is_trained_is_what_is_scored(ask, write_jsonl, tokenizer, cache, chat):
     """The tokens of a training example are the item's prompt, its gold choice, and the end."""
     (item,) = ask(choice(1), chat=chat)
     config = DataConfig(eval_split="unread", dataset=write_jsonl(choice(1)), chat=chat)
-    store = train_data(config, tokenizer, batch_size=1, cache=tmp_path).store
+    store = train_data(config, tokenizer, batch_size=1).store
     assert store.tokens.tolist() == [*item.prompt_ids, *item.choice_ids[1], tokenizer.eos_id]
     first = len(item.prompt_ids)
     assert store.answer.tolist() == [index >= first for index in range(len(store.tokens))]

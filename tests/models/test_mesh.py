@@ -37,6 +37,7 @@ from nalora_jax.ops.quantize import quantize
 from nalora_jax.ops.reductions import count
 from nalora_jax.train.adapted import load
 from nalora_jax.train.program import Assembly, build_model
+from tests.models.family_fields import TINY
 from tests.observed import taps_of
 from tests.param_trees import init_params
 
@@ -230,19 +231,8 @@ def test_every_device_routes_its_own_tokens():
     assert flops(sharding_of(MeshConfig(2, 2, 2))) < 1.2 / 8 * whole
 
 
-MIXTRAL = {
-    "model_type": "mixtral",
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "rms_norm_eps": 1e-5,
-}
+MIXTRAL = TINY | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+MIXTRAL |= {"num_hidden_layers": 2, "intermediate_size": 32, "rms_norm_eps": 1e-5}
 
 
 # A dense layer, and one with experts and a shared expert.

@@ -23,22 +23,15 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.ops import attention_gpu
 from nalora_jax.ops.attention_gpu import CUDNN
 from nalora_jax.ops.dispatch import Platform, numerics_for
+from tests.models.family_fields import tiny_config
 from tests.param_trees import init_params
 
 ROWS, SEQ, D, F, HEADS, KV_HEADS, LAYERS = 2, 8, 64, 48, 4, 2, 3
 
 
 def small(model_type: str, **fields: Any) -> ModelConfig:
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": D,
-        "intermediate_size": F,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": D // HEADS,
-    }
-    return ModelConfig.from_hf(sizes | {"model_type": model_type} | fields)
+    sizes = {"hidden_size": D, "intermediate_size": F, "head_dim": D // HEADS}
+    return tiny_config(model_type, **(sizes | fields))
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,10 @@ def test_emoji_is_unknown_without_the_helper() -> None:
 
 
 @pytest.mark.network
-def test_emoji(helper, tmp_path) -> None:
+def test_emoji(helper) -> None:
     sizes = {}
     for split in ("train", "validation", "test"):
-        source = open_images(DataConfig(dataset="emoji"), PLAIN, split, cache=tmp_path)
+        source = open_images(DataConfig(dataset="emoji"), PLAIN, split)
         sizes[split] = len(source)
         labels = source.labels(source.classes())
         assert len(source.classes()) == 10
@@ -49,7 +49,5 @@ def test_emoji(helper, tmp_path) -> None:
         assert all(caption == caption.lower() for caption in source.captions(range(20)))
     assert sum(sizes.values()) == 1911
     assert 1250 < sizes["train"] < 1430
-    fine = open_images(
-        DataConfig(dataset="emoji"), VisionConfig(label_field="subcategory"), "train", cache=tmp_path
-    )
+    fine = open_images(DataConfig(dataset="emoji"), VisionConfig(label_field="subcategory"), "train")
     assert "face-smiling" in fine.classes()
