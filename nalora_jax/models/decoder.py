@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
-from nalora_jax.models.cache import Cache, KeyValues, default_positions, extend
+from nalora_jax.models.cache import Cache, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.embedding import Embedding, LMHead
 from nalora_jax.models.parts import (
@@ -43,7 +43,7 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.reductions import RUN, sampled_weights
 from nalora_jax.ops.split_rows import Row, block_length, padded, repeated, shards_of, split
-from nalora_jax.ops.storage import LAYER_INPUT, LayerStack, reads_cache_in_place, round_and_save
+from nalora_jax.ops.storage import LAYER_INPUT, round_and_save
 
 
 class Block(nn.Module):
@@ -217,7 +217,6 @@ class Decoder(nn.Module):
         sharding = self.activation_sharding
         if shards_of(sharding) > 1:
             shared = self._in_parts(shared, tokens)
-        shared = _with_cache(shared, cache, tokens.shape[1], self.numerics)
         rows, tokens = tokens, split(tokens, sharding)
         x = self.embed(tokens, self.numerics).astype(jnp.float32) * self.config.embed_scale
         embedded = None
@@ -262,10 +261,7 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the output of the last layer, and the updates of the layers' states by stack."""
         x, of_stacks = x.astype(self.numerics.result), stacks(self.config)
-        inputs = {
-            stack.prefix: _layer_inputs(stack, self.adapters, cache, shared, embedded)
-            for stack in of_stacks
-        }
+        inputs = {stack.prefix: _layer_inputs(stack, self.adapters, cache, embedded) for stack in of_stacks}
         if self.config.layer_kinds:
             mixed: tuple[jax.Array, dict[str, Any]] = self.layers(x, inputs, shared)
             return mixed
@@ -353,7 +349,7 @@ def _with_keys(
     shared: SharedInputs, stack: Stack, keys: tuple[jax.Array, jax.Array], cached: Any
 ) -> SharedInputs:
     """Returns the inputs of later layers, which may read the keys and values of ``stack``."""
-    handed = HandedKeys(*keys, cached, stack.prefix)
+    handed = HandedKeys(*keys, cached)
     return replace(shared, handed=shared.handed | {stack.config.hands: handed})
 
 
@@ -361,7 +357,6 @@ def _layer_inputs(
     stack: Stack,
     adapters: AdapterSpec,
     cache: Cache | None,
-    shared: SharedInputs,
     embedded: jax.Array | None,
 ) -> LayerInputs:
     """Returns the inputs that are scanned over the layers of a stack."""
@@ -370,17 +365,12 @@ def _layer_inputs(
         if path.startswith(f"{stack.prefix}/"):
             part_name, _, name = path.removeprefix(f"{stack.prefix}/").partition("/")
             scales.setdefault(part_name, {})[name] = jnp.asarray(adapters.scales(path))
-    cached = None
-    if stack.prefix in (shared.cache or {}):
-        cached = jnp.arange(len(stack.layers))
-    elif cache is not None:
-        cached = cache.states.get(stack.prefix)
     return LayerInputs(
         window=_scanned(stack.config.layer_windows, GLOBAL_WINDOW),
         rope=_scanned(stack.config.layer_ropes, 0),
         scales=scales,
         embedded=None if embedded is None else embedded[np.array(stack.layers)],
-        cached=cached,
+        cached=None if cache is None else cache.states.get(stack.prefix),
     )
 
 
@@ -389,19 +379,6 @@ def _scanned(by_layer: tuple[int, ...], default: int) -> jax.Array | None:
     if set(by_layer) == {default}:
         return None
     return jnp.asarray(by_layer, jnp.int32)
-
-
-def _with_cache(shared: SharedInputs, cache: Cache | None, seq: int, numerics: Numerics) -> SharedInputs:
-    """Returns the inputs with the cached keys, by stack, that ``seq`` tokens read in place."""
-    if cache is None:
-        return shared
-    stacks_in_place = {}
-    for prefix, state in cache.states.items():
-        if isinstance(state, KeyValues) and reads_cache_in_place(seq, state.k, numerics):
-            assert isinstance(state.k, LayerStack)
-            assert isinstance(state.v, LayerStack)
-            stacks_in_place[prefix] = state.k, state.v
-    return replace(shared, cache=stacks_in_place)
 
 
 def _shared_inputs(
