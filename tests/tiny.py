@@ -77,7 +77,7 @@ def new_cache(folder: Path) -> str:
     if HAS_CPU:
         from nalora_jax.cpu.native import library
 
-        if library.available():
+        if library.kind():
             shutil.copytree(cache_dir() / "native", target, ignore=shutil.ignore_patterns("making-*"))
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)

@@ -228,7 +228,8 @@ def _jsonl(folder: Path) -> None:
 def _use_jsonl(folder: Path) -> None:
     lines, tokenizer = JsonLines(folder / "data.jsonl"), Tokenizer.from_folder(folder)
     for index in range(min(len(lines), 8)):
-        text = render(lines[index], DataConfig(loss_on="assistant"), tokenizer, lines.where(index))
+        (record,) = lines.read([index])
+        text = render(record, DataConfig(loss_on="assistant"), tokenizer, lines.where(index))
         tokenize([text], tokenizer)
 
 
