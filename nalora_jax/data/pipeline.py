@@ -298,13 +298,13 @@ def packed_data(
     rows = rows_read(rows, batch_size, accumulate)
     uncut = open_store(records, config, tokenizer, seed)
 
-    def measure(*arguments: Any) -> np.ndarray:
+    def measure() -> np.ndarray:
         if config.train_limit:  # lengths of records beyond the limit count, too
-            return example_lengths(*arguments)
+            return example_lengths(records, config, tokenizer)
         lengths: np.ndarray = uncut.lengths[measured(records)]
         return lengths
 
-    config = with_length(config, records, tokenizer, context, measure)
+    config = with_length(config, measure, context)
     store = cut_store(uncut, records, config, tokenizer.bos_id, context)
     pattern = pack(store.lengths, config.max_length, several=config.pack)
     return TrainData(
@@ -329,11 +329,7 @@ _SEED = 20260103  # of the draw of measured examples: the same in every run
 
 
 def with_length(
-    config: DataConfig,
-    source: Source,
-    tokenizer: Tokenizer,
-    context: int = UNLIMITED,
-    measure: Callable[[Source, DataConfig, Tokenizer], np.ndarray] | None = None,
+    config: DataConfig, measure: Callable[[], np.ndarray], context: int = UNLIMITED
 ) -> DataConfig:
     """Returns ``config`` with a row length of 0 replaced by one that 99 of 100 examples fit.
 
@@ -342,14 +338,12 @@ def with_length(
 
     Args:
       config: config of the run.
-      source: training records; at most 10,000 are measured.
-      tokenizer: tokenizer of the model.
+      measure: returns the row positions of examples, int ``[n]``.
       context: maximum tokens of the model.
-      measure: row positions of records; by default `example_lengths`.
     """
     if config.max_length:
         return config
-    lengths = (measure or example_lengths)(source, config, tokenizer)
+    lengths = measure()
     quantile = int(np.quantile(lengths, KEPT, method="inverted_cdf"))
     shortest = SHORTEST if config.pack else 1
     length = min(max(-(-quantile // _MULTIPLE) * _MULTIPLE, shortest), context)

@@ -31,7 +31,7 @@ from nalora_jax.data.packing import fill_rows, pack
 from nalora_jax.data.pipeline import HostBatch, TrainData, measured, rows_read
 from nalora_jax.data.questions import held_out_indices, split_questions
 from nalora_jax.data.source import Source
-from nalora_jax.data.store import UNLIMITED, Group, cut_store, open_store
+from nalora_jax.data.store import UNLIMITED, cut_store, open_store
 from nalora_jax.data.tokenize import Example, converted, tokenize
 from nalora_jax.errors import NaloraError
 
@@ -234,7 +234,7 @@ def pair_data(
             yield index, pair.rejected
 
     fields = {"chosen": preference.chosen_field, "rejected": preference.rejected_field}
-    uncut = open_store(source, config, tokenizer, seed, Group(examples, fields))
+    uncut = open_store(source, config, tokenizer, seed, examples, **fields)
     store = cut_store(uncut, source, config, tokenizer.bos_id, 2 * context, group=2)
     lengths = store.lengths.reshape(-1, 2).sum(axis=1)
     return PairData(

@@ -42,9 +42,9 @@ class _Question:
     """Texts of an evaluation example: (text, range of its completion), one per choice."""
 
     texts: list[Rendered]
-    choices: list[str]
-    gold: int
-    own_prompts: bool
+    choices: Sequence[str] = ()
+    gold: int = 0
+    own_prompts: bool = False
     turns: tuple[tuple[str, str], ...] = ()  # of a conversation, before the completion
     images: tuple[Any, ...] | None = None  # None for models without image input
 
@@ -172,43 +172,32 @@ def _question(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, 
     if config.messages_field in record:
         messages, tools = messages_of(record, config, where), tools_of(record, where)
         text = _chat_text(messages, tokenizer, where, tools)
-        return _Question([text], [], 0, False, _turns(messages), images)
-    prompts, completions, choices, gold = _choices(record, config, where)
-    pairs = zip(prompts, completions, strict=True)
-    texts = [_text(prompt, completion, config, tokenizer, where) for prompt, completion in pairs]
-    return _Question(texts, choices, gold, bool(record.get("choice_prompts")), images=images)
-
-
-def _choices(
-    record: dict[str, Any], config: DataConfig, where: str
-) -> tuple[list[str], list[str], list[str], int]:
-    """Returns prompts, completions, texts to display, and the index of the correct choice.
-
-    A plain completion counts as one choice.
-    """
+        return _Question([text], turns=_turns(messages), images=images)
     prompt = text_field(
         record, config.prompt_field, where, "--data.prompt-field", alternative=config.messages_field
     )
-    if not record.get("choices"):
-        return (
-            [prompt],
-            [text_field(record, config.completion_field, where, "--data.completion-field")],
-            [],
-            0,
-        )
-    choices, gold = _texts(record, "choices", where), record.get("gold")
-    if not isinstance(gold, int) or not 0 <= gold < len(choices):
-        expected = f"the index of one of {len(choices)} choices"
-        raise NaloraError(f"{where}: gold", expected=expected, found=repr(gold))
-    if not record.get("choice_prompts"):
-        return [prompt] * len(choices), [f" {choice}" for choice in choices], choices, gold
-    prompts = _texts(record, "choice_prompts", where)
-    if len(prompts) != len(choices):
-        raise NaloraError(
-            f"{where}: choice_prompts", expected=f"{len(choices)}, one a choice", found=len(prompts)
-        )
-    completion = text_field(record, config.completion_field, where, "--data.completion-field")
-    return prompts, [completion] * len(choices), choices, gold
+    choices: list[str] = []
+    gold: Any = 0
+    own = bool(record.get("choices") and record.get("choice_prompts"))
+    if record.get("choices"):
+        choices, gold = _texts(record, "choices", where), record.get("gold")
+        if not isinstance(gold, int) or not 0 <= gold < len(choices):
+            expected = f"the index of one of {len(choices)} choices"
+            raise NaloraError(f"{where}: gold", expected=expected, found=repr(gold))
+    count = max(len(choices), 1)
+    prompts, completions = [prompt] * count, [f" {choice}" for choice in choices]
+    if own:
+        prompts = _texts(record, "choice_prompts", where)
+        if len(prompts) != count:
+            expected = f"{count}, one a choice"
+            raise NaloraError(f"{where}: choice_prompts", expected=expected, found=len(prompts))
+    if own or not choices:
+        completions = [
+            text_field(record, config.completion_field, where, "--data.completion-field")
+        ] * count
+    pairs = zip(prompts, completions, strict=True)
+    texts = [_text(prompt, completion, config, tokenizer, where) for prompt, completion in pairs]
+    return _Question(texts, choices, gold, own, images=images)
 
 
 def _texts(record: dict[str, Any], field: str, where: str) -> list[str]:
@@ -310,4 +299,6 @@ def _item(question: _Question, examples: Sequence[Example]) -> Item:
     if not question.choices:
         return CompletionItem(prompts[0], answers[0], prompt, gold.text[start:stop], question.turns)
     own_prompts = prompts if question.own_prompts else None
-    return ChoiceItem(prompts[question.gold], answers, question.gold, prompt, question.choices, own_prompts)
+    return ChoiceItem(
+        prompts[question.gold], answers, question.gold, prompt, list(question.choices), own_prompts
+    )

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,14 +67,6 @@ Examples = Callable[[Source, np.ndarray], Iterator[tuple[int, Example]]]
 
 
 @dataclass(frozen=True)
-class Group:
-    """Several examples of each record, which share a row."""
-
-    examples: Examples
-    options: Mapping[str, Any]  # that change the examples
-
-
-@dataclass(frozen=True)
 class TokenStore:
     """Concatenated tokens of all examples.
 
@@ -106,7 +98,8 @@ def open_store(
     config: DataConfig,
     tokenizer: Tokenizer,
     seed: int,
-    group: Group | None = None,
+    examples: Examples | None = None,
+    **options: Any,
 ) -> TokenStore:
     """Returns the tokens of ``source``, uncut, from the cache or tokenized now.
 
@@ -115,7 +108,8 @@ def open_store(
       config: rendering options and ``train_limit`` (the first records of the seed's shuffle).
       tokenizer: tokenizer of the model.
       seed: seed of the run; has an effect only with a limit.
-      group: examples of a record, if it has several.
+      examples: yields the examples of records that have several, which share a row.
+      options: settings that change these examples.
 
     Raises:
       NaloraError: a record is broken or has no loss tokens, or the disk is full.
@@ -127,15 +121,15 @@ def open_store(
         "options": {name: getattr(config, name) for name in _OPTIONS},
         "limit": [config.train_limit, seed] if config.train_limit else None,
     }
-    examples: Examples = partial(_examples, config=config, tokenizer=tokenizer)
-    if group is not None:
-        examples, key["group"] = group.examples, group.options
+    if options:
+        key["group"] = options
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_dir() / "tokens" / name
     if not is_whole(folder):
         require_some(source)
         indices = np.sort(permutation(len(source), seed)[: config.train_limit or None])
         began = time.perf_counter()
+        examples = examples or partial(_examples, config=config, tokenizer=tokenizer)
         write_store(folder, examples(source, indices))
         seconds = time.perf_counter() - began
         log.info("tokenized %s: %d examples in %.1f s", source.name, len(indices), seconds)

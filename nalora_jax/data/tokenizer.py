@@ -300,9 +300,8 @@ class Tokenizer:
         """
         folder = Path(path)
         backend = read_backend(folder / "tokenizer.json")
-        settings = read_json(folder / "special_tokens_map.json", missing={})
-        settings |= read_json(folder / "tokenizer_config.json", missing={})
-        named = {name: _token_text(value) for name, value in settings.items() if name.endswith("_token")}
+        settings = read_settings(folder)
+        named = {name: token_text(value) for name, value in settings.items() if name.endswith("_token")}
         special = {name: text for name, text in named.items() if text}
         bos_id, eos_id, pad_id = (
             backend.token_to_id(special.get(f"{n}_token", "")) for n in ("bos", "eos", "pad")
@@ -374,7 +373,13 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
     return value
 
 
-def _token_text(value: object) -> str:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Returns the settings of a folder's tokenizer, with its special tokens; {} without files."""
+    settings = read_json(folder / "special_tokens_map.json", missing={})
+    return settings | read_json(folder / "tokenizer_config.json", missing={})
+
+
+def token_text(value: object) -> str:
     """Returns a special token's text from a config: ``"</s>"`` or ``{"content": "</s>", ...}``."""
     if isinstance(value, dict):
         value = value.get("content")

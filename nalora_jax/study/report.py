@@ -91,7 +91,7 @@ def render(protocol: Protocol, records: Mapping[str, Record]) -> str:
     parts = [
         f"# Results: {protocol.question}",
         "Written by `nalora study report` from `records.jsonl` and `protocol.toml`. Losses are "
-        f"nats {_unit(protocol)}; differences are method minus the other, so below 0 is better.",
+        f"{_unit(protocol)}; differences are method minus the other, so below 0 is better.",
         _runs(protocol, records),
         _methods(protocol),
         _learning_rates(protocol, cell_results),
@@ -107,12 +107,14 @@ def render(protocol: Protocol, records: Mapping[str, Record]) -> str:
 
 def _unit(protocol: Protocol) -> str:
     units = {
-        "": "per answer token" if not protocol.preference else "per pair",
-        "classify": "per image among the prompts of all classes",
-        "contrast": "per image or caption among all held-out pairs (the mean of both ways)",
+        "": "nats per answer token" if not protocol.preference else "nats per pair",
+        "classify": "nats per image among the prompts of all classes",
+        "contrast": "nats per image or caption among all held-out pairs (the mean of both ways)",
     }
     model, baseline = protocol.models[0], protocol.baseline
     runs = [protocol.config(model, task, baseline, 1.0, 0) for task in protocol.tasks]
+    if runs[0].rl.rewards:
+        return "1 minus the mean reward of greedy answers, of probes nats per answer token"
     return "; ".join(dict.fromkeys(units[config.vision.task] for config in runs))
 
 

@@ -44,17 +44,11 @@ def test_choices(ask, tokenizer):
 
 
 def test_choices_that_change_the_prompt(ask, tokenizer):
-    (item,) = ask(
-        {
-            "prompt": "the sea because No",
-            "completion": " is green.",
-            "choices": ["Yes", "No"],
-            "choice_prompts": ["the sea because Yes", "the sea because No"],
-            "gold": 1,
-        }
-    )
+    prompts = ["the sea because Yes", "the sea because No"]
+    record = {"prompt": prompts[1], "completion": " is green.", "choices": ["Yes", "No"], "gold": 1}
+    (item,) = ask(record | {"choice_prompts": prompts})
     assert item.choice_ids == [tokenizer.encode(" is green.")] * 2
-    assert list(item.contexts) == [tokenizer.encode(f"the sea because {name}") for name in ("Yes", "No")]
+    assert list(item.contexts) == [tokenizer.encode(prompt) for prompt in prompts]
     assert item.prompt_ids == item.contexts[1]
 
 
@@ -71,11 +65,8 @@ def test_what_is_trained_is_what_is_scored(ask, write_jsonl, tokenizer, cache, c
 
 
 def test_messages(ask, tokenizer):
-    talk = [
-        {"role": "user", "content": "up?"},
-        {"role": "assistant", "content": "the sky"},
-        {"role": "user", "content": "x"},
-    ]
+    pairs = ("user", "up?"), ("assistant", "the sky"), ("user", "x")
+    talk = [{"role": role, "content": content} for role, content in pairs]
     (item,) = ask({"messages": talk})
     assert item.prompt == tokenizer.render_chat(talk[:1], add_generation_prompt=True)
     assert item.completion == "the sky"

@@ -42,45 +42,32 @@ def test_broken_line_is_named(write_jsonl, line, found):
         JsonLines(path).read([1])
 
 
-def test_unknown_name_lists_the_tasks():
-    with pytest.raises(
-        NaloraError, match=r"--data.dataset: expected a task.*found 'socialqa'; .*socialiqa_mc"
-    ):
-        open_source(DataConfig(dataset="socialqa"), "train")
-
-
-def test_unknown_split_of_a_task_is_refused_before_any_download():
-    with pytest.raises(
-        NaloraError, match=r"socialiqa, split: expected one of train, validation, .*found 'test'"
-    ):
-        open_source(DataConfig(dataset="socialiqa"), "test")
+@pytest.mark.parametrize(
+    ("dataset", "split", "message"),
+    [
+        ("socialqa", "train", r"--data.dataset: expected a task.*found 'socialqa'; .*socialiqa_mc"),
+        ("socialiqa", "test", r"socialiqa, split: expected one of train, validation, .*found 'test'"),
+        ("data.jsonl", "validation", r"data.jsonl\[validation\]: expected one split, \"train\""),
+        ("data.jsonl", "train[x]", r"data.jsonl\[train\[x\]\]: expected one split"),
+        ("data.jsonl", "train[:0]", "data.jsonl.*: expected at least one record"),
+    ],
+)
+def test_unknown_data_and_splits_are_refused(write_jsonl, monkeypatch, tmp_path, dataset, split, message):
+    write_jsonl(*RECORDS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NaloraError, match=message):
+        open_source(DataConfig(dataset=dataset), split)
 
 
 @pytest.mark.parametrize(
     ("split", "expected"),
-    [
-        ("train", range(20)),
-        ("train[:10%]", [0, 1]),
-        ("train[-25%:]", range(15, 20)),
-        ("train[3:5]+train[18:]", [3, 4, 18, 19]),
-    ],
+    [("train", range(20)), ("train[-25%:]", range(15, 20)), ("train[3:5]+train[18:]", [3, 4, 18, 19])],
 )
-def test_jsonl_splits(write_jsonl, split, expected):
+def test_splits_of_a_file(write_jsonl, split, expected):
     path = write_jsonl(*RECORDS)
     source = open_source(DataConfig(dataset=path), split)
     assert source.read(range(len(source))) == [RECORDS[index] for index in expected]
     assert source.where(0) == f"{path}:{expected[0] + 1}"
-
-
-def test_jsonl_evaluation_file(write_jsonl):
-    train, other = write_jsonl(*RECORDS), write_jsonl({"prompt": "x", "completion": "y"}, name="eval.jsonl")
-    assert open_source(DataConfig(dataset=train), other).read([0]) == [{"prompt": "x", "completion": "y"}]
-
-
-@pytest.mark.parametrize("split", ["validation", "train[x]", "train[:0]"])
-def test_bad_jsonl_split(write_jsonl, split):
-    with pytest.raises(NaloraError, match=r"data.jsonl"):
-        open_source(DataConfig(dataset=write_jsonl(*RECORDS)), split)
 
 
 def test_fingerprint_follows_content_and_split(write_jsonl):
@@ -99,7 +86,11 @@ def test_overlap_of_training_and_evaluation(write_jsonl):
     with pytest.raises(NaloraError, match=r"--data.eval-split: .*shares 1 with it; hold some out"):
         check_disjoint(train, tail)
     check_disjoint(open_source(config, "train[:-5%]"), tail)
-    check_disjoint(train, open_source(config, write_jsonl(*RECORDS, name="eval.jsonl")))
+    other = open_source(
+        config, write_jsonl(*RECORDS[:3], name="eval.jsonl")
+    )  # another file is a split, too
+    assert other.read(range(3)) == RECORDS[:3]
+    check_disjoint(train, other)
 
 
 BUILDER = """

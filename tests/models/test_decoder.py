@@ -14,9 +14,8 @@ from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import LoRAConfig
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.block import Block
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder, init_cache
+from nalora_jax.models.decoder import Block, Decoder, init_cache
 from nalora_jax.models.parts import LayerInputs, SharedInputs
 from nalora_jax.models.ropes import rope_tables
 from nalora_jax.models.stacks import projection_shapes

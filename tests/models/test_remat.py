@@ -126,20 +126,6 @@ def traced_cudnn(q, k, v, visible, **_):
     return cudnn(*(x.astype(jnp.bfloat16) for x in (q, k, v)), visible).astype(jnp.float32)
 
 
-@pytest.mark.parametrize(("remat", "times"), [("dots", 1), ("attention", 1), ("full", 2)])
-def test_attention_of_cudnn_and_its_projections_are_made_again_by_full_alone(
-    traced, monkeypatch, remat, times
-):
-    """Keys and values are the matmuls of this width: two in a layer."""
-    monkeypatch.setattr(attention_gpu, "dot_product", traced_cudnn)
-    monkeypatch.setattr(attention_gpu, "compiles", lambda *_: True)
-    text = str(traced(remat, Platform("gpu", "NVIDIA H100 80GB HBM3", 1), "auto").jaxpr)
-    assert text.count(f"= {FORWARD.name} ") == times
-    assert text.count(f"= {BACKWARD.name} ") == 1
-    width = KV_HEADS * D // HEADS
-    assert len(re.findall(rf"\[{ROWS * SEQ},{width}\] = dot_general\[", text)) == 2 * times
-
-
 def saved_by_layer(jaxpr: Any) -> float:
     """Returns the bf16 values per token and layer that forward scans save, without ranks and norms' factors."""
     widths = 0.0

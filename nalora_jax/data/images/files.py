@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 
 from nalora_jax.common.fields import Fields
-from nalora_jax.data.tokenizer import read_backend, read_json
+from nalora_jax.data.tokenizer import read_backend, read_json, read_settings, token_text
 from nalora_jax.errors import NaloraError
 
 # Formats that are decoded. Pillow has dozens of rarer decoders, which an untrusted file could
@@ -77,7 +77,8 @@ def open_image(source: str | Path | bytes, name: str = "", max_pixels: int = MAX
             image = images.open(io.BytesIO(content), formats=FORMATS)
             _check(image, name, max_pixels)
             image.load()
-            return flattened(_eight_bits(_upright(image), image.format, name))
+            upright = importlib.import_module("PIL.ImageOps").exif_transpose(image)
+            return flattened(_eight_bits(upright, image.format, name))
     except images.DecompressionBombError as error:
         raise _too_large(name, max_pixels, error) from error
     except NaloraError:
@@ -114,10 +115,6 @@ def _too_large(name: str, max_pixels: int, actual: object) -> NaloraError:
         found=actual,
         remedy="make it smaller; files that claim to be this large are often made to exhaust memory",
     )
-
-
-def _upright(image: Any) -> Any:
-    return importlib.import_module("PIL.ImageOps").exif_transpose(image)
 
 
 def _eight_bits(image: Any, kind: str, name: str) -> Any:
@@ -278,12 +275,8 @@ def read_processor(folder: Path) -> ImageProcessor:
             found="nothing of that name",
             remedy="save it with transformers: AutoImageProcessor.from_pretrained(model).save_pretrained(folder)",
         )
-    raw = read_json(path)
-    return parse_processor(raw.get("image_processor", raw), str(path))
-
-
-def parse_processor(raw: Mapping[str, Any], where: str) -> ImageProcessor:
-    """Returns the processor of a parsed ``preprocessor_config.json``; see `read_processor`."""
+    raw, where = read_json(path), str(path)
+    raw = raw.get("image_processor", raw)
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or ""
     base_kind = str(kind).removesuffix("Fast").removesuffix("Pil")
     if base_kind not in DEFAULTS:
@@ -437,16 +430,14 @@ def read_text_tokenizer(
     if backend.get_vocab_size() > vocab_size:
         expected = f"at most {vocab_size} tokens, the rows of the embedding"
         raise NaloraError(str(path), expected=expected, found=backend.get_vocab_size())
-    settings = read_json(folder / "special_tokens_map.json", missing={})
-    settings |= read_json(folder / "tokenizer_config.json", missing={})
-    pad = settings.get("pad_token")
-    if isinstance(pad, dict):
-        pad = pad.get("content")
-    pad_id = backend.token_to_id(pad) if isinstance(pad, str) else None
+    settings = read_settings(folder)
+    pad_id = backend.token_to_id(token_text(settings.get("pad_token")))
     if pad_id is None:
-        remedy = "set pad_token to a token of the vocabulary"
         raise NaloraError(
-            str(folder / "tokenizer_config.json"), expected="pad_token", found=repr(pad), remedy=remedy
+            str(folder / "tokenizer_config.json"),
+            expected="pad_token",
+            found=repr(settings.get("pad_token")),
+            remedy="set pad_token to a token of the vocabulary",
         )
     return TextTokenizer(
         backend,
