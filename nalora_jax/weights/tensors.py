@@ -42,12 +42,13 @@ WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
-    """The location of a tensor's bytes in a file."""
+    """A tensor as a file's header describes it."""
 
     file: Path
+    shape: tuple[int, ...]  # slowest axis first
+    format: str  # of the numbers, by the file's name for it: "BF16", "Q4_1"
     start: int  # bytes from the beginning of the file
-    size: int
-    format: str  # the file's name for it: "BF16", "Q4_1"
+    size: int  # bytes
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Reads bytes of the tensor: uint8 ``[count]``, fewer if the file is cut off.
@@ -79,6 +80,43 @@ class TensorSource(Protocol):
 
     def stored(self, name: str) -> FileTensor:
         """Returns the location and number format of a tensor's bytes."""
+
+
+class TensorFiles:
+    """The tensors that headers describe: the part of a `TensorSource` that is the same for all formats.
+
+    Args:
+      where: the file or folder.
+      tensors: by name.
+      readable: number formats that `TensorSource.read` supports.
+      remedy: for tensors in other formats.
+    """
+
+    def __init__(
+        self, where: str, tensors: Mapping[str, FileTensor], readable: Iterable[str], remedy: str
+    ) -> None:
+        self.where, self._tensors = where, tensors
+        self._readable, self._remedy = tuple(readable), remedy
+        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Returns the shape of every tensor by its name in the file, slowest axis first."""
+        return self._shapes
+
+    def check_readable(self, name: str) -> None:
+        """Raises an error if the tensor's number format is not supported."""
+        tensor = self._tensors[name]
+        if tensor.format not in self._readable:
+            raise NaloraError(
+                f"{tensor.file}: {name}",
+                expected=f"one of {', '.join(self._readable)}",
+                found=tensor.format,
+                remedy=self._remedy,
+            )
+
+    def stored(self, name: str) -> FileTensor:
+        """Returns the location and number format of a tensor's bytes."""
+        return self._tensors[name]
 
 
 def load_params(
