@@ -34,6 +34,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # NumPy dtypes by their names in safetensors.
 DTYPES = {
+    "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -98,7 +99,7 @@ class SafetensorsFolder(TensorFiles):
 
     def _header(self, file: str) -> dict[str, FileTensor]:
         """Returns the tensors of one file."""
-        return read_header(self.folder / file)
+        return read_header(self.folder / file)[0]
 
     def _read_headers(self) -> dict[str, FileTensor]:
         listed = self._index()
@@ -167,19 +168,28 @@ def _dtype(stored: FileTensor) -> np.dtype:
     return DTYPES.get(stored.format) or np.dtype((np.void, size))
 
 
-def read_header(path: Path) -> dict[str, FileTensor]:
-    """Returns the tensors of one file, after the safetensors library has validated its header."""
+def read_whole(stored: FileTensor) -> np.ndarray:
+    """Returns a tensor in the file's format."""
+    return stored.read(0, stored.size).view(_dtype(stored)).reshape(stored.shape)
+
+
+def read_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
+    """Returns the tensors of one file and its metadata, after the safetensors library has validated its header.
+
+    Raises:
+      NaloraError: the file is missing, truncated or damaged.
+    """
     with _complaints(path), safe_open(str(path), framework="numpy"), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
     tensors = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
         tensors[name] = FileTensor(
             path, tuple(entry["shape"]), entry["dtype"], 8 + length + start, stop - start
         )
-    return tensors
+    return tensors, metadata
 
 
 def _pickle_remedy(names: Collection[str]) -> str:
@@ -267,7 +277,7 @@ class StreamedFolder(SafetensorsFolder):
             path.write_bytes(head[:stop])
             os.truncate(path, size)
             try:
-                tensors = read_header(path)
+                tensors, _ = read_header(path)
             except NaloraError as error:
                 raise NaloraError(
                     url, expected=error.expected, found=error.found, remedy="upload it again"

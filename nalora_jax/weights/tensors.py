@@ -209,7 +209,7 @@ def _check_aliases(source: TensorSource, keymap: KeyMap, names: Mapping[str, str
         twin = names[other]
         same = shape == source.shapes()[twin] and all(
             np.array_equal(source.read(name, block), source.read(twin, block))
-            for block in _blocks(_whole(shape))
+            for block in _blocks(whole(shape))
         )
         if not same:
             raise NaloraError(
@@ -249,7 +249,7 @@ class _Fill:
         if self.tensor.transform.mixes_rows:
             if k:  # the first share writes all of it
                 return
-            complete = source.read(self.name, self._shifted(_whole((self.rows, *self.tensor.shape[1:]))))
+            complete = source.read(self.name, self._shifted(whole((self.rows, *self.tensor.shape[1:]))))
             target[...] = self.tensor.transform.into(complete)[index].astype(target.dtype)
             return
         transform = self.tensor.transform
@@ -317,7 +317,8 @@ def _leaf(shape: tuple[int, ...], dtype: Any, sharding: Sharding, reader: _Reade
     return jax.make_array_from_callback(shape, sharding, lambda index: buffers[span(index, shape)])
 
 
-def _whole(shape: tuple[int, ...]) -> Index:
+def whole(shape: tuple[int, ...]) -> Index:
+    """Returns the index of all of a tensor."""
     return tuple(slice(0, size) for size in shape)
 
 

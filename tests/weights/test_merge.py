@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +11,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
+import torch
+import transformers
 from safetensors import safe_open
 
 from nalora_jax.common.trees import flatten, map_named, size_bytes, unflatten
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.merge import merge, merged_tensors, write_merged
 from nalora_jax.weights.peft import export_adapter, max_logit_difference, verify_export
 from nalora_jax.weights.shards import parse_size
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+from tests.weights import in_peft
+from tests.weights.in_peft import TOKENS, load_merged, our_logits
+from tests.weights.in_peft import logits as torch_logits
 
 TARGETS = {
     "ffn/gate_proj": ((4, 2, 4), (8.0, 8.0, 3.0)),
@@ -86,21 +84,6 @@ NEXT = {
     "group1/block0/attn/q_proj": ((3,), (6.0,)),
 }
 NO_ADAPTERS = AdapterSpec()
-TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
-
-
-def torch_logits(model: Any) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(TOKENS)).logits.float().numpy()
-
-
-@partial(jax.jit, static_argnames=("config", "spec"))
-def our_logits(
-    config: ModelConfig, params: Any, lora: Any = None, spec: AdapterSpec = NO_ADAPTERS
-) -> jax.Array:
-    model = Decoder(config, spec)
-    variables = {"params": params} | ({} if lora is None else {"lora": lora})
-    return model.apply(variables, model.apply(variables, TOKENS), method="unembed")
 
 
 def tokenizer() -> Tokenizer:
@@ -135,12 +118,6 @@ def write(
 ) -> Path:
     options = {"tokenizer": tokenizer()} | options
     return write_merged(folder, config, params, lora, spec, hf_config=raw, **options)
-
-
-def load(folder: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
 @pytest.mark.parametrize("variant", [{}, {"rslora": True}, {"dora": True}], ids=str)
@@ -243,11 +220,8 @@ def test_adapter_and_merged_folder_agree(family, tiny_model, params_of, random_l
     export_adapter(lora, spec, config, tmp_path / "adapter", base_model_name="org/base")
     write(tmp_path / "merged", config, params, lora, spec, raw, shard_bytes=20_000)
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        wrapped = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
-    adapted = torch_logits(wrapped)
-    found = {"merged folder": torch_logits(load(tmp_path / "merged"))}
+    adapted = torch_logits(in_peft.load(model, tmp_path / "adapter"))
+    found = {"merged folder": torch_logits(load_merged(tmp_path / "merged"))}
     if family in WITH_DECODER:
         found["decoder and adapter"] = our_logits(config, params, lora, spec)
         found["decoder and merged params"] = our_logits(config, merge(params, lora, spec))
@@ -315,7 +289,7 @@ def test_folder_holds_what_tools_expect(small, tmp_path):
         "tokenizer_config.json",
         *shards,
     }
-    assert load(tmp_path / "m").dtype == torch.bfloat16
+    assert load_merged(tmp_path / "m").dtype == torch.bfloat16
 
 
 def test_base_alone_is_written_as_it_is(small, tmp_path):
@@ -343,7 +317,7 @@ def test_written_tokenizer_works_in_transformers(small, tmp_path):
     messages = [{"role": "user", "content": "hi"}, {"role": "bot", "content": "there"}]
     assert theirs.apply_chat_template(messages, tokenize=False) == ours.render_chat(messages)
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 0)
-    assert load(tmp_path / "m").generation_config.eos_token_id == [2, 3]
+    assert load_merged(tmp_path / "m").generation_config.eos_token_id == [2, 3]
     again = Tokenizer.from_folder(tmp_path / "m")
     assert again.encode(text) == ours.encode(text)
     assert again.eos_ids == ours.eos_ids
@@ -388,7 +362,7 @@ def test_multimodal_base_becomes_its_text_model(family, text, name, tiny_model, 
     raw = {"model_type": family, "text_config": model.config.to_dict(), "tie_word_embeddings": True}
     params = random_params(config)
     write(tmp_path / "m", config, params, None, NO_ADAPTERS, raw)
-    loaded = load(tmp_path / "m")
+    loaded = load_merged(tmp_path / "m")
     assert type(loaded).__name__ == name
     np.testing.assert_array_equal(loaded.model.embed_tokens.weight.detach(), params["embed"]["embedding"])
 

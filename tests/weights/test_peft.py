@@ -7,20 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from nalora_jax.common.trees import flatten, map_named
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import locate, projection_shapes
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 from nalora_jax.weights.peft_modules import layers_with, module_layout
-from tests.tiny import logits_of
+from tests.weights.in_peft import load, logits, our_logits, save, wrap
 from tests.weights.test_merge import GLM
-
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
 
 FFN = {
     "ffn/gate_proj": ((4, 4, 4), (8.0, 8.0, 8.0)),
@@ -40,31 +37,6 @@ DENSE_BETWEEN = {
     "group0/block1/ffn/gate_proj": ((2,), (3.0,)),
     "group0/block1/ffn/down_proj": ((2,), (4.0,)),
 }
-TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
-
-
-def wrap(model: Any, **config: Any) -> Any:
-    """The model in PEFT, every adapter parameter random."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config)).eval()
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(
-                    torch.randn(parameter.shape, generator=generator) * 0.3 + ("magnitude" in name)
-                )
-    return wrapped
-
-
-def load(model: Any, folder: Path) -> Any:
-    """The folder as PEFT loads it; a key that PEFT misses or ignores warns, and warnings are errors."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
-        )  # PEFT on transformers
-        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 def peft_deltas(wrapped: Any, layout: Any, config: Any) -> dict[tuple[str, int], np.ndarray]:
@@ -105,11 +77,6 @@ def assert_same(
     for key in ours.keys() | theirs.keys():
         a, b = ours.get(key, np.zeros(1)), theirs.get(key, np.zeros(1))
         np.testing.assert_allclose(*np.broadcast_arrays(a, b), atol=tolerance, err_msg=str(key))
-
-
-def logits(model: Any) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(TOKENS)).logits.double().numpy()
 
 
 def write(
@@ -225,6 +192,23 @@ def test_import_adapters_of_linear_attention(family, tiny_model, deltas, tmp_pat
     assert_same(deltas(lora, spec), theirs, 1e-6)
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight", "mlp.gate_proj.weight"]},
+        {"target_modules": [], "target_parameters": ["up_proj.weight"]},
+    ],
+    ids=str,
+)
+def test_adapters_on_weights_mean_what_they_mean_in_peft(targets, tiny_model, params_of, tmp_path):
+    model, config = tiny_model("llama")
+    params, wrapped = params_of(model, config), wrap(model, r=4, **targets)
+    lora, spec = import_adapter(save(wrapped, tmp_path / "theirs"), config)
+    expected = logits(wrapped)
+    np.testing.assert_allclose(our_logits(config, params, lora, spec), expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(expected - our_logits(config, params)).max() > 0.1
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_import_low_precision(dtype, tiny_model, deltas, tmp_path):
     model, config = tiny_model("llama")
@@ -246,49 +230,6 @@ def load_any(folder: Path) -> dict[str, Any]:
     from safetensors.flax import load_file as load_jax
 
     return load_jax(folder / "adapter_model.safetensors")
-
-
-def test_import_converted_pissa(tiny_model, deltas, tmp_path):
-    model, config = tiny_model("llama")
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        settings_ = peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=3,
-            lora_alpha=6,
-            target_modules=["gate_proj", "q_proj"],
-            init_lora_weights="pissa",
-        )
-        wrapped = peft.get_peft_model(model, settings_)
-        wrapped.peft_config["default"].init_lora_weights = True
-        wrapped.save_pretrained(tmp_path / "start")
-        wrapped.peft_config["default"].init_lora_weights = "pissa"
-        with torch.no_grad():
-            for name, parameter in wrapped.named_parameters():
-                if "lora_" in name:
-                    parameter.add_(torch.randn(parameter.shape) * 0.1)
-        trained = logits(wrapped.eval())
-        wrapped.save_pretrained(tmp_path / "raw")
-        wrapped.save_pretrained(
-            tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start")
-        )
-
-    with pytest.raises(NaloraError, match="path_initial_model_for_weight_conversion"):
-        import_adapter(tmp_path / "raw", config)
-    lora, spec = import_adapter(tmp_path / "plain", config)
-
-    assert dict(spec.targets)["layers/ffn/gate_proj"].ranks == (6, 6, 6)
-    fresh, _ = tiny_model("llama")
-    with torch.no_grad():
-        for (path, layer), delta in deltas(lora, spec).items():
-            name = f"model.layers.{layer}." + path.removeprefix("layers/").replace(
-                "attn/", "self_attn."
-            ).replace("ffn/", "mlp.")
-            weight = fresh.get_submodule(name).weight
-            torch.testing.assert_close(weight, before[f"{name}.weight"])
-            weight.add_(torch.from_numpy(delta.T).float())
-    np.testing.assert_allclose(logits(fresh), trained, atol=1e-4 * np.abs(trained).max())
 
 
 # ---------------------------------------------------------------- here -> PEFT
@@ -447,7 +388,7 @@ def test_adapters_of_stacks_compute_the_logits_of_peft(names, family, tiny_model
     wrapped.save_pretrained(tmp_path / "theirs")
 
     lora, spec = import_adapter(tmp_path / "theirs", config)
-    ours = logits_of(Decoder(config, spec), {"params": params, "lora": lora}, TOKENS)
+    ours = our_logits(config, params, lora, spec)
     export_adapter(lora, spec, config, tmp_path / "ours", base_model_name="org/base")
 
     expected = logits(wrapped)

@@ -189,7 +189,7 @@ def test_bad_files_are_refused(good, tiny_model, tmp_path):
     data = (folder / "adapter_model.safetensors").read_bytes()
     for size in (0, 7, 100, len(data) - 1):
         (folder / "adapter_model.safetensors").write_bytes(data[:size])
-        with pytest.raises(NaloraError, match="whole safetensors file"):
+        with pytest.raises(NaloraError, match="complete safetensors file"):
             import_adapter(folder, config)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(NaloraError, match="pickle"):
