@@ -39,7 +39,6 @@ from nalora_jax.weights.peft_modules import (
     part_widths,
     places_in,
     places_of,
-    same_array,
     short_name,
     stack_depths,
 )
@@ -100,7 +99,7 @@ def export_adapter(
       extra: more fields of ``adapter_config.json``, e.g. ``{"revision": "main"}``.
       overwrite: allow ``folder`` to contain an earlier adapter (its files, a README.md and a
         tokenizer's files), which is replaced.
-      layout: module names, for a model outside the known families.
+      layout: module names, if they are not those of `layout_for` without a ``config.json``.
       write_extra: function that writes further files into the folder, such as a tokenizer with
         added tokens.
 
@@ -315,7 +314,6 @@ def verify_export(
     config: Host,
     *,
     fingerprint: str | None = None,
-    layout: ModuleLayout | None = None,
 ) -> float:
     """Reads an exported adapter back and compares it with the original tree, factor by factor.
 
@@ -330,7 +328,7 @@ def verify_export(
       NaloraError: the file cannot be read, or differs; the message names the projection and the
         layer.
     """
-    loaded, loaded_spec = import_adapter(folder, config, fingerprint=fingerprint, layout=layout)
+    loaded, loaded_spec = import_adapter(folder, config, fingerprint=fingerprint)
     ours, theirs = flatten(lora), flatten(loaded)
     worst = 0.0
     if loaded_spec.token_indices != spec.token_indices:
@@ -368,7 +366,8 @@ def _difference_of(
     if a is None or b is None or a.b.shape != b.b.shape:
         raise differs(f"{folder}: {place}")
     difference = _relative(a, b)
-    same = np.array_equal(a.a, b.a) and same_array(a.magnitude, b.magnitude)
+    ours, theirs = (np.zeros(0) if of.magnitude is None else of.magnitude for of in (a, b))
+    same = np.array_equal(a.a, b.a) and np.array_equal(ours, theirs)
     if not same or difference > _FOLD_TOLERANCE:
         raise differs(f"{folder}: {place}")
     return difference

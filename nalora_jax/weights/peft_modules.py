@@ -376,11 +376,6 @@ def _live_ranks(b: np.ndarray) -> np.ndarray:
     return np.any(b != 0, axis=tuple(i for i in range(b.ndim) if i != b.ndim - 2))
 
 
-def same_array(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    """Returns True for equal arrays, and for two missing ones."""
-    return (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
-
-
 def alpha_for(scale: float, rank: int, *, rslora: bool) -> float:
     """Returns the alpha that gives ``scale`` at ``rank``, without ``alpha / rank``'s rounding."""
     alpha = scale * scale_divisor(rank, rslora=rslora)

@@ -52,11 +52,7 @@ _KINDS = {"lora_A.weight": "a", "lora_B.weight": "b"}
 
 
 def import_adapter(
-    folder: str | Path,
-    config: Host,
-    *,
-    fingerprint: str | None = None,
-    layout: ModuleLayout | None = None,
+    folder: str | Path, config: Host, *, fingerprint: str | None = None
 ) -> tuple[dict[str, Any], AdapterSpec]:
     """Reads a PEFT LoRA adapter as this library's ``lora`` tree.
 
@@ -72,7 +68,6 @@ def import_adapter(
       config: the base model, or a dual encoder.
       fingerprint: of the base model's weights; compared with the fingerprint recorded by
         `export_adapter`, if any.
-      layout: module names, for a model outside the known families.
 
     Returns:
       ``(lora, spec)``: nested dict of float32 numpy arrays, stacked and zero-padded to the largest
@@ -99,7 +94,7 @@ def import_adapter(
         tables |= rows
         trained = AdapterSpec(saved=saved, token_indices=indices)
     modules = _by_module(tensors, path, dora=peft.dora)
-    layout = layout or layout_of(config, modules)
+    layout = layout_of(config, modules)
     modules = without_copies(modules, config, layout)
     slots = {slot.key: slot for slot in _slots(layout, config, peft)}
     _check_complete(peft, path, slots, modules)

@@ -283,10 +283,9 @@ def test_rows_that_llama_cpp_regroups_are_right_on_a_mesh_and_in_blocks(
     path = str(write_llama(tmp_path / "m.gguf"))
     alone = flatten(load_model(path, dtype="float32").params)
     monkeypatch.setattr(tensors, "BLOCK", 40)
-    for sizes in ((1, 4, 2), (2, 2, 2)):
-        spread = load_model(path, dtype="float32", mesh=make_mesh(MeshConfig(*sizes)))
-        for name, leaf in flatten(spread.params).items():
-            np.testing.assert_array_equal(leaf, alone[name], err_msg=name)
+    spread = load_model(path, dtype="float32", mesh=make_mesh(MeshConfig(1, 4, 2)))
+    for name, leaf in flatten(spread.params).items():
+        np.testing.assert_array_equal(leaf, alone[name], err_msg=name)
 
 
 # ---------------------------------------------------------------- rotary embeddings

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -244,25 +245,18 @@ def random_params(config: ModelConfig) -> dict[str, Any]:
 @pytest.fixture
 def small(tiny_model, random_lora):
     model, config = tiny_model("llama")
-    params = random_params(config)
+    raw, params = model.config.to_dict(), random_params(config)
     lora, spec = random_lora(config, TARGETS)
-    return config, params, lora, spec, model.config.to_dict()
+    options = {"hf_config": raw, "tokenizer": tokenizer()}
+
+    def written(folder: Path, **changes: Any) -> Path:
+        return write_merged(folder, config, params, lora, spec, **(options | changes))
+
+    return SimpleNamespace(config=config, params=params, lora=lora, spec=spec, raw=raw, write=written)
 
 
 def test_folder_holds_what_tools_expect(small, tmp_path):
-    config, params, lora, spec, raw = small
-    write(
-        tmp_path / "m",
-        config,
-        params,
-        lora,
-        spec,
-        raw,
-        shard_bytes=10_000,
-        dtype="bfloat16",
-        card="# Mine\n",
-    )
-
+    small.write(tmp_path / "m", shard_bytes=10_000, dtype="bfloat16", card="# Mine\n")
     index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in (tmp_path / "m").glob("model-*.safetensors"))
     assert len(shards) > 2
@@ -275,7 +269,7 @@ def test_folder_holds_what_tools_expect(small, tmp_path):
             stored |= {name: (shard, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     assert index["weight_map"] == {name: shard for name, (shard, _) in stored.items()}
     assert index["metadata"]["total_size"] == sum(array.nbytes for _, array in stored.values())
-    for name, array in merged_tensors(config, params, lora, spec):
+    for name, array in merged_tensors(small.config, small.params, small.lora, small.spec):
         np.testing.assert_array_equal(stored[name][1], array.astype(ml_dtypes.bfloat16))
     settings = json.loads((tmp_path / "m/config.json").read_text())
     assert settings["dtype"] == settings["torch_dtype"] == "bfloat16"
@@ -292,20 +286,9 @@ def test_folder_holds_what_tools_expect(small, tmp_path):
     assert load_merged(tmp_path / "m").dtype == torch.bfloat16
 
 
-def test_base_alone_is_written_as_it_is(small, tmp_path):
-    config, params, _, _, raw = small
-    write(tmp_path / "m", config, params, None, NO_ADAPTERS, raw)
-    with safe_open(tmp_path / "m/model.safetensors", "np") as file:
-        kernel = file.get_tensor("model.layers.2.self_attn.k_proj.weight")
-    np.testing.assert_array_equal(kernel, flatten(params)["layers/attn/k_proj/kernel"][2].T)
-    assert not (tmp_path / "m/model.safetensors.index.json").exists()
-
-
 def test_written_tokenizer_works_in_transformers(small, tmp_path):
-    config, params, lora, spec, raw = small
     ours = tokenizer()
-    write(tmp_path / "m", config, params, lora, spec, raw)
-
+    small.write(tmp_path / "m")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
 
     text = "the thing in there, then."
@@ -324,33 +307,22 @@ def test_written_tokenizer_works_in_transformers(small, tmp_path):
     assert again.render_chat(messages) == ours.render_chat(messages)
 
 
-def test_tokenizer_files_of_the_base_are_copied(small, tmp_path):
-    config, params, lora, spec, raw = small
-    write(tmp_path / "base", config, params, None, NO_ADAPTERS, raw)
-    (tmp_path / "base/special_tokens_map.json").write_text('{"eos_token": "</s>"}')
-    write(tmp_path / "m", config, params, lora, spec, raw, tokenizer=tmp_path / "base")
-    for name in (
-        "tokenizer.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    ):
-        assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+def test_tokenizer_files_of_the_base_are_copied_and_no_links_out_of_it(small, tmp_path):
+    base, copied = tmp_path / "base", ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja")
+    small.write(base)
+    (base / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    small.write(tmp_path / "m", tokenizer=base)
+    for name in (*copied, "generation_config.json"):
+        assert (tmp_path / "m" / name).read_bytes() == (base / name).read_bytes()
     (tmp_path / "empty").mkdir()
     with pytest.raises(NaloraError, match=r"tokenizer\.json"):
-        write(tmp_path / "n", config, params, lora, spec, raw, tokenizer=tmp_path / "empty")
-
-
-def test_files_of_the_base_that_are_links_out_of_it_are_not_copied(small, tmp_path):
-    config, params, lora, spec, raw = small
+        small.write(tmp_path / "n", tokenizer=tmp_path / "empty")
     (tmp_path / "id_rsa").write_text("PRIVATE KEY")
-    write(tmp_path / "base", config, params, None, NO_ADAPTERS, raw)
-    (tmp_path / "base" / "merges.txt").symlink_to("../id_rsa")
-    with pytest.raises(
-        NaloraError, match=r"merges.txt: expected a file of that folder, found a link to .*/id_rsa"
-    ):
-        write(tmp_path / "m", config, params, lora, spec, raw, tokenizer=tmp_path / "base")
-    assert not (tmp_path / "m").exists()
+    (base / "merges.txt").symlink_to("../id_rsa")
+    expected = r"merges.txt: expected a file of that folder, found a link to .*/id_rsa"
+    with pytest.raises(NaloraError, match=expected):
+        small.write(tmp_path / "n", tokenizer=base)
+    assert not (tmp_path / "n").exists()
 
 
 @pytest.mark.parametrize(
@@ -383,36 +355,23 @@ def test_one_tensor_in_memory_at_a_time(tiny_model, random_lora, tmp_path):
 
 
 def test_sharded_parameters_are_written_whole(small):
-    config, params, lora, spec, _ = small
     mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "tensor"))
-    spread = map_named(lambda _, leaf: jax.device_put(leaf, split) if leaf.ndim == 3 else leaf, params)
-    expected = dict(merged_tensors(config, params, lora, spec))
-    for name, tensor in merged_tensors(config, spread, lora, spec):
+    spread = map_named(
+        lambda _, leaf: jax.device_put(leaf, split) if leaf.ndim == 3 else leaf, small.params
+    )
+    expected = dict(merged_tensors(small.config, small.params, small.lora, small.spec))
+    for name, tensor in merged_tensors(small.config, spread, small.lora, small.spec):
         np.testing.assert_array_equal(tensor, expected.pop(name))
     assert not expected
 
 
-def test_bad_requests_leave_nothing(small, tiny_model, tmp_path, monkeypatch):
-    config, params, lora, spec, raw = small
+def test_bad_requests_leave_nothing(small, tmp_path):
     with pytest.raises(NaloraError, match="d_ff"):
-        write(tmp_path / "m", config, params, lora, spec, raw | {"intermediate_size": 32})
+        small.write(tmp_path / "m", hf_config=small.raw | {"intermediate_size": 32})
     with pytest.raises(NaloraError, match="float32, float16, bfloat16"):
-        write(tmp_path / "m", config, params, lora, spec, raw, dtype="int8")
-
-    def disk_full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("nalora_jax.weights.merge.write_shards", disk_full)
-        with pytest.raises(NaloraError, match="No space left"):
-            write(tmp_path / "m", config, params, lora, spec, raw)
+        small.write(tmp_path / "m", dtype="int8")
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m/other.txt").write_text("mine")
-    with pytest.raises(NaloraError, match=r"other\.txt"):
-        write(tmp_path / "m", config, params, lora, spec, raw)
-    assert [path.name for path in (tmp_path / "m").iterdir()] == ["other.txt"]
 
 
 @pytest.mark.parametrize(("text", "size"), [("8kb", 8000), ("1.5 GiB", 3 << 29), ("2000000", 2_000_000)])
