@@ -76,10 +76,9 @@ def names() -> str:
 
 def row(tests: ModuleType, case: object) -> str:
     """One line of the table."""
-    padded = max(tests.measure_padding(case, side) for side in ("left", "right"))
     figures = (
         tests.measure_plain(case),
-        padded,
+        tests.measure_padding(case),
         tests.measure_packing(case),
         tests.measure_gradients(case)[0],
     )

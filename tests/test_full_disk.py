@@ -78,13 +78,14 @@ def test_merged_model(small_disk: Path, tmp_path: Path) -> None:
     assert list(small_disk.iterdir()) == []
 
 
-def test_token_cache(small_disk: Path, tmp_path: Path) -> None:
+def test_token_cache(small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.from_folder(tiny.make_model(tmp_path / "model"))
     questions = tiny.make_questions(tmp_path / "questions.jsonl", 20_000)
+    monkeypatch.setenv("NALORA_CACHE", str(small_disk / "cache"))
     with pytest.raises(
         NaloraError, match=rf"{small_disk}/cache/tokens/\w+: .*({FULL}); free space, or set NALORA_CACHE"
     ):
-        train_data(DataConfig(dataset=str(questions)), tokenizer, batch_size=8, cache=small_disk / "cache")
+        train_data(DataConfig(dataset=str(questions)), tokenizer, batch_size=8)
     assert files(small_disk) == []
 
 

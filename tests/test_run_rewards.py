@@ -69,7 +69,9 @@ def test_a_run_with_rewards_learns_and_shows_its_samples(config: RunConfig, tmp_
     assert result.after["reward"] >= result.before["reward"]  # of four prompts
     logged = [line for line in lines(result.folder) if "loss" in line]
     assert logged[-1]["reward"] > logged[0]["reward"] + 0.05  # logits of this model stay near zero
-    assert logged[0]["mismatch"] < 1e-4  # float32: generator and training program agree
+    assert (
+        0 < logged[0]["mismatch_bound"] < logged[0]["mismatch"] < 1e-4
+    )  # float32: generator and training agree
     figures = {"entropy", "divergence", "clipped", "length", "cut", "groups_alike", "reward_std"}
     figures |= {"reward_letters", "reward_letters_std"}
     figures |= {
@@ -168,14 +170,17 @@ def test_a_run_resumes_on_another_mesh_within_float_noise(
 
 
 def test_early_warnings_are_in_plain_words_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    warn = EarlyWarnings(100, "rollouts.jsonl")
-    usual = {"groups_alike": 0.5, "length": 20.0, "entropy": 2.0}
+    warn = EarlyWarnings(100)
+    usual = {"groups_alike": 0.5, "length": 20.0, "entropy": 2.0, "mismatch_bound": 0.01}
     for figures in [usual] * 12 + [usual | {"groups_alike": 1.0}] * 9 + [usual]:
         warn(figures)
     assert not caplog.records
     for _ in range(12):
-        warn({"groups_alike": 1.0, "length": 81.0, "entropy": 0.1})
-    grown, collapsed, alike = (record.getMessage() for record in caplog.records)
+        warn({"groups_alike": 1.0, "length": 81.0, "entropy": 0.1, "mismatch_bound": 0.2})
+    grown, collapsed, differs, alike = (record.getMessage() for record in caplog.records)
+    assert differs.startswith(
+        "generator and training program differ by 0.20 in the probabilities of a token"
+    )
     assert grown == "samples have grown from 20 to 81 tokens, of at most 100"
     assert collapsed.startswith("the entropy of the policy fell from 2.000 to 0.100: samples hardly differ")
     assert alike.startswith("the rewards of each group were all equal in 10 steps: nothing is learned")

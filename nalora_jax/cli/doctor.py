@@ -110,17 +110,18 @@ def _kernels() -> tuple[dict[str, str], list[str]]:
     from nalora_jax.train.machine import host_memory
 
     free, total = host_memory()
-    rows = {"name": processor.name(), "cores": str(os.cpu_count()), "kernels": ", ".join(processor.kinds())}
+    kinds = processor.kinds()
+    rows = {"name": processor.name(), "cores": str(os.cpu_count()), "kernels": ", ".join(kinds) or "none"}
     rows["memory"] = f"{_size(free)} free of {_size(total)}"
     problems = []
     try:
-        rows["in use"] = library.kind(os.environ.get("NALORA_NATIVE", "")) or "none: products are XLA's"
+        rows["in use"] = library.chosen() or "none: products are XLA's"
         rows["compiler"] = library.find_compiler()
     except NaloraError as error:
         problems.append(str(error))
     except RuntimeError as error:
         rows["compiler"] = "none"
-        if rows["in use"] in processor.kinds():
+        if rows["in use"] in kinds:
             problems.append(f"the kernels for this CPU cannot be compiled: {error}")
     kernel = ""
     if HUGE_PAGES.exists():

@@ -31,17 +31,18 @@ def described() -> str:
 
     Virtual machines give several generations one name, and they sum in another order.
     """
-    return f"{name()}{_INSTRUCTIONS.get(kinds()[0], '')}, {os.cpu_count()} cores"
+    fastest = next((_INSTRUCTIONS[kind] for kind in kinds()), "")
+    return f"{name()}{fastest}, {os.cpu_count()} cores"
 
 
 @cache
 def kinds() -> tuple[str, ...]:
     """Returns the ways in which this CPU can compute bf16 matmuls, fastest first.
 
-    They are "tiles" (AMX), "vectors" (AVX512-BF16), "floats" (AVX2) and "plain".
+    They are "tiles" (AMX), "vectors" (AVX512-BF16) and "floats" (AVX2).
     """
     has = features()
-    return *(kind for kind, needed in _FEATURES.items() if needed <= has), "plain"
+    return tuple(kind for kind, needed in _FEATURES.items() if needed <= has)
 
 
 def features() -> frozenset[str]:

@@ -1,7 +1,4 @@
-"""Attention by native kernels (`nalora_jax.cpu.native`).
-
-They compute bf16 training, and one new token per row with a cache.
-"""
+"""Attention in bf16 by native kernels (`nalora_jax.cpu.native`), of tokens over themselves."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nalora_jax.cpu import native
-from nalora_jax.cpu.implementation import usable
+from nalora_jax.cpu.storage import usable
 from nalora_jax.ops import attention as ops
 from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, drops, with_sinks
 from nalora_jax.ops.dispatch import Numerics
@@ -33,16 +30,9 @@ def attention(
     starts: jax.Array | None = None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """Computes attention without dropout; with a cache only if it is read in place."""
+    """Computes attention without dropout and without cached keys."""
     if drops(config, dropout_rng) or starts is not None:
         return NotImplemented
-    if cached is not None and isinstance(cached.k, native.Slice):
-        assert isinstance(cached.v, native.Slice)
-        heads = native.Heads(q, *keys, window)
-        stack = native.Cached(cached.k, cached.v, cached.positions, cached.segments)
-        return native.cached_attention(heads, stack, config.scale, config.softcap, sinks).astype(
-            numerics.result
-        )
     empty = cached is None or cached.positions.shape[1] == 0
     if empty and numerics.operand == numerics.residual == "bfloat16" and usable(numerics):
         return _attention(q, *keys, window, sinks, config, numerics)

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax.cpu import native
-from nalora_jax.cpu.implementation import usable
-from nalora_jax.cpu.storage import Bits, bits_of, from_bits, slice_rows
+from nalora_jax.cpu.storage import Bits, bits_of, from_bits, slice_rows, usable
 from nalora_jax.ops import losses as ops
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import PLAIN_HEAD, Head, Tiles, in_chunks

@@ -1,30 +1,40 @@
-"""bf16 arrays stored as their bits.
+"""bf16 arrays stored as their bits, and what programs on a CPU prefer.
 
 In every iteration of a scan XLA:CPU widens the whole bf16 stack to float32, and it widens a whole
 bf16 table before it reads a row. It does not widen integers. Outside of a compiled program the bits
-are a view that shares the array's memory.
+are a view that shares the array's memory. bf16 is rounded with integers, because XLA:CPU does not
+vectorize loops that contain a conversion: ``silu(z) * u`` takes twice as long with one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from nalora_jax.common.trees import map_named, unflatten
 from nalora_jax.cpu import native
-from nalora_jax.cpu.implementation import usable
-from nalora_jax.ops import storage
+from nalora_jax.cpu.native import library
+from nalora_jax.ops import dispatch, storage
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.storage import STACKS, Kernel, LayerStack, Stored
+from nalora_jax.ops.storage import SAVED, STACKS, Kernel, LayerStack, Stored
 
 # Embedding and output head.
 _TABLES = ("embed/embedding", "lm_head/kernel")
+# Largest d_model at which recomputing tiled matmuls is faster than saving their results (measured
+# with benchmarks/versus_peft.py).
+_WIDEST_RECOMPUTED = 1024
+
+
+def usable(numerics: Numerics) -> bool:
+    """Returns True if native kernels compile and support programs with these numerics: on one device."""
+    return library.kind(numerics.platform.devices) is not None
 
 
 @jax.tree_util.register_dataclass
@@ -134,3 +144,70 @@ def view_bits(leaf: Any) -> Any:
         for shard in leaf.addressable_shards
     ]
     return Bits(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards))
+
+
+# ---------------------------------------------------------------- rounding
+
+
+@storage.rounded.implements("cpu")
+def rounded(x: jax.Array, dtype: Any, numerics: Numerics) -> jax.Array:
+    """Rounds float32 to bf16."""
+    if (jnp.dtype(dtype), x.dtype) == (jnp.bfloat16, jnp.float32):
+        return _rounded(x)
+    return x.astype(dtype)
+
+
+@jax.custom_vjp
+def _rounded(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(_upper_bits(x), jnp.bfloat16)
+
+
+_rounded.defvjp(lambda x: (_rounded(x), None), lambda _, g: (g.astype(jnp.float32),))
+
+
+def _upper_bits(x: jax.Array) -> jax.Array:
+    """Returns the bf16 bits of float32 ``x`` as uint16, rounded to nearest even.
+
+    Infinities and NaN are kept.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    odd = (bits >> 16) & jnp.uint32(1)
+    return ((bits + jnp.uint32(0x7FFF) + odd) >> 16).astype(jnp.uint16)
+
+
+@storage.save_residual.implements("cpu")
+def save_residual(x: jax.Array, dtype: str, numerics: Numerics, name: str = SAVED) -> jax.Array | Stored:
+    """Saves bf16 as its bits."""
+    x = rounded(x, dtype, numerics)
+    named: jax.Array = checkpoint_name(bf16_bits(x), name)
+    if x.dtype == jnp.bfloat16:
+        return Bits(named)
+    return named
+
+
+# ---------------------------------------------------------------- preferences
+
+
+@dispatch.preferred.implements("cpu")
+def preferred(numerics: Numerics) -> Numerics:
+    """Returns bf16 between two matmuls with native kernels, which round while they store.
+
+    XLA's matmuls would need a second pass over the result.
+    """
+    if numerics.operand == "bfloat16" and usable(numerics):
+        return replace(numerics, inner="bfloat16")
+    return numerics
+
+
+@storage.best_remat.implements("cpu")
+def best_remat(d_model: int, numerics: Numerics, *, gated: bool = True) -> str:
+    """Returns "attention" for narrow gated models on AMX tiles, else "dots".
+
+    The time of a matmul per byte of its result grows with d_model, the time to save a byte does
+    not. A block with one wide matmul has half as much to save: CLIP ViT-B/16 is 6% faster with
+    "dots".
+    """
+    tiles = numerics.operand == "bfloat16" and library.kind(numerics.platform.devices) == "tiles"
+    if tiles and gated and d_model <= _WIDEST_RECOMPUTED:
+        return "attention"
+    return "dots"

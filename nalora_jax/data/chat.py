@@ -282,13 +282,14 @@ def _rewritten(
             remedy="use records of plain texts (prompt and completion, or pairs of texts), or --data.loss-on all",
         )
     if own is not None and text.startswith(upto):
-        return own.start, len(upto.rstrip())
+        return own[0], len(upto.rstrip())
     place = _place(messages, turn, text, render)
     if own is not None and place is not None:
-        words = upto[own.words :].rstrip()
+        start, place_of_words = place
+        words = upto[own[1] :].rstrip()
         for written in (words, words.removesuffix(eos)):  # the token may follow the last turn only
-            if text.startswith(written, place.words):
-                return place.start, place.words + len(written)
+            if text.startswith(written, place_of_words):
+                return start, place_of_words + len(written)
     raise NaloraError(
         where,
         expected="a chat template whose earlier turns stay as they are when turns are added",
@@ -374,16 +375,10 @@ def _drops_reasoning(
     return text.count(_MARK) == 1 and not text.partition(_MARK)[0].rstrip().endswith(THOUGHT_END)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Characters of a text at which a completion and its own words start."""
+def _place(messages: Sequence[Message], turn: int, text: str, render: Render) -> tuple[int, int] | None:
+    """Returns where the completion of ``turn`` and its own words start in ``text``, the text of ``messages``.
 
-    start: int
-    words: int
-
-
-def _place(messages: Sequence[Message], turn: int, text: str, render: Render) -> _Place | None:
-    """Returns where ``turn`` is in ``text``, the text of ``messages``; None if it is unknown.
+    None if it is unknown.
 
     The texts between the message before the turn and the turn's words are compared:
 
@@ -402,7 +397,7 @@ def _place(messages: Sequence[Message], turn: int, text: str, render: Render) ->
         return None
     if not prompt.startswith(between) and not between.startswith(prompt):
         return None
-    return _Place(len(head) - len(between) + min(len(prompt), len(between)), len(head))
+    return len(head) - len(between) + min(len(prompt), len(between)), len(head)
 
 
 def _with_mark(messages: Sequence[Message], place: int, mark: str) -> list[Message]:

@@ -28,7 +28,7 @@ import numpy as np
 from nalora_jax.common import buckets
 from nalora_jax.common.digests import digest_of, file_digest
 from nalora_jax.common.files import expand_user
-from nalora_jax.data.source import Record, TableRecord, foreign_errors
+from nalora_jax.data.source import Record, TableRecord, foreign_errors, read_in_parts
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 
@@ -81,15 +81,15 @@ class RecordFile(ABC):
 class LoadedRows(RecordFile):
     """Records in memory."""
 
-    def __init__(self, name: str, rows: Sequence[Record], sha256: str = "") -> None:
+    def __init__(self, name: str, rows: list[Record], sha256: str = "") -> None:
         self.name, self.rows, self.sha256 = name, rows, sha256
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns the records at ``indices``."""
-        return [self.rows[index] for index in indices]
+        """Returns copies of the records at ``indices``."""
+        return [dict(self.rows[index]) for index in indices]
 
 
 def open_rows(path: Path | str) -> RecordFile:
@@ -213,6 +213,26 @@ def _arrow_files(folder: Path) -> list[Path]:
     return [folder / str(name) for name in names]
 
 
+def _object(text: str | bytes, where: str, remedy: str) -> Record:
+    """Returns a record of JSON.
+
+    Raises:
+      NaloraError: the text is not a JSON object.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
+        raise NaloraError(where, expected="a JSON object", found=error, remedy=remedy) from error
+    return _checked(value, where, remedy)
+
+
+def _checked(value: Any, where: str, remedy: str) -> Record:
+    if not isinstance(value, dict):
+        found = f"a {type(value).__name__}"
+        raise NaloraError(where, expected="a JSON object", found=found, remedy=remedy)
+    return value
+
+
 class JsonArray(LoadedRows):
     """Objects of a JSON file that holds one array; the file is read into memory."""
 
@@ -229,68 +249,53 @@ class JsonArray(LoadedRows):
         super().__init__(name, rows, hashlib.sha256(data).hexdigest())
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns the objects at ``indices``.
-
-        Raises:
-          NaloraError: an array item is not an object.
-        """
+        """Returns the objects at ``indices``."""
         for index in indices:
-            if not isinstance(self.rows[index], dict):
-                kind = type(self.rows[index]).__name__
-                raise NaloraError(self.where(index), expected="a JSON object", found=f"a {kind}")
+            _checked(self.rows[index], self.where(index), "fix this item")
         return super().read(indices)
 
 
-class DelimitedRows(RecordFile):
+class DelimitedRows(LoadedRows):
     """Rows of a CSV or TSV file whose first row names the fields.
 
     Every value is a text. The file is read into memory.
     """
 
     def __init__(self, path: Path, delimiter: str, name: str = "") -> None:
-        self.name = name or str(path)
         data = _bytes(path)
-        self.sha256 = hashlib.sha256(data).hexdigest()
-        self._rows: list[tuple[str, ...]] = []
+        super().__init__(name or str(path), [], hashlib.sha256(data).hexdigest())
         self._lines: list[int] = []
-        self._fields: list[str] = []
+        limit = csv.field_size_limit(2**31 - 1)  # a conversation can exceed the default of 128 kB
         try:
-            self._parse(data.decode("utf-8-sig"), delimiter)
+            text = io.StringIO(data.decode("utf-8-sig"), newline="")
+            self._parse(csv.reader(text, delimiter=delimiter, strict=True))
         except (UnicodeDecodeError, csv.Error) as error:
             where = f"{self.name}:{max(self._lines, default=0) + 1}"
             raise NaloraError(
                 where, expected="rows of text in UTF-8", found=error, remedy="save it again"
             ) from error
-
-    def _parse(self, text: str, delimiter: str) -> None:
-        limit = csv.field_size_limit(2**31 - 1)  # a conversation can exceed the default of 128 kB
-        try:
-            reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-            self._fields = next(reader, [])
-            if len(set(self._fields)) < len(self._fields) or not all(self._fields):
-                fields = ", ".join(map(repr, self._fields))
-                raise NaloraError(
-                    f"{self.name}:1", expected="a name of its own for every column", found=fields
-                )
-            for row in filter(None, reader):
-                if len(row) != len(self._fields):
-                    raise NaloraError(
-                        f"{self.name}:{reader.line_num}",
-                        expected=f"{len(self._fields)} values, one for each of {', '.join(self._fields)}",
-                        found=f"{len(row)}",
-                        remedy="quote values that hold the separator or a line break",
-                    )
-                self._rows.append(tuple(row))
-                self._lines.append(reader.line_num)
         finally:
             csv.field_size_limit(limit)
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns the rows at ``indices``."""
-        return [dict(zip(self._fields, self._rows[index], strict=True)) for index in indices]
+    def _parse(self, reader: Any) -> None:
+        fields: list[str] = next(reader, [])
+        listed = ", ".join(fields)
+        if len(set(fields)) < len(fields) or not all(fields):
+            raise NaloraError(
+                f"{self.name}:1",
+                expected="a name of its own for every column",
+                found=", ".join(map(repr, fields)),
+            )
+        for row in filter(None, reader):
+            if len(row) != len(fields):
+                raise NaloraError(
+                    f"{self.name}:{reader.line_num}",
+                    expected=f"{len(fields)} values, one for each of {listed}",
+                    found=f"{len(row)}",
+                    remedy="quote values that hold the separator or a line break",
+                )
+            self.rows.append(dict(zip(fields, row, strict=True)))
+            self._lines.append(reader.line_num)
 
     def where(self, index: int) -> str:
         """Returns ``path:line``, with the last line of the row."""
@@ -350,18 +355,9 @@ class ArrayRecords(RecordFile):
         """
         with foreign_errors(self.name, "a readable ArrayRecord file", "write it again"):
             data = self._reader.read(list(map(int, indices)))
-        return [self._parsed(index, record) for index, record in zip(indices, data, strict=True)]
-
-    def _parsed(self, index: int, data: bytes) -> Record:
-        try:
-            value = json.loads(data)
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            expected, actual = "a JSON object", f"{len(data)} bytes of another format"
-            remedy = "name a data set of TFDS by its folder (with dataset_info.json), or by tfds:<name>"
-            raise NaloraError(self.where(index), expected=expected, found=actual, remedy=remedy)
-        return value
+        remedy = "name a data set of TFDS by its folder (with dataset_info.json), or by tfds:<name>"
+        pairs = zip(indices, data, strict=True)
+        return [_object(record, self.where(index), remedy) for index, record in pairs]
 
 
 class JsonLines(RecordFile):
@@ -393,33 +389,19 @@ class JsonLines(RecordFile):
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns the object on line ``index``.
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the objects at ``indices``.
 
         Raises:
-          NaloraError: the line is not a JSON object; the message names the line.
+          NaloraError: a line is not a JSON object; the message names the line.
         """
-        start = int(self._starts[index])
-        end = self._bytes.find(b"\n", start)
-        try:
-            value = json.loads(self._bytes[start : len(self._bytes) if end < 0 else end])
-        except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
-            raise NaloraError(
-                self.where(index),
-                expected="a JSON object",
-                found=error,
-                remedy="fix or remove this line",
-            ) from error
-        if not isinstance(value, dict):
-            kind = type(value).__name__
-            expected, actual = "a JSON object", f"a {kind}"
-            remedy = "fix this line"
-            raise NaloraError(self.where(index), expected=expected, found=actual, remedy=remedy)
-        return value
-
-    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Returns the objects at ``indices``."""
-        return [self[index] for index in indices]
+        records = []
+        for index in indices:
+            start = int(self._starts[index])
+            end = self._bytes.find(b"\n", start)
+            line = self._bytes[start : len(self._bytes) if end < 0 else end]
+            records.append(_object(line, self.where(index), "fix or remove this line"))
+        return records
 
     def where(self, index: int) -> str:
         """Returns ``path:line``, with lines counted from 1 as in editors."""
@@ -476,16 +458,13 @@ class TableRows(RecordFile):
         """Returns the rows at ``indices``; each row group is decoded once per call."""
         import pyarrow as pa
 
+        def read(group: int, rows: list[int]) -> list[Record]:
+            with self._errors():
+                return [TableRecord(row) for row in self._group(group).take(pa.array(rows)).to_pylist()]
+
         places = np.asarray(indices, np.int64)
         groups = np.searchsorted(self._ends, places, side="right") - 1
-        records: list[Record] = [{}] * len(places)
-        for group in np.unique(groups).tolist():
-            at = np.flatnonzero(groups == group)
-            with self._errors():
-                rows = self._group(group).take(pa.array(places[at] - self._ends[group])).to_pylist()
-            for position, row in zip(at.tolist(), rows, strict=True):
-                records[position] = TableRecord(row)
-        return records
+        return read_in_parts(groups, places - self._ends[groups], read)
 
     def _group(self, number: int) -> Any:
         if number not in self._open:

@@ -12,6 +12,7 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -116,6 +117,9 @@ def permutation(n: int, *key: int) -> np.ndarray:
     """
     draws = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
     return np.argsort(draws, kind="stable")
+
+
+epoch_order = lru_cache(maxsize=4)(permutation)  # (records, seed, epoch)
 
 
 def fill_rows(

@@ -11,8 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import grain
 import numpy as np
@@ -21,8 +20,8 @@ from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig
 from nalora_jax.data.packing import PackingPlan, Pattern, fill_rows, pack, permutation, plan
 from nalora_jax.data.source import Source
-from nalora_jax.data.sources import open_train
-from nalora_jax.data.store import UNLIMITED, Counts, TokenStore, cut_store, open_store
+from nalora_jax.data.sources import AUTO, open_pair, open_source
+from nalora_jax.data.store import UNLIMITED, TokenStore, cut_store, open_store
 from nalora_jax.data.tokenize import rendered, tokenize
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
@@ -35,21 +34,6 @@ log = logging.getLogger(__name__)
 # Arrays [accumulate, rows of this process, max_length]: tokens, targets, loss_weights,
 # segment_ids, positions.
 HostBatch = dict[str, np.ndarray]
-
-
-def stream_figures(noun: str, counts: Counts, pattern: Pattern, batch_size: int) -> dict[str, Any]:
-    """Returns the log's figures on packed rows: the number of ``noun`` and the steps per epoch."""
-    return {
-        noun: counts.examples,
-        "dropped": counts.dropped,
-        "truncated": counts.truncated,
-        "split": counts.split,
-        "tokens": counts.tokens,
-        "targets": counts.targets,
-        "rows_per_epoch": pattern.rows,
-        "steps_per_epoch": round(pattern.rows / batch_size, 2),
-        "filling": round(pattern.filling, 4),
-    }
 
 
 def stream_text(figures: Mapping[str, Any]) -> str:
@@ -124,25 +108,30 @@ class Stream(ABC):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PackedStream(Stream):
-    """`Stream` of packed rows.
+class TrainData(Stream):
+    """Packed sequences of a run as an endless stream.
 
     Attributes:
-      pattern: the assignment of records to rows.
+      store: tokens of the examples.
+      pattern: the assignment of examples to rows.
       seed: of the order of the rows.
+      images: of every row, for models with image input (`nalora_jax.data.images.chat`).
     """
 
+    noun: ClassVar[str] = "examples"
+    store: TokenStore
     pattern: Pattern
     seed: int
+    images: RowImages | None = None
 
     @property
-    @abstractmethod
     def lengths(self) -> np.ndarray:
-        """Returns the row positions of each record."""
+        """Returns the row positions of each example."""
+        return self.store.lengths
 
     @property
     def rows_per_epoch(self) -> int:
-        """Returns the number of rows with every record once."""
+        """Returns the number of rows with every example once."""
         return self.pattern.rows
 
     @cached_property
@@ -151,23 +140,9 @@ class PackedStream(Stream):
         return lru_cache(maxsize=2)(lambda epoch: plan(self.pattern, lengths, self.seed, epoch))
 
     def records_of(self, index: int) -> np.ndarray:
-        """Returns the records in row ``index`` of the stream."""
+        """Returns the examples in row ``index`` of the stream."""
         epoch, row = divmod(index, self.rows_per_epoch)
         return self._plan(epoch).row(row)
-
-
-@dataclass(frozen=True)
-class TrainData(PackedStream):
-    """Packed sequences of a run as an endless stream."""
-
-    store: TokenStore
-    # For models with image input: the images of every row (`nalora_jax.data.images.chat`).
-    images: RowImages | None = None
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Returns the row positions of each example."""
-        return self.store.lengths
 
     @property
     def fingerprint(self) -> str:
@@ -177,7 +152,18 @@ class TrainData(PackedStream):
 
     def describe(self) -> dict[str, Any]:
         """Returns figures for the log."""
-        return stream_figures("examples", self.store.counts, self.pattern, self.batch_size)
+        counts, rows = self.store.counts, self.pattern.rows
+        return {
+            self.noun: len(self.pattern.lengths),
+            "dropped": counts.dropped,
+            "truncated": counts.truncated,
+            "split": counts.split,
+            "tokens": counts.tokens,
+            "targets": counts.targets,
+            "rows_per_epoch": rows,
+            "steps_per_epoch": round(rows / self.batch_size, 2),
+            "filling": round(self.pattern.filling, 4),
+        }
 
     def arrays(self, rows: list[int]) -> HostBatch:
         """Returns arrays ``[len(rows), max_length]``; of models with image input also pixels."""
@@ -261,7 +247,6 @@ def train_data(
     config: DataConfig,
     tokenizer: Tokenizer,
     *,
-    cache: Path | None = None,
     source: Mapping[str, Source] | None = None,
     **options: Any,
 ) -> TrainData:
@@ -270,15 +255,17 @@ def train_data(
     Args:
       config: data settings.
       tokenizer: tokenizer of the model.
-      cache: folder for prepared and tokenized data; `downloads.cache_dir` by default.
       source: sources by split, in place of the data set in ``config``.
       options: passed to `packed_data`.
 
     Raises:
       NaloraError: see `open_source` and `packed_data`.
     """
-    records = open_train(config, cache=cache, source=source)
-    return packed_data(records, config, tokenizer, cache=cache, **options)
+    if config.eval_split == AUTO:
+        records, _ = open_pair(config, source=source)
+    else:
+        records = open_source(config, config.train_split, source=source, weighted=True)
+    return packed_data(records, config, tokenizer, **options)
 
 
 def packed_data(
@@ -290,7 +277,6 @@ def packed_data(
     accumulate: int = 1,
     seed: int = 0,
     rows: Sequence[int] | None = None,
-    cache: Path | None = None,
     context: int = UNLIMITED,
 ) -> TrainData:
     """Tokenizes and packs training records.
@@ -304,23 +290,25 @@ def packed_data(
       seed: seed of the shuffle.
       rows: rows of a micro-batch that this process reads (`nalora_jax.layout.distributed.process_rows`);
         all by default.
-      cache: folder for tokenized data; `downloads.cache_dir` by default.
       context: maximum tokens of the model.
 
     Raises:
       NaloraError: bad data (see `open_store`), or ``accumulate`` does not divide the batch.
     """
     rows = rows_read(rows, batch_size, accumulate)
-    if config.max_length or config.train_limit or len(records) > SAMPLE:
-        config = with_length(config, records, tokenizer, context)
-        uncut = open_store(records, config, tokenizer, seed, cache, context)
-    else:  # all records are measured, so their tokens are stored first and read for it
-        uncut = open_store(records, config, tokenizer, seed, cache, context)
-        config = with_length(config, records, tokenizer, context, lambda *_: uncut.lengths)
+    uncut = open_store(records, config, tokenizer, seed)
+
+    def measure() -> np.ndarray:
+        if config.train_limit:  # lengths of records beyond the limit count, too
+            return example_lengths(records, config, tokenizer)
+        lengths: np.ndarray = uncut.lengths[measured(records)]
+        return lengths
+
+    config = with_length(config, measure, context)
     store = cut_store(uncut, records, config, tokenizer.bos_id, context)
     pattern = pack(store.lengths, config.max_length, several=config.pack)
     return TrainData(
-        store,
+        store=store,
         pattern=pattern,
         seed=seed,
         batch_size=batch_size,
@@ -341,11 +329,7 @@ _SEED = 20260103  # of the draw of measured examples: the same in every run
 
 
 def with_length(
-    config: DataConfig,
-    source: Source,
-    tokenizer: Tokenizer,
-    context: int = UNLIMITED,
-    measure: Callable[[Source, DataConfig, Tokenizer], np.ndarray] | None = None,
+    config: DataConfig, measure: Callable[[], np.ndarray], context: int = UNLIMITED
 ) -> DataConfig:
     """Returns ``config`` with a row length of 0 replaced by one that 99 of 100 examples fit.
 
@@ -354,14 +338,12 @@ def with_length(
 
     Args:
       config: config of the run.
-      source: training records; at most 10,000 are measured.
-      tokenizer: tokenizer of the model.
+      measure: returns the row positions of examples, int ``[n]``.
       context: maximum tokens of the model.
-      measure: row positions of records; by default `example_lengths`.
     """
     if config.max_length:
         return config
-    lengths = (measure or example_lengths)(source, config, tokenizer)
+    lengths = measure()
     quantile = int(np.quantile(lengths, KEPT, method="inverted_cdf"))
     shortest = SHORTEST if config.pack else 1
     length = min(max(-(-quantile // _MULTIPLE) * _MULTIPLE, shortest), context)

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -29,10 +28,10 @@ from nalora_jax.data.chat import (
     text_field,
 )
 from nalora_jax.data.packing import fill_rows, pack
-from nalora_jax.data.pipeline import HostBatch, TrainData, measured, rows_read, stream_figures
-from nalora_jax.data.questions import drawn, split_questions
+from nalora_jax.data.pipeline import HostBatch, TrainData, measured, rows_read
+from nalora_jax.data.questions import held_out_indices, split_questions
 from nalora_jax.data.source import Source
-from nalora_jax.data.store import UNLIMITED, Group, cut_store, open_store
+from nalora_jax.data.store import UNLIMITED, cut_store, open_store
 from nalora_jax.data.tokenize import Example, converted, tokenize
 from nalora_jax.errors import NaloraError
 
@@ -159,9 +158,11 @@ def _pair(texts: tuple[Rendered, Rendered], chosen: Example, rejected: Example, 
     return Pair(chosen, rejected, texts[0].text[:start], (answers[0], answers[1]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PairData(TrainData):
     """Training rows of a run on pairs; its store has both segments of a pair, the chosen first."""
+
+    noun: ClassVar[str] = "pairs"
 
     @property
     def lengths(self) -> np.ndarray:
@@ -181,11 +182,6 @@ class PairData(TrainData):
             digest.update(array.tobytes())
         packed = int(self.pattern.rows < len(self.pattern.lengths))
         return f"pairs:{digest.hexdigest()}:{self.pattern.capacity}:{packed}:{self.seed}"
-
-    def describe(self) -> dict[str, Any]:
-        """Returns figures for the log."""
-        counts = replace(self.store.counts, examples=len(self.pattern.lengths))
-        return stream_figures("pairs", counts, self.pattern, self.batch_size)
 
     def arrays(self, rows: list[int]) -> HostBatch:
         """Returns the text arrays, and ``pairs`` ``[len(rows), pairs_per_row]``: 1 for each pair in a row."""
@@ -207,7 +203,6 @@ def pair_data(
     accumulate: int = 1,
     seed: int = 0,
     rows: Sequence[int] | None = None,
-    cache: Path | None = None,
     context: int = UNLIMITED,
 ) -> PairData:
     """Tokenizes and packs the pairs of ``source``.
@@ -225,7 +220,6 @@ def pair_data(
       accumulate: micro-batches per step.
       seed: seed of the shuffle.
       rows: rows of a micro-batch that this process reads; all by default.
-      cache: folder for tokenized data; `downloads.cache_dir` by default.
       context: maximum tokens of the model; a row has two texts.
 
     Raises:
@@ -240,11 +234,11 @@ def pair_data(
             yield index, pair.rejected
 
     fields = {"chosen": preference.chosen_field, "rejected": preference.rejected_field}
-    uncut = open_store(source, config, tokenizer, seed, cache, 2 * context, Group(2, examples, fields))
+    uncut = open_store(source, config, tokenizer, seed, examples, **fields)
     store = cut_store(uncut, source, config, tokenizer.bos_id, 2 * context, group=2)
     lengths = store.lengths.reshape(-1, 2).sum(axis=1)
     return PairData(
-        store,
+        store=store,
         pattern=pack(lengths, config.max_length, several=config.pack),
         seed=seed,
         batch_size=batch_size,
@@ -290,7 +284,6 @@ def held_out_pairs(
     Raises:
       NaloraError: bad records, or fewer than two pairs.
     """
-    count = config.eval_limit + config.select_limit if config.eval_limit else 0
-    pairs = tokenize_pairs(records, drawn(len(records), count), config, preference, tokenizer)
+    pairs = tokenize_pairs(records, held_out_indices(records, config), config, preference, tokenizer)
     fitting = [pair for pair in pairs if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= context]
     return split_questions(fitting, config.eval_limit, config.select_limit)

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nalora_jax.config import DataConfig, RLConfig
 from nalora_jax.data.items import ChoiceItem, CompletionItem
-from nalora_jax.data.packing import permutation
+from nalora_jax.data.packing import epoch_order, permutation
 from nalora_jax.data.pipeline import HostBatch, Stream
-from nalora_jax.data.questions import drawn, examples_at, split_questions
+from nalora_jax.data.questions import examples_at, held_out_indices, split_questions
 from nalora_jax.data.source import Source
 from nalora_jax.errors import NaloraError
 
@@ -114,11 +113,7 @@ class PromptData(Stream):
         batch, row_of_batch = divmod(row, self.batch_size)
         number = (batch // self.updates * self.batch_size + row_of_batch) // self.samples
         epoch, place = divmod(number, len(self.items))
-        return int(self._order(epoch)[place])
-
-    @cached_property
-    def _order(self) -> Callable[[int], np.ndarray]:
-        return lru_cache(maxsize=2)(lambda epoch: permutation(len(self.items), self.seed, epoch))
+        return int(epoch_order(len(self.items), self.seed, epoch)[place])
 
 
 def answer_of(item: CompletionItem | ChoiceItem) -> str:
@@ -190,8 +185,7 @@ def held_out_prompts(
     Raises:
       NaloraError: bad records, or fewer than two.
     """
-    count = config.eval_limit + config.select_limit if config.eval_limit else 0
-    indices, items = _fitting(records, drawn(len(records), count), config, tokenizer, limit)
+    indices, items = _fitting(records, held_out_indices(records, config), config, tokenizer, limit)
     prompts = _with_records(records, indices, items)
     return split_questions(prompts, config.eval_limit, config.select_limit)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -43,9 +42,9 @@ class _Question:
     """Texts of an evaluation example: (text, range of its completion), one per choice."""
 
     texts: list[Rendered]
-    choices: list[str]
-    gold: int
-    own_prompts: bool
+    choices: Sequence[str] = ()
+    gold: int = 0
+    own_prompts: bool = False
     turns: tuple[tuple[str, str], ...] = ()  # of a conversation, before the completion
     images: tuple[Any, ...] | None = None  # None for models without image input
 
@@ -56,7 +55,6 @@ def eval_examples(
     *,
     split: str | None = None,
     limit: int | None = None,
-    cache: Path | None = None,
     source: Mapping[str, Source] | None = None,
 ) -> list[Item]:
     """Opens the evaluation split and returns its examples; see `examples_of`.
@@ -66,16 +64,15 @@ def eval_examples(
       tokenizer: tokenizer of the model.
       split: in place of ``config.eval_split``.
       limit: in place of ``config.eval_limit``; 0 means all.
-      cache: folder for prepared data; `downloads.cache_dir` by default.
       source: sources by split, in place of the data set in ``config``.
 
     Raises:
       NaloraError: bad data, or records that are also in the training split.
     """
     if split is None:
-        _, read = open_pair(config, cache=cache, source=source)
+        _, read = open_pair(config, source=source)
     else:
-        read = open_held_out(config, split, cache=cache, source=source)
+        read = open_held_out(config, split, source=source)
     require_some(read)
     return examples_of(read, config, tokenizer, config.eval_limit if limit is None else limit)
 
@@ -97,12 +94,16 @@ def examples_of(read: Source, config: DataConfig, tokenizer: Tokenizer, limit: i
     Raises:
       NaloraError: bad records.
     """
-    return examples_at(read, drawn(len(read), limit), config, tokenizer)
+    return examples_at(read, _drawn(read, limit), config, tokenizer)
 
 
-def drawn(count: int, limit: int) -> list[int]:
-    """Returns the indices of held-out records, ascending: the same draw in all runs; 0 means all."""
-    indices: list[int] = np.sort(permutation(count, _SEED)[: limit or None]).tolist()
+def held_out_indices(records: Source, config: DataConfig) -> list[int]:
+    """Returns the indices of the held-out records that a run evaluates, ascending: the same in all runs."""
+    return _drawn(records, config.eval_limit + config.select_limit if config.eval_limit else 0)
+
+
+def _drawn(records: Source, limit: int) -> list[int]:
+    indices: list[int] = np.sort(permutation(len(records), _SEED)[: limit or None]).tolist()
     return indices
 
 
@@ -140,8 +141,7 @@ def held_out(records: Source, config: DataConfig, tokenizer: Tokenizer) -> tuple
     Raises:
       NaloraError: bad records, or fewer than two.
     """
-    limit = config.eval_limit + config.select_limit if config.eval_limit else 0
-    items = examples_of(records, config, tokenizer, limit)
+    items = examples_at(records, held_out_indices(records, config), config, tokenizer)
     return split_questions(items, config.eval_limit, config.select_limit)
 
 
@@ -172,43 +172,32 @@ def _question(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, 
     if config.messages_field in record:
         messages, tools = messages_of(record, config, where), tools_of(record, where)
         text = _chat_text(messages, tokenizer, where, tools)
-        return _Question([text], [], 0, False, _turns(messages), images)
-    prompts, completions, choices, gold = _choices(record, config, where)
-    pairs = zip(prompts, completions, strict=True)
-    texts = [_text(prompt, completion, config, tokenizer, where) for prompt, completion in pairs]
-    return _Question(texts, choices, gold, bool(record.get("choice_prompts")), images=images)
-
-
-def _choices(
-    record: dict[str, Any], config: DataConfig, where: str
-) -> tuple[list[str], list[str], list[str], int]:
-    """Returns prompts, completions, texts to display, and the index of the correct choice.
-
-    A plain completion counts as one choice.
-    """
+        return _Question([text], turns=_turns(messages), images=images)
     prompt = text_field(
         record, config.prompt_field, where, "--data.prompt-field", alternative=config.messages_field
     )
-    if not record.get("choices"):
-        return (
-            [prompt],
-            [text_field(record, config.completion_field, where, "--data.completion-field")],
-            [],
-            0,
-        )
-    choices, gold = _texts(record, "choices", where), record.get("gold")
-    if not isinstance(gold, int) or not 0 <= gold < len(choices):
-        expected = f"the index of one of {len(choices)} choices"
-        raise NaloraError(f"{where}: gold", expected=expected, found=repr(gold))
-    if not record.get("choice_prompts"):
-        return [prompt] * len(choices), [f" {choice}" for choice in choices], choices, gold
-    prompts = _texts(record, "choice_prompts", where)
-    if len(prompts) != len(choices):
-        raise NaloraError(
-            f"{where}: choice_prompts", expected=f"{len(choices)}, one a choice", found=len(prompts)
-        )
-    completion = text_field(record, config.completion_field, where, "--data.completion-field")
-    return prompts, [completion] * len(choices), choices, gold
+    choices: list[str] = []
+    gold: Any = 0
+    own = bool(record.get("choices") and record.get("choice_prompts"))
+    if record.get("choices"):
+        choices, gold = _texts(record, "choices", where), record.get("gold")
+        if not isinstance(gold, int) or not 0 <= gold < len(choices):
+            expected = f"the index of one of {len(choices)} choices"
+            raise NaloraError(f"{where}: gold", expected=expected, found=repr(gold))
+    count = max(len(choices), 1)
+    prompts, completions = [prompt] * count, [f" {choice}" for choice in choices]
+    if own:
+        prompts = _texts(record, "choice_prompts", where)
+        if len(prompts) != count:
+            expected = f"{count}, one a choice"
+            raise NaloraError(f"{where}: choice_prompts", expected=expected, found=len(prompts))
+    if own or not choices:
+        completions = [
+            text_field(record, config.completion_field, where, "--data.completion-field")
+        ] * count
+    pairs = zip(prompts, completions, strict=True)
+    texts = [_text(prompt, completion, config, tokenizer, where) for prompt, completion in pairs]
+    return _Question(texts, choices, gold, own, images=images)
 
 
 def _texts(record: dict[str, Any], field: str, where: str) -> list[str]:
@@ -310,4 +299,6 @@ def _item(question: _Question, examples: Sequence[Example]) -> Item:
     if not question.choices:
         return CompletionItem(prompts[0], answers[0], prompt, gold.text[start:stop], question.turns)
     own_prompts = prompts if question.own_prompts else None
-    return ChoiceItem(prompts[question.gold], answers, question.gold, prompt, question.choices, own_prompts)
+    return ChoiceItem(
+        prompts[question.gold], answers, question.gold, prompt, list(question.choices), own_prompts
+    )

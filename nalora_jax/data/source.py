@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,18 @@ def require_some(source: Source) -> None:
         )
 
 
+def read_in_parts(
+    parts: np.ndarray, places: np.ndarray, read: Callable[[int, list[int]], list[Record]]
+) -> list[Record]:
+    """Returns the records at ``places`` of their parts; ``read(part, places)`` is called once for each part."""
+    records: list[Record] = [{}] * len(parts)
+    for part in np.unique(parts).tolist():
+        at = np.flatnonzero(parts == part)
+        for position, record in zip(at.tolist(), read(part, places[at].tolist()), strict=True):
+            records[position] = record
+    return records
+
+
 @contextlib.contextmanager
 def foreign_errors(where: str, expected: str, remedy: str) -> Iterator[None]:
     """Raises another library's errors as NaloraErrors.
@@ -220,14 +232,10 @@ class MixedSource(Source):
 
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the records at ``indices``, with one read per source."""
-        places = np.asarray(indices, np.int64)
-        rows: list[Record] = [{}] * len(places)
-        for number in np.unique(self._of[places]).tolist():
-            at = np.flatnonzero(self._of[places] == number)
-            records = self._sources[number].read(self._index[places[at]].tolist())
-            for position, record in zip(at.tolist(), records, strict=True):
-                rows[position] = record
-        return rows
+        at = np.asarray(indices, np.int64)
+        return read_in_parts(
+            self._of[at], self._index[at], lambda part, rows: self._sources[part].read(rows)
+        )
 
     @property
     def spans(self) -> list[Span]:

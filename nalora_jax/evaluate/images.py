@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nalora_jax.common.digests import digest_of
-from nalora_jax.data.images.files import ImageProcessor, Limits, TextTokenizer, open_image, resized_to
+from nalora_jax.data.images.files import ImageProcessor, TextTokenizer, resized_to
 from nalora_jax.data.images.opened import ImageSource
 from nalora_jax.evaluate.evaluator import Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.statistics import bootstrap, wilson
@@ -52,14 +52,8 @@ class Images:
     def opened(self, places: Sequence[int]) -> list[Any]:
         """Returns the RGB images at positions ``places`` of the indices."""
         indices = [int(self.indices[i]) for i in places]
-        limits = Limits(max_pixels=self.source.fields.max_pixels)
-
-        def one(pair: tuple[int, dict[str, Any]]) -> Any:
-            where = self.source.where(pair[0])
-            return open_image(self.source.image(pair[1], where), where, limits)
-
         with ThreadPoolExecutor(_THREADS) as pool:
-            return list(pool.map(one, zip(indices, self.source.read(indices), strict=True)))
+            return list(pool.map(self.source.opened, indices, self.source.read(indices)))
 
 
 class Encoders:

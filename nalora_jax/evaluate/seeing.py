@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax.data.images.chat import opened
-from nalora_jax.data.images.files import ImageProcessor, Limits
+from nalora_jax.data.images.files import MAX_PIXELS, ImageProcessor
 from nalora_jax.data.items import CompletionItem, Item, SeenItem
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.evaluator import SAMPLE_TOKENS
@@ -53,7 +53,7 @@ class SeeingEvaluator(TextEvaluator):
         super().__init__(model, tokenizer, items, mesh=mesh)
         self._processor = processor
         self._pixels = {
-            id(item): [processor(opened(i, "image", Limits()))["pixels"] for i in item.images]
+            id(item): [processor(opened(i, "image", MAX_PIXELS))["pixels"] for i in item.images]
             for item in items
         }
 

@@ -151,19 +151,14 @@ class Attention(nn.Module):
     def _cached_keys(self, layer: LayerInputs, shared: SharedInputs) -> CachedKeys | None:
         if layer.cached is None:
             return None
-        return cached_keys(layer.cached, self.options.prefix, shared)
+        return cached_keys(layer.cached, shared)
 
 
-def cached_keys(cached: Any, prefix: str, shared: SharedInputs) -> CachedKeys:
-    """Returns keys and values of earlier calls: `LayerInputs.cached` of a layer of the stack ``prefix``."""
+def cached_keys(cached: KeyValues, shared: SharedInputs) -> CachedKeys:
+    """Returns keys and values of earlier calls with their integers."""
     assert shared.cached_positions is not None
     assert shared.cached_segments is not None
-    integers = shared.cached_positions, shared.cached_segments
-    if isinstance(cached, KeyValues):
-        return CachedKeys(cached.k, cached.v, *integers)
-    assert shared.cache is not None
-    k, v = (stack.layer(cached) for stack in shared.cache[prefix])
-    return CachedKeys(k, v, *integers)
+    return CachedKeys(cached.k, cached.v, shared.cached_positions, shared.cached_segments)
 
 
 @dataclass(frozen=True)
@@ -242,4 +237,4 @@ class _ReadingHeads(Attention):
         keys = shared.handed[self.part.reads]
         if keys.cached is None:
             return None
-        return cached_keys(keys.cached, keys.prefix, shared)
+        return cached_keys(keys.cached, shared)

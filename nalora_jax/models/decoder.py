@@ -1,4 +1,4 @@
-"""The decoder: embedding, a scanned stack of blocks, final norm and head.
+"""The decoder: embedding, a scanned stack of layers, final norm and head; and one layer.
 
 Families differ by their `ModelConfig` only.
 """
@@ -16,15 +16,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
-from nalora_jax.models.block import Block
-from nalora_jax.models.cache import Cache, KeyValues, default_positions, extend
+from nalora_jax.models.cache import Cache, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.embedding import Embedding, LMHead
-from nalora_jax.models.parts import HandedKeys, LayerInputs, RMSNorm, SharedInputs, constrain
+from nalora_jax.models.parts import (
+    HandedKeys,
+    LayerInputs,
+    Part,
+    PartOptions,
+    ResidualNorm,
+    RMSNorm,
+    SharedInputs,
+    constrain,
+    part_adapters,
+)
 from nalora_jax.models.remat import of_position, rematerialized, scanned, stacked
 from nalora_jax.models.ropes import rope_tables
 from nalora_jax.models.stacks import Stack, groups, param_shapes, parts, stacks
@@ -33,7 +43,95 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.reductions import RUN, sampled_weights
 from nalora_jax.ops.split_rows import Row, block_length, padded, repeated, shards_of, split
-from nalora_jax.ops.storage import LayerStack, reads_cache_in_place
+from nalora_jax.ops.storage import LAYER_INPUT, round_and_save
+
+
+class Block(nn.Module):
+    """A layer ``x + post(attention(pre(x)))``, followed by the same with the FFN.
+
+    The family's config decides which of the norms exist.
+    """
+
+    config: ModelConfig  # uniform, of the layer's stack
+    adapters: AdapterSpec = AdapterSpec()
+    numerics: Numerics = Numerics()
+    stats: GateStatsConfig = GateStatsConfig()
+    activation_sharding: NamedSharding | None = None
+    # For tokens routed to experts; default: as between layers.
+    routing_sharding: NamedSharding | None = None
+    experts: str = "auto"  # see `nalora_jax.config.ComputeConfig`
+    prefix: str = "layers"  # of the stack
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, Any]:
+        """Returns ``[batch, seq, d_model]``, and the update of the mixer's state if there is a cache."""
+        c = self.config
+        x = checkpoint_name(x, LAYER_INPUT)
+        x, normed = self._added("attn_norm", x, None)
+        mixer, feed_forward = parts(c)
+        y, update = self._module(mixer)(normed, layer, shared)
+        y = self._dropped(y, shared)
+        if c.post_norm:
+            y = self._norm("attn_post_norm", round_and_save(y, self.numerics))
+        x, normed = self._added("ffn_norm", x, y)
+        stream = {"stream": x} if feed_forward.reads_stream else {}
+        y = self._module(feed_forward)(
+            normed,
+            layer.scales.get(feed_forward.name, {}),
+            token_weights=shared.token_weights,
+            deterministic=shared.deterministic,
+            **stream,
+        )
+        y = self._dropped(y, shared)
+        if c.post_norm:
+            y = self._norm("ffn_post_norm", round_and_save(y, self.numerics))
+        x = self._add(x, y)
+        if c.tail is not None:
+            x = self._module(c.tail)(x, layer, shared)
+        if layer.cached is None and not c.hands:
+            update = None
+        return constrain(x, self.activation_sharding), update
+
+    def _dropped(self, y: jax.Array, shared: SharedInputs) -> jax.Array:
+        """Returns a part's output with the family's dropout."""
+        if not self.config.residual_dropout or shared.deterministic:
+            return y
+        dropped: jax.Array = nn.Dropout(self.config.residual_dropout, deterministic=False)(y)
+        return dropped
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        return RMSNorm(self.config.norm_eps, self.config.norm_offset, self.numerics.result, name=name)(x)
+
+    def _added(self, name: str, x: jax.Array, y: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Returns ``x + y`` and the input of the next part.
+
+        The input is the norm of the sum, if the family has a norm there.
+        """
+        c = self.config
+        recomputed = c.post_norm  # from the layer's input and the results that norms after parts read
+        if y is not None and not (c.pre_norm and c.residual_scale == 1.0):
+            x, y = self._add(x, y), None
+        if c.pre_norm:
+            norm = ResidualNorm(c.norm_eps, c.norm_offset, self.numerics, recomputed, name=name)
+            return norm(x, y)
+        if recomputed:
+            return x, x
+        return x, round_and_save(x, self.numerics)
+
+    def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        scale = self.config.residual_scale
+        if scale != 1.0:
+            y = y * jnp.asarray(scale, y.dtype)
+        return x + y.astype(x.dtype)
+
+    def _module(self, part: Part) -> Any:
+        adapters = part_adapters(self.adapters, f"{self.prefix}/{part.name}")
+        routing = self.routing_sharding or self.activation_sharding
+        shardings = self.activation_sharding, routing
+        options = PartOptions(
+            self.prefix, part.name, adapters, self.numerics, self.stats, *shardings, self.experts
+        )
+        return part.module(self.config, options)
 
 
 class Decoder(nn.Module):
@@ -119,7 +217,6 @@ class Decoder(nn.Module):
         sharding = self.activation_sharding
         if shards_of(sharding) > 1:
             shared = self._in_parts(shared, tokens)
-        shared = _with_cache(shared, cache, tokens.shape[1], self.numerics)
         rows, tokens = tokens, split(tokens, sharding)
         x = self.embed(tokens, self.numerics).astype(jnp.float32) * self.config.embed_scale
         embedded = None
@@ -164,10 +261,7 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the output of the last layer, and the updates of the layers' states by stack."""
         x, of_stacks = x.astype(self.numerics.result), stacks(self.config)
-        inputs = {
-            stack.prefix: _layer_inputs(stack, self.adapters, cache, shared, embedded)
-            for stack in of_stacks
-        }
+        inputs = {stack.prefix: _layer_inputs(stack, self.adapters, cache, embedded) for stack in of_stacks}
         if self.config.layer_kinds:
             mixed: tuple[jax.Array, dict[str, Any]] = self.layers(x, inputs, shared)
             return mixed
@@ -255,7 +349,7 @@ def _with_keys(
     shared: SharedInputs, stack: Stack, keys: tuple[jax.Array, jax.Array], cached: Any
 ) -> SharedInputs:
     """Returns the inputs of later layers, which may read the keys and values of ``stack``."""
-    handed = HandedKeys(*keys, cached, stack.prefix)
+    handed = HandedKeys(*keys, cached)
     return replace(shared, handed=shared.handed | {stack.config.hands: handed})
 
 
@@ -263,7 +357,6 @@ def _layer_inputs(
     stack: Stack,
     adapters: AdapterSpec,
     cache: Cache | None,
-    shared: SharedInputs,
     embedded: jax.Array | None,
 ) -> LayerInputs:
     """Returns the inputs that are scanned over the layers of a stack."""
@@ -272,17 +365,12 @@ def _layer_inputs(
         if path.startswith(f"{stack.prefix}/"):
             part_name, _, name = path.removeprefix(f"{stack.prefix}/").partition("/")
             scales.setdefault(part_name, {})[name] = jnp.asarray(adapters.scales(path))
-    cached = None
-    if stack.prefix in (shared.cache or {}):
-        cached = jnp.arange(len(stack.layers))
-    elif cache is not None:
-        cached = cache.states.get(stack.prefix)
     return LayerInputs(
         window=_scanned(stack.config.layer_windows, GLOBAL_WINDOW),
         rope=_scanned(stack.config.layer_ropes, 0),
         scales=scales,
         embedded=None if embedded is None else embedded[np.array(stack.layers)],
-        cached=cached,
+        cached=None if cache is None else cache.states.get(stack.prefix),
     )
 
 
@@ -291,19 +379,6 @@ def _scanned(by_layer: tuple[int, ...], default: int) -> jax.Array | None:
     if set(by_layer) == {default}:
         return None
     return jnp.asarray(by_layer, jnp.int32)
-
-
-def _with_cache(shared: SharedInputs, cache: Cache | None, seq: int, numerics: Numerics) -> SharedInputs:
-    """Returns the inputs with the cached keys, by stack, that ``seq`` tokens read in place."""
-    if cache is None:
-        return shared
-    stacks_in_place = {}
-    for prefix, state in cache.states.items():
-        if isinstance(state, KeyValues) and reads_cache_in_place(seq, state.k, numerics):
-            assert isinstance(state.k, LayerStack)
-            assert isinstance(state.v, LayerStack)
-            stacks_in_place[prefix] = state.k, state.v
-    return replace(shared, cache=stacks_in_place)
 
 
 def _shared_inputs(
@@ -414,40 +489,25 @@ def _with_images(
     config: ModelConfig,
     sharding: NamedSharding | None,
 ) -> tuple[jax.Array, SharedInputs]:
-    """Returns ``x`` with the images' features, and the inputs of layers in which their tokens see each other.
+    """Returns ``x [batch, seq, d]`` with the images' features at their tokens, in order, and the layers' inputs.
 
-    Features and tokens are of whole rows, x may have their parts.
+    In these, the tokens of an image see each other if the model wants it. Features and tokens are of
+    whole rows, x may have their parts.
     """
-    sight = config.sight
+    sight, row = config.sight, shared.row
     assert sight is not None
     places = tokens == sight.image_token
-    x = _with_features(x, features, places, sharding)
-    if sight.mutual:
-        shared = _with_starts(shared, places, sharding)
-    return x, shared
-
-
-def _with_features(
-    x: jax.Array, features: jax.Array, places: jax.Array, sharding: NamedSharding | None
-) -> jax.Array:
-    """Returns ``x [batch, seq, d]`` with each row's features at its ``places``, in order.
-
-    Features and places are of whole rows, x may have their parts.
-    """
     index = split(jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0), sharding)
-    features, places = repeated(features, sharding), split(places, sharding)
     # A row with more places than features gets NaN there, so that the error is visible.
-    rows = jnp.take_along_axis(features.astype(x.dtype), index[..., None], axis=1, mode="fill")
-    return jnp.where(places[..., None], rows, x)
-
-
-def _with_starts(shared: SharedInputs, places: jax.Array, sharding: NamedSharding | None) -> SharedInputs:
-    """Returns the inputs of layers in which runs of ``places`` in whole rows see each other."""
-    row = shared.row
+    rows = repeated(features, sharding).astype(x.dtype)
+    rows = jnp.take_along_axis(rows, index[..., None], axis=1, mode="fill")
+    x = jnp.where(split(places, sharding)[..., None], rows, x)
+    if not sight.mutual:
+        return x, shared
     if row is None:
-        return replace(shared, starts=run_starts(places, shared.positions, shared.segments))
+        return x, replace(shared, starts=run_starts(places, shared.positions, shared.segments))
     starts = run_starts(padded(places, sharding), row.positions, row.segments)
-    return replace(shared, row=row._replace(starts=starts))
+    return x, replace(shared, row=row._replace(starts=starts))
 
 
 def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:

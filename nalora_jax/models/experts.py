@@ -15,7 +15,7 @@ instead (`lax.cond`), so that no token is dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -90,6 +90,9 @@ class RoutedConfig:
     up_limit: float = 0.0  # see `nalora_jax.method.ffn.up_factor`
     # Tokens of the whole rows if devices hold parts of them (`nalora_jax.ops.split_rows`); 0: whole rows.
     split_length: int = 0
+    axis: str | None = (
+        None  # mapped mesh axis whose devices each hold a part of every expert's channels, in order
+    )
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -99,7 +102,11 @@ class RoutedConfig:
         return (*statistics.COUNTS, *self.names, *(CHECKS if self.stats.checks else ()))
 
 
-def _unchanged(x: jax.Array, axis: str | None = None) -> jax.Array:
+# Returns an array with dropout, by its number: the inputs of the adapters of gate, up and down.
+Drop = Callable[[int, jax.Array], jax.Array]
+
+
+def _unchanged(place: int, x: jax.Array) -> jax.Array:
     return x
 
 
@@ -109,7 +116,6 @@ def routed_ffn(
     keys: jax.Array | None,
     layer: Layer,
     config: RoutedConfig,
-    axis: str | None = None,
     routed_by: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Passes every token through its ``top_k`` experts.
@@ -120,7 +126,6 @@ def routed_ffn(
       keys: ``[batch]``, dropout keys of the sequences; None for no dropout.
       layer: arrays of the block.
       config: static options.
-      axis: a mapped mesh axis whose devices each hold a part of every expert's channels, in order.
       routed_by: input of the router; default: ``x``.
 
     Returns:
@@ -128,8 +133,8 @@ def routed_ffn(
     """
     routing = routed(x, layer, config, routed_by)
     samples = samples_of(routing, token_weights, config)
-    drop = [partial(_dropped, keys, routing, config, place) for place in range(3)]
-    return routed_rows(x, layer, routing, samples, config, axis, drop)
+    drop = _unchanged if keys is None else partial(_dropped, keys, routing, config)
+    return routed_rows(x, layer, routing, samples, config, drop)
 
 
 def samples_of(
@@ -151,14 +156,13 @@ def routed_rows(
     routing: Routing,
     samples: tuple[SampledRows, SampledRows],
     config: RoutedConfig,
-    axis: str | None,
-    drop: Sequence[Callable[..., jax.Array]] = (_unchanged,) * 3,
+    drop: Drop = _unchanged,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes `routed_ffn` with given experts and sampled rows of the tokens."""
     places = Places(routing.token, routing.back)
     rows = spread(x.reshape(-1, x.shape[-1]), places, config.top_k)
-    y, measured = expert_rows(rows, routing.weight, layer, routing.groups, samples, config, axis, drop)
-    return of_tokens(y, places, config, x.shape, axis), measured
+    y, measured = expert_rows(rows, routing.weight, layer, routing.groups, samples, config, drop)
+    return of_tokens(y, places, config, x.shape), measured
 
 
 def routed(x: jax.Array, layer: Layer, config: RoutedConfig, routed_by: jax.Array | None = None) -> Routing:
@@ -178,14 +182,10 @@ def _frozen(array: jax.Array) -> jax.Array:
     return lax.stop_gradient(array).astype(jnp.float32)
 
 
-def of_tokens(
-    y: jax.Array, places: Places, config: RoutedConfig, shape: tuple[int, ...], axis: str | None
-) -> jax.Array:
+def of_tokens(y: jax.Array, places: Places, config: RoutedConfig, shape: tuple[int, ...]) -> jax.Array:
     """Returns the sums ``[batch, seq, d_model]`` over the experts of each token."""
     y = summed(y, places, config.top_k).reshape(shape)
-    if axis is not None:
-        y = lax.psum(y, axis)
-    return y
+    return y if config.axis is None else lax.psum(y, config.axis)
 
 
 def expert_rows(
@@ -195,8 +195,7 @@ def expert_rows(
     groups: Groups,
     samples: tuple[SampledRows, SampledRows],
     config: RoutedConfig,
-    axis: str | None,
-    drop: Sequence[Callable[..., jax.Array]] = (_unchanged,) * 3,
+    drop: Drop = _unchanged,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Passes rows that are sorted by expert through their experts, times the router's weights.
 
@@ -209,19 +208,19 @@ def expert_rows(
       layer: arrays of the block.
       groups: the rows' experts.
       samples: rows for the gate's statistics and rows for the probe.
-      config, axis: as for `routed_ffn`.
-      drop: dropout of the adapters' inputs of gate, up and down.
+      config: static options.
+      drop: dropout.
 
     Returns:
-      ``[rows, d_model]``, partial sums over ``axis``; and the statistics.
+      ``[rows, d_model]``, partial sums over ``config.axis``; and the statistics.
     """
-    numerics, activation = config.numerics, activations.get(config.activation)
-    inner = drop[0](rows)
+    numerics, activation, axis = config.numerics, activations.get(config.activation), config.axis
+    inner = drop(0, rows)
     base, delta = _projected(layer.gate, rows, inner, groups, numerics)
     z = combine(base, delta)
     if layer.taps:
         z = statistics.emit(z, layer.taps, {}, samples[0], expert_cotangent_statistics)
-    u = combine(*_projected(layer.up, rows, drop[1](rows), groups, numerics))
+    u = combine(*_projected(layer.up, rows, drop(1, rows), groups, numerics))
     hidden, _ = gated_product(z, u, activation, numerics, config.up_limit)
     measured: dict[str, jax.Array] = {}
     if config.names:
@@ -234,7 +233,7 @@ def expert_rows(
                 faults = {name: lax.pmax(worst, axis) for name, worst in faults.items()}
             measured |= faults
     hidden = hidden * weight[:, None].astype(hidden.dtype)
-    inner = drop[2](hidden, axis)
+    inner = drop(2, hidden)
     return combine(*_projected(layer.down, hidden, inner, groups, numerics, axis, weight)), measured
 
 
@@ -332,22 +331,15 @@ def _moved(
 
 
 def _dropped(
-    keys: jax.Array | None,
-    routing: Routing,
-    config: RoutedConfig,
-    place: int,
-    x: jax.Array,
-    axis: str | None = None,
+    keys: jax.Array, routing: Routing, config: RoutedConfig, place: int, x: jax.Array
 ) -> jax.Array:
     """Returns ``x [rows, d]`` with dropout.
 
     The mask is drawn by sequence, token and channel, so that it is the same on every mesh.
     """
-    if keys is None:
-        return x
     size, first = 1, jnp.int32(0)
-    if axis is not None:
-        size, first = lax.axis_size(axis), lax.axis_index(axis) * x.shape[1]
+    if config.axis is not None and place == 2:  # the channels of the hidden rows are split
+        size, first = lax.axis_size(config.axis), lax.axis_index(config.axis) * x.shape[1]
     shape = (x.shape[0] // keys.shape[0], size * x.shape[1])
     draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1.0 - config.dropout, shape)  # noqa: E731
     # [batch, seq * top_k, d] in the tokens' own order
@@ -389,13 +381,12 @@ def exchanged_ffn(
     layer: Layer,
     config: RoutedConfig,
     over: str,
-    axis: str | None = None,
     routed_by: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes `routed_ffn` without dropout, with experts that are split over a mapped mesh axis.
 
     Args:
-      x, token_weights, config, axis, routed_by: as for `routed_ffn`.
+      x, token_weights, config, routed_by: as for `routed_ffn`.
       layer: the device's experts; taps are of all experts.
       over: the mapped mesh axis that splits the experts.
 
@@ -410,12 +401,12 @@ def exchanged_ffn(
     fits = lax.pmax(jnp.max(counts), over) <= block
 
     def exchanged(x: jax.Array, layer: Layer, routing: Routing) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return _exchanged(x, layer, routing, samples, counts, block, config, over, axis)
+        return _exchanged(x, layer, routing, samples, counts, block, config, over)
 
     @jax.checkpoint  # saves no gathered kernel
     def all_here(x: jax.Array, layer: Layer, routing: Routing) -> tuple[jax.Array, dict[str, jax.Array]]:
         with jax.named_scope(UNEVEN):
-            return routed_rows(x, gathered(layer, over), routing, samples, config, axis)
+            return routed_rows(x, gathered(layer, over), routing, samples, config)
 
     y, measured = lax.cond(fits, exchanged, all_here, x, layer, routing)
     return y, measured
@@ -441,7 +432,6 @@ def _exchanged(
     block: int,
     config: RoutedConfig,
     over: str,
-    axis: str | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     devices, local = counts.shape[0], layer.gate.kernel.shape[0]
     starts = jnp.cumsum(counts) - counts
@@ -470,8 +460,8 @@ def _exchanged(
     layer = layer._replace(taps=taps)
     inverse = jnp.argsort(order)
     received = permuted(received, order, inverse)
-    y, measured = expert_rows(received, weight, layer, groups, (of_gate, of_probe), config, axis)
-    y = of_tokens(_to_devices(permuted(y, inverse, order), over), places, config, x.shape, axis)
+    y, measured = expert_rows(received, weight, layer, groups, (of_gate, of_probe), config)
+    y = of_tokens(_to_devices(permuted(y, inverse, order), over), places, config, x.shape)
     return y, {name: _of_all(value, first, local, devices) for name, value in measured.items()}
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -214,11 +214,12 @@ def on_mesh(
         x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer, routed_by: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         x, layer = in_stored_layout(x, config.numerics), _of_shard(layer, config)
+        split = replace(config, axis=axis)
         if over and sends:
-            y, measured = exchanged_ffn(x, weights, layer, config, over, axis, routed_by)
+            y, measured = exchanged_ffn(x, weights, layer, split, over, routed_by)
         else:
             layer = gathered(layer, over) if over else layer
-            y, measured = routed_ffn(x, weights, keys, layer, config, axis, routed_by)
+            y, measured = routed_ffn(x, weights, keys, layer, split, routed_by)
         return in_stored_layout(y, config.numerics), {name: value[None] for name, value in measured.items()}
 
     names, taps = config.measured, (rows,) if by_shard else ()

@@ -25,7 +25,7 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.residual_norm import residual_norm, rms_norm
 from nalora_jax.ops.split_rows import Row
-from nalora_jax.ops.storage import LayerStack, round_and_save, store
+from nalora_jax.ops.storage import round_and_save, store
 
 if TYPE_CHECKING:
     from nalora_jax.models.config import ModelConfig
@@ -43,9 +43,7 @@ class LayerInputs:
     rope: jax.Array | None  # int [], index into the rotary tables; None if there is only one
     scales: dict[str, dict[str, jax.Array]]  # adapters' scales by part ("attn", "ffn") and projection
     embedded: jax.Array | None  # [batch, seq, width], `ModelConfig.layer_embeddings` of the layer
-    # The layer's state of earlier calls; or the layer's index if it reads cached keys in place from
-    # `SharedInputs.cache`.
-    cached: Any
+    cached: Any  # the layer's state of earlier calls
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +54,6 @@ class HandedKeys:
     k: jax.Array  # [batch, seq, kv_heads, head_dim], rotated
     v: jax.Array
     cached: Any  # `LayerInputs.cached` of the layer
-    prefix: str = field(metadata={"static": True})  # of its stack
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +67,6 @@ class SharedInputs:
     token_weights: jax.Array | SampledWeights | None  # [batch, seq], for statistics
     cached_positions: jax.Array | None = None  # int [batch, slots]
     cached_segments: jax.Array | None = None  # int [batch, slots]
-    cache: dict[str, tuple[LayerStack, LayerStack]] | None = None  # by stack: all layers' keys and values
     # int [batch or 1, seq], position from which a token is seen, if not its own
     starts: jax.Array | None = None
     handed: dict[str, HandedKeys] = field(default_factory=dict)  # by name (`Mixer.hands`)

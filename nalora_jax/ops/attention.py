@@ -25,6 +25,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from nalora_jax.ops.dispatch import Numerics, operation
+from nalora_jax.ops.reductions import with_zeros
 from nalora_jax.ops.storage import (
     Kernel,
     Stored,
@@ -41,9 +42,6 @@ PIECE = 256
 # Score of unseen keys: far below any score, but finite, so that a row that sees no key (padding)
 # has no NaN.
 UNSEEN = -1e30
-# With dropout: at this length and above, stored probabilities would need more memory than all other
-# activations, so they are recomputed.
-_RECOMPUTE_FROM = 1024
 # Cached keys whose scores are computed together. Shorter caches are read as a whole.
 CACHE_BLOCK = 1024
 
@@ -131,8 +129,9 @@ def attention(
     if cached is not None and long and not drops(config, dropout_rng):
         out = attention_over_cache(q, keys, cached, window, config, numerics, sinks, starts)
         return out.astype(numerics.result)
-    unsupported = cached, dropout_rng, starts, sinks
-    return _attend_in_blocks(q, keys, window, config, numerics, *unsupported).astype(numerics.result)
+    options = cached, dropout_rng, starts, sinks
+    out = attend_in_tiles(q, keys[2:], keys, window, config, numerics, *options)
+    return out.astype(numerics.result)
 
 
 def drops(config: AttentionConfig, dropout_rng: jax.Array | None) -> bool:
@@ -453,37 +452,47 @@ def _scores(
     return scores, jnp.where(visible[:, None, None], 0.0, UNSEEN)
 
 
-# ---------------------------------------------------------------- short caches and dropout
+# ---------------------------------------------------------------- short caches, dropout, given keys
 
 
-def _attend_in_blocks(
+def attend_in_tiles(
     q: jax.Array,
+    here: tuple[jax.Array, jax.Array],
     keys: Keys,
     window: jax.Array | int,
     config: AttentionConfig,
     numerics: Numerics,
-    cached: CachedKeys | None,
-    dropout_rng: jax.Array | None,
-    starts: jax.Array | None,
-    sinks: jax.Array | None,
+    cached: CachedKeys | None = None,
+    dropout_rng: jax.Array | None = None,
+    starts: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """Computes attention with cached keys or dropout, one block of queries at a time.
+    """Computes attention of queries to all given keys, at most `PIECE` queries at a time, in float32.
 
-    Each block reads the cache and the keys up to its own end; with ``starts`` it reads all keys,
-    because later ones may be visible.
+    ``here`` has the queries' positions and segments, int ``[batch or 1, seq]``. If there are several
+    tiles, the backward pass recomputes the scores of each.
     """
-    attend = _attend if q.shape[1] < _RECOMPUTE_FROM else jax.checkpoint(_attend, static_argnums=(4, 5))
-    outputs = []
-    for start, end in blocks(q.shape[1]):
-        visible = keys
-        if starts is None:
-            visible = Keys(*(x[:, :end] for x in keys))
-        rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, start)
-        here = (keys.positions[:, start:end], keys.segments[:, start:end])
-        outputs.append(
-            attend(q[:, start:end], here, visible, window, config, numerics, cached, rng, starts, sinks)
+    seq = q.shape[1]
+    tiles = -(-seq // PIECE)
+    if tiles == 1:
+        return _attend(q, here, keys, window, config, numerics, cached, dropout_rng, starts, sinks)
+    tile = -(-seq // tiles)
+
+    def split(x: jax.Array) -> jax.Array:
+        """Returns ``[tiles, batch, tile, ...]`` of ``[batch, seq, ...]``; the last tile is padded with zeros."""
+        return jnp.moveaxis(
+            with_zeros(x, tiles * tile - seq, 1).reshape(x.shape[0], tiles, tile, *x.shape[2:]), 1, 0
         )
-    return joined(outputs, 1)
+
+    @jax.checkpoint
+    def attend(_: None, rows: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+        number, query, positions, segments = rows
+        rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, number)
+        of_query = positions, segments
+        return None, _attend(query, of_query, keys, window, config, numerics, cached, rng, starts, sinks)
+
+    out = lax.scan(attend, None, (jnp.arange(tiles), *map(split, (q, *here))))[1]
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :seq]
 
 
 def _attend(

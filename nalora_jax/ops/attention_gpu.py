@@ -34,10 +34,12 @@ from nalora_jax.ops.attention import (
     fits_kernel,
     saved_heads,
     visibility,
+    with_sinks,
 )
 from nalora_jax.ops.dispatch import AUTO, Numerics
-from nalora_jax.ops.split_attention import Integers, Kernels, Options, on_shard, on_shards, split_attention
+from nalora_jax.ops.split_attention import Integers, Spread, on_shard, on_shards, split_attention
 from nalora_jax.ops.split_rows import Row
+from nalora_jax.ops.storage import read_residual, save_residual
 
 log = logging.getLogger(__name__)
 
@@ -304,8 +306,14 @@ def triton_split_attention(
     tile = _tile(q.shape[1] // 2)
     if tile < _LEAST or q.shape[-1] not in HEAD_DIMS or row.starts is not None:
         return NotImplemented
-    attend = partial(on_shard, config=config, numerics=numerics, kernels=_KERNELS, tile=tile)
-    return on_shards(attend, q, k, v, row, window, config, sinks)
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, of: Integers, spread: Spread, sinks: jax.Array | None
+    ) -> jax.Array:
+        return _attention(q, k, v, of, sinks, _Options(spread, tile, config, numerics))
+
+    local = partial(on_shard, config=config, attend=attend, tile=tile)
+    return on_shards(local, q, k, v, row, window, config, sinks)
 
 
 def _tile(block: int) -> int:
@@ -321,37 +329,75 @@ class _Visits(NamedTuple):
     of_keys: jax.Array  # int32 [batch, 2, runs, tiles of keys], first tile of queries and the end, by run
 
 
-def _forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, integers: Integers, options: Options
-) -> tuple[jax.Array, jax.Array]:
-    """Computes `Kernels.forward`."""
-    batch, queries, heads, _ = query.shape
-    shapes = (_float32(query.shape), _float32((batch, heads, queries)))
-    call = _Call.of(query, key, integers, options)
-    out, logsumexp = call.by_queries(_forward_kernel, FORWARD, [query, key, value], shapes)
-    return out, logsumexp.swapaxes(1, 2)
+class _Options(NamedTuple):
+    """Static options of a shard's attention."""
+
+    spread: Spread
+    size: int  # queries and keys of a tile
+    config: AttentionConfig
+    numerics: Numerics
 
 
-def _backward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    g: jax.Array,
-    logsumexp: jax.Array,
-    inner: jax.Array,
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     integers: Integers,
-    options: Options,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes `Kernels.backward`."""
-    by_head = [x.swapaxes(1, 2) for x in (logsumexp, inner)]
+    sinks: jax.Array | None,
+    options: _Options,
+) -> jax.Array:
+    """Computes attention of a shard's queries to ``options.spread`` of its keys."""
+    return _fwd(q, k, v, integers, sinks, options)[0]
+
+
+def _fwd(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    integers: Integers,
+    sinks: jax.Array | None,
+    options: _Options,
+) -> tuple[jax.Array, Any]:
+    save = partial(save_residual, dtype=options.numerics.residual, numerics=options.numerics)
+    heads = tuple(save(x) for x in (q * options.config.scale, k, v))
+    operands = _operands(heads, options)
+    batch, queries, n, _ = q.shape
+    shapes = (_float32(q.shape), _float32((batch, n, queries)))
+    call = _Call.of(operands[0], operands[1], integers, options)
+    out, logsumexp = call.by_queries(_forward_kernel, FORWARD, operands, shapes)
+    logsumexp = logsumexp.swapaxes(1, 2)
+    if sinks is not None:
+        out, logsumexp = with_sinks(out, logsumexp[..., None], sinks[None, None, :, None])
+        logsumexp = logsumexp[..., 0]
+    saved, total = save(out), save_residual(logsumexp, "float32", options.numerics)
+    like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
+    return read_residual(saved, options.numerics.result), (*heads, saved, total, integers, like)
+
+
+def _bwd(options: _Options, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
+    *heads, out, logsumexp, integers, like = residuals
+    query, key, value = _operands(heads, options)
+    g = g.astype(jnp.float32)
+    inner = jnp.sum(g * read_residual(out, jnp.float32), axis=-1)
+    by_head = [x.swapaxes(1, 2) for x in (read_residual(logsumexp, jnp.float32), inner)]
     arrays = [query, key, value, g.astype(query.dtype), *by_head]
     call = _Call.of(query, key, integers, options)
     (dq,) = call.by_queries(_queries_kernel, QUERIES, arrays, (_like(query),))
     dk, dv = call.by_keys(_keys_kernel, KEYS, arrays, (_like(key), _like(value)))
-    return dq, dk, dv
+    part = jax.ShapeDtypeStruct(jax.tree.leaves(heads[1])[0].shape, dk.dtype)
+    back = jax.linear_transpose(options.spread, part)
+    grads = dq * options.config.scale, *back(dk), *back(dv)
+    return (*(x.astype(y.dtype) for x, y in zip(grads, like, strict=True)), None, None)
 
 
-_KERNELS = Kernels(_forward, _backward)
+_attention.defvjp(_fwd, _bwd)
+
+
+def _operands(heads: Any, options: _Options) -> list[jax.Array]:
+    """Returns a shard's queries, and the keys and values that they may see, from the saved heads."""
+    spread = [heads[0], *(jax.tree.map(options.spread, x) for x in heads[1:])]
+    return [read_residual(x, options.numerics.operand) for x in spread]
 
 
 def _float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -390,10 +436,10 @@ class _Call(NamedTuple):
     key: jax.Array  # [batch, keys, kv_heads, head_dim]
     of_example: list[jax.Array]  # int32 [batch, ...]: segments of queries, of keys; visits of each
     shared: list[jax.Array]  # int32: `_Visits.first`, window [1]
-    options: Options
+    options: _Options
 
     @classmethod
-    def of(cls, query: jax.Array, key: jax.Array, integers: Integers, options: Options) -> _Call:
+    def of(cls, query: jax.Array, key: jax.Array, integers: Integers, options: _Options) -> _Call:
         """Returns the calls for a shard's arrays."""
         visits = _visits(integers, options.size)
         of_example = [

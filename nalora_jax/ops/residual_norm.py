@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from nalora_jax.ops.dispatch import Numerics, operation
+from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import SAVED, round_and_save
 
 
-@operation
 def residual_norm(
     x: jax.Array,
     y: jax.Array | None,

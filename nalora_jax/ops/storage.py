@@ -93,12 +93,6 @@ def store(x: jax.Array, numerics: Numerics) -> Kernel:
 
 
 @operation
-def reads_cache_in_place(seq: int, cache: Kernel, numerics: Numerics) -> bool:
-    """Returns True if attention of ``seq`` tokens reads a layer's keys from the stack of all layers."""
-    return False
-
-
-@operation
 def best_remat(d_model: int, numerics: Numerics, *, gated: bool = True) -> str:
     """Returns the cheapest rematerialization policy (`nalora_jax.models.remat.REMAT`).
 

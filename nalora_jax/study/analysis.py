@@ -8,7 +8,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from nalora_jax.study.plan import MEASURES, Cell, Tuning, cells, cost, test_runs, tuning, tuning_runs
+from nalora_jax.study.plan import (
+    COSTS,
+    Cell,
+    Tuning,
+    cells,
+    cost,
+    others_of,
+    test_runs,
+    tuning,
+    tuning_runs,
+)
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 from nalora_jax.study.statistics import Paired, holm, paired
@@ -93,7 +103,7 @@ def _result(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Me
 
 def named(metric: str) -> str:
     """Returns the label of a metric's cost."""
-    if metric == "loss":
+    if metric in COSTS:
         return metric
     return f"1 - {metric.replace('_', ' ')}"
 
@@ -102,9 +112,7 @@ def measures(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[M
     """Returns every measure by which the study compares methods, the primary one first."""
     metric = protocol.metric
     primary = Measure("primary", named(metric), partial(_test_cost, metric))
-    other_names = [
-        n for n in MEASURES if n != metric and any(result.measured(n) for result in cell_results)
-    ]
+    other_names = [n for n in others_of(metric) if any(result.measured(n) for result in cell_results)]
     multiples = [m for m in sorted(protocol.test_multiples) if m != 1]
     return [
         primary,

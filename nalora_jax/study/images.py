@@ -18,6 +18,7 @@ from nalora_jax.data.images.opened import ImageData, ImageSource, open_images
 from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.layout import distributed
+from nalora_jax.method.step import Step
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.study.plan import MEASURES
 from nalora_jax.train.kinds.dual import (
@@ -160,6 +161,10 @@ class DualEncoders:
             self._rows[key] = image_data(config, self.model(config), records, _mesh(config))
         return self._rows[key]
 
+    def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
+        """Returns the assembly's step."""
+        return assembly.step
+
     def adapters(self, config: RunConfig, assembly: Assembly, data: Any, seed: int) -> Any:
         """Returns adapters with A drawn by ``seed``, and projections drawn by the run's seed."""
         del data
@@ -171,12 +176,16 @@ class DualEncoders:
         train, held = (self._source(config, data, split) for split in (data.train_split, data.eval_split))
         if data.train_split != data.eval_split:  # equal: a probe, whose data is not trained on
             check_disjoint(train, held)
-        indices = drawn_images(held, data.eval_limit, config.vision)
+        indices = drawn_images(held, data.eval_limit)
         images = Images(held, indices[indices.argsort()])
         classes, loaded = self._classes(config, data), self.model(config)
         asked = json.dumps([images.digest, classes, config.vision.templates, loaded.processor.output])
         digest = digest_of(asked)[:16]
         return ImageItems(images, classes, config.vision, loaded, digest)
+
+    def probe(self, config: RunConfig, data: DataConfig) -> ImageItems:
+        """Returns images."""
+        return self.items(config, data)
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
         """Compares the spans of both splits."""

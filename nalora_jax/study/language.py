@@ -21,6 +21,7 @@ from nalora_jax.data.sources import check_disjoint, open_source
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.evaluate.text import choice_records, completion_records, text_summary
 from nalora_jax.layout import distributed
+from nalora_jax.method.step import Step
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.initial_adapter import read_initial
@@ -127,6 +128,10 @@ class Language:
         """Returns packed sequences."""
         return train_data(config.data, self.model(config).tokenizer, **stream_shape(config))
 
+    def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
+        """Returns the assembly's step."""
+        return assembly.step
+
     def adapters(self, config: RunConfig, assembly: Assembly, data: TrainData, seed: int) -> Any:
         """Returns adapters by the config's initialization."""
         model = self.model(config)
@@ -151,6 +156,10 @@ class Language:
         return self._started[2]
 
     def items(self, config: RunConfig, data: DataConfig) -> LanguageItems:
+        """Returns tokenized examples."""
+        return self.probe(config, data)
+
+    def probe(self, config: RunConfig, data: DataConfig) -> LanguageItems:
         """Returns tokenized examples."""
         return _items(eval_examples(data, self.model(config).tokenizer))
 

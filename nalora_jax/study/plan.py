@@ -24,7 +24,16 @@ from nalora_jax.train.initial_adapter import with_adapter
 Stage = Literal["tune", "test"]
 _WAYS = ("image_to_text", "text_to_image")
 # Measures of items in records.
-MEASURES = ("loss", "accuracy", "recall", *(f"{way}_recall_{k}" for way in _WAYS for k in (1, 5)))
+MEASURES = (
+    *("loss", "accuracy", "recall", *(f"{way}_recall_{k}" for way in _WAYS for k in (1, 5))),
+    *("reward", "pass_1", "pass_8", "divergence"),
+)
+COSTS = ("loss", "divergence")  # measures of which less is better
+
+
+def others_of(metric: str) -> list[str]:
+    """Returns the measures beside the metric; the loss of a run with rewards is 1 minus the reward."""
+    return [name for name in MEASURES if name != metric and (metric, name) != ("reward", "loss")]
 
 
 class Cell(NamedTuple):
@@ -130,7 +139,7 @@ def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tun
 
 
 def cost(metric: str, measured: Mapping[str, Any]) -> float:
-    """Returns the loss, or 1 minus an accuracy or recall, so that smaller is better.
+    """Returns a loss or divergence, or 1 minus another measure, so that smaller is better.
 
     Raises:
       NaloraError: the metric was not measured.
@@ -140,7 +149,7 @@ def cost(metric: str, measured: Mapping[str, Any]) -> float:
             f"records: {metric}", expected="a number", found="none", remedy="restore the record file"
         )
     value = float(measured[metric])
-    if metric == "loss":
+    if metric in COSTS:
         return value
     return 1.0 - value
 

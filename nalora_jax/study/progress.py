@@ -78,13 +78,14 @@ class RunInProgress:
     def train(self) -> TrainState:
         """Trains all steps, resuming from the snapshot if there is one."""
         assembly, params = self.prepared.assembly, self.prepared.step_params
+        step = self.resources.step(self.run, self.prepared, self.data)
         state, start = self.begin()
         batches = self.rows(start)
         began = time.perf_counter()
         try:
             rows = distributed.global_batches(batches, assembly.mesh)
             follower = Follower(self, self.schedule, self.rate, state, start, params)
-            result = run_steps(assembly.step, params, state, rows, follower)
+            result = run_steps(step, params, state, rows, follower)
         finally:
             batches.close()
             self.training_seconds += time.perf_counter() - began
@@ -116,7 +117,15 @@ class RunInProgress:
     def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
         """Stores whole-model numbers of a log step, and layer means of per-layer numbers."""
         del state
-        names = ("loss", "grad_norm", "misalignment", "misalignment_limit")
+        names = (
+            "loss",
+            "grad_norm",
+            "misalignment",
+            "misalignment_limit",
+            "reward",
+            "entropy",
+            "divergence",
+        )
         row = {"step": step} | {name: record[name] for name in names if record.get(name) is not None}
         layers = record.get("layers", {}).items()
         layers = {

@@ -47,6 +47,7 @@ _OF_THE_STUDY = (
     "epochs",
     "data",
     "preference",
+    "rl",
     "vision",
     "train",
     "output",
@@ -126,8 +127,8 @@ class Protocol:
     probes: dict[str, ForgettingProbe] = field(default_factory=dict)
     # Python files that register the study's rules, relative to its folder; they are executed.
     imports: tuple[str, ...] = ()
-    # Primary metric, which chooses learning rates; accuracy and recall count as 1 - value.
-    metric: Literal["loss", "accuracy", "recall"] = "loss"
+    # Primary metric, which chooses learning rates; accuracy, recall and reward count as 1 - value.
+    metric: Literal["loss", "accuracy", "recall", "reward"] = "loss"
     # Steps between evaluations on the validation items.
     evaluate_every: Annotated[int, SIZE] = 100
     # Largest number of rates added at either end of the grid while the best rate is there.
@@ -268,17 +269,21 @@ def _check(protocol: Protocol) -> None:
         _check_task(p, name, task)
     for name, probe in p.probes.items():
         check_ranges(probe, f"[probes.{name}] ")
+    updates = p.config(
+        p.models[0], next(iter(p.tasks)), p.baseline, p.rates[0], p.tuning_seeds[0]
+    ).rl.updates
+    expected = f"a multiple of rl.updates, {updates}: a run resumes between rollouts"
+    _require("evaluate_every", p.evaluate_every % updates == 0, expected, p.evaluate_every)
     kinds = set()
     for model in p.models:
         for name in p.tasks:
             for method_name in p.methods:
-                measured = p.config(model, name, method_name, p.rates[0], p.tuning_seeds[0]).vision.task
-                fits = (
-                    p.metric == "loss"
-                    or measured == {"accuracy": "classify", "recall": "contrast"}[p.metric]
-                )
+                config = p.config(model, name, method_name, p.rates[0], p.tuning_seeds[0])
+                measured = "reward" if config.rl.rewards else config.vision.task
+                of_metric = {"accuracy": "classify", "recall": "contrast", "reward": "reward"}
+                fits = p.metric == "loss" or measured == of_metric[p.metric]
                 _require("metric", fits, f"a metric that [tasks.{name}] measures during training", p.metric)
-                kinds.add("images" if measured else "text")
+                kinds.add("images" if config.vision.task else "text")
     _require("tasks", len(kinds) == 1, "tasks of text only or of images only", "both")
 
 
@@ -286,9 +291,11 @@ def _check_task(p: Protocol, name: str, task: Task) -> None:
     check_ranges(task, f"[tasks.{name}] ")
     where, count = f"[tasks.{name}] accuracy_items", task.accuracy_items
     _require(where, not (count and task.vision), "none for images: one pass scores all classes", count)
+    config = p.config(p.models[0], name, p.baseline, p.rates[0], 0)
+    _require(where, not (count and config.rl.rewards), "none for rewards: answers are generated", count)
     if p.preference:
         _require(where, count == 0, "none for pairs: the loss scores both completions", count)
-        limit = p.config(p.models[0], name, p.baseline, p.rates[0], 0).data.train_limit
+        limit = config.data.train_limit
         expected = "0 for pairs: a slice such as train[:1000] is the same for every seed"
         _require(f"[tasks.{name}] data train_limit", limit == 0, expected, limit)
 

@@ -30,7 +30,7 @@ from nalora_jax.study.analysis import (
     results,
 )
 from nalora_jax.study.pictures import draw
-from nalora_jax.study.plan import MEASURES, Cell, cells, tuning, wanted
+from nalora_jax.study.plan import Cell, cells, others_of, tuning, wanted
 from nalora_jax.study.protocol import Method, Protocol
 from nalora_jax.study.provenance import checked_records, describe_old, old_records
 from nalora_jax.study.records import Record, Records, hours
@@ -91,7 +91,7 @@ def render(protocol: Protocol, records: Mapping[str, Record]) -> str:
     parts = [
         f"# Results: {protocol.question}",
         "Written by `nalora study report` from `records.jsonl` and `protocol.toml`. Losses are "
-        f"nats {_unit(protocol)}; differences are method minus the other, so below 0 is better.",
+        f"{_unit(protocol)}; differences are method minus the other, so below 0 is better.",
         _runs(protocol, records),
         _methods(protocol),
         _learning_rates(protocol, cell_results),
@@ -107,12 +107,14 @@ def render(protocol: Protocol, records: Mapping[str, Record]) -> str:
 
 def _unit(protocol: Protocol) -> str:
     units = {
-        "": "per answer token" if not protocol.preference else "per pair",
-        "classify": "per image among the prompts of all classes",
-        "contrast": "per image or caption among all held-out pairs (the mean of both ways)",
+        "": "nats per answer token" if not protocol.preference else "nats per pair",
+        "classify": "nats per image among the prompts of all classes",
+        "contrast": "nats per image or caption among all held-out pairs (the mean of both ways)",
     }
     model, baseline = protocol.models[0], protocol.baseline
     runs = [protocol.config(model, task, baseline, 1.0, 0) for task in protocol.tasks]
+    if runs[0].rl.rewards:
+        return "1 minus the mean reward of greedy answers, of probes nats per answer token"
     return "; ".join(dict.fromkeys(units[config.vision.task] for config in runs))
 
 
@@ -244,9 +246,7 @@ def _tests(protocol: Protocol, cell_results: Sequence[MethodResult]) -> str:
     parts = [f"## Test\n\n{title}{_scored(protocol)}"]
     header = ["method", "rate", "parameters", "seeds", "diverged", named(protocol.metric), "deviation"]
     for heading, group in grouped(cell_results):
-        names = [
-            n for n in MEASURES if n != protocol.metric and any(result.measured(n) for result in group)
-        ]
+        names = [n for n in others_of(protocol.metric) if any(result.measured(n) for result in group)]
         rows = [_test_row(result, names) for result in group if result.tests]
         columns = [*(name.replace("_", " ") for name in names), *_MOVEMENT.values(), "seconds a run"]
         if rows:

@@ -15,7 +15,7 @@ import optax
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.rules import make
-from nalora_jax.method.step import TrainState
+from nalora_jax.method.step import Step, TrainState
 from nalora_jax.method.transform import Mechanisms
 from nalora_jax.study.language import Language, LanguageItems
 from nalora_jax.study.locations import locate, locate_dataset
@@ -23,6 +23,7 @@ from nalora_jax.study.plan import Run
 from nalora_jax.study.preferences import Preferences
 from nalora_jax.study.protocol import Protocol, data_of
 from nalora_jax.study.provenance import rule_files
+from nalora_jax.study.rewards import Rewards
 from nalora_jax.study.subject import Items, StudyRows, Subject
 from nalora_jax.study.sweeps.fit import Fitting
 from nalora_jax.train.program import Assembly
@@ -64,6 +65,8 @@ class Resources:
             kind = _dual_encoders
         elif config.preference.loss != "none":
             kind = Preferences
+        elif config.rl.rewards:
+            kind = Rewards
         if kind not in self._subjects:
             self._subjects[kind] = kind()
         return self._subjects[kind]
@@ -73,7 +76,7 @@ class Resources:
 
         It is the same for all runs of a model, so that each model is loaded once.
         """
-        if self._together == 1 or self.protocol.several_meshes:
+        if self._together == 1 or self.protocol.several_meshes or run.config.rl.rewards:
             return None
         if run.cell.model not in self._fitting:
             protocol, base = self.protocol, self.subject(run.config).architecture(run.config)
@@ -121,6 +124,10 @@ class Resources:
         rows: StudyRows = self.subject(run.config).data(run.config)
         return rows
 
+    def step(self, run: Run, prepared: Prepared, data: StudyRows) -> Step:
+        """Returns the run's training step."""
+        return self.subject(run.config).step(run.config, prepared.assembly, data)
+
     def identity(self, run: Run, prepared: Prepared, data: StudyRows) -> dict[str, Any]:
         """Returns the digests of rule files, adapter, base weights and training data; see `study.provenance`."""
         subject = self.subject(run.config)
@@ -144,7 +151,7 @@ class Resources:
 
     def validation_items(self, run: Run) -> Items:
         """Returns the items that choose the learning rate."""
-        return self._drawn(run.config, run.config.data)
+        return self._drawn(run.config, run.config.data, self.subject(run.config).items)
 
     def test_items(self, run: Run) -> Items:
         """Returns the items that only test runs read.
@@ -156,7 +163,8 @@ class Resources:
         test = locate(task.test, self.protocol.folder)
         # The error names the training split; test items must not overlap with validation items.
         self.subject(run.config).check_apart(run.config, data.eval_split, test)
-        items = self._drawn(run.config, data_of(data.dataset, test, task.test_items, data))
+        data = data_of(data.dataset, test, task.test_items, data)
+        items = self._drawn(run.config, data, self.subject(run.config).items)
         if task.accuracy_items:
             assert isinstance(items, LanguageItems), "the protocol refuses it for images"
             items = items.scoring(task.accuracy_items)
@@ -168,7 +176,7 @@ class Resources:
         for name, probe in self.protocol.probes.items():
             dataset, split = locate_dataset(probe.dataset, folder), locate(probe.split, folder)
             data = replace(data_of(dataset, split, probe.items, run.config.data), train_split=split)
-            items[name] = self._drawn(run.config, data)
+            items[name] = self._drawn(run.config, data, self.subject(run.config).probe)
         return items
 
     def measure(
@@ -187,10 +195,12 @@ class Resources:
             self._base[key] = subject.measure(items, prepared.assembly, {"params": params}, whole=False)
         return self._base[key]
 
-    def _drawn(self, config: RunConfig, data: DataConfig) -> Items:
-        key = json.dumps([config.model, vars(data), vars(config.vision)], default=str)
+    def _drawn(
+        self, config: RunConfig, data: DataConfig, draw: Callable[[RunConfig, DataConfig], Items]
+    ) -> Items:
+        key = json.dumps([config.model, vars(config.compute), vars(data), vars(config.vision)], default=str)
         if key not in self._items:
-            self._items[key] = self.subject(config).items(config, data)
+            self._items[key] = draw(config, data)
         return self._items[key]
 
 

@@ -9,6 +9,7 @@ import optax
 
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.pipeline import BatchIterator
+from nalora_jax.method.step import Step
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.program import Assembly
 
@@ -67,6 +68,9 @@ class Subject(Protocol):
     def data(self, config: RunConfig) -> Any:
         """Returns the run's training rows (`StudyRows`)."""
 
+    def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
+        """Returns the training step of a run on its rows."""
+
     def source_digest(self, data: Any) -> str:
         """Returns the digest of the training data of `data`, the same for every seed."""
 
@@ -79,6 +83,9 @@ class Subject(Protocol):
         Raises:
           NaloraError: some of them are in ``data.train_split`` too.
         """
+
+    def probe(self, config: RunConfig, data: DataConfig) -> Any:
+        """Returns `Items` of other data than the run's, likewise."""
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
         """Checks that two splits of the run's data share no record.

@@ -125,7 +125,9 @@ def _differences(record: Any, repeated: Any, place: str, size: int = 0) -> Itera
 def _agree(record: Any, repeated: Any, place: str, size: int) -> bool:
     if not isinstance(record, float) or not isinstance(repeated, int | float):
         return bool(record == repeated)
-    if "accuracy" in place or "recall" in place:  # one item may change sides
+    if any(
+        name in place for name in ("accuracy", "recall", "reward", "pass_")
+    ):  # one item may change sides
         tolerance = 1.5 / size if size else 0.0
     elif place.startswith("training") and not place.endswith(" loss"):
         tolerance = max(TOLERANCE, _LOGGED_SHARE * abs(record))

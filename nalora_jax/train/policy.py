@@ -53,8 +53,9 @@ class Policy:
 
         Metrics are means over the same tokens as the loss: ``entropy`` (of the policy, estimated by minus
         the log-probability of its own samples), ``divergence`` from the base, ``clipped`` (share of tokens
-        without a gradient) and ``mismatch`` (absolute difference between the log-probabilities of
-        generator and training program).
+        without a gradient), ``mismatch`` (absolute difference between the log-probabilities of generator and
+        training program) and ``mismatch_bound`` (total variation distance between their distributions of a
+        token, estimated by half of |ratio - 1|: it bounds by how much the probability of any event differs).
         """
         mask = batch["loss_weights"]
         hidden = self.policy.hidden(variables, batch, key)
@@ -76,7 +77,8 @@ class Policy:
             "entropy": -jnp.sum(share * log_probs),
             "divergence": jnp.sum(share * losses.divergence),
             "clipped": jnp.sum(share * losses.clipped),
-            "mismatch": jnp.sum(share * jnp.abs(log_probs - batch["sampled"])),
+            "mismatch": jnp.sum(share * jnp.abs(old - batch["sampled"])),
+            "mismatch_bound": jnp.sum(share * jnp.abs(jnp.expm1(old - batch["sampled"]))) / 2,
         }
         return through_surrogate(value, surrogate, measured)
 

@@ -1,18 +1,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from nalora_jax.common.digests import DIGESTS, file_digest, find_damage, write_digests
 from nalora_jax.common.files import open_unlinked, refuse_link_out, write_atomically
 from nalora_jax.common.locks import RunLock
 from nalora_jax.errors import NaloraError
-from nalora_jax.study.records import Records, write_snapshot
-from nalora_jax.train.log import _write_id
+from nalora_jax.study.records import Records
 from nalora_jax.train.output import open_output
 
 
@@ -55,67 +52,28 @@ def test_where_a_file_cannot_be_written_its_name_is_given_and_nothing_changes(fo
     assert sorted(path.name for path in folder.iterdir()) == ["d", DIGESTS, "small"]
 
 
-@pytest.fixture
-def planted(tmp_path: Path) -> Path:
-    """A file of the user, and links to it in a folder under every name that a run or a study opens to write."""
-    victim = tmp_path / "victim"
-    victim.write_text("precious\nhalf a line")
-    folder = tmp_path / "out"
-    (folder / "wandb").mkdir(parents=True)
-    for name in (
-        "run.lock",
-        "metrics.jsonl",
-        "records.jsonl",
-        "before.json",
-        "report.html",
-        "wandb/run_id",
-        "run.new",
-    ):
-        (folder / name).symlink_to(victim)
-    return folder
-
-
-def acquire(folder: Path) -> None:
-    RunLock(folder / "run.lock")
-
-
-def append_record(folder: Path) -> None:
-    Records(folder).append({"id": "x"})
-
-
-def note_tracker(folder: Path) -> None:
-    _write_id(folder / "wandb" / "run_id", "x")
-
-
-def save_snapshot(folder: Path) -> None:
-    write_snapshot(folder / "run.npz", {"a": np.zeros(2)}, {})
-
-
 def create(folder: Path) -> None:
     (folder / "new").symlink_to(folder.parent / "not there yet")
     open_unlinked(folder / "new", "w").close()
 
 
-@pytest.mark.parametrize("write", [acquire, append_record, create])
-def test_a_planted_link_is_refused_and_what_it_points_to_stays(
-    planted: Path, write: Callable[[Path], None]
-) -> None:
-    with pytest.raises(NaloraError):
-        write(planted)
-    assert (planted.parent / "victim").read_text() == "precious\nhalf a line"
-    assert not (planted.parent / "not there yet").exists()
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "before.json",
-    ],
-)
-def test_a_file_that_is_written_whole_replaces_a_planted_link(planted: Path, name: str) -> None:
-    write_atomically(planted / name, "new")
-    assert not (planted / name).is_symlink()
-    assert (planted.parent / "victim").read_text() == "precious\nhalf a line"
+def test_a_planted_link_is_refused_or_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "out"
+    victim.write_text("precious\nhalf a line")
+    folder.mkdir()
+    for name in ("run.lock", "records.jsonl", "before.json"):
+        (folder / name).symlink_to(victim)
+    for write in (
+        lambda: RunLock(folder / "run.lock"),
+        lambda: Records(folder).append({"id": "x"}),
+        lambda: create(folder),
+    ):
+        with pytest.raises(NaloraError):
+            write()
+    write_atomically(folder / "before.json", "new")
+    assert not (folder / "before.json").is_symlink()
+    assert victim.read_text() == "precious\nhalf a line"
+    assert not (tmp_path / "not there yet").exists()
 
 
 def test_a_run_that_starts_again_removes_a_link_to_a_folder_and_not_the_folder(tmp_path: Path) -> None:

@@ -76,17 +76,3 @@ def test_of_two_writers_of_one_name_the_second_is_refused(tmp_path: Path) -> Non
             refuse_claimed(tmp_path / "merged")
     refuse_claimed(tmp_path / "merged")
     assert [path.name for path in tmp_path.rglob("*")] == ["merged", "a"]
-
-
-def write_in_vain(target: Path) -> None:
-    """Writes a folder while another program makes one of that name."""
-    with new_folder(target) as folder:
-        (folder / "a").touch()
-        target.mkdir()
-        (target / "b").touch()
-
-
-def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(NaloraError, match="expected a new or empty folder, found one that holds b"):
-        write_in_vain(tmp_path / "x")
-    assert [path.name for path in tmp_path.rglob("*")] == ["x", "b"]

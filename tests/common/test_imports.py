@@ -72,24 +72,6 @@ def test_a_file_that_changed_is_refused(tmp_path):
             import_file(name)
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (None, "No such file"),
-        ("1 / 0", "ZeroDivisionError"),
-    ],
-)
-def test_a_file_that_cannot_be_executed_is_one_error(tmp_path, content, complaint):
-    path = tmp_path / "mine.py"
-    if content is not None:
-        path.write_text(content, encoding="utf-8")
-    with pytest.raises(
-        NaloraError, match=rf"--import .*mine.py: expected a Python file that can be .*{complaint}"
-    ):
-        import_file(str(path))
-    assert not imports.imported()
-
-
 def test_the_command_line_imports_files_and_records_them(tmp_path):
     path = written(tmp_path / "mine.py", "flag")
     _, args = command.parse(["train", "--import", str(path), "--mechanisms", "plain_of_flag"])

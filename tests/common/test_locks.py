@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import subprocess
 import sys
@@ -26,20 +25,6 @@ def test_a_lock_is_one_process_s_and_of_no_link(tmp_path: Path) -> None:
     ):
         pass
     assert not (tmp_path / "target").exists()
-
-
-def test_a_file_system_without_locks_does_not_stop_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unsupported(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", unsupported)
-    with locked(tmp_path / "a") as held, scratch_folder(tmp_path, ".incomplete") as scratch:
-        assert held is None
-        assert scratch.is_dir()
-    RunLock(tmp_path / "run.lock").release()
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_lock_that_another_host_gives_up_is_taken_and_its_file_is_the_one_that_is_locked(

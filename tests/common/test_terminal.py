@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pty
-import signal
 import subprocess
 import sys
 import time
@@ -14,9 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from nalora_jax.common import terminal
 from nalora_jax.config import TrainConfig
 from tests import tiny
 
@@ -65,28 +60,3 @@ def test_a_run_without_standard_output_outlives_its_terminal(tmp_path: Path) -> 
         wait_for_step(tmp_path, process)
         screen.read(1)
     check_finished(tmp_path, process)
-
-
-def test_text_after_the_reader_has_gone_is_dropped_and_the_descriptor_reused() -> None:
-    read, write = os.pipe()
-    with os.fdopen(write, "w", encoding="utf-8") as raw:
-        stream = terminal.LastingStream(raw)
-        os.close(read)
-        assert stream.write("x" * 100_000) == 100_000
-        stream.writelines(["y"])
-        stream.flush()
-        assert os.path.samestat(os.fstat(write), Path(os.devnull).stat())
-        assert stream.encoding == "utf-8"
-
-
-def test_streams_and_the_signal_are_restored_after_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    closed = io.StringIO()
-    closed.close()
-    monkeypatch.setattr(sys, "stderr", closed)
-    before, handler = sys.stdout, signal.getsignal(signal.SIGHUP)  # nohup ignores it
-    with terminal.outliving_terminal(), terminal.outliving_terminal():
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        print("lost", file=sys.stderr)
-        signal.raise_signal(signal.SIGHUP)
-    assert (sys.stdout, sys.stderr) == (before, closed)
-    assert signal.getsignal(signal.SIGHUP) is handler

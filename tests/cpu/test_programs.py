@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nalora_jax.common import processor
-from nalora_jax.cpu import native
+from nalora_jax.cpu.native import library
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.ops.dispatch import numerics_for
 
@@ -20,17 +20,16 @@ from nalora_jax.ops.dispatch import numerics_for
     ],
 )
 def test_products_are_computed_again_where_that_is_sooner(tiles, d_model, gated, expected, monkeypatch):
-    monkeypatch.setattr(native, "available", lambda devices=1: True)
-    monkeypatch.setattr(native, "multiplies_on_tiles", lambda: tiles)
+    monkeypatch.setattr(library, "kind", lambda devices=1: "tiles" if tiles else "vectors")
     assert chosen_remat("auto", d_model, numerics_for("bfloat16", "cpu"), gated=gated) == expected
 
 
 @pytest.mark.parametrize(
     ("kinds", "named"),
     [
-        (("tiles", "vectors", "plain"), "Xeon with AMX, "),
-        (("vectors", "plain"), "Xeon with AVX512-BF16, "),
-        (("plain",), "Xeon, "),
+        (("tiles", "vectors"), "Xeon with AMX, "),
+        (("vectors",), "Xeon with AVX512-BF16, "),
+        ((), "Xeon, "),
     ],
 )
 def test_a_device_is_named_with_its_fastest_instructions(monkeypatch, kinds, named):

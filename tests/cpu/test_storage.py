@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.cpu import native
+from nalora_jax.cpu.native import library
 from nalora_jax.cpu.storage import Bits, view_bits
 from nalora_jax.ops.dispatch import Platform, numerics_for
 from nalora_jax.ops.matmul import matmul
@@ -78,7 +78,7 @@ def test_scanned_kernels_give_the_same_bits() -> None:
 
 
 def test_native_products_read_kernels_in_their_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "available", lambda devices=1: devices == 1)
+    monkeypatch.setattr(library, "kind", lambda devices=1: "tiles" if devices == 1 else None)
     prepared = prepare({"params": _params()}, numerics_for("bfloat16", "cpu"))
     np.testing.assert_array_equal(prepared["params"]["layers"]["ffn"]["up_proj"]["kernel"], [0, 1])
     stack = prepared[STACKS]["layers"]["ffn"]["up_proj"]["kernel"]

@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from nalora_jax.common.downloads import cache_dir
 from nalora_jax.data.tokenizer import Tokenizer
 
 CHATML = (
@@ -38,6 +39,17 @@ def tokenizer() -> Tokenizer:
     )
     backend.train_from_iterator(_CORPUS, trainer)
     return Tokenizer(backend, bos_id=1, eos_id=2, pad_id=0, eos_ids=(2, 0), chat_template=CHATML)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A new cache, with the downloads of the shared one."""
+    folder, downloads = tmp_path / "cache", cache_dir() / "packages"
+    folder.mkdir()
+    if downloads.exists():
+        (folder / "packages").symlink_to(downloads)
+    monkeypatch.setenv("NALORA_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture

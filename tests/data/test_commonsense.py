@@ -9,37 +9,33 @@ from pathlib import Path
 
 import pytest
 
-from nalora_jax.common.downloads import cache_dir
 from nalora_jax.config import DataConfig
 from nalora_jax.data import tasks
 from nalora_jax.data.sources import open_source
 
 READ = """
-import sys, time
-from pathlib import Path
+import sys
 from nalora_jax.config import DataConfig
-from nalora_jax.data.pipeline import train_data
-from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.sources import open_source
 
-source = open_source(DataConfig(dataset="socialiqa"), "train", cache=Path(sys.argv[1]))
+source = open_source(DataConfig(dataset="socialiqa"), "train")
 print(len(source), source[0]["prompt"])
 assert "tensorflow" not in sys.modules
 """
 
 
 @pytest.mark.network
-def test_prepares_and_reads_without_tensorflow(tmp_path):
+def test_prepares_and_reads_without_tensorflow(cache):
     """From the package to records in a fresh process; the package itself comes from the shared cache."""
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "NALORA_CACHE": str(cache_dir())}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, "-c", READ, str(tmp_path)], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", READ], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(
         "33410 Question: Cameron decided to have a barbecue"
     )  # nothing of TFDS's own
-    folder = tmp_path / "tfds" / "commonsense" / "socialiqa" / tasks.VERSION
+    folder = cache / "tfds" / "commonsense" / "socialiqa" / tasks.VERSION
     assert (folder / "dataset_info.json").exists()
     assert not list(folder.parent.glob("incomplete*"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import transformers
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import render
@@ -26,19 +28,9 @@ TALK = [
     {"role": "user", "content": "Which way is up?"},
     {"role": "assistant", "content": "The sky."},
 ]
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": "The weather of a city.",
-            "parameters": {
-                "type": "object",
-                "properties": {"city": {"type": "string"}},
-                "required": ["city"],
-            },
-        },
-    }
+    {"type": "function", "function": {"name": "weather", "description": "A city's.", "parameters": SCHEMA}}
 ]
 CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
 TOOL_TALK: list[dict[str, Any]] = [
@@ -49,38 +41,43 @@ TOOL_TALK: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture
+def with_tools(tokenizer: Tokenizer) -> Tokenizer:
+    return replace(tokenizer, chat_template=TEMPLATE)
+
+
+def text_of(record: dict[str, Any], tokenizer: Tokenizer, **options: Any) -> str:
+    return render(record, DataConfig(**options), tokenizer, "here").text
+
+
+def by_transformers(tokenizer: Tokenizer, messages: list, tools: list | None = None) -> str:
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend, chat_template=tokenizer.chat_template
+    )
+    return theirs.apply_chat_template(messages, tools=tools, tokenize=False).rstrip()
+
+
+SPOKEN = [{"from": "human", "value": "Which way is up?"}, {"from": "gpt", "value": "The sky."}]
+IN_PARTS = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+
+
 @pytest.mark.parametrize(
     ("record", "form"),
     [
         ({"messages": TALK}, "chat messages (messages)"),
         ({"prompt": TALK[:2], "completion": TALK[2:]}, "chat messages (prompt and completion)"),
         (
-            {
-                "system": "Be brief.",
-                "conversations": [
-                    {"from": "human", "value": "Which way is up?"},
-                    {"from": "gpt", "value": "The sky."},
-                ],
-            },
+            {"system": "Be brief.", "conversations": SPOKEN},
             "ShareGPT conversations (conversations: from, value)",
         ),
-        (
-            {
-                "messages": [
-                    {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
-                    *TALK[1:],
-                ]
-            },
-            "chat messages (messages)",
-        ),
+        ({"messages": [IN_PARTS, *TALK[1:]]}, "chat messages (messages)"),
     ],
 )
 def test_conversations_are_the_same_in_every_form(
     tokenizer: Tokenizer, record: dict[str, Any], form: str
 ) -> None:
-    assert render(record, CONFIG, tokenizer, "here") == render(
-        {"messages": TALK}, CONFIG, tokenizer, "here"
-    )
+    same = render({"messages": TALK}, CONFIG, tokenizer, "here")
+    assert render(record, CONFIG, tokenizer, "here") == same
     assert form_of(record, CONFIG) == form
 
 
@@ -88,152 +85,86 @@ def test_alpaca_is_written_by_its_own_prompt_or_by_the_chat_template(tokenizer: 
     record = {"instruction": "Add {input}.", "input": "2, 2", "output": "4"}
     rendered = render(record, CONFIG, tokenizer, "here")
     assert rendered.text.startswith(
-        "Below is an instruction that describes a task, paired with an input that provides"
+        "Below is an instruction that describes a task, paired with an input that"
     )
     assert rendered.text.endswith(
         "\n\n### Instruction:\nAdd {input}.\n\n### Input:\n2, 2\n\n### Response:\n4"
     )
     assert [rendered.text[start:stop] for start, stop in rendered.answers] == ["4"]
-    short = render(record | {"input": ""}, CONFIG, tokenizer, "here").text
-    assert "### Input" not in short
-    chat = replace(CONFIG, chat=True)
-    same = {
-        "messages": [
-            {"role": "user", "content": "Add {input}.\n\n2, 2"},
-            {"role": "assistant", "content": "4"},
-        ]
-    }
-    assert render(record, chat, tokenizer, "here") == render(same, chat, tokenizer, "here")
-    assert "the chat template" in form_of(record, chat)
-    named = replace(CONFIG, prompt_field="instruction", completion_field="output")
-    assert (
-        render(record, named, tokenizer, "here").text == "Add {input}.4"
-    )  # fields that somebody named win
+    assert "### Input" not in text_of(record | {"input": ""}, tokenizer)
+    question = {"role": "user", "content": "Add {input}.\n\n2, 2"}
+    same = {"messages": [question, {"role": "assistant", "content": "4"}]}
+    assert text_of(record, tokenizer, chat=True) == text_of(same, tokenizer)
+    assert "the chat template" in form_of(record, replace(CONFIG, chat=True))
+    named = {"prompt_field": "instruction", "completion_field": "output"}  # fields that somebody named win
+    assert text_of(record, tokenizer, **named) == "Add {input}.4"
 
 
-def test_tool_calls_are_rendered_as_transformers_renders_them(tokenizer: Tokenizer) -> None:
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend, chat_template=TEMPLATE
-    )
-    objects = json.loads(json.dumps(TOOL_TALK))
+def test_tool_calls_are_rendered_as_transformers_renders_them(with_tools: Tokenizer) -> None:
+    objects = copy.deepcopy(TOOL_TALK)
     objects[1]["tool_calls"][0]["function"]["arguments"] = {"city": "Paris"}
     objects[1]["content"] = ""
-    expected = theirs.apply_chat_template(objects, tools=TOOLS, tokenize=False)
-    assert "weather" in expected
+    expected = by_transformers(with_tools, objects, TOOLS)
     assert "<tool_call>" in expected
-    ours = replace(tokenizer, chat_template=TEMPLATE)
     for tools in (TOOLS, json.dumps(TOOLS), [json.dumps(tool) for tool in TOOLS]):
-        rendered = render(
-            {"messages": TOOL_TALK, "tools": tools}, replace(CONFIG, loss_on="all"), ours, "here"
-        )
-        assert rendered.text == expected.rstrip()
-    turns = render(
-        {"messages": TOOL_TALK, "tools": TOOLS}, replace(CONFIG, loss_on="assistant"), ours, "here"
-    )
+        assert text_of({"messages": TOOL_TALK, "tools": tools}, with_tools, loss_on="all") == expected
+    record, config = {"messages": TOOL_TALK, "tools": TOOLS}, replace(CONFIG, loss_on="assistant")
+    turns = render(record, config, with_tools, "here")
     call, answer = (turns.text[start:stop] for start, stop in turns.answers)
     assert '{"name": "weather", "arguments": {"city": "Paris"}}' in call
     assert answer == "It is: 21 degrees.<|im_end|>"
 
 
-def test_a_call_can_be_the_answer_that_is_scored(
-    tokenizer: Tokenizer, write_jsonl: Any, tmp_path: Path
-) -> None:
+def test_a_call_can_be_the_answer_that_is_scored(with_tools: Tokenizer, write_jsonl: Any) -> None:
     path = write_jsonl(*[{"messages": TOOL_TALK[:2], "tools": TOOLS}] * 3)
-    ours = replace(tokenizer, chat_template=TEMPLATE)
-    config = DataConfig(dataset="unread.jsonl", eval_split=path)
-    item = eval_examples(config, ours, split=path, cache=tmp_path)[0]
+    item = eval_examples(DataConfig(dataset="unread.jsonl", eval_split=path), with_tools, split=path)[0]
     assert item.completion.startswith("<tool_call>")
     assert item.completion.endswith("</tool_call>")
 
 
-def test_functions_of_sharegpt_are_tool_calls(tokenizer: Tokenizer) -> None:
-    ours = replace(tokenizer, chat_template=TEMPLATE)
-    record = {
-        "conversations": [
-            {"from": "human", "value": "Is it warm in Paris?"},
-            {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Paris"}}'},
-            {"from": "observation", "value": '{"celsius": 21}'},
-            {"from": "gpt", "value": "It is: 21 degrees."},
-        ],
-        "tools": json.dumps(TOOLS),
-    }
-    assert render(record, CONFIG, ours, "x") == render(
-        {"messages": TOOL_TALK, "tools": TOOLS}, CONFIG, ours, "x"
-    )
-
-
-def test_what_arrow_fills_up_with_nulls_is_left_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    other = {"type": "function", "function": {"name": "stop", "arguments": {"city": None, "now": True}}}
-    objects = [{**call, "id": "1"} for call in (CALL, other)]
-    objects[0] = {**objects[0], "function": {"name": "weather", "arguments": {"city": "Paris"}}}
-    talks = [
-        [*TOOL_TALK[:1], {"role": "assistant", "tool_calls": [call]}, *TOOL_TALK[2:]] for call in objects
+def test_functions_of_sharegpt_are_tool_calls(with_tools: Tokenizer) -> None:
+    turns = [
+        {"from": "human", "value": "Is it warm in Paris?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Paris"}}'},
+        {"from": "observation", "value": '{"celsius": 21}'},
+        {"from": "gpt", "value": "It is: 21 degrees."},
     ]
-    pq.write_table(
-        pa.Table.from_pylist([{"messages": talk, "tools": TOOLS} for talk in talks]), tmp_path / "a.parquet"
-    )
+    record = {"conversations": turns, "tools": json.dumps(TOOLS)}
+    same = render({"messages": TOOL_TALK, "tools": TOOLS}, CONFIG, with_tools, "x")
+    assert render(record, CONFIG, with_tools, "x") == same
+
+
+def test_what_arrow_fills_up_with_nulls_is_left_out(with_tools: Tokenizer, tmp_path: Path) -> None:
+    paris = {"name": "weather", "arguments": {"city": "Paris"}}
+    functions = paris, {"name": "stop", "arguments": {"city": None, "now": True}}
+    calls = [{"type": "function", "id": "1", "function": function} for function in functions]
+    talks = [
+        [*TOOL_TALK[:1], {"role": "assistant", "tool_calls": [call]}, *TOOL_TALK[2:]] for call in calls
+    ]
+    table = pa.Table.from_pylist([{"messages": talk, "tools": TOOLS} for talk in talks])
+    pq.write_table(table, tmp_path / "a.parquet")
     record = open_source(DataConfig(dataset=str(tmp_path / "a.parquet")), "train")[0]
     assert record["messages"][0]["tool_calls"] is None
     assert record["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris", "now": None}
-    ours = replace(tokenizer, chat_template=TEMPLATE)
-    assert render(record, CONFIG, ours, "x") == render(
-        {"messages": TOOL_TALK, "tools": TOOLS}, CONFIG, ours, "x"
-    )
-
-
-NULLS: dict[str, Any] = {
-    "messages": [
-        *TOOL_TALK[:1],
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [
-                {
-                    "id": "1",
-                    "type": "function",
-                    "function": {
-                        "name": "weather",
-                        "arguments": {"city": "Paris", "day": None, "hours": [1, None]},
-                    },
-                }
-            ],
-        },
-        *TOOL_TALK[2:],
-    ],
-    "tools": [
-        {
-            "type": "function",
-            "function": {
-                "name": "weather",
-                "parameters": {
-                    "type": "object",
-                    "properties": {"day": {"default": None, "enum": ["today", None]}},
-                },
-            },
-        }
-    ],
-}
+    same = render({"messages": TOOL_TALK, "tools": TOOLS}, CONFIG, with_tools, "x")
+    assert render(record, CONFIG, with_tools, "x") == same
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["objects", "JSON in texts"])
 def test_nulls_in_arguments_and_schemas_are_rendered_as_transformers_renders_them(
-    tokenizer: Tokenizer, text: bool
+    with_tools: Tokenizer, text: bool
 ) -> None:
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend, chat_template=TEMPLATE
-    )
-    expected = theirs.apply_chat_template(NULLS["messages"], tools=NULLS["tools"], tokenize=False)
+    function: dict[str, Any] = {"name": "weather", "arguments": {"day": None, "hours": [1, None]}}
+    parameters = {"type": "object", "properties": {"day": {"default": None, "enum": ["today", None]}}}
+    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    turn = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    messages = [*TOOL_TALK[:1], turn, *TOOL_TALK[2:]]
+    expected = by_transformers(with_tools, messages, tools)
     assert '"day": null' in expected
     assert '"default": null' in expected
-    record = json.loads(json.dumps(NULLS))
     if text:
-        function = record["messages"][1]["tool_calls"][0]["function"]
-        function["arguments"] = json.dumps(function["arguments"])
-        record["tools"] = json.dumps(record["tools"])
-    ours = replace(tokenizer, chat_template=TEMPLATE)
-    assert render(record, replace(CONFIG, loss_on="all"), ours, "here").text == expected.rstrip()
+        function["arguments"], tools = json.dumps(function["arguments"]), json.dumps(tools)
+    assert text_of({"messages": messages, "tools": tools}, with_tools, loss_on="all") == expected
 
 
 REASONING_TEMPLATE = (
@@ -256,18 +187,15 @@ REASONING_TEMPLATE = (
 def test_reasoning_is_rendered_under_every_name_as_in_transformers(
     tokenizer: Tokenizer, fields: dict
 ) -> None:
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend, chat_template=REASONING_TEMPLATE
-    )
-    talk = [*TALK[:2], TALK[2] | fields]
-    expected = theirs.apply_chat_template(talk, tokenize=False)
-    assert "<think>It is high.</think>" in expected
-    ours = replace(tokenizer, chat_template=REASONING_TEMPLATE)
+    ours, talk = replace(tokenizer, chat_template=REASONING_TEMPLATE), [*TALK[:2], TALK[2] | fields]
     rendered = render({"messages": talk}, CONFIG, ours, "here")
-    assert rendered.text == expected.rstrip()
+    assert rendered.text == by_transformers(ours, talk)
     ((start, stop),) = rendered.answers
     assert rendered.text[start:stop] == "<think>It is high.</think>[It is high.]The sky.<|im_end|>"
+
+
+def calling(function: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [*TALK[:2], {"role": "assistant", "tool_calls": [{"function": function}]}]}
 
 
 @pytest.mark.parametrize(
@@ -280,19 +208,8 @@ def test_reasoning_is_rendered_under_every_name_as_in_transformers(
         ({"instruction": ["x"], "output": "y"}, "instruction: expected a text, found a list"),
         ({"messages": TALK, "tools": "no json"}, "tools: expected a JSON list of tools"),
         ({"messages": TALK, "tools": "[" * 100_000}, "tools: expected a JSON list of tools"),
-        (
-            {"messages": [*TALK[:2], {"role": "assistant", "tool_calls": [{"function": {"name": 1}}]}]},
-            r"messages\[2\]: tool_calls\[0\]: expected",
-        ),
-        (
-            {
-                "messages": [
-                    *TALK[:2],
-                    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
-                ]
-            },
-            "arguments: expected a JSON object",
-        ),
+        (calling({"name": 1}), r"messages\[2\]: tool_calls\[0\]: expected"),
+        (calling({"name": "f", "arguments": "{"}), "arguments: expected a JSON object"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
             "content: expected a text, or",

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -26,9 +28,10 @@ def source(*sizes: int) -> RecordsSource:
 def test_rows_take_the_length_of_most_examples_within_bounds(tokenizer, size, pack, context, length):
     config, records = DataConfig(pack=pack), source(*[size] * 99, 9 * size)
     fitting = int(example_lengths(source(size), config, tokenizer)[0])
-    chosen = with_length(config, records, tokenizer, context).max_length
+    measure = partial(example_lengths, records, config, tokenizer)
+    chosen = with_length(config, measure, context).max_length
     assert chosen == (length or -(-fitting // 8) * 8)
-    assert with_length(DataConfig(max_length=7), records, tokenizer, context).max_length == 7
+    assert with_length(DataConfig(max_length=7), measure, context).max_length == 7
 
 
 @pytest.mark.parametrize(
@@ -40,9 +43,9 @@ def test_rows_take_the_length_of_most_examples_within_bounds(tokenizer, size, pa
         ([80, 20], 4096, True, 160),
     ],
 )
-def test_rows_become_longer_if_short_ones_stay_empty(tokenizer, sizes, context, pack, length):
+def test_rows_become_longer_if_short_ones_stay_empty(sizes, context, pack, length):
     config = DataConfig(pack=pack)
-    measured = with_length(config, source(1), tokenizer, context, lambda *_: np.array(sizes * 50))
+    measured = with_length(config, lambda: np.array(sizes * 50), context)
     assert measured.max_length == length
 
 
@@ -51,7 +54,7 @@ def test_a_pair_s_length_is_that_of_both_answers(tokenizer):
     pairs = RecordsSource("pairs", records)
     sizes = pair_sizes(pairs, DataConfig(), tokenizer, PreferenceConfig("dpo"))
     assert len(sizes) == 3
-    measured = with_length(DataConfig(), pairs, tokenizer, 4096, lambda *_: sizes).max_length
+    measured = with_length(DataConfig(), lambda: sizes, 4096).max_length
     assert sizes[0] <= measured < sizes[0] + 8
     one = example_lengths(source(100), DataConfig(), tokenizer)[0]
     assert abs(sizes[0] - 2 * one) < 20  # a row holds both answers, each after its prompt

@@ -59,11 +59,11 @@ def test_loss_on_the_last_part(last, counted):
 
 
 @pytest.fixture
-def open_data(tokenizer, tmp_path):
+def open_data(tokenizer, cache):
     def open_data(*records, **settings):
         config = DataConfig(**{"max_length": 24, "eval_split": "unread", **settings})
         source = {"train": RecordsSource("documents", list(records))}
-        return train_data(config, tokenizer, batch_size=1, source=source, cache=tmp_path / "cache")
+        return train_data(config, tokenizer, batch_size=1, source=source)
 
     return open_data
 
@@ -108,11 +108,8 @@ def test_the_last_part_is_of_the_loss_tokens_and_of_another_cache(open_data, tok
     assert whole.store.counts.targets > last.store.counts.targets == 2
     assert last.fingerprint != whole.fingerprint
     assert open_data(record, loss_last=1000).store.counts.targets == whole.store.counts.targets
-    chat = {
-        "messages": [
-            {"role": r, "content": c} for r, c in (("user", "up"), ("assistant", "the sky"), ("user", "ok"))
-        ]
-    }
+    pairs = ("user", "up"), ("assistant", "the sky"), ("user", "ok")
+    chat = {"messages": [{"role": role, "content": content} for role, content in pairs]}
     with pytest.raises(
         NaloraError, match=r"expected a token to learn in the last part \(--data.loss-last 2\), found none"
     ):
@@ -120,19 +117,15 @@ def test_the_last_part_is_of_the_loss_tokens_and_of_another_cache(open_data, tok
 
 
 @pytest.mark.parametrize(
-    ("data", "preference", "message"),
+    ("data", "message"),
     [
-        ({"loss_last": 4.0}, "dpo", "--data.loss-last: expected 0 with --preference.loss"),
-        (
-            {"too_long": "split"},
-            "dpo",
-            "--data.too-long: expected drop, truncate or error with --preference.loss",
-        ),
+        ({"loss_last": 4.0}, "--data.loss-last: expected 0 with --preference.loss"),
+        ({"too_long": "split"}, "--data.too-long: expected drop, truncate or error with --preference.loss"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(data, preference, message):
+def test_pairs_are_not_divided(data, message):
     with pytest.raises(NaloraError, match=message):
-        check(RunConfig(data=DataConfig(**data), preference=PreferenceConfig(preference)))
+        check(RunConfig(data=DataConfig(**data), preference=PreferenceConfig("dpo")))
 
 
 def test_plain_text_is_learned_and_evaluated_without_a_prompt(open_data, tokenizer):
@@ -156,18 +149,12 @@ def test_long_records_are_tokenized_few_at_a_time(monkeypatch):
 
 
 def talk(thought: str = "") -> list[dict[str, str]]:
-    turns = [
-        (
-            f"  Question {i}: which way is up, and which is down?  " * 3,
-            f"{thought}Answer {i}: the sky. " * 5,
-        )
-        for i in range(4)
-    ]
-    return [
-        {"role": role, "content": text}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
+    messages = []
+    for i in range(4):
+        question = f"  Question {i}: which way is up, and which is down?  " * 3
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": f"{thought}Answer {i}: the sky. " * 5})
+    return messages
 
 
 @pytest.mark.parametrize("thought", ["", "<think>\nhm\n</think>\n\n"])

@@ -105,13 +105,10 @@ def test_a_registered_source_that_knows_no_splits_is_divided() -> None:
     assert (len(train), len(held)) == (32, 8)
 
 
-def test_records_of_a_program(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_records_of_a_program(tokenizer: Tokenizer, cache: Path) -> None:
     config, source = given_sources(DataConfig(), data=iter(records("x", 40)), format=None)
     assert config.dataset == NAME
-    assert (
-        len(train_data(config, tokenizer, batch_size=2, source=source, cache=tmp_path).store.offsets) - 1
-        == 32
-    )
+    assert len(train_data(config, tokenizer, batch_size=2, source=source).store.offsets) - 1 == 32
     _, split = given_sources(
         DataConfig(), data={"train": records("x", 9), "validation": records("y", 5)}, format=None
     )

@@ -61,10 +61,9 @@ def test_lengths_of_the_data_set_are_listed(name):
 
 
 @pytest.mark.network
-def test_the_data_set_is_real_text_with_other_passages_held_out(tmp_path):
+def test_the_data_set_is_real_text_with_other_passages_held_out(cache):
     train, held = (
-        open_source(DataConfig(dataset="needle:250"), split, cache=tmp_path)
-        for split in ("train", "validation")
+        open_source(DataConfig(dataset="needle:250"), split) for split in ("train", "validation")
     )
     assert (len(train), len(held)) == (tasks.NEEDLE_SIZES["train"], tasks.NEEDLE_SIZES["validation"])
     for source in (train, held):

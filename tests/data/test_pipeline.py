@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -25,9 +26,9 @@ def config(write_jsonl) -> DataConfig:
 
 
 @pytest.fixture
-def open_data(tokenizer, tmp_path):
+def open_data(tokenizer, cache):
     def open_data(config, **options):
-        return train_data(config, tokenizer, **{"batch_size": 4, "cache": tmp_path / "cache", **options})
+        return train_data(config, tokenizer, **{"batch_size": 4, **options})
 
     return open_data
 
@@ -169,43 +170,15 @@ def test_too_long(open_data, write_jsonl, tokenizer, caplog):
     data = open_data(dataclasses.replace(base, too_long="truncate"), batch_size=1)
     assert (data.describe()["examples"], data.describe()["truncated"]) == (3, 1)
     assert answers_of(take(data, data.rows_per_epoch)[0], tokenizer) == [" Paris<|im_end|>"] * 3
-    with pytest.raises(NaloraError, match="found 3 records, all of them longer"):
-        open_data(dataclasses.replace(base, max_length=1))
 
 
-def test_long_records_are_refused_before_all_are_tokenized(open_data, write_jsonl, monkeypatch):
-    path = write_jsonl(*({"prompt": "sky " * 40 * (n % 3 > 0), "completion": " blue"} for n in range(3000)))
-    sizes = []
-    tokenize = store.tokenize
-    monkeypatch.setattr(
-        store, "tokenize", lambda texts, *more: sizes.append(len(texts)) or tokenize(texts, *more)
-    )
-    with pytest.raises(
-        NaloraError, match=r"of 1000 records drawn from 3000 \(6\d%\), longer than .* 8; .* keeps all"
-    ):
-        open_data(DataConfig(eval_split="unread", dataset=path, max_length=8))
-    with pytest.raises(NaloraError, match=r"jsonl:\d+: expected at most --data.max-length 8 tokens"):
-        open_data(DataConfig(eval_split="unread", dataset=path, max_length=8, too_long="error"))
-    assert sum(sizes) == 2000
-
-
-def test_record_without_a_token_to_learn(open_data, write_jsonl, tokenizer):
-    talk = [{"role": "user", "content": "up"}]
-    path = write_jsonl({"prompt": "a", "completion": "b"}, {"messages": talk})
-    with pytest.raises(NaloraError, match=r"data.jsonl:2: expected an assistant's turn"):
+def test_record_without_a_token_to_learn(open_data, write_jsonl):
+    path = write_jsonl({"prompt": "", "completion": "<|im_end|>"})
+    with pytest.raises(NaloraError, match="jsonl:1: expected a token to learn, found none in 1 tokens"):
         open_data(DataConfig(eval_split="unread", dataset=path))
-    with pytest.raises(
-        NaloraError, match=r"eos.jsonl:1: expected a token to learn, found none in 1 tokens"
-    ):
-        open_data(
-            DataConfig(
-                eval_split="unread",
-                dataset=write_jsonl({"prompt": "", "completion": "<|im_end|>"}, name="eos.jsonl"),
-            )
-        )
 
 
-def test_tokens_are_made_once(open_data, config, tokenizer, tmp_path, monkeypatch):
+def test_tokens_are_made_once(open_data, config, tokenizer, cache, monkeypatch):
     first = open_data(config).store
 
     def never(*args, **options):
@@ -223,15 +196,15 @@ def test_tokens_are_made_once(open_data, config, tokenizer, tmp_path, monkeypatc
                 open_data(dataclasses.replace(config, **change))
         bos = dataclasses.replace(tokenizer, add_bos=True)
         with pytest.raises(AssertionError, match="tokenized again"):
-            train_data(config, bos, batch_size=4, cache=tmp_path / "cache")
-    assert sorted(path.name for path in (tmp_path / "cache" / "tokens").glob(".*")) == []
+            train_data(config, bos, batch_size=4)
+    assert sorted(path.name for path in (cache / "tokens").glob(".*")) == []
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "meta.json", "digests.json"])
-def test_a_cache_that_something_wrote_over_is_made_again(open_data, config, tmp_path, caplog, name):
+def test_a_cache_that_something_wrote_over_is_made_again(open_data, config, cache, caplog, name):
     first = open_data(config).store
     tokens, fingerprint = first.tokens.copy(), first.fingerprint
-    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
+    (folder,) = (cache / "tokens").iterdir()
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content)
@@ -248,11 +221,11 @@ def test_a_cache_that_something_wrote_over_is_made_again(open_data, config, tmp_
     assert not caplog.records
 
 
-def test_broken_data_leave_nothing_behind(open_data, write_jsonl, tmp_path):
+def test_broken_data_leave_nothing_behind(open_data, write_jsonl, cache):
     path = write_jsonl(*({"prompt": "a", "completion": "b"} for _ in range(5)), "{oops")
     with pytest.raises(NaloraError, match=r"data.jsonl:6: expected a JSON object"):
         open_data(DataConfig(eval_split="unread", dataset=path, max_length=128))
-    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+    assert list((cache / "tokens").iterdir()) == []
 
 
 def test_no_length_beyond_the_model_s_context_is_advised(open_data, write_jsonl, caplog):
@@ -266,9 +239,10 @@ def test_no_length_beyond_the_model_s_context_is_advised(open_data, write_jsonl,
         open_data(config, context=9)
 
 
-def test_more_than_half_dropped_is_an_error(open_data, write_jsonl):
-    texts = [{"prompt": "sky " * size, "completion": "blue"} for size in (1, 9, 9, 1, 9)]
+@pytest.mark.parametrize(("sizes", "share"), [((1, 9, 9, 1, 9), "3 of 5 records (60%)"), ((9,), "1 of 1")])
+def test_more_than_half_dropped_is_an_error(open_data, write_jsonl, sizes, share):
+    path = write_jsonl(*({"prompt": "sky " * size, "completion": "blue"} for size in sizes))
     with pytest.raises(
-        NaloraError, match=r"3 of 5 records \(60%\), longer than --data.max-length 8; .*keeps all.*truncate"
+        NaloraError, match=rf"{re.escape(share)}.*, longer than .* 8; .*keeps all.*truncate"
     ):
-        open_data(DataConfig(eval_split="unread", dataset=write_jsonl(*texts), max_length=8), batch_size=1)
+        open_data(DataConfig(eval_split="unread", dataset=path, max_length=8), batch_size=1)

@@ -44,26 +44,20 @@ def test_choices(ask, tokenizer):
 
 
 def test_choices_that_change_the_prompt(ask, tokenizer):
-    (item,) = ask(
-        {
-            "prompt": "the sea because No",
-            "completion": " is green.",
-            "choices": ["Yes", "No"],
-            "choice_prompts": ["the sea because Yes", "the sea because No"],
-            "gold": 1,
-        }
-    )
+    prompts = ["the sea because Yes", "the sea because No"]
+    record = {"prompt": prompts[1], "completion": " is green.", "choices": ["Yes", "No"], "gold": 1}
+    (item,) = ask(record | {"choice_prompts": prompts})
     assert item.choice_ids == [tokenizer.encode(" is green.")] * 2
-    assert list(item.contexts) == [tokenizer.encode(f"the sea because {name}") for name in ("Yes", "No")]
+    assert list(item.contexts) == [tokenizer.encode(prompt) for prompt in prompts]
     assert item.prompt_ids == item.contexts[1]
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_what_is_trained_is_what_is_scored(ask, write_jsonl, tokenizer, tmp_path, chat):
+def test_what_is_trained_is_what_is_scored(ask, write_jsonl, tokenizer, cache, chat):
     """The tokens of a training example are the item's prompt, its gold choice, and the end."""
     (item,) = ask(choice(1), chat=chat)
     config = DataConfig(eval_split="unread", dataset=write_jsonl(choice(1)), chat=chat)
-    store = train_data(config, tokenizer, batch_size=1, cache=tmp_path).store
+    store = train_data(config, tokenizer, batch_size=1).store
     assert store.tokens.tolist() == [*item.prompt_ids, *item.choice_ids[1], tokenizer.eos_id]
     first = len(item.prompt_ids)
     assert store.answer.tolist() == [index >= first for index in range(len(store.tokens))]
@@ -71,11 +65,8 @@ def test_what_is_trained_is_what_is_scored(ask, write_jsonl, tokenizer, tmp_path
 
 
 def test_messages(ask, tokenizer):
-    talk = [
-        {"role": "user", "content": "up?"},
-        {"role": "assistant", "content": "the sky"},
-        {"role": "user", "content": "x"},
-    ]
+    pairs = ("user", "up?"), ("assistant", "the sky"), ("user", "x")
+    talk = [{"role": role, "content": content} for role, content in pairs]
     (item,) = ask({"messages": talk})
     assert item.prompt == tokenizer.render_chat(talk[:1], add_generation_prompt=True)
     assert item.completion == "the sky"

@@ -22,9 +22,8 @@ def test_lines_by_index_past_blank_ones(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'\n{"a": "\xc3\xbc"}\n   \r\n{"a": 2}\r\n\n{"a": 3}')
     lines = JsonLines(path)
-    assert [lines[index] for index in (2, 0, 1)] == [{"a": 3}, {"a": "ü"}, {"a": 2}]
+    assert lines.read([2, 0, 1, -1]) == [{"a": 3}, {"a": "ü"}, {"a": 2}, {"a": 3}]
     assert [lines.where(index) for index in range(3)] == [f"{path}:2", f"{path}:4", f"{path}:6"]
-    assert lines[-1] == {"a": 3}
     assert lines.where(-1) == f"{path}:6"
 
 
@@ -40,48 +39,35 @@ def test_lines_by_index_past_blank_ones(tmp_path):
 def test_broken_line_is_named(write_jsonl, line, found):
     path = write_jsonl({"prompt": "a", "completion": "b"}, "", line)
     with pytest.raises(NaloraError, match=rf"data.jsonl:3: expected a JSON object, .*{found}"):
-        JsonLines(path)[1]
+        JsonLines(path).read([1])
 
 
-def test_unknown_name_lists_the_tasks():
-    with pytest.raises(
-        NaloraError, match=r"--data.dataset: expected a task.*found 'socialqa'; .*socialiqa_mc"
-    ):
-        open_source(DataConfig(dataset="socialqa"), "train")
-
-
-def test_unknown_split_of_a_task_is_refused_before_any_download():
-    with pytest.raises(
-        NaloraError, match=r"socialiqa, split: expected one of train, validation, .*found 'test'"
-    ):
-        open_source(DataConfig(dataset="socialiqa"), "test")
+@pytest.mark.parametrize(
+    ("dataset", "split", "message"),
+    [
+        ("socialqa", "train", r"--data.dataset: expected a task.*found 'socialqa'; .*socialiqa_mc"),
+        ("socialiqa", "test", r"socialiqa, split: expected one of train, validation, .*found 'test'"),
+        ("data.jsonl", "validation", r"data.jsonl\[validation\]: expected one split, \"train\""),
+        ("data.jsonl", "train[x]", r"data.jsonl\[train\[x\]\]: expected one split"),
+        ("data.jsonl", "train[:0]", "data.jsonl.*: expected at least one record"),
+    ],
+)
+def test_unknown_data_and_splits_are_refused(write_jsonl, monkeypatch, tmp_path, dataset, split, message):
+    write_jsonl(*RECORDS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NaloraError, match=message):
+        open_source(DataConfig(dataset=dataset), split)
 
 
 @pytest.mark.parametrize(
     ("split", "expected"),
-    [
-        ("train", range(20)),
-        ("train[:10%]", [0, 1]),
-        ("train[-25%:]", range(15, 20)),
-        ("train[3:5]+train[18:]", [3, 4, 18, 19]),
-    ],
+    [("train", range(20)), ("train[-25%:]", range(15, 20)), ("train[3:5]+train[18:]", [3, 4, 18, 19])],
 )
-def test_jsonl_splits(write_jsonl, split, expected):
+def test_splits_of_a_file(write_jsonl, split, expected):
     path = write_jsonl(*RECORDS)
     source = open_source(DataConfig(dataset=path), split)
     assert source.read(range(len(source))) == [RECORDS[index] for index in expected]
     assert source.where(0) == f"{path}:{expected[0] + 1}"
-
-
-def test_jsonl_evaluation_file(write_jsonl):
-    train, other = write_jsonl(*RECORDS), write_jsonl({"prompt": "x", "completion": "y"}, name="eval.jsonl")
-    assert open_source(DataConfig(dataset=train), other).read([0]) == [{"prompt": "x", "completion": "y"}]
-
-
-@pytest.mark.parametrize("split", ["validation", "train[x]", "train[:0]"])
-def test_bad_jsonl_split(write_jsonl, split):
-    with pytest.raises(NaloraError, match=r"data.jsonl"):
-        open_source(DataConfig(dataset=write_jsonl(*RECORDS)), split)
 
 
 def test_fingerprint_follows_content_and_split(write_jsonl):
@@ -100,7 +86,11 @@ def test_overlap_of_training_and_evaluation(write_jsonl):
     with pytest.raises(NaloraError, match=r"--data.eval-split: .*shares 1 with it; hold some out"):
         check_disjoint(train, tail)
     check_disjoint(open_source(config, "train[:-5%]"), tail)
-    check_disjoint(train, open_source(config, write_jsonl(*RECORDS, name="eval.jsonl")))
+    other = open_source(
+        config, write_jsonl(*RECORDS[:3], name="eval.jsonl")
+    )  # another file is a split, too
+    assert other.read(range(3)) == RECORDS[:3]
+    check_disjoint(train, other)
 
 
 BUILDER = """
@@ -199,10 +189,10 @@ def test_users_own_tfds_data_set(tmp_path):
     assert "--vision.classes: expected 2 names, found 1" in names
 
 
-def test_sources_by_split_take_the_place_of_a_data_set(tokenizer, tmp_path):
+def test_sources_by_split_take_the_place_of_a_data_set(tokenizer, cache):
     given = {"mine": RecordsSource("mine", RECORDS[:12]), "other": RecordsSource("other", RECORDS[12:])}
     config = DataConfig(dataset="nowhere", train_split="mine", eval_split="other", max_length=64)
-    data = train_data(config, tokenizer, batch_size=4, cache=tmp_path, source=given)
+    data = train_data(config, tokenizer, batch_size=4, source=given)
     assert data.store.counts.examples == 12
     reported, selecting = held_out(open_pair(config, source=given)[1], config, tokenizer)
     assert len(reported) + len(selecting) == 8

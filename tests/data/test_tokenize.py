@@ -89,6 +89,7 @@ def test_tokens_before_a_completion_are_those_of_the_preceding_text(name, texts)
         for start, stop in text.answers:
             expected[place[start] : place[stop]] = True
         assert example.answer.tolist() == expected.tolist()
+    assert (tokenizer.backend.post_processor is None) == ("space" not in name)  # files are written with it
 
 
 # ---------------------------------------------------------------- broken records

@@ -123,42 +123,32 @@ def test_truncation_and_padding_of_the_saver_are_dropped(tmp_path: Path) -> None
     assert len(Tokenizer.from_folder(tmp_path).encode(CORPUS[0])) == len(byte_level().encode(CORPUS[0]).ids)
 
 
-def test_special_tokens_as_objects_and_stop_ids(tmp_path: Path) -> None:
+OBJECT = {"content": "<|im_end|>", "lstrip": False}
+NESTED = {"text_config": {"eos_token_id": [2, 1]}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "config", "generation", "stops"),
+    [
+        ({"eos_token": OBJECT, "pad_token": None}, {}, {"eos_token_id": [2, 0]}, (2, 0)),
+        ({}, {"eos_token_id": 0}, {}, (2, 0)),
+        ({}, NESTED, {}, (2, 1)),
+        ({}, NESTED, {"eos_token_id": [0]}, (2, 0, 1)),
+        ({"eos_token": None}, {"eos_token_id": [2, 0]}, {}, (2, 0)),
+        ({"eos_token": None}, {}, {"eos_token_id": [2, 0]}, (2, 0)),
+        *(({}, {"eos_token_id": value}, {}, (2,)) for value in (-1, 10**30, True, "2")),
+    ],
+)
+def test_stop_ids_come_from_all_files(
+    tmp_path: Path, settings: dict, config: dict, generation: dict, stops: tuple
+) -> None:
     save(tmp_path)
-    edit(
-        tmp_path / "tokenizer_config.json",
-        eos_token={"content": "<|im_end|>", "lstrip": False},
-        pad_token=None,
-    )
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    edit(tmp_path / "tokenizer_config.json", **settings)
+    for name, values in {"config.json": config, "generation_config.json": generation}.items():
+        (tmp_path / name).write_text(json.dumps(values))
     ours = Tokenizer.from_folder(tmp_path)
-    assert ours.eos_id == ours.pad_id == 2
-    assert ours.eos_ids == (2, 0)
-
-
-def test_stop_ids_of_config_json_count_too(tmp_path: Path) -> None:
-    save(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
-    assert Tokenizer.from_folder(tmp_path).eos_ids == (2, 0)
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": [2, 1]}}))
-    assert Tokenizer.from_folder(tmp_path).eos_ids == (2, 1)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0]}))
-    assert Tokenizer.from_folder(tmp_path).eos_ids == (2, 0, 1)
-
-
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_a_folder_without_an_eos_token_takes_the_configs_id(tmp_path: Path, file: str) -> None:
-    save(tmp_path, eos_token=None)
-    (tmp_path / file).write_text(json.dumps({"eos_token_id": [2, 0]}))
-    ours = Tokenizer.from_folder(tmp_path)
-    assert (ours.eos_id, ours.eos_ids) == (2, (2, 0))
-
-
-@pytest.mark.parametrize("value", [-1, 10**30, True, "2"])
-def test_stop_ids_that_are_no_tokens_are_ignored(tmp_path: Path, value: object) -> None:
-    save(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
-    assert Tokenizer.from_folder(tmp_path).eos_ids == (2,)
+    assert (ours.eos_id, ours.eos_ids) == (2, stops)
+    assert ours.pad_id == (2 if "pad_token" in settings else 0)
 
 
 def test_tokens_beyond_the_embedding_are_refused_only_where_they_are_used(tmp_path: Path) -> None:
@@ -194,36 +184,31 @@ def test_half_a_character_is_no_text(tmp_path: Path, text: str) -> None:
 # ---------------------------------------------------------------- chat templates
 
 TOOL_USE = "tools{{ tools | length }}{{ messages[0].role }}"
-WHERE_TOOL_TEMPLATES_ARE = {
-    "both in the config": ("config", True),
-    "only for tools in the config": ("config", False),
-    "both in files": ("files", True),
-    "only for tools in a file": ("files", False),
-}
+PLAIN = "plain{{ messages[0].role }}"
 
 
-@pytest.mark.parametrize("case", WHERE_TOOL_TEMPLATES_ARE)
-def test_a_template_for_tools_is_used_as_transformers_uses_it(tmp_path: Path, case: str) -> None:
-    place, default = WHERE_TOOL_TEMPLATES_ARE[case]
+@pytest.mark.parametrize("in_files", [False, True])
+@pytest.mark.parametrize("default", [False, True])
+def test_a_template_for_tools_is_used_as_transformers_uses_it(
+    tmp_path: Path, in_files: bool, default: bool
+) -> None:
     save(tmp_path)
-    templates = {"tool_use": TOOL_USE, **({"default": "plain{{ messages[0].role }}"} if default else {})}
+    templates = {"tool_use": TOOL_USE, **({"default": PLAIN} if default else {})}
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
-    if place == "config":
-        listed = [{"name": name, "template": text} for name, text in templates.items()]
-        edit(tmp_path / "tokenizer_config.json", chat_template=listed)
-    else:
+    if in_files:
         (tmp_path / "additional_chat_templates").mkdir()
         (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(TOOL_USE)
         if default:
-            (tmp_path / "chat_template.jinja").write_text(templates["default"])
+            (tmp_path / "chat_template.jinja").write_text(PLAIN)
+    else:
+        listed = [{"name": name, "template": text} for name, text in templates.items()]
+        edit(tmp_path / "tokenizer_config.json", chat_template=listed)
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert ours.render_chat(CHAT, tools=tools) == theirs.apply_chat_template(
-        CHAT, tools=tools, tokenize=False
-    )
-    if default:
-        assert ours.render_chat(CHAT) == theirs.apply_chat_template(CHAT, tokenize=False)
-    else:
+    for given in (tools, None) if default else (tools,):
+        expected = theirs.apply_chat_template(CHAT, tools=given, tokenize=False)
+        assert ours.render_chat(CHAT, tools=given) == expected
+    if not default:
         with pytest.raises(NaloraError, match="chat template: .*found only one for chats with tools"):
             ours.render_chat(CHAT)
     # Written files are read in the same way.
@@ -309,10 +294,7 @@ ENDLESS = {
     ),
 }
 RELEASED = {
-    "Llama": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
-    "CLIP": normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " ")]),
     "T5": normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]),
-    "BERT": normalizers.BertNormalizer(),
     "the bound": normalizers.Sequence(DOUBLING * 10),
 }
 

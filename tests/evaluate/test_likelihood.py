@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.likelihood import choose_layout, make_batches, score_groups, split_group
@@ -27,10 +25,6 @@ def random_groups(count: int, seed: int = 0, *, own_contexts: bool = False) -> l
             ]
         groups.append(pairs)
     return groups
-
-
-def log_probs(scores) -> list[float]:
-    return [score.log_prob for row in scores for score in row]
 
 
 def assert_scores_equal_torch(scores, groups, torch_log_probs):
@@ -60,18 +54,6 @@ def test_a_continuation_is_greedy_where_every_token_is_the_likeliest(model, vari
     ]
     assert right.greedy
     assert not almost.greedy
-
-
-def test_a_mesh_gives_the_same_scores(model, variables):
-    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    split = jax.tree.map(
-        lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "tensor"))),
-        variables,
-    )
-    groups = random_groups(9)
-    sharded = score_groups(model, split, groups, mesh=mesh, batch_tokens=32)
-    single = score_groups(model, variables, groups, batch_tokens=32)
-    np.testing.assert_allclose(log_probs(sharded), log_probs(single), rtol=1e-5)
 
 
 @pytest.mark.parametrize("group", [[], [([], [1])], [([1], [2]), ([1], [])]])

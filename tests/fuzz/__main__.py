@@ -13,10 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import select
+import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +26,10 @@ from benchmarks.markers import write_between
 from tests.fuzz.campaign import outcomes
 from tests.fuzz.parsers import PARSERS, Parser
 
-_PROCESSOR_SECONDS = 10.0
-_SECONDS = 60.0
-_START_SECONDS = 300.0
 _MAX_MB = 1000
+# Timers whose signals end a process, also within C++, and their seconds.
+_TIMERS = {signal.ITIMER_PROF: 10.0, signal.ITIMER_REAL: 60.0}
+_HANGS = (-signal.SIGPROF, -signal.SIGALRM)
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 BEGIN, END = "<!-- fuzz: python -m tests.fuzz --publish -->", "<!-- end of fuzz -->"
 
@@ -44,51 +43,34 @@ class Tally:
     untyped: Counter[str] = field(default_factory=Counter)
     memory_mb: int = 0
 
-    @property
-    def failed(self) -> bool:
-        return bool(self.hangs or self.untyped or self.memory_mb > _MAX_MB)
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    names = [each.name for each in PARSERS]
     parser.add_argument("--inputs", type=int, default=1000, help="of each parser; of the slow ones fewer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--only", nargs="+", choices=[each.name for each in PARSERS], help="some of the parsers"
-    )
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="some of the parsers")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parsers that run at a time")
-    parser.add_argument(
-        "--publish", action="store_true", help="put a summary of all parsers into docs/checkpoints.md"
-    )
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--publish", action="store_true", help="put a summary into docs/checkpoints.md")
+    parser.add_argument("--first", type=int, help=argparse.SUPPRESS)  # of a process for one parser
     args = parser.parse_args()
-    if args.publish and args.only:
-        parser.error("--publish is for all parsers")
-    if args.child:
-        chosen = next(each for each in PARSERS if each.name == args.child)
-        for outcome in outcomes(chosen, args.seed, args.first, args.inputs):
+    chosen = [each for each in PARSERS if each.name in args.only]
+    if args.first is not None:
+        for outcome in outcomes(chosen[0], args.seed, args.first, args.inputs):
             print(json.dumps(asdict(outcome)), flush=True)
+            for timer, seconds in _TIMERS.items():
+                signal.setitimer(timer, seconds)
         return 0
-    rows = ["| parser | inputs | untyped errors | hangs | largest memory |", "|---|---|---|---|---|"]
-    print(*rows, sep="\n")
-    chosen_parsers = [each for each in PARSERS if not args.only or each.name in args.only]
+    print("| parser | inputs | untyped errors | hangs | largest memory |\n|---|---|---|---|---|")
     tallies = {}
     with ThreadPoolExecutor(args.jobs) as pool:
-        running = pool.map(lambda each: run(each, args.seed, each.share(args.inputs)), chosen_parsers)
-        for each, tally in zip(chosen_parsers, running, strict=True):
+        running = pool.map(lambda each: run(each, args.seed, each.share(args.inputs)), chosen)
+        for each, tally in zip(chosen, running, strict=True):
             tallies[each.name] = tally
-            cells = (
-                each.name,
-                f"{tally.inputs:,}",
-                tally.untyped.total(),
-                len(tally.hangs),
-                f"{tally.memory_mb} MB",
-            )
-            rows.append(f"| {' | '.join(map(str, cells))} |")
-            print(rows[-1], flush=True)
+            counts = f"{tally.inputs:,} | {tally.untyped.total()} | {len(tally.hangs)}"
+            print(f"| {each.name} | {counts} | {tally.memory_mb} MB |", flush=True)
     if args.publish:
         write_between(PAGE, BEGIN, END, summary(tallies))
     for name, tally in tallies.items():
@@ -96,17 +78,16 @@ def main() -> int:
             print(f"{name}: {count} x {error}", file=sys.stderr)
         for number in tally.hangs:
             print(f"{name}: input {number} of seed {args.seed} hangs", file=sys.stderr)
-    return int(any(tally.failed for tally in tallies.values()))
+    return int(any(one.hangs or one.untyped or one.memory_mb > _MAX_MB for one in tallies.values()))
 
 
 def summary(tallies: Mapping[str, Tally]) -> str:
     """Returns the lines of the page: totals over all parsers, their names, and those that failed."""
     inputs = sum(tally.inputs for tally in tallies.values())
     untyped = sum(tally.untyped.total() for tally in tallies.values())
-    hangs = {name: len(tally.hangs) for name, tally in tallies.items() if tally.hangs}
-    listed = "; ".join(f"{count} of {name}" for name, count in hangs.items()) or "none"
+    hangs = [f"{len(tally.hangs)} of {name}" for name, tally in tallies.items() if tally.hangs]
     return (
-        f"{inputs:,} inputs: {untyped} untyped errors; hangs: {listed}; "
+        f"{inputs:,} inputs: {untyped} untyped errors; hangs: {'; '.join(hangs) or 'none'}; "
         f"at most {max(tally.memory_mb for tally in tallies.values())} MB.\n"
         f"Parsers: {', '.join(tallies)}."
     )
@@ -116,65 +97,28 @@ def run(parser: Parser, seed: int, count: int) -> Tally:
     """All inputs of a parser; after one that hangs or ends its process, another process goes on with the next."""
     tally, first = Tally(), 0
     while first < count:
-        first = _run_from(parser, seed, first, count, tally)
-    return tally
-
-
-def _run_from(parser: Parser, seed: int, first: int, count: int, tally: Tally) -> int:
-    """Inputs from ``first`` on, in one process; returns the first that is still to be read."""
-    command = [sys.executable, "-m", "tests.fuzz", "--child", parser.name, "--seed", str(seed)]
-    command += ["--first", str(first), "--inputs", str(count)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-    ) as child:
-        assert child.stdout is not None
-        baseline, ready = None, True
-        while True:
-            ready = _answers(child, started=baseline is not None)
-            line = child.stdout.readline() if ready else b""
-            if not line:
-                child.kill()
-                break
-            outcome = json.loads(line)
-            if baseline is None:
-                baseline = outcome["peak_mb"]
-                continue
+        command = [sys.executable, "-m", "tests.fuzz", "--only", parser.name, "--seed", str(seed)]
+        command += ["--first", str(first), "--inputs", str(count)]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        baseline = None
+        with subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, **options) as child:
+            for outcome in map(json.loads, child.stdout or ()):
+                if baseline is None:  # of the undamaged file
+                    baseline = outcome["peak_mb"]
+                    continue
+                tally.inputs, first = tally.inputs + 1, outcome["number"] + 1
+                tally.memory_mb = max(tally.memory_mb, outcome["peak_mb"] - baseline)
+                tally.untyped.update([outcome["untyped"]] if outcome["untyped"] else [])
+        if baseline is None:
+            raise RuntimeError(f"{parser.name}: the undamaged file is not read: {' '.join(command)}")
+        if first < count:
             tally.inputs += 1
-            first = outcome["number"] + 1
-            tally.memory_mb = max(tally.memory_mb, outcome["peak_mb"] - baseline)
-            if outcome["untyped"]:
-                tally.untyped[outcome["untyped"]] += 1
-    if baseline is None:
-        raise RuntimeError(f"{parser.name}: the undamaged file is not read: {' '.join(command)}")
-    if first < count:
-        tally.inputs += 1
-        if not ready:
-            tally.hangs.append(first)
-        else:
-            tally.untyped["the end of the process"] += 1
-        first += 1
-    return first
-
-
-def _answers(child: subprocess.Popen[bytes], *, started: bool) -> bool:
-    """Whether a line (or the end) comes before the next input counts as one that hangs."""
-    began, used = time.monotonic(), _processor_seconds(child.pid)
-    while not select.select([child.stdout], [], [], 1.0)[0]:
-        if time.monotonic() - began > (_SECONDS if started else _START_SECONDS):
-            return False
-        if started and _processor_seconds(child.pid) - used > _PROCESSOR_SECONDS:
-            return False
-    return True
-
-
-def _processor_seconds(pid: int) -> float:
-    """What a process has used of the processor; 0 where the system does not say."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            if child.returncode in _HANGS:
+                tally.hangs.append(first)
+            else:
+                tally.untyped["the end of the process"] += 1
+            first += 1
+    return tally
 
 
 if __name__ == "__main__":

@@ -3,60 +3,27 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import json
-import math
 import random
 import tomllib
 from typing import Any
 
 # Values that break what is written without thinking of them.
 _ODD: tuple[Any, ...] = (
-    None,
-    True,
-    False,
-    -1,
-    0,
-    1,
-    2**31,
-    2**63,
-    10**30,
-    10**400,
-    0.5,
-    -0.0,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "x" * 300,
-    "x" * 100_000,
-    "\ud800",
-    "\x00",
-    "../../etc/passwd",
-    "(a+)+$",
-    "(",
-    "{{ 'a' * 10**9 }}",
-    [],
-    {},
-    [[]],
-    [None],
-    {"": None},
-    {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    *(None, True, False, -1, 0, 1, 2**31, 2**63, 10**30, 10**400),
+    *(0.5, -0.0, 1e308, float("nan"), float("inf")),
+    *("", "x" * 300, "x" * 100_000, "\ud800", "\x00", "../../etc/passwd"),
+    *("(a+)+$", "(", "{{ 'a' * 10**9 }}"),
+    *([], {}, [[]], [None], {"": None}, {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+)
+_ODD_TOML = (
+    *("1979-05-27", "true", "-1", "0", "0x7fffffffffffffff", "9" * 400, "1e308", "nan", "inf"),
+    *('""', "[]", "{}", "[[]]", '{"" = 1}', "[1979-05-27]"),
+    *(f'"{"x" * 300}"', '"../../etc/passwd"', '"(a+)+$"'),
 )
 _SPLICES = (
-    b"",
-    b"\x00",
-    b"\xff" * 8,
-    b"{",
-    b"]",
-    b"[" * 5000,
-    b'"',
-    b"9" * 5000,
-    b"\\ud800",
-    b"1e999",
-    b"\n",
-    b"{{ 'a' * 10**9 }}",
-    b"{% break %}",
+    *(b"", b"\x00", b"\xff" * 8, b"{", b"]", b"[" * 5000, b'"', b"9" * 5000),
+    *(b"\\ud800", b"1e999", b"\n", b"{{ 'a' * 10**9 }}", b"{% break %}"),
 )
 
 
@@ -102,37 +69,16 @@ def _changed_json(content: bytes, rng: random.Random) -> bytes | None:
 
 
 def _changed_toml(content: bytes, rng: random.Random) -> bytes | None:
-    """Returns a TOML document with odd values; None if ``content`` is not TOML."""
+    """Returns a TOML document with an odd value in a line; None if ``content`` is not TOML."""
     try:
-        value = tomllib.loads(content.decode())
+        tomllib.loads(content.decode())
     except ValueError:
         return None
-    for _ in range(rng.choice((1, 1, 1, 3))):
-        value = _changed(value, rng)
-    if not isinstance(value, dict):
-        return None
-    return "".join(f"{_toml_key(key)} = {_toml(part)}\n" for key, part in value.items()).encode()
-
-
-def _toml(value: Any) -> str:
-    """Returns a value as inline TOML; null, which TOML lacks, becomes a date."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml_key(key)} = {_toml(part)}" for key, part in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if value is None:
-        return datetime.date(1979, 5, 27).isoformat()
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (
-            hex(value) if value > 0 else str(value)
-        )  # Python writes no decimal number of many thousand digits
-    return _toml_key(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _toml_key(text: str) -> str:
-    return json.dumps(text.encode(errors="replace").decode())
+    lines = content.decode().splitlines()
+    at = rng.choice([number for number, line in enumerate(lines) if " = " in line])
+    name, _, _ = lines[at].partition(" = ")
+    lines[at] = f"{name} = {rng.choice(_ODD_TOML)}"
+    return "\n".join(lines).encode()
 
 
 def _changed(value: Any, rng: random.Random) -> Any:
@@ -159,13 +105,9 @@ def _changed(value: Any, rng: random.Random) -> Any:
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Any:
     """Paths of all parts of nested dicts and lists; of long ones some."""
-    items = (
-        list(value.items())
-        if isinstance(value, dict)
-        else list(enumerate(value))
-        if isinstance(value, list)
-        else []
-    )
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, dict | list):
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
     for key, part in items[:64]:
         yield (*path, key)
         yield from _places(part, (*path, key))

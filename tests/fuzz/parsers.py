@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,15 +17,21 @@ from unittest import mock
 import numpy as np
 from safetensors.numpy import save_file
 
+from nalora_jax.cli.config_files import load_config
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.chat import render
-from nalora_jax.data.files import JsonLines
+from nalora_jax.data.files import JsonLines, open_rows
+from nalora_jax.data.images.files import open_image, read_processor
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.data.tokenizer import Tokenizer, read_json
+from nalora_jax.evaluate.harness import generation_settings, run_harness
 from nalora_jax.evaluate.run_log import read_evaluation, recorded_settings
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.vision.families import read_dual
 from nalora_jax.report.compare import write_comparison
 from nalora_jax.report.html import write_report
+from nalora_jax.study.protocol import read_protocol
+from nalora_jax.study.report import status
 from nalora_jax.train.located import locate, run_config
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
@@ -30,21 +40,12 @@ from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.tensors import check_tensors
-from tests.fuzz import harness, people, studies
+from tests import tiny
+from tests.report.conftest import fake_records, write_run
 
-SHAPE: dict[str, Any] = {
-    "model_type": "llama",
+SHAPE: dict[str, Any] = tiny.HF | {
     "vocab_size": 48,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
     "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
-    "tie_word_embeddings": True,
     "eos_token_id": [0, 1],
 }
 CHATML = (
@@ -61,7 +62,7 @@ class Parser:
 
     name: str
     file: str  # "*": any file of the folder, which may also be gone, a folder, or a link
-    write: Callable[[Path], None]  # a good folder
+    write: Callable[[Path], Any]  # a good folder
     read: Callable[[Path], Any]
     every: int = 1  # a slow reader gets one in so many of a campaign's inputs
     needs: str = ""  # package that it needs, which is not in the extra `test`
@@ -73,18 +74,27 @@ class Parser:
         return max(inputs // self.every, min(inputs, 4))
 
 
+def _write_json(folder: Path, **files: Any) -> None:
+    """Writes NAME.json for each name and value."""
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+
+
+def _write_lines(path: Path, records: list[Any]) -> None:
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+
+
+# -------------------------------------------------------------------- models
+
+
 def _tokenizer(folder: Path) -> None:
     vocab = {"</s>": 0, "<s>": 1} | {chr(97 + i): i + 2 for i in range(26)} | {"ab": 28, "abc": 29}
-    model = {
-        "type": "BPE",
-        "vocab": vocab,
-        "merges": ["a b", "ab c"],
-        "unk_token": "</s>",
-        "byte_fallback": False,
-    }
-    added = [{"id": 0, "content": "</s>", "special": True, "normalized": False}]
-    added = [one | {"single_word": False, "lstrip": False, "rstrip": False} for one in added]
-    parts = {
+    model = {"type": "BPE", "vocab": vocab, "merges": ["a b", "ab c"], "unk_token": "</s>"}
+    added = {"id": 0, "content": "</s>", "special": True, "normalized": False}
+    whole = {
+        "version": "1.0",
+        "added_tokens": [added | {"single_word": False, "lstrip": False, "rstrip": False}],
+        "model": model | {"byte_fallback": False},
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]},
         "pre_tokenizer": {
             "type": "Split",
@@ -95,18 +105,15 @@ def _tokenizer(folder: Path) -> None:
         "decoder": {"type": "Strip", "content": " ", "start": 1, "stop": 0},
         "post_processor": None,
     }
-    whole = {"version": "1.0", "added_tokens": added, "model": model, **parts}
-    (folder / "tokenizer.json").write_text(json.dumps(whole))
     settings = {
         "eos_token": "</s>",
         "bos_token": {"content": "<s>"},
         "chat_template": CHATML,
         "add_bos_token": True,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    _write_json(folder, tokenizer=whole, tokenizer_config=settings, config=SHAPE)
+    _write_json(folder, generation_config={"eos_token_id": [0, 1]})
     (folder / "chat_template.jinja").write_text(CHATML)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
-    (folder / "config.json").write_text(json.dumps(SHAPE))
 
 
 def _use_tokenizer(folder: Path) -> None:
@@ -117,14 +124,13 @@ def _use_tokenizer(folder: Path) -> None:
 
 def _model(folder: Path) -> None:
     _tokenizer(folder)
-    config = ModelConfig.from_hf(SHAPE)
-    names = sorted(keymap_for(config, "hf").tensors, key=lambda tensor: tensor.name)
     files: dict[str, dict[str, np.ndarray]] = {"a.safetensors": {}, "b.safetensors": {}}
-    for number, tensor in enumerate(names):
+    tensors = sorted(keymap_for(ModelConfig.from_hf(SHAPE), "hf").tensors, key=lambda tensor: tensor.name)
+    for number, tensor in enumerate(tensors):
         files["ab"[number % 2] + ".safetensors"][tensor.name] = np.zeros(tensor.shape, np.float32)
-    for name, tensors in files.items():
-        save_file(tensors, folder / name)
-    listed = {tensor: name for name, tensors in files.items() for tensor in tensors}
+    for name, held in files.items():
+        save_file(held, folder / name)
+    listed = {tensor: name for name, held in files.items() for tensor in held}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
 
 
@@ -142,23 +148,11 @@ def _use_config(folder: Path) -> None:
 
 
 def _adapter(folder: Path) -> None:
-    settings = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 4,
-        "target_modules": ["gate_proj", "up_proj"],
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "owner/base",
-        "rank_pattern": {"layers.1.mlp.up_proj": 2},
-        "alpha_pattern": {r".*\.gate_proj": 4},
-        "layers_to_transform": [0, 1],
-        "layers_pattern": ["layers"],
-        "use_rslora": False,
-        "use_dora": False,
-        "lora_dropout": 0.1,
-        "bias": "none",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["gate_proj", "up_proj"]}
+    settings |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": "owner/base", "lora_dropout": 0.1}
+    settings |= {"rank_pattern": {"layers.1.mlp.up_proj": 2}, "alpha_pattern": {r".*\.gate_proj": 4}}
+    settings |= {"layers_to_transform": [0, 1], "layers_pattern": ["layers"], "bias": "none"}
+    _write_json(folder, adapter_config=settings | {"use_rslora": False, "use_dora": False})
     tensors = {}
     for layer in range(2):
         for name in ("gate_proj", "up_proj"):
@@ -191,9 +185,8 @@ def _gguf(folder: Path) -> None:
     writer.add_eos_token_id(2)
     writer.add_chat_template(CHATML)
     writer.add_tensor("token_embd.weight", np.ones((8, 32), np.float32))
-    writer.add_tensor(
-        "blk.0.attn_q.weight", np.ones((32, 34), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0
-    )
+    of_blocks = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("blk.0.attn_q.weight", np.ones((32, 34), np.uint8), raw_dtype=of_blocks)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -209,86 +202,162 @@ def _use_gguf(folder: Path) -> None:
         file.read(name, tuple(slice(0, size) for size in shape)).sum()
 
 
+# -------------------------------------------------------------------- data and settings
+
+ROWS = [{"prompt": f"question {n}", "completion": f" answer {n}", "label": n % 3} for n in range(40)]
+SETTINGS = """\
+model: smollm2-135m-instruct
+steps: 20
+lora:
+  rules:
+    - {pattern: "ffn/(gate|up|down)_proj", rank: 4}
+mechanisms: ["soft:power=2.0,warmup=5", curvature_cap]
+optimizer: &rates {learning_rate: 1.0e-3, schedule: cosine}
+data: {max_length: 128}
+"""
+
+
 def _jsonl(folder: Path) -> None:
     _tokenizer(folder)
-    records = [
-        {"prompt": "a b", "completion": " ab"},
-        {"messages": TALK},
-        {"messages": {"role": ["user", "assistant"], "content": ["a", "b"]}},
-        {
-            "messages": [
-                *TALK,
-                {"role": "user", "content": "c", "name": "x"},
-                {"role": "assistant", "content": "abc"},
-            ]
-        },
-    ]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    more = [{"role": "user", "content": "c", "name": "x"}, {"role": "assistant", "content": "abc"}]
+    columns = {"role": ["user", "assistant"], "content": ["a", "b"]}
+    talks = [{"messages": talk} for talk in (TALK, columns, [*TALK, *more])]
+    _write_lines(folder / "data.jsonl", [{"prompt": "a b", "completion": " ab"}, *talks])
 
 
 def _use_jsonl(folder: Path) -> None:
     lines, tokenizer = JsonLines(folder / "data.jsonl"), Tokenizer.from_folder(folder)
     for index in range(min(len(lines), 8)):
-        tokenize(
-            [render(lines[index], DataConfig(loss_on="assistant"), tokenizer, lines.where(index))],
-            tokenizer,
-        )
+        (record,) = lines.read([index])
+        text = render(record, DataConfig(loss_on="assistant"), tokenizer, lines.where(index))
+        tokenize([text], tokenizer)
+
+
+def _rows(folder: Path) -> None:
+    import pyarrow
+    import pyarrow.csv
+    import pyarrow.feather
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    _write_json(folder, rows=ROWS)
+    pyarrow.csv.write_csv(table, folder / "rows.csv")
+    pyarrow.parquet.write_table(table, folder / "rows.parquet", row_group_size=16)
+    pyarrow.feather.write_feather(table, folder / "rows.arrow", compression="uncompressed")
+
+
+def _use_rows(name: str) -> Callable[[Path], Any]:
+    def read(folder: Path) -> None:
+        rows = open_rows(folder / name)
+        rows.read(range(min(len(rows), 64)))
+
+    return read
+
+
+def _harness(folder: Path) -> None:
+    """Settings of generation, and a task on questions with choices."""
+    settings = {"until": ["\n", "."], "max_gen_toks": 12, "do_sample": True, "temperature": 0.7, "top_k": 5}
+    _write_json(folder, generation=settings | {"top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2})
+    items = [{"question": f"Which is {n}?", "choices": ["a", "b"], "gold": n % 2} for n in range(4)]
+    _write_lines(folder / "items.jsonl", items)
+    task = f"""\
+task: fuzzed
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder / "items.jsonl"}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+"""
+    (folder / "fuzzed.yaml").write_text(task)
+
+
+def _use_task(folder: Path) -> None:
+    """Runs the task, without the index of the harness's own tasks, which takes seconds to read."""
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+    class Even(LM):  # type: ignore[misc]
+        """A model whose every answer is equally likely."""
+
+        def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
+            return [(-1.0, False) for _ in requests]
+
+        def loglikelihood_rolling(self, requests: Any) -> list[float]:
+            return [-1.0 for _ in requests]
+
+        def generate_until(self, requests: Any) -> list[str]:
+            return ["" for request in requests if generation_settings(request.args[1])]
+
+    only_here = partial(TaskManager, include_defaults=False)
+    # The harness prints some settings to stdout, which has the outcomes of a campaign.
+    with mock.patch("lm_eval.tasks.TaskManager", only_here), contextlib.redirect_stdout(sys.stderr):
+        run_harness(Even(), ["fuzzed"], folder=folder)
+
+
+# -------------------------------------------------------------------- images
+
+TOWER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+TOWER |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+CLIP = {
+    "model_type": "clip",
+    "projection_dim": 8,
+    "logit_scale_init_value": 2.6592,
+    "vision_config": TOWER | {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8},
+    "text_config": TOWER
+    | {"model_type": "clip_text_model", "vocab_size": 64, "max_position_embeddings": 16},
+}
+PROCESSOR = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "resample": 3}
+PROCESSOR |= {"crop_size": {"height": 32, "width": 32}, "do_center_crop": True, "rescale_factor": 1 / 255}
+PROCESSOR |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
+
+
+def _images(folder: Path) -> None:
+    from PIL import Image
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8))
+    for name in ("image.png", "image.jpg"):
+        picture.save(folder / name)
+    _write_json(folder, preprocessor_config=PROCESSOR, config=CLIP)
+
+
+def _use_processor(folder: Path) -> None:
+    read_processor(folder).batch([open_image(folder / "image.png")])
+
+
+def _use_clip(folder: Path) -> None:
+    read_dual(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+# -------------------------------------------------------------------- runs and studies
+
+# The smallest study of the repository, with enough of its records to have a rate chosen.
+STUDY = Path(__file__).parents[2] / "studies" / "emoji_alignment"
 
 
 def _run(folder: Path) -> None:
-    scores = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "loss": 2.0, "n": 10}
-    samples = [{"prompt": "a", "answer": "b", "expected": "c", "correct": True}]
+    """A run's folder, without digests in the log, which would find the damage before anything else does."""
+    records = list(fake_records(20, layers=2, every=10))
     paired = {"difference": 0.1, "low": -0.1, "high": 0.2, "gained": 3, "lost": 1, "p_value": 0.3, "n": 10}
-    layers = {
-        "misalignment": [0.1, 0.2],
-        "limit": [0.1, None],
-        "importance": [0.3, 0.4],
-        "feature": [0.1, 0.1],
-    }
-    layers |= {
-        "occupancy": [[0.1, 0.4, 0.4, 0.1]] * 2,
-        "mask_mean": [1.0, 1.1],
-        "step_scale_min": [0.9, 0.8],
-    }
-    layers |= {"step_scale_max": [1.1, 1.2], "responsive": [0.5, 0.5]}
-    step = {
-        "loss": 2.5,
-        "learning_rate": 1e-3,
-        "grad_norm": 1.0,
-        "tokens": 100,
-        "tokens_per_second": 9.5,
-        "seconds": 2.0,
-    }
-    step |= {"misalignment": 0.2, "misalignment_limit": 0.1, "layers": layers, "peak_memory": 10**9}
-    step |= {"histograms": {"mask": {"edges": [0.5, 1.0, 2.0], "counts": [[1, 5, 2, 0], [0, 8, 0, 0]]}}}
-    step |= {"adapters": {"layers/ffn/gate_proj": [0.1, None]}}
-    base = {
-        "name": "x",
-        "file": "x.gguf",
-        "format": "GGUF",
-        "numbers": "Q4_1",
-        "fingerprint": "all:0",
-        "copy_of": "o/m",
-    }
-    lines = [
-        {"run": RunConfig(steps=20).to_dict(), "versions": {"jax": "1"}, "device": "cpu", "base": base},
-        {"step": 0, "initial": True, "eval": {**scores, "samples": samples}},
-        {"step": 0, "eval": scores},
-        {"step": 10, **step},
-        {"resumed": {"step": 10, "versions": {}, "device": "cpu"}},
-        {"step": 20, **step},
-        {"step": 20, "eval": scores},
-        {"step": 20, "final": True, "eval": {**scores, "paired": paired, "samples": samples}},
-        {"done": {"step": 20, "best_step": 20, "seconds": {"preparing": 5.0, "training": 9.5}}},
-    ]
-    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    (folder / "before.json").write_text(json.dumps({**scores, "samples": samples, "right": [True, False]}))
+    records[-2]["eval"]["paired"] = paired
+    base = {"name": "x", "file": "x.gguf", "format": "GGUF", "numbers": "Q4_1", "fingerprint": "all:0"}
+    write_run(folder, [{**records[0], "initial": True}, *records], RunConfig(steps=20), base=base)
+    log = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines.insert(4, {"resumed": {"step": 10, "versions": {}, "device": "cpu"}})
+    _write_lines(log, [{name: line[name] for name in line if name != "sha256"} for line in lines])
+    _write_json(folder, before=records[0]["eval"] | {"right": [True, False]})
     (folder / "adapter").mkdir(exist_ok=True)
     _adapter(folder / "adapter")
-
-
-def _use_log(folder: Path) -> None:
-    write_report(folder)
 
 
 def _use_page(folder: Path) -> None:
@@ -314,6 +383,16 @@ def _use_header(folder: Path) -> None:
     locate(folder)
 
 
+def _study(folder: Path) -> None:
+    shutil.copy(STUDY / "protocol.toml", folder)
+    lines = (STUDY / "records.jsonl").read_text().splitlines(keepends=True)
+    (folder / "records.jsonl").write_text("".join(lines[:20]))
+
+
+def _use_study(folder: Path) -> None:
+    status(read_protocol(folder))
+
+
 PARSERS = (
     Parser("safetensors header", "a.safetensors", _model, _use_model),
     Parser("safetensors index", "model.safetensors.index.json", _model, _use_model),
@@ -327,39 +406,33 @@ PARSERS = (
     Parser("GGUF", "model.gguf", _gguf, _use_gguf),
     Parser("JSONL", "data.jsonl", _jsonl, _use_jsonl),
     Parser(
-        "metrics.jsonl in the report", "metrics.jsonl", _run, _use_log, every=50
-    ),  # draws its pictures each time
+        "metrics.jsonl in the report", "metrics.jsonl", _run, write_report, every=50
+    ),  # draws its pictures
     Parser("metrics.jsonl in the report, without pictures", "metrics.jsonl", _run, _use_page),
     Parser("run folder", "*", _run, _use_run),
     Parser("metrics.jsonl as a run's header", "metrics.jsonl", _run, _use_header),
     Parser("before.json", "before.json", _run, lambda folder: read_evaluation(folder / "before.json")),
+    Parser("JSON array", "rows.json", _rows, _use_rows("rows.json")),
+    Parser("CSV", "rows.csv", _rows, _use_rows("rows.csv")),
+    Parser("Parquet", "rows.parquet", _rows, _use_rows("rows.parquet")),
+    Parser("Arrow", "rows.arrow", _rows, _use_rows("rows.arrow")),
     Parser(
-        "JSON array",
-        "rows.json",
-        people.write_json_array,
-        lambda folder: people.read_rows(folder, "rows.json"),
+        "YAML settings",
+        "run.yaml",
+        lambda folder: (folder / "run.yaml").write_text(SETTINGS),
+        lambda folder: load_config(folder / "run.yaml"),
     ),
-    Parser("CSV", "rows.csv", people.write_csv, lambda folder: people.read_rows(folder, "rows.csv")),
+    Parser("PNG", "image.png", _images, lambda folder: open_image(folder / "image.png")),
+    Parser("JPEG", "image.jpg", _images, lambda folder: open_image(folder / "image.jpg")),
+    Parser("preprocessor_config.json", "preprocessor_config.json", _images, _use_processor),
+    Parser("config.json of CLIP", "config.json", _images, _use_clip),
+    Parser("protocol.toml", "protocol.toml", _study, _use_study),
+    Parser("records.jsonl", "records.jsonl", _study, _use_study),
     Parser(
-        "Parquet",
-        "rows.parquet",
-        people.write_parquet,
-        lambda folder: people.read_rows(folder, "rows.parquet"),
+        "harness generation settings",
+        "generation.json",
+        _harness,
+        lambda folder: generation_settings(read_json(folder / "generation.json")),
     ),
-    Parser(
-        "Arrow", "rows.arrow", people.write_arrow, lambda folder: people.read_rows(folder, "rows.arrow")
-    ),
-    Parser("YAML settings", "run.yaml", people.write_settings, people.read_settings),
-    Parser("PNG", "image.png", people.write_png, lambda folder: people.read_image(folder, "image.png")),
-    Parser("JPEG", "image.jpg", people.write_jpeg, lambda folder: people.read_image(folder, "image.jpg")),
-    Parser(
-        "preprocessor_config.json", "preprocessor_config.json", people.write_processor, people.use_processor
-    ),
-    Parser("config.json of CLIP", "config.json", people.write_clip, people.read_clip),
-    Parser("protocol.toml", "protocol.toml", studies.write_study, studies.use_study),
-    Parser("records.jsonl", "records.jsonl", studies.write_study, studies.use_study),
-    Parser(
-        "harness generation settings", "generation.json", harness.write_generation, harness.use_generation
-    ),
-    Parser("harness task", "fuzzed.yaml", harness.write_task, harness.use_task, needs="lm_eval"),
+    Parser("harness task", "fuzzed.yaml", _harness, _use_task, needs="lm_eval"),
 )

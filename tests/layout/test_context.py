@@ -164,12 +164,11 @@ def assert_equal_runs(spread: tuple[Any, list[Any]], single: tuple[Any, list[Any
         )
 
 
-ALONE, WITH_FSDP, WITH_TENSOR = MeshConfig(1, 1, 1, 8), MeshConfig(1, 2, 1, 4), MeshConfig(2, 1, 2, 2)
+ALONE, WITH_TENSOR = MeshConfig(1, 1, 1, 8), MeshConfig(2, 1, 2, 2)
 CASES = [
-    ("dense", ALONE),
     ("sinks and experts", WITH_TENSOR),
     ("delta rule", WITH_TENSOR),
-    ("short convolution", MeshConfig(1, 2, 2, 2)),
+    ("short convolution", ALONE),
 ]
 
 
@@ -219,17 +218,6 @@ def test_models_and_rows_that_cannot_be_split_are_refused(
     config = replace(CONFIG, data=replace(CONFIG.data, max_length=12))
     with pytest.raises(NaloraError, match=message):
         check_context(config, base, made)
-
-
-def test_rows_that_the_axis_does_not_divide_are_padded(caplog: pytest.LogCaptureFixture) -> None:
-    made = distributed.make_mesh(ALONE)
-    with caplog.at_level("INFO", logger="nalora_jax"):
-        check_context(
-            replace(CONFIG, data=replace(CONFIG.data, max_length=100)),
-            ModelConfig.from_hf(RAWS["dense"]),
-            made,
-        )
-    assert "rows of 100 tokens are padded to 112" in caplog.text
 
 
 def test_held_out_losses_of_split_rows_are_those_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,13 +50,6 @@ def estimated(
     return estimate(layout, config, base, adapter_spec(config, base), where)
 
 
-def test_a_model_that_fits_is_whole_on_every_chip():
-    layout = chosen("llama-3.1-8b", "v6e:16x16")
-    assert (layout.data, layout.fsdp, layout.tensor, layout.remat) == (256, 1, 1, "dots")
-    assert layout.gathers == 0
-    assert layout.mfu > 0.65
-
-
 def test_a_model_that_does_not_fit_is_split_and_keeps_what_there_is_room_for():
     small, large = chosen("llama-3.1-8b", "v5e:16x16"), chosen("llama-3.1-70b", "v6e:16x16")
     assert small.fsdp > 1

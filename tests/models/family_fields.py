@@ -1,9 +1,19 @@
-"""Fields of config.json in the models of test_families.py and of benchmarks/served_cases.py."""
+"""Fields of config.json in the models of these tests and of benchmarks/served_cases.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from nalora_jax.models.config import ModelConfig
+
+TINY: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 WINDOW, ORIGINAL = 8, 16  # the sliding windows and the original contexts, which rows exceed
 YARN: dict[str, Any] = {
     "rope_type": "yarn",
@@ -25,3 +35,8 @@ GRANITE = {
     "residual_multiplier": 0.4,
     "logits_scaling": 4.0,
 }
+
+
+def tiny_config(model_type: str, **fields: Any) -> ModelConfig:
+    """Returns a model of `TINY` sizes with other fields."""
+    return ModelConfig.from_hf(TINY | {"model_type": model_type} | fields)

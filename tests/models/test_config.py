@@ -199,7 +199,6 @@ REFUSED = {
     "quantized files": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "truthy text": ({"attention_bias": "yes"}, "attention_bias: expected true or false"),
     "unknown scaling": ({"rope_scaling": {"type": "xpos", "factor": 2.0}}, "rope_type: expected one of .*yarn"),
-    "scaling without factor": ({"rope_scaling": {"type": "linear"}}, "factor"),
     "multimodal rotation": ({"rope_scaling": {"type": "default", "mrope_section": [1, 1]}}, "mrope_section"),
     "partial rotation": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "rope by layer kind": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters"),
@@ -209,16 +208,12 @@ REFUSED = {
     ),
     "a dense layer too many": ({"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": [4]}, "mlp_only"),
     "uneven groups of experts": ({**GLM, "n_group": 3}, "n_group: expected equal groups .* of the 8 experts, found 3"),
-    "groups of single experts": ({**GLM, "n_group": 8}, "n_group"),
     "more groups kept than there are": ({**GLM, "n_group": 2, "topk_group": 3}, "topk_group: expected at most 2"),
-    "too few groups kept": ({**GLM, "n_group": 4, "num_experts_per_tok": 3}, "topk_group: .*num_experts_per_tok"),
     "two layers of predictions": ({**GLM, "num_nextn_predict_layers": 2}, "num_nextn_predict_layers: expected 0 or 1"),
-    "no scaling of experts": ({**GLM, "routed_scaling_factor": 0}, "routed_scaling_factor"),
     "more chosen than there are": ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok"),
     "auxiliary loss": ({"model_type": "mixtral", "output_router_logits": True}, "output_router_logits"),
     "chunked attention": ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 4}, "layer_types"),
     "sliding without a window": ({"model_type": "gemma2", "sliding_window": 0}, "sliding_window"),
-    "sliding while switched off": ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4}, "layer_types"),
     "mixed windows in Mistral": (
         {"model_type": "mistral", "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
         "layer_types",
@@ -236,12 +231,7 @@ REFUSED = {
         {"model_type": "ministral3", "rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
         "llama_4_scaling_beta: expected 0 without",
     ),
-    "growing queries in another family": (
-        {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
-        "llama_4_scaling_beta",
-    ),
     "another gate in gpt-oss": ({"model_type": "gpt_oss", "hidden_act": "gelu"}, "hidden_act: expected 'silu'"),
-    "no clamp in gpt-oss": ({"model_type": "gpt_oss", "swiglu_limit": 0}, "swiglu_limit: expected a finite number"),
     "another quantization of gpt-oss": (
         {"model_type": "gpt_oss", "quantization_config": {"quant_method": "awq"}},
         "quant_method: expected 'mxfp4'.* found 'awq'",
@@ -257,10 +247,6 @@ REFUSED = {
     "a layer beyond the last": ({"model_type": "lfm2", "full_attn_idxs": [1, 4]}, "full_attn_idxs"),
     "an ungated block in LFM2": ({"model_type": "lfm2", "block_use_swiglu": False}, "block_use_swiglu"),
     "another width of LFM2's convolution": ({"model_type": "lfm2", "conv_dim": 48}, r"hidden_size \(32\)"),
-    "attention of all tokens to the future": (
-        {"model_type": "gemma4_text", "use_bidirectional_attention": "all"},
-        "bidirectional",
-    ),
     "Gemma 4 that ends in a window": (
         {"model_type": "gemma4_text", "layer_types": ["full_attention", "sliding_attention"] * 2},
         "layer_types: expected 'full_attention' in the last layer",
@@ -277,10 +263,6 @@ REFUSED = {
     "no layer of a type before the layers without keys": (
         {"model_type": "gemma4_text", "num_kv_shared_layers": 3},
         "num_kv_shared_layers: expected a layer of every type",
-    ),
-    "layers of one type that differ": (
-        {"model_type": "gemma4_text", "per_layer_config": {"0": {"head_dim": 4}}},
-        "per_layer_config: expected one JSON object for all layers of type sliding_attention",
     ),
     "an unknown field of a layer": (
         {"model_type": "gemma4_text", "per_layer_config": {"3": {"sliding_window": 4}}},
@@ -337,17 +319,15 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = sorted(
-    {key for raw in OLD_FORMS.values() for key in raw}
-    | {
-        "rope_parameters",
-        "layer_types",
-        "attention_bias",
-        "attention_dropout",
-        "text_config",
-        "no_rope_layers",
-    }
-)
+MORE = {
+    "rope_parameters",
+    "layer_types",
+    "attention_bias",
+    "attention_dropout",
+    "text_config",
+    "no_rope_layers",
+}
+FIELDS = sorted(MORE.union(*OLD_FORMS.values()))
 
 
 @settings(max_examples=150, deadline=None)
@@ -364,38 +344,21 @@ def test_only_this_librarys_error_comes_out(family, changes):
     assert all(min(shape) > 0 for shape in param_shapes(config).values())
 
 
-def nullable(family: str) -> list[str]:
-    """Fields of a family's class in transformers that this library reads."""
-    known = {
-        "attention_dropout",
-        "final_logit_softcapping",
-        "attn_logit_softcapping",
-        "layer_types",
-        "sliding_window",
-    }
-    known |= {"num_key_value_heads", "head_dim", "tie_word_embeddings", "rms_norm_eps", "hidden_activation"}
-    known |= {
-        "max_window_layers",
-        "query_pre_attn_scalar",
-        "no_rope_layers",
-        "no_rope_layer_interval",
-        "hidden_act",
-    }
-    known |= {
-        "max_position_embeddings",
-        "num_experts_per_tok",
-        "moe_intermediate_size",
-        "decoder_sparse_step",
-    }
-    known |= {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
-    return sorted(known & set(CONFIG_MAPPING[family]().to_dict()))
+# Fields that this library reads, with a meaning of null in transformers.
+NULLABLE = {
+    "attention_dropout", "attn_logit_softcapping", "attention_multiplier", "decoder_sparse_step", "hidden_act",
+    "embedding_multiplier", "final_logit_softcapping", "head_dim", "hidden_activation", "layer_types", "logits_scaling",
+    "max_position_embeddings", "max_window_layers", "moe_intermediate_size", "no_rope_layer_interval", "no_rope_layers",
+    "num_experts_per_tok", "num_key_value_heads", "query_pre_attn_scalar", "residual_multiplier", "rms_norm_eps",
+    "sliding_window", "tie_word_embeddings",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", supported())
 def test_null_fields_mean_what_they_mean_in_transformers(family: str) -> None:
     base = {**LLAMA, "model_type": family, "num_experts_per_tok": 2, "pad_token_id": 0}
     base |= {"n_routed_experts": 4} if family == "glm4_moe" else {"num_experts": 4}
-    for name in nullable(family):
+    for name in sorted(NULLABLE & CONFIG_MAPPING[family]().to_dict().keys()):
         raw = {**base, name: None}
         try:
             theirs = CONFIG_MAPPING[family](

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,40 +13,23 @@ import pytest
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import LoRAConfig
 from nalora_jax.method.measurement import GateStatsConfig
-from nalora_jax.models import decoder
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.block import Block
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder, init_cache
+from nalora_jax.models.decoder import Block, Decoder, init_cache
 from nalora_jax.models.parts import LayerInputs, SharedInputs
 from nalora_jax.models.ropes import rope_tables
-from nalora_jax.models.stacks import param_shapes, projection_shapes
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, resolve
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.ops.storage import prepare
+from tests.models.family_fields import tiny_config
 from tests.observed import observed
 from tests.param_trees import init_params
 
-BASE = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
 CONFIGS = {
-    "dense": ModelConfig.from_hf(
-        {**BASE, "model_type": "gemma3_text", "sliding_window": 5, "attention_bias": True}
-    ),
-    "experts": ModelConfig.from_hf(
-        {**BASE, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
-    ),
-    "self-gated": dataclasses.replace(
-        ModelConfig.from_hf({**BASE, "model_type": "llama", "hidden_act": "gelu", "mlp_bias": True}),
-        gated=False,
-    ),
+    "dense": tiny_config("gemma3_text", head_dim=8, sliding_window=5, attention_bias=True),
+    "experts": tiny_config("mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "self-gated": dataclasses.replace(tiny_config("llama", hidden_act="gelu", mlp_bias=True), gated=False),
 }
 RANKS = TargetSpec(ranks=(3, 0, 2), alphas=(6.0, 1.0, 1.0))
 
@@ -250,8 +232,7 @@ def test_low_precision_stays_close(config, params, numerics):
 @pytest.mark.parametrize("silent", ["attn/o_proj", "ffn/down_proj"])
 def test_residual_dropout_drops_outputs_of_both_parts_in_training_only(silent):
     """With one part's last kernel at zero, a block adds the other's output: each value is dropped or doubled."""
-    raw = {**BASE, "model_type": "seed_oss", "attention_dropout": 0.0, "residual_dropout": 0.5}
-    config = ModelConfig.from_hf(raw)
+    config = tiny_config("seed_oss", attention_dropout=0.0, residual_dropout=0.5)
     block, x = Block(config), jax.random.normal(jax.random.key(0), (2, 40, 16))
     params = jax.tree.map(lambda leaf: leaf[0], init_params(config, jax.random.key(1))["layers"])
     part, projection = silent.split("/")
@@ -293,16 +274,3 @@ def test_keeping_products_makes_no_frozen_product_again():
     assert full - attention > of_attention
     assert full - dots > of_attention + of_ffn
     assert dots < attention
-
-
-def test_random_weights_are_drawn_leaf_by_leaf():
-    """The program holds one leaf in float32, not all of them, which the tests' own draw does."""
-    raw = BASE | {"model_type": "llama", "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 512}
-    config = ModelConfig.from_hf(raw)
-    sizes = [4 * math.prod(shape) for shape in param_shapes(config).values()]
-
-    def temporary(init):
-        compiled = init.lower(config, jax.random.key(0), "bfloat16").compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    assert temporary(decoder.init_params) < 0.5 * sum(sizes) < temporary(init_params)

@@ -602,11 +602,10 @@ def measure_plain(case: Case) -> float:
     return difference(pair.logits(tokens, np.ones_like(tokens)), reference(pair, tokens))
 
 
-def measure_padding(case: Case, side: str) -> float:
-    pair, tokens = build(case), random_tokens(2, SEQ)
-    lengths = np.array([SEQ - 3, SEQ - 3 if case.one_length else SHORT])[:, None]
-    index = np.arange(SEQ)[None]
-    real = index < lengths if side == "right" else index >= SEQ - lengths
+def measure_padding(case: Case) -> float:
+    """A row with padding on the right and one with padding on the left."""
+    pair, tokens, index = build(case), random_tokens(2, SEQ), np.arange(SEQ)
+    real = np.stack([index < SEQ - 3, index >= SEQ - (SEQ - 3 if case.one_length else SHORT)])
     tokens = np.where(real, tokens, 0)
     return difference(pair.logits(tokens, real.astype(int)), reference(pair, tokens, real), real)
 
@@ -787,10 +786,13 @@ def measure_peft(case: Case, folder: Path) -> float:
     return difference(ours, theirs)
 
 
-# The continuation needs a program of its own to compile: one case per family, and RoPE that changes as it grows.
-GREEDY = tuple({case.family: case for case in reversed(CASES)}.values()) + tuple(
-    case for case in CASES if case.family == "llama" and case.one_length
-)
+# The continuation needs a program of its own to compile: one case per family whose layers are not cached like those of
+# another one, and RoPE that changes as the text grows.
+CACHED_ALIKE = ("mistral", "qwen2", "qwen3", "gemma", "olmo2", "olmo3", "smollm3", "granite", "qwen3_moe")
+CACHED_ALIKE += ("qwen3_5_moe_text", "gemma4_unified_text")
+FIRST = {case.family: case for case in reversed(CASES)}
+GREEDY = [case for family, case in FIRST.items() if family not in CACHED_ALIKE]
+GREEDY += [case for case in CASES if case.family == "llama" and case.one_length]
 
 
 # Adapters of one family for each kind of layer.
@@ -798,7 +800,6 @@ KINDS = (
     "llama",
     "gemma2",
     "gpt_oss",
-    "mixtral",
     "glm4_moe",
     "qwen2_moe",
     "qwen3_next",
@@ -816,9 +817,8 @@ class TestFamily:
     def test_logits_agree_beyond_the_window(self, case):
         assert measure_plain(case) <= case.tolerance
 
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_logits_agree_with_padding(self, case, side):
-        assert measure_padding(case, side) <= case.tolerance
+    def test_logits_agree_with_padding(self, case):
+        assert measure_padding(case) <= case.tolerance
 
     def test_packing_equals_separate_runs(self, case):
         assert measure_packing(case) <= case.tolerance

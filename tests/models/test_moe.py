@@ -140,9 +140,8 @@ def test_gpt_oss_experts_against_float64():
     np.testing.assert_allclose(y.reshape(-1, D), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_statistics_are_the_same_where_adapters_lie_side_by_side(stride):
-    x, stats = normal(2, 8, D), GateStatsConfig(stride=stride, probe_stride=2 * stride)
+def test_statistics_are_the_same_where_adapters_lie_side_by_side():
+    x, stats = normal(2, 8, D), GateStatsConfig(stride=2, probe_stride=4)
     found = []
     for platform in ("cpu", "gpu", "tpu"):
         module = block(stats=stats, numerics=Numerics(platform=Platform(platform)))

@@ -17,30 +17,14 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.ops.causal_conv import causal_conv
 from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule
+from tests.models.family_fields import tiny_config
 from tests.param_trees import init_params
 
-SIZES = {
-    "vocab_size": 48,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-DELTA_NET = ModelConfig.from_hf(
-    SIZES
-    | {
-        "model_type": "qwen3_5_text",
-        "layer_types": ["linear_attention", "full_attention"],
-        "head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    }
-)
-CONVOLUTION = ModelConfig.from_hf(
-    SIZES | {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "conv_bias": True}
+HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+HEADS |= {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_hidden_layers": 2}
+DELTA_NET = tiny_config("qwen3_5_text", layer_types=["linear_attention", "full_attention"], **HEADS)
+CONVOLUTION = tiny_config(
+    "lfm2", layer_types=["conv", "full_attention"], conv_bias=True, num_hidden_layers=2
 )
 RELEASED = Path(__file__).parents[2] / "nalora_jax/cli/planning/released/LFM2-1.2B.json"
 

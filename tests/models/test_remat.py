@@ -23,22 +23,15 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.ops import attention_gpu
 from nalora_jax.ops.attention_gpu import CUDNN
 from nalora_jax.ops.dispatch import Platform, numerics_for
+from tests.models.family_fields import tiny_config
 from tests.param_trees import init_params
 
 ROWS, SEQ, D, F, HEADS, KV_HEADS, LAYERS = 2, 8, 64, 48, 4, 2, 3
 
 
 def small(model_type: str, **fields: Any) -> ModelConfig:
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": D,
-        "intermediate_size": F,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": D // HEADS,
-    }
-    return ModelConfig.from_hf(sizes | {"model_type": model_type} | fields)
+    sizes = {"hidden_size": D, "intermediate_size": F, "head_dim": D // HEADS}
+    return tiny_config(model_type, **(sizes | fields))
 
 
 @pytest.fixture(scope="module")
@@ -131,20 +124,6 @@ cudnn.defvjp(cudnn_forward, lambda saved, cotangent: (*BACKWARD.bind(*saved, cot
 
 def traced_cudnn(q, k, v, visible, **_):
     return cudnn(*(x.astype(jnp.bfloat16) for x in (q, k, v)), visible).astype(jnp.float32)
-
-
-@pytest.mark.parametrize(("remat", "times"), [("dots", 1), ("attention", 1), ("full", 2)])
-def test_attention_of_cudnn_and_its_projections_are_made_again_by_full_alone(
-    traced, monkeypatch, remat, times
-):
-    """Keys and values are the matmuls of this width: two in a layer."""
-    monkeypatch.setattr(attention_gpu, "dot_product", traced_cudnn)
-    monkeypatch.setattr(attention_gpu, "compiles", lambda *_: True)
-    text = str(traced(remat, Platform("gpu", "NVIDIA H100 80GB HBM3", 1), "auto").jaxpr)
-    assert text.count(f"= {FORWARD.name} ") == times
-    assert text.count(f"= {BACKWARD.name} ") == 1
-    width = KV_HEADS * D // HEADS
-    assert len(re.findall(rf"\[{ROWS * SEQ},{width}\] = dot_general\[", text)) == 2 * times
 
 
 def saved_by_layer(jaxpr: Any) -> float:

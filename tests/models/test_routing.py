@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.config import MeshConfig
 from nalora_jax.layout import distributed
-from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.routing import (
     Places,
     RouterSpec,
@@ -26,6 +25,7 @@ from nalora_jax.models.routing import (
 )
 from nalora_jax.models.stacks import gate_blocks
 from nalora_jax.ops.split_rows import split
+from tests.models.family_fields import tiny_config
 
 TOKENS, TOP_K, WIDTH = 6, 3, 4
 
@@ -78,21 +78,8 @@ def test_the_gradients_scatter_no_rows(places: Places) -> None:
     assert "scatter" not in lowered
 
 
-GLM = ModelConfig.from_hf(
-    {
-        "model_type": "glm4_moe",
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "moe_intermediate_size": 8,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 2,
-    }
-)
+EXPERTS_OF_GLM = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 2}
+GLM = tiny_config("glm4_moe", moe_intermediate_size=8, **EXPERTS_OF_GLM)
 
 
 def test_a_layer_has_a_gate_of_experts_and_a_gate_of_the_shared_expert():

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import (
     depths,
@@ -26,21 +25,11 @@ from nalora_jax.models.stacks import (
     stacks,
 )
 from nalora_jax.models.targets import layer_path, resolve, uniform_path
+from tests.models.family_fields import tiny_config
 from tests.observed import taps_of
 from tests.param_trees import init_params
 
-RAW = {
-    "model_type": "gemma3_text",
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 7,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "sliding_window": 5,
-}
-UNIFORM = ModelConfig.from_hf(RAW)
+UNIFORM = tiny_config("gemma3_text", num_hidden_layers=7, head_dim=8, sliding_window=5)
 # The same model with layers 0 and 6 of another kind by name only: groups [A], [B A] x 2, [B], [A] or fewer.
 MIXED = dataclasses.replace(
     UNIFORM, kinds=((), (("norm_eps", UNIFORM.norm_eps),)), layer_kinds=(1, 0, 1, 1, 0, 1, 1)

@@ -25,17 +25,6 @@ RECORDS = [
 ]
 
 
-def test_lines_are_told_apart_by_their_keys():
-    history = history_of(RECORDS)
-    assert history.config == {"steps": 30}
-    assert [record["step"] for record in history.steps] == [10, 20, 30]
-    assert [record["step"] for record in history.evals] == [0, 30]
-    assert history.resumed == (20,)
-    assert history.final["eval"]["accuracy"] == 0.7
-    assert history.done == {"step": 30, "best_step": 10}
-    assert (history.last_step, history.total_steps) == (30, 30)
-
-
 def test_columns_leave_out_missing_numbers_and_turn_null_into_nan():
     history = history_of(RECORDS)
     steps, loss = history.column("loss")
@@ -47,14 +36,6 @@ def test_columns_leave_out_missing_numbers_and_turn_null_into_nan():
     assert history.layers("occupancy")[1].shape == (1, 2, 4)
     assert history.layers("feature")[1].size == 0
     assert history.total("seconds") == 12.0
-
-
-def test_the_outcome_is_that_of_the_exported_adapter():
-    assert [(score.step, score.value) for score in history_of(RECORDS).outcome] == [(0, 0.4), (10, 0.7)]
-    unfinished = history_of([record for record in RECORDS if "final" not in record])
-    assert [(score.step, score.value) for score in unfinished.outcome] == [(0, 0.4), (30, 0.6)]
-    assert len(history_of(RECORDS[:2]).outcome) == 1
-    assert history_of(RECORDS[:1]).outcome == []
 
 
 def test_a_log_without_a_run_is_refused(tmp_path):

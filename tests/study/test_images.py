@@ -6,25 +6,21 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from nalora_jax.common import trees
 from nalora_jax.data.images.opened import open_images
-from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images
-from nalora_jax.layout.distributed import make_global_batch, make_mesh
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Cell, Run
 from nalora_jax.study.protocol import Method, Protocol, read_protocol
 from nalora_jax.study.records import Record, Records
-from nalora_jax.study.report import write_report
 from nalora_jax.study.resources import Resources
 from nalora_jax.train.kinds import dual
-from nalora_jax.train.run import built
 from tests import tiny
+from tests.study.conftest import trained_alone
 
 PROTOCOL = """
 question = "Which method learns colours?"
@@ -124,18 +120,10 @@ def test_a_run_is_the_run_that_its_settings_alone_make(pairs: Resources) -> None
     config = pairs.protocol.config(
         pairs.protocol.models[0], "pairs", "lora", record["rate"], record["seed"]
     )
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    pieces = built(dual.open_inputs(config, None), dual, config, mesh, None)
-    state, losses, batches = pieces.assembly.state, [], pieces.data.batches()
-    for _ in range(4):
-        batch = make_global_batch(next(batches), pieces.assembly.mesh, rows_axis=1)
-        state, metrics = pieces.assembly.step(pieces.assembly.view(pieces.assembly.params), state, batch)
-        losses.append(float(metrics["loss"]))
-    batches.close()
-    logged = [row["loss"] for row in record["training"]]
-    np.testing.assert_allclose(logged, np.mean(np.split(np.array(losses), 2), 1), rtol=1e-6)
+    lora, losses = trained_alone(dual, config)
+    np.testing.assert_allclose([row["loss"] for row in record["training"]], losses, rtol=1e-6)
     run = run_of(pairs, "pairs")
-    mine = pairs.measure(run, pairs.prepared(run), state.lora, pairs.test_items(run), whole=True)
+    mine = pairs.measure(run, pairs.prepared(run), lora, pairs.test_items(run), whole=True)
     for name, value in mine.items():
         assert record["test"][name] == pytest.approx(value, abs=1e-6), name
     assert set(mine) >= {"loss", "recall", "image_to_text_recall_5", "text_to_image_recall_1"}
@@ -166,21 +154,6 @@ def test_pairs_share_rows_items_and_projections_and_programs_serve_all_seeds(
     assert all(one["curve"][-1]["loss"] < one["curve"][0]["loss"] for one in records)
 
 
-def test_the_report_has_both_ways_of_retrieval(pairs: Resources) -> None:
-    write_report(pairs.protocol)
-    text = (pairs.protocol.folder / "results.md").read_text()
-    (record,) = [one for one in records_of(pairs) if (one["stage"], one["method"]) == ("test", "lora")]
-    (header,) = [line for line in text.splitlines() if line.startswith("| method | rate | parameters")]
-    (row,) = [line for line in text.splitlines() if line.startswith(f"| lora | {record['rate']:g} |")]
-    shown = dict(zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
-    assert float(shown["loss"]) == pytest.approx(record["test"]["loss"], abs=6e-5)
-    assert float(shown["text to image recall 5"]) == pytest.approx(
-        record["test"]["text_to_image_recall_5"], abs=6e-4
-    )
-    assert "nats per image or caption among all held-out pairs" in text
-    assert "| 1 - recall | again | lora | pairs | 1 |" in text
-
-
 def test_tasks_of_one_shape_share_programs_but_not_their_classes(shots: Resources) -> None:
     first, second = run_of(shots, "two"), run_of(shots, "four")
     assert shots.prepared(first).assembly is shots.prepared(second).assembly
@@ -198,28 +171,3 @@ def test_tasks_of_one_shape_share_programs_but_not_their_classes(shots: Resource
         tokens = np.asarray(prepared.params["classes"]["tokens"])[:, 0]
         prompts = [run.config.vision.templates[0].format(name) for name in items.classes]
         np.testing.assert_array_equal(tokens, loaded.tokenizer(prompts)["tokens"])
-
-
-@pytest.mark.parametrize(
-    ("vision", "metric", "message"),
-    [
-        (
-            'task = "chat"',
-            "",
-            r'\[tasks.t\] vision task: expected "classify", "contrast", or none for text',
-        ),
-        (
-            'task = "contrast"',
-            'metric = "accuracy"',
-            r"metric: expected a metric that \[tasks.t\] measures during training",
-        ),
-        (
-            "image_size = 12",
-            "",
-            "--vision.image-size: expected 0 with any --vision.task but classify and contrast",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_named(tmp_path: Path, vision: str, metric: str, message: str) -> None:
-    with pytest.raises(NaloraError, match=message):
-        write_protocol(tmp_path, (tmp_path, tmp_path), tmp_path, {"t": vision}, metric)

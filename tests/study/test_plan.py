@@ -42,21 +42,6 @@ def done(
     return records
 
 
-def test_all_methods_are_tuned_level_before_the_next_seed_begins() -> None:
-    runs = wanted(PROTOCOL, {})
-    assert [(r.seed, r.cell.method, r.rate) for r in runs] == [
-        (seed, method, rate) for seed in (0, 1) for method in "ab" for rate in PROTOCOL.rates
-    ]
-    assert len({run.id for run in runs}) == len(runs) == 12
-    assert {run.stage for run in runs} == {"tune"}  # nothing is tested before its rate is chosen
-
-
-def test_settings_at_their_default_are_not_part_of_an_id() -> None:
-    steps = RunConfig().steps
-    run = Run(replace(PROTOCOL, run={"steps": steps}), "tune", CELL, 1e-3, 0)
-    assert run.id == replace(run, protocol=PROTOCOL).id
-
-
 def test_the_defaults_that_ids_leave_out_are_known() -> None:
     """After a new setting, renew the digest. After a changed default too, and write the former default into the
     protocols of unfinished studies: their earlier and later runs would have the same id."""

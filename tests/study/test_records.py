@@ -20,14 +20,6 @@ with Records(sys.argv[1]).claim("x") as snapshot:
 """
 
 
-def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
-    records = Records(tmp_path)
-    assert records.read() == {}
-    records.append({"id": "a", "loss": 0.1, "nan": float("nan")})
-    records.append({"id": "b"})
-    assert records.read() == {"a": {"id": "a", "loss": 0.1, "nan": None}, "b": {"id": "b"}}
-
-
 def test_half_a_line_of_a_crash_is_left_out_and_then_cut(tmp_path: Path) -> None:
     records = Records(tmp_path)
     records.append({"id": "a"})

@@ -202,19 +202,3 @@ def test_p_values_are_corrected_over_all_comparisons_with_the_baseline(told: Pat
         "corrected over the 8 comparisons with `lora` in this and the following tables, or the 4 with"
         in text
     )
-
-
-def test_the_tables_show_settings_commits_and_missing_tests(told: Path) -> None:
-    path = told / "records.jsonl"
-    lines = path.read_text().splitlines()
-    (missing,) = [
-        n for n, line in enumerate(lines) if '"again"' in line and '"multiple": 4.0, "seed": 6' in line
-    ]
-    path.write_text("".join(line + "\n" for n, line in enumerate(lines) if n != missing))
-    (told / "tests.jsonl").unlink()  # otherwise a deleted record is refused
-    text = render(read_protocol(told), Records(told).read())
-    assert row(text, "tests not done")[1] == "again at x 4, seed 6"
-    assert row(text, "protocol committed in")[1] == "no repository (35 tests)"
-    assert row(text, "half", "half the rate on the gate")[2] == '`optimizer.rates = [["gate_proj", 0.5]]`'
-    assert row(text, "again", "the same method from another start")[2] == "`reseed = 1000`"
-    assert "`steps = 8`" in row(text, "settings of every run")[1]

@@ -11,9 +11,8 @@ import optax
 import pytest
 
 from nalora_jax.common import trees
-from nalora_jax.config import AdaLoRAConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, check
+from nalora_jax.config import AdaLoRAConfig, LoRAConfig, LoRARule, RunConfig, check
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -30,8 +29,6 @@ SPEC = AdapterSpec(
     adalora=True,
 )
 SHAPES = {DENSE: (3, 5, 4, 6), EXPERTS: (3, 2, 5, 3, 6)}
-CONFIG = AdaLoRAConfig(target_rank=1, warmup_share=0.1, final_share=0.3, interval=2)
-STEPS = 20  # all ranks in the first 2, the last allocation in step 14
 
 
 def random_tree(seed: int, scale: float = 1.0) -> dict[str, Any]:
@@ -107,27 +104,6 @@ def test_the_model_computes_with_the_diagonal(more: dict[str, Any]) -> None:
     np.testing.assert_allclose(hidden["fresh"], hidden["base"], atol=1e-6)
     np.testing.assert_allclose(hidden["moved"], hidden["plain"], atol=1e-5)
     assert np.abs(hidden["moved"] - hidden["base"]).max() > 0.01
-
-
-def test_every_axis_of_a_mesh_leaves_the_steps_as_they_are() -> None:
-    """State placed by the rules over 8 devices; components are scored over all of them."""
-    mesh = distributed.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    optimizer = adalora(optax.with_extra_args_support(optax.adam(0.05)), CONFIG, SPEC, STEPS)
-
-    def after(params: Any, place: Any) -> dict[str, Any]:
-        state = place(optimizer.init(params))
-        update = jax.jit(optimizer.update)
-        for seed in range(1, 15):
-            updates, state = update(place(random_tree(seed)), state, params)
-            params = place(optax.apply_updates(params, updates))
-        return trees.flatten(jax.device_get(params))
-
-    def placed(tree: Any) -> Any:
-        return jax.device_put(tree, distributed.shardings(tree, mesh, distributed.STATE_RULES))
-
-    alone, spread = after(random_tree(0), lambda tree: tree), after(placed(random_tree(0)), placed)
-    for path, value in alone.items():
-        np.testing.assert_allclose(spread[path], value, atol=1e-5, err_msg=path)
 
 
 def test_what_does_not_go_together_is_refused_by_name() -> None:

@@ -93,9 +93,3 @@ REFUSED = {
 def test_what_cannot_be_located_is_named(run, read, said):
     with pytest.raises(NaloraError, match=said):
         read(run)
-
-
-@pytest.mark.parametrize("text", ["", "[1]", '{"run": 3}'])
-def test_what_is_not_a_log_is_no_run(tmp_path, text):
-    (tmp_path / "metrics.jsonl").write_text(text)
-    assert run_config(tmp_path) == {}

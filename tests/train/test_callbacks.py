@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -143,44 +143,26 @@ def test_tensorboard_events_hold_the_scalars(tmp_path: Path) -> None:
     }
 
 
-def _wandb(runs: list[Any]) -> Any:
-    class Run:
-        def __init__(self, **settings: Any) -> None:
-            self.settings, self.rows, self.summary, self.metrics, self.code = settings, [], {}, [], None
-            runs.append(self)
-
-        def define_metric(self, name: str, step_metric: str | None = None) -> None:
-            self.metrics.append((name, step_metric))
-
-        def log(self, row: dict[str, Any]) -> None:
-            self.rows.append(row)
-
-        def finish(self, exit_code: int) -> None:
-            self.code = exit_code
-
-    return types.SimpleNamespace(init=Run)
-
-
 def test_weights_and_biases_is_told_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[Any] = []
-    monkeypatch.setitem(sys.modules, "wandb", _wandb(runs))
-    tell(*make_callbacks(["wandb:project=gates,mode=offline"]), tmp_path)
-    (run,) = runs
-    assert (run.settings["project"], run.settings["mode"], run.settings["name"]) == (
-        "gates",
-        "offline",
-        tmp_path.name,
-    )
-    assert run.settings["config"]["lora"] == {"rules": [{"rank": 4}]}
-    assert ("*", "step") in run.metrics
-    assert {"step": 7, "train/loss": 1.5, "limit/layer_00": 0.25} in run.rows
-    assert {"step": 0, "before/loss": 2.0, "before/n": 4} in run.rows
-    assert (run.summary, run.code) == ({"best_step": 7}, 0)
-    tell(*make_callbacks(["wandb"]), tmp_path, step=3, message="stopped")
-    assert runs[1].settings["id"] == run.settings["id"]
-    assert runs[1].code == 1
-    tell(*make_callbacks(["wandb"]), tmp_path / "other")
-    assert runs[2].settings["id"] != run.settings["id"]
+    wandb = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run, ids = wandb.init.return_value, []
+    for name, folder, step, message in (
+        ("wandb:project=gates,mode=offline", tmp_path, 0, ""),
+        ("wandb", tmp_path, 3, "stopped"),
+        ("wandb", tmp_path / "other", 0, ""),
+    ):
+        tell(*make_callbacks([name]), folder, step=step, message=message)
+        ids.append(wandb.init.call_args.kwargs["id"])
+        run.finish.assert_called_with(exit_code=int(bool(message)))
+    assert ids[0] == ids[1] != ids[2]
+    settings = wandb.init.call_args_list[0].kwargs
+    assert (settings["project"], settings["mode"], settings["name"]) == ("gates", "offline", tmp_path.name)
+    assert settings["config"]["lora"] == {"rules": [{"rank": 4}]}
+    run.define_metric.assert_any_call("*", step_metric="step")
+    run.log.assert_any_call({"step": 7, "train/loss": 1.5, "limit/layer_00": 0.25})
+    run.log.assert_any_call({"step": 0, "before/loss": 2.0, "before/n": 4})
+    run.summary.__setitem__.assert_called_with("best_step", 7)
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
@@ -193,42 +175,21 @@ def test_a_missing_tracker_is_said_before_the_run(name: str, monkeypatch: pytest
 
 
 def test_mlflow_is_told_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, ...]] = []
-
-    class Client:
-        def __init__(self, tracking_uri: str | None) -> None:
-            calls.append(("uri", tracking_uri))
-
-        def get_experiment_by_name(self, name: str) -> Any:
-            return None
-
-        def create_experiment(self, name: str) -> str:
-            return name
-
-        def create_run(self, experiment: str, run_name: str) -> Any:
-            calls.append(("run", experiment, run_name))
-            return types.SimpleNamespace(info=types.SimpleNamespace(run_id="r1"))
-
-        def update_run(self, run: str, status: str) -> None:
-            calls.append(("again", run, status))
-
-        def log_batch(self, run: str, metrics: Any = (), params: Any = ()) -> None:
-            calls.extend([("metric", one[0], one[1], one[3]) for one in metrics])
-            calls.extend([("param", *one) for one in params])
-
-        def set_terminated(self, run: str, status: str) -> None:
-            calls.append(("ended", run, status))
-
-    entities = types.SimpleNamespace(Metric=lambda *values: values, Param=lambda *values: values)
-    monkeypatch.setitem(
-        sys.modules, "mlflow", types.SimpleNamespace(MlflowClient=Client, entities=entities)
-    )
+    mlflow = mock.MagicMock()
+    mlflow.entities.Metric = mlflow.entities.Param = lambda *values: values
+    client = mlflow.MlflowClient.return_value
+    client.get_experiment_by_name.return_value = None
+    client.create_run.return_value.info.run_id = "r1"
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     tell(*make_callbacks(["mlflow:uri=file:x,name=mine"]), tmp_path)
-    assert calls[:2] == [("uri", "file:x"), ("run", "nalora_jax", "mine")]
-    assert ("param", "steps", "9") in calls
-    assert ("metric", "train/loss", 1.5, 7) in calls
-    assert calls[-1] == ("ended", "r1", "FINISHED")
-    calls.clear()
+    mlflow.MlflowClient.assert_called_with(tracking_uri="file:x")
+    client.create_experiment.assert_called_with("nalora_jax")
+    assert client.create_run.call_args.kwargs == {"run_name": "mine"}
+    batches = [call.kwargs for call in client.log_batch.call_args_list]
+    assert ("steps", "9") in batches[0]["params"]
+    metrics = [(tag, value, step) for one in batches for tag, value, _, step in one.get("metrics", ())]
+    assert ("train/loss", 1.5, 7) in metrics
+    client.set_terminated.assert_called_with("r1", "FINISHED")
     tell(*make_callbacks(["mlflow"]), tmp_path, step=3, message="stopped")
-    assert calls[1] == ("again", "r1", "RUNNING")
-    assert calls[-1] == ("ended", "r1", "FAILED")
+    client.update_run.assert_called_with("r1", status="RUNNING")
+    client.set_terminated.assert_called_with("r1", "FAILED")

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-import logging
-import resource
 import shutil
-import signal
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
@@ -198,41 +194,6 @@ def test_settings_that_do_not_may_change(tmp_path):
     )
     with opened(tmp_path, moved) as checkpoints:
         checkpoints.restore("latest", {"x": jnp.ones(3)})
-
-
-@contextmanager
-def no_file_above(n_bytes: int):
-    """As a full disk does, refuse to write beyond a size; unlike one it needs no privileges to set up."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, previous)
-
-
-def test_a_write_that_fails_in_the_background_surfaces_and_spares_earlier_checkpoints(tmp_path, caplog):
-    state = {"x": jax.random.normal(jax.random.key(0), (700, 1000))}
-    checkpoints = opened(tmp_path, keep=1)
-    checkpoints.save(1, state, DATA)
-    checkpoints.wait()
-    caplog.set_level(logging.ERROR)
-    with no_file_above(100_000):
-        checkpoints.save(2, state, DATA)
-        with pytest.raises(NaloraError, match=r"found File too large; steps \[1\] are intact.*--resume"):
-            checkpoints.wait()
-        checkpoints.save(3, state, DATA)
-        with pytest.raises(NaloraError, match="File too large"):
-            checkpoints.save(4, state, DATA)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["1"]
-    assert checkpoints.latest_step() == 1
-    assert not caplog.records
-    assert_same_bits(checkpoints.restore("latest", state)[0], state)
-    checkpoints.save(5, state, DATA)
-    checkpoints.close()
-    assert [entry.name for entry in tmp_path.iterdir()] == ["5"]
 
 
 def test_an_interrupted_save_is_neither_seen_nor_kept(tmp_path):

@@ -63,14 +63,6 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "compiled"
 
 
-def test_programs_are_kept_with_their_digests(compiled: Path, caplog: pytest.LogCaptureFixture) -> None:
-    entry, digest = names(compiled)
-    assert digest == f"{entry}.sha256"
-    use_compilation_cache()
-    assert names(compiled) == [entry, digest]
-    assert caplog.messages == []
-
-
 def test_a_flipped_bit_costs_a_compilation(compiled: Path, caplog: pytest.LogCaptureFixture) -> None:
     entry = compiled / names(compiled)[0]
     content = bytearray(entry.read_bytes())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,15 @@ import pytest
 
 from nalora_jax.common.trees import flatten
 from nalora_jax.config import AdaLoRAConfig, LoRAConfig, LoRARule, PreferenceConfig, RunConfig, VisionConfig
-from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.train.initial_adapter import lora_rules, read_initial, warn_if_changed, with_adapter
+from nalora_jax.train.initial_adapter import lora_rules, read_initial, with_adapter
 from nalora_jax.train.kinds.text import write_adapter
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.model_files import LoadedModel
-from nalora_jax.weights.new_tokens import with_added
 from tests import tiny
 
 RULES = (LoRARule("layers/1/ffn/up_proj", 3, 5.0), LoRARule("ffn", 4, 6.0), LoRARule("q_proj", 2, 2.0))
@@ -114,31 +111,6 @@ def test_settings_that_differ_from_the_adapter_are_one_error(
 ) -> None:
     with pytest.raises(NaloraError, match=match):
         with_adapter(replace(RunConfig(adapter=str(adapter)), **changes))
-
-
-def test_a_resumed_run_has_its_recorded_settings_without_its_adapter(
-    adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    shutil.copytree(adapter, tmp_path / "adapter")
-    config = RunConfig(adapter=str(tmp_path / "adapter"))
-    settled = with_adapter(config)
-    shutil.rmtree(tmp_path / "adapter")
-    assert with_adapter(config, settled.to_dict()) == settled
-    caplog.set_level("INFO", "nalora_jax")
-    warn_if_changed(settled)
-    assert "cannot be read, and is not needed" in caplog.text
-
-
-def test_added_tokens_become_settings_of_the_run(loaded: LoadedModel, tmp_path: Path) -> None:
-    longer = with_added(loaded, AddedTokens(("hello", "world"), ("<turn>", "<call>")))
-    folder = write(tmp_path / "adapter", longer, modules_to_save=("embed_tokens", "lm_head"))
-    config = with_adapter(RunConfig(adapter=str(folder)))
-    assert (config.data.add_tokens, config.data.add_special_tokens) == (
-        ("hello", "world"),
-        ("<turn>", "<call>"),
-    )
-    again = with_added(loaded, AddedTokens.of(config.data))
-    assert read_initial(config, again)["embed"]["embedding"].shape == (len(tiny.WORDS) + 4, 16)
 
 
 # Layers of different kinds, whose projections are in several stacks.

@@ -96,7 +96,9 @@ def test_loss_and_gradient_are_those_of_the_formula(assembly, name: Name, update
     if name != "dapo":
         share = share / np.maximum(share.sum(1, keepdims=True), 1)
     np.testing.assert_allclose(measured["entropy"], -(share * now).sum(), rtol=1e-4)
-    np.testing.assert_allclose(measured["mismatch"], np.abs(share * now).sum(), rtol=1e-4)
+    np.testing.assert_allclose(measured["mismatch"], np.abs(share * old).sum(), rtol=1e-4)  # sampled: 0
+    distance = np.abs(np.exp(np.asarray(old, np.float64)) - 1) / 2
+    np.testing.assert_allclose(measured["mismatch_bound"], (share * distance).sum(), rtol=1e-4)
     if settings.beta:
         ratio = np.asarray(base - now)
         np.testing.assert_allclose(

@@ -7,7 +7,6 @@ import json
 
 from rich.console import Console
 
-from nalora_jax.common import notes
 from nalora_jax.train.progress import Progress
 
 VALUES = {"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0, "misalignment": 0.26}
@@ -50,28 +49,6 @@ def test_the_bar_shows_the_numbers_and_lines_go_above_it():
     shown = console.file.getvalue()
     assert "50/100  loss 3.210  lr 1.0e-03  1,234 tok/s  misalignment 0.260" in shown
     assert "[saved] checkpoint" in shown  # brackets are text, not markup
-
-
-def test_the_bar_says_what_else_is_done_and_then_the_numbers_again():
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    with Progress(100, console=console) as progress:
-        with notes.counting("compiling the step"):
-            progress._bar.refresh()
-        progress.advance(1)
-        progress.log(10, {"loss": 3.0})
-        with notes.counting("evaluating", 400) as done:
-            done(120)
-            progress._bar.refresh()
-            done(280)
-        before = len(console.file.getvalue())
-        progress._bar.refresh()
-        after = console.file.getvalue()[before:]
-    shown = console.file.getvalue()
-    assert "0/100  compiling the step ..." in shown
-    assert "10/100  evaluating 120/400" in shown
-    assert "10/100  loss 3.000" in after
-    with notes.counting("evaluating", 400) as done:  # nobody listens any more
-        done(1)
 
 
 def test_as_json_every_line_is_an_object(monkeypatch):

@@ -11,7 +11,6 @@ import pytest
 from nalora_jax.config import ComputeConfig, PreferenceConfig
 from nalora_jax.data.prompts import Prompt
 from nalora_jax.data.tokenizer import Tokenizer
-from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import NO_TOKEN
 from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.ops.policy_losses import PolicyLoss
@@ -137,10 +136,3 @@ def test_samples_that_the_limit_cut_can_be_left_out() -> None:
     np.testing.assert_array_equal(batch["tokens"], [[1, 2, 5, 6, 0, 0], [3, 5, 6, 7, 0, 0]])
     np.testing.assert_array_equal(batch["loss_weights"], [[0, 1, 1, 0, 0, 0], [0] * 6])
     assert sample_batch([[1, 2], [3]], samples, 6)["loss_weights"].sum() == 5
-
-
-def test_rows_must_fit_the_context(sampler) -> None:
-    with pytest.raises(
-        NaloraError, match=r"--rl.max-new-tokens: expected at most \d+ with prompts of up to 6 tokens"
-    ):
-        replace(sampler, limit=10_000)

@@ -1,17 +1,21 @@
-"""Native kernels for bf16 matmuls and attention that XLA calls on a CPU; sums are float32.
+"""Native kernels for bf16 matmuls, attention, losses and gates that XLA calls on a CPU; sums are float32.
 
 At the shapes of a training step XLA:CPU's matmuls reach half of the throughput of matrix tiles
 (AMX) and two thirds of AVX2's. With the dot products of AVX512-BF16 they are fast, but adapters and
 roundings take separate passes. Its attention passes over every score several times.
 The C++ sources in this folder are compiled on first use, if the CPU has one of these instruction
 sets and a C++ compiler is installed, and stored in the cache. Otherwise, and with
-``NALORA_NATIVE=0``, XLA does the work. ``NALORA_NATIVE=plain`` compiles the same sources without
-such instructions, for any CPU: slow, to test their callers.
+``NALORA_NATIVE=0``, XLA does the work.
+
+`jax.vmap` of a foreign call is a loop by default. Operands of the kernels here have an axis of rows
+first, so that the rows of all runs of a sweep are joined in one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import chex
@@ -21,45 +25,235 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from nalora_jax.cpu.native.calls import bits, call, join_rows, looped, of_runs, row_call
-from nalora_jax.cpu.native.library import available, has_tiles, multiplies_few_rows, multiplies_on_tiles
-from nalora_jax.cpu.native.products import Slice, Sum, Term, products
+from nalora_jax.cpu.native import library
+from nalora_jax.ops.storage import Stored
 
-__all__ = [
-    "Cached",
-    "Heads",
-    "Logistic",
-    "Measured",
-    "Sampled",
-    "Slice",
-    "Sum",
-    "Term",
-    "add_rms",
-    "attention",
-    "attention_gradient",
-    "available",
-    "cached_attention",
-    "gate",
-    "gate_gradient",
-    "gate_measured",
-    "gate_statistics",
-    "has_tiles",
-    "multiplies_few_rows",
-    "multiplies_on_tiles",
-    "needs_result",
-    "norm_gradient",
-    "normalise",
-    "over_vocabulary",
-    "products",
-]
-
-
-# Largest number of parts of the rows with separate sums, and so of threads.
-_PARTS = 8
+# Columns that the adapters of a group of runs may add to the contraction of a shared kernel.
+_WIDEST = 128
 # Queries whose weights the gradient of attention stores at once, kQueries in the sources.
 _AT_ONCE = 256
-# Place of the window among the operands of attention.
-_WINDOW = (5,)
+
+Shapes = Sequence[jax.ShapeDtypeStruct]
+
+
+def call(function: str, shapes: Shapes, **attributes: Any) -> Callable[..., list[jax.Array]]:
+    """Returns a call of the library; `jax.vmap` makes it a loop."""
+    called = jax.ffi.ffi_call(f"nalora_{function}_{library.kind()}", shapes, vmap_method="sequential")
+    return lambda *operands: list(called(*operands, **attributes))
+
+
+def row_call(function: str, shapes: Shapes, **attributes: Any) -> Callable[..., list[jax.Array]]:
+    """Returns a call of the library that `jax.vmap` makes one call for the rows of all runs.
+
+    Args:
+      function: name in the library.
+      shapes: of the results, with an axis of rows first.
+      attributes: of the call.
+
+    The operands have an axis of rows first, of length 1 if all rows are equal, or are scalars; if
+    these differ between runs, the call becomes a loop.
+    """
+    called = custom_vmap(call(function, shapes, **attributes))
+
+    def joined(
+        size: int, batched: Sequence[bool], *operands: jax.Array
+    ) -> tuple[list[jax.Array], list[bool]]:
+        every = [True] * len(shapes)
+        if any(flag and x.ndim == 1 for flag, x in zip(batched, operands, strict=True)):
+            return _looped(call(function, shapes, **attributes), batched, operands), every
+        rows = shapes[0].shape[0]
+        flat = [
+            _joined_rows(_of_runs(x, size, flag), rows) if flag or x.ndim else x
+            for x, flag in zip(operands, batched, strict=True)
+        ]
+        wide = [
+            jax.ShapeDtypeStruct((size * shape.shape[0], *shape.shape[1:]), shape.dtype) for shape in shapes
+        ]
+        results = row_call(function, wide, **attributes)(*flat)
+        return [y.reshape(size, *shape.shape) for y, shape in zip(results, shapes, strict=True)], every
+
+    called.def_vmap(joined)
+    return called
+
+
+def _looped(
+    called: Callable[..., list[jax.Array]], batched: Sequence[bool], operands: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Returns the results of all runs from one call for each."""
+    return jax.vmap(called, [0 if flag else None for flag in batched])(*operands)
+
+
+def _of_runs(x: jax.Array, size: int, batched: bool) -> jax.Array:
+    """Returns an operand with an axis ``[runs]``."""
+    return x if batched else jnp.broadcast_to(x, (size, *x.shape))
+
+
+def _joined_rows(x: jax.Array, rows: int = 1) -> jax.Array:
+    """Returns ``[runs, n, ...]`` as ``[runs * n, ...]``; n = 1 is repeated for each of ``rows``."""
+    if x.shape[1] == 1:
+        x = jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:]))
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def bits(x: jax.Array) -> jax.Array:
+    """Returns bf16 as uint16; the view itself is returned unchanged."""
+    if x.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(x, jnp.uint16)
+    chex.assert_type(x, jnp.uint16)
+    return x
+
+
+# ---------------------------------------------------------------- sums of matmuls
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slice(Stored):
+    """One array of a stack, read in place; slicing would copy it every time."""
+
+    stack: jax.Array  # [n, ...], bf16 viewed as uint16
+    at: jax.Array  # int [], index in the stack
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one array."""
+        return tuple(self.stack.shape[1:])
+
+    def copied(self) -> jax.Array:
+        """Returns a copy of the array, uint16."""
+        return lax.dynamic_index_in_dim(self.stack, self.at, keepdims=False)
+
+    def expand(self, dtype: Any = None) -> jax.Array:
+        """Returns a copy of the array in ``dtype``, by default bf16."""
+        return lax.bitcast_convert_type(self.copied(), jnp.bfloat16).astype(dtype or jnp.bfloat16)
+
+
+class Term(NamedTuple):
+    """One product of a sum; both operands are bf16, or bf16 viewed as uint16."""
+
+    x: jax.Array  # [rows, depth]
+    y: Any  # an array or a `Slice`, [depth, columns] or [columns, depth]
+    transposed: bool = False  # True for [columns, depth]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the product."""
+        return self.x.shape[0], self.y.shape[int(not self.transposed)]
+
+
+class Sum(NamedTuple):
+    """The sum ``sum_t x_t y_t``."""
+
+    terms: Sequence[Term]
+    dtype: Any = "float32"  # of the result; "bfloat16" is rounded once, from the float32 sum
+
+
+def products(*sums: Sum) -> list[jax.Array]:
+    """Computes the sums ``[rows, columns]`` in one call, so that threads share all of the work.
+
+    Under `jax.vmap` the call remains one: see `_of_all_runs`.
+
+    Args:
+      sums: the sums; rows and columns may differ between them.
+
+    Raises:
+      AssertionError: shapes or dtypes do not match.
+    """
+    for terms, _ in sums:
+        rows, columns = terms[0].shape
+        for x, y, transposed in terms:
+            chex.assert_shape(x, (rows, None))
+            chex.assert_equal(y.shape, (columns, x.shape[1]) if transposed else (x.shape[1], columns))
+    operands = [
+        [(bits(x), y if isinstance(y, Slice) else bits(y)) for x, y, _ in terms] for terms, _ in sums
+    ]
+
+    def filled(operands: Any) -> list[Sum]:
+        return [
+            Sum([old._replace(x=x, y=y) for (x, y), old in zip(pairs, terms, strict=True)], dtype)
+            for pairs, (terms, dtype) in zip(operands, sums, strict=True)
+        ]
+
+    called = custom_vmap(lambda operands: _call(filled(operands)))
+    called.def_vmap(
+        lambda size, batched, operands: _of_all_runs(size, filled(batched[0]), filled(operands))
+    )
+    results: list[jax.Array] = called(operands)
+    return results
+
+
+def _call(sums: Sequence[Sum]) -> list[jax.Array]:
+    """Returns the results of one call; operands are uint16."""
+    every = [term for terms, _ in sums for term in terms]
+    slices = [term.y for term in every if isinstance(term.y, Slice)]
+    operands = [x for x, y, _ in every for x in (x, y.stack if isinstance(y, Slice) else y)]
+    attributes = {
+        "terms": np.array([len(terms) for terms, _ in sums], np.int64),
+        "transposed": np.array([term.transposed for term in every], np.int64),
+        "stacked": np.array([isinstance(term.y, Slice) for term in every], np.int64),
+    }
+    stored = {"float32": jnp.float32, "bfloat16": jnp.uint16}
+    shapes = [jax.ShapeDtypeStruct(terms[0].shape, stored[jnp.dtype(dtype).name]) for terms, dtype in sums]
+    indices = [jnp.asarray(y.at, jnp.int32) for y in slices]
+    results = call("products", shapes, **attributes)(*operands, *indices)
+    return [y if y.dtype == jnp.float32 else lax.bitcast_convert_type(y, jnp.bfloat16) for y in results]
+
+
+def _of_all_runs(
+    size: int, batched: Sequence[Sum], sums: Sequence[Sum]
+) -> tuple[list[jax.Array], list[bool]]:
+    """Returns the sums of all runs, from one call.
+
+    Runs that share a kernel become rows of one product. The product with a kernel of each run, as
+    an adapter's B, joins the same sum: its operands x are blocks on a diagonal. Sums without a
+    shared kernel are computed for each run. Results equal the results of single runs to the rounding of
+    float32 sums, whose order may differ.
+    """
+    of_sum = [_groups(size, *both) for both in zip(batched, sums, strict=True)]
+    results = iter(products(*itertools.chain(*of_sum)))
+    joined = []
+    for groups in of_sum:
+        columns = groups[0].terms[0].shape[1]
+        rows = [next(results).reshape(-1, columns) for _ in groups]
+        joined.append(jnp.concatenate(rows).reshape(size, -1, columns))
+    return joined, [True] * len(sums)
+
+
+def _groups(size: int, batched: Sum, shared: Sum) -> list[Sum]:
+    """Returns a sum of all runs as sums of consecutive runs; ``batched`` has flags in place of arrays."""
+    terms = [_of_every_run(size, *both) for both in zip(batched.terms, shared.terms, strict=True)]
+    depths = [x.shape[2] for (x, _, _), own in terms if own]
+    runs = size if not depths else max(1, _WIDEST // max(depths))
+    if len(depths) == len(terms):
+        runs = 1
+    groups = [slice(start, start + runs) for start in range(0, size, runs)]
+    return [Sum([_of_group(*term, group) for term in terms], shared.dtype) for group in groups]
+
+
+def _of_every_run(size: int, batched: Term, term: Term) -> tuple[Term, bool]:
+    """Returns a term whose x has an axis ``[runs]``, and True if y has one, too."""
+    x, y, own = _of_runs(term.x, size, bool(batched.x)), term.y, any(jax.tree.leaves(batched.y))
+    if own and isinstance(y, Slice):
+        axes = jax.tree.map(lambda flag: 0 if flag else None, batched.y)
+        y = jax.vmap(Slice.copied, (axes,))(y)
+    return Term(x, y, term.transposed), own
+
+
+def _of_group(term: Term, own: bool, group: slice) -> Term:
+    """Returns the products of some runs as one: with kernels of each run, x is block-diagonal."""
+    x, y = term.x[group], term.y
+    if not own:
+        return Term(_joined_rows(x), y, term.transposed)
+    runs, rows, depth = x.shape
+    if runs > 1:
+        on_diagonal = jnp.eye(runs, dtype=bool)[:, None, :, None]
+        x = jnp.where(on_diagonal, x[:, :, None, :], 0)
+    y = y[group]
+    joined = jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1) if term.transposed else y.reshape(-1, y.shape[2])
+    return Term(x.reshape(runs * rows, runs * depth), joined, term.transposed)
+
+
+# ---------------------------------------------------------------- attention
 
 
 class Heads(NamedTuple):
@@ -73,6 +267,14 @@ class Heads(NamedTuple):
     window: jax.Array | int  # scalar
     ordered: bool = True  # tokens of a segment are in order; False: any key may be seen
 
+    def operands(self) -> tuple[jax.Array, ...]:
+        """Returns the operands of a library call."""
+        chex.assert_rank(self[:3], 4)
+        chex.assert_equal_shape([self.k, self.v])
+        chex.assert_equal_shape_prefix([self.q, self.k], 2)
+        positions, segments, window = (jnp.asarray(x, jnp.int32) for x in self[3:6])
+        return (*map(bits, self[:3]), *jnp.broadcast_arrays(positions, segments), window)
+
 
 def attention(heads: Heads, softcap: float = 0.0) -> tuple[jax.Array, jax.Array]:
     """Computes attention; returns the result and the log-sum-exps.
@@ -84,9 +286,8 @@ def attention(heads: Heads, softcap: float = 0.0) -> tuple[jax.Array, jax.Array]
         jax.ShapeDtypeStruct(heads.q.shape, jnp.uint16),
         jax.ShapeDtypeStruct((batch, n, seq), jnp.float32),
     ]
-    out, logsumexp = row_call("attention", shapes, _WINDOW, cap=np.float32(softcap), ordered=heads.ordered)(
-        *_operands(heads)
-    )
+    options = {"cap": np.float32(softcap), "ordered": heads.ordered}
+    out, logsumexp = row_call("attention", shapes, **options)(*heads.operands())
     return lax.bitcast_convert_type(out, jnp.bfloat16), logsumexp
 
 
@@ -108,66 +309,17 @@ def attention_gradient(
       softcap: as passed to `attention`.
     """
     if out is None:
+        assert not needs_result(heads.q.shape[1], softcap)
         out = jnp.zeros((*heads.q.shape[:3], 0), jnp.uint16)
-        chex.assert_equal_shape([heads.q, g])
-    else:
-        chex.assert_equal_shape([heads.q, out, g])
+    chex.assert_equal_shape([heads.q, g])
     shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in heads[:3]]
-    arguments = (*_operands(heads), bits(out), logsumexp, bits(g))
-    dq, dk, dv = row_call(
-        "attention_gradient", shapes, _WINDOW, cap=np.float32(softcap), ordered=heads.ordered
-    )(*arguments)
+    options = {"cap": np.float32(softcap), "ordered": heads.ordered}
+    arguments = (*heads.operands(), bits(out), logsumexp, bits(g))
+    dq, dk, dv = row_call("attention_gradient", shapes, **options)(*arguments)
     return dq, dk, dv
 
 
-class Cached(NamedTuple):
-    """Keys and values of all layers, with the integers that decide which slots are seen."""
-
-    k: Slice  # of [layers, batch, kv_heads, head_dim, slots]
-    v: Slice  # of [layers, batch, kv_heads, slots, head_dim]
-    positions: jax.Array  # int [batch or 1, slots]
-    segments: jax.Array  # int [batch or 1, slots]; 0: empty
-
-
-def cached_attention(
-    heads: Heads, cached: Cached, scale: float, softcap: float = 0.0, sinks: jax.Array | None = None
-) -> jax.Array:
-    """Returns attention of one new token per row to cached keys and to itself.
-
-    Args:
-      heads: of the new tokens, seq 1; float32, rounded to bf16 as the cache is.
-      cached: earlier tokens, seen under the same rule.
-      scale: multiplies q . k.
-      softcap: ``c tanh(s / c)`` of the scores; 0: none.
-      sinks: float32 ``[heads]``, one more score of each head, without a value; None: none.
-
-    Returns:
-      float32 ``[batch, 1, heads, head_dim]``.
-    """
-    batch, _, n, dim = heads.q.shape
-    _, _, kv_heads, _, slots = cached.k.stack.shape
-    chex.assert_shape(heads.q, (batch, 1, n, dim))
-    chex.assert_shape([heads.k, heads.v], (batch, 1, kv_heads, dim))
-    new = (x[:, 0].astype(jnp.float32) for x in heads[:3])
-    of_query = (jnp.asarray(x, jnp.int32)[:, 0] for x in (heads.positions, heads.segments))
-    of_keys = (jnp.asarray(x, jnp.int32) for x in (cached.positions, cached.segments))
-    query_places = (jnp.broadcast_to(x, (batch,)) for x in of_query)
-    key_places = (jnp.broadcast_to(x, (batch, slots)) for x in of_keys)
-    arguments = (
-        *new,
-        cached.k.stack,
-        cached.v.stack,
-        jnp.asarray(cached.k.at, jnp.int32),
-        *query_places,
-        *key_places,
-    )
-    if sinks is None:
-        sinks = jnp.full(n, -1e30)
-    shapes = [jax.ShapeDtypeStruct((batch, n, dim), jnp.float32)]
-    called = call("cached_attention", shapes, scale=np.float32(scale), cap=np.float32(softcap))
-    window = jnp.asarray(heads.window, jnp.int32)
-    result: jax.Array = called(*arguments, window, sinks.astype(jnp.float32))[0]
-    return result[:, None]
+# ---------------------------------------------------------------- losses over a vocabulary
 
 
 def over_vocabulary(
@@ -210,11 +362,11 @@ def over_vocabulary(
     ) -> tuple[list[jax.Array], list[bool]]:
         """Computes the rows of all runs in one call, each run's first rows first."""
         if batched[1]:
-            return looped(call("over_vocabulary", shapes, **attributes), batched, operands), [True] * 3
-        of_run, counts = of_runs(operands[0], size, batched[0]), of_runs(operands[2], size, batched[2])
+            return _looped(call("over_vocabulary", shapes, **attributes), batched, operands), [True] * 3
+        of_run, counts = _of_runs(operands[0], size, batched[0]), _of_runs(operands[2], size, batched[2])
         order = jnp.argsort((jnp.arange(rows)[None] >= counts[:, None]).reshape(-1), stable=True)
-        found = over_vocabulary(
-            jnp.take(join_rows(of_run), order, axis=0),
+        sums = over_vocabulary(
+            jnp.take(_joined_rows(of_run), order, axis=0),
             operands[1],
             jnp.sum(counts),
             transposed=transposed,
@@ -223,11 +375,14 @@ def over_vocabulary(
             gradient=gradient,
         )
         back = jnp.argsort(order)
-        return [jnp.take(x, back, axis=0).reshape(size, rows, *x.shape[1:]) for x in found], [True] * 3
+        return [jnp.take(x, back, axis=0).reshape(size, rows, *x.shape[1:]) for x in sums], [True] * 3
 
     called.def_vmap(joined)
     top, total, attended = called(*operands)
     return top, total, attended
+
+
+# ---------------------------------------------------------------- gates
 
 
 class Logistic(NamedTuple):
@@ -252,20 +407,15 @@ def gate(z: jax.Array, u: jax.Array | None, logistic: Logistic) -> jax.Array:
 
 
 def gate_gradient(
-    z: jax.Array, u: jax.Array | None, g: jax.Array, logistic: Logistic, *, product: bool = False
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Returns the gradients of z and u, and with ``product`` also the result of `gate`.
-
-    ``g`` is the gradient of that result. All arrays are bf16 of one shape.
-    """
+    z: jax.Array, u: jax.Array | None, g: jax.Array, logistic: Logistic
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the gradients of z and u; g is the gradient of `gate`'s result, all bf16 of one shape."""
     chex.assert_equal_shape([z, g])
     flat = bits(z).reshape(-1), _factor(u, z), bits(g).reshape(-1)
-    sizes = z.size, flat[1].size, z.size if product else 0
-    shapes = [jax.ShapeDtypeStruct((size,), jnp.uint16) for size in sizes]
+    shapes = [jax.ShapeDtypeStruct((size,), jnp.uint16) for size in (z.size, flat[1].size)]
     results = row_call("gate_gradient", shapes, **logistic.attributes())(*flat)
-    dz, du, out = (lax.bitcast_convert_type(x, jnp.bfloat16) for x in results)
-    of_u = None if u is None else du.reshape(z.shape)
-    return dz.reshape(z.shape), of_u, out.reshape(z.shape) if product else None
+    dz, du = (lax.bitcast_convert_type(x, jnp.bfloat16) for x in results)
+    return dz.reshape(z.shape), None if u is None else du.reshape(z.shape)
 
 
 def _factor(u: jax.Array | None, z: jax.Array) -> jax.Array:
@@ -274,123 +424,3 @@ def _factor(u: jax.Array | None, z: jax.Array) -> jax.Array:
         return jnp.zeros((0,), jnp.uint16)
     chex.assert_equal_shape([z, u])
     return bits(u).reshape(-1)
-
-
-class Sampled(NamedTuple):
-    """A block's tokens that its statistics are computed from."""
-
-    z: jax.Array  # [tokens, d_ff], bf16 or a view of it
-    rows: jax.Array  # int [taken], indices of tokens
-    weights: jax.Array  # float32 [taken]
-    probed_rows: jax.Array  # int [probed], tokens whose adapter output is known
-    # The adapter's output, float32 [probed, d_ff], or its factors [probed, r] and [r, d_ff].
-    delta: jax.Array | tuple[jax.Array, jax.Array]
-    probe_weights: jax.Array  # float32 [probed]
-
-
-def gate_statistics(sampled: Sampled, logistic: Logistic, cuts: tuple[float, float]) -> jax.Array:
-    """Returns weighted sums over tokens for every channel, float32 ``[7, d_ff]``.
-
-    The sums, in order: ``|phi'(z)|``; z below the first cut, below 0 and below the second cut;
-    ``|F|``, ``|S|`` and ``|z rho'(z) dz|``. See `nalora_jax.method.statistics`.
-    """
-    shapes = [jax.ShapeDtypeStruct((7, sampled.z.shape[1]), jnp.float32)]
-    rows, probed_rows = (jnp.asarray(x, jnp.int32) for x in (sampled.rows, sampled.probed_rows))
-    if isinstance(sampled.delta, tuple):
-        delta = jnp.zeros((0, sampled.z.shape[1]), jnp.float32), *sampled.delta
-    else:
-        delta = sampled.delta, jnp.zeros((len(probed_rows), 0)), jnp.zeros((0, sampled.z.shape[1]))
-    arguments = (bits(sampled.z), rows, sampled.weights, probed_rows, *delta, sampled.probe_weights)
-    result: jax.Array = call("gate_statistics", shapes, **logistic.attributes(), **_regions(cuts))(
-        *arguments
-    )[0]
-    return result
-
-
-class Measured(NamedTuple):
-    """Inputs of the statistics over all tokens of a block; a weight of 0 excludes a token."""
-
-    weights: jax.Array  # float32 [tokens]
-    probe_weights: jax.Array  # float32 [tokens], for the adapter's output
-    hidden: jax.Array  # float32 [tokens, r]; hidden times b is the adapter's part of z
-    b: jax.Array  # float32 [r, d_ff]
-
-
-def gate_measured(
-    z: jax.Array, u: jax.Array, measured: Measured, logistic: Logistic, cuts: tuple[float, float]
-) -> tuple[jax.Array, jax.Array]:
-    """Computes `gate` of z and u and the sums of `gate_statistics` in one pass.
-
-    z and u are ``[tokens, d_ff]``.
-    """
-    chex.assert_equal_shape([z, u])
-    shapes = [
-        jax.ShapeDtypeStruct(z.shape, jnp.uint16),
-        jax.ShapeDtypeStruct((7, z.shape[1]), jnp.float32),
-        # Scratch memory.
-        jax.ShapeDtypeStruct((max(1, min(_PARTS, z.shape[0])), 7, z.shape[1]), jnp.float32),
-    ]
-    attributes = {**logistic.attributes(), **_regions(cuts)}
-    out, sums, _ = call("gate_measured", shapes, **attributes)(bits(z), bits(u), *measured)
-    return lax.bitcast_convert_type(out, jnp.bfloat16), sums
-
-
-def _regions(cuts: tuple[float, float]) -> dict[str, Any]:
-    """Returns the cuts as attributes of a library call."""
-    return {"low": np.float32(cuts[0]), "high": np.float32(cuts[1])}
-
-
-def add_rms(x: jax.Array, y: jax.Array | None, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes ``x + y`` (x without y) and the inputs of its root-mean-square norm.
-
-    x and y are float32 ``[rows, d]``.
-
-    Returns:
-      ``s = x + y``, its bits in bf16 (uint16 ``[rows, d]``), and ``1 / sqrt(mean(s^2) + eps)`` of
-      the rounded sum, ``[rows]``.
-    """
-    added = y
-    if added is None:
-        added = jnp.zeros((0, x.shape[1]), jnp.float32)
-    else:
-        chex.assert_equal_shape([x, added])
-    shapes = [
-        jax.ShapeDtypeStruct(added.shape, jnp.float32),
-        jax.ShapeDtypeStruct(x.shape, jnp.uint16),
-        jax.ShapeDtypeStruct(x.shape[:1], jnp.float32),
-    ]
-    s, held, inverse = row_call("add_rms", shapes, eps=np.float32(eps))(x, added)
-    if y is None:
-        s = x
-    return s, held, inverse
-
-
-def normalise(held: jax.Array, inverse: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns the norm, bf16 ``[rows, d]``, from the results of `add_rms`.
-
-    ``scale`` is float32 ``[d]``.
-    """
-    (out,) = row_call("normalise", [jax.ShapeDtypeStruct(held.shape, jnp.uint16)], (2,))(
-        held, inverse, scale
-    )
-    return lax.bitcast_convert_type(out, jnp.bfloat16)
-
-
-def norm_gradient(
-    held: jax.Array, inverse: jax.Array, scale: jax.Array, dn: jax.Array, ds: jax.Array
-) -> jax.Array:
-    """Returns the gradient of s, float32 ``[rows, d]``.
-
-    It is the gradient through the norm, from bf16 ``dn``, plus float32 ``ds``.
-    """
-    chex.assert_equal_shape([held, dn, ds])
-    shapes = [jax.ShapeDtypeStruct(held.shape, jnp.float32)]
-    result: jax.Array = row_call("norm_gradient", shapes, (2,))(held, inverse, scale, bits(dn), ds)[0]
-    return result
-
-
-def _operands(heads: Heads) -> tuple[jax.Array, ...]:
-    chex.assert_rank(heads[:3], 4)
-    chex.assert_equal_shape([heads.k, heads.v])
-    positions, segments, window = (jnp.asarray(x, jnp.int32) for x in heads[3:6])
-    return (*map(bits, heads[:3]), *jnp.broadcast_arrays(positions, segments), window)

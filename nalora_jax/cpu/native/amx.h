@@ -2,14 +2,16 @@
 
 #pragma once
 
-#include "avx512.h"
-#include "whole.h"
+#include "rows.h"
 
 namespace nalora {
 
-struct Tiles {
+class Sums {
+ public:
+  static constexpr int64_t kRowUnit = kSide, kDepthUnit = kStep;
+
   // The tiles of this thread: 0 to 3 hold a block's sums, 4 and 5 rows of x, 6 and 7 a step of the panel.
-  Tiles() {
+  Sums() {
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -21,7 +23,30 @@ struct Tiles {
     }
     _tile_loadconfig(&config);
   }
-  ~Tiles() { _tile_release(); }
+  ~Sums() { _tile_release(); }
+
+  void prepare(const Stretch*, int64_t, int64_t) {}
+
+  // Tiles compute whole blocks of floats; what is wanted of them otherwise goes through memory.
+  template <bool kAdded>
+  void run(const Stretch* parts, int64_t count, const Bits* panel, const Target& to, const Ahead& ahead) {
+    if (kAdded || (!to.rounded && to.rows == kSide && to.columns == kSide)) {
+      whole<kAdded>(parts, count, panel, static_cast<float*>(to.out), to.stride, to, ahead);
+      return;
+    }
+    whole<false>(parts, count, panel, sums_, kSide, to, ahead);
+    for (int64_t r = 0; r < to.rows; r++) {
+      const float* from = sums_ + r * kSide;
+      if (to.rounded) {
+        round_row(from, to.columns, static_cast<Bits*>(to.out) + r * to.stride);
+      } else {
+        std::memcpy(static_cast<float*>(to.out) + r * to.stride, from, to.columns * sizeof(float));
+      }
+    }
+  }
+
+ private:
+  alignas(64) float sums_[kSide * kSide];
 
   // A panel is loaded past the first-level cache, which keeps the rows for the next panel: a third faster. What is
   // fetched meanwhile is spread over the steps, because a core has few requests for lines under way.
@@ -68,7 +93,5 @@ struct Tiles {
     _tile_stored(3, out + 16 * stride + 16, stride * 4);
   }
 };
-
-using Sums = Whole<Tiles>;
 
 }  // namespace nalora

@@ -75,11 +75,16 @@ struct Places {
   }
 };
 
-INLINED bool seen(int32_t position, int32_t segment, int32_t key_position, int32_t key_segment, int32_t window) {
+INLINED bool sees(int32_t position, int32_t segment, int32_t key_position, int32_t key_segment, int32_t window) {
   // Bitwise, and unsigned: one comparison for both ends of the window.
   return (segment == key_segment) & (segment != INT_MIN) &
          (static_cast<uint32_t>(position) - static_cast<uint32_t>(key_position) < static_cast<uint32_t>(window));
 }
+
+struct Seen {
+  float cap;
+  bool ordered;
+};
 
 struct Heads {
   Shape shape;
@@ -150,7 +155,7 @@ void attend(const Heads& in, Bits* out, float* logsumexp, int64_t unit, Block& b
         for (int64_t j = 0; j < kSide; j++) {
           float score = s[key + j];
           if constexpr (kCapped) score = capped(score, in.cap);
-          score = seen(position, segment, at.positions[key + j], at.segments[key + j], at.window) ? score : kUnseen;
+          score = sees(position, segment, at.positions[key + j], at.segments[key + j], at.window) ? score : kUnseen;
           s[key + j] = score;
           lanes[j] = score > lanes[j] ? score : lanes[j];
         }
@@ -280,7 +285,7 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
             const int32_t position = at.positions[kb * kSide + i], segment = at.segments[kb * kSide + i];
             for (int64_t j = 0; j < kSide; j++) {
               const float e = exponential(weight[i * kSide + j] - total[p * kSide + j]);
-              const float w = seen(positions[j], segments[j], position, segment, at.window) ? e : 0.0f;
+              const float w = sees(positions[j], segments[j], position, segment, at.window) ? e : 0.0f;
               weight[i * kSide + j] = w;
               inner[p * kSide + j] += w * back_of[i * kSide + j];
             }
@@ -316,7 +321,7 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
                 bend = 1.0f - (score / in.cap) * (score / in.cap);
               }
               const float e = exponential(score - total[p * kSide + j]);
-              weight[j] = seen(positions[j], segments[j], position, segment, at.window) ? e : 0.0f;
+              weight[j] = sees(positions[j], segments[j], position, segment, at.window) ? e : 0.0f;
               slope[j] = weight[j] * (back_of[i * kSide + j] - inner[p * kSide + j]) * bend;
             }
             round_row(weight, kSide, w);
@@ -355,62 +360,37 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
   }
 }
 
-// The operands, checked; false if they do not fit.
-inline bool heads_of(const Numbers& q, const Numbers& k, const Numbers& v, const Integers& positions,
-                     const Integers& segments, const Integer& window, float cap, bool ordered, Heads& heads) {
-  const auto of_q = q.dimensions(), of_k = k.dimensions(), of_v = v.dimensions();
-  const auto of_places = positions.dimensions();
-  heads = {{of_q[0], of_q[1], of_q[2], of_k[2], of_q[3]}, q.typed_data(), k.typed_data(), v.typed_data(),
-           positions.typed_data(), segments.typed_data(), of_places[0], *window.typed_data(), cap, ordered};
-  bool fit = of_k[2] > 0 && of_q[2] % of_k[2] == 0 && (of_places[0] == 1 || of_places[0] == of_q[0]);
-  for (int i : {0, 1, 3}) fit = fit && of_k[i] == of_q[i];
-  for (int i = 0; i < 4; i++) fit = fit && of_k[i] == of_v[i];
-  return fit && of_places[1] == of_q[1] && segments.dimensions()[0] == of_places[0] &&
-         segments.dimensions()[1] == of_places[1];
+inline Heads heads_of(const Numbers& q, const Numbers& k, const Numbers& v, const Integers& positions,
+                      const Integers& segments, const Integer& window, Seen seen) {
+  const auto of_q = q.dimensions();
+  return {{of_q[0], of_q[1], of_q[2], k.dimensions()[2], of_q[3]}, q.typed_data(), k.typed_data(), v.typed_data(),
+          positions.typed_data(), segments.typed_data(), positions.dimensions()[0], *window.typed_data(), seen.cap,
+          seen.ordered};
 }
 
-inline ffi::Error attention(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, Integers positions,
-                            Integers segments, Integer window,
-                            ffi::Result<Numbers> out, ffi::Result<Totals> logsumexp,
-                            float cap, bool ordered) {
-  Heads heads;
-  if (!heads_of(q, k, v, positions, segments, window, cap, ordered, heads)) {
-    return ffi::Error::InvalidArgument("nalora_attention: shapes do not fit");
-  }
+inline ffi::Error attention(Pool pool, Numbers q, Numbers k, Numbers v, Integers positions, Integers segments,
+                            Integer window, ffi::Result<Numbers> out, ffi::Result<Totals> logsumexp, Seen seen) {
+  const Heads heads = heads_of(q, k, v, positions, segments, window, seen);
   Bits* to = out->typed_data();
   float* totals = logsumexp->typed_data();
-  const auto unit = cap > 0 ? attend<true> : attend<false>;
-  const bool done = share(pool, heads.shape.batch * heads.shape.heads, [=](int64_t i, Block& block, Scratch& scratch) {
+  const auto unit = seen.cap > 0 ? attend<true> : attend<false>;
+  return result(share(pool, heads.shape.batch * heads.shape.heads, [=](int64_t i, Block& block, Scratch& scratch) {
     unit(heads, to, totals, i, block, scratch);
-  });
-  return done ? ffi::Error::Success() : ffi::Error::Internal("nalora_attention: out of memory");
+  }));
 }
 
-inline ffi::Error attention_gradient(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, Integers positions,
-                                     Integers segments, Integer window, Numbers out,
-                                     Totals logsumexp, Numbers g,
-                                     ffi::Result<Floats> dq, ffi::Result<Floats> dk,
-                                     ffi::Result<Floats> dv, float cap, bool ordered) {
-  Gradient of;
-  if (!heads_of(q, k, v, positions, segments, window, cap, ordered, of.in)) {
-    return ffi::Error::InvalidArgument("nalora_attention_gradient: shapes do not fit");
-  }
-  of.out = out.dimensions()[3] > 0 ? out.typed_data() : nullptr;
-  of.g = g.typed_data();
-  of.logsumexp = logsumexp.typed_data();
-  of.dq = dq->typed_data();
-  of.dk = dk->typed_data();
-  of.dv = dv->typed_data();
+inline ffi::Error attention_gradient(Pool pool, Numbers q, Numbers k, Numbers v, Integers positions, Integers segments,
+                                     Integer window, Numbers out, Totals logsumexp, Numbers g, ffi::Result<Floats> dq,
+                                     ffi::Result<Floats> dk, ffi::Result<Floats> dv, Seen seen) {
+  const Gradient of{heads_of(q, k, v, positions, segments, window, seen),
+                    out.dimensions()[3] > 0 ? out.typed_data() : nullptr, g.typed_data(), logsumexp.typed_data(),
+                    dq->typed_data(), dk->typed_data(), dv->typed_data()};
   const Shape shape = of.in.shape;
-  if (of.out == nullptr && (cap > 0 || shape.seq > kQueries)) {
-    return ffi::Error::InvalidArgument("nalora_attention_gradient: the result is missing");
-  }
-  const auto unit = cap > 0 ? attend_gradient<true, false>
-                            : of.out != nullptr ? attend_gradient<false, false> : attend_gradient<false, true>;
-  const bool done = share(pool, shape.batch * shape.kv_heads, [=](int64_t i, Block& block, Scratch& scratch) {
+  const auto unit = seen.cap > 0 ? attend_gradient<true, false>
+                                 : of.out != nullptr ? attend_gradient<false, false> : attend_gradient<false, true>;
+  return result(share(pool, shape.batch * shape.kv_heads, [=](int64_t i, Block& block, Scratch& scratch) {
     unit(of, i, block, scratch);
-  });
-  return done ? ffi::Error::Success() : ffi::Error::Internal("nalora_attention_gradient: out of memory");
+  }));
 }
 
 }  // namespace nalora

@@ -15,33 +15,32 @@
 #include "amx.h"
 #elif defined(NALORA_DOTS)
 #include "dots.h"
-#elif defined(NALORA_FLOATS)
-#include "avx2.h"
 #else
-#include "plain.h"
+#include "avx2.h"
 #endif
 
 namespace nalora {
 
 namespace ffi = xla::ffi;
 
-// What XLA hands over.
+// What XLA hands over, whose shapes Python has checked.
 using Bits1 = ffi::Buffer<ffi::U16, 1>;
 using Matrix = ffi::Buffer<ffi::U16, 2>;
 using Numbers = ffi::Buffer<ffi::U16, 4>;
-using Stack = ffi::Buffer<ffi::U16, 5>;
 using Row = ffi::Buffer<ffi::F32, 1>;
 using Rows = ffi::Buffer<ffi::F32, 2>;
 using Totals = ffi::Buffer<ffi::F32, 3>;
 using Floats = ffi::Buffer<ffi::F32, 4>;
 using Integer = ffi::Buffer<ffi::S32, 0>;
-using Indices = ffi::Buffer<ffi::S32, 1>;
 using Integers = ffi::Buffer<ffi::S32, 2>;
+using Counts = ffi::Span<const int64_t>;
 
-template <typename Buffer>
-bool is_of(Buffer& buffer, int64_t rows, int64_t columns) {
-  const auto shape = buffer.dimensions();
-  return shape[0] == rows && shape[1] == columns;
+struct Pool : ffi::ThreadPool {
+  Pool(const ffi::ThreadPool& pool) : ffi::ThreadPool(pool) {}
+};
+
+inline ffi::Error result(bool done) {
+  return done ? ffi::Error::Success() : ffi::Error::Internal("nalora: out of memory");
 }
 
 // Blocks of sums of one thread: what is held, by packed panels.
@@ -111,7 +110,7 @@ void wait_until(Condition condition) {
 
 // Runs `unit(i, block, scratch)` for i in [0, count) on the threads of XLA's pool and this one; false if memory ran out.
 template <typename Unit>
-bool share(ffi::ThreadPool& pool, int64_t count, Unit unit) {
+bool share(Pool& pool, int64_t count, Unit unit) {
   struct Job {
     Job(int64_t count, Unit unit) : count(count), unit(std::move(unit)) {}
     const int64_t count;

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "avx512.h"
+#include "rows.h"
 
 namespace nalora {
 
@@ -58,7 +58,7 @@ class Sums {
       }
     }
     const int64_t n = std::min<int64_t>(kRows, to.rows - row);
-    const __mmask32 mask = first(to.columns);
+    const __mmask32 mask = to.columns >= 32 ? ~0u : (1u << to.columns) - 1;
 #pragma GCC unroll 16
     for (int64_t r = 0; r < kRows; r++) {
       if (r == n) break;

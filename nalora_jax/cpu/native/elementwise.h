@@ -73,15 +73,12 @@ INLINED float reciprocal(float x) {
   return r * (2.0f - x * r);
 }
 
-INLINED float magnitude(float x) { return std::fabs(x); }
-
 // As many floats as are taken at a time.
 #ifdef __AVX512F__
 using Lanes = __m512;
 
 INLINED Lanes lanes(const float* from) { return _mm512_loadu_ps(from); }
 INLINED void put(float* to, Lanes values) { _mm512_storeu_ps(to, values); }
-INLINED Lanes magnitude(Lanes x) { return _mm512_abs_ps(x); }
 INLINED Lanes larger(Lanes x, Lanes y) { return _mm512_max_ps(x, y); }
 
 INLINED Lanes power_of_two(Lanes t, float most = 127.0f) {

@@ -117,7 +117,7 @@ inline void packed_rows(const Sum& sum, int64_t start, int64_t columns, Block& b
 }
 
 // All sums, whose owner stays as long as any thread reads them; false if memory ran out.
-inline bool multiply_narrow(ffi::ThreadPool& pool, const std::shared_ptr<const std::vector<Sum>>& sums) {
+inline bool multiply_narrow(Pool& pool, const std::shared_ptr<const std::vector<Sum>>& sums) {
   struct Part {
     const Sum* of;
     int64_t start, columns;

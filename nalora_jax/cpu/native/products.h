@@ -10,7 +10,6 @@
 #pragma once
 
 #include <deque>
-#include <string>
 
 #include "narrow.h"
 
@@ -147,64 +146,39 @@ inline void take(Work& work, Block& block, Scratch& scratch) {
   }
 }
 
-inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                           ffi::Span<const int64_t> terms, ffi::Span<const int64_t> transposed,
-                           ffi::Span<const int64_t> stacked) {
-  const auto refused = [](const char* what) {
-    return ffi::Error::InvalidArgument(std::string("nalora_products: ") + what);
-  };
-  const size_t factors = 2 * transposed.size(), slices = std::count(stacked.begin(), stacked.end(), 1);
-  if (terms.size() != rets.size() || stacked.size() != transposed.size() || factors + slices != args.size()) {
-    return refused("operands do not fit the terms");
-  }
+inline ffi::Error products(Pool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, Counts terms,
+                           Counts transposed, Counts stacked) {
   const auto work = std::make_shared<Work>();
-  size_t next = 0, next_index = factors;
+  size_t next = 0, next_index = 2 * transposed.size();
   for (size_t p = 0; p < rets.size(); p++) {
-    auto out = rets.get<ffi::AnyBuffer>(p);
-    if (out.has_error()) return out.error();
-    const auto shape = (*out)->dimensions();
-    if (shape.size() != 2) return refused("a result is not a matrix");
+    auto out = *rets.get<ffi::AnyBuffer>(p);
     Sum sum;
-    sum.rows = shape[0];
-    sum.columns = shape[1];
-    sum.out = (*out)->untyped_data();
-    sum.rounded = (*out)->element_type() != ffi::F32;
+    sum.rows = out->dimensions()[0];
+    sum.columns = out->dimensions()[1];
+    sum.out = out->untyped_data();
+    sum.rounded = out->element_type() != ffi::F32;
     for (int64_t t = 0; t < terms[p]; t++, next++) {
-      if (next >= transposed.size()) return refused("operands do not fit the terms");
-      auto x = args.get<ffi::AnyBuffer>(2 * next), y = args.get<ffi::AnyBuffer>(2 * next + 1);
-      if (x.has_error()) return x.error();
-      if (y.has_error()) return y.error();
-      const bool turn_y = transposed[next] != 0, in_stack = stacked[next] != 0;
-      const auto left = x->dimensions();
-      auto right = y->dimensions();
-      if (left.size() != 2 || right.size() != (in_stack ? 3 : 2)) return refused("an operand is not a matrix");
-      if (x->element_type() != ffi::U16 || y->element_type() != ffi::U16) return refused("operands must be uint16");
-      const Bits* of_y = static_cast<const Bits*>(y->untyped_data());
-      if (in_stack) {
-        auto index = args.get<Integer>(next_index++);
-        if (index.has_error()) return index.error();
-        const int64_t which = *index->typed_data();
-        if (which < 0 || which >= right[0]) return refused("an index is outside of its stack");
-        right = {right.begin() + 1, 2};
-        of_y += which * right[0] * right[1];
+      const auto x = *args.get<ffi::AnyBuffer>(2 * next), y = *args.get<ffi::AnyBuffer>(2 * next + 1);
+      const int64_t depth = x.dimensions()[1];
+      const Bits* of_y = static_cast<const Bits*>(y.untyped_data());
+      if (stacked[next] != 0) {
+        const int64_t which = *args.get<Integer>(next_index++)->typed_data();
+        if (which < 0 || which >= y.dimensions()[0]) {
+          return ffi::Error::InvalidArgument("nalora_products: an index is outside of its stack");
+        }
+        of_y += which * depth * sum.columns;
       }
-      if (left[0] != sum.rows || right[turn_y ? 0 : 1] != sum.columns || left[1] != right[turn_y ? 1 : 0]) {
-        return refused("shapes do not fit");
-      }
-      sum.terms.push_back({static_cast<const Bits*>(x->untyped_data()), of_y, left[1], turn_y});
-      sum.steps += ceil_div(left[1], kStep);
+      sum.terms.push_back({static_cast<const Bits*>(x.untyped_data()), of_y, depth, transposed[next] != 0});
+      sum.steps += ceil_div(depth, kStep);
     }
     work->sums.push_back(std::move(sum));
   }
-  bool done;
   if (std::all_of(work->sums.begin(), work->sums.end(), [](const Sum& sum) { return sum.rows <= kSide; })) {
-    done = multiply_narrow(pool, std::shared_ptr<const std::vector<Sum>>(work, &work->sums));
-  } else {
-    const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-    cut(*work, threads);
-    done = share(pool, threads, [work](int64_t, Block& block, Scratch& scratch) { take(*work, block, scratch); });
+    return result(multiply_narrow(pool, std::shared_ptr<const std::vector<Sum>>(work, &work->sums)));
   }
-  return done ? ffi::Error::Success() : ffi::Error::Internal("nalora_products: out of memory");
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  cut(*work, threads);
+  return result(share(pool, threads, [work](int64_t, Block& block, Scratch& scratch) { take(*work, block, scratch); }));
 }
 
 }  // namespace nalora

@@ -17,6 +17,11 @@ constexpr int64_t kEntries = 256;     // of the vocabulary at a time: 32 rows of
 constexpr int64_t kSumBytes = 4 << 20;  // of one thread's sums, where 512 rows leave the choice
 constexpr int64_t kLeastRows = 512;
 
+struct Logits {
+  bool transposed;  // whether the table is [vocab, d_model]
+  float scale, cap;
+};
+
 struct Vocabulary {
   const Bits* hidden;  // [rows, d_model]
   const Bits* table;   // [vocab, d_model], or [d_model, vocab]
@@ -130,14 +135,11 @@ void add_entries(const Vocabulary& of, int64_t start, Partial& sums, Block& bloc
   }
 }
 
-inline ffi::Error over_vocabulary(ffi::ThreadPool pool, Matrix hidden, Matrix table, Integer count,
-                                  ffi::Result<Row> top, ffi::Result<Row> total, ffi::Result<Rows> attended, bool transposed,
-                                  float scale, float cap) {
+inline ffi::Error over_vocabulary(Pool pool, Matrix hidden, Matrix table, Integer count, ffi::Result<Row> top,
+                                  ffi::Result<Row> total, ffi::Result<Rows> attended, Logits logits) {
+  const auto [transposed, scale, cap] = logits;
   const int64_t rows = hidden.dimensions()[0], d_model = hidden.dimensions()[1];
   const bool gradient = attended->dimensions()[1] > 0;
-  if (table.dimensions()[transposed ? 1 : 0] != d_model) {
-    return ffi::Error::InvalidArgument("nalora_over_vocabulary: shapes do not fit");
-  }
   const int64_t wanted = std::clamp<int64_t>(*count.typed_data(), 0, rows);
   std::fill_n(top->typed_data() + wanted, rows - wanted, 0.0f);
   std::fill_n(total->typed_data() + wanted, rows - wanted, 1.0f);
@@ -175,7 +177,7 @@ inline ffi::Error over_vocabulary(ffi::ThreadPool pool, Matrix hidden, Matrix ta
       }
     });
   }
-  return done ? ffi::Error::Success() : ffi::Error::Internal("nalora_over_vocabulary: out of memory");
+  return result(done);
 }
 
 }  // namespace nalora

@@ -32,7 +32,7 @@ from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat import text_field
 from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.forms import IMAGES, Parts, canonical, spoken
-from nalora_jax.data.images.files import ImageProcessor, Limits, open_image
+from nalora_jax.data.images.files import ImageProcessor, open_image
 from nalora_jax.data.images.opened import IMAGE_SETS, open_images, places_without_error
 from nalora_jax.data.packing import Pattern
 from nalora_jax.data.source import Record, Source, SourceView, components
@@ -87,11 +87,10 @@ class ChatImages(SourceView):
         Raises:
           NaloraError: an image cannot be read and ``vision.broken`` is "error", or none can.
         """
-        limits = Limits(max_pixels=self._vision.max_pixels)
 
         def check(index: int) -> None:
             for image in self.images(index):
-                opened(image, self.where(index), limits)
+                opened(image, self.where(index), self._vision.max_pixels)
 
         places = places_without_error(self.name, len(self), check, self._vision.broken)
         if len(places) == len(self):
@@ -269,9 +268,9 @@ def open_chats(config: DataConfig, vision: VisionConfig, split: str, tokens: Ima
     return ChatImages(open_source(config, split), config, vision, tokens, folder.resolve())
 
 
-def opened(image: Image, where: str, limits: Limits) -> Any:
+def opened(image: Image, where: str, max_pixels: int) -> Any:
     """Returns an image as an RGB ``PIL.Image.Image``; ``where`` names its record in messages."""
-    return open_image(image, where if isinstance(image, bytes) else f"{where}: {image}", limits)
+    return open_image(image, where if isinstance(image, bytes) else f"{where}: {image}", max_pixels)
 
 
 def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
@@ -334,7 +333,7 @@ class RowImages:
     source: Source  # with images in its records (`nalora_jax.data.images.chat`)
     records: np.ndarray  # int64 [examples], indices into the source
     processor: ImageProcessor
-    limits: Limits
+    max_pixels: int
     places: int
 
     def batch(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
@@ -347,7 +346,7 @@ class RowImages:
             for example in examples.tolist():
                 record = int(self.records[example])
                 for encoded in self.source.read([record])[0][IMAGES]:
-                    image = opened(encoded, self.source.where(record), self.limits)
+                    image = opened(encoded, self.source.where(record), self.max_pixels)
                     pixels[row, counts[row]] = self.processor(image)["pixels"]
                     counts[row] += 1
         return {"pixels": pixels, "images": counts}
@@ -359,20 +358,16 @@ def row_images(
     pattern: Pattern,
     tokens: ImageTokens,
     processor: ImageProcessor,
-    limits: Limits,
+    max_pixels: int,
 ) -> RowImages:
     """Returns the images of the rows that ``pattern`` packs from ``store``.
 
     ``store`` has the tokens of ``source``.
     """
-    places = places_of(pattern, store.lengths, images_of(store, tokens))
-    return RowImages(source, store.records, processor, limits, places)
-
-
-def images_of(store: TokenStore, tokens: ImageTokens) -> np.ndarray:
-    """Returns the number of images of each example: int ``[examples]``."""
-    sums = np.add.reduceat((store.tokens == tokens.token_id).astype(np.int64), store.offsets[:-1])
-    return sums // tokens.count
+    of_image = (store.tokens == tokens.token_id).astype(np.int64)
+    images = np.add.reduceat(of_image, store.offsets[:-1]) // tokens.count  # of each example
+    places = places_of(pattern, store.lengths, images)
+    return RowImages(source, store.records, processor, max_pixels, places)
 
 
 def places_of(pattern: Pattern, lengths: np.ndarray, images: np.ndarray) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 
 from nalora_jax.common.fields import Fields
-from nalora_jax.data.tokenizer import read_backend, read_json
+from nalora_jax.data.tokenizer import read_backend, read_json, read_settings, token_text
 from nalora_jax.errors import NaloraError
 
 # Formats that are decoded. Pillow has dozens of rarer decoders, which an untrusted file could
@@ -32,18 +32,11 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Limits on the images that are decoded."""
-
-    # Maximum pixels. A small file can claim billions (a decompression bomb); it is refused before
-    # decoding.
-    max_pixels: int = 50_000_000
-    # Largest ratio of the longer side to the shorter: the processor would reduce thinner
-    # images to a few pixels.
-    max_ratio: float = 100.0
-    # Read the first frame of animated images instead of refusing them.
-    animated: bool = False
+# Pixels of an image. A small file can claim billions (a decompression bomb); it is refused before decoding.
+MAX_PIXELS = 50_000_000
+_MAX_RATIO = (
+    100  # of the longer side to the shorter: the processor would reduce thinner images to a few pixels
+)
 
 
 def pillow() -> Any:
@@ -59,7 +52,7 @@ def pillow() -> Any:
         raise NaloraError("images", expected=expected, found=error, remedy=remedy) from error
 
 
-def open_image(source: str | Path | bytes, name: str = "", limits: Limits | None = None) -> Any:
+def open_image(source: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Any:
     """Returns the image upright, as an RGB ``PIL.Image.Image``; transparent parts become white.
 
     The image is rotated and mirrored according to its EXIF orientation, as in transformers'
@@ -68,26 +61,26 @@ def open_image(source: str | Path | bytes, name: str = "", limits: Limits | None
     Args:
       source: a file's path, or its content.
       name: of the image in messages; the path by default.
-      limits: of size, shape and frames.
+      max_pixels: limit of its size.
 
     Raises:
-      NaloraError: the file is missing, is not a complete image of a known format, is outside of
-        ``limits``, or has 32-bit integers or floats, whose range is unknown.
+      NaloraError: the file is missing, is not a complete still image of a known format, is too large
+        or too thin, or has 32-bit integers or floats, whose range is unknown.
     """
-    images, limits = pillow(), limits or Limits()
+    images = pillow()
     name = name or (str(source) if not isinstance(source, bytes) else "image")
     try:
         with warnings.catch_warnings():
-            # Pillow warns about its size limit and odd metadata; `_check` enforces limits with the
-            # image's name.
+            # Pillow warns about its size limit and odd metadata; `_check` names the image.
             warnings.simplefilter("ignore")
             content = source if isinstance(source, bytes) else Path(source).read_bytes()
             image = images.open(io.BytesIO(content), formats=FORMATS)
-            _check(image, name, limits)
+            _check(image, name, max_pixels)
             image.load()
-            return flattened(_eight_bits(_upright(image), image.format, name))
+            upright = importlib.import_module("PIL.ImageOps").exif_transpose(image)
+            return flattened(_eight_bits(upright, image.format, name))
     except images.DecompressionBombError as error:
-        raise _too_large(name, limits, error) from error
+        raise _too_large(name, max_pixels, error) from error
     except NaloraError:
         raise
     except FileNotFoundError as error:
@@ -101,31 +94,27 @@ def open_image(source: str | Path | bytes, name: str = "", limits: Limits | None
         ) from error
 
 
-def _check(image: Any, name: str, limits: Limits) -> None:
+def _check(image: Any, name: str, max_pixels: int) -> None:
     """Checks the header of an image against the limits."""
     width, height = image.size
-    if width * height > limits.max_pixels:
-        raise _too_large(name, limits, f"{width} x {height}")
-    if min(width, height) < 1 or max(width, height) > limits.max_ratio * min(width, height):
-        expected = f"sides that differ by at most {limits.max_ratio:g} times"
+    if width * height > max_pixels:
+        raise _too_large(name, max_pixels, f"{width} x {height}")
+    if min(width, height) < 1 or max(width, height) > _MAX_RATIO * min(width, height):
+        expected = f"sides that differ by at most {_MAX_RATIO} times"
         raise NaloraError(name, expected=expected, found=image.size)
     frames = getattr(image, "n_frames", 1)
-    if frames > 1 and not limits.animated:
+    if frames > 1:
         remedy = "save one of them as an image of its own"
         raise NaloraError(name, expected="a still image", found=f"{frames} frames", remedy=remedy)
 
 
-def _too_large(name: str, limits: Limits, actual: object) -> NaloraError:
+def _too_large(name: str, max_pixels: int, actual: object) -> NaloraError:
     return NaloraError(
         name,
-        expected=f"at most {limits.max_pixels:,} pixels",
+        expected=f"at most {max_pixels:,} pixels",
         found=actual,
         remedy="make it smaller; files that claim to be this large are often made to exhaust memory",
     )
-
-
-def _upright(image: Any) -> Any:
-    return importlib.import_module("PIL.ImageOps").exif_transpose(image)
 
 
 def _eight_bits(image: Any, kind: str, name: str) -> Any:
@@ -286,12 +275,8 @@ def read_processor(folder: Path) -> ImageProcessor:
             found="nothing of that name",
             remedy="save it with transformers: AutoImageProcessor.from_pretrained(model).save_pretrained(folder)",
         )
-    raw = read_json(path)
-    return parse_processor(raw.get("image_processor", raw), str(path))
-
-
-def parse_processor(raw: Mapping[str, Any], where: str) -> ImageProcessor:
-    """Returns the processor of a parsed ``preprocessor_config.json``; see `read_processor`."""
+    raw, where = read_json(path), str(path)
+    raw = raw.get("image_processor", raw)
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or ""
     base_kind = str(kind).removesuffix("Fast").removesuffix("Pil")
     if base_kind not in DEFAULTS:
@@ -445,16 +430,14 @@ def read_text_tokenizer(
     if backend.get_vocab_size() > vocab_size:
         expected = f"at most {vocab_size} tokens, the rows of the embedding"
         raise NaloraError(str(path), expected=expected, found=backend.get_vocab_size())
-    settings = read_json(folder / "special_tokens_map.json", missing={})
-    settings |= read_json(folder / "tokenizer_config.json", missing={})
-    pad = settings.get("pad_token")
-    if isinstance(pad, dict):
-        pad = pad.get("content")
-    pad_id = backend.token_to_id(pad) if isinstance(pad, str) else None
+    settings = read_settings(folder)
+    pad_id = backend.token_to_id(token_text(settings.get("pad_token")))
     if pad_id is None:
-        remedy = "set pad_token to a token of the vocabulary"
         raise NaloraError(
-            str(folder / "tokenizer_config.json"), expected="pad_token", found=repr(pad), remedy=remedy
+            str(folder / "tokenizer_config.json"),
+            expected="pad_token",
+            found=repr(settings.get("pad_token")),
+            remedy="set pad_token to a token of the vocabulary",
         )
     return TextTokenizer(
         backend,

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from nalora_jax.common.files import expand_user
 from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.files import DELIMITERS, LoadedRows, open_rows
-from nalora_jax.data.images.files import ENDINGS, ImageProcessor, Limits, TextTokenizer, open_image, pillow
-from nalora_jax.data.packing import permutation
+from nalora_jax.data.images.files import ENDINGS, ImageProcessor, TextTokenizer, open_image, pillow
+from nalora_jax.data.packing import epoch_order, permutation
 from nalora_jax.data.pipeline import HostBatch, Stream
 from nalora_jax.data.source import Record, Source, require_some
 from nalora_jax.data.sources import FileSource
@@ -64,33 +64,39 @@ class ImageSource(Source):
             remedy=f"name the field by --vision.image-field (there are {', '.join(record)})",
         )
 
+    def opened(self, index: int, record: Mapping[str, Any]) -> Any:
+        """Returns the image of the record ``index`` as an RGB ``PIL.Image.Image``."""
+        where = self.where(index)
+        return open_image(self.image(record, where), where, self.fields.max_pixels)
+
+    def readable(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the ``indices`` whose images can be read; see `places_without_error`."""
+
+        def check(place: int) -> None:
+            index = int(indices[place])
+            self.opened(index, self[index])
+
+        places = places_without_error(self.name, len(indices), check, self.fields.broken)
+        return np.asarray(indices, np.int64)[places]
+
     def captions(self, indices: Sequence[int]) -> list[str]:
         """Returns the captions of the records at ``indices``."""
-
-        def is_text(value: object) -> bool:
-            return isinstance(value, str) and bool(value.strip())
-
-        return self._values(indices, "caption", "a text", is_text)
+        return self._values(indices, "caption", "a text", str)
 
     @cached_property
     def _raw_labels(self) -> list[Any]:
-        def is_class(value: object) -> bool:
-            return isinstance(value, int | str) and not isinstance(value, bool)
-
         labels: list[Any] = []
         for start in range(0, len(self), _CHUNK):
             rows = range(start, min(start + _CHUNK, len(self)))
-            labels += self._values(rows, "label", "a class: a number or a name", is_class)
+            labels += self._values(rows, "label", "a class: a number or a name", int | str)
         return labels
 
-    def _values(
-        self, indices: Sequence[int], kind: str, expected: str, is_valid: Callable[[object], bool]
-    ) -> list[Any]:
+    def _values(self, indices: Sequence[int], kind: str, expected: str, types: Any) -> list[Any]:
         """Returns a field of the records at ``indices``: that of captions or labels, by ``kind``."""
         field, values = getattr(self.fields, f"{kind}_field"), []
         for index, record in zip(indices, self.read(indices), strict=True):
             value = record.get(field)
-            if not is_valid(value):
+            if not isinstance(value, types) or isinstance(value, bool) or not str(value).strip():
                 remedy = f"name the field by --vision.{kind}-field (there are {', '.join(record)})"
                 raise NaloraError(
                     f"{self.where(index)}: {field}", expected=expected, found=shown(value), remedy=remedy
@@ -256,9 +262,7 @@ def register_images(name: str) -> Callable[[ImageOpener], ImageOpener]:
     return IMAGE_SETS.decorator(name)
 
 
-def open_images(
-    config: DataConfig, vision: VisionConfig, split: str, *, cache: Path | None = None
-) -> ImageSource:
+def open_images(config: DataConfig, vision: VisionConfig, split: str) -> ImageSource:
     """Returns the images of ``split`` of ``config.dataset``.
 
     Args:
@@ -267,7 +271,6 @@ def open_images(
       vision: names of the fields.
       split: a TFDS split expression; for a folder or a list also the path of another folder or
         list.
-      cache: folder in which registered data sets are prepared.
 
     Raises:
       NaloraError: no such data set, split, folder or field, or no records.
@@ -277,7 +280,7 @@ def open_images(
         opener = partial(open_tfds, name.removeprefix("tfds:"), split, config.data_dir)
         return TfdsImages(name, split, opener, vision)
     if name in IMAGE_SETS:
-        return IMAGE_SETS.get(name)(split, vision, cache or cache_dir())
+        return IMAGE_SETS.get(name)(split, vision, cache_dir())
     path = expand_user(name)
     if Path(split).exists():
         path, split = Path(split), "train"
@@ -286,19 +289,6 @@ def open_images(
         remedy = f"--import FILE registers data sets; registered: {', '.join(IMAGE_SETS.names()) or 'none'}"
         raise NaloraError("--data.dataset", expected=expected, found=repr(name), remedy=remedy)
     return ListedImages(path, split, vision)
-
-
-def readable(source: ImageSource, indices: np.ndarray, vision: VisionConfig) -> np.ndarray:
-    """Returns the ``indices`` whose images can be read; see `places_without_error`."""
-    limits = Limits(max_pixels=vision.max_pixels)
-
-    def check(place: int) -> None:
-        index = int(indices[place])
-        (record,) = source.read([index])
-        open_image(source.image(record, source.where(index)), source.where(index), limits)
-
-    places = places_without_error(source.name, len(indices), check, vision.broken)
-    return np.asarray(indices, np.int64)[places]
 
 
 def places_without_error(name: str, count: int, check: Callable[[int], None], broken: str) -> np.ndarray:
@@ -380,11 +370,6 @@ class ImageData(Stream):
     labels: np.ndarray | None = None  # int32, by the source's index
     tokens: dict[str, np.ndarray] | None = None  # of captions, by the position in ``indices``
 
-    @cached_property
-    def _order(self) -> Callable[[int], np.ndarray]:
-        count = len(self.indices)
-        return lru_cache(maxsize=2)(lambda epoch: permutation(count, self.seed, epoch))
-
     @property
     def rows_per_epoch(self) -> int:
         """Returns the number of rows of an epoch, in which every record appears once."""
@@ -407,17 +392,15 @@ class ImageData(Stream):
 
     def arrays(self, rows: list[int]) -> HostBatch:
         """Returns the arrays of these rows; images are opened and augmented."""
-        epochs, positions = np.divmod(rows, len(self.indices))
-        places = np.array([self._order(int(e))[p] for e, p in zip(epochs, positions, strict=True)])
+        count = len(self.indices)
+        pairs = (divmod(row, count) for row in rows)
+        places = np.array([epoch_order(count, self.seed, epoch)[place] for epoch, place in pairs])
         indices = self.indices[places]
         prepared = []
         for row, index, record in zip(
             rows, indices.tolist(), self.source.read(indices.tolist()), strict=True
         ):
-            where = self.source.where(index)
-            image = open_image(
-                self.source.image(record, where), where, Limits(max_pixels=self.vision.max_pixels)
-            )
+            image = self.source.opened(index, record)
             prepared.append(self.processor(augmented(image, self.vision, generator(self.seed, row))))
         batch = {name: np.stack([arrays[name] for arrays in prepared]) for name in prepared[0]}
         if self.labels is not None:

@@ -26,7 +26,6 @@ from nalora_jax.data.images.opened import (
     caption_tokens,
     draw_shots,
     open_images,
-    readable,
 )
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source
@@ -96,7 +95,7 @@ def trained_on(config: RunConfig, source: ImageSource, classes: tuple[str, ...])
         indices = draw_shots(labels, classes, vision.shots, config.seed)
     if data.train_limit:
         indices = np.sort(indices[permutation(len(indices), config.seed)[: data.train_limit]])
-    return ImageRecords(source, readable(source, indices, vision), classes, labels)
+    return ImageRecords(source, source.readable(indices), classes, labels)
 
 
 def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Inputs:
@@ -232,20 +231,18 @@ def held_out_images(
 def held_out_indices(config: RunConfig, source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
     """Returns indices of the reported images, and of images that select the checkpoint."""
     data = config.data
-    indices = drawn_images(
-        source, data.eval_limit + data.select_limit if data.eval_limit else 0, config.vision
-    )
+    indices = drawn_images(source, data.eval_limit + data.select_limit if data.eval_limit else 0)
     cut = max(1, min(data.select_limit, len(indices) // 3))
     return np.sort(indices[cut:]), np.sort(indices[:cut])
 
 
-def drawn_images(source: ImageSource, limit: int, vision: VisionConfig) -> np.ndarray:
+def drawn_images(source: ImageSource, limit: int) -> np.ndarray:
     """Returns indices of ``limit`` readable held-out images (0: all), drawn by a fixed seed.
 
     Raises:
       NaloraError: fewer than two are left.
     """
-    indices = readable(source, permutation(len(source), _SEED)[: limit or len(source)], vision)
+    indices = source.readable(permutation(len(source), _SEED)[: limit or len(source)])
     if len(indices) < 2:
         raise NaloraError("--data.eval-split", expected="at least two images", found=len(indices))
     return indices

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
 from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.images.chat import ChatImages, open_chats, row_images
-from nalora_jax.data.images.files import ImageProcessor, Limits
+from nalora_jax.data.images.files import ImageProcessor
 from nalora_jax.data.pipeline import TrainData
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO
@@ -49,8 +49,8 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     inputs = text.tokenized(config, files, train, held)
     assert tokens is not None
     assert files.processor is not None
-    data, limits = inputs.data, Limits(max_pixels=config.vision.max_pixels)
-    images = row_images(train, data.store, data.pattern, tokens, files.processor, limits)
+    data, max_pixels = inputs.data, config.vision.max_pixels
+    images = row_images(train, data.store, data.pattern, tokens, files.processor, max_pixels)
     return replace(inputs, data=replace(data, images=images), in_turns=True)
 
 

@@ -54,8 +54,8 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     context = base.max_positions
     train, held = open_records(config.data, source)
     turns = in_turns(train.read([0])[0], config.data, preference.chosen_field)
-    measure = partial(pair_sizes, preference=preference)
-    config = replace(config, data=with_length(config.data, train, tokenizer, context, measure))
+    measure = partial(pair_sizes, train, config.data, tokenizer, preference)
+    config = replace(config, data=with_length(config.data, measure, context))
     shape = stream_shape(config) | {"context": context}
     data = pair_data(train, config.data, preference, tokenizer, **shape)
     longest = int(data.store.lengths.max())

@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from nalora_jax.evaluate.run_log import ROLLOUTS
 from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, Step, TrainState
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.ops.policy_losses import CLIPS, PolicyLoss, advantages, divergence_penalty
 from nalora_jax.train.inputs import open_records, settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
@@ -58,6 +59,7 @@ from nalora_jax.weights.model_files import LoadedModel, open_files
 log = logging.getLogger(__name__)
 
 _SHOWN = 4  # samples of a step in the run's file of samples
+_MISMATCH = 0.1  # total variation distance between generator and training program, before a warning
 _PATIENCE = 10  # rollouts in a row without a difference between rewards, before a warning
 
 
@@ -140,7 +142,9 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     config = replace(config, data=replace(config.data, max_length=data.length))
     config = settled(config, base.d_model, data.rows_per_epoch, "samples")
     prompts = held_out_prompts(held, config.data, tokenizer, data.length - rl.max_new_tokens)
-    questions = {name: _digest(of) for name, of in zip(("reported", "selecting"), prompts, strict=True)}
+    questions = {
+        name: prompts_digest(of) for name, of in zip(("reported", "selecting"), prompts, strict=True)
+    }
     return Inputs(config, base, files, data, prompts, questions, turns)
 
 
@@ -148,28 +152,40 @@ def build_step(
     inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None
 ) -> tuple[LoadedModel, Assembly, PromptRows]:
     """Loads the base, and builds adapters and the step with its rollouts; see `text.build_step`."""
-    stream = inputs.data
     loaded, assembly, _ = text.build_step(inputs, placed, mesh, output, like, **program_parts(placed.rl))
-    data = PromptRows(replace(stream, **stream_shape(placed, mesh)), Rollout())
+    data = PromptRows(replace(inputs.data, **stream_shape(placed, mesh)), Rollout())
+    step = rollout_step(placed, loaded, assembly, data, output.folder)
+    return loaded, replace(assembly, step=step), data
+
+
+def rollout_step(
+    config: RunConfig, loaded: LoadedModel, assembly: Assembly, data: PromptRows, folder: Path | None
+) -> RolloutStep:
+    """Returns the step of an assembly with its rollouts.
+
+    Args:
+      config: the run's settings.
+      loaded: the base model.
+      assembly: with the compiled update.
+      data: the prompts.
+      folder: receives complete groups and some samples; None: they are not stored.
+    """
+    rl, stream = config.rl, data.stream
     sampler = Sampler(
         assembly.eval_model,
         assembly.params,
         loaded.tokenizer,
-        mesh,
-        scorer_of(placed.rl),
-        prompts=stream.batch_size // placed.rl.samples,
-        samples=placed.rl.samples,
-        limit=placed.rl.max_new_tokens,
-        temperature=placed.rl.temperature,
-        seed=placed.seed,
+        assembly.mesh,
+        scorer_of(rl),
+        prompts=stream.batch_size // rl.samples,
+        samples=rl.samples,
+        limit=rl.max_new_tokens,
+        temperature=rl.temperature,
+        seed=config.seed,
         longest=stream.longest,
-        folder=output.folder / "rollouts",
+        folder=folder and folder / "rollouts",
     )
-    assert inputs.base is not None
-    plain = next_token(inputs.base, assembly.model, placed.compute, mesh)
-    scoring = _policy(placed.rl, plain)
-    step = RolloutStep(placed, assembly, scoring, sampler, data, output.folder / ROLLOUTS)
-    return loaded, replace(assembly, step=step), data
+    return RolloutStep(config, loaded.config, assembly, sampler, data, folder and folder / ROLLOUTS)
 
 
 def evaluators(
@@ -185,7 +201,8 @@ def evaluators(
 export_run = text.export_run
 
 
-def _digest(prompts: Sequence[Prompt]) -> str:
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Returns the digest of the token ids and the reference completions."""
     asked = [[list(prompt.ids), str(prompt.record["answer"])] for prompt in prompts]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
@@ -238,6 +255,11 @@ class PromptRows:
         """Returns an endless iterator of batches."""
         return RolloutBatches(self.stream, self.rollout)
 
+    @property
+    def fingerprint(self) -> str:
+        """Returns the identity of the stream."""
+        return self.stream.fingerprint
+
     def describe(self) -> dict[str, Any]:
         """Returns figures for the log."""
         return self.stream.describe()
@@ -248,26 +270,26 @@ class RolloutStep:
 
     Args:
       config: the run's settings.
+      base: architecture of the base model.
       assembly: with the compiled update.
-      scoring: the objective, for log-probabilities before the update.
       sampler: draws the samples.
       data: the prompts of a batch.
-      file: receives some samples.
+      file: receives some samples; None: they are not stored.
     """
 
     def __init__(
         self,
         config: RunConfig,
+        base: ModelConfig,
         assembly: Assembly,
-        scoring: Policy,
         sampler: Sampler,
         data: PromptRows,
-        file: Path,
+        file: Path | None,
     ) -> None:
         self._config, self._sampler, self._data, self._file = config, sampler, data, file
         self._update: Step = assembly.step
-        self._mesh, self._warn = assembly.mesh, EarlyWarnings(config.rl.max_new_tokens, file.name)
-        self._scores = jax.jit(partial(_scored, scoring), static_argnames="of_base")
+        self._mesh, self._warn = assembly.mesh, EarlyWarnings(config.rl.max_new_tokens)
+        self._scores = scores_of(config, base, assembly)
         self._begun = False
 
     def __call__(self, params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
@@ -275,7 +297,8 @@ class RolloutStep:
         rl, rollout, number = self._config.rl, self._data.rollout, int(state.step)
         if not self._begun:
             self._begun = True
-            _forget_samples(self._file, number)
+            if self._file is not None:
+                _forget_samples(self._file, number)
         if number % rl.updates == 0 or not rollout.arrays:
             rollout.arrays, rollout.figures = self._new(params, state, batch, number)
         started = time.perf_counter()
@@ -386,7 +409,7 @@ class RolloutStep:
 
     def _write(self, step: int, prompts: Sequence[Prompt], samples: Samples) -> None:
         """Appends some samples to the run's file."""
-        if jax.process_index():
+        if jax.process_index() or self._file is None:
             return
         rl, tokenizer = self._config.rl, self._sampler.tokenizer
         with self._file.open("a", encoding="utf-8") as file:
@@ -415,29 +438,29 @@ def _forget_samples(file: Path, step: int) -> None:
 
 
 class EarlyWarnings:
-    """Logs once each that all rewards are equal, that samples grow, or that the policy has no entropy left.
+    """Logs once each that all rewards are equal, that samples grow, that no entropy is left, or a large mismatch.
 
     Args:
       limit: largest number of tokens of a sample.
-      file: name of the file with samples.
     """
 
-    def __init__(self, limit: int, file: str) -> None:
-        self._limit, self._file = limit, file
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._alike = deque[bool](maxlen=_PATIENCE)
         self._first: dict[str, float] = {}
         self._logged: set[str] = set()
 
     def __call__(self, figures: Mapping[str, Any]) -> None:
-        """Reads the figures of a step: ``groups_alike``, ``length`` and ``entropy``."""
-        now = {name: float(figures[name]) for name in ("groups_alike", "length", "entropy")}
+        """Reads the figures of a step: ``groups_alike``, ``length``, ``entropy`` and ``mismatch_bound``."""
+        names = ("groups_alike", "length", "entropy", "mismatch_bound")
+        now = {name: float(figures[name]) for name in names}
         first = self._first = self._first or now
         self._alike.append(now["groups_alike"] == 1)
         if len(self._alike) == _PATIENCE and all(self._alike):
             self._once(
                 "the rewards of each group were all equal in %d steps: nothing is learned; look at %s, take easier or "
                 "harder prompts, or more --rl.samples",
-                *(_PATIENCE, self._file),
+                *(_PATIENCE, ROLLOUTS),
             )
         if now["length"] > max(2 * first["length"], 0.8 * self._limit):
             text_of = "samples have grown from %.0f to %.0f tokens, of at most %d"
@@ -445,6 +468,12 @@ class EarlyWarnings:
         if now["entropy"] < 0.1 * first["entropy"]:
             text_of = "the entropy of the policy fell from %.3f to %.3f: samples hardly differ; lower the learning rate"
             self._once(text_of, first["entropy"], now["entropy"])
+        if now["mismatch_bound"] > _MISMATCH:
+            self._once(
+                "generator and training program differ by %.2f in the probabilities of a token, more than %g: "
+                "train with --compute.dtype float32",
+                *(now["mismatch_bound"], _MISMATCH),
+            )
 
     def _once(self, message: str, *values: Any) -> None:
         if message not in self._logged:
@@ -458,6 +487,16 @@ def _is_flat(rewards: np.ndarray, samples: int) -> np.ndarray:
     return np.nanmax(groups, 1, initial=-np.inf) <= np.nanmin(groups, 1, initial=np.inf)
 
 
+def scores_of(config: RunConfig, base: ModelConfig, assembly: Assembly) -> Callable[..., jax.Array]:
+    """Returns the training program's log-probabilities ``(params, lora, rows, of_base=...) -> [rows, seq]``.
+
+    ``rows`` are those of `nalora_jax.train.policy`; with ``of_base`` the adapter is off.
+    """
+    plain = next_token(base, assembly.model, config.compute, assembly.mesh)
+    return partial(_scored, _policy(config.rl, plain))
+
+
+@partial(jax.jit, static_argnames=("objective", "of_base"))
 def _scored(objective: Policy, params: Any, lora: Any, batch: Batch, *, of_base: bool) -> jax.Array:
     frozen = params if "params" in params else {"params": params}
     variables = {**frozen, "lora": lora}

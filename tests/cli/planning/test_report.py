@@ -33,15 +33,6 @@ def planned(kernels: dict[str, float], **more: Any) -> Plan:
     return Plan(config, machine, layout, found, found, bound)
 
 
-def test_kernels_are_named_with_their_numbers():
-    kernels = {"splash_mha_fwd_segmented_residuals": 32.0, "splash_mha_dkv_segmented": 32.0}
-    plan = planned(kernels)
-    assert plan.to_dict()["kernels"] == kernels
-    (line,) = (line for line in describe(plan) if line.startswith("  kernels"))
-    assert line == "  kernels     splash_mha_dkv_segmented x 32, splash_mha_fwd_segmented_residuals x 32"
-    assert not [line for line in describe(planned({})) if line.startswith("  kernels")]
-
-
 def test_what_waits_in_the_host_s_memory_has_a_roofline_of_its_own():
     moved = (Transfer(True, 1e9, 32.0, True), Transfer(False, 1e9, 32.0, False))
     plan = planned({}, host=32e9, transfers=moved)

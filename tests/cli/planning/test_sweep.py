@@ -10,10 +10,9 @@ import pytest
 from nalora_jax.cli.planning.program import CONFIGS, step_and_arguments
 from nalora_jax.cli.planning.report import SweepPlan, describe_sweep, plan_sweep
 from nalora_jax.config import ComputeConfig, DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
-from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.figures import of_compiled
-from nalora_jax.layout.layouts import Layout, fitting_sweep, preferred, sweep_candidates
+from nalora_jax.layout.layouts import Layout, fitting_sweep, preferred
 from nalora_jax.layout.machines import topology
 from nalora_jax.models.config import ModelConfig
 from tests import tiny
@@ -23,14 +22,6 @@ LLAMA = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])
 
 def run(rows: int, seq: int, **options: Any) -> RunConfig:
     return RunConfig(train=TrainConfig(batch_size=rows), data=DataConfig(max_length=seq), **options)
-
-
-def test_groups_of_devices_grow_from_the_smallest_to_all() -> None:
-    found = sweep_candidates(run(4, 128), LLAMA, topology("v6e:4x4"), 8)
-    shapes = [(layout.run, layout.fsdp, layout.tensor, layout.runs_per_device) for layout in found]
-    shapes = list(dict.fromkeys(shapes))  # each with several policies
-    assert shapes[:4] == [(8, 2, 1, 1), (4, 4, 1, 2), (4, 4, 1, 1), (2, 4, 2, 4)]
-    assert shapes[-1] == (1, 4, 4, 1)
 
 
 def fastest(config: RunConfig, machine: str, runs: int) -> Layout:
@@ -45,14 +36,6 @@ def test_every_run_has_a_device_and_saves_as_much_as_fits() -> None:
     assert (layout.remat, layout.run) == ("attention", 256)
     asked = run(1, 4096, compute=ComputeConfig(remat="full"))
     assert fastest(asked, "v6e:16x16", runs=256).remat == "full"
-
-
-def test_a_sweep_that_fits_in_no_layout_is_refused_with_the_smallest() -> None:
-    config = run(1, 4096, mesh=MeshConfig(run=4, runs_per_device=1))
-    with pytest.raises(
-        NaloraError, match=r"--sweep: expected runs that fit in 16\.40 GB a chip, found 1\d\.\d\d GB"
-    ):
-        fitting_sweep(config, LLAMA, topology("v5e:2x2"), 4)
 
 
 def test_a_sweep_is_estimated_without_a_compiler() -> None:

@@ -7,7 +7,6 @@ import functools
 import logging
 import os
 import subprocess
-import time
 from pathlib import Path
 
 import jax
@@ -26,8 +25,7 @@ REGISTERED = library._registered  # with what this process has registered
 
 @pytest.fixture
 def decided_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_available", "_registered"):
-        monkeypatch.setattr(library, name, functools.cache(getattr(library, name).__wrapped__))
+    monkeypatch.setattr(library, "_registered", functools.cache(library._registered.__wrapped__))
 
 
 def test_another_copy_of_the_library_is_not_registered_again(
@@ -37,19 +35,21 @@ def test_another_copy_of_the_library_is_not_registered_again(
     monkeypatch.setattr(library, "_registered", REGISTERED)
     jax.jit(jnp.sin)(1.0)  # XLA compares registrations once it has run
     monkeypatch.delenv("NALORA_NATIVE", raising=False)
-    assert library.available()
+    assert library.kind()
     monkeypatch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path))
     monkeypatch.setenv("NALORA_NATIVE", processor.kinds()[0])
-    assert library.available()
+    assert library.kind()
 
 
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on one CPU with tiles."""
-    monkeypatch.setattr(processor, "kinds", lambda: ("tiles", "vectors", "plain"))
+    monkeypatch.setattr(processor, "kinds", lambda: ("tiles", "vectors"))
 
 
-@pytest.mark.usefixtures("tiles")
+@pytest.mark.usefixtures(
+    "tiles",
+)
 @pytest.mark.parametrize("choice", ["1", ""])
 def test_a_missing_compiler_is_named_once_and_xla_goes_on(
     choice: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -58,13 +58,15 @@ def test_a_missing_compiler_is_named_once_and_xla_goes_on(
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with caplog.at_level(logging.WARNING):
-        assert not library.available()
-        assert not library.available()
+        assert not library.kind()
+        assert not library.kind()
     assert len(caplog.messages) == 1
     assert "no C++ compiler was found; install g++ or name one in CXX" in caplog.text
 
 
-@pytest.mark.usefixtures("tiles")
+@pytest.mark.usefixtures(
+    "tiles",
+)
 def test_a_failing_compiler_is_quoted_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -75,7 +77,7 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(
     monkeypatch.setenv("NALORA_NATIVE", "1")
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     with caplog.at_level(logging.WARNING):
-        assert not library.available()
+        assert not library.kind()
     assert "unknown option -mamx-tile" in caplog.text
     assert list((tmp_path / "cache" / "native").iterdir()) == []
 
@@ -83,10 +85,10 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("choice", "devices", "kinds"),
     [
-        ("0", 1, ("tiles", "plain")),
-        ("1", 8, ("tiles", "plain")),
+        ("0", 1, ("tiles",)),
+        ("1", 8, ("tiles",)),
         ("vectors", 8, ("vectors",)),
-        ("1", 1, ("plain",)),
+        ("1", 1, ()),
     ],
 )
 def test_where_xla_does_the_work(
@@ -98,7 +100,7 @@ def test_where_xla_does_the_work(
 ) -> None:
     monkeypatch.setenv("NALORA_NATIVE", choice)
     monkeypatch.setattr(processor, "kinds", lambda: kinds)
-    assert not library.available(devices)
+    assert not library.kind(devices)
     assert caplog.messages == []
 
 
@@ -108,14 +110,14 @@ def test_where_xla_does_the_work(
         (
             "x86_64",
             "fma avx512f avx512bw avx512vl avx512_bf16 amx_tile amx_bf16",
-            ("tiles", "vectors", "plain"),
+            ("tiles", "vectors"),
         ),
-        ("x86_64", "fma avx512f avx512bw avx512vl avx512_bf16", ("vectors", "plain")),
-        ("x86_64", "fma avx512f avx512bw avx512vl avx2", ("floats", "plain")),
-        ("x86_64", "fma avx2", ("floats", "plain")),
-        ("x86_64", "avx2", ("plain",)),
-        ("x86_64", None, ("plain",)),
-        ("aarch64", "fma avx512f avx512bw avx512vl avx512_bf16", ("plain",)),
+        ("x86_64", "fma avx512f avx512bw avx512vl avx512_bf16", ("vectors",)),
+        ("x86_64", "fma avx512f avx512bw avx512vl avx2", ("floats",)),
+        ("x86_64", "fma avx2", ("floats",)),
+        ("x86_64", "avx2", ()),
+        ("x86_64", None, ()),
+        ("aarch64", "fma avx512f avx512bw avx512vl avx512_bf16", ()),
     ],
 )
 def test_kinds_are_those_that_the_cpu_has(
@@ -136,11 +138,11 @@ def test_kinds_are_those_that_the_cpu_has(
 @pytest.mark.parametrize(
     ("kinds", "features", "expected"),
     [
-        (("tiles", "vectors", "floats", "plain"), {"avx512f"}, "tiles"),
-        (("vectors", "floats", "plain"), {"avx512f"}, "vectors"),
-        (("floats", "plain"), {"avx2"}, "floats"),
-        (("floats", "plain"), {"avx2", "avx512f"}, None),
-        (("plain",), set(), None),
+        (("tiles", "vectors", "floats"), {"avx512f"}, "tiles"),
+        (("vectors", "floats"), {"avx512f"}, "vectors"),
+        (("floats",), {"avx2"}, "floats"),
+        (("floats",), {"avx2", "avx512f"}, None),
+        ((), set(), None),
     ],
 )
 def test_the_fastest_kind_is_taken_unless_xla_is_faster(
@@ -148,14 +150,16 @@ def test_the_fastest_kind_is_taken_unless_xla_is_faster(
 ) -> None:
     monkeypatch.setattr(processor, "kinds", lambda: kinds)
     monkeypatch.setattr(processor, "features", lambda: frozenset(features))
-    assert library.kind("") == library.kind("1") == expected
+    for choice in ("", "1"):
+        monkeypatch.setenv("NALORA_NATIVE", choice)
+        assert library.chosen() == expected
 
 
 def test_a_kind_that_this_cpu_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processor, "kinds", lambda: ("vectors", "plain"))
+    monkeypatch.setattr(processor, "kinds", lambda: ("vectors",))
     monkeypatch.setenv("NALORA_NATIVE", "tiles")
-    with pytest.raises(NaloraError, match="expected 0, 1 or, on this CPU, vectors or plain, found tiles"):
-        library.available()
+    with pytest.raises(NaloraError, match="expected 0, 1 or, on this CPU, vectors, found tiles"):
+        library.kind()
 
 
 # ---------------------------------------------------------------- what is in the cache is run, so it is checked
@@ -177,12 +181,12 @@ def compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stub.write_text(f'#!/bin/sh\nfor last; do :; done\ncp {small} "$last"\n')
     stub.chmod(0o755)
     monkeypatch.setenv("CXX", str(stub))
-    return library.build(str(stub), "plain")
+    return library.build(str(stub), "floats")
 
 
 def test_what_was_compiled_is_taken_from_the_cache(compiled: Path) -> None:
     written = compiled.stat().st_mtime_ns
-    assert library.build(os.environ["CXX"], "plain") == compiled
+    assert library.build(os.environ["CXX"], "floats") == compiled
     assert compiled.stat().st_mtime_ns == written
     assert [path.name for path in compiled.parent.iterdir()] == [compiled.name]
     assert compiled.parent.stat().st_mode & 0o777 == 0o700
@@ -192,7 +196,7 @@ def test_a_library_that_was_cut_off_or_changed_is_compiled_again(compiled: Path)
     whole = compiled.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
         compiled.write_bytes(damaged)
-        assert library.build(os.environ["CXX"], "plain") == compiled
+        assert library.build(os.environ["CXX"], "floats") == compiled
         assert compiled.read_bytes() == whole
 
 
@@ -201,11 +205,11 @@ def test_a_planted_library_is_not_loaded(compiled: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(ctypes, "CDLL", loaded.append)
     compiled.parent.chmod(0o777)
     with pytest.raises(PermissionError, match="only this user can write into"):
-        library.build(os.environ["CXX"], "plain")
+        library.build(os.environ["CXX"], "floats")
     compiled.parent.chmod(0o700)
     compiled.parent.parent.chmod(0o777)
     with pytest.raises(PermissionError, match="others can exchange what is in"):
-        library.build(os.environ["CXX"], "plain")
+        library.build(os.environ["CXX"], "floats")
     assert loaded == []
 
 
@@ -216,60 +220,24 @@ def test_a_folder_of_another_owner_or_behind_a_link_is_not_used(
     cache.parent.mkdir()
     cache.symlink_to(tmp_path / "theirs")
     with pytest.raises(PermissionError):
-        library.build(library.find_compiler(), "plain")
+        library.build(library.find_compiler(), "floats")
     cache.unlink()
     cache.mkdir(mode=0o700)
     monkeypatch.setattr(os, "geteuid", lambda: cache.stat().st_uid + 1)
     with pytest.raises(PermissionError):
-        library.build(library.find_compiler(), "plain")
+        library.build(library.find_compiler(), "floats")
 
 
 @pytest.mark.usefixtures("compiled")
 def test_a_library_without_a_function_falls_back_with_one_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("NALORA_NATIVE", "plain")
+    monkeypatch.setattr(processor, "kinds", lambda: ("floats",))
+    monkeypatch.setenv("NALORA_NATIVE", "floats")
     with caplog.at_level(logging.WARNING):
-        assert not library.available()
+        assert not library.kind()
     assert len(caplog.messages) == 1
     assert "is not of this version" in caplog.text
-
-
-def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiler = tmp_path / "c++"
-    compiler.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {tmp_path}/child\n> $TMPDIR/cc1.s\nsleep 300\n")
-    compiler.chmod(0o755)
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    monkeypatch.setattr(library, "DEADLINE", 1)
-    with pytest.raises(RuntimeError, match="had not compiled .* after 1 s"):
-        library.build(str(compiler), "plain")
-    assert list(cache.iterdir()) == list((tmp_path / "tmp").iterdir()) == []
-    child = int((tmp_path / "child").read_text())
-    for _ in range(500):  # a killed process may be listed for a moment longer
-        if not _runs(child):
-            return
-        time.sleep(0.01)
-    pytest.fail("what the compiler had started was still running 5 s later")
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def test_folders_that_killed_compilations_left_are_removed(compiled: Path) -> None:
-    old, new = (compiled.parent / f"making-{name}" for name in ("old", "new"))
-    for folder in (old, new):
-        folder.mkdir()
-    os.utime(old, (0, 0))
-    compiled.unlink()
-    library.build(os.environ["CXX"], "plain")
-    assert (old.exists(), new.exists()) == (False, True)
 
 
 def test_the_name_of_a_library_holds_its_digest(compiled: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.cpu import native
-from nalora_jax.cpu.native import Heads, Slice, Sum, Term, calls
+from nalora_jax.cpu.native import Heads, Slice, Sum, Term
 
 pytestmark = pytest.mark.usefixtures("kernels")
 EVERY_KIND = True
@@ -132,24 +132,6 @@ def test_a_slice_is_copied_as_it_is_read() -> None:
     np.testing.assert_array_equal(in_stack(rng, y).copied(), jax.lax.bitcast_convert_type(y, jnp.uint16))
 
 
-@pytest.mark.parametrize("columns", [64, 70])
-@pytest.mark.parametrize("added", [True, False])
-def test_norms_of_sums(columns: int, added: bool) -> None:
-    rng = np.random.default_rng(columns)
-    x, y, ds = (jax.device_put(rng.standard_normal((50, columns), np.float32)) for _ in range(3))
-    scale, dn = jnp.asarray(rng.standard_normal(columns), jnp.float32), draw(rng, 50, columns)
-    total, held, inverse = native.add_rms(x, y if added else None, 1e-2)
-    np.testing.assert_array_equal(total, x + y if added else x)
-    s = exact(jax.lax.bitcast_convert_type(held, jnp.bfloat16))
-    np.testing.assert_array_equal(s, exact(total.astype(jnp.bfloat16)))
-    r = 1 / np.sqrt((s**2).mean(1, keepdims=True) + 1e-2)
-    assert worst(inverse[:, None], r) < 1e-6
-    assert worst(native.normalise(held, inverse, scale), s * r * exact(scale)) < 2**-8
-    g = exact(dn) * exact(scale)
-    want = exact(ds) + r * (g - s * r**2 * (g * s).mean(1, keepdims=True))
-    assert worst(native.norm_gradient(held, inverse, scale, dn, ds), want) < 1e-6
-
-
 def test_results_are_equal_in_every_run() -> None:
     rng = np.random.default_rng(0)
     hidden, table = draw(rng, 300, 64), draw(rng, 2000, 64)
@@ -180,39 +162,11 @@ def test_operands_that_do_not_fit_are_refused(terms: list[Term]) -> None:
         native.products(Sum(terms))
 
 
-def test_the_library_refuses_what_python_did_not_check() -> None:
-    x, y = jnp.zeros((4, 8), jnp.uint16), jnp.zeros((9, 4), jnp.uint16)
-    plain = {"terms": np.array([1]), "transposed": np.array([0]), "stacked": np.array([0])}
-
-    def refused(message: str, *operands: jax.Array, **changes: np.ndarray) -> None:
-        called = calls.call("products", [jax.ShapeDtypeStruct((4, 4), jnp.float32)], **plain | changes)
-        with pytest.raises(Exception, match=message):
-            called(*operands)
-
-    refused("shapes do not fit", x, y)
-    refused("operands do not fit the terms", x, y, transposed=np.array([0, 0]))
-    refused("operands do not fit the terms", x, y[None], stacked=np.array([1]))
-    for at in (-1, 1):
-        stack = jnp.zeros((1, 8, 4), jnp.uint16)
-        refused("an index is outside of its stack", x, stack, jnp.asarray(at), stacked=np.array([1]))
-
-
-def test_the_library_refuses_norms_that_do_not_fit() -> None:
-    held, row, scale = (
-        jnp.zeros((4, 8), jnp.uint16),
-        jnp.zeros((4,), jnp.float32),
-        jnp.zeros((7,), jnp.float32),
-    )
-    with pytest.raises(Exception, match="nalora_normalise: shapes do not fit"):
-        jax.block_until_ready(native.normalise(held, row, scale))
-
-
-def test_statistics_refuse_rows_that_are_not_there() -> None:
-    z, row = jnp.zeros((4, 8), jnp.bfloat16), jnp.zeros((1,), jnp.float32)
-    for rows, probed in (([4], [0]), ([0], [-1])):
-        sampled = native.Sampled(z, jnp.array(rows), row, jnp.array(probed), jnp.zeros((1, 8)), row)
-        with pytest.raises(Exception, match="a row that z does not have"):
-            jax.block_until_ready(native.gate_statistics(sampled, native.Logistic(1.0, 0.0), (-1.0, 4.0)))
+@pytest.mark.parametrize("at", [-1, 1])
+def test_an_index_outside_of_its_stack_is_refused(at: int) -> None:
+    x, stack = jnp.zeros((4, 8), jnp.bfloat16), Slice(jnp.zeros((1, 8, 4), jnp.uint16), jnp.asarray(at))
+    with pytest.raises(Exception, match="an index is outside of its stack"):
+        jax.block_until_ready(native.products(Sum([Term(x, stack)])))
 
 
 def gate64(z: np.ndarray, a: float, b: float) -> tuple[np.ndarray, np.ndarray]:
@@ -221,73 +175,22 @@ def gate64(z: np.ndarray, a: float, b: float) -> tuple[np.ndarray, np.ndarray]:
     return rho, rho * (1 - rho) * (a + 3 * b * z**2)
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "rank", "coefficients"),
-    [
-        (64, 96, 8, (1.0, 0.0)),
-        (50, 70, 3, (1.5957691, 0.0713548)),
-        (9, 32, 0, (1.702, 0.0)),
-        (5, 33, 1, (1.5957691, 0.0713548)),
-    ],
-)
-def test_gates_with_their_statistics(
-    rows: int, columns: int, rank: int, coefficients: tuple[float, float]
-) -> None:
-    rng = np.random.default_rng(rows)
-    logistic = native.Logistic(*coefficients)
-    z, u, g = draw(rng, rows, columns, scale=4), draw(rng, rows, columns), draw(rng, rows, columns)
-    # Runs of rows with weights and without, and rows without in a run that has some.
-    weights, probe_weights = (
-        jnp.asarray(
-            (rng.integers(0, 2, -(-rows // 8)).repeat(8)[:rows] * rng.integers(0, 3, rows)), jnp.float32
-        )
-        for _ in range(2)
-    )
-    hidden = jax.device_put(rng.standard_normal((rows, rank), np.float32))
-    b = jnp.asarray(0.1 * rng.standard_normal((rank, columns)), jnp.float32)
-    cuts = (-1.0, 2.5)
-    measured = native.Measured(weights, probe_weights, hidden, b)
-    out, sums = compiled(native.gate_measured, z, u, measured, logistic, cuts)
-    np.testing.assert_array_equal(out, compiled(native.gate, z, u, logistic))
-
-    z64, dz = exact(z), exact(hidden) @ exact(b)
-    rho, slope = gate64(z64, *coefficients)
-    assert worst(out, z64 * rho * exact(u)) < 2**-8
-    frozen, frozen_slope = gate64(z64 - dz, *coefficients)
-    per_row = [np.abs(rho + z64 * slope), *(z64 < cut for cut in (cuts[0], 0, cuts[1]))]
-    moved = [frozen * dz, (rho - frozen) * z64, (z64 - dz) * frozen_slope * dz]
-    want = [(exact(weights)[:, None] * x).sum(0) for x in per_row]
-    want += [(exact(probe_weights)[:, None] * np.abs(x)).sum(0) for x in moved]
-    for got, right in zip(sums, want, strict=True):
-        np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-4)
-
-    dz, du, again = compiled(native.gate_gradient, z, u, g, logistic, product=True)
-    np.testing.assert_array_equal(again, out)
-    assert worst(dz, exact(g) * exact(u) * (rho + z64 * slope)) < 2**-8
-    assert worst(du, exact(g) * z64 * rho) < 2**-8
-    for one, same in zip((dz, du, None), compiled(native.gate_gradient, z, u, g, logistic), strict=True):
-        np.testing.assert_array_equal(one, same)
-
-
-def test_a_gate_that_multiplies_nothing_multiplies_ones() -> None:
+@pytest.mark.parametrize("coefficients", [(1.0, 0.0), (1.5957691, 0.0713548)])
+@pytest.mark.parametrize("factor", [True, False])
+def test_gates_and_their_gradients(coefficients: tuple[float, float], factor: bool) -> None:
     rng = np.random.default_rng(0)
-    logistic = native.Logistic(1.702, 0.0)
-    z, g = draw(rng, 9, 35, scale=4), draw(rng, 9, 35)
-    ones = jnp.ones_like(z)
-    np.testing.assert_array_equal(native.gate(z, None, logistic), native.gate(z, ones, logistic))
-    dz, du, again = native.gate_gradient(z, None, g, logistic, product=True)
-    with_ones = native.gate_gradient(z, ones, g, logistic, product=True)
-    assert du is None
-    np.testing.assert_array_equal(dz, with_ones[0])
-    np.testing.assert_array_equal(again, with_ones[2])
-
-
-def test_statistics_do_not_read_what_has_no_weight() -> None:
-    z = jnp.zeros((16, 32), jnp.bfloat16).at[:8].set(jnp.nan)
-    weights, hidden = jnp.ones(16).at[:8].set(0), jnp.ones((16, 1))
-    measured = native.Measured(weights, weights, hidden, jnp.ones((1, 32)))
-    _, sums = native.gate_measured(z, z, measured, native.Logistic(1.0, 0.0), (-1.0, 1.0))
-    assert bool(jnp.isfinite(sums).all())
+    logistic = native.Logistic(*coefficients)
+    z, g = draw(rng, 50, 70, scale=4), draw(rng, 50, 70)
+    u = draw(rng, 50, 70) if factor else None
+    u64 = exact(u) if factor else 1.0
+    rho, slope = gate64(exact(z), *coefficients)
+    assert worst(compiled(native.gate, z, u, logistic), exact(z) * rho * u64) < 2**-8
+    dz, du = compiled(native.gate_gradient, z, u, g, logistic)
+    assert worst(dz, exact(g) * u64 * (rho + exact(z) * slope)) < 2**-8
+    if factor:
+        assert worst(du, exact(g) * exact(z) * rho) < 2**-8
+    else:
+        assert du is None
 
 
 def test_gates_far_from_zero_are_steps() -> None:
@@ -335,48 +238,6 @@ def attention64(heads: Heads, softcap: float, g: np.ndarray) -> list[np.ndarray]
     dk, dv = np.einsum("bhqk,bqhd->bkhd", slope, q), np.einsum("bhqk,bqhd->bkhd", weights, g)
     dk, dv = (x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(3) for x in (dk, dv))
     return [out, (top + np.log(total))[..., 0], dq, dk, dv]
-
-
-@pytest.mark.parametrize(
-    ("batch", "slots", "heads", "kv_heads", "dim", "window", "softcap"),
-    [
-        (2, 64, 6, 2, 64, 2**30, 0.0),
-        (3, 45, 4, 4, 48, 2**30, 5.0),
-        (1, 150, 5, 1, 80, 20, 0.0),
-        (2, 7, 16, 2, 32, 3, 2.0),
-    ],
-)
-def test_attention_of_a_token_to_a_cache(
-    batch: int, slots: int, heads: int, kv_heads: int, dim: int, window: int, softcap: float
-) -> None:
-    """The token is the last of a sequence whose others are cached: with padding before them, and empty slots behind."""
-    rng = np.random.default_rng(slots)
-    q, k, v = (draw(rng, batch, slots + 1, n, dim) for n in (heads, kv_heads, kv_heads))
-    segments = np.ones((batch, slots + 1), int)
-    for row in range(batch):
-        first, last = rng.integers(0, slots // 3), rng.integers(slots // 2, slots)
-        segments[row, :first] = segments[row, last:slots] = 0
-    positions = np.cumsum(segments, axis=1) - 1
-    want = attention64(Heads(0.3 * exact(q), k, v, positions, segments, window), softcap, np.zeros(q.shape))
-    want, logsumexp = want[0][:, -1:], want[1][..., -1]
-
-    def stack(x: jax.Array, *order: int) -> Slice:
-        bits = jax.lax.bitcast_convert_type(x[:, :slots].transpose(0, *order), jnp.uint16)
-        return Slice(jnp.stack([bits + 1, bits]), jnp.asarray(1))
-
-    cached = native.Cached(stack(k, 2, 3, 1), stack(v, 2, 1, 3), positions[:, :slots], segments[:, :slots])
-    new = (x[:, slots:].astype(jnp.float32) for x in (q, k, v))
-    heads_of_token = Heads(*new, positions[:, slots:], segments[:, slots:], window)
-    assert worst(compiled(native.cached_attention, heads_of_token, cached, 0.3, softcap), want) < 1e-5
-    sinks = np.linspace(-3, 9, heads)  # of the last token's score sums, some are above and some below
-    share = np.exp(logsumexp - np.logaddexp(logsumexp, sinks))
-    lost = compiled(
-        lambda *x: native.cached_attention(*x[:2], 0.3, softcap, x[2]),
-        heads_of_token,
-        cached,
-        jnp.asarray(sinks),
-    )
-    assert worst(lost, want * share[:, None, :, None]) < 1e-5
 
 
 @pytest.mark.parametrize(

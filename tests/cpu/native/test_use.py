@@ -16,7 +16,6 @@ import tokenizers
 from nalora_jax.common import trees
 from nalora_jax.config import (
     ComputeConfig,
-    DebugConfig,
     LoRAConfig,
     LoRARule,
     MeshConfig,
@@ -24,30 +23,23 @@ from nalora_jax.config import (
     RunConfig,
 )
 from nalora_jax.cpu import native
-from nalora_jax.cpu.native import calls
-from nalora_jax.cpu.native.library import name_of
 from nalora_jax.data.tokenizer import Tokenizer
-from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator
 from nalora_jax.layout import distributed
-from nalora_jax.method import activations, ffn
+from nalora_jax.method import activations
 from nalora_jax.method.ffn import gated_product
 from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense, parallel_dense
-from nalora_jax.method.measurement import GateStatsConfig, Probe, gate_statistics
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.parts import ResidualNorm
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.ops.attention import AttentionConfig, Keys, attention
 from nalora_jax.ops.dispatch import Numerics, Platform, numerics_for
 from nalora_jax.ops.losses import Head, cross_entropy
 from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.reductions import sampled
 from nalora_jax.ops.storage import STACKS, prepare
 from nalora_jax.train.program import assemble
 from tests import tiny
-from tests.cpu.native.conftest import KINDS
-from tests.observed import taps_of
+from tests.cpu.native.conftest import ENDS, KINDS
 from tests.param_trees import init_params
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -58,7 +50,13 @@ CPU = Numerics("bfloat16", "float32", "bfloat16", "bfloat16", platform=Platform(
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The native kernels that were asked for since the test began."""
     names: list[str] = []
-    monkeypatch.setattr(calls, "name_of", lambda name: names.append(name) or name_of(name))
+    call = native.call
+
+    def recorded(function: str, *arguments: Any, **attributes: Any) -> Any:
+        names.append(function)
+        return call(function, *arguments, **attributes)
+
+    monkeypatch.setattr(native, "call", recorded)
     return names
 
 
@@ -168,23 +166,6 @@ def test_layers_side_by_side_are_each_layer_alone(both: Any) -> None:
     close(with_kernels, both(lambda: results(False))[1], share=2**-6)
 
 
-@pytest.mark.parametrize("added", [True, False])
-def test_norms_of_a_residual_stream(added: bool, both: Any) -> None:
-    x, y = draw(6, (2, 40, 48), (2, 40, 48))
-    norm = ResidualNorm(1e-2, 1.0, numerics_for("bfloat16", "cpu"))
-    params = {"params": {"scale": jnp.linspace(-0.5, 0.5, 48)}}
-
-    def run() -> Any:
-        @jax.jit
-        def value_and_gradients(*given: jax.Array) -> Any:
-            (total, normed), back = jax.vjp(lambda *g: norm.apply(params, *g), *given)
-            return (total, normed), back((jnp.cos(total), jnp.sin(normed).astype(normed.dtype)))
-
-        return value_and_gradients(*((x, y) if added else (x,)))
-
-    close(*both(run), share=2**-6)
-
-
 def test_kernels_stay_in_their_stacks() -> None:
     params = init_params(BASE, jax.random.key(1), jnp.bfloat16)
     prepared = prepare({"params": params}, numerics_for("bfloat16", "cpu"))
@@ -247,7 +228,7 @@ def test_cross_entropy(compact: bool, transposed: bool, viewed: bool, both: Any)
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu_tanh", "quick_gelu", "gelu", "mish"])
-def test_low_rank(name: str, both: Any) -> None:
+def test_products_of_gates(name: str, both: Any) -> None:
     """The last two are no logistic functions, and stay XLA's."""
     z, u, g = (3 * x.astype(jnp.bfloat16) for x in draw(4, *[(3, 7, 33)] * 3))
     activation = activations.get(name)
@@ -262,107 +243,6 @@ def test_low_rank(name: str, both: Any) -> None:
 
     with_kernels, without = both(run, expected=activation.logistic is not None)
     close(with_kernels, without)
-
-
-@pytest.mark.parametrize(
-    ("name", "batch", "seq", "stride", "probe_stride"),
-    [
-        ("silu", 2, 32, 1, 4),
-        ("gelu_tanh", 3, 10, 2, 3),
-        ("quick_gelu", 4, 64, 4, 8),
-    ],
-)
-def test_gate_statistics(
-    name: str, batch: int, seq: int, stride: int, probe_stride: int, both: Any
-) -> None:
-    rng = np.random.default_rng(seq)
-    z = jax.device_put((3 * rng.standard_normal((batch, seq, 70))).astype(jnp.bfloat16))
-    weights = jax.device_put(rng.integers(0, 2, (batch, seq)).astype(bool))
-    taken = sampled(z, weights, probe_stride).astype(jnp.float32)
-    delta = jax.device_put((0.3 * rng.standard_normal(taken.shape)).astype(np.float32))
-    config, activation = GateStatsConfig(stride, probe_stride), activations.get(name)
-    probe = Probe(taken - delta, delta)
-
-    def run() -> Any:
-        return jax.jit(lambda *given: gate_statistics(*given, activation, config, CPU))(z, probe, weights)
-
-    close(*both(run), share=1e-4)
-
-
-def test_gate_statistics_of_a_residual_in_factors(both: Any) -> None:
-    z, hidden, b = draw(8, (2, 32, 70), (16, 3), (3, 70))
-    delta = (hidden @ b).reshape(2, 8, 70)
-    probe = Probe(
-        sampled(z.astype(jnp.bfloat16), jnp.ones((2, 32)), 4).astype(jnp.float32) - delta,
-        delta,
-        (hidden, b),
-    )
-    given = z.astype(jnp.bfloat16), probe, jnp.ones((2, 32), bool)
-    options = activations.get("silu"), GateStatsConfig(1, 4), CPU
-    close(*both(lambda: jax.jit(lambda *given: gate_statistics(*given, *options))(*given)), share=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("adapted", "use_bias", "name"),
-    [
-        ("gate_proj up_proj down_proj", True, "silu"),
-        ("down_proj", True, "gelu_tanh"),
-        ("", False, "silu"),
-    ],
-)
-def test_a_gated_block_at_once(adapted: str, use_bias: bool, name: str, both: Any) -> None:
-    x, g = draw(9, (2, 64, 48), (2, 64, 48))
-    adapters = ffn.Adapters(tuple((target, 4) for target in adapted.split()))
-    stats = GateStatsConfig(stride=2, probe_stride=4)
-    scales = dict.fromkeys(adapted.split(), 0.5)
-    weights = np.random.default_rng(0).integers(0, 2, (2, 64), np.int32)
-
-    def run() -> Any:
-        block = ffn.GatedFFN(48, 80, name, adapters, use_bias, numerics_for("bfloat16", "cpu"), stats)
-
-        @jax.jit
-        def start(key: jax.Array) -> Any:
-            # Biases and B are zero to begin with.
-            shake = lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size)).reshape(w.shape)  # noqa: E731
-            variables = jax.tree.map(shake, block.init(key, x))
-            kernels = jax.tree.map(
-                lambda w: w.astype(jnp.bfloat16) if w.ndim > 1 else w, variables["params"]
-            )
-            return variables | {"params": kernels}
-
-        variables = start(jax.random.key(0))
-        mask = {"gate_mask": {"mask": jnp.linspace(0, 2, 80)}}
-
-        def value(lora: Any, x: jax.Array, taps: Any) -> Any:
-            given = {"params": variables["params"], "lora": lora, "gate_taps": taps} | mask
-            return block.apply(given, x, scales, token_weights=weights)
-
-        @jax.jit
-        def value_and_gradients(lora: Any, x: jax.Array) -> Any:
-            y, back = jax.vjp(value, lora, x, taps_of(block))
-            *gradients, stats = back(g)
-            return y, gradients, stats
-
-        return value_and_gradients(variables.get("lora", {}), 3 * x)
-
-    with_kernels, without = both(run)
-    # Counts, of numbers whose rounding may take them over a cut.
-    occupied = [results[2].pop("occupancy") for results in (with_kernels, without)]
-    assert (occupied[1].sum(1) > 0).all()
-    np.testing.assert_allclose(*occupied, atol=2)
-    for one, other, share in zip(with_kernels, without, (2**-6, 2**-5, 2**-5), strict=True):
-        close(one, other, share)
-
-
-@pytest.mark.parametrize("remat", ["none", "dots"])
-def test_a_rematerialised_step_measures_once(remat: str) -> None:
-    """Statistics and h are made in the forward pass alone; the backward pass makes h with the gradients."""
-    text = lowered(replace(CONFIG, compute=replace(CONFIG.compute, remat=remat)))
-    assert [text.count(f"nalora_{name}_") for name in ("gate_measured", "gate_gradient", "gate")] == [
-        1,
-        1,
-        2,
-    ]
 
 
 BASE = ModelConfig.from_hf(tiny.GROUPED | {"num_hidden_layers": 3})
@@ -429,7 +309,7 @@ def steps(config: RunConfig, count: int = 3) -> Any:
     return jax.device_get((state.lora, losses))
 
 
-@pytest.mark.parametrize("kernels", dict.fromkeys((KINDS[0], KINDS[-1])), indirect=True)
+@pytest.mark.parametrize("kernels", ENDS, indirect=True)
 def test_three_steps_of_a_model_and_the_same_bits_twice(both: Any) -> None:
     assert numerics_for("bfloat16", "cpu").inner == "bfloat16"
     (lora, losses), (lora_xla, losses_xla) = both(lambda: steps(CONFIG))
@@ -454,9 +334,9 @@ def test_rematerialisation_changes_roundings_at_most() -> None:
             np.testing.assert_allclose(one, same, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernels", dict.fromkeys((KINDS[0], KINDS[-1])), indirect=True)
-def test_generated_text(kernels: str, both: Any, called: list[str]) -> None:
-    """Products of few rows and attention to the cache, where they are native; the widest margins leave no tie."""
+@pytest.mark.parametrize("kernels", ENDS, indirect=True)
+def test_generated_text(kernels: str, both: Any) -> None:
+    """Products of few rows, where they are native; the widest margins leave no tie."""
     rows = 1 if kernels == KINDS[0] else 5
     params = jax.tree.map(lambda x: 4 * x, initial())
     numerics = numerics_for("bfloat16", "cpu")
@@ -471,18 +351,4 @@ def test_generated_text(kernels: str, both: Any, called: list[str]) -> None:
 
     with_kernels, without = both(made)
     assert with_kernels == without
-    assert ("cached_attention" in called) == (kernels != "floats")
     assert all(len(set(ids)) > 1 for ids in with_kernels)
-
-
-def test_gates_are_checked_on_the_live_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    debug = replace(CONFIG, debug=DebugConfig(check_gates=True))  # test_step.py: the sound model passes
-    sound = native.gate_measured
-
-    def wrong(*arguments: Any) -> tuple[jax.Array, jax.Array]:
-        h, sums = sound(*arguments)
-        return (1.1 * h).astype(h.dtype), sums
-
-    monkeypatch.setattr(native, "gate_measured", wrong)
-    with pytest.raises(NaloraError, match=r"check-gates.*gate check failed in layers/ffn"):
-        steps(debug, 1)

@@ -10,9 +10,8 @@ import pytest
 import transformers
 from PIL import Image
 
-from nalora_jax.data.images.files import ImageProcessor, read_processor
+from nalora_jax.data.images.files import read_processor
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.vision.encoder import patchify
 
 CASES = {
     "CLIP": (
@@ -92,13 +91,6 @@ def test_patches_of_any_shape_are_those_of_transformers(tmp_path) -> None:
         pixels = np.asarray(ours.normalise(jnp.asarray(found["pixels"])))[found["mask"]]
         levels = np.abs(pixels - expected["pixel_values"][0][found["mask"]]) * 0.5 * 255
         assert levels.max() < 1.0, size
-
-
-def test_patches_of_a_square_are_those_of_the_encoder() -> None:
-    image = picture(32, 24)
-    patches = ImageProcessor(patch_size=8, max_patches=12)._patches(image)
-    assert tuple(patches["shapes"]) == (3, 4)
-    np.testing.assert_array_equal(patchify(np.asarray(image)[None], 8)[0], patches["pixels"])
 
 
 def test_bad_files_are_named(tmp_path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.images.files import open_image
-from nalora_jax.data.images.opened import open_images, readable
+from nalora_jax.data.images.opened import open_images
 from nalora_jax.errors import NaloraError
 
 PLAIN = VisionConfig()
@@ -62,13 +62,13 @@ def test_broken_images_are_named_and_left_out_or_refused(picture_folder, caplog)
     (folder / "cat" / "1.png").write_bytes(b"nothing of the kind")
     whole = (folder / "cat" / "2.png").read_bytes()
     (folder / "cat" / "2.png").write_bytes(whole[:60])
-    source = open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
-    np.testing.assert_array_equal(readable(source, np.arange(4), PLAIN), [0, 3])
+    data, indices = DataConfig(dataset=str(folder)), np.arange(4)
+    np.testing.assert_array_equal(open_images(data, PLAIN, "train").readable(indices), [0, 3])
     assert [text.split(":")[1] for text in caplog.messages] == [" cat/1.png", " cat/2.png"]
     with pytest.raises(NaloraError, match=r"cat/[12]\.png"):
-        readable(source, np.arange(4), VisionConfig(broken="error"))
+        open_images(data, VisionConfig(broken="error"), "train").readable(indices)
     with pytest.raises(NaloraError, match="at least one record with readable images"):
-        readable(source, np.arange(4), VisionConfig(max_pixels=10))
+        open_images(data, VisionConfig(max_pixels=10), "train").readable(indices)
 
 
 def test_what_is_missing_is_named(picture_folder, tmp_path) -> None:

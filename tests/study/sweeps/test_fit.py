@@ -40,14 +40,6 @@ def test_more_runs_than_fit_train_after_each_other_in_equal_parts() -> None:
     assert fitting.slots(7) == 8
 
 
-def test_more_runs_a_device_than_fit_are_refused_with_the_number_that_fits() -> None:
-    mesh = MeshConfig(run=4, fsdp=2, data=1, tensor=1, runs_per_device=1000)
-    with pytest.raises(
-        NaloraError, match=r"--mesh.runs-per-device: expected at most \d+ runs, .* found 1000"
-    ):
-        Fitting.of(replace(CONFIG, mesh=mesh), BASE, count=1000)
-
-
 EXPERTS = ModelConfig.from_hf(CONFIGS["mixtral-8x7b"])
 
 

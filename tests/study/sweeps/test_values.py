@@ -79,12 +79,6 @@ def test_a_setting_that_a_rule_cannot_trace_is_a_group() -> None:
     assert [len(group) for group in grouped(keeps, _key)] == [2, 2]
 
 
-def test_ranks_of_adalora_are_static() -> None:
-    adalora = replace(CONFIG, adalora=AdaLoRAConfig(target_rank=2))
-    assert _key(replace(adalora, lora=RULE)) != _key(adalora)
-    assert _key(replace(adalora, steps=7)) != _key(adalora)
-
-
 def test_the_widest_adapters_keep_the_scales_of_the_first() -> None:
     first, second = (adapter_spec(replace(CONFIG, lora=lora), BASE) for lora in (RULE, LoRAConfig()))
     joined = widest([first, second])

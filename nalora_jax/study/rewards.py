@@ -1,0 +1,159 @@
+"""Rewards in a study: runs with ``rl.rewards`` (`nalora_jax.train.kinds.rl`) and held-out prompts.
+
+Probes of forgetting are completions, as of any language model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.config import DataConfig, RunConfig
+from nalora_jax.data.prompts import Prompt, held_out_prompts, prompt_data
+from nalora_jax.data.sources import open_pair
+from nalora_jax.layout import distributed
+from nalora_jax.method.step import Step
+from nalora_jax.study.language import Language, LanguageItems
+from nalora_jax.train.inputs import stream_shape
+from nalora_jax.train.kinds.rl import (
+    PromptRows,
+    RewardEvaluator,
+    Rollout,
+    prompts_digest,
+    rollout_step,
+    scorer_of,
+    scores_of,
+    weighted_sum,
+)
+from nalora_jax.train.program import Assembly
+from nalora_jax.train.rollout import Sampler, sample_batch
+
+_DRAWN = 8  # samples of a prompt for pass@1 and pass@8
+_ROWS = 64  # samples whose log-probabilities are computed at once
+_SEED = 20261201  # of these samples: the same in every run
+
+
+@dataclass(frozen=True)
+class RewardItems:
+    """Held-out prompts."""
+
+    config: RunConfig  # of a run that asks them
+    prompts: tuple[Prompt, ...]
+    digest: str  # of the token ids and the reference completions
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Returns the digest of the prompts."""
+        return {"": self.digest}
+
+
+class Rewards(Language):
+    """`nalora_jax.study.subject.Subject` of language models that train with rewards.
+
+    Its data are `PromptRows` and its items `RewardItems`; they are ``Any`` in that interface.
+    """
+
+    def data(self, config: RunConfig) -> Any:
+        """Returns the prompts."""
+        records, _ = open_pair(config.data)
+        model = self.model(config)
+        shape = stream_shape(config) | {"context": model.config.max_positions}
+        return PromptRows(
+            prompt_data(records, config.data, model.tokenizer, rl=config.rl, **shape), Rollout()
+        )
+
+    def source_digest(self, data: Any) -> str:
+        """Returns the digest of the prompts."""
+        fingerprint: str = data.fingerprint
+        return fingerprint.split(":", 1)[0]  # without the seed
+
+    def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
+        """Returns the step with rollouts; no group is stored, since a run resumes from its evaluations."""
+        return rollout_step(config, self.model(config), assembly, data, None)
+
+    def items(self, config: RunConfig, data: DataConfig) -> Any:
+        """Returns prompts."""
+        _, records = open_pair(data)
+        model = self.model(config)
+        context = model.config.max_positions
+        limit = min(data.max_length or context, context) - config.rl.max_new_tokens
+        parts = held_out_prompts(records, replace(data, select_limit=0), model.tokenizer, limit)
+        prompts = tuple(itertools.chain(*parts))
+        return RewardItems(config, prompts, prompts_digest(prompts)[:16])
+
+    def measure(
+        self, items: Any, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
+    ) -> dict[str, float]:
+        """Returns ``reward``, the mean of greedy answers, and ``loss``, 1 minus it.
+
+        With ``whole``, also of 8 samples of each prompt: the mean reward ``pass_1``, the mean of the prompts' best
+        rewards ``pass_8``, and the ``divergence`` from the base, a mean over tokens. Completions of a probe have
+        the measures of `Language`.
+        """
+        if isinstance(items, LanguageItems):
+            return super().measure(items, assembly, variables, whole=whole)
+        config, loaded = items.config, self.model(items.config)
+        params, lora = variables["params"], variables.get("lora")
+        evaluator = RewardEvaluator(config.rl, loaded, assembly, items.prompts)
+        reward = float(evaluator.summary(evaluator.records(params, lora))["reward"])
+        values = {"loss": 1.0 - reward, "reward": reward}
+        if whole:
+            values |= self._sampled(items, assembly, params, lora)
+        return values
+
+    def _sampled(self, items: RewardItems, assembly: Assembly, params: Any, lora: Any) -> dict[str, float]:
+        config, loaded, prompts = items.config, self.model(items.config), items.prompts
+        longest = max(len(prompt.ids) for prompt in prompts)
+        sampler = Sampler(
+            assembly.eval_model,
+            params,
+            loaded.tokenizer,
+            assembly.mesh,
+            scorer_of(config.rl),
+            prompts=len(prompts),
+            samples=_DRAWN,
+            limit=config.rl.max_new_tokens,
+            temperature=config.rl.temperature,
+            seed=_SEED,
+            longest=longest,
+        )
+        samples = sampler(lora, 0, prompts)
+        rewards = weighted_sum(config.rl, samples.rewards).reshape(-1, _DRAWN)
+        length = -(-(longest + config.rl.max_new_tokens) // 8) * 8
+        ids = [prompt.ids for prompt in prompts for _ in range(_DRAWN)]
+        batch = sample_batch(ids, samples, length)
+        scores = scores_of(config, loaded.config, assembly)
+        of_policy, of_base = (
+            assembly.view(params),
+            assembly.view(self.base(config)[1]),
+        )  # a start may change params
+        divergences = []
+        for start in range(0, len(ids), _ROWS):
+            rows = {name: _padded(value[start : start + _ROWS]) for name, value in batch.items()}
+            placed = distributed.make_global_batch(rows, assembly.mesh, rows_axis=0)
+            policy, base = (
+                np.asarray(distributed.fetch(each), np.float64)
+                for each in (
+                    scores(of_policy, lora, placed, of_base=False),
+                    scores(of_base, lora, placed, of_base=True),
+                )
+            )
+            divergences.append((np.expm1(base - policy) - (base - policy)) * rows["loss_weights"])
+        tokens = batch["loss_weights"].sum()
+        return {
+            "pass_1": float(np.nanmean(rewards)),
+            "pass_8": float(np.nanmean(np.nanmax(rewards, axis=1))),
+            "divergence": float(sum(each.sum() for each in divergences) / tokens),
+        }
+
+
+def _padded(rows: np.ndarray) -> np.ndarray:
+    """Returns the rows of a program, with rows of zeros after those of the last samples."""
+    return np.pad(rows, [(0, _ROWS - len(rows)), *[(0, 0)] * (rows.ndim - 1)])

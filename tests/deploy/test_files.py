@@ -1,0 +1,181 @@
+"""Statements in the files of deploy/: Kubernetes' jobs, Slurm's jobs and the containers."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nalora_jax.cli.command import parse
+from nalora_jax.cli.parser import StudyArgs
+from nalora_jax.config import check
+from tests.deploy.stand_ins import ROOT
+
+DEPLOY = ROOT / "deploy"
+STUDY = "studies/llama_8b_commonsense"
+
+
+def job_of(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Returns a resource, the specification of its job, and the job's container."""
+    resource = yaml.safe_load((DEPLOY / name).read_text())
+    spec = resource["spec"]
+    if resource["kind"] == "JobSet":
+        (replicated,) = spec["replicatedJobs"]
+        spec = replicated["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    return resource, spec, container
+
+
+@pytest.mark.parametrize("name", ["jobset.yaml", "jobset_multislice.yaml", "study_job.yaml"])
+def test_a_usage_error_fails_a_job_at_once_and_a_lost_host_restarts_it(name: str) -> None:
+    """As Kubernetes' controllers of Jobs and JobSets (kubernetes-sigs/jobset, failure_policy.go) read it."""
+    resource, spec, container = job_of(name)
+    exits = {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert spec["podFailurePolicy"] == {"rules": [{"action": "FailJob", "onExitCodes": exits}]}
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"  # required by podFailurePolicy
+    if resource["kind"] == "JobSet":
+        assert resource["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+        policy = resource["spec"]["failurePolicy"]
+        rules = [(rule["action"], rule["onJobFailureReasons"]) for rule in policy["rules"]]
+        assert rules == [("FailJobSet", ["PodFailurePolicy"])]  # any other reason restarts all pods
+        assert (spec["backoffLimit"], policy["maxRestarts"]) == (0, 50)
+    else:
+        assert (resource["apiVersion"], resource["kind"]) == ("batch/v1", "Job")
+        assert spec["completionMode"] == "Indexed"  # required by backoffLimitPerIndex
+        assert spec["backoffLimitPerIndex"] > 0
+
+
+@pytest.mark.parametrize(("name", "replicas"), [("jobset.yaml", 1), ("jobset_multislice.yaml", 2)])
+def test_hosts_chips_and_flags_agree(name: str, replicas: int) -> None:
+    resource, spec, container = job_of(name)
+    pod, resources = spec["template"]["spec"], container["resources"]
+    chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
+    assert resource["spec"]["replicatedJobs"][0]["replicas"] == replicas
+    assert resources["requests"] == resources["limits"]
+    assert spec["parallelism"] == spec["completions"] == chips / resources["limits"]["google.com/tpu"]
+    assert pod["terminationGracePeriodSeconds"] >= 60
+    verb, args = parse(container["args"])
+    config = check(args.run)
+    assert (verb, config.resume) == ("train", "auto")
+    assert config.train.batch_size % (chips * replicas) == 0
+    assert all(str(place).startswith("gs:/") for place in (config.output, config.data.dataset))
+
+
+def test_pods_of_the_job_run_a_committed_study_on_a_shared_volume() -> None:
+    _, spec, container = job_of("study_job.yaml")
+    ((mount,), (volume,)) = container["volumeMounts"], spec["template"]["spec"]["volumes"]
+    verb, args = parse(container["args"])
+    assert isinstance(args, StudyArgs)
+    assert (verb, args.action, args.together) == ("study", "run", 0)
+    assert mount["name"] == volume["name"]
+    assert Path(mount["mountPath"]) in args.study.parents
+    assert str(args.study).endswith(STUDY)
+    assert (ROOT / STUDY / "protocol.toml").exists()
+
+
+@pytest.mark.parametrize("name", ["study.sbatch", "slurm.sbatch"])
+def test_a_job_is_requeued_and_each_of_its_tasks_has_one_gpu_or_the_node(name: str) -> None:
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", (DEPLOY / name).read_text(), re.MULTILINE))
+    assert "requeue" in options
+    assert options["signal"].startswith("TERM@")  # the time limit, too, ends with status 143
+    if name == "slurm.sbatch":  # JAX gives task i of a node its GPU i
+        assert options["ntasks-per-node"] == options["gpus-per-node"]
+    else:
+        assert (options["nodes"], options["ntasks-per-node"]) == ("1", "1")
+        assert "array" in options
+
+
+# Runs the tasks of a step one after another; returns the highest status, as srun does.
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do echo "$1" >>"$HOME/options"; shift; done
+highest=0
+for STATUS in $STATUSES; do
+  export STATUS
+  "$@"
+  status=$?
+  ((status <= highest)) || highest=$status
+done
+exit $highest
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "statuses", "restarts", "status", "requeued"),
+    [
+        ("slurm.sbatch", "0 0", 0, 0, ""),
+        ("slurm.sbatch", "1 75 134", 0, 255, ""),  # a task crashed, and the others noticed
+        ("slurm.sbatch", "75 134 75", 0, 134, "requeue 9"),
+        ("slurm.sbatch", "143 143", 19, 143, "requeue 9"),
+        ("slurm.sbatch", "143 143", 20, 143, ""),
+        ("study.sbatch", "2", 0, 2, ""),
+        ("study.sbatch", "143", 19, 143, "requeue 9_1"),
+        ("study.sbatch", "143", 20, 143, ""),
+    ],
+)
+def test_slurm_requeues_interrupted_jobs_only(
+    tmp_path: Path, script: str, statuses: str, restarts: int, status: int, requeued: str
+) -> None:
+    commands = {"scontrol": '#!/bin/bash\necho "$*" >"$HOME/requeued"\n', "srun": SRUN}
+    for name, text in (commands | {"bin/nalora": "#!/bin/bash\nexit $STATUS\n"}).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "NALORA_ENV": str(tmp_path),
+    }
+    environment |= {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1"}
+    environment |= {"SLURM_CPUS_PER_TASK": "8", "SLURM_RESTART_COUNT": str(restarts), "STATUSES": statuses}
+    done = subprocess.run(["bash", DEPLOY / script, "x"], env=environment, check=False)
+    assert "--cpus-per-task=8" in (tmp_path / "options").read_text().split()
+    found = tmp_path / "requeued"
+    assert (done.returncode, found.read_text().strip() if found.exists() else "") == (status, requeued)
+
+
+@pytest.mark.parametrize("kind", ["tpu", "cuda"])
+def test_the_install_line_of_a_container_is_executed_on_the_files_that_it_copies(
+    kind: str, tmp_path: Path
+) -> None:
+    """``pip`` and others are stand-ins that keep their arguments; the folder has only what the COPY lines bring."""
+    context, tools = tmp_path / "opt", tmp_path / "tools"
+    for folder in (context, tools):
+        folder.mkdir()
+    for program in ("pip", "apt-get", "git"):
+        (tools / program).write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > "$ARGUMENTS.{program}"\n')
+        (tools / program).chmod(0o755)
+    environment = {"PATH": f"{tools}:/usr/bin:/bin", "ARGUMENTS": str(tmp_path / "arguments")}
+    lines = (DEPLOY / f"Dockerfile.{kind}").read_text().splitlines()
+    for name, rest in (line.split(maxsplit=1) for line in lines if line and not line.startswith("#")):
+        if name == "COPY":
+            *sources, target = rest.split()
+            for source in sources:  # files into a folder, the content of a folder into a folder
+                if (ROOT / source).is_dir():
+                    ignored = shutil.ignore_patterns("__pycache__")
+                    shutil.copytree(ROOT / source, context / target, ignore=ignored)
+                else:
+                    shutil.copy(ROOT / source, context / target)
+        elif name == "ARG":
+            variable, _, value = rest.partition("=")
+            environment[variable] = value
+        elif name == "RUN":
+            subprocess.run(["sh", "-c", rest], cwd=context, env=environment, check=True)
+    install, no_cache, pinned, package = (tmp_path / "arguments.pip").read_text().splitlines()
+    assert (install, no_cache) == ("install", "--no-cache-dir")
+    extra, package_extra = re.fullmatch(
+        r"jax\[(\w+)\]==0\.10\.2 \.\[(\w+),gcs,datasets\]", f"{pinned} {package}"
+    ).groups()
+    project = tomllib.loads((context / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"][package_extra][0].startswith(f"jax[{extra}]")
+    assert {"gcs", "datasets"} <= set(project["optional-dependencies"])
+    assert "git" in (tmp_path / "arguments.apt-get").read_text().split()
+    for name in (project["readme"], *project["license-files"], "nalora_jax/__main__.py"):
+        assert (context / name).exists(), name

@@ -1,0 +1,148 @@
+"""Studies of runs with rewards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from nalora_jax import run
+from nalora_jax.__main__ import main
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.generate import Generator
+from nalora_jax.evaluate.run_log import read_metrics
+from nalora_jax.layout import distributed
+from nalora_jax.method.step import TrainState
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.study.execution import perform
+from nalora_jax.study.plan import wanted
+from nalora_jax.study.protocol import read_protocol
+from nalora_jax.study.records import Records
+from nalora_jax.study.report import render
+from nalora_jax.study.resources import Resources
+from nalora_jax.train.kinds.rl import RolloutStep
+from tests.study.conftest import filled
+
+REWARD = """
+from nalora_jax.train.rewards import register_reward
+
+@register_reward("early_words")
+def early_words(prompt, completion, record):
+    words = completion.split()
+    return sum(word < "m" for word in words) / max(len(words), 1)
+"""
+
+
+def early_words(answer: str) -> float:
+    """The same without a registration."""
+    words = answer.split()
+    return sum(word < "m" for word in words) / max(len(words), 1)
+
+
+PROTOCOL = """
+question = "Does the model name letters before m?"
+models = [BASE]
+baseline = "lora"
+rates = [1e-2]
+extend = 0
+tuning_seeds = [0]
+test_seeds = [1]
+metric = "reward"
+evaluate_every = 4
+imports = ["early_words.py"]
+
+[run]
+steps = 8
+rl = {rewards = ["early_words"], samples = 2, max_new_tokens = 4, updates = 2}
+SETTINGS
+[probes.z_again]
+dataset = QUESTIONS
+split = "train[80%:]"
+items = 20
+
+[methods.lora]
+"""
+
+
+@pytest.fixture
+def rewards_study(base: Path, questions: Path, tmp_path: Path) -> Path:
+    (tmp_path / "early_words.py").write_text(REWARD)
+    (tmp_path / "protocol.toml").write_text(filled(PROTOCOL, base, questions))
+    return tmp_path
+
+
+def test_a_study_of_rewards_trains_and_measures_as_a_run_does(
+    rewards_study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["study", "run", str(rewards_study)]) == 0
+    protocol = read_protocol(rewards_study)
+    records = Records(rewards_study).read()
+    tuned, tested = (next(r for r in records.values() if r["stage"] == stage) for stage in ("tune", "test"))
+    config = protocol.config(
+        *[tuned[name] for name in ("model", "task", "method")], tuned["rate"], tuned["seed"]
+    )
+    config = replace(config, train=replace(config.train, eval_every=0), output=str(rewards_study / "run"))
+    make = distributed.make_mesh
+    monkeypatch.setattr(distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:1]))
+    result = run(config)
+    logged = [line for line in read_metrics(result.folder / "metrics.jsonl") if "reward" in line]
+    for name in ("loss", "reward", "entropy", "divergence"):
+        values = [line[name] for line in logged if line["step"] in (4, 8)]
+        assert [line[name] for line in tuned["training"]] == pytest.approx(values, rel=1e-3)
+    first, resources = wanted(protocol, {})[0], Resources(protocol)
+    loaded, items = resources.subject(config).model(config), resources.validation_items(first)
+    generator = Generator(Decoder(loaded.config), {"params": loaded.params}, loaded.tokenizer)
+    answers = generator.generate([prompt.ids for prompt in items.prompts], max_new_tokens=4)
+    assert tuned["curve"][0]["reward"] == pytest.approx(
+        np.mean([early_words(answer) for answer in answers])
+    )
+    assert tuned["validation"]["n"] == len(answers) == 20
+    measured = tested["test"]
+    assert measured["loss"] == pytest.approx(1 - measured["reward"])
+    assert 0 <= measured["pass_1"] <= measured["pass_8"] <= 1
+    assert measured["divergence"] > 0
+    assert tested["probes"]["z_again"]["loss"] != tested["probes"]["z_again"]["before"]
+    assert "1 - reward" in render(protocol, records)
+
+
+def test_an_interrupted_run_resumes_to_the_same_record(
+    rewards_study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = read_protocol(rewards_study)
+    first, resources = wanted(protocol, {})[0], Resources(protocol)
+    whole = perform(first, resources, rewards_study / "whole.npz")
+    step = RolloutStep.__call__
+
+    def ends(self: RolloutStep, params: Any, state: TrainState, batch: Any) -> Any:
+        if int(state.step) == 5:
+            raise KeyboardInterrupt
+        return step(self, params, state, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutStep, "__call__", ends)
+        with pytest.raises(KeyboardInterrupt):
+            perform(first, resources, rewards_study / "parts.npz")
+    parts = perform(first, resources, rewards_study / "parts.npz")
+    for name in ("curve", "training", "validation"):
+        assert parts[name] == whole[name]
+
+
+def test_a_policy_equal_to_the_base_has_no_divergence(rewards_study: Path) -> None:
+    protocol = read_protocol(rewards_study)
+    first = wanted(protocol, {})[0]
+    resources = Resources(protocol)
+    prepared, data = resources.prepared(first), resources.data(first)
+    lora = resources.start(first, prepared, data).lora
+    values = resources.measure(first, prepared, lora, resources.validation_items(first), whole=True)
+    assert values["divergence"] == pytest.approx(0, abs=1e-9)
+
+
+def test_evaluations_within_a_rollout_are_refused(rewards_study: Path) -> None:
+    path = rewards_study / "protocol.toml"
+    path.write_text(path.read_text().replace("evaluate_every = 4", "evaluate_every = 3"))
+    with pytest.raises(NaloraError, match=r"evaluate_every: expected a multiple of rl.updates, 2"):
+        read_protocol(path)
