@@ -19,8 +19,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.hf import DTYPES
-from nalora_jax.weights.tensors import FileTensor, Index, TensorFiles
+from nalora_jax.weights.shards import DTYPES, FileTensor
+from nalora_jax.weights.tensors import Index, TensorFiles
 
 T = TypeVar("T")
 

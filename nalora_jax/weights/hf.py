@@ -8,39 +8,24 @@ the other axis, it reads full rows.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import tempfile
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from nalora_jax.common import buckets
 from nalora_jax.data.tokenizer import is_unicode, read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.tensors import WORKERS, FileTensor, Index, TensorFiles
+from nalora_jax.weights.shards import DTYPES, INDEX, SINGLE, FileTensor, complaints, dtype_of, read_header
+from nalora_jax.weights.tensors import WORKERS, Index, TensorFiles
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-# NumPy dtypes by their names in safetensors.
-DTYPES = {
-    "F64": np.dtype("float64"),
-    "F32": np.dtype("float32"),
-    "F16": np.dtype("float16"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_MAPPED = 16 << 20  # bytes
 _NEIGHBOURS = 1 << 20  # bytes that the system may map in addition to the requested bytes
@@ -75,7 +60,7 @@ class SafetensorsFolder(TensorFiles):
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a read-only slice of a tensor in the file's format, read on access."""
         stored = self._tensors[name]
-        flat = self._bytes(stored.file)[stored.start : stored.start + stored.size].view(_dtype(stored))
+        flat = self._bytes(stored.file)[stored.start : stored.start + stored.size].view(dtype_of(stored))
         array = flat.reshape(stored.shape or (1,))[index]
         self._mapped += max(array.nbytes, _NEIGHBOURS)
         return array
@@ -89,7 +74,7 @@ class SafetensorsFolder(TensorFiles):
             self._maps, self._mapped = {}, 0
         maps = self._maps  # another thread may replace self._maps
         if path not in maps:
-            with _complaints(path):
+            with complaints(path):
                 maps[path] = np.asarray(np.memmap(path, np.uint8, "r"))
         return maps[path]
 
@@ -162,36 +147,6 @@ def _is_file_name(text: object) -> bool:
     return 0 < len(text.encode("utf-8", "replace")) <= 255 and is_unicode(text)
 
 
-def _dtype(stored: FileTensor) -> np.dtype:
-    """Returns the NumPy type of a tensor's numbers; raw bytes if they are not floats (e.g. an unused mask)."""
-    size = stored.size // max(1, math.prod(stored.shape))
-    return DTYPES.get(stored.format) or np.dtype((np.void, size))
-
-
-def read_whole(stored: FileTensor) -> np.ndarray:
-    """Returns a tensor in the file's format."""
-    return stored.read(0, stored.size).view(_dtype(stored)).reshape(stored.shape)
-
-
-def read_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
-    """Returns the tensors of one file and its metadata, after the safetensors library has validated its header.
-
-    Raises:
-      NaloraError: the file is missing, truncated or damaged.
-    """
-    with _complaints(path), safe_open(str(path), framework="numpy"), path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", None) or {}
-    tensors = {}
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        tensors[name] = FileTensor(
-            path, tuple(entry["shape"]), entry["dtype"], 8 + length + start, stop - start
-        )
-    return tensors, metadata
-
-
 def _pickle_remedy(names: Collection[str]) -> str:
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if not pickles:
@@ -200,17 +155,6 @@ def _pickle_remedy(names: Collection[str]) -> str:
         f"{pickles[0]} is a pickle, which can run any code when it is opened, and is never read; "
         "convert it with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
     )
-
-
-@contextmanager
-def _complaints(path: Path) -> Iterator[None]:
-    """Converts errors of safetensors to a `NaloraError` that names the file."""
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        expected = "a complete safetensors file"
-        remedy = "download it again: it is truncated, damaged or of another format"
-        raise NaloraError(str(path), expected=expected, found=str(error), remedy=remedy) from error
 
 
 # ---------------------------------------------------------------- folders in buckets
@@ -241,10 +185,10 @@ class StreamedFolder(SafetensorsFolder):
         """Returns a slice of a tensor in the file's format, fetching the rows around it."""
         stored = self._tensors[name]
         if not stored.shape:
-            return self._fetched(stored, 0, stored.size).view(_dtype(stored)).reshape(())
+            return self._fetched(stored, 0, stored.size).view(dtype_of(stored)).reshape(())
         rows, *columns = index
         row = stored.size // max(1, stored.shape[0])
-        flat = self._fetched(stored, rows.start * row, rows.stop * row).view(_dtype(stored))
+        flat = self._fetched(stored, rows.start * row, rows.stop * row).view(dtype_of(stored))
         return flat.reshape(rows.stop - rows.start, *stored.shape[1:])[(slice(None), *columns)]
 
     def _fetched(self, stored: FileTensor, start: int, stop: int) -> np.ndarray:

@@ -27,7 +27,8 @@ from nalora_jax.common.files import expand_user
 from nalora_jax.common.folders import can_exist
 from nalora_jax.common.registry import Registry
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.hf import INDEX, PICKLES, ResolvedSource, SafetensorsFolder
+from nalora_jax.weights.hf import PICKLES, ResolvedSource, SafetensorsFolder
+from nalora_jax.weights.shards import INDEX
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.models.vision.config import DualConfig
-from nalora_jax.weights.hf import DTYPES, read_header, read_whole
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
 from nalora_jax.weights.peft_modules import (
     Host,
@@ -37,7 +36,7 @@ from nalora_jax.weights.peft_modules import (
     without_copies,
 )
 from nalora_jax.weights.peft_tables import read_trained, take_saved, take_token_rows, tensor_names
-from nalora_jax.weights.tensors import FileTensor
+from nalora_jax.weights.shards import DTYPES, FileTensor, read_header, read_whole
 
 TENSORS_NAME = "adapter_model.safetensors"
 # Metadata of an adapter's file: properties of its base.

@@ -43,9 +43,9 @@ from nalora_jax.models.adapters import check_token_indices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.models.vision.config import DualConfig
-from nalora_jax.weights.hf import read_header, read_whole
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
+from nalora_jax.weights.shards import read_header, read_whole
 
 _HEAD, _EMBEDDING = TABLES["lm_head"], TABLES["embed_tokens"]
 # Suffix of the table of a module with trained rows; PEFT writes the table if it was resized.

@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -33,33 +32,12 @@ from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.ops.quantize import Kind, Quantized, kernels, quantize
 from nalora_jax.ops.reductions import mesh_axes
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
+from nalora_jax.weights.shards import FileTensor
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 # Elements per read: 0.25 MB in float32, which stays in a core's cache during the transposition.
 BLOCK = 1 << 16
 WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
-
-
-@dataclasses.dataclass(frozen=True)
-class FileTensor:
-    """A tensor as a file's header describes it."""
-
-    file: Path
-    shape: tuple[int, ...]  # slowest axis first
-    format: str  # of the numbers, by the file's name for it: "BF16", "Q4_1"
-    start: int  # bytes from the beginning of the file
-    size: int  # bytes
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Reads bytes of the tensor: uint8 ``[count]``, fewer if the file is cut off.
-
-        Raises:
-          NaloraError: the file cannot be read.
-        """
-        try:
-            return np.fromfile(self.file, np.uint8, count, offset=self.start + start)
-        except OSError as error:
-            raise NaloraError(str(self.file), expected="a file that can be read", found=error) from error
 
 
 class TensorSource(Protocol):

@@ -19,9 +19,10 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.weights import tensors
 from nalora_jax.weights.base import load_model
-from nalora_jax.weights.hf import INDEX, SafetensorsFolder
+from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.origin import fingerprint
+from nalora_jax.weights.shards import INDEX
 from nalora_jax.weights.tensors import Index, load_params
 from tests.param_trees import bytes_per_device, params_from_tensors
 from tests.weights.folders import RAW, WIDE, loaded_and_peak, tokenizer_files, write_folder
