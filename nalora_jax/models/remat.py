@@ -96,6 +96,7 @@ def scanned(block: Any, n_layers: int) -> Any:
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),
         length=n_layers,
+        check_constancy_invariants=False,  # the check would trace every block a second time
     )
 
 

@@ -115,11 +115,10 @@ def evaluators(
     """Returns the evaluators of the held-out examples."""
     if like is not None and like.assembly.spec == assembly.spec:
         return like.evaluator, like.selector
+    model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
+    every = [*inputs.held_out[0], *inputs.held_out[1]]
     reported, selecting = (
-        TextEvaluator(
-            assembly.eval_model, loaded.tokenizer, items, mesh=distributed.unless_single(assembly.mesh)
-        )
-        for items in inputs.held_out
+        TextEvaluator(model, loaded.tokenizer, items, mesh=mesh, fitting=every) for items in inputs.held_out
     )
     return reported, selecting
 
