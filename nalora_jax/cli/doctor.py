@@ -59,7 +59,7 @@ def doctor(args: Any) -> None:
         raise SystemExit(1)
 
 
-def version(name: str) -> str:
+def installed_version(name: str) -> str:
     """Returns the version of an installed distribution."""
     try:
         return importlib.metadata.version(name)
@@ -68,8 +68,10 @@ def version(name: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    optional = [name for name in OPTIONAL if version(name) != "not installed"]
-    return {"python": platform.python_version()} | {name: version(name) for name in (*PACKAGES, *optional)}
+    optional = [name for name in OPTIONAL if installed_version(name) != "not installed"]
+    return {"python": platform.python_version()} | {
+        name: installed_version(name) for name in (*PACKAGES, *optional)
+    }
 
 
 def _devices() -> tuple[dict[str, str], list[str]]:
@@ -138,8 +140,8 @@ def huge_pages(environ: Mapping[str, str], libc: tuple[str, str], kernel: str) -
       libc: name and version, as returned by `platform.libc_ver`.
       kernel: content of `HUGE_PAGES`, e.g. ``"always [madvise] never"``.
     """
-    name, version = libc
-    numbers = version.split(".")
+    name, installed_version = libc
+    numbers = installed_version.split(".")
     supported = name == "glibc" and all(map(str.isdecimal, numbers)) and [*map(int, numbers)] >= [2, 35]
     if not supported or not kernel or "[never]" in kernel:
         return "not available: they need glibc 2.35 and transparent huge pages of the kernel"

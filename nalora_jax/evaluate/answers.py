@@ -26,7 +26,7 @@ def matches(answer: str, reference: str, normalise: Normalise) -> bool:
     return normalised == expected and (bool(normalised) or answer.strip() == reference.strip())
 
 
-def plain_text(text: str) -> str:
+def normalised_text(text: str) -> str:
     """Returns the text in lower case, without punctuation, English articles and repeated spaces.
 
     This is SQuAD's normalisation.

@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.common.notes import counting
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.generate.programs import batch_shards, place_batch
+from nalora_jax.evaluate.generate.programs import place_batch, prompt_shards
 from nalora_jax.layout.distributed import context_size, fetch, row_sharding
 from nalora_jax.models.cache import Cache, grow, repeat
 from nalora_jax.models.config import ModelConfig
@@ -87,7 +87,7 @@ def score_groups(
     splits = [split_group(index, pairs, switch) for index, pairs in enumerate(groups)]
     _check_lengths(splits, model.config.max_positions)
     sized = [split_group(index, pairs, switch) for index, pairs in enumerate(fitting)] or splits
-    layout = choose_layout(sized, tokens=batch_tokens, shards=batch_shards(mesh))
+    layout = choose_layout(sized, tokens=batch_tokens, shards=prompt_shards(mesh))
     variables = prepare(variables, model.numerics, tables=False)
     scores: list[list[Score]] = [[Score(0.0, 0, True)] * len(split.tails) for split in splits]
     with counting("evaluating", sum(map(len, scores))) as done:
