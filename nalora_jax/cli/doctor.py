@@ -140,8 +140,8 @@ def huge_pages(environ: Mapping[str, str], libc: tuple[str, str], kernel: str) -
       libc: name and version, as returned by `platform.libc_ver`.
       kernel: content of `HUGE_PAGES`, e.g. ``"always [madvise] never"``.
     """
-    name, installed_version = libc
-    numbers = installed_version.split(".")
+    name, version = libc
+    numbers = version.split(".")
     supported = name == "glibc" and all(map(str.isdecimal, numbers)) and [*map(int, numbers)] >= [2, 35]
     if not supported or not kernel or "[never]" in kernel:
         return "not available: they need glibc 2.35 and transparent huge pages of the kernel"

@@ -245,12 +245,12 @@ def completions(
     Raises:
       NaloraError: a turn has no place in the text; the message names a setting that works.
     """
-    render_record = _renderer(messages, turns, tokenizer, tools)
+    render = _renderer(messages, turns, tokenizer, tools)
     # The full text, then for each completion the text before it and the text up to its end.
     parts = [part for turn in turns for part in ((messages[:turn], True), (messages[: turn + 1], False))]
-    text, *texts = render_record([(messages, False), *parts])
+    text, *texts = render([(messages, False), *parts])
     eos = (tokenizer.special_tokens or {}).get("eos_token", "")
-    after_chat = _end_of_chat(text, messages, eos, render_record)
+    after_chat = _end_of_chat(text, messages, eos, render)
     texts = [part.removesuffix(after_chat) for part in texts]
     answers = []
     # From the last turn: if it has a place, computing the loss on it alone is a remedy for the others.
@@ -258,7 +258,7 @@ def completions(
         if upto.startswith(before) and text.startswith(upto):
             answers.append((len(before), len(upto.rstrip())))
         else:
-            answers.append(_rewritten(messages, turn, text, before, upto, eos, render_record, where))
+            answers.append(_rewritten(messages, turn, text, before, upto, eos, render, where))
     return text, tuple(answers[::-1])
 
 
@@ -269,11 +269,11 @@ def _rewritten(
     before: str,
     upto: str,
     eos: str,
-    render_record: Render,
+    render: Render,
     where: str,
 ) -> tuple[int, int]:
     """Returns the completion in ``turn`` if the texts up to its start and its end do not begin ``text``."""
-    own = _place(messages[: turn + 1], turn, upto, render_record)
+    own = _place(messages[: turn + 1], turn, upto, render)
     if own is None and not upto.startswith(before):
         raise NaloraError(
             where,
@@ -283,7 +283,7 @@ def _rewritten(
         )
     if own is not None and text.startswith(upto):
         return own[0], len(upto.rstrip())
-    place = _place(messages, turn, text, render_record)
+    place = _place(messages, turn, text, render)
     if own is not None and place is not None:
         start, place_of_words = place
         words = upto[own[1] :].rstrip()
@@ -352,7 +352,7 @@ def _renderer(
     if not thinking or not _drops_reasoning(messages[: min(thinking)], tokenizer, tools):
         return lambda chats: tokenizer.render_chats(chats, tools)
 
-    def render_record(chats: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
+    def render(chats: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
         short = [marked(chat, thinking) for chat, _ in chats]
         prompts = [prompt for _, prompt in chats]
         texts = tokenizer.render_chats(
@@ -360,7 +360,7 @@ def _renderer(
         )
         return [chat.restored(text) for chat, text in zip(short, texts, strict=True)]
 
-    return render_record
+    return render
 
 
 def _drops_reasoning(
@@ -375,9 +375,7 @@ def _drops_reasoning(
     return text.count(_MARK) == 1 and not text.partition(_MARK)[0].rstrip().endswith(THOUGHT_END)
 
 
-def _place(
-    messages: Sequence[Message], turn: int, text: str, render_record: Render
-) -> tuple[int, int] | None:
+def _place(messages: Sequence[Message], turn: int, text: str, render: Render) -> tuple[int, int] | None:
     """Returns where the completion of ``turn`` and its own words start in ``text``, the text of ``messages``.
 
     None if it is unknown.
@@ -391,7 +389,7 @@ def _place(
     """
     own = _with_mark(messages, turn, _MARK)
     both = _with_mark(own, turn - 1, _MARK_BEFORE)
-    own_text, both_text, prompt = render_record([(own, False), (both, False), (both[:turn], True)])
+    own_text, both_text, prompt = render([(own, False), (both, False), (both[:turn], True)])
     head, mark, _ = own_text.partition(_MARK)
     between = both_text.partition(_MARK)[0].rpartition(_MARK_BEFORE)[2]
     prompt = prompt.rpartition(_MARK_BEFORE)[2]
@@ -413,7 +411,7 @@ def _with_mark(messages: Sequence[Message], place: int, mark: str) -> list[Messa
     return [*messages[:place], message | changed, *messages[place + 1 :]]
 
 
-def _end_of_chat(text: str, messages: Sequence[Message], eos: str, render_record: Render) -> str:
+def _end_of_chat(text: str, messages: Sequence[Message], eos: str, render: Render) -> str:
     """Returns ``eos`` if it ends the text of the conversation without being part of the last turn.
 
     It is "" if there is none, or if the token remains when the template continues the conversation.
@@ -421,7 +419,7 @@ def _end_of_chat(text: str, messages: Sequence[Message], eos: str, render_record
     if not eos or not text.endswith(eos):
         return ""
     try:
-        (continued,) = render_record([(messages, True)])
+        (continued,) = render([(messages, True)])
     except NaloraError:  # a completion cannot follow this turn
         return ""
     if continued.startswith(text) or not continued.startswith(text.removesuffix(eos)):
