@@ -32,7 +32,7 @@ def normalised_text(text: str) -> str:
     This is SQuAD's normalisation.
 
     Example:
-      >>> plain_text("  The Eiffel-Tower, Paris. ")
+      >>> normalised_text("  The Eiffel-Tower, Paris. ")
       'eiffeltower paris'
     """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())

@@ -164,7 +164,7 @@ def exact_values(value: Any) -> Any:
     """Returns ``value`` as JSON types with all digits of its numbers, to show every difference.
 
     Example:
-      >>> plain({"loss": np.float64(0.1), "steps": (1, np.int32(2)), "bad": float("nan")})
+      >>> exact_values({"loss": np.float64(0.1), "steps": (1, np.int32(2)), "bad": float("nan")})
       {'loss': 0.1, 'steps': [1, 2], 'bad': None}
     """
     return to_json(value, digits=17)

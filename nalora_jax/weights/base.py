@@ -37,7 +37,7 @@ def load_model(
 
     Args:
       source: an alias, a Hugging Face folder, a GGUF file or a hub id (see `weights.hub.resolve_source`),
-        or the result of `resolve`.
+        or the result of `resolve_source`.
       dtype: of the parameters, "bfloat16" or "float32".
       mesh: devices that share the parameters, by the rules of `nalora_jax.layout.distributed`; the first
         device by default.
