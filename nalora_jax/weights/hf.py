@@ -212,10 +212,10 @@ class StreamedFolder(SafetensorsFolder):
         and size.
         """
         url = f"{self.where}/{file}"
-        size, head = buckets.size(url), buckets.read(url, 0, _HEADER)
+        size, head = buckets.size(url), buckets.read_range(url, 0, _HEADER)
         stop = 8 + min(int.from_bytes(head[:8], "little"), _LARGEST_HEADER)
         if stop > len(head):
-            head += buckets.read(url, len(head), min(stop, size))
+            head += buckets.read_range(url, len(head), min(stop, size))
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / file
             path.write_bytes(head[:stop])
@@ -242,7 +242,7 @@ class _StreamedTensor(FileTensor):
     def read(self, start: int, count: int) -> np.ndarray:
         """Returns bytes of the tensor, uint8 ``[count]``."""
         first = self.start + start
-        return np.frombuffer(buckets.read(self.url, first, first + count), np.uint8)
+        return np.frombuffer(buckets.read_range(self.url, first, first + count), np.uint8)
 
 
 class _Chunks:
@@ -268,7 +268,7 @@ class _Chunks:
 
 
 def _bytes(url: str, start: int, stop: int) -> np.ndarray:
-    data = buckets.read(url, start, stop) if stop > start else b""
+    data = buckets.read_range(url, start, stop) if stop > start else b""
     if len(data) != stop - start:
         raise NaloraError(
             url, expected=f"{stop - start} bytes from {start}", found=len(data), remedy="upload it again"

@@ -64,7 +64,7 @@ class Origin:
 def origin(
     config: Any, resolved: ResolvedSource, source: TensorSource, *, together: bool = False
 ) -> Origin:
-    """Returns the origin of a model that `weights.hub.resolve` found.
+    """Returns the origin of a model that `weights.hub.resolve_source` found.
 
     Args:
       config: the model's description, part of the fingerprint.

@@ -31,7 +31,7 @@ from nalora_jax.weights.peft_modules import (
     part_widths,
     places_in,
     places_of,
-    split,
+    split_fused,
     stack_depths,
     without_copies,
 )
@@ -286,7 +286,7 @@ def _pieces(
             continue
         widths, alternates = part_widths(config, module, layer), module.alternates
         for part_path, piece in zip(
-            module.parts, split(adapter, widths, alternates=alternates), strict=True
+            module.parts, split_fused(adapter, widths, alternates=alternates), strict=True
         ):
             if piece is not None:
                 stacked, index = places[part_path, layer]
