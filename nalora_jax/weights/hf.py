@@ -59,7 +59,7 @@ class ResolvedSource:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor as a file's header describes it."""
 
     file: Path
@@ -144,13 +144,13 @@ class SafetensorsFolder:
         """Returns the names of the folder's files."""
         return [path.name for path in self.folder.iterdir() if path.is_file()]
 
-    def _header(self, file: str) -> dict[str, Stored]:
+    def _header(self, file: str) -> dict[str, StoredTensor]:
         """Returns the tensors of one file."""
         return read_header(self.folder / file)
 
-    def _read_headers(self) -> dict[str, Stored]:
+    def _read_headers(self) -> dict[str, StoredTensor]:
         listed = self._index()
-        tensors: dict[str, Stored] = {}
+        tensors: dict[str, StoredTensor] = {}
         for file in sorted(set(listed.values())) or [self._only_file()]:
             for name, stored in self._header(file).items():
                 if not listed or listed.get(name) == file:
@@ -209,14 +209,14 @@ def _is_file_name(text: object) -> bool:
     return 0 < len(text.encode("utf-8", "replace")) <= 255 and is_unicode(text)
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of one file, after the safetensors library has validated its header."""
     with _complaints(path), safe_open(str(path), framework="numpy"), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return {
-        name: Stored(
+        name: StoredTensor(
             path, tuple(each["shape"]), each["dtype"], *(8 + length + at for at in each["data_offsets"])
         )
         for name, each in header.items()
@@ -290,10 +290,10 @@ class StreamedFolder(SafetensorsFolder):
         size = tensor.stop - tensor.start
         return _StreamedTensor(tensor.file, tensor.start, size, tensor.dtype, self._url_of(tensor))
 
-    def _url_of(self, stored: Stored) -> str:
+    def _url_of(self, stored: StoredTensor) -> str:
         return f"{self._url}/{stored.file.name}"
 
-    def _fetched(self, stored: Stored, start: int, stop: int) -> np.ndarray:
+    def _fetched(self, stored: StoredTensor, start: int, stop: int) -> np.ndarray:
         """Returns bytes of a tensor, uint8 ``[stop - start]``, from one or more chunks."""
         url, parts = self._url_of(stored), []
         for first in range(start // CHUNK * CHUNK, stop, CHUNK):
@@ -307,17 +307,17 @@ class StreamedFolder(SafetensorsFolder):
     def _names(self) -> list[str]:
         return buckets.names(self._url)
 
-    def _header(self, file: str) -> dict[str, Stored]:
+    def _header(self, file: str) -> dict[str, StoredTensor]:
         """Returns the tensors of one file, from its first bytes.
 
         The safetensors library checks local files only: it gets a sparse file with the same header
         and size.
         """
         url = f"{self._url}/{file}"
-        size, head = buckets.size(url), buckets.read(url, 0, _HEADER)
+        size, head = buckets.size(url), buckets.read_range(url, 0, _HEADER)
         stop = 8 + min(int.from_bytes(head[:8], "little"), _LARGEST_HEADER)
         if stop > len(head):
-            head += buckets.read(url, len(head), min(stop, size))
+            head += buckets.read_range(url, len(head), min(stop, size))
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / file
             path.write_bytes(head[:stop])
@@ -340,7 +340,7 @@ class _StreamedTensor(FileTensor):
     def read(self, start: int, count: int) -> np.ndarray:
         """Returns bytes of the tensor, uint8 ``[count]``."""
         first = self.start + start
-        return np.frombuffer(buckets.read(self.url, first, first + count), np.uint8)
+        return np.frombuffer(buckets.read_range(self.url, first, first + count), np.uint8)
 
 
 class _Chunks:
@@ -376,7 +376,7 @@ class _Chunks:
 
 
 def _bytes(url: str, start: int, stop: int) -> np.ndarray:
-    data = buckets.read(url, start, stop) if stop > start else b""
+    data = buckets.read_range(url, start, stop) if stop > start else b""
     if len(data) != stop - start:
         raise NaloraError(
             url, expected=f"{stop - start} bytes from {start}", found=len(data), remedy="upload it again"

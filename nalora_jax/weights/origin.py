@@ -68,7 +68,7 @@ def _of_weights(numbers: str) -> str:
 def origin(
     config: Any, resolved: ResolvedSource, source: TensorSource, *, together: bool = False
 ) -> Origin:
-    """Returns the origin of a model that `weights.hub.resolve` found.
+    """Returns the origin of a model that `weights.hub.resolve_source` found.
 
     Args:
       config: the model's description, part of the fingerprint.

@@ -31,7 +31,7 @@ import numpy as np
 from nalora_jax.models.adapters import pad_rank
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model, family_of
-from nalora_jax.models.stacks import depths, locate, projection_shapes
+from nalora_jax.models.stacks import depths, projection_shapes, stacked_places
 from nalora_jax.models.targets import AdapterSpec, scale_divisor
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.encoders import encoder_modules
@@ -179,7 +179,7 @@ def places_of(config: Host) -> Mapping[tuple[str, int], tuple[str, int]]:
             for path, count in config.depths().items()
             for layer in range(count)
         }
-    return locate(config)
+    return stacked_places(config)
 
 
 @functools.cache
@@ -310,7 +310,7 @@ def fuse(
     return ModuleAdapter(a, b, scale, magnitude)
 
 
-def split(
+def split_fused(
     adapter: ModuleAdapter, widths: Sequence[int], *, alternates: bool = False
 ) -> list[ModuleAdapter | None]:
     """Splits a fused module's adapter into its parts: inverts `fuse` up to folded scales.

@@ -33,7 +33,7 @@ from nalora_jax.weights.peft_modules import (
     module_shape,
     part_widths,
     places_of,
-    split,
+    split_fused,
     stack_depths,
     without_copies,
 )
@@ -335,7 +335,7 @@ def _pieces(
             continue
         widths, alternates = part_widths(config, slot.module, slot.layer), slot.module.alternates
         for part_path, piece in zip(
-            slot.module.parts, split(adapter, widths, alternates=alternates), strict=True
+            slot.module.parts, split_fused(adapter, widths, alternates=alternates), strict=True
         ):
             if piece is not None:
                 stacked, index = places[part_path, slot.layer]

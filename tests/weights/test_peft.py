@@ -13,7 +13,7 @@ from nalora_jax.common.trees import flatten, map_named
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.stacks import locate, projection_shapes
+from nalora_jax.models.stacks import projection_shapes, stacked_places
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 from nalora_jax.weights.peft_modules import layers_with, module_layout
 from tests.tiny import logits_of
@@ -71,7 +71,7 @@ def peft_deltas(wrapped: Any, layout: Any, config: Any) -> dict[tuple[str, int],
     """PEFT's own delta weights by stacked path and layer, in our orientation; fused modules split."""
     found: dict[tuple[str, int], np.ndarray] = {}
     modules = dict(wrapped.get_base_model().named_modules())
-    shapes, places = projection_shapes(config), locate(config)
+    shapes, places = projection_shapes(config), stacked_places(config)
     for layer in range(config.n_layers):
         for host in (*layout.modules, *layout.parameters):
             name = layout.full_name(layer, host.name)
