@@ -6,7 +6,6 @@ import gc
 import importlib
 import importlib.util
 import os
-import pathlib
 import resource
 import shutil
 import signal
@@ -92,7 +91,7 @@ LONGEST = (
     "test_use.py", "test_real_run.py", "test_docs_code.py", "test_decoder.py", "test_run_seeing.py",
     "test_split_attention.py", "test_config_fields.py", "test_run_images.py", "test_resume.py",
     "test_prefill.py", "test_generate.py", "test_pages.py", "test_execution.py", "test_pod.py", "test_longrope.py",
-    "test_fuzz.py", "test_peft_training.py", "test_token_rows.py", "test_preference.py", "test_parser.py",
+    "test_fuzz.py", "test_peft_training.py", "test_trained_tables.py", "test_preference.py", "test_parser.py",
     "test_dual.py", "test_verbs.py", "test_run_long_rows.py", "test_elastic.py",
     "test_kernels.py",
 )  # fmt: skip
@@ -219,261 +218,45 @@ def two_processes() -> Callable[..., list[tuple[int, str, str]]]:
     return run
 
 
+@pytest.fixture
+def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[tuple[str, str]]]]:
+    """An emulator that gcsfs takes for Google's store: its objects, and the path and range of each request."""
+    from nalora_jax.common import buckets
+    from tests import emulator
+
+    requests: list[tuple[str, str]] = []
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    with emulator.emulator(tmp_path / "google", requests) as (held, address):
+        for name, value in emulator.variables(address).items():
+            monkeypatch.setenv(name, value)
+        buckets._filesystem_of.cache_clear()
+        yield held, requests
+        buckets._filesystem_of.cache_clear()
+
+
 @pytest.fixture(scope="session")
-def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathlib.Path]:
-    """Makes folders of tiny dual encoders with random weights, as transformers saves them: model, tokenizer, processor.
+def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes folders of tiny dual encoders: ``dual_folder("clip", vision={...}, text={...}, ...)``."""
+    pytest.importorskip("transformers")
+    from tests import seeing
 
-    ``dual_folder("clip", vision={"hidden_act": "gelu"}, text={...}, ...)``.
-    """
-    import numpy as np
-    import tokenizers
-
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    words = [
-        "a",
-        "photo",
-        "of",
-        "the",
-        "red",
-        "green",
-        "blue",
-        "square",
-        "circle",
-        "cross",
-        "dress",
-        "bag",
-        "boot",
-    ]
-    special = {"[PAD]": 0, "[UNK]": 1, "[EOS]": 2, "[CLS]": 3}
-    vocabulary = special | {word: len(special) + i for i, word in enumerate(words)}
-
-    def tokenizer(folder: pathlib.Path, begin: str, length: int) -> None:
-        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-        backend.normalizer = tokenizers.normalizers.Lowercase()
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        ends = [(name, vocabulary[name]) for name in ("[CLS]", "[EOS]")]
-        backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{begin}$A [EOS]", special_tokens=ends
-        )
-        whole = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            pad_token="[PAD]",
-            eos_token="[EOS]",
-            unk_token="[UNK]",
-            model_max_length=length,
-        )
-        whole.save_pretrained(folder)
-
-    def make(
-        family: str, *, vision: dict | None = None, text: dict | None = None, **top: object
-    ) -> pathlib.Path:
-        folder = tmp_path_factory.mktemp(family)
-        ids = {
-            "vocab_size": 40,
-            "max_position_embeddings": 12,
-            "pad_token_id": 0,
-            "bos_token_id": 3,
-            "eos_token_id": 2,
-        }
-        ids["eos_token_id"] = 2
-        image = {**sizes, "image_size": 16, "patch_size": 4, **(vision or {})}
-        words_of = {**sizes, **ids, **(text or {})}
-        if family == "siglip2":
-            image = {name: value for name, value in image.items() if name != "image_size"} | {
-                "num_patches": 16
-            }
-        if family == "vision-text-dual-encoder":
-            kinds = transformers.models.auto.CONFIG_MAPPING
-            parts = (
-                kinds[image.pop("model_type", "vit")](**image),
-                kinds[words_of.pop("model_type", "bert")](**words_of),
-            )
-            join = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
-            config = join(*parts, **{"projection_dim": 24, **top})
-        else:
-            config = transformers.CONFIG_MAPPING[family](vision_config=image, text_config=words_of, **top)
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)  # a class embedding is one-dimensional and random, and it is kept below
-            model = transformers.AutoModel.from_config(config)
-            for name, leaf in model.named_parameters():
-                if leaf.ndim == 0 or "logit" in name:
-                    continue
-                wide = 1.0 / np.sqrt(leaf.shape[-1]) if leaf.ndim > 1 else 0.2
-                leaf.copy_(torch.randn(leaf.shape) * wide + (leaf if leaf.ndim == 1 else 0))
-        model.save_pretrained(folder)
-        tokenizer(
-            folder, "" if family.startswith("siglip") else "[CLS] ", words_of["max_position_embeddings"]
-        )
-        square = {"height": 16, "width": 16}
-        processors = {
-            "clip": ("CLIPImageProcessor", {"size": {"shortest_edge": 16}, "crop_size": square}),
-            "siglip": ("SiglipImageProcessor", {"size": square}),
-            "siglip2": ("Siglip2ImageProcessor", {"patch_size": 4, "max_num_patches": 16}),
-            "vision-text-dual-encoder": ("ViTImageProcessor", {"size": square}),
-        }
-        kind, settings = processors[family]
-        getattr(transformers, f"{kind}Pil")(**settings).save_pretrained(folder)
-        return folder
-
-    return make
+    return lambda family, **changes: seeing.make_dual(tmp_path_factory.mktemp(family), family, **changes)
 
 
 @pytest.fixture(scope="session")
 def tower_folders(
-    dual_folder: Callable[..., pathlib.Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[pathlib.Path, pathlib.Path]:
-    """Folders of a ViT (32 wide, 3 layers) and of a BERT (48 wide, 2 layers) that were never trained together."""
-    import torch
-    import transformers
+    dual_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """Folders of a ViT and of a BERT that were never trained together."""
+    from tests import seeing
 
-    sizes = {"num_attention_heads": 4, "intermediate_size": 64}
-    vit = transformers.ViTConfig(hidden_size=32, num_hidden_layers=3, image_size=16, patch_size=4, **sizes)
-    bert = transformers.BertConfig(
-        vocab_size=40, hidden_size=48, num_hidden_layers=2, max_position_embeddings=12, **sizes
-    )
-    donor, root = dual_folder("vision-text-dual-encoder"), tmp_path_factory.mktemp("towers")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        towers = {"image": transformers.ViTModel(vit), "text": transformers.BertModel(bert)}
-    for name, model in towers.items():
-        model.save_pretrained(root / name)
-        for file in (*donor.glob("*token*"), donor / "preprocessor_config.json"):
-            shutil.copy(file, root / name)
-    return root / "image", root / "text"
-
-
-# The chat templates of llava-hf/llava-1.5-7b-hf and, without its system turn, google/gemma-3-4b-it.
-_TEMPLATES = {
-    "llava": "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}"
-    "{% endif %}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}"
-    "{% endfor %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ content['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
-    "gemma3": "{{ bos_token }}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' "
-    "else message['role'] %}{{ '<start_of_turn>' + role + '\n' }}{% if message['content'] is string %}"
-    "{{ message['content'] | trim }}{% else %}{% for item in message['content'] %}{% if item['type'] == 'image' %}"
-    "{{ '<start_of_image>' }}{% elif item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor %}"
-    "{% endif %}{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}"
-    "{% endif %}",
-}
+    return seeing.make_towers(tmp_path_factory.mktemp("towers"), dual_folder("vision-text-dual-encoder"))
 
 
 @pytest.fixture(scope="session")
-def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathlib.Path]:
-    """Makes folders of tiny decoders that see, with random weights, as transformers saves them.
+def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes folders of tiny decoders that see: ``seeing_folder("llava", vision={...}, text={...}, ...)``."""
+    pytest.importorskip("transformers")
+    from tests import seeing
 
-    ``seeing_folder("llava", text={...}, vision={...}, ...)``: model, tokenizer, chat template, image processor. Tokens
-    are words, spaces and line breaks.
-    """
-    import numpy as np
-    import tokenizers
-
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-
-    special = [
-        "<pad>",
-        "<s>",
-        "</s>",
-        "<unk>",
-        "<image>",
-        "<start_of_image>",
-        "<end_of_image>",
-        "<end_of_turn>",
-    ]
-    special += ["<start_of_turn>"]
-    words = "USER ASSISTANT user model a photo of the red green blue square circle What colour is this Describe image"
-    vocabulary = {
-        word: i
-        for i, word in enumerate([*special, " ", "\n", "\n\n", "\n\n\n", ":", ".", "?", *words.split()])
-    }
-
-    def tokenizer() -> Any:
-        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-        split = tokenizers.Regex(r"\w+|\n+|[^\w\n]")
-        backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(split, "isolated")
-        backend.decoder = tokenizers.decoders.Fuse()
-        backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
-        )
-        names = {"image_token": "<image>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-        return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            pad_token="<pad>",
-            bos_token="<s>",
-            eos_token="</s>",
-            unk_token="<unk>",
-            additional_special_tokens=[*special[4:]],
-            extra_special_tokens=names,
-            model_max_length=256,
-        )
-
-    def make(
-        family: str, *, vision: dict | None = None, text: dict | None = None, **top: object
-    ) -> pathlib.Path:
-        folder = tmp_path_factory.mktemp(family)
-        image = {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-        }
-        image |= {"image_size": 16, "patch_size": 4, **(vision or {})}
-        words_of = {"vocab_size": 48, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-        words_of |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-        words_of |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-        top = {"image_token_index": vocabulary["<image>"], **top}
-        square = {"height": 16, "width": 16}
-        own = tokenizer()
-        template = _TEMPLATES[family]
-        if family == "llava":
-            parts = (
-                transformers.CLIPVisionConfig(**image),
-                transformers.LlamaConfig(**(words_of | (text or {}))),
-            )
-            config = transformers.LlavaConfig(vision_config=parts[0], text_config=parts[1], **top)
-            model = transformers.LlavaForConditionalGeneration(config)
-            size = {"size": {"shortest_edge": 16}, "crop_size": square}
-            processor = transformers.LlavaProcessor(
-                transformers.CLIPImageProcessorPil(**size),
-                own,
-                patch_size=4,
-                vision_feature_select_strategy=top.get("vision_feature_select_strategy", "default"),
-                num_additional_image_tokens=1,
-                chat_template=template,
-            )
-        else:
-            words_of |= {
-                "head_dim": 8,
-                "sliding_window": 6,
-                "layer_types": ["sliding_attention", "full_attention"],
-            }
-            image["vision_use_head"] = False
-            parts = (
-                transformers.SiglipVisionConfig(**image),
-                transformers.Gemma3TextConfig(**(words_of | (text or {}))),
-            )
-            more = {"mm_tokens_per_image": 4, "boi_token_index": vocabulary["<start_of_image>"]}
-            more["eoi_token_index"] = vocabulary["<end_of_image>"]
-            config = transformers.Gemma3Config(vision_config=parts[0], text_config=parts[1], **(more | top))
-            model = transformers.Gemma3ForConditionalGeneration(config)
-            processor = transformers.Gemma3Processor(
-                transformers.models.gemma3.image_processing_pil_gemma3.Gemma3ImageProcessorPil(size=square),
-                own,
-                chat_template=template,
-                image_seq_length=4,
-            )
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for leaf in model.parameters():
-                wide = 1.0 / np.sqrt(leaf.shape[-1]) if leaf.ndim > 1 else 0.2
-                leaf.copy_(
-                    torch.randn(leaf.shape, generator=generator) * wide + (leaf if leaf.ndim == 1 else 0)
-                )
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        return folder
-
-    return make
+    return lambda family, **changes: seeing.make_seeing(tmp_path_factory.mktemp(family), family, **changes)

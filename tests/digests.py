@@ -17,17 +17,19 @@ import hashlib
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
+
+from nalora_jax.common.downloads import cache_dir
+from tests import seeing, tiny
 
 HERE = Path(__file__).resolve().parents[1]
 DEVICES = (1, 8)
@@ -60,7 +62,8 @@ RUNS = {
     ),
     "chat": Run(
         "-m nalora_jax train",
-        "--model {inputs}/llava --data.dataset {inputs}/chats.jsonl --data.max-length 96 --data.chat --vision.task chat"
+        "--model {inputs}/llava --data.dataset {inputs}/pictures/chats.jsonl --data.max-length 96"
+        " --data.chat --vision.task chat"
         f" {TINY} {NALORA} --lora.rules image/.*ffn:2 projector:4 layers/.*:8",
         "--mesh.data 4 --mesh.fsdp 2",
     ),
@@ -84,146 +87,27 @@ RUNS = {
     ),
 }
 
-COLOURS = ("red", "green", "blue")
-QUESTION = "What colour is this?"
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-LLAVA_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-
 
 def write_inputs(folder: Path) -> None:
     """Writes tiny random models as transformers saves them, and data for each kind of run."""
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = sizes | {"vocab_size": 64, "num_key_value_heads": 4, "max_position_embeddings": 128}
-    text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    image = sizes | {"image_size": 16, "patch_size": 4}
-    llama = transformers.LlamaConfig(**text)
-    _save(transformers.LlamaForCausalLM(llama), folder / "llama")
-    _tokenizer().save_pretrained(folder / "llama")
-
-    clip_vision = transformers.CLIPVisionConfig(**image)
-    llava = transformers.LlavaConfig(vision_config=clip_vision, text_config=llama, image_token_index=4)
-    _save(transformers.LlavaForConditionalGeneration(llava), folder / "llava")
-    square = {"height": 16, "width": 16}
-    pictures = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=square)
-    transformers.LlavaProcessor(
-        pictures,
-        _tokenizer(),
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=LLAVA_TEMPLATE,
-    ).save_pretrained(folder / "llava")
-
-    words = {name: value for name, value in text.items() if name != "num_key_value_heads"}
-    clip = transformers.CLIPConfig(vision_config=image, text_config=words | {"max_position_embeddings": 16})
-    _save(transformers.CLIPModel(clip), folder / "clip")
-    _tokenizer(length=16).save_pretrained(folder / "clip")
-    pictures.save_pretrained(folder / "clip")
-    _write_data(folder)
-
-
-def _save(model, folder: Path) -> None:
-    """Saves a model with weights that are not small, so that its gates are not all open half."""
-    import torch
-
-    with torch.no_grad():
-        for leaf in model.parameters():
-            if leaf.ndim > 1:
-                leaf.copy_(torch.randn(leaf.shape) / leaf[0].numel() ** 0.5)
-    model.save_pretrained(folder)
-
-
-def _tokenizer(length: int = 128):
-    import tokenizers
-    import transformers
-
-    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    words = ["USER", "ASSISTANT", "photo", "of", "the", *COLOURS, "square", "What", "colour", "is", "this"]
-    names = [*special, " ", "\n", ":", ".", "?", *LETTERS, *words]
-    vocabulary = {word: index for index, word in enumerate(names)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    split = tokenizers.Regex(r"\w+|\n|[^\w\n]")
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(split, "isolated")
-    backend.decoder = tokenizers.decoders.Fuse()
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A </s>" if length == 16 else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-        extra_special_tokens={"image_token": "<image>"},
-        model_max_length=length,
-    )
-
-
-def _write_data(folder: Path) -> None:
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    letters = [rng.choice(list(LETTERS), 5, replace=False) for _ in range(60)]
-    _write_lines(
-        folder / "questions.jsonl",
-        [{"prompt": f"{a} {b}", "completion": f" {b} z"} for a, b, *_ in letters],
-    )
+    tiny.make_model(folder / "llama")
+    questions = map(json.loads, tiny.make_questions(folder / "questions.jsonl").read_text().splitlines())
     pairs = [
-        {"prompt": f"{a} {b}", "chosen": f" {c}", "rejected": f" {d} {e}"} for a, b, c, d, e in letters
+        {"prompt": one["prompt"], "chosen": " z", "rejected": f" {one['choices'][0]}"} for one in questions
     ]
-    _write_lines(folder / "pairs.jsonl", pairs)
-    chats, captions = [], []
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n")
+    seeing.make_seeing(folder / "llava", "llava")
+    seeing.make_dual(folder / "clip", "clip")
     (folder / "pictures").mkdir()
-    for index in range(48):
-        colour = COLOURS[index % 3]
-        pixels = np.full((20, 24, 3), 30.0)
-        pixels[..., index % 3] = 220.0
-        pixels = np.clip(pixels + rng.normal(0, 10, pixels.shape), 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / "pictures" / f"{index}.png")
-        parts = [{"type": "image_url", "image_url": {"url": f"pictures/{index}.png"}}]
-        user = {"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]}
-        chats.append({"messages": [user, {"role": "assistant", "content": f"{colour} square."}]})
-        captions.append({"file_name": f"{index}.png", "caption": f"a photo of the {colour} square"})
-    _write_lines(folder / "chats.jsonl", chats)
-    _write_lines(folder / "pictures" / "captions.jsonl", captions)
-
-
-def _write_lines(path: Path, records: Sequence[dict]) -> None:
-    path.write_text("\n".join(map(json.dumps, records)) + "\n")
-
-
-def users_cache() -> Path:
-    """Returns the folder that NALORA_CACHE names, or its default."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nalora_jax"
-    return Path(os.environ.get("NALORA_CACHE") or root)
-
-
-def copy_kernels(cache: Path) -> None:
-    """Copies the compiled CPU kernels into a new cache; to compile them takes half a minute."""
-    if (users_cache() / "native").exists():
-        shutil.copytree(
-            users_cache() / "native", cache / "native", ignore=shutil.ignore_patterns("making-*")
-        )
+    seeing.make_chats(folder / "pictures")
 
 
 def make_cache(cache: Path) -> None:
     """Makes a folder to be NALORA_CACHE, with copies of the compiled kernels and links to the downloads."""
-    cache.mkdir()
-    copy_kernels(cache)
+    tiny.new_cache(cache)
     for name in ("packages", "wheels"):
-        (users_cache() / name).mkdir(parents=True, exist_ok=True)
-        (cache / name).symlink_to(users_cache() / name)
+        (cache_dir() / name).mkdir(parents=True, exist_ok=True)
+        (cache / name).symlink_to(cache_dir() / name)
 
 
 def train(checkout: Path, run: Run, inputs: Path, scratch: Path, devices: int) -> dict[str, Path]:

@@ -24,14 +24,12 @@ from nalora_jax.config import (
     DataConfig,
     LoRAConfig,
     LoRARule,
-    MeshConfig,
     OptimizerConfig,
     RunConfig,
 )
 from nalora_jax.data import sources
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import recorded_settings
-from nalora_jax.layout import distributed
 from nalora_jax.method import activations, rules, statistics
 from nalora_jax.models import family
 from nalora_jax.models.config import ModelConfig
@@ -73,17 +71,8 @@ def train(base: ModelConfig, *mechanisms: str, steps: int = 3) -> tuple[Any, dic
         optimizer=OptimizerConfig(learning_rate=1e-2),
         compute=ComputeConfig(dtype="float32", stats_stride=1, probe_stride=1),
     )
-    mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
-    assembly = assemble(config, base, init_params(base, jax.random.key(0)), mesh)
-    rng, shape = np.random.default_rng(0), (1, 4, 8)
-    batch = {
-        "tokens": rng.integers(0, 40, shape).astype(np.int32),
-        "targets": rng.integers(0, 40, shape).astype(np.int32),
-        "loss_weights": np.ones(shape, np.float32),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(8, dtype=np.int32), shape).copy(),
-    }
-    state = assembly.state
+    assembly = assemble(config, base, init_params(base, jax.random.key(0)), tiny.one_device())
+    batch, state = tiny.whole_batch(0, (1, 4, 8)), assembly.state
     for _ in range(steps):
         state, metrics = assembly.step(assembly.params, state, batch)
     return state, metrics

@@ -51,6 +51,7 @@ OTHERS = {
     "jupyter",
     "git",
 }
+# Executed in tests/deploy.
 OTHERS |= {
     "deploy/tpu_pod.sh",
     "sbatch",
@@ -59,9 +60,8 @@ OTHERS |= {
     "python3.11",
     "~/nalora/bin/pip",
     "ssh-keygen",
-    "eval",
-    "ssh-add",
-}  # executed in tests/deploy
+}
+OTHERS |= {"eval", "ssh-add"}
 
 
 class Block(NamedTuple):

@@ -12,9 +12,7 @@ from nalora_jax.__main__ import guarded
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 
 LONG = {
-    "ascii": "x" * 10**6,
-    "three bytes": "語" * 10**5,
-    "four bytes": "🙂" * 1900,
+    "bytes": "語" * 10**5,
     "list": list(range(10**5)),
     "number": 10**5000,
     "surrogates": "\ud800" * 10**4,
@@ -59,19 +57,10 @@ sys.exit(guarded(lambda: __import__("jax").devices()))
 @pytest.mark.parametrize(
     ("variable", "value", "line"),
     [
-        (
-            "JAX_PLATFORMS",
-            "cpx",
-            "JAX_PLATFORMS: expected a platform with a device on this machine, found cpx (",
-        ),
-        (
-            "JAX_PLATFORMS",
-            "cuda",
-            "JAX_PLATFORMS: expected a platform with a device on this machine, found cuda (",
-        ),
+        ("JAX_PLATFORMS", "cpx", "JAX_PLATFORMS: expected a platform with a device on this machine, found cpx ("),
         ("JAX_ENABLE_X64", "maybe", "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
     ],
-)
+)  # fmt: skip
 def test_what_jax_cannot_start_with_is_one_line(variable: str, value: str, line: str) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), variable: value}
     command = [sys.executable, "-c", DEVICES]

@@ -19,14 +19,13 @@ from nalora_jax.config import (
     ComputeConfig,
     LoRAConfig,
     LoRARule,
-    MeshConfig,
     OptimizerConfig,
     RunConfig,
     TrainConfig,
 )
-from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.program import assemble
+from tests import tiny
 
 STEPS, ROWS, TOKENS, RATE, WARMUP = 12, 4, 17, 4e-3, 3
 RULES: dict[str, tuple[str, ...]] = {
@@ -58,31 +57,21 @@ def library_adapters(page: Any, rule: str, params: Any, lora: Any, batches: list
         compute=ComputeConfig(dtype="float32", implementation="xla", stats_stride=1, probe_stride=1),
         mechanisms=RULES[rule],
     )
-    fields = {
-        "model_type": "llama",
+    fields = tiny.HF | {
         "vocab_size": page.vocab,
         "hidden_size": page.d_model,
         "intermediate_size": page.d_ff,
         "num_hidden_layers": page.layers,
         "num_attention_heads": page.heads,
+        "num_key_value_heads": page.heads,
         "rope_theta": page.rope_theta,
         "rms_norm_eps": page.eps,
-        "hidden_act": "silu",
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
     }
-    mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
-    assembly = assemble(config, ModelConfig.from_hf(fields), params, mesh)
+    assembly = assemble(config, ModelConfig.from_hf(fields), params, tiny.one_device())
     state = assembly.begin(jax.tree.map(jnp.array, lora), 0)
     for tokens in batches:
-        ones = np.ones((1, ROWS, TOKENS - 1), np.int32)
-        batch = {
-            "tokens": tokens[None, :, :-1],
-            "targets": tokens[None, :, 1:],
-            "loss_weights": ones.astype(np.float32),
-            "segment_ids": ones,
-            "positions": ones * np.arange(TOKENS - 1, dtype=np.int32),
-        }
+        batch = tiny.whole_batch(0, (1, ROWS, TOKENS - 1))
+        batch |= {"tokens": tokens[None, :, :-1], "targets": tokens[None, :, 1:]}
         state, _ = assembly.step(assembly.params, state, batch)
     return state.lora
 

@@ -21,7 +21,6 @@ from nalora_jax.common import trees
 from nalora_jax.config import (
     AdaLoRAConfig,
     ComputeConfig,
-    DataConfig,
     DebugConfig,
     LoRAConfig,
     LoRARule,
@@ -39,20 +38,7 @@ pytestmark = pytest.mark.usefixtures("surroundings")
 
 nalora_run = importlib.import_module("nalora_jax.cli.training")
 
-HF = tiny.HF | {"intermediate_size": 64}
 FFN = (LoRARule("ffn", 4),)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama as a Hugging Face folder; its words are letters."""
-    return tiny.make_model(tmp_path_factory.mktemp("models") / "base", HF)
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The answer is always z: a few steps learn that."""
-    return tiny.make_questions(tmp_path_factory.mktemp("data") / "z.jsonl", 300)
 
 
 @pytest.fixture(scope="module")
@@ -71,25 +57,17 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def settings(base: Path, questions: Path) -> RunConfig:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Forty quick steps."""
-    return RunConfig(
-        model=str(base),
+    folder = tmp_path_factory.mktemp("data")
+    tiny.make_model(folder / "model", tiny.HF | {"intermediate_size": 64})
+    tiny.make_questions(folder / "questions.jsonl", 300)
+    return tiny.make_config(
+        folder,
         steps=40,
         lora=LoRAConfig(rules=(LoRARule("ffn", 8), LoRARule("attn", 4))),
         mechanisms=("soft:power=2,warmup=3", "homogeneity:warmup=3"),
-        optimizer=OptimizerConfig(learning_rate=2e-2),
-        data=DataConfig(
-            dataset=str(questions),
-            train_split="train[:80%]",
-            eval_split="train[80%:]",
-            max_length=16,
-            eval_limit=4,
-            select_limit=2,  # with so few, one program measures both
-        ),
-        mesh=MeshConfig(data=1, fsdp=1, tensor=1),
         train=TrainConfig(batch_size=8, log_every=5, eval_every=20, save_every=10),
-        compute=ComputeConfig(dtype="float32", compilation_cache=False),
     )
 
 
@@ -106,10 +84,6 @@ def config(settings: RunConfig, tmp_path: Path) -> RunConfig:
     return replace(settings, output=str(tmp_path / "run"))
 
 
-def _lines(folder: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
 def _adapter(folder: str) -> dict[str, np.ndarray]:
     return load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
 
@@ -124,7 +98,7 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[R
         "README.md",
     }
     assert {p.stat().st_mode & 0o777 for p in result.adapter.iterdir()} == {0o644}
-    lines = _lines(config.output)
+    lines = tiny.lines(config.output)
     assert lines[0]["run"]["steps"] == 40
     assert lines[0]["mechanisms_from"] == 4  # after a warm-up of 3 steps
     initial, final = (next(line for line in lines if name in line) for name in ("initial", "final"))
@@ -143,7 +117,7 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[R
 
 def test_every_file_names_the_very_weights_that_were_trained_on(finished: tuple[RunConfig, Any]) -> None:
     config, result = finished
-    noted = _lines(config.output)[0]["base"]
+    noted = tiny.lines(config.output)[0]["base"]
     loaded = load(config.output, dtype="float32").base
     assert loaded.origin is not None
     assert noted == loaded.origin.to_dict()
@@ -156,30 +130,6 @@ def test_every_file_names_the_very_weights_that_were_trained_on(finished: tuple[
         assert all(
             fact in page for fact in (noted["file"], "safetensors", "F32", noted["fingerprint"][:20])
         )
-
-
-def test_the_run_folder_is_a_model_for_every_verb(
-    finished: tuple[RunConfig, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    config, result = finished
-    assert (
-        main(["generate", config.output, "--prompt", "k m", "--max-new-tokens", "1", "--dtype", "float32"])
-        == 0
-    )
-    capsys.readouterr()
-    assert main(["eval", config.output, "--dtype", "float32"]) == 0
-    assert f"accuracy {result.after['accuracy']:.3f}" in capsys.readouterr().out  # the run's own questions
-    assert main(["export", config.output, "--output", config.output + "-vllm", "--for", "vllm"]) == 0
-    assert main(["merge", config.output, "--output", config.output + "-merged", "--dtype", "float32"]) == 0
-    assert main(["inspect", config.output, "--texts", "a b c", "--dtype", "float32"]) == 0
-    capsys.readouterr()
-    tokens = np.array([[2, 5, 9]])
-    with_adapter, merged = (
-        load(config.output, dtype="float32"),
-        load(config.output + "-merged", dtype="float32"),
-    )
-    first, second = (tiny.logits_of(one.module, one.variables, tokens) for one in (with_adapter, merged))
-    np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +160,7 @@ def test_every_variant_learns_and_eval_gives_its_numbers_to_the_bit(
     assert any(np.any(leaf) for path, leaf in trees.flatten(model.lora).items() if path.endswith("/b"))
     measured = config.output + ".json"
     assert main(["eval", config.output, "--output", measured, *flags]) == 0
-    reported = next(line["eval"] for line in _lines(config.output) if "final" in line)
+    reported = next(line["eval"] for line in tiny.lines(config.output) if "final" in line)
     found = json.loads(Path(measured).read_text())
     del reported["paired"]
     assert {name: found[name] for name in reported} == reported
@@ -249,7 +199,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
     for name, tensor in _adapter(whole_run.output).items():
         np.testing.assert_array_equal(tensor, _adapter(parts.output)[name], err_msg=name)
     whole, resumed = (
-        [(line["step"], line["loss"]) for line in _lines(folder) if "loss" in line]
+        [(line["step"], line["loss"]) for line in tiny.lines(folder) if "loss" in line]
         for folder in (whole_run.output, parts.output)
     )
     assert dict(whole).keys() == dict(resumed).keys()
@@ -286,7 +236,7 @@ def test_two_processes_run_like_one_with_model_data_and_output_in_a_bucket(
     for name, tensor in safetensors.numpy.load(written["adapter/adapter_model.safetensors"]).items():
         np.testing.assert_allclose(tensor, expected[name], rtol=1e-3, atol=1e-5, err_msg=name)
     ours = [json.loads(line) for line in written["metrics.jsonl"].splitlines()]
-    theirs = _lines(str(alone.folder))
+    theirs = tiny.lines(str(alone.folder))
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     done = [{name: line["done"][name] for name in ("step", "best_step")} for line in (ours[-1], theirs[-1])]
     assert done == [{"step": 10, "best_step": alone.best_step}] * 2
@@ -313,7 +263,7 @@ def test_adalora_leaves_the_ranks_that_were_asked_for(config: RunConfig) -> None
     model = load(config.output, dtype="float32")
     ranks = {path: target.ranks for path, target in model.spec.targets}
     assert sum(map(sum, ranks.values())) == 2 * 3 * 2  # a mean of 2 on 3 projections of 2 layers
-    logged = [line["ranks"] for line in _lines(config.output) if line.get("ranks")]
+    logged = [line["ranks"] for line in tiny.lines(config.output) if line.get("ranks")]
     assert sum(map(sum, logged[0].values())) == 25  # 12 + 24 (10 / 12)^3, rounded down
     assert {path: tuple(rows) for path, rows in logged[-1].items() if any(rows)} == ranks
     assert "AdaLoRA" in (result.adapter / "README.md").read_text()
@@ -393,7 +343,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("flags", "damage", "lines", "message"), REFUSED)
 def test_what_cannot_run_is_one_line_and_exit_code_2(
-    base: Path,
+    settings: RunConfig,
     tmp_path: Path,
     flags: list[str],
     damage: Any,
@@ -402,9 +352,9 @@ def test_what_cannot_run_is_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A flag, a damaged model, or what follows eight good examples in the data."""
-    model, output, data = base, tmp_path / "out", tmp_path / "data.jsonl"
+    model, output, data = Path(settings.model), tmp_path / "out", tmp_path / "data.jsonl"
     if damage is not None:
-        model = shutil.copytree(base, tmp_path / "model")
+        model = shutil.copytree(model, tmp_path / "model")
         damage(model)
     written = [EXAMPLE] * 8 + lines + [EXAMPLE] * 13 if lines else []
     data.write_text(

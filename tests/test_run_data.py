@@ -7,17 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 from nalora_jax import run
 from nalora_jax.config import DataConfig, TrainConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout import distributed
 from nalora_jax.train.callbacks import Callback
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("surroundings")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 class Told(Callback):
@@ -36,15 +34,8 @@ class Told(Callback):
         self.events.append(("end", ended.step, ended.best_step))
 
 
-@pytest.fixture
-def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of the test's own, and one of the simulated devices."""
-    make = distributed.make_mesh
-    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(distributed, "make_mesh", lambda mesh: make(mesh, jax.devices()[:1]))
-
-
 def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("nalora_jax.data.pipeline.SHORTEST", 1)
     monkeypatch.setattr("nalora_jax.data.pipeline.FULL", 0.7)
     config = tiny.make_config(tmp_path)
@@ -63,7 +54,7 @@ def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.Monke
     told = Told()
     wrapped = ({"inner": one} for one in records)
     result = run(config, data=wrapped, format=example, callbacks=[told])
-    header = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])
+    header = tiny.lines(result.folder)[0]
     settings = header["run"]
     # 48 of 60 records are trained on: 3 positions each, two in a row of 8, 24 rows, 8 a step.
     assert (header["data"]["examples"], header["data"]["in_turns"]) == (48, False)
@@ -83,7 +74,7 @@ def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.Monke
 
     again = replace(config, resume=True, epochs=3.0)
     longer = run(again, data=[{"inner": one} for one in records], format=example)
-    assert json.loads((longer.folder / "metrics.jsonl").read_text().splitlines()[-1])["done"]["step"] == 9
+    assert tiny.lines(longer.folder)[-1]["done"]["step"] == 9
     other = {"prompt": "a b", "completion": " y", "choices": ["c", "y"], "gold": 1}
     with pytest.raises(NaloraError, match="data position"):
         run(replace(again, epochs=0.0, steps=12), data=[{"inner": other} for _ in records], format=example)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from dataclasses import replace
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from nalora_jax.__main__ import main
 from nalora_jax.cli.config_files import load_config
@@ -30,28 +28,17 @@ from nalora_jax.evaluate.run_log import read_metrics
 from nalora_jax.train import loop
 from nalora_jax.train.adapted_dual import load_adapted_dual
 from nalora_jax.weights.peft import import_adapter
+from tests import tiny
+from tests.seeing import COLOURS
 
 pytestmark = pytest.mark.pictures  # of runs' reports
-
-CLASSES = ("red", "green", "blue")
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of three colours in shuffled order, with captions; one file is damaged."""
+    """Pictures of three colours in turn, with captions; one file is damaged."""
     folder = tmp_path_factory.mktemp("pictures")
-    rng, rows = np.random.default_rng(0), []
-    for i in range(36):
-        name = CLASSES[i % 3]
-        colour = np.full(3, 30.0)
-        colour[i % 3] = 220.0
-        pixels = np.clip(colour + rng.normal(0, 20, (20, 20, 3)), 0, 255).astype(np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        (folder / f"{i}.png").write_bytes(buffer.getvalue() if i != 4 else buffer.getvalue()[:50])
-        rows.append({"file_name": f"{i}.png", "label": name, "caption": f"a photo of the {name} square"})
-    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return folder
+    return tiny.make_pictures(folder, COLOURS, count=12, size=(20, 20), damaged="green1.png")
 
 
 def few_shot(model: Path | str, pictures: Path, output: Path, **changes: object) -> RunConfig:
@@ -98,7 +85,7 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report(trained) -> None:
         assert values["n"] == 9
         assert np.sum(values["confusion"]) == 9
         assert values["classes"] == ["blue", "green", "red"]
-        assert {sample["expected"] for sample in values["samples"]} <= set(CLASSES)
+        assert {sample["expected"] for sample in values["samples"]} <= set(COLOURS)
         np.testing.assert_allclose(np.trace(values["confusion"]) / 9, values["accuracy"])
     assert final["step"] <= 6 == records[-1]["done"]["step"]
     page = (folder / "report.html").read_text()
@@ -143,13 +130,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, pictures, tmp_path) -> 
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_captions_of_two_towers_that_never_met(tower_folders, pictures, tmp_path) -> None:
+def test_captions_of_two_towers_that_never_met(tower_folders, pictures, tmp_path, one_device) -> None:
     image, text = tower_folders
     settings = few_shot(
         f"{image}+{text}",
         pictures,
         tmp_path / "run",
         lora=LoRAConfig(rules=(LoRARule("ffn", 2),)),
+        mesh=MeshConfig(data=1),
         vision=VisionConfig("contrast", features=16, loss="sigmoid"),
     )
     result = run(settings)
@@ -170,7 +158,7 @@ def test_the_page_classifies_and_retrieves(trained, pictures) -> None:
     page = (Path(__file__).parent.parent / "docs" / "images.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     code = code.replace("runs/eurosat", str(folder)).replace('Path("pictures").glob("*.png")', "chosen")
-    space = {"chosen": [pictures / f"{i}.png" for i in (0, 1, 2)]}
+    space = {"chosen": [pictures / f"{colour}0.png" for colour in COLOURS]}
     exec(code, space)
     np.testing.assert_allclose(space["shares"].sum(axis=-1), 1.0, rtol=1e-5)
     assert space["shares"].shape == (3, 2)
@@ -215,7 +203,7 @@ def test_settings_that_do_not_fit_are_refused(trained, pictures, tmp_path) -> No
         ({"vision": VisionConfig("classify", templates=("no name",))}, "--vision.templates"),
         ({"vision": VisionConfig("classify", classes=("red", "green"))}, "one of 2 classes"),
         ({"vision": VisionConfig("contrast", caption_field="title")}, "--vision.caption-field"),
-        ({"vision": VisionConfig("classify", broken="error", shots=0)}, "4.png"),
+        ({"vision": VisionConfig("classify", broken="error", shots=0)}, "green1.png"),
         ({"data": replace(settings.data, eval_split="train[50%:]")}, "--data.eval-split"),
         ({"lora": LoRAConfig(init="pissa")}, "--lora.init"),
         ({"compute": ComputeConfig(quantize="int8")}, "--compute.quantize"),

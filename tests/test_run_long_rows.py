@@ -6,9 +6,7 @@ import json
 import string
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -42,14 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
 
 def logits(source: str | Path) -> np.ndarray:
     model = load(source, dtype="float32")
-
-    @jax.jit
-    def run(variables: Any) -> jax.Array:
-        hidden = model.module.apply(variables, TOKENS)
-        logits: jax.Array = model.module.apply(variables, hidden, method="unembed")
-        return logits
-
-    return np.asarray(run(model.variables))
+    return np.asarray(tiny.logits_of(model.module, model.variables, TOKENS))
 
 
 TOKENS = np.random.default_rng(1).integers(2, len(tiny.WORDS), (1, 120))

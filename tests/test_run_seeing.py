@@ -30,43 +30,21 @@ from nalora_jax.data.images.chat import asked
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import read_metrics
 from nalora_jax.train.adapted import load
+from tests import seeing
+from tests.seeing import QUESTION
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-COLOURS = ("red", "green", "blue")
-QUESTION = "What colour is this?"
 RULES = (LoRARule("image/.*ffn", 2), LoRARule("", 8))
 TOWERS = {"image": 3, "layers": 2}
 
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Conversations about squares of three colours, in OpenAI's form and in LLaVA's; one image is damaged."""
-    folder = tmp_path_factory.mktemp("chats")
-    rng, lines = np.random.default_rng(0), []
-    for i in range(48):
-        pixels = np.full((20, 24, 3), 30.0)
-        pixels[..., i % 3] = 220.0
-        pixels = np.clip(pixels + rng.normal(0, 10, pixels.shape), 0, 255).astype(np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        (folder / f"{i}.png").write_bytes(buffer.getvalue() if i != 4 else buffer.getvalue()[:60])
-        answer = f"{COLOURS[i % 3]} square."
-        if i % 2:
-            turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answer}]
-            lines.append({"image": f"{i}.png", "conversations": turns})
-        else:
-            parts = [
-                {"type": "image_url", "image_url": {"url": f"{i}.png"}},
-                {"type": "text", "text": QUESTION},
-            ]
-            turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
-            lines.append({"messages": turns})
-    path = folder / "chats.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    return path
+    """Conversations, one of whose images is damaged."""
+    return seeing.make_chats(tmp_path_factory.mktemp("chats"), damaged="green1.png")
 
 
 def settings(model: Path, chats: Path, output: Path, **changes: object) -> RunConfig:
@@ -130,7 +108,7 @@ def test_peft_loads_the_adapter_and_transformers_sees_the_same(trained, chats) -
     model, folder = trained
     adapted = load(str(folder), dtype="float32")
     tokenizer, processor = adapted.base.tokenizer, adapted.base.processor
-    picture = Image.open(chats.parent / "1.png").convert("RGB")
+    picture = Image.open(chats.parent / "green0.png").convert("RGB")
     ids = np.array([asked(QUESTION, 1, tokenizer, chat=True)], np.int32)
     pixels = processor.normalise(processor(picture)["pixels"][None, None])
 
@@ -155,7 +133,7 @@ def test_peft_loads_the_adapter_and_transformers_sees_the_same(trained, chats) -
 
 def test_the_verbs_see(trained, chats, tmp_path, capsys) -> None:
     model, folder = trained
-    more = ["--prompt", QUESTION, "--image", str(chats.parent / "1.png"), "--max-new-tokens", "4"]
+    more = ["--prompt", QUESTION, "--image", str(chats.parent / "green0.png"), "--max-new-tokens", "4"]
     assert main(["generate", str(folder), *more]) == 0
     answer = capsys.readouterr().out
     assert answer.strip()
@@ -181,15 +159,25 @@ def test_the_verbs_see(trained, chats, tmp_path, capsys) -> None:
 def test_a_conversation_shows_images(seeing_folder, chats, monkeypatch, capsys) -> None:
     """Two turns, the second with two images more, as transformers answers them; what is wrong is said in between."""
     model, folder = seeing_folder("llava"), chats.parent
-    lines = [f"/image {folder / '1.png'}", QUESTION, "/image nowhere.png", f"/image {folder / '4.png'}"]
-    lines += ["a <image> ?", f"/image {folder / '2.png'}", f"/image {folder / '3.png'}", "Describe this"]
+    lines = [
+        f"/image {folder / 'green0.png'}",
+        QUESTION,
+        "/image nowhere.png",
+        f"/image {folder / 'green1.png'}",
+    ]
+    lines += [
+        "a <image> ?",
+        f"/image {folder / 'blue0.png'}",
+        f"/image {folder / 'red1.png'}",
+        "Describe this",
+    ]
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     told = ["--max-new-tokens", "4", "--temperature", "0", "--dtype", "float32"]
     assert main(["chat", str(model), *told]) == 0
     out, err = capsys.readouterr()
     said = out.splitlines()
     assert "error: nowhere.png: expected" in err
-    assert "4.png" in err.split("error: ")[2]  # damaged
+    assert "green1.png" in err.split("error: ")[2]  # damaged
     assert "error: message: expected no <image> in it" in err
     assert err.count("with the next message: 1 image\n") == 2
     assert "with the next message: 2 images" in err
@@ -197,9 +185,10 @@ def test_a_conversation_shows_images(seeing_folder, chats, monkeypatch, capsys) 
     processor = transformers.AutoProcessor.from_pretrained(model, backend="pil")
     whole = transformers.AutoModelForImageTextToText.from_pretrained(model).eval()
     turns: list[dict] = []
-    for numbers, text, answer in (((1,), QUESTION, said[0]), ((2, 3), "Describe this", said[1])):
+    for names, text, answer in (("green0", QUESTION, said[0]), ("blue0 red1", "Describe this", said[1])):
         shown = [
-            {"type": "image", "image": Image.open(folder / f"{i}.png").convert("RGB")} for i in numbers
+            {"type": "image", "image": Image.open(folder / f"{one}.png").convert("RGB")}
+            for one in names.split()
         ]
         turns.append({"role": "user", "content": [*shown, {"type": "text", "text": text}]})
         inputs = processor.apply_chat_template(
@@ -221,7 +210,7 @@ def test_settings_that_do_not_fit_are_refused(seeing_folder, chats, tmp_path) ->
     far.write_text("\n".join([*lines[:2], json.dumps({"image": "../x.png", "conversations": []})]) + "\n")
     for changes, message in (
         ({"data": replace(base.data, too_long="truncate")}, "--data.too-long"),
-        ({"vision": VisionConfig("chat", broken="error")}, "4.png"),
+        ({"vision": VisionConfig("chat", broken="error")}, "green1.png"),
         ({"data": replace(base.data, max_length=12)}, "--data.max-length"),
         ({"vision": VisionConfig()}, "matches nothing"),  # read as its text model, which has no image tower
         (

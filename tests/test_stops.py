@@ -118,7 +118,7 @@ def test_more_steps_than_the_run_had_are_taken_with_a_warning_that_says_what_tha
     output = str(folder / "whole")
     assert main(["train", "--output", output, "--resume", "--steps", "8"]) == 0
     assert "--steps 8 instead of 6: the learning-rate schedule spans the steps" in capsys.readouterr().err
-    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    lines = tiny.lines(output)
     assert [line["resumed"]["settings"]["steps"] for line in lines if "resumed" in line] == [8]
     _, args = parse(["train", "--output", output, "--resume"])
     assert args.run.steps == 8  # type: ignore[union-attr]

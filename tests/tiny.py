@@ -24,7 +24,8 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from jax.sharding import Mesh
+from tokenizers import decoders, models, pre_tokenizers
 
 from nalora_jax.common.downloads import cache_dir
 from nalora_jax.config import (
@@ -39,9 +40,13 @@ from nalora_jax.config import (
 )
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.layout import distributed
+from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.targets import AdapterSpec, resolve
+from nalora_jax.train.adapted import load
 from nalora_jax.weights.merge import write_merged
+from nalora_jax.weights.peft import export_adapter
 from tests import xla_options
 from tests.param_trees import init_params, tensors_from_params
 
@@ -78,6 +83,11 @@ def new_cache(folder: Path) -> str:
     return str(folder)
 
 
+def one_device() -> Mesh:
+    """A mesh of the first device."""
+    return distributed.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
 @contextlib.contextmanager
 def on_one_device(folder: Path) -> Iterator[None]:
     """Runs have the empty cache ``folder``, and one device."""
@@ -96,6 +106,16 @@ def word_tokenizer(words: Sequence[str] = WORDS, chat_template: str | None = Non
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(["<end>"])
     return Tokenizer(backend, None, 0, 0, (0,), chat_template)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, so that most characters beyond ASCII take several; the last, 256, ends a text."""
+    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab | {"<end>": 256}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<end>"])
+    return Tokenizer(backend, None, 256, 256, (256,))
 
 
 def make_model(
@@ -127,6 +147,19 @@ def write_gguf(writer: Any, config: ModelConfig, params: Any, **more: np.ndarray
     writer.close()
 
 
+def make_adapter(
+    folder: Path, base: Path, rules: Sequence[LoRARule], shift: float = 0.2, seed: int = 1
+) -> Path:
+    """An adapter of a base model's folder in PEFT's files, ``shift`` away from a fresh one."""
+    model = load(base, dtype="float32").base
+    spec = resolve(LoRAConfig(rules=tuple(rules)), projection_shapes(model.config), model.config.n_layers)
+    fresh = init_lora(model.config, spec, jax.random.key(seed))
+    lora = jax.device_get(jax.tree.map(lambda leaf: leaf + shift, fresh))
+    named = {"base_model_name": str(base), "fingerprint": model.fingerprint}
+    export_adapter(lora, spec, model.config, folder, **named)
+    return folder
+
+
 def make_questions(path: Path, count: int = 60) -> Path:
     """Prompts of two letters; the answer is always z."""
     rng = np.random.default_rng(0)
@@ -137,6 +170,34 @@ def make_questions(path: Path, count: int = 60) -> Path:
     ]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def packed_batch(seed: int, rows: int, seq: int, shares: Any = 0.7) -> dict[str, np.ndarray]:
+    """Two packed examples and padding in every row ``[rows, seq]``, with ``shares`` of the tokens as loss tokens."""
+    rng = np.random.default_rng(seed)
+    cut, end = rng.integers(2, 7, (rows, 1)), rng.integers(9, seq + 1, (rows, 1))
+    place = np.arange(seq)[None, :]
+    segments = np.where(place < cut, 1, np.where(place < end, 2, 0)).astype(np.int32)
+    weights = (rng.uniform(size=(rows, seq)) < shares) & (segments > 0)
+    return {
+        "tokens": rng.integers(0, GROUPED["vocab_size"], (rows, seq)).astype(np.int32),
+        "targets": rng.integers(0, GROUPED["vocab_size"], (rows, seq)).astype(np.int32),
+        "loss_weights": weights.astype(np.float32),
+        "segment_ids": segments,
+        "positions": np.where(place < cut, place, place - cut).astype(np.int32),
+    }
+
+
+def whole_batch(
+    seed: int, shape: tuple[int, ...], share: float = 1.0, vocab: int = 40
+) -> dict[str, np.ndarray]:
+    """Random rows ``[..., rows, seq]`` without padding, with a share of the tokens as loss tokens."""
+    rng, ones = np.random.default_rng(seed), np.ones(shape, np.int32)
+    tokens, targets = rng.integers(0, vocab, (2, *shape)).astype(np.int32)
+    weights = (rng.random(shape) < share).astype(np.float32)
+    positions = ones * np.arange(shape[-1], dtype=np.int32)
+    names = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
+    return dict(zip(names, (tokens, targets, weights, ones, positions), strict=True))
 
 
 def torch_llama() -> Any:
@@ -195,7 +256,7 @@ def make_config(folder: Path, **changes: Any) -> RunConfig:
 
 
 def make_pictures(
-    folder: Path, colours: Mapping[str, Sequence[int]], count: int, size: tuple[int, int]
+    folder: Path, colours: Mapping[str, Sequence[int]], count: int, size: tuple[int, int], damaged: str = ""
 ) -> Path:
     """``count`` noisy PNGs of ``size`` (height, width) of each colour, with captions and labels beside them."""
     from PIL import Image
@@ -207,6 +268,8 @@ def make_pictures(
             Image.fromarray(pixels).save(folder / f"{name}{i}.png")
             rows.append(f"{name}{i}.png,a photo of the {name} square,{name}")
     (folder / "captions.csv").write_text("\n".join(rows) + "\n")
+    if damaged:
+        os.truncate(folder / damaged, 50)
     return folder
 
 
@@ -264,6 +327,11 @@ def wait_for_line(process: subprocess.Popen, text: str) -> str:
     raise AssertionError(f"the process ended without {text!r}: {process.stderr and process.stderr.read()}")
 
 
+def lines(folder: Path | str) -> list[dict[str, Any]]:
+    """The log of a run."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(folder: Path | str) -> dict[int, float]:
     """Loss of every logged step."""
     return logged(folder, "loss")
@@ -271,5 +339,4 @@ def losses(folder: Path | str) -> dict[int, float]:
 
 def logged(folder: Path | str, name: str) -> dict[int, float]:
     """A number of every logged step."""
-    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line[name] for line in lines if name in line}
+    return {line["step"]: line[name] for line in lines(folder) if name in line}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ import yaml
 
 from nalora_jax.cli import command, verbs
 from nalora_jax.cli.config_files import as_yaml, load_config
-from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig
+from nalora_jax.config import (
+    DataConfig,
+    LoRAConfig,
+    LoRARule,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.targets import resolve
 from tests import tiny
 
 SETTINGS: dict[str, Any] = {
@@ -62,13 +69,12 @@ def test_settings_survive_yaml(tmp_path: Path, config: RunConfig, changed_only: 
     [
         ("steps: [1", "expected a YAML file"),
         ("lora: 3", r"a\.yaml: lora: expected settings by name, found 3"),
-        ("step: 3", r"step: expected a field of RunConfig, found none of that name; did you mean steps\?"),
+        ("step: 3", r"step: expected a field of RunConfig, .*; did you mean steps\?"),
         (
             "data: {dataste: x}",
             r"data\.dataste: expected a field of DataConfig, .*; did you mean dataset\?",
         ),
         ("optimizer: {learning_rate: fast}", r"optimizer\.learning_rate: expected a number, found 'fast'"),
-        ("lora: {init: pisa}", "lora.init: expected one of default, pissa, .*, found 'pisa'"),
         ("!!python/object/apply:os.system ['false']", "expected a YAML file"),
     ],
 )
@@ -109,116 +115,82 @@ def test_what_is_typed_short(tmp_path: Path) -> None:
     assert args.run.steps == 99
 
 
-def test_a_dry_run_says_what_would_run_and_loads_no_weight(
+@pytest.fixture
+def dry_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import jax
-
+) -> Callable[..., str]:
+    """Prints what `nalora train --dry-run FLAGS` says of a run with settings in a file."""
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+
+    def run(config: RunConfig, flags: str = "") -> str:
+        settings = tmp_path / "settings.yaml"
+        settings.write_text(as_yaml(config))
+        verbs.train(command.parse(["train", "--config", str(settings), "--dry-run", *flags.split()])[1])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_dry_run_says_what_would_run_and_loads_no_weight(
+    tmp_path: Path, dry_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("nalora_jax.data.pipeline.SHORTEST", 1)
-    config = tiny.make_config(tmp_path, mesh=MeshConfig())
+    config = tiny.make_config(
+        tmp_path, mesh=MeshConfig(), epochs=3.0, optimizer=OptimizerConfig(learning_rate=0.0)
+    )
     config = replace(
-        config,
-        epochs=3.0,
-        data=replace(config.data, eval_split="auto", train_split="train", max_length=0),
-        optimizer=OptimizerConfig(learning_rate=0.0),
+        config, data=replace(config.data, eval_split="auto", train_split="train", max_length=0)
     )
     for weights in (tmp_path / "model").glob("*.safetensors"):
         weights.write_bytes(b"no weights")
-    settings = tmp_path / "settings.yaml"
-    settings.write_text(as_yaml(config))
-    _, args = command.parse(["train", "--config", str(settings), "--dry-run"])
-    verbs.train(args)
+    text = dry_run(config)
     assert not (tmp_path / "run").exists()
-    text = capsys.readouterr().out
     (tmp_path / "resolved.yaml").write_text(text)
     resolved = load_config(tmp_path / "resolved.yaml")
-    assert resolved.optimizer.learning_rate == 0.004
     # 2 letters, the answer and its end: 3 positions. Rows of 8 would be 75% full, of 16 they are 94%.
-    assert resolved.data.max_length == 16
     # 48 records, five in a row, 8 rows a step.
-    assert resolved.steps == -(-3 * 10 // 8)
-    assert "optimizer:" in text
+    figures = (resolved.optimizer.learning_rate, resolved.data.max_length, resolved.steps)
+    assert figures == (0.004, 16, -(-3 * 10 // 8))
     assert "weight_decay" not in text  # the default
-    base = tiny.ModelConfig.from_hf(tiny.HF)
-    spec = resolve(config.lora, tiny_shapes(base), base.n_layers)
-    count = sum(leaf.size for leaf in jax.tree.leaves(init_lora(base, spec, jax.random.key(0))))
-    assert f"# adapters: {count:,} trained parameters, 3 projections a layer" in text
     embed, attention, ffn = 28 * 16, 4 * 16 * 16, 3 * 16 * 32
+    count = 2 * 3 * 4 * (16 + 32)  # of two layers' adapters of rank 4
+    assert f"# adapters: {count:,} trained parameters, 3 projections a layer" in text
     assert f"# base model: {embed + 2 * (attention + ffn + 2 * 16) + 16:,} parameters" in text
     assert "# held out: 4 examples that results are reported on, 2 that choose the checkpoint" in text
     assert re.search(r"# memory of a device, estimated: 0\.0\d GB \(weights 0\.00, ", text)
-    verbs.train(command.parse(["train", "--config", str(settings), "--dry-run", "--all"])[1])
-    (tmp_path / "every.yaml").write_text(capsys.readouterr().out)
+    (tmp_path / "every.yaml").write_text(dry_run(config, "--all"))
     assert "weight_decay: 0.0" in (tmp_path / "every.yaml").read_text()
     assert load_config(tmp_path / "every.yaml") == resolved
-    words = ["train", "--config", str(settings), "--lora.modules-to-save", "embed_tokens", "--dry-run"]
-    verbs.train(command.parse(words)[1])
-    assert f"# adapters: {count + embed:,} trained parameters" in capsys.readouterr().out
-    words[4:5] = [
-        "embed_tokens",
-        "lm_head",
-        "--data.add-tokens",
-        "<x>",
-        "--data.add-special-tokens",
-        "<go>",
-    ]
-    verbs.train(command.parse(words)[1])
-    text, rows = capsys.readouterr().out, embed + 2 * 16
-    assert "# added tokens: '<go>' 28, '<x>' 29; the embedding has 30 rows" in text
-    assert f"# base model: {rows + 2 * (attention + ffn + 2 * 16) + 16:,} parameters" in text
-    assert f"# adapters: {count + 2 * rows:,} trained parameters" in text
-    (tmp_path / "resolved.yaml").write_text(text)
-    assert load_config(tmp_path / "resolved.yaml").data.add_special_tokens == ("<go>",)
+    text = dry_run(config, "--lora.modules-to-save embed_tokens lm_head --data.add-tokens <x>")
+    assert "# added tokens: '<x>' 28; the embedding has 29 rows" in text
+    assert f"# adapters: {count + 2 * (embed + 16):,} trained parameters" in text
 
 
 def test_a_dry_run_shows_every_warning_of_the_run_and_every_run_of_a_sweep(
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    dry_run: Callable[..., str],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("nalora_jax.cli.dry_run.device_memory", lambda: 1000)
-    config = tiny.make_config(tmp_path, mesh=MeshConfig(), steps=9, mechanisms=("hard",))
-    settings = tmp_path / "settings.yaml"
-    settings.write_text(as_yaml(config))
-    words = ["train", "--config", str(settings), "--dry-run", "--train.eval-every", "3"]
-    verbs.train(command.parse(words)[1])
-    text = capsys.readouterr().out
+    train = TrainConfig(batch_size=8, eval_every=3)
+    config = tiny.make_config(tmp_path, mesh=MeshConfig(), steps=9, mechanisms=("hard",), train=train)
+    text = dry_run(config)
     assert "# mechanisms: hard, from step 11" in text
     assert (
         f"#   nalora plan --model {config.model} --topology v5e:4x4 --seq {config.data.max_length}" in text
     )
     assert "mechanisms act from step 11, and the run ends at step 9: it is plain LoRA" in caplog.text
     assert "only 2 examples choose the checkpoint" in caplog.text
-    sweep = [
-        "--sweep",
-        "mechanisms=hard,none",
-        "--sweep",
-        "lora.rules=gate_proj:2,up_proj:4:8",
-        "--steps",
-        "20",
-    ]
-    verbs.train(command.parse([*words, *sweep])[1])
-    lines = capsys.readouterr().out.splitlines()[-5:]
-    output = f"#   {config.output}/mechanisms"
-    assert lines == [
-        "# 4 runs, the first one as above:",
-        f"{output}-hard_rules-gate-proj-2: mechanisms hard, lora.rules gate_proj:2",
-        f"{output}-hard_rules-up-proj-4-8.0: mechanisms hard, lora.rules up_proj:4:8",
-        f"{output}-none_rules-gate-proj-2: mechanisms none, lora.rules gate_proj:2",
-        f"{output}-none_rules-up-proj-4-8.0: mechanisms none, lora.rules up_proj:4:8",
-    ]
+    sweep = "--sweep mechanisms=hard,none --sweep lora.rules=gate_proj:2,up_proj:4:8 --steps 20"
+    lines = dry_run(config, sweep).splitlines()[-5:]
+    assert lines[0] == "# 4 runs, the first one as above:"
+    second = (
+        f"#   {config.output}/mechanisms-hard_rules-up-proj-4-8.0: mechanisms hard, lora.rules up_proj:4:8"
+    )
+    assert lines[2] == second
     assert "no adapter sits on a gate" not in caplog.text
-    verbs.train(command.parse([*words, "--lora.rules", "up_proj:2"])[1])
+    dry_run(config, "--lora.rules up_proj:2")
     assert "no adapter sits on a gate" in caplog.text
-    for value, message in (("[]", "mechanism"), ("harder", "mechanism")):
-        with pytest.raises(NaloraError, match=message):
-            verbs.train(command.parse([*words, "--sweep", f"mechanisms=hard,{value}"])[1])
-
-
-def tiny_shapes(base: Any) -> Any:
-    from nalora_jax.models.stacks import projection_shapes
-
-    return projection_shapes(base)
+    with pytest.raises(NaloraError, match="mechanism"):
+        dry_run(config, "--sweep mechanisms=hard,harder")

@@ -5,21 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 from scipy import stats
 
 from nalora_jax.__main__ import main
-from nalora_jax.config import LoRAConfig, LoRARule
+from nalora_jax.config import LoRARule
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.evaluate.evaluator import compare_records
 from nalora_jax.evaluate.text import TextEvaluator
-from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.stacks import projection_shapes
-from nalora_jax.models.targets import resolve
 from nalora_jax.train.adapted import load
-from nalora_jax.weights.peft import export_adapter
 from tests import tiny
 
 F32 = ["--dtype", "float32"]
@@ -33,12 +28,8 @@ def place(tmp_path_factory):
     tiny.make_questions(folder / "choices.jsonl", 40)
     rows = [{"prompt": f"{a} b", "completion": f" {c} x"} for a, c in zip("cdefgh", "ijklmn", strict=True)]
     (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    base = load(folder / "model", dtype="float32").base
-    for number, rules in enumerate([(LoRARule("ffn/", 2),), (LoRARule("q_proj", 4),)]):
-        spec = resolve(LoRAConfig(rules=rules), projection_shapes(base.config), 2)
-        lora = jax.tree.map(lambda leaf: leaf + 0.4, init_lora(base.config, spec, jax.random.key(number)))
-        settings = {"base_model_name": str(folder / "model"), "fingerprint": base.fingerprint}
-        export_adapter(jax.device_get(lora), spec, base.config, folder / f"adapter{number}", **settings)
+    for number, rule in enumerate((LoRARule("ffn/", 2), LoRARule("q_proj", 4))):
+        tiny.make_adapter(folder / f"adapter{number}", folder / "model", [rule], 0.4, seed=number)
     return folder
 
 
@@ -147,15 +138,15 @@ def test_the_interval_of_a_difference_in_loss_is_scipys():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--tasks", "socialiq"], "--tasks: expected a task of this library"),
-        (["--tasks", ","], "--tasks: expected names, separated by commas"),
-        (["--tasks", "a", "--dataset", "b"], "--tasks: expected --dataset or --tasks, found both"),
-        (["--needle", "9" * 5000], "--needle: expected lengths of 1 to 8 digits"),
-        (["--records", "{place}/texts.jsonl"], "--records: expected a new file"),
-        (["--tasks", "{place}/choices.jsonl", "--against", "nowhere"], "nowhere"),
+        ("--tasks socialiq", "--tasks: expected a task of this library"),
+        ("--tasks ,", "--tasks: expected names, separated by commas"),
+        ("--tasks a --dataset b", "--tasks: expected --dataset or --tasks, found both"),
+        (f"--needle {'9' * 5000}", "--needle: expected lengths of 1 to 8 digits"),
+        ("--records {place}/texts.jsonl", "--records: expected a new file"),
+        ("--tasks {place}/choices.jsonl --against nowhere", "nowhere"),
     ],
     ids=range(6),
 )
 def test_bad_requests_are_one_line(place, capsys, flags, said):
-    assert main(["eval", str(place / "model"), *(flag.format(place=place) for flag in flags)]) == 2
+    assert main(["eval", str(place / "model"), *flags.format(place=place).split()]) == 2
     assert said in capsys.readouterr().err

@@ -13,16 +13,13 @@ import numpy as np
 import pytest
 
 from nalora_jax.__main__ import main
-from nalora_jax.common import buckets, trees
-from nalora_jax.config import LoRAConfig, LoRARule
+from nalora_jax.common import trees
+from nalora_jax.config import LoRARule
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.stacks import projection_shapes
-from nalora_jax.models.targets import resolve
 from nalora_jax.report.inspect import inspect_texts, layer_summary
 from nalora_jax.train.adapted import load
 from nalora_jax.train.log import MetricsLog
-from nalora_jax.weights.peft import export_adapter, import_adapter
+from nalora_jax.weights.peft import import_adapter
 from tests import emulator, tiny
 from tests.observed import observed
 
@@ -40,15 +37,9 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(base):
     """A run's folder with an adapter (B not zero) on that base."""
-    folder, model = base.parent / "run", load(base, dtype="float32")
-    config = model.base.config
+    folder = base.parent / "run"
     rules = (LoRARule("layers/1/ffn/gate_proj", 0), LoRARule("ffn/", 2), LoRARule("q_proj", 4, 2.0))
-    spec = resolve(LoRAConfig(rules=rules), projection_shapes(config), config.n_layers)
-    lora = jax.device_get(jax.tree.map(lambda leaf: leaf + 0.2, init_lora(config, spec, jax.random.key(1))))
-    fingerprint = model.base.fingerprint
-    export_adapter(
-        lora, spec, config, folder / "adapter", base_model_name=str(base), fingerprint=fingerprint
-    )
+    tiny.make_adapter(folder / "adapter", base, rules)
     with MetricsLog(folder) as log:
         settings = {"model": str(base), "steps": 77, "data": {"chat": True, "max_length": 32}}
         log.start(settings, versions={"jax": "9.9"}, device="cpu")
@@ -105,23 +96,11 @@ def test_export_writes_an_adapter_that_means_the_same(run, base, tmp_path, capsy
     assert bool(settings["rank_pattern"]) == (target == "peft")
 
 
-@pytest.fixture
-def google(tmp_path, monkeypatch):
-    """An emulator of Google's store."""
-    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    with emulator.emulator(tmp_path / "google") as (held, address):
-        for name, value in emulator.variables(address).items():
-            monkeypatch.setenv(name, value)
-        buckets._filesystem_of.cache_clear()
-        yield held
-        buckets._filesystem_of.cache_clear()
-
-
 def test_results_are_written_to_a_bucket_and_read_from_there(
     run, base, google, tmp_path, capsys, monkeypatch
 ):
-    expected = logits(run)
+    (held, _), expected = google, logits(run)
+    monkeypatch.chdir(tmp_path)
     for folder in (base, run, run / "adapter"):
         for path in folder.iterdir():
             if path.is_file():
@@ -140,9 +119,9 @@ def test_results_are_written_to_a_bucket_and_read_from_there(
     config = load(base, dtype="float32").base.config
     tree = import_adapter("gs://bucket/exported", config)[0]
     jax.tree.map(np.testing.assert_array_equal, tree, import_adapter(run / "adapter", config)[0])
-    written = {name.partition("/")[0] for name in google.objects["bucket"]}
+    written = {name.partition("/")[0] for name in held.objects["bucket"]}
     assert written == {"base", "run", "exported", "imported", "a.gguf", "merged"}
-    assert not [name for name in google.objects["bucket"] if "nalora-upload" in name]
+    assert not [name for name in held.objects["bucket"] if "nalora-upload" in name]
     assert {path.name for path in tmp_path.iterdir()} <= {"cache", "google"}  # no folder ./gs:
     assert main([*merge, "--output", "gs://bucket/merged"]) == 2
     assert "expected a new name in the bucket, found one that holds README.md" in capsys.readouterr().err

@@ -8,12 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gcp_storage_emulator.storage import Storage
 
 from nalora_jax.common import buckets, uploads
 from nalora_jax.common.folders import new_file, new_folder
@@ -46,19 +44,6 @@ sys.exit(guarded(removed_if_stopped()(write) if "stops" in sys.argv else write))
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def google(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Storage, Requests]]:
-    requests: Requests = []
-    with emulator.emulator(tmp_path / "google", requests) as (held, address):
-        for name, value in emulator.variables(address).items():
-            monkeypatch.setenv(name, value)
-        buckets._filesystem_of.cache_clear()
-        yield held, requests
-        buckets._filesystem_of.cache_clear()
 
 
 def fill(folder: Path) -> None:

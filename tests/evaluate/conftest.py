@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
+from tests import tiny
+from tests.param_trees import params_from_tensors
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-LAYERS = 2
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +27,7 @@ def llama() -> LlamaForCausalLM:
         vocab_size=257,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -44,38 +43,14 @@ def model(llama: LlamaForCausalLM) -> Decoder:
 
 
 @pytest.fixture(scope="session")
-def variables(llama: LlamaForCausalLM) -> dict:
-    state = {name: tensor.detach().numpy() for name, tensor in llama.state_dict().items()}
-
-    def stacked(name: str) -> jnp.ndarray:
-        leaves = np.stack([state[f"model.layers.{i}.{name}.weight"] for i in range(LAYERS)])
-        return jnp.asarray(np.swapaxes(leaves, 1, -1))
-
-    def kernels(block: str, names: str) -> dict:
-        return {f"{name}_proj": {"kernel": stacked(f"{block}.{name}_proj")} for name in names.split()}
-
-    layers = {
-        "attn": kernels("self_attn", "q k v o"),
-        "ffn": kernels("mlp", "gate up down"),
-        "attn_norm": {"scale": stacked("input_layernorm")},
-        "ffn_norm": {"scale": stacked("post_attention_layernorm")},
-    }
-    params = {
-        "embed": {"embedding": jnp.asarray(state["model.embed_tokens.weight"])},
-        "layers": layers,
-        "final_norm": {"scale": jnp.asarray(state["model.norm.weight"])},
-    }
-    return {"params": params}
+def variables(llama: LlamaForCausalLM, model: Decoder) -> dict:
+    params = params_from_tensors(model.config, lambda name: llama.get_parameter(name).detach().numpy())
+    return {"params": jax.tree.map(jnp.asarray, params)}
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab | {"<end>": 256}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<end>"])
-    return Tokenizer(backend, bos_id=None, eos_id=256, pad_id=256, eos_ids=(256,))
+    return tiny.byte_tokenizer()
 
 
 @pytest.fixture(scope="session")

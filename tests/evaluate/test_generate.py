@@ -12,7 +12,7 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models
 
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.data.tokenizer import Tokenizer
@@ -29,27 +29,11 @@ from nalora_jax.models.targets import resolve
 from tests import tiny
 from tests.param_trees import init_params
 
-VOCAB = 257
-
-
-def byte_tokenizer(eos_ids: Sequence[int] = (256,)) -> Tokenizer:
-    """One token per byte, so that most characters beyond ASCII take several."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {character: i for i, character in enumerate(alphabet)} | {"<end>": 256}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer(backend, bos_id=None, eos_id=256, pad_id=256, eos_ids=tuple(eos_ids))
-
-
-def tiny_config() -> ModelConfig:
-    sizes = {"vocab_size": VOCAB, "intermediate_size": 48, "max_position_embeddings": 96}
-    return ModelConfig.from_hf(tiny.GROUPED | sizes)
-
 
 @pytest.fixture(scope="module")
 def model() -> Decoder:
-    config = tiny_config()
+    sizes = {"vocab_size": 257, "intermediate_size": 48, "max_position_embeddings": 96}
+    config = ModelConfig.from_hf(tiny.GROUPED | sizes)
     spec = resolve(LoRAConfig(rules=(LoRARule("ffn", rank=2),)), projection_shapes(config), config.n_layers)
     return Decoder(config, spec)
 
@@ -70,17 +54,22 @@ def random_lora(model: Decoder, seed: int) -> dict:
 
 @pytest.fixture(scope="module")
 def generator(model: Decoder, variables: dict) -> Generator:
-    return Generator(model, variables, byte_tokenizer())
+    return Generator(model, variables, tiny.byte_tokenizer())
 
 
-def without_cache(model: Decoder, variables: dict, prompt: Sequence[int], count: int) -> list[int]:
-    """Greedy tokens, every one from a forward pass over the whole text so far."""
-    apply = jax.jit(lambda v, t: model.apply(v, model.apply(v, t), method="unembed"))
+def without_cache(
+    model: Decoder, variables: dict, prompt: Sequence[int], count: int, penalty: float = 1.0
+) -> list[int]:
+    """Greedy tokens, every one from a forward pass over the whole text so far, after transformers' own penalty."""
+    import torch
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
     ids = list(prompt)
     for _ in range(count):
         padded = np.zeros((1, 32), np.int32)
         padded[0, : len(ids)] = ids
-        ids.append(int(jnp.argmax(apply(variables, padded)[0, len(ids) - 1])))
+        scores = torch.tensor(np.asarray(tiny.logits_of(model, variables, padded)[:, len(ids) - 1]))
+        ids.append(int(RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), scores).argmax()))
     return ids[len(prompt) :]
 
 
@@ -113,16 +102,14 @@ def test_another_adapter_changes_the_text_but_compiles_nothing(model, generator)
 def test_weights_and_prompts_on_a_mesh_give_the_same_text(model, variables, generator):
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     spec = jax.sharding.PartitionSpec
-    split = jax.tree.map(
-        lambda x: (
-            jax.device_put(x, jax.sharding.NamedSharding(mesh, spec(*[None] * (x.ndim - 1), "fsdp")))
-            if x.shape[-1] % 2 == 0
-            else jax.device_put(x, jax.sharding.NamedSharding(mesh, spec()))
-        ),
-        variables,
-    )
+
+    def place(x):
+        axes = spec(*[None] * (x.ndim - 1), "fsdp") if x.shape[-1] % 2 == 0 else spec()
+        return jax.device_put(x, jax.sharding.NamedSharding(mesh, axes))
+
+    split = jax.tree.map(place, variables)
     prompts = prompts_of([3, 9, 5])
-    sharded = Generator(model, split, byte_tokenizer(), mesh=mesh)
+    sharded = Generator(model, split, tiny.byte_tokenizer(), mesh=mesh)
     assert sharded.generate(prompts, max_new_tokens=6) == generator.generate(prompts, max_new_tokens=6)
 
 
@@ -173,28 +160,12 @@ def test_filters_keep_what_transformers_keeps(seed, top_k, top_p, min_p, spread)
     np.testing.assert_array_equal(np.asarray(ours)[p > 1e-9], kept[p > 1e-9])
 
 
-def penalised(model, variables, prompt, count, penalty):
-    """Greedy tokens of the whole text at each step, after transformers' own penalty."""
-    import torch
-    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
-
-    apply = jax.jit(lambda v, t: model.apply(v, model.apply(v, t), method="unembed"))
-    ids = list(prompt)
-    for _ in range(count):
-        padded = np.zeros((1, 32), np.int32)
-        padded[0, : len(ids)] = ids
-        scores = torch.tensor(np.asarray(apply(variables, padded)[:, len(ids) - 1]))
-        ids.append(int(RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), scores).argmax()))
-    return ids[len(prompt) :]
-
-
-@pytest.mark.parametrize("penalty", [1.3, 0.5])
-def test_repetitions_are_penalised_as_in_transformers(generator, model, variables, penalty):
+def test_repetitions_are_penalised_as_in_transformers(generator, model, variables):
     prompts = prompts_of([9, 4])
     options = {"max_new_tokens": 20, "stop_ids": ()}
-    drawn = generator.complete(prompts, repetition_penalty=penalty, **options)
+    drawn = generator.complete(prompts, repetition_penalty=1.3, **options)
     assert [list(one.ids) for one in drawn] == [
-        penalised(model, variables, one, 20, penalty) for one in prompts
+        without_cache(model, variables, one, 20, 1.3) for one in prompts
     ]
     assert drawn != generator.complete(prompts, **options)
 
@@ -232,7 +203,7 @@ def test_streamed_pieces_join_to_the_whole_text(generator):
 @settings(max_examples=40, deadline=None)
 @given(text=st.text(max_size=12), cuts=st.lists(st.integers(0, 40), max_size=6))
 def test_text_streams_hold_back_halves_of_characters(text, cuts):
-    tokenizer = byte_tokenizer()
+    tokenizer = tiny.byte_tokenizer()
     ids = tokenizer.encode(text)
     stream = TextStream(tokenizer)
     ends = [*sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
@@ -245,7 +216,7 @@ def test_text_streams_hold_back_halves_of_characters(text, cuts):
 
 
 def test_text_streams_stop_before_a_stop_text_that_comes_in_parts():
-    tokenizer = byte_tokenizer()
+    tokenizer = tiny.byte_tokenizer()
     stream = TextStream(tokenizer, ["###", "END"])
     pieces = [stream.push(tokenizer.encode(text)) for text in ("one #", "# two EN", "D three", "more")]
     assert pieces == ["one ", "## two ", "", ""]
@@ -297,20 +268,20 @@ def test_prompts_that_cannot_be_continued_are_named(generator, prompt, found):
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("name", "value"),
     [
-        {"temperature": float("nan")},
-        {"top_k": -1},
-        {"top_p": 0.0},
-        {"min_p": 1.5},
-        {"repetition_penalty": 0.0},
-        {"max_new_tokens": 0},
-        {"max_new_tokens": 1.5},
-        {"stop": 5},
-        {"seed": 1.5},
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 1.5),
+        ("stop", 5),
+        ("seed", 1.5),
     ],
 )
-def test_settings_out_of_range_are_named(bad):
+def test_settings_out_of_range_are_named(name, value):
     with pytest.raises(NaloraError) as caught:
-        Settings(**bad)
-    assert caught.value.where == next(iter(bad))
+        Settings(**{name: value})
+    assert caught.value.where == name

@@ -74,13 +74,7 @@ def test_rolling_windows_cover_every_token_once_with_the_longest_context_that_fi
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "until",
-    [
-        "{token}",
-    ],
-)
-def test_special_tokens_in_until_end_a_text(model, variables, tokenizer, until):
+def test_special_tokens_in_until_end_a_text(model, variables, tokenizer):
     """Decoded text never holds special tokens, so only their ids can end a text."""
     prompt = request("one", {"until": [], "max_gen_toks": 12})
     ids = Generator(model, variables, tokenizer).complete(["one"], max_new_tokens=12)[0].ids
@@ -90,13 +84,11 @@ def test_special_tokens_in_until_end_a_text(model, variables, tokenizer, until):
     backend.add_special_tokens([token])
     special = replace(tokenizer, backend=backend)
     requests = Requests(Generator(model, variables, special))
-    stopped = request("one", {"until": [until.replace("{token}", token)], "max_gen_toks": 12})
+    stopped = request("one", {"until": [token], "max_gen_toks": 12})
     whole, part = requests.generate_until([prompt, stopped])
     assert part == special.decode(ids[:place])
     assert whole == special.decode(ids)
-    stopped = requests._generator.complete(
-        ["one"], max_new_tokens=12, stop=[until.replace("{token}", token)]
-    )[0]
+    stopped = requests._generator.complete(["one"], max_new_tokens=12, stop=[token])[0]
     assert (stopped.ids, stopped.reason) == (ids[:place], "stop")
 
 

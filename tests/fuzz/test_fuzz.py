@@ -9,8 +9,7 @@ from tests.fuzz.parsers import PARSERS, Parser
 
 pytestmark = pytest.mark.pictures  # of runs' reports
 
-INPUTS = 20
-
+INPUTS = 12
 
 CASES = [
     pytest.param(each, marks=getattr(pytest.mark, each.needs) if each.needs else ()) for each in PARSERS

@@ -164,12 +164,11 @@ def assert_equal_runs(spread: tuple[Any, list[Any]], single: tuple[Any, list[Any
         )
 
 
-ALONE, WITH_FSDP, WITH_TENSOR = MeshConfig(1, 1, 1, 8), MeshConfig(1, 2, 1, 4), MeshConfig(2, 1, 2, 2)
+ALONE, WITH_TENSOR = MeshConfig(1, 1, 1, 8), MeshConfig(2, 1, 2, 2)
 CASES = [
-    ("dense", ALONE),
     ("sinks and experts", WITH_TENSOR),
     ("delta rule", WITH_TENSOR),
-    ("short convolution", MeshConfig(1, 2, 2, 2)),
+    ("short convolution", ALONE),
 ]
 
 

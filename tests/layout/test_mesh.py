@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
@@ -208,22 +207,9 @@ def test_heads_that_tensor_does_not_divide_are_refused_by_name():
         distributed.check_heads(mesh, n_heads=8, n_kv_heads=2)
 
 
-def test_rows_that_do_not_divide_are_refused():
-    mesh = distributed.make_mesh(MeshConfig(2, 4, 1))
-    with pytest.raises(NaloraError, match=r"--train.batch-size.*multiples of 8.*found 6"):
-        distributed.make_global_batch({"tokens": np.zeros((6, 4), np.int32)}, mesh)
-    with pytest.raises(NaloraError, match=r"--train.batch-size"):
-        distributed.process_rows(mesh, 12)
-
-
 CLUSTER = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NUM_TASKS")
-CLUSTER += (
-    "OMPI_COMM_WORLD_SIZE",
-    "TPU_WORKER_HOSTNAMES",
-    "TPU_ML_PLATFORM",
-    "TPU_SKIP_MDS_QUERY",
-    "MEGASCALE_NUM_SLICES",
-)
+CLUSTER += ("OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "TPU_ML_PLATFORM", "TPU_SKIP_MDS_QUERY")
+CLUSTER += ("MEGASCALE_NUM_SLICES",)
 
 
 @pytest.fixture
@@ -270,15 +256,4 @@ def test_an_incomplete_environment_is_named(calls, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(NaloraError, match=r"JAX_NUM_PROCESSES: expected a whole number, found 'two'"):
-        distributed.initialize_distributed()
-    monkeypatch.undo()
-    for name in CLUSTER:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
-
-    def refuse(**arguments):
-        raise ValueError("Number of processes must be defined.")
-
-    monkeypatch.setattr(jax.distributed, "initialize", refuse)
-    with pytest.raises(NaloraError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
         distributed.initialize_distributed()

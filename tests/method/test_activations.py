@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from scipy import special
 from transformers.activations import ACT2FN
 
-from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations
 
 pytestmark = pytest.mark.optimised  # bounds are those of fused multiply-adds
@@ -132,40 +131,14 @@ def test_names_compute_what_transformers_computes(theirs, ours):
     np.testing.assert_allclose(activation.phi(jnp.float32(z)), expected, rtol=2e-5, atol=1e-7)
 
 
-def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(NaloraError, match=r"found 'gelu_10'") as error:
-        activations.get("gelu_10")
-    assert all(name in str(error.value) for name in ECOSYSTEM)
-
-
-@settings(max_examples=60, deadline=None)
-@given(z=st.floats(-60, 60, width=32), name=st.sampled_from(SELF_GATED + SINGLE))
-def test_the_gate_returns_the_gradients(z, name):
-    activation = activations.get(name)
-    phi_slope, rho_slope = (float(jax.grad(f)(z)) for f in (activation.phi, activation.rho))
-    rho, drho = map(float, activation.gate(z))
-    assert phi_slope == pytest.approx(rho + z * drho, rel=2.5e-5, abs=2.0**-21 * rho)  # vanishes at z_0
-    assert rho_slope == pytest.approx(drho, rel=2.5e-5, abs=2.0**-21 * rho)
-
-
-@pytest.mark.parametrize("name", SELF_GATED)
-def test_gradients_are_those_of_the_function(name):
-    z = jnp.array([-3.0, -1.0, -0.1, 0.0, 0.4, 2.0, 5.0])
-    step = 1e-4
-
-    def slope64(z):
-        values = [(z + s) * reference(name, z + s)[0] for s in (step, -step)]
-        return (values[0] - values[1]) / (2 * step)
-
-    def curvature64(z):
-        return (slope64(z + 1e-3) - slope64(z - 1e-3)) / 2e-3
-
-    z64 = np.asarray(z, np.float64)
-    np.testing.assert_allclose(
-        jax.vmap(jax.grad(activations.get(name).phi))(z), slope64(z64), rtol=1e-5, atol=1e-6
-    )
-    second = jax.vmap(jax.grad(jax.grad(activations.get(name).phi)))(z)
-    np.testing.assert_allclose(second, curvature64(z64), rtol=1e-4, atol=2e-5)
+@pytest.mark.parametrize("name", SELF_GATED + SINGLE)
+def test_the_gate_returns_the_gradients(name):
+    activation, z = activations.get(name), jnp.linspace(-60, 60, 2402)  # without 0
+    phi_slope, rho_slope = (jax.vmap(jax.grad(f))(z) for f in (activation.phi, activation.rho))
+    rho, drho = map(np.asarray, activation.gate(z))
+    bound = 2.0**-21 * rho.max()  # the slope of phi vanishes at z_0
+    np.testing.assert_allclose(phi_slope, rho + z * drho, rtol=2.5e-5, atol=bound)
+    np.testing.assert_allclose(rho_slope, drho, rtol=2.5e-5, atol=bound)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from scipy import special
 
 from nalora_jax import adapt, merge_nnx, nalora, token_weights
 from nalora_jax.errors import NaloraError
-from nalora_jax.method.rules import MECHANISMS
 from nalora_jax.method.transform import gate_state
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own_models.md").read_text(encoding="utf-8")
@@ -28,7 +27,7 @@ PROGRAMS = dict(re.findall(r"```python title=\"(\w+)\.py\"\n(.*?)```", PAGE, re.
 _STEP = re.search(r"^optimizer = .*?(?=^merged)", PROGRAMS["own_linen"], re.MULTILINE | re.DOTALL)
 assert _STEP is not None
 PROGRAMS["own_block"] += _STEP[0]
-RULES = sorted(MECHANISMS.names(), key=lambda name: (name != "curvature_cap", name))
+RULES = ("curvature_cap", "delta", "homogeneity", "hard")  # statistics of each source
 D, F = 8, 12
 
 
@@ -36,7 +35,7 @@ D, F = 8, 12
     ("program", "rule"),
     [*(("own_linen", rule) for rule in RULES), ("own_nnx", "curvature_cap"), ("own_block", "squared")],
 )
-def test_the_programs_of_the_page_train_with_every_rule(program: str, rule: str) -> None:
+def test_the_programs_of_the_page_train(program: str, rule: str) -> None:
     text = (
         PROGRAMS[program]
         .replace('("curvature_cap",)', f'("{rule}:warmup=3",)')
@@ -178,23 +177,6 @@ def test_scanned_and_rematerialized_layers_are_the_unrolled_ones() -> None:
     ours = apart(gradients(scanned, variables, lora)["blocks"])
     # In float32, with other fusions: the largest relative difference is 1.4e-4 with JAX 0.12.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, theirs)
-
-
-def test_micro_batches_are_one_step_on_the_mean_gradient() -> None:
-    """By `optax.MultiSteps`: also of the averages, which are ratios of sums."""
-    adapted, variables, lora = linen(Block(), ("squared:warmup=0",))
-    mechanisms = adapted.mechanisms
-    half = lambda rows: jax.grad(lambda lora: jnp.mean(adapted.apply(variables, lora, X[rows]) ** 2))(lora)  # noqa: E731
-    both = jax.grad(lambda lora: jnp.mean(adapted.apply(variables, lora, X) ** 2))(lora)
-    optimizer = nalora(optax.sgd(0.1), mechanisms)
-    whole, after = optimizer.update(both, optimizer.init(lora), lora)
-    several = optax.MultiSteps(optimizer, 2)
-    state = several.init(lora)
-    for rows in (slice(0, 1), slice(1, 2)):
-        updates, state = several.update(half(rows), state, lora)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), updates, whole)
-    memory = gate_state(after).memory["mask"]["gate"]["slope"]
-    np.testing.assert_allclose(gate_state(state).memory["mask"]["gate"]["slope"], memory, rtol=1e-5)
 
 
 def test_the_inner_optimizer_sees_adapters_only() -> None:

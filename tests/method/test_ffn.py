@@ -13,7 +13,6 @@ from scipy import special
 from nalora_jax.method import activations
 from nalora_jax.method.ffn import Adapters, GatedFFN, SelfGatedFFN, gated_product
 from nalora_jax.method.measurement import GateStatsConfig
-from nalora_jax.models.moe import MoEFFN
 from nalora_jax.ops.dispatch import Numerics
 from tests.observed import observed, taps_of
 
@@ -81,16 +80,12 @@ def test_statistics_are_sums_over_real_tokens(kind: type, numerics: Any) -> None
     np.testing.assert_allclose(stats["linear"], np.abs(base * rho * (1 - rho) * dz).sum(0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("experts", [0, 3])
-def test_long_rows_give_no_more_positions_than_they_may(experts: int) -> None:
+def test_long_rows_give_no_more_positions_than_they_may() -> None:
     """A row of 64 positions, at most 8 of them: stride 4 becomes 8, and the probe's 8 becomes 16."""
 
     def measured(**stats: int) -> dict[str, jax.Array]:
         config = GateStatsConfig(**stats)
-        if experts:
-            block: Any = MoEFFN(D, F, experts, 1, adapters=GATED, stats=config)
-        else:
-            block = GatedFFN(D, F, "silu", GATED, stats=config)
+        block = GatedFFN(D, F, "silu", GATED, stats=config)
         variables = jax.jit(block.init)(jax.random.key(0), jnp.zeros((1, 2, D)))
         x = jax.random.normal(jax.random.key(1), (2, 64, D))
         return jax.jit(lambda v: observed(block, v, x)[1])(variables)

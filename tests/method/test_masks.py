@@ -11,7 +11,6 @@ from nalora_jax.method.rules import hard_mask, soft_mask
 from nalora_jax.method.transform import (
     GateState,
     channel_factors,
-    init_gate_state,
     make_mechanisms,
     own_factors,
 )
@@ -65,18 +64,6 @@ def test_no_mask_during_warmup(kind):
         mask = masks(state_with(importance, count))[PATH]
         assert (mask == 1).all() == (count < 3)
         assert mask.dtype == jnp.float32
-
-
-def test_off_and_unseen_layers_are_not_masked():
-    importance = jnp.asarray(np.random.default_rng(4).uniform(size=(2, 8)), jnp.float32)
-    off = make_mechanisms((), activation="silu")
-    assert off.entries == ()
-    assert channel_factors(init_gate_state({PATH: (2, 8)}, off), off) == {}
-    mask = gate_masks(state_with(importance, updates=[0, 5]), "hard")[PATH]
-    np.testing.assert_array_equal(mask.sum(-1), [8, 4])
-    soft = "soft:power=2,warmup=0"
-    fresh = gate_masks(init_gate_state({PATH: (2, 8)}, alone(soft)), soft)
-    assert (fresh[PATH] == 1).all()
 
 
 def test_where_the_mask_acts_and_how_long_it_is():

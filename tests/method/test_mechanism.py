@@ -214,12 +214,3 @@ def test_an_entry_point_is_loaded_when_it_is_asked_for(
         make("absent")
     with pytest.raises(NaloraError, match=r"entry point ending = 'my_end'.*found SystemExit: 0"):
         make("ending")
-
-
-def test_unknown_statistics_and_places_are_refused(scratch_registry: None) -> None:
-    register_mechanism("wants_more", statistics=("entropy",))(lambda averages, context: averages["entropy"])
-    with pytest.raises(NaloraError, match="statistic: expected one of .*slope.*'entropy'"):
-        only("wants_more")
-    register_mechanism("elsewhere", statistics=("slope",), places=("forward",))(lambda a, c: a["slope"])
-    with pytest.raises(NaloraError, match="mechanism elsewhere: expected places of"):
-        only("elsewhere")

@@ -182,24 +182,6 @@ def test_factors_act_after_the_preconditioner():
     assert not np.allclose(gate_b(wrong[0]), gate_b(expected[0]) * factor, rtol=1e-2)
 
 
-def test_a_step_reads_the_averages_of_the_steps_before_it():
-    """The factors of two steps, from averages that the state holds, as NumPy computes them."""
-    rules = make_mechanisms(("squared:warmup=0,decay=0.5",), activation="silu")
-    optimizer, params = nalora(optax.sgd(1.0), rules, GATES), random_tree(0)
-    state, grads, means = optimizer.init(params), random_tree(3), []
-    for seed in range(3):
-        want = np.ones((L, D_FF))
-        if means:
-            weights = [0.5 ** (len(means) - k) for k in range(len(means))]
-            slope = sum(w * m for w, m in zip(weights, means, strict=True)) / sum(weights)
-            want = np.clip((slope / slope.mean(-1, keepdims=True)) ** 2, 0, 4)
-            want /= np.sqrt((want**2).mean(-1, keepdims=True))
-            np.testing.assert_allclose(masks(state, rules)[BLOCK], want, rtol=1e-5)
-        updates, state = optimizer.update(grads, state, params, gate_stats=stats(seed))
-        np.testing.assert_allclose(gate_b(updates), -gate_b(grads) * want[:, None], rtol=1e-5)
-        means.append(np.asarray(stats(seed)[BLOCK]["slope"], np.float64) / 5.0)
-
-
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
 def test_nalora_multiplies_the_plain_update_weight_decay_included(name):
     config = OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.5)

@@ -4,15 +4,21 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
+from nalora_jax.config import RunConfig
+from nalora_jax.layout.distributed import make_global_batch, make_mesh
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Run
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.records import Record
+from nalora_jax.train.run import built
 from tests import tiny
 
 HF = tiny.HF | {"intermediate_size": 64}
@@ -109,6 +115,21 @@ def write_study(folder: Path, base: Path, questions: Path) -> Path:
     text = filled(PROTOCOL, base, questions)
     (folder / "protocol.toml").write_text(text)
     return folder
+
+
+def trained_alone(kind: Any, config: RunConfig, logged: int = 2) -> tuple[Any, np.ndarray]:
+    """The adapters and the logged losses of the run that the settings alone make, without a study's programs."""
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    inputs = replace(kind.open_inputs(config, None), begin=lambda assembly, *_: assembly)
+    job = built(inputs, kind, config, mesh, None)
+    made, state, batches, losses = job.assembly, job.assembly.state, job.data.batches(), []
+    for _ in range(config.steps):
+        batch = make_global_batch(next(batches), mesh, rows_axis=1)
+        state, metrics = made.step(made.view(made.params), state, batch)
+        losses.append([float(metrics[name]) for name in ("loss", "target_tokens")])
+    batches.close()
+    values = np.array(losses).reshape(logged, -1, 2)
+    return state.lora, np.average(values[..., 0], axis=1, weights=values[..., 1])
 
 
 @pytest.fixture

@@ -6,14 +6,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from nalora_jax.common import trees
 from nalora_jax.data.images.opened import open_images
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images
-from nalora_jax.layout.distributed import make_global_batch, make_mesh
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Cell, Run
@@ -21,8 +19,8 @@ from nalora_jax.study.protocol import Method, Protocol, read_protocol
 from nalora_jax.study.records import Record, Records
 from nalora_jax.study.resources import Resources
 from nalora_jax.train.kinds import dual
-from nalora_jax.train.run import built
 from tests import tiny
+from tests.study.conftest import trained_alone
 
 PROTOCOL = """
 question = "Which method learns colours?"
@@ -122,18 +120,10 @@ def test_a_run_is_the_run_that_its_settings_alone_make(pairs: Resources) -> None
     config = pairs.protocol.config(
         pairs.protocol.models[0], "pairs", "lora", record["rate"], record["seed"]
     )
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    pieces = built(dual.open_inputs(config, None), dual, config, mesh, None)
-    state, losses, batches = pieces.assembly.state, [], pieces.data.batches()
-    for _ in range(4):
-        batch = make_global_batch(next(batches), pieces.assembly.mesh, rows_axis=1)
-        state, metrics = pieces.assembly.step(pieces.assembly.view(pieces.assembly.params), state, batch)
-        losses.append(float(metrics["loss"]))
-    batches.close()
-    logged = [row["loss"] for row in record["training"]]
-    np.testing.assert_allclose(logged, np.mean(np.split(np.array(losses), 2), 1), rtol=1e-6)
+    lora, losses = trained_alone(dual, config)
+    np.testing.assert_allclose([row["loss"] for row in record["training"]], losses, rtol=1e-6)
     run = run_of(pairs, "pairs")
-    mine = pairs.measure(run, pairs.prepared(run), state.lora, pairs.test_items(run), whole=True)
+    mine = pairs.measure(run, pairs.prepared(run), lora, pairs.test_items(run), whole=True)
     for name, value in mine.items():
         assert record["test"][name] == pytest.approx(value, abs=1e-6), name
     assert set(mine) >= {"loss", "recall", "image_to_text_recall_5", "text_to_image_recall_1"}

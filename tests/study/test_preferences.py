@@ -5,22 +5,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
 from nalora_jax.__main__ import main
-from nalora_jax.data.preference import pair_data
-from nalora_jax.data.sources import open_pair
-from nalora_jax.layout.distributed import make_global_batch, make_mesh
-from nalora_jax.study.plan import Run, wanted
-from nalora_jax.study.preferences import Preferences
-from nalora_jax.study.protocol import Protocol, read_protocol
+from nalora_jax.study.plan import wanted
+from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Records
-from nalora_jax.study.report import render
-from nalora_jax.train.kinds.preference import program_parts
-from nalora_jax.train.program import assemble
-from tests.study.conftest import filled
+from nalora_jax.study.report import render_results
+from nalora_jax.train.kinds import preference
+from tests.study.conftest import filled, trained_alone
 
 PROTOCOL = """
 question = "Does the adapter prefer z?"
@@ -71,30 +64,10 @@ def test_a_study_of_pairs_measures_starts_and_devices(pairs_study: Path) -> None
     assert by["tune", "b_zero"]["data"] != by["test", "b_zero"]["data"]
     assert len({record["source"] for record in by.values()}) == 1
     assert by["test", "a_zero"]["test"]["n"] == 20
-    text = render(protocol, records)
+    text = render_results(protocol, records)
     assert "nats per pair" in text
     assert "1 - accuracy" in text
     tuned = next(run for run in wanted(protocol, records) if run.cell.method == "a_zero")
-    assert by["tune", "a_zero"]["training"][-1]["loss"] == pytest.approx(alone(protocol, tuned), rel=1e-5)
-
-
-def alone(protocol: Protocol, run: Run) -> float:
-    """The mean training loss of the run that the settings alone make, without the study's programs."""
-    config, subject = run.config, Preferences()
-    model, mesh = subject.model(config), make_mesh(config.mesh, jax.devices()[:1])
-    pairs = pair_data(
-        open_pair(config.data)[0],
-        config.data,
-        config.preference,
-        model.tokenizer,
-        batch_size=4,
-        seed=config.seed,
-    )
-    made = assemble(config, model.config, model.params, mesh, **program_parts(config.preference))
-    state, losses = made.state, []
-    for row in range(0, 4 * config.steps, 4):
-        batch = make_global_batch(pairs.batch_at(row), mesh, rows_axis=1)
-        state, metrics = made.step(made.view(made.params), state, batch)
-        losses.append([float(metrics[name]) for name in ("loss", "target_tokens")])
-    values = np.array(losses)
-    return float(np.average(values[:, 0], weights=values[:, 1]))
+    _, losses = trained_alone(preference, tuned.config, logged=1)
+    found = [row["loss"] for row in by["tune", "a_zero"]["training"]]
+    assert found == pytest.approx(list(losses), rel=1e-5)

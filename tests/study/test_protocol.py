@@ -63,11 +63,6 @@ def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
         ("^extend.*", "margin = -0.1", r"margin: expected a number in \[0, 1e6\], found -0.1"),
         ("^items = 20", "items = -1", r"\[probes.z_again\] items: expected a whole number in .*, found -1"),
         (
-            "^test_items.*",
-            "accuracy_items = -1",
-            r"\[tasks.z\] accuracy_items: expected a whole number in \[0, \d+\], found -1",
-        ),
-        (
             "^steps = 8",
             "stepz = 8",
             r"\[run\] stepz: expected a field of RunConfig, .*did you mean steps\?",
@@ -75,7 +70,7 @@ def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
         (
             "^settings.*",
             "settings.steps = 9",
-            r"\[methods.half\] settings: expected no setting that belongs in \[run\]",
+            r"\[methods.half\] settings: expected no setting that belongs in",
         ),
         ("^settings.*", "settings.optimizer.learning_rate = 1", "no learning rate, which the grid gives"),
         (
@@ -89,7 +84,6 @@ def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
             "baseline: expected one of lora, half, again, found lore",
         ),
         ("^rates.*", "rates = [2e-2, 1e-2]", "rates: expected ascending rates"),
-        ("^rates.*", "rates = [1e-2]", "rates: expected two rates, to extend the grid"),
         ("^test_seeds.*", "test_seeds = [0, 1]", "test_seeds: expected no seed that tunes"),
         (
             "^validation =",

@@ -27,30 +27,3 @@ print(before - held())
 def test_freed_blocks_below_a_used_one_are_handed_back() -> None:
     done = subprocess.run([sys.executable, "-c", HOLDS], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 150  # MB of the 200
-
-
-KEEPS = """
-from nalora_jax.train.compilation import release_heap, retain_heap
-
-def faults():
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-def fill():
-    before = faults()
-    bytes(200_000_000).count(1)
-    return faults() - before
-
-fill()
-handed_back = fill()
-retain_heap()
-fill(), fill()
-print(handed_back, fill())
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
-def test_a_large_block_is_kept_for_the_next_of_its_size() -> None:
-    done = subprocess.run([sys.executable, "-c", KEEPS], capture_output=True, text=True, check=True)
-    handed_back, kept = map(int, done.stdout.split())
-    assert kept < 0.1 * handed_back

@@ -9,7 +9,7 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import read_metrics, to_json
-from nalora_jax.train.log import MetricsLog, scalars
+from nalora_jax.train.log import MetricsLog
 
 MACHINE = {"versions": {"jax": "0.10"}, "device": "cpu"}
 
@@ -55,14 +55,6 @@ def test_floats_tell_any_two_float32_apart():
     nearby = np.nextafter(value, np.float32(1))
     assert np.float32(to_json(value)) == value
     assert np.float32(to_json(nearby)) == nearby
-
-
-def test_a_new_run_never_touches_another_runs_log(tmp_path):
-    write_steps(tmp_path, [10])
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(NaloraError, match=r"metrics\.jsonl: expected a new run's folder.*--resume"):
-        MetricsLog(tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_resume_drops_what_comes_after_the_restored_step(tmp_path):
@@ -112,15 +104,3 @@ def test_a_broken_line_before_the_last_is_named_and_nothing_is_changed(tmp_path,
     with pytest.raises(NaloraError, match="line 2: expected one JSON object"):
         MetricsLog(tmp_path, resume=1)
     assert path.read_bytes() == before
-
-
-def test_scalars_name_layers_and_leave_out_what_is_not_a_number():
-    record = {
-        "step": 5,
-        "loss": 2.0,
-        "grad_norm": None,
-        "note": "x",
-        "layers": {"limit": [0.2, None], "occ": [[1, 0]]},
-    }
-    assert scalars(record) == [("train/loss", 2.0), ("limit/layer_00", 0.2)]
-    assert scalars({"step": 5, "eval": {"accuracy": 0.5, "samples": [1]}}) == [("eval/accuracy", 0.5)]

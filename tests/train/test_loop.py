@@ -92,22 +92,6 @@ def test_the_logged_loss_is_the_mean_over_loss_tokens() -> None:
     assert hooks.logged == pytest.approx([(1 + 4 + 9) / 6, (16 + 25) / 9])
 
 
-def test_a_run_that_was_stopped_twice_logs_what_an_uninterrupted_run_logs() -> None:
-    schedule = Schedule(steps=8, log_every=4, eval_every=0, save_every=0)
-    whole = Hooks()
-    run(whole, schedule)
-    begun: dict[str, Any] = {}
-    for start, stop in ((0, 1), (1, 3), (3, 4)):
-        part = Hooks(stop_at=stop)
-        run(part, schedule, start=start, begun=begun)
-        begun = part.record
-        assert ("target_tokens" in begun) == (stop < 4)  # step 4 is a log step
-    rest = Hooks()
-    run(rest, schedule, start=4)
-    assert [*part.logged, *rest.logged] == pytest.approx(whole.logged)
-    assert begun["tokens"] == whole.record["tokens"] == 4
-
-
 @pytest.mark.parametrize(
     ("patience", "scores", "last"),
     [

@@ -17,11 +17,9 @@ from nalora_jax.config import (
     ComputeConfig,
     LoRAConfig,
     LoRARule,
-    MeshConfig,
     OptimizerConfig,
     RunConfig,
 )
-from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.program import Assembly, assemble, starting_at
 from nalora_jax.train.start import gradient_adapters
@@ -50,7 +48,6 @@ PROJECTIONS = {
 }
 # Settings of ours and of PEFT's, by method.
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "LoRA": ({}, {}),
     "rsLoRA": ({"rslora": True}, {"use_rslora": True}),
     "DoRA": ({"dora": True}, {"use_dora": True}),
     "LoRA+": ({"plus_ratio": RATIO}, {}),
@@ -75,25 +72,13 @@ def steps() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, jax.Array]]:
+def rows() -> list[dict[str, np.ndarray]]:
     """A batch for each step."""
-    rng, made = np.random.default_rng(1), []
-    for _ in range(3):
-        tokens, targets = rng.integers(0, 40, (2, 1, 4, 12))
-        made.append(
-            {
-                "tokens": jnp.asarray(tokens, jnp.int32),
-                "targets": jnp.asarray(targets, jnp.int32),
-                "loss_weights": jnp.asarray(rng.random(tokens.shape) < 0.5, jnp.float32),
-                "segment_ids": jnp.ones(tokens.shape, jnp.int32),
-                "positions": jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), tokens.shape),
-            }
-        )
-    return made
+    return [tiny.whole_batch(seed, (1, 4, 12), share=0.5) for seed in range(3)]
 
 
 def our_start(
-    base: tuple[Any, ModelConfig, Any], first: dict[str, jax.Array], method: str, **more: Any
+    base: tuple[Any, ModelConfig, Any], first: dict[str, np.ndarray], method: str, **more: Any
 ) -> Assembly:
     rules = (LoRARule("ffn/(gate|up|down)_proj|q_proj", RANK, ALPHA),)
     config = RunConfig(
@@ -103,11 +88,11 @@ def our_start(
         compute=ComputeConfig(dtype="float32"),
         **more,
     )
-    made = assemble(config, *base[1:], distributed.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    made = assemble(config, *base[1:], tiny.one_device())
     return starting_at(made, gradient_adapters(made, base[1], [first], 0)) if method == "LoRA-GA" else made
 
 
-def their_start(base: tuple[Any, ModelConfig, Any], first: dict[str, jax.Array], method: str) -> Any:
+def their_start(base: tuple[Any, ModelConfig, Any], first: dict[str, np.ndarray], method: str) -> Any:
     model, own = copy.deepcopy(base[0]), METHODS[method][1]
     names = [name.rpartition(".")[2] for name in PROJECTIONS.values()]
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, task_type="CAUSAL_LM", **own)
@@ -117,7 +102,7 @@ def their_start(base: tuple[Any, ModelConfig, Any], first: dict[str, jax.Array],
     return peft.get_peft_model(model, config)
 
 
-def their_loss(model: Any, batch: dict[str, jax.Array]) -> Any:
+def their_loss(model: Any, batch: dict[str, np.ndarray]) -> Any:
     """Mean over the target tokens."""
     tokens, targets, weights = (
         torch.tensor(np.asarray(batch[n][0])) for n in ("tokens", "targets", "loss_weights")
@@ -194,7 +179,7 @@ def their_optimizer(theirs: Any, method: str) -> Any:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_updates_are_those_of_peft(
-    base: Any, rows: list[dict[str, jax.Array]], steps: dict[str, Any], method: str
+    base: Any, rows: list[dict[str, np.ndarray]], steps: dict[str, Any], method: str
 ) -> None:
     ours, theirs = our_start(base, rows[0], method), their_start(base, rows[0], method)
     check_start(ours, theirs, method)
@@ -272,7 +257,7 @@ def components(theirs: Any) -> dict[str, np.ndarray]:
     }
 
 
-def test_adalora_is_that_of_peft(base: Any, rows: list[dict[str, jax.Array]]) -> None:
+def test_adalora_is_that_of_peft(base: Any, rows: list[dict[str, np.ndarray]]) -> None:
     """20 steps: the same weights, and the same components taken, in all phases."""
     ours = our_start(base, rows[0], "AdaLoRA", adalora=ADALORA, steps=20)
     theirs = their_adalora(base, ours)

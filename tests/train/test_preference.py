@@ -33,14 +33,10 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.losses import Head, cross_entropy, target_losses
 from nalora_jax.train.kinds.preference import dpo, program_parts
 from nalora_jax.train.program import assemble
 from tests import tiny
 from tests.param_trees import init_params
-
-pytestmark = pytest.mark.pictures  # of runs' reports
 
 BASE = ModelConfig.from_hf(tiny.HF)
 DATA = DataConfig(max_length=24)
@@ -87,7 +83,7 @@ def settings(preference, **changes):
 def assembled(preference, mesh=None):
     """A run's assembly on a fixed base, its adapters moved away from the start."""
     params = jax.tree.map(lambda leaf: 2 * leaf, init_params(BASE, jax.random.key(0)))
-    mesh = mesh or distributed.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = mesh or tiny.one_device()
     params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
     made = assemble(settings(preference), BASE, params, mesh, **program_parts(preference))
     moved = {
@@ -163,27 +159,6 @@ def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(toke
     np.testing.assert_allclose(metrics["loss"], np.log(2), rtol=1e-5)
     for name in ("rewards_chosen", "rewards_rejected", "rewards_margin"):
         np.testing.assert_allclose(metrics["measured"][name], 0.0, atol=1e-5)
-
-
-def test_every_target_s_loss_adds_up_to_the_cross_entropy():
-    keys = jax.random.split(jax.random.key(0), 4)
-    hidden = jax.random.normal(keys[0], (4, 11, 16))
-    kernel = jax.random.normal(keys[1], (16, 40))
-    targets = jax.random.randint(keys[2], (4, 11), 0, 40)
-    weights = (jax.random.uniform(keys[3], (4, 11)) > 0.5).astype(jnp.float32)
-    head = Head(softcap=5.0)
-    table = 5.0 * np.tanh(np.asarray(hidden) @ np.asarray(kernel) / 5.0)
-    shifted = table - np.log(np.exp(table).sum(-1, keepdims=True))
-    expected = -np.take_along_axis(shifted, np.asarray(targets)[..., None], -1)[..., 0] * np.asarray(
-        weights
-    )
-    for chunk, shards in ((0, 1), (7, 1), (8, 2)):
-        found = target_losses(
-            hidden, kernel, targets, weights, head, Numerics(), chunk=chunk, shards=shards
-        )
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    total = cross_entropy(hidden, kernel, targets, weights, head, Numerics())
-    np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
 
 
 def test_rewards_and_losses_are_the_textbook_s():
@@ -263,8 +238,6 @@ def test_long_pairs_are_dropped_cut_or_refused(tokenizer, caplog):
             "rejected: expected an answer, found an empty text",
         ),
         ({"prompt": "a", "chosen": " b", "rejected": " b"}, "expected two answers that differ"),
-        ({"prompt": "a", "chosen": " b", "rejected": 3}, "rejected: expected a text"),
-        ({"prompt": [{"role": "user"}], "chosen": " b", "rejected": " c"}, "a field 'content'"),
         ({"prompt": "a", "choices": ["b", "b"], "gold": 0}, "choices: expected two that differ, found 'b'"),
     ],
 )
@@ -299,7 +272,7 @@ def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
         train=TrainConfig(batch_size=8, log_every=1, eval_every=6, save_every=6),
     )
     result = run(config)
-    records = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    records = tiny.lines(result.folder)
     steps = [record for record in records if "loss" in record]
     assert steps[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)
     assert steps[0]["rewards_margin"] == pytest.approx(0.0, abs=1e-5)
@@ -311,8 +284,6 @@ def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
     assert result.before["rewards_accuracy"] == 0
     assert result.after["loss"] < 0.6
     assert result.after["rewards_margin"] > 0.5
-    page = result.report.read_text()
-    assert "reward" in page
     out = tmp_path / "eval.json"
     assert main(["eval", str(result.folder), "--output", str(out)]) == 0
     found = json.loads(out.read_text())

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from nalora_jax.common import trees
-from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig
+from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train import start
 from nalora_jax.train.output import START, Output
@@ -35,8 +34,7 @@ def assembly() -> Assembly:
         lora=LoRAConfig(rules=(LoRARule("gate_proj", 2),), init="lora_ga"),
         compute=ComputeConfig(dtype="float32"),
     )
-    mesh = distributed.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    return assemble(config, BASE, init_params(BASE, jax.random.key(0)), mesh)
+    return assemble(config, BASE, init_params(BASE, jax.random.key(0)), tiny.one_device())
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import torch
 
 from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.likelihood import score_groups
-from tests.evaluate.test_generate import byte_tokenizer
 from tests.models.family_fields import ORIGINAL
 from tests.models.test_families import LONGROPE, SIZES, Case, build, reference
+from tests.tiny import byte_tokenizer
 
 # Prompts that end 0 to 12 tokens before the switch, and two after it.
 LENGTHS = range(ORIGINAL - 12, ORIGINAL + 3)

@@ -19,8 +19,8 @@ from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops import attention
 from nalora_jax.weights.base import load_model
 from tests.evaluate.generate.test_longrope import PHI3
-from tests.evaluate.test_generate import byte_tokenizer
 from tests.models.test_families import CASES, Case, build, by_name
+from tests.tiny import byte_tokenizer
 
 CHUNK, NEW_TOKENS = 16, 9
 BY_FAMILY = {case.family: case for case in CASES}
@@ -50,15 +50,12 @@ def test_greedy_tokens_do_not_depend_on_chunks(case, short_blocks):
     assert all(len(set(row)) >= 3 for row in whole[:1]), "a continuation that proves little"
 
 
-@pytest.mark.parametrize(("family", "chunk"), [("gemma3", 10)])
-def test_prompts_with_images_are_processed_in_chunks(
-    family, chunk, seeing_folder, short_blocks, monkeypatch
-):
-    """Images of 16 tokens are divided; images of 4 tokens that see each other are moved to the next chunk.
+def test_prompts_with_images_are_processed_in_chunks(seeing_folder, short_blocks, monkeypatch):
+    """Images of 4 tokens that see each other are moved to the next chunk.
 
     Cached values of all tokens and greedy tokens are those of undivided prompts.
     """
-    loaded = load_model(str(seeing_folder(family)), dtype="float32", images=True)
+    loaded = load_model(str(seeing_folder("gemma3")), dtype="float32", images=True)
     image, count = loaded.config.sight.image_token, loaded.config.sight.tokens
     rng, caches = np.random.default_rng(4), []
     texts = [
@@ -83,16 +80,15 @@ def test_prompts_with_images_are_processed_in_chunks(
         options = {"images": [pictures[:2], pictures[2:], ()], "max_new_tokens": 4, "stop_ids": ()}
         return [row.ids for row in seeing.complete(rows, **options)]
 
-    assert complete(2048) == complete(chunk)
+    assert complete(2048) == complete(10)
     whole, chunked = (
         [cache.states["layers"].v[:, row, :, cache.segments[row] > 0] for row in range(3)]
         for cache in caches
     )
     for ours, expected in zip(chunked, whole, strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
-    if loaded.config.sight.mutual:
-        with pytest.raises(NaloraError, match="prefill_chunk: expected at least 4, the image tokens"):
-            complete(3)
+    with pytest.raises(NaloraError, match="prefill_chunk: expected at least 4, the image tokens"):
+        complete(3)
 
 
 def temporary_bytes(tokens: int, chunk: int) -> int:

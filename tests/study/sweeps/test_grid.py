@@ -37,22 +37,18 @@ def test_values_have_the_type_of_their_setting() -> None:
     ("options", "message"),
     [
         (
-            ["optimizer.learning-rat=1"],
-            r"optimizer.learning_rat: expected a field of OptimizerConfig, .* did you mean learning_rate\?",
+            "optimizer.learning-rat=1",
+            r"optimizer.learning_rat: expected a field of .* did you mean learning_rate\?",
         ),
-        (["mesh.tensor=1,2"], "expected a setting that may differ between runs, found mesh.tensor"),
-        (["seed="], "expected SETTING=VALUE,VALUE,..., found no values"),
-        (
-            ["mechanisms=hard,"],
-            "expected a value, found nothing after a comma; .*a list without entries is none",
-        ),
-        (["seed=one"], "seed: expected a whole number, found 'one'"),
-        (["seed=0", "seed=1"], "expected each setting once, found seed"),
+        ("mesh.tensor=1,2", "expected a setting that may differ between runs, found mesh.tensor"),
+        ("seed=", "expected SETTING=VALUE,VALUE,..., found no values"),
+        ("seed=one", "seed: expected a whole number, found 'one'"),
+        ("seed=0 seed=1", "expected each setting once, found seed"),
     ],
 )
-def test_bad_options_are_one_error(options: list[str], message: str) -> None:
+def test_bad_options_are_one_error(options: str, message: str) -> None:
     with pytest.raises(NaloraError, match=message):
-        grid(RunConfig(), axes_of(options))
+        grid(RunConfig(), axes_of(options.split()))
 
 
 def test_a_damaged_record_of_options_is_one_error(tmp_path: Path) -> None:

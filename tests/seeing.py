@@ -1,0 +1,212 @@
+"""Tiny models that see, with random weights, as transformers saves them, and conversations about coloured squares."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, normalizers, pre_tokenizers, processors
+
+from tests import tiny
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
+QUESTION = "What colour is this?"
+SQUARE = {"height": 16, "width": 16}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+WORDS = ["[PAD]", "[UNK]", "[EOS]", "[CLS]", "a", "photo", "of", "the", "red", "green", "blue", "square"]
+WORDS += ["circle", "cross", "dress", "bag", "boot"]
+SPECIAL = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<image>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<end_of_turn>",
+]
+SPECIAL += ["<start_of_turn>"]
+CHAT_WORDS = [*SPECIAL, " ", "\n", "\n\n", "\n\n\n", ":", ".", "?", "USER", "ASSISTANT", "user", "model"]
+CHAT_WORDS += [*WORDS[4:13], "What", "colour", "is", "this", "Describe", "image"]
+# The chat templates of llava-hf/llava-1.5-7b-hf and, without its system turn, google/gemma-3-4b-it.
+TEMPLATES = {
+    "llava": "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}"
+    "{% endif %}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}"
+    "{% endfor %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+    "gemma3": "{{ bos_token }}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' "
+    "else message['role'] %}{{ '<start_of_turn>' + role + '\n' }}{% if message['content'] is string %}"
+    "{{ message['content'] | trim }}{% else %}{% for item in message['content'] %}{% if item['type'] == 'image' %}"
+    "{{ '<start_of_image>' }}{% elif item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor %}"
+    "{% endif %}{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}"
+    "{% endif %}",
+}
+PROCESSORS = {
+    "clip": ("CLIPImageProcessor", {"size": {"shortest_edge": 16}, "crop_size": SQUARE}),
+    "siglip": ("SiglipImageProcessor", {"size": SQUARE}),
+    "siglip2": ("Siglip2ImageProcessor", {"patch_size": 4, "max_num_patches": 16}),
+    "vision-text-dual-encoder": ("ViTImageProcessor", {"size": SQUARE}),
+}
+
+
+def _tokenizer(words: list[str], template: str, split: str | None = None, **settings: Any) -> Any:
+    import transformers
+
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=settings["unk_token"]))
+    if split is None:
+        backend.normalizer, backend.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(split), "isolated")
+        backend.decoder = decoders.Fuse()
+    ends = [(name, vocabulary[name]) for name in template.split() if name in vocabulary]
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+
+
+def _save(make: Callable[[], Any], folder: Path) -> Path:
+    """Saves a model whose weights are neither near zero nor alike."""
+    import torch
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = make()
+        for name, leaf in model.named_parameters():
+            if leaf.ndim and "logit" not in name:
+                wide = leaf.shape[-1] ** -0.5 if leaf.ndim > 1 else 0.2
+                leaf.copy_(torch.randn(leaf.shape) * wide + (leaf if leaf.ndim == 1 else 0))
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_dual(
+    folder: Path, family: str, *, vision: dict | None = None, text: dict | None = None, **top: Any
+) -> Path:
+    """A dual encoder: model, tokenizer, processor. ``make_dual(folder, "clip", vision={"hidden_act": "gelu"})``."""
+    import transformers
+
+    ids = {"pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 2}
+    image = SIZES | {"num_patches" if family == "siglip2" else "image_size": 16, "patch_size": 4}
+    image |= vision or {}
+    words = SIZES | ids | {"vocab_size": 40, "max_position_embeddings": 12} | (text or {})
+    if family == "vision-text-dual-encoder":
+        kinds = transformers.models.auto.CONFIG_MAPPING
+        parts = (
+            kinds[image.pop("model_type", "vit")](**image),
+            kinds[words.pop("model_type", "bert")](**words),
+        )
+        join = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
+        config = join(*parts, **{"projection_dim": 24, **top})
+    else:
+        config = transformers.CONFIG_MAPPING[family](vision_config=image, text_config=words, **top)
+    _save(lambda: transformers.AutoModel.from_config(config), folder)
+    names = {"pad_token": "[PAD]", "eos_token": "[EOS]", "unk_token": "[UNK]"}
+    template = "$A [EOS]" if family.startswith("siglip") else "[CLS] $A [EOS]"
+    length = words["max_position_embeddings"]
+    _tokenizer(WORDS, template, model_max_length=length, **names).save_pretrained(folder)
+    kind, settings = PROCESSORS[family]
+    getattr(transformers, f"{kind}Pil")(**settings).save_pretrained(folder)
+    return folder
+
+
+def make_towers(folder: Path, donor: Path) -> tuple[Path, Path]:
+    """A ViT (32 wide, 3 layers) and a BERT (48 wide, 2 layers) that were never trained together."""
+    import torch
+    import transformers
+
+    sizes = {"num_attention_heads": 4, "intermediate_size": 64}
+    vit = transformers.ViTConfig(hidden_size=32, num_hidden_layers=3, image_size=16, patch_size=4, **sizes)
+    sizes |= {"vocab_size": 40, "max_position_embeddings": 12}
+    bert = transformers.BertConfig(hidden_size=48, num_hidden_layers=2, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        towers = {"image": transformers.ViTModel(vit), "text": transformers.BertModel(bert)}
+    for name, model in towers.items():
+        model.save_pretrained(folder / name)
+        for file in (*donor.glob("*token*"), donor / "preprocessor_config.json"):
+            shutil.copy(file, folder / name)
+    return folder / "image", folder / "text"
+
+
+def make_seeing(
+    folder: Path, family: str, *, vision: dict | None = None, text: dict | None = None, **top: Any
+) -> Path:
+    """A decoder that sees: model, tokenizer, chat template, image processor. Tokens are words and white space."""
+    import transformers
+
+    image = SIZES | {"num_hidden_layers": 3, "image_size": 16, "patch_size": 4, **(vision or {})}
+    words = SIZES | {"hidden_size": 24, "intermediate_size": 40, "num_key_value_heads": 2, "vocab_size": 48}
+    words |= {"max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    top = {"image_token_index": SPECIAL.index("<image>"), **top}
+    names = {"image_token": "<image>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    own = _tokenizer(
+        CHAT_WORDS,
+        "<s> $A",
+        r"\w+|\n+|[^\w\n]",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL[4:],
+        extra_special_tokens=names,
+        model_max_length=256,
+    )
+    if family == "llava":
+        seen, read = (
+            transformers.CLIPVisionConfig(**image),
+            transformers.LlamaConfig(**words | (text or {})),
+        )
+        config = transformers.LlavaConfig(vision_config=seen, text_config=read, **top)
+        processor = transformers.LlavaProcessor(
+            transformers.CLIPImageProcessorPil(**PROCESSORS["clip"][1]),
+            own,
+            patch_size=4,
+            vision_feature_select_strategy=top.get("vision_feature_select_strategy", "default"),
+            num_additional_image_tokens=1,
+            chat_template=TEMPLATES[family],
+        )
+    else:
+        words |= {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 6,
+            "head_dim": 8,
+        }
+        seen = transformers.SiglipVisionConfig(**image, vision_use_head=False)
+        read = transformers.Gemma3TextConfig(**words | (text or {}))
+        indices = {"boi_token_index": SPECIAL.index("<start_of_image>")}
+        indices |= {"eoi_token_index": SPECIAL.index("<end_of_image>"), "mm_tokens_per_image": 4}
+        config = transformers.Gemma3Config(vision_config=seen, text_config=read, **indices | top)
+        processor = transformers.Gemma3Processor(
+            transformers.models.gemma3.image_processing_pil_gemma3.Gemma3ImageProcessorPil(size=SQUARE),
+            own,
+            chat_template=TEMPLATES[family],
+            image_seq_length=4,
+        )
+    processor.save_pretrained(folder)
+    return _save(lambda: transformers.AutoModelForImageTextToText.from_config(config), folder)
+
+
+def make_chats(folder: Path, damaged: str = "") -> Path:
+    """Conversations about 48 squares of three colours, in OpenAI's form and in LLaVA's."""
+    tiny.make_pictures(folder, COLOURS, count=16, size=(20, 24), damaged=damaged)
+    lines: list[dict[str, Any]] = []
+    for i in range(16):
+        for colour in COLOURS:
+            image, answer = f"{colour}{i}.png", f"{colour} square."
+            if len(lines) % 2:
+                turns = [
+                    {"from": "human", "value": f"<image>\n{QUESTION}"},
+                    {"from": "gpt", "value": answer},
+                ]
+                lines.append({"image": image, "conversations": turns})
+                continue
+            parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": QUESTION}]
+            turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+            lines.append({"messages": turns})
+    path = folder / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return path
