@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from nalora_jax.common.downloads import PackageFile, cache_dir, fetch
+from nalora_jax.common.downloads import PackageFile, cache_dir, fetch_file
 from nalora_jax.common.locks import scratch_folder
 from nalora_jax.weights.hub import register_encoder
 
@@ -54,7 +54,7 @@ def folder(cache: Path | None = None) -> tuple[Path, str]:
     """Returns the tower's folder, written on first use, and its name as a base of adapters."""
     target = (cache or cache_dir()) / "packages" / NAME
     if not target.exists():
-        weights = tensors(fetch(FILE, cache=cache))
+        weights = tensors(fetch_file(FILE, cache=cache))
         with scratch_folder(target.parent, f".{NAME}") as scratch:
             new = scratch / NAME
             new.mkdir()

@@ -91,7 +91,7 @@ LONGEST = (
     "test_use.py", "test_real_run.py", "test_docs_code.py", "test_decoder.py", "test_run_seeing.py",
     "test_split_attention.py", "test_config_fields.py", "test_run_images.py", "test_resume.py",
     "test_prefill.py", "test_generate.py", "test_pages.py", "test_execution.py", "test_pod.py", "test_longrope.py",
-    "test_fuzz.py", "test_peft_training.py", "test_token_rows.py", "test_preference.py", "test_parser.py",
+    "test_fuzz.py", "test_peft_training.py", "test_trained_tables.py", "test_preference.py", "test_parser.py",
     "test_dual.py", "test_verbs.py", "test_run_long_rows.py", "test_elastic.py",
     "test_kernels.py",
 )  # fmt: skip

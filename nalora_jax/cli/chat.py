@@ -90,14 +90,14 @@ def _sees(args: ChatArgs) -> bool:
     """
     from nalora_jax.config import VisionConfig
     from nalora_jax.train.located import locate
-    from nalora_jax.weights.hub import resolve
+    from nalora_jax.weights.hub import resolve_source
     from nalora_jax.weights.model_files import open_files
 
     located = locate(args.model, args.adapter)
     if located.run:
         return bool(located.run.get("vision", {}).get("task", VisionConfig().task) == "chat")
     with contextlib.suppress(NaloraError):  # language model, or loading will report the error
-        return open_files(resolve(located.base), images=True).config.sight is not None
+        return open_files(resolve_source(located.base), images=True).config.sight is not None
     return False
 
 

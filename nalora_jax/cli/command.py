@@ -118,7 +118,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         print(text)
         raise SystemExit(0)
     if words[0] == "--version":
-        print(f"nalora_jax {doctor.version('nalora_jax')}")
+        print(f"nalora_jax {doctor.installed_version('nalora_jax')}")
         raise SystemExit(0)
     name, arguments = words[0], words[1:]
     if name not in VERBS:
@@ -136,7 +136,7 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
         names = import_files(files)
         if names and verb.arguments is parser.TrainArgs:
             words = [*words, "--imports", *names]
-        usage.check(name, verb.arguments, words)
+        usage.check_flags(name, verb.arguments, words)
     start = None
     if verb.arguments is parser.TrainArgs:
         start = parser.defaults(words)
@@ -144,7 +144,7 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
         words = ["--help"]
     args = _parsed(name, verb.arguments, words, start, quiet=asked is None)
     epochs = verb.arguments is parser.TrainArgs and args.run.epochs
-    if epochs and parser.values_of(words, "--steps") is not None:
+    if epochs and parser.words_after(words, "--steps") is not None:
         remedy = "leave one of them out"
         raise NaloraError("--steps", expected="steps or epochs", found="both", remedy=remedy)
     check_ranges(args)

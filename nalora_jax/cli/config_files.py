@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from nalora_jax.common.imports import execute
+from nalora_jax.common.imports import execute_file
 from nalora_jax.config import LoRARule, RunConfig
 from nalora_jax.config.structured import first_wrong, structured, type_name
 from nalora_jax.errors import NaloraError, described
@@ -42,7 +42,7 @@ def load_config(path: str | Path) -> RunConfig:
         return settings_of(read_values(path), path)
     if not path.is_file():
         raise _bad_config(path, "a Python file", "a folder" if path.is_dir() else "no such file")
-    function = getattr(execute(path, "nalora_config", f"--config {path}"), "config", None)
+    function = getattr(execute_file(path, "nalora_config", f"--config {path}"), "config", None)
     if not callable(function):
         raise _bad_config(path, "a function config() that returns a RunConfig", "none of that name")
     try:

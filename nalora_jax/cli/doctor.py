@@ -59,7 +59,7 @@ def doctor(args: Any) -> None:
         raise SystemExit(1)
 
 
-def version(name: str) -> str:
+def installed_version(name: str) -> str:
     """Returns the version of an installed distribution."""
     try:
         return importlib.metadata.version(name)
@@ -68,8 +68,10 @@ def version(name: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    optional = [name for name in OPTIONAL if version(name) != "not installed"]
-    return {"python": platform.python_version()} | {name: version(name) for name in (*PACKAGES, *optional)}
+    optional = [name for name in OPTIONAL if installed_version(name) != "not installed"]
+    return {"python": platform.python_version()} | {
+        name: installed_version(name) for name in (*PACKAGES, *optional)
+    }
 
 
 def _devices() -> tuple[dict[str, str], list[str]]:

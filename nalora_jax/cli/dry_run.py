@@ -20,7 +20,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.config.structured import dotted
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
-from nalora_jax.evaluate.generate.programs import batch_shards
+from nalora_jax.evaluate.generate.programs import prompt_shards
 from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
@@ -78,15 +78,15 @@ def _describe_images(inputs: Inputs) -> list[str]:
     """
     from nalora_jax.models.vision.dual import init_lora as init_dual  # Pillow is an extra
     from nalora_jax.train.kinds.dual import resolve_dual
-    from nalora_jax.weights.dual import read_dual
+    from nalora_jax.weights.dual import described_dual
 
     config, records, (reported, selecting) = inputs.config, inputs.data, inputs.held_out
-    base = read_dual(config.model, d_out=config.vision.features, loss=config.vision.loss)
+    base = described_dual(config.model, d_out=config.vision.features, loss=config.vision.loss)
     spec = resolve_dual(config, base)
     say_counts(len(reported), len(selecting), chosen=config.train.eval_every > 0)
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in base.param_shapes().items()}
     lora = jax.eval_shape(partial(init_dual, base, spec), jax.random.key(0), trees.unflatten(shapes))
-    total, trained = sum(map(math.prod, base.param_shapes().values())), trees.count(lora)
+    total, trained = sum(map(math.prod, base.param_shapes().values())), trees.count_elements(lora)
     of = f"{len(records.classes)} classes, " if records.classes else ""
     epochs = config.steps * config.train.batch_size / len(records.indices)
     weights = config.compute.itemsize * total
@@ -138,7 +138,7 @@ def _describe(inputs: Inputs, runs: Sequence[RunConfig]) -> list[str]:
 
 def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
     """Returns a line on the samples of a step and on the cache that draws them; none without rewards."""
-    rl, shards = config.rl, batch_shards(mesh)
+    rl, shards = config.rl, prompt_shards(mesh)
     if not rl.rewards:
         return []
     prompts = config.train.batch_size // rl.samples
@@ -223,7 +223,7 @@ def adapter_parameters(base: ModelConfig, spec: AdapterSpec) -> int:
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(base).items()}
     initialized = partial(init_lora, base, spec)
     lora: Any = jax.eval_shape(initialized, jax.random.key(0), trees.unflatten(shapes))
-    return trees.count(lora)
+    return trees.count_elements(lora)
 
 
 def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional
 
 from nalora_jax.cli import images
-from nalora_jax.cli.outputs import check_new_file, data_of, flags_of_verb, labelled, mesh_of
+from nalora_jax.cli.outputs import check_new_file, data_settings, flags_of_verb, labelled, mesh_of
 from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
 from nalora_jax.config.structured import COUNT
 from nalora_jax.errors import NaloraError
@@ -100,9 +100,9 @@ def evaluate(args: EvalArgs) -> None:
 
         require_harness()
     if args.against not in (None, "base") and not holds_adapter(args.against):  # needs only the base
-        hub.resolve(locate(args.against).base)  # reports a missing model before the first is loaded
+        hub.resolve_source(locate(args.against).base)  # reports a missing model before the first is loaded
     mesh = mesh_of(args.mesh)
-    model = load_model(args, mesh)
+    model = load_evaluated(args, mesh)
     if not (args.tasks or args.harness or args.against or args.records):
         _held_out(args, model, sets[0], mesh)
         return
@@ -128,7 +128,7 @@ def _data_sets(args: EvalArgs, run: Mapping[str, Any]) -> list[DataConfig]:
     """Returns the data sets to evaluate on, after opening each."""
     from nalora_jax.data.sources import open_held_out, split_to_measure
 
-    data = data_of(run, _asked(args))
+    data = data_settings(run, _asked(args))
     if config_from_dict(run).vision.task == "chat":  # opened with the model
         return [data]
     with flags_of_verb("--dataset"):
@@ -253,7 +253,7 @@ def _harness(
     return summary
 
 
-def load_model(args: EvalArgs, mesh: Any) -> AdaptedModel:
+def load_evaluated(args: EvalArgs, mesh: Any) -> AdaptedModel:
     """Loads the model and the adapter to evaluate."""
     from nalora_jax.train.adapted import load
 
@@ -303,9 +303,9 @@ def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
             raise NaloraError(
                 flag, expected="--tasks or --dataset beside it", found="neither", remedy=remedy
             )
-    data, preference = data_of(run, _asked(args)), config_from_dict(run).preference
+    data, preference = data_settings(run, _asked(args)), config_from_dict(run).preference
     mesh = mesh_of(args.mesh)
-    model = load_model(args, mesh)
+    model = load_evaluated(args, mesh)
     records = open_held_out(data, data.eval_split)
     context = model.base.config.max_positions
     pairs, _ = held_out_pairs(records, data, preference, model.base.tokenizer, context)
@@ -363,7 +363,7 @@ def _needle(args: EvalArgs) -> None:
     if not against and located.adapter is not None:
         against = "base"
     mesh = mesh_of(args.mesh)
-    model = load_model(args, mesh)
+    model = load_evaluated(args, mesh)
     sides = [("", model, model.module, model.variables)]
     if against is not None:
         sides.append((against, *other_side(replace(args, against=against), model, mesh)))

@@ -40,7 +40,7 @@ def labelled(title: str, label: str) -> str:
     return f"{title}, {label}"
 
 
-def data_of(run: Mapping[str, Any], changes: dict[str, Any]) -> DataConfig:
+def data_settings(run: Mapping[str, Any], changes: dict[str, Any]) -> DataConfig:
     """Returns the data settings of the adapter's run, else defaults, with the user's changes."""
     return replace(
         config_from_dict(run).data, **{name: value for name, value in changes.items() if value is not None}

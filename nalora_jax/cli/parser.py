@@ -253,9 +253,9 @@ def defaults(argv: Sequence[str]) -> TrainArgs:
     Raises:
       NaloraError: the file is missing or is not a config.
     """
-    config = values_of(argv, "--config")
+    config = words_after(argv, "--config")
     if config is None:
-        resume, output = values_of(argv, "--resume"), values_of(argv, "--output")
+        resume, output = words_after(argv, "--resume"), words_after(argv, "--output")
         if resume in (None, ["no"]):
             return TrainArgs()
         folder = (output or [RunConfig.output])[0]
@@ -281,7 +281,7 @@ def _recorded(output: str) -> RunConfig:
     return replace(config, output=output, resume=False, epochs=0.0, imports=())
 
 
-def values_of(argv: Sequence[str], flag: str) -> list[str] | None:
+def words_after(argv: Sequence[str], flag: str) -> list[str] | None:
     """Returns the words after a flag up to the next flag, or None without it; the last counts."""
     values = None
     for index, word in enumerate(argv):

@@ -127,9 +127,9 @@ def compiler_messages_in(file: Path) -> Iterator[None]:
 
 def _print_plans(args: PlanArgs, machines: Sequence[Topology]) -> None:
     from nalora_jax.cli.planning.program import architecture
-    from nalora_jax.cli.planning.report import describe, describe_costs, estimate_record
+    from nalora_jax.cli.planning.report import describe_costs, estimate_record, plan_lines
     from nalora_jax.cli.planning.report import plan as compiled
-    from nalora_jax.layout.layouts import fitting, preferred
+    from nalora_jax.layout.layouts import fastest, fitting
 
     run = args.run
     if not run.model:
@@ -143,7 +143,7 @@ def _print_plans(args: PlanArgs, machines: Sequence[Topology]) -> None:
     for machine in machines:
         config = args.config(machine.size)
         if args.estimate:
-            layout = preferred(fitting(config, base, machine))
+            layout = fastest(fitting(config, base, machine))
             record = estimate_record(config, machine, layout)
             lines = [f"{run.model} on {machine.name}: {layout}"]
             rate, seconds = record["tokens_per_second"], record["seconds"]
@@ -151,7 +151,7 @@ def _print_plans(args: PlanArgs, machines: Sequence[Topology]) -> None:
             lines += [f"  {line}" for line in costs]
         else:
             planned = compiled(config, base, machine, args.images)
-            record, lines = planned.to_dict(), list(describe(planned, steps=run.steps, price=args.price))
+            record, lines = planned.to_dict(), list(plan_lines(planned, steps=run.steps, price=args.price))
         print("\n".join(lines), flush=True)
         if args.json is not None:
             with args.json.open("a") as file:

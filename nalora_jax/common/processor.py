@@ -26,7 +26,7 @@ def name() -> str:
     return _fields().get("model name", platform.processor())
 
 
-def described() -> str:
+def processor_name() -> str:
     """Returns the CPU's model, its fastest bf16 instructions, and the number of cores.
 
     Virtual machines give several generations one name, and they sum in another order.

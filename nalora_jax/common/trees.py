@@ -54,7 +54,7 @@ def size_bytes(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def count(tree: Any) -> int:
+def count_elements(tree: Any) -> int:
     """Returns the number of elements of all leaves."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 

@@ -326,13 +326,13 @@ def check_path(flag: str, path: object) -> None:
     """
     text = str(path)
     shown = repr(text[:80]) + ("..." if len(text) > 80 else "")
-    require(flag, is_path(text), "a path whose parts have 1 to 255 bytes", shown)
+    require(flag, is_valid_path(text), "a path whose parts have 1 to 255 bytes", shown)
     where = buckets.url(text)
     if where is not None and not buckets.is_url(where):
         raise buckets.missing_package(flag, where)
 
 
-def is_path(text: str) -> bool:
+def is_valid_path(text: str) -> bool:
     """Returns True if a file system accepts ``text`` as a path."""
     longest = max((len(name.encode(errors="replace")) for name in Path(text).parts), default=0)
     return (

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from nalora_jax.common.downloads import fetch
+from nalora_jax.common.downloads import fetch_file
 from nalora_jax.data import tasks
 from nalora_jax.errors import NaloraError
 
@@ -67,14 +67,14 @@ class Commonsense(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        del dl_manager  # downloads.fetch downloads, with its checksum
+        del dl_manager  # downloads.fetch_file downloads, with its checksum
         name = self.builder_config.name
         return {
             split: self._generate_examples(name, split) for split in tasks.SIZES[tasks.task_of(name)[0]]
         }
 
     def _generate_examples(self, name: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        path = fetch(tasks.package_file(name, split))
+        path = fetch_file(tasks.package_file(name, split))
         count = 0
         for count, row in enumerate(_questions(path), start=1):
             yield count - 1, _record(row)
@@ -163,7 +163,7 @@ class Needle(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        del dl_manager  # downloads.fetch downloads, with its checksum
+        del dl_manager  # downloads.fetch_file downloads, with its checksum
         return {split: self._generate_examples(split) for split in tasks.NEEDLE_SIZES}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -53,7 +53,7 @@ class Rendered:
     special: bool
 
 
-def render(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str) -> Rendered:
+def render_record(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str) -> Rendered:
     """Returns the training text of a record, chosen by its fields (`nalora_jax.data.forms`).
 
     Args:

@@ -485,7 +485,7 @@ def _parquet(path: Path | str) -> Groups:
     """Returns the sizes of a Parquet file's row groups, and the functions that decode them."""
     import pyarrow.parquet as pq
 
-    source = buckets.opened(path) if isinstance(path, str) else path
+    source = buckets.open_ranges(path) if isinstance(path, str) else path
     about = pq.read_metadata(source, memory_map=True)
     file = pq.ParquetFile(source, metadata=about, memory_map=True, read_dictionary=_coded_texts(about))
     count = file.num_row_groups

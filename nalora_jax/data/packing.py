@@ -94,7 +94,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, *, several: bool = 
     return Pattern(np.concatenate(slots), np.concatenate([[0], np.cumsum(per_row)]), capacity)
 
 
-def plan(pattern: Pattern, lengths: np.ndarray, seed: int, epoch: int) -> PackingPlan:
+def plan_rows(pattern: Pattern, lengths: np.ndarray, seed: int, epoch: int) -> PackingPlan:
     """Returns the rows of ``epoch``: every example exactly once, in a slot of its length.
 
     Args:

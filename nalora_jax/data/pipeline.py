@@ -18,7 +18,7 @@ import numpy as np
 
 from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig
-from nalora_jax.data.packing import PackingPlan, Pattern, fill_rows, pack, permutation, plan
+from nalora_jax.data.packing import PackingPlan, Pattern, fill_rows, pack, permutation, plan_rows
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO, open_pair, open_source
 from nalora_jax.data.store import UNLIMITED, TokenStore, cut_store, open_store
@@ -137,7 +137,7 @@ class TrainData(Stream):
     @cached_property
     def _plan(self) -> Callable[[int], PackingPlan]:
         lengths = self.lengths
-        return lru_cache(maxsize=2)(lambda epoch: plan(self.pattern, lengths, self.seed, epoch))
+        return lru_cache(maxsize=2)(lambda epoch: plan_rows(self.pattern, lengths, self.seed, epoch))
 
     def records_of(self, index: int) -> np.ndarray:
         """Returns the examples in row ``index`` of the stream."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.config.checks import check_path, is_path
+from nalora_jax.config.checks import check_path, is_valid_path
 from nalora_jax.data.packing import permutation
 from nalora_jax.errors import NaloraError
 
@@ -275,7 +275,7 @@ def components(dataset: str) -> list[tuple[str, float]]:
     """
     for text in filter(str.strip, dataset.split(",")):
         check_path("--data.dataset", text)
-    if (is_path(dataset) and Path(dataset).exists()) or ("," not in dataset and "*" not in dataset):
+    if (is_valid_path(dataset) and Path(dataset).exists()) or ("," not in dataset and "*" not in dataset):
         return [(dataset, 1.0)]
     names = []
     for text in dataset.split(","):

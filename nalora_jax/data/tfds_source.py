@@ -81,7 +81,7 @@ class TfdsSource(Source):
     def _plain(self, name: str, value: Any) -> Any:
         if name in self._encoded:
             return value if isinstance(value, bytes) else bytes(np.asarray(value).item())
-        return plain(value)
+        return plain_feature(value)
 
     @property
     def spans(self) -> list[Span]:
@@ -230,7 +230,7 @@ def absolute_of(split: str, sizes: Mapping[str, int]) -> list[Span]:
     return absolute(split, infos)
 
 
-def plain(value: Any) -> Any:
+def plain_feature(value: Any) -> Any:
     """Returns a decoded TFDS feature as plain Python; bytes that are not text stay bytes."""
     if isinstance(value, bytes):
         try:
@@ -238,13 +238,13 @@ def plain(value: Any) -> Any:
         except UnicodeDecodeError:
             return value
     if isinstance(value, dict):
-        return {name: plain(member) for name, member in value.items()}
+        return {name: plain_feature(member) for name, member in value.items()}
     if isinstance(value, np.ndarray) and value.dtype != object:
         if value.ndim == 0:
             return value.item()
         return value.tolist()
     if isinstance(value, list | tuple | np.ndarray):
-        return [plain(member) for member in value]
+        return [plain_feature(member) for member in value]
     if isinstance(value, np.generic):
         return value.item()
     return value

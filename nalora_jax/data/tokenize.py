@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import MissingFieldError, Rendered, render
+from nalora_jax.data.chat import MissingFieldError, Rendered, render_record
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.source import Record, Source
 from nalora_jax.errors import ListedError, NaloraError, shorten
@@ -39,7 +39,7 @@ def rendered(
     """Yields `converted` records as texts to tokenize together."""
 
     def convert(record: Record, where: str) -> Rendered:
-        return render(record, config, tokenizer, where)
+        return render_record(record, config, tokenizer, where)
 
     return converted(source, indices, convert, config)
 

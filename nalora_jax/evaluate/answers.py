@@ -26,13 +26,13 @@ def matches(answer: str, reference: str, normalise: Normalise) -> bool:
     return normalised == expected and (bool(normalised) or answer.strip() == reference.strip())
 
 
-def plain_text(text: str) -> str:
+def normalised_text(text: str) -> str:
     """Returns the text in lower case, without punctuation, English articles and repeated spaces.
 
     This is SQuAD's normalisation.
 
     Example:
-      >>> plain_text("  The Eiffel-Tower, Paris. ")
+      >>> normalised_text("  The Eiffel-Tower, Paris. ")
       'eiffeltower paris'
     """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())

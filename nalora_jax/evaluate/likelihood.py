@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.common.notes import counting
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.generate.programs import batch_shards, place_batch
+from nalora_jax.evaluate.generate.programs import place_batch, prompt_shards
 from nalora_jax.layout.distributed import context_size, fetch, row_sharding
 from nalora_jax.models.cache import Cache, grow, repeat
 from nalora_jax.models.config import ModelConfig
@@ -56,6 +56,7 @@ def score_groups(
     variables: Mapping[str, Any],
     groups: Sequence[Sequence[Pair]],
     *,
+    fitting: Sequence[Sequence[Pair]] = (),
     batch_tokens: int = 1536,
     mesh: Mesh | None = None,
 ) -> list[list[Score]]:
@@ -69,6 +70,8 @@ def score_groups(
       model: the decoder.
       variables: ``params``, and ``lora`` if there are adapters.
       groups: lists of (context ids, continuation ids), neither empty.
+      fitting: groups that fit into the shapes of the batches, ``groups`` among them; by default ``groups``.
+        Calls with the same ``fitting`` share one program.
       batch_tokens: approximate number of shared tokens per batch.
       mesh: mesh of the weights, if they are sharded; the batch is split over its data axes.
 
@@ -83,7 +86,8 @@ def score_groups(
     switch = _longest_sharing(model.config)
     splits = [split_group(index, pairs, switch) for index, pairs in enumerate(groups)]
     _check_lengths(splits, model.config.max_positions)
-    layout = choose_layout(splits, tokens=batch_tokens, shards=batch_shards(mesh))
+    sized = [split_group(index, pairs, switch) for index, pairs in enumerate(fitting)] or splits
+    layout = choose_layout(sized, tokens=batch_tokens, shards=prompt_shards(mesh))
     variables = prepare(variables, model.numerics, tables=False)
     scores: list[list[Score]] = [[Score(0.0, 0, True)] * len(split.tails) for split in splits]
     with counting("evaluating", sum(map(len, scores))) as done:
@@ -289,7 +293,8 @@ def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) ->
     Args:
       index: number of the group.
       pairs: contexts and continuations.
-      switch: length beyond which a text cannot share a prefix: a group with a longer text has no stem.
+      switch: length beyond which a text cannot share a prefix: a group with a longer text has no stem,
+        nor has a single text.
 
     Raises:
       NaloraError: there is no pair, or a context or a continuation is empty.
@@ -306,7 +311,7 @@ def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) ->
     shared = _common_prefix([text[:shortest] for text in texts])
     # The last shared token stays in the tails; `shared` is 0 if the first tokens differ.
     cut = max(shared - 1, 0)
-    if switch is not None and max(map(len, texts)) - 1 > switch:
+    if len(texts) == 1 or (switch is not None and max(map(len, texts)) - 1 > switch):
         cut = 0
     return Split(
         index,

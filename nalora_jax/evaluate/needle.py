@@ -38,7 +38,7 @@ def exact_match(
     Args:
       generator: the model.
       items: prompts with reference completions.
-      normalise: applied to both before the comparison, such as `nalora_jax.evaluate.answers.plain_text`.
+      normalise: applied to both before the comparison, such as `nalora_jax.evaluate.answers.normalised_text`.
       batch_size: prompts per batch.
       **settings: generation settings, the fields of `nalora_jax.evaluate.generate.Settings`.
 

@@ -16,7 +16,7 @@ from nalora_jax.data.items import CompletionItem, Item, SeenItem
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.evaluator import SAMPLE_TOKENS
 from nalora_jax.evaluate.generate import Completion, Generator
-from nalora_jax.evaluate.generate.programs import batch_shards, bucket, place_batch
+from nalora_jax.evaluate.generate.programs import bucket, place_batch, prompt_shards
 from nalora_jax.evaluate.likelihood import target_log_probs
 from nalora_jax.evaluate.text import TextEvaluator, of_completions
 from nalora_jax.layout.distributed import fetch
@@ -107,7 +107,7 @@ def seen_losses(
       processor: converts pixels to floats.
       mesh: mesh of the weights, if they are sharded.
     """
-    rows = bucket(min(_BATCH, len(items)), multiple=batch_shards(mesh))
+    rows = bucket(min(_BATCH, len(items)), multiple=prompt_shards(mesh))
     seq = bucket(max(len(item.prompt_ids) + len(item.completion_ids) for item in items) - 1, minimum=16)
     places = max(1, *(len(images) for images in pixels))
     variables = prepare(variables, model.numerics, tables=False)

@@ -33,13 +33,20 @@ class TextEvaluator(Evaluator):
       items: examples of one kind: multiple choice (metric: accuracy) or completions (metric: loss
         per token).
       mesh: mesh of the weights, if they are sharded.
+      fitting: these items and those of other evaluators, which then share one program.
 
     Raises:
       NaloraError: no items, or items of both kinds.
     """
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, items: Sequence[Item], *, mesh: Mesh | None = None
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        items: Sequence[Item],
+        *,
+        mesh: Mesh | None = None,
+        fitting: Sequence[Item] = (),
     ) -> None:
         self.choices = [item for item in items if isinstance(item, ChoiceItem)]
         self.completions = [item for item in items if isinstance(item, CompletionItem)]
@@ -48,7 +55,7 @@ class TextEvaluator(Evaluator):
             raise NaloraError(
                 "evaluation data", expected="questions with choices, or all without", found=actual
             )
-        self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
+        self._model, self._tokenizer, self._mesh, self._fitting = model, tokenizer, mesh, fitting
         self.metric, self.mode = ("accuracy", "max") if self.choices else ("loss", "min")
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
@@ -57,7 +64,9 @@ class TextEvaluator(Evaluator):
         if self.choices:
             # Per character, because the summed log-likelihood favours short choices. It makes no
             # difference for choices of equal length.
-            return choice_records(self._model, variables, self.choices, per="character", mesh=self._mesh)
+            every = [item for item in self._fitting if isinstance(item, ChoiceItem)]
+            options: dict[str, Any] = {"per": "character", "mesh": self._mesh, "fitting": every}
+            return choice_records(self._model, variables, self.choices, **options)
         return self._completion_records(variables)
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
@@ -93,7 +102,8 @@ class TextEvaluator(Evaluator):
         }
 
     def _completion_records(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
-        return completion_records(self._model, variables, self.completions, mesh=self._mesh)
+        every = [item for item in self._fitting if isinstance(item, CompletionItem)]
+        return completion_records(self._model, variables, self.completions, mesh=self._mesh, fitting=every)
 
     def _generated(self, variables: Mapping[str, Any], items: Sequence[CompletionItem]) -> list[Completion]:
         generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh)
@@ -110,6 +120,7 @@ def choice_records(
     *,
     per: Per = "choice",
     mesh: Mesh | None = None,
+    fitting: Sequence[ChoiceItem] = (),
 ) -> list[dict[str, Any]]:
     """Answers every question by its most likely choice after the prompt.
 
@@ -119,6 +130,7 @@ def choice_records(
       items: the questions.
       per: normalisation of the log-likelihoods.
       mesh: mesh of the weights, if they are sharded.
+      fitting: items of all calls that share one program; by default the items.
 
     Returns:
       Records with ``item`` (its number), ``prompt``, ``choices``, their ``log_probs``, ``gold`` and
@@ -128,8 +140,11 @@ def choice_records(
     Raises:
       NaloraError: a question has an empty prompt or choice.
     """
-    groups = [list(zip(item.contexts, item.choice_ids, strict=True)) for item in items]
-    scores = score_groups(model, variables, groups, mesh=mesh)
+    groups, fits = (
+        [list(zip(item.contexts, item.choice_ids, strict=True)) for item in each]
+        for each in (items, fitting)
+    )
+    scores = score_groups(model, variables, groups, fitting=fits, mesh=mesh)
     answers = predict(items, scores, per).tolist()
     return [
         {
@@ -153,6 +168,7 @@ def completion_records(
     items: Sequence[CompletionItem],
     *,
     mesh: Mesh | None = None,
+    fitting: Sequence[CompletionItem] = (),
 ) -> list[dict[str, Any]]:
     """Scores the reference completions after their prompts.
 
@@ -160,8 +176,10 @@ def completion_records(
       Records with ``item`` (its number), ``prompt``, ``completion``, and the ``loss``, summed over the
       ``tokens`` of the completion.
     """
-    groups = [[(item.prompt_ids, item.completion_ids)] for item in items]
-    scores = [row[0] for row in score_groups(model, variables, groups, mesh=mesh)]
+    groups, fits = (
+        [[(item.prompt_ids, item.completion_ids)] for item in each] for each in (items, fitting)
+    )
+    scores = [row[0] for row in score_groups(model, variables, groups, fitting=fits, mesh=mesh)]
     return of_completions(items, [-score.log_prob for score in scores], [score.tokens for score in scores])
 
 

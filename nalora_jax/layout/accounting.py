@@ -25,10 +25,10 @@ from nalora_jax.layout.hlo import (
     is_between_slices,
     is_continued,
     kernel_name,
-    origin,
-    parse,
+    parse_program,
     received,
     used,
+    without_bitcasts,
 )
 from nalora_jax.models.experts import UNEVEN
 
@@ -117,7 +117,7 @@ class Program:
     """
 
     def __init__(self, text: str) -> None:
-        self.computations, self.entry = parse(text)
+        self.computations, self.entry = parse_program(text)
 
     @cached_property
     def times(self) -> dict[str, float]:
@@ -434,7 +434,7 @@ class Program:
         inner, total = self.computations[user.calls[0]], 0.0
         for index in (i for i, name in enumerate(user.operands) if name == source.name):
             total += self._read(inner, index)
-            if not user.is_root and origin(inner.root, inner) is inner.parameter(index):
+            if not user.is_root and without_bitcasts(inner.root, inner) is inner.parameter(index):
                 total += self._read_of(computation, user)
         return total
 
@@ -445,7 +445,7 @@ class Program:
         The operand may be modified.
         """
         updated = user.opcode == "dynamic-update-slice" and user.operands[0] == source.name
-        unchanged = origin(source, computation).opcode == "parameter"
+        unchanged = without_bitcasts(source, computation).opcode == "parameter"
         returned = user.opcode in ("tuple", "bitcast") and user.is_root and unchanged
         return updated or returned or is_continued(user, computation)
 

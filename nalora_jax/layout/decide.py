@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.layouts import Layout, preferred
+from nalora_jax.layout.layouts import Layout, fastest
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Search:
         Returns None if a compiled layout is accepted or `MOST` have been compiled.
         """
         if not self.tried:
-            return preferred(self.candidates)
+            return fastest(self.candidates)
         layout, last = self.tried[-1]
         if len(self.tried) >= MOST or (last.fits and last.seconds <= SLOWER * layout.seconds):
             return None
@@ -89,7 +89,7 @@ class Search:
         small = [layout for layout in left if self._memory(layout) <= self.limit]
         fitting = [layout for layout in small if self._seconds(layout) < best]
         if fitting:
-            return preferred(fitting, self._seconds)
+            return fastest(fitting, self._seconds)
         if best == float("inf"):
             return min(left, key=self._memory, default=None)
         return None

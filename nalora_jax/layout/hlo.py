@@ -134,7 +134,7 @@ class Computation:
         )
 
 
-def parse(text: str) -> tuple[dict[str, Computation], str]:
+def parse_program(text: str) -> tuple[dict[str, Computation], str]:
     """Returns computations by name, and the name of the entry computation."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
@@ -304,7 +304,7 @@ def _met(data: int, kernel: int, out: int, window: dict[str, int]) -> int:
 # ---------------------------------------------------------------- bytes
 
 
-def origin(instruction: Instruction, computation: Computation) -> Instruction:
+def without_bitcasts(instruction: Instruction, computation: Computation) -> Instruction:
     """Returns the instruction that a value comes from, without bitcasts."""
     while instruction.opcode == "bitcast" and instruction.operands[0] in computation.instructions:
         instruction = computation.instructions[instruction.operands[0]]

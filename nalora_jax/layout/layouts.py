@@ -179,7 +179,7 @@ def laid_out(
     where = of_devices(list(devices or jax.devices()))
     if where is None:  # `make_mesh` takes the simplest mesh
         return config
-    layout = preferred(fitting(config, base, where))
+    layout = fastest(fitting(config, base, where))
     log.info("mesh: %s", layout)
     return layout.into(config)
 
@@ -202,13 +202,13 @@ def fitting(config: RunConfig, base: ModelConfig, where: Topology) -> list[Layou
             remedy=f"use a multiple of {where.size}, a smaller --train.accumulate, or a larger --mesh.context or "
             "--mesh.tensor",
         )
-    fits = usable(layouts, where)
+    fits = usable_layouts(layouts, where)
     if not fits:
         raise _too_large(layouts, base, where, config.data.max_length)
     return fits
 
 
-def usable(layouts: Sequence[Layout], where: Topology) -> list[Layout]:
+def usable_layouts(layouts: Sequence[Layout], where: Topology) -> list[Layout]:
     """Returns the layouts that are estimated to fit in the memory of a chip and of its host."""
     limit = usable_memory(where)
     return [layout for layout in _hosted(layouts, where) if layout.memory <= limit]
@@ -242,7 +242,7 @@ def _too_large(layouts: Sequence[Layout], base: ModelConfig, where: Topology, se
     )
 
 
-def preferred(
+def fastest(
     layouts: Sequence[Layout], seconds: Callable[[Layout], float] = lambda layout: layout.seconds
 ) -> Layout:
     """Returns the fastest layout.
@@ -485,7 +485,7 @@ def fitting_sweep(config: RunConfig, base: ModelConfig, where: Topology, runs: i
             expected="groups of devices that can share the rows and heads of a run, or one device a run",
             found=config.mesh.run,
         )
-    fits = usable(layouts, where)
+    fits = usable_layouts(layouts, where)
     if not fits:
         smallest = min(layouts, key=lambda layout: layout.memory)
         raise NaloraError(

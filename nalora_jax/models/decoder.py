@@ -171,7 +171,9 @@ class Decoder(nn.Module):
         if c.layer_kinds:
             self.layers = Groups(c, self.remat, options)
         else:
-            self.layers = stacked(Block, self.remat, c.n_layers)(c, *options)
+            self.layers = stacked(Block, self.remat, c.n_layers, drops=_drops(c, self.adapters))(
+                c, *options
+            )
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, self.numerics.result)
         if not c.tie_embeddings:
             self.lm_head = LMHead(c.vocab_size)
@@ -330,7 +332,8 @@ class Groups(nn.Module):
         """Returns ``[batch, seq, d_model]``, and the updates of the layers' states by stack."""
         updates: dict[str, Any] = {}
         for number, group in enumerate(groups(self.config)):
-            period = scanned(Period, len(group[0].layers))(
+            drops = _drops(self.config, self.options[0])
+            period = scanned(Period, len(group[0].layers), drops=drops)(
                 group, self.remat, self.options, name=f"group{number}"
             )
             prefixes = [stack.prefix for stack in group]
@@ -372,6 +375,11 @@ def _layer_inputs(
         embedded=None if embedded is None else embedded[np.array(stack.layers)],
         cached=None if cache is None else cache.states.get(stack.prefix),
     )
+
+
+def _drops(config: ModelConfig, adapters: AdapterSpec) -> bool:
+    """Returns True if training draws dropout within a layer."""
+    return bool(config.attn_dropout or config.residual_dropout or adapters.dropout)
 
 
 def _scanned(by_layer: tuple[int, ...], default: int) -> jax.Array | None:

@@ -90,9 +90,8 @@ class RoutedConfig:
     up_limit: float = 0.0  # see `nalora_jax.method.ffn.up_factor`
     # Tokens of the whole rows if devices hold parts of them (`nalora_jax.ops.split_rows`); 0: whole rows.
     split_length: int = 0
-    axis: str | None = (
-        None  # mapped mesh axis whose devices each hold a part of every expert's channels, in order
-    )
+    # A mapped mesh axis whose devices each hold a part of every expert's channels, in order.
+    axis: str | None = None
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -406,13 +405,13 @@ def exchanged_ffn(
     @jax.checkpoint  # saves no gathered kernel
     def all_here(x: jax.Array, layer: Layer, routing: Routing) -> tuple[jax.Array, dict[str, jax.Array]]:
         with jax.named_scope(UNEVEN):
-            return routed_rows(x, gathered(layer, over), routing, samples, config)
+            return routed_rows(x, all_experts(layer, over), routing, samples, config)
 
     y, measured = lax.cond(fits, exchanged, all_here, x, layer, routing)
     return y, measured
 
 
-def gathered(layer: Layer, over: str) -> Layer:
+def all_experts(layer: Layer, over: str) -> Layer:
     """Returns the layer with all experts, which the devices of a mapped mesh axis share."""
 
     def gather(leaf: jax.Array) -> jax.Array:

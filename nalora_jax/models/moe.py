@@ -39,9 +39,9 @@ from nalora_jax.models.experts import (
     Experts,
     Layer,
     RoutedConfig,
+    all_experts,
     exchanged_ffn,
     exchanges_less,
-    gathered,
     of_each,
     routed_ffn,
 )
@@ -218,7 +218,7 @@ def on_mesh(
         if over and sends:
             y, measured = exchanged_ffn(x, weights, layer, split, over, routed_by)
         else:
-            layer = gathered(layer, over) if over else layer
+            layer = all_experts(layer, over) if over else layer
             y, measured = routed_ffn(x, weights, keys, layer, split, routed_by)
         return in_stored_layout(y, config.numerics), {name: value[None] for name, value in measured.items()}
 
@@ -487,11 +487,11 @@ class SharedExpertsFFN(nn.Module):
         experts, shared = self.part.modules(self.config, self.options, self.part.router)
         y = shared(x, scales_below(scales, "shared_ffn/"), **inputs)
         if self.part.gated:
-            y = y * Gate(name="shared_gate")(x).astype(y.dtype)
+            y = y * TokenGate(name="shared_gate")(x).astype(y.dtype)
         return experts(x, scales_below(scales, "experts_ffn/"), **inputs) + y
 
 
-class Gate(nn.Module):
+class TokenGate(nn.Module):
     """A frozen gate per token."""
 
     @nn.compact

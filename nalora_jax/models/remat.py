@@ -70,9 +70,9 @@ def of_position(remat: str, position: int, period: int) -> str:
     return "dots" if position == period - 1 else "attention"
 
 
-def stacked(block: Any, remat: str, n_layers: int) -> Any:
-    """Returns ``block``, a module of one layer, scanned over layers and rematerialized."""
-    return scanned(rematerialized(block, of_position(remat, 0, 1)), n_layers)
+def stacked(block: Any, remat: str, n_layers: int, *, drops: bool = True) -> Any:
+    """Returns ``block``, a module of one layer, scanned over layers and rematerialized; see `scanned`."""
+    return scanned(rematerialized(block, of_position(remat, 0, 1)), n_layers, drops=drops)
 
 
 def rematerialized(block: Any, remat: str) -> Any:
@@ -87,8 +87,12 @@ def rematerialized(block: Any, remat: str) -> Any:
     return nn.remat(block, policy=_policy(remat), prevent_cse=False)
 
 
-def scanned(block: Any, n_layers: int) -> Any:
-    """Returns ``block`` scanned over the leading axis of its variables and of its first input."""
+def scanned(block: Any, n_layers: int, *, drops: bool = True) -> Any:
+    """Returns ``block`` scanned over the leading axis of its variables and of its first input.
+
+    Flax traces the block twice to check that broadcast variables are constant. Without dropout
+    (``drops`` False) it is traced once; with dropout, the second trace has keys that recorded runs have.
+    """
     return nn.scan(
         block,
         variable_broadcast=STACKS,
@@ -96,6 +100,7 @@ def scanned(block: Any, n_layers: int) -> Any:
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),
         length=n_layers,
+        check_constancy_invariants=drops,
     )
 
 

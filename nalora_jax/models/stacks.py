@@ -9,7 +9,7 @@ compiles the fewest layers. Examples (D: dense, M: mixture, L: linear attention,
     L L L A L L L A    group0 repeats L L L A twice
                        layers/group0/block0: layers 0, 4;  ...; layers/group0/block3: layers 3, 7
 
-Paths of a uniform model name an array of any model together with a layer's number: `locate` maps
+Paths of a uniform model name an array of any model together with a layer's number: `stacked_places` maps
 ``("layers/ffn/gate_proj", 5)`` to the stack's path and the index on its leading axis.
 """
 
@@ -98,7 +98,7 @@ def _period(kinds: Sequence[int]) -> int:
 
 
 @functools.cache
-def locate(config: ModelConfig) -> Mapping[tuple[str, int], tuple[str, int]]:
+def stacked_places(config: ModelConfig) -> Mapping[tuple[str, int], tuple[str, int]]:
     """Returns stacked path and index of every projection by its uniform path and layer number."""
     numbers = layer_numbers(config)
     return {(uniform_path(path), n): (path, i) for path in numbers for i, n in enumerate(numbers[path])}

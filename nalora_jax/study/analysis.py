@@ -176,7 +176,7 @@ def training_gain(baseline: MethodResult) -> float:
         return math.nan
     metric, runs = baseline.metric, baseline.at_rate(baseline.tuning.chosen)
     falls = [cost(metric, r["curve"][0]) - cost(metric, r["validation"]) for r in runs if r["curve"]]
-    return mean(falls)
+    return mean_of(falls)
 
 
 def _sides(protocol: Protocol, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[Cell, str]]:
@@ -237,10 +237,10 @@ def _movement(records: Sequence[Record]) -> float | None:
     values = [value for record in records if (value := last(record, "mean_feature")) is not None]
     if not values:
         return None
-    return mean(values)
+    return mean_of(values)
 
 
-def mean(values: Sequence[float]) -> float:
+def mean_of(values: Sequence[float]) -> float:
     """Returns the mean; NaN without values."""
     if values:
         return math.fsum(values) / len(values)
@@ -251,7 +251,7 @@ def deviation(values: Sequence[float]) -> float:
     """Returns the sample standard deviation; NaN for fewer than two values."""
     if len(values) < 2:
         return math.nan
-    middle = mean(values)
+    middle = mean_of(values)
     return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1))
 
 

@@ -30,7 +30,7 @@ from nalora_jax.study.provenance import (
     describe_old,
     record_digest,
 )
-from nalora_jax.study.records import Record, Records, hours, plain
+from nalora_jax.study.records import Record, Records, exact_values, hours
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.sweeps.program import RunLoop, StatesMetrics, SweepProgram, fit_all
 from nalora_jax.train.compilation import use_compilation_cache
@@ -125,7 +125,7 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
         runs, snapshots = zip(*claimed, strict=True)
         done = perform_all(runs, resources, snapshots, records)
         for record, (_, snapshot) in zip(done, claimed, strict=True):
-            finished = plain(record | {"commit": commit})
+            finished = exact_values(record | {"commit": commit})
             store.append(finished | {"digest": record_digest(finished)})
             snapshot.unlink(missing_ok=True)
             log.info("  %s in %.0f s", _outcome(finished), time.perf_counter() - began)

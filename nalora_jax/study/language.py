@@ -31,7 +31,7 @@ from nalora_jax.train.program import Assembly, assemble, starting_at
 from nalora_jax.train.start import first_adapters
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import ResolvedSource
-from nalora_jax.weights.hub import resolve
+from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
 from nalora_jax.weights.new_tokens import with_added
 
@@ -181,7 +181,7 @@ class Language:
 
 
 def _files(config: RunConfig) -> ResolvedSource:
-    return replace(resolve(config.model), rope_scaling=config.rope_scaling)
+    return replace(resolve_source(config.model), rope_scaling=config.rope_scaling)
 
 
 def _items(items: Sequence[Item]) -> LanguageItems:

@@ -27,25 +27,25 @@ def located(config: RunConfig, folder: Path) -> RunConfig:
     data = replace(
         config.data,
         dataset=locate_dataset(config.data.dataset, folder),
-        train_split=locate(config.data.train_split, folder),
-        eval_split=locate(config.data.eval_split, folder),
+        train_split=located_from(config.data.train_split, folder),
+        eval_split=located_from(config.data.eval_split, folder),
     )
     parts = [config.model]
     if config.vision.task in DUAL:  # an image and a text encoder
         parts = config.model.split("+")
-    model = "+".join(locate(part, folder, is_model=True) for part in parts)
+    model = "+".join(located_from(part, folder, is_model=True) for part in parts)
     return replace(config, model=model, data=data)
 
 
 def locate_dataset(dataset: str, folder: Path) -> str:
-    """Returns the text of a data set or a mixture with `locate` applied to each part."""
+    """Returns the text of a data set or a mixture with `located_from` applied to each part."""
     several = components(dataset)
     if len(several) == 1 and several[0][1] == 1:
-        return locate(dataset, folder)
-    return ",".join(f"{locate(name, folder)}*{weight:g}" for name, weight in several)
+        return located_from(dataset, folder)
+    return ",".join(f"{located_from(name, folder)}*{weight:g}" for name, weight in several)
 
 
-def locate(text: str, folder: Path, *, is_model: bool = False) -> str:
+def located_from(text: str, folder: Path, *, is_model: bool = False) -> str:
     """Returns a path relative to ``folder`` as seen from the current folder; other names unchanged.
 
     A text is a path if the file exists in ``folder``, or a folder whose name has a slash, or if it

@@ -17,7 +17,7 @@ from nalora_jax.study.analysis import (
     MethodResult,
     comparisons,
     last,
-    mean,
+    mean_of,
     named,
     results,
 )
@@ -143,7 +143,7 @@ def _loss_by_step(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
         if curves:
             steps = sorted(set(curves[0]).intersection(*curves) - {0})
         if steps:
-            values = [mean([curve[step] for curve in curves]) for step in steps]
+            values = [mean_of([curve[step] for curve in curves]) for step in steps]
             axis.plot(steps, values, label=result.cell.method, linewidth=1.2, **marks[result.cell.method])
             drawn |= len(steps) > 1
     axis.set(xlabel="step", ylabel=f"{_cost(group)}, lower is better")
@@ -174,7 +174,7 @@ def _importance(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any])
             for record in result.finite().values()
         ]
         steps = sorted(set(rows[0]).intersection(*rows)) if rows else []
-        values = [mean([float(row[step]) for row in rows if row[step] is not None]) for step in steps]
+        values = [mean_of([float(row[step]) for row in rows if row[step] is not None]) for step in steps]
         if any(map(math.isfinite, values)):
             axis.plot(steps, values, label=result.cell.method, linewidth=1.2, **marks[result.cell.method])
             lines.append(values)

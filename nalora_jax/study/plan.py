@@ -120,7 +120,7 @@ class Tuning:
 
 def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tuning:
     """Returns the grid of ``cell``, extended as the records require."""
-    rates = [canonical(rate) for rate in protocol.rates]
+    rates = [rounded_rate(rate) for rate in protocol.rates]
     added = {"low": 0, "high": 0}
     while True:
         losses = [_mean_loss(protocol, cell, rate, records) for rate in rates]
@@ -133,9 +133,9 @@ def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tun
             return Tuning(tuple(rates), tuple(losses), at_edge=bool(end) and len(rates) > 1)
         added[end] += 1
         if end == "low":
-            rates.insert(0, canonical(rates[0] ** 2 / rates[1]))
+            rates.insert(0, rounded_rate(rates[0] ** 2 / rates[1]))
         else:
-            rates.append(canonical(rates[-1] ** 2 / rates[-2]))
+            rates.append(rounded_rate(rates[-1] ** 2 / rates[-2]))
 
 
 def cost(metric: str, measured: Mapping[str, Any]) -> float:
@@ -154,7 +154,7 @@ def cost(metric: str, measured: Mapping[str, Any]) -> float:
     return 1.0 - value
 
 
-def canonical(rate: float) -> float:
+def rounded_rate(rate: float) -> float:
     """Returns a rate with three digits, so that computed rates equal written ones."""
     return float(f"{rate:.3g}")
 
@@ -167,7 +167,7 @@ def tuning_runs(protocol: Protocol, cell: Cell, rates: Sequence[float]) -> list[
 def test_runs(protocol: Protocol, cell: Cell, chosen: float) -> list[Run]:
     """Returns the runs of ``cell`` that read the test items."""
     return [
-        Run(protocol, "test", cell, canonical(chosen * multiple), seed, multiple)
+        Run(protocol, "test", cell, rounded_rate(chosen * multiple), seed, multiple)
         for seed in protocol.test_seeds
         for multiple in protocol.test_multiples
     ]

@@ -18,7 +18,7 @@ from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
 from nalora_jax.study.plan import Run
 from nalora_jax.study.provenance import code_version
-from nalora_jax.study.records import plain, read_snapshot, write_snapshot
+from nalora_jax.study.records import exact_values, read_snapshot, write_snapshot
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.subject import Items
 from nalora_jax.train.loop import Follower, LoopEvaluation, Schedule, run_steps
@@ -63,7 +63,7 @@ class RunInProgress:
     def begin(self) -> tuple[TrainState, int]:
         """Returns the state to train from and its step, from the snapshot if there is one."""
         state = self.resources.start(self.run, self.prepared, self.data)
-        self.parameters = trees.count(state.lora)
+        self.parameters = trees.count_elements(state.lora)
         state, start = self._resumed(state)
         if not start:
             self.curve.append({"step": 0} | self._base(self.items))
@@ -146,7 +146,7 @@ class RunInProgress:
         notes = {"step": step, "curve": self.curve, "training": self.training, "seconds": seconds}
         leaves = trees.flatten(state).items()
         arrays = {path: np.asarray(distributed.fetch(leaf)) for path, leaf in leaves}
-        write_snapshot(self.snapshot, arrays, plain(notes | {"identity": self.identity}))
+        write_snapshot(self.snapshot, arrays, exact_values(notes | {"identity": self.identity}))
 
     # ------------------------------------------------------------
 

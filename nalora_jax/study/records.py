@@ -125,7 +125,7 @@ class Records:
 
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:
         """Adds a line atomically, under a lock and after removing an incomplete line."""
-        content = (json.dumps(plain(line), allow_nan=False) + "\n").encode()
+        content = (json.dumps(exact_values(line), allow_nan=False) + "\n").encode()
         try:
             with locked(self._claims() / "records.lock", wait=True), open_unlinked(path, "ab+") as file:
                 file.seek(0)
@@ -160,11 +160,11 @@ def hours(records: Mapping[str, Record]) -> float:
     return sum(float(record["seconds"]) for record in records.values()) / 3600
 
 
-def plain(value: Any) -> Any:
+def exact_values(value: Any) -> Any:
     """Returns ``value`` as JSON types with all digits of its numbers, to show every difference.
 
     Example:
-      >>> plain({"loss": np.float64(0.1), "steps": (1, np.int32(2)), "bad": float("nan")})
+      >>> exact_values({"loss": np.float64(0.1), "steps": (1, np.int32(2)), "bad": float("nan")})
       {'loss': 0.1, 'steps': [1, 2], 'bad': None}
     """
     return to_json(value, digits=17)

@@ -25,7 +25,7 @@ from nalora_jax.study.analysis import (
     deviation,
     forgotten,
     last,
-    mean,
+    mean_of,
     named,
     results,
 )
@@ -44,7 +44,7 @@ PICTURES = "pictures"
 _OURS = re.compile(r"(loss_by_rate|loss_by_step|misalignment|importance|differences(_\d+)?)\.svg")
 
 
-def write_report(protocol: Protocol) -> list[Path]:
+def write_tables(protocol: Protocol) -> list[Path]:
     """Writes ``results.md`` and ``pictures/*.svg`` to the protocol's folder; returns their paths.
 
     Raises:
@@ -58,7 +58,7 @@ def write_report(protocol: Protocol) -> list[Path]:
     if note := describe_old(records):
         log.info("%s", note)
     drawn = draw(protocol, records)
-    text = render(protocol, records)
+    text = render_results(protocol, records)
     if drawn:
         links = "\n\n".join(
             f"![{name.removesuffix('.svg').replace('_', ' ')}]({PICTURES}/{name})" for name in drawn
@@ -84,7 +84,7 @@ _MOVEMENT = {
 }
 
 
-def render(protocol: Protocol, records: Mapping[str, Record]) -> str:
+def render_results(protocol: Protocol, records: Mapping[str, Record]) -> str:
     """Returns all tables as one Markdown document."""
     cell_results = results(protocol, records)
     compared = comparisons(protocol, cell_results)
@@ -269,7 +269,7 @@ def _scored(protocol: Protocol) -> str:
 def _test_row(result: MethodResult, names: Sequence[str]) -> list[str]:
     losses, finite = result.losses(), list(result.finite().values())
     movement = [
-        mean([v for record in finite if (v := last(record, name)) is not None]) for name in _MOVEMENT
+        mean_of([v for record in finite if (v := last(record, name)) is not None]) for name in _MOVEMENT
     ]
     return [
         result.cell.method,
@@ -277,11 +277,11 @@ def _test_row(result: MethodResult, names: Sequence[str]) -> list[str]:
         f"{next(iter(result.tests.values()))['parameters']:,}",
         str(len(losses)),
         str(result.diverged()),
-        number(mean(losses)),
+        number(mean_of(losses)),
         number(deviation(losses)),
-        *(number(mean(result.measured(name)), 4 if name == "loss" else 3) for name in names),
+        *(number(mean_of(result.measured(name)), 4 if name == "loss" else 3) for name in names),
         *(number(value) for value in movement),
-        number(mean([float(record["seconds"]) for record in result.tests.values()]), 0),
+        number(mean_of([float(record["seconds"]) for record in result.tests.values()]), 0),
     ]
 
 
@@ -399,7 +399,7 @@ def _margin(margin: float, gain: float) -> str:
 
 def _brief_row(comparison: MethodComparison, *, several_models: bool) -> list[str]:
     p, cell = comparison.paired, comparison.cell
-    task = task_of(cell, several_models=several_models)
+    task = task_name(cell, several_models=several_models)
     difference = [str(p.n), signed(p.mean), interval(p), f"{p.better}/{p.n}"]
     return [cell.method, comparison.other, task, *difference, p_value(p.t_p, comparison.t_holm)]
 
@@ -438,7 +438,7 @@ def multiples(
         rows = [
             [
                 result.cell.method,
-                *(f"{number(mean(result.losses(m)))} ({result.diverged(m)})" for m in factors),
+                *(f"{number(mean_of(result.losses(m)))} ({result.diverged(m)})" for m in factors),
             ]
             for result in group
             if result.tests
@@ -470,7 +470,7 @@ def probes(
 
 def _probe(records: Sequence[Record], name: str) -> str:
     before = float(records[0]["probes"][name]["before"])
-    return f"{number(before)} {signed(mean([forgotten(name, record) for record in records]))}"
+    return f"{number(before)} {signed(mean_of([forgotten(name, record) for record in records]))}"
 
 
 # ---------------------------------------------------------------- cells
@@ -511,7 +511,7 @@ def _p(value: float) -> str:
     return f"{value:.3f}"
 
 
-def task_of(cell: Cell, *, several_models: bool) -> str:
+def task_name(cell: Cell, *, several_models: bool) -> str:
     """Returns the task's name, with the model's if the study has several."""
     if several_models:
         return f"{cell.task} ({cell.model})"

@@ -18,7 +18,7 @@ from nalora_jax.method.rules import make
 from nalora_jax.method.step import Step, TrainState
 from nalora_jax.method.transform import Mechanisms
 from nalora_jax.study.language import Language, LanguageItems
-from nalora_jax.study.locations import locate, locate_dataset
+from nalora_jax.study.locations import locate_dataset, located_from
 from nalora_jax.study.plan import Run
 from nalora_jax.study.preferences import Preferences
 from nalora_jax.study.protocol import Protocol, data_of
@@ -160,7 +160,7 @@ class Resources:
           NaloraError: some of them are used for training or tuning.
         """
         task, data = self.protocol.tasks[run.cell.task], run.config.data
-        test = locate(task.test, self.protocol.folder)
+        test = located_from(task.test, self.protocol.folder)
         # The error names the training split; test items must not overlap with validation items.
         self.subject(run.config).check_apart(run.config, data.eval_split, test)
         data = data_of(data.dataset, test, task.test_items, data)
@@ -174,7 +174,7 @@ class Resources:
         """Returns items of other data, by the name of the probe."""
         items, folder = {}, self.protocol.folder
         for name, probe in self.protocol.probes.items():
-            dataset, split = locate_dataset(probe.dataset, folder), locate(probe.split, folder)
+            dataset, split = locate_dataset(probe.dataset, folder), located_from(probe.split, folder)
             data = replace(data_of(dataset, split, probe.items, run.config.data), train_split=split)
             items[name] = self._drawn(run.config, data, self.subject(run.config).probe)
         return items

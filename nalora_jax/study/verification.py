@@ -13,7 +13,7 @@ from nalora_jax.study.execution import perform
 from nalora_jax.study.plan import Run, wanted
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.provenance import checked_records, describe_old
-from nalora_jax.study.records import Record, Records, plain
+from nalora_jax.study.records import Record, Records, exact_values
 from nalora_jax.study.resources import Resources
 from nalora_jax.train.machine import describe_device
 
@@ -26,7 +26,7 @@ _DIGESTS = ("rules", "adapter", "base", "source", "data", "items")
 _LOGGED_SHARE = 0.02  # tolerance of other numbers of a log step, as a share of their value
 
 
-def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> str:
+def verify_records(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> str:
     """Checks all records, repeats ``count`` finished runs, and compares every recorded measure.
 
     The repeated runs are drawn from runs recorded on this kind of machine, if there are any:
@@ -55,7 +55,7 @@ def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> st
     lines = []
     for run in random.Random(seed).sample(ours, min(count, len(ours))):
         with tempfile.TemporaryDirectory() as folder:
-            repeated = plain(perform(run, resources, Path(folder) / "snapshot.npz"))
+            repeated = exact_values(perform(run, resources, Path(folder) / "snapshot.npz"))
         _compare(run, records[run.id], repeated)
         lines += _described(run, records[run.id], repeated)
     if len(ours) < len(finished):

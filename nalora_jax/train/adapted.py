@@ -20,7 +20,7 @@ from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.train.located import Located, found_adapter, locate, run_config
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import ResolvedSource
-from nalora_jax.weights.hub import resolve
+from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel
 from nalora_jax.weights.new_tokens import check_adapter, for_adapter
 from nalora_jax.weights.peft import import_adapter
@@ -84,7 +84,7 @@ def load(
     if quantize == "run":
         quantize = compute.quantize
     quantized = None if quantize == "none" else quantize
-    files = resolved or resolve(located.base)
+    files = resolved or resolve_source(located.base)
     if located.adapter is not None:
         files = replace(files, rope_scaling=recorded_rope_scaling(located.adapter))
     base = load_model(files, dtype=dtype, mesh=mesh, quantized=quantized, images=images)

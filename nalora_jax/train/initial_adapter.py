@@ -24,7 +24,7 @@ from nalora_jax.models.stacks import layer_numbers
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, layer_path
 from nalora_jax.train.located import adapter_folder, locate
 from nalora_jax.weights.hf import ResolvedSource
-from nalora_jax.weights.hub import resolve
+from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
 from nalora_jax.weights.new_tokens import for_adapter
 from nalora_jax.weights.peft import import_adapter
@@ -75,7 +75,7 @@ def with_adapter(
     digest, model = _checked_digest(config, folder), config.model
     if model == RunConfig().model and not ("model" in named or config.adapter_sha256):
         model = locate(config.adapter).base
-    files = replace(resolve(model), rope_scaling=recorded_rope_scaling(folder))
+    files = replace(resolve_source(model), rope_scaling=recorded_rope_scaling(folder))
     base, added = _with_tokens(files, folder, images=config.vision.task == "chat")
     spec = _spec(folder, digest, base)
     if not config.adapter_sha256:

@@ -17,7 +17,7 @@ from nalora_jax.layout.distributed import platform_of
 def describe_device() -> str:
     """Returns number and kind of the devices, with the processor name of CPU devices."""
     platform = platform_of()
-    kind = processor.described() if platform.name == "cpu" else platform.kind
+    kind = processor.processor_name() if platform.name == "cpu" else platform.kind
     return f"{platform.devices} x {platform.name} ({kind})"
 
 

@@ -304,7 +304,7 @@ def write_text(folder: str, name: str, text: str) -> None:
         files.write_atomically(Path(folder) / name, text)
         return
     with _store_errors(where, "a folder that can be written"):
-        (open_store(where) / name).write_text(text)
+        (store_folder(where) / name).write_text(text)
 
 
 @contextmanager
@@ -331,7 +331,7 @@ def mirrored(
     if jax.process_index():  # several processes may share a machine
         name += f"-{jax.process_index()}"
     folder = downloads.cache_dir() / "runs" / name
-    mirror = Mirror(where, open_store(where), folder, without)
+    mirror = Mirror(where, store_folder(where), folder, without)
 
     def begin() -> None:
         with _store_errors(where, "a folder that can be read and written"):
@@ -487,7 +487,7 @@ def _keep_copying(mirror: Mirror, stop: threading.Event, every: float) -> None:
             warned = True
 
 
-def open_store(where: str) -> epath.Path:
+def store_folder(where: str) -> epath.Path:
     """Returns the folder in the store.
 
     Raises:

@@ -27,7 +27,7 @@ import numpy as np
 
 from nalora_jax.common.registry import Registry, from_text
 from nalora_jax.errors import NaloraError, described
-from nalora_jax.evaluate.answers import last_number, matches, plain_text
+from nalora_jax.evaluate.answers import last_number, matches, normalised_text
 
 Record = Mapping[str, Any]
 Reward = Callable[[str, str, Record], float]
@@ -48,7 +48,7 @@ def register_reward(name: str) -> Callable[[Kind], Kind]:
 @register_reward("exact")
 def exact_reward(prompt: str, completion: str, record: Record) -> float:
     """Returns 1 if the completion is the answer, apart from case, punctuation, articles and white space."""
-    return float(matches(completion, str(record["answer"]), plain_text))
+    return float(matches(completion, str(record["answer"]), normalised_text))
 
 
 @register_reward("number")

@@ -32,10 +32,10 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import (
     NO_TOKEN,
     Prompts,
-    batch_shards,
     bucket,
     padded_rows,
     place_batch,
+    prompt_shards,
     sample_groups,
     view_weights,
 )
@@ -141,7 +141,7 @@ class Sampler:
     @cached_property
     def shape(self) -> tuple[int, int, int]:
         """Returns `program_shape` on this mesh."""
-        return program_shape(self.prompts, self.samples, batch_shards(self.mesh), self.rows)
+        return program_shape(self.prompts, self.samples, prompt_shards(self.mesh), self.rows)
 
     def __call__(self, lora: Any, step: int, prompts: Sequence[Prompt], *, attempt: int = 0) -> Samples:
         """Returns the samples of ``prompts``.

@@ -215,7 +215,7 @@ def restore(job: Job, session: Session) -> TrainState:
         cannot start.
     """
     config, assembly = job.config, job.assembly
-    trained = f"{trees.count(assembly.state.lora):,}"
+    trained = f"{trees.count_elements(assembly.state.lora):,}"
     log.info("%s trained parameters on %s", trained, assembly.spec.describe())
     log.info("training data: %s", stream_text(job.data.describe()))
     log_first_step(assembly.mechanisms, config.steps)

@@ -155,7 +155,9 @@ class Session:
     def follower(self, state: TrainState) -> Follower:
         """Returns the actions after each step, which continue from a state."""
         config, params = self.job.config, self.job.assembly.params
-        rate = make_schedule(config.optimizer, config.steps)
+        rate = jax.jit(
+            make_schedule(config.optimizer, config.steps)
+        )  # one program, not one for each operation
         return Follower(self, Schedule.of(config), rate, state, int(state.step), params, self._begun)
 
     def stopped(self, result: FitResult) -> Interrupted:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -145,24 +146,20 @@ def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[st
     return unflatten(leaves), plain
 
 
-def pissa_init(
-    kernel: jax.Array,
-    rank: int,
-    scale: float,
-    *,
-    iterations: int | None = None,
-    key: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+_ITERATIONS = 4  # of the randomized decomposition, as PEFT's ``pissa_niter_4``
+
+
+@partial(jax.jit, static_argnums=(1,))
+def pissa_init(kernel: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Splits a kernel into its principal factors and the residual.
+
+    The decomposition is randomized, which costs ``O(d_in d_out rank)`` instead of ``O(d_in d_out
+    min(d_in, d_out))``, and deterministic: the same kernel gives the same split.
 
     Args:
       kernel: ``[d_in, d_out]``, or ``[..., d_in, d_out]``: each matrix is split separately.
       rank: number of components, at most ``min(d_in, d_out)``.
       scale: the adapter's ``s``; ``s A B`` is the best rank-``rank`` approximation of the kernel.
-      iterations: None for the exact decomposition; otherwise the number of subspace iterations of
-        a randomized one, which costs ``O(d_in d_out rank)`` instead of ``O(d_in d_out min(d_in,
-        d_out))`` (PEFT's ``pissa_niter_<iterations>``).
-      key: source of the random subspace, with ``iterations``; ``jax.random.key(0)`` if None.
 
     Returns:
       ``(a [..., d_in, rank], b [..., rank, d_out], residual)``: factors in float32, the residual
@@ -170,25 +167,18 @@ def pissa_init(
       residual + adapter and the kernel).
     """
     w = kernel.astype(jnp.float32)
-    if iterations is None:
-        u, s, vt = (factor[..., :rank] for factor in _svd(w))
-    else:
-        u, s, vt = _randomized_svd(w, rank, iterations, jax.random.key(0) if key is None else key)
+    u, s, vt = _randomized_svd(w, rank)
     root = jnp.sqrt(s / scale)
-    a, b = u * root[..., None, :], jnp.swapaxes(vt * root[..., None, :], -1, -2)
+    a, b = u * root[..., None, :], root[..., None] * vt
     return a, b, merged_kernel(w, a, b, -scale).astype(kernel.dtype)
 
 
-def pissa_split(
-    params: Mapping[str, Any], spec: AdapterSpec, *, iterations: int = 4
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def pissa_split(params: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[str, Any], dict[str, Any]]:
     """Moves every adapted kernel's principal components from the weights to the adapters.
 
     Args:
       params: base weights, layers stacked; they are not changed.
       spec: of the adapters; the number of components of each layer is its rank.
-      iterations: of the randomized decomposition (deterministic: the same weights give the same
-        split).
 
     Returns:
       ``(params, lora)``; together they compute the same as the original ``params``, up to the
@@ -199,7 +189,7 @@ def pissa_split(
     for path, target in spec.targets:
         kernel, scales = leaves[f"{path}/kernel"], spec.scales(path)
         parts = [
-            _padded_init(kernel[layer], rank, target.rank, float(scale), iterations)
+            _padded_init(kernel[layer], rank, target.rank, float(scale))
             for layer, (rank, scale) in enumerate(zip(target.ranks, scales, strict=True))
         ]
         a, b, residual = (jnp.stack(factors) for factors in zip(*parts, strict=True))
@@ -210,48 +200,35 @@ def pissa_split(
     return unflatten(leaves), unflatten(adapters)
 
 
-_init = jax.jit(pissa_init, static_argnums=(1,), static_argnames=("iterations",))
-
-
 def _padded_init(
-    kernel: jax.Array, rank: int, stored: int, scale: float, iterations: int
+    kernel: jax.Array, rank: int, stored: int, scale: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs `pissa_init` on one layer and zero-pads its factors to the stack's rank."""
-    if rank == 0:
-        lead = kernel.shape[:-2]
-        zeros = (
-            jnp.zeros((*lead, kernel.shape[-2], stored)),
-            jnp.zeros((*lead, stored, kernel.shape[-1])),
-        )
-        return (*zeros, kernel)
-    a, b, residual = _init(kernel, rank, scale, iterations=iterations)
+    *lead, d_in, d_out = kernel.shape
+    a, b, residual = jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out)), kernel
+    if rank:
+        a, b, residual = pissa_init(kernel, rank, scale)
     return *pad_rank(a, b, stored), residual
 
 
-def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns ``u [..., d_in, k], s [..., k], v [..., d_out, k]`` of k singular values."""
-    u, s, vt = jnp.linalg.svd(w, full_matrices=False)
-    return u, s, jnp.swapaxes(vt, -1, -2)
-
-
-def _randomized_svd(
-    w: jax.Array, rank: int, iterations: int, key: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Implements a randomized SVD with QR at every half step.
+def _randomized_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns ``u [..., d_in, rank], s [..., rank], vt [..., rank, d_out]``, with QR at every half step.
 
     Source: Halko, Martinsson and Tropp (arXiv 0909.4061), algorithms 4.4 and 5.1.
     """
     # Oversampling: the subspace is wider than the result.
     width = min(rank + max(8, rank // 2), *w.shape[-2:])
-    q = jax.random.normal(key, (*w.shape[:-2], w.shape[-1], width), jnp.float32)
+    q = jax.random.normal(jax.random.key(0), (*w.shape[:-2], w.shape[-1], width), jnp.float32)
     q = jnp.linalg.qr(jnp.matmul(w, q, precision="highest"))[0]
     wt = jnp.swapaxes(w, -1, -2)
-    for _ in range(iterations):
+    for _ in range(_ITERATIONS):
         p = jnp.linalg.qr(jnp.matmul(wt, q, precision="highest"))[0]
         q = jnp.linalg.qr(jnp.matmul(w, p, precision="highest"))[0]
-    u, s, v = _svd(jnp.matmul(jnp.swapaxes(q, -1, -2), w, precision="highest"))
+    u, s, vt = jnp.linalg.svd(
+        jnp.matmul(jnp.swapaxes(q, -1, -2), w, precision="highest"), full_matrices=False
+    )
     u = jnp.matmul(q, u, precision="highest")
-    return u[..., :rank], s[..., :rank], v[..., :rank]
+    return u[..., :rank], s[..., :rank], vt[..., :rank, :]
 
 
 # ---------------------------------------------------------------- slots

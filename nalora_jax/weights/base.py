@@ -36,8 +36,8 @@ def load_model(
     """Loads a model by name.
 
     Args:
-      source: an alias, a Hugging Face folder, a GGUF file or a hub id (see `weights.hub.resolve`),
-        or the result of `resolve`.
+      source: an alias, a Hugging Face folder, a GGUF file or a hub id (see `weights.hub.resolve_source`),
+        or the result of `resolve_source`.
       dtype: of the parameters, "bfloat16" or "float32".
       mesh: devices that share the parameters, by the rules of `nalora_jax.layout.distributed`; the first
         device by default.
@@ -52,7 +52,7 @@ def load_model(
         the field.
     """
     require_dtype(dtype)  # before the download
-    resolved = hub.resolve(source, cache) if isinstance(source, str) else source
+    resolved = hub.resolve_source(source, cache) if isinstance(source, str) else source
     files = open_files(resolved, images=images)
     if files.config.sight is not None:
         files = seeing_files(files)

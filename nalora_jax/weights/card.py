@@ -10,9 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from huggingface_hub import ModelCard, ModelCardData
+from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.common.files import write_atomically
 from nalora_jax.common.redaction import code, is_hub_id, markdown, published
@@ -20,6 +18,9 @@ from nalora_jax.config import RunConfig
 from nalora_jax.errors import visible
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.origin import Origin
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def render_card(card: Card) -> str:
     The text shortens a local path of a base model or a data file to its last part. The front
     matter contains hub identifiers only, no paths.
     """
+    from huggingface_hub import ModelCard  # a run needs it at its end only
+
     run, origin, merged = card.run, card.origin, card.kind == "merged"
     images = run is not None and bool(run.vision.task)
     loadable = (origin and origin.copy_of) or card.base_model
@@ -104,6 +107,8 @@ def write_card(folder: str | Path, card: Card) -> Path:
 
 
 def _front_matter(card: Card, *, images: bool) -> ModelCardData:
+    from huggingface_hub import ModelCardData
+
     entries: dict[str, Any] = {}
     if is_hub_id(card.base_model):
         relation = {"adapter": "adapter", "merged": "finetune"}[card.kind]

@@ -105,7 +105,7 @@ def load_dual(
     return LoadedDual(config, params, tokenizer, processor, name, source_of.fingerprint, source_of)
 
 
-def read_dual(
+def described_dual(
     source: str, *, cache: Path | None = None, d_out: int = 0, loss: str = "softmax"
 ) -> DualConfig:
     """Returns a dual encoder's description, without weights; arguments as in `load_dual`."""

@@ -37,8 +37,7 @@ def _dense(name: str, path: str) -> tuple[TensorRow, TensorRow]:
 
 
 def _norm(name: str, path: str) -> tuple[TensorRow, TensorRow]:
-    scale = TensorRow(f"{name}.weight", (f"{path}/scale",))
-    return scale, TensorRow(f"{name}.bias", (f"{path}/bias",))
+    return TensorRow(f"{name}.weight", (f"{path}/scale",)), TensorRow(f"{name}.bias", (f"{path}/bias",))
 
 
 def _layers(stem: str, names: Mapping[str, str], norms: Mapping[str, str]) -> tuple[TensorRow, ...]:
@@ -325,10 +324,8 @@ _RENAMES = (
 )
 _PROJECTORS: dict[str, tuple[TensorRow, ...]] = {
     "mlp": (
-        TensorRow("multi_modal_projector.linear_1.weight", ("projector/ffn/in_proj/kernel",), "transpose"),
-        TensorRow("multi_modal_projector.linear_1.bias", ("projector/ffn/in_proj/bias",)),
-        TensorRow("multi_modal_projector.linear_2.weight", ("projector/ffn/out_proj/kernel",), "transpose"),
-        TensorRow("multi_modal_projector.linear_2.bias", ("projector/ffn/out_proj/bias",)),
+        *_dense("multi_modal_projector.linear_1", "projector/ffn/in_proj"),
+        *_dense("multi_modal_projector.linear_2", "projector/ffn/out_proj"),
     ),
     "pooled": (
         TensorRow("multi_modal_projector.mm_soft_emb_norm.weight", ("projector/norm/scale",)),

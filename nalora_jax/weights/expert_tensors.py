@@ -26,7 +26,8 @@ import numpy as np
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops.mxfp4 import BLOCK, LEVELS
 from nalora_jax.weights.keymaps import KeyMap
-from nalora_jax.weights.tensors import FileTensor, Index, TensorSource
+from nalora_jax.weights.shards import FileTensor
+from nalora_jax.weights.tensors import Index, TensorSource
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 # The two float32 levels of a byte, as one number that is looked up at once.

@@ -11,18 +11,16 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ml_dtypes
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.tensors import FileTensor, Index
+from nalora_jax.weights.shards import DTYPES, FileTensor
+from nalora_jax.weights.tensors import Index, TensorFiles
 
 T = TypeVar("T")
 
@@ -40,18 +38,7 @@ _MAX_STRINGS = 1 << 22  # in all arrays; the largest vocabularies and merge list
 _MAX_DIMENSIONS = 4
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor as described in the header."""
-
-    shape: tuple[int, ...]  # slowest axis first
-    kind: GGMLQuantizationType
-    offset: int  # in the file
-    row_bytes: int  # bytes of one row along the last axis
-    nbytes: int
-
-
-class GGUFFile:
+class GGUFFile(TensorFiles):
     """A GGUF file, as a `TensorSource`.
 
     Attributes:
@@ -69,31 +56,12 @@ class GGUFFile:
                 self.path.open("rb") as file,
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory,
             ):
-                self.metadata, self._tensors = _read_header(_Cursor(memory, str(self.path)))
+                self.metadata, tensors = _read_header(_Cursor(memory, self.path))
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
             if isinstance(error, NaloraError):
                 raise
             raise NaloraError(str(self.path), expected="a GGUF file", found=error) from error
-
-    @property
-    def where(self) -> str:
-        """The file."""
-        return str(self.path)
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Returns the shape of every tensor by llama.cpp's name, slowest axis first."""
-        return {name: stored.shape for name, stored in self._tensors.items()}
-
-    def check_readable(self, name: str) -> None:
-        """Raises an error if the tensor's quantization is not supported."""
-        kind = self._tensors[name].kind
-        if kind.name not in READABLE:
-            raise NaloraError(
-                f"{self.path}: {name}",
-                expected=f"one of {', '.join(READABLE)}",
-                found=kind.name,
-                remedy="use another quantization of the model",
-            )
+        super().__init__(str(self.path), tensors, READABLE, "use another quantization of the model")
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a slice of a tensor: float32, or the file's 16-bit floats."""
@@ -104,11 +72,6 @@ class GGUFFile:
         first, *inner = index
         flat = self._rows(name, stored, first.start * per_row, first.stop * per_row)
         return flat.reshape(-1, *stored.shape[1:])[(slice(None), *inner)]
-
-    def stored(self, name: str) -> FileTensor:
-        """Returns the location of a tensor's bytes."""
-        tensor = self._tensors[name]
-        return FileTensor(self.path, tensor.offset, tensor.nbytes, tensor.kind.name)
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """Returns the metadata value of ``key`` as ``kind``; an int is accepted as a float.
@@ -126,11 +89,12 @@ class GGUFFile:
             raise NaloraError(f"{self.path}: {key}", expected=f"{kind.__name__}", found=actual)
         return value
 
-    def _rows(self, name: str, stored: _Stored, start: int, stop: int) -> np.ndarray:
+    def _rows(self, name: str, stored: FileTensor, start: int, stop: int) -> np.ndarray:
         """Returns dequantized rows along the last axis: ``[stop - start, shape[-1]]``."""
-        count = (stop - start) * stored.row_bytes
+        row = stored.size // math.prod(stored.shape[:-1])
+        count = (stop - start) * row
         # Read, not mapped: a mapped file's pages would count as this process's memory.
-        raw = self.stored(name).read(start * stored.row_bytes, count)
+        raw = stored.read(start * row, count)
         if raw.size != count:
             raise NaloraError(
                 f"{self.path}: {name}",
@@ -138,12 +102,10 @@ class GGUFFile:
                 found=raw.size,
                 remedy="the file changed; load again",
             )
-        raw = raw.reshape(stop - start, stored.row_bytes)
-        if stored.kind is GGMLQuantizationType.F16:
-            return raw.view(np.float16)
-        if stored.kind is GGMLQuantizationType.BF16:
-            return raw.view(ml_dtypes.bfloat16)
-        values: np.ndarray = dequantize(raw, stored.kind)
+        raw = raw.reshape(stop - start, row)
+        if stored.format in ("F16", "BF16"):
+            return raw.view(DTYPES[stored.format])
+        values: np.ndarray = dequantize(raw, GGMLQuantizationType[stored.format])
         return values
 
 
@@ -153,8 +115,8 @@ class GGUFFile:
 class _Cursor:
     """A reader that moves forward through a mapped file and checks its end."""
 
-    def __init__(self, memory: mmap.mmap, where: str) -> None:
-        self.memory, self.where = memory, where
+    def __init__(self, memory: mmap.mmap, path: Path) -> None:
+        self.memory, self.path, self.where = memory, path, str(path)
         self.size, self.at = len(memory), 0
         self.strings_left = _MAX_STRINGS
 
@@ -222,7 +184,7 @@ class _Cursor:
         return number.item()
 
 
-def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Stored]]:
+def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, FileTensor]]:
     magic = cursor.memory[cursor.skip(4) : 4]
     if magic != b"GGUF":
         raise NaloraError(cursor.where, expected="a GGUF file", found=f"a file that begins with {magic!r}")
@@ -250,26 +212,25 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Stored]]:
     return metadata, _read_tensor_table(cursor, n_tensors, metadata.get("general.alignment", 32))
 
 
-def _read_tensor_table(cursor: _Cursor, count: int, alignment: object) -> dict[str, _Stored]:
+def _read_tensor_table(cursor: _Cursor, count: int, alignment: object) -> dict[str, FileTensor]:
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise cursor.error("a power of two as general.alignment", alignment)
     described = [_read_tensor_info(cursor) for _ in range(count)]
     data_start = -(-cursor.at // alignment) * alignment
-    tensors: dict[str, _Stored] = {}
+    tensors: dict[str, FileTensor] = {}
     for name, shape, kind, offset in described:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise cursor.error(
                 f"{name}: rows of whole {kind.name} blocks of {block}", f"rows of {shape[-1]}"
             )
-        row_bytes = shape[-1] // block * block_bytes
-        nbytes = row_bytes * math.prod(shape[:-1])
+        nbytes = math.prod(shape) // block * block_bytes
         beyond = data_start + offset + nbytes - cursor.size
         if beyond > 0:
             raise cursor.error(f"{name} to end within the file", f"its end {beyond} bytes beyond")
         if name in tensors:
             raise cursor.error("each tensor once", f"{name} again")
-        tensors[name] = _Stored(shape, kind, data_start + offset, row_bytes, nbytes)
+        tensors[name] = FileTensor(cursor.path, shape, kind.name, data_start + offset, nbytes)
     return tensors
 
 

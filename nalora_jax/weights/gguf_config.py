@@ -16,6 +16,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.family import BUILT_IN, nearest
 from nalora_jax.models.ropes import RopeSpec, inverse_frequencies
 from nalora_jax.weights.gguf import GGUFFile
+from nalora_jax.weights.tensors import whole
 
 _SPECIAL = {
     "bos_token_id": "bos_token_id",
@@ -125,7 +126,7 @@ class _Reader:
         if shape is None:
             return None
         self.file.check_readable(name)
-        return self.file.read(name, tuple(slice(0, size) for size in shape)).astype(np.float64)
+        return self.file.read(name, whole(shape)).astype(np.float64)
 
     def has_tensor(self, name: str) -> bool:
         return name in self.file.shapes()

@@ -23,9 +23,10 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.keymaps import SourceTensor, gguf_of, keymap_for
-from nalora_jax.weights.peft import layer_adapter
+from nalora_jax.weights.peft import differs, layer_adapter
 from nalora_jax.weights.peft_modules import ModuleAdapter, fuse
 from nalora_jax.weights.peft_tables import refuse_saved
+from nalora_jax.weights.tensors import whole
 
 
 def write_adapter_gguf(
@@ -96,9 +97,7 @@ def verify_adapter_gguf(
         differences.append(np.abs(product - update).max() / max(np.abs(update).max(), 1e-30))
     worst = float(np.max(differences))
     if not worst <= 1e-5 or len(file.shapes()) != 2 * len(meant):
-        expected, actual = "the adapter that was exported", "another one on reading it back"
-        remedy = "do not use this file; please report this as a bug, with the adapter's configuration"
-        raise NaloraError(str(path), expected=expected, found=actual, remedy=remedy)
+        raise differs(str(path))
     return worst
 
 
@@ -106,7 +105,7 @@ def _whole(file: GGUFFile, name: str) -> np.ndarray:
     shape = file.shapes().get(name)
     if shape is None:
         raise NaloraError(file.where, expected=f"a tensor {name}", found="none of that name")
-    return file.read(name, tuple(slice(0, size) for size in shape)).astype(np.float64)
+    return file.read(name, whole(shape)).astype(np.float64)
 
 
 def _adapters(

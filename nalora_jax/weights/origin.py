@@ -45,10 +45,11 @@ class Origin:
 
     def describe(self) -> str:
         """Returns one line for logs, reports and cards."""
+        numbers = self.numbers.replace("%)", "% of the weights)", 1)
         copied = ""
         if self.copy_of:
             copied = f", a community GGUF of {self.copy_of}"
-        return f"{self.file}: {self.format}, {_of_weights(self.numbers)}{copied}, digest {self.fingerprint[:20]}"
+        return f"{self.file}: {self.format}, {numbers}{copied}, digest {self.fingerprint[:20]}"
 
     def to_dict(self) -> dict[str, str]:
         """Returns plain values, for a log."""
@@ -60,15 +61,10 @@ class Origin:
         return Origin(**{field.name: values.get(field.name, "") for field in dataclasses.fields(Origin)})
 
 
-def _of_weights(numbers: str) -> str:
-    """Returns "Q4_1 (79% of the weights), Q8_0 (21%)"."""
-    return numbers.replace("%)", "% of the weights)", 1)
-
-
 def origin(
     config: Any, resolved: ResolvedSource, source: TensorSource, *, together: bool = False
 ) -> Origin:
-    """Returns the origin of a model that `weights.hub.resolve` found.
+    """Returns the origin of a model that `weights.hub.resolve_source` found.
 
     Args:
       config: the model's description, part of the fingerprint.

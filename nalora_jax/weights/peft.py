@@ -6,6 +6,7 @@ Example: `export_adapter` writes a folder that PEFT and vLLM load, `import_adapt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,9 @@ from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_modules import (
     Entry,
     Host,
-    HostModule,
     ModuleAdapter,
     ModuleLayout,
+    Place,
     adapter_settings,
     adapter_tensors,
     common,
@@ -33,12 +34,11 @@ from nalora_jax.weights.peft_modules import (
     copies_for_values,
     fold,
     fuse,
-    layers_with,
     layout_for,
     module_shape,
     part_widths,
+    places_in,
     places_of,
-    same_array,
     short_name,
     stack_depths,
 )
@@ -99,7 +99,7 @@ def export_adapter(
       extra: more fields of ``adapter_config.json``, e.g. ``{"revision": "main"}``.
       overwrite: allow ``folder`` to contain an earlier adapter (its files, a README.md and a
         tokenizer's files), which is replaced.
-      layout: module names, for a model outside the known families.
+      layout: module names, if they are not those of `layout_for` without a ``config.json``.
       write_extra: function that writes further files into the folder, such as a tokenizer with
         added tokens.
 
@@ -137,7 +137,7 @@ def _contents(
         entries = _one_rank(entries, config, layout, max_lora_rank)
     else:
         entries = _even_stacks(list(_entries(lora, spec, config, layout, per_expert=False)))
-    if any(entry.parameter or _is_expert(entry.module) for entry in entries):
+    if any(entry.parameter or entry.place.expert is not None for entry in entries):
         # Dropout acts in training only, and PEFT refuses to load it for experts.
         spec = replace(spec, dropout=0.0)
     rslora = spec.rslora and target == "peft"
@@ -187,23 +187,26 @@ def _entries(
     """Yields every adapted module, fused if the family fuses it."""
     leaves = flatten(lora)
     _check_known(spec, layout)
-    places = places_of(config)
-    for layer in range(1 + max(layer for _, layer in places)):
-        for module in (*layout.modules, *layout.parameters):
-            stacked = module in layout.parameters
-            parameter = stacked or (layout.weight_only(module) and not per_expert)
-            if layer not in layers_with(config, module.parts[0], experts=stacked):
-                continue
-            parts = [layer_adapter(leaves, spec, *places[path, layer]) for path in module.parts]
-            if stacked and per_expert and layout.experts:
-                yield from _expert_entries(layout, module, layer, parts)
-                continue
-            adapter = fuse(parts, part_widths(config, module, layer), alternates=module.alternates)
-            if adapter is None:
-                continue
-            name = layout.full_name(layer, module)
-            _check_dora(spec, name, adapter, parameter=parameter)
-            yield Entry(name, layer, module, adapter, stacked, parameter)
+    by_expert = per_expert and bool(layout.experts)
+    stacked_at = places_of(config)
+
+    @functools.cache
+    def part(path: str, layer: int) -> ModuleAdapter | None:
+        return layer_adapter(leaves, spec, *stacked_at[path, layer])
+
+    for place in places_in(config, layout):
+        module, expert = place.module, place.expert
+        if (place.stacked and by_expert) or (expert is not None and not by_expert):
+            continue
+        parts = [part(path, place.layer) for path in module.parts]
+        adapter = fuse(parts, part_widths(config, module, place.layer), alternates=module.alternates)
+        if adapter is None:
+            continue
+        if expert is not None:
+            adapter = ModuleAdapter(adapter.a[expert], adapter.b[expert], adapter.scale)
+        parameter = place.stacked or (layout.weight_only(module) and not per_expert)
+        _check_dora(spec, place.name, adapter, parameter=parameter)
+        yield Entry(place, adapter, parameter)
 
 
 def _even_stacks(entries: list[Entry]) -> list[Entry]:
@@ -217,24 +220,10 @@ def _even_stacks(entries: list[Entry]) -> list[Entry]:
         return entries
     rank = max(entry.adapter.rank for entry in parameters)
     scale = common(entry.adapter.scale for entry in parameters)
-    even = {entry.name: replace(entry, adapter=fold(entry.adapter, rank, scale)) for entry in parameters}
-    return [even.get(entry.name, entry) for entry in entries]
-
-
-def _expert_entries(
-    layout: ModuleLayout,
-    module: HostModule,
-    layer: int,
-    parts: list[ModuleAdapter | None],
-) -> Iterator[Entry]:
-    for path, adapter in zip(module.parts, parts, strict=True):
-        if adapter is None:
-            continue
-        pattern = layout.experts[path]
-        for expert, (a, b) in enumerate(zip(adapter.a, adapter.b, strict=True)):
-            name = layout.full_name(layer, pattern.format(expert))
-            of_expert = ModuleAdapter(a, b, adapter.scale)
-            yield Entry(name, layer, HostModule(pattern, (path,)), of_expert)
+    return [
+        replace(entry, adapter=fold(entry.adapter, rank, scale)) if entry.parameter else entry
+        for entry in entries
+    ]
 
 
 def _check_known(spec: AdapterSpec, layout: ModuleLayout) -> None:
@@ -285,51 +274,25 @@ def _one_rank(entries: list[Entry], config: Host, layout: ModuleLayout, limit: i
         remedy = f"start vLLM with --max-lora-rank {rank} or more and export with the same max_lora_rank"
         raise NaloraError("--for vllm: rank", expected=expected, found=rank, remedy=remedy)
     scale = common(entry.adapter.scale for entry in entries)
-    folded = {entry.name: fold(entry.adapter, rank, scale) for entry in entries}
-    lasts = {short_name(entry.module.name) for entry in entries if not entry.stacked}
-    adapted = {
-        module.name: module
-        for module in layout.modules
-        if short_name(module.name) in lasts and not module.whole
-    }
-    adapted |= {entry.module.name: entry.module for entry in entries}
-    stacks = {module.name for module in layout.parameters}
-    # vLLM requires all three projections of the experts or none.
-    if any(_is_expert(module) for module in adapted.values()):
-        adapted |= {name: HostModule(name, (path,)) for path, name in layout.experts.items()}
-    if stacks.intersection(adapted):  # and all stacks of experts or none
-        adapted |= {module.name: module for module in layout.parameters}
-
-    def entry(name: str, layer: int, module: HostModule) -> Entry:
-        stacked = module.name in stacks
-        adapter = folded.get(name) or _zeros(config, module, layer, rank, scale, stacked=stacked)
-        return Entry(name, layer, module, adapter, stacked, stacked)
-
+    folded = {entry.place.name: fold(entry.adapter, rank, scale) for entry in entries}
+    adapted = {entry.place.module.name for entry in entries}
+    lasts = {short_name(entry.place.module.name) for entry in entries if not entry.place.stacked}
+    adapted |= {m.name for m in layout.modules if short_name(m.name) in lasts and not m.whole}
+    # vLLM requires all three projections of the experts or none, and all stacks of experts or none.
+    if any(entry.place.expert is not None for entry in entries):
+        adapted |= set(layout.experts.values())
+    if any(entry.place.stacked for entry in entries):
+        adapted |= {module.name for module in layout.parameters}
     return [
-        entry(name, layer, module)
-        for layer in range(1 + max(layer for _, layer in places_of(config)))
-        for module in adapted.values()
-        if layer
-        in layers_with(config, module.parts[0], experts=_is_expert(module) or module.name in stacks)
-        for name in _names(config, layout, layer, module)
+        Entry(place, folded.get(place.name) or _zeros(config, place, rank, scale), place.stacked)
+        for place in places_in(config, layout)
+        if place.module.name in adapted
     ]
 
 
-def _names(config: Host, layout: ModuleLayout, layer: int, module: HostModule) -> list[str]:
-    """Returns the full names of ``module`` in a layer: one, or one per expert."""
-    count = module_shape(config, module, layer)[0] if _is_expert(module) else 1
-    return [layout.full_name(layer, module.name.format(expert)) for expert in range(count)]
-
-
-def _is_expert(module: HostModule) -> bool:
-    """Returns True for the pattern of one expert's modules, "experts.{}.w1"."""
-    return "{}" in module.name
-
-
-def _zeros(
-    config: Host, module: HostModule, layer: int, rank: int, scale: float, *, stacked: bool
-) -> ModuleAdapter:
-    *lead, d_in, d_out = module_shape(config, module, layer)[0 if stacked else -2 :]
+def _zeros(config: Host, place: Place, rank: int, scale: float) -> ModuleAdapter:
+    shape = module_shape(config, place.module, place.layer)
+    *lead, d_in, d_out = shape[0 if place.stacked else -2 :]
     return ModuleAdapter(
         np.zeros((*lead, d_in, rank), np.float32), np.zeros((*lead, rank, d_out), np.float32), scale
     )
@@ -351,7 +314,6 @@ def verify_export(
     config: Host,
     *,
     fingerprint: str | None = None,
-    layout: ModuleLayout | None = None,
 ) -> float:
     """Reads an exported adapter back and compares it with the original tree, factor by factor.
 
@@ -366,11 +328,11 @@ def verify_export(
       NaloraError: the file cannot be read, or differs; the message names the projection and the
         layer.
     """
-    loaded, loaded_spec = import_adapter(folder, config, fingerprint=fingerprint, layout=layout)
+    loaded, loaded_spec = import_adapter(folder, config, fingerprint=fingerprint)
     ours, theirs = flatten(lora), flatten(loaded)
     worst = 0.0
     if loaded_spec.token_indices != spec.token_indices:
-        raise _differs(folder, "trainable_token_indices")
+        raise differs(f"{folder}: trainable_token_indices")
     tables = {
         path: name
         for name in sorted({*spec.saved, *loaded_spec.saved, *dict(spec.token_indices)})
@@ -381,7 +343,7 @@ def verify_export(
     for path, name in tables.items():
         trained, read = (np.asarray(leaves.get(path, 0.0), np.float32) for leaves in (ours, theirs))
         if not np.array_equal(trained, read):
-            raise _differs(folder, name)
+            raise differs(f"{folder}: {name}")
     for path in sorted({path for path, _ in (*spec.targets, *loaded_spec.targets)}):
         for layer in range(stack_depths(config)[path]):
             meant = layer_adapter(ours, spec, path, layer)
@@ -402,18 +364,19 @@ def _difference_of(
     if a is None and b is None:
         return 0.0
     if a is None or b is None or a.b.shape != b.b.shape:
-        raise _differs(folder, place)
+        raise differs(f"{folder}: {place}")
     difference = _relative(a, b)
-    same = np.array_equal(a.a, b.a) and same_array(a.magnitude, b.magnitude)
+    ours, theirs = (np.zeros(0) if of.magnitude is None else of.magnitude for of in (a, b))
+    same = np.array_equal(a.a, b.a) and np.array_equal(ours, theirs)
     if not same or difference > _FOLD_TOLERANCE:
-        raise _differs(folder, place)
+        raise differs(f"{folder}: {place}")
     return difference
 
 
-def _differs(folder: str | Path, place: str) -> NaloraError:
+def differs(where: str) -> NaloraError:
     """Returns the error for a file that differs from the exported adapter."""
     return NaloraError(
-        f"{folder}: {place}",
+        where,
         expected="the adapter that was exported",
         found="another one on reading it back",
         remedy="do not use these files; please report this as a bug, with the adapter's configuration",

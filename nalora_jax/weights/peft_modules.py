@@ -31,7 +31,7 @@ import numpy as np
 from nalora_jax.models.adapters import pad_rank
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model, family_of
-from nalora_jax.models.stacks import depths, locate, projection_shapes
+from nalora_jax.models.stacks import depths, projection_shapes, stacked_places
 from nalora_jax.models.targets import AdapterSpec, scale_divisor
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.encoders import encoder_modules
@@ -179,7 +179,7 @@ def places_of(config: Host) -> Mapping[tuple[str, int], tuple[str, int]]:
             for path, count in config.depths().items()
             for layer in range(count)
         }
-    return locate(config)
+    return stacked_places(config)
 
 
 @functools.cache
@@ -192,6 +192,33 @@ def layers_with(config: Host, path: str, *, experts: bool) -> frozenset[int]:
         if name == path
     )
     return frozenset(layer for layer, shape in places if (len(shape) == 3) == experts)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module of one layer, one expert's module, or a stack of experts."""
+
+    name: str  # the full one
+    layer: int
+    module: HostModule
+    expert: int | None = None
+    stacked: bool = False  # of all experts
+
+
+def places_in(config: Host, layout: ModuleLayout) -> Iterator[Place]:
+    """Yields the places of ``layout``, layer by layer."""
+    for layer in range(1 + max(layer for _, layer in places_of(config))):
+        for module in layout.modules:
+            if layer in layers_with(config, module.parts[0], experts=False):
+                yield Place(layout.full_name(layer, module), layer, module)
+        for path, pattern in layout.experts.items():
+            if layer in layers_with(config, path, experts=True):
+                module = HostModule(pattern, (path,))
+                for expert in range(module_shape(config, module, layer)[0]):
+                    yield Place(layout.full_name(layer, pattern.format(expert)), layer, module, expert)
+        for stack in layout.parameters:
+            if layer in layers_with(config, stack.parts[0], experts=True):
+                yield Place(layout.full_name(layer, stack), layer, stack, stacked=True)
 
 
 # Prefixes of module names in multimodal models: a prefix of transformers 5, mapped to its form in
@@ -219,7 +246,9 @@ def layout_of(config: Host, modules: Iterable[str]) -> ModuleLayout:
         return latest
     if config.sight is not None:
         layouts = [latest, *(_renamed(latest, names) for names in _EARLIER)]
-        layout = max(layouts, key=lambda layout: len(written & _names(layout, config)))
+        layout = max(
+            layouts, key=lambda layout: len(written & {place.name for place in places_in(config, layout)})
+        )
     elif any(name.startswith(_TEXT_PART) for name in written):
         layout = replace(latest, prefix=_TEXT_PART)
     return _expert_by_expert(layout) if any(map(_ONE_EXPERT.search, written)) else layout
@@ -235,11 +264,6 @@ def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
         replace(module, name=earlier(module.name)) if module.whole else module for module in layout.modules
     )
     return replace(layout, modules=modules, prefix=earlier(layout.prefix))
-
-
-def _names(layout: ModuleLayout, config: Host) -> set[str]:
-    modules = layout.modules
-    return {layout.full_name(i, m) for m in modules for i in layers_with(config, m.parts[0], experts=False)}
 
 
 def part_widths(config: Host, module: HostModule, layer: int) -> list[int]:
@@ -310,7 +334,7 @@ def fuse(
     return ModuleAdapter(a, b, scale, magnitude)
 
 
-def split(
+def split_fused(
     adapter: ModuleAdapter, widths: Sequence[int], *, alternates: bool = False
 ) -> list[ModuleAdapter | None]:
     """Splits a fused module's adapter into its parts: inverts `fuse` up to folded scales.
@@ -352,11 +376,6 @@ def _live_ranks(b: np.ndarray) -> np.ndarray:
     return np.any(b != 0, axis=tuple(i for i in range(b.ndim) if i != b.ndim - 2))
 
 
-def same_array(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    """Returns True for equal arrays, and for two missing ones."""
-    return (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
-
-
 def alpha_for(scale: float, rank: int, *, rslora: bool) -> float:
     """Returns the alpha that gives ``scale`` at ``rank``, without ``alpha / rank``'s rounding."""
     alpha = scale * scale_divisor(rank, rslora=rslora)
@@ -371,13 +390,10 @@ def alpha_for(scale: float, rank: int, *, rslora: bool) -> float:
 
 @dataclass(frozen=True)
 class Entry:
-    """One module's adapter, under its full name."""
+    """The adapter of one place."""
 
-    name: str
-    layer: int
-    module: HostModule
+    place: Place
     adapter: ModuleAdapter
-    stacked: bool = False  # of all experts
     parameter: bool = False  # named in target_parameters
 
 
@@ -388,15 +404,16 @@ def common(values: Iterable[Any]) -> Any:
 
 def adapter_tensors(entries: list[Entry], layout: ModuleLayout) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the name and the array of each tensor."""
-    stacks = {(entry.layer, entry.module.name) for entry in entries if entry.stacked}
+    stacks = {(entry.place.layer, entry.place.module) for entry in entries if entry.place.stacked}
     for entry in entries:
-        key, a, b = entry.name, entry.adapter.a.T, entry.adapter.b.T
-        if entry.stacked:
+        place = entry.place
+        key, a, b = place.name, entry.adapter.a.T, entry.adapter.b.T
+        if place.stacked:
             # PEFT wraps the experts once per parameter; the last parameter registered is the
             # outermost.
-            later = layout.parameters[layout.parameters.index(entry.module) + 1 :]
-            depth = sum((entry.layer, module.name) in stacks for module in later)
-            key = entry.name.rpartition(".")[0] + ".base_layer" * depth
+            later = layout.parameters[layout.parameters.index(place.module) + 1 :]
+            depth = sum((place.layer, module) in stacks for module in later)
+            key = place.name.rpartition(".")[0] + ".base_layer" * depth
             # [experts, d_in, r] -> [experts * r, d_in]; [experts, r, d_out] -> [d_out, r * experts]
             a = entry.adapter.a.transpose(0, 2, 1).reshape(-1, entry.adapter.a.shape[1])
             b = entry.adapter.b.transpose(2, 1, 0).reshape(entry.adapter.b.shape[2], -1)
@@ -415,9 +432,9 @@ def adapter_settings(
     """Returns ``adapter_config.json`` without the base model's name."""
     modules = [entry for entry in entries if not entry.parameter]
     parameters = [entry for entry in entries if entry.parameter]
-    ranks = {entry.name: entry.adapter.rank for entry in entries}
+    ranks = {entry.place.name: entry.adapter.rank for entry in entries}
     alphas = {
-        entry.name: _number(alpha_for(entry.adapter.scale, entry.adapter.rank, rslora=rslora))
+        entry.place.name: _number(alpha_for(entry.adapter.scale, entry.adapter.rank, rslora=rslora))
         for entry in entries
     }
     rank, rank_pattern = _pattern(ranks, entries)
@@ -454,11 +471,11 @@ def _pattern(values: Mapping[str, Any], entries: list[Entry]) -> tuple[Any, dict
     The default is the parameters' most frequent value, otherwise the most frequent of all. Keys
     are ``mlp.up_proj`` if all layers agree, full names otherwise.
     """
-    parameters = [values[entry.name] for entry in entries if entry.parameter]
+    parameters = [values[entry.place.name] for entry in entries if entry.parameter]
     usual = common(parameters or values.values())
     modules: dict[str, list[str]] = {}
     for entry in entries:
-        modules.setdefault(entry.module.name, []).append(entry.name)
+        modules.setdefault(entry.place.module.name, []).append(entry.place.name)
     pattern = {}
     for module, names in modules.items():
         members_of = {values[name] for name in names}
@@ -475,16 +492,11 @@ def _target_modules(entries: list[Entry], config: Host, layout: ModuleLayout) ->
     """Returns short names of modules that are adapted in all layers, full names of the others."""
     adapted: dict[str, set[str]] = {}
     for entry in entries:
-        adapted.setdefault(short_name(entry.name), set()).add(entry.name)
+        adapted.setdefault(short_name(entry.place.name), set()).add(entry.place.name)
     names_of: dict[str, set[str]] = {}
-    for module in layout.modules:
-        for layer in layers_with(config, module.parts[0], experts=False):
-            names_of.setdefault(short_name(module.name), set()).add(layout.full_name(layer, module))
     # A short name would target the experts too, which a file of their stacks does not hold one by one.
-    for path, pattern in module_layout(config).experts.items():
-        for layer in layers_with(config, path, experts=True):
-            name = layout.full_name(layer, pattern.format(0))
-            names_of.setdefault(short_name(name), set()).add(name)
+    for place in places_in(config, replace(layout, experts=module_layout(config).experts, parameters=())):
+        names_of.setdefault(short_name(place.name), set()).add(place.name)
     names: set[str] = set()
     # A vision tower has modules with the same short names as a decoder or a text tower.
     unique = isinstance(config, ModelConfig) and config.sight is None
@@ -503,11 +515,11 @@ def short_name(name: str) -> str:
 def _target_parameters(entries: list[Entry], config: Host) -> list[str]:
     """Returns names within the layer of parameters adapted in all layers, full names of the others."""
     names: set[str] = set()
-    for module in {entry.module for entry in entries}:
-        members = [entry for entry in entries if entry.module == module]
+    for module in {entry.place.module for entry in entries}:
+        members = [entry.place for entry in entries if entry.place.module == module]
         stacked = members[0].stacked
-        listed = {entry.name for entry in members}
-        if {entry.layer for entry in members} == layers_with(config, module.parts[0], experts=stacked):
+        listed = {place.name for place in members}
+        if {place.layer for place in members} == layers_with(config, module.parts[0], experts=stacked):
             listed = {module.name}
         weight = "" if stacked else ".weight"
         names |= {name + weight for name in listed}
@@ -527,19 +539,21 @@ _KEYS, _VALUES = "layers/attn/k_proj", "layers/attn/v_proj"
 def copies_for_values(entries: list[Entry], config: Host) -> list[Entry]:
     """Returns the adapters of ``k_proj`` under the name ``v_proj``, in layers without a ``v_proj``."""
     layers = _layers(config)
-    keys = [entry for entry in entries if entry.module.parts == (_KEYS,) and entry.layer in layers]
-    return [replace(entry, name=_values_name(entry.name)) for entry in keys]
+    keys = [e for e in entries if e.place.module.parts == (_KEYS,) and e.place.layer in layers]
+    return [
+        replace(entry, place=replace(entry.place, name=_values_name(entry.place.name))) for entry in keys
+    ]
 
 
 def without_copies(
     modules: Mapping[str, dict[str, np.ndarray]], config: Host, layout: ModuleLayout
 ) -> dict[str, dict[str, np.ndarray]]:
     """Returns a file's modules without the copies of `copies_for_values`, which equal their original."""
+    layers = _layers(config)
     names = [
-        layout.full_name(layer, module)
-        for module in layout.modules
-        if module.parts == (_KEYS,)
-        for layer in _layers(config)
+        place.name
+        for place in places_in(config, replace(layout, experts={}))
+        if place.module.parts == (_KEYS,) and place.layer in layers
     ]
     copies = {_values_name(name) for name in names if _equal(modules, name, _values_name(name))}
     return {name: tensors for name, tensors in modules.items() if name not in copies}

@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors needs to read it)
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from nalora_jax.common import buckets
 from nalora_jax.common.trees import unflatten
@@ -21,23 +19,24 @@ from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
 from nalora_jax.weights.peft_modules import (
     Host,
-    HostModule,
     ModuleAdapter,
     ModuleLayout,
+    Place,
     alpha_for,
     compact,
     fold,
     kernel_shapes,
-    layers_with,
     layout_of,
     module_shape,
     part_widths,
+    places_in,
     places_of,
-    split,
+    split_fused,
     stack_depths,
     without_copies,
 )
 from nalora_jax.weights.peft_tables import read_trained, take_saved, take_token_rows, tensor_names
+from nalora_jax.weights.shards import DTYPES, FileTensor, read_header, read_whole
 
 TENSORS_NAME = "adapter_model.safetensors"
 # Metadata of an adapter's file: properties of its base.
@@ -49,15 +48,10 @@ _KEY = re.compile(
     r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
 )
 _KINDS = {"lora_A.weight": "a", "lora_B.weight": "b"}
-_FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def import_adapter(
-    folder: str | Path,
-    config: Host,
-    *,
-    fingerprint: str | None = None,
-    layout: ModuleLayout | None = None,
+    folder: str | Path, config: Host, *, fingerprint: str | None = None
 ) -> tuple[dict[str, Any], AdapterSpec]:
     """Reads a PEFT LoRA adapter as this library's ``lora`` tree.
 
@@ -73,7 +67,6 @@ def import_adapter(
       config: the base model, or a dual encoder.
       fingerprint: of the base model's weights; compared with the fingerprint recorded by
         `export_adapter`, if any.
-      layout: module names, for a model outside the known families.
 
     Returns:
       ``(lora, spec)``: nested dict of float32 numpy arrays, stacked and zero-padded to the largest
@@ -100,7 +93,7 @@ def import_adapter(
         tables |= rows
         trained = AdapterSpec(saved=saved, token_indices=indices)
     modules = _by_module(tensors, path, dora=peft.dora)
-    layout = layout or layout_of(config, modules)
+    layout = layout_of(config, modules)
     modules = without_copies(modules, config, layout)
     slots = {slot.key: slot for slot in _slots(layout, config, peft)}
     _check_complete(peft, path, slots, modules)
@@ -154,9 +147,8 @@ def recorded_base(folder: Path) -> str:
 
 def _recorded(folder: Path, key: str) -> str:
     try:
-        with safe_open(folder / TENSORS_NAME, framework="np") as handle:
-            return str((handle.metadata() or {}).get(key, ""))
-    except (SafetensorError, OSError):  # `import_adapter` reports a missing or damaged file
+        return read_header(folder / TENSORS_NAME)[1].get(key, "")
+    except NaloraError:  # `import_adapter` reports a missing or damaged file
         return ""
 
 
@@ -170,30 +162,17 @@ def read_tensors(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 actual = f"only {name}, a pickle, which can run code when it is read"
                 remedy = "save it again with safe_serialization=True"
         raise NaloraError(str(path), expected="the adapter's tensors", found=actual, remedy=remedy)
-    try:
-        with safe_open(path, framework="np") as handle:
-            names = list(handle.keys())
-            tensors = {name: _floats(path, handle, name) for name in names}
-            metadata = dict(handle.metadata() or {})
-    except (SafetensorError, OSError, ValueError, TypeError, OverflowError, MemoryError) as error:
-        if isinstance(error, NaloraError):
-            raise
-        raise NaloraError(
-            str(path),
-            expected="a whole safetensors file",
-            found=str(error)[:200],
-            remedy="the file is truncated or damaged: copy or download it again",
-        ) from error
-    return tensors, metadata
+    stored, metadata = read_header(path)
+    return {name: _floats(name, tensor) for name, tensor in stored.items()}, metadata
 
 
-def _floats(path: Path, handle: Any, name: str) -> np.ndarray:
-    dtype = handle.get_slice(name).get_dtype()
-    if dtype not in _FLOATS:
-        raise NaloraError(f"{path}: {name}", expected=f"one of {', '.join(_FLOATS)}", found=dtype)
-    values = handle.get_tensor(name).astype(np.float32)
+def _floats(name: str, stored: FileTensor) -> np.ndarray:
+    where = f"{stored.file}: {name}"
+    if stored.format not in DTYPES:
+        raise NaloraError(where, expected=f"one of {', '.join(DTYPES)}", found=stored.format)
+    values = read_whole(stored).astype(np.float32)
     if not np.isfinite(values).all():
-        raise NaloraError(f"{path}: {name}", expected="finite numbers", found="NaN or infinity")
+        raise NaloraError(where, expected="finite numbers", found="NaN or infinity")
     return values
 
 
@@ -205,61 +184,32 @@ class Slot:
     """A possible location of tensors: a Linear module, an expert, or a stack of experts."""
 
     key: str  # module name in the tensors' keys
-    name: str  # module or parameter name that patterns are matched with
-    layer: int
-    module: HostModule
+    place: Place  # patterns are matched with its name
     targeted: bool
     rank: int
     alpha: float
-    expert: int | None = None
-    stacked: bool = False
 
 
 def _slots(layout: ModuleLayout, config: Host, peft: PeftConfig) -> Iterator[Slot]:
-    most = 1 + max(layer for _, layer in places_of(config))
-    linear = [place for layer in range(most) for place in _linear_modules(layout, config, layer)]
-    stacks: dict[int, list[tuple[str, HostModule]]] = {}
-    for stack in layout.parameters:
-        for layer in sorted(layers_with(config, stack.parts[0], experts=True)):
-            stacks.setdefault(layer, []).append((layout.full_name(layer, stack.name), stack))
-    parameters = [name for listed in stacks.values() for name, _ in listed]
-    weights = [f"{name}.weight" for name, *_ in linear]
-    choices = peft.choose([name for name, *_ in linear], [*parameters, *weights])
-    for (name, layer, module, expert), weight in zip(linear, weights, strict=True):
+    places = list(places_in(config, layout))
+    linear = [place.name for place in places if not place.stacked]
+    stacks = [place.name for place in places if place.stacked]
+    choices = peft.choose(linear, [*stacks, *(f"{name}.weight" for name in linear)])
+    chosen: dict[int, list[Place]] = {}  # stacks by layer
+    for place in places:
         # An adapter on a Linear module's weight computes the same as an adapter on the module.
-        key = weight if weight in choices.parameters else name
-        rank_and_alpha = (choices.ranks[key], choices.alphas[key])
-        yield Slot(
-            name,
-            name,
-            layer,
-            module,
-            key == weight or name in choices.modules,
-            *rank_and_alpha,
-            expert=expert,
-        )
-    for layer, listed in stacks.items():
-        chosen = [(name, stack) for name, stack in listed if name in choices.parameters]
+        weight = f"{place.name}.weight"
+        key = weight if weight in choices.parameters else place.name
+        if not place.stacked:
+            targeted = key == weight or place.name in choices.modules
+            yield Slot(place.name, place, targeted, choices.ranks[key], choices.alphas[key])
+        elif place.name in choices.parameters:
+            chosen.setdefault(place.layer, []).append(place)
+    for listed in chosen.values():
         # PEFT wraps the module once per parameter: the first one registered is the innermost.
-        for depth, (name, stack) in enumerate(reversed(chosen)):
-            key = name.rpartition(".")[0] + ".base_layer" * depth
-            yield Slot(
-                key, name, layer, stack, True, choices.ranks[name], choices.alphas[name], stacked=True
-            )
-
-
-def _linear_modules(
-    layout: ModuleLayout, config: Host, layer: int
-) -> Iterator[tuple[str, int, HostModule, int | None]]:
-    """Yields name, layer, module and expert of every Linear module of a layer."""
-    for module in layout.modules:
-        if layer in layers_with(config, module.parts[0], experts=False):
-            yield layout.full_name(layer, module), layer, module, None
-    for path, pattern in layout.experts.items():
-        if layer in layers_with(config, path, experts=True):
-            module = HostModule(pattern, (path,))
-            for expert in range(module_shape(config, module, layer)[0]):
-                yield layout.full_name(layer, pattern.format(expert)), layer, module, expert
+        for depth, place in enumerate(reversed(listed)):
+            key = place.name.rpartition(".")[0] + ".base_layer" * depth
+            yield Slot(key, place, True, choices.ranks[place.name], choices.alphas[place.name])
 
 
 def _by_module(
@@ -308,7 +258,7 @@ def _check_complete(
                 found=str(peft.target_modules)[:200],
                 remedy="PEFT would drop these tensors silently; add the module to the list",
             )
-    missing = [slot.name for slot in slots.values() if slot.targeted and slot.key not in modules]
+    missing = [slot.place.name for slot in slots.values() if slot.targeted and slot.key not in modules]
     if missing or not modules:
         where, actual = "tensors", "none, and no module that target_modules matches"
         if missing:
@@ -329,16 +279,17 @@ def _pieces(
     experts: dict[tuple[str, int], dict[int, ModuleAdapter]] = {}
     places = places_of(config)
     for slot, parts in filled:
-        adapter = _adapter_of(module_shape(config, slot.module, slot.layer), peft, path, slot, parts)
-        if slot.expert is not None:
-            experts.setdefault((slot.module.parts[0], slot.layer), {})[slot.expert] = adapter
+        module, layer, expert = slot.place.module, slot.place.layer, slot.place.expert
+        adapter = _adapter_of(module_shape(config, module, layer), peft, path, slot, parts)
+        if expert is not None:
+            experts.setdefault((module.parts[0], layer), {})[expert] = adapter
             continue
-        widths, alternates = part_widths(config, slot.module, slot.layer), slot.module.alternates
+        widths, alternates = part_widths(config, module, layer), module.alternates
         for part_path, piece in zip(
-            slot.module.parts, split(adapter, widths, alternates=alternates), strict=True
+            module.parts, split_fused(adapter, widths, alternates=alternates), strict=True
         ):
             if piece is not None:
-                stacked, index = places[part_path, slot.layer]
+                stacked, index = places[part_path, layer]
                 pieces.setdefault(stacked, {})[index] = piece
     for (part_path, layer), members in experts.items():
         stacked, index = places[part_path, layer]
@@ -367,8 +318,8 @@ def _adapter_of(
       parts: the tensors by kind.
     """
     d_in, d_out = shape[-2:]
-    rank = slot.rank
-    count = shape[0] if slot.stacked else 1
+    rank, stacked = slot.rank, slot.place.stacked
+    count = shape[0] if stacked else 1
     shapes = {"a": (count * rank, d_in), "b": (d_out, count * rank), "magnitude": (d_out,)}
     for kind, tensor in parts.items():
         if tensor.shape != shapes[kind]:
@@ -383,12 +334,12 @@ def _adapter_of(
             f"{peft.where}: use_dora", expected="false for experts (PEFT has no such adapter)", found="true"
         )
     a, b = parts["a"].T, parts["b"].T
-    if slot.stacked:  # A is [experts * r, d_in], expert-major; B is [d_out, r * experts], rank-major
+    if stacked:  # A is [experts * r, d_in], expert-major; B is [d_out, r * experts], rank-major
         a = parts["a"].reshape(count, rank, d_in).transpose(0, 2, 1)
         b = parts["b"].reshape(d_out, rank, count).transpose(2, 1, 0)
     scale = adapter_scale(slot.alpha, rank, rslora=peft.rslora)
     adapter = ModuleAdapter(a, b, scale, parts.get("magnitude"))
-    if slot.stacked and b.any():  # PEFT pads the ranks of stacks; a fresh adapter (B = 0) keeps its rank
+    if stacked and b.any():  # PEFT pads the ranks of stacks; a fresh adapter (B = 0) keeps its rank
         return compact(adapter)
     return adapter
 

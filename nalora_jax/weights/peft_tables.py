@@ -36,8 +36,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file
 
 from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
@@ -47,6 +45,7 @@ from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
+from nalora_jax.weights.shards import read_header, read_whole
 
 _HEAD, _EMBEDDING = TABLES["lm_head"], TABLES["embed_tokens"]
 # Suffix of the table of a module with trained rows; PEFT writes the table if it was resized.
@@ -74,11 +73,10 @@ def table_rows(folder: Path, tensors: str, config: ModelConfig) -> int | None:
     names = [f"base_model.model.{name}" for name in tensor_names(config).values()]
     keys = [*names, *(f"{name.removesuffix('.weight')}.{RESIZED}" for name in names)]
     try:
-        with safe_open(folder / tensors, framework="np") as handle:
-            held = set(handle.keys())
-            counts = {key: handle.get_slice(key).get_shape()[0] for key in keys if key in held}
-    except (SafetensorError, OSError, ValueError, IndexError):
+        stored = read_header(folder / tensors)[0]
+    except NaloraError:
         return None  # the error is reported when the adapter is read
+    counts = {key: stored[key].shape[0] for key in keys if key in stored and stored[key].shape}
     rows = set(counts.values())
     if len(rows) > 1:
         listed = ", ".join(f"{count} of {key}" for key, count in counts.items())
@@ -363,16 +361,12 @@ def read_trained(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
     leaves: dict[str, np.ndarray] = {}
     if not shapes:
         return leaves
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        expected = "projections and temperature of the pair"
-        raise NaloraError(str(path), expected=expected, found=error) from error
+    tensors, _ = read_header(path)
     for name, shape in shapes.items():
-        value = tensors.get(_WHOLE[name])
-        if value is None or value.T.shape != shape:
-            actual = "nothing" if value is None else f"shape {value.shape}"
+        stored = tensors.get(_WHOLE[name])
+        if stored is None or stored.shape != shape[::-1]:
+            actual = "nothing" if stored is None else f"shape {stored.shape}"
             expected = f"a tensor for {name} {shape}"
             raise NaloraError(f"{path}: {_WHOLE[name]}", expected=expected, found=actual)
-        leaves[name] = np.array(value.T, order="C")
+        leaves[name] = np.array(read_whole(stored).T, order="C")
     return leaves

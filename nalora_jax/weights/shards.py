@@ -1,4 +1,4 @@
-"""Writes safetensors files one tensor at a time.
+"""Reads the headers of safetensors files, and writes such files one tensor at a time.
 
 The safetensors library's writer needs every tensor of a file in memory at once, which for a model
 is a second copy of the model. The format is a header with names, dtypes, shapes and byte ranges,
@@ -16,18 +16,97 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from nalora_jax.common.folders import write_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.hf import DTYPES, INDEX, SINGLE
 
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# NumPy dtypes by their names in safetensors.
+DTYPES = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TORCH = {"format": "pt"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor as a file's header describes it."""
+
+    file: Path
+    shape: tuple[int, ...]  # slowest axis first
+    format: str  # of the numbers, by the file's name for it: "BF16", "Q4_1"
+    start: int  # bytes from the beginning of the file
+    size: int  # bytes
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Reads bytes of the tensor: uint8 ``[count]``, fewer if the file is cut off.
+
+        Raises:
+          NaloraError: the file cannot be read.
+        """
+        try:
+            return np.fromfile(self.file, np.uint8, count, offset=self.start + start)
+        except OSError as error:
+            raise NaloraError(str(self.file), expected="a file that can be read", found=error) from error
+
+
+def dtype_of(stored: FileTensor) -> np.dtype:
+    """Returns the NumPy type of a tensor's numbers; raw bytes if they are not floats (e.g. an unused mask)."""
+    size = stored.size // max(1, math.prod(stored.shape))
+    return DTYPES.get(stored.format) or np.dtype((np.void, size))
+
+
+def read_whole(stored: FileTensor) -> np.ndarray:
+    """Returns a tensor in the file's format."""
+    return stored.read(0, stored.size).view(dtype_of(stored)).reshape(stored.shape)
+
+
+def read_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
+    """Returns the tensors of one file and its metadata, after the safetensors library has validated its header.
+
+    Raises:
+      NaloraError: the file is missing, truncated or damaged.
+    """
+    with complaints(path), safe_open(str(path), framework="numpy"), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", None) or {}
+    tensors = {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        tensors[name] = FileTensor(
+            path, tuple(entry["shape"]), entry["dtype"], 8 + length + start, stop - start
+        )
+    return tensors, metadata
+
+
+@contextmanager
+def complaints(path: Path) -> Iterator[None]:
+    """Converts errors of safetensors to a `NaloraError` that names the file."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        expected = "a complete safetensors file"
+        remedy = "download it again: it is truncated, damaged or of another format"
+        raise NaloraError(str(path), expected=expected, found=str(error), remedy=remedy) from error
+
+
+# ---------------------------------------------------------------- writing
 
 
 def parse_size(text: str) -> int:

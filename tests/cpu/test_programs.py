@@ -35,4 +35,4 @@ def test_products_are_computed_again_where_that_is_sooner(tiles, d_model, gated,
 def test_a_device_is_named_with_its_fastest_instructions(monkeypatch, kinds, named):
     monkeypatch.setattr(processor, "name", lambda: "Xeon")
     monkeypatch.setattr(processor, "kinds", lambda: kinds)
-    assert processor.described().startswith(named)
+    assert processor.processor_name().startswith(named)

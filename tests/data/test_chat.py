@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import render
+from nalora_jax.data.chat import render_record
 from nalora_jax.data.tokenize import Example, fit_example, tokenize
 from nalora_jax.errors import NaloraError
 
@@ -24,7 +24,7 @@ TALK = [
 def answers(record, tokenizer, **options):
     """What the loss sees of a record: the text of each run of target tokens."""
     config = dataclasses.replace(CONFIG, **options)
-    (example,) = tokenize([render(record, config, tokenizer, "here")], tokenizer)
+    (example,) = tokenize([render_record(record, config, tokenizer, "here")], tokenizer)
     runs, ids = [], []
     for token, counts in zip(example.ids, example.answer, strict=True):
         if counts:
@@ -50,7 +50,7 @@ def test_boundary_is_that_of_separate_texts(tokenizer):
         ("", "Paris"),
     ]:
         (example,) = tokenize(
-            [render({"prompt": prompt, "completion": completion}, CONFIG, tokenizer, "")], tokenizer
+            [render_record({"prompt": prompt, "completion": completion}, CONFIG, tokenizer, "")], tokenizer
         )
         cut = len(tokenizer.encode(prompt))
         assert example.ids.tolist() == [
@@ -63,13 +63,15 @@ def test_boundary_is_that_of_separate_texts(tokenizer):
 
 def test_begin_of_sequence_goes_in_front(tokenizer):
     wanting = dataclasses.replace(tokenizer, add_bos=True)
-    (example,) = tokenize([render({"prompt": "up", "completion": " is"}, CONFIG, wanting, "")], wanting)
+    (example,) = tokenize(
+        [render_record({"prompt": "up", "completion": " is"}, CONFIG, wanting, "")], wanting
+    )
     assert example.ids.tolist() == [
         *wanting.encode("up"),
         *wanting.encode(" is", special=False),
         wanting.eos_id,
     ]
-    (chat,) = tokenize([render({"messages": TALK}, CONFIG, wanting, "")], wanting)
+    (chat,) = tokenize([render_record({"messages": TALK}, CONFIG, wanting, "")], wanting)
     assert chat.ids[:2].tolist() == wanting.encode("<|im_start|>system", special=False)[:2]
 
 
@@ -127,7 +129,7 @@ def test_turn_without_special_end_gets_one(tokenizer):
 )
 def test_bad_records_name_the_field(tokenizer, record, message):
     with pytest.raises(NaloraError, match=message):
-        render(record, CONFIG, tokenizer, "here")
+        render_record(record, CONFIG, tokenizer, "here")
 
 
 PHI_3 = (Path(__file__).parent / "templates" / "phi_3.jinja").read_text()
@@ -137,7 +139,7 @@ PHI_3 = (Path(__file__).parent / "templates" / "phi_3.jinja").read_text()
 def test_answers_of_phi_3_end_with_their_end_of_turn_token(tokenizer, loss_on):
     """Its template writes an end-of-sequence token after the conversation, which is not part of the last turn."""
     phi = dataclasses.replace(tokenizer, chat_template=PHI_3, special_tokens={"eos_token": "<|endoftext|>"})
-    rendered = render({"messages": TALK}, DataConfig(loss_on=loss_on), phi, "here")
+    rendered = render_record({"messages": TALK}, DataConfig(loss_on=loss_on), phi, "here")
     expected = ["the sky<|end|>", "\n\nYes, the green hills<|end|>"]
     assert [rendered.text[start:stop] for start, stop in rendered.answers] == expected[
         -1 if loss_on == "answer" else 0 :
@@ -164,7 +166,7 @@ def test_an_end_of_sequence_token_that_ends_every_turn_is_part_of_the_answer(tok
 def test_misspelt_roles_are_refused_with_a_suggestion(tokenizer, role, meant):
     talk = [{"role": role, "content": "Which way is up?"}, *TALK[2:]]
     with pytest.raises(NaloraError, match=rf"here: messages\[0\]: role: .*found '{role}'; write '{meant}'"):
-        render({"messages": talk}, CONFIG, tokenizer, "here")
+        render_record({"messages": talk}, CONFIG, tokenizer, "here")
 
 
 def example(prompt: int, answer: int) -> Example:

@@ -14,7 +14,7 @@ import pytest
 import transformers
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import render
+from nalora_jax.data.chat import render_record
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.sources import open_source
@@ -47,7 +47,7 @@ def with_tools(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def text_of(record: dict[str, Any], tokenizer: Tokenizer, **options: Any) -> str:
-    return render(record, DataConfig(**options), tokenizer, "here").text
+    return render_record(record, DataConfig(**options), tokenizer, "here").text
 
 
 def by_transformers(tokenizer: Tokenizer, messages: list, tools: list | None = None) -> str:
@@ -76,14 +76,14 @@ IN_PARTS = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]
 def test_conversations_are_the_same_in_every_form(
     tokenizer: Tokenizer, record: dict[str, Any], form: str
 ) -> None:
-    same = render({"messages": TALK}, CONFIG, tokenizer, "here")
-    assert render(record, CONFIG, tokenizer, "here") == same
+    same = render_record({"messages": TALK}, CONFIG, tokenizer, "here")
+    assert render_record(record, CONFIG, tokenizer, "here") == same
     assert form_of(record, CONFIG) == form
 
 
 def test_alpaca_is_written_by_its_own_prompt_or_by_the_chat_template(tokenizer: Tokenizer) -> None:
     record = {"instruction": "Add {input}.", "input": "2, 2", "output": "4"}
-    rendered = render(record, CONFIG, tokenizer, "here")
+    rendered = render_record(record, CONFIG, tokenizer, "here")
     assert rendered.text.startswith(
         "Below is an instruction that describes a task, paired with an input that"
     )
@@ -109,7 +109,7 @@ def test_tool_calls_are_rendered_as_transformers_renders_them(with_tools: Tokeni
     for tools in (TOOLS, json.dumps(TOOLS), [json.dumps(tool) for tool in TOOLS]):
         assert text_of({"messages": TOOL_TALK, "tools": tools}, with_tools, loss_on="all") == expected
     record, config = {"messages": TOOL_TALK, "tools": TOOLS}, replace(CONFIG, loss_on="assistant")
-    turns = render(record, config, with_tools, "here")
+    turns = render_record(record, config, with_tools, "here")
     call, answer = (turns.text[start:stop] for start, stop in turns.answers)
     assert '{"name": "weather", "arguments": {"city": "Paris"}}' in call
     assert answer == "It is: 21 degrees.<|im_end|>"
@@ -130,8 +130,8 @@ def test_functions_of_sharegpt_are_tool_calls(with_tools: Tokenizer) -> None:
         {"from": "gpt", "value": "It is: 21 degrees."},
     ]
     record = {"conversations": turns, "tools": json.dumps(TOOLS)}
-    same = render({"messages": TOOL_TALK, "tools": TOOLS}, CONFIG, with_tools, "x")
-    assert render(record, CONFIG, with_tools, "x") == same
+    same = render_record({"messages": TOOL_TALK, "tools": TOOLS}, CONFIG, with_tools, "x")
+    assert render_record(record, CONFIG, with_tools, "x") == same
 
 
 def test_what_arrow_fills_up_with_nulls_is_left_out(with_tools: Tokenizer, tmp_path: Path) -> None:
@@ -146,8 +146,8 @@ def test_what_arrow_fills_up_with_nulls_is_left_out(with_tools: Tokenizer, tmp_p
     record = open_source(DataConfig(dataset=str(tmp_path / "a.parquet")), "train")[0]
     assert record["messages"][0]["tool_calls"] is None
     assert record["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris", "now": None}
-    same = render({"messages": TOOL_TALK, "tools": TOOLS}, CONFIG, with_tools, "x")
-    assert render(record, CONFIG, with_tools, "x") == same
+    same = render_record({"messages": TOOL_TALK, "tools": TOOLS}, CONFIG, with_tools, "x")
+    assert render_record(record, CONFIG, with_tools, "x") == same
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["objects", "JSON in texts"])
@@ -188,7 +188,7 @@ def test_reasoning_is_rendered_under_every_name_as_in_transformers(
     tokenizer: Tokenizer, fields: dict
 ) -> None:
     ours, talk = replace(tokenizer, chat_template=REASONING_TEMPLATE), [*TALK[:2], TALK[2] | fields]
-    rendered = render({"messages": talk}, CONFIG, ours, "here")
+    rendered = render_record({"messages": talk}, CONFIG, ours, "here")
     assert rendered.text == by_transformers(ours, talk)
     ((start, stop),) = rendered.answers
     assert rendered.text[start:stop] == "<think>It is high.</think>[It is high.]The sky.<|im_end|>"
@@ -218,4 +218,4 @@ def calling(function: dict[str, Any]) -> dict[str, Any]:
 )
 def test_bad_records_are_named(tokenizer: Tokenizer, record: dict[str, Any], said: str) -> None:
     with pytest.raises(NaloraError, match=said):
-        render(record, CONFIG, tokenizer, "here")
+        render_record(record, CONFIG, tokenizer, "here")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nalora_jax.config import DataConfig, PreferenceConfig, RunConfig, check
 from nalora_jax.data import chat, tokenize
-from nalora_jax.data.chat import render
+from nalora_jax.data.chat import render_record
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.source import RecordsSource
@@ -169,7 +169,7 @@ def test_masks_of_long_chats_do_not_depend_on_short_contents(tokenizer, monkeypa
     for most in (10**9, 0):
         monkeypatch.setattr(chat, "_MOST", most)
         try:
-            results.append(render(record, config, ours, "here"))
+            results.append(render_record(record, config, ours, "here"))
         except NaloraError as error:
             results.append(str(error))
     assert results[0] == results[1]
@@ -186,6 +186,8 @@ def test_a_long_chat_is_rendered_in_full_once(tokenizer, monkeypatch):
 
     monkeypatch.setattr(chat, "_MOST", 0)
     values = {field.name: getattr(tokenizer, field.name) for field in dataclasses.fields(tokenizer)}
-    result = render({"messages": talk()}, DataConfig(loss_on="assistant"), Counting(**values), "here")
+    result = render_record(
+        {"messages": talk()}, DataConfig(loss_on="assistant"), Counting(**values), "here"
+    )
     assert len(result.answers) == 4
     assert sum(length > len(result.text) / 2 for length in rendered) == 1

@@ -22,7 +22,7 @@ def test_every_example_lies_in_one_row_and_no_row_overflows(case, several):
     lengths, capacity, seed = case
     lengths = np.array(lengths)
     pattern = packing.pack(lengths, capacity, several=several)
-    plan = packing.plan(pattern, lengths, seed, epoch=1)
+    plan = packing.plan_rows(pattern, lengths, seed, epoch=1)
     rows = [plan.row(index) for index in range(pattern.rows)]
     np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(len(lengths)))
     assert max(lengths[row].sum() for row in rows) <= capacity
@@ -48,7 +48,7 @@ def test_assembled_rows_hold_every_token_and_its_successor(sizes, seed):
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     lengths = np.diff(offsets) - 1
     pattern = packing.pack(lengths, 12)
-    plan = packing.plan(pattern, lengths, seed, 0)
+    plan = packing.plan_rows(pattern, lengths, seed, 0)
     rows = [plan.row(index) for index in range(pattern.rows)]
     batch = packing.fill_rows(rows, np.concatenate(examples), np.concatenate(answers), offsets, 12)
     for index, row in enumerate(rows):
@@ -89,7 +89,7 @@ def test_epochs_differ_and_repeat():
     pattern = packing.pack(lengths, 64)
 
     def contents(seed, epoch):
-        plan = packing.plan(pattern, lengths, seed, epoch)
+        plan = packing.plan_rows(pattern, lengths, seed, epoch)
         return [tuple(plan.row(index)) for index in range(pattern.rows)]
 
     assert contents(3, 5) == contents(3, 5)
@@ -99,7 +99,7 @@ def test_epochs_differ_and_repeat():
     shared = [{frozenset(row) for row in contents(*key)} for key in ((3, 5), (3, 6), (4, 5))]
     assert shared[0] != shared[1]
     assert shared[0] != shared[2]
-    orders = [packing.plan(pattern, lengths, *key).order.tolist() for key in ((3, 5), (3, 6), (4, 5))]
+    orders = [packing.plan_rows(pattern, lengths, *key).order.tolist() for key in ((3, 5), (3, 6), (4, 5))]
     assert orders[0] != orders[1]
     assert orders[0] != orders[2]
 

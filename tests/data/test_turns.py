@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import render
+from nalora_jax.data.chat import render_record
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.errors import NaloraError
@@ -73,7 +73,7 @@ def called(**fields: Any) -> list[dict[str, Any]]:
 def learned(messages: list[dict[str, Any]], loss_on: str, tokenizer: Tokenizer) -> list[str]:
     """The text of each run of loss tokens, with the end of a text that the tokenizer adds."""
     (example,) = tokenize(
-        [render({"messages": messages}, DataConfig(loss_on=loss_on), tokenizer, "here")], tokenizer
+        [render_record({"messages": messages}, DataConfig(loss_on=loss_on), tokenizer, "here")], tokenizer
     )
     return runs(example.ids, example.answer, tokenizer)
 

@@ -16,7 +16,7 @@ from nalora_jax.cli.planning.program import architecture
 from nalora_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
-from nalora_jax.layout.layouts import fitting, laid_out, preferred
+from nalora_jax.layout.layouts import fastest, fitting, laid_out
 from nalora_jax.layout.machines import of_devices, topology
 from nalora_jax.models.config import ModelConfig
 from tests.doubles.machines import NAMES, machine
@@ -168,7 +168,7 @@ def test_nalora_plan_and_training_choose_the_same_layout(name):
     assert where is not None
     assert (where.chip, where.size, where.slices) == (planned.chip, planned.size, planned.slices)
     config = run(MeshConfig(), 2 * where.size)
-    found, expected = (preferred(fitting(config, small(), machine)) for machine in (where, planned))
+    found, expected = (fastest(fitting(config, small(), machine)) for machine in (where, planned))
     assert found == expected
 
 

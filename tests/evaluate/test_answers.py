@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nalora_jax.evaluate.answers import last_number, matches, plain_text
+from nalora_jax.evaluate.answers import last_number, matches, normalised_text
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from nalora_jax.evaluate.answers import last_number, matches, plain_text
     ],
 )
 def test_plain_text(text, expected):
-    assert plain_text(text) == expected
+    assert normalised_text(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -36,5 +36,5 @@ def test_last_number(text, expected):
 def test_an_answer_without_a_number_matches_no_other_answer_without_one():
     assert matches("so it is 7.0", "#### 7", last_number)
     assert not matches("no idea", "none", last_number)
-    assert not matches("a", "the", plain_text)
-    assert matches("a", "a", plain_text)
+    assert not matches("a", "the", normalised_text)
+    assert matches("a", "a", normalised_text)

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.likelihood import choose_layout, make_batches, score_groups, split_group
+from nalora_jax.evaluate.likelihood import (
+    _stems_and_tails,
+    choose_layout,
+    make_batches,
+    score_groups,
+    split_group,
+)
 
 
 def random_groups(count: int, seed: int = 0, *, own_contexts: bool = False) -> list:
@@ -40,6 +46,17 @@ def assert_scores_equal_torch(scores, groups, torch_log_probs):
 def test_log_likelihoods_equal_transformers(model, variables, torch_log_probs, own_contexts):
     groups = random_groups(10, own_contexts=own_contexts)
     scores = score_groups(model, variables, groups, batch_tokens=64)
+    assert_scores_equal_torch(scores, groups, torch_log_probs)
+
+
+def test_sets_of_groups_share_one_program(model, variables, torch_log_probs):
+    groups = [*random_groups(7, 1), *random_groups(5, 2)]
+    before = _stems_and_tails._cache_size()
+    scores = [
+        *score_groups(model, variables, groups[:7], fitting=groups, batch_tokens=48),
+        *score_groups(model, variables, groups[7:], fitting=groups, batch_tokens=48),
+    ]
+    assert _stems_and_tails._cache_size() == before + 1
     assert_scores_equal_torch(scores, groups, torch_log_probs)
 
 

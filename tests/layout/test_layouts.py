@@ -22,7 +22,7 @@ from nalora_jax.layout.estimates import (
     weight_bytes,
 )
 from nalora_jax.layout.figures import Figures, kernel_flops
-from nalora_jax.layout.layouts import Layout, estimate, fitting, preferred
+from nalora_jax.layout.layouts import Layout, estimate, fastest, fitting
 from nalora_jax.layout.machines import Topology, topology
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
@@ -39,7 +39,7 @@ def run(rows: int, seq: int = 4096, **options) -> RunConfig:
 
 def chosen(model: str, where: str, *, seq: int = 4096, rows: int = 0, **options) -> Layout:
     base, machine = architecture(model), topology(where)
-    return preferred(fitting(run(rows or machine.size, seq, **options), base, machine))
+    return fastest(fitting(run(rows or machine.size, seq, **options), base, machine))
 
 
 def estimated(

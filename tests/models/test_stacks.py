@@ -20,8 +20,8 @@ from nalora_jax.models.stacks import (
     gate_blocks,
     groups,
     layer_numbers,
-    locate,
     projection_shapes,
+    stacked_places,
     stacks,
 )
 from nalora_jax.models.targets import layer_path, resolve, uniform_path
@@ -83,7 +83,7 @@ def test_names_of_a_layer_do_not_depend_on_its_stack():
     assert uniform_path(path) == "layers/ffn/gate_proj"
     assert layer_path(path, 5) == "layers/5/ffn/gate_proj"
     assert layer_path("image/layers/ffn/in_proj", 2) == "image/layers/2/ffn/in_proj"
-    numbers, places = layer_numbers(MIXED), locate(MIXED)
+    numbers, places = layer_numbers(MIXED), stacked_places(MIXED)
     assert {
         numbers[stacked][i] for (name, _), (stacked, i) in places.items() if name == "layers/attn/q_proj"
     } == set(range(7))

@@ -24,7 +24,7 @@ def test_vit_s_gives_the_features_of_onnxruntime(tmp_path, monkeypatch) -> None:
     imports.import_file(str(HELPER))
     loaded = load_encoder("vit-s-focus", dtype="float32")
     file = ENCODERS.get("vit-s-focus").__globals__["FILE"]
-    model = onnx.load(downloads.fetch(file))
+    model = onnx.load(downloads.fetch_file(file))
     # The rest of that model reads the norm after the last layer.
     output = "/backbone/layernorm/Add_1_output_0"
     del model.graph.output[:]

@@ -11,7 +11,7 @@ from nalora_jax.study.plan import wanted
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.provenance import checked_records
 from nalora_jax.study.records import Records
-from nalora_jax.study.report import render
+from nalora_jax.study.report import render_results
 
 STUDIES = Path(__file__).parents[2] / "studies"
 FOLDERS = sorted(path.parent for path in STUDIES.glob("*/protocol.toml"))
@@ -25,7 +25,7 @@ def _first(protocol: Protocol, task: str) -> RunConfig:
 def test_the_committed_tables_are_those_of_the_records(folder: Path) -> None:
     protocol = read_protocol(folder)
     records = checked_records(protocol, Records(folder))  # records of earlier versions stay valid
-    assert (folder / "results.md").read_text().startswith(render(protocol, records))
+    assert (folder / "results.md").read_text().startswith(render_results(protocol, records))
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

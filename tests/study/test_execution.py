@@ -21,10 +21,10 @@ from nalora_jax.study import execution
 from nalora_jax.study.plan import Run, pending, wanted
 from nalora_jax.study.progress import RunInProgress
 from nalora_jax.study.protocol import Protocol, read_protocol
-from nalora_jax.study.records import Record, Records, plain
+from nalora_jax.study.records import Record, Records, exact_values
 from nalora_jax.study.report import status
 from nalora_jax.study.resources import Resources
-from nalora_jax.study.verification import verify
+from nalora_jax.study.verification import verify_records
 from nalora_jax.train.kinds import text
 from tests.study.conftest import trained_alone
 
@@ -153,7 +153,7 @@ def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
     again = execution.perform(run, resources, snapshot)
     assert seen == [4, 8, 8]
     for name in ("curve", "test", "probes", "validation", "training"):
-        assert plain(again[name]) == records[run.id][name]
+        assert exact_values(again[name]) == records[run.id][name]
 
 
 def test_runs_of_one_program_have_the_records_of_runs_alone(finished: Path, tmp_path: Path) -> None:
@@ -208,12 +208,12 @@ def test_a_run_that_diverges_has_a_record_that_says_so(
 
 @pytest.fixture
 def shared(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets `verify` use the resources of these tests."""
+    """Lets `verify_records` use the resources of these tests."""
     monkeypatch.setattr("nalora_jax.study.verification.Resources", lambda _: resources)
 
 
 def test_records_are_reproduced(copy: Path, shared: None) -> None:
-    text = verify(read_protocol(copy), count=2)
+    text = verify_records(read_protocol(copy), count=2)
     assert text.count(" in the record, ") >= 2
     assert "earlier version" not in text
 

@@ -11,7 +11,7 @@ from nalora_jax.__main__ import main
 from nalora_jax.study.plan import wanted
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Records
-from nalora_jax.study.report import render
+from nalora_jax.study.report import render_results
 from nalora_jax.train.kinds import preference
 from tests.study.conftest import filled, trained_alone
 
@@ -64,7 +64,7 @@ def test_a_study_of_pairs_measures_starts_and_devices(pairs_study: Path) -> None
     assert by["tune", "b_zero"]["data"] != by["test", "b_zero"]["data"]
     assert len({record["source"] for record in by.values()}) == 1
     assert by["test", "a_zero"]["test"]["n"] == 20
-    text = render(protocol, records)
+    text = render_results(protocol, records)
     assert "nats per pair" in text
     assert "1 - accuracy" in text
     tuned = next(run for run in wanted(protocol, records) if run.cell.method == "a_zero")

@@ -28,7 +28,7 @@ from nalora_jax.study.provenance import (
     record_digest,
 )
 from nalora_jax.study.records import Record, Records
-from nalora_jax.study.report import status, write_report
+from nalora_jax.study.report import status, write_tables
 from nalora_jax.study.resources import Resources
 
 OTHER_PROTOCOL = "expected the protocol that test items were read under"
@@ -130,7 +130,7 @@ def test_a_finished_test_that_was_altered_is_refused(quick: Protocol) -> None:
     with pytest.raises(NaloraError, match=f"found 1 missing or altered: {name}"):
         status(quick)
     with pytest.raises(NaloraError, match=f"found 1 missing or altered: {name}"):
-        write_report(quick)
+        write_tables(quick)
 
 
 ANOTHER = {"method": "b", "seed": 9}

@@ -17,7 +17,7 @@ from nalora_jax.study.analysis import comparisons, results
 from nalora_jax.study.plan import Run, pending
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Record, Records
-from nalora_jax.study.report import render, write_report
+from nalora_jax.study.report import render_results, write_tables
 from nalora_jax.study.statistics import holm
 
 SEEDS = range(1, 7)
@@ -104,7 +104,7 @@ def losses(study: Path, method: str) -> np.ndarray:
 
 
 def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
-    write_report(read_protocol(told))
+    write_tables(read_protocol(told))
     text = (told / "results.md").read_text()
     assert "Accuracy: of 7 (z) of the items." in text
     difference = losses(told, "half") - losses(told, "lora")
@@ -142,16 +142,16 @@ def test_the_margin_is_a_share_of_what_training_gains(told: Path) -> None:
     primary = [c for c in comparisons(by_share, results(by_share, records)) if c.measure.kind == "primary"]
     expected = 0.1 * gain_of(records.values())
     assert [c.paired.margin for c in primary] == pytest.approx([expected] * 3)
-    assert row(render(by_share, records), "half", "lora", "z")[11] == "yes"  # within 0.06
+    assert row(render_results(by_share, records), "half", "lora", "z")[11] == "yes"  # within 0.06
     for record in records.values():
         record["curve"] = []  # an unknown gain
-    cells = row(render(by_share, records), "half", "lora", "z")
+    cells = row(render_results(by_share, records), "half", "lora", "z")
     assert (cells[11], cells[13:]) == ("no", ["-", "-"])
-    assert row(render(protocol, records), "half", "lora", "z")[14] == "0.005 (no gain)"
+    assert row(render_results(protocol, records), "half", "lora", "z")[14] == "0.005 (no gain)"
 
 
 def test_differences_above_the_chosen_rate_and_on_other_data_are_paired(told: Path) -> None:
-    write_report(read_protocol(told))
+    write_tables(read_protocol(told))
     text = (told / "results.md").read_text()
     mine, theirs = (made_by(told, method, 4.0) for method in ("half", "lora"))
     assert mine[-1]["diverged"]  # and is not counted, nor its pair
@@ -170,7 +170,7 @@ def test_differences_above_the_chosen_rate_and_on_other_data_are_paired(told: Pa
 def test_a_report_is_made_from_protocol_and_records_alone_to_the_byte(
     told: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = {path.relative_to(told): path.read_bytes() for path in write_report(read_protocol(told))}
+    first = {path.relative_to(told): path.read_bytes() for path in write_tables(read_protocol(told))}
     other = tmp_path_factory.mktemp("clone")
     for name in ("protocol.toml", "records.jsonl"):
         (other / name).write_bytes((told / name).read_bytes())
@@ -197,7 +197,7 @@ def test_p_values_are_corrected_over_all_comparisons_with_the_baseline(told: Pat
     assert [c.t_holm for c in family] == holm([c.paired.t_p for c in family])
     assert [c.wilcoxon_holm for c in family] == holm([c.paired.wilcoxon_p for c in family])
     assert {c.family for c in compared if c.other != "lora"} == {4}
-    text = render(protocol, records)
+    text = render_results(protocol, records)
     assert (
         "corrected over the 8 comparisons with `lora` in this and the following tables, or the 4 with"
         in text

@@ -22,7 +22,7 @@ from nalora_jax.study.execution import perform
 from nalora_jax.study.plan import wanted
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Records
-from nalora_jax.study.report import render
+from nalora_jax.study.report import render_results
 from nalora_jax.study.resources import Resources
 from nalora_jax.train.kinds.rl import RolloutStep
 from tests.study.conftest import filled
@@ -106,7 +106,7 @@ def test_a_study_of_rewards_trains_and_measures_as_a_run_does(
     assert 0 <= measured["pass_1"] <= measured["pass_8"] <= 1
     assert measured["divergence"] > 0
     assert tested["probes"]["z_again"]["loss"] != tested["probes"]["z_again"]["before"]
-    assert "1 - reward" in render(protocol, records)
+    assert "1 - reward" in render_results(protocol, records)
 
 
 def test_an_interrupted_run_resumes_to_the_same_record(

@@ -13,7 +13,7 @@ from nalora_jax.study.execution import run_study
 from nalora_jax.study.plan import Run
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
-from nalora_jax.study.verification import _compare, verify
+from nalora_jax.study.verification import _compare, verify_records
 from tests.study.test_plan import CELL, PROTOCOL
 
 
@@ -76,4 +76,4 @@ def test_an_altered_record_is_found_by_its_digest_without_a_run(quick: Protocol)
     path = quick.folder / "records.jsonl"
     path.write_text(path.read_text().replace('"seconds": 36.0', '"seconds": 35.0'))
     with pytest.raises(NaloraError, match="expected the content that its digest was computed from"):
-        verify(quick, count=0)
+        verify_records(quick, count=0)

@@ -42,7 +42,7 @@ def test_a_run_opens_sources_tokenizer_and_model_config_once(
     monkeypatch.setattr(Tokenizer, "from_folder", staticmethod(from_folder))
     monkeypatch.setattr(model_files, "read", _counted(counts, "config", model_files.read))
     monkeypatch.setattr(FileSource, "__init__", _counted(counts, "source", FileSource.__init__))
-    monkeypatch.setattr(tokenize, "render", _counted(counts, "rendered", tokenize.render))
+    monkeypatch.setattr(tokenize, "render_record", _counted(counts, "rendered", tokenize.render_record))
     resolve = _counted(counts, "rate", optimizers.with_learning_rate)
     monkeypatch.setattr(inputs, "with_learning_rate", resolve)
     config = replace(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nalora_jax.common.trees import flatten, unflatten
+from nalora_jax.common.trees import unflatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
@@ -192,25 +192,5 @@ def random_lora() -> Callable[..., tuple[dict[str, Any], AdapterSpec]]:
                 leaves[f"{path}/magnitude"] = rng.uniform(0.5, 2, (n, *lead, d_out)).astype(np.float32)
             specs.append((path, TargetSpec(ranks, alphas)))
         return unflatten(leaves), AdapterSpec(tuple(specs), **variant)
-
-    return build
-
-
-@pytest.fixture
-def deltas() -> Callable[[dict[str, Any], AdapterSpec], dict[tuple[str, int], np.ndarray]]:
-    """``deltas(lora, spec)[path, layer]``: ``s A B`` in float64, layers of rank 0 left out."""
-
-    def build(lora: dict[str, Any], spec: AdapterSpec) -> dict[tuple[str, int], np.ndarray]:
-        leaves = flatten(lora)
-        return {
-            (path, layer): np.float64(spec.scales(path)[layer])
-            * (
-                leaves[f"{path}/a"][layer].astype(np.float64)
-                @ leaves[f"{path}/b"][layer].astype(np.float64)
-            )
-            for path, target in spec.targets
-            for layer, rank in enumerate(target.ranks)
-            if rank
-        }
 
     return build

@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from nalora_jax.common.trees import flatten, unflatten
@@ -32,6 +31,8 @@ from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.merge import merge, write_merged
 from nalora_jax.weights.tensors import load_params
+from tests.weights.conftest import COMMON
+from tests.weights.folders import tokenizer_files
 
 RELEASED = {
     "modules_to_not_convert": [
@@ -42,22 +43,9 @@ RELEASED = {
     ],
     "quant_method": "mxfp4",
 }
-SIZES: dict[str, Any] = {
-    "vocab_size": 48,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "sliding_window": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+SIZES = COMMON | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+SIZES |= {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+SIZES |= {"bos_token_id": None, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +70,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": RELEASED}))
-    vocabulary = {"<unk>": 0} | {f"t{i}": i for i in range(1, 48)}
-    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<unk>"}))
+    tokenizer_files(folder)
     return folder
 
 
@@ -95,9 +81,15 @@ def transformers_floats(folder: Path, layer: int, name: str) -> np.ndarray:
     return convert_moe_packed_tensors(tensors[f"{stem}_blocks"], tensors[f"{stem}_scales"]).float().numpy()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", [None, "mxfp4"])
-@pytest.mark.parametrize("sizes", [None, (1, 4, 2)])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "sizes"),
+    [
+        ("float32", None, (1, 4, 2)),
+        ("bfloat16", None, None),
+        ("float32", "mxfp4", None),
+        ("bfloat16", "mxfp4", (1, 4, 2)),
+    ],
+)
 def test_floats_are_exactly_transformers(released: Path, dtype: str, kind: Any, sizes: Any) -> None:
     mesh = None if sizes is None else make_mesh(MeshConfig(*sizes))
     params = load_model(str(released), dtype=dtype, quantized=kind, mesh=mesh).params["layers"]
@@ -233,18 +225,13 @@ def test_blocks_without_scales_are_refused(released: Path, tmp_path: Path) -> No
 # ---------------------------------------------------------------- all experts of a layer in two tensors
 
 
-MIXTURE = {
-    "vocab_size": 32,
-    "hidden_size": 16,
+MIXTURE = COMMON | {
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
-    "layer_types": ["full_attention"] * 2,
 }
+MIXTURE |= {"layer_types": ["full_attention"] * 2}
 
 
 def saved(folder: Path, family: str) -> tuple[ModelConfig, dict[str, torch.Tensor]]:

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
 from safetensors.numpy import load_file
 
 from nalora_jax.common.trees import flatten
@@ -27,75 +27,7 @@ from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.tensors import load_params
 from tests.param_trees import params_from_tensors, tensors_from_params
-
-TOKENS = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    "a",
-    "b",
-    "c",
-    "ab",
-    "abc",
-    "Ġ",
-    "Ġa",
-    *(f"<extra{i}>" for i in range(38)),
-]
-KINDS = [2, 3, 3, *[1] * 7, *[5] * 38]
-MERGES = ["a b", "ab c", "Ġ a"]
-
-
-MODEL = {
-    "vocab_size": 48,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
-Write = Callable[[gguf.GGUFWriter], Any]
-
-
-def write_model(
-    path: Path, architecture: str, raw: dict[str, Any], params: dict[str, Any], more: Write = lambda _: None
-) -> Path:
-    """A GGUF file as llama.cpp's converter would write it; ``more`` adds what the architecture has besides."""
-    writer = gguf.GGUFWriter(path, architecture)
-    add_shape(writer, raw)
-    more(writer)
-    for name, tensor in tensors_from_params(ModelConfig.from_hf(raw), params, "gguf"):
-        writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
-    return finish(writer, path)
-
-
-def add_shape(writer: gguf.GGUFWriter, raw: dict[str, Any]) -> None:
-    """The metadata that every architecture has, and a tokenizer."""
-    writer.add_block_count(raw["num_hidden_layers"])
-    writer.add_context_length(raw["max_position_embeddings"])
-    writer.add_embedding_length(raw["hidden_size"])
-    writer.add_feed_forward_length(raw["intermediate_size"])
-    writer.add_head_count(raw["num_attention_heads"])
-    writer.add_head_count_kv(raw["num_key_value_heads"])
-    writer.add_key_length(raw["head_dim"])
-    writer.add_value_length(raw["head_dim"])
-    writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
-    add_tokenizer(writer)
-
-
-def add_tokenizer(writer: gguf.GGUFWriter) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types(KINDS)
-    writer.add_token_merges(MERGES)
-    writer.add_unk_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
+from tests.weights.gguf_files import MODEL, Write, add_shape, random_blocks, random_params, write_model
 
 
 def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
@@ -106,13 +38,6 @@ def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
     return path
 
 
-def random_params(raw: dict[str, Any]) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    config = ModelConfig.from_hf(raw)
-    shapes = {tensor.name: tensor.shape for tensor in keymap_for(config, "hf").tensors}
-    return params_from_tensors(config, lambda name: rng.normal(size=shapes[name]))
-
-
 def saved_params(model: Any, config: ModelConfig, folder: Path) -> dict[str, Any]:
     """A torch model's parameters as our tree, by the names that it is saved under."""
     model.save_pretrained(folder)
@@ -120,7 +45,7 @@ def saved_params(model: Any, config: ModelConfig, folder: Path) -> dict[str, Any
 
 
 def write_llama(path: Path, more: Write = lambda _: None, **changes: Any) -> Path:
-    raw = {"model_type": "llama", **MODEL, **changes}
+    raw = MODEL | changes
     return write_model(path, "llama", raw, random_params(raw), more)
 
 
@@ -160,24 +85,7 @@ def quantized(kind: GGMLQuantizationType, rows: int, columns: int) -> np.ndarray
     """Stored bytes of random numbers; what the package cannot write (K-quants, I-quants) from random blocks."""
     rng = np.random.default_rng(0)
     if kind.name.endswith("_K") or kind.name.startswith("IQ"):
-        block, size = GGML_QUANT_SIZES[kind]
-        raw = rng.integers(0, 256, (rows, columns // block, size), np.uint8)
-        scale = rng.uniform(-1, 1, (rows, columns // block, 1)).astype(np.float16)
-        places = {
-            "Q6_K": [size - 2],
-            "Q3_K": [size - 2],
-            "Q2_K": [size - 4, size - 2],
-            "Q4_K": [0, 2],
-            "Q5_K": [0, 2],
-        }
-        for place in places.get(kind.name, [0]) if kind.name != "IQ1_M" else ():
-            raw[..., place : place + 2] = scale.view(np.uint8)
-        if kind.name == "IQ1_M":  # its scale lies in the highest four bits of the last four 16-bit words
-            words = raw[..., -8:].copy().view(np.uint16)
-            bits = scale.view(np.uint16) >> np.array([0, 4, 8, 12], np.uint16)
-            words = (words & 0x0FFF) | ((bits & 0xF) << 12)
-            raw[..., -8:] = words.view(np.uint8)
-        return raw.reshape(rows, -1)
+        return random_blocks(kind, rows, columns, 1.0, rng)
     return gguf.quants.quantize(rng.normal(size=(rows, columns)).astype(np.float32), kind)
 
 
@@ -343,7 +251,7 @@ def test_the_files_of_these_tests_are_what_transformers_expects(
 
 def test_a_quantized_model_loads_in_either_dtype(tmp_path: Path) -> None:
     """Rows of 32 in Q8_0 beside float32: the values are the dequantized ones, cast once."""
-    raw = {"model_type": "llama", **MODEL, "hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
+    raw = MODEL | {"hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
     params, stored = random_params(raw), {}
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     add_shape(writer, raw)
@@ -375,10 +283,9 @@ def test_rows_that_llama_cpp_regroups_are_right_on_a_mesh_and_in_blocks(
     path = str(write_llama(tmp_path / "m.gguf"))
     alone = flatten(load_model(path, dtype="float32").params)
     monkeypatch.setattr(tensors, "BLOCK", 40)
-    for sizes in ((1, 4, 2), (2, 2, 2)):
-        spread = load_model(path, dtype="float32", mesh=make_mesh(MeshConfig(*sizes)))
-        for name, leaf in flatten(spread.params).items():
-            np.testing.assert_array_equal(leaf, alone[name], err_msg=name)
+    spread = load_model(path, dtype="float32", mesh=make_mesh(MeshConfig(1, 4, 2)))
+    for name, leaf in flatten(spread.params).items():
+        np.testing.assert_array_equal(leaf, alone[name], err_msg=name)
 
 
 # ---------------------------------------------------------------- rotary embeddings
@@ -475,9 +382,7 @@ def test_models_that_are_refused(tmp_path: Path, change: Write, match: str) -> N
 
 
 def test_unsupported_architecture_and_quantization(tmp_path: Path) -> None:
-    path = write_model(
-        tmp_path / "m.gguf", "mamba", raw := {"model_type": "llama", **MODEL}, random_params(raw)
-    )
+    path = write_model(tmp_path / "m.gguf", "mamba", raw := MODEL, random_params(raw))
     with pytest.raises(NaloraError, match="general.architecture.*llama.*'mamba'"):
         load_model(str(path), dtype="float32")
     writer = gguf.GGUFWriter(path, "llama")

@@ -13,7 +13,7 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
 
 from nalora_jax.__main__ import main
 from nalora_jax.common.trees import flatten, unflatten
@@ -27,24 +27,12 @@ from nalora_jax.weights.gguf_export import write_adapter_gguf
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
 from tests.param_trees import tensors_from_params
+from tests.weights.gguf_files import MODEL, WORDS, add_shape, random_blocks
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp as a wheel, is not installed")
 
 WIDTH = 256  # rows of whole blocks of every format
-WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab", "Ġa"]
-HF: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": len(WORDS),
-    "hidden_size": WIDTH,
-    "intermediate_size": WIDTH,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
+HF = MODEL | {"vocab_size": len(WORDS), "hidden_size": WIDTH, "intermediate_size": WIDTH, "head_dim": 64}
 IDS = list(range(3, 23))
 QUANTIZED = (
     "Q2_K",
@@ -71,26 +59,11 @@ def write_base(path: Path, kind: GGMLQuantizationType | None = None) -> Path:
 
 def add_metadata(writer: gguf.GGUFWriter) -> None:
     """The sizes of `HF` and a tokenizer."""
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(WIDTH)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_key_length(64)
-    writer.add_value_length(64)
+    add_shape(writer, HF)
     writer.add_rope_dimension_count(64)
     writer.add_rope_freq_base(10_000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(WORDS))
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(WORDS)
-    writer.add_token_types([2, 3, 3, *[1] * (len(WORDS) - 3)])
-    writer.add_token_merges(["a b", "Ġ a"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
     writer.add_add_bos_token(False)
 
 
@@ -106,7 +79,7 @@ def add_tensors(
     )
     for name, tensor in tensors_from_params(config, params, "gguf"):
         if kind is not None and "ffn" in name and tensor.ndim == 2:
-            writer.add_tensor(name, random_blocks(kind, len(tensor), rng), raw_dtype=kind)
+            writer.add_tensor(name, random_blocks(kind, len(tensor), WIDTH, 1e-3, rng), raw_dtype=kind)
         else:
             writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
 
@@ -117,21 +90,6 @@ def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def random_blocks(kind: GGMLQuantizationType, rows: int, rng: np.random.Generator) -> np.ndarray:
-    """Blocks of random codes with small scales, ``[rows, bytes of a row]``."""
-    block, size = GGML_QUANT_SIZES[kind]
-    raw = rng.integers(0, 256, (rows, WIDTH // block, size), np.uint8)
-    scale = np.float16(1e-3)
-    for place in {"Q3_K": [size - 2], "Q2_K": [size - 4, size - 2]}.get(kind.name, [0]):
-        raw[..., place : place + 2] = np.array([scale]).view(np.uint8)
-    if kind.name == "IQ1_M":  # the scale lies in the highest four bits of its last four 16-bit words
-        raw[..., :2] = rng.integers(0, 256, raw[..., :2].shape, np.uint8)
-        bits = np.array([scale]).view(np.uint16) >> np.array([0, 4, 8, 12], np.uint16)
-        words = (raw[..., -8:].copy().view(np.uint16) & 0x0FFF) | ((bits & 0xF) << 12)
-        raw[..., -8:] = words.view(np.uint8)
-    return raw.reshape(rows, -1)
 
 
 def server_params(path: Path) -> Any:

@@ -30,14 +30,8 @@ GGUF = {name: family.gguf for name, family in BUILT_IN.items() if family.gguf}
 
 def config_of(family: str, **changes) -> ModelConfig:
     raw = {**SIZES, "model_type": family, **changes}
-    if family in (
-        "gemma2",
-        "gemma3_text",
-        "olmo3",
-        "exaone4",
-        "gpt_oss",
-        "granite_swa",
-    ) or family.startswith("gemma4"):
+    windowed = ("gemma2", "gemma3_text", "olmo3", "exaone4", "gpt_oss", "granite_swa")
+    if family in windowed or family.startswith("gemma4"):
         raw["sliding_window"] = 8
     if family == "gemma4_text":
         raw |= {"vocab_size_per_layer_input": 32, "hidden_size_per_layer_input": 4}

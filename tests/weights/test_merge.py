@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-import warnings
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,22 +12,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
+import torch
+import transformers
 from safetensors import safe_open
 
 from nalora_jax.common.trees import flatten, map_named, size_bytes, unflatten
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.merge import merge, merged_tensors, write_merged
 from nalora_jax.weights.peft import export_adapter, max_logit_difference, verify_export
 from nalora_jax.weights.shards import parse_size
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+from tests.weights import in_peft
+from tests.weights.in_peft import TOKENS, load_merged, our_logits
+from tests.weights.in_peft import logits as torch_logits
 
 TARGETS = {
     "ffn/gate_proj": ((4, 2, 4), (8.0, 8.0, 3.0)),
@@ -86,21 +85,6 @@ NEXT = {
     "group1/block0/attn/q_proj": ((3,), (6.0,)),
 }
 NO_ADAPTERS = AdapterSpec()
-TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
-
-
-def torch_logits(model: Any) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(TOKENS)).logits.float().numpy()
-
-
-@partial(jax.jit, static_argnames=("config", "spec"))
-def our_logits(
-    config: ModelConfig, params: Any, lora: Any = None, spec: AdapterSpec = NO_ADAPTERS
-) -> jax.Array:
-    model = Decoder(config, spec)
-    variables = {"params": params} | ({} if lora is None else {"lora": lora})
-    return model.apply(variables, model.apply(variables, TOKENS), method="unembed")
 
 
 def tokenizer() -> Tokenizer:
@@ -135,12 +119,6 @@ def write(
 ) -> Path:
     options = {"tokenizer": tokenizer()} | options
     return write_merged(folder, config, params, lora, spec, hf_config=raw, **options)
-
-
-def load(folder: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
 @pytest.mark.parametrize("variant", [{}, {"rslora": True}, {"dora": True}], ids=str)
@@ -243,11 +221,8 @@ def test_adapter_and_merged_folder_agree(family, tiny_model, params_of, random_l
     export_adapter(lora, spec, config, tmp_path / "adapter", base_model_name="org/base")
     write(tmp_path / "merged", config, params, lora, spec, raw, shard_bytes=20_000)
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        wrapped = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
-    adapted = torch_logits(wrapped)
-    found = {"merged folder": torch_logits(load(tmp_path / "merged"))}
+    adapted = torch_logits(in_peft.load(model, tmp_path / "adapter"))
+    found = {"merged folder": torch_logits(load_merged(tmp_path / "merged"))}
     if family in WITH_DECODER:
         found["decoder and adapter"] = our_logits(config, params, lora, spec)
         found["decoder and merged params"] = our_logits(config, merge(params, lora, spec))
@@ -270,25 +245,18 @@ def random_params(config: ModelConfig) -> dict[str, Any]:
 @pytest.fixture
 def small(tiny_model, random_lora):
     model, config = tiny_model("llama")
-    params = random_params(config)
+    raw, params = model.config.to_dict(), random_params(config)
     lora, spec = random_lora(config, TARGETS)
-    return config, params, lora, spec, model.config.to_dict()
+    options = {"hf_config": raw, "tokenizer": tokenizer()}
+
+    def written(folder: Path, **changes: Any) -> Path:
+        return write_merged(folder, config, params, lora, spec, **(options | changes))
+
+    return SimpleNamespace(config=config, params=params, lora=lora, spec=spec, raw=raw, write=written)
 
 
 def test_folder_holds_what_tools_expect(small, tmp_path):
-    config, params, lora, spec, raw = small
-    write(
-        tmp_path / "m",
-        config,
-        params,
-        lora,
-        spec,
-        raw,
-        shard_bytes=10_000,
-        dtype="bfloat16",
-        card="# Mine\n",
-    )
-
+    small.write(tmp_path / "m", shard_bytes=10_000, dtype="bfloat16", card="# Mine\n")
     index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in (tmp_path / "m").glob("model-*.safetensors"))
     assert len(shards) > 2
@@ -301,7 +269,7 @@ def test_folder_holds_what_tools_expect(small, tmp_path):
             stored |= {name: (shard, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     assert index["weight_map"] == {name: shard for name, (shard, _) in stored.items()}
     assert index["metadata"]["total_size"] == sum(array.nbytes for _, array in stored.values())
-    for name, array in merged_tensors(config, params, lora, spec):
+    for name, array in merged_tensors(small.config, small.params, small.lora, small.spec):
         np.testing.assert_array_equal(stored[name][1], array.astype(ml_dtypes.bfloat16))
     settings = json.loads((tmp_path / "m/config.json").read_text())
     assert settings["dtype"] == settings["torch_dtype"] == "bfloat16"
@@ -315,23 +283,12 @@ def test_folder_holds_what_tools_expect(small, tmp_path):
         "tokenizer_config.json",
         *shards,
     }
-    assert load(tmp_path / "m").dtype == torch.bfloat16
-
-
-def test_base_alone_is_written_as_it_is(small, tmp_path):
-    config, params, _, _, raw = small
-    write(tmp_path / "m", config, params, None, NO_ADAPTERS, raw)
-    with safe_open(tmp_path / "m/model.safetensors", "np") as file:
-        kernel = file.get_tensor("model.layers.2.self_attn.k_proj.weight")
-    np.testing.assert_array_equal(kernel, flatten(params)["layers/attn/k_proj/kernel"][2].T)
-    assert not (tmp_path / "m/model.safetensors.index.json").exists()
+    assert load_merged(tmp_path / "m").dtype == torch.bfloat16
 
 
 def test_written_tokenizer_works_in_transformers(small, tmp_path):
-    config, params, lora, spec, raw = small
     ours = tokenizer()
-    write(tmp_path / "m", config, params, lora, spec, raw)
-
+    small.write(tmp_path / "m")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
 
     text = "the thing in there, then."
@@ -343,40 +300,29 @@ def test_written_tokenizer_works_in_transformers(small, tmp_path):
     messages = [{"role": "user", "content": "hi"}, {"role": "bot", "content": "there"}]
     assert theirs.apply_chat_template(messages, tokenize=False) == ours.render_chat(messages)
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 0)
-    assert load(tmp_path / "m").generation_config.eos_token_id == [2, 3]
+    assert load_merged(tmp_path / "m").generation_config.eos_token_id == [2, 3]
     again = Tokenizer.from_folder(tmp_path / "m")
     assert again.encode(text) == ours.encode(text)
     assert again.eos_ids == ours.eos_ids
     assert again.render_chat(messages) == ours.render_chat(messages)
 
 
-def test_tokenizer_files_of_the_base_are_copied(small, tmp_path):
-    config, params, lora, spec, raw = small
-    write(tmp_path / "base", config, params, None, NO_ADAPTERS, raw)
-    (tmp_path / "base/special_tokens_map.json").write_text('{"eos_token": "</s>"}')
-    write(tmp_path / "m", config, params, lora, spec, raw, tokenizer=tmp_path / "base")
-    for name in (
-        "tokenizer.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    ):
-        assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+def test_tokenizer_files_of_the_base_are_copied_and_no_links_out_of_it(small, tmp_path):
+    base, copied = tmp_path / "base", ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja")
+    small.write(base)
+    (base / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    small.write(tmp_path / "m", tokenizer=base)
+    for name in (*copied, "generation_config.json"):
+        assert (tmp_path / "m" / name).read_bytes() == (base / name).read_bytes()
     (tmp_path / "empty").mkdir()
     with pytest.raises(NaloraError, match=r"tokenizer\.json"):
-        write(tmp_path / "n", config, params, lora, spec, raw, tokenizer=tmp_path / "empty")
-
-
-def test_files_of_the_base_that_are_links_out_of_it_are_not_copied(small, tmp_path):
-    config, params, lora, spec, raw = small
+        small.write(tmp_path / "n", tokenizer=tmp_path / "empty")
     (tmp_path / "id_rsa").write_text("PRIVATE KEY")
-    write(tmp_path / "base", config, params, None, NO_ADAPTERS, raw)
-    (tmp_path / "base" / "merges.txt").symlink_to("../id_rsa")
-    with pytest.raises(
-        NaloraError, match=r"merges.txt: expected a file of that folder, found a link to .*/id_rsa"
-    ):
-        write(tmp_path / "m", config, params, lora, spec, raw, tokenizer=tmp_path / "base")
-    assert not (tmp_path / "m").exists()
+    (base / "merges.txt").symlink_to("../id_rsa")
+    expected = r"merges.txt: expected a file of that folder, found a link to .*/id_rsa"
+    with pytest.raises(NaloraError, match=expected):
+        small.write(tmp_path / "n", tokenizer=base)
+    assert not (tmp_path / "n").exists()
 
 
 @pytest.mark.parametrize(
@@ -388,7 +334,7 @@ def test_multimodal_base_becomes_its_text_model(family, text, name, tiny_model, 
     raw = {"model_type": family, "text_config": model.config.to_dict(), "tie_word_embeddings": True}
     params = random_params(config)
     write(tmp_path / "m", config, params, None, NO_ADAPTERS, raw)
-    loaded = load(tmp_path / "m")
+    loaded = load_merged(tmp_path / "m")
     assert type(loaded).__name__ == name
     np.testing.assert_array_equal(loaded.model.embed_tokens.weight.detach(), params["embed"]["embedding"])
 
@@ -409,36 +355,23 @@ def test_one_tensor_in_memory_at_a_time(tiny_model, random_lora, tmp_path):
 
 
 def test_sharded_parameters_are_written_whole(small):
-    config, params, lora, spec, _ = small
     mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "tensor"))
-    spread = map_named(lambda _, leaf: jax.device_put(leaf, split) if leaf.ndim == 3 else leaf, params)
-    expected = dict(merged_tensors(config, params, lora, spec))
-    for name, tensor in merged_tensors(config, spread, lora, spec):
+    spread = map_named(
+        lambda _, leaf: jax.device_put(leaf, split) if leaf.ndim == 3 else leaf, small.params
+    )
+    expected = dict(merged_tensors(small.config, small.params, small.lora, small.spec))
+    for name, tensor in merged_tensors(small.config, spread, small.lora, small.spec):
         np.testing.assert_array_equal(tensor, expected.pop(name))
     assert not expected
 
 
-def test_bad_requests_leave_nothing(small, tiny_model, tmp_path, monkeypatch):
-    config, params, lora, spec, raw = small
+def test_bad_requests_leave_nothing(small, tmp_path):
     with pytest.raises(NaloraError, match="d_ff"):
-        write(tmp_path / "m", config, params, lora, spec, raw | {"intermediate_size": 32})
+        small.write(tmp_path / "m", hf_config=small.raw | {"intermediate_size": 32})
     with pytest.raises(NaloraError, match="float32, float16, bfloat16"):
-        write(tmp_path / "m", config, params, lora, spec, raw, dtype="int8")
-
-    def disk_full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("nalora_jax.weights.merge.write_shards", disk_full)
-        with pytest.raises(NaloraError, match="No space left"):
-            write(tmp_path / "m", config, params, lora, spec, raw)
+        small.write(tmp_path / "m", dtype="int8")
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m/other.txt").write_text("mine")
-    with pytest.raises(NaloraError, match=r"other\.txt"):
-        write(tmp_path / "m", config, params, lora, spec, raw)
-    assert [path.name for path in (tmp_path / "m").iterdir()] == ["other.txt"]
 
 
 @pytest.mark.parametrize(("text", "size"), [("8kb", 8000), ("1.5 GiB", 3 << 29), ("2000000", 2_000_000)])

@@ -28,8 +28,8 @@ from nalora_jax.train.adapted import load, put_on
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.new_tokens import with_added
 from tests import tiny
-from tests.weights.test_saved_modules import save, wrap
-from tests.weights.test_token_rows import wrap as wrap_rows
+from tests.weights.in_peft import logits as torch_logits_of
+from tests.weights.in_peft import save, wrap
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -47,9 +47,9 @@ def logits_of(model: Any, tokens: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- a run
 
 
-def make_run(folder: Path) -> RunConfig:
-    """Prompts with a token that the base does not know, answered by another one."""
-    config = tiny.make_config(folder, lora=LoRAConfig(rules=(LoRARule("ffn", 4),), modules_to_save=BOTH))
+def make_run(folder: Path, **trained: Any) -> RunConfig:
+    """Prompts with a token that the base does not know, answered by another one; both embeddings are one table."""
+    config = tiny.make_config(folder, lora=LoRAConfig(rules=(LoRARule("ffn", 4),), **trained), steps=12)
     lines = (folder / "questions.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"].replace(" ", "<go>") for line in lines]
     records = [json.dumps({"prompt": prompt, "completion": " <out> <out> <out>"}) for prompt in prompts]
@@ -58,61 +58,90 @@ def make_run(folder: Path) -> RunConfig:
     return replace(config, data=replace(config.data, **added))
 
 
-@pytest.mark.usefixtures("one_device")
-def test_a_run_trains_new_tokens_and_transformers_and_peft_have_them(tmp_path, caplog):
-    config = make_run(tmp_path)
-    with caplog.at_level("INFO", "nalora_jax"):
-        result = run(config)
-    assert "added tokens: '<go>' (28), '<out>' (29); the embedding grows from 28 to 30 rows" in caplog.text
-    assert "results rest on 4 held-out examples\n" in caplog.text  # only the last step is measured
+def check_everywhere(result: Any, folder: Path, *, tied: bool) -> Any:
+    """Compares a run's adapter here, in PEFT and merged; returns the loaded adapter."""
     assert result.after["loss"] < result.before["loss"]
-
     model = load(result.folder, dtype="float32")
-    tokenizer, base = model.base.tokenizer, model.base.params["embed"]["embedding"]
+    tokenizer, base = model.base.tokenizer, np.asarray(model.base.params["embed"]["embedding"])
     assert tokenizer.encode("a<go>b <out>") == [2, 28, 3, 29]
-    np.testing.assert_allclose(base[28:], np.tile(np.asarray(base[:28], float).mean(0), (2, 1)), atol=1e-6)
-    moved = (
-        np.abs(model.lora["embed"]["embedding"] - base).max(axis=1),
-        np.abs(model.lora["lm_head"]["kernel"] - base.T),
-    )
-    assert moved[0][28] > 1e-3  # it is read ...
-    assert moved[1].max(axis=0)[29] > 1e-3  # ... and it is written
-    answer = Generator(model.module, model.variables, tokenizer).generate(["a<go>b"], max_new_tokens=1)
-    assert answer == ["<out>"]
-
+    np.testing.assert_allclose(base[28:], np.tile(base[:28].mean(0), (2, 1)), atol=1e-6)
     tokens = np.array([[2, 28, 3, 29, 9]])
     expected = logits_of(model, tokens)
+    assert expected[0, 2].argmax() == 29  # after a prompt with the one it writes the other
+    assert main(["merge", str(result.folder), "--output", str(folder), "--dtype", "float32"]) == 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transformers' resizing
         theirs = peft.AutoPeftModelForCausalLM.from_pretrained(result.adapter).eval()
-    np.testing.assert_allclose(torch_logits_of(theirs, tokens), expected, rtol=1e-4, atol=1e-4)
-    assert "base.resize_token_embeddings(30)" in (result.adapter / "README.md").read_text()
-
-    assert (
-        main(["merge", str(result.folder), "--output", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
-    )
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert (merged.config.vocab_size, merged.config.tie_word_embeddings) == (30, False)
-    np.testing.assert_allclose(torch_logits_of(merged, tokens), expected, rtol=1e-4, atol=1e-4)
-    for folder in (result.adapter, tmp_path / "merged"):
-        fast = transformers.AutoTokenizer.from_pretrained(folder)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert (merged.config.vocab_size, merged.config.tie_word_embeddings) == (30, tied)
+    for other in (theirs, merged):
+        np.testing.assert_allclose(torch_logits_of(other, tokens), expected, rtol=1e-4, atol=1e-4)
+    for of in (result.adapter, folder):
+        fast = transformers.AutoTokenizer.from_pretrained(of)
         assert fast("a<go>b <out>")["input_ids"] == [2, 28, 3, 29]
         assert fast.decode([28, 29], skip_special_tokens=True) == tokenizer.decode([28, 29]) == "<out>"
+    return model
 
-    # What was saved is taken up by the same tokens, and by no others.
-    again = run(replace(config, resume=True))
-    assert again.best_step == result.best_step
-    other = replace(config, data=replace(config.data, add_tokens=("<other>",)))
+
+def refuse_resume(config: RunConfig, other: RunConfig, said: str) -> None:
     settings = [{"base": "all:0", "config": snapshot.plain(one.to_dict())} for one in (config, other)]
-    with pytest.raises(
-        NaloraError, match=r"data\.add_tokens\.0 = '<out>', found data\.add_tokens\.0 = '<other>'"
-    ):
+    with pytest.raises(NaloraError, match=said):
         snapshot.check_run("checkpoint", *settings)
 
 
-def torch_logits_of(model: Any, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(tokens)).logits.numpy()
+@pytest.mark.usefixtures("one_device")
+def test_a_run_trains_new_tokens_and_transformers_and_peft_have_them(tmp_path, caplog):
+    config = make_run(tmp_path, modules_to_save=BOTH)
+    with caplog.at_level("INFO", "nalora_jax"):
+        result = run(config)
+    assert "added tokens: '<go>' (28), '<out>' (29); the embedding grows from 28 to 30 rows" in caplog.text
+    model = check_everywhere(result, tmp_path / "merged", tied=False)
+    base = model.base.params["embed"]["embedding"]
+    read = np.abs(model.lora["embed"]["embedding"] - base).max(axis=1)[28]
+    written = np.abs(model.lora["lm_head"]["kernel"] - base.T).max(axis=0)[29]
+    assert min(read, written) > 1e-3
+    answer = Generator(model.module, model.variables, model.base.tokenizer).generate(
+        ["a<go>b"], max_new_tokens=1
+    )
+    assert answer == ["<out>"]
+    assert "base.resize_token_embeddings(30)" in (result.adapter / "README.md").read_text()
+    assert run(replace(config, resume=True)).best_step == result.best_step
+    other = replace(config, data=replace(config.data, add_tokens=("<other>",)))
+    refuse_resume(config, other, r"data\.add_tokens\.0 = '<out>', found data\.add_tokens\.0 = '<other>'")
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_trains_the_rows_of_new_tokens_alone_and_peft_has_them(tmp_path):
+    config = make_run(tmp_path, trainable_token_indices=(29, 28, 3))
+    for ids, said in (
+        ((29,), "expected 28 29 among them.*no row of embed_tokens for '<go>'"),
+        ((28, 29, 30), "expected token ids of the 30 rows of embed_tokens.* found 30"),
+    ):
+        with pytest.raises(NaloraError, match=f"--lora.trainable-token-indices: {said}"):
+            run(replace(config, lora=replace(config.lora, trainable_token_indices=ids)))
+    result = run(config)
+    tensors = load_file(result.adapter / "adapter_model.safetensors")
+    (key,) = (key for key in tensors if "lora" not in key)
+    assert (key.rpartition(".")[2], tensors[key].shape) == ("trainable_tokens_delta", (3, 16))
+    written = json.loads((result.adapter / "adapter_config.json").read_text())
+    assert written["trainable_token_indices"] == [29, 28, 3]
+    card = (result.adapter / "README.md").read_text()
+    assert "Trained rows beside them, one a token, and part of its files: 3 of embed_tokens." in card
+    model = check_everywhere(result, tmp_path / "merged", tied=True)
+    base = np.asarray(model.base.params["embed"]["embedding"])
+    assert np.abs(model.lora["embed"]["rows"] - base[[29, 28, 3]]).max(axis=1).min() > 1e-3
+    (copy := shutil.copytree(result.adapter, tmp_path / "copy")).joinpath("tokenizer.json").unlink()
+    with pytest.raises(
+        NaloraError, match="trainable_token_indices: expected ids below 28.* found 29; save the token"
+    ):
+        load(config.model, adapter=copy)
+    with pytest.raises(
+        NaloraError, match="an adapter of the tokens and the 28 rows .* found one with '<go>' .28."
+    ):
+        put_on(load(config.model, dtype="float32"), result.adapter)
+    other = replace(config, lora=replace(config.lora, trainable_token_indices=(28, 29, 3)))
+    said = r"token_indices\.0 = 29, .* found lora\.trainable_token_indices\.0 = 28"
+    refuse_resume(config, other, said)
 
 
 # ---------------------------------------------------------------- adapters of PEFT
@@ -151,7 +180,7 @@ def theirs(tiny_model, tmp_path):
             warnings.simplefilter("ignore")
             if resize:
                 model.resize_token_embeddings(len(tokenizer))
-            wrapped = (wrap_rows if "trainable_token_indices" in settings else wrap)(model, **settings)
+            wrapped = wrap(model, r=4, target_modules=["q_proj", "up_proj"], **settings)
         folder = save(wrapped, tmp_path / "theirs")
         tokenizer.save_pretrained(folder)
         return folder, torch_logits_of(wrapped, TOKENS if resize else np.minimum(TOKENS, 47))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,45 +9,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.weights import origin
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.origin import fingerprint, number_formats
-
-CONFIG = LlamaConfig(
-    vocab_size=64,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    eos_token_id=0,
-)
+from tests.weights.folders import RAW, write_folder
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model as transformers saves it, with a tokenizer of words."""
-    LlamaForCausalLM(CONFIG).save_pretrained(tmp_path)
-    words = {
-        "type": "WordLevel",
-        "vocab": {"</s>": 0} | {f"t{i}": i for i in range(1, 64)},
-        "unk_token": "</s>",
-    }
-    (tmp_path / "tokenizer.json").write_text(
-        json.dumps({"version": "1.0", "added_tokens": [], "model": words})
-    )
+    write_folder(tmp_path)
     return tmp_path
 
 
 def digest(folder: Path) -> str:
-    return fingerprint(
-        ModelConfig.from_hf(json.loads((folder / "config.json").read_text())), SafetensorsFolder(folder)
-    )
+    return fingerprint(ModelConfig.from_hf(RAW), SafetensorsFolder(folder))
 
 
 def test_the_digest_covers_every_weight(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,8 +45,7 @@ def test_the_digest_covers_every_weight(folder: Path, monkeypatch: pytest.Monkey
 
 def test_processes_share_the_hashing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = digest(folder)
-    config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
-    source, parts = SafetensorsFolder(folder), []
+    config, source, parts = ModelConfig.from_hf(RAW), SafetensorsFolder(folder), []
     monkeypatch.setattr(origin.jax, "process_count", lambda: 3)
     for gather in (lambda mine: parts.append(mine) or np.stack([mine]), lambda _: np.stack(parts)):
         monkeypatch.setattr(origin.multihost_utils, "process_allgather", gather)

@@ -108,7 +108,7 @@ def test_what_was_trained_as_a_whole_lies_beside(dual_folder, tmp_path) -> None:
     for path, leaf in trees.flatten(lora).items():
         np.testing.assert_array_equal(leaf, trees.flatten(back)[path], err_msg=path)
     (tmp_path / "adapter" / "trained.safetensors").unlink()
-    with pytest.raises(NaloraError, match="projections and temperature"):
+    with pytest.raises(NaloraError, match="trained.safetensors: expected a complete safetensors file"):
         import_adapter(tmp_path / "adapter", config)
 
 

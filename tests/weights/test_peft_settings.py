@@ -24,6 +24,7 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.peft_config import PEFT, Field, Refused
 from nalora_jax.weights.peft_settings import from_peft, rules_of
+from tests.weights.conftest import COMMON
 
 
 def text_of(fields: Mapping[str, Field]) -> Iterator[str]:
@@ -49,16 +50,7 @@ def text_of(fields: Mapping[str, Field]) -> Iterator[str]:
 
 
 DOCS = Path(__file__).parents[2] / "docs"
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-}
+LLAMA = COMMON | {"model_type": "llama"}
 
 
 def test_every_field_of_peft_is_in_the_table() -> None:
@@ -85,9 +77,7 @@ def test_the_adapters_are_those_that_peft_makes(settings: dict[str, Any]) -> Non
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     theirs = peft.LoraConfig(**settings)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**{k: v for k, v in LLAMA.items() if k != "model_type"})
-    )
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON))
     expected = {}
     for name, module in peft.inject_adapter_in_model(theirs, model).named_modules():
         if hasattr(module, "lora_A"):

@@ -2,74 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models
 
-from nalora_jax.common.trees import flatten, size_bytes
+from nalora_jax.common.trees import flatten
 from nalora_jax.config import MeshConfig
 from nalora_jax.layout.distributed import make_mesh
-from nalora_jax.models.config import ModelConfig
 from nalora_jax.ops.quantize import quantize, quantize_params
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.tensors import quantized_parts
-from tests.param_trees import init_params, tensors_from_params
+from tests.weights.folders import RAW, WIDE, loaded_and_peak, write_folder
 
-RAW = {
-    "model_type": "llama",
-    "vocab_size": 32,
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 256,
-    "hidden_act": "silu",
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-}
+LARGER = RAW | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 FAMILIES = {
-    "llama": RAW,
-    "phi3": RAW | {"model_type": "phi3", "pad_token_id": 0},  # fused projections
-    "mixtral": RAW | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama": LARGER,
+    "phi3": LARGER | {"model_type": "phi3", "pad_token_id": 0},  # fused projections
+    "mixtral": LARGER | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
-
-
-def save(folder: Path, config: ModelConfig, params: Any) -> None:
-    tensors = {name: np.ascontiguousarray(value) for name, value in tensors_from_params(config, params)}
-    save_file(tensors, folder / "model.safetensors")
-
-
-def write(folder: Path, raw: dict) -> ModelConfig:
-    config = ModelConfig.from_hf(raw)
-    params = init_params(config, jax.random.key(0))
-    (folder / "config.json").write_text(json.dumps(raw))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<unk>"}))
-    Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")).save(
-        str(folder / "tokenizer.json")
-    )
-    save_file(
-        {name: np.ascontiguousarray(x) for name, x in tensors_from_params(config, params)},
-        folder / "model.safetensors",
-    )
-    return config
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_codes_are_those_of_the_whole_model(tmp_path: Path, family: str, kind: str) -> None:
-    write(tmp_path, FAMILIES[family])
+    write_folder(tmp_path, FAMILIES[family])
     whole = load_model(str(tmp_path), dtype="float32")
     want = flatten(quantize_params(whole.params, kind))
     found = load_model(str(tmp_path), dtype="float32", quantized=kind)
@@ -81,7 +40,7 @@ def test_codes_are_those_of_the_whole_model(tmp_path: Path, family: str, kind: s
 
 
 def test_products_over_a_mesh_read_the_same_floats(tmp_path: Path) -> None:
-    write(tmp_path, RAW)
+    write_folder(tmp_path, LARGER)
     mesh = make_mesh(MeshConfig(1, 4, 2))
     for kind in ("int8", "nf4"):
         alone, spread = (
@@ -126,33 +85,7 @@ def test_a_process_quantizes_what_its_devices_hold(kind, codes, scales, most) ->
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 def test_peak_memory_is_the_codes_and_one_tensor(tmp_path: Path) -> None:
-    """243 MB in bfloat16, 66 MB quantized; a tensor is 17 MB as float32."""
-    wide = {"hidden_size": 1024, "head_dim": 256, "intermediate_size": 4096, "num_hidden_layers": 8}
-    config = ModelConfig.from_hf(RAW | wide)
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    (tmp_path / "config.json").write_text(json.dumps(RAW | wide))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<unk>"}))
-    Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
-    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, ml_dtypes.bfloat16), shapes)
-    save_file(
-        {n: np.ascontiguousarray(x) for n, x in tensors_from_params(config, ones)},
-        tmp_path / "model.safetensors",
-    )
-    code = """
-        import re, sys
-        import jax
-        from nalora_jax.common.trees import size_bytes
-        from nalora_jax.weights.base import load_model
-        # not getrusage, whose peak a child process inherits from its parent
-        peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1e3
-        jax.block_until_ready(jax.numpy.ones(3) + 1)
-        before = peak()
-        model = load_model(sys.argv[1], dtype="bfloat16", quantized="nf4")
-        print(size_bytes(model.params) / 1e6, peak() - before)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    size, grown = map(
-        float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    )
-    assert size < 0.3 * size_bytes(ones) / 1e6
+    """66 MB quantized; a tensor is 17 MB as float32."""
+    size, grown = loaded_and_peak(tmp_path, RAW | WIDE | {"tie_word_embeddings": True}, quantized="nf4")
+    assert size < 0.3 * 243
     assert grown < size + 80

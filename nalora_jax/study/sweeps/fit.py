@@ -11,7 +11,7 @@ from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.estimates import decoder_alone
-from nalora_jax.layout.layouts import Layout, estimate, fitting_sweep, preferred
+from nalora_jax.layout.layouts import Layout, estimate, fastest, fitting_sweep
 from nalora_jax.layout.machines import of_devices, topology
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.machine import device_memory
@@ -48,7 +48,7 @@ class Fitting:
             )
         where, mesh = of_devices(jax.devices()), config.mesh
         if base is not None and where is not None and mesh.data == mesh.fsdp == mesh.tensor == 0:
-            layout = preferred(fitting_sweep(config, base, where, count))
+            layout = fastest(fitting_sweep(config, base, where, count))
             return cls(layout, layout.together, base.d_model)
         limit = _USABLE * device_memory()
         weights, run, width = 0.0, 1.0, 0

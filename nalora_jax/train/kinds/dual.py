@@ -107,7 +107,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     del source
     records, held = image_records(config)
     config = settled(config, 0, len(records.indices), "images")
-    images = tuple(Images(held, indices) for indices in held_out_indices(config, held))
+    images = tuple(Images(held, indices) for indices in image_indices(config, held))
     questions = {"reported": images[0].digest, "selecting": images[1].digest}
     return Inputs(config, None, None, records, (images[0], images[1]), questions)
 
@@ -223,12 +223,12 @@ def held_out_images(
     """Returns the evaluator of the reported results, and the one that selects the checkpoint."""
     reported, selecting = (
         image_evaluator(encoders, Images(source, indices), classes, config.vision)
-        for indices in held_out_indices(config, source)
+        for indices in image_indices(config, source)
     )
     return reported, selecting
 
 
-def held_out_indices(config: RunConfig, source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
+def image_indices(config: RunConfig, source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
     """Returns indices of the reported images, and of images that select the checkpoint."""
     data = config.data
     indices = drawn_images(source, data.eval_limit + data.select_limit if data.eval_limit else 0)

@@ -31,7 +31,7 @@ from nalora_jax.train.objectives import NextToken
 from nalora_jax.train.output import Output
 from nalora_jax.train.program import Assembly
 from nalora_jax.weights.base import seeing_files
-from nalora_jax.weights.hub import resolve
+from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
 
@@ -41,7 +41,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     Raises:
       NaloraError: a model or data that cannot be read, or settings that do not fit them.
     """
-    files = open_files(replace(resolve(config.model), rope_scaling=config.rope_scaling), images=True)
+    files = open_files(replace(resolve_source(config.model), rope_scaling=config.rope_scaling), images=True)
     if files.config.sight is not None:
         files = seeing_files(files)
     tokens = files.tokenizer.images

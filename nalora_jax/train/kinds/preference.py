@@ -37,7 +37,7 @@ from nalora_jax.train.kinds import text
 from nalora_jax.train.objectives import NextToken, through_surrogate
 from nalora_jax.train.output import Output
 from nalora_jax.train.program import Assembly
-from nalora_jax.weights.hub import resolve
+from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
 
@@ -47,7 +47,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     Raises:
       NaloraError: a model or pairs that cannot be read, pairs that do not fit, or too few held out.
     """
-    files = open_files(replace(resolve(config.model), rope_scaling=config.rope_scaling))
+    files = open_files(replace(resolve_source(config.model), rope_scaling=config.rope_scaling))
     added, preference = AddedTokens.of(config.data), config.preference
     base, tokenizer = files.described(added), files.tokenizer_with(added)
     adapter_spec(config, base)  # raises for rules that match nothing, before data is tokenized

@@ -53,7 +53,7 @@ from nalora_jax.train.policy import Policy
 from nalora_jax.train.program import Assembly, next_token
 from nalora_jax.train.rewards import Scorer, make_rewards
 from nalora_jax.train.rollout import Sampler, Samples, sample_batch
-from nalora_jax.weights.hub import resolve
+from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
       NaloraError: a model, prompts or rewards that cannot be read, or settings that do not fit them.
     """
     scorer_of(config.rl)
-    files = open_files(replace(resolve(config.model), rope_scaling=config.rope_scaling))
+    files = open_files(replace(resolve_source(config.model), rope_scaling=config.rope_scaling))
     added, rl = AddedTokens.of(config.data), config.rl
     base, tokenizer = files.described(added), files.tokenizer_with(added)
     train, held = open_records(config.data, source)

@@ -32,7 +32,7 @@ from nalora_jax.train.inputs import check_layout, check_longest, open_records, s
 from nalora_jax.train.job import Inputs, Job, original
 from nalora_jax.train.output import Output
 from nalora_jax.train.program import Assembly, assemble, exportable_adapter
-from nalora_jax.weights.hub import resolve
+from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
 from nalora_jax.weights.new_tokens import tokenizer_writer, with_added
 from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
@@ -46,7 +46,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     Raises:
       NaloraError: a model or data that cannot be read, or settings that do not fit them.
     """
-    files = open_files(replace(resolve(config.model), rope_scaling=config.rope_scaling))
+    files = open_files(replace(resolve_source(config.model), rope_scaling=config.rope_scaling))
     return tokenized(config, files, *open_records(config.data, source))
 
 
@@ -115,11 +115,10 @@ def evaluators(
     """Returns the evaluators of the held-out examples."""
     if like is not None and like.assembly.spec == assembly.spec:
         return like.evaluator, like.selector
+    model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
+    every = [*inputs.held_out[0], *inputs.held_out[1]]
     reported, selecting = (
-        TextEvaluator(
-            assembly.eval_model, loaded.tokenizer, items, mesh=distributed.unless_single(assembly.mesh)
-        )
-        for items in inputs.held_out
+        TextEvaluator(model, loaded.tokenizer, items, mesh=mesh, fitting=every) for items in inputs.held_out
     )
     return reported, selecting
 

@@ -11,7 +11,7 @@ import pytest
 
 from nalora_jax.cli.planning import report
 from nalora_jax.cli.planning.program import architecture
-from nalora_jax.cli.planning.report import Plan, RolloutPlan, describe
+from nalora_jax.cli.planning.report import Plan, RolloutPlan, plan_lines
 from nalora_jax.config import DataConfig, MeshConfig, RLConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.accounting import Transfer
@@ -36,7 +36,7 @@ def planned(kernels: dict[str, float], **more: Any) -> Plan:
 def test_what_waits_in_the_host_s_memory_has_a_roofline_of_its_own():
     moved = (Transfer(True, 1e9, 32.0, True), Transfer(False, 1e9, 32.0, False))
     plan = planned({}, host=32e9, transfers=moved)
-    lines = [line for line in describe(plan) if line.startswith("  host")]
+    lines = [line for line in plan_lines(plan) if line.startswith("  host")]
     assert lines == [
         "  host        32.00 GB a chip of 180 (32.00 GB out and 32.00 back a step)",
         "  host link   1000 ms behind products, 1000 ms not, at 32 GB/s (jax-ml.github.io/scaling-book/tpus)",
@@ -44,7 +44,7 @@ def test_what_waits_in_the_host_s_memory_has_a_roofline_of_its_own():
     assert plan.bound.seconds == 1.0 + 1.0
     assert plan.fits
     assert not planned({}, host=200e9, transfers=moved).fits
-    assert not [line for line in describe(planned({})) if line.startswith("  host")]
+    assert not [line for line in plan_lines(planned({})) if line.startswith("  host")]
 
 
 def test_a_plan_with_rewards_has_update_and_rollout():
@@ -55,7 +55,7 @@ def test_a_plan_with_rewards_has_update_and_rollout():
     assert plan.seconds == 3 * update.seconds
     assert plan.fits
     assert not replace(plan, rollout=replace(rollout, resident=10e9)).fits
-    text = "\n".join(describe(plan))
+    text = "\n".join(plan_lines(plan))
     assert "for 16 prompts x 16 samples x 1,024 tokens, 2 program(s) after each other" in text
     assert "29.00 GB a chip of 33.6" in text
     assert "between     0 bytes of weights moved" in text

@@ -15,8 +15,8 @@ from PIL import Image
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat_templates import ImageTokens, as_parts
 from nalora_jax.data.forms import IMAGES
-from nalora_jax.data.images.chat import open_chats, places_of
-from nalora_jax.data.packing import pack, plan
+from nalora_jax.data.images.chat import image_places, open_chats
+from nalora_jax.data.packing import pack, plan_rows
 from nalora_jax.errors import NaloraError
 
 TOKENS = ImageTokens("<img>", 7, 2, "<boi>", "[", "]")
@@ -139,11 +139,11 @@ def test_no_epoch_has_a_row_with_more_images_than_places() -> None:
     rng = np.random.default_rng(0)
     lengths, images = rng.integers(3, 20, 200), rng.integers(0, 3, 200)
     pattern = pack(lengths, 40)
-    places = places_of(pattern, lengths, images)
+    places = image_places(pattern, lengths, images)
     most = max(
-        images[plan(pattern, lengths, 0, epoch).row(row)].sum()
+        images[plan_rows(pattern, lengths, 0, epoch).row(row)].sum()
         for epoch in range(20)
         for row in range(pattern.rows)
     )
     assert most <= places <= 2 * np.diff(pattern.starts).max()
-    assert places_of(pack(lengths, 40, several=False), lengths, images) == 2
+    assert image_places(pack(lengths, 40, several=False), lengths, images) == 2

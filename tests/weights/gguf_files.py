@@ -1,0 +1,91 @@
+"""GGUF files of random models, as llama.cpp's converter would write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from nalora_jax.common.trees import unflatten
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import param_shapes
+from tests import tiny
+
+WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab", "Ġa"]
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+Write = Callable[[gguf.GGUFWriter], Any]
+
+
+def write_model(
+    path: Path, architecture: str, raw: dict[str, Any], params: dict[str, Any], more: Write = lambda _: None
+) -> Path:
+    """Writes a model; ``more`` adds what the architecture has besides."""
+    writer = gguf.GGUFWriter(path, architecture)
+    add_shape(writer, raw)
+    more(writer)
+    tiny.write_gguf(writer, ModelConfig.from_hf(raw), params)
+    return path
+
+
+def add_shape(writer: gguf.GGUFWriter, raw: dict[str, Any]) -> None:
+    """Adds the metadata that every architecture has, and a tokenizer."""
+    writer.add_block_count(raw["num_hidden_layers"])
+    writer.add_context_length(raw["max_position_embeddings"])
+    writer.add_embedding_length(raw["hidden_size"])
+    writer.add_feed_forward_length(raw["intermediate_size"])
+    writer.add_head_count(raw["num_attention_heads"])
+    writer.add_head_count_kv(raw["num_key_value_heads"])
+    writer.add_key_length(raw["head_dim"])
+    writer.add_value_length(raw["head_dim"])
+    writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
+    further = max(0, raw["vocab_size"] - len(WORDS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([*WORDS, *(f"<extra{i}>" for i in range(further))])
+    writer.add_token_types([2, 3, 3, *[1] * (len(WORDS) - 3), *[5] * further])
+    writer.add_token_merges(["a b", "Ġ a"])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+
+
+def random_params(raw: dict[str, Any]) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shapes = param_shapes(ModelConfig.from_hf(raw))
+    return unflatten({path: rng.standard_normal(shape, np.float32) * 0.3 for path, shape in shapes.items()})
+
+
+def random_blocks(
+    kind: GGMLQuantizationType, rows: int, columns: int, largest: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Returns random codes of a K-quant or an I-quant with scales up to ``largest``, ``[rows, bytes of a row]``."""
+    block, size = GGML_QUANT_SIZES[kind]
+    raw = rng.integers(0, 256, (rows, columns // block, size), np.uint8)
+    scale = rng.uniform(-largest, largest, (rows, columns // block, 1)).astype(np.float16)
+    if kind.name == "IQ1_M":  # its scale lies in the highest four bits of the last four 16-bit words
+        words = raw[..., -8:].copy().view(np.uint16)
+        bits = scale.view(np.uint16) >> np.array([0, 4, 8, 12], np.uint16)
+        raw[..., -8:] = ((words & 0x0FFF) | ((bits & 0xF) << 12)).view(np.uint8)
+        return raw.reshape(rows, -1)
+    places = {"Q6_K": [size - 2], "Q3_K": [size - 2], "Q2_K": [size - 4, size - 2]}
+    places |= {"Q4_K": [0, 2], "Q5_K": [0, 2]}
+    for place in places.get(kind.name, [0]):
+        raw[..., place : place + 2] = scale.view(np.uint8)
+    return raw.reshape(rows, -1)

@@ -1,0 +1,71 @@
+"""Models in PEFT and in transformers: wrapped with random adapters, saved, loaded, and their logits beside ours."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.targets import AdapterSpec
+from tests import tiny
+
+TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
+
+
+def wrap(model: Any, **config: Any) -> Any:
+    """The model in PEFT, everything that is trained random."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied weights
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens_delta")):
+                spread = 1.0 if "delta" in name else 0.3
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(spread * noise + ("magnitude" in name))
+    return wrapped
+
+
+def save(wrapped: Any, folder: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied weights
+        wrapped.save_pretrained(folder)
+    return folder
+
+
+def load(model: Any, folder: Path, *, tied: bool = False) -> Any:
+    """The folder as PEFT loads it; a key that PEFT misses or ignores warns, and warnings are errors."""
+    with warnings.catch_warnings():
+        # PEFT on transformers, and on tied weights.
+        warnings.filterwarnings("ignore", "" if tied else "`is_gradient_checkpointing` is deprecated")
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def load_merged(folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def logits(model: Any, tokens: np.ndarray = TOKENS) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+def our_logits(
+    config: ModelConfig,
+    params: Any,
+    lora: Any = None,
+    spec: AdapterSpec = AdapterSpec(),  # noqa: B008
+    tokens: np.ndarray = TOKENS,
+) -> np.ndarray:
+    variables = {"params": params} | ({} if lora is None else {"lora": lora})
+    return np.asarray(tiny.logits_of(Decoder(config, spec), variables, tokens))

@@ -1,0 +1,319 @@
+"""Tables of a model and rows of them that are trained, PEFT's modules_to_save and trainable_token_indices.
+
+Against PEFT both ways, merged, in slots, and trained.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from nalora_jax.common import trees
+from nalora_jax.config import (
+    ComputeConfig,
+    LoRAConfig,
+    LoRARule,
+    MeshConfig,
+    PreferenceConfig,
+    RunConfig,
+    VisionConfig,
+    check,
+)
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.generate.programs import view_weights
+from nalora_jax.layout import distributed
+from nalora_jax.models.adapters import init_lora
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.targets import resolve
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.losses import Head, HeadRows, WholeHead, trained_cross_entropy
+from nalora_jax.train.program import assemble
+from nalora_jax.weights.adapter_forms import AdapterSlot
+from nalora_jax.weights.merge import merge
+from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
+from nalora_jax.weights.peft_tables import fold_saved
+from tests.weights.in_peft import TOKENS, load, logits, our_logits, save, wrap
+
+TARGETS = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
+BOTH = ["embed_tokens", "lm_head"]
+IDS = [9, 3, 40]  # 9, 3 and 40 are in TOKENS, not in order
+TABLE, HEAD, ROWS, HEAD_ROWS = "embed/embedding", "lm_head/kernel", "embed/rows", "lm_head/rows"
+INDICES = "trainable_token_indices"
+# Whether the base's embeddings are tied, settings of PEFT, and the leaves in the tree.
+MODES: dict[str, tuple[bool, dict[str, Any], set[str]]] = {
+    "tables, untied": (False, {"modules_to_save": BOTH}, {TABLE, HEAD}),
+    "tables, tied": (True, {"modules_to_save": BOTH}, {TABLE, HEAD}),
+    "embedding, tied": (True, {"modules_to_save": BOTH[:1]}, {TABLE}),
+    "embedding, kept tied": (
+        True,
+        {"modules_to_save": BOTH[:1], "ensure_weight_tying": True},
+        {TABLE, HEAD},
+    ),
+    "head, untied": (False, {"modules_to_save": BOTH[1:]}, {HEAD}),
+    "rows, tied": (True, {INDICES: IDS}, {ROWS}),
+    "rows of both, untied": (
+        False,
+        {INDICES: {"model.embed_tokens": IDS, "lm_head": [7, 9]}},
+        {ROWS, HEAD_ROWS},
+    ),
+    "rows of both, tied, parted": (
+        True,
+        {INDICES: {"embed_tokens": IDS, "lm_head": [7, 9]}},
+        {ROWS, HEAD_ROWS},
+    ),
+    "rows of both, tied, one": (
+        True,
+        {INDICES: {"embed_tokens": IDS, "lm_head": IDS}, "ensure_weight_tying": True},
+        {ROWS},
+    ),
+    "rows of the head, tied": (True, {INDICES: {"lm_head": IDS}}, {HEAD_ROWS}),
+    "rows beside a whole head": (False, {INDICES: IDS, "modules_to_save": BOTH[1:]}, {ROWS, HEAD}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_peft_s_files_mean_the_same_here_and_ours_the_same_there(tiny_model, params_of, tmp_path, mode):
+    tied, settings, held = MODES[mode]
+    model, config = tiny_model("llama", tie_word_embeddings=tied)
+    params = params_of(model, config)
+    wrapped = wrap(model, **TARGETS, **settings)
+    expected = logits(wrapped)
+    assert np.abs(our_logits(config, params) - expected).max() > 0.1
+    lora, spec = import_adapter(save(wrapped, tmp_path / "theirs"), config)
+    assert {path for path in trees.flatten(lora) if not path.startswith("layers")} == held
+    # What generation makes logits of has the tables and the rows too.
+    module, variables = Decoder(config, spec), {"params": params, "lora": lora}
+
+    @jax.jit
+    def logits_of_head(variables):
+        head = view_weights(module, variables).head
+        return module.apply(head, module.apply(variables, TOKENS), method="unembed")
+
+    merged_config, merged, rest = fold_saved(config, params, lora, spec)
+    assert merged_config.tie_embeddings == (tied and held == {ROWS})
+    slot = AdapterSlot.on(config, rank=4)
+    export_adapter(lora, spec, config, tmp_path / "ours", base_model_name="base")
+    assert verify_export(tmp_path / "ours", lora, spec, config) == 0.0
+    again, _ = tiny_model("llama", tie_word_embeddings=tied)
+    for name, found in {
+        "decoder": our_logits(config, params, lora, spec),
+        "head": logits_of_head(variables),
+        "merged": our_logits(merged_config, merge(merged, lora, rest), {}, rest.linear),
+        "slot": our_logits(config, params, slot.fill(lora, spec, params), slot.spec),
+        "PEFT": logits(load(again, tmp_path / "ours", tied=True)),
+    }.items():
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4, err_msg=name)
+    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert written["modules_to_save"] == (list(spec.saved) or None)
+    if INDICES in settings:
+        files = (tmp_path / name / "adapter_model.safetensors" for name in ("theirs", "ours"))
+        assert len({frozenset(load_file(file)) for file in files}) == 1
+
+
+KEY = "base_model.model.lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("settings", "leaf", "change", "said"),
+    [
+        ({"modules_to_save": BOTH}, HEAD, {KEY: None}, "expected the trained lm_head"),
+        (
+            {"modules_to_save": BOTH},
+            HEAD,
+            {KEY: np.zeros((50, 16), np.float32)},
+            "an adapter with new tokens needs a base",
+        ),
+        (
+            {INDICES: {"embed_tokens": IDS, "lm_head": [7]}},
+            HEAD_ROWS,
+            {
+                "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": np.zeros(
+                    (2, 16), np.float32
+                )
+            },
+            r"expected shape \(3, 16\), a row for each of trainable_token_indices",
+        ),
+    ],
+    ids=["table missing", "table too long", "row missing"],
+)
+def test_what_is_changed_or_missing_is_found(tiny_model, tmp_path, settings, leaf, change, said):
+    model, config = tiny_model("llama", tie_word_embeddings=INDICES in settings)
+    folder = save(wrap(model, **TARGETS, **settings), tmp_path / "a")
+    lora, spec = import_adapter(folder, config)
+    leaves = trees.flatten(lora)
+    other = trees.unflatten(leaves | {leaf: leaves[leaf] + 1e-3})
+    export_adapter(other, spec, config, tmp_path / "b", base_model_name="base")
+    with pytest.raises(NaloraError, match="lm_head: expected the adapter that was exported"):
+        verify_export(tmp_path / "b", lora, spec, config)
+    if INDICES in settings:
+        path = tmp_path / "b" / "adapter_config.json"
+        written = json.loads(path.read_text())
+        written[INDICES]["lm_head"] = [8]  # which would put the row elsewhere
+        path.write_text(json.dumps(written))
+        with pytest.raises(NaloraError, match=f"{INDICES}: expected the adapter that was exported"):
+            verify_export(tmp_path / "b", other, spec, config)
+        with pytest.raises(NaloraError, match="expected the base's weights beside it"):
+            AdapterSlot.on(config, rank=4).fill(lora, spec)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    assert change.keys() <= tensors.keys()
+    save_file({k: x for k, x in (tensors | change).items() if x is not None}, file)
+    with pytest.raises(NaloraError, match=said):
+        import_adapter(folder, config)
+    with pytest.raises(
+        NaloraError, match="--for vllm: expected an adapter of projections alone, found trained"
+    ):
+        export_adapter(lora, spec, config, tmp_path / "v", base_model_name="base", target="vllm")
+
+
+TABLES = LoRAConfig(modules_to_save=("lm_head",))
+SOME = LoRAConfig(trainable_token_indices=(5, 6))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora": replace(TABLES, init="pissa")}, "--lora.init: expected .* with --lora.modules-to-save"),
+        (
+            {"lora": TABLES, "vision": VisionConfig(task="classify")},
+            "--vision.task: expected .* with --lora.modules-to-save",
+        ),
+        (
+            {"lora": TABLES, "preference": PreferenceConfig("dpo")},
+            "--preference.loss: expected .* with --lora.modules-to-save",
+        ),
+        ({"lora": replace(SOME, trainable_token_indices=(5, 5))}, "token-indices: expected token ids"),
+        ({"lora": replace(SOME, trainable_token_indices=(-1,))}, "token-indices: expected token ids"),
+        ({"lora": replace(SOME, trainable_token_modules=())}, "token-modules: expected embed_tokens, lm_"),
+        (
+            {"lora": replace(SOME, modules_to_save=("embed_tokens",))},
+            "tables that --lora.modules-to-save does not",
+        ),
+        (
+            {"lora": replace(SOME, init="pissa")},
+            "--lora.init: expected default or zero_a with --lora.train",
+        ),
+        (
+            {"lora": SOME, "preference": PreferenceConfig("dpo")},
+            "--preference.loss: expected none with --lora.trainable",
+        ),
+    ],
+)
+def test_settings_are_judged(changes, said):
+    with pytest.raises(NaloraError, match=said):
+        check(replace(RunConfig(), **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({INDICES: (47, 48)}, "token ids of the 48 rows of embed_tokens, from 0, found 48"),
+        (
+            {"modules_to_save": ("lm_head",)},
+            "a tied head has the embedding's rows.*found rows of lm_head",
+        ),
+    ],
+)
+def test_rows_that_a_base_does_not_have_are_refused(tiny_model, changes, said):
+    _, config = tiny_model("llama", tie_word_embeddings=True)
+    spec = resolve(replace(SOME, **changes), projection_shapes(config), config.n_layers)
+    with pytest.raises(NaloraError, match=f"--lora.trainable-token-indices: .*{said}"):
+        init_lora(config, spec, jax.random.key(0), {})
+
+
+# ---------------------------------------------------------------- trained
+
+
+@pytest.mark.parametrize("ids", [(), (30, 2, 7)], ids=["table", "rows"])
+def test_the_head_s_gradient_is_autodiff_s(ids):
+    keys = jax.random.split(jax.random.key(0), 5)
+    hidden, rows = jax.random.normal(keys[0], (3, 10, 16)), jax.random.normal(keys[1], (3, 16))
+    kernel = jax.random.normal(keys[2], (16, 40))
+    targets = jax.random.randint(keys[3], (3, 10), 0, 40).at[:, :3].set(jnp.array([30, 2, 7]))
+    weights = jax.random.uniform(keys[4], (3, 10)) * (jax.random.uniform(keys[4], (3, 10)) > 0.3)
+    head, trained = Head(softcap=4.0, scale=0.7), rows if ids else kernel
+
+    def plain(hidden, trained):
+        whole = kernel.at[:, jnp.array(ids)].set(trained.T) if ids else trained
+        scores = 4.0 * jnp.tanh(0.7 * hidden @ whole / 4.0)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(scores), targets[..., None], axis=-1)[..., 0]
+        return -2 * jnp.sum(weights * picked)
+
+    expected, gradients = jax.jit(jax.value_and_grad(plain, (0, 1)))(hidden, trained)
+    for chunk, shards in ((0, 1), (8, 1), (3, 3)):
+
+        def ours(hidden, trained, chunk=chunk, shards=shards):
+            of = HeadRows(trained, kernel.T, ids, transposed=True) if ids else WholeHead(trained)
+            return 2 * trained_cross_entropy(
+                hidden, of, targets, weights, head, Numerics(), chunk=chunk, shards=shards
+            )
+
+        found, back = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, trained)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), back, gradients)
+
+
+@pytest.mark.parametrize(
+    ("tied", "settings"),
+    [
+        (False, {"modules_to_save": tuple(BOTH)}),
+        (False, {INDICES: tuple(IDS), "trainable_token_modules": tuple(BOTH)}),
+        (True, {INDICES: tuple(IDS)}),  # rows that both tables share
+    ],
+    ids=["tables", "rows", "shared rows"],
+)
+def test_a_step_on_a_mesh_trains_by_the_gradient(tiny_model, params_of, tied, settings):
+    model, config = tiny_model("llama", tie_word_embeddings=tied)
+    params = jax.tree.map(jnp.asarray, params_of(model, config))
+    mesh = MeshConfig(1, 2, 2)
+    lora = LoRAConfig(rules=(LoRARule("up_proj", 2),), **settings)
+    devices = distributed.make_mesh(mesh, jax.devices()[:4])
+    placed = jax.device_put(params, distributed.shardings(params, devices, distributed.PARAM_RULES))
+    run = RunConfig(steps=4, lora=lora, compute=ComputeConfig(dtype="float32"), mesh=mesh)
+    assembly = assemble(run, config, placed, devices)
+    start = jax.device_get(assembly.state.lora)
+    table = params["embed"]["embedding"]
+    if INDICES in settings:
+        np.testing.assert_array_equal(start["embed"]["rows"], table[np.array(IDS)])
+    else:
+        np.testing.assert_array_equal(start["embed"]["embedding"], table)
+
+    def plain(lora):
+        hidden = Decoder(config, assembly.spec).apply({"params": params, "lora": lora}, TOKENS[:, :-1])
+        of_head = lora["embed" if tied else "lm_head"]
+        head = of_head.get("kernel")
+        if head is None:
+            of_base = table.T if tied else params["lm_head"]["kernel"]
+            head = of_base.at[:, np.array(IDS)].set(of_head["rows"].T)
+        scores = jax.nn.log_softmax(hidden @ head)
+        return -jnp.mean(jnp.take_along_axis(scores, TOKENS[:, 1:, None], axis=-1))
+
+    value, gradients = jax.jit(jax.value_and_grad(plain))(start)
+    batch = {
+        "tokens": TOKENS[None, :, :-1],
+        "targets": TOKENS[None, :, 1:],
+        "loss_weights": np.ones((1, 2, 7), np.float32),
+        "segment_ids": np.ones((1, 2, 7), np.int32),
+        "positions": np.tile(np.arange(7, dtype=np.int32), (1, 2, 1)),
+    }
+    batch = distributed.make_global_batch(batch, devices, rows_axis=1)
+    state, metrics = assembly.step(assembly.view(placed), assembly.state, batch)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradients)))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    ours, before, wanted = (trees.flatten(x) for x in (jax.device_get(state.lora), start, gradients))
+    trained = [path for path in ours if path.startswith(("embed", "lm_head"))]
+    assert len(trained) == 2 - tied
+    for path in trained:  # Adam's first step follows the sign of the gradient
+        clear = np.abs(wanted[path]) > 1e-4
+        assert clear.any()
+        moved = np.sign(ours[path] - before[path])
+        np.testing.assert_array_equal(moved[clear], -np.sign(wanted[path])[clear], err_msg=path)
