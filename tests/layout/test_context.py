@@ -192,8 +192,7 @@ def test_layers_of_split_rows_exchange_keys_and_values_only() -> None:
     of_layers = [line for line in collectives if "_through_layers" in line]
     of_rows = [line for line in of_layers if "shard_map" in line]
     counts = [
-        sum(f"shard_map/{name}" in line for line in of_rows)
-        for name in ("all_gather", "transpose()/reduce_")
+        sum(f"shard_map/{name}" in line for line in of_rows) for name in ("all_gather", "reduce_scatter")
     ]
     assert counts == [4, 2]
     assert len(of_rows) == 6
