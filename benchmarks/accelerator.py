@@ -25,34 +25,18 @@ import datetime
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import common
 import machines
 import numpy as np
-from common import markdown, peak_rss_mb, random_tokens, script, spread, values
+from common import markdown, parser_of, peak_rss_mb, random_tokens, script, spread, timed_steps, values
 from machines import versions
-from training import with_method
 
 OURS, LORA = "nalora_jax", "nalora_jax, plain LoRA"
-PEFT_PACKAGES = ("torch", "transformers", "peft")
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 4096,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}
+TINY = common.ARCHITECTURES["smollm2"] | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+TINY |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 RANK = 8
 
 
@@ -85,17 +69,10 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
 
     devices, base = jax.devices(), ModelConfig.from_hf(shape_of(options.model), options.model)
     rows = options.rows * len(devices)
-    config = c.RunConfig(
-        steps=10_000,
-        lora=c.LoRAConfig(rules=(c.LoRARule("ffn/(gate|up|down)_proj", RANK),)),
-        train=c.TrainConfig(batch_size=rows),
-        data=c.DataConfig(max_length=options.seq),
-        compute=c.ComputeConfig(dtype=options.dtype),
-        optimizer=c.OptimizerConfig(
-            learning_rate=1e-3, schedule="constant", warmup_share=0.0, clip_norm=0.0
-        ),
-    )
-    config = laid_out(with_method(config, method, warmup=None), base, devices)
+    fixed = {"rank": RANK, "learning_rate": 1e-3, "remat": "auto", "seed": 0}
+    work = argparse.Namespace(**fixed, dtype=options.dtype, method=method)
+    parts = {"train": c.TrainConfig(batch_size=rows), "data": c.DataConfig(max_length=options.seq)}
+    config = laid_out(training.run_config(work, warmup=None, **parts), base, devices)
     mesh = distributed.make_mesh(config.mesh, devices)
     shapes = jax.eval_shape(lambda key: init_params(base, key, options.dtype), jax.random.key(0))
     places = distributed.shardings(shapes, mesh, distributed.PARAM_RULES)
@@ -128,7 +105,7 @@ def train_peft(options: argparse.Namespace) -> dict[str, Any]:
     """Trains transformers + PEFT on one GPU, or on the CPU."""
     import torch
     import transformers
-    from peft import LoraConfig, get_peft_model
+    from peft_baseline import adapt, stepper
 
     transformers.logging.set_verbosity_error()
     cuda = torch.cuda.is_available()
@@ -140,24 +117,13 @@ def train_peft(options: argparse.Namespace) -> dict[str, Any]:
         base = transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="sdpa"
         )
-    base.config.use_cache = False
-    targets = ["gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(
-        base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM")
-    )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
+    work = {"rank": RANK, "dtype": options.dtype, "bf16_mode": "mixed", "learning_rate": 1e-3}
+    work |= {"checkpointing": True, "compile": False}
+    train = stepper(adapt(base, argparse.Namespace(**work)), argparse.Namespace(**work))
 
     def step(tokens: np.ndarray) -> float:
         ids = torch.from_numpy(tokens).to(where)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())  # waits for the GPU
+        return train({"input_ids": ids, "labels": ids})  # waits for the GPU
 
     record = timed(step, options, options.rows, config.vocab_size)
     peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else peak_rss_mb() / 1e3
@@ -165,22 +131,11 @@ def train_peft(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def timed(
-    step: Callable[[np.ndarray], float],
-    options: argparse.Namespace,
-    rows: int,
-    vocab: int,
+    step: Callable[[np.ndarray], float], options: argparse.Namespace, rows: int, vocab: int
 ) -> dict[str, Any]:
-    """Returns seconds and speeds of the steps after two warm-up steps.
-
-    ``step`` returns the loss and therefore waits for the device.
-    """
-    seconds, losses = [], []
-    for tokens in random_tokens(options.steps + 2, rows, options.seq, vocab):
-        start = time.perf_counter()
-        losses.append(step(tokens))
-        seconds.append(time.perf_counter() - start)
-    speeds = [rows * options.seq / s for s in seconds[2:]]
-    return {"seconds": seconds[2:], "tokens_per_second": speeds, "losses": losses, "versions": versions()}
+    """Returns seconds and speeds of the steps after two warm-up steps, with versions."""
+    tokens = random_tokens(options.steps + 2, rows, options.seq, vocab)
+    return timed_steps(step, tokens, warmup=2, tokens=rows * options.seq) | {"versions": versions()}
 
 
 def jax_memory() -> dict[str, Any]:
@@ -201,19 +156,10 @@ def describe() -> dict[str, Any]:
     return {"platform": devices[0].platform, "kind": devices[0].device_kind, "chips": len(devices)}
 
 
-def has(packages: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the members of ``packages`` that this Python does not have."""
-    import importlib.util
-
-    return {"missing": [name for name in packages if importlib.util.find_spec(name) is None]}
-
-
 def one(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the task of one measured process."""
     if options.one == "describe":
         return describe()
-    if options.one.startswith("has:"):
-        return has(tuple(options.one.removeprefix("has:").split(",")))
     runs: Mapping[str, Callable[[], dict[str, Any]]] = {
         OURS: lambda: train_ours(options, "nalora"),
         LORA: lambda: train_ours(options, "lora"),
@@ -282,7 +228,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(one(options)))
         return
-    here = common.run_process(script("accelerator.py", "--one", "describe")).record
+    here = common.run_process(script("accelerator.py", "--one", "describe"))
     tiny = options.tiny or (here["platform"] == "cpu" and options.model is None)
     defaults = (
         {"model": "tiny", "seq": 64, "steps": 3}
@@ -296,18 +242,12 @@ def main() -> None:
     commands = {name: script("accelerator.py", "--one", name, *work) for name in (OURS, LORA)}
     reasons: dict[str, str] = {}
     if here["platform"] != "tpu":
-        asked = script(
-            "accelerator.py", "--one", "has:" + ",".join(PEFT_PACKAGES), python=options.peer_python
-        )
-        if missing := common.run_process(asked).record["missing"]:
-            reasons["PEFT"] = f"{', '.join(missing)} not installed"
-        else:
-            commands["PEFT"] = script("accelerator.py", "--one", "PEFT", *work, python=options.peer_python)
+        commands["PEFT"] = script("accelerator.py", "--one", "PEFT", *work, python=options.peer_python)
     runs: dict[str, list[dict[str, Any]]] = {}
     for name, command in commands.items():
         print(f"running {name} ...", flush=True)
         try:
-            runs[name] = [common.run_process(command).record for _ in range(options.rounds)]
+            runs[name] = [common.run_process(command) for _ in range(options.rounds)]
         except RuntimeError as error:
             if name == OURS:  # nothing to compare without it
                 raise
@@ -330,9 +270,7 @@ def save(case: str, result: dict[str, Any], here: Mapping[str, Any]) -> dict[str
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--model", help="a model that `nalora plan` knows by name; llama-3.1-8b, on a CPU a tiny one"
     )

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,8 @@ OWN = PUBLISHED / "own"
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 # SmolLM2-135M, the model of the published figures, with transformers' names.
-SMOLLM2 = {
+_SMOLLM2 = {
+    "model_type": "llama",
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -67,24 +67,34 @@ _QWEN35 = {
     "linear_value_head_dim": 32,
     "tie_word_embeddings": True,
 }
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "smollm2": {"model_type": "llama", **SMOLLM2},
-    "qwen3.5": _QWEN35,
-}
+ARCHITECTURES: dict[str, dict[str, Any]] = {"smollm2": _SMOLLM2, "qwen3.5": _QWEN35}
 
 RESULTS = OWN / machine_name(processor())
 
 
-def architecture(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the ``config.json`` of ``options``, of `add_architecture`."""
-    raw = ARCHITECTURES[options.architecture]
-    return {**raw, "num_hidden_layers": options.layers or raw["num_hidden_layers"]}
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """Returns the parser of a script with its docstring as the help."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def add_architecture(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of a model with random weights."""
+def add_work(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a training process, which are the same for every library in a comparison."""
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=8, help="timed steps, after --warmup")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), default="smollm2")
     parser.add_argument("--layers", type=int, help="default: the architecture's")
+
+
+def architecture(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the ``config.json`` of ``options``, of `add_work`."""
+    raw = ARCHITECTURES[options.architecture]
+    return {**raw, "num_hidden_layers": options.layers or raw["num_hidden_layers"]}
 
 
 def random_tokens(steps: int, batch: int, seq: int, vocab: int, seed: int = 0) -> np.ndarray:
@@ -92,32 +102,43 @@ def random_tokens(steps: int, batch: int, seq: int, vocab: int, seed: int = 0) -
     return np.random.default_rng(seed).integers(0, vocab, (steps, batch, seq))
 
 
+def timed_steps(
+    step: Callable[[Any], float], batches: Iterable[Any], *, warmup: int, tokens: int
+) -> dict[str, Any]:
+    """Returns wall and CPU seconds and the speed of the steps after ``warmup``, and all losses.
+
+    Args:
+      step: trains on a batch and returns the loss, and therefore waits for the device.
+      batches: of all steps.
+      warmup: number of steps that are not counted.
+      tokens: of a batch.
+    """
+    seconds, busy, losses = [], [], []
+    for batch in batches:
+        start, start_busy = time.perf_counter(), time.process_time()
+        losses.append(step(batch))
+        seconds.append(time.perf_counter() - start)
+        busy.append(time.process_time() - start_busy)
+    seconds, busy = seconds[warmup:], busy[warmup:]
+    return {
+        "seconds": seconds,
+        "cpu_seconds_per_step": busy,
+        "tokens_per_second": [tokens / second for second in seconds],
+        # Well below the number of threads: another program used the processor, and the rates are not reliable.
+        "cores_busy": sum(busy) / sum(seconds) if seconds else None,
+        "losses": losses,
+    }
+
+
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Returns minimum, median, maximum and number of repeated measurements."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values), "n": len(values)}
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Seconds of two callables; the i-th entries ran back to back."""
-
-    first: list[float]
-    second: list[float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns summaries, the ratio first / second, and the raw seconds."""
-        return {
-            "first": summary(self.first),
-            "second": summary(self.second),
-            "ratio": ratio(self.first, self.second),
-            "seconds": {"first": self.first, "second": self.second},
-        }
-
-
 def alternate(
     first: Callable[[], Any], second: Callable[[], Any], *, pairs: int = 40, warmup: int = 2, seed: int = 0
-) -> Pairs:
-    """Times two callables pair by pair, in random order, and waits for their results.
+) -> tuple[list[float], list[float]]:
+    """Returns seconds of two callables pair by pair, in random order, waiting for their results.
 
     Args:
       pairs: 40 or more for a ratio near 1.
@@ -137,7 +158,7 @@ def alternate(
     for _ in range(pairs):
         for which in order.sample((0, 1), 2):
             seconds[which].append(timed((first, second)[which]))
-    return Pairs(*seconds)
+    return seconds
 
 
 def ratio(
@@ -159,14 +180,6 @@ def ratio(
     }
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Output and cost of a finished process."""
-
-    record: dict[str, Any]  # the JSON object on the last line of its standard output
-    seconds: float  # from start to exit
-
-
 def peak_rss_mb() -> float:
     """Returns the process's peak memory in MB; a measured process calls it at its end.
 
@@ -180,33 +193,20 @@ def peak_rss_mb() -> float:
     return usage / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
-def run_process(command: Sequence[str], environment: Mapping[str, str] = ENVIRONMENT) -> Measured:
-    """Runs and times a command that prints one JSON object on its last line.
-
-    A record with ``done_at`` (a value of `time.time`) gets ``seconds_until_done``: from the start
-    of the process to that moment.
+def run_process(command: Sequence[str]) -> dict[str, Any]:
+    """Returns the JSON object that a command prints on its last line.
 
     Raises:
       RuntimeError: it failed, or its last line is not a JSON object; includes the end of its
         output.
     """
-    began, start = time.time(), time.perf_counter()
-    done = subprocess.run(
-        command, env=with_environment(environment), capture_output=True, text=True, check=False
-    )
-    seconds = time.perf_counter() - start
+    environment = dict(os.environ) | ENVIRONMENT
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines or not lines[-1].startswith("{"):
         raise RuntimeError(f"{' '.join(command)} (exit {done.returncode}): {done.stderr[-2000:]}")
-    record = json.loads(lines[-1])
-    if "done_at" in record:
-        record["seconds_until_done"] = record["done_at"] - began
-    return Measured(record, seconds)
-
-
-def with_environment(environment: Mapping[str, str] = ENVIRONMENT) -> dict[str, str]:
-    """Returns this process's environment updated with ``environment``."""
-    return dict(os.environ) | dict(environment)
+    record: dict[str, Any] = json.loads(lines[-1])
+    return record
 
 
 def script(name: str, *arguments: object, python: str = sys.executable) -> list[str]:
@@ -214,24 +214,15 @@ def script(name: str, *arguments: object, python: str = sys.executable) -> list[
     return [python, str(Path(__file__).parent / name), *map(str, arguments)]
 
 
-def run_script(name: str, *arguments: object) -> dict[str, Any]:
-    """Returns the record that a script of this folder prints."""
-    return run_process(script(name, *arguments)).record
-
-
 def alternate_processes(
-    commands: Mapping[str, Sequence[str]],
-    *,
-    rounds: int,
-    seed: int = 0,
-    environment: Mapping[str, str] = ENVIRONMENT,
-) -> dict[str, list[Measured]]:
+    commands: Mapping[str, Sequence[str]], *, rounds: int, seed: int = 0
+) -> dict[str, list[dict[str, Any]]]:
     """Runs each command once per round, in random order within a round."""
     order = random.Random(seed)
-    measured: dict[str, list[Measured]] = {name: [] for name in commands}
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name in order.sample(list(commands), len(commands)):
-            measured[name].append(run_process(commands[name], environment))
+            measured[name].append(run_process(commands[name]))
     return measured
 
 
@@ -298,7 +289,7 @@ def compare(
     runs = load(benchmark)["cases"].get(case, {}).get("runs", {}) if options.add else {}
     measured = alternate_processes(commands, rounds=options.rounds, seed=len(next(iter(runs.values()), [])))
     for name, items in measured.items():
-        runs[name] = [*runs.get(name, []), *(item.record for item in items)]
+        runs[name] = [*runs.get(name, []), *items]
     return save(benchmark, case, {"settings": vars(options), "runs": runs, **(more or {})})
 
 

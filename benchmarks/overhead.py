@@ -12,21 +12,17 @@ from __future__ import annotations
 
 import argparse
 
-from common import alternate, random_tokens, save
-from training import base_model, batch_of, parse, run_config, without_statistics
+from common import add_work, alternate, parser_of, random_tokens, ratio, save, summary
+from training import base_model, batch_of, run_config, without_statistics
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seq", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=30)
+    parser = parser_of(__doc__)
+    add_work(parser)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--remat", default="auto")
     parser.add_argument("--method", choices=("nalora", "default"), default="nalora")
+    parser.set_defaults(dtype="bfloat16", model=None)
     return parser.parse_args()
 
 
@@ -36,13 +32,12 @@ def main() -> None:
     from nalora_jax.train.program import assemble
 
     chosen = options()
-    shared = parse(["--dtype", chosen.dtype, "--layers", str(chosen.layers), "--remat", chosen.remat])
     mesh = distributed.make_mesh(MeshConfig())
-    base, params = base_model(shared, mesh)
+    base, params = base_model(chosen, mesh)
     batch = batch_of(random_tokens(1, chosen.batch, chosen.seq, base.vocab_size)[0], mesh)
 
     def stepper(method: str) -> object:
-        assembly = assemble(run_config(shared, method=method), base, params, mesh)
+        assembly = assemble(run_config(chosen, method=method), base, params, mesh)
         view = assembly.view(params)
         compiled = without_statistics(assembly.step) if method == "lora" else assembly.step
         held = [assembly.state]
@@ -53,16 +48,14 @@ def main() -> None:
 
         return step
 
-    pairs = alternate(stepper(chosen.method), stepper("lora"), pairs=chosen.pairs)
+    first, second = alternate(stepper(chosen.method), stepper("lora"), pairs=chosen.pairs)
     case = f"{chosen.dtype} {chosen.batch}x{chosen.seq}" + (
         "" if chosen.method == "nalora" else f", {chosen.method}"
     )
-    record = {"settings": vars(chosen), **pairs.to_dict()}
-    save("overhead", case, record)
-    ratio = record["ratio"]
-    print(
-        f"{case}: {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}, {ratio['pairs']} pairs)"
-    )
+    interval = ratio(first, second)
+    record = {"settings": vars(chosen), "first": summary(first), "second": summary(second)}
+    save("overhead", case, record | {"ratio": interval, "seconds": {"first": first, "second": second}})
+    print("{case}: {median:.3f} ({low:.3f} to {high:.3f}, {pairs} pairs)".format(case=case, **interval))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/peft_baseline.py --dtype bfloat16 --batch 8 --seq 128 --steps 8
 
-Rank 8 on gate, up and down, AdamW, loss on all tokens, SmolLM2-135M (random weights, or real ones
-with --model). The last line printed is a JSON object: tokens per second of each step, losses, peak
+Rank 8 on gate, up and down, AdamW, loss on all tokens, SmolLM2-135M with random weights. The last
+line printed is a JSON object: tokens per second of each step, losses, peak
 memory, settings.
 
 The defaults are the fastest settings found at 8 x 128 on a CPU with AVX512-BF16: scaled-dot-product
@@ -18,11 +18,10 @@ import argparse
 import contextlib
 import json
 import os
-import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from common import add_architecture, architecture, peak_rss_mb, random_tokens
+from common import add_work, architecture, parser_of, peak_rss_mb, random_tokens, timed_steps
 
 # Modes of bfloat16: "pure" stores base and adapters in bfloat16; "mixed" is PEFT's default for a
 # bfloat16 base (float32 adapters, casts around them); "autocast" adds torch.autocast to it;
@@ -31,36 +30,17 @@ BF16_MODES = ("pure", "mixed", "autocast", "autocast32")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser = parser_of(__doc__)
+    add_work(parser)
     parser.add_argument("--bf16-mode", choices=BF16_MODES, default="pure")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seq", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=8, help="timed steps, after --warmup")
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    add_architecture(parser)
-    parser.add_argument(
-        "--attention", choices=("sdpa", "eager"), help="default: sdpa for float32, eager for bfloat16"
-    )
-    parser.add_argument("--optimizer", choices=("fused", "foreach", "plain"), default="fused")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="torch.compile the model; default: for bfloat16",
     )
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument(
-        "--model", type=Path, help="folder of real weights; default: random ones of the same shape"
-    )
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     half = options.dtype == "bfloat16"
-    options.attention = options.attention or ("eager" if half else "sdpa")
     # Checkpointed layers are recomputed outside the compiled graph: no default for the combination.
     options.compile = (half and not options.checkpointing) if options.compile is None else options.compile
     return options
@@ -72,9 +52,8 @@ def load_base(options: argparse.Namespace) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     full = options.dtype == "float32" or options.bf16_mode == "autocast32"
-    choices = {"dtype": torch.float32 if full else torch.bfloat16, "attn_implementation": options.attention}
-    if options.model:
-        return AutoModelForCausalLM.from_pretrained(options.model, **choices)
+    attention = "eager" if options.dtype == "bfloat16" else "sdpa"
+    choices = {"dtype": torch.float32 if full else torch.bfloat16, "attn_implementation": attention}
     torch.manual_seed(options.seed)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture(options)), **choices)
 
@@ -109,30 +88,23 @@ def inputs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"input_ids": tokens, "labels": tokens} for tokens in random]
 
 
-def train(model: Any, options: argparse.Namespace) -> tuple[list[float], list[float], list[float], float]:
-    """Returns wall and CPU seconds of the timed steps, all losses, and the end of the first step.
-
-    The first loss is the warm-up's.
-    """
+def stepper(model: Any, options: argparse.Namespace) -> Callable[[dict[str, Any]], float]:
+    """Returns the function that trains on a batch and returns the loss."""
     import torch
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kind = {} if options.optimizer == "plain" else {options.optimizer: True}
-    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0, **kind)
+    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0, fused=True)
     mixed = options.dtype == "bfloat16" and options.bf16_mode.startswith("autocast")
-    seconds, busy, losses, done_at = [], [], [], 0.0
-    for batch in inputs_of(options):
-        start, start_busy = time.perf_counter(), time.process_time()
+
+    def step(batch: dict[str, Any]) -> float:
         with torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext():
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
-        done_at = done_at or time.time()
-        seconds.append(time.perf_counter() - start)
-        busy.append(time.process_time() - start_busy)
-    return seconds[options.warmup :], busy[options.warmup :], losses, done_at
+        return float(loss.detach())
+
+    return step
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -141,29 +113,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    torch.set_num_threads(options.threads)
-    begun = time.perf_counter()
-    model = adapt(load_base(options), options)
-    loaded = time.perf_counter() - begun
-    seconds, busy, losses, done_at = train(model, options)
-    rates = [options.batch * options.seq / second for second in seconds]
-    settings = {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
-    }
-    return {
-        "library": "peft",
-        "settings": settings,
-        "load_seconds": loaded,
-        "seconds": seconds,
-        "tokens_per_second": rates,
-        "done_at": done_at,
-        # Well below the number of threads: another program used the processor, and the rates above
-        # are not reliable.
-        "cores_busy": sum(busy) / sum(seconds) if seconds else None,
-        "cpu_seconds_per_step": busy,
-        "loss": losses,
-        "peak_rss_mb": peak_rss_mb(),
-    }
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    step = stepper(adapt(load_base(options), options), options)
+    tokens = options.batch * options.seq
+    record = timed_steps(step, inputs_of(options), warmup=options.warmup, tokens=tokens)
+    return record | {"peak_rss_mb": peak_rss_mb(), "settings": vars(options)}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from common import parser_of
 from plan_pairs import KNOWN, Pair, drawn
 
 from nalora_jax.cli.plan import _prepare
@@ -210,15 +211,8 @@ def _errors(pairs: list[tuple[Layout, float]]) -> str:
     return f"median {statistics.median(errors):.1%}, largest {max(errors):.1%}"
 
 
-def order(pairs: list[Pair]) -> list[Pair]:
-    """Returns dense models first, which compile faster, and of these the known pair first."""
-    return sorted(pairs, key=lambda pair: (pair.base.n_experts > 0, pair not in KNOWN))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--platform", choices=("tpu", "gpu"), default="tpu", help="of the pairs to compile")
@@ -229,7 +223,9 @@ def main() -> None:
     if options.one:
         return _one(options.one)
     pairs = pairs_of(options.seed, options.pairs)
-    here = [pair for pair in order(pairs) if topology(pair.machine).chip.platform == options.platform]
+    # Dense models compile faster.
+    order = sorted(pairs, key=lambda pair: (pair.base.n_experts > 0, pair not in KNOWN))
+    here = [pair for pair in order if topology(pair.machine).chip.platform == options.platform]
     for pair in () if options.recorded else here:
         decided(pair, compiles=True)
     print(table(rows(pairs)))

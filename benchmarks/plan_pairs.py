@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -131,14 +132,8 @@ def _draw(random_: random.Random) -> Pair | None:
     return pair
 
 
-def _parameters(base: ModelConfig) -> float:
-    total = 0.0
-    for shape in param_shapes(base).values():
-        size = 1
-        for side in shape:
-            size *= side
-        total += size
-    return total
+def _parameters(base: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in param_shapes(base).values())
 
 
 def _fits(pair: Pair) -> bool:

@@ -11,7 +11,6 @@ rematerialization. Recorded entries are not compiled again (unless --again).
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import subprocess
@@ -19,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common import parser_of
 from markers import write_between
 
 from nalora_jax.layout.machines import topology as machine
@@ -49,19 +49,8 @@ def chips(entry: dict[str, Any]) -> int:
 def compile_entry(model: str, topology: str, rows: int) -> bool:
     """Adds an entry to the record in a separate process; returns True on success."""
     batch = () if rows == 1 else ("--batch", str(rows * machine(topology).size))
-    command = [
-        sys.executable,
-        "-m",
-        "nalora_jax",
-        "plan",
-        "--model",
-        model,
-        "--topology",
-        topology,
-        *batch,
-        *MECHANISMS,
-    ]
-    finished = subprocess.run([*command, "--json", str(RECORD)], check=False)
+    command = [sys.executable, "-m", "nalora_jax", "plan", "--model", model, "--topology", topology]
+    finished = subprocess.run([*command, *batch, *MECHANISMS, "--json", str(RECORD)], check=False)
     return finished.returncode == 0
 
 
@@ -91,9 +80,7 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--platform", choices=tuple(TOPOLOGIES), default="tpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--topologies", nargs="+", help="by default all of the platform's")

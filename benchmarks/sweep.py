@@ -17,30 +17,23 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from common import add_architecture, alternate, peak_rss_mb, random_tokens, ratio, save
+from common import add_work, alternate, parser_of, peak_rss_mb, random_tokens, ratio, save
 from training import base_model, batch_of, run_config
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
+    add_work(parser)
     parser.add_argument("--runs", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--seq", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    add_architecture(parser)
     parser.add_argument("--model", help="real weights by name; default: random ones of the same shape")
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results/own")
+    parser.set_defaults(batch=1, seq=64, dtype="bfloat16", method="lora", remat="auto")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    fixed = {"seed": 0, "method": "lora", "learning_rate": 1e-3, "remat": "auto"}
-    options = argparse.Namespace(**(fixed | vars(options)))
     import jax
     import numpy as np
 
@@ -85,9 +78,9 @@ def main() -> None:
     load = os.getloadavg()[0]
     pairs = alternate(one_by_one, together, pairs=options.pairs)
     count = options.runs * options.batch * options.seq
-    medians = [float(np.median(seconds)) for seconds in (pairs.first, pairs.second)]
+    medians = [float(np.median(seconds)) for seconds in pairs]
     record = {
-        "ratio": ratio(pairs.first, pairs.second),
+        "ratio": ratio(*pairs),
         "tokens_per_second": {name: count / s for name, s in zip(("solo", "sweep"), medians, strict=True)},
         "bytes": {
             "solo_temporary": alone.temp_size_in_bytes,

@@ -11,68 +11,56 @@ memory, settings.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import time
 from typing import Any
 
 import numpy as np
-from common import add_architecture, architecture, peak_rss_mb, random_tokens, summary
+from common import add_work, architecture, parser_of, peak_rss_mb, random_tokens, timed_steps
 
 # Plain LoRA, mask and step scale by homogeneity, the library's default.
 METHODS = ("lora", "nalora", "default")
 
 
-def with_method(config: Any, method: str, *, warmup: int | None = 0) -> Any:
-    """Returns a `RunConfig` with one of `METHODS`.
-
-    ``warmup`` is the number of steps before the mechanisms act: 0 for timed steps, which are few;
-    None for the library's default.
-    """
-    rules = {"lora": (), "nalora": ("soft:power=2", "homogeneity"), "default": type(config).mechanisms}[
-        method
-    ]
-    if warmup is not None:
-        rules = tuple(f"{rule}{',' if ':' in rule else ':'}warmup={warmup}" for rule in rules)
-    return dataclasses.replace(config, mechanisms=rules)
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser = parser_of(__doc__)
+    add_work(parser)
     parser.add_argument("--method", choices=METHODS, default="lora")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seq", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=8, help="timed steps, after --warmup")
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    add_architecture(parser)
     parser.add_argument("--remat", choices=("auto", "none", "full", "attention", "dots"), default="auto")
     parser.add_argument("--model", help="real weights by name; default: random ones of the same shape")
     parser.add_argument(
         "--compilation-cache", action="store_true", help="keep compiled programs, as a run does"
     )
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
 
-def run_config(options: argparse.Namespace, *, method: str | None = None) -> Any:
-    """Returns the settings of this work, with one of `METHODS`."""
+def run_config(
+    options: argparse.Namespace, *, method: str | None = None, warmup: int | None = 0, **parts: Any
+) -> Any:
+    """Returns the settings of this work.
+
+    Args:
+      options: of `parse`.
+      method: one of `METHODS`; by default that of the options.
+      warmup: steps before the mechanisms act: 0 for timed steps, which are few; None for the default.
+      parts: other parts of the configuration.
+    """
     from nalora_jax import config as c
 
-    config = c.RunConfig(
+    rules = {"lora": (), "nalora": ("soft:power=2", "homogeneity"), "default": c.RunConfig.mechanisms}
+    chosen = rules[method or options.method]
+    if warmup is not None:
+        chosen = tuple(f"{rule}{',' if ':' in rule else ':'}warmup={warmup}" for rule in chosen)
+    return c.RunConfig(
         steps=10_000,
         seed=options.seed,
+        mechanisms=chosen,
         lora=c.LoRAConfig(rules=(c.LoRARule("ffn/(gate|up|down)_proj", options.rank),)),
         optimizer=c.OptimizerConfig(
             learning_rate=options.learning_rate, schedule="constant", warmup_share=0.0, clip_norm=0.0
         ),
         compute=c.ComputeConfig(dtype=options.dtype, remat=options.remat),
+        **parts,
     )
-    return with_method(config, method or options.method)
 
 
 def without_statistics(step: Any) -> Any:
@@ -152,28 +140,15 @@ def main() -> None:
     assembly = assemble(run_config(options), base, params, mesh)
     state, step, params = assembly.state, assembly.step, assembly.view(params)
     batches = batches_of(options, base.vocab_size, mesh)
-    losses, seconds, busy = [], [], []
     compile_ahead(step, params, state, batches[0])
-    for i, batch in enumerate(batches):
-        began, began_busy = time.perf_counter(), time.process_time()
-        state, metrics = step(params, state, batch)
-        losses.append(float(metrics["loss"]))
-        if i == 0:
-            done_at = time.time()
-        seconds.append(time.perf_counter() - began)
-        busy.append(time.process_time() - began_busy)
-    speeds = [options.batch * options.seq / s for s in seconds[options.warmup :]]
-    record = {
-        "seconds": seconds[options.warmup :],
-        "cpu_seconds_per_step": busy[options.warmup :],
-        "tokens_per_second": speeds,
-        "summary": summary(speeds) if speeds else None,
-        "losses": losses,
-        "done_at": done_at,
-        "peak_rss_mb": peak_rss_mb(),
-        "settings": vars(options),
-    }
-    print(json.dumps(record))
+    held = [state]
+
+    def train(batch: Any) -> float:
+        held[0], metrics = step(params, held[0], batch)
+        return float(metrics["loss"])
+
+    record = timed_steps(train, batches, warmup=options.warmup, tokens=options.batch * options.seq)
+    print(json.dumps(record | {"peak_rss_mb": peak_rss_mb(), "settings": vars(options)}))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from common import (
     compare,
     compared,
     markdown,
+    parser_of,
     script,
     values,
 )
@@ -45,15 +46,10 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--shape", default="8x128", help="batch x sequence")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument(
-        "--method", choices=("lora", "nalora"), default="nalora", help="what this library runs"
-    )
     parser.add_argument("--checkpointing", action="store_true", help="PEFT with gradient checkpointing")
     parser.add_argument(
         "--bf16-mode",
@@ -70,20 +66,12 @@ def main() -> None:
     parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), default="smollm2")
     options = parser.parse_args()
     batch, seq = options.shape.split("x")
-    work = [
-        "--dtype",
-        options.dtype,
-        "--batch",
-        batch,
-        "--seq",
-        seq,
-        "--architecture",
-        options.architecture,
-    ]
+    work = ["--dtype", options.dtype, "--batch", batch, "--seq", seq]
+    work += ["--architecture", options.architecture]
     extra = ["--bf16-mode", options.bf16_mode, *(["--checkpointing"] if options.checkpointing else [])]
     if options.peft_compile is not None:
         extra.append("--compile" if options.peft_compile else "--no-compile")
-    ours = ["--method", options.method, "--compilation-cache"]
+    ours = ["--method", "nalora", "--compilation-cache"]
     ours += ["--remat", "full"] if options.checkpointing else []  # both rematerialize layers
 
     def commands(steps: int) -> dict[str, list[str]]:

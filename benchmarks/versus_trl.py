@@ -11,7 +11,6 @@ wall seconds only by the ratio of alternating processes. Memory is the peak of t
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import tempfile
@@ -19,7 +18,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ARCHITECTURES, add_rounds, compare, compared, markdown, peak_rss_mb, script, values
+from common import (
+    ARCHITECTURES,
+    add_rounds,
+    compare,
+    compared,
+    markdown,
+    parser_of,
+    peak_rss_mb,
+    script,
+    values,
+)
 from peft_baseline import load_base
 from peft_baseline import parse as parse_peft
 
@@ -160,9 +169,7 @@ def theirs(folder: Path, steps: int, dtype: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--side", choices=SIDES, help="run one process on --model")
     parser.add_argument("--model", type=Path, help="folder of random weights; default: a new one")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of TRL, after one")

@@ -95,11 +95,6 @@ def take_rows(table: Kernel, rows: jax.Array, numerics: Numerics, axis: int = 0)
     return from_bits(jnp.take(bits_of(table), rows, axis=axis))
 
 
-def slice_rows(table: Kernel, start: jax.Array, size: int, axis: int) -> jax.Array:
-    """Returns ``size`` rows (or columns) of a table, starting at ``start``."""
-    return from_bits(lax.dynamic_slice_in_dim(bits_of(table), start, size, axis=axis))
-
-
 @storage.prepare.implements("cpu")
 def prepare(variables: Mapping[str, Any], numerics: Numerics, *, tables: bool = True) -> dict[str, Any]:
     """Returns variables with bf16 kernels of layers, and tables, as views of their bits.

@@ -1,7 +1,7 @@
 """The architecture of a decoder as one frozen dataclass, read from a ``config.json``.
 
-`nalora_jax.models.family` reads it by the record of its ``model_type``. This module defines the fields
-that the readers set and does not import them.
+`nalora_jax.models.family` reads it by the record of its ``model_type``; the records are entered when this
+package is imported.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations
+from nalora_jax.models.family import read
 from nalora_jax.models.ropes import RopeSpec
 
 if TYPE_CHECKING:
@@ -141,10 +141,7 @@ class ModelConfig:
           NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is
             not implemented.
         """
-        import_module("nalora_jax.models.families")  # which imports this module, as the next one does
-        family = import_module("nalora_jax.models.family")
-        config: ModelConfig = family.read(raw, where, images)
-        return config
+        return read(raw, where, images)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, for JSON and fingerprints."""

@@ -90,9 +90,8 @@ class RoutedConfig:
     up_limit: float = 0.0  # see `nalora_jax.method.ffn.up_factor`
     # Tokens of the whole rows if devices hold parts of them (`nalora_jax.ops.split_rows`); 0: whole rows.
     split_length: int = 0
-    axis: str | None = (
-        None  # mapped mesh axis whose devices each hold a part of every expert's channels, in order
-    )
+    # A mapped mesh axis whose devices each hold a part of every expert's channels, in order.
+    axis: str | None = None
 
     @property
     def measured(self) -> tuple[str, ...]:

@@ -76,20 +76,18 @@ def splash_attention(
     if not fits or not fits_kernel(config, numerics, cached, dropout_rng, starts):
         return NotImplemented
     q, k, v = saved_heads(q, keys.k, keys.v, config, numerics)
-    # [batch, heads, seq, head_dim]; splash attention has no scale parameter
-    arrays = [x.astype(numerics.operand).swapaxes(1, 2) for x in (q * config.scale, k, v)]
+    # splash attention has no scale parameter
+    arrays = [x.astype(numerics.operand) for x in (q * config.scale, k, v)]
     segments = jnp.broadcast_to(keys.segments, q.shape[:2])
     windows = np.asarray(config.windows[:-1], np.int32)
     choice = jnp.sum(jnp.asarray(window) > windows)  # 0 if there is one window
     attend: Callable[..., jax.Array] = partial(_one_device, config=config)
     if config.sharding is not None:
         mesh, (rows, *_) = config.sharding.mesh, (*config.sharding.spec, None)
-        heads = P(rows, config.head_axis)
-        specs = (heads, heads, heads, P(rows), P(), P(heads[1]))
+        heads = P(rows, None, config.head_axis)
+        specs = (heads, heads, heads, P(rows), P(), P(config.head_axis))
         attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
-    return (
-        attend(*arrays, segments, choice, sinks).swapaxes(1, 2).astype(jnp.float32).astype(numerics.result)
-    )
+    return attend(*arrays, segments, choice, sinks).astype(jnp.float32).astype(numerics.result)
 
 
 def takes(seq: int, head_dim: int) -> bool:
@@ -107,36 +105,20 @@ def _one_device(
     *,
     config: AttentionConfig,
 ) -> jax.Array:
-    """Computes one device's part: ``[batch, heads, seq, head_dim]``."""
-    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
+    """Computes one device's part: ``[batch, seq, heads, head_dim]``."""
+    _, seq, heads, head_dim = q.shape
 
-    branches = [
-        _for_window(q.shape[1:], window, config.softcap, config.interpret)
-        for window in config.windows or (q.shape[2],)
-    ]
-    ids = SegmentIds(segments, segments)
-    mapped = [jax.vmap(branch, in_axes=(0, 0, 0, 0, None)) for branch in branches]
-    return lax.switch(choice, mapped, q, k, v, ids, sinks)
+    def of_window(window: int) -> Any:
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+        mask: Any = masks.CausalMask((seq, seq))
+        if window < seq:
+            mask = masks.LocalMask((seq, seq), window_size=(window - 1, 0), offset=0)
+        kernel = _kernel(mask, heads, 1, block_sizes(seq, window, head_dim), config)
+        return partial(_called, kernel, of_queries=segments, of_keys=segments, sinks=sinks)
 
-def _for_window(
-    shape: tuple[int, ...], window: int, softcap: float, interpret: bool
-) -> Callable[..., jax.Array]:
-    """Returns the kernel for queries ``[heads, seq, head_dim]``."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    heads, seq, head_dim = shape
-    mask: Any = masks.CausalMask((seq, seq))
-    if window < seq:
-        mask = masks.LocalMask((seq, seq), window_size=(window - 1, 0), offset=0)
-    return splash_attention_kernel.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * heads),
-        block_sizes=splash_attention_kernel.BlockSizes(**block_sizes(seq, window, head_dim)),
-        attn_logits_soft_cap=softcap or None,
-        residual_checkpoint_name=SAVED,
-        interpret=interpret,
-    )
+    out: jax.Array = lax.switch(choice, [of_window(size) for size in config.windows or (seq,)], q, k, v)
+    return out
 
 
 def block_sizes(seq: int, window: int, head_dim: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from jax import lax
 
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.matmul import dot
+from nalora_jax.ops.reductions import with_zeros
 from nalora_jax.ops.storage import Kernel
 
 # Floats of one chunk of logits on a device: 512 MB. Each chunk reads the whole head twice, so an
@@ -30,10 +31,6 @@ from nalora_jax.ops.storage import Kernel
 _CHUNK_FLOATS, _LEAST_ROWS = 1 << 27, 1024
 # The same without a backward pass, and with a trained head, whose gradient each chunk adds to.
 _SMALL_CHUNK_FLOATS = 1 << 25
-
-# ``(hidden [rows, d_model], kernel, targets [rows], weights [rows], with_gradient)`` -> each row's
-# loss ``[rows]`` and the gradient of hidden, of shape ``[rows, 0]`` if it is not requested.
-Chunk = Callable[[jax.Array, Kernel, Any, jax.Array, bool], tuple[jax.Array, jax.Array]]
 
 
 class Head(NamedTuple):
@@ -94,9 +91,11 @@ def cross_entropy(
     Returns:
       float32 scalar; differentiable with respect to ``hidden`` only.
     """
-    rows = chunk or rows_of_chunk(kernel.shape[head.axis])
-    rows_chunk = partial(chunk_of_rows, head=head, numerics=numerics)
-    return in_chunks(hidden, kernel, targets, weights, Tiles((rows,), compact, shards), rows_chunk)
+    chex.assert_rank(hidden, 3)
+    chex.assert_shape([targets, weights], hidden.shape[:2])
+    weights = lax.stop_gradient(weights.astype(jnp.float32))
+    options = _Options(head, numerics, chunk or rows_of_chunk(kernel.shape[head.axis]), compact, shards)
+    return _cross_entropy(hidden, lax.stop_gradient(kernel), targets, weights, options)
 
 
 def rows_of_chunk(vocab: int) -> int:
@@ -115,7 +114,7 @@ def chunk_of_rows(
     head: Head,
     numerics: Numerics,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the formula for one chunk of rows; see `Chunk`."""
+    """Returns each row's loss ``[rows]`` and the gradient of hidden, ``[rows, 0]`` unless ``grad``."""
     logits, slope = head.logits(dot(hidden, kernel, numerics, dims=(1, 1 - head.axis)))
     # The comparison is fused into existing passes. A gather would cross devices that split the
     # vocabulary, and taking columns of an untied head would create a transposed copy of it: 1 GB
@@ -134,79 +133,56 @@ def chunk_of_rows(
     )
 
 
-# ---------------------------------------------------------------- chunk by chunk
+class _Options(NamedTuple):
+    """The static options of `cross_entropy`."""
+
+    head: Head
+    numerics: Numerics
+    rows: int  # of a chunk, in each shard
+    compact: bool
+    shards: int
 
 
-class Tiles(NamedTuple):
-    """The static chunk sizes."""
-
-    # Rows per chunk, from large to small; smaller chunks process the remainder of larger ones.
-    rows: tuple[int, ...]
-    compact: bool = True  # only rows that have a target
-    shards: int = 1  # parts of the batch, each of which has ``rows`` rows in a chunk
-
-
-def in_chunks(
-    hidden: jax.Array, kernel: Kernel, targets: Any, weights: jax.Array, tiles: Tiles, chunk: Chunk
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(
+    hidden: jax.Array, kernel: Kernel, targets: jax.Array, weights: jax.Array, options: _Options
 ) -> jax.Array:
-    """Returns the sum of ``chunk`` over all rows, one chunk at a time.
-
-    Args:
-      hidden: ``[batch, seq, d_model]``.
-      kernel: as ``chunk`` takes it; no gradient.
-      targets: arrays ``[batch, seq, ...]`` with the facts about every row's target that ``chunk``
-        needs.
-      weights: ``[batch, seq]``.
-      tiles: sizes.
-      chunk: a hashable function of some rows.
-    """
-    chex.assert_rank(hidden, 3)
-    for leaf in (*jax.tree.leaves(targets), weights):
-        chex.assert_equal_shape_prefix([hidden, leaf], 2)
-    weights = lax.stop_gradient(weights.astype(jnp.float32))
-    return _in_chunks(hidden, lax.stop_gradient(kernel), targets, weights, tiles, chunk)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _in_chunks(
-    hidden: jax.Array, kernel: Kernel, targets: Any, weights: jax.Array, tiles: Tiles, chunk: Chunk
-) -> jax.Array:
-    return _sums(False, hidden, kernel, targets, weights, tiles, chunk)[0]
+    return _sums(False, hidden, kernel, targets, weights, options)[0]
 
 
 def _sums(
     grad: bool,
     hidden: jax.Array,
     kernel: Kernel,
-    targets: Any,
+    targets: jax.Array,
     weights: jax.Array,
-    tiles: Tiles,
-    chunk: Chunk,
+    options: _Options,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the loss, and the gradient of hidden if ``grad``."""
+    head, numerics, rows, compact, shards = options
 
-    def summed(total: Callable[[jax.Array], jax.Array], h: jax.Array, t: Any, w: jax.Array) -> Any:
-        losses, back = chunk(h, kernel, t, w, grad)
-        gradient = back.astype(h.dtype) if grad else None
-        return total(losses), gradient
+    def summed(total: Callable[[jax.Array], jax.Array], h: jax.Array, t: jax.Array, w: jax.Array) -> Any:
+        losses, back = chunk_of_rows(h, kernel, t, w, grad, head=head, numerics=numerics)
+        return total(losses), back.astype(h.dtype) if grad else None
 
-    if tiles.compact:
+    if compact:
         start = jnp.zeros((), jnp.float32), jnp.zeros_like(hidden) if grad else None
-        return _of_targets(partial(summed, jnp.sum), hidden, targets, weights, tiles.rows, start)
+        return _of_targets(partial(summed, jnp.sum), hidden, targets, weights, rows, start)
     # Sums per example, so that shards of the batch are reduced once, after the loop.
     by_example = partial(summed, lambda losses: jnp.sum(losses.reshape(hidden.shape[0], -1), axis=1))
-    rows, zeros = tiles.rows[0] * tiles.shards, jnp.zeros(hidden.shape[:1], jnp.float32)
-    losses, gradient = _along_sequence(by_example, hidden, targets, weights, rows, zeros)
+    zeros = jnp.zeros(hidden.shape[:1], jnp.float32)
+    losses, gradient = _along_sequence(by_example, hidden, targets, weights, rows * shards, zeros)
     return jnp.sum(losses), gradient
 
 
-def _bwd(
-    tiles: Tiles, chunk: Chunk, gradient: jax.Array, g: jax.Array
-) -> tuple[jax.Array, None, None, None]:
+def _bwd(options: _Options, gradient: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None, None]:
     return gradient * g.astype(gradient.dtype), None, None, None
 
 
-_in_chunks.defvjp(partial(_sums, True), _bwd)
+_cross_entropy.defvjp(partial(_sums, True), _bwd)
+
+
+# ---------------------------------------------------------------- chunk by chunk
 
 
 # ``(hidden [rows, d_model], targets [rows, ...], weights [rows])`` -> sums over rows, arrays ``[rows, ...]``
@@ -214,47 +190,34 @@ RowsChunk = Callable[[jax.Array, Any, jax.Array], tuple[Any, Any]]
 
 
 def _of_targets(
-    chunk: RowsChunk, hidden: jax.Array, targets: Any, weights: jax.Array, rows: tuple[int, ...], start: Any
+    chunk: RowsChunk, hidden: jax.Array, targets: jax.Array, weights: jax.Array, rows: int, start: Any
 ) -> Any:
     """Runs chunks over the rows that have a target, in as many iterations as those need.
 
     Args:
       chunk: function of some rows.
-      hidden, targets, weights: as for `in_chunks`.
-      rows: see `Tiles`.
+      hidden, targets, weights: as for `cross_entropy`.
+      rows: of a chunk.
       start: sums and arrays ``[batch, seq, ...]`` that the chunks add to and write into.
     """
     n = weights.size
-    flat, weights = hidden.reshape(n, -1), weights.reshape(n)
-    by_row = partial(jax.tree.map, lambda x: x.reshape(n, *x.shape[2:]))
-    targets = by_row(targets)
+    flat, weights, targets = hidden.reshape(n, -1), weights.reshape(n), targets.reshape(n)
+    rows = min(rows, n)
     # Rows with a target first; the last chunk is padded with rows of weight zero.
-    order = jnp.argsort(weights == 0, stable=True)
-    sizes = sorted({min(size, n) for size in rows}, reverse=True)
-    order = jnp.pad(order, (0, sizes[0]), constant_values=n)
+    order = jnp.pad(jnp.argsort(weights == 0, stable=True), (0, rows), constant_values=n)
 
-    def chunks(rows: int, most: int, start: jax.Array, count: jax.Array, carry: Any) -> Any:
-        def body(i: jax.Array, carry: Any) -> Any:
-            sums, outputs = carry
-            index = lax.dynamic_slice(order, (start + i * rows,), (rows,))
-            take = partial(jnp.take, indices=index, axis=0, mode="clip")
-            h, w, t = take(flat), take(weights), jax.tree.map(take, targets)
-            more, parts = chunk(h, t, jnp.where(index < n, w, 0.0))
-            write = lambda whole, part: whole.at[index].set(part, mode="drop")  # noqa: E731
-            return jax.tree.map(jnp.add, sums, more), jax.tree.map(write, outputs, parts)
+    def body(i: jax.Array, carry: Any) -> Any:
+        sums, outputs = carry
+        index = lax.dynamic_slice(order, (i * rows,), (rows,))
+        take = partial(jnp.take, indices=index, axis=0, mode="clip")
+        h, w, t = take(flat), take(weights), take(targets)
+        more, parts = chunk(h, t, jnp.where(index < n, w, 0.0))
+        write = lambda whole, part: whole.at[index].set(part, mode="drop")  # noqa: E731
+        return jax.tree.map(jnp.add, sums, more), jax.tree.map(write, outputs, parts)
 
-        return _loop(count, most, body, carry)
-
-    carry = start[0], by_row(start[1])
-    first, left, most = jnp.zeros((), jnp.int32), jnp.sum(weights != 0, dtype=jnp.int32), n
-    for size in sizes:
-        count = -(-left // size)
-        # Leave a remainder that fits in one of the smallest chunks to that chunk.
-        if size > sizes[-1]:
-            count = jnp.where(left - (count - 1) * size > sizes[-1], count, count - 1)
-        carry = chunks(size, -(-most // size), first, count, carry)
-        first, left, most = first + count * size, jnp.maximum(left - count * size, 0), size
-    sums, outputs = carry
+    outputs = jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), start[1])
+    count = -(-jnp.sum(weights != 0, dtype=jnp.int32) // rows)
+    sums, outputs = _loop(count, -(-n // rows), body, (start[0], outputs))
     return sums, jax.tree.map(lambda x: x.reshape(*hidden.shape[:2], *x.shape[1:]), outputs)
 
 
@@ -274,55 +237,34 @@ def _loop(count: jax.Array, most: int, body: Callable[[jax.Array, Any], Any], ca
     return lax.while_loop(more, step, (jnp.zeros((), jnp.int32), carry))[1]
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Chunks of whole columns of a batch ``[batch, seq, ...]``, the last padded with zeros."""
-
-    seq: int
-    chunks: int
-    step: int  # positions of each example in a chunk
-
-    @classmethod
-    def of(cls, batch: int, seq: int, rows: int) -> _Columns:
-        """Returns chunks of at most ``rows`` rows each, or of one column."""
-        chunks = -(-seq // max(1, rows // max(batch, 1)))
-        return cls(seq, chunks, -(-seq // chunks))
-
-    def split(self, arrays: Any) -> Any:
-        """Returns ``[chunks, batch, step, ...]`` of arrays ``[batch, seq, ...]``."""
-
-        def one(x: jax.Array) -> jax.Array:
-            padded = jnp.pad(
-                x, ((0, 0), (0, self.chunks * self.step - self.seq)) + ((0, 0),) * (x.ndim - 2)
-            )
-            return jnp.moveaxis(padded.reshape(x.shape[0], self.chunks, self.step, *x.shape[2:]), 1, 0)
-
-        return jax.tree.map(one, arrays)
-
-    def join(self, parts: jax.Array) -> jax.Array:
-        """Returns ``[batch, seq, ...]`` of ``[chunks, batch, step, ...]``."""
-        joined = jnp.moveaxis(parts, 0, 1)
-        return joined.reshape(joined.shape[0], self.chunks * self.step, *joined.shape[3:])[:, : self.seq]
-
-
 def _along_sequence(
     chunk: RowsChunk, hidden: jax.Array, targets: Any, weights: jax.Array, rows: int, start: Any
 ) -> Any:
     """Runs chunks of whole columns of the batch, so that every shard processes its own rows.
 
-    ``rows`` is the most rows of a chunk; sums are added to ``start``.
+    ``rows`` is the most rows of a chunk, which has at least one column; sums are added to ``start``.
     """
     batch, seq = weights.shape
-    columns = _Columns.of(batch, seq, rows)
+    chunks = -(-seq // max(1, rows // max(batch, 1)))
+    step = -(-seq // chunks)  # positions of each example in a chunk
+
+    def split(x: jax.Array) -> jax.Array:
+        """Returns ``[chunks, batch, step, ...]`` of ``[batch, seq, ...]``, padded with zeros."""
+        padded = with_zeros(x, chunks * step - seq, 1)
+        return jnp.moveaxis(padded.reshape(batch, chunks, step, *x.shape[2:]), 1, 0)
+
+    def join(parts: jax.Array) -> jax.Array:
+        """Returns ``[batch, seq, ...]`` of ``[chunks, batch, step, ...]``."""
+        return jnp.moveaxis(parts, 0, 1).reshape(batch, chunks * step, *parts.shape[3:])[:, :seq]
 
     def body(sums: Any, columns_of: Any) -> tuple[Any, Any]:
         h, w, t = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), columns_of)
         more, parts = chunk(h, t, w)
-        parts = jax.tree.map(lambda x: x.reshape(batch, columns.step, *x.shape[1:]), parts)
+        parts = jax.tree.map(lambda x: x.reshape(batch, step, *x.shape[1:]), parts)
         return jax.tree.map(jnp.add, sums, more), parts
 
-    sums, parts = lax.scan(body, start, columns.split((hidden, weights, targets)))
-    return sums, jax.tree.map(columns.join, parts)
+    sums, parts = lax.scan(body, start, jax.tree.map(split, (hidden, weights, targets)))
+    return sums, jax.tree.map(join, parts)
 
 
 # ---------------------------------------------------------------- the loss of every target
@@ -363,7 +305,7 @@ def target_losses(
 
     if compact and shards == 1:
         start = None, jnp.zeros(weights.shape, jnp.float32)
-        return _of_targets(losses, hidden, targets, weights, (rows,), start)[1]
+        return _of_targets(losses, hidden, targets, weights, rows, start)[1]
     return _along_sequence(losses, hidden, targets, weights, rows * shards, None)[1]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ def accelerator(monkeypatch, tmp_path, script):
     monkeypatch.setattr(module.common, "OWN", tmp_path / "own")
 
     def run(command: list[str]) -> Any:
-        return SimpleNamespace(record=json.loads(json.dumps(module.one(module.parse(command[2:])))))
+        return json.loads(json.dumps(module.one(module.parse(command[2:]))))
 
     monkeypatch.setattr(module.common, "run_process", run)
     return module

@@ -13,8 +13,10 @@ def common(script):
 
 def test_pairs_alternate_in_random_order_and_wait_for_the_result(common):
     calls = []
-    found = common.alternate(lambda: calls.append("a"), lambda: calls.append("b"), pairs=30, warmup=1)
-    assert len(found.first) == len(found.second) == 30
+    first, second = common.alternate(
+        lambda: calls.append("a"), lambda: calls.append("b"), pairs=30, warmup=1
+    )
+    assert len(first) == len(second) == 30
     pairs = [tuple(calls[i : i + 2]) for i in range(2, len(calls), 2)]
     assert {("a", "b"), ("b", "a")} == set(pairs)
 

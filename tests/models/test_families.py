@@ -52,32 +52,40 @@ SIZES = {
     "pad_token_id": 0,
 }
 SEQ, SHORT = 40, 20  # longer than the sliding windows and the original contexts
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "partial_rotary_factor": 0.5,
-    "short_factor": [1.0, 1.5],
-    "long_factor": [2.0, 3.5],
-}
+FULL, SLIDING, LINEAR, CONV = "full_attention", "sliding_attention", "linear_attention", "conv"
+
+
+def rope(kind: str, theta: float = 1e4, **fields: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": theta, **fields}
+
+
+LONGROPE = rope("longrope", partial_rotary_factor=0.5, short_factor=[1.0, 1.5], long_factor=[2.0, 3.5])
+HEAD = {"head_dim": 16}
+WINDOWS = {"sliding_window": WINDOW}
+QWEN_WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW}
+BIAS, TIED, UNTIED = {"attention_bias": True}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+BIASES = BIAS | {"mlp_bias": True}
+GEMMA = {**HEAD, **WINDOWS, **BIAS, "query_pre_attn_scalar": 24, "final_logit_softcapping": 2.0}
+PROPORTIONAL = rope("proportional", 1e5, partial_rotary_factor=0.5)
 GEMMA4 = {
     "head_dim": 8,
     "global_head_dim": 16,
     "num_global_key_value_heads": 1,
     "attention_k_eq_v": True,
-    "sliding_window": WINDOW,
-    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "layer_types": [SLIDING, SLIDING, FULL] * 2,
     "num_hidden_layers": 6,
     "final_logit_softcapping": 2.0,
-    "attention_bias": True,
     "hidden_size_per_layer_input": 0,
     "use_bidirectional_attention": "vision",
-    "rope_parameters": {
-        "full_attention": {"rope_type": "proportional", "rope_theta": 1e5, "partial_rotary_factor": 0.5},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
-    },
+    "rope_parameters": {FULL: PROPORTIONAL, SLIDING: rope("default", 1e3)},
+    **WINDOWS,
+    **BIAS,
 }
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 SHARED = EXPERTS | {"shared_expert_intermediate_size": 40}
+LOCAL_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 3}
+GLM_EXPERTS = {"n_routed_experts": 8, "moe_intermediate_size": 24}
+UNNORMALIZED = {"norm_topk_prob": False}
 DELTA_NET = {
     "head_dim": 16,
     "linear_num_key_heads": 2,
@@ -85,6 +93,7 @@ DELTA_NET = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
+LFM2 = {"num_hidden_layers": 5, "conv_L_cache": 4, "norm_eps": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -100,418 +109,319 @@ class Case:
     tolerance: float = TOLERANCE
 
 
+def case(
+    family: str,
+    features: str,
+    *groups: dict,
+    one_length: bool = False,
+    tolerance: float = TOLERANCE,
+    **fields: Any,
+) -> Case:
+    """A case whose config has the fields of the groups and these."""
+    config = {name: value for group in (*groups, fields) for name, value in group.items()}
+    return Case(family, features, config, one_length, tolerance)
+
+
 CASES = (
-    Case(
-        "llama",
-        "llama3 RoPE, attention and FFN biases",
-        {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True, "head_dim": 16},
-    ),
-    Case(
-        "llama",
-        "tied, linear RoPE",
-        {
-            "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-        },
-    ),
-    Case("llama", "YaRN", {"rope_parameters": YARN, "head_dim": 16}),
-    Case(
+    case("llama", "llama3 RoPE, attention and FFN biases", HEAD, BIASES, rope_parameters=LLAMA3),
+    case("llama", "tied, linear RoPE", TIED, rope_parameters=rope("linear", factor=2.0)),
+    case("llama", "YaRN", HEAD, rope_parameters=YARN),
+    case(
         "llama",
         "YaRN, mscale, no truncation",
-        {
-            "rope_parameters": {
-                **YARN,
-                "mscale": 0.8,
-                "mscale_all_dim": 0.5,
-                "truncate": False,
-                "beta_fast": 16.0,
-            },
-            "head_dim": 16,
-        },
+        HEAD,
+        rope_parameters=YARN | {"mscale": 0.8, "mscale_all_dim": 0.5, "truncate": False, "beta_fast": 16.0},
     ),
-    Case(
+    case(
         "llama",
         "dynamic RoPE",
-        {
-            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
-            "max_position_embeddings": ORIGINAL,
-        },
+        rope_parameters=rope("dynamic", factor=4.0),
+        max_position_embeddings=ORIGINAL,
         one_length=True,
     ),
-    Case("mistral", "sliding window, head_dim", {"sliding_window": WINDOW, "head_dim": 16}),
-    Case(
-        "qwen2",
-        "qkv biases, sliding window from layer 2",
-        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
-    ),
-    Case(
+    case("mistral", "sliding window, head_dim", HEAD, WINDOWS),
+    case("qwen2", "qkv biases, sliding window from layer 2", QWEN_WINDOWS, max_window_layers=2),
+    case(
         "qwen3",
         "qk-norm, biases, sliding window from layer 1",
-        {
-            "head_dim": 16,
-            "attention_bias": True,
-            "use_sliding_window": True,
-            "sliding_window": WINDOW,
-            "max_window_layers": 1,
-        },
+        HEAD,
+        BIAS,
+        QWEN_WINDOWS,
+        max_window_layers=1,
     ),
-    Case("gemma", "1 + w norms, embedding scale, GeGLU, biases", {"head_dim": 16, "attention_bias": True}),
-    Case(
+    case("gemma", "1 + w norms, embedding scale, GeGLU, biases", HEAD, BIAS),
+    case(
         "gemma2",
         "soft caps, alternating windows, four norms, query scale, biases",
-        {
-            "head_dim": 16,
-            "sliding_window": WINDOW,
-            "query_pre_attn_scalar": 24,
-            "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 2.0,
-            "attention_bias": True,
-        },
+        GEMMA,
+        attn_logit_softcapping=2.0,
     ),
-    Case(
+    case(
         "gemma3_text",
         "local and global RoPE, qk-norm, windows, linear scaling, final soft cap, biases",
-        {
-            "head_dim": 16,
-            "sliding_window": WINDOW,
-            "query_pre_attn_scalar": 24,
-            "final_logit_softcapping": 2.0,
-            "attention_bias": True,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
-            },
-        },
+        GEMMA,
+        layer_types=[SLIDING, FULL] * 2,
+        rope_parameters={FULL: rope("linear", 1e5, factor=4.0), SLIDING: rope("default", 1e3)},
     ),
-    Case(
+    case(
         "gemma4_text",
         "sliding and full layers, K = V, proportional RoPE, layer scalars, biases, experts added to the FFN",
-        {
-            **GEMMA4,
-            "enable_moe_block": True,
-            "num_experts": 6,
-            "top_k_experts": 2,
-            "moe_intermediate_size": 12,
-        },
+        GEMMA4,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=2,
+        moe_intermediate_size=12,
     ),
-    Case(
+    case(
         "gemma4_unified_text",
         "values of projections, linear RoPE, untied head",
-        {
-            **GEMMA4,
-            "attention_k_eq_v": False,
-            "attention_bias": False,
-            "tie_word_embeddings": False,
-            "final_logit_softcapping": None,
-            "rope_parameters": {
-                "full_attention": {
-                    "rope_type": "proportional",
-                    "rope_theta": 1e5,
-                    "partial_rotary_factor": 0.25,
-                },
-                "sliding_attention": {"rope_type": "linear", "rope_theta": 1e3, "factor": 4.0},
-            },
+        GEMMA4,
+        UNTIED,
+        attention_k_eq_v=False,
+        attention_bias=False,
+        final_logit_softcapping=None,
+        rope_parameters={
+            FULL: PROPORTIONAL | {"partial_rotary_factor": 0.25},
+            SLIDING: rope("linear", 1e3, factor=4.0),
         },
     ),
-    Case(
+    case(
         "gemma4_text",
         "per-layer embeddings, keys of earlier layers, double-wide FFN",
-        {
-            **GEMMA4,
-            "attention_k_eq_v": False,
-            "num_global_key_value_heads": None,
-            "hidden_size_per_layer_input": 12,
-            "vocab_size_per_layer_input": 130,
-            "rms_norm_eps": 1e-2,  # smaller: transformers in float32 differs from itself in float64 by 5e-5
-            "num_kv_shared_layers": 3,
-            "use_double_wide_mlp": True,
-        },
+        GEMMA4,
+        attention_k_eq_v=False,
+        num_global_key_value_heads=None,
+        hidden_size_per_layer_input=12,
+        vocab_size_per_layer_input=130,
+        rms_norm_eps=1e-2,  # smaller: transformers in float32 differs from itself in float64 by 5e-5
+        num_kv_shared_layers=3,
+        use_double_wide_mlp=True,
     ),
-    Case(
+    case(
         "phi3",
         "fused projections, LongRoPE, partial rotation, sliding window",
-        {
-            "rope_parameters": LONGROPE,
-            "original_max_position_embeddings": ORIGINAL,
-            "sliding_window": WINDOW,
-        },
+        WINDOWS,
+        rope_parameters=LONGROPE,
+        original_max_position_embeddings=ORIGINAL,
         one_length=True,
     ),
-    Case("olmo2", "post-norms only, qk-norm over projections, biases", {"attention_bias": True}),
-    Case(
+    case("olmo2", "post-norms only, qk-norm over projections, biases", BIAS),
+    case(
         "olmo3",
         "windows and full layers, YaRN in full layers, post-norms only, qk-norm over projections, biases, one KV head",
-        {
-            "num_key_value_heads": 1,
-            "attention_bias": True,
-            "sliding_window": WINDOW,
-            "rope_parameters": {
-                "full_attention": YARN,
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
-            },
-        },
+        WINDOWS,
+        BIAS,
+        num_key_value_heads=1,
+        rope_parameters={FULL: YARN, SLIDING: rope("default", 1e3)},
     ),
-    Case(
+    case(
         "olmoe",
         "8 experts, top-3, not normalised, qk-norm over projections, biases",
-        {
-            "num_experts": 8,
-            "num_experts_per_tok": 3,
-            "norm_topk_prob": False,
-            "attention_bias": True,
-            "intermediate_size": 24,
-        },
+        BIAS,
+        UNNORMALIZED,
+        num_experts=8,
+        num_experts_per_tok=3,
+        intermediate_size=24,
     ),
-    Case(
+    case(
         "exaone4",
         "post-norms only, qk-norm, windows with llama3 RoPE, no RoPE in full layers, tied",
-        {
-            "head_dim": 16,
-            "sliding_window": WINDOW,
-            "sliding_window_pattern": 3,
-            "rope_parameters": LLAMA3,
-            "tie_word_embeddings": True,
-        },
+        HEAD,
+        WINDOWS,
+        TIED,
+        sliding_window_pattern=3,
+        rope_parameters=LLAMA3,
     ),
-    Case(
-        "exaone4",
-        "no windows, RoPE in all layers",
-        {"sliding_window": None, "layer_types": ["full_attention"] * 4},
-    ),
-    Case(
+    case("exaone4", "no windows, RoPE in all layers", sliding_window=None, layer_types=[FULL] * 4),
+    case(
         "hunyuan_v1_dense",
         "qk-norm after RoPE, dynamic RoPE with a fixed alpha, biases",
-        {
-            "head_dim": 16,
-            "attention_bias": True,
-            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e3, "alpha": 50.0, "factor": 1.0},
-        },
+        HEAD,
+        BIAS,
+        rope_parameters=rope("dynamic", 1e3, alpha=50.0, factor=1.0),
     ),
-    Case(
+    case(
         "seed_oss",
         "biases of queries, keys and values, of outputs and of the FFN, YaRN",
-        {
-            "head_dim": 16,
-            "attention_out_bias": True,
-            "mlp_bias": True,
-            "rope_parameters": YARN,
-        },
+        HEAD,
+        attention_out_bias=True,
+        mlp_bias=True,
+        rope_parameters=YARN,
     ),
-    Case(
+    case(
         "ernie4_5",
         "RoPE of adjacent dimensions, biases, untied",
-        {"head_dim": 16, "use_bias": True, "tie_word_embeddings": False, "rope_parameters": YARN},
+        HEAD,
+        UNTIED,
+        use_bias=True,
+        rope_parameters=YARN,
     ),
-    Case(
+    case(
         "ministral3",
         "YaRN with mscale, query scale by position, sliding window, MHA",
-        {
-            "num_key_value_heads": 4,
-            "head_dim": 16,
-            "sliding_window": WINDOW,
-            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8, "llama_4_scaling_beta": 0.6},
-        },
+        HEAD,
+        WINDOWS,
+        num_key_value_heads=4,
+        rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 0.8, "llama_4_scaling_beta": 0.6},
     ),
-    Case(
+    case(
         "smollm3",
         "layers without RoPE, sliding there, biases",
-        {
-            "no_rope_layer_interval": 2,
-            "use_sliding_window": True,
-            "sliding_window": WINDOW,
-            "attention_bias": True,
-            "mlp_bias": True,
-        },
+        QWEN_WINDOWS,
+        BIASES,
+        no_rope_layer_interval=2,
     ),
-    Case(
-        "granite",
-        "embedding, attention, residual and logit multipliers, biases",
-        {**GRANITE, "attention_bias": True, "mlp_bias": True},
-    ),
-    Case(
+    case("granite", "embedding, attention, residual and logit multipliers, biases", GRANITE, BIASES),
+    case(
         "qwen3_5_text",
         "Gated DeltaNet and gated attention in given order, YaRN of half a head, width 3, biases",
-        {
-            "head_dim": 16,
-            "attention_bias": True,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 6,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 4,
-            "linear_conv_kernel_dim": 3,
-            "hidden_act": "gelu_pytorch_tanh",
-            "rope_parameters": {**YARN, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
-        },
+        DELTA_NET,
+        BIAS,
+        layer_types=[LINEAR, FULL, LINEAR, LINEAR],
+        linear_num_value_heads=6,
+        linear_value_head_dim=4,
+        linear_conv_kernel_dim=3,
+        hidden_act="gelu_pytorch_tanh",
+        rope_parameters=YARN | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
         tolerance=5e-5,
     ),
-    Case(
+    case(
         "qwen3_5_text",
         "attention in layer 3, a quarter of a head rotates; tied",
-        {**DELTA_NET, "linear_num_value_heads": 2, "tie_word_embeddings": True},
+        DELTA_NET,
+        TIED,
+        linear_num_value_heads=2,
         tolerance=5e-5,
     ),
-    Case(
+    case(
         "qwen3_5_moe_text",
         "Gated DeltaNet, top-3 of 8 experts, gated shared expert",
-        {
-            **DELTA_NET,
-            **SHARED,
-            "attention_bias": True,
-        },
+        DELTA_NET,
+        SHARED,
+        BIAS,
         tolerance=5e-5,
     ),
-    Case(
+    case(
         "qwen3_next",
         "fused DeltaNet, top-3 of 8 experts, not normalised, gated shared expert, two dense layers",
-        {
-            **DELTA_NET,
-            **SHARED,
-            "norm_topk_prob": False,
-            "mlp_only_layers": [1, 3],
-        },
+        DELTA_NET,
+        SHARED,
+        UNNORMALIZED,
+        mlp_only_layers=[1, 3],
         tolerance=5e-5,
     ),
-    Case(
+    case(
         "granite_swa",
         "attention sinks, a rotary base per layer and none in one, windows, multipliers, biases, MHA",
-        {
-            "num_key_value_heads": 4,
-            "sliding_window": WINDOW,
-            "layer_rope_theta": [1e4, 0.0, 1e2, 1e4],
-            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-            **GRANITE,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "tie_word_embeddings": False,
-        },
+        GRANITE,
+        WINDOWS,
+        BIASES,
+        UNTIED,
+        num_key_value_heads=4,
+        layer_rope_theta=[1e4, 0.0, 1e2, 1e4],
+        rope_parameters=rope("linear", factor=2.0),
     ),
-    Case(
+    case(
         "lfm2",
         "gated short convolutions of width 4 and attention layers, qk-norm, tied",
-        {
-            "num_hidden_layers": 5,
-            "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
-            "conv_L_cache": 4,
-            "norm_eps": 1e-3,
-            "block_multiple_of": 20,
-            "block_ffn_dim_multiplier": 1.3,
-        },
+        LFM2,
+        layer_types=[CONV, CONV, FULL, CONV, FULL],
+        block_multiple_of=20,
+        block_ffn_dim_multiplier=1.3,
     ),
-    Case(
+    case(
         "lfm2_moe",
         "gated short convolutions of width 4 and attention, two dense layers, top-3 of 8 experts, scores corrected, "
         "scaled, qk-norm, untied",
-        {
-            "num_hidden_layers": 5,
-            "layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
-            "conv_L_cache": 4,
-            "norm_eps": 1e-3,
-            "num_dense_layers": 2,
-            **EXPERTS,
-            "routed_scaling_factor": 1.5,
-            "tie_word_embeddings": False,
-        },
+        LFM2,
+        EXPERTS,
+        UNTIED,
+        layer_types=[CONV, FULL, CONV, FULL, CONV],
+        num_dense_layers=2,
+        routed_scaling_factor=1.5,
     ),
-    Case(
+    case(
         "mixtral",
         "4 experts, top-2, sliding window",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW, "head_dim": 16},
+        HEAD,
+        WINDOWS,
+        num_local_experts=4,
+        num_experts_per_tok=2,
     ),
-    Case(
+    case(
         "qwen3_moe",
         "8 experts, top-3, normalised, qk-norm, biases, sliding window",
-        {
-            **EXPERTS,
-            "norm_topk_prob": True,
-            "head_dim": 16,
-            "attention_bias": True,
-            "use_sliding_window": True,
-            "sliding_window": WINDOW,
-        },
+        HEAD,
+        EXPERTS,
+        BIAS,
+        QWEN_WINDOWS,
+        norm_topk_prob=True,
     ),
-    Case(
+    case(
         "gpt_oss",
         "attention sinks, 8 experts with biases, top-3, clamped gate, alternating windows, YaRN",
-        {
-            "num_local_experts": 8,
-            "num_experts_per_tok": 3,
-            "head_dim": 16,
-            "sliding_window": WINDOW,
-            "swiglu_alpha": 1.3,
-            "swiglu_limit": 0.8,  # some gates and many up projections are clamped
-            "rope_parameters": {**YARN, "truncate": False, "beta_fast": 16.0},
-        },
+        HEAD,
+        WINDOWS,
+        LOCAL_EXPERTS,
+        swiglu_alpha=1.3,
+        swiglu_limit=0.8,  # some gates and many up projections are clamped
+        rope_parameters=YARN | {"truncate": False, "beta_fast": 16.0},
     ),
-    Case(
+    case(
         "gpt_oss",
         "no biases of attention, one key head, tied, windows in other layers, default RoPE",
-        {
-            "num_local_experts": 4,
-            "num_experts_per_tok": 1,
-            "num_key_value_heads": 1,
-            "head_dim": 8,
-            "attention_bias": False,
-            "tie_word_embeddings": True,
-            "sliding_window": WINDOW,
-            "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"],
-            "rms_norm_eps": 1e-2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
-        },
+        WINDOWS,
+        TIED,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        attention_bias=False,
+        layer_types=[FULL, FULL, SLIDING, FULL],
+        rms_norm_eps=1e-2,
+        rope_parameters=rope("default", 1e3),
     ),
-    Case(
+    case(
         "qwen3_moe",
         "8 experts in every second layer, top-2, not normalised",
-        {
-            **EXPERTS,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": False,
-            "head_dim": 16,
-            "decoder_sparse_step": 2,
-        },
+        HEAD,
+        EXPERTS,
+        UNNORMALIZED,
+        num_experts_per_tok=2,
+        decoder_sparse_step=2,
     ),
-    Case(
+    case(
         "qwen2_moe",
         "8 experts, top-3, not normalised, gated shared expert, a dense layer, sliding window",
-        {
-            **SHARED,
-            "norm_topk_prob": False,
-            "mlp_only_layers": [1],
-            "use_sliding_window": True,
-            "sliding_window": WINDOW,
-            "max_window_layers": 2,
-        },
+        SHARED,
+        UNNORMALIZED,
+        QWEN_WINDOWS,
+        mlp_only_layers=[1],
+        max_window_layers=2,
     ),
-    Case(
+    case(
         "glm4_moe",
         "top-3 of 8 experts in 2 of 4 groups, scores corrected, scaled, 2 shared experts, "
         "a dense layer, qk-norm, biases, partial YaRN",
-        {
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 3,
-            "n_group": 4,
-            "topk_group": 2,
-            "routed_scaling_factor": 1.7,
-            "n_shared_experts": 2,
-            "moe_intermediate_size": 24,
-            "head_dim": 16,
-            "use_qk_norm": True,
-            "attention_bias": True,
-            "rope_parameters": {**YARN, "partial_rotary_factor": 0.25},
-        },
+        HEAD,
+        BIAS,
+        GLM_EXPERTS,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.7,
+        n_shared_experts=2,
+        use_qk_norm=True,
+        rope_parameters=YARN | {"partial_rotary_factor": 0.25},
     ),
-    Case(
+    case(
         "glm4_moe",
         "experts in all layers, weights not normalised, default RoPE",
-        {
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": False,
-            "moe_intermediate_size": 24,
-            "first_k_dense_replace": 0,
-            "rms_norm_eps": 1e-2,
-        },
+        GLM_EXPERTS,
+        UNNORMALIZED,
+        num_experts_per_tok=2,
+        first_k_dense_replace=0,
+        rms_norm_eps=1e-2,
     ),
 )
 

@@ -23,35 +23,18 @@ from nalora_jax.models.ropes import (
     rope_table,
     sequence_lengths,
 )
-from tests.models.test_families import LONGROPE, SIZES
+from tests.models.test_families import FULL, SIZES, SLIDING, rope
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 32,
-    "hidden_size": 256,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 32768,
-}
+LLAMA = SIZES | {"model_type": "llama", "hidden_size": 256, "max_position_embeddings": 32768}
+LLAMA |= {"num_attention_heads": 2, "num_hidden_layers": 1}
+ORIGINAL = {"original_max_position_embeddings": 8192}
+TO_LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 # Real models' settings, at a real head size.
 SCALINGS = {
-    "Llama 3.1": {
-        "rope_type": "llama3",
-        "rope_theta": 5e5,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "Qwen2.5 with YaRN": {
-        "rope_type": "yarn",
-        "rope_theta": 1e6,
-        "factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
-    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    "Llama 3.1": rope("llama3", 5e5, **ORIGINAL, **TO_LLAMA3 | {"factor": 8.0}),
+    "Qwen2.5 with YaRN": rope("yarn", 1e6, factor=4.0, **ORIGINAL),
+    "linear": rope("linear", factor=8.0),
+    "dynamic": rope("dynamic", factor=4.0),
 }
 
 
@@ -90,27 +73,13 @@ def test_rms_norm_of_bf16_is_computed_in_float32():
 
 
 SHORT = {**SIZES, "model_type": "llama", "hidden_act": "silu", "max_position_embeddings": 16}
-TO_LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SCALED = {**SHORT, "max_position_embeddings": 64, "rope_theta": 1e4}
-SCALED["rope_scaling"] = {**TO_LLAMA3, "original_max_position_embeddings": 16}
-GEMMA3 = {
-    **SIZES,
-    "model_type": "gemma3_text",
-    "head_dim": 16,
-    "sliding_window": 8,
-    "max_position_embeddings": 32,
-}
-GEMMA3 |= {
-    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
-    "rope_theta": 1e5,
-    "rope_local_base_freq": 1e3,
-}
-GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
-NESTED = {name: value for name, value in GEMMA3.items() if "rope" not in name}
-NESTED["rope_parameters"] = {
-    "full_attention": {"rope_type": "default", "rope_theta": 1e5},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
-}
+SCALED["rope_scaling"] = {"rope_type": "llama3", **TO_LLAMA3, "original_max_position_embeddings": 16}
+WINDOWED = {**SIZES, "model_type": "gemma3_text", "max_position_embeddings": 32}
+WINDOWED |= {"head_dim": 16, "sliding_window": 8, "layer_types": [SLIDING, FULL] * 2}
+GEMMA3 = {**WINDOWED, "rope_theta": 1e5, "rope_local_base_freq": 1e3}
+GEMMA3["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
+NESTED = {**WINDOWED, "rope_parameters": {FULL: rope("default", 1e5), SLIDING: rope("default", 1e3)}}
 
 
 @pytest.mark.parametrize(
@@ -133,15 +102,15 @@ def test_rotations_beyond_the_limit_equal_transformers(raw, text, context):
     ours = ModelConfig.from_hf(changed)
     assert ours.max_positions == context > ModelConfig.from_hf(raw).max_positions
     theirs = transformers.AutoConfig.for_model(**changed)
-    rope = type(transformers.AutoModelForCausalLM.from_config(theirs).model.rotary_emb)(theirs)
+    rotary = type(transformers.AutoModelForCausalLM.from_config(theirs).model.rotary_emb)(theirs)
     positions = np.arange(context)[None]
-    kinds = getattr(rope, "layer_types", None) or [None]
+    kinds = getattr(rotary, "layer_types", None) or [None]
     for index, kind in enumerate(sorted(set(kinds), key=str)):
         table = rope_table(
             ours.ropes[index], positions, sequence_lengths(positions, np.ones_like(positions))
         )
         more = {} if kind is None else {"layer_type": kind}
-        cosines, sines = rope(torch.zeros(1, 1), torch.tensor(positions), **more)
+        cosines, sines = rotary(torch.zeros(1, 1), torch.tensor(positions), **more)
         half = table.shape[-1]
         np.testing.assert_allclose(table[0], cosines[..., :half], atol=2e-5)
         np.testing.assert_allclose(table[1], sines[..., :half], atol=2e-5)
@@ -152,7 +121,7 @@ GROWING = {"rope_theta": 1e4, "original_max_position_embeddings": 6, "llama_4_sc
 
 
 @pytest.mark.parametrize(
-    ("rope", "text"),
+    ("scaling", "text"),
     [
         ({"rope_type": "dynamic", "factor": 3.0}, ""),
         ({"rope_type": "linear", "factor": 3.0}, ""),
@@ -163,9 +132,9 @@ GROWING = {"rope_theta": 1e4, "original_max_position_embeddings": 6, "llama_4_sc
         ({"rope_type": "dynamic", "factor": 3.0}, "yarn:factor=8,original_max_position_embeddings=16"),
     ],
 )
-def test_rotated_queries_of_ministral_3_equal_transformers_in_float64(rope, text):
+def test_rotated_queries_of_ministral_3_equal_transformers_in_float64(scaling, text):
     """A rotation by transformers' frequencies, times its scale of queries by position."""
-    changed = with_rope_scaling({**MINISTRAL, "rope_parameters": GROWING | rope}, text, "config.json")
+    changed = with_rope_scaling({**MINISTRAL, "rope_parameters": GROWING | scaling}, text, "config.json")
     ours, theirs = ModelConfig.from_hf(changed), transformers.AutoConfig.for_model(**changed)
     rotary = Ministral3RotaryEmbedding(theirs)
     positions = np.arange(40)[None]
@@ -195,6 +164,9 @@ def test_settings_for_other_tools_are_the_changed_fields():
     assert rope_settings(seeing)["rope_parameters"] == expected
 
 
+UNROTATED = {**SHORT, "model_type": "smollm3", "no_rope_layers": [0] * 4}
+
+
 @pytest.mark.parametrize(
     ("raw", "text", "message"),
     [
@@ -210,21 +182,7 @@ def test_settings_for_other_tools_are_the_changed_fields():
             "yarn:factor=2",
             "phi3, whose files have no scaling except longrope",
         ),
-        (
-            {
-                **SHORT,
-                "model_type": "phi3",
-                "rope_parameters": LONGROPE,
-                "original_max_position_embeddings": 8,
-            },
-            "yarn:factor=2",
-            "phi3",
-        ),
-        (
-            {**SHORT, "model_type": "smollm3", "no_rope_layers": [0] * 4},
-            "yarn:factor=2",
-            "no layer with RoPE",
-        ),
+        (UNROTATED, "yarn:factor=2", "no layer with RoPE"),
     ],
 )
 def test_scalings_that_cannot_be_are_refused(raw, text, message):

@@ -8,9 +8,9 @@ from __future__ import annotations
 from nalora_jax.models.families import dense, gemma, hybrids, mixtures
 from nalora_jax.models.family import BUILT_IN, MULTIMODAL
 from nalora_jax.models.family import TensorRow as TensorRow
-from nalora_jax.models.family import base_config as base_config
 from nalora_jax.models.family import register_family as register_family
 from nalora_jax.models.family import supported as supported
+from nalora_jax.models.readers import base_config as base_config
 from nalora_jax.models.vision.families import SIGHTS
 
 _GROUPS = (dense, mixtures, hybrids, gemma)

@@ -9,7 +9,6 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.config.rope_scaling import ORIGINAL, WITH_ORIGINAL
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import (
-    FULL,
     GGUF,
     GGUF_ATTENTION,
     GGUF_FFN,
@@ -26,17 +25,20 @@ from nalora_jax.models.family import (
     HF_PRE_NORMS,
     HF_QK_NORMS,
     HF_SINKS,
-    SLIDING,
     Family,
     Metadata,
-    attention_bias,
-    base_config,
     gguf_ends,
     gguf_kernel,
     gguf_norms,
-    head_dim_of,
     hf_kernel,
     hf_norms,
+)
+from nalora_jax.models.readers import (
+    FULL,
+    SLIDING,
+    attention_bias,
+    base_config,
+    head_dim_of,
     layer_count,
     layer_types,
     optional_windows,

@@ -16,7 +16,6 @@ from nalora_jax.models.attention import NormedAttention
 from nalora_jax.models.config import ModelConfig, activation_name
 from nalora_jax.models.embedding import LayerEmbeddings
 from nalora_jax.models.family import (
-    FULL,
     GATED,
     GGUF,
     GGUF_ATTENTION,
@@ -30,26 +29,29 @@ from nalora_jax.models.family import (
     HF_FOUR_NORMS,
     HF_LLAMA,
     HF_QK_NORMS,
-    SLIDING,
     Family,
     Metadata,
-    Overrides,
     Rows,
     TensorRow,
-    attention_bias,
-    base_config,
-    first_present,
     gguf_ends,
     gguf_norms,
     hf_dense,
     hf_kernel,
     hf_norms,
+)
+from nalora_jax.models.moe import DenseAndExperts
+from nalora_jax.models.parts import ScaledTail
+from nalora_jax.models.readers import (
+    FULL,
+    SLIDING,
+    Overrides,
+    attention_bias,
+    base_config,
+    first_present,
     layer_types,
     periodic,
     windows_of,
 )
-from nalora_jax.models.moe import DenseAndExperts
-from nalora_jax.models.parts import ScaledTail
 from nalora_jax.models.ropes import RopeSpec, read_ropes
 
 _GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}

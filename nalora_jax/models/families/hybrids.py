@@ -8,29 +8,31 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families.mixtures import QWEN_SHARED, qwen_experts
 from nalora_jax.models.family import (
-    FULL,
     HF_ATTENTION,
     HF_ENDS,
     HF_FFN,
     HF_PRE_NORMS,
     HF_QK_NORMS,
     Family,
-    Overrides,
     TensorRow,
+    hf_dense,
+    hf_ends,
+    hf_experts,
+    hf_norms,
+    hf_row,
+)
+from nalora_jax.models.moe import Mixture, SharedExperts
+from nalora_jax.models.readers import (
+    FULL,
+    Overrides,
     attention_bias,
     base_config,
     dense_layer,
     fields_of_layers,
     first_present,
     head_dim_of,
-    hf_dense,
-    hf_ends,
-    hf_experts,
-    hf_norms,
-    hf_row,
     layer_count,
 )
-from nalora_jax.models.moe import Mixture, SharedExperts
 from nalora_jax.models.recurrent import GatedDeltaNet, ShortConvolution
 from nalora_jax.models.ropes import read_ropes
 from nalora_jax.models.routing import RouterSpec

@@ -24,26 +24,28 @@ from nalora_jax.models.family import (
     HF_SINKS,
     Family,
     Metadata,
-    Overrides,
     TensorRow,
-    attention_bias,
-    base_config,
-    expert_fields,
-    fields_of_layers,
-    first_present,
     gguf_ends,
     gguf_norms,
     hf_dense,
     hf_experts,
     hf_kernel,
     hf_row,
+)
+from nalora_jax.models.moe import SharedExperts
+from nalora_jax.models.readers import (
+    Overrides,
+    attention_bias,
+    base_config,
+    expert_fields,
+    fields_of_layers,
+    first_present,
     layer_count,
     optional_windows,
     periodic,
     same_window,
     windows_of,
 )
-from nalora_jax.models.moe import SharedExperts
 from nalora_jax.models.routing import RouterSpec
 
 # ---------------------------------------------------------------- Mixtral

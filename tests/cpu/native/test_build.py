@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import pytest
 
 from nalora_jax.common import processor
-from nalora_jax.common.digests import file_digest
 from nalora_jax.cpu.native import library
 from nalora_jax.errors import NaloraError
 from tests import tiny
@@ -238,7 +237,3 @@ def test_a_library_without_a_function_falls_back_with_one_line(
         assert not library.kind()
     assert len(caplog.messages) == 1
     assert "is not of this version" in caplog.text
-
-
-def test_the_name_of_a_library_holds_its_digest(compiled: Path) -> None:
-    assert compiled.stem.rpartition("-")[2] == file_digest(compiled)[:32]
