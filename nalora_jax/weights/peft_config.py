@@ -168,8 +168,6 @@ PEFT: dict[str, Field] = {
     ),
 }
 
-# Fields of AdaLoraConfig alone.
-
 
 def listed(value: Any) -> Any:
     """Returns a setting as a list: an empty one for None, one item for a name or a number."""
@@ -331,55 +329,41 @@ def read_peft_config(folder: Path) -> PeftConfig:
         token_indices=fields.token_indices("trainable_token_indices"),
     )
     if isinstance(targets, str) and (config.layers_to_transform or config.layers_pattern):
-        raise NaloraError(
-            f"{path}: layers_to_transform",
-            expected="null beside a target_modules that is a pattern (PEFT refuses the pair too)",
-            found=raw.get("layers_to_transform"),
-        )
+        expected = "null beside a target_modules that is a pattern (PEFT refuses the pair too)"
+        raise fields.error("layers_to_transform", expected, raw.get("layers_to_transform"))
     return config
 
 
 def _targets(fields: _Fields) -> tuple[str, ...] | str:
     targets = fields.strings_or_regex("target_modules")
     if not targets and not fields.strings("target_parameters"):
-        raise NaloraError(
-            f"{fields.where}: target_modules",
-            expected="the adapted modules, as a list or a pattern",
-            found=fields.raw.get("target_modules"),
-            remedy="name them: PEFT would fall back to defaults of its own and drop the other tensors",
-        )
+        expected = "the adapted modules, as a list or a pattern"
+        remedy = "name them: PEFT would fall back to defaults of its own and drop the other tensors"
+        raise fields.error("target_modules", expected, fields.raw.get("target_modules"), remedy)
     return targets
 
 
 def _refuse_unsupported(fields: _Fields) -> None:
-    kind = fields.raw.get("peft_type")
-    if kind != "LORA":
-        remedy = "merge it in PEFT (merge_and_unload) and use the merged folder as the base"
-        raise NaloraError(f"{fields.where}: peft_type", expected='"LORA"', found=repr(kind), remedy=remedy)
-    task = fields.raw.get("task_type")
-    if task not in (None, "CAUSAL_LM"):
-        raise NaloraError(f"{fields.where}: task_type", expected='"CAUSAL_LM"', found=repr(task))
-    bias = fields.raw.get("bias", "none")
-    if bias != "none":
-        raise NaloraError(
-            f"{fields.where}: bias", expected='"none" (trained biases are not supported)', found=repr(bias)
-        )
-    init = fields.raw.get("init_lora_weights", True)
-    if not any(init is plain or (isinstance(plain, str) and init == plain) for plain in _PLAIN_INITS):
-        raise NaloraError(
-            f"{fields.where}: init_lora_weights",
-            expected="an adapter of the unchanged base weights",
-            found=repr(init),
-            remedy="convert it first: in PEFT, save_pretrained(..., path_initial_model_for_weight_conversion=...)",
-        )
+    raw = fields.raw
+    init = raw.get("init_lora_weights", True)
+    of_base = any(init is plain or (isinstance(plain, str) and init == plain) for plain in _PLAIN_INITS)
+    merge = "merge it in PEFT (merge_and_unload) and use the merged folder as the base"
+    convert = (
+        "convert it first: in PEFT, save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    )
+    for key, fine, expected, remedy in (
+        ("peft_type", raw.get("peft_type") == "LORA", '"LORA"', merge),
+        ("task_type", raw.get("task_type") in (None, "CAUSAL_LM"), '"CAUSAL_LM"', ""),
+        ("bias", raw.get("bias", "none") == "none", '"none" (trained biases are not supported)', ""),
+        ("init_lora_weights", of_base, "an adapter of the unchanged base weights", convert),
+    ):
+        if not fine:
+            raise fields.error(key, expected, repr(raw.get(key)), remedy)
     for key, value in fields.raw.items():
         # A field of a newer PEFT is harmless if it is off; if it is on it may change the function.
         if key not in _SUPPORTED and value not in (None, False, "none") and value != [] and value != {}:
-            raise NaloraError(
-                f"{fields.where}: {key}",
-                expected="null or false (the feature is not supported)",
-                found=json.dumps(value)[:80],
-            )
+            expected = "null or false (the feature is not supported)"
+            raise fields.error(key, expected, json.dumps(value)[:80])
 
 
 class _Fields(Fields):

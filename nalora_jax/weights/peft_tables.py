@@ -267,7 +267,8 @@ def take_token_rows(
       NaloraError: an id has no row in the base, a table is also named by ``modules_to_save``, or
         rows are missing or have the wrong shape.
     """
-    spec = AdapterSpec(token_indices=peft.token_indices, saved=_names(peft.modules_to_save))
+    saved = tuple(name.rpartition(".")[2] for name in peft.modules_to_save)
+    spec = AdapterSpec(token_indices=peft.token_indices, saved=saved)
     remedy = "use its own base; if tokens were added, their tokenizer must be in the adapter's folder"
     check_token_indices(spec, config, f"{peft.where}: trainable_token_indices", remedy)
     trained = spec.own_rows(tied=config.tie_embeddings)
@@ -298,10 +299,6 @@ def take_token_rows(
     if "embed_tokens" in taken_rows and "lm_head" not in trained:  # the head has the embedding's rows
         taken_rows.add("lm_head")
     return leaves, tuple((name, ids) for name, ids in peft.token_indices if name in taken_rows)
-
-
-def _names(modules: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name.rpartition(".")[2] for name in modules)
 
 
 def token_row_tensors(
