@@ -24,6 +24,7 @@ from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Records
 from nalora_jax.study.report import render_results
 from nalora_jax.study.resources import Resources
+from nalora_jax.train import rewards
 from nalora_jax.train.kinds.rl import RolloutStep
 from tests.study.conftest import filled
 
@@ -69,7 +70,8 @@ items = 20
 
 
 @pytest.fixture
-def rewards_study(base: Path, questions: Path, tmp_path: Path) -> Path:
+def rewards_study(base: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(rewards._REWARDS, "_values", dict(rewards._REWARDS._values))  # forgets early_words
     (tmp_path / "early_words.py").write_text(REWARD)
     (tmp_path / "protocol.toml").write_text(filled(PROTOCOL, base, questions))
     return tmp_path
