@@ -40,7 +40,7 @@ def run_config(
 
     Args:
       options: of `parse`.
-      method: one of `METHODS`; by default that of the options.
+      method: one of `METHODS`; by default the method of the options.
       warmup: steps before the mechanisms act: 0 for timed steps, which are few; None for the default.
       parts: other parts of the configuration.
     """

@@ -2,7 +2,7 @@
 
 The adapter's arithmetic is negligible, but its passes over ``[tokens, d_ff]`` are limited by
 memory: on a CPU they take a third of the time of the frozen matmuls. Therefore frozen and low-rank
-matmuls are fused, of several layers per call. The gated gradient is that of
+matmuls are fused, of several layers per call. The gated gradient is computed by
 `nalora_jax.method.low_rank`.
 """
 

@@ -33,7 +33,7 @@ class TextEvaluator(Evaluator):
       items: examples of one kind: multiple choice (metric: accuracy) or completions (metric: loss
         per token).
       mesh: mesh of the weights, if they are sharded.
-      fitting: these items and those of other evaluators, which then share one program.
+      fitting: items of all evaluators that share one program.
 
     Raises:
       NaloraError: no items, or items of both kinds.

@@ -25,7 +25,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from nalora_jax.ops.dispatch import Numerics, operation
-from nalora_jax.ops.reductions import with_zeros
+from nalora_jax.ops.reductions import in_tiles, of_tiles
 from nalora_jax.ops.storage import (
     Kernel,
     Stored,
@@ -476,13 +476,6 @@ def attend_in_tiles(
     tiles = -(-seq // PIECE)
     if tiles == 1:
         return _attend(q, here, keys, window, config, numerics, cached, dropout_rng, starts, sinks)
-    tile = -(-seq // tiles)
-
-    def split(x: jax.Array) -> jax.Array:
-        """Returns ``[tiles, batch, tile, ...]`` of ``[batch, seq, ...]``; the last tile is padded with zeros."""
-        return jnp.moveaxis(
-            with_zeros(x, tiles * tile - seq, 1).reshape(x.shape[0], tiles, tile, *x.shape[2:]), 1, 0
-        )
 
     @jax.checkpoint
     def attend(_: None, rows: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
@@ -491,8 +484,8 @@ def attend_in_tiles(
         of_query = positions, segments
         return None, _attend(query, of_query, keys, window, config, numerics, cached, rng, starts, sinks)
 
-    out = lax.scan(attend, None, (jnp.arange(tiles), *map(split, (q, *here))))[1]
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :seq]
+    out = lax.scan(attend, None, (jnp.arange(tiles), *(in_tiles(x, tiles) for x in (q, *here))))[1]
+    return of_tiles(out, seq)
 
 
 def _attend(

@@ -23,7 +23,7 @@ from jax import lax
 
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.matmul import dot
-from nalora_jax.ops.reductions import with_zeros
+from nalora_jax.ops.reductions import in_tiles, of_tiles
 from nalora_jax.ops.storage import Kernel
 
 # Floats of one chunk of logits on a device: 512 MB. Each chunk reads the whole head twice, so an
@@ -246,25 +246,17 @@ def _along_sequence(
     """
     batch, seq = weights.shape
     chunks = -(-seq // max(1, rows // max(batch, 1)))
-    step = -(-seq // chunks)  # positions of each example in a chunk
-
-    def split(x: jax.Array) -> jax.Array:
-        """Returns ``[chunks, batch, step, ...]`` of ``[batch, seq, ...]``, padded with zeros."""
-        padded = with_zeros(x, chunks * step - seq, 1)
-        return jnp.moveaxis(padded.reshape(batch, chunks, step, *x.shape[2:]), 1, 0)
-
-    def join(parts: jax.Array) -> jax.Array:
-        """Returns ``[batch, seq, ...]`` of ``[chunks, batch, step, ...]``."""
-        return jnp.moveaxis(parts, 0, 1).reshape(batch, chunks * step, *parts.shape[3:])[:, :seq]
 
     def body(sums: Any, columns_of: Any) -> tuple[Any, Any]:
         h, w, t = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), columns_of)
         more, parts = chunk(h, t, w)
-        parts = jax.tree.map(lambda x: x.reshape(batch, step, *x.shape[1:]), parts)
+        of_columns = columns_of[1].shape  # [batch, positions of each example in a chunk]
+        parts = jax.tree.map(lambda x: x.reshape(*of_columns, *x.shape[1:]), parts)
         return jax.tree.map(jnp.add, sums, more), parts
 
-    sums, parts = lax.scan(body, start, jax.tree.map(split, (hidden, weights, targets)))
-    return sums, jax.tree.map(join, parts)
+    tiled = jax.tree.map(partial(in_tiles, tiles=chunks), (hidden, weights, targets))
+    sums, parts = lax.scan(body, start, tiled)
+    return sums, jax.tree.map(partial(of_tiles, seq=seq), parts)
 
 
 # ---------------------------------------------------------------- the loss of every target

@@ -45,6 +45,19 @@ def with_zeros(x: Array, count: int, axis: int) -> Array:
     return jnp.pad(x, widths)
 
 
+def in_tiles(x: Array, tiles: int) -> Array:
+    """Returns ``[tiles, batch, tile, ...]`` of ``[batch, seq, ...]``; the last tile is padded with zeros."""
+    batch, seq, *rest = x.shape
+    tile = -(-seq // tiles)
+    return jnp.moveaxis(with_zeros(x, tiles * tile - seq, 1).reshape(batch, tiles, tile, *rest), 1, 0)
+
+
+def of_tiles(x: Array, seq: int) -> Array:
+    """Computes the inverse of `in_tiles`."""
+    tiles, batch, tile, *rest = x.shape
+    return jnp.moveaxis(x, 0, 1).reshape(batch, tiles * tile, *rest)[:, :seq]
+
+
 def by_shard(sums: Callable[..., Any], rows: NamedSharding | None, *arrays: Any) -> Any:
     """Returns ``sums(*arrays)`` for the rows of each shard.
 

@@ -32,7 +32,7 @@ COSTS = ("loss", "divergence")  # measures of which less is better
 
 
 def others_of(metric: str) -> list[str]:
-    """Returns the measures beside the metric; the loss of a run with rewards is 1 minus the reward."""
+    """Returns the measures other than the metric; the loss of a run with rewards is 1 minus the reward."""
     return [name for name in MEASURES if name != metric and (metric, name) != ("reward", "loss")]
 
 

@@ -25,12 +25,12 @@ from nalora_jax.train.kinds.rl import (
     Rollout,
     prompts_digest,
     rollout_step,
-    scorer_of,
+    sampler_of,
     scores_of,
     weighted_sum,
 )
 from nalora_jax.train.program import Assembly
-from nalora_jax.train.rollout import Sampler, sample_batch
+from nalora_jax.train.rollout import sample_batch
 
 _DRAWN = 8  # samples of a prompt for pass@1 and pass@8
 _ROWS = 64  # samples whose log-probabilities are computed at once
@@ -111,25 +111,13 @@ class Rewards(Language):
     def _sampled(self, items: RewardItems, assembly: Assembly, params: Any, lora: Any) -> dict[str, float]:
         config, loaded, prompts = items.config, self.model(items.config), items.prompts
         longest = max(len(prompt.ids) for prompt in prompts)
-        sampler = Sampler(
-            assembly.eval_model,
-            params,
-            loaded.tokenizer,
-            assembly.mesh,
-            scorer_of(config.rl),
-            prompts=len(prompts),
-            samples=_DRAWN,
-            limit=config.rl.max_new_tokens,
-            temperature=config.rl.temperature,
-            seed=_SEED,
-            longest=longest,
-        )
-        samples = sampler(lora, 0, prompts)
+        options = {"prompts": len(prompts), "samples": _DRAWN, "seed": _SEED, "longest": longest}
+        samples = sampler_of(config.rl, loaded, assembly, **options)(lora, 0, prompts)
         rewards = weighted_sum(config.rl, samples.rewards).reshape(-1, _DRAWN)
         length = -(-(longest + config.rl.max_new_tokens) // 8) * 8
         ids = [prompt.ids for prompt in prompts for _ in range(_DRAWN)]
         batch = sample_batch(ids, samples, length)
-        scores = scores_of(config, loaded.config, assembly)
+        scores = scores_of(config, assembly)
         of_policy, of_base = (
             assembly.view(params),
             assembly.view(self.base(config)[1]),
@@ -155,5 +143,5 @@ class Rewards(Language):
 
 
 def _padded(rows: np.ndarray) -> np.ndarray:
-    """Returns the rows of a program, with rows of zeros after those of the last samples."""
+    """Returns ``_ROWS`` rows, the last ones zeros."""
     return np.pad(rows, [(0, _ROWS - len(rows)), *[(0, 0)] * (rows.ndim - 1)])

@@ -155,9 +155,8 @@ class Session:
     def follower(self, state: TrainState) -> Follower:
         """Returns the actions after each step, which continue from a state."""
         config, params = self.job.config, self.job.assembly.params
-        rate = jax.jit(
-            make_schedule(config.optimizer, config.steps)
-        )  # one program, not one for each operation
+        # One program, not one for each operation.
+        rate = jax.jit(make_schedule(config.optimizer, config.steps))
         return Follower(self, Schedule.of(config), rate, state, int(state.step), params, self._begun)
 
     def stopped(self, result: FitResult) -> Interrupted:

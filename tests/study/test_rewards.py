@@ -30,16 +30,14 @@ from tests.study.conftest import filled
 
 REWARD = """
 from nalora_jax.train.rewards import register_reward
+from tests.study.test_rewards import early_words
 
-@register_reward("early_words")
-def early_words(prompt, completion, record):
-    words = completion.split()
-    return sum(word < "m" for word in words) / max(len(words), 1)
+register_reward("early_words")(lambda prompt, completion, record: early_words(completion))
 """
 
 
 def early_words(answer: str) -> float:
-    """The same without a registration."""
+    """The share of words before m."""
     words = answer.split()
     return sum(word < "m" for word in words) / max(len(words), 1)
 

@@ -1,4 +1,4 @@
-"""Models in PEFT and in transformers: wrapped with random adapters, saved, loaded, and their logits beside ours."""
+"""Models in PEFT and in transformers: wrapped with random adapters, saved and loaded; their logits equal ours."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class ImageSource(Source):
         return labels
 
     def _values(self, indices: Sequence[int], kind: str, expected: str, types: Any) -> list[Any]:
-        """Returns a field of the records at ``indices``: that of captions or labels, by ``kind``."""
+        """Returns the captions or labels (``kind``) of the records at ``indices``."""
         field, values = getattr(self.fields, f"{kind}_field"), []
         for index, record in zip(indices, self.read(indices), strict=True):
             value = record.get(field)

@@ -41,7 +41,6 @@ from nalora_jax.evaluate.run_log import ROLLOUTS
 from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, Step, TrainState
-from nalora_jax.models.config import ModelConfig
 from nalora_jax.ops.policy_losses import CLIPS, PolicyLoss, advantages, divergence_penalty
 from nalora_jax.train.inputs import open_records, settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
@@ -170,22 +169,31 @@ def rollout_step(
       data: the prompts.
       folder: receives complete groups and some samples; None: they are not stored.
     """
-    rl, stream = config.rl, data.stream
-    sampler = Sampler(
+    sampler = sampler_of(
+        config.rl,
+        loaded,
+        assembly,
+        prompts=data.stream.batch_size // config.rl.samples,
+        samples=config.rl.samples,
+        seed=config.seed,
+        longest=data.stream.longest,
+        folder=folder and folder / "rollouts",
+    )
+    return RolloutStep(config, assembly, sampler, data, folder and folder / ROLLOUTS)
+
+
+def sampler_of(rl: RLConfig, loaded: LoadedModel, assembly: Assembly, **options: Any) -> Sampler:
+    """Returns a sampler with the model, the rewards and the limits of a run; ``options`` are its other arguments."""
+    return Sampler(
         assembly.eval_model,
         assembly.params,
         loaded.tokenizer,
         assembly.mesh,
         scorer_of(rl),
-        prompts=stream.batch_size // rl.samples,
-        samples=rl.samples,
         limit=rl.max_new_tokens,
         temperature=rl.temperature,
-        seed=config.seed,
-        longest=stream.longest,
-        folder=folder and folder / "rollouts",
+        **options,
     )
-    return RolloutStep(config, loaded.config, assembly, sampler, data, folder and folder / ROLLOUTS)
 
 
 def evaluators(
@@ -270,7 +278,6 @@ class RolloutStep:
 
     Args:
       config: the run's settings.
-      base: architecture of the base model.
       assembly: with the compiled update.
       sampler: draws the samples.
       data: the prompts of a batch.
@@ -280,7 +287,6 @@ class RolloutStep:
     def __init__(
         self,
         config: RunConfig,
-        base: ModelConfig,
         assembly: Assembly,
         sampler: Sampler,
         data: PromptRows,
@@ -289,7 +295,7 @@ class RolloutStep:
         self._config, self._sampler, self._data, self._file = config, sampler, data, file
         self._update: Step = assembly.step
         self._mesh, self._warn = assembly.mesh, EarlyWarnings(config.rl.max_new_tokens)
-        self._scores = scores_of(config, base, assembly)
+        self._scores = scores_of(config, assembly)
         self._begun = False
 
     def __call__(self, params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
@@ -487,12 +493,12 @@ def _is_flat(rewards: np.ndarray, samples: int) -> np.ndarray:
     return np.nanmax(groups, 1, initial=-np.inf) <= np.nanmin(groups, 1, initial=np.inf)
 
 
-def scores_of(config: RunConfig, base: ModelConfig, assembly: Assembly) -> Callable[..., jax.Array]:
+def scores_of(config: RunConfig, assembly: Assembly) -> Callable[..., jax.Array]:
     """Returns the training program's log-probabilities ``(params, lora, rows, of_base=...) -> [rows, seq]``.
 
-    ``rows`` are those of `nalora_jax.train.policy`; with ``of_base`` the adapter is off.
+    ``rows`` is a batch of `nalora_jax.train.policy`; with ``of_base`` the adapter is off.
     """
-    plain = next_token(base, assembly.model, config.compute, assembly.mesh)
+    plain = next_token(assembly.model.config, assembly.model, config.compute, assembly.mesh)
     return partial(_scored, _policy(config.rl, plain))
 
 
