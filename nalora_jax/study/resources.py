@@ -198,7 +198,8 @@ class Resources:
     def _drawn(
         self, config: RunConfig, data: DataConfig, draw: Callable[[RunConfig, DataConfig], Items]
     ) -> Items:
-        key = json.dumps([config.model, vars(config.compute), vars(data), vars(config.vision)], default=str)
+        settings = [vars(config.compute), vars(data), vars(config.vision)]
+        key = json.dumps([draw.__name__, config.model, *settings], default=str)
         if key not in self._items:
             self._items[key] = draw(config, data)
         return self._items[key]

@@ -118,22 +118,15 @@ class Rewards(Language):
         ids = [prompt.ids for prompt in prompts for _ in range(_DRAWN)]
         batch = sample_batch(ids, samples, length)
         scores = scores_of(config, assembly)
-        of_policy, of_base = (
-            assembly.view(params),
-            assembly.view(self.base(config)[1]),
-        )  # a start may change params
+        # A start may have changed the base's weights in params.
+        of_policy, of_base = assembly.view(params), assembly.view(self.base(config)[1])
         divergences = []
         for start in range(0, len(ids), _ROWS):
             rows = {name: _padded(value[start : start + _ROWS]) for name, value in batch.items()}
             placed = distributed.make_global_batch(rows, assembly.mesh, rows_axis=0)
-            policy, base = (
-                np.asarray(distributed.fetch(each), np.float64)
-                for each in (
-                    scores(of_policy, lora, placed, of_base=False),
-                    scores(of_base, lora, placed, of_base=True),
-                )
-            )
-            divergences.append((np.expm1(base - policy) - (base - policy)) * rows["loss_weights"])
+            policy = scores(of_policy, lora, placed, of_base=False)
+            ratio = np.asarray(distributed.fetch(scores(of_base, lora, placed, of_base=True) - policy))
+            divergences.append((np.expm1(ratio, dtype=np.float64) - ratio) * rows["loss_weights"])
         tokens = batch["loss_weights"].sum()
         return {
             "pass_1": float(np.nanmean(rewards)),

@@ -125,12 +125,10 @@ def _differences(record: Any, repeated: Any, place: str, size: int = 0) -> Itera
 def _agree(record: Any, repeated: Any, place: str, size: int) -> bool:
     if not isinstance(record, float) or not isinstance(repeated, int | float):
         return bool(record == repeated)
-    if any(
-        name in place for name in ("accuracy", "recall", "reward", "pass_")
-    ):  # one item may change sides
-        tolerance = 1.5 / size if size else 0.0
-    elif place.startswith("training") and not place.endswith(" loss"):
+    if place.startswith("training") and not place.endswith(" loss"):
         tolerance = max(TOLERANCE, _LOGGED_SHARE * abs(record))
+    elif any(name in place for name in ("accuracy", "recall", "reward", "pass_")):
+        tolerance = 1.5 / size if size else 0.0  # one item may change sides
     else:
         tolerance = TOLERANCE
     return abs(record - repeated) <= tolerance
