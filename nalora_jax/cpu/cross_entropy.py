@@ -1,8 +1,7 @@
-"""Cross-entropy on a CPU: natively in blocks of the vocabulary (`nalora_jax.cpu.native`), or by XLA.
+"""Cross-entropy on a CPU in blocks of the vocabulary, natively (`nalora_jax.cpu.native`) or by XLA.
 
-A block of logits stays in the caches, and the head is packed for the matmuls only once per 512
-rows. The gradient of the hidden states is an attention over the vocabulary, ``softmax(h E^T) E``,
-whose blocks are summed with a running maximum, as in flash attention.
+A block of logits stays in the caches. The gradient of the hidden states is an attention over the
+vocabulary, ``softmax(h E^T) E``, whose blocks are summed with a running maximum, as in flash attention.
 """
 
 from __future__ import annotations
@@ -18,8 +17,11 @@ from nalora_jax.cpu.storage import Bits, bits_of, from_bits, usable
 from nalora_jax.ops import losses as ops
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import PLAIN_HEAD, Head
+from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.storage import Kernel, expand, rounded
 
+# Logits of a block take 1 MB.
+BLOCK = 2048
 _ROWS = 128  # of XLA's chunks: few targets cost little, and logits little memory
 
 
@@ -49,6 +51,71 @@ def cross_entropy(
         weights = lax.stop_gradient(weights.astype(jnp.float32))
         return _native(hidden, kernel, target_rows, weights, head, numerics)
     return ops.cross_entropy.plain(hidden, kernel, targets, weights, head, numerics, chunk=chunk or _ROWS)
+
+
+@ops.chunk_of_rows.implements("cpu")
+def blocks(
+    hidden: jax.Array,
+    kernel: Kernel,
+    targets: jax.Array,
+    weights: jax.Array,
+    grad: bool,
+    *,
+    head: Head,
+    numerics: Numerics,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the losses of rows block by block; whole rows take twice as long for 49,152 entries.
+
+    bf16 is read as its bits, because XLA would copy the table. A mesh may split floats by the vocabulary.
+    """
+    vocab, whole = kernel.shape[head.axis], isinstance(kernel, jax.Array) and numerics.platform.devices == 1
+    if vocab <= BLOCK or not (whole or isinstance(kernel, Bits)):
+        return NotImplemented
+    hidden, table = rounded(hidden, numerics.operand, numerics), bits_of(kernel)
+
+    def add(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top, total, attended = carry
+        # The last block ends at the end of the vocabulary, without the entries of the one before.
+        start = jnp.minimum(i * BLOCK, vocab - BLOCK)
+        rows = from_bits(lax.dynamic_slice_in_dim(table, start, BLOCK, axis=head.axis))
+        logits, slope = head.logits(dot(hidden, rows, numerics, dims=(1, 1 - head.axis)))
+        if vocab % BLOCK:
+            logits = jnp.where(start + jnp.arange(BLOCK) >= i * BLOCK, logits, -jnp.inf)
+        higher = jnp.maximum(top, jnp.max(logits, axis=-1))
+        fade, exps = jnp.exp(top - higher), jnp.exp(logits - higher[:, None])
+        if grad:
+            attended = fade[:, None] * attended + dot(exps * slope, rows, numerics, dims=(1, head.axis))
+        return higher, fade * total + jnp.sum(exps, axis=-1), attended
+
+    n, d_model = hidden.shape
+    lowest = jnp.full((n,), jnp.finfo(jnp.float32).min)
+    start = lowest, jnp.zeros((n,), jnp.float32), jnp.zeros((n, d_model if grad else 0), jnp.float32)
+    sums = lax.fori_loop(0, -(-vocab // BLOCK), add, start)
+    return _joined(sums, hidden, _target_rows(kernel, targets, head.transposed), weights, head, grad)
+
+
+def _joined(
+    sums: tuple[jax.Array, jax.Array, jax.Array],
+    hidden: jax.Array,
+    target_rows: jax.Array,
+    weights: jax.Array,
+    head: Head,
+    grad: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns each row's loss, and the gradient of hidden if ``grad``, from sums over the vocabulary.
+
+    The sums of logits ``l`` are ``max l`` and ``sum exp(l - max)``, both ``[rows]``, and ``sum exp(l - max) l' E``
+    ``[rows, d_model]``, with ``l'`` the derivative of the logits by the products.
+    """
+    top, total, attended = sums
+    # The target's logit and its part of the gradient take one row of the head instead of a one-hot
+    # [rows, vocab].
+    columns = from_bits(target_rows).astype(jnp.float32)
+    picked, slope = head.logits(jnp.sum(hidden.astype(jnp.float32) * columns, axis=-1))
+    losses = weights * (jnp.log(total) + top - picked)
+    if not grad:
+        return losses, attended
+    return losses, weights[:, None] * (attended / total[:, None] - slope[:, None] * columns)
 
 
 def _target_rows(kernel: Kernel, targets: jax.Array, transposed: bool) -> jax.Array:
@@ -88,7 +155,7 @@ def _native_sums(
         jnp.take(x.reshape(n, *x.shape[2:]), order, axis=0) for x in (hidden, target_rows, weights)
     )
     h = rounded(h, numerics.operand, numerics)
-    top, total, attended = native.over_vocabulary(
+    sums = native.over_vocabulary(
         h,
         kernel.bits if isinstance(kernel, Bits) else expand(kernel),
         jnp.sum(w != 0, dtype=jnp.int32),
@@ -97,15 +164,12 @@ def _native_sums(
         softcap=head.softcap,
         gradient=grad,
     )
-    # The target's logit and its part of the gradient take one row of the head instead of a one-hot
-    # [rows, vocab].
-    columns = from_bits(rows).astype(jnp.float32)
-    picked, slope = head.logits(jnp.sum(h.astype(jnp.float32) * columns, axis=-1))
-    loss = jnp.sum(w * (jnp.log(total) + top - picked))
+    losses, back = _joined(sums, h, rows, w, head, grad)
     if not grad:
-        return loss, attended
-    back = w[:, None] * (attended / total[:, None] - slope[:, None] * columns)
-    return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(hidden.shape)
+        return jnp.sum(losses), back
+    return jnp.sum(losses), jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(
+        hidden.shape
+    )
 
 
 def _bwd(

@@ -104,6 +104,7 @@ def rows_of_chunk(vocab: int) -> int:
     return max(_CHUNK_FLOATS // vocab // 128 * 128, _LEAST_ROWS)
 
 
+@operation
 def chunk_of_rows(
     hidden: jax.Array,
     kernel: Kernel,

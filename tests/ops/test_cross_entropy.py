@@ -98,7 +98,7 @@ def test_no_targets_and_extreme_logits_are_finite(size: float, targeted: int) ->
 
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("compact", [True, False])
-def test_a_bf16_head_is_never_widened_as_a_whole(compact: bool, transposed: bool) -> None:
+def test_a_bf16_head_is_never_widened_or_copied_as_a_whole(compact: bool, transposed: bool) -> None:
     tokens, vocab, d = 64, 65536, 64
     shapes = [((4, tokens // 4, d), "float32"), ((vocab, d) if transposed else (d, vocab), "bfloat16")]
     hidden, kernel = (jax.ShapeDtypeStruct(*s) for s in shapes)
@@ -111,8 +111,7 @@ def test_a_bf16_head_is_never_widened_as_a_whole(compact: bool, transposed: bool
         kernel = prepare({"params": {"lm_head": {"kernel": kernel}}}, half)["params"]["lm_head"]["kernel"]
     step = jax.grad(lambda h, k, t, w: cross_entropy(h, k, t, w, head, half, chunk=4, compact=compact))
     analysis = jax.jit(step).lower(hidden, kernel, targets, weights).compile().memory_analysis()
-    # XLA may copy the bits of a compact head once, before the loop; in float32 the head takes two more of its size.
-    assert analysis.temp_size_in_bytes < (0.8 + compact) * vocab * d * 2
+    assert analysis.temp_size_in_bytes < 0.8 * vocab * d * 2
 
 
 @pytest.mark.parametrize("transposed", [True, False])
