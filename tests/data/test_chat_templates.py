@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,9 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("tools", [None, TOOLS], ids=["plain", "tools"])
-def test_templates_render_as_in_transformers(name: str, tools: Any) -> None:
-    settings = {"bos_token": "<s>", "eos_token": "</s>"}
-    for prompt in (False, True):
+def test_templates_render_as_in_transformers(name: str) -> None:
+    settings: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
+    for tools, prompt in product((None, TOOLS), (False, True)):
         variables = {"messages": MESSAGES, "tools": tools, "add_generation_prompt": prompt, **settings}
         expected, _ = render_jinja_template(
             conversations=[MESSAGES],
@@ -62,20 +62,14 @@ def test_numpy_values_of_table_files_are_json() -> None:
 
 HOSTILE = {
     "a repetition": ("{{ 'a' * 10**9 }}", "4,000,000 characters"),
-    "a constant list": ("{{ 10**9 * [1] }}", "4,000,000 characters"),
     "a long text": ("{% for i in range(9999) %}{{ 'a' * 1000 }}{% endfor %}", "4,000,000 characters"),
     "a format's width": ("{{ '%1000000000d' % 1 }}", "width"),
     "a format's width as a value": ("{{ '%*d' % (10**9, 1) }}", "width"),
-    "a namespace that doubles": (
-        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
-        "4,000,000 characters",
-    ),
     "a namespace that doubles by ~": (
         "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
         "4,000,000 characters",
     ),
     "a long number": ("{{ 10**5000 }}", "power above 4,300"),
-    "break outside a loop": ("{% break %}", "outside"),
     "no template": ("{{ x", "unexpected end"),
     "nested brackets": ("{{ " + "(" * 10**5 + "1" + ")" * 10**5 + " }}", "recursion"),
     "nested blocks": ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "recursion|nested"),

@@ -19,7 +19,7 @@ from nalora_jax.data.forms import form_of
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.sources import open_source
 from nalora_jax.data.tokenizer import Tokenizer
-from nalora_jax.errors import NaloraError
+from tests.data.loss_tokens import learned
 
 CONFIG = DataConfig()
 TEMPLATE = (Path(__file__).parent / "templates" / "qwen_tools.jinja").read_text()
@@ -57,27 +57,32 @@ def by_transformers(tokenizer: Tokenizer, messages: list, tools: list | None = N
     return theirs.apply_chat_template(messages, tools=tools, tokenize=False).rstrip()
 
 
+WITH_TOOLS = {"messages": TOOL_TALK, "tools": TOOLS}
+FUNCTIONS = [
+    {"from": "human", "value": "Is it warm in Paris?"},
+    {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Paris"}}'},
+    {"from": "observation", "value": '{"celsius": 21}'},
+    {"from": "gpt", "value": "It is: 21 degrees."},
+]
+SHAREGPT = "ShareGPT conversations (conversations: from, value)"
 SPOKEN = [{"from": "human", "value": "Which way is up?"}, {"from": "gpt", "value": "The sky."}]
 IN_PARTS = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
 
 
 @pytest.mark.parametrize(
-    ("record", "form"),
+    ("record", "same", "form"),
     [
-        ({"messages": TALK}, "chat messages (messages)"),
-        ({"prompt": TALK[:2], "completion": TALK[2:]}, "chat messages (prompt and completion)"),
-        (
-            {"system": "Be brief.", "conversations": SPOKEN},
-            "ShareGPT conversations (conversations: from, value)",
-        ),
-        ({"messages": [IN_PARTS, *TALK[1:]]}, "chat messages (messages)"),
+        ({"prompt": TALK[:2], "completion": TALK[2:]}, {"messages": TALK}, "chat messages (prompt and completion)"),
+        ({"system": "Be brief.", "conversations": SPOKEN}, {"messages": TALK}, SHAREGPT),
+        ({"messages": [IN_PARTS, *TALK[1:]]}, {"messages": TALK}, "chat messages (messages)"),
+        ({"conversations": FUNCTIONS, "tools": json.dumps(TOOLS)}, WITH_TOOLS, SHAREGPT),
     ],
-)
+)  # fmt: skip
 def test_conversations_are_the_same_in_every_form(
-    tokenizer: Tokenizer, record: dict[str, Any], form: str
+    with_tools: Tokenizer, record: dict[str, Any], same: dict[str, Any], form: str
 ) -> None:
-    same = render_record({"messages": TALK}, CONFIG, tokenizer, "here")
-    assert render_record(record, CONFIG, tokenizer, "here") == same
+    expected = render_record(same, CONFIG, with_tools, "here")
+    assert render_record(record, CONFIG, with_tools, "here") == expected
     assert form_of(record, CONFIG) == form
 
 
@@ -108,9 +113,7 @@ def test_tool_calls_are_rendered_as_transformers_renders_them(with_tools: Tokeni
     assert "<tool_call>" in expected
     for tools in (TOOLS, json.dumps(TOOLS), [json.dumps(tool) for tool in TOOLS]):
         assert text_of({"messages": TOOL_TALK, "tools": tools}, with_tools, loss_on="all") == expected
-    record, config = {"messages": TOOL_TALK, "tools": TOOLS}, replace(CONFIG, loss_on="assistant")
-    turns = render_record(record, config, with_tools, "here")
-    call, answer = (turns.text[start:stop] for start, stop in turns.answers)
+    call, answer = learned(WITH_TOOLS, with_tools, loss_on="assistant")
     assert '{"name": "weather", "arguments": {"city": "Paris"}}' in call
     assert answer == "It is: 21 degrees.<|im_end|>"
 
@@ -120,18 +123,6 @@ def test_a_call_can_be_the_answer_that_is_scored(with_tools: Tokenizer, write_js
     item = eval_examples(DataConfig(dataset="unread.jsonl", eval_split=path), with_tools, split=path)[0]
     assert item.completion.startswith("<tool_call>")
     assert item.completion.endswith("</tool_call>")
-
-
-def test_functions_of_sharegpt_are_tool_calls(with_tools: Tokenizer) -> None:
-    turns = [
-        {"from": "human", "value": "Is it warm in Paris?"},
-        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Paris"}}'},
-        {"from": "observation", "value": '{"celsius": 21}'},
-        {"from": "gpt", "value": "It is: 21 degrees."},
-    ]
-    record = {"conversations": turns, "tools": json.dumps(TOOLS)}
-    same = render_record({"messages": TOOL_TALK, "tools": TOOLS}, CONFIG, with_tools, "x")
-    assert render_record(record, CONFIG, with_tools, "x") == same
 
 
 def test_what_arrow_fills_up_with_nulls_is_left_out(with_tools: Tokenizer, tmp_path: Path) -> None:
@@ -146,25 +137,25 @@ def test_what_arrow_fills_up_with_nulls_is_left_out(with_tools: Tokenizer, tmp_p
     record = open_source(DataConfig(dataset=str(tmp_path / "a.parquet")), "train")[0]
     assert record["messages"][0]["tool_calls"] is None
     assert record["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris", "now": None}
-    same = render_record({"messages": TOOL_TALK, "tools": TOOLS}, CONFIG, with_tools, "x")
+    same = render_record(WITH_TOOLS, CONFIG, with_tools, "x")
     assert render_record(record, CONFIG, with_tools, "x") == same
 
 
-@pytest.mark.parametrize("text", [False, True], ids=["objects", "JSON in texts"])
 def test_nulls_in_arguments_and_schemas_are_rendered_as_transformers_renders_them(
-    with_tools: Tokenizer, text: bool
+    with_tools: Tokenizer,
 ) -> None:
     function: dict[str, Any] = {"name": "weather", "arguments": {"day": None, "hours": [1, None]}}
     parameters = {"type": "object", "properties": {"day": {"default": None, "enum": ["today", None]}}}
-    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
     turn = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
     messages = [*TOOL_TALK[:1], turn, *TOOL_TALK[2:]]
     expected = by_transformers(with_tools, messages, tools)
     assert '"day": null' in expected
     assert '"default": null' in expected
-    if text:
-        function["arguments"], tools = json.dumps(function["arguments"]), json.dumps(tools)
     assert text_of({"messages": messages, "tools": tools}, with_tools, loss_on="all") == expected
+    function["arguments"] = json.dumps(function["arguments"])
+    record = {"messages": messages, "tools": json.dumps(tools)}
+    assert text_of(record, with_tools, loss_on="all") == expected
 
 
 REASONING_TEMPLATE = (
@@ -177,9 +168,7 @@ REASONING_TEMPLATE = (
 @pytest.mark.parametrize(
     "fields",
     [
-        {"reasoning_content": "It is high."},
         {"reasoning": "It is high."},
-        {"thinking": "It is high."},
         {"thinking": "It is high.", "reasoning": "No.", "reasoning_content": None},
     ],
     ids=", ".join,
@@ -192,30 +181,3 @@ def test_reasoning_is_rendered_under_every_name_as_in_transformers(
     assert rendered.text == by_transformers(ours, talk)
     ((start, stop),) = rendered.answers
     assert rendered.text[start:stop] == "<think>It is high.</think>[It is high.]The sky.<|im_end|>"
-
-
-def calling(function: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": [*TALK[:2], {"role": "assistant", "tool_calls": [{"function": function}]}]}
-
-
-@pytest.mark.parametrize(
-    ("record", "said"),
-    [
-        (
-            {"conversations": [{"from": "narrator", "value": "x"}]},
-            r"messages\[0\]: from: expected one of human, ",
-        ),
-        ({"instruction": ["x"], "output": "y"}, "instruction: expected a text, found a list"),
-        ({"messages": TALK, "tools": "no json"}, "tools: expected a JSON list of tools"),
-        ({"messages": TALK, "tools": "[" * 100_000}, "tools: expected a JSON list of tools"),
-        (calling({"name": 1}), r"messages\[2\]: tool_calls\[0\]: expected"),
-        (calling({"name": "f", "arguments": "{"}), "arguments: expected a JSON object"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
-            "content: expected a text, or",
-        ),
-    ],
-)
-def test_bad_records_are_named(tokenizer: Tokenizer, record: dict[str, Any], said: str) -> None:
-    with pytest.raises(NaloraError, match=said):
-        render_record(record, CONFIG, tokenizer, "here")

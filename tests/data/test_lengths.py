@@ -40,7 +40,6 @@ def test_rows_take_the_length_of_most_examples_within_bounds(tokenizer, size, pa
         ([80], 4096, True, 160),  # 128 would be 62.5% full
         ([80], 150, True, 128),  # no room for two
         ([80], 4096, False, 80),
-        ([80, 20], 4096, True, 160),
     ],
 )
 def test_rows_become_longer_if_short_ones_stay_empty(sizes, context, pack, length):

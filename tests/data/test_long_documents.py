@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nalora_jax.config import DataConfig, PreferenceConfig, RunConfig, check
-from nalora_jax.data import chat, tokenize
+from nalora_jax.data import chat
 from nalora_jax.data.chat import render_record
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.questions import eval_examples
@@ -52,7 +51,7 @@ def test_every_token_of_a_split_document_is_a_target_once(data, max_length, begi
         assert all(len(row.ids) == max_length + 1 for row in rows[:-1])
 
 
-@pytest.mark.parametrize(("last", "counted"), [(0, 9), (3, 3), (50, 9), (0.25, 3), (0.3, 3)])
+@pytest.mark.parametrize(("last", "counted"), [(0, 9), (3, 3), (50, 9), (0.25, 3)])
 def test_loss_on_the_last_part(last, counted):
     example = Example(np.arange(10, dtype=np.int32), np.arange(10) > 0)
     assert targets([with_loss_last(example, last)]) == list(range(10 - counted, 10))
@@ -101,18 +100,15 @@ def test_split_and_last_part_are_evaluated_as_they_are_trained(open_data, tokeni
     assert all(item.completion and item.prompt for item in items)
 
 
-def test_the_last_part_is_of_the_loss_tokens_and_of_another_cache(open_data, tokenizer):
+def test_the_last_part_is_of_the_loss_tokens(open_data, tokenizer):
     record = {"prompt": "up and down " * 3, "completion": " the sky and the green hills"}
-    whole = open_data(record)
-    last = open_data(record, loss_last=2)
+    whole, last = open_data(record), open_data(record, loss_last=2)
     assert whole.store.counts.targets > last.store.counts.targets == 2
     assert last.fingerprint != whole.fingerprint
-    assert open_data(record, loss_last=1000).store.counts.targets == whole.store.counts.targets
     pairs = ("user", "up"), ("assistant", "the sky"), ("user", "ok")
     chat = {"messages": [{"role": role, "content": content} for role, content in pairs]}
-    with pytest.raises(
-        NaloraError, match=r"expected a token to learn in the last part \(--data.loss-last 2\), found none"
-    ):
+    message = r"expected a token to learn in the last part \(--data.loss-last 2\), found none"
+    with pytest.raises(NaloraError, match=message):
         open_data(chat, loss_on="assistant", loss_last=2, max_length=64)
 
 
@@ -136,16 +132,6 @@ def test_plain_text_is_learned_and_evaluated_without_a_prompt(open_data, tokeniz
     (item,) = eval_examples(DataConfig(eval_split="held"), tokenizer, split="held", source=source)
     assert item.prompt_ids + item.completion_ids == ids[:-1]
     assert len(item.prompt_ids) == 1
-
-
-def test_long_records_are_tokenized_few_at_a_time(monkeypatch):
-    monkeypatch.setattr(tokenize, "_CHARACTERS", 1000)
-    records = [{"text": "x" * size} for size in [10] * 20 + [600] * 6 + [10] * 20]
-    chunks = list(tokenize.batches(RecordsSource("sizes", records), np.arange(46)))
-    assert list(chain.from_iterable(chunk for chunk, _ in chunks)) == list(range(46))
-    sizes = [[len(record["text"]) for record in found] for _, found in chunks]
-    assert max(map(sum, sizes)) <= 1000
-    assert max(map(len, sizes)) > 10
 
 
 def talk(thought: str = "") -> list[dict[str, str]]:

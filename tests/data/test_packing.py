@@ -39,38 +39,6 @@ def test_fills_rows_that_best_fit_leaves_gappy():
     assert packing.pack(narrow, 128).filling > 0.98
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(2, 9), min_size=1, max_size=25), st.integers(0, 1000))
-def test_assembled_rows_hold_every_token_and_its_successor(sizes, seed):
-    rng = np.random.default_rng(seed)
-    examples = [rng.integers(1, 1000, size) for size in sizes]
-    answers = [rng.integers(0, 2, size) for size in sizes]
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    lengths = np.diff(offsets) - 1
-    pattern = packing.pack(lengths, 12)
-    plan = packing.plan_rows(pattern, lengths, seed, 0)
-    rows = [plan.row(index) for index in range(pattern.rows)]
-    batch = packing.fill_rows(rows, np.concatenate(examples), np.concatenate(answers), offsets, 12)
-    for index, row in enumerate(rows):
-        end = 0
-        for segment, example in enumerate(row, start=1):
-            (places,) = np.nonzero(batch["segment_ids"][index] == segment)
-            np.testing.assert_array_equal(places, np.arange(end, end + lengths[example]))
-            np.testing.assert_array_equal(batch["tokens"][index, places], examples[example][:-1])
-            np.testing.assert_array_equal(batch["targets"][index, places], examples[example][1:])
-            np.testing.assert_array_equal(batch["loss_weights"][index, places], answers[example][1:])
-            np.testing.assert_array_equal(batch["positions"][index, places], np.arange(lengths[example]))
-            end += lengths[example]
-        for value in batch.values():
-            assert not value[index, end:].any()
-    assert {name: value.dtype for name, value in batch.items() if name != "tokens"} == {
-        "targets": np.int64,
-        "loss_weights": np.float32,
-        "segment_ids": np.int32,
-        "positions": np.int32,
-    }
-
-
 def test_documented_rows():
     batch = packing.fill_rows(
         [np.array([0, 1])], np.array([7, 8, 9, 4, 5]), np.array([0, 0, 1, 0, 1]), np.array([0, 3, 5]), 4

@@ -64,21 +64,10 @@ def test_what_is_trained_is_what_is_scored(ask, write_jsonl, tokenizer, cache, c
     assert item.prompt.endswith("<|im_start|>assistant\n" if chat else "Answer:")
 
 
-def test_messages(ask, tokenizer):
-    pairs = ("user", "up?"), ("assistant", "the sky"), ("user", "x")
-    talk = [{"role": role, "content": content} for role, content in pairs]
-    (item,) = ask({"messages": talk})
-    assert item.prompt == tokenizer.render_chat(talk[:1], add_generation_prompt=True)
-    assert item.completion == "the sky"
-    assert tokenizer.decode(item.completion_ids, skip_special=False) == "the sky"
-
-
 def test_draw_depends_on_nothing_but_the_data(ask):
     records = [choice(n) for n in range(50)]
-    few = ask(*records, eval_limit=10)
-    assert [item.prompt for item in few] == [
-        item.prompt for item in ask(*records, eval_limit=10, max_length=9)
-    ]
+    few, again = (ask(*records, eval_limit=10, max_length=length) for length in (128, 9))
+    assert [item.prompt for item in few] == [item.prompt for item in again]
     assert [item.prompt for item in few] != [record["prompt"] for record in records[:10]]
     assert len(ask(*records, eval_limit=0)) == 50
     assert len(ask(*records, eval_limit=400)) == 50
@@ -88,13 +77,8 @@ def test_draw_depends_on_nothing_but_the_data(ask):
     ("change", "message"),
     [
         ({"gold": 2}, "eval.jsonl:1: gold: expected the index of one of 2 choices, found 2"),
-        ({"gold": None}, "gold: expected the index"),
         ({"choices": ["up", ""]}, "choices: expected a list of texts, none empty"),
-        (
-            {"choices": ["up", "\ud800"]},
-            "eval.jsonl:1: choices: expected Unicode text, found half a character",
-        ),
-        ({"choices": "up"}, "choices: expected a list of texts"),
+        ({"choices": ["up", "\ud800"]}, "choices: expected Unicode text, found half a character"),
         ({"choice_prompts": ["a"]}, "choice_prompts: expected 2, one a choice, found 1"),
         ({"choices": [], "completion": " "}, "completion: expected an answer, found an empty text"),
     ],

@@ -29,12 +29,7 @@ def test_lines_by_index_past_blank_ones(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "found"),
-    [
-        ("{broken", "Expecting property name"),
-        ("[1]", "found a list"),
-        ("[" * 100_000, "recursion"),
-        ("\x00", ""),
-    ],
+    [("{broken", "Expecting property name"), ("[1]", "found a list"), ("[" * 100_000, "recursion")],
 )
 def test_broken_line_is_named(write_jsonl, line, found):
     path = write_jsonl({"prompt": "a", "completion": "b"}, "", line)
@@ -48,7 +43,6 @@ def test_broken_line_is_named(write_jsonl, line, found):
         ("socialqa", "train", r"--data.dataset: expected a task.*found 'socialqa'; .*socialiqa_mc"),
         ("socialiqa", "test", r"socialiqa, split: expected one of train, validation, .*found 'test'"),
         ("data.jsonl", "validation", r"data.jsonl\[validation\]: expected one split, \"train\""),
-        ("data.jsonl", "train[x]", r"data.jsonl\[train\[x\]\]: expected one split"),
         ("data.jsonl", "train[:0]", "data.jsonl.*: expected at least one record"),
     ],
 )

@@ -22,7 +22,6 @@ PRE_TOKENIZERS = {
     "byte-level": pre_tokenizers.ByteLevel(add_prefix_space=False),
     "byte-level with a space in front": pre_tokenizers.ByteLevel(add_prefix_space=True),
     "metaspace": pre_tokenizers.Metaspace(prepend_scheme="first"),
-    "metaspace always": pre_tokenizers.Metaspace(prepend_scheme="always"),
     "words": pre_tokenizers.Whitespace(),
     "none": None,
 }
@@ -118,10 +117,11 @@ def test_a_message_names_up_to_ten_broken_records(write_jsonl, tokenizer):
     assert many.endswith("; the model would learn to end at once: write the answer, or remove the record")
 
 
-@pytest.mark.parametrize("place", [0, 150, 299])
+@pytest.mark.parametrize("place", [0, 299])
 def test_one_odd_record_is_told_the_form_of_the_others(write_jsonl, tokenizer, place):
-    records = [GOOD] * 299
-    message = error_of(write_jsonl(*records[:place], ODD, *records[place:]), tokenizer)
+    records = [GOOD] * 300
+    records[place] = ODD
+    message = error_of(write_jsonl(*records), tokenizer)
     assert message.endswith(
         f"data.jsonl:{place + 1}: expected chat messages (messages), as in the other records, "
         "found fields 'question', 'answer'; fix or remove this record"

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from nalora_jax.data.tokenizer import AddedTokens, Tokenizer, read_json
+from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.tokenizer_files import write_tokenizer
 
@@ -31,10 +31,6 @@ TEXTS = [
     "<|im_start|><|im_start|>nested<|im_end",
     "e\u0301 \u00e9 \u200d \ufeff \U0001f468\u200d\U0001f469\u200d\U0001f467",
 ]
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 CHAT = [
     {"role": "system", "content": "Be <b>brief</b> & kind."},
     {"role": "user", "content": "What's 2+2?"},
@@ -68,23 +64,26 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_ids_and_text_equal_transformers(tmp_path: Path) -> None:
-    ours, theirs = (
-        Tokenizer.from_folder(save(tmp_path)),
-        transformers.AutoTokenizer.from_pretrained(tmp_path),
-    )
+@pytest.mark.parametrize("begins", [False, True])
+def test_ids_and_text_equal_transformers(tmp_path: Path, begins: bool) -> None:
+    backend = byte_level()
+    if begins:
+        special = [("<|im_start|>", backend.token_to_id("<|im_start|>"))]
+        backend.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=special
+        )
+    save(tmp_path, backend)
+    ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
         ids = theirs.encode(text)
         assert ours.encode(text) == ids
+        assert ours.encode(text, special=False) == theirs.encode(text, add_special_tokens=False)
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
         assert ours.decode(ids, skip_special=False) == theirs.decode(ids, skip_special_tokens=False)
-    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (
-        theirs.bos_token_id,
-        theirs.eos_token_id,
-        theirs.pad_token_id,
-    )
+    found = ours.bos_id, ours.eos_id, ours.pad_id
+    assert found == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
     assert ours.vocab_size == len(theirs) == 320
-    assert not ours.add_bos
+    assert ours.add_bos == begins
 
 
 def test_a_file_larger_than_any_tokenizer_is_refused_unread(
@@ -97,21 +96,6 @@ def test_a_file_larger_than_any_tokenizer_is_refused_unread(
         NaloraError, match="tokenizer.json: expected a tokenizer of up to 256 MB, found 1024 MB"
     ):
         Tokenizer.from_folder(tmp_path)
-
-
-def test_begin_of_sequence_comes_from_the_post_processor(tmp_path: Path) -> None:
-    backend = byte_level()
-    backend.post_processor = processors.TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", backend.token_to_id("<|im_start|>"))]
-    )
-    ours, theirs = (
-        Tokenizer.from_folder(save(tmp_path, backend)),
-        transformers.AutoTokenizer.from_pretrained(tmp_path),
-    )
-    assert ours.add_bos
-    assert ours.encode("Paris") == theirs.encode("Paris")
-    assert ours.encode("Paris", special=False) == theirs.encode("Paris", add_special_tokens=False)
-    assert ours.encode("Paris")[1:] == ours.encode("Paris", special=False)
 
 
 def test_truncation_and_padding_of_the_saver_are_dropped(tmp_path: Path) -> None:
@@ -131,12 +115,9 @@ NESTED = {"text_config": {"eos_token_id": [2, 1]}}
     ("settings", "config", "generation", "stops"),
     [
         ({"eos_token": OBJECT, "pad_token": None}, {}, {"eos_token_id": [2, 0]}, (2, 0)),
-        ({}, {"eos_token_id": 0}, {}, (2, 0)),
-        ({}, NESTED, {}, (2, 1)),
         ({}, NESTED, {"eos_token_id": [0]}, (2, 0, 1)),
         ({"eos_token": None}, {"eos_token_id": [2, 0]}, {}, (2, 0)),
-        ({"eos_token": None}, {}, {"eos_token_id": [2, 0]}, (2, 0)),
-        *(({}, {"eos_token_id": value}, {}, (2,)) for value in (-1, 10**30, True, "2")),
+        *(({}, {"eos_token_id": value}, {}, (2,)) for value in (10**30, "2")),
     ],
 )
 def test_stop_ids_come_from_all_files(
@@ -173,12 +154,11 @@ def test_tokens_beyond_the_embedding_are_refused_only_where_they_are_used(tmp_pa
         free.for_embedding(2, "here")
 
 
-@pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])
-def test_half_a_character_is_no_text(tmp_path: Path, text: str) -> None:
+def test_half_a_character_is_no_text(tmp_path: Path) -> None:
     ours = Tokenizer.from_folder(save(tmp_path))
     for encode in (ours.encode, lambda text: ours.encode_with_offsets(["fine", text])):
         with pytest.raises(NaloraError, match="expected Unicode text, found half a character"):
-            encode(text)
+            encode("a\udfffb")
 
 
 # ---------------------------------------------------------------- chat templates
@@ -187,8 +167,7 @@ TOOL_USE = "tools{{ tools | length }}{{ messages[0].role }}"
 PLAIN = "plain{{ messages[0].role }}"
 
 
-@pytest.mark.parametrize("in_files", [False, True])
-@pytest.mark.parametrize("default", [False, True])
+@pytest.mark.parametrize(("in_files", "default"), [(False, False), (False, True), (True, True)])
 def test_a_template_for_tools_is_used_as_transformers_uses_it(
     tmp_path: Path, in_files: bool, default: bool
 ) -> None:
@@ -217,46 +196,33 @@ def test_a_template_for_tools_is_used_as_transformers_uses_it(
     assert Tokenizer.from_folder(tmp_path / "copy").tool_template == TOOL_USE
 
 
-def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
-    with pytest.raises(NaloraError, match="chat template.*prompt/completion"):
-        Tokenizer.from_folder(save(tmp_path)).render_chat(CHAT)
-
-
 # ---------------------------------------------------------------- bad folders
 
-PANIC = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
-
-
-@pytest.mark.parametrize("change", [None, "", '{"model": 3}', PANIC])
-def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path, change: str | dict | None) -> None:
-    path = save(tmp_path) / "tokenizer.json"
-    if isinstance(change, dict):  # the library panics
-        edit(path, **change)
-    else:
-        path.unlink()
-    if isinstance(change, str):
-        path.write_text(change)
-    with pytest.raises(NaloraError, match=r"tokenizer\.json"):
-        Tokenizer.from_folder(tmp_path)
-
-
-@pytest.mark.parametrize("eos", ["<nowhere>", "\ud800"])
-def test_an_end_of_sequence_token_is_needed(tmp_path: Path, eos: object) -> None:
-    save(tmp_path)
-    edit(tmp_path / "tokenizer_config.json", eos_token=eos)
-    with pytest.raises(NaloraError, match="eos_token"):
-        Tokenizer.from_folder(tmp_path)
+PANIC = json.dumps({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}})
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
-    [(b"[]", "list"), (b"{", "Expecting"), (b"\xff\xfe", "decode"), (b"[" * 100_000, "recursion")],
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", None, r"tokenizer\.json"),
+        ("tokenizer.json", b'{"model": 3}', r"tokenizer\.json"),
+        ("tokenizer.json", PANIC.encode(), r"tokenizer\.json"),  # the library panics
+        ("tokenizer_config.json", b'{"eos_token": "<nowhere>"}', "eos_token"),
+        ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', "eos_token"),
+        ("config.json", b"[]", r"config\.json: .*list"),
+        ("config.json", b"{", r"config\.json: .*Expecting"),
+        ("config.json", b"\xff\xfe", r"config\.json: .*decode"),
+        ("config.json", b"[" * 100_000, r"config\.json: .*recursion"),
+    ],
 )
-def test_json_files_that_are_not_objects(tmp_path: Path, content: bytes, found: str) -> None:
-    (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(NaloraError, match=r"x\.json") as error:
-        read_json(tmp_path / "x.json")
-    assert found in str(error.value)
+def test_missing_and_damaged_files_are_named(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    (save(tmp_path) / name).unlink(missing_ok=True)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(NaloraError, match=message):
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_added_tokens_are_those_of_transformers(tmp_path: Path) -> None:
@@ -281,7 +247,6 @@ def test_added_tokens_are_those_of_transformers(tmp_path: Path) -> None:
 TABLE = (8).to_bytes(4, "little") + bytes(8) + b"x" * 1100 + b"\0"
 DOUBLING = [normalizers.Replace("a", "aa")]
 ENDLESS = {
-    "doubling": ("normalizer", normalizers.Sequence(DOUBLING * 11)),
     "a match of nothing": ("normalizer", normalizers.Replace(Regex("x*"), "long text" * 120)),
     "a table of SentencePiece": (
         "normalizer",
@@ -292,10 +257,6 @@ ENDLESS = {
         "post_processor",
         processors.TemplateProcessing(single="</s> " * 5000 + "$A", special_tokens=[("</s>", 1)]),
     ),
-}
-RELEASED = {
-    "T5": normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]),
-    "the bound": normalizers.Sequence(DOUBLING * 10),
 }
 
 
@@ -316,6 +277,8 @@ def test_rules_that_lengthen_texts_without_bound_are_refused(tmp_path: Path, cas
         Tokenizer.from_folder(with_part(tmp_path, name, part))
 
 
-@pytest.mark.parametrize("model", RELEASED)
-def test_rules_of_released_models_are_accepted(tmp_path: Path, model: str) -> None:
-    assert Tokenizer.from_folder(with_part(tmp_path, "normalizer", RELEASED[model])).eos_id == 1
+def test_rules_that_double_a_text_ten_times_are_accepted(tmp_path: Path) -> None:
+    ten, eleven = (normalizers.Sequence(DOUBLING * times) for times in (10, 11))
+    assert Tokenizer.from_folder(with_part(tmp_path, "normalizer", ten)).eos_id == 1
+    with pytest.raises(NaloraError, match="normalizer: expected .*at most 1024"):
+        Tokenizer.from_folder(with_part(tmp_path, "normalizer", eleven))

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 import transformers
 
-from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import render_record
-from nalora_jax.data.tokenize import tokenize
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.errors import NaloraError
+from tests.data.loss_tokens import learned, runs
 
 FOLDER = Path(__file__).parent / "templates"
 # Of each released model: special tokens, then those at which its generation_config.json stops, the first is eos_token.
@@ -70,24 +68,6 @@ def called(**fields: Any) -> list[dict[str, Any]]:
     return [user("Up?"), turn("", tool_calls=[CALL], **fields), {"role": "tool", "content": "21"}]
 
 
-def learned(messages: list[dict[str, Any]], loss_on: str, tokenizer: Tokenizer) -> list[str]:
-    """The text of each run of loss tokens, with the end of a text that the tokenizer adds."""
-    (example,) = tokenize(
-        [render_record({"messages": messages}, DataConfig(loss_on=loss_on), tokenizer, "here")], tokenizer
-    )
-    return runs(example.ids, example.answer, tokenizer)
-
-
-def runs(ids: Any, mask: Any, tokenizer: Tokenizer) -> list[str]:
-    found, before = [], False
-    for token, counts in zip(ids, mask, strict=True):
-        if counts:
-            found += [] if before else [[]]
-            found[-1].append(token)
-        before = counts
-    return [tokenizer.decode(tokens, skip_special=False) for tokens in found]
-
-
 EOS, PLAIN = "<｜end▁of▁sentence｜>", [user("Up?"), turn("the sky"), user("more"), turn("<b>hills")]
 THOUGHTS = [user("Up?"), thought("hm", "the sky"), user("more"), thought("ho", "hills")]
 BARE = "\n<think></think>\n"
@@ -111,7 +91,6 @@ MASKS = {
         [f"hm</think>up{EOS}"],
     ),
     "GLM": ("glm_4_5", PLAIN, [f"{BARE}the sky<|user|>", f"{BARE}<b>hills<|user|>"]),
-    "GLM's call": ("glm_4_5", called()[:2], [BARE + GLM_CALL]),
     "GLM after a call": (
         "glm_4_5",
         [*called(reasoning_content="ask"), turn("warm")],
@@ -131,12 +110,6 @@ MASKS = {
         [*called(), turn("warm")],
         [WEATHER, "<|channel|>final<|message|>warm<|return|>"],
     ),
-    "gpt-oss with a reasoned call": (
-        "gpt_oss",
-        called(thinking="ask")[:2],
-        [f"<|channel|>analysis<|message|>ask<|end|><|start|>assistant{WEATHER}"],
-    ),
-    "Qwen3.5 without thoughts": ("qwen3_5", PLAIN, ["the sky<|im_end|>", "<b>hills<|im_end|>"]),
     "Qwen3.5 with calls in two rounds": (
         "qwen3_5",
         [*called(), turn("warm"), user("more"), turn("hills")],
@@ -153,8 +126,8 @@ MASKS = {
 @pytest.mark.parametrize(("name", "messages", "expected"), MASKS.values(), ids=MASKS)
 def test_masks_of_released_templates(released, name, messages, expected):
     ours = released(name)
-    assert learned(messages, "assistant", ours) == expected
-    assert learned(messages, "answer", ours) == expected[-1:]
+    assert learned({"messages": messages}, ours, loss_on="assistant") == expected
+    assert learned({"messages": messages}, ours, loss_on="answer") == expected[-1:]
 
 
 @pytest.mark.parametrize("case", [case for case in MASKS if case.startswith(("R1", "GLM"))])
@@ -171,7 +144,7 @@ def test_masks_are_those_of_trls_training_templates(released, case):
     )
     want = runs(output["input_ids"], output["assistant_masks"], ours)
     prompts = ("<｜Assistant｜><think>\n", "<｜Assistant｜><think>", "<｜Assistant｜>", "")
-    found = learned(messages, "assistant", ours)
+    found = learned({"messages": messages}, ours, loss_on="assistant")
     for one, other in zip(found, want, strict=True):
         prompt = next(prompt for prompt in prompts if other.startswith(prompt))
         assert one == other.removeprefix(prompt)
@@ -193,10 +166,10 @@ def test_turns_that_lose_their_reasoning_are_refused_with_a_way_that_works(relea
     with pytest.raises(
         NaloraError, match=r"found one that rewrites messages\[1\].*use --data.loss-on answer"
     ):
-        learned(messages, "assistant", ours)
-    (found,) = learned(messages, "answer", ours)
+        learned({"messages": messages}, ours, loss_on="assistant")
+    (found,) = learned({"messages": messages}, ours, loss_on="answer")
     assert found.endswith(last)
-    (alone,) = learned(messages[:2], "answer", ours)  # one record for each turn
+    (alone,) = learned({"messages": messages[:2]}, ours, loss_on="answer")  # one record for each turn
     assert "ask" in alone or "hm" in alone
 
 
@@ -206,7 +179,7 @@ def test_a_turn_without_its_generation_prompt_is_refused_with_a_way_that_works(t
     other = dataclasses.replace(tokenizer, chat_template=template)
     for loss_on in ("answer", "assistant"):
         with pytest.raises(NaloraError, match=r"another beginning of messages\[3\].*or --data.loss-on all"):
-            learned(PLAIN, loss_on, other)
-    assert learned(PLAIN, "all", other) == [
+            learned({"messages": PLAIN}, other, loss_on=loss_on)
+    assert learned({"messages": PLAIN}, other, loss_on="all") == [
         "[user]Up?[assistant]the sky[user]more[assistant]<b>hills<|im_end|>"
     ]

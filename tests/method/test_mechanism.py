@@ -14,7 +14,6 @@ from nalora_jax.method import statistics
 from nalora_jax.method.rules import (
     MECHANISMS,
     Mechanism,
-    delta_importance,
     make,
     register_mechanism,
 )
@@ -75,8 +74,9 @@ def test_every_entry_keeps_the_contract(name: str) -> None:
     assert set(joint) == set(one.places)
     if one.reallocates:
         np.testing.assert_allclose(jnp.mean(joint["update_b"][PATH] ** 2, axis=-1), np.ones(L), rtol=1e-5)
-    early = own_factors(state._replace(count=jnp.int32(2)), mechanisms)[label][PATH]
-    assert (early == 1).all()  # warm-up
+    warm, after = (own_factors(state._replace(count=jnp.int32(n)), mechanisms)[label] for n in (2, 3))
+    assert (warm[PATH] == 1).all()
+    assert (after[PATH] != 1).any()
     unseen = own_factors(
         init_gate_state({PATH: (L, F)}, mechanisms)._replace(count=jnp.int32(50)), mechanisms
     )
@@ -121,17 +121,6 @@ def test_a_placebo_has_the_same_factors_on_other_channels() -> None:
     orders = [mechanism.permutation((L, 64), block, 0) for block in (PATH, f"{PATH}/shared_ffn")]
     assert len({tuple(order) for order in np.concatenate(orders)}) == 2 * L
     np.testing.assert_array_equal(np.sort(orders[0], axis=-1), np.tile(np.arange(64), (L, 1)))
-
-
-def test_importance_by_delta_is_a_power_of_its_second_moment() -> None:
-    squared = np.random.default_rng(0).uniform(0.1, 1.0, (2, 9))
-    ratio = squared / squared.mean(-1, keepdims=True)
-    for q in (-1.0, 0.5, 1.0):
-        found = delta_importance(jnp.asarray(squared, jnp.float32), q, 1e6)
-        np.testing.assert_allclose(found, ratio ** (q / 2), rtol=1e-5)
-    assert (delta_importance(jnp.asarray(squared), 0.0, 10.0) == 1).all()
-    dead = delta_importance(jnp.asarray([[0.0, 1.0]]), -1.0, 10.0)
-    np.testing.assert_allclose(dead, [[10.0, 0.5**0.5]], rtol=1e-5)
 
 
 def test_settings_are_read_by_type_and_refused_by_name() -> None:
@@ -214,3 +203,58 @@ def test_an_entry_point_is_loaded_when_it_is_asked_for(
         make("absent")
     with pytest.raises(NaloraError, match=r"entry point ending = 'my_end'.*found SystemExit: 0"):
         make("ending")
+
+
+# ---------------------------------------------------------------- running averages
+
+BOTH = make_mechanisms(("soft:power=2,decay=0.9", "homogeneity:decay=0.6"), activation="silu")
+
+
+def slope_of(state):
+    return state.memory["mask"][PATH]["slope"]
+
+
+def occupancy_of(state):
+    return state.memory["step_scale"][PATH]["occupancy"]
+
+
+def draw_stats(rng, shape, tokens=None):
+    tokens = rng.integers(1, 50, size=shape[:-1]) if tokens is None else np.asarray(tokens)
+    slope = rng.uniform(size=shape) * tokens[..., None]
+    occupancy = rng.dirichlet(np.ones(4), size=shape) * tokens[..., None, None]
+    values = {"tokens": tokens, "slope": slope, "occupancy": np.moveaxis(occupancy, -1, -2)}
+    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (2, 4, 6)])
+def test_averages_are_bias_corrected(shape):
+    rng = np.random.default_rng(0)
+    state = init_gate_state({PATH: shape}, BOTH)
+    raw = {"slope": 0.0, "occupancy": 0.0}
+    for n in range(1, 6):
+        stats = draw_stats(rng, shape)
+        state = update_gate_state(state, {"layers": {"ffn": stats}}, BOTH)
+        tokens = np.asarray(stats["tokens"], np.float64)
+        for name, decay in (("slope", 0.9), ("occupancy", 0.6)):
+            value = np.asarray(stats[name], np.float64)
+            mean = value / tokens.reshape(tokens.shape + (1,) * (value.ndim - tokens.ndim))
+            raw[name] = decay * raw[name] + (1 - decay) * mean
+            got = {"slope": slope_of, "occupancy": occupancy_of}[name](state)
+            np.testing.assert_allclose(got, raw[name] / (1 - decay**n), rtol=1e-5)
+        assert int(state.count) == n
+
+
+def test_experts_without_tokens_keep_their_averages():
+    rng = np.random.default_rng(2)
+    state = init_gate_state({PATH: (1, 2, 4)}, BOTH)
+    busy, idle = draw_stats(rng, (1, 2, 4)), draw_stats(rng, (1, 2, 4), tokens=[[7, 0]])
+    first = update_gate_state(state, {PATH: busy}, BOTH)
+    second = update_gate_state(first, {PATH: idle}, BOTH)
+    np.testing.assert_array_equal(second.updates[PATH], [[2, 1]])
+    np.testing.assert_array_equal(slope_of(second)[0, 1], slope_of(first)[0, 1])
+    np.testing.assert_array_equal(occupancy_of(second)[0, 1], occupancy_of(first)[0, 1])
+    assert (slope_of(second)[0, 0] != slope_of(first)[0, 0]).all()
+    # The pause does not enter the bias correction: the next update weighs as a second one.
+    third = update_gate_state(second, {PATH: busy}, BOTH)
+    again = update_gate_state(first, {PATH: busy}, BOTH)
+    np.testing.assert_allclose(slope_of(third)[0, 1], slope_of(again)[0, 1], rtol=1e-6)

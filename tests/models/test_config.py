@@ -39,8 +39,6 @@ OLD_FORMS = {
             "rope_type": "llama3",
         },
     },
-    "linear, by its first name": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}},
-    "YaRN": {**LLAMA, "model_type": "qwen2", "rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}},
     "Mistral, no window stated": {**LLAMA, "model_type": "mistral"},
     "Mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 8, "rope_theta": 1e6, "head_dim": None},
     "Qwen2.5": {**LLAMA, "model_type": "qwen2", "use_sliding_window": False, "sliding_window": 8, "rope_theta": 1e6},
@@ -55,14 +53,6 @@ OLD_FORMS = {
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         "sliding_window": 8,
         "sliding_window_pattern": 3,
-    },
-    "Phi-3.5": {
-        **LLAMA,
-        "model_type": "phi3",
-        "rope_theta": 1e4,
-        "original_max_position_embeddings": 16,
-        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
-        "sliding_window": 32,
     },
     "Phi-4 mini": {
         **LLAMA,
@@ -85,7 +75,6 @@ OLD_FORMS = {
         },
         "sliding_window": 8,
     },
-    "Ministral 3": {**LLAMA, "model_type": "ministral3", "head_dim": 8},
     "Granite SWA": {**LLAMA, "model_type": "granite_swa", "sliding_window": 8, "layer_rope_theta": [1e4, 0, 1e6, 1e4]},
     "LFM2": {
         **LLAMA,
@@ -104,8 +93,6 @@ OLD_FORMS = {
         "norm_eps": 1e-5,
         "rope_theta": 1e6,
     },
-    "Seed-OSS": {**LLAMA, "model_type": "seed_oss", "head_dim": 16, "residual_dropout": 0.1},
-    "ERNIE 4.5": {**LLAMA, "model_type": "ernie4_5", "head_dim": 16, "use_bias": False},
     "EXAONE 4": {
         **LLAMA,
         "model_type": "exaone4",
@@ -126,7 +113,6 @@ OLD_FORMS = {
     },
     "OLMoE": {**LLAMA, "model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 2, "clip_qkv": None},
     "SmolLM3": {**LLAMA, "model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0], "rope_theta": 5e6},
-    "Mixtral": {**LLAMA, "model_type": "mixtral", "sliding_window": None, "rope_theta": 1e6},
     "Gemma 4": {
         **LLAMA,
         "model_type": "gemma4_text",
@@ -138,21 +124,7 @@ OLD_FORMS = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
         "use_bidirectional_attention": "vision",
     },
-    "Qwen3-MoE": {**LLAMA, "model_type": "qwen3_moe", "num_experts": 8, "head_dim": 16, "rope_theta": 1e6},
-    "Qwen1.5-MoE": {**LLAMA, "model_type": "qwen2_moe", "num_experts": 8, "rope_theta": 1e6, "sliding_window": 8},
     "GLM-4.5": {**LLAMA, "model_type": "glm4_moe", "n_routed_experts": 8, "rope_theta": 1e6, "head_dim": 16},
-    "gpt-oss": {
-        **LLAMA,
-        "model_type": "gpt_oss",
-        "rope_theta": 150_000,
-        "rope_scaling": {
-            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
-            "original_max_position_embeddings": 16,
-        },
-        "num_local_experts": 4,
-        "sliding_window": 8,
-        "swiglu_limit": 7.0,
-    },
 }  # fmt: skip
 
 
@@ -193,15 +165,15 @@ REFUSED = {
     "heads as text": ({"num_attention_heads": "4"}, "num_attention_heads"),
     "uneven heads": ({"num_attention_heads": 3}, "hidden_size: expected a multiple"),
     "uneven groups": ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor"),
-    "a million layers": ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
-    "unknown activation": ({"hidden_act": "swoosh"}, "hidden_act: expected one of .*silu"),
     "NaN epsilon": ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
-    "quantized files": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "truthy text": ({"attention_bias": "yes"}, "attention_bias: expected true or false"),
+    "auxiliary loss": ({"model_type": "mixtral", "output_router_logits": True}, "output_router_logits"),
+    "residual dropout": ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop"),
+    "unknown activation": ({"hidden_act": "swoosh"}, "hidden_act: expected one of .*silu"),
+    "quantized files": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "unknown scaling": ({"rope_scaling": {"type": "xpos", "factor": 2.0}}, "rope_type: expected one of .*yarn"),
     "multimodal rotation": ({"rope_scaling": {"type": "default", "mrope_section": [1, 1]}}, "mrope_section"),
     "partial rotation": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    "rope by layer kind": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters"),
     "short list": (
         {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4}},
         "short_factor: expected a list of 4",
@@ -211,17 +183,14 @@ REFUSED = {
     "more groups kept than there are": ({**GLM, "n_group": 2, "topk_group": 3}, "topk_group: expected at most 2"),
     "two layers of predictions": ({**GLM, "num_nextn_predict_layers": 2}, "num_nextn_predict_layers: expected 0 or 1"),
     "more chosen than there are": ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok"),
-    "auxiliary loss": ({"model_type": "mixtral", "output_router_logits": True}, "output_router_logits"),
     "chunked attention": ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 4}, "layer_types"),
     "sliding without a window": ({"model_type": "gemma2", "sliding_window": 0}, "sliding_window"),
     "mixed windows in Mistral": (
         {"model_type": "mistral", "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
         "layer_types",
     ),
-    "attention to the future": ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
     "a mask in both directions": ({"is_causal": False}, "is_causal: expected true, .*found False; use a causal"),
     "a mask in both directions, by null": ({"model_type": "lfm2", "is_causal": None}, "is_causal: .*found None"),
-    "capped scores in Gemma 3": ({"model_type": "gemma3_text", "attn_logit_softcapping": 5.0}, "logit_softcapping"),
     "one rotation for both kinds of OLMo 3's layers": (
         {"model_type": "olmo3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         "rope_parameters: expected parameters for 'full_attention' and 'sliding_attention', found rope_theta, rope_typ",
@@ -236,16 +205,7 @@ REFUSED = {
         {"model_type": "gpt_oss", "quantization_config": {"quant_method": "awq"}},
         "quant_method: expected 'mxfp4'.* found 'awq'",
     ),
-    "a rotary base below 1": (
-        {"model_type": "granite_swa", "layer_rope_theta": [1e4, 1e4, 1e4, 0.5]},
-        "layer_rope_theta: expected numbers above 1",
-    ),
-    "a linear layer in LFM2": (
-        {"model_type": "lfm2", "layer_types": ["conv", "linear_attention"] * 2},
-        "layer_types: expected 'full_attention' or 'conv', found 'linear_attention'",
-    ),
     "a layer beyond the last": ({"model_type": "lfm2", "full_attn_idxs": [1, 4]}, "full_attn_idxs"),
-    "an ungated block in LFM2": ({"model_type": "lfm2", "block_use_swiglu": False}, "block_use_swiglu"),
     "another width of LFM2's convolution": ({"model_type": "lfm2", "conv_dim": 48}, r"hidden_size \(32\)"),
     "Gemma 4 that ends in a window": (
         {"model_type": "gemma4_text", "layer_types": ["full_attention", "sliding_attention"] * 2},
@@ -254,10 +214,6 @@ REFUSED = {
     "one rotation for all layers of Gemma 4": (
         {"model_type": "gemma4_text", "rope_parameters": {"rope_type": "default"}},
         "rope_parameters: expected one JSON object for sliding_attention",
-    ),
-    "another rotation in Gemma 4": (
-        {"model_type": "gemma4_text", "rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}},
-        "rope_parameters",
     ),
     "the wavelength outside of rope_parameters": ({"model_type": "gemma4_text", "rope_theta": 1e6}, "rope_theta"),
     "no layer of a type before the layers without keys": (
@@ -268,27 +224,12 @@ REFUSED = {
         {"model_type": "gemma4_text", "per_layer_config": {"3": {"sliding_window": 4}}},
         "per_layer_config: sliding_window",
     ),
-    "more experts chosen than Gemma 4 has": (
-        {
-            "model_type": "gemma4_text",
-            "enable_moe_block": True,
-            "num_experts": 2,
-            "top_k_experts": 3,
-            "moe_intermediate_size": 8,
-        },
-        "top_k_experts: expected at most 2",
-    ),
     "fewer embeddings of layers than tokens": (
         {"model_type": "gemma4_text", "vocab_size_per_layer_input": 100},
         "vocab_size_per_layer_input: expected vocab_size",
     ),
     "clipped queries": ({"model_type": "olmoe", "num_experts": 4, "clip_qkv": 8.0}, "clip_qkv"),
     "a family that is not in the table": ({"model_type": "qwen4"}, "the nearest names are qwen3, qwen2, "),
-    "windows in a hybrid": (
-        {"model_type": "qwen3_5_text", "layer_types": ["sliding_attention", "full_attention"] * 2},
-        "layer_types: expected 'full_attention' or",
-    ),
-    "no gates of outputs": ({"model_type": "qwen3_5_text", "attn_output_gate": False}, "attn_output_gate"),
     "uneven heads of a delta rule": (
         {"model_type": "qwen3_5_text", "linear_num_value_heads": 17},
         r"linear_num_value_heads: expected a multiple of linear_num_key_heads \(16\)",
@@ -301,7 +242,6 @@ REFUSED = {
         {"model_type": "qwen3_5_moe_text", "norm_topk_prob": False},
         "norm_topk_prob: expected 1",
     ),
-    "residual dropout": ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop"),
     "a list": ([1, 2], "a JSON object"),
 }  # fmt: skip
 

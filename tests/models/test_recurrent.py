@@ -1,4 +1,4 @@
-"""Mixers whose state has one size: calls with a cache, and counted operations (logits: `test_families`)."""
+"""Mixers whose state has one size: scores of choices, and counted operations."""
 
 from __future__ import annotations
 
@@ -14,40 +14,13 @@ import pytest
 from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.layout.estimates import attention_flops
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder, init_cache
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.causal_conv import causal_conv
 from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule
-from tests.models.family_fields import tiny_config
+from tests.models.test_decoder import DELTA_NET
 from tests.param_trees import init_params
 
-HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-HEADS |= {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_hidden_layers": 2}
-DELTA_NET = tiny_config("qwen3_5_text", layer_types=["linear_attention", "full_attention"], **HEADS)
-CONVOLUTION = tiny_config(
-    "lfm2", layer_types=["conv", "full_attention"], conv_bias=True, num_hidden_layers=2
-)
 RELEASED = Path(__file__).parents[2] / "nalora_jax/cli/planning/released/LFM2-1.2B.json"
-
-
-@pytest.mark.parametrize("config", [DELTA_NET, CONVOLUTION], ids=["delta rule", "convolution"])
-def test_calls_with_a_cache_continue_after_padding_on_either_side(config):
-    model, variables = Decoder(config), {"params": init_params(config, jax.random.key(0))}
-    tokens = np.random.default_rng(0).integers(0, 48, (2, 12))
-    # Row 0 has no padding, row 1 has it before, between and after its tokens; positions count tokens.
-    real = np.ones((2, 12), np.int32)
-    real[1, [0, 1, 5, 6, 7, 11]] = 0
-    step = jax.jit(
-        lambda tokens, segments, cache: model.apply(variables, tokens, segment_ids=segments, cache=cache)
-    )
-    cache, pieces = init_cache(config, 2, 12), []
-    for piece in (slice(0, 4), slice(4, 8), slice(8, 12)):
-        hidden, cache = step(tokens[:, piece], real[:, piece], cache)
-        pieces.append(hidden)
-    ours, alone = np.concatenate(pieces, axis=1), jax.jit(model.apply)
-    for row in range(2):
-        place = real[row] > 0
-        expected = alone(variables, tokens[row : row + 1, place])
-        np.testing.assert_allclose(ours[row, place], expected[0], rtol=1e-4, atol=1e-4)
 
 
 def test_choices_with_a_common_context_are_scored_like_single_ones():

@@ -30,23 +30,19 @@ def test_parameters_are_counted_as_in_transformers(name):
     raw = read(name)
     ours = ModelConfig.from_hf(raw)
     raw.pop("quantization_config", None)
+    of_buffers = ("/correction", "tail/scale")
+    shapes = {path: shape for path, shape in param_shapes(ours).items() if not path.endswith(of_buffers)}
+    count = sum(math.prod(shape) for shape in shapes.values())
     text = transformers.AutoConfig.for_model(**raw).get_text_config()
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(text)
-    count = sum(math.prod(shape) for shape in param_shapes(ours).values())
-    of_buffers = ("/correction", "tail/scale")
-    count -= sum(
-        math.prod(shape) for path, shape in param_shapes(ours).items() if path.endswith(of_buffers)
-    )
     assert count == sum(parameter.numel() for parameter in theirs.parameters())
     stated = re.search(rf"\| {re.escape(name)} \| ([\d,]+) \|", (FOLDER / "README.md").read_text())
     assert stated is not None
     assert count == int(stated[1].replace(",", ""))
 
 
-@pytest.mark.parametrize(
-    "name", ["Llama-3.3-70B-Instruct", "Qwen3-Coder-30B-A3B-Instruct", "SmolLM3-3B", "phi-4"]
-)
+@pytest.mark.parametrize("name", ["Qwen3-Coder-30B-A3B-Instruct", "phi-4"])
 def test_logits_agree_at_small_sizes(name):
     """Models of families that existed before them, with every other field as released."""
     raw = {key: value[:4] if isinstance(value, list) else value for key, value in read(name).items()}

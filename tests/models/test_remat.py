@@ -147,7 +147,6 @@ def saved_by_layer(jaxpr: Any) -> float:
 
 FAMILIES = {
     "llama": {},
-    "qwen3": {},  # norms of queries and keys
     "olmo2": {},  # norms of queries and keys as well as of the parts' results, not of their inputs
     "gemma3_text": {"layer_types": ["full_attention"] * LAYERS},  # norms of all of these
 }

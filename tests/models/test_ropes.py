@@ -87,11 +87,9 @@ NESTED = {**WINDOWED, "rope_parameters": {FULL: rope("default", 1e5), SLIDING: r
     [
         (SHORT, "yarn:factor=4", 64),
         (SHORT, "linear:factor=3", 48),
-        (SHORT, "dynamic:factor=3", 48),
         (SHORT, "yarn:factor=4,beta_fast=8,truncate=false,original_max_position_embeddings=12", 48),
         (SHORT, "llama3:factor=4,low_freq_factor=1,high_freq_factor=4", 64),
         (SCALED, "llama3:factor=8", 128),
-        (SCALED, "yarn:factor=5", 80),
         (GEMMA3, "linear:factor=4", 64),
         (NESTED, "yarn:factor=2", 64),
     ],
@@ -124,11 +122,8 @@ GROWING = {"rope_theta": 1e4, "original_max_position_embeddings": 6, "llama_4_sc
     ("scaling", "text"),
     [
         ({"rope_type": "dynamic", "factor": 3.0}, ""),
-        ({"rope_type": "linear", "factor": 3.0}, ""),
         ({"rope_type": "default"}, ""),
-        ({"rope_type": "yarn", "factor": 3.0}, ""),
         ({"rope_type": "yarn", "factor": 3.0}, "dynamic:factor=8"),
-        ({"rope_type": "yarn", "factor": 3.0}, "linear:factor=8"),
         ({"rope_type": "dynamic", "factor": 3.0}, "yarn:factor=8,original_max_position_embeddings=16"),
     ],
 )
