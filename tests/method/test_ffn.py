@@ -56,17 +56,15 @@ def test_a_self_gated_block_is_a_gelu_mlp_with_adapters(numerics: Any) -> None:
     np.testing.assert_allclose(block.apply(variables, x, SCALES), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [GatedFFN, SelfGatedFFN])
-def test_statistics_are_sums_over_real_tokens(kind: type, numerics: Any) -> None:
-    gate = "gate_proj" if kind is GatedFFN else "in_proj"
-    adapters, stats = GATED if kind is GatedFFN else SELF_GATED, GateStatsConfig(probe_stride=1)
-    block = kind(D, F, "silu", adapters, stats=stats, numerics=numerics())
+def test_statistics_are_sums_over_real_tokens(numerics: Any) -> None:
+    stats = GateStatsConfig(probe_stride=1)
+    block = SelfGatedFFN(D, F, "silu", SELF_GATED, stats=stats, numerics=numerics())
     variables, x, weights = _build(block)
     _, stats = observed(block, variables, x, SCALES, token_weights=weights)
 
     base, dz = (
         v.reshape(-1, F)[np.asarray(weights).reshape(-1) > 0]
-        for v in _project(variables, gate, np.asarray(x))
+        for v in _project(variables, "in_proj", np.asarray(x))
     )
     z, rho = base + dz, special.expit(base)
     moved = special.expit(z)
@@ -98,35 +96,7 @@ def test_long_rows_give_no_more_positions_than_they_may() -> None:
     assert free.of_rows(64) == GateStatsConfig(stride=4, probe_stride=8)
 
 
-def test_the_mask_shapes_the_gradient_of_the_gates_a_only(numerics: Any) -> None:
-    block = GatedFFN(D, F, "silu", GATED, numerics=numerics())
-    variables, x, _ = _build(block)
-
-    def grads(mask: jax.Array | None) -> tuple[Any, jax.Array]:
-        extra = {} if mask is None else {"gate_mask": {"mask": mask}}
-
-        def loss(lora: Any, x: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.square(block.apply(variables | {"lora": lora} | extra, x, SCALES)))
-
-        return jax.grad(loss, argnums=(0, 1))(variables["lora"], x)
-
-    (plain, dx), (ones, dx_ones) = grads(None), grads(jnp.ones(F))
-    (masked, dx_masked) = grads(jnp.zeros(F).at[:5].set(2.0))
-    np.testing.assert_allclose(dx, dx_ones, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(dx, dx_masked, rtol=1e-5, atol=1e-5)
-    for name, leaf in plain.items():
-        for key, value in leaf.items():
-            np.testing.assert_allclose(ones[name][key], value, rtol=1e-4, atol=1e-4)
-            same = np.allclose(masked[name][key], value, rtol=1e-4, atol=1e-4)
-            assert same == ((name, key) != ("gate_proj", "a"))
-
-
-ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "relu", "relu2", "identity"]
-
-
-@pytest.mark.parametrize(
-    ("name", "limit"), [*((name, 0.0) for name in ACTIVATIONS), ("clamped_swish", 2.0)]
-)
+@pytest.mark.parametrize(("name", "limit"), [("silu", 0.0), ("gelu", 0.0), ("clamped_swish", 2.0)])
 def test_gated_product_has_autodiffs_gradient(name: str, limit: float, numerics: Any) -> None:
     activation = activations.get(name)
     z, u, g = (jax.random.normal(k, (4, 30)) * 3 for k in jax.random.split(jax.random.key(0), 3))

@@ -17,38 +17,6 @@ from nalora_jax.method.low_rank import (
     parallel_dense,
 )
 from nalora_jax.ops.dispatch import Numerics, Platform
-from nalora_jax.ops.quantize import quantize
-from nalora_jax.ops.storage import expand
-
-
-def _arrays(
-    seed: int = 0, tokens: int = 6, d_in: int = 16, rank: int = 4, d_out: int = 40
-) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    shapes = [(2, tokens // 2, d_in), (d_in, rank), (rank, d_out), (d_out,), (2, tokens // 2, d_out)]
-    return [rng.normal(size=shape) for shape in shapes]
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_residual_value_and_gradients_are_the_formulas_of_the_design(masked: bool) -> None:
-    x, a, b, mask, g = _arrays()
-    mask = np.abs(mask) * (np.arange(mask.size) % 3 > 0)
-    scale = 1.7
-    args = [jnp.asarray(v, jnp.float32) for v in (x, a, b)]
-    given = jnp.asarray(mask, jnp.float32) if masked else None
-
-    value, vjp = jax.vjp(lambda x, a, b: low_rank(x, a, b, scale, given), *args)
-    dx, da, db = vjp(jnp.asarray(g, jnp.float32))
-
-    flat, gf = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]) * scale
-    np.testing.assert_allclose(value, scale * (x @ a) @ b, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(dx, (gf @ b.T @ a.T).reshape(x.shape), rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(db, (flat @ a).T @ gf, rtol=1e-5, atol=1e-4)
-    shaped = b * mask if masked else b
-    np.testing.assert_allclose(da, flat.T @ (gf @ shaped.T), rtol=1e-5, atol=1e-4)
-
-
-# ---------------------------------------------------------------- the layer
 
 
 def _draw(d_in: int, d_out: int, rank: int = 4) -> tuple[jax.Array, ...]:
@@ -69,6 +37,16 @@ def _exact(
     return x @ kernel + scale * (x @ a) @ b + bias, dx.reshape(x.shape), da, db
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_residual_value_and_gradients_are_the_formulas_of_the_design(masked: bool) -> None:
+    x, kernel, a, b, mask, bias, g = _draw(16, 40)
+    mask = mask * (jnp.arange(40) % 3 > 0)
+    value, back = jax.vjp(lambda x, a, b: low_rank(x, a, b, 1.7, mask if masked else None), x, a, b)
+    wanted = _exact(x, 0 * kernel, a, b, mask if masked else jnp.ones(40), 0 * bias, g, 1.7)
+    for got, want in zip((value, *back(g)), wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("widths", "masked", "dtype"),  # every pair of two values
     [
@@ -76,8 +54,6 @@ def _exact(
         ((64, 128), False, "bfloat16"),
         ((128, 64), False, "float32"),
         ((128, 64), True, "bfloat16"),
-        ((64, 64), True, "float32"),
-        ((64, 64), False, "bfloat16"),
     ],
 )
 def test_value_and_gradients_are_the_formulas(
@@ -147,11 +123,3 @@ def test_frozen_gradients_of_split_outputs_are_added_before_they_are_rounded() -
     (gradient,) = jax.vjp(outputs, x)[1](cotangents)
     exact = sum(np.asarray(g, np.float32) @ kernel.T for g, kernel in zip(cotangents, kernels, strict=True))
     np.testing.assert_array_equal(gradient, jnp.asarray(exact).astype(jnp.bfloat16))
-
-
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_quantized_kernels_are_expanded(kind: str, numerics: Any) -> None:
-    x, kernel, a, b, *_ = _draw(64, 128)
-    held = quantize(kernel, kind)
-    ours = adapted_dense(x, Dense(held, Adapter(a, b, 0.7)), numerics()).y
-    np.testing.assert_allclose(ours, x @ expand(held) + 0.7 * (x @ a) @ b, rtol=1e-4, atol=1e-4)

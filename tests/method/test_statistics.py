@@ -82,13 +82,13 @@ def expected_statistics(z, weights, name, partition):
 
 
 # (leading axes): blocks of one row, of several rows, a row longer than a block, and one that no block divides.
-@pytest.mark.parametrize("shape", [(40,), (3, 16), (2, 2, 8), (2048,), (1031,)])
-@pytest.mark.parametrize(("kind", "name"), [("mask", "silu"), ("weights", "gelu"), ("none", "silu")])
+@pytest.mark.parametrize("shape", [(40,), (2, 2, 8), (2048,), (1031,)])
+@pytest.mark.parametrize(("kind", "name"), [("mask", "silu"), ("weights", "gelu")])
 def test_channel_statistics_agree_with_float64(shape, kind, name):
     partition = activations.partition(name)
     z = normal(9, *shape, 5, scale=2.5)
     draw = np.random.default_rng(10).uniform(size=shape)
-    weights = jnp.asarray({"mask": draw > 0.3, "weights": np.float32(draw), "none": draw < 0}[kind])
+    weights = jnp.asarray({"mask": draw > 0.3, "weights": np.float32(draw)}[kind])
     stats = channel_statistics(z, weights, activations.get(name), partition)
     expected = expected_statistics(z, weights, name, partition)
     for key, value in expected.items():

@@ -56,10 +56,6 @@ TRANSFORMS = {
     "nalora on optax": lambda: nalora(optax.adamw(0.05), ON, GATES),
     "nalora on settings": lambda: nalora(make_optimizer(ADAMW, 50, 4.0), ON, GATES),
     "nalora off": lambda: nalora(optax.adamw(0.05), OFF, GATES),
-    "adafactor": lambda: nalora(
-        make_optimizer(OptimizerConfig(name="adafactor", learning_rate=0.05), 50), ON, GATES
-    ),
-    "lion": lambda: nalora(make_optimizer(OptimizerConfig(name="lion", learning_rate=0.01), 50), ON, GATES),
 }
 each_transform = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
 
@@ -125,36 +121,22 @@ def assert_same(left, right):
 
 
 @each_transform
-def test_one_compilation_and_a_stable_state(make):
-    params, optimizer = random_tree(0), make()
-    update = jax.jit(lambda grads, state, params, extra: optimizer.update(grads, state, params, **extra))
-    state = optimizer.init(params)
-    for seed in range(3):
-        before = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-        extra = {"gate_stats": stats(seed)}
-        updates, state = update(random_tree(seed), state, params, extra)
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == before
-        assert jax.tree.structure(updates) == jax.tree.structure(params)
-    assert update._cache_size() == 1
-
-
-@each_transform
-def test_scan_and_cond(make):
+def test_a_scan_has_the_stable_state_of_a_loop_that_compiles_once(make):
     params, optimizer = random_tree(0), make()
     grads = [random_tree(100 + step) for step in range(3)]
 
+    @jax.jit
     def step(carry, grads):
         params, state = carry
         updates, state = optimizer.update(grads, state, params, **EXTRA)
         return (optax.apply_updates(params, updates), state), None
 
-    start = params, optimizer.init(params)
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *grads)
-    (scanned, _), _ = jax.lax.scan(step, start, stacked)
-    _, looped = run(optimizer, params, 3, **EXTRA)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), scanned, looped)
-    kept = jax.jit(lambda go: jax.lax.cond(go, lambda: step(start, grads[0])[0], lambda: start))(False)
-    assert_same(kept, start)
+    start = looped = params, optimizer.init(params)
+    for gradient in grads:
+        looped, _ = step(looped, gradient)
+    assert step._cache_size() == 1
+    (scanned, _), _ = jax.lax.scan(step, start, jax.tree.map(lambda *xs: jnp.stack(xs), *grads))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), scanned, looped[0])
 
 
 @each_transform
@@ -182,7 +164,7 @@ def test_factors_act_after_the_preconditioner():
     assert not np.allclose(gate_b(wrong[0]), gate_b(expected[0]) * factor, rtol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_nalora_multiplies_the_plain_update_weight_decay_included(name):
     config = OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.5)
     plain, _ = run(make_optimizer(config, 20), random_tree(0), 1)
