@@ -87,7 +87,7 @@ REFUSED = [
     (said("usr", "x"), r"here: messages\[0\]: role: .*found 'usr'; write 'user'"),
     (said("gpt", "x"), r"here: messages\[0\]: role: .*found 'gpt'; write 'assistant'"),
     ({"messages": TALK[:2]}, "expected an assistant's turn"),
-    ({"messages": TALK[2:]}, "expected a user's or system's message first"),
+    ({"messages": TALK[2:3]}, "expected a user's or system's message first"),
     (
         {"messages": [*TALK[:2], {"role": "assistant", "content": " \n"}]},
         "here: message 3 of 3: expected an assistant's answer, found an empty text; the model would",

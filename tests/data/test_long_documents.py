@@ -159,21 +159,3 @@ def test_masks_of_long_chats_do_not_depend_on_short_contents(tokenizer, monkeypa
         except NaloraError as error:
             results.append(str(error))
     assert results[0] == results[1]
-
-
-def test_a_long_chat_is_rendered_in_full_once(tokenizer, monkeypatch):
-    rendered, render_chats = [], tokenizer.render_chats
-
-    class Counting(type(tokenizer)):
-        def render_chats(self, chats, tools=None):
-            texts = render_chats(chats, tools)
-            rendered.extend(map(len, texts))
-            return texts
-
-    monkeypatch.setattr(chat, "_MOST", 0)
-    values = {field.name: getattr(tokenizer, field.name) for field in dataclasses.fields(tokenizer)}
-    result = render_record(
-        {"messages": talk()}, DataConfig(loss_on="assistant"), Counting(**values), "here"
-    )
-    assert len(result.answers) == 4
-    assert sum(length > len(result.text) / 2 for length in rendered) == 1

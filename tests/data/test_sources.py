@@ -28,16 +28,6 @@ def test_lines_by_index_past_blank_ones(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "found"),
-    [("{broken", "Expecting property name"), ("[1]", "found a list"), ("[" * 100_000, "recursion")],
-)
-def test_broken_line_is_named(write_jsonl, line, found):
-    path = write_jsonl({"prompt": "a", "completion": "b"}, "", line)
-    with pytest.raises(NaloraError, match=rf"data.jsonl:3: expected a JSON object, .*{found}"):
-        JsonLines(path).read([1])
-
-
-@pytest.mark.parametrize(
     ("dataset", "split", "message"),
     [
         ("socialqa", "train", r"--data.dataset: expected a task.*found 'socialqa'; .*socialiqa_mc"),

@@ -56,28 +56,6 @@ def test_a_self_gated_block_is_a_gelu_mlp_with_adapters(numerics: Any) -> None:
     np.testing.assert_allclose(block.apply(variables, x, SCALES), want, rtol=1e-5, atol=1e-5)
 
 
-def test_statistics_are_sums_over_real_tokens(numerics: Any) -> None:
-    stats = GateStatsConfig(probe_stride=1)
-    block = SelfGatedFFN(D, F, "silu", SELF_GATED, stats=stats, numerics=numerics())
-    variables, x, weights = _build(block)
-    _, stats = observed(block, variables, x, SCALES, token_weights=weights)
-
-    base, dz = (
-        v.reshape(-1, F)[np.asarray(weights).reshape(-1) > 0]
-        for v in _project(variables, "in_proj", np.asarray(x))
-    )
-    z, rho = base + dz, special.expit(base)
-    moved = special.expit(z)
-    part = activations.partition("silu")
-    regions = [z < part.z0, (z >= part.z0) & (z < 0), (z >= 0) & (z < part.z1), z >= part.z1]
-    assert float(stats["tokens"]) == float(stats["probe_tokens"]) == 7.0
-    np.testing.assert_allclose(stats["slope"], np.abs(moved * (1 + z * (1 - moved))).sum(0), rtol=1e-4)
-    np.testing.assert_array_equal(stats["occupancy"], np.stack([r.sum(0) for r in regions]))
-    np.testing.assert_allclose(stats["feature"], np.abs(rho * dz).sum(0), rtol=1e-4)
-    np.testing.assert_allclose(stats["selection"], np.abs((moved - rho) * z).sum(0), rtol=1e-4)
-    np.testing.assert_allclose(stats["linear"], np.abs(base * rho * (1 - rho) * dz).sum(0), rtol=1e-4)
-
-
 def test_long_rows_give_no_more_positions_than_they_may() -> None:
     """A row of 64 positions, at most 8 of them: stride 4 becomes 8, and the probe's 8 becomes 16."""
 

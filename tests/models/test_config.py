@@ -6,14 +6,11 @@ import dataclasses
 
 import pytest
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.families import supported
-from nalora_jax.models.stacks import param_shapes
 
 LLAMA = {
     "model_type": "llama",
@@ -252,36 +249,6 @@ def test_refused_by_name(change, message):
     with pytest.raises(NaloraError, match=message) as error:
         ModelConfig.from_hf(raw, "some/config.json")
     assert error.value.where.startswith("some/config.json")
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
-MORE = {
-    "rope_parameters",
-    "layer_types",
-    "attention_bias",
-    "attention_dropout",
-    "text_config",
-    "no_rope_layers",
-}
-FIELDS = sorted(MORE.union(*OLD_FORMS.values()))
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.sampled_from([*supported(), "gemma3", "mistral3"]),
-    st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),
-)
-def test_only_this_librarys_error_comes_out(family, changes):
-    try:
-        config = ModelConfig.from_hf({**LLAMA, "head_dim": 8, **changes, "model_type": family})
-    except NaloraError:
-        return
-    assert len(config.layer_windows) == len(config.layer_ropes) == config.n_layers
-    assert all(min(shape) > 0 for shape in param_shapes(config).values())
 
 
 # Fields that this library reads, with a meaning of null in transformers.

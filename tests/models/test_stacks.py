@@ -8,23 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.stacks import (
-    depths,
-    gate_blocks,
-    groups,
-    layer_numbers,
-    projection_shapes,
-    stacked_places,
-    stacks,
-)
-from nalora_jax.models.targets import layer_path, resolve, uniform_path
+from nalora_jax.models.stacks import layer_numbers, projection_shapes, stacks
+from nalora_jax.models.targets import resolve
 from tests.models.family_fields import tiny_config
 from tests.observed import taps_of
 from tests.param_trees import init_params
@@ -61,35 +51,6 @@ def test_layers_are_divided_into_the_fewest_compiled_blocks(kinds, expected):
     config = dataclasses.replace(config, windows=tuple(range(1, len(kinds) + 1)), rope_index=())
     assert [(s.prefix.removeprefix("layers/"), s.layers) for s in stacks(config)] == expected
     assert all(s.config.windows == tuple(i + 1 for i in s.layers) for s in stacks(config))
-
-
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=12))
-def test_every_layer_is_in_one_stack_of_its_kind(kinds):
-    config = dataclasses.replace(
-        UNIFORM, n_layers=len(kinds), kinds=((),) * 3, layer_kinds=tuple(kinds), windows=()
-    )
-    config = dataclasses.replace(config, rope_index=())
-    listed = sorted(layer for stack in stacks(config) for layer in stack.layers)
-    assert listed == list(range(len(kinds)))
-    assert all(len({kinds[layer] for layer in stack.layers}) == 1 for stack in stacks(config))
-    in_order = [
-        tuple(s.layers[i] for s in group) for group in groups(config) for i in range(len(group[0].layers))
-    ]
-    assert [layer for period in in_order for layer in period] == list(range(len(kinds)))
-
-
-def test_names_of_a_layer_do_not_depend_on_its_stack():
-    path = "layers/group1/block0/ffn/gate_proj"
-    assert uniform_path(path) == "layers/ffn/gate_proj"
-    assert layer_path(path, 5) == "layers/5/ffn/gate_proj"
-    assert layer_path("image/layers/ffn/in_proj", 2) == "image/layers/2/ffn/in_proj"
-    numbers, places = layer_numbers(MIXED), stacked_places(MIXED)
-    assert {
-        numbers[stacked][i] for (name, _), (stacked, i) in places.items() if name == "layers/attn/q_proj"
-    } == set(range(7))
-    assert places["layers/ffn/up_proj", 5][0] in projection_shapes(MIXED)
-    assert sum(depth for path, depth in depths(MIXED).items() if path.endswith("/ffn/gate_proj")) == 7
-    assert {shape[1:] for shape, _ in gate_blocks(MIXED).values()} == {(24,)}
 
 
 def test_a_rematerialized_mixed_decoder_equals_the_uniform_one():

@@ -109,33 +109,19 @@ def test_siglip_2_sees_images_of_different_shapes(dual_folder) -> None:
     np.testing.assert_allclose(logits, theirs.logits_per_image.numpy(), rtol=0, atol=TOLERANCE)
 
 
-def test_positions_are_resized_for_images_of_another_size() -> None:
+def test_positions_are_resized_for_images_of_another_size(tmp_path) -> None:
     torch.manual_seed(0)
     config = transformers.Dinov2Config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=4, mlp_ratio=2
     )
     model = transformers.Dinov2Model(config).eval()
     ours = read_encoder(config.to_dict())
-    tensors = saved(model)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
     pixels = np.random.default_rng(0).standard_normal((2, 20, 32, 3)).astype(np.float32)
     with torch.no_grad():
         theirs = model(torch.tensor(pixels.transpose(0, 3, 1, 2)))
     variables = {"params": encoder_params(ours, tensors)}
-    np.testing.assert_allclose(
-        Encoder(ours).apply(variables, pixels), theirs.pooler_output.numpy(), rtol=0, atol=TOLERANCE
-    )
-    np.testing.assert_allclose(
-        Encoder(ours).apply(variables, pixels, pooled=False),
-        theirs.last_hidden_state.numpy(),
-        rtol=0,
-        atol=TOLERANCE,
-    )
-
-
-def saved(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
-    """The tensors of a model under the names that its files have."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return load_file(Path(folder) / "model.safetensors")
+    for pooled, features in ((True, theirs.pooler_output), (False, theirs.last_hidden_state)):
+        found = Encoder(ours).apply(variables, pixels, pooled=pooled)
+        np.testing.assert_allclose(found, features.numpy(), rtol=0, atol=TOLERANCE)
