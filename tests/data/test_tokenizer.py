@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as Backend
 
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
@@ -38,26 +38,20 @@ CHAT = [
 ]
 
 
-def byte_level() -> Backend:
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    return backend
+@pytest.fixture
+def backend(tokenizer: Tokenizer) -> Backend:
+    return Backend.from_str(tokenizer.backend.to_str())
 
 
-def save(folder: Path, backend: Backend | None = None, **settings: Any) -> Path:
+def save(folder: Path, backend: Backend) -> Path:
     names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend or byte_level(), **(names | settings)
-    )
-    fast.save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, backend: Backend) -> Path:
+    return save(tmp_path, backend)
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -65,8 +59,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("begins", [False, True])
-def test_ids_and_text_equal_transformers(tmp_path: Path, begins: bool) -> None:
-    backend = byte_level()
+def test_ids_and_text_equal_transformers(tmp_path: Path, backend: Backend, begins: bool) -> None:
     if begins:
         special = [("<|im_start|>", backend.token_to_id("<|im_start|>"))]
         backend.post_processor = processors.TemplateProcessing(
@@ -82,7 +75,7 @@ def test_ids_and_text_equal_transformers(tmp_path: Path, begins: bool) -> None:
         assert ours.decode(ids, skip_special=False) == theirs.decode(ids, skip_special_tokens=False)
     found = ours.bos_id, ours.eos_id, ours.pad_id
     assert found == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
-    assert ours.vocab_size == len(theirs) == 320
+    assert ours.vocab_size == len(theirs) == backend.get_vocab_size()
     assert ours.add_bos == begins
 
 
@@ -98,13 +91,12 @@ def test_a_file_larger_than_any_tokenizer_is_refused_unread(
         Tokenizer.from_folder(tmp_path)
 
 
-def test_truncation_and_padding_of_the_saver_are_dropped(tmp_path: Path) -> None:
-    backend = byte_level()
-    save(tmp_path, backend)
+def test_truncation_and_padding_of_the_saver_are_dropped(folder: Path, backend: Backend) -> None:
+    ids = backend.encode(CORPUS[0]).ids
     backend.enable_truncation(4)
     backend.enable_padding(length=64)
-    backend.save(str(tmp_path / "tokenizer.json"))
-    assert len(Tokenizer.from_folder(tmp_path).encode(CORPUS[0])) == len(byte_level().encode(CORPUS[0]).ids)
+    backend.save(str(folder / "tokenizer.json"))
+    assert Tokenizer.from_folder(folder).encode(CORPUS[0]) == ids
 
 
 OBJECT = {"content": "<|im_end|>", "lstrip": False}
@@ -121,41 +113,39 @@ NESTED = {"text_config": {"eos_token_id": [2, 1]}}
     ],
 )
 def test_stop_ids_come_from_all_files(
-    tmp_path: Path, settings: dict, config: dict, generation: dict, stops: tuple
+    folder: Path, settings: dict, config: dict, generation: dict, stops: tuple
 ) -> None:
-    save(tmp_path)
-    edit(tmp_path / "tokenizer_config.json", **settings)
+    edit(folder / "tokenizer_config.json", **settings)
     for name, values in {"config.json": config, "generation_config.json": generation}.items():
-        (tmp_path / name).write_text(json.dumps(values))
-    ours = Tokenizer.from_folder(tmp_path)
+        (folder / name).write_text(json.dumps(values))
+    ours = Tokenizer.from_folder(folder)
     assert (ours.eos_id, ours.eos_ids) == (2, stops)
     assert ours.pad_id == (2 if "pad_token" in settings else 0)
 
 
-def test_tokens_beyond_the_embedding_are_refused_only_where_they_are_used(tmp_path: Path) -> None:
-    save(tmp_path)
-    raw = json.loads((tmp_path / "tokenizer.json").read_text())
-    raw["added_tokens"].append(raw["added_tokens"][0] | {"id": 320, "content": "[PAD]"})
-    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    edit(tmp_path / "tokenizer_config.json", pad_token="[PAD]")
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 320]}))
-    free = Tokenizer.from_folder(tmp_path)
-    assert (free.pad_id, free.eos_ids, free.encode("[PAD]")) == (320, (2, 320), [320])
+def test_tokens_beyond_the_embedding_are_refused_only_where_they_are_used(folder: Path) -> None:
+    size = Tokenizer.from_folder(folder).vocab_size
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["added_tokens"].append(raw["added_tokens"][0] | {"id": size, "content": "[PAD]"})
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    edit(folder / "tokenizer_config.json", pad_token="[PAD]")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, size]}))
+    free = Tokenizer.from_folder(folder)
+    assert (free.pad_id, free.eos_ids, free.encode("[PAD]")) == (size, (2, size), [size])
 
-    bound = free.for_embedding(320, "here")
+    bound = free.for_embedding(size, "here")
     assert (bound.pad_id, bound.eos_id, bound.eos_ids) == (2, 2, (2,))
     assert bound.encode(CORPUS[0]) == free.encode(CORPUS[0])
     for encode in (bound.encode, lambda text: bound.encode_with_offsets([CORPUS[0], text])):
-        with pytest.raises(
-            NaloraError, match=r"expected tokens below 320, .*found '\[PAD\]', which is token 320"
-        ):
+        message = rf"expected tokens below {size}, .*found '\[PAD\]', which is token {size}"
+        with pytest.raises(NaloraError, match=message):
             encode("some [PAD]")
     with pytest.raises(NaloraError, match="here: expected an end-of-sequence id below 2"):
         free.for_embedding(2, "here")
 
 
-def test_half_a_character_is_no_text(tmp_path: Path) -> None:
-    ours = Tokenizer.from_folder(save(tmp_path))
+def test_half_a_character_is_no_text(folder: Path) -> None:
+    ours = Tokenizer.from_folder(folder)
     for encode in (ours.encode, lambda text: ours.encode_with_offsets(["fine", text])):
         with pytest.raises(NaloraError, match="expected Unicode text, found half a character"):
             encode("a\udfffb")
@@ -169,21 +159,20 @@ PLAIN = "plain{{ messages[0].role }}"
 
 @pytest.mark.parametrize(("in_files", "default"), [(False, False), (False, True), (True, True)])
 def test_a_template_for_tools_is_used_as_transformers_uses_it(
-    tmp_path: Path, in_files: bool, default: bool
+    folder: Path, in_files: bool, default: bool
 ) -> None:
-    save(tmp_path)
     templates = {"tool_use": TOOL_USE, **({"default": PLAIN} if default else {})}
-    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
     if in_files:
-        (tmp_path / "additional_chat_templates").mkdir()
-        (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(TOOL_USE)
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(TOOL_USE)
         if default:
-            (tmp_path / "chat_template.jinja").write_text(PLAIN)
+            (folder / "chat_template.jinja").write_text(PLAIN)
     else:
         listed = [{"name": name, "template": text} for name, text in templates.items()]
-        edit(tmp_path / "tokenizer_config.json", chat_template=listed)
+        edit(folder / "tokenizer_config.json", chat_template=listed)
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
     for given in (tools, None) if default else (tools,):
         expected = theirs.apply_chat_template(CHAT, tools=given, tokenize=False)
         assert ours.render_chat(CHAT, tools=given) == expected
@@ -191,14 +180,14 @@ def test_a_template_for_tools_is_used_as_transformers_uses_it(
         with pytest.raises(NaloraError, match="chat template: .*found only one for chats with tools"):
             ours.render_chat(CHAT)
     # Written files are read in the same way.
-    (tmp_path / "copy").mkdir()
-    write_tokenizer(ours, tmp_path / "copy", max_length=64)
-    assert Tokenizer.from_folder(tmp_path / "copy").tool_template == TOOL_USE
+    (folder / "copy").mkdir()
+    write_tokenizer(ours, folder / "copy", max_length=64)
+    assert Tokenizer.from_folder(folder / "copy").tool_template == TOOL_USE
 
 
 # ---------------------------------------------------------------- bad folders
 
-PANIC = json.dumps({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}})
+PANIC = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +195,7 @@ PANIC = json.dumps({"normalizer": {"type": "Precompiled", "precompiled_charsmap"
     [
         ("tokenizer.json", None, r"tokenizer\.json"),
         ("tokenizer.json", b'{"model": 3}', r"tokenizer\.json"),
-        ("tokenizer.json", PANIC.encode(), r"tokenizer\.json"),  # the library panics
+        ("tokenizer.json", PANIC, r"tokenizer\.json"),  # the library panics
         ("tokenizer_config.json", b'{"eos_token": "<nowhere>"}', "eos_token"),
         ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', "eos_token"),
         ("config.json", b"[]", r"config\.json: .*list"),
@@ -216,25 +205,27 @@ PANIC = json.dumps({"normalizer": {"type": "Precompiled", "precompiled_charsmap"
     ],
 )
 def test_missing_and_damaged_files_are_named(
-    tmp_path: Path, name: str, content: bytes | None, message: str
+    folder: Path, name: str, content: bytes | dict | None, message: str
 ) -> None:
-    (save(tmp_path) / name).unlink(missing_ok=True)
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+    if isinstance(content, dict):
+        edit(folder / name, **content)
+    elif content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
     with pytest.raises(NaloraError, match=message):
-        Tokenizer.from_folder(tmp_path)
+        Tokenizer.from_folder(folder)
 
 
-def test_added_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+def test_added_tokens_are_those_of_transformers(folder: Path) -> None:
     """Ids and splits; a word of the vocabulary is a token of its own, and what is one already stays as it is."""
-    folder = save(tmp_path)
-    ours = Tokenizer.from_folder(folder).with_tokens(AddedTokens(("<id>", "the"), ("<call>", "<|im_end|>")))
+    ours = Tokenizer.from_folder(folder).with_tokens(AddedTokens(("<id>", "way"), ("<call>", "<|im_end|>")))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     theirs.add_special_tokens({"additional_special_tokens": ["<call>"]})
-    theirs.add_tokens(["<id>", "the"])
+    theirs.add_tokens(["<id>", "way"])
     assert len(theirs) == ours.vocab_size == ours.rows_for(AddedTokens(("<id>",)), 0)
-    assert ours.rows_for(AddedTokens(("the",)), 5000) == 5000
-    for text in ("a<call>b<id>c", "<id><id> <call>", "the cathedral of them<|im_end|>", *TEXTS):
+    assert ours.rows_for(AddedTokens(("way",)), 5000) == 5000
+    for text in ("a<call>b<id>c", "<id><id> <call>", "away on a motorway<|im_end|>", *TEXTS):
         ids = ours.encode(text, special=False)
         assert ids == theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
