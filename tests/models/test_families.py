@@ -679,7 +679,7 @@ CACHES = (
     "gpt_oss",
 )
 GREEDY = [*(FIRST[family] for family in CACHES), DYNAMIC, PER_LAYER]
-LAYERS = ("llama", "gemma4_text", "qwen3_next", "lfm2", "gpt_oss", "glm4_moe")
+LAYERS = ("llama", "qwen3_next", "lfm2", "gpt_oss", "glm4_moe")
 GRADIENTS = [*(FIRST[family] for family in LAYERS), PER_LAYER]
 
 

@@ -1,0 +1,190 @@
+"""Images by folder and by list: labels, captions, splits, what is broken, and batches as functions of their number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nalora_jax.config import DataConfig, VisionConfig
+from nalora_jax.data.images.files import ImageProcessor, open_image
+from nalora_jax.data.images.opened import ImageData, augmented, crop_box, draw_shots, generator, open_images
+from nalora_jax.errors import NaloraError
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Callable[..., Path]:
+    """``picture_folder(cat=3, dog=5)`` makes so many pictures in a subfolder for each name."""
+
+    def make(**counts: int) -> Path:
+        folder = tmp_path / "pictures"
+        for number, (name, count) in enumerate(counts.items()):
+            (folder / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng(100 * number + i).integers(
+                    0, 256, (10 + i, 14, 3), dtype=np.uint8
+                )
+                Image.fromarray(pixels).save(folder / name / f"{i}.png")
+        return folder
+
+    return make
+
+
+PLAIN = VisionConfig()
+
+
+def test_a_folder_per_class(picture_folder) -> None:
+    folder = picture_folder(cat=3, dog=2)
+    source = open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
+    assert source.classes() == ("cat", "dog")
+    np.testing.assert_array_equal(source.labels(source.classes()), [0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(source.labels(("dog", "cat")), [1, 1, 1, 0, 0])
+    assert source.where(4) == "dog/1.png"
+    tail = open_images(DataConfig(dataset=str(folder)), PLAIN, "train[60%:]")
+    assert [tail.where(i) for i in range(len(tail))] == ["dog/0.png", "dog/1.png"]
+    assert source.fingerprint != tail.fingerprint
+    assert tail.spans == [("train", 3, 5)]
+    assert open_image(source.image(*source.read([4]), "")).size == (14, 11)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_list_of_captions(picture_folder, form) -> None:
+    folder = picture_folder(cat=2)
+    rows = [{"file_name": "cat/0.png", "caption": "a cat, asleep", "label": "cat"}]
+    rows.append({"file_name": "cat/1.png", "caption": 'the "other" cät', "label": "cat"})
+    if form == "csv":
+        text = (
+            "file_name,caption,label\n"
+            + 'cat/0.png,"a cat, asleep",cat\ncat/1.png,"the ""other"" cät",cat\n'
+        )
+        (folder / "captions.csv").write_text(text, encoding="utf-8")
+    else:
+        (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    for dataset in (folder, folder / f"captions.{form}"):
+        source = open_images(DataConfig(dataset=str(dataset)), PLAIN, "train")
+        assert source.captions([1, 0]) == [rows[1]["caption"], rows[0]["caption"]]
+        assert open_image(source.image(*source.read([0]), "")).size == (14, 10)
+
+
+def test_a_list_cannot_reach_other_files(picture_folder) -> None:
+    folder = picture_folder(cat=1)
+    (folder.parent / "secret.png").write_bytes((folder / "cat" / "0.png").read_bytes())
+    (folder / "captions.csv").write_text("file_name,caption\n../secret.png,oh\n")
+    source = open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
+    with pytest.raises(NaloraError, match="a file in the list's folder"):
+        source.read([0])
+
+
+def test_broken_images_are_named_and_left_out_or_refused(picture_folder, caplog) -> None:
+    folder = picture_folder(cat=4)
+    (folder / "cat" / "1.png").write_bytes(b"nothing of the kind")
+    whole = (folder / "cat" / "2.png").read_bytes()
+    (folder / "cat" / "2.png").write_bytes(whole[:60])
+    data, indices = DataConfig(dataset=str(folder)), np.arange(4)
+    np.testing.assert_array_equal(open_images(data, PLAIN, "train").readable(indices), [0, 3])
+    assert [text.split(":")[1] for text in caplog.messages] == [" cat/1.png", " cat/2.png"]
+    with pytest.raises(NaloraError, match=r"cat/[12]\.png"):
+        open_images(data, VisionConfig(broken="error"), "train").readable(indices)
+    with pytest.raises(NaloraError, match="at least one record with readable images"):
+        open_images(data, VisionConfig(max_pixels=10), "train").readable(indices)
+
+
+def test_what_is_missing_is_named(picture_folder, tmp_path) -> None:
+    folder = picture_folder(cat=1)
+    for dataset, fields, message in (
+        ("nowhere", PLAIN, "expected a registered data set"),
+        (str(tmp_path / "pictures" / "cat"), PLAIN, "at least one image"),
+    ):
+        with pytest.raises(NaloraError, match=message):
+            open_images(DataConfig(dataset=dataset), fields, "train")
+    source = open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
+    with pytest.raises(NaloraError, match="--vision.caption-field"):
+        source.captions([0])
+    with pytest.raises(NaloraError, match="one of 1 classes"):
+        source.labels(("bird",))
+    with pytest.raises(NaloraError, match="train"):
+        open_images(DataConfig(dataset=str(folder)), PLAIN, "validation")
+    (folder / "captions.csv").write_text("file_name,caption\ncat/0.png\n")
+    with pytest.raises(NaloraError, match="captions.csv:2"):
+        open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
+
+
+# ---------------------------------------------------------------- what a run trains on
+
+PROCESSOR = ImageProcessor(resize=(12, 12))
+
+
+def data(folder, *, rows=(0, 1, 2, 3), accumulate=1, seed=1, workers=0, **vision) -> ImageData:
+    fields = VisionConfig(**vision)
+    source = open_images(DataConfig(dataset=str(folder)), fields, "train")
+    labels = source.labels(source.classes())
+    return ImageData(
+        source,
+        np.arange(len(source)),
+        PROCESSOR,
+        fields,
+        seed,
+        labels,
+        batch_size=4 * accumulate,
+        accumulate=accumulate,
+        rows=rows,
+        workers=workers,
+    )
+
+
+def test_shots_are_nested_even_and_by_seed() -> None:
+    labels = np.random.default_rng(0).integers(0, 3, 60)
+    names = ("a", "b", "c")
+    drawn = {n: draw_shots(labels, names, n, 7) for n in (1, 2, 8)}
+    assert set(drawn[1]) < set(drawn[2]) < set(drawn[8])
+    np.testing.assert_array_equal(np.bincount(labels[drawn[8]]), [8, 8, 8])
+    assert set(drawn[8]) != set(draw_shots(labels, names, 8, 8))
+    assert len(draw_shots(labels, names, 0, 7)) == 60
+    np.testing.assert_array_equal(
+        np.bincount(labels[draw_shots(labels, names, 1000, 7)]), np.bincount(labels)
+    )
+    with pytest.raises(NaloraError, match="class 'd'"):
+        draw_shots(labels, (*names, "d"), 2, 7)
+
+
+def test_batches_are_pure_and_every_epoch_holds_every_image(picture_folder) -> None:
+    folder = picture_folder(cat=4, dog=4)
+    stream = data(folder)
+    seen = [stream.batch_at(row) for row in (0, 4, 8)]
+    for row, batch in zip((0, 4, 8), seen, strict=True):
+        again = data(folder).batch_at(row)
+        assert batch["pixels"].shape == (1, 4, 12, 12, 3)
+        for name in ("pixels", "labels"):
+            np.testing.assert_array_equal(batch[name], again[name])
+    first = np.concatenate([batch["labels"][0] for batch in seen[:2]])
+    np.testing.assert_array_equal(np.bincount(first), [4, 4])
+    positions = {data(folder, **change).fingerprint for change in ({}, {"seed": 2}, {"augment": "flip"})}
+    assert len(positions) == 3
+    # The same image in another epoch is changed in another way.
+    still = data(folder, augment="none")
+    assert not np.array_equal(
+        np.sort(seen[0]["pixels"].ravel()), np.sort(still.batch_at(0)["pixels"].ravel())
+    )
+
+
+def test_augmentation_keeps_what_it_promises() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    crop, flip, none = (VisionConfig(augment=a, crop_area=0.4) for a in ("crop", "flip", "none"))
+    assert augmented(image, none, generator(0)) is image
+    flipped = {np.asarray(augmented(image, flip, generator(0, i))).tobytes() for i in range(20)}
+    assert flipped == {np.asarray(image).tobytes(), np.asarray(image)[:, ::-1].tobytes()}
+    np.testing.assert_array_equal(
+        augmented(image, crop, generator(3)), augmented(image, crop, generator(3))
+    )
+    shares = []
+    for i in range(300):
+        left, top, right, bottom = crop_box(60, 40, 0.4, generator(9, i))
+        assert 0 <= left < right <= 60
+        assert 0 <= top < bottom <= 40
+        shares.append((right - left) * (bottom - top) / 2400)
+    assert min(shares) > 0.35
+    assert np.std(shares) > 0.1
