@@ -122,7 +122,6 @@ def case(
 
 CASES = (
     case("llama", "llama3 RoPE, attention and FFN biases", HEAD, BIASES, rope_parameters=LLAMA3),
-    case("llama", "tied, linear RoPE", TIED, rope_parameters=rope("linear", factor=2.0)),
     case(
         "llama",
         "YaRN, mscale, no truncation",
@@ -357,20 +356,6 @@ CASES = (
         rope_parameters=YARN | {"truncate": False, "beta_fast": 16.0},
     ),
     case(
-        "gpt_oss",
-        "no biases of attention, one key head, tied, windows in other layers, default RoPE",
-        WINDOWS,
-        TIED,
-        num_local_experts=4,
-        num_experts_per_tok=1,
-        num_key_value_heads=1,
-        head_dim=8,
-        attention_bias=False,
-        layer_types=[FULL, FULL, SLIDING, FULL],
-        rms_norm_eps=1e-2,
-        rope_parameters=rope("default", 1e3),
-    ),
-    case(
         "qwen3_moe",
         "8 experts in every second layer, top-2, not normalised",
         HEAD,
@@ -402,15 +387,6 @@ CASES = (
         n_shared_experts=2,
         use_qk_norm=True,
         rope_parameters=YARN | {"partial_rotary_factor": 0.25},
-    ),
-    case(
-        "glm4_moe",
-        "experts in all layers, weights not normalised, default RoPE",
-        GLM_EXPERTS,
-        UNNORMALIZED,
-        num_experts_per_tok=2,
-        first_k_dense_replace=0,
-        rms_norm_eps=1e-2,
     ),
 )
 

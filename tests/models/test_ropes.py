@@ -166,10 +166,8 @@ UNROTATED = {**SHORT, "model_type": "smollm3", "no_rope_layers": [0] * 4}
     ("raw", "text", "message"),
     [
         (SHORT, "ntk:factor=2", "linear, dynamic, yarn, llama3, found 'ntk:factor=2'"),
-        (SHORT, "yarn:scale=2", "fields of factor, attention_factor"),
         (SHORT, "linear:factor=two", "a number of 0 or more as factor"),
         (SHORT, "yarn:factor=2,truncate=1", "true or false as truncate"),
-        (SHORT, "yarn", "a factor, as in yarn:factor=4"),
         (SHORT, "llama3:factor=2", "low_freq_factor"),
         (SCALED, "yarn:factor=2", "a context of at least 64 tokens, the model's, found 32"),
         (

@@ -22,9 +22,7 @@ from nalora_jax.models.routing import (
     spread,
     summed,
 )
-from nalora_jax.models.stacks import gate_blocks
 from nalora_jax.ops.split_rows import split
-from tests.models.family_fields import tiny_config
 
 TOKENS, TOP_K, WIDTH = 6, 3, 4
 
@@ -44,18 +42,6 @@ def test_the_gradients_scatter_no_rows(unused: int) -> None:
     lowered = jax.jit(jax.grad(loss)).lower(jnp.ones((TOKENS, WIDTH))).as_text()
     assert "gather" in lowered
     assert "scatter" not in lowered
-
-
-EXPERTS_OF_GLM = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 2}
-GLM = tiny_config("glm4_moe", moe_intermediate_size=8, **EXPERTS_OF_GLM)
-
-
-def test_a_layer_has_a_gate_of_experts_and_a_gate_of_the_shared_expert():
-    assert gate_blocks(GLM) == {
-        "layers/group0/block0/ffn": ((1, 24), "silu"),
-        "layers/group1/block0/ffn/experts_ffn": ((2, 4, 8), "silu"),
-        "layers/group1/block0/ffn/shared_ffn": ((2, 16), "silu"),
-    }
 
 
 def test_experts_are_chosen_within_the_best_groups():
