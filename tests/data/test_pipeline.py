@@ -129,13 +129,6 @@ def test_position_of_other_data_is_refused(open_data, config, change):
         other.batches(state)
 
 
-def test_rows_that_micro_batches_do_not_divide(open_data, config):
-    with pytest.raises(
-        NaloraError, match=r"--train.batch-size: expected a multiple of the 3 micro-batches, found 8"
-    ):
-        open_data(config, batch_size=8, accumulate=3)
-
-
 def test_limit_takes_the_first_of_the_shuffle(open_data, config):
     def tokens(seed):
         return open_data(dataclasses.replace(config, train_limit=5), seed=seed).store
@@ -145,35 +138,40 @@ def test_limit_takes_the_first_of_the_shuffle(open_data, config):
     assert one.fingerprint == tokens(0).fingerprint != tokens(1).fingerprint
 
 
-def test_too_long(open_data, write_jsonl, tokenizer, caplog):
-    long = {"prompt": "up " * 60, "completion": " Paris"}
-    path = write_jsonl(
-        {"prompt": "up", "completion": " Paris"}, long, {"prompt": "down", "completion": " Paris"}
-    )
-    base = DataConfig(eval_split="unread", dataset=path, max_length=10)
-    size = len(tokenizer.encode(long["prompt"])) + len(tokenizer.encode(" Paris")) + 1
-    with pytest.raises(
-        NaloraError, match=rf"data.jsonl:2: expected at most --data.max-length 10 .*found {size} tokens"
-    ):
-        open_data(dataclasses.replace(base, too_long="error"))
+def sky(*sizes: int) -> list[dict[str, str]]:
+    return [{"prompt": "sky " * size, "completion": "blue"} for size in sizes]
+
+
+def test_long_records_are_left_out_or_cut(open_data, write_jsonl, tokenizer, caplog):
+    config = DataConfig(eval_split="unread", dataset=write_jsonl(*sky(1, 1, 1, 9)), max_length=8)
     caplog.set_level(logging.INFO)
-    caplog.clear()
-    dropped = open_data(base).describe()
+    dropped = open_data(config, context=9).describe()
+    assert (dropped["examples"], dropped["dropped"], dropped["truncated"]) == (3, 1, 0)
+    assert "longer than the 9 tokens that a row may have with this model, --data.too-long" in caplog.text
+    assert "keeps all" not in caplog.text
+    open_data(config)
     assert (
-        f"left out 1 of 3 records (33%), longer than --data.max-length {base.max_length}; --data.max-length"
-        in caplog.text
+        "left out 1 of 4 records (25%), longer than --data.max-length 8; --data.max-length" in caplog.text
     )
-    assert (dropped["examples"], dropped["dropped"], dropped["truncated"]) == (2, 1, 0)
-    assert "tokenized" not in caplog.text  # that was done before the record was refused
-    data = open_data(dataclasses.replace(base, too_long="truncate"), batch_size=1)
-    assert (data.describe()["examples"], data.describe()["truncated"]) == (3, 1)
-    assert answers_of(take(data, data.rows_per_epoch)[0], tokenizer) == [" Paris<|im_end|>"] * 3
+    data = open_data(dataclasses.replace(config, too_long="truncate"), batch_size=1)
+    assert (data.describe()["examples"], data.describe()["truncated"]) == (4, 1)
+    assert answers_of(take(data, data.rows_per_epoch)[0], tokenizer) == ["blue<|im_end|>"] * 4
 
 
-def test_record_without_a_token_to_learn(open_data, write_jsonl):
-    path = write_jsonl({"prompt": "", "completion": "<|im_end|>"})
-    with pytest.raises(NaloraError, match="jsonl:1: expected a token to learn, found none in 1 tokens"):
-        open_data(DataConfig(eval_split="unread", dataset=path))
+REFUSED = [
+    (sky(1, 9), {"too_long": "error"}, {}, "data.jsonl:2: expected at most --data.max-length 8 .*found 1. tokens"),
+    (sky(9), {"too_long": "error"}, {"context": 9}, "; choose --data.too-long .*: the model has 9 positions"),
+    (sky(1, 9, 9, 1, 9), {}, {}, r"3 of 5 records \(60%\).*, longer than .* 8; .*keeps all.*truncate"),
+    ([{"prompt": "", "completion": "<|im_end|>"}], {}, {}, "jsonl:1: expected a token to learn, found none in 1"),
+    (sky(1), {}, {"batch_size": 8, "accumulate": 3}, "batch-size: expected a multiple of the 3 micro-batches, found 8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("records", "settings", "options", "message"), REFUSED)
+def test_data_that_give_no_rows_are_refused(open_data, write_jsonl, records, settings, options, message):
+    config = DataConfig(eval_split="unread", dataset=write_jsonl(*records), max_length=8, **settings)
+    with pytest.raises(NaloraError, match=message):
+        open_data(config, **options)
 
 
 def test_tokens_are_made_once(open_data, config, tokenizer, cache, monkeypatch):
@@ -219,29 +217,11 @@ def test_a_cache_that_something_wrote_over_is_made_again(open_data, config, cach
     assert not caplog.records
 
 
-def test_no_length_beyond_the_model_s_context_is_advised(open_data, write_jsonl, caplog):
-    texts = [{"prompt": "sky " * size, "completion": "blue"} for size in (1, 1, 1, 9)]
-    config = DataConfig(eval_split="unread", dataset=write_jsonl(*texts), max_length=8)
-    assert open_data(config, context=9).describe()["dropped"] == 1
-    assert "longer than the 9 tokens that a row may have with this model, --data.too-long" in caplog.text
-    assert "keeps all" not in caplog.text
-    config = dataclasses.replace(config, too_long="error")
-    with pytest.raises(NaloraError, match="; choose --data.too-long .*: the model has 9 positions"):
-        open_data(config, context=9)
-
-
-def test_more_than_half_dropped_is_an_error(open_data, write_jsonl):
-    path = write_jsonl(*({"prompt": "sky " * size, "completion": "blue"} for size in (1, 9, 9, 1, 9)))
-    message = r"3 of 5 records \(60%\).*, longer than .* 8; .*keeps all.*truncate"
-    with pytest.raises(NaloraError, match=message):
-        open_data(DataConfig(eval_split="unread", dataset=path, max_length=8), batch_size=1)
-
-
 # ---------------------------------------------------------------- lengths of rows
 
 
 def source(*sizes: int) -> RecordsSource:
-    return RecordsSource("sizes", [{"prompt": "sky " * size, "completion": "blue"} for size in sizes])
+    return RecordsSource("sizes", sky(*sizes))
 
 
 @pytest.mark.parametrize(
