@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from scipy import special
 
 from nalora_jax.method import activations, statistics
@@ -215,22 +213,3 @@ def test_every_row_that_has_a_real_token_is_measured(lengths, start, width, stri
     assert all(len(set(row)) == len(row) for row in positions)
     np.testing.assert_array_equal(positions[:1], alone)
     np.testing.assert_array_equal(thinned.sum(1), counted.sum(1))
-
-
-def test_sampling_of_rows_on_a_mesh_gathers_nothing():
-    """Rows are sampled where they lie: the only traffic is the sum over the devices that hold them."""
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    rows = P(("data", "fsdp"))
-    z = jax.ShapeDtypeStruct(
-        (8, 64, 32), jnp.float32, sharding=NamedSharding(mesh, P(*rows, None, "tensor"))
-    )
-    weights = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(mesh, rows))
-
-    def sums(z, weights):
-        taken = reductions.sampled(weights[..., None], weights, 4)[..., 0]
-        return statistics.channel_statistics(reductions.sampled(z, weights, 4), taken, SILU, PARTITION)
-
-    program = jax.jit(sums).lower(z, weights).compile().as_text()
-    assert "all-reduce(" in program
-    for gathered in ("all-gather(", "all-to-all(", "collective-permute("):
-        assert gathered not in program, gathered

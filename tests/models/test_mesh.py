@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from functools import partial
 from importlib import import_module
@@ -26,7 +25,6 @@ from nalora_jax.models import experts
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.embedding import Embedding
 from nalora_jax.models.moe import MoEFFN
 from nalora_jax.models.stacks import gate_blocks, layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
@@ -218,36 +216,3 @@ def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
     for model in (evaluated, load("some", mesh=mesh, resolved=loaded).module):
         assert model.activation_sharding is None
         assert model.routing_sharding.spec[0] == BATCH_AXES
-
-
-# ---------------------------------------------------------------- the lookup of tokens
-
-VOCAB, LONG = 4096, 32  # a table larger than its lookups, as in every model
-COLLECTIVE = re.compile(
-    r"= f32\[([\d,]+)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\("
-)
-
-
-def share_received(program: jax.stages.Compiled) -> float:
-    """Floats that collectives put on one device, divided by those of all lookups."""
-    sizes = COLLECTIVE.findall(program.as_text())
-    return sum(math.prod(map(int, size.split(","))) for size in sizes) / (ROWS * LONG * D)
-
-
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2)], ids=str)
-def test_no_device_receives_more_of_a_lookup_than_a_quarter(sizes):
-    sharding, rng = sharding_of(MeshConfig(*sizes)), np.random.default_rng(0)
-    params = {"embed": {"embedding": jnp.asarray(rng.normal(size=(VOCAB, D)), jnp.float32)}}
-    tokens = jnp.asarray(rng.integers(0, VOCAB, (ROWS, LONG)), jnp.int32)
-    places = distributed.shardings(params, sharding.mesh, distributed.PARAM_RULES)
-    arguments = jax.device_put(params, places)["embed"], jax.device_put(tokens, sharding)
-
-    def read(table: jax.Array, tokens: jax.Array) -> jax.Array:
-        x = Embedding(VOCAB, D, sharding).apply({"params": table}, tokens, Numerics())
-        return jax.lax.with_sharding_constraint(x.astype(jnp.float32) * 2.0, sharding)
-
-    program = jax.jit(read).lower(*arguments).compile()
-    rows = program(*arguments)
-    np.testing.assert_array_equal(rows, 2.0 * np.asarray(params["embed"]["embedding"])[np.asarray(tokens)])
-    assert rows.sharding.is_equivalent_to(sharding, 3)
-    assert share_received(program) <= 0.25

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.extend
@@ -17,7 +16,7 @@ from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.low_rank import low_rank
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.moe import MoEFFN
-from nalora_jax.models.routing import Groups, RouterSpec, grouped_residual, route
+from nalora_jax.models.routing import Groups, RouterSpec, choose, grouped_residual, route
 from nalora_jax.ops.dispatch import Numerics, Platform
 from tests.observed import observed
 
@@ -42,6 +41,22 @@ def test_routing_is_torchs_top_k(normalize):
     np.testing.assert_array_equal(np.asarray(routing.expert)[routing.back], chosen.numpy().ravel())
     np.testing.assert_array_equal(np.asarray(routing.token)[routing.back], np.repeat(np.arange(9), 2))
     np.testing.assert_allclose(np.asarray(routing.weight)[routing.back], weights.numpy().ravel(), rtol=1e-6)
+
+
+def test_experts_are_chosen_within_the_best_groups():
+    """Group 0 has the highest score, group 1 the highest sum of two; the weights do not have the correction."""
+    scores = np.array([[0.9, 0.1, 0.6, 0.5, 0.2, 0.2]])
+    logits, spec = (
+        jnp.asarray(np.log(scores / (1 - scores)), jnp.float32),
+        RouterSpec("sigmoid", groups=3, groups_kept=1),
+    )
+    weights, chosen = choose(logits, 2, spec)
+    assert chosen.tolist() == [[2, 3]]
+    np.testing.assert_allclose(weights, [[6 / 11, 5 / 11]], rtol=1e-6)
+    corrected = jnp.asarray([0, 0, 0, 0, 1.0, 0.5])
+    weights, chosen = choose(logits, 2, RouterSpec("sigmoid", False, True, 3, 1, 2.5), corrected)
+    assert chosen.tolist() == [[4, 5]]
+    np.testing.assert_allclose(weights, [[0.5, 0.5]], rtol=1e-6)
 
 
 # On a GPU the experts' factors lie side by side.
@@ -162,18 +177,3 @@ def test_dropout_acts_on_the_adapters_input_only():
     base = {"params": variables["params"]}
     same = noisy.apply(base, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
     np.testing.assert_array_equal(same, module.apply(base, x))
-
-
-def grouped_matmuls(jaxpr: Any) -> int:
-    """The number of grouped matmuls that a program computes, in the programs that it calls too."""
-    inner = sum(map(grouped_matmuls, jax.extend.core.subjaxprs(jaxpr)))
-    return inner + sum(eqn.primitive.name == "ragged_dot_general" for eqn in jaxpr.eqns)
-
-
-def test_the_backward_pass_computes_no_output_of_an_expert_again():
-    """Three grouped matmuls forward, gate and up again, and three for the gradients of their inputs."""
-    module, x = MoEFFN(D, F, EXPERTS, 2), jnp.asarray(normal(2, 5, D))
-    variables = module.init(jax.random.key(0), x)
-    block = jax.checkpoint(lambda x: module.apply(variables, x))
-    made = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(block(jnp.sin(x)) ** 2)))(x)
-    assert grouped_matmuls(made.jaxpr) == 8
