@@ -170,17 +170,6 @@ def test_means_divide_by_their_own_count():
     np.testing.assert_allclose(layer["limit"], [1.5 / 6, 0.05], rtol=1e-6)
 
 
-def taken(weights, stride):
-    return np.asarray(reductions.sampled_positions(jnp.asarray(weights), stride)[0])
-
-
-def test_positions_are_sampled_in_runs_from_the_middle_of_their_group():
-    full = np.ones(64, bool)
-    np.testing.assert_array_equal(taken(full, 1), range(64))
-    np.testing.assert_array_equal(taken(full, 4), [*range(16, 24), *range(48, 56)])
-    np.testing.assert_array_equal(taken(full, 8), range(32, 40))
-
-
 @partial(jax.jit, static_argnums=1)
 def sampled_both_ways(weights, stride):
     """Positions and their weights, the positions of the first row alone, and the weights where they lie."""

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.ministral3.modeling_ministral3 import (
     Ministral3RotaryEmbedding,
     get_llama_4_attn_scale,
@@ -18,34 +17,13 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import RMSNorm
 from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from nalora_jax.models.ropes import (
-    inverse_frequencies,
     query_scales,
     rope_table,
     sequence_lengths,
 )
 from tests.models.test_families import FULL, SIZES, SLIDING, rope
 
-LLAMA = SIZES | {"model_type": "llama", "hidden_size": 256, "max_position_embeddings": 32768}
-LLAMA |= {"num_attention_heads": 2, "num_hidden_layers": 1}
-ORIGINAL = {"original_max_position_embeddings": 8192}
 TO_LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-# Real models' settings, at a real head size.
-SCALINGS = {
-    "Llama 3.1": rope("llama3", 5e5, **ORIGINAL, **TO_LLAMA3 | {"factor": 8.0}),
-    "Qwen2.5 with YaRN": rope("yarn", 1e6, factor=4.0, **ORIGINAL),
-    "linear": rope("linear", factor=8.0),
-    "dynamic": rope("dynamic", factor=4.0),
-}
-
-
-@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
-def test_frequencies_are_transformers(scaling):
-    raw = {**LLAMA, "rope_parameters": scaling}
-    config = transformers.AutoConfig.for_model(**raw)
-    theirs, magnitude = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, "cpu")
-    spec = ModelConfig.from_hf(raw).ropes[0]
-    np.testing.assert_allclose(inverse_frequencies(spec), theirs.numpy(), rtol=2e-6)
-    assert spec.attention_factor == pytest.approx(magnitude)
 
 
 def test_lengths_are_those_of_a_tokens_own_segment():
