@@ -17,8 +17,7 @@ from tests.observed import observed, taps_of
 
 D, F, R = 8, 20, 3
 GATED = Adapters((("gate_proj", R), ("up_proj", R), ("down_proj", R)))
-SELF_GATED = Adapters((("in_proj", R), ("out_proj", R)))
-SCALES = {"gate_proj": 2.0, "up_proj": 0.5, "down_proj": 1.5, "in_proj": 2.0, "out_proj": 0.5}
+SCALES = {"gate_proj": 2.0, "up_proj": 0.5, "down_proj": 1.5}
 
 
 def test_long_rows_give_no_more_positions_than_they_may() -> None:
