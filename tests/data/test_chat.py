@@ -158,7 +158,7 @@ def test_truncation_keeps_answers(prompt, answer, bos, expected):
     assert cut.has_target
 
 
-# ---------------------------------------------------------------- released templates that write a turn in another way than its prompt
+# ---------------------------------------------------------------- released templates
 
 
 # Of each released model: special tokens, then those at which its generation_config.json stops, the first is eos_token.
