@@ -197,10 +197,13 @@ def test_eight_devices_are_one(family, mesh, experts_way, options, monkeypatch):
     ours, theirs = trees.flatten(spread), trees.flatten(single)
     assert set(ours) == set(theirs)
     for path, value in theirs.items():
-        if path.rpartition("/")[2] in CHECKS:  # largest error of a part of the tokens, not of all
+        name = path.rpartition("/")[2]
+        if name in CHECKS:  # largest error of a part of the tokens, not of all
             assert np.all(ours[path] <= 1), path
             continue
         limit = rounding * max(1.0, float(np.max(np.abs(value))))
+        if name == "occupancy":  # counts, of numbers whose rounding may take them over a cut
+            limit = 2
         np.testing.assert_allclose(ours[path], value, rtol=1e-4, atol=limit, err_msg=path)
     assert {path.rpartition("/")[0] for path in trees.flatten(single["stats"])} == gate_blocks(base).keys()
 
