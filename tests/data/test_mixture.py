@@ -44,14 +44,6 @@ def test_weights_say_how_often_a_record_is_seen(write_jsonl: Callable[..., str])
     assert len(open_source(config, "train")) == 18  # as data to measure on each counts once
 
 
-@pytest.mark.parametrize("bad", ["a.jsonl*0,b.jsonl", "a.jsonl,,b.jsonl", "a.jsonl*2000"])
-def test_bad_mixtures_are_refused(bad: str) -> None:
-    with pytest.raises(
-        NaloraError, match=r"--data.dataset: expected data sets with weights in \(0, 1000\]"
-    ):
-        components(bad)
-
-
 def test_a_mixture_may_be_longer_than_a_file_s_name() -> None:
     names = [f"part_{number:03}.jsonl" for number in range(40)]
     assert components(",".join(names)) == [(name, 1.0) for name in names]
@@ -73,12 +65,8 @@ def test_one_in_twenty_is_held_out_where_nothing_is_but_20_of_few(size: int, cou
     assert sorted(texts(train) + texts(held)) == sorted(record["prompt"] for record in records("x", size))
     assert texts(open_pair(DataConfig(), source=source)[1]) == texts(held)
     assert train.fingerprint != held.fingerprint
-
-
-def test_too_few_to_hold_out() -> None:
-    with pytest.raises(
-        NaloraError, match="mine: expected at least 4 records, of which two are held out, found 3"
-    ):
+    message = "mine: expected at least 4 records, of which two are held out, found 3"
+    with pytest.raises(NaloraError, match=message):
         open_pair(DataConfig(), source={"train": RecordsSource("mine", records("x", 3))})
 
 

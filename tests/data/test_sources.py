@@ -34,6 +34,17 @@ def test_lines_by_index_past_blank_ones(tmp_path):
         ("socialiqa", "test", r"socialiqa, split: expected one of train, validation, .*found 'test'"),
         ("data.jsonl", "validation", r"data.jsonl\[validation\]: expected one split, \"train\""),
         ("data.jsonl", "train[:0]", "data.jsonl.*: expected at least one record"),
+        (
+            "data.jsonl*0,data.jsonl",
+            "train",
+            r"--data.dataset: expected data sets with weights in \(0, 1000\]",
+        ),
+        (
+            "data.jsonl,,data.jsonl",
+            "train",
+            r"--data.dataset: expected data sets with weights in \(0, 1000\]",
+        ),
+        ("needle:300", "train", "needle:WORDS, with WORDS one of 250, 500, .* 256000, found 'needle:300"),
     ],
 )
 def test_unknown_data_and_splits_are_refused(write_jsonl, monkeypatch, tmp_path, dataset, split, message):

@@ -34,21 +34,17 @@ def only(*names: str, **options: Any) -> Mechanisms:
     return make_mechanisms(names, activation="silu", **options)
 
 
-def stats_like(seed: int, tokens: float = 20.0) -> dict[str, dict[str, jax.Array]]:
-    rng = np.random.default_rng(seed)
-    sums = {"tokens": jnp.full((L,), tokens), "probe_tokens": jnp.full((L,), tokens)}
-    for name in (
-        "slope",
-        "occupancy",
-        "feature",
-        "selection",
-        "linear",
-        "excess",
-        "response",
-        "delta_squared",
-    ):
-        shape = statistics.get(name).shape((L, F))
-        sums[name] = jnp.asarray(tokens * rng.uniform(0.05, 1.0, shape), jnp.float32)
+MEASURED = ("slope", "occupancy", "feature", "selection", "linear", "excess", "response", "delta_squared")
+
+
+def stats_like(seed: int, tokens: Any = 20.0, shape: tuple[int, ...] = (L, F)) -> dict[str, Any]:
+    """Random sums of every statistic over ``tokens`` of each layer (or expert)."""
+    rng, tokens = np.random.default_rng(seed), np.broadcast_to(np.float32(tokens), shape[:-1])
+    sums = {"tokens": jnp.asarray(tokens), "probe_tokens": jnp.asarray(tokens)}
+    for name in MEASURED:
+        values = rng.uniform(0.05, 1.0, statistics.get(name).shape(shape))
+        counts = tokens.reshape(tokens.shape + (1,) * (values.ndim - tokens.ndim))
+        sums[name] = jnp.asarray(counts * values, jnp.float32)
     return {PATH: sums}
 
 
@@ -210,51 +206,36 @@ def test_an_entry_point_is_loaded_when_it_is_asked_for(
 BOTH = make_mechanisms(("soft:power=2,decay=0.9", "homogeneity:decay=0.6"), activation="silu")
 
 
-def slope_of(state):
-    return state.memory["mask"][PATH]["slope"]
-
-
-def occupancy_of(state):
-    return state.memory["step_scale"][PATH]["occupancy"]
-
-
-def draw_stats(rng, shape, tokens=None):
-    tokens = rng.integers(1, 50, size=shape[:-1]) if tokens is None else np.asarray(tokens)
-    slope = rng.uniform(size=shape) * tokens[..., None]
-    occupancy = rng.dirichlet(np.ones(4), size=shape) * tokens[..., None, None]
-    values = {"tokens": tokens, "slope": slope, "occupancy": np.moveaxis(occupancy, -1, -2)}
-    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+def average(state: GateState, name: str) -> jax.Array:
+    label = {"slope": "mask", "occupancy": "step_scale"}[name]
+    return state.memory[label][PATH][name]
 
 
 @pytest.mark.parametrize("shape", [(3, 6), (2, 4, 6)])
-def test_averages_are_bias_corrected(shape):
-    rng = np.random.default_rng(0)
-    state = init_gate_state({PATH: shape}, BOTH)
-    raw = {"slope": 0.0, "occupancy": 0.0}
+def test_averages_are_bias_corrected(shape: tuple[int, ...]) -> None:
+    state, raw = init_gate_state({PATH: shape}, BOTH), {"slope": 0.0, "occupancy": 0.0}
     for n in range(1, 6):
-        stats = draw_stats(rng, shape)
-        state = update_gate_state(state, {"layers": {"ffn": stats}}, BOTH)
-        tokens = np.asarray(stats["tokens"], np.float64)
+        tokens = np.random.default_rng(n).integers(1, 50, size=shape[:-1])
+        stats = stats_like(n, tokens, shape)
+        state = update_gate_state(state, stats, BOTH)
         for name, decay in (("slope", 0.9), ("occupancy", 0.6)):
-            value = np.asarray(stats[name], np.float64)
+            value = np.asarray(stats[PATH][name], np.float64)
             mean = value / tokens.reshape(tokens.shape + (1,) * (value.ndim - tokens.ndim))
             raw[name] = decay * raw[name] + (1 - decay) * mean
-            got = {"slope": slope_of, "occupancy": occupancy_of}[name](state)
-            np.testing.assert_allclose(got, raw[name] / (1 - decay**n), rtol=1e-5)
+            np.testing.assert_allclose(average(state, name), raw[name] / (1 - decay**n), rtol=1e-5)
         assert int(state.count) == n
 
 
-def test_experts_without_tokens_keep_their_averages():
-    rng = np.random.default_rng(2)
-    state = init_gate_state({PATH: (1, 2, 4)}, BOTH)
-    busy, idle = draw_stats(rng, (1, 2, 4)), draw_stats(rng, (1, 2, 4), tokens=[[7, 0]])
-    first = update_gate_state(state, {PATH: busy}, BOTH)
-    second = update_gate_state(first, {PATH: idle}, BOTH)
+def test_experts_without_tokens_keep_their_averages() -> None:
+    shape = (1, 2, 4)
+    busy, idle = stats_like(0, 9.0, shape), stats_like(1, [[7, 0]], shape)
+    first = update_gate_state(init_gate_state({PATH: shape}, BOTH), busy, BOTH)
+    second = update_gate_state(first, idle, BOTH)
     np.testing.assert_array_equal(second.updates[PATH], [[2, 1]])
-    np.testing.assert_array_equal(slope_of(second)[0, 1], slope_of(first)[0, 1])
-    np.testing.assert_array_equal(occupancy_of(second)[0, 1], occupancy_of(first)[0, 1])
-    assert (slope_of(second)[0, 0] != slope_of(first)[0, 0]).all()
+    for name in ("slope", "occupancy"):
+        before, after = average(first, name), average(second, name)
+        np.testing.assert_array_equal(after[0, 1], before[0, 1])
+        assert (after[0, 0] != before[0, 0]).all()
     # The pause does not enter the bias correction: the next update weighs as a second one.
-    third = update_gate_state(second, {PATH: busy}, BOTH)
-    again = update_gate_state(first, {PATH: busy}, BOTH)
-    np.testing.assert_allclose(slope_of(third)[0, 1], slope_of(again)[0, 1], rtol=1e-6)
+    third, again = (update_gate_state(state, stats_like(2, 5.0, shape), BOTH) for state in (second, first))
+    np.testing.assert_allclose(average(third, "slope")[0, 1], average(again, "slope")[0, 1], rtol=1e-6)
