@@ -34,39 +34,20 @@ def small(model_type: str, **fields: Any) -> ModelConfig:
     return tiny_config(model_type, **(sizes | fields))
 
 
-@pytest.fixture(scope="module")
-def traced():
+def traced(
+    remat: str, platform: Platform, implementation: str, base: ModelConfig, adapted: str
+) -> jax.stages.Traced:
     """The gradient of a decoder's loss, traced for a platform that is not there."""
+    spec = resolve(LoRAConfig(rules=(LoRARule(adapted, 2),)), projection_shapes(base), layer_numbers(base))
+    params = jax.eval_shape(lambda: init_params(base, jax.random.key(0)))
+    lora = jax.eval_shape(lambda: init_lora(base, spec, jax.random.key(0)))
+    model = Decoder(base, spec, numerics_for("bfloat16", platform, implementation), remat=remat)
 
-    def make(
-        remat: str,
-        platform: Platform,
-        implementation: str,
-        base: ModelConfig | None = None,
-        adapted: str = "ffn/",
-    ) -> Any:
-        base = base or small("llama")
-        spec = resolve(
-            LoRAConfig(rules=(LoRARule(adapted, 2),)), projection_shapes(base), layer_numbers(base)
-        )
-        params = jax.eval_shape(lambda: init_params(base, jax.random.key(0)))
-        lora = jax.eval_shape(lambda: init_lora(base, spec, jax.random.key(0)))
-        numerics = numerics_for("bfloat16", platform, implementation)
-        model = Decoder(base, spec, numerics, remat=remat)
+    def loss(lora, params, tokens):
+        return jnp.sum(model.apply({"params": params, "lora": lora}, tokens).astype(jnp.float32))
 
-        def loss(lora, params, tokens):
-            return jnp.sum(model.apply({"params": params, "lora": lora}, tokens).astype(jnp.float32))
-
-        tokens = jax.ShapeDtypeStruct((ROWS, SEQ), jnp.int32)
-        return jax.jit(jax.grad(loss)).trace(lora, params, tokens)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def lowered(traced):
-    """The same as a TPU's compiler is given it."""
-    return lambda remat: traced(remat, Platform("tpu"), "xla").lower(lowering_platforms=("tpu",)).as_text()
+    tokens = jax.ShapeDtypeStruct((ROWS, SEQ), jnp.int32)
+    return jax.jit(jax.grad(loss)).trace(lora, params, tokens)
 
 
 def moved(text: str, memory: str) -> list[str]:
@@ -78,8 +59,9 @@ def moved(text: str, memory: str) -> list[str]:
 
 
 @pytest.mark.parametrize("remat", [name for name in REMAT if name.endswith(OFFLOAD)])
-def test_what_a_policy_saves_goes_to_the_host_and_comes_back(lowered, remat):
-    text = lowered(remat)
+def test_what_a_policy_saves_goes_to_the_host_and_comes_back(remat):
+    program = traced(remat, Platform("tpu"), "xla", small("llama"), "ffn/")
+    text = program.lower(lowering_platforms=("tpu",)).as_text()
     out, back = moved(text, "pinned_host"), moved(text, "device")
     of_input, wide = f"{ROWS}x{SEQ}x{D}xbf16", f"{ROWS}x{SEQ}x{F}xbf16"
     assert of_input in out
@@ -145,6 +127,15 @@ def saved_by_layer(jaxpr: Any) -> float:
     return widths
 
 
+@pytest.fixture
+def saved_on_a_gpu(monkeypatch):
+    """The values that a layer of a model saves there, with adapters on all projections."""
+    monkeypatch.setattr(attention_gpu, "dot_product", traced_cudnn)
+    monkeypatch.setattr(attention_gpu, "compiles", lambda *_: True)
+    gpu = Platform("gpu", "NVIDIA H100 80GB HBM3", 1)
+    return lambda base, remat: saved_by_layer(traced(remat, gpu, "auto", base, "_proj").jaxpr)
+
+
 FAMILIES = {
     "llama": {},
     "olmo2": {},  # norms of queries and keys as well as of the parts' results, not of their inputs
@@ -154,32 +145,17 @@ FAMILIES = {
 
 @pytest.mark.parametrize("remat", ["full", "attention", "dots"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_estimated_values_are_those_that_a_layer_saves(traced, monkeypatch, family, remat):
-    monkeypatch.setattr(attention_gpu, "dot_product", traced_cudnn)
-    monkeypatch.setattr(attention_gpu, "compiles", lambda *_: True)
+def test_estimated_values_are_those_that_a_layer_saves(saved_on_a_gpu, family, remat):
     base = small(family, **FAMILIES[family])
-    program = traced(remat, Platform("gpu", "NVIDIA H100 80GB HBM3", 1), "auto", base, "_proj")
-    assert saved_by_layer(program.jaxpr) == saved_values(base, remat, 1, CUDNN)
+    assert saved_on_a_gpu(base, remat) == saved_values(base, remat, 1, CUDNN)
 
 
-def test_the_last_layer_of_a_period_may_save_more_than_the_others(traced, monkeypatch):
-    monkeypatch.setattr(attention_gpu, "dot_product", traced_cudnn)
-    monkeypatch.setattr(attention_gpu, "compiles", lambda *_: True)
+def test_the_last_layer_of_a_period_may_save_more_than_the_others(saved_on_a_gpu):
     period = ["sliding_attention", "full_attention"]
-    base = small(
-        "gemma4_text",
-        layer_types=period * LAYERS,
-        num_hidden_layers=2 * LAYERS,
-        sliding_window=4,
-        hidden_size_per_layer_input=0,
-    )
-
-    def of_period(remat: str) -> float:
-        program = traced(remat, Platform("gpu", "NVIDIA H100 80GB HBM3", 1), "auto", base, "_proj")
-        return saved_by_layer(program.jaxpr)
-
-    assert of_period("dots_last") - of_period("attention") == 2 * F
-    assert of_period("dots") - of_period("dots_last") == 2 * F
+    layers = {"num_hidden_layers": 2 * LAYERS, "layer_types": period * LAYERS, "sliding_window": 4}
+    base = small("gemma4_text", hidden_size_per_layer_input=0, **layers)
+    attention, last, dots = (saved_on_a_gpu(base, remat) for remat in ("attention", "dots_last", "dots"))
+    assert last - attention == dots - last == 2 * F
     estimated = [values_for_backward(base, remat, 1, CUDNN)[0] for remat in ("dots_last", "attention")]
     assert estimated[0] - estimated[1] == 2 * F / len(period)
 
