@@ -88,7 +88,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # Files that take longest begin first, the longest of all at once: for whichever comes last, the other processes wait.
 LONGEST = (
     "test_run.py", "test_families.py", "test_context.py", "test_mesh.py", "test_step.py", "test_program.py",
-    "test_use.py", "test_real_run.py", "test_docs_code.py", "test_decoder.py", "test_run_seeing.py",
+    "test_use.py", "test_docs_code.py", "test_decoder.py", "test_run_seeing.py",
     "test_split_attention.py", "test_config_fields.py", "test_run_images.py", "test_resume.py",
     "test_prefill.py", "test_generate.py", "test_pages.py", "test_execution.py", "test_pod.py", "test_longrope.py",
     "test_fuzz.py", "test_peft_training.py", "test_trained_tables.py", "test_preference.py", "test_parser.py",

@@ -43,8 +43,10 @@ def batch_of(rng: np.random.Generator) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("name", CLIPS)
-@pytest.mark.parametrize("updates", ["first", "later"])
+@pytest.mark.parametrize(
+    ("name", "updates"),
+    [("grpo", "first"), ("rloo", "first"), ("grpo", "later"), ("dapo", "later"), ("gspo", "later")],
+)
 def test_loss_and_gradient_are_those_of_the_formula(assembly, name: Name, updates: str) -> None:
     made, state = assembly
     settings = PolicyLoss(name, *CLIPS[name], length=8, beta=0.0 if name == "rloo" else 0.1)
