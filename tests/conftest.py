@@ -207,18 +207,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def two_processes() -> Callable[..., list[tuple[int, str, str]]]:
-    """Runs Python with the same arguments as two processes that know of each other: a pod at its smallest."""
-    from tests import tiny
-
-    def run(arguments: list[str], *, devices: int, **variables: str) -> list[tuple[int, str, str]]:
-        """Exit status, standard output and error of both, each with ``devices`` simulated devices."""
-        return tiny.finish(tiny.start(arguments, count=2, devices=devices, **variables))
-
-    return run
-
-
-@pytest.fixture
 def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[tuple[str, str]]]]:
     """An emulator that gcsfs takes for Google's store: its objects, and the path and range of each request."""
     from nalora_jax.common import buckets

