@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from nalora_jax import run
-from nalora_jax.config import DataConfig, TrainConfig
+from nalora_jax.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
 from nalora_jax.data import tokenize
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
@@ -56,8 +56,10 @@ def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.Monke
         config,
         epochs=2.0,
         data=DataConfig(max_length=0),
+        optimizer=OptimizerConfig(learning_rate=0.0),  # automatic, as the length
         train=TrainConfig(batch_size=8, log_every=1, save_every=0),
         callbacks=("tensorboard",),
+        compute=ComputeConfig(compilation_cache=False),  # in bfloat16
     )
 
     def example(record: dict[str, Any]) -> dict[str, Any]:
