@@ -229,7 +229,6 @@ def test_more_steps_are_taken_with_a_warning_and_a_stop_after_the_last_says_how_
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = copied(finished[0], tmp_path / "run")
     output = config.output
@@ -243,9 +242,10 @@ def test_more_steps_are_taken_with_a_warning_and_a_stop_after_the_last_says_how_
     assert [line["resumed"]["settings"]["steps"] for line in lines if "resumed" in line] == [18]
     _, args = parse(["train", "--output", output, "--resume"])
     assert args.run.steps == 18  # type: ignore[union-attr]
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "nalora_jax")
     nalora_run.run(replace(config, steps=18))
-    assert "resumed from step 18, the last one: no step is left" in caplog.messages
+    said = caplog.text + capsys.readouterr().err  # the second once the command line has set up the log
+    assert "resumed from step 18, the last one: no step is left" in said
 
 
 # ---------------------------------------------------------------- processes, ranks
