@@ -64,7 +64,6 @@ SHARDING = NamedSharding(MESH, P(("data", "fsdp"), None, None))
         ("splash", FAR, (FAR,), 0.0, None),
         ("splash", 40, (40, FAR), 1.5, None),
         ("splash", 40, (40, FAR), 0.0, SHARDING),
-        ("triton", FAR, (FAR,), 0.0, None),
         ("triton", FAR, (FAR,), 0.0, SHARDING),
     ],
 )
@@ -76,10 +75,8 @@ def test_kernels_equal_the_plain_function(name, window, windows, softcap, shardi
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_a_layer_that_saves_products_does_not_run_splash_again(devices):
-    sharding = SHARDING if devices > 1 else None
-    config = AttentionConfig(0.125, windows=(FAR,), sharding=sharding, interpret=True)
+def test_a_layer_that_saves_products_does_not_run_splash_again():
+    config = AttentionConfig(0.125, windows=(FAR,), sharding=SHARDING, interpret=True)
     q, k, v, _, positions, segments = operands(4)
     numerics = Numerics(implementation="splash")
 
@@ -90,9 +87,8 @@ def test_a_layer_that_saves_products_does_not_run_splash_again(devices):
         loss = jax.checkpoint(layer, policy=policy)
         gradient = jax.jit(jax.value_and_grad(lambda *x: jnp.sum(loss(*x)), argnums=(0, 1, 2)))
         program = gradient.lower(q, k, v).compile().as_text().splitlines()
-        return sum(
-            " while(" in line and "splash_mha_fwd" in line for line in program
-        )  # the interpreted kernel
+        # The interpreted kernel is a loop.
+        return sum(" while(" in line and "splash_mha_fwd" in line for line in program)
 
     once = forward_runs(jax.checkpoint_policies.save_only_these_names(SAVED))
     assert forward_runs(jax.checkpoint_policies.nothing_saveable) == 2 * once > 0
@@ -119,8 +115,7 @@ def test_blocks_divide_the_row_and_their_pairs_are_counted(seq, window, head_dim
         assert computed_pairs(seq, window, head_dim) == blocks.sum() * block**2
 
 
-@pytest.mark.parametrize("window", [FAR, 40])
-def test_cudnn_with_sinks_equals_the_plain_function(monkeypatch, window):
+def test_cudnn_with_sinks_equals_the_plain_function(monkeypatch):
     """Results and gradients, with JAX's own function on its XLA implementation in place of cuDNN."""
     shapes = []
     monkeypatch.setattr(attention_gpu, "compiles", lambda q, k, *_: shapes.append((q, k)) or True)
@@ -132,11 +127,11 @@ def test_cudnn_with_sinks_equals_the_plain_function(monkeypatch, window):
     sinks = jnp.array([-2.0, 0.5, 3.0, 20.0])  # the last one takes all
     half = {"operand": "bfloat16", "residual": "float32"}
     ours, plain = (
-        values_and_gradients(name, window, AttentionConfig(0.125), sinks=sinks, **options)
+        values_and_gradients(name, 40, AttentionConfig(0.125), sinks=sinks, **options)
         for name, options in (("cudnn", half), ("xla", {}))
     )
     assert shapes == [((2, SEQ + 2, HEADS, DIM + 8), (2, SEQ + 2, KV_HEADS, DIM + 8))]
-    without = values_and_gradients("xla", window, AttentionConfig(0.125))
+    without = values_and_gradients("xla", 40, AttentionConfig(0.125))
     for array, expected, other in zip(ours, plain, without, strict=True):
         np.testing.assert_allclose(array, expected, atol=2e-4)
         assert np.max(np.abs(expected - other)) > 0.1

@@ -46,7 +46,7 @@ def close(ours, expected, scale=1e-5):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=scale * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("seq", [1, 5, CHUNK, 2 * CHUNK + 9])
+@pytest.mark.parametrize("seq", [1, 2 * CHUNK + 9])
 def test_outputs_and_state_equal_the_recurrence(seq):
     first, second = random_inputs(7), random_inputs(seq, 1)
     rule = jax.jit(gated_delta_rule)

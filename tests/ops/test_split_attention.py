@@ -74,8 +74,6 @@ def _unreachable(*args: Any, **kwargs: Any) -> None:
     ("implementation", "window", "windows"),
     [
         ("xla", 40, (40, FAR)),
-        ("xla", 150, (40, 150)),
-        ("splash", FAR, (40, FAR)),
         ("splash", 150, (40, 150)),
         ("triton", 40, (40, FAR)),
     ],
@@ -103,7 +101,7 @@ def test_tokens_of_an_image_that_shards_divide_see_each_other() -> None:
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize(("seq", "strides"), [(1024, (4, 8)), (1024, (16, 64)), (500, (4, 5))])
+@pytest.mark.parametrize(("seq", "strides"), [(1024, (16, 64)), (500, (4, 5))])
 def test_positions_are_sampled_as_of_whole_rows(seq: int, strides: tuple[int, int]) -> None:
     """The positions with weight in samples of the parts; strides may exceed a block's positions."""
     rng = np.random.default_rng(0)

@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
 
 from nalora_jax.common.trees import unflatten
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from tests.param_trees import params_from_tensors
 
@@ -123,11 +126,18 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
+def mixed(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[float, ...]]]:
+    """Returns ranks and alphas of all projections, which differ between layers and modules, for `random_lora`."""
+    rng, targets = np.random.default_rng(0), {}
+    for path, layers in depths(config).items():
+        ranks, alphas = rng.integers(1, 5, layers), rng.choice([1.5, 3.0, 8.0], layers)
+        targets[path.removeprefix("layers/")] = tuple(ranks.tolist()), tuple(alphas.tolist())
+    return targets
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., tuple[Any, ModelConfig]]:
     """``tiny_model("llama", **changes) -> (torch model with random weights in eval mode, our config)``."""
-    transformers = pytest.importorskip("transformers")
-    import torch
 
     def build(model_type: str, **changes: Any) -> tuple[Any, ModelConfig]:
         torch.manual_seed(0)
@@ -157,8 +167,6 @@ def params_of() -> Callable[[Any, ModelConfig], dict[str, Any]]:
     """``params_of(torch model, config)``: our float32 parameter tree of its checkpoint."""
 
     def build(model: Any, config: ModelConfig) -> dict[str, Any]:
-        from safetensors.numpy import load_file
-
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.save_pretrained(folder)

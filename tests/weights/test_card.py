@@ -4,7 +4,6 @@ import dataclasses
 import re
 
 import huggingface_hub
-import pytest
 
 from nalora_jax.config import ComputeConfig, DataConfig, OptimizerConfig, RunConfig
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
@@ -107,12 +106,6 @@ def test_an_interval_of_the_loss_does_not_stand_beside_an_empty_accuracy():
     assert "accuracy" not in text
 
 
-def test_plain_lora_is_not_called_nalora():
-    text = render_card(dataclasses.replace(CARD, run=RunConfig(mechanisms=())))
-    assert "Trained with plain LoRA." in text
-    assert "NA-LoRA" not in text
-
-
 def test_local_paths_stay_private():
     run = RunConfig(
         model="/home/me/secret/base",
@@ -159,16 +152,16 @@ def test_no_name_is_read_as_markdown_or_html():
     assert html.count("<details>") == 1
 
 
-@pytest.mark.parametrize("command", ["echo '```' | tee x", "a | b\nc"])
-def test_any_command_keeps_the_markdown_whole(command):
+def test_any_command_keeps_the_markdown_whole():
+    command = "echo '```' | tee x\nc"
     text = render_card(dataclasses.replace(CARD, command=command))
-    fence = text.split("Made by this command:\n\n")[1].split("sh\n")[0]
-    assert set(fence) == {"`"}
-    assert fence not in command
-    assert f"{fence}sh\n{command}\n{fence}\n" in text
+    assert f"Made by this command:\n\n````sh\n{command}\n````\n" in text
 
 
-def test_without_a_run_or_results(tmp_path):
+def test_without_a_method_a_run_or_results(tmp_path):
+    text = render_card(dataclasses.replace(CARD, run=RunConfig(mechanisms=())))
+    assert "Trained with plain LoRA." in text
+    assert "NA-LoRA" not in text
     path = write_card(tmp_path, Card(kind="adapter", base_model="org/base", spec=SPEC))
     text = path.read_text()
     assert path.name == "README.md"

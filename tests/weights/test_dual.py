@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,34 +64,34 @@ def test_towers_of_two_folders_and_one_of_a_mesh(tower_folders) -> None:
     assert one.params["text"]["projection"]["kernel"].shape == (48, 32)
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     many = load_dual(f"{image}+{text}", dtype="float32", seed=3, mesh=mesh)
-    assert (
-        many.fingerprint
-        == one.fingerprint
-        != load_dual(f"{image}+{text}", dtype="float32", seed=4).fingerprint
-    )
+    another = load_dual(f"{image}+{text}", dtype="float32", seed=4)
+    assert many.fingerprint == one.fingerprint != another.fingerprint
     kernel = many.params["image"]["layers"]["ffn"]["in_proj"]["kernel"]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
     for path, leaf in trees.flatten(one.params).items():
         np.testing.assert_array_equal(leaf, trees.flatten(many.params)[path], err_msg=path)
     seen = load_encoder(str(image), dtype="float32")
     pixels = np.random.default_rng(0).standard_normal((1, 16, 16, 3)).astype(np.float32)
+    given = torch.tensor(pixels.transpose(0, 3, 1, 2))
     with torch.no_grad():
-        theirs = (
-            transformers.ViTModel.from_pretrained(image)
-            .eval()(torch.tensor(pixels.transpose(0, 3, 1, 2)))
-            .last_hidden_state[:, 0]
-        )
-    np.testing.assert_allclose(
-        Encoder(seen.config).apply({"params": seen.params}, pixels), theirs.numpy(), rtol=0, atol=1e-5
-    )
+        theirs = transformers.ViTModel.from_pretrained(image).eval()(given).last_hidden_state[:, 0]
+    ours = Encoder(seen.config).apply({"params": seen.params}, pixels)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5)
     with pytest.raises(NaloraError, match="image tower"):
         load_dual(f"{text}+{image}", dtype="float32")
 
 
 def test_what_is_wrong_is_named(dual_folder, tmp_path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(dual_folder("clip"), folder)
+    clip = dual_folder("clip")
+    folder = shutil.copytree(clip, tmp_path / "copy")
     whole = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+
+    def refused(message: str, source: Any = folder, dtype: str = "float32", **options: Any) -> None:
+        with pytest.raises(NaloraError, match=message):
+            load_dual(str(source), dtype=dtype, **options)
+
     name = "vision_model.encoder.layers.1.mlp.fc1.weight"
     for change, message in (
         ({name: None}, f"no {name}"),
@@ -100,28 +101,20 @@ def test_what_is_wrong_is_named(dual_folder, tmp_path) -> None:
     ):
         tensors = {key: value for key, value in (whole | change).items() if value is not None}
         save_file(tensors, folder / "model.safetensors")
-        with pytest.raises(NaloraError, match=message):
-            load_dual(str(folder), dtype="float32")
+        refused(message)
     save_file(whole | {"vision_model.embeddings.position_ids": np.arange(17)}, folder / "model.safetensors")
     load_dual(str(folder), dtype="float32")  # buffers of older files are known
-    config = json.loads((folder / "config.json").read_text())
     for changed, message in (
         ({"model_type": "blip"}, "model_type"),
-        ({"text_config": {**config["text_config"], "hidden_act": "gelu_10"}}, "text_config: hidden_act"),
-        ({"vision_config": {**config["vision_config"], "patch_size": 5}}, "image_size"),
-        ({"vision_config": {**config["vision_config"], "num_attention_heads": 3}}, "hidden_size"),
+        ({"text_config": text | {"hidden_act": "gelu_10"}}, "text_config: hidden_act"),
+        ({"vision_config": vision | {"patch_size": 5}}, "image_size"),
+        ({"vision_config": vision | {"num_attention_heads": 3}}, "hidden_size"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changed))
-        with pytest.raises(NaloraError, match=message):
-            load_dual(str(folder), dtype="float32")
-    for source in ("", "nothing-of-that-name", str(tmp_path)):
-        with pytest.raises(NaloraError):
-            load_dual(source, dtype="float32")
-    with pytest.raises(NaloraError, match="dtype"):
-        load_dual(str(folder), dtype="int8")
-    with pytest.raises(
-        NaloraError, match="--vision.image-size: expected a multiple of the patch size, 4, found 10"
-    ):
-        load_dual(str(dual_folder("clip")), dtype="float32", image_size=10)
-    with pytest.raises(NaloraError, match="0 for a model that takes images of any shape, found 8"):
-        load_dual(str(dual_folder("siglip2")), dtype="float32", image_size=8)
+        refused(message)
+    for source in ("", "nothing-of-that-name", tmp_path):
+        refused("", source)
+    refused("dtype", dtype="int8")
+    refused("--vision.image-size: expected a multiple of the patch size, 4, found 10", clip, image_size=10)
+    several = dual_folder("siglip2")
+    refused("0 for a model that takes images of any shape, found 8", several, image_size=8)

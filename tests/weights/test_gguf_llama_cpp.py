@@ -27,26 +27,14 @@ from nalora_jax.weights.gguf_export import write_adapter_gguf
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
 from tests.param_trees import tensors_from_params
-from tests.weights.gguf_files import MODEL, WORDS, add_shape, random_blocks
+from tests.weights.gguf_files import MODEL, WORDS, add_shape, finish, random_blocks
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp as a wheel, is not installed")
 
 WIDTH = 256  # rows of whole blocks of every format
 HF = MODEL | {"vocab_size": len(WORDS), "hidden_size": WIDTH, "intermediate_size": WIDTH, "head_dim": 64}
 IDS = list(range(3, 23))
-QUANTIZED = (
-    "Q2_K",
-    "Q3_K",
-    "IQ1_S",
-    "IQ1_M",
-    "IQ2_XXS",
-    "IQ2_XS",
-    "IQ2_S",
-    "IQ3_XXS",
-    "IQ3_S",
-    "IQ4_NL",
-    "IQ4_XS",
-)
+QUANTIZED = ("Q2_K", "Q3_K", "IQ1_M", "IQ2_XS", "IQ3_S", "IQ4_NL")
 
 
 def write_base(path: Path, kind: GGMLQuantizationType | None = None) -> Path:
@@ -82,14 +70,6 @@ def add_tensors(
             writer.add_tensor(name, random_blocks(kind, len(tensor), WIDTH, 1e-3, rng), raw_dtype=kind)
         else:
             writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
-
-
-def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def server_params(path: Path) -> Any:

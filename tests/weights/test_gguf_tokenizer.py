@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import transformers
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
@@ -16,6 +17,7 @@ from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_tokenizer import read_tokenizer
+from tests.weights.gguf_files import finish
 
 CORPUS = [
     "The capital of France is Paris, and the capital of Italy is Rome. It's what I'd say they've said.",
@@ -60,24 +62,16 @@ def byte_level(rule: Any) -> tuple[list[str], list[str]]:
 def write(path: Path, architecture: str = "llama", **metadata: Any) -> Path:
     """A GGUF file with a tokenizer and one small tensor."""
     writer = gguf.GGUFWriter(path, architecture)
-    for name, value in {
-        "block_count": 1,
-        "context_length": 8,
-        "embedding_length": 8,
-        "feed_forward_length": 8,
-    }.items():
-        writer.add_uint32(f"{architecture}.{name}", value)
+    for name in ("context_length", "embedding_length", "feed_forward_length"):
+        writer.add_uint32(f"{architecture}.{name}", 8)
+    writer.add_block_count(1)
     writer.add_head_count(1)
     writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(1e-5)
     for name, value in metadata.items():
         getattr(writer, f"add_{name}")(value)
     writer.add_tensor("token_embd.weight", np.ones((len(metadata["token_list"]), 8), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return finish(writer, path)
 
 
 def write_byte_level(path: Path, pre: str, tokens: list[str], merges: list[str], **more: Any) -> Path:
@@ -87,7 +81,6 @@ def write_byte_level(path: Path, pre: str, tokens: list[str], merges: list[str],
 
 
 def theirs(path: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
     return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
@@ -126,7 +119,6 @@ def test_digits_stand_alone_where_the_model_was_trained_so(tmp_path: Path) -> No
 
 
 def test_qwen_composes_characters_as_its_own_tokenizer_does(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     tokens, merges = byte_level(None)
     ours = read_tokenizer(GGUFFile(write_byte_level(tmp_path / "m.gguf", "qwen2", tokens, merges)))
     vocabulary = {token: i for i, token in enumerate(tokens)}

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+import safetensors.torch
+import torch
+import transformers
+from safetensors.numpy import save_file
 
 from nalora_jax.common.trees import flatten, size_bytes
 from nalora_jax.config import MeshConfig
@@ -27,6 +30,8 @@ from nalora_jax.weights.tensors import Index, load_params
 from tests.param_trees import bytes_per_device, params_from_tensors
 from tests.weights.folders import RAW, WIDE, loaded_and_peak, tokenizer_files, write_folder
 
+TinyModel = Callable[..., tuple[Any, ModelConfig]]
+
 
 def write_shards(folder: Path, tensors: dict[str, np.ndarray], count: int) -> None:
     """Replaces the folder's file by ``count`` shards and their index."""
@@ -42,47 +47,40 @@ def write_shards(folder: Path, tensors: dict[str, np.ndarray], count: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("stored", "dtype"), [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "float32")]
+    ("family", "stored", "dtype"),
+    [
+        ("llama", "float32", "bfloat16"),
+        ("phi3", "bfloat16", "bfloat16"),
+        ("mixtral", "float16", "float32"),
+        ("llama", "float8_e4m3fn", "bfloat16"),
+        ("llama", "float8_e5m2", "float32"),
+    ],
 )
 def test_a_saved_torch_model_loads_from_shards(
-    tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], stored: str, dtype: str
+    tmp_path: Path, tiny_model: TinyModel, family: str, stored: str, dtype: str
 ) -> None:
-    import torch
-
-    torch_model, _ = tiny_model("llama", num_hidden_layers=3)
-    torch_model.to(getattr(torch, stored)).save_pretrained(tmp_path, max_shard_size="8KB")
+    """With torch's conversions of the numbers."""
+    torch_model, _ = tiny_model(family)
+    torch_model.save_pretrained(tmp_path, max_shard_size="8KB")
     tokenizer_files(tmp_path)
     assert (tmp_path / INDEX).exists()
+    state = {}
+    for path in tmp_path.glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(path)
+        converted = {name: tensor.to(getattr(torch, stored)) for name, tensor in tensors.items()}
+        safetensors.torch.save_file(converted, path, {"format": "pt"})
+        state |= {name: t.to(getattr(torch, dtype)).float().numpy() for name, t in converted.items()}
     model = load_model(str(tmp_path), dtype=dtype)
-    state = {
-        name: t.to(getattr(torch, dtype)).float().numpy() for name, t in torch_model.state_dict().items()
-    }
-    expected = flatten(params_from_tensors(model.config, state.__getitem__))
-    found = flatten(model.params)
+    expected, found = flatten(params_from_tensors(model.config, state.__getitem__)), flatten(model.params)
     assert found.keys() == expected.keys()
-    for path, leaf in found.items():
+    for name, leaf in found.items():
         assert leaf.dtype == dtype
-        np.testing.assert_array_equal(np.asarray(leaf, np.float32), expected[path], err_msg=path)
+        np.testing.assert_array_equal(np.asarray(leaf, np.float32), expected[name], err_msg=name)
     assert model.source == str(tmp_path)
-    assert model.hf_config is not None
-    assert model.hf_config["model_type"] == model.config.model_type == "llama"
+    assert model.hf_config["model_type"] == model.config.model_type == family
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "mixtral"])
-def test_fused_expert_and_norm_layouts(
-    tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], model_type: str
-) -> None:
-    torch_model, _ = tiny_model(model_type)
-    torch_model.save_pretrained(tmp_path)
-    tokenizer_files(tmp_path)
-    model = load_model(str(tmp_path), dtype="float32")
-    tensors = load_file(tmp_path / "model.safetensors")
-    expected = flatten(params_from_tensors(model.config, tensors.__getitem__))
-    for path, leaf in flatten(model.params).items():
-        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
-
-
-@pytest.mark.parametrize(("block", "workers"), [(1, 2), (40, 1), (100, 7)])
+@pytest.mark.parametrize(("block", "workers"), [(1, 2), (100, 7)])
 def test_tensors_larger_than_a_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, workers: int
 ) -> None:
@@ -155,11 +153,13 @@ def test_every_device_gets_its_shard_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
-def test_peak_memory_is_the_parameters_and_a_block(tmp_path: Path) -> None:
-    """A second copy of one leaf would show."""
-    size, grown = loaded_and_peak(tmp_path, RAW | WIDE | {"vocab_size": 4096, "tie_word_embeddings": True})
-    assert size > 240
-    assert grown < size + 32
+@pytest.mark.parametrize(("quantized", "room"), [(None, 32), ("nf4", 80)])
+def test_peak_memory_is_the_parameters_and_a_block(tmp_path: Path, quantized: Any, room: int) -> None:
+    """A second copy of one leaf, 67 MB, would show, and a whole kernel in floats (17 MB a layer)."""
+    raw = RAW | WIDE | {"vocab_size": 4096, "tie_word_embeddings": True}
+    size, grown = loaded_and_peak(tmp_path, raw, quantized=quantized)
+    assert size > 240 if quantized is None else size < 0.3 * 243
+    assert grown < size + room
 
 
 # ---------------------------------------------------------------- identity
@@ -176,9 +176,6 @@ def test_fingerprint_follows_the_weights_and_not_the_shards(tmp_path: Path) -> N
     write_shards(tmp_path, tensors, 4)
     assert now() == first == load_model(str(tmp_path), dtype="bfloat16").fingerprint
     assert now(ModelConfig.from_hf(RAW | {"rms_norm_eps": 1e-6})) != first
-    for name in ("model.norm.weight", "model.layers.2.mlp.down_proj.weight", "model.embed_tokens.weight"):
-        write_shards(tmp_path, tensors | {name: tensors[name] * np.float32(1.01)}, 4)
-        assert now() != first, name
 
 
 # ---------------------------------------------------------------- bad folders
@@ -189,57 +186,14 @@ def refused(folder: Path, match: str) -> None:
         load_model(str(folder), dtype="float32")
 
 
-def test_number_formats_that_are_not_read(tmp_path: Path) -> None:
-    good = write_folder(tmp_path)
-    up = "model.layers.1.mlp.up_proj.weight"
-    save_file(good | {up: good[up].astype(np.int8)}, tmp_path / "model.safetensors")
-    refused(tmp_path, rf"{up}: expected one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2, found I8")
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("float8_e4m3fn", "bfloat16"), ("float8_e5m2", "float32")])
-def test_float8_tensors_load_as_in_transformers(
-    tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], name: str, dtype: str
-) -> None:
-    import safetensors.torch
-    import torch
-    import transformers
-
-    torch_model, _ = tiny_model("llama")
-    torch_model.save_pretrained(tmp_path)
-    tokenizer_files(tmp_path)
-    path = tmp_path / "model.safetensors"
-    stored = {
-        key: tensor.to(getattr(torch, name)) for key, tensor in safetensors.torch.load_file(path).items()
-    }
-    safetensors.torch.save_file(stored, path, {"format": "pt"})
-    model = load_model(str(tmp_path), dtype=dtype)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=getattr(torch, dtype)
-    ).state_dict()
-    state = {key: tensor.float().numpy() for key, tensor in theirs.items()}
-    for path, expected in flatten(params_from_tensors(model.config, state.__getitem__)).items():
-        np.testing.assert_array_equal(
-            np.asarray(flatten(model.params)[path], np.float32), expected, err_msg=path
-        )
-
-
-def test_one_file_next_to_an_index_is_read_as_transformers_reads_it(
-    tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]]
-) -> None:
-    import transformers
-
-    torch_model, _ = tiny_model("llama")
-    torch_model.save_pretrained(tmp_path)
-    tokenizer_files(tmp_path)
-    whole = load_file(tmp_path / "model.safetensors")
+def test_one_file_next_to_an_index_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    whole, name = write_folder(tmp_path), "model.norm.weight"
     write_shards(tmp_path, {name: tensor + 1 for name, tensor in whole.items()}, 2)
     save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
-    for name, tensor in whole.items():
-        np.testing.assert_array_equal(theirs[name].numpy(), tensor)
-    model = load_model(str(tmp_path), dtype="float32")
-    for path, expected in flatten(params_from_tensors(model.config, whole.__getitem__)).items():
-        np.testing.assert_array_equal(flatten(model.params)[path], expected, err_msg=path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()[name]
+    np.testing.assert_array_equal(theirs.numpy(), whole[name])
+    ours = load_model(str(tmp_path), dtype="float32").params["final_norm"]["scale"]
+    np.testing.assert_array_equal(ours, whole[name])
 
 
 def test_tensors_that_are_not_needed_may_have_any_format(tmp_path: Path) -> None:
@@ -253,7 +207,9 @@ def test_tensors_that_are_not_needed_may_have_any_format(tmp_path: Path) -> None
 
 
 def test_damaged_shards_and_indices(tmp_path: Path) -> None:
-    good = write_folder(tmp_path)
+    good, up = write_folder(tmp_path), "model.layers.1.mlp.up_proj.weight"
+    save_file(good | {up: good[up].astype(np.int8)}, tmp_path / "model.safetensors")
+    refused(tmp_path, rf"{up}: expected one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2, found I8")
     write_shards(tmp_path, good, 3)
     second = tmp_path / "model-00002-of-00003.safetensors"
     whole, index = second.read_bytes(), (tmp_path / INDEX).read_text()
@@ -262,34 +218,23 @@ def test_damaged_shards_and_indices(tmp_path: Path) -> None:
         second.write_bytes(content)
         refused(tmp_path, r"model-00002-of-00003.safetensors: expected a complete safetensors file")
     second.unlink()
-    refused(
-        tmp_path,
-        r"index.json: expected the file model-00002-of-00003.safetensors.*found 1 of 3 files missing",
-    )
+    refused(tmp_path, "index.json: expected the file model-00002-of-00003.saf.*found 1 of 3 files missing")
     save_file({"other": np.ones(3, np.float32)}, second)
-    refused(
-        tmp_path, r"index.json: expected .* in model-00002-of-00003.safetensors, found a file without it"
-    )
+    refused(tmp_path, "index.json: expected .* in model-00002-of-00003.saf.*, found a file without it")
     second.write_bytes(whole)
     names = ("../x.safetensors", "x" * 300, "\ud800", "")
-    for listed in (
-        *({"weight_map": {"a": name}} for name in names),
-        {"weight_map": {}},
-        {"weight_map": {"a": 3}},
-        {},
-    ):
+    bad: list[dict[str, Any]] = [{"weight_map": {"a": name}} for name in names]
+    for listed in (*bad, {"weight_map": {}}, {"weight_map": {"a": 3}}, {}):
         (tmp_path / INDEX).write_text(json.dumps(listed))
         refused(tmp_path, "weight_map: expected file names of this folder")
     (tmp_path / INDEX).write_text(index[:-3])
     refused(tmp_path, r"index.json: expected a JSON file")
     (tmp_path / INDEX).unlink()
     refused(tmp_path, rf"expected model.safetensors, or several files and {INDEX}")
-
-
-def test_pickles_are_refused_with_the_reason(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    refused(tmp_path, r"found no safetensors file; pytorch_model.bin is a pickle, which can run any code")
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    refused(tmp_path, "found no safetensors file; pytorch_model.bin is a pickle, which can run any code")
 
 
 @pytest.mark.parametrize(
@@ -311,16 +256,9 @@ def test_configs_that_do_not_fit(tmp_path: Path, change: dict[str, Any], match: 
 
 
 def test_a_multimodal_folder_loads_as_its_text_model_and_says_so(tmp_path, caplog):
-    transformers = pytest.importorskip("transformers")
-    text = {**RAW, "model_type": "ministral3", "head_dim": 8, "pad_token_id": 0, "rms_norm_eps": 1e-5}
-    tower = {
-        "model_type": "pixtral",
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "head_dim": 8,
-    }
-    tower |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    text = {**RAW, "model_type": "ministral3", "head_dim": 8, "pad_token_id": 0}
+    tower = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    tower |= {"head_dim": 8, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     config = transformers.Mistral3Config(text_config=text, vision_config=tower, tie_word_embeddings=False)
     theirs = transformers.AutoModelForImageTextToText.from_config(config)
     theirs.save_pretrained(tmp_path)
@@ -331,6 +269,3 @@ def test_a_multimodal_folder_loads_as_its_text_model_and_says_so(tmp_path, caplo
     assert (model.config.model_type, model.config.query_growth) == ("ministral3", 0.1)
     expected = theirs.model.language_model.layers[2].mlp.up_proj.weight.detach().numpy().T
     np.testing.assert_array_equal(flatten(model.params)["layers/ffn/up_proj/kernel"][2], expected)
-    np.testing.assert_array_equal(
-        model.params["lm_head"]["kernel"], theirs.lm_head.weight.detach().numpy().T
-    )

@@ -29,13 +29,10 @@ EVERYTHING = (
     LoRARule("attn/", rank=4),
 )
 CASES = {
-    "clip": ("clip", LoRAConfig(rules=EVERYTHING)),
-    "clip, rsLoRA, the image tower only": (
-        "clip",
-        LoRAConfig(rules=(LoRARule("image/.*ffn", 2),), rslora=True),
-    ),
-    "siglip": ("siglip", LoRAConfig(rules=EVERYTHING)),
-    "siglip, DoRA, the text tower only": ("siglip", LoRAConfig(rules=(LoRARule("text/", 3),), dora=True)),
+    "clip": LoRAConfig(rules=EVERYTHING),
+    "clip, rsLoRA, the image tower only": LoRAConfig(rules=(LoRARule("image/.*ffn", 2),), rslora=True),
+    "siglip": LoRAConfig(rules=EVERYTHING),
+    "siglip, DoRA, the text tower only": LoRAConfig(rules=(LoRARule("text/", 3),), dora=True),
 }
 
 
@@ -60,19 +57,12 @@ def adapted(loaded: LoadedDual, config: LoRAConfig) -> tuple[dict, AdapterSpec]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_peft_computes_the_same(dual_folder, tmp_path, case) -> None:
-    family, lora_config = CASES[case]
-    folder = dual_folder(family)
+    folder = dual_folder(case.partition(",")[0])
     loaded = load_dual(str(folder), dtype="float32")
-    lora, spec = adapted(loaded, lora_config)
-    export_adapter(
-        lora,
-        spec,
-        loaded.config,
-        tmp_path / "adapter",
-        base_model_name=str(folder),
-        fingerprint=loaded.fingerprint,
-    )
-    verify_export(tmp_path / "adapter", lora, spec, loaded.config, fingerprint=loaded.fingerprint)
+    lora, spec = adapted(loaded, CASES[case])
+    adapter, fingerprint = tmp_path / "adapter", loaded.fingerprint
+    export_adapter(lora, spec, loaded.config, adapter, base_model_name=str(folder), fingerprint=fingerprint)
+    verify_export(adapter, lora, spec, loaded.config, fingerprint=fingerprint)
     rng = np.random.default_rng(0)
     pixels, tokens = rng.standard_normal((2, 16, 16, 3)).astype(np.float32), rng.integers(4, 30, (3, 12))
     tokens[:, -1] = 2
@@ -82,11 +72,8 @@ def test_peft_computes_the_same(dual_folder, tmp_path, case) -> None:
         # A key that PEFT misses or ignores warns, and is an error; what it says about transformers is not ours.
         warnings.filterwarnings("ignore", category=FutureWarning)
         plain = base(**given).logits_per_image.numpy()
-        theirs = (
-            peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
-            .eval()(**given)
-            .logits_per_image.numpy()
-        )
+        wrapped = peft.PeftModel.from_pretrained(base, adapter).eval()
+        theirs = wrapped(**given).logits_per_image.numpy()
     module = DualEncoder(loaded.config, spec)
     ours = module.apply({"params": loaded.params, "lora": lora}, {"pixels": pixels}, {"tokens": tokens})
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-5)

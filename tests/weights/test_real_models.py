@@ -15,21 +15,11 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.weights import hub
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.model_files import LoadedModel
+from tests.weights.test_gguf_tokenizer import TEXTS
 
 pytestmark = [pytest.mark.network, pytest.mark.optimised]
 
-TEXTS = [
-    "The capital of France is",
-    "Once upon a time, there was a little girl who lived in a village near the forest.",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n",
-    "I have 12345 apples, 3.14159 pies and 2^10 cakes; that is 99% of the total.",
-    "naïve café — 東京タワー, Привет мир! 🙂 \U0001f468\u200d\U0001f469\u200d\U0001f467",
-    "   leading spaces\n\n\n\tand\ttabs   ",
-    "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n",
-    "It's what they'd say, isn't it? WE'LL see.",
-    "<b>bold</b> https://example.org/a?b=c&d=e#f",
-    "zażółć gęślą jaźń 한국어 العربية हिन्दी ไทย",
-]
+FIRST = "The capital of France is"
 CHAT = [
     {"role": "user", "content": "Name a colour."},
     {"role": "assistant", "content": "Blue."},
@@ -80,9 +70,7 @@ def smollm() -> LoadedModel:
 
 
 def test_smollm2_knows_the_capital_of_france(smollm: LoadedModel) -> None:
-    last = logits(smollm, np.asarray([smollm.tokenizer.encode(TEXTS[0])], np.int32))[0, -1].astype(
-        np.float64
-    )
+    last = logits(smollm, np.asarray([smollm.tokenizer.encode(FIRST)], np.int32))[0, -1].astype(np.float64)
     chance = np.exp(last - last.max()) / np.exp(last - last.max()).sum()
     best = np.argsort(-chance)[:3]
     assert [smollm.tokenizer.decode([i]) for i in best] == [" Paris", " the", " London"]

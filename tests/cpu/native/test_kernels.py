@@ -12,6 +12,7 @@ import pytest
 
 from nalora_jax.cpu import native
 from nalora_jax.cpu.native import Heads, Slice, Sum, Term
+from tests.ops.in_float64 import attention64, visible
 
 pytestmark = pytest.mark.usefixtures("kernels")
 EVERY_KIND = True
@@ -198,31 +199,6 @@ def places(rng: np.random.Generator, batch: int, seq: int, packed: bool) -> tupl
     return positions, segments
 
 
-def attention64(heads: Heads, softcap: float, g: np.ndarray) -> list[np.ndarray]:
-    """Result, log-sum-exps and the gradients of q, k and v for the cotangent ``g``, by the book."""
-    q, k, v = (exact(x) for x in heads[:3])
-    groups = q.shape[2] // k.shape[2]
-    k, v = (np.repeat(x, groups, axis=2) for x in (k, v))
-    products = np.einsum("bqhd,bkhd->bhqk", q, k)
-    scores = softcap * np.tanh(products / softcap) if softcap else products
-    positions, segments = (np.asarray(x) for x in heads[3:5])
-    ahead = positions[:, :, None] - positions[:, None, :]
-    seen = (segments[:, :, None] == segments[:, None, :]) & (ahead >= 0) & (ahead < heads.window)
-    scores = np.where(seen[:, None], scores, -np.inf)
-    top = scores.max(-1, keepdims=True)
-    total = np.exp(scores - top).sum(-1, keepdims=True)
-    weights = np.exp(scores - top) / total
-    out = np.einsum("bhqk,bkhd->bqhd", weights, v)
-    back = np.einsum("bqhd,bkhd->bhqk", g, v)
-    slope = weights * (back - np.einsum("bqhd,bqhd->bhq", g, out)[..., None])
-    if softcap:
-        slope = slope * (1 - np.where(seen[:, None], scores / softcap, 0) ** 2)
-    dq = np.einsum("bhqk,bkhd->bqhd", slope, k)
-    dk, dv = np.einsum("bhqk,bqhd->bkhd", slope, q), np.einsum("bhqk,bqhd->bkhd", weights, g)
-    dk, dv = (x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(3) for x in (dk, dv))
-    return [out, (top + np.log(total))[..., 0], dq, dk, dv]
-
-
 @pytest.mark.parametrize(
     ("batch", "seq", "heads", "kv_heads", "dim", "window", "softcap", "packed"),
     [
@@ -247,7 +223,7 @@ def test_attention_and_its_gradient(
     given = Heads(q, k, v, *map(jax.device_put, places(rng, batch, seq, packed)), window)
     g = draw(rng, *q.shape)
     out, logsumexp = compiled(native.attention, given, softcap)
-    want = attention64(given, softcap, exact(g))
+    want = attention64(q, k, v, g, visible(*given[3:5], window), softcap=softcap)
     assert worst(logsumexp, want[1]) < 1e-6
     # Weights and slopes are rounded to 8 bits before they are summed, the result afterwards.
     assert worst(out, want[0]) < 2**-7
