@@ -23,7 +23,7 @@ from tests.param_trees import init_params
 KERNEL = np.random.default_rng(0).normal(size=(2, 128, 24)).astype(np.float32)
 
 
-def test_int8_is_within_half_a_step() -> None:
+def test_int8_is_within_half_a_step():
     got = quantize(jnp.asarray(KERNEL), "int8")
     assert got.codes.dtype == jnp.int8
     assert got.shape == KERNEL.shape
@@ -31,7 +31,7 @@ def test_int8_is_within_half_a_step() -> None:
     assert np.all(np.abs(np.asarray(dequantize(got)) - KERNEL) <= 0.5001 * step)
 
 
-def test_nf4_takes_the_nearest_level_of_every_block() -> None:
+def test_nf4_takes_the_nearest_level_of_every_block():
     got = quantize(jnp.asarray(KERNEL), "nf4")
     assert got.codes.dtype == jnp.uint8
     assert got.codes.nbytes + got.scales.nbytes < 0.32 * KERNEL.size * 2
@@ -47,7 +47,7 @@ def test_nf4_takes_the_nearest_level_of_every_block() -> None:
 
 
 @pytest.mark.parametrize(("kind", "operand"), [("int8", "bfloat16"), ("nf4", "float32")])
-def test_products_and_gradients_are_those_of_the_expanded_kernel(kind: str, operand: str) -> None:
+def test_products_and_gradients_are_those_of_the_expanded_kernel(kind, operand):
     stored = quantize(jnp.asarray(KERNEL[0]), kind)
     x, g = (jax.random.normal(jax.random.key(i), (5, n)) for i, n in enumerate((128, 24)))
     numerics = Numerics(operand, "float32")
@@ -60,7 +60,7 @@ def test_products_and_gradients_are_those_of_the_expanded_kernel(kind: str, oper
 @pytest.mark.parametrize(
     ("kind", "family", "remat"), [("nf4", "llama", "full"), ("int8", "mixtral", "none")]
 )
-def test_a_quantized_decoder_trains_its_adapters(kind: str, family: str, remat: str) -> None:
+def test_a_quantized_decoder_trains_its_adapters(kind, family, remat):
     """With DoRA, whose norms are those of the expanded kernel; the plain product is tested above."""
     raw = tiny.GROUPED | {"model_type": family, "hidden_size": 64, "intermediate_size": 128}
     raw |= {"num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else {}

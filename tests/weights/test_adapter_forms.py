@@ -88,7 +88,7 @@ def test_trained_adapter_becomes_plain_lora_of_the_original_base(variant, tiny_m
 
 
 @pytest.mark.parametrize(("lead", "dtype"), [((), "bfloat16"), ((4,), "float32")], ids=["dense", "experts"])
-def test_kernels_are_lowered_in_place_and_rounded_once(lead: tuple[int, ...], dtype: str) -> None:
+def test_kernels_are_lowered_in_place_and_rounded_once(lead, dtype):
     rng, path = np.random.default_rng(0), "layers/ffn/gate_proj"
     spec = AdapterSpec(((path, TargetSpec((3, 2), (6.0, 1.0))),))
     kernel = jnp.asarray(rng.normal(size=(2, *lead, 8, 16)), dtype)

@@ -1,10 +1,9 @@
-"""GGUF files: against the gguf package's own reader and against transformers reading the same file."""
+"""GGUF files: against the gguf package's own reader and transformers reading the same file; adapters as such files."""
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,30 @@ import pytest
 import torch
 import transformers
 from gguf.constants import GGMLQuantizationType
-from safetensors.numpy import load_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nalora_jax.common.trees import flatten
+from nalora_jax.__main__ import main
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.families import BUILT_IN
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.weights import tensors
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.gguf import READABLE, GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
+from nalora_jax.weights.gguf_export import (
+    verify_adapter_gguf,
+    write_adapter_gguf,
+)
 from nalora_jax.weights.keymaps import keymap_for
+from nalora_jax.weights.merge import merge
+from nalora_jax.weights.peft import export_adapter
 from nalora_jax.weights.tensors import load_params
 from tests.param_trees import params_from_tensors, tensors_from_params
+from tests.weights.conftest import mixed
 from tests.weights.gguf_files import (
     MODEL,
     Write,
@@ -41,12 +48,6 @@ from tests.weights.gguf_files import (
 )
 
 
-def saved_params(model: Any, config: ModelConfig, folder: Path) -> dict[str, Any]:
-    """A torch model's parameters as our tree, by the names that it is saved under."""
-    model.save_pretrained(folder)
-    return params_from_tensors(config, load_file(folder / "model.safetensors").__getitem__)
-
-
 def write_llama(path: Path, more: Write = lambda _: None, **changes: Any) -> Path:
     raw = MODEL | changes
     return write_model(path, "llama", raw, random_params(raw), more)
@@ -55,7 +56,7 @@ def write_llama(path: Path, more: Write = lambda _: None, **changes: Any) -> Pat
 # ---------------------------------------------------------------- the header
 
 
-def test_metadata_equals_the_gguf_packages_reader(tmp_path: Path) -> None:
+def test_metadata_equals_the_gguf_packages_reader(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     values: dict[str, Any] = {"uint8": 7, "int8": -7, "uint16": 700, "int16": -700, "uint32": 70_000}
     values |= {"int32": -70_000, "uint64": 2**40, "int64": -(2**40), "float32": 0.1, "float64": 0.1}
@@ -87,7 +88,7 @@ def quantized(kind: GGMLQuantizationType, rows: int, columns: int) -> np.ndarray
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_every_number_format_is_read_whole_and_in_slices(tmp_path: Path, name: str) -> None:
+def test_every_number_format_is_read_whole_and_in_slices(tmp_path, name):
     kind = GGMLQuantizationType[name]
     stored, plain = quantized(kind, 6, 512), name in ("F32", "F16")
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
@@ -179,12 +180,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Write]] = {
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_family_comes_back_from_its_file(
-    tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], model_type: str
-) -> None:
+def test_every_family_comes_back_from_its_file(tmp_path, tiny_model, params_of, model_type):
     architecture, changes, more = FAMILIES[model_type]
     model, config = tiny_model(model_type, **changes)
-    params = saved_params(model, config, tmp_path / "hf")
+    params = params_of(model, config)
     file = GGUFFile(write_model(tmp_path / "m.gguf", architecture, model.config.to_dict(), params, more))
 
     assert ModelConfig.from_hf(hf_config(file)) == config
@@ -202,14 +201,14 @@ TRANSFORMERS_READS = {
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "phi3", "qwen3_moe"])
 def test_the_files_of_these_tests_are_what_transformers_expects(
-    tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], model_type: str
-) -> None:
+    tmp_path, tiny_model, params_of, model_type
+):
     """An independent reader of names, row orders and norms: it must find the model that the file was written from."""
     architecture, changes, more = FAMILIES[model_type]
     model, config = tiny_model(
         model_type, **changes, **TRANSFORMERS_READS.get(model_type, {}), hidden_size=32
     )
-    params = saved_params(model, config, tmp_path / "hf")
+    params = params_of(model, config)
     path = write_model(tmp_path / "m.gguf", architecture, model.config.to_dict(), params, more)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, dtype=torch.float32
@@ -218,37 +217,27 @@ def test_the_files_of_these_tests_are_what_transformers_expects(
         torch.testing.assert_close(theirs.state_dict()[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
-def test_a_quantized_model_loads_in_either_dtype(tmp_path: Path) -> None:
-    """Rows of 32 in Q8_0 beside float32: the values are the dequantized ones, cast once."""
+def test_a_quantized_model_loads_in_either_dtype(tmp_path):
+    """Rows of 32 in Q8_0 with norms in float32: the values are the dequantized ones, cast once."""
     raw = MODEL | {"hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
-    params, stored = random_params(raw), {}
+    config, kind, stored = ModelConfig.from_hf(raw), GGMLQuantizationType.Q8_0, {}
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     add_shape(writer, raw)
-    for name, tensor in tensors_from_params(ModelConfig.from_hf(raw), params, "gguf"):
-        tensor = np.ascontiguousarray(tensor, np.float32)
-        if tensor.ndim == 2:
-            blocks = gguf.quants.quantize(tensor, GGMLQuantizationType.Q8_0)
-            writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType.Q8_0)
-            tensor = gguf.quants.dequantize(blocks, GGMLQuantizationType.Q8_0)
-        else:
-            writer.add_tensor(name, tensor)
-        stored[name] = tensor
+    for name, tensor in tensors_from_params(config, random_params(raw), "gguf"):
+        blocks = gguf.quants.quantize(tensor, kind) if tensor.ndim == 2 else tensor
+        writer.add_tensor(name, blocks, raw_dtype=kind if tensor.ndim == 2 else None)
+        stored[name] = gguf.quants.dequantize(blocks, kind) if tensor.ndim == 2 else tensor
     path = finish(writer, tmp_path / "m.gguf")
-    expected = flatten(params_from_tensors(ModelConfig.from_hf(raw), stored.__getitem__, "gguf"))
+    expected = flatten(params_from_tensors(config, stored.__getitem__, "gguf"))
     for dtype in ("float32", "bfloat16"):
         model = load_model(str(path), dtype=dtype)
         for name, leaf in flatten(model.params).items():
-            assert leaf.dtype == dtype
-            np.testing.assert_array_equal(leaf, expected[name].astype(leaf.dtype), err_msg=name)
-    assert model.source == str(path)
-    assert model.hf_config == hf_config(GGUFFile(path))
-    assert model.tokenizer.vocab_size == model.config.vocab_size == 48
+            np.testing.assert_array_equal(leaf, expected[name].astype(dtype), strict=True, err_msg=name)
+    assert (model.source, model.tokenizer.vocab_size) == (str(path), 48)
     assert re.fullmatch("all:[0-9a-f]{64}", model.fingerprint)
 
 
-def test_rows_that_llama_cpp_regroups_are_right_on_a_mesh_and_in_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_llama_cpp_regroups_are_right_on_a_mesh_and_in_blocks(tmp_path, monkeypatch):
     path = str(write_llama(tmp_path / "m.gguf"))
     alone = flatten(load_model(path, dtype="float32").params)
     monkeypatch.setattr(tensors, "BLOCK", 40)
@@ -264,7 +253,7 @@ def rope(tmp_path: Path, more: Write, **changes: Any) -> dict[str, Any]:
     return hf_config(GGUFFile(write_llama(tmp_path / "m.gguf", more, **changes))).get("rope_scaling", {})
 
 
-def test_llama3_divisors_become_its_settings_and_others_are_kept(tmp_path: Path) -> None:
+def test_llama3_divisors_become_its_settings_and_others_are_kept(tmp_path):
     settings = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     settings |= {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
     wide = {"hidden_size": 64, "head_dim": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
@@ -288,7 +277,7 @@ def test_llama3_divisors_become_its_settings_and_others_are_kept(tmp_path: Path)
     assert found["attention_factor"] == 1.0
 
 
-def test_named_scaling(tmp_path: Path) -> None:
+def test_named_scaling(tmp_path):
     def linear(writer: gguf.GGUFWriter) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(4.0)
@@ -300,7 +289,7 @@ def test_named_scaling(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- bad files
 
 
-def test_gguf_errors_name_file_and_field(tmp_path: Path) -> None:
+def test_gguf_errors_name_file_and_field(tmp_path):
     path = tmp_path / "m.gguf"
     write_llama(path)
     good = path.read_bytes()
@@ -345,13 +334,13 @@ def value(add: str, *given: Any) -> Write:
         (value("string", "llama.rope.scaling.type", "magic"), "scaling.factor"),
     ],
 )
-def test_models_that_are_refused(tmp_path: Path, change: Write, match: str) -> None:
+def test_models_that_are_refused(tmp_path, change, match):
     path = write_llama(tmp_path / "m.gguf", change)
     with pytest.raises(NaloraError, match=match):
         load_model(str(path), dtype="float32")
 
 
-def test_architectures_and_sizes_that_are_refused(tmp_path: Path) -> None:
+def test_architectures_and_sizes_that_are_refused(tmp_path):
     mamba = write_model(tmp_path / "mamba.gguf", "mamba", MODEL, random_params(MODEL))
     with pytest.raises(NaloraError, match="general.architecture.*llama.*'mamba'"):
         load_model(str(mamba), dtype="float32")
@@ -366,3 +355,55 @@ def test_architectures_and_sizes_that_are_refused(tmp_path: Path) -> None:
     uneven = GGUFFile(finish(writer, tmp_path / "uneven.gguf"))
     with pytest.raises(NaloraError, match=r"head_count: expected the same value .*, found \[4, 2\]"):
         hf_config(uneven)
+
+
+# ---------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
+def test_adapter_file_is_the_difference_of_merged_and_base(family, tiny_model, random_lora, tmp_path):
+    """By llama.cpp's rule: W + alpha / rank * B A, with the rank of each tensor, in llama.cpp's row order."""
+    model, config = tiny_model(family)
+    lora, spec = random_lora(config, mixed(config), rslora=True)
+    params = random_params(model.config.to_dict())
+
+    write_adapter_gguf(tmp_path / "a.gguf", config, lora, spec)
+
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    assert reader.fields["general.type"].contents() == "adapter"
+    assert reader.fields["adapter.type"].contents() == "lora"
+    assert reader.fields["general.architecture"].contents() == BUILT_IN[family].gguf.architecture
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    stored = {tensor.name: tensor.data for tensor in reader.tensors}
+    before = dict(tensors_from_params(config, params, "gguf"))
+    for name, after in tensors_from_params(config, merge(params, lora, spec), "gguf"):
+        a, b = stored.pop(f"{name}.lora_a", None), stored.pop(f"{name}.lora_b", None)
+        delta = after - before[name]
+        if a is None:
+            assert not delta.any(), name
+        else:
+            np.testing.assert_allclose(alpha / a.shape[-2] * (b @ a), delta, atol=1e-5, err_msg=name)
+    assert not stored
+
+
+def test_export_for_llama_cpp_is_the_adapter_file_read_back(random_lora, tmp_path, capsys):
+    raw = MODEL | {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    config, base = ModelConfig.from_hf(raw), tmp_path / "base.gguf"
+    lora, spec = random_lora(config, mixed(config))
+    source = str(write_model(base, "llama", raw, random_params(raw)))
+    settings = {"base_model_name": source, "fingerprint": load_model(source, dtype="float32").fingerprint}
+    adapter = export_adapter(lora, spec, config, tmp_path / "peft", **settings)
+    out, direct = tmp_path / "out.gguf", tmp_path / "direct.gguf"
+    assert main(["export", str(adapter), "--for", "gguf", "--output", str(out)]) == 0
+    assert "adapter for llama.cpp, read back and compared" in capsys.readouterr().out
+    write_adapter_gguf(direct, config, lora, spec)
+    assert out.read_bytes() == direct.read_bytes()
+    for factor in (1.001, np.nan):
+        other = {path: leaf * factor for path, leaf in flatten(lora).items()}
+        with pytest.raises(NaloraError, match="expected the adapter that was exported"):
+            verify_adapter_gguf(out, config, unflatten(other), spec)
+    with pytest.raises(NaloraError, match=r"base\.gguf: expected a new file"):
+        write_adapter_gguf(base, config, lora, spec)
+    with pytest.raises(NaloraError, match="DoRA"):
+        write_adapter_gguf(tmp_path / "m.gguf", config, *random_lora(config, mixed(config), dora=True))
+    assert not (tmp_path / "m.gguf").exists()

@@ -44,9 +44,12 @@ def logits_of(model: Any, tokens: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- a run
 
 
-def make_run(folder: Path, **trained: Any) -> RunConfig:
-    """Prompts with a token that the base does not know, answered by another one; both embeddings are one table."""
-    config = tiny.make_config(folder, lora=LoRAConfig(rules=(LoRARule("ffn", 4),), **trained), steps=12)
+def make_run(folder: Path) -> RunConfig:
+    """Prompts with a token that the base does not know, answered by another one; its embeddings are one table."""
+    trained = LoRAConfig(
+        rules=(LoRARule("ffn", 4),), modules_to_save=("lm_head",), trainable_token_indices=(29, 28, 3)
+    )
+    config = tiny.make_config(folder, lora=trained, steps=12)
     lines = (folder / "questions.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"].replace(" ", "<go>") for line in lines]
     records = [json.dumps({"prompt": prompt, "completion": " <out> <out> <out>"}) for prompt in prompts]
@@ -55,85 +58,63 @@ def make_run(folder: Path, **trained: Any) -> RunConfig:
     return replace(config, data=replace(config.data, **added))
 
 
-def check_everywhere(result: Any, folder: Path, *, tied: bool) -> Any:
-    """Compares a run's adapter here, in PEFT and merged; returns the loaded adapter."""
-    assert result.after["loss"] < result.before["loss"]
-    model = load(result.folder, dtype="float32")
-    tokenizer, base = model.base.tokenizer, np.asarray(model.base.params["embed"]["embedding"])
-    assert tokenizer.encode("a<go>b <out>") == [2, 28, 3, 29]
-    np.testing.assert_allclose(base[28:], np.tile(base[:28].mean(0), (2, 1)), atol=1e-6)
-    tokens = np.array([[2, 28, 3, 29, 9]])
-    expected = logits_of(model, tokens)
-    assert expected[0, 2].argmax() == 29  # after a prompt with the one it writes the other
-    assert main(["merge", str(result.folder), "--output", str(folder), "--dtype", "float32"]) == 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of transformers' resizing
-        theirs = peft.AutoPeftModelForCausalLM.from_pretrained(result.adapter).eval()
-    merged = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert (merged.config.vocab_size, merged.config.tie_word_embeddings) == (30, tied)
-    for other in (theirs, merged):
-        np.testing.assert_allclose(torch_logits_of(other, tokens), expected, rtol=1e-4, atol=1e-4)
-    for of in (result.adapter, folder):
-        fast = transformers.AutoTokenizer.from_pretrained(of)
-        assert fast("a<go>b <out>")["input_ids"] == [2, 28, 3, 29]
-        assert fast.decode([28, 29], skip_special_tokens=True) == tokenizer.decode([28, 29]) == "<out>"
-    return model
-
-
-def refuse_resume(config: RunConfig, other: RunConfig, said: str) -> None:
-    settings = [{"base": "all:0", "config": snapshot.plain(one.to_dict())} for one in (config, other)]
-    with pytest.raises(NaloraError, match=said):
-        snapshot.check_run("checkpoint", *settings)
-
-
 @pytest.mark.usefixtures("one_device")
 def test_a_run_trains_new_tokens_and_transformers_and_peft_have_them(tmp_path, caplog):
-    config = make_run(tmp_path, modules_to_save=BOTH)
-    with caplog.at_level("INFO", "nalora_jax"):
-        result = run(config)
-    assert "added tokens: '<go>' (28), '<out>' (29); the embedding grows from 28 to 30 rows" in caplog.text
-    model = check_everywhere(result, tmp_path / "merged", tied=False)
-    base = model.base.params["embed"]["embedding"]
-    read = np.abs(model.lora["embed"]["embedding"] - base).max(axis=1)[28]
-    written = np.abs(model.lora["lm_head"]["kernel"] - base.T).max(axis=0)[29]
-    assert min(read, written) > 1e-3
-    assert "base.resize_token_embeddings(30)" in (result.adapter / "README.md").read_text()
-    other = replace(config, data=replace(config.data, add_tokens=("<other>",)))
-    refuse_resume(config, other, r"data\.add_tokens\.0 = '<out>', found data\.add_tokens\.0 = '<other>'")
-
-
-@pytest.mark.usefixtures("one_device")
-def test_a_run_trains_the_rows_of_new_tokens_alone_and_peft_has_them(tmp_path):
-    config = make_run(tmp_path, trainable_token_indices=(29, 28, 3))
+    """The rows of the embedding alone, and the head as a whole."""
+    config = make_run(tmp_path)
     for ids, said in (
         ((29,), "expected 28 29 among them.*no row of embed_tokens for '<go>'"),
         ((28, 29, 30), "expected token ids of the 30 rows of embed_tokens.* found 30"),
     ):
         with pytest.raises(NaloraError, match=f"--lora.trainable-token-indices: {said}"):
             run(replace(config, lora=replace(config.lora, trainable_token_indices=ids)))
-    result = run(config)
+    with caplog.at_level("INFO", "nalora_jax"):
+        result = run(config)
+    assert "added tokens: '<go>' (28), '<out>' (29); the embedding grows from 28 to 30 rows" in caplog.text
+    assert result.after["loss"] < result.before["loss"]
     tensors = load_file(result.adapter / "adapter_model.safetensors")
-    (key,) = (key for key in tensors if "lora" not in key)
+    (key,) = (key for key in tensors if "tokens_delta" in key)
     assert (key.rpartition(".")[2], tensors[key].shape) == ("trainable_tokens_delta", (3, 16))
     written = json.loads((result.adapter / "adapter_config.json").read_text())
-    assert written["trainable_token_indices"] == [29, 28, 3]
+    assert (written["trainable_token_indices"], written["modules_to_save"]) == ([29, 28, 3], ["lm_head"])
     card = (result.adapter / "README.md").read_text()
     assert "Trained rows beside them, one a token, and part of its files: 3 of embed_tokens." in card
-    model = check_everywhere(result, tmp_path / "merged", tied=True)
-    base = np.asarray(model.base.params["embed"]["embedding"])
+    assert "base.resize_token_embeddings(30)" in card
+
+    model = load(result.folder, dtype="float32")
+    tokenizer, base = model.base.tokenizer, np.asarray(model.base.params["embed"]["embedding"])
+    assert tokenizer.encode("a<go>b <out>") == [2, 28, 3, 29]
+    np.testing.assert_allclose(base[28:], np.tile(base[:28].mean(0), (2, 1)), atol=1e-6)
     assert np.abs(model.lora["embed"]["rows"] - base[[29, 28, 3]]).max(axis=1).min() > 1e-3
-    (copy := shutil.copytree(result.adapter, tmp_path / "copy")).joinpath("tokenizer.json").unlink()
-    with pytest.raises(
-        NaloraError, match="trainable_token_indices: expected ids below 28.* found 29; save the token"
-    ):
-        load(config.model, adapter=copy)
-    with pytest.raises(
-        NaloraError, match="an adapter of the tokens and the 28 rows .* found one with '<go>' .28."
-    ):
+    assert np.abs(model.lora["lm_head"]["kernel"] - base.T).max(axis=0)[29] > 1e-3
+    tokens = np.array([[2, 28, 3, 29, 9]])
+    expected = logits_of(model, tokens)
+    assert expected[0, 2].argmax() == 29  # after a prompt with the one it writes the other
+    assert main(["merge", str(result.folder), "--output", str(tmp_path / "m"), "--dtype", "float32"]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers' resizing
+        theirs = peft.AutoPeftModelForCausalLM.from_pretrained(result.adapter).eval()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    assert (merged.config.vocab_size, merged.config.tie_word_embeddings) == (30, False)
+    for other in (theirs, merged):
+        np.testing.assert_allclose(torch_logits_of(other, tokens), expected, rtol=1e-4, atol=1e-4)
+    for of in (result.adapter, tmp_path / "m"):
+        fast = transformers.AutoTokenizer.from_pretrained(of)
+        assert fast("a<go>b <out>")["input_ids"] == [2, 28, 3, 29]
+        assert fast.decode([28, 29], skip_special_tokens=True) == tokenizer.decode([28, 29]) == "<out>"
+
+    with pytest.raises(NaloraError, match="the 28 rows .* found one with '<go>' .28."):
         put_on(load(config.model, dtype="float32"), result.adapter)
-    other = replace(config, lora=replace(config.lora, trainable_token_indices=(28, 29, 3)))
-    said = r"token_indices\.0 = 29, .* found lora\.trainable_token_indices\.0 = 28"
-    refuse_resume(config, other, said)
+    for other, said in (
+        (replace(config, data=replace(config.data, add_tokens=("<a>",))), r"data\.add_tokens\.0 = '<a>'"),
+        (
+            replace(config, lora=replace(config.lora, trainable_token_indices=(28, 29, 3))),
+            r"lora\.trainable_token_indices\.0 = 28",
+        ),
+    ):
+        settings = [{"base": "all:0", "config": snapshot.plain(one.to_dict())} for one in (config, other)]
+        with pytest.raises(NaloraError, match=f"found {said}"):
+            snapshot.check_run("checkpoint", *settings)
 
 
 # ---------------------------------------------------------------- adapters of PEFT
@@ -251,7 +232,6 @@ def test_tokens_and_rows_that_do_not_fit_are_one_error_each(theirs, tmp_path):
 
     uneven = cut(folder, tmp_path / "uneven", 50, head=49)
     refused(uneven, "as many rows of the head as of the embedding, found 50 of .* 49 of")
-    refused(cut(folder, tmp_path / "few", 49), "tables of at least 50 rows, one for each token, found 49")
     (bare := cut(folder, tmp_path / "bare", 50)).joinpath("tokenizer.json").unlink()
     refused(bare, "a tokenizer, since the adapter's tables have 2 rows more than the base")
     swapped = changed("swapped", ('"w5": 5', '"w5": -1'), ('"w6": 6', '"w6": 5'), ('"w5": -1', '"w5": 6'))

@@ -31,6 +31,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import view_weights
 from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import init_lora
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
@@ -41,6 +42,7 @@ from nalora_jax.weights.adapter_forms import AdapterSlot
 from nalora_jax.weights.merge import merge
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 from nalora_jax.weights.peft_tables import fold_saved
+from tests.weights.conftest import COMMON
 from tests.weights.in_peft import TOKENS, load, logits, our_logits, save, wrap
 
 TARGETS = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
@@ -119,61 +121,51 @@ def test_peft_s_files_mean_the_same_here_and_ours_the_same_there(tiny_model, par
         files = (tmp_path / name / "adapter_model.safetensors" for name in ("theirs", "ours"))
         assert len({frozenset(load_file(file)) for file in files}) == 1
 
+    leaves = trees.flatten(lora)
+    for path in held:
+        changed = trees.unflatten(leaves | {path: leaves[path] + 1e-3})
+        with pytest.raises(NaloraError, match="expected the adapter that was exported"):
+            verify_export(tmp_path / "ours", changed, spec, config)
+    with pytest.raises(NaloraError, match="--for vllm: expected an adapter of projections alone"):
+        export_adapter(lora, spec, config, tmp_path / "v", base_model_name="base", target="vllm")
 
-KEY = "base_model.model.lm_head.weight"
+
+HEAD_KEY = "base_model.model.lm_head.weight"
+DELTA_KEY = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 
 
 @pytest.mark.parametrize(
-    ("settings", "leaf", "change", "said"),
+    ("settings", "key", "tensor", "said"),
     [
-        ({"modules_to_save": BOTH}, HEAD, {KEY: None}, "expected the trained lm_head"),
-        (
-            {"modules_to_save": BOTH},
-            HEAD,
-            {KEY: np.zeros((50, 16), np.float32)},
-            "an adapter with new tokens needs a base",
-        ),
+        ({"modules_to_save": BOTH}, HEAD_KEY, None, "expected the trained lm_head"),
+        ({"modules_to_save": BOTH}, HEAD_KEY, np.zeros((50, 16)), "with new tokens needs a base"),
         (
             {INDICES: {"embed_tokens": IDS, "lm_head": [7]}},
-            HEAD_ROWS,
-            {
-                "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": np.zeros(
-                    (2, 16), np.float32
-                )
-            },
+            DELTA_KEY,
+            np.zeros((2, 16)),
             r"expected shape \(3, 16\), a row for each of trainable_token_indices",
         ),
     ],
     ids=["table missing", "table too long", "row missing"],
 )
-def test_what_is_changed_or_missing_is_found(tiny_model, tmp_path, settings, leaf, change, said):
+def test_tables_that_do_not_fit_are_refused(tiny_model, tmp_path, settings, key, tensor, said):
     model, config = tiny_model("llama", tie_word_embeddings=INDICES in settings)
     folder = save(wrap(model, **TARGETS, **settings), tmp_path / "a")
-    lora, spec = import_adapter(folder, config)
-    leaves = trees.flatten(lora)
-    other = trees.unflatten(leaves | {leaf: leaves[leaf] + 1e-3})
-    export_adapter(other, spec, config, tmp_path / "b", base_model_name="base")
-    with pytest.raises(NaloraError, match="lm_head: expected the adapter that was exported"):
-        verify_export(tmp_path / "b", lora, spec, config)
     if INDICES in settings:
-        path = tmp_path / "b" / "adapter_config.json"
-        written = json.loads(path.read_text())
-        written[INDICES]["lm_head"] = [8]  # which would put the row elsewhere
-        path.write_text(json.dumps(written))
-        with pytest.raises(NaloraError, match=f"{INDICES}: expected the adapter that was exported"):
-            verify_export(tmp_path / "b", other, spec, config)
+        lora, spec = import_adapter(folder, config)
         with pytest.raises(NaloraError, match="expected the base's weights beside it"):
             AdapterSlot.on(config, rank=4).fill(lora, spec)
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    assert change.keys() <= tensors.keys()
-    save_file({k: x for k, x in (tensors | change).items() if x is not None}, file)
+        path = folder / "adapter_config.json"
+        written = json.loads(path.read_text())
+        path.write_text(json.dumps(written | {INDICES: {"embed_tokens": IDS, "lm_head": [8]}}))
+        with pytest.raises(NaloraError, match=f"{INDICES}: expected the adapter that was exported"):
+            verify_export(folder, lora, spec, config)  # the row would be put elsewhere
+    tensors = load_file(folder / "adapter_model.safetensors")
+    del tensors[key]
+    changed = tensors if tensor is None else tensors | {key: tensor.astype(np.float32)}
+    save_file(changed, folder / "adapter_model.safetensors")
     with pytest.raises(NaloraError, match=said):
         import_adapter(folder, config)
-    with pytest.raises(
-        NaloraError, match="--for vllm: expected an adapter of projections alone, found trained"
-    ):
-        export_adapter(lora, spec, config, tmp_path / "v", base_model_name="base", target="vllm")
 
 
 TABLES = LoRAConfig(modules_to_save=("lm_head",))
@@ -232,14 +224,11 @@ def test_settings_are_judged(changes, said):
     ("changes", "said"),
     [
         ({INDICES: (47, 48)}, "token ids of the 48 rows of embed_tokens, from 0, found 48"),
-        (
-            {"modules_to_save": ("lm_head",)},
-            "a tied head has the embedding's rows.*found rows of lm_head",
-        ),
+        ({"modules_to_save": ("lm_head",)}, "a tied head has the embedding's rows.*found rows of lm_head"),
     ],
 )
-def test_rows_that_a_base_does_not_have_are_refused(tiny_model, changes, said):
-    _, config = tiny_model("llama", tie_word_embeddings=True)
+def test_rows_that_a_base_does_not_have_are_refused(changes, said):
+    config = ModelConfig.from_hf(COMMON | {"model_type": "llama", "tie_word_embeddings": True})
     spec = resolve(replace(SOME, **changes), projection_shapes(config), config.n_layers)
     with pytest.raises(NaloraError, match=f"--lora.trainable-token-indices: .*{said}"):
         init_lora(config, spec, jax.random.key(0), {})
@@ -264,13 +253,14 @@ def test_the_head_s_gradient_is_autodiff_s(ids):
         return -2 * jnp.sum(weights * picked)
 
     expected, gradients = jax.jit(jax.value_and_grad(plain, (0, 1)))(hidden, trained)
-    for chunk, shards in ((0, 1), (8, 1), (3, 3)):
+    for chunk, shards in ((0, 1), (3, 3)):
 
         def ours(hidden, trained, chunk=chunk, shards=shards):
             of = HeadRows(trained, kernel.T, ids, transposed=True) if ids else WholeHead(trained)
-            return 2 * trained_cross_entropy(
+            loss = trained_cross_entropy(
                 hidden, of, targets, weights, head, Numerics(), chunk=chunk, shards=shards
             )
+            return 2 * loss
 
         found, back = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, trained)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -312,13 +302,9 @@ def test_a_step_on_a_mesh_trains_by_the_gradient(tiny_model, params_of, tied, se
         return -jnp.mean(jnp.take_along_axis(scores, TOKENS[:, 1:, None], axis=-1))
 
     value, gradients = jax.jit(jax.value_and_grad(plain))(start)
-    batch = {
-        "tokens": TOKENS[None, :, :-1],
-        "targets": TOKENS[None, :, 1:],
-        "loss_weights": np.ones((1, 2, 7), np.float32),
-        "segment_ids": np.ones((1, 2, 7), np.int32),
-        "positions": np.tile(np.arange(7, dtype=np.int32), (1, 2, 1)),
-    }
+    row = {"loss_weights": np.ones((1, 2, 7), np.float32), "segment_ids": np.ones((1, 2, 7), np.int32)}
+    batch = row | {"tokens": TOKENS[None, :, :-1], "targets": TOKENS[None, :, 1:]}
+    batch |= {"positions": np.tile(np.arange(7, dtype=np.int32), (1, 2, 1))}
     batch = distributed.make_global_batch(batch, devices, rows_axis=1)
     state, metrics = assembly.step(assembly.view(placed), assembly.state, batch)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)

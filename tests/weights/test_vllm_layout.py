@@ -99,24 +99,6 @@ def test_vllm_export_of_stacked_experts(tiny_model, params_of, random_lora, tmp_
     merge_equally(params, lora, spec, config, load(model, tmp_path / "a"), params_of)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "prefix"),
-    [("gemma3", "model.language_model.layers"), ("gemma3_text", "model.layers")],
-)
-def test_a_text_part_has_its_names_in_the_multimodal_model(
-    model_type, prefix, tiny_model, random_lora, tmp_path
-):
-    """Prefixes as in Gemma3ForConditionalGeneration and Gemma3ForCausalLM of transformers 5."""
-    _, config = tiny_model("gemma3_text")
-    targets = dict.fromkeys(("attn/q_proj", "ffn/down_proj"), ((2, 2, 2), (4.0, 4.0, 4.0)))
-    adapter, raw = random_lora(config, targets), {"model_type": model_type}
-    names = modules_of(tensors_for(tmp_path / "vllm", config, adapter, raw=raw))
-    ends = ("self_attn.q_proj", "mlp.down_proj")
-    assert names == {f"{prefix}.{layer}.{end}" for layer in range(3) for end in ends}
-    of_peft = modules_of(tensors_for(tmp_path / "peft", config, adapter, "peft", raw))
-    assert all(name.startswith("model.layers.") for name in of_peft)
-
-
 @pytest.mark.parametrize("model_type", ["qwen3_5_moe", "qwen3_5_moe_text"])
 @pytest.mark.parametrize("adapted", ["experts_ffn/down_proj", "ffn"])
 def test_adapters_of_qwen3_5_moe_are_read_back(model_type, adapted, random_lora, tmp_path):
