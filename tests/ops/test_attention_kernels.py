@@ -146,7 +146,8 @@ H100 = {"seq": 16384, "kind": "NVIDIA H100 80GB HBM3"}  # where visibility as an
         ("gpu", {}, "cudnn"),
         ("gpu", {"devices": 8}, "cudnn"),
         ("gpu", {"named": "xla"}, ""),
-        ("gpu", {"dtype": "float32"}, ""),
+        ("gpu", {"dtype": "float32"}, "triton"),
+        ("gpu", {"dtype": "float32", "named": "cudnn"}, ""),
         ("gpu", {"softcap": 2.0}, ""),
         ("gpu", {"seq": 255}, ""),
         ("gpu", {"dropout": True}, ""),
@@ -180,11 +181,8 @@ def test_the_numerics_platform_chooses(monkeypatch, platform, changes, expected)
         return attention(q, Keys(k, k, row, row), FAR, config, numerics, dropout_rng=rng)
 
     program = str(jax.make_jaxpr(run)(q, k, row))
-    asked += [
-        name
-        for name, kernel in {"splash": "splash_mha", "triton": "mha_forward"}.items()
-        if kernel in program
-    ]
+    kernels = {"splash": "splash_mha", "triton": "mha_forward"}
+    asked += [name for name, kernel in kernels.items() if kernel in program]
     assert asked == ([expected] if expected else [])
 
 

@@ -172,7 +172,7 @@ def test_a_library_that_others_could_exchange_is_not_loaded(compiled, tmp_path, 
     loaded, folder = [], compiled.parent
     monkeypatch.setattr(ctypes, "CDLL", loaded.append)
 
-    def refused(reason: str) -> None:
+    def refused(reason: str | None = None) -> None:
         with pytest.raises(PermissionError, match=reason):
             library.build(os.environ["CXX"], "floats")
 
@@ -184,11 +184,11 @@ def test_a_library_that_others_could_exchange_is_not_loaded(compiled, tmp_path, 
     folder.parent.chmod(0o700)
     folder.rename(tmp_path / "theirs")
     folder.symlink_to(tmp_path / "theirs")
-    refused("")
+    refused()
     folder.unlink()
     folder.mkdir(mode=0o700)
     monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
-    refused("")
+    refused()
     assert loaded == []
 
 
