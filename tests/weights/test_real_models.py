@@ -19,7 +19,7 @@ from nalora_jax.weights import hub
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.dual import load_encoder
 from nalora_jax.weights.model_files import LoadedModel
-from tests.weights.test_gguf_tokenizer import TEXTS
+from tests.weights.test_gguf_tokenizer import CORPUS, TEXTS
 
 pytestmark = [pytest.mark.network, pytest.mark.optimised]
 
@@ -51,7 +51,7 @@ def assert_logits_agree(model: LoadedModel, path: Path) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
-    encoded = [model.tokenizer.encode(text) for text in TEXTS]
+    encoded = [model.tokenizer.encode(text) for text in CORPUS]
     tokens = np.zeros((len(encoded), max(map(len, encoded))), np.int32)
     for row, ids in zip(tokens, encoded, strict=True):
         row[: len(ids)] = ids
@@ -60,7 +60,7 @@ def assert_logits_agree(model: LoadedModel, path: Path) -> None:
     found = logits(model, tokens)
     for i, ids in enumerate(encoded):
         np.testing.assert_allclose(
-            found[i, : len(ids)], expected[i, : len(ids)], rtol=0, atol=1e-3, err_msg=TEXTS[i]
+            found[i, : len(ids)], expected[i, : len(ids)], rtol=0, atol=1e-3, err_msg=CORPUS[i]
         )
 
 
@@ -74,23 +74,20 @@ def test_smollm2_logits_equal_transformers(smollm):
 
 
 def test_smollm2_tokens_and_chat_equal_transformers(smollm):
-    path = Path(smollm.source)
+    """By the rule of the model's own tokenizer.json, of which transformers 5.24 drops the first half."""
+    path, ours = Path(smollm.source), smollm.tokenizer
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    for text in TEXTS:
-        assert smollm.tokenizer.encode(text) == theirs.encode(text), text
-        assert smollm.tokenizer.decode(theirs.encode(text), skip_special=False) == theirs.decode(
-            theirs.encode(text)
-        )
-    for prompt in (False, True):
-        expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=prompt)
-        assert smollm.tokenizer.render_chat(CHAT, add_generation_prompt=prompt) == expected
-    # The rule of the model's own tokenizer.json, of which transformers 5.24 drops the first half for GGUF files.
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    for text in ["a  12  x", "\n\n7", "\u0661\u0662 \u00b2", *TEXTS]:
-        assert smollm.tokenizer.encode(text) == theirs.encode(text), text
-    assert (smollm.tokenizer.bos_id, smollm.tokenizer.eos_id, smollm.tokenizer.add_bos) == (1, 2, False)
+    for text in TEXTS:
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids, text
+        assert ours.decode(ids, skip_special=False) == theirs.decode(ids)
+    for prompt in (False, True):
+        expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=prompt)
+        assert ours.render_chat(CHAT, add_generation_prompt=prompt) == expected
+    assert (ours.bos_id, ours.eos_id, ours.add_bos) == (1, 2, False)
 
 
 def test_minilm_gives_the_embeddings_of_transformers():
