@@ -10,8 +10,7 @@ import pytest
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.ops.dispatch import Platform, numerics_for
-from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.storage import round_and_save, rounded
+from nalora_jax.ops.storage import matmul, round_and_save, rounded
 
 
 def _operands(rows: int = 3) -> list[jax.Array]:
