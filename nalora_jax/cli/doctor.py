@@ -45,7 +45,6 @@ def doctor(args: Any) -> None:
 
     Versions come first, because JAX ends a process from C++ if another process of a pod does not connect.
     """
-    del args
     _section("Versions", _versions())
     kernels, kernel_problems = _kernels()
     caches, cache_problems = _caches()

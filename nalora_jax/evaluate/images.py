@@ -180,7 +180,6 @@ class ClassEvaluator(Evaluator):
 
         For up to 60 classes also ``classes`` with the ``confusion`` matrix ``[true, predicted]``.
         """
-        del params, lora
         shown = [
             dict(record)
             | {"answer": self._classes[record["answer"]], "expected": self._classes[record["label"]]}
@@ -257,7 +256,6 @@ class RetrievalEvaluator(Evaluator):
 
     def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns a few images with their best captions."""
-        del params, lora
         return {"samples": _shown(self._images, records)}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from nalora_jax.report.drawing import (
     COLOURS,
@@ -13,11 +14,9 @@ from nalora_jax.report.drawing import (
     evenly,
     legend,
     new_figure,
-    percents,
     smooth,
     style,
     thin,
-    ticks,
     to_svg,
 )
 from nalora_jax.report.history import REGIONS, Histograms, History
@@ -275,8 +274,8 @@ def stacked_bars(axis: Any, occupancy: np.ndarray, colours: tuple[str, ...] = RE
         bottom = bottom + share
     axis.set_ylim(0, 1)
     axis.set_xlim(-0.6, len(occupancy) - 0.4)
-    axis.yaxis.set_major_formatter(percents())
-    axis.xaxis.set_major_locator(ticks(8, integer=True))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axis.grid(False)
 
 
@@ -334,7 +333,7 @@ def _heat_maps(maps: list[tuple[str, np.ndarray, np.ndarray]], name: str, label:
         axes[0][0].set_ylabel("layer")
         bar = figure.colorbar(image, ax=list(axes[0]), location="bottom", aspect=40, pad=0.02)
         bar.outline.set_visible(False)
-        bar.locator = ticks(4)
+        bar.locator = MaxNLocator(4)
         return to_svg(figure, name, label)
 
 
@@ -351,8 +350,8 @@ def _heat_map(axis: Any, steps: np.ndarray, values: np.ndarray, low: float, high
         vmin=low,
         vmax=high if high > low else low + 1e-6,
     )
-    axis.xaxis.set_major_locator(ticks(3, integer=True, min_n_ticks=1))
-    axis.yaxis.set_major_locator(ticks(8, integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
+    axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axis.grid(False)
     return image
 
@@ -398,12 +397,12 @@ def histogram(history: History, mechanism: str) -> str | None:
             ylabel="layer",
             title=f"share of each layer's channels, step {histograms.steps[-1]:.0f}",
         )
-        lower.yaxis.set_major_locator(ticks(8, integer=True))
+        lower.yaxis.set_major_locator(MaxNLocator(8, integer=True))
         lower.grid(False)
         _label_bins(lower, histograms, bins)
         bar = figure.colorbar(image, ax=lower, location="bottom", aspect=40, pad=0.02)
         bar.outline.set_visible(False)
-        bar.locator = ticks(4)
+        bar.locator = MaxNLocator(4)
         return to_svg(
             figure, f"histogram-{mechanism}", f"Factors of {mechanism} over channels, and in every layer"
         )

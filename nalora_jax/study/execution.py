@@ -250,7 +250,6 @@ class _Compilations:
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **more: Any) -> None:
-        del duration_secs, more
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
 

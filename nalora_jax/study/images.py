@@ -71,7 +71,6 @@ class DualEncoders:
 
     def architecture(self, config: RunConfig) -> None:
         """Returns None: the memory of encoders is not estimated."""
-        del config
 
     def model(self, config: RunConfig) -> LoadedDual:
         """Returns the run's base model; projections that join separate towers are drawn by its seed."""
@@ -125,7 +124,6 @@ class DualEncoders:
 
     def params(self, config: RunConfig, assembly: Assembly | None = None) -> Any:
         """Returns both towers and the prompts of the task's classes."""
-        del assembly
         loaded, classes = self.model(config), self._classes(config, config.data)
         # The rules decide whether prompts are encoded once or in every step.
         key = json.dumps(
@@ -167,7 +165,6 @@ class DualEncoders:
 
     def adapters(self, config: RunConfig, assembly: Assembly, data: Any, seed: int) -> Any:
         """Returns adapters with A drawn by ``seed``, and projections drawn by the run's seed."""
-        del data
         loaded = self.model(config)
         return init_lora(loaded.config, assembly.spec, jax.random.key(seed), loaded.params)
 
@@ -195,7 +192,6 @@ class DualEncoders:
         self, items: ImageItems, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
     ) -> dict[str, float]:
         """Returns ``loss`` and ``accuracy`` or recall; one pass computes all of them."""
-        del whole
         evaluator = self._evaluator(assembly, items)
         measured = evaluator.measure(variables["params"], variables.get("lora"))
         return {name: float(measured[name]) for name in MEASURES if name in measured}
