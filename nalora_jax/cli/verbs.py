@@ -131,7 +131,8 @@ def export(args: cli.ExportArgs) -> None:
         return
     _require_adapter(locate(name, adapter))
     model = load(name, adapter=adapter)
-    base, lora = model.base, _lora(model)
+    base, lora = model.base, model.lora
+    assert lora is not None
     output = shown_output(args.output)
     if args.target == "gguf":
         from nalora_jax.weights.gguf_export import verify_adapter_gguf, write_adapter_gguf
@@ -181,7 +182,8 @@ def merge(args: cli.MergeArgs) -> None:
     if resolved.kind == "hf" and _stored_dtype(resolved.path / "config.json") == "bfloat16":
         dtype = "bfloat16"
     model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=resolved)
-    base, lora = model.base, _lora(model)
+    base, lora = model.base, model.lora
+    assert lora is not None
     config, params, spec = fold_saved(base.config, base.params, lora, model.spec)
     if base.hf_config is None:
         raise NaloraError(located.base, expected="a model with a config.json", found="none")
@@ -363,12 +365,6 @@ def _require_adapter(located: Located) -> None:
         raise NaloraError(
             located.base, expected="an adapter", found="a base model", remedy="give a run's folder"
         )
-
-
-def _lora(model: AdaptedModel) -> dict[str, Any]:
-    _require_adapter(model.located)
-    assert model.lora is not None
-    return model.lora
 
 
 def _tokenizer_of(base: LoadedModel, resolved: ResolvedSource) -> Any:

@@ -66,7 +66,6 @@ class DualEncoders:
         self._sources: dict[str, ImageSource] = {}
         self._params: dict[str, Any] = {}
         self._rows: dict[str, ImageData] = {}
-        self._encoders: dict[Any, Encoders] = {}
         self._evaluators: dict[Any, ClassEvaluator | RetrievalEvaluator] = {}
 
     def architecture(self, config: RunConfig) -> None:
@@ -199,13 +198,11 @@ class DualEncoders:
     def _evaluator(self, assembly: Assembly, items: ImageItems) -> ClassEvaluator | RetrievalEvaluator:
         """Returns an evaluator, compiled once for all methods with adapters of the same shapes."""
         model, loaded = assembly.eval_model.clone(stats=None), items.loaded
-        key = (model, loaded.processor)  # one model has one tokenizer
-        if key not in self._encoders:
-            self._encoders[key] = Encoders(model, loaded.processor, loaded.tokenizer)
-        if (key, items.digest) not in self._evaluators:
-            evaluator = image_evaluator(self._encoders[key], items.images, items.classes, items.vision)
-            self._evaluators[key, items.digest] = evaluator
-        return self._evaluators[key, items.digest]
+        key = (model, loaded.processor, items.digest)  # one model has one tokenizer
+        if key not in self._evaluators:
+            encoders = Encoders(model, loaded.processor, loaded.tokenizer)
+            self._evaluators[key] = image_evaluator(encoders, items.images, items.classes, items.vision)
+        return self._evaluators[key]
 
     def _classes(self, config: RunConfig, data: DataConfig) -> tuple[str, ...]:
         if config.vision.task != "classify":

@@ -156,7 +156,7 @@ class Callbacks(AbstractContextManager["Callbacks"]):
 
 
 Kind = TypeVar("Kind", bound=type[Callback])
-_CALLBACKS: Registry[Callable[..., Callback]] = Registry("callback", "nalora_jax.callbacks", "--callbacks")
+_CALLBACKS: Registry[Any] = Registry("callback", "nalora_jax.callbacks", "--callbacks")
 
 
 def register_callback(name: str) -> Callable[[Kind], Kind]:
@@ -164,12 +164,7 @@ def register_callback(name: str) -> Callable[[Kind], Kind]:
 
     Its settings are its dataclass fields; each needs a default, whose type the setting has.
     """
-
-    def add(kind: Kind) -> Kind:
-        _CALLBACKS.add(name, kind)
-        return kind
-
-    return add
+    return _CALLBACKS.decorator(name)
 
 
 def make_callbacks(texts: Sequence[str]) -> list[Callback]:

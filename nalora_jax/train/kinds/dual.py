@@ -146,16 +146,12 @@ def build_step(
     return loaded, assembly, image_data(placed, loaded, records, mesh)
 
 
-def evaluators(
-    inputs: Inputs, loaded: LoadedDual, assembly: Assembly, like: Job | None
-) -> tuple[ClassEvaluator | RetrievalEvaluator, ClassEvaluator | RetrievalEvaluator]:
-    """Returns the evaluators of the held-out images."""
+def evaluator(
+    inputs: Inputs, loaded: LoadedDual, assembly: Assembly, images: Images
+) -> ClassEvaluator | RetrievalEvaluator:
+    """Returns the evaluator of some held-out images."""
     encoders = Encoders(assembly.eval_model, loaded.processor, loaded.tokenizer)
-    reported, selecting = (
-        image_evaluator(encoders, images, inputs.data.classes, inputs.config.vision)
-        for images in inputs.held_out
-    )
-    return reported, selecting
+    return image_evaluator(encoders, images, inputs.data.classes, inputs.config.vision)
 
 
 def export_run(job: Job, folder: Path, state: TrainState, share: Callable[[str], None]) -> None:
