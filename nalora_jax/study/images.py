@@ -21,15 +21,7 @@ from nalora_jax.layout import distributed
 from nalora_jax.method.step import Step
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.study.plan import MEASURES
-from nalora_jax.train.kinds.dual import (
-    CLASSES,
-    assemble_dual,
-    drawn_images,
-    image_data,
-    image_evaluator,
-    trained_on,
-    with_classes,
-)
+from nalora_jax.train.kinds import dual
 from nalora_jax.train.program import Assembly
 from nalora_jax.weights.dual import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
 
@@ -109,7 +101,7 @@ class DualEncoders:
         v = config.vision
         vision = VisionConfig(v.task, features=v.features, loss=v.loss, image_size=v.image_size)
         params, rows = self.params(config), self.data(config)
-        shapes = {name: value.shape for name, value in params.get(CLASSES, {}).items()}
+        shapes = {name: value.shape for name, value in params.get(dual.CLASSES, {}).items()}
         shapes |= {name: value.shape[1:] for name, value in (rows.tokens or {}).items()}
         return replace(config, data=DataConfig(), vision=vision), shapes
 
@@ -119,7 +111,7 @@ class DualEncoders:
         """Assembles the run as ``nalora train`` does."""
         loaded = self.model(config)
         params, mesh = self.params(config), _mesh(config)
-        return assemble_dual(general, loaded.config, params, mesh, loaded.processor, last=last)
+        return dual.assemble_dual(general, loaded.config, params, mesh, loaded.processor, last=last)
 
     def params(self, config: RunConfig, assembly: Assembly | None = None) -> Any:
         """Returns both towers and the prompts of the task's classes."""
@@ -129,7 +121,7 @@ class DualEncoders:
             [loaded.fingerprint, classes, config.vision.templates, config.to_dict()["lora"]["rules"]]
         )
         if key not in self._params:
-            self._params[key] = with_classes(config, loaded, classes, _mesh(config))
+            self._params[key] = dual.with_classes(config, loaded, classes, _mesh(config))
         return self._params[key]
 
     def base(self, config: RunConfig) -> tuple[str, Any]:
@@ -154,8 +146,8 @@ class DualEncoders:
         if key not in self._rows:
             source = self._source(config, config.data, config.data.train_split)
             classes = self._classes(config, config.data)
-            records = trained_on(config, source, classes)
-            self._rows[key] = image_data(config, self.model(config), records, _mesh(config))
+            records = dual.trained_on(config, source, classes)
+            self._rows[key] = dual.image_data(config, self.model(config), records, _mesh(config))
         return self._rows[key]
 
     def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
@@ -172,7 +164,7 @@ class DualEncoders:
         train, held = (self._source(config, data, split) for split in (data.train_split, data.eval_split))
         if data.train_split != data.eval_split:  # equal: a probe, whose data is not trained on
             check_disjoint(train, held)
-        indices = drawn_images(held, data.eval_limit)
+        indices = dual.drawn_images(held, data.eval_limit)
         images = Images(held, indices[indices.argsort()])
         classes, loaded = self._classes(config, data), self.model(config)
         asked = json.dumps([images.digest, classes, config.vision.templates, loaded.processor.output])
@@ -201,7 +193,9 @@ class DualEncoders:
         key = (model, loaded.processor, items.digest)  # one model has one tokenizer
         if key not in self._evaluators:
             encoders = Encoders(model, loaded.processor, loaded.tokenizer)
-            self._evaluators[key] = image_evaluator(encoders, items.images, items.classes, items.vision)
+            self._evaluators[key] = dual.image_evaluator(
+                encoders, items.images, items.classes, items.vision
+            )
         return self._evaluators[key]
 
     def _classes(self, config: RunConfig, data: DataConfig) -> tuple[str, ...]:
