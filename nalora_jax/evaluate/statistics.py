@@ -68,6 +68,15 @@ def paired_bootstrap(
     return _interval(_PAIRED, difference, values, weights, other_values, other_weights)
 
 
+def difference_of_means(
+    values: np.ndarray, weights: np.ndarray, other_values: np.ndarray, other_weights: np.ndarray
+) -> dict[str, float]:
+    """Returns ``difference`` of two weighted means, the second minus the first, with ``low`` and ``high``."""
+    low, high = paired_bootstrap(values, weights, other_values, other_weights)
+    difference = other_values.sum() / other_weights.sum() - values.sum() / weights.sum()
+    return {"difference": float(difference), "low": low, "high": high}
+
+
 def _interval(resamples: int, statistic: Callable[..., Any], *units: Any) -> tuple[float, float]:
     """Returns the interval of a statistic of sums over units, arrays ``[n]``; the seed is fixed."""
     from scipy import stats

@@ -18,9 +18,9 @@ from nalora_jax.data.images.opened import ImageData, ImageSource, open_images
 from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.layout import distributed
-from nalora_jax.method.step import Step
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.study.plan import MEASURES
+from nalora_jax.study.subject import Subject
 from nalora_jax.train.kinds import dual
 from nalora_jax.train.program import Assembly
 from nalora_jax.weights.dual import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
@@ -45,7 +45,7 @@ class ImageItems:
         return len(self.images)
 
 
-class DualEncoders:
+class DualEncoders(Subject):
     """`nalora_jax.study.subject.Subject` of dual encoders.
 
     The run's seed draws the projections between separate towers.
@@ -59,9 +59,6 @@ class DualEncoders:
         self._params: dict[str, Any] = {}
         self._rows: dict[str, ImageData] = {}
         self._evaluators: dict[Any, ClassEvaluator | RetrievalEvaluator] = {}
-
-    def architecture(self, config: RunConfig) -> None:
-        """Returns None: the memory of encoders is not estimated."""
 
     def model(self, config: RunConfig) -> LoadedDual:
         """Returns the run's base model; projections that join separate towers are drawn by its seed."""
@@ -150,10 +147,6 @@ class DualEncoders:
             self._rows[key] = dual.image_data(config, self.model(config), records, _mesh(config))
         return self._rows[key]
 
-    def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
-        """Returns the assembly's step."""
-        return assembly.step
-
     def adapters(self, config: RunConfig, assembly: Assembly, data: Any, seed: int) -> Any:
         """Returns adapters with A drawn by ``seed``, and projections drawn by the run's seed."""
         loaded = self.model(config)
@@ -170,10 +163,6 @@ class DualEncoders:
         asked = json.dumps([images.digest, classes, config.vision.templates, loaded.processor.output])
         digest = digest_of(asked)[:16]
         return ImageItems(images, classes, config.vision, loaded, digest)
-
-    def probe(self, config: RunConfig, data: DataConfig) -> ImageItems:
-        """Returns images."""
-        return self.items(config, data)
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
         """Compares the spans of both splits."""
