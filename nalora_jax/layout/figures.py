@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from nalora_jax.common import downloads
 from nalora_jax.common.devices import kind_of
 from nalora_jax.common.digests import FIELD, digest_of, seal, unseal
 from nalora_jax.common.files import write_atomically
+from nalora_jax.common.imports import installed_version
 from nalora_jax.config import RunConfig
 from nalora_jax.config.structured import structured
 from nalora_jax.layout.accounting import Collective, Program, Transfer, Work
@@ -92,7 +92,7 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
     """
     lowered = step.lower(*arguments)
     device = jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0]
-    versions = map(_version, ("jaxlib", "libtpu"))
+    versions = [f"{name} {installed_version(name)}" for name in ("jaxlib", "libtpu")]
     text = "\n".join([_ACCOUNTING, lowered.as_text(), kind_of(device), *versions])
     text += repr(sorted((lowered._lowering.compile_args or {}).get("compiler_options_kvs", ())))
     digest = digest_of(text)
@@ -141,13 +141,6 @@ def _read(file: Path) -> Figures:
     if FIELD not in record:  # `unseal` accepts that
         raise KeyError(FIELD)
     return structured(Figures, unseal(record, str(file)))
-
-
-def _version(name: str) -> str:
-    try:
-        return f"{name} {version(name)}"
-    except PackageNotFoundError:
-        return ""
 
 
 @dataclass(frozen=True)

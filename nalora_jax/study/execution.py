@@ -221,13 +221,6 @@ def _record(progress: RunInProgress, described: Mapping[str, Any], state: TrainS
         "peak_bytes": peak_bytes(),
         "config": run.config_hash,
         "protocol": run.protocol.digest,
-        **_environment(),
-    }
-
-
-def _environment() -> dict[str, Any]:
-    """Returns the versions, the machine and the time of a record."""
-    return {
         "versions": versions(),
         "processor": processor.name(),
         "device": describe_device(),
