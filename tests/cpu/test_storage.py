@@ -12,8 +12,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.cpu.native import library
 from nalora_jax.cpu.storage import Bits, view_bits
 from nalora_jax.ops.dispatch import Platform, numerics_for
-from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.storage import STACKS, prepare, take_rows
+from nalora_jax.ops.storage import STACKS, matmul, prepare, take_rows
 
 SEVERAL = numerics_for("bfloat16", Platform("cpu", "", 8))  # devices, where no kernel is native
 

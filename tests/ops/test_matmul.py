@@ -12,8 +12,7 @@ import pytest
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.ops.dispatch import Numerics, Platform, numerics_for
-from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.storage import SAVED, round_and_save, rounded
+from nalora_jax.ops.storage import SAVED, matmul, round_and_save, rounded
 
 
 def _operands(rows: int = 3) -> list[jax.Array]:

@@ -15,8 +15,8 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.matmul import matmul
 from nalora_jax.ops.quantize import NF4_LEVELS, dequantize, quantize, quantize_params
+from nalora_jax.ops.storage import matmul
 from tests.param_trees import init_params
 
 KERNEL = np.random.default_rng(0).normal(size=(2, 128, 24)).astype(np.float32)

@@ -35,8 +35,7 @@ from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.ops.attention import AttentionConfig, Keys, attention
 from nalora_jax.ops.dispatch import Numerics, Platform, numerics_for
 from nalora_jax.ops.losses import Head, cross_entropy
-from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.storage import STACKS, prepare
+from nalora_jax.ops.storage import STACKS, matmul, prepare
 from nalora_jax.train.program import assemble
 from tests import tiny
 from tests.cpu.native.conftest import ENDS, KINDS
