@@ -215,17 +215,6 @@ def image_data(config: RunConfig, loaded: LoadedDual, records: ImageRecords, mes
     )
 
 
-def held_out_images(
-    config: RunConfig, source: ImageSource, encoders: Encoders, classes: tuple[str, ...]
-) -> tuple[Any, Any]:
-    """Returns the evaluator of the reported results, and the one that selects the checkpoint."""
-    reported, selecting = (
-        image_evaluator(encoders, Images(source, indices), classes, config.vision)
-        for indices in image_indices(config, source)
-    )
-    return reported, selecting
-
-
 def image_indices(config: RunConfig, source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
     """Returns indices of the reported images, and of images that select the checkpoint."""
     data = config.data
