@@ -30,7 +30,6 @@ from nalora_jax.models.adapters import merged_kernel, pad_rank
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import TABLES, AdapterSpec, TargetSpec, scale_divisor
-from nalora_jax.weights.peft_tables import with_whole_tables
 
 
 def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
@@ -259,36 +258,28 @@ class AdapterSlot:
         """Returns the slot rank that an adapter needs."""
         return max((target.rank for _, target in spec.targets), default=0)
 
-    def fill(
-        self,
-        lora: Mapping[str, Any] | None,
-        spec: AdapterSpec | None,
-        params: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
+    @staticmethod
+    def takes(spec: AdapterSpec) -> bool:
+        """Returns True for plain adapters.
+
+        DoRA's update is not linear, and a program with trained rows is compiled for their ids.
+        """
+        return not spec.dora and not spec.token_indices
+
+    def fill(self, lora: Mapping[str, Any] | None, spec: AdapterSpec | None) -> dict[str, Any]:
         """Returns the adapter in the slot's shapes; zeros if there is no adapter.
 
         Fully trained tables are included; programs are compiled once with them and once without.
-        Trained rows are converted to full tables, because a program would be compiled for their
-        ids.
 
         Args:
           lora: float32 tree of the adapter.
-          spec: its ranks and scales.
-          params: of the base, needed if rows of its tables were trained.
+          spec: its ranks and scales, which `takes` accepts.
 
         Raises:
-          NaloraError: a rank is larger than the slot's, the adapter is DoRA, whose update is not
-            linear, or it has trained rows and there are no ``params``.
+          NaloraError: a rank is larger than the slot's.
         """
         lora, spec = lora or {}, spec or AdapterSpec()
-        if spec.dora:
-            remedy = "merge it instead"
-            raise NaloraError("adapter", expected="a linear adapter", found="DoRA", remedy=remedy)
-        if spec.token_indices:
-            if params is None:
-                actual = "trained rows of the base's tables"
-                raise NaloraError("adapter", expected="the base's weights beside it", found=actual)
-            lora, spec = with_whole_tables(self.config, params, lora, spec)
+        assert self.takes(spec)
         tables, leaves = flatten(lora), {}
         for path, target in self.spec.targets:
             *lead, d_in, d_out = (len(target.ranks), *projection_shapes(self.config)[path])

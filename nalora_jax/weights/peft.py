@@ -46,8 +46,7 @@ from nalora_jax.weights.peft_read import BASE_KEY, FINGERPRINT_KEY, ROPE_KEY, TE
 from nalora_jax.weights.peft_tables import (
     TRAINED,
     refuse_saved,
-    saved_tensors,
-    token_row_tensors,
+    table_tensors,
     trained_tensors,
 )
 from nalora_jax.weights.shards import write_tensors
@@ -107,47 +106,32 @@ def export_adapter(
       NaloraError: the tool does not support a property of the adapter (the message names it); the
         folder has other content; or a write fails.
     """
-    layout = layout or layout_for(target, config)
-    settings, tensors = _contents(lora, spec, config, layout, target, max_lora_rank)
-    settings |= {"base_model_name_or_path": base_model_name}
+    layout, for_vllm = layout or layout_for(target, config), target == "vllm"
+    if for_vllm:
+        _check_vllm(spec)
+    entries = list(_entries(lora, spec, config, layout, per_expert=for_vllm))
+    entries = _one_rank(entries, config, layout, max_lora_rank) if for_vllm else _even_stacks(entries)
+    written = spec
+    if any(entry.parameter or entry.place.expert is not None for entry in entries):
+        # Dropout acts in training only, and PEFT refuses to load it for experts.
+        written = replace(spec, dropout=0.0)
+    settings = adapter_settings(entries, config, layout, written, rslora=spec.rslora and not for_vllm)
+    settings |= {"base_model_name_or_path": base_model_name, **(extra or {})}
+    if for_vllm:
+        entries += copies_for_values(entries, config)
+    tensors = dict(adapter_tensors(entries, layout))
+    if isinstance(config, ModelConfig):
+        tensors |= table_tensors(lora, spec, config)
     base = {FINGERPRINT_KEY: fingerprint, ROPE_KEY: rope_scaling, BASE_KEY: base_weights}
     metadata = {"format": "pt"} | {name: value for name, value in base.items() if value}
     with new_folder(folder, replaces=OWN_FILES, overwrite=overwrite) as scratch:
-        write_json(scratch / CONFIG_NAME, settings | dict(extra or {}))
+        write_json(scratch / CONFIG_NAME, settings)
         write_tensors(scratch / TENSORS_NAME, tensors, metadata)
         if isinstance(config, DualConfig) and config.trained:
             write_tensors(scratch / TRAINED, trained_tensors(lora, config), metadata)
         if write_extra is not None:
             write_extra(scratch)
     return Path(folder)
-
-
-def _contents(
-    lora: Mapping[str, Any],
-    spec: AdapterSpec,
-    config: Host,
-    layout: ModuleLayout,
-    target: Literal["peft", "vllm"],
-    max_lora_rank: int,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns the settings, without the base model's name, and the tensors of an adapter's files."""
-    if target == "vllm":
-        _check_vllm(spec)
-        entries = list(_entries(lora, spec, config, layout, per_expert=True))
-        entries = _one_rank(entries, config, layout, max_lora_rank)
-    else:
-        entries = _even_stacks(list(_entries(lora, spec, config, layout, per_expert=False)))
-    if any(entry.parameter or entry.place.expert is not None for entry in entries):
-        # Dropout acts in training only, and PEFT refuses to load it for experts.
-        spec = replace(spec, dropout=0.0)
-    rslora = spec.rslora and target == "peft"
-    settings = adapter_settings(entries, config, layout, spec, rslora=rslora)
-    if target == "vllm":
-        entries += copies_for_values(entries, config)
-    tensors = dict(adapter_tensors(entries, layout))
-    if isinstance(config, ModelConfig):
-        tensors |= saved_tensors(lora, spec, config) | token_row_tensors(lora, spec, config)
-    return settings, tensors
 
 
 def layer_adapter(

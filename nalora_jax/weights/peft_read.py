@@ -194,22 +194,23 @@ def _slots(layout: ModuleLayout, config: Host, peft: PeftConfig) -> Iterator[Slo
     places = list(places_in(config, layout))
     linear = [place.name for place in places if not place.stacked]
     stacks = [place.name for place in places if place.stacked]
-    choices = peft.choose(linear, [*stacks, *(f"{name}.weight" for name in linear)])
+    modules = peft.targeted_modules(linear)
+    parameters = peft.targeted_parameters([*stacks, *(f"{name}.weight" for name in linear)])
     chosen: dict[int, list[Place]] = {}  # stacks by layer
     for place in places:
         # An adapter on a Linear module's weight computes the same as an adapter on the module.
         weight = f"{place.name}.weight"
-        key = weight if weight in choices.parameters else place.name
+        key = weight if weight in parameters else place.name
         if not place.stacked:
-            targeted = key == weight or place.name in choices.modules
-            yield Slot(place.name, place, targeted, choices.ranks[key], choices.alphas[key])
-        elif place.name in choices.parameters:
+            targeted = key == weight or place.name in modules
+            yield Slot(place.name, place, targeted, peft.rank_of(key), peft.alpha_of(key))
+        elif place.name in parameters:
             chosen.setdefault(place.layer, []).append(place)
     for listed in chosen.values():
         # PEFT wraps the module once per parameter: the first one registered is the innermost.
         for depth, place in enumerate(reversed(listed)):
             key = place.name.rpartition(".")[0] + ".base_layer" * depth
-            yield Slot(key, place, True, choices.ranks[place.name], choices.alphas[place.name])
+            yield Slot(key, place, True, peft.rank_of(place.name), peft.alpha_of(place.name))
 
 
 def _by_module(

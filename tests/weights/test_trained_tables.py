@@ -99,17 +99,21 @@ def test_peft_s_files_mean_the_same_here_and_ours_the_same_there(tiny_model, par
 
     merged_config, merged, rest = fold_saved(config, params, lora, spec)
     assert merged_config.tie_embeddings == (tied and held == {ROWS})
-    slot = AdapterSlot.on(config, rank=4)
+    results = {}
+    assert AdapterSlot.takes(spec) == (INDICES not in settings)
+    if AdapterSlot.takes(spec):
+        slot = AdapterSlot.on(config, rank=4)
+        results = {"slot": our_logits(config, params, slot.fill(lora, spec), slot.spec)}
     export_adapter(lora, spec, config, tmp_path / "ours", base_model_name="base")
     assert verify_export(tmp_path / "ours", lora, spec, config) == 0.0
     again, _ = tiny_model("llama", tie_word_embeddings=tied)
-    for name, found in {
+    results |= {
         "decoder": our_logits(config, params, lora, spec),
         "head": logits_of_head(variables),
         "merged": our_logits(merged_config, merge(merged, lora, rest), {}, rest.linear),
-        "slot": our_logits(config, params, slot.fill(lora, spec, params), slot.spec),
         "PEFT": logits(load(again, tmp_path / "ours", tied=True)),
-    }.items():
+    }
+    for name, found in results.items():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4, err_msg=name)
     written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert written["modules_to_save"] == (list(spec.saved) or None)
@@ -160,8 +164,6 @@ def test_what_is_changed_or_missing_is_found(tiny_model, tmp_path, settings, lea
         path.write_text(json.dumps(written))
         with pytest.raises(NaloraError, match=f"{INDICES}: expected the adapter that was exported"):
             verify_export(tmp_path / "b", other, spec, config)
-        with pytest.raises(NaloraError, match="expected the base's weights beside it"):
-            AdapterSlot.on(config, rank=4).fill(lora, spec)
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     assert change.keys() <= tensors.keys()
