@@ -16,10 +16,9 @@ import mmap
 import re
 from abc import ABC, abstractmethod
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -439,10 +438,10 @@ class TableRows(RecordFile):
     def __init__(self, path: Path | str, name: str = "") -> None:
         self.name = name or str(path)
         self.sha256 = data_digest(path)
-        self._open: OrderedDict[int, Any] = OrderedDict()
         with self._errors():
             sizes, self._groups = _parquet(path) if self._kind == ".parquet" else _arrow(Path(path))
         self._ends = np.cumsum([0, *sizes])
+        self._group = lru_cache(_OPEN_GROUPS)(self._decoded)
 
     @property
     def _kind(self) -> str:
@@ -466,16 +465,12 @@ class TableRows(RecordFile):
         groups = np.searchsorted(self._ends, places, side="right") - 1
         return read_in_parts(groups, places - self._ends[groups], read)
 
-    def _group(self, number: int) -> Any:
-        if number not in self._open:
-            rows = self._groups[number]()
-            # Arrow trusts a file's offsets: without validation, a damaged file causes reads outside
-            # its memory.
-            rows.validate(full=True)
-            self._open[number] = rows
-            if len(self._open) > _OPEN_GROUPS:
-                self._open.popitem(last=False)
-        return self._open[number]
+    def _decoded(self, number: int) -> Any:
+        rows = self._groups[number]()
+        # Arrow trusts a file's offsets: without validation, a damaged file causes reads outside its
+        # memory.
+        rows.validate(full=True)
+        return rows
 
 
 Groups = tuple[list[int], list[Callable[[], Any]]]

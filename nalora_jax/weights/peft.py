@@ -35,10 +35,7 @@ from nalora_jax.weights.peft_modules import (
     fold,
     fuse,
     layout_for,
-    module_shape,
-    part_widths,
     places_in,
-    places_of,
     short_name,
     stack_depths,
 )
@@ -172,18 +169,16 @@ def _entries(
     leaves = flatten(lora)
     _check_known(spec, layout)
     by_expert = per_expert and bool(layout.experts)
-    stacked_at = places_of(config)
 
     @functools.cache
-    def part(path: str, layer: int) -> ModuleAdapter | None:
-        return layer_adapter(leaves, spec, *stacked_at[path, layer])
+    def part(path: str, index: int) -> ModuleAdapter | None:
+        return layer_adapter(leaves, spec, path, index)
 
     for place in places_in(config, layout):
         module, expert = place.module, place.expert
         if (place.stacked and by_expert) or (expert is not None and not by_expert):
             continue
-        parts = [part(path, place.layer) for path in module.parts]
-        adapter = fuse(parts, part_widths(config, module, place.layer), alternates=module.alternates)
+        adapter = fuse([part(*slot) for slot in place.slots], place.widths, alternates=module.alternates)
         if adapter is None:
             continue
         if expert is not None:
@@ -268,15 +263,14 @@ def _one_rank(entries: list[Entry], config: Host, layout: ModuleLayout, limit: i
     if any(entry.place.stacked for entry in entries):
         adapted |= {module.name for module in layout.parameters}
     return [
-        Entry(place, folded.get(place.name) or _zeros(config, place, rank, scale), place.stacked)
+        Entry(place, folded.get(place.name) or _zeros(place, rank, scale), place.stacked)
         for place in places_in(config, layout)
         if place.module.name in adapted
     ]
 
 
-def _zeros(config: Host, place: Place, rank: int, scale: float) -> ModuleAdapter:
-    shape = module_shape(config, place.module, place.layer)
-    *lead, d_in, d_out = shape[0 if place.stacked else -2 :]
+def _zeros(place: Place, rank: int, scale: float) -> ModuleAdapter:
+    *lead, d_in, d_out = place.shape[0 if place.stacked else -2 :]
     return ModuleAdapter(
         np.zeros((*lead, d_in, rank), np.float32), np.zeros((*lead, rank, d_out), np.float32), scale
     )
@@ -330,31 +324,17 @@ def verify_export(
             raise differs(f"{folder}: {name}")
     for path in sorted({path for path, _ in (*spec.targets, *loaded_spec.targets)}):
         for layer in range(stack_depths(config)[path]):
-            meant = layer_adapter(ours, spec, path, layer)
-            reloaded = layer_adapter(theirs, loaded_spec, path, layer)
-            worst = max(worst, _difference_of(folder, f"{path}, layer {layer}", meant, reloaded))
+            meant = _effective(layer_adapter(ours, spec, path, layer))
+            reloaded = _effective(layer_adapter(theirs, loaded_spec, path, layer))
+            if meant is None and reloaded is None:
+                continue
+            difference = np.inf
+            if meant is not None and reloaded is not None:
+                difference = _relative(meant, reloaded)
+            if difference > _FOLD_TOLERANCE:
+                raise differs(f"{folder}: {path}, layer {layer}")
+            worst = max(worst, difference)
     return worst
-
-
-def _difference_of(
-    folder: str | Path, place: str, meant: ModuleAdapter | None, reloaded: ModuleAdapter | None
-) -> float:
-    """Returns the relative difference of ``scale * B`` of a projection in one layer.
-
-    Raises:
-      NaloraError: it is above the tolerance, or A or the magnitude differ.
-    """
-    a, b = (_effective(adapter) for adapter in (meant, reloaded))
-    if a is None and b is None:
-        return 0.0
-    if a is None or b is None or a.b.shape != b.b.shape:
-        raise differs(f"{folder}: {place}")
-    difference = _relative(a, b)
-    ours, theirs = (np.zeros(0) if of.magnitude is None else of.magnitude for of in (a, b))
-    same = np.array_equal(a.a, b.a) and np.array_equal(ours, theirs)
-    if not same or difference > _FOLD_TOLERANCE:
-        raise differs(f"{folder}: {place}")
-    return difference
 
 
 def differs(where: str) -> NaloraError:
@@ -378,6 +358,10 @@ def _effective(adapter: ModuleAdapter | None) -> ModuleAdapter | None:
 
 
 def _relative(a: ModuleAdapter, b: ModuleAdapter) -> float:
+    """Returns the relative difference of ``scale * B``, infinity if anything else differs."""
+    magnitudes = (np.zeros(0) if adapter.magnitude is None else adapter.magnitude for adapter in (a, b))
+    if a.b.shape != b.b.shape or not np.array_equal(a.a, b.a) or not np.array_equal(*magnitudes):
+        return np.inf
     if a.scale == b.scale and np.array_equal(a.b, b.b):
         return 0.0
     first, second = (adapter.scale * adapter.b.astype(np.float64) for adapter in (a, b))

@@ -70,13 +70,11 @@ class ModuleLayout:
         lasts = {pattern.rpartition(".")[2] for pattern in self.experts.values()}
         return module in self.modules and module.name.rpartition(".")[2] in lasts
 
-    def full_name(self, layer: int, module: str | HostModule) -> str:
+    def full_name(self, layer: int, module: HostModule) -> str:
         """Returns the full name, e.g. ``model.layers.3.mlp.gate_proj`` for layer 3."""
-        if isinstance(module, str):
-            return f"{self.prefix}.{layer}.{module}"
         if module.whole:
             return module.name.format(layer=layer)
-        return self.full_name(layer, module.name)
+        return f"{self.prefix}.{layer}.{module.name}"
 
 
 _LAYER, _EXPERT = ".{layer}.", "{expert}"
@@ -201,24 +199,35 @@ class Place:
     name: str  # the full one
     layer: int
     module: HostModule
+    slots: tuple[tuple[str, int], ...]  # stacked path and index of each part
+    widths: tuple[int, ...]  # d_out of each part
+    shape: tuple[int, ...]  # of the complete kernel, (..., d_in, d_out)
     expert: int | None = None
     stacked: bool = False  # of all experts
 
 
 def places_in(config: Host, layout: ModuleLayout) -> Iterator[Place]:
     """Yields the places of ``layout``, layer by layer."""
-    for layer in range(1 + max(layer for _, layer in places_of(config))):
+    shapes, stacked_at = kernel_shapes(config), places_of(config)
+
+    def place(layer: int, module: HostModule) -> Place:
+        slots = tuple(stacked_at[path, layer] for path in module.parts)
+        widths = tuple(shapes[path][-1] for path, _ in slots)
+        shape = (*shapes[slots[0][0]][:-1], sum(widths))
+        return Place(layout.full_name(layer, module), layer, module, slots, widths, shape)
+
+    for layer in range(1 + max(layer for _, layer in stacked_at)):
         for module in layout.modules:
             if layer in layers_with(config, module.parts[0], experts=False):
-                yield Place(layout.full_name(layer, module), layer, module)
+                yield place(layer, module)
         for path, pattern in layout.experts.items():
             if layer in layers_with(config, path, experts=True):
-                module = HostModule(pattern, (path,))
-                for expert in range(module_shape(config, module, layer)[0]):
-                    yield Place(layout.full_name(layer, pattern.format(expert)), layer, module, expert)
+                every = place(layer, HostModule(pattern, (path,)))
+                for expert in range(every.shape[0]):
+                    yield replace(every, name=every.name.format(expert), expert=expert)
         for stack in layout.parameters:
             if layer in layers_with(config, stack.parts[0], experts=True):
-                yield Place(layout.full_name(layer, stack), layer, stack, stacked=True)
+                yield replace(place(layer, stack), stacked=True)
 
 
 # Prefixes of module names in multimodal models: a prefix of transformers 5, mapped to its form in
@@ -264,18 +273,6 @@ def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
         replace(module, name=earlier(module.name)) if module.whole else module for module in layout.modules
     )
     return replace(layout, modules=modules, prefix=earlier(layout.prefix))
-
-
-def part_widths(config: Host, module: HostModule, layer: int) -> list[int]:
-    """Returns ``d_out`` of every part of a layer's ``module``."""
-    shapes, places = kernel_shapes(config), places_of(config)
-    return [shapes[places[path, layer][0]][-1] for path in module.parts]
-
-
-def module_shape(config: Host, module: HostModule, layer: int) -> tuple[int, ...]:
-    """Returns the kernel shape ``(..., d_in, d_out)`` of a layer's complete ``module``."""
-    shape = kernel_shapes(config)[places_of(config)[module.parts[0], layer][0]]
-    return (*shape[:-1], sum(part_widths(config, module, layer)))
 
 
 # ---------------------------------------------------------------- adapters of one layer

@@ -27,10 +27,7 @@ from nalora_jax.weights.peft_modules import (
     fold,
     kernel_shapes,
     layout_of,
-    module_shape,
-    part_widths,
     places_in,
-    places_of,
     split_fused,
     stack_depths,
     without_copies,
@@ -277,23 +274,17 @@ def _pieces(
 ) -> dict[str, dict[int, ModuleAdapter]]:
     """Returns adapters by stacked path and layer."""
     pieces: dict[str, dict[int, ModuleAdapter]] = {}
-    experts: dict[tuple[str, int], dict[int, ModuleAdapter]] = {}
-    places = places_of(config)
+    experts: dict[tuple[int, str, int], dict[int, ModuleAdapter]] = {}
     for slot, parts in filled:
-        module, layer, expert = slot.place.module, slot.place.layer, slot.place.expert
-        adapter = _adapter_of(module_shape(config, module, layer), peft, path, slot, parts)
-        if expert is not None:
-            experts.setdefault((module.parts[0], layer), {})[expert] = adapter
+        place, adapter = slot.place, _adapter_of(peft, path, slot, parts)
+        if place.expert is not None:
+            experts.setdefault((place.layer, *place.slots[0]), {})[place.expert] = adapter
             continue
-        widths, alternates = part_widths(config, module, layer), module.alternates
-        for part_path, piece in zip(
-            module.parts, split_fused(adapter, widths, alternates=alternates), strict=True
-        ):
+        split = split_fused(adapter, place.widths, alternates=place.module.alternates)
+        for (stacked, index), piece in zip(place.slots, split, strict=True):
             if piece is not None:
-                stacked, index = places[part_path, layer]
                 pieces.setdefault(stacked, {})[index] = piece
-    for (part_path, layer), members in experts.items():
-        stacked, index = places[part_path, layer]
+    for (layer, stacked, index), members in experts.items():
         count = kernel_shapes(config)[stacked][0]
         if len(members) != count:
             expected, actual = f"adapters on all {count}", len(members)
@@ -302,24 +293,17 @@ def _pieces(
     return pieces
 
 
-def _adapter_of(
-    shape: tuple[int, ...],
-    peft: PeftConfig,
-    path: Path,
-    slot: Slot,
-    parts: Mapping[str, np.ndarray],
-) -> ModuleAdapter:
+def _adapter_of(peft: PeftConfig, path: Path, slot: Slot, parts: Mapping[str, np.ndarray]) -> ModuleAdapter:
     """Checks one slot's tensors and converts them to this library's layout.
 
     Args:
-      shape: of the module's kernel.
       peft: settings of the adapter.
       path: file of the tensors.
       slot: their location.
       parts: the tensors by kind.
     """
+    shape, rank, stacked = slot.place.shape, slot.rank, slot.place.stacked
     d_in, d_out = shape[-2:]
-    rank, stacked = slot.rank, slot.place.stacked
     count = shape[0] if stacked else 1
     shapes = {"a": (count * rank, d_in), "b": (d_out, count * rank), "magnitude": (d_out,)}
     for kind, tensor in parts.items():
