@@ -359,8 +359,8 @@ def _effective(adapter: ModuleAdapter | None) -> ModuleAdapter | None:
 
 def _relative(a: ModuleAdapter, b: ModuleAdapter) -> float:
     """Returns the relative difference of ``scale * B``, infinity if anything else differs."""
-    magnitudes = (np.zeros(0) if adapter.magnitude is None else adapter.magnitude for adapter in (a, b))
-    if a.b.shape != b.b.shape or not np.array_equal(a.a, b.a) or not np.array_equal(*magnitudes):
+    ours, theirs = (np.zeros(0) if adapter.magnitude is None else adapter.magnitude for adapter in (a, b))
+    if a.b.shape != b.b.shape or not np.array_equal(a.a, b.a) or not np.array_equal(ours, theirs):
         return np.inf
     if a.scale == b.scale and np.array_equal(a.b, b.b):
         return 0.0

@@ -13,11 +13,12 @@ import dataclasses
 import math
 import os
 import re
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -40,31 +41,11 @@ BLOCK = 1 << 16
 WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
 
 
-class TensorSource(Protocol):
-    """The named tensors of a file or folder, in PyTorch's orientation (``[out, in]``)."""
-
-    @property
-    def where(self) -> str:
-        """The file or folder, for messages."""
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Returns the shape of every tensor by its name in the file."""
-
-    def check_readable(self, name: str) -> None:
-        """Raises a NaloraError unless `read` supports the tensor's number format."""
-
-    def read(self, name: str, index: Index) -> np.ndarray:
-        """Returns a slice of a tensor as floats, reading little more of the file."""
-
-    def stored(self, name: str) -> FileTensor:
-        """Returns the location and number format of a tensor's bytes."""
-
-
-class TensorFiles:
-    """The tensors that headers describe: the part of a `TensorSource` that is the same for all formats.
+class TensorSource(ABC):
+    """The named tensors of a file or folder, in PyTorch's orientation (``[out, in]``), as headers describe them.
 
     Args:
-      where: the file or folder.
+      where: the file or folder, for messages.
       tensors: by name.
       readable: number formats that `TensorSource.read` supports.
       remedy: for tensors in other formats.
@@ -95,6 +76,10 @@ class TensorFiles:
     def stored(self, name: str) -> FileTensor:
         """Returns the location and number format of a tensor's bytes."""
         return self._tensors[name]
+
+    @abstractmethod
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """Returns a slice of a tensor as floats, reading little more of the file."""
 
 
 def load_params(

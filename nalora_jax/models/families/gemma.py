@@ -73,9 +73,9 @@ def _query_scalar(r: Metadata, *, largest: int) -> int:
 
     llama.cpp uses the head's width or, in the family's 27B model, the model's width per head.
     """
-    if r.number("block_count", int) == largest:
-        return int(r.number("embedding_length", int) // r.number("attention.head_count", int))
-    return int(r.number("attention.key_length", int))
+    if r.get("block_count", int) == largest:
+        return int(r.get("embedding_length", int) // r.get("attention.head_count", int))
+    return int(r.get("attention.key_length", int))
 
 
 def _gemma(f: Fields, name: str) -> ModelConfig:
@@ -116,10 +116,10 @@ def _gemma2(f: Fields, name: str) -> ModelConfig:
 
 def _gemma2_settings(r: Metadata) -> dict[str, Any]:
     return {
-        "sliding_window": r.number("attention.sliding_window", int, 4096),
+        "sliding_window": r.get("attention.sliding_window", int, 4096),
         "query_pre_attn_scalar": _query_scalar(r, largest=46),
-        "attn_logit_softcapping": r.number("attn_logit_softcapping", float, 50.0),
-        "final_logit_softcapping": r.number("final_logit_softcapping", float, 30.0),
+        "attn_logit_softcapping": r.get("attn_logit_softcapping", float, 50.0),
+        "final_logit_softcapping": r.get("final_logit_softcapping", float, 30.0),
     }
 
 
@@ -165,8 +165,8 @@ def _gemma3(f: Fields, name: str) -> ModelConfig:
 
 def _gemma3_settings(r: Metadata) -> dict[str, Any]:
     return {
-        "sliding_window": r.number("attention.sliding_window", int),
-        "rope_local_base_freq": r.number("rope.freq_base_swa", float, 10_000.0),
+        "sliding_window": r.get("attention.sliding_window", int),
+        "rope_local_base_freq": r.get("rope.freq_base_swa", float, 10_000.0),
         "query_pre_attn_scalar": _query_scalar(r, largest=62),
     }
 
