@@ -130,7 +130,6 @@ class SourceView(Source):
 
     def _changed(self, index: int, record: Record) -> Record:
         """Returns the record ``index`` of the other source as this source has it."""
-        del index
         return record
 
     @property

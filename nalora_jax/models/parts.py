@@ -157,7 +157,6 @@ class Part(ABC):
 
     def arrays(self, config: ModelConfig) -> Shapes:
         """Returns the shapes of a layer's parameters that belong to no projection."""
-        del config
         return {}
 
     @abstractmethod
@@ -166,12 +165,10 @@ class Part(ABC):
 
     def has_bias(self, config: ModelConfig, name: str) -> bool:
         """Returns True if a projection has a bias."""
-        del config, name
         return False
 
     def flops(self, config: ModelConfig, seq: int) -> float:
         """Returns the forward flops of all layers for one row, without `projections` and routers."""
-        del config, seq
         return 0.0
 
     @abstractmethod
@@ -180,7 +177,6 @@ class Part(ABC):
 
     def gates(self, config: ModelConfig) -> Gates:
         """Returns channel shape and activation of each gated block, by its path within the part."""
-        del config
         return {}
 
     @abstractmethod
@@ -245,10 +241,6 @@ class FeedForward(Part):
     """
 
     reads_stream: ClassVar[bool] = False  # True: the module also gets ``stream``, the norm's input
-
-    @abstractmethod
-    def gates(self, config: ModelConfig) -> Gates:
-        """See `Part`."""
 
 
 @dataclass(frozen=True)

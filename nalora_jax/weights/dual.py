@@ -20,7 +20,7 @@ from nalora_jax.data.images.files import (
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.vision import families
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Loss
 from nalora_jax.models.vision.dual import init_params
 from nalora_jax.weights import hub
 from nalora_jax.weights.encoders import keymap_of
@@ -63,7 +63,7 @@ def load_dual(
     dtype: str,
     mesh: Mesh | None = None,
     d_out: int = 0,
-    loss: str = "softmax",
+    loss: Loss = "softmax",
     seed: int = 0,
     image_size: int = 0,
 ) -> LoadedDual:
@@ -104,7 +104,7 @@ def load_dual(
     return LoadedDual(config, params, tokenizer, processor, name, source_of.fingerprint, source_of)
 
 
-def described_dual(source: str, *, d_out: int = 0, loss: str = "softmax") -> DualConfig:
+def described_dual(source: str, *, d_out: int = 0, loss: Loss = "softmax") -> DualConfig:
     """Returns a dual encoder's description, without weights; arguments as in `load_dual`."""
     image, plus, text = source.partition(JOIN)
     if plus and not Path(source).exists():
@@ -147,7 +147,7 @@ def join(
     *,
     mesh: Mesh | None = None,
     d_out: int = 0,
-    loss: str = "softmax",
+    loss: Loss = "softmax",
     seed: int = 0,
     image_size: int = 0,
 ) -> LoadedDual:

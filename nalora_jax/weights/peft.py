@@ -18,6 +18,7 @@ from nalora_jax.common.folders import new_folder, write_json
 from nalora_jax.common.trees import flatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, adapter_scale, uniform_path
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.peft_config import CONFIG_NAME
@@ -37,7 +38,6 @@ from nalora_jax.weights.peft_modules import (
     layout_for,
     places_in,
     short_name,
-    stack_depths,
 )
 from nalora_jax.weights.peft_read import BASE_KEY, FINGERPRINT_KEY, ROPE_KEY, TENSORS_NAME, import_adapter
 from nalora_jax.weights.peft_tables import (
@@ -323,7 +323,7 @@ def verify_export(
         if not np.array_equal(trained, read):
             raise differs(f"{folder}: {name}")
     for path in sorted({path for path, _ in (*spec.targets, *loaded_spec.targets)}):
-        for layer in range(stack_depths(config)[path]):
+        for layer in range(depths(config)[path]):
             meant = _effective(layer_adapter(ours, spec, path, layer))
             reloaded = _effective(layer_adapter(theirs, loaded_spec, path, layer))
             if meant is None and reloaded is None:

@@ -274,13 +274,17 @@ def read_peft_config(folder: Path) -> PeftConfig:
     raw = _read_json(path)
     fields = _Fields(raw, str(path))
     _refuse_unsupported(fields)
-    targets = _targets(fields)
+    targets, parameters = fields.strings_or_regex("target_modules"), fields.strings("target_parameters")
+    if not targets and not parameters:
+        expected = "the adapted modules, as a list or a pattern"
+        remedy = "name them: PEFT would fall back to defaults of its own and drop the other tensors"
+        raise fields.error("target_modules", expected, raw.get("target_modules"), remedy)
     config = PeftConfig(
         where=str(path),
         rank=fields.integer("r", high=_MAX_RANK),
         alpha=fields.number("lora_alpha"),
         target_modules=targets,
-        target_parameters=fields.strings("target_parameters"),
+        target_parameters=parameters,
         exclude_modules=fields.strings_or_regex("exclude_modules"),
         layers_to_transform=fields.integers("layers_to_transform"),
         layers_pattern=fields.layer_patterns(),
@@ -297,15 +301,6 @@ def read_peft_config(folder: Path) -> PeftConfig:
         expected = "null beside a target_modules that is a pattern (PEFT refuses the pair too)"
         raise fields.error("layers_to_transform", expected, raw.get("layers_to_transform"))
     return config
-
-
-def _targets(fields: _Fields) -> tuple[str, ...] | str:
-    targets = fields.strings_or_regex("target_modules")
-    if not targets and not fields.strings("target_parameters"):
-        expected = "the adapted modules, as a list or a pattern"
-        remedy = "name them: PEFT would fall back to defaults of its own and drop the other tensors"
-        raise fields.error("target_modules", expected, fields.raw.get("target_modules"), remedy)
-    return targets
 
 
 def _refuse_unsupported(fields: _Fields) -> None:

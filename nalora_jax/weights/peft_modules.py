@@ -31,7 +31,7 @@ import numpy as np
 from nalora_jax.models.adapters import pad_rank
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model, family_of
-from nalora_jax.models.stacks import depths, projection_shapes, stacked_places
+from nalora_jax.models.stacks import projection_shapes, stacked_places
 from nalora_jax.models.targets import AdapterSpec, scale_divisor
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.encoders import encoder_modules
@@ -155,38 +155,13 @@ def _stacks(experts: Iterable[str], module: str) -> tuple[HostModule, ...]:
     )
 
 
-def kernel_shapes(config: Host) -> Mapping[str, tuple[int, ...]]:
-    """Returns the kernel's shape in one layer of every projection, by stacked path."""
-    if isinstance(config, DualConfig):
-        return config.projection_shapes()
-    return projection_shapes(config)
-
-
-def stack_depths(config: Host) -> Mapping[str, int]:
-    """Returns the number of stacked layers of every projection, by stacked path."""
-    if isinstance(config, DualConfig):
-        return config.depths()
-    return depths(config)
-
-
-def places_of(config: Host) -> Mapping[tuple[str, int], tuple[str, int]]:
-    """Returns stacked path and index of every projection by its uniform path and layer number."""
-    if isinstance(config, DualConfig):
-        return {
-            (path, layer): (path, layer)
-            for path, count in config.depths().items()
-            for layer in range(count)
-        }
-    return stacked_places(config)
-
-
 @functools.cache
 def layers_with(config: Host, path: str, *, experts: bool) -> frozenset[int]:
     """Returns the layers that have a projection at a uniform path, of experts or not."""
-    shapes = kernel_shapes(config)
+    shapes = projection_shapes(config)
     places = (
         (layer, shapes[stacked])
-        for (name, layer), (stacked, _) in places_of(config).items()
+        for (name, layer), (stacked, _) in stacked_places(config).items()
         if name == path
     )
     return frozenset(layer for layer, shape in places if (len(shape) == 3) == experts)
@@ -208,7 +183,7 @@ class Place:
 
 def places_in(config: Host, layout: ModuleLayout) -> Iterator[Place]:
     """Yields the places of ``layout``, layer by layer."""
-    shapes, stacked_at = kernel_shapes(config), places_of(config)
+    shapes, stacked_at = projection_shapes(config), stacked_places(config)
 
     def place(layer: int, module: HostModule) -> Place:
         slots = tuple(stacked_at[path, layer] for path in module.parts)

@@ -14,6 +14,7 @@ from nalora_jax.common import buckets
 from nalora_jax.common.trees import unflatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
@@ -25,11 +26,9 @@ from nalora_jax.weights.peft_modules import (
     alpha_for,
     compact,
     fold,
-    kernel_shapes,
     layout_of,
     places_in,
     split_fused,
-    stack_depths,
     without_copies,
 )
 from nalora_jax.weights.peft_tables import read_trained, take_saved, take_token_rows, tensor_names
@@ -285,7 +284,7 @@ def _pieces(
             if piece is not None:
                 pieces.setdefault(stacked, {})[index] = piece
     for (layer, stacked, index), members in experts.items():
-        count = kernel_shapes(config)[stacked][0]
+        count = projection_shapes(config)[stacked][0]
         if len(members) != count:
             expected, actual = f"adapters on all {count}", len(members)
             raise NaloraError(f"{path}: experts of layer {layer}", expected=expected, found=actual)
@@ -347,12 +346,12 @@ def _stack_adapters(
       peft: the adapter's settings.
       adapters: by stacked path and layer.
     """
-    shapes, depths = kernel_shapes(config), stack_depths(config)
+    shapes, numbers = projection_shapes(config), depths(config)
     leaves: dict[str, np.ndarray] = {}
     targets = []
     for path, layers in sorted(adapters.items()):
         *lead, d_in, d_out = shapes[path]
-        n, rank = depths[path], max(adapter.rank for adapter in layers.values())
+        n, rank = numbers[path], max(adapter.rank for adapter in layers.values())
         a = np.zeros((n, *lead, d_in, rank), np.float32)
         b = np.zeros((n, *lead, rank, d_out), np.float32)
         magnitudes = np.ones((n, d_out), np.float32)  # not read by layers without an adapter

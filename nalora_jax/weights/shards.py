@@ -194,7 +194,17 @@ def _write_file(
     tensors: Iterator[tuple[str, np.ndarray]],
     metadata: Mapping[str, str] = _TORCH,
 ) -> None:
-    header = json.dumps(_header(infos, metadata), separators=(",", ":")).encode()
+    described: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    start = 0
+    for info in infos:
+        offsets = [start, start + info.nbytes]
+        described[info.name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": offsets,
+        }
+        start += info.nbytes
+    header = json.dumps(described, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # readers map the data aligned
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
@@ -205,17 +215,3 @@ def _write_file(
                 info,
             )
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def _header(infos: list[TensorInfo], metadata: Mapping[str, str]) -> Mapping[str, object]:
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    start = 0
-    for info in infos:
-        end = start + info.nbytes
-        header[info.name] = {
-            "dtype": _NAMES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [start, end],
-        }
-        start = end
-    return header
