@@ -197,11 +197,6 @@ class BatchIterator(Iterator[HostBatch]):
         self._row += self._data.batch_size
         return batch
 
-    @property
-    def epoch(self) -> float:
-        """Returns the number of passes over the data so far."""
-        return self._row / self._data.rows_per_epoch
-
     def get_state(self) -> dict[str, Any]:
         """Returns the position of the next batch as JSON values.
 
