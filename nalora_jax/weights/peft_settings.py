@@ -310,8 +310,7 @@ def _path(name: str, where: str) -> str:
     if not _NAME.fullmatch(bare) or last not in _modules():
         expected, remedy = f"modules of {', '.join(_modules())}", "write it as --lora.rules by hand"
         raise NaloraError(where, expected=expected, found=repr(name), remedy=remedy)
-    layer = re.search(r"layers\.(\d+)\.", bare)
-    return f"layers/{layer[1]}/{_modules()[last]}" if layer else _modules()[last]
+    return _in_layer(bare, _modules()[last])
 
 
 def _stack_path(name: str) -> str:
@@ -321,9 +320,13 @@ def _stack_path(name: str) -> str:
         remedy = "name a Linear module in target_modules; routers and biases are not adapted here"
         raise NaloraError("target_parameters", expected=stacks, found=repr(name), remedy=remedy)
     bare = _bare(name)
-    layer = re.search(r"layers\.(\d+)\.", bare)
-    path = _STACKS[bare.rpartition(".")[2]]
-    return f"layers/{layer[1]}{path}" if layer else path
+    return _in_layer(bare, _STACKS[bare.rpartition(".")[2]])
+
+
+def _in_layer(name: str, pattern: str) -> str:
+    """Returns ``pattern`` for every layer, or for the layer that ``name`` contains."""
+    layer = re.search(r"layers\.(\d+)\.", name)
+    return f"layers/{layer[1]}/{pattern.removeprefix('/')}" if layer else pattern
 
 
 def _may_be_stack(name: str) -> bool:
