@@ -303,8 +303,7 @@ def packed_data(
     def measure() -> np.ndarray:
         if config.train_limit:  # lengths of records beyond the limit count, too
             return example_lengths(records, config, tokenizer)
-        lengths: np.ndarray = uncut.lengths[measured(records)]
-        return lengths
+        return uncut.lengths[measured(records)]
 
     config = with_length(config, measure, context)
     store = cut_store(uncut, records, config, tokenizer.bos_id, context, kind.group)
@@ -321,8 +320,7 @@ def packed_data(
 
 def slot_lengths(store: TokenStore, group: int) -> np.ndarray:
     """Returns the row positions of every ``group`` consecutive examples."""
-    lengths: np.ndarray = store.lengths.reshape(-1, group).sum(axis=1)
-    return lengths
+    return store.lengths.reshape(-1, group).sum(axis=1)
 
 
 KEPT = 0.99  # share of the examples that fit a row

@@ -135,17 +135,14 @@ class Attention(nn.Module):
         sinks, numerics = None, self.options.numerics.within()
         if c.attn_sinks:
             sinks = self.param("sinks", nn.initializers.zeros_init(), (c.n_heads,)).astype(jnp.float32)
-        out: jax.Array
         if shards_of(self.options.sharding) > 1:
             assert shared.row is not None
-            out = split_attention(q, k, v, shared.row, window, config, numerics, sinks=sinks)
-            return out
+            return split_attention(q, k, v, shared.row, window, config, numerics, sinks=sinks)
         keys = Keys(k, v, shared.positions, shared.segments)
         options: dict[str, Any] = {"cached": self._cached_keys(layer, shared), "starts": shared.starts}
         if c.attn_dropout and not shared.deterministic:
             options["dropout_rng"] = self.make_rng("dropout")
-        out = attention(q, keys, window, config, numerics, sinks=sinks, **options)
-        return out
+        return attention(q, keys, window, config, numerics, sinks=sinks, **options)
 
     def _cached_keys(self, layer: LayerInputs, shared: SharedInputs) -> CachedKeys | None:
         if layer.cached is None:

@@ -141,8 +141,7 @@ def _written(stack: Kernel, new: jax.Array, axis: int, index: jax.Array, numeric
     )
     start = [jnp.zeros((), jnp.int32)] * stack.ndim
     start[axis] = index
-    written: Kernel = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), stack, same)
-    return written
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), stack, same)
 
 
 def default_positions(segments: jax.Array) -> jax.Array:

@@ -96,8 +96,7 @@ class Block(nn.Module):
         """Returns a part's output with the family's dropout."""
         if not self.config.residual_dropout or shared.deterministic:
             return y
-        dropped: jax.Array = nn.Dropout(self.config.residual_dropout, deterministic=False)(y)
-        return dropped
+        return nn.Dropout(self.config.residual_dropout, deterministic=False)(y)
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, self.numerics.result, name=name)(x)
@@ -265,8 +264,7 @@ class Decoder(nn.Module):
         x, of_stacks = x.astype(self.numerics.result), stacks(self.config)
         inputs = {stack.prefix: _layer_inputs(stack, self.adapters, cache, embedded) for stack in of_stacks}
         if self.config.layer_kinds:
-            mixed: tuple[jax.Array, dict[str, Any]] = self.layers(x, inputs, shared)
-            return mixed
+            return self.layers(x, inputs, shared)
         x, update = self.layers(x, inputs["layers"], shared)
         return x, {"layers": update}
 

@@ -239,8 +239,7 @@ class Metadata:
         value = self.get(key, np.ndarray)
         if value.dtype != bool or value.shape != (length,):
             raise self.error(key, f"{length} booleans", str(value)[:60])
-        flags: list[bool] = value.tolist()
-        return flags
+        return value.tolist()
 
     def scaling(self) -> dict[str, Any] | None:
         """Returns the scaling of RoPE that the file names, or None."""

@@ -172,8 +172,7 @@ class Router(nn.Module):
     def _of_experts(self, name: str, init: Callable[..., jax.Array], exists: bool) -> jax.Array | None:
         if not exists:
             return None
-        values: jax.Array = self.param(name, init, (self.n_experts,))
-        return values
+        return self.param(name, init, (self.n_experts,))
 
 
 def on_mesh(

@@ -271,7 +271,7 @@ class GatedBlock(FeedForward):
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """See `Part`."""
         block: Any = GatedFFN if config.gated else SelfGatedFFN
-        module: nn.Module = block(
+        return block(
             config.d_model,
             config.d_ff,
             config.activation,
@@ -281,7 +281,6 @@ class GatedBlock(FeedForward):
             options.stats,
             name=self.name,
         )
-        return module
 
 
 # ---------------------------------------------------------------- norms
@@ -326,10 +325,9 @@ class ResidualNorm(nn.Module):
     def __call__(self, x: jax.Array, y: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns ``x + y`` (``x`` if y is None) and its norm, both ``[..., d]``."""
         scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
-        added: tuple[jax.Array, jax.Array] = residual_norm(
+        return residual_norm(
             x, y, scale.astype(jnp.float32) + self.offset, self.eps, self.numerics, self.recomputed
         )
-        return added
 
 
 # ---------------------------------------------------------------- the end of a layer

@@ -164,8 +164,7 @@ def grouped_residual(
     wide = grouped_result(numerics, numerics.adapter)
     products = GroupedProducts(groups, numerics.adapter, joined, wide)
     (y,), _ = gated(products, x, (Factors.of(Adapter(a, b, scale, mask)),))
-    out: jax.Array = y
-    return out
+    return y
 
 
 @jax.tree_util.register_dataclass

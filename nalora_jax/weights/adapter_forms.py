@@ -71,8 +71,7 @@ def merged_stack(
             merged = jnp.where(s == 0, w.astype(jnp.float32), merged)  # scale 0 means rank 0: no adapter
         return merged.astype(w.dtype)
 
-    merged: jax.Array = jax.lax.map(one, (kernel, a, b, scales, magnitude))
-    return merged
+    return jax.lax.map(one, (kernel, a, b, scales, magnitude))
 
 
 def difference_as_lora(

@@ -151,8 +151,7 @@ def _measured(metrics: Mapping[str, Any]) -> tuple[str, str, str, str]:
 
 def _short(name: str) -> str:
     """Returns a name for the card; a path is shortened to its last part."""
-    short: str = published(name, "model")
-    return short
+    return published(name, "model")
 
 
 def _link(name: str) -> str:

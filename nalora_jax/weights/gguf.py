@@ -92,8 +92,7 @@ class GGUFFile(TensorSource):
         raw = raw.reshape(stop - start, row)
         if stored.format in ("F16", "BF16"):
             return raw.view(DTYPES[stored.format])
-        values: np.ndarray = dequantize(raw, GGMLQuantizationType[stored.format])
-        return values
+        return dequantize(raw, GGMLQuantizationType[stored.format])
 
 
 # ---------------------------------------------------------------- the header
