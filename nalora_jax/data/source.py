@@ -162,6 +162,23 @@ def require_some(source: Source) -> None:
         )
 
 
+def json_object(value: Any, where: str, remedy: str = "") -> Record:
+    """Returns a JSON object, parsed if it is a text.
+
+    Raises:
+      NaloraError: the text is not JSON, or the value is not an object.
+    """
+    if isinstance(value, str | bytes):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
+            raise NaloraError(where, expected="a JSON object", found=error, remedy=remedy) from error
+    if not isinstance(value, dict):
+        found = f"a {type(value).__name__}"
+        raise NaloraError(where, expected="a JSON object", found=found, remedy=remedy)
+    return value
+
+
 def read_in_parts(
     parts: np.ndarray, places: np.ndarray, read: Callable[[int, list[int]], list[Record]]
 ) -> list[Record]:

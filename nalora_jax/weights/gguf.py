@@ -66,30 +66,21 @@ class GGUFFile(TensorSource):
         """Returns a slice of a tensor: float32, or the file's 16-bit floats."""
         stored = self._tensors[name]
         if len(stored.shape) == 1:
-            return self._rows(name, stored, 0, 1)[0][index]
+            return self._rows(stored, 0, 1)[0][index]
         per_row = math.prod(stored.shape[1:-1])  # rows of bytes in one row of the tensor
         first, *inner = index
-        flat = self._rows(name, stored, first.start * per_row, first.stop * per_row)
+        flat = self._rows(stored, first.start * per_row, first.stop * per_row)
         return flat.reshape(-1, *stored.shape[1:])[(slice(None), *inner)]
 
     def about(self, prefix: str) -> Metadata:
         """Returns the metadata whose keys begin with ``prefix``."""
         return Metadata(self.metadata, prefix, self.where)
 
-    def _rows(self, name: str, stored: FileTensor, start: int, stop: int) -> np.ndarray:
+    def _rows(self, stored: FileTensor, start: int, stop: int) -> np.ndarray:
         """Returns dequantized rows along the last axis: ``[stop - start, shape[-1]]``."""
         row = stored.size // math.prod(stored.shape[:-1])
-        count = (stop - start) * row
         # Read, not mapped: a mapped file's pages would count as this process's memory.
-        raw = stored.read(start * row, count)
-        if raw.size != count:
-            raise NaloraError(
-                f"{self.path}: {name}",
-                expected=f"{count} bytes",
-                found=raw.size,
-                remedy="the file changed; load again",
-            )
-        raw = raw.reshape(stop - start, row)
+        raw = stored.read(start * row, (stop - start) * row).reshape(stop - start, row)
         if stored.format in ("F16", "BF16"):
             return raw.view(DTYPES[stored.format])
         return dequantize(raw, GGMLQuantizationType[stored.format])

@@ -241,8 +241,7 @@ class _StreamedTensor(FileTensor):
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Returns bytes of the tensor, uint8 ``[count]``."""
-        first = self.start + start
-        return np.frombuffer(buckets.read_range(self.url, first, first + count), np.uint8)
+        return _bytes(self.url, self.start + start, self.start + start + count)
 
 
 class _Chunks:

@@ -54,15 +54,19 @@ class FileTensor:
     size: int  # bytes
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Reads bytes of the tensor: uint8 ``[count]``, fewer if the file is cut off.
+        """Reads bytes of the tensor: uint8 ``[count]``.
 
         Raises:
-          NaloraError: the file cannot be read.
+          NaloraError: the file cannot be read, or is shorter than its header said.
         """
         try:
-            return np.fromfile(self.file, np.uint8, count, offset=self.start + start)
+            data = np.fromfile(self.file, np.uint8, count, offset=self.start + start)
         except OSError as error:
             raise NaloraError(str(self.file), expected="a file that can be read", found=error) from error
+        if data.size != count:
+            expected, remedy = f"{count} bytes from {self.start + start}", "the file changed; load again"
+            raise NaloraError(str(self.file), expected=expected, found=data.size, remedy=remedy)
+        return data
 
 
 def dtype_of(stored: FileTensor) -> np.dtype:
