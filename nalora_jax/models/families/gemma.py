@@ -99,19 +99,22 @@ GEMMA = Family(
 )
 
 
-def _gemma2(f: Fields, name: str) -> ModelConfig:
-    return base_config(
-        f,
-        name,
-        activation=activation_name(f, "hidden_activation"),
-        windows=windows_of(f, periodic(f, 2)),
-        post_norm=True,
-        query_scale=f.number("query_pre_attn_scalar") ** -0.5,
-        attn_softcap=f.number("attn_logit_softcapping", default=0.0, zero=True),
-        final_softcap=f.number("final_logit_softcapping", default=0.0, zero=True),
+def _later_traits(f: Fields) -> dict[str, Any]:
+    """Returns what Gemma 2 and 3 have in common."""
+    return {
+        "activation": activation_name(f, "hidden_activation"),
+        "post_norm": True,
+        "query_scale": f.number("query_pre_attn_scalar") ** -0.5,
+        "final_softcap": f.number("final_logit_softcapping", default=0.0, zero=True),
         **_traits(f),
         **attention_bias(f),
-    )
+    }
+
+
+def _gemma2(f: Fields, name: str) -> ModelConfig:
+    softcap = f.number("attn_logit_softcapping", default=0.0, zero=True)
+    windows = windows_of(f, periodic(f, 2))
+    return base_config(f, name, windows=windows, attn_softcap=softcap, **_later_traits(f))
 
 
 def _gemma2_settings(r: Metadata) -> dict[str, Any]:
@@ -147,20 +150,9 @@ def _gemma3(f: Fields, name: str) -> ModelConfig:
     ropes, index = read_ropes(
         f, f.integer("head_dim", high=2**16), kinds, {FULL: {"rope_theta": 1e6}} | local
     )
-    return base_config(
-        f,
-        name,
-        activation=activation_name(f, "hidden_activation"),
-        ropes=ropes,
-        rope_index=index,
-        windows=windows_of(f, kinds),
-        qk_norm="head",
-        post_norm=True,
-        query_scale=f.number("query_pre_attn_scalar") ** -0.5,
-        final_softcap=f.number("final_logit_softcapping", default=0.0, zero=True),
-        **_traits(f),
-        **attention_bias(f),
-    )
+    windows = windows_of(f, kinds)
+    features = {"ropes": ropes, "rope_index": index, "windows": windows, "qk_norm": "head"}
+    return base_config(f, name, **features, **_later_traits(f))
 
 
 def _gemma3_settings(r: Metadata) -> dict[str, Any]:

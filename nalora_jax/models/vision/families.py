@@ -24,8 +24,6 @@ def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
       NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is not
         implemented.
     """
-    if not isinstance(raw, Mapping):
-        raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
     name = raw.get("model_type")
     if name == "vision-text-dual-encoder":
         return _composed(Fields(raw, {"projection_dim": 512}, where))
