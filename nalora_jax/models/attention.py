@@ -60,9 +60,8 @@ class Attention(nn.Module):
 
     config: ModelConfig
     options: PartOptions
-    recomputed: ClassVar[str] = (
-        ""  # heads that follow from saved arrays without a matmul, if not by the config
-    )
+    # Heads that follow from saved arrays without a matmul (`AttentionConfig.recomputed`); "": by the config.
+    recomputed: ClassVar[str] = ""
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys]:
