@@ -128,7 +128,7 @@ class TrainData(Stream):
     @property
     def lengths(self) -> np.ndarray:
         """Returns the row positions of each slot."""
-        return slot_lengths(self.store, self.group)
+        return self.store.lengths_of(self.group)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -309,18 +309,13 @@ def packed_data(
     store = cut_store(uncut, records, config, tokenizer.bos_id, context, kind.group)
     return kind(
         store=store,
-        pattern=pack(slot_lengths(store, kind.group), config.max_length, several=config.pack),
+        pattern=pack(store.lengths_of(kind.group), config.max_length, several=config.pack),
         seed=seed,
         batch_size=batch_size,
         accumulate=accumulate,
         rows=rows,
         workers=config.workers,
     )
-
-
-def slot_lengths(store: TokenStore, group: int) -> np.ndarray:
-    """Returns the row positions of every ``group`` consecutive examples."""
-    return store.lengths.reshape(-1, group).sum(axis=1)
 
 
 KEPT = 0.99  # share of the examples that fit a row

@@ -49,35 +49,6 @@ class Pair:
     texts: tuple[str, str]  # of the completions
 
 
-def render_pair(
-    record: dict[str, Any],
-    config: DataConfig,
-    preference: PreferenceConfig,
-    tokenizer: Tokenizer,
-    where: str,
-) -> tuple[Rendered, Rendered]:
-    """Returns the texts of both completions, each after the prompt; only completions count.
-
-    Example:
-      {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
-      {"prompt": [{"role": "user", "content": "2 + 2?"}],
-       "chosen": [{"role": "assistant", "content": "4"}], ...}
-      {"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}
-      (the last has whole conversations)
-
-    A question with ``choices`` and ``gold`` (a task of this library) becomes the pair of its
-    correct choice and the first choice after it in the list with another text.
-
-    Raises:
-      NaloraError: a field is missing or of the wrong type, or a completion is empty.
-    """
-    fields = preference.chosen_field, preference.rejected_field
-    if not set(fields) & set(record) and record.get("choices") and not record.get("choice_prompts"):
-        record = record | dict(zip(fields, _of_choices(record, where), strict=True))
-    first, second = (_answer(record, config, name, tokenizer, where) for name in fields)
-    return first, second
-
-
 def _of_choices(record: dict[str, Any], where: str) -> tuple[str, str]:
     choices, gold = record["choices"], record.get("gold")
     if not isinstance(gold, int) or len(choices) < 2 or not 0 <= gold < len(choices):
@@ -126,12 +97,26 @@ def tokenize_pairs(
 ) -> Iterator[Pair]:
     """Yields the pairs of the records at ``indices``, not yet cut.
 
-    Raises:
-      NaloraError: a record is not a pair, or both of its completions are equal.
-    """
+    Example:
+      {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
+      {"prompt": [{"role": "user", "content": "2 + 2?"}],
+       "chosen": [{"role": "assistant", "content": "4"}], ...}
+      {"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}
+      (the last has whole conversations)
 
-    def texts_of(record: dict[str, Any], where: str) -> tuple[Rendered, Rendered]:
-        return render_pair(record, config, preference, tokenizer, where)
+    A question with ``choices`` and ``gold`` (a task of this library) becomes the pair of its
+    correct choice and the first choice after it in the list with another text.
+
+    Raises:
+      NaloraError: a record is not a pair, a field is of the wrong type, a completion is empty, or
+        both are equal.
+    """
+    fields = preference.chosen_field, preference.rejected_field
+
+    def texts_of(record: dict[str, Any], where: str) -> list[Rendered]:
+        if not set(fields) & set(record) and record.get("choices") and not record.get("choice_prompts"):
+            record = record | dict(zip(fields, _of_choices(record, where), strict=True))
+        return [_answer(record, config, name, tokenizer, where) for name in fields]
 
     with counting("tokenizing", len(indices)) as done:
         for chunk, _, texts in converted(source, indices, texts_of):
@@ -141,7 +126,7 @@ def tokenize_pairs(
             done(len(chunk))
 
 
-def _pair(texts: tuple[Rendered, Rendered], chosen: Example, rejected: Example, where: str) -> Pair:
+def _pair(texts: Sequence[Rendered], chosen: Example, rejected: Example, where: str) -> Pair:
     for name, example in (("chosen", chosen), ("rejected", rejected)):
         if not example.has_target:
             raise NaloraError(f"{where}: {name}", expected="a token after the first", found="none")

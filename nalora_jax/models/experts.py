@@ -315,18 +315,12 @@ def _probed(
         few = Groups(groups.sizes, probe.take(groups.expert))
         dz = grouped_residual(probe.take(inner), *adapter[:3], few, numerics).astype(delta.dtype)
     else:
-        dz = probe.take(_moved(adapter, x, groups, delta, numerics))
+        moved = delta
+        if adapter.start is not None:
+            started = grouped_residual(x, *adapter.start, adapter.scale, groups, numerics)
+            moved = lax.stop_gradient(moved_from(delta, started.astype(delta.dtype)))
+        dz = probe.take(moved)
     return probed_z - dz.astype(jnp.float32), dz
-
-
-def _moved(
-    adapter: Adapter, x: jax.Array, groups: Groups, delta: jax.Array, numerics: Numerics
-) -> jax.Array:
-    """Returns the difference between the residual ``delta`` and the adapter's initial residual."""
-    if adapter.start is None:
-        return delta
-    started = grouped_residual(x, *adapter.start, adapter.scale, groups, numerics)
-    return lax.stop_gradient(moved_from(delta, started.astype(delta.dtype)))
 
 
 def _dropped(

@@ -82,34 +82,26 @@ def merged_tensors(
     """
     refuse_saved(spec, "merge", "fold them in first (weights.peft_tables.fold_saved)")
     leaves, adapters = flatten(params, _is_stored), flatten(lora or {})
+
+    def merged(slot: Slot) -> np.ndarray:
+        value = np.asarray(_expanded(jax.tree.map(lambda array: array[slot.index], leaves[slot.path])))
+        adapter = None
+        if adapters and slot.layer is not None:
+            adapter = layer_adapter(adapters, spec, slot.path.removesuffix("/kernel"), slot.layer)
+        if adapter is not None:
+            expert = slot.index[1:]
+            magnitude = None if adapter.magnitude is None else adapter.magnitude[expert]
+            value = merged_kernel(
+                value, adapter.a[expert], adapter.b[expert], np.float32(adapter.scale), magnitude
+            )
+        return value.astype(_file_dtype(leaves, slot, dtype))
+
     for tensor in keymap_of(config).tensors:
-        parts = [_slot_value(leaves, adapters, spec, slot, dtype) for slot in tensor.slots]
-        yield file_name(config, tensor.name), tensor.join(parts).reshape(tensor.shape)
+        joined = tensor.join([merged(slot) for slot in tensor.slots])
+        yield file_name(config, tensor.name), joined.reshape(tensor.shape)
 
 
 _expanded = jax.jit(expand)
-
-
-def _slot_value(
-    leaves: Mapping[str, Any],
-    adapters: Mapping[str, Any],
-    spec: AdapterSpec,
-    slot: Slot,
-    dtype: np.dtype | None,
-) -> np.ndarray:
-    """Returns one layer's (or one expert's) merged parameter in the dtype of the written file."""
-    value = np.asarray(_expanded(jax.tree.map(lambda array: array[slot.index], leaves[slot.path])))
-    target = _file_dtype(leaves, slot, dtype)
-    adapter = None
-    if adapters and slot.layer is not None:
-        adapter = layer_adapter(adapters, spec, slot.path.removesuffix("/kernel"), slot.layer)
-    if adapter is not None:
-        expert = slot.index[1:]
-        magnitude = None if adapter.magnitude is None else adapter.magnitude[expert]
-        value = merged_kernel(
-            value, adapter.a[expert], adapter.b[expert], np.float32(adapter.scale), magnitude
-        )
-    return value.astype(target)
 
 
 def write_merged(
