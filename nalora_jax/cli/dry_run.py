@@ -36,8 +36,7 @@ from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import numerics_for
-from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.storage import prepare
+from nalora_jax.ops.storage import matmul, prepare
 from nalora_jax.train.initial_adapter import with_adapter
 from nalora_jax.train.inputs import check_layout
 from nalora_jax.train.job import Inputs

@@ -32,8 +32,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nalora_jax.common import trees
 from nalora_jax.ops.dispatch import Numerics, operation
-from nalora_jax.ops.matmul import dot, matmul
-from nalora_jax.ops.storage import SAVED, Kernel, expand
+from nalora_jax.ops.storage import SAVED, Kernel, dot, expand, matmul
 
 # Projections that compute a gate's pre-activation, in a gated and in a self-gated block.
 _GATE_NAMES = ("gate_proj", "in_proj")

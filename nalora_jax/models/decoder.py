@@ -40,10 +40,9 @@ from nalora_jax.models.ropes import rope_tables
 from nalora_jax.models.stacks import Stack, groups, param_shapes, parts, stacks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, leaf_dtype
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.reductions import RUN, sampled_weights
 from nalora_jax.ops.split_rows import Row, block_length, padded, repeated, shards_of, split
-from nalora_jax.ops.storage import LAYER_INPUT, round_and_save
+from nalora_jax.ops.storage import LAYER_INPUT, dot, round_and_save
 
 
 class Block(nn.Module):

@@ -18,9 +18,8 @@ from nalora_jax.method.ffn import frozen_kernel
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import RMSNorm, constrain
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.split_rows import shards_of
-from nalora_jax.ops.storage import Kernel, take_rows
+from nalora_jax.ops.storage import Kernel, dot, take_rows
 
 
 class Embedding(nn.Module):
