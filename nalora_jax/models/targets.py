@@ -70,7 +70,6 @@ class ScaledTarget(TargetSpec):
 
     def scales(self, *, rslora: bool) -> Any:
         """Returns the given scales."""
-        del rslora
         return self.values
 
 

@@ -766,7 +766,7 @@ def test_adapters_get_the_gradients_of_transformers(case):
     assert error <= max(1e-4, 4 * rounding)
 
 
-# Files of mixtures with shared experts pad ranks: tests/weights/test_peft.py.
+# Files of mixtures with shared experts pad ranks: tests/weights/test_merge.py.
 @pytest.mark.parametrize("case", [case for case in OF_KINDS if "shared" not in case.features], ids=by_name)
 def test_peft_reads_adapters_and_they_are_read_back(case, tmp_path):
     assert measure_peft(case, tmp_path) <= 10 * case.tolerance
