@@ -29,7 +29,7 @@ from nalora_jax.layout.machines import MATRIX_SHARE, Topology, of_devices, topol
 from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.rules import make
-from nalora_jax.models.adapters import adapter_spec, init_lora
+from nalora_jax.models.adapters import adapter_shapes, adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_cache
 from nalora_jax.models.remat import chosen_remat
@@ -118,12 +118,12 @@ def _describe(inputs: Inputs, runs: Sequence[RunConfig]) -> list[str]:
             adapter_spec(run, base)  # raises for rules that match nothing
             run = with_learning_rate(run, base.d_model)
         settings.append(run)
-    added = AddedTokens.of(config.data)
+    added, trained = AddedTokens.of(config.data), trees.count_elements(adapter_shapes(base, spec))
     epochs = config.steps * config.train.batch_size / data.rows_per_epoch
     return [
         f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.resolved.path}",
         *_added(added, files.tokenizer_with(added), base),
-        f"adapters: {adapter_parameters(base, spec):,} trained parameters, {len(spec.targets)} projections a layer",
+        f"adapters: {trained:,} trained parameters, {len(spec.targets)} projections a layer",
         f"mechanisms: {mechanisms_text(config, base.activation, spec)}",
         f"training data: {stream_text(data.describe())}",
         *_rollouts(concrete, base, mesh),
@@ -215,14 +215,6 @@ def _added(added: AddedTokens, tokenizer: Tokenizer, base: ModelConfig) -> list[
         return []
     ids = [f"{text!r} {tokenizer.backend.token_to_id(text)}" for text in added.texts]
     return [f"added tokens: {', '.join(ids)}; the embedding has {base.vocab_size:,} rows"]
-
-
-def adapter_parameters(base: ModelConfig, spec: AdapterSpec) -> int:
-    """Returns the number of trained parameters."""
-    shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(base).items()}
-    initialized = partial(init_lora, base, spec)
-    lora: Any = jax.eval_shape(initialized, jax.random.key(0), trees.unflatten(shapes))
-    return trees.count_elements(lora)
 
 
 def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) -> list[str]:

@@ -45,8 +45,7 @@ class Embedding(nn.Module):
     def __call__(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
         """Returns ``[..., d_model]`` in the table's dtype for int tokens ``[...]``."""
         if self.has_variable("lora", "embedding"):
-            trained: jax.Array = jnp.take(self.get_variable("lora", "embedding"), tokens, axis=0)
-            return trained
+            return jnp.take(self.get_variable("lora", "embedding"), tokens, axis=0)
         look_up = self._of_parts if shards_of(self.sharding) > 1 else self._of_rows
         rows = look_up(tokens, numerics)
         if self.has_variable("lora", "rows"):
@@ -126,10 +125,7 @@ class LMHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, numerics: Numerics) -> jax.Array:
         """``[tokens, d_model]`` -> float32 ``[tokens, vocab]``."""
-        logits: jax.Array = dot(
-            x, lax.stop_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))), numerics
-        )
-        return logits
+        return dot(x, lax.stop_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))), numerics)
 
 
 @dataclass(frozen=True)

@@ -137,9 +137,8 @@ def test_the_adapters_are_those_that_peft_makes(family, settings, tiny_model):
 
 
 def test_patterns_of_modules_that_are_not_targeted_mean_nothing():
-    found = rules_of(
-        rank=8, alpha=16, targets=["q_proj"], ranks={"up_proj": 3, "q_proj": 4}, alphas={"v_proj": 1}
-    )
+    patterns = {"rank_pattern": {"up_proj": 3, "q_proj": 4}, "alpha_pattern": {"v_proj": 1}}
+    found = rules_of({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], **patterns})
     assert found == ["attn/q_proj:4:16", "attn/q_proj:8:16"]
 
 
