@@ -63,7 +63,6 @@ jax.config.update("jax_disable_most_optimizations", True)  # also while tests ar
 # Files about packages that are no part of the extra `test`.
 FILES_OF = {
     "trl": "train/test_preference_trl.py",
-    "vllm": "weights/test_vllm.py",
     "xllamacpp": "weights/test_gguf_llama_cpp.py",
 }
 collect_ignore = [file for package, file in FILES_OF.items() if importlib.util.find_spec(package) is None]
@@ -88,7 +87,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # Files that take longest begin first, the longest of all at once: for whichever comes last, the other processes wait.
 LONGEST = (
     "test_run.py", "test_families.py", "test_context.py", "test_mesh.py", "test_step.py", "test_program.py",
-    "test_use.py", "test_real_run.py", "test_docs_code.py", "test_decoder.py", "test_run_seeing.py",
+    "test_use.py", "test_docs_code.py", "test_decoder.py", "test_run_seeing.py",
     "test_split_attention.py", "test_config_fields.py", "test_run_images.py", "test_resume.py",
     "test_prefill.py", "test_generate.py", "test_pages.py", "test_execution.py", "test_pod.py", "test_longrope.py",
     "test_fuzz.py", "test_peft_training.py", "test_trained_tables.py", "test_preference.py", "test_parser.py",
@@ -204,18 +203,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     yield folder
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     signal.signal(signal.SIGXFSZ, previous)
-
-
-@pytest.fixture
-def two_processes() -> Callable[..., list[tuple[int, str, str]]]:
-    """Runs Python with the same arguments as two processes that know of each other: a pod at its smallest."""
-    from tests import tiny
-
-    def run(arguments: list[str], *, devices: int, **variables: str) -> list[tuple[int, str, str]]:
-        """Exit status, standard output and error of both, each with ``devices`` simulated devices."""
-        return tiny.finish(tiny.start(arguments, count=2, devices=devices, **variables))
-
-    return run
 
 
 @pytest.fixture

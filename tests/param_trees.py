@@ -19,7 +19,7 @@ from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.weights.encoders import keymap_of
-from nalora_jax.weights.keymaps import KeyMap, keymap_for
+from nalora_jax.weights.keymaps import KeyMap, SourceTensor, keymap_for
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -66,9 +66,21 @@ def _tree(
 ) -> dict[str, Any]:
     leaves = {path: np.zeros(shape, dtype) for path, shape in shapes.items()}
     for tensor in keymap.tensors:
-        for slot, leaf in zip(tensor.slots, tensor.split(np.asarray(get_tensor(tensor.name))), strict=True):
+        for slot, leaf in zip(
+            tensor.slots, split(tensor, np.asarray(get_tensor(tensor.name))), strict=True
+        ):
             leaves[slot.path][slot.index] = leaf
     return unflatten(leaves)
+
+
+def split(tensor: SourceTensor, array: np.ndarray) -> list[np.ndarray]:
+    """The tensor's slots, in order, each in our layout: the inverse of `SourceTensor.join`."""
+    if tensor.transform.alternates:
+        return [array[..., i :: len(tensor.slots)] for i in range(len(tensor.slots))]
+    if len(tensor.slots) == 1:
+        return [tensor.transform.into(array)]
+    parts = np.split(array, np.cumsum(tensor.rows)[:-1], axis=tensor.axis)
+    return [tensor.transform.into(part) for part in parts]
 
 
 def bytes_per_device(tree: Any) -> dict[jax.Device, int]:

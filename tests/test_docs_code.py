@@ -52,16 +52,8 @@ OTHERS = {
     "git",
 }
 # Executed in tests/deploy.
-OTHERS |= {
-    "deploy/tpu_pod.sh",
-    "sbatch",
-    "kubectl",
-    "docker",
-    "python3.11",
-    "~/nalora/bin/pip",
-    "ssh-keygen",
-}
-OTHERS |= {"eval", "ssh-add"}
+OTHERS |= {"deploy/tpu_pod.sh", "sbatch", "kubectl", "docker", "python3.11", "~/nalora/bin/pip"}
+OTHERS |= {"ssh-keygen", "ssh-add", "eval"}
 
 
 class Block(NamedTuple):
@@ -235,19 +227,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
     def run(config: RunConfig, *, data: Any = None, **more: Any) -> Any:
         check(config)
-        own = (
-            small.data
-            if data is None
-            else replace(config.data, max_length=16, eval_limit=4, select_limit=2)
+        chosen = replace(
+            small,
+            output=config.output,
+            steps=min(config.steps, 2),
+            epochs=config.epochs,
+            lora=replace(small.lora, modules_to_save=config.lora.modules_to_save),
         )
-        given = {
-            "output": config.output,
-            "steps": min(config.steps, 2),
-            "epochs": config.epochs,
-            "data": own,
-        }
-        given["lora"] = replace(small.lora, modules_to_save=config.lora.modules_to_save)
-        chosen = replace(small, **given)
+        if data is not None:
+            chosen = replace(chosen, data=replace(config.data, max_length=16, eval_limit=4, select_limit=2))
         return whole(chosen, data=data, **more) if more else run_once(chosen, data)
 
     return World(folder, run)

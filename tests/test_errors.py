@@ -19,27 +19,26 @@ LONG = {
 }
 
 
+PARTS = {"where": "tokenizer.json", "expected": "a token", "found": "none", "remedy": "change it"}
+
+
 @pytest.mark.parametrize("long", LONG.values(), ids=LONG)
 def test_messages_are_bounded(long: object) -> None:
-    for place in ("where", "expected", "found", "remedy"):
-        parts = {"where": "tokenizer.json", "expected": "a token", "found": "none", "remedy": "change it"}
-        message = str(TrainingDivergedError(**{**parts, place: long}))
+    for place in PARTS:
+        message = str(TrainingDivergedError(**{**PARTS, place: long}))
         assert len(message.encode("utf-8")) <= 2000
-        assert all(text in message for name, text in parts.items() if name != place)
+        assert all(text in message for name, text in PARTS.items() if name != place)
 
 
 CONTROLS = "\x00 \x07 \x1b[31m \x7f \x9b2J \r \u202e \u2028"
 
 
-@pytest.mark.parametrize("place", ["where", "expected", "found", "remedy"])
-def test_control_characters_of_a_message_are_escaped(place: str) -> None:
-    parts = {"where": "w", "expected": "e", "found": "f", "remedy": "r"}
-    message = str(NaloraError(**{**parts, place: CONTROLS}))
-    assert r"\x00 \x07 \x1b[31m \x7f \x9b2J \r \u202e \u2028" in message
-    assert message.isprintable()
+def test_control_characters_of_a_message_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    for place in PARTS:
+        message = str(NaloraError(**{**PARTS, place: CONTROLS}))
+        assert r"\x00 \x07 \x1b[31m \x7f \x9b2J \r \u202e \u2028" in message
+        assert message.isprintable()
 
-
-def test_the_command_line_prints_no_control_character(capsys: pytest.CaptureFixture[str]) -> None:
     def missing() -> None:
         raise FileNotFoundError(20, "Not a directory\x1b[2J", "a\x1b]0;title\x07")
 

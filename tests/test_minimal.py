@@ -29,7 +29,6 @@ from tests import tiny
 
 STEPS, ROWS, TOKENS, RATE, WARMUP = 12, 4, 17, 4e-3, 3
 RULES: dict[str, tuple[str, ...]] = {
-    "none": (),
     "squared": (f"squared:warmup={WARMUP}",),
     "homogeneity": (f"homogeneity:warmup={WARMUP}",),
     "curvature_cap": (f"curvature_cap:warmup={WARMUP}",),

@@ -6,13 +6,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from nalora_jax import run
-from nalora_jax.config import DataConfig, TrainConfig
+from nalora_jax.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
+from nalora_jax.data import tokenize
+from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
+from nalora_jax.train import inputs
 from nalora_jax.train.callbacks import Callback
+from nalora_jax.weights import model_files
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -34,6 +39,13 @@ class Told(Callback):
         self.events.append(("end", ended.step, ended.best_step))
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> mock.Mock:
+    """Replaces a function by one that counts its calls."""
+    counting = mock.Mock(side_effect=getattr(place, name))
+    monkeypatch.setattr(place, name, counting)
+    return counting
+
+
 def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("nalora_jax.data.pipeline.SHORTEST", 1)
@@ -44,16 +56,28 @@ def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.Monke
         config,
         epochs=2.0,
         data=DataConfig(max_length=0),
+        optimizer=OptimizerConfig(learning_rate=0.0),  # automatic, as the length
         train=TrainConfig(batch_size=8, log_every=1, save_every=0),
         callbacks=("tensorboard",),
+        compute=ComputeConfig(compilation_cache=False),  # in bfloat16
     )
 
     def example(record: dict[str, Any]) -> dict[str, Any]:
         return {**record["inner"], "completion": " z"}
 
+    calls = [
+        counted(monkeypatch, place, name)
+        for place, name in (
+            (Tokenizer, "from_folder"),
+            (model_files, "read"),
+            (tokenize, "render_record"),
+            (inputs, "with_learning_rate"),
+        )
+    ]
     told = Told()
     wrapped = ({"inner": one} for one in records)
     result = run(config, data=wrapped, format=example, callbacks=[told])
+    assert [one.call_count for one in calls] == [1, 1, 48, 1]  # everything is opened once
     header = tiny.lines(result.folder)[0]
     settings = header["run"]
     # 48 of 60 records are trained on: 3 positions each, two in a row of 8, 24 rows, 8 a step.

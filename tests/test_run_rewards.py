@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -21,12 +23,15 @@ from nalora_jax.__main__ import main
 from nalora_jax.config import DataConfig, MeshConfig, OptimizerConfig, RLConfig, TrainConfig, check
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
+from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.train.callbacks import Callback
 from nalora_jax.train.kinds.rl import EarlyWarnings
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("surroundings")
+
 RL = RLConfig(rewards=("rewards_of_a_run:letters",), samples=4, max_new_tokens=6, updates=2)
-TRAIN = TrainConfig(batch_size=16, log_every=3, eval_every=0, save_every=3)
+TRAIN = TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=3)
 
 
 class Letters:
@@ -44,34 +49,61 @@ class Letters:
         return sum(word < "m" for word in words) / max(len(words), 1)
 
 
-@pytest.fixture
-def rewards(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+@pytest.fixture(scope="module")
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One device, a cache of this module's own, and the module of the reward."""
     module = ModuleType("rewards_of_a_run")
     vars(module)["letters"] = Letters()
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return module
+    with (
+        tiny.on_one_device(tmp_path_factory.mktemp("new") / "cache"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setitem(sys.modules, module.__name__, module)
+        yield
 
 
 @pytest.fixture
-def config(tmp_path: Path, rewards: ModuleType) -> RunConfig:
-    config = tiny.make_config(tmp_path, rl=RL, train=TRAIN, steps=8, mechanisms=("curvature_cap:warmup=2",))
-    return replace(config, data=replace(config.data, max_length=0))
+def rewards(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Replaces the reward."""
+    return lambda reward: monkeypatch.setattr(sys.modules["rewards_of_a_run"], "letters", reward)
 
 
-def lines(folder: str | Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run that was left alone."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = tiny.make_config(folder, rl=RL, train=TRAIN, steps=8, mechanisms=("curvature_cap:warmup=2",))
+    config = replace(config, data=replace(config.data, max_length=0))
+    run(config)
+    return config
 
 
-def test_a_run_with_rewards_learns_and_shows_its_samples(config: RunConfig, tmp_path: Path) -> None:
-    with tiny.on_one_device(tmp_path / "cache"):
-        rl = replace(RL, updates=1, loss="dr_grpo", beta=0.01)
-        result = run(replace(config, steps=24, rl=rl, optimizer=OptimizerConfig(learning_rate=0.1)))
+@pytest.fixture
+def config(whole: RunConfig, tmp_path: Path) -> RunConfig:
+    """The settings of a run of the test's own."""
+    return replace(whole, output=str(tmp_path / "run"))
+
+
+def same_samples(config: RunConfig, whole: RunConfig, *, atol: float = 0.0) -> None:
+    """Equal adapters and rewards of all steps."""
+    first, second = (
+        load_file(Path(one.output) / "adapter/adapter_model.safetensors") for one in (whole, config)
+    )
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], rtol=0, atol=atol, err_msg=name)
+    assert tiny.logged(whole.output, "reward") == tiny.logged(config.output, "reward")
+
+
+def test_a_run_with_rewards_learns_and_shows_its_samples(config: RunConfig) -> None:
+    rl = replace(RL, updates=1, loss="dr_grpo", beta=0.01)
+    train = replace(TRAIN, batch_size=16, log_every=3)
+    optimizer = OptimizerConfig(learning_rate=0.1)
+    result = run(replace(config, steps=24, rl=rl, train=train, optimizer=optimizer))
     assert result.after["reward"] >= result.before["reward"]  # of four prompts
-    logged = [line for line in lines(result.folder) if "loss" in line]
+    logged = [line for line in tiny.lines(result.folder) if "loss" in line]
     assert logged[-1]["reward"] > logged[0]["reward"] + 0.05  # logits of this model stay near zero
-    assert (
-        0 < logged[0]["mismatch_bound"] < logged[0]["mismatch"] < 1e-4
-    )  # float32: generator and training agree
+    # float32: generator and training agree
+    assert 0 < logged[0]["mismatch_bound"] < logged[0]["mismatch"] < 1e-4
     figures = {"entropy", "divergence", "clipped", "length", "cut", "groups_alike", "reward_std"}
     figures |= {"reward_letters", "reward_letters_std"}
     figures |= {
@@ -89,38 +121,21 @@ def test_a_run_with_rewards_learns_and_shows_its_samples(config: RunConfig, tmp_
     assert report.count("<dt>rewards_of_a_run:letters</dt>") == 8 * 4
 
 
-@pytest.mark.parametrize("updates", [1, 2])
 def test_a_run_that_was_killed_in_a_reward_resumes_to_the_bit(
-    config: RunConfig, rewards: ModuleType, tmp_path: Path, updates: int
+    config: RunConfig, whole: RunConfig, rewards: Callable[[Any], None]
 ) -> None:
-    """With two updates on a rollout, the checkpoint of step 3 is between them."""
-    config = replace(config, rl=replace(RL, updates=updates))
-    whole, parts = (replace(config, output=str(tmp_path / name)) for name in ("whole", "parts"))
-    with tiny.on_one_device(tmp_path / "cache"):
-        run(whole)
-        held_out = config.data.eval_limit + config.data.select_limit
-        vars(rewards)["letters"] = Letters(ends_at=held_out + 16 * (5 // updates) + 3)
-        with pytest.raises(KeyboardInterrupt):
-            run(parts)
-        vars(rewards)["letters"] = Letters()
-        run(replace(parts, resume=True))
-    first, second = (
-        load_file(Path(one.output) / "adapter/adapter_model.safetensors") for one in (whole, parts)
-    )
-    for name in first:
-        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
-    of_steps = [
-        {line["step"]: line["reward"] for line in lines(one.output) if "loss" in line}
-        for one in (whole, parts)
-    ]
-    assert of_steps[0] == of_steps[1]
-    samples = [(Path(one.output) / "rollouts.jsonl").read_bytes() for one in (whole, parts)]
+    """The checkpoint of step 3 is between two updates on a rollout."""
+    held_out = config.data.eval_limit + config.data.select_limit
+    rewards(Letters(ends_at=held_out + 8 * 2 + 3))
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    rewards(Letters())
+    run(replace(config, resume=True))
+    same_samples(config, whole)
+    samples = [(Path(one.output) / "rollouts.jsonl").read_bytes() for one in (whole, config)]
     assert samples[0] == samples[1]
-    assert all(
-        line["divergence"] > 0
-        for line in lines(parts.output)[-4:]
-        if line.get("step", 0) > 3 and "loss" in line
-    )
+    divergences = tiny.logged(config.output, "divergence")
+    assert min(divergences[step] for step in (4, 6, 8)) > 0
 
 
 class EndsInUpdate(Callback):
@@ -130,43 +145,25 @@ class EndsInUpdate(Callback):
         raise KeyboardInterrupt
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(
-    config: RunConfig, tmp_path: Path
-) -> None:
-    train = replace(TRAIN, log_every=1)
-    config = replace(config, steps=2, resume="auto", rl=replace(RL, updates=1), train=train)
-    with tiny.on_one_device(tmp_path / "cache"):
-        with pytest.raises(KeyboardInterrupt):
-            run(config, callbacks=[EndsInUpdate()])
-        run(config)
-    assert len((Path(config.output) / "rollouts.jsonl").read_text().splitlines()) == 2 * 4
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(config: RunConfig) -> None:
+    config = replace(config, steps=2, resume="auto", rl=replace(RL, updates=1))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, callbacks=[EndsInUpdate()])
+    run(config)
+    assert len((Path(config.output) / "rollouts.jsonl").read_text().splitlines()) == 2 * 2
 
 
 def test_a_run_resumes_on_another_mesh_within_float_noise(
-    config: RunConfig, rewards: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On four devices, two prompts of four samples are four parts of groups."""
-    train = replace(TRAIN, batch_size=8, save_every=2, log_every=1)
-    config = replace(config, steps=3, rl=replace(RL, updates=1), train=train)
-    whole, parts = (replace(config, output=str(tmp_path / name)) for name in ("whole", "parts"))
-    with tiny.on_one_device(tmp_path / "cache"):
-        run(whole)
-        vars(rewards)["letters"] = Letters(
-            ends_at=config.data.eval_limit + config.data.select_limit + 2 * 8 + 3
-        )
-        with pytest.raises(KeyboardInterrupt):
-            run(parts)
-    vars(rewards)["letters"] = Letters()
-    make = distributed.make_mesh
-    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:4]))
-    run(replace(parts, resume=True, mesh=MeshConfig(data=4, fsdp=1, tensor=1)))
-    first, second = (
-        load_file(Path(one.output) / "adapter/adapter_model.safetensors") for one in (whole, parts)
+    moved = replace(whole, output=str(shutil.copytree(whole.output, tmp_path / "run")), resume=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    monkeypatch.setattr(
+        distributed, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, jax.devices()[:4])
     )
-    for name in first:
-        np.testing.assert_allclose(first[name], second[name], atol=1e-4, err_msg=name)
-    assert tiny.logged(whole.output, "reward") == tiny.logged(parts.output, "reward")
+    run(replace(moved, mesh=MeshConfig(data=4, fsdp=1, tensor=1)))
+    same_samples(moved, whole, atol=1e-4)
 
 
 def test_early_warnings_are_in_plain_words_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -187,38 +184,22 @@ def test_early_warnings_are_in_plain_words_and_logged_once(caplog: pytest.LogCap
 
 
 def test_groups_without_a_difference_are_replaced(
-    config: RunConfig, rewards: ModuleType, tmp_path: Path
+    config: RunConfig, rewards: Callable[[Any], None]
 ) -> None:
-    vars(rewards)["letters"] = lambda prompt, completion, record: float(prompt < "f")
-    with tiny.on_one_device(tmp_path / "cache"):
-        run(
-            replace(
-                config, steps=2, rl=replace(RL, updates=1, resample=2), train=replace(TRAIN, log_every=1)
-            )
-        )
-    logged = [line for line in lines(config.output) if "loss" in line]
-    assert [line["groups_replaced"] for line in logged] == [8, 8]  # every group is alike, twice
-    assert [line["grad_norm"] for line in logged] == [0, 0]
+    rewards(lambda prompt, completion, record: float(prompt < "f"))
+    run(replace(config, steps=1, rl=replace(RL, updates=1, resample=2)))
+    assert tiny.logged(config.output, "groups_replaced") == {1: 4}  # every group is alike, twice
+    assert tiny.logged(config.output, "grad_norm") == {1: 0}
 
 
-def test_a_reward_that_fails_ends_the_run_with_its_record(
-    config: RunConfig, rewards: ModuleType, tmp_path: Path
+def test_rewards_that_fail_are_left_out_where_that_is_asked_for(
+    config: RunConfig, rewards: Callable[[Any], None]
 ) -> None:
-    vars(rewards)["letters"] = lambda prompt, completion, record: record["nothing"]
-    with tiny.on_one_device(tmp_path / "cache"), pytest.raises(NaloraError) as raised:
-        run(config)
-    assert "reward rewards_of_a_run:letters of" in str(raised.value)
-    assert "questions.jsonl" in str(raised.value)
-    assert "'nothing'" in str(raised.value)
     calls = itertools.count(1)
-    vars(rewards)["letters"] = lambda *sample: sample[2]["nothing" if next(calls) % 3 == 0 else "gold"]
-    ignoring = replace(
-        config, steps=2, output=str(tmp_path / "ignoring"), rl=replace(RL, ignore_reward_errors=True)
-    )
-    with tiny.on_one_device(tmp_path / "again"):
-        result = run(ignoring)
+    rewards(lambda *sample: sample[2]["nothing" if next(calls) % 3 == 0 else "gold"])
+    result = run(replace(config, steps=2, rl=replace(RL, ignore_reward_errors=True)))
     assert result.after["n"] == config.data.eval_limit - 1
-    assert tiny.logged(result.folder, "reward") == {2: 1.0}
+    assert tiny.logged(result.folder, "reward") == {1: 1.0, 2: 1.0}
 
 
 @pytest.mark.parametrize(
@@ -247,11 +228,8 @@ def test_settings_that_do_not_fit_are_named(
         check(replace(config, **changes))
 
 
-def test_prompts_that_leave_no_room_for_a_sample_are_named(config: RunConfig, tmp_path: Path) -> None:
-    with (
-        tiny.on_one_device(tmp_path / "cache"),
-        pytest.raises(NaloraError, match="expected prompts of at most 1 tokens"),
-    ):
+def test_prompts_that_leave_no_room_for_a_sample_are_named(config: RunConfig) -> None:
+    with pytest.raises(NaloraError, match="expected prompts of at most 1 tokens"):
         run(replace(config, data=replace(config.data, max_length=7)))
 
 
@@ -259,10 +237,9 @@ def test_a_dry_run_prints_the_rollouts(
     config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = tiny.write_settings(config, tmp_path / "settings.py")
-    with tiny.on_one_device(tmp_path / "cache"):
-        assert main(["train", "--config", str(settings), "--dry-run"]) == 0
+    assert main(["train", "--config", str(settings), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "4 samples of each of 4 prompts, at most 6 tokens, 16 rows at once with 0.00 GB" in out
+    assert "4 samples of each of 2 prompts, at most 6 tokens, 8 rows at once with 0.00 GB" in out
     assert re.search(
         r"# memory of a device, estimated: .*\n# time of a step, estimated: \S+ s for a rollout", out
     )

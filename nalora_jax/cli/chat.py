@@ -134,10 +134,7 @@ class _Adapters:
         _warn_without_turns(folder)
 
     def _with(self, lora: Any, spec: Any) -> Generator:
-        """Returns the generator with an adapter, in the compiled slot if it fits.
-
-        DoRA needs a separate compiled program.
-        """
+        """Returns the generator with an adapter, in the compiled slot if it takes the adapter."""
         import jax
 
         from nalora_jax.evaluate.generate import Generator
@@ -145,14 +142,14 @@ class _Adapters:
         from nalora_jax.weights.adapter_forms import AdapterSlot
 
         model, rank = self._model, AdapterSlot.rank_of(spec)
-        if spec.dora:
+        if not AdapterSlot.takes(spec):
             module = model.module.clone(adapters=spec)
         else:
             if self._slot is None or rank > AdapterSlot.rank_of(self._slot.spec):
                 self._slot = AdapterSlot.on(model.base.config, rank=max(rank, self._least))
             module, lora = (
                 model.module.clone(adapters=self._slot.spec),
-                self._slot.fill(lora, spec, model.base.params),
+                self._slot.fill(lora, spec),
             )
         if self._mesh is not None:
             lora = jax.device_put(lora, distributed.shardings(lora, self._mesh, distributed.STATE_RULES))

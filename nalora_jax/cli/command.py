@@ -19,7 +19,7 @@ from nalora_jax.cli import (
     verify,
 )
 from nalora_jax.common import buckets
-from nalora_jax.common.imports import import_files
+from nalora_jax.common.imports import import_files, installed_version
 from nalora_jax.config.checks import check_path
 from nalora_jax.config.structured import check_ranges, summaries_only, unknown
 from nalora_jax.errors import NaloraError
@@ -118,7 +118,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         print(text)
         raise SystemExit(0)
     if words[0] == "--version":
-        print(f"nalora_jax {doctor.installed_version('nalora_jax')}")
+        print(f"nalora_jax {installed_version('nalora_jax')}")
         raise SystemExit(0)
     name, arguments = words[0], words[1:]
     if name not in VERBS:

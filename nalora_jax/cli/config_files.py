@@ -97,19 +97,14 @@ def as_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
       config: the settings; without ``imports``, which only the command line executes.
       changed_only: leave out settings with their default values.
     """
-    values = _plain(replace(config, imports=()), RunConfig() if changed_only else None)
+    values = plain_settings(replace(config, imports=()), RunConfig() if changed_only else None)
     if not values:
         return "{}\n"
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
-def plain_settings(config: RunConfig) -> dict[str, Any]:
-    """Returns all settings as nested dicts, lists and texts; rules as on the command line."""
-    settings: dict[str, Any] = _plain(config, None)
-    return settings
-
-
-def _plain(value: Any, default: Any) -> Any:
+def plain_settings(value: Any, default: Any = None) -> Any:
+    """Returns settings as nested dicts, lists and texts, without those of ``default``; rules as on the command line."""
     if isinstance(value, LoRARule):
         return value.text
     if is_dataclass(value):
@@ -120,11 +115,11 @@ def _plain(value: Any, default: Any) -> Any:
                 inner = None
                 if default is not None and is_dataclass(value_of):
                     inner = getattr(default, entry.name)
-                plain[entry.name] = _plain(value_of, inner)
+                plain[entry.name] = plain_settings(value_of, inner)
         return plain
     if not isinstance(value, tuple):
         return value
-    return [_plain(entry, None) for entry in value]
+    return [plain_settings(entry) for entry in value]
 
 
 def _bad_config(path: Path, expected: str, actual: str) -> NaloraError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.common.downloads import cache_dir, private_dir
+from nalora_jax.common.imports import installed_version
 from nalora_jax.errors import NaloraError
 
 PACKAGES = (
@@ -45,7 +45,6 @@ def doctor(args: Any) -> None:
 
     Versions come first, because JAX ends a process from C++ if another process of a pod does not connect.
     """
-    del args
     _section("Versions", _versions())
     kernels, kernel_problems = _kernels()
     caches, cache_problems = _caches()
@@ -57,14 +56,6 @@ def doctor(args: Any) -> None:
     print("\n  ! ".join(["Problems", *problems]) if problems else "No problem found.")
     if problems:
         raise SystemExit(1)
-
-
-def installed_version(name: str) -> str:
-    """Returns the version of an installed distribution."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # also this library, if not installed
-        return "not installed"
 
 
 def _versions() -> dict[str, str]:

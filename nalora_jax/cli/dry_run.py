@@ -29,15 +29,14 @@ from nalora_jax.layout.machines import MATRIX_SHARE, Topology, of_devices, topol
 from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.rules import make
-from nalora_jax.models.adapters import adapter_spec, init_lora
+from nalora_jax.models.adapters import adapter_shapes, adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_cache
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import numerics_for
-from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.storage import prepare
+from nalora_jax.ops.storage import matmul, prepare
 from nalora_jax.train.initial_adapter import with_adapter
 from nalora_jax.train.inputs import check_layout
 from nalora_jax.train.job import Inputs
@@ -119,12 +118,12 @@ def _describe(inputs: Inputs, runs: Sequence[RunConfig]) -> list[str]:
             adapter_spec(run, base)  # raises for rules that match nothing
             run = with_learning_rate(run, base.d_model)
         settings.append(run)
-    added = AddedTokens.of(config.data)
+    added, trained = AddedTokens.of(config.data), trees.count_elements(adapter_shapes(base, spec))
     epochs = config.steps * config.train.batch_size / data.rows_per_epoch
     return [
         f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.resolved.path}",
         *_added(added, files.tokenizer_with(added), base),
-        f"adapters: {adapter_parameters(base, spec):,} trained parameters, {len(spec.targets)} projections a layer",
+        f"adapters: {trained:,} trained parameters, {len(spec.targets)} projections a layer",
         f"mechanisms: {mechanisms_text(config, base.activation, spec)}",
         f"training data: {stream_text(data.describe())}",
         *_rollouts(concrete, base, mesh),
@@ -216,14 +215,6 @@ def _added(added: AddedTokens, tokenizer: Tokenizer, base: ModelConfig) -> list[
         return []
     ids = [f"{text!r} {tokenizer.backend.token_to_id(text)}" for text in added.texts]
     return [f"added tokens: {', '.join(ids)}; the embedding has {base.vocab_size:,} rows"]
-
-
-def adapter_parameters(base: ModelConfig, spec: AdapterSpec) -> int:
-    """Returns the number of trained parameters."""
-    shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(base).items()}
-    initialized = partial(init_lora, base, spec)
-    lora: Any = jax.eval_shape(initialized, jax.random.key(0), trees.unflatten(shapes))
-    return trees.count_elements(lora)
 
 
 def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) -> list[str]:

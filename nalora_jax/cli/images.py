@@ -28,8 +28,9 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
     """Returns the held-out metric of a run on images, by default on the run's reported images."""
     from nalora_jax.data.images.opened import open_images
     from nalora_jax.evaluate.evaluator import describe
+    from nalora_jax.evaluate.images import Images
     from nalora_jax.train.adapted_dual import load_adapted_dual
-    from nalora_jax.train.kinds.dual import held_out_images
+    from nalora_jax.train.kinds.dual import image_evaluator, image_indices
 
     if args.quantize not in (None, "none"):
         raise NaloraError("--quantize", expected="none for image and text encoders", found=args.quantize)
@@ -42,8 +43,9 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
     if vision.task == "classify":
         classes = open_images(data, vision, data.train_split).classes()
     held = open_images(data, vision, data.eval_split)
-    reported, _ = held_out_images(replace(run, data=data), held, model.encoders, classes)
-    values: dict[str, Any] = reported.measure(
+    reported, _ = image_indices(replace(run, data=data), held)
+    evaluator = image_evaluator(model.encoders, Images(held, reported), classes, vision)
+    values: dict[str, Any] = evaluator.measure(
         model.base.params, model.lora, samples=args.output is not None
     )
     print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from nalora_jax.common import buckets, uploads
 from nalora_jax.common.folders import refuse_claimed
 from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
-from nalora_jax.config.checks import check_path
 from nalora_jax.errors import Interrupted, NaloraError
 
 if TYPE_CHECKING:
@@ -90,7 +89,6 @@ def check_new_path(flag: str, path: Path) -> None:
     Raises:
       NaloraError: names the flag.
     """
-    check_path(flag, path)
     above = next((folder for folder in path.absolute().parents if folder.exists()), None)
     if above is not None and not above.is_dir():
         raise NaloraError(flag, expected="a path in a folder", found=f"{path}, and {above} is a file")

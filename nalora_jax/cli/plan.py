@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from nalora_jax.config import DataConfig, RunConfig, TrainConfig, check
-from nalora_jax.config.checks import check_path
 from nalora_jax.config.settings import DUAL
 from nalora_jax.config.structured import AMOUNT, COUNT, TOKENS, check_ranges
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
     from nalora_jax.layout.machines import Topology
-    from nalora_jax.models.config import ModelConfig
 
 
 log = logging.getLogger(__name__)
@@ -84,7 +82,8 @@ def plan(args: PlanArgs) -> None:
     from nalora_jax.common.downloads import cache_dir
     from nalora_jax.layout.machines import topology
 
-    _check_json(args.json)
+    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise NaloraError("--json", expected="a file in an existing folder", found=args.json)
     machines = [topology(name) for name in args.topology]
     if not machines:
         raise NaloraError("--topology", expected="at least one machine", found="none")
@@ -127,7 +126,13 @@ def compiler_messages_in(file: Path) -> Iterator[None]:
 
 def _print_plans(args: PlanArgs, machines: Sequence[Topology]) -> None:
     from nalora_jax.cli.planning.program import architecture
-    from nalora_jax.cli.planning.report import describe_costs, estimate_record, plan_lines
+    from nalora_jax.cli.planning.report import (
+        describe_costs,
+        describe_sweep,
+        estimate_record,
+        plan_lines,
+        plan_sweep,
+    )
     from nalora_jax.cli.planning.report import plan as compiled
     from nalora_jax.layout.layouts import fastest, fitting
 
@@ -137,18 +142,17 @@ def _print_plans(args: PlanArgs, machines: Sequence[Topology]) -> None:
     base = architecture(run.model, images=args.images > 0, rope_scaling=run.rope_scaling)
     base = replace(base, vocab_size=base.vocab_size + args.added_tokens)
     _check_length(args.seq or run.data.max_length, base.max_positions)
-    if args.sweep:
-        _plan_sweep(args, base, machines)
-        return
     for machine in machines:
-        config = args.config(machine.size)
-        if args.estimate:
+        config = args.config(1 if args.sweep else machine.size)
+        if args.sweep:
+            sweep = plan_sweep(config, base, machine, args.sweep, compiles=not args.estimate)
+            record, lines = sweep.to_dict(), list(describe_sweep(sweep, steps=run.steps, price=args.price))
+        elif args.estimate:
             layout = fastest(fitting(config, base, machine))
             record = estimate_record(config, machine, layout)
-            lines = [f"{run.model} on {machine.name}: {layout}"]
             rate, seconds = record["tokens_per_second"], record["seconds"]
             costs = describe_costs(machine, rate, seconds, run.steps, args.price)
-            lines += [f"  {line}" for line in costs]
+            lines = [f"{run.model} on {machine.name}: {layout}", *(f"  {line}" for line in costs)]
         else:
             planned = compiled(config, base, machine, args.images)
             record, lines = planned.to_dict(), list(plan_lines(planned, steps=run.steps, price=args.price))
@@ -156,27 +160,6 @@ def _print_plans(args: PlanArgs, machines: Sequence[Topology]) -> None:
         if args.json is not None:
             with args.json.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-
-
-def _check_json(path: Path | None) -> None:
-    """Refuses a file for the figures that cannot be opened, before a compilation of minutes."""
-    if path is None:
-        return
-    check_path("--json", path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise NaloraError("--json", expected="a file in an existing folder", found=path)
-
-
-def _plan_sweep(args: PlanArgs, base: ModelConfig, machines: Sequence[Topology]) -> None:
-    """Prints the plan of a sweep on each topology."""
-    from nalora_jax.cli.planning.report import describe_sweep, plan_sweep
-
-    for machine in machines:
-        planned = plan_sweep(args.config(1), base, machine, args.sweep, compiles=not args.estimate)
-        print("\n".join(describe_sweep(planned, steps=args.run.steps, price=args.price)), flush=True)
-        if args.json is not None:
-            with args.json.open("a") as file:
-                file.write(json.dumps(planned.to_dict()) + "\n")
 
 
 def _check_length(seq: int, positions: int) -> None:
@@ -196,8 +179,6 @@ def _check_length(seq: int, positions: int) -> None:
 def _prepare(*, gpus: bool) -> None:
     """Sets the compilers' environment: JAX on the CPU, and the GPU compiler's path to its tools."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if "jax" in sys.modules:
         import jax
 

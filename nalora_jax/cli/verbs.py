@@ -12,19 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nalora_jax.cli import images
+from nalora_jax.cli import images, outputs
 from nalora_jax.cli import parser as cli
-from nalora_jax.cli.outputs import (
-    check_new_file,
-    check_new_path,
-    data_settings,
-    flags_of_verb,
-    mesh_of,
-    refuse_existing,
-    removed_if_stopped,
-    shown_model,
-    shown_output,
-)
 from nalora_jax.common import buckets, uploads
 from nalora_jax.common.folders import refuse_claimed
 from nalora_jax.config import DataConfig, check, config_from_dict
@@ -42,7 +31,7 @@ if TYPE_CHECKING:
 def train(args: cli.TrainArgs) -> None:
     """Fine-tunes a model by its config; `nalora_jax.cli.training.run` prints the progress."""
     check(args.run)  # before heavy imports
-    check_new_path("--output", Path(args.run.output))
+    outputs.check_new_path("--output", Path(args.run.output))
     if args.dry_run:
         from nalora_jax.cli.dry_run import dry_run
         from nalora_jax.study.sweeps.grid import axes_of, grid
@@ -77,7 +66,7 @@ def generate(args: cli.GenerateArgs) -> None:
     if prompt == "-":
         prompt = _standard_input()
     settings = asdict(args.sampling) | {"seed": args.seed}
-    mesh = mesh_of(args.mesh)
+    mesh = outputs.mesh_of(args.mesh)
     pictures = [open_image(path) for path in args.image]  # fails before a model is loaded
     if args.chat and not pictures:
         _require_template(args.model, args.adapter, messages or [{"role": "user", "content": prompt}])
@@ -104,7 +93,7 @@ def generate(args: cli.GenerateArgs) -> None:
     print()
 
 
-@removed_if_stopped()
+@outputs.removed_if_stopped()
 def export(args: cli.ExportArgs) -> None:
     """Writes an adapter for another tool, and verifies it by reloading."""
     from nalora_jax.common.files import write_atomically
@@ -118,21 +107,22 @@ def export(args: cli.ExportArgs) -> None:
         if (where := buckets.bucket_url(args.output)) is not None:
             uploads.require_free(where)
         else:
-            check_new_file("--output", args.output)
+            outputs.check_new_file("--output", args.output)
             refuse_claimed(args.output)
         if args.output.suffix != ".gguf":
             expected = "a name that ends in .gguf"
             raise NaloraError("--output", expected=expected, found=str(args.output))
     else:
-        refuse_existing(args.output)
+        outputs.refuse_existing(args.output)
     name, adapter = args.names
     if images.is_dual(name, adapter):
         images.export(args, card)
         return
     _require_adapter(locate(name, adapter))
     model = load(name, adapter=adapter)
-    base, lora = model.base, _lora(model)
-    output = shown_output(args.output)
+    base, lora = model.base, model.lora
+    assert lora is not None
+    output = outputs.shown_output(args.output)
     if args.target == "gguf":
         from nalora_jax.weights.gguf_export import verify_adapter_gguf, write_adapter_gguf
 
@@ -158,7 +148,7 @@ def export(args: cli.ExportArgs) -> None:
     )
 
 
-@removed_if_stopped()
+@outputs.removed_if_stopped()
 def merge(args: cli.MergeArgs) -> None:
     """Writes base and adapter as one Hugging Face folder."""
     from nalora_jax.train.adapted import load
@@ -169,7 +159,7 @@ def merge(args: cli.MergeArgs) -> None:
     from nalora_jax.weights.shards import parse_size
 
     shard_bytes = parse_size(args.shard_size)
-    refuse_existing(args.output)
+    outputs.refuse_existing(args.output)
     if images.is_dual(args.model, args.adapter):
         images.merge(args, card)
         return
@@ -181,7 +171,8 @@ def merge(args: cli.MergeArgs) -> None:
     if resolved.kind == "hf" and _stored_dtype(resolved.path / "config.json") == "bfloat16":
         dtype = "bfloat16"
     model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=resolved)
-    base, lora = model.base, _lora(model)
+    base, lora = model.base, model.lora
+    assert lora is not None
     config, params, spec = fold_saved(base.config, base.params, lora, model.spec)
     if base.hf_config is None:
         raise NaloraError(located.base, expected="a model with a config.json", found="none")
@@ -200,7 +191,7 @@ def merge(args: cli.MergeArgs) -> None:
         shard_bytes=shard_bytes,
         card=card(model, "merged"),
     )
-    print(f"{shown_output(args.output)}: merged model in {args.dtype}")
+    print(f"{outputs.shown_output(args.output)}: merged model in {args.dtype}")
 
 
 def inspect(args: cli.InspectArgs) -> None:
@@ -214,7 +205,7 @@ def inspect(args: cli.InspectArgs) -> None:
 
     if args.picture is not None:
         check_picture(args.picture)  # before minutes of computation
-        check_new_path("--picture", args.picture)
+        outputs.check_new_path("--picture", args.picture)
     if args.texts and not any(text.strip() for text in args.texts):
         raise NaloraError(
             "--texts", expected="at least one text with a token in it", found=f"{len(args.texts)} texts"
@@ -223,16 +214,19 @@ def inspect(args: cli.InspectArgs) -> None:
     if args.dataset is not None:
         run = locate(args.model, args.adapter).run
         data = replace(
-            data_settings(run, {}), dataset=args.dataset, eval_split=args.split, eval_limit=args.limit
+            outputs.data_settings(run, {}),
+            dataset=args.dataset,
+            eval_split=args.split,
+            eval_limit=args.limit,
         )
-        with flags_of_verb("--dataset"):
+        with outputs.flags_of_verb("--dataset"):
             open_held_out(data, data.eval_split).read([0])
     model = load(args.model, adapter=args.adapter, dtype=args.dtype)
     texts: Sequence[str] = args.texts or TEXTS
     if data is not None:
         texts = dataset_texts(data, model.base.tokenizer)
     summary = inspect_texts(model, texts, max_length=args.max_length, seed=args.seed)
-    name = shown_model(model.located.base, model.located.adapter)
+    name = outputs.shown_model(model.located.base, model.located.adapter)
     title = f"{name}: {model.base.config.activation} gates on {len(texts)} texts"
     Console().print(layer_table(summary, title))
     if args.picture is not None:
@@ -363,12 +357,6 @@ def _require_adapter(located: Located) -> None:
         raise NaloraError(
             located.base, expected="an adapter", found="a base model", remedy="give a run's folder"
         )
-
-
-def _lora(model: AdaptedModel) -> dict[str, Any]:
-    _require_adapter(model.located)
-    assert model.lora is not None
-    return model.lora
 
 
 def _tokenizer_of(base: LoadedModel, resolved: ResolvedSource) -> Any:

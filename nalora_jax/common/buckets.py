@@ -19,6 +19,7 @@ from typing import Any
 
 from nalora_jax.common import downloads
 from nalora_jax.common.digests import digest_of
+from nalora_jax.common.files import scratch_file
 from nalora_jax.errors import NaloraError
 
 # By scheme: the package that reads it, the extra that has the package, and the
@@ -203,7 +204,7 @@ def _copies(sources: Mapping[str, str]) -> Path:
 
 def _copy(name: str, target: Path) -> None:
     """Fetches a file and renames it when it is complete; several processes may do so at once."""
-    with store_errors(name), downloads.scratch_file(target) as scratch:
+    with store_errors(name), scratch_file(target) as scratch:
         filesystem(name).get_file(name, scratch.name)
 
 

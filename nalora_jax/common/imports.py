@@ -6,6 +6,7 @@ the executed content, and a resumed run rejects a file whose content has changed
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -35,6 +36,14 @@ class ImportedFile:
 
     def __str__(self) -> str:
         return f"{self.path}@{self.digest[:_DIGITS]}"
+
+
+def installed_version(name: str) -> str:
+    """Returns the version of an installed distribution, or ``not installed``."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # also this library, if it is a checkout
+        return "not installed"
 
 
 _IMPORTED: dict[Path, ImportedFile] = {}

@@ -47,9 +47,9 @@ class Registry(Generic[T]):
         self._values[name] = value
         return value
 
-    def decorator(self, name: str, *, replace: bool = False) -> Callable[[T], T]:
+    def decorator(self, name: str) -> Callable[[T], T]:
         """Returns `add` as a decorator."""
-        return lambda value: self.add(name, value, replace=replace)
+        return lambda value: self.add(name, value)
 
     def get(self, name: str) -> T:
         """Returns the value of ``name``, from an entry point if it is not registered.

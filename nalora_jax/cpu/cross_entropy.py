@@ -17,8 +17,7 @@ from nalora_jax.cpu.storage import Bits, bits_of, from_bits, usable
 from nalora_jax.ops import losses as ops
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import PLAIN_HEAD, Head
-from nalora_jax.ops.matmul import dot
-from nalora_jax.ops.storage import Kernel, expand, rounded
+from nalora_jax.ops.storage import Kernel, dot, expand, rounded
 
 # Logits of a block take 1 MB.
 BLOCK = 2048

@@ -25,8 +25,7 @@ from nalora_jax.method import low_rank
 from nalora_jax.method.low_rank import Adapted, Dense, Factors, LowRankHidden, Products, add_bias, gated
 from nalora_jax.ops import delta_rule
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.matmul import dot
-from nalora_jax.ops.storage import Kernel, expand, read_residual, rounded, save_residual
+from nalora_jax.ops.storage import Kernel, dot, expand, read_residual, rounded, save_residual
 
 # With fewer rows, as in text generation, XLA's matmuls are used if they are faster.
 _FEWEST_ROWS = 32

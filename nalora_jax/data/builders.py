@@ -67,7 +67,7 @@ class Commonsense(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        del dl_manager  # downloads.fetch_file downloads, with its checksum
+        # Not dl_manager: downloads.fetch_file downloads, with its checksum.
         name = self.builder_config.name
         return {
             split: self._generate_examples(name, split) for split in tasks.SIZES[tasks.task_of(name)[0]]
@@ -163,7 +163,7 @@ class Needle(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        del dl_manager  # downloads.fetch_file downloads, with its checksum
+        # Not dl_manager: downloads.fetch_file downloads, with its checksum.
         return {split: self._generate_examples(split) for split in tasks.NEEDLE_SIZES}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -252,50 +252,41 @@ def completions(
     eos = (tokenizer.special_tokens or {}).get("eos_token", "")
     after_chat = _end_of_chat(text, messages, eos, render)
     texts = [part.removesuffix(after_chat) for part in texts]
+
+    def rewritten(turn: int, before: str, upto: str) -> tuple[int, int]:
+        """Returns the completion in ``turn`` if the texts up to its start and its end do not begin ``text``."""
+        own = _place(messages[: turn + 1], turn, upto, render)
+        if own is None and not upto.startswith(before):
+            raise NaloraError(
+                where,
+                expected="a chat template whose turns begin like its generation prompt",
+                found=f"another beginning of messages[{turn}], so that no exact loss mask exists",
+                remedy="use records of plain texts (prompt and completion, or pairs of texts), or --data.loss-on all",
+            )
+        if own is not None and text.startswith(upto):
+            return own[0], len(upto.rstrip())
+        place = _place(messages, turn, text, render)
+        if own is not None and place is not None:
+            start, place_of_words = place
+            words = upto[own[1] :].rstrip()
+            for written in (words, words.removesuffix(eos)):  # the token may follow the last turn only
+                if text.startswith(written, place_of_words):
+                    return start, place_of_words + len(written)
+        raise NaloraError(
+            where,
+            expected="a chat template whose earlier turns stay as they are when turns are added",
+            found=f"one that rewrites messages[{turn}], so that no exact loss mask exists",
+            remedy="use --data.loss-on answer, with one record for each turn to learn",
+        )
+
     answers = []
     # From the last turn: if it has a place, computing the loss on it alone is a remedy for the others.
     for turn, before, upto in zip(turns[::-1], texts[-2::-2], texts[::-2], strict=True):
         if upto.startswith(before) and text.startswith(upto):
             answers.append((len(before), len(upto.rstrip())))
         else:
-            answers.append(_rewritten(messages, turn, text, before, upto, eos, render, where))
+            answers.append(rewritten(turn, before, upto))
     return text, tuple(answers[::-1])
-
-
-def _rewritten(
-    messages: Sequence[Message],
-    turn: int,
-    text: str,
-    before: str,
-    upto: str,
-    eos: str,
-    render: Render,
-    where: str,
-) -> tuple[int, int]:
-    """Returns the completion in ``turn`` if the texts up to its start and its end do not begin ``text``."""
-    own = _place(messages[: turn + 1], turn, upto, render)
-    if own is None and not upto.startswith(before):
-        raise NaloraError(
-            where,
-            expected="a chat template whose turns begin like its generation prompt",
-            found=f"another beginning of messages[{turn}], so that no exact loss mask exists",
-            remedy="use records of plain texts (prompt and completion, or pairs of texts), or --data.loss-on all",
-        )
-    if own is not None and text.startswith(upto):
-        return own[0], len(upto.rstrip())
-    place = _place(messages, turn, text, render)
-    if own is not None and place is not None:
-        start, place_of_words = place
-        words = upto[own[1] :].rstrip()
-        for written in (words, words.removesuffix(eos)):  # the token may follow the last turn only
-            if text.startswith(written, place_of_words):
-                return start, place_of_words + len(written)
-    raise NaloraError(
-        where,
-        expected="a chat template whose earlier turns stay as they are when turns are added",
-        found=f"one that rewrites messages[{turn}], so that no exact loss mask exists",
-        remedy="use --data.loss-on answer, with one record for each turn to learn",
-    )
 
 
 def with_stops(

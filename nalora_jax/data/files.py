@@ -16,10 +16,9 @@ import mmap
 import re
 from abc import ABC, abstractmethod
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -28,7 +27,7 @@ import numpy as np
 from nalora_jax.common import buckets
 from nalora_jax.common.digests import digest_of, file_digest
 from nalora_jax.common.files import expand_user
-from nalora_jax.data.source import Record, TableRecord, foreign_errors, read_in_parts
+from nalora_jax.data.source import Record, TableRecord, foreign_errors, json_object, read_in_parts
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 
@@ -213,26 +212,6 @@ def _arrow_files(folder: Path) -> list[Path]:
     return [folder / str(name) for name in names]
 
 
-def _object(text: str | bytes, where: str, remedy: str) -> Record:
-    """Returns a record of JSON.
-
-    Raises:
-      NaloraError: the text is not a JSON object.
-    """
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
-        raise NaloraError(where, expected="a JSON object", found=error, remedy=remedy) from error
-    return _checked(value, where, remedy)
-
-
-def _checked(value: Any, where: str, remedy: str) -> Record:
-    if not isinstance(value, dict):
-        found = f"a {type(value).__name__}"
-        raise NaloraError(where, expected="a JSON object", found=found, remedy=remedy)
-    return value
-
-
 class JsonArray(LoadedRows):
     """Objects of a JSON file that holds one array; the file is read into memory."""
 
@@ -251,7 +230,8 @@ class JsonArray(LoadedRows):
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the objects at ``indices``."""
         for index in indices:
-            _checked(self.rows[index], self.where(index), "fix this item")
+            if not isinstance(self.rows[index], dict):
+                json_object(json.dumps(self.rows[index]), self.where(index), "fix this item")
         return super().read(indices)
 
 
@@ -357,7 +337,7 @@ class ArrayRecords(RecordFile):
             data = self._reader.read(list(map(int, indices)))
         remedy = "name a data set of TFDS by its folder (with dataset_info.json), or by tfds:<name>"
         pairs = zip(indices, data, strict=True)
-        return [_object(record, self.where(index), remedy) for index, record in pairs]
+        return [json_object(record, self.where(index), remedy) for index, record in pairs]
 
 
 class JsonLines(RecordFile):
@@ -400,7 +380,7 @@ class JsonLines(RecordFile):
             start = int(self._starts[index])
             end = self._bytes.find(b"\n", start)
             line = self._bytes[start : len(self._bytes) if end < 0 else end]
-            records.append(_object(line, self.where(index), "fix or remove this line"))
+            records.append(json_object(line, self.where(index), "fix or remove this line"))
         return records
 
     def where(self, index: int) -> str:
@@ -439,10 +419,10 @@ class TableRows(RecordFile):
     def __init__(self, path: Path | str, name: str = "") -> None:
         self.name = name or str(path)
         self.sha256 = data_digest(path)
-        self._open: OrderedDict[int, Any] = OrderedDict()
         with self._errors():
             sizes, self._groups = _parquet(path) if self._kind == ".parquet" else _arrow(Path(path))
         self._ends = np.cumsum([0, *sizes])
+        self._group = lru_cache(_OPEN_GROUPS)(self._decoded)
 
     @property
     def _kind(self) -> str:
@@ -466,16 +446,12 @@ class TableRows(RecordFile):
         groups = np.searchsorted(self._ends, places, side="right") - 1
         return read_in_parts(groups, places - self._ends[groups], read)
 
-    def _group(self, number: int) -> Any:
-        if number not in self._open:
-            rows = self._groups[number]()
-            # Arrow trusts a file's offsets: without validation, a damaged file causes reads outside
-            # its memory.
-            rows.validate(full=True)
-            self._open[number] = rows
-            if len(self._open) > _OPEN_GROUPS:
-                self._open.popitem(last=False)
-        return self._open[number]
+    def _decoded(self, number: int) -> Any:
+        rows = self._groups[number]()
+        # Arrow trusts a file's offsets: without validation, a damaged file causes reads outside its
+        # memory.
+        rows.validate(full=True)
+        return rows
 
 
 Groups = tuple[list[int], list[Callable[[], Any]]]

@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.source import Record, TableRecord
+from nalora_jax.data.source import Record, TableRecord, json_object
 from nalora_jax.errors import NaloraError
 
 CONVERSATIONS, TEXT = "conversations", "text"
@@ -213,7 +213,7 @@ def spoken(message: Any, where: str) -> Record:
         return message
     speaker = message["from"]
     if speaker == _CALL:
-        call = {"type": "function", "function": _object(message["value"], f"{where}: value")}
+        call = {"type": "function", "function": json_object(message["value"], f"{where}: value")}
         return {"role": "assistant", "content": "", "tool_calls": [_call(call, where)]}
     if speaker not in ROLES:
         roles = ", ".join([*ROLES, _CALL])
@@ -223,16 +223,12 @@ def spoken(message: Any, where: str) -> Record:
 
 def _call(call: Any, where: str) -> Record:
     """Returns a tool call with its arguments as an object (a JSON text in OpenAI's form)."""
-    if not isinstance(call, dict) or not _is_function(call.get("function")):
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         expected = '{"type": "function", "function": {"name": ..., "arguments": ...}}'
         raise NaloraError(where, expected=expected, found=repr(call)[:80])
-    function = call["function"]
-    arguments = _object(function.get("arguments") or {}, f"{where}: arguments")
+    arguments = json_object(function.get("arguments") or {}, f"{where}: arguments")
     return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _is_function(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("name"), str)
 
 
 def tools_of(record: Mapping[str, Any], where: str) -> list[Record] | None:
@@ -261,17 +257,6 @@ def tools_of(record: Mapping[str, Any], where: str) -> list[Record] | None:
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise NaloraError(f"{where}: tools", expected="a list of tools", found=repr(value)[:80])
     return value or None
-
-
-def _object(value: Any, where: str) -> Record:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise NaloraError(where, expected="a JSON object", found=error) from error
-    if not isinstance(value, dict):
-        raise NaloraError(where, expected="a JSON object", found=repr(value)[:80])
-    return value
 
 
 def _without_null(value: Any) -> Any:

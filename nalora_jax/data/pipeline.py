@@ -21,7 +21,7 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.packing import PackingPlan, Pattern, fill_rows, pack, permutation, plan_rows
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO, open_pair, open_source
-from nalora_jax.data.store import UNLIMITED, TokenStore, cut_store, open_store
+from nalora_jax.data.store import UNLIMITED, Examples, TokenStore, cut_store, open_store
 from nalora_jax.data.tokenize import rendered, tokenize
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
@@ -119,6 +119,7 @@ class TrainData(Stream):
     """
 
     noun: ClassVar[str] = "examples"
+    group: ClassVar[int] = 1  # examples of the store that share a slot
     store: TokenStore
     pattern: Pattern
     seed: int
@@ -126,8 +127,8 @@ class TrainData(Stream):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Returns the row positions of each example."""
-        return self.store.lengths
+        """Returns the row positions of each slot."""
+        return self.store.lengths_of(self.group)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -195,11 +196,6 @@ class BatchIterator(Iterator[HostBatch]):
         batch = next(self._batches)
         self._row += self._data.batch_size
         return batch
-
-    @property
-    def epoch(self) -> float:
-        """Returns the number of passes over the data so far."""
-        return self._row / self._data.rows_per_epoch
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position of the next batch as JSON values.
@@ -278,6 +274,9 @@ def packed_data(
     seed: int = 0,
     rows: Sequence[int] | None = None,
     context: int = UNLIMITED,
+    kind: type[TrainData] = TrainData,
+    examples: Examples | None = None,
+    **fields: str,
 ) -> TrainData:
     """Tokenizes and packs training records.
 
@@ -290,26 +289,27 @@ def packed_data(
       seed: seed of the shuffle.
       rows: rows of a micro-batch that this process reads (`nalora_jax.layout.distributed.process_rows`);
         all by default.
-      context: maximum tokens of the model.
+      context: maximum tokens of a row's slot.
+      kind: of the stream.
+      examples: yields the examples of records that have several; see `open_store`.
+      fields: settings that change these examples.
 
     Raises:
       NaloraError: bad data (see `open_store`), or ``accumulate`` does not divide the batch.
     """
     rows = rows_read(rows, batch_size, accumulate)
-    uncut = open_store(records, config, tokenizer, seed)
+    uncut = open_store(records, config, tokenizer, seed, examples, **fields)
 
     def measure() -> np.ndarray:
         if config.train_limit:  # lengths of records beyond the limit count, too
             return example_lengths(records, config, tokenizer)
-        lengths: np.ndarray = uncut.lengths[measured(records)]
-        return lengths
+        return uncut.lengths[measured(records)]
 
     config = with_length(config, measure, context)
-    store = cut_store(uncut, records, config, tokenizer.bos_id, context)
-    pattern = pack(store.lengths, config.max_length, several=config.pack)
-    return TrainData(
+    store = cut_store(uncut, records, config, tokenizer.bos_id, context, kind.group)
+    return kind(
         store=store,
-        pattern=pattern,
+        pattern=pack(store.lengths_of(kind.group), config.max_length, several=config.pack),
         seed=seed,
         batch_size=batch_size,
         accumulate=accumulate,

@@ -27,11 +27,11 @@ from nalora_jax.data.chat import (
     render_chat,
     text_field,
 )
-from nalora_jax.data.packing import fill_rows, pack
-from nalora_jax.data.pipeline import HostBatch, TrainData, measured, rows_read
+from nalora_jax.data.packing import fill_rows
+from nalora_jax.data.pipeline import HostBatch, TrainData, measured, packed_data
 from nalora_jax.data.questions import held_out_indices, split_questions
 from nalora_jax.data.source import Source
-from nalora_jax.data.store import UNLIMITED, cut_store, open_store
+from nalora_jax.data.store import UNLIMITED
 from nalora_jax.data.tokenize import Example, converted, tokenize
 from nalora_jax.errors import NaloraError
 
@@ -47,40 +47,6 @@ class Pair:
     rejected: Example
     prompt: str  # text, for display
     texts: tuple[str, str]  # of the completions
-
-    @property
-    def positions(self) -> int:
-        """Returns the row positions of both segments; the last token of each is only a target."""
-        return len(self.chosen.ids) + len(self.rejected.ids) - 2
-
-
-def render_pair(
-    record: dict[str, Any],
-    config: DataConfig,
-    preference: PreferenceConfig,
-    tokenizer: Tokenizer,
-    where: str,
-) -> tuple[Rendered, Rendered]:
-    """Returns the texts of both completions, each after the prompt; only completions count.
-
-    Example:
-      {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
-      {"prompt": [{"role": "user", "content": "2 + 2?"}],
-       "chosen": [{"role": "assistant", "content": "4"}], ...}
-      {"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}
-      (the last has whole conversations)
-
-    A question with ``choices`` and ``gold`` (a task of this library) becomes the pair of its
-    correct choice and the first choice after it in the list with another text.
-
-    Raises:
-      NaloraError: a field is missing or of the wrong type, or a completion is empty.
-    """
-    fields = preference.chosen_field, preference.rejected_field
-    if not set(fields) & set(record) and record.get("choices") and not record.get("choice_prompts"):
-        record = record | dict(zip(fields, _of_choices(record, where), strict=True))
-    first, second = (_answer(record, config, name, tokenizer, where) for name in fields)
-    return first, second
 
 
 def _of_choices(record: dict[str, Any], where: str) -> tuple[str, str]:
@@ -131,12 +97,26 @@ def tokenize_pairs(
 ) -> Iterator[Pair]:
     """Yields the pairs of the records at ``indices``, not yet cut.
 
-    Raises:
-      NaloraError: a record is not a pair, or both of its completions are equal.
-    """
+    Example:
+      {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
+      {"prompt": [{"role": "user", "content": "2 + 2?"}],
+       "chosen": [{"role": "assistant", "content": "4"}], ...}
+      {"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}
+      (the last has whole conversations)
 
-    def texts_of(record: dict[str, Any], where: str) -> tuple[Rendered, Rendered]:
-        return render_pair(record, config, preference, tokenizer, where)
+    A question with ``choices`` and ``gold`` (a task of this library) becomes the pair of its
+    correct choice and the first choice after it in the list with another text.
+
+    Raises:
+      NaloraError: a record is not a pair, a field is of the wrong type, a completion is empty, or
+        both are equal.
+    """
+    fields = preference.chosen_field, preference.rejected_field
+
+    def texts_of(record: dict[str, Any], where: str) -> list[Rendered]:
+        if not set(fields) & set(record) and record.get("choices") and not record.get("choice_prompts"):
+            record = record | dict(zip(fields, _of_choices(record, where), strict=True))
+        return [_answer(record, config, name, tokenizer, where) for name in fields]
 
     with counting("tokenizing", len(indices)) as done:
         for chunk, _, texts in converted(source, indices, texts_of):
@@ -146,7 +126,7 @@ def tokenize_pairs(
             done(len(chunk))
 
 
-def _pair(texts: tuple[Rendered, Rendered], chosen: Example, rejected: Example, where: str) -> Pair:
+def _pair(texts: Sequence[Rendered], chosen: Example, rejected: Example, where: str) -> Pair:
     for name, example in (("chosen", chosen), ("rejected", rejected)):
         if not example.has_target:
             raise NaloraError(f"{where}: {name}", expected="a token after the first", found="none")
@@ -163,11 +143,7 @@ class PairData(TrainData):
     """Training rows of a run on pairs; its store has both segments of a pair, the chosen first."""
 
     noun: ClassVar[str] = "pairs"
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Returns the row positions of each pair."""
-        return self.store.lengths.reshape(-1, 2).sum(axis=1)
+    group: ClassVar[int] = 2
 
     @property
     def pairs_per_row(self) -> int:
@@ -199,11 +175,8 @@ def pair_data(
     preference: PreferenceConfig,
     tokenizer: Tokenizer,
     *,
-    batch_size: int,
-    accumulate: int = 1,
-    seed: int = 0,
-    rows: Sequence[int] | None = None,
     context: int = UNLIMITED,
+    **options: Any,
 ) -> PairData:
     """Tokenizes and packs the pairs of ``source``.
 
@@ -216,16 +189,12 @@ def pair_data(
       config: how text becomes rows.
       preference: names of the fields.
       tokenizer: tokenizer of the model.
-      batch_size: rows per step over all hosts.
-      accumulate: micro-batches per step.
-      seed: seed of the shuffle.
-      rows: rows of a micro-batch that this process reads; all by default.
       context: maximum tokens of the model; a row has two texts.
+      options: passed to `packed_data`.
 
     Raises:
       NaloraError: bad records, most pairs do not fit, or ``accumulate`` does not divide the batch.
     """
-    rows = rows_read(rows, batch_size, accumulate)
 
     def examples(records: Source, indices: np.ndarray) -> Iterator[tuple[int, Example]]:
         pairs = tokenize_pairs(records, indices.tolist(), config, preference, tokenizer)
@@ -233,19 +202,12 @@ def pair_data(
             yield index, pair.chosen
             yield index, pair.rejected
 
-    fields = {"chosen": preference.chosen_field, "rejected": preference.rejected_field}
-    uncut = open_store(source, config, tokenizer, seed, examples, **fields)
-    store = cut_store(uncut, source, config, tokenizer.bos_id, 2 * context, group=2)
-    lengths = store.lengths.reshape(-1, 2).sum(axis=1)
-    return PairData(
-        store=store,
-        pattern=pack(lengths, config.max_length, several=config.pack),
-        seed=seed,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        rows=rows,
-        workers=config.workers,
+    options |= {"chosen": preference.chosen_field, "rejected": preference.rejected_field}
+    data = packed_data(
+        source, config, tokenizer, context=2 * context, kind=PairData, examples=examples, **options
     )
+    assert isinstance(data, PairData)
+    return data
 
 
 def pairs_digest(pairs: Iterable[Pair]) -> str:
@@ -262,7 +224,8 @@ def pair_sizes(
 ) -> np.ndarray:
     """Returns the row positions of pairs, int64 [n]; of more than 10,000, those of a fixed draw."""
     pairs = tokenize_pairs(source, measured(source).tolist(), config, preference, tokenizer)
-    return np.array([pair.positions for pair in pairs], np.int64)
+    # The last token of each segment is only a target.
+    return np.array([len(pair.chosen.ids) + len(pair.rejected.ids) - 2 for pair in pairs], np.int64)
 
 
 def held_out_pairs(

@@ -103,8 +103,7 @@ def held_out_indices(records: Source, config: DataConfig) -> list[int]:
 
 
 def _drawn(records: Source, limit: int) -> list[int]:
-    indices: list[int] = np.sort(permutation(len(records), _SEED)[: limit or None]).tolist()
-    return indices
+    return np.sort(permutation(len(records), _SEED)[: limit or None]).tolist()
 
 
 def examples_at(

@@ -130,7 +130,6 @@ class SourceView(Source):
 
     def _changed(self, index: int, record: Record) -> Record:
         """Returns the record ``index`` of the other source as this source has it."""
-        del index
         return record
 
     @property
@@ -161,6 +160,23 @@ def require_some(source: Source) -> None:
         raise NaloraError(
             source.name, expected="at least one record", found="none", remedy="choose another split"
         )
+
+
+def json_object(value: Any, where: str, remedy: str = "") -> Record:
+    """Returns a JSON object, parsed if it is a text.
+
+    Raises:
+      NaloraError: the text is not JSON, or the value is not an object.
+    """
+    if isinstance(value, str | bytes):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
+            raise NaloraError(where, expected="a JSON object", found=error, remedy=remedy) from error
+    if not isinstance(value, dict):
+        found = f"a {type(value).__name__}"
+        raise NaloraError(where, expected="a JSON object", found=found, remedy=remedy)
+    return value
 
 
 def read_in_parts(

@@ -113,11 +113,14 @@ def _open_one(config: DataConfig, split: str) -> Source:
     elif is_path(name):
         return FileSource(name, split)
     else:
+        near = difflib.get_close_matches(name, tasks.NAMES, 1)
         raise NaloraError(
             "--data.dataset",
             expected='a task of this library, "tfds:<name>", "hf:<org>/<name>" or the path of a file or folder',
             found=repr(name),
-            remedy=_meant(name) + "the tasks are " + ", ".join((*tasks.NAMES, "needle:WORDS")),
+            remedy=(f"did you mean {near[0]}? " if near else "")
+            + "the tasks are "
+            + ", ".join((*tasks.NAMES, "needle:WORDS")),
         )
     require_some(opened)
     return opened
@@ -211,12 +214,6 @@ def have_same_records(train: Source, held_out: Source) -> bool:
         return False
     places = np.unique(np.linspace(0, len(train) - 1, _COMPARED).round().astype(int)).tolist()
     return repr(train.read(places)) == repr(held_out.read(places))
-
-
-def _meant(name: str) -> str:
-    """Returns the start of a remedy that suggests the task with a similar name."""
-    near = difflib.get_close_matches(name, tasks.NAMES, 1)
-    return f"did you mean {near[0]}? " if near else ""
 
 
 class HubSource(Source):

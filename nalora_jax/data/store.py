@@ -92,6 +92,10 @@ class TokenStore:
         """Returns the row positions of each example: its tokens minus one, the last target."""
         return np.diff(self.offsets) - 1
 
+    def lengths_of(self, group: int) -> np.ndarray:
+        """Returns the row positions of every ``group`` consecutive examples."""
+        return self.lengths.reshape(-1, group).sum(axis=1)
+
 
 def open_store(
     source: Source,
@@ -290,7 +294,7 @@ def cut_store(
       NaloraError: a record is too long and ``too_long`` is an error; fewer than half of the records
         or none of them fit; an example has no loss token in its last part; the disk is full.
     """
-    positions = store.lengths.reshape(-1, group).sum(axis=1)
+    positions = store.lengths_of(group)
     long = positions > config.max_length
     if not long.any() and not config.loss_last:
         return store
@@ -305,7 +309,18 @@ def cut_store(
         kept = np.flatnonzero(np.repeat(~(long & drop), group))
         names = {"drop": "dropped", "truncate": "truncated", "split": "split"}
         counts = {name: count for how, name in names.items() if how == config.too_long}
-        write_store(folder, _cut_examples(store, kept, source, config, bos_id, long), **counts)
+        short = replace(config, max_length=config.max_length // group)
+
+        def cut_examples() -> Iterator[tuple[int, Example]]:
+            for i in kept:
+                place, record = slice(store.offsets[i], store.offsets[i + 1]), int(store.records[i])
+                answer = np.asarray(store.answer[place]).astype(bool)
+                example = Example(np.asarray(store.tokens[place]), answer)
+                shape = short if long[i // group] else config
+                for row in rows_of(example, shape, bos_id, source.where(record)):
+                    yield record, row
+
+        write_store(folder, cut_examples(), **counts)
     cut = load_store(folder)
     longest = int(positions.max()) + 1
     counts_cut = replace(cut.counts, examples=cut.counts.examples // group, longest=longest)
@@ -313,25 +328,6 @@ def cut_store(
         text = "%s: %d records longer than a row of %d tokens are split; rows of examples: %d"
         log.info(text, source.name, count, config.max_length, counts_cut.examples)
     return replace(cut, counts=counts_cut)
-
-
-def _cut_examples(
-    store: TokenStore,
-    indices: np.ndarray,
-    source: Source,
-    config: DataConfig,
-    bos_id: int | None,
-    long: np.ndarray,
-) -> Iterator[tuple[int, Example]]:
-    """Yields the examples at ``indices``; those of ``long`` groups have an equal share of a row."""
-    group = len(store.records) // len(long)
-    short = replace(config, max_length=config.max_length // group)
-    for index in indices:
-        place, record = slice(store.offsets[index], store.offsets[index + 1]), int(store.records[index])
-        example = Example(np.asarray(store.tokens[place]), np.asarray(store.answer[place]).astype(bool))
-        shape = short if long[index // group] else config
-        for row in rows_of(example, shape, bos_id, source.where(record)):
-            yield record, row
 
 
 def rows_of(example: Example, config: DataConfig, bos_id: int | None, where: str) -> list[Example]:

@@ -511,8 +511,7 @@ def _check_growth(backend: tokenizers.Tokenizer, where: str) -> None:
 
 def _rules(component: Any) -> dict[str, Any]:
     """Returns a part of a tokenizer as the library writes it to a file; {} for none."""
-    rules: dict[str, Any] = {} if component is None else json.loads(component.__getstate__())
-    return rules
+    return {} if component is None else json.loads(component.__getstate__())
 
 
 def _growth(rule: dict[str, Any]) -> float:

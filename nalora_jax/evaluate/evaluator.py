@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.statistics import compare, paired_bootstrap
+from nalora_jax.evaluate.statistics import compare, difference_of_means
 
 SAMPLES = 4  # examples that are shown with generated completions
 SAMPLE_TOKENS = 96  # length limit of a sample completion
@@ -112,9 +112,7 @@ def compare_records(other: Sequence[ItemRecord], model: Sequence[ItemRecord]) ->
             [np.array([record[name] for record in each], np.float64) for name in ("loss", "tokens")]
             for each in (other, model)
         )
-        low, high = paired_bootstrap(*before, *after)
-        difference = after[0].sum() / after[1].sum() - before[0].sum() / before[1].sum()
-        differences["loss"] = {"difference": float(difference), "low": low, "high": high}
+        differences["loss"] = difference_of_means(*before, *after)
     if "correct" in model[0]:
         right = ([record["correct"] for record in each] for each in (other, model))
         differences["accuracy"] = asdict(compare(*right))

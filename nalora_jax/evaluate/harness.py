@@ -24,7 +24,7 @@ from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator, Settings
 from nalora_jax.evaluate.likelihood import Score, score_groups
-from nalora_jax.evaluate.statistics import compare, paired_bootstrap
+from nalora_jax.evaluate.statistics import compare, difference_of_means
 from nalora_jax.models.decoder import Decoder
 
 
@@ -329,12 +329,7 @@ def compare_samples(
             differences[metric] = asdict(compare(before, after))
         else:
             ones = np.ones_like(before)
-            low, high = paired_bootstrap(before, ones, after, ones)
-            differences[metric] = {
-                "difference": float(after.mean() - before.mean()),
-                "low": low,
-                "high": high,
-            }
+            differences[metric] = difference_of_means(before, ones, after, ones)
     return differences
 
 

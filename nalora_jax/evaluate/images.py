@@ -56,6 +56,18 @@ class Images:
             return list(pool.map(self.source.opened, indices, self.source.read(indices)))
 
 
+@partial(jax.jit, static_argnames=("model", "processor"))
+def _image_features(model: DualEncoder, processor: ImageProcessor, variables: Any, batch: Any) -> jax.Array:
+    batch = batch | {"pixels": processor.normalise(batch["pixels"])}
+    return normalised(model.apply(variables, batch, method="encode_image"))
+
+
+@partial(jax.jit, static_argnames=("model",))
+def _text_features(model: DualEncoder, variables: Any, batch: Any) -> jax.Array:
+    return normalised(model.apply(variables, batch, method="encode_text"))
+
+
+@dataclass(frozen=True)
 class Encoders:
     """Both towers, compiled once for batches of one size.
 
@@ -65,36 +77,26 @@ class Encoders:
       tokenizer: converts texts to tokens.
     """
 
-    def __init__(self, model: DualEncoder, processor: ImageProcessor, tokenizer: TextTokenizer) -> None:
-        self.model, self.processor, self.tokenizer = model, processor, tokenizer
-
-        @jax.jit
-        def images(variables: Any, batch: Any) -> jax.Array:
-            batch = batch | {"pixels": processor.normalise(batch["pixels"])}
-            return normalised(model.apply(variables, batch, method="encode_image"))
-
-        @jax.jit
-        def texts(variables: Any, batch: Any) -> jax.Array:
-            return normalised(model.apply(variables, batch, method="encode_text"))
-
-        self._images, self._texts = images, texts
+    model: DualEncoder
+    processor: ImageProcessor
+    tokenizer: TextTokenizer
 
     def images(self, variables: Mapping[str, Any], pictures: Sequence[Any]) -> np.ndarray:
         """Returns normalised features ``[pictures, features]`` of RGB images."""
         batches = (self.processor.batch(pictures_of_batch) for pictures_of_batch in _parts(pictures))
-        return self._all(partial(self._images, variables), batches)
+        return self._all(partial(_image_features, self.model, self.processor, variables), batches)
 
     def records(self, variables: Mapping[str, Any], images: Images) -> np.ndarray:
         """Returns normalised features ``[images, features]`` of records, opened batch by batch."""
         batches = (self.processor.batch(images.opened(places)) for places in _parts(range(len(images))))
-        return self._all(partial(self._images, variables), batches)
+        return self._all(partial(_image_features, self.model, self.processor, variables), batches)
 
     def texts(self, variables: Mapping[str, Any], texts: Sequence[str]) -> np.ndarray:
         """Returns normalised features ``[texts, features]``."""
         tokens = self.tokenizer(texts)
         parts = map(list, _parts(range(len(texts))))
         batches = ({name: value[places] for name, value in tokens.items()} for places in parts)
-        return self._all(partial(self._texts, variables), batches)
+        return self._all(partial(_text_features, self.model, variables), batches)
 
     def classes(
         self, variables: Mapping[str, Any], names: Sequence[str], templates: Sequence[str]
@@ -180,7 +182,6 @@ class ClassEvaluator(Evaluator):
 
         For up to 60 classes also ``classes`` with the ``confusion`` matrix ``[true, predicted]``.
         """
-        del params, lora
         shown = [
             dict(record)
             | {"answer": self._classes[record["answer"]], "expected": self._classes[record["label"]]}
@@ -257,7 +258,6 @@ class RetrievalEvaluator(Evaluator):
 
     def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns a few images with their best captions."""
-        del params, lora
         return {"samples": _shown(self._images, records)}
 
 

@@ -96,7 +96,6 @@ class PreferenceEvaluator(Evaluator):
 
     def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns a few prompts with the model's completion and the chosen one."""
-        del records
         sampled = self._pairs[:SAMPLES]
         generator = Generator(self._model, variables_of(params, lora), self._tokenizer, mesh=self._mesh)
         prompts = [pair.chosen.divided[0] for pair in sampled]

@@ -49,13 +49,13 @@ def bootstrap(
     return _interval(resamples, lambda values, weights: values / weights, values, counts)
 
 
-def paired_bootstrap(
+def difference_of_means(
     values: np.ndarray, weights: np.ndarray, other_values: np.ndarray, other_weights: np.ndarray
-) -> tuple[float, float]:
-    """Returns the 95% percentile interval of the difference of two weighted means.
+) -> dict[str, float]:
+    """Returns the ``difference`` of two weighted means, with ``low`` and ``high`` of its 95% interval.
 
     It is ``sum(other_values) / sum(other_weights) - sum(values) / sum(weights)``. Both models'
-    results of a unit are resampled together.
+    results of a unit are resampled together, for a percentile interval.
 
     Args:
       values, weights: ``[n]``, of the first model's units, as for `bootstrap`.
@@ -65,7 +65,9 @@ def paired_bootstrap(
     def difference(first: Any, first_weight: Any, second: Any, second_weight: Any) -> Any:
         return second / second_weight - first / first_weight
 
-    return _interval(_PAIRED, difference, values, weights, other_values, other_weights)
+    units = (values, weights, other_values, other_weights)
+    low, high = _interval(_PAIRED, difference, *units)
+    return {"difference": float(difference(*(unit.sum() for unit in units))), "low": low, "high": high}
 
 
 def _interval(resamples: int, statistic: Callable[..., Any], *units: Any) -> tuple[float, float]:

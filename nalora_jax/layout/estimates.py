@@ -19,16 +19,7 @@ from nalora_jax.models.experts import SLACK, block_rows
 from nalora_jax.models.remat import of_position
 from nalora_jax.models.stacks import groups, param_shapes, parts, projection_shapes, stacks
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.ops.attention_gpu import (
-    CUDNN,
-    HEAD_DIMS,
-    SPLIT_TRITON,
-    TRITON,
-    cudnn_takes,
-    fits_as_bias,
-    triton_pairs,
-    triton_takes,
-)
+from nalora_jax.ops import attention_gpu
 from nalora_jax.ops.attention_tpu import LANES, SPLASH, block_sizes, computed_pairs, takes
 from nalora_jax.ops.losses import rows_of_chunk
 
@@ -53,9 +44,9 @@ WIDTHS = {"int8": 1.0, "nf4": 0.55, "mxfp4": 0.53125}
 # Arrays as wide as queries, and as keys, that a layer saves, by kernel of attention.
 _SAVED_HEADS = {
     SPLASH: (2, 2),
-    CUDNN: (2, 2),
-    SPLIT_TRITON: (2, 2),
-    TRITON: (1, 2),
+    attention_gpu.CUDNN: (2, 2),
+    attention_gpu.SPLIT_TRITON: (2, 2),
+    attention_gpu.TRITON: (1, 2),
 }
 # Float32 arrays as wide as the FFN that are live within a layer.
 _WIDE, _WIDE_ON_TPUS = 4, 3
@@ -113,7 +104,7 @@ def causal_flops(base: ModelConfig, seq: int, products: float) -> float:
     Kernels compute all blocks of 128 queries and keys that causality touches, for any window.
     """
     widths = sum(config.n_layers * config.n_heads * config.head_dim for config in attending(base))
-    return products * 2.0 * triton_pairs(seq) * widths
+    return products * 2.0 * attention_gpu.triton_pairs(seq) * widths
 
 
 def attending(base: ModelConfig) -> list[ModelConfig]:
@@ -209,17 +200,19 @@ def gathered_keys(
 def attention_kernel(where: Topology, base: ModelConfig, rows: float, seq: int, context: int = 1) -> str:
     """Returns attention's implementation for rows of a shard; "" for the plain function."""
     if context > 1 and where.chip.platform == "gpu":
-        return SPLIT_TRITON if base.head_dim in HEAD_DIMS else ""
+        return attention_gpu.SPLIT_TRITON if base.head_dim in attention_gpu.HEAD_DIMS else ""
     if where.chip.platform == "tpu" and takes(seq, base.head_dim):
         return SPLASH
-    by_cudnn = cudnn_takes(seq, base.head_dim, base.attn_softcap) and fits_as_bias(rows, seq)
+    by_cudnn = attention_gpu.cudnn_takes(
+        seq, base.head_dim, base.attn_softcap
+    ) and attention_gpu.fits_as_bias(rows, seq)
     if where.chip.platform == "gpu" and by_cudnn:
-        return CUDNN
+        return attention_gpu.CUDNN
     if base.attn_sinks:
         return ""
     shape = (base.head_dim, base.layer_windows, base.attn_softcap)
-    if where.chip.platform == "gpu" and triton_takes(seq, *shape):
-        return TRITON
+    if where.chip.platform == "gpu" and attention_gpu.triton_takes(seq, *shape):
+        return attention_gpu.TRITON
     return ""
 
 
@@ -372,7 +365,7 @@ def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> flo
     # also saves its inputs.
     queries, keys = _SAVED_HEADS.get(kernel, (3, 4))
     # Query and key norms save their inputs; their results are saved as well, except by kernels.
-    normed = bool(base.qk_norm) and kernel in ("", SPLIT_TRITON)
+    normed = bool(base.qk_norm) and kernel in ("", attention_gpu.SPLIT_TRITON)
     # A TPU pads narrow heads to whole tiles, except of values, whose tokens are the last axis.
     padded = max(base.head_dim, LANES) if kernel == SPLASH else base.head_dim
     of_queries = (queries + normed + base.attn_gate) * base.n_heads * padded
@@ -469,12 +462,12 @@ def executed_flops(
     passes = 2 if remat == "full" else 1
     if kernel == SPLASH:
         kernels = rows * (splash_flops(base, seq, forward=passes) + 4 * mixer_flops(base, seq))
-    elif kernel == CUDNN:
+    elif kernel == attention_gpu.CUDNN:
         kernels = rows * causal_flops(base, seq, 2 * passes + 5)
-    elif kernel == SPLIT_TRITON:
+    elif kernel == attention_gpu.SPLIT_TRITON:
         kernels = (passes + 3.5) * flops
     else:
-        kernels = (5.5 if kernel == TRITON else 4.5) * flops
+        kernels = (5.5 if kernel == attention_gpu.TRITON else 4.5) * flops
     return tokens * (4 * active_parameters(base) + 2 * again) + adapters + kernels
 
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,9 @@ from nalora_jax.common import downloads
 from nalora_jax.common.devices import kind_of
 from nalora_jax.common.digests import FIELD, digest_of, seal, unseal
 from nalora_jax.common.files import write_atomically
+from nalora_jax.common.imports import installed_version
 from nalora_jax.config import RunConfig
+from nalora_jax.config.structured import structured
 from nalora_jax.layout.accounting import Collective, Program, Transfer, Work
 from nalora_jax.layout.estimates import attending, causal_flops, decoder_alone, splash_flops, useful_flops
 from nalora_jax.layout.machines import Chip, Topology
@@ -54,11 +54,11 @@ class Figures:
     temporary: float  # bytes that are live at once, besides the arguments
     flops: float  # of XLA's matmuls
     memory_bytes: float  # read from and written to HBM in a step
-    custom_calls: Mapping[str, float]  # executions of kernels that XLA did not generate
+    custom_calls: dict[str, float]  # executions of kernels that XLA did not generate
     collectives: tuple[Collective, ...]
     host: float = 0.0  # bytes of the host's memory
     transfers: tuple[Transfer, ...] = ()  # between the host's and the device's memory
-    scopes: Mapping[str, Work] = field(default_factory=dict)  # by name
+    scopes: dict[str, Work] = field(default_factory=dict)  # by name
     inputs: tuple[str, ...] = ()  # shardings of the arguments' arrays, as compiled; "None" of unused ones
 
     @property
@@ -92,7 +92,7 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
     """
     lowered = step.lower(*arguments)
     device = jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0]
-    versions = map(_version, ("jaxlib", "libtpu"))
+    versions = [f"{name} {installed_version(name)}" for name in ("jaxlib", "libtpu")]
     text = "\n".join([_ACCOUNTING, lowered.as_text(), kind_of(device), *versions])
     text += repr(sorted((lowered._lowering.compile_args or {}).get("compiler_options_kvs", ())))
     digest = digest_of(text)
@@ -135,24 +135,12 @@ def _read(file: Path) -> Figures:
     """Returns the figures in a file of the cache.
 
     Raises:
-      OSError, ValueError, TypeError, KeyError, RecursionError: the file is damaged.
+      OSError, ValueError, KeyError, TypeError, RecursionError: the file is damaged.
     """
     record = json.loads(file.read_bytes())
     if FIELD not in record:  # `unseal` accepts that
         raise KeyError(FIELD)
-    record = unseal(record, str(file))
-    collectives = tuple(Collective(**entry) for entry in record.pop("collectives"))
-    transfers = tuple(Transfer(**entry) for entry in record.pop("transfers"))
-    scopes = {name: Work(**entry) for name, entry in record.pop("scopes").items()}
-    inputs = tuple(record.pop("inputs"))
-    return Figures(**record, collectives=collectives, transfers=transfers, scopes=scopes, inputs=inputs)
-
-
-def _version(name: str) -> str:
-    try:
-        return f"{name} {version(name)}"
-    except PackageNotFoundError:
-        return ""
+    return structured(Figures, unseal(record, str(file)))
 
 
 @dataclass(frozen=True)

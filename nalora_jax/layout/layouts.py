@@ -23,29 +23,7 @@ import jax
 from nalora_jax.common.devices import AXES
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout import distributed
-from nalora_jax.layout.estimates import (
-    WIDTHS,
-    activation_traffic,
-    attending,
-    attention_kernel,
-    copied_experts,
-    decoder_alone,
-    executed_flops,
-    gathered_keys,
-    hidden_share,
-    rows_for_experts,
-    state_bytes,
-    summed_bytes,
-    trained_bytes,
-    transposed_bytes,
-    uniform,
-    useful_flops,
-    values_for_backward,
-    weight_bytes,
-    weight_passes,
-    working_bytes,
-)
+from nalora_jax.layout import distributed, estimates
 from nalora_jax.layout.machines import Topology, of_devices
 from nalora_jax.layout.rollouts import rollout_estimate
 from nalora_jax.models.config import ModelConfig
@@ -260,7 +238,7 @@ def fastest(
 
 def candidates(config: RunConfig, base: ModelConfig, where: Topology) -> Iterator[Layout]:
     """Yields every layout that divides the devices, the batch and the heads."""
-    base, spec = decoder_alone(config, base)
+    base, spec = estimates.decoder_alone(config, base)
     micro = config.train.batch_size // config.train.accumulate
     policies = policies_of(config, base)
     # libtpu 0.0.42 aborts with both on most meshes of one slice (`nalora_jax.models.remat.chosen_experts`).
@@ -309,10 +287,11 @@ def _splits(devices: int) -> Iterator[tuple[int, int, int]]:
 
 def _splits_well(base: ModelConfig, where: Topology, seq: int, context: int) -> bool:
     """Returns True if ``--mesh auto`` may split rows: long rows whose parts the platform's kernels take."""
-    mixers = (stack.mixer for stack in uniform(base) if stack.mixer is not None)
+    mixers = (stack.mixer for stack in estimates.uniform(base) if stack.mixer is not None)
     can_split = not base.attn_dropout and all(mixer.splits_rows for mixer in mixers)
     has_kernel = where.chip.platform == "tpu" or all(
-        attention_kernel(where, of_stack, 1, seq, context) for of_stack in attending(base)
+        estimates.attention_kernel(where, of_stack, 1, seq, context)
+        for of_stack in estimates.attending(base)
     )
     return can_split and has_kernel and seq >= 2 * context * _LEAST_BLOCK
 
@@ -349,44 +328,50 @@ def estimate(
     tokens = rows * seq
     wide, narrow = _widths(config)
     layer, ends = _weight_bytes(base, config, narrow, wide)
-    trained = trained_bytes(base, spec, tensor)
-    live_keys, received_keys = gathered_keys(base, rows * context, seq, context, wide)
-    kernel = attention_kernel(where, base, rows, seq, context)
+    trained = estimates.trained_bytes(base, spec, tensor)
+    live_keys, received_keys = estimates.gathered_keys(base, rows * context, seq, context, wide)
+    kernel = estimates.attention_kernel(where, base, rows, seq, context)
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
-    saved_bytes, recomputed = (wide * tokens * n for n in values_for_backward(base, saves, tensor, kernel))
+    saved_bytes, recomputed = (
+        wide * tokens * n for n in estimates.values_for_backward(base, saves, tensor, kernel)
+    )
     saved = saved_bytes * base.n_layers
     on_chip = base.n_layers  # layers whose activations are on the chip
     if offloads:
         on_chip = _UNDER_WAY * max(map(len, groups(base)))
     host = saved if offloads else 0.0
     times = config.train.accumulate
-    once, executed = (executed_flops(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves))
+    once, executed = (
+        estimates.executed_flops(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves)
+    )
     out = host / where.chip.host_link
     products = _matmul_seconds(where, once / tensor, executed / tensor, out)
     passes = 2.3 if saves == "full" else 2.0
     weights = layer * base.n_layers
-    copied = transposed_bytes(where, base, narrow) + copied_experts(base, fsdp, context, narrow)
+    copied = estimates.transposed_bytes(where, base, narrow) + estimates.copied_experts(
+        base, fsdp, context, narrow
+    )
     stay, sent = 0.0, 0.0
     if layout.experts == "send" and fsdp > 1:
-        stay, sent = rows_for_experts(base, tokens, fsdp, narrow, wide)
+        stay, sent = estimates.rows_for_experts(base, tokens, fsdp, narrow, wide)
     received = passes * (weights - stay + ends / 2) / tensor * (split - 1) / split
     gathered = received / where.inbound(split * tensor)
-    traffic = activation_traffic(where, base, rows, seq, tensor, saved, sends=stay > 0)
+    traffic = estimates.activation_traffic(where, base, rows, seq, tensor, saved, sends=stay > 0)
     moved = _weight_traffic(base, config, split, passes, weights - stay * (1 - 1 / split) + ends)
     hbm = (moved / tensor + traffic) / where.chip.bandwidth
     replicas = layout.data * split
     gradients = 2 * sum(trained) / where.inbound(replicas) if replicas > 1 else 0.0
-    share = hidden_share(where, base)
+    share = estimates.hidden_share(where, base)
     exposed = (1 - share) * gathered
-    sums = summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(tensor)
+    sums = estimates.summed_bytes(base, tokens, tensor, saves, wide) / where.inbound(tensor)
     exposed += sums + sent / where.inbound(fsdp)
     exposed += received_keys / tensor / where.inbound(context)
     seconds = times * (max(products, hbm, share * gathered) + exposed) + gradients
     shared = 2 * trained.tables + copied / (split * tensor) if split > 1 else 0.0
-    working = working_bytes(
+    working = estimates.working_bytes(
         where, base, tokens, (split, tensor), wide=wide, offloads=offloads, recomputed=recomputed
     )
-    useful = useful_flops(base, spec, micro, seq) / where.size
+    useful = estimates.useful_flops(base, spec, micro, seq) / where.size
     rollout, cache = 0.0, 0.0
     if config.rl.rewards:
         held = (weights + ends) / tensor
@@ -397,7 +382,7 @@ def estimate(
     return replace(
         layout,
         weights=(weights + ends) / (split * tensor),
-        state=runs * state_bytes(trained, split, tensor),
+        state=runs * estimates.state_bytes(trained, split, tensor),
         activations=activations,
         working=max(working + shared + live_keys / tensor, cache - activations),
         host=host,
@@ -412,18 +397,18 @@ def estimate(
 def _widths(config: RunConfig) -> tuple[float, float]:
     """Returns the bytes of a number, and of a weight of the base's projections."""
     wide = float(config.compute.itemsize)
-    return wide, WIDTHS.get(config.compute.quantize, wide)
+    return wide, estimates.WIDTHS.get(config.compute.quantize, wide)
 
 
 def _weight_bytes(base: ModelConfig, config: RunConfig, narrow: float, wide: float) -> tuple[float, float]:
     """Returns `weight_bytes` of a base, quantized or not."""
     quantize = config.compute.quantize
-    return weight_bytes(base, narrow, wide, "" if quantize == "none" else kernels(quantize))
+    return estimates.weight_bytes(base, narrow, wide, "" if quantize == "none" else kernels(quantize))
 
 
 def _weight_traffic(base: ModelConfig, config: RunConfig, split: int, passes: float, held: float) -> float:
     """Returns the HBM traffic of a step for weights, of which a chip holds or gathers ``held`` bytes."""
-    reads = weight_passes(base, split, passes)
+    reads = estimates.weight_passes(base, split, passes)
     # Quantized kernels are written as floats in every pass, and read by the matmuls.
     return reads * held + (passes + reads) * _expanded_bytes(base, config)
 
@@ -503,7 +488,7 @@ def sweep_candidates(config: RunConfig, base: ModelConfig, where: Topology, runs
     Within a group, "fsdp" splits as many rows as there are, and "tensor" takes the other devices.
     Mixtures of experts need one device a run, or all devices for one. A run stays within a slice.
     """
-    decoder, spec = decoder_alone(config, base)
+    decoder, spec = estimates.decoder_alone(config, base)
     rows, size = config.train.batch_size // config.train.accumulate, where.size
     groups = [size // n for n in range(1, size + 1) if size % n == 0 and size // n <= runs]
     if config.mesh.run:

@@ -405,7 +405,6 @@ def _linen_layers(
     stored, found = nn.meta.unbox(unfreeze(variables["params"])), {}
 
     def record(layer: nn.Module, path: str, x: Any, y: Any) -> Any:
-        del x
         if path and path not in found and (contraction := _contraction(layer, path, classes)) is not None:
             seen = nn.meta.unbox(unfreeze(layer.variables)).get("params", {})
             name = _kernel(seen, contraction, path)

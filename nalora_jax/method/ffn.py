@@ -40,18 +40,8 @@ from nalora_jax.method.measurement import (
     block_statistics,
     tapped,
 )
+from nalora_jax.ops import storage
 from nalora_jax.ops.dispatch import Numerics, operation
-from nalora_jax.ops.storage import (
-    SAVED_WIDE,
-    STACKS,
-    Kernel,
-    LayerStack,
-    Stored,
-    expand,
-    read_residual,
-    rounded,
-    save_residual,
-)
 
 Scales = Mapping[str, jax.Array | float]
 
@@ -154,28 +144,32 @@ def _gated_product(
 def _gated_product_fwd(
     z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics, up_limit: float
 ) -> Any:
-    save = partial(save_residual, dtype=numerics.residual, numerics=numerics, name=SAVED_WIDE)
+    save = partial(
+        storage.save_residual, dtype=numerics.residual, numerics=numerics, name=storage.SAVED_WIDE
+    )
     saved = save(z), None if u is None else save(u)
     # Computed from the saved arrays, so that a rematerialized layer needs no matmul for the value.
-    a = activation.phi(read_residual(saved[0], numerics.result))
-    product = a if saved[1] is None else a * up_factor(read_residual(saved[1], numerics.result), up_limit)
-    return (rounded(product, z.dtype, numerics), a), (*saved, jnp.zeros((0,), z.dtype))
+    a = activation.phi(storage.read_residual(saved[0], numerics.result))
+    product = (
+        a if saved[1] is None else a * up_factor(storage.read_residual(saved[1], numerics.result), up_limit)
+    )
+    return (storage.rounded(product, z.dtype, numerics), a), (*saved, jnp.zeros((0,), z.dtype))
 
 
 def _gated_product_bwd(
     activation: Activation, numerics: Numerics, up_limit: float, residuals: Any, cotangents: Any
 ) -> Any:
     z, u, like_z = residuals
-    z, g = read_residual(z, numerics.result), cotangents[0].astype(numerics.result)
+    z, g = storage.read_residual(z, numerics.result), cotangents[0].astype(numerics.result)
     rho, drho = activation.gate(z)
     slope = rho + z * drho  # phi'(z)
     if u is None:
-        return rounded(g * slope, like_z.dtype, numerics), None
-    u = read_residual(u, numerics.result)
+        return storage.rounded(g * slope, like_z.dtype, numerics), None
+    u = storage.read_residual(u, numerics.result)
     dz, du = g * up_factor(u, up_limit) * slope, g * (z * rho)
     if up_limit:
         du = jnp.where(jnp.abs(u) <= up_limit, du, 0.0)
-    return rounded(dz, like_z.dtype, numerics), rounded(du, like_z.dtype, numerics)
+    return storage.rounded(dz, like_z.dtype, numerics), storage.rounded(du, like_z.dtype, numerics)
 
 
 _gated_product.defvjp(_gated_product_fwd, _gated_product_bwd)
@@ -239,7 +233,7 @@ class LoRADense(nn.Module):
         if self.has_variable("params", "start_a"):
             start = self.get_variable("params", "start_a"), self.get_variable("params", "start_b")
         if self.dora:
-            norms = lambda: jnp.linalg.norm(expand(kernel).astype(jnp.float32), axis=-2)  # noqa: E731
+            norms = lambda: jnp.linalg.norm(storage.expand(kernel).astype(jnp.float32), axis=-2)  # noqa: E731
             magnitude = self.variable("lora", "magnitude", norms).value
         if self.dropout > 0 and not deterministic:
             dropout = nn.Dropout(self.dropout, deterministic=False)
@@ -251,7 +245,7 @@ def frozen_kernel(
     shape: tuple[int, ...],
     init: nn.initializers.Initializer | None = None,
     name: str = "kernel",
-) -> Kernel:
+) -> storage.Kernel:
     """Returns the frozen array ``name`` of a module, in its storage form.
 
     Args:
@@ -261,12 +255,12 @@ def frozen_kernel(
       name: of the parameter.
     """
     if module.has_variable("params", name):
-        stored: Kernel = module.get_variable("params", name)
-        if module.has_variable(STACKS, name):
-            stack: LayerStack = module.get_variable(STACKS, name)
+        stored: storage.Kernel = module.get_variable("params", name)
+        if module.has_variable(storage.STACKS, name):
+            stack: storage.LayerStack = module.get_variable(storage.STACKS, name)
             assert isinstance(stored, jax.Array)
             return stack.layer(stored)
-        if isinstance(stored, Stored):  # `param` would compare the shapes of its leaves
+        if isinstance(stored, storage.Stored):  # `param` would compare the shapes of its leaves
             return stored
     kernel: jax.Array = module.param(name, init or nn.initializers.lecun_normal(), shape)
     return kernel

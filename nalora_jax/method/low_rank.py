@@ -32,8 +32,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nalora_jax.common import trees
 from nalora_jax.ops.dispatch import Numerics, operation
-from nalora_jax.ops.matmul import dot, matmul
-from nalora_jax.ops.storage import SAVED, Kernel, expand
+from nalora_jax.ops.storage import SAVED, Kernel, dot, expand, matmul
 
 # Projections that compute a gate's pre-activation, in a gated and in a self-gated block.
 _GATE_NAMES = ("gate_proj", "in_proj")
@@ -342,7 +341,7 @@ def _dora(base: jax.Array, delta: jax.Array, kernel: Kernel, adapter: Adapter) -
     return (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
 
 
-def find_gates(lora: Any, *, leaf: str = "b") -> dict[str, str]:
+def find_gates(lora: Any) -> dict[str, str]:
     """Returns the block of each adapted gate of a LoRA tree with this library's names.
 
     Example:
@@ -350,7 +349,6 @@ def find_gates(lora: Any, *, leaf: str = "b") -> dict[str, str]:
       >>> find_gates({"layers": {"ffn": {"gate_proj": adapter, "up_proj": adapter}}})
       {'layers/ffn/gate_proj': 'layers/ffn'}
     """
-    suffix = f"/{leaf}"
-    paths = (path.removesuffix(suffix) for path in trees.flatten(lora) if path.endswith(suffix))
+    paths = (path.removesuffix("/b") for path in trees.flatten(lora) if path.endswith("/b"))
     split = {path: path.rpartition("/") for path in sorted(paths)}
     return {path: block for path, (block, _, name) in split.items() if name in _GATE_NAMES}

@@ -34,8 +34,8 @@ from nalora_jax.method import activations, statistics
 from nalora_jax.method.activations import Activation
 from nalora_jax.method.low_rank import Dense, LowRankHidden, adapted_dense, find_gates, moved_from
 from nalora_jax.ops.dispatch import Numerics, operation
-from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.reductions import by_shard, count, sampled, sampled_weights
+from nalora_jax.ops.storage import dot
 
 
 @dataclass(frozen=True)

@@ -305,7 +305,6 @@ def scale_by_gates(
     def update_fn(
         updates: Any, state: GateState, params: Any = None, *, gate_stats: Any = None, **extra_args: Any
     ) -> tuple[Any, GateState]:
-        del params, extra_args
         if gate_stats is None:
             expected = f"the statistics of {', '.join(state.updates)}"
             raise NaloraError("optimizer.update(..., gate_stats=)", expected=expected, found="no argument")

@@ -17,7 +17,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.low_rank import init_a
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import depths, layer_numbers, projection_shapes
+from nalora_jax.models.stacks import depths, layer_numbers, param_shapes, projection_shapes
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, TargetSpec, resolve
 
 _ADALORA_STD = 0.02  # standard deviation of AdaLoRA's A and B, as in PEFT
@@ -66,6 +66,12 @@ def init_lora(
             rows = jnp.take(base[TABLES["embed_tokens"]], np.array(ids), axis=0)
         leaves[ROWS[name]] = rows.astype(jnp.float32)
     return unflatten(leaves)
+
+
+def adapter_shapes(config: ModelConfig, spec: AdapterSpec) -> Any:
+    """Returns the shapes of `init_lora`, which needs no weights for them."""
+    weights = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(config).items()}
+    return jax.eval_shape(partial(init_lora, config, spec), jax.random.key(0), unflatten(weights))
 
 
 def fresh_adapters(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -60,6 +60,8 @@ class Attention(nn.Module):
 
     config: ModelConfig
     options: PartOptions
+    # Heads that follow from saved arrays without a matmul (`AttentionConfig.recomputed`); "": by the config.
+    recomputed: ClassVar[str] = ""
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys]:
@@ -109,10 +111,6 @@ class Attention(nn.Module):
         widths = {name: heads * c.head_dim for name, heads in heads.items()}
         return self.options.projected(x, widths, layer, shared, bias=c.qkv_bias)
 
-    def _recomputed(self) -> str:
-        """Returns the heads that follow from saved arrays without a matmul (`AttentionConfig.recomputed`)."""
-        return "qk" if self.config.qk_norm else ""
-
     def _rope_table(self, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
         return shared.tables[self.options.prefix][0 if layer.rope is None else layer.rope]
 
@@ -125,28 +123,25 @@ class Attention(nn.Module):
         c = self.config
         windows = tuple(sorted(set(c.layer_windows)))
         config = AttentionConfig(
-            c.score_scale,
+            c.query_scale or c.head_dim**-0.5,
             c.attn_softcap,
             c.attn_dropout,
             windows,
             self.options.sharding,
-            recomputed=self._recomputed(),
+            recomputed=self.recomputed or ("qk" if c.qk_norm else ""),
         )
         window = GLOBAL_WINDOW if layer.window is None else layer.window
         sinks, numerics = None, self.options.numerics.within()
         if c.attn_sinks:
             sinks = self.param("sinks", nn.initializers.zeros_init(), (c.n_heads,)).astype(jnp.float32)
-        out: jax.Array
         if shards_of(self.options.sharding) > 1:
             assert shared.row is not None
-            out = split_attention(q, k, v, shared.row, window, config, numerics, sinks=sinks)
-            return out
+            return split_attention(q, k, v, shared.row, window, config, numerics, sinks=sinks)
         keys = Keys(k, v, shared.positions, shared.segments)
         options: dict[str, Any] = {"cached": self._cached_keys(layer, shared), "starts": shared.starts}
         if c.attn_dropout and not shared.deterministic:
             options["dropout_rng"] = self.make_rng("dropout")
-        out = attention(q, keys, window, config, numerics, sinks=sinks, **options)
-        return out
+        return attention(q, keys, window, config, numerics, sinks=sinks, **options)
 
     def _cached_keys(self, layer: LayerInputs, shared: SharedInputs) -> CachedKeys | None:
         if layer.cached is None:
@@ -205,6 +200,7 @@ class NormedAttention(AttentionMixer):
 
 class _NormedHeads(Attention):
     part: NormedAttention
+    recomputed: ClassVar[str] = "qkv"
 
     def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> Heads:
         c, numerics = self.config, self.options.numerics
@@ -216,12 +212,10 @@ class _NormedHeads(Attention):
         table = self._rope_table(layer, shared)
         return apply_rope(q, table), apply_rope(k, table), values, None
 
-    def _recomputed(self) -> str:
-        return "qkv"
-
 
 class _ReadingHeads(Attention):
     part: NormedAttention
+    recomputed: ClassVar[str] = "qkv"  # keys and values are inputs of the layer
 
     def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> Heads:
         c = self.config
@@ -229,9 +223,6 @@ class _ReadingHeads(Attention):
         q = round_and_save(q, self.options.numerics).reshape(*q.shape[:-1], -1, c.head_dim)
         keys = shared.handed[self.part.reads]
         return apply_rope(self._norm("q_norm")(q), self._rope_table(layer, shared)), keys.k, keys.v, None
-
-    def _recomputed(self) -> str:
-        return "qkv"  # keys and values are inputs of the layer
 
     def _cached_keys(self, layer: LayerInputs, shared: SharedInputs) -> CachedKeys | None:
         keys = shared.handed[self.part.reads]

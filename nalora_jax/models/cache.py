@@ -30,10 +30,6 @@ class KeyValues:
         """Returns the state with empty slots appended up to ``length``."""
         return KeyValues(_padded(self.k, 4, length), _padded(self.v, 3, length))
 
-    def repeat(self, count: int) -> KeyValues:
-        """Returns the state with every row repeated ``count`` times."""
-        return KeyValues(*(_repeated(x, count) for x in (self.k, self.v)))
-
     def extended(
         self, update: tuple[jax.Array, jax.Array], index: jax.Array, numerics: Numerics
     ) -> KeyValues:
@@ -61,10 +57,6 @@ class Recurrent:
     def grow(self, length: int) -> Recurrent:
         """Returns the state itself."""
         return self
-
-    def repeat(self, count: int) -> Recurrent:
-        """Returns the state with every row repeated ``count`` times."""
-        return Recurrent({name: _repeated(x, count) for name, x in self.arrays.items()})
 
     def extended(self, update: dict[str, jax.Array], index: jax.Array, numerics: Numerics) -> Recurrent:
         """Returns the new state."""
@@ -101,9 +93,9 @@ def repeat(cache: Cache, count: int) -> Cache:
         name: jnp.repeat(getattr(cache, name), count, axis=0)
         for name in ("positions", "segments", "lengths")
     }
-    return replace(
-        cache, states={name: state.repeat(count) for name, state in cache.states.items()}, **rows
-    )
+    # Arrays of states have leading axes [layers, batch].
+    states = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=1), cache.states)
+    return replace(cache, states=states, **rows)
 
 
 def extend(
@@ -140,10 +132,6 @@ def _padded(x: Any, axis: int, length: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.pad(leaf, more), x)
 
 
-def _repeated(x: Any, count: int) -> Any:
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=1), x)
-
-
 def _written(stack: Kernel, new: jax.Array, axis: int, index: jax.Array, numerics: Numerics) -> Kernel:
     """Returns ``stack`` with ``new`` at ``index`` along ``axis``."""
     same = (
@@ -153,8 +141,7 @@ def _written(stack: Kernel, new: jax.Array, axis: int, index: jax.Array, numeric
     )
     start = [jnp.zeros((), jnp.int32)] * stack.ndim
     start[axis] = index
-    written: Kernel = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), stack, same)
-    return written
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), stack, same)
 
 
 def default_positions(segments: jax.Array) -> jax.Array:

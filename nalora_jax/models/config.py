@@ -85,11 +85,6 @@ class ModelConfig:
     layer_kinds: tuple[int, ...] = ()  # per layer: its entry of `kinds`; (): this config
 
     @property
-    def rope_theta(self) -> float:
-        """The base wavelength of the first rotary embedding."""
-        return self.ropes[0].theta
-
-    @property
     def attends(self) -> bool:
         """True for layers of softmax attention."""
         return self.mixer is None or self.mixer.attends
@@ -107,11 +102,6 @@ class ModelConfig:
         if self.mixer is None:
             return ""
         return self.mixer.reads
-
-    @property
-    def score_scale(self) -> float:
-        """The factor of the attention scores."""
-        return self.query_scale or self.head_dim**-0.5
 
     @property
     def layer_windows(self) -> tuple[int, ...]:

@@ -40,10 +40,9 @@ from nalora_jax.models.ropes import rope_tables
 from nalora_jax.models.stacks import Stack, groups, param_shapes, parts, stacks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, leaf_dtype
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.reductions import RUN, sampled_weights
 from nalora_jax.ops.split_rows import Row, block_length, padded, repeated, shards_of, split
-from nalora_jax.ops.storage import LAYER_INPUT, round_and_save
+from nalora_jax.ops.storage import LAYER_INPUT, dot, round_and_save
 
 
 class Block(nn.Module):
@@ -96,8 +95,7 @@ class Block(nn.Module):
         """Returns a part's output with the family's dropout."""
         if not self.config.residual_dropout or shared.deterministic:
             return y
-        dropped: jax.Array = nn.Dropout(self.config.residual_dropout, deterministic=False)(y)
-        return dropped
+        return nn.Dropout(self.config.residual_dropout, deterministic=False)(y)
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, self.numerics.result, name=name)(x)
@@ -225,7 +223,7 @@ class Decoder(nn.Module):
         if self.config.layer_embeddings is not None:
             embedded = self.layer_embeddings(tokens, x, self.numerics)
         if features is not None:
-            x, shared = _with_images(x, shared, features, rows, self.config, sharding)
+            x, shared = self._with_images(x, shared, features, rows)
         x, updates = self._through_layers(constrain(x, sharding), cache, shared, embedded)
         hidden = self.final_norm(x)
         if self.is_initializing():
@@ -258,17 +256,54 @@ class Decoder(nn.Module):
             row=Row(padded(positions, sharding), padded(segments, sharding)),
         )
 
+    def _with_images(
+        self, x: jax.Array, shared: SharedInputs, features: jax.Array, tokens: jax.Array
+    ) -> tuple[jax.Array, SharedInputs]:
+        """Returns ``x [batch, seq, d]`` with the images' features at their tokens, in order, and the layers' inputs.
+
+        In these, the tokens of an image see each other if the model wants it. Features and tokens are of
+        whole rows, x may have their parts.
+        """
+        sight, sharding, row = self.config.sight, self.activation_sharding, shared.row
+        assert sight is not None
+        places = tokens == sight.image_token
+        index = split(jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0), sharding)
+        # A row with more places than features gets NaN there, so that the error is visible.
+        rows = repeated(features, sharding).astype(x.dtype)
+        rows = jnp.take_along_axis(rows, index[..., None], axis=1, mode="fill")
+        x = jnp.where(split(places, sharding)[..., None], rows, x)
+        if not sight.mutual:
+            return x, shared
+        if row is None:
+            return x, replace(shared, starts=run_starts(places, shared.positions, shared.segments))
+        starts = run_starts(padded(places, sharding), row.positions, row.segments)
+        return x, replace(shared, row=row._replace(starts=starts))
+
     def _through_layers(
         self, x: jax.Array, cache: Cache | None, shared: SharedInputs, embedded: jax.Array | None
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the output of the last layer, and the updates of the layers' states by stack."""
         x, of_stacks = x.astype(self.numerics.result), stacks(self.config)
-        inputs = {stack.prefix: _layer_inputs(stack, self.adapters, cache, embedded) for stack in of_stacks}
+        inputs = {stack.prefix: self._layer_inputs(stack, cache, embedded) for stack in of_stacks}
         if self.config.layer_kinds:
-            mixed: tuple[jax.Array, dict[str, Any]] = self.layers(x, inputs, shared)
-            return mixed
+            return self.layers(x, inputs, shared)
         x, update = self.layers(x, inputs["layers"], shared)
         return x, {"layers": update}
+
+    def _layer_inputs(self, stack: Stack, cache: Cache | None, embedded: jax.Array | None) -> LayerInputs:
+        """Returns the inputs that are scanned over the layers of a stack."""
+        scales: dict[str, dict[str, jax.Array]] = {}
+        for path, _ in self.adapters.targets:
+            if path.startswith(f"{stack.prefix}/"):
+                part_name, _, name = path.removeprefix(f"{stack.prefix}/").partition("/")
+                scales.setdefault(part_name, {})[name] = jnp.asarray(self.adapters.scales(path))
+        return LayerInputs(
+            window=_scanned(stack.config.layer_windows, GLOBAL_WINDOW),
+            rope=_scanned(stack.config.layer_ropes, 0),
+            scales=scales,
+            embedded=None if embedded is None else embedded[np.array(stack.layers)],
+            cached=None if cache is None else cache.states.get(stack.prefix),
+        )
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits ``[..., vocab]`` of ``hidden [..., d_model]``.
@@ -354,27 +389,6 @@ def _with_keys(
     """Returns the inputs of later layers, which may read the keys and values of ``stack``."""
     handed = HandedKeys(*keys, cached)
     return replace(shared, handed=shared.handed | {stack.config.hands: handed})
-
-
-def _layer_inputs(
-    stack: Stack,
-    adapters: AdapterSpec,
-    cache: Cache | None,
-    embedded: jax.Array | None,
-) -> LayerInputs:
-    """Returns the inputs that are scanned over the layers of a stack."""
-    scales: dict[str, dict[str, jax.Array]] = {}
-    for path, _ in adapters.targets:
-        if path.startswith(f"{stack.prefix}/"):
-            part_name, _, name = path.removeprefix(f"{stack.prefix}/").partition("/")
-            scales.setdefault(part_name, {})[name] = jnp.asarray(adapters.scales(path))
-    return LayerInputs(
-        window=_scanned(stack.config.layer_windows, GLOBAL_WINDOW),
-        rope=_scanned(stack.config.layer_ropes, 0),
-        scales=scales,
-        embedded=None if embedded is None else embedded[np.array(stack.layers)],
-        cached=None if cache is None else cache.states.get(stack.prefix),
-    )
 
 
 def _drops(config: ModelConfig, adapters: AdapterSpec) -> bool:
@@ -487,35 +501,6 @@ def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics 
 
 
 # ---------------------------------------------------------------- images in rows of tokens
-
-
-def _with_images(
-    x: jax.Array,
-    shared: SharedInputs,
-    features: jax.Array,
-    tokens: jax.Array,
-    config: ModelConfig,
-    sharding: NamedSharding | None,
-) -> tuple[jax.Array, SharedInputs]:
-    """Returns ``x [batch, seq, d]`` with the images' features at their tokens, in order, and the layers' inputs.
-
-    In these, the tokens of an image see each other if the model wants it. Features and tokens are of
-    whole rows, x may have their parts.
-    """
-    sight, row = config.sight, shared.row
-    assert sight is not None
-    places = tokens == sight.image_token
-    index = split(jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0), sharding)
-    # A row with more places than features gets NaN there, so that the error is visible.
-    rows = repeated(features, sharding).astype(x.dtype)
-    rows = jnp.take_along_axis(rows, index[..., None], axis=1, mode="fill")
-    x = jnp.where(split(places, sharding)[..., None], rows, x)
-    if not sight.mutual:
-        return x, shared
-    if row is None:
-        return x, replace(shared, starts=run_starts(places, shared.positions, shared.segments))
-    starts = run_starts(padded(places, sharding), row.positions, row.segments)
-    return x, replace(shared, row=row._replace(starts=starts))
 
 
 def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:

@@ -18,9 +18,8 @@ from nalora_jax.method.ffn import frozen_kernel
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import RMSNorm, constrain
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.split_rows import shards_of
-from nalora_jax.ops.storage import Kernel, take_rows
+from nalora_jax.ops.storage import Kernel, dot, take_rows
 
 
 class Embedding(nn.Module):
@@ -46,8 +45,7 @@ class Embedding(nn.Module):
     def __call__(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
         """Returns ``[..., d_model]`` in the table's dtype for int tokens ``[...]``."""
         if self.has_variable("lora", "embedding"):
-            trained: jax.Array = jnp.take(self.get_variable("lora", "embedding"), tokens, axis=0)
-            return trained
+            return jnp.take(self.get_variable("lora", "embedding"), tokens, axis=0)
         look_up = self._of_parts if shards_of(self.sharding) > 1 else self._of_rows
         rows = look_up(tokens, numerics)
         if self.has_variable("lora", "rows"):
@@ -127,10 +125,7 @@ class LMHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, numerics: Numerics) -> jax.Array:
         """``[tokens, d_model]`` -> float32 ``[tokens, vocab]``."""
-        logits: jax.Array = dot(
-            x, lax.stop_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))), numerics
-        )
-        return logits
+        return dot(x, lax.stop_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))), numerics)
 
 
 @dataclass(frozen=True)

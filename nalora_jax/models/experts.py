@@ -315,18 +315,12 @@ def _probed(
         few = Groups(groups.sizes, probe.take(groups.expert))
         dz = grouped_residual(probe.take(inner), *adapter[:3], few, numerics).astype(delta.dtype)
     else:
-        dz = probe.take(_moved(adapter, x, groups, delta, numerics))
+        moved = delta
+        if adapter.start is not None:
+            started = grouped_residual(x, *adapter.start, adapter.scale, groups, numerics)
+            moved = lax.stop_gradient(moved_from(delta, started.astype(delta.dtype)))
+        dz = probe.take(moved)
     return probed_z - dz.astype(jnp.float32), dz
-
-
-def _moved(
-    adapter: Adapter, x: jax.Array, groups: Groups, delta: jax.Array, numerics: Numerics
-) -> jax.Array:
-    """Returns the difference between the residual ``delta`` and the adapter's initial residual."""
-    if adapter.start is None:
-        return delta
-    started = grouped_residual(x, *adapter.start, adapter.scale, groups, numerics)
-    return lax.stop_gradient(moved_from(delta, started.astype(delta.dtype)))
 
 
 def _dropped(
@@ -400,15 +394,42 @@ def exchanged_ffn(
     fits = lax.pmax(jnp.max(counts), over) <= block
 
     def exchanged(x: jax.Array, layer: Layer, routing: Routing) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return _exchanged(x, layer, routing, samples, counts, block, config, over)
+        starts = jnp.cumsum(counts) - counts
+        place = jnp.arange(block)
+        # [devices * block]: the row in each place of the blocks
+        real = (place[None] < counts[:, None]).reshape(-1)
+        row = jnp.where(real, (starts[:, None] + place[None]).reshape(-1), 0)
+        target = routing.expert // local
+        place_of_row = target * block + jnp.arange(target.shape[0]) - starts[target]
+        places = Places(jnp.take(routing.token, row), place_of_row[routing.back], real)
+        received = _to_devices(spread(x.reshape(-1, x.shape[-1]), places, config.top_k), over)
+        # Unused places count as zeros of the last expert, with weight 0 in statistics.
+        labels = jnp.where(real, jnp.take(routing.expert, row) % local, local - 1).astype(jnp.float32)
+        all_weights = routing.weight, *(_row_weights(routing, rows) for rows in samples)
+        weights = [jnp.where(real, jnp.take(weight, row), 0.0) for weight in all_weights]
+        labelled = jnp.stack([labels, *weights], axis=1)
+        labelled = _to_devices(labelled, over)
+        order = jnp.argsort(labelled[:, 0], stable=True)
+        expert, weight, *weights = jnp.unstack(jnp.take(labelled, order, axis=0), axis=1)
+        expert = expert.astype(jnp.int32)
+        groups = Groups(jnp.bincount(expert, length=local).astype(jnp.int32), expert)
+        reached = expert[None, :] == jnp.arange(local)[:, None]
+        of_gate, of_probe = (SampledRows(None, jnp.where(reached, w[None], 0.0)) for w in weights)
+        first = lax.axis_index(over) * local
+        taps = {name: lax.dynamic_slice_in_dim(tap, first, local) for name, tap in layer.taps.items()}
+        layer = layer._replace(taps=taps)
+        inverse = jnp.argsort(order)
+        received = permuted(received, order, inverse)
+        y, measured = expert_rows(received, weight, layer, groups, (of_gate, of_probe), config)
+        y = of_tokens(_to_devices(permuted(y, inverse, order), over), places, config, x.shape)
+        return y, {name: _of_all(value, first, local, devices) for name, value in measured.items()}
 
     @jax.checkpoint  # saves no gathered kernel
     def all_here(x: jax.Array, layer: Layer, routing: Routing) -> tuple[jax.Array, dict[str, jax.Array]]:
         with jax.named_scope(UNEVEN):
             return routed_rows(x, all_experts(layer, over), routing, samples, config)
 
-    y, measured = lax.cond(fits, exchanged, all_here, x, layer, routing)
-    return y, measured
+    return lax.cond(fits, exchanged, all_here, x, layer, routing)
 
 
 def all_experts(layer: Layer, over: str) -> Layer:
@@ -420,48 +441,6 @@ def all_experts(layer: Layer, over: str) -> Layer:
         return lax.all_gather(leaf, over, tiled=True)
 
     return of_each(layer, lambda experts: jax.tree.map(gather, experts))
-
-
-def _exchanged(
-    x: jax.Array,
-    layer: Layer,
-    routing: Routing,
-    samples: tuple[SampledRows, SampledRows],
-    counts: jax.Array,
-    block: int,
-    config: RoutedConfig,
-    over: str,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    devices, local = counts.shape[0], layer.gate.kernel.shape[0]
-    starts = jnp.cumsum(counts) - counts
-    place = jnp.arange(block)
-    # [devices * block]: the row in each place of the blocks
-    real = (place[None] < counts[:, None]).reshape(-1)
-    row = jnp.where(real, (starts[:, None] + place[None]).reshape(-1), 0)
-    target = routing.expert // local
-    place_of_row = target * block + jnp.arange(target.shape[0]) - starts[target]
-    places = Places(jnp.take(routing.token, row), place_of_row[routing.back], real)
-    received = _to_devices(spread(x.reshape(-1, x.shape[-1]), places, config.top_k), over)
-    # Unused places count as zeros of the last expert, with weight 0 in statistics.
-    labels = jnp.where(real, jnp.take(routing.expert, row) % local, local - 1).astype(jnp.float32)
-    all_weights = routing.weight, *(_row_weights(routing, rows) for rows in samples)
-    weights = [jnp.where(real, jnp.take(weight, row), 0.0) for weight in all_weights]
-    labelled = jnp.stack([labels, *weights], axis=1)
-    labelled = _to_devices(labelled, over)
-    order = jnp.argsort(labelled[:, 0], stable=True)
-    expert, weight, *weights = jnp.unstack(jnp.take(labelled, order, axis=0), axis=1)
-    expert = expert.astype(jnp.int32)
-    groups = Groups(jnp.bincount(expert, length=local).astype(jnp.int32), expert)
-    reached = expert[None, :] == jnp.arange(local)[:, None]
-    of_gate, of_probe = (SampledRows(None, jnp.where(reached, w[None], 0.0)) for w in weights)
-    first = lax.axis_index(over) * local
-    taps = {name: lax.dynamic_slice_in_dim(tap, first, local) for name, tap in layer.taps.items()}
-    layer = layer._replace(taps=taps)
-    inverse = jnp.argsort(order)
-    received = permuted(received, order, inverse)
-    y, measured = expert_rows(received, weight, layer, groups, (of_gate, of_probe), config)
-    y = of_tokens(_to_devices(permuted(y, inverse, order), over), places, config, x.shape)
-    return y, {name: _of_all(value, first, local, devices) for name, value in measured.items()}
 
 
 def _to_devices(blocks: jax.Array, over: str) -> jax.Array:

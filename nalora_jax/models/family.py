@@ -11,10 +11,13 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.common.registry import Registry
+from nalora_jax.config.rope_scaling import ORIGINAL
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.ropes import RopeRules
 
@@ -187,28 +190,79 @@ Reader = Callable[[Fields, str], "ModelConfig"]
 SightReader = Callable[[Fields, "ModelConfig"], "Sight"]
 
 
-class Metadata(Protocol):
-    """Metadata of a GGUF file, by the part of a key after the name of the architecture."""
+class Metadata:
+    """Metadata of a GGUF file, by the part of a key after a prefix such as the name of the architecture.
+
+    Args:
+      values: numbers, strings, numpy arrays, or lists of strings by key.
+      prefix: what precedes a key and its dot.
+      where: the file.
+    """
+
+    def __init__(self, values: Mapping[str, Any], prefix: str, where: str) -> None:
+        self.values, self.prefix, self.where = values, prefix, where
+
+    def error(self, key: str, expected: object, found: object, remedy: str = "") -> NaloraError:
+        """Returns an error that names the key."""
+        return NaloraError(
+            f"{self.where}: {self.prefix}.{key}", expected=expected, found=found, remedy=remedy
+        )
 
     def has(self, key: str) -> bool:
         """Returns True if the file has the key."""
-        ...
+        return f"{self.prefix}.{key}" in self.values
 
-    def number(self, key: str, kind: type[Any], default: Any = None) -> Any:
-        """Returns a number or a text; a list with one value per layer counts if all values are equal."""
-        ...
+    def get(self, key: str, kind: type[Any], default: Any = None) -> Any:
+        """Returns the value of ``key`` as ``kind``; an int is accepted as a float.
+
+        A list with one value per layer counts as this value if all are equal.
+
+        Raises:
+          NaloraError: the key is missing and has no default, its value has another type, or layers
+            differ.
+        """
+        value = self.values.get(f"{self.prefix}.{key}", default)
+        if isinstance(value, np.ndarray) and kind is not np.ndarray:
+            if value.size == 0 or (value != value[0]).any():
+                remedy = "models whose layers differ in shape are not supported"
+                raise self.error(key, "the same value for every layer", value[:8].tolist(), remedy)
+            value = value[0].item()
+        if kind is float and type(value) is int:
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            actual = "no such key" if value is None else f"{type(value).__name__} {str(value)[:40]}"
+            raise self.error(key, {np.ndarray: "list"}.get(kind, kind.__name__), actual)
+        return value
 
     def flags(self, key: str, length: int) -> list[bool]:
         """Returns a list of ``length`` booleans."""
-        ...
+        value = self.get(key, np.ndarray)
+        if value.dtype != bool or value.shape != (length,):
+            raise self.error(key, f"{length} booleans", str(value)[:60])
+        return value.tolist()
 
     def scaling(self) -> dict[str, Any] | None:
         """Returns the scaling of RoPE that the file names, or None."""
-        ...
+        kind = self.get("rope.scaling.type", str, "none")
+        if kind == "none":
+            return None
+        scaling = {"rope_type": kind, "factor": self.get("rope.scaling.factor", float)}
+        if kind == "yarn":
+            scaling[ORIGINAL] = self.get("rope.scaling.original_context_length", int)
+            for key in ("beta_fast", "beta_slow"):
+                if self.has(f"rope.scaling.yarn_{key}"):
+                    scaling[key] = self.get(f"rope.scaling.yarn_{key}", float)
+            if self.has("rope.scaling.yarn_log_multiplier"):  # llama.cpp assumes mscale 1
+                all_dim = self.get("rope.scaling.yarn_log_multiplier", float)
+                scaling |= {"mscale": 1.0, "mscale_all_dim": all_dim}
+        return scaling
 
     def refuse_window(self) -> None:
         """Raises an error if the file has a sliding window."""
-        ...
+        window = self.get("attention.sliding_window", int, 0)
+        if window:
+            expected, remedy = "no sliding window for this architecture", "this variant is not supported"
+            raise self.error("attention.sliding_window", expected, window, remedy)
 
 
 def without_window(r: Metadata) -> dict[str, Any]:

@@ -172,8 +172,7 @@ class Router(nn.Module):
     def _of_experts(self, name: str, init: Callable[..., jax.Array], exists: bool) -> jax.Array | None:
         if not exists:
             return None
-        values: jax.Array = self.param(name, init, (self.n_experts,))
-        return values
+        return self.param(name, init, (self.n_experts,))
 
 
 def on_mesh(
@@ -331,14 +330,37 @@ def _by_channel(name: str, axis: str | None) -> P:
 # ---------------------------------------------------------------- parts of a layer
 
 
-def _router(config: ModelConfig, spec: RouterSpec, prefix: str = "", *, bias: bool = False) -> Shapes:
+def _router(config: ModelConfig, spec: RouterSpec, prefix: str = "") -> Shapes:
     """Returns the shapes of a router's arrays."""
     shapes: Shapes = {f"{prefix}router/kernel": (config.d_model, config.n_experts)}
-    optional = {"bias": bias, "correction": spec.correction, "scale": spec.expert_scale}
+    optional = {"bias": config.router_bias, "correction": spec.correction, "scale": spec.expert_scale}
     of_experts: Shapes = {
         f"{prefix}router/{name}": (config.n_experts,) for name in optional if optional[name]
     }
     return shapes | of_experts
+
+
+def _mixture(
+    config: ModelConfig, options: PartOptions, router: RouterSpec, adapters: Adapters, name: str
+) -> MoEFFN:
+    """Returns the module of the experts that the config describes."""
+    return MoEFFN(
+        config.d_model,
+        config.d_ff,
+        config.n_experts,
+        config.experts_per_token,
+        router,
+        config.activation,
+        adapters,
+        use_bias=config.ffn_bias,
+        numerics=options.numerics,
+        stats=options.stats,
+        router_bias=config.router_bias,
+        up_limit=config.up_limit,
+        sharding=options.routing,
+        experts=options.experts,
+        name=name,
+    )
 
 
 @dataclass(frozen=True)
@@ -350,7 +372,7 @@ class Mixture(FeedForward):
 
     def arrays(self, config: ModelConfig) -> Shapes:
         """Returns the router."""
-        return _router(config, self.router, bias=config.router_bias)
+        return _router(config, self.router)
 
     def has_bias(self, config: ModelConfig, name: str) -> bool:
         """See `Part`."""
@@ -371,23 +393,7 @@ class Mixture(FeedForward):
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """See `Part`."""
-        return MoEFFN(
-            config.d_model,
-            config.d_ff,
-            config.n_experts,
-            config.experts_per_token,
-            self.router,
-            config.activation,
-            options.adapters,
-            use_bias=config.ffn_bias,
-            numerics=options.numerics,
-            stats=options.stats,
-            router_bias=config.router_bias,
-            up_limit=config.up_limit,
-            sharding=options.routing,
-            experts=options.experts,
-            name=self.name,
-        )
+        return _mixture(config, options, self.router, options.adapters, self.name)
 
 
 class WithExperts(FeedForward):
@@ -421,25 +427,18 @@ class WithExperts(FeedForward):
 
     def modules(self, config: ModelConfig, options: PartOptions, routing: RouterSpec) -> tuple[Any, Any]:
         """Returns the mixture and the gated block."""
-        common: dict[str, Any] = {
-            "d_model": config.d_model,
-            "activation": config.activation,
-            "numerics": options.numerics,
-            "stats": options.stats,
-        }
-        experts = MoEFFN(
-            d_ff=config.d_ff,
-            n_experts=config.n_experts,
-            top_k=config.experts_per_token,
-            routing=routing,
-            sharding=options.routing,
-            experts=options.experts,
-            adapters=adapters_below(options.adapters, "experts_ffn/"),
-            name="experts_ffn",
-            **common,
+        of_experts, of_block = (
+            adapters_below(options.adapters, f"{name}/") for name in ("experts_ffn", self.block)
         )
-        adapters = adapters_below(options.adapters, f"{self.block}/")
-        return experts, GatedFFN(d_ff=self.width, adapters=adapters, name=self.block, **common)
+        return _mixture(config, options, routing, of_experts, "experts_ffn"), GatedFFN(
+            config.d_model,
+            self.width,
+            config.activation,
+            of_block,
+            numerics=options.numerics,
+            stats=options.stats,
+            name=self.block,
+        )
 
 
 def _gated(d_model: int, d_ff: int) -> Shapes:

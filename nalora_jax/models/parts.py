@@ -157,7 +157,6 @@ class Part(ABC):
 
     def arrays(self, config: ModelConfig) -> Shapes:
         """Returns the shapes of a layer's parameters that belong to no projection."""
-        del config
         return {}
 
     @abstractmethod
@@ -166,12 +165,10 @@ class Part(ABC):
 
     def has_bias(self, config: ModelConfig, name: str) -> bool:
         """Returns True if a projection has a bias."""
-        del config, name
         return False
 
     def flops(self, config: ModelConfig, seq: int) -> float:
         """Returns the forward flops of all layers for one row, without `projections` and routers."""
-        del config, seq
         return 0.0
 
     @abstractmethod
@@ -180,7 +177,6 @@ class Part(ABC):
 
     def gates(self, config: ModelConfig) -> Gates:
         """Returns channel shape and activation of each gated block, by its path within the part."""
-        del config
         return {}
 
     @abstractmethod
@@ -246,10 +242,6 @@ class FeedForward(Part):
 
     reads_stream: ClassVar[bool] = False  # True: the module also gets ``stream``, the norm's input
 
-    @abstractmethod
-    def gates(self, config: ModelConfig) -> Gates:
-        """See `Part`."""
-
 
 @dataclass(frozen=True)
 class GatedBlock(FeedForward):
@@ -279,7 +271,7 @@ class GatedBlock(FeedForward):
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """See `Part`."""
         block: Any = GatedFFN if config.gated else SelfGatedFFN
-        module: nn.Module = block(
+        return block(
             config.d_model,
             config.d_ff,
             config.activation,
@@ -289,7 +281,6 @@ class GatedBlock(FeedForward):
             options.stats,
             name=self.name,
         )
-        return module
 
 
 # ---------------------------------------------------------------- norms
@@ -334,10 +325,9 @@ class ResidualNorm(nn.Module):
     def __call__(self, x: jax.Array, y: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns ``x + y`` (``x`` if y is None) and its norm, both ``[..., d]``."""
         scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
-        added: tuple[jax.Array, jax.Array] = residual_norm(
+        return residual_norm(
             x, y, scale.astype(jnp.float32) + self.offset, self.eps, self.numerics, self.recomputed
         )
-        return added
 
 
 # ---------------------------------------------------------------- the end of a layer

@@ -65,12 +65,12 @@ def layer_count(f: Fields) -> int:
     return f.integer("num_hidden_layers", high=2**10)
 
 
-def layer_types(f: Fields) -> list[str] | None:
-    """Returns the kind of every layer, or None if the file has no list."""
+def layer_types(f: Fields, other: str = SLIDING) -> list[str] | None:
+    """Returns the kind of every layer, full attention or ``other``, or None if the file has no list."""
     kinds = f.items("layer_types", layer_count(f), str)
     for kind in kinds or ():
-        if kind not in (SLIDING, FULL):
-            raise f.error("layer_types", f"{FULL!r} or {SLIDING!r}", repr(kind))
+        if kind not in (FULL, other):
+            raise f.error("layer_types", f"{FULL!r} or {other!r}", repr(kind))
     return kinds
 
 

@@ -209,12 +209,23 @@ class Convolution(nn.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns float32 ``[batch, seq, channels]``, and the last inputs if there are earlier ones."""
         weight = self.param("weight", nn.initializers.lecun_normal(), (self.channels, 1, self.width))
-        kernel = jax.lax.stop_gradient(weight)[:, 0].T.astype(jnp.float32)
-        if self.sharding is not None and shared.row is not None:
-            return split_conv(x, kernel, shared.row, self.sharding), None
-        if before is None:
-            return causal_conv(x, kernel, shared.segments), None
-        return causal_conv_after(x, kernel, shared.segments, before)
+        return _convolved(x, jax.lax.stop_gradient(weight), shared, before, self.sharding)
+
+
+def _convolved(
+    x: jax.Array,
+    weight: jax.Array,
+    shared: SharedInputs,
+    before: jax.Array | None,
+    sharding: NamedSharding | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns `Convolution` of ``x`` by ``weight [channels, 1, width]``."""
+    kernel = weight[:, 0].T.astype(jnp.float32)
+    if sharding is not None and shared.row is not None:
+        return split_conv(x, kernel, shared.row, sharding), None
+    if before is None:
+        return causal_conv(x, kernel, shared.segments), None
+    return causal_conv_after(x, kernel, shared.segments, before)
 
 
 def _by_key_head(projected: Sequence[jax.Array], sizes: GatedDeltaNet) -> tuple[jax.Array, ...]:
@@ -297,19 +308,11 @@ class GatedConvolution(nn.Module):
         bcx = round_and_save(bcx, self.options.numerics)
         before, after, u = jnp.split(bcx.astype(jnp.float32), 3, axis=-1)
         taps = self.param("taps", nn.initializers.lecun_normal(), (self.d_model, 1, self.part.width))
-        kernel = taps[:, 0].T.astype(jnp.float32)
-        state: dict[str, jax.Array] | None = None
-        if self.options.sharding is not None and shared.row is not None:
-            mixed = split_conv(before * u, kernel, shared.row, self.options.sharding)
-        elif layer.cached is None:
-            mixed = causal_conv(before * u, kernel, shared.segments)
-        else:
-            inputs = layer.cached.arrays["inputs"]
-            mixed, inputs = causal_conv_after(before * u, kernel, shared.segments, inputs)
-            state = {"inputs": inputs}
+        earlier = None if layer.cached is None else layer.cached.arrays["inputs"]
+        mixed, inputs = _convolved(before * u, taps, shared, earlier, self.options.sharding)
         if bias:
             of_taps = self.param("taps_bias", nn.initializers.zeros_init(), (self.d_model,))
             mixed = mixed + jnp.broadcast_to(of_taps.astype(jnp.float32), mixed.shape)
         y = (after * mixed).astype(x.dtype)
         (y,) = self.options.projected(y, {"o_proj": self.d_model}, layer, shared, bias=bias)
-        return y, state
+        return y, None if inputs is None else {"inputs": inputs}

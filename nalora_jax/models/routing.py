@@ -103,6 +103,7 @@ class Groups(NamedTuple):
     expert: jax.Array  # int [rows], ascending
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def frozen_grouped_matmul(x: jax.Array, kernels: Kernel, sizes: jax.Array, numerics: Numerics) -> jax.Array:
     """Multiplies every row by its expert's frozen kernel; the kernels receive no gradient.
 
@@ -116,17 +117,11 @@ def frozen_grouped_matmul(x: jax.Array, kernels: Kernel, sizes: jax.Array, numer
       ``[rows, d_out]`` in ``numerics.result``.
     """
     chex.assert_rank([x, sizes], [2, 1])
-    assert kernels.ndim == 3
-    return _frozen(x, kernels, sizes, numerics)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _frozen(x: jax.Array, kernels: Any, sizes: jax.Array, numerics: Numerics) -> jax.Array:
     return grouped_matmul(x, expand(kernels, numerics.operand), sizes, numerics)
 
 
 def _frozen_fwd(x: jax.Array, kernels: Any, sizes: jax.Array, numerics: Numerics) -> tuple[jax.Array, Any]:
-    return _frozen(x, kernels, sizes, numerics), (kernels, sizes, jnp.zeros((0,), x.dtype))
+    return frozen_grouped_matmul(x, kernels, sizes, numerics), (kernels, sizes, jnp.zeros((0,), x.dtype))
 
 
 def _frozen_bwd(numerics: Numerics, residuals: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
@@ -136,7 +131,7 @@ def _frozen_bwd(numerics: Numerics, residuals: Any, g: jax.Array) -> tuple[jax.A
     return grouped_matmul(g, floats, sizes, numerics, transposed=True), None, None
 
 
-_frozen.defvjp(_frozen_fwd, _frozen_bwd)
+frozen_grouped_matmul.defvjp(_frozen_fwd, _frozen_bwd)
 
 
 def grouped_residual(
@@ -169,8 +164,7 @@ def grouped_residual(
     wide = grouped_result(numerics, numerics.adapter)
     products = GroupedProducts(groups, numerics.adapter, joined, wide)
     (y,), _ = gated(products, x, (Factors.of(Adapter(a, b, scale, mask)),))
-    out: jax.Array = y
-    return out
+    return y
 
 
 @jax.tree_util.register_dataclass

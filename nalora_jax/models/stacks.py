@@ -26,6 +26,7 @@ from nalora_jax.models.moe import Mixture
 from nalora_jax.models.parts import FeedForward, GatedBlock, Gates, Mixer, Part, Shapes
 from nalora_jax.models.routing import RouterSpec
 from nalora_jax.models.targets import uniform_path
+from nalora_jax.models.vision.config import DualConfig
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _period(kinds: Sequence[int]) -> int:
 
 
 @functools.cache
-def stacked_places(config: ModelConfig) -> Mapping[tuple[str, int], tuple[str, int]]:
+def stacked_places(config: ModelConfig | DualConfig) -> Mapping[tuple[str, int], tuple[str, int]]:
     """Returns stacked path and index of every projection by its uniform path and layer number."""
     numbers = layer_numbers(config)
     return {(uniform_path(path), n): (path, i) for path in numbers for i, n in enumerate(numbers[path])}
@@ -128,7 +129,7 @@ def param_shapes(config: ModelConfig) -> Shapes:
     return shapes
 
 
-def projection_shapes(config: ModelConfig) -> Shapes:
+def projection_shapes(config: ModelConfig | DualConfig) -> Shapes:
     """Returns per-layer kernel shapes of all projections that can be adapted, by stacked path.
 
     Kernels of experts have a leading axis ``[experts]``.
@@ -136,6 +137,8 @@ def projection_shapes(config: ModelConfig) -> Shapes:
     Example:
       ``{"layers/attn/q_proj": (576, 576), ..., "layers/ffn/gate_proj": (576, 1536)}``
     """
+    if isinstance(config, DualConfig):
+        return config.projection_shapes()
     shapes: Shapes = {}
     for stack in stacks(config):
         shapes |= {f"{stack.prefix}/{name}": shape for name, shape in _projections(stack.config).items()}
@@ -144,8 +147,10 @@ def projection_shapes(config: ModelConfig) -> Shapes:
     return shapes
 
 
-def layer_numbers(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def layer_numbers(config: ModelConfig | DualConfig) -> dict[str, tuple[int, ...]]:
     """Returns the layers of every path of `projection_shapes`; a projector counts as layer 0."""
+    if isinstance(config, DualConfig):
+        return {path: tuple(range(depth)) for path, depth in config.depths().items()}
     numbers = {
         f"{stack.prefix}/{name}": stack.layers
         for stack in stacks(config)
@@ -156,7 +161,7 @@ def layer_numbers(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return numbers
 
 
-def depths(config: ModelConfig) -> dict[str, int]:
+def depths(config: ModelConfig | DualConfig) -> dict[str, int]:
     """Returns the number of stacked layers by path of `projection_shapes`; 1 for a projector."""
     return {path: len(numbers) for path, numbers in layer_numbers(config).items()}
 

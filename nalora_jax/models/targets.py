@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,7 +70,6 @@ class ScaledTarget(TargetSpec):
 
     def scales(self, *, rslora: bool) -> Any:
         """Returns the given scales."""
-        del rslora
         return self.values
 
 
@@ -91,14 +90,6 @@ class AdapterSpec:
     # By table in `ROWS`: token ids whose rows are trained (PEFT's trainable_token_indices), in the
     # order of the rows.
     token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()
-
-    @property
-    def linear(self) -> AdapterSpec:
-        """The same adapters without parts that depend on the base weights.
-
-        Those are magnitudes, trained tables and trained rows.
-        """
-        return replace(self, dora=False, saved=(), token_indices=())
 
     def own_rows(self, *, tied: bool) -> dict[str, tuple[int, ...]]:
         """Returns the tables that have separate trained rows, with the token ids of the rows.

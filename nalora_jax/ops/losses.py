@@ -22,9 +22,8 @@ import numpy as np
 from jax import lax
 
 from nalora_jax.ops.dispatch import Numerics, operation
-from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.reductions import in_tiles, of_tiles
-from nalora_jax.ops.storage import Kernel
+from nalora_jax.ops.storage import Kernel, dot
 
 # Floats of one chunk of logits on a device: 512 MB. Each chunk reads the whole head twice, so an
 # accelerator needs some thousand rows per chunk to be limited by its matrix unit.

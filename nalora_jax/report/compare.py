@@ -27,7 +27,6 @@ _ASIDE = (
     "output",
     "resume",
     "callbacks",
-    "tensorboard",
     "data.workers",
     "compute.compilation_cache",
 )

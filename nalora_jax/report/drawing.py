@@ -5,8 +5,7 @@ colours, and each placeholder is replaced by ``var(--name)`` in the SVG. Text st
 page's font. A figure is about as wide as a phone, so that its text is never scaled down too far to
 read.
 
-The first figure imports Matplotlib, a fifth of a run's imports, so that training does not wait for
-it.
+It imports Matplotlib, a fifth of a run's imports: a run imports it at its end.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from __future__ import annotations
 import io
 import re
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Placeholder colour of each CSS variable of the page; figures use none of them for other purposes.
 COLOURS = {
@@ -64,46 +63,26 @@ _FILE = {**_COMMON, "font.size": 10, "grid.color": "#dddddd", "legend.fontsize":
 
 def style() -> Any:
     """Returns the context in which figures of a page are made: ``with style(): ...``."""
-    import matplotlib as mpl
-
     return mpl.rc_context(_PAGE)
 
 
 def file_style() -> Any:
     """Returns the context in which figures for files are made, on white, readable on light and dark pages."""
-    import matplotlib as mpl
-
     return mpl.rc_context(_FILE)
 
 
 def new_figure(height: float = 2.9, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
     """Returns a phone-wide figure and its axes; call it inside `style`."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, **options)
     for axis in np.ravel(axes):
-        axis.xaxis.set_major_locator(ticks(5, integer=True, min_n_ticks=1))
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     return figure, axes
 
 
 def legend(axis: Any) -> None:
     """Draws the legend above the axes, so that no line runs through it."""
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, columnspacing=1, handlelength=1.4)
-
-
-def ticks(most: int, **options: Any) -> Any:
-    """Returns Matplotlib's locator for at most ``most`` intervals; options as in `MaxNLocator`."""
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(most, **options)
-
-
-def percents() -> Any:
-    """Returns a formatter of shares as percentages."""
-    from matplotlib.ticker import PercentFormatter
-
-    return PercentFormatter(1.0)
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
@@ -114,8 +93,6 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
       name: unique in the page; keeps the ids of two figures apart.
       label: text for screen readers.
     """
-    import matplotlib as mpl
-
     for line in (line for axis in figure.axes for line in axis.lines):
         if np.size(line.get_xdata()) == 1 and line.get_marker() == "None":
             line.set_marker("o")  # a line through a single point is invisible
@@ -139,8 +116,6 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
 
 def to_svg_file(figure: Figure, name: str) -> str:
     """Returns a figure of `file_style` as the text of an SVG file; equal figures give equal texts."""
-    import matplotlib as mpl
-
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name, "svg.id": None}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white")

@@ -23,8 +23,6 @@ METRICS = (
     ("exact_match", "exact match", True),
     ("loss", "held-out loss", False),
 )
-# Names of per-layer metrics in logs of earlier versions.
-FORMER_NAMES = {"favoured": "responsive"}
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,6 @@ class History:
 
     def layers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [T], values [T, L] or [T, L, 4]) of a layer metric; null becomes NaN."""
-        if not any(_has(record, name) for record in self.steps):
-            name = FORMER_NAMES.get(name, name)
         rows = [(r["step"], r["layers"][name]) for r in self.steps if _has(r, name)]
         return _columns(rows)
 

@@ -21,19 +21,8 @@ from nalora_jax.common.files import write_atomically
 from nalora_jax.config import RunConfig
 from nalora_jax.config.structured import dotted
 from nalora_jax.evaluate.run_log import to_json
-from nalora_jax.report import plots
+from nalora_jax.report import plots, sections
 from nalora_jax.report.history import History, read_history
-from nalora_jax.report.sections import (
-    changes,
-    confusions,
-    headline,
-    layer_labels,
-    read_needle,
-    read_rollouts,
-    sampled_after,
-    samples,
-    tiles,
-)
 from nalora_jax.report.tables import number
 from nalora_jax.weights.origin import Origin
 
@@ -165,7 +154,11 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     has_adapter = (folder / "adapter" / "adapter_config.json").exists()
-    history, needle, rollouts = read_history(folder), read_needle(folder), read_rollouts(folder)
+    history, needle, rollouts = (
+        read_history(folder),
+        sections.read_needle(folder),
+        sections.read_rollouts(folder),
+    )
     page = render(history, has_adapter=has_adapter, needle=needle, rollouts=rollouts)
     write_atomically(folder / FILE, page)
     return folder / FILE
@@ -191,16 +184,16 @@ def render(
         css=Markup(resource("style.css")),
         title=_title(config),
         status=_status(history),
-        tiles=list(tiles(history)),
-        headline=headline(history),
+        tiles=list(sections.tiles(history)),
+        headline=sections.headline(history),
         sections=[
             ("Training", _draw(TRAINING, history)),
             ("Gates", _draw((*GATES, *_spreads(history)), history)),
         ],
-        samples=samples(history),
-        sampled_after=sampled_after(history),
-        changes=changes(history),
-        confusion=confusions(history),
+        samples=sections.samples(history),
+        sampled_after=sections.sampled_after(history),
+        changes=sections.changes(history),
+        confusion=sections.confusions(history),
         needle=needle,
         rollouts=rollouts,
         task=config.get("vision", {}).get("task", ""),
@@ -298,7 +291,7 @@ def _layer_rows(history: History) -> tuple[list[str], list[list[str]]]:
     columns = [(name, values[-1]) for name, values in columns if values.ndim == 2]
     if not columns:
         return [], []
-    labels = layer_labels(history, len(columns[0][1]))
+    labels = sections.layer_labels(history, len(columns[0][1]))
     rows = [[label, *(number(values[i]) for _, values in columns)] for i, label in enumerate(labels)]
     return ["layer", *(HEADS.get(name, name.replace("_", " ")) for name, _ in columns)], rows
 

@@ -10,11 +10,12 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -33,10 +34,6 @@ from nalora_jax.report.history import REGIONS
 from nalora_jax.report.plots import stacked_bars
 from nalora_jax.report.tables import number
 from nalora_jax.train.adapted import AdaptedModel
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 # A channel is responsive if its mean slope is at least this share of its layer's mean slope.
 RESPONSIVE = 0.5
@@ -216,8 +213,6 @@ def _columns(summary: LayerSummary) -> dict[str, np.ndarray]:
 
 
 def _draw(summary: LayerSummary, title: str) -> Figure:
-    from matplotlib.figure import Figure
-
     lines: list[Sequence[tuple[str, np.ndarray]]] = [
         [("mean slope E|φ′|", summary.slope), ("responsive share", summary.responsive)],
         [("misalignment", summary.misalignment), ("its linear limit", summary.limit)],

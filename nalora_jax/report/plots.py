@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from nalora_jax.report.drawing import (
     COLOURS,
@@ -13,11 +14,9 @@ from nalora_jax.report.drawing import (
     evenly,
     legend,
     new_figure,
-    percents,
     smooth,
     style,
     thin,
-    ticks,
     to_svg,
 )
 from nalora_jax.report.history import REGIONS, Histograms, History
@@ -275,8 +274,8 @@ def stacked_bars(axis: Any, occupancy: np.ndarray, colours: tuple[str, ...] = RE
         bottom = bottom + share
     axis.set_ylim(0, 1)
     axis.set_xlim(-0.6, len(occupancy) - 0.4)
-    axis.yaxis.set_major_formatter(percents())
-    axis.xaxis.set_major_locator(ticks(8, integer=True))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axis.grid(False)
 
 
@@ -334,27 +333,31 @@ def _heat_maps(maps: list[tuple[str, np.ndarray, np.ndarray]], name: str, label:
         axes[0][0].set_ylabel("layer")
         bar = figure.colorbar(image, ax=list(axes[0]), location="bottom", aspect=40, pad=0.02)
         bar.outline.set_visible(False)
-        bar.locator = ticks(4)
+        bar.locator = MaxNLocator(4)
         return to_svg(figure, name, label)
 
 
 def _heat_map(axis: Any, steps: np.ndarray, values: np.ndarray, low: float, high: float) -> Any:
     steps, values = evenly(steps, values, MAP_COLUMNS)
     half = 0.5 * (steps[-1] - steps[0]) / max(len(steps) - 1, 1) or 0.5
-    image = axis.imshow(
-        values.T,
+    axis.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
+    ends, highest = (steps[0] - half, steps[-1] + half), high if high > low else low + 1e-6
+    return _image(axis, values.T, ends, vmin=low, vmax=highest)
+
+
+def _image(axis: Any, values: np.ndarray, ends: tuple[float, float], **colours: float) -> Any:
+    """Draws values [L, columns], a row for each layer, between both ends of the other axis."""
+    axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axis.grid(False)
+    return axis.imshow(
+        values,
         aspect="auto",
         origin="lower",
         interpolation="nearest",
-        extent=(steps[0] - half, steps[-1] + half, -0.5, values.shape[1] - 0.5),
+        extent=(*ends, -0.5, len(values) - 0.5),
         cmap="viridis",
-        vmin=low,
-        vmax=high if high > low else low + 1e-6,
+        **colours,
     )
-    axis.xaxis.set_major_locator(ticks(3, integer=True, min_n_ticks=1))
-    axis.yaxis.set_major_locator(ticks(8, integer=True))
-    axis.grid(False)
-    return image
 
 
 # ---------------------------------------------------------------- adapters and factors
@@ -384,26 +387,17 @@ def histogram(history: History, mechanism: str) -> str | None:
             upper.step(at, first, where="mid", color=COLOURS["fg"], linewidth=1.3, label=label)
         upper.set(ylabel="share of all channels")
         legend(upper)
-        image = lower.imshow(
-            _shares(histograms.counts[-1])[:, bins],
-            aspect="auto",
-            origin="lower",
-            interpolation="nearest",
-            extent=(-0.5, len(at) - 0.5, -0.5, histograms.counts.shape[1] - 0.5),
-            cmap="viridis",
-            vmin=0,
-        )
+        shares = _shares(histograms.counts[-1])[:, bins]
+        image = _image(lower, shares, (-0.5, len(at) - 0.5), vmin=0)
         lower.set(
             xlabel="factor",
             ylabel="layer",
             title=f"share of each layer's channels, step {histograms.steps[-1]:.0f}",
         )
-        lower.yaxis.set_major_locator(ticks(8, integer=True))
-        lower.grid(False)
         _label_bins(lower, histograms, bins)
         bar = figure.colorbar(image, ax=lower, location="bottom", aspect=40, pad=0.02)
         bar.outline.set_visible(False)
-        bar.locator = ticks(4)
+        bar.locator = MaxNLocator(4)
         return to_svg(
             figure, f"histogram-{mechanism}", f"Factors of {mechanism} over channels, and in every layer"
         )

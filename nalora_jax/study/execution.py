@@ -19,17 +19,10 @@ from nalora_jax.common import processor
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
+from nalora_jax.study import provenance
 from nalora_jax.study.plan import Run, pending
 from nalora_jax.study.progress import RunInProgress
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.provenance import (
-    check_committed,
-    check_records,
-    checked_records,
-    code_version,
-    describe_old,
-    record_digest,
-)
 from nalora_jax.study.records import Record, Records, exact_values, hours
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.sweeps.program import RunLoop, StatesMetrics, SweepProgram, fit_all
@@ -68,12 +61,12 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
     if not together and distributed.platform_of().name == "cpu":
         together = 1
     store, resources, done = Records(protocol.folder), Resources(protocol, together), 0
-    code_version()  # cached now, in case a loaded file is edited later
-    if note := describe_old(store.read()):
+    provenance.code_version()  # cached now, in case a loaded file is edited later
+    if note := provenance.describe_old(store.read()):
         log.info("%s", note)
     limit = limit or sys.maxsize
     while done < limit:
-        records = checked_records(protocol, store)
+        records = provenance.checked_records(protocol, store)
         spent = hours(records)
         if protocol.budget_hours and spent >= protocol.budget_hours:
             log.info(
@@ -109,16 +102,16 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
                 continue
             snapshot = claims.enter_context(store.claim(run.id))
             # Another process may have finished it meanwhile.
-            if snapshot is not None and run.id not in checked_records(protocol, store):
+            if snapshot is not None and run.id not in provenance.checked_records(protocol, store):
                 claimed.append((resources.placed(run), snapshot))
             if len(claimed) == min(most, resources.capacity(run)):
                 break
         if not claimed:
             return 0
-        records, commit = checked_records(protocol, store), None
+        records, commit = provenance.checked_records(protocol, store), None
         for run, _ in claimed:
             if run.stage == "test":
-                commit = check_committed(protocol)
+                commit = provenance.check_committed(protocol)
                 store.begin_test({"id": run.id, "protocol": protocol.digest})
             log.info("%s", run)
         began = time.perf_counter()
@@ -126,7 +119,7 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
         done = perform_all(runs, resources, snapshots, records)
         for record, (_, snapshot) in zip(done, claimed, strict=True):
             finished = exact_values(record | {"commit": commit})
-            store.append(finished | {"digest": record_digest(finished)})
+            store.append(finished | {"digest": provenance.record_digest(finished)})
             snapshot.unlink(missing_ok=True)
             log.info("  %s in %.0f s", _outcome(finished), time.perf_counter() - began)
         return len(claimed)
@@ -166,7 +159,7 @@ def perform_all(
         {"id": run.id, "stage": run.stage, **run.cell._asdict(), "seed": run.seed, **progress.identity}
         for run, progress in zip(runs, started, strict=True)
     ]
-    check_records({**(records or {}), **{each["id"]: each for each in described}})
+    provenance.check_records({**(records or {}), **{each["id"]: each for each in described}})
     fits = resources.fitting(runs[0])
     states = [_trained(started[0])] if fits is None else _trained_together(started, fits.slots(len(runs)))
     share = (time.perf_counter() - began) / len(runs)
@@ -228,13 +221,6 @@ def _record(progress: RunInProgress, described: Mapping[str, Any], state: TrainS
         "peak_bytes": peak_bytes(),
         "config": run.config_hash,
         "protocol": run.protocol.digest,
-        **_environment(),
-    }
-
-
-def _environment() -> dict[str, Any]:
-    """Returns the versions, the machine and the time of a record."""
-    return {
         "versions": versions(),
         "processor": processor.name(),
         "device": describe_device(),
@@ -250,7 +236,6 @@ class _Compilations:
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **more: Any) -> None:
-        del duration_secs, more
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
 

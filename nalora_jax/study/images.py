@@ -18,18 +18,10 @@ from nalora_jax.data.images.opened import ImageData, ImageSource, open_images
 from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.layout import distributed
-from nalora_jax.method.step import Step
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.study.plan import MEASURES
-from nalora_jax.train.kinds.dual import (
-    CLASSES,
-    assemble_dual,
-    drawn_images,
-    image_data,
-    image_evaluator,
-    trained_on,
-    with_classes,
-)
+from nalora_jax.study.subject import Subject
+from nalora_jax.train.kinds import dual
 from nalora_jax.train.program import Assembly
 from nalora_jax.weights.dual import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
 
@@ -53,7 +45,7 @@ class ImageItems:
         return len(self.images)
 
 
-class DualEncoders:
+class DualEncoders(Subject):
     """`nalora_jax.study.subject.Subject` of dual encoders.
 
     The run's seed draws the projections between separate towers.
@@ -66,12 +58,7 @@ class DualEncoders:
         self._sources: dict[str, ImageSource] = {}
         self._params: dict[str, Any] = {}
         self._rows: dict[str, ImageData] = {}
-        self._encoders: dict[Any, Encoders] = {}
         self._evaluators: dict[Any, ClassEvaluator | RetrievalEvaluator] = {}
-
-    def architecture(self, config: RunConfig) -> None:
-        """Returns None: the memory of encoders is not estimated."""
-        del config
 
     def model(self, config: RunConfig) -> LoadedDual:
         """Returns the run's base model; projections that join separate towers are drawn by its seed."""
@@ -111,7 +98,7 @@ class DualEncoders:
         v = config.vision
         vision = VisionConfig(v.task, features=v.features, loss=v.loss, image_size=v.image_size)
         params, rows = self.params(config), self.data(config)
-        shapes = {name: value.shape for name, value in params.get(CLASSES, {}).items()}
+        shapes = {name: value.shape for name, value in params.get(dual.CLASSES, {}).items()}
         shapes |= {name: value.shape[1:] for name, value in (rows.tokens or {}).items()}
         return replace(config, data=DataConfig(), vision=vision), shapes
 
@@ -121,18 +108,17 @@ class DualEncoders:
         """Assembles the run as ``nalora train`` does."""
         loaded = self.model(config)
         params, mesh = self.params(config), _mesh(config)
-        return assemble_dual(general, loaded.config, params, mesh, loaded.processor, last=last)
+        return dual.assemble_dual(general, loaded.config, params, mesh, loaded.processor, last=last)
 
     def params(self, config: RunConfig, assembly: Assembly | None = None) -> Any:
         """Returns both towers and the prompts of the task's classes."""
-        del assembly
         loaded, classes = self.model(config), self._classes(config, config.data)
         # The rules decide whether prompts are encoded once or in every step.
         key = json.dumps(
             [loaded.fingerprint, classes, config.vision.templates, config.to_dict()["lora"]["rules"]]
         )
         if key not in self._params:
-            self._params[key] = with_classes(config, loaded, classes, _mesh(config))
+            self._params[key] = dual.with_classes(config, loaded, classes, _mesh(config))
         return self._params[key]
 
     def base(self, config: RunConfig) -> tuple[str, Any]:
@@ -157,17 +143,12 @@ class DualEncoders:
         if key not in self._rows:
             source = self._source(config, config.data, config.data.train_split)
             classes = self._classes(config, config.data)
-            records = trained_on(config, source, classes)
-            self._rows[key] = image_data(config, self.model(config), records, _mesh(config))
+            records = dual.trained_on(config, source, classes)
+            self._rows[key] = dual.image_data(config, self.model(config), records, _mesh(config))
         return self._rows[key]
-
-    def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
-        """Returns the assembly's step."""
-        return assembly.step
 
     def adapters(self, config: RunConfig, assembly: Assembly, data: Any, seed: int) -> Any:
         """Returns adapters with A drawn by ``seed``, and projections drawn by the run's seed."""
-        del data
         loaded = self.model(config)
         return init_lora(loaded.config, assembly.spec, jax.random.key(seed), loaded.params)
 
@@ -176,16 +157,12 @@ class DualEncoders:
         train, held = (self._source(config, data, split) for split in (data.train_split, data.eval_split))
         if data.train_split != data.eval_split:  # equal: a probe, whose data is not trained on
             check_disjoint(train, held)
-        indices = drawn_images(held, data.eval_limit)
+        indices = dual.drawn_images(held, data.eval_limit)
         images = Images(held, indices[indices.argsort()])
         classes, loaded = self._classes(config, data), self.model(config)
         asked = json.dumps([images.digest, classes, config.vision.templates, loaded.processor.output])
         digest = digest_of(asked)[:16]
         return ImageItems(images, classes, config.vision, loaded, digest)
-
-    def probe(self, config: RunConfig, data: DataConfig) -> ImageItems:
-        """Returns images."""
-        return self.items(config, data)
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
         """Compares the spans of both splits."""
@@ -195,7 +172,6 @@ class DualEncoders:
         self, items: ImageItems, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
     ) -> dict[str, float]:
         """Returns ``loss`` and ``accuracy`` or recall; one pass computes all of them."""
-        del whole
         evaluator = self._evaluator(assembly, items)
         measured = evaluator.measure(variables["params"], variables.get("lora"))
         return {name: float(measured[name]) for name in MEASURES if name in measured}
@@ -203,13 +179,13 @@ class DualEncoders:
     def _evaluator(self, assembly: Assembly, items: ImageItems) -> ClassEvaluator | RetrievalEvaluator:
         """Returns an evaluator, compiled once for all methods with adapters of the same shapes."""
         model, loaded = assembly.eval_model.clone(stats=None), items.loaded
-        key = (model, loaded.processor)  # one model has one tokenizer
-        if key not in self._encoders:
-            self._encoders[key] = Encoders(model, loaded.processor, loaded.tokenizer)
-        if (key, items.digest) not in self._evaluators:
-            evaluator = image_evaluator(self._encoders[key], items.images, items.classes, items.vision)
-            self._evaluators[key, items.digest] = evaluator
-        return self._evaluators[key, items.digest]
+        key = (model, loaded.processor, items.digest)  # one model has one tokenizer
+        if key not in self._evaluators:
+            encoders = Encoders(model, loaded.processor, loaded.tokenizer)
+            self._evaluators[key] = dual.image_evaluator(
+                encoders, items.images, items.classes, items.vision
+            )
+        return self._evaluators[key]
 
     def _classes(self, config: RunConfig, data: DataConfig) -> tuple[str, ...]:
         if config.vision.task != "classify":

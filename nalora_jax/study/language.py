@@ -21,9 +21,9 @@ from nalora_jax.data.sources import check_disjoint, open_source
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.evaluate.text import choice_records, completion_records, text_summary
 from nalora_jax.layout import distributed
-from nalora_jax.method.step import Step
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.study.subject import Subject
 from nalora_jax.train.initial_adapter import read_initial
 from nalora_jax.train.inputs import stream_shape
 from nalora_jax.train.kinds import decoder_parts
@@ -64,7 +64,7 @@ class LanguageItems:
         return replace(self, choices=[self.choices[index] for index in drawn])
 
 
-class Language:
+class Language(Subject):
     """`nalora_jax.study.subject.Subject` of language models."""
 
     def __init__(self) -> None:
@@ -127,10 +127,6 @@ class Language:
     def data(self, config: RunConfig) -> TrainData:
         """Returns packed sequences."""
         return train_data(config.data, self.model(config).tokenizer, **stream_shape(config))
-
-    def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
-        """Returns the assembly's step."""
-        return assembly.step
 
     def adapters(self, config: RunConfig, assembly: Assembly, data: TrainData, seed: int) -> Any:
         """Returns adapters by the config's initialization."""

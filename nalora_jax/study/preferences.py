@@ -88,6 +88,5 @@ class Preferences(Language):
         self, items: Any, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
     ) -> dict[str, float]:
         """Returns ``loss`` per pair, and ``accuracy``: the share of pairs whose chosen completion wins."""
-        del whole  # the rewards of the loss give the accuracy
         values = items.evaluator(assembly).measure(variables["params"], variables.get("lora"))
         return {"loss": values["loss"], "accuracy": values["rewards_accuracy"]}

@@ -111,12 +111,10 @@ class RunInProgress:
 
     def asked_to_stop(self, step: int) -> bool:
         """Returns False: an interrupted run resumes from its last snapshot."""
-        del step
         return False
 
     def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
         """Stores whole-model numbers of a log step, and layer means of per-layer numbers."""
-        del state
         names = (
             "loss",
             "grad_norm",
@@ -141,7 +139,6 @@ class RunInProgress:
 
     def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
         """Writes the snapshot."""
-        del measured
         seconds = self.seconds_before + time.perf_counter() - self._began
         notes = {"step": step, "curve": self.curve, "training": self.training, "seconds": seconds}
         leaves = trees.flatten(state).items()

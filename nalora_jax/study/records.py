@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nalora_jax.common.digests import digest_of
-from nalora_jax.common.files import make_unlinked_folder, open_unlinked
+from nalora_jax.common.files import make_unlinked_folder, open_unlinked, write_atomically
 from nalora_jax.common.locks import locked
 from nalora_jax.config.structured import has_type
 from nalora_jax.errors import NaloraError
@@ -222,26 +222,12 @@ class Snapshot(NamedTuple):
 
 
 def write_snapshot(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> None:
-    """Replaces the file atomically, by a rename after its content is synced to the disk.
-
-    Raises:
-      NaloraError: the system refused, e.g. because the disk is full; an earlier snapshot stays.
-    """
+    """Replaces the file atomically; raises as `write_atomically`, and an earlier snapshot stays."""
     buffer = io.BytesIO()
     entries: dict[str, Any] = {f"array/{name}": value for name, value in arrays.items()}
     np.savez(buffer, notes=np.array(json.dumps(notes)), **entries)
-    content, scratch = buffer.getvalue(), path.with_suffix(".new")
-    try:
-        with open_unlinked(scratch, "wb") as file:
-            file.write(digest_of(content).encode() + content)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise NaloraError(
-            str(path), expected="to write a snapshot", found=error, remedy="make room"
-        ) from error
+    content = buffer.getvalue()
+    write_atomically(path, digest_of(content).encode() + content)
 
 
 def read_snapshot(path: Path) -> Snapshot | None:
@@ -255,11 +241,3 @@ def read_snapshot(path: Path) -> Snapshot | None:
     with np.load(io.BytesIO(content[_DIGEST:])) as saved:
         arrays = {name.removeprefix("array/"): saved[name] for name in saved.files if name != "notes"}
         return Snapshot(arrays, json.loads(str(saved["notes"])))
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

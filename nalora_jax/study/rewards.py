@@ -19,16 +19,7 @@ from nalora_jax.layout import distributed
 from nalora_jax.method.step import Step
 from nalora_jax.study.language import Language, LanguageItems
 from nalora_jax.train.inputs import stream_shape
-from nalora_jax.train.kinds.rl import (
-    PromptRows,
-    RewardEvaluator,
-    Rollout,
-    prompts_digest,
-    rollout_step,
-    sampler_of,
-    scores_of,
-    weighted_sum,
-)
+from nalora_jax.train.kinds import rl
 from nalora_jax.train.program import Assembly
 from nalora_jax.train.rollout import sample_batch
 
@@ -65,8 +56,8 @@ class Rewards(Language):
         records, _ = open_pair(config.data)
         model = self.model(config)
         shape = stream_shape(config) | {"context": model.config.max_positions}
-        return PromptRows(
-            prompt_data(records, config.data, model.tokenizer, rl=config.rl, **shape), Rollout()
+        return rl.PromptRows(
+            prompt_data(records, config.data, model.tokenizer, rl=config.rl, **shape), rl.Rollout()
         )
 
     def source_digest(self, data: Any) -> str:
@@ -76,7 +67,7 @@ class Rewards(Language):
 
     def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
         """Returns the step with rollouts; no group is stored, since a run resumes from its evaluations."""
-        return rollout_step(config, self.model(config), assembly, data, None)
+        return rl.rollout_step(config, self.model(config), assembly, data, None)
 
     def items(self, config: RunConfig, data: DataConfig) -> Any:
         """Returns prompts."""
@@ -86,7 +77,7 @@ class Rewards(Language):
         limit = min(data.max_length or context, context) - config.rl.max_new_tokens
         parts = held_out_prompts(records, replace(data, select_limit=0), model.tokenizer, limit)
         prompts = tuple(itertools.chain(*parts))
-        return RewardItems(config, prompts, prompts_digest(prompts)[:16])
+        return RewardItems(config, prompts, rl.prompts_digest(prompts)[:16])
 
     def measure(
         self, items: Any, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
@@ -101,7 +92,7 @@ class Rewards(Language):
             return super().measure(items, assembly, variables, whole=whole)
         config, loaded = items.config, self.model(items.config)
         params, lora = variables["params"], variables.get("lora")
-        evaluator = RewardEvaluator(config.rl, loaded, assembly, items.prompts)
+        evaluator = rl.RewardEvaluator(config.rl, loaded, assembly, items.prompts)
         reward = float(evaluator.summary(evaluator.records(params, lora))["reward"])
         values = {"loss": 1.0 - reward, "reward": reward}
         if whole:
@@ -112,12 +103,12 @@ class Rewards(Language):
         config, loaded, prompts = items.config, self.model(items.config), items.prompts
         longest = max(len(prompt.ids) for prompt in prompts)
         options = {"prompts": len(prompts), "samples": _DRAWN, "seed": _SEED, "longest": longest}
-        samples = sampler_of(config.rl, loaded, assembly, **options)(lora, 0, prompts)
-        rewards = weighted_sum(config.rl, samples.rewards).reshape(-1, _DRAWN)
+        samples = rl.sampler_of(config.rl, loaded, assembly, **options)(lora, 0, prompts)
+        rewards = rl.weighted_sum(config.rl, samples.rewards).reshape(-1, _DRAWN)
         length = -(-(longest + config.rl.max_new_tokens) // 8) * 8
         ids = [prompt.ids for prompt in prompts for _ in range(_DRAWN)]
         batch = sample_batch(ids, samples, length)
-        scores = scores_of(config, assembly)
+        scores = rl.scores_of(config, assembly)
         # A start may have changed the base's weights in params.
         of_policy, of_base = assembly.view(params), assembly.view(self.base(config)[1])
         divergences = []

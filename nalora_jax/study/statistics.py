@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from nalora_jax.evaluate.statistics import mcnemar
+
 _MOST_SEEDS = 10_000
 _LEVEL, _POWER = 0.05, 0.8  # of the tests that seeds are counted for
 # Records have nine significant digits, so differences below this share of the maximum are ties.
@@ -65,7 +67,7 @@ def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Pa
         deviation,
         below,
         t_test(difference),
-        sign_test(below, above),
+        mcnemar(below, above),  # the exact sign test
         signed_rank_test(difference, resolution),
         mean / deviation if deviation > 0 else math.nan,
         skewness(difference),
@@ -97,13 +99,6 @@ def t_test(difference: np.ndarray) -> float:
     if error == 0:
         return float(not difference.any())
     return float(2 * stats.t.sf(abs(float(difference.mean())) / error, n - 1))
-
-
-def sign_test(below: int, above: int) -> float:
-    """Returns the exact two-sided p-value of these counts of signs; 1 without any."""
-    if below + above:
-        return float(stats.binomtest(below, below + above).pvalue)
-    return 1.0
 
 
 def signed_rank_test(difference: np.ndarray, resolution: float = 0.0) -> float:

@@ -46,7 +46,8 @@ class Subject(Protocol):
     """
 
     def architecture(self, config: RunConfig) -> ModelConfig | None:
-        """Returns the base's architecture without reading weights; None for image and text encoders."""
+        """Returns the base's architecture without reading weights; None: its memory is not estimated."""
+        return None
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
         """Returns the settings that determine the compiled step, and facts about the data as JSON."""
@@ -70,6 +71,7 @@ class Subject(Protocol):
 
     def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
         """Returns the training step of a run on its rows."""
+        return assembly.step
 
     def source_digest(self, data: Any) -> str:
         """Returns the digest of the training data of `data`, the same for every seed."""
@@ -86,6 +88,7 @@ class Subject(Protocol):
 
     def probe(self, config: RunConfig, data: DataConfig) -> Any:
         """Returns `Items` of other data than the run's, likewise."""
+        return self.items(config, data)
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
         """Checks that two splits of the run's data share no record.

@@ -16,9 +16,9 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from nalora_jax.common.redaction import MARK
@@ -84,7 +84,7 @@ class Callback:
         """Handles the end of the run, normal or aborted."""
 
 
-class Callbacks:
+class Callbacks(AbstractContextManager["Callbacks"]):
     """All callbacks of a run, its log first; a context manager that closes them.
 
     Args:
@@ -148,11 +148,7 @@ class Callbacks:
                     "%s is left out from here on: %s: %s", name, type(error).__name__, error, exc_info=True
                 )
 
-    def __enter__(self) -> Callbacks:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        del kind, error, trace
+    def __exit__(self, *error: object) -> None:
         for callback in (self._own, *self._others):
             close = getattr(callback, "close", None)
             if close is not None:
@@ -160,7 +156,7 @@ class Callbacks:
 
 
 Kind = TypeVar("Kind", bound=type[Callback])
-_CALLBACKS: Registry[Callable[..., Callback]] = Registry("callback", "nalora_jax.callbacks", "--callbacks")
+_CALLBACKS: Registry[Any] = Registry("callback", "nalora_jax.callbacks", "--callbacks")
 
 
 def register_callback(name: str) -> Callable[[Kind], Kind]:
@@ -168,12 +164,7 @@ def register_callback(name: str) -> Callable[[Kind], Kind]:
 
     Its settings are its dataclass fields; each needs a default, whose type the setting has.
     """
-
-    def add(kind: Kind) -> Kind:
-        _CALLBACKS.add(name, kind)
-        return kind
-
-    return add
+    return _CALLBACKS.decorator(name)
 
 
 def make_callbacks(texts: Sequence[str]) -> list[Callback]:

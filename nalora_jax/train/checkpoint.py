@@ -22,10 +22,9 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import jax
@@ -44,7 +43,7 @@ _ITEMS = ("state", "data", "run")
 _MISPLACED = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
-class Checkpointer:
+class Checkpointer(AbstractContextManager["Checkpointer"]):
     """The checkpoints of one run in one folder.
 
     Args:
@@ -176,8 +175,6 @@ class Checkpointer:
     def _damage(self, step: int, metrics: Mapping[str, float] | None) -> str | None:
         """Returns the difference between a checkpoint and its digests; None if there is none."""
         folder = epath.Path(self.folder / str(step))
-        if not any((folder / item / digests.DIGESTS).exists() for item in _ITEMS):
-            return None  # written by a version without digests
         try:
             for item in _ITEMS:
                 if (damage := digests.find_damage(folder / item)) is not None:
@@ -221,24 +218,14 @@ class Checkpointer:
             meta = self._manager.restore(step, args=small)
             saved = trees.flatten(self._manager.item_metadata(step).state.tree)
         snapshot.check_run(where, meta.run, self._run)
-        expected = trees.flatten(snapshot.abstract(like))
-        names = snapshot.saved_names(expected, saved)
-        wanted = {names[path]: leaf for path, leaf in expected.items()}
-        # Earlier versions saved the averages of blocks without a rule as well.
-        unused = {name for name in saved.keys() - wanted.keys() if name.startswith("gate/")}
-        snapshot.check_arrays(where, {name: saved[name] for name in saved if name not in unused}, wanted)
-        place = min(expected.values(), key=lambda leaf: leaf.ndim).sharding  # of a scalar: replicated
-        for name in unused:
-            wanted[name] = jax.ShapeDtypeStruct(saved[name].shape, saved[name].dtype, sharding=place)
-        abstract = trees.unflatten(wanted)
+        abstract = snapshot.abstract(like)
+        snapshot.check_arrays(where, saved, trees.flatten(abstract))
         with _io_errors(where, "a readable checkpoint"):
             restore_args = ocp.args.PyTreeRestore(
                 abstract, ocp.checkpoint_utils.construct_restore_args(abstract)
             )
             restored = self._manager.restore(step, args=ocp.args.Composite(state=restore_args))
-        arrays = trees.flatten(restored.state)
-        state = trees.unflatten({path: arrays[name] for path, name in names.items()})
-        return snapshot.from_arrays(state, like), meta.data
+        return snapshot.from_arrays(restored.state, like), meta.data
 
     def latest_step(self) -> int | None:
         """Returns the newest checkpoint's step; None without checkpoints."""
@@ -278,12 +265,7 @@ class Checkpointer:
             finally:
                 self._manager.close()
 
-    def __enter__(self) -> Checkpointer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.close()
             return

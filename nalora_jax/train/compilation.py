@@ -77,7 +77,6 @@ def _write_digests(folder: Path) -> None:
     """
 
     def listen(event: str, duration_secs: float, **more: Any) -> None:
-        del more
         if event != "/jax/core/compile/backend_compile_duration" or duration_secs < getattr(
             jax.config, _SECONDS
         ):

@@ -125,8 +125,8 @@ class Kind(Protocol):
         """
 
     @property
-    def evaluators(self) -> Callable[[Inputs, Any, Assembly, Job | None], tuple[Any, Any]]:
-        """Returns the function that makes the evaluators of the held-out examples."""
+    def evaluator(self) -> Callable[[Inputs, Any, Assembly, Any], Any]:
+        """Returns the function that makes the evaluator of some held-out examples, its last argument."""
 
     @property
     def export_run(self) -> Callable[[Job, Path, TrainState, Callable[[str], None]], None]:

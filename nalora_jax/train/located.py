@@ -12,6 +12,7 @@ from nalora_jax.common import buckets
 from nalora_jax.common.digests import unseal
 from nalora_jax.common.folders import can_exist
 from nalora_jax.config import config_from_dict
+from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import ADAPTER
 from nalora_jax.evaluate.run_log import FILE as METRICS
@@ -95,10 +96,7 @@ def base_of(adapter: Path) -> str:
       NaloraError: the config cannot be read, or names none.
     """
     path = adapter / CONFIG_NAME
-    try:
-        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
-        raise NaloraError(str(path), expected="a PEFT adapter's config", found=error) from error
+    name = read_json(path).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         remedy = "give the base model itself, and the adapter with --adapter"
         raise NaloraError(

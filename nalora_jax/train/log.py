@@ -11,10 +11,9 @@ import json
 import time
 import uuid
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from nalora_jax.common.digests import seal
@@ -25,7 +24,7 @@ from nalora_jax.evaluate.run_log import FILE, read_metrics, to_json
 from nalora_jax.train.callbacks import Callback, Ended, Started, register_callback
 
 
-class MetricsLog(Callback):
+class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
     """The log ``folder/metrics.jsonl`` of a run; a context manager that closes the file.
 
     Args:
@@ -130,11 +129,7 @@ class MetricsLog(Callback):
         with suppress(OSError):  # `write` has already raised if the disk is full
             self._file.close()
 
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        del kind, error, trace
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

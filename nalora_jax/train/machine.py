@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform as python
 import re
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import jax
 
 from nalora_jax.common import processor
 from nalora_jax.common.devices import memory_statistics
+from nalora_jax.common.imports import installed_version
 from nalora_jax.layout.distributed import platform_of
 
 
@@ -24,7 +24,7 @@ def describe_device() -> str:
 def versions() -> dict[str, str]:
     """Returns versions of Python and of the libraries that determine a run's results."""
     names = ("nalora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {"python": python.python_version()} | {name: _version(name) for name in names}
+    return {"python": python.python_version()} | {name: installed_version(name) for name in names}
 
 
 def peak_memory() -> dict[str, int]:
@@ -84,10 +84,3 @@ def _text(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # nalora_jax in a checkout that is not installed
-        return "not installed"

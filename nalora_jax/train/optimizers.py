@@ -132,7 +132,6 @@ def _scale_leaves(name: str, factor: float) -> optax.GradientTransformation:
         return update * factor
 
     def update_fn(updates: Any, params: Any = None) -> Any:
-        del params
         return trees.map_named(scale, updates)
 
     return optax.stateless(update_fn)
@@ -158,7 +157,6 @@ def scale_by_projection(rates: Sequence[tuple[str, float]]) -> optax.GradientTra
     def update_fn(
         updates: Any, state: optax.EmptyState, params: Any = None
     ) -> tuple[Any, optax.EmptyState]:
-        del params
 
         def scale(path: str, update: jax.Array) -> jax.Array:
             match = first_match(rates, _projection(path))

@@ -62,7 +62,6 @@ class StopSignals:
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Handles a signal."""
-        del frame
         if self._received is None:
             self._received, self._since = Signals(number), time.monotonic()
             if not self._polled:

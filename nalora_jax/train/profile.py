@@ -6,9 +6,8 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ log = logging.getLogger(__name__)
 FOLDER = "profile"  # within a run's folder; the argument of ``xprof --logdir`` and TensorBoard
 
 
-class Profile:
+class Profile(AbstractContextManager["Profile"]):
     """Trace of consecutive steps on this process's host and devices.
 
     It is a context manager around all steps of the run.
@@ -83,11 +82,7 @@ class Profile:
             "profile of steps %d to %d: xprof --logdir %s", first, step, epath.Path(self._folder) / FOLDER
         )
 
-    def __enter__(self) -> Profile:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         """Writes the trace if the run ended within the traced steps."""
-        del kind, error, trace
         if self._first:
             self._stop(self._last)

@@ -6,10 +6,9 @@ decoder their objective and their module.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -32,12 +31,12 @@ from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.measurement import CHECK_FAILED, CHECKS, GateChecks, GateStatsConfig, require_sound
 from nalora_jax.method.step import Objective, Step, StepConfig, TrainState, init_state, make_train_step
 from nalora_jax.method.transform import Mechanisms, nalora
-from nalora_jax.models.adapters import adapter_spec, init_lora
+from nalora_jax.models.adapters import adapter_shapes, adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.remat import chosen_experts, chosen_remat
 from nalora_jax.models.stacks import gate_blocks, key_heads, stacks
-from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.ops.losses import Head
 from nalora_jax.ops.split_rows import block_length
@@ -103,13 +102,6 @@ class RunProgram:
         """Returns the step, which is compiled on first use and donates the state."""
         step = self.pure(self.spec, self.mechanisms, {})
         return jit_step(self.config, step, self.mesh, places)
-
-
-def gate_checks_of(config: RunConfig) -> GateChecks | None:
-    """Returns the checks of ``--debug.check-gates``; None if they are off."""
-    if not config.debug.check_gates:
-        return None
-    return GateChecks(config.debug.tolerance)
 
 
 def jit_step(config: RunConfig, step: Step, mesh: Mesh, shardings: Any) -> Step:
@@ -194,67 +186,77 @@ def decoder_program(
       spec: the adapters.
       model: of another program that this one shares it with.
     """
-    blocks, gates = measured_blocks(base, spec), _gates(base, spec)
+    blocks, gates = measured_blocks(base, spec), find_gates(adapter_shapes(base, spec))
     names = {path: name for path, (_, name) in gate_blocks(base).items() if path in blocks}
     mechanisms = mechanisms_of(config, base.activation, names, gates)
     if model is None:
-        model = build_model(base, spec, config.compute, mesh, checks=gate_checks_of(config), module=module)
-    optimizer = build_optimizer(config, base, spec, mechanisms, last)
+        model = build_model(config, base, spec, mesh, module)
+    optimizer = partial(build_optimizer, config, spec, gates, last=last, width=base.d_model)
+    # Experts count their own tokens, and blocks of other towers read images.
+    readers = [path for path, shape in blocks.items() if path.startswith("layers/") and len(shape) == 2]
 
     def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
-        trained = build_optimizer(config, base, model.adapters, mechanisms, last, numbers)
-        return make_step(config, base, model.clone(adapters=adapters), trained, mechanisms, mesh, objective)
+        # In a sweep whose runs have a device each, the step is a program of one device.
+        numerics = replace(model.numerics, platform=distributed.platform_of_step(mesh))
+        module = model.clone(adapters=adapters, numerics=numerics)
+        lora, mask = adapter_shapes(base, adapters), _mask_spec(blocks, mesh)
+        settings = step_config(config, module, mechanisms, blocks, mesh, lora, mask=mask, readers=readers)
+        plain = next_token(base, module, config.compute, mesh)
+        of_run = plain if objective is None else objective(plain)
+        return make_train_step(optimizer(mechanisms, numbers), settings, of_run)
 
-    return RunProgram(config, model, spec, mesh, mechanisms, optimizer, blocks, pure)
+    return RunProgram(config, model, spec, mesh, mechanisms, optimizer(mechanisms), blocks, pure)
 
 
 def build_model(
-    base: ModelConfig,
-    spec: AdapterSpec,
-    compute: ComputeConfig,
-    mesh: Mesh,
-    *,
-    checks: GateChecks | None = None,
-    module: type[Decoder] = Decoder,
+    config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Mesh, module: type[Decoder] = Decoder
 ) -> Decoder:
     """Builds the decoder for training steps.
 
     Args:
-      base, spec, compute, mesh: architecture, adapters, compute settings and devices.
-      checks: value checks of the gates.
+      config, base, spec, mesh: settings, architecture, adapters and devices.
       module: its class, with an image tower for a ``base`` with one.
     """
+    compute = config.compute
     numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
     return module(
         base,
         spec,
         numerics,
         remat=chosen_remat(compute.remat, base.d_model, numerics),
-        stats=GateStatsConfig(
-            compute.stats_stride,
-            compute.probe_stride,
-            compute.stats_positions,
-            checks=checks,
-            sharding=distributed.row_sharding(mesh),
-        ),
+        stats=gate_stats(config, mesh),
         activation_sharding=distributed.row_sharding(mesh),
         routing_sharding=distributed.row_sharding(mesh) if base.n_experts else None,
         experts=chosen_experts(compute.experts, compute.remat),
     )
 
 
+def gate_stats(config: RunConfig, mesh: Mesh) -> GateStatsConfig:
+    """Returns the measurements of a run's gates, with the checks of ``--debug.check-gates`` if they are on."""
+    compute, debug = config.compute, config.debug
+    return GateStatsConfig(
+        compute.stats_stride,
+        compute.probe_stride,
+        compute.stats_positions,
+        checks=GateChecks(debug.tolerance) if debug.check_gates else None,
+        sharding=distributed.row_sharding(mesh),
+    )
+
+
 def build_optimizer(
     config: RunConfig,
-    base: ModelConfig,
     spec: AdapterSpec,
+    gates: Mapping[str, str],
     mechanisms: Mechanisms,
-    last: optax.GradientTransformation | None = None,
     numbers: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    last: optax.GradientTransformation | None = None,
+    width: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Chains inner optimizer, mechanisms on gates, ``last``, and AdaLoRA's rank allocation."""
-    settings = with_learning_rate(config, base.d_model).optimizer
+    settings = with_learning_rate(config, width).optimizer
     inner = make_optimizer(settings, config.steps, config.lora.plus_ratio, numbers)
-    optimizer = nalora(inner, mechanisms, _gates(base, spec))
+    optimizer = nalora(inner, mechanisms, gates)
     if last is not None:
         optimizer = optax.with_extra_args_support(optax.chain(optimizer, last))
     if spec.adalora:
@@ -262,9 +264,34 @@ def build_optimizer(
     return optimizer
 
 
-def _gates(base: ModelConfig, spec: AdapterSpec) -> dict[str, str]:
-    # `spec.linear` leaves out DoRA's magnitudes, which need the weights and are not gates.
-    return find_gates(jax.eval_shape(lambda key: init_lora(base, spec.linear, key), jax.random.key(0)))
+def step_config(
+    config: RunConfig,
+    model: Any,
+    mechanisms: Mechanisms,
+    blocks: Mapping[str, tuple[int, ...]],
+    mesh: Mesh,
+    lora: Any,
+    *,
+    mask: P = P(),  # noqa: B008
+    readers: Sequence[str] = (),
+) -> StepConfig:
+    """Returns the settings of a step.
+
+    Args:
+      config, model, mechanisms, blocks, mesh: of the run's program.
+      lora: the adapters, or their shapes.
+      mask: layout of the gates' masks within a step.
+      readers: blocks whose statistics count the tokens of the batch.
+    """
+    options: dict[str, Any] = {}
+    if distributed.devices_per_run(mesh) > 1:
+        options["lora_sharding"] = distributed.shardings(lora, mesh, distributed.STEP_RULES)
+        options["mask_sharding"] = NamedSharding(mesh, mask)
+    if config.debug.check_gates:
+        options["checks"] = tuple(CHECKS)
+        options["verify"] = partial(require_sound, config=model.stats, readers=readers)
+    rows, metrics = distributed.row_sharding(mesh), layer_metrics(mechanisms)
+    return StepConfig(mechanisms, blocks, stats_sharding=rows, metrics=metrics, **options)
 
 
 def measured_blocks(base: ModelConfig, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
@@ -291,65 +318,10 @@ def head_shardings(base: ModelConfig, mesh: Mesh) -> tuple[NamedSharding, ...]:
     return tuple(NamedSharding(mesh, distributed.fit_spec(spec, shape, mesh)) for spec in layouts)
 
 
-def _step_shardings(base: ModelConfig, spec: AdapterSpec, mesh: Mesh) -> dict[str, Any]:
-    """Returns the layouts of adapters and masks within a step; empty on one device."""
-    if distributed.devices_per_run(mesh) == 1:
-        return {}
-    shapes = trees.flatten(jax.eval_shape(lambda key: init_lora(base, spec.linear, key), jax.random.key(0)))
-    for name in spec.saved:
-        sizes = (base.vocab_size, base.d_model)
-        shapes[TABLES[name]] = jax.ShapeDtypeStruct(
-            sizes if name == "embed_tokens" else sizes[::-1], "float32"
-        )
-    for name, ids in spec.own_rows(tied=base.tie_embeddings).items():
-        shapes[ROWS[name]] = jax.ShapeDtypeStruct((len(ids), base.d_model), "float32")
-    if spec.dora:
-        for path, _ in spec.targets:
-            b = shapes[f"{path}/b"].shape
-            shapes[f"{path}/magnitude"] = jax.ShapeDtypeStruct((*b[:-2], b[-1]), "float32")
-    return {
-        "lora_sharding": distributed.shardings(trees.unflatten(shapes), mesh, distributed.STEP_RULES),
-        "mask_sharding": NamedSharding(mesh, _mask_spec(measured_blocks(base, spec), mesh)),
-    }
-
-
 def _mask_spec(blocks: dict[str, tuple[int, ...]], mesh: Mesh) -> P:
     """Returns one layout for the masks of all blocks."""
     specs = {distributed.fit_spec(P("tensor"), shape, mesh) for shape in blocks.values()}
     return specs.pop() if len(specs) == 1 else P()
-
-
-def make_step(
-    config: RunConfig,
-    base: ModelConfig,
-    model: Decoder,
-    optimizer: optax.GradientTransformationExtraArgs,
-    mechanisms: Mechanisms,
-    mesh: Mesh,
-    objective: MakeObjective | None = None,
-) -> Step:
-    """Builds the step of a decoder, not compiled.
-
-    In a sweep whose runs have a device each, the step is a program of one device.
-    """
-    assert objective is not None or config.preference.loss == "none", "a preference loss has its objective"
-    platform = distributed.platform_of_step(mesh)
-    model = model.clone(numerics=dataclasses.replace(model.numerics, platform=platform))
-    blocks = measured_blocks(base, model.adapters)
-    # Experts count their own tokens, and blocks of other towers read images.
-    readers = [path for path, shape in blocks.items() if path.startswith("layers/") and len(shape) == 2]
-    verify = partial(require_sound, config=model.stats or GateStatsConfig(), readers=readers)
-    settings = StepConfig(
-        mechanisms=mechanisms,
-        blocks=blocks,
-        stats_sharding=distributed.row_sharding(mesh),
-        **_step_shardings(base, model.adapters, mesh),
-        metrics=layer_metrics(mechanisms),
-        checks=tuple(CHECKS) if config.debug.check_gates else (),
-        verify=verify if config.debug.check_gates else None,
-    )
-    plain = next_token(base, model, config.compute, mesh)
-    return make_train_step(optimizer, settings, plain if objective is None else objective(plain))
 
 
 def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: Mesh) -> NextToken:

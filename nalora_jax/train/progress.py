@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -115,8 +114,7 @@ class Progress:
             self._listening.enter_context(notes.listening(self._counted))
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        del kind, error, trace
+    def __exit__(self, *error: object) -> None:
         self._listening.close()
         if self._bar is not None:
             self._bar.stop()

@@ -193,7 +193,10 @@ def built(
 ) -> Job:
     """Loads the base and builds step and evaluators; ``like`` is a job with the same program, to share."""
     loaded, assembly, data = kind.build_step(inputs, placed, mesh, output, like)
-    return Job(kind, inputs, loaded, assembly, data, *kind.evaluators(inputs, loaded, assembly, like))
+    if like is not None and like.assembly.spec == assembly.spec:
+        return Job(kind, inputs, loaded, assembly, data, like.evaluator, like.selector)
+    reported, selecting = (kind.evaluator(inputs, loaded, assembly, items) for items in inputs.held_out)
+    return Job(kind, inputs, loaded, assembly, data, reported, selecting)
 
 
 def checked_mesh(placed: RunConfig) -> Mesh:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -36,19 +36,10 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda other: other.item()))
 
 
-def _is_key(leaf: Any) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
-
-
 def to_arrays(state: Any) -> dict[str, Any]:
-    """Returns ``state`` as nested dicts of plain arrays, with typed random keys as their key data.
-
-    Empty arrays are left out, because Orbax rejects them.
-    """
-    flat = {path: leaf for path, leaf in trees.flatten(state).items() if math.prod(leaf.shape)}
-    return trees.unflatten(
-        {path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in flat.items()}
-    )
+    """Returns ``state`` as nested dicts of its arrays, without empty ones, because Orbax rejects them."""
+    leaves = trees.flatten(state).items()
+    return trees.unflatten({path: leaf for path, leaf in leaves if math.prod(leaf.shape)})
 
 
 def abstract(like: Any) -> dict[str, Any]:
@@ -56,14 +47,10 @@ def abstract(like: Any) -> dict[str, Any]:
 
     def describe(leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
-        words = leaf
-        if _is_key(leaf):
-            words = jax.eval_shape(jax.random.key_data, leaf)
-        return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return trees.unflatten(
-        {path: describe(leaf) for path, leaf in trees.flatten(like).items() if math.prod(leaf.shape)}
-    )
+    described: dict[str, Any] = jax.tree.map(describe, to_arrays(like))
+    return described
 
 
 def from_arrays(arrays: Mapping[str, Any], like: Any) -> Any:
@@ -71,20 +58,9 @@ def from_arrays(arrays: Mapping[str, Any], like: Any) -> Any:
     flat = trees.flatten(arrays)
 
     def back(path: str, leaf: Any) -> Any:
-        if not math.prod(leaf.shape):
-            return jnp.zeros(leaf.shape, leaf.dtype)
-        if _is_key(leaf):
-            return jax.random.wrap_key_data(flat[path], impl=_key_impl(leaf))
-        return flat[path]
+        return flat[path] if math.prod(leaf.shape) else jnp.zeros(leaf.shape, leaf.dtype)
 
     return trees.map_named(back, like)
-
-
-def _key_impl(leaf: Any) -> str:
-    """Returns the name of a random key's generator, for an array or its abstract value."""
-    names: list[str] = []
-    jax.eval_shape(lambda key: names.append(str(jax.random.key_impl(key))), leaf)
-    return names[0]
 
 
 def _settings(config: Any) -> dict[str, Any]:
@@ -142,25 +118,6 @@ def _equal_rules(before: Any, after: Any) -> bool:
     if not isinstance(before, list | tuple) or not isinstance(after, list | tuple):
         return False
     return list(map(make, before)) == list(map(make, after))
-
-
-def saved_names(paths: Collection[str], saved: Collection[str]) -> dict[str, str]:
-    """Returns the name in a checkpoint of every array of a state, by its path.
-
-    Earlier versions stored the averages of the gates in ``gate`` of the train state.
-
-    Args:
-      paths: of the state, the keys of the flat result of `abstract`.
-      saved: names of the checkpoint's arrays.
-    """
-    owner = next((path.partition("/memory/")[0] for path in paths if "/memory/" in path), "gate")
-
-    def name(path: str) -> str:
-        if not path.startswith(f"{owner}/"):
-            return path
-        return f"{'gate' if 'gate/count' in saved else owner}/{path.removeprefix(f'{owner}/')}"
-
-    return {path: name(path) for path in paths}
 
 
 def check_arrays(where: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

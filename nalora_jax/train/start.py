@@ -44,7 +44,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from nalora_jax.common import digests, trees
-from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.method import statistics
@@ -66,6 +65,7 @@ from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.train.initial_adapter import read_initial, warn_if_changed
 from nalora_jax.train.initial_adapter import with_adapter as with_adapter
+from nalora_jax.train.job import TrainingRows
 from nalora_jax.train.output import START, Output
 from nalora_jax.train.program import Assembly, measured_blocks, next_token, starting_at
 from nalora_jax.weights.model_files import LoadedModel
@@ -75,11 +75,7 @@ _FILE = "adapter.safetensors"
 GRADIENT = ("gradient", "lora_ga")  # the values of --lora.init that read batches
 
 
-class _Rows(Protocol):
-    def batches(self) -> BatchIterator: ...
-
-
-def with_start(assembly: Assembly, loaded: LoadedModel, data: _Rows, output: Output) -> Assembly:
+def with_start(assembly: Assembly, loaded: LoadedModel, data: TrainingRows, output: Output) -> Assembly:
     """Returns the assembly with the initial adapters that the run's settings ask for.
 
     They are initialised in the gradient of the run's first batches, read from the adapter that the run
@@ -123,7 +119,7 @@ def with_start(assembly: Assembly, loaded: LoadedModel, data: _Rows, output: Out
     return assembly
 
 
-def first_adapters(assembly: Assembly, base: ModelConfig, data: _Rows, seed: int) -> dict[str, Any]:
+def first_adapters(assembly: Assembly, base: ModelConfig, data: TrainingRows, seed: int) -> dict[str, Any]:
     """Returns `gradient_adapters` of the first ``lora.gradient_batches`` batches of ``data``."""
     batches = data.batches()
     try:

@@ -30,7 +30,7 @@ from nalora_jax.models.adapters import merged_kernel, pad_rank
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import TABLES, AdapterSpec, TargetSpec, scale_divisor
-from nalora_jax.weights.peft_tables import with_whole_tables
+from nalora_jax.ops.storage import Kernel, expand
 
 
 def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
@@ -48,23 +48,30 @@ def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: Ada
     leaves, adapters = flatten(params), flatten(start)
     for path, _ in spec.targets:
         kernel = leaves[f"{path}/kernel"]
-        lower = jax.jit(_lower, out_shardings=kernel.sharding)
+        lower = jax.jit(merged_stack, out_shardings=kernel.sharding)
         leaves[f"{path}/kernel"] = lower(
-            kernel, adapters[f"{path}/a"], adapters[f"{path}/b"], spec.scales(path)
+            kernel, adapters[f"{path}/a"], adapters[f"{path}/b"], -spec.scales(path)
         )
     return unflatten(leaves)
 
 
-def _lower(kernel: jax.Array, a: jax.Array, b: jax.Array, scales: jax.Array) -> jax.Array:
-    """Computes one layer at a time, so that at most one layer is in memory in float32."""
+def merged_stack(
+    kernel: Kernel, a: jax.Array, b: jax.Array, scales: jax.Array, magnitude: jax.Array | None = None
+) -> jax.Array:
+    """Merges every layer of a stacked kernel ``[layers, ..., d_in, d_out]``.
 
-    def one(layer: tuple[jax.Array, ...]) -> jax.Array:
-        w, a, b, scale = layer
-        lowered: jax.Array = merged_kernel(w, a, b, -scale)
-        return lowered.astype(w.dtype)
+    It computes one layer at a time, so that at most one layer is in memory in float32.
+    """
 
-    lowered: jax.Array = jax.lax.map(one, (kernel, a, b, scales))
-    return lowered
+    def one(layer: tuple[Any, ...]) -> jax.Array:
+        stored, a, b, s, m = layer
+        w = expand(stored)
+        merged = merged_kernel(w, a, b, s, m)
+        if m is not None:
+            merged = jnp.where(s == 0, w.astype(jnp.float32), merged)  # scale 0 means rank 0: no adapter
+        return merged.astype(w.dtype)
+
+    return jax.lax.map(one, (kernel, a, b, scales, magnitude))
 
 
 def difference_as_lora(
@@ -259,36 +266,28 @@ class AdapterSlot:
         """Returns the slot rank that an adapter needs."""
         return max((target.rank for _, target in spec.targets), default=0)
 
-    def fill(
-        self,
-        lora: Mapping[str, Any] | None,
-        spec: AdapterSpec | None,
-        params: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
+    @staticmethod
+    def takes(spec: AdapterSpec) -> bool:
+        """Returns True for plain adapters.
+
+        DoRA's update is not linear, and a program with trained rows is compiled for their ids.
+        """
+        return not spec.dora and not spec.token_indices
+
+    def fill(self, lora: Mapping[str, Any] | None, spec: AdapterSpec | None) -> dict[str, Any]:
         """Returns the adapter in the slot's shapes; zeros if there is no adapter.
 
         Fully trained tables are included; programs are compiled once with them and once without.
-        Trained rows are converted to full tables, because a program would be compiled for their
-        ids.
 
         Args:
           lora: float32 tree of the adapter.
-          spec: its ranks and scales.
-          params: of the base, needed if rows of its tables were trained.
+          spec: its ranks and scales, which `takes` accepts.
 
         Raises:
-          NaloraError: a rank is larger than the slot's, the adapter is DoRA, whose update is not
-            linear, or it has trained rows and there are no ``params``.
+          NaloraError: a rank is larger than the slot's.
         """
         lora, spec = lora or {}, spec or AdapterSpec()
-        if spec.dora:
-            remedy = "merge it instead"
-            raise NaloraError("adapter", expected="a linear adapter", found="DoRA", remedy=remedy)
-        if spec.token_indices:
-            if params is None:
-                actual = "trained rows of the base's tables"
-                raise NaloraError("adapter", expected="the base's weights beside it", found=actual)
-            lora, spec = with_whole_tables(self.config, params, lora, spec)
+        assert self.takes(spec)
         tables, leaves = flatten(lora), {}
         for path, target in self.spec.targets:
             *lead, d_in, d_out = (len(target.ranks), *projection_shapes(self.config)[path])

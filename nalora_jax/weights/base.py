@@ -29,7 +29,6 @@ def load_model(
     *,
     dtype: str,
     mesh: Mesh | None = None,
-    cache: Path | None = None,
     quantized: Kind | None = None,
     images: bool = False,
 ) -> LoadedModel:
@@ -41,7 +40,6 @@ def load_model(
       dtype: of the parameters, "bfloat16" or "float32".
       mesh: devices that share the parameters, by the rules of `nalora_jax.layout.distributed`; the first
         device by default.
-      cache: folder for downloaded packages.
       quantized: store the projections' kernels as "int8", "nf4" or "mxfp4"
         (`nalora_jax.ops.quantize`) instead of ``dtype``.
       images: load a multimodal model with its vision tower and projector; by default its text
@@ -52,7 +50,7 @@ def load_model(
         the field.
     """
     require_dtype(dtype)  # before the download
-    resolved = hub.resolve_source(source, cache) if isinstance(source, str) else source
+    resolved = hub.resolve_source(source) if isinstance(source, str) else source
     files = open_files(resolved, images=images)
     if files.config.sight is not None:
         files = seeing_files(files)

@@ -69,13 +69,9 @@ def render_card(card: Card) -> str:
     values: dict[str, Any] = {function.__name__.lstrip("_"): function for function in _FUNCTIONS}
     if run is not None:
         values |= {
-            "mechanisms": [f"{_rule_name(rule)} ({_shown(rule)})" for rule in run.mechanisms],
-            "held": _held(run),
-            "warmup": f"{run.optimizer.warmup_share:.0%}",
+            "mechanisms": [_mechanism(rule) for rule in run.mechanisms],
             "settings": json.dumps(published(run.to_dict()), indent=2),
         }
-        if run.optimizer.warmup_steps:
-            values["warmup"] = f"{run.optimizer.warmup_steps} steps"
     written = ModelCard.from_template(
         _front_matter(card, images=images),
         template_path=str(_TEMPLATE),
@@ -85,7 +81,6 @@ def render_card(card: Card) -> str:
         merged=merged,
         images=images,
         loadable=loadable if is_hub_id(loadable) else "path/to/the/base",
-        variant=_variant(card.spec),
         results=_results(card),
         rope=json.dumps(dict(card.rope), indent=2),
         command=visible(published(card.command)),
@@ -123,25 +118,9 @@ def _front_matter(card: Card, *, images: bool) -> ModelCardData:
     )
 
 
-def _variant(spec: AdapterSpec) -> str:
-    if spec.dora:
-        return "DoRA"
-    return "rsLoRA" if spec.rslora else "LoRA"
-
-
-def _rule_name(rule: str) -> str:
-    return _RULES.get(rule.partition(":")[0], "the mechanism")
-
-
-def _shown(rule: str) -> str:
-    return markdown(str(published(rule, "mechanisms")))
-
-
-def _held(run: RunConfig) -> str:
-    kind = run.compute.quantize
-    if kind == "none":
-        return f"loaded as {run.compute.dtype}"
-    return f"quantized to {kind}, computed in {run.compute.dtype}"
+def _mechanism(rule: str) -> str:
+    name = _RULES.get(rule.partition(":")[0], "the mechanism")
+    return f"{name} ({markdown(str(published(rule, 'mechanisms')))})"
 
 
 def _results(card: Card) -> list[tuple[str, ...]]:
@@ -172,8 +151,7 @@ def _measured(metrics: Mapping[str, Any]) -> tuple[str, str, str, str]:
 
 def _short(name: str) -> str:
     """Returns a name for the card; a path is shortened to its last part."""
-    short: str = published(name, "model")
-    return short
+    return published(name, "model")
 
 
 def _link(name: str) -> str:

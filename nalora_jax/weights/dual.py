@@ -20,13 +20,13 @@ from nalora_jax.data.images.files import (
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.vision import families
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Loss
 from nalora_jax.models.vision.dual import init_params
 from nalora_jax.weights import hub
 from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.hf import ResolvedSource, SafetensorsFolder
 from nalora_jax.weights.origin import Origin, fingerprint, origin
-from nalora_jax.weights.tensors import TensorSource, load_params, param_shardings, require_dtype
+from nalora_jax.weights.tensors import load_params, param_shardings, require_dtype
 
 # Separates the names of two towers that were trained separately.
 JOIN = "+"
@@ -62,9 +62,8 @@ def load_dual(
     *,
     dtype: str,
     mesh: Mesh | None = None,
-    cache: Path | None = None,
     d_out: int = 0,
-    loss: str = "softmax",
+    loss: Loss = "softmax",
     seed: int = 0,
     image_size: int = 0,
 ) -> LoadedDual:
@@ -76,7 +75,6 @@ def load_dual(
         get fresh projections.
       dtype: of the parameters, "bfloat16" or "float32".
       mesh: devices that share the parameters; the first device by default.
-      cache: folder for downloaded packages.
       d_out: features of two towers' projections; 0: the smaller tower's width.
       loss: training loss of two towers, "softmax" or "sigmoid".
       seed: of the projections.
@@ -90,58 +88,56 @@ def load_dual(
     image, plus, text = source.partition(JOIN)
     if plus and not Path(source).exists():
         towers = [
-            load_encoder(name.strip(), dtype=dtype, mesh=mesh, cache=cache, prefix=prefix)
+            load_encoder(name.strip(), dtype=dtype, mesh=mesh, prefix=prefix)
             for name, prefix in ((image, "image/"), (text, "text/"))
         ]
         return join(*towers, mesh=mesh, d_out=d_out, loss=loss, seed=seed, image_size=image_size)
-    folder, name = hub.resolve_folder(source, cache)
+    folder, name = hub.resolve_folder(source)
     where = folder / "config.json"
     config = families.read_dual(read_json(where), str(where))
-    tensors = SafetensorsFolder(folder)
-    params = _params(config, tensors, dtype, mesh)
+    tensors, shapes = SafetensorsFolder(folder), config.param_shapes()
+    shardings = param_shardings(shapes, mesh)
+    params = load_params(shapes, tensors, keymap_of(config), dtype=dtype, shardings=shardings)
     tokenizer = _tokenizer(folder, config.text)
     processor = _of_side(read_processor(folder), config.image, image_size)
     source_of = origin(config, ResolvedSource("hf", folder, name), tensors, together=mesh is not None)
     return LoadedDual(config, params, tokenizer, processor, name, source_of.fingerprint, source_of)
 
 
-def described_dual(
-    source: str, *, cache: Path | None = None, d_out: int = 0, loss: str = "softmax"
-) -> DualConfig:
+def described_dual(source: str, *, d_out: int = 0, loss: Loss = "softmax") -> DualConfig:
     """Returns a dual encoder's description, without weights; arguments as in `load_dual`."""
     image, plus, text = source.partition(JOIN)
     if plus and not Path(source).exists():
-        image_config, read = (_description(name.strip(), cache)[0] for name in (image, text))
+        image_config, read = (_description(name.strip())[0] for name in (image, text))
         return families.compose(image_config, read, d_out or min(image_config.d_model, read.d_model), loss)
-    where = hub.resolve_folder(source, cache)[0] / "config.json"
+    where = hub.resolve_folder(source)[0] / "config.json"
     return families.read_dual(read_json(where), str(where))
 
 
-def _description(source: str, cache: Path | None) -> tuple[EncoderConfig, Path, str]:
+def _description(source: str) -> tuple[EncoderConfig, Path, str]:
     """Returns a tower's architecture, folder and name."""
-    folder, name = hub.resolve_folder(source, cache)
+    folder, name = hub.resolve_folder(source)
     where = folder / "config.json"
     return _pooled(families.read_encoder(read_json(where), str(where)), folder), folder, name
 
 
-def load_encoder(
-    source: str, *, dtype: str, mesh: Mesh | None = None, cache: Path | None = None, prefix: str = ""
-) -> LoadedEncoder:
+def load_encoder(source: str, *, dtype: str, mesh: Mesh | None = None, prefix: str = "") -> LoadedEncoder:
     """Loads one tower: an encoder's folder or hub id, or an alias of `hub.ENCODERS`.
 
     Args:
-      source, dtype, mesh, cache: as in `load_dual`.
+      source, dtype, mesh: as in `load_dual`.
       prefix: path of the tower in the tree that it will be part of, for the layout on the mesh.
 
     Raises:
       NaloraError: see `load_dual`.
     """
     require_dtype(dtype)  # before the download
-    config, folder, name = _description(source, cache)
+    config, folder, name = _description(source)
     tokenizer = _tokenizer(folder, config) if config.kind == "text" else None
     processor = read_processor(folder) if config.kind == "image" else None
-    tensors = SafetensorsFolder(folder)
-    params = _params(config, tensors, dtype, mesh, prefix)
+    tensors, shapes = SafetensorsFolder(folder), config.param_shapes()
+    shardings = param_shardings(shapes, mesh, prefix)
+    params = load_params(shapes, tensors, keymap_of(config), dtype=dtype, shardings=shardings)
     return LoadedEncoder(config, params, tokenizer, processor, name, fingerprint(config, tensors))
 
 
@@ -151,7 +147,7 @@ def join(
     *,
     mesh: Mesh | None = None,
     d_out: int = 0,
-    loss: str = "softmax",
+    loss: Loss = "softmax",
     seed: int = 0,
     image_size: int = 0,
 ) -> LoadedDual:
@@ -175,19 +171,6 @@ def join(
     name = f"{image.source}{JOIN}{text.source}"
     processor = _of_side(image.processor, image.config, image_size)
     return LoadedDual(config, params | projections, text.tokenizer, processor, name, digest)
-
-
-def _params(
-    config: DualConfig | EncoderConfig,
-    tensors: TensorSource,
-    dtype: str,
-    mesh: Mesh | None,
-    prefix: str = "",
-) -> dict[str, Any]:
-    """Loads the parameters of a dual encoder or of one tower; arguments as in `load_encoder`."""
-    shapes = config.param_shapes()
-    shardings = param_shardings(shapes, mesh, prefix)
-    return load_params(shapes, tensors, keymap_of(config), dtype=dtype, shardings=shardings)
 
 
 def _of_side(processor: ImageProcessor, config: EncoderConfig, side: int) -> ImageProcessor:

@@ -20,7 +20,6 @@ from nalora_jax.weights.keymaps import (
     SIGHT,
     TRANSPOSED,
     UNCHANGED,
-    Array,
     KeyMap,
     Layers,
     Slot,
@@ -248,9 +247,15 @@ def _transform(row: TensorRow, leaf: tuple[int, ...], config: EncoderConfig) -> 
         return TRANSPOSED
     shape = leaf
     if row.change == "patches":
+        # A strided convolution is a matmul of its patches.
         p = config.patch_size
         shape = (leaf[-1], config.channels, p, p)
-        return Transform(_from_conv, lambda x: _to_conv(x, p), mixes_rows=True, shape=shape)
+        return Transform(
+            lambda x: x.transpose(2, 3, 1, 0).reshape(leaf),
+            lambda x: x.reshape(p, p, -1, leaf[-1]).transpose(3, 2, 0, 1),
+            mixes_rows=True,
+            shape=shape,
+        )
     if leaf and row.change != "lead":
         return UNCHANGED
     if row.change == "lead":
@@ -258,18 +263,6 @@ def _transform(row: TensorRow, leaf: tuple[int, ...], config: EncoderConfig) -> 
     return Transform(
         lambda x: x.reshape(leaf), lambda x: np.asarray(x).reshape(shape), mixes_rows=True, shape=shape
     )
-
-
-def _from_conv(kernel: Array) -> Array:
-    """Converts ``[d, channels, p, p]`` to ``[p * p * channels, d]``.
-
-    A strided convolution is a matmul of its patches.
-    """
-    return kernel.transpose(2, 3, 1, 0).reshape(-1, kernel.shape[0])
-
-
-def _to_conv(kernel: Array, patch: int) -> Array:
-    return kernel.reshape(patch, patch, -1, kernel.shape[-1]).transpose(3, 2, 0, 1)
 
 
 def encoder_modules(config: ModelConfig | DualConfig) -> dict[str, str]:

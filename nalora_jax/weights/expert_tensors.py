@@ -51,23 +51,14 @@ class _Converted:
     format: str = ""  # that they must have; by default any that can be read
 
 
-class ConvertedTensors:
-    """The tensors of a source, some of them read from others, as a `TensorSource`."""
+class ConvertedTensors(TensorSource):
+    """The tensors of a source, some of them read from others."""
 
     def __init__(self, source: TensorSource, converted: Mapping[str, _Converted]) -> None:
-        self._source, self._converted = source, converted
+        self.where, self._source, self._converted = source.where, source, converted
         used = {name for tensor in converted.values() for name in tensor.stored}
         self._shapes = {name: shape for name, shape in source.shapes().items() if name not in used}
         self._shapes |= {name: tensor.shape for name, tensor in converted.items()}
-
-    @property
-    def where(self) -> str:
-        """The file or folder."""
-        return self._source.where
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Returns the shape of every tensor."""
-        return self._shapes
 
     def check_readable(self, name: str) -> None:
         """Raises a NaloraError unless `read` supports the tensor's number format."""

@@ -12,17 +12,16 @@ import math
 import mmap
 import struct
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.family import Metadata
 from nalora_jax.weights.shards import DTYPES, FileTensor
-from nalora_jax.weights.tensors import Index, TensorFiles
-
-T = TypeVar("T")
+from nalora_jax.weights.tensors import Index, TensorSource
 
 READABLE = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
@@ -38,7 +37,7 @@ _MAX_STRINGS = 1 << 22  # in all arrays; the largest vocabularies and merge list
 _MAX_DIMENSIONS = 4
 
 
-class GGUFFile(TensorFiles):
+class GGUFFile(TensorSource):
     """A GGUF file, as a `TensorSource`.
 
     Attributes:
@@ -67,46 +66,24 @@ class GGUFFile(TensorFiles):
         """Returns a slice of a tensor: float32, or the file's 16-bit floats."""
         stored = self._tensors[name]
         if len(stored.shape) == 1:
-            return self._rows(name, stored, 0, 1)[0][index]
+            return self._rows(stored, 0, 1)[0][index]
         per_row = math.prod(stored.shape[1:-1])  # rows of bytes in one row of the tensor
         first, *inner = index
-        flat = self._rows(name, stored, first.start * per_row, first.stop * per_row)
+        flat = self._rows(stored, first.start * per_row, first.stop * per_row)
         return flat.reshape(-1, *stored.shape[1:])[(slice(None), *inner)]
 
-    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """Returns the metadata value of ``key`` as ``kind``; an int is accepted as a float.
+    def about(self, prefix: str) -> Metadata:
+        """Returns the metadata whose keys begin with ``prefix``."""
+        return Metadata(self.metadata, prefix, self.where)
 
-        Raises:
-          NaloraError: the key is missing and has no default, or its value has another type.
-        """
-        value = self.metadata.get(key, default)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            actual = "no such key"
-            if value is not None:
-                actual = f"{type(value).__name__} {str(value)[:40]}"
-            raise NaloraError(f"{self.path}: {key}", expected=f"{kind.__name__}", found=actual)
-        return value
-
-    def _rows(self, name: str, stored: FileTensor, start: int, stop: int) -> np.ndarray:
+    def _rows(self, stored: FileTensor, start: int, stop: int) -> np.ndarray:
         """Returns dequantized rows along the last axis: ``[stop - start, shape[-1]]``."""
         row = stored.size // math.prod(stored.shape[:-1])
-        count = (stop - start) * row
         # Read, not mapped: a mapped file's pages would count as this process's memory.
-        raw = stored.read(start * row, count)
-        if raw.size != count:
-            raise NaloraError(
-                f"{self.path}: {name}",
-                expected=f"{count} bytes",
-                found=raw.size,
-                remedy="the file changed; load again",
-            )
-        raw = raw.reshape(stop - start, row)
+        raw = stored.read(start * row, (stop - start) * row).reshape(stop - start, row)
         if stored.format in ("F16", "BF16"):
             return raw.view(DTYPES[stored.format])
-        values: np.ndarray = dequantize(raw, GGMLQuantizationType[stored.format])
-        return values
+        return dequantize(raw, GGMLQuantizationType[stored.format])
 
 
 # ---------------------------------------------------------------- the header

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.family import BUILT_IN, nearest
+from nalora_jax.models.family import BUILT_IN, Metadata, nearest
 from nalora_jax.models.ropes import RopeSpec, inverse_frequencies
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.tensors import whole
@@ -32,7 +32,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
       NaloraError: an unsupported architecture, or a metadata key that is missing or has the wrong
         type.
     """
-    architecture = file.get("general.architecture", str)
+    architecture = file.about("general").get("architecture", str)
     formats = {family.name: family.gguf for family in BUILT_IN.values() if family.gguf}
     known = {form.architecture: name for name, form in formats.items()}
     if architecture not in known:
@@ -42,7 +42,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
             found=repr(architecture),
             remedy=nearest(architecture, known),
         )
-    reader = _Reader(file, architecture)
+    reader = _Model(file, architecture)
     model_type, form = next(
         (name, form)
         for name, form in formats.items()
@@ -51,74 +51,17 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     class_name = BUILT_IN[model_type].class_name
     raw = {"architectures": [class_name], "model_type": model_type, **_shape(reader), **_rope(reader)}
     raw |= form.settings(reader)
-    for key, theirs in _SPECIAL.items():
-        if f"tokenizer.ggml.{theirs}" in file.metadata:
-            raw[key] = file.get(f"tokenizer.ggml.{theirs}", int)
+    tokenizer = file.about("tokenizer.ggml")
+    raw |= {key: tokenizer.get(theirs, int) for key, theirs in _SPECIAL.items() if tokenizer.has(theirs)}
     return raw
 
 
-class _Reader:
-    """Metadata of one architecture, by the part of the key after its name."""
+class _Model(Metadata):
+    """Metadata of one architecture, with the file's small tensors."""
 
     def __init__(self, file: GGUFFile, architecture: str) -> None:
-        self.file, self.architecture = file, architecture
-
-    def has(self, key: str) -> bool:
-        return f"{self.architecture}.{key}" in self.file.metadata
-
-    def number(self, key: str, kind: type[Any], default: Any = None) -> Any:
-        """Returns a number; a list with one value per layer is accepted if all values are equal."""
-        name = f"{self.architecture}.{key}"
-        value = self.file.metadata.get(name)
-        if not isinstance(value, np.ndarray):
-            return self.file.get(name, kind, default)
-        if value.size == 0 or (value != value[0]).any():
-            raise NaloraError(
-                f"{self.file.path}: {name}",
-                expected="the same value for every layer",
-                found=value[:8].tolist(),
-                remedy="models whose layers differ in shape are not supported",
-            )
-        return kind(value[0].item())
-
-    def flags(self, key: str, length: int) -> list[bool]:
-        """Returns a list of ``length`` booleans."""
-        name = f"{self.architecture}.{key}"
-        value = self.file.metadata.get(name, "no such key")
-        if not isinstance(value, np.ndarray) or value.dtype != bool or value.shape != (length,):
-            where, actual = f"{self.file.path}: {name}", str(value)[:60]
-            raise NaloraError(where, expected=f"{length} booleans", found=actual)
-        return value.tolist()
-
-    def scaling(self) -> dict[str, Any] | None:
-        """Returns the scaling of RoPE that the file names, or None."""
-        kind = self.number("rope.scaling.type", str, "none")
-        if kind == "none":
-            return None
-        scaling = {"rope_type": kind, "factor": self.number("rope.scaling.factor", float)}
-        if kind == "yarn":
-            scaling["original_max_position_embeddings"] = self.number(
-                "rope.scaling.original_context_length", int
-            )
-            for key in ("beta_fast", "beta_slow"):
-                if self.has(f"rope.scaling.yarn_{key}"):
-                    scaling[key] = self.number(f"rope.scaling.yarn_{key}", float)
-            if self.has("rope.scaling.yarn_log_multiplier"):  # llama.cpp assumes mscale 1
-                scaling |= {
-                    "mscale": 1.0,
-                    "mscale_all_dim": self.number("rope.scaling.yarn_log_multiplier", float),
-                }
-        return scaling
-
-    def refuse_window(self) -> None:
-        """Raises an error if the file has a sliding window."""
-        if self.number("attention.sliding_window", int, 0):
-            raise NaloraError(
-                f"{self.file.path}: {self.architecture}.attention.sliding_window",
-                expected="no sliding window for this architecture",
-                found=self.number("attention.sliding_window", int),
-                remedy="this variant is not supported",
-            )
+        super().__init__(file.metadata, architecture, file.where)
+        self.file = file
 
     def tensor(self, name: str) -> np.ndarray | None:
         """Returns a small tensor as float64, or None."""
@@ -132,45 +75,41 @@ class _Reader:
         return name in self.file.shapes()
 
 
-def _shape(r: _Reader) -> dict[str, Any]:
+def _shape(r: _Model) -> dict[str, Any]:
     """Returns the model's sizes, from the same keys and tensors as llama.cpp."""
-    width, heads = r.number("embedding_length", int), r.number("attention.head_count", int)
+    width, heads = r.get("embedding_length", int), r.get("attention.head_count", int)
     vocabulary = r.file.shapes().get("token_embd.weight")
     if vocabulary is None:
-        raise NaloraError(
-            str(r.file.path), expected="the tensor token_embd.weight", found="none of that name"
-        )
+        raise NaloraError(r.where, expected="the tensor token_embd.weight", found="none of that name")
     if heads < 1:
-        raise NaloraError(
-            f"{r.file.path}: {r.architecture}.attention.head_count", expected="1 or more", found=heads
-        )
+        raise r.error("attention.head_count", "1 or more", heads)
     raw = {
         "vocab_size": vocabulary[0],
         "hidden_size": width,
-        "num_hidden_layers": r.number("block_count", int),
+        "num_hidden_layers": r.get("block_count", int),
         "num_attention_heads": heads,
-        "num_key_value_heads": r.number("attention.head_count_kv", int, heads),
-        "head_dim": r.number("attention.key_length", int, width // heads),
-        "max_position_embeddings": r.number("context_length", int),
-        "rms_norm_eps": r.number("attention.layer_norm_rms_epsilon", float),
+        "num_key_value_heads": r.get("attention.head_count_kv", int, heads),
+        "head_dim": r.get("attention.key_length", int, width // heads),
+        "max_position_embeddings": r.get("context_length", int),
+        "rms_norm_eps": r.get("attention.layer_norm_rms_epsilon", float),
         "tie_word_embeddings": not r.has_tensor("output.weight"),
         "attention_bias": r.has_tensor("blk.0.attn_q.bias"),
         "mlp_bias": r.has_tensor("blk.0.ffn_up.bias"),
     }
     if r.has("attention.causal"):
-        raw["is_causal"] = r.number("attention.causal", bool)
+        raw["is_causal"] = r.get("attention.causal", bool)
     if r.has("feed_forward_length"):
-        raw["intermediate_size"] = r.number("feed_forward_length", int)
+        raw["intermediate_size"] = r.get("feed_forward_length", int)
     return raw
 
 
 # ---------------------------------------------------------------- rotary embeddings
 
 
-def _rope(r: _Reader) -> dict[str, Any]:
-    theta = r.number("rope.freq_base", float, 10_000.0)
-    head_dim = r.number("attention.key_length", int, 0)
-    rotated = r.number("rope.dimension_count", int, head_dim)
+def _rope(r: _Model) -> dict[str, Any]:
+    theta = r.get("rope.freq_base", float, 10_000.0)
+    head_dim = r.get("attention.key_length", int, 0)
+    rotated = r.get("rope.dimension_count", int, head_dim)
     raw: dict[str, Any] = {"rope_theta": theta}
     if head_dim and rotated != head_dim:
         raw["partial_rotary_factor"] = rotated / head_dim
@@ -180,7 +119,7 @@ def _rope(r: _Reader) -> dict[str, Any]:
     return raw
 
 
-def _long_factors(r: _Reader) -> dict[str, Any] | None:
+def _long_factors(r: _Model) -> dict[str, Any] | None:
     """Returns LongRoPE's settings; its two lists of divisors are tensors in the file."""
     short, long = r.tensor("rope_factors_short.weight"), r.tensor("rope_factors_long.weight")
     if short is None or long is None:
@@ -189,14 +128,14 @@ def _long_factors(r: _Reader) -> dict[str, Any] | None:
         "rope_type": "longrope",
         "short_factor": short.tolist(),
         "long_factor": long.tolist(),
-        "original_max_position_embeddings": r.number("rope.scaling.original_context_length", int),
+        "original_max_position_embeddings": r.get("rope.scaling.original_context_length", int),
     }
     if r.has("rope.scaling.attn_factor"):
-        scaling["attention_factor"] = r.number("rope.scaling.attn_factor", float)
+        scaling["attention_factor"] = r.get("rope.scaling.attn_factor", float)
     return scaling
 
 
-def _frequency_factors(r: _Reader, theta: float) -> dict[str, Any] | None:
+def _frequency_factors(r: _Model, theta: float) -> dict[str, Any] | None:
     """Returns Llama 3's scaling, which is stored as one divisor per frequency.
 
     Divisors that do not match Llama 3's formula are returned as LongRoPE lists.
@@ -215,7 +154,7 @@ def _frequency_factors(r: _Reader, theta: float) -> dict[str, Any] | None:
             "high_freq_factor": spec.high_freq_factor,
             "original_max_position_embeddings": spec.max_positions,
         }
-    length = r.number("context_length", int)
+    length = r.get("context_length", int)
     both = {"short_factor": divisors.tolist(), "long_factor": divisors.tolist()}
     return {
         "rope_type": "longrope",

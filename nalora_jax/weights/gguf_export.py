@@ -85,7 +85,7 @@ def verify_adapter_gguf(
       NaloraError: the file cannot be read, or contains another adapter.
     """
     file = GGUFFile(path)
-    alpha = file.get(Keys.Adapter.LORA_ALPHA, float)
+    alpha = file.about("adapter.lora").get("alpha", float)
     meant = {tensor.name: (tensor, adapter) for tensor, adapter in _adapters(config, lora, spec)}
     differences = [0.0]
     for name, (tensor, adapter) in meant.items():

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from nalora_jax.data import tokenizer as ours
 from nalora_jax.data.tokenizer import is_foreign
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.family import Metadata
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.model_files import SINGLE_FILES
@@ -81,24 +82,28 @@ def read_tokenizer(file: GGUFFile) -> ours.Tokenizer:
     Raises:
       NaloraError: an unknown kind of vocabulary or splitting rule, or inconsistent metadata.
     """
-    kind = file.get("tokenizer.ggml.model", str)
-    tokens = file.get("tokenizer.ggml.tokens", list)
-    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if kind not in builders:
-        raise _error(file, "model", "gpt2 (byte-level BPE) or llama (SentencePiece BPE)", repr(kind))
+    about = file.about("tokenizer.ggml")
+    kind, tokens = about.get("model", str), about.get("tokens", list)
+    if kind not in ("gpt2", "llama"):
+        raise about.error("model", "gpt2 (byte-level BPE) or llama (SentencePiece BPE)", repr(kind))
     try:
-        backend = builders[kind](file, tokens)
-        _add_special(backend, tokens, _numbers(file, "token_type", len(tokens), default=1))
+        if kind == "gpt2":
+            backend = _byte_level(about, tokens)
+        else:
+            backend = _sentencepiece(about, tokens, file.about("general").get("architecture", str))
+        _add_special(backend, tokens, _numbers(about, "token_type", len(tokens), default=1))
     except NaloraError:
         raise
     except BaseException as error:  # the binding raises Exceptions, and panics (BaseException)
         if is_foreign(error):
-            raise _error(file, "tokens", "a vocabulary and merges that fit together", error) from error
+            raise about.error("tokens", "a vocabulary and merges that fit together", error) from error
         raise
-    return _wrapped(file, backend, tokens, adds_bos=kind == "llama")
+    return _wrapped(file, about, backend, tokens, adds_bos=kind == "llama")
 
 
-def _wrapped(file: GGUFFile, backend: Tokenizer, tokens: list[str], *, adds_bos: bool) -> ours.Tokenizer:
+def _wrapped(
+    file: GGUFFile, about: Metadata, backend: Tokenizer, tokens: list[str], *, adds_bos: bool
+) -> ours.Tokenizer:
     """Adds the special ids, and the special tokens' texts for chat templates."""
     names = {
         "bos": "bos_token_id",
@@ -106,11 +111,11 @@ def _wrapped(file: GGUFFile, backend: Tokenizer, tokens: list[str], *, adds_bos:
         "unk": "unknown_token_id",
         "pad": "padding_token_id",
     }
-    optional = {name: _token_id(file, key, len(tokens)) for name, key in names.items()}
+    optional = {name: _token_id(about, key, len(tokens)) for name, key in names.items()}
     ids = {name: token_id for name, token_id in optional.items() if token_id is not None}
     if "eos" not in ids:
-        raise _error(file, "eos_token_id", "the id of the token that ends a text", "no such key")
-    other = [_token_id(file, key, len(tokens)) for key in ("eot_token_id", "eom_token_id")]
+        raise about.error("eos_token_id", "the id of the token that ends a text", "no such key")
+    other = [_token_id(about, key, len(tokens)) for key in ("eot_token_id", "eom_token_id")]
     by_name = [backend.token_to_id(name) for name in _STOPS]
     stops = [ids["eos"], *(i for i in (*other, *by_name) if i is not None)]
     keys = ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")
@@ -125,7 +130,7 @@ def _wrapped(file: GGUFFile, backend: Tokenizer, tokens: list[str], *, adds_bos:
         eos_ids=tuple(dict.fromkeys(stops)),
         chat_template=template,
         tool_template=tool_template,
-        add_bos="bos" in ids and file.get("tokenizer.ggml.add_bos_token", bool, adds_bos),
+        add_bos="bos" in ids and about.get("add_bos_token", bool, adds_bos),
         special_tokens={f"{name}_token": tokens[token_id] for name, token_id in ids.items()},
     )
 
@@ -133,13 +138,13 @@ def _wrapped(file: GGUFFile, backend: Tokenizer, tokens: list[str], *, adds_bos:
 # ---------------------------------------------------------------- byte-level BPE
 
 
-def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
-    rule = file.get("tokenizer.ggml.pre", str, "")
+def _byte_level(about: Metadata, tokens: list[str]) -> Tokenizer:
+    rule = about.get("pre", str, "")
     if rule not in _SPLITS:
-        raise _error(file, "pre", f"one of {', '.join(name for name in _SPLITS if name)}", repr(rule))
-    listed = file.get("tokenizer.ggml.merges", list)
+        raise about.error("pre", f"one of {', '.join(name for name in _SPLITS if name)}", repr(rule))
+    listed = about.get("merges", list)
     if any(pair.count(" ") != 1 for pair in listed):
-        raise _error(file, "merges", "two tokens and one space in each", "another form")
+        raise about.error("merges", "two tokens and one space in each", "another form")
     merges = [(left, right) for left, _, right in (pair.partition(" ") for pair in listed)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _WHOLE_WORDS))
@@ -165,16 +170,16 @@ def _splitter(rule: str) -> Any:
 # ---------------------------------------------------------------- SentencePiece BPE
 
 
-def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
+def _sentencepiece(about: Metadata, tokens: list[str], architecture: str) -> Tokenizer:
     token_set = set(tokens)
     # GGUF files write runs of spaces as spaces; the tokenizer needs SentencePiece's visible mark.
     spelled = [
         t if t.strip(" ") or not t or _SPACE * len(t) in token_set else _SPACE * len(t) for t in tokens
     ]
-    kinds = _numbers(file, "token_type", len(tokens), default=1)
-    scores = _numbers(file, "scores", len(tokens), default=0)
+    kinds = _numbers(about, "token_type", len(tokens), default=1)
+    scores = _numbers(about, "scores", len(tokens), default=0)
     vocabulary = {token: i for i, token in enumerate(spelled)}
-    unknown = _token_id(file, "unknown_token_id", len(tokens))
+    unknown = _token_id(about, "unknown_token_id", len(tokens))
     backend = Tokenizer(
         models.BPE(
             vocab=vocabulary,
@@ -185,12 +190,12 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
         )
     )
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    prefix = file.get("tokenizer.ggml.add_space_prefix", bool, True)
+    prefix = about.get("add_space_prefix", bool, True)
     if prefix:
         steps.append(decoders.Strip(" ", left=1))
     if not prefix:
         backend.normalizer = normalizers.Replace(" ", _SPACE)
-    elif file.get("general.architecture", str) == "phi3":
+    elif architecture == "phi3":
         # As in its tokenizer.json: a space precedes every piece of text.
         backend.normalizer = normalizers.Sequence(
             [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
@@ -233,26 +238,20 @@ def _add_special(backend: Tokenizer, tokens: list[str], kinds: np.ndarray) -> No
         add([AddedToken(token, normalized=False, special=kind == _CONTROL) for token in present])
 
 
-def _numbers(file: GGUFFile, name: str, length: int, *, default: float) -> np.ndarray:
+def _numbers(about: Metadata, name: str, length: int, *, default: float) -> np.ndarray:
     """Returns one number per token."""
-    key = f"tokenizer.ggml.{name}"
-    if key not in file.metadata:
+    if not about.has(name):
         return np.full(length, default)
-    value = file.get(key, np.ndarray)
+    value: np.ndarray = about.get(name, np.ndarray)
     if value.size != length:
-        raise _error(file, name, f"{length} numbers, one per token", value.size)
+        raise about.error(name, f"{length} numbers, one per token", value.size)
     return value
 
 
-def _token_id(file: GGUFFile, name: str, length: int) -> int | None:
-    key = f"tokenizer.ggml.{name}"
-    if key not in file.metadata:
+def _token_id(about: Metadata, name: str, length: int) -> int | None:
+    if not about.has(name):
         return None
-    value = file.get(key, int)
+    value: int = about.get(name, int)
     if not 0 <= value < length:
-        raise _error(file, name, f"an id below {length}", value)
+        raise about.error(name, f"an id below {length}", value)
     return value
-
-
-def _error(file: GGUFFile, name: str, expected: object, actual: object) -> NaloraError:
-    return NaloraError(f"{file.path}: tokenizer.ggml.{name}", expected=expected, found=actual)

@@ -24,7 +24,7 @@ from nalora_jax.common import buckets
 from nalora_jax.data.tokenizer import is_unicode, read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.shards import DTYPES, INDEX, SINGLE, FileTensor, complaints, dtype_of, read_header
-from nalora_jax.weights.tensors import WORKERS, Index, TensorFiles
+from nalora_jax.weights.tensors import WORKERS, Index, TensorSource
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_MAPPED = 16 << 20  # bytes
@@ -43,7 +43,7 @@ class ResolvedSource:
     rope_scaling: str = ""  # in place of the config's: see `models.rope_scaling.with_rope_scaling`
 
 
-class SafetensorsFolder(TensorFiles):
+class SafetensorsFolder(TensorSource):
     """The tensors of a folder, as a `TensorSource`.
 
     Raises:
@@ -241,8 +241,7 @@ class _StreamedTensor(FileTensor):
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Returns bytes of the tensor, uint8 ``[count]``."""
-        first = self.start + start
-        return np.frombuffer(buckets.read_range(self.url, first, first + count), np.uint8)
+        return _bytes(self.url, self.start + start, self.start + start + count)
 
 
 class _Chunks:

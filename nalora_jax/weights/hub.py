@@ -274,15 +274,11 @@ def download_snapshot(repository: str, file: str = "") -> Path:
         if refused is not None:
             raise refused from error
         expected = "the hub to deliver the model"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if constants.HF_HUB_OFFLINE:
+            reason = "it is switched off by HF_HUB_OFFLINE"
         remedy = "check the network, or give a local folder or .gguf file"
-        raise NaloraError(repository, expected=expected, found=reason_of(error), remedy=remedy) from error
-
-
-def reason_of(error: Exception) -> str:
-    """Returns why the hub does not answer, in one line."""
-    if constants.HF_HUB_OFFLINE:
-        return "it is switched off by HF_HUB_OFFLINE"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise NaloraError(repository, expected=expected, found=reason, remedy=remedy) from error
 
 
 def _refusal(repository: str, error: Exception) -> NaloraError | None:

@@ -83,20 +83,8 @@ class SourceTensor:
         """The axis of outputs, along which slots follow each other; a stack of experts has it second."""
         return max(len(self.shape) - 2, 0)
 
-    def split(self, array: Array) -> tuple[Array, ...]:
-        """Splits the tensor into its slots, in order, each in our layout."""
-        if len(self.slots) == 1:
-            return (self.transform.into(array),)
-        if self.transform.alternates:
-            return tuple(array[..., i :: len(self.slots)] for i in range(len(self.slots)))
-        ends, lead = np.cumsum(self.rows).tolist(), (slice(None),) * self.axis
-        return tuple(
-            self.transform.into(array[(*lead, slice(end - size, end))])
-            for end, size in zip(ends, self.rows, strict=True)
-        )
-
     def join(self, parts: Sequence[Array]) -> np.ndarray:
-        """Builds the file's tensor from its slots: the inverse of `split`."""
+        """Builds the file's tensor from its slots, each in our layout."""
         arrays = [np.asarray(self.transform.back(array)) for array in parts]
         if self.transform.alternates:
             return np.stack(arrays, axis=-1).reshape(self.shape)

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
-from jax import lax
 
 from nalora_jax.common.folders import new_folder, write_json
 from nalora_jax.common.trees import flatten, unflatten
@@ -28,7 +27,8 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model, family_of, text_part
 from nalora_jax.models.targets import AdapterSpec, leaf_dtype
 from nalora_jax.models.vision.config import DualConfig
-from nalora_jax.ops.storage import Kernel, Stored, expand
+from nalora_jax.ops.storage import Stored, expand
+from nalora_jax.weights.adapter_forms import merged_stack
 from nalora_jax.weights.encoders import file_name, keymap_of
 from nalora_jax.weights.keymaps import Slot
 from nalora_jax.weights.peft import layer_adapter
@@ -56,26 +56,11 @@ def merge(params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec)
         if spec.dora:
             magnitude = jnp.asarray(adapters[f"{path}/magnitude"])
         kernel = jax.tree.map(jnp.asarray, leaves[f"{path}/kernel"])
-        leaves[f"{path}/kernel"] = _merge_stack(kernel, a, b, jnp.asarray(spec.scales(path)), magnitude)
+        leaves[f"{path}/kernel"] = _merged_stack(kernel, a, b, jnp.asarray(spec.scales(path)), magnitude)
     return unflatten(leaves)
 
 
-@jax.jit
-def _merge_stack(
-    kernel: Kernel, a: jax.Array, b: jax.Array, scale: jax.Array, magnitude: jax.Array | None
-) -> jax.Array:
-    """Merges every layer of a stacked kernel ``[layers, ..., d_in, d_out]``, one at a time."""
-
-    def one(layer: tuple[Any, ...]) -> jax.Array:
-        stored, a, b, s, m = layer
-        w = expand(stored)
-        merged = merged_kernel(w, a, b, s, m)
-        if m is not None:
-            merged = jnp.where(s == 0, w.astype(jnp.float32), merged)  # scale 0 means rank 0: no adapter
-        return merged.astype(w.dtype)
-
-    merged: jax.Array = lax.map(one, (kernel, a, b, scale, magnitude))
-    return merged
+_merged_stack = jax.jit(merged_stack)
 
 
 def merged_tensors(
@@ -97,34 +82,26 @@ def merged_tensors(
     """
     refuse_saved(spec, "merge", "fold them in first (weights.peft_tables.fold_saved)")
     leaves, adapters = flatten(params, _is_stored), flatten(lora or {})
+
+    def merged(slot: Slot) -> np.ndarray:
+        value = np.asarray(_expanded(jax.tree.map(lambda array: array[slot.index], leaves[slot.path])))
+        adapter = None
+        if adapters and slot.layer is not None:
+            adapter = layer_adapter(adapters, spec, slot.path.removesuffix("/kernel"), slot.layer)
+        if adapter is not None:
+            expert = slot.index[1:]
+            magnitude = None if adapter.magnitude is None else adapter.magnitude[expert]
+            value = merged_kernel(
+                value, adapter.a[expert], adapter.b[expert], np.float32(adapter.scale), magnitude
+            )
+        return value.astype(_file_dtype(leaves, slot, dtype))
+
     for tensor in keymap_of(config).tensors:
-        parts = [_slot_value(leaves, adapters, spec, slot, dtype) for slot in tensor.slots]
-        yield file_name(config, tensor.name), tensor.join(parts).reshape(tensor.shape)
+        joined = tensor.join([merged(slot) for slot in tensor.slots])
+        yield file_name(config, tensor.name), joined.reshape(tensor.shape)
 
 
 _expanded = jax.jit(expand)
-
-
-def _slot_value(
-    leaves: Mapping[str, Any],
-    adapters: Mapping[str, Any],
-    spec: AdapterSpec,
-    slot: Slot,
-    dtype: np.dtype | None,
-) -> np.ndarray:
-    """Returns one layer's (or one expert's) merged parameter in the dtype of the written file."""
-    value = np.asarray(_expanded(jax.tree.map(lambda array: array[slot.index], leaves[slot.path])))
-    target = _file_dtype(leaves, slot, dtype)
-    adapter = None
-    if adapters and slot.layer is not None:
-        adapter = layer_adapter(adapters, spec, slot.path.removesuffix("/kernel"), slot.layer)
-    if adapter is not None:
-        expert = slot.index[1:]
-        magnitude = None if adapter.magnitude is None else adapter.magnitude[expert]
-        value = merged_kernel(
-            value, adapter.a[expert], adapter.b[expert], np.float32(adapter.scale), magnitude
-        )
-    return value.astype(target)
 
 
 def write_merged(

@@ -18,6 +18,7 @@ from nalora_jax.common.folders import new_folder, write_json
 from nalora_jax.common.trees import flatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, adapter_scale, uniform_path
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.peft_config import CONFIG_NAME
@@ -35,19 +36,14 @@ from nalora_jax.weights.peft_modules import (
     fold,
     fuse,
     layout_for,
-    module_shape,
-    part_widths,
     places_in,
-    places_of,
     short_name,
-    stack_depths,
 )
 from nalora_jax.weights.peft_read import BASE_KEY, FINGERPRINT_KEY, ROPE_KEY, TENSORS_NAME, import_adapter
 from nalora_jax.weights.peft_tables import (
     TRAINED,
     refuse_saved,
-    saved_tensors,
-    token_row_tensors,
+    table_tensors,
     trained_tensors,
 )
 from nalora_jax.weights.shards import write_tensors
@@ -107,47 +103,32 @@ def export_adapter(
       NaloraError: the tool does not support a property of the adapter (the message names it); the
         folder has other content; or a write fails.
     """
-    layout = layout or layout_for(target, config)
-    settings, tensors = _contents(lora, spec, config, layout, target, max_lora_rank)
-    settings |= {"base_model_name_or_path": base_model_name}
+    layout, for_vllm = layout or layout_for(target, config), target == "vllm"
+    if for_vllm:
+        _check_vllm(spec)
+    entries = list(_entries(lora, spec, config, layout, per_expert=for_vllm))
+    entries = _one_rank(entries, config, layout, max_lora_rank) if for_vllm else _even_stacks(entries)
+    written = spec
+    if any(entry.parameter or entry.place.expert is not None for entry in entries):
+        # Dropout acts in training only, and PEFT refuses to load it for experts.
+        written = replace(spec, dropout=0.0)
+    settings = adapter_settings(entries, config, layout, written, rslora=spec.rslora and not for_vllm)
+    settings |= {"base_model_name_or_path": base_model_name, **(extra or {})}
+    if for_vllm:
+        entries += copies_for_values(entries, config)
+    tensors = dict(adapter_tensors(entries, layout))
+    if isinstance(config, ModelConfig):
+        tensors |= table_tensors(lora, spec, config)
     base = {FINGERPRINT_KEY: fingerprint, ROPE_KEY: rope_scaling, BASE_KEY: base_weights}
     metadata = {"format": "pt"} | {name: value for name, value in base.items() if value}
     with new_folder(folder, replaces=OWN_FILES, overwrite=overwrite) as scratch:
-        write_json(scratch / CONFIG_NAME, settings | dict(extra or {}))
+        write_json(scratch / CONFIG_NAME, settings)
         write_tensors(scratch / TENSORS_NAME, tensors, metadata)
         if isinstance(config, DualConfig) and config.trained:
             write_tensors(scratch / TRAINED, trained_tensors(lora, config), metadata)
         if write_extra is not None:
             write_extra(scratch)
     return Path(folder)
-
-
-def _contents(
-    lora: Mapping[str, Any],
-    spec: AdapterSpec,
-    config: Host,
-    layout: ModuleLayout,
-    target: Literal["peft", "vllm"],
-    max_lora_rank: int,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns the settings, without the base model's name, and the tensors of an adapter's files."""
-    if target == "vllm":
-        _check_vllm(spec)
-        entries = list(_entries(lora, spec, config, layout, per_expert=True))
-        entries = _one_rank(entries, config, layout, max_lora_rank)
-    else:
-        entries = _even_stacks(list(_entries(lora, spec, config, layout, per_expert=False)))
-    if any(entry.parameter or entry.place.expert is not None for entry in entries):
-        # Dropout acts in training only, and PEFT refuses to load it for experts.
-        spec = replace(spec, dropout=0.0)
-    rslora = spec.rslora and target == "peft"
-    settings = adapter_settings(entries, config, layout, spec, rslora=rslora)
-    if target == "vllm":
-        entries += copies_for_values(entries, config)
-    tensors = dict(adapter_tensors(entries, layout))
-    if isinstance(config, ModelConfig):
-        tensors |= saved_tensors(lora, spec, config) | token_row_tensors(lora, spec, config)
-    return settings, tensors
 
 
 def layer_adapter(
@@ -188,18 +169,16 @@ def _entries(
     leaves = flatten(lora)
     _check_known(spec, layout)
     by_expert = per_expert and bool(layout.experts)
-    stacked_at = places_of(config)
 
     @functools.cache
-    def part(path: str, layer: int) -> ModuleAdapter | None:
-        return layer_adapter(leaves, spec, *stacked_at[path, layer])
+    def part(path: str, index: int) -> ModuleAdapter | None:
+        return layer_adapter(leaves, spec, path, index)
 
     for place in places_in(config, layout):
         module, expert = place.module, place.expert
         if (place.stacked and by_expert) or (expert is not None and not by_expert):
             continue
-        parts = [part(path, place.layer) for path in module.parts]
-        adapter = fuse(parts, part_widths(config, module, place.layer), alternates=module.alternates)
+        adapter = fuse([part(*slot) for slot in place.slots], place.widths, alternates=module.alternates)
         if adapter is None:
             continue
         if expert is not None:
@@ -284,15 +263,14 @@ def _one_rank(entries: list[Entry], config: Host, layout: ModuleLayout, limit: i
     if any(entry.place.stacked for entry in entries):
         adapted |= {module.name for module in layout.parameters}
     return [
-        Entry(place, folded.get(place.name) or _zeros(config, place, rank, scale), place.stacked)
+        Entry(place, folded.get(place.name) or _zeros(place, rank, scale), place.stacked)
         for place in places_in(config, layout)
         if place.module.name in adapted
     ]
 
 
-def _zeros(config: Host, place: Place, rank: int, scale: float) -> ModuleAdapter:
-    shape = module_shape(config, place.module, place.layer)
-    *lead, d_in, d_out = shape[0 if place.stacked else -2 :]
+def _zeros(place: Place, rank: int, scale: float) -> ModuleAdapter:
+    *lead, d_in, d_out = place.shape[0 if place.stacked else -2 :]
     return ModuleAdapter(
         np.zeros((*lead, d_in, rank), np.float32), np.zeros((*lead, rank, d_out), np.float32), scale
     )
@@ -345,32 +323,18 @@ def verify_export(
         if not np.array_equal(trained, read):
             raise differs(f"{folder}: {name}")
     for path in sorted({path for path, _ in (*spec.targets, *loaded_spec.targets)}):
-        for layer in range(stack_depths(config)[path]):
-            meant = layer_adapter(ours, spec, path, layer)
-            reloaded = layer_adapter(theirs, loaded_spec, path, layer)
-            worst = max(worst, _difference_of(folder, f"{path}, layer {layer}", meant, reloaded))
+        for layer in range(depths(config)[path]):
+            meant = _effective(layer_adapter(ours, spec, path, layer))
+            reloaded = _effective(layer_adapter(theirs, loaded_spec, path, layer))
+            if meant is None and reloaded is None:
+                continue
+            difference = np.inf
+            if meant is not None and reloaded is not None:
+                difference = _relative(meant, reloaded)
+            if difference > _FOLD_TOLERANCE:
+                raise differs(f"{folder}: {path}, layer {layer}")
+            worst = max(worst, difference)
     return worst
-
-
-def _difference_of(
-    folder: str | Path, place: str, meant: ModuleAdapter | None, reloaded: ModuleAdapter | None
-) -> float:
-    """Returns the relative difference of ``scale * B`` of a projection in one layer.
-
-    Raises:
-      NaloraError: it is above the tolerance, or A or the magnitude differ.
-    """
-    a, b = (_effective(adapter) for adapter in (meant, reloaded))
-    if a is None and b is None:
-        return 0.0
-    if a is None or b is None or a.b.shape != b.b.shape:
-        raise differs(f"{folder}: {place}")
-    difference = _relative(a, b)
-    ours, theirs = (np.zeros(0) if of.magnitude is None else of.magnitude for of in (a, b))
-    same = np.array_equal(a.a, b.a) and np.array_equal(ours, theirs)
-    if not same or difference > _FOLD_TOLERANCE:
-        raise differs(f"{folder}: {place}")
-    return difference
 
 
 def differs(where: str) -> NaloraError:
@@ -394,6 +358,10 @@ def _effective(adapter: ModuleAdapter | None) -> ModuleAdapter | None:
 
 
 def _relative(a: ModuleAdapter, b: ModuleAdapter) -> float:
+    """Returns the relative difference of ``scale * B``, infinity if anything else differs."""
+    ours, theirs = (np.zeros(0) if adapter.magnitude is None else adapter.magnitude for adapter in (a, b))
+    if a.b.shape != b.b.shape or not np.array_equal(a.a, b.a) or not np.array_equal(ours, theirs):
+        return np.inf
     if a.scale == b.scale and np.array_equal(a.b, b.b):
         return 0.0
     first, second = (adapter.scale * adapter.b.astype(np.float64) for adapter in (a, b))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,44 +225,27 @@ class PeftConfig:
     # is the embedding's.
     token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
-    def choose(self, modules: Sequence[str], parameters: Sequence[str] = ()) -> Choices:
-        """Selects the targeted modules and parameters, with ranks and alphas, as PEFT does.
-
-        Args:
-          modules: names of the model's Linear modules, without the output head.
-          parameters: names of its parameters that can be targeted, e.g. stacks of experts.
-
-        Raises:
-          NaloraError: a regular expression takes too long.
-        """
-        named = self._named(modules, self.target_modules, every="all-linear")
+    def targeted_modules(self, names: Sequence[str]) -> set[str]:
+        """Returns the targeted ones of a model's Linear modules, without the output head, as PEFT does."""
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            named = set(names)
+        else:
+            named = _matching(names, self.target_modules)
         if not isinstance(self.target_modules, str):
-            named &= self._in_layers(modules)
-        targeted = named - self._named(modules, self.exclude_modules)
-        stacks = {name for name in parameters if _has_suffix(name, frozenset(self.target_parameters))}
-        every = [*modules, *parameters]
-        return Choices(
-            frozenset(targeted),
-            frozenset(stacks),
-            {
-                name: self.rank_pattern.get(key, self.rank)
-                for name, key in self._keys("rank_pattern", every)
-            },
-            {
-                name: self.alpha_pattern.get(key, self.alpha)
-                for name, key in self._keys("alpha_pattern", every)
-            },
-        )
+            named &= self._in_layers(names)
+        return named - _matching(names, self.exclude_modules)
 
-    def _named(self, names: Sequence[str], pattern: tuple[str, ...] | str, every: str = "") -> set[str]:
-        """Returns the ``names`` that match a list of names and suffixes, or one expression."""
-        if not isinstance(pattern, str):
-            suffixes = frozenset(pattern)
-            return {name for name in names if _has_suffix(name, suffixes)}
-        if every and pattern.lower() == every:
-            return set(names)
-        matches = re.compile(pattern).fullmatch
-        return {name for name in names if matches(name)}
+    def targeted_parameters(self, names: Sequence[str]) -> set[str]:
+        """Returns the targeted ones of a model's parameters, e.g. stacks of experts."""
+        return _matching(names, self.target_parameters)
+
+    def rank_of(self, name: str) -> int:
+        """Returns the rank of a module or parameter."""
+        return self.rank_pattern.get(_first_key(name, tuple(self.rank_pattern)), self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """Returns the alpha of a module or parameter."""
+        return self.alpha_pattern.get(_first_key(name, tuple(self.alpha_pattern)), self.alpha)
 
     def _in_layers(self, names: Sequence[str]) -> set[str]:
         """Returns the members of ``names`` in the layers of ``layers_to_transform``."""
@@ -277,25 +261,6 @@ class PeftConfig:
             if match and match.groupdict().get("idx") in layers
         }
 
-    def _keys(self, field_name: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Yields each name with the first key that matches a suffix (``get_pattern_key``).
-
-        A suffix starts at the beginning of the name or after a dot; the key is "" if none matches.
-        """
-        patterns = {key: re.compile(_suffix_pattern(key)) for key in getattr(self, field_name)}
-        for name in names:
-            yield name, next((key for key, pattern in patterns.items() if pattern.match(name)), "")
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The modules and parameters that an adapter targets, with their ranks and alphas."""
-
-    modules: frozenset[str]  # targeted Linear modules
-    parameters: frozenset[str]  # targeted parameters, e.g. stacks of experts
-    ranks: Mapping[str, int]  # for every module and parameter, targeted or not
-    alphas: Mapping[str, float]
-
 
 def read_peft_config(folder: Path) -> PeftConfig:
     """Reads and checks the ``adapter_config.json`` of ``folder``.
@@ -309,13 +274,17 @@ def read_peft_config(folder: Path) -> PeftConfig:
     raw = _read_json(path)
     fields = _Fields(raw, str(path))
     _refuse_unsupported(fields)
-    targets = _targets(fields)
+    targets, parameters = fields.strings_or_regex("target_modules"), fields.strings("target_parameters")
+    if not targets and not parameters:
+        expected = "the adapted modules, as a list or a pattern"
+        remedy = "name them: PEFT would fall back to defaults of its own and drop the other tensors"
+        raise fields.error("target_modules", expected, raw.get("target_modules"), remedy)
     config = PeftConfig(
         where=str(path),
         rank=fields.integer("r", high=_MAX_RANK),
         alpha=fields.number("lora_alpha"),
         target_modules=targets,
-        target_parameters=fields.strings("target_parameters"),
+        target_parameters=parameters,
         exclude_modules=fields.strings_or_regex("exclude_modules"),
         layers_to_transform=fields.integers("layers_to_transform"),
         layers_pattern=fields.layer_patterns(),
@@ -332,15 +301,6 @@ def read_peft_config(folder: Path) -> PeftConfig:
         expected = "null beside a target_modules that is a pattern (PEFT refuses the pair too)"
         raise fields.error("layers_to_transform", expected, raw.get("layers_to_transform"))
     return config
-
-
-def _targets(fields: _Fields) -> tuple[str, ...] | str:
-    targets = fields.strings_or_regex("target_modules")
-    if not targets and not fields.strings("target_parameters"):
-        expected = "the adapted modules, as a list or a pattern"
-        remedy = "name them: PEFT would fall back to defaults of its own and drop the other tensors"
-        raise fields.error("target_modules", expected, fields.raw.get("target_modules"), remedy)
-    return targets
 
 
 def _refuse_unsupported(fields: _Fields) -> None:
@@ -454,6 +414,28 @@ def _suffix_pattern(key: str) -> str:
 def _layer_pattern(name: str) -> str:
     """Returns PEFT's expression for an entry of layers_pattern; its group is the layer index."""
     return rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\."
+
+
+def _first_key(name: str, keys: tuple[str, ...]) -> str:
+    """Returns the first key that matches a suffix of ``name`` (PEFT's ``get_pattern_key``), or "".
+
+    A suffix starts at the beginning of the name or after a dot.
+    """
+    return next((key for key, pattern in _compiled(keys) if pattern.match(name)), "")
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(keys: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
+    return [(key, re.compile(_suffix_pattern(key))) for key in keys]
+
+
+def _matching(names: Sequence[str], pattern: tuple[str, ...] | str) -> set[str]:
+    """Returns the ``names`` that match one expression, or that end with an entry of a list."""
+    if isinstance(pattern, str):
+        matches = re.compile(pattern).fullmatch
+        return {name for name in names if matches(name)}
+    suffixes = frozenset(pattern)
+    return {name for name in names if _has_suffix(name, suffixes)}
 
 
 def _has_suffix(name: str, suffixes: frozenset[str]) -> bool:

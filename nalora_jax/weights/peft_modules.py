@@ -31,7 +31,7 @@ import numpy as np
 from nalora_jax.models.adapters import pad_rank
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model, family_of
-from nalora_jax.models.stacks import depths, projection_shapes, stacked_places
+from nalora_jax.models.stacks import projection_shapes, stacked_places
 from nalora_jax.models.targets import AdapterSpec, scale_divisor
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.encoders import encoder_modules
@@ -70,13 +70,11 @@ class ModuleLayout:
         lasts = {pattern.rpartition(".")[2] for pattern in self.experts.values()}
         return module in self.modules and module.name.rpartition(".")[2] in lasts
 
-    def full_name(self, layer: int, module: str | HostModule) -> str:
+    def full_name(self, layer: int, module: HostModule) -> str:
         """Returns the full name, e.g. ``model.layers.3.mlp.gate_proj`` for layer 3."""
-        if isinstance(module, str):
-            return f"{self.prefix}.{layer}.{module}"
         if module.whole:
             return module.name.format(layer=layer)
-        return self.full_name(layer, module.name)
+        return f"{self.prefix}.{layer}.{module.name}"
 
 
 _LAYER, _EXPERT = ".{layer}.", "{expert}"
@@ -157,38 +155,13 @@ def _stacks(experts: Iterable[str], module: str) -> tuple[HostModule, ...]:
     )
 
 
-def kernel_shapes(config: Host) -> Mapping[str, tuple[int, ...]]:
-    """Returns the kernel's shape in one layer of every projection, by stacked path."""
-    if isinstance(config, DualConfig):
-        return config.projection_shapes()
-    return projection_shapes(config)
-
-
-def stack_depths(config: Host) -> Mapping[str, int]:
-    """Returns the number of stacked layers of every projection, by stacked path."""
-    if isinstance(config, DualConfig):
-        return config.depths()
-    return depths(config)
-
-
-def places_of(config: Host) -> Mapping[tuple[str, int], tuple[str, int]]:
-    """Returns stacked path and index of every projection by its uniform path and layer number."""
-    if isinstance(config, DualConfig):
-        return {
-            (path, layer): (path, layer)
-            for path, count in config.depths().items()
-            for layer in range(count)
-        }
-    return stacked_places(config)
-
-
 @functools.cache
 def layers_with(config: Host, path: str, *, experts: bool) -> frozenset[int]:
     """Returns the layers that have a projection at a uniform path, of experts or not."""
-    shapes = kernel_shapes(config)
+    shapes = projection_shapes(config)
     places = (
         (layer, shapes[stacked])
-        for (name, layer), (stacked, _) in places_of(config).items()
+        for (name, layer), (stacked, _) in stacked_places(config).items()
         if name == path
     )
     return frozenset(layer for layer, shape in places if (len(shape) == 3) == experts)
@@ -201,24 +174,35 @@ class Place:
     name: str  # the full one
     layer: int
     module: HostModule
+    slots: tuple[tuple[str, int], ...]  # stacked path and index of each part
+    widths: tuple[int, ...]  # d_out of each part
+    shape: tuple[int, ...]  # of the complete kernel, (..., d_in, d_out)
     expert: int | None = None
     stacked: bool = False  # of all experts
 
 
 def places_in(config: Host, layout: ModuleLayout) -> Iterator[Place]:
     """Yields the places of ``layout``, layer by layer."""
-    for layer in range(1 + max(layer for _, layer in places_of(config))):
+    shapes, stacked_at = projection_shapes(config), stacked_places(config)
+
+    def place(layer: int, module: HostModule) -> Place:
+        slots = tuple(stacked_at[path, layer] for path in module.parts)
+        widths = tuple(shapes[path][-1] for path, _ in slots)
+        shape = (*shapes[slots[0][0]][:-1], sum(widths))
+        return Place(layout.full_name(layer, module), layer, module, slots, widths, shape)
+
+    for layer in range(1 + max(layer for _, layer in stacked_at)):
         for module in layout.modules:
             if layer in layers_with(config, module.parts[0], experts=False):
-                yield Place(layout.full_name(layer, module), layer, module)
+                yield place(layer, module)
         for path, pattern in layout.experts.items():
             if layer in layers_with(config, path, experts=True):
-                module = HostModule(pattern, (path,))
-                for expert in range(module_shape(config, module, layer)[0]):
-                    yield Place(layout.full_name(layer, pattern.format(expert)), layer, module, expert)
+                every = place(layer, HostModule(pattern, (path,)))
+                for expert in range(every.shape[0]):
+                    yield replace(every, name=every.name.format(expert), expert=expert)
         for stack in layout.parameters:
             if layer in layers_with(config, stack.parts[0], experts=True):
-                yield Place(layout.full_name(layer, stack), layer, stack, stacked=True)
+                yield replace(place(layer, stack), stacked=True)
 
 
 # Prefixes of module names in multimodal models: a prefix of transformers 5, mapped to its form in
@@ -264,18 +248,6 @@ def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
         replace(module, name=earlier(module.name)) if module.whole else module for module in layout.modules
     )
     return replace(layout, modules=modules, prefix=earlier(layout.prefix))
-
-
-def part_widths(config: Host, module: HostModule, layer: int) -> list[int]:
-    """Returns ``d_out`` of every part of a layer's ``module``."""
-    shapes, places = kernel_shapes(config), places_of(config)
-    return [shapes[places[path, layer][0]][-1] for path in module.parts]
-
-
-def module_shape(config: Host, module: HostModule, layer: int) -> tuple[int, ...]:
-    """Returns the kernel shape ``(..., d_in, d_out)`` of a layer's complete ``module``."""
-    shape = kernel_shapes(config)[places_of(config)[module.parts[0], layer][0]]
-    return (*shape[:-1], sum(part_widths(config, module, layer)))
 
 
 # ---------------------------------------------------------------- adapters of one layer

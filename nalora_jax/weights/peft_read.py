@@ -14,6 +14,7 @@ from nalora_jax.common import buckets
 from nalora_jax.common.trees import unflatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
@@ -25,14 +26,9 @@ from nalora_jax.weights.peft_modules import (
     alpha_for,
     compact,
     fold,
-    kernel_shapes,
     layout_of,
-    module_shape,
-    part_widths,
     places_in,
-    places_of,
     split_fused,
-    stack_depths,
     without_copies,
 )
 from nalora_jax.weights.peft_tables import read_trained, take_saved, take_token_rows, tensor_names
@@ -194,22 +190,23 @@ def _slots(layout: ModuleLayout, config: Host, peft: PeftConfig) -> Iterator[Slo
     places = list(places_in(config, layout))
     linear = [place.name for place in places if not place.stacked]
     stacks = [place.name for place in places if place.stacked]
-    choices = peft.choose(linear, [*stacks, *(f"{name}.weight" for name in linear)])
+    modules = peft.targeted_modules(linear)
+    parameters = peft.targeted_parameters([*stacks, *(f"{name}.weight" for name in linear)])
     chosen: dict[int, list[Place]] = {}  # stacks by layer
     for place in places:
         # An adapter on a Linear module's weight computes the same as an adapter on the module.
         weight = f"{place.name}.weight"
-        key = weight if weight in choices.parameters else place.name
+        key = weight if weight in parameters else place.name
         if not place.stacked:
-            targeted = key == weight or place.name in choices.modules
-            yield Slot(place.name, place, targeted, choices.ranks[key], choices.alphas[key])
-        elif place.name in choices.parameters:
+            targeted = key == weight or place.name in modules
+            yield Slot(place.name, place, targeted, peft.rank_of(key), peft.alpha_of(key))
+        elif place.name in parameters:
             chosen.setdefault(place.layer, []).append(place)
     for listed in chosen.values():
         # PEFT wraps the module once per parameter: the first one registered is the innermost.
         for depth, place in enumerate(reversed(listed)):
             key = place.name.rpartition(".")[0] + ".base_layer" * depth
-            yield Slot(key, place, True, choices.ranks[place.name], choices.alphas[place.name])
+            yield Slot(key, place, True, peft.rank_of(place.name), peft.alpha_of(place.name))
 
 
 def _by_module(
@@ -276,24 +273,18 @@ def _pieces(
 ) -> dict[str, dict[int, ModuleAdapter]]:
     """Returns adapters by stacked path and layer."""
     pieces: dict[str, dict[int, ModuleAdapter]] = {}
-    experts: dict[tuple[str, int], dict[int, ModuleAdapter]] = {}
-    places = places_of(config)
+    experts: dict[tuple[int, str, int], dict[int, ModuleAdapter]] = {}
     for slot, parts in filled:
-        module, layer, expert = slot.place.module, slot.place.layer, slot.place.expert
-        adapter = _adapter_of(module_shape(config, module, layer), peft, path, slot, parts)
-        if expert is not None:
-            experts.setdefault((module.parts[0], layer), {})[expert] = adapter
+        place, adapter = slot.place, _adapter_of(peft, path, slot, parts)
+        if place.expert is not None:
+            experts.setdefault((place.layer, *place.slots[0]), {})[place.expert] = adapter
             continue
-        widths, alternates = part_widths(config, module, layer), module.alternates
-        for part_path, piece in zip(
-            module.parts, split_fused(adapter, widths, alternates=alternates), strict=True
-        ):
+        split = split_fused(adapter, place.widths, alternates=place.module.alternates)
+        for (stacked, index), piece in zip(place.slots, split, strict=True):
             if piece is not None:
-                stacked, index = places[part_path, layer]
                 pieces.setdefault(stacked, {})[index] = piece
-    for (part_path, layer), members in experts.items():
-        stacked, index = places[part_path, layer]
-        count = kernel_shapes(config)[stacked][0]
+    for (layer, stacked, index), members in experts.items():
+        count = projection_shapes(config)[stacked][0]
         if len(members) != count:
             expected, actual = f"adapters on all {count}", len(members)
             raise NaloraError(f"{path}: experts of layer {layer}", expected=expected, found=actual)
@@ -301,24 +292,17 @@ def _pieces(
     return pieces
 
 
-def _adapter_of(
-    shape: tuple[int, ...],
-    peft: PeftConfig,
-    path: Path,
-    slot: Slot,
-    parts: Mapping[str, np.ndarray],
-) -> ModuleAdapter:
+def _adapter_of(peft: PeftConfig, path: Path, slot: Slot, parts: Mapping[str, np.ndarray]) -> ModuleAdapter:
     """Checks one slot's tensors and converts them to this library's layout.
 
     Args:
-      shape: of the module's kernel.
       peft: settings of the adapter.
       path: file of the tensors.
       slot: their location.
       parts: the tensors by kind.
     """
+    shape, rank, stacked = slot.place.shape, slot.rank, slot.place.stacked
     d_in, d_out = shape[-2:]
-    rank, stacked = slot.rank, slot.place.stacked
     count = shape[0] if stacked else 1
     shapes = {"a": (count * rank, d_in), "b": (d_out, count * rank), "magnitude": (d_out,)}
     for kind, tensor in parts.items():
@@ -362,12 +346,12 @@ def _stack_adapters(
       peft: the adapter's settings.
       adapters: by stacked path and layer.
     """
-    shapes, depths = kernel_shapes(config), stack_depths(config)
+    shapes, numbers = projection_shapes(config), depths(config)
     leaves: dict[str, np.ndarray] = {}
     targets = []
     for path, layers in sorted(adapters.items()):
         *lead, d_in, d_out = shapes[path]
-        n, rank = depths[path], max(adapter.rank for adapter in layers.values())
+        n, rank = numbers[path], max(adapter.rank for adapter in layers.values())
         a = np.zeros((n, *lead, d_in, rank), np.float32)
         b = np.zeros((n, *lead, rank, d_out), np.float32)
         magnitudes = np.ones((n, d_out), np.float32)  # not read by layers without an adapter

@@ -54,16 +54,7 @@ def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     indices = values.get("trainable_token_indices")
     if isinstance(indices, Mapping) and "trainable_token_indices" in settings.get("lora", {}):
         _put(settings, "lora.trainable_token_modules", token_modules(indices))
-    _put(settings, "lora.rules", rules_of(
-        rank=values.get("r", 8),
-        alpha=values.get("lora_alpha", 8),
-        targets=values.get("target_modules"),
-        excluded=values.get("exclude_modules"),
-        layers=values.get("layers_to_transform"),
-        ranks=values.get("rank_pattern"),
-        alphas=values.get("alpha_pattern"),
-        parameters=values.get("target_parameters"),
-    ))  # fmt: skip
+    _put(settings, "lora.rules", rules_of(values))
     return settings, notes
 
 
@@ -203,34 +194,28 @@ _STACKS = {
 _NAME = re.compile(r"[\w.]+")
 
 
-def rules_of(
-    *,
-    rank: int,
-    alpha: float,
-    targets: Sequence[str] | str | None,
-    excluded: Sequence[str] | str | None = None,
-    layers: Sequence[int] | int | None = None,
-    ranks: Mapping[str, int] | None = None,
-    alphas: Mapping[str, float] | None = None,
-    parameters: Sequence[str] | None = None,
-) -> list[str]:
-    """Returns rules ``PATTERN:RANK:ALPHA`` that target the same modules as PEFT's settings.
+def rules_of(values: Mapping[str, Any]) -> list[str]:
+    """Returns rules ``PATTERN:RANK:ALPHA`` that target the same modules as the fields of a `LoraConfig`.
 
     Example:
-      >>> rules_of(rank=8, alpha=16, targets=["q_proj", "v_proj"], ranks={"v_proj": 4})
+      >>> common = {"r": 8, "lora_alpha": 16}
+      >>> rules_of(common | {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 4}})
       ['attn/v_proj:4:16', 'attn/q_proj:8:16', 'attn/v_proj:8:16']
-      >>> rules_of(rank=8, alpha=16, targets=None, parameters=["mlp.experts.down_proj"])
+      >>> rules_of(common | {"target_parameters": ["mlp.experts.down_proj"]})
       ['/ffn/(experts_ffn/)?down_proj:8:16']
 
     Raises:
       NaloraError: a regular expression, a name that no supported model has, no names at all, or a
         value of another type.
     """
-    for where, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        if not isinstance(pattern, Mapping | None):
-            raise NaloraError(where, expected="values by name", found=shown(pattern))
-    ranks, alphas = dict(ranks or {}), dict(alphas or {})
-    stacks = [_stack_path(name) for name in _names(listed(parameters), "target_parameters")]
+    for where in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(values.get(where), Mapping | None):
+            raise NaloraError(where, expected="values by name", found=shown(values[where]))
+    rank, alpha = values.get("r", 8), values.get("lora_alpha", 8)
+    ranks, alphas = (dict(values.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
+    parameters = _names(listed(values.get("target_parameters")), "target_parameters")
+    stacks = [_stack_path(name) for name in parameters]
+    targets, excluded = values.get("target_modules"), values.get("exclude_modules")
     if targets is None and stacks:
         targets = []
     everything, targets = isinstance(targets, str), _target_names(targets)
@@ -243,20 +228,20 @@ def rules_of(
         raise NaloraError("exclude_modules", expected=expected, found=actual, remedy=remedy)
     plain = [name for name in targets if _path(name, "target_modules") not in out]
     within = ""
-    if numbers := listed(layers):
+    if numbers := listed(values.get("layers_to_transform")):
         if not isinstance(numbers, Sequence) or not all(type(number) is int for number in numbers):
-            raise NaloraError("layers_to_transform", expected="layer numbers", found=shown(layers))
+            raise NaloraError("layers_to_transform", expected="layer numbers", found=shown(numbers))
         within = f"layers/({'|'.join(map(str, numbers))})/"
     paths = {_path(name, "target_modules") for name in plain}
     rules = []
     for name in dict.fromkeys([*ranks, *alphas]):
         path = _path(name, "rank_pattern, alpha_pattern")
-        values = (ranks.get(name, rank), alphas.get(name, alpha))
+        scales = (ranks.get(name, rank), alphas.get(name, alpha))
         # PEFT ignores a pattern for a module that is not targeted.
         if _may_be_stack(name) and _without_layer(_stack_path(name)) in map(_without_layer, stacks):
-            rules.append(_rule(_stack_path(name), *values, ""))
+            rules.append(_rule(_stack_path(name), *scales, ""))
         if _without_layer(path) in paths:
-            rules.append(_rule(path, *values, within))
+            rules.append(_rule(path, *scales, within))
     rules += [_rule(_path(name, "target_modules"), rank, alpha, within) for name in plain]
     # PEFT applies neither exclude_modules nor layers_to_transform to target_parameters.
     rules += [_rule(path, rank, alpha, "") for path in stacks]
@@ -310,8 +295,7 @@ def _path(name: str, where: str) -> str:
     if not _NAME.fullmatch(bare) or last not in _modules():
         expected, remedy = f"modules of {', '.join(_modules())}", "write it as --lora.rules by hand"
         raise NaloraError(where, expected=expected, found=repr(name), remedy=remedy)
-    layer = re.search(r"layers\.(\d+)\.", bare)
-    return f"layers/{layer[1]}/{_modules()[last]}" if layer else _modules()[last]
+    return _in_layer(bare, _modules()[last])
 
 
 def _stack_path(name: str) -> str:
@@ -321,9 +305,13 @@ def _stack_path(name: str) -> str:
         remedy = "name a Linear module in target_modules; routers and biases are not adapted here"
         raise NaloraError("target_parameters", expected=stacks, found=repr(name), remedy=remedy)
     bare = _bare(name)
-    layer = re.search(r"layers\.(\d+)\.", bare)
-    path = _STACKS[bare.rpartition(".")[2]]
-    return f"layers/{layer[1]}{path}" if layer else path
+    return _in_layer(bare, _STACKS[bare.rpartition(".")[2]])
+
+
+def _in_layer(name: str, pattern: str) -> str:
+    """Returns ``pattern`` for every layer, or for the layer that ``name`` contains."""
+    layer = re.search(r"layers\.(\d+)\.", name)
+    return f"layers/{layer[1]}/{pattern.removeprefix('/')}" if layer else pattern
 
 
 def _may_be_stack(name: str) -> bool:

@@ -155,13 +155,16 @@ def take_saved(
     return leaves, tuple(name for name in TABLES if TABLES[name] in leaves)
 
 
-def saved_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Returns the trained tables by PEFT's key, in the layout of its files."""
-    leaves = trees.flatten(lora)
+def table_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Returns the trained tables and rows by PEFT's key, in the layout of its files."""
+    leaves, names = trees.flatten(lora), tensor_names(config)
     tensors = {}
     for name in spec.saved:
         table = np.asarray(leaves[TABLES[name]], np.float32)
-        tensors[f"base_model.model.{tensor_names(config)[name]}"] = _flipped(name, table)
+        tensors[f"base_model.model.{names[name]}"] = _flipped(name, table)
+    for name in spec.own_rows(tied=config.tie_embeddings):
+        module = names[name].removesuffix(".weight")
+        tensors[f"base_model.model.{module}.{_ROWS}"] = np.asarray(leaves[ROWS[name]], np.float32)
     return tensors
 
 
@@ -199,33 +202,6 @@ def fold_saved(
         leaves[TABLES[name]] = rows_of_table.set(new)
     remaining = replace(spec, saved=(), token_indices=())
     return replace(config, tie_embeddings=tied), trees.unflatten(leaves), remaining
-
-
-def with_whole_tables(
-    config: ModelConfig, params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec
-) -> tuple[dict[str, Any], AdapterSpec]:
-    """Returns the equivalent adapter with full trained tables instead of trained rows.
-
-    Args:
-      config: the base model.
-      params: its weights.
-      lora: the adapter's tree.
-      spec: the adapter's spec.
-    """
-    if not spec.token_indices:
-        return dict(lora), spec
-    of_base = trees.flatten(params)
-    wide = {path: jnp.asarray(of_base[path], jnp.float32) for path in TABLES.values() if path in of_base}
-    folded, tables, _ = fold_saved(config, trees.unflatten(wide), lora, spec)
-    leaves, of_tables = trees.flatten(lora), trees.flatten(tables)
-    changed = {*spec.saved, *dict(spec.token_indices)}
-    if folded.tie_embeddings:
-        changed.add("lm_head")
-        of_tables[_HEAD] = of_tables[_EMBEDDING].T
-    saved = tuple(name for name in TABLES if name in changed)
-    leaves |= {TABLES[name]: of_tables[TABLES[name]] for name in saved}
-    without_rows = {path: leaf for path, leaf in leaves.items() if path not in ROWS.values()}
-    return trees.unflatten(without_rows), replace(spec, saved=saved, token_indices=())
 
 
 def refuse_saved(spec: AdapterSpec, where: str, remedy: str) -> None:
@@ -299,19 +275,6 @@ def take_token_rows(
     if "embed_tokens" in taken_rows and "lm_head" not in trained:  # the head has the embedding's rows
         taken_rows.add("lm_head")
     return leaves, tuple((name, ids) for name, ids in peft.token_indices if name in taken_rows)
-
-
-def token_row_tensors(
-    lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig
-) -> dict[str, np.ndarray]:
-    """Returns the trained rows by PEFT's key, in the layout of its files."""
-    leaves, names = trees.flatten(lora), tensor_names(config)
-    return {
-        f"base_model.model.{names[name].removesuffix('.weight')}.{_ROWS}": np.asarray(
-            leaves[ROWS[name]], np.float32
-        )
-        for name in spec.own_rows(tied=config.tie_embeddings)
-    }
 
 
 def token_settings(spec: AdapterSpec) -> dict[str, Any]:

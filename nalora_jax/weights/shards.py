@@ -54,15 +54,19 @@ class FileTensor:
     size: int  # bytes
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Reads bytes of the tensor: uint8 ``[count]``, fewer if the file is cut off.
+        """Reads bytes of the tensor: uint8 ``[count]``.
 
         Raises:
-          NaloraError: the file cannot be read.
+          NaloraError: the file cannot be read, or is shorter than its header said.
         """
         try:
-            return np.fromfile(self.file, np.uint8, count, offset=self.start + start)
+            data = np.fromfile(self.file, np.uint8, count, offset=self.start + start)
         except OSError as error:
             raise NaloraError(str(self.file), expected="a file that can be read", found=error) from error
+        if data.size != count:
+            expected, remedy = f"{count} bytes from {self.start + start}", "the file changed; load again"
+            raise NaloraError(str(self.file), expected=expected, found=data.size, remedy=remedy)
+        return data
 
 
 def dtype_of(stored: FileTensor) -> np.dtype:
@@ -194,7 +198,17 @@ def _write_file(
     tensors: Iterator[tuple[str, np.ndarray]],
     metadata: Mapping[str, str] = _TORCH,
 ) -> None:
-    header = json.dumps(_header(infos, metadata), separators=(",", ":")).encode()
+    described: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    start = 0
+    for info in infos:
+        offsets = [start, start + info.nbytes]
+        described[info.name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": offsets,
+        }
+        start += info.nbytes
+    header = json.dumps(described, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # readers map the data aligned
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
@@ -205,17 +219,3 @@ def _write_file(
                 info,
             )
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def _header(infos: list[TensorInfo], metadata: Mapping[str, str]) -> Mapping[str, object]:
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    start = 0
-    for info in infos:
-        end = start + info.nbytes
-        header[info.name] = {
-            "dtype": _NAMES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [start, end],
-        }
-        start = end
-    return header

@@ -13,11 +13,12 @@ import dataclasses
 import math
 import os
 import re
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -40,31 +41,11 @@ BLOCK = 1 << 16
 WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
 
 
-class TensorSource(Protocol):
-    """The named tensors of a file or folder, in PyTorch's orientation (``[out, in]``)."""
-
-    @property
-    def where(self) -> str:
-        """The file or folder, for messages."""
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Returns the shape of every tensor by its name in the file."""
-
-    def check_readable(self, name: str) -> None:
-        """Raises a NaloraError unless `read` supports the tensor's number format."""
-
-    def read(self, name: str, index: Index) -> np.ndarray:
-        """Returns a slice of a tensor as floats, reading little more of the file."""
-
-    def stored(self, name: str) -> FileTensor:
-        """Returns the location and number format of a tensor's bytes."""
-
-
-class TensorFiles:
-    """The tensors that headers describe: the part of a `TensorSource` that is the same for all formats.
+class TensorSource(ABC):
+    """The named tensors of a file or folder, in PyTorch's orientation (``[out, in]``), as headers describe them.
 
     Args:
-      where: the file or folder.
+      where: the file or folder, for messages.
       tensors: by name.
       readable: number formats that `TensorSource.read` supports.
       remedy: for tensors in other formats.
@@ -95,6 +76,10 @@ class TensorFiles:
     def stored(self, name: str) -> FileTensor:
         """Returns the location and number format of a tensor's bytes."""
         return self._tensors[name]
+
+    @abstractmethod
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """Returns a slice of a tensor as floats, reading little more of the file."""
 
 
 def load_params(
@@ -383,12 +368,16 @@ def quantized_parts(
             parts_of[key[:-2], key[-1]].append(_Target(parts[key], key[-2], rows, array is like.codes))
     block = shape[-2] // like.scales.shape[-2]
     for (leads, (first, last)), targets in parts_of.items():
-        spans = _joined(sorted(target.blocks(block) for target in targets))
+        needed = np.zeros(shape[-2] // block, np.int8)
+        for target in targets:
+            needed[target.blocks(block)] = 1
+        # Start and stop of each run of blocks.
+        spans = np.flatnonzero(np.diff(needed, prepend=0, append=0)).reshape(-1, 2) * block
         for lead in np.ndindex(*(stop - start for start, stop in leads)):
             index = tuple(
                 slice(start + i, start + i + 1) for (start, _), i in zip(leads, lead, strict=True)
             )
-            for begin, end in spans:
+            for begin, end in spans.tolist():
                 columns = max(1, _QUANTIZED // (end - begin))
                 for start in range(first, last, columns):
                     channels = slice(start, min(start + columns, last))
@@ -410,10 +399,10 @@ class _Target:
     inputs: int  # input channels per row
     codes: bool
 
-    def blocks(self, block: int) -> tuple[int, int]:
-        """Returns start and stop of the input channels in the blocks that this part overlaps."""
+    def blocks(self, block: int) -> slice:
+        """Returns the blocks of input channels that this part overlaps."""
         start, stop = self.rows[0] * self.inputs, self.rows[1] * self.inputs
-        return start // block * block, -(-stop // block) * block
+        return slice(start // block, -(-stop // block))
 
     def take(self, quantized: Quantized, lead: tuple[int, ...], begin: int, channels: slice) -> None:
         """Copies this part's share of ``made``, whose first input channel is ``begin``."""
@@ -423,17 +412,6 @@ class _Target:
         if start < stop:
             mine = slice(start - self.rows[0], stop - self.rows[0])
             self.buffer[lead][mine, channels] = block[start - first : stop - first]
-
-
-def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Merges sorted spans that touch or overlap."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in spans:
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
-        else:
-            joined.append((start, stop))
-    return joined
 
 
 def _fitted(shape: tuple[int, ...], sharding: Sharding) -> Sharding:

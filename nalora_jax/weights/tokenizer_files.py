@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -122,7 +121,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> N
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     write_json(folder / "tokenizer_config.json", settings)
-    write_json(folder / "generation_config.json", _generation(tokenizer))
+    stops = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id
+    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
+    generation = {name: value for name, value in generation.items() if value is not None}
+    write_json(folder / "generation_config.json", generation)
     write_templates(tokenizer, folder)
 
 
@@ -137,14 +139,3 @@ def _with_bos(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
             special_tokens=[(token, tokenizer.bos_id)],
         )
     return backend
-
-
-def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
-    stops = list(tokenizer.eos_ids)
-    ids = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id,
-    }
-    return {name: value for name, value in ids.items() if value is not None} | {
-        "pad_token_id": tokenizer.pad_id
-    }

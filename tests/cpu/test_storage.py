@@ -9,25 +9,19 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.cpu.native import library
 from nalora_jax.cpu.storage import Bits, view_bits
 from nalora_jax.ops.dispatch import Platform, numerics_for
-from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.storage import STACKS, prepare, take_rows
+from nalora_jax.ops.storage import matmul, prepare, take_rows
 
 SEVERAL = numerics_for("bfloat16", Platform("cpu", "", 8))  # devices, where no kernel is native
 
 
 def _params() -> dict:
     rng = np.random.default_rng(0)
-    shapes = {
-        "layers": {
-            "ffn": {"up_proj": {"kernel": (2, 16, 32), "bias": (2, 32)}, "router": {"kernel": (2, 16, 4)}}
-        },
-        "embed": {"embedding": (40, 16)},
-    }
-    draw = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
-    return jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
+    up = {"kernel": draw(2, 16, 32), "bias": draw(2, 32)}
+    ffn = {"up_proj": up, "router": {"kernel": draw(2, 16, 4)}}
+    return {"layers": {"ffn": ffn}, "embed": {"embedding": draw(40, 16)}}
 
 
 def _pointers(array: jax.Array) -> list[int]:
@@ -35,7 +29,7 @@ def _pointers(array: jax.Array) -> list[int]:
 
 
 @pytest.mark.parametrize("tables", [True, False])
-def test_views_share_memory_and_stand_for_the_same_numbers(tables: bool) -> None:
+def test_views_share_memory_and_stand_for_the_same_numbers(tables):
     params = _params()
     prepared = prepare({"params": params, "lora": {}}, SEVERAL, tables=tables)
     assert prepared.keys() == {"params", "lora"}
@@ -48,7 +42,7 @@ def test_views_share_memory_and_stand_for_the_same_numbers(tables: bool) -> None
     assert isinstance(prepared["params"]["embed"]["embedding"], Bits) == tables
 
 
-def test_views_of_sharded_arrays_are_sharded_alike() -> None:
+def test_views_of_sharded_arrays_are_sharded_alike():
     mesh = jax.make_mesh((8,), ("fsdp",))
     array = jax.device_put(
         _params()["layers"]["ffn"]["up_proj"]["kernel"], NamedSharding(mesh, P(None, "fsdp"))
@@ -59,35 +53,19 @@ def test_views_of_sharded_arrays_are_sharded_alike() -> None:
     np.testing.assert_array_equal(jax.jit(lambda view: view.expand())(view), array)
 
 
-def test_what_is_prepared_stays_so() -> None:
-    once = prepare({"params": _params()}, SEVERAL)
-    for one, other in zip(*map(jax.tree.leaves, (once, prepare(once, SEVERAL))), strict=True):
-        assert one is other
-
-
-def test_scanned_kernels_give_the_same_bits() -> None:
+def test_scanned_kernels_give_the_same_bits():
     kernel = _params()["layers"]["ffn"]["up_proj"]["kernel"]
     x, view = jax.random.normal(jax.random.key(0), (3, 16)), view_bits(kernel)
 
+    @jax.jit
     def through(stack: object) -> jax.Array:
-        return jax.jit(lambda stack: jax.lax.scan(lambda c, k: (c, matmul(x, k, SEVERAL)), 0, stack)[1])(
-            stack
-        )
+        return jax.lax.scan(lambda c, k: (c, matmul(x, k, SEVERAL)), 0, stack)[1]
 
     np.testing.assert_array_equal(through(view), through(kernel))
 
 
-def test_native_products_read_kernels_in_their_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "kind", lambda devices=1: "tiles" if devices == 1 else None)
-    prepared = prepare({"params": _params()}, numerics_for("bfloat16", "cpu"))
-    np.testing.assert_array_equal(prepared["params"]["layers"]["ffn"]["up_proj"]["kernel"], [0, 1])
-    stack = prepared[STACKS]["layers"]["ffn"]["up_proj"]["kernel"]
-    at = stack.layer(jnp.asarray(1))
-    np.testing.assert_array_equal(at.expand(), _params()["layers"]["ffn"]["up_proj"]["kernel"][1])
-
-
 @pytest.mark.parametrize("axis", [0, 1])
-def test_rows_of_a_table(axis: int) -> None:
+def test_rows_of_a_table(axis):
     table, rows = _params()["embed"]["embedding"], jnp.array([3, 0, 3])
     for held in (table, view_bits(table)):
         np.testing.assert_array_equal(
@@ -95,9 +73,8 @@ def test_rows_of_a_table(axis: int) -> None:
         )
 
 
-def test_floats_are_left_alone() -> None:
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), _params())
-    for one, other in zip(
-        *map(jax.tree.leaves, (params, prepare({"params": params}, SEVERAL)["params"])), strict=True
-    ):
-        assert one is other
+def test_what_is_prepared_and_floats_are_left_alone():
+    floats = jax.tree.map(lambda x: x.astype(jnp.float32), _params())
+    for given in (prepare({"params": _params()}, SEVERAL), {"params": floats}):
+        for one, other in zip(*map(jax.tree.leaves, (given, prepare(given, SEVERAL))), strict=True):
+            assert one is other

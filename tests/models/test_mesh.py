@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
 from nalora_jax.common.devices import BATCH_AXES
-from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig
+from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig
 from nalora_jax.layout import distributed
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.measurement import CHECKS, GateChecks, GateStatsConfig
@@ -212,7 +212,7 @@ def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
     """The model that a run evaluates, and the one that other verbs load."""
     base, mesh = ModelConfig.from_hf(MIXTRAL), distributed.make_mesh(MeshConfig(2, 2, 2))
     spec = resolve(LoRAConfig(rules=(LoRARule("ffn/", RANK),)), projection_shapes(base), base.n_layers)
-    trained = build_model(base, spec, ComputeConfig(dtype="float32"), mesh)
+    trained = build_model(RunConfig(compute=ComputeConfig(dtype="float32")), base, spec, mesh)
     evaluated = Assembly.eval_model.fget(SimpleNamespace(model=trained))
     loaded = SimpleNamespace(config=base, params=init_params(base, jax.random.key(0)))
     monkeypatch.setattr(import_module("nalora_jax.train.adapted"), "load_model", lambda *_, **__: loaded)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,16 +48,13 @@ def _reference(
 @pytest.mark.parametrize(
     ("compact", "transposed", "softcap", "scale", "chunk"),
     [
-        (True, True, 0.0, 1.0, 4),
         (False, False, 0.0, 1.0, 4),
         (True, False, 5.0, 0.5, 5),
         (False, True, 5.0, 0.5, 5),
         (True, True, 0.0, 1.0, 0),
     ],
 )
-def test_value_and_gradient(
-    compact: bool, transposed: bool, softcap: float, scale: float, chunk: int, numerics: Any
-) -> None:
+def test_value_and_gradient(compact, transposed, softcap, scale, chunk, numerics):
     hidden, kernel, targets, weights = _problem()
     head = Head(transposed=transposed, softcap=softcap, scale=scale)
 
@@ -83,7 +78,7 @@ def test_value_and_gradient(
 
 
 @pytest.mark.parametrize(("size", "targeted"), [(1.0, 0), (1e4, 1)])
-def test_no_targets_and_extreme_logits_are_finite(size: float, targeted: int) -> None:
+def test_no_targets_and_extreme_logits_are_finite(size, targeted):
     hidden, kernel, targets, weights = _problem()
     value, gradient = jax.value_and_grad(cross_entropy)(
         jnp.asarray(size * hidden, jnp.float32),
@@ -96,17 +91,13 @@ def test_no_targets_and_extreme_logits_are_finite(size: float, targeted: int) ->
     assert bool(np.any(gradient)) == (value != 0) == (targeted > 0)
 
 
-@pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("compact", [True, False])
-def test_a_bf16_head_is_never_widened_or_copied_as_a_whole(compact: bool, transposed: bool) -> None:
+@pytest.mark.parametrize(("compact", "transposed"), [(True, True), (True, False), (False, False)])
+def test_a_bf16_head_is_never_widened_or_copied_as_a_whole(compact, transposed):
     tokens, vocab, d = 64, 65536, 64
     shapes = [((4, tokens // 4, d), "float32"), ((vocab, d) if transposed else (d, vocab), "bfloat16")]
     hidden, kernel = (jax.ShapeDtypeStruct(*s) for s in shapes)
     targets, weights = (jax.ShapeDtypeStruct((4, tokens // 4), dtype) for dtype in ("int32", "float32"))
-    half, head = (
-        numerics_for("bfloat16", Platform("cpu", "", 8)),
-        Head(transposed),
-    )  # on a mesh no kernel is native
+    half, head = numerics_for("bfloat16", Platform("cpu", "", 8)), Head(transposed)  # no kernel is native
     if compact:  # as the step has it: prepared on one device, bf16 on a mesh
         kernel = prepare({"params": {"lm_head": {"kernel": kernel}}}, half)["params"]["lm_head"]["kernel"]
     step = jax.grad(lambda h, k, t, w: cross_entropy(h, k, t, w, head, half, chunk=4, compact=compact))
@@ -115,7 +106,7 @@ def test_a_bf16_head_is_never_widened_or_copied_as_a_whole(compact: bool, transp
 
 
 @pytest.mark.parametrize("transposed", [True, False])
-def test_whole_rows_of_logits_take_no_entries_of_the_head(transposed: bool) -> None:
+def test_whole_rows_of_logits_take_no_entries_of_the_head(transposed):
     # A TPU or GPU would make a transposed copy of an untied head for it, and one that is split would be gathered.
     hidden, kernel, targets, weights = _problem()
     table = jnp.asarray(kernel.T if transposed else kernel, jnp.float32)
@@ -128,36 +119,30 @@ def test_whole_rows_of_logits_take_no_entries_of_the_head(transposed: bool) -> N
     ("transposed", "vocab", "targets_of"),
     [(False, 5000, 0.02), (True, 5000, 1.0)],
 )
-def test_a_large_vocabulary_and_every_size_of_chunk(
-    transposed: bool, vocab: int, targets_of: float, numerics: Any
-) -> None:
+def test_a_large_vocabulary_and_every_size_of_chunk(transposed, vocab, targets_of, numerics):
     hidden, kernel, targets, weights = _problem(seed=1, batch=6, seq=130, vocab=vocab)
     weights = weights * (np.random.default_rng(2).uniform(size=weights.shape) < targets_of)
-    matrix = jnp.asarray(kernel.T if transposed else kernel, jnp.float32)
-    head = Head(transposed=transposed, softcap=4.0)
-    arguments = (matrix, jnp.asarray(targets), jnp.asarray(weights, jnp.float32))
-    run = jax.jit(jax.value_and_grad(lambda h: cross_entropy(h, *arguments, head, numerics())))
-    value, gradient = run(jnp.asarray(hidden, jnp.float32))
+    head, given = Head(transposed, softcap=4.0), jnp.asarray(hidden, jnp.float32)
+    arguments = jnp.asarray(targets), jnp.asarray(weights, jnp.float32), head
     want, want_gradient = _reference(hidden, kernel, targets, weights, 4.0, 1.0)
-    np.testing.assert_allclose(value, want, rtol=1e-5)
-    np.testing.assert_allclose(gradient, want_gradient, rtol=1e-4, atol=1e-5)
+    for dtype, near in (("float32", 1e-5), ("bfloat16", 0.02)):
+        table = jnp.asarray(kernel.T if transposed else kernel, dtype)
+        run = jax.jit(jax.value_and_grad(cross_entropy), static_argnums=(4, 5))
+        value, gradient = run(given, table, *arguments, numerics(dtype))
+        np.testing.assert_allclose(value, want, rtol=near)
+        np.testing.assert_allclose(gradient, want_gradient, atol=near * np.abs(want_gradient).max())
 
 
-@pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("vocab", [33, 3000])  # one block, several
-def test_a_prepared_bf16_head_is_the_head(transposed: bool, vocab: int, numerics: Any) -> None:
+@pytest.mark.parametrize(("transposed", "vocab"), [(True, 33), (False, 3000)])  # one block, several
+def test_a_prepared_bf16_head_is_the_head(transposed, vocab, numerics):
     hidden, kernel, targets, weights = _problem(vocab=vocab)
     matrix = jnp.asarray(kernel.T if transposed else kernel, jnp.bfloat16)
-    half, (part, name) = (
-        numerics("bfloat16"),
-        ("embed", "embedding") if transposed else ("lm_head", "kernel"),
-    )
+    half = numerics("bfloat16")
+    part, name = ("embed", "embedding") if transposed else ("lm_head", "kernel")
     prepared = prepare({"params": {part: {name: matrix}}}, half)["params"][part][name]
     arguments = (jnp.asarray(targets), jnp.asarray(weights, jnp.float32), Head(transposed), half)
     results = [
-        jax.value_and_grad(lambda h, table=table: cross_entropy(h, table, *arguments))(
-            jnp.asarray(hidden, jnp.float32)
-        )
+        jax.value_and_grad(cross_entropy)(jnp.asarray(hidden, jnp.float32), table, *arguments)
         for table in (matrix, prepared)
     ]
     jax.tree.map(np.testing.assert_array_equal, *results)

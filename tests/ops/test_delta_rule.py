@@ -14,7 +14,6 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
 
 from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule, solve_unit
 from nalora_jax.ops.dispatch import Numerics, Platform
-from tests import tiny
 
 PLAIN, ON_CPU = Numerics(), Numerics(platform=Platform("cpu"))
 BATCH, GROUPS, N, D_K, D_V = 2, 2, 2, 8, 4
@@ -46,7 +45,7 @@ def close(ours, expected, scale=1e-5):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=scale * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("seq", [1, 5, CHUNK, 2 * CHUNK + 9])
+@pytest.mark.parametrize("seq", [1, 2 * CHUNK + 9])
 def test_outputs_and_state_equal_the_recurrence(seq):
     first, second = random_inputs(7), random_inputs(seq, 1)
     rule = jax.jit(gated_delta_rule)
@@ -108,17 +107,6 @@ def test_triangular_systems_of_equal_keys_are_solved_exactly(numerics):
     exact = np.linalg.solve(np.eye(CHUNK) + np.asarray(system, np.float64), np.asarray(target, np.float64))
     close_to = {"rtol": 1e-4, "atol": 1e-4 * np.abs(exact).max()}
     np.testing.assert_allclose(solve_unit(system, target, numerics), exact, **close_to)
-
-
-@pytest.mark.skipif(not tiny.HAS_CPU, reason="the package nalora_jax.cpu was deleted")
-def test_triangular_systems_are_solved_by_substitution_on_one_cpu_device():
-    def primitives(devices: int) -> set[str]:
-        numerics = Numerics(platform=Platform("cpu", devices=devices))
-        jaxpr = jax.make_jaxpr(lambda x: solve_unit(x, x, numerics))(jnp.zeros((4, 4)))
-        return {equation.primitive.name for equation in jaxpr.eqns}
-
-    assert "triangular_solve" in primitives(1)
-    assert "triangular_solve" not in primitives(8)
 
 
 def test_training_saves_one_state_per_chunk():

@@ -13,7 +13,7 @@ from nalora_jax.ops.dispatch import Numerics, operation
 from tests.tiny import HAS_CPU
 
 
-def test_an_implementation_with_other_parameters_is_refused_where_it_is_registered(monkeypatch) -> None:
+def test_an_implementation_with_other_parameters_is_refused_where_it_is_registered(monkeypatch):
     """A call with the parameter that it lacks would fail on its own platform only, which no test here runs on."""
 
     @operation
@@ -34,7 +34,7 @@ def test_an_implementation_with_other_parameters_is_refused_where_it_is_register
     assert float(double(jnp.ones(()), Numerics(), times=3)) == 3.0
 
 
-def test_own_implementations_are_found_without_being_asked_for() -> None:
+def test_own_implementations_are_found_without_being_asked_for():
     """By whoever runs an operation, such as a script, a notebook or a study."""
     program = (
         "import sys; from nalora_jax.ops.dispatch import Numerics, Platform, preferred; "

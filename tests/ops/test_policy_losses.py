@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ TRL = json.loads(Path(__file__).with_name("trl_policy_losses.json").read_text())
 
 
 @pytest.mark.parametrize("case", TRL["cases"], ids=lambda case: f"{case['name']}-{case['beta']}")
-def test_loss_gradient_and_advantages_are_those_of_trl(case: dict[str, Any]) -> None:
+def test_loss_gradient_and_advantages_are_those_of_trl(case):
     name, beta = case["name"], case["beta"]
     rewards = np.array(case["rewards"], float)
     with jax.enable_x64(True):

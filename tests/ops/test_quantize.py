@@ -15,14 +15,15 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.matmul import matmul
 from nalora_jax.ops.quantize import NF4_LEVELS, dequantize, quantize, quantize_params
+from nalora_jax.ops.storage import matmul
+from tests import tiny
 from tests.param_trees import init_params
 
 KERNEL = np.random.default_rng(0).normal(size=(2, 128, 24)).astype(np.float32)
 
 
-def test_int8_is_within_half_a_step() -> None:
+def test_int8_is_within_half_a_step():
     got = quantize(jnp.asarray(KERNEL), "int8")
     assert got.codes.dtype == jnp.int8
     assert got.shape == KERNEL.shape
@@ -30,7 +31,7 @@ def test_int8_is_within_half_a_step() -> None:
     assert np.all(np.abs(np.asarray(dequantize(got)) - KERNEL) <= 0.5001 * step)
 
 
-def test_nf4_takes_the_nearest_level_of_every_block() -> None:
+def test_nf4_takes_the_nearest_level_of_every_block():
     got = quantize(jnp.asarray(KERNEL), "nf4")
     assert got.codes.dtype == jnp.uint8
     assert got.codes.nbytes + got.scales.nbytes < 0.32 * KERNEL.size * 2
@@ -39,16 +40,14 @@ def test_nf4_takes_the_nearest_level_of_every_block() -> None:
     levels = np.asarray(NF4_LEVELS)
     nearest = levels[np.abs((blocks / largest)[..., None] - levels).argmin(axis=-1)] * largest
     np.testing.assert_allclose(dequantize(got), nearest.reshape(KERNEL.shape), rtol=1e-5, atol=1e-6)
-
-
-def test_a_zero_kernel_stays_zero() -> None:
     for kind in ("int8", "nf4"):
         np.testing.assert_array_equal(dequantize(quantize(jnp.zeros((64, 3)), kind)), 0)
+    with pytest.raises(NaloraError, match="multiples of 64.*found 100"):
+        quantize(jnp.zeros((100, 4)), "nf4")
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-@pytest.mark.parametrize("operand", ["float32", "bfloat16"])
-def test_products_and_gradients_are_those_of_the_expanded_kernel(kind: str, operand: str) -> None:
+@pytest.mark.parametrize(("kind", "operand"), [("int8", "bfloat16"), ("nf4", "float32")])
+def test_products_and_gradients_are_those_of_the_expanded_kernel(kind, operand):
     stored = quantize(jnp.asarray(KERNEL[0]), kind)
     x, g = (jax.random.normal(jax.random.key(i), (5, n)) for i, n in enumerate((128, 24)))
     numerics = Numerics(operand, "float32")
@@ -58,45 +57,24 @@ def test_products_and_gradients_are_those_of_the_expanded_kernel(kind: str, oper
     np.testing.assert_allclose(vjp(g)[0], plain_vjp(g)[0], rtol=1e-6)
 
 
-def test_nf4_wants_whole_blocks() -> None:
-    with pytest.raises(NaloraError, match="multiples of 64.*found 100"):
-        quantize(jnp.zeros((100, 4)), "nf4")
-
-
 @pytest.mark.parametrize(
     ("kind", "family", "remat"), [("nf4", "llama", "full"), ("int8", "mixtral", "none")]
 )
-def test_a_quantized_decoder_trains_its_adapters(kind: str, family: str, remat: str) -> None:
+def test_a_quantized_decoder_trains_its_adapters(kind, family, remat):
     """With DoRA, whose norms are those of the expanded kernel; the plain product is tested above."""
-    raw = {
-        "model_type": family,
-        "vocab_size": 50,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 128,
-        "hidden_act": "silu",
-        "max_position_embeddings": 32,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-    } | ({"num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else {})
+    raw = tiny.GROUPED | {"model_type": family, "hidden_size": 64, "intermediate_size": 128}
+    raw |= {"num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else {}
     config = ModelConfig.from_hf(raw)
     target = TargetSpec((4, 4), (8.0, 8.0))
     spec = AdapterSpec(tuple((path, target) for path in sorted(projection_shapes(config))), dora=True)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     small = jax.jit(quantize_params, static_argnums=1)(params, kind)
     assert trees.size_bytes(small) < trees.size_bytes(params) * (0.35 if kind == "int8" else 0.25)
-    wide = jax.tree.map(
-        lambda leaf: dequantize(leaf) if hasattr(leaf, "kind") else leaf,
-        small,
-        is_leaf=lambda leaf: hasattr(leaf, "kind"),
-    )
+    stored = lambda leaf: hasattr(leaf, "kind")  # noqa: E731
+    wide = jax.tree.map(lambda leaf: dequantize(leaf) if stored(leaf) else leaf, small, is_leaf=stored)
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 50)
-    lora = jax.tree.map(
-        lambda x: np.asarray(x) + np.float32(0.05), init_lora(config, spec, jax.random.key(2), params)
-    )
+    fresh = init_lora(config, spec, jax.random.key(2), params)
+    lora = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.05), fresh)
 
     def loss(lora: dict, params: dict, remat: str) -> jax.Array:
         hidden = Decoder(config, spec, remat=remat).apply({"params": params, "lora": lora}, tokens)
@@ -106,11 +84,8 @@ def test_a_quantized_decoder_trains_its_adapters(kind: str, family: str, remat: 
     want, want_grads = value_and_grad(lora, wide, "none")
     value, grads = value_and_grad(lora, small, remat)
     np.testing.assert_allclose(value, want, rtol=1e-5)
-    for path, leaf in trees.flatten(grads).items():
-        assert leaf.dtype == jnp.float32
-        np.testing.assert_allclose(
-            leaf, trees.flatten(want_grads)[path], rtol=1e-3, atol=1e-3, err_msg=path
-        )
+    for leaf, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        np.testing.assert_allclose(leaf, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "mxfp4"])

@@ -28,7 +28,7 @@ def sums(z, weights):
     return {"total": statistics.total(z, weights), "tokens": jnp.sum(weights)}
 
 
-@pytest.mark.parametrize("batch", [8, 10, 3])
+@pytest.mark.parametrize("batch", [10, 3])
 def test_shards_together_have_the_sums_of_the_batch(rows, batch):
     rng = np.random.default_rng(0)
     z = rng.normal(size=(batch, SEQ, D_FF)).astype(np.float32)
@@ -55,10 +55,7 @@ def test_one_shard_has_no_axis(rows):
         )
         assert found == plain
     assert first_alone(z, None) is z
-
-
-def test_sums_that_are_nobody_s_own_are_the_first_shard_s(rows):
-    found = jax.jit(lambda x: first_alone(x, rows))(jnp.arange(3.0))
+    found = jax.jit(lambda x: first_alone(x, rows))(jnp.arange(3.0))  # sums that are no shard's own
     np.testing.assert_array_equal(found, [[0, 1, 2], [0] * 3, [0] * 3, [0] * 3])
 
 

@@ -74,15 +74,11 @@ def _unreachable(*args: Any, **kwargs: Any) -> None:
     ("implementation", "window", "windows"),
     [
         ("xla", 40, (40, FAR)),
-        ("xla", 150, (40, 150)),
-        ("splash", FAR, (40, FAR)),
         ("splash", 150, (40, 150)),
         ("triton", 40, (40, FAR)),
     ],
 )
-def test_split_rows_attend_as_whole_rows(
-    implementation: str, window: int, windows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_split_rows_attend_as_whole_rows(implementation, window, windows, monkeypatch):
     if implementation != "xla":
         register_all()
         monkeypatch.setattr(split_attention, "plain", _unreachable)  # the kernel supports the arguments
@@ -93,7 +89,7 @@ def test_split_rows_attend_as_whole_rows(
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_tokens_of_an_image_that_shards_divide_see_each_other() -> None:
+def test_tokens_of_an_image_that_shards_divide_see_each_other():
     *_, positions, segments = operands()
     places = (np.arange(SEQ) // 60 % 2 == 1)[None] & (segments > 0)
     starts = np.asarray(run_starts(jnp.asarray(places), jnp.asarray(positions), jnp.asarray(segments)))
@@ -103,8 +99,8 @@ def test_tokens_of_an_image_that_shards_divide_see_each_other() -> None:
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize(("seq", "strides"), [(1024, (4, 8)), (1024, (16, 64)), (500, (4, 5))])
-def test_positions_are_sampled_as_of_whole_rows(seq: int, strides: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("seq", "strides"), [(1024, (16, 64)), (500, (4, 5))])
+def test_positions_are_sampled_as_of_whole_rows(seq, strides):
     """The positions with weight in samples of the parts; strides may exceed a block's positions."""
     rng = np.random.default_rng(0)
     weights = jnp.asarray(rng.uniform(size=(2, seq)) < 0.7, jnp.float32)
@@ -118,7 +114,7 @@ def test_positions_are_sampled_as_of_whole_rows(seq: int, strides: tuple[int, in
         np.testing.assert_array_equal(ours[ours > 0], expected[expected > 0])
 
 
-def test_rows_shorter_than_their_blocks_are_refused() -> None:
+def test_rows_shorter_than_their_blocks_are_refused():
     with pytest.raises(
         NaloraError, match="--mesh.context: expected at most 3 for rows of 7 tokens.*found 4"
     ):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from nalora_jax.evaluate.statistics import mcnemar
 from nalora_jax.study.statistics import (
     holm,
     is_equivalent,
     paired,
     seeds_needed,
-    sign_test,
     signed_rank_test,
     skewness,
     t_interval,
@@ -28,8 +28,8 @@ def test_the_sign_test_counts_every_way_the_signs_can_fall() -> None:
     for n, below in ((6, 5), (6, 3), (5, 5), (1, 0)):
         ways = [sum(signs) for signs in itertools.product((0, 1), repeat=n)]
         extreme = [k for k in ways if abs(k - n / 2) >= abs(below - n / 2)]
-        assert sign_test(below, n - below) == pytest.approx(len(extreme) / len(ways))
-    assert sign_test(0, 0) == 1.0
+        assert mcnemar(below, n - below) == pytest.approx(len(extreme) / len(ways))
+    assert mcnemar(0, 0) == 1.0
 
 
 def enumerated(difference: np.ndarray) -> float:

@@ -16,7 +16,6 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import STATE_RULES, make_mesh, shardings
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.output import CHECKPOINTS as FOLDER
-from nalora_jax.train.snapshot import check_arrays, check_run
 from tests.param_trees import bytes_per_device
 
 
@@ -33,7 +32,7 @@ DATA = {"epoch": 1, "row": 48, "seed": 7, "sources": ["socialiqa"]}
 
 
 def make_state(seed: int, width: int = 64) -> State:
-    """A small train state with every kind of leaf: float32, integers, bfloat16, an empty array, typed keys."""
+    """A small train state with every kind of leaf: float32, integers, bfloat16, an empty array, key data."""
     keys = jax.random.split(jax.random.key(seed), 4)
     adapter = {"a": jax.random.normal(keys[0], (3, width, 8)), "b": jax.random.normal(keys[1], (3, 8, 128))}
     lora = {"layers": {"ffn": {"gate_proj": adapter}}}
@@ -43,15 +42,12 @@ def make_state(seed: int, width: int = 64) -> State:
         "half": jnp.full((4,), 1 / 3, jnp.bfloat16),
         "none": jnp.zeros((0, 4)),
     }
-    return State(jnp.int32(seed), lora, opt_state, gate, jax.random.split(keys[3], 2))
+    return State(jnp.int32(seed), lora, opt_state, gate, jax.random.key_data(keys[3]))
 
 
 def assert_same_bits(left, right):
     assert jax.tree.structure(left) == jax.tree.structure(right)
     for path, a, b in zip(trees.flatten(left), jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            assert jax.random.key_impl(a) == jax.random.key_impl(b)
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
         assert a.dtype == b.dtype, path
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
 
@@ -81,9 +77,7 @@ def place(state, sizes):
     return jax.device_put(state, shardings(state, mesh, STATE_RULES))
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [((1, 1, 1), (1, 2, 4)), ((2, 4, 1), (1, 1, 1)), ((2, 4, 1), (1, 2, 4))]
-)
+@pytest.mark.parametrize(("before", "after"), [((2, 4, 1), (1, 1, 1)), ((2, 4, 1), (1, 2, 4))])
 def test_another_topology_restores_the_same_bits_where_it_wants_them(tmp_path, before, after):
     state, target = place(make_state(3), before), place(make_state(0), after)
     with opened(tmp_path, RunConfig(mesh=MeshConfig(*before))) as checkpoints:
@@ -171,7 +165,7 @@ REFUSED = {
     "other_arrays": (
         {},
         ("latest", {"x": np.ones(4, np.float32), "more": np.ones(2)}),
-        ("float32[3]", "float32[4]", "more absent"),
+        ("float32[3]", "float32[4]", "more absent", "written by another version"),
     ),
 }
 
@@ -186,14 +180,22 @@ def test_what_is_not_of_this_run_is_refused(tmp_path, changes, wanted, parts):
 
 
 def test_settings_that_do_not_may_change(tmp_path):
-    with opened(tmp_path) as checkpoints:
-        checkpoints.save(1, {"x": jnp.ones(3)}, {})
-    train = TrainConfig(log_every=1, eval_every=7, save_every=3, keep=9, patience=2)
+    """Also a setting that was not there yet, and rules that are equal in another spelling."""
+    config = RunConfig().to_dict() | {"mechanisms": ["curvature_cap:tau=0.1", "soft"]}
+    del config["lora"]["dora"]
+    with Checkpointer(tmp_path, fingerprint="sha256:aa", config=config) as checkpoints:
+        checkpoints.save(1, X, {})
     moved = RunConfig(
-        model="elsewhere", output="b", resume=True, steps=500, mesh=MeshConfig(1, 1, -1), train=train
+        model="elsewhere",
+        output="b",
+        resume=True,
+        steps=500,
+        mesh=MeshConfig(1, 1, -1),
+        train=TrainConfig(log_every=1, eval_every=7, save_every=3, keep=9, patience=2),
+        mechanisms=("curvature_cap", "soft:power=1.0"),
     )
     with opened(tmp_path, moved) as checkpoints:
-        checkpoints.restore("latest", {"x": jnp.ones(3)})
+        checkpoints.restore("latest", X)
 
 
 def test_an_interrupted_save_is_neither_seen_nor_kept(tmp_path):
@@ -262,36 +264,3 @@ def test_without_a_whole_checkpoint_the_last_one_is_named_and_kept(tmp_path):
         ):
             checkpoints.restore("latest", make_state(0, width=8))
         assert checkpoints.latest_step() == 1
-
-
-def test_a_checkpoint_of_an_older_layout_is_refused_by_name_and_newer_settings_have_their_defaults():
-    """The message names the arrays, not a shape deep inside a step."""
-    average = np.zeros((2, 8), np.float32)
-    saved = {"gate/importance/layers/ffn": average, "step": np.int32(3)}
-    wanted = {"gate/memory/mask/layers/ffn/slope": average, "step": np.int32(0)}
-    with pytest.raises(
-        NaloraError, match=r"gate/memory/mask.*\[2, 8\], found .*absent.*written by another version"
-    ):
-        check_arrays("checkpoint 3", saved, wanted)
-    settings = RunConfig().to_dict()
-    older = {**settings, "lora": {name: x for name, x in settings["lora"].items() if name != "dora"}}
-    check_run("checkpoint 3", {"base": "b", "config": older}, {"base": "b", "config": settings})
-    changed = {**settings, "lora": {**settings["lora"], "dora": True}}
-    with pytest.raises(NaloraError, match=r"lora\.dora = False, found lora\.dora = True; restore these"):
-        check_run("checkpoint 3", {"base": "b", "config": older}, {"base": "b", "config": changed})
-
-
-def test_rules_that_are_equal_in_another_spelling_are_the_same_settings(tmp_path):
-    rules = ("curvature_cap", "soft:power=1.0")
-    state = {"step": jnp.int32(1)}
-    config = {**RunConfig().to_dict(), "mechanisms": ["curvature_cap:tau=0.1", "soft"]}
-    with Checkpointer(tmp_path, fingerprint="a", config=config) as checkpoints:
-        checkpoints.save(1, state, {})
-    with opened(tmp_path, RunConfig(mechanisms=rules), fingerprint="a") as checkpoints:
-        restored, _ = checkpoints.restore("latest", state)
-    assert_same_bits(restored, state)
-    with (
-        opened(tmp_path, fingerprint="a") as checkpoints,
-        pytest.raises(NaloraError, match="mechanisms.1 = 'soft'"),
-    ):
-        checkpoints.restore("latest", state)

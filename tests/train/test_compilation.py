@@ -1,7 +1,9 @@
-"""Compiled programs are kept in a folder that nobody else can write into, or not at all; damaged ones are not used."""
+"""Compiled programs are kept in a folder that nobody else can write into, or not at all; freed memory goes back."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,3 +73,25 @@ def test_a_flipped_bit_costs_a_compilation(compiled: Path, caplog: pytest.LogCap
     use_compilation_cache()
     assert names(compiled) == []
     assert caplog.messages == [f"compiled programs in {compiled} were damaged (1): compiling them again"]
+
+
+HOLDS = """
+from nalora_jax.train.compilation import release_heap, retain_heap
+
+def held():
+    return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) // 1024
+
+blocks = [b"x" * (100_000 + i % 7) for i in range(2000)]
+above = bytes(100_000)  # keeps the heap from shrinking by itself
+for i in range(len(blocks)):
+    blocks[i] = None
+before = held()
+release_heap()
+print(before - held())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_freed_blocks_below_a_used_one_are_handed_back() -> None:
+    done = subprocess.run([sys.executable, "-c", HOLDS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 150  # MB of the 200

@@ -1,12 +1,15 @@
-"""A training step of a dual encoder: the same step, mechanisms and state as for language, on one device and eight."""
+"""A training step of a dual encoder on one device and eight, and its losses against torch."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from nalora_jax.common import trees
 from nalora_jax.config import (
@@ -22,6 +25,7 @@ from nalora_jax.config import (
 )
 from nalora_jax.layout import distributed
 from nalora_jax.train.kinds import dual
+from nalora_jax.train.kinds.dual import sigmoid_contrastive, softmax_contrastive
 from nalora_jax.train.run import built
 from tests import tiny
 
@@ -113,3 +117,33 @@ def test_both_towers_learn_with_the_mechanisms_on_and_eight_devices_are_one(dual
     for path, leaf in expected.items():
         other = distributed.fetch(trees.flatten(together.lora)[path])
         np.testing.assert_allclose(other, leaf, rtol=0, atol=5e-4, err_msg=path)
+
+
+ROWS, WIDTH = 16, 32
+
+
+def features() -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    found = [rng.standard_normal((ROWS, WIDTH)).astype(np.float32) for _ in range(2)]
+    return tuple(jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True)) for x in found)
+
+
+def in_torch(images: jax.Array, texts: jax.Array, scale: float, bias: float) -> dict[str, float]:
+    """As their papers' own code has it."""
+    i, t = (torch.tensor(np.asarray(x)) for x in (images, texts))
+    logits = scale * i @ t.T
+    own = torch.arange(ROWS)
+    cross = torch.nn.functional.cross_entropy
+    signs = 2 * torch.eye(ROWS) - 1
+    return {
+        "softmax": float((cross(logits, own, reduction="sum") + cross(logits.T, own, reduction="sum")) / 2),
+        "sigmoid": float(-torch.nn.functional.logsigmoid(signs * (logits + bias)).sum()),
+    }
+
+
+def test_losses_are_those_of_the_papers() -> None:
+    images, texts = features()
+    expected = in_torch(images, texts, 12.0, -3.0)
+    for kind, function in (("softmax", softmax_contrastive), ("sigmoid", sigmoid_contrastive)):
+        loss = function(images, texts, jnp.float32(12.0), jnp.float32(-3.0))
+        np.testing.assert_allclose(loss, expected[kind], rtol=1e-5)

@@ -38,18 +38,14 @@ def traced_steps(file: Path) -> set[int]:
         return {int(dict(event.stats)["step_num"]) for event in events if event.name == "train"}
 
 
-def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path: Path) -> None:
-    run_steps(Profile(range(3, 5), tmp_path), 1, 8)
-    (file,) = tmp_path.rglob("*.pb")
-    assert file.relative_to(tmp_path).as_posix() == "profile/plugins/profile/steps_3-4/process_0.xplane.pb"
-    assert traced_steps(file) == {3, 4}
-
-
-def test_a_run_that_resumes_and_stops_within_the_steps_is_traced_as_far_as_it_goes(tmp_path: Path) -> None:
-    run_steps(Profile(range(3, 100), tmp_path), 6, 7)
-    (file,) = tmp_path.rglob("*.pb")
-    assert file.parent.name == "steps_6-7"
-    assert traced_steps(file) == {6, 7}
+def test_a_trace_holds_the_steps_that_were_asked_for_as_far_as_the_run_goes(tmp_path: Path) -> None:
+    for steps, first, last, traced in ((range(3, 5), 1, 8, {3, 4}), (range(3, 100), 6, 7, {6, 7})):
+        folder = tmp_path / str(first)
+        run_steps(Profile(steps, folder), first, last)
+        (file,) = folder.rglob("*.pb")
+        name = f"steps_{min(traced)}-{max(traced)}"
+        assert file.relative_to(folder).as_posix() == f"profile/plugins/profile/{name}/process_0.xplane.pb"
+        assert traced_steps(file) == traced
 
 
 @pytest.mark.parametrize("profile", ["5", "0:5", "5:0", "a:b", "5:5:5", "200:1", "-1:2"])

@@ -1,4 +1,4 @@
-"""A start that was kept is the one that a continuation has."""
+"""The gradient start against an SVD of the kernel's gradient in float64, and the start that is kept for resuming."""
 
 from __future__ import annotations
 
@@ -16,51 +16,163 @@ import pytest
 from nalora_jax.common import trees
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train import start
 from nalora_jax.train.output import START, Output
 from nalora_jax.train.program import Assembly, assemble
+from nalora_jax.train.start import gradient_adapters
 from tests import tiny
-from tests.param_trees import init_params
+from tests.param_trees import params_from_tensors
 
-BASE = ModelConfig.from_hf(tiny.HF)
+transformers = pytest.importorskip("transformers")
+torch = pytest.importorskip("torch")
+
+TORCH = tiny.torch_llama().double()
+BASE = ModelConfig.from_hf(TORCH.config.to_dict())
+PARAMS = jax.tree.map(
+    jnp.asarray, params_from_tensors(BASE, lambda name: TORCH.get_parameter(name).detach().float().numpy())
+)
+RULES = (LoRARule("layers/1/ffn/gate_proj", 2), LoRARule("ffn", 3), LoRARule("q_proj", 2))
+
+
+BATCHES = [tiny.whole_batch(seed, (1, 4, 12), share=0.5) for seed in range(2)]
+
+
+def kernel_gradients(rows: list[dict[str, np.ndarray]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Of the summed loss, by transformers in float64; and the gates' pre-activations ``[layers, tokens, d_ff]``."""
+    seen: list[list[np.ndarray]] = [[], []]
+    gates = [layer.mlp.gate_proj for layer in TORCH.model.layers]
+    hooks = [
+        gate.register_forward_hook(
+            lambda _, __, z, kept=kept: kept.append(z.detach().numpy().reshape(-1, 24))
+        )
+        for gate, kept in zip(gates, seen, strict=True)
+    ]
+    TORCH.zero_grad()
+    for batch in rows:
+        tokens, targets, weights = (
+            torch.tensor(np.asarray(batch[n][0])) for n in ("tokens", "targets", "loss_weights")
+        )
+        logits = TORCH(tokens).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten().long(), reduction="none"
+        )
+        (losses * weights.flatten()).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    tree = params_from_tensors(BASE, lambda name: TORCH.get_parameter(name).grad.numpy(), dtype=np.float64)
+    flat = {path.removesuffix("/kernel"): leaf for path, leaf in trees.flatten(tree).items()}
+    return flat, np.array([np.concatenate(one) for one in seen])
+
+
+def same_directions(a: np.ndarray, expected: np.ndarray) -> None:
+    """Equal columns up to their signs, each as long as LoRA's are on average."""
+    length = 3**-0.5
+    np.testing.assert_allclose(np.linalg.norm(a, axis=0), length, rtol=1e-4)
+    cosines = np.abs(np.sum(a * expected, axis=0)) / length
+    np.testing.assert_allclose(cosines, 1.0, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def made() -> Assembly:
+    config = RunConfig(
+        lora=LoRAConfig(rules=RULES, init="gradient"),
+        mechanisms=(),
+        compute=ComputeConfig(dtype="float32", stats_stride=1),
+    )
+    return assemble(config, BASE, PARAMS, tiny.one_device())
+
+
+@pytest.fixture(scope="module")
+def found(made: Assembly) -> dict[str, dict[str, np.ndarray]]:
+    """Adapters by path, for each kind of weights."""
+
+    def adapters(kind: str) -> dict[str, np.ndarray]:
+        changed = replace(
+            made, config=replace(made.config, lora=replace(made.config.lora, gradient_weights=kind))
+        )
+        return trees.flatten(jax.device_get(gradient_adapters(changed, BASE, BATCHES, seed=0)))
+
+    return {kind: adapters(kind) for kind in ("ones", "slope", "permuted")}
+
+
+def test_a_holds_the_gradients_left_singular_vectors_and_b_is_zero(made, found) -> None:
+    lora, (gradients, _) = found["ones"], kernel_gradients(BATCHES)
+    for path, target in made.spec.targets:
+        assert not np.any(lora[f"{path}/b"])
+        for layer, rank in enumerate(target.ranks):
+            a = lora[f"{path}/a"][layer]
+            u = np.linalg.svd(gradients[path][layer], full_matrices=False)[0]
+            same_directions(a[:, :rank], u[:, :rank])
+            assert not np.any(a[:, rank:])  # of a layer whose rank is below the stack's
+    fresh = trees.flatten(made.begin(lora_of(made), 0).lora)
+    assert {path: leaf.shape for path, leaf in lora.items()} == {
+        path: leaf.shape for path, leaf in fresh.items()
+    }
+
+
+def test_slope_weights_the_gates_columns_and_the_placebo_permutes_them(found) -> None:
+    gradients, z = kernel_gradients(BATCHES)
+    gate, up = "layers/ffn/gate_proj", "layers/ffn/up_proj/a"
+    slope = np.mean(np.abs(silu_slope(z)), axis=1)  # [layers, d_ff]
+    weighted = gradients[gate] * (slope / slope.mean(axis=1, keepdims=True))[:, None, :]
+    for layer in range(2):
+        expected = np.linalg.svd(weighted[layer], full_matrices=False)[0]
+        same_directions(found["slope"][f"{gate}/a"][layer][:, :2], expected[:, :2])
+    np.testing.assert_allclose(np.abs(found["slope"][up]), np.abs(found["ones"][up]), atol=1e-3)
+    pairs = (("ones", "slope"), ("slope", "permuted"), ("ones", "permuted"))
+    differs = [
+        np.abs(np.abs(found[a][f"{gate}/a"]) - np.abs(found[b][f"{gate}/a"])).max() for a, b in pairs
+    ]
+    assert min(differs) > 1e-2
+
+
+def lora_of(made: Assembly) -> dict[str, np.ndarray]:
+    """Fresh adapters as LoRA draws them."""
+    return init_lora(BASE, made.spec, jax.random.key(0))
+
+
+def silu_slope(z: np.ndarray) -> np.ndarray:
+    sigmoid = 1 / (1 + np.exp(-z))
+    return sigmoid * (1 + z * (1 - sigmoid))
+
+
+# ---------------------------------------------------------------- a start that was kept
 
 LOADED: Any = SimpleNamespace(config=BASE)
 
 
 @pytest.fixture(scope="module")
-def assembly() -> Assembly:
-    config = RunConfig(
-        lora=LoRAConfig(rules=(LoRARule("gate_proj", 2),), init="lora_ga"),
-        compute=ComputeConfig(dtype="float32"),
-    )
-    return assemble(config, BASE, init_params(BASE, jax.random.key(0)), tiny.one_device())
+def lowering(made: Assembly) -> Assembly:
+    """The same, of a run that lowers its kernels."""
+    return replace(made, config=replace(made.config, lora=replace(made.config.lora, init="lora_ga")))
 
 
 @pytest.fixture
-def begun(assembly: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Assembly:
+def begun(lowering: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Assembly:
     """As a run begins; its gradient can be taken once."""
     rng = np.random.default_rng(0)
     lora = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), "float32"), assembly.state.lora
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), "float32"), lowering.state.lora
     )
     found = iter([lora])
     monkeypatch.setattr(start, "first_adapters", lambda *_: next(found))
     rows: Any = None
-    return start.with_start(assembly, LOADED, rows, Output(tmp_path, resumes=False))
+    return start.with_start(lowering, LOADED, rows, Output(tmp_path, resumes=False))
 
 
-def continued(assembly: Assembly, folder: Path) -> Assembly:
+def continued(lowering: Assembly, folder: Path) -> Assembly:
     rows: Any = None
-    return start.with_start(assembly, LOADED, rows, Output(folder, resumes=True))
+    return start.with_start(lowering, LOADED, rows, Output(folder, resumes=True))
 
 
 def test_a_continuation_has_the_start_to_the_bit(
-    assembly: Assembly, begun: Assembly, tmp_path: Path
+    lowering: Assembly, begun: Assembly, tmp_path: Path
 ) -> None:
-    again = continued(assembly, tmp_path)
+    again = continued(lowering, tmp_path)
     assert not np.array_equal(
-        *(trees.flatten(one.params)["layers/ffn/gate_proj/kernel"] for one in (assembly, begun))
+        *(trees.flatten(one.params)["layers/ffn/gate_proj/kernel"] for one in (lowering, begun))
     )
     for ours, theirs in ((again.params, begun.params), (again.initial, begun.initial)):
         first, second = trees.flatten(ours), trees.flatten(theirs)
@@ -70,9 +182,8 @@ def test_a_continuation_has_the_start_to_the_bit(
     assert sorted(path.name for path in tmp_path.iterdir()) == [START]  # no scratch files
 
 
-def test_a_plain_gradient_start_is_in_the_checkpoint(assembly: Assembly, tmp_path: Path) -> None:
-    plain = replace(assembly, config=replace(assembly.config, lora=LoRAConfig(init="gradient")))
-    assert continued(plain, tmp_path) is plain
+def test_a_plain_gradient_start_is_in_the_checkpoint(made: Assembly, tmp_path: Path) -> None:
+    assert continued(made, tmp_path) is made
 
 
 @pytest.mark.usefixtures("begun")
@@ -85,8 +196,8 @@ def test_a_plain_gradient_start_is_in_the_checkpoint(assembly: Assembly, tmp_pat
     ],
 )
 def test_a_start_that_is_not_there_or_damaged_is_refused(
-    assembly: Assembly, tmp_path: Path, found: str, harm: Any
+    lowering: Assembly, tmp_path: Path, found: str, harm: Any
 ) -> None:
     harm(tmp_path / START)
     with pytest.raises(NaloraError, match=f"the adapters that the run started from.*{found}"):
-        continued(assembly, tmp_path)
+        continued(lowering, tmp_path)

@@ -25,13 +25,12 @@ from nalora_jax.config import (
 )
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
-from nalora_jax.method import activations, low_rank
+from nalora_jax.method import activations
 from nalora_jax.method.step import Evaluated, StepConfig, init_state, make_train_step
 from nalora_jax.method.transform import make_mechanisms, with_gate_state
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.train.loop import _Meter
-from nalora_jax.train.optimizers import make_optimizer
 from nalora_jax.train.program import Assembly, assemble
 from tests import tiny
 from tests.param_trees import bytes_per_device, init_params
@@ -74,12 +73,6 @@ def _assemble(
     return replace(assembly, state=assembly.state._replace(lora=lora)), params
 
 
-def _run(config: RunConfig, **place: Any) -> Any:
-    assembly, params = _assemble(config, **place)
-    state, history = _train(assembly, params)
-    return jax.device_get(state), history
-
-
 def _train(assembly: Assembly, params: Any, steps: int = 3, accumulate: int = 1) -> tuple[Any, list[Any]]:
     state, history = assembly.state, []
     for i in range(steps):
@@ -90,9 +83,11 @@ def _train(assembly: Assembly, params: Any, steps: int = 3, accumulate: int = 1)
 
 
 @cache
-def _alone(config: RunConfig, base: ModelConfig = BASE) -> Any:
+def _alone() -> Any:
     """Three whole steps on one device: what splits, meshes and repetitions are compared with."""
-    return _run(config, base=base)
+    assembly, params = _assemble(SGD, base=FOUR_HEADS)
+    state, history = _train(assembly, params)
+    return jax.device_get(state), history
 
 
 def _assert_close(one: Any, other: Any, *, atol: float) -> None:
@@ -122,7 +117,7 @@ def test_a_step_holds_one_forward_and_backward_pass_however_many_micro_batches_i
 
 
 def _assert_as_alone(state: Any, history: Sequence[Any]) -> None:
-    alone, metrics = _alone(SGD, FOUR_HEADS)
+    alone, metrics = _alone()
     _assert_close(alone.lora, state.lora, atol=2e-6)
     _assert_close(alone.gate, state.gate, atol=1e-6)
     for one, other in zip(metrics, history, strict=True):
@@ -154,9 +149,17 @@ def test_every_step_and_every_micro_batch_has_its_own_key_for_dropout() -> None:
     assert len(set(means)) == 5
 
 
-def test_a_split_into_micro_batches_is_the_same_step() -> None:
+def test_a_split_into_micro_batches_is_the_same_step_and_moves_every_adapter_and_no_base_weight() -> None:
     """In four; `test_a_mesh_is_one_device` splits in two."""
-    _assert_as_alone(*_train(*_assemble(SGD, base=FOUR_HEADS), accumulate=4))
+    assembly, params = _assemble(SGD, base=FOUR_HEADS)
+    before = jax.device_get((params, assembly.state.lora))
+    state, history = _train(assembly, params, accumulate=4)
+    _assert_as_alone(state, history)
+    for path, value in trees.flatten(params).items():
+        np.testing.assert_array_equal(value, trees.flatten(before[0])[path], err_msg=path)
+    for path, value in trees.flatten(state.lora).items():
+        moved = np.abs(value - trees.flatten(before[1])[path])
+        assert np.all(moved.reshape(BASE.n_layers, -1).max(axis=1) > 0), path
 
 
 def test_a_mesh_is_one_device(capfd: pytest.CaptureFixture[str]) -> None:
@@ -175,75 +178,20 @@ def test_a_mesh_is_one_device(capfd: pytest.CaptureFixture[str]) -> None:
         assert max(per_device.values()) < (1 / parts + 0.05) * trees.size_bytes(tree)
 
 
-def test_with_both_mechanisms_off_it_is_plain_lora_to_the_bit() -> None:
-    off = replace(CONFIG, mechanisms=())
-    ours, _ = _run(off)
-    assembly, params = _assemble(off)
-    optimizer = make_optimizer(off.optimizer, off.steps)
-    assert jax.tree.structure(optimizer.init(assembly.state.lora)) == jax.tree.structure(
-        assembly.state.opt_state
-    )
-    on, _ = _alone(CONFIG)
-    gate = "layers/ffn/gate_proj/b"
-    assert np.abs(trees.flatten(ours.lora)[gate] - trees.flatten(on.lora)[gate]).max() > 1e-3
-
-    # A plain LoRA step, written out: no masks, no statistics, no extra arguments.
-    def loss(lora: Any, batch: Any) -> jax.Array:
-        hidden = assembly.model.apply(
-            {"params": params, "lora": lora},
-            batch["tokens"][0],
-            positions=batch["positions"][0],
-            segment_ids=batch["segment_ids"][0],
-        )
-        logits = assembly.model.apply({"params": params}, hidden, method="unembed")
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"][0])
-        return jnp.sum(losses * batch["loss_weights"][0]) / jnp.sum(batch["loss_weights"])
-
-    @jax.jit
-    def step(lora: Any, opt_state: Any, batch: Any) -> Any:
-        updates, opt_state = optimizer.update(jax.grad(loss)(lora, batch), opt_state, lora)
-        return optax.apply_updates(lora, updates), opt_state
-
-    lora, opt_state = assembly.state.lora, optimizer.init(assembly.state.lora)
-    for i in range(3):
-        lora, opt_state = step(lora, opt_state, _batch(i))
-    _assert_close(ours.lora, jax.device_get(lora), atol=1e-5)
-
-
-def test_one_trace_and_the_same_bits_twice_while_base_weights_stay_and_every_adapter_moves() -> None:
-    first, _ = _alone(CONFIG)  # assemble() allows one trace only
-    assembly, params = _assemble(CONFIG)
-    before = jax.device_get((params, assembly.state.lora))
-    second = jax.device_get(_train(assembly, params)[0])
-    for path, value in trees.flatten(first).items():
-        np.testing.assert_array_equal(value, trees.flatten(second)[path], err_msg=path)
-    for path, value in trees.flatten(params).items():
-        np.testing.assert_array_equal(value, trees.flatten(before[0])[path], err_msg=path)
-    for path, value in trees.flatten(second.lora).items():
-        moved = np.abs(value - trees.flatten(before[1])[path])
-        assert np.all(moved.reshape(BASE.n_layers, -1).max(axis=1) > 0), path
-
-
-CHECKED = replace(CONFIG, debug=DebugConfig(check_gates=True))
 FFN_ONLY = LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4),))
+CHECKED = replace(CONFIG, lora=FFN_ONLY, debug=DebugConfig(check_gates=True))
 
 
-def _run_checked() -> None:
-    """Takes a step with checks and nothing that they do not look at."""
-    _train(*_assemble(replace(CHECKED, lora=FFN_ONLY, mechanisms=())), steps=1)
+def _run_checked(
+    mechanisms: tuple[str, ...] = ("squared:warmup=1",), steps: int = 3, **compute: Any
+) -> None:
+    """Takes steps with checks; the masks of the last two of three differ between layers."""
+    checked = replace(CHECKED, mechanisms=mechanisms, compute=replace(CONFIG.compute, **compute))
+    _train(*_assemble(checked), steps=steps)
 
 
-def test_the_debug_check_catches_adapters_of_another_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = low_rank.Factors.of
-
-    def scaled(adapter: Any, kernel: Any = None) -> Any:
-        """Factors of adapters that add 1.1 of what they should, whatever computes the products."""
-        made = sound(adapter, kernel)
-        return made if made.a is None else made._replace(b=1.1 * made.b)
-
-    monkeypatch.setattr(low_rank.Factors, "of", scaled)
-    with pytest.raises(NaloraError, match=r"check-gates.*gate check failed in layers/ffn"):
-        _run_checked()
+def test_the_debug_check_passes_masks_and_samples_without_padding() -> None:
+    _run_checked(stats_stride=2, probe_stride=2)
 
 
 def test_the_debug_check_catches_a_wrong_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,43 +199,33 @@ def test_the_debug_check_catches_a_wrong_derivative(monkeypatch: pytest.MonkeyPa
     wrong = replace(silu, gate=lambda z: (silu.gate(z)[0], 1.05 * silu.gate(z)[1]))
     monkeypatch.setitem(activations.ACTIVATIONS._values, "silu", wrong)
     with pytest.raises(NaloraError, match=r"check-gates.*gate check failed in layers/ffn"):
-        _run_checked()
-
-
-def _run_masked(**compute: Any) -> None:
-    """Takes three steps with checks; the masks of the last two differ between layers."""
-    masked = replace(CHECKED, lora=FFN_ONLY, mechanisms=("squared:warmup=1",))
-    _train(*_assemble(replace(masked, compute=replace(CONFIG.compute, **compute))))
-
-
-def test_the_debug_check_passes_masks_and_samples_without_padding() -> None:
-    _run_masked(stats_stride=2, probe_stride=2)
+        _run_checked(mechanisms=(), steps=1)
 
 
 def _masks(variables: Any, change: Callable[[jax.Array], jax.Array]) -> Any:
     return variables | {"gate_mask": jax.tree.map(change, variables.get("gate_mask", {}))}
 
 
-# What each planted fault changes in the model's variables or options, and the check that finds it.
-PLANTED: dict[str, tuple[str, Callable[[Any, Any], tuple[Any, Any]]]] = {
+# What each planted fault changes in the model's variables or options, the dtype, and the check that finds it.
+PLANTED: dict[str, tuple[str, str, Callable[[Any, Any], tuple[Any, Any]]]] = {
     "statistics of padding": (
         "sums over the sampled tokens",
+        "float32",
         lambda v, o: (v, o | {"token_weights": jnp.ones(o["segment_ids"].shape, bool)}),
     ),
     "mask of the layer before": (
         "gated by this block's mask",
+        "bfloat16",
         lambda v, o: (_masks(v, lambda mask: jnp.roll(mask, 1, axis=0)), o),
     ),
 }
 
 
-@pytest.mark.parametrize(
-    ("fault", "dtype"), [("statistics of padding", "float32"), ("mask of the layer before", "bfloat16")]
-)
+@pytest.mark.parametrize("fault", PLANTED)
 def test_the_debug_check_catches_padding_and_the_mask_of_another_layer(
-    fault: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+    fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (meaning, planted), sound = PLANTED[fault], Decoder.apply
+    (meaning, dtype, planted), sound = PLANTED[fault], Decoder.apply
 
     def apply(self: Any, variables: Any, tokens: Any, **options: Any) -> Any:
         variables, options = planted(variables, options)
@@ -295,7 +233,7 @@ def test_the_debug_check_catches_padding_and_the_mask_of_another_layer(
 
     monkeypatch.setattr(Decoder, "apply", apply)
     with pytest.raises(NaloraError, match=f"check-gates.*in layers/ffn: .*{meaning}"):
-        _run_masked(dtype=dtype)
+        _run_checked(dtype=dtype)
 
 
 def test_what_was_not_measured_is_not_a_number_and_stops_the_run() -> None:

@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
 
 from nalora_jax.common.trees import unflatten
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from tests.param_trees import params_from_tensors
 
@@ -36,31 +39,27 @@ DELTA_NET = {
     "linear_key_head_dim": 4,
     "linear_value_head_dim": 4,
 }
+WINDOW = {"sliding_window": 4}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SHARED_EXPERTS = EXPERTS | {"shared_expert_intermediate_size": 12}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}
+YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
+DYNAMIC = ROPE | {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}
+CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv"]}
 FEATURES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
-    "mistral": {"sliding_window": 4},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "mistral": WINDOW,
+    "qwen2": WINDOW | {"use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {"use_sliding_window": False},
     "gemma": {"hidden_activation": "gelu_pytorch_tanh"},
-    "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 4},
-    "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 4},
+    "gemma2": WINDOW | {"query_pre_attn_scalar": 8},
+    "gemma3_text": WINDOW | {"query_pre_attn_scalar": 8},
     "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "olmo2": {},
-    "olmo3": {
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
-    "ministral3": {
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 1e4,
-            "factor": 4.0,
-            "original_max_position_embeddings": 4,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "llama_4_scaling_beta": 0.5,
-        },
-    },
+    "olmo3": WINDOW | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "ministral3": {"rope_parameters": YARN},
     "smollm3": {"no_rope_layer_interval": 2},
     "granite": {
         "embedding_multiplier": 3.0,
@@ -68,51 +67,20 @@ FEATURES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.3,
         "logits_scaling": 2.0,
     },
-    "granite_swa": {"sliding_window": 4, "layer_rope_theta": [1e4, 0.0, 1e3], "attention_multiplier": 0.3},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
-    "lfm2_moe": {
-        "layer_types": ["conv", "full_attention", "conv"],
-        "num_dense_layers": 1,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 20,
-    },
+    "granite_swa": WINDOW | {"layer_rope_theta": [1e4, 0.0, 1e3], "attention_multiplier": 0.3},
+    "lfm2": CONVOLUTIONS | {"block_auto_adjust_ff_dim": False},
+    "lfm2_moe": CONVOLUTIONS | EXPERTS | {"num_dense_layers": 1},
     "seed_oss": {"attention_out_bias": True},
     "ernie4_5": {"use_bias": True},
-    "exaone4": {"sliding_window": 4, "sliding_window_pattern": 2},
-    "hunyuan_v1_dense": {
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
-    },
+    "exaone4": WINDOW | {"sliding_window_pattern": 2},
+    "hunyuan_v1_dense": {"rope_parameters": DYNAMIC},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 4},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "gpt_oss": {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "sliding_window": 4,
-        "swiglu_limit": 1.5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    },
-    "qwen3_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 20,
-        "decoder_sparse_step": 1,
-        "norm_topk_prob": True,
-    },
-    "qwen2_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 20,
-        "shared_expert_intermediate_size": 12,
-    },
+    "mixtral": LOCAL_EXPERTS,
+    "gpt_oss": LOCAL_EXPERTS | WINDOW | {"swiglu_limit": 1.5, "rope_parameters": ROPE},
+    "qwen3_moe": EXPERTS | {"decoder_sparse_step": 1, "norm_topk_prob": True},
+    "qwen2_moe": SHARED_EXPERTS,
     "qwen3_5_text": DELTA_NET,
-    "qwen3_next": {
-        **DELTA_NET,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 20,
-        "shared_expert_intermediate_size": 12,
-    },
+    "qwen3_next": DELTA_NET | SHARED_EXPERTS,
     "glm4_moe": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -123,11 +91,18 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
+def mixed(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[float, ...]]]:
+    """Returns ranks and alphas of all projections, which differ between layers and modules, for `random_lora`."""
+    rng, targets = np.random.default_rng(0), {}
+    for path, layers in depths(config).items():
+        ranks, alphas = rng.integers(1, 5, layers), rng.choice([1.5, 3.0, 8.0], layers)
+        targets[path.removeprefix("layers/")] = tuple(ranks.tolist()), tuple(alphas.tolist())
+    return targets
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., tuple[Any, ModelConfig]]:
     """``tiny_model("llama", **changes) -> (torch model with random weights in eval mode, our config)``."""
-    transformers = pytest.importorskip("transformers")
-    import torch
 
     def build(model_type: str, **changes: Any) -> tuple[Any, ModelConfig]:
         torch.manual_seed(0)
@@ -157,8 +132,6 @@ def params_of() -> Callable[[Any, ModelConfig], dict[str, Any]]:
     """``params_of(torch model, config)``: our float32 parameter tree of its checkpoint."""
 
     def build(model: Any, config: ModelConfig) -> dict[str, Any]:
-        from safetensors.numpy import load_file
-
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.save_pretrained(folder)

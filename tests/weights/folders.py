@@ -57,7 +57,7 @@ def loaded_and_peak(folder: Path, raw: dict[str, Any], **options: Any) -> tuple[
     """Megabytes of a model of ones, loaded in a process of its own, and by how much the peak of that grows."""
     shapes = {t.name: t.shape for t in keymap_for(ModelConfig.from_hf(raw), "hf").tensors}
     (folder / "config.json").write_text(json.dumps(raw))
-    tokenizer_files(folder, 32)
+    tokenizer_files(folder, raw["vocab_size"])
     ones = {name: np.ones(shape, ml_dtypes.bfloat16) for name, shape in shapes.items()}
     save_file(ones, folder / "model.safetensors")
     code = f"""

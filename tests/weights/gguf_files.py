@@ -89,3 +89,11 @@ def random_blocks(
     for place in places.get(kind.name, [0]):
         raw[..., place : place + 2] = scale.view(np.uint8)
     return raw.reshape(rows, -1)
+
+
+def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

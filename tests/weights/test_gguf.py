@@ -1,47 +1,51 @@
-"""GGUF files: against the gguf package's own reader and against transformers reading the same file."""
+"""GGUF files: against the gguf package's own reader and transformers reading the same file; adapters as such files."""
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import torch
+import transformers
 from gguf.constants import GGMLQuantizationType
-from safetensors.numpy import load_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nalora_jax.common.trees import flatten
+from nalora_jax.__main__ import main
+from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.families import BUILT_IN
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.weights import tensors
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.gguf import READABLE, GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
+from nalora_jax.weights.gguf_export import (
+    verify_adapter_gguf,
+    write_adapter_gguf,
+)
 from nalora_jax.weights.keymaps import keymap_for
+from nalora_jax.weights.merge import merge
+from nalora_jax.weights.peft import export_adapter
 from nalora_jax.weights.tensors import load_params
 from tests.param_trees import params_from_tensors, tensors_from_params
-from tests.weights.gguf_files import MODEL, Write, add_shape, random_blocks, random_params, write_model
-
-
-def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def saved_params(model: Any, config: ModelConfig, folder: Path) -> dict[str, Any]:
-    """A torch model's parameters as our tree, by the names that it is saved under."""
-    model.save_pretrained(folder)
-    return params_from_tensors(config, load_file(folder / "model.safetensors").__getitem__)
+from tests.weights.conftest import mixed
+from tests.weights.gguf_files import (
+    MODEL,
+    Write,
+    add_shape,
+    finish,
+    random_blocks,
+    random_params,
+    write_model,
+)
 
 
 def write_llama(path: Path, more: Write = lambda _: None, **changes: Any) -> Path:
@@ -52,17 +56,11 @@ def write_llama(path: Path, more: Write = lambda _: None, **changes: Any) -> Pat
 # ---------------------------------------------------------------- the header
 
 
-def test_metadata_equals_the_gguf_packages_reader(tmp_path: Path) -> None:
+def test_metadata_equals_the_gguf_packages_reader(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    values = {"uint8": 7, "int8": -7, "uint16": 700, "int16": -700, "uint32": 70_000, "int32": -70_000}
-    values |= {
-        "uint64": 2**40,
-        "int64": -(2**40),
-        "float32": 0.1,
-        "float64": 0.1,
-        "bool": True,
-        "string": "é\n",
-    }
+    values: dict[str, Any] = {"uint8": 7, "int8": -7, "uint16": 700, "int16": -700, "uint32": 70_000}
+    values |= {"int32": -70_000, "uint64": 2**40, "int64": -(2**40), "float32": 0.1, "float64": 0.1}
+    values |= {"bool": True, "string": "é\n"}
     for kind, value in values.items():
         getattr(writer, f"add_{kind}")(f"a.{kind}", value)
     writer.add_array("a.ints", [1, -2, 3])
@@ -90,15 +88,13 @@ def quantized(kind: GGMLQuantizationType, rows: int, columns: int) -> np.ndarray
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_every_number_format_is_read_whole_and_in_slices(tmp_path: Path, name: str) -> None:
+def test_every_number_format_is_read_whole_and_in_slices(tmp_path, name):
     kind = GGMLQuantizationType[name]
-    stored = quantized(kind, 6, 512)
+    stored, plain = quantized(kind, 6, 512), name in ("F32", "F16")
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tensor("first", np.ones(3, np.float32))
-    writer.add_tensor("two", stored, raw_dtype=None if kind.name in ("F32", "F16") else kind)
-    writer.add_tensor(
-        "three", stored.reshape(3, 2, -1), raw_dtype=None if kind.name in ("F32", "F16") else kind
-    )
+    writer.add_tensor("two", stored, raw_dtype=None if plain else kind)
+    writer.add_tensor("three", stored.reshape(3, 2, -1), raw_dtype=None if plain else kind)
     file = GGUFFile(finish(writer, tmp_path / "m.gguf"))
     tensor = next(t for t in gguf.GGUFReader(file.path).tensors if t.name == "two")
     expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(6, 512)
@@ -119,29 +115,54 @@ YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_pos
 
 
 def add_yarn(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_freq_base(5e5)
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(4.0)
     writer.add_rope_scaling_orig_ctx_len(8)
 
 
+def add_olmo3(writer: gguf.GGUFWriter) -> None:
+    writer.add_sliding_window(4)
+    writer.add_sliding_window_pattern([True, False, True])
+    add_yarn(writer)
+
+
+def add_ministral3(writer: gguf.GGUFWriter) -> None:
+    add_yarn(writer)
+    writer.add_rope_scaling_yarn_beta_fast(16.0)
+    writer.add_rope_scaling_yarn_log_mul(0.5)
+    writer.add_attn_temperature_scale(0.25)
+
+
+def add_gemma2(writer: gguf.GGUFWriter) -> None:
+    writer.add_sliding_window(4)
+    writer.add_attn_logit_softcapping(50.0)
+    writer.add_final_logit_softcapping(30.0)
+
+
+def add_granite(writer: gguf.GGUFWriter) -> None:
+    writer.add_embedding_scale(3.0)
+    writer.add_residual_scale(0.5)
+    writer.add_attention_scale(0.3)
+    writer.add_logit_scale(2.0)
+
+
+def add_experts(writer: gguf.GGUFWriter) -> None:
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(2)
+
+
+OLMO3 = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}
+MINISTRAL3 = YARN | {"beta_fast": 16.0, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.25}
+NO_WINDOW = {"sliding_window": None}
+ROTATIONS = {"no_rope_layer_interval": 4, "no_rope_layers": None, "num_hidden_layers": 5}
+# By model type: llama.cpp's architecture, changes of the model, and what its file says.
 FAMILIES: dict[str, tuple[str, dict[str, Any], Write]] = {
-    "llama": ("llama", {}, lambda w: w.add_rope_freq_base(10_000.0)),
-    "qwen2": (
-        "qwen2",
-        {"use_sliding_window": False, "sliding_window": None},
-        lambda w: w.add_rope_freq_base(1e4),
-    ),
-    "qwen3": ("qwen3", {"sliding_window": None}, lambda w: w.add_rope_freq_base(1e4)),
+    "llama": ("llama", {}, lambda w: w.add_rope_freq_base(1e4)),
+    "qwen2": ("qwen2", NO_WINDOW | {"use_sliding_window": False}, lambda w: w.add_rope_freq_base(1e4)),
+    "qwen3": ("qwen3", NO_WINDOW, lambda w: w.add_rope_freq_base(1e4)),
     "gemma": ("gemma", {"head_dim": 8}, lambda w: None),
-    "gemma2": (
-        "gemma2",
-        {},
-        lambda w: (
-            w.add_sliding_window(4),
-            w.add_attn_logit_softcapping(50.0),
-            w.add_final_logit_softcapping(30.0),
-        ),
-    ),
+    "gemma2": ("gemma2", {}, add_gemma2),
     "gemma3_text": ("gemma3", {}, lambda w: (w.add_sliding_window(4), w.add_rope_freq_base(1e6))),
     "phi3": (
         "phi3",
@@ -149,70 +170,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Write]] = {
         lambda w: (w.add_sliding_window(4), w.add_rope_dimension_count(8)),
     ),
     "olmo2": ("olmo2", {}, lambda w: w.add_rope_freq_base(1e4)),
-    "olmo3": (
-        "olmo2",
-        {
-            "rope_parameters": {
-                "full_attention": YARN,
-                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
-            }
-        },
-        lambda w: (
-            w.add_sliding_window(4),
-            w.add_sliding_window_pattern([True, False, True]),
-            w.add_rope_freq_base(5e5),
-            add_yarn(w),
-        ),
-    ),
-    "ministral3": (
-        "mistral3",
-        {
-            "rope_parameters": YARN
-            | {"beta_fast": 16.0, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.25}
-        },
-        lambda w: (
-            w.add_rope_freq_base(5e5),
-            add_yarn(w),
-            w.add_rope_scaling_yarn_beta_fast(16.0),
-            w.add_rope_scaling_yarn_log_mul(0.5),
-            w.add_attn_temperature_scale(0.25),
-        ),
-    ),
-    "smollm3": (
-        "smollm3",
-        {"no_rope_layer_interval": 4, "no_rope_layers": None, "num_hidden_layers": 5},
-        lambda w: w.add_rope_freq_base(2e6),
-    ),
-    "granite": (
-        "granite",
-        {},
-        lambda w: (
-            w.add_embedding_scale(3.0),
-            w.add_residual_scale(0.5),
-            w.add_attention_scale(0.3),
-            w.add_logit_scale(2.0),
-        ),
-    ),
-    "mixtral": (
-        "llama",
-        {"sliding_window": None},
-        lambda w: (w.add_expert_count(4), w.add_expert_used_count(2), w.add_rope_freq_base(1e6)),
-    ),
-    "qwen3_moe": (
-        "qwen3moe",
-        {"sliding_window": None},
-        lambda w: (w.add_expert_count(4), w.add_expert_used_count(2), w.add_expert_feed_forward_length(20)),
-    ),
+    "olmo3": ("olmo2", {"rope_parameters": OLMO3}, add_olmo3),
+    "ministral3": ("mistral3", {"rope_parameters": MINISTRAL3}, add_ministral3),
+    "smollm3": ("smollm3", ROTATIONS, lambda w: w.add_rope_freq_base(2e6)),
+    "granite": ("granite", {}, add_granite),
+    "mixtral": ("llama", NO_WINDOW, lambda w: (add_experts(w), w.add_rope_freq_base(1e6))),
+    "qwen3_moe": ("qwen3moe", NO_WINDOW, lambda w: (add_experts(w), w.add_expert_feed_forward_length(20))),
 }
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_family_comes_back_from_its_file(
-    tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], model_type: str
-) -> None:
+def test_every_family_comes_back_from_its_file(tmp_path, tiny_model, params_of, model_type):
     architecture, changes, more = FAMILIES[model_type]
     model, config = tiny_model(model_type, **changes)
-    params = saved_params(model, config, tmp_path / "hf")
+    params = params_of(model, config)
     file = GGUFFile(write_model(tmp_path / "m.gguf", architecture, model.config.to_dict(), params, more))
 
     assert ModelConfig.from_hf(hf_config(file)) == config
@@ -228,19 +199,16 @@ TRANSFORMERS_READS = {
 }
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "phi3", "qwen3_moe"])
 def test_the_files_of_these_tests_are_what_transformers_expects(
-    tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], model_type: str
-) -> None:
+    tmp_path, tiny_model, params_of, model_type
+):
     """An independent reader of names, row orders and norms: it must find the model that the file was written from."""
-    import torch
-    import transformers
-
     architecture, changes, more = FAMILIES[model_type]
     model, config = tiny_model(
         model_type, **changes, **TRANSFORMERS_READS.get(model_type, {}), hidden_size=32
     )
-    params = saved_params(model, config, tmp_path / "hf")
+    params = params_of(model, config)
     path = write_model(tmp_path / "m.gguf", architecture, model.config.to_dict(), params, more)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, dtype=torch.float32
@@ -249,37 +217,27 @@ def test_the_files_of_these_tests_are_what_transformers_expects(
         torch.testing.assert_close(theirs.state_dict()[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
-def test_a_quantized_model_loads_in_either_dtype(tmp_path: Path) -> None:
-    """Rows of 32 in Q8_0 beside float32: the values are the dequantized ones, cast once."""
+def test_a_quantized_model_loads_in_either_dtype(tmp_path):
+    """Rows of 32 in Q8_0 with norms in float32: the values are the dequantized ones, cast once."""
     raw = MODEL | {"hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
-    params, stored = random_params(raw), {}
+    config, kind, stored = ModelConfig.from_hf(raw), GGMLQuantizationType.Q8_0, {}
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     add_shape(writer, raw)
-    for name, tensor in tensors_from_params(ModelConfig.from_hf(raw), params, "gguf"):
-        tensor = np.ascontiguousarray(tensor, np.float32)
-        if tensor.ndim == 2:
-            blocks = gguf.quants.quantize(tensor, GGMLQuantizationType.Q8_0)
-            writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType.Q8_0)
-            tensor = gguf.quants.dequantize(blocks, GGMLQuantizationType.Q8_0)
-        else:
-            writer.add_tensor(name, tensor)
-        stored[name] = tensor
+    for name, tensor in tensors_from_params(config, random_params(raw), "gguf"):
+        blocks = gguf.quants.quantize(tensor, kind) if tensor.ndim == 2 else tensor
+        writer.add_tensor(name, blocks, raw_dtype=kind if tensor.ndim == 2 else None)
+        stored[name] = gguf.quants.dequantize(blocks, kind) if tensor.ndim == 2 else tensor
     path = finish(writer, tmp_path / "m.gguf")
-    expected = flatten(params_from_tensors(ModelConfig.from_hf(raw), stored.__getitem__, "gguf"))
+    expected = flatten(params_from_tensors(config, stored.__getitem__, "gguf"))
     for dtype in ("float32", "bfloat16"):
         model = load_model(str(path), dtype=dtype)
         for name, leaf in flatten(model.params).items():
-            assert leaf.dtype == dtype
-            np.testing.assert_array_equal(leaf, expected[name].astype(leaf.dtype), err_msg=name)
-    assert model.source == str(path)
-    assert model.hf_config == hf_config(GGUFFile(path))
-    assert model.tokenizer.vocab_size == model.config.vocab_size == 48
+            np.testing.assert_array_equal(leaf, expected[name].astype(dtype), strict=True, err_msg=name)
+    assert (model.source, model.tokenizer.vocab_size) == (str(path), 48)
     assert re.fullmatch("all:[0-9a-f]{64}", model.fingerprint)
 
 
-def test_rows_that_llama_cpp_regroups_are_right_on_a_mesh_and_in_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_llama_cpp_regroups_are_right_on_a_mesh_and_in_blocks(tmp_path, monkeypatch):
     path = str(write_llama(tmp_path / "m.gguf"))
     alone = flatten(load_model(path, dtype="float32").params)
     monkeypatch.setattr(tensors, "BLOCK", 40)
@@ -295,11 +253,7 @@ def rope(tmp_path: Path, more: Write, **changes: Any) -> dict[str, Any]:
     return hf_config(GGUFFile(write_llama(tmp_path / "m.gguf", more, **changes))).get("rope_scaling", {})
 
 
-def test_llama3_divisors_become_its_settings_and_others_are_kept(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
+def test_llama3_divisors_become_its_settings_and_others_are_kept(tmp_path):
     settings = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     settings |= {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
     wide = {"hidden_size": 64, "head_dim": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
@@ -323,7 +277,7 @@ def test_llama3_divisors_become_its_settings_and_others_are_kept(tmp_path: Path)
     assert found["attention_factor"] == 1.0
 
 
-def test_named_scaling(tmp_path: Path) -> None:
+def test_named_scaling(tmp_path):
     def linear(writer: gguf.GGUFWriter) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(4.0)
@@ -335,16 +289,15 @@ def test_named_scaling(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- bad files
 
 
-def test_gguf_errors_name_file_and_field(tmp_path: Path) -> None:
+def test_gguf_errors_name_file_and_field(tmp_path):
     path = tmp_path / "m.gguf"
     write_llama(path)
     good = path.read_bytes()
-    count_at = 8
     bad = {
         "begins with b'PK": b"PK\x03\x04" + good[4:],
         "found version 1": good[:4] + struct.pack("<I", 1) + good[8:],
         "big-endian": good[:4] + struct.pack(">I", 3) + good[8:],
-        "at most": good[:count_at] + struct.pack("<Q", 2**60) + good[count_at + 8 :],
+        "at most": good[:8] + struct.pack("<Q", 2**60) + good[16:],
         "until the end of the file": good[: len(good) // 20],
         "bytes beyond": good[:-4],
         "found cannot mmap an empty file": b"",
@@ -356,60 +309,101 @@ def test_gguf_errors_name_file_and_field(tmp_path: Path) -> None:
         assert found in str(error.value)
 
 
+def tensor(name: str, *shape: int, dtype: Any = np.float32) -> Write:
+    return lambda writer: writer.add_tensor(name, np.ones(shape, dtype))
+
+
+def value(add: str, *given: Any) -> Write:
+    return lambda writer: getattr(writer, f"add_{add}")(*given)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda w: w.add_uint32("split.count", 3), "part of 3.*llama-gguf-split"),
+        (value("uint32", "split.count", 3), "part of 3.*llama-gguf-split"),
+        (tensor("extra.weight", 3), "extra.weight"),
+        (tensor("blk.0.attn_q.bias", 16), "attn_k.bias"),
+        (tensor("output.weight", 48, 8), r"output.weight.*\(48, 16\).*\(48, 8\)"),
         (
-            lambda w: w.add_custom_alignment(32) or w.add_tensor("extra.weight", np.ones(3, np.float32)),
-            "extra.weight",
+            tensor("output.weight", 48, 16, dtype=np.float64),
+            "output.weight: expected one of F32.*found F64",
         ),
-        (lambda w: w.add_tensor("blk.0.attn_q.bias", np.ones(16, np.float32)), "attn_k.bias"),
-        (
-            lambda w: w.add_tensor("output.weight", np.ones((48, 8), np.float32)),
-            r"output.weight.*\(48, 16\).*\(48, 8\)",
-        ),
-        (lambda w: w.add_uint32("llama.attention.sliding_window", 64), "sliding_window.*not supported"),
-        (lambda w: w.add_causal_attention(False), "is_causal: expected true"),
-        (lambda w: w.add_rope_dimension_count(2), "partial_rotary_factor"),
-        (lambda w: w.add_string("llama.rope.scaling.type", "magic"), "scaling.factor"),
+        (value("uint32", "llama.attention.sliding_window", 64), "sliding_window.*not supported"),
+        (value("causal_attention", False), "is_causal: expected true"),
+        (value("rope_dimension_count", 2), "partial_rotary_factor"),
+        (value("string", "llama.rope.scaling.type", "magic"), "scaling.factor"),
     ],
 )
-def test_models_that_are_refused(tmp_path: Path, change: Write, match: str) -> None:
+def test_models_that_are_refused(tmp_path, change, match):
     path = write_llama(tmp_path / "m.gguf", change)
     with pytest.raises(NaloraError, match=match):
         load_model(str(path), dtype="float32")
 
 
-def test_unsupported_architecture_and_quantization(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "m.gguf", "mamba", raw := MODEL, random_params(raw))
+def test_architectures_and_sizes_that_are_refused(tmp_path):
+    mamba = write_model(tmp_path / "mamba.gguf", "mamba", MODEL, random_params(MODEL))
     with pytest.raises(NaloraError, match="general.architecture.*llama.*'mamba'"):
-        load_model(str(path), dtype="float32")
-    writer = gguf.GGUFWriter(path, "llama")
-    add_shape(writer, raw)
-    for name, tensor in tensors_from_params(ModelConfig.from_hf(raw), random_params(raw), "gguf"):
-        wide = name == "blk.1.ffn_up.weight"
-        writer.add_tensor(name, np.asarray(tensor, np.float64 if wide else np.float32))
-    finish(writer, path)
-    with pytest.raises(NaloraError, match=r"blk.1.ffn_up.weight: expected one of F32.*found F64"):
-        load_model(str(path), dtype="float32")
-
-
-def test_layers_of_different_width_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in {"block_count": 2, "context_length": 64, "embedding_length": 16}.items():
-        writer.add_uint32(f"llama.{key}", value)
+        load_model(str(mamba), dtype="float32")
+    small = write_llama(tmp_path / "small.gguf", vocab_size=2)
+    with pytest.raises(NaloraError, match="tokenizer: expected an end-of-sequence id below 2.*found 2"):
+        load_model(str(small), dtype="float32")
+    writer = gguf.GGUFWriter(tmp_path / "uneven.gguf", "llama")
+    for key, number in {"block_count": 2, "context_length": 64, "embedding_length": 16}.items():
+        writer.add_uint32(f"llama.{key}", number)
     writer.add_array("llama.attention.head_count", [4, 2])
     writer.add_tensor("token_embd.weight", np.ones((48, 16), np.float32))
-    finish(writer, path)
-    with pytest.raises(
-        NaloraError, match=r"head_count: expected the same value for every layer, found \[4, 2\]"
-    ):
-        hf_config(GGUFFile(path))
+    uneven = GGUFFile(finish(writer, tmp_path / "uneven.gguf"))
+    with pytest.raises(NaloraError, match=r"head_count: expected the same value .*, found \[4, 2\]"):
+        hf_config(uneven)
 
 
-def test_an_end_of_sequence_token_needs_a_row_of_the_embedding(tmp_path: Path) -> None:
-    path = write_llama(tmp_path / "m.gguf", vocab_size=2)
-    with pytest.raises(NaloraError, match="tokenizer: expected an end-of-sequence id below 2.*found 2"):
-        load_model(str(path), dtype="float32")
+# ---------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
+def test_adapter_file_is_the_difference_of_merged_and_base(family, tiny_model, random_lora, tmp_path):
+    """By llama.cpp's rule: W + alpha / rank * B A, with the rank of each tensor, in llama.cpp's row order."""
+    model, config = tiny_model(family)
+    lora, spec = random_lora(config, mixed(config), rslora=True)
+    params = random_params(model.config.to_dict())
+
+    write_adapter_gguf(tmp_path / "a.gguf", config, lora, spec)
+
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    assert reader.fields["general.type"].contents() == "adapter"
+    assert reader.fields["adapter.type"].contents() == "lora"
+    assert reader.fields["general.architecture"].contents() == BUILT_IN[family].gguf.architecture
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    stored = {tensor.name: tensor.data for tensor in reader.tensors}
+    before = dict(tensors_from_params(config, params, "gguf"))
+    for name, after in tensors_from_params(config, merge(params, lora, spec), "gguf"):
+        a, b = stored.pop(f"{name}.lora_a", None), stored.pop(f"{name}.lora_b", None)
+        delta = after - before[name]
+        if a is None:
+            assert not delta.any(), name
+        else:
+            np.testing.assert_allclose(alpha / a.shape[-2] * (b @ a), delta, atol=1e-5, err_msg=name)
+    assert not stored
+
+
+def test_export_for_llama_cpp_is_the_adapter_file_read_back(random_lora, tmp_path, capsys):
+    raw = MODEL | {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    config, base = ModelConfig.from_hf(raw), tmp_path / "base.gguf"
+    lora, spec = random_lora(config, mixed(config))
+    source = str(write_model(base, "llama", raw, random_params(raw)))
+    settings = {"base_model_name": source, "fingerprint": load_model(source, dtype="float32").fingerprint}
+    adapter = export_adapter(lora, spec, config, tmp_path / "peft", **settings)
+    out, direct = tmp_path / "out.gguf", tmp_path / "direct.gguf"
+    assert main(["export", str(adapter), "--for", "gguf", "--output", str(out)]) == 0
+    assert "adapter for llama.cpp, read back and compared" in capsys.readouterr().out
+    write_adapter_gguf(direct, config, lora, spec)
+    assert out.read_bytes() == direct.read_bytes()
+    for factor in (1.001, np.nan):
+        other = {path: leaf * factor for path, leaf in flatten(lora).items()}
+        with pytest.raises(NaloraError, match="expected the adapter that was exported"):
+            verify_adapter_gguf(out, config, unflatten(other), spec)
+    with pytest.raises(NaloraError, match=r"base\.gguf: expected a new file"):
+        write_adapter_gguf(base, config, lora, spec)
+    with pytest.raises(NaloraError, match="DoRA"):
+        write_adapter_gguf(tmp_path / "m.gguf", config, *random_lora(config, mixed(config), dora=True))
+    assert not (tmp_path / "m.gguf").exists()

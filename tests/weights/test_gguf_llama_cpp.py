@@ -1,4 +1,4 @@
-"""What the verbs write for llama.cpp, and every number format that is read, beside llama.cpp itself (xllamacpp).
+"""What the verbs write for llama.cpp, beside llama.cpp itself (xllamacpp).
 
 The wheel is no part of the extra `test`.
 """
@@ -13,82 +13,38 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from gguf.constants import GGMLQuantizationType
 
 from nalora_jax.__main__ import main
-from nalora_jax.common.trees import flatten, unflatten
+from nalora_jax.common.trees import flatten, map_named, unflatten
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import param_shapes, projection_shapes
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.train.adapted import load
 from nalora_jax.weights.gguf_export import write_adapter_gguf
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
-from tests.param_trees import tensors_from_params
-from tests.weights.gguf_files import MODEL, WORDS, add_shape, random_blocks
+from tests.weights.gguf_files import MODEL, WORDS, add_shape, random_params
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp as a wheel, is not installed")
 
-WIDTH = 256  # rows of whole blocks of every format
-HF = MODEL | {"vocab_size": len(WORDS), "hidden_size": WIDTH, "intermediate_size": WIDTH, "head_dim": 64}
+HF = MODEL | {"vocab_size": len(WORDS), "hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
 IDS = list(range(3, 23))
-QUANTIZED = (
-    "Q2_K",
-    "Q3_K",
-    "IQ1_S",
-    "IQ1_M",
-    "IQ2_XXS",
-    "IQ2_XS",
-    "IQ2_S",
-    "IQ3_XXS",
-    "IQ3_S",
-    "IQ4_NL",
-    "IQ4_XS",
-)
 
 
-def write_base(path: Path, kind: GGMLQuantizationType | None = None) -> Path:
-    """A tiny Llama as llama.cpp's converter would write it; its feed-forward blocks in a format of random blocks."""
+def write_base(path: Path) -> Path:
+    """A tiny Llama as llama.cpp's converter would write it."""
+    config = ModelConfig.from_hf(HF)
     writer = gguf.GGUFWriter(path, "llama")
-    add_metadata(writer)
-    add_tensors(writer, ModelConfig.from_hf(HF), kind)
-    return finish(writer, path)
-
-
-def add_metadata(writer: gguf.GGUFWriter) -> None:
-    """The sizes of `HF` and a tokenizer."""
     add_shape(writer, HF)
     writer.add_rope_dimension_count(64)
     writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(len(WORDS))
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_add_bos_token(False)
-
-
-def add_tensors(
-    writer: gguf.GGUFWriter, config: ModelConfig, kind: GGMLQuantizationType | None = None
-) -> None:
-    """Random tensors of a model; its feed-forward blocks as random blocks of ``kind``."""
-    rng = np.random.default_rng(0)
-    leaves = {path: rng.standard_normal(shape, np.float32) for path, shape in param_shapes(config).items()}
-    scales = {path: 0.1 if path.endswith("/scale") else 0.2 if "embed" in path else 0.08 for path in leaves}
-    params = unflatten(
-        {path: scales[path] * leaf + path.endswith("/scale") for path, leaf in leaves.items()}
-    )
-    for name, tensor in tensors_from_params(config, params, "gguf"):
-        if kind is not None and "ffn" in name and tensor.ndim == 2:
-            writer.add_tensor(name, random_blocks(kind, len(tensor), WIDTH, 1e-3, rng), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
-
-
-def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    params = map_named(lambda path, leaf: 0.3 * leaf + path.endswith("/scale"), random_params(HF))
+    tiny.write_gguf(writer, config, params)
     return path
 
 
@@ -144,59 +100,6 @@ def test_an_exported_adapter_gives_the_same_probabilities_there(tmp_path):
     assert np.abs(expected - plain).max() > 0.1
     np.testing.assert_allclose(llama_cpp(base), plain, atol=2e-3)
     np.testing.assert_allclose(llama_cpp(base, lora), expected, atol=2e-3)
-
-
-@pytest.mark.parametrize("name", QUANTIZED)
-def test_a_quantized_base_is_read_as_llama_cpp_reads_it(tmp_path, name):
-    base = write_base(tmp_path / "base.gguf", GGMLQuantizationType[name])
-    expected = ours(load(str(base), dtype="float32"))
-    # llama.cpp rounds activations to 8 bits for these formats, of weights that are larger than a model's here. A code
-    # that is read wrongly changes logits by about their range.
-    np.testing.assert_allclose(llama_cpp(base), expected, atol=0.05 * np.ptp(expected))
-
-
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 8}
-OLMO3 = {
-    "model_type": "olmo3",
-    "sliding_window": 3,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 1e4}},
-}
-MINISTRAL3 = {
-    "model_type": "ministral3",
-    "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.7},
-}
-
-
-def add_olmo3(writer: gguf.GGUFWriter) -> None:
-    writer.add_sliding_window(3)
-    writer.add_sliding_window_pattern([True, False])
-
-
-def add_ministral3(writer: gguf.GGUFWriter) -> None:
-    writer.add_rope_scaling_yarn_log_mul(1.0)
-    writer.add_attn_temperature_scale(0.7)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "raw", "more"),
-    [("olmo2", OLMO3, add_olmo3), ("mistral3", MINISTRAL3, add_ministral3)],
-    ids=["olmo3", "ministral3"],
-)
-def test_windows_and_rotations_of_newer_families_are_llama_cpps(tmp_path, architecture, raw, more):
-    """A text longer than the window and the original context."""
-    path = tmp_path / "base.gguf"
-    writer = gguf.GGUFWriter(path, architecture)
-    add_metadata(writer)
-    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-    writer.add_rope_scaling_factor(16.0)
-    writer.add_rope_scaling_orig_ctx_len(8)
-    more(writer)
-    # OLMo's embedding is never tied in llama.cpp.
-    config = ModelConfig.from_hf(HF | raw | {"tie_word_embeddings": False})
-    add_tensors(writer, config)
-    assert load(str(finish(writer, path)), dtype="float32").base.config == config
-    np.testing.assert_allclose(llama_cpp(path), ours(load(str(path), dtype="float32")), atol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import transformers
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
@@ -16,6 +17,7 @@ from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_tokenizer import read_tokenizer
+from tests.weights.gguf_files import finish
 
 CORPUS = [
     "The capital of France is Paris, and the capital of Italy is Rome. It's what I'd say they've said.",
@@ -39,18 +41,14 @@ CONTROL, USER_DEFINED, BYTE = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINE
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def byte_level(rule: Any) -> tuple[list[str], list[str]]:
+def byte_level(rule: Any = None) -> tuple[list[str], list[str]]:
     """Tokens and merges of a vocabulary that was learned with ``rule`` as its first step."""
     backend = Backend(models.BPE())
     steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule is None)]
     backend.pre_tokenizer = pre_tokenizers.Sequence([*([rule] if rule else []), *steps])
-    trainer = trainers.BpeTrainer(
-        vocab_size=700,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-        min_frequency=1,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"vocab_size": 700, "special_tokens": SPECIAL, "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(**options, show_progress=False, min_frequency=1)
     backend.train_from_iterator([*CORPUS, *TEXTS], trainer)
     merges = [f"{left} {right}" for left, right in json.loads(backend.to_str())["model"]["merges"]]
     vocabulary = backend.get_vocab()
@@ -60,24 +58,16 @@ def byte_level(rule: Any) -> tuple[list[str], list[str]]:
 def write(path: Path, architecture: str = "llama", **metadata: Any) -> Path:
     """A GGUF file with a tokenizer and one small tensor."""
     writer = gguf.GGUFWriter(path, architecture)
-    for name, value in {
-        "block_count": 1,
-        "context_length": 8,
-        "embedding_length": 8,
-        "feed_forward_length": 8,
-    }.items():
-        writer.add_uint32(f"{architecture}.{name}", value)
+    for name in ("context_length", "embedding_length", "feed_forward_length"):
+        writer.add_uint32(f"{architecture}.{name}", 8)
+    writer.add_block_count(1)
     writer.add_head_count(1)
     writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(1e-5)
     for name, value in metadata.items():
         getattr(writer, f"add_{name}")(value)
     writer.add_tensor("token_embd.weight", np.ones((len(metadata["token_list"]), 8), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return finish(writer, path)
 
 
 def write_byte_level(path: Path, pre: str, tokens: list[str], merges: list[str], **more: Any) -> Path:
@@ -87,7 +77,6 @@ def write_byte_level(path: Path, pre: str, tokens: list[str], merges: list[str],
 
 
 def theirs(path: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
     return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
@@ -102,32 +91,27 @@ def assert_equal(ours: Tokenizer, reference: Any, texts: list[str] = TEXTS) -> N
 
 
 @pytest.mark.parametrize("pre", ["default", "llama-bpe", "qwen2", "tekken"])
-def test_byte_level_vocabularies_equal_transformers(tmp_path: Path, pre: str) -> None:
-    path = write_byte_level(tmp_path / "m.gguf", pre, *byte_level(None))
+def test_byte_level_vocabularies_equal_transformers(tmp_path, pre):
+    path = write_byte_level(tmp_path / "m.gguf", pre, *byte_level())
     ours = read_tokenizer(GGUFFile(path))
     assert_equal(ours, theirs(path))
     assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.add_bos) == (1, 2, 2, False)
     assert ours.eos_ids == (2, 0)
 
 
-def test_digits_stand_alone_where_the_model_was_trained_so(tmp_path: Path) -> None:
+def test_digits_stand_alone_where_the_model_was_trained_so(tmp_path):
     """transformers 5.24 reads these files with GPT-2's rule; the models' own tokenizer.json splits digits first."""
-    path = write_byte_level(
-        tmp_path / "m.gguf", "smollm", *byte_level(pre_tokenizers.Digits(individual_digits=True))
-    )
-    ours, reference = read_tokenizer(GGUFFile(path)), theirs(path)
     digits = pre_tokenizers.Digits(individual_digits=True)
-    reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    path = write_byte_level(tmp_path / "m.gguf", "smollm", *byte_level(digits))
+    ours, reference = read_tokenizer(GGUFFile(path)), theirs(path)
+    steps = [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     assert_equal(ours, reference)
-    tokens = [ours.backend.id_to_token(i) for i in ours.encode("  12")]
-    assert tokens == ["ĠĠ", "1", "2"]
+    assert [ours.backend.id_to_token(i) for i in ours.encode("  12")] == ["ĠĠ", "1", "2"]
 
 
-def test_qwen_composes_characters_as_its_own_tokenizer_does(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    tokens, merges = byte_level(None)
+def test_qwen_composes_characters_as_its_own_tokenizer_does(tmp_path):
+    tokens, merges = byte_level()
     ours = read_tokenizer(GGUFFile(write_byte_level(tmp_path / "m.gguf", "qwen2", tokens, merges)))
     vocabulary = {token: i for i, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ")) for merge in merges]
@@ -136,28 +120,19 @@ def test_qwen_composes_characters_as_its_own_tokenizer_does(tmp_path: Path) -> N
     assert ours.encode("cafe\u0301") == ours.encode("café")
 
 
-def test_whole_words_win_in_llama_3(tmp_path: Path) -> None:
-    tokens, merges = byte_level(None)
+def test_whole_words_win_in_llama_3(tmp_path):
+    tokens, merges = byte_level()
     tokens = [*tokens, "qzx"]  # no merge leads to it
-    ids = {
-        pre: read_tokenizer(GGUFFile(write_byte_level(tmp_path / "m.gguf", pre, tokens, merges))).encode(
-            "qzx"
-        )
-        for pre in ("llama-bpe", "qwen2")
-    }
-    assert ids["llama-bpe"] == [len(tokens) - 1]
-    assert len(ids["qwen2"]) == 3
+    for pre, expected in (("llama-bpe", 1), ("qwen2", 3)):
+        path = write_byte_level(tmp_path / "m.gguf", pre, tokens, merges)
+        assert len(read_tokenizer(GGUFFile(path)).encode("qzx")) == expected
 
 
-def test_stop_ids_template_and_special_tokens(tmp_path: Path) -> None:
-    tokens, merges = byte_level(None)
-    more = {
-        "add_bos_token": True,
-        "chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
-    }
-    path = write_byte_level(
-        tmp_path / "m.gguf", "llama-bpe", tokens, merges, **more, eot_token_id=7, pad_token_id=0
-    )
+def test_stop_ids_template_and_special_tokens(tmp_path):
+    tokens, merges = byte_level()
+    template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    more = {"add_bos_token": True, "chat_template": template, "eot_token_id": 7, "pad_token_id": 0}
+    path = write_byte_level(tmp_path / "m.gguf", "llama-bpe", tokens, merges, **more)
     ours = read_tokenizer(GGUFFile(path))
     assert ours.eos_ids == (2, 7, 0)
     assert ours.pad_id == 0
@@ -190,13 +165,8 @@ def sentencepiece(more: list[tuple[str, int]]) -> dict[str, Any]:
         -float(i) for i in range(len(learned))
     ]
     ids = {"unk_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return {
-        "tokenizer_model": "llama",
-        "token_list": tokens,
-        "token_types": kinds,
-        "token_scores": scores,
-        **ids,
-    }
+    lists = {"token_list": tokens, "token_types": kinds, "token_scores": scores}
+    return {"tokenizer_model": "llama", **lists, **ids}
 
 
 @pytest.mark.parametrize(
@@ -208,9 +178,7 @@ def sentencepiece(more: list[tuple[str, int]]) -> dict[str, Any]:
         ("gemma3", {"add_space_prefix": False, "add_bos_token": True}),
     ],
 )
-def test_sentencepiece_vocabularies_equal_transformers(
-    tmp_path: Path, architecture: str, more: dict[str, Any]
-) -> None:
+def test_sentencepiece_vocabularies_equal_transformers(tmp_path, architecture, more):
     words = [("<|im_start|>", CONTROL), ("<|im_end|>", CONTROL), ("<b>", USER_DEFINED)]
     spaces = [(text, USER_DEFINED) for text in ("\n", "\n\n", "  ", "   ", "    ")]
     fields = sentencepiece(words + (spaces if architecture == "gemma3" else []))
@@ -237,8 +205,8 @@ def test_sentencepiece_vocabularies_equal_transformers(
         *(({name: None}, "no such key") for name in ("tokenizer_model", "token_merges", "eos_token_id")),
     ],
 )
-def test_metadata_that_does_not_fit(tmp_path: Path, change: dict[str, Any], match: str) -> None:
-    tokens, merges = byte_level(None)
+def test_metadata_that_does_not_fit(tmp_path, change, match):
+    tokens, merges = byte_level()
     tokens = [*tokens, *(f"<{i}>" for i in range(703 - len(tokens)))]
     fields: dict[str, Any] = {"tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "token_list": tokens}
     fields |= {"token_types": [1] * 703, "token_merges": merges, "eos_token_id": 2} | change

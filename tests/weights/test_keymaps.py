@@ -11,7 +11,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families import BUILT_IN, supported
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.weights.keymaps import Slot, halves_from_pairs, keymap_for, pairs_from_halves
-from tests.param_trees import params_from_tensors, tensors_from_params
+from tests.param_trees import params_from_tensors, split, tensors_from_params
 
 SIZES = {
     "vocab_size": 32,
@@ -54,7 +54,7 @@ def test_every_leaf_is_filled_and_goes_back(family, source, tied):
     tensors = draw({t.name: t.shape for t in keymap.tensors})
     filled = {path: np.zeros(shape, int) for path, shape in param_shapes(config).items()}
     for tensor in keymap.tensors:
-        for slot, part in zip(tensor.slots, tensor.split(tensors[tensor.name]), strict=True):
+        for slot, part in zip(tensor.slots, split(tensor, tensors[tensor.name]), strict=True):
             assert part.shape == filled[slot.path][slot.index].shape
             filled[slot.path][slot.index] += 1
     assert all(np.all(count == 1) for count in filled.values())

@@ -11,17 +11,18 @@ from typing import Any
 
 import jax
 import numpy as np
+import peft
 import pytest
 import tokenizers
+import transformers
 from safetensors.numpy import load_file, save_file
 from tokenizers import models, pre_tokenizers
 
 from nalora_jax.__main__ import main
 from nalora_jax.cli.training import run
-from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, check
+from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.generate import Generator
 from nalora_jax.layout import distributed
 from nalora_jax.train import snapshot
 from nalora_jax.train.adapted import load, put_on
@@ -30,10 +31,6 @@ from nalora_jax.weights.new_tokens import with_added
 from tests import tiny
 from tests.weights.in_peft import logits as torch_logits_of
 from tests.weights.in_peft import save, wrap
-
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
 BOTH = ("embed_tokens", "lm_head")
 NEW = AddedTokens(plain=("<out>",), special=("<go>",))
@@ -47,9 +44,10 @@ def logits_of(model: Any, tokens: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- a run
 
 
-def make_run(folder: Path, **trained: Any) -> RunConfig:
-    """Prompts with a token that the base does not know, answered by another one; both embeddings are one table."""
-    config = tiny.make_config(folder, lora=LoRAConfig(rules=(LoRARule("ffn", 4),), **trained), steps=12)
+def make_run(folder: Path) -> RunConfig:
+    """Prompts with a token that the base does not know, answered by another one; its embeddings are one table."""
+    trained = LoRAConfig(rules=(LoRARule("ffn", 4),), trainable_token_indices=(29, 28, 3))
+    config = tiny.make_config(folder, lora=trained, steps=12)
     lines = (folder / "questions.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"].replace(" ", "<go>") for line in lines]
     records = [json.dumps({"prompt": prompt, "completion": " <out> <out> <out>"}) for prompt in prompts]
@@ -58,90 +56,62 @@ def make_run(folder: Path, **trained: Any) -> RunConfig:
     return replace(config, data=replace(config.data, **added))
 
 
-def check_everywhere(result: Any, folder: Path, *, tied: bool) -> Any:
-    """Compares a run's adapter here, in PEFT and merged; returns the loaded adapter."""
-    assert result.after["loss"] < result.before["loss"]
-    model = load(result.folder, dtype="float32")
-    tokenizer, base = model.base.tokenizer, np.asarray(model.base.params["embed"]["embedding"])
-    assert tokenizer.encode("a<go>b <out>") == [2, 28, 3, 29]
-    np.testing.assert_allclose(base[28:], np.tile(base[:28].mean(0), (2, 1)), atol=1e-6)
-    tokens = np.array([[2, 28, 3, 29, 9]])
-    expected = logits_of(model, tokens)
-    assert expected[0, 2].argmax() == 29  # after a prompt with the one it writes the other
-    assert main(["merge", str(result.folder), "--output", str(folder), "--dtype", "float32"]) == 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of transformers' resizing
-        theirs = peft.AutoPeftModelForCausalLM.from_pretrained(result.adapter).eval()
-    merged = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert (merged.config.vocab_size, merged.config.tie_word_embeddings) == (30, tied)
-    for other in (theirs, merged):
-        np.testing.assert_allclose(torch_logits_of(other, tokens), expected, rtol=1e-4, atol=1e-4)
-    for of in (result.adapter, folder):
-        fast = transformers.AutoTokenizer.from_pretrained(of)
-        assert fast("a<go>b <out>")["input_ids"] == [2, 28, 3, 29]
-        assert fast.decode([28, 29], skip_special_tokens=True) == tokenizer.decode([28, 29]) == "<out>"
-    return model
-
-
-def refuse_resume(config: RunConfig, other: RunConfig, said: str) -> None:
-    settings = [{"base": "all:0", "config": snapshot.plain(one.to_dict())} for one in (config, other)]
-    with pytest.raises(NaloraError, match=said):
-        snapshot.check_run("checkpoint", *settings)
-
-
 @pytest.mark.usefixtures("one_device")
 def test_a_run_trains_new_tokens_and_transformers_and_peft_have_them(tmp_path, caplog):
-    config = make_run(tmp_path, modules_to_save=BOTH)
-    with caplog.at_level("INFO", "nalora_jax"):
-        result = run(config)
-    assert "added tokens: '<go>' (28), '<out>' (29); the embedding grows from 28 to 30 rows" in caplog.text
-    model = check_everywhere(result, tmp_path / "merged", tied=False)
-    base = model.base.params["embed"]["embedding"]
-    read = np.abs(model.lora["embed"]["embedding"] - base).max(axis=1)[28]
-    written = np.abs(model.lora["lm_head"]["kernel"] - base.T).max(axis=0)[29]
-    assert min(read, written) > 1e-3
-    answer = Generator(model.module, model.variables, model.base.tokenizer).generate(
-        ["a<go>b"], max_new_tokens=1
-    )
-    assert answer == ["<out>"]
-    assert "base.resize_token_embeddings(30)" in (result.adapter / "README.md").read_text()
-    assert run(replace(config, resume=True)).best_step == result.best_step
-    other = replace(config, data=replace(config.data, add_tokens=("<other>",)))
-    refuse_resume(config, other, r"data\.add_tokens\.0 = '<out>', found data\.add_tokens\.0 = '<other>'")
-
-
-@pytest.mark.usefixtures("one_device")
-def test_a_run_trains_the_rows_of_new_tokens_alone_and_peft_has_them(tmp_path):
-    config = make_run(tmp_path, trainable_token_indices=(29, 28, 3))
+    """Rows of the tied embedding; whole tables are in test_trained_tables.py."""
+    config = make_run(tmp_path)
     for ids, said in (
         ((29,), "expected 28 29 among them.*no row of embed_tokens for '<go>'"),
         ((28, 29, 30), "expected token ids of the 30 rows of embed_tokens.* found 30"),
     ):
         with pytest.raises(NaloraError, match=f"--lora.trainable-token-indices: {said}"):
             run(replace(config, lora=replace(config.lora, trainable_token_indices=ids)))
-    result = run(config)
+    with caplog.at_level("INFO", "nalora_jax"):
+        result = run(config)
+    assert "added tokens: '<go>' (28), '<out>' (29); the embedding grows from 28 to 30 rows" in caplog.text
+    assert result.after["loss"] < result.before["loss"]
     tensors = load_file(result.adapter / "adapter_model.safetensors")
     (key,) = (key for key in tensors if "lora" not in key)
     assert (key.rpartition(".")[2], tensors[key].shape) == ("trainable_tokens_delta", (3, 16))
     written = json.loads((result.adapter / "adapter_config.json").read_text())
-    assert written["trainable_token_indices"] == [29, 28, 3]
+    assert (written["trainable_token_indices"], written["modules_to_save"]) == ([29, 28, 3], None)
     card = (result.adapter / "README.md").read_text()
     assert "Trained rows beside them, one a token, and part of its files: 3 of embed_tokens." in card
-    model = check_everywhere(result, tmp_path / "merged", tied=True)
-    base = np.asarray(model.base.params["embed"]["embedding"])
+    assert "base.resize_token_embeddings(30)" in card
+
+    model = load(result.folder, dtype="float32")
+    tokenizer, base = model.base.tokenizer, np.asarray(model.base.params["embed"]["embedding"])
+    assert tokenizer.encode("a<go>b <out>") == [2, 28, 3, 29]
+    np.testing.assert_allclose(base[28:], np.tile(base[:28].mean(0), (2, 1)), atol=1e-6)
     assert np.abs(model.lora["embed"]["rows"] - base[[29, 28, 3]]).max(axis=1).min() > 1e-3
-    (copy := shutil.copytree(result.adapter, tmp_path / "copy")).joinpath("tokenizer.json").unlink()
-    with pytest.raises(
-        NaloraError, match="trainable_token_indices: expected ids below 28.* found 29; save the token"
-    ):
-        load(config.model, adapter=copy)
-    with pytest.raises(
-        NaloraError, match="an adapter of the tokens and the 28 rows .* found one with '<go>' .28."
-    ):
+    tokens = np.array([[2, 28, 3, 29, 9]])
+    expected = logits_of(model, tokens)
+    assert expected[0, 2].argmax() == 29  # after a prompt with the one it writes the other
+    assert main(["merge", str(result.folder), "--output", str(tmp_path / "m"), "--dtype", "float32"]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers' resizing
+        theirs = peft.AutoPeftModelForCausalLM.from_pretrained(result.adapter).eval()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    assert (merged.config.vocab_size, merged.config.tie_word_embeddings) == (30, True)
+    for other in (theirs, merged):
+        np.testing.assert_allclose(torch_logits_of(other, tokens), expected, rtol=1e-4, atol=1e-4)
+    for of in (result.adapter, tmp_path / "m"):
+        fast = transformers.AutoTokenizer.from_pretrained(of)
+        assert fast("a<go>b <out>")["input_ids"] == [2, 28, 3, 29]
+        assert fast.decode([28, 29], skip_special_tokens=True) == tokenizer.decode([28, 29]) == "<out>"
+
+    with pytest.raises(NaloraError, match="the 28 rows .* found one with '<go>' .28."):
         put_on(load(config.model, dtype="float32"), result.adapter)
-    other = replace(config, lora=replace(config.lora, trainable_token_indices=(28, 29, 3)))
-    said = r"token_indices\.0 = 29, .* found lora\.trainable_token_indices\.0 = 28"
-    refuse_resume(config, other, said)
+    for other, said in (
+        (replace(config, data=replace(config.data, add_tokens=("<a>",))), r"data\.add_tokens\.0 = '<a>'"),
+        (
+            replace(config, lora=replace(config.lora, trainable_token_indices=(28, 29, 3))),
+            r"lora\.trainable_token_indices\.0 = 28",
+        ),
+    ):
+        settings = [{"base": "all:0", "config": snapshot.plain(one.to_dict())} for one in (config, other)]
+        with pytest.raises(NaloraError, match=f"found {said}"):
+            snapshot.check_run("checkpoint", *settings)
 
 
 # ---------------------------------------------------------------- adapters of PEFT
@@ -195,11 +165,8 @@ TOKENS = np.array([[1, 5, 48, 30, 7, 49, 2, 40]])
     ("tied", "settings"),
     [
         (False, {"modules_to_save": list(BOTH)}),
-        (True, {"modules_to_save": list(BOTH)}),
         (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
         (False, {}),  # resized and left untrained: PEFT saves both tables all the same
-        # Of rows too: the other new ones are in no base.
-        (False, {"trainable_token_indices": [49]}),
         (True, {"trainable_token_indices": [48, 5]}),
         (False, {"trainable_token_indices": {"embed_tokens": [48], "lm_head": [49, 48]}}),
     ],
@@ -246,45 +213,38 @@ def cut(folder: Path, copy: Path, rows: int, head: int | None = None) -> Path:
 
 def test_tokens_and_rows_that_do_not_fit_are_one_error_each(theirs, tmp_path):
     folder, _ = theirs(modules_to_save=list(BOTH))
-    with pytest.raises(
-        NaloraError, match="as many rows of the head as of the embedding, found 50 of .* 49 of"
-    ):
-        load(cut(folder, tmp_path / "uneven", 50, head=49))
-    with pytest.raises(NaloraError, match="tables of at least 50 rows, one for each token, found 49"):
-        load(cut(folder, tmp_path / "few", 49))
+
+    def refused(adapter: Path, said: str, onto: Any = None) -> None:
+        with pytest.raises(NaloraError, match=said):
+            load(adapter) if onto is None else put_on(onto, adapter)
+
+    def changed(name: str, *replacements: tuple[str, str]) -> Path:
+        file = cut(folder, tmp_path / name, 50) / "tokenizer.json"
+        text = file.read_text()
+        for old, new in replacements:
+            assert old in text
+            text = text.replace(old, new)
+        file.write_text(text)
+        return file.parent
+
+    uneven = cut(folder, tmp_path / "uneven", 50, head=49)
+    refused(uneven, "as many rows of the head as of the embedding, found 50 of .* 49 of")
     (bare := cut(folder, tmp_path / "bare", 50)).joinpath("tokenizer.json").unlink()
-    with pytest.raises(
-        NaloraError, match="a tokenizer, since the adapter's tables have 2 rows more than the base"
-    ):
-        load(bare)
-    other = cut(folder, tmp_path / "other", 50)
-    swapped = (
-        (other / "tokenizer.json").read_text().replace('"w5": 5', '"w6": 5').replace('"w6": 6', '"w5": 6')
+    refused(bare, "a tokenizer, since the adapter's tables have 2 rows more than the base")
+    swapped = changed("swapped", ('"w5": 5', '"w5": -1'), ('"w6": 6', '"w6": 5'), ('"w5": -1', '"w5": 6'))
+    refused(swapped, "the tokens of the base under their own ids")
+    plain, same = load(tmp_path / "base", dtype="float32"), load(folder, dtype="float32")
+    refused(
+        folder, "an adapter of the tokens and the 48 rows .* found one with '<go>' .48., '<out>'", plain
     )
-    (other / "tokenizer.json").write_text(swapped.replace('w5": 5', 'w6": 5'))
-    with pytest.raises(NaloraError, match="the tokens of the base under their own ids"):
-        load(other)
-    plain = load(tmp_path / "base", dtype="float32")
-    with pytest.raises(
-        NaloraError, match="an adapter of the tokens and the 48 rows .* found one with '<go>' .48., '<out>'"
-    ):
-        put_on(plain, folder)
-    same = load(folder, dtype="float32")
     assert put_on(same, folder).base is same.base
-    renamed = cut(folder, tmp_path / "renamed", 50)
-    (renamed / "tokenizer.json").write_text(
-        (renamed / "tokenizer.json").read_text().replace("<out>", "<end-of-it>")
+    renamed = changed("renamed", ("<out>", "<end-of-it>"))
+    refused(
+        renamed, "under their own ids.*'<end-of-it>' as 49, where the model has '<out>' as 49", onto=same
     )
-    with pytest.raises(
-        NaloraError, match="under their own ids.*'<end-of-it>' as 49, where the model has '<out>' as 49"
-    ):
-        put_on(same, renamed)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": [48, 49]}))
-    with pytest.raises(
-        NaloraError, match="trainable_token_indices: expected rows of tables that modules_to_save"
-    ):
-        load(folder)
+    refused(folder, "trainable_token_indices: expected rows of tables that modules_to_save")
 
 
 # ---------------------------------------------------------------- rows and settings
@@ -319,27 +279,3 @@ def test_new_rows_are_means_on_any_mesh_and_known_tokens_are_left_alone(tiny_mod
         )
     padded = with_added(base, AddedTokens(special=("[PAD]",)), mesh)
     assert (padded.added, padded.resized, padded.tokenizer.encode("[PAD]")) == ((), 49, [48])
-
-
-def test_settings_of_added_tokens_are_judged():
-    saved = LoRAConfig(modules_to_save=BOTH)
-    for lora, data, said in (
-        (
-            saved,
-            {"add_tokens": ("<a>", "<a>")},
-            "--data.add-tokens: expected texts, none empty or named twice",
-        ),
-        (saved, {"add_special_tokens": (" ",)}, "--data.add-special-tokens: expected texts, none empty"),
-        (
-            saved,
-            {"add_tokens": ("<a>",), "add_special_tokens": ("<a>",)},
-            "no token of --data.add-special-tokens",
-        ),
-        (
-            LoRAConfig(modules_to_save=("lm_head",)),
-            {"add_tokens": ("<a>",)},
-            "--lora.modules-to-save: expected embed_tokens",
-        ),
-    ):
-        with pytest.raises(NaloraError, match=said):
-            check(replace(RunConfig(), lora=lora, data=replace(DataConfig(), **data)))

@@ -1,7 +1,9 @@
+"""Adapters of PEFT read here and written as PEFT reads them, and what is refused; families are in test_merge.py."""
+
 from __future__ import annotations
 
+import dataclasses
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,227 +13,109 @@ import safetensors.torch
 import torch
 from safetensors.numpy import load_file, save_file
 
-from nalora_jax.common.trees import flatten
+from nalora_jax.common.trees import flatten, map_named
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.weights.merge import merge
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
-from tests.weights.in_peft import load, logits, our_logits, save, wrap
-from tests.weights.test_merge import GLM
+from tests.weights.conftest import COMMON
+from tests.weights.in_peft import logits, merge_equally, our_logits, save, wrap, write_adapter
+from tests.weights.test_merge import TARGETS
 
-FFN = {
-    "ffn/gate_proj": ((4, 4, 4), (8.0, 8.0, 8.0)),
-    "ffn/up_proj": ((4, 4, 4), (8.0, 8.0, 8.0)),
-    "ffn/down_proj": ((4, 4, 4), (8.0, 8.0, 8.0)),
-}
-ATTENTION = {f"attn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in "qkvo"}
-MIXED = {
-    "ffn/gate_proj": ((4, 2, 4), (8.0, 8.0, 3.0)),
-    "ffn/up_proj": ((3, 3, 3), (8.0, 8.0, 8.0)),
-    "ffn/down_proj": ((0, 4, 0), (1.0, 5.0, 1.0)),
-    "attn/q_proj": ((1, 2, 5), (1.5, 2.5, 3.5)),
-    "attn/v_proj": ((4, 4, 4), (8.0, 8.0, 8.0)),
-}
-DENSE_BETWEEN = {
-    "group0/block0/ffn/gate_proj": ((4,), (8.0,)),
-    "group0/block1/ffn/gate_proj": ((2,), (3.0,)),
-    "group0/block1/ffn/down_proj": ((2,), (4.0,)),
-}
-
-
-@pytest.fixture
-def merge_equally(params_of):
-    """``merge_equally(params, lora, spec, config, model in PEFT)``: both merge the adapter into the same weights."""
-
-    def check(params: Any, lora: Any, spec: AdapterSpec, config: ModelConfig, wrapped: Any) -> None:
-        theirs = flatten(params_of(wrapped.merge_and_unload(), config))
-        for path, leaf in flatten(merge(params, lora, spec)).items():
-            np.testing.assert_allclose(leaf, theirs[path], rtol=1e-5, atol=1e-5, err_msg=path)
-
-    return check
-
-
-def write(
-    folder: Path, settings_: dict[str, Any], tensors: dict[str, np.ndarray], metadata: Any = None
-) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(settings_))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
-
-
-# ---------------------------------------------------------------- PEFT -> here
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
-    "rslora": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"], "use_rslora": True},
-    "regex": {"r": 2, "lora_alpha": 3, "target_modules": r".*\.(0|2)\..*(up|q)_proj"},
-    "regex of whole names": {"r": 2, "lora_alpha": 3, "target_modules": r".*mlp\.up_proj|.*q_pro"},
-    "patterns of whole parts": {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ["up_proj"],
-        "rank_pattern": {"p_proj": 2, "layers.1": 2, "mlp.up": 2, "0.mlp.up_proj": 3},
-        "alpha_pattern": {"roj": 1, "model": 1},
-    },
-    "all linear": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "lora_dropout": 0.1},
-    "patterns": {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ["q_proj", "gate_proj", "mlp.down_proj"],
-        "rank_pattern": {
-            "model.layers.1.mlp.gate_proj": 2,
-            "q_proj": 3,
-            r"^model\.layers\.[02].*down_proj": 5,
+FFN = {f"ffn/{name}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for name in ("gate", "up", "down")}
+MODULES = ["gate_proj", "up_proj", "down_proj"]
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+IMPORTED = {
+    "modules": ("llama", {"target_modules": MODULES}),
+    "a regex": ("llama", {"target_modules": r".*\.(0|2)\..*(up|q)_proj"}),
+    "a regex of whole names": ("llama", {"target_modules": r".*mlp\.up_proj|.*q_pro"}),
+    "all linear": ("llama", {"target_modules": "all-linear", "lora_dropout": 0.1}),
+    "patterns of whole parts": (
+        "llama",
+        {
+            "target_modules": ["up_proj"],
+            "rank_pattern": {"p_proj": 2, "layers.1": 2, "mlp.up": 2, "0.mlp.up_proj": 3},
+            "alpha_pattern": {"roj": 1, "model": 1},
         },
-        "alpha_pattern": {"gate_proj": 5, "layers.2.self_attn.q_proj": 7.5},
-    },
-    "patterns and rslora": {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ["gate_proj"],
-        "rank_pattern": {"layers.1.mlp.gate_proj": 2},
-        "alpha_pattern": {"layers.0.mlp.gate_proj": 1},
-        "use_rslora": True,
-    },
-    "some layers": {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ["up_proj", "o_proj"],
-        "layers_to_transform": [0, 2],
-    },
-    "one layer": {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ["up_proj"],
-        "layers_to_transform": 1,
-        "layers_pattern": "layers",
-    },
-    "excluded": {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ["up_proj", "o_proj"],
-        "exclude_modules": ["layers.1.mlp.up_proj"],
-    },
-    "excluded regex": {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ["up_proj"],
-        "exclude_modules": r".*\.1\..*",
-    },
-    "dora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "gate_proj"], "use_dora": True},
+    ),
+    "patterns and rsLoRA": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "gate_proj", "mlp.down_proj"],
+            "rank_pattern": {
+                "model.layers.1.mlp.gate_proj": 2,
+                "q_proj": 3,
+                r"^model\.layers\.[02].*down_proj": 5,
+            },
+            "alpha_pattern": {"gate_proj": 5, "layers.2.self_attn.q_proj": 7.5},
+            "use_rslora": True,
+        },
+    ),
+    "some layers": (
+        "llama",
+        {
+            "target_modules": ["up_proj", "o_proj"],
+            "layers_to_transform": [0, 2],
+            "exclude_modules": ["layers.0.mlp.up_proj"],
+        },
+    ),
+    "one layer": (
+        "llama",
+        {
+            "target_modules": ["up_proj", "o_proj"],
+            "layers_to_transform": 1,
+            "layers_pattern": "layers",
+            "exclude_modules": r".*\.o_.*",
+        },
+    ),
+    "DoRA": ("llama", {"target_modules": ["q_proj", "gate_proj"], "use_dora": True}),
+    "weights": (
+        "llama",
+        {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight", "mlp.gate_proj.weight"]},
+    ),
+    "weights alone": ("llama", {"target_modules": [], "target_parameters": ["up_proj.weight"]}),
+    "linear attention": ("qwen3_5_text", {"target_modules": "all-linear"}),
+    "fused linear attention": (
+        "qwen3_next",
+        {"target_modules": ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"]},
+    ),
+    "experts": ("glm4_moe", {"target_modules": [], "target_parameters": STACKS}),
+    "one matrix of experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": STACKS[1:]}),
+    "experts as modules": ("qwen3_moe", {"target_modules": [*MODULES, "o_proj"]}),
+    "experts of old names": ("mixtral", {"target_modules": ["w1", "w2", "w3"]}),
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_import_equals_peft(variant, tiny_model, params_of, merge_equally, tmp_path):
-    model, config = tiny_model("llama")
-    params, wrapped = params_of(model, config), wrap(model, **VARIANTS[variant])
-    lora, spec = import_adapter(save(wrapped, tmp_path), config)
-    assert spec.dropout == VARIANTS[variant].get("lora_dropout", 0.0)
-    merge_equally(params, lora, spec, config, wrapped)
-
-
-@pytest.mark.parametrize(
-    ("family", "targets", "count"),
-    [
-        ("qwen3_5_text", "all-linear", 2 * 8 + 7),
-        ("qwen3_next", ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"], 2 * 3 + 1),
-    ],
-)
-def test_import_adapters_of_linear_attention(
-    family, targets, count, tiny_model, params_of, merge_equally, tmp_path
-):
+@pytest.mark.parametrize("case", IMPORTED)
+def test_imported_adapters_merge_as_in_peft(case, tiny_model, params_of, tmp_path):
+    family, settings = IMPORTED[case]
     model, config = tiny_model(family)
-    params, wrapped = params_of(model, config), wrap(model, r=2, lora_alpha=6, target_modules=targets)
+    params, wrapped = params_of(model, config), wrap(model, **({"r": 3, "lora_alpha": 8} | settings))
     lora, spec = import_adapter(save(wrapped, tmp_path), config)
-    assert sum(map(bool, (rank for _, target in spec.targets for rank in target.ranks))) == count
-    merge_equally(params, lora, spec, config, wrapped)
+    assert spec.dropout == settings.get("lora_dropout", 0.0)
+    merge_equally(params, lora, spec, config, wrapped, params_of)
 
 
-@pytest.mark.parametrize(
-    "targets",
-    [
-        {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight", "mlp.gate_proj.weight"]},
-        {"target_modules": [], "target_parameters": ["up_proj.weight"]},
-    ],
-    ids=str,
-)
-def test_adapters_on_weights_mean_what_they_mean_in_peft(targets, tiny_model, params_of, tmp_path):
+def test_import_low_precision(tiny_model, params_of, tmp_path):
     model, config = tiny_model("llama")
-    params, wrapped = params_of(model, config), wrap(model, r=4, **targets)
-    lora, spec = import_adapter(save(wrapped, tmp_path / "theirs"), config)
-    expected = logits(wrapped)
-    np.testing.assert_allclose(our_logits(config, params, lora, spec), expected, rtol=1e-4, atol=1e-4)
-    assert np.abs(expected - our_logits(config, params)).max() > 0.1
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_import_low_precision(dtype, tiny_model, params_of, merge_equally, tmp_path):
-    model, config = tiny_model("llama")
-    params, wrapped = params_of(model, config), wrap(model, **VARIANTS["plain"])
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.to(getattr(torch, dtype))
+    params, wrapped = params_of(model, config), wrap(model, target_modules=MODULES)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
     save(wrapped, tmp_path)
     stored = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors").values()
-    assert {tensor.dtype for tensor in stored} == {getattr(torch, dtype)}
+    assert {tensor.dtype for tensor in stored} == {torch.bfloat16}
     lora, spec = import_adapter(tmp_path, config)
     assert {leaf.dtype for leaf in flatten(lora).values()} == {np.dtype("float32")}
-    merge_equally(params, lora, spec, config, wrapped.float())
+    merge_equally(params, lora, spec, config, wrapped.float(), params_of)
 
 
 # ---------------------------------------------------------------- here -> PEFT
 
 
-# Options; the families are in tests/weights/test_merge.py.
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "llama rslora": ("llama", FFN | ATTENTION, {"rslora": True}),
-    "llama mixed": ("llama", MIXED, {"dropout": 0.25}),
-    "llama dora": ("llama", MIXED, {"dora": True}),
-    "phi3 mixed": ("phi3", MIXED, {}),
-    "phi3 dora": ("phi3", FFN | ATTENTION, {"dora": True}),
-    "mixtral mixed": ("mixtral", MIXED, {"rslora": True}),
-    "gpt_oss mixed": ("gpt_oss", MIXED, {"rslora": True}),
-    "qwen3_moe gate": ("qwen3_moe", {"ffn/gate_proj": FFN["ffn/gate_proj"]}, {"dropout": 0.5}),
-    "qwen3_moe dense layer": ("qwen3_moe", DENSE_BETWEEN, {}),
-}
-CHANGES = {"qwen3_moe dense layer": {"mlp_only_layers": [1]}}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_export_loads_in_peft(case, tiny_model, params_of, random_lora, merge_equally, tmp_path):
-    family, targets, variant = CASES[case]
-    model, config = tiny_model(family, **CHANGES.get(case, {}))
-    params = params_of(model, config)
-    lora, spec = random_lora(config, targets, **variant)
-    folder = tmp_path / "adapter"
-
-    export_adapter(lora, spec, config, folder, base_model_name="org/base")
-
-    wrapped = load(model, folder)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    merge_equally(params, lora, spec, config, wrapped)
-    verify_export(folder, lora, spec, config)
-    # And back: what was exported is what is imported, bit for bit where no scale was folded.
-    again, spec_again = import_adapter(folder, config)
-    if config.model_type != "phi3" and not config.n_experts:
-        assert spec_again == spec
-        for path, _target in spec.targets:
-            for name in ("a", "b"):
-                np.testing.assert_array_equal(
-                    flatten(again)[f"{path}/{name}"], flatten(lora)[f"{path}/{name}"]
-                )
-
-
 def test_folded_scales_keep_everything_else(tiny_model, random_lora, tmp_path):
     _, config = tiny_model("phi3")
-    lora, spec = random_lora(config, MIXED)
+    lora, spec = random_lora(config, TARGETS)
     export_adapter(lora, spec, config, tmp_path / "a", base_model_name="org/base")
     assert 0 < verify_export(tmp_path / "a", lora, spec, config) < 2**-21
     lora, spec = random_lora(config, FFN)
@@ -269,30 +153,26 @@ def test_config_file_is_the_contract(tiny_model, random_lora, tmp_path):
     key = "base_model.model.model.layers.2.mlp.down_proj.lora_A.weight"
     np.testing.assert_array_equal(tensors[key], flatten(lora)["layers/ffn/down_proj/a"][2].T)
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" not in tensors
+    assert len(list((tmp_path / "a").iterdir())) == 2
 
 
 def test_equal_adapters_are_equal_bytes(tiny_model, random_lora, tmp_path):
     """The safetensors library's own writer differs from call to call."""
     _, config = tiny_model("llama")
-    lora, spec = random_lora(config, MIXED)
-    options = {
-        "base_model_name": "base",
-        "fingerprint": "f" * 64,
-        "rope_scaling": "yarn:4",
-        "base_weights": "w",
-    }
+    lora, spec = random_lora(config, TARGETS)
+    facts = {"fingerprint": "f" * 64, "rope_scaling": "yarn:4", "base_weights": "w"}
     for i in range(6):
-        export_adapter(lora, spec, config, tmp_path / str(i), **options)
+        export_adapter(lora, spec, config, tmp_path / str(i), base_model_name="base", **facts)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert len({(tmp_path / str(i) / name).read_bytes() for i in range(6)}) == 1
 
 
 def test_verify_export_notices_any_change(tiny_model, random_lora, tmp_path):
     _, config = tiny_model("llama")
-    lora, spec = random_lora(config, MIXED, dora=True)
+    lora, spec = random_lora(config, TARGETS, dora=True)
     export_adapter(lora, spec, config, tmp_path / "a", base_model_name="org/base")
-    file, settings_ = tmp_path / "a/adapter_model.safetensors", tmp_path / "a/adapter_config.json"
-    tensors, text = load_file(file), settings_.read_text()
+    file, settings = tmp_path / "a/adapter_model.safetensors", tmp_path / "a/adapter_config.json"
+    tensors, text = load_file(file), settings.read_text()
     for kind in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"):
         changed = {k: t.copy() for k, t in tensors.items()}
         changed[f"base_model.model.model.layers.1.mlp.gate_proj.{kind}"].flat[3] *= 1.0001
@@ -300,39 +180,21 @@ def test_verify_export_notices_any_change(tiny_model, random_lora, tmp_path):
         with pytest.raises(NaloraError, match="layers/ffn/gate_proj, layer 1"):
             verify_export(tmp_path / "a", lora, spec, config)
     save_file(tensors, file)
-    settings_.write_text(text.replace('"lora_alpha": 8', '"lora_alpha": 9'))
+    settings.write_text(text.replace('"lora_alpha": 8', '"lora_alpha": 9'))
     with pytest.raises(NaloraError, match="another one"):
         verify_export(tmp_path / "a", lora, spec, config)
 
 
-# ---------------------------------------------------------------- mixtures of experts, as PEFT itself writes them
+# ---------------------------------------------------------------- forms of files that PEFT or transformers had
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "glm4_moe", "gpt_oss"])
-@pytest.mark.parametrize("style", ["parameters", "one parameter", "modules"])
-def test_import_experts_from_peft(family, style, tiny_model, params_of, merge_equally, tmp_path):
-    model, config = tiny_model(family)
-    params = params_of(model, config)
-    old_names = {"mixtral": ["w1", "w2", "w3"], "gpt_oss": ["q_proj"]}.get(
-        family, ["gate_proj", "up_proj", "down_proj"]
-    )
-    targets = {
-        "parameters": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
-        "one parameter": {"target_parameters": ["mlp.experts.down_proj"], "target_modules": ["q_proj"]},
-        "modules": {"target_modules": [*old_names, "o_proj"]},
-    }[style]
-    wrapped = wrap(model, r=3, lora_alpha=5, **({"target_modules": []} | targets))
-    lora, spec = import_adapter(save(wrapped, tmp_path), config)
-    merge_equally(params, lora, spec, config, wrapped)
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("names", [("gate_up_proj", "down_proj"), ("gate_up_proj",)])
-def test_adapters_of_stacks_compute_the_logits_of_peft(names, family, tiny_model, params_of, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "stacks"), [("mixtral", STACKS), ("qwen3_moe", STACKS[:1]), ("gpt_oss", STACKS)]
+)
+def test_adapters_of_stacks_compute_the_logits_of_peft(family, stacks, tiny_model, params_of, tmp_path):
     """Gate and up read from one parameter share A, so they are written again with PEFT's own rank."""
     model, config = tiny_model(family)
     params = params_of(model, config)
-    stacks = [f"mlp.experts.{name}" for name in names]
     wrapped = wrap(model, r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=stacks)
     wrapped.save_pretrained(tmp_path / "theirs")
 
@@ -342,9 +204,7 @@ def test_adapters_of_stacks_compute_the_logits_of_peft(names, family, tiny_model
 
     expected = logits(wrapped)
     np.testing.assert_allclose(ours, expected, atol=2e-5 * np.abs(expected).max())
-    theirs, written = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours")
-    )
+    theirs, written = (load_file(tmp_path / of / "adapter_model.safetensors") for of in ("theirs", "ours"))
     assert theirs.keys() == written.keys()
     for name, tensor in theirs.items():
         np.testing.assert_array_equal(written[name], tensor, err_msg=name)
@@ -354,172 +214,246 @@ def test_import_experts_of_transformers_4(tiny_model, random_lora, tmp_path):
     _, config = tiny_model("mixtral")
     lora, spec = random_lora(config, FFN)
     leaves = flatten(lora)
-    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
     stem = "base_model.model.model.layers.{}.block_sparse_moe.experts.{}.{}.lora_{}.weight"
     tensors = {
         stem.format(layer, e, theirs, kind.upper()): leaves[f"layers/ffn/{ours}/{kind}"][layer, e].T.copy()
-        for ours, theirs in names.items()
+        for ours, theirs in {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.items()
         for layer in range(config.n_layers)
         for e in range(config.n_experts)
         for kind in "ab"
     }
-    settings_ = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["w1", "w2", "w3"]}
-    settings_ |= {"alpha_pattern": {"layers.1.block_sparse_moe.experts.2.w3": 4}}
-    write(tmp_path, settings_, tensors)
-
-    found, found_spec = import_adapter(tmp_path, config)
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["w1", "w2", "w3"]}
+    settings |= {"alpha_pattern": {"layers.1.block_sparse_moe.experts.2.w3": 4}}
+    found, found_spec = import_adapter(write_adapter(tmp_path, settings, tensors), config)
 
     leaves["layers/ffn/up_proj/b"][1, 2] /= 2
     assert found_spec == spec
     for path, leaf in flatten(found).items():
         np.testing.assert_array_equal(leaf, leaves[path], err_msg=path)
-    del tensors["base_model.model.model.layers.1.block_sparse_moe.experts.2.w3.lora_A.weight"]
-    del tensors["base_model.model.model.layers.1.block_sparse_moe.experts.2.w3.lora_B.weight"]
-    write(tmp_path, settings_, tensors)
+    for kind in "AB":
+        del tensors[stem.format(1, 2, "w3", kind)]
     with pytest.raises(NaloraError, match=r"experts\.2\.w3"):
-        import_adapter(tmp_path, config)
+        import_adapter(write_adapter(tmp_path, settings, tensors), config)
 
 
-# ---------------------------------------------------------------- vLLM
+TOWER = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48}
+TOWER |= {"num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}
+TEXT = {"model_type": "llama", "vocab_size": 64, "hidden_size": 24, "intermediate_size": 40}
+TEXT |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TEXT |= {"max_position_embeddings": 64, "rms_norm_eps": 1e-5}
 
 
 @pytest.mark.parametrize(
-    ("prefixes", "target"),
+    ("prefixes", "targets"),
     [
         (
             ("model.vision_tower.vision_model.", "model.multi_modal_projector.", "model.language_model."),
-            "fc1",
+            ["fc1", "up_proj", "linear_1"],
         ),
-        (("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model."), "fc1"),
         (
             ("vision_tower.vision_model.", "", "language_model.model."),
             r"(vision_tower|language_model\.model)\..*(fc1|up_proj)",
         ),
     ],
 )
-def test_import_models_that_see_of_transformers_4(prefixes, target, tmp_path):
+def test_import_models_that_see_of_transformers_4(prefixes, targets, tmp_path):
     """Names of 4.52 to 4.57, and up to 4.51; patterns are matched against the names that the file has."""
-    tower = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
+    raw = {"model_type": "llava", "text_config": TEXT, "vision_config": TOWER, "image_token_index": 3}
+    tower, projector, words = prefixes
+    modules = {f"{tower}encoder.layers.{i}.mlp.fc1": (32, 48) for i in range(2)}
+    modules |= {f"{words}layers.{i}.mlp.up_proj": (24, 40) for i in range(2)}
+    paths = {"image/layers/ffn/in_proj": f"{tower}encoder.layers.1.mlp.fc1"}
+    paths |= {"layers/ffn/up_proj": f"{words}layers.1.mlp.up_proj"}
+    if projector:
+        modules[f"{projector}linear_1"] = (32, 24)
+        paths["projector/ffn/in_proj"] = f"{projector}linear_1"
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"base_model.model.{name}.{factor}.weight": rng.standard_normal(shape).astype(np.float32)
+        for name, (d_in, d_out) in modules.items()
+        for factor, shape in (("lora_A", (2, d_in)), ("lora_B", (d_out, 2)))
     }
-    tower |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 4}
-    text = {
-        "model_type": "llama",
-        "vocab_size": 64,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-    }
-    text |= {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5,
-    }
-    raw = {"model_type": "llava", "text_config": text, "vision_config": tower, "image_token_index": 3}
-    config = ModelConfig.from_hf(raw, images=True)
-    rng, seen, projector, words = np.random.default_rng(0), *prefixes
-    sizes = {f"{seen}encoder.layers.{i}.mlp.fc1": (32, 48) for i in range(2)}
-    sizes |= {f"{words}layers.{i}.mlp.up_proj": (24, 40) for i in range(2)}
-    sizes |= {f"{projector}linear_1": (32, 24)} if projector else {}
-    tensors = {}
-    for name, (d_in, d_out) in sizes.items():
-        for factor, shape in (("lora_A", (2, d_in)), ("lora_B", (d_out, 2))):
-            tensors[f"base_model.model.{name}.{factor}.weight"] = rng.standard_normal(shape).astype(
-                np.float32
-            )
-    targets = target if "(" in target else ["fc1", "up_proj", "linear_1"]
-    settings_ = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets}
-    write(tmp_path / "adapter", settings_, tensors)
-    lora, spec = import_adapter(tmp_path / "adapter", config)
-    found = flatten(lora)
-    paths = {
-        "image/layers/ffn/in_proj": f"{seen}encoder.layers.1.mlp.fc1",
-        "layers/ffn/up_proj": f"{words}layers.1.mlp.up_proj",
-    }
-    paths |= {"projector/ffn/in_proj": f"{projector}linear_1"} if projector else {}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets}
+    folder = write_adapter(tmp_path / "adapter", settings, tensors)
+    lora, spec = import_adapter(folder, ModelConfig.from_hf(raw, images=True))
     assert {path for path, _ in spec.targets} == set(paths)
     for path, name in paths.items():
         for ours, theirs in (("a", "lora_A"), ("b", "lora_B")):
             expected = tensors[f"base_model.model.{name}.{theirs}.weight"].T
-            np.testing.assert_array_equal(found[f"{path}/{ours}"][-1], expected, err_msg=path)
+            np.testing.assert_array_equal(flatten(lora)[f"{path}/{ours}"][-1], expected, err_msg=path)
 
 
-def vllm_accepts(folder: Path, max_lora_rank: int = 16) -> dict[str, Any]:
-    """vLLM's own adapter checks (vllm/lora/peft_helper.py and lora_model.py), stated as rules."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert {"r", "lora_alpha", "target_modules"} <= config.keys()
-    assert config["r"] <= max_lora_rank
-    assert config["bias"] == "none"
-    assert not config.get("modules_to_save")
-    assert not config.get("use_dora")
-    assert not config.get("rank_pattern")
-    assert not config.get("alpha_pattern")
-    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
-        prefix, _, rest = key.rpartition(".lora_")
-        assert prefix.startswith("base_model.model.model.layers.")
-        assert rest in ("A.weight", "B.weight")
-        assert prefix.rpartition(".")[2] in config["target_modules"]
-        assert tensor.shape[0 if rest[0] == "A" else 1] == config["r"]
-    return config
+# ---------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "glm4_moe"])
-def test_vllm_export(family, tiny_model, params_of, random_lora, merge_equally, tmp_path):
-    model, config = tiny_model(family)
-    params = params_of(model, config)
-    lora, spec = random_lora(config, GLM if family == "glm4_moe" else MIXED, rslora=True, dropout=0.1)
-
-    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="org/base", target="vllm")
-
-    settings_ = vllm_accepts(tmp_path / "a")
-    assert settings_["use_rslora"] is False
-    assert settings_["r"] == {"phi3": 9, "glm4_moe": 4}.get(family, 5)
-    verify_export(tmp_path / "a", lora, spec, config)
-    if family != "glm4_moe":  # PEFT would take the shared expert's modules for experts
-        with warnings.catch_warnings():
-            # PEFT warns of its own patterns for fused experts.
-            warnings.filterwarnings("ignore", r".*gate_up_proj'\]", RuntimeWarning)
-            wrapped = load(model, tmp_path / "a")
-        merge_equally(params, lora, spec, config, wrapped)
-    if config.n_experts:  # vLLM packs gate, up and down of every expert: all or none
-        names = {key.rpartition(".lora_")[0] for key in load_file(tmp_path / "a/adapter_model.safetensors")}
-        mixtures = config.n_layers - (family == "glm4_moe")
-        assert sum(".experts." in name for name in names) == 3 * mixtures * config.n_experts
+LLAMA = ModelConfig.from_hf(COMMON | {"model_type": "llama"})
 
 
-def test_vllm_export_of_stacked_experts(tiny_model, params_of, random_lora, merge_equally, tmp_path):
-    """vLLM reads gpt-oss's experts as PEFT writes them, if both parameters of every layer are there."""
-    model, config = tiny_model("gpt_oss")
-    params = params_of(model, config)
-    targets = {"ffn/up_proj": ((0, 4, 2), (1.0, 8.0, 6.0)), "attn/q_proj": ((3, 0, 3), (3.0, 1.0, 3.0))}
-    lora, spec = random_lora(config, targets)
-
-    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="org/base", target="vllm")
-
-    settings_ = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    assert (settings_["r"], settings_["rank_pattern"], settings_["alpha_pattern"]) == (4, {}, {})
-    shapes = {
-        key: tensor.shape for key, tensor in load_file(tmp_path / "a/adapter_model.safetensors").items()
-    }
-    for layer in range(config.n_layers):
-        stem = f"base_model.model.model.layers.{layer}.mlp.experts"
-        assert shapes[f"{stem}.base_layer.lora_A.weight"] == (4 * config.n_experts, config.d_model)
-        assert shapes[f"{stem}.lora_A.weight"] == (4 * config.n_experts, config.d_ff)
-    merge_equally(params, lora, spec, config, load(model, tmp_path / "a"))
+@pytest.fixture
+def good(random_lora, tmp_path):
+    """The folder of an adapter, its settings and its tensors."""
+    adapter, folder = random_lora(LLAMA, FFN), tmp_path / "good"
+    export_adapter(*adapter, LLAMA, folder, base_model_name="org/base", fingerprint="abc")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    return folder, settings, load_file(folder / "adapter_model.safetensors")
 
 
-def test_vllm_refusals_name_the_rule(tiny_model, random_lora, tmp_path):
-    _, config = tiny_model("llama")
-    lora, spec = random_lora(config, FFN, dora=True)
-    with pytest.raises(NaloraError, match="use_dora"):
-        export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b", target="vllm")
-    lora, spec = random_lora(config, FFN)
-    with pytest.raises(NaloraError, match="max_lora_rank"):
-        export_adapter(
-            lora, spec, config, tmp_path / "a", base_model_name="b", target="vllm", max_lora_rank=3
-        )
-    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b", target="vllm", max_lora_rank=4)
+MISSING = object()
+INDICES = "trainable_token_indices"
+PATTERNS = {f"layers.{i}.mlp": 4 for i in range(100_000)}
+BAD_CONFIGS = [
+    ({"r": MISSING}, "r: expected a whole number from 1 to 1048576, found nothing"),
+    ({"r": 0}, "r: expected"),
+    ({"r": 8}, "shape"),
+    ({"r": 10**400}, "r: expected a whole number from 1 to 1048576"),
+    ({"lora_alpha": MISSING}, "lora_alpha: expected a finite number above 0, found nothing"),
+    ({"lora_alpha": float("nan")}, "lora_alpha"),
+    ({"lora_alpha": "16"}, "lora_alpha"),
+    ({"lora_alpha": 10**400}, "lora_alpha: expected a finite number above 0"),
+    ({"peft_type": "LOHA"}, "peft_type"),
+    ({"task_type": "SEQ_CLS"}, "task_type"),
+    ({"bias": "lora_only"}, "bias"),
+    ({"modules_to_save": ["lm_head"]}, "expected the trained lm_head of modules_to_save, found nothing"),
+    ({"modules_to_save": ["score"]}, "modules_to_save: expected some of embed_tokens, lm_head"),
+    ({INDICES: [1, 2]}, "token_adapter.trainable_tokens_delta: expected the trained rows of embed_to"),
+    ({INDICES: [47, 48]}, f"{INDICES}: expected token ids of the 48 rows .* found 48;"),
+    ({INDICES: [1, 1]}, f"{INDICES}: expected a list of different token ids"),
+    ({INDICES: {"lm_head": "5"}}, f"{INDICES}: expected a list of different token ids"),
+    ({INDICES: {"wte": [5]}}, "expected token ids of embed_tokens and lm_head .* found wte"),
+    (
+        {INDICES: [5], "modules_to_save": ["model.embed_tokens"]},
+        f"{INDICES}: expected rows of tables that modules_to_save does not name",
+    ),
+    ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+    ({"some_future_feature": 1}, "some_future_feature"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+    ({"target_modules": None}, "target_modules"),
+    ({"target_modules": ["gate_proj", "up_proj"]}, "cover model.layers.0.mlp.down_proj"),
+    ({"target_modules": ["gate_proj", "up_proj", "down_proj", "q_proj"]}, "layers.0.self_attn.q_proj"),
+    ({"target_modules": "(gate"}, "regular expression"),
+    ({"target_modules": "mlp{99999999999}"}, "target_modules: expected a regular expression"),
+    ({"target_modules": {"gate_proj": 1}}, "target_modules"),
+    ({"target_modules": "all-linear"}, "self_attn.q_proj"),
+    ({"target_modules": r".*mlp.*", "layers_to_transform": [0]}, "layers_to_transform"),
+    ({"layers_to_transform": [0, 1]}, "cover model.layers.2.mlp.down_proj"),
+    ({"layers_to_transform": [0], "layers_pattern": ["lay(ers"]}, "layers_pattern: expected a regular"),
+    ({"layers_to_transform": [0], "layers_pattern": ["(?P<idx>layers)"]}, "layers_pattern"),
+    ({"layers_pattern": list(PATTERNS)}, "layers_pattern: expected at most 4,096 patterns, found 100,000"),
+    ({"exclude_modules": ["up_proj"]}, "cover model.layers.0.mlp.up_proj"),
+    ({"rank_pattern": {"up_proj": 3}}, r"up_proj \(a\): expected shape \(3, 16\)"),
+    ({"rank_pattern": {"up_proj": None}}, "rank_pattern: up_proj"),
+    ({"rank_pattern": {"up_proj": 10**30}}, "rank_pattern: up_proj: expected a whole number from 1 to"),
+    ({"rank_pattern": {"(" * 5000 + ")" * 5000: 2}}, "rank_pattern: expected a regular expression"),
+    ({"rank_pattern": PATTERNS}, "rank_pattern: expected at most 4,096 patterns, found 100,000"),
+    ({"alpha_pattern": {"up_proj": -(10**400)}}, "alpha_pattern: up_proj"),
+    ({"alpha_pattern": PATTERNS}, "alpha_pattern: expected at most 4,096 patterns, found 100,000"),
+    ({"use_dora": True}, "lora_magnitude_vector"),
+    ({"lora_dropout": 1.5}, "lora_dropout"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_CONFIGS, ids=range(len(BAD_CONFIGS)))
+def test_bad_configs_are_refused_by_name(change, message, good, tmp_path):
+    _, settings, tensors = good
+    settings = {key: value for key, value in (settings | change).items() if value is not MISSING}
+    with pytest.raises(NaloraError, match=message):
+        import_adapter(write_adapter(tmp_path / "bad", settings, tensors), LLAMA)
+
+
+KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+MAGNITUDE = KEY.replace("lora_A.weight", "lora_magnitude_vector")
+BAD_TENSORS = [
+    (lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}, "another prefix"),
+    (lambda t: {k.replace("lora_A.", "lora_A.default."): v for k, v in t.items()}, "save_pretrained"),
+    (
+        lambda t: {k.replace("model.layers", "transformer.layers"): v for k, v in t.items()},
+        "unknown module",
+    ),
+    (lambda t: t | {KEY.replace("layers.1", "layers.9"): t[KEY]}, r"layers\.9"),
+    (
+        lambda t: t | {"base_model.model.lm_head.lora_A.weight": t[KEY]},
+        "lm_head.lora_.*found an adapter of the embedding or the head; train",
+    ),
+    (lambda t: t | {"base_model.model.lm_head.weight": t[KEY]}, "lm_head"),
+    (lambda t: {k: v for k, v in t.items() if k != KEY}, "lora_A"),
+    (lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up" not in k}, "layers.1.mlp.up_proj"),
+    (lambda t: {}, "layers.0.mlp"),
+    (lambda t: t | {KEY: t[KEY][:, :-1].copy()}, "another base model"),
+    (lambda t: t | {KEY: t[KEY].T.copy()}, "shape"),
+    (lambda t: t | {KEY: t[KEY].astype(np.int32)}, "I32"),
+    (lambda t: t | {KEY: t[KEY] * np.float32("nan")}, "NaN"),
+    (lambda t: t | {MAGNITUDE: np.ones(24, np.float32)}, "magnitude"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_TENSORS, ids=range(len(BAD_TENSORS)))
+def test_bad_tensors_are_refused_by_name(change, message, good, tmp_path):
+    _, settings, tensors = good
+    with pytest.raises(NaloraError, match=message):
+        import_adapter(write_adapter(tmp_path / "bad", settings, change(tensors)), LLAMA)
+
+
+def test_bad_files_are_refused(good, tmp_path):
+    folder, *_ = good
+
+    def refused(message: str, folder: Path = folder, config: ModelConfig = LLAMA, **options: Any) -> None:
+        with pytest.raises(NaloraError, match=message):
+            import_adapter(folder, config, **options)
+
+    refused("abc", fingerprint="another")
+    import_adapter(folder, LLAMA, fingerprint="abc")
+    refused("another base model", config=dataclasses.replace(LLAMA, d_ff=32))
+    data = (folder / "adapter_model.safetensors").read_bytes()
+    for size in (0, 7, 100, len(data) - 1):
+        (folder / "adapter_model.safetensors").write_bytes(data[:size])
+        refused("complete safetensors file")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    refused("pickle")
+    for text in ("", "[1, 2]", "{", "\xff\xfe", '{"r": ' + "[" * 100_000):
+        (folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
+        refused("JSON")
+    refused(r"adapter_config\.json", tmp_path / "nothing")
+
+
+def test_an_earlier_adapter_is_replaced_on_request_and_nothing_else(random_lora, tmp_path):
+    lora, spec = random_lora(LLAMA, FFN)
+
+    def export(lora: Any, **options: Any) -> None:
+        export_adapter(lora, spec, LLAMA, tmp_path / "a", base_model_name="b", **options)
+
+    export(lora)
+    with pytest.raises(NaloraError, match=r"holds adapter_config\.json"):
+        export(lora)
+    lora = map_named(lambda _, leaf: leaf * 2, lora)
+    export(lora, overwrite=True)
+    verify_export(tmp_path / "a", lora, spec, LLAMA)
+    (tmp_path / "a/notes.txt").write_text("mine")
+    with pytest.raises(NaloraError, match=r"notes\.txt"):
+        export(lora, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+GATE = {"ffn/gate_proj": FFN["ffn/gate_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "dora", "options", "message"),
+    [
+        ("phi3", GATE, True, {}, r"mlp\.gate_up_proj"),  # half of a fused module
+        ("mixtral", FFN, True, {}, "experts"),
+        ("llama", FFN, True, {"target": "vllm"}, "use_dora"),
+        ("llama", FFN, False, {"target": "vllm", "max_lora_rank": 3}, "max_lora_rank"),
+    ],
+)
+def test_what_no_tool_could_read_is_not_written(
+    family, targets, dora, options, message, tiny_model, random_lora, tmp_path
+):
+    _, config = tiny_model(family)
+    lora, spec = random_lora(config, targets, dora=dora)
+    with pytest.raises(NaloraError, match=message):
+        export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b", **options)
+    spec = AdapterSpec((*spec.targets, ("layers/ffn/extra_proj", spec.targets[0][1])))
+    with pytest.raises(NaloraError, match="extra_proj"):
+        export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b")
+    assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 
 from nalora_jax.__main__ import main
@@ -53,109 +54,95 @@ DOCS = Path(__file__).parents[2] / "docs"
 LLAMA = COMMON | {"model_type": "llama"}
 
 
-def test_every_field_of_peft_is_in_the_table() -> None:
-    peft = pytest.importorskip("peft")
+def settings_in(theirs: Any) -> dict[str, Any]:
+    """A configuration of PEFT as its file has it."""
+    return json.loads(json.dumps(theirs.to_dict(), default=sorted))
+
+
+def test_every_field_of_peft_is_in_the_table():
     assert {one.name for one in dataclasses.fields(peft.LoraConfig)} == set(PEFT)
 
 
-def test_the_page_lists_every_field() -> None:
+def test_the_page_lists_every_field():
     assert "\n".join(text_of(PEFT)) in (DOCS / "from_peft.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"target_modules": ["q_proj", "v_proj"]},
-        {"target_modules": "all-linear", "r": 4, "lora_alpha": 12},
-        {"target_modules": ["gate_proj", "up_proj"], "layers_to_transform": [0, 2]},
+ON_STACKS = {"r": 4, "lora_alpha": 8, "target_modules": [], "layers_to_transform": [0]}
+MADE: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"target_modules": ["q_proj", "v_proj"]}),
+    ("llama", {"target_modules": "all-linear", "r": 4, "lora_alpha": 12}),
+    ("llama", {"target_modules": ["gate_proj", "up_proj"], "layers_to_transform": [0, 2]}),
+    (
+        "llama",
         {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 2}, "use_rslora": True},
-        {"target_modules": ["o_proj"], "alpha_pattern": {"model.layers.1.self_attn.o_proj": 1.0}},
-        {"target_modules": ["k_proj", "up_proj"], "exclude_modules": ["k_proj"]},
-    ],
-)
-def test_the_adapters_are_those_that_peft_makes(settings: dict[str, Any]) -> None:
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    theirs = peft.LoraConfig(**settings)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON))
-    expected = {}
-    for name, module in peft.inject_adapter_in_model(theirs, model).named_modules():
-        if hasattr(module, "lora_A"):
-            path = name.removeprefix("model.").replace("self_attn", "attn").replace("mlp", "ffn")
-            expected[path.replace(".", "/")] = (module.r["default"], float(module.scaling["default"]))
-
-    made, notes = from_peft(json.loads(json.dumps(theirs.to_dict(), default=sorted)))
-    base = ModelConfig.from_hf(LLAMA)
-    spec = resolve(settings_of(made, Path("mine.yaml")).lora, projection_shapes(base), base.n_layers)
-    found = {}
-    for target, adapter in spec.targets:
-        for layer in range(base.n_layers):
-            if adapter.ranks[layer]:
-                found[target.replace("layers/", f"layers/{layer}/")] = (
-                    adapter.ranks[layer],
-                    adapter.alphas[layer],
-                )
-    assert found.keys() == expected.keys()
-    for name, (rank, scale) in expected.items():
-        assert found[name][0] == rank
-        assert found[name][1] / (rank**0.5 if theirs.use_rslora else rank) == pytest.approx(scale)
-    assert not [note for note in notes if "not known" in note]
-
-
-@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
-        {"target_parameters": ["model.layers.1.mlp.experts.down_proj"], "target_modules": ["q_proj"]},
-        {
+    ),
+    ("llama", {"target_modules": ["o_proj"], "alpha_pattern": {"model.layers.1.self_attn.o_proj": 1.0}}),
+    ("llama", {"target_modules": ["k_proj", "up_proj"], "exclude_modules": ["k_proj"]}),
+    # Settings of target_modules, such as layers_to_transform, do not apply to parameters.
+    ("qwen2_moe", ON_STACKS | {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
+    (
+        "qwen2_moe",
+        ON_STACKS
+        | {"target_parameters": ["model.layers.1.mlp.experts.down_proj"], "target_modules": ["q_proj"]},
+    ),
+    (
+        "qwen2_moe",
+        ON_STACKS
+        | {
             "target_parameters": ["experts.gate_up_proj"],
             "rank_pattern": {r".*\.mlp\.experts\.gate_up_proj": 6},
         },
-        {"target_parameters": ["down_proj"], "alpha_pattern": {"down_proj": 2, "mlp.down_proj": 3}},
-        {"target_parameters": ["experts.down_proj"], "rank_pattern": {"layers.2.mlp.experts.down_proj": 2}},
-    ],
-)
-def test_stacks_of_experts_are_those_that_peft_targets(settings, family, tiny_model) -> None:
-    """Settings of target_modules beside them, such as exclude_modules, do not apply to parameters."""
-    peft = pytest.importorskip("peft")
-    model, base = tiny_model(family)
-    theirs = {"target_modules": [], "r": 4, "lora_alpha": 8, "exclude_modules": ["experts"]} | settings
-    theirs |= {"layers_to_transform": [0]}
-    expected = {}
+    ),
+    (
+        "qwen2_moe",
+        ON_STACKS
+        | {"target_parameters": ["down_proj"], "alpha_pattern": {"down_proj": 2, "mlp.down_proj": 3}},
+    ),
+    (
+        "qwen2_moe",
+        ON_STACKS
+        | {
+            "target_parameters": ["experts.down_proj"],
+            "rank_pattern": {"layers.2.mlp.experts.down_proj": 2},
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), MADE, ids=str)
+def test_the_adapters_are_those_that_peft_makes(family, settings, tiny_model):
+    model, base = tiny_model(family, attention_bias=False)
+    theirs, expected = peft.LoraConfig(**settings), {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*(rank|alpha)_pattern", RuntimeWarning)
-        injected = peft.inject_adapter_in_model(peft.LoraConfig(**theirs), model)
+        injected = peft.inject_adapter_in_model(theirs, model)
     for name, module in injected.named_modules():
-        if hasattr(module, "parameter_name"):
-            layer = name.split(".")[2]
-            for part in {"gate_up_proj": ("gate_proj", "up_proj")}.get(
-                module.parameter_name, ("down_proj",)
-            ):
-                expected[layer, part] = (module.r["default"], float(module.scaling["default"]))
+        if hasattr(module, "lora_A"):
+            part = getattr(module, "parameter_name", name.rpartition(".")[2])
+            for ours in ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,):
+                expected[name.split(".")[2], ours] = module.r["default"], float(module.scaling["default"])
 
-    settings_, notes = from_peft(json.loads(json.dumps(theirs)) | {"exclude_modules": None})
-    lora = settings_of(settings_, Path("mine.yaml")).lora
-    spec = resolve(lora, projection_shapes(base), base.n_layers)
+    made, notes = from_peft(settings_in(theirs))
+    spec = resolve(settings_of(made, Path("mine.yaml")).lora, projection_shapes(base), base.n_layers)
     found = {
-        (str(layer), path.rpartition("/")[2]): (rank, alpha / rank)
+        (str(layer), path.rpartition("/")[2]): (rank, pytest.approx(scale))
         for path, target in spec.targets
-        for layer, (rank, alpha) in enumerate(zip(target.ranks, target.alphas, strict=True))
-        if rank and "ffn" in path
+        for layer, (rank, scale) in enumerate(zip(target.ranks, spec.scales(path), strict=True))
+        if rank
     }
-    assert not any("shared" in path for path, _ in spec.targets)
     assert found == expected
-    assert any("layers/0/ffn/:0" in note for note in notes)
+    assert not any("shared" in path for path, _ in spec.targets)
+    assert not any("not known" in note for note in notes)
+    assert any("layers/0/ffn/:0" in note for note in notes) == (family == "qwen2_moe")
 
 
-def test_patterns_of_modules_that_are_not_targeted_mean_nothing() -> None:
-    found = rules_of(
-        rank=8, alpha=16, targets=["q_proj"], ranks={"up_proj": 3, "q_proj": 4}, alphas={"v_proj": 1}
-    )
+def test_patterns_of_modules_that_are_not_targeted_mean_nothing():
+    patterns = {"rank_pattern": {"up_proj": 3, "q_proj": 4}, "alpha_pattern": {"v_proj": 1}}
+    found = rules_of({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], **patterns})
     assert found == ["attn/q_proj:4:16", "attn/q_proj:8:16"]
 
 
-def test_what_is_refused_is_named_with_the_reason() -> None:
+def test_all_that_is_refused_is_named_at_once():
     bad = {"target_modules": ["q_proj"], "bias": "all", "use_qalora": True, "modules_to_save": ["norm"]}
     with pytest.raises(NaloraError) as caught:
         from_peft(bad | {"init_lora_weights": "olora", "r": 8})
@@ -166,81 +153,59 @@ def test_what_is_refused_is_named_with_the_reason() -> None:
         "'olora' (there are",
     ):
         assert part in str(caught.value)
-    with pytest.raises(NaloraError, match="PEFT's scales B by the singular values"):
-        from_peft({"target_modules": ["q_proj"], "init_lora_weights": "lora_ga"})
-    for targets, said in [
-        (None, "found none"),
-        (r".*\.q_proj", "found the expression"),
-        (["c_attn"], "found 'c_attn'"),
-    ]:
-        with pytest.raises(NaloraError, match=f"target_modules: .*{said}"):
-            from_peft({"target_modules": targets})
 
 
 @pytest.mark.parametrize(
-    ("convert", "table", "fine"),
+    ("table", "fine"),
     [
-        (from_peft, PEFT, {"r": 8, "lora_alpha": 16, 5: "a key of YAML"}),
-        (from_peft, ["tinit", "tfinal", "init_r"], {"peft_type": "ADALORA", "total_step": 9}),
+        (PEFT, {"r": 8, "lora_alpha": 16, 5: "a key of YAML"}),
+        (["tinit", "tfinal", "init_r"], {"peft_type": "ADALORA", "total_step": 9}),
     ],
     ids=["PEFT", "AdaLoRA"],
 )
-def test_no_value_of_any_field_is_another_error(convert: Any, table: Any, fine: dict[str, Any]) -> None:
-    fine = fine | {"target_modules": ["q_proj"]}
-    values = [
-        5,
-        1.5,
-        math.inf,
-        True,
-        "x",
-        [],
-        [5],
-        [["q_proj"]],
-        {"q_proj": "x"},
-        {"q_proj": None},
-        10**400,
-    ]
+def test_no_value_of_any_field_is_another_error(table, fine):
+    numbers, lists = [5, 1.5, math.inf, True, 10**400], [[], [5], [["q_proj"]]]
+    values = [*numbers, *lists, "x", {"q_proj": "x"}, {"q_proj": None}]
     for name, value in itertools.product(table, values):
         with contextlib.suppress(NaloraError):
-            convert(fine | {name: value})
+            from_peft(fine | {"target_modules": ["q_proj"], name: value})
+
+
+WHOLE = "which is trained as a whole here; .*--lora.modules-to"
+STACKS = "target_parameters: expected experts.gate_up_proj"
+INDICES = "trainable_token_indices"
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"modules_to_save": 5}, r"modules_to_save = 5 \(its value has another type\)"),
+        ({"init_lora_weights": "lora_ga"}, "PEFT's scales B by the singular values"),
+        ({"target_modules": None}, "target_modules: .*found none"),
+        ({"target_modules": r".*\.q_proj"}, "target_modules: .*found the expression"),
+        ({"target_modules": ["c_attn"]}, "target_modules: .*found 'c_attn'"),
         ({"target_modules": 5}, "target_modules: expected a list of names, found 5"),
         (
             {"target_modules": [["q_proj"]]},
             r"target_modules: expected a list of names, found \[\['q_proj'\]\]",
         ),
+        ({"target_modules": ["q_proj", "lm_head"]}, f"'lm_head', {WHOLE}"),
+        ({"target_modules": ["q_proj", "model.embed_tokens"]}, f"'model.embed_tokens', {WHOLE}"),
+        ({"modules_to_save": 5}, r"modules_to_save = 5 \(its value has another type\)"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying = True .a trained embedding and its head are"),
         ({"lora_alpha": "16"}, "lora_alpha or alpha_pattern: expected a number, found '16'"),
         ({"alpha_pattern": {"q_proj": "x"}}, "lora_alpha or alpha_pattern: expected a number, found 'x'"),
         ({"alpha_pattern": 5}, "alpha_pattern: expected values by name, found 5"),
         ({"layers_to_transform": ["x"]}, r"layers_to_transform: expected layer numbers, found \['x'\]"),
-        *(
-            (
-                {"target_modules": ["q_proj", name]},
-                rf"'{name}', which is trained as a whole here; .*--lora.modules-to",
-            )
-            for name in ("lm_head", "model.embed_tokens")
-        ),
-        *(
-            ({"trainable_token_indices": theirs}, f"trainable_token_indices = .*{said}")
-            for theirs, said in (
-                ({"embed_tokens": [5], "lm_head": [6]}, "give both the same list"),
-                ({"wte": [5]}, "other modules are not"),
-                (5, "token ids are given as a list"),
-            )
-        ),
-        *(
-            ({"target_parameters": [name]}, "target_parameters: expected experts.gate_up_proj")
-            for name in ("mlp.gate.weight", "mlp.experts.gate_up_proj_bias", "self_attn.down_proj")
-        ),
+        ({INDICES: {"embed_tokens": [5], "lm_head": [6]}}, f"{INDICES} = .*give both the same list"),
+        ({INDICES: {"wte": [5]}}, f"{INDICES} = .*other modules are not"),
+        ({INDICES: 5}, f"{INDICES} = .*token ids are given as a list"),
+        ({"target_parameters": ["mlp.gate.weight"]}, STACKS),
+        ({"target_parameters": ["mlp.experts.gate_up_proj_bias"]}, STACKS),
+        ({"target_parameters": ["self_attn.down_proj"]}, STACKS),
     ],
     ids=str,
 )
-def test_a_value_that_means_nothing_here_is_named(values: dict[str, Any], message: str) -> None:
+def test_a_value_that_means_nothing_here_is_named(values, message):
     with pytest.raises(NaloraError, match=message):
         from_peft({"target_modules": ["q_proj"]} | values)
 
@@ -248,10 +213,9 @@ def test_a_value_that_means_nothing_here_is_named(values: dict[str, Any], messag
 ADALORA = {"peft_type": "ADALORA", "init_r": 4, "target_r": 1, "lora_alpha": 12, "tinit": 1, "tfinal": 2}
 
 
-def test_settings_of_adalora_are_taken_over_and_its_files_are_refused(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+def test_settings_of_adalora_are_taken_over_and_its_files_are_refused(tmp_path):
     theirs = peft.AdaLoraConfig(**ADALORA, total_step=8, target_modules=["q_proj"])
-    values = json.loads(json.dumps(theirs.to_dict(), default=sorted))
+    values = settings_in(theirs)
     settings, notes = from_peft(values)
     config = check(settings_of(settings, tmp_path))
     assert config.adalora == AdaLoRAConfig(1, 1 / 8, 2 / 8, interval=1)
@@ -267,16 +231,11 @@ def test_settings_of_adalora_are_taken_over_and_its_files_are_refused(tmp_path: 
         import_adapter(tmp_path, ModelConfig.from_hf(LLAMA))
 
 
-def test_tables_that_are_trained_as_a_whole_are_kept(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+def test_tables_that_are_trained_as_a_whole_are_kept(tmp_path):
     theirs = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "model.embed_tokens"])
-    made, notes = from_peft(json.loads(json.dumps(theirs.to_dict(), default=sorted)))
+    made, notes = from_peft(settings_in(theirs))
     assert settings_of(made, tmp_path / "mine.yaml").lora.modules_to_save == ("embed_tokens", "lm_head")
     assert "name them in data.add_tokens or data.add_special_tokens, in their order" in notes[-1]
-    with pytest.raises(
-        NaloraError, match="ensure_weight_tying = True .a trained embedding and its head are apart"
-    ):
-        from_peft({"target_modules": ["q_proj"], "ensure_weight_tying": True})
 
 
 @pytest.mark.parametrize(
@@ -289,22 +248,16 @@ def test_tables_that_are_trained_as_a_whole_are_kept(tmp_path: Path) -> None:
         ([], (), ("embed_tokens",)),
     ],
 )
-def test_rows_that_are_trained_are_kept(theirs: Any, ids: Any, tables: Any, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+def test_rows_that_are_trained_are_kept(theirs, ids, tables, tmp_path):
     given = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=theirs)
-    made, _ = from_peft(json.loads(json.dumps(given.to_dict(), default=sorted)))
+    made, _ = from_peft(settings_in(given))
     lora = check(settings_of(made, tmp_path / "mine.yaml")).lora
     assert (lora.trainable_token_indices, lora.trainable_token_modules) == (ids, tables)
 
 
-def test_a_folder_of_peft_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    values = {
-        "peft_type": "LORA",
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ["up_proj"],
-        "base_model_name_or_path": "m",
-    }
+def test_a_folder_of_peft_is_read(tmp_path, capsys):
+    values = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["up_proj"]}
+    values |= {"base_model_name_or_path": "m"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
     assert main(["from-peft", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "model: m\nlora:\n  rules:\n  - ffn/up_proj:4:8\n"

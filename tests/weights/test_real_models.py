@@ -8,28 +8,21 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 from tokenizers import pre_tokenizers
 
 from nalora_jax.common import downloads
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.vision.encoder import Encoder
 from nalora_jax.weights import hub
 from nalora_jax.weights.base import load_model
+from nalora_jax.weights.dual import load_encoder
 from nalora_jax.weights.model_files import LoadedModel
+from tests.weights.test_gguf_tokenizer import CORPUS, TEXTS
 
 pytestmark = [pytest.mark.network, pytest.mark.optimised]
 
-TEXTS = [
-    "The capital of France is",
-    "Once upon a time, there was a little girl who lived in a village near the forest.",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n",
-    "I have 12345 apples, 3.14159 pies and 2^10 cakes; that is 99% of the total.",
-    "naïve café — 東京タワー, Привет мир! 🙂 \U0001f468\u200d\U0001f469\u200d\U0001f467",
-    "   leading spaces\n\n\n\tand\ttabs   ",
-    "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n",
-    "It's what they'd say, isn't it? WE'LL see.",
-    "<b>bold</b> https://example.org/a?b=c&d=e#f",
-    "zażółć gęślą jaźń 한국어 العربية हिन्दी ไทย",
-]
 CHAT = [
     {"role": "user", "content": "Name a colour."},
     {"role": "assistant", "content": "Blue."},
@@ -55,13 +48,10 @@ def logits(model: LoadedModel, tokens: np.ndarray) -> np.ndarray:
 
 def assert_logits_agree(model: LoadedModel, path: Path) -> None:
     """On all texts at once, padded on the right, where causal attention cannot see it."""
-    import torch
-    import transformers
-
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
-    encoded = [model.tokenizer.encode(text) for text in TEXTS]
+    encoded = [model.tokenizer.encode(text) for text in CORPUS]
     tokens = np.zeros((len(encoded), max(map(len, encoded))), np.int32)
     for row, ids in zip(tokens, encoded, strict=True):
         row[: len(ids)] = ids
@@ -70,7 +60,7 @@ def assert_logits_agree(model: LoadedModel, path: Path) -> None:
     found = logits(model, tokens)
     for i, ids in enumerate(encoded):
         np.testing.assert_allclose(
-            found[i, : len(ids)], expected[i, : len(ids)], rtol=0, atol=1e-3, err_msg=TEXTS[i]
+            found[i, : len(ids)], expected[i, : len(ids)], rtol=0, atol=1e-3, err_msg=CORPUS[i]
         )
 
 
@@ -79,37 +69,39 @@ def smollm() -> LoadedModel:
     return load_model(str(mirrored("smollm2-135m-instruct")), dtype="float32")
 
 
-def test_smollm2_knows_the_capital_of_france(smollm: LoadedModel) -> None:
-    last = logits(smollm, np.asarray([smollm.tokenizer.encode(TEXTS[0])], np.int32))[0, -1].astype(
-        np.float64
-    )
-    chance = np.exp(last - last.max()) / np.exp(last - last.max()).sum()
-    best = np.argsort(-chance)[:3]
-    assert [smollm.tokenizer.decode([i]) for i in best] == [" Paris", " the", " London"]
-    np.testing.assert_allclose(chance[best], [0.7725, 0.0645, 0.0125], atol=1e-4)
-
-
-def test_smollm2_logits_equal_transformers(smollm: LoadedModel) -> None:
+def test_smollm2_logits_equal_transformers(smollm):
     assert_logits_agree(smollm, Path(smollm.source))
 
 
-def test_smollm2_tokens_and_chat_equal_transformers(smollm: LoadedModel) -> None:
-    import transformers
-
-    path = Path(smollm.source)
+def test_smollm2_tokens_and_chat_equal_transformers(smollm):
+    """By the rule of the model's own tokenizer.json, of which transformers 5.24 drops the first half."""
+    path, ours = Path(smollm.source), smollm.tokenizer
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    for text in TEXTS:
-        assert smollm.tokenizer.encode(text) == theirs.encode(text), text
-        assert smollm.tokenizer.decode(theirs.encode(text), skip_special=False) == theirs.decode(
-            theirs.encode(text)
-        )
-    for prompt in (False, True):
-        expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=prompt)
-        assert smollm.tokenizer.render_chat(CHAT, add_generation_prompt=prompt) == expected
-    # The rule of the model's own tokenizer.json, of which transformers 5.24 drops the first half for GGUF files.
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    for text in ["a  12  x", "\n\n7", "\u0661\u0662 \u00b2", *TEXTS]:
-        assert smollm.tokenizer.encode(text) == theirs.encode(text), text
-    assert (smollm.tokenizer.bos_id, smollm.tokenizer.eos_id, smollm.tokenizer.add_bos) == (1, 2, False)
+    for text in TEXTS:
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids, text
+        assert ours.decode(ids, skip_special=False) == theirs.decode(ids)
+    for prompt in (False, True):
+        expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=prompt)
+        assert ours.render_chat(CHAT, add_generation_prompt=prompt) == expected
+    assert (ours.bos_id, ours.eos_id, ours.add_bos) == (1, 2, False)
+
+
+def test_minilm_gives_the_embeddings_of_transformers():
+    loaded = load_encoder("all-minilm-l6-v2", dtype="float32")
+    texts = ["A red heart.", "The capital of France is Paris", "smiling face with sunglasses"]
+    folder, _ = hub.resolve_folder("all-minilm-l6-v2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    given = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = transformers.BertModel.from_pretrained(folder).eval()(**given).last_hidden_state
+    weights = given["attention_mask"][..., None]
+    theirs = ((hidden * weights).sum(1) / weights.sum(1)).numpy()
+    batch = loaded.tokenizer(texts)
+    ours = Encoder(loaded.config).apply(
+        {"params": loaded.params}, batch["tokens"], mask=batch["token_weights"] > 0
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)

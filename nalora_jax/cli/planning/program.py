@@ -38,7 +38,7 @@ from nalora_jax.layout.figures import Figures
 from nalora_jax.layout.machines import Topology
 from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.step import init_state
-from nalora_jax.models.adapters import adapter_spec, init_lora
+from nalora_jax.models.adapters import adapter_shapes, adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.rope_scaling import with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
@@ -195,14 +195,10 @@ def _program_and_state(
     """Returns the program of a run, the shapes of its weights and state, and the state's shardings."""
     spec = adapter_spec(config, base)
     program = decoder_program(config, base, spec, mesh, **decoder_parts(config, base, ImageProcessor()))
-
-    def fresh(params: Any) -> Any:
-        lora = init_lora(base, spec, jax.random.key(0), params)
-        return init_state(lora, program.optimizer, 0)
-
     weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
     params = gathered(placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], WEIGHT_AXES)
-    state, places = placed(jax.eval_shape(fresh, trees.unflatten(weights)), mesh, distributed.STATE_RULES)
+    fresh = jax.eval_shape(lambda lora: init_state(lora, program.optimizer, 0), adapter_shapes(base, spec))
+    state, places = placed(fresh, mesh, distributed.STATE_RULES)
     return program, params, state, places
 
 

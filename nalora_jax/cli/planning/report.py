@@ -181,14 +181,17 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, images: int = 0)
     other = figures(without_statistics(step, mesh), arguments)
     rollout = None
     if config.rl.rewards:
-        rollout = _plan_rollout(layout.into(config), base, where, ours, arguments)
+        rollout = _plan_rollout(layout.into(config), base, where, other, arguments)
     return Plan(config, where, layout, ours, other, bound, rollout)
 
 
 def _plan_rollout(
     config: RunConfig, base: ModelConfig, where: Topology, update: Figures, arguments: Any
 ) -> RolloutPlan:
-    """Compiles the program of the samples in the layout of the update and bounds its time."""
+    """Compiles the program of the samples in the layout of the update and bounds its time.
+
+    ``update`` are figures of a step with ``arguments``.
+    """
     mesh, rl = distributed.make_mesh(config.mesh, devices(where)), config.rl
     draw, drawn, resident = rollout_and_arguments(config, base, mesh)
     found = figures(draw, drawn)

@@ -27,7 +27,7 @@ class Sums {
 
   void prepare(const Stretch*, int64_t, int64_t) {}
 
-  // Tiles compute whole blocks of floats; what is wanted of them otherwise goes through memory.
+  // Tiles compute whole blocks of floats; other results are copied from memory.
   template <bool kAdded>
   void run(const Stretch* parts, int64_t count, const Bits* panel, const Target& to, const Ahead& ahead) {
     if (kAdded || (!to.rounded && to.rows == kSide && to.columns == kSide)) {
@@ -48,8 +48,8 @@ class Sums {
  private:
   alignas(64) float sums_[kSide * kSide];
 
-  // A panel is loaded past the first-level cache, which keeps the rows for the next panel: a third faster. What is
-  // fetched meanwhile is spread over the steps, because a core has few requests for lines under way.
+  // A panel bypasses the first-level cache, which keeps the rows for the next panel: a third faster. Prefetches are
+  // spread over the steps, because a core has few outstanding requests for cache lines.
   template <bool kAdded>
   static void whole(const Stretch* parts, int64_t count, const Bits* panel, float* out, int64_t stride,
                     const Target& target, const Ahead& ahead) {

@@ -1,15 +1,15 @@
-// Softmax attention of every token over the tokens that it sees, and its gradient; what is seen is decided by integers.
+// Softmax attention of every token over the tokens that it sees, and its gradient; integers decide what is seen.
 //
-// As in nn/blockwise_attention.py: a key is seen by queries of its segment, at positions from its own on and less than
-// `window` after it. Where the tokens of a segment lie in order (`ordered`), keys after a query's block are not touched;
-// where all have one position, every token sees its whole segment. Queries come scaled. Operands of products are bfloat16, everything else is float32. No array is transposed or copied as a whole:
-// heads are read where they lie, [batch, seq, heads, head_dim].
+// A query sees the keys of its segment whose positions are at most its own and less than `window` before it. If the
+// tokens of a segment are in order (`ordered`), keys after a query's block are skipped. If all have one position, every
+// token sees its whole segment. Queries are scaled by the caller. Operands of products are bfloat16, everything else is
+// float32. No array is transposed or copied as a whole: heads are read in place, [batch, seq, heads, head_dim].
 //
-// The gradient makes the probabilities again from the log-sum-exps (flash attention, arXiv 2205.14135). It works on
-// transposed scores, [keys, queries]: so made, they are the left operand of the gradients of keys and values as they are,
-// and packed for that of queries by interleaving two rows. What a query's slopes have in common, <g, out>, is also the
-// sum of its weights times their slopes: where all queries are taken at once, all weights are made first and the result
-// need not be kept.
+// The gradient recomputes the probabilities from the log-sum-exps (flash attention, arXiv 2205.14135). It computes
+// transposed scores, [keys, queries]: they are the left operand for the gradients of keys and values without a copy, and
+// interleaving two rows packs them for the gradient of queries. The term <g, out> of a query's slopes equals the sum of
+// its weights times their slopes. If all queries are processed at once, all weights are computed first, and the caller
+// need not save the result.
 
 #pragma once
 
@@ -20,17 +20,17 @@
 
 namespace nalora {
 
-constexpr int64_t kQueries = 256;  // that the gradient takes at a time
+constexpr int64_t kQueries = 256;  // that the gradient processes at a time
 
 struct Shape {
   int64_t batch, seq, heads, kv_heads, dim;
   int64_t groups() const { return heads / kv_heads; }
-  int64_t rows() const { return up(seq, kSide); }      // with those that fill the last block
+  int64_t rows() const { return up(seq, kSide); }      // with the padding of the last block
   int64_t width() const { return up(dim, kStep); }
   int64_t depth_steps() const { return width() / kStep; }
 };
 
-// Positions and segments of one row of the batch, filled up with what is never seen, and which blocks can meet.
+// Positions and segments of one row of the batch, padded with tokens that are never seen, and the ranges of blocks.
 struct Places {
   int32_t *positions, *segments;      // [rows]
   int32_t *least, *most;              // [2, blocks]: of positions, of segments
@@ -61,7 +61,7 @@ struct Places {
     }
   }
 
-  // Whether a query of one block may see a key of another.
+  // Returns true if a query of one block may see a key of another.
   bool meet(int64_t queries, int64_t keys) const {
     return most[blocks + keys] >= least[blocks + queries] && least[blocks + keys] <= most[blocks + queries] &&
            least[keys] <= most[queries] &&
@@ -76,7 +76,7 @@ struct Places {
 };
 
 INLINED bool sees(int32_t position, int32_t segment, int32_t key_position, int32_t key_segment, int32_t window) {
-  // Bitwise, and unsigned: one comparison for both ends of the window.
+  // Bitwise operators avoid branches; an unsigned difference compares both ends of the window at once.
   return (segment == key_segment) & (segment != INT_MIN) &
          (static_cast<uint32_t>(position) - static_cast<uint32_t>(key_position) < static_cast<uint32_t>(window));
 }
@@ -192,12 +192,12 @@ void attend(const Heads& in, Bits* out, float* logsumexp, int64_t unit, Block& b
 
 struct Gradient {
   Heads in;
-  const Bits *out, *g;     // [batch, seq, heads, dim]: the result (null if it was not kept) and its cotangent
+  const Bits *out, *g;     // [batch, seq, heads, dim]: the result (null if it was not saved) and its cotangent
   const float* logsumexp;  // [batch, heads, seq]
   float *dq, *dk, *dv;     // as q, k, v
 };
 
-// One key head of one row of the batch, and the heads that read it. kWhole: without the result; not capped.
+// One key head of one row of the batch, and the query heads that read it. kWhole: without the result and without a cap.
 template <bool kCapped, bool kWhole>
 void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& scratch) {
   const Heads& in = of.in;
@@ -244,7 +244,7 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
       const int64_t row_at = ((b * seq + start) * shape.heads + head) * dim;
       const Bits *q = in.q + row_at, *g = of.g + row_at, *out = of.out + row_at;
       const int64_t end_block = in.end_met(first_block + panels - 1);
-      int64_t first = end_block;  // key block that any of these queries meets
+      int64_t first = end_block;  // first key block that any of these queries may see
       for (int64_t p = 0; p < panels; p++) {
         const int64_t columns = std::min(kSide, n - p * kSide), from = p * kSide * stride;
         pack_transposed(q + from, stride, dim, columns, q_panels + p * panel);

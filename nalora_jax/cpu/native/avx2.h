@@ -1,4 +1,4 @@
-// Sums with AVX2: products of bfloat16 numbers that were widened to float32.
+// Sums with AVX2: products of bfloat16 numbers widened to float32.
 
 #pragma once
 
@@ -6,12 +6,12 @@
 
 namespace nalora {
 
-// sum += x y, where it is: with the intrinsic, compilers move sums from register to register until one is in memory.
+// sum += x y in place: with the intrinsic, compilers move sums between registers until one spills to memory.
 INLINED void add_product(__m256& sum, __m256 x, __m256 y) {
   asm volatile("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(y));
 }
 
-// The upper one of each of 8 pairs. The mask stays in memory, as sums want every register.
+// The upper number of each of 8 pairs. The mask stays in memory, because sums need every register.
 INLINED __m256 upper_of(const Bits* pairs) {
   alignas(32) static const uint32_t kMask[8] = {~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu,
                                                 ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu};
@@ -20,7 +20,7 @@ INLINED __m256 upper_of(const Bits* pairs) {
   return _mm256_castsi256_ps(value);
 }
 
-// What is held is widened once for all panels; a panel is widened in registers.
+// The held operand is widened once for all panels; a panel is widened in registers.
 class Sums {
  public:
   static constexpr int64_t kRowUnit = 1, kDepthUnit = 1;
@@ -28,7 +28,7 @@ class Sums {
   void prepare(const Stretch* parts, int64_t count, int64_t rows) {
     stride_ = 0;
     for (int64_t p = 0; p < count; p++) stride_ += up(parts[p].depth, 2);
-    // Rows of one set of the first-level cache would drive each other out.
+    // Rows in the same set of the first-level cache would evict each other.
     if (stride_ % 256 == 0) stride_ += 16;
     Scratch& scratch = widened_of_thread();
     scratch.reserve(Scratch::room<float>(kSide * stride_));
@@ -77,7 +77,7 @@ class Sums {
     return scratch;
   }
 
-  // 12 of the 16 registers hold sums, which hides how long a multiplication takes. Not inlined: it needs the others, too.
+  // 12 of the 16 registers hold sums, which hides the latency of multiplications. Not inlined: it needs the other four.
   template <int kRows, int kWide, bool kAdded>
   __attribute__((noinline)) void rows(const Stretch* parts, int64_t count, int64_t row, const Bits* panel,
                                       int64_t column, const Target& to) {
@@ -86,7 +86,7 @@ class Sums {
     for (int64_t r = 0; r < kRows; r++) {
 #pragma GCC unroll 4
       for (int64_t w = 0; w < kWide; w++) {
-        // Only whole blocks are added to.
+        // Additions are to whole blocks only.
         const float* from = static_cast<const float*>(to.out) + (row + r) * to.stride + column + 8 * w;
         sums[r][w] = kAdded ? _mm256_loadu_ps(from) : _mm256_setzero_ps();
       }

@@ -1,4 +1,4 @@
-// Blocks of 32 x 32 sums of bfloat16 products, with what the CPU has for them, and the threads that share them.
+// Blocks of 32 x 32 sums of bfloat16 products by the CPU's fastest instructions, and the threads that share them.
 
 #pragma once
 
@@ -23,7 +23,7 @@ namespace nalora {
 
 namespace ffi = xla::ffi;
 
-// What XLA hands over, whose shapes Python has checked.
+// Arguments from XLA, whose shapes Python has checked.
 using Bits1 = ffi::Buffer<ffi::U16, 1>;
 using Matrix = ffi::Buffer<ffi::U16, 2>;
 using Numbers = ffi::Buffer<ffi::U16, 4>;
@@ -43,20 +43,20 @@ inline ffi::Error result(bool done) {
   return done ? ffi::Error::Success() : ffi::Error::Internal("nalora: out of memory");
 }
 
-// Blocks of sums of one thread: what is held, by packed panels.
+// Blocks of sums of one thread: products of a held left operand and packed panels.
 //
-// `Sums` has kRowUnit and kDepthUnit, in which it reads what is held; prepare(parts, count, rows), called where that
-// changes; and run<added>(parts, count, panel, target, ahead): target = sum_i x[i] panel[i], added to what it holds if
-// `added`. The panels of the parts lie one behind the other.
+// `Sums` defines kRowUnit and kDepthUnit, the units in which it reads the held operand; prepare(parts, count, rows),
+// called when that operand changes; and run<added>(parts, count, panel, target, ahead): target = sum_i x[i] panel[i],
+// added to the target's values if `added`. The panels of the parts follow each other.
 class Block : Sums {
  public:
   using Sums::kDepthUnit;
   using Sums::kRowUnit;
 
-  // The left operand of what follows, of some rows, at most 32.
+  // Sets the left operand of later products: at most 32 rows.
   void hold(const std::vector<Stretch>& parts, int64_t rows) { hold(parts.data(), parts.size(), rows); }
 
-  // 32 rows.
+  // The same with 32 rows.
   void hold(const Stretch& part) {
     one_ = part;
     hold(&one_, 1, kSide);
@@ -66,10 +66,10 @@ class Block : Sums {
     run<false>(parts_, count_, panel, to, ahead);
   }
 
-  // out[32, 32] = what is held times the panel.
+  // out[32, 32] = the held operand times the panel.
   void multiply(const Bits* panel, float* out, int64_t stride) { multiply(panel, {out, stride, kSide, kSide, false}); }
 
-  // out[32, 32] += the same; of fewer rows, the others are undefined.
+  // out[32, 32] += the same; with fewer than 32 rows, the others are undefined.
   void add(const Bits* panel, float* out, int64_t stride, int64_t rows = kSide) {
     run<true>(parts_, count_, panel, {out, stride, rows, kSide, false}, {});
   }
@@ -86,7 +86,7 @@ class Block : Sums {
   }
 };
 
-// [rows, columns] of bits, rows `stride` apart, into [up(rows, 32), width], zeros around.
+// Copies [rows, columns], whose rows are `stride` apart, to [up(rows, 32), width], padded with zeros.
 inline void gather(const Bits* from, int64_t stride, int64_t rows, int64_t columns, int64_t width, Bits* to) {
   for (int64_t i = 0; i < up(rows, kSide); i++, to += width) {
     const int64_t n = i < rows ? columns : 0;
@@ -95,7 +95,7 @@ inline void gather(const Bits* from, int64_t stride, int64_t rows, int64_t colum
   }
 }
 
-// One for all functions: a thread runs one at a time.
+// All functions share one, because a thread runs one function at a time.
 inline Scratch& scratch_of_thread() {
   static thread_local Scratch scratch;
   return scratch;
@@ -108,7 +108,7 @@ void wait_until(Condition condition) {
   }
 }
 
-// Runs `unit(i, block, scratch)` for i in [0, count) on the threads of XLA's pool and this one; false if memory ran out.
+// Calls `unit(i, block, scratch)` for i in [0, count) on this thread and XLA's pool; returns false if memory ran out.
 template <typename Unit>
 bool share(Pool& pool, int64_t count, Unit unit) {
   struct Job {
@@ -133,13 +133,13 @@ bool share(Pool& pool, int64_t count, Unit unit) {
       }
     }
   };
-  // Shared with the helpers, which may only start when all is done.
+  // Shared with the other threads, which may start after everything is done.
   auto job = std::make_shared<Job>(count, std::move(unit));
   for (int64_t i = 1; i < std::min<int64_t>(pool.num_threads(), count); i++) {
     pool.Schedule([job] { job->work(); });
   }
   job->work();
-  // Only for units that a helper has begun: what no helper took, this thread did.
+  // Waits only for units that another thread has started: this thread has computed all others.
   wait_until([&] { return job->done.load() >= count; });
   return !job->failed;
 }

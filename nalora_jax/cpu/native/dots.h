@@ -1,4 +1,4 @@
-// Sums with the dot products of vectors (AVX512-BF16).
+// Sums with vector dot products (AVX512-BF16).
 
 #pragma once
 
@@ -24,7 +24,7 @@ class Sums {
   }
 
  private:
-  // 16 registers of sums: as many dot products under way as hide how long one takes.
+  // 16 registers of sums: enough dot products in flight to hide the latency of one.
   template <int kRows, int kWide, bool kAdded>
   static void rows(const Stretch* parts, int64_t count, int64_t row, const Bits* panel, const Target& to) {
     __m512 sums[kRows][kWide];
@@ -32,7 +32,7 @@ class Sums {
     for (int64_t r = 0; r < kRows; r++) {
 #pragma GCC unroll 2
       for (int64_t w = 0; w < kWide; w++) {
-        // Only whole blocks are added to.
+        // Additions are to whole blocks only.
         const float* from = static_cast<const float*>(to.out) + (row + r) * to.stride + 16 * w;
         sums[r][w] = kAdded ? _mm512_loadu_ps(from) : _mm512_setzero_ps();
       }

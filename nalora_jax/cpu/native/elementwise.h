@@ -1,5 +1,5 @@
-// Functions of one number, without branches or calls, so that compilers vectorise the loops around them; and the same of as
-// many numbers as a register of AVX-512 holds, half of whose instructions compilers do not find.
+// Functions of one number, without branches or calls, so that compilers vectorise loops that contain them; and the same
+// for a register of AVX-512, because compilers do not find half of its instructions.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace nalora {
 
-// A score or logit that is not there: far below any, but finite.
+// A missing score or logit: far below any other, but finite.
 constexpr float kUnseen = -1e30f;
 
 constexpr float kLog2E = 1.44269504f;
@@ -29,7 +29,7 @@ INLINED Value power_parts(Value t, Value& shifted) {
   return p * f + 1.0f;
 }
 
-// 2^t of t cut off at -125 and `most`; NaN stays NaN.
+// 2^t, with t clipped to -125 and `most`; NaN stays NaN.
 INLINED float power_of_two(float t, float most = 127.0f) {
   t = t < -125.0f ? -125.0f : t;
   t = t > most ? most : t;
@@ -42,10 +42,10 @@ INLINED float power_of_two(float t, float most = 127.0f) {
   return p;
 }
 
-// exp(x); what rounds x log2 e adds 6e-8 |x| to the relative error.
+// exp(x); rounding x log2 e adds 6e-8 |x| to the relative error.
 INLINED float exponential(float x) { return power_of_two(x * kLog2E); }
 
-// The first n of 32 bfloat16 numbers as floats, zeros behind.
+// The first n of 32 bfloat16 numbers as floats, followed by zeros.
 INLINED void widen_row(const Bits* from, int64_t n, float* to) {
   alignas(64) Bits bits[kSide] = {};
   const Bits* source = from;
@@ -60,8 +60,8 @@ INLINED float capped(float score, float cap) {
   return cap * (1.0f - 2.0f / (exponential(2.0f * (score / cap)) + 1.0f));
 }
 
-// 1 / x of x between 1 and 2^120: a first guess from the exponent, three of Newton's steps. A fifth of what a division
-// takes, which would be most of a pass.
+// 1 / x for x between 1 and 2^120: a first guess from the exponent, then three Newton steps. It takes a fifth of the time
+// of a division, which would dominate a pass.
 INLINED float reciprocal(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
@@ -73,7 +73,7 @@ INLINED float reciprocal(float x) {
   return r * (2.0f - x * r);
 }
 
-// As many floats as are taken at a time.
+// The floats that are processed at a time.
 #ifdef __AVX512F__
 using Lanes = __m512;
 
@@ -82,7 +82,7 @@ INLINED void put(float* to, Lanes values) { _mm512_storeu_ps(to, values); }
 INLINED Lanes larger(Lanes x, Lanes y) { return _mm512_max_ps(x, y); }
 
 INLINED Lanes power_of_two(Lanes t, float most = 127.0f) {
-  // Of a NaN and a number both instructions return what comes second.
+  // Of a NaN and a number both instructions return the second operand.
   t = _mm512_min_ps(_mm512_set1_ps(most), _mm512_max_ps(_mm512_set1_ps(-125.0f), t));
   Lanes shifted;
   const Lanes p = power_parts(t, shifted);

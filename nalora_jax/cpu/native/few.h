@@ -1,4 +1,4 @@
-// Products of a few rows, as text generation makes them: memory is the limit, so that nothing is packed.
+// Products of a few rows, for text generation: memory bandwidth is the limit, so nothing is packed.
 
 #pragma once
 
@@ -8,9 +8,9 @@
 namespace nalora {
 
 constexpr int64_t kFewRows = 4;
-constexpr int64_t kDeep = 16;  // rows of y that are read side by side
+constexpr int64_t kDeep = 16;  // rows of y for which sums stay in registers
 
-// `run(n)` with n, from 1 to kFewRows, as a constant.
+// Calls `run(n)` with n, from 1 to kFewRows, as a compile-time constant.
 template <typename Run>
 void with_rows(int64_t n, Run run) {
   switch (n) {
@@ -21,8 +21,8 @@ void with_rows(int64_t n, Run run) {
   }
 }
 
-// to[r, c] += sum_k x[r, k] y[k, c] of some columns of y, rows of x and y `width` and `stride` apart, those of `to` as
-// many as the columns, up to 32.
+// to[r, c] += sum_k x[r, k] y[k, c] for some columns of y. Rows of x are `width` apart, those of y `stride`, and those
+// of `to` the number of columns, rounded up to a multiple of 32.
 template <int kRows>
 void add_few(const float* x, int64_t width, const Bits* y, int64_t stride, int64_t depth, int64_t columns, float* to) {
   const int64_t wide = up(columns, kSide);
@@ -56,7 +56,7 @@ void add_few(const float* x, int64_t width, const Bits* y, int64_t stride, int64
   }
 }
 
-// The same of a y that is transposed: [columns, depth].
+// The same for a transposed y, [columns, depth].
 template <int kRows>
 void add_few_transposed(const float* x, int64_t width, const Bits* y, int64_t depth, int64_t columns, float* to) {
   const int64_t wide = up(columns, kSide);

@@ -1,6 +1,6 @@
 // Gates whose selection weight is a logistic function, rho(z) = 1 / (1 + exp(-(a z + b z^3))), in one pass each: SiLU
-// (a = 1, b = 0), GELU by its sigmoid or tanh. The product phi(z) u = z rho(z) u and its gradient are bfloat16, as z and
-// u; everything between is float32.
+// (a = 1, b = 0), GELU by its sigmoid or tanh. z, u, the product phi(z) u = z rho(z) u and its gradients are bfloat16;
+// intermediate values are float32.
 
 #pragma once
 
@@ -9,13 +9,13 @@
 
 namespace nalora {
 
-constexpr int64_t kElements = 1 << 15;  // of a product that a thread takes at a time
+constexpr int64_t kElements = 1 << 15;  // that a thread processes at a time
 
 struct Logistic {
   float a, b;
 };
 
-template <bool kCubic>  // whether b is not 0
+template <bool kCubic>  // true if b is not 0
 struct Gate {
   float a, b;
 
@@ -32,7 +32,7 @@ struct Gate {
   }
 };
 
-// `unit(gate, first, n)` of all elements, 32 at a time; n is 32 but at the end.
+// Calls `unit(gate, first, n)` for all elements, 32 at a time; n is smaller only at the end.
 template <typename Unit>
 ffi::Error by_elements(Pool& pool, const Bits1& z, Logistic logistic, Unit unit) {
   const auto [a, b] = logistic;
@@ -46,7 +46,7 @@ ffi::Error by_elements(Pool& pool, const Bits1& z, Logistic logistic, Unit unit)
   return b == 0 ? run(Gate<false>{a, b}) : run(Gate<true>{a, b});
 }
 
-// What z is multiplied by; nothing stands for ones.
+// The factor of the gate; null means ones.
 inline const Bits* factor(const Bits1& u) { return u.element_count() > 0 ? u.typed_data() : nullptr; }
 
 INLINED void widen_or_ones(const Bits* u, int64_t at, int64_t n, float* to) {
@@ -69,7 +69,7 @@ inline ffi::Error gate(Pool pool, Bits1 z, Bits1 u, ffi::Result<Bits1> out, Logi
   });
 }
 
-// The gradient of u is wanted where there is a u.
+// Computes the gradient of u only if u is given.
 inline ffi::Error gate_gradient(Pool pool, Bits1 z, Bits1 u, Bits1 g, ffi::Result<Bits1> dz, ffi::Result<Bits1> du,
                                 Logistic logistic) {
   const Bits *of_z = z.typed_data(), *of_u = factor(u), *of_g = g.typed_data();

@@ -1,4 +1,4 @@
-// What XLA calls (see __init__.py). Operands are bound by the types of the parameters, attributes by the names here.
+// The functions that XLA calls (__init__.py). Operands are bound by the types of the parameters, attributes by name.
 
 #include "attention.h"
 #include "gates.h"
@@ -35,7 +35,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_over_vocabulary, nalora::over_vocabulary);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_gate, nalora::gate);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_gate_gradient, nalora::gate_gradient);
 
-// Asks the kernel for the tiles, once per process; 0 if this process may use them.
+// Asks the operating system for the tiles, once per process; returns 0 if this process may use them.
 extern "C" int nalora_prepare() {
 #ifdef NALORA_TILES
   constexpr int kRequestPermission = 0x1023, kTileData = 18;

@@ -1,5 +1,5 @@
-// Sums of products of at most 32 rows, as text generation makes them. Memory is the limit: threads have columns of their
-// own, many of them, because memory is fast where what is read lies side by side.
+// Sums of products of at most 32 rows, for text generation. Memory bandwidth is the limit: each thread computes many
+// adjacent columns, because contiguous reads are fast.
 
 #pragma once
 
@@ -8,8 +8,8 @@
 namespace nalora {
 
 constexpr int64_t kWide = 1024;         // columns of a thread at most
-constexpr int64_t kChunk = 4 * kStep;   // of the depth, that is packed at a time
-constexpr int64_t kTransposedChunk = 2048;  // the same of a y that is transposed
+constexpr int64_t kChunk = 4 * kStep;   // of the depth that is packed at a time
+constexpr int64_t kTransposedChunk = 2048;  // the same for a transposed y
 
 struct Term {
   const Bits* x;
@@ -66,10 +66,10 @@ void few_rows(const Sum& sum, int64_t start, int64_t columns, Scratch& scratch) 
   put_columns(sum, start, columns, sums, wide);
 }
 
-// Some of a term's depth. What is packed serves once: a little at a time, which stays in the nearest caches.
+// A part of a term's depth. Packed values are read once, so little is packed at a time and stays in the nearest caches.
 struct Stretched {
   const Term& term;
-  int64_t k, depth;  // from k on
+  int64_t k, depth;  // the first index, and the length
   int64_t rows, start, columns, stride;
 
   void add(Block& block, Bits* packed, float* sums) const {
@@ -116,7 +116,7 @@ inline void packed_rows(const Sum& sum, int64_t start, int64_t columns, Block& b
   put_columns(sum, start, columns, sums, wide);
 }
 
-// All sums, whose owner stays as long as any thread reads them; false if memory ran out.
+// Computes all sums, whose owner lives as long as any thread reads them; returns false if memory ran out.
 inline bool multiply_narrow(Pool& pool, const std::shared_ptr<const std::vector<Sum>>& sums) {
   struct Part {
     const Sum* of;

@@ -1,4 +1,4 @@
-// bfloat16 numbers, the memory of a thread, and the order in which blocks of products are read.
+// bfloat16 numbers, the memory of a thread, and the layout in which blocks of products are read.
 
 #pragma once
 
@@ -9,14 +9,14 @@
 #include <cstring>
 #include <new>
 
-// What loops must not call, lest they are not vectorised.
+// Functions in loops are inlined: a loop with a call is not vectorised.
 #define INLINED __attribute__((always_inline)) inline
 
 namespace nalora {
 
-using Bits = uint16_t;  // of a bfloat16 number
+using Bits = uint16_t;  // the bits of a bfloat16 number
 
-constexpr int64_t kSide = 32;              // rows and columns of a block: two tiles each way
+constexpr int64_t kSide = 32;              // rows and columns of a block, two tiles by two tiles
 constexpr int64_t kStep = 32;              // depth of one tile
 constexpr int64_t kTile = 16 * kStep;      // numbers of one packed tile: 16 pairs of the depth x 16 columns
 constexpr int64_t kPanelStep = 2 * kTile;  // numbers of one step of a packed panel, 32 columns wide
@@ -31,19 +31,19 @@ INLINED float widened(Bits bits) {
   return value;
 }
 
-// To nearest even.
+// Rounds to nearest even.
 inline Bits rounded(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   return std::isnan(value) ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-// Memory of one thread, kept between calls, in pieces that start at cache lines.
+// Memory of one thread, kept between calls; each piece starts at a cache line.
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
 
-  // Room for what `take` will hand out; what was handed out before is lost.
+  // Makes room for the pieces of `take`, and invalidates earlier pieces.
   void reserve(int64_t bytes) {
     used_ = 0;
     if (static_cast<size_t>(bytes) <= size_) return;
@@ -74,7 +74,7 @@ class Scratch {
   size_t size_ = 0, used_ = 0;
 };
 
-// What a block of sums is made of: rows of x, `stride` apart, over a stretch of the depth.
+// An operand of a block of sums: rows of x, `stride` apart, over a stretch of the depth.
 struct Stretch {
   const Bits* x;
   int64_t stride;
@@ -82,7 +82,7 @@ struct Stretch {
   int64_t steps() const { return ceil_div(depth, kStep); }
 };
 
-// Where it goes: the first rows and columns of it, as float32 or rounded to bfloat16.
+// The destination of a block: its first rows and columns, as float32 or rounded to bfloat16.
 struct Target {
   void* out;
   int64_t stride;
@@ -90,8 +90,8 @@ struct Target {
   bool rounded;
 };
 
-// What a product fetches meanwhile, where it knows how: the lines that it will write, and of each of some rows that come
-// next a line at every step of the first stretch.
+// What a product may prefetch: the cache lines that it will write, and the next rows of x, a line of each row at every
+// step of the first stretch.
 struct Ahead {
   bool target = false;
   const Bits* x = nullptr;

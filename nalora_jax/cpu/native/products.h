@@ -1,11 +1,12 @@
-// Sums of matrix products: out[p] = x[0] y[0] + x[1] y[1] + ..., several p in one call, so that threads share them all.
+// Sums of matrix products: out[p] = x[0] y[0] + x[1] y[1] + ..., for several p in one call, whose work threads share.
 //
-// Each x is [rows, depth], each y [depth, columns] or, transposed, [columns, depth]; rows and columns are those of out[p],
-// depths are free. A y may lie in a stack of matrices, of which an index names one. The work is cut into groups of
-// columns, no more than there are threads where they fit the second-level cache, because every group reads all of x. The
-// thread that opens a group packs its part of every y and multiplies some rows at a time; one that finds no group to open
-// takes rows of those that others have opened. Nothing else is copied, but edges that do not fill a tile. Sums stay in the
-// tiles over the whole depth, because adding to what was stored waits for the store: cutting the depth costs a third.
+// Each x is [rows, depth], each y [depth, columns] or, transposed, [columns, depth]; rows and columns are those of
+// out[p], depths are free. A y may be one matrix of a stack, selected by an index. The work is divided into groups of
+// columns that fit in the second-level cache; every group reads all of x, so there are no more groups than needed. The
+// thread that opens a group packs its part of every y and multiplies some rows at a time. A thread without a group to
+// open processes rows of open groups. Apart from edges that do not fill a tile, nothing else is copied. Sums stay in
+// the tiles over the whole depth, because adding to stored values waits for the store: dividing the depth costs a
+// third.
 
 #pragma once
 
@@ -15,15 +16,15 @@
 
 namespace nalora {
 
-constexpr int64_t kGroupBytes = 832 << 10;  // what a group packs at most, but for a single panel
-constexpr int64_t kRowsAtOnce = 4 * kSide;  // that a thread takes of a group
+constexpr int64_t kGroupBytes = 832 << 10;  // most bytes that a group packs, unless it is a single panel
+constexpr int64_t kRowsAtOnce = 4 * kSide;  // that a thread processes of a group at a time
 constexpr int64_t kPacking = 4 * kSide;     // rows that are multiplied with a panel while one is packed
 
 struct Group {
   Group(const Sum& sum, int64_t column, int64_t columns) : sum(sum), column(column), columns(columns) {}
   const Sum& sum;
   const int64_t column, columns;
-  std::atomic<const Bits*> packed{nullptr};  // its panels, in the memory of the thread that opened it
+  std::atomic<const Bits*> packed{nullptr};  // the panels, in the memory of the thread that opened it
   std::atomic<int64_t> taken{0}, done{0};    // rows
   int64_t panels() const { return ceil_div(columns, kSide); }
   // Numbers of the edges that a thread copies at a time.
@@ -32,7 +33,7 @@ struct Group {
   }
 };
 
-// Sums, and how far they are.
+// Sums and their progress.
 struct Work {
   std::vector<Sum> sums;
   std::deque<Group> groups;
@@ -58,7 +59,7 @@ inline void cut(Work& work, int64_t threads) {
 inline void pack(const Group& group, Bits* packed) {
   const Sum& sum = group.sum;
   for (const Term& term : sum.terms) {
-    // A few rows of all panels, then the next: memory is fast where what is read lies side by side.
+    // A few rows of all panels, then the next rows, because contiguous reads are fast.
     const int64_t depth = term.transposed ? term.depth : kStep;
     for (int64_t k = 0; k < term.depth; k += depth, packed += ceil_div(depth, kStep) * kPanelStep) {
       for (int64_t c = 0; c < group.columns; c += kSide) {
@@ -77,12 +78,12 @@ inline void pack(const Group& group, Bits* packed) {
   }
 }
 
-// Some rows of a group: a multiple of 32, or fewer.
+// Multiplies some rows of a group: a multiple of 32, or fewer than 32.
 inline void multiply_rows(const Group& group, int64_t first, int64_t count, Block& block, Bits* edge) {
   static thread_local std::vector<Stretch> stretches;
   const Sum& sum = group.sum;
-  // Rows are read as they lie where they are whole units, else from a copy with zeros. All copies come before the first
-  // product: a tile that reads what was just stored waits for it.
+  // Whole units of rows are read in place, the others from a copy with zeros. All copies precede the first product,
+  // because a tile that reads a value that was just stored waits for the store.
   stretches.clear();
   for (const Term& term : sum.terms) {
     const Bits* x = term.x + first * term.depth;
@@ -121,7 +122,7 @@ inline void take_rows(Group& group, Block& block, Bits* edge) {
   }
 }
 
-// What one thread does of the work, until nothing is left that it could begin.
+// Processes work on one thread until none is left to start.
 inline void take(Work& work, Block& block, Scratch& scratch) {
   for (size_t i; (i = work.opened++) < work.groups.size();) {
     Group& group = work.groups[i];
@@ -129,14 +130,14 @@ inline void take(Work& work, Block& block, Scratch& scratch) {
     try {
       scratch.reserve(Scratch::room<Bits>(room) + Scratch::room<Bits>(group.edges()));
     } catch (const std::bad_alloc&) {
-      group.taken = group.sum.rows;  // lest others wait for it
+      group.taken = group.sum.rows;  // so that other threads do not wait for it
       throw;
     }
     Bits* packed = scratch.take<Bits>(room);
     pack(group, packed);
     group.packed = packed;
     take_rows(group, block, scratch.take<Bits>(group.edges()));
-    wait_until([&] { return group.done == group.sum.rows; });  // others read what is packed
+    wait_until([&] { return group.done == group.sum.rows; });  // other threads read the packed panels
   }
   for (Group& group : work.groups) {
     if (group.taken >= group.sum.rows) continue;

@@ -1,4 +1,4 @@
-// Packing and rows of numbers. AVX2 is enough for what memory limits; of AVX-512 only the rounding is used.
+// Packing, and rows of numbers. AVX2 suffices where memory is the limit; only the rounding uses AVX-512.
 
 #pragma once
 
@@ -11,7 +11,7 @@ namespace nalora {
 INLINED __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 INLINED void store(void* to, __m256i value) { _mm256_storeu_si256(static_cast<__m256i*>(to), value); }
 
-// Two rows of 32 numbers, interleaved as a panel wants them.
+// Interleaves two rows of 32 numbers for a panel.
 inline void pack_pair(const Bits* even, const Bits* odd, Bits* panel) {
   for (int64_t tile = 0; tile < 2; tile++) {
     const __m256i e = load(even + 16 * tile), o = load(odd + 16 * tile);
@@ -21,7 +21,7 @@ inline void pack_pair(const Bits* even, const Bits* odd, Bits* panel) {
   }
 }
 
-// 32 columns (or fewer: zeros) of y [depth, ...], whose rows are `stride` apart; the depth filled up with zeros.
+// Packs up to 32 columns of y [depth, ...], whose rows are `stride` apart; columns and depth are padded with zeros.
 inline void pack(const Bits* y, int64_t stride, int64_t depth, int64_t columns, Bits* panel) {
   Bits edges[2][kSide] = {};
   const auto row = [=](int64_t k, Bits* edge) -> const Bits* {
@@ -35,7 +35,7 @@ inline void pack(const Bits* y, int64_t stride, int64_t depth, int64_t columns, 
   }
 }
 
-// Turns 8 x 8 numbers of 32 bits.
+// Transposes 8 x 8 numbers of 32 bits.
 inline void turn(__m256i* r) {
   __m256i t[8];
   for (int i = 0; i < 4; i++) {
@@ -55,13 +55,13 @@ inline void turn(__m256i* r) {
   std::copy_n(t, 8, r);
 }
 
-// As `pack`, of y [columns, depth].
+// The same as `pack` for y [columns, depth].
 inline void pack_transposed(const Bits* y, int64_t stride, int64_t depth, int64_t columns, Bits* panel) {
   for (int64_t k = 0; k < depth; k += kStep) {
     const int64_t n = std::min(kStep, depth - k);
     for (int64_t c = 0; c < kSide; c += 16, panel += kTile) {
       for (int64_t part = 0; part < 4; part++) {
-        const int64_t column = c + part % 2 * 8, pair = part / 2 * 8;  // 8 of the columns, 8 pairs of the depth
+        const int64_t column = c + part % 2 * 8, pair = part / 2 * 8;  // 8 columns and 8 pairs of the depth
         __m256i r[8];
         for (int64_t i = 0; i < 8; i++) {
           const Bits* from = y + (column + i) * stride + k + 2 * pair;
@@ -80,7 +80,7 @@ inline void pack_transposed(const Bits* y, int64_t stride, int64_t depth, int64_
   }
 }
 
-// out[j, i] = in[i, j] of 32 x 32 numbers of bfloat16.
+// out[j, i] = in[i, j] for 32 x 32 bfloat16 numbers.
 inline void transposed(const Bits* in, int64_t stride, Bits* out, int64_t out_stride) {
   for (int64_t i = 0; i < kSide; i += 8) {
     for (int64_t j = 0; j < kSide; j += 8) {
@@ -98,7 +98,7 @@ inline void transposed(const Bits* in, int64_t stride, Bits* out, int64_t out_st
   }
 }
 
-// The same of floats.
+// The same for floats.
 inline void transposed(const float* in, int64_t stride, float* out, int64_t out_stride) {
   for (int64_t i = 0; i < kSide; i += 8) {
     for (int64_t j = 0; j < kSide; j += 8) {
@@ -110,7 +110,7 @@ inline void transposed(const float* in, int64_t stride, float* out, int64_t out_
   }
 }
 
-// The first n (at most 32) of 32 floats, to nearest even.
+// Rounds the first n (at most 32) of 32 floats to nearest even.
 inline void round_row(const float* in, int64_t n, Bits* out) {
 #ifdef __AVX512BF16__
   const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(in + 16), _mm512_loadu_ps(in));
@@ -123,7 +123,7 @@ inline void round_row(const float* in, int64_t n, Bits* out) {
 #endif
 }
 
-// Of 32 floats, in halves: any order of the sum would do, but all CPUs have this one.
+// The sum of 32 floats by halves: all CPUs use this order.
 inline float sum_of(const float* lanes) {
   float sums[kSide];
   std::copy_n(lanes, kSide, sums);

@@ -1,10 +1,10 @@
-// Softmax over a large vocabulary and its expectation of the vocabulary's own vectors, without logits that leave a cache:
+// Softmax over a large vocabulary and its expectation of the vocabulary's vectors, with logits that stay in a cache:
 //
 //   l = logits(hidden E^T),   top = max l,   total = sum exp(l - top),   attended = sum exp(l - top) l' E
 //
-// with l' the logits' derivative by the products: all that a cross-entropy and its gradient need of a frozen head (see
-// nn/loss.py). Threads take blocks of the vocabulary, pack each once for both products, and take all rows through it
-// under a running maximum of their own, as flash attention does; what the threads have is joined at the end.
+// with l' the logits' derivative by the products: all that a cross-entropy and its gradient need of a frozen head
+// (cpu/cross_entropy.py). Threads divide the vocabulary into blocks, pack each block once for both products, and process
+// all rows with a running maximum per thread, as flash attention does. The sums of the threads are joined at the end.
 
 #pragma once
 
@@ -13,12 +13,12 @@
 
 namespace nalora {
 
-constexpr int64_t kEntries = 256;     // of the vocabulary at a time: 32 rows of their logits stay in the first-level cache
-constexpr int64_t kSumBytes = 4 << 20;  // of one thread's sums, where 512 rows leave the choice
+constexpr int64_t kEntries = 256;     // of a block: 32 rows of their logits fit in the first-level cache
+constexpr int64_t kSumBytes = 4 << 20;  // of one thread's sums, unless 512 rows need more
 constexpr int64_t kLeastRows = 512;
 
 struct Logits {
-  bool transposed;  // whether the table is [vocab, d_model]
+  bool transposed;  // true if the table is [vocab, d_model]
   float scale, cap;
 };
 
@@ -26,15 +26,15 @@ struct Vocabulary {
   const Bits* hidden;  // [rows, d_model]
   const Bits* table;   // [vocab, d_model], or [d_model, vocab]
   int64_t rows, d_model, vocab;
-  bool transposed;         // the former
+  bool transposed;         // true for [vocab, d_model]
   float scale, cap;
-  bool gradient;       // whether `attended` is wanted
+  bool gradient;       // true if `attended` is computed
   int64_t row_blocks() const { return ceil_div(rows, kSide); }
   int64_t width() const { return up(d_model, kStep); }
   int64_t steps() const { return width() / kStep; }
 };
 
-// What one thread has of some rows.
+// The sums of one thread for some rows.
 struct Partial {
   std::unique_ptr<float[]> top, total, attended;  // [rows], [rows], [rows, width]
 
@@ -115,7 +115,7 @@ void add_entries(const Vocabulary& of, int64_t start, Partial& sums, Block& bloc
       for (int64_t p = 0; p < panels * kSide; p += kSide) {
         float weight[kSide];
         for (int64_t j = 0; j < kSide; j += kLanes) {
-          // What is not there comes out as 1e-38.
+          // The exponential of a missing entry is 1e-38.
           const Lanes value = lanes(l + p + j), e = exponential(value - higher);
           put(parts + j, lanes(parts + j) + e);
           Lanes slope = e * of.scale;
@@ -150,7 +150,7 @@ inline ffi::Error over_vocabulary(Pool pool, Matrix hidden, Matrix table, Intege
   for (int64_t start = 0; start < wanted && done; start += group) {
     const Vocabulary of{hidden.typed_data() + start * d_model, table.typed_data(), std::min(group, wanted - start),
                         d_model, table.dimensions()[transposed ? 0 : 1], transposed, scale, cap, gradient};
-    // Every part of the sums has its own entries, whichever thread makes it: equal results in every run.
+    // The entries of each part do not depend on the thread that computes it, so results are equal in every run.
     const int64_t parts = std::clamp<int64_t>(pool.num_threads(), 1, ceil_div(of.vocab, kEntries));
     auto partials = std::make_shared<std::vector<Partial>>(parts);
     const auto add = cap > 0 ? add_entries<true> : add_entries<false>;

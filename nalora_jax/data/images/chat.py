@@ -78,8 +78,7 @@ class ChatImages(SourceView):
 
     def images(self, index: int) -> tuple[Image, ...]:
         """Returns the encoded images of a record, in the order of the text."""
-        images: tuple[Image, ...] = self[index][IMAGES]
-        return images
+        return self[index][IMAGES]
 
     def readable(self) -> ChatImages:
         """Returns the records whose images can be read; the log names the others.

@@ -380,6 +380,9 @@ class Generator:
         return ids
 
 
+SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # settings of `make_sampling`
+
+
 class _Batch:
     """Prompts that are completed together."""
 
@@ -403,36 +406,21 @@ class _Batch:
         self._ids: list[list[int]] = [[] for _ in ids]
         self._ended = np.zeros(len(ids), bool)  # by a stop token or text
         self._prompt_ids = ids
-        self._prompts = self._make_prompts(ids, settings, seeds)
-        if self._seeing:
-            self._prompts = replace(self._prompts, features=self._features(images))
-
-    def _make_prompts(
-        self,
-        ids: Sequence[list[int]],
-        settings: Settings,
-        seeds: Sequence[int],
-    ) -> Prompts:
-        mesh = self._generator.mesh
+        mesh = generator.mesh
         batch = bucket(len(ids), multiple=prompt_shards(mesh))
+        sampling = {name: getattr(settings, name) for name in SAMPLED}
         rows = {
             **self._padded(ids, batch),
             "live": np.arange(batch) < len(ids),
-            "sampling": make_sampling(
-                batch,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                min_p=settings.min_p,
-                repetition_penalty=settings.repetition_penalty,
-                seeds=seeds,
-            ),
+            "sampling": make_sampling(batch, seeds=seeds, **sampling),
         }
         # Padded to a bucket, so that the number of stop ids rarely changes the program.
         stops = sorted(self._stop_ids)
         padded = np.full((bucket(len(stops), minimum=8),), NO_TOKEN, np.int32)
         padded[: len(stops)] = stops
-        return Prompts(**place_batch(rows, mesh), stop_ids=padded)
+        self._prompts = Prompts(**place_batch(rows, mesh), stop_ids=padded)
+        if self._seeing:
+            self._prompts = replace(self._prompts, features=self._features(images))
 
     def _features(self, images: Sequence[Images]) -> Any:
         """Returns the image features of every row of the batch."""

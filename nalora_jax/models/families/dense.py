@@ -60,7 +60,7 @@ LLAMA = Family(
     "LlamaForCausalLM",
     _llama,
     HF_LLAMA,
-    gguf=GGUF("llama", GGUF_LLAMA, matches=lambda r: not r.number("expert_count", int, 0)),
+    gguf=GGUF("llama", GGUF_LLAMA, matches=lambda r: not r.get("expert_count", int, 0)),
 )
 
 
@@ -133,7 +133,7 @@ PHI3 = Family(
             gguf_kernel("ffn_up", "ffn/gate_proj", "ffn/up_proj"),
             gguf_kernel("ffn_down", "ffn/down_proj"),
         ),
-        lambda r: {"sliding_window": r.number("attention.sliding_window", int, 0) or None},
+        lambda r: {"sliding_window": r.get("attention.sliding_window", int, 0) or None},
     ),
     ropes=_PHI3,
 )
@@ -291,7 +291,7 @@ def _ministral3_settings(r: Metadata) -> dict[str, Any]:
             "model_type": MISTRAL.name,
             "sliding_window": None,
         }
-    scaling["llama_4_scaling_beta"] = r.number("attention.temperature_scale", float, 0.0)
+    scaling["llama_4_scaling_beta"] = r.get("attention.temperature_scale", float, 0.0)
     return {"rope_scaling": scaling}
 
 
@@ -380,7 +380,7 @@ def _granite(f: Fields, name: str) -> ModelConfig:
 
 
 def _granite_settings(r: Metadata) -> dict[str, Any]:
-    return {ours: r.number(theirs, float) for ours, theirs in _MULTIPLIERS.items()}
+    return {ours: r.get(theirs, float) for ours, theirs in _MULTIPLIERS.items()}
 
 
 GRANITE = Family(
@@ -489,10 +489,10 @@ def _check_olmo3_rope(f: Fields) -> None:
 
 
 def _olmo3_settings(r: Metadata) -> dict[str, Any]:
-    slides = r.flags("attention.sliding_window_pattern", r.number("block_count", int))
-    theta = {"rope_theta": r.number("rope.freq_base", float, 10_000.0)}
+    slides = r.flags("attention.sliding_window_pattern", r.get("block_count", int))
+    theta = {"rope_theta": r.get("rope.freq_base", float, 10_000.0)}
     return {
-        "sliding_window": r.number("attention.sliding_window", int),
+        "sliding_window": r.get("attention.sliding_window", int),
         "layer_types": [SLIDING if slide else FULL for slide in slides],
         "rope_scaling": None,  # not for sliding layers, as in llama.cpp
         "rope_parameters": {

@@ -73,9 +73,9 @@ def _query_scalar(r: Metadata, *, largest: int) -> int:
 
     llama.cpp uses the head's width or, in the family's 27B model, the model's width per head.
     """
-    if r.number("block_count", int) == largest:
-        return int(r.number("embedding_length", int) // r.number("attention.head_count", int))
-    return int(r.number("attention.key_length", int))
+    if r.get("block_count", int) == largest:
+        return int(r.get("embedding_length", int) // r.get("attention.head_count", int))
+    return int(r.get("attention.key_length", int))
 
 
 def _gemma(f: Fields, name: str) -> ModelConfig:
@@ -99,27 +99,30 @@ GEMMA = Family(
 )
 
 
-def _gemma2(f: Fields, name: str) -> ModelConfig:
-    return base_config(
-        f,
-        name,
-        activation=activation_name(f, "hidden_activation"),
-        windows=windows_of(f, periodic(f, 2)),
-        post_norm=True,
-        query_scale=f.number("query_pre_attn_scalar") ** -0.5,
-        attn_softcap=f.number("attn_logit_softcapping", default=0.0, zero=True),
-        final_softcap=f.number("final_logit_softcapping", default=0.0, zero=True),
+def _later_traits(f: Fields) -> dict[str, Any]:
+    """Returns what Gemma 2 and 3 have in common."""
+    return {
+        "activation": activation_name(f, "hidden_activation"),
+        "post_norm": True,
+        "query_scale": f.number("query_pre_attn_scalar") ** -0.5,
+        "final_softcap": f.number("final_logit_softcapping", default=0.0, zero=True),
         **_traits(f),
         **attention_bias(f),
-    )
+    }
+
+
+def _gemma2(f: Fields, name: str) -> ModelConfig:
+    softcap = f.number("attn_logit_softcapping", default=0.0, zero=True)
+    windows = windows_of(f, periodic(f, 2))
+    return base_config(f, name, windows=windows, attn_softcap=softcap, **_later_traits(f))
 
 
 def _gemma2_settings(r: Metadata) -> dict[str, Any]:
     return {
-        "sliding_window": r.number("attention.sliding_window", int, 4096),
+        "sliding_window": r.get("attention.sliding_window", int, 4096),
         "query_pre_attn_scalar": _query_scalar(r, largest=46),
-        "attn_logit_softcapping": r.number("attn_logit_softcapping", float, 50.0),
-        "final_logit_softcapping": r.number("final_logit_softcapping", float, 30.0),
+        "attn_logit_softcapping": r.get("attn_logit_softcapping", float, 50.0),
+        "final_logit_softcapping": r.get("final_logit_softcapping", float, 30.0),
     }
 
 
@@ -147,26 +150,15 @@ def _gemma3(f: Fields, name: str) -> ModelConfig:
     ropes, index = read_ropes(
         f, f.integer("head_dim", high=2**16), kinds, {FULL: {"rope_theta": 1e6}} | local
     )
-    return base_config(
-        f,
-        name,
-        activation=activation_name(f, "hidden_activation"),
-        ropes=ropes,
-        rope_index=index,
-        windows=windows_of(f, kinds),
-        qk_norm="head",
-        post_norm=True,
-        query_scale=f.number("query_pre_attn_scalar") ** -0.5,
-        final_softcap=f.number("final_logit_softcapping", default=0.0, zero=True),
-        **_traits(f),
-        **attention_bias(f),
-    )
+    windows = windows_of(f, kinds)
+    features = {"ropes": ropes, "rope_index": index, "windows": windows, "qk_norm": "head"}
+    return base_config(f, name, **features, **_later_traits(f))
 
 
 def _gemma3_settings(r: Metadata) -> dict[str, Any]:
     return {
-        "sliding_window": r.number("attention.sliding_window", int),
-        "rope_local_base_freq": r.number("rope.freq_base_swa", float, 10_000.0),
+        "sliding_window": r.get("attention.sliding_window", int),
+        "rope_local_base_freq": r.get("rope.freq_base_swa", float, 10_000.0),
         "query_pre_attn_scalar": _query_scalar(r, largest=62),
     }
 

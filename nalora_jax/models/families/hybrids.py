@@ -32,6 +32,7 @@ from nalora_jax.models.readers import (
     first_present,
     head_dim_of,
     layer_count,
+    layer_types,
 )
 from nalora_jax.models.recurrent import GatedDeltaNet, ShortConvolution
 from nalora_jax.models.ropes import read_ropes
@@ -74,13 +75,10 @@ def _mixers(f: Fields, *, fused: bool = False) -> tuple[dict[str, Any], list[Ove
     """Returns the fields of attention, and of every layer: of attention or of linear attention."""
     if f.get("attn_output_gate") is False:
         raise f.error("attn_output_gate", "true: attention of this family has output gates", False)
-    n_layers = layer_count(f)
-    kinds = f.items("layer_types", n_layers, str)
+    kinds = layer_types(f, _LINEAR)
     if kinds is None:
         interval = f.integer("full_attention_interval")
-        kinds = [_LINEAR if (i + 1) % interval else FULL for i in range(n_layers)]
-    if unknown := set(kinds) - {FULL, _LINEAR}:
-        raise f.error("layer_types", f"{FULL!r} or {_LINEAR!r}", repr(min(unknown)))
+        kinds = [_LINEAR if (i + 1) % interval else FULL for i in range(layer_count(f))]
     # Sections of MRoPE have no effect on text, whose three positions are equal.
     ropes, _ = read_ropes(f, head_dim_of(f), None, further=("mrope_section", "mrope_interleaved"))
     features = {"qk_norm": "head", "norm_offset": 1.0, "attn_gate": True, **attention_bias(f)}
@@ -225,12 +223,9 @@ def _convolutions(f: Fields) -> list[Overrides]:
         isinstance(attending, list) and set(attending) <= set(range(n_layers))
     ):
         raise f.error("full_attn_idxs", f"a list of layers below {n_layers}", repr(attending)[:60])
-    names = f.items("layer_types", n_layers, str)
+    names = layer_types(f, _CONV)
     if names is None:
         names = [FULL if attending is None or i in attending else _CONV for i in range(n_layers)]
-    unknown = sorted(set(names) - {FULL, _CONV})
-    if unknown:
-        raise f.error("layer_types", f"{FULL!r} or {_CONV!r}", repr(unknown[0]))
     mixer = ShortConvolution(f.integer("conv_L_cache", low=2, high=2**8), f.flag("conv_bias"))
     return [(("mixer", mixer),) if name == _CONV else () for name in names]
 

@@ -78,11 +78,11 @@ MIXTRAL = Family(
         "llama",
         (*gguf_ends(), *gguf_norms(GGUF_PRE), *GGUF_PAIRED, *GGUF_EXPERTS),
         lambda r: {
-            "num_local_experts": r.number("expert_count", int),
-            "num_experts_per_tok": r.number("expert_used_count", int),
+            "num_local_experts": r.get("expert_count", int),
+            "num_experts_per_tok": r.get("expert_used_count", int),
             "sliding_window": None,
         },
-        lambda r: bool(r.number("expert_count", int, 0)),
+        lambda r: bool(r.get("expert_count", int, 0)),
     ),
 )
 
@@ -145,9 +145,9 @@ def _qwen3_moe(f: Fields, name: str) -> ModelConfig:
 
 def _qwen3_moe_settings(r: Metadata) -> dict[str, Any]:
     return {
-        "moe_intermediate_size": r.number("expert_feed_forward_length", int),
-        "num_experts": r.number("expert_count", int),
-        "num_experts_per_tok": r.number("expert_used_count", int),
+        "moe_intermediate_size": r.get("expert_feed_forward_length", int),
+        "num_experts": r.get("expert_count", int),
+        "num_experts_per_tok": r.get("expert_used_count", int),
         "norm_topk_prob": True,  # not stored: llama.cpp always does
     }
 

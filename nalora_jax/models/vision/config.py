@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 # How one feature vector is computed from a tower's sequence.
 Pooling = Literal["first", "last", "eos", "mean", "attention", "none"]
+Loss = Literal["softmax", "sigmoid"]  # that a pair was trained with
 TOWERS = ("image", "text")
 
 
@@ -75,13 +76,6 @@ class EncoderConfig:
     def grid(self) -> int:
         """Patches along one side of the square that the position embeddings cover."""
         return self.image_size // self.patch_size
-
-    @property
-    def projections(self) -> tuple[str, ...]:
-        """The names of the FFN's kernels."""
-        if self.gated:
-            return ("gate_proj", "up_proj", "down_proj")
-        return ("in_proj", "out_proj")
 
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of every base parameter by path, layers stacked.
@@ -149,7 +143,7 @@ class EncoderConfig:
     def projection_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""
         d, f = self.d_model, self.d_ff
-        *wide, last = self.projections
+        *wide, last = ("gate_proj", "up_proj", "down_proj") if self.gated else ("in_proj", "out_proj")
         shapes: dict[str, tuple[int, ...]] = {f"layers/attn/{name}_proj": (d, d) for name in "qkvo"}
         shapes |= {f"layers/ffn/{name}": (d, f) for name in wide}
         return shapes | {f"layers/ffn/{last}": (f, d)}
@@ -166,7 +160,7 @@ class DualConfig:
     model_type: str  # "clip", "siglip", "siglip2", "vision-text-dual-encoder"
     image: EncoderConfig
     text: EncoderConfig
-    loss: Literal["softmax", "sigmoid"] = "softmax"  # the loss that the pair was trained with
+    loss: Loss = "softmax"
     # Base parameters that are trained with the adapters, e.g. new, untrained projections.
     trained: tuple[str, ...] = ()
 

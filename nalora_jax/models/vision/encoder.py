@@ -28,8 +28,7 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import EncoderConfig
 from nalora_jax.ops.attention import full_attention
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.storage import LAYER_INPUT, expand, round_and_save
+from nalora_jax.ops.storage import LAYER_INPUT, expand, matmul, round_and_save
 
 
 @jax.tree_util.register_dataclass

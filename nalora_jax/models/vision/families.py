@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import activation_name
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Sight
+from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Loss, Sight
 
 if TYPE_CHECKING:
     from nalora_jax.models.config import ModelConfig
@@ -24,8 +24,6 @@ def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
       NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is not
         implemented.
     """
-    if not isinstance(raw, Mapping):
-        raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
     name = raw.get("model_type")
     if name == "vision-text-dual-encoder":
         return _composed(Fields(raw, {"projection_dim": 512}, where))
@@ -42,7 +40,12 @@ def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
     if name == "clip":
         width = f.integer("projection_dim")
         return DualConfig(name, replace(image, d_out=width), replace(text, d_out=width))
-    _check_widths(image, text, where)
+    if image.features != text.features:
+        raise NaloraError(
+            f"{where}: text_config: projection_size",
+            expected=f"{image.features}, as of images",
+            found=text.features,
+        )
     return DualConfig(name, image, text, loss="sigmoid")
 
 
@@ -60,29 +63,23 @@ def _composed(f: Fields) -> DualConfig:
     width = f.integer("projection_dim")
     # That model projects the towers' pooled outputs, which for BERT and ViT include their dense
     # layers.
-    image, text = (replace(_with_pooler(tower), d_out=width) for tower in towers)
+    pooler: dict[str, Any] = {"pooling": "first", "pooler": "tanh"}
+    pooled = dict.fromkeys(("bert", "vit"), pooler)
+    image, text = (replace(tower, d_out=width, **pooled.get(tower.model_type, {})) for tower in towers)
     return DualConfig("vision-text-dual-encoder", image, text)
 
 
-def _with_pooler(tower: EncoderConfig) -> EncoderConfig:
-    if tower.model_type not in ("bert", "vit"):
-        return tower
-    return replace(tower, pooling="first", pooler="tanh")
-
-
-def compose(image: EncoderConfig, text: EncoderConfig, d_out: int, loss: str = "softmax") -> DualConfig:
+def compose(image: EncoderConfig, text: EncoderConfig, d_out: int, loss: Loss = "softmax") -> DualConfig:
     """Returns a pair of unrelated towers with new projections to ``d_out`` features.
 
     The projections are trained with the adapters.
 
     Raises:
-      NaloraError: a tower of the wrong kind, or an unknown loss.
+      NaloraError: a tower of the wrong kind.
     """
     for name, tower in (("image", image), ("text", text)):
         if tower.kind != name:
             raise NaloraError(f"{name} tower", expected=f"an encoder of {name}", found=tower.model_type)
-    if loss not in ("softmax", "sigmoid"):
-        raise NaloraError("loss", expected="softmax or sigmoid", found=repr(loss))
     trained = ["image/projection", "text/projection", "logit_scale"]
     if loss == "sigmoid":
         trained.append("logit_bias")
@@ -90,7 +87,7 @@ def compose(image: EncoderConfig, text: EncoderConfig, d_out: int, loss: str = "
         "vision-text-dual-encoder",
         replace(image, d_out=d_out, projection_bias=False),
         replace(text, d_out=d_out, projection_bias=False),
-        loss="sigmoid" if loss == "sigmoid" else "softmax",
+        loss=loss,
         trained=tuple(trained),
     )
 
@@ -230,15 +227,6 @@ def _bert(f: Fields, name: str) -> EncoderConfig:
         final_norm=False,
         pad_id=_pad(f),
     )
-
-
-def _check_widths(image: EncoderConfig, text: EncoderConfig, where: str) -> None:
-    if image.features != text.features:
-        raise NaloraError(
-            f"{where}: text_config: projection_size",
-            expected=f"{image.features}, as of images",
-            found=text.features,
-        )
 
 
 _SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}

@@ -328,7 +328,6 @@ class StopOfAll(StopSignals):
 
     def asked(self, step: int) -> bool:
         """Returns True if the runs have to stop."""
-        del step
         return self._asked
 
 
@@ -385,7 +384,6 @@ class _StateMetricsOfRun:
 
     def measure(self, state: TrainState) -> dict[str, Any]:
         """Returns the metrics of the run's current state."""
-        del state
         return self._shared.of_all()[self._index]
 
 

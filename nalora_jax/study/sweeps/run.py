@@ -141,7 +141,8 @@ def _sweep(
     """Trains all runs; ``record`` is called once their folders are locked."""
     check_names(configs)
     configs = [replace(check(config), mesh=configs[0].mesh, resume=configs[0].resume) for config in configs]
-    folder = _common_folder(configs)
+    first = configs[0].output
+    folder = str(epath.Path(buckets.url(first) or first).parent)
     with attended() as stop, ExitStack() as stack:
         runs = [_opened(config, data, format, stop, stack) for config in configs]
         distributed.on_first_process(record)
@@ -167,12 +168,6 @@ def _opened(
     console, callbacks = _Named(Path(config.output).name), make_callbacks(config.callbacks)
     session = stack.enter_context(open_session(replace(config, resume=resume), stop, callbacks, console))
     return _Run(read_inputs(config, run_kind(config), start, session, source), session)
-
-
-def _common_folder(configs: Sequence[RunConfig]) -> str:
-    """Returns the folder of the sweep: the parent of the first run's, a path or a URL."""
-    first = configs[0].output
-    return str(epath.Path(buckets.url(first) or first).parent)
 
 
 def _concluded(folder: str, results: Mapping[str, RunResult | TrainingDivergedError]) -> SweepResult:

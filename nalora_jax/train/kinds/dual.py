@@ -35,9 +35,8 @@ from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, Retriev
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.method.low_rank import find_gates
-from nalora_jax.method.measurement import CHECKS, GateStatsConfig, require_sound
-from nalora_jax.method.step import Batch, Evaluated, Step, StepConfig, TrainState, make_train_step
-from nalora_jax.method.transform import Mechanisms, nalora
+from nalora_jax.method.step import Batch, Evaluated, Step, TrainState, make_train_step
+from nalora_jax.method.transform import Mechanisms
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
@@ -45,10 +44,17 @@ from nalora_jax.models.vision.dual import DualEncoder, init_lora, normalised
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.train.inputs import settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
-from nalora_jax.train.mechanisms import layer_metrics, mechanisms_of
-from nalora_jax.train.optimizers import make_optimizer, with_learning_rate
+from nalora_jax.train.mechanisms import mechanisms_of
 from nalora_jax.train.output import Output
-from nalora_jax.train.program import Assembly, RunProgram, assembled, context_error, gate_checks_of
+from nalora_jax.train.program import (
+    Assembly,
+    RunProgram,
+    assembled,
+    build_optimizer,
+    context_error,
+    gate_stats,
+    step_config,
+)
 from nalora_jax.weights.dual import JOIN, LoadedDual, load_dual
 from nalora_jax.weights.peft import export_adapter, verify_export
 
@@ -104,7 +110,6 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     Raises:
       NaloraError: bad data, or records given from Python.
     """
-    del source
     records, held = image_records(config)
     config = settled(config, 0, len(records.indices), "images")
     images = tuple(Images(held, indices) for indices in image_indices(config, held))
@@ -123,7 +128,6 @@ def build_step(
     Raises:
       NaloraError: bad settings or files.
     """
-    del output
     records, vision, compute = inputs.data, placed.vision, placed.compute
     if like is None or JOIN in placed.model:
         loaded = load_dual(
@@ -142,22 +146,16 @@ def build_step(
     return loaded, assembly, image_data(placed, loaded, records, mesh)
 
 
-def evaluators(
-    inputs: Inputs, loaded: LoadedDual, assembly: Assembly, like: Job | None
-) -> tuple[ClassEvaluator | RetrievalEvaluator, ClassEvaluator | RetrievalEvaluator]:
-    """Returns the evaluators of the held-out images."""
-    del like
+def evaluator(
+    inputs: Inputs, loaded: LoadedDual, assembly: Assembly, images: Images
+) -> ClassEvaluator | RetrievalEvaluator:
+    """Returns the evaluator of some held-out images."""
     encoders = Encoders(assembly.eval_model, loaded.processor, loaded.tokenizer)
-    reported, selecting = (
-        image_evaluator(encoders, images, inputs.data.classes, inputs.config.vision)
-        for images in inputs.held_out
-    )
-    return reported, selecting
+    return image_evaluator(encoders, images, inputs.data.classes, inputs.config.vision)
 
 
 def export_run(job: Job, folder: Path, state: TrainState, share: Callable[[str], None]) -> None:
     """Writes PEFT files of the trained adapter and verifies that a reload is bitwise equal."""
-    del share
     loaded, assembly = cast(LoadedDual, job.loaded), job.assembly
     lora = jax.tree.map(distributed.fetch, state.lora)
     distributed.on_first_process(
@@ -215,17 +213,6 @@ def image_data(config: RunConfig, loaded: LoadedDual, records: ImageRecords, mes
         workers=config.data.workers,
         **stream_shape(config, mesh),
     )
-
-
-def held_out_images(
-    config: RunConfig, source: ImageSource, encoders: Encoders, classes: tuple[str, ...]
-) -> tuple[Any, Any]:
-    """Returns the evaluator of the reported results, and the one that selects the checkpoint."""
-    reported, selecting = (
-        image_evaluator(encoders, Images(source, indices), classes, config.vision)
-        for indices in image_indices(config, source)
-    )
-    return reported, selecting
 
 
 def image_indices(config: RunConfig, source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
@@ -329,62 +316,29 @@ def dual_program(
     names = {f"{tower}/layers/ffn": base.towers[tower].activation for tower in adapted}
     activation = base.towers[next(iter(adapted), "image")].activation
     mechanisms = mechanisms_of(config, activation, names, gates)
-    model = _model(config, base, spec, mesh)
-
-    def optimizer_of(
-        mechanisms: Mechanisms, numbers: Mapping[str, Any]
-    ) -> optax.GradientTransformationExtraArgs:
-        inner = make_optimizer(
-            with_learning_rate(config).optimizer, config.steps, config.lora.plus_ratio, numbers
-        )
-        optimizer = nalora(inner, mechanisms, gates)
-        if last is None:
-            return optimizer
-        return optax.with_extra_args_support(optax.chain(optimizer, last))
-
-    optimizer = optimizer_of(mechanisms, {})
+    compute = config.compute
+    numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
+    model = DualEncoder(
+        base,
+        spec,
+        numerics,
+        remat=chosen_remat(compute.remat, base.image.d_model, numerics, gated=base.image.gated),
+        stats=gate_stats(config, mesh),
+        activation_sharding=distributed.row_sharding(mesh),
+    )
+    optimizer = partial(build_optimizer, config, spec, gates, last=last)
     parts = {tower: base.towers[tower] for tower in adapted}
     shapes: dict[str, tuple[int, ...]] = {f"{t}/layers/ffn": (c.n_layers, c.d_ff) for t, c in parts.items()}
 
     def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
         shared = mesh if distributed.devices_per_run(mesh) > 1 else None
         numerics = replace(model.numerics, platform=distributed.platform_of_step(mesh))
-        module = model.clone(adapters=adapters, numerics=numerics)
-        towers = Towers(module, processor, shared)
+        towers = Towers(model.clone(adapters=adapters, numerics=numerics), processor, shared)
         objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
-        verify = partial(require_sound, config=model.stats or GateStatsConfig())
-        settings = StepConfig(
-            mechanisms,
-            shapes,
-            stats_sharding=distributed.row_sharding(mesh),
-            **_shardings(lora, mesh),
-            metrics=layer_metrics(mechanisms),
-            checks=tuple(CHECKS) if config.debug.check_gates else (),
-            verify=verify if config.debug.check_gates else None,
-        )
-        return make_train_step(optimizer_of(mechanisms, numbers), settings, objective)
+        settings = step_config(config, model, mechanisms, shapes, mesh, lora)
+        return make_train_step(optimizer(mechanisms, numbers), settings, objective)
 
-    return RunProgram(config, model, spec, mesh, mechanisms, optimizer, shapes, pure)
-
-
-def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mesh: Mesh) -> DualEncoder:
-    """Builds the module of both towers for training."""
-    compute = config.compute
-    numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
-    return DualEncoder(
-        base,
-        spec,
-        numerics,
-        remat=chosen_remat(compute.remat, base.image.d_model, numerics, gated=base.image.gated),
-        stats=GateStatsConfig(
-            compute.stats_stride,
-            compute.probe_stride,
-            compute.stats_positions,
-            checks=gate_checks_of(config),
-            sharding=distributed.row_sharding(mesh),
-        ),
-        activation_sharding=distributed.row_sharding(mesh),
-    )
+    return RunProgram(config, model, spec, mesh, mechanisms, optimizer(mechanisms), shapes, pure)
 
 
 def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:
@@ -403,17 +357,6 @@ def adapted_towers(spec: AdapterSpec) -> tuple[str, ...]:
 def trains_text(spec: AdapterSpec, base: DualConfig) -> bool:
     """Returns True if training changes the output of the text tower."""
     return "text" in adapted_towers(spec) or "text/projection" in base.trained
-
-
-def _shardings(lora: Any, mesh: Mesh) -> dict[str, Any]:
-    """Returns the layouts of adapters and masks within a step; empty on one device."""
-    if distributed.devices_per_run(mesh) == 1:
-        return {}
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lora)
-    return {
-        "lora_sharding": distributed.shardings(shapes, mesh, distributed.STEP_RULES),
-        "mask_sharding": NamedSharding(mesh, P()),
-    }
 
 
 # Key of the class prompts in ``params``, next to the weights.
@@ -505,7 +448,6 @@ class Contrast:
 
         The batch has ``pixels``, ``tokens`` and ``token_weights``.
         """
-        del params
         first, second = jax.random.split(key)
         images = self.towers.images(variables, batch, first)
         texts = self.towers.texts(variables, batch, second)
@@ -532,7 +474,6 @@ def softmax_contrastive(
       bias: unused; a softmax does not depend on it.
       mesh: devices that the rows are split over; each compares its rows with all rows.
     """
-    del bias
     own_images, own_texts = (_rows(x, mesh) for x in (images, texts))
     total = jnp.zeros((), jnp.float32)
     for anchors, candidates, pair in ((own_images, texts, own_texts), (own_texts, images, own_images)):

@@ -19,7 +19,7 @@ from nalora_jax.data.pipeline import TrainData
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.seeing import SeeingEvaluator
+from nalora_jax.evaluate.seeing import evaluator_of
 from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch
@@ -62,19 +62,9 @@ def build_step(
     return text.build_step(inputs, placed, mesh, output, like, **program_parts(inputs.files.processor))
 
 
-def evaluators(
-    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, like: Job | None
-) -> tuple[TextEvaluator, TextEvaluator]:
-    """Returns the evaluators of the held-out conversations."""
-    if like is not None and like.assembly.spec == assembly.spec:
-        return like.evaluator, like.selector
-    assert loaded.processor is not None
-    model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
-    reported, selecting = (
-        SeeingEvaluator(model, loaded.tokenizer, items, loaded.processor, mesh=mesh)
-        for items in inputs.held_out
-    )
-    return reported, selecting
+def evaluator(inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: Any) -> TextEvaluator:
+    """Returns the evaluator of some held-out conversations."""
+    return evaluator_of(loaded, assembly.eval_model, items, distributed.unless_single(assembly.mesh))
 
 
 export_run = text.export_run

@@ -83,19 +83,10 @@ def build_step(
     return loaded, assembly, rows
 
 
-def evaluators(
-    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, like: Job | None
-) -> tuple[PreferenceEvaluator, PreferenceEvaluator]:
-    """Returns the evaluators of the held-out pairs."""
-    if like is not None and like.assembly.spec == assembly.spec:
-        return like.evaluator, like.selector
+def evaluator(inputs: Inputs, loaded: LoadedModel, assembly: Assembly, pairs: Any) -> PreferenceEvaluator:
+    """Returns the evaluator of some held-out pairs."""
     model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
-    settings = inputs.config.preference
-    reported, selecting = (
-        PreferenceEvaluator(model, loaded.tokenizer, pairs, settings, mesh=mesh)
-        for pairs in inputs.held_out
-    )
-    return reported, selecting
+    return PreferenceEvaluator(model, loaded.tokenizer, pairs, inputs.config.preference, mesh=mesh)
 
 
 export_run = text.export_run

@@ -196,14 +196,9 @@ def sampler_of(rl: RLConfig, loaded: LoadedModel, assembly: Assembly, **options:
     )
 
 
-def evaluators(
-    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, like: Job | None
-) -> tuple[RewardEvaluator, RewardEvaluator]:
-    """Returns the evaluators of the held-out prompts."""
-    reported, selecting = (
-        RewardEvaluator(inputs.config.rl, loaded, assembly, of) for of in inputs.held_out
-    )
-    return reported, selecting
+def evaluator(inputs: Inputs, loaded: LoadedModel, assembly: Assembly, prompts: Any) -> RewardEvaluator:
+    """Returns the evaluator of some held-out prompts."""
+    return RewardEvaluator(inputs.config.rl, loaded, assembly, prompts)
 
 
 export_run = text.export_run

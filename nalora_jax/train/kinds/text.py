@@ -109,18 +109,11 @@ def _loaded(files: ModelFiles, config: RunConfig, mesh: Mesh) -> LoadedModel:
     return loaded
 
 
-def evaluators(
-    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, like: Job | None
-) -> tuple[TextEvaluator, TextEvaluator]:
-    """Returns the evaluators of the held-out examples."""
-    if like is not None and like.assembly.spec == assembly.spec:
-        return like.evaluator, like.selector
+def evaluator(inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: Any) -> TextEvaluator:
+    """Returns the evaluator of some held-out examples."""
     model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
     every = [*inputs.held_out[0], *inputs.held_out[1]]
-    reported, selecting = (
-        TextEvaluator(model, loaded.tokenizer, items, mesh=mesh, fitting=every) for items in inputs.held_out
-    )
-    return reported, selecting
+    return TextEvaluator(model, loaded.tokenizer, items, mesh=mesh, fitting=every)
 
 
 def export_run(job: Job, folder: Path, state: TrainState, share: Callable[[str], None]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import jax
 import pytest
 
+from nalora_jax.cli.planning import report
 from nalora_jax.cli.planning.program import moved_weights, rollout_and_arguments, step_and_arguments
 from nalora_jax.cli.planning.report import without_statistics
 from nalora_jax.config import (
@@ -24,6 +25,7 @@ from nalora_jax.config import (
 )
 from nalora_jax.layout import distributed
 from nalora_jax.layout.figures import figures
+from nalora_jax.layout.machines import topology
 from nalora_jax.models.config import ModelConfig
 from tests import tiny
 
@@ -138,17 +140,19 @@ def test_quantized_kernels_are_gathered_as_codes(tmp_path):
     assert 2 * 0.5 * weights <= in_loops < 2 * 0.6 * weights
 
 
-def test_update_and_rollout_read_the_weights_in_the_same_places(tmp_path):
+def test_update_and_rollout_read_the_weights_in_the_same_places(monkeypatch):
+    monkeypatch.setattr(report, "devices", lambda _: jax.devices())
     mesh = MeshConfig(2, 2, 2)
     config = settings(mesh, rl=RLConfig(rewards=("number",), samples=8, max_new_tokens=12))
     base, devices = ModelConfig.from_hf(BASE), distributed.make_mesh(mesh)
-    step, arguments = step_and_arguments(config, base, devices)
-    draw, drawn, resident = rollout_and_arguments(config, base, devices)
-    update, rollout = figures(step, arguments, cache=tmp_path), figures(draw, drawn, cache=tmp_path)
-    assert moved_weights(update, arguments, rollout, drawn) == 0
+    plan = report.plan(config, base, topology("v6e:2x4"))
+    assert plan.rollout.moved == 0
+    assert plan.rollout.resident > 0
+    _, drawn, _ = rollout_and_arguments(config, base, devices)
     assert drawn[1].tokens.shape == (4, 24)  # two prompts, each on two shards, which draw four samples each
-    assert resident > 0
+    found = plan.rollout.figures
     head = 2.0 * 4 * D * VOCAB / 2  # flops of the logits of a shard's samples
-    assert rollout.flops > 12 * head  # the loop counts as often as the limit says
-    elsewhere = replace(rollout, inputs=("PartitionSpec()",) * len(rollout.inputs))
-    assert moved_weights(update, arguments, elsewhere, drawn) > 4 * D * VOCAB
+    assert found.flops > 12 * head  # the loop counts as often as the limit says
+    _, arguments = step_and_arguments(config.without_mechanisms(), base, devices)
+    elsewhere = replace(found, inputs=("PartitionSpec()",) * len(found.inputs))
+    assert moved_weights(plan.lora, arguments, elsewhere, drawn) > 4 * D * VOCAB

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,9 +12,7 @@ import pytest
 
 from nalora_jax.cpu import native
 from nalora_jax.cpu.native import Heads, Logistic, Slice, Sum, Term
-from nalora_jax.study.sweeps.program import batch_of
 from tests.cpu.native.test_kernels import draw
-from tests.study.sweeps.test_program import CONFIG, EIGHT, _assembled, _batch, _difference, _solo, _together
 
 pytestmark = pytest.mark.usefixtures("kernels")
 RUNS, ROWS = 5, 20
@@ -39,7 +36,7 @@ def _assert_one_call(function: Callable[..., Any], *operands: jax.Array) -> None
             )
 
 
-def test_sums_with_shared_kernels_and_kernels_of_each_run() -> None:
+def test_sums_with_shared_kernels_and_kernels_of_each_run():
     rng = np.random.default_rng(0)
     kernel, stack = draw(rng, 48, 70), Slice(draw(rng, 3, 70, 48).view(jnp.uint16), jnp.int32(1))
 
@@ -58,7 +55,7 @@ def test_sums_with_shared_kernels_and_kernels_of_each_run() -> None:
         )
 
 
-def test_sums_over_a_vocabulary_with_a_number_of_rows_for_each_run() -> None:
+def test_sums_over_a_vocabulary_with_a_number_of_rows_for_each_run():
     rng = np.random.default_rng(1)
     table = draw(rng, 100, 48)
     counts = jnp.asarray([3, ROWS, 0, 7, 19], jnp.int32)
@@ -69,7 +66,7 @@ def test_sums_over_a_vocabulary_with_a_number_of_rows_for_each_run() -> None:
     )
 
 
-def test_attention_with_positions_that_all_rows_share() -> None:
+def test_attention_with_positions_that_all_rows_share():
     rng = np.random.default_rng(2)
     places = jnp.arange(ROWS, dtype=jnp.int32)[None]
     q, k, v = (draw(rng, RUNS, 2, ROWS, heads, 16) for heads in (4, 2, 2))
@@ -80,26 +77,9 @@ def test_attention_with_positions_that_all_rows_share() -> None:
     _assert_one_call(attention, q, k, v)
 
 
-def test_gates() -> None:
+def test_gates():
     rng = np.random.default_rng(3)
     z, u = draw(rng, RUNS, ROWS, 64), draw(rng, RUNS, ROWS, 64)
     _assert_one_call(lambda z, u: native.gate(z, u, Logistic(1.0, 0.0)), z, u)
     _assert_one_call(lambda z: native.gate(z, None, Logistic(1.0, 0.0)), z)
     _assert_one_call(lambda z, u: native.gate_gradient(z, u, u, Logistic(1.0, 0.0)), z, u)
-
-
-def test_runs_of_a_sweep_equal_solo_runs_with_native_kernels() -> None:
-    """One program of three runs calls every kernel once."""
-    compute = replace(CONFIG.compute, dtype="bfloat16", implementation="auto")
-    configs = [replace(config, compute=compute) for config in EIGHT[:3]]
-    runs = _assembled(configs)
-    program, (states, metrics) = _together(runs, 4)
-    batch = batch_of([_batch(seed) for seed in range(3)], program.mesh)
-    text = program.lower(states, batch).as_text()
-    (like,) = _assembled(configs[:1])
-    alone = like.step.lower(like.view(like.params), like.state, _batch(0)).as_text()
-    assert text.count("custom_call @nalora_products") == alone.count("custom_call @nalora_products") > 0
-    for index, run in enumerate(runs):
-        lora, last = _solo(run, 4)
-        assert _difference(jax.device_get(program.state_of(states, index).lora), lora) < 2**-8
-        assert metrics["loss"][index] == pytest.approx(float(last["loss"]), rel=1e-4)

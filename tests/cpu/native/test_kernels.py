@@ -12,6 +12,7 @@ import pytest
 
 from nalora_jax.cpu import native
 from nalora_jax.cpu.native import Heads, Slice, Sum, Term
+from tests.ops.in_float64 import attention64, visible
 
 pytestmark = pytest.mark.usefixtures("kernels")
 EVERY_KIND = True
@@ -54,8 +55,8 @@ def compiled(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
     return run(*(leaves[i] for i in places))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_sums_of_products(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_sums_of_products(seed):
     rng = np.random.default_rng(seed)
     sums, wanted = [], []
     for _ in range(rng.integers(1, 4)):
@@ -78,10 +79,8 @@ def test_sums_of_products(seed: int) -> None:
         assert worst(got, want) < (1e-6 if asked.dtype == "float32" else 2**-8)
 
 
-@pytest.mark.parametrize(
-    ("rows", "transposed"), [(1, True), (2, False), (3, True), (4, False), (8, False), (32, True)]
-)
-def test_sums_of_few_rows(transposed: bool, rows: int) -> None:
+@pytest.mark.parametrize(("rows", "transposed"), [(1, True), (3, False), (8, False), (32, True)])
+def test_sums_of_few_rows(transposed, rows):
     """Several sums, two terms, edges everywhere, and depths and widths beyond what is packed at a time."""
     rng = np.random.default_rng(rows)
     sums, wanted, bounds = [], [], []
@@ -101,30 +100,15 @@ def test_sums_of_few_rows(transposed: bool, rows: int) -> None:
         assert worst(got, want) < bound
 
 
-def test_many_rows_are_shared_by_rows_and_columns() -> None:
-    rng = np.random.default_rng(0)
-    x, y = draw(rng, 1000, 40), draw(rng, 40, 33)
-    assert worst(native.products(Sum([Term(x, y)]))[0], exact(x) @ exact(y)) < 1e-6
-
-
-@pytest.mark.parametrize(("rows", "depth", "columns"), [(300, 1100, 700), (33, 20_000, 70)])
-def test_groups_of_columns_are_shared_by_rows(rows: int, depth: int, columns: int) -> None:
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1000, 40, 33), (300, 1100, 700), (33, 20_000, 70)])
+def test_groups_of_columns_are_shared_by_rows(rows, depth, columns):
     """Several groups, and rows that are no whole number of what a thread takes; a panel beyond a group's size."""
     rng = np.random.default_rng(0)
     x, y = draw(rng, rows, depth), draw(rng, depth, columns)
     assert worst(native.products(Sum([Term(x, y)]))[0], exact(x) @ exact(y)) < 1e-5
 
 
-def test_results_are_equal_in_every_run() -> None:
-    rng = np.random.default_rng(0)
-    hidden, table = draw(rng, 300, 64), draw(rng, 2000, 64)
-    runs = [native.over_vocabulary(hidden, table, 300, transposed=True) for _ in range(5)]
-    for run in runs[1:]:
-        for one, other in zip(runs[0], run, strict=True):
-            np.testing.assert_array_equal(one, other)
-
-
-def test_products_pass_on_what_is_not_a_number() -> None:
+def test_products_pass_on_what_is_not_a_number():
     x = jnp.ones((40, 40), jnp.bfloat16).at[3, 5].set(jnp.nan)
     for dtype in ("float32", "bfloat16"):
         (y,) = native.products(Sum([Term(x, jnp.ones((40, 50), jnp.bfloat16))], dtype))
@@ -132,21 +116,8 @@ def test_products_pass_on_what_is_not_a_number() -> None:
         assert not bool(jnp.isnan(y[4]).any())
 
 
-@pytest.mark.parametrize(
-    "terms",
-    [
-        [Term(jnp.zeros((4, 8), jnp.bfloat16), jnp.zeros((9, 4), jnp.bfloat16))],
-        [Term(jnp.zeros((4, 8), jnp.bfloat16), jnp.zeros((9, 4), jnp.bfloat16), True)],
-        [Term(jnp.zeros((4, 8), jnp.float32), jnp.zeros((8, 4), jnp.bfloat16))],
-    ],
-)
-def test_operands_that_do_not_fit_are_refused(terms: list[Term]) -> None:
-    with pytest.raises(AssertionError):
-        native.products(Sum(terms))
-
-
 @pytest.mark.parametrize("at", [-1, 1])
-def test_an_index_outside_of_its_stack_is_refused(at: int) -> None:
+def test_an_index_outside_of_its_stack_is_refused(at):
     x, stack = jnp.zeros((4, 8), jnp.bfloat16), Slice(jnp.zeros((1, 8, 4), jnp.uint16), jnp.asarray(at))
     with pytest.raises(Exception, match="an index is outside of its stack"):
         jax.block_until_ready(native.products(Sum([Term(x, stack)])))
@@ -160,7 +131,7 @@ def gate64(z: np.ndarray, a: float, b: float) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("coefficients", [(1.0, 0.0), (1.5957691, 0.0713548)])
 @pytest.mark.parametrize("factor", [True, False])
-def test_gates_and_their_gradients(coefficients: tuple[float, float], factor: bool) -> None:
+def test_gates_and_their_gradients(coefficients, factor):
     rng = np.random.default_rng(0)
     logistic = native.Logistic(*coefficients)
     z, g = draw(rng, 50, 70, scale=4), draw(rng, 50, 70)
@@ -176,7 +147,7 @@ def test_gates_and_their_gradients(coefficients: tuple[float, float], factor: bo
         assert du is None
 
 
-def test_gates_far_from_zero_are_steps() -> None:
+def test_gates_far_from_zero_are_steps():
     z = jnp.asarray([[-3e38, -1e4, -200, 200, 1e4, 3e38, jnp.inf, jnp.nan]], jnp.bfloat16)
     for logistic in (native.Logistic(1.0, 0.0), native.Logistic(1.6, 0.07)):
         out = np.asarray(native.gate(z, jnp.ones_like(z), logistic), np.float32)
@@ -198,47 +169,18 @@ def places(rng: np.random.Generator, batch: int, seq: int, packed: bool) -> tupl
     return positions, segments
 
 
-def attention64(heads: Heads, softcap: float, g: np.ndarray) -> list[np.ndarray]:
-    """Result, log-sum-exps and the gradients of q, k and v for the cotangent ``g``, by the book."""
-    q, k, v = (exact(x) for x in heads[:3])
-    groups = q.shape[2] // k.shape[2]
-    k, v = (np.repeat(x, groups, axis=2) for x in (k, v))
-    products = np.einsum("bqhd,bkhd->bhqk", q, k)
-    scores = softcap * np.tanh(products / softcap) if softcap else products
-    positions, segments = (np.asarray(x) for x in heads[3:5])
-    ahead = positions[:, :, None] - positions[:, None, :]
-    seen = (segments[:, :, None] == segments[:, None, :]) & (ahead >= 0) & (ahead < heads.window)
-    scores = np.where(seen[:, None], scores, -np.inf)
-    top = scores.max(-1, keepdims=True)
-    total = np.exp(scores - top).sum(-1, keepdims=True)
-    weights = np.exp(scores - top) / total
-    out = np.einsum("bhqk,bkhd->bqhd", weights, v)
-    back = np.einsum("bqhd,bkhd->bhqk", g, v)
-    slope = weights * (back - np.einsum("bqhd,bqhd->bhq", g, out)[..., None])
-    if softcap:
-        slope = slope * (1 - np.where(seen[:, None], scores / softcap, 0) ** 2)
-    dq = np.einsum("bhqk,bkhd->bqhd", slope, k)
-    dk, dv = np.einsum("bhqk,bqhd->bkhd", slope, q), np.einsum("bhqk,bqhd->bkhd", weights, g)
-    dk, dv = (x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(3) for x in (dk, dv))
-    return [out, (top + np.log(total))[..., 0], dq, dk, dv]
-
-
 @pytest.mark.parametrize(
     ("batch", "seq", "heads", "kv_heads", "dim", "window", "softcap", "packed"),
     [
         (2, 128, 3, 1, 64, 2**30, 0.0, False),
-        (1, 40, 4, 2, 48, 2**30, 0.0, False),
         (2, 100, 2, 2, 32, 17, 0.0, True),
         (2, 300, 4, 2, 64, 2**30, 5.0, True),
         (1, 520, 2, 1, 80, 200, 0.0, True),
         (3, 7, 2, 1, 16, 2**30, 0.0, False),
         (2, 33, 1, 1, 8, 3, 2.0, True),
-        (1, 256, 2, 1, 64, 2**30, 0.0, True),
     ],
 )
-def test_attention_and_its_gradient(
-    batch: int, seq: int, heads: int, kv_heads: int, dim: int, window: int, softcap: float, packed: bool
-) -> None:
+def test_attention_and_its_gradient(batch, seq, heads, kv_heads, dim, window, softcap, packed):
     rng = np.random.default_rng(seq)
     q, k, v = (
         draw(rng, batch, seq, heads, dim, scale=dim**-0.5),
@@ -247,7 +189,7 @@ def test_attention_and_its_gradient(
     given = Heads(q, k, v, *map(jax.device_put, places(rng, batch, seq, packed)), window)
     g = draw(rng, *q.shape)
     out, logsumexp = compiled(native.attention, given, softcap)
-    want = attention64(given, softcap, exact(g))
+    want = attention64(q, k, v, g, visible(*given[3:5], window), softcap=softcap)
     assert worst(logsumexp, want[1]) < 1e-6
     # Weights and slopes are rounded to 8 bits before they are summed, the result afterwards.
     assert worst(out, want[0]) < 2**-7
@@ -257,20 +199,7 @@ def test_attention_and_its_gradient(
             assert worst(got, expected) < 2**-7
 
 
-def test_positions_of_one_row_serve_them_all() -> None:
-    rng = np.random.default_rng(0)
-    q, k, v = (draw(rng, 2, 40, 2, 32) for _ in "qkv")
-    positions, segments = (
-        jnp.arange(40)[None],
-        jnp.asarray(rng.integers(1, 3, (2, 1)) * np.ones((1, 40), int)),
-    )
-    mixed = native.attention(Heads(q, k, v, positions, segments, 2**30))
-    whole = native.attention(Heads(q, k, v, jnp.tile(positions, (2, 1)), segments, 2**30))
-    for one, other in zip(mixed, whole, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def test_a_score_that_is_not_a_number_is_seen_by_who_sees_it() -> None:
+def test_a_score_that_is_not_a_number_is_seen_by_who_sees_it():
     rng = np.random.default_rng(0)
     q, k, v = (draw(rng, 1, 40, 1, 32) for _ in "qkv")
     given = Heads(q, k.at[0, 20].set(jnp.nan), v, jnp.arange(40)[None], jnp.ones((1, 40), jnp.int32), 2**30)
@@ -286,22 +215,12 @@ def test_a_score_that_is_not_a_number_is_seen_by_who_sees_it() -> None:
         (70, 64, 1000, True, 1.0, 0.0, 70, False),
         (33, 48, 513, False, 0.5, 0.0, 20, True),
         (600, 96, 2000, True, 1.0, 30.0, 600, True),
-        (40, 100, 512, False, 1.0, 5.0, 40, True),
         (40, 100, 512, False, 1.0, 5.0, 40, False),
         (1200, 1056, 700, True, 1.0, 0.0, 1100, True),  # more sums than one thread keeps at a time
         (5, 32, 9, True, 1.0, 0.0, 0, True),
     ],
 )
-def test_sums_over_a_vocabulary(
-    rows: int,
-    d_model: int,
-    vocab: int,
-    transposed: bool,
-    scale: float,
-    softcap: float,
-    count: int,
-    gradient: bool,
-) -> None:
+def test_sums_over_a_vocabulary(rows, d_model, vocab, transposed, scale, softcap, count, gradient):
     rng = np.random.default_rng(rows)
     hidden, table = draw(rng, rows, d_model, scale=d_model**-0.5), draw(rng, vocab, d_model)
     given = table if transposed else table.T
