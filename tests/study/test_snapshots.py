@@ -35,9 +35,7 @@ def flipped(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda _: b"", lambda content: content[:-9], flipped], ids=["empty", "cut", "bit"]
-)
+@pytest.mark.parametrize("damage", [lambda content: content[:-9], flipped], ids=["cut", "bit"])
 def test_a_damaged_snapshot_is_reported_and_not_used(
     tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
