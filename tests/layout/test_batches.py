@@ -15,10 +15,8 @@ from tests.doubles.machines import V5E, V5P, V6E, tpu
 # Kind and shape of a slice; axes data, fsdp and tensor.
 MESHES = [
     (V5E, (4, 4, 1), (1, 16, 1)),
-    (V5E, (16, 16, 1), (16, 16, 1)),
     (V6E, (16, 16, 1), (4, 32, 2)),
     (V5P, (8, 8, 16), (4, 64, 4)),
-    (V6E, (4, 8, 1), (4, 8, 1)),
 ]
 
 

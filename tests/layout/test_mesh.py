@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -66,7 +65,7 @@ def specs(tree, mesh, rules):
     }
 
 
-@pytest.fixture(params=[(2, 4, 1), (1, 2, 4), (8, 1, 1)], ids=lambda sizes: "x".join(map(str, sizes)))
+@pytest.fixture(params=[(2, 4, 1), (1, 2, 4)], ids=lambda sizes: "x".join(map(str, sizes)))
 def mesh(request):
     return distributed.make_mesh(MeshConfig(*request.param))
 
@@ -144,18 +143,6 @@ def test_adapters_are_split_like_the_weight_that_they_adapt(mesh, moe):
             assert state[at] == (("tensor", "fsdp") if axes[name] == "tensor" else axes[name])
             assert all(axis is None for i, axis in enumerate(step) if i != rank + at)
             assert all(axis is None for i, axis in enumerate(state) if i != rank + at)
-
-
-def test_optimizer_leaves_follow_their_parameter(mesh):
-    chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-3)))
-    adapters = lora()
-    state = jax.eval_shape(lambda tree: {"lora": tree, "opt_state": chain.init(tree)}, adapters)
-    placed = specs(state, mesh, distributed.STATE_RULES)
-    moments = [path for path in placed if "/mu/" in path or "/nu/" in path]
-    assert len(moments) == 2 * len(trees.flatten(adapters))
-    for path in moments:
-        assert placed[path] == placed["lora/layers/" + path.split("/layers/")[1]]
-    assert all(placed[path] == P() for path in placed if path.endswith("count"))
 
 
 def test_gate_state_follows_the_gates_channels(mesh):

@@ -10,7 +10,7 @@ import pytest
 from nalora_jax.common.trees import unflatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator, generator
-from nalora_jax.evaluate.generate.programs import Prompts, Weights, padded_length, prefill
+from nalora_jax.evaluate.generate.programs import Prompts, Weights, prefill
 from nalora_jax.evaluate.generate.sampling import make_sampling
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -120,13 +120,3 @@ def test_memory_of_activations_does_not_grow_with_the_prompt():
     short, long = (temporary_bytes(tokens, 256) for tokens in (4096, 16384))
     assert long - short < 3 * cache_of_a_token * (16384 - 4096)
     assert temporary_bytes(16384, 0) > 4 * long
-
-
-def test_lengths_of_long_prompts_are_few_and_close():
-    lengths = range(2049, 200_000, 999)
-    padded = [padded_length(length, minimum=16, chunk=2048) for length in lengths]
-    assert all(
-        size % 2048 == 0 and length <= size <= max(1.125 * length, length + 2047) + 1
-        for size, length in zip(padded, lengths, strict=True)
-    )
-    assert len(set(padded)) < 50
