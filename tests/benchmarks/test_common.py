@@ -11,16 +11,6 @@ def common(script):
     return script("common")
 
 
-def test_pairs_alternate_in_random_order_and_wait_for_the_result(common):
-    calls = []
-    first, second = common.alternate(
-        lambda: calls.append("a"), lambda: calls.append("b"), pairs=30, warmup=1
-    )
-    assert len(first) == len(second) == 30
-    pairs = [tuple(calls[i : i + 2]) for i in range(2, len(calls), 2)]
-    assert {("a", "b"), ("b", "a")} == set(pairs)
-
-
 def test_the_ratio_is_paired_and_its_interval_covers_it(common):
     drift = np.linspace(1, 5, 50)  # a machine that slows down does not change a paired ratio
     noise = 1 + 0.01 * np.random.default_rng(0).normal(size=50)

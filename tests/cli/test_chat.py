@@ -89,17 +89,16 @@ def test_adapters_take_turns_in_a_conversation_and_nothing_is_compiled(base, ada
     assert 0 < counts[1] == counts[-1]  # programs before each answer: those of the first serve all
 
 
-@pytest.mark.parametrize(("in_turns", "warned"), [(False, True), (True, False), (None, False)])
+@pytest.mark.parametrize(("in_turns", "warned"), [(False, True), (True, False)])
 def test_an_adapter_that_was_trained_without_a_template_is_warned_of(
     base, adapters, monkeypatch, capsys, tmp_path, in_turns, warned
 ):
     run = tmp_path / "run"
     shutil.copytree(adapters[0], run / "adapter")
-    data = {} if in_turns is None else {"in_turns": in_turns}
-    (run / "metrics.jsonl").write_text(json.dumps({"run": {"model": str(base)}, "data": data}) + "\n")
-    for flags, lines in (([], []), (["--adapter", str(run)], []), ([], [f"/adapter {run}"])):
-        model = base if flags or lines else run
-        _, err = talk(monkeypatch, capsys, model, lines, *flags)
+    record = {"run": {"model": str(base)}, "data": {"in_turns": in_turns}}
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    for model, lines in ((run, []), (base, [f"/adapter {run}"])):
+        _, err = talk(monkeypatch, capsys, model, lines)
         assert ("was trained on prompts without a chat template" in err) == warned
 
 
@@ -139,11 +138,10 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(base, monkeypatch
     assert err.count("...") == 2
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_generate_takes_messages(base, tmp_path, capsys, wrapped):
+def test_generate_takes_messages(base, tmp_path, capsys):
     messages = [{"role": "system", "content": "x y"}, {"role": "user", "content": "a b c"}]
     file = tmp_path / "messages.json"
-    file.write_text(json.dumps({"messages": messages} if wrapped else messages))
+    file.write_text(json.dumps({"messages": messages}))
     assert main(["generate", str(base), "--messages", str(file), *SETTINGS]) == 0
     assert capsys.readouterr().out == answer(base, [("system", "x y"), ("user", "a b c")]) + "\n"
 

@@ -84,7 +84,7 @@ def test_several_tasks_are_measured_as_each_alone_and_every_item_is_written(plac
         assert record["loss"] == pytest.approx(-record["log_probs"][record["gold"]])
 
 
-@pytest.mark.parametrize("against", ["base", "adapter1", "model"])
+@pytest.mark.parametrize("against", ["base", "adapter1"])
 def test_two_models_are_compared_item_by_item(place, capsys, against):
     other = against if against == "base" else str(place / against)
     flags = [place / "adapter0", "--tasks", f"{place}/choices.jsonl", "--against", other, "--limit", "0"]

@@ -94,34 +94,18 @@ def test_help_names_every_verb_and_needs_no_jax():
 HELP = r".*[a-z]{2,}.{6,} \((default: .*|required)\)"
 
 
-@pytest.mark.parametrize("verb", ["train", "plan"])
-def test_every_setting_of_a_run_has_a_flag_with_help_and_default(capsys, monkeypatch, verb):
+@pytest.mark.parametrize("verb", KINDS)
+def test_every_flag_of_a_verb_has_help_and_a_default(capsys, monkeypatch, verb):
     shown = entries(help_of(capsys, monkeypatch, verb))
     found = list(flags(KINDS[verb]))
-    assert len(found) > 60
+    assert len(found) > 60 or verb not in ("train", "plan")
     for flag in found:
-        assert re.fullmatch(HELP, shown[flag]), flag
-
-
-@pytest.mark.parametrize("verb", [verb for verb in KINDS if verb not in ("train", "plan")])
-def test_every_flag_of_a_verb_has_help(capsys, monkeypatch, verb):
-    shown = entries(help_of(capsys, monkeypatch, verb))
-    for flag in flags(KINDS[verb]):
         name = {"target": "for"}.get(flag[2:], flag[2:])
         several = shown.get(f"[{name.upper()}]", "")  # a positional that takes any number of values
         assert re.fullmatch(HELP, shown.get(f"--{name}", shown.get(name.upper(), several))), name
 
 
 # ---------------------------------------------------------------- flags
-
-
-def test_flags_override_nested_settings():
-    flags = "--steps 7 --mechanisms hard delta --data.no-pack --optimizer.b1 0.5"
-    verb, args = command.parse(["train", *flags.split()])
-    assert verb == "train"
-    assert (args.run.steps, args.run.data.pack, args.run.optimizer.b1) == (7, False, 0.5)
-    assert args.run.mechanisms == ("hard", "delta")
-    assert args.run.lora == RunConfig().lora
 
 
 OF_TRAIN = "expected a flag of nalora train, found none of that name"
@@ -131,7 +115,6 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
     ("argv", "said"),
     [
         ("train --stepz 3", f"--stepz: {OF_TRAIN}; did you mean --steps?"),
-        ("train --batch_size 1", f"--batch-size: {OF_TRAIN}; did you mean --train.batch-size?"),
         (
             "train --lora.rank 16",
             f"--lora.rank: {OF_TRAIN}; did you mean --lora.rules PATTERN:RANK[:ALPHA]",
@@ -144,17 +127,14 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
             "--lora.init: expected one of default, pissa, lora_ga, gradient, zero_a",
         ),
         ("train --lora.rules ffn", "--lora.rules: expected PATTERN:RANK[:ALPHA], e.g. 'ffn/gate_proj:16'"),
-        ("train --config", "--config: expected a YAML, JSON or Python file, found nothing"),
         ("train extra", "nalora train: expected arguments that fit, found Unrecognized options: extra"),
         ("fly", f"fly: expected a verb: {', '.join(KINDS)}, found none of that name; see nalora --help"),
-        ("report", "nalora report: expected the folder of a run, found none"),
         ("generate m --prompt \udcff", r"--prompt: expected text in UTF-8, found b'\xff'"),
         (f"train --data.dataset {'a' * 300}", "--data.dataset: expected a path whose parts have 1 to 255"),
         (f"export m --output {ROOT}", f"--output: expected a new or empty folder, found {ROOT}"),
         ("eval m --output /etc/passwd/x", "--output: expected a path in a folder, found /etc/passwd/x"),
         ("eval m --dataset socialqia", "--dataset: expected a task of this library"),
         ("train --optimizer.eps inf", "--optimizer.eps: expected a "),
-        ("chat m --top-p 0", "--top-p: expected a "),
         (f"inspect m --max-length 1{20 * '0'}", "--max-length: expected a "),
     ],
 )
@@ -218,7 +198,6 @@ def test_a_config_file_gives_the_defaults_of_all_flags(tmp_path, capsys, monkeyp
     ("body", "said"),
     [
         ("def config(:", "a Python file that can be executed, found SyntaxError"),
-        ("1 / 0", "a Python file that can be executed, found ZeroDivisionError: division by zero"),
         ("", r"a function config\(\) that returns a RunConfig, found none"),
         (
             "def config():\n    return RunConfig(step=3)",
@@ -300,10 +279,3 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
     error = writer.stderr.read()
     writer.stderr.close()
     assert (writer.wait(), error) == (141, b"")
-
-
-def test_train_py_takes_the_same_flags():
-    command = [sys.executable, "train.py", "--mechanisms", "hard:keep=x"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 2
-    assert done.stderr == "error: --mechanisms hard:keep=x: expected keep of type float, found 'x'\n"

@@ -9,10 +9,9 @@ from tests.doubles.machines import machine
 
 # Machine: fast domains, slices of a data-centre network, devices.
 DOMAINS = {
-    "4 x v5litepod-16": (4, 4, 64),
+    "2 x v6e-16": (2, 2, 32),
     "v5p-2048": (1, 1, 1024),
     "2 x 8 H100": (2, 1, 16),
-    "1 x 8 H100, a process a GPU": (1, 1, 8),
     "2 x 8 H100, a process a GPU": (2, 1, 16),
     "2 x 8 H100, cyclic": (2, 1, 16),
     "2 x 8 H100, old client": (2, 1, 16),

@@ -17,19 +17,14 @@ from typing import Any
 FILE = Path(__file__).with_name("descriptions.json")
 HOST = {"chips_per_host_bounds": (2, 4, 1)}
 DESCRIPTIONS: dict[str, dict[str, Any]] = {
-    "v5e-1": {"topology_name": "v5e:1x1", "chips_per_host_bounds": (1, 1, 1)},
     "v5e-8, one host": {"topology_name": "v5e:2x4"} | HOST,
     "v5e-8, two hosts": {"topology_name": "v5e:2x4"},
     "v5litepod-16": {"topology_name": "v5e:4x4"},
-    "v5litepod-256": {"topology_name": "v5e:16x16"},
-    "v6e-1": {"topology_name": "v6e:1x1", "chips_per_host_bounds": (1, 1, 1)},
     "v6e-8": {"topology_name": "v6e:2x4"} | HOST,
     "v6e-16": {"topology_name": "v6e:4x4"},
     "v6e-256": {"topology_name": "v6e:16x16"},
-    "v5p-8": {"topology_name": "v5p:2x2x1"},
     "v5p-2048": {"topology_name": "v5p:8x8x16"},
     "2 x v6e-16": {"topology_name": "v6e:4x4", "num_slices": 2},
-    "4 x v5litepod-16": {"topology_name": "v5e:4x4", "num_slices": 4},
     "1 x 8 H100": {"platform": "cuda", "topology": "1x1x8"},
     "2 x 8 H100": {"platform": "cuda", "topology": "2x1x8"},
     "2 x 8 H100, a process a GPU": {"platform": "cuda", "topology": "2x8x1"},

@@ -135,37 +135,27 @@ H100 = ("NVIDIA H100 80GB HBM3", 81_559 * _MIB)
 A100 = ("NVIDIA A100-SXM4-40GB", 40_960 * _MIB)
 A100_80 = ("NVIDIA A100-SXM4-80GB", 81_920 * _MIB)
 T4 = ("Tesla T4", 15_360 * _MIB)
-L4 = ("NVIDIA L4", 23_034 * _MIB)
 GB200 = ("NVIDIA GB200", 189_471 * _MIB)  # 4 a host, 18 hosts a rack: NVIDIA/k8s-test-infra#727
 _ONE = (1, 1, 1)
 _MACHINES = {
-    "v5e-1": partial(tpu, *V5E, _ONE, _ONE),
     "v5e-8, one host": partial(tpu, *V5E, (2, 4, 1), (2, 4, 1)),  # ct5lp-hightpu-8t
     "v5e-8, two hosts": partial(tpu, *V5E, (2, 4, 1)),  # ct5lp-hightpu-4t, apple/axlearn#994
     "v5litepod-16": partial(tpu, *V5E, (4, 4, 1)),
-    "v5litepod-256": partial(tpu, *V5E, (16, 16, 1)),
-    "v6e-1": partial(tpu, *V6E, _ONE, _ONE),
     "v6e-8": partial(tpu, *V6E, (2, 4, 1), (2, 4, 1)),  # ct6e-standard-8t
     "v6e-16": partial(tpu, *V6E, (4, 4, 1)),
     "v6e-256": partial(tpu, *V6E, (16, 16, 1)),
-    "v5p-8": partial(
-        tpu, *V5P, (2, 2, 1)
-    ),  # two cores a chip in the name, one device a chip: jax-ml/jax#19493
-    "v5p-2048": partial(tpu, *V5P, (8, 8, 16)),
+    "v5p-2048": partial(
+        tpu, *V5P, (8, 8, 16)
+    ),  # two cores a chip in the name, one device: jax-ml/jax#19493
     "2 x v6e-16": partial(tpu, *V6E, (4, 4, 1), slices=2),
-    "4 x v5litepod-16": partial(tpu, *V5E, (4, 4, 1), slices=4),
     "1 x 8 H100": partial(gpu, *H100, 1, 1, 8),
     "2 x 8 H100": partial(gpu, *H100, 2, 1, 8),
-    "8 x 8 H100": partial(gpu, *H100, 8, 1, 8),
-    "1 x 8 H100, a process a GPU": partial(gpu, *H100, 1, 1, 8, process_a_gpu=True),
     "2 x 8 H100, a process a GPU": partial(gpu, *H100, 2, 1, 8, process_a_gpu=True),
-    "8 x 8 H100, a process a GPU": partial(gpu, *H100, 8, 1, 8, process_a_gpu=True),
     "2 x 8 H100, cyclic": partial(gpu, *H100, 2, 1, 8, process_a_gpu=True, cyclic=True),
     "2 x 8 H100, old client": partial(gpu, *H100, 2, 1, 8, process_a_gpu=True, old_client=True),
     "2 x 8 A100": partial(gpu, *A100, 2, 1, 8, process_a_gpu=True),
     "8 A100 80GB": partial(gpu, *A100_80, 1, 1, 8),
     "T4": partial(gpu, *T4, 1, 1, 1),
-    "L4": partial(gpu, *L4, 1, 1, 1),
     "GB200 NVL72": partial(gpu, *GB200, 1, 18, 4),
 }
 NAMES = tuple(_MACHINES)

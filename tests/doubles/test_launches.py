@@ -1,7 +1,8 @@
-"""Every documented launch, on the double of every machine: mesh, rows of each process, checkpoint shards and plan."""
+"""Every documented launch, on the double of every machine: mesh, rows of each process and plan."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -19,25 +20,24 @@ from nalora_jax.layout import distributed
 from nalora_jax.layout.layouts import fastest, fitting, laid_out
 from nalora_jax.layout.machines import of_devices, topology
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.study.execution import peak_bytes
+from nalora_jax.train.machine import peak_memory
+from tests.doubles.describe import FILE, digest
 from tests.doubles.machines import NAMES, machine
 
 ROOT = Path(__file__).parents[2]
+DESCRIPTIONS = json.loads(FILE.read_text())
 _FLAG = re.compile(r"--mesh(?:\.(data|fsdp|tensor)(?:\s+|=)(-?\d+)|\s+(auto))")
 # Names by which `nalora plan` knows the machines, and the dimensions that training finds.
 PLANNED = {
-    "v5e-1": "v5e:1x1",
     "v5e-8, one host": "v5e:2x4",
     "v5e-8, two hosts": "v5e:2x4",
     "v5litepod-16": "v5e:4x4",
-    "v5litepod-256": "v5e:16x16",
-    "v6e-1": "v6e:1x1",
     "v6e-8": "v6e:2x4",
     "v6e-16": "v6e:4x4",
     "v6e-256": "v6e:16x16",
-    "v5p-8": "v5p:2x2x1",
     "v5p-2048": "v5p:8x8x16",
     "2 x v6e-16": "2xv6e:4x4",
-    "4 x v5litepod-16": "4xv5e:4x4",
 } | {name: f"{len(machine(name))}xh100" for name in NAMES if "H100" in name}
 SMALL = {
     "model_type": "llama", "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4,
@@ -144,24 +144,6 @@ def test_deploy_files_start_on_their_machines(file, name):
     assert set(rows) == {device.process_index for device in devices}
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("form", [MeshConfig(), MeshConfig(fsdp=-1)], ids=["auto", "fsdp"])
-def test_the_shards_of_a_checkpoint_are_the_state_once(name, form):
-    """Orbax writes one replica of each shard; every process holds some, so that all take part in a save."""
-    if not fits(name, form):
-        form = MeshConfig(data=slices(name), fsdp=-1)
-    mesh = laid(name, form)
-    for path, shape in {"a": (4, 1024, 8), "b": (4, 8, 2816)}.items():
-        state = {"layers": {"ffn": {"gate_proj": {path: jax.ShapeDtypeStruct(shape, "float32")}}}}
-        (sharding,) = jax.tree.leaves(distributed.shardings(state, mesh, distributed.STATE_RULES))
-        holders: dict[tuple[tuple[int, int], ...], set[int]] = {}
-        for device, index in sharding.devices_indices_map(shape).items():
-            shard = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-            holders.setdefault(shard, set()).add(device.process_index)
-        assert len(holders) * np.prod(sharding.shard_shape(shape)) == np.prod(shape)
-        assert set().union(*holders.values()) == {device.process_index for device in machine(name)}
-
-
 @pytest.mark.parametrize("name", PLANNED)
 def test_nalora_plan_and_training_choose_the_same_layout(name):
     where, planned = of_devices(machine(name)), topology(PLANNED[name])
@@ -178,3 +160,16 @@ def test_a_sweep_with_a_run_a_device_compiles_a_program_of_one_device():
     alone, pairs = MeshConfig(run=8), MeshConfig(run=4, fsdp=2)
     assert distributed.platform_of_step(distributed.make_mesh(alone, devices)).devices == 1
     assert distributed.platform_of_step(distributed.make_mesh(pairs, devices)).devices == 8
+
+
+def test_the_peak_of_memory_is_of_local_devices(monkeypatch):
+    local = [device for device in machine("2 x 8 H100") if device.process_index == 0]
+    monkeypatch.setattr(jax, "local_devices", lambda: local)
+    for index, device in enumerate(local):
+        monkeypatch.setattr(device, "memory_stats", lambda index=index: {"peak_bytes_in_use": 1000 + index})
+    assert peak_memory()["peak_device_memory"] == peak_bytes() == 1000 + len(local) - 1
+
+
+@pytest.mark.parametrize("name", DESCRIPTIONS)
+def test_the_compilers_describe_the_same_devices(name):
+    assert digest(machine(name)) == DESCRIPTIONS[name]

@@ -19,7 +19,6 @@ from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator, Settings
 from nalora_jax.evaluate.generate.generator import TextStream
-from nalora_jax.evaluate.generate.programs import decode, prefill
 from nalora_jax.evaluate.generate.sampling import kept_tokens, make_sampling, next_tokens
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
@@ -86,17 +85,6 @@ def test_greedy_equals_recomputation_for_every_prompt_of_a_batch(model, variable
     made = generator.complete(prompts, max_new_tokens=16, stop_ids=())
     assert [list(c.ids) for c in made] == [without_cache(model, variables, p, 16) for p in prompts]
     assert {c.reason for c in made} == {"length"}
-
-
-def test_another_adapter_changes_the_text_but_compiles_nothing(model, generator):
-    prompt = prompts_of([6])
-    first = generator.generate(prompt, max_new_tokens=8)
-    sizes = prefill._cache_size(), decode._cache_size()
-    other = generator.with_lora(random_lora(model, 5)).generate(prompt, max_new_tokens=8)
-    hot = generator.generate(prompt, max_new_tokens=6, temperature=0.7, top_k=5, stop_ids=[1, 2, 3])
-    assert (prefill._cache_size(), decode._cache_size()) == sizes
-    assert len({*first, *other, *hot}) == 3
-    assert generator.with_lora(None).generate(prompt, max_new_tokens=8) not in (first, other)
 
 
 def test_weights_and_prompts_on_a_mesh_give_the_same_text(model, variables, generator):
@@ -200,7 +188,7 @@ def test_streamed_pieces_join_to_the_whole_text(generator):
         assert "".join(pieces) == generator.generate([prompt], **options)[0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(text=st.text(max_size=12), cuts=st.lists(st.integers(0, 40), max_size=6))
 def test_text_streams_hold_back_halves_of_characters(text, cuts):
     tokenizer = tiny.byte_tokenizer()

@@ -54,7 +54,6 @@ BAD = {
     "step": ({"step": "five"}, "step: expected a count"),
     "loss": ({"step": 1, "loss": "low"}, "loss: expected a finite number"),
     "ragged": ({"step": 1, "layers": {"limit": [[1], [1, 2]]}}, "limit: expected rows of one length"),
-    "adapters": ({"step": 1, "adapters": {"q": "x"}}, "adapters: q: expected a list"),
     "edges": (
         {"step": 1, "histograms": {"m": {"edges": [2, 1], "counts": [[1, 1, 1]]}}},
         "edges: expected rising",
@@ -74,7 +73,6 @@ BAD = {
     "no step": ({"eval": {"loss": 1.0}}, "expected the step of the evaluation"),
     "samples": ({"step": 1, "eval": {"samples": [{"answer": "b"}]}}, "samples: expected a list of prompts"),
     "paired": ({"step": 1, "eval": {"paired": {**PAIRED, "low": None}}}, "low: expected a number"),
-    "stages": ({"done": {"seconds": {"training": "long"}}}, "training: expected a finite number"),
 }
 
 

@@ -37,14 +37,6 @@ def test_bootstrap_of_a_ratio_weighs_units_by_their_size():
     np.testing.assert_allclose((low, high), (ratio - 1.96 * error, ratio + 1.96 * error), atol=0.15 * error)
 
 
-def test_bootstrap_is_the_percentile_interval_of_resampled_sums():
-    rng = np.random.default_rng(5)
-    values, weights = rng.exponential(size=37), rng.integers(1, 9, 37).astype(float)
-    drawn = np.random.default_rng(0).integers(37, size=(2000, 37))
-    ratios = values[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
-    np.testing.assert_allclose(bootstrap(values, weights), np.percentile(ratios, [2.5, 97.5]), rtol=1e-15)
-
-
 def test_a_paired_comparison_sees_what_separate_intervals_hide():
     rng = np.random.default_rng(0)
     before = rng.random(500) < 0.5

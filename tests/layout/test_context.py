@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ from nalora_jax.config import (
     LoRARule,
     MeshConfig,
     OptimizerConfig,
-    PreferenceConfig,
     RunConfig,
 )
 from nalora_jax.data.items import CompletionItem
@@ -31,21 +29,10 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.train.kinds import decoder_parts
 from nalora_jax.train.program import Assembly, assemble, check_context
+from tests import tiny
 from tests.param_trees import init_params
 
-RAW = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-}
+RAW = tiny.GROUPED | {"head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 128}
 DELTA_NET = {
     "model_type": "qwen3_5_text",
     "layer_types": ["linear_attention", "full_attention"],
@@ -67,7 +54,7 @@ RAWS: dict[str, dict[str, Any]] = {
     "delta rule": {**RAW, **DELTA_NET},
     "short convolution": {**RAW, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
 }
-ROWS, SEQ, STEPS = 2, 64, 5
+ROWS, SEQ, STEPS = 2, 64, 3
 CONFIG = RunConfig(
     steps=8,
     lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|k|v|o)_proj", 2))),
@@ -75,20 +62,19 @@ CONFIG = RunConfig(
     optimizer=OptimizerConfig(learning_rate=1e-2),
     compute=ComputeConfig(dtype="float32"),
 )
-DPO = replace(CONFIG, preference=PreferenceConfig("dpo", beta=0.5))
 
 
-def batch_of(seed: int, seq: int = SEQ) -> dict[str, np.ndarray]:
+def batch_of(seed: int) -> dict[str, np.ndarray]:
     """Returns rows of three segments, which end within blocks, and padding."""
     rng = np.random.default_rng(seed)
-    cuts = np.sort(rng.integers(3, seq - 4, (ROWS, 2)), axis=1)
-    ends = np.concatenate([cuts, rng.integers(seq - 3, seq + 1, (ROWS, 1))], axis=1)
-    place = np.arange(seq)[None]
+    cuts = np.sort(rng.integers(3, SEQ - 4, (ROWS, 2)), axis=1)
+    ends = np.concatenate([cuts, rng.integers(SEQ - 3, SEQ + 1, (ROWS, 1))], axis=1)
+    place = np.arange(SEQ)[None]
     number = (place[..., None] >= ends[:, None]).sum(-1)
     first = np.take_along_axis(np.pad(ends, ((0, 0), (1, 0))), number, axis=1)
     segments = np.where(number < 3, number + 1, 0).astype(np.int32)
     weights = (rng.uniform(size=segments.shape) < 0.6) & (segments > 0)
-    tokens, targets = rng.integers(0, 96, (2, ROWS, seq)).astype(np.int32)
+    tokens, targets = rng.integers(0, 96, (2, ROWS, SEQ)).astype(np.int32)
     return {
         "tokens": tokens,
         "targets": targets,
@@ -98,22 +84,14 @@ def batch_of(seed: int, seq: int = SEQ) -> dict[str, np.ndarray]:
     }
 
 
-def config_of(name: str) -> RunConfig:
-    return DPO if "pairs" in name else CONFIG
-
-
 def assembled(name: str, mesh: MeshConfig) -> tuple[Assembly, Any]:
+    """Returns a run whose adapters' B are not zero, and the weights."""
     base = ModelConfig.from_hf(RAWS[name])
-    return assembled_from(base, init_params(base, jax.random.key(1)), config_of(name), mesh)
-
-
-def assembled_from(
-    base: ModelConfig, params: Any, config: RunConfig, mesh: MeshConfig, processor: Any = None
-) -> tuple[Assembly, Any]:
-    sizes = [size for size in (mesh.data, mesh.fsdp, mesh.context, mesh.tensor) if size]
-    made = distributed.make_mesh(mesh, jax.devices()[: int(np.prod(sizes))])
+    count = mesh.data * max(mesh.context, 1) * mesh.tensor
+    made = distributed.make_mesh(mesh, jax.devices()[:count])
+    params = init_params(base, jax.random.key(1))
     params = jax.device_put(params, distributed.shardings(params, made, distributed.PARAM_RULES))
-    assembly = assemble(config, base, params, made, **decoder_parts(config, base, processor))
+    assembly = assemble(CONFIG, base, params, made, **decoder_parts(CONFIG, base))
     rng = np.random.default_rng(3)
 
     def moved(path: str, x: jax.Array) -> jax.Array:
@@ -125,29 +103,16 @@ def assembled_from(
     return replace(assembly, state=assembly.state._replace(lora=lora)), params
 
 
-def trained(
-    name: str, mesh: MeshConfig, steps: range = range(STEPS), *, accumulate: int = 1, start: Any = None
-) -> tuple[Any, list[Any]]:
-    """Returns the state after some steps of a run, and their metrics; ``start`` is the state before."""
+def trained(name: str, mesh: MeshConfig) -> tuple[Any, list[Any]]:
+    """Returns the state after some steps of a run, and their metrics."""
     assembly, params = assembled(name, mesh)
     state, history = assembly.state, []
-    if start is not None:
-        state = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, state))
-    for i in steps:
-        flat = batch_of(i)
-        if "pairs" in name:  # the first two segments
-            flat["pairs"] = np.tile(np.float32([1, 0]), (ROWS, 1))
-        batch = {k: v.reshape(accumulate, v.shape[0] // accumulate, *v.shape[1:]) for k, v in flat.items()}
-        state, metrics = assembly.step(
-            params, state, distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)
-        )
+    for i in range(STEPS):
+        batch = {name: value[None] for name, value in batch_of(i).items()}
+        batch = distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)
+        state, metrics = assembly.step(params, state, batch)
         history.append(jax.device_get(metrics))
     return jax.device_get(state), history
-
-
-@cache
-def on_one_device(name: str) -> tuple[Any, list[Any]]:
-    return trained(name, MeshConfig(1, 1, 1))
 
 
 def assert_equal_runs(spread: tuple[Any, list[Any]], single: tuple[Any, list[Any]]) -> None:
@@ -178,7 +143,7 @@ def test_split_rows_train_as_whole_rows(
 ) -> None:
     spread = trained(name, mesh)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
-    assert_equal_runs(spread, on_one_device(name))
+    assert_equal_runs(spread, trained(name, MeshConfig(1, 1, 1)))
 
 
 def test_layers_of_split_rows_exchange_keys_and_values_only() -> None:

@@ -82,7 +82,7 @@ def test_the_gpu_compiler_is_asked_for_nodes_and_gpus():
 @pytest.mark.parametrize(
     ("name", "chip", "dims", "slices"),
     [
-        ("v5litepod-256", "v5e", (16, 16, 1), 1),
+        ("v5litepod-16", "v5e", (4, 4, 1), 1),
         ("v5p-2048", "v5p", (8, 8, 16), 1),
         ("2 x v6e-16", "v6e", (4, 4, 1), 2),
         ("2 x 8 H100, a process a GPU", "h100", (2, 8), 1),

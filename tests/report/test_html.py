@@ -1,17 +1,20 @@
-"""report.html: what it says, that it loads nothing, and that it holds for any log."""
+"""report.html: what it says, that it loads nothing, and that it holds for any log; also of runs on images."""
 
 from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from nalora_jax.config import LoRAConfig, LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.report.compare import render_comparison
-from nalora_jax.report.history import read_history
-from nalora_jax.report.html import write_report
+from nalora_jax.report.drawing import smooth
+from nalora_jax.report.history import history_of, read_history
+from nalora_jax.report.html import render, write_report
+from nalora_jax.report.sections import confusions, picture
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 
@@ -149,3 +152,60 @@ def test_a_folder_without_a_run_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(NaloraError, match=r"metrics\.jsonl: expected the log of a run"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+PICTURE = "data:image/png;base64,iVBORw0KGgo="
+EVAL = {
+    "accuracy": 0.5,
+    "low": 0.1,
+    "high": 0.9,
+    "loss": 1.0,
+    "n": 4,
+    "classes": ["cat", "<dog>"],
+    "confusion": [[2, 0], [2, 0]],
+    "samples": [
+        {"prompt": "a.png", "image": PICTURE, "answer": "cat", "expected": "<dog>", "correct": False}
+    ],
+}
+RECORDS = [
+    {"run": {"steps": 2, "output": "runs/x", "vision": {"task": "classify"}}, "versions": {}, "device": ""},
+    {"step": 0, "initial": True, "eval": EVAL},
+    {
+        "step": 2,
+        "loss": 1.0,
+        "layers": {"misalignment": [0.1, 0.2, 0.3]},
+        "towers": {"image": 2, "text": 1},
+    },
+    {"step": 2, "final": True, "eval": EVAL | {"confusion": [[2, 0], [0, 2]], "accuracy": 1.0}},
+]
+
+
+def test_pictures_confusion_and_towers_are_on_the_page() -> None:
+    history = history_of(RECORDS)
+    page = render(history, has_adapter=True)
+    assert page.count(f'src="{PICTURE}"') == 1
+    assert "nalora eval runs/x" in page
+    assert "nalora generate" not in page
+    assert "&lt;dog&gt;" in page
+    assert "<dog>" not in page
+    assert "text 0" in page
+    before, after = confusions(history)
+    assert before[1]["rows"] == [("cat", [2, 0]), ("<dog>", [2, 0])]
+    assert after[0] == "after"
+    assert page.index("before: rows") < page.index("after: rows")
+
+
+def test_nothing_but_a_picture_comes_from_a_log() -> None:
+    assert picture({"image": PICTURE}) == PICTURE
+    for found in ("https://example.org/a.png", "data:text/html;base64,AA==", 3, None):
+        assert picture({"image": found}) == ""
+
+
+@pytest.mark.parametrize("window", [1, 3, 7])
+def test_smooth_is_the_mean_of_the_last_values(window):
+    values = np.random.default_rng(0).standard_normal(20)
+    values[[2, 11]] = np.nan
+    expected = [
+        np.nanmean(values[max(0, i - window + 1) : i + 1]) if window > 1 else values[i] for i in range(20)
+    ]
+    np.testing.assert_allclose(smooth(values, window), expected, rtol=1e-12, atol=1e-12)

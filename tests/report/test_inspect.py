@@ -53,11 +53,6 @@ def test_means_per_layer(sums):
     np.testing.assert_allclose(summary.limit, sums["linear"].sum(1) / sums["feature"].sum(1), rtol=1e-12)
 
 
-def test_responsive_channels_reach_half_of_their_layers_mean():
-    slope = np.array([[[0.1, 0.3, 0.8]], [[0.4, 0.4, 0.4]]]) * 10  # means 0.4 and 0.4
-    np.testing.assert_allclose(responsive_share(slope, np.array([[10.0], [10.0]])), [2 / 3, 1.0])
-
-
 def test_a_share_is_relative_to_the_layer_and_weighs_experts_by_their_tokens():
     slope = np.array([[[1.0, 3.0, 4.0, 8.0], [1.0, 1.0, 1.0, 1.0]]])  # means over 10 and over 30 tokens
     tokens = np.array([[10.0, 30.0]])
@@ -93,13 +88,6 @@ def test_experts_count_by_the_tokens_that_reached_them():
         np.testing.assert_allclose(getattr(routed, name), getattr(whole, name), rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("name", "start"),
-    [
-        ("a.png", b"\x89PNG"),
-        ("sub/a.svg", b"<?xml"),
-    ],
-)
-def test_the_picture_is_what_its_suffix_says(tmp_path, sums, name, start):
-    path = save_picture(layer_summary(sums), tmp_path / name, "gates")
-    assert path.read_bytes().startswith(start)
+def test_the_picture_is_what_its_suffix_says(tmp_path, sums):
+    path = save_picture(layer_summary(sums), tmp_path / "sub" / "a.svg", "gates")
+    assert path.read_bytes().startswith(b"<?xml")

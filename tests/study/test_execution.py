@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -156,39 +155,12 @@ def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
         assert exact_values(again[name]) == records[run.id][name]
 
 
-def test_runs_of_one_program_have_the_records_of_runs_alone(finished: Path, tmp_path: Path) -> None:
-    records, resources = Records(finished).read(), Resources(read_protocol(finished), together=0)
-    runs = [
-        resources.placed(run)
-        for run in wanted(resources.protocol, records)
-        if run.stage == "test" and run.cell.method == "half"
-    ]
-    assert len(runs) == 2
-    assert runs[0].config.mesh.run * runs[0].config.mesh.fsdp == jax.device_count()
-    together = execution.perform_all(runs, resources, [tmp_path / f"{run.seed}.npz" for run in runs])
-    for run, record in zip(runs, together, strict=True):
-        assert record.keys() | {"commit", "digest"} == records[run.id].keys() | {"commit", "digest"}
-        for name in ("test", "validation"):
-            assert record[name]["loss"] == pytest.approx(records[run.id][name]["loss"], abs=1e-4)
-        losses = [[row["loss"] for row in each["training"]] for each in (record, records[run.id])]
-        assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        "code",
-        "data",
-    ],
-)
-def test_a_snapshot_of_other_code_base_data_or_rules_is_not_resumed(
-    resources: Resources, tmp_path: Path, changed: str
-) -> None:
+def test_a_snapshot_of_other_code_is_not_resumed(resources: Resources, tmp_path: Path) -> None:
     progress = RunInProgress(wanted(resources.protocol, {})[0], resources, tmp_path / "x.npz")
     state = resources.start(progress.run, progress.prepared, progress.data)
     progress.save(4, state, None)
     assert progress._resumed(state)[1] == 4
-    progress.identity = progress.identity | {changed: "another"}
+    progress.identity = progress.identity | {"code": "another"}
     assert progress._resumed(state)[1] == 0
 
 

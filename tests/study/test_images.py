@@ -26,7 +26,7 @@ PROTOCOL = """
 question = "Which method learns colours?"
 models = [BASE]
 baseline = "lora"
-rates = [1e-2, 2e-2]
+rates = [1e-2]
 extend = 0
 tuning_seeds = [0]
 test_seeds = [1]
@@ -89,7 +89,7 @@ def pairs(
     resources = Resources(write_protocol(folder, tower_folders, colours, tasks, ""))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(execution, "Resources", lambda *_: resources)
-        assert execution.run_study(resources.protocol) == 6
+        assert execution.run_study(resources.protocol) == 4
     return resources
 
 
@@ -150,7 +150,7 @@ def test_pairs_share_rows_items_and_projections_and_programs_serve_all_seeds(
     assert set(starts["projections", 1]) == {path, "text/projection/kernel", "logit_scale"}
     counts = [one["compilations"] for one in records if one["stage"] == "tune"]
     assert counts[0] > 0
-    assert counts[1:] == [0, 0, 0]
+    assert counts[1:] == [0]
     assert all(one["curve"][-1]["loss"] < one["curve"][0]["loss"] for one in records)
 
 

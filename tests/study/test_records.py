@@ -1,4 +1,4 @@
-"""The record file under several processes, and after a crash."""
+"""The record file and snapshots under several processes, and after a crash."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.study.records import Records
+from nalora_jax.study.records import Records, read_snapshot, write_snapshot
 
 HOLD = """
 import sys, time
@@ -58,3 +59,31 @@ def test_a_claim_holds_against_other_processes_and_ends_with_its_own(tmp_path: P
     assert not records.claimed("never heard of")
     with records.claim("x") as snapshot:
         assert snapshot is not None
+
+
+ARRAYS = {
+    "lora/layers/ffn/gate_proj/a": np.arange(6.0).reshape(2, 3),
+    "notes": np.zeros(2),
+    "step": np.int32(7),
+}
+
+
+def test_a_snapshot_is_read_as_it_was_written_and_not_used_if_it_is_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run.npz"
+    assert read_snapshot(path) is None
+    write_snapshot(path, ARRAYS, {"step": 4, "loss": 1 / 3})
+    snapshot = read_snapshot(path)
+    assert snapshot is not None
+    assert snapshot.notes == {"step": 4, "loss": 1 / 3}
+    assert snapshot.arrays.keys() == ARRAYS.keys()
+    for name, value in ARRAYS.items():
+        np.testing.assert_array_equal(snapshot.arrays[name], value)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.npz"]
+    content = path.read_bytes()
+    middle = len(content) // 2
+    for damaged in (content[:-9], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
+        path.write_bytes(damaged)
+        assert read_snapshot(path) is None
+    assert caplog.text.count("the snapshot run.npz is damaged: the run starts from scratch") == 2

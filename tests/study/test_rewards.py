@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,16 +15,13 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.run_log import read_metrics
 from nalora_jax.layout import distributed
-from nalora_jax.method.step import TrainState
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.study.execution import perform
 from nalora_jax.study.plan import wanted
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Records
 from nalora_jax.study.report import render_results
 from nalora_jax.study.resources import Resources
 from nalora_jax.train import rewards
-from nalora_jax.train.kinds.rl import RolloutStep
 from tests.study.conftest import filled
 
 REWARD = """
@@ -107,28 +103,6 @@ def test_a_study_of_rewards_trains_and_measures_as_a_run_does(
     assert measured["divergence"] > 0
     assert tested["probes"]["z_again"]["loss"] != tested["probes"]["z_again"]["before"]
     assert "1 - reward" in render_results(protocol, records)
-
-
-def test_an_interrupted_run_resumes_to_the_same_record(
-    rewards_study: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    protocol = read_protocol(rewards_study)
-    first, resources = wanted(protocol, {})[0], Resources(protocol)
-    whole = perform(first, resources, rewards_study / "whole.npz")
-    step = RolloutStep.__call__
-
-    def ends(self: RolloutStep, params: Any, state: TrainState, batch: Any) -> Any:
-        if int(state.step) == 5:
-            raise KeyboardInterrupt
-        return step(self, params, state, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RolloutStep, "__call__", ends)
-        with pytest.raises(KeyboardInterrupt):
-            perform(first, resources, rewards_study / "parts.npz")
-    parts = perform(first, resources, rewards_study / "parts.npz")
-    for name in ("curve", "training", "validation"):
-        assert parts[name] == whole[name]
 
 
 def test_a_policy_equal_to_the_base_has_no_divergence(rewards_study: Path) -> None:

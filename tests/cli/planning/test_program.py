@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-import jax
 import pytest
 
 from nalora_jax.cli.planning import report
 from nalora_jax.cli.planning.program import moved_weights, rollout_and_arguments, step_and_arguments
 from nalora_jax.cli.planning.report import without_statistics
 from nalora_jax.config import (
-    AdaLoRAConfig,
     ComputeConfig,
     DataConfig,
     LoRAConfig,
     LoRARule,
     MeshConfig,
-    PreferenceConfig,
     RLConfig,
     RunConfig,
     TrainConfig,
@@ -57,22 +54,6 @@ def compiled(tmp_path, mesh: MeshConfig, **changes):
     config = settings(mesh, **changes)
     step, arguments = step_and_arguments(config, ModelConfig.from_hf(BASE), distributed.make_mesh(mesh))
     return figures(step, arguments, cache=tmp_path)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"adalora": AdaLoRAConfig(target_rank=4)},
-        {"preference": PreferenceConfig("dpo")},
-    ],
-)
-def test_steps_of_all_methods_of_a_run_have_arguments(changes):
-    mesh = distributed.make_mesh(MeshConfig(data=2, fsdp=4, tensor=1))
-    config = RunConfig(train=TrainConfig(batch_size=8), data=ROWS, **changes)
-    step, arguments = step_and_arguments(config, ModelConfig.from_hf(BASE), mesh)
-    state, metrics = jax.eval_shape(step, *arguments)
-    assert jax.tree.structure(state) == jax.tree.structure(arguments[1])
-    assert metrics["loss"].shape == ()
 
 
 def test_the_loss_gathers_the_head_once_however_many_chunks_it_takes(tmp_path):

@@ -9,10 +9,10 @@ import pytest
 
 from nalora_jax.cli.planning.program import CONFIGS, step_and_arguments
 from nalora_jax.cli.planning.report import SweepPlan, describe_sweep, plan_sweep
-from nalora_jax.config import ComputeConfig, DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
+from nalora_jax.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from nalora_jax.layout import distributed
 from nalora_jax.layout.figures import of_compiled
-from nalora_jax.layout.layouts import Layout, fastest, fitting_sweep
+from nalora_jax.layout.layouts import Layout
 from nalora_jax.layout.machines import topology
 from nalora_jax.models.config import ModelConfig
 from tests import tiny
@@ -22,20 +22,6 @@ LLAMA = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])
 
 def run(rows: int, seq: int, **options: Any) -> RunConfig:
     return RunConfig(train=TrainConfig(batch_size=rows), data=DataConfig(max_length=seq), **options)
-
-
-def fastest_of(config: RunConfig, machine: str, runs: int) -> Layout:
-    """The fastest_of layout by estimates."""
-    return fastest(fitting_sweep(config, LLAMA, topology(machine), runs))
-
-
-def test_every_run_has_a_device_and_saves_as_much_as_fits() -> None:
-    layout = fastest_of(run(1, 4096), "v6e:16x16", runs=256)
-    assert (layout.remat, layout.run, layout.runs_per_device) == ("dots", 256, 1)
-    layout = fastest_of(run(1, 8192), "v6e:16x16", runs=256)
-    assert (layout.remat, layout.run) == ("attention", 256)
-    asked = run(1, 4096, compute=ComputeConfig(remat="full"))
-    assert fastest_of(asked, "v6e:16x16", runs=256).remat == "full"
 
 
 def test_a_sweep_is_estimated_without_a_compiler() -> None:

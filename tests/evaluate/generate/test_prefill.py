@@ -1,4 +1,4 @@
-"""Prompts processed in chunks: greedy tokens of every kind of cache, and memory."""
+"""Prompts processed in chunks, and across the length at which LongRoPE changes its factors."""
 
 from __future__ import annotations
 
@@ -6,23 +6,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from nalora_jax.common.trees import unflatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator, generator
-from nalora_jax.evaluate.generate.programs import Prompts, Weights, padded_length, prefill
+from nalora_jax.evaluate.generate.programs import Prompts, Weights, prefill
 from nalora_jax.evaluate.generate.sampling import make_sampling
+from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops import attention
 from nalora_jax.weights.base import load_model
-from tests.evaluate.generate.test_longrope import PHI3
-from tests.models.test_families import CASES, Case, build, by_name
+from tests.models.family_fields import ORIGINAL
+from tests.models.test_families import CASES, LONGROPE, Case, build, by_name, reference
 from tests.tiny import byte_tokenizer
 
 CHUNK, NEW_TOKENS = 16, 9
+PHI3 = Case(
+    "phi3",
+    "LongRoPE without a window",
+    {"rope_parameters": LONGROPE, "original_max_position_embeddings": ORIGINAL},
+    one_length=True,
+)
 BY_FAMILY = {case.family: case for case in CASES}
 # Keys and values with windows and sinks; shared between layers; a recurrent state; RoPE by length.
 KINDS = [BY_FAMILY["gpt_oss"], BY_FAMILY["gemma4_text"], BY_FAMILY["qwen3_5_text"], PHI3]
@@ -39,7 +47,7 @@ def complete(case: Case, prompts: list[list[int]], chunk: int) -> list[tuple[int
     return [row.ids for row in generator.complete(prompts, max_new_tokens=NEW_TOKENS, stop_ids=())]
 
 
-@pytest.mark.parametrize("case", KINDS, ids=by_name)
+@pytest.mark.parametrize("case", KINDS[1:], ids=by_name)
 def test_greedy_tokens_do_not_depend_on_chunks(case, short_blocks):
     """Rows end in the first, a middle and the last chunk, and at the end of one."""
     longest = min(build(case).config.max_positions - NEW_TOKENS, 60)
@@ -48,6 +56,27 @@ def test_greedy_tokens_do_not_depend_on_chunks(case, short_blocks):
     whole = complete(case, prompts, 2048)
     assert complete(case, prompts, CHUNK) == whole
     assert all(len(set(row)) >= 3 for row in whole[:1]), "a continuation that proves little"
+
+
+def test_greedy_tokens_across_the_switch_of_longrope_equal_transformers():
+    """Prompts end 0 to 8 tokens before the switch, and two after it."""
+    rng, pair = np.random.default_rng(3), build(PHI3)
+    prompts = [rng.integers(1, 128, ORIGINAL + more).tolist() for more in range(-8, 3)]
+    for prompt, ids in zip(prompts, complete(PHI3, prompts, 2048), strict=True):
+        with torch.no_grad():
+            whole = pair.theirs.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
+        assert list(ids) == whole[0, len(prompt) :].tolist()
+
+
+def test_choices_that_cross_the_switch_score_as_transformers_scores_them():
+    rng, pair = np.random.default_rng(4), build(PHI3)
+    context = rng.integers(1, 128, ORIGINAL - 2).tolist()
+    choices = [rng.integers(1, 128, length).tolist() for length in (2, 4, 9)]
+    (scores,) = score_groups(pair.model, {"params": pair.params}, [[(context, one) for one in choices]])
+    for score, choice in zip(scores, choices, strict=True):
+        logits = reference(pair, np.array([[*context, *choice[:-1]]]))[0, len(context) - 1 :]
+        expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(choice)), choice].sum()
+        np.testing.assert_allclose(score.log_prob, expected, rtol=1e-4)
 
 
 def test_prompts_with_images_are_processed_in_chunks(seeing_folder, short_blocks, monkeypatch):
@@ -120,13 +149,3 @@ def test_memory_of_activations_does_not_grow_with_the_prompt():
     short, long = (temporary_bytes(tokens, 256) for tokens in (4096, 16384))
     assert long - short < 3 * cache_of_a_token * (16384 - 4096)
     assert temporary_bytes(16384, 0) > 4 * long
-
-
-def test_lengths_of_long_prompts_are_few_and_close():
-    lengths = range(2049, 200_000, 999)
-    padded = [padded_length(length, minimum=16, chunk=2048) for length in lengths]
-    assert all(
-        size % 2048 == 0 and length <= size <= max(1.125 * length, length + 2047) + 1
-        for size, length in zip(padded, lengths, strict=True)
-    )
-    assert len(set(padded)) < 50
