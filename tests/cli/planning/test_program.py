@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import jax
 import pytest
 
 from nalora_jax.cli.planning import report
