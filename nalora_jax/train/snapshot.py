@@ -36,10 +36,19 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda other: other.item()))
 
 
+def _is_key(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
 def to_arrays(state: Any) -> dict[str, Any]:
-    """Returns ``state`` as nested dicts of its arrays, without empty ones, because Orbax rejects them."""
-    leaves = trees.flatten(state).items()
-    return trees.unflatten({path: leaf for path, leaf in leaves if math.prod(leaf.shape)})
+    """Returns ``state`` as nested dicts of plain arrays, with typed random keys as their key data.
+
+    Empty arrays are left out, because Orbax rejects them.
+    """
+    flat = {path: leaf for path, leaf in trees.flatten(state).items() if math.prod(leaf.shape)}
+    return trees.unflatten(
+        {path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in flat.items()}
+    )
 
 
 def abstract(like: Any) -> dict[str, Any]:
@@ -47,10 +56,12 @@ def abstract(like: Any) -> dict[str, Any]:
 
     def describe(leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        words = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=sharding)
 
-    described: dict[str, Any] = jax.tree.map(describe, to_arrays(like))
-    return described
+    return trees.unflatten(
+        {path: describe(leaf) for path, leaf in trees.flatten(like).items() if math.prod(leaf.shape)}
+    )
 
 
 def from_arrays(arrays: Mapping[str, Any], like: Any) -> Any:
@@ -58,9 +69,20 @@ def from_arrays(arrays: Mapping[str, Any], like: Any) -> Any:
     flat = trees.flatten(arrays)
 
     def back(path: str, leaf: Any) -> Any:
-        return flat[path] if math.prod(leaf.shape) else jnp.zeros(leaf.shape, leaf.dtype)
+        if not math.prod(leaf.shape):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        if _is_key(leaf):
+            return jax.random.wrap_key_data(flat[path], impl=_key_impl(leaf))
+        return flat[path]
 
     return trees.map_named(back, like)
+
+
+def _key_impl(leaf: Any) -> str:
+    """Returns the name of a random key's generator, for an array or its abstract value."""
+    names: list[str] = []
+    jax.eval_shape(lambda key: names.append(str(jax.random.key_impl(key))), leaf)
+    return names[0]
 
 
 def _settings(config: Any) -> dict[str, Any]:

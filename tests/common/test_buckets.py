@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,9 +18,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from fsspec.implementations.memory import MemoryFileSystem
 
 from nalora_jax.common import buckets
-from nalora_jax.config import DataConfig
+from nalora_jax.config import DataConfig, MeshConfig
 from nalora_jax.data.sources import open_pair, open_source
 from nalora_jax.errors import NaloraError
+from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.train.located import locate
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hub import resolve_source
@@ -51,8 +53,18 @@ def array_records(folder: Path) -> bytes:
     return (folder / "a").read_bytes()
 
 
-def test_a_file_in_a_bucket_gives_the_records_by_index(google: Any, tmp_path: Path) -> None:
-    url = put("a.array_record", array_records(tmp_path))
+def parquet(**options: Any) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(RECORDS), file, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.array_record"])
+def test_a_file_in_a_bucket_gives_the_records_by_index(google: Any, tmp_path: Path, name: str) -> None:
+    content = {"a.jsonl": LINES, "a.parquet": parquet(row_group_size=8)}.get(name) or array_records(
+        tmp_path
+    )
+    url = put(name, content)
     train, held = open_pair(DataConfig(dataset=url, train_split="train[:30]", eval_split="train[30:]"))
     assert train.read([29, 0]) == [RECORDS[29], RECORDS[0]]
     assert held[0] == RECORDS[30]
@@ -108,6 +120,26 @@ def model(tmp_path: Path) -> Path:
     return tiny.make_model(tmp_path / "model")
 
 
+def put_model(folder: Path, name: str) -> str:
+    for path in folder.iterdir():
+        put(f"{name}/{path.name}", path.read_bytes())
+    return f"gs://bucket/{name}"
+
+
+def test_a_model_is_streamed_from_a_bucket_into_the_same_shards(
+    google: Any, model: Path, cache: Path
+) -> None:
+    url = put_model(model, "llama")
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    expected, loaded = (load_model(name, dtype="float32", mesh=mesh) for name in (str(model), url))
+    jax.tree.map(
+        lambda one, other: np.testing.assert_array_equal(one, other), expected.params, loaded.params
+    )
+    assert loaded.fingerprint == expected.fingerprint
+    assert (loaded.source, loaded.origin.file) == (url, "llama")
+    assert not list(cache.rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("of_run", [False, True])
 def test_an_adapter_in_a_bucket_is_copied_with_its_run(google: Any, tmp_path: Path, of_run: bool) -> None:
     name, folder = f"adapted-{of_run}", "adapter/" if of_run else ""
@@ -125,6 +157,13 @@ def test_an_adapter_in_a_bucket_is_copied_with_its_run(google: Any, tmp_path: Pa
     assert not list(located.adapter.parent.rglob("checkpoints"))
     assert locate("base", f"gs://bucket/{name}").adapter == located.adapter
     assert locate(put("only/m.gguf", b"GGUF")).adapter is None
+
+
+def test_damaged_weights_in_a_bucket_are_refused(google: Any, model: Path) -> None:
+    url = put_model(model, "damaged")
+    put("damaged/model.safetensors", (model / "model.safetensors").read_bytes()[:-8])
+    with pytest.raises(NaloraError, match="gs://bucket/damaged/model.safetensors: expected a complete saf"):
+        load_model(url, dtype="float32")
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import hashlib
 import os
+import pwd
 import subprocess
 import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nalora_jax.common import downloads
 from nalora_jax.common.digests import file_digest
-from nalora_jax.common.downloads import PackageFile, cache_dir, fetch_file, target_path
+from nalora_jax.common.downloads import PackageFile, cache_dir, fetch_file, private_dir, target_path
 from nalora_jax.errors import NaloraError
 
 
@@ -118,3 +122,43 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "nalora_jax"
+
+
+def test_missing_folders_are_made_private_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        private_dir(tmp_path / "a" / "b" / "c")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "a/b", "a/b/c")] == [0o700] * 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "members", "accepted"),
+    [
+        (0o2775, None, False),  # a group of others
+        (0o3775, None, True),  # who cannot exchange what is not theirs
+        # the user's own group
+        (0o775, ["me"], True),
+        (0o775, ["me", "another"], False),
+    ],
+)
+def test_a_parent_that_a_group_can_write_into(
+    mode: int, members: list[str] | None, accepted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = SimpleNamespace(gr_name="others" if members is None else "me", gr_mem=members or [])
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_name="me"))
+    monkeypatch.setattr(grp, "getgrgid", lambda _: group)
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    if os.geteuid() == 0:
+        os.chown(parent, 0, 65534)
+    elif not parent.stat().st_gid:
+        pytest.skip("this user's group is root's")
+    parent.chmod(mode)
+    with (
+        contextlib.nullcontext()
+        if accepted
+        else pytest.raises(PermissionError, match="exchange what is in")
+    ):
+        assert private_dir(parent / "ours").is_dir()

@@ -76,6 +76,17 @@ def test_a_planted_link_is_refused_or_replaced_and_what_it_points_to_stays(tmp_p
     assert not (tmp_path / "not there yet").exists()
 
 
+def test_a_run_that_starts_again_removes_a_link_to_a_folder_and_not_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "file").write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "start").symlink_to(tmp_path / "data")
+    with open_output(tmp_path / "out", "auto") as output:
+        assert not output.resumes
+    assert (tmp_path / "data" / "file").read_text() == "precious"
+    assert not (tmp_path / "out" / "start").is_symlink()
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -100,6 +111,15 @@ def test_a_run_with_a_linked_folder_is_not_resumed(tmp_path: Path, name: str) ->
         with pytest.raises(NaloraError, match="found a symbolic link"):
             open_output(tmp_path / "out", "auto").__enter__()
     assert [path.name for path in tmp_path.iterdir() if path.name != "out"] == ["another run"]
+
+
+def test_the_output_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "disk" / "report.html").symlink_to(tmp_path / "disk" / "old.html")
+    (tmp_path / "disk" / "old.html").touch()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with open_output(tmp_path / "out", "auto") as output:
+        assert output.resumes
 
 
 @pytest.mark.parametrize(

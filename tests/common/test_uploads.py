@@ -91,6 +91,20 @@ def test_a_folder_appears_whole_or_not_at_all(google: Any, cache: Path) -> None:
     assert emulator.stored(held, "whole") == FILES
 
 
+def test_an_upload_that_fails_leaves_nothing(google: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = uploads._put
+
+    def fail(store: Any, path: Path, where: str, **options: Any) -> None:
+        if path.name == "config.json":
+            raise OSError("connection lost")
+        put(store, path, where, **options)
+
+    monkeypatch.setattr(uploads, "_put", fail)
+    with pytest.raises(NaloraError, match="connection lost"), new_folder("gs://bucket/fails") as folder:
+        fill(folder)
+    assert not emulator.stored(google[0], "fails")
+
+
 def test_a_file_appears_whole_and_replaces_none(google: Any) -> None:
     for size in (10, 6 << 20):  # in one request, and in several
         with new_file(f"gs://bucket/{size}.gguf") as path:

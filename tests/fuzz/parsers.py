@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +24,7 @@ from nalora_jax.data.files import JsonLines, open_rows
 from nalora_jax.data.images.files import open_image, read_processor
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.data.tokenizer import Tokenizer, read_json
-from nalora_jax.evaluate.harness import generation_settings
+from nalora_jax.evaluate.harness import generation_settings, run_harness
 from nalora_jax.evaluate.run_log import read_evaluation, recorded_settings
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.vision.families import read_dual
@@ -60,6 +64,14 @@ class Parser:
     file: str  # "*": any file of the folder, which may also be gone, a folder, or a link
     write: Callable[[Path], Any]  # a good folder
     read: Callable[[Path], Any]
+    every: int = 1  # a slow reader gets one in so many of a campaign's inputs
+    needs: str = ""  # package that it needs, which is not in the extra `test`
+
+    def share(self, inputs: int) -> int:
+        """Returns its number of inputs in a campaign; 0 without the package that it needs."""
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return 0
+        return max(inputs // self.every, min(inputs, 4))
 
 
 def _write_json(folder: Path, **files: Any) -> None:
@@ -242,10 +254,49 @@ def _use_rows(name: str) -> Callable[[Path], Any]:
     return read
 
 
-def _generation(folder: Path) -> None:
-    """Writes settings of generation, as tasks of lm-evaluation-harness have them."""
+def _harness(folder: Path) -> None:
+    """Settings of generation, and a task on questions with choices."""
     settings = {"until": ["\n", "."], "max_gen_toks": 12, "do_sample": True, "temperature": 0.7, "top_k": 5}
     _write_json(folder, generation=settings | {"top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2})
+    items = [{"question": f"Which is {n}?", "choices": ["a", "b"], "gold": n % 2} for n in range(4)]
+    _write_lines(folder / "items.jsonl", items)
+    task = f"""\
+task: fuzzed
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder / "items.jsonl"}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+"""
+    (folder / "fuzzed.yaml").write_text(task)
+
+
+def _use_task(folder: Path) -> None:
+    """Runs the task, without the index of the harness's own tasks, which takes seconds to read."""
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+    class Even(LM):  # type: ignore[misc]
+        """A model whose every answer is equally likely."""
+
+        def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
+            return [(-1.0, False) for _ in requests]
+
+        def loglikelihood_rolling(self, requests: Any) -> list[float]:
+            return [-1.0 for _ in requests]
+
+        def generate_until(self, requests: Any) -> list[str]:
+            return ["" for request in requests if generation_settings(request.args[1])]
+
+    only_here = partial(TaskManager, include_defaults=False)
+    # The harness prints some settings to stdout, which has the outcomes of a campaign.
+    with mock.patch("lm_eval.tasks.TaskManager", only_here), contextlib.redirect_stdout(sys.stderr):
+        run_harness(Even(), ["fuzzed"], folder=folder)
 
 
 # -------------------------------------------------------------------- images
@@ -354,7 +405,10 @@ PARSERS = (
     Parser("adapter tensors", "adapter_model.safetensors", _adapter, _use_adapter),
     Parser("GGUF", "model.gguf", _gguf, _use_gguf),
     Parser("JSONL", "data.jsonl", _jsonl, _use_jsonl),
-    Parser("metrics.jsonl in the report", "metrics.jsonl", _run, _use_page),
+    Parser(
+        "metrics.jsonl in the report", "metrics.jsonl", _run, write_report, every=50
+    ),  # draws its pictures
+    Parser("metrics.jsonl in the report, without pictures", "metrics.jsonl", _run, _use_page),
     Parser("run folder", "*", _run, _use_run),
     Parser("metrics.jsonl as a run's header", "metrics.jsonl", _run, _use_header),
     Parser("before.json", "before.json", _run, lambda folder: read_evaluation(folder / "before.json")),
@@ -377,7 +431,8 @@ PARSERS = (
     Parser(
         "harness generation settings",
         "generation.json",
-        _generation,
+        _harness,
         lambda folder: generation_settings(read_json(folder / "generation.json")),
     ),
+    Parser("harness task", "fuzzed.yaml", _harness, _use_task, needs="lm_eval"),
 )

@@ -1,39 +1,173 @@
-"""A rule of studies/new_rules, against NumPy in float64."""
+"""The rules of studies/new_rules, against NumPy in float64; their controls only permute."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nalora_jax.common import imports
+from nalora_jax.method import activations, ffn, statistics
+from nalora_jax.method.low_rank import Adapter, Dense
+from nalora_jax.method.measurement import GateStatsConfig, Measurement
 from nalora_jax.method.rules import MECHANISMS
-from nalora_jax.method.transform import init_gate_state, make_mechanisms, scale_by_gates, update_gate_state
+from nalora_jax.method.transform import (
+    Mechanisms,
+    init_gate_state,
+    make_mechanisms,
+    own_factors,
+    scale_by_gates,
+    update_gate_state,
+)
+from nalora_jax.ops import dispatch
+from nalora_jax.ops.dispatch import Numerics, Platform
 
-AGREEMENT = Path(__file__).parents[2] / "studies" / "agreement.py"
-LAYERS, RANK, CHANNELS = 3, 4, 48
+STUDIES = Path(__file__).parents[2] / "studies"
+BLOCK, GATES, LAYERS, RANK, CHANNELS = "layers/ffn", {"gate": "layers/ffn"}, 3, 4, 48
+CPU = Numerics(platform=Platform("cpu"))
+BF16 = Numerics("bfloat16", "bfloat16", "bfloat16", "bfloat16", platform=CPU.platform)
 
 
-def test_agreement_is_the_column_of_adams_ratio_over_its_layers_mean(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def rules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The globals of the three files, whose names are registered for one test."""
     monkeypatch.setattr(imports, "_IMPORTED", dict(imports._IMPORTED))
-    monkeypatch.setattr(MECHANISMS, "_values", dict(MECHANISMS._values))
-    imports.import_file(str(AGREEMENT))
+    dispatch.register_all()
+    for registry in (MECHANISMS, statistics.TABLE):
+        monkeypatch.setattr(registry, "_values", dict(registry._values))
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", dict(dispatch.IMPLEMENTATIONS))
+    monkeypatch.setattr(ffn.gated_mlp, "implementations", dict(ffn.gated_mlp.implementations))
+    for name in ("agreement", "feature_gradient", "two_regions"):
+        imports.import_file(str(STUDIES / f"{name}.py"))
+    of_mechanisms = (MECHANISMS.get(name).factor.__globals__ for name in ("agreement", "two_regions"))
+    of_feature = ffn.gated_mlp.implementations["feature_gradient"].__globals__
+    return {name: value for each in (*of_mechanisms, of_feature) for name, value in each.items()}
+
+
+def only(rule: str) -> Mechanisms:
+    return make_mechanisms((rule,), activation="silu")
+
+
+def stepped(rule: str, updates: np.ndarray, occupancy: np.ndarray) -> tuple[Any, np.ndarray]:
+    """The factors' state after a step of these statistics, and the second update of B."""
+    mechanisms = only(rule)
+    sums = {"tokens": jnp.full(LAYERS, 10.0), "slope": jnp.ones((LAYERS, CHANNELS))}
+    sums["occupancy"] = jnp.asarray(10 * occupancy, jnp.float32)
+    state = update_gate_state(
+        init_gate_state({BLOCK: (LAYERS, CHANNELS)}, mechanisms), {BLOCK: sums}, mechanisms
+    )
+    transform = scale_by_gates(mechanisms, GATES)
+    scaled, _ = transform.update({"gate": {"b": jnp.asarray(updates)}}, state, gate_stats={BLOCK: sums})
+    return state, np.asarray(scaled["gate"]["b"])
+
+
+@pytest.fixture
+def step() -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     update = rng.standard_normal((LAYERS, RANK, CHANNELS)) * rng.uniform(0.1, 2, (LAYERS, 1, CHANNELS))
-    mechanisms = make_mechanisms(("agreement:warmup=0",), activation="silu")
-    sums = {"tokens": jnp.full(LAYERS, 10.0), "slope": jnp.ones((LAYERS, CHANNELS))}
-    state = init_gate_state({"layers/ffn": (LAYERS, CHANNELS)}, mechanisms)
-    state = update_gate_state(state, {"layers/ffn": sums}, mechanisms)
-    transform = scale_by_gates(mechanisms, {"gate": "layers/ffn"})
-    scaled, _ = transform.update(
-        {"gate": {"b": jnp.asarray(update, jnp.float32)}}, state, gate_stats={"layers/ffn": sums}
+    occupancy = rng.dirichlet(np.ones(4), (LAYERS, CHANNELS)).swapaxes(1, 2)
+    return update.astype(np.float32), occupancy
+
+
+def test_agreement_is_the_column_of_adams_ratio_over_its_layers_mean(rules, step) -> None:
+    update, occupancy = step
+    _, scaled = stepped("agreement:warmup=0", update, occupancy)
+    exact = update.astype(np.float64)
+    importance = np.sqrt((exact**2).mean(1))
+    want = exact * (importance / importance.mean(-1, keepdims=True))[:, None]
+    want *= np.sqrt((exact**2).sum((1, 2)) / (want**2).sum((1, 2)))[:, None, None]
+    np.testing.assert_allclose(scaled, want, rtol=1e-5)
+    assert (np.abs(scaled / update - 1) > 0.3).mean() > 0.3
+
+
+def test_two_regions_weigh_the_sides_of_zero(rules, step) -> None:
+    _, occupancy = step
+    mechanisms = only("two_regions:warmup=0")
+    state, _ = stepped("two_regions:warmup=0", *step)
+    below = occupancy[:, :2].sum(1)
+    factor = own_factors(state, mechanisms)["two_regions"][BLOCK]
+    np.testing.assert_allclose(factor, 0.5 * below + (1 - below), rtol=1e-5)
+    z = np.linspace(-5, 5, 101)
+    sides = activations.regions(jnp.asarray(z), activations.partition("silu"))
+    np.testing.assert_array_equal(np.asarray(sides[0]) | np.asarray(sides[1]), z < 0)
+
+
+@pytest.mark.parametrize("name", ["agreement", "two_regions"])
+def test_a_control_only_permutes(rules, step, name) -> None:
+    update, _ = step
+    (rule, control) = (stepped(f"{name}:warmup=0{more}", *step)[1] / update for more in ("", ",permute=3"))
+    assert (np.abs(rule - control) > 1e-3).mean() > 0.8
+    ratios = [np.sort(factors[:, 0], axis=-1) for factors in (rule, control)]
+    ratios = [each / each.mean(-1, keepdims=True) for each in ratios]
+    np.testing.assert_allclose(*ratios, rtol=1e-4)
+    if name == "agreement":
+        for factors in (rule, control):
+            norms = [np.linalg.norm(each, axis=(1, 2)) for each in (update, factors * update)]
+            np.testing.assert_allclose(*norms, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- the cotangent rule
+
+TOKENS, D_MODEL = 10, 12
+
+
+def block(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    shapes = (
+        (D_MODEL, CHANNELS),
+        (D_MODEL, CHANNELS),
+        (CHANNELS, D_MODEL),
+        (D_MODEL, RANK),
+        (RANK, CHANNELS),
     )
-    importance = np.sqrt((update**2).mean(1))
-    want = update * (importance / importance.mean(-1, keepdims=True))[:, None]
-    want *= np.sqrt((update**2).sum((1, 2)) / (want**2).sum((1, 2)))[:, None, None]
-    np.testing.assert_allclose(scaled["gate"]["b"], want, rtol=1e-5)
-    assert (np.abs(want / update - 1) > 0.3).mean() > 0.3
+    x = rng.standard_normal((1, TOKENS, D_MODEL))
+    return (x, *(rng.standard_normal(shape) / np.sqrt(shape[0]) for shape in shapes))
+
+
+def gradients(rule: str, arrays: tuple[np.ndarray, ...], numerics: Numerics = CPU) -> tuple[Any, Any]:
+    """The block's output and the gradients of x, A and B of its sum of squares."""
+    x, gate, up, down, a, b = (jnp.asarray(array, jnp.float32) for array in arrays)
+    taps = statistics.taps(dict.fromkeys((*statistics.STANDARD, *([rule] if rule else []))), (CHANNELS,))
+    silu, measured = activations.get("silu"), Measurement(jnp.ones((1, TOKENS)), GateStatsConfig(), taps)
+
+    def loss(x, a, b):
+        layer = Dense(gate, Adapter(a, b, jnp.float32(0.5)))
+        y, _ = ffn.gated_mlp(x, layer, Dense(up), Dense(down), silu, numerics, measured)
+        return jnp.sum(y**2), y
+
+    (_, y), of = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, a, b)
+    return y, of
+
+
+def reference(keep: float, arrays: tuple[np.ndarray, ...], order: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The gradients of A and B by NumPy, with the factor's channels in an order."""
+    x, gate, up, down, a, b = arrays
+    x = x[0]
+    z = x @ gate + 0.5 * x @ a @ b
+    rho = 1 / (1 + np.exp(-z))
+    drho = rho * (1 - rho)
+    slope = rho + z * drho
+    factor = np.clip((rho + keep * z * drho) / slope, -10, 10)[:, order]
+    of_z = 2 * ((z * rho) * (x @ up)) @ down @ down.T * (x @ up) * slope * factor
+    return 0.5 * x.T @ of_z @ b.T, 0.5 * (x @ a).T @ of_z
+
+
+@pytest.mark.parametrize("rule", ["", "_half", "_permuted", "_half_permuted"])
+def test_the_adapter_of_a_gate_follows_the_feature(rules, rule) -> None:
+    arrays = block(np.random.default_rng(2))
+    y, (of_x, of_a, of_b) = gradients(f"feature_gradient{rule}", arrays)
+    plain_y, (plain_x, plain_a, _) = gradients("", arrays)
+    np.testing.assert_array_equal(y, plain_y)
+    np.testing.assert_allclose(of_x, plain_x, rtol=1e-4, atol=1e-4)  # exact, also for the layers below
+    order = rules["permutation"](CHANNELS) if rule.endswith("permuted") else np.arange(CHANNELS)
+    np.testing.assert_array_equal(np.sort(order), np.arange(CHANNELS))
+    want = reference(0.5 if "half" in rule else 0.0, arrays, order)
+    for actual, expected in zip((of_a, of_b), want, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-4 * np.abs(expected).max())
+    assert np.linalg.norm(of_a - plain_a) > 0.05 * np.linalg.norm(plain_a)
+    _, (_, *of_bf16) = gradients(f"feature_gradient{rule}", arrays, BF16)
+    for actual, expected in zip(of_bf16, want, strict=True):  # the factor's pole makes rounding visible
+        assert np.linalg.norm(actual - expected) < 0.1 * np.linalg.norm(expected)

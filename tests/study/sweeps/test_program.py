@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,15 +15,16 @@ import pytest
 
 from nalora_jax.common import trees
 from nalora_jax.config import (
+    AdaLoRAConfig,
     ComputeConfig,
     LoRAConfig,
     LoRARule,
     MeshConfig,
     OptimizerConfig,
+    PreferenceConfig,
     RunConfig,
 )
 from nalora_jax.layout import distributed
-from nalora_jax.layout.accounting import Program
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.study.sweeps.program import SweepProgram, batch_of
 from nalora_jax.study.sweeps.values import program_key
@@ -82,15 +85,13 @@ def _difference(one: Any, other: Any) -> float:
 
 
 def test_runs_of_one_program_equal_their_solo_runs() -> None:
-    """They differ in rates, schedule, decay, betas, clip, seed, alpha, rank, rules and LoRA+'s ratio."""
-    first = replace(CONFIG, lora=replace(CONFIG.lora, plus_ratio=2.0))
+    """They differ in everything that may differ: rates, schedule, decay, betas, clip, seed, alpha, rank, rules."""
     other = replace(
-        first,
+        CONFIG,
         seed=1,
         steps=30,
         lora=LoRAConfig(
-            rules=(LoRARule("ffn/(gate|up|down)_proj", 2, 5.0), LoRARule("attn/(q|v)_proj", 2)),
-            plus_ratio=3.0,
+            rules=(LoRARule("ffn/(gate|up|down)_proj", 2, 5.0), LoRARule("attn/(q|v)_proj", 2))
         ),
         mechanisms=(
             "soft:warmup=3,power=1.5,decay=0.9",
@@ -106,8 +107,8 @@ def test_runs_of_one_program_equal_their_solo_runs() -> None:
             schedule="linear",
         ),
     )
-    third = replace(first, seed=2, optimizer=replace(CONFIG.optimizer, learning_rate=2e-2))
-    runs = _assembled([first, other, third])
+    third = replace(CONFIG, seed=2, optimizer=replace(CONFIG.optimizer, learning_rate=2e-2))
+    runs = _assembled([CONFIG, other, third])
     assert len({program_key(run.config, run.spec) for run in runs}) == 1
     program, (states, metrics) = _together(runs, 20)
     for index, run in enumerate(runs[1:], start=1):
@@ -127,17 +128,57 @@ EIGHT = [
 ]
 
 
+def _ids(sizes: str | None, order: str | None, count: int) -> np.ndarray:
+    """Device numbers in HLO's notation ``[sizes]T(order)``."""
+    devices = np.arange(count).reshape([int(size) for size in sizes.split(",")] if sizes else [count])
+    return devices.transpose([int(axis) for axis in order.split(",")]) if order else devices
+
+
+def _groups(text: str) -> list[list[list[int]]]:
+    """The device groups of every collective in a compiled program, by partition number."""
+    groups = []
+    for line in text.splitlines():
+        if not re.search(
+            r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(", line
+        ):
+            continue
+        if match := re.search(
+            r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}",
+            line,
+        ):
+            axes, sizes, order, joined = match.groups()
+            named = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+            devices = _ids(sizes, order, math.prod(named.values())).reshape(tuple(named.values()))
+            within = [list(named).index(name) for name in re.findall(r"'(\w+)'", joined)]
+            devices = np.moveaxis(devices, within, range(-len(within), 0))
+            groups.append(devices.reshape(-1, math.prod(devices.shape[-len(within) :])).tolist())
+        elif match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+            rows, columns, sizes, order = match.groups()
+            groups.append(
+                _ids(sizes, order, int(rows) * int(columns)).reshape(int(rows), int(columns)).tolist()
+            )
+        elif match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line):
+            groups.append(
+                [[int(n) for n in part.split(",")] for part in re.findall(r"\{([\d,]+)\}", match[1])]
+            )
+        else:
+            raise AssertionError(f"a collective without groups: {line}")
+    return groups
+
+
 def test_runs_on_a_mesh_equal_those_on_one_device() -> None:
     """No collective of the step joins devices of two runs."""
     program, (states, _) = _together(_assembled(EIGHT), 2)
     on_one_device = [jax.device_get(program.state_of(states, index).lora) for index in range(8)]
-    mesh = distributed.make_mesh(MeshConfig(run=2, data=1, fsdp=4, tensor=1))
+    mesh = distributed.make_mesh(MeshConfig(run=2, data=1, fsdp=2, tensor=2))
     program, (states, _) = _together(_assembled(EIGHT, mesh=mesh), 2)
     for index, lora in enumerate(on_one_device):
         assert _difference(jax.device_get(program.state_of(states, index).lora), lora) < 1e-4
     batch = batch_of([_batch(index) for index in range(8)], mesh)
-    compiled = Program(program.lower(states, batch).compile().as_text())
-    assert {collective.devices for collective in compiled.collectives} == {4}
+    compiled = program.lower(states, batch).compile().as_text()
+    groups = _groups(compiled)
+    assert groups
+    assert all(len({device // 4 for device in group}) == 1 for each in groups for group in each)
 
 
 def _variant(seed: int, rank: int = 2, **changes: Any) -> RunConfig:
@@ -159,12 +200,29 @@ def test_experts_of_several_runs_are_one_grouped_matmul() -> None:
     _assert_like_solo(_assembled([_variant(0, 2), _variant(1, 4)], base))
 
 
-def _assert_like_solo(runs: Sequence[Assembly]) -> None:
+def _assert_like_solo(runs: Sequence[Assembly], batches: Any = None) -> None:
     """Compares the last run of a program with its solo run; all of them share the code of the step."""
-    program, (states, metrics) = _together(runs, 3)
-    lora, alone = _solo(runs[-1], 3)
+    program, (states, metrics) = _together(runs, 3, batches)
+    lora, alone = _solo(runs[-1], 3, batches)
     assert _difference(jax.device_get(program.state_of(states, len(runs) - 1).lora), lora) < 1e-4
     assert metrics["loss"][-1] == pytest.approx(float(alone["loss"]), rel=1e-4)
+
+
+def test_preference_pairs_with_magnitudes_and_zero_a() -> None:
+    lora = LoRAConfig(rules=(LoRARule("ffn", 2),), dora=True, init="zero_a", plus_ratio=2.0)
+    settings = {"lora": lora, "preference": PreferenceConfig("dpo"), "mechanisms": ("hard",)}
+    configs = [_variant(0, **settings), _variant(1, **settings | {"lora": replace(lora, plus_ratio=3.0)})]
+    _assert_like_solo(
+        _assembled(configs), lambda seed: _batch(seed) | {"pairs": np.ones((1, ROWS, 1), np.float32)}
+    )
+
+
+def test_adalora_allocates_the_ranks_of_each_run() -> None:
+    settings = {"adalora": AdaLoRAConfig(target_rank=1, warmup_share=0.0, final_share=0.3, interval=1)}
+    lora = LoRAConfig(rules=(LoRARule("ffn", 2),), dropout=0.1)
+    rates = [OptimizerConfig(learning_rate=rate, warmup_share=0.0) for rate in (1e-2, 2e-2)]
+    configs = [_variant(seed, lora=lora, optimizer=rates[seed], **settings) for seed in range(2)]
+    _assert_like_solo(_assembled(configs))
 
 
 def test_lowered_kernels_belong_to_their_run() -> None:
