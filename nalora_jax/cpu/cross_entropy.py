@@ -164,11 +164,10 @@ def _native_sums(
         gradient=grad,
     )
     losses, back = _joined(sums, h, rows, w, head, grad)
+    loss = jnp.sum(losses)
     if not grad:
-        return jnp.sum(losses), back
-    return jnp.sum(losses), jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(
-        hidden.shape
-    )
+        return loss, back
+    return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(hidden.shape)
 
 
 def _bwd(
