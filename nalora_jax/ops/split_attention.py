@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import BATCH_AXES
-from nalora_jax.ops.attention import AttentionConfig, Keys, attend_in_tiles, saved_heads
+from nalora_jax.ops.attention import AttentionConfig, Keys, attend_in_tiles, over_devices, saved_heads
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.split_rows import Row, block_numbers, by_block, by_part, gathered, with_preceding
 
@@ -60,10 +60,8 @@ def split_attention(
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, of: Integers, spread: Spread, sinks: jax.Array | None
     ) -> jax.Array:
-        keys = Keys(spread(k), spread(v), of.keys.positions, of.keys.segments)
-        return attend_in_tiles(
-            q, of.queries[:2], keys, of.window, config, numerics, starts=of.keys.starts, sinks=sinks
-        )
+        keys = Keys(spread(k), spread(v), *of.keys)
+        return attend_in_tiles(q, of.queries[:2], keys, of.window, config, numerics, sinks=sinks)
 
     q, k, v = saved_heads(q, k, v, config, numerics)
     local = partial(on_shard, config=config, attend=attend)
@@ -86,11 +84,8 @@ def on_shards(
     more_specs: tuple[Any, ...] = (),
 ) -> jax.Array:
     """Returns ``attend(q, k, v, row, window, sinks, *more)``, mapped over all axes of the mesh."""
-    sharding = config.sharding
-    assert sharding is not None
-    by_head = P(sharding.spec[0], None, config.head_axis)
-    specs = (by_head, by_head, by_head, P(BATCH_AXES), P(), P(config.head_axis), *more_specs)
-    mapped = jax.shard_map(attend, mesh=sharding.mesh, in_specs=specs, out_specs=by_head, check_vma=False)
+    specs = P(BATCH_AXES), P(), P(config.head_axis), *more_specs
+    mapped = over_devices(attend, config, *specs)
     out: jax.Array = mapped(q, k, v, row, jnp.asarray(window, jnp.int32), sinks, *more)
     return out
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.models.config import GLOBAL_WINDOW
 from nalora_jax.ops import attention_gpu
 from nalora_jax.ops.attention import AttentionConfig, Keys, attention
-from nalora_jax.ops.attention_gpu import compiles, dot_product
+from nalora_jax.ops.attention_gpu import compiles
 from nalora_jax.ops.attention_tpu import block_sizes, computed_pairs
 from nalora_jax.ops.dispatch import Numerics, Platform, numerics_for
 from nalora_jax.ops.storage import SAVED
@@ -118,11 +118,11 @@ def test_cudnn_with_sinks_equals_the_plain_function(monkeypatch):
     """Results and gradients, with JAX's own function on its XLA implementation in place of cuDNN."""
     shapes = []
     monkeypatch.setattr(attention_gpu, "compiles", lambda q, k, *_: shapes.append((q, k)) or True)
-    monkeypatch.setattr(
-        attention_gpu,
-        "dot_product",
-        lambda *operands, **_: dot_product(*operands, 0.125, "float32", "xla"),
-    )
+
+    def in_float32(q, k, v, visible, scale):
+        return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], scale=scale, is_causal=True)
+
+    monkeypatch.setattr(attention_gpu, "dot_product", in_float32)
     sinks = jnp.array([-2.0, 0.5, 3.0, 20.0])  # the last one takes all
     half = {"operand": "bfloat16", "residual": "float32"}
     ours, plain = (
