@@ -115,7 +115,9 @@ def _bwd(
 
 
 def _heads(arrays: Any, places: tuple[Any, ...], ordered: bool) -> native.Heads:
-    return native.Heads(*(read_residual(x, "bfloat16") for x in arrays), *places, ordered)
+    q, k, v = (read_residual(x, "bfloat16") for x in arrays)
+    positions, segments, window = places
+    return native.Heads(q, k, v, positions, segments, window, ordered)
 
 
 _attention.defvjp(_fwd, _bwd)

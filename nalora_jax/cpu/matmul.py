@@ -247,9 +247,11 @@ class NativeProducts(Products):
         """See `Products`."""
         n = self.numerics
         narrow = iter(native_sums(n, *(Sum([Term(x, layer.a)]) for layer in layers if layer.a is not None)))
-        sums, hidden = [], []
+        sums = []
+        hidden: list[Any] = []
         for layer in layers:
-            terms, h = [Term(x, layer.kernel)], None
+            terms = [Term(x, layer.kernel)]
+            h: Any = None
             if layer.a is not None:
                 # A rematerialized layer saves the r columns s x A; recomputing them would take another
                 # pass over x.

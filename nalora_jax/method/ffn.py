@@ -28,7 +28,6 @@ from nalora_jax.method.low_rank import (
     Adapted,
     Adapter,
     Dense,
-    LowRankHidden,
     adapted_dense,
     init_a,
     parallel_dense,
@@ -70,6 +69,7 @@ def gated_mlp(
     Returns:
       ``[batch, seq, d_model]`` in ``numerics.result``, and the statistics or None.
     """
+    u: jax.Array | None
     if isinstance(up, Dense):
         (z, delta), (u, _) = parallel_dense(x, [gate, up], numerics.within())
     else:

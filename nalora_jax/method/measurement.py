@@ -187,6 +187,7 @@ def _parts(
     if movement is None and isinstance(delta, LowRankHidden):
         movement = sampled(delta.value, weights, stride).reshape(-1, delta.b.shape[0]), delta.b
     elif movement is None:
+        assert isinstance(delta, Array)
         movement = sampled(delta, weights, stride)
     if isinstance(movement, tuple):
         movement = dot(*movement, numerics, operand=numerics.adapter).astype(z.dtype).reshape(z.shape)

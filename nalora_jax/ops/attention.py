@@ -299,10 +299,11 @@ def _fwd(
     kv_heads = keys.k.shape[2]
     save = partial(save_residual, dtype=numerics.residual, numerics=numerics)
     heads = tuple(save(by_key_head(x, kv_heads)) for x in (q * config.scale, keys.k, keys.v))
+    places = keys.positions, keys.segments
 
     def attended(start: int, end: int) -> Any:
         """Returns the results and log-sum-exps of a block of queries."""
-        seen = _Seen.of(heads, keys, window, end)
+        seen = _Seen.of(heads, places, window, end)
 
         def step(carry: None, rows: Any) -> tuple[None, Any]:
             scores, unseen = _scores(seen, config, numerics, *rows)
@@ -315,7 +316,7 @@ def _fwd(
             out = product("bkgqt,bktd->bkgqd", weights, seen.value, numerics) / total
             return carry, (out, top + jnp.log(total))
 
-        return _by_pieces(step, None, _rows((heads[0], *_places(keys)), start, end))[1]
+        return _by_pieces(step, None, _rows((heads[0], *_columns(places)), start, end))[1]
 
     outs, totals = zip(*(attended(*block) for block in blocks(q.shape[1])), strict=True)
     # [batch, kv_heads, groups, seq, head_dim or 1]
@@ -325,7 +326,6 @@ def _fwd(
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, keys.k, keys.v))
     saved = save(out)
     total = save_residual(logsumexp, "float32", numerics)
-    places = keys._replace(k=None, v=None)
     return by_token(read_residual(saved, numerics.result)), (heads, saved, total, places, window, like)
 
 
@@ -336,7 +336,7 @@ def _bwd(config: AttentionConfig, numerics: Numerics, residuals: Any, g: jax.Arr
     inner = jnp.sum(g * read_residual(out, jnp.float32), axis=-1, keepdims=True)
     dq: list[jax.Array] = []
     dk = dv = jnp.zeros((g.shape[0], kv_heads, g.shape[-1], seq), jnp.float32)
-    by_query = heads[0], *_places(places), logsumexp, g, inner
+    by_query = heads[0], *_columns(places), logsumexp, g, inner
     # The last block first: only it adds to all keys, so that the other blocks add to parts of its
     # result in place.
     for start, end in reversed(list(blocks(seq))):
@@ -408,9 +408,10 @@ def _rows(arrays: Any, start: int, end: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[..., start:end, :], arrays)
 
 
-def _places(keys: Keys) -> tuple[jax.Array, jax.Array]:
+def _columns(places: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Returns positions and segments ``[batch or 1, seq, 1]``, with the axis of rows that `_rows` reads."""
-    return keys.positions[..., None], keys.segments[..., None]
+    positions, segments = places
+    return positions[..., None], segments[..., None]
 
 
 class _Seen(NamedTuple):
@@ -423,11 +424,12 @@ class _Seen(NamedTuple):
     window: jax.Array | int
 
     @classmethod
-    def of(cls, heads: Any, keys: Keys, window: jax.Array | int, end: int) -> _Seen:
+    def of(cls, heads: Any, places: tuple[jax.Array, ...], window: jax.Array | int, end: int) -> _Seen:
         """Returns the first ``end`` of the saved ``[batch, kv_heads, 1, seq, head_dim]``."""
         saved = jax.tree.map(lambda leaf: leaf[:, :, 0, :end], heads[1:])
         key, value = (read_residual(x, jnp.float32) for x in saved)
-        return cls(key, value, keys.positions[:, :end], keys.segments[:, :end], window)
+        positions, segments = (x[:, :end] for x in places)
+        return cls(key, value, positions, segments, window)
 
 
 def _scores(
@@ -455,7 +457,7 @@ def _scores(
 
 def attend_in_tiles(
     q: jax.Array,
-    here: tuple[jax.Array, ...],
+    here: tuple[jax.Array, jax.Array],
     keys: Keys,
     window: jax.Array | int,
     config: AttentionConfig,
@@ -477,9 +479,9 @@ def attend_in_tiles(
 
     @jax.checkpoint
     def tile(_: None, rows: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
-        number, query, *places = rows
+        number, query, positions, segments = rows
         rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, number)
-        return None, attend(query, tuple(places), rng=rng, sinks=sinks)
+        return None, attend(query, (positions, segments), rng=rng, sinks=sinks)
 
     out = lax.scan(tile, None, (jnp.arange(tiles), *(in_tiles(x, tiles) for x in (q, *here))))[1]
     return of_tiles(out, seq)
@@ -487,7 +489,7 @@ def attend_in_tiles(
 
 def _attend(
     q: jax.Array,
-    here: tuple[jax.Array, ...],
+    here: tuple[jax.Array, jax.Array],
     keys: Keys,
     cached: CachedKeys | None,
     window: jax.Array | int,
@@ -511,7 +513,7 @@ def _attend(
             scores = product("bkqd,bktd->bkqt", q, source.k.transpose(0, 2, 1, 3), numerics)
             starts = source.starts
         scores = capped(scores * config.scale, config)
-        visible = visibility(*here[:2], source.positions, source.segments, window, starts)
+        visible = visibility(*here, source.positions, source.segments, window, starts)
         scores = scores.reshape(*scores.shape[:2], groups, -1, scores.shape[-1])
         return jnp.where(visible[:, None, None], scores, UNSEEN)
 
@@ -560,8 +562,7 @@ def attention_over_cache(
     The softmax is summed while blocks are read (arXiv 1805.02867), so that memory does not grow with
     the number of cached keys. Only blocks with keys are read. There is no gradient.
     """
-    cached = cached._replace(k=expand(cached.k), v=expand(cached.v))
-    new = CachedKeys(keys.k.transpose(0, 2, 3, 1), keys.v.transpose(0, 2, 1, 3), *keys[2:4])
+    k, v = expand(cached.k), expand(cached.v)
     slots = cached.positions.shape[1]
     index = jnp.arange(slots)
     used = jnp.max(jnp.where(jnp.any(cached.segments > 0, axis=0), index + 1, 0))
@@ -572,29 +573,32 @@ def attention_over_cache(
         queries = by_key_head(q[:, start:end], keys.k.shape[2])
         here = keys.positions[:, start:end], keys.segments[:, start:end]
 
-        def add(sums: Sums, some: CachedKeys, starts: jax.Array | None = None) -> Sums:
+        def add(
+            sums: Sums, k: jax.Array, v: jax.Array, places: tuple[jax.Array, jax.Array], starts: Any = None
+        ) -> Sums:
             top, total, out = sums
-            scores = product("bkgqd,bkdt->bkgqt", queries, some.k, numerics) * config.scale
-            visible = visibility(*here, some.positions, some.segments, window, starts)
-            visible = (visible & (some.segments > 0)[:, None, :])[:, None, None]
-            scores = jnp.where(visible, capped(scores, config), UNSEEN)
+            scores = capped(product("bkgqd,bkdt->bkgqt", queries, k, numerics) * config.scale, config)
+            visible = visibility(*here, *places, window, starts) & (places[1] > 0)[:, None, :]
+            visible = visible[:, None, None]
+            scores = jnp.where(visible, scores, UNSEEN)
             higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
             weights, faded = jnp.where(visible, jnp.exp(scores - higher), 0.0), jnp.exp(top - higher)
-            values = product("bkgqt,bktd->bkgqd", weights, some.v, numerics)
+            values = product("bkgqt,bktd->bkgqd", weights, v, numerics)
             return higher, total * faded + jnp.sum(weights, axis=-1, keepdims=True), out * faded + values
 
         def step(i: jax.Array, sums: Sums) -> Sums:
             start = jnp.minimum(i * CACHE_BLOCK, slots - CACHE_BLOCK)
             block = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=CACHE_BLOCK)
             again = block(index, axis=0) < i * CACHE_BLOCK  # the last block overlaps the one before it
-            of_block = CachedKeys(
-                *(block(x, axis=axis) for x, axis in zip(cached, (3, 2, 1, 1), strict=True))
+            segments = jnp.where(again[None], 0, block(cached.segments, axis=1))
+            return add(
+                sums, block(k, axis=3), block(v, axis=2), (block(cached.positions, axis=1), segments)
             )
-            return add(sums, of_block._replace(segments=jnp.where(again[None], 0, of_block.segments)))
 
         last = end if keys.starts is None else q.shape[1]  # later keys may be visible
-        some = CachedKeys(new.k[..., :last], new.v[:, :, :last], *(x[:, :last] for x in new[2:]))
-        sums = add(_start(queries, sinks), some, keys.starts)
+        new = (x[:, :last].transpose(0, 2, *axes) for x, axes in ((keys.k, (3, 1)), (keys.v, (1, 3))))
+        places = keys.positions[:, :last], keys.segments[:, :last]
+        sums = add(_start(queries, sinks), *new, places, keys.starts)
         _, total, out = lax.fori_loop(0, (used + CACHE_BLOCK - 1) // CACHE_BLOCK, step, sums)
         # Padding sees no key; its result must be finite, because its values are multiplied by 0 later.
         return by_token(out / jnp.where(total > 0, total, 1.0))
