@@ -596,9 +596,9 @@ def attention_over_cache(
             )
 
         last = end if keys.starts is None else q.shape[1]  # later keys may be visible
-        new = (x[:, :last].transpose(0, 2, *axes) for x, axes in ((keys.k, (3, 1)), (keys.v, (1, 3))))
+        new_k, new_v = keys.k[:, :last].transpose(0, 2, 3, 1), keys.v[:, :last].transpose(0, 2, 1, 3)
         places = keys.positions[:, :last], keys.segments[:, :last]
-        sums = add(_start(queries, sinks), *new, places, keys.starts)
+        sums = add(_start(queries, sinks), new_k, new_v, places, keys.starts)
         _, total, out = lax.fori_loop(0, (used + CACHE_BLOCK - 1) // CACHE_BLOCK, step, sums)
         # Padding sees no key; its result must be finite, because its values are multiplied by 0 later.
         return by_token(out / jnp.where(total > 0, total, 1.0))
