@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax.cpu import native
-from nalora_jax.cpu.storage import Bits, bits_of, from_bits, usable
+from nalora_jax.cpu.native import from_bits
+from nalora_jax.cpu.storage import Bits, bits_of, usable
 from nalora_jax.ops import losses as ops
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import PLAIN_HEAD, Head

@@ -19,8 +19,8 @@ from jax import lax
 
 from nalora_jax.common import processor
 from nalora_jax.cpu import native
-from nalora_jax.cpu.native import Sum, Term, library
-from nalora_jax.cpu.storage import Bits, bf16_bits, from_bits, usable
+from nalora_jax.cpu.native import Sum, Term, bf16_bits, from_bits, library
+from nalora_jax.cpu.storage import Bits, usable
 from nalora_jax.method import low_rank
 from nalora_jax.method.low_rank import (
     Adapted,
@@ -35,7 +35,7 @@ from nalora_jax.method.low_rank import (
 )
 from nalora_jax.ops import delta_rule
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.storage import Kernel, dot, expand, read_residual, rounded, save_residual
+from nalora_jax.ops.storage import Kernel, Stored, dot, expand, read_residual, rounded, save_residual
 
 # With fewer rows, as in text generation, XLA's matmuls are used if they are faster.
 _FEWEST_ROWS = 32
@@ -60,8 +60,8 @@ def native_sums(numerics: Numerics, *sums: Sum) -> list[jax.Array]:
             return y.bits
         return rounded(expand(y), "bfloat16", numerics)
 
-    terms = ([Term(operand(x), operand(y), transposed) for x, y, transposed in s.terms] for s in sums)
-    return native.products(*(Sum(t, s.dtype) for t, s in zip(terms, sums, strict=True)))
+    is_operand = lambda y: isinstance(y, Stored)  # noqa: E731
+    return native.products(*jax.tree.map(operand, sums, is_leaf=is_operand))
 
 
 @dot.implements("cpu")

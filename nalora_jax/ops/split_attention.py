@@ -12,7 +12,6 @@ shard.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -122,7 +121,7 @@ def on_shard(
         of_keys = row.slices(ahead)
         queries = Queries(of_keys.positions[:, ahead:], of_keys.segments[:, ahead:], jnp.full((1,), ahead))
         integers = Integers(queries, of_keys, window)
-        return by_part(attend(by_block(q), k, v, integers, _Preceding(ahead), sinks))
+        return by_part(attend(by_block(q), k, v, integers, partial(with_preceding, ahead=ahead), sinks))
 
     def far(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         here = row.slices(0)
@@ -157,13 +156,3 @@ class Integers(NamedTuple):
     queries: Queries
     keys: Row
     window: jax.Array  # scalar
-
-
-@dataclass(frozen=True)
-class _Preceding:
-    """`with_preceding` as a static argument."""
-
-    ahead: int
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return with_preceding(x, self.ahead)

@@ -173,12 +173,10 @@ def test_means_divide_by_their_own_count():
 @partial(jax.jit, static_argnums=1)
 def sampled_both_ways(weights, stride):
     """Positions and their weights, the positions of the first row alone, and the weights where they lie."""
-    alone = reductions.sampled_positions(weights[:1], stride)[0]
-    return (
-        *reductions.sampled_positions(weights, stride),
-        alone,
-        reductions.sampled_weights(weights, stride),
-    )
+    places = jnp.broadcast_to(jnp.arange(weights.shape[1]), weights.shape)[..., None]
+    taken = [reductions.sampled(x, weights, stride)[..., 0] for x in (places, weights[..., None])]
+    alone = reductions.sampled(places[:1], weights[:1], stride)[..., 0]
+    return *taken, alone, reductions.sampled_weights(weights, stride)
 
 
 @settings(max_examples=60, deadline=None)
