@@ -64,7 +64,7 @@ def test_a_quantized_decoder_trains_its_adapters():
     raw = tiny.GROUPED | {"model_type": "mixtral", "hidden_size": 64, "intermediate_size": 128}
     raw |= {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
     config = ModelConfig.from_hf(raw)
-    target = TargetSpec((4, 4), (8.0, 8.0))
+    target = TargetSpec((4,), (8.0,))
     spec = AdapterSpec(tuple((path, target) for path in sorted(projection_shapes(config))), dora=True)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     small = jax.jit(quantize_params, static_argnums=1)(params, "nf4")
