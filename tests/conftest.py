@@ -145,7 +145,7 @@ def _pictures(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nalora_jax.report.html._draw", lambda pictures, history: [])
+        patch.setattr("nalora_jax.report.html._draw", lambda history: [])
         yield
 
 
