@@ -26,7 +26,6 @@ from nalora_jax.common.devices import kind_of
 from nalora_jax.ops.attention import (
     UNSEEN,
     AttentionConfig,
-    CachedKeys,
     Keys,
     attention,
     drops,
@@ -70,24 +69,22 @@ def cudnn_attention(
     config: AttentionConfig,
     numerics: Numerics,
     *,
-    cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
-    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention` if cuDNN supports the arguments."""
     fits = numerics.operand == "bfloat16" and cudnn_takes(q.shape[1], q.shape[-1], config.softcap)
-    if not fits or cached is not None or drops(config, dropout_rng) or keys.starts is not None:
+    if not fits or keys.cached is not None or drops(config, dropout_rng) or keys.starts is not None:
         return NotImplemented
     if numerics.implementation == AUTO and not fits_as_bias(_rows(q, config), q.shape[1]):
         return NotImplemented
-    shapes = [x.shape if sinks is None else _with_sink(x.shape) for x in (q, keys.k)]
+    shapes = [x.shape if keys.sinks is None else _with_sink(x.shape) for x in (q, keys.k)]
     if not compiles(*shapes, config.scale, numerics.platform.kind):
         return NotImplemented
     visible = visibility(keys.positions, keys.segments, keys.positions, keys.segments, window)
     q, k, v = saved_heads(q, keys.k, keys.v, config, numerics)
-    if sinks is None:
+    if keys.sinks is None:
         return dot_product(q, k, v, visible, config.scale).astype(numerics.result)
-    operands = with_sink_key(q, k, v, visible, sinks, config.scale)
+    operands = with_sink_key(q, k, v, visible, keys.sinks, config.scale)
     out = dot_product(*operands, config.scale)[:, _SINK_POSITIONS:, :, : q.shape[-1]]
     return out.astype(numerics.result)
 
@@ -202,9 +199,7 @@ def triton_attention(
     config: AttentionConfig,
     numerics: Numerics,
     *,
-    cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
-    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention` of every example.
 
@@ -213,8 +208,8 @@ def triton_attention(
     Positions must grow by one along each segment, and no window of ``config.windows`` may be
     shorter than the row.
     """
-    fits = triton_takes(q.shape[1], q.shape[-1], config.windows, config.softcap) and sinks is None
-    if not fits or not fits_kernel(keys, config, numerics, cached, dropout_rng):
+    fits = triton_takes(q.shape[1], q.shape[-1], config.windows, config.softcap) and keys.sinks is None
+    if not fits or not fits_kernel(keys, config, numerics, dropout_rng):
         return NotImplemented
     del window
     inputs = saved_heads(q, keys.k, keys.v, config, numerics)

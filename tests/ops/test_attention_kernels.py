@@ -43,7 +43,7 @@ def values_and_gradients(
     @jax.jit
     def run(q, k, v, window):
         def attend(q, k, v):
-            return attention(q, Keys(k, v, *places), window, config, numerics, sinks=sinks)
+            return attention(q, Keys(k, v, *places, None, sinks), window, config, numerics)
 
         out, back = jax.vjp(attend, q, k, v)
         return out, *back(g.astype(out.dtype))

@@ -46,7 +46,8 @@ def results(implementation: str, window: int, config: AttentionConfig, **options
     parts = partial(split, sharding=config.sharding)
 
     def whole(q: Any, k: Any, v: Any) -> Any:
-        return attention(q, Keys(k, v, positions, segments, starts), window, config, numerics, **options)
+        keys = Keys(k, v, positions, segments, starts, options.get("sinks"))
+        return attention(q, keys, window, config, numerics)
 
     def of_parts(q: Any, k: Any, v: Any) -> Any:
         integers = (
