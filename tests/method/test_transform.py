@@ -140,7 +140,7 @@ def test_multi_steps_is_one_step_on_the_mean_gradient(make):
     for part in grads:
         updates, state = update(part, state, params, **EXTRA)
     mean = jax.tree.map(lambda *xs: sum(xs) / 2, *grads)
-    expected, _ = optimizer.update(mean, optimizer.init(params), params, **EXTRA)
+    expected, _ = jax.jit(optimizer.update)(mean, optimizer.init(params), params, **EXTRA)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), updates, expected)
 
 
