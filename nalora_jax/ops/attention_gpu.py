@@ -152,7 +152,11 @@ def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, k
     The answer depends on cuDNN's version and on the kind. The program is always lowered for a GPU,
     and compiled if this process has a GPU of the kind.
     """
-    device = _device(kind)
+    try:
+        local = jax.local_devices(backend="gpu")
+    except RuntimeError:  # this process has no GPU backend
+        local = []
+    device = next((device for device in local if kind_of(device) == kind), None)
     place = None if device is None else SingleDeviceSharding(device)
     q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in (q_shape, k_shape))
     visible = jax.ShapeDtypeStruct((q_shape[0], q_shape[1], q_shape[1]), jnp.bool_, sharding=place)
@@ -169,15 +173,6 @@ def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, k
         log.warning("cuDNN attention does not apply to %s (%s); XLA's is used", q_shape, error)
         return False
     return True
-
-
-def _device(kind: str) -> jax.Device | None:
-    """Returns a GPU of this process of the given kind, or None."""
-    try:
-        devices = jax.local_devices(backend="gpu")
-    except RuntimeError:  # this process has no GPU backend
-        return None
-    return next((device for device in devices if kind_of(device) == kind), None)
 
 
 def dot_product(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float) -> jax.Array:
@@ -269,7 +264,8 @@ def triton_split_attention(
     sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `split_attention` if tiles divide the blocks and images have no tokens in the row."""
-    tile = _tile(q.shape[1] // 2)
+    block = q.shape[1] // 2
+    tile = min(block & -block, _LARGEST)  # the largest power of two that divides a block
     if tile < _LEAST or q.shape[-1] not in HEAD_DIMS or row.starts is not None:
         return NotImplemented
 
@@ -280,11 +276,6 @@ def triton_split_attention(
 
     local = partial(on_shard, config=config, attend=attend, tile=tile)
     return on_shards(local, q, k, v, row, window, config, sinks)
-
-
-def _tile(block: int) -> int:
-    """Returns the largest tile that divides a block: a power of two."""
-    return min(block & -block, _LARGEST)
 
 
 class _Options(NamedTuple):
