@@ -123,15 +123,6 @@ def _hints(kind: type) -> Mapping[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def first_wrong_part(config: Any) -> WrongType | None:
-    """Returns the first field of a dataclass that should hold a dataclass and does not."""
-    kinds = {
-        group.name: group.default_factory for group in fields(config) if is_dataclass(group.default_factory)
-    }
-    wrong = (name for name, kind in kinds.items() if not isinstance(getattr(config, name), kind))  # type: ignore[arg-type]
-    return next((WrongType(name, kinds[name], getattr(config, name)) for name in wrong), None)
-
-
 def first_wrong(config: Any, prefix: str = "", *, lenient: bool = False) -> WrongType | None:
     """Returns the first field of the nested dataclasses whose value is not of its declared type.
 

@@ -170,7 +170,7 @@ def read_inputs(
         use_compilation_cache()
     inputs = kind.open_inputs(start.with_adapter(config, session.recorded or None), source)
     session.check_continues(inputs.config)
-    return replace(inputs, begin=start.with_start)
+    return replace(inputs, start=start)
 
 
 # ---------------------------------------------------------------- layout, weights, adapters, step

@@ -253,7 +253,8 @@ class _Search:
         self._params = assembly.view(assembly.params)
         model = assembly.model.clone(adapters=self._spec)
         mesh = assembly.mesh
-        none, blocks = Mechanisms((), base.activation), measured_blocks(base, self._spec)
+        none = Mechanisms((), base.activation)
+        blocks = {path: shape for path, (shape, _) in measured_blocks(base, self._spec).items()}
         config = StepConfig(none, blocks, stats_sharding=model.stats.sharding)
         objective = next_token(base, model, assembly.config.compute, mesh)
         self._sums: Callable[..., dict[str, Any]] = jax.jit(

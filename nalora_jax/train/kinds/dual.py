@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -34,9 +33,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
-from nalora_jax.method.low_rank import find_gates
-from nalora_jax.method.step import Batch, Evaluated, Step, TrainState, make_train_step
-from nalora_jax.method.transform import Mechanisms
+from nalora_jax.method.step import Batch, Evaluated, TrainState
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
@@ -44,16 +41,15 @@ from nalora_jax.models.vision.dual import DualEncoder, init_lora, normalised
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.train.inputs import settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
-from nalora_jax.train.mechanisms import mechanisms_of
+from nalora_jax.train.optimizers import with_learning_rate
 from nalora_jax.train.output import Output
 from nalora_jax.train.program import (
     Assembly,
     RunProgram,
     assembled,
-    build_optimizer,
     context_error,
     gate_stats,
-    step_config,
+    run_program,
 )
 from nalora_jax.weights.dual import JOIN, LoadedDual, load_dual
 from nalora_jax.weights.peft import export_adapter, verify_export
@@ -311,12 +307,7 @@ def dual_program(
       spec: the adapters.
       lora: the trained leaves, or their shapes.
     """
-    adapted = adapted_towers(spec)
-    gates = find_gates(lora)
-    names = {f"{tower}/layers/ffn": base.towers[tower].activation for tower in adapted}
-    activation = base.towers[next(iter(adapted), "image")].activation
-    mechanisms = mechanisms_of(config, activation, names, gates)
-    compute = config.compute
+    adapted, compute = adapted_towers(spec), config.compute
     numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
     model = DualEncoder(
         base,
@@ -326,19 +317,17 @@ def dual_program(
         stats=gate_stats(config, mesh),
         activation_sharding=distributed.row_sharding(mesh),
     )
-    optimizer = partial(build_optimizer, config, spec, gates, last=last)
+    shared = mesh if distributed.devices_per_run(mesh) > 1 else None
+
+    def objective(model: DualEncoder) -> Classify | Contrast:
+        towers = Towers(model, processor, shared)
+        return Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
+
     parts = {tower: base.towers[tower] for tower in adapted}
-    shapes: dict[str, tuple[int, ...]] = {f"{t}/layers/ffn": (c.n_layers, c.d_ff) for t, c in parts.items()}
-
-    def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
-        shared = mesh if distributed.devices_per_run(mesh) > 1 else None
-        numerics = replace(model.numerics, platform=distributed.platform_of_step(mesh))
-        towers = Towers(model.clone(adapters=adapters, numerics=numerics), processor, shared)
-        objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
-        settings = step_config(config, model, mechanisms, shapes, mesh, lora)
-        return make_train_step(optimizer(mechanisms, numbers), settings, objective)
-
-    return RunProgram(config, model, spec, mesh, mechanisms, optimizer(mechanisms), shapes, pure)
+    blocks = {f"{name}/layers/ffn": ((t.n_layers, t.d_ff), t.activation) for name, t in parts.items()}
+    activation = base.towers[next(iter(adapted), "image")].activation
+    config = with_learning_rate(config)
+    return run_program(config, model, lora, mesh, objective, blocks, activation, last=last)
 
 
 def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:
