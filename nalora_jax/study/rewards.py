@@ -6,7 +6,6 @@ Probes of forgetting are completions, as of any language model.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from nalora_jax.data.sources import open_pair
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Step
 from nalora_jax.study.language import Language, LanguageItems
+from nalora_jax.study.subject import Items
 from nalora_jax.train.inputs import stream_shape
 from nalora_jax.train.kinds import rl
 from nalora_jax.train.program import Assembly
@@ -28,21 +28,12 @@ _ROWS = 64  # samples whose log-probabilities are computed at once
 _SEED = 20261201  # of these samples: the same in every run
 
 
-@dataclass(frozen=True)
-class RewardItems:
-    """Held-out prompts."""
+@dataclass(frozen=True, eq=False)
+class RewardItems(Items):
+    """Held-out prompts; their digest is of the token ids and the reference completions."""
 
     config: RunConfig  # of a run that asks them
     prompts: tuple[Prompt, ...]
-    digest: str  # of the token ids and the reference completions
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """Returns the digest of the prompts."""
-        return {"": self.digest}
 
 
 class Rewards(Language):
@@ -75,10 +66,10 @@ class Rewards(Language):
         limit = min(data.max_length or context, context) - config.rl.max_new_tokens
         parts = held_out_prompts(records, replace(data, select_limit=0), model.tokenizer, limit)
         prompts = tuple(itertools.chain(*parts))
-        return RewardItems(config, prompts, rl.prompts_digest(prompts)[:16])
+        return RewardItems(rl.prompts_digest(prompts)[:16], len(prompts), config, prompts)
 
     def measure(
-        self, items: Any, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
+        self, items: Any, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False
     ) -> dict[str, float]:
         """Returns ``reward``, the mean of greedy answers, and ``loss``, 1 minus it.
 
@@ -87,9 +78,8 @@ class Rewards(Language):
         the measures of `Language`.
         """
         if isinstance(items, LanguageItems):
-            return super().measure(items, assembly, variables, whole=whole)
+            return super().measure(items, assembly, params, lora, whole=whole)
         config, loaded = items.config, self.model(items.config)
-        params, lora = variables["params"], variables.get("lora")
         evaluator = rl.RewardEvaluator(config.rl, loaded, assembly, items.prompts)
         reward = float(evaluator.summary(evaluator.records(params, lora))["reward"])
         values = {"loss": 1.0 - reward, "reward": reward}
