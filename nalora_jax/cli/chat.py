@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,8 +19,6 @@ from nalora_jax.config.structured import MAX_RANK, SEED
 from nalora_jax.errors import NaloraError, visible
 
 if TYPE_CHECKING:
-    from nalora_jax.evaluate.generate import Generator
-    from nalora_jax.evaluate.generate.conversation import Conversation
     from nalora_jax.train.adapted import AdaptedModel
     from nalora_jax.weights.adapter_forms import AdapterSlot
 
@@ -63,7 +61,6 @@ class ChatArgs:
 
 def chat(args: ChatArgs) -> None:
     """Reads lines until end of input; streams responses to stdout and messages to stderr."""
-    from nalora_jax.evaluate.generate.conversation import Conversation
     from nalora_jax.train.adapted import load
 
     mesh = mesh_of(args.mesh)
@@ -76,8 +73,8 @@ def chat(args: ChatArgs) -> None:
             found="none in its tokenizer",
             remedy="use an instruction-tuned model, or nalora generate",
         )
-    talk = _Talk(args, model, _Adapters(model, mesh, args.max_lora_rank), Conversation(args.system))
-    _say(f"{talk.adapters.name} · /help lists commands")
+    talk = _Talk(args, model, mesh)
+    _say(f"{talk.name} · /help lists commands")
     for line in _lines():
         if line and not talk.take(line):
             break
@@ -101,17 +98,83 @@ def _sees(args: ChatArgs) -> bool:
     return False
 
 
-class _Adapters:
-    """A model and its current adapter."""
+class _Talk:
+    """A conversation with a model and its current adapter, and the effects of typed lines on both."""
 
-    def __init__(self, model: AdaptedModel, mesh: Any, rank: int) -> None:
-        self._model, self._mesh, self._least = model, mesh, rank
-        self._slot: AdapterSlot | None = None
-        self.generator = self._with(model.lora, model.spec)
-        self.name = shown_model(model.located.base, model.located.adapter)
-        _warn_without_turns(model.located.adapter)
+    def __init__(self, args: ChatArgs, model: AdaptedModel, mesh: Any) -> None:
+        from nalora_jax.evaluate.generate.conversation import Conversation
 
-    def switch(self, path: str) -> None:
+        self.args, self.model, self.mesh = args, model, mesh
+        self.conversation, self.answers = Conversation(args.system), 0
+        self.pictures: list[Any] = []  # prepared for the next message
+        self.slot: AdapterSlot | None = None
+        self._use(model.lora, model.spec, model.located.adapter)
+
+    def _use(self, lora: Any, spec: Any, adapter: Path | None) -> None:
+        """Responds with an adapter from now on, in the compiled slot if it takes the adapter."""
+        import jax
+
+        from nalora_jax.evaluate.generate import Generator
+        from nalora_jax.layout import distributed
+        from nalora_jax.train.located import trained_in_turns
+        from nalora_jax.weights.adapter_forms import AdapterSlot
+
+        base, rank = self.model.base, AdapterSlot.rank_of(spec)
+        if AdapterSlot.takes(spec):
+            if self.slot is None or rank > AdapterSlot.rank_of(self.slot.spec):
+                self.slot = AdapterSlot.on(base.config, rank=max(rank, self.args.max_lora_rank))
+            lora, spec = self.slot.fill(lora, spec), self.slot.spec
+        if self.mesh is not None:
+            lora = jax.device_put(lora, distributed.shardings(lora, self.mesh, distributed.STATE_RULES))
+        self.generator = Generator(
+            self.model.module.clone(adapters=spec),
+            {"params": base.params, "lora": lora},
+            base.tokenizer,
+            mesh=self.mesh,
+            processor=base.processor,
+        )
+        self.name = shown_model(self.model.located.base, adapter)
+        if adapter is not None and trained_in_turns(adapter) is False:
+            _say(
+                f"warning: {adapter} was trained on prompts without a chat template; nalora generate "
+                "--prompt uses none"
+            )
+
+    def take(self, line: str) -> bool:
+        """Executes a line and returns True to continue, also after an error, which is printed."""
+        name, _, argument = line.partition(" ")
+        try:
+            if not line.startswith("/"):
+                self._answer(line)
+            elif name in ("/exit", "/quit"):
+                return False
+            else:
+                self._command(name, argument.strip())
+        except NaloraError as error:
+            _say(f"error: {' '.join(str(error).split())}")
+        return True
+
+    def _command(self, name: str, argument: str) -> None:
+        if name == "/help":
+            _say(HELP)
+        elif name == "/adapter":
+            if argument:
+                self._switch(argument)
+            _say(self.name)
+        elif name == "/image":
+            self._add_image(argument)
+        elif name == "/system":
+            self.conversation.system = argument or None
+            _say(f"system prompt: {argument}" if argument else "no system prompt")
+        elif name == "/reset":
+            self.conversation.reset()
+            self.pictures = []
+            _say("a new conversation")
+        else:
+            expected = "/help, /adapter, /image, /system, /reset, /exit"
+            raise NaloraError(name, expected=expected, found="none of them", remedy="see /help")
+
+    def _switch(self, path: str) -> None:
         """Responds with the adapter in ``path`` from now on; "none" removes the adapter.
 
         Raises:
@@ -121,116 +184,29 @@ class _Adapters:
         from nalora_jax.train.adapted import adapter_for
         from nalora_jax.train.located import adapter_folder
 
-        base = self._model.base
         if path == "none":
-            self.generator, self.name = (
-                self._with(None, AdapterSpec()),
-                shown_model(self._model.located.base, None),
-            )
-            return
-        folder = adapter_folder(Path(path))
-        lora, spec = adapter_for(base, folder)
-        self.generator, self.name = self._with(lora, spec), shown_model(self._model.located.base, folder)
-        _warn_without_turns(folder)
-
-    def _with(self, lora: Any, spec: Any) -> Generator:
-        """Returns the generator with an adapter, in the compiled slot if it takes the adapter."""
-        import jax
-
-        from nalora_jax.evaluate.generate import Generator
-        from nalora_jax.layout import distributed
-        from nalora_jax.weights.adapter_forms import AdapterSlot
-
-        model, rank = self._model, AdapterSlot.rank_of(spec)
-        if not AdapterSlot.takes(spec):
-            module = model.module.clone(adapters=spec)
+            self._use(None, AdapterSpec(), None)
         else:
-            if self._slot is None or rank > AdapterSlot.rank_of(self._slot.spec):
-                self._slot = AdapterSlot.on(model.base.config, rank=max(rank, self._least))
-            module, lora = (
-                model.module.clone(adapters=self._slot.spec),
-                self._slot.fill(lora, spec),
-            )
-        if self._mesh is not None:
-            lora = jax.device_put(lora, distributed.shardings(lora, self._mesh, distributed.STATE_RULES))
-        variables = {"params": model.base.params, "lora": lora}
-        processor = model.base.processor
-        return Generator(module, variables, model.base.tokenizer, mesh=self._mesh, processor=processor)
+            folder = adapter_folder(Path(path))
+            self._use(*adapter_for(self.model.base, folder), folder)
 
-
-@dataclass
-class _Talk:
-    """A conversation, and the effects of typed lines on it."""
-
-    args: ChatArgs
-    model: AdaptedModel
-    adapters: _Adapters
-    conversation: Conversation
-    answers: int = 0
-    pictures: list[Any] = field(default_factory=list)  # prepared for the next message
-
-    def take(self, line: str) -> bool:
-        """Executes a line and returns True to continue, also after an error, which is printed."""
-        try:
-            if not line.startswith("/"):
-                self._answer(line)
-                return True
-            name, _, argument = line.partition(" ")
-            return self._command(name, argument.strip())
-        except NaloraError as error:
-            _say(f"error: {' '.join(str(error).split())}")
-            return True
-
-    def _command(self, name: str, argument: str) -> bool:
-        if name in ("/exit", "/quit"):
-            return False
-        does: dict[str, Callable[[str], None]] = {
-            "/help": lambda _: _say(HELP),
-            "/adapter": self._adapter,
-            "/image": self._image,
-            "/system": self._system,
-            "/reset": self._reset,
-        }
-        if name not in does:
-            raise NaloraError(
-                name, expected=", ".join([*does, "/exit"]), found="none of them", remedy="see /help"
-            )
-        does[name](argument)
-        return True
-
-    def _adapter(self, path: str) -> None:
-        if path:
-            self.adapters.switch(path)
-        _say(self.adapters.name)
-
-    def _image(self, path: str) -> None:
+    def _add_image(self, path: str) -> None:
         from nalora_jax.common.files import expand_user
         from nalora_jax.data.images.files import open_image
 
         processor = self.model.base.processor
         if processor is None:
-            loaded_as = f"{self.adapters.name}, which was loaded as a language model"
+            loaded_as = f"{self.name}, which was loaded as a language model"
             raise NaloraError("/image", expected="a model that sees images", found=loaded_as)
         if not path:
             raise NaloraError("/image", expected="an image file", found="none")
         self.pictures.append(processor(open_image(expand_user(path)))["pixels"])
         _say(f"with the next message: {len(self.pictures)} image{'s' * (len(self.pictures) > 1)}")
 
-    def _system(self, text: str) -> None:
-        self.conversation.system = text or None
-        _say(f"system prompt: {text}" if text else "no system prompt")
-
-    def _reset(self, _: str) -> None:
-        self.conversation.reset()
-        self.pictures = []
-        _say("a new conversation")
-
     def _answer(self, text: str) -> None:
         seed = (self.args.seed + self.answers) % 2**32
         settings = asdict(self.args.sampling)
-        pieces = self.conversation.ask(
-            text, self.adapters.generator, images=self.pictures, seed=seed, **settings
-        )
+        pieces = self.conversation.ask(text, self.generator, images=self.pictures, seed=seed, **settings)
         self.answers += 1
         self.pictures = []
         try:
@@ -239,17 +215,6 @@ class _Talk:
         except KeyboardInterrupt:  # stops this response, not the conversation
             _say(" ...")
         print(flush=True)
-
-
-def _warn_without_turns(adapter: Path | None) -> None:
-    """Warns if an adapter was trained without the chat template that a conversation uses."""
-    from nalora_jax.train.located import trained_in_turns
-
-    if adapter is not None and trained_in_turns(adapter) is False:
-        _say(
-            f"warning: {adapter} was trained on prompts without a chat template; nalora generate "
-            "--prompt uses none"
-        )
 
 
 def _lines() -> Iterator[str]:

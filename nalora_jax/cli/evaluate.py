@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional
 
-from nalora_jax.cli import images
-from nalora_jax.cli.outputs import check_new_file, data_settings, flags_of_verb, labelled, mesh_of
+from nalora_jax.cli.outputs import check_new_file, data_settings, flags_of_verb, is_dual, labelled, mesh_of
 from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
 from nalora_jax.config.structured import COUNT
 from nalora_jax.errors import NaloraError
@@ -20,6 +19,7 @@ from nalora_jax.errors import NaloraError
 if TYPE_CHECKING:
     from nalora_jax.models.decoder import Decoder
     from nalora_jax.train.adapted import AdaptedModel
+    from nalora_jax.train.adapted_dual import AdaptedDual
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def evaluate(args: EvalArgs) -> None:
         check_new_file(flag, path)
     if args.dataset is not None and args.tasks:
         raise NaloraError("--tasks", expected="--dataset or --tasks", found="both")
-    if images.is_dual(args.model, args.adapter):
-        write_results(args, images.evaluate(args), [])
+    if is_dual(args.model, args.adapter):
+        _images(args)
         return
     if args.needle:
         _needle(args)
@@ -291,6 +291,27 @@ def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) 
     _report(args, model, data, values)
 
 
+def _images(args: EvalArgs) -> None:
+    """Prints the held-out metric of a run on images, by default on the run's reported images."""
+    from nalora_jax.data.images.opened import open_images
+    from nalora_jax.evaluate.images import Images
+    from nalora_jax.train.adapted_dual import load_adapted_dual
+    from nalora_jax.train.kinds.dual import image_evaluator, image_indices
+
+    if args.quantize not in (None, "none"):
+        raise NaloraError("--quantize", expected="none for image and text encoders", found=args.quantize)
+    model = load_adapted_dual(args.model, adapter=args.adapter, dtype=args.dtype)
+    run, data = config_from_dict(model.located.run), data_settings(model.located.run, _asked(args))
+    classes: tuple[str, ...] = ()
+    if run.vision.task == "classify":
+        classes = open_images(data, run.vision, data.train_split).classes()
+    held = open_images(data, run.vision, data.eval_split)
+    reported, _ = image_indices(replace(run, data=data), held)
+    evaluator = image_evaluator(model.encoders, Images(held, reported), classes, run.vision)
+    values = evaluator.measure(model.base.params, model.lora, samples=args.output is not None)
+    _report(args, model, data, values)
+
+
 def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
     """Prints the held-out loss and rewards of a run on pairs, computed as in the run."""
     from nalora_jax.data.preference import held_out_pairs
@@ -314,7 +335,10 @@ def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
     _report(args, model, data, values)
 
 
-def _report(args: EvalArgs, model: AdaptedModel, data: DataConfig, values: dict[str, Any]) -> None:
+def _report(
+    args: EvalArgs, model: AdaptedModel | AdaptedDual, data: DataConfig, values: dict[str, Any]
+) -> None:
+    """Prints a held-out metric, and writes it if requested."""
     from nalora_jax.evaluate.evaluator import describe
 
     print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")

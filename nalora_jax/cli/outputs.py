@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nalora_jax.common import buckets, uploads
 from nalora_jax.common.folders import refuse_claimed
 from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
+from nalora_jax.config.settings import DUAL
 from nalora_jax.errors import Interrupted, NaloraError
 
 if TYPE_CHECKING:
@@ -23,6 +24,13 @@ def mesh_of(config: MeshConfig) -> Mesh | None:
     from nalora_jax.layout.distributed import smallest_mesh, unless_single
 
     return unless_single(smallest_mesh(config))
+
+
+def is_dual(model: str | Path, adapter: str | Path | None = None) -> bool:
+    """Returns True if the model or adapter is from a run that trained a dual encoder."""
+    from nalora_jax.train.located import locate
+
+    return locate(model, adapter).run.get("vision", {}).get("task", "") in DUAL
 
 
 def shown_model(base: str, adapter: Path | None) -> str:

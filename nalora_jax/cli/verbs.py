@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nalora_jax.cli import images, outputs
+from nalora_jax.cli import outputs
 from nalora_jax.cli import parser as cli
 from nalora_jax.common import buckets, uploads
 from nalora_jax.common.folders import refuse_claimed
@@ -115,42 +115,49 @@ def export(args: cli.ExportArgs) -> None:
     else:
         outputs.refuse_existing(args.output)
     name, adapter = args.names
-    if images.is_dual(name, adapter):
-        images.export(args, card)
+    output = outputs.shown_output(args.output)
+    model: AdaptedModel | AdaptedDual
+    if outputs.is_dual(name, adapter):
+        from nalora_jax.train.adapted_dual import load_adapted_dual
+        from nalora_jax.train.kinds.dual import write_dual_adapter
+
+        if args.target != "peft":
+            raise NaloraError("--for", expected="peft for image and text encoders", found=args.target)
+        model = load_adapted_dual(name, adapter=adapter)
+        assert model.lora is not None
+        with new_folder(args.output) as folder:
+            write_dual_adapter(folder, model.base, model.lora, model.spec)
+            write_atomically(folder / "README.md", card(model, "adapter"))
+        print(f"{output}: adapter for peft, read back and compared (every number is equal)")
         return
     _require_adapter(locate(name, adapter))
     model = load(name, adapter=adapter)
     base, lora = model.base, model.lora
     assert lora is not None
-    output = outputs.shown_output(args.output)
+    tool = str(args.target)
     if args.target == "gguf":
         from nalora_jax.weights.gguf_export import verify_adapter_gguf, write_adapter_gguf
 
+        tool = "llama.cpp"
         with new_file(args.output) as path:
             write_adapter_gguf(path, base.config, lora, model.spec)
             difference = verify_adapter_gguf(path, base.config, lora, model.spec)
-        print(
-            f"{output}: adapter for llama.cpp, read back and compared (largest difference {difference:.1e})"
-        )
-        if base.rope_scaling:
-            print(
-                f"{output}: trained with RoPE scaling {base.rope_scaling}: set it in "
-                "llama.cpp (--rope-scaling)"
-            )
-        return
-    layout = layout_for(args.target, base.config, base.hf_config)
-    options = {"target": args.target, "max_lora_rank": args.max_lora_rank, "layout": layout}
-    with new_folder(args.output) as folder:
-        difference = write_adapter(folder, base, lora, model.spec, **options)
-        write_atomically(folder / "README.md", card(model, "adapter"))
-    print(
-        f"{output}: adapter for {args.target}, read back and compared (largest difference {difference:.1e})"
-    )
+    else:
+        layout = layout_for(args.target, base.config, base.hf_config)
+        options = {"target": args.target, "max_lora_rank": args.max_lora_rank, "layout": layout}
+        with new_folder(args.output) as folder:
+            difference = write_adapter(folder, base, lora, model.spec, **options)
+            write_atomically(folder / "README.md", card(model, "adapter"))
+    print(f"{output}: adapter for {tool}, read back and compared (largest difference {difference:.1e})")
+    if args.target == "gguf" and base.rope_scaling:
+        scaling = f"RoPE scaling {base.rope_scaling}: set it in llama.cpp (--rope-scaling)"
+        print(f"{output}: trained with {scaling}")
 
 
 @outputs.removed_if_stopped()
 def merge(args: cli.MergeArgs) -> None:
     """Writes base and adapter as one Hugging Face folder."""
+    from nalora_jax.data.tokenizer import read_json
     from nalora_jax.train.adapted import load
     from nalora_jax.train.located import locate
     from nalora_jax.weights import hub
@@ -160,33 +167,43 @@ def merge(args: cli.MergeArgs) -> None:
 
     shard_bytes = parse_size(args.shard_size)
     outputs.refuse_existing(args.output)
-    if images.is_dual(args.model, args.adapter):
-        images.merge(args, card)
-        return
-    located = locate(args.model, args.adapter)
-    _require_adapter(located)
-    resolved = hub.resolve_source(located.base)
+    model: AdaptedModel | AdaptedDual
+    config: Any
+    hf_config: Mapping[str, Any]
     # Merged in float32 and rounded once: values in the files must not be rounded again on loading.
-    dtype = "float32"
-    if resolved.kind == "hf" and _stored_dtype(resolved.path / "config.json") == "bfloat16":
-        dtype = "bfloat16"
-    model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=resolved)
-    base, lora = model.base, model.lora
-    assert lora is not None
-    config, params, spec = fold_saved(base.config, base.params, lora, model.spec)
-    if base.hf_config is None:
-        raise NaloraError(located.base, expected="a model with a config.json", found="none")
-    hf_config = base.hf_config
-    if base.config.tie_embeddings and not config.tie_embeddings:
-        hf_config = hf_config | {"tie_word_embeddings": False}
+    if outputs.is_dual(args.model, args.adapter):
+        from nalora_jax.train.adapted_dual import load_adapted_dual
+
+        model = load_adapted_dual(args.model, adapter=args.adapter, dtype="float32")
+        assert model.lora is not None
+        config, params, spec = model.base.config, model.base.params, model.spec
+        hf_config, tokenizer = {}, Path()
+        if not config.trained:
+            tokenizer = hub.resolve_folder(model.located.base)[0]
+            hf_config = read_json(tokenizer / "config.json")
+    else:
+        located = locate(args.model, args.adapter)
+        _require_adapter(located)
+        resolved = hub.resolve_source(located.base)
+        dtype = "float32"
+        if resolved.kind == "hf" and _stored_dtype(resolved.path / "config.json") == "bfloat16":
+            dtype = "bfloat16"
+        model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=resolved)
+        assert model.lora is not None
+        config, params, spec = fold_saved(model.base.config, model.base.params, model.lora, model.spec)
+        if model.base.hf_config is None:
+            raise NaloraError(located.base, expected="a model with a config.json", found="none")
+        hf_config, tokenizer = model.base.hf_config, _tokenizer_of(model.base, resolved)
+        if model.base.config.tie_embeddings and not config.tie_embeddings:
+            hf_config = {**hf_config, "tie_word_embeddings": False}
     write_merged(
         args.output,
         config,
         params,
-        lora,
+        model.lora,
         spec,
         hf_config=hf_config,
-        tokenizer=_tokenizer_of(base, resolved),
+        tokenizer=tokenizer,
         dtype=args.dtype,
         shard_bytes=shard_bytes,
         card=card(model, "merged"),

@@ -7,20 +7,19 @@ next output in the same folder removes the hidden folders of killed processes.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from nalora_jax.common import buckets, uploads
-from nalora_jax.common.locks import OWNER, owned_folder, owner_of, remove_abandoned, remove_owned
+from nalora_jax.common.locks import owned_folder, remove_abandoned
 from nalora_jax.errors import NaloraError
 
 _PARTIAL = ".nalora-partial"
@@ -103,23 +102,15 @@ def _hidden(target: Path, where: str | None) -> Iterator[Path]:
 
     File system errors become a `NaloraError`.
     """
-    hidden = target.parent / f".{target.name}{_PARTIAL}"
     remedy = "free some space or choose another folder; nothing was left behind"
     if where is not None:
         remedy = "free some space, or set NALORA_CACHE to another folder; nothing was left behind"
-    unique, lock = None, None
+    hidden = _hidden_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for folder in target.parent.glob(f".*{_PARTIAL}"):
-            remove_abandoned(folder)
-        unique, lock = owned_folder(target.parent, _PARTIAL)
-        try:
-            unique.rename(hidden)  # fails if that folder has content
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            raise _busy(where or str(target), hidden) from error
-        yield hidden
+        remove_abandoned(target.parent, _PARTIAL)
+        with owned_folder(hidden, where or str(target)):
+            yield hidden
     except (OSError, SafetensorError) as error:  # safetensors' writer wraps the system's errors
         raise NaloraError(
             str(target),
@@ -127,30 +118,18 @@ def _hidden(target: Path, where: str | None) -> Iterator[Path]:
             found=getattr(error, "strerror", None) or str(error),
             remedy=remedy,
         ) from error
-    finally:
-        if unique is not None:
-            with suppress(OSError):
-                if not unique.exists():
-                    hidden.rename(unique)  # so that the next process cannot claim what is being removed
-                remove_owned(unique)
-            assert lock is not None
-            lock.release()
-            shutil.rmtree(unique, ignore_errors=True)  # on NFS only possible once the file is closed
+
+
+def _hidden_name(target: Path) -> Path:
+    return target.parent / f".{target.name}{_PARTIAL}"
 
 
 def refuse_claimed(target: Path) -> None:
     """Raises an error if a living process writes to ``target``; `new_folder` and `new_file` do so too."""
-    hidden = target.parent / f".{target.name}{_PARTIAL}"
-    remove_abandoned(hidden)
-    if (hidden / OWNER).exists():
-        raise _busy(str(target), hidden)
-
-
-def _busy(target: str, hidden: Path) -> NaloraError:
-    owner = owner_of(hidden)
-    who = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}"
-    remedy = f"wait for it, or choose another name; if it has ended, remove {hidden}"
-    return NaloraError(target, expected="a name that no other process writes", found=who, remedy=remedy)
+    hidden = _hidden_name(target)
+    if hidden.exists():
+        with owned_folder(hidden, str(target)):
+            pass
 
 
 def can_exist(path: Path) -> bool:

@@ -15,11 +15,10 @@ import secrets
 import shutil
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,10 @@ from nalora_jax.common.redaction import redacted
 from nalora_jax.errors import NaloraError
 
 RUN_LOCK = "run.lock"
-OWNER = "owner.json"  # in a folder of `owned_folder`: host and id of the process, which holds a lock on it
+_OWNER = "owner.json"  # in a folder of `owned_folder`
 _BEAT = 5.0  # seconds between two touches
 _STALE = 20.0  # seconds without a touch after which a holder on another host counts as gone
-# Seconds without a change after which a folder is removed if locks do not tell: of another host, or
-# on a file system without locks.
+# Seconds without a touch after which a holder on another host counts as gone at once.
 _ABANDONED = 86_400.0
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)  # of file systems without locks
 
@@ -82,45 +80,46 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool | None]:
 
 
 class RunLock:
-    """The lock of a run's folder, held by this process; its file names the process.
+    """The lock of a folder, held by this process; its file names the process and is touched while it lives.
 
     Args:
       path: the file, in the folder.
+      where, expected, remedy: of the error if another process holds it.
 
     Raises:
       NaloraError: a living process holds it; its host, process id and command are named.
       OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        where: str = "",
+        expected: str = "a folder that no other run writes to",
+        remedy: str = "wait for that run or stop it, or choose another --output",
+    ) -> None:
         self.path, self._stop = path, threading.Event()
         self._lock = FileLock(path, timeout=0, thread_local=False)
-        while not self._acquired():
+        while not self._claimed(where or f"--output {path.parent}", expected, remedy):
             pass
-        try:
-            with open_unlinked(path, "w", encoding="utf-8") as file:
-                file.write(json.dumps(_this_process()))
-        except BaseException:
-            self._lock.release()
-            raise
         threading.Thread(target=self._beat, name="output lock", daemon=True).start()
 
-    def _acquired(self) -> bool:
+    def _claimed(self, where: str, expected: str, remedy: str) -> bool:
         """Returns True with the lock of the file at the path, False if its holder removed it meanwhile."""
-        if _acquire(self.path, self._lock) is False:
-            if self.path.exists():
-                raise _held(self.path, _process_of(self.path))
-            return False
-        try:
-            if _is_touched_by_another_host(self.path):
-                raise _held(self.path, _process_of(self.path))
-            if self.path.exists():
-                return True
-        except BaseException:
-            self._lock.release()
-            raise
-        self._lock.release()
-        return False
+        held, holder = _acquire(self.path, self._lock), _process_of(self.path)
+        with ExitStack() as failure:
+            failure.callback(self._lock.release)
+            lives = self.path.exists() if held is False else _is_touched(self.path, holder, held)
+            if lives:
+                names = dict.fromkeys(("pid", "host", "since", "command"), "?") | holder
+                found = "process {pid} on {host} since {since} ({command})".format_map(names)
+                raise NaloraError(where, expected=expected, found=found, remedy=remedy)
+            if held is False or not self.path.exists():
+                return False
+            with open_unlinked(self.path, "w", encoding="utf-8") as file:
+                file.write(json.dumps(_this_process()))
+            failure.pop_all()
+        return True
 
     def release(self) -> None:
         """Releases the lock; later calls have no effect."""
@@ -139,19 +138,26 @@ class RunLock:
                 return
 
 
-def _is_touched_by_another_host(path: Path) -> bool:
-    """Returns True if a holder on another host, whose lock the kernel may not see, touches the file."""
-    holder = _process_of(path)
-    if not holder or holder.get("host") == socket.gethostname():
+def _is_touched(path: Path, holder: dict[str, Any], held: bool | None) -> bool:
+    """Returns True if the holder of a file touches it, whose lock the kernel does not see.
+
+    It does not see another host's, nor, if ``held`` is None, any lock.
+    """
+    if not holder or (held and holder.get("host") == socket.gethostname()):
         return False
     until = time.monotonic() + _STALE
     with suppress(FileNotFoundError):  # the other host has released its lock
         touched = path.stat().st_mtime_ns
-        while time.monotonic() < until:
+        while time.monotonic() < until and not _is_old(path):
             time.sleep(0.2)
             if path.stat().st_mtime_ns != touched:
                 return True
     return False
+
+
+def _is_old(path: Path) -> bool:
+    """Returns True if a file has not been touched for a day, on a clock of any host."""
+    return time.time() - path.stat().st_mtime > _ABANDONED
 
 
 def _process_of(path: Path) -> dict[str, Any]:
@@ -164,83 +170,68 @@ def _process_of(path: Path) -> dict[str, Any]:
 
 def _this_process() -> dict[str, Any]:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "since": since,
-        "command": redacted(" ".join(sys.argv))[:200],
-    }
+    command = redacted(" ".join(sys.argv))[:200]
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "command": command}
 
 
-def _held(path: Path, holder: dict[str, Any]) -> NaloraError:
-    who = "process {pid} on {host} since {since} ({command})".format(
-        **{name: holder.get(name, "?") for name in ("pid", "host", "since", "command")}
-    )
-    return NaloraError(
-        f"--output {path.parent}",
-        expected="a folder that no other run writes to",
-        found=who,
-        remedy="wait for that run or stop it, or choose another --output",
-    )
+# ---------------------------------------------------------------- folders of this process
 
 
-def owned_folder(parent: Path, suffix: str) -> tuple[Path, FileLock]:
-    """Makes a folder ``parent/.RANDOM<suffix>``, kept by `remove_abandoned` until the lock is released."""
-    folder = Path(tempfile.mkdtemp(dir=parent, prefix=".", suffix=suffix))
-    new = folder / f"{OWNER}.new"
-    lock = FileLock(new, timeout=0, thread_local=False)
-    _acquire(new, lock)
-    new.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-    new.rename(folder / OWNER)  # no process sees it before it is locked
-    return folder, lock
+@contextmanager
+def owned_folder(folder: Path, where: str = "") -> Iterator[None]:
+    """Makes a folder, or takes it over from a process that has ended, and removes it at the end.
 
+    Args:
+      folder: for this process alone; `RunLock` locks it.
+      where: the output in the error if another process has it.
 
-def owner_of(folder: Path) -> dict[str, Any]:
-    """Returns host and id of the process that made a folder by `owned_folder`; empty if unknown."""
-    return _process_of(folder / OWNER)
-
-
-def remove_abandoned(folder: Path) -> None:
-    """Removes a folder of `owned_folder` if its process has ended.
-
-    Hosts that share storage may not see each other's locks: a folder of another host counts as
-    abandoned after a day without a change. Folders of other programs and users are left alone.
+    Raises:
+      NaloraError: a living process has it.
+      OSError: it cannot be written, or has files of another program.
     """
-    owner = folder / OWNER
-    if owner.is_symlink() or not owner.is_file():
-        return
-    with suppress(OSError), locked(owner) as free:
-        if free is False:
-            return
-        ended = free and owner_of(folder).get("host") == socket.gethostname()
-        changed = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-        if ended or time.time() - changed > _ABANDONED:
-            aside = folder.with_name(f".{secrets.token_hex(8)}{folder.suffix}")
-            folder.rename(aside)  # at once, while the lock is held
-            remove_owned(aside)
+    owner = folder / _OWNER
+    folder.mkdir(exist_ok=True)
+    if not owner.exists() and any(folder.iterdir()):
+        raise FileExistsError(errno.EEXIST, "it has files of another program", str(folder))
+    remedy = f"wait for it, or choose another name; if it has ended, remove {folder}"
+    lock = RunLock(owner, where, "a name that no other process writes", remedy)
+    try:
+        _empty(folder)
+        yield
+    finally:
+        _empty(folder)
+        lock.release()  # last: by its file, a later process finds what this one has not removed
+        with suppress(OSError):  # another process has already taken it
+            folder.rmdir()
 
 
-def remove_owned(folder: Path) -> None:
-    """Removes a folder of `owned_folder`; its owner's file last, by which a later process finds what remains."""
+def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name != OWNER:
+        elif path.name != _OWNER:
             path.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_abandoned(parent: Path, suffix: str) -> None:
+    """Removes the folders ``parent/.*<suffix>`` of `owned_folder` whose processes have ended.
+
+    A process of another host counts as ended if it has not touched its file for a day. Folders of
+    other programs and users are left alone.
+    """
+    for owner in parent.glob(f".*{suffix}/{_OWNER}"):
+        with suppress(OSError, NaloraError):
+            if _process_of(owner).get("host") == socket.gethostname() or _is_old(owner):
+                with owned_folder(owner.parent):
+                    pass
 
 
 @contextmanager
 def scratch_folder(parent: Path, suffix: str) -> Iterator[Path]:
     """Makes a temporary folder in ``parent`` and removes it at the end; also removes those of killed processes."""
-    for folder in parent.glob(f".*{suffix}"):
-        remove_abandoned(folder)
-    folder, lock = owned_folder(parent, suffix)
-    try:
+    remove_abandoned(parent, suffix)
+    folder = parent / f".{secrets.token_hex(8)}{suffix}"
+    with owned_folder(folder):
         scratch = folder / "files"
         scratch.mkdir(0o700)
         yield scratch
-    finally:
-        remove_owned(folder)
-        lock.release()
-        shutil.rmtree(folder, ignore_errors=True)  # on NFS only possible once the file is closed

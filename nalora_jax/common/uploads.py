@@ -48,8 +48,7 @@ def require_free(where: str) -> None:
 
     Files of an upload that was killed do not count.
     """
-    with _store_errors(where):
-        _leftovers(where)
+    _leftovers(where)
 
 
 def upload_file(path: Path, where: str) -> None:
@@ -116,30 +115,15 @@ class _Upload:
                 raise _busy(self.where, "another process") from error
 
     def send(self, folder: Path) -> None:
-        """Uploads all files, those of `_LAST` once the others are complete."""
-        sizes = {
-            path.relative_to(folder).as_posix(): path.stat().st_size
-            for path in folder.rglob("*")
-            if path.is_file()
-        }
-        self.names = sorted(sizes, key=lambda name: (name in _LAST, name))
+        """Uploads all files, those of `_LAST` after the others."""
+        paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        self.names = sorted(paths, key=lambda name: (name in _LAST, name))
         with _store_errors(self.where):
             self.sign()
             for name in self.names:
                 if name in _LAST:
-                    self._require_complete(sizes)
-                _put(self._store, folder / name, f"{self.where}/{name}")
-
-    def _require_complete(self, sizes: dict[str, int]) -> None:
-        stored = _sizes(self.where)
-        wrong = [name for name in self.names if name not in _LAST and stored.get(name) != sizes[name]]
-        if wrong:
-            raise self._spoiled(f"another size of {wrong[0]}")
-        self.sign()
-
-    def _spoiled(self, found: str) -> NaloraError:
-        remedy = "start again"
-        return NaloraError(self.where, expected="the uploaded files", found=found, remedy=remedy)
+                    self.sign()
+                _put(self._store, paths[name], f"{self.where}/{name}")
 
     def owns(self) -> bool:
         """Returns True if the folder's mark is this process's."""
@@ -148,7 +132,8 @@ class _Upload:
     def sign(self) -> None:
         """Writes the mark again, unless another process has taken the folder over."""
         if not self.owns():
-            raise self._spoiled("those of another process")
+            expected, found = "the uploaded files", "those of another process"
+            raise NaloraError(self.where, expected=expected, found=found, remedy="start again")
         self._store.pipe_file(f"{self.where}/{MARK}", self._mark())
 
     def keep_signing(self, stop: threading.Event) -> None:

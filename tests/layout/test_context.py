@@ -25,14 +25,16 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate import likelihood
 from nalora_jax.evaluate.text import completion_records, text_summary
 from nalora_jax.layout import distributed
-from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import stacks
 from nalora_jax.train.kinds import decoder_parts
 from nalora_jax.train.program import Assembly, assemble, check_context
 from tests import tiny
 from tests.param_trees import init_params
 
 RAW = tiny.GROUPED | {"head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 128}
+DENSE = ModelConfig.from_hf(RAW | {"model_type": "llama"})
 DELTA_NET = {
     "model_type": "qwen3_5_text",
     "layer_types": ["linear_attention", "full_attention"],
@@ -41,19 +43,28 @@ DELTA_NET = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
-RAWS: dict[str, dict[str, Any]] = {
-    "dense": {**RAW, "model_type": "llama"},
-    "sinks and experts": {
-        **RAW,
-        "model_type": "gpt_oss",
-        **WINDOWS,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    },
-    "delta rule": {**RAW, **DELTA_NET},
-    "short convolution": {**RAW, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+WINDOWS = {
+    "model_type": "gpt_oss",
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 5,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
 }
+CONVOLUTION = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}
+
+
+def hybrid() -> ModelConfig:
+    """Returns a model with every kind of layer: a short convolution, a delta rule, sinks with experts."""
+    base = ModelConfig.from_hf(RAW | WINDOWS)
+    kinds: list[Any] = [()]
+    for raw in (CONVOLUTION, DELTA_NET):
+        of_family = ModelConfig.from_hf(RAW | raw)
+        mixer = next(stack.config.mixer for stack in stacks(of_family) if stack.config.mixer is not None)
+        kinds.append((("mixer", mixer), ("n_experts", 0), ("up_limit", 0.0), ("ffn_bias", False)))
+    windows = (GLOBAL_WINDOW, GLOBAL_WINDOW, *base.windows)
+    return replace(base, n_layers=4, windows=windows, kinds=tuple(kinds), layer_kinds=(1, 2, 0, 0))
+
+
 ROWS, SEQ, STEPS = 2, 64, 3
 CONFIG = RunConfig(
     steps=8,
@@ -84,9 +95,8 @@ def batch_of(seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def assembled(name: str, mesh: MeshConfig) -> tuple[Assembly, Any]:
+def assembled(base: ModelConfig, mesh: MeshConfig) -> tuple[Assembly, Any]:
     """Returns a run whose adapters' B are not zero, and the weights."""
-    base = ModelConfig.from_hf(RAWS[name])
     count = mesh.data * max(mesh.context, 1) * mesh.tensor
     made = distributed.make_mesh(mesh, jax.devices()[:count])
     params = init_params(base, jax.random.key(1))
@@ -103,9 +113,9 @@ def assembled(name: str, mesh: MeshConfig) -> tuple[Assembly, Any]:
     return replace(assembly, state=assembly.state._replace(lora=lora)), params
 
 
-def trained(name: str, mesh: MeshConfig) -> tuple[Any, list[Any]]:
-    """Returns the state after some steps of a run, and their metrics."""
-    assembly, params = assembled(name, mesh)
+def trained(mesh: MeshConfig) -> tuple[Any, list[Any]]:
+    """Returns the state after some steps of a run on `hybrid`, and their metrics."""
+    assembly, params = assembled(hybrid(), mesh)
     state, history = assembly.state, []
     for i in range(STEPS):
         batch = {name: value[None] for name, value in batch_of(i).items()}
@@ -115,8 +125,10 @@ def trained(name: str, mesh: MeshConfig) -> tuple[Any, list[Any]]:
     return jax.device_get(state), history
 
 
-def assert_equal_runs(spread: tuple[Any, list[Any]], single: tuple[Any, list[Any]]) -> None:
-    (state, history), (expected, of_one) = spread, single
+def test_split_rows_train_as_whole_rows(capfd: pytest.CaptureFixture[str]) -> None:
+    state, history = trained(MeshConfig(2, 1, 2, 2))
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    expected, of_one = trained(MeshConfig(1, 1, 1))
     for ours, theirs in zip(history, of_one, strict=True):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-6, atol=2e-6)
         assert ours["target_tokens"] == theirs["target_tokens"]
@@ -129,26 +141,12 @@ def assert_equal_runs(spread: tuple[Any, list[Any]], single: tuple[Any, list[Any
         )
 
 
-ALONE, WITH_TENSOR = MeshConfig(1, 1, 1, 8), MeshConfig(2, 1, 2, 2)
-CASES = [
-    ("sinks and experts", WITH_TENSOR),
-    ("delta rule", WITH_TENSOR),
-    ("short convolution", ALONE),
-]
-
-
-@pytest.mark.parametrize(("name", "mesh"), CASES)
-def test_split_rows_train_as_whole_rows(
-    name: str, mesh: MeshConfig, capfd: pytest.CaptureFixture[str]
-) -> None:
-    spread = trained(name, mesh)
-    assert "Involuntary full rematerialization" not in capfd.readouterr().err
-    assert_equal_runs(spread, trained(name, MeshConfig(1, 1, 1)))
+ALONE = MeshConfig(1, 1, 1, 8)
 
 
 def test_layers_of_split_rows_exchange_keys_and_values_only() -> None:
     """Both passes gather keys and values, and their gradients are summed; all other collectives are of weights."""
-    assembly, params = assembled("dense", ALONE)
+    assembly, params = assembled(DENSE, ALONE)
     batch = {k: v[None] for k, v in batch_of(0).items()}
     placed = distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)
     text = assembly.step.lower(params, assembly.state, placed).compile().as_text()
@@ -175,10 +173,8 @@ def test_layers_of_split_rows_exchange_keys_and_values_only() -> None:
 def test_models_and_rows_that_cannot_be_split_are_refused(
     raw: dict[str, Any], mesh: MeshConfig, message: str
 ) -> None:
-    base, made = (
-        ModelConfig.from_hf(RAWS["dense"] | raw),
-        distributed.make_mesh(mesh, jax.devices()[: mesh.context]),
-    )
+    base = ModelConfig.from_hf(RAW | {"model_type": "llama"} | raw)
+    made = distributed.make_mesh(mesh, jax.devices()[: mesh.context])
     config = replace(CONFIG, data=replace(CONFIG.data, max_length=12))
     with pytest.raises(NaloraError, match=message):
         check_context(config, base, made)
@@ -186,15 +182,12 @@ def test_models_and_rows_that_cannot_be_split_are_refused(
 
 def test_held_out_losses_of_split_rows_are_those_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likelihood, "_LEAST_BLOCK", 4)
-    base, results = ModelConfig.from_hf(RAWS["dense"]), []
-    params, items = (
-        init_params(base, jax.random.key(1)),
-        [CompletionItem([5, 6, 7], list(range(8, 68)), "", "")] * 2,
-    )
+    params, results = init_params(DENSE, jax.random.key(1)), []
+    items = [CompletionItem([5, 6, 7], list(range(8, 68)), "", "")] * 2
     for mesh in (None, distributed.make_mesh(ALONE)):
         placed = params
         if mesh is not None:
             placed = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
-        records = completion_records(Decoder(base), {"params": placed}, items, mesh=mesh)
+        records = completion_records(Decoder(DENSE), {"params": placed}, items, mesh=mesh)
         results.append(text_summary(records)["loss"])
     np.testing.assert_allclose(results[1], results[0], rtol=1e-6)
