@@ -280,7 +280,7 @@ def write_settings(config: RunConfig, path: Path) -> Path:
         "from nalora_jax.config import config_from_dict\n"
         "from nalora_jax.report import html\n\n"
         "assert html._draw\n"
-        "if 'pytest' not in sys.modules:\n    html._draw = lambda pictures, history: []\n\n\n"
+        "if 'pytest' not in sys.modules:\n    html._draw = lambda history: []\n\n\n"
         f"def config():\n    return config_from_dict({config.to_dict()!r})\n"
     )
     return path

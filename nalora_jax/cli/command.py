@@ -21,7 +21,7 @@ from nalora_jax.cli import (
 from nalora_jax.common import buckets
 from nalora_jax.common.imports import import_files, installed_version
 from nalora_jax.config.checks import check_path
-from nalora_jax.config.structured import check_ranges, summaries_only, unknown
+from nalora_jax.config.structured import check_ranges, unknown
 from nalora_jax.errors import NaloraError
 
 
@@ -222,5 +222,5 @@ def _parsed(name: str, kind: type, words: list[str], start: Any, *, quiet: bool)
     if start is not None:
         options["default"] = start
     options |= {"registry": parser.registry(), "config": (PositionalMetavarFromFieldName, DisallowNone)}
-    with summaries_only(), usage.one_line_errors(name) if quiet else contextlib.nullcontext():
+    with usage.one_line_errors(name) if quiet else contextlib.nullcontext():
         return tyro.cli(kind, prog=f"nalora {name}", args=words, **options)

@@ -5,7 +5,7 @@ Like report.html it is made from metrics.jsonl alone, loads no resources, and fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,77 +220,55 @@ def _settings(groups: Sequence[Group]) -> list[list[str]]:
     return [[name, *(identity.get(name, "–") for identity in identities)] for name in _apart(identities)]
 
 
-def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, Markup, str]]:
-    """Yields (title, plot, how to read it)."""
-    band = "Lines are means over the runs of a group, bands their range."
-    columns: list[tuple[str, str, Callable[[History], tuple[np.ndarray, np.ndarray]], str]] = [
-        (
-            _held_out(_metric(groups)),
-            "metric",
-            _scores,
-            f"On the examples that select the checkpoint. {band}",
-        ),
-        ("Training loss", "loss", lambda run: run.column("loss"), f"Per loss token. {band}"),
-        (
-            "Misalignment",
-            "misalignment",
-            lambda run: run.column("misalignment"),
-            f"Compare it at equal feature movement. {band}",
-        ),
-        (
-            "Feature movement",
-            "feature",
-            _movement,
-            f"Mean over layers of E|F|, the adapters' change of the gates' features. {band}",
-        ),
-        ("Gradient norm", "grad_norm", lambda run: run.column("grad_norm"), f"Before clipping. {band}"),
-    ]
-    for title, name, column, caption in columns:
-        svg = _bands(groups, column, name, title)
-        if svg is not None:
-            yield title, Markup(svg), caption
+def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, str, Markup]]:
+    """Yields (name, title, plot); the template explains them by name."""
+    titles = {
+        "metric": _held_out(_metric(groups)),
+        "loss": "Training loss",
+        "misalignment": "Misalignment",
+        "feature": "Feature movement",
+        "grad_norm": "Gradient norm",
+    }
+    with style():
+        for name, title in titles.items():
+            svg = _bands(groups, name, title)
+            if svg is not None:
+                yield name, title, Markup(svg)
 
 
-def _scores(run: History) -> tuple[np.ndarray, np.ndarray]:
-    scores = run.scores
-    return np.array([score.step for score in scores], float), np.array(
-        [score.value for score in scores], float
-    )
-
-
-def _movement(run: History) -> tuple[np.ndarray, np.ndarray]:
-    steps, values = run.layers("feature")
+def _column(run: History, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns steps and values of the headline metric, of a mean over layers, or of a scalar of the log steps."""
+    if name == "metric":
+        scores = run.scores
+        return np.array([s.step for s in scores], float), np.array([s.value for s in scores], float)
+    if name != "feature":
+        return run.column(name)
+    steps, values = run.layers(name)
     if values.ndim != 2:
         return np.zeros(0), np.zeros(0)
     measured = np.isfinite(values).any(axis=1)
     return steps[measured], np.nanmean(values[measured], axis=1)
 
 
-def _bands(
-    groups: Sequence[Group],
-    column: Callable[[History], tuple[np.ndarray, np.ndarray]],
-    name: str,
-    title: str,
-) -> str | None:
+def _bands(groups: Sequence[Group], name: str, title: str) -> str | None:
     """Returns a plot with a line and band per group, over the steps common to all of its runs."""
-    with style():
-        figure, axis = new_figure()
-        for group in groups:
-            columns = [map(np.ndarray.tolist, column(run)) for run in group.runs]
-            rows = [dict(zip(*pair, strict=True)) for pair in columns]
-            steps = sorted(set.intersection(*(set(row) for row in rows)))
-            values = np.array([[row[step] for step in steps] for row in rows])
-            complete = np.isfinite(values).all(axis=0)
-            steps = [tick for tick, fine in zip(steps, complete, strict=True) if fine]
-            values = values[:, complete]
-            if not steps:
-                continue
-            at, mean, low, high = thin(np.array(steps), values.mean(0), values.min(0), values.max(0))
-            if len(rows) > 1:
-                axis.fill_between(at, low, high, color=COLOURS[group.colour], alpha=0.2, linewidth=0)
-            marker = {"marker": "o", "markersize": 4} if len(at) < 20 else {}
-            axis.plot(at, mean, color=COLOURS[group.colour], **marker)
-        if not axis.lines:
-            return None
-        axis.set(xlabel="step", ylabel=title[0].lower() + title[1:])
-        return to_svg(figure, f"compare-{name.replace('_', '-')}", f"{title} of the runs over the steps")
+    figure, axis = new_figure()
+    for group in groups:
+        columns = [map(np.ndarray.tolist, _column(run, name)) for run in group.runs]
+        rows = [dict(zip(*pair, strict=True)) for pair in columns]
+        steps = sorted(set.intersection(*(set(row) for row in rows)))
+        values = np.array([[row[step] for step in steps] for row in rows])
+        complete = np.isfinite(values).all(axis=0)
+        steps = [tick for tick, fine in zip(steps, complete, strict=True) if fine]
+        values = values[:, complete]
+        if not steps:
+            continue
+        at, mean, low, high = thin(np.array(steps), values.mean(0), values.min(0), values.max(0))
+        if len(rows) > 1:
+            axis.fill_between(at, low, high, color=COLOURS[group.colour], alpha=0.2, linewidth=0)
+        marker = {"marker": "o", "markersize": 4} if len(at) < 20 else {}
+        axis.plot(at, mean, color=COLOURS[group.colour], **marker)
+    if not axis.lines:
+        return None
+    axis.set(xlabel="step", ylabel=title[0].lower() + title[1:])
+    return to_svg(figure, f"compare-{name.replace('_', '-')}", f"{title} of the runs over the steps")

@@ -86,7 +86,7 @@ def legend(axis: Any) -> None:
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
-    """Returns the figure as an ``<svg>`` element.
+    """Returns a figure of `style` as an ``<svg>`` element.
 
     Args:
       figure: drawn in `COLOURS`.
@@ -97,10 +97,7 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
         if np.size(line.get_xdata()) == 1 and line.get_marker() == "None":
             line.set_marker("o")  # a line through a single point is invisible
             line.set_markersize(4)
-    buffer = io.StringIO()
-    with mpl.rc_context({**_PAGE, "svg.hashsalt": name, "svg.id": None}):
-        figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
+    text = _saved(figure, name, dpi=144)
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # unused ids; the other ids are salted
@@ -116,9 +113,13 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
 
 def to_svg_file(figure: Figure, name: str) -> str:
     """Returns a figure of `file_style` as the text of an SVG file; equal figures give equal texts."""
+    return _saved(figure, name, facecolor="white")
+
+
+def _saved(figure: Figure, name: str, **options: Any) -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name, "svg.id": None}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white")
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, **options)
     return buffer.getvalue()
 
 

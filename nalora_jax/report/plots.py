@@ -1,4 +1,7 @@
-"""Plots of the report: each takes a `History` and returns an ``<svg>``, or None without data."""
+"""Plots of the report: each takes a `History` and returns an ``<svg>``, or None without data.
+
+They are drawn within `nalora_jax.report.drawing.style`.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,13 @@ from nalora_jax.report.drawing import (
     legend,
     new_figure,
     smooth,
-    style,
     thin,
     to_svg,
 )
 from nalora_jax.report.history import REGIONS, Histograms, History
 
+Plot = Callable[[History], str | None]
 MAP_COLUMNS = 160  # maximum steps drawn in a heat map
-
-
-def loss(history: History) -> str | None:
-    """Plots the training loss of each log step, and its running mean."""
-    return _single_line(history, "loss", "training loss", "c1", noisy=True)
 
 
 def held_out_loss(history: History) -> str | None:
@@ -34,11 +32,10 @@ def held_out_loss(history: History) -> str | None:
     steps, values = history.eval_column("loss")
     if not np.isfinite(values).any():
         return None
-    with style():
-        figure, axis = new_figure()
-        axis.plot(steps, values, "o-", color=COLOURS["c2"], markersize=4.5)
-        axis.set(xlabel="step", ylabel="loss per completion token")
-        return to_svg(figure, "held-out-loss", "Held-out loss over the steps")
+    figure, axis = new_figure()
+    axis.plot(steps, values, "o-", color=COLOURS["c2"], markersize=4.5)
+    axis.set(xlabel="step", ylabel="loss per completion token")
+    return to_svg(figure, "held-out-loss", "Held-out loss over the steps")
 
 
 def metric(history: History) -> str | None:
@@ -48,24 +45,23 @@ def metric(history: History) -> str | None:
     _, name, _ = history.metric
     scores = history.scores
     steps, values = [s.step for s in scores], np.array([s.value for s in scores])
-    with style():
-        figure, axis = new_figure()
-        before = "before training, same examples"  # not the headline metric's
-        axis.axhline(values[0], color=COLOURS["muted"], linewidth=1.2, linestyle="--", label=before)
-        bounded = [s for s in scores if s.low is not None and s.high is not None]
-        if bounded:
-            axis.vlines(
-                [s.step for s in bounded],
-                [s.low for s in bounded],
-                [s.high for s in bounded],
-                color=COLOURS["c2"],
-                linewidth=1.4,
-                label="95% interval",
-            )
-        axis.plot(steps, values, "o-", color=COLOURS["c2"], markersize=5, label=name)
-        axis.set(xlabel="step", ylabel=name)
-        legend(axis)
-        return to_svg(figure, "metric", f"Held-out {name} over the steps")
+    figure, axis = new_figure()
+    before = "before training, same examples"  # not the headline metric's
+    axis.axhline(values[0], color=COLOURS["muted"], linewidth=1.2, linestyle="--", label=before)
+    bounded = [s for s in scores if s.low is not None and s.high is not None]
+    if bounded:
+        axis.vlines(
+            [s.step for s in bounded],
+            [s.low for s in bounded],
+            [s.high for s in bounded],
+            color=COLOURS["c2"],
+            linewidth=1.4,
+            label="95% interval",
+        )
+    axis.plot(steps, values, "o-", color=COLOURS["c2"], markersize=5, label=name)
+    axis.set(xlabel="step", ylabel=name)
+    legend(axis)
+    return to_svg(figure, "metric", f"Held-out {name} over the steps")
 
 
 def rewards(history: History) -> str | None:
@@ -74,19 +70,16 @@ def rewards(history: History) -> str | None:
     eval_steps, held_out = history.eval_column("rewards_margin")
     if not margin.size and not held_out.size:
         return None
-    with style():
-        figure, axis = new_figure()
-        for name, colour in (("chosen", "c1"), ("rejected", "c3")):
-            at, values = history.column(f"rewards_{name}")
-            axis.plot(at, values, color=COLOURS[colour], linewidth=1.4, label=name)
-        axis.plot(steps, margin, color=COLOURS["muted"], linewidth=1.2, linestyle="--", label="margin")
-        if held_out.size:
-            axis.plot(
-                eval_steps, held_out, "o-", color=COLOURS["c2"], markersize=4.5, label="held-out margin"
-            )
-        axis.set(xlabel="step", ylabel="reward")
-        legend(axis)
-        return to_svg(figure, "rewards", "Rewards of chosen and rejected responses over the steps")
+    figure, axis = new_figure()
+    for name, colour in (("chosen", "c1"), ("rejected", "c3")):
+        at, values = history.column(f"rewards_{name}")
+        axis.plot(at, values, color=COLOURS[colour], linewidth=1.4, label=name)
+    axis.plot(steps, margin, color=COLOURS["muted"], linewidth=1.2, linestyle="--", label="margin")
+    if held_out.size:
+        axis.plot(eval_steps, held_out, "o-", color=COLOURS["c2"], markersize=4.5, label="held-out margin")
+    axis.set(xlabel="step", ylabel="reward")
+    legend(axis)
+    return to_svg(figure, "rewards", "Rewards of chosen and rejected responses over the steps")
 
 
 def sampled_rewards(history: History) -> str | None:
@@ -97,52 +90,16 @@ def sampled_rewards(history: History) -> str | None:
         return None
     logged = {name for record in history.steps for name in record if name.startswith("reward_")}
     several = sorted(name for name in logged if f"{name}_std" in logged)
-    with style():
-        figure, axis = new_figure()
-        at, low, high = *thin(steps, total - deviation), thin(steps, total + deviation)[1]
-        axis.fill_between(at, low, high, color=COLOURS["c1"], alpha=0.2, linewidth=0)
-        axis.plot(*thin(steps, total), color=COLOURS["c1"], label="reward")
-        for name, colour in zip(several if len(several) > 1 else [], _LINES[1:], strict=False):
-            label = name.removeprefix("reward_").replace("_", " ")
-            axis.plot(*thin(*history.column(name)), color=COLOURS[colour], linewidth=1.2, label=label)
-        axis.set(xlabel="step", ylabel="reward")
-        legend(axis)
-        return to_svg(figure, "sampled-rewards", "Rewards of samples over the steps")
-
-
-def entropy(history: History) -> str | None:
-    """Plots the policy's entropy."""
-    return _single_line(history, "entropy", "nats a token", "c2", zero=True, noisy=True)
-
-
-def divergence(history: History) -> str | None:
-    """Plots the policy's divergence from the base."""
-    return _single_line(history, "divergence", "nats a token", "c3", zero=True, noisy=True)
-
-
-def length(history: History) -> str | None:
-    """Plots the length of samples."""
-    return _single_line(history, "length", "tokens a sample", "c1", zero=True, noisy=True)
-
-
-def groups_alike(history: History) -> str | None:
-    """Plots the share of groups whose rewards are all equal."""
-    return _single_line(history, "groups_alike", "share of groups", "c3", zero=True, noisy=True)
-
-
-def learning_rate(history: History) -> str | None:
-    """Plots the learning rate."""
-    return _single_line(history, "learning_rate", "learning rate", "c1")
-
-
-def speed(history: History) -> str | None:
-    """Plots tokens per second."""
-    return _single_line(history, "tokens_per_second", "tokens per second", "c3", zero=True, noisy=True)
-
-
-def gradient(history: History) -> str | None:
-    """Plots the global norm of the gradient before clipping."""
-    return _single_line(history, "grad_norm", "gradient norm", "c1", zero=True, noisy=True)
+    figure, axis = new_figure()
+    at, low, high = *thin(steps, total - deviation), thin(steps, total + deviation)[1]
+    axis.fill_between(at, low, high, color=COLOURS["c1"], alpha=0.2, linewidth=0)
+    axis.plot(*thin(steps, total), color=COLOURS["c1"], label="reward")
+    for name, colour in zip(several if len(several) > 1 else [], _LINES[1:], strict=False):
+        label = name.removeprefix("reward_").replace("_", " ")
+        axis.plot(*thin(*history.column(name)), color=COLOURS[colour], linewidth=1.2, label=label)
+    axis.set(xlabel="step", ylabel="reward")
+    legend(axis)
+    return to_svg(figure, "sampled-rewards", "Rewards of samples over the steps")
 
 
 def misalignment(history: History) -> str | None:
@@ -151,17 +108,14 @@ def misalignment(history: History) -> str | None:
     limit_steps, limit = history.column("misalignment_limit")
     if not np.isfinite(values).any():
         return None
-    with style():
-        figure, axis = new_figure()
-        if np.array_equal(limit_steps, steps) and np.isfinite(limit).any():
-            axis.fill_between(
-                steps, limit, values, color=COLOURS["c1"], alpha=0.2, linewidth=0, label="excess"
-            )
-            axis.plot(*thin(steps, limit), "--", color=COLOURS["c3"], label="linear limit (dz → 0)")
-        axis.plot(*thin(steps, values), color=COLOURS["c1"], label="misalignment E|S| / E|F|")
-        axis.set(xlabel="step", ylabel="whole model")
-        legend(axis)
-        return to_svg(figure, "misalignment", "Misalignment and its linear limit over the steps")
+    figure, axis = new_figure()
+    if np.array_equal(limit_steps, steps) and np.isfinite(limit).any():
+        axis.fill_between(steps, limit, values, color=COLOURS["c1"], alpha=0.2, linewidth=0, label="excess")
+        axis.plot(*thin(steps, limit), "--", color=COLOURS["c3"], label="linear limit (dz → 0)")
+    axis.plot(*thin(steps, values), color=COLOURS["c1"], label="misalignment E|S| / E|F|")
+    axis.set(xlabel="step", ylabel="whole model")
+    legend(axis)
+    return to_svg(figure, "misalignment", "Misalignment and its linear limit over the steps")
 
 
 def misalignment_map(history: History) -> str | None:
@@ -191,13 +145,12 @@ def feature(history: History) -> str | None:
     steps, values = history.layers("feature")
     if values.ndim != 2 or not np.isfinite(values).any():
         return None
-    with style():
-        figure, axis = new_figure()
-        _band(axis, steps, values, "c3", "mean over layers", "lowest to highest layer")
-        axis.set(xlabel="step", ylabel="feature movement E|F|")
-        axis.set_ylim(bottom=0)
-        legend(axis)
-        return to_svg(figure, "feature", "Feature movement over the steps")
+    figure, axis = new_figure()
+    _band(axis, steps, values, "c3", "mean over layers", "lowest to highest layer")
+    axis.set(xlabel="step", ylabel="feature movement E|F|")
+    axis.set_ylim(bottom=0)
+    legend(axis)
+    return to_svg(figure, "feature", "Feature movement over the steps")
 
 
 def importance(history: History) -> str | None:
@@ -209,27 +162,24 @@ def importance(history: History) -> str | None:
     _, mask = history.layers("mask_mean")
     if slope.ndim != 2 or mask.ndim != 2 or not np.isfinite(slope).any():
         return None
-    with style():
-        figure, (upper, lower) = new_figure(4.6, rows=2, sharex=True)
-        layers = np.arange(slope.shape[1])
-        upper.plot(layers, slope[0], ":", color=COLOURS["muted"], label=f"step {steps[0]:.0f}")
-        upper.plot(
-            layers, slope[-1], "o-", markersize=3, color=COLOURS["c1"], label=f"step {steps[-1]:.0f}"
-        )
-        upper.set(ylabel="mean slope E|φ′|")
-        legend(upper)
-        for name, label, colour in (
-            ("mask_mean", "mean mask", "c2"),
-            ("favoured", "share of channels with a factor ≥ 1", "c3"),
-        ):
-            _, values = history.layers(name)
-            if values.ndim == 2:
-                lower.plot(layers, values[-1], "o-", markersize=3, color=COLOURS[colour], label=label)
-        lower.set(xlabel="layer", ylabel="at the last step")
-        lower.set_ylim(bottom=0)
-        if lower.lines:
-            legend(lower)
-        return to_svg(figure, "importance", "Importance and mask of every layer")
+    figure, (upper, lower) = new_figure(4.6, rows=2, sharex=True)
+    layers = np.arange(slope.shape[1])
+    upper.plot(layers, slope[0], ":", color=COLOURS["muted"], label=f"step {steps[0]:.0f}")
+    upper.plot(layers, slope[-1], "o-", markersize=3, color=COLOURS["c1"], label=f"step {steps[-1]:.0f}")
+    upper.set(ylabel="mean slope E|φ′|")
+    legend(upper)
+    for name, label, colour in (
+        ("mask_mean", "mean mask", "c2"),
+        ("favoured", "share of channels with a factor ≥ 1", "c3"),
+    ):
+        _, values = history.layers(name)
+        if values.ndim == 2:
+            lower.plot(layers, values[-1], "o-", markersize=3, color=COLOURS[colour], label=label)
+    lower.set(xlabel="layer", ylabel="at the last step")
+    lower.set_ylim(bottom=0)
+    if lower.lines:
+        legend(lower)
+    return to_svg(figure, "importance", "Importance and mask of every layer")
 
 
 def occupancy(history: History) -> str | None:
@@ -238,15 +188,14 @@ def occupancy(history: History) -> str | None:
     if values.ndim != 3 or not np.isfinite(values).any():
         return None
     indices = [0, -1] if len(steps) > 1 else [0]
-    with style():
-        figure, axes = new_figure(2.3 * len(indices) + 0.5, rows=len(indices), sharex=True, squeeze=False)
-        for axis, index in zip(axes[:, 0], indices, strict=True):
-            stacked_bars(axis, values[index])
-            axis.set(title=f"step {steps[index]:.0f}", ylabel="share of tokens")
-        axes[-1, 0].set_xlabel("layer")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4, columnspacing=1, handlelength=1)
-        return to_svg(figure, "occupancy", "Region occupancy of every layer at the first and the last step")
+    figure, axes = new_figure(2.3 * len(indices) + 0.5, rows=len(indices), sharex=True, squeeze=False)
+    for axis, index in zip(axes[:, 0], indices, strict=True):
+        stacked_bars(axis, values[index])
+        axis.set(title=f"step {steps[index]:.0f}", ylabel="share of tokens")
+    axes[-1, 0].set_xlabel("layer")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, columnspacing=1, handlelength=1)
+    return to_svg(figure, "occupancy", "Region occupancy of every layer at the first and the last step")
 
 
 def step_scale(history: History) -> str | None:
@@ -255,15 +204,12 @@ def step_scale(history: History) -> str | None:
     _, high = history.layers("step_scale_max")
     if low.ndim != 2 or low.shape != high.shape or not np.isfinite(low).any():
         return None
-    with style():
-        figure, axis = new_figure()
-        layers = np.arange(low.shape[1])
-        axis.axhline(1, color=COLOURS["muted"], linewidth=1.2, linestyle="--")
-        axis.vlines(layers, low[-1], high[-1], color=COLOURS["c2"], linewidth=4)
-        axis.set(
-            xlabel="layer", ylabel="step scale", title=f"lowest to highest channel, step {steps[-1]:.0f}"
-        )
-        return to_svg(figure, "scale", "Range of the step scale of every layer")
+    figure, axis = new_figure()
+    layers = np.arange(low.shape[1])
+    axis.axhline(1, color=COLOURS["muted"], linewidth=1.2, linestyle="--")
+    axis.vlines(layers, low[-1], high[-1], color=COLOURS["c2"], linewidth=4)
+    axis.set(xlabel="layer", ylabel="step scale", title=f"lowest to highest channel, step {steps[-1]:.0f}")
+    return to_svg(figure, "scale", "Range of the step scale of every layer")
 
 
 def stacked_bars(axis: Any, occupancy: np.ndarray, colours: tuple[str, ...] = REGION_COLOURS) -> None:
@@ -279,13 +225,13 @@ def stacked_bars(axis: Any, occupancy: np.ndarray, colours: tuple[str, ...] = RE
     axis.grid(False)
 
 
-def _single_line(
-    history: History, name: str, label: str, colour: str, *, zero: bool = False, noisy: bool = False
-) -> str | None:
-    steps, values = history.column(name)
-    if not np.isfinite(values).any():
-        return None
-    with style():
+def _line(name: str, label: str, colour: str, *, zero: bool = False, noisy: bool = False) -> Plot:
+    """Returns the plot of a scalar of the log steps; with ``zero`` its axis starts at 0."""
+
+    def draw(history: History) -> str | None:
+        steps, values = history.column(name)
+        if not np.isfinite(values).any():
+            return None
         figure, axis = new_figure()
         if noisy:
             _noisy_line(axis, steps, values, colour, label)
@@ -295,6 +241,8 @@ def _single_line(
         if zero:
             axis.set_ylim(bottom=0)
         return to_svg(figure, name.replace("_", "-"), f"{label} over the steps")
+
+    return draw
 
 
 def _noisy_line(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
@@ -325,16 +273,13 @@ def _band(
 def _heat_maps(maps: list[tuple[str, np.ndarray, np.ndarray]], name: str, label: str) -> str:
     """Draws (title, steps, values [T, L]) side by side on one colour scale."""
     low, high = min(np.nanmin(v) for _, _, v in maps), max(np.nanmax(v) for _, _, v in maps)
-    with style():
-        figure, axes = new_figure(4.2, columns=len(maps), sharey=True, squeeze=False)
-        for axis, (title, at, grid) in zip(axes[0], maps, strict=True):
-            image = _heat_map(axis, at, grid, low, high)
-            axis.set(title=title, xlabel="step")
-        axes[0][0].set_ylabel("layer")
-        bar = figure.colorbar(image, ax=list(axes[0]), location="bottom", aspect=40, pad=0.02)
-        bar.outline.set_visible(False)
-        bar.locator = MaxNLocator(4)
-        return to_svg(figure, name, label)
+    figure, axes = new_figure(4.2, columns=len(maps), sharey=True, squeeze=False)
+    for axis, (title, at, grid) in zip(axes[0], maps, strict=True):
+        image = _heat_map(axis, at, grid, low, high)
+        axis.set(title=title, xlabel="step")
+    axes[0][0].set_ylabel("layer")
+    _colour_bar(figure, image, list(axes[0]))
+    return to_svg(figure, name, label)
 
 
 def _heat_map(axis: Any, steps: np.ndarray, values: np.ndarray, low: float, high: float) -> Any:
@@ -360,6 +305,12 @@ def _image(axis: Any, values: np.ndarray, ends: tuple[float, float], **colours: 
     )
 
 
+def _colour_bar(figure: Any, image: Any, axes: Any) -> None:
+    bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.locator = MaxNLocator(4)
+
+
 # ---------------------------------------------------------------- adapters and factors
 
 _LINES = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")
@@ -378,37 +329,32 @@ def histogram(history: History, mechanism: str) -> str | None:
     acting = int(np.argmax((together > 0).sum(axis=1) > 1))  # before it acts, all multipliers are 1
     bins = _shown(together[[acting, -1]])
     first, last = together[acting][bins], together[-1][bins]
-    with style():
-        figure, (upper, lower) = new_figure(5.4, rows=2, sharex=True)
-        at = np.arange(len(last))
-        upper.bar(at, last, width=0.92, color=COLOURS["c1"], label=f"step {histograms.steps[-1]:.0f}")
-        if acting < len(histograms.steps) - 1:
-            label = f"step {histograms.steps[acting]:.0f}"
-            upper.step(at, first, where="mid", color=COLOURS["fg"], linewidth=1.3, label=label)
-        upper.set(ylabel="share of all channels")
-        legend(upper)
-        shares = _shares(histograms.counts[-1])[:, bins]
-        image = _image(lower, shares, (-0.5, len(at) - 0.5), vmin=0)
-        lower.set(
-            xlabel="factor",
-            ylabel="layer",
-            title=f"share of each layer's channels, step {histograms.steps[-1]:.0f}",
-        )
-        _label_bins(lower, histograms, bins)
-        bar = figure.colorbar(image, ax=lower, location="bottom", aspect=40, pad=0.02)
-        bar.outline.set_visible(False)
-        bar.locator = MaxNLocator(4)
-        return to_svg(
-            figure, f"histogram-{mechanism}", f"Factors of {mechanism} over channels, and in every layer"
-        )
+    figure, (upper, lower) = new_figure(5.4, rows=2, sharex=True)
+    at = np.arange(len(last))
+    upper.bar(at, last, width=0.92, color=COLOURS["c1"], label=f"step {histograms.steps[-1]:.0f}")
+    if acting < len(histograms.steps) - 1:
+        label = f"step {histograms.steps[acting]:.0f}"
+        upper.step(at, first, where="mid", color=COLOURS["fg"], linewidth=1.3, label=label)
+    upper.set(ylabel="share of all channels")
+    legend(upper)
+    shares = _shares(histograms.counts[-1])[:, bins]
+    image = _image(lower, shares, (-0.5, len(at) - 0.5), vmin=0)
+    lower.set(
+        xlabel="factor",
+        ylabel="layer",
+        title=f"share of each layer's channels, step {histograms.steps[-1]:.0f}",
+    )
+    _label_bins(lower, histograms, bins)
+    _colour_bar(figure, image, lower)
+    return to_svg(
+        figure, f"histogram-{mechanism}", f"Factors of {mechanism} over channels, and in every layer"
+    )
 
 
 def adapters(history: History) -> str | None:
     """Plots adapter norms by kind of module over the steps, and of every layer at the last step."""
     return _by_module(
-        history.adapters(),
-        lambda norms: np.sqrt(np.nansum(np.square(norms), axis=1)),
-        ("norm", "adapters", "Norms of the adapters over the steps, and of every layer"),
+        history.adapters(), "norm", "adapters", "Norms of the adapters over the steps, and of every layer"
     )
 
 
@@ -416,47 +362,40 @@ def ranks(history: History) -> str | None:
     """Plots AdaLoRA's remaining ranks by kind of module over steps, and by layer at the last."""
     return _by_module(
         history.adapters("ranks"),
-        lambda ranks: np.nansum(ranks, axis=1),
-        ("ranks", "ranks", "Ranks that are left over the steps, and to every layer"),
+        "ranks",
+        "ranks",
+        "Ranks that are left over the steps, and to every layer",
     )
 
 
 def _by_module(
-    numbers: dict[str, tuple[np.ndarray, np.ndarray]],
-    together: Callable[[np.ndarray], np.ndarray],
-    words: tuple[str, str, str],
+    numbers: dict[str, tuple[np.ndarray, np.ndarray]], value: str, picture: str, title: str
 ) -> str | None:
-    """Plots values [steps, layers] by path; returns None if there are none.
-
-    Args:
-      numbers: steps and values.
-      together: [steps, layers] -> [steps].
-      words: name of the value, name of the plot, its description.
-    """
-    drawn, (what, picture, title) = dict(list(numbers.items())[: 2 * len(_LINES)]), words
+    """Plots values [steps, layers] by path, of norms the root of the sum of squares over layers; None without any."""
+    drawn = dict(list(numbers.items())[: 2 * len(_LINES)])
     if not drawn:
         return None
-    with style():
-        figure, (upper, lower) = new_figure(5.0, rows=2)
-        for index, (path, (steps, norms)) in enumerate(drawn.items()):
-            name = path.replace("layers/", "")
-            line = {
-                "color": COLOURS[_LINES[index % len(_LINES)]],
-                "linestyle": "-" if index < len(_LINES) else "--",
-            }
-            with np.errstate(over="ignore"):  # values of an edited log
-                total = together(norms)
-            upper.plot(*thin(steps, total), label=name, **line)
-            lower.plot(np.arange(norms.shape[1]), norms[-1], marker="o", markersize=3, **line)
-        upper.set(xlabel="step", ylabel=f"{what}, all layers")
-        lower.set(
-            xlabel="layer", ylabel=f"{what}, step {max(steps[-1] for steps, _ in drawn.values()):.0f}"
-        )
-        for axis in (upper, lower):
-            axis.set_ylim(bottom=0)
-        columns = 3 if max(map(len, drawn)) < 24 else 2
-        figure.legend(loc="outside upper center", ncols=columns, columnspacing=1, handlelength=1.2)
-        return to_svg(figure, picture, title)
+    figure, (upper, lower) = new_figure(5.0, rows=2)
+    for index, (path, (steps, values)) in enumerate(drawn.items()):
+        name = path.replace("layers/", "")
+        line = {
+            "color": COLOURS[_LINES[index % len(_LINES)]],
+            "linestyle": "-" if index < len(_LINES) else "--",
+        }
+        with np.errstate(over="ignore"):  # values of an edited log
+            total = np.nansum(values, axis=1)
+            if value == "norm":
+                total = np.sqrt(np.nansum(np.square(values), axis=1))
+        upper.plot(*thin(steps, total), label=name, **line)
+        lower.plot(np.arange(values.shape[1]), values[-1], marker="o", markersize=3, **line)
+    upper.set(xlabel="step", ylabel=f"{value}, all layers")
+    last = max(steps[-1] for steps, _ in drawn.values())
+    lower.set(xlabel="layer", ylabel=f"{value}, step {last:.0f}")
+    for axis in (upper, lower):
+        axis.set_ylim(bottom=0)
+    columns = 3 if max(map(len, drawn)) < 24 else 2
+    figure.legend(loc="outside upper center", ncols=columns, columnspacing=1, handlelength=1.2)
+    return to_svg(figure, picture, title)
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
@@ -485,3 +424,32 @@ def _label_bins(axis: Any, histograms: Histograms, bins: slice) -> None:
         at: f"{edge:.2g}" for index, (at, edge) in enumerate(edges.items()) if (index - middle) % every == 0
     }
     axis.set_xticks(list(ticks), list(ticks.values()))
+
+
+# ---------------------------------------------------------------- the page's plots, in order
+
+TRAINING: dict[str, Plot] = {
+    "metric": metric,
+    "loss": _line("loss", "training loss", "c1", noisy=True),
+    "held_out_loss": held_out_loss,
+    "rewards": rewards,
+    "sampled_rewards": sampled_rewards,
+    "entropy": _line("entropy", "nats a token", "c2", zero=True, noisy=True),
+    "divergence": _line("divergence", "nats a token", "c3", zero=True, noisy=True),
+    "length": _line("length", "tokens a sample", "c1", zero=True, noisy=True),
+    "groups_alike": _line("groups_alike", "share of groups", "c3", zero=True, noisy=True),
+    "learning_rate": _line("learning_rate", "learning rate", "c1"),
+    "speed": _line("tokens_per_second", "tokens per second", "c3", zero=True, noisy=True),
+    "gradient": _line("grad_norm", "gradient norm", "c1", zero=True, noisy=True),
+    "adapters": adapters,
+    "ranks": ranks,
+}
+GATES: dict[str, Plot] = {
+    "misalignment": misalignment,
+    "misalignment_map": misalignment_map,
+    "excess_map": excess_map,
+    "feature": feature,
+    "importance": importance,
+    "occupancy": occupancy,
+    "step_scale": step_scale,
+}

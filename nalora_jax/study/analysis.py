@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
+
+import numpy as np
 
 from nalora_jax.study.plan import (
     COSTS,
@@ -88,17 +90,23 @@ class MethodComparison:
 
 def results(protocol: Protocol, records: Mapping[str, Record]) -> list[MethodResult]:
     """Returns every cell of the study with its runs, in the order of the file."""
-    return [_result(protocol, cell, records) for cell in cells(protocol)]
+    cell_results = []
+    for cell in cells(protocol):
+        grid = tuning(protocol, cell, records)
+        tuned = [run for run in tuning_runs(protocol, cell, grid.rates) if run.id in records]
+        tests = test_runs(protocol, cell, grid.chosen) if grid.chosen else []
+        by_seed = {(run.seed, run.multiple): records[run.id] for run in tests if run.id in records}
+        finished = tuple(records[run.id] for run in tuned)
+        cell_results.append(MethodResult(cell, grid, finished, by_seed, protocol.metric))
+    return cell_results
 
 
-def _result(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> MethodResult:
-    grid = tuning(protocol, cell, records)
-    tuned = [records[run.id] for run in tuning_runs(protocol, cell, grid.rates) if run.id in records]
-    tests = {}
-    if grid.chosen:
-        runs = test_runs(protocol, cell, grid.chosen)
-        tests = {(run.seed, run.multiple): records[run.id] for run in runs if run.id in records}
-    return MethodResult(cell, grid, tuple(tuned), tests, protocol.metric)
+def by_task(cell_results: Sequence[MethodResult]) -> dict[tuple[str, str], list[MethodResult]]:
+    """Returns the results by task and model."""
+    groups: dict[tuple[str, str], list[MethodResult]] = {}
+    for result in cell_results:
+        groups.setdefault((result.cell.task, result.cell.model), []).append(result)
+    return groups
 
 
 def named(metric: str) -> str:
@@ -145,25 +153,37 @@ def comparisons(protocol: Protocol, cell_results: Sequence[MethodResult]) -> lis
     with_baseline = [(name, baseline) for name in methods if name != baseline]
     placebos = [(method.placebo_of, name) for name, method in methods.items() if method.placebo_of]
     with_placebo = [pair for pair in dict.fromkeys(placebos) if pair not in with_baseline]
-    compared = [_compared(protocol, cell_results, pairs) for pairs in (with_baseline, with_placebo)]
-    return [comparison for family in compared for comparison in _corrected(family)]
+    by_cell, all_measures = {r.cell: r for r in cell_results}, measures(protocol, cell_results)
+    compared = []
+    for pairs in (with_baseline, with_placebo):
+        cells_of_family = [
+            (measure, Cell(model, task, method), other)
+            for measure in all_measures
+            for method, other in pairs
+            for model in protocol.models
+            for task in protocol.tasks
+        ]
+        family = [_compared(protocol, by_cell, *sides) for sides in cells_of_family]
+        compared += _corrected([comparison for comparison in family if comparison is not None])
+    return compared
 
 
 def _compared(
-    protocol: Protocol, cell_results: Sequence[MethodResult], pairs: Sequence[tuple[str, str]]
-) -> list[MethodComparison]:
-    by_cell = {result.cell: result for result in cell_results}
-    compared = []
-    for measure in measures(protocol, cell_results):
-        for cell, other in _sides(protocol, pairs):
-            cells_of_pair = cell, cell._replace(method=other)
-            sides = [by_cell[side].finite(measure.multiple) for side in cells_of_pair]
-            gain = training_gain(by_cell[cell._replace(method=protocol.baseline)])
-            margin = protocol.margin or protocol.margin_share * gain
-            statistics = _paired(sides[0], sides[1], margin, measure)
-            if statistics is not None:
-                compared.append(MethodComparison(cell, other, measure, statistics, gain))
-    return compared
+    protocol: Protocol, by_cell: Mapping[Cell, MethodResult], measure: Measure, cell: Cell, other: str
+) -> MethodComparison | None:
+    """Returns the comparison over the seeds that both methods finished; None without any."""
+    gain = training_gain(by_cell[cell._replace(method=protocol.baseline)])
+    records, reference = (
+        by_cell[side].finite(measure.multiple) for side in (cell, cell._replace(method=other))
+    )
+    pairs = [(record, reference[seed]) for seed, record in records.items() if seed in reference]
+    values = [(measure.value(record), measure.value(other)) for record, other in pairs]
+    both = [(first, second) for first, second in values if first is not None and second is not None]
+    if not both:
+        return None
+    margin = protocol.margin or protocol.margin_share * gain
+    statistics = paired([first for first, _ in both], [second for _, second in both], margin)
+    return MethodComparison(cell, other, measure, statistics, gain)
 
 
 def training_gain(baseline: MethodResult) -> float:
@@ -179,13 +199,6 @@ def training_gain(baseline: MethodResult) -> float:
     return mean_of(falls)
 
 
-def _sides(protocol: Protocol, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[Cell, str]]:
-    for method, other in pairs:
-        for model in protocol.models:
-            for task in protocol.tasks:
-                yield Cell(model, task, method), other
-
-
 def _corrected(family: Sequence[MethodComparison]) -> list[MethodComparison]:
     by_t = holm([comparison.paired.t_p for comparison in family])
     by_rank = holm([comparison.paired.wilcoxon_p for comparison in family])
@@ -195,49 +208,27 @@ def _corrected(family: Sequence[MethodComparison]) -> list[MethodComparison]:
     ]
 
 
-def _paired(
-    records: Mapping[int, Record], reference: Mapping[int, Record], margin: float, measure: Measure
-) -> Paired | None:
-    pairs = [(record, reference[seed]) for seed, record in records.items() if seed in reference]
-    values = [(measure.value(record), measure.value(other)) for record, other in pairs]
-    both = [(first, second) for first, second in values if first is not None and second is not None]
-    if not both:
-        return None
-    return paired([first for first, _ in both], [second for _, second in both], margin)
+def common_rates(result: MethodResult, baseline: MethodResult) -> dict[float, tuple[float, float | None]]:
+    """Compares a method with the baseline at every learning rate that both finished tuning.
+
+    Returns:
+      By rate, the difference of the mean validation costs over the tuning seeds, and the gates' feature
+      movement over the baseline's, which may be missing.
+    """
+    common = {}
+    for rate, loss in result.tuning.costs.items():
+        reference = baseline.tuning.costs.get(rate)
+        if loss is None or reference is None or not math.isfinite(loss - reference):
+            continue
+        moved, of_baseline = (_movement(side.at_rate(rate)) for side in (result, baseline))
+        ratio = moved / of_baseline if of_baseline else math.nan
+        common[rate] = loss - reference, ratio if math.isfinite(ratio) else None
+    return common
 
 
-@dataclass(frozen=True)
-class CommonRate:
-    """A method and the baseline at one learning rate, on the validation items."""
-
-    difference: float  # of the mean costs over the tuning seeds, method minus baseline
-    movement: float | None  # the gates' feature movement over the baseline's; may be missing
-
-
-def common_rates(result: MethodResult, baseline: MethodResult) -> dict[float, CommonRate]:
-    """Compares a method with the baseline at every learning rate that both finished tuning."""
-    shared = [rate for rate in result.tuning.rates if rate in baseline.tuning.rates]
-    return {rate: common for rate in shared if (common := _at_common_rate(result, baseline, rate))}
-
-
-def _at_common_rate(result: MethodResult, baseline: MethodResult, rate: float) -> CommonRate | None:
-    loss, reference = (
-        dict(zip(r.tuning.rates, r.tuning.losses, strict=True))[rate] for r in (result, baseline)
-    )
-    if loss is None or reference is None or not math.isfinite(loss - reference):
-        return None
-    of_result, moved_reference = (_movement(side.at_rate(rate)) for side in (result, baseline))
-    movement = None
-    if of_result is not None and moved_reference:
-        movement = of_result / moved_reference
-    return CommonRate(loss - reference, movement)
-
-
-def _movement(records: Sequence[Record]) -> float | None:
-    values = [value for record in records if (value := last(record, "mean_feature")) is not None]
-    if not values:
-        return None
-    return mean_of(values)
+def _movement(records: Sequence[Record]) -> float:
+    """Returns the mean feature movement at the end of some runs; NaN if it is not measured."""
+    return mean_of([v for record in records if (v := last(record, "mean_feature")) is not None])
 
 
 def mean_of(values: Sequence[float]) -> float:
@@ -251,8 +242,7 @@ def deviation(values: Sequence[float]) -> float:
     """Returns the sample standard deviation; NaN for fewer than two values."""
     if len(values) < 2:
         return math.nan
-    middle = mean_of(values)
-    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1))
+    return float(np.std(values, ddof=1))
 
 
 def last(record: Mapping[str, Any], name: str) -> float | None:

@@ -25,7 +25,7 @@ from nalora_jax.study.progress import RunInProgress
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record, Records, exact_values, hours
 from nalora_jax.study.resources import Resources
-from nalora_jax.study.sweeps.program import RunLoop, StatesMetrics, SweepProgram, fit_all
+from nalora_jax.study.sweeps.program import RunLoop, SweepProgram, fit_all
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.loop import Follower
 from nalora_jax.train.machine import describe_device, peak_memory, versions
@@ -112,7 +112,7 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
         for run, _ in claimed:
             if run.stage == "test":
                 commit = provenance.check_committed(protocol)
-                store.begin_test({"id": run.id, "protocol": protocol.digest})
+                store.list_test({"id": run.id, "protocol": protocol.digest})
             log.info("%s", run)
         began = time.perf_counter()
         runs, snapshots = zip(*claimed, strict=True)
@@ -185,14 +185,12 @@ def _trained_together(started: Sequence[RunInProgress], slots: int) -> list[Trai
     loops, assemblies = [], []
     for progress in started:
         state, start = progress.begin()
-        assembly, params = progress.prepared.assembly, progress.prepared.params
-        assemblies.append(replace(assembly, params=params, state=state))
-        follower = Follower(
-            progress, progress.schedule, progress.rate, state, start, progress.prepared.params
-        )
+        params = progress.params
+        assemblies.append(replace(progress.assembly, params=params, state=state))
+        follower = Follower(progress, progress.schedule, progress.rate, state, start, params)
         loops.append(RunLoop(follower, progress.rows(start), start=start, steps=progress.run.config.steps))
     began = time.perf_counter()
-    results = fit_all(SweepProgram(assemblies, slots=slots), loops, StatesMetrics())
+    results = fit_all(SweepProgram(assemblies, slots=slots), loops)
     for progress in started:
         progress.training_seconds += (time.perf_counter() - began) / len(started)
     pairs = zip(loops, results, strict=True)

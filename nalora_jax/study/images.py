@@ -2,47 +2,36 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh
 
-from nalora_jax.common.digests import digest_of
-from nalora_jax.config import DataConfig, RunConfig, VisionConfig
+from nalora_jax.common.digests import json_digest
+from nalora_jax.config import DataConfig, MeshConfig, RunConfig, VisionConfig
 from nalora_jax.data.images.opened import ImageData, ImageSource, open_images
 from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.study.plan import MEASURES
-from nalora_jax.study.subject import Subject
+from nalora_jax.study.subject import Items, Subject
 from nalora_jax.train.kinds import dual
 from nalora_jax.train.program import Assembly
 from nalora_jax.weights.dual import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
 
 
 @dataclass(frozen=True, eq=False)
-class ImageItems:
-    """Held-out images with their classes or captions."""
+class ImageItems(Items):
+    """Held-out images with their classes or captions; their digest is also of templates and image size."""
 
     images: Images
     classes: tuple[str, ...]
     vision: VisionConfig
     loaded: LoadedDual  # its processor and tokenizer read the images and captions
-    digest: str
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """Returns the digest of images, classes, templates and image size."""
-        return {"": self.digest}
-
-    def __len__(self) -> int:
-        return len(self.images)
 
 
 class DualEncoders(Subject):
@@ -52,43 +41,40 @@ class DualEncoders(Subject):
     """
 
     def __init__(self) -> None:
-        self._towers: dict[str, LoadedEncoder] = {}
-        self._models: dict[str, LoadedDual] = {}
-        self._joined: dict[str, str] = {}  # fingerprints of both towers, by the joined model's
-        self._sources: dict[str, ImageSource] = {}
-        self._params: dict[str, Any] = {}
-        self._rows: dict[str, ImageData] = {}
+        self._tower, self._loaded = cache(_tower), cache(self._load)
+        self._sources: dict[Any, ImageSource] = {}
+        self._params: dict[Any, Any] = {}
+        self._rows: dict[Any, ImageData] = {}
         self._evaluators: dict[Any, ClassEvaluator | RetrievalEvaluator] = {}
 
     def model(self, config: RunConfig) -> LoadedDual:
         """Returns the run's base model; projections that join separate towers are drawn by its seed."""
-        image, plus, text = config.model.partition(JOIN)
-        joined = bool(plus) and not Path(config.model).exists()
-        vision, mesh = config.vision, _mesh(config)
-        dtype, seed = config.compute.dtype, config.seed if joined else 0
-        options: dict[str, Any] = {"d_out": vision.features, "loss": vision.loss}
-        options["image_size"] = vision.image_size
-        key = json.dumps([config.model, seed, options, dtype, config.to_dict()["mesh"]])
-        if key in self._models:
-            return self._models[key]
-        if joined:
-            towers = (
-                self._tower(image.strip(), "image/", config),
-                self._tower(text.strip(), "text/", config),
-            )
-            loaded = join(*towers, mesh=mesh, seed=config.seed, **options)
-            self._joined[loaded.fingerprint] = JOIN.join(tower.fingerprint for tower in towers)
-            self._models[key] = loaded
-        else:
-            self._models[key] = load_dual(config.model, dtype=dtype, mesh=mesh, **options)
-        return self._models[key]
+        vision, seed = config.vision, config.seed if _is_joined(config.model) else 0
+        base = config.model, config.compute.dtype, config.mesh
+        return self._loaded(*base, seed, vision.features, vision.loss, vision.image_size)
 
-    def _tower(self, name: str, prefix: str, config: RunConfig) -> LoadedEncoder:
-        key = json.dumps([name, prefix, config.compute.dtype, config.to_dict()["mesh"]])
-        if key not in self._towers:
-            loaded = load_encoder(name, dtype=config.compute.dtype, mesh=_mesh(config), prefix=prefix)
-            self._towers[key] = loaded
-        return self._towers[key]
+    def _load(
+        self,
+        model: str,
+        dtype: str,
+        mesh_config: MeshConfig,
+        seed: int,
+        features: int,
+        loss: Any,
+        size: int,
+    ) -> LoadedDual:
+        options: dict[str, Any] = {"d_out": features, "loss": loss, "image_size": size}
+        options["mesh"] = distributed.smallest_mesh(mesh_config)
+        if _is_joined(model):
+            return join(*self._towers(model, dtype, mesh_config), seed=seed, **options)
+        return load_dual(model, dtype=dtype, **options)
+
+    def _towers(self, model: str, dtype: str, mesh: MeshConfig) -> tuple[LoadedEncoder, LoadedEncoder]:
+        """Returns the separate towers of a joined model."""
+        image, _, text = model.partition(JOIN)
+        return self._tower(image.strip(), "image/", dtype, mesh), self._tower(
+            text.strip(), "text/", dtype, mesh
+        )
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
         """Returns ``config`` without its data, and the shapes of class prompts and captions.
@@ -98,27 +84,27 @@ class DualEncoders(Subject):
         v = config.vision
         vision = VisionConfig(v.task, features=v.features, loss=v.loss, image_size=v.image_size)
         params, rows = self.params(config), self.data(config)
-        shapes = {name: value.shape for name, value in params.get(dual.CLASSES, {}).items()}
-        shapes |= {name: value.shape[1:] for name, value in (rows.tokens or {}).items()}
-        return replace(config, data=DataConfig(), vision=vision), shapes
+        shapes = [(name, value.shape) for name, value in params.get(dual.CLASSES, {}).items()]
+        shapes += [(name, value.shape[1:]) for name, value in (rows.tokens or {}).items()]
+        return replace(config, data=DataConfig(), vision=vision), tuple(sorted(shapes))
 
     def assemble(
         self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation
     ) -> Assembly:
         """Assembles the run as ``nalora train`` does."""
         loaded = self.model(config)
-        params, mesh = self.params(config), _mesh(config)
+        params, mesh = self.params(config), distributed.smallest_mesh(config.mesh)
         return dual.assemble_dual(general, loaded.config, params, mesh, loaded.processor, last=last)
 
     def params(self, config: RunConfig, assembly: Assembly | None = None) -> Any:
         """Returns both towers and the prompts of the task's classes."""
         loaded, classes = self.model(config), self._classes(config, config.data)
         # The rules decide whether prompts are encoded once or in every step.
-        key = json.dumps(
-            [loaded.fingerprint, classes, config.vision.templates, config.to_dict()["lora"]["rules"]]
-        )
+        key = loaded.fingerprint, classes, config.vision.templates, config.lora.rules
         if key not in self._params:
-            self._params[key] = dual.with_classes(config, loaded, classes, _mesh(config))
+            self._params[key] = dual.with_classes(
+                config, loaded, classes, distributed.smallest_mesh(config.mesh)
+            )
         return self._params[key]
 
     def base(self, config: RunConfig) -> tuple[str, Any]:
@@ -128,8 +114,10 @@ class DualEncoders(Subject):
 
     def base_digest(self, config: RunConfig) -> str:
         """Returns the digests of the towers' files, without projections that a seed draws."""
-        loaded = self.model(config)
-        return self._joined.get(loaded.fingerprint, loaded.fingerprint)
+        if _is_joined(config.model):
+            towers = self._towers(config.model, config.compute.dtype, config.mesh)
+            return JOIN.join(tower.fingerprint for tower in towers)
+        return self.model(config).fingerprint
 
     def source_digest(self, data: ImageData) -> str:
         """Returns the digest of the training split."""
@@ -137,14 +125,14 @@ class DualEncoders(Subject):
 
     def data(self, config: RunConfig) -> ImageData:
         """Returns images in the order of the seed; few-shot images are drawn by the seed."""
-        key = json.dumps(
-            [config.seed, *(vars(group) for group in (config.data, config.vision, config.train))]
-        )
+        key = config.seed, config.data, config.vision, config.train
         if key not in self._rows:
             source = self._source(config, config.data, config.data.train_split)
             classes = self._classes(config, config.data)
             records = dual.trained_on(config, source, classes)
-            self._rows[key] = dual.image_data(config, self.model(config), records, _mesh(config))
+            self._rows[key] = dual.image_data(
+                config, self.model(config), records, distributed.smallest_mesh(config.mesh)
+            )
         return self._rows[key]
 
     def adapters(self, config: RunConfig, assembly: Assembly, data: Any, seed: int) -> Any:
@@ -160,20 +148,19 @@ class DualEncoders(Subject):
         indices = dual.drawn_images(held, data.eval_limit)
         images = Images(held, indices[indices.argsort()])
         classes, loaded = self._classes(config, data), self.model(config)
-        asked = json.dumps([images.digest, classes, config.vision.templates, loaded.processor.output])
-        digest = digest_of(asked)[:16]
-        return ImageItems(images, classes, config.vision, loaded, digest)
+        asked = [images.digest, classes, config.vision.templates, loaded.processor.output]
+        return ImageItems(json_digest(asked)[:16], len(images), images, classes, config.vision, loaded)
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
         """Compares the spans of both splits."""
         check_disjoint(*(self._source(config, config.data, split) for split in (tuned, tested)))
 
     def measure(
-        self, items: ImageItems, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
+        self, items: Any, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False
     ) -> dict[str, float]:
         """Returns ``loss`` and ``accuracy`` or recall; one pass computes all of them."""
         evaluator = self._evaluator(assembly, items)
-        measured = evaluator.measure(variables["params"], variables.get("lora"))
+        measured = evaluator.measure(params, lora)
         return {name: float(measured[name]) for name in MEASURES if name in measured}
 
     def _evaluator(self, assembly: Assembly, items: ImageItems) -> ClassEvaluator | RetrievalEvaluator:
@@ -195,12 +182,17 @@ class DualEncoders(Subject):
     def _source(self, config: RunConfig, data: DataConfig, split: str) -> ImageSource:
         """Returns a source, opened once: reading the classes of a large set takes time."""
         v = config.vision
-        fields = [v.image_field, v.label_field, v.caption_field, v.classes, v.max_pixels]
-        key = json.dumps([data.dataset, data.data_dir, split, fields])
+        fields = v.image_field, v.label_field, v.caption_field, v.classes, v.max_pixels
+        key = data.dataset, data.data_dir, split, *fields
         if key not in self._sources:
             self._sources[key] = open_images(data, v, split)
         return self._sources[key]
 
 
-def _mesh(config: RunConfig) -> Mesh:
-    return distributed.smallest_mesh(config.mesh)
+def _is_joined(model: str) -> bool:
+    """Returns True if a model's name is of two separate towers."""
+    return JOIN in model and not Path(model).exists()
+
+
+def _tower(name: str, prefix: str, dtype: str, mesh: MeshConfig) -> LoadedEncoder:
+    return load_encoder(name, dtype=dtype, mesh=distributed.smallest_mesh(mesh), prefix=prefix)

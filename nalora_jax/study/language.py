@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -12,18 +12,19 @@ import numpy as np
 import optax
 
 from nalora_jax.common.digests import json_digest
-from nalora_jax.config import DataConfig, RunConfig
+from nalora_jax.config import DataConfig, MeshConfig, RunConfig
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.pipeline import TrainData, train_data
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.sources import check_disjoint, open_source
 from nalora_jax.data.tokenizer import AddedTokens
+from nalora_jax.evaluate.evaluator import variables_of
 from nalora_jax.evaluate.text import choice_records, completion_records, text_summary
 from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.study.subject import Subject
+from nalora_jax.study.subject import Items, Subject
 from nalora_jax.train.initial_adapter import read_initial
 from nalora_jax.train.inputs import stream_shape
 from nalora_jax.train.kinds import decoder_parts
@@ -38,25 +39,23 @@ from nalora_jax.weights.new_tokens import with_added
 _SEED = 20260104  # seed of the draw of items whose choices are scored, the same for every run
 
 
-@dataclass(frozen=True)
-class LanguageItems:
-    """Items whose completions give the loss, and whose choices, if any, give the accuracy."""
+@dataclass(frozen=True, eq=False)
+class LanguageItems(Items):
+    """Items whose completions give the loss, and whose choices, if any, give the accuracy.
+
+    Their digest is of the token ids of prompts and correct completions.
+    """
 
     completions: Sequence[CompletionItem]  # the correct completion of each item
     choices: Sequence[ChoiceItem]  # the items with choices
-    digest: str  # of the token ids of prompts and correct completions
-
-    def __len__(self) -> int:
-        return len(self.completions)
 
     @property
     def digests(self) -> dict[str, str]:
         """Returns the digest of prompts and completions, and the digest of any choices."""
-        digests = {"": self.digest}
-        if self.choices:
-            ids = [[[list(ids) for ids in item.choice_ids], item.gold] for item in self.choices]
-            digests["choices"] = _digest(ids)
-        return digests
+        if not self.choices:
+            return super().digests
+        ids = [[[list(ids) for ids in item.choice_ids], item.gold] for item in self.choices]
+        return super().digests | {"choices": _digest(ids)}
 
     def scoring(self, count: int) -> LanguageItems:
         """Returns the completions with the choices of ``count`` items, drawn once for all runs."""
@@ -68,31 +67,29 @@ class Language(Subject):
     """`nalora_jax.study.subject.Subject` of language models."""
 
     def __init__(self) -> None:
-        self._models: dict[str, LoadedModel] = {}
+        self._load = cache(_load)
         self._started: tuple[Assembly, Any, Assembly] | None = None
 
     def model(self, config: RunConfig) -> LoadedModel:
         """Returns the run's base model."""
-        compute = config.compute
         added = AddedTokens.of(config.data)
-        of_model = (config.model, config.rope_scaling, compute.dtype, compute.quantize)
-        key = json.dumps([*of_model, config.to_dict()["mesh"], added.plain, added.special])
-        if key not in self._models:
-            mesh = distributed.smallest_mesh(config.mesh)
-            loaded = load_model(_files(config), dtype=compute.dtype, mesh=mesh, quantized=compute.quantized)
-            self._models[key] = with_added(loaded, added, mesh)
-        return self._models[key]
+        return self._load(
+            config.model,
+            config.rope_scaling,
+            config.compute.dtype,
+            config.compute.quantized,
+            config.mesh,
+            added,
+        )
 
     def architecture(self, config: RunConfig) -> ModelConfig:
         """Returns the config of the base."""
-        return open_files(_files(config)).described(AddedTokens.of(config.data))
+        files = open_files(_files(config.model, config.rope_scaling))
+        return files.described(AddedTokens.of(config.data))
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
         """Returns ``config`` without its data, and the data's length and added tokens."""
-        added = AddedTokens.of(config.data)
-        facts: dict[str, Any] = {"max_length": config.data.max_length}
-        if added:
-            facts["added"] = added.texts
+        facts = config.data.max_length, AddedTokens.of(config.data)
         return replace(config, data=DataConfig()), facts
 
     def assemble(
@@ -164,10 +161,11 @@ class Language(Subject):
         check_disjoint(open_source(config.data, tuned), open_source(config.data, tested))
 
     def measure(
-        self, items: LanguageItems, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
+        self, items: Any, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False
     ) -> dict[str, float]:
         """Returns ``loss`` per completion token, and ``accuracy`` if there are choices."""
         model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
+        variables = variables_of(params, lora)
         records = completion_records(model, variables, items.completions, mesh=mesh)
         values = {"loss": text_summary(records)["loss"]}
         if whole and items.choices:
@@ -176,8 +174,16 @@ class Language(Subject):
         return values
 
 
-def _files(config: RunConfig) -> ResolvedSource:
-    return replace(resolve_source(config.model), rope_scaling=config.rope_scaling)
+def _files(model: str, rope_scaling: str) -> ResolvedSource:
+    return replace(resolve_source(model), rope_scaling=rope_scaling)
+
+
+def _load(
+    model: str, rope_scaling: str, dtype: str, quantized: Any, mesh_config: MeshConfig, added: AddedTokens
+) -> LoadedModel:
+    mesh = distributed.smallest_mesh(mesh_config)
+    loaded = load_model(_files(model, rope_scaling), dtype=dtype, mesh=mesh, quantized=quantized)
+    return with_added(loaded, added, mesh)
 
 
 def _items(items: Sequence[Item]) -> LanguageItems:
@@ -192,7 +198,7 @@ def _items(items: Sequence[Item]) -> LanguageItems:
         else:
             completions.append(item)
     ids = [[list(item.prompt_ids), list(item.completion_ids)] for item in completions]
-    return LanguageItems(completions, choices, _digest(ids))
+    return LanguageItems(_digest(ids), len(completions), completions, choices)
 
 
 def _digest(ids: Any) -> str:

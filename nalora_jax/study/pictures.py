@@ -15,6 +15,7 @@ from nalora_jax.report.drawing import file_style, to_svg_file
 from nalora_jax.study.analysis import (
     MethodComparison,
     MethodResult,
+    by_task,
     comparisons,
     last,
     mean_of,
@@ -60,9 +61,7 @@ def _grid(
     name: str, cell_results: Sequence[MethodResult], marks: dict[str, Any], panel: Callable[..., bool]
 ) -> str:
     """Draws a panel per model and task, up to four in a row, with one legend."""
-    groups: dict[tuple[str, str], list[MethodResult]] = {}
-    for result in cell_results:
-        groups.setdefault((result.cell.model, result.cell.task), []).append(result)
+    groups = by_task(cell_results)
     columns = min(len(groups), _COLUMNS)
     rows = math.ceil(len(groups) / columns)
     figure = Figure(figsize=(5.2 * columns, 4.2 * rows), layout="constrained")
@@ -70,7 +69,7 @@ def _grid(
     for axis in axes[len(groups) :]:
         axis.remove()
     drawn = False
-    for axis, ((model, task), group) in zip(axes[: len(groups)], groups.items(), strict=True):
+    for axis, ((task, model), group) in zip(axes[: len(groups)], groups.items(), strict=True):
         drawn |= panel(axis, group, marks)
         axis.set_title(f"{task}, {model}", fontsize=10)
         if not axis.has_data():
@@ -108,15 +107,10 @@ def _loss_by_rate(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
     """Plots the validation cost over learning rates."""
     top, tried = [], set[float]()
     for result in group:
-        pairs = [
-            (rate, loss)
-            for rate, loss in zip(result.tuning.rates, result.tuning.losses, strict=True)
-            if loss
-        ]
-        pairs = [(rate, loss) for rate, loss in pairs if math.isfinite(loss)]
-        if not pairs:
+        costs = {rate: loss for rate, loss in result.tuning.costs.items() if loss and math.isfinite(loss)}
+        if not costs:
             continue
-        rates, losses = zip(*pairs, strict=True)
+        rates, losses = list(costs), list(costs.values())
         axis.plot(rates, losses, label=result.cell.method, linewidth=1.2, **marks[result.cell.method])
         tried.update(rates)
         best = min(losses)

@@ -104,18 +104,28 @@ class Run:
 class Tuning:
     """The current grid of a cell."""
 
-    rates: tuple[float, ...]  # ascending, including added rates
-    # Mean final `cost` of the validation items: infinite if a run diverged, None if one is missing.
-    losses: tuple[float | None, ...]
+    # Mean final `cost` of the validation items by rate, ascending, including added rates: infinite if
+    # a run diverged, None if one is missing.
+    costs: Mapping[float, float | None]
     at_edge: bool = False  # the best rate is at an end of the grid, which cannot grow
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Returns the learning rates."""
+        return tuple(self.costs)
+
+    @property
+    def losses(self) -> tuple[float | None, ...]:
+        """Returns the costs in the order of the rates."""
+        return tuple(self.costs.values())
 
     @property
     def chosen(self) -> float | None:
         """Returns a complete grid's best rate, the lowest of ties; None if all rates diverged."""
-        complete = [loss for loss in self.losses if loss is not None]
-        if len(complete) < len(self.rates) or min(complete) == math.inf:
+        finite = {rate: loss for rate, loss in self.costs.items() if loss is not None and loss < math.inf}
+        if None in self.losses or not finite:
             return None
-        return self.rates[complete.index(min(complete))]
+        return min(finite, key=finite.__getitem__)
 
 
 def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tuning:
@@ -123,14 +133,13 @@ def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tun
     rates = [rounded_rate(rate) for rate in protocol.rates]
     added = {"low": 0, "high": 0}
     while True:
-        losses = [_mean_loss(protocol, cell, rate, records) for rate in rates]
-        complete = [loss for loss in losses if loss is not None]
-        if len(complete) < len(rates) or min(complete) == math.inf:
-            return Tuning(tuple(rates), tuple(losses))
-        best = complete.index(min(complete))
+        grid = Tuning({rate: _mean_loss(protocol, cell, rate, records) for rate in rates})
+        if grid.chosen is None:
+            return grid
+        best = rates.index(grid.chosen)
         end = {len(rates) - 1: "high", 0: "low"}.get(best, "")
         if not end or len(rates) == 1 or added[end] == protocol.extend:
-            return Tuning(tuple(rates), tuple(losses), at_edge=bool(end) and len(rates) > 1)
+            return replace(grid, at_edge=bool(end) and len(rates) > 1)
         added[end] += 1
         if end == "low":
             rates.insert(0, rounded_rate(rates[0] ** 2 / rates[1]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,29 +15,24 @@ from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.preference import PreferenceEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.study.language import Language
+from nalora_jax.study.subject import Items
 from nalora_jax.train.inputs import stream_shape
 from nalora_jax.train.program import Assembly
 
 _SEED = 20260101  # of the held-out draw: the same in every run
 
 
-@dataclass(frozen=True)
-class PreferenceItems:
-    """Held-out pairs, and the evaluator of the last assembly, which scores the reference once."""
+@dataclass(frozen=True, eq=False)
+class PreferenceItems(Items):
+    """Held-out pairs, and the evaluator of the last assembly, which scores the reference once.
+
+    Their digest is of the token ids of both completions with their prompts.
+    """
 
     pairs: tuple[Pair, ...]
     preference: PreferenceConfig
     tokenizer: Tokenizer
-    digest: str  # of the token ids of both completions with their prompts
     _evaluators: dict[int, tuple[Assembly, PreferenceEvaluator]] = field(default_factory=dict, repr=False)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """Returns the digest of the pairs."""
-        return {"": self.digest}
 
     def evaluator(self, assembly: Assembly) -> PreferenceEvaluator:
         """Returns the evaluator of these pairs with the assembly's model and mesh."""
@@ -59,12 +52,11 @@ class Preferences(Language):
 
     def __init__(self) -> None:
         super().__init__()
-        self._rows: dict[str, PairData] = {}
+        self._rows: dict[Any, PairData] = {}
 
     def data(self, config: RunConfig) -> Any:
         """Returns packed pairs; they are tokenized once for all seeds."""
-        data, train = config.data, config.train
-        key = json.dumps([config.model, vars(data), vars(train)], default=str)
+        data, key = config.data, (config.model, config.data, config.train)
         if key not in self._rows:
             source, _ = open_pair(data)
             tokenizer, shape = self.model(config).tokenizer, stream_shape(replace(config, seed=0))
@@ -82,11 +74,11 @@ class Preferences(Language):
         indices = np.sort(permutation(len(records), _SEED)[: data.eval_limit or None]).tolist()
         tokenizer = self.model(config).tokenizer
         pairs = tuple(tokenize_pairs(records, indices, data, config.preference, tokenizer))
-        return PreferenceItems(pairs, config.preference, tokenizer, pairs_digest(pairs)[:16])
+        return PreferenceItems(pairs_digest(pairs)[:16], len(pairs), pairs, config.preference, tokenizer)
 
     def measure(
-        self, items: Any, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
+        self, items: Any, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False
     ) -> dict[str, float]:
         """Returns ``loss`` per pair, and ``accuracy``: the share of pairs whose chosen completion wins."""
-        values = items.evaluator(assembly).measure(variables["params"], variables.get("lora"))
+        values = items.evaluator(assembly).measure(params, lora)
         return {"loss": values["loss"], "accuracy": values["rewards_accuracy"]}

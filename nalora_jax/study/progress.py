@@ -15,12 +15,13 @@ from nalora_jax.common import trees
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.evaluate.run_log import to_json
 from nalora_jax.layout import distributed
+from nalora_jax.method import activations, statistics
 from nalora_jax.method.step import TrainState
 from nalora_jax.study.plan import Run
-from nalora_jax.study.provenance import code_version
+from nalora_jax.study.provenance import code_version, rule_files
 from nalora_jax.study.records import exact_values, read_snapshot, write_snapshot
 from nalora_jax.study.resources import Resources
-from nalora_jax.study.subject import Items
+from nalora_jax.study.subject import Items, StudyRows
 from nalora_jax.train.loop import Follower, LoopEvaluation, Schedule, run_steps
 from nalora_jax.train.optimizers import make_schedule
 
@@ -32,16 +33,14 @@ class RunInProgress:
 
     def __init__(self, run: Run, resources: Resources, snapshot: Path) -> None:
         self.run, self.resources, self.snapshot = run, resources, snapshot
-        self.prepared, self.data = resources.prepared(run), resources.data(run)
+        self.subject, self.assembly = resources.subject(run.config), resources.assembly(run)
+        self.params = self.subject.params(run.config, self.assembly)
+        self.data: StudyRows = self.subject.data(run.config)
         self.items = resources.validation_items(run)
         self.tested: dict[str, Items] = {}
         if run.stage == "test":
             self.tested = {"test": resources.test_items(run)} | resources.probe_items(run)
-        self.identity = {
-            "code": code_version(),
-            **resources.identity(run, self.prepared, self.data),
-            "items": _item_digests({"validation": self.items} | self.tested),
-        }
+        self.identity = self._identity()
         self.curve: list[dict[str, float]] = []  # step and measures of the validation items
         self.training: list[dict[str, float]] = []  # the loop's log steps
         self.seconds_before = self.training_seconds = 0.0
@@ -62,11 +61,11 @@ class RunInProgress:
 
     def begin(self) -> tuple[TrainState, int]:
         """Returns the state to train from and its step, from the snapshot if there is one."""
-        state = self.resources.start(self.run, self.prepared, self.data)
+        state = self.resources.start(self.run, self.data)
         self.parameters = trees.count_elements(state.lora)
         state, start = self._resumed(state)
         if not start:
-            self.curve.append({"step": 0} | self._base(self.items))
+            self.curve.append({"step": 0} | self.resources.measure_base(self.run, self.items))
         return state, start
 
     def rows(self, start: int) -> BatchIterator:
@@ -77,8 +76,8 @@ class RunInProgress:
 
     def train(self) -> TrainState:
         """Trains all steps, resuming from the snapshot if there is one."""
-        assembly, params = self.prepared.assembly, self.prepared.step_params
-        step = self.resources.step(self.run, self.prepared, self.data)
+        assembly, params = self.assembly, self.assembly.view(self.params)
+        step = self.subject.step(self.run.config, assembly, self.data)
         state, start = self.begin()
         batches = self.rows(start)
         began = time.perf_counter()
@@ -94,13 +93,14 @@ class RunInProgress:
     def measure(self, state: TrainState) -> dict[str, Any]:
         """Returns the final measures, for a test run including test items and probes."""
         validation = {name: value for name, value in self.curve[-1].items() if name != "step"}
-        final: dict[str, Any] = {"validation": validation | {"n": len(self.items)}}
+        final: dict[str, Any] = {"validation": validation | {"n": self.items.count}}
         for name, items in self.tested.items():
-            size, values = {"n": len(items)}, self._measured(state.lora, items, whole=name == "test")
+            values = self._measured(state.lora, items, whole=name == "test") | {"n": items.count}
             if name == "test":
-                final["test"] = values | size
+                final["test"] = values
             else:
-                probe = {"loss": values["loss"], **size, "before": self._base(items)["loss"]}
+                before = self.resources.measure_base(self.run, items)["loss"]
+                probe = {"loss": values["loss"], "n": values["n"], "before": before}
                 final.setdefault("probes", {})[name] = probe
         return final
 
@@ -133,7 +133,7 @@ class RunInProgress:
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
         """Measures the validation items."""
-        values = self._measured(state.lora, self.items, whole=False)
+        values = self._measured(state.lora, self.items)
         self.curve.append({"step": step} | values)
         return LoopEvaluation(-values["loss"], values)
 
@@ -164,17 +164,34 @@ class RunInProgress:
         log.info("  resumes at step %d", notes["step"])
         return state, int(notes["step"])
 
-    def _base(self, items: Items) -> dict[str, float]:
-        return self.resources.measure_base(self.run, self.prepared, items)
+    def _measured(self, lora: Any, items: Items, *, whole: bool = False) -> dict[str, float]:
+        return self.subject.measure(items, self.assembly, self.params, lora, whole=whole)
 
-    def _measured(self, lora: Any, items: Items, *, whole: bool) -> dict[str, float]:
-        return self.resources.measure(self.run, self.prepared, lora, items, whole=whole)
+    def _identity(self) -> dict[str, Any]:
+        """Returns the digests of code, rule files, adapter, base, data and items; see `study.provenance`.
 
-
-def _item_digests(items: Mapping[str, Items]) -> dict[str, str]:
-    """Returns the digests of all items, e.g. under "test" and "test choices"."""
-    return {
-        f"{name} {kind}".strip(): digest
-        for name, each in items.items()
-        for kind, digest in each.digests.items()
-    }
+        The items have names such as "test" and "test choices".
+        """
+        config, mechanisms = self.run.config, self.assembly.mechanisms
+        definitions = [
+            *(type(mechanism) for _, mechanism in mechanisms.entries),
+            *(statistics.get(name).values for name in mechanisms.statistics),
+            *(
+                activations.get(name).gate
+                for name in (mechanisms.activation, *dict(mechanisms.others).values())
+            ),
+        ]
+        measured = {"validation": self.items} | self.tested
+        return {
+            "code": code_version(),
+            **({"adapter": config.adapter_sha256} if config.adapter else {}),
+            "rules": rule_files(definitions),
+            "base": self.subject.base_digest(config),
+            "source": self.subject.source_digest(self.data),
+            "data": self.data.fingerprint,
+            "items": {
+                f"{name} {kind}".strip(): digest
+                for name, items in measured.items()
+                for kind, digest in items.digests.items()
+            },
+        }

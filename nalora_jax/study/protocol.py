@@ -317,8 +317,3 @@ def _check_method(p: Protocol, name: str, method: Method) -> None:
 def _require(where: str, fine: bool, expected: str, actual: object) -> None:
     if not fine:
         raise NaloraError(where, expected=expected, found=actual)
-
-
-def data_of(dataset: str, split: str, items: int, like: DataConfig) -> DataConfig:
-    """Returns ``like`` with other held-out items."""
-    return replace(like, dataset=dataset, eval_split=split, eval_limit=items)

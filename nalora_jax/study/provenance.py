@@ -39,16 +39,16 @@ _PACKAGE = Path(__file__).parents[1]
 _SOURCES = {".py", ".cc", ".h"}
 _LIBRARIES = {"nalora_jax", "jax", "numpy"}  # whose code or version is recorded
 ADDED = ("rules", "base", "source", "digest")  # fields that records of earlier versions lack
-# Fields that must agree, each with the fields of the records among which they must.
-_SHARED: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("base", ("model",)),
-    ("adapter", ("model", "task", "method")),
-    ("source", ("model", "task")),
-    ("data", ("model", "task", "seed")),
-    ("items", ("model", "task")),
-    ("rules", ("model", "method")),
-    ("parameters", ("model", "task", "method")),
-)
+# Fields that must agree: their description, and the fields of the records among which they must.
+_SHARED = {
+    "base": ("base model", ("model",)),
+    "adapter": ("adapter that the runs start from", ("model", "task", "method")),
+    "source": ("training data", ("model", "task")),
+    "data": ("training data or its order", ("model", "task", "seed")),
+    "items": ("held-out items", ("model", "task")),
+    "rules": ("rule's file", ("model", "method")),
+    "parameters": ("number of trained parameters", ("model", "task", "method")),
+}
 
 
 @functools.cache
@@ -128,11 +128,12 @@ def check_records(records: Mapping[str, Record]) -> None:
                 found="another content",
                 remedy="restore the record file, or delete the line and do the run again",
             )
-    for field, group in _SHARED:
-        _check_shared(records, field, group)
+    for field in _SHARED:
+        _check_shared(records, field)
 
 
-def _check_shared(records: Mapping[str, Record], field: str, group: tuple[str, ...]) -> None:
+def _check_shared(records: Mapping[str, Record], field: str) -> None:
+    meaning, group = _SHARED[field]
     first: dict[tuple[Any, ...], tuple[str, Any]] = {}
     for name, record in records.items():
         place = tuple(record.get(key) for key in group)
@@ -149,19 +150,8 @@ def _check_shared(records: Mapping[str, Record], field: str, group: tuple[str, .
                     f"records {other} and {name}: {field} {item}".rstrip(),
                     expected=f"the same for {named}: {expected}",
                     found=digest,
-                    remedy=f"the {_MEANING[field]} changed between the runs: restore it, or begin a new study",
+                    remedy=f"the {meaning} changed between the runs: restore it, or begin a new study",
                 )
-
-
-_MEANING = {
-    "base": "base model",
-    "adapter": "adapter that the runs start from",
-    "source": "training data",
-    "data": "training data or its order",
-    "items": "held-out items",
-    "rules": "rule's file",
-    "parameters": "number of trained parameters",
-}
 
 
 # ---------------------------------------------------------------- a protocol that was fixed before

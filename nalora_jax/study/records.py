@@ -106,21 +106,18 @@ class Records:
         """
         self._append(self.path, record)
         if record.get("stage") == "test":
-            self._list_test(record, record.get("digest"))
+            self.list_test(record)
 
-    def begin_test(self, record: Mapping[str, Any]) -> None:
-        """Lists a test before it reads the test items.
+    def list_test(self, record: Mapping[str, Any]) -> None:
+        """Lists a test: before it reads the test items, and with its digest when it is finished.
 
         Args:
-          record: with the ``id`` and the ``protocol`` of the run.
+          record: with the ``id``, the ``protocol`` and, of a finished run, the ``digest``.
 
         Raises:
           NaloraError: the line cannot be written.
         """
-        self._list_test(record, None)
-
-    def _list_test(self, record: Mapping[str, Any], digest: str | None) -> None:
-        entry = {"id": record["id"], "protocol": record["protocol"], "record": digest}
+        entry = {"id": record["id"], "protocol": record["protocol"], "record": record.get("digest")}
         self._append(self.tests_path, entry | {"time": datetime.now(UTC).isoformat(timespec="seconds")})
 
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.report import tables
 from nalora_jax.report.tables import markdown_table
 from nalora_jax.study.analysis import (
-    CommonRate,
     MethodComparison,
     MethodResult,
+    by_task,
     common_rates,
     comparisons,
     deviation,
@@ -30,11 +30,10 @@ from nalora_jax.study.analysis import (
     results,
 )
 from nalora_jax.study.pictures import draw
-from nalora_jax.study.plan import Cell, cells, others_of, tuning, wanted
-from nalora_jax.study.protocol import Method, Protocol
+from nalora_jax.study.plan import Cell, Tuning, cells, others_of, tuning, wanted
+from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.provenance import checked_records, describe_old, old_records
 from nalora_jax.study.records import Record, Records, hours
-from nalora_jax.study.statistics import Paired
 
 log = logging.getLogger(__name__)
 number = partial(tables.number, missing="-")
@@ -82,25 +81,26 @@ _MOVEMENT = {
     "misalignment_limit": "its limit",
     "mean_feature": "feature movement",
 }
+_SKEWED = 1  # absolute sample skewness of the differences above which the report warns
+_BRIEF = ["method", "against", "task", "seeds", "difference", "95% interval", "better", "t p (Holm)"]
 
 
 def render_results(protocol: Protocol, records: Mapping[str, Record]) -> str:
     """Returns all tables as one Markdown document."""
-    cell_results = results(protocol, records)
-    compared = comparisons(protocol, cell_results)
+    tables = _Tables(protocol, records)
     parts = [
         f"# Results: {protocol.question}",
         "Written by `nalora study report` from `records.jsonl` and `protocol.toml`. Losses are "
         f"{_unit(protocol)}; differences are method minus the other, so below 0 is better.",
-        _runs(protocol, records),
-        _methods(protocol),
-        _learning_rates(protocol, cell_results),
-        common_rate_tables(protocol, cell_results),
-        _tests(protocol, cell_results),
-        primary_table(protocol, compared),
-        other_measures(protocol, compared),
-        multiples(protocol, cell_results, compared),
-        probes(protocol, cell_results, compared),
+        tables.runs(),
+        tables.methods(),
+        tables.learning_rates(),
+        tables.common_rates(),
+        tables.tests(),
+        tables.primary(),
+        tables.other_measures(),
+        tables.multiples(),
+        tables.probes(),
     ]
     return "\n\n".join(section for section in parts if section) + "\n"
 
@@ -118,31 +118,244 @@ def _unit(protocol: Protocol) -> str:
     return "; ".join(dict.fromkeys(units[config.vision.task] for config in runs))
 
 
-def _runs(protocol: Protocol, records: Mapping[str, Record]) -> str:
-    budget = f" of {protocol.budget_hours:g}" if protocol.budget_hours else ""
-    tests = [record for record in records.values() if record["stage"] == "test"]
-    rows = [
-        ["runs", f"{len(records) - len(tests)} to tune, {len(tests)} to test"],
-        ["tests not done", _not_done(protocol, records)],
-        ["hours", f"{hours(records):.1f}{budget}"],
-        ["settings of every run", _settings(protocol.run)],
-        ["protocol", f"sha256 {protocol.digest[:16]}"],
-        ["respelled from protocol", ", ".join(digest[:16] for digest in protocol.respelled_from)],
-        ["protocol committed in", _committed(tests)],
-        ["records made under protocol", _distinct(records, "protocol", 16)],
-        ["code (sha256 of the package)", _distinct(records, "code", 12)],
-        ["base (sha256 of the weights)", _distinct(records, "base", 16)],
-        ["rule files (sha256)", _rule_files(records)],
-        ["records without digests of base, data and rules", _old(records)],
-        ["devices", _distinct(records, "device")],
-    ]
-    return "## Runs\n\n" + markdown_table(["", ""], [row for row in rows if row[1]])
+class _Tables:
+    """The sections of a study's results; a section without rows is empty."""
+
+    def __init__(self, protocol: Protocol, records: Mapping[str, Record]) -> None:
+        self._protocol, self._records = protocol, records
+        self._results = results(protocol, records)
+        self._compared = comparisons(protocol, self._results)
+        self._metric = named(protocol.metric)
+
+    def runs(self) -> str:
+        """Returns what was run, with which files and on which devices."""
+        protocol, records = self._protocol, self._records
+        budget = f" of {protocol.budget_hours:g}" if protocol.budget_hours else ""
+        tests = [record for record in records.values() if record["stage"] == "test"]
+        old = len(old_records(records))
+        rules = {item for record in records.values() for item in record.get("rules", {}).items()}
+        rows = [
+            ["runs", f"{len(records) - len(tests)} to tune, {len(tests)} to test"],
+            ["tests not done", _not_done(protocol, records) if tests else ""],
+            ["hours", f"{hours(records):.1f}{budget}"],
+            ["settings of every run", _settings(protocol.run)],
+            ["protocol", f"sha256 {protocol.digest[:16]}"],
+            ["respelled from protocol", ", ".join(digest[:16] for digest in protocol.respelled_from)],
+            ["protocol committed in", _committed(tests)],
+            ["records made under protocol", _distinct(records, "protocol", 16)],
+            ["code (sha256 of the package)", _distinct(records, "code", 12)],
+            ["base (sha256 of the weights)", _distinct(records, "base", 16)],
+            ["rule files (sha256)", ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(rules))],
+            [
+                "records without digests of base, data and rules",
+                f"{old} (made by an earlier version)" if old else "",
+            ],
+            ["devices", _distinct(records, "device")],
+        ]
+        return "## Runs\n\n" + markdown_table(["", ""], [row for row in rows if row[1]])
+
+    def methods(self) -> str:
+        """Returns the methods with their settings."""
+        rows = []
+        for name, method in self._protocol.methods.items():
+            keys = {"reseed": method.reseed, "no_gate": method.no_gate}
+            settings = method.settings | {key: value for key, value in keys.items() if value}
+            placebo = f"`{method.placebo_of}`" if method.placebo_of else "-"
+            rows.append([name, method.about or "-", _settings(settings) or "-", placebo])
+        return "## Methods\n\n" + markdown_table(["method", "description", "settings", "placebo of"], rows)
+
+    def learning_rates(self) -> str:
+        """Returns the costs by which each method's rate was chosen."""
+
+        def table(group: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
+            rates = sorted({rate for result in group for rate in result.tuning.rates})
+            rows = [
+                [
+                    result.cell.method,
+                    *(_tuned(result.tuning, rate) for rate in rates),
+                    "yes" if result.tuning.at_edge else "",
+                ]
+                for result in group
+            ]
+            return ["method", *(f"{rate:g}" for rate in rates), "at an end"], rows
+
+        seeds = ", ".join(map(str, self._protocol.tuning_seeds))
+        chosen = (
+            f"Final validation {self._metric}, mean over tuning seeds {seeds}; the chosen rate is bold."
+        )
+        return self._section(f"## Learning rates\n\n{chosen}", table)
+
+    def common_rates(self) -> str:
+        """Returns the differences from the baseline at each learning rate that both were tuned at."""
+        protocol = self._protocol
+
+        def table(group: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
+            (baseline,) = (result for result in group if result.cell.method == protocol.baseline)
+            by_method = {r.cell.method: common_rates(r, baseline) for r in group if r is not baseline}
+            rates = sorted({rate for common in by_method.values() for rate in common})
+            heads = [f"**{rate:g}**" if rate == baseline.tuning.chosen else f"{rate:g}" for rate in rates]
+            rows = [
+                [method, *(_common(common.get(r)) for r in rates)] for method, common in by_method.items()
+            ]
+            return ["method", *heads], rows if rates else []
+
+        text = (
+            "## Differences at each common rate\n\n"
+            f"Validation {self._metric} of a method minus that of `{protocol.baseline}` at the "
+            f"same learning rate, over tuning seeds {', '.join(map(str, protocol.tuning_seeds))}; the "
+            "baseline's best rate is bold. In brackets: the feature movement of the method's gates over "
+            "that of the baseline's. A method that moves them farther trains at a higher effective rate, "
+            "which by itself lowers the loss below the best rate and raises it above."
+        )
+        return self._section(text, table)
+
+    def tests(self) -> str:
+        """Returns the measures at the chosen rates."""
+
+        def table(group: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
+            others = others_of(self._protocol.metric)
+            names = [name for name in others if any(result.measured(name) for result in group)]
+            heads = ["method", "rate", "parameters", "seeds", "diverged", self._metric, "deviation"]
+            heads += [*(name.replace("_", " ") for name in names), *_MOVEMENT.values(), "seconds a run"]
+            return heads, [_test_row(result, names) for result in group if result.tests]
+
+        title = "At each method's chosen rate; mean and standard deviation over the test seeds."
+        tasks = self._protocol.tasks.items()
+        some = [f"{task.accuracy_items:,} ({name})" for name, task in tasks if task.accuracy_items]
+        scored = f" Accuracy: of {', '.join(some)} of the items." if some else ""
+        return self._section(f"## Test\n\n{title}{scored}", table)
+
+    def primary(self) -> str:
+        """Returns the comparisons by the primary metric with all statistics, and their explanation."""
+        primary = [comparison for comparison in self._compared if comparison.measure.kind == "primary"]
+        if not primary:
+            return ""
+        heads = [*_BRIEF, "Wilcoxon p (Holm)", "sign p", "effect", "equivalent", "deviation"]
+        heads += ["seeds needed", "margin (of the gain)"]
+        parts = [f"## Paired differences of the test {self._metric}", self._explained()]
+        parts.append(markdown_table(heads, [self._primary_row(comparison) for comparison in primary]))
+        skewed = [
+            f"`{c.cell.method}` - `{c.other}` on {c.cell.task} ({c.paired.skewness:+.1f})"
+            for c in primary
+            if abs(c.paired.skewness) > _SKEWED
+        ]
+        if skewed:
+            parts.append(
+                "**Skewed differences.** Intervals, t tests and equivalence tests assume differences without strong "
+                f"skewness. The sample skewness is above {_SKEWED} here, so they may be wrong too often: "
+                f"{', '.join(skewed)}."
+            )
+        return "\n\n".join(parts)
+
+    def other_measures(self) -> str:
+        """Returns the comparisons by the secondary measures of the test items."""
+        rows = self._brief("other", "measure")
+        return f"## Paired differences of secondary measures\n\n{rows}" if rows else ""
+
+    def multiples(self) -> str:
+        """Returns the test costs at multiples of the chosen rates, and their differences."""
+        factors = sorted(self._protocol.test_multiples)
+        if len(factors) < 2:
+            return ""
+
+        def table(group: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
+            rows = [
+                [r.cell.method, *(f"{number(mean_of(r.losses(m)))} ({r.diverged(m)})" for m in factors)]
+                for r in group
+                if r.tests
+            ]
+            return ["method", *(f"x {m:g}" for m in factors)], rows
+
+        title = f"Mean test {self._metric} at multiples of the chosen rate (runs that diverged)."
+        differences = self._brief("multiple", "rate")
+        more = (
+            f"Paired differences of the test {self._metric} there:\n\n{differences}" if differences else ""
+        )
+        return self._section(f"## Above the chosen rate\n\n{title}", table, more)
+
+    def probes(self) -> str:
+        """Returns the changes of the loss on other data, and their differences."""
+        names = list(self._protocol.probes)
+        if not names:
+            return ""
+
+        def table(group: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
+            finite = [(result.cell.method, list(result.finite().values())) for result in group]
+            rows = [[method, *(_probe(tests, name) for name in names)] for method, tests in finite if tests]
+            return ["method", *names], rows
+
+        title = "Loss on data that was not trained on: before training, and the mean change."
+        differences = self._brief("probe", "data")
+        more = f"Paired differences of these changes:\n\n{differences}" if differences else ""
+        return self._section(f"## Other data\n\n{title}", table, more)
+
+    def _section(
+        self,
+        text: str,
+        table: Callable[[Sequence[MethodResult]], tuple[list[str], list[list[str]]]],
+        more: str = "",
+    ) -> str:
+        """Returns a text with the table (heads and rows) of each task and model; "" if all are empty."""
+        parts = []
+        for (task, model), group in by_task(self._results).items():
+            heads, rows = table(group)
+            if rows:
+                parts.append(f"### {task}, {model}\n\n{markdown_table(heads, rows)}")
+        if not parts:
+            return ""
+        return "\n\n".join([text, *parts, *filter(None, [more])])
+
+    def _explained(self) -> str:
+        protocol, compared = self._protocol, self._compared
+        baseline = next((c.family for c in compared if c.other == protocol.baseline), 0)
+        placebo = next((c.family for c in compared if c.other != protocol.baseline), 0)
+        families = f"the {baseline} comparisons with `{protocol.baseline}` in this and the following tables"
+        if placebo:
+            families += f", or the {placebo} with placebos"
+        margin = f"{protocol.margin_share:.0%} of the training gain"
+        if protocol.margin:
+            margin = f"{protocol.margin:g}"
+        return (
+            "This is the study's primary metric. Interval and t p: Student's t over seeds. Wilcoxon "
+            f"and sign test: exact, two-sided. Holm: corrected over {families}. Better: seeds on which "
+            "the method has the lower value. Equivalent: two one-sided t tests at 5% reject a "
+            f"difference of the margin, {margin}, or more. The training gain is the fall of the validation "
+            f"{self._metric} in the tuning runs of `{protocol.baseline}` at its chosen rate. Effect: mean over "
+            "deviation. Seeds needed: pairs that detect the margin with a power of 80%."
+        )
+
+    def _primary_row(self, comparison: MethodComparison) -> list[str]:
+        p = comparison.paired
+        return [
+            *self._brief_row(comparison),
+            p_value(p.wilcoxon_p, comparison.wilcoxon_holm),
+            number(p.sign_p, 3),
+            number(p.effect, 2),
+            "yes" if p.equivalent else "no",
+            number(p.deviation),
+            "-" if p.n < 2 or not p.margin > 0 else str(p.seeds_needed or "over 10,000"),
+            _margin(p.margin, comparison.gain),
+        ]
+
+    def _brief_row(self, comparison: MethodComparison) -> list[str]:
+        p, cell = comparison.paired, comparison.cell
+        task = f"{cell.task} ({cell.model})" if len(self._protocol.models) > 1 else cell.task
+        interval = f"{signed(p.low)} to {signed(p.high)}" if p.n > 1 else "-"
+        difference = [str(p.n), signed(p.mean), interval, f"{p.better}/{p.n}"]
+        return [cell.method, comparison.other, task, *difference, p_value(p.t_p, comparison.t_holm)]
+
+    def _brief(self, kind: str, lead: str) -> str:
+        """Returns the comparisons of one kind of measure with intervals; "" without any."""
+        compared = [comparison for comparison in self._compared if comparison.measure.kind == kind]
+        rows = [[comparison.measure.label, *self._brief_row(comparison)] for comparison in compared]
+        return markdown_table([lead, *_BRIEF], rows) if rows else ""
+
+
+# ---------------------------------------------------------------- cells
 
 
 def _not_done(protocol: Protocol, records: Mapping[str, Record]) -> str:
-    """Returns the tests at chosen rates without a record; "" without any, or before any test."""
-    if not any(record["stage"] == "test" for record in records.values()):
-        return ""
+    """Returns the tests at chosen rates without a record."""
     missing = [run for run in wanted(protocol, records) if run.stage == "test" and run.id not in records]
     several = len(protocol.tasks) * len(protocol.models) > 1
     names = [
@@ -162,41 +375,10 @@ def _committed(tests: Sequence[Record]) -> str:
     return ", ".join(commits)
 
 
-def _old(records: Mapping[str, Record]) -> str:
-    count = len(old_records(records))
-    if not count:
-        return ""
-    return f"{count} (made by an earlier version)"
-
-
-def _rule_files(records: Mapping[str, Record]) -> str:
-    rules = {item for record in records.values() for item in record.get("rules", {}).items()}
-    return ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(rules))
-
-
 def _distinct(records: Mapping[str, Record], name: str, length: int = 200) -> str:
     return ", ".join(
         sorted({str(record[name])[:length] for record in records.values() if record.get(name)})
     )
-
-
-def _methods(protocol: Protocol) -> str:
-    rows = [
-        [
-            name,
-            method.about or "-",
-            _settings(method.settings | _named(method)) or "-",
-            f"`{method.placebo_of}`" if method.placebo_of else "-",
-        ]
-        for name, method in protocol.methods.items()
-    ]
-    return "## Methods\n\n" + markdown_table(["method", "description", "settings", "placebo of"], rows)
-
-
-def _named(method: Method) -> dict[str, Any]:
-    """Returns the method's keys other than its settings that change a run, if they are not the default."""
-    keys = {"reseed": method.reseed, "no_gate": method.no_gate}
-    return {name: value for name, value in keys.items() if value}
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
@@ -213,57 +395,19 @@ def _settings(settings: Mapping[str, Any]) -> str:
     return ", ".join(text.replace("|", "\\|") for text in texts)
 
 
-def _learning_rates(protocol: Protocol, cell_results: Sequence[MethodResult]) -> str:
-    seeds = ", ".join(map(str, protocol.tuning_seeds))
-    chosen = f"Final validation {named(protocol.metric)}, mean over tuning seeds {seeds}; the chosen rate is bold."
-    parts = [f"## Learning rates\n\n{chosen}"]
-    for title, group in grouped(cell_results):
-        rates = sorted({rate for result in group for rate in result.tuning.rates})
-        rows = [
-            [result.cell.method, *(_tuned(result, rate) for rate in rates), _edge(result)]
-            for result in group
-        ]
-        parts.append(
-            f"{title}\n\n" + markdown_table(["method", *(f"{rate:g}" for rate in rates), "at an end"], rows)
-        )
-    return "\n\n".join(parts)
+def _tuned(grid: Tuning, rate: float) -> str:
+    if grid.costs.get(rate) is None:
+        return "-" if rate in grid.costs else ""
+    text = "diverged" if grid.costs[rate] == math.inf else number(grid.costs[rate])
+    return f"**{text}**" if rate == grid.chosen else text
 
 
-def _tuned(result: MethodResult, rate: float) -> str:
-    grid = dict(zip(result.tuning.rates, result.tuning.losses, strict=True))
-    if grid.get(rate) is None:
-        return "-" if rate in grid else ""
-    text = "diverged" if grid[rate] == math.inf else number(grid[rate])
-    return f"**{text}**" if rate == result.tuning.chosen else text
-
-
-def _edge(result: MethodResult) -> str:
-    return "yes" if result.tuning.at_edge else ""
-
-
-def _tests(protocol: Protocol, cell_results: Sequence[MethodResult]) -> str:
-    title = "At each method's chosen rate; mean and standard deviation over the test seeds."
-    parts = [f"## Test\n\n{title}{_scored(protocol)}"]
-    header = ["method", "rate", "parameters", "seeds", "diverged", named(protocol.metric), "deviation"]
-    for heading, group in grouped(cell_results):
-        names = [n for n in others_of(protocol.metric) if any(result.measured(n) for result in group)]
-        rows = [_test_row(result, names) for result in group if result.tests]
-        columns = [*(name.replace("_", " ") for name in names), *_MOVEMENT.values(), "seconds a run"]
-        if rows:
-            parts.append(f"{heading}\n\n" + markdown_table([*header, *columns], rows))
-    if len(parts) == 1:
+def _common(common: tuple[float, float | None] | None) -> str:
+    """Returns a difference at a common rate, and the ratio of the movements."""
+    if common is None:
         return ""
-    return "\n\n".join(parts)
-
-
-def _scored(protocol: Protocol) -> str:
-    """Returns a note on tasks whose accuracy is measured on some of the items only."""
-    some = [
-        f"{task.accuracy_items:,} ({name})" for name, task in protocol.tasks.items() if task.accuracy_items
-    ]
-    if not some:
-        return ""
-    return f" Accuracy: of {', '.join(some)} of the items."
+    difference, movement = common
+    return signed(difference) + ("" if movement is None else f" ({movement:.2f} x)")
 
 
 def _test_row(result: MethodResult, names: Sequence[str]) -> list[str]:
@@ -285,109 +429,6 @@ def _test_row(result: MethodResult, names: Sequence[str]) -> list[str]:
     ]
 
 
-# ---------------------------------------------------------------- differences between methods
-
-_SKEWED = 1  # absolute sample skewness of the differences above which the report warns
-_BRIEF = ["method", "against", "task", "seeds", "difference", "95% interval", "better", "t p (Holm)"]
-
-
-def common_rate_tables(protocol: Protocol, cell_results: Sequence[MethodResult]) -> str:
-    """Returns the differences from the baseline at each learning rate that both were tuned at."""
-    baselines = {r.cell: r for r in cell_results if r.cell.method == protocol.baseline}
-    parts = []
-    for title, group in grouped(cell_results):
-        baseline = baselines[group[0].cell._replace(method=protocol.baseline)]
-        by_method = {r.cell.method: common_rates(r, baseline) for r in group if r is not baseline}
-        rates = sorted({rate for common in by_method.values() for rate in common})
-        if not rates:
-            continue
-        header = [f"**{rate:g}**" if rate == baseline.tuning.chosen else f"{rate:g}" for rate in rates]
-        rows = [
-            [method, *(_common(common.get(rate)) for rate in rates)] for method, common in by_method.items()
-        ]
-        parts.append(f"{title}\n\n" + markdown_table(["method", *header], rows))
-    if not parts:
-        return ""
-    text = (
-        "## Differences at each common rate\n\n"
-        f"Validation {named(protocol.metric)} of a method minus that of `{protocol.baseline}` at the "
-        f"same learning rate, over tuning seeds {', '.join(map(str, protocol.tuning_seeds))}; the "
-        "baseline's best rate is bold. In brackets: the feature movement of the method's gates over "
-        "that of the baseline's. A method that moves them farther trains at a higher effective rate, "
-        "which by itself lowers the loss below the best rate and raises it above."
-    )
-    return "\n\n".join([text, *parts])
-
-
-def _common(common: CommonRate | None) -> str:
-    if common is None:
-        return ""
-    text = signed(common.difference)
-    if common.movement is not None:
-        text += f" ({common.movement:.2f} x)"
-    return text
-
-
-def primary_table(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
-    """Returns the comparisons by the primary metric with all statistics, and their explanation."""
-    primary = [comparison for comparison in compared if comparison.measure.kind == "primary"]
-    if not primary:
-        return ""
-    header = [*_BRIEF, "Wilcoxon p (Holm)", "sign p", "effect", "equivalent", "deviation", "seeds needed"]
-    rows = [_primary_row(protocol, comparison) for comparison in primary]
-    title = f"## Paired differences of the test {named(protocol.metric)}"
-    parts = [title, _explained(protocol, compared), markdown_table([*header, "margin (of the gain)"], rows)]
-    return "\n\n".join([*parts, *_skewed(primary)])
-
-
-def _skewed(primary: Sequence[MethodComparison]) -> list[str]:
-    """Returns a warning that names the comparisons with skewed differences; [] without any."""
-    names = [
-        f"`{c.cell.method}` - `{c.other}` on {c.cell.task} ({c.paired.skewness:+.1f})"
-        for c in primary
-        if abs(c.paired.skewness) > _SKEWED
-    ]
-    if not names:
-        return []
-    return [
-        "**Skewed differences.** Intervals, t tests and equivalence tests assume differences without strong "
-        f"skewness. The sample skewness is above {_SKEWED} here, so they may be wrong too often: {', '.join(names)}."
-    ]
-
-
-def _explained(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
-    baseline = next((c.family for c in compared if c.other == protocol.baseline), 0)
-    placebo = next((c.family for c in compared if c.other != protocol.baseline), 0)
-    families = f"the {baseline} comparisons with `{protocol.baseline}` in this and the following tables"
-    if placebo:
-        families += f", or the {placebo} with placebos"
-    margin = f"{protocol.margin_share:.0%} of the training gain"
-    if protocol.margin:
-        margin = f"{protocol.margin:g}"
-    return (
-        "This is the study's primary metric. Interval and t p: Student's t over seeds. Wilcoxon "
-        f"and sign test: exact, two-sided. Holm: corrected over {families}. Better: seeds on which "
-        "the method has the lower value. Equivalent: two one-sided t tests at 5% reject a "
-        f"difference of the margin, {margin}, or more. The training gain is the fall of the validation "
-        f"{named(protocol.metric)} in the tuning runs of `{protocol.baseline}` at its chosen rate. Effect: mean over "
-        "deviation. Seeds needed: pairs that detect the margin with a power of 80%."
-    )
-
-
-def _primary_row(protocol: Protocol, comparison: MethodComparison) -> list[str]:
-    p = comparison.paired
-    return [
-        *_brief_row(comparison, several_models=len(protocol.models) > 1),
-        p_value(p.wilcoxon_p, comparison.wilcoxon_holm),
-        number(p.sign_p, 3),
-        number(p.effect, 2),
-        "yes" if p.equivalent else "no",
-        number(p.deviation),
-        "-" if p.n < 2 or not p.margin > 0 else str(p.seeds_needed or "over 10,000"),
-        _margin(p.margin, comparison.gain),
-    ]
-
-
 def _margin(margin: float, gain: float) -> str:
     """Returns a margin and its share of the training gain."""
     if not margin > 0:
@@ -397,83 +438,9 @@ def _margin(margin: float, gain: float) -> str:
     return f"{margin:.3g} ({margin / gain:.1%})"
 
 
-def _brief_row(comparison: MethodComparison, *, several_models: bool) -> list[str]:
-    p, cell = comparison.paired, comparison.cell
-    task = task_name(cell, several_models=several_models)
-    difference = [str(p.n), signed(p.mean), interval(p), f"{p.better}/{p.n}"]
-    return [cell.method, comparison.other, task, *difference, p_value(p.t_p, comparison.t_holm)]
-
-
-def _brief(protocol: Protocol, compared: Sequence[MethodComparison], kind: str, lead: str) -> str:
-    """Returns the comparisons of one kind of measure with intervals; "" without any."""
-    several = len(protocol.models) > 1
-    rows = [
-        [c.measure.label, *_brief_row(c, several_models=several)]
-        for c in compared
-        if c.measure.kind == kind
-    ]
-    if not rows:
-        return ""
-    return markdown_table([lead, *_BRIEF], rows)
-
-
-def other_measures(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
-    """Returns the comparisons by the secondary measures of the test items."""
-    rows = _brief(protocol, compared, "other", "measure")
-    if rows:
-        return f"## Paired differences of secondary measures\n\n{rows}"
-    return ""
-
-
-def multiples(
-    protocol: Protocol, cell_results: Sequence[MethodResult], compared: Sequence[MethodComparison]
-) -> str:
-    """Returns the test costs at multiples of the chosen rates, and their differences."""
-    factors = sorted(protocol.test_multiples)
-    if len(factors) < 2:
-        return ""
-    title = f"Mean test {named(protocol.metric)} at multiples of the chosen rate (runs that diverged)."
-    parts = [f"## Above the chosen rate\n\n{title}"]
-    for heading, group in grouped(cell_results):
-        rows = [
-            [
-                result.cell.method,
-                *(f"{number(mean_of(result.losses(m)))} ({result.diverged(m)})" for m in factors),
-            ]
-            for result in group
-            if result.tests
-        ]
-        parts.append(f"{heading}\n\n" + markdown_table(["method", *(f"x {m:g}" for m in factors)], rows))
-    if differences := _brief(protocol, compared, "multiple", "rate"):
-        parts.append(f"Paired differences of the test {named(protocol.metric)} there:\n\n{differences}")
-    return "\n\n".join(parts)
-
-
-def probes(
-    protocol: Protocol, cell_results: Sequence[MethodResult], compared: Sequence[MethodComparison]
-) -> str:
-    """Returns the changes of the loss on other data, and their differences."""
-    names = list(protocol.probes)
-    if not names:
-        return ""
-    parts = ["## Other data\n\nLoss on data that was not trained on: before training, and the mean change."]
-    for heading, group in grouped(cell_results):
-        finite = [(result.cell.method, list(result.finite().values())) for result in group]
-        rows = [
-            [method, *(_probe(records, name) for name in names)] for method, records in finite if records
-        ]
-        parts.append(f"{heading}\n\n" + markdown_table(["method", *names], rows))
-    if differences := _brief(protocol, compared, "probe", "data"):
-        parts.append(f"Paired differences of these changes:\n\n{differences}")
-    return "\n\n".join(parts)
-
-
 def _probe(records: Sequence[Record], name: str) -> str:
     before = float(records[0]["probes"][name]["before"])
     return f"{number(before)} {signed(mean_of([forgotten(name, record) for record in records]))}"
-
-
-# ---------------------------------------------------------------- cells
 
 
 def signed(value: float) -> str:
@@ -486,13 +453,6 @@ def signed(value: float) -> str:
     return f"{value + 0.0:+.4f}"
 
 
-def interval(statistics: Paired) -> str:
-    """Returns the interval of a mean difference, or a dash for a single pair."""
-    if statistics.n > 1:
-        return f"{signed(statistics.low)} to {signed(statistics.high)}"
-    return "-"
-
-
 def p_value(p: float, corrected: float) -> str:
     """Returns a p-value, with its corrected value in brackets.
 
@@ -500,30 +460,10 @@ def p_value(p: float, corrected: float) -> str:
       >>> p_value(0.0313, 0.5625), p_value(0.00002, 0.0004)
       ('0.031 (0.562)', '<0.001 (<0.001)')
     """
-    if math.isfinite(p):
-        return f"{_p(p)} ({_p(corrected)})"
-    return "-"
-
-
-def _p(value: float) -> str:
-    if value < 0.001:
-        return "<0.001"
-    return f"{value:.3f}"
-
-
-def task_name(cell: Cell, *, several_models: bool) -> str:
-    """Returns the task's name, with the model's if the study has several."""
-    if several_models:
-        return f"{cell.task} ({cell.model})"
-    return cell.task
-
-
-def grouped(cell_results: Sequence[MethodResult]) -> list[tuple[str, list[MethodResult]]]:
-    """Returns the results by model and task, each with its heading."""
-    groups: dict[str, list[MethodResult]] = {}
-    for result in cell_results:
-        groups.setdefault(f"### {result.cell.task}, {result.cell.model}", []).append(result)
-    return list(groups.items())
+    if not math.isfinite(p):
+        return "-"
+    value, by_holm = ("<0.001" if each < 0.001 else f"{each:.3f}" for each in (p, corrected))
+    return f"{value} ({by_holm})"
 
 
 # ---------------------------------------------------------------- progress, as text
@@ -563,8 +503,7 @@ def status(protocol: Protocol) -> str:
 def _cell(cell: Cell, protocol: Protocol, records: dict[str, Record]) -> str:
     grid = tuning(protocol, cell, records)
     losses = ", ".join(
-        f"{rate:g}: {'-' if loss is None else f'{loss:.4f}'}"
-        for rate, loss in zip(grid.rates, grid.losses, strict=True)
+        f"{rate:g}: {'-' if loss is None else f'{loss:.4f}'}" for rate, loss in grid.costs.items()
     )
     chosen = f"; chosen {grid.chosen:g}" if grid.chosen else ""
     return f"  {' '.join(cell)}: {losses}{chosen}{' (at an end of the grid)' if grid.at_edge else ''}"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,33 +12,21 @@ import jax.numpy as jnp
 import optax
 
 from nalora_jax.config import DataConfig, RunConfig
-from nalora_jax.method import activations, statistics
 from nalora_jax.method.rules import make
-from nalora_jax.method.step import Step, TrainState
-from nalora_jax.method.transform import Mechanisms
+from nalora_jax.method.step import TrainState
 from nalora_jax.study.language import Language, LanguageItems
 from nalora_jax.study.locations import locate_dataset, located_from
 from nalora_jax.study.plan import Run
 from nalora_jax.study.preferences import Preferences
-from nalora_jax.study.protocol import Protocol, data_of
-from nalora_jax.study.provenance import rule_files
+from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.rewards import Rewards
-from nalora_jax.study.subject import Items, StudyRows, Subject
+from nalora_jax.study.subject import Items, Subject
 from nalora_jax.study.sweeps.fit import Fitting
 from nalora_jax.train.program import Assembly
 
 log = logging.getLogger(__name__)
 
 _RATE = "step_size"  # the factor of the optimizer's last stage, a traced value in its state
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A method ready to train: its assembly at learning rate 1, its weights, and their view."""
-
-    assembly: Assembly
-    params: Any
-    step_params: Any
 
 
 class Resources:
@@ -54,9 +41,9 @@ class Resources:
         self.protocol, self._together = protocol, together
         self._fitting: dict[str, Fitting] = {}
         self._subjects: dict[Callable[[], Subject], Subject] = {}
-        self._assemblies: dict[str, Assembly] = {}
-        self._items: dict[str, Items] = {}
-        self._base: dict[str, dict[str, float]] = {}
+        self._assemblies: dict[Any, Assembly] = {}
+        self._items: dict[Any, Items] = {}
+        self._base: dict[Any, dict[str, float]] = {}
 
     def subject(self, config: RunConfig) -> Subject:
         """Returns the kind of model that the run's task trains."""
@@ -99,7 +86,7 @@ class Resources:
         fits = self.fitting(run)
         return run if fits is None else replace(run, mesh=fits.layout.into(run.config).mesh)
 
-    def prepared(self, run: Run) -> Prepared:
+    def assembly(self, run: Run) -> Assembly:
         """Returns the run's method, compiled once for all its learning rates and seeds.
 
         The step is built for a learning rate of 1. Its updates are multiplied by the run's rate, a
@@ -111,40 +98,16 @@ class Resources:
         optimizer = replace(config.optimizer, learning_rate=1.0)
         program, facts = subject.program(config)
         general = replace(program, seed=config.seed if draws else 0, optimizer=optimizer)
-        key = json.dumps([general.to_dict(), facts], sort_keys=True)
-        if key not in self._assemblies:
+        if (general, facts) not in self._assemblies:
             last = optax.inject_hyperparams(optax.scale)(**{_RATE: 1.0})
-            self._assemblies[key] = subject.assemble(general, config, last)
-        assembly = self._assemblies[key]
-        params = subject.params(config, assembly)
-        return Prepared(assembly, params, assembly.view(params))
+            self._assemblies[general, facts] = subject.assemble(general, config, last)
+        return self._assemblies[general, facts]
 
-    def data(self, run: Run) -> StudyRows:
-        """Returns the run's training rows in its seed's order."""
-        rows: StudyRows = self.subject(run.config).data(run.config)
-        return rows
-
-    def step(self, run: Run, prepared: Prepared, data: StudyRows) -> Step:
-        """Returns the run's training step."""
-        return self.subject(run.config).step(run.config, prepared.assembly, data)
-
-    def identity(self, run: Run, prepared: Prepared, data: StudyRows) -> dict[str, Any]:
-        """Returns the digests of rule files, adapter, base weights and training data; see `study.provenance`."""
-        subject = self.subject(run.config)
-        adapter = {"adapter": run.config.adapter_sha256} if run.config.adapter else {}
-        return adapter | {
-            "rules": rule_files(_definitions(prepared.assembly.mechanisms)),
-            "base": subject.base_digest(run.config),
-            "source": subject.source_digest(data),
-            "data": data.fingerprint,
-        }
-
-    def start(self, run: Run, prepared: Prepared, data: StudyRows) -> TrainState:
+    def start(self, run: Run, data: Any) -> TrainState:
         """Returns the initial state, with the seed's A and the run's learning rate."""
-        config, assembly = run.config, prepared.assembly
+        config, assembly = run.config, self.assembly(run)
         seed = config.seed + self.protocol.methods[run.cell.method].reseed
-        lora = self.subject(config).adapters(config, assembly, data, seed)
-        state = assembly.begin(lora, config.seed)
+        state = assembly.begin(self.subject(config).adapters(config, assembly, data, seed), config.seed)
         rate = jnp.asarray(config.optimizer.learning_rate, jnp.float32)
         rate_array = jax.device_put(rate, optax.tree.get(state.opt_state, _RATE).sharding)
         return state._replace(opt_state=optax.tree.set(state.opt_state, **{_RATE: rate_array}))
@@ -163,7 +126,7 @@ class Resources:
         test = located_from(task.test, self.protocol.folder)
         # The error names the training split; test items must not overlap with validation items.
         self.subject(run.config).check_apart(run.config, data.eval_split, test)
-        data = data_of(data.dataset, test, task.test_items, data)
+        data = replace(data, eval_split=test, eval_limit=task.test_items)
         items = self._drawn(run.config, data, self.subject(run.config).items)
         if task.accuracy_items:
             assert isinstance(items, LanguageItems), "the protocol refuses it for images"
@@ -175,44 +138,32 @@ class Resources:
         items, folder = {}, self.protocol.folder
         for name, probe in self.protocol.probes.items():
             dataset, split = locate_dataset(probe.dataset, folder), located_from(probe.split, folder)
-            data = replace(data_of(dataset, split, probe.items, run.config.data), train_split=split)
+            data = replace(
+                run.config.data,
+                dataset=dataset,
+                train_split=split,
+                eval_split=split,
+                eval_limit=probe.items,
+            )
             items[name] = self._drawn(run.config, data, self.subject(run.config).probe)
         return items
 
-    def measure(
-        self, run: Run, prepared: Prepared, lora: Any, items: Items, *, whole: bool
-    ) -> dict[str, float]:
-        """Returns the task's measures of a trained adapter, ``loss`` included; see `Subject.measure`."""
-        variables: Mapping[str, Any] = {"params": prepared.params, "lora": lora}
-        return self.subject(run.config).measure(items, prepared.assembly, variables, whole=whole)
-
-    def measure_base(self, run: Run, prepared: Prepared, items: Items) -> dict[str, float]:
+    def measure_base(self, run: Run, items: Items) -> dict[str, float]:
         """Returns the measures of the base without an adapter, computed once."""
         subject = self.subject(run.config)
         name, params = subject.base(run.config)
-        key = json.dumps([name, run.config.to_dict()["compute"], items.digest])
+        key = name, run.config.compute, items.digest
         if key not in self._base:
-            self._base[key] = subject.measure(items, prepared.assembly, {"params": params}, whole=False)
+            self._base[key] = subject.measure(items, self.assembly(run), params)
         return self._base[key]
 
     def _drawn(
         self, config: RunConfig, data: DataConfig, draw: Callable[[RunConfig, DataConfig], Items]
     ) -> Items:
-        settings = [vars(config.compute), vars(data), vars(config.vision)]
-        key = json.dumps([draw.__name__, config.model, *settings], default=str)
+        key = draw.__name__, config.model, config.compute, data, config.vision
         if key not in self._items:
             self._items[key] = draw(config, data)
         return self._items[key]
-
-
-def _definitions(mechanisms: Mechanisms) -> list[Any]:
-    """Returns the definitions of a run's mechanisms, statistics and activations."""
-    names = (mechanisms.activation, *(name for _, name in mechanisms.others))
-    return [
-        *(type(mechanism) for _, mechanism in mechanisms.entries),
-        *(statistics.get(name).values for name in mechanisms.statistics),
-        *(activations.get(name).gate for name in names),
-    ]
 
 
 def _dual_encoders() -> Subject:

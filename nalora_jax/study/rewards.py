@@ -6,43 +6,34 @@ Probes of forgetting are completions, as of any language model.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from nalora_jax.config import DataConfig, RunConfig
-from nalora_jax.data.prompts import Prompt, held_out_prompts, prompt_data
+from nalora_jax.data.prompts import Prompt, held_out_prompts
 from nalora_jax.data.sources import open_pair
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Step
 from nalora_jax.study.language import Language, LanguageItems
+from nalora_jax.study.subject import Items
 from nalora_jax.train.inputs import stream_shape
 from nalora_jax.train.kinds import rl
 from nalora_jax.train.program import Assembly
-from nalora_jax.train.rollout import sample_batch
+from nalora_jax.train.rollout import Sampler, sample_batch
 
 _DRAWN = 8  # samples of a prompt for pass@1 and pass@8
 _ROWS = 64  # samples whose log-probabilities are computed at once
 _SEED = 20261201  # of these samples: the same in every run
 
 
-@dataclass(frozen=True)
-class RewardItems:
-    """Held-out prompts."""
+@dataclass(frozen=True, eq=False)
+class RewardItems(Items):
+    """Held-out prompts; their digest is of the token ids and the reference completions."""
 
     config: RunConfig  # of a run that asks them
     prompts: tuple[Prompt, ...]
-    digest: str  # of the token ids and the reference completions
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """Returns the digest of the prompts."""
-        return {"": self.digest}
 
 
 class Rewards(Language):
@@ -56,9 +47,7 @@ class Rewards(Language):
         records, _ = open_pair(config.data)
         model = self.model(config)
         shape = stream_shape(config) | {"context": model.config.max_positions}
-        return rl.PromptRows(
-            prompt_data(records, config.data, model.tokenizer, rl=config.rl, **shape), rl.Rollout()
-        )
+        return rl.PromptRows.of(records, config.data, model.tokenizer, rl=config.rl, **shape)
 
     def source_digest(self, data: Any) -> str:
         """Returns the digest of the prompts."""
@@ -67,7 +56,7 @@ class Rewards(Language):
 
     def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
         """Returns the step with rollouts; no group is stored, since a run resumes from its evaluations."""
-        return rl.rollout_step(config, self.model(config), assembly, data, None)
+        return rl.RolloutStep(config, self.model(config), assembly, data, None)
 
     def items(self, config: RunConfig, data: DataConfig) -> Any:
         """Returns prompts."""
@@ -77,10 +66,10 @@ class Rewards(Language):
         limit = min(data.max_length or context, context) - config.rl.max_new_tokens
         parts = held_out_prompts(records, replace(data, select_limit=0), model.tokenizer, limit)
         prompts = tuple(itertools.chain(*parts))
-        return RewardItems(config, prompts, rl.prompts_digest(prompts)[:16])
+        return RewardItems(rl.prompts_digest(prompts)[:16], len(prompts), config, prompts)
 
     def measure(
-        self, items: Any, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
+        self, items: Any, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False
     ) -> dict[str, float]:
         """Returns ``reward``, the mean of greedy answers, and ``loss``, 1 minus it.
 
@@ -89,9 +78,8 @@ class Rewards(Language):
         the measures of `Language`.
         """
         if isinstance(items, LanguageItems):
-            return super().measure(items, assembly, variables, whole=whole)
+            return super().measure(items, assembly, params, lora, whole=whole)
         config, loaded = items.config, self.model(items.config)
-        params, lora = variables["params"], variables.get("lora")
         evaluator = rl.RewardEvaluator(config.rl, loaded, assembly, items.prompts)
         reward = float(evaluator.summary(evaluator.records(params, lora))["reward"])
         values = {"loss": 1.0 - reward, "reward": reward}
@@ -102,8 +90,18 @@ class Rewards(Language):
     def _sampled(self, items: RewardItems, assembly: Assembly, params: Any, lora: Any) -> dict[str, float]:
         config, loaded, prompts = items.config, self.model(items.config), items.prompts
         longest = max(len(prompt.ids) for prompt in prompts)
-        options = {"prompts": len(prompts), "samples": _DRAWN, "seed": _SEED, "longest": longest}
-        samples = rl.sampler_of(config.rl, loaded, assembly, **options)(lora, 0, prompts)
+        drawn, model = replace(config.rl, samples=_DRAWN), assembly.eval_model
+        draw = Sampler(
+            drawn,
+            model,
+            assembly.params,
+            loaded.tokenizer,
+            assembly.mesh,
+            prompts=len(prompts),
+            seed=_SEED,
+            longest=longest,
+        )
+        samples = draw(lora, 0, prompts)
         rewards = rl.weighted_sum(config.rl, samples.rewards).reshape(-1, _DRAWN)
         length = -(-(longest + config.rl.max_new_tokens) // 8) * 8
         ids = [prompt.ids for prompt in prompts for _ in range(_DRAWN)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import optax
@@ -25,18 +25,17 @@ class StudyRows(Protocol):
         """Returns endless batches."""
 
 
-class Items(Protocol):
+@dataclass(frozen=True, eq=False)
+class Items:
     """Fixed items to measure."""
 
-    @property
-    def digest(self) -> str:
-        """Returns a digest that changes if the items change."""
+    digest: str  # changes if the items change
+    count: int
 
     @property
     def digests(self) -> dict[str, str]:
         """Returns all digests of the items, by name; `digest` has the name ""."""
-
-    def __len__(self) -> int: ...
+        return {"": self.digest}
 
 
 class Subject(Protocol):
@@ -50,7 +49,7 @@ class Subject(Protocol):
         return None
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
-        """Returns the settings that determine the compiled step, and facts about the data as JSON."""
+        """Returns the settings that determine the compiled step, and hashable facts about the data."""
 
     def assemble(
         self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation
@@ -98,9 +97,9 @@ class Subject(Protocol):
         """
 
     def measure(
-        self, items: Any, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
+        self, items: Any, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False
     ) -> dict[str, float]:
-        """Returns the measures of ``variables`` on ``items``.
+        """Returns the measures of an adapter, or of the weights alone, on ``items``.
 
         With ``whole``, they include measures that need separate programs.
         """

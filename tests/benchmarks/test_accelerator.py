@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-pytest.importorskip("peft")
+pytestmark = pytest.mark.skipif(find_spec("peft") is None, reason="PEFT trains the same model")
 
 
 @pytest.fixture

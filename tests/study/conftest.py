@@ -148,19 +148,11 @@ def quick(study: Path, monkeypatch: pytest.MonkeyPatch) -> Protocol:
 
 def record_of(run: Run, loss: float) -> Record:
     """A record without digests of base and rules."""
+    measured = {"validation": {"loss": loss}, "test": {"loss": loss}, "curve": [], "training": []}
+    described = {"rate": run.rate, "multiple": run.multiple, "seed": run.seed, "diverged": False}
+    inputs = {"items": {"validation": "v", "test": "t"}, "data": f"data:{run.seed}"}
     return {
         **{"id": run.id, "stage": run.stage, **run.cell._asdict()},
-        **{
-            "rate": run.rate,
-            "multiple": run.multiple,
-            "seed": run.seed,
-            "diverged": False,
-            "seconds": 36.0,
-        },
-        **{"validation": {"loss": loss}, "test": {"loss": loss}, "curve": [], "training": []},
-        **{
-            "items": {"validation": "v", "test": "t"},
-            "data": f"data:{run.seed}",
-            "protocol": run.protocol.digest,
-        },
+        **described | {"seconds": 36.0, "protocol": run.protocol.digest},
+        **measured | inputs,
     }

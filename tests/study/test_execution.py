@@ -80,7 +80,7 @@ def test_a_pair_shares_data_start_and_items(finished: Path, resources: Resources
     assert len({json.dumps(one["items"]) for one in records if one["stage"] == "tune"}) == 1
     runs = {run.cell.method: run for run in wanted(resources.protocol, {}) if run.rate == 1e-2}
     starts = {
-        name: trees.flatten(resources.start(run, resources.prepared(run), resources.data(run)).lora)
+        name: trees.flatten(resources.start(run, resources.subject(run.config).data(run.config)).lora)
         for name, run in runs.items()
     }
     a = "layers/ffn/gate_proj/a"
@@ -157,7 +157,7 @@ def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
 
 def test_a_snapshot_of_other_code_is_not_resumed(resources: Resources, tmp_path: Path) -> None:
     progress = RunInProgress(wanted(resources.protocol, {})[0], resources, tmp_path / "x.npz")
-    state = resources.start(progress.run, progress.prepared, progress.data)
+    state = resources.start(progress.run, progress.data)
     progress.save(4, state, None)
     assert progress._resumed(state)[1] == 4
     progress.identity = progress.identity | {"code": "another"}

@@ -15,6 +15,7 @@ from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Cell, Run
+from nalora_jax.study.progress import RunInProgress
 from nalora_jax.study.protocol import Method, Protocol, read_protocol
 from nalora_jax.study.records import Record, Records
 from nalora_jax.study.resources import Resources
@@ -123,7 +124,8 @@ def test_a_run_is_the_run_that_its_settings_alone_make(pairs: Resources) -> None
     lora, losses = trained_alone(dual, config)
     np.testing.assert_allclose([row["loss"] for row in record["training"]], losses, rtol=1e-6)
     run = run_of(pairs, "pairs")
-    mine = pairs.measure(run, pairs.prepared(run), lora, pairs.test_items(run), whole=True)
+    progress = RunInProgress(run, pairs, pairs.protocol.folder / "x.npz")
+    mine = progress._measured(lora, progress.tested["test"], whole=True)
     for name, value in mine.items():
         assert record["test"][name] == pytest.approx(value, abs=1e-6), name
     assert set(mine) >= {"loss", "recall", "image_to_text_recall_5", "text_to_image_recall_1"}
@@ -141,7 +143,8 @@ def test_pairs_share_rows_items_and_projections_and_programs_serve_all_seeds(
     starts = {}
     for method, seed in (("lora", 0), ("lora", 1), ("again", 1), ("projections", 1)):
         run = run_of(pairs, "pairs", method, seed)
-        starts[method, seed] = trees.flatten(pairs.start(run, pairs.prepared(run), pairs.data(run)).lora)
+        data = pairs.subject(run.config).data(run.config)
+        starts[method, seed] = trees.flatten(pairs.start(run, data).lora)
     path, a = "image/projection/kernel", "image/layers/ffn/in_proj/a"
     assert not np.allclose(starts["lora", 0][path], starts["lora", 1][path])
     for method in ("again", "projections"):
@@ -156,18 +159,18 @@ def test_pairs_share_rows_items_and_projections_and_programs_serve_all_seeds(
 
 def test_tasks_of_one_shape_share_programs_but_not_their_classes(shots: Resources) -> None:
     first, second = run_of(shots, "two"), run_of(shots, "four")
-    assert shots.prepared(first).assembly is shots.prepared(second).assembly
-    assert [len(shots.data(run).indices) for run in (first, second)] == [3 * 2, 3 * 4]
+    assert shots.assembly(first) is shots.assembly(second)
+    subject = shots.subject(first.config)
+    assert [len(subject.data(run.config).indices) for run in (first, second)] == [3 * 2, 3 * 4]
     for run in (first, second):
-        prepared, items = shots.prepared(run), shots.test_items(run)
-        loaded = shots.subject(run.config).model(run.config)
+        items, loaded = shots.test_items(run), subject.model(run.config)
         source = open_images(run.config.data, run.config.vision, "train[75%:]")
         labels = source.labels(items.classes)
         encoders = Encoders(DualEncoder(loaded.config), loaded.processor, loaded.tokenizer)
         images = Images(source, np.arange(len(source)))
         alone = ClassEvaluator(encoders, images, labels, items.classes, run.config.vision.templates)
-        found = shots.measure_base(run, prepared, items)
+        found = shots.measure_base(run, items)
         assert found["loss"] == pytest.approx(alone.measure(loaded.params, None)["loss"], abs=1e-5)
-        tokens = np.asarray(prepared.params["classes"]["tokens"])[:, 0]
+        tokens = np.asarray(subject.params(run.config, None)["classes"]["tokens"])[:, 0]
         prompts = [run.config.vision.templates[0].format(name) for name in items.classes]
         np.testing.assert_array_equal(tokens, loaded.tokenizer(prompts)["tokens"])

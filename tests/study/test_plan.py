@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from nalora_jax.config import RunConfig
 from nalora_jax.study.plan import Cell, Run, pending, tuning, wanted
 from nalora_jax.study.protocol import Method, Protocol, Task
@@ -50,15 +48,8 @@ def test_the_defaults_that_ids_leave_out_are_known() -> None:
 
 
 def test_the_mean_over_seeds_chooses_and_the_tests_run_there() -> None:
-    losses = {
-        (1e-3, 0): 3.0,
-        (1e-3, 1): 3.0,
-        (2e-3, 0): 2.8,
-        (2e-3, 1): 2.9,
-        (4e-3, 0): 2.5,
-        (4e-3, 1): 3.3,
-    }
-    records = done(PROTOCOL, lambda run: losses[run.rate, run.seed])
+    losses = {1e-3: (3.0, 3.0), 2e-3: (2.8, 2.9), 4e-3: (2.5, 3.3)}
+    records = done(PROTOCOL, lambda run: losses[run.rate][run.seed])
     assert tuning(PROTOCOL, CELL, records).chosen == 2e-3
     tests = pending(PROTOCOL, records)
     assert [(r.stage, r.cell.method, r.rate, r.seed) for r in tests] == [
@@ -66,22 +57,18 @@ def test_the_mean_over_seeds_chooses_and_the_tests_run_there() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("best", "grid", "at_edge"),
-    [
+def test_a_grid_is_extended_while_its_end_wins() -> None:
+    for best, grid, at_edge in (
         (2e-3, (1e-3, 2e-3, 4e-3), False),
         (8e-3, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), False),
         (5e-4, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), False),
         (1.0, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), True),  # two more at most
         (1e-9, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), True),
-    ],
-)
-def test_a_grid_is_extended_while_its_end_wins(best: float, grid: tuple[float, ...], at_edge: bool) -> None:
-    records = done(PROTOCOL, lambda run: abs(math.log(run.rate / best)))
-    found = tuning(PROTOCOL, CELL, records)
-    assert found.rates == grid
-    assert found.at_edge == at_edge
-    assert found.chosen == min(grid, key=lambda rate: abs(math.log(rate / best)))
+    ):
+        records = done(PROTOCOL, lambda run, best=best: abs(math.log(run.rate / best)))
+        found = tuning(PROTOCOL, CELL, records)
+        chosen = min(grid, key=lambda rate, best=best: abs(math.log(rate / best)))
+        assert (found.rates, found.at_edge, found.chosen) == (grid, at_edge, chosen)
 
 
 def test_a_rate_at_which_one_seed_diverges_is_not_chosen() -> None:

@@ -19,6 +19,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.method.rules import MECHANISMS
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Run, wanted
+from nalora_jax.study.progress import RunInProgress
 from nalora_jax.study.protocol import Method, Protocol, read_protocol
 from nalora_jax.study.provenance import (
     check_committed,
@@ -187,7 +188,7 @@ def test_a_rule_whose_file_changed_does_not_count_as_done(rule: Path, study: Pat
     changed = replace(protocol, methods=dict(protocol.methods) | {"mine": method})
     resources = Resources(changed)
     run = next(run for run in wanted(changed, {}) if run.cell.method == "mine")
-    identity = resources.identity(run, resources.prepared(run), resources.data(run))
+    identity = RunInProgress(run, resources, study / "x.npz").identity
     assert list(identity["rules"]) == ["my_rule.py"]
     record = {"id": run.id, "stage": "tune", "seed": 0, **run.cell._asdict(), **identity}
     check_rules(changed, {run.id: record})

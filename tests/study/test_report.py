@@ -19,17 +19,15 @@ from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Record, Records
 from nalora_jax.study.report import render_results, write_tables
 from nalora_jax.study.statistics import holm
-
-SEEDS = range(1, 7)
+from tests.study import conftest
 
 
 @pytest.fixture
 def told(study: Path) -> Path:
     """A study with two more multiples and six test seeds, whose losses are known."""
     path = study / "protocol.toml"
-    text = path.read_text().replace(
-        "test_seeds = [1, 2]", f"test_seeds = {list(SEEDS)}\ntest_multiples = [1.0, 4.0]\nmargin = 0.005"
-    )
+    seeds = "test_seeds = [1, 2, 3, 4, 5, 6]\ntest_multiples = [1.0, 4.0]\nmargin = 0.005"
+    text = path.read_text().replace("test_seeds = [1, 2]", seeds)
     text = text.replace("\ntest_items = 20", "\ntest_items = 20\naccuracy_items = 7")
     path.write_text(text)
     protocol, records = read_protocol(study), Records(study)
@@ -45,38 +43,20 @@ def record_of(run: Run) -> Record:
     loss = 3.0 + rng.normal(0, 0.05) + abs(np.log(run.rate / 2e-2)) * 0.1
     loss += {"lora": 0.0, "half": -0.01 if run.seed != 3 else 0.004, "again": 0.0}[run.cell.method]
     loss += 0.001 * rng.normal() * (run.cell.method != "lora")
-    diverged = run.cell.method == "half" and run.multiple == 4 and run.seed == 6
-    measured: Record = {"validation": {"loss": loss}}
-    if run.stage == "test":
-        measured["test"] = {"loss": loss + 0.1, "accuracy": 0.5, "n": 20}
-        measured["probes"] = {"z_again": {"loss": loss, "before": 3.5, "n": 10}}
-    row = {
-        "loss": loss,
-        "misalignment": 0.25,
-        "misalignment_limit": 0.24,
-        "mean_feature": 0.01,
-        "mean_importance": 0.5,
-    }
-    return {
-        "id": run.id,
-        "stage": run.stage,
-        **run.cell._asdict(),
-        "rate": run.rate,
-        "multiple": run.multiple,
-        "seed": run.seed,
-        "diverged": diverged,
-        **(measured if not diverged else {"validation": {"loss": None}}),
+    log = {"loss": loss, "misalignment": 0.25, "misalignment_limit": 0.24}
+    log |= {"mean_feature": 0.01, "mean_importance": 0.5}
+    record = conftest.record_of(run, loss) | {
         "curve": [{"step": 0, "loss": 3.6}, {"step": 4, "loss": 3.3}, {"step": 8, "loss": loss}],
-        "training": [{"step": 4, **row}, {"step": 8, **row}],
+        "training": [{"step": 4, **log}, {"step": 8, **log}],
         "parameters": 320,
-        "items": {"validation": "v", "test": "t"},
-        "data": f"data:{run.seed}",
-        "seconds": 360.0,
-        "protocol": run.protocol.digest,
-        "code": "abc",
-        "device": "a device",
-        "commit": None,
+        "test": {"loss": loss + 0.1, "accuracy": 0.5, "n": 20},
+        "probes": {"z_again": {"loss": loss, "before": 3.5, "n": 10}},
     }
+    if run.cell.method == "half" and run.multiple == 4 and run.seed == 6:
+        record |= {"diverged": True, "validation": {"loss": None}}
+    for name in ("test", "probes") if record["diverged"] or run.stage == "tune" else ():
+        del record[name]
+    return record
 
 
 def row(text: str, *cells: str) -> list[str]:
@@ -85,22 +65,20 @@ def row(text: str, *cells: str) -> list[str]:
     return [cell.strip() for cell in found.strip("| ").split("|")]
 
 
-def made_by(study: Path, method: str, multiple: float = 1.0) -> list[Record]:
+def losses(study: Path, method: str, multiple: float = 1.0) -> np.ndarray:
+    """The test losses by seed; NaN for a run that diverged."""
     lines = [json.loads(line) for line in (study / "records.jsonl").read_text().splitlines()]
-    wanted = [
-        one for one in lines if (one["stage"], one["method"], one["multiple"]) == ("test", method, multiple)
-    ]
-    return sorted(wanted, key=lambda one: one["seed"])
+    wanted = "test", method, multiple
+    tests = [one for one in lines if (one["stage"], one["method"], one["multiple"]) == wanted]
+    return np.array(
+        [one.get("test", {}).get("loss", np.nan) for one in sorted(tests, key=lambda r: r["seed"])]
+    )
 
 
 def gain_of(records: Iterable[Record]) -> float:
     """Returns the fall of the validation loss of the baseline's only tuning run at its chosen rate."""
     (tuned,) = [r for r in records if (r["stage"], r["method"], r["rate"]) == ("tune", "lora", 2e-2)]
     return 3.6 - float(tuned["validation"]["loss"])
-
-
-def losses(study: Path, method: str) -> np.ndarray:
-    return np.array([one["test"]["loss"] for one in made_by(study, method)])
 
 
 def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
@@ -115,25 +93,30 @@ def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
     theirs = stats.ttest_1samp(difference, 0.0)
     assert (low, high) == pytest.approx(tuple(theirs.confidence_interval()), abs=6e-5)
     assert found[6] == "5/6"
-    assert float(found[7].split()[0]) == pytest.approx(theirs.pvalue, abs=6e-4)
-    assert float(found[8].split()[0]) == pytest.approx(
-        stats.wilcoxon(difference, method="exact").pvalue, abs=6e-4
+    p_values = (
+        theirs.pvalue,
+        stats.wilcoxon(difference, method="exact").pvalue,
+        stats.binomtest(5, 6).pvalue,
     )
-    assert float(found[9]) == pytest.approx(stats.binomtest(5, 6).pvalue, abs=6e-4)
+    assert [float(cell.split()[0]) for cell in found[7:10]] == pytest.approx(p_values, abs=6e-4)
+    assert float(found[10]) == pytest.approx(difference.mean() / difference.std(ddof=1), abs=6e-3)
     assert found[11] == "no"
     assert float(found[12]) == pytest.approx(difference.std(ddof=1), abs=6e-5)
     assert row(text, "again", "lora", "z")[11] == "yes"
-    gain = gain_of(Records(told).read().values())
-    assert found[14] == f"0.005 ({0.005 / gain:.1%})"
+    assert found[14] == f"0.005 ({0.005 / gain_of(Records(told).read().values()):.1%})"
     assert row(text, "half", "again", "z")  # against its placebo
-    tested = row(text, "lora", "0.02", "320")
-    assert float(tested[5]) == pytest.approx(losses(told, "lora").mean(), abs=6e-5)
-    assert float(tested[6]) == pytest.approx(losses(told, "lora").std(ddof=1), abs=6e-5)
+    tested = [float(cell) for cell in row(text, "lora", "0.02", "320")[5:7]]
+    own = losses(told, "lora")
+    assert tested == pytest.approx([own.mean(), own.std(ddof=1)], abs=6e-5)
     assert re.search(r"\| lora \| \d\.\d+ \| \*\*\d\.\d+\*\* \|", text)  # the second rate is chosen
-    assert "(1) |" in next(
-        line for line in text.splitlines() if line.startswith("| half |") and "(1)" in line
-    )
+    assert re.search(r"\| half \|[^\n]*\(1\) \|", text)  # diverged at the multiple
     assert re.search(r"\| half \| 3\.5000 -0\.\d+ \|", text)
+    above = (losses(told, "half", 4.0) - losses(told, "lora", 4.0))[:-1]  # without the pair that diverged
+    found = row(text, "x 4", "half", "lora", "z")
+    assert (found[4], found[7]) == ("5", f"{sum(above < 0)}/5")
+    assert float(found[5]) == pytest.approx(above.mean(), abs=6e-5)
+    forgotten = float(row(text, "z_again", "half", "lora", "z")[5])
+    assert forgotten == pytest.approx(difference.mean(), abs=6e-5)
 
 
 def test_the_margin_is_a_share_of_what_training_gains(told: Path) -> None:
@@ -150,23 +133,6 @@ def test_the_margin_is_a_share_of_what_training_gains(told: Path) -> None:
     assert row(render_results(protocol, records), "half", "lora", "z")[14] == "0.005 (no gain)"
 
 
-def test_differences_above_the_chosen_rate_and_on_other_data_are_paired(told: Path) -> None:
-    write_tables(read_protocol(told))
-    text = (told / "results.md").read_text()
-    mine, theirs = (made_by(told, method, 4.0) for method in ("half", "lora"))
-    assert mine[-1]["diverged"]  # and is not counted, nor its pair
-    difference = [
-        one["test"]["loss"] - other["test"]["loss"]
-        for one, other in zip(mine[:-1], theirs[:-1], strict=True)
-    ]
-    found = row(text, "x 4", "half", "lora", "z")
-    assert found[4] == "5"
-    assert float(found[5]) == pytest.approx(np.mean(difference), abs=6e-5)
-    assert found[7] == f"{sum(value < 0 for value in difference)}/5"
-    found = row(text, "z_again", "half", "lora", "z")
-    assert float(found[5]) == pytest.approx((losses(told, "half") - losses(told, "lora")).mean(), abs=6e-5)
-
-
 def test_a_report_is_made_from_protocol_and_records_alone_to_the_byte(
     told: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,15 +143,8 @@ def test_a_report_is_made_from_protocol_and_records_alone_to_the_byte(
     assert main(["study", "report", str(other)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(first)
     assert {path: (other / path).read_bytes() for path in first} == first
-    assert {path.name for path in first} == {
-        *(
-            "results.md",
-            "loss_by_rate.svg",
-            "loss_by_step.svg",
-            "misalignment.svg",
-        ),  # importance: lines within 1%
-        "differences.svg",
-    }
+    pictures = {"loss_by_rate.svg", "loss_by_step.svg", "misalignment.svg", "differences.svg"}
+    assert {path.name for path in first} == {"results.md", *pictures}  # importance: lines within 1%
 
 
 def test_p_values_are_corrected_over_all_comparisons_with_the_baseline(told: Path) -> None:
@@ -197,8 +156,7 @@ def test_p_values_are_corrected_over_all_comparisons_with_the_baseline(told: Pat
     assert [c.t_holm for c in family] == holm([c.paired.t_p for c in family])
     assert [c.wilcoxon_holm for c in family] == holm([c.paired.wilcoxon_p for c in family])
     assert {c.family for c in compared if c.other != "lora"} == {4}
-    text = render_results(protocol, records)
-    assert (
+    corrected = (
         "corrected over the 8 comparisons with `lora` in this and the following tables, or the 4 with"
-        in text
     )
+    assert corrected in render_results(protocol, records)

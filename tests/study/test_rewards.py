@@ -17,6 +17,7 @@ from nalora_jax.evaluate.run_log import read_metrics
 from nalora_jax.layout import distributed
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.study.plan import wanted
+from nalora_jax.study.progress import RunInProgress
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Records
 from nalora_jax.study.report import render_results
@@ -109,9 +110,8 @@ def test_a_policy_equal_to_the_base_has_no_divergence(rewards_study: Path) -> No
     protocol = read_protocol(rewards_study)
     first = wanted(protocol, {})[0]
     resources = Resources(protocol)
-    prepared, data = resources.prepared(first), resources.data(first)
-    lora = resources.start(first, prepared, data).lora
-    values = resources.measure(first, prepared, lora, resources.validation_items(first), whole=True)
+    progress = RunInProgress(first, resources, rewards_study / "x.npz")
+    values = progress._measured(resources.start(first, progress.data).lora, progress.items, whole=True)
     assert values["divergence"] == pytest.approx(0, abs=1e-9)
 
 

@@ -268,7 +268,9 @@ def step_of_runs(step: Callable[..., Any], mesh: Mesh, places: Any, params_axes:
 
 
 class RunLoop:
-    """A run in the loop.
+    """A run in the loop, with the metrics of its states that its hooks read.
+
+    These are `nalora_jax.train.state_metrics.StateMetrics`, of all runs by one program.
 
     Args:
       follower: its actions after each step.
@@ -287,6 +289,7 @@ class RunLoop:
         self.error: TrainingDivergedError | None = None
         self._batches = batches
         self._batch: Mapping[str, np.ndarray] | None = None
+        self._measured: tuple[Callable[[], list[dict[str, Any]]], int] = list, 0
 
     @property
     def interrupted(self) -> bool:
@@ -299,10 +302,32 @@ class RunLoop:
             self._batch = next(self._batches)
         return self._batch
 
-    def after(self, metrics: Mapping[str, Any], state: Callable[[], TrainState]) -> None:
-        """Acts after a step of the program."""
+    def compile_ahead(self, state: TrainState) -> None:
+        """Returns at once: the program of all runs compiles at the first log step."""
+
+    def measure(self, state: TrainState) -> dict[str, Any]:
+        """Returns the metrics of the run's current state."""
+        measured, index = self._measured
+        return measured()[index]
+
+    def after(
+        self,
+        index: int,
+        metrics: Mapping[str, Any],
+        state: Callable[[], TrainState],
+        measured: Callable[[], list[dict[str, Any]]],
+    ) -> None:
+        """Acts after a step of the program.
+
+        Args:
+          index: of this run in the program.
+          metrics: of its step.
+          state: returns its state.
+          measured: returns the metrics of the states of all runs.
+        """
         if not self.active:
             return
+        self._measured = measured, index
         self.step += 1
         try:
             self.active = self.follower.after(self.step, metrics, state)
@@ -332,14 +357,13 @@ class StopOfAll(StopSignals):
 
 
 def fit_all(
-    program: SweepProgram, runs: Sequence[RunLoop], measured: StatesMetrics, stop: StopOfAll | None = None
+    program: SweepProgram, runs: Sequence[RunLoop], stop: StopOfAll | None = None
 ) -> list[FitResult]:
     """Runs all steps of all runs, and returns their results.
 
     Args:
       program: the compiled program.
       runs: in the program's order.
-      measured: the metrics of states that the runs' hooks read.
       stop: the stop request that the runs' hooks read.
     """
     states, step = program.begin([run.follower.result.state for run in runs]), 0
@@ -354,37 +378,11 @@ def fit_all(
         if stop is not None:
             stop.ask(step)
         fetched = cache(partial(jax.tree.map, distributed.fetch, metrics))
-        measured.of(program, states)
+        measured = cache(partial(program.measure, states))
         for index, run in enumerate(runs):
-            run.after(_OfRun(fetched, index), partial(program.state_of, states, index))
+            state = partial(program.state_of, states, index)
+            run.after(index, _OfRun(fetched, index), state, measured)
     return [run.follower.result for run in runs]
-
-
-class StatesMetrics:
-    """`nalora_jax.train.state_metrics.StateMetrics` of several runs, computed by one program."""
-
-    def __init__(self) -> None:
-        self.of_all: Callable[[], list[dict[str, Any]]] = list
-
-    def of(self, program: SweepProgram, states: TrainState) -> None:
-        """Sets the states that are measured when the first run asks."""
-        self.of_all = cache(partial(program.measure, states))
-
-    def run(self, index: int) -> _StateMetricsOfRun:
-        """Returns the metrics of one run."""
-        return _StateMetricsOfRun(self, index)
-
-
-class _StateMetricsOfRun:
-    def __init__(self, shared: StatesMetrics, index: int) -> None:
-        self._shared, self._index = shared, index
-
-    def compile_ahead(self, state: TrainState) -> None:
-        """Returns at once: the program of all runs compiles at the first log step."""
-
-    def measure(self, state: TrainState) -> dict[str, Any]:
-        """Returns the metrics of the run's current state."""
-        return self._shared.of_all()[self._index]
 
 
 class _OfRun(Mapping[str, Any]):

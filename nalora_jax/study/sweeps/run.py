@@ -35,7 +35,7 @@ from nalora_jax.report.history import read_history
 from nalora_jax.report.html import write_report
 from nalora_jax.study.sweeps.fit import Fitting
 from nalora_jax.study.sweeps.grid import FILE, axes_of, check_names, grid
-from nalora_jax.study.sweeps.program import RunLoop, StatesMetrics, StopOfAll, SweepProgram, fit_all
+from nalora_jax.study.sweeps.program import RunLoop, StopOfAll, SweepProgram, fit_all
 from nalora_jax.study.sweeps.values import grouped, program_key
 from nalora_jax.train import start
 from nalora_jax.train.callbacks import make_callbacks
@@ -213,20 +213,23 @@ class _Group:
             jobs, states = [], []
             for run in runs:
                 stack.enter_context(run.session.closing)
-                jobs.append(self._built(run, mesh))
-                states.append(restore(jobs[-1], run.session))
-            for run in runs:
+                placed = self._fits.layout.into(run.config)
+                job = built(run.inputs, run_kind(placed), placed, mesh, run.session.output, self._first)
+                self._first = self._first or job
+                jobs.append(job)
+                states.append(restore(job, run.session))
+            measured: dict[str, BaseMetrics | None] = {}  # runs that ask the same questions share them
+            for run, job in zip(runs, jobs, strict=True):
                 stack.enter_context(run.session.reporting_errors())
-            _measure_bases(runs, jobs)
+                questions = json.dumps(job.inputs.questions, sort_keys=True)
+                measured[questions] = evaluate_base(job, run.session, measured.get(questions))
             spent.end("preparing")
             loops = self._fit(runs, jobs, states)
             spent.end("training")
             trained = list(zip(runs, jobs, loops, strict=True))
-            stopped = [
-                run.session.stopped(loop.follower.result) for run, _, loop in trained if loop.interrupted
-            ]
-            if stopped:
-                raise stopped[0]
+            for run, _, loop in trained:
+                if loop.interrupted:
+                    raise run.session.stopped(loop.follower.result)
             for run, job, loop in trained:
                 if loop.error is not None:
                     run.session.fail(loop.error)
@@ -239,41 +242,25 @@ class _Group:
                 )
         return results
 
-    def _built(self, run: _Run, mesh: Mesh) -> Job:
-        """Builds a run on the group's base."""
-        placed = self._fits.layout.into(run.config)
-        kind = run_kind(placed)
-        job = built(run.inputs, kind, placed, mesh, run.session.output, self._first)
-        self._first = self._first or job
-        return job
-
     def _fit(
         self, runs: Sequence[_Run], jobs: Sequence[Job], states: Sequence[TrainState]
     ) -> list[RunLoop]:
         """Runs the steps of several runs in one program."""
-        measured, stop = StatesMetrics(), StopOfAll(self._stop)
-        # Hosts meet at barriers while Orbax writes; those of two runs have the same name.
-        waits = jax.process_count() > 1
+        stop, loops = StopOfAll(self._stop), []
         assemblies = [job.assembly for job in jobs]
         program = SweepProgram(assemblies, self._fits.width, slots=self._fits.slots(len(jobs)))
-        loops = []
-        for index, (run, state) in enumerate(zip(runs, states, strict=True)):
-            session, metrics, stops = run.session, cast(Any, measured.run(index)), cast(Any, stop)
-            session.state_metrics, session.stop, session.waits_for_writes = metrics, stops, waits
-            start, steps = int(state.step), run.config.steps
-            loops.append(RunLoop(session.follower(state), session.batches, start=start, steps=steps))
+        for run, state in zip(runs, states, strict=True):
+            session, start = run.session, int(state.step)
+            loops.append(
+                RunLoop(session.follower(state), session.batches, start=start, steps=run.config.steps)
+            )
+            session.state_metrics, session.stop = cast(Any, loops[-1]), stop
+            # Hosts meet at barriers while Orbax writes; those of two runs have the same name.
+            session.waits_for_writes = jax.process_count() > 1
         log.info("%s", self._fits.describe(len(jobs)))
         with self._stop.between_steps():
-            fit_all(program, loops, measured, stop)
+            fit_all(program, loops, stop)
         return loops
-
-
-def _measure_bases(runs: Sequence[_Run], jobs: Sequence[Job]) -> None:
-    """Evaluates the base once for all runs that ask the same questions."""
-    measured: dict[str, BaseMetrics | None] = {}
-    for run, job in zip(runs, jobs, strict=True):
-        questions = json.dumps(job.inputs.questions, sort_keys=True)
-        measured[questions] = evaluate_base(job, run.session, measured.get(questions))
 
 
 class _Named(Console):

@@ -41,7 +41,10 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def base(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("sweeps")
     config = tiny.make_config(folder, mesh=MeshConfig(data=1, fsdp=1, tensor=1, run=1))
-    return replace(config, train=replace(config.train, log_every=4))
+    compute = replace(
+        config.compute, implementation="xla"
+    )  # a sweep's, so that a solo run shares its programs
+    return replace(config, train=replace(config.train, log_every=4), compute=compute)
 
 
 def _configs(base: RunConfig, folder: Path) -> list[RunConfig]:
@@ -64,10 +67,7 @@ def _adapter(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _assert_equal(one: Path, other: Path) -> None:
-    _assert_close(_adapter(one), _adapter(other))
-
-
-def _assert_close(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> None:
+    first, second = _adapter(one), _adapter(other)
     assert first.keys() == second.keys()
     for name, leaf in first.items():
         np.testing.assert_allclose(
@@ -79,10 +79,7 @@ def test_each_run_leaves_what_its_solo_run_leaves(
     swept: SweepResult, base: RunConfig, tmp_path: Path
 ) -> None:
     folder, result = next(iter(swept.runs.items()))
-    config = replace(
-        base, output=str(tmp_path / "alone"), compute=replace(base.compute, implementation="xla")
-    )
-    alone = nalora_run.run(config)
+    alone = nalora_run.run(replace(base, output=str(tmp_path / "alone")))
     _assert_equal(Path(folder), alone.folder)
     assert tiny.losses(folder) == pytest.approx(tiny.losses(alone.folder), rel=1e-5)
     assert result.after["n"] == alone.after["n"]
@@ -145,7 +142,7 @@ def test_bad_sweeps_are_refused_before_the_weights_are_read(
         ),
         (
             [replace(config, mesh=three) for config in configs],
-            r"--mesh.run: expected a divisor of the 1 device",
+            "--mesh.run: expected a divisor of the 1 device",
         ),
     ):
         with pytest.raises(NaloraError, match=message):
