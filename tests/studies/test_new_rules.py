@@ -138,7 +138,7 @@ def gradients(rule: str, arrays: tuple[np.ndarray, ...], numerics: Numerics = CP
         y, _ = ffn.gated_mlp(x, layer, Dense(up), Dense(down), silu, numerics, measured)
         return jnp.sum(y**2), y
 
-    (_, y), of = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, a, b)
+    (_, y), of = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(x, a, b)
     return y, of
 
 
@@ -155,7 +155,7 @@ def reference(keep: float, arrays: tuple[np.ndarray, ...], order: np.ndarray) ->
     return 0.5 * x.T @ of_z @ b.T, 0.5 * (x @ a).T @ of_z
 
 
-@pytest.mark.parametrize("rule", ["", "_half", "_permuted", "_half_permuted"])
+@pytest.mark.parametrize("rule", ["", "_half_permuted"])
 def test_the_adapter_of_a_gate_follows_the_feature(rules, rule) -> None:
     arrays = block(np.random.default_rng(2))
     y, (of_x, of_a, of_b) = gradients(f"feature_gradient{rule}", arrays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
@@ -16,6 +17,7 @@ import pytest
 from nalora_jax.__main__ import main
 from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError, TrainingDivergedError
+from nalora_jax.layout.distributed import make_global_batch
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Run, pending, wanted
 from nalora_jax.study.progress import RunInProgress
@@ -25,7 +27,7 @@ from nalora_jax.study.report import status
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.verification import verify_records
 from nalora_jax.train.kinds import text
-from tests.study.conftest import trained_alone
+from tests.study.conftest import assert_starts_alone, job_of
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,16 @@ def test_a_pair_shares_data_start_and_items(finished: Path, resources: Resources
 
 def test_a_run_is_the_run_that_its_settings_alone_make(finished: Path, resources: Resources) -> None:
     run = next(run for run in wanted(resources.protocol, {}) if run.rate == 2e-2)
-    _, theirs = trained_alone(text, run.config)
+    assert_starts_alone(text, run, resources)
+    job, losses = job_of(text, run.config), []
+    made, state = job.assembly, job.assembly.state
+    with contextlib.closing(job.data.batches()) as batches:
+        for _ in range(run.config.steps):
+            batch = make_global_batch(next(batches), made.mesh, rows_axis=1)
+            state, metrics = made.step(made.view(made.params), state, batch)
+            losses.append([float(metrics[name]) for name in ("loss", "target_tokens")])
+    values = np.array(losses).reshape(2, -1, 2)
+    theirs = np.average(values[..., 0], axis=1, weights=values[..., 1])
     ours = Records(finished).read()[run.id]["training"]
     # The learning rate is multiplied in at another place, which costs a rounding.
     np.testing.assert_allclose([row["loss"] for row in ours], theirs, rtol=1e-5)

@@ -210,8 +210,9 @@ def test_preference_pairs_with_magnitudes_and_zero_a() -> None:
 
 
 def test_adalora_allocates_the_ranks_of_each_run() -> None:
-    settings = {"adalora": AdaLoRAConfig(target_rank=1, warmup_share=0.0, final_share=0.3, interval=1)}
-    lora = LoRAConfig(rules=(LoRARule("ffn", 2),), dropout=0.1)
+    adalora = AdaLoRAConfig(target_rank=1, warmup_share=0.0, final_share=0.3, interval=1)
+    settings: dict[str, Any] = {"adalora": adalora, "mechanisms": ()}
+    lora = LoRAConfig(rules=(LoRARule("ffn/gate_proj", 2),), dropout=0.1)
     rates = [OptimizerConfig(learning_rate=rate, warmup_share=0.0) for rate in (1e-2, 2e-2)]
     configs = [_variant(seed, lora=lora, optimizer=rates[seed], **settings) for seed in range(2)]
     _assert_like_solo(_assembled(configs))
