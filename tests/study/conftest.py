@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,15 +109,8 @@ def study(base: Path, questions: Path, tmp_path: Path) -> Path:
     return write_study(tmp_path, base, questions)
 
 
-@pytest.fixture(scope="session")
-def make_study(base: Path, questions: Path) -> Callable[[Path], Path]:
-    """Writes that study into a folder."""
-    return lambda folder: write_study(folder, base, questions)
-
-
 def write_study(folder: Path, base: Path, questions: Path) -> Path:
-    text = filled(PROTOCOL, base, questions)
-    (folder / "protocol.toml").write_text(text)
+    (folder / "protocol.toml").write_text(filled(PROTOCOL, base, questions))
     return folder
 
 

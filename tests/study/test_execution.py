@@ -6,7 +6,6 @@ import contextlib
 import json
 import shutil
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,13 @@ from nalora_jax.study.report import status
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.verification import verify_records
 from nalora_jax.train.kinds import text
-from tests.study.conftest import assert_starts_alone, job_of
+from tests.study.conftest import assert_starts_alone, job_of, write_study
 
 
 @pytest.fixture(scope="module")
-def resources(make_study: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Resources:
+def resources(base: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Resources:
     """Shared by the tests, as the runs of a real process share theirs."""
-    return Resources(read_protocol(make_study(tmp_path_factory.mktemp("shared"))))
+    return Resources(read_protocol(write_study(tmp_path_factory.mktemp("shared"), base, questions)))
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +63,7 @@ def test_a_method_is_compiled_once_for_all_its_rates_and_seeds(finished: Path) -
     compiled: dict[tuple[str, str], list[int]] = {}
     for one in records:
         compiled.setdefault((one["method"], one["stage"]), []).append(one["compilations"])
-    assert {key: counts[1:] for key, counts in compiled.items()} == {
-        key: [0] * (len(c) - 1) for key, c in compiled.items()
-    }
+    assert not any(sum(counts[1:]) for counts in compiled.values())
     assert compiled["lora", "tune"][0] > 0
     assert compiled["half", "tune"][0] <= 3  # its own step; the model's other programs are there
     assert compiled["again", "tune"][0] == 0  # another seed is no other method
