@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +101,7 @@ def open_store(
     config: DataConfig,
     tokenizer: Tokenizer,
     seed: int,
-    examples: Examples | None = None,
+    examples: Examples,
     **options: Any,
 ) -> TokenStore:
     """Returns the tokens of ``source``, uncut, from the cache or tokenized now.
@@ -112,7 +111,7 @@ def open_store(
       config: rendering options and ``train_limit`` (the first records of the seed's shuffle).
       tokenizer: tokenizer of the model.
       seed: seed of the run; has an effect only with a limit.
-      examples: yields the examples of records that have several, which share a row.
+      examples: yields the examples of records; several of one record share a row.
       options: settings that change these examples.
 
     Raises:
@@ -133,17 +132,16 @@ def open_store(
         require_some(source)
         indices = np.sort(permutation(len(source), seed)[: config.train_limit or None])
         began = time.perf_counter()
-        examples = examples or partial(_examples, config=config, tokenizer=tokenizer)
         write_store(folder, examples(source, indices))
         seconds = time.perf_counter() - began
         log.info("tokenized %s: %d examples in %.1f s", source.name, len(indices), seconds)
     return load_store(folder)
 
 
-def _examples(
+def text_examples(
     source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer
 ) -> Iterator[tuple[int, Example]]:
-    """Yields the records' indices and their tokens, not yet cut."""
+    """Yields the indices of records of text and their tokens, not yet cut."""
     with counting("tokenizing", len(indices)) as done:
         for chunk, records, texts in rendered(source, indices, config, tokenizer):
             for index, record, example in zip(chunk, records, tokenize(texts, tokenizer), strict=True):
