@@ -229,13 +229,7 @@ class JsonArray(LoadedRows):
 
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the objects at ``indices``."""
-        for index in indices:
-            if not isinstance(row := self.rows[index], dict):
-                found = f"a {type(row).__name__}"
-                raise NaloraError(
-                    self.where(index), expected="a JSON object", found=found, remedy="fix this item"
-                )
-        return super().read(indices)
+        return [json_object(self.rows[index], self.where(index), "fix this item") for index in indices]
 
 
 class DelimitedRows(LoadedRows):

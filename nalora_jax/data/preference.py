@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,9 +22,9 @@ from nalora_jax.config import DataConfig, PreferenceConfig
 from nalora_jax.data.chat import (
     Message,
     Rendered,
-    as_messages,
     messages_of,
     render_chat,
+    render_completion,
     text_field,
 )
 from nalora_jax.data.packing import fill_rows
@@ -74,10 +74,7 @@ def _answer(
     before_text = text_field(record, config.prompt_field, where, "--data.prompt-field")
     if not text_field(record, name, where).strip():
         raise NaloraError(f"{where}: {name}", expected="an answer", found="an empty text")
-    if config.chat:
-        return render_chat(as_messages(before_text, answer), "answer", tokenizer, where)
-    text = before_text + answer
-    return Rendered(text, ((len(before_text), len(text)),), special=True)
+    return render_completion(before_text, answer, config, tokenizer, where)
 
 
 def _messages(record: dict[str, Any], name: str, where: str, role: str) -> list[Message]:
@@ -111,6 +108,7 @@ def tokenize_pairs(
         both are equal.
     """
     fields = preference.chosen_field, preference.rejected_field
+    config = replace(config, loss_on="answer")
 
     def texts_of(record: dict[str, Any], where: str) -> list[Rendered]:
         if not set(fields) & set(record) and record.get("choices") and not record.get("choice_prompts"):

@@ -464,18 +464,22 @@ def tokenizer_errors(what: str, *texts: str) -> Iterator[None]:
     except BaseException as error:
         if not is_foreign(error):
             raise
-        broken = next((text for text in texts if not is_unicode(text)), None)
-        if broken is None:
-            expected = "what the model's tokenizer can take"
-            raise NaloraError(what, expected=expected, found=error) from error
-        raise unicode_error(what, broken) from error
+        for text in texts:
+            require_unicode(text, what)
+        expected = "what the model's tokenizer can take"
+        raise NaloraError(what, expected=expected, found=error) from error
 
 
-def unicode_error(where: str, text: str) -> NaloraError:
-    """Returns the error about a text that contains half of a surrogate pair."""
-    actual = f"half a character in {text[:60]!r}"
-    remedy = "rewrite the text: half of a surrogate pair is not a character"
-    return NaloraError(where, expected="Unicode text", found=actual, remedy=remedy)
+def require_unicode(text: str, where: str) -> None:
+    """Refuses a text that contains half of a surrogate pair.
+
+    Raises:
+      NaloraError: about ``where``.
+    """
+    if not is_unicode(text):
+        actual = f"half a character in {text[:60]!r}"
+        remedy = "rewrite the text: half of a surrogate pair is not a character"
+        raise NaloraError(where, expected="Unicode text", found=actual, remedy=remedy)
 
 
 def is_unicode(text: str) -> bool:

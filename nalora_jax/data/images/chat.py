@@ -32,7 +32,7 @@ from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat import text_field
 from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.forms import IMAGES, Parts, canonical, spoken
-from nalora_jax.data.images.files import ImageProcessor, open_image
+from nalora_jax.data.images.files import ImageProcessor, file_below, open_image
 from nalora_jax.data.images.opened import IMAGE_SETS, open_images, places_without_error
 from nalora_jax.data.packing import Pattern
 from nalora_jax.data.source import Record, Source, SourceView, components
@@ -76,10 +76,6 @@ class ChatImages(SourceView):
         self.fingerprint = f"images:{source.fingerprint}{fields}{chosen}"
         self._data, self._vision, self._tokens, self._folder = data, vision, tokens, folder
 
-    def images(self, index: int) -> tuple[Image, ...]:
-        """Returns the encoded images of a record, in the order of the text."""
-        return self[index][IMAGES]
-
     def readable(self) -> ChatImages:
         """Returns the records whose images can be read; the log names the others.
 
@@ -88,7 +84,7 @@ class ChatImages(SourceView):
         """
 
         def check(index: int) -> None:
-            for image in self.images(index):
+            for image in self[index][IMAGES]:
                 opened(image, self.where(index), self._vision.max_pixels)
 
         places = places_without_error(self.name, len(self), check, self._vision.broken)
@@ -236,10 +232,7 @@ class ChatImages(SourceView):
         if self._folder is None:
             actual = f"the path {value[:80]}, of a data set without a folder"
             raise NaloraError(where, expected="an image", found=actual)
-        path = (self._folder / location).resolve()
-        if not path.is_relative_to(self._folder):  # records may come from an untrusted author
-            raise NaloraError(where, expected=f"a file below {self._folder}", found=value[:80])
-        return path
+        return file_below(self._folder, location, where)
 
 
 def open_chats(config: DataConfig, vision: VisionConfig, split: str, tokens: ImageTokens) -> ChatImages:
