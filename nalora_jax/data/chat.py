@@ -164,15 +164,12 @@ def _is_empty(message: Message) -> bool:
     return not message.get("tool_calls") and not any(isinstance(t, str) and t.strip() for t in texts)
 
 
-def as_messages(prompt: str, completion: str | None = None) -> list[Message]:
+def as_messages(prompt: str, completion: str) -> list[Message]:
     """Returns prompt and completion as a user and an assistant turn.
 
     The leading space of the completion is removed.
     """
-    messages = [{"role": "user", "content": prompt}]
-    if completion is not None:
-        messages.append({"role": "assistant", "content": completion.strip()})
-    return messages
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
 
 
 def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[Message]:

@@ -315,8 +315,7 @@ class ArrayRecords(RecordFile):
 
         self.name = name
         with foreign_errors(name, "a readable ArrayRecord file", "write it again"):
-            with path.open("rb") as file:
-                self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            self.sha256 = file_digest(path)
             self._reader = ArrayRecordReader(str(path))
             self._count = self._reader.num_records()
 
@@ -414,7 +413,11 @@ class TableRows(RecordFile):
 
     def __init__(self, path: Path | str, name: str = "") -> None:
         self.name = name or str(path)
-        self.sha256 = data_digest(path)
+        if isinstance(path, str):
+            self.sha256 = digest_of(buckets.version(path))
+        else:
+            with readable(path):
+                self.sha256 = file_digest(path)
         with self._errors():
             sizes, self._groups = _parquet(path) if self._kind == ".parquet" else _arrow(Path(path))
         self._ends = np.cumsum([0, *sizes])
@@ -496,21 +499,6 @@ def _arrow(path: Path) -> Groups:
     return [batch.num_rows for batch in batches], [
         partial(pa.Table.from_batches, [batch]) for batch in batches
     ]
-
-
-# ---------------------------------------------------------------- digests and errors
-
-
-def data_digest(path: Path | str) -> str:
-    """Returns the sha256 of a file, or of the checksum that the bucket of a URL stores.
-
-    Raises:
-      NaloraError: the file cannot be read.
-    """
-    if isinstance(path, str):
-        return digest_of(buckets.version(path))
-    with readable(path):
-        return file_digest(path)
 
 
 @contextmanager

@@ -90,19 +90,14 @@ def given_sources(
         raise NaloraError("run", expected="data or source", found="both")
     sources = source
     if data is not None:
-        sources = {name: _records(name, records) for name, records in _by_split(data).items()}
+        splits = data if isinstance(data, Mapping) else {"train": data}
+        sources = {name: _records(name, records) for name, records in splits.items()}
         config = replace(config, dataset=NAME)
     if format is None:
         return config, sources
     if sources is None:
         sources = {name: open_source(config, name) for name in _splits(config)}
     return config, {name: FormattedSource(records, format) for name, records in sources.items()}
-
-
-def _by_split(data: Data) -> Mapping[str, Iterable[Mapping[str, Any]]]:
-    if isinstance(data, Mapping):
-        return data
-    return {"train": data}
 
 
 def _records(split: str, records: Iterable[Mapping[str, Any]]) -> Source:

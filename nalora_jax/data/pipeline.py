@@ -41,13 +41,10 @@ def stream_text(figures: Mapping[str, Any]) -> str:
       >>> stream_text({"examples": 1200, "dropped": 0, "tokens": 40000, "steps_per_epoch": 40.5, "filling": 0.98})
       '1,200 examples, 40,000 tokens, 40.5 steps per epoch, filling 98.0%'
     """
-    nonzero = {
-        name: value
-        for name, value in figures.items()
-        if value or name not in ("dropped", "truncated", "split")
-    }
     texts = []
-    for name, value in nonzero.items():
+    for name, value in figures.items():
+        if not value and name in ("dropped", "truncated", "split"):
+            continue
         noun = name.replace("_", " ")
         texts.append(f"{noun} {value:.1%}" if name == "filling" else f"{value:,} {noun}")
     return ", ".join(texts)

@@ -24,11 +24,12 @@ from nalora_jax.common.files import write_array
 from nalora_jax.common.locks import scratch_folder
 from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig
+from nalora_jax.data.chat import Rendered, render_record
 from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.source import Source, require_some
-from nalora_jax.data.tokenize import Example, divided, fit_example, rendered, tokenize, with_loss_last
+from nalora_jax.data.source import Record, Source, require_some
+from nalora_jax.data.tokenize import Example, converted, divided, fit_example, tokenize, with_loss_last
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -142,8 +143,12 @@ def text_examples(
     source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer
 ) -> Iterator[tuple[int, Example]]:
     """Yields the indices of records of text and their tokens, not yet cut."""
+
+    def render(record: Record, where: str) -> Rendered:
+        return render_record(record, config, tokenizer, where)
+
     with counting("tokenizing", len(indices)) as done:
-        for chunk, records, texts in rendered(source, indices, config, tokenizer):
+        for chunk, records, texts in converted(source, indices, render, config):
             for index, record, example in zip(chunk, records, tokenize(texts, tokenizer), strict=True):
                 if not example.has_target:
                     raise NaloraError(
@@ -306,7 +311,7 @@ def cut_store(
     if not is_whole(folder):
         kept = np.flatnonzero(np.repeat(~(long & drop), group))
         names = {"drop": "dropped", "truncate": "truncated", "split": "split"}
-        counts = {name: count for how, name in names.items() if how == config.too_long}
+        counts = {names[config.too_long]: count} if count else {}
         short = replace(config, max_length=config.max_length // group)
 
         def cut_examples() -> Iterator[tuple[int, Example]]:

@@ -29,7 +29,7 @@ import numpy as np
 
 from nalora_jax.common.files import expand_user
 from nalora_jax.config import DataConfig, VisionConfig
-from nalora_jax.data.chat import text_field
+from nalora_jax.data.chat import as_messages, text_field
 from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.forms import IMAGES, Parts, canonical, spoken
 from nalora_jax.data.images.files import ImageProcessor, file_below, open_image
@@ -186,11 +186,7 @@ class ChatImages(SourceView):
         if _PLACEHOLDER not in prompt:
             prompt = f"{_PLACEHOLDER}\n" * len(images) + prompt
         if data.chat:
-            turns = [
-                {"role": "user", "content": prompt},
-                {"role": "assistant", "content": answer.strip()},
-            ]
-            messages, images = self._messages(turns, images, where)
+            messages, images = self._messages(as_messages(prompt, answer), images, where)
             return {data.messages_field: messages, IMAGES: images}
         if prompt.count(_PLACEHOLDER) != len(images):
             expected = f"{_PLACEHOLDER} once for each of {len(images)} images"

@@ -163,8 +163,7 @@ def flattened(image: Any) -> Any:
 
 
 FILES = ("preprocessor_config.json", "processor_config.json")
-# Pillow's numbers of the resize filters that processors name.
-_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_HAMMING = 5  # the last of Pillow's numbers of resize filters
 _CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
@@ -305,7 +304,7 @@ def read_processor(folder: Path) -> ImageProcessor:
             raise f.error(name, "true or false", repr(f.get(name)))
     for name in ("do_pad", "do_pan_and_scan"):
         f.refuse(name, "set it to false in the file, as the model's own is")
-    resample = f.integer("resample", low=0, high=max(_FILTERS))
+    resample = f.integer("resample", low=0, high=_HAMMING)
     values: dict[str, Any] = {"resample": resample, "scale": 1.0}
     if f.get("do_rescale"):
         values["scale"] = f.number("rescale_factor")
