@@ -204,7 +204,7 @@ class ImageTokens:
 
     @property
     def expansion(self) -> str:
-        """The text of one image."""
+        """Returns the text of one image."""
         return self.before + self.token * self.count + self.after
 
     def expanded(self, text: str) -> str:

@@ -13,13 +13,13 @@ import numpy as np
 from nalora_jax.config import DataConfig
 from nalora_jax.data.source import Record, RecordsSource, Source, SourceView, TableRecord
 from nalora_jax.data.sources import AUTO, open_source
+from nalora_jax.data.tokenize import batches
 from nalora_jax.errors import NaloraError, described
 
 NAME = "in memory"  # name of a data set that a program passed in
 # Returns an example (of any form of `nalora_jax.data.forms`) for a record, or None to skip it.
 Format = Callable[[Record], Record | None]
 Data = Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
-_CHUNK = 2048
 
 
 class FormattedSource(SourceView):
@@ -37,9 +37,8 @@ class FormattedSource(SourceView):
         super().__init__(base)
         self._function = function
         digest, formatted = hashlib.sha256(), []
-        for start in range(0, len(base), _CHUNK):
-            indices = range(start, min(start + _CHUNK, len(base)))
-            for index, record in zip(indices, base.read(indices), strict=True):
+        for indices, records in batches(base, np.arange(len(base))):
+            for index, record in zip(indices, records, strict=True):
                 example = self._example(index, record)
                 if example is not None:
                     formatted.append(index)

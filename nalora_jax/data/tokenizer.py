@@ -50,7 +50,7 @@ class AddedTokens:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """All added tokens, in the order of their ids."""
+        """Returns all added tokens, in the order of their ids."""
         return (*self.special, *self.plain)
 
     def __bool__(self) -> bool:
@@ -95,7 +95,7 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Number of rows that an embedding needs: the largest id plus one."""
+        """Returns the number of rows that an embedding needs: the largest id plus one."""
         added = self.backend.get_added_tokens_decoder()
         return max(
             self.backend.get_vocab_size(with_added_tokens=False), *(token_id + 1 for token_id in added), 0
@@ -103,7 +103,7 @@ class Tokenizer:
 
     @cached_property
     def turn_ends(self) -> dict[int, str]:
-        """Ids and texts of the tokens that can end a turn: stop ids and every special token."""
+        """Returns the ids and texts of the tokens that can end a turn: stop ids and every special token."""
         added = self.backend.get_added_tokens_decoder()
         ids = {*self.eos_ids, *(index for index, token in added.items() if token.special)}
         return {index: text for index in ids if (text := self.backend.id_to_token(index)) is not None}

@@ -119,11 +119,16 @@ class ChatImages(SourceView):
         for number, message in enumerate(messages):
             here = f"{where}: messages[{number}]"
             message = spoken(message, here)
-            parts: list[dict[str, str]] = []
+            answers, parts = message.get("role") == "assistant", []
             for block in self._parts(message, here):
                 if isinstance(block, str):
+                    if self._tokens.reserved(block):
+                        expected = f"no {self._tokens.token} or {self._tokens.placeholder} in a text"
+                        raise NaloraError(here, expected=expected, found=block[:80])
                     parts.append({"type": "text", "text": block})
                     continue
+                if answers:
+                    raise NaloraError(here, expected="texts from the assistant", found="an image")
                 if block is None:
                     if not left:
                         expected = f"an image for every {_PLACEHOLDER}"
@@ -131,22 +136,12 @@ class ChatImages(SourceView):
                     block = left.pop(0)
                 images.append(block)
                 parts.append({"type": "image"})
-            turns.append({**message, "content": self._content(message, parts, here)})
+            content = "".join(part["text"] for part in parts) if answers else Parts(parts)
+            turns.append({**message, "content": content})
         if left:
             actual = f"{len(left)} images more than places"
             raise NaloraError(where, expected=f"{_PLACEHOLDER} in the text for every image", found=actual)
         return turns, tuple(images)
-
-    def _content(self, message: Mapping[str, Any], parts: list[dict[str, str]], here: str) -> Any:
-        for block in parts:
-            if self._tokens.reserved(block.get("text", "")):
-                expected = f"no {self._tokens.token} or {self._tokens.placeholder} in a text"
-                raise NaloraError(here, expected=expected, found=block["text"][:80])
-        if message.get("role") != "assistant":
-            return Parts(parts)
-        if any(block["type"] == "image" for block in parts):
-            raise NaloraError(here, expected="texts from the assistant", found="an image")
-        return "".join(block["text"] for block in parts)
 
     def _parts(self, message: Mapping[str, Any], here: str) -> Iterator[str | Image | None]:
         """Yields a message's texts and images; None is an image in another field of the record."""

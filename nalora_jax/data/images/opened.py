@@ -159,14 +159,11 @@ class TfdsImages(TfdsSource, ImageSource):
     timed = False  # data that another host prepared are the same
 
     def __init__(self, name: str, split: str, opener: Any, fields: VisionConfig) -> None:
+        import tensorflow_datasets as tfds
+
         self.fields, field = fields, fields.image_field
-
-        def opened() -> Any:
-            import tensorflow_datasets as tfds
-
-            return opener(decoders={field: tfds.decode.SkipDecoding()})
-
-        super().__init__(name, split, opened, encoded=[field])
+        encoded = partial(opener, decoders={field: tfds.decode.SkipDecoding()})
+        super().__init__(name, split, encoded, encoded=[field])
         features = self._data.dataset_info.features
         if field not in features:
             raise NaloraError(
@@ -411,10 +408,8 @@ def caption_tokens(
     """Returns ``tokens`` and ``token_weights`` of the captions of ``indices``, ``[records, seq]``."""
     limit = vision.caption_length
     if limit > tokenizer.max_length:
-        length = limit
-        raise NaloraError(
-            "--vision.caption-length", expected=f"at most {tokenizer.max_length}", found=length
-        )
+        expected = f"at most {tokenizer.max_length}"
+        raise NaloraError("--vision.caption-length", expected=expected, found=limit)
     captions = source.captions(indices.tolist())
     tokens = tokenizer(captions)
     if limit and tokens["tokens"].shape[1] > limit and not tokenizer.fixed:
