@@ -17,7 +17,8 @@ from nalora_jax.data.sources import open_source
 def test_prepares_and_reads_without_tensorflow(cache, capsys):
     """From the package to records; the package itself comes from the shared cache."""
     source = open_source(DataConfig(dataset="openbookqa"), "train")
-    assert (len(source), source[0]["prompt"][:40]) == (4957, "Question: The sun is responsible for\n A.")
+    assert len(source) == 4957
+    assert source[0]["prompt"] == "Question: The sun is responsible for\nAnswer:"
     assert "tensorflow" not in sys.modules
     assert capsys.readouterr().out == ""  # nothing of TFDS's own
     folder = cache / "tfds" / "commonsense" / "openbookqa" / tasks.VERSION
