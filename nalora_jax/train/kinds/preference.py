@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from nalora_jax.config import PreferenceConfig, RunConfig
 from nalora_jax.data.forms import in_turns
-from nalora_jax.data.preference import PairData, held_out_pairs, pair_data, pairs_digest
+from nalora_jax.data.preference import held_out_pairs, pair_data, pairs_digest
 from nalora_jax.data.source import Source
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
@@ -31,10 +30,9 @@ from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.train.inputs import open_records, settled, stream_shape
-from nalora_jax.train.job import Inputs, Job
+from nalora_jax.train.job import Inputs
 from nalora_jax.train.kinds import text
 from nalora_jax.train.objectives import NextToken, through_surrogate
-from nalora_jax.train.output import Output
 from nalora_jax.train.program import Assembly
 from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
@@ -70,29 +68,19 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     return Inputs(config, base, files, data, pairs, questions, turns)
 
 
-def build_step(
-    inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None
-) -> tuple[LoadedModel, Assembly, PairData]:
-    """Loads the base, and builds adapters, step and this process's rows of pairs."""
-    loaded, assembly, data = text.build_step(
-        inputs, placed, mesh, output, like, **program_parts(placed.preference)
-    )
-    rows: Any = data
-    return loaded, assembly, rows
-
-
 def evaluator(inputs: Inputs, loaded: LoadedModel, assembly: Assembly, pairs: Any) -> PreferenceEvaluator:
     """Returns the evaluator of some held-out pairs."""
     model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
     return PreferenceEvaluator(model, loaded.tokenizer, pairs, inputs.config.preference, mesh=mesh)
 
 
-export_run = text.export_run
-
-
-def program_parts(config: PreferenceConfig) -> dict[str, Any]:
+def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
     """Returns the objective of a preference loss, for `nalora_jax.train.program.assemble`."""
-    return {"objective": partial(Preference, config=config)}
+    return {"objective": partial(Preference, config=config.preference)}
+
+
+build_step = partial(text.build_step, parts=program_parts)
+export_run = text.export_run
 
 
 class Pairs(NamedTuple):
