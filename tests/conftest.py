@@ -138,6 +138,18 @@ def _garbage() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _kernels() -> Iterator[None]:
+    """A test's new NALORA_CACHE has the kernels of this machine, whose compilation takes 15 CPU seconds."""
+    from nalora_jax.common.downloads import cache_dir
+
+    folder = cache_dir()
+    with pytest.MonkeyPatch.context() as patch:
+        if HAS_CPU:
+            patch.setattr("nalora_jax.cpu.native.library.cache_dir", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _pictures(request: pytest.FixtureRequest) -> Iterator[None]:
     """Reports of runs are written without their pictures, unless a module is marked, or about reports."""

@@ -17,11 +17,12 @@ from safetensors.numpy import load_file
 from nalora_jax.__main__ import main
 from nalora_jax.cli import training
 from nalora_jax.config import LoRAConfig, LoRARule, OptimizerConfig, RunConfig, TrainConfig
+from nalora_jax.train import start
 from nalora_jax.train.adapted import load
 from nalora_jax.train.kinds import text
 from nalora_jax.train.output import open_output
 from nalora_jax.train.run import RunResult, checked_mesh
-from nalora_jax.train.start import with_adapter, with_start
+from nalora_jax.train.start import with_adapter
 from tests import tiny
 
 torch = pytest.importorskip("torch")
@@ -96,7 +97,7 @@ def test_an_adapter_goes_from_peft_to_a_run_and_back(config: RunConfig, tmp_path
     run = replace(config, adapter=str(tmp_path / "theirs"), output=str(tmp_path / "run"))
     settled = with_adapter(run)
     with open_output(tmp_path / "start", resume=False) as output:
-        inputs = replace(text.open_inputs(settled, None), begin=with_start)
+        inputs = replace(text.open_inputs(settled, None), start=start)
         _, assembly, _ = text.build_step(inputs, inputs.config, checked_mesh(inputs.config), output, None)
     variables = {"params": assembly.params, "lora": assembly.state.lora}
     ours = tiny.logits_of(assembly.eval_model, variables, jnp.asarray(TOKENS))

@@ -27,16 +27,13 @@ def attention(
     *,
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
-    starts: jax.Array | None = None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes attention without dropout and without cached keys."""
-    if drops(config, dropout_rng) or starts is not None:
-        return NotImplemented
     empty = cached is None or cached.positions.shape[1] == 0
-    if empty and numerics.operand == numerics.residual == "bfloat16" and usable(numerics):
-        return _attention(q, *keys, window, sinks, config, numerics)
-    return NotImplemented
+    if not empty or drops(config, dropout_rng) or keys.starts is not None or not _is_native(numerics):
+        return NotImplemented
+    return _attention(q, *keys[:2], (*keys[2:4], window), sinks, config, numerics)
 
 
 @ops.full_attention.implements("cpu")
@@ -54,40 +51,39 @@ def full_attention(
 
     Without ``causal`` it is computed as causal attention whose tokens all have the same position.
     """
-    bf16 = numerics.operand == numerics.residual == "bfloat16" and usable(numerics)
-    if mask is not None or q.shape != k.shape or not bf16:
+    if mask is not None or q.shape != k.shape or not _is_native(numerics):
         return NotImplemented
     seq = q.shape[1]
     positions = np.zeros(seq, np.int32)
     if causal:
         positions = np.arange(seq, dtype=np.int32)
-    places = jnp.asarray(positions[None]), jnp.ones((1, seq), jnp.int32), seq, None
-    return _attention(q, k, v, *places, AttentionConfig(scale), numerics, causal).astype(jnp.float32)
+    places = jnp.asarray(positions[None]), jnp.ones((1, seq), jnp.int32), seq
+    return _attention(q, k, v, places, None, AttentionConfig(scale), numerics, causal).astype(jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+def _is_native(numerics: Numerics) -> bool:
+    return numerics.operand == numerics.residual == "bfloat16" and usable(numerics)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    window: jax.Array | int,
+    places: tuple[Any, ...],  # positions, segments, window
     sinks: jax.Array | None,
     config: AttentionConfig,
     numerics: Numerics,
     ordered: bool = True,
 ) -> jax.Array:
-    return _fwd(q, k, v, positions, segments, window, sinks, config, numerics, ordered)[0]
+    return _fwd(q, k, v, places, sinks, config, numerics, ordered)[0]
 
 
 def _fwd(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    window: jax.Array | int,
+    places: tuple[Any, ...],
     sinks: jax.Array | None,
     config: AttentionConfig,
     numerics: Numerics,
@@ -95,36 +91,32 @@ def _fwd(
 ) -> tuple[jax.Array, Any]:
     save = partial(save_residual, dtype="bfloat16", numerics=numerics)
     arrays = [save(x) for x in (q * config.scale, k, v)]
-    rest = (positions, segments, window)
-    out, logsumexp = native.attention(_heads(arrays, rest, ordered), config.softcap)
+    out, logsumexp = native.attention(_heads(arrays, places, ordered), config.softcap)
     if sinks is not None:
         # [batch, heads, seq] as out is: [batch, seq, heads, 1]
         out, summed = with_sinks(out, logsumexp.swapaxes(1, 2)[..., None], sinks[None, None, :, None])
         logsumexp = summed[..., 0].swapaxes(1, 2)
     saved, total = save(out), save_residual(logsumexp, "float32", numerics)
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
-    needed = None
-    if native.needs_result(q.shape[1], config.softcap):
-        needed = saved
-    return read_residual(saved, numerics.result), (arrays, rest, needed, total, like)
+    needed = saved if native.needs_result(q.shape[1], config.softcap) else None
+    return read_residual(saved, numerics.result), (arrays, places, needed, total, like)
 
 
 def _bwd(
     config: AttentionConfig, numerics: Numerics, ordered: bool, residuals: Any, g: jax.Array
 ) -> tuple[Any, ...]:
-    arrays, rest, saved, logsumexp, like = residuals
-    out = None
-    if saved is not None:
-        out = read_residual(saved, "bfloat16")
+    arrays, places, saved, logsumexp, like = residuals
+    out = None if saved is None else read_residual(saved, "bfloat16")
     g = rounded(g, "bfloat16", numerics)
-    dq, dk, dv = native.attention_gradient(_heads(arrays, rest, ordered), out, logsumexp, g, config.softcap)
+    heads = _heads(arrays, places, ordered)
+    dq, dk, dv = native.attention_gradient(heads, out, logsumexp, g, config.softcap)
     grads = (rounded(x, y.dtype, numerics) for x, y in zip((dq * config.scale, dk, dv), like, strict=True))
-    return *grads, None, None, None, None
+    return *grads, None, None
 
 
-def _heads(arrays: Any, rest: Any, ordered: bool) -> native.Heads:
+def _heads(arrays: Any, places: tuple[Any, ...], ordered: bool) -> native.Heads:
     q, k, v = (read_residual(x, "bfloat16") for x in arrays)
-    positions, segments, window = rest
+    positions, segments, window = places
     return native.Heads(q, k, v, positions, segments, window, ordered)
 
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax.cpu import native
-from nalora_jax.cpu.storage import Bits, bits_of, from_bits, usable
+from nalora_jax.cpu.native import from_bits
+from nalora_jax.cpu.storage import Bits, bits_of, usable
 from nalora_jax.ops import losses as ops
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import PLAIN_HEAD, Head
@@ -48,7 +49,8 @@ def cross_entropy(
     if bf16 and numerics.operand == "bfloat16" and usable(numerics):
         target_rows = _target_rows(lax.stop_gradient(kernel), targets, head.transposed)
         weights = lax.stop_gradient(weights.astype(jnp.float32))
-        return _native(hidden, kernel, target_rows, weights, head, numerics)
+        sums = partial(_native_sums, head, numerics)
+        return ops.loss_of_sums(sums, hidden, (kernel, target_rows, weights))
     return ops.cross_entropy.plain(hidden, kernel, targets, weights, head, numerics, chunk=chunk or _ROWS)
 
 
@@ -125,28 +127,18 @@ def _target_rows(kernel: Kernel, targets: jax.Array, transposed: bool) -> jax.Ar
     return rows.reshape(*targets.shape, -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _native(
-    hidden: jax.Array,
-    kernel: Kernel,
-    target_rows: jax.Array,
-    weights: jax.Array,
-    head: Head,
-    numerics: Numerics,
-) -> jax.Array:
-    return _native_sums(False, hidden, kernel, target_rows, weights, head, numerics)[0]
-
-
 def _native_sums(
-    grad: bool,
-    hidden: jax.Array,
-    kernel: Kernel,
-    target_rows: jax.Array,
-    weights: jax.Array,
     head: Head,
     numerics: Numerics,
+    hidden: jax.Array,
+    constants: tuple[Kernel, jax.Array, jax.Array],
+    grad: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the loss of all rows, and the gradient of hidden if ``grad``."""
+    """Returns the loss of all rows, and the gradient of hidden if ``grad``.
+
+    ``constants`` are the head's kernel, its row for every target, and the weights.
+    """
+    kernel, target_rows, weights = constants
     flat, n = hidden.reshape(weights.size, -1), weights.size
     # Rows with a target first: the kernel stops after the last of them.
     order = jnp.argsort(weights.reshape(n) == 0, stable=True)
@@ -168,12 +160,3 @@ def _native_sums(
     if not grad:
         return loss, back
     return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(hidden.shape)
-
-
-def _bwd(
-    head: Head, numerics: Numerics, gradient: jax.Array, g: jax.Array
-) -> tuple[jax.Array, None, None, None]:
-    return gradient * g.astype(gradient.dtype), None, None, None
-
-
-_native.defvjp(partial(_native_sums, True), _bwd)

@@ -19,13 +19,23 @@ from jax import lax
 
 from nalora_jax.common import processor
 from nalora_jax.cpu import native
-from nalora_jax.cpu.native import Sum, Term, library
-from nalora_jax.cpu.storage import Bits, bf16_bits, from_bits, usable
+from nalora_jax.cpu.native import Sum, Term, bf16_bits, from_bits, library
+from nalora_jax.cpu.storage import Bits, usable
 from nalora_jax.method import low_rank
-from nalora_jax.method.low_rank import Adapted, Dense, Factors, LowRankHidden, Products, add_bias, gated
+from nalora_jax.method.low_rank import (
+    Adapted,
+    Dense,
+    Factors,
+    LowRankHidden,
+    Products,
+    add_bias,
+    gated,
+    rank_cotangents,
+    with_masked,
+)
 from nalora_jax.ops import delta_rule
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.storage import Kernel, dot, expand, read_residual, rounded, save_residual
+from nalora_jax.ops.storage import Kernel, Stored, dot, expand, read_residual, rounded, save_residual
 
 # With fewer rows, as in text generation, XLA's matmuls are used if they are faster.
 _FEWEST_ROWS = 32
@@ -40,6 +50,8 @@ def is_native(rows: int, operand: str, numerics: Numerics) -> bool:
 
 def native_sums(numerics: Numerics, *sums: Sum) -> list[jax.Array]:
     """Computes `nalora_jax.cpu.native.products` of unrounded operands in any storage form."""
+    if not sums:
+        return []
 
     def operand(y: Any) -> Any:
         if isinstance(y, native.Slice):
@@ -48,8 +60,8 @@ def native_sums(numerics: Numerics, *sums: Sum) -> list[jax.Array]:
             return y.bits
         return rounded(expand(y), "bfloat16", numerics)
 
-    terms = ([Term(operand(x), operand(y), transposed) for x, y, transposed in s.terms] for s in sums)
-    return native.products(*(Sum(t, s.dtype) for t, s in zip(terms, sums, strict=True)))
+    is_operand = lambda y: isinstance(y, Stored)  # noqa: E731
+    return native.products(*jax.tree.map(operand, sums, is_leaf=is_operand))
 
 
 @dot.implements("cpu")
@@ -173,39 +185,23 @@ class FusedProducts(Products):
             y = both[:, :d_out] + dot(hidden, b, n)
         return [rounded(y, n.result, n)], [hidden]
 
-    def narrow(
-        self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[jax.Array]
-    ) -> tuple[list[jax.Array], jax.Array | None]:
-        """See `Products`."""
-        ((_, _, _, _, kernel),), (g,), (wide,) = layers, gs, wides
-        d_in, d_out = kernel.shape
-        if d_out <= d_in:
-            return [dot(g, wide, self.numerics, dims=(1, 1))], None
-        both = dot(g, self._joined(expand(kernel), wide, 0), self.numerics, dims=(1, 1))
-        return [both[:, d_in:]], both[:, :d_in]
-
-    def gradients(
-        self,
-        x: jax.Array,
-        gs: Sequence[jax.Array],
-        layers: Sequence[Factors],
-        hidden: Sequence[Any],
-        exact: Sequence[Any],
-        masked: Sequence[Any],
-        extra: Any,
+    def backward(
+        self, x: jax.Array, gs: Sequence[jax.Array], layers: Sequence[Factors], hidden: Sequence[Any]
     ) -> tuple[jax.Array, list[Any], list[Any]]:
         """See `Products`."""
-        ((a, _, _, _, kernel),), (g,), n = layers, gs, self.numerics
-        if extra is not None:
-            dx = extra + dot(exact[0], a, n, dims=(1, 1))
+        (layer,), (g,), n = layers, gs, self.numerics
+        kernel, wide = expand(layer.kernel), with_masked(layer)
+        d_in, d_out = kernel.shape
+        if d_out > d_in:
+            both = dot(g, self._joined(kernel, wide, 0), n, dims=(1, 1))
+            exact, masked = rank_cotangents(layer, both[:, d_in:])
+            dx = both[:, :d_in] + dot(exact, layer.a, n, dims=(1, 1))
         else:
+            exact, masked = rank_cotangents(layer, dot(g, wide, n, dims=(1, 1)))
             multiple = contraction_multiple(n)
-            sides = (
-                self._joined(g, exact[0], 1, multiple),
-                self._joined(expand(kernel), a, 1, multiple),
-            )
+            sides = self._joined(g, exact, 1, multiple), self._joined(kernel, layer.a, 1, multiple)
             dx = dot(*sides, n, dims=(1, 1))
-        da, db = self._narrow(masked[0], x).T, self._narrow(hidden[0], g)
+        da, db = self._narrow(masked, x).T, self._narrow(hidden[0], g)
         return rounded(dx, x.dtype, n), [da], [db]
 
     def _joined(self, first: jax.Array, second: jax.Array, axis: int, multiple: int = 1) -> jax.Array:
@@ -250,55 +246,36 @@ class NativeProducts(Products):
     def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[Any]]:
         """See `Products`."""
         n = self.numerics
-        adapted = [i for i, layer in enumerate(layers) if layer.a is not None]
-        narrow = []
-        if adapted:
-            narrow = native_sums(n, *(Sum([Term(x, layers[i].a)]) for i in adapted))
-        hidden: list[Any] = [None] * len(layers)
-        terms = [[Term(x, layer.kernel)] for layer in layers]
-        for i, y in zip(adapted, narrow, strict=True):
-            # A rematerialized layer saves the r columns s x A; recomputing them would take another
-            # pass over x.
-            hidden[i] = save_residual(layers[i].scale * y, "float32", n)
-            terms[i].append(Term(hidden[i], layers[i].b))
-        return native_sums(n, *(Sum(of, n.result) for of in terms)), hidden
+        narrow = iter(native_sums(n, *(Sum([Term(x, layer.a)]) for layer in layers if layer.a is not None)))
+        sums = []
+        hidden: list[Any] = []
+        for layer in layers:
+            terms = [Term(x, layer.kernel)]
+            h: Any = None
+            if layer.a is not None:
+                # A rematerialized layer saves the r columns s x A; recomputing them would take another
+                # pass over x.
+                h = save_residual(layer.scale * next(narrow), "float32", n)
+                terms.append(Term(h, layer.b))
+            sums.append(Sum(terms, n.result))
+            hidden.append(h)
+        return native_sums(n, *sums), hidden
 
-    def narrow(
-        self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[Any]
-    ) -> tuple[list[Any], None]:
-        """See `Products`."""
-        sums = {i: Sum([Term(gs[i], wide, True)]) for i, wide in enumerate(wides) if wide is not None}
-        computed = dict(zip(sums, native_sums(self.numerics, *sums.values()) if sums else [], strict=True))
-        return [computed.get(i) for i in range(len(layers))], None
-
-    def input_terms(
-        self, gs: Sequence[jax.Array], layers: Sequence[Factors], exact: Sequence[Any]
-    ) -> list[Term]:
-        """Returns the terms of the sum that is the gradient of x."""
-        terms = [Term(g, layer.kernel, True) for g, layer in zip(gs, layers, strict=True)]
-        return terms + [
-            Term(e, layer.a, True) for e, layer in zip(exact, layers, strict=True) if e is not None
-        ]
-
-    def gradients(
-        self,
-        x: jax.Array,
-        gs: Sequence[jax.Array],
-        layers: Sequence[Factors],
-        hidden: Sequence[Any],
-        exact: Sequence[Any],
-        masked: Sequence[Any],
-        extra: Any,
+    def backward(
+        self, x: jax.Array, gs: Sequence[jax.Array], layers: Sequence[Factors], hidden: Sequence[Any]
     ) -> tuple[jax.Array, list[Any], list[Any]]:
         """See `Products`."""
+        n = self.numerics
+        terms = [Term(g, layer.kernel, True) for g, layer in zip(gs, layers, strict=True)]
         adapted = [i for i, layer in enumerate(layers) if layer.a is not None]
-        sums = [Sum(self.input_terms(gs, layers, exact), x.dtype)]
-        for i in adapted:
-            sums += [
-                Sum([Term(masked[i].T, x)]),
-                Sum([Term(read_residual(hidden[i], "float32").T, gs[i])]),
-            ]
-        dx, *gradients = native_sums(self.numerics, *sums)
+        backs = native_sums(n, *(Sum([Term(gs[i], with_masked(layers[i]), True)]) for i in adapted))
+        of_adapters = []
+        for i, back in zip(adapted, backs, strict=True):
+            exact, masked = rank_cotangents(layers[i], back)
+            terms.append(Term(exact, layers[i].a, True))
+            of_adapters += [Sum([Term(masked.T, x)])]
+            of_adapters += [Sum([Term(read_residual(hidden[i], "float32").T, gs[i])])]
+        dx, *gradients = native_sums(n, Sum(terms, x.dtype), *of_adapters)
         das: list[Any] = [None] * len(layers)
         dbs: list[Any] = [None] * len(layers)
         for i, da, db in zip(adapted, gradients[::2], gradients[1::2], strict=True):

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nalora_jax.common.trees import map_named, unflatten
 from nalora_jax.cpu import native
-from nalora_jax.cpu.native import library
+from nalora_jax.cpu.native import bf16_bits, from_bits, library
 from nalora_jax.ops import dispatch, storage
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import SAVED, STACKS, Kernel, LayerStack, Stored
@@ -51,25 +51,11 @@ class Bits(LayerStack):
 
     def expand(self, dtype: Any = None) -> jax.Array:
         """Returns the array in ``dtype``, by default bf16."""
-        return lax.bitcast_convert_type(self.bits, jnp.bfloat16).astype(dtype or jnp.bfloat16)
+        return from_bits(self.bits).astype(dtype or jnp.bfloat16)
 
     def layer(self, index: jax.Array) -> native.Slice:
         """Returns a layer of a stack without a copy."""
         return native.Slice(self.bits, index)
-
-
-def bf16_bits(x: jax.Array) -> jax.Array:
-    """Returns the bits of bf16 ``x``; other dtypes are unchanged."""
-    if x.dtype == jnp.bfloat16:
-        return lax.bitcast_convert_type(x, jnp.uint16)
-    return x
-
-
-def from_bits(x: jax.Array) -> jax.Array:
-    """Computes the inverse of `bf16_bits`."""
-    if x.dtype == jnp.uint16:
-        return lax.bitcast_convert_type(x, jnp.bfloat16)
-    return x
 
 
 @storage.store.implements("cpu")
@@ -154,7 +140,7 @@ def rounded(x: jax.Array, dtype: Any, numerics: Numerics) -> jax.Array:
 
 @jax.custom_vjp
 def _rounded(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(_upper_bits(x), jnp.bfloat16)
+    return from_bits(_upper_bits(x))
 
 
 _rounded.defvjp(lambda x: (_rounded(x), None), lambda _, g: (g.astype(jnp.float32),))

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,34 +48,24 @@ class Activation:
     degree: float = 1.0  # the only homogeneity of an activation that is not self-gated
 
 
-def activation_of(
-    name: str,
-    gate: Selection,
-    *,
-    self_gated: bool = True,
-    logistic: tuple[float, float] | None = None,
-    flat_above: float = math.inf,
-    degree: float = 1.0,
-) -> Activation:
-    """Returns the activation of a function ``z -> (rho(z), rho'(z))``; see `Activation`."""
+def activation_of(name: str, gate: Selection, **options: Any) -> Activation:
+    """Returns the activation of a function ``z -> (rho(z), rho'(z))``.
+
+    ``options`` are the fields of `Activation` after ``gate``.
+    """
 
     def gate_in_float32(z: Array) -> tuple[Array, Array]:
         rho, slope = gate(_at_least_float32(z))
         return rho.astype(jnp.result_type(z)), slope.astype(jnp.result_type(z))
 
+    def derivative(z: Array) -> Array:
+        rho, drho = gate(z)
+        return rho + z * drho
+
     functools.update_wrapper(gate_in_float32, gate, assigned=())  # records of studies name its file
-    value, slope = _in_float32(lambda z: z * gate(z)[0]), _in_float32(lambda z: _derivative(gate, z))
-    rho, drho = _in_float32(lambda z: gate(z)[0]), _in_float32(lambda z: gate(z)[1])
-    return Activation(
-        name,
-        _with_derivative(value, slope),
-        _with_derivative(rho, drho),
-        gate_in_float32,
-        self_gated,
-        logistic,
-        flat_above,
-        degree,
-    )
+    phi = _with_derivative(lambda z: z * gate(z)[0], derivative)
+    rho = _with_derivative(lambda z: gate(z)[0], lambda z: gate(z)[1])
+    return Activation(name, phi, rho, gate_in_float32, **options)
 
 
 def _at_least_float32(z: Array) -> Array:
@@ -83,20 +73,15 @@ def _at_least_float32(z: Array) -> Array:
     return z.astype(jnp.promote_types(z.dtype, jnp.float32))
 
 
-def _in_float32(f: Elementwise) -> Elementwise:
-    """Returns ``f`` evaluated in float32 or wider, with the result in the input's dtype."""
-    return lambda z: f(_at_least_float32(z)).astype(jnp.result_type(z))
-
-
 def _with_derivative(f: Elementwise, derivative: Elementwise) -> Elementwise:
-    differentiable = jax.custom_jvp(f)
-    differentiable.defjvps(lambda tangent, value, z: derivative(z) * tangent)
+    """Returns ``f``, evaluated with its derivative in float32 or wider; results have the input's dtype."""
+
+    def in_float32(f: Elementwise) -> Elementwise:
+        return lambda z: f(_at_least_float32(z)).astype(jnp.result_type(z))
+
+    slope, differentiable = in_float32(derivative), jax.custom_jvp(in_float32(f))
+    differentiable.defjvps(lambda tangent, value, z: slope(z) * tangent)
     return differentiable
-
-
-def _derivative(gate: Selection, z: Array) -> Array:
-    rho, drho = gate(z)
-    return rho + z * drho
 
 
 # ---------------------------------------------------------------- homogeneity

@@ -205,7 +205,9 @@ def adapt(
     _require_one_place(model, projections)
     of_gates = {f"{p.path}/{_LORA}": p.activation for p in projections if p.activation}
     mechanisms = _mechanisms(rules, of_gates, settings)
-    for projection, key in zip(projections, _keys(jax.random.key(seed), projections), strict=True):
+    for projection, key in zip(
+        projections, jax.random.split(jax.random.key(seed), len(projections)), strict=True
+    ):
         layer = _child(model, projection.path)
         kind: Any = type(layer)
         layer.__class__ = _adapted_class(kind)
@@ -220,10 +222,6 @@ def _mechanisms(
     activation = next(iter(gates.values()))
     others = tuple((path, name) for path, name in gates.items() if name != activation)
     return replace(make_mechanisms(rules, activation=activation, **settings), others=others)
-
-
-def _keys(key: jax.Array, projections: Sequence[Projection]) -> jax.Array:
-    return jax.random.split(key, len(projections))
 
 
 # ---------------------------------------------------------------- the choice of layers
@@ -357,8 +355,7 @@ class LinenAdapters:
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Returns fresh adapters, nested by the layers' paths."""
-        keys = _keys(key, self.projections)
-        leaves = zip(self.projections, keys, strict=True)
+        leaves = zip(self.projections, jax.random.split(key, len(self.projections)), strict=True)
         return trees.unflatten({p.path: p.init(k, self.mechanisms) for p, k in leaves})
 
     def apply(self, variables: Any, lora: Any, *args: Any, **options: Any) -> Any:

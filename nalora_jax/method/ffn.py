@@ -28,7 +28,6 @@ from nalora_jax.method.low_rank import (
     Adapted,
     Adapter,
     Dense,
-    LowRankHidden,
     adapted_dense,
     init_a,
     parallel_dense,
@@ -50,18 +49,18 @@ Scales = Mapping[str, jax.Array | float]
 def gated_mlp(
     x: jax.Array,
     gate: Dense,
-    up: Dense | None,
+    up: Dense | jax.Array | None,
     down: Dense,
     activation: Activation,
     numerics: Numerics,
     measurement: Measurement | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-    """Returns ``(phi(x W_gate) * x W_up) W_down``, or ``phi(x W_gate) W_down`` without ``up``.
+    """Returns ``(phi(x W_gate) * u) W_down``, or ``phi(x W_gate) W_down`` without ``up``.
 
     Args:
       x: ``[batch, seq, d_model]``.
       gate: ``d_model -> d_ff``; the mask of its adapter weighs the gradient of A.
-      up: ``d_model -> d_ff``, or None.
+      up: ``d_model -> d_ff``, of which u is the output; u itself ``[batch, seq, d_ff]``; or None.
       down: ``d_ff -> d_model``.
       activation: phi.
       numerics: dtypes.
@@ -70,25 +69,12 @@ def gated_mlp(
     Returns:
       ``[batch, seq, d_model]`` in ``numerics.result``, and the statistics or None.
     """
-    if up is None:
-        (z, delta), u = adapted_dense(x, gate, numerics.within()), None
-    else:
+    u: jax.Array | None
+    if isinstance(up, Dense):
         (z, delta), (u, _) = parallel_dense(x, [gate, up], numerics.within())
-    return _after_gate(x, gate, z, delta, u, down, activation, numerics, measurement)
-
-
-def _after_gate(
-    x: jax.Array,
-    gate: Dense,
-    z: jax.Array,
-    delta: jax.Array | LowRankHidden | None,
-    u: jax.Array | None,
-    down: Dense,
-    activation: Activation,
-    numerics: Numerics,
-    measurement: Measurement | None,
-) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-    """Returns a block's output and statistics for the pre-activation z, of which delta is the adapter's part."""
+    else:
+        z, delta = adapted_dense(x, gate, numerics.within())
+        u = None if up is None else up.astype(z.dtype)
     z = tapped(z, measurement)
     h, _ = gated_product(z, u, activation, numerics)
     measured = None
@@ -331,27 +317,20 @@ class AdaptedBlock(nn.Module):
         self,
         x: jax.Array,
         gate: Dense,
-        up: Dense | None,
+        up: Dense | jax.Array | None,
         down: Dense,
         token_weights: jax.Array | SampledWeights | None,
-        factor: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns the block's output; statistics are the gradients of its ``gate_taps``.
-
-        ``factor [batch, seq, d_ff]`` replaces the result of ``up``.
-        """
+        """Returns `gated_mlp` of the block; statistics are the gradients of its ``gate_taps``."""
         measurement, taps = None, self.variables.get("gate_taps", {})
         if taps and not self.is_initializing():
             if token_weights is None:
                 token_weights = jnp.ones(x.shape[:-1], bool)
             measurement = Measurement.of(token_weights, self.stats, taps)
+        # A replacement of the operation computes projections, not a given factor.
+        block = gated_mlp.plain if isinstance(up, jax.Array) else gated_mlp
         phi = activations.get(self.activation)
-        if factor is None:
-            y, measured = gated_mlp(x, gate, up, down, phi, self.numerics, measurement)
-        else:
-            z, delta = adapted_dense(x, gate, self.numerics.within())
-            u = factor.astype(z.dtype)
-            y, measured = _after_gate(x, gate, z, delta, u, down, phi, self.numerics, measurement)
+        y, measured = block(x, gate, up, down, phi, self.numerics, measurement)
         if measured is None:
             return y
         return statistics.emit_measured(y, taps, measured)

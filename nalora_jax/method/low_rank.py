@@ -112,28 +112,13 @@ class Products(ABC):
         """Returns every layer's ``x W + h B`` and its ``h = s x A`` (None without an adapter)."""
 
     @abstractmethod
-    def narrow(
-        self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[Any]
-    ) -> tuple[list[Any], Any]:
-        """Returns every layer's ``g wide^T`` for its wide ``[r or 2 r, d_out]``.
-
-        The second result is passed to `gradients` as ``extra``.
-        """
-
-    @abstractmethod
-    def gradients(
-        self,
-        x: jax.Array,
-        gs: Sequence[jax.Array],
-        layers: Sequence[Factors],
-        hidden: Sequence[Any],
-        exact: Sequence[Any],
-        masked: Sequence[Any],
-        extra: Any,
+    def backward(
+        self, x: jax.Array, gs: Sequence[jax.Array], layers: Sequence[Factors], hidden: Sequence[Any]
     ) -> tuple[jax.Array, list[Any], list[Any]]:
-        """Returns ``dx``, the sum of ``g W^T + exact A^T``, and every layer's gradients of A and B.
+        """Returns ``dx``, and every layer's gradients of A and B (None without an adapter).
 
-        They are ``dA = x^T masked`` and ``dB = h^T g``.
+        ``dx`` is the sum of ``g W^T + exact A^T``, ``dA = x^T masked`` and ``dB = h^T g``, with the
+        arrays of `rank_cotangents`.
         """
 
 
@@ -161,16 +146,7 @@ def _gated_bwd(
 ) -> tuple[None, jax.Array, tuple[Factors, ...]]:
     products, x, layers, hidden = saved
     gs, _ = cotangents
-    # B for dx and, below it, B * m for dA: one matmul over the wide cotangent computes both.
-    backs, extra = products.narrow(gs, layers, [_with_masked(layer) for layer in layers])
-    # The scale multiplies these rank-wide arrays, not [rows, d_out].
-    scaled = [
-        None if back is None else layer.scale * back for layer, back in zip(layers, backs, strict=True)
-    ]
-    ranks = [0 if layer.b is None else layer.b.shape[-2] for layer in layers]
-    exact = [None if s is None else s[:, :rank] for s, rank in zip(scaled, ranks, strict=True)]
-    masked = [None if s is None else s[:, -rank:] for s, rank in zip(scaled, ranks, strict=True)]
-    dx, das, dbs = products.gradients(x, gs, layers, hidden, exact, masked, extra)
+    dx, das, dbs = products.backward(x, gs, layers, hidden)
     zero = [jax.tree.map(jnp.zeros_like, (layer.scale, layer.mask)) for layer in layers]
     return (
         None,
@@ -182,11 +158,23 @@ def _gated_bwd(
 gated.defvjp(_gated_fwd, _gated_bwd)
 
 
-def _with_masked(layer: Factors) -> jax.Array | None:
-    """Returns B ``[r, d_out]``, with ``B * m`` below it if there is a mask: ``[2 r, d_out]``."""
-    if layer.b is None or layer.mask is None:
+def with_masked(layer: Factors) -> jax.Array:
+    """Returns B ``[r, d_out]``, with ``B * m`` below it if there is a mask: ``[2 r, d_out]``.
+
+    One matmul of the wide cotangent with it computes both arrays of `rank_cotangents`.
+    """
+    if layer.mask is None:
         return layer.b
     return jnp.concatenate([layer.b, layer.b * layer.mask[..., None, :]], axis=-2)
+
+
+def rank_cotangents(layer: Factors, back: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns ``exact = s g B^T`` and ``masked = s g (B * m)^T``, ``[rows, r]``.
+
+    ``back`` is ``g with_masked(layer)^T``. The scale multiplies it, not ``[rows, d_out]``.
+    """
+    scaled, rank = layer.scale * back, layer.b.shape[-2]
+    return scaled[:, :rank], scaled[:, -rank:]
 
 
 @jax.tree_util.register_dataclass
@@ -206,25 +194,14 @@ class AdapterProducts(Products):
         hidden = checkpoint_name(layer.scale * self._dot(x, layer.a), SAVED)
         return [self._dot(hidden, layer.b)], [hidden]
 
-    def narrow(
-        self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[Any]
-    ) -> tuple[list[Any], None]:
-        """See `Products`."""
-        return [self._dot(gs[0], wides[0], (1, 1))], None
-
-    def gradients(
-        self,
-        x: jax.Array,
-        gs: Sequence[jax.Array],
-        layers: Sequence[Factors],
-        hidden: Sequence[Any],
-        exact: Sequence[Any],
-        masked: Sequence[Any],
-        extra: Any,
+    def backward(
+        self, x: jax.Array, gs: Sequence[jax.Array], layers: Sequence[Factors], hidden: Sequence[Any]
     ) -> tuple[jax.Array, list[Any], list[Any]]:
         """See `Products`."""
-        dx = self._dot(exact[0], layers[0].a, (1, 1)).astype(x.dtype)
-        return dx, [self._dot(x, masked[0], (0, 0))], [self._dot(hidden[0], gs[0], (0, 0))]
+        (layer,), (g,) = layers, gs
+        exact, masked = rank_cotangents(layer, self._dot(g, with_masked(layer), (1, 1)))
+        dx = self._dot(exact, layer.a, (1, 1)).astype(x.dtype)
+        return dx, [self._dot(x, masked, (0, 0))], [self._dot(hidden[0], g, (0, 0))]
 
 
 def low_rank(

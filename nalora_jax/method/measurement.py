@@ -33,8 +33,8 @@ from nalora_jax.common import trees
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.activations import Activation
 from nalora_jax.method.low_rank import Dense, LowRankHidden, adapted_dense, find_gates, moved_from
-from nalora_jax.ops.dispatch import Numerics, operation
-from nalora_jax.ops.reductions import by_shard, count, sampled, sampled_weights
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.reductions import by_shard, sampled, sampled_weights
 from nalora_jax.ops.storage import dot
 
 
@@ -92,52 +92,7 @@ class SampledWeights:
     length: int = field(metadata={"static": True})  # of the whole rows
 
 
-class Probe(NamedTuple):
-    """The two parts of a gate's pre-activations on one in n positions, without gradients."""
-
-    base: Array  # [batch, seq / n, d_ff], of the frozen layer
-    delta: Array  # the same shape, of the adapter
-    # The two factors of delta if it is a low-rank product: float32 [tokens, r] and [r, d_ff].
-    factors: tuple[Array, Array] | None = None
-    weights: Array | None = None  # [batch, seq], see `Measurement.probe_weights`
-
-
 # ---------------------------------------------------------------- statistics
-
-
-@operation
-def gate_statistics(
-    z: Array,
-    probe: Probe,
-    weights: Array,
-    activation: Activation,
-    config: GateStatsConfig,
-    numerics: Numerics = Numerics(),  # noqa: B008
-    names: tuple[str, ...] = statistics.STANDARD,
-) -> dict[str, Array]:
-    """Returns sums over real tokens of the statistics, without gradients.
-
-    Args:
-      z: ``[batch, seq, d_ff]``, the argument of phi.
-      probe: frozen and adapter part on one in ``config.probe_stride`` positions.
-      weights: ``[batch, seq]``, 0 for padding.
-      activation: the gate's.
-      config: strides.
-      numerics: selects the implementation; sums are float32.
-      names: statistics of the forward pass.
-
-    Returns:
-      ``tokens []``, ``probe_tokens []``, ``slope [d_ff]``, ``occupancy [4, d_ff]``, ..., all float32
-      (see `nalora_jax.method.statistics`).
-    """
-    chex.assert_shape(weights, z.shape[:-1])
-    z, probe, weights = lax.stop_gradient((z, probe, weights.astype(jnp.float32)))
-    partition = activations.partition(activation.name)
-    of_probe = weights if probe.weights is None else probe.weights
-    of_gate, probed = _taken(weights, config.stride), _taken(of_probe, config.probe_stride)
-    z = sampled(z, weights, config.stride)
-    sums = statistics.channel_statistics(z, of_gate, activation, partition, names)
-    return sums | statistics.probe_statistics(probe.base, probe.delta, probed, activation, names)
 
 
 def block_statistics(
@@ -149,28 +104,37 @@ def block_statistics(
     numerics: Numerics,
     measurement: Measurement,
 ) -> dict[str, Array]:
-    """Returns `gate_statistics` of a block; by shard if the measurement's config has a sharding.
+    """Returns sums over real tokens of a block's statistics, without gradients.
 
     Args:
       x: ``[batch, seq, d_model]``, the block's input.
       gate: its first layer.
-      z: that layer's output ``[batch, seq, d_ff]``.
+      z: that layer's output ``[batch, seq, d_ff]``, the argument of phi.
       delta: the adapter's part of z, from `adapted_dense`.
       activation, numerics: the block's.
       measurement: the request.
+
+    Returns:
+      ``tokens []``, ``probe_tokens []``, ``slope [d_ff]``, ``occupancy [4, d_ff]``, ..., all float32
+      (see `nalora_jax.method.statistics`); by shard if the measurement's config has a sharding.
     """
+    config, names = measurement.config, measurement.names
+    partition = activations.partition(activation.name)
+
+    def sums(z: Array, base: Array, moved: Array, weights: Array, of_probe: Array) -> dict[str, Array]:
+        z, of_gate = sampled(z, weights, config.stride), _taken(weights, config.stride)
+        probed = _taken(of_probe, config.probe_stride)
+        of_channels = statistics.channel_statistics(z, of_gate, activation, partition, names)
+        return of_channels | statistics.probe_statistics(base, moved, probed, activation, names)
+
     with jax.named_scope("statistics"):
-        weights, config = measurement.weights, measurement.config
-        probed = weights if measurement.probe_weights is None else measurement.probe_weights
-        movement = _movement(x, gate, delta, probed, config.probe_stride, numerics)
-        rounded = z.astype(numerics.result)
-        probe = take_probe(rounded, delta, probed, config.probe_stride, numerics, movement)
-        probe = probe._replace(weights=measurement.probe_weights)
-        if count(config.sharding) > 1:
-            probe = probe._replace(factors=None)  # the factors have the tokens of all shards
-        options: dict[str, Any] = {"config": config, "numerics": numerics, "names": measurement.names}
-        sums = partial(gate_statistics, activation=activation, **options)
-        measured: dict[str, Array] = by_shard(sums, config.sharding, z, probe, weights)
+        weights = measurement.weights
+        of_probe = weights if measurement.probe_weights is None else measurement.probe_weights
+        movement = _movement(x, gate, delta, of_probe, config.probe_stride, numerics)
+        parts = _parts(z.astype(numerics.result), delta, of_probe, config.probe_stride, numerics, movement)
+        chex.assert_shape(weights, z.shape[:-1])
+        z, weights, of_probe = lax.stop_gradient((z, *(w.astype(jnp.float32) for w in (weights, of_probe))))
+        measured: dict[str, Array] = by_shard(sums, config.sharding, z, *parts, weights, of_probe)
         return measured
 
 
@@ -186,26 +150,26 @@ def tapped(z: Array, measurement: Measurement | None) -> Array:
     taps = {name: measurement.taps[name] for name in of_cotangent}
     stride, sharding = measurement.config.stride, measurement.config.sharding
 
-    def row_sums(delta: Array, weights: Array, names: Iterable[str]) -> dict[str, Array]:
-        delta, weights = sampled(delta, weights, stride), _taken(weights, stride)
-        return statistics.cotangent_statistics(delta, weights, names)
-
     def sums(delta: Array, weights: Array, names: Iterable[str]) -> dict[str, Array]:
-        by: dict[str, Array] = by_shard(partial(row_sums, names=names), sharding, delta, weights)
+        def of_rows(delta: Array, weights: Array) -> dict[str, Array]:
+            delta, weights = sampled(delta, weights, stride), _taken(weights, stride)
+            return statistics.cotangent_statistics(delta, weights, names)
+
+        by: dict[str, Array] = by_shard(of_rows, sharding, delta, weights)
         return by
 
     return statistics.emit(z, taps, {}, measurement.weights.astype(jnp.float32), sums)
 
 
-def take_probe(
+def _parts(
     z: Array,
     delta: Array | LowRankHidden | None,
     weights: Array,
     stride: int,
     numerics: Numerics,
     movement: Array | tuple[Array, Array] | None = None,
-) -> Probe:
-    """Returns base and adapter part on one in ``stride`` positions.
+) -> tuple[Array, Array]:
+    """Returns the frozen and the adapter's part of z on one in ``stride`` positions, without gradients.
 
     Args:
       z: ``[batch, seq, d_ff]``, a layer's output.
@@ -218,18 +182,16 @@ def take_probe(
     z, delta, weights = lax.stop_gradient((z, delta, weights))
     z = sampled(z, weights, stride)
     if movement is None and delta is None:
-        return Probe(z, jnp.zeros_like(z))
+        return z, jnp.zeros_like(z)
     # Sampled after A: the layer has multiplied all of x by A, so x is not read again.
     if movement is None and isinstance(delta, LowRankHidden):
-        hidden = sampled(delta.value, weights, stride).reshape(-1, delta.b.shape[0])
-        movement = hidden, delta.b
+        movement = sampled(delta.value, weights, stride).reshape(-1, delta.b.shape[0]), delta.b
     elif movement is None:
         assert isinstance(delta, Array)
         movement = sampled(delta, weights, stride)
-    if not isinstance(movement, tuple):
-        return Probe(z - movement, movement)
-    product = dot(*movement, numerics, operand=numerics.adapter).astype(z.dtype).reshape(z.shape)
-    return Probe(z - product, product, movement)
+    if isinstance(movement, tuple):
+        movement = dot(*movement, numerics, operand=numerics.adapter).astype(z.dtype).reshape(z.shape)
+    return z - movement, movement
 
 
 def _movement(
@@ -307,7 +269,7 @@ class GateChecks:
         # Both parts are computed apart from z: in one matmul the same fault would cancel.
         base = adapted_dense(x, gate._replace(adapter=None), numerics.within()).y
         ones = jnp.ones(z.shape[:-1], bool)
-        dz = take_probe(z.astype(numerics.result), delta, ones, 1, numerics).delta
+        _, dz = _parts(z.astype(numerics.result), delta, ones, 1, numerics)
         check = partial(self.arrays, activation=activation, residual=numerics.residual)
         ratios: dict[str, Array] = by_shard(check, sharding, Live(z, base, dz, u, product))
         return ratios

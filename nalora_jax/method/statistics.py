@@ -153,18 +153,18 @@ CHECK = "check_"
 
 
 def forward(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the statistics of the forward pass among ``names``; counts are left out."""
-    return tuple(name for name in names if _is_entry(name) and get(name).source != "cotangent")
+    """Returns the statistics of the forward pass among ``names``; counts and checks are left out."""
+    return _of_sources(names, "gate", "probe")
 
 
 def cotangent(names: Iterable[str]) -> tuple[str, ...]:
     """Returns the statistics of the backward pass among ``names``."""
-    return tuple(name for name in names if _is_entry(name) and get(name).source == "cotangent")
+    return _of_sources(names, "cotangent")
 
 
-def _is_entry(name: str) -> bool:
-    """Returns False for a count or a check."""
-    return name not in COUNTS and not name.startswith(CHECK)
+def _of_sources(names: Iterable[str], *sources: str) -> tuple[str, ...]:
+    entries = (name for name in names if name not in COUNTS and not name.startswith(CHECK))
+    return tuple(name for name in entries if get(name).source in sources)
 
 
 def extra(names: Iterable[str]) -> tuple[str, ...]:
@@ -220,14 +220,13 @@ def cotangent_statistics(delta: Array, weights: Array, names: Iterable[str]) -> 
 
 
 def _sums(source: str, values: Any, weights: Array, names: Iterable[str]) -> Sums:
+    def summed(values: Array | tuple[Array, ...]) -> Array:
+        if isinstance(values, tuple):
+            return jnp.stack([total(value, weights) for value in values])
+        return total(values, weights)
+
     entries = [get(name) for name in dict.fromkeys(names)]
-    return {e.name: _summed(e.values(values), weights) for e in entries if e.source == source}
-
-
-def _summed(values: Array | tuple[Array, ...], weights: Array) -> Array:
-    if isinstance(values, tuple):
-        return jnp.stack([total(value, weights) for value in values])
-    return total(values, weights)
+    return {entry.name: summed(entry.values(values)) for entry in entries if entry.source == source}
 
 
 def _float32(z: Array, weights: Array) -> Array:

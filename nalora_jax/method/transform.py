@@ -299,7 +299,8 @@ def scale_by_gates(
             if f"{gate}/b" not in flat:
                 present = ", ".join(path for path in flat if path.endswith("/b")) or "no leaf named 'b'"
                 raise NaloraError("gates", expected=f"a parameter {gate}/b", found=present)
-        shapes = {block: _channels(flat[f"{gate}/b"].shape) for gate, block in chosen.items()}
+        of_b = {block: flat[f"{gate}/b"].shape for gate, block in chosen.items()}  # (..., r, d_ff)
+        shapes = {block: (*shape[:-2], shape[-1]) for block, shape in of_b.items()}
         return init_gate_state(shapes, mechanisms)
 
     def update_fn(
@@ -397,25 +398,22 @@ def nalora(
 
 def gate_state(opt_state: Any) -> GateState | None:
     """Returns the averages in the state of an optimizer with `scale_by_gates`; None without one."""
-    is_state = lambda node: isinstance(node, GateState)  # noqa: E731
-    return next(filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state)), None)
+    return next(filter(_is_state, jax.tree.leaves(opt_state, is_leaf=_is_state)), None)
 
 
 def with_gate_state(opt_state: Any, state: GateState | None) -> Any:
     """Returns the state of an optimizer with other averages."""
-    is_state = lambda node: isinstance(node, GateState)  # noqa: E731
-    return jax.tree.map(lambda node: state if is_state(node) else node, opt_state, is_leaf=is_state)
+    return jax.tree.map(lambda node: state if _is_state(node) else node, opt_state, is_leaf=_is_state)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, GateState)
 
 
 def masks(opt_state: Any, mechanisms: Mechanisms) -> dict[str, Array]:
     """Returns the masks of the next step's gradient of A by block, [..., d_ff]; empty without masks."""
     state = gate_state(opt_state)
     return {} if state is None else channel_factors(state, mechanisms).get("gradient_a", {})
-
-
-def _channels(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns ``(..., d_ff)`` of the shape ``(..., r, d_ff)`` of B."""
-    return (*shape[:-2], shape[-1])
 
 
 def _gates_of(tree: Any) -> dict[str, str]:

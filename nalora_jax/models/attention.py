@@ -137,11 +137,11 @@ class Attention(nn.Module):
         if shards_of(self.options.sharding) > 1:
             assert shared.row is not None
             return split_attention(q, k, v, shared.row, window, config, numerics, sinks=sinks)
-        keys = Keys(k, v, shared.positions, shared.segments)
-        options: dict[str, Any] = {"cached": self._cached_keys(layer, shared), "starts": shared.starts}
+        keys = Keys(k, v, shared.positions, shared.segments, shared.starts)
+        options: dict[str, Any] = {"cached": self._cached_keys(layer, shared), "sinks": sinks}
         if c.attn_dropout and not shared.deterministic:
             options["dropout_rng"] = self.make_rng("dropout")
-        return attention(q, keys, window, config, numerics, sinks=sinks, **options)
+        return attention(q, keys, window, config, numerics, **options)
 
     def _cached_keys(self, layer: LayerInputs, shared: SharedInputs) -> CachedKeys | None:
         if layer.cached is None:

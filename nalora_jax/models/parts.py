@@ -279,7 +279,7 @@ class GatedBlock(FeedForward):
             config.ffn_bias,
             options.numerics,
             options.stats,
-            name=self.name,
+            name=options.part,
         )
 
 
@@ -398,4 +398,4 @@ class _ScaledTail(AdaptedBlock):
         scales, options = layer.scales.get("tail"), {"deterministic": shared.deterministic}
         gate = self._dense("gate_proj", self.d_model, self.d_ff, scales, mask=self._mask(), **options)
         down = self._dense("down_proj", self.d_ff, self.d_model, scales, **options)
-        return self._output(x, gate, None, down, shared.token_weights, layer.embedded)
+        return self._output(x, gate, layer.embedded, down, shared.token_weights)

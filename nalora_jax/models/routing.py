@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax.method import activations, statistics
-from nalora_jax.method.low_rank import Adapter, Factors, Products, gated
+from nalora_jax.method.low_rank import Adapter, Factors, Products, gated, rank_cotangents, with_masked
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.grouped_matmul import (
     from_all,
@@ -201,27 +201,15 @@ class GroupedProducts(Products):
         hidden = layer.scale * self._to_rank(x, layer.a)
         return [self._from_rank(hidden, layer.b)], [hidden]
 
-    def narrow(
-        self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[jax.Array]
-    ) -> tuple[list[jax.Array], None]:
-        """See `Products`."""
-        (g,), (wide,) = gs, wides
-        return [self._to_rank(g, wide.swapaxes(1, 2))], None
-
-    def gradients(
-        self,
-        x: jax.Array,
-        gs: Sequence[jax.Array],
-        layers: Sequence[Factors],
-        hidden: Sequence[Any],
-        exact: Sequence[Any],
-        masked: Sequence[Any],
-        extra: Any,
+    def backward(
+        self, x: jax.Array, gs: Sequence[jax.Array], layers: Sequence[Factors], hidden: Sequence[Any]
     ) -> tuple[jax.Array, list[Any], list[Any]]:
         """See `Products`."""
         (layer,), (g,) = layers, gs
-        dx = self._from_rank(exact[0], layer.a.swapaxes(1, 2)).astype(x.dtype)
-        return dx, [self._per_expert(x, masked[0], layer.a)], [self._per_expert(hidden[0], g, layer.b)]
+        back = self._to_rank(g, with_masked(layer).swapaxes(1, 2))
+        exact, masked = rank_cotangents(layer, back)
+        dx = self._from_rank(exact, layer.a.swapaxes(1, 2)).astype(x.dtype)
+        return dx, [self._per_expert(x, masked, layer.a)], [self._per_expert(hidden[0], g, layer.b)]
 
 
 _GROUP_TOP = 2  # a group's score is the sum of its highest expert scores (DeepSeek-V3, arXiv 2412.19437)
@@ -379,7 +367,7 @@ def expert_statistics(
     activation: activations.Activation,
     names: Iterable[str],
 ) -> dict[str, jax.Array]:
-    """Returns `nalora_jax.method.measurement.gate_statistics` of every expert over its tokens.
+    """Returns `nalora_jax.method.measurement.block_statistics` of every expert over its tokens.
 
     Args:
       z: ``[taken, d_ff]`` full pre-activations of the first sample's rows.

@@ -13,7 +13,7 @@ differentiate the softmax in more passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.reductions import in_tiles, of_tiles
@@ -59,6 +60,11 @@ class AttentionConfig:
     recomputed: str = ""  # letters of "qkv": arrays that follow from saved ones without a matmul
 
     @property
+    def rows(self) -> P:
+        """The spec of arrays ``[batch, ...]`` on the mesh."""
+        return P(None if self.sharding is None else (*self.sharding.spec, None)[0])
+
+    @property
     def head_axis(self) -> str | None:
         """The mesh axis that splits heads; None if the mesh does not have it."""
         if self.sharding is None or "tensor" not in self.sharding.mesh.shape:
@@ -73,6 +79,9 @@ class Keys(NamedTuple):
     v: jax.Array  # [batch, keys, kv_heads, head_dim]
     positions: jax.Array  # int [batch or 1, keys]
     segments: jax.Array  # int [batch or 1, keys]; 0: empty
+    # int [batch or 1, keys], the first position that sees a key, if not the key's own: tokens of one
+    # image that see each other all have the position of the image's first token.
+    starts: jax.Array | None = None
 
 
 class CachedKeys(NamedTuple):
@@ -97,7 +106,6 @@ def attention(
     *,
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
-    starts: jax.Array | None = None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes softmax attention of every token over the tokens that it sees.
@@ -110,8 +118,6 @@ def attention(
       numerics: dtypes of operands, of saved arrays and of the result; sums and softmax are float32.
       cached: keys of earlier calls, seen under the same rule.
       dropout_rng: key for ``config.dropout``; None for no dropout.
-      starts: int ``[batch or 1, keys]``, the first position that sees a key, if not the key's own:
-        tokens of one image that see each other all have the position of the image's first token.
       sinks: float32 ``[heads]``, a score of each head that every query sees and that has no value
         (`with_sinks`); frozen, not scaled, not capped. None: none.
 
@@ -123,14 +129,13 @@ def attention(
     # A cache without slots: there were no earlier calls.
     if cached is not None and cached.positions.shape[1] == 0:
         cached = None
-    if cached is None and starts is None and not drops(config, dropout_rng):
+    if cached is None and keys.starts is None and not drops(config, dropout_rng):
         return _blockwise(q, keys, window, sinks, config, numerics)
     long = cached is not None and q.shape[1] > 1 and cached.positions.shape[1] > CACHE_BLOCK
     if cached is not None and long and not drops(config, dropout_rng):
-        out = attention_over_cache(q, keys, cached, window, config, numerics, sinks, starts)
-        return out.astype(numerics.result)
-    options = cached, dropout_rng, starts, sinks
-    out = attend_in_tiles(q, keys[2:], keys, window, config, numerics, *options)
+        out = attention_over_cache(q, keys, cached, window, config, numerics, sinks)
+    else:
+        out = attend_in_tiles(q, keys[2:4], keys, window, config, numerics, cached, dropout_rng, sinks)
     return out.astype(numerics.result)
 
 
@@ -140,18 +145,32 @@ def drops(config: AttentionConfig, dropout_rng: jax.Array | None) -> bool:
 
 
 def fits_kernel(
+    keys: Keys,
     config: AttentionConfig,
     numerics: Numerics,
     cached: CachedKeys | None,
     dropout_rng: jax.Array | None,
-    starts: jax.Array | None,
 ) -> bool:
     """Returns True if a Pallas kernel can compute `attention`: of tokens over themselves, without dropout.
 
     The compiler does not partition a Pallas call: on several devices it is mapped over the sharding.
     """
     mapped = config.sharding is not None or numerics.platform.devices == 1
-    return mapped and cached is None and starts is None and not drops(config, dropout_rng)
+    return mapped and cached is None and keys.starts is None and not drops(config, dropout_rng)
+
+
+def over_devices(attend: Callable[..., jax.Array], config: AttentionConfig, *more: Any) -> Any:
+    """Returns ``attend(q, k, v, *others)``, mapped over the mesh if there is one.
+
+    Each device has its rows and heads of q, k and v. ``more`` are the specs of the other arguments.
+    """
+    if config.sharding is None:
+        return attend
+    heads = P(*config.rows, None, config.head_axis)
+    specs = (heads, heads, heads, *more)
+    return jax.shard_map(
+        attend, mesh=config.sharding.mesh, in_specs=specs, out_specs=heads, check_vma=False
+    )
 
 
 # ---------------------------------------------------------------- scores
@@ -210,13 +229,6 @@ def by_token(x: jax.Array) -> jax.Array:
     """Computes the inverse of `by_key_head`."""
     batch, kv_heads, groups, seq, dim = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(batch, seq, kv_heads * groups, dim)
-
-
-def joined(parts: list[jax.Array], axis: int) -> jax.Array:
-    """Concatenates arrays; a single array is returned as it is."""
-    if len(parts) == 1:
-        return parts[0]
-    return jnp.concatenate(parts, axis=axis)
 
 
 def product(equation: str, x: jax.Array, y: jax.Array, numerics: Numerics) -> jax.Array:
@@ -284,62 +296,59 @@ def _fwd(
     config: AttentionConfig,
     numerics: Numerics,
 ) -> tuple[jax.Array, Any]:
-    k, v, positions, segments = keys
+    kv_heads = keys.k.shape[2]
     save = partial(save_residual, dtype=numerics.residual, numerics=numerics)
-    heads = tuple(save(by_key_head(x, k.shape[2])) for x in (q * config.scale, k, v))
-    outs, totals = [], []
-    for start, end in blocks(q.shape[1]):
-        visible = _seen(heads, positions, segments, window, end)
-        rows = (_rows(heads[0], start, end), *_own(positions, segments, start, end))
-        _, (out, total) = _by_pieces(partial(_attended, visible, config, numerics), None, rows)
-        outs.append(out)
-        totals.append(total)
-    out, logsumexp = joined(outs, -2), joined(totals, -2)  # [batch, kv_heads, groups, seq, head_dim or 1]
+    heads = tuple(save(by_key_head(x, kv_heads)) for x in (q * config.scale, keys.k, keys.v))
+    places = keys.positions, keys.segments
+
+    def attended(start: int, end: int) -> Any:
+        """Returns the results and log-sum-exps of a block of queries."""
+        seen = _Seen.of(heads, places, window, end)
+
+        def step(carry: None, rows: Any) -> tuple[None, Any]:
+            scores, unseen = _scores(seen, config, numerics, *rows)
+            scores = scores + unseen
+            top = jnp.max(scores, axis=-1, keepdims=True)
+            weights = jnp.exp(scores - top)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            # The softmax's division follows the matmul with the values: a pass over head_dim instead
+            # of all keys.
+            out = product("bkgqt,bktd->bkgqd", weights, seen.value, numerics) / total
+            return carry, (out, top + jnp.log(total))
+
+        return _by_pieces(step, None, _rows((heads[0], *_columns(places)), start, end))[1]
+
+    outs, totals = zip(*(attended(*block) for block in blocks(q.shape[1])), strict=True)
+    # [batch, kv_heads, groups, seq, head_dim or 1]
+    out, logsumexp = jnp.concatenate(outs, -2), jnp.concatenate(totals, -2)
     if sinks is not None:
-        out, logsumexp = with_sinks(out, logsumexp, sinks.reshape(1, k.shape[2], -1, 1, 1))
-    like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
+        out, logsumexp = with_sinks(out, logsumexp, sinks.reshape(1, kv_heads, -1, 1, 1))
+    like = tuple(jnp.zeros((0,), x.dtype) for x in (q, keys.k, keys.v))
     saved = save(out)
     total = save_residual(logsumexp, "float32", numerics)
-    residuals = (*heads, saved, total, positions, segments, window, like)
-    return by_token(read_residual(saved, numerics.result)), residuals
-
-
-def _attended(
-    seen: _Seen, config: AttentionConfig, numerics: Numerics, carry: None, rows: tuple[Any, ...]
-) -> tuple[None, Any]:
-    """Returns results and log-sum-exps of some queries."""
-    scores, unseen = _scores(seen, config, numerics, *rows)
-    scores = scores + unseen
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    # The softmax's division follows the matmul with the values: a pass over head_dim instead of all
-    # keys.
-    out = product("bkgqt,bktd->bkgqd", weights, seen.value, numerics) / total
-    return carry, (out, top + jnp.log(total))
+    return by_token(read_residual(saved, numerics.result)), (heads, saved, total, places, window, like)
 
 
 def _bwd(config: AttentionConfig, numerics: Numerics, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
-    *heads, out, logsumexp, positions, segments, window, like = residuals
+    heads, out, logsumexp, places, window, like = residuals
     kv_heads, seq = heads[1].shape[1], g.shape[1]
     g = by_key_head(g.astype(jnp.float32), kv_heads)
     inner = jnp.sum(g * read_residual(out, jnp.float32), axis=-1, keepdims=True)
     dq: list[jax.Array] = []
     dk = dv = jnp.zeros((g.shape[0], kv_heads, g.shape[-1], seq), jnp.float32)
+    by_query = heads[0], *_columns(places), logsumexp, g, inner
     # The last block first: only it adds to all keys, so that the other blocks add to parts of its
     # result in place.
     for start, end in reversed(list(blocks(seq))):
-        visible = _seen(heads, positions, segments, window, end)
-        by_query = (_rows(x, start, end) for x in (logsumexp, g, inner))
-        rows = (_rows(heads[0], start, end), *_own(positions, segments, start, end), *by_query)
+        step = partial(_gradients, _Seen.of(heads, places, window, end), config, numerics)
         sums = (dk[..., :end], dv[..., :end])
-        sums, dq_block = _by_pieces(partial(_gradients, visible, config, numerics), sums, rows)
+        sums, dq_block = _by_pieces(step, sums, _rows(by_query, start, end))
         dk, dv = (x.at[..., :end].set(new) for x, new in zip((dk, dv), sums, strict=True))
         dq.append(dq_block)
     # The barrier keeps XLA:CPU from fusing the transpose into a matmul, which it cannot run in
     # bf16.
     dk, dv = (x.swapaxes(2, 3)[:, :, None] for x in lax.optimization_barrier((dk, dv)))
-    grads = (by_token(joined(dq[::-1], -2)) * config.scale, by_token(dk), by_token(dv))
+    grads = (by_token(jnp.concatenate(dq[::-1], -2)) * config.scale, by_token(dk), by_token(dv))
     dq_all, dk, dv = (x.astype(y.dtype) for x, y in zip(grads, like, strict=True))
     return dq_all, Keys(dk, dv, None, None), None, None  # type: ignore[arg-type]
 
@@ -394,17 +403,15 @@ def _unsplit(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
-def _rows(x: Any, start: int, end: int) -> Any:
-    """Returns some rows (axis -2) of an array or of a saved one in any storage form."""
-    return jax.tree.map(lambda leaf: leaf[..., start:end, :], x)
+def _rows(arrays: Any, start: int, end: int) -> Any:
+    """Returns some rows (axis -2) of arrays or of saved ones in any storage form."""
+    return jax.tree.map(lambda leaf: leaf[..., start:end, :], arrays)
 
 
-def _keys(x: Any, end: int) -> Any:
-    """Returns ``[batch, kv_heads, end, head_dim]`` of ``[batch, kv_heads, 1, seq, head_dim]``.
-
-    ``x`` may be in any storage form.
-    """
-    return jax.tree.map(lambda leaf: leaf[:, :, 0, :end], x)
+def _columns(places: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Returns positions and segments ``[batch or 1, seq, 1]``, with the axis of rows that `_rows` reads."""
+    positions, segments = places
+    return positions[..., None], segments[..., None]
 
 
 class _Seen(NamedTuple):
@@ -416,20 +423,13 @@ class _Seen(NamedTuple):
     segments: jax.Array  # int [batch or 1, keys]
     window: jax.Array | int
 
-
-def _seen(
-    heads: Any, positions: jax.Array, segments: jax.Array, window: jax.Array | int, end: int
-) -> _Seen:
-    key, value = (read_residual(_keys(x, end), jnp.float32) for x in heads[1:])
-    return _Seen(key, value, positions[:, :end], segments[:, :end], window)
-
-
-def _own(positions: jax.Array, segments: jax.Array, start: int, end: int) -> tuple[jax.Array, jax.Array]:
-    """Returns positions and segments of a block's queries, ``[batch or 1, block, 1]``.
-
-    Queries are on axis -2, as in all arrays that `_by_pieces` splits.
-    """
-    return positions[:, start:end, None], segments[:, start:end, None]
+    @classmethod
+    def of(cls, heads: Any, places: tuple[jax.Array, ...], window: jax.Array | int, end: int) -> _Seen:
+        """Returns the first ``end`` of the saved ``[batch, kv_heads, 1, seq, head_dim]``."""
+        saved = jax.tree.map(lambda leaf: leaf[:, :, 0, :end], heads[1:])
+        key, value = (read_residual(x, jnp.float32) for x in saved)
+        positions, segments = (x[:, :end] for x in places)
+        return cls(key, value, positions, segments, window)
 
 
 def _scores(
@@ -464,7 +464,6 @@ def attend_in_tiles(
     numerics: Numerics,
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
-    starts: jax.Array | None = None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes attention of queries to all given keys, at most `PIECE` queries at a time, in float32.
@@ -474,17 +473,17 @@ def attend_in_tiles(
     """
     seq = q.shape[1]
     tiles = -(-seq // PIECE)
+    attend = partial(_attend, keys=keys, cached=cached, window=window, config=config, numerics=numerics)
     if tiles == 1:
-        return _attend(q, here, keys, window, config, numerics, cached, dropout_rng, starts, sinks)
+        return attend(q, here, rng=dropout_rng, sinks=sinks)
 
     @jax.checkpoint
-    def attend(_: None, rows: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+    def tile(_: None, rows: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
         number, query, positions, segments = rows
         rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, number)
-        of_query = positions, segments
-        return None, _attend(query, of_query, keys, window, config, numerics, cached, rng, starts, sinks)
+        return None, attend(query, (positions, segments), rng=rng, sinks=sinks)
 
-    out = lax.scan(attend, None, (jnp.arange(tiles), *(in_tiles(x, tiles) for x in (q, *here))))[1]
+    out = lax.scan(tile, None, (jnp.arange(tiles), *(in_tiles(x, tiles) for x in (q, *here))))[1]
     return of_tiles(out, seq)
 
 
@@ -492,12 +491,11 @@ def _attend(
     q: jax.Array,
     here: tuple[jax.Array, jax.Array],
     keys: Keys,
+    cached: CachedKeys | None,
     window: jax.Array | int,
     config: AttentionConfig,
     numerics: Numerics,
-    cached: CachedKeys | None,
     rng: jax.Array | None,
-    starts: jax.Array | None,
     sinks: jax.Array | None,
 ) -> jax.Array:
     """Computes one block of queries against given keys; its scores are not stored outside of it."""
@@ -506,11 +504,21 @@ def _attend(
     # [batch, kv_heads, groups * seq, head_dim]: one matrix per key head
     q = by_key_head(q, keys.k.shape[2]).reshape(batch, -1, groups * seq, dim)
     sources = [source for source in (cached, keys) if source is not None]
-    scores = [
-        _masked_scores(q, here, source, window, config, numerics, groups, starts) for source in sources
-    ]
+
+    def masked_scores(source: Keys | CachedKeys) -> jax.Array:
+        """Returns masked scores ``[batch, kv_heads, groups, seq, keys]`` in float32."""
+        if isinstance(source, CachedKeys):
+            scores, starts = product("bkqd,bkdt->bkqt", q, expand(source.k), numerics), None
+        else:
+            scores = product("bkqd,bktd->bkqt", q, source.k.transpose(0, 2, 1, 3), numerics)
+            starts = source.starts
+        scores = capped(scores * config.scale, config)
+        visible = visibility(*here, source.positions, source.segments, window, starts)
+        scores = scores.reshape(*scores.shape[:2], groups, -1, scores.shape[-1])
+        return jnp.where(visible[:, None, None], scores, UNSEEN)
+
     # [batch, kv_heads, groups, seq, all keys]
-    scored = joined(scores, -1)
+    scored = jnp.concatenate([masked_scores(source) for source in sources], -1)
     top = lax.stop_gradient(jnp.max(scored, axis=-1, keepdims=True))
     if sinks is not None:
         sink = lax.stop_gradient(sinks).reshape(1, -1, groups, 1, 1)
@@ -534,27 +542,6 @@ def _attend(
     return by_token(out.reshape(batch, -1, groups, seq, dim) / total)
 
 
-def _masked_scores(
-    q: jax.Array,
-    here: tuple[jax.Array, jax.Array],
-    keys: Keys | CachedKeys,
-    window: jax.Array | int,
-    config: AttentionConfig,
-    numerics: Numerics,
-    groups: int,
-    starts: jax.Array | None,
-) -> jax.Array:
-    """Returns masked scores ``[batch, kv_heads, groups, seq, keys]`` in float32."""
-    if isinstance(keys, CachedKeys):
-        scores, starts = product("bkqd,bkdt->bkqt", q, expand(keys.k), numerics), None
-    else:
-        scores = product("bkqd,bktd->bkqt", q, keys.k.transpose(0, 2, 1, 3), numerics)
-    scores = capped(scores * config.scale, config)
-    visible = visibility(*here, keys.positions, keys.segments, window, starts)
-    scores = scores.reshape(*scores.shape[:2], groups, -1, scores.shape[-1])
-    return jnp.where(visible[:, None, None], scores, UNSEEN)
-
-
 # ---------------------------------------------------------------- long caches
 
 
@@ -569,29 +556,54 @@ def attention_over_cache(
     config: AttentionConfig,
     numerics: Numerics,
     sinks: jax.Array | None,
-    starts: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention` without dropout, with at least `CACHE_BLOCK` cached keys.
 
     The softmax is summed while blocks are read (arXiv 1805.02867), so that memory does not grow with
     the number of cached keys. Only blocks with keys are read. There is no gradient.
     """
-    kv_heads = keys.k.shape[2]
     k, v = expand(cached.k), expand(cached.v)
-    outputs = []
-    for start, end in blocks(q.shape[1]):
+    slots = cached.positions.shape[1]
+    index = jnp.arange(slots)
+    used = jnp.max(jnp.where(jnp.any(cached.segments > 0, axis=0), index + 1, 0))
+
+    def attend(start: int, end: int) -> jax.Array:
+        """Returns the results of a block of queries."""
         # [batch, kv_heads, groups, block, head_dim]
-        queries = by_key_head(q[:, start:end], kv_heads)
+        queries = by_key_head(q[:, start:end], keys.k.shape[2])
         here = keys.positions[:, start:end], keys.segments[:, start:end]
-        add: Any = partial(_add, queries, here, window, config, numerics)
-        if starts is not None:  # later keys may be visible
-            end = q.shape[1]
-        new = (x[:, :end].transpose(0, 2, *axes) for x, axes in ((keys.k, (3, 1)), (keys.v, (1, 3))))
-        sums = add(_start(queries, sinks), *new, keys.positions[:, :end], keys.segments[:, :end], starts)
-        _, total, out = _add_cached(add, sums, k, v, cached.positions, cached.segments)
+
+        def add(
+            sums: Sums, k: jax.Array, v: jax.Array, places: tuple[jax.Array, jax.Array], starts: Any = None
+        ) -> Sums:
+            top, total, out = sums
+            scores = capped(product("bkgqd,bkdt->bkgqt", queries, k, numerics) * config.scale, config)
+            visible = visibility(*here, *places, window, starts) & (places[1] > 0)[:, None, :]
+            visible = visible[:, None, None]
+            scores = jnp.where(visible, scores, UNSEEN)
+            higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+            weights, faded = jnp.where(visible, jnp.exp(scores - higher), 0.0), jnp.exp(top - higher)
+            values = product("bkgqt,bktd->bkgqd", weights, v, numerics)
+            return higher, total * faded + jnp.sum(weights, axis=-1, keepdims=True), out * faded + values
+
+        def step(i: jax.Array, sums: Sums) -> Sums:
+            start = jnp.minimum(i * CACHE_BLOCK, slots - CACHE_BLOCK)
+            block = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=CACHE_BLOCK)
+            again = block(index, axis=0) < i * CACHE_BLOCK  # the last block overlaps the one before it
+            segments = jnp.where(again[None], 0, block(cached.segments, axis=1))
+            return add(
+                sums, block(k, axis=3), block(v, axis=2), (block(cached.positions, axis=1), segments)
+            )
+
+        last = end if keys.starts is None else q.shape[1]  # later keys may be visible
+        new_k, new_v = keys.k[:, :last].transpose(0, 2, 3, 1), keys.v[:, :last].transpose(0, 2, 1, 3)
+        places = keys.positions[:, :last], keys.segments[:, :last]
+        sums = add(_start(queries, sinks), new_k, new_v, places, keys.starts)
+        _, total, out = lax.fori_loop(0, (used + CACHE_BLOCK - 1) // CACHE_BLOCK, step, sums)
         # Padding sees no key; its result must be finite, because its values are multiplied by 0 later.
-        outputs.append(by_token(out / jnp.where(total > 0, total, 1.0)))
-    return jnp.concatenate(outputs, axis=1)
+        return by_token(out / jnp.where(total > 0, total, 1.0))
+
+    return jnp.concatenate([attend(*block) for block in blocks(q.shape[1])], axis=1)
 
 
 def _start(queries: jax.Array, sinks: jax.Array | None) -> Sums:
@@ -602,50 +614,6 @@ def _start(queries: jax.Array, sinks: jax.Array | None) -> Sums:
         return jnp.full(shape, UNSEEN, jnp.float32), jnp.zeros(shape, jnp.float32), out
     top = jnp.broadcast_to(sinks.reshape(1, shape[1], shape[2], 1, 1), shape)
     return top, jnp.ones(shape, jnp.float32), out
-
-
-def _add_cached(
-    add: Any, sums: Sums, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array
-) -> Sums:
-    """Adds the cached keys, ``k [batch, kv_heads, head_dim, slots]``, block by block."""
-    slots = positions.shape[1]
-    index = jnp.arange(slots)
-    used = jnp.max(jnp.where(jnp.any(segments > 0, axis=0), index + 1, 0))
-
-    def step(i: jax.Array, sums: Sums) -> Sums:
-        start = jnp.minimum(i * CACHE_BLOCK, slots - CACHE_BLOCK)
-        block = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=CACHE_BLOCK)
-        again = block(index, axis=0) < i * CACHE_BLOCK  # the last block overlaps the one before it
-        segments_here = jnp.where(again[None], 0, block(segments, axis=1))
-        added: Sums = add(sums, block(k, axis=3), block(v, axis=2), block(positions, axis=1), segments_here)
-        return added
-
-    summed: Sums = lax.fori_loop(0, (used + CACHE_BLOCK - 1) // CACHE_BLOCK, step, sums)
-    return summed
-
-
-def _add(
-    queries: jax.Array,
-    here: tuple[jax.Array, jax.Array],
-    window: jax.Array | int,
-    config: AttentionConfig,
-    numerics: Numerics,
-    sums: Sums,
-    k: jax.Array,
-    v: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    starts: jax.Array | None = None,
-) -> Sums:
-    """Adds keys ``k [batch, kv_heads, head_dim, keys]`` and values ``[batch, kv_heads, keys, head_dim]``."""
-    top, total, out = sums
-    scores = capped(product("bkgqd,bkdt->bkgqt", queries, k, numerics) * config.scale, config)
-    visible = visibility(*here, positions, segments, window, starts) & (segments > 0)[:, None, :]
-    scores = jnp.where(visible[:, None, None], scores, UNSEEN)
-    higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
-    weights, faded = jnp.where(visible[:, None, None], jnp.exp(scores - higher), 0.0), jnp.exp(top - higher)
-    values = product("bkgqt,bktd->bkgqd", weights, v, numerics)
-    return higher, total * faded + jnp.sum(weights, axis=-1, keepdims=True), out * faded + values
 
 
 # ---------------------------------------------------------------- encoders

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec as P
 from jax.sharding import SingleDeviceSharding
 
 from nalora_jax.common.devices import kind_of
@@ -32,6 +31,7 @@ from nalora_jax.ops.attention import (
     attention,
     drops,
     fits_kernel,
+    over_devices,
     saved_heads,
     visibility,
     with_sinks,
@@ -72,12 +72,11 @@ def cudnn_attention(
     *,
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
-    starts: jax.Array | None = None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention` if cuDNN supports the arguments."""
     fits = numerics.operand == "bfloat16" and cudnn_takes(q.shape[1], q.shape[-1], config.softcap)
-    if not fits or cached is not None or drops(config, dropout_rng) or starts is not None:
+    if not fits or cached is not None or drops(config, dropout_rng) or keys.starts is not None:
         return NotImplemented
     if numerics.implementation == AUTO and not fits_as_bias(_rows(q, config), q.shape[1]):
         return NotImplemented
@@ -86,11 +85,10 @@ def cudnn_attention(
         return NotImplemented
     visible = visibility(keys.positions, keys.segments, keys.positions, keys.segments, window)
     q, k, v = saved_heads(q, keys.k, keys.v, config, numerics)
-    attend = partial(dot_product, scale=config.scale, operand=numerics.operand, implementation="cudnn")
     if sinks is None:
-        return attend(q, k, v, visible).astype(numerics.result)
+        return dot_product(q, k, v, visible, config.scale).astype(numerics.result)
     operands = with_sink_key(q, k, v, visible, sinks, config.scale)
-    out = attend(*operands)[:, _SINK_POSITIONS:, :, : q.shape[-1]]
+    out = dot_product(*operands, config.scale)[:, _SINK_POSITIONS:, :, : q.shape[-1]]
     return out.astype(numerics.result)
 
 
@@ -163,7 +161,7 @@ def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, k
     visible = jax.ShapeDtypeStruct((q_shape[0], q_shape[1], q_shape[1]), jnp.bool_, sharding=place)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-        return jnp.sum(dot_product(q, k, v, visible, scale, "bfloat16", "cudnn"))
+        return jnp.sum(dot_product(q, k, v, visible, scale))
 
     try:
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, visible)
@@ -185,31 +183,10 @@ def _device(kind: str) -> jax.Device | None:
     return next((device for device in devices if kind_of(device) == kind), None)
 
 
-def dot_product(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    visible: jax.Array,
-    scale: float,
-    operand: str,
-    implementation: str,
-) -> jax.Array:
-    """Calls `jax.nn.dot_product_attention` with the conventions of `attention`.
-
-    Args:
-      q: ``[batch, seq, heads, head_dim]``.
-      k: ``[batch, seq, kv_heads, head_dim]``.
-      v: the same.
-      visible: bool ``[batch or 1, seq, seq]``.
-      scale: multiplies q . k.
-      operand: dtype of the operands.
-      implementation: "cudnn" or "xla".
-
-    Returns:
-      ``[batch, seq, heads, head_dim]`` float32.
-    """
-    q, k, v = (x.astype(operand) for x in (q, k, v))
-    attend = partial(jax.nn.dot_product_attention, scale=scale, implementation=implementation)
+def dot_product(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float) -> jax.Array:
+    """Calls cuDNN in bf16 with the conventions of `attention`; ``visible`` is bool ``[batch or 1, seq, seq]``."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    attend = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
     # Causality is implied by `visible`, but only the flag lets the kernel skip the upper triangle.
     return attend(q, k, v, mask=visible[:, None], is_causal=True).astype(jnp.float32)
 
@@ -227,7 +204,6 @@ def triton_attention(
     *,
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
-    starts: jax.Array | None = None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention` of every example.
@@ -238,18 +214,13 @@ def triton_attention(
     shorter than the row.
     """
     fits = triton_takes(q.shape[1], q.shape[-1], config.windows, config.softcap) and sinks is None
-    if not fits or not fits_kernel(config, numerics, cached, dropout_rng, starts):
+    if not fits or not fits_kernel(keys, config, numerics, cached, dropout_rng):
         return NotImplemented
     del window
     inputs = saved_heads(q, keys.k, keys.v, config, numerics)
     q, k, v = (x.astype(numerics.operand) for x in inputs)
     segments = jnp.broadcast_to(keys.segments, q.shape[:2])
-    attend: Callable[..., jax.Array] = partial(_one_device, config=config)
-    if config.sharding is not None:
-        mesh, (rows, *_) = config.sharding.mesh, (*config.sharding.spec, None)
-        heads = P(rows, None, config.head_axis)
-        specs = (heads, heads, heads, P(rows))
-        attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    attend = over_devices(partial(_one_device, config=config), config, config.rows)
     return attend(q, k, v, segments).astype(numerics.result)
 
 
@@ -321,14 +292,6 @@ def _tile(block: int) -> int:
     return min(block & -block, _LARGEST)
 
 
-class _Visits(NamedTuple):
-    """The pairs of tiles with visible keys."""
-
-    first: jax.Array  # int32 [tiles], index of a tile's first query among the keys
-    of_queries: jax.Array  # int32 [batch, 2, tiles], first tile of keys and the end of the last one
-    of_keys: jax.Array  # int32 [batch, 2, runs, tiles of keys], first tile of queries and the end, by run
-
-
 class _Options(NamedTuple):
     """Static options of a shard's attention."""
 
@@ -361,11 +324,9 @@ def _fwd(
 ) -> tuple[jax.Array, Any]:
     save = partial(save_residual, dtype=options.numerics.residual, numerics=options.numerics)
     heads = tuple(save(x) for x in (q * options.config.scale, k, v))
-    operands = _operands(heads, options)
-    batch, queries, n, _ = q.shape
-    shapes = (_float32(q.shape), _float32((batch, n, queries)))
-    call = _Call.of(operands[0], operands[1], integers, options)
-    out, logsumexp = call.by_queries(_forward_kernel, FORWARD, operands, shapes)
+    shapes = q.shape, (q.shape[0], q.shape[2], q.shape[1])
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    out, logsumexp = _call(_forward_kernel, FORWARD, _operands(heads, options), results, integers, options)
     logsumexp = logsumexp.swapaxes(1, 2)
     if sinks is not None:
         out, logsumexp = with_sinks(out, logsumexp[..., None], sinks[None, None, :, None])
@@ -382,9 +343,8 @@ def _bwd(options: _Options, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
     inner = jnp.sum(g * read_residual(out, jnp.float32), axis=-1)
     by_head = [x.swapaxes(1, 2) for x in (read_residual(logsumexp, jnp.float32), inner)]
     arrays = [query, key, value, g.astype(query.dtype), *by_head]
-    call = _Call.of(query, key, integers, options)
-    (dq,) = call.by_queries(_queries_kernel, QUERIES, arrays, (_like(query),))
-    dk, dv = call.by_keys(_keys_kernel, KEYS, arrays, (_like(key), _like(value)))
+    (dq,) = _call(_queries_kernel, QUERIES, arrays, [query], integers, options)
+    dk, dv = _call(_keys_kernel, KEYS, arrays, [key, value], integers, options)
     part = jax.ShapeDtypeStruct(jax.tree.leaves(heads[1])[0].shape, dk.dtype)
     back = jax.linear_transpose(options.spread, part)
     grads = dq * options.config.scale, *back(dk), *back(dv)
@@ -400,16 +360,14 @@ def _operands(heads: Any, options: _Options) -> list[jax.Array]:
     return [read_residual(x, options.numerics.operand) for x in spread]
 
 
-def _float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+def _visits(integers: Integers, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the pairs of tiles of ``size`` tokens that have visible keys.
 
-
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _visits(integers: Integers, size: int) -> _Visits:
-    """Returns the visited pairs of tiles of ``size`` tokens."""
+    Returns:
+      Int ``[tiles]``, the index of a tile's first query among the keys; ``[batch, 2, tiles]``, its first
+      tile of keys and the end of the last one; ``[batch, 2, runs, tiles of keys]``, the first tile of
+      queries and the end, by run.
+    """
     queries, window = integers.queries, integers.window
     batch, of_keys = integers.keys.segments.shape
     runs = queries.first.shape[0]
@@ -423,104 +381,68 @@ def _visits(integers: Integers, size: int) -> _Visits:
     # The queries that see a tile of keys are neighbours.
     begin = jnp.argmax(visited, axis=2) + (visited.shape[2] * jnp.arange(runs))[None, :, None]
     visitors = jnp.stack([begin, begin + jnp.sum(visited, axis=2)], axis=1)
-    return _Visits(first[0], jnp.stack([low, end], axis=1), visitors)
+    return first[0], jnp.stack([low, end], axis=1), visitors
 
 
 # ---------------------------------------------------------------- kernels
 
 
-class _Call(NamedTuple):
-    """Shapes, integers and options of the calls of one shard."""
+def _call(
+    kernel: Any, name: str, arrays: list[jax.Array], results: Any, integers: Integers, options: _Options
+) -> Any:
+    """Runs a kernel for each tile of queries, or of keys for `KEYS`, and each example and head.
 
-    query: jax.Array  # [batch, queries, heads, head_dim]
-    key: jax.Array  # [batch, keys, kv_heads, head_dim]
-    of_example: list[jax.Array]  # int32 [batch, ...]: segments of queries, of keys; visits of each
-    shared: list[jax.Array]  # int32: `_Visits.first`, window [1]
-    options: _Options
+    ``arrays`` are queries, keys, values, and of a gradient the cotangent and two numbers of each query
+    ``[batch, heads, queries]``.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
 
-    @classmethod
-    def of(cls, query: jax.Array, key: jax.Array, integers: Integers, options: _Options) -> _Call:
-        """Returns the calls for a shard's arrays."""
-        visits = _visits(integers, options.size)
-        of_example = [
-            integers.queries.segments,
-            integers.keys.segments,
-            visits.of_queries,
-            visits.of_keys,
-        ]
-        shared = [visits.first, integers.window[None]]
-        of_example, shared = jax.tree.map(lambda x: x.astype(jnp.int32), (of_example, shared))
-        return cls(query, key, of_example, shared, options)
-
-    def by_queries(self, kernel: Any, name: str, arrays: list[jax.Array], shapes: Any) -> Any:
-        """Runs a kernel for each tile of queries, example and head."""
-        from jax.experimental import pallas as pl
-
-        size, (batch, queries, heads, dim) = self.options.size, self.query.shape
-        groups, keys = heads // self.key.shape[2], self.key.shape[1]
-        tile = pl.BlockSpec((None, size, None, dim), lambda i, b, h: (b, i, h, 0))
-        all_keys = pl.BlockSpec((None, keys, None, dim), lambda i, b, h: (b, 0, h // groups, 0))
-        number = pl.BlockSpec((None, None, size), lambda i, b, h: (b, h, i))  # one per query
-        specs = [tile, all_keys, all_keys, tile, number, number][: len(arrays)]
-        segments = pl.BlockSpec((None, size), lambda i, b, h: (b, i))
-        out_specs = (tile, number)[: len(shapes)]
-        grid = (queries // size, batch, heads)
-        return self._run(kernel, name, grid, arrays, (specs, out_specs, shapes), segments=(segments, None))
-
-    def by_keys(self, kernel: Any, name: str, arrays: list[jax.Array], shapes: Any) -> Any:
-        """Runs a kernel for each tile of keys, example and head of keys."""
-        from jax.experimental import pallas as pl
-
-        size, (batch, keys, kv_heads, dim) = self.options.size, self.key.shape
-        queries, groups = self.query.shape[1], self.query.shape[2] // kv_heads
-        tile = pl.BlockSpec((None, size, None, dim), lambda i, b, h: (b, i, h, 0))
+    (batch, queries, heads, dim), (_, keys, kv_heads, _) = (x.shape for x in arrays[:2])
+    size, config, groups = options.size, options.config, heads // kv_heads
+    first, of_queries, of_keys = _visits(integers, size)
+    tile = pl.BlockSpec((None, size, None, dim), lambda i, b, h: (b, i, h, 0))
+    if name == KEYS:
+        grid, visits = (keys // size, batch, kv_heads), of_keys
         all_queries = pl.BlockSpec((None, queries, groups, dim), lambda i, b, h: (b, 0, h, 0))
         numbers = pl.BlockSpec((None, groups, queries), lambda i, b, h: (b, h, 0))
-        specs = [all_queries, tile, tile, all_queries, numbers, numbers]
-        segments = pl.BlockSpec((None, size), lambda i, b, h: (b, i))
-        grid = (keys // size, batch, kv_heads)
-        return self._run(
-            kernel, name, grid, arrays, (specs, (tile, tile), shapes), segments=(None, segments)
-        )
+        specs, out_specs = [all_queries, tile, tile, all_queries, numbers, numbers], [tile, tile]
+    else:
+        grid, visits = (queries // size, batch, heads), of_queries
+        all_keys = pl.BlockSpec((None, keys, None, dim), lambda i, b, h: (b, 0, h // groups, 0))
+        number = pl.BlockSpec((None, None, size), lambda i, b, h: (b, h, i))
+        specs, out_specs = [tile, all_keys, all_keys, tile, number, number], [tile, number]
 
-    def _run(
-        self, kernel: Any, name: str, grid: Any, arrays: list[jax.Array], blocks: Any, *, segments: Any
-    ) -> Any:
-        from jax.experimental import pallas as pl
-        from jax.experimental.pallas import triton
+    def of_example(x: jax.Array) -> Any:
+        return pl.BlockSpec((None, *x.shape[1:]), lambda i, b, h: (b, *(0,) * (x.ndim - 1)))
 
-        in_specs, out_specs, out_shape = blocks
-        config = self.options.config
-
-        def whole(x: jax.Array) -> Any:
-            return pl.BlockSpec((None, *x.shape[1:]), lambda i, b, h: (b, *(0,) * (x.ndim - 1)))
-
-        specs = [whole(x) for x in self.of_example]
-        specs[:2] = [given or spec for given, spec in zip(segments, specs[:2], strict=True)]
-        specs += [pl.BlockSpec(x.shape, lambda i, b, h: (0,)) for x in self.shared]
-        options: dict[str, Any] = {"name": name, "interpret": config.interpret}
-        return pl.pallas_call(
-            partial(kernel, size=self.options.size, softcap=config.softcap),
-            grid=grid,
-            in_specs=[*specs, *in_specs],
-            out_specs=out_specs,
-            out_shape=out_shape,
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
-            **options,
-        )(*self.of_example, *self.shared, *arrays)
+    segments = [integers.queries.segments, integers.keys.segments]
+    segment_specs = [of_example(x) for x in segments]
+    segment_specs[int(name == KEYS)] = pl.BlockSpec((None, size), lambda i, b, h: (b, i))
+    shared = [first, integers.window[None]]
+    shared_specs = [pl.BlockSpec(x.shape, lambda i, b, h: (0,)) for x in shared]
+    kernel_options: dict[str, Any] = {"name": name, "interpret": config.interpret}
+    return pl.pallas_call(
+        partial(kernel, size=size, softcap=config.softcap),
+        grid=grid,
+        in_specs=[*segment_specs, of_example(visits), *shared_specs, *specs[: len(arrays)]],
+        out_specs=out_specs[: len(results)],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        **kernel_options,
+    )(*(x.astype(jnp.int32) for x in (*segments, visits, *shared)), *arrays)
 
 
-class _Tile(NamedTuple):
-    """Places and segments of a tile of tokens."""
-
-    places: jax.Array  # int [size], in the order of the keys
-    segments: jax.Array  # int [size]
-
-
-def _seen(query: _Tile, key: _Tile, window: jax.Array) -> jax.Array:
-    """Returns whether each query sees each key, bool ``[size, size]``."""
-    ahead = query.places[:, None] - key.places[None, :]
-    return (query.segments[:, None] == key.segments[None, :]) & (ahead >= 0) & (ahead < window)
+def _seen(
+    places: jax.Array,
+    segments: jax.Array,
+    key_places: jax.Array,
+    key_segments: jax.Array,
+    window: jax.Array,
+) -> jax.Array:
+    """Returns whether each query sees each key, bool ``[size, size]``; places are in the order of the keys."""
+    ahead = places[:, None] - key_places[None, :]
+    return (segments[:, None] == key_segments[None, :]) & (ahead >= 0) & (ahead < window)
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -546,22 +468,20 @@ def _gradients(
 
 
 def _forward_kernel(
-    segments: Any, key_segments: Any, visits: Any, visitors: Any, first: Any, window: Any,
+    segments: Any, key_segments: Any, visits: Any, first: Any, window: Any,
     q: Any, k: Any, v: Any, out: Any, logsumexp: Any, *, size: int, softcap: float,
 ) -> None:  # fmt: skip
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    del visitors
     number, span = pl.program_id(0), jnp.arange(size)
-    query, reach = triton.load(q), window[0]
-    queries = _Tile(first[number] + span, triton.load(segments))
+    query, places, segment = triton.load(q), first[number] + span, triton.load(segments)
 
     def body(tile: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, mean = carry
         tokens = pl.ds(tile * size, size)
         key, value = triton.load(k.at[tokens, :]), triton.load(v.at[tokens, :])
-        seen = _seen(queries, _Tile(tile * size + span, triton.load(key_segments.at[tokens])), reach)
+        seen = _seen(places, segment, tile * size + span, triton.load(key_segments.at[tokens]), window[0])
         scores = jnp.where(seen, _scores(query, key, softcap), UNSEEN)
         new = jnp.maximum(top, jnp.max(scores, axis=1))
         weights, before = jnp.exp(scores - new[:, None]), jnp.exp(top - new)
@@ -576,21 +496,20 @@ def _forward_kernel(
 
 
 def _queries_kernel(
-    segments: Any, key_segments: Any, visits: Any, visitors: Any, first: Any, window: Any,
+    segments: Any, key_segments: Any, visits: Any, first: Any, window: Any,
     q: Any, k: Any, v: Any, g: Any, logsumexp: Any, inner: Any, dq: Any, *, size: int, softcap: float,
 ) -> None:  # fmt: skip
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    del visitors
     number, span = pl.program_id(0), jnp.arange(size)
     query, gradient, total, mean = (triton.load(x) for x in (q, g, logsumexp, inner))
-    queries, reach = _Tile(first[number] + span, triton.load(segments)), window[0]
+    places, segment = first[number] + span, triton.load(segments)
 
     def body(tile: jax.Array, sums: jax.Array) -> jax.Array:
         tokens = pl.ds(tile * size, size)
         key, value = triton.load(k.at[tokens, :]), triton.load(v.at[tokens, :])
-        seen = _seen(queries, _Tile(tile * size + span, triton.load(key_segments.at[tokens])), reach)
+        seen = _seen(places, segment, tile * size + span, triton.load(key_segments.at[tokens]), window[0])
         _, slope = _gradients(query, key, value, gradient, total, mean, seen, softcap)
         return sums + _product(slope.astype(key.dtype), key)
 
@@ -599,32 +518,30 @@ def _queries_kernel(
 
 
 def _keys_kernel(
-    segments: Any, key_segments: Any, visits: Any, visitors: Any, first: Any, window: Any,
+    segments: Any, key_segments: Any, visits: Any, first: Any, window: Any,
     q: Any, k: Any, v: Any, g: Any, logsumexp: Any, inner: Any, dk: Any, dv: Any, *, size: int, softcap: float,
 ) -> None:  # fmt: skip
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    del visits
-    number, span, reach = pl.program_id(0), jnp.arange(size), window[0]
-    key, value = triton.load(k), triton.load(v)
-    keys = _Tile(number * size + span, triton.load(key_segments))
+    number, span = pl.program_id(0), jnp.arange(size)
+    key, value, of_keys = triton.load(k), triton.load(v), triton.load(key_segments)
 
     def body(step: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tile, head = lax.div(step, groups), lax.rem(step, groups)
         tokens = pl.ds(tile * size, size)
         query, gradient = triton.load(q.at[tokens, head, :]), triton.load(g.at[tokens, head, :])
         total, mean = triton.load(logsumexp.at[head, tokens]), triton.load(inner.at[head, tokens])
-        queries = _Tile(first[tile] + span, triton.load(segments.at[tokens]))
-        seen = _seen(queries, keys, reach)
+        places, segment = first[tile] + span, triton.load(segments.at[tokens])
+        seen = _seen(places, segment, number * size + span, of_keys, window[0])
         weights, slope = _gradients(query, key, value, gradient, total, mean, seen, softcap)
         to_key = sums[0] + _product(slope.T.astype(query.dtype), query)
         return to_key, sums[1] + _product(weights.T.astype(gradient.dtype), gradient)
 
     groups = q.shape[1]
     sums = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
-    for run in range(visitors.shape[1]):
-        begin, end = visitors[0, run, number], visitors[1, run, number]
+    for run in range(visits.shape[1]):
+        begin, end = visits[0, run, number], visits[1, run, number]
         sums = lax.fori_loop(begin * groups, end * groups, body, sums)
     triton.store(dk, sums[0].astype(dk.dtype))
     triton.store(dv, sums[1].astype(dv.dtype))

@@ -11,7 +11,6 @@ Pallas is imported inside functions, because it costs every process 5 MB and a t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,9 +22,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import CONTEXT
-from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, attention, fits_kernel, saved_heads
+from nalora_jax.ops.attention import (
+    AttentionConfig,
+    CachedKeys,
+    Keys,
+    attention,
+    fits_kernel,
+    over_devices,
+    saved_heads,
+)
 from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.split_attention import Spread, on_shards, reach, split_attention
+from nalora_jax.ops.split_attention import on_shards, reach, split_attention
 from nalora_jax.ops.split_rows import (
     Row,
     by_block,
@@ -62,7 +69,6 @@ def splash_attention(
     *,
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
-    starts: jax.Array | None = None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention` of every example.
@@ -73,21 +79,21 @@ def splash_attention(
     each is compiled as a branch, and a traced window selects one.
     """
     fits = takes(q.shape[1], q.shape[-1])
-    if not fits or not fits_kernel(config, numerics, cached, dropout_rng, starts):
+    if not fits or not fits_kernel(keys, config, numerics, cached, dropout_rng):
         return NotImplemented
     q, k, v = saved_heads(q, keys.k, keys.v, config, numerics)
     # splash attention has no scale parameter
     arrays = [x.astype(numerics.operand) for x in (q * config.scale, k, v)]
     segments = jnp.broadcast_to(keys.segments, q.shape[:2])
-    windows = np.asarray(config.windows[:-1], np.int32)
-    choice = jnp.sum(jnp.asarray(window) > windows)  # 0 if there is one window
-    attend: Callable[..., jax.Array] = partial(_one_device, config=config)
-    if config.sharding is not None:
-        mesh, (rows, *_) = config.sharding.mesh, (*config.sharding.spec, None)
-        heads = P(rows, None, config.head_axis)
-        specs = (heads, heads, heads, P(rows), P(), P(config.head_axis))
-        attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
-    return attend(*arrays, segments, choice, sinks).astype(jnp.float32).astype(numerics.result)
+    attend = partial(_one_device, config=config)
+    mapped = over_devices(attend, config, config.rows, P(), P(config.head_axis))
+    out: jax.Array = mapped(*arrays, segments, _index(window, config.windows), sinks)
+    return out.astype(jnp.float32).astype(numerics.result)
+
+
+def _index(window: jax.Array | int, windows: tuple[int, ...]) -> jax.Array:
+    """Returns the index of a window; 0 if there is one."""
+    return jnp.sum(jnp.asarray(window) > np.asarray(windows[:-1], np.int32))
 
 
 def takes(seq: int, head_dim: int) -> bool:
@@ -189,50 +195,38 @@ def split_splash_attention(
         return NotImplemented
     scaled = saved_heads(q * config.scale, k, v, config, numerics)
     q, k, v = (x.astype(numerics.operand) for x in scaled)
-    shards = shards_of(sharding)
-    heads = q.shape[2] // sharding.mesh.shape.get("tensor", 1)
-    windows = config.windows or (2 * shards * block,)
+    shards, heads = shards_of(sharding), q.shape[2] // sharding.mesh.shape.get("tensor", 1)
+    seq = 2 * shards * block
+    windows = config.windows or (seq,)
     far = [size for size in windows if not reach((size,), block, row)]
-    kernels = tuple(_of_row((heads, q.shape[3]), block, shards, size, config) for size in far)
+
+    def of_row(window: int) -> Any:
+        """Returns the kernel of all shards' queries."""
+        mask = _parts_mask()(block, shards, window if window < seq else None)
+        return _kernel(mask, heads, shards, _sizes(block, block, window, q.shape[3]), config)
+
+    def on_shard(
+        q: jax.Array, k: jax.Array, v: jax.Array, row: Row, window: jax.Array, sinks: Any, *kernels: Any
+    ) -> jax.Array:
+        """Computes a shard's part ``[batch, 2 * block, heads, head_dim]``."""
+        by_size = dict(zip(far, kernels, strict=True))
+
+        def attend(size: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            if size not in by_size:
+                return _attend_near(size, config, row, sinks, q, k, v)
+            of_queries = by_part(row.slices(0).segments)
+            return _called(by_size[size], q, spread(k), spread(v), of_queries, row.segments, sinks)
+
+        branches = [partial(attend, size) for size in windows]
+        out: jax.Array = lax.switch(_index(window, windows), branches, q, k, v)
+        return out
+
+    kernels = tuple(of_row(size) for size in far)
     by_query = NamedSharding(sharding.mesh, P(None, CONTEXT))
     specs = tuple(kernel.manual_sharding_spec(by_query) for kernel in kernels)
     spread = gathered_exactly if numerics.platform.kind in _SUMS_ENTIRE_ARRAYS else gathered
-    attend = partial(_on_shard, config=config, windows=windows, far=tuple(far), spread=spread)
-    out = on_shards(attend, q, k, v, row, window, config, sinks, *kernels, more_specs=specs)
+    out = on_shards(on_shard, q, k, v, row, window, config, sinks, *kernels, more_specs=specs)
     return out.astype(jnp.float32).astype(numerics.result)
-
-
-def _on_shard(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    row: Row,
-    window: jax.Array,
-    sinks: jax.Array | None,
-    *kernels: Any,
-    config: AttentionConfig,
-    windows: tuple[int, ...],
-    far: tuple[int, ...],
-    spread: Spread,
-) -> jax.Array:
-    """Computes a shard's part ``[batch, 2 * block, heads, head_dim]``."""
-    by_size = dict(zip(far, kernels, strict=True))
-
-    def branch(size: int) -> Any:
-        if size in by_size:
-            return partial(_attend_row, by_size[size], row, sinks, spread)
-        return partial(_attend_near, size, config, row, sinks)
-
-    choice = jnp.sum(window > np.asarray(windows[:-1], np.int32))  # 0 if there is one window
-    out: jax.Array = lax.switch(choice, [branch(size) for size in windows], q, k, v)
-    return out
-
-
-def _attend_row(
-    kernel: Any, row: Row, sinks: jax.Array | None, spread: Spread, q: jax.Array, k: jax.Array, v: jax.Array
-) -> jax.Array:
-    """Computes attention to the keys of the whole row."""
-    return _called(kernel, q, spread(k), spread(v), by_part(row.slices(0).segments), row.segments, sinks)
 
 
 def _attend_near(
@@ -271,13 +265,6 @@ def _called(
     attend = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
     out: jax.Array = attend(q, k, v, SegmentIds(of_queries, of_keys), sinks)
     return out.swapaxes(1, 2)
-
-
-def _of_row(heads: tuple[int, int], block: int, shards: int, window: int, config: AttentionConfig) -> Any:
-    """Returns the kernel of all shards' queries; ``heads`` are their number and size."""
-    seq = 2 * shards * block
-    mask = _parts_mask()(block, shards, window if window < seq else None)
-    return _kernel(mask, heads[0], shards, _sizes(block, block, window, heads[1]), config)
 
 
 @functools.cache

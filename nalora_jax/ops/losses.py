@@ -93,8 +93,47 @@ def cross_entropy(
     chex.assert_rank(hidden, 3)
     chex.assert_shape([targets, weights], hidden.shape[:2])
     weights = lax.stop_gradient(weights.astype(jnp.float32))
-    options = _Options(head, numerics, chunk or rows_of_chunk(kernel.shape[head.axis]), compact, shards)
-    return _cross_entropy(hidden, lax.stop_gradient(kernel), targets, weights, options)
+    rows = chunk or rows_of_chunk(kernel.shape[head.axis])
+
+    def sums(hidden: jax.Array, constants: Any, grad: bool) -> tuple[jax.Array, jax.Array | None]:
+        kernel, targets, weights = constants
+
+        def summed(
+            total: Callable[[jax.Array], jax.Array], h: jax.Array, t: jax.Array, w: jax.Array
+        ) -> Any:
+            losses, back = chunk_of_rows(h, kernel, t, w, grad, head=head, numerics=numerics)
+            return total(losses), back.astype(h.dtype) if grad else None
+
+        if compact:
+            start = jnp.zeros((), jnp.float32), jnp.zeros_like(hidden) if grad else None
+            return _of_targets(partial(summed, jnp.sum), hidden, targets, weights, rows, start)
+        # Sums per example, so that shards of the batch are reduced once, after the loop.
+        by_example = partial(summed, lambda losses: jnp.sum(losses.reshape(hidden.shape[0], -1), axis=1))
+        zeros = jnp.zeros(hidden.shape[:1], jnp.float32)
+        losses, gradient = _along_sequence(by_example, hidden, targets, weights, rows * shards, zeros)
+        return jnp.sum(losses), gradient
+
+    return loss_of_sums(sums, hidden, (lax.stop_gradient(kernel), targets, weights))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def loss_of_sums(sums: Callable[..., tuple[jax.Array, Any]], inputs: Any, constants: Any) -> jax.Array:
+    """Returns a loss whose gradient is computed in the same pass.
+
+    Args:
+      sums: ``(inputs, constants, grad) -> loss, gradient of inputs``; without ``grad`` the gradient is
+        not used.
+      inputs: arrays that the loss is differentiated with respect to.
+      constants: arrays without a gradient.
+    """
+    return sums(inputs, constants, False)[0]
+
+
+def _loss_of_sums_bwd(_: Any, gradients: Any, g: jax.Array) -> tuple[Any, None]:
+    return jax.tree.map(lambda x: x * g.astype(x.dtype), gradients), None
+
+
+loss_of_sums.defvjp(lambda sums, inputs, constants: sums(inputs, constants, True), _loss_of_sums_bwd)
 
 
 def rows_of_chunk(vocab: int) -> int:
@@ -131,55 +170,6 @@ def chunk_of_rows(
     return loss, weights[:, None] * dot(
         (probabilities - hit) * slope, kernel, numerics, dims=(1, head.axis)
     )
-
-
-class _Options(NamedTuple):
-    """The static options of `cross_entropy`."""
-
-    head: Head
-    numerics: Numerics
-    rows: int  # of a chunk, in each shard
-    compact: bool
-    shards: int
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(
-    hidden: jax.Array, kernel: Kernel, targets: jax.Array, weights: jax.Array, options: _Options
-) -> jax.Array:
-    return _sums(False, hidden, kernel, targets, weights, options)[0]
-
-
-def _sums(
-    grad: bool,
-    hidden: jax.Array,
-    kernel: Kernel,
-    targets: jax.Array,
-    weights: jax.Array,
-    options: _Options,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the loss, and the gradient of hidden if ``grad``."""
-    head, numerics, rows, compact, shards = options
-
-    def summed(total: Callable[[jax.Array], jax.Array], h: jax.Array, t: jax.Array, w: jax.Array) -> Any:
-        losses, back = chunk_of_rows(h, kernel, t, w, grad, head=head, numerics=numerics)
-        return total(losses), back.astype(h.dtype) if grad else None
-
-    if compact:
-        start = jnp.zeros((), jnp.float32), jnp.zeros_like(hidden) if grad else None
-        return _of_targets(partial(summed, jnp.sum), hidden, targets, weights, rows, start)
-    # Sums per example, so that shards of the batch are reduced once, after the loop.
-    by_example = partial(summed, lambda losses: jnp.sum(losses.reshape(hidden.shape[0], -1), axis=1))
-    zeros = jnp.zeros(hidden.shape[:1], jnp.float32)
-    losses, gradient = _along_sequence(by_example, hidden, targets, weights, rows * shards, zeros)
-    return jnp.sum(losses), gradient
-
-
-def _bwd(options: _Options, gradient: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None, None]:
-    return gradient * g.astype(gradient.dtype), None, None, None
-
-
-_cross_entropy.defvjp(partial(_sums, True), _bwd)
 
 
 # ---------------------------------------------------------------- chunk by chunk
@@ -418,48 +408,22 @@ def trained_cross_entropy(
     """
     rows = (chunk or max(_SMALL_CHUNK_FLOATS // trained.vocab_size // 128 * 128, 128)) * shards
     weights = lax.stop_gradient(weights.astype(jnp.float32))
-    return _loss(hidden, trained, targets, weights, head, numerics, rows)
 
+    def sums(inputs: Any, constants: Any, grad: bool) -> Any:
+        """Returns the loss, and the gradients of hidden states and head; chunks are whole columns of the batch."""
+        (hidden, trained), (targets, weights) = inputs, constants
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _loss(
-    hidden: jax.Array,
-    trained: WholeHead | HeadRows,
-    targets: jax.Array,
-    weights: jax.Array,
-    head: Head,
-    numerics: Numerics,
-    rows: int,
-) -> jax.Array:
-    return _forward(hidden, trained, targets, weights, head, numerics, rows)[0]
+        def chunk(h: jax.Array, t: jax.Array, w: jax.Array) -> tuple[tuple[jax.Array, Any], jax.Array]:
+            logits, slope = head.logits(trained.products(h, numerics))
+            log_total = jax.nn.logsumexp(logits, axis=-1)
+            hit = jnp.arange(logits.shape[1], dtype=t.dtype)[None, :] == t[:, None]
+            losses = w * (log_total - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1))
+            delta = w[:, None] * (jnp.exp(logits - log_total[:, None]) - hit) * slope
+            back, of_head = trained.pull(h, delta, numerics)
+            return (jnp.sum(losses), of_head), back.astype(h.dtype)
 
+        start = jnp.zeros((), jnp.float32), trained.zeros()
+        (loss, gradient), back = _along_sequence(chunk, hidden, targets, weights, rows, start)
+        return loss, (back, gradient)
 
-def _forward(
-    hidden: Any, trained: Any, targets: Any, weights: Any, head: Head, numerics: Numerics, rows: int
-) -> Any:
-    """Returns the loss, and the gradients of hidden states and head.
-
-    Chunks are whole columns of the batch.
-    """
-
-    def chunk(h: jax.Array, t: jax.Array, w: jax.Array) -> tuple[tuple[jax.Array, Any], jax.Array]:
-        logits, slope = head.logits(trained.products(h, numerics))
-        log_total = jax.nn.logsumexp(logits, axis=-1)
-        hit = jnp.arange(logits.shape[1], dtype=t.dtype)[None, :] == t[:, None]
-        losses = w * (log_total - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1))
-        delta = w[:, None] * (jnp.exp(logits - log_total[:, None]) - hit) * slope
-        back, of_head = trained.pull(h, delta, numerics)
-        return (jnp.sum(losses), of_head), back.astype(h.dtype)
-
-    start = jnp.zeros((), jnp.float32), trained.zeros()
-    (loss, gradient), back = _along_sequence(chunk, hidden, targets, weights, rows, start)
-    return loss, (back, gradient)
-
-
-def _backward(head: Head, numerics: Numerics, rows: int, gradients: Any, g: jax.Array) -> Any:
-    del head, numerics, rows
-    hidden, trained = gradients
-    return hidden * g.astype(hidden.dtype), jax.tree.map(lambda x: x * g, trained), None, None
-
-
-_loss.defvjp(_forward, _backward)
+    return loss_of_sums(sums, (hidden, trained), (targets, weights))

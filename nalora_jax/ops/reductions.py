@@ -149,13 +149,6 @@ def sampled(x: Array, weights: Array, stride: int, run: int = RUN) -> Array:
     return runs.reshape(*weights.shape[:-1], groups * run, x.shape[-1])
 
 
-def sampled_positions(weights: Array, stride: int) -> tuple[Array, Array]:
-    """Returns the positions that `sampled` takes, int32 ``[..., taken]``, and their float32 weights."""
-    places = jnp.broadcast_to(jnp.arange(weights.shape[-1], dtype=jnp.int32), weights.shape)
-    positions = sampled(places[..., None], weights, stride)[..., 0]
-    return positions, sampled(weights.astype(jnp.float32)[..., None], weights, stride)[..., 0]
-
-
 def sampled_weights(weights: Array, stride: int) -> Array:
     """Returns float32 ``weights`` ``[..., positions]``, 0 at positions that `sampled` does not take."""
     if stride == 1:

@@ -12,7 +12,6 @@ shard.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import BATCH_AXES
-from nalora_jax.ops.attention import AttentionConfig, Keys, attend_in_tiles, saved_heads
+from nalora_jax.ops.attention import AttentionConfig, Keys, attend_in_tiles, over_devices, saved_heads
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.split_rows import Row, block_numbers, by_block, by_part, gathered, with_preceding
 
@@ -60,10 +59,8 @@ def split_attention(
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, of: Integers, spread: Spread, sinks: jax.Array | None
     ) -> jax.Array:
-        keys = Keys(spread(k), spread(v), of.keys.positions, of.keys.segments)
-        return attend_in_tiles(
-            q, of.queries[:2], keys, of.window, config, numerics, starts=of.keys.starts, sinks=sinks
-        )
+        keys = Keys(spread(k), spread(v), *of.keys)
+        return attend_in_tiles(q, of.queries[:2], keys, of.window, config, numerics, sinks=sinks)
 
     q, k, v = saved_heads(q, k, v, config, numerics)
     local = partial(on_shard, config=config, attend=attend)
@@ -86,11 +83,8 @@ def on_shards(
     more_specs: tuple[Any, ...] = (),
 ) -> jax.Array:
     """Returns ``attend(q, k, v, row, window, sinks, *more)``, mapped over all axes of the mesh."""
-    sharding = config.sharding
-    assert sharding is not None
-    by_head = P(sharding.spec[0], None, config.head_axis)
-    specs = (by_head, by_head, by_head, P(BATCH_AXES), P(), P(config.head_axis), *more_specs)
-    mapped = jax.shard_map(attend, mesh=sharding.mesh, in_specs=specs, out_specs=by_head, check_vma=False)
+    specs = P(BATCH_AXES), P(), P(config.head_axis), *more_specs
+    mapped = over_devices(attend, config, *specs)
     out: jax.Array = mapped(q, k, v, row, jnp.asarray(window, jnp.int32), sinks, *more)
     return out
 
@@ -127,7 +121,7 @@ def on_shard(
         of_keys = row.slices(ahead)
         queries = Queries(of_keys.positions[:, ahead:], of_keys.segments[:, ahead:], jnp.full((1,), ahead))
         integers = Integers(queries, of_keys, window)
-        return by_part(attend(by_block(q), k, v, integers, _Preceding(ahead), sinks))
+        return by_part(attend(by_block(q), k, v, integers, partial(with_preceding, ahead=ahead), sinks))
 
     def far(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         here = row.slices(0)
@@ -162,13 +156,3 @@ class Integers(NamedTuple):
     queries: Queries
     keys: Row
     window: jax.Array  # scalar
-
-
-@dataclass(frozen=True)
-class _Preceding:
-    """`with_preceding` as a static argument."""
-
-    ahead: int
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return with_preceding(x, self.ahead)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.models.config import GLOBAL_WINDOW
 from nalora_jax.ops import attention_gpu
 from nalora_jax.ops.attention import AttentionConfig, Keys, attention
-from nalora_jax.ops.attention_gpu import compiles, dot_product
+from nalora_jax.ops.attention_gpu import compiles
 from nalora_jax.ops.attention_tpu import block_sizes, computed_pairs
 from nalora_jax.ops.dispatch import Numerics, Platform, numerics_for
 from nalora_jax.ops.storage import SAVED
@@ -37,17 +37,15 @@ def operands(batch: int):
 def values_and_gradients(
     implementation: str, window: int, config: AttentionConfig, batch: int = 2, sinks=None, **dtypes: str
 ):
-    q, k, v, g, positions, segments = operands(batch)
+    q, k, v, g, *places = operands(batch)
     numerics = Numerics(**dtypes, implementation=implementation)
 
     @jax.jit
     def run(q, k, v, window):
-        out, back = jax.vjp(
-            lambda q, k, v: attention(
-                q, Keys(k, v, positions, segments), window, config, numerics, sinks=sinks
-            ),
-            *(q, k, v),
-        )
+        def attend(q, k, v):
+            return attention(q, Keys(k, v, *places), window, config, numerics, sinks=sinks)
+
+        out, back = jax.vjp(attend, q, k, v)
         return out, *back(g.astype(out.dtype))
 
     return run(q, k, v, jnp.int32(window))
@@ -93,10 +91,8 @@ def test_a_layer_that_saves_products_does_not_run_splash_again():
     assert forward_runs(jax.checkpoint_policies.nothing_saveable) == 2 * once > 0
 
 
-@pytest.mark.parametrize("seq", [384, 1024, 4096, 32768])
-@pytest.mark.parametrize(
-    ("window", "head_dim"), [(40, 64), (1024, 128), (GLOBAL_WINDOW, 128), (GLOBAL_WINDOW, 256)]
-)
+@pytest.mark.parametrize("seq", [384, 4096, 32768])
+@pytest.mark.parametrize(("window", "head_dim"), [(40, 64), (1024, 128), (GLOBAL_WINDOW, 256)])
 def test_blocks_divide_the_row_and_their_pairs_are_counted(seq, window, head_dim):
     sizes = block_sizes(seq, window, head_dim)
     block = sizes["block_q"]
@@ -118,11 +114,11 @@ def test_cudnn_with_sinks_equals_the_plain_function(monkeypatch):
     """Results and gradients, with JAX's own function on its XLA implementation in place of cuDNN."""
     shapes = []
     monkeypatch.setattr(attention_gpu, "compiles", lambda q, k, *_: shapes.append((q, k)) or True)
-    monkeypatch.setattr(
-        attention_gpu,
-        "dot_product",
-        lambda *operands, **_: dot_product(*operands, 0.125, "float32", "xla"),
-    )
+
+    def in_float32(q, k, v, visible, scale):
+        return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], scale=scale, is_causal=True)
+
+    monkeypatch.setattr(attention_gpu, "dot_product", in_float32)
     sinks = jnp.array([-2.0, 0.5, 3.0, 20.0])  # the last one takes all
     half = {"operand": "bfloat16", "residual": "float32"}
     ours, plain = (
@@ -144,18 +140,14 @@ H100 = {"seq": 16384, "kind": "NVIDIA H100 80GB HBM3"}  # where visibility as an
     [
         ("cpu", {}, ""),
         ("gpu", {}, "cudnn"),
-        ("gpu", {"devices": 8}, "cudnn"),
-        ("gpu", {"named": "xla"}, ""),
         ("gpu", {"dtype": "float32"}, "triton"),
         ("gpu", {"dtype": "float32", "named": "cudnn"}, ""),
         ("gpu", {"softcap": 2.0}, ""),
         ("gpu", {"seq": 255}, ""),
         ("gpu", {"dropout": True}, ""),
-        ("gpu", H100 | {"seq": 4096}, "cudnn"),  # 32 MB
         ("gpu", H100, "triton"),
         ("gpu", H100 | {"named": "cudnn"}, "cudnn"),
         ("gpu", H100 | {"windows": (4096, FAR)}, ""),  # in blocks, without visibility as an array
-        ("gpu", H100 | {"seq": 16384 + 64}, ""),
         ("tpu", {}, "splash"),
         ("tpu", {"devices": 8}, ""),  # without a sharding to map the kernel over
         ("tpu", {"named": "xla"}, ""),

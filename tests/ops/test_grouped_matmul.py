@@ -18,41 +18,30 @@ from nalora_jax.ops.grouped_matmul import (
 BF16 = Numerics("bfloat16", "float32", "bfloat16", "bfloat16")
 # Groups that begin and end within a tile of 128 rows, at its edges, that are empty, and several in one tile.
 # The last two are not whole tiles, and fewer rows than groups.
-SIZES = (
-    [100, 0, 156, 0],
-    [1, 127, 128, 0],
-    [5, 6, 7, 238],
-    [100, 60, 0, 30],
-    [0, 1, 0, 1],
-)
+SIZES = ([100, 0, 156, 0], [1, 127, 128, 0], [5, 6, 7, 238], [100, 60, 0, 30], [0, 1, 0, 1])
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.asarray(
-        jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16).astype(jnp.float32)
-    )
+    drawn = jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16)
+    return np.asarray(drawn.astype(jnp.float32))
 
 
-def by_loop(x: np.ndarray, kernels: np.ndarray, sizes: list[int]) -> np.ndarray:
-    group = np.repeat(np.arange(len(sizes)), sizes)
-    return np.stack(
-        [row.astype(np.float64) @ kernels[g].astype(np.float64) for row, g in zip(x, group, strict=True)]
-    )
+CASES = [(sizes, (192, 128), transposed) for sizes, transposed in zip(SIZES, (0, 1, 0, 1, 0), strict=True)]
+CASES += [([30, 0, 101, 9], (72, 90), transposed) for transposed in (0, 1)]
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(
-    ("sizes", "widths"), [*((sizes, (192, 128)) for sizes in SIZES), ([30, 0, 101, 9], (72, 90))], ids=str
-)
+@pytest.mark.parametrize(("sizes", "widths", "transposed"), CASES, ids=str)
 def test_every_row_goes_through_its_own_group_s_kernel(sizes, widths, transposed):
     """Also in widths that tiles do not divide, as of gpt-oss: 1,440 with two devices on "tensor"."""
     x, kernels = normal(sum(sizes), widths[0]), normal(4, *widths, seed=1)
     given = jnp.asarray(kernels.swapaxes(1, 2) if transposed else kernels)
     arguments = jnp.asarray(x), given, jnp.asarray(sizes, jnp.int32), BF16
-    plain = grouped_matmul(*arguments, transposed=transposed)
-    by_tiles = tiled(*arguments, transposed=transposed, interpret=True)
+    plain = grouped_matmul(*arguments, transposed=bool(transposed))
+    by_tiles = tiled(*arguments, transposed=bool(transposed), interpret=True)
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    expected = np.einsum("rd,rdn->rn", x.astype(float), kernels[group].astype(float))
     for found in (plain, by_tiles):
-        np.testing.assert_allclose(found, by_loop(x, kernels, sizes), atol=1e-4)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_float32_and_the_cpu_use_the_plain_function():

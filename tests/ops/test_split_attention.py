@@ -46,9 +46,7 @@ def results(implementation: str, window: int, config: AttentionConfig, **options
     parts = partial(split, sharding=config.sharding)
 
     def whole(q: Any, k: Any, v: Any) -> Any:
-        return attention(
-            q, Keys(k, v, positions, segments), window, config, numerics, starts=starts, **options
-        )
+        return attention(q, Keys(k, v, positions, segments, starts), window, config, numerics, **options)
 
     def of_parts(q: Any, k: Any, v: Any) -> Any:
         integers = (

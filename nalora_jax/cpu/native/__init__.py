@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import chex
@@ -95,11 +95,17 @@ def _joined_rows(x: jax.Array, rows: int = 1) -> jax.Array:
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
-def bits(x: jax.Array) -> jax.Array:
-    """Returns bf16 as uint16; the view itself is returned unchanged."""
+def bf16_bits(x: jax.Array) -> jax.Array:
+    """Returns the bits of bf16 ``x``; other dtypes are unchanged."""
     if x.dtype == jnp.bfloat16:
         return lax.bitcast_convert_type(x, jnp.uint16)
-    chex.assert_type(x, jnp.uint16)
+    return x
+
+
+def from_bits(x: jax.Array) -> jax.Array:
+    """Computes the inverse of `bf16_bits`."""
+    if x.dtype == jnp.uint16:
+        return lax.bitcast_convert_type(x, jnp.bfloat16)
     return x
 
 
@@ -125,15 +131,17 @@ class Slice(Stored):
 
     def expand(self, dtype: Any = None) -> jax.Array:
         """Returns a copy of the array in ``dtype``, by default bf16."""
-        return lax.bitcast_convert_type(self.copied(), jnp.bfloat16).astype(dtype or jnp.bfloat16)
+        return from_bits(self.copied()).astype(dtype or jnp.bfloat16)
 
 
-class Term(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Term:
     """One product of a sum; both operands are bf16, or bf16 viewed as uint16."""
 
     x: jax.Array  # [rows, depth]
     y: Any  # an array or a `Slice`, [depth, columns] or [columns, depth]
-    transposed: bool = False  # True for [columns, depth]
+    transposed: bool = field(default=False, metadata={"static": True})  # True for [columns, depth]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -141,11 +149,14 @@ class Term(NamedTuple):
         return self.x.shape[0], self.y.shape[int(not self.transposed)]
 
 
-class Sum(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sum:
     """The sum ``sum_t x_t y_t``."""
 
     terms: Sequence[Term]
-    dtype: Any = "float32"  # of the result; "bfloat16" is rounded once, from the float32 sum
+    # Of the result; "bfloat16" is rounded once, from the float32 sum.
+    dtype: Any = field(default="float32", metadata={"static": True})
 
 
 def products(*sums: Sum) -> list[jax.Array]:
@@ -157,50 +168,39 @@ def products(*sums: Sum) -> list[jax.Array]:
       sums: the sums; rows and columns may differ between them.
 
     Raises:
-      AssertionError: shapes or dtypes do not match.
+      AssertionError: shapes do not match.
     """
-    for terms, _ in sums:
-        rows, columns = terms[0].shape
-        for x, y, transposed in terms:
-            chex.assert_shape(x, (rows, None))
-            chex.assert_equal(y.shape, (columns, x.shape[1]) if transposed else (x.shape[1], columns))
-    operands = [
-        [(bits(x), y if isinstance(y, Slice) else bits(y)) for x, y, _ in terms] for terms, _ in sums
-    ]
-
-    def filled(operands: Any) -> list[Sum]:
-        return [
-            Sum([old._replace(x=x, y=y) for (x, y), old in zip(pairs, terms, strict=True)], dtype)
-            for pairs, (terms, dtype) in zip(operands, sums, strict=True)
-        ]
-
-    called = custom_vmap(lambda operands: _call(filled(operands)))
-    called.def_vmap(
-        lambda size, batched, operands: _of_all_runs(size, filled(batched[0]), filled(operands))
-    )
-    results: list[jax.Array] = called(operands)
+    for of in sums:
+        rows, columns = of.terms[0].shape
+        for term in of.terms:
+            depth = term.x.shape[1]
+            chex.assert_shape(term.x, (rows, None))
+            chex.assert_equal(term.y.shape, (columns, depth) if term.transposed else (depth, columns))
+    results: list[jax.Array] = _call(jax.tree.map(bf16_bits, sums))
     return results
 
 
+@custom_vmap
 def _call(sums: Sequence[Sum]) -> list[jax.Array]:
     """Returns the results of one call; operands are uint16."""
-    every = [term for terms, _ in sums for term in terms]
+    every = [term for of in sums for term in of.terms]
     slices = [term.y for term in every if isinstance(term.y, Slice)]
-    operands = [x for x, y, _ in every for x in (x, y.stack if isinstance(y, Slice) else y)]
+    operands = [x for of in every for x in (of.x, of.y.stack if isinstance(of.y, Slice) else of.y)]
     attributes = {
-        "terms": np.array([len(terms) for terms, _ in sums], np.int64),
+        "terms": np.array([len(of.terms) for of in sums], np.int64),
         "transposed": np.array([term.transposed for term in every], np.int64),
         "stacked": np.array([isinstance(term.y, Slice) for term in every], np.int64),
     }
     stored = {"float32": jnp.float32, "bfloat16": jnp.uint16}
-    shapes = [jax.ShapeDtypeStruct(terms[0].shape, stored[jnp.dtype(dtype).name]) for terms, dtype in sums]
+    shapes = [jax.ShapeDtypeStruct(of.terms[0].shape, stored[jnp.dtype(of.dtype).name]) for of in sums]
     indices = [jnp.asarray(y.at, jnp.int32) for y in slices]
     results = call("products", shapes, **attributes)(*operands, *indices)
-    return [y if y.dtype == jnp.float32 else lax.bitcast_convert_type(y, jnp.bfloat16) for y in results]
+    return [from_bits(y) for y in results]
 
 
+@_call.def_vmap
 def _of_all_runs(
-    size: int, batched: Sequence[Sum], sums: Sequence[Sum]
+    size: int, batched: Sequence[Sequence[Sum]], sums: Sequence[Sum]
 ) -> tuple[list[jax.Array], list[bool]]:
     """Returns the sums of all runs, from one call.
 
@@ -209,7 +209,7 @@ def _of_all_runs(
     shared kernel are computed for each run. Results equal the results of single runs to the rounding of
     float32 sums, whose order may differ.
     """
-    of_sum = [_groups(size, *both) for both in zip(batched, sums, strict=True)]
+    of_sum = [_groups(size, *both) for both in zip(batched[0], sums, strict=True)]
     results = iter(products(*itertools.chain(*of_sum)))
     joined = []
     for groups in of_sum:
@@ -222,7 +222,7 @@ def _of_all_runs(
 def _groups(size: int, batched: Sum, shared: Sum) -> list[Sum]:
     """Returns a sum of all runs as sums of consecutive runs; ``batched`` has flags in place of arrays."""
     terms = [_of_every_run(size, *both) for both in zip(batched.terms, shared.terms, strict=True)]
-    depths = [x.shape[2] for (x, _, _), own in terms if own]
+    depths = [term.x.shape[2] for term, own in terms if own]
     runs = size if not depths else max(1, _WIDEST // max(depths))
     if len(depths) == len(terms):
         runs = 1
@@ -273,7 +273,7 @@ class Heads(NamedTuple):
         chex.assert_equal_shape([self.k, self.v])
         chex.assert_equal_shape_prefix([self.q, self.k], 2)
         positions, segments, window = (jnp.asarray(x, jnp.int32) for x in self[3:6])
-        return (*map(bits, self[:3]), *jnp.broadcast_arrays(positions, segments), window)
+        return (*map(bf16_bits, self[:3]), *jnp.broadcast_arrays(positions, segments), window)
 
 
 def attention(heads: Heads, softcap: float = 0.0) -> tuple[jax.Array, jax.Array]:
@@ -288,7 +288,7 @@ def attention(heads: Heads, softcap: float = 0.0) -> tuple[jax.Array, jax.Array]
     ]
     options = {"cap": np.float32(softcap), "ordered": heads.ordered}
     out, logsumexp = row_call("attention", shapes, **options)(*heads.operands())
-    return lax.bitcast_convert_type(out, jnp.bfloat16), logsumexp
+    return from_bits(out), logsumexp
 
 
 def needs_result(seq: int, softcap: float) -> bool:
@@ -314,7 +314,7 @@ def attention_gradient(
     chex.assert_equal_shape([heads.q, g])
     shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in heads[:3]]
     options = {"cap": np.float32(softcap), "ordered": heads.ordered}
-    arguments = (*heads.operands(), bits(out), logsumexp, bits(g))
+    arguments = (*heads.operands(), bf16_bits(out), logsumexp, bf16_bits(g))
     dq, dk, dv = row_call("attention_gradient", shapes, **options)(*arguments)
     return dq, dk, dv
 
@@ -354,7 +354,7 @@ def over_vocabulary(
     row = jax.ShapeDtypeStruct((rows,), jnp.float32)
     shapes = [row, row, jax.ShapeDtypeStruct((rows, d_model if gradient else 0), jnp.float32)]
     attributes = {"transposed": transposed, "scale": np.float32(scale), "cap": np.float32(softcap)}
-    operands = (bits(hidden), bits(table), jnp.asarray(count, jnp.int32))
+    operands = (bf16_bits(hidden), bf16_bits(table), jnp.asarray(count, jnp.int32))
     called = custom_vmap(call("over_vocabulary", shapes, **attributes))
 
     def joined(
@@ -402,8 +402,8 @@ def gate(z: jax.Array, u: jax.Array | None, logistic: Logistic) -> jax.Array:
     All arrays are bf16 of one shape; z and u may be views of bf16.
     """
     shapes = [jax.ShapeDtypeStruct((z.size,), jnp.uint16)]
-    (out,) = row_call("gate", shapes, **logistic.attributes())(bits(z).reshape(-1), _factor(u, z))
-    return lax.bitcast_convert_type(out.reshape(z.shape), jnp.bfloat16)
+    (out,) = row_call("gate", shapes, **logistic.attributes())(bf16_bits(z).reshape(-1), _factor(u, z))
+    return from_bits(out.reshape(z.shape))
 
 
 def gate_gradient(
@@ -411,10 +411,10 @@ def gate_gradient(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the gradients of z and u; g is the gradient of `gate`'s result, all bf16 of one shape."""
     chex.assert_equal_shape([z, g])
-    flat = bits(z).reshape(-1), _factor(u, z), bits(g).reshape(-1)
+    flat = bf16_bits(z).reshape(-1), _factor(u, z), bf16_bits(g).reshape(-1)
     shapes = [jax.ShapeDtypeStruct((size,), jnp.uint16) for size in (z.size, flat[1].size)]
     results = row_call("gate_gradient", shapes, **logistic.attributes())(*flat)
-    dz, du = (lax.bitcast_convert_type(x, jnp.bfloat16) for x in results)
+    dz, du = map(from_bits, results)
     return dz.reshape(z.shape), None if u is None else du.reshape(z.shape)
 
 
@@ -423,4 +423,4 @@ def _factor(u: jax.Array | None, z: jax.Array) -> jax.Array:
     if u is None:
         return jnp.zeros((0,), jnp.uint16)
     chex.assert_equal_shape([z, u])
-    return bits(u).reshape(-1)
+    return bf16_bits(u).reshape(-1)

@@ -26,14 +26,11 @@ def _assert_one_call(function: Callable[..., Any], *operands: jax.Array) -> None
     assert "stablehlo.while" not in program
     results = jax.tree.leaves(together(*operands))
     for run in range(RUNS):
-        for x, y in zip(
-            results, jax.tree.leaves(alone(*(operand[run] for operand in operands))), strict=True
-        ):
-            x, y = np.asarray(x[run], np.float32), np.asarray(y)
+        singles = jax.tree.leaves(alone(*(operand[run] for operand in operands)))
+        for x, y in zip(results, singles, strict=True):
             share = 2**-8 if y.dtype == jnp.bfloat16 else 1e-6
-            np.testing.assert_allclose(
-                x, y.astype(np.float32), rtol=share, atol=share * np.abs(y).max(initial=0)
-            )
+            x, y = np.asarray(x[run], np.float32), np.asarray(y, np.float32)
+            np.testing.assert_allclose(x, y, rtol=share, atol=share * np.abs(y).max(initial=0))
 
 
 def test_sums_with_shared_kernels_and_kernels_of_each_run():
@@ -50,20 +47,15 @@ def test_sums_with_shared_kernels_and_kernels_of_each_run():
 
     # With 48 columns each, only two runs at a time are joined.
     for rank in (8, 48):
-        _assert_one_call(
-            sums, draw(rng, RUNS, ROWS, 48), draw(rng, RUNS, ROWS, rank), draw(rng, RUNS, rank, 70)
-        )
+        of_runs = draw(rng, RUNS, ROWS, 48), draw(rng, RUNS, ROWS, rank), draw(rng, RUNS, rank, 70)
+        _assert_one_call(sums, *of_runs)
 
 
 def test_sums_over_a_vocabulary_with_a_number_of_rows_for_each_run():
     rng = np.random.default_rng(1)
-    table = draw(rng, 100, 48)
-    counts = jnp.asarray([3, ROWS, 0, 7, 19], jnp.int32)
-    _assert_one_call(
-        lambda x, count: native.over_vocabulary(x, table, count, transposed=True),
-        draw(rng, RUNS, ROWS, 48),
-        counts,
-    )
+    table, counts = draw(rng, 100, 48), jnp.asarray([3, ROWS, 0, 7, 19], jnp.int32)
+    sums = lambda x, count: native.over_vocabulary(x, table, count, transposed=True)  # noqa: E731
+    _assert_one_call(sums, draw(rng, RUNS, ROWS, 48), counts)
 
 
 def test_attention_with_positions_that_all_rows_share():

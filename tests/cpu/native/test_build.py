@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nalora_jax.common import processor
+from nalora_jax.common import downloads, processor
 from nalora_jax.cpu.native import library
 from nalora_jax.errors import NaloraError
 from tests import tiny
@@ -24,6 +24,8 @@ REGISTERED = library._registered  # with what this process has registered
 
 @pytest.fixture
 def decided_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is registered, and the cache is the folder that NALORA_CACHE names."""
+    monkeypatch.setattr(library, "cache_dir", downloads.cache_dir)
     monkeypatch.setattr(library, "_registered", functools.cache(library._registered.__wrapped__))
 
 
@@ -61,24 +63,12 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(tmp_path, monkeypatch, 
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'unknown option -mamx-tile' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("NALORA_NATIVE", "1")
-    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    for name, value in (("CXX", compiler), ("NALORA_NATIVE", "1"), ("NALORA_CACHE", tmp_path / "cache")):
+        monkeypatch.setenv(name, str(value))
     with caplog.at_level(logging.WARNING):
         assert not library.kind()
     assert "unknown option -mamx-tile" in caplog.text
     assert list((tmp_path / "cache" / "native").iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("choice", "devices", "kinds"),
-    [("0", 1, ("tiles",)), ("1", 8, ("tiles",)), ("vectors", 8, ("vectors",)), ("1", 1, ())],
-)
-def test_where_xla_does_the_work(choice, devices, kinds, monkeypatch, caplog):
-    monkeypatch.setenv("NALORA_NATIVE", choice)
-    monkeypatch.setattr(processor, "kinds", lambda: kinds)
-    assert not library.kind(devices)
-    assert caplog.messages == []
 
 
 AVX512 = "fma avx512f avx512bw avx512vl"
@@ -109,18 +99,21 @@ def test_kinds_are_those_that_the_cpu_has(machine, flags, expected, tmp_path, mo
     ("kinds", "features", "expected"),
     [
         (("tiles", "vectors", "floats"), {"avx512f"}, "tiles"),
-        (("vectors", "floats"), {"avx512f"}, "vectors"),
         (("floats",), {"avx2"}, "floats"),
         (("floats",), {"avx2", "avx512f"}, None),
         ((), set(), None),
     ],
 )
-def test_the_fastest_kind_is_taken_unless_xla_is_faster(kinds, features, expected, monkeypatch):
+def test_the_fastest_kind_is_taken_unless_xla_is_faster(kinds, features, expected, monkeypatch, caplog):
     monkeypatch.setattr(processor, "kinds", lambda: kinds)
     monkeypatch.setattr(processor, "features", lambda: frozenset(features))
     for choice in ("", "1"):
         monkeypatch.setenv("NALORA_NATIVE", choice)
         assert library.chosen() == expected
+        assert library.kind(devices=8) is None
+    monkeypatch.setenv("NALORA_NATIVE", "0")
+    assert library.kind() is None
+    assert caplog.messages == []
 
 
 def test_a_kind_that_this_cpu_has_not_is_refused(monkeypatch):

@@ -20,11 +20,10 @@ from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.ops.storage import STACKS, prepare
 from nalora_jax.train.program import assemble
 from tests import tiny
-from tests.cpu.native.conftest import ENDS
 from tests.param_trees import init_params
 
 pytestmark = pytest.mark.usefixtures("kernels")
-BASE = ModelConfig.from_hf(tiny.GROUPED | {"num_hidden_layers": 3})
+BASE = ModelConfig.from_hf(tiny.GROUPED | {"num_hidden_layers": 2})
 CONFIG = RunConfig(
     steps=8,
     lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),
@@ -42,21 +41,23 @@ def initial() -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, params)
 
 
-def assembled(config: RunConfig) -> tuple[Any, Any, Any]:
-    """A small decoder, its weights, and their mesh."""
+@functools.cache
+def assembled(native: bool) -> tuple[Any, Any, Any]:
+    """A small decoder's program, its weights as the program reads them, and its batches."""
     mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
     params = initial()
     params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
-    return assemble(config, BASE, params, mesh), params, mesh
-
-
-def batch_of(seed: int, mesh: Any) -> Any:
-    batch = {name: x[None] for name, x in tiny.packed_batch(seed, 8, 16).items()}
-    return distributed.make_global_batch(batch, mesh, rows_axis=1)
+    assembly = assemble(CONFIG, BASE, params, mesh)
+    rows = [{name: x[None] for name, x in tiny.packed_batch(seed, 8, 16).items()} for seed in range(3)]
+    return (
+        assembly,
+        assembly.view(params),
+        [distributed.make_global_batch(b, mesh, rows_axis=1) for b in rows],
+    )
 
 
 def test_kernels_stay_in_their_stacks():
-    params = init_params(BASE, jax.random.key(1), jnp.bfloat16)
+    params = initial()
     prepared = prepare({"params": params}, numerics_for("bfloat16", "cpu"))
     scanned, stacks = prepared["params"], prepared[STACKS]
     paths = {f"{path}/kernel" for path in projection_shapes(BASE)}
@@ -66,47 +67,45 @@ def test_kernels_stay_in_their_stacks():
         assert leaf.shape == ((BASE.n_layers,) if path in paths else trees.flatten(params)[path].shape)
 
 
-def test_a_step_copies_no_kernel():
-    assembly, params, mesh = assembled(CONFIG)
-    program = assembly.step.lower(assembly.view(params), assembly.state, batch_of(0, mesh))
-    text = program.as_text()
-    for path, (d_in, d_out) in projection_shapes(BASE).items():
-        assert f"tensor<{BASE.n_layers}x{d_in}x{d_out}xui16>" in text, path
-        assert f"-> tensor<1x{d_in}x{d_out}xui16>" not in text, path
-
-
-def steps(count: int = 3) -> Any:
-    """Adapters and losses after some steps of a small decoder, from adapters with B nonzero."""
-    assembly, params, mesh = assembled(CONFIG)
-    rng = np.random.default_rng(3)
-
-    def shaken(path: str, x: jax.Array) -> jax.Array:
-        drawn = (rng.normal(size=x.shape) * 0.2).astype(np.float32)
-        return jax.device_put(drawn, x.sharding) if path.endswith("/b") else x
-
-    state, losses = assembly.state._replace(lora=trees.map_named(shaken, assembly.state.lora)), []
-    for i in range(count):
-        state, metrics = assembly.step(assembly.view(params), state, batch_of(i, mesh))
-        losses.append(metrics["loss"])
-    return jax.device_get((state.lora, losses))
-
-
-@pytest.mark.parametrize("kernels", ENDS, indirect=True)
-def test_three_steps_of_a_model_and_the_same_bits_twice(kernels, monkeypatch):
+def test_three_steps_copy_no_kernel_and_are_those_of_xla_and_the_same_bits_twice(monkeypatch):
     called, call = set(), native.call
     monkeypatch.setattr(
         native, "call", lambda name, *x, **options: called.add(name) or call(name, *x, **options)
     )
     assert numerics_for("bfloat16", "cpu").inner == "bfloat16"
-    start, (lora, losses) = steps(0)[0], steps()
+    assembly, view, batches = assembled(True)
+    text = assembly.step.lower(view, assembly.state, batches[0]).as_text()
     gradients = {"attention_gradient", "gate_gradient"}
     assert called == {"products", "attention", "gate", "over_vocabulary"} | gradients
-    for one, again in zip(*map(jax.tree.leaves, ((lora, losses), steps())), strict=True):
-        np.testing.assert_array_equal(one, again)
+    for path, (d_in, d_out) in projection_shapes(BASE).items():
+        assert f"tensor<{BASE.n_layers}x{d_in}x{d_out}xui16>" in text, path
+        assert f"-> tensor<1x{d_in}x{d_out}xui16>" not in text, path
+    rng = np.random.default_rng(3)
+    # B is nonzero.
+    start = trees.map_named(
+        lambda path, x: (
+            np.float32(rng.normal(size=x.shape) * 0.2) if path.endswith("/b") else np.asarray(x)
+        ),
+        assembly.state.lora,
+    )
+
+    def steps(native: bool) -> tuple[Any, list[Any]]:
+        """Adapters and losses after three steps."""
+        assembly, view, batches = assembled(native)
+        placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), start, assembly.state.lora)
+        state = jax.tree.map(jnp.array, assembly.state._replace(lora=placed))  # the step donates it
+        losses = []
+        for batch in batches:
+            state, metrics = assembly.step(view, state, batch)
+            losses.append(metrics["loss"])
+        return jax.device_get((state.lora, losses))
+
+    lora, losses = steps(True)
+    jax.tree.map(np.testing.assert_array_equal, (lora, losses), steps(True))
     called.clear()
     monkeypatch.setenv("NALORA_NATIVE", "0")
     jax.clear_caches()
-    lora_xla, losses_xla = steps()
+    lora_xla, losses_xla = steps(False)
     assert not called
     np.testing.assert_allclose(losses, losses_xla, rtol=2e-3)
     for path, moved in trees.flatten(jax.tree.map(np.subtract, lora, start)).items():
