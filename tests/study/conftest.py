@@ -117,7 +117,8 @@ def write_study(folder: Path, base: Path, questions: Path) -> Path:
 def job_of(kind: Any, config: RunConfig) -> Job:
     """The run that the settings alone make, without a study's programs."""
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    inputs = replace(kind.open_inputs(config, None), begin=lambda assembly, *_: assembly)
+    start = SimpleNamespace(with_start=lambda assembly, *_: assembly)
+    inputs = replace(kind.open_inputs(config, None), start=start)
     return built(inputs, kind, config, mesh, cast(Any, SimpleNamespace(folder=None)))
 
 
