@@ -130,10 +130,6 @@ EVERYTHING = (
     LoRARule("ffn/", rank=2),
     LoRARule("attn/", rank=4),
 )
-CASES = {
-    "clip": LoRAConfig(rules=EVERYTHING, rslora=True),
-    "siglip": LoRAConfig(rules=(LoRARule("text/", 3),), dora=True),  # one tower
-}
 
 
 def layers_of(config: DualConfig) -> dict[str, range]:
@@ -155,11 +151,10 @@ def adapted(loaded: LoadedDual, config: LoRAConfig) -> tuple[dict, AdapterSpec]:
     return trees.map_named(filled, lora), spec
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_peft_computes_the_same(dual_folder, tmp_path, case):
-    folder = dual_folder(case)
+def test_peft_computes_the_same(dual_folder, tmp_path):
+    folder = dual_folder("clip")
     loaded = load_dual(str(folder), dtype="float32")
-    lora, spec = adapted(loaded, CASES[case])
+    lora, spec = adapted(loaded, LoRAConfig(rules=EVERYTHING, rslora=True, dora=True))
     adapter, fingerprint = tmp_path / "adapter", loaded.fingerprint
     export_adapter(lora, spec, loaded.config, adapter, base_model_name=str(folder), fingerprint=fingerprint)
     verify_export(adapter, lora, spec, loaded.config, fingerprint=fingerprint)

@@ -135,13 +135,13 @@ def test_every_device_gets_its_shard_alone(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
-@pytest.mark.parametrize(("quantized", "room"), [(None, 32), ("nf4", 80)])
-def test_peak_memory_is_the_parameters_and_a_block(tmp_path, quantized, room):
+def test_peak_memory_is_the_parameters_and_a_block(tmp_path):
     """A second copy of one leaf, 67 MB, would show, and a whole kernel in floats (17 MB a layer)."""
     raw = RAW | WIDE | {"tie_word_embeddings": True}
-    size, grown = loaded_and_peak(tmp_path, raw, quantized=quantized)
-    assert size > 230 if quantized is None else size < 0.3 * 243
-    assert grown < size + room
+    (packed, with_codes), (floats, with_floats) = loaded_and_peak(tmp_path, raw, ("nf4", None))
+    assert packed < 0.3 * 243 < 230 < floats
+    assert with_codes < packed + 80
+    assert with_floats < floats + 32
 
 
 # ---------------------------------------------------------------- identity
