@@ -99,6 +99,13 @@ MADE: list[tuple[str, dict[str, Any]]] = [
         | {
             "target_parameters": ["down_proj"],
             "alpha_pattern": {"down_proj": 2, "mlp.down_proj": 3},
+        },
+    ),
+    (
+        "qwen2_moe",
+        ON_STACKS
+        | {
+            "target_parameters": ["experts.down_proj"],
             "rank_pattern": {"layers.2.mlp.experts.down_proj": 2},
         },
     ),
