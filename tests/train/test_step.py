@@ -83,10 +83,17 @@ def _train(assembly: Assembly, params: Any, steps: int = 3, accumulate: int = 1)
 
 
 @cache
+def _whole() -> tuple[Assembly, Any]:
+    """A run on one device whose step takes whole batches."""
+    return _assemble(SGD, base=FOUR_HEADS)
+
+
+@cache
 def _alone() -> Any:
     """Three whole steps on one device: what splits, meshes and repetitions are compared with."""
-    assembly, params = _assemble(SGD, base=FOUR_HEADS)
-    state, history = _train(assembly, params)
+    assembly, params = _whole()
+    start = jax.tree.map(jnp.copy, assembly.state)
+    state, history = _train(replace(assembly, state=start), params)
     return jax.device_get(state), history
 
 
@@ -105,11 +112,12 @@ SGD = replace(
     optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant"),
 )
 FOUR_HEADS = replace(BASE, n_kv_heads=4)
+FFN_ONLY = LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4),))
 
 
 def test_a_step_holds_one_forward_and_backward_pass_however_many_micro_batches_it_takes() -> None:
     def products(accumulate: int) -> int:
-        assembly, params = _assemble(CONFIG)
+        assembly, params = _assemble(replace(CONFIG, lora=FFN_ONLY, mechanisms=("soft",)))
         text = assembly.step.lower(params, assembly.state, _batch(0, accumulate)).as_text()
         return text.count("stablehlo.dot_general")
 
@@ -178,7 +186,6 @@ def test_a_mesh_is_one_device(capfd: pytest.CaptureFixture[str]) -> None:
         assert max(per_device.values()) < (1 / parts + 0.05) * trees.size_bytes(tree)
 
 
-FFN_ONLY = LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4),))
 CHECKED = replace(CONFIG, lora=FFN_ONLY, debug=DebugConfig(check_gates=True))
 
 
@@ -237,16 +244,17 @@ def test_the_debug_check_catches_padding_and_the_mask_of_another_layer(
 
 
 def test_what_was_not_measured_is_not_a_number_and_stops_the_run() -> None:
-    assembly, params = _assemble(CONFIG)
-    batch = _batch(0)
+    (assembly, params), batch = _whole(), _batch(0)
     batch |= {name: np.zeros_like(batch[name]) for name in ("segment_ids", "loss_weights")}
-    gate = assembly.state.gate._replace(count=jnp.int32(10))
-    late = assembly.state._replace(opt_state=with_gate_state(assembly.state.opt_state, gate))
+    late = jax.tree.map(jnp.copy, assembly.state)
+    gate = late.gate._replace(count=jnp.int32(10))
+    late = late._replace(opt_state=with_gate_state(late.opt_state, gate))
     _, metrics = assembly.step(params, late, batch)
     for name in ("importance", "occupancy", "feature", "misalignment", "limit"):
         assert np.isnan(metrics["layers"]["layers/ffn"][name]).all(), name
-    assert {label: bool(x) for label, x in metrics["idle"].items()} == {"mask": True, "step_scale": True}
+    idle = {label: bool(x) for label, x in metrics["idle"].items()}
+    assert idle == {"delta": True, "mask": True, "step_scale": True}
     meter = _Meter({})
     meter.add(11, metrics)
-    with pytest.raises(NaloraError, match="step 11: mask, step_scale: .*no token measured"):
+    with pytest.raises(NaloraError, match="step 11: delta, mask, step_scale: .*no token measured"):
         meter.record(1e-3)
