@@ -247,9 +247,10 @@ def test_what_was_not_measured_is_not_a_number_and_stops_the_run() -> None:
     (assembly, params), batch = _whole(), _batch(0)
     batch |= {name: np.zeros_like(batch[name]) for name in ("segment_ids", "loss_weights")}
     late = jax.tree.map(jnp.copy, assembly.state)
-    gate = late.gate._replace(count=jnp.int32(10))
+    gate = late.gate._replace(count=late.gate.count + 10)
     late = late._replace(opt_state=with_gate_state(late.opt_state, gate))
-    _, metrics = assembly.step(params, late, batch)
+    placed = distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)
+    _, metrics = assembly.step(params, late, placed)
     for name in ("importance", "occupancy", "feature", "misalignment", "limit"):
         assert np.isnan(metrics["layers"]["layers/ffn"][name]).all(), name
     idle = {label: bool(x) for label, x in metrics["idle"].items()}
