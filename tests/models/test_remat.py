@@ -104,7 +104,7 @@ def cudnn_forward(q, k, v, visible):
 cudnn.defvjp(cudnn_forward, lambda saved, cotangent: (*BACKWARD.bind(*saved, cotangent), None))
 
 
-def traced_cudnn(q, k, v, visible, **_):
+def traced_cudnn(q, k, v, visible, scale):
     return cudnn(*(x.astype(jnp.bfloat16) for x in (q, k, v)), visible).astype(jnp.float32)
 
 
