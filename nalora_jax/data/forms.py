@@ -27,32 +27,14 @@ IMAGES = "__images__"
 # ShareGPT's names of speakers, and the roles of chat templates.
 ROLES = {
     "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "bing": "assistant",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
+    **{role: role for role in ("user", "assistant", "system", "tool")},
 }
-ROLES |= {
-    "bard": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-}
-ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 _CALL = "function_call"
 # Roles of chat templates and their synonyms, which templates would render unchanged.
 _KNOWN_ROLES = ("user", "assistant", "system", "tool", "developer")
 _MISNAMED = {name: role for name, role in ROLES.items() if name != role and role != "tool"}
-# Stanford Alpaca's prompts, which most models without a chat template were tuned with.
-_ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-_ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-    "response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
 
 
 class Parts(list[dict[str, str]]):
@@ -139,13 +121,17 @@ def _alpaca(record: Record, config: DataConfig, where: str) -> Record:
     for name, text in texts.items():
         if not isinstance(text, str):
             raise NaloraError(f"{where}: {name}", expected="a text", found=f"a {type(text).__name__}")
+    instruction, given = texts["instruction"], texts["input"]
     if config.chat:
-        prompt = "\n\n".join(filter(None, (texts["instruction"], texts["input"])))
-    else:
-        # Not str.format on the complete text: data with braces must not be read as a template.
-        template = _ALPACA_INPUT if texts["input"] else _ALPACA
-        prompt = template.replace("{instruction}", "\0").replace("{input}", texts["input"])
-        prompt = prompt.replace("\0", texts["instruction"])
+        prompt = "\n\n".join(filter(None, (instruction, given)))
+    else:  # Stanford Alpaca's prompt, with which most models without a chat template were tuned
+        context = ", paired with an input that provides further context" if given else ""
+        prompt = (
+            f"Below is an instruction that describes a task{context}. Write a response that appropriately "
+            f"completes the request.\n\n### Instruction:\n{instruction}\n\n"
+        )
+        prompt += f"### Input:\n{given}\n\n" if given else ""
+        prompt += "### Response:\n"
     return {config.prompt_field: prompt, config.completion_field: texts["output"]}
 
 

@@ -25,6 +25,7 @@ from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_modules import (
     Entry,
     Host,
+    HostModule,
     ModuleAdapter,
     ModuleLayout,
     Place,
@@ -104,9 +105,13 @@ def export_adapter(
         folder has other content; or a write fails.
     """
     layout, for_vllm = layout or layout_for(target, config), target == "vllm"
+    by_weight: frozenset[HostModule] = frozenset()
     if for_vllm:
         _check_vllm(spec)
-    entries = list(_entries(lora, spec, config, layout, per_expert=for_vllm))
+    else:
+        by_weight = layout.weight_only()
+    layout = layout.without("stack" if for_vllm and layout.of("expert") else "expert")
+    entries = list(_entries(lora, spec, config, layout, by_weight))
     entries = _one_rank(entries, config, layout, max_lora_rank) if for_vllm else _even_stacks(entries)
     written = spec
     if any(entry.parameter or entry.place.expert is not None for entry in entries):
@@ -116,7 +121,7 @@ def export_adapter(
     settings |= {"base_model_name_or_path": base_model_name, **(extra or {})}
     if for_vllm:
         entries += copies_for_values(entries, config)
-    tensors = dict(adapter_tensors(entries, layout))
+    tensors = dict(adapter_tensors(entries))
     if isinstance(config, ModelConfig):
         tensors |= table_tensors(lora, spec, config)
     base = {FINGERPRINT_KEY: fingerprint, ROPE_KEY: rope_scaling, BASE_KEY: base_weights}
@@ -162,13 +167,24 @@ def _entries(
     spec: AdapterSpec,
     config: Host,
     layout: ModuleLayout,
-    *,
-    per_expert: bool,
+    by_weight: frozenset[HostModule],
 ) -> Iterator[Entry]:
-    """Yields every adapted module, fused if the family fuses it."""
+    """Yields every adapted module, fused if the family fuses it.
+
+    Args:
+      lora: the adapter's tree.
+      spec: its spec.
+      config: the base model.
+      layout: the modules to write.
+      by_weight: Linear modules that are named in target_parameters.
+    """
     leaves = flatten(lora)
-    _check_known(spec, layout)
-    by_expert = per_expert and bool(layout.experts)
+    paths = {path for module in layout.modules for path in module.parts}
+    for path, _ in spec.targets:
+        if uniform_path(path) not in paths:
+            raise NaloraError(
+                f"adapter at {path}", expected=f"one of {', '.join(sorted(paths))}", found=path
+            )
 
     @functools.cache
     def part(path: str, index: int) -> ModuleAdapter | None:
@@ -176,14 +192,12 @@ def _entries(
 
     for place in places_in(config, layout):
         module, expert = place.module, place.expert
-        if (place.stacked and by_expert) or (expert is not None and not by_expert):
-            continue
         adapter = fuse([part(*slot) for slot in place.slots], place.widths, alternates=module.alternates)
         if adapter is None:
             continue
         if expert is not None:
             adapter = ModuleAdapter(adapter.a[expert], adapter.b[expert], adapter.scale)
-        parameter = place.stacked or (layout.weight_only(module) and not per_expert)
+        parameter = place.stacked or module in by_weight
         _check_dora(spec, place.name, adapter, parameter=parameter)
         yield Entry(place, adapter, parameter)
 
@@ -203,15 +217,6 @@ def _even_stacks(entries: list[Entry]) -> list[Entry]:
         replace(entry, adapter=fold(entry.adapter, rank, scale)) if entry.parameter else entry
         for entry in entries
     ]
-
-
-def _check_known(spec: AdapterSpec, layout: ModuleLayout) -> None:
-    paths = {path for module in (*layout.modules, *layout.parameters) for path in module.parts}
-    for path, _ in spec.targets:
-        if uniform_path(path) not in paths:
-            raise NaloraError(
-                f"adapter at {path}", expected=f"one of {', '.join(sorted(paths))}", found=path
-            )
 
 
 def _check_dora(spec: AdapterSpec, name: str, adapter: ModuleAdapter, *, parameter: bool) -> None:
@@ -256,24 +261,21 @@ def _one_rank(entries: list[Entry], config: Host, layout: ModuleLayout, limit: i
     folded = {entry.place.name: fold(entry.adapter, rank, scale) for entry in entries}
     adapted = {entry.place.module.name for entry in entries}
     lasts = {short_name(entry.place.module.name) for entry in entries if not entry.place.stacked}
-    adapted |= {m.name for m in layout.modules if short_name(m.name) in lasts and not m.whole}
+    adapted |= {m.name for m in layout.of("linear") if short_name(m.name) in lasts and not m.whole}
     # vLLM requires all three projections of the experts or none, and all stacks of experts or none.
-    if any(entry.place.expert is not None for entry in entries):
-        adapted |= set(layout.experts.values())
-    if any(entry.place.stacked for entry in entries):
-        adapted |= {module.name for module in layout.parameters}
+    if any(entry.place.module.form != "linear" for entry in entries):
+        adapted |= {module.name for module in (*layout.of("expert"), *layout.of("stack"))}
+
+    def zeros(place: Place) -> ModuleAdapter:
+        *lead, d_in, d_out = place.shape[0 if place.stacked else -2 :]
+        a, b = np.zeros((*lead, d_in, rank), np.float32), np.zeros((*lead, rank, d_out), np.float32)
+        return ModuleAdapter(a, b, scale)
+
     return [
-        Entry(place, folded.get(place.name) or _zeros(place, rank, scale), place.stacked)
+        Entry(place, folded.get(place.name) or zeros(place), place.stacked)
         for place in places_in(config, layout)
         if place.module.name in adapted
     ]
-
-
-def _zeros(place: Place, rank: int, scale: float) -> ModuleAdapter:
-    *lead, d_in, d_out = place.shape[0 if place.stacked else -2 :]
-    return ModuleAdapter(
-        np.zeros((*lead, d_in, rank), np.float32), np.zeros((*lead, rank, d_out), np.float32), scale
-    )
 
 
 # ---------------------------------------------------------------- verification

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from functools import partial
 
 import numpy as np
 import pytest
 
 from nalora_jax.config import DataConfig, PreferenceConfig
 from nalora_jax.data import store
-from nalora_jax.data.pipeline import example_lengths, train_data, with_length
-from nalora_jax.data.preference import pair_sizes
+from nalora_jax.data.pipeline import train_data, with_length
+from nalora_jax.data.preference import pair_data
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.errors import NaloraError
 
@@ -80,9 +79,8 @@ def test_an_epoch_holds_every_example_once(open_data, config, tokenizer, pack):
     assert data.describe()["targets"] == sum(int(batch["loss_weights"].sum()) for batch in batches) // 2
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_is_exact_across_epochs(open_data, config, workers):
-    config = dataclasses.replace(config, workers=workers)
+def test_resume_is_exact_across_epochs(open_data, config):
+    config = dataclasses.replace(config, workers=2)
     data = open_data(config)
     steps = 3 * data.rows_per_epoch // 4
     everything, _ = take(data, steps)
@@ -206,9 +204,7 @@ def test_a_cache_that_something_wrote_over_is_made_again(open_data, config, cach
     (folder / name).write_bytes(content)
     caplog.set_level(logging.WARNING)
     again = open_data(config).store
-    said = (
-        "" if name == "digests.json" else f"{name} is"
-    )  # which digest was hit, and which file it is of, is chance
+    said = "" if name == "digests.json" else f"{name} is"  # which digest is hit is chance
     assert f"the cached tokens in {folder} are damaged ({said}" in caplog.text
     np.testing.assert_array_equal(again.tokens, tokens)
     assert again.fingerprint == fingerprint
@@ -220,49 +216,31 @@ def test_a_cache_that_something_wrote_over_is_made_again(open_data, config, cach
 # ---------------------------------------------------------------- lengths of rows
 
 
-def source(*sizes: int) -> RecordsSource:
-    return RecordsSource("sizes", sky(*sizes))
-
-
 @pytest.mark.parametrize(
-    ("size", "pack", "context", "length"),
+    ("sizes", "pack", "context", "length"),
     [
-        (4, True, 4096, 128),
-        (4, False, 4096, None),
-        (400, True, 4096, None),
-        (400, True, 256, 256),
-        (3000, True, 2**24, 3008),
+        ([6] * 99 + [54], True, 4096, 128),
+        ([6] * 99 + [54], False, 4096, 8),
+        ([402] * 99 + [3602], True, 4096, 408),
+        ([402] * 99 + [3602], True, 256, 256),
+        ([3002] * 99 + [27002], True, 2**24, 3008),
+        # Rows become longer if short ones stay empty.
+        ([80] * 50, True, 4096, 160),  # 128 would be 62.5% full
+        ([80] * 50, True, 150, 128),  # no room for two
+        ([80] * 50, False, 4096, 80),
     ],
 )
-def test_rows_take_the_length_of_most_examples_within_bounds(tokenizer, size, pack, context, length):
-    config, records = DataConfig(pack=pack), source(*[size] * 99, 9 * size)
-    fitting = int(example_lengths(source(size), config, tokenizer)[0])
-    measure = partial(example_lengths, records, config, tokenizer)
-    chosen = with_length(config, measure, context).max_length
-    assert chosen == (length or -(-fitting // 8) * 8)
-    assert with_length(DataConfig(max_length=7), measure, context).max_length == 7
+def test_rows_take_the_length_of_most_examples_within_bounds(sizes, pack, context, length):
+    assert with_length(DataConfig(pack=pack), np.array(sizes), context).max_length == length
 
 
-@pytest.mark.parametrize(
-    ("sizes", "context", "pack", "length"),
-    [
-        ([80], 4096, True, 160),  # 128 would be 62.5% full
-        ([80], 150, True, 128),  # no room for two
-        ([80], 4096, False, 80),
-    ],
-)
-def test_rows_become_longer_if_short_ones_stay_empty(sizes, context, pack, length):
-    config = DataConfig(pack=pack)
-    measured = with_length(config, lambda: np.array(sizes * 50), context)
-    assert measured.max_length == length
-
-
-def test_a_pair_s_length_is_that_of_both_answers(tokenizer):
-    records = [{"prompt": "sky " * 100, "chosen": "blue", "rejected": "green"}] * 3
-    pairs = RecordsSource("pairs", records)
-    sizes = pair_sizes(pairs, DataConfig(), tokenizer, PreferenceConfig("dpo"))
-    assert len(sizes) == 3
-    measured = with_length(DataConfig(), lambda: sizes, 4096).max_length
-    assert sizes[0] <= measured < sizes[0] + 8
-    one = example_lengths(source(100), DataConfig(), tokenizer)[0]
-    assert abs(sizes[0] - 2 * one) < 20  # a row holds both answers, each after its prompt
+@pytest.mark.parametrize("limit", [0, 1])
+def test_lengths_are_those_of_all_records_and_of_both_answers_of_a_pair(tokenizer, cache, limit):
+    config = DataConfig(eval_split="unread", train_limit=limit, pack=False)
+    source = RecordsSource("texts", sky(4, 4, 400))
+    data = train_data(config, tokenizer, batch_size=1, source={"train": source})
+    assert 400 < data.pattern.capacity <= 416
+    pairs = [{"prompt": "sky " * size, "chosen": "blue", "rejected": "green"} for size in (1, 1, 100)]
+    source = RecordsSource("pairs", pairs)
+    data = pair_data(source, config, PreferenceConfig("dpo"), tokenizer, batch_size=1, context=4096)
+    assert 200 < data.pattern.capacity <= 224

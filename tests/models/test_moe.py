@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.extend
@@ -10,19 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding
 
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.low_rank import low_rank
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.moe import MoEFFN
+from nalora_jax.models.parts import PartOptions
 from nalora_jax.models.routing import Groups, RouterSpec, choose, grouped_residual, route
 from nalora_jax.ops.dispatch import Numerics, Platform
+from tests.models.family_fields import tiny_config
 from tests.observed import observed
 
 EXPERTS, D, F, RANK = 4, 8, 12, 3
 SIZES = np.array([5, 0, 3, 2], np.int32)
 EXPERT = np.repeat(np.arange(EXPERTS), SIZES)
+NUMERICS, STATS = Numerics(), GateStatsConfig()
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -59,7 +65,7 @@ def test_experts_are_chosen_within_the_best_groups():
     np.testing.assert_allclose(weights, [[0.5, 0.5]], rtol=1e-6)
 
 
-# On a GPU the experts' factors lie side by side.
+# On a GPU the experts' factors are joined.
 @pytest.mark.parametrize(("masked", "platform"), [(True, "cpu"), (True, "gpu"), (False, "gpu")])
 def test_grouped_adapter_is_each_experts_own_with_gradients(masked, platform):
     groups, numerics = Groups(SIZES, jnp.asarray(EXPERT)), Numerics(platform=Platform(platform))
@@ -81,11 +87,21 @@ def test_grouped_adapter_is_each_experts_own_with_gradients(masked, platform):
     assert not np.any(back(g)[1][1])  # an expert that no token reached
 
 
-def block(**options) -> MoEFFN:
-    adapters = Adapters(
-        (("gate_proj", RANK), ("up_proj", RANK), ("down_proj", RANK)), dora=options.pop("dora", False)
-    )
-    return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, **options)
+def block(
+    rank: int = RANK,
+    *,
+    dropout: float = 0.0,
+    numerics: Numerics = NUMERICS,
+    stats: GateStatsConfig = STATS,
+    sharding: NamedSharding | None = None,
+    **fields: Any,
+) -> MoEFFN:
+    """The experts of a model of width D, with other ``fields`` of its config."""
+    sizes = {"hidden_size": D, "intermediate_size": F, "num_local_experts": EXPERTS}
+    config = dataclasses.replace(tiny_config("mixtral", num_experts_per_tok=2, **sizes), **fields)
+    adapters = Adapters(tuple((f"{name}_proj", rank) for name in ("gate", "up", "down")), dropout=dropout)
+    options = PartOptions("layers", "ffn", adapters, numerics, stats, None, sharding)
+    return MoEFFN(config, RouterSpec(), options)
 
 
 def variables_of(module: MoEFFN):
@@ -98,7 +114,7 @@ def test_gpt_oss_experts_against_float64():
     """Biases of router and experts, the clamped gate, ``1 + clip(u)``: output and statistics of every expert."""
     stats, limit, slope = GateStatsConfig(stride=1, probe_stride=1), 0.9, 1.3
     name = f"clamped_swish({slope!r},{limit!r})"
-    module = block(stats=stats, use_bias=True, router_bias=True, up_limit=limit, activation=name)
+    module = block(stats=stats, ffn_bias=True, router_bias=True, up_limit=limit, activation=name)
     x, variables = normal(2, 9, D), variables_of(module)
     params = {
         n: {k: normal(*v.shape, seed=i) for i, (k, v) in enumerate(p.items())}
@@ -167,13 +183,14 @@ def test_statistics_are_the_same_where_adapters_lie_side_by_side():
 
 
 def test_dropout_acts_on_the_adapters_input_only():
-    module, x = block(), normal(1, 6, D)
+    module, x = block(dropout=0.5), normal(1, 6, D)
+    still = jax.jit(lambda variables: module.apply(variables, x))
+    drop = jax.jit(
+        lambda variables: module.apply(
+            variables, x, deterministic=False, rngs={"dropout": jax.random.key(0)}
+        )
+    )
     variables = variables_of(module)
-    noisy = MoEFFN(D, F, EXPERTS, 2, adapters=Adapters(module.adapters.ranks, dropout=0.5))
-    still = noisy.apply(variables, x)
-    np.testing.assert_array_equal(still, module.apply(variables, x))
-    dropped = noisy.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
-    assert np.abs(dropped - still).max() > 1e-3
     base = {"params": variables["params"]}
-    same = noisy.apply(base, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
-    np.testing.assert_array_equal(same, module.apply(base, x))
+    assert np.abs(drop(variables) - still(variables)).max() > 1e-3
+    np.testing.assert_array_equal(drop(base), still(base))

@@ -62,10 +62,9 @@ def opened(folder, config: RunConfig = DEFAULT, fingerprint: str = "sha256:aa", 
     return Checkpointer(folder, fingerprint=fingerprint, config=config.to_dict(), **options)
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_round_trip_is_bit_exact_through_a_new_manager(tmp_path, asynchronous):
+def test_round_trip_is_bit_exact_through_a_new_manager(tmp_path):
     state = make_state(3)
-    with opened(tmp_path, asynchronous=asynchronous) as checkpoints:
+    with opened(tmp_path) as checkpoints:
         assert checkpoints.save(3, state, DATA)
     with opened(tmp_path) as checkpoints:
         abstract = jax.eval_shape(lambda: make_state(0))

@@ -84,7 +84,7 @@ def assembled(preference, mesh=None):
     params = jax.tree.map(lambda leaf: 2 * leaf, init_params(BASE, jax.random.key(0)))
     mesh = mesh or tiny.one_device()
     params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
-    made = assemble(settings(preference), BASE, params, mesh, **program_parts(preference))
+    made = assemble(settings(preference), BASE, params, mesh, **program_parts(settings(preference), None))
     moved = {
         path: leaf + 0.3 * jax.random.normal(jax.random.key(i), leaf.shape)
         for i, (path, leaf) in enumerate(trees.flatten(made.state.lora).items())

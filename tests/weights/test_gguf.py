@@ -32,7 +32,6 @@ from nalora_jax.weights.gguf_export import (
     write_adapter_gguf,
 )
 from nalora_jax.weights.keymaps import keymap_for
-from nalora_jax.weights.merge import merge
 from nalora_jax.weights.peft import export_adapter
 from nalora_jax.weights.tensors import load_params
 from tests.param_trees import params_from_tensors, tensors_from_params
@@ -46,6 +45,7 @@ from tests.weights.gguf_files import (
     random_params,
     write_model,
 )
+from tests.weights.in_peft import merged_params
 
 
 def write_llama(path: Path, more: Write = lambda _: None, **changes: Any) -> Path:
@@ -376,7 +376,7 @@ def test_adapter_file_is_the_difference_of_merged_and_base(family, tiny_model, r
     alpha = reader.fields["adapter.lora.alpha"].contents()
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     before = dict(tensors_from_params(config, params, "gguf"))
-    for name, after in tensors_from_params(config, merge(params, lora, spec), "gguf"):
+    for name, after in tensors_from_params(config, merged_params(config, params, lora, spec), "gguf"):
         a, b = stored.pop(f"{name}.lora_a", None), stored.pop(f"{name}.lora_b", None)
         delta = after - before[name]
         if a is None:
