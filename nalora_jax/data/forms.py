@@ -44,34 +44,13 @@ class Parts(list[dict[str, str]]):
     """
 
 
-def form_of(record: Mapping[str, Any], config: DataConfig) -> str:
-    """Returns the name of a record's form for the log, or "" if the form is unknown."""
-    prompt, completion = record.get(config.prompt_field), record.get(config.completion_field)
-    if config.messages_field in record:
-        tools = ", with tools" if record.get("tools") else ""
-        return f"chat messages ({config.messages_field}){tools}"
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return f"chat messages ({config.prompt_field} and {config.completion_field})"
-    if config.prompt_field in record:
-        choices = ", with choices" if record.get("choices") else ""
-        return f"prompt and completion ({config.prompt_field}, {config.completion_field}){choices}"
-    if CONVERSATIONS in record:
-        return f"ShareGPT conversations ({CONVERSATIONS}: from, value)"
-    if {"instruction", "output"} <= record.keys():
-        wrapped = "the chat template" if config.chat else "Alpaca's prompt"
-        return f"Alpaca fields (instruction, input, output), written by {wrapped}"
-    if TEXT in record:
-        return f"plain text ({TEXT})"
-    return ""
-
-
 def in_turns(record: Record, config: DataConfig, *chosen: str) -> bool:
     """Returns True if a chat template writes the text of a record.
 
     Args:
       record: of any form.
       config: names of the fields, and ``chat``.
-      *others: fields with the completions of a preference pair.
+      *chosen: fields with the completions of a preference pair.
     """
     record = canonical(record, config, "record")
     fields = (config.prompt_field, *chosen)
@@ -90,23 +69,45 @@ def canonical(record: Record, config: DataConfig, where: str) -> Record:
     Raises:
       NaloraError: the type of a field does not match the record's form.
     """
-    prompt, completion = record.get(config.prompt_field), record.get(config.completion_field)
-    if config.messages_field in record:
-        return record
+    return _converted(record, config, where)[0]
+
+
+def form_of(record: Record, config: DataConfig) -> str:
+    """Returns the name of a record's form for the log, or "" if the form is unknown.
+
+    Raises:
+      NaloraError: as of `canonical`.
+    """
+    return _converted(record, config, "record")[1]
+
+
+def _converted(record: Record, config: DataConfig, where: str) -> tuple[Record, str]:
+    """Returns `canonical` and `form_of` a record."""
+    messages, asked, answered = config.messages_field, config.prompt_field, config.completion_field
+    prompt, completion = record.get(asked), record.get(answered)
+    if messages in record:
+        return record, f"chat messages ({messages}){', with tools' if record.get('tools') else ''}"
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _with_messages(record, config, [*prompt, *completion])
-    if config.prompt_field in record:
-        return record
+        turns = _with_messages(record, config, [*prompt, *completion])
+        return turns, f"chat messages ({asked} and {answered})"
+    if asked in record:
+        choices = ", with choices" if record.get("choices") else ""
+        return record, f"prompt and completion ({asked}, {answered}){choices}"
     if CONVERSATIONS in record:
-        system, turns = record.get("system"), record[CONVERSATIONS]
-        if isinstance(turns, list) and isinstance(system, str) and system:
-            turns = [{"role": "system", "content": system}, *turns]
-        return _with_messages(record, config, turns)
+        system, spoken_turns = record.get("system"), record[CONVERSATIONS]
+        if isinstance(spoken_turns, list) and isinstance(system, str) and system:
+            spoken_turns = [{"role": "system", "content": system}, *spoken_turns]
+        turns = _with_messages(record, config, spoken_turns)
+        return turns, f"ShareGPT conversations ({CONVERSATIONS}: from, value)"
     if {"instruction", "output"} <= record.keys():
-        return _alpaca(record, config, where)
-    if TEXT in record and config.completion_field not in record and not config.chat:
-        return type(record)({config.prompt_field: "", config.completion_field: record[TEXT]})
-    return record
+        author = "the chat template" if config.chat else "Alpaca's prompt"
+        form = f"Alpaca fields (instruction, input, output), written by {author}"
+        return _alpaca(record, config, where), form
+    if TEXT not in record:
+        return record, ""
+    if answered not in record and not config.chat:
+        record = type(record)({asked: "", answered: record[TEXT]})
+    return record, f"plain text ({TEXT})"
 
 
 def _with_messages(record: Record, config: DataConfig, messages: Any) -> Record:

@@ -302,24 +302,20 @@ class FileSource(JoinedSource):
             opened = {name: [open_rows(file) for file in files[name]] for name in chosen}
         self.dataset = str(path) if is_url(path) else str(expand_user(path).resolve())
         self.name = f"{path}[{split}]"
-        self._spans = self._parse(split, opened)
+        names = ", ".join(self.siblings)
+        only = 'one split, "train", or' if names == "train" else f"{names}, or"
+        expected = f'{only} slices such as "train[-5%:]"'
+        with foreign_errors(self.name, expected, "name a split that is there"):
+            sizes = {name: sum(map(len, rows)) for name, rows in opened.items()}
+            self._spans = absolute_of(split, sizes)
         members = [file for rows in opened.values() for file in rows]
-        sizes = [sum(map(len, rows)) for rows in opened.values()]
-        first = dict(zip(opened, np.cumsum([0, *sizes]).tolist(), strict=False))
+        first = dict(zip(opened, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
         index = np.concatenate([first[name] + np.arange(start, stop) for name, start, stop in self._spans])
         ends = np.cumsum([0, *map(len, members)])
         of = np.searchsorted(ends, index, side="right") - 1
         super().__init__(members, of, index - ends[of])
         self.fingerprint = f"files:{':'.join(member.sha256 for member in members)}:{split}"
         require_some(self)
-
-    def _parse(self, split: str, opened: Mapping[str, Sequence[RecordFile]]) -> list[Span]:
-        names = ", ".join(self.siblings)
-        only = 'one split, "train", or' if names == "train" else f"{names}, or"
-        with foreign_errors(
-            self.name, f'{only} slices such as "train[-5%:]"', "name a split that is there"
-        ):
-            return absolute_of(split, {name: sum(map(len, rows)) for name, rows in opened.items()})
 
     @property
     def spans(self) -> list[Span]:

@@ -78,9 +78,7 @@ IN_PARTS = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]
         ({"conversations": FUNCTIONS, "tools": json.dumps(TOOLS)}, WITH_TOOLS, SHAREGPT),
     ],
 )  # fmt: skip
-def test_conversations_are_the_same_in_every_form(
-    with_tools: Tokenizer, record: dict[str, Any], same: dict[str, Any], form: str
-) -> None:
+def test_conversations_are_the_same_in_every_form(with_tools, record, same, form) -> None:
     expected = render_record(same, CONFIG, with_tools, "here")
     assert render_record(record, CONFIG, with_tools, "here") == expected
     assert form_of(record, CONFIG) == form

@@ -109,7 +109,7 @@ def test_the_last_part_is_of_the_loss_tokens(open_data, tokenizer):
 def test_pairs_are_not_divided():
     for name, value, expected in (
         ("loss_last", 4.0, "0"),
-        ("too_long", "split", "drop, truncate or error"),
+        ("too_long", "split", "drop or truncate or error"),
     ):
         message = f"--data.{name.replace('_', '-')}: expected {expected} with --preference.loss"
         with pytest.raises(NaloraError, match=message):

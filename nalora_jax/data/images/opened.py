@@ -388,10 +388,9 @@ class ImageData(Stream):
         pairs = (divmod(row, count) for row in rows)
         places = np.array([epoch_order(count, self.seed, epoch)[place] for epoch, place in pairs])
         indices = self.indices[places]
+        records = self.source.read(indices.tolist())
         prepared = []
-        for row, index, record in zip(
-            rows, indices.tolist(), self.source.read(indices.tolist()), strict=True
-        ):
+        for row, index, record in zip(rows, indices.tolist(), records, strict=True):
             image = self.source.opened(index, record)
             prepared.append(self.processor(augmented(image, self.vision, generator(self.seed, row))))
         batch = {name: np.stack([arrays[name] for arrays in prepared]) for name in prepared[0]}
