@@ -32,10 +32,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of XLA's CPU client. By default one per device: where two collectives of one program do not depend on each
 # other, devices may wait in different ones until no thread is left to finish either.
 os.environ.setdefault("NPROC", "32")
-# A program that one test has compiled is read by the others, in whichever process they run. All are kept: an operation
-# of 40 ms takes 16 ms from there, a draw of random numbers of 100 ms 40 to 80 ms.
+# A program that one test has compiled is read by the others, in whichever process they run. Not a small one: its
+# compression takes 3 ms, and on average it is read no faster than it is compiled.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/nalora-tests-{os.getpid()}")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 # Lines of source for each operation of a program would take 6% of the time of a test that compiles.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
@@ -135,6 +135,18 @@ def _garbage() -> Iterator[None]:
     """Runs collect no garbage after they compiled: in a process of many tests that takes half a second each time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nalora_jax.train.compilation.gc", SimpleNamespace(collect=lambda: 0))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels() -> Iterator[None]:
+    """A test's new NALORA_CACHE has the kernels of this machine, whose compilation takes 15 CPU seconds."""
+    from nalora_jax.common.downloads import cache_dir
+
+    folder = cache_dir()
+    with pytest.MonkeyPatch.context() as patch:
+        if HAS_CPU:
+            patch.setattr("nalora_jax.cpu.native.library.cache_dir", lambda: folder)
         yield
 
 

@@ -10,19 +10,21 @@ import jax.numpy as jnp
 from nalora_jax.common import trees
 from nalora_jax.method import statistics
 from nalora_jax.method.measurement import CHECKS, GateStatsConfig
+from nalora_jax.models.moe import MoEFFN
 from nalora_jax.models.stacks import gate_blocks
 from nalora_jax.ops.reductions import count
 
 
 def taps_of(module: Any, names: tuple[str, ...] = statistics.STANDARD) -> dict[str, Any]:
     """Returns the taps of a block, or of all blocks of a decoder, with those of its checks."""
-    stats, flat = module.stats or GateStatsConfig(), {}
-    shards = (count(stats.sharding),) if count(stats.sharding) > 1 else ()
-    if hasattr(module, "config"):
+    stats, flat = getattr(module, "stats", None) or GateStatsConfig(), {}
+    if isinstance(module, MoEFFN):
+        stats, blocks = module.options.stats, {"": (module.config.n_experts, module.config.d_ff)}
+    elif hasattr(module, "config"):
         blocks = {f"{path}/": shape for path, (shape, _) in gate_blocks(module.config).items()}
     else:
-        experts = getattr(module, "n_experts", 0)
-        blocks = {"": (experts, module.d_ff) if experts else (module.d_ff,)}
+        blocks = {"": (module.d_ff,)}
+    shards = (count(stats.sharding),) if count(stats.sharding) > 1 else ()
     for prefix, channels in blocks.items():
         lead, channels = (channels[:1], channels[1:]) if prefix else ((), channels)
         zeros = statistics.taps(names, (*lead, *shards, *channels))

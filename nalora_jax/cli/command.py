@@ -21,7 +21,7 @@ from nalora_jax.cli import (
 from nalora_jax.common import buckets
 from nalora_jax.common.imports import import_files, installed_version
 from nalora_jax.config.checks import check_path
-from nalora_jax.config.structured import check_ranges, summaries_only, unknown
+from nalora_jax.config.structured import check_ranges, unknown
 from nalora_jax.errors import NaloraError
 
 
@@ -87,7 +87,6 @@ _IN_BUCKETS = {
     "from-peft": ("file",),
 }
 _RESUME = ("yes", "no", "auto")
-_ASSIGNED = ("--mesh=", "--data.max-length=", "--optimizer.learning-rate=", "--resume=", "--mechanisms=")
 
 
 def execute(argv: Sequence[str]) -> None:
@@ -127,10 +126,17 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 
 
 def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
-    files, words = _imports(_joined(_spelled_out(words), "--sweep"))
+    words = _spelled_out(words)
+    swept, others = parser.taken(words, "--sweep")
+    if swept:  # values of the repeated flag after one
+        words = [*others, "--sweep", *swept]
+    imports = _IMPORT in words
+    files, words = parser.taken(words, _IMPORT, ".py")
+    if imports and not files:
+        raise NaloraError(_IMPORT, expected="Python files, with names that end in .py", found="none")
     asked = next((word for word in words if word in ("-h", "--help", "--help-all")), None)
     if asked in ("-h", "--help") and verb.shown:
-        print(usage.short_help(name, verb.arguments, verb.shown, parser.typed))
+        print(usage.short_help(name, verb.arguments, verb.shown))
         raise SystemExit(0)
     if asked is None:
         names = import_files(files)
@@ -143,8 +149,7 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
     if asked is not None:
         words = ["--help"]
     args = _parsed(name, verb.arguments, words, start, quiet=asked is None)
-    epochs = verb.arguments is parser.TrainArgs and args.run.epochs
-    if epochs and parser.words_after(words, "--steps") is not None:
+    if start is not None and args.run.epochs and parser.taken(words, "--steps")[0]:
         remedy = "leave one of them out"
         raise NaloraError("--steps", expected="steps or epochs", found="both", remedy=remedy)
     check_ranges(args)
@@ -183,11 +188,12 @@ _SHORT = {
     ("--optimizer.learning-rate", "auto"): ("--optimizer.learning-rate=0",),
     ("--mechanisms", "none"): ("--mechanisms",),
 }
+_ASSIGNED = ("--resume=", *(f"{flag}=" for flag, _ in _SHORT))
 _IMPORT = "--import"
 
 
 def _spelled_out(words: list[str]) -> list[str]:
-    """Replaces ``auto``, ``--mechanisms none`` and ``--resume FOLDER`` by flags of the parser."""
+    """Replaces ``auto``, ``--mechanisms none``, ``--resume`` and ``--resume FOLDER`` by flags of the parser."""
     spelled: list[str] = []
     remaining = [
         piece for word in words for piece in (word.split("=", 1) if word.startswith(_ASSIGNED) else (word,))
@@ -196,46 +202,15 @@ def _spelled_out(words: list[str]) -> list[str]:
         pair = tuple(remaining[:2])
         if pair in _SHORT:
             spelled += _SHORT[pair]
-        elif pair[0] == "--resume" and not pair[-1].startswith("-") and pair[-1] not in _RESUME:
-            spelled += ["--output", pair[1], "--resume", "yes"]
+        elif pair[0] == "--resume" and not pair[-1].startswith("-"):
+            spelled += [*pair] if pair[1] in _RESUME else ["--output", pair[1], "--resume", "yes"]
         else:
-            spelled += ["--resume", "no"] if pair[0] == "--no-resume" else [pair[0]]
             pair = pair[:1]
+            spelled += {"--resume": ["--resume", "yes"], "--no-resume": ["--resume", "no"]}.get(
+                pair[0], pair
+            )
         remaining = remaining[len(pair) :]
     return spelled
-
-
-def _joined(words: list[str], flag: str) -> list[str]:
-    """Returns the words with all values of a repeated flag after one flag."""
-    values, others = _taken(words, flag, lambda word: not word.startswith("--"))
-    if flag in words or values:
-        return [*others, flag, *values]
-    return others
-
-
-def _imports(words: list[str]) -> tuple[list[str], list[str]]:
-    """Returns the files after every ``--import``, and the other words."""
-    files, others = _taken(words, _IMPORT, lambda word: word.endswith(".py"))
-    if _IMPORT in words and not files:
-        raise NaloraError(_IMPORT, expected="Python files, with names that end in .py", found="none")
-    return files, others
-
-
-def _taken(words: list[str], flag: str, takes: Callable[[str], bool]) -> tuple[list[str], list[str]]:
-    """Returns the values of a flag, which may be repeated, and the other words."""
-    values, others, taking = [], [], False
-    for word in words:
-        name, assigned, value = word.partition("=")
-        if name == flag:
-            taking = not assigned
-            if assigned:
-                values.append(value)
-        elif taking and takes(word):
-            values.append(word)
-        else:
-            taking = False
-            others.append(word)
-    return values, others
 
 
 def _parsed(name: str, kind: type, words: list[str], start: Any, *, quiet: bool) -> Any:
@@ -249,5 +224,5 @@ def _parsed(name: str, kind: type, words: list[str], start: Any, *, quiet: bool)
     if start is not None:
         options["default"] = start
     options |= {"registry": parser.registry(), "config": (PositionalMetavarFromFieldName, DisallowNone)}
-    with summaries_only(), usage.one_line_errors(name) if quiet else contextlib.nullcontext():
+    with usage.one_line_errors(name) if quiet else contextlib.nullcontext():
         return tyro.cli(kind, prog=f"nalora {name}", args=words, **options)

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +45,31 @@ def doctor(args: Any) -> None:
 
     Versions come first, because JAX ends a process from C++ if another process of a pod does not connect.
     """
-    _section("Versions", _versions())
-    kernels, kernel_problems = _kernels()
-    caches, cache_problems = _caches()
-    _section("CPU", kernels)
-    _section("Caches", caches)
-    devices, device_problems = _devices()
-    _section("Devices", devices)
-    problems = [*kernel_problems, *cache_problems, *device_problems]
+    problems: list[str] = []
+    for title, rows in (
+        ("Versions", _versions),
+        ("CPU", partial(_kernels, problems)),
+        ("Caches", partial(_caches, problems)),
+        ("Devices", partial(_devices, problems)),
+    ):
+        print(title)
+        for name, value in rows().items():
+            print(f"  {name:<32}{value}")
     print("\n  ! ".join(["Problems", *problems]) if problems else "No problem found.")
     if problems:
         raise SystemExit(1)
 
 
 def _versions() -> dict[str, str]:
-    optional = [name for name in OPTIONAL if installed_version(name) != "not installed"]
+    versions = {name: installed_version(name) for name in (*PACKAGES, *OPTIONAL)}
     return {"python": platform.python_version()} | {
-        name: installed_version(name) for name in (*PACKAGES, *optional)
+        name: version
+        for name, version in versions.items()
+        if name in PACKAGES or version != "not installed"
     }
 
 
-def _devices() -> tuple[dict[str, str], list[str]]:
+def _devices(problems: list[str]) -> dict[str, str]:
     import jax
 
     from nalora_jax.common.devices import kind_of, memory_statistics, platform_name
@@ -76,28 +80,26 @@ def _devices() -> tuple[dict[str, str], list[str]]:
         devices = jax.devices()
     except (NaloraError, RuntimeError, AssertionError) as error:  # JAX asserts if a plugin is missing
         reason = " ".join(str(error).split())[:300] or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
-        return {}, [f"JAX finds no device: {reason}"]
-    kinds, used = sorted({kind_of(device) for device in devices}), platform_name(devices[0])
-    rows = {"platform": used, "devices": f"{len(devices)} ({', '.join(kinds)})"}
-    rows["processes"] = str(jax.process_count())
-    local = jax.local_devices()
+        problems.append(f"JAX finds no device: {reason}")
+        return {}
+    local, used = jax.local_devices(), platform_name(devices[0])
     limit = memory_statistics(local[0]).get("bytes_limit", 0)
-    rows["of this process"] = f"{len(local)} x {kind_of(local[0])}" + (
-        f" of {_size(limit)}" if limit else ""
-    )
-    problems = []
     if used == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
         for path, name, extra in (("/dev/nvidia0", "GPU", "cuda"), ("/dev/accel0", "TPU", "tpu")):
             if Path(path).exists():
-                problems.append(
-                    f"there is a {name} ({path}), and JAX uses the CPU: install the extra [{extra}]"
-                )
-    return rows, problems
+                remedy = f"install the extra [{extra}]"
+                problems.append(f"there is a {name} ({path}), and JAX uses the CPU: {remedy}")
+    return {
+        "platform": used,
+        "devices": f"{len(devices)} ({', '.join(sorted(set(map(kind_of, devices))))})",
+        "processes": str(jax.process_count()),
+        "of this process": f"{len(local)} x {kind_of(local[0])}" + (f" of {_size(limit)}" if limit else ""),
+    }
 
 
-def _kernels() -> tuple[dict[str, str], list[str]]:
+def _kernels(problems: list[str]) -> dict[str, str]:
     if importlib.util.find_spec("nalora_jax.cpu") is None:
-        return {"kernels": "none: nalora_jax.cpu is not installed"}, []
+        return {"kernels": "none: nalora_jax.cpu is not installed"}
     from nalora_jax.common import processor
     from nalora_jax.cpu.native import library
     from nalora_jax.train.machine import host_memory
@@ -106,7 +108,6 @@ def _kernels() -> tuple[dict[str, str], list[str]]:
     kinds = processor.kinds()
     rows = {"name": processor.name(), "cores": str(os.cpu_count()), "kernels": ", ".join(kinds) or "none"}
     rows["memory"] = f"{_size(free)} free of {_size(total)}"
-    problems = []
     try:
         rows["in use"] = library.chosen() or "none: products are XLA's"
         rows["compiler"] = library.find_compiler()
@@ -116,34 +117,26 @@ def _kernels() -> tuple[dict[str, str], list[str]]:
         rows["compiler"] = "none"
         if rows["in use"] in kinds:
             problems.append(f"the kernels for this CPU cannot be compiled: {error}")
-    kernel = ""
-    if HUGE_PAGES.exists():
-        kernel = HUGE_PAGES.read_text()
-    rows["huge pages"] = huge_pages(os.environ, platform.libc_ver(), kernel)
-    return rows, problems
+    rows["huge pages"] = _huge_pages()
+    return rows
 
 
-def huge_pages(environ: Mapping[str, str], libc: tuple[str, str], kernel: str) -> str:
-    """Returns whether the C library's heap uses huge pages, with the variable that requests them.
-
-    Args:
-      environ: of the process.
-      libc: name and version, as returned by `platform.libc_ver`.
-      kernel: content of `HUGE_PAGES`, e.g. ``"always [madvise] never"``.
-    """
-    name, version = libc
+def _huge_pages() -> str:
+    """Returns whether the C library's heap uses huge pages, with the variable that requests them."""
+    name, version = platform.libc_ver()
     numbers = version.split(".")
     supported = name == "glibc" and all(map(str.isdecimal, numbers)) and [*map(int, numbers)] >= [2, 35]
+    kernel = HUGE_PAGES.read_text() if HUGE_PAGES.exists() else ""  # e.g. "always [madvise] never"
     if not supported or not kernel or "[never]" in kernel:
         return "not available: they need glibc 2.35 and transparent huge pages of the kernel"
-    if f"{_HUGE}=1" in environ.get("GLIBC_TUNABLES", ""):
+    if f"{_HUGE}=1" in os.environ.get("GLIBC_TUNABLES", ""):
         return "on"
     return f"off; faster on CPUs with: export GLIBC_TUNABLES={_HUGE}=1"
 
 
-def _caches() -> tuple[dict[str, str], list[str]]:
+def _caches(problems: list[str]) -> dict[str, str]:
     root = cache_dir()
-    rows, problems = {"folder": str(root)}, []
+    rows = {"folder": str(root)}
     for name, what in CACHES.items():
         folder = root / name
         if folder.is_dir():
@@ -160,16 +153,8 @@ def _caches() -> tuple[dict[str, str], list[str]]:
         problems.append(f"{existing} has {_size(free)} left, less than a small model needs")
     if not os.access(existing, os.W_OK):
         problems.append(f"{existing} cannot be written; set NALORA_CACHE to a folder that can")
-    return rows, problems
+    return rows
 
 
 def _size(count: int) -> str:
-    if count >= 1e9:
-        return f"{count / 1e9:.1f} GB"
-    return f"{count / 1e6:.1f} MB"
-
-
-def _section(title: str, rows: Mapping[str, str]) -> None:
-    print(title)
-    for name, value in rows.items():
-        print(f"  {name:<32}{value}")
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

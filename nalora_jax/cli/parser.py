@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from nalora_jax.cli.config_files import load_config
-from nalora_jax.cli.usage import until_flag
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
 from nalora_jax.config.checks import check_path
 from nalora_jax.config.settings import GenerationConfig
 from nalora_jax.config.structured import COUNT, MAX_RANK, SEED, TOKENS
-from nalora_jax.errors import NaloraError
 from nalora_jax.study.sweeps.grid import recorded_sweep
 
 Dtype = Literal["bfloat16", "float32"]
@@ -209,42 +207,14 @@ def registry() -> ConstructorRegistry:
         if info.type != bool | Literal["auto"]:
             return None
         return PrimitiveConstructorSpec(
-            nargs="*",  # `--resume` alone means yes
+            nargs=1,
             metavar="[yes|no|auto]",
-            instance_from_str=parse_resume,
+            instance_from_str=lambda texts: {"yes": True, "no": False}.get(texts[0], "auto"),
             is_instance=lambda value: isinstance(value, bool) or value == "auto",
             str_from_instance=lambda value: [{"True": "yes", "False": "no"}.get(str(value), "auto")],
         )
 
     return rules
-
-
-def parse_resume(texts: Sequence[str]) -> bool | Literal["auto"]:
-    """Parses the words after ``--resume``; no word means yes.
-
-    Raises:
-      ValueError: another word; tyro turns this into its message.
-    """
-    spellings: dict[tuple[str, ...], bool | Literal["auto"]] = {
-        (): True,
-        ("yes",): True,
-        ("no",): False,
-        ("auto",): "auto",
-    }
-    if tuple(texts) not in spellings:
-        raise ValueError(f"expected nothing, yes, no or auto, found {' '.join(texts)!r}")
-    return spellings[tuple(texts)]
-
-
-def typed(value: Any) -> str:
-    """Returns a default as a user would type it; "" for None and for disabled features."""
-    if isinstance(value, tuple):
-        return " ".join(map(typed, value))
-    if isinstance(value, LoRARule):
-        return value.text
-    if value is None or value is False:
-        return ""
-    return str(value)
 
 
 def defaults(argv: Sequence[str]) -> TrainArgs:
@@ -253,21 +223,19 @@ def defaults(argv: Sequence[str]) -> TrainArgs:
     Raises:
       NaloraError: the file is missing or is not a config.
     """
-    config = words_after(argv, "--config")
-    if config is None:
-        resume, output = words_after(argv, "--resume"), words_after(argv, "--output")
-        if resume in (None, ["no"]):
+    config, _ = taken(argv, "--config")
+    if not config:
+        resume, output = taken(argv, "--resume")[0], taken(argv, "--output")[0]
+        if resume in ([], ["no"]):
             return TrainArgs()
-        folder = (output or [RunConfig.output])[0]
+        folder = (output or [RunConfig.output])[-1]
         check_path("--output", folder)
         swept = recorded_sweep(folder)
         if swept is not None:
             return TrainArgs(sweep=swept[0], run=replace(swept[1], output=folder, imports=()))
         return TrainArgs(run=_recorded(folder))
-    if not config:
-        raise NaloraError("--config", expected="a YAML, JSON or Python file", found="nothing")
-    check_path("--config", config[0])
-    return TrainArgs(Path(config[0]), run=load_config(config[0]))
+    check_path("--config", config[-1])
+    return TrainArgs(Path(config[-1]), run=load_config(config[-1]))
 
 
 def _recorded(output: str) -> RunConfig:
@@ -281,13 +249,21 @@ def _recorded(output: str) -> RunConfig:
     return replace(config, output=output, resume=False, epochs=0.0, imports=())
 
 
-def words_after(argv: Sequence[str], flag: str) -> list[str] | None:
-    """Returns the words after a flag up to the next flag, or None without it; the last counts."""
-    values = None
-    for index, word in enumerate(argv):
+def taken(words: Sequence[str], flag: str, ending: str = "") -> tuple[list[str], list[str]]:
+    """Returns the values of a flag, which may be repeated, and the other words.
+
+    Values are the words up to the next flag, or up to a word without ``ending``.
+    """
+    values, others, taking = [], [], False
+    for word in words:
         name, assigned, value = word.partition("=")
-        if name == flag and assigned:
-            values = [value]
-        elif word == flag:
-            values = until_flag(argv[index + 1 :])
-    return values
+        if name == flag:
+            taking = not assigned
+            if assigned:
+                values.append(value)
+        elif taking and not word.startswith("--") and word.endswith(ending):
+            values.append(word)
+        else:
+            taking = False
+            others.append(word)
+    return values, others

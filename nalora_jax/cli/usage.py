@@ -8,11 +8,12 @@ import os
 import re
 import shutil
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from textwrap import fill
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from nalora_jax.config import LoRARule
 from nalora_jax.config.structured import field_comments, unknown
 from nalora_jax.errors import NaloraError
 
@@ -81,12 +82,6 @@ def check_flags(verb: str, kind: type, argv: Sequence[str]) -> None:
         if name.startswith("--") and name != "--" and name not in by_name and name not in off:
             expected, remedy = f"a flag of nalora {verb}", f"see nalora {verb} --help-all"
             raise unknown(name, name, [*by_name, *off], expected, remedy)
-
-
-def until_flag(words: Sequence[str]) -> list[str]:
-    """Returns the words up to the next flag; a negative number is not a flag."""
-    end = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
-    return list(words[:end])
 
 
 @contextlib.contextmanager
@@ -188,16 +183,13 @@ def overview(verbs: Mapping[str, type]) -> str:
     return "\n".join(lines)
 
 
-def short_help(
-    verb: str, kind: type, common: Mapping[str, Sequence[str]], written: Callable[[Any], str]
-) -> str:
+def short_help(verb: str, kind: type, common: Mapping[str, Sequence[str]]) -> str:
     """Returns the most used flags, and one line about each group of other flags.
 
     Args:
       verb: name of the subcommand.
       kind: its arguments.
       common: names of the flags to show, by heading.
-      written: formats a default as it would be typed, or "".
     """
     every = list(flags(kind))
     by_name = {flag.name: flag for flag in every}
@@ -205,7 +197,7 @@ def short_help(
     for heading, names in common.items():
         lines += ["", f"{heading}:"]
         for flag in (by_name[name] for name in names):
-            default = written(flag.default)
+            default = _typed(flag.default)
             note = f" (default: {default})" if default else ""
             lines += [
                 f"  {flag.name}",
@@ -222,6 +214,17 @@ def short_help(
             name, text = members[0].name, members[0].text
         lines.append(_entry(name, text, indent=max(17, len(name) + 4)))
     return "\n".join(lines)
+
+
+def _typed(value: Any) -> str:
+    """Returns a default as a user would type it; "" for None and for disabled features."""
+    if isinstance(value, tuple):
+        return " ".join(map(_typed, value))
+    if isinstance(value, LoRARule):
+        return value.text
+    if value is None or value is False:
+        return ""
+    return str(value)
 
 
 def first_line(kind: type) -> str:

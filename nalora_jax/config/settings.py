@@ -32,7 +32,6 @@ from nalora_jax.config.structured import (
     SIZE,
     TOKENS,
     Range,
-    documented,
     structured,
 )
 from nalora_jax.errors import NaloraError
@@ -42,7 +41,6 @@ DUAL = ("classify", "contrast")  # tasks of dual encoders
 UNCHANGED = ("default", "zero_a")
 
 
-@documented
 @dataclass(frozen=True)
 class LoRARule:
     """An ordered rule: a projection's adapter is set by the first rule that matches its path."""
@@ -86,7 +84,6 @@ class LoRARule:
         return text
 
 
-@documented
 @dataclass(frozen=True)
 class LoRAConfig:
     """The projections that get adapters, and the kind of adapter."""
@@ -124,7 +121,6 @@ class LoRAConfig:
     plus_ratio: Annotated[float, POSITIVE] = 1.0
 
 
-@documented
 @dataclass(frozen=True)
 class AdaLoRAConfig:
     """AdaLoRA (arXiv 2303.10512): adapters start with their rules' ranks and keep the best ones."""
@@ -161,7 +157,6 @@ class AdaLoRAConfig:
         return self.steps(total)[1]
 
 
-@documented
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The inner optimizer and its schedule."""
@@ -198,7 +193,6 @@ class OptimizerConfig:
     clip_norm: Annotated[float, Range("a number", "[0, 1e9]")] = 1.0
 
 
-@documented
 @dataclass(frozen=True)
 class DataConfig:
     """The training and evaluation data, and the conversion of text to packed sequences."""
@@ -256,7 +250,6 @@ class DataConfig:
     workers: Annotated[int, Range("a whole number", "[0, 1024]")] = 1
 
 
-@documented
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis of the mesh: 0 lets the library choose, -1 takes all others.
@@ -279,7 +272,6 @@ class MeshConfig:
     runs_per_device: Annotated[int, COUNT] = 0
 
 
-@documented
 @dataclass(frozen=True)
 class TrainConfig:
     """Batch, intervals and checkpoints."""
@@ -309,7 +301,6 @@ Remat = Literal[
 Experts = Literal["auto", "gather", "send"]
 
 
-@documented
 @dataclass(frozen=True)
 class ComputeConfig:
     """Numerics and memory."""
@@ -357,7 +348,6 @@ class ComputeConfig:
         return self.quantize
 
 
-@documented
 @dataclass(frozen=True)
 class DebugConfig:
     """Expensive checks and measurements."""
@@ -382,7 +372,6 @@ class DebugConfig:
         return range(0)
 
 
-@documented
 @dataclass(frozen=True)
 class VisionConfig:
     """Dual encoders (CLIP, ...) and multimodal decoders (LLaVA, ...), on --data.dataset."""
@@ -425,7 +414,6 @@ class VisionConfig:
     loss: Literal["softmax", "sigmoid"] = "softmax"
 
 
-@documented
 @dataclass(frozen=True)
 class PreferenceConfig:
     """Preference tuning on pairs of a chosen and a rejected response.
@@ -450,7 +438,6 @@ class PreferenceConfig:
     rejected_field: str = "rejected"
 
 
-@documented
 @dataclass(frozen=True)
 class RLConfig:
     """Reinforcement learning with verifiable rewards: the policy samples, rewards are computed, and it is updated.
@@ -492,7 +479,6 @@ class RLConfig:
     ignore_reward_errors: bool = False
 
 
-@documented
 @dataclass(frozen=True)
 class GenerationConfig:
     """How a completion is sampled, by the definitions of transformers."""
@@ -512,7 +498,6 @@ class GenerationConfig:
     repetition_penalty: Annotated[float, POSITIVE] = 1.0
 
 
-@documented
 @dataclass(frozen=True)
 class RunConfig:
     """All settings of one fine-tuning run; the defaults are the main job of the README."""

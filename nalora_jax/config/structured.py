@@ -7,7 +7,7 @@ its description:
     steps: Annotated[int, SIZE] = 100
 
 `structured` makes such a dataclass from plain data, `check_ranges` checks the numbers, and
-`documented` adds the comments to the docstring.
+`field_comments` reads the comments.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import difflib
 import inspect
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, reduce
 from numbers import Integral, Real
 from pathlib import PurePath
-from textwrap import fill
 from types import UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -31,7 +30,6 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from nalora_jax.errors import NaloraError
 
 T = TypeVar("T")
-C = TypeVar("C", bound=type)
 
 
 # ---------------------------------------------------------------- ranges
@@ -121,15 +119,6 @@ class WrongType(NamedTuple):
 def _hints(kind: type) -> Mapping[str, Any]:
     """Returns the annotation of each field, with its range."""
     return get_type_hints(kind, include_extras=True)
-
-
-def first_wrong_part(config: Any) -> WrongType | None:
-    """Returns the first field of a dataclass that should hold a dataclass and does not."""
-    kinds = {
-        group.name: group.default_factory for group in fields(config) if is_dataclass(group.default_factory)
-    }
-    wrong = (name for name, kind in kinds.items() if not isinstance(getattr(config, name), kind))  # type: ignore[arg-type]
-    return next((WrongType(name, kinds[name], getattr(config, name)) for name in wrong), None)
 
 
 def first_wrong(config: Any, prefix: str = "", *, lenient: bool = False) -> WrongType | None:
@@ -357,53 +346,3 @@ def field_comments(kind: type) -> Mapping[str, str]:
             start -= 1
         comments[field.name] = " ".join(line.strip().removeprefix("#").strip() for line in lines[start:at])
     return comments
-
-
-def documented(kind: C) -> C:
-    """Appends the fields with their comments to a dataclass's docstring, on first access."""
-    kind.__doc__ = _Docstring(inspect.cleandoc(kind.__doc__ or ""))  # type: ignore[assignment]
-    return kind
-
-
-@contextmanager
-def summaries_only() -> Iterator[None]:
-    """Leaves the fields out of docstrings, for a reader that finds their comments itself."""
-    _Docstring.brief = True
-    try:
-        yield
-    finally:
-        _Docstring.brief = False
-
-
-class _Docstring:
-    """A docstring that reads its class's source only when it is accessed."""
-
-    brief = False
-
-    def __init__(self, summary: str) -> None:
-        self.summary, self._text = summary, ""
-
-    def __get__(self, instance: object, owner: type) -> str:
-        if _Docstring.brief:
-            return self.summary
-        if not self._text:
-            lines = [
-                fill(
-                    f"{name}: {text or _summary(owner, name)}",
-                    100,
-                    initial_indent="  ",
-                    subsequent_indent="    ",
-                )
-                for name, text in field_comments(owner).items()
-            ]
-            self._text = "\n".join([self.summary, "", "Attributes:", *lines])
-        return self._text
-
-
-def _summary(owner: type, name: str) -> str:
-    """Returns the docstring of the settings in a field, without their own fields."""
-    kind = next(field.default_factory for field in fields(owner) if field.name == name)
-    docstring = vars(kind).get("__doc__")
-    if isinstance(docstring, _Docstring):
-        return " ".join(docstring.summary.split())
-    return ""

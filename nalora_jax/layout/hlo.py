@@ -55,26 +55,47 @@ class Shape:
         return math.prod(self.dims) * _DTYPE_BYTES.get(self.dtype, 4)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Instruction:
     """One line of a computation."""
 
     name: str
     opcode: str
     shapes: tuple[Shape, ...]  # of the result; several for a tuple
-    operands: tuple[str, ...]
+    operands: tuple[str, ...]  # names
     attributes: str
     is_root: bool
+    holder: Computation
+
+    @cached_property
+    def inputs(self) -> tuple[Instruction, ...]:
+        """The instructions whose results it reads."""
+        return tuple(self.holder.instructions[name] for name in self.operands)
 
     @property
-    def calls(self) -> tuple[str, ...]:
+    def users(self) -> list[Instruction]:
+        """The instructions that read its result, once for each time."""
+        return self.holder.users[self.name]
+
+    @cached_property
+    def calls(self) -> tuple[Computation, ...]:
         """The computations that it runs; for a loop, body and condition."""
-        return tuple(
+        names = (
             name.strip().lstrip("%")
             for several, single in _CALLED.findall(self.attributes)
             for name in (several or single).split(",")
-            if name.strip()
         )
+        return tuple(self.holder.program[name] for name in names if name in self.holder.program)
+
+    @property
+    def size(self) -> float:
+        """The bytes of its result."""
+        return sum(shape.size for shape in self.shapes)
+
+    @property
+    def in_hbm(self) -> float:
+        """The bytes of its result in the device's main memory."""
+        return sum(shape.size for shape in self.shapes if shape.in_hbm)
 
     @property
     def source(self) -> str:
@@ -98,12 +119,28 @@ class Instruction:
         """
         return self.shapes[0 if self.opcode == "copy-start" else -2].on_host
 
+    @property
+    def is_continued(self) -> bool:
+        """True if a fusion has a later part of a collective that the TPU compiler has split.
+
+        Every part lists the entire gathered array. Its bytes are counted once, in the first part.
+        """
+        if 'custom_call_target="AsyncCollectiveDone"' in self.attributes:
+            return True
+        return self.opcode in COLLECTIVES and STARTS not in self.holder.root.attributes
+
+    @property
+    def without_bitcasts(self) -> Instruction:
+        """The instruction that its value comes from."""
+        return self.inputs[0].without_bitcasts if self.opcode == "bitcast" else self
+
 
 @dataclass
 class Computation:
     """Instructions in their scheduled order."""
 
     name: str
+    program: dict[str, Computation] = field(repr=False)  # all computations by name
     instructions: dict[str, Instruction] = field(default_factory=dict)
 
     @cached_property
@@ -117,21 +154,13 @@ class Computation:
         users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in instruction.operands:
-                if operand in users:
-                    users[operand].append(instruction)
+                users[operand].append(instruction)
         return users
 
     def parameter(self, index: int) -> Instruction | None:
         """Returns the parameter with a number."""
-        number = f"{index}"
-        return next(
-            (
-                i
-                for i in self.instructions.values()
-                if i.opcode == "parameter" and i.attributes.startswith(number + ")")
-            ),
-            None,
-        )
+        parameters = (i for i in self.instructions.values() if i.opcode == "parameter")
+        return next((i for i in parameters if i.attributes.startswith(f"{index})")), None)
 
 
 def parse_program(text: str) -> tuple[dict[str, Computation], str]:
@@ -141,51 +170,51 @@ def parse_program(text: str) -> tuple[dict[str, Computation], str]:
     for line in text.splitlines():
         header = _HEADER.match(line)
         if header and " = " not in line.split("(", 1)[0]:
-            current = Computation(header.group(2))
+            current = Computation(header.group(2), computations)
             computations[current.name] = current
             if header.group(1):
                 entry = current.name
         elif line == "}":
             current = None
         elif current is not None and (named := _NAME.match(line)):
-            instruction = _instruction(named, line)
-            if instruction is not None:
-                current.instructions[instruction.name] = instruction
+            _add_instruction(current, named, line[named.end() :])
     return computations, entry
 
 
-def first_count(loop: Instruction, holder: Computation) -> int:
+def first_count(loop: Instruction) -> int:
     """Returns the initial value of a ``while`` counter; 0 if the text does not contain it.
 
     It is above 0 if the compiler has peeled the first iterations off the loop. The counter is the
     first array in the carry of JAX's loops.
     """
-    carried = holder.instructions.get(loop.operands[0])
-    if carried is None or carried.opcode != "tuple":
+    carried = loop.inputs[0]
+    if carried.opcode != "tuple":
         return 0
-    counter = holder.instructions.get(carried.operands[0])
-    while counter is not None and counter.opcode == "copy":
-        counter = holder.instructions.get(counter.operands[0])
-    if counter is None or counter.opcode != "constant":
+    counter = carried.inputs[0]
+    while counter.opcode == "copy":
+        counter = counter.inputs[0]
+    if counter.opcode != "constant":
         return 0
     return int(next(iter(re.findall(r"^(\d+)\)", counter.attributes)), 0))
 
 
-def _instruction(named: re.Match[str], line: str) -> Instruction | None:
-    remainder = line[named.end() :]
-    end = _closing(remainder, 0) + 1 if remainder.startswith("(") else remainder.index(" ")
-    opcode = _OPCODE.match(remainder, end)
+def _add_instruction(holder: Computation, named: re.Match[str], line: str) -> None:
+    """Parses the shapes, opcode, operands and attributes after a name and its sign."""
+    end = _closing(line, 0) + 1 if line.startswith("(") else line.index(" ")
+    opcode = _OPCODE.match(line, end)
     if opcode is None:
-        return None
-    closing = _closing(remainder, opcode.end() - 1)
-    inside = remainder[opcode.end() : closing]
-    shapes = tuple(_shape(*shape) for shape in _SHAPE.findall(remainder[:end]))
+        return
+    closing = _closing(line, opcode.end() - 1)
+    inside, attributes = line[opcode.end() : closing], line[closing + 1 :]
+    operands = tuple(_OPERAND.findall(inside))
     # For parameters and constants the attributes include the text in their parentheses.
-    attributes = remainder[closing + 1 :]
     if opcode.group(1) in ("parameter", "constant"):
-        attributes = f"{inside}){attributes}"
-    operands, is_root = tuple(_OPERAND.findall(inside)), bool(named.group(1))
-    return Instruction(named.group(2), opcode.group(1), shapes, operands, attributes, is_root)
+        operands, attributes = (), f"{inside}){attributes}"
+    shapes = tuple(_shape(*shape) for shape in _SHAPE.findall(line[:end]))
+    name, is_root = named.group(2), bool(named.group(1))
+    holder.instructions[name] = Instruction(
+        name, opcode.group(1), shapes, operands, attributes, is_root, holder
+    )
 
 
 def _shape(dtype: str, dims: str, layout: str) -> Shape:
@@ -209,12 +238,15 @@ def _closing(text: str, opening: int) -> int:
 # ---------------------------------------------------------------- flops
 
 
-def flops_of(instruction: Instruction, computation: Computation) -> float:
+def flops_of(instruction: Instruction) -> float:
     """Returns the flops of an instruction; 0 unless it is a matmul or a known kernel."""
     if instruction.opcode in ("convolution", "dot"):
-        return _product_flops(instruction, computation)
-    if _is_grouped(instruction):
-        return _grouped_flops(instruction, computation)
+        return _product_flops(instruction)
+    if instruction.opcode == "custom-call":
+        name = kernel_name(instruction)
+        # XLA's on a TPU, or this library's kernel on a GPU.
+        if name == GROUPED_MATMUL or (name.startswith("ragged-dot") and "metadata" not in name):
+            return _grouped_flops(instruction)
     return 0.0
 
 
@@ -236,21 +268,13 @@ def kernel_name(instruction: Instruction) -> str:
     return name
 
 
-def _is_grouped(instruction: Instruction) -> bool:
-    """Returns True for a grouped matmul: XLA's on a TPU, or this library's kernel on a GPU."""
-    name = ""
-    if instruction.opcode == "custom-call":
-        name = kernel_name(instruction)
-    return name == GROUPED_MATMUL or (name.startswith("ragged-dot") and "metadata" not in name)
-
-
-def _grouped_flops(instruction: Instruction, computation: Computation) -> float:
+def _grouped_flops(instruction: Instruction) -> float:
     """Returns the flops of a grouped matmul of rows ``[m, k]``.
 
     The result is ``[m, n]``, or, with second operand ``[m, n]``, ``[groups, k, n]``.
     """
     result = instruction.shapes[0].dims
-    operands = [computation.instructions[name].shapes[0].dims for name in instruction.operands]
+    operands = [operand.shapes[0].dims for operand in instruction.inputs]
     # The first operand with two axes (lists of groups have one, kernels three) shares a side with
     # the result.
     first, second = next((dims for dims in operands if len(dims) == 2), (0, 0))
@@ -258,24 +282,24 @@ def _grouped_flops(instruction: Instruction, computation: Computation) -> float:
     return 2.0 * result[-2] * result[-1] * inner
 
 
-def _product_flops(instruction: Instruction, computation: Computation) -> float:
+def _product_flops(instruction: Instruction) -> float:
     """Returns twice the multiply-adds of a ``dot`` or ``convolution``."""
-    result = math.prod(instruction.shapes[0].dims)
-    first, second = (computation.instructions[name].shapes[0].dims for name in instruction.operands[:2])
+    first, second = (operand.shapes[0].dims for operand in instruction.inputs[:2])
     if instruction.opcode == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        axes = []
-        if contracted:
-            axes = [int(axis) for axis in contracted.group(1).split(",") if axis]
-        return 2.0 * result * math.prod(first[axis] for axis in axes)
+        axes = contracted.group(1).split(",") if contracted else []
+        result = math.prod(instruction.shapes[0].dims)
+        return 2.0 * result * math.prod(first[int(axis)] for axis in axes if axis)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels is not None
     dims = (first, second, instruction.shapes[0].dims)
     data, kernel, out = (
         dict(zip(names, sizes, strict=True)) for names, sizes in zip(labels.groups(), dims, strict=True)
     )
-    axes = sorted(kernel.keys() - {"i", "o"})
-    met = [_met(data[axis], kernel[axis], out[axis], _window(instruction, int(axis))) for axis in axes]
+    window_axes = sorted(kernel.keys() - {"i", "o"})
+    met = [
+        _met(data[axis], kernel[axis], out[axis], _window(instruction, int(axis))) for axis in window_axes
+    ]
     return 2.0 * out["b"] * out["f"] * kernel["i"] * math.prod(met)
 
 
@@ -301,51 +325,10 @@ def _met(data: int, kernel: int, out: int, window: dict[str, int]) -> int:
     return sum(place + tap * window["rhs_dilate"] in inside for place in places for tap in range(kernel))
 
 
-# ---------------------------------------------------------------- bytes
+# ---------------------------------------------------------------- collectives
 
 
-def without_bitcasts(instruction: Instruction, computation: Computation) -> Instruction:
-    """Returns the instruction that a value comes from, without bitcasts."""
-    while instruction.opcode == "bitcast" and instruction.operands[0] in computation.instructions:
-        instruction = computation.instructions[instruction.operands[0]]
-    return instruction
-
-
-def is_between_slices(instruction: Instruction) -> bool:
-    """Returns True for a transfer between TPU slices."""
-    return "megascale" in instruction.attributes
-
-
-def is_continued(instruction: Instruction, computation: Computation) -> bool:
-    """Returns True if a fusion has a later part of a collective that the TPU compiler has split.
-
-    Every part lists the entire gathered array. Its bytes are counted once, in the first part.
-    """
-    if 'custom_call_target="AsyncCollectiveDone"' in instruction.attributes:
-        return True
-    return instruction.opcode in COLLECTIVES and STARTS not in computation.root.attributes
-
-
-def used(instruction: Instruction, index: int, held: float) -> float:
-    """Returns the bytes that an instruction reads of an operand of ``held`` bytes."""
-    if instruction.opcode in ("dynamic-slice", "slice", "gather", "slice-start") and index == 0:
-        return min(held, instruction.shapes[-1 if instruction.opcode != "slice-start" else 1].size)
-    if instruction.opcode == "dynamic-update-slice" and index == 0:
-        return 0.0
-    return held
-
-
-def changed(instruction: Instruction, computation: Computation, written: float) -> float:
-    """Returns the bytes that an instruction changes of a result of ``written`` bytes."""
-    if instruction.opcode == "dynamic-update-slice":
-        update = computation.instructions.get(instruction.operands[1])
-        if update is None:
-            return written
-        return sum(shape.size for shape in update.shapes)
-    return written
-
-
-def received(kind: str, instruction: Instruction, computation: Computation, devices: int) -> float:
+def received(kind: str, instruction: Instruction, devices: int) -> float:
     """Returns the bytes that reach a device in a ring.
 
     For large arrays this is the minimum over all algorithms.

@@ -73,10 +73,9 @@ class ModelConfig:
     n_experts: int = 0  # 0: a dense FFN
     experts_per_token: int = 0
     router_bias: bool = False
-    norm_topk: bool = True  # scale the chosen experts' weights to sum to 1
     sight: Sight | None = None  # image tower and projector of a vision-language model
     mixer: Mixer | None = None  # in place of attention
-    ffn: FeedForward | None = None  # in place of the block that the fields above describe
+    ffn: FeedForward | None = None  # in place of a gated block; of layers with experts
     layer_embeddings: LayerEmbeddings | None = None  # vectors of tokens that every layer receives
     tail: ScaledTail | None = None  # after the feed-forward block, on the residual stream
     # Kinds of layers: the fields that differ from this config's. `models.stacks` gives each kind's

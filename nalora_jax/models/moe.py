@@ -18,7 +18,6 @@ dense layers. Gemma 4's router reads a third norm of x.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -31,9 +30,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.method import statistics
-from nalora_jax.method.ffn import Adapters, GatedFFN, LoRADense
-from nalora_jax.method.low_rank import Adapter, Dense
-from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
+from nalora_jax.method.ffn import LoRADense
+from nalora_jax.method.low_rank import Dense
+from nalora_jax.method.measurement import SampledWeights
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.experts import (
     Experts,
@@ -47,6 +46,7 @@ from nalora_jax.models.experts import (
 )
 from nalora_jax.models.parts import (
     FeedForward,
+    GatedBlock,
     Gates,
     PartOptions,
     RMSNorm,
@@ -55,7 +55,6 @@ from nalora_jax.models.parts import (
     scales_below,
 )
 from nalora_jax.models.routing import RouterSpec
-from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.quantize import Quantized
 from nalora_jax.ops.reductions import count, first_alone
 from nalora_jax.ops.storage import Kernel, in_stored_layout, round_and_save
@@ -67,20 +66,9 @@ _OVER = "fsdp"  # the mesh axis that splits the experts
 class MoEFFN(nn.Module):
     """A top-k mixture of gated FFNs with the call signature of `GatedFFN`."""
 
-    d_model: int
-    d_ff: int
-    n_experts: int
-    top_k: int
-    routing: RouterSpec = RouterSpec()
-    activation: str = "silu"
-    adapters: Adapters = Adapters()
-    use_bias: bool = False
-    router_bias: bool = False
-    up_limit: float = 0.0  # see `nalora_jax.method.ffn.up_factor`
-    numerics: Numerics = Numerics()
-    stats: GateStatsConfig = GateStatsConfig()
-    sharding: NamedSharding | None = None  # of [batch, seq, d_model] on a mesh
-    experts: str = "auto"  # "gather" or "send", see `nalora_jax.config.ComputeConfig`
+    config: ModelConfig  # uniform, of the layer's stack
+    routing: RouterSpec
+    options: PartOptions
 
     @nn.compact
     def __call__(
@@ -96,21 +84,20 @@ class MoEFFN(nn.Module):
 
         ``routed_by`` is the input of the router, ``x`` by default.
         """
-        scales = scales or {}
-        mask = None
+        c, options = self.config, self.options
+        mask, taps, keys = None, {}, None
         if self.has_variable("gate_mask", "mask"):
             mask = self.get_variable("gate_mask", "mask")
-        taps = {}
         if not self.is_initializing():
             taps = self.variables.get("gate_taps", {})
-        router = Router(self.n_experts, self.router_bias, self.routing, name="router")
-        kernel, bias, *of_experts = router(self.d_model)
+        router = Router(c.n_experts, c.router_bias, self.routing, name="router")
+        kernel, bias, *of_experts = router(c.d_model)
         layer = Layer(
             kernel,
             bias,
-            self._experts("gate_proj", self.d_model, self.d_ff, scales, mask),
-            self._experts("up_proj", self.d_model, self.d_ff, scales),
-            self._experts("down_proj", self.d_ff, self.d_model, scales),
+            self._experts("gate_proj", c.d_model, c.d_ff, scales, mask),
+            self._experts("up_proj", c.d_model, c.d_ff, scales),
+            self._experts("down_proj", c.d_ff, c.d_model, scales),
             {name: taps[name] for name in statistics.cotangent(taps)},
             *of_experts,
         )
@@ -118,35 +105,41 @@ class MoEFFN(nn.Module):
         if isinstance(token_weights, SampledWeights):
             length = split_length = token_weights.length
             token_weights = token_weights.every
-        drops = self.adapters.dropout > 0 and not deterministic
         config = RoutedConfig(
-            self.top_k,
+            c.experts_per_token,
             self.routing,
-            self.activation,
-            self.numerics,
-            self.stats.of_rows(length),
+            c.activation,
+            options.numerics,
+            options.stats.of_rows(length),
             names=statistics.forward(taps),
-            dropout=self.adapters.dropout,
-            up_limit=self.up_limit,
+            dropout=options.adapters.dropout,
+            up_limit=c.up_limit,
             split_length=split_length,
         )
         weights = jnp.ones(x.shape[:2], jnp.float32)
         if token_weights is not None:
             weights = jnp.broadcast_to(token_weights, x.shape[:2])
-        keys = None
-        if drops:
+        if config.dropout > 0 and not deterministic:
             keys = jax.random.split(self.make_rng("dropout"), x.shape[0])
         y, measured = on_mesh(
-            self.sharding, x, weights, keys, layer, config, routed_by, experts=self.experts
+            options.routing, x, weights, keys, layer, config, routed_by, experts=options.experts
         )
         return statistics.emit_measured(y, taps, measured) if measured else y
 
     def _experts(
-        self, name: str, d_in: int, d_out: int, scales: Mapping[str, Any], mask: jax.Array | None = None
+        self,
+        name: str,
+        d_in: int,
+        d_out: int,
+        scales: Mapping[str, Any] | None,
+        mask: jax.Array | None = None,
     ) -> Experts:
-        rank, dora = self.adapters.rank(name), self.adapters.dora
-        module = LoRADense(d_out, rank, self.use_bias, dora, experts=self.n_experts, name=name)
-        dense: Dense = module.dense(d_in, jnp.asarray(scales.get(name, 1.0), jnp.float32), mask)
+        c, adapters = self.config, self.options.adapters
+        scale = jnp.asarray((scales or {}).get(name, 1.0), jnp.float32)
+        module = LoRADense(
+            d_out, adapters.rank(name), c.ffn_bias, adapters.dora, experts=c.n_experts, name=name
+        )
+        dense: Dense = module.dense(d_in, scale, mask)
         return Experts(dense.kernel, dense.adapter, dense.bias)
 
 
@@ -284,39 +277,30 @@ def _splits(layer: Layer, parts: int) -> bool:
 
 
 def _specs(layer: Layer, axis: str | None, taps: tuple[Any, ...], over: str | None) -> Any:
-    """Returns the partition specs of a layer's arrays; an absent array has no spec either.
+    """Returns the partition specs of a layer's arrays.
 
     Channels are split over ``axis``, experts over ``over`` and taps by shard over ``taps``; all
     other axes are replicated.
     """
-    channels, inputs = P(over, None, axis), P(over, axis, None)
 
-    def projection(experts: Experts, kernel: P, a: P, b: P, of_outputs: P) -> Any:
-        def stored(leaf: jax.Array) -> P:  # int8 has one scale for all inputs, which is not split
-            return P(*(None if size == 1 else name for size, name in zip(leaf.shape, kernel, strict=True)))
+    def spec(path: tuple[Any, ...], leaf: jax.Array) -> P:
+        name, *inner = (getattr(key, "name", getattr(key, "key", None)) for key in path)
+        if name == "taps":
+            return P(*taps, *_by_channel(path[1].key, axis))
+        if name not in ("gate", "up", "down") or leaf.ndim == 0:
+            return P()
+        array = inner[-1] if inner[0] == "adapter" else inner[0]
+        if array is None:  # of the pair `Adapter.start`
+            array = ("a", "b")[path[-1].idx]
+        names: list[str | None] = [over, *[None] * (leaf.ndim - 1)]
+        if name == "down" and array in ("kernel", "a"):
+            names[1] = axis
+        elif name != "down" and array != "a":
+            names[-1] = axis
+        # int8 has one scale for all inputs, which is not split.
+        return P(*(None if size == 1 else name for size, name in zip(leaf.shape, names, strict=True)))
 
-        kernels = jax.tree.map(stored, experts.kernel)
-        bias: Any = _if_present(experts.bias, of_outputs)
-        if experts.adapter is None:
-            return Experts(kernels, bias=bias)
-        places: Any = (a, b, P(), of_outputs, of_outputs, (a, b))
-        return Experts(kernels, Adapter(*map(_if_present, experts.adapter, places)), bias)
-
-    places: Any = (
-        P(),
-        _if_present(layer.router_bias, P()),
-        projection(layer.gate, channels, P(over), channels, P(over, axis)),
-        projection(layer.up, channels, P(over), channels, P(over, axis)),
-        projection(layer.down, inputs, inputs, P(over), P(over)),
-        {name: P(*taps, *_by_channel(name, axis)) for name in layer.taps},
-        _if_present(layer.correction, P()),
-        _if_present(layer.expert_scale, P()),
-    )
-    return Layer(*places)
-
-
-def _if_present(array: Any, spec: Any) -> Any:
-    return None if array is None else spec
+    return jax.tree_util.tree_map_with_path(spec, layer)
 
 
 def _by_channel(name: str, axis: str | None) -> P:
@@ -330,39 +314,6 @@ def _by_channel(name: str, axis: str | None) -> P:
 # ---------------------------------------------------------------- parts of a layer
 
 
-def _router(config: ModelConfig, spec: RouterSpec, prefix: str = "") -> Shapes:
-    """Returns the shapes of a router's arrays."""
-    shapes: Shapes = {f"{prefix}router/kernel": (config.d_model, config.n_experts)}
-    optional = {"bias": config.router_bias, "correction": spec.correction, "scale": spec.expert_scale}
-    of_experts: Shapes = {
-        f"{prefix}router/{name}": (config.n_experts,) for name in optional if optional[name]
-    }
-    return shapes | of_experts
-
-
-def _mixture(
-    config: ModelConfig, options: PartOptions, router: RouterSpec, adapters: Adapters, name: str
-) -> MoEFFN:
-    """Returns the module of the experts that the config describes."""
-    return MoEFFN(
-        config.d_model,
-        config.d_ff,
-        config.n_experts,
-        config.experts_per_token,
-        router,
-        config.activation,
-        adapters,
-        use_bias=config.ffn_bias,
-        numerics=options.numerics,
-        stats=options.stats,
-        router_bias=config.router_bias,
-        up_limit=config.up_limit,
-        sharding=options.routing,
-        experts=options.experts,
-        name=name,
-    )
-
-
 @dataclass(frozen=True)
 class Mixture(FeedForward):
     """A mixture of experts; number, width and biases of the experts are fields of the config."""
@@ -372,7 +323,13 @@ class Mixture(FeedForward):
 
     def arrays(self, config: ModelConfig) -> Shapes:
         """Returns the router."""
-        return _router(config, self.router)
+        shapes: Shapes = {"router/kernel": (config.d_model, config.n_experts)}
+        optional = {
+            "bias": config.router_bias,
+            "correction": self.router.correction,
+            "scale": self.router.expert_scale,
+        }
+        return shapes | {f"router/{name}": (config.n_experts,) for name in optional if optional[name]}
 
     def has_bias(self, config: ModelConfig, name: str) -> bool:
         """See `Part`."""
@@ -393,75 +350,75 @@ class Mixture(FeedForward):
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """See `Part`."""
-        return _mixture(config, options, self.router, options.adapters, self.name)
+        return MoEFFN(config, self.router, options, name=options.part)
 
 
+@dataclass(frozen=True)
 class WithExperts(FeedForward):
     """A mixture of experts, ``experts_ffn``, with a gated block that every token passes.
 
     Number and width of the experts are fields of the config.
     """
 
+    width: int  # of the gated block
+    router: RouterSpec
     name: ClassVar[str] = "ffn"
     block: ClassVar[str]  # name of the gated block
 
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """The channels of the gated block."""
+    def branches(self, config: ModelConfig) -> dict[str, tuple[FeedForward, ModelConfig]]:
+        """Returns both blocks with their configs, by name."""
+        return {
+            "experts_ffn": (Mixture(self.router), config),
+            self.block: (GatedBlock(), replace(config, d_ff=self.width)),
+        }
+
+    def arrays(self, config: ModelConfig) -> Shapes:
+        """Returns the router."""
+        arrays = Mixture(self.router).arrays(config)
+        return {f"experts_ffn/{name}": shape for name, shape in arrays.items()}
+
+    def has_bias(self, config: ModelConfig, name: str) -> bool:
+        """See `Part`."""
+        return config.ffn_bias
 
     def projections(self, config: ModelConfig) -> Shapes:
         """See `Part`."""
-        d, experts = config.d_model, _gated(config.d_model, config.d_ff)
-        shapes: Shapes = {f"experts_ffn/{name}": (config.n_experts, *s) for name, s in experts.items()}
-        return shapes | {f"{self.block}/{name}": s for name, s in _gated(d, self.width).items()}
+        return {
+            f"{name}/{projection}": shape
+            for name, (part, of_part) in self.branches(config).items()
+            for projection, shape in part.projections(of_part).items()
+        }
 
     def saved(self, config: ModelConfig) -> float:
         """See `Part`."""
-        return 2.0 * (config.experts_per_token * config.d_ff + self.width)
+        return sum(part.saved(of_part) for part, of_part in self.branches(config).values())
 
     def gates(self, config: ModelConfig) -> Gates:
         """See `Part`."""
-        channels = {"experts_ffn": (config.n_experts, config.d_ff), self.block: (self.width,)}
-        return {name: (channels[name], config.activation) for name in sorted(channels)}
+        branches = sorted(self.branches(config).items())
+        return {name: part.gates(of_part)[""] for name, (part, of_part) in branches}
 
-    def modules(self, config: ModelConfig, options: PartOptions, routing: RouterSpec) -> tuple[Any, Any]:
+    def modules(self, config: ModelConfig, options: PartOptions) -> list[Any]:
         """Returns the mixture and the gated block."""
-        of_experts, of_block = (
-            adapters_below(options.adapters, f"{name}/") for name in ("experts_ffn", self.block)
-        )
-        return _mixture(config, options, routing, of_experts, "experts_ffn"), GatedFFN(
-            config.d_model,
-            self.width,
-            config.activation,
-            of_block,
-            numerics=options.numerics,
-            stats=options.stats,
-            name=self.block,
-        )
-
-
-def _gated(d_model: int, d_ff: int) -> Shapes:
-    return {"gate_proj": (d_model, d_ff), "up_proj": (d_model, d_ff), "down_proj": (d_ff, d_model)}
+        return [
+            part.module(
+                of_part,
+                replace(options, part=name, adapters=adapters_below(options.adapters, f"{name}/")),
+            )
+            for name, (part, of_part) in self.branches(config).items()
+        ]
 
 
 @dataclass(frozen=True)
 class SharedExperts(WithExperts):
-    """Sizes of the part."""
+    """Experts and one or several shared experts, which are one gated block."""
 
-    d_shared: int
-    router: RouterSpec
     gated: bool = False  # sigmoid(x w) multiplies the shared expert's output
     block: ClassVar[str] = "shared_ffn"
 
-    @property
-    def width(self) -> int:
-        """The channels of the shared expert."""
-        return self.d_shared
-
     def arrays(self, config: ModelConfig) -> Shapes:
         """Returns the router, and the gate of the shared expert."""
-        shapes = _router(config, self.router, "experts_ffn/")
+        shapes = super().arrays(config)
         if self.gated:
             shapes["shared_gate/kernel"] = (config.d_model, 1)
         return shapes
@@ -483,7 +440,7 @@ class SharedExpertsFFN(nn.Module):
         self, x: jax.Array, scales: Mapping[str, jax.Array | float] | None = None, **inputs: Any
     ) -> jax.Array:
         """Returns ``[batch, seq, d_model]`` as ``x``; for ``inputs`` see `GatedFFN`."""
-        experts, shared = self.part.modules(self.config, self.options, self.part.router)
+        experts, shared = self.part.modules(self.config, self.options)
         y = shared(x, scales_below(scales, "shared_ffn/"), **inputs)
         if self.part.gated:
             y = y * TokenGate(name="shared_gate")(x).astype(y.dtype)
@@ -507,21 +464,16 @@ _NORMS = ("dense_norm", "experts_norm", "experts_post_norm", "router_norm")
 
 @dataclass(frozen=True)
 class DenseAndExperts(WithExperts):
-    """Sizes of the part."""
+    """Experts whose output is added to that of a dense block, with norms of their own."""
 
-    d_dense: int
+    router: RouterSpec = _SCALED
     block: ClassVar[str] = "dense_ffn"
     reads_stream: ClassVar[bool] = True
-
-    @property
-    def width(self) -> int:
-        """The channels of the dense block."""
-        return self.d_dense
 
     def arrays(self, config: ModelConfig) -> Shapes:
         """Returns the scales of norms, and the router."""
         shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in _NORMS}
-        return shapes | _router(config, _SCALED, "experts_ffn/")
+        return shapes | super().arrays(config)
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """See `Part`."""
@@ -546,7 +498,7 @@ class DenseAndExpertsFFN(nn.Module):
     ) -> jax.Array:
         """Returns ``[batch, seq, d_model]`` of ``x``, the layer's norm of ``stream``."""
         c, options = self.config, self.options
-        experts, dense = self.part.modules(c, options, _SCALED)
+        experts, dense = self.part.modules(c, options)
         stream = round_and_save(stream, options.numerics)
         routed_by = self._norm("router_norm", stream, "float32") * c.d_model**-0.5
         of_dense = dense(x, scales_below(scales, "dense_ffn/"), **inputs)

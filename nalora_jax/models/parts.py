@@ -279,7 +279,7 @@ class GatedBlock(FeedForward):
             config.ffn_bias,
             options.numerics,
             options.stats,
-            name=self.name,
+            name=options.part,
         )
 
 

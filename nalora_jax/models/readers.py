@@ -10,7 +10,9 @@ from typing import Any
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, activation_name
+from nalora_jax.models.moe import Mixture
 from nalora_jax.models.ropes import context_length, read_ropes
+from nalora_jax.models.routing import RouterSpec
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -21,7 +23,8 @@ Overrides = tuple[tuple[str, Any], ...]  # fields of `ModelConfig` of one kind o
 def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:
     """Returns the config with the fields that all families share, updated with ``features``.
 
-    The features are fields of `ModelConfig`.
+    The features are fields of `ModelConfig`, and ``norm_topk``: False if the weights of a token's experts
+    do not have to sum to 1.
     """
     heads, d_model = f.integer("num_attention_heads", high=2**16), f.integer("hidden_size")
     if f.get("head_dim") is None and "head_dim" not in features and d_model % heads:
@@ -44,6 +47,9 @@ def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:
     if "activation" not in features:
         values["activation"] = activation_name(f, "hidden_act")
     values |= features
+    normalize = values.pop("norm_topk", True)
+    if values.get("n_experts") and "ffn" not in values:
+        values["ffn"] = Mixture(RouterSpec(normalize=normalize))
     if "ropes" not in values:
         ropes, index = read_ropes(f, values["head_dim"], layer_types(f))
         values |= {"ropes": ropes, "rope_index": index}
@@ -141,15 +147,19 @@ def dense_layer(d_ff: int) -> Overrides:
     return (("d_ff", d_ff), ("n_experts", 0), ("experts_per_token", 0), ("ffn", None))
 
 
-def expert_fields(
-    f: Fields, n_experts: int, dense: Sequence[bool]
-) -> tuple[dict[str, Any], list[Overrides]]:
-    """Returns the fields of narrow experts, and of every layer: ``dense`` marks layers without experts."""
-    fields = {
-        "d_ff": f.integer("moe_intermediate_size"),
-        "n_experts": n_experts,
+def expert_counts(f: Fields, *names: str, default: int | None = None) -> dict[str, Any]:
+    """Returns the number of experts, from the first of the fields ``names`` in the file, and of a token's."""
+    return {
+        "n_experts": f.integer(first_present(f, *names), high=2**12, default=default),
         "experts_per_token": f.integer("num_experts_per_tok", high=2**12),
     }
+
+
+def expert_fields(
+    f: Fields, counts: dict[str, Any], dense: Sequence[bool]
+) -> tuple[dict[str, Any], list[Overrides]]:
+    """Returns the fields of narrow experts, and of every layer: ``dense`` marks layers without experts."""
+    fields = counts | {"d_ff": f.integer("moe_intermediate_size")}
     if not any(dense):
         return fields, [()] * len(dense)
     layer = dense_layer(f.integer("intermediate_size"))

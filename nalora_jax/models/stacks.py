@@ -22,9 +22,7 @@ from dataclasses import dataclass, replace
 
 from nalora_jax.models.attention import SoftmaxAttention
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.moe import Mixture
 from nalora_jax.models.parts import FeedForward, GatedBlock, Gates, Mixer, Part, Shapes
-from nalora_jax.models.routing import RouterSpec
 from nalora_jax.models.targets import uniform_path
 from nalora_jax.models.vision.config import DualConfig
 
@@ -70,6 +68,8 @@ def _of_kind(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
         overrides["windows"] = tuple(config.windows[layer] for layer in layers)
     if config.rope_index and "ropes" not in overrides:
         overrides["rope_index"] = tuple(config.rope_index[layer] for layer in layers)
+    if overrides.get("n_experts") == 0:
+        overrides.setdefault("ffn", None)
     return replace(config, kinds=(), layer_kinds=(), n_layers=len(layers), sight=None, **overrides)
 
 
@@ -185,10 +185,7 @@ def gate_blocks(config: ModelConfig) -> Gates:
 
 def parts(config: ModelConfig) -> tuple[Mixer, FeedForward]:
     """Returns the mixer and the feed-forward block of a layer."""
-    mixer, ffn = config.mixer or SoftmaxAttention(), config.ffn
-    if ffn is None and config.n_experts:
-        ffn = Mixture(RouterSpec(normalize=config.norm_topk))
-    return mixer, ffn or GatedBlock()
+    return config.mixer or SoftmaxAttention(), config.ffn or GatedBlock()
 
 
 def _all_parts(config: ModelConfig) -> list[Part]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.config import DataConfig, RunConfig
-from nalora_jax.data.prompts import Prompt, held_out_prompts, prompt_data
+from nalora_jax.data.prompts import Prompt, held_out_prompts
 from nalora_jax.data.sources import open_pair
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Step
@@ -21,7 +21,7 @@ from nalora_jax.study.subject import Items
 from nalora_jax.train.inputs import stream_shape
 from nalora_jax.train.kinds import rl
 from nalora_jax.train.program import Assembly
-from nalora_jax.train.rollout import sample_batch
+from nalora_jax.train.rollout import Sampler, sample_batch
 
 _DRAWN = 8  # samples of a prompt for pass@1 and pass@8
 _ROWS = 64  # samples whose log-probabilities are computed at once
@@ -47,9 +47,7 @@ class Rewards(Language):
         records, _ = open_pair(config.data)
         model = self.model(config)
         shape = stream_shape(config) | {"context": model.config.max_positions}
-        return rl.PromptRows(
-            prompt_data(records, config.data, model.tokenizer, rl=config.rl, **shape), rl.Rollout()
-        )
+        return rl.PromptRows.of(records, config.data, model.tokenizer, rl=config.rl, **shape)
 
     def source_digest(self, data: Any) -> str:
         """Returns the digest of the prompts."""
@@ -58,7 +56,7 @@ class Rewards(Language):
 
     def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
         """Returns the step with rollouts; no group is stored, since a run resumes from its evaluations."""
-        return rl.rollout_step(config, self.model(config), assembly, data, None)
+        return rl.RolloutStep(config, self.model(config), assembly, data, None)
 
     def items(self, config: RunConfig, data: DataConfig) -> Any:
         """Returns prompts."""
@@ -92,8 +90,18 @@ class Rewards(Language):
     def _sampled(self, items: RewardItems, assembly: Assembly, params: Any, lora: Any) -> dict[str, float]:
         config, loaded, prompts = items.config, self.model(items.config), items.prompts
         longest = max(len(prompt.ids) for prompt in prompts)
-        options = {"prompts": len(prompts), "samples": _DRAWN, "seed": _SEED, "longest": longest}
-        samples = rl.sampler_of(config.rl, loaded, assembly, **options)(lora, 0, prompts)
+        drawn, model = replace(config.rl, samples=_DRAWN), assembly.eval_model
+        draw = Sampler(
+            drawn,
+            model,
+            assembly.params,
+            loaded.tokenizer,
+            assembly.mesh,
+            prompts=len(prompts),
+            seed=_SEED,
+            longest=longest,
+        )
+        samples = draw(lora, 0, prompts)
         rewards = rl.weighted_sum(config.rl, samples.rewards).reshape(-1, _DRAWN)
         length = -(-(longest + config.rl.max_new_tokens) // 8) * 8
         ids = [prompt.ids for prompt in prompts for _ in range(_DRAWN)]

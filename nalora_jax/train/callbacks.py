@@ -117,23 +117,8 @@ class Callbacks(AbstractContextManager["Callbacks"]):
         if self._own is not None:
             self._own.on_start(started)
 
-    def log(self, step: int, record: Mapping[str, Any]) -> None:
-        """Calls ``on_log`` of all callbacks."""
-        self._tell("on_log", step, record)
-
-    def evaluation(self, step: int, values: Mapping[str, Any], kind: str = "") -> None:
-        """Calls ``on_eval`` of all callbacks."""
-        self._tell("on_eval", step, values, kind)
-
-    def save(self, step: int, folder: Path) -> None:
-        """Calls ``on_save`` of all callbacks."""
-        self._tell("on_save", step, folder)
-
-    def end(self, ended: Ended) -> None:
-        """Calls ``on_end`` of all callbacks."""
-        self._tell("on_end", ended)
-
-    def _tell(self, event: str, *values: Any) -> None:
+    def tell(self, event: str, *values: Any) -> None:
+        """Calls a method of all callbacks after the start, as ``tell("on_log", step, record)``."""
         if self._own is not None:
             getattr(self._own, event)(*values)
         for callback in list(self._others):

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.train.job import Job, RunBase, original
+from nalora_jax.train.job import Job, original
 from nalora_jax.train.machine import describe_device, versions
 from nalora_jax.train.program import exportable_adapter
 from nalora_jax.weights.card import Card, write_card
 from nalora_jax.weights.hub import alias_of
 from nalora_jax.weights.model_files import LoadedModel, rope_of
+
+if TYPE_CHECKING:
+    from nalora_jax.weights.dual import LoadedDual
 
 
 def write_run_card(
@@ -44,7 +47,9 @@ def write_run_card(
     distributed.on_first_process(lambda: write_card(folder, card))
 
 
-def base_card(kind: Literal["adapter", "merged"], model: str, loaded: RunBase, spec: AdapterSpec) -> Card:
+def base_card(
+    kind: Literal["adapter", "merged"], model: str, loaded: LoadedModel | LoadedDual, spec: AdapterSpec
+) -> Card:
     """Returns a card without settings and results of a run; ``model`` is the name of the base."""
     alias = alias_of(model)
     licence = alias.package.licence if alias else ""

@@ -54,7 +54,6 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
       keep: number of latest checkpoints to keep, at least 1, in addition to the best one.
       best_metric: name of the metric, among the metrics passed to `save`, that ranks checkpoints.
       best_mode: "max" if a larger value of it is better, "min" if a smaller one is.
-      asynchronous: write in the background; `save` returns once the arrays are copied to host memory.
 
     Use it as a context manager: leaving it waits for the last write.
     """
@@ -68,7 +67,6 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         keep: int = 2,
         best_metric: str = "accuracy",
         best_mode: Literal["max", "min"] = "max",
-        asynchronous: bool = True,
     ) -> None:
         where = buckets.url(str(folder))
         self.folder: Any = epath.Path(where) if where else Path(folder).absolute()
@@ -90,7 +88,6 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
             best_fn=rank,
             best_mode=best_mode,
             cleanup_tmp_directories=True,
-            enable_async_checkpointing=asynchronous,
         )
         logging.getLogger("absl").addFilter(_is_news)
         _hush_cancelled_writes()
@@ -373,12 +370,15 @@ JSON = "metadata"  # Orbax's name for the file of a JSON item
 _LEAST_SHARE = 16 << 20  # bytes
 
 
-class _DigestedArrays(ocp.PyTreeCheckpointHandler):
-    """Handler of arrays and the digests of their files.
+class _Digested:
+    """Part of a handler that writes the digests of an item's files, once all processes have written theirs."""
 
-    Orbax finalises an item once all processes have written their parts.
-    """
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)  # type: ignore[misc]
+        digests.write_digests(directory)
 
+
+class _DigestedArrays(_Digested, ocp.PyTreeCheckpointHandler):
     def __init__(self) -> None:
         arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SHARE)
         on_host = ocp.type_handlers.NumpyHandler()
@@ -387,17 +387,9 @@ class _DigestedArrays(ocp.PyTreeCheckpointHandler):
         )
         super().__init__(type_handler_registry=registry)
 
-    def finalize(self, directory: epath.Path) -> None:
-        super().finalize(directory)
-        digests.write_digests(directory)
 
-
-class _DigestedJson(ocp.JsonCheckpointHandler):
-    """Handler of JSON and the digest of its file."""
-
-    def finalize(self, directory: epath.Path) -> None:
-        super().finalize(directory)
-        digests.write_digests(directory)
+class _DigestedJson(_Digested, ocp.JsonCheckpointHandler):
+    pass
 
 
 def handlers() -> Any:

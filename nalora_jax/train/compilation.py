@@ -109,44 +109,24 @@ def compile_ahead(step: Step, params: Any, state: TrainState, batch: Batch) -> A
     compiled = step.lower(params, state, batch).compile()  # the call of the step finds this program
     (device, *_) = jax.tree.leaves(batch)[0].devices()
     if platform_name(device) == "cpu":
-        release_heap()
-        retain_heap()
+        settle_heap()
     return compiled
-
-
-# ---------------------------------------------------------------- the C library's heap on a CPU
-
-
-def release_heap() -> None:
-    """Returns freed memory to the system if the C library is glibc, which keeps it by default.
-
-    With other libraries it does nothing. After the compilation of a step this is some 300 MB, which
-    would otherwise be held in addition to the step's buffers for the whole run.
-    """
-    gc.collect()
-    trim = _function("malloc_trim")
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
-
-
-def retain_heap() -> None:
-    """Keeps memory that is freed later if the C library is glibc, which returns large blocks.
-
-    With other libraries it does nothing. A step's buffers on a CPU are one block, allocated in
-    every step; the system would fill it with zeros each time.
-    """
-    option = _function("mallopt")
-    if option is not None:
-        option(_MMAP_MAX, 0)
-        option(_TRIM_THRESHOLD, _NEVER)
 
 
 # From malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _NEVER = -1, -4, 2**31 - 1
 
 
-def _function(name: str) -> Any:
-    """Returns a function of glibc; None with other libraries."""
-    if sys.platform == "linux":
-        return getattr(ctypes.CDLL(None), name, None)
-    return None
+def settle_heap() -> None:
+    """Returns freed memory to the system, and keeps what is freed later, if the C library is glibc.
+
+    The compilation of a step leaves some 300 MB in the heap, which would otherwise be held in addition
+    to the step's buffers for the whole run. A step's buffers on a CPU are one block, allocated in every
+    step: glibc returns large blocks by default, and the system would fill it with zeros each time.
+    """
+    gc.collect()
+    library = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(library, "malloc_trim"):
+        library.malloc_trim(ctypes.c_size_t(0))
+        library.mallopt(_MMAP_MAX, 0)
+        library.mallopt(_TRIM_THRESHOLD, _NEVER)

@@ -189,12 +189,16 @@ def check_equal(run: AdapterSpec, adapter: AdapterSpec, folder: Path) -> None:
       NaloraError: names the first setting that differs.
     """
     ours, theirs = _ranks(run), _ranks(adapter)
+
+    def at(ranks: Mapping[str, str], place: str) -> str:
+        return f"{ranks.get(place, 'no adapter')} at {place}"
+
     pairs: list[tuple[str, Any, Any]] = [
         ("--lora.rslora", run.rslora, adapter.rslora),
         ("--lora.dora", run.dora, adapter.dora),
         ("--lora.modules-to-save", " ".join(run.saved) or "none", " ".join(adapter.saved) or "none"),
         ("--lora.trainable-token-indices", dict(run.token_indices), dict(adapter.token_indices)),
-        *(("--lora.rules", _at(ours, place), _at(theirs, place)) for place in ours | theirs),
+        *(("--lora.rules", at(ours, place), at(theirs, place)) for place in ours | theirs),
     ]
     for flag, found, expected in pairs:
         if found != expected:
@@ -204,10 +208,6 @@ def check_equal(run: AdapterSpec, adapter: AdapterSpec, folder: Path) -> None:
                 found=found,
                 remedy=f"leave {flag} out: a run continues an adapter with the adapter's own settings",
             )
-
-
-def _at(ranks: Mapping[str, str], place: str) -> str:
-    return f"{ranks.get(place, 'no adapter')} at {place}"
 
 
 def _ranks(spec: AdapterSpec) -> dict[str, str]:

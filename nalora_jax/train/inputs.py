@@ -19,10 +19,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import adapter_spec, check_token_indices
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import key_heads
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.train.optimizers import with_learning_rate
-from nalora_jax.train.program import check_context
+from nalora_jax.train.program import check_decoder
 from nalora_jax.weights.model_files import ModelFiles
 
 log = logging.getLogger(__name__)
@@ -122,8 +121,7 @@ def check_layout(config: RunConfig, base: ModelConfig, files: ModelFiles, mesh: 
       NaloraError: an axis that splits a head or a row that must be whole, rows that the mesh does not
         divide, rules that match nothing, an added token without a trained row, or a trained row without a token.
     """
-    distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=key_heads(base))
-    check_context(config, base, mesh)
+    check_decoder(config, base, mesh)
     distributed.process_rows(mesh, config.train.batch_size // config.train.accumulate)
     _check_rows(config, files, base, adapter_spec(config, base))
 

@@ -18,31 +18,11 @@ if TYPE_CHECKING:
     from nalora_jax.models.config import ModelConfig
     from nalora_jax.train.output import Output
     from nalora_jax.train.program import Assembly
-    from nalora_jax.weights.model_files import ModelFiles
-    from nalora_jax.weights.origin import Origin
+    from nalora_jax.weights.dual import LoadedDual
+    from nalora_jax.weights.model_files import LoadedModel, ModelFiles
 
 
-class RunBase(Protocol):
-    """A loaded base model of a run."""
-
-    @property
-    def params(self) -> Any:
-        """Returns the frozen weights."""
-
-    @property
-    def source(self) -> str:
-        """Returns the name of the base model that adapters record."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Returns the digest of its config and weights."""
-
-    @property
-    def origin(self) -> Origin | None:
-        """Returns the origin of its weights, if they come from a single file or folder."""
-
-
-def original(loaded: RunBase) -> str:
+def original(loaded: LoadedModel | LoadedDual) -> str:
     """Returns the name under which other tools load the base: of a copy, its original's hub id."""
     return (loaded.origin and loaded.origin.copy_of) or loaded.source
 
@@ -70,7 +50,7 @@ class Inputs:
     ]  # examples that results are reported on, and others that select the checkpoint
     questions: Mapping[str, str]  # digests of both
     in_turns: bool | None = None  # True if the training texts are formatted by a chat template
-    begin: Begin | None = None  # of the run's `Start`
+    start: Start | None = None  # makes the initial adapters
 
 
 @dataclass(frozen=True)
@@ -79,7 +59,7 @@ class Job:
 
     kind: Kind
     inputs: Inputs
-    loaded: RunBase
+    loaded: LoadedModel | LoadedDual
     assembly: Assembly
     data: TrainingRows  # the rows of this process
     evaluator: Any  # evaluates the reported examples; see `nalora_jax.evaluate.evaluator.Evaluator`
@@ -91,46 +71,44 @@ class Job:
         return self.inputs.config
 
 
-# Returns an assembly with the initial adapters that its settings ask for, given the base, the rows and the folder.
-Begin = Callable[["Assembly", Any, TrainingRows, "Output"], "Assembly"]
-
-
 class Start(Protocol):
     """The adapters that a run starts from: a module with these two functions."""
 
-    @property
-    def with_adapter(self) -> Callable[[RunConfig, Mapping[str, Any] | None], RunConfig]:
-        """Returns the function that takes settings over from the adapter on disk that a run continues."""
+    def with_adapter(self, config: RunConfig, recorded: Mapping[str, Any] | None, /) -> RunConfig:
+        """Takes settings over from the adapter on disk that a run continues."""
 
-    @property
-    def with_start(self) -> Begin:
-        """Returns the function that makes the initial adapters, before the first step."""
+    def with_start(
+        self, assembly: Assembly, loaded: Any, data: TrainingRows, output: Output, /
+    ) -> Assembly:
+        """Returns the assembly with the initial adapters that its settings ask for, before the first step."""
 
 
 class Kind(Protocol):
     """A kind of run: a module with these four functions."""
 
-    @property
-    def open_inputs(self) -> Callable[[RunConfig, Mapping[str, Source] | None], Inputs]:
-        """Returns the function that opens a run's files and data and settles its settings."""
+    def open_inputs(self, config: RunConfig, source: Mapping[str, Source] | None, /) -> Inputs:
+        """Opens a run's files and data and settles its settings."""
 
-    @property
     def build_step(
-        self,
-    ) -> Callable[[Inputs, RunConfig, Mesh, Output, Job | None], tuple[Any, Assembly, Any]]:
-        """Returns the function that loads the base and builds the step and this process's rows.
+        self, inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None, /
+    ) -> tuple[Any, Assembly, Any]:
+        """Loads the base and builds the step and this process's rows.
 
-        Its arguments are the inputs, the settings with a concrete layout, the mesh, the run's folder,
-        and a job with the same program, whose base and programs are shared.
+        Args:
+          inputs: of the run.
+          placed: its settings with a concrete layout.
+          mesh: its devices.
+          output: its folder.
+          like: a job with the same program, whose base and programs are shared.
         """
 
-    @property
-    def evaluator(self) -> Callable[[Inputs, Any, Assembly, Any], Any]:
-        """Returns the function that makes the evaluator of some held-out examples, its last argument."""
+    def evaluator(self, inputs: Inputs, loaded: Any, assembly: Assembly, items: Any, /) -> Any:
+        """Makes the evaluator of some held-out examples."""
 
-    @property
-    def export_run(self) -> Callable[[Job, Path, TrainState, Callable[[str], None]], None]:
-        """Returns the function that writes the adapter of a state to a folder and verifies it by reloading.
+    def export_run(
+        self, job: Job, folder: Path, state: TrainState, share: Callable[[str], None], /
+    ) -> None:
+        """Writes the adapter of a state to a folder and verifies it by reloading.
 
-        Its last argument makes a folder of the first process readable in all processes.
+        ``share`` makes a folder of the first process readable in all processes.
         """

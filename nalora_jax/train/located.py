@@ -53,10 +53,8 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
             )
         if adapter is None:
             return Located(str(model))
-        adapter_path = found_adapter(Path(adapter))
-        if adapter_path is None:
-            raise no_adapter(Path(adapter))
-        return Located(str(model), adapter_path, run_config(adapter_path.parent))
+        folder = adapter_folder(Path(adapter))
+        return Located(str(model), folder, run_config(folder.parent))
     if adapter is not None:
         raise NaloraError(
             "--adapter",
@@ -65,11 +63,9 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
             remedy="give the base model's name, or leave --adapter out",
         )
     run = run_config(adapter_of_model.parent)
-    return Located(
-        _base_of_run(adapter_of_model.parent) or run.get("model") or base_of(adapter_of_model),
-        adapter_of_model,
-        run,
-    )
+    # The name of the exact weights, if it was recorded.
+    base = _recorded(_header(adapter_of_model.parent), "base", "name", str)
+    return Located(base or run.get("model") or base_of(adapter_of_model), adapter_of_model, run)
 
 
 def holds_adapter(folder: str | Path) -> bool:
@@ -85,7 +81,9 @@ def adapter_folder(path: Path) -> Path:
     """
     located = found_adapter(path)
     if located is None:
-        raise no_adapter(path)
+        actual = "neither" if can_exist(path) and path.is_dir() else "no such folder"
+        expected = f"a folder with {CONFIG_NAME}, or a run's folder"
+        raise NaloraError(str(path), expected=expected, found=actual)
     return located
 
 
@@ -118,11 +116,6 @@ def run_config(folder: Path) -> dict[str, Any]:
         return {}
     config_from_dict(settings, f"{folder / METRICS}: line 1: run")
     return settings
-
-
-def _base_of_run(folder: Path) -> str:
-    """Returns the recorded name of the base's exact weights; empty if it was not recorded."""
-    return _recorded(_header(folder), "base", "name", str) or ""
 
 
 def _recorded(header: Mapping[str, Any], group: str, name: str, kind: type[T]) -> T | None:
@@ -183,11 +176,3 @@ def _copied_adapter(url: str) -> Path | None:
         return None
     of_adapter = [f"{ADAPTER}/{name}" for name in buckets.names(f"{url}/{ADAPTER}")]
     return buckets.local_tree(url, [*of_adapter, *(name for name in names if name == METRICS)]) / ADAPTER
-
-
-def no_adapter(path: Path) -> NaloraError:
-    """Returns the error of a folder without an adapter."""
-    actual = "no such folder"
-    if can_exist(path) and path.is_dir():
-        actual = "neither"
-    return NaloraError(str(path), expected=f"a folder with {CONFIG_NAME}, or a run's folder", found=actual)

@@ -56,11 +56,13 @@ def host_memory(
         return 0, 0
     lines = dict(re.findall(r"^(\w+):\s+(\d+) kB", info.read_text(), re.MULTILINE))
     free, total = (1024 * int(lines.get(name, 0)) for name in ("MemAvailable", "MemTotal"))
-    limit = _number(group / "memory.max")
-    if limit is None:
+    try:
+        texts = {name: (group / f"memory.{name}").read_text() for name in ("max", "current", "stat")}
+        limit = int(texts["max"])
+    except (OSError, ValueError):  # "max" without a limit
         return free, total
-    cached = re.findall(r"^inactive_file (\d+)", _text(group / "memory.stat"), re.MULTILINE)
-    used = (_number(group / "memory.current") or 0) - sum(map(int, cached))
+    cached = re.findall(r"^inactive_file (\d+)", texts["stat"], re.MULTILINE)
+    used = int(texts["current"]) - sum(map(int, cached))
     return min(free, max(0, limit - used)), min(total, limit)
 
 
@@ -72,15 +74,3 @@ def device_memory() -> float:
         return float(limit)
     _, total = host_memory()
     return total / len(devices)
-
-
-def _number(path: Path) -> int | None:
-    text = _text(path).strip()
-    return int(text) if text.isdecimal() else None  # "max" without a limit
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -50,8 +50,9 @@ def make_optimizer(
         stages = [optax.clip_by_global_norm(values.clip_norm)]
     stages.append(_named_optimizer(config.name, values, schedule))
     if plus_ratio != 1:
+        ratio = numbers.get("plus_ratio", plus_ratio)
         # After learning rate and weight decay: equivalent to a larger learning rate of B.
-        stages.append(_scale_leaves("b", numbers.get("plus_ratio", plus_ratio)))
+        stages.append(_scale_leaves(lambda path: ratio if path.split("/")[-1] == "b" else 1.0))
     if config.rates:
         stages.append(scale_by_projection(config.rates))
     return optax.with_extra_args_support(optax.chain(*stages))
@@ -84,10 +85,6 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         "linear": optax.linear_schedule(peak, final, decay_steps),
         "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_ratio),
     }
-    if config.schedule not in decays:
-        raise NaloraError(
-            "--optimizer.schedule", expected=f"one of {', '.join(decays)}", found=config.schedule
-        )
     if warmup <= 0:
         return decays[config.schedule]
     start = peak / (warmup + 1)
@@ -125,23 +122,21 @@ def _named_optimizer(
     raise NaloraError("--optimizer.name", expected=f"one of {names}", found=name)
 
 
-def _scale_leaves(name: str, factor: float) -> optax.GradientTransformation:
-    def scale(path: str, update: jax.Array) -> jax.Array:
-        if path.split("/")[-1] != name:
-            return update
-        return update * factor
+def _scale_leaves(factor: Callable[[str], Any]) -> optax.GradientTransformation:
+    """Returns a transform that multiplies each update by the factor of its path.
+
+    It comes after preconditioner, learning rate and weight decay, so that a factor is a ratio of
+    learning rates. Before Adam, which divides by the gradient's size, it would have almost no effect.
+    """
 
     def update_fn(updates: Any, params: Any = None) -> Any:
-        return trees.map_named(scale, updates)
+        return trees.map_named(lambda path, update: update * factor(path), updates)
 
     return optax.stateless(update_fn)
 
 
 def scale_by_projection(rates: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
     """Returns a transform that multiplies the updates of A and B by the factor of the first matching rule.
-
-    It comes after preconditioner, learning rate and weight decay, so that a factor is a ratio of
-    learning rates. Before Adam, which divides by the gradient's size, it would have almost no effect.
 
     Args:
       rates: (regular expression, factor) pairs, searched in stacked paths such as ``layers/ffn/gate_proj``.
@@ -151,27 +146,15 @@ def scale_by_projection(rates: Sequence[tuple[str, float]]) -> optax.GradientTra
     """
 
     def init_fn(params: Any) -> optax.EmptyState:
-        match_rules(rates, {_projection(path) for path in trees.flatten(params)}, where="--optimizer.rates")
+        projections = {path.rpartition("/")[0] for path in trees.flatten(params)}
+        match_rules(rates, projections, where="--optimizer.rates")
         return optax.EmptyState()
 
-    def update_fn(
-        updates: Any, state: optax.EmptyState, params: Any = None
-    ) -> tuple[Any, optax.EmptyState]:
+    def factor(path: str) -> float:
+        match = first_match(rates, path.rpartition("/")[0])
+        return 1.0 if match is None else match[1]
 
-        def scale(path: str, update: jax.Array) -> jax.Array:
-            match = first_match(rates, _projection(path))
-            if match is None:
-                return update
-            return update * match[1]
-
-        return trees.map_named(scale, updates), state
-
-    return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _projection(path: str) -> str:
-    """Returns ``layers/ffn/gate_proj`` of ``layers/ffn/gate_proj/a``."""
-    return path.rpartition("/")[0]
+    return optax.GradientTransformation(init_fn, _scale_leaves(factor).update)
 
 
 # Best rate of plain LoRA on SmolLM2-135M in each of studies/stability (rank 2),

@@ -34,7 +34,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,14 +74,16 @@ class Output:
     mirror: Mirror | None = None  # copies the folder to a URL
 
     @property
-    def checkpoints(self) -> Any:
-        """Returns the folder of checkpoints: a `Path`, or an ``epath.Path`` in a bucket."""
-        return _checkpoints(self.folder, self.mirror)
-
-    @property
     def common(self) -> Any:
         """Returns the folder that every process may write to; an ``epath.Path`` in a bucket."""
-        return self.checkpoints.parent
+        if self.mirror is not None and CHECKPOINTS in self.mirror.without:
+            return self.mirror.store
+        return self.folder
+
+    @property
+    def checkpoints(self) -> Any:
+        """Returns the folder of checkpoints, in `common`."""
+        return self.common / CHECKPOINTS
 
     def share(self, name: str) -> None:
         """Makes folder ``name`` of the first process readable in all processes; all call it."""
@@ -109,50 +111,46 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
         checkpoint; another process writes to it; it cannot be written; a process does not see it;
         or a folder in it is a symbolic link.
     """
-    where = buckets.url(str(folder))
+    where, several = buckets.url(str(folder)), jax.process_count() > 1
     if where is None:
-        with _claimed(Path(folder), resume, None) as output:
-            if jax.process_count() > 1:
+        with _claimed(Output(Path(folder), False), resume) as output:
+            if several:
                 check_shared(Path(folder))
             yield output
         return
-    _refuse_url(where)
-    excluded = (CHECKPOINTS,) if is_written_directly(where) else ()
-    with mirrored(where, fresh=not resume, without=excluded) as mirror:
-        if jax.process_count() > 1:
+    direct = where.startswith(_DIRECT)
+    if several and not direct:
+        remedy = "mount the bucket on every host (mountpoint-s3 for s3://) and name a folder in it"
+        expected = f"a folder of a file system or gs://..., with {jax.process_count()} processes"
+        raise NaloraError("--output", expected=expected, found=where, remedy=remedy)
+    with mirrored(where, fresh=not resume, without=(CHECKPOINTS,) if direct else ()) as mirror:
+        if several:
             check_shared(mirror.store)
         if jax.process_index():
             mirror.fetch()
-        with _claimed(mirror.folder, resume, mirror) as output:
+        with _claimed(Output(mirror.folder, False, mirror), resume) as output:
             yield output
 
 
 @contextmanager
-def _claimed(path: Path, resume: Resume, mirror: Mirror | None) -> Iterator[Output]:
-    """Opens a local folder for `open_output`, with the mirror that copies it to a URL."""
+def _claimed(output: Output, resume: Resume) -> Iterator[Output]:
+    """Locks a local folder within the block, and finds out if it contains a run to resume."""
     held: list[RunLock] = []
     try:
-        resumes = on_first_process(lambda: _claim(path, _checkpoints(path, mirror), resume, held))
+        resumes = on_first_process(lambda: _claim(output.folder, output.checkpoints, resume, held))
         if jax.process_count() > 1:
-            resumes = bool(multihost_utils.broadcast_one_to_all(np.int32(bool(resumes))))
-        yield Output(path, bool(resumes), mirror)
+            resumes = multihost_utils.broadcast_one_to_all(np.int32(bool(resumes)))
+        yield replace(output, resumes=bool(resumes))
     finally:
         for lock in held:
             lock.release()
 
 
-def _checkpoints(folder: Path, mirror: Mirror | None) -> Any:
-    if mirror is not None and CHECKPOINTS in mirror.without:
-        return mirror.store / CHECKPOINTS
-    return folder / CHECKPOINTS
-
-
-def check_shared(folder: Any, within: float = _SEEN_WITHIN) -> None:
+def check_shared(folder: Any) -> None:
     """Raises an error unless all processes see a file that the first one writes to a folder.
 
     Args:
       folder: a `Path`, or an ``epath.Path`` in a bucket.
-      within: seconds that the file may take to appear.
 
     Raises:
       NaloraError: in every process, naming the processes that do not see the folder.
@@ -160,7 +158,7 @@ def check_shared(folder: Any, within: float = _SEEN_WITHIN) -> None:
     number = multihost_utils.broadcast_one_to_all(np.frombuffer(secrets.token_bytes(8), np.uint32))
     mark = folder / f".shared-{number.tobytes().hex()}"
     on_first_process(mark.touch)
-    until = time.monotonic() + within
+    until = time.monotonic() + _SEEN_WITHIN
     while not (visible := _is_seen(mark)) and time.monotonic() < until:
         time.sleep(0.1)
     visible_to = np.asarray(multihost_utils.process_allgather(np.int32(visible))).ravel()
@@ -181,14 +179,6 @@ def _is_seen(mark: Any) -> bool:
         return bool(mark.exists())
     except Exception:  # e.g. missing permissions; the other processes have to be notified
         return False
-
-
-def _refuse_url(where: str) -> None:
-    """Raises an error for URLs that several processes cannot write checkpoints to."""
-    if jax.process_count() > 1 and not is_written_directly(where):
-        remedy = "mount the bucket on every host (mountpoint-s3 for s3://) and name a folder in it"
-        expected = f"a folder of a file system or gs://..., with {jax.process_count()} processes"
-        raise NaloraError("--output", expected=expected, found=where, remedy=remedy)
 
 
 def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[RunLock]) -> bool:
@@ -216,7 +206,12 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[RunLock]) ->
         refuse_linked_folders(path)
         refuse_linked_folders(path / CHECKPOINTS)
     if resume == "auto" and not resumes and set(_files(path)) <= _BEGINNING:
-        _clear(path)
+        for name in _files(path):  # of a run that stopped before its first checkpoint
+            entry = path / name
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
         if checkpoints.exists():  # in a bucket
             epath.Path(checkpoints).rmtree()
     if not resumes and _files(path):
@@ -230,16 +225,6 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[RunLock]) ->
             remedy=f"choose another folder{way}",
         )
     return resumes
-
-
-def _clear(path: Path) -> None:
-    """Removes the files of a run that stopped before its first checkpoint."""
-    for name in _files(path):
-        entry = path / name
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def has_checkpoint(checkpoints: Any) -> bool:
@@ -283,11 +268,6 @@ _EVERY = 30.0  # seconds between two copies
 _DIRECT = "gs://"  # paths that Orbax and TensorStore write directly
 
 
-def is_written_directly(where: str) -> bool:
-    """Returns True if all processes write checkpoints directly to the URL ``where``."""
-    return where.startswith(_DIRECT)
-
-
 def listing(names: Sequence[str]) -> str:
     """Returns the first names of a folder's files, for messages."""
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
@@ -308,9 +288,7 @@ def write_text(folder: str, name: str, text: str) -> None:
 
 
 @contextmanager
-def mirrored(
-    where: str, *, fresh: bool, without: tuple[str, ...] = (), every: float = _EVERY
-) -> Iterator[Mirror]:
+def mirrored(where: str, *, fresh: bool, without: tuple[str, ...] = ()) -> Iterator[Mirror]:
     """Opens a local folder whose finished files are copied to the URL ``where``.
 
     Copying stops when the context ends. With several processes, each has a local folder. Only the
@@ -320,7 +298,6 @@ def mirrored(
       where: the run's folder in the store.
       fresh: require an empty folder in the store; otherwise its files are fetched first.
       without: names of top-level folders that are neither fetched nor copied.
-      every: seconds between two copies.
 
     Raises:
       NaloraError: the store cannot be reached or written; another machine writes to that folder; or
@@ -335,7 +312,13 @@ def mirrored(
 
     def begin() -> None:
         with _store_errors(where, "a folder that can be read and written"):
-            mirror.refuse_others(fresh=fresh)
+            if fresh and (names := sorted(mirror.names())):
+                raise NaloraError(
+                    "--output",
+                    expected="a new or empty folder",
+                    found=f"{where}, which holds {listing(names)}",
+                    remedy="choose another folder, or continue that run with --resume",
+                )
             mirror.claim()
             mirror.fetch()
             mirror.push()
@@ -345,9 +328,7 @@ def mirrored(
         yield mirror
         return
     stop = threading.Event()
-    thread = threading.Thread(
-        target=_keep_copying, args=(mirror, stop, every), name="output copies", daemon=True
-    )
+    thread = threading.Thread(target=_keep_copying, args=(mirror, stop), name="output copies", daemon=True)
     thread.start()
     try:
         yield mirror
@@ -356,7 +337,7 @@ def mirrored(
         thread.join()
         with _store_errors(where, f"to take the last files of the run, which are in {folder}"):
             mirror.push()
-            mirror.release()
+            (mirror.store / HOLDER).unlink(missing_ok=True)
         log.info("output: %s", where)
 
 
@@ -394,34 +375,14 @@ class Mirror:
                 )
         self._sign()
 
-    def release(self) -> None:
-        """Removes the record of `claim`."""
-        (self.store / HOLDER).unlink(missing_ok=True)
-
-    def refuse_others(self, *, fresh: bool) -> None:
-        """Checks that the store's folder is empty if the run is ``fresh``.
-
-        Raises:
-          NaloraError: it is not empty.
-        """
-        if fresh and (names := sorted(self._held())):
-            raise NaloraError(
-                "--output",
-                expected="a new or empty folder",
-                found=f"{self.where}, which holds {listing(names)}",
-                remedy="choose another folder, or continue that run with --resume",
-            )
-
     def fetch(self, within: str = "") -> None:
         """Replaces the local folder, or a folder ``within`` it, by its copy in the store."""
         here = self.folder / within
         if here.exists():  # of an earlier run on this machine; the store has its last copies
             shutil.rmtree(here)
         here.mkdir(parents=True, exist_ok=True)
-        for name in self._held():
-            if name.partition("/")[0] in self.without or not name.startswith(
-                f"{within}/" if within else ""
-            ):
+        for name in self.names():
+            if name.partition("/")[0] in self.without or not name.startswith(within and f"{within}/"):
                 continue
             target = self.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -432,25 +393,22 @@ class Mirror:
         """Copies new and changed files, and removes deleted ones."""
         with self._copies:
             self._sign()
-            self._push()
+            states = {name: _state(self.folder / name) for name in finished(self.folder)}
+            # Digests first: they list the files that have to follow.
+            for name in sorted(states, key=lambda name: (Path(name).name != DIGESTS, name)):
+                if self._copied.get(name) != states[name]:
+                    epath.Path(self.folder / name).copy(self.store / name, overwrite=True)
+                    self._copied[name] = states[name]
+            for name in self._copied.keys() - states.keys():
+                (self.store / name).unlink(missing_ok=True)
+                del self._copied[name]
 
-    def _push(self) -> None:
-        states = {name: _state(self.folder / name) for name in finished(self.folder)}
-        for name in sorted(states, key=_order):
-            if self._copied.get(name) == states[name]:
-                continue
-            epath.Path(self.folder / name).copy(self.store / name, overwrite=True)
-            self._copied[name] = states[name]
-        for name in [name for name in self._copied if name not in states]:
-            (self.store / name).unlink(missing_ok=True)
-            del self._copied[name]
-
-    def _held(self) -> Iterator[str]:
+    def names(self) -> list[str]:
         """Returns the names of the run's files in the store."""
         if not self.store.exists():
-            return iter(())
+            return []
         names = files.names_below(self.store)
-        return (name for name in names if name != HOLDER and not name.startswith("."))
+        return [name for name in names if name != HOLDER and not name.startswith(".")]
 
     def _sign(self) -> None:
         (self.store / HOLDER).write_text(json.dumps({"host": socket.gethostname(), "time": time.time()}))
@@ -468,14 +426,9 @@ def finished(folder: Path) -> list[str]:
     return names_found
 
 
-def _order(name: str) -> tuple[bool, str]:
-    """Returns a sort key that puts digests first: they list the files that have to follow."""
-    return (Path(name).name != DIGESTS, name)
-
-
-def _keep_copying(mirror: Mirror, stop: threading.Event, every: float) -> None:
+def _keep_copying(mirror: Mirror, stop: threading.Event) -> None:
     warned = False
-    while not stop.wait(every):
+    while not stop.wait(_EVERY):
         try:
             mirror.push()
             warned = False
@@ -495,20 +448,16 @@ def store_folder(where: str) -> epath.Path:
     """
     with _store_errors(where, "a folder that can be read"):
         try:
-            if is_written_directly(where):
-                _see_what_others_write()
+            if where.startswith(_DIRECT):
+                from fsspec.config import conf
+
+                # gcsfs would not list files of other processes from its cache.
+                conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
             store = epath.Path(where)
             store.exists()
         except (ImportError, ValueError, KeyError) as error:
             raise buckets.missing_package("--output", where) from error
     return store
-
-
-def _see_what_others_write() -> None:
-    """Disables gcsfs's cache of folder listings, so that it lists files of other processes."""
-    from fsspec.config import conf
-
-    conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import chex
 import jax
@@ -51,17 +50,9 @@ from nalora_jax.weights.adapter_forms import difference_as_lora, lower_kernels, 
 _STEPS = itertools.count()
 
 
-class PureStep(Protocol):
-    """Builds the step of an assembly for other values of its settings."""
-
-    def __call__(self, adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
-        """Returns a step that is not compiled.
-
-        Args:
-          adapters: of the assembly's projections, with other scales or larger ranks.
-          mechanisms: with the assembly's memory and maybe other settings.
-          numbers: of the optimizer, see `nalora_jax.train.optimizers.make_optimizer`.
-        """
+# Builds the step of an assembly, not compiled, for other values of its settings: adapters of its projections with other
+# scales or larger ranks, mechanisms with its memory, and numbers of the optimizer (`make_optimizer`).
+PureStep = Callable[[AdapterSpec, Mechanisms, Mapping[str, Any]], Step]
 
 
 @dataclass(frozen=True)
@@ -99,30 +90,24 @@ class RunProgram:
         return distributed.shardings(state, self.mesh, distributed.STATE_RULES)
 
     def compiled_step(self, places: Any) -> Step:
-        """Returns the step, which is compiled on first use and donates the state."""
+        """Returns the step, which is traced once, compiled on first use, and donates the state.
+
+        It checks values if gates are checked. ``places`` are the shardings of the state.
+        """
         step = self.pure(self.spec, self.mechanisms, {})
-        return jit_step(self.config, step, self.mesh, places)
-
-
-def jit_step(config: RunConfig, step: Step, mesh: Mesh, shardings: Any) -> Step:
-    """Jits a pure step: one trace per run, state donated, chexified if gates are checked.
-
-    ``placed`` is the sharding of the state.
-    """
-    step.__name__ = (
-        f"train_step_{next(_STEPS)}"  # chex counts traces by name and call site; a process may run twice
-    )
-    step = chex.assert_max_traces(step, n=1)
-    step.__name__ = "train_step"  # the name is part of the compilation cache's key
-    compiled = jax.jit(
-        step,
-        donate_argnums=(1,),
-        out_shardings=(shardings, NamedSharding(mesh, P())),
-        compiler_options=distributed.compiler_options(mesh),
-    )
-    if config.debug.check_gates:
-        return _checked(compiled)
-    return compiled
+        # Chex counts traces by name and call site; a process may run twice.
+        step.__name__ = f"train_step_{next(_STEPS)}"
+        step = chex.assert_max_traces(step, n=1)
+        step.__name__ = "train_step"  # the name is part of the compilation cache's key
+        compiled = jax.jit(
+            step,
+            donate_argnums=(1,),
+            out_shardings=(places, NamedSharding(self.mesh, P())),
+            compiler_options=distributed.compiler_options(self.mesh),
+        )
+        if self.config.debug.check_gates:
+            return _checked(compiled)
+        return compiled
 
 
 def _is_no_reminder(record: logging.LogRecord) -> bool:
@@ -186,26 +171,16 @@ def decoder_program(
       spec: the adapters.
       model: of another program that this one shares it with.
     """
-    blocks, gates = measured_blocks(base, spec), find_gates(adapter_shapes(base, spec))
-    names = {path: name for path, (_, name) in gate_blocks(base).items() if path in blocks}
-    mechanisms = mechanisms_of(config, base.activation, names, gates)
     if model is None:
         model = build_model(config, base, spec, mesh, module)
-    optimizer = partial(build_optimizer, config, spec, gates, last=last, width=base.d_model)
-    # Experts count their own tokens, and blocks of other towers read images.
-    readers = [path for path, shape in blocks.items() if path.startswith("layers/") and len(shape) == 2]
 
-    def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
-        # In a sweep whose runs have a device each, the step is a program of one device.
-        numerics = replace(model.numerics, platform=distributed.platform_of_step(mesh))
-        module = model.clone(adapters=adapters, numerics=numerics)
-        lora, mask = adapter_shapes(base, adapters), _mask_spec(blocks, mesh)
-        settings = step_config(config, module, mechanisms, blocks, mesh, lora, mask=mask, readers=readers)
-        plain = next_token(base, module, config.compute, mesh)
-        of_run = plain if objective is None else objective(plain)
-        return make_train_step(optimizer(mechanisms, numbers), settings, of_run)
+    def objective_of(model: Decoder) -> Objective:
+        plain = next_token(base, model, config.compute, mesh)
+        return plain if objective is None else objective(plain)
 
-    return RunProgram(config, model, spec, mesh, mechanisms, optimizer(mechanisms), blocks, pure)
+    lora, blocks = adapter_shapes(base, spec), measured_blocks(base, spec)
+    config = with_learning_rate(config, base.d_model)
+    return run_program(config, model, lora, mesh, objective_of, blocks, base.activation, last=last)
 
 
 def build_model(
@@ -243,62 +218,73 @@ def gate_stats(config: RunConfig, mesh: Mesh) -> GateStatsConfig:
     )
 
 
-def build_optimizer(
-    config: RunConfig,
-    spec: AdapterSpec,
-    gates: Mapping[str, str],
-    mechanisms: Mechanisms,
-    numbers: Mapping[str, Any] = MappingProxyType({}),
-    *,
-    last: optax.GradientTransformation | None = None,
-    width: int = 0,
-) -> optax.GradientTransformationExtraArgs:
-    """Chains inner optimizer, mechanisms on gates, ``last``, and AdaLoRA's rank allocation."""
-    settings = with_learning_rate(config, width).optimizer
-    inner = make_optimizer(settings, config.steps, config.lora.plus_ratio, numbers)
-    optimizer = nalora(inner, mechanisms, gates)
-    if last is not None:
-        optimizer = optax.with_extra_args_support(optax.chain(optimizer, last))
-    if spec.adalora:
-        return adalora(optimizer, config.adalora, spec, config.steps, clip_norm=settings.clip_norm)
-    return optimizer
-
-
-def step_config(
+def run_program(
     config: RunConfig,
     model: Any,
-    mechanisms: Mechanisms,
-    blocks: Mapping[str, tuple[int, ...]],
-    mesh: Mesh,
     lora: Any,
+    mesh: Mesh,
+    objective: Callable[[Any], Objective],
+    blocks: Mapping[str, tuple[tuple[int, ...], str]],
+    activation: str,
     *,
-    mask: P = P(),  # noqa: B008
-    readers: Sequence[str] = (),
-) -> StepConfig:
-    """Returns the settings of a step.
+    last: optax.GradientTransformation | None = None,
+) -> RunProgram:
+    """Returns the program of a model.
 
     Args:
-      config, model, mechanisms, blocks, mesh: of the run's program.
+      config: the run's settings, with a concrete learning rate.
+      model: for training steps, with the run's adapters.
       lora: the adapters, or their shapes.
-      mask: layout of the gates' masks within a step.
-      readers: blocks whose statistics count the tokens of the batch.
+      mesh, last: see `assemble`.
+      objective: makes the objective of a model that differs from ``model`` in the values of its adapters.
+      blocks: channel shape and activation of each measured block, by path.
+      activation: of most blocks.
     """
+    gates, spec, optimizer_settings = find_gates(lora), model.adapters, config.optimizer
+    shapes = {path: shape for path, (shape, _) in blocks.items()}
+    activations = {path: name for path, (_, name) in blocks.items()}
+    mechanisms = mechanisms_of(config, activation, activations, gates)
+
+    def optimizer(
+        mechanisms: Mechanisms, numbers: Mapping[str, Any]
+    ) -> optax.GradientTransformationExtraArgs:
+        inner = make_optimizer(optimizer_settings, config.steps, config.lora.plus_ratio, numbers)
+        whole = nalora(inner, mechanisms, gates)
+        if last is not None:
+            whole = optax.with_extra_args_support(optax.chain(whole, last))
+        if spec.adalora:
+            clip = optimizer_settings.clip_norm
+            return adalora(whole, config.adalora, spec, config.steps, clip_norm=clip)
+        return whole
+
     options: dict[str, Any] = {}
     if distributed.devices_per_run(mesh) > 1:
         options["lora_sharding"] = distributed.shardings(lora, mesh, distributed.STEP_RULES)
-        options["mask_sharding"] = NamedSharding(mesh, mask)
+        masks = {distributed.fit_spec(P("tensor"), shape, mesh) for shape in shapes.values()}
+        options["mask_sharding"] = NamedSharding(mesh, masks.pop() if len(masks) == 1 else P())
     if config.debug.check_gates:
+        # Experts count their own tokens, and blocks of image and text towers read others than the batch's.
+        flat = [path for path, shape in shapes.items() if len(shape) == 2]
+        readers = [path for path in flat if path.startswith("layers/")]
         options["checks"] = tuple(CHECKS)
         options["verify"] = partial(require_sound, config=model.stats, readers=readers)
-    rows, metrics = distributed.row_sharding(mesh), layer_metrics(mechanisms)
-    return StepConfig(mechanisms, blocks, stats_sharding=rows, metrics=metrics, **options)
+
+    def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
+        # In a sweep whose runs have a device each, the step is a program of one device.
+        numerics = replace(model.numerics, platform=distributed.platform_of_step(mesh))
+        module = model.clone(adapters=adapters, numerics=numerics)
+        rows, metrics = distributed.row_sharding(mesh), layer_metrics(mechanisms)
+        settings = StepConfig(mechanisms, shapes, stats_sharding=rows, metrics=metrics, **options)
+        return make_train_step(optimizer(mechanisms, numbers), settings, objective(module))
+
+    return RunProgram(config, model, spec, mesh, mechanisms, optimizer(mechanisms, {}), shapes, pure)
 
 
-def measured_blocks(base: ModelConfig, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
-    """Returns channel shapes by block, of the decoder and of other blocks with adapters."""
+def measured_blocks(base: ModelConfig, spec: AdapterSpec) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns channel shape and activation by block, of the decoder and of other blocks with adapters."""
     adapted = {path.rpartition("/")[0] for path, _ in spec.targets}
     blocks = gate_blocks(base).items()
-    return {path: shape for path, (shape, _) in blocks if path.startswith("layers/") or path in adapted}
+    return {path: block for path, block in blocks if path.startswith("layers/") or path in adapted}
 
 
 def head_shardings(base: ModelConfig, mesh: Mesh) -> tuple[NamedSharding, ...]:
@@ -316,12 +302,6 @@ def head_shardings(base: ModelConfig, mesh: Mesh) -> tuple[NamedSharding, ...]:
         weights = tuple(axis for axis in ("tensor", *WEIGHT_AXES) if axis in mesh.shape)
         shape, layouts = shape[::-1], [P(weights, None), P("tensor", None)]
     return tuple(NamedSharding(mesh, distributed.fit_spec(spec, shape, mesh)) for spec in layouts)
-
-
-def _mask_spec(blocks: dict[str, tuple[int, ...]], mesh: Mesh) -> P:
-    """Returns one layout for the masks of all blocks."""
-    specs = {distributed.fit_spec(P("tensor"), shape, mesh) for shape in blocks.values()}
-    return specs.pop() if len(specs) == 1 else P()
 
 
 def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: Mesh) -> NextToken:

@@ -26,6 +26,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from nalora_jax.common.registry import Registry, from_text
+from nalora_jax.config import RLConfig
 from nalora_jax.errors import NaloraError, described
 from nalora_jax.evaluate.answers import last_number, matches, normalised_text
 
@@ -120,20 +121,16 @@ class Length:
         return -min(max(len(completion) / self.limit - 1.0, 0.0), 1.0)
 
 
-def make_rewards(names: Sequence[str]) -> list[Reward]:
-    """Returns rewards by name: ``NAME``, ``NAME:setting=value,...`` or ``MODULE:FUNCTION``.
+def make_reward(text: str) -> Reward:
+    """Returns the reward called ``NAME``, ``NAME:setting=value,...`` or ``MODULE:FUNCTION``.
 
     Raises:
       NaloraError: an unknown name or setting, or a module or function that cannot be imported.
     """
-    return [_reward(name) for name in names]
-
-
-def _reward(text: str) -> Reward:
     name, _, rest = text.partition(":")
     if name not in _REWARDS and rest and "=" not in rest:
         try:
-            reward = getattr(importlib.import_module(name), rest)
+            reward: Reward = getattr(importlib.import_module(name), rest)
         except (Exception, SystemExit) as error:
             expected = "MODULE:FUNCTION that can be imported"
             raise NaloraError(f"--rl.rewards {text}", expected=expected, found=described(error)) from error
@@ -143,21 +140,18 @@ def _reward(text: str) -> Reward:
     return reward
 
 
-@dataclass(frozen=True)
 class Scorer:
-    """Computes rewards of samples.
+    """Computes the rewards of samples.
 
-    Args:
-      names: of the rewards, as in settings.
-      seconds: time limit of one call; 0: none. A call is interrupted in the main thread of a process on
-        systems with interval timers, and code that never returns to Python is not.
-      ignore_errors: a reward that fails is NaN in place of an error.
+    A call of a reward is interrupted after ``rl.reward_seconds`` in the main thread of a process on systems with
+    interval timers; code that never returns to Python is not.
+
+    Raises:
+      NaloraError: see `make_reward`.
     """
 
-    names: tuple[str, ...]
-    rewards: tuple[Reward, ...]
-    seconds: float = 0.0
-    ignore_errors: bool = False
+    def __init__(self, rl: RLConfig) -> None:
+        self._rl, self._rewards = rl, [make_reward(name) for name in rl.rewards]
 
     def __call__(
         self,
@@ -177,26 +171,27 @@ class Scorer:
         Raises:
           NaloraError: a reward raises, takes too long or returns no finite number.
         """
-        values = np.full((len(completions), len(self.rewards)), np.nan)
+        rl, expected = self._rl, "a finite number"
+        if rl.reward_seconds:
+            expected += f" within {rl.reward_seconds:g} s"
+        values = np.full((len(completions), len(rl.rewards)), np.nan)
         for row, sample in enumerate(zip(prompts, completions, records, strict=True)):
-            for column, (name, reward) in enumerate(zip(self.names, self.rewards, strict=True)):
+            for column, (name, reward) in enumerate(zip(rl.rewards, self._rewards, strict=True)):
                 try:
                     values[row, column] = self._value(reward, *sample)
                 except Exception as error:
-                    if self.ignore_errors:
+                    if rl.ignore_reward_errors:
                         continue
                     raise NaloraError(
                         f"reward {name} of {where[row]}",
-                        expected=f"a finite number within {self.seconds:g} s"
-                        if self.seconds
-                        else "a finite number",
+                        expected=expected,
                         found=f"{described(error)} for the completion {sample[1][:80]!r}",
                         remedy="mend the reward, or pass --rl.ignore-reward-errors: such samples have no reward",
                     ) from error
         return values
 
     def _value(self, reward: Reward, prompt: str, completion: str, record: Record) -> float:
-        with _time_limit(self.seconds):
+        with _time_limit(self._rl.reward_seconds):
             value = float(reward(prompt, completion, record))
         if not math.isfinite(value):
             raise ValueError(f"the value {value}")

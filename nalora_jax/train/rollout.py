@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from nalora_jax.common import files, trees
+from nalora_jax.config import RLConfig
 from nalora_jax.data.prompts import Prompt
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
@@ -91,30 +92,24 @@ class Sampler:
     """Draws groups of samples and computes their rewards.
 
     Attributes:
+      rl: rewards, number and limit of the samples of a prompt, and their temperature.
       model: the decoder without rematerialization.
       params: its frozen weights.
       tokenizer: of the model.
       mesh: of the weights.
-      scorer: of the rewards.
       prompts: number of prompts of a step.
-      samples: number of samples of a prompt, at least 2.
-      limit: maximum number of tokens of a sample.
-      temperature: above 0.
       seed: of the run.
       longest: tokens of the longest prompt of the data set.
       folder: for complete groups; None: they are not stored.
       rows: rows that are generated at once on each shard of a batch.
     """
 
+    rl: RLConfig
     model: Decoder
     params: Any
     tokenizer: Tokenizer
     mesh: Mesh
-    scorer: Scorer
     prompts: int
-    samples: int
-    limit: int
-    temperature: float
     seed: int
     longest: int
     folder: Path | None = None
@@ -124,13 +119,17 @@ class Sampler:
         context, switch = self.model.config.max_positions, switch_length(self.model.config.ropes)
         if switch is not None and switch < context:
             context = switch  # cached keys are invalid beyond
-        if self.longest + self.limit > context:
+        if self.longest + self.rl.max_new_tokens > context:
             raise NaloraError(
                 "--rl.max-new-tokens",
                 expected=f"at most {context - self.longest} with prompts of up to {self.longest} tokens",
-                found=self.limit,
+                found=self.rl.max_new_tokens,
                 remedy="lower it, or leave long prompts out with --data.max-length",
             )
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.rl)
 
     @cached_property
     def _stops(self) -> np.ndarray:
@@ -141,7 +140,7 @@ class Sampler:
     @cached_property
     def shape(self) -> tuple[int, int, int]:
         """Returns `program_shape` on this mesh."""
-        return program_shape(self.prompts, self.samples, prompt_shards(self.mesh), self.rows)
+        return program_shape(self.prompts, self.rl.samples, prompt_shards(self.mesh), self.rows)
 
     def __call__(self, lora: Any, step: int, prompts: Sequence[Prompt], *, attempt: int = 0) -> Samples:
         """Returns the samples of ``prompts``.
@@ -157,14 +156,14 @@ class Sampler:
         """
         weights = view_weights(self.model, {"params": self.params, "lora": lora})
         seeds = np.random.SeedSequence((self.seed, step, attempt)).generate_state(
-            len(prompts) * self.samples
+            len(prompts) * self.rl.samples
         )
         store = _Store(self.folder, f"{step}-{attempt}", lora)
         parts: list[Samples] = []
         for start in range(0, len(prompts), self.shape[0]):
             group = prompts[start : start + self.shape[0]]
             if (part := store.read(start)) is None:
-                rows = slice(start * self.samples, (start + len(group)) * self.samples)
+                rows = slice(start * self.rl.samples, (start + len(group)) * self.rl.samples)
                 part = self._scored(group, *self._generated(weights, group, seeds[rows].tolist()))
                 store.write(start, part)
             parts.append(part)
@@ -174,27 +173,27 @@ class Sampler:
         self, weights: Any, prompts: Sequence[Prompt], seeds: list[int]
     ) -> tuple[np.ndarray, np.ndarray]:
         _, count, samples = self.shape
-        parts = [prompt.ids for prompt in prompts for _ in range(self.samples // samples)]
+        parts = [prompt.ids for prompt in prompts for _ in range(self.rl.samples // samples)]
         padded = padded_rows([*parts, [0] * self.longest], count + 1)
         rows = {name: value[:count] for name, value in padded.items()}
         rows["lengths"][len(parts) :] = 1
         rows["live"] = np.arange(count) < len(parts)
-        sampling = make_sampling(count * samples, temperature=self.temperature, seeds=seeds)
+        sampling = make_sampling(count * samples, temperature=self.rl.temperature, seeds=seeds)
         placed = place_batch({**rows, "sampling": sampling}, self.mesh)
         results = sample_groups(
             self.model,
             weights,
             Prompts(**placed, stop_ids=self._stops),
             samples=samples,
-            limit=self.limit,
+            limit=self.rl.max_new_tokens,
         )
-        tokens, log_probs = (np.asarray(fetch(x))[: len(prompts) * self.samples] for x in results)
+        tokens, log_probs = (np.asarray(fetch(x))[: len(prompts) * self.rl.samples] for x in results)
         return tokens, log_probs
 
     def _scored(self, prompts: Sequence[Prompt], tokens: np.ndarray, log_probs: np.ndarray) -> Samples:
         texts = [self.tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in tokens]
-        of_rows = [prompt for prompt in prompts for _ in range(self.samples)]
-        rewards = self.scorer(
+        of_rows = [prompt for prompt in prompts for _ in range(self.rl.samples)]
+        rewards = self._scorer(
             [p.text for p in of_rows], texts, [p.record for p in of_rows], [p.where for p in of_rows]
         )
         if jax.process_count() > 1:  # a reward may not be the same in every process

@@ -170,7 +170,7 @@ def read_inputs(
         use_compilation_cache()
     inputs = kind.open_inputs(start.with_adapter(config, session.recorded or None), source)
     session.check_continues(inputs.config)
-    return replace(inputs, begin=start.with_start)
+    return replace(inputs, start=start)
 
 
 # ---------------------------------------------------------------- layout, weights, adapters, step
@@ -296,7 +296,7 @@ def evaluate_base(job: Job, session: Session, measured: BaseMetrics | None = Non
     before = session.before = dict(measured.reported)
     text = json.dumps(seal(before | {"questions": job.inputs.questions}))
     distributed.on_first_process(lambda: write_atomically(session.output.folder / BEFORE, text))
-    session.callbacks.evaluation(0, before, "initial")
+    session.callbacks.tell("on_eval", 0, before, "initial")
     session.progress.say(f"before: {describe(before)}")
     choosing = session.selected(0, measured.selecting)
     say_counts(int(before.get("n", 0)), choosing.n, chosen=job.config.train.eval_every > 0)
@@ -359,7 +359,7 @@ def finish(
     after: dict[str, Any] = job.evaluator.measure(job.assembly.params, state.lora, samples=True)
     if "right" in after and len(before.get("right", ())) == len(after["right"]):
         after["paired"] = asdict(compare(before["right"], after["right"]))
-    session.callbacks.evaluation(best, after, "final")
+    session.callbacks.tell("on_eval", best, after, "final")
     session.progress.say(f"after (step {best}): {describe(after)}")
     first = first_step(job.assembly.mechanisms)
     if best < first:
@@ -370,6 +370,6 @@ def finish(
     job.kind.export_run(job, adapter, state, session.output.share)
     write_card(adapter, job, state, before, after)
     spent.end("exporting")
-    session.callbacks.end(Ended(last, best, seconds=spent.seconds))
+    session.callbacks.tell("on_end", Ended(last, best, seconds=spent.seconds))
     distributed.on_first_process(lambda: log.info("report: %s", write_report(folder)))
     return RunResult(folder, adapter, folder / REPORT, before, after, best)

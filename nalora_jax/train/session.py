@@ -150,7 +150,7 @@ class Session:
 
     def fail(self, error: BaseException) -> None:
         """Records the error that ended the run."""
-        self.callbacks.end(Ended(message=redacted(bounded_text(error)) or "interrupted"))
+        self.callbacks.tell("on_end", Ended(message=redacted(bounded_text(error)) or "interrupted"))
 
     def follower(self, state: TrainState) -> Follower:
         """Returns the actions after each step, which continue from a state."""
@@ -170,7 +170,9 @@ class Session:
 
     def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
         """Writes and shows a log step, with metrics of the state and peak memory."""
-        self.callbacks.log(step, {**record, **self.state_metrics.measure(state), **peak_memory()})
+        self.callbacks.tell(
+            "on_log", step, {**record, **self.state_metrics.measure(state), **peak_memory()}
+        )
         self.progress.log(step, record)
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
@@ -180,7 +182,7 @@ class Session:
     def selected(self, step: int, values: Mapping[str, Any]) -> LoopEvaluation:
         """Logs the metrics of an adapter that may be selected, and returns the one that ranks it."""
         selector = self.job.selector
-        self.callbacks.evaluation(step, values)
+        self.callbacks.tell("on_eval", step, values, "")
         self.progress.say(f"step {step}: {describe(values)}")
         score = value = float(values[selector.metric])
         if selector.mode == "min":
@@ -198,7 +200,7 @@ class Session:
         self.checkpointer.save(step, state, self.batches.get_state(), metrics)
         if self.waits_for_writes:
             self.checkpointer.wait()
-        self.callbacks.save(step, self.checkpointer.folder / str(step))
+        self.callbacks.tell("on_save", step, self.checkpointer.folder / str(step))
 
     def asked_to_stop(self, step: int) -> bool:
         """Returns True if a stop signal arrived."""

@@ -39,9 +39,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,11 +52,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from nalora_jax.common import digests, trees
+from nalora_jax.common.folders import new_folder
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.method import statistics
 from nalora_jax.method.low_rank import find_gates
-from nalora_jax.method.step import Batch, Objective, StepConfig, accumulate, micro_gradients, over_shards
+from nalora_jax.method.step import Batch, StepConfig, accumulate, micro_gradients, over_shards
 from nalora_jax.method.transform import Mechanisms
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
@@ -95,11 +95,9 @@ def with_start(assembly: Assembly, loaded: LoadedModel, data: TrainingRows, outp
     config, folder = assembly.config, output.folder / START
     if config.lora.init in GRADIENT:
         if output.resumes:
-            return (
-                starting_at(assembly, _read(folder, assembly))
-                if config.lora.init == "lora_ga"
-                else assembly
-            )
+            if config.lora.init == "gradient":
+                return assembly
+            return starting_at(assembly, _read(folder, assembly))
         started = time.perf_counter()
         lora = first_adapters(assembly, loaded.config, data, config.seed)
         count = config.lora.gradient_batches
@@ -131,21 +129,10 @@ def first_adapters(assembly: Assembly, base: ModelConfig, data: TrainingRows, se
 
 
 def _write(folder: Path, initial: Mapping[str, Any]) -> None:
-    """Writes the folder atomically, by a rename."""
-    scratch = folder.with_name(f".{folder.name}.new")
-    try:
-        scratch.mkdir()
-        save_file(
-            {path: np.ascontiguousarray(leaf) for path, leaf in trees.flatten(initial).items()},
-            scratch / _FILE,
-        )
+    with new_folder(folder) as scratch:
+        leaves = {path: np.ascontiguousarray(leaf) for path, leaf in trees.flatten(initial).items()}
+        save_file(leaves, scratch / _FILE)
         digests.write_digests(scratch)
-        scratch.rename(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise NaloraError(str(folder), expected="a folder that can be written", found=reason) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _read(folder: Path, assembly: Assembly) -> dict[str, Any]:
@@ -224,23 +211,6 @@ def gradient_adapters(
     return _place(left, {path: vt for path, (_, _, vt) in parts.items()}, assembly, base, seed)
 
 
-def make_gradients(config: StepConfig, objective: Objective) -> Callable[[Any, Any, Batch], dict[str, Any]]:
-    """Returns the first half of a step, without dropout: ``(params, lora, batch) -> sums``.
-
-    The sums contain ``grads`` (of ``lora``, summed over target tokens), ``stats`` (by block) and
-    ``target_tokens``. Arguments and batches are as for `make_train_step`.
-    """
-    evaluate = micro_gradients(objective, config)
-
-    def gradients(params: Any, lora: Any, batch: Batch) -> dict[str, Any]:
-        key = jax.random.key(0)
-        sums = accumulate(lambda b, k: evaluate(params, lora, {}, b, k), batch, key)
-        stats = over_shards(sums["stats"], statistics.STANDARD, config.stats_sharding)
-        return sums | {"stats": stats}
-
-    return gradients
-
-
 class _Search:
     """Matmuls with G, computed as gradients of adapters at scale 1 with A = 0 or B = 0."""
 
@@ -253,12 +223,19 @@ class _Search:
         self._params = assembly.view(assembly.params)
         model = assembly.model.clone(adapters=self._spec)
         mesh = assembly.mesh
-        none, blocks = Mechanisms((), base.activation), measured_blocks(base, self._spec)
+        none = Mechanisms((), base.activation)
+        blocks = {path: shape for path, (shape, _) in measured_blocks(base, self._spec).items()}
         config = StepConfig(none, blocks, stats_sharding=model.stats.sharding)
         objective = next_token(base, model, assembly.config.compute, mesh)
-        self._sums: Callable[..., dict[str, Any]] = jax.jit(
-            make_gradients(config, objective), compiler_options=distributed.compiler_options(mesh)
-        )
+        evaluate = micro_gradients(objective, config)
+
+        def gradients(params: Any, lora: Any, batch: Batch) -> dict[str, Any]:
+            """Returns the first half of a step, without dropout: sums over target tokens."""
+            sums = accumulate(lambda b, k: evaluate(params, lora, {}, b, k), batch, jax.random.key(0))
+            stats = over_shards(sums["stats"], statistics.STANDARD, config.stats_sharding)
+            return sums | {"stats": stats}
+
+        self._sums = jax.jit(gradients, compiler_options=distributed.compiler_options(mesh))
         self._zeros = trees.flatten(init_lora(base, self._spec, jax.random.key(0)))
         self._zeros = {path: jnp.zeros_like(leaf) for path, leaf in self._zeros.items()}
 

@@ -30,7 +30,6 @@ from nalora_jax.models.adapters import merged_kernel, pad_rank
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import TABLES, AdapterSpec, TargetSpec, scale_divisor
-from nalora_jax.ops.storage import Kernel, expand
 
 
 def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
@@ -48,30 +47,24 @@ def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: Ada
     leaves, adapters = flatten(params), flatten(start)
     for path, _ in spec.targets:
         kernel = leaves[f"{path}/kernel"]
-        lower = jax.jit(merged_stack, out_shardings=kernel.sharding)
+        lower = jax.jit(_merged_stack, out_shardings=kernel.sharding)
         leaves[f"{path}/kernel"] = lower(
             kernel, adapters[f"{path}/a"], adapters[f"{path}/b"], -spec.scales(path)
         )
     return unflatten(leaves)
 
 
-def merged_stack(
-    kernel: Kernel, a: jax.Array, b: jax.Array, scales: jax.Array, magnitude: jax.Array | None = None
-) -> jax.Array:
+def _merged_stack(kernel: jax.Array, a: jax.Array, b: jax.Array, scales: jax.Array) -> jax.Array:
     """Merges every layer of a stacked kernel ``[layers, ..., d_in, d_out]``.
 
     It computes one layer at a time, so that at most one layer is in memory in float32.
     """
 
-    def one(layer: tuple[Any, ...]) -> jax.Array:
-        stored, a, b, s, m = layer
-        w = expand(stored)
-        merged = merged_kernel(w, a, b, s, m)
-        if m is not None:
-            merged = jnp.where(s == 0, w.astype(jnp.float32), merged)  # scale 0 means rank 0: no adapter
-        return merged.astype(w.dtype)
+    def one(layer: tuple[jax.Array, ...]) -> jax.Array:
+        w, a, b, s = layer
+        return merged_kernel(w, a, b, s).astype(w.dtype)
 
-    return jax.lax.map(one, (kernel, a, b, scales, magnitude))
+    return jax.lax.map(one, (kernel, a, b, scales))
 
 
 def difference_as_lora(

@@ -1,4 +1,4 @@
-"""Merges adapters into the base: merged parameters, and a Hugging Face folder with them.
+"""Merges adapters into the base and writes a Hugging Face folder of the merged model.
 
     W' = W + s A B                         LoRA
     W' = m (W + s A B) / |W + s A B|       DoRA, norm over the inputs of each output channel
@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 
 from nalora_jax.common.folders import new_folder, write_json
-from nalora_jax.common.trees import flatten, unflatten
+from nalora_jax.common.trees import flatten
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import merged_kernel
@@ -28,7 +27,6 @@ from nalora_jax.models.family import contains_text_model, family_of, text_part
 from nalora_jax.models.targets import AdapterSpec, leaf_dtype
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.ops.storage import Stored, expand
-from nalora_jax.weights.adapter_forms import merged_stack
 from nalora_jax.weights.encoders import file_name, keymap_of
 from nalora_jax.weights.keymaps import Slot
 from nalora_jax.weights.peft import layer_adapter
@@ -37,30 +35,6 @@ from nalora_jax.weights.shards import TensorInfo, write_shards
 from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
 
 _DTYPES = ("float32", "float16", "bfloat16")
-
-
-def merge(params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
-    """Returns the base parameters with every adapter merged, for use without ``lora``.
-
-    Args:
-      params: base parameters, layers stacked; adapted kernels are replaced (quantized ones by
-        float32), all other leaves are shared.
-      lora: adapters, stacked.
-      spec: their ranks, alphas and variant.
-    """
-    refuse_saved(spec, "merge", "fold them in first (weights.peft_tables.fold_saved)")
-    leaves, adapters = flatten(params, _is_stored), flatten(lora)
-    for path, _ in spec.targets:
-        a, b = (jnp.asarray(adapters[f"{path}/{name}"]) for name in ("a", "b"))
-        magnitude = None
-        if spec.dora:
-            magnitude = jnp.asarray(adapters[f"{path}/magnitude"])
-        kernel = jax.tree.map(jnp.asarray, leaves[f"{path}/kernel"])
-        leaves[f"{path}/kernel"] = _merged_stack(kernel, a, b, jnp.asarray(spec.scales(path)), magnitude)
-    return unflatten(leaves)
-
-
-_merged_stack = jax.jit(merged_stack)
 
 
 def merged_tensors(
@@ -145,15 +119,13 @@ def write_merged(
     if dtype not in (None, *_DTYPES):
         raise NaloraError("dtype", expected=f"one of {', '.join(_DTYPES)}", found=repr(dtype))
     chosen = None if dtype is None else np.dtype(dtype)
-    if isinstance(config, DualConfig):
-        if config.trained:
-            raise NaloraError(
-                "merge",
-                expected="a pair that is one model, such as CLIP or SigLIP",
-                found="two towers that were joined for the run",
-                remedy="use the run's folder itself: load_adapted_dual reads it (docs/images.md)",
-            )
-        params, lora = merge(params, lora or {}, spec), None
+    if isinstance(config, DualConfig) and config.trained:
+        raise NaloraError(
+            "merge",
+            expected="a pair that is one model, such as CLIP or SigLIP",
+            found="two towers that were joined for the run",
+            remedy="use the run's folder itself: load_adapted_dual reads it (docs/images.md)",
+        )
     leaves = flatten(params, _is_stored)
     tensors = keymap_of(config).tensors
     infos = [

@@ -25,6 +25,7 @@ from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_modules import (
     Entry,
     Host,
+    HostModule,
     ModuleAdapter,
     ModuleLayout,
     Place,
@@ -64,7 +65,6 @@ def export_adapter(
     base_weights: str = "",
     fingerprint: str | None = None,
     rope_scaling: str = "",
-    extra: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     layout: ModuleLayout | None = None,
     write_extra: Callable[[Path], object] | None = None,
@@ -92,7 +92,6 @@ def export_adapter(
       fingerprint: of the base weights; recorded in the file, checked by `import_adapter`.
       rope_scaling: RoPE scaling of the base if it is not its files'; recorded in the file, from which
         `loading.adapted.load` reads it.
-      extra: more fields of ``adapter_config.json``, e.g. ``{"revision": "main"}``.
       overwrite: allow ``folder`` to contain an earlier adapter (its files, a README.md and a
         tokenizer's files), which is replaced.
       layout: module names, if they are not those of `layout_for` without a ``config.json``.
@@ -104,19 +103,29 @@ def export_adapter(
         folder has other content; or a write fails.
     """
     layout, for_vllm = layout or layout_for(target, config), target == "vllm"
+    by_weight: frozenset[HostModule] = frozenset()
     if for_vllm:
         _check_vllm(spec)
-    entries = list(_entries(lora, spec, config, layout, per_expert=for_vllm))
-    entries = _one_rank(entries, config, layout, max_lora_rank) if for_vllm else _even_stacks(entries)
+    else:
+        by_weight = layout.weight_only()
+    layout = layout.without("stack" if for_vllm and layout.of("expert") else "expert")
+    entries = list(_entries(lora, spec, config, layout, by_weight))
+    if for_vllm:
+        entries = _for_vllm(entries, config, layout, max_lora_rank)
+    else:
+        # PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored": with one
+        # rank and one scale no pattern is needed.
+        parameters = [entry for entry in entries if entry.parameter]
+        entries = [entry for entry in entries if not entry.parameter] + _even(parameters)
     written = spec
     if any(entry.parameter or entry.place.expert is not None for entry in entries):
         # Dropout acts in training only, and PEFT refuses to load it for experts.
         written = replace(spec, dropout=0.0)
     settings = adapter_settings(entries, config, layout, written, rslora=spec.rslora and not for_vllm)
-    settings |= {"base_model_name_or_path": base_model_name, **(extra or {})}
+    settings["base_model_name_or_path"] = base_model_name
     if for_vllm:
         entries += copies_for_values(entries, config)
-    tensors = dict(adapter_tensors(entries, layout))
+    tensors = dict(adapter_tensors(entries))
     if isinstance(config, ModelConfig):
         tensors |= table_tensors(lora, spec, config)
     base = {FINGERPRINT_KEY: fingerprint, ROPE_KEY: rope_scaling, BASE_KEY: base_weights}
@@ -162,13 +171,24 @@ def _entries(
     spec: AdapterSpec,
     config: Host,
     layout: ModuleLayout,
-    *,
-    per_expert: bool,
+    by_weight: frozenset[HostModule],
 ) -> Iterator[Entry]:
-    """Yields every adapted module, fused if the family fuses it."""
+    """Yields every adapted module, fused if the family fuses it.
+
+    Args:
+      lora: the adapter's tree.
+      spec: its spec.
+      config: the base model.
+      layout: the modules to write.
+      by_weight: Linear modules that are named in target_parameters.
+    """
     leaves = flatten(lora)
-    _check_known(spec, layout)
-    by_expert = per_expert and bool(layout.experts)
+    paths = {path for module in layout.modules for path in module.parts}
+    for path, _ in spec.targets:
+        if uniform_path(path) not in paths:
+            raise NaloraError(
+                f"adapter at {path}", expected=f"one of {', '.join(sorted(paths))}", found=path
+            )
 
     @functools.cache
     def part(path: str, index: int) -> ModuleAdapter | None:
@@ -176,42 +196,23 @@ def _entries(
 
     for place in places_in(config, layout):
         module, expert = place.module, place.expert
-        if (place.stacked and by_expert) or (expert is not None and not by_expert):
-            continue
         adapter = fuse([part(*slot) for slot in place.slots], place.widths, alternates=module.alternates)
         if adapter is None:
             continue
         if expert is not None:
             adapter = ModuleAdapter(adapter.a[expert], adapter.b[expert], adapter.scale)
-        parameter = place.stacked or (layout.weight_only(module) and not per_expert)
+        parameter = place.stacked or module in by_weight
         _check_dora(spec, place.name, adapter, parameter=parameter)
         yield Entry(place, adapter, parameter)
 
 
-def _even_stacks(entries: list[Entry]) -> list[Entry]:
-    """Returns the same adapters, with one rank and one scale in all parameters.
-
-    PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored". With equal
-    ranks no pattern is needed.
-    """
-    parameters = [entry for entry in entries if entry.parameter]
-    if not parameters:
-        return entries
-    rank = max(entry.adapter.rank for entry in parameters)
-    scale = common(entry.adapter.scale for entry in parameters)
-    return [
-        replace(entry, adapter=fold(entry.adapter, rank, scale)) if entry.parameter else entry
-        for entry in entries
-    ]
-
-
-def _check_known(spec: AdapterSpec, layout: ModuleLayout) -> None:
-    paths = {path for module in (*layout.modules, *layout.parameters) for path in module.parts}
-    for path, _ in spec.targets:
-        if uniform_path(path) not in paths:
-            raise NaloraError(
-                f"adapter at {path}", expected=f"one of {', '.join(sorted(paths))}", found=path
-            )
+def _even(entries: list[Entry]) -> list[Entry]:
+    """Returns the same adapters with one rank and one scale."""
+    if not entries:
+        return []
+    rank = max(entry.adapter.rank for entry in entries)
+    scale = common(entry.adapter.scale for entry in entries)
+    return [replace(entry, adapter=fold(entry.adapter, rank, scale)) for entry in entries]
 
 
 def _check_dora(spec: AdapterSpec, name: str, adapter: ModuleAdapter, *, parameter: bool) -> None:
@@ -245,35 +246,31 @@ def _check_vllm(spec: AdapterSpec) -> None:
         raise NaloraError("--for vllm", expected=rule, found=place, remedy=remedy)
 
 
-def _one_rank(entries: list[Entry], config: Host, layout: ModuleLayout, limit: int) -> list[Entry]:
+def _for_vllm(entries: list[Entry], config: Host, layout: ModuleLayout, limit: int) -> list[Entry]:
     """Returns the adapters with one rank and scale, on every layer of each adapted module."""
-    rank = max(entry.adapter.rank for entry in entries)
+    even = {entry.place.name: entry for entry in _even(entries)}
+    rank, scale = next((entry.adapter.rank, entry.adapter.scale) for entry in even.values())
     if rank > limit:
         expected = f"at most {limit} (vLLM's rule: max_lora_rank)"
         remedy = f"start vLLM with --max-lora-rank {rank} or more and export with the same max_lora_rank"
         raise NaloraError("--for vllm: rank", expected=expected, found=rank, remedy=remedy)
-    scale = common(entry.adapter.scale for entry in entries)
-    folded = {entry.place.name: fold(entry.adapter, rank, scale) for entry in entries}
     adapted = {entry.place.module.name for entry in entries}
     lasts = {short_name(entry.place.module.name) for entry in entries if not entry.place.stacked}
-    adapted |= {m.name for m in layout.modules if short_name(m.name) in lasts and not m.whole}
+    adapted |= {m.name for m in layout.of("linear") if short_name(m.name) in lasts and not m.whole}
     # vLLM requires all three projections of the experts or none, and all stacks of experts or none.
-    if any(entry.place.expert is not None for entry in entries):
-        adapted |= set(layout.experts.values())
-    if any(entry.place.stacked for entry in entries):
-        adapted |= {module.name for module in layout.parameters}
+    if any(entry.place.module.form != "linear" for entry in entries):
+        adapted |= {module.name for module in (*layout.of("expert"), *layout.of("stack"))}
+
+    def zeros(place: Place) -> ModuleAdapter:
+        *lead, d_in, d_out = place.shape[0 if place.stacked else -2 :]
+        a, b = np.zeros((*lead, d_in, rank), np.float32), np.zeros((*lead, rank, d_out), np.float32)
+        return ModuleAdapter(a, b, scale)
+
     return [
-        Entry(place, folded.get(place.name) or _zeros(place, rank, scale), place.stacked)
+        even.get(place.name) or Entry(place, zeros(place), place.stacked)
         for place in places_in(config, layout)
         if place.module.name in adapted
     ]
-
-
-def _zeros(place: Place, rank: int, scale: float) -> ModuleAdapter:
-    *lead, d_in, d_out = place.shape[0 if place.stacked else -2 :]
-    return ModuleAdapter(
-        np.zeros((*lead, d_in, rank), np.float32), np.zeros((*lead, rank, d_out), np.float32), scale
-    )
 
 
 # ---------------------------------------------------------------- verification

@@ -23,8 +23,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -38,14 +38,17 @@ from nalora_jax.weights.encoders import encoder_modules
 from nalora_jax.weights.peft_tables import token_settings
 
 Host = ModelConfig | DualConfig
+# A Linear module, one expert's Linear module, or the parameter of all experts of a layer.
+Form = Literal["linear", "expert", "stack"]
 
 
 @dataclass(frozen=True)
 class HostModule:
     """A module (or parameter) of one layer, and the projections whose outputs it concatenates."""
 
-    name: str  # within the layer: "mlp.gate_up_proj"
+    name: str  # within the layer: "mlp.gate_up_proj"; of an expert "experts.{}.w1"
     parts: tuple[str, ...]  # stacked paths: ("layers/ffn/gate_proj", "layers/ffn/up_proj")
+    form: Form = "linear"
     whole: bool = False  # the name is the full one, with {layer} in it if there are several
     alternates: bool = False  # the parts' outputs alternate instead of following each other
 
@@ -54,21 +57,25 @@ class HostModule:
 class ModuleLayout:
     """The modules of a family's projections."""
 
-    modules: tuple[HostModule, ...]  # Linear modules
-    parameters: tuple[HostModule, ...] = ()  # stacks of experts, in the order in which they are registered
-    experts: Mapping[str, str] = field(
-        default_factory=dict
-    )  # path -> Linear module of one expert, "experts.{}.w1"
+    modules: tuple[HostModule, ...]  # stacks are last, in the order in which they are registered
     prefix: str = "model.layers"
 
-    def weight_only(self, module: HostModule) -> bool:
-        """Returns True if PEFT adapts a Linear module by its weight only, as a parameter.
+    def of(self, form: Form) -> tuple[HostModule, ...]:
+        """Returns the modules of one form."""
+        return tuple(module for module in self.modules if module.form == form)
+
+    def without(self, form: Form) -> ModuleLayout:
+        """Returns the layout without the modules of one form."""
+        return replace(self, modules=tuple(module for module in self.modules if module.form != form))
+
+    def weight_only(self) -> frozenset[HostModule]:
+        """Returns the Linear modules that PEFT adapts by their weight only, as parameters.
 
         PEFT takes names of target_modules that end like an expert's modules in transformers 4 for
         the experts, also if they name a dense layer or a shared expert.
         """
-        lasts = {pattern.rpartition(".")[2] for pattern in self.experts.values()}
-        return module in self.modules and module.name.rpartition(".")[2] in lasts
+        lasts = {short_name(module.name) for module in self.of("expert")}
+        return frozenset(module for module in self.of("linear") if short_name(module.name) in lasts)
 
     def full_name(self, layer: int, module: HostModule) -> str:
         """Returns the full name, e.g. ``model.layers.3.mlp.gate_proj`` for layer 3."""
@@ -91,25 +98,33 @@ def module_layout(config: Host) -> ModuleLayout:
     modules = [HostModule(name, (path,), whole=True) for path, name in encoder_modules(config).items()]
     if isinstance(config, DualConfig):
         return ModuleLayout(tuple(modules))
-    experts: dict[str, str] = {}
+    experts: list[HostModule] = []
     stacks: list[HostModule] = []
-    for row in family_of(config.model_type).tensors:
+    family = family_of(config.model_type)
+    for row in family.tensors:
         paths = tuple(path.removesuffix("/kernel") for path in row.paths)
         name = row.name.partition(_LAYER)[2].removesuffix(".weight")
         if not row.paths[0].endswith("/kernel"):
             continue
         if row.experts is not False and layers_with(config, paths[0], experts=True):
             if _EXPERT in name:
-                experts[paths[0]] = name.replace(_EXPERT, "{}")
+                experts.append(HostModule(name.replace(_EXPERT, "{}"), paths, "expert"))
             else:
-                stacks.append(HostModule(name, paths, alternates=row.change == "columns"))
+                stacks.append(HostModule(name, paths, "stack", alternates=row.change == "columns"))
         elif _EXPERT not in name and layers_with(config, paths[0], experts=False):
             modules.append(HostModule(name, paths))
-    prefix = _TEXT_PART
-    if config.sight is None:
-        prefix = "model.layers"
-    fused = _stacks(experts, family_of(config.model_type).experts)
-    return ModuleLayout(tuple(modules), fused or tuple(stacks), experts, prefix)
+    if experts:  # transformers 5 holds all experts of a layer in two parameters
+        folders = dict.fromkeys(module.parts[0].rpartition("/")[0] for module in experts)
+        stacks = [
+            HostModule(f"{family.experts}.{name}", tuple(f"{folder}/{part}" for part in parts), "stack")
+            for folder in folders
+            for name, parts in {
+                "gate_up_proj": ("gate_proj", "up_proj"),
+                "down_proj": ("down_proj",),
+            }.items()
+        ]
+    prefix = "model.layers" if config.sight is None else _TEXT_PART
+    return ModuleLayout((*modules, *experts, *stacks), prefix)
 
 
 def layout_for(target: str, config: Host, raw: Mapping[str, Any] | None = None) -> ModuleLayout:
@@ -126,7 +141,7 @@ def layout_for(target: str, config: Host, raw: Mapping[str, Any] | None = None) 
     if contains_text_model((raw or {}).get("model_type"), images=False):
         layout = replace(layout, prefix=_TEXT_PART)
         if family_of(config.model_type).stacks_in_vllm:
-            layout = replace(layout, experts={})
+            layout = layout.without("expert")
     return layout
 
 
@@ -135,24 +150,15 @@ def _expert_by_expert(layout: ModuleLayout) -> ModuleLayout:
 
     Example: the stack ``experts.down_proj`` (Gemma 4) gives ``experts.{}.down_proj``.
     """
-    if layout.experts or any(stack.alternates for stack in layout.parameters):
+    stacks = layout.of("stack")
+    if layout.of("expert") or any(stack.alternates for stack in stacks):
         return layout
-    names = {
-        path: f"{stack.name.rpartition('.')[0]}.{{}}.{path.rpartition('/')[2]}"
-        for stack in layout.parameters
+    experts = [
+        HostModule(f"{stack.name.rpartition('.')[0]}.{{}}.{path.rpartition('/')[2]}", (path,), "expert")
+        for stack in stacks
         for path in stack.parts
-    }
-    return replace(layout, experts=names)
-
-
-def _stacks(experts: Iterable[str], module: str) -> tuple[HostModule, ...]:
-    """Returns the two parameters that hold all experts of a layer in transformers 5."""
-    folders = dict.fromkeys(path.rpartition("/")[0] for path in experts)
-    return tuple(
-        HostModule(f"{module}.{name}", tuple(f"{folder}/{path_of_part}" for path_of_part in parts))
-        for folder in folders
-        for name, parts in {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.items()
-    )
+    ]
+    return replace(layout, modules=(*layout.of("linear"), *experts, *stacks))
 
 
 @functools.cache
@@ -178,7 +184,11 @@ class Place:
     widths: tuple[int, ...]  # d_out of each part
     shape: tuple[int, ...]  # of the complete kernel, (..., d_in, d_out)
     expert: int | None = None
-    stacked: bool = False  # of all experts
+
+    @property
+    def stacked(self) -> bool:
+        """True for a parameter of all experts."""
+        return self.module.form == "stack"
 
 
 def places_in(config: Host, layout: ModuleLayout) -> Iterator[Place]:
@@ -193,16 +203,32 @@ def places_in(config: Host, layout: ModuleLayout) -> Iterator[Place]:
 
     for layer in range(1 + max(layer for _, layer in stacked_at)):
         for module in layout.modules:
-            if layer in layers_with(config, module.parts[0], experts=False):
-                yield place(layer, module)
-        for path, pattern in layout.experts.items():
-            if layer in layers_with(config, path, experts=True):
-                every = place(layer, HostModule(pattern, (path,)))
-                for expert in range(every.shape[0]):
-                    yield replace(every, name=every.name.format(expert), expert=expert)
-        for stack in layout.parameters:
-            if layer in layers_with(config, stack.parts[0], experts=True):
-                yield replace(place(layer, stack), stacked=True)
+            if layer not in layers_with(config, module.parts[0], experts=module.form != "linear"):
+                continue
+            of_layer = place(layer, module)
+            if module.form != "expert":
+                yield of_layer
+                continue
+            for expert in range(of_layer.shape[0]):
+                yield replace(of_layer, name=of_layer.name.format(expert), expert=expert)
+
+
+def tensor_keys(adapted: Iterable[Place]) -> dict[str, str]:
+    """Returns the module in the tensors' keys of each adapted place, by the place's name.
+
+    PEFT wraps the experts once per parameter; the last parameter registered is the outermost.
+
+    Args:
+      adapted: places in the order of `places_in`.
+    """
+    keys: dict[str, str] = {}
+    wrapped: Counter[int] = Counter()  # stacks by layer
+    for place in reversed(list(adapted)):
+        keys[place.name] = place.name
+        if place.stacked:
+            keys[place.name] = place.name.rpartition(".")[0] + ".base_layer" * wrapped[place.layer]
+            wrapped[place.layer] += 1
+    return dict(reversed(keys.items()))
 
 
 # Prefixes of module names in multimodal models: a prefix of transformers 5, mapped to its form in
@@ -374,18 +400,12 @@ def common(values: Iterable[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def adapter_tensors(entries: list[Entry], layout: ModuleLayout) -> Iterator[tuple[str, np.ndarray]]:
+def adapter_tensors(entries: list[Entry]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the name and the array of each tensor."""
-    stacks = {(entry.place.layer, entry.place.module) for entry in entries if entry.place.stacked}
+    keys = tensor_keys(entry.place for entry in entries)
     for entry in entries:
-        place = entry.place
-        key, a, b = place.name, entry.adapter.a.T, entry.adapter.b.T
-        if place.stacked:
-            # PEFT wraps the experts once per parameter; the last parameter registered is the
-            # outermost.
-            later = layout.parameters[layout.parameters.index(place.module) + 1 :]
-            depth = sum((place.layer, module) in stacks for module in later)
-            key = place.name.rpartition(".")[0] + ".base_layer" * depth
+        key, a, b = keys[entry.place.name], entry.adapter.a.T, entry.adapter.b.T
+        if entry.place.stacked:
             # [experts, d_in, r] -> [experts * r, d_in]; [experts, r, d_out] -> [d_out, r * experts]
             a = entry.adapter.a.transpose(0, 2, 1).reshape(-1, entry.adapter.a.shape[1])
             b = entry.adapter.b.transpose(2, 1, 0).reshape(entry.adapter.b.shape[2], -1)
@@ -467,7 +487,8 @@ def _target_modules(entries: list[Entry], config: Host, layout: ModuleLayout) ->
         adapted.setdefault(short_name(entry.place.name), set()).add(entry.place.name)
     names_of: dict[str, set[str]] = {}
     # A short name would target the experts too, which a file of their stacks does not hold one by one.
-    for place in places_in(config, replace(layout, experts=module_layout(config).experts, parameters=())):
+    single = (*layout.of("linear"), *module_layout(config).of("expert"))
+    for place in places_in(config, replace(layout, modules=single)):
         names_of.setdefault(short_name(place.name), set()).add(place.name)
     names: set[str] = set()
     # A vision tower has modules with the same short names as a decoder or a text tower.
@@ -524,7 +545,7 @@ def without_copies(
     layers = _layers(config)
     names = [
         place.name
-        for place in places_in(config, replace(layout, experts={}))
+        for place in places_in(config, layout.without("expert"))
         if place.module.parts == (_KEYS,) and place.layer in layers
     ]
     copies = {_values_name(name) for name in names if _equal(modules, name, _values_name(name))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from nalora_jax.weights.peft_modules import (
     layout_of,
     places_in,
     split_fused,
+    tensor_keys,
     without_copies,
 )
 from nalora_jax.weights.peft_tables import read_trained, take_saved, take_token_rows, tensor_names
@@ -91,7 +92,7 @@ def import_adapter(
     modules = _by_module(tensors, path, dora=peft.dora)
     layout = layout_of(config, modules)
     modules = without_copies(modules, config, layout)
-    slots = {slot.key: slot for slot in _slots(layout, config, peft)}
+    slots = _slots(layout, config, peft)
     _check_complete(peft, path, slots, modules)
     pieces = _pieces(config, peft, path, [(slots[key], modules[key]) for key in modules])
     leaves, spec = _stack_adapters(config, peft, pieces)
@@ -186,27 +187,22 @@ class Slot:
     alpha: float
 
 
-def _slots(layout: ModuleLayout, config: Host, peft: PeftConfig) -> Iterator[Slot]:
+def _slots(layout: ModuleLayout, config: Host, peft: PeftConfig) -> dict[str, Slot]:
+    """Returns the possible locations by key; of stacks, the targeted ones."""
     places = list(places_in(config, layout))
     linear = [place.name for place in places if not place.stacked]
     stacks = [place.name for place in places if place.stacked]
     modules = peft.targeted_modules(linear)
     parameters = peft.targeted_parameters([*stacks, *(f"{name}.weight" for name in linear)])
-    chosen: dict[int, list[Place]] = {}  # stacks by layer
-    for place in places:
+    places = [place for place in places if not place.stacked or place.name in parameters]
+    slots = {}
+    for key, place in zip(tensor_keys(places).values(), places, strict=True):
         # An adapter on a Linear module's weight computes the same as an adapter on the module.
         weight = f"{place.name}.weight"
-        key = weight if weight in parameters else place.name
-        if not place.stacked:
-            targeted = key == weight or place.name in modules
-            yield Slot(place.name, place, targeted, peft.rank_of(key), peft.alpha_of(key))
-        elif place.name in parameters:
-            chosen.setdefault(place.layer, []).append(place)
-    for listed in chosen.values():
-        # PEFT wraps the module once per parameter: the first one registered is the innermost.
-        for depth, place in enumerate(reversed(listed)):
-            key = place.name.rpartition(".")[0] + ".base_layer" * depth
-            yield Slot(key, place, True, peft.rank_of(place.name), peft.alpha_of(place.name))
+        name = weight if weight in parameters else place.name
+        targeted = name in modules or name in parameters
+        slots[key] = Slot(key, place, targeted, peft.rank_of(name), peft.alpha_of(name))
+    return slots
 
 
 def _by_module(

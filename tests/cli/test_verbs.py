@@ -19,12 +19,11 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.report.inspect import inspect_texts, layer_summary
 from nalora_jax.train.adapted import load
 from nalora_jax.train.log import MetricsLog
-from nalora_jax.weights.peft import import_adapter
 from tests import emulator, tiny
 from tests.observed import observed
 
-HF = tiny.HF | {"num_hidden_layers": 3, "num_key_value_heads": 1, "intermediate_size": 24}
-TEXTS = ["a b c d e f", "x y z", "n o p"]
+HF = tiny.HF | {"num_key_value_heads": 1, "intermediate_size": 24}
+TEXTS = ["a b c d e f", "x y z"]
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +67,21 @@ def test_generate_applies_the_chat_template_as_the_run_did(base, run, capsys):
     assert answers[0] == answers[1]  # this template appends " q"
 
 
-@pytest.mark.parametrize("target", ["peft", "vllm"])
-def test_export_writes_an_adapter_that_means_the_same(run, base, tmp_path, capsys, target):
-    out = tmp_path / "out"
-    assert main(["export", str(run), "--output", str(out), "--for", target]) == 0
-    assert f"adapter for {target}, read back and compared" in capsys.readouterr().out
+def test_export_writes_an_adapter_that_means_the_same(run, base, tmp_path, capsys):
+    for target in ("peft", "vllm"):
+        out = tmp_path / target
+        assert main(["export", str(run), "--output", str(out), "--for", target]) == 0
+        assert f"adapter for {target}, read back and compared" in capsys.readouterr().out
+        assert "0.999" in (out / "README.md").read_text()
+        settings = json.loads((out / "adapter_config.json").read_text())
+        assert bool(settings["rank_pattern"]) == (target == "peft")
     np.testing.assert_allclose(logits(base, adapter=out), logits(run), rtol=1e-5, atol=1e-5)
-    assert "0.999" in (out / "README.md").read_text()
-    settings = json.loads((out / "adapter_config.json").read_text())
-    assert bool(settings["rank_pattern"]) == (target == "peft")
 
 
 def test_results_are_written_to_a_bucket_and_read_from_there(
     run, base, google, tmp_path, capsys, monkeypatch
 ):
-    (held, _), expected = google, logits(run)
+    held, _ = google
     monkeypatch.chdir(tmp_path)
     for folder in (base, run, run / "adapter"):
         for path in folder.iterdir():
@@ -95,19 +94,16 @@ def test_results_are_written_to_a_bucket_and_read_from_there(
     assert main(["export", str(run), "--output", "gs://bucket/a.gguf", "--for", "gguf"]) == 0
     merge = ["merge", "gs://bucket/base", "--adapter", "gs://bucket/imported", "--dtype", "float32"]
     assert main([*merge, "--output", "gs://bucket/merged"]) == 0
-    for source in ("gs://bucket/run", "gs://bucket/exported", "gs://bucket/imported"):
-        np.testing.assert_array_equal(logits("gs://bucket/base", adapter=source), expected)
-    np.testing.assert_allclose(logits("gs://bucket/merged"), expected, atol=1e-4)
+    np.testing.assert_allclose(logits("gs://bucket/merged"), logits(run), atol=1e-4)
     assert main(["from-peft", "gs://bucket/exported"]) == 0
-    config = load(base, dtype="float32").base.config
-    tree = import_adapter("gs://bucket/exported", config)[0]
-    jax.tree.map(np.testing.assert_array_equal, tree, import_adapter(run / "adapter", config)[0])
+    expected = load(run, dtype="float32").lora
+    for source in ("run", "exported", "imported"):
+        tree = load("gs://bucket/base", adapter=f"gs://bucket/{source}", dtype="float32").lora
+        jax.tree.map(np.testing.assert_array_equal, tree, expected)
     written = {name.partition("/")[0] for name in held.objects["bucket"]}
     assert written == {"base", "run", "exported", "imported", "a.gguf", "merged"}
     assert not [name for name in held.objects["bucket"] if "nalora-upload" in name]
     assert {path.name for path in tmp_path.iterdir()} <= {"cache", "google"}  # no folder ./gs:
-    assert main([*merge, "--output", "gs://bucket/merged"]) == 2
-    assert "expected a new name in the bucket, found one that holds README.md" in capsys.readouterr().err
 
 
 def test_sigterm_leaves_no_unfinished_output(run, tmp_path, monkeypatch, capsys):
@@ -144,7 +140,7 @@ def answers_file(tmp_path):
     data = tmp_path / "data.jsonl"
     rows = [
         {"prompt": f"a b {word}", "choices": ["x", "y z", "k"], "gold": i % 3}
-        for i, word in enumerate("cdefghij")
+        for i, word in enumerate("cdef")
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return data, rows
@@ -166,23 +162,13 @@ def scores(model, row):
 def test_eval_measures_what_the_model_says(run, tmp_path, capsys):
     data, rows = answers_file(tmp_path)
     out = tmp_path / "out.json"
-    arguments = [
-        "--dataset",
-        str(data),
-        "--split",
-        "train",
-        "--no-chat",
-        "--dtype",
-        "float32",
-        "--output",
-        str(out),
-    ]
+    arguments = f"--dataset {data} --split train --no-chat --dtype float32 --output {out}".split()
     assert main(["eval", str(run), *arguments]) == 0
     model = load(run, dtype="float32")
     right = np.mean([int(np.argmax(scores(model, row))) == row["gold"] for row in rows])
     found = json.loads(out.read_text())
     assert found["accuracy"] == right
-    assert (found["n"], found["adapter"], found["data"]["chat"]) == (8, str(run / "adapter"), False)
+    assert (found["n"], found["adapter"], found["data"]["chat"]) == (4, str(run / "adapter"), False)
     assert f"data.jsonl[train]: held-out accuracy {right:.3f} (95% interval" in capsys.readouterr().out
     assert main(["eval", str(run), *arguments]) == 2
     assert f"--output: expected a new file, found {out}, which exists" in capsys.readouterr().err
@@ -199,7 +185,7 @@ def test_inspect_measures_what_the_blocks_compute(base):
         for path, value in trees.flatten(written).items():
             name = path.rpartition("/")[2]
             total[name] = total.get(name, 0) + np.asarray(value, np.float64)
-    assert total["tokens"].tolist() == [11.0, 11.0, 11.0]
+    assert total["tokens"].tolist() == [8.0, 8.0]
     expected = layer_summary(total)
     for name in ("slope", "responsive", "occupancy"):
         np.testing.assert_allclose(getattr(summary, name), getattr(expected, name), rtol=1e-5)

@@ -54,11 +54,15 @@ def flags(table: dict[str, Any]) -> list[str]:
 
 
 def test_every_table_of_the_protocols_is_read_as_tyro_reads_its_flags() -> None:
-    every = tables()
+    """Tyro, which takes 0.1 s, reads tables with a setting that those before it lack."""
+    every, seen = tables(), set[str]()
     assert len(every) > 50
     for table in every:
         config = structured(RunConfig, table)
-        assert config == tyro.cli(RunConfig, args=flags(table), registry=registry()), table
+        names = {name for name, _ in dotted(table)}
+        if not names <= seen:
+            assert config == tyro.cli(RunConfig, args=flags(table), registry=registry()), table
+        seen |= names
         assert config == settings_of(yaml.safe_load(yaml.safe_dump(table)), Path("a.yaml"))
         assert config == config_from_dict(json.loads(json.dumps(config.to_dict())))
         assert config == structured(RunConfig, table, base=RunConfig())

@@ -17,7 +17,7 @@ from nalora_jax.evaluate.statistics import bootstrap, compare, mcnemar, wilson
 def test_wilson_equals_scipy(n, share):
     k = round(share * n)
     expected = stats.binomtest(k, n).proportion_ci(method="wilson")
-    np.testing.assert_allclose(wilson(k, n), (expected.low, expected.high), atol=1e-9)
+    np.testing.assert_allclose(wilson(k, n), (expected.low, expected.high), atol=1e-15)
 
 
 @given(gained=st.integers(0, 300), lost=st.integers(0, 300))

@@ -19,13 +19,11 @@ from nalora_jax.common import trees
 from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig
 from nalora_jax.layout import distributed
-from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.measurement import CHECKS, GateChecks, GateStatsConfig
 from nalora_jax.models import experts
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.moe import MoEFFN
 from nalora_jax.models.stacks import gate_blocks, layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.dispatch import Numerics, Platform
@@ -33,27 +31,28 @@ from nalora_jax.ops.quantize import quantize_params
 from nalora_jax.train.adapted import load
 from nalora_jax.train.program import Assembly, build_model
 from tests.models.family_fields import TINY
+from tests.models.test_moe import block, variables_of
 from tests.observed import taps_of
 from tests.param_trees import init_params
 
 EXPERTS, D, F, RANK, ROWS, SEQ = 4, 64, 128, 3, 8, 12
+WIDE = {"d_model": D, "d_ff": F}
 
 
 def sharding_of(mesh: MeshConfig) -> NamedSharding:
     return NamedSharding(distributed.make_mesh(mesh), P(BATCH_AXES))
 
 
-def variables_of(module: MoEFFN) -> Any:
-    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2, D)))
+def shapes_of(rank: int = 0) -> Any:
+    return jax.eval_shape(block(rank, **WIDE).init, jax.random.key(0), jnp.zeros((1, 2, D)))
 
 
 def test_experts_keep_the_layout_of_their_stack_on_tpus_until_a_layer_gathers_them():
     """Otherwise XLA copies the experts of all layers at the start of a step."""
     sharding = sharding_of(MeshConfig(2, 4, 1))
-    module = MoEFFN(D, F, EXPERTS, 2, sharding=sharding, numerics=Numerics(platform=Platform("tpu")))
-    variables = variables_of(MoEFFN(D, F, EXPERTS, 2))
+    module = block(0, sharding=sharding, numerics=Numerics(platform=Platform("tpu")), **WIDE)
     x = jax.ShapeDtypeStruct((ROWS, SEQ, D), jnp.float32, sharding=sharding)
-    traced = jax.jit(lambda variables, x: module.apply(variables, x)).trace(variables, x)
+    traced = jax.jit(module.apply).trace(shapes_of(), x)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     part = rf"\(tensor<{EXPERTS // 4}x({D}x{F}|{F}x{D})xf32>\) ->"  # of a device
     assert len(re.findall(rf"@LayoutConstraint.*{part}", text)) == 3
@@ -76,9 +75,7 @@ def test_every_device_routes_its_own_tokens():
     """The whole gradient, counted by the compiler: an eighth on each of eight devices, on either kind of axis."""
 
     def flops(sharding: NamedSharding | None) -> float:
-        adapters = Adapters(tuple((name, RANK) for name in ("gate_proj", "up_proj", "down_proj")))
-        module = MoEFFN(D, F, EXPERTS, 2, adapters=adapters, sharding=sharding)
-        variables = variables_of(module.clone(sharding=None))
+        module, variables = block(RANK, sharding=sharding, **WIDE), shapes_of(RANK)
         x = jax.ShapeDtypeStruct((ROWS, SEQ, D), jnp.float32, sharding=sharding)
 
         def loss(lora, x, variables):
@@ -91,35 +88,53 @@ def test_every_device_routes_its_own_tokens():
     assert flops(sharding_of(MeshConfig(2, 2, 2))) < 1.5 / 8 * whole
 
 
+def test_experts_are_gathered_if_a_block_has_too_few_rows(monkeypatch):
+    """Output, gradients and statistics of a mixture that sends rows, as on one device."""
+    monkeypatch.setattr(experts, "SLACK", 0.5)
+    monkeypatch.setattr(experts, "LEAST", 1)
+    variables = variables_of(block())
+    x = np.random.default_rng(0).normal(size=(ROWS, SEQ, 8)).astype(np.float32)
+
+    def run(sharding: NamedSharding | None) -> Any:
+        module = block(stats=GateStatsConfig(2, 3), sharding=sharding, experts="send")
+
+        @jax.jit
+        def step(x, variables):
+            def loss(x, lora, taps):
+                return jnp.sum(jnp.sin(module.apply(variables | {"lora": lora, "gate_taps": taps}, x)))
+
+            return jax.value_and_grad(loss, argnums=(0, 1, 2))(x, variables["lora"], taps_of(module))
+
+        return jax.device_get(step(x, variables))
+
+    spread, single = run(sharding_of(MeshConfig(2, 2, 2))), run(None)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), spread, single)
+
+
 MIXTRAL = TINY | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 MIXTRAL |= {"num_hidden_layers": 2, "intermediate_size": 32, "rms_norm_eps": 1e-5}
 
 
-# A dense layer, and one with experts and a shared expert.
-GLM4_MOE = {
+GLM4_MOE = {  # with a shared expert in each layer
     "model_type": "glm4_moe",
     "n_routed_experts": 4,
     "moe_intermediate_size": 24,
     "n_shared_experts": 2,
+    "first_k_dense_replace": 0,
 }
-
-
-# Keys that later layers share, and embeddings of layers.
-GEMMA4 = {
+GEMMA4 = {  # the second layer reads the keys of the first, and layers have embeddings
     "model_type": "gemma4_text",
     "hidden_size": 32,
-    "num_hidden_layers": 4,
     "num_key_value_heads": 4,
     "num_global_key_value_heads": 2,
     "head_dim": 8,
     "global_head_dim": 16,
     "attention_k_eq_v": True,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "num_kv_shared_layers": 2,
+    "layer_types": ["full_attention"] * 2,
+    "num_kv_shared_layers": 1,
     "use_double_wide_mlp": True,
     "hidden_size_per_layer_input": 6,
     "vocab_size_per_layer_input": 64,
-    "sliding_window": 6,
 }
 LLAMA = {"model_type": "llama", "rope_theta": 1e4, "attention_bias": True, "mlp_bias": True}
 GPT_OSS = {"model_type": "gpt_oss", "head_dim": 8, "sliding_window": 6}
@@ -131,22 +146,18 @@ ADAPTED = {"dora": True, "dropout": 0.3}
     [
         (LLAMA, MeshConfig(1, 4, 2), "auto", {}),
         (GPT_OSS, MeshConfig(2, 2, 2), "gather", ADAPTED),
-        ({}, MeshConfig(2, 4, 1), "send", {"kind": "int8"}),
-        (
-            GLM4_MOE,
-            MeshConfig(2, 2, 2),
-            "send",
-            {"slack": 0.5},
-        ),  # blocks are too small: all gather the experts
+        (GLM4_MOE, MeshConfig(2, 4, 1), "send", {"kind": "int8"}),
         (GEMMA4, MeshConfig(2, 2, 2), "gather", {}),
     ],
     ids=lambda value: value.get("model_type", str(value)) if isinstance(value, dict) else str(value),
 )
 def test_eight_devices_are_one(family, mesh, experts_way, options, monkeypatch):
     """Loss, gradients and statistics through the scan over layers; tests/layout/test_context.py splits rows."""
-    monkeypatch.setattr(experts, "SLACK", options.pop("slack", 4.0))
+    monkeypatch.setattr(experts, "SLACK", 4.0)
     monkeypatch.setattr(experts, "LEAST", 1)
+    options = dict(options)
     kind, base = options.pop("kind", None), ModelConfig.from_hf(MIXTRAL | family)
+    remat = "dots" if family is LLAMA else "none"
     rules = LoRARule("(ffn|attn|tail)/", RANK), LoRARule("", 0)
     spec = resolve(LoRAConfig(rules=rules, **options), projection_shapes(base), layer_numbers(base))
     params = init_params(base, jax.random.key(0))
@@ -164,7 +175,7 @@ def test_eight_devices_are_one(family, mesh, experts_way, options, monkeypatch):
             base,
             spec,
             Numerics(),
-            remat="dots",
+            remat=remat,
             stats=stats,
             activation_sharding=sharding,
             experts=experts_way,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.extend
@@ -10,19 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding
 
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.low_rank import low_rank
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.moe import MoEFFN
+from nalora_jax.models.parts import PartOptions
 from nalora_jax.models.routing import Groups, RouterSpec, choose, grouped_residual, route
 from nalora_jax.ops.dispatch import Numerics, Platform
+from tests.models.family_fields import tiny_config
 from tests.observed import observed
 
 EXPERTS, D, F, RANK = 4, 8, 12, 3
 SIZES = np.array([5, 0, 3, 2], np.int32)
 EXPERT = np.repeat(np.arange(EXPERTS), SIZES)
+NUMERICS, STATS = Numerics(), GateStatsConfig()
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -59,8 +65,8 @@ def test_experts_are_chosen_within_the_best_groups():
     np.testing.assert_allclose(weights, [[0.5, 0.5]], rtol=1e-6)
 
 
-# On a GPU the experts' factors lie side by side.
-@pytest.mark.parametrize(("masked", "platform"), [(True, "cpu"), (True, "gpu"), (False, "gpu")])
+# On a GPU the experts' factors are joined.
+@pytest.mark.parametrize(("masked", "platform"), [(True, "cpu"), (False, "gpu")])
 def test_grouped_adapter_is_each_experts_own_with_gradients(masked, platform):
     groups, numerics = Groups(SIZES, jnp.asarray(EXPERT)), Numerics(platform=Platform(platform))
     x, a, b = normal(10, D), normal(EXPERTS, D, RANK, seed=1), normal(EXPERTS, RANK, F, seed=2)
@@ -81,24 +87,35 @@ def test_grouped_adapter_is_each_experts_own_with_gradients(masked, platform):
     assert not np.any(back(g)[1][1])  # an expert that no token reached
 
 
-def block(**options) -> MoEFFN:
-    adapters = Adapters(
-        (("gate_proj", RANK), ("up_proj", RANK), ("down_proj", RANK)), dora=options.pop("dora", False)
-    )
-    return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, **options)
+def block(
+    rank: int = RANK,
+    *,
+    dropout: float = 0.0,
+    numerics: Numerics = NUMERICS,
+    stats: GateStatsConfig = STATS,
+    sharding: NamedSharding | None = None,
+    experts: str = "auto",
+    **fields: Any,
+) -> MoEFFN:
+    """The experts of a model of width D, with other ``fields`` of its config."""
+    sizes = {"hidden_size": D, "intermediate_size": F, "num_local_experts": EXPERTS}
+    config = dataclasses.replace(tiny_config("mixtral", num_experts_per_tok=2, **sizes), **fields)
+    adapters = Adapters(tuple((f"{name}_proj", rank) for name in ("gate", "up", "down")), dropout=dropout)
+    options = PartOptions("layers", "ffn", adapters, numerics, stats, None, sharding, experts)
+    return MoEFFN(config, RouterSpec(), options)
 
 
 def variables_of(module: MoEFFN):
-    variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2, D)))
-    lora = {name: {**leaf, "b": normal(*leaf["b"].shape)} for name, leaf in variables["lora"].items()}
-    return {"params": variables["params"], "lora": lora}
+    """Random values; initializers would take longer to compile than the block."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2, D)))
+    return jax.tree.map(lambda leaf: 0.4 * normal(*leaf.shape), shapes)
 
 
 def test_gpt_oss_experts_against_float64():
     """Biases of router and experts, the clamped gate, ``1 + clip(u)``: output and statistics of every expert."""
     stats, limit, slope = GateStatsConfig(stride=1, probe_stride=1), 0.9, 1.3
     name = f"clamped_swish({slope!r},{limit!r})"
-    module = block(stats=stats, use_bias=True, router_bias=True, up_limit=limit, activation=name)
+    module = block(stats=stats, ffn_bias=True, router_bias=True, up_limit=limit, activation=name)
     x, variables = normal(2, 9, D), variables_of(module)
     params = {
         n: {k: normal(*v.shape, seed=i) for i, (k, v) in enumerate(p.items())}
@@ -155,25 +172,24 @@ def test_gpt_oss_experts_against_float64():
     np.testing.assert_allclose(y.reshape(-1, D), want, rtol=1e-4, atol=1e-4)
 
 
-def test_statistics_are_the_same_where_adapters_lie_side_by_side():
-    x, stats = normal(2, 8, D), GateStatsConfig(stride=2, probe_stride=4)
-    found = []
-    for platform in ("cpu", "gpu", "tpu"):
+def test_statistics_are_the_same_where_adapters_are_joined():
+    """On a TPU, which also computes the adapters' output on probed rows a second time."""
+    x, stats, results = normal(2, 8, D), GateStatsConfig(stride=2, probe_stride=4), []
+    for platform in ("cpu", "tpu"):
         module = block(stats=stats, numerics=Numerics(platform=Platform(platform)))
-        apply = jax.jit(lambda v, module=module: observed(module, v, x))
-        found.append(apply(variables_of(module)))
-    for other in found[1:]:
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), other, found[0])
+        results.append(jax.jit(partial(observed, module))(variables_of(module), x))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *results)
 
 
 def test_dropout_acts_on_the_adapters_input_only():
-    module, x = block(), normal(1, 6, D)
+    module, x = block(dropout=0.5), normal(1, 6, D)
+    still = jax.jit(lambda variables: module.apply(variables, x))
+    drop = jax.jit(
+        lambda variables: module.apply(
+            variables, x, deterministic=False, rngs={"dropout": jax.random.key(0)}
+        )
+    )
     variables = variables_of(module)
-    noisy = MoEFFN(D, F, EXPERTS, 2, adapters=Adapters(module.adapters.ranks, dropout=0.5))
-    still = noisy.apply(variables, x)
-    np.testing.assert_array_equal(still, module.apply(variables, x))
-    dropped = noisy.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
-    assert np.abs(dropped - still).max() > 1e-3
     base = {"params": variables["params"]}
-    same = noisy.apply(base, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
-    np.testing.assert_array_equal(same, module.apply(base, x))
+    assert np.abs(drop(variables) - still(variables)).max() > 1e-3
+    np.testing.assert_array_equal(drop(base), still(base))

@@ -31,11 +31,11 @@ def tell(callback: Callback, folder: Path, *, step: int = 0, message: str = "") 
     """A short run."""
     with Callbacks(None, [callback]) as told:
         told.start(Started(folder, {"steps": 9, "lora": {"rules": [{"rank": 4}]}}, step))
-        told.evaluation(step, EVAL, "initial")
-        told.log(step + 7, RECORD)
-        told.evaluation(step + 7, EVAL)
-        told.save(step + 7, folder / "checkpoints" / "7")
-        told.end(Ended(message=message) if message else Ended(step + 9, step + 7))
+        told.tell("on_eval", step, EVAL, "initial")
+        told.tell("on_log", step + 7, RECORD)
+        told.tell("on_eval", step + 7, EVAL, "")
+        told.tell("on_save", step + 7, folder / "checkpoints" / "7")
+        told.tell("on_end", Ended(message=message) if message else Ended(step + 9, step + 7))
 
 
 @register_callback("loudest")
@@ -97,19 +97,19 @@ def test_one_that_fails_is_left_out_and_the_others_go_on(
     broken, well, own = Broken(), Loudest(), Loudest()
     told = Callbacks(own, [broken, well])
     with caplog.at_level(logging.WARNING, "nalora_jax"):
-        told.log(1, RECORD)
-        told.end(Ended(2, 1))
+        told.tell("on_log", 1, RECORD)
+        told.tell("on_end", Ended(2, 1))
     assert (len(broken.told), len(well.told), len(own.told)) == (0, 2, 2)
     assert caplog.messages == ["Broken is left out from here on: OSError: no route to host"]
     with pytest.raises(OSError, match="no route"):
-        Callbacks(broken).log(1, RECORD)  # the run's own log has to be kept
+        Callbacks(broken).tell("on_log", 1, RECORD)  # the run's own log has to be kept
 
     class Stops(Callback):
         def on_log(self, step: int, record: Any) -> None:
             raise NaloraError("here", expected="less", found="more")
 
     with pytest.raises(NaloraError, match="here"):
-        Callbacks(None, [Stops()]).log(1, RECORD)
+        Callbacks(None, [Stops()]).tell("on_log", 1, RECORD)
 
     class NoServer(Callback):
         def on_start(self, started: Started) -> None:

@@ -76,7 +76,7 @@ def test_a_flipped_bit_costs_a_compilation(compiled: Path, caplog: pytest.LogCap
 
 
 HOLDS = """
-from nalora_jax.train.compilation import release_heap, retain_heap
+from nalora_jax.train.compilation import settle_heap
 
 def held():
     return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) // 1024
@@ -86,7 +86,7 @@ above = bytes(100_000)  # keeps the heap from shrinking by itself
 for i in range(len(blocks)):
     blocks[i] = None
 before = held()
-release_heap()
+settle_heap()
 print(before - held())
 """
 

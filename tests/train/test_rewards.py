@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from nalora_jax.config import RLConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.train import rewards
 from nalora_jax.train.kinds.rl import metric_names
-from nalora_jax.train.rewards import Scorer, make_rewards
+from nalora_jax.train.rewards import Scorer, make_reward
 
 CHOICES = {"choices": ["a red fox", "no one", "an owl"], "gold": 2, "answer": "an owl"}
 
@@ -48,7 +49,7 @@ CHOICES = {"choices": ["a red fox", "no one", "an owl"], "gold": 2, "answer": "a
 def test_values_of_built_in_rewards(
     name: str, completion: str, record: dict[str, Any], value: float
 ) -> None:
-    (reward,) = make_rewards([name])
+    reward = make_reward(name)
     assert reward("a prompt", completion, record) == value
 
 
@@ -60,14 +61,13 @@ def _module(**functions: Any) -> None:
 
 def test_functions_of_modules_are_rewards() -> None:
     _module(twice=lambda prompt, completion, record: 2 * len(completion))
-    made = make_rewards(["rewards_of_a_test:twice", "exact"])
-    scorer = Scorer(("twice", "exact"), tuple(made))
+    scorer = Scorer(RLConfig(rewards=("rewards_of_a_test:twice", "exact")))
     values = scorer(["p"] * 2, ["ab", "c"], [{"answer": "c"}] * 2, ["file:1", "file:2"])
     np.testing.assert_array_equal(values, [[4, 0], [2, 1]])
     with pytest.raises(NaloraError, match="MODULE:FUNCTION that can be imported, found .*once"):
-        make_rewards(["rewards_of_a_test:once"])
+        make_reward("rewards_of_a_test:once")
     with pytest.raises(NaloraError, match="expected one of choice, exact, format, length, number, regex"):
-        make_rewards(["nmber"])
+        make_reward("nmber")
 
 
 def test_metrics_of_rewards_have_names_of_their_own() -> None:
@@ -84,7 +84,7 @@ def test_the_reward_of_the_page_is_registered_by_its_file(monkeypatch: pytest.Mo
     monkeypatch.setattr(rewards._REWARDS, "_values", registered)
     page = (Path(__file__).parents[2] / "docs" / "rl.md").read_text(encoding="utf-8")
     exec(page.split('title="my_rewards.py"\n')[1].split("```")[0], {"__name__": "my_rewards"})
-    (reward,) = make_rewards(["short"])
+    reward = make_reward("short")
     assert reward("a prompt", "x" * 50, {"answer": "y"}) == -0.5
 
 
@@ -107,15 +107,15 @@ def _raises(prompt: str, completion: str, record: Any) -> float:
     ],
 )
 def test_a_reward_that_fails_names_itself_and_the_record_or_is_nan(reward: Any, found: str) -> None:
+    _module(judge=reward)
     arguments = ["p", "p"], ["ok", "ok"], [{}, {}], ["train.jsonl:7", "train.jsonl:8"]
-    with pytest.raises(
-        NaloraError, match=f"reward judge of train.jsonl:7: expected a finite number .*{found}"
-    ):
-        Scorer(("judge",), (reward,), seconds=0.05)(*arguments)
-    assert np.isnan(Scorer(("judge",), (reward,), seconds=0.05, ignore_errors=True)(*arguments)).all()
+    rl = RLConfig(rewards=("rewards_of_a_test:judge",), reward_seconds=0.05)
+    with pytest.raises(NaloraError, match=f"judge of train.jsonl:7: expected a finite number .*{found}"):
+        Scorer(rl)(*arguments)
+    assert np.isnan(Scorer(replace(rl, ignore_reward_errors=True))(*arguments)).all()
 
 
 def test_a_regular_expression_that_backtracks_is_stopped() -> None:
-    made = make_rewards(["regex:pattern=^(a+)+$"])
+    scorer = Scorer(RLConfig(rewards=("regex:pattern=^(a+)+$",), reward_seconds=0.2))
     with pytest.raises(NaloraError, match="no value after"):
-        Scorer(("regex",), tuple(made), seconds=0.2)(["p"], ["a" * 40 + "b"], [{}], ["r"])
+        scorer(["p"], ["a" * 40 + "b"], [{}], ["r"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from nalora_jax.config import ComputeConfig, PreferenceConfig
+from nalora_jax.config import ComputeConfig, PreferenceConfig, RLConfig
 from nalora_jax.data.prompts import Prompt
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.generate.programs import NO_TOKEN
@@ -16,7 +17,6 @@ from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.ops.policy_losses import PolicyLoss
 from nalora_jax.train.policy import Policy
 from nalora_jax.train.program import next_token
-from nalora_jax.train.rewards import Scorer
 from nalora_jax.train.rollout import Sampler, Samples, sample_batch
 from tests import tiny
 from tests.train.test_preference import BASE, assembled
@@ -43,24 +43,18 @@ class Counting:
         return len(completion) + record["answer"] / 100
 
 
+def rewarded(reward: Counting) -> tuple[str]:
+    """The name of a reward, which is a function of a module."""
+    vars(sys.modules[__name__])["counting"] = reward
+    return (f"{__name__}:counting",)
+
+
 @pytest.fixture(scope="module")
 def sampler(tokenizer) -> Sampler:
     made, _ = assembled(PreferenceConfig("none"))
-    scorer = Scorer(("counting",), (Counting(),))
-    return Sampler(
-        made.eval_model,
-        made.params,
-        tokenizer,
-        made.mesh,
-        scorer,
-        len(TEXTS),
-        SAMPLES,
-        LIMIT,
-        temperature=0.9,
-        seed=3,
-        longest=6,
-        rows=8,
-    )
+    rl = RLConfig(samples=SAMPLES, max_new_tokens=LIMIT, temperature=0.9, rewards=rewarded(Counting()))
+    model, params, mesh = made.eval_model, made.params, made.mesh
+    return Sampler(rl, model, params, tokenizer, mesh, prompts=len(TEXTS), seed=3, longest=6, rows=8)
 
 
 def prompts(tokenizer: Tokenizer) -> list[Prompt]:
@@ -111,7 +105,8 @@ def test_groups_that_are_complete_are_not_sampled_again(sampler, tokenizer, tmp_
     whole = sampler(state.lora, 2, asked)
 
     def stored(reward: Counting) -> Sampler:
-        return replace(sampler, folder=folder, scorer=Scorer(("counting",), (reward,)))
+        rewarded(reward)
+        return replace(sampler, folder=folder)
 
     with pytest.raises(KeyboardInterrupt):
         stored(Counting(fails_at=2 * SAMPLES + 3))(state.lora, 2, asked)

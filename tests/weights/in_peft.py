@@ -18,8 +18,9 @@ from nalora_jax.common.trees import flatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.weights.merge import merge
+from nalora_jax.weights.merge import merged_tensors
 from tests import tiny
+from tests.param_trees import params_from_tensors
 
 TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
 
@@ -76,6 +77,11 @@ def our_logits(
     return np.asarray(tiny.logits_of(Decoder(config, spec), variables, tokens))
 
 
+def merged_params(config: ModelConfig, params: Any, lora: Any, spec: AdapterSpec) -> dict[str, Any]:
+    """Returns our parameter tree of the merged model's file."""
+    return params_from_tensors(config, dict(merged_tensors(config, params, lora, spec)).__getitem__)
+
+
 def merge_equally(
     params: Any,
     lora: Any,
@@ -86,7 +92,7 @@ def merge_equally(
 ) -> None:
     """Asserts that PEFT's merged model has our merged weights."""
     theirs = flatten(params_of(wrapped.merge_and_unload(), config))
-    for path, leaf in flatten(merge(params, lora, spec)).items():
+    for path, leaf in flatten(merged_params(config, params, lora, spec)).items():
         np.testing.assert_allclose(leaf, theirs[path], rtol=1e-5, atol=1e-5, err_msg=path)
 
 

@@ -27,7 +27,7 @@ from nalora_jax.weights.base import load_model
 from nalora_jax.weights.expert_tensors import with_experts
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
-from nalora_jax.weights.merge import merge, write_merged
+from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.tensors import load_params
 from tests.weights.conftest import COMMON
 from tests.weights.folders import tokenizer_files
@@ -74,7 +74,7 @@ def transformers_floats(folder: Path, layer: int, name: str) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("dtype", "kind", "sizes"),
-    [("float32", None, (1, 4, 2)), ("bfloat16", "mxfp4", None), ("bfloat16", "mxfp4", (1, 4, 2))],
+    [("float32", None, None), ("bfloat16", "mxfp4", (1, 4, 2))],
 )
 def test_floats_are_exactly_transformers(released, dtype, kind, sizes):
     mesh = None if sizes is None else make_mesh(MeshConfig(*sizes))
@@ -116,11 +116,10 @@ def test_the_quantized_model_is_merged_as_its_floats(released, tmp_path):
             assert torch.equal(found[tensor], value), (name, tensor)
     stem = "model.layers.1.mlp.experts.gate_up_proj"
     np.testing.assert_array_equal(found[stem].float(), transformers_floats(released, 1, "gate_up_proj"))
-    merged = merge(stored.params, lora, spec)["layers"]["ffn"]["down_proj"]["kernel"]
     floats = transformers_floats(released, 1, "down_proj")
-    np.testing.assert_allclose(
-        merged[1], floats + 2 * leaves[f"{path}/a"][1] @ leaves[f"{path}/b"][1], atol=1e-5
-    )
+    expected = floats + 2 * leaves[f"{path}/a"][1] @ leaves[f"{path}/b"][1]
+    down = found["model.layers.1.mlp.experts.down_proj"].float()
+    np.testing.assert_allclose(down, expected, rtol=2**-8, atol=1e-5)
 
 
 def test_scales_of_all_sizes_are_exact():

@@ -32,7 +32,6 @@ from nalora_jax.weights.gguf_export import (
     write_adapter_gguf,
 )
 from nalora_jax.weights.keymaps import keymap_for
-from nalora_jax.weights.merge import merge
 from nalora_jax.weights.peft import export_adapter
 from nalora_jax.weights.tensors import load_params
 from tests.param_trees import params_from_tensors, tensors_from_params
@@ -46,6 +45,7 @@ from tests.weights.gguf_files import (
     random_params,
     write_model,
 )
+from tests.weights.in_peft import merged_params
 
 
 def write_llama(path: Path, more: Write = lambda _: None, **changes: Any) -> Path:
@@ -195,19 +195,17 @@ def test_every_family_comes_back_from_its_file(tmp_path, tiny_model, params_of, 
 # What transformers takes for granted instead of reading it from the file.
 TRANSFORMERS_READS = {
     "llama": {"attention_bias": False, "mlp_bias": False},
+    "gemma3_text": {},
+    "phi3": {},
     "qwen3_moe": {"moe_intermediate_size": 768, "head_dim": 128},
 }
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "phi3", "qwen3_moe"])
-def test_the_files_of_these_tests_are_what_transformers_expects(
-    tmp_path, tiny_model, params_of, model_type
-):
+@pytest.mark.parametrize("model_type", TRANSFORMERS_READS)
+def test_these_files_are_what_transformers_expects(tmp_path, tiny_model, params_of, model_type):
     """An independent reader of names, row orders and norms: it must find the model that the file was written from."""
     architecture, changes, more = FAMILIES[model_type]
-    model, config = tiny_model(
-        model_type, **changes, **TRANSFORMERS_READS.get(model_type, {}), hidden_size=32
-    )
+    model, config = tiny_model(model_type, **changes, **TRANSFORMERS_READS[model_type], hidden_size=32)
     params = params_of(model, config)
     path = write_model(tmp_path / "m.gguf", architecture, model.config.to_dict(), params, more)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
@@ -376,7 +374,7 @@ def test_adapter_file_is_the_difference_of_merged_and_base(family, tiny_model, r
     alpha = reader.fields["adapter.lora.alpha"].contents()
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     before = dict(tensors_from_params(config, params, "gguf"))
-    for name, after in tensors_from_params(config, merge(params, lora, spec), "gguf"):
+    for name, after in tensors_from_params(config, merged_params(config, params, lora, spec), "gguf"):
         a, b = stored.pop(f"{name}.lora_a", None), stored.pop(f"{name}.lora_b", None)
         delta = after - before[name]
         if a is None:

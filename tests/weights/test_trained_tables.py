@@ -39,11 +39,10 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import Head, HeadRows, WholeHead, trained_cross_entropy
 from nalora_jax.train.program import assemble
 from nalora_jax.weights.adapter_forms import AdapterSlot
-from nalora_jax.weights.merge import merge
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 from nalora_jax.weights.peft_tables import fold_saved
 from tests.weights.conftest import COMMON
-from tests.weights.in_peft import TOKENS, load, logits, our_logits, save, wrap
+from tests.weights.in_peft import TOKENS, load, logits, merged_params, our_logits, save, wrap
 
 TARGETS = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
 BOTH = ["embed_tokens", "lm_head"]
@@ -51,37 +50,18 @@ IDS = [9, 3, 40]  # 9, 3 and 40 are in TOKENS, not in order
 TABLE, HEAD, ROWS, HEAD_ROWS = "embed/embedding", "lm_head/kernel", "embed/rows", "lm_head/rows"
 INDICES = "trainable_token_indices"
 # Whether the base's embeddings are tied, settings of PEFT, and the leaves in the tree.
+TIED, PARTED = {"ensure_weight_tying": True}, {"embed_tokens": IDS, "lm_head": [7, 9]}
 MODES: dict[str, tuple[bool, dict[str, Any], set[str]]] = {
-    "tables, untied": (False, {"modules_to_save": BOTH}, {TABLE, HEAD}),
     "tables, tied": (True, {"modules_to_save": BOTH}, {TABLE, HEAD}),
     "embedding, tied": (True, {"modules_to_save": BOTH[:1]}, {TABLE}),
-    "embedding, kept tied": (
-        True,
-        {"modules_to_save": BOTH[:1], "ensure_weight_tying": True},
-        {TABLE, HEAD},
-    ),
-    "head, untied": (False, {"modules_to_save": BOTH[1:]}, {HEAD}),
+    "embedding, kept tied": (True, {"modules_to_save": BOTH[:1]} | TIED, {TABLE, HEAD}),
     "rows, tied": (True, {INDICES: IDS}, {ROWS}),
-    "rows of both, untied": (
-        False,
-        {INDICES: {"model.embed_tokens": IDS, "lm_head": [7, 9]}},
-        {ROWS, HEAD_ROWS},
-    ),
-    "rows of both, tied, parted": (
-        True,
-        {INDICES: {"embed_tokens": IDS, "lm_head": [7, 9]}},
-        {ROWS, HEAD_ROWS},
-    ),
-    "rows of both, tied, one": (
-        True,
-        {INDICES: {"embed_tokens": IDS, "lm_head": IDS}, "ensure_weight_tying": True},
-        {ROWS},
-    ),
+    "rows of both, untied": (False, {INDICES: PARTED}, {ROWS, HEAD_ROWS}),
+    "rows of both, tied, parted": (True, {INDICES: PARTED}, {ROWS, HEAD_ROWS}),
+    "rows of both, tied, one": (True, {INDICES: dict.fromkeys(BOTH, IDS)} | TIED, {ROWS}),
     "rows of the head, tied": (True, {INDICES: {"lm_head": IDS}}, {HEAD_ROWS}),
     "rows beside a whole head": (False, {INDICES: IDS, "modules_to_save": BOTH[1:]}, {ROWS, HEAD}),
 }
-# Also merged, in a slot and as generation reads the head: a compilation each.
-IN_ALL_FORMS = ("tables, tied", "rows, tied", "rows of both, untied", "rows of the head, tied")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -91,28 +71,26 @@ def test_peft_s_files_mean_the_same_here_and_ours_the_same_there(tiny_model, par
     params = params_of(model, config)
     wrapped = wrap(model, **TARGETS, **settings)
     expected = logits(wrapped)
-    assert np.abs(our_logits(config, params) - expected).max() > 0.1
     lora, spec = import_adapter(save(wrapped, tmp_path / "theirs"), config)
     assert {path for path in trees.flatten(lora) if not path.startswith("layers")} == held
     export_adapter(lora, spec, config, tmp_path / "ours", base_model_name="base")
     assert verify_export(tmp_path / "ours", lora, spec, config) == 0.0
-    again, _ = tiny_model("llama", tie_word_embeddings=tied)
-    found = {"decoder": our_logits(config, params, lora, spec)}
+    module, again = Decoder(config, spec), tiny_model("llama", tie_word_embeddings=tied)[0]
+
+    @jax.jit
+    def logits_of_heads(variables):
+        """With the head of training, and with the head that generation reads."""
+        hidden, head = module.apply(variables, TOKENS), view_weights(module, variables).head
+        return [module.apply(of, hidden, method="unembed") for of in (variables, head)]
+
+    heads = logits_of_heads({"params": params, "lora": lora})
+    found = dict(zip(("decoder", "generation"), heads, strict=True))
     found["PEFT"] = logits(load(again, tmp_path / "ours", tied=True))
-    merged_config, merged, rest = fold_saved(config, params, lora, spec)
+    merged_config, folded, rest = fold_saved(config, params, lora, spec)
     assert merged_config.tie_embeddings == (tied and held == {ROWS})
-    if mode in IN_ALL_FORMS:
-        module = Decoder(config, spec)
-
-        @jax.jit
-        def logits_of_head(variables):
-            head = view_weights(module, variables).head
-            return module.apply(head, module.apply(variables, TOKENS), method="unembed")
-
-        found["head"] = logits_of_head({"params": params, "lora": lora})
-        found["merged"] = our_logits(merged_config, merge(merged, lora, rest), {}, replace(rest, saved=()))
+    found["merged"] = our_logits(merged_config, merged_params(merged_config, folded, lora, rest))
     assert AdapterSlot.takes(spec) == (INDICES not in settings)
-    if AdapterSlot.takes(spec):
+    if mode == "tables, tied":
         slot = AdapterSlot.on(config, rank=4)
         found["slot"] = our_logits(config, params, slot.fill(lora, spec), slot.spec)
     for name, array in found.items():
@@ -170,54 +148,37 @@ def test_tables_that_do_not_fit_are_refused(tiny_model, tmp_path, settings, key,
 
 TABLES = LoRAConfig(modules_to_save=("lm_head",))
 SOME = LoRAConfig(trainable_token_indices=(5, 6))
-
-
 DPO = PreferenceConfig("dpo")
-ADDED = {"lora": LoRAConfig(modules_to_save=tuple(BOTH))}
+ADDED = LoRAConfig(modules_to_save=tuple(BOTH))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("lora", "changes", "said"),
     [
-        ({"lora": replace(TABLES, init="pissa")}, "--lora.init: expected .* with --lora.modules-to-save"),
+        (replace(TABLES, init="pissa"), {}, "lora.init: expected .* with --lora.modules-to-save"),
+        (TABLES, {"vision": VisionConfig("classify")}, "vision.task: expected .* --lora.modules-to-save"),
+        (TABLES, {"preference": DPO}, "preference.loss: expected .* with --lora.modules-to-save"),
+        (replace(SOME, trainable_token_indices=(5, 5)), {}, "token-indices: expected token ids"),
+        (replace(SOME, trainable_token_indices=(-1,)), {}, "token-indices: expected token ids"),
+        (replace(SOME, trainable_token_modules=()), {}, "token-modules: expected embed_tokens, lm_"),
+        (replace(SOME, modules_to_save=BOTH[:1]), {}, "tables that --lora.modules-to-save does not"),
+        (replace(SOME, init="pissa"), {}, "lora.init: expected default or zero_a with --lora.train"),
+        (SOME, {"preference": DPO}, "preference.loss: expected none with --lora.trainable"),
+        (ADDED, {"add_tokens": ("<a>", "<a>")}, "data.add-tokens: .* none empty or named twice"),
+        (ADDED, {"add_special_tokens": (" ",)}, "data.add-special-tokens: expected texts, none empty"),
         (
-            {"lora": TABLES, "vision": VisionConfig(task="classify")},
-            "--vision.task: expected .* with --lora.modules-to-save",
-        ),
-        ({"lora": TABLES, "preference": DPO}, "--preference.loss: expected .* with --lora.modules-to-save"),
-        ({"lora": replace(SOME, trainable_token_indices=(5, 5))}, "token-indices: expected token ids"),
-        ({"lora": replace(SOME, trainable_token_indices=(-1,))}, "token-indices: expected token ids"),
-        ({"lora": replace(SOME, trainable_token_modules=())}, "token-modules: expected embed_tokens, lm_"),
-        (
-            {"lora": replace(SOME, modules_to_save=("embed_tokens",))},
-            "tables that --lora.modules-to-save does not",
-        ),
-        (
-            {"lora": replace(SOME, init="pissa")},
-            "--lora.init: expected default or zero_a with --lora.train",
-        ),
-        ({"lora": SOME, "preference": DPO}, "--preference.loss: expected none with --lora.trainable"),
-        (
-            {**ADDED, "data": DataConfig(add_tokens=("<a>", "<a>"))},
-            "--data.add-tokens: expected texts, none empty or named twice",
-        ),
-        (
-            {**ADDED, "data": DataConfig(add_special_tokens=(" ",))},
-            "--data.add-special-tokens: expected texts, none empty",
-        ),
-        (
-            {**ADDED, "data": DataConfig(add_tokens=("<a>",), add_special_tokens=("<a>",))},
+            ADDED,
+            {"add_tokens": ("<a>",), "add_special_tokens": ("<a>",)},
             "no token of --data.add-special-tokens",
         ),
-        (
-            {"lora": TABLES, "data": DataConfig(add_tokens=("<a>",))},
-            "--lora.modules-to-save: expected embed_tokens",
-        ),
+        (TABLES, {"add_tokens": ("<a>",)}, "lora.modules-to-save: expected embed_tokens"),
     ],
 )
-def test_settings_are_judged(changes, said):
+def test_settings_are_judged(lora, changes, said):
+    if any(name.startswith("add_") for name in changes):
+        changes = {"data": DataConfig(**changes)}
     with pytest.raises(NaloraError, match=said):
-        check(replace(RunConfig(), **changes))
+        check(RunConfig(lora=lora, **changes))
 
 
 @pytest.mark.parametrize(
@@ -253,52 +214,33 @@ def test_the_head_s_gradient_is_autodiff_s(ids):
         return -2 * jnp.sum(weights * picked)
 
     expected, gradients = jax.jit(jax.value_and_grad(plain, (0, 1)))(hidden, trained)
-    for chunk, shards in ((0, 1), (3, 3)):
 
-        def ours(hidden, trained, chunk=chunk, shards=shards):
-            of = HeadRows(trained, kernel.T, ids, transposed=True) if ids else WholeHead(trained)
-            loss = trained_cross_entropy(
-                hidden, of, targets, weights, head, Numerics(), chunk=chunk, shards=shards
-            )
-            return 2 * loss
+    def ours(hidden, trained):
+        of = HeadRows(trained, kernel.T, ids, transposed=True) if ids else WholeHead(trained)
+        return 2 * trained_cross_entropy(hidden, of, targets, weights, head, Numerics(), chunk=3, shards=3)
 
-        found, back = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, trained)
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), back, gradients)
+    found, back = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, trained)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), back, gradients)
 
 
-@pytest.mark.parametrize(
-    ("tied", "settings"),
-    [
-        (False, {"modules_to_save": tuple(BOTH)}),
-        (True, {INDICES: tuple(IDS)}),  # rows that both tables share
-    ],
-    ids=["tables", "shared rows"],
-)
-def test_a_step_on_a_mesh_trains_by_the_gradient(tiny_model, params_of, tied, settings):
-    model, config = tiny_model("llama", tie_word_embeddings=tied)
+def test_a_step_on_a_mesh_trains_by_the_gradient(tiny_model, params_of):
+    """Rows of the embedding and a whole head."""
+    model, config = tiny_model("llama", tie_word_embeddings=False, num_hidden_layers=1)
     params = jax.tree.map(jnp.asarray, params_of(model, config))
-    mesh = MeshConfig(1, 2, 2)
-    lora = LoRAConfig(rules=(LoRARule("up_proj", 2),), **settings)
+    mesh, rules = MeshConfig(1, 2, 2), (LoRARule("up_proj", 2),)
+    lora = LoRAConfig(rules=rules, modules_to_save=("lm_head",), trainable_token_indices=tuple(IDS))
     devices = distributed.make_mesh(mesh, jax.devices()[:4])
     placed = jax.device_put(params, distributed.shardings(params, devices, distributed.PARAM_RULES))
     run = RunConfig(steps=4, lora=lora, compute=ComputeConfig(dtype="float32"), mesh=mesh)
     assembly = assemble(run, config, placed, devices)
     start = jax.device_get(assembly.state.lora)
-    table = params["embed"]["embedding"]
-    if INDICES in settings:
-        np.testing.assert_array_equal(start["embed"]["rows"], table[np.array(IDS)])
-    else:
-        np.testing.assert_array_equal(start["embed"]["embedding"], table)
+    np.testing.assert_array_equal(start["embed"]["rows"], params["embed"]["embedding"][np.array(IDS)])
+    np.testing.assert_array_equal(start["lm_head"]["kernel"], params["lm_head"]["kernel"])
 
     def plain(lora):
         hidden = Decoder(config, assembly.spec).apply({"params": params, "lora": lora}, TOKENS[:, :-1])
-        of_head = lora["embed" if tied else "lm_head"]
-        head = of_head.get("kernel")
-        if head is None:
-            of_base = table.T if tied else params["lm_head"]["kernel"]
-            head = of_base.at[:, np.array(IDS)].set(of_head["rows"].T)
-        scores = jax.nn.log_softmax(hidden @ head)
+        scores = jax.nn.log_softmax(hidden @ lora["lm_head"]["kernel"])
         return -jnp.mean(jnp.take_along_axis(scores, TOKENS[:, 1:, None], axis=-1))
 
     value, gradients = jax.jit(jax.value_and_grad(plain))(start)
@@ -312,7 +254,7 @@ def test_a_step_on_a_mesh_trains_by_the_gradient(tiny_model, params_of, tied, se
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
     ours, before, wanted = (trees.flatten(x) for x in (jax.device_get(state.lora), start, gradients))
     trained = [path for path in ours if path.startswith(("embed", "lm_head"))]
-    assert len(trained) == 2 - tied
+    assert len(trained) == 2
     for path in trained:  # Adam's first step follows the sign of the gradient
         clear = np.abs(wanted[path]) > 1e-4
         assert clear.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from nalora_jax.config import RunConfig
@@ -40,19 +41,11 @@ def decoder_parts(config: RunConfig, base: ModelConfig, processor: Any = None) -
 
     Args:
       config: the run's settings.
-      base: architecture of the base model.
+      base: architecture of the base model; one that sees is trained on conversations.
       processor: image processor of a model that sees.
     """
     if base.sight is not None:
-        from nalora_jax.train.kinds import images
-
-        return images.program_parts(processor)
-    if config.preference.loss != "none":
-        from nalora_jax.train.kinds import preference
-
-        return preference.program_parts(config.preference)
-    if config.rl.rewards:
-        from nalora_jax.train.kinds import rl
-
-        return rl.program_parts(config.rl)
-    return {}
+        config = replace(config, vision=replace(config.vision, task="chat"))
+    kind: Any = run_kind(config)
+    parts: dict[str, Any] = kind.program_parts(config, processor)
+    return parts

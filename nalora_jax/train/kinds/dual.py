@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -34,9 +33,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
-from nalora_jax.method.low_rank import find_gates
-from nalora_jax.method.step import Batch, Evaluated, Step, TrainState, make_train_step
-from nalora_jax.method.transform import Mechanisms
+from nalora_jax.method.step import Batch, Evaluated, TrainState
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
@@ -44,16 +41,14 @@ from nalora_jax.models.vision.dual import DualEncoder, init_lora, normalised
 from nalora_jax.ops.dispatch import numerics_for
 from nalora_jax.train.inputs import settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
-from nalora_jax.train.mechanisms import mechanisms_of
+from nalora_jax.train.optimizers import with_learning_rate
 from nalora_jax.train.output import Output
 from nalora_jax.train.program import (
     Assembly,
-    RunProgram,
     assembled,
-    build_optimizer,
     context_error,
     gate_stats,
-    step_config,
+    run_program,
 )
 from nalora_jax.weights.dual import JOIN, LoadedDual, load_dual
 from nalora_jax.weights.peft import export_adapter, verify_export
@@ -71,22 +66,6 @@ class ImageRecords:
     indices: np.ndarray  # indices of the training records, ascending
     classes: tuple[str, ...]  # empty if the records have captions
     labels: np.ndarray | None  # int32, by the source's index
-
-
-def image_records(config: RunConfig) -> tuple[ImageRecords, ImageSource]:
-    """Returns training records and held-out source of a run with ``vision.task``, without a model.
-
-    Raises:
-      NaloraError: bad data, or records that are both trained on and held out.
-    """
-    data, vision = config.data, config.vision
-    source = open_images(data, vision, data.train_split)
-    held = open_images(data, vision, "validation" if data.eval_split == AUTO else data.eval_split)
-    check_disjoint(source, held)
-    classes: tuple[str, ...] = ()
-    if vision.task == "classify":
-        classes = source.classes()
-    return trained_on(config, source, classes), held
 
 
 def trained_on(config: RunConfig, source: ImageSource, classes: tuple[str, ...]) -> ImageRecords:
@@ -108,9 +87,13 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     """Opens the images and settles the settings.
 
     Raises:
-      NaloraError: bad data, or records given from Python.
+      NaloraError: bad data, or records that are both trained on and held out.
     """
-    records, held = image_records(config)
+    data, vision = config.data, config.vision
+    train = open_images(data, vision, data.train_split)
+    held = open_images(data, vision, "validation" if data.eval_split == AUTO else data.eval_split)
+    check_disjoint(train, held)
+    records = trained_on(config, train, train.classes() if vision.task == "classify" else ())
     config = settled(config, 0, len(records.indices), "images")
     images = tuple(Images(held, indices) for indices in image_indices(config, held))
     questions = {"reported": images[0].digest, "selecting": images[1].digest}
@@ -171,7 +154,7 @@ def with_classes(
     if not classes:
         return loaded.params
     spec = resolve_dual(config, loaded.config)
-    if trains_text(spec, loaded.config):
+    if "text" in adapted_towers(spec) or "text/projection" in loaded.config.trained:  # its output changes
         prompts = [template.format(name) for name in classes for template in config.vision.templates]
         tokens = loaded.tokenizer(prompts)
         shape = (len(classes), len(config.vision.templates), -1)
@@ -184,7 +167,7 @@ def with_classes(
         features = encoders.classes({"params": loaded.params}, classes, config.vision.templates)
         inputs = {"features": features}
         log.info("class prompts: %d features made once, since the text tower stays as it is", len(features))
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    replicated = NamedSharding(mesh, P())
     arrays = {
         name: jax.make_array_from_callback(value.shape, replicated, value.__getitem__)
         for name, value in inputs.items()
@@ -256,17 +239,6 @@ def write_dual_adapter(
     verify_export(folder, lora, spec, config, fingerprint=mark)
 
 
-def check_dual(config: RunConfig, base: DualConfig, mesh: Mesh) -> None:
-    """Raises an error if an axis splits a head or a row, or for another start of the adapters."""
-    if (shards := distributed.context_size(mesh)) > 1:
-        raise context_error(shards, "encoders of images and texts")
-    for tower in base.towers.values():
-        distributed.check_heads(mesh, n_heads=tower.n_heads, n_kv_heads=tower.n_heads)
-    if config.lora.init != "default":
-        expected = "default for image and text encoders"
-        raise NaloraError("--lora.init", expected=expected, found=config.lora.init)
-
-
 def assemble_dual(
     config: RunConfig,
     base: DualConfig,
@@ -279,43 +251,25 @@ def assemble_dual(
     """Builds adapters, optimizer and step of a run on a dual encoder.
 
     Args:
-      config, base, mesh, last: see `nalora_jax.train.program.assemble`.
+      config, base, mesh, last: see `nalora_jax.train.program.assemble`; ``config.vision.task`` chooses
+        the objective.
       params: both towers' weights on ``mesh``, with the class prompts
         (`nalora_jax.train.kinds.dual.Classify`).
       processor: its image processor.
 
     Raises:
-      NaloraError: see `check_dual` and `resolve_dual`.
+      NaloraError: see `resolve_dual`; or an axis that splits a head or a row, or another start of the
+        adapters than the default one.
     """
-    check_dual(config, base, mesh)
+    if (shards := distributed.context_size(mesh)) > 1:
+        raise context_error(shards, "encoders of images and texts")
+    for tower in base.towers.values():
+        distributed.check_heads(mesh, n_heads=tower.n_heads, n_kv_heads=tower.n_heads)
+    if config.lora.init != "default":
+        expected = "default for image and text encoders"
+        raise NaloraError("--lora.init", expected=expected, found=config.lora.init)
     spec = resolve_dual(config, base)
     lora = init_lora(base, spec, jax.random.key(config.seed), params)
-    return assembled(dual_program(config, base, spec, lora, mesh, processor, last=last), params, lora)
-
-
-def dual_program(
-    config: RunConfig,
-    base: DualConfig,
-    spec: AdapterSpec,
-    lora: Any,
-    mesh: Mesh,
-    processor: ImageProcessor,
-    *,
-    last: optax.GradientTransformation | None = None,
-) -> RunProgram:
-    """Returns the program of a dual encoder.
-
-    Args:
-      config, base, mesh, processor, last: see `assemble_dual`; ``config.vision.task`` chooses the
-        objective.
-      spec: the adapters.
-      lora: the trained leaves, or their shapes.
-    """
-    adapted = adapted_towers(spec)
-    gates = find_gates(lora)
-    names = {f"{tower}/layers/ffn": base.towers[tower].activation for tower in adapted}
-    activation = base.towers[next(iter(adapted), "image")].activation
-    mechanisms = mechanisms_of(config, activation, names, gates)
     compute = config.compute
     numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
     model = DualEncoder(
@@ -326,19 +280,18 @@ def dual_program(
         stats=gate_stats(config, mesh),
         activation_sharding=distributed.row_sharding(mesh),
     )
-    optimizer = partial(build_optimizer, config, spec, gates, last=last)
-    parts = {tower: base.towers[tower] for tower in adapted}
-    shapes: dict[str, tuple[int, ...]] = {f"{t}/layers/ffn": (c.n_layers, c.d_ff) for t, c in parts.items()}
+    shared = mesh if distributed.devices_per_run(mesh) > 1 else None
 
-    def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
-        shared = mesh if distributed.devices_per_run(mesh) > 1 else None
-        numerics = replace(model.numerics, platform=distributed.platform_of_step(mesh))
-        towers = Towers(model.clone(adapters=adapters, numerics=numerics), processor, shared)
-        objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
-        settings = step_config(config, model, mechanisms, shapes, mesh, lora)
-        return make_train_step(optimizer(mechanisms, numbers), settings, objective)
+    def objective(model: DualEncoder) -> Classify | Contrast:
+        towers = Towers(model, processor, shared)
+        return Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
 
-    return RunProgram(config, model, spec, mesh, mechanisms, optimizer(mechanisms), shapes, pure)
+    adapted = {name: base.towers[name] for name in adapted_towers(spec)}
+    blocks = {f"{name}/layers/ffn": ((t.n_layers, t.d_ff), t.activation) for name, t in adapted.items()}
+    activation = next(iter(adapted.values()), base.image).activation
+    config = with_learning_rate(config)
+    program = run_program(config, model, lora, mesh, objective, blocks, activation, last=last)
+    return assembled(program, params, lora)
 
 
 def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:
@@ -352,11 +305,6 @@ def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:
 def adapted_towers(spec: AdapterSpec) -> tuple[str, ...]:
     """Returns the towers that have adapters."""
     return tuple(tower for tower in TOWERS if any(path.startswith(f"{tower}/") for path, _ in spec.targets))
-
-
-def trains_text(spec: AdapterSpec, base: DualConfig) -> bool:
-    """Returns True if training changes the output of the text tower."""
-    return "text" in adapted_towers(spec) or "text/projection" in base.trained
 
 
 # Key of the class prompts in ``params``, next to the weights.
@@ -409,7 +357,7 @@ class Classify:
         """
         first, second = jax.random.split(key)
         images = self.towers.images(variables, batch, first)
-        classes = class_features(self.towers, variables, params[CLASSES], second)
+        classes = self._classes(variables, params[CLASSES], second)
         scale, _ = self.towers.temperature(variables)
         logits = scale * jnp.einsum("if,cf->ic", images, classes, precision="highest")
         chosen = jnp.take_along_axis(logits, batch["labels"][:, None], axis=1)[:, 0]
@@ -420,20 +368,16 @@ class Classify:
         rows = jnp.float32(batch["labels"].shape[0])
         return rows, rows
 
-
-def class_features(
-    towers: Towers, variables: Mapping[str, Any], classes: Mapping[str, jax.Array], key: jax.Array
-) -> jax.Array:
-    """Returns normalised features ``[classes, features]``.
-
-    The features of several prompts are averaged and normalised again.
-    """
-    if "features" in classes:
-        return classes["features"]
-    count, prompts, _ = classes["tokens"].shape
-    flat = {name: value.reshape(count * prompts, -1) for name, value in classes.items()}
-    features = towers.texts(variables, flat, key)
-    return normalised(jnp.mean(features.reshape(count, prompts, -1), axis=1))
+    def _classes(
+        self, variables: Mapping[str, Any], classes: Mapping[str, jax.Array], key: jax.Array
+    ) -> jax.Array:
+        """Returns normalised features ``[classes, features]``; those of several prompts are averaged."""
+        if "features" in classes:
+            return classes["features"]
+        count, prompts, _ = classes["tokens"].shape
+        flat = {name: value.reshape(count * prompts, -1) for name, value in classes.items()}
+        features = self.towers.texts(variables, flat, key)
+        return normalised(jnp.mean(features.reshape(count, prompts, -1), axis=1))
 
 
 @dataclass(frozen=True)
@@ -474,11 +418,11 @@ def softmax_contrastive(
       bias: unused; a softmax does not depend on it.
       mesh: devices that the rows are split over; each compares its rows with all rows.
     """
-    own_images, own_texts = (_rows(x, mesh) for x in (images, texts))
+    own_images, own_texts = (_placed(x, mesh, P(BATCH_AXES)) for x in (images, texts))
     total = jnp.zeros((), jnp.float32)
     for anchors, candidates, pair in ((own_images, texts, own_texts), (own_texts, images, own_images)):
         logits = scale * jnp.einsum(
-            "if,jf->ij", anchors, _everybodys(candidates, mesh), precision="highest"
+            "if,jf->ij", anchors, _placed(candidates, mesh, P()), precision="highest"
         )
         total += jnp.sum(jax.nn.logsumexp(logits, axis=1) - scale * jnp.sum(anchors * pair, axis=1))
     return total / 2
@@ -488,24 +432,17 @@ def sigmoid_contrastive(
     images: jax.Array, texts: jax.Array, scale: jax.Array, bias: jax.Array, mesh: Mesh | None = None
 ) -> jax.Array:
     """Returns SigLIP's loss (arXiv 2303.15343), summed over rows: binary cross-entropy by pair."""
-    own_images, own_texts = (_rows(x, mesh) for x in (images, texts))
+    own_images, own_texts = (_placed(x, mesh, P(BATCH_AXES)) for x in (images, texts))
     logits = (
-        scale * jnp.einsum("if,jf->ij", own_images, _everybodys(texts, mesh), precision="highest") + bias
+        scale * jnp.einsum("if,jf->ij", own_images, _placed(texts, mesh, P()), precision="highest") + bias
     )
     matching = scale * jnp.sum(own_images * own_texts, axis=1) + bias
     # -log sigmoid(-x) = softplus(x) of all pairs; matching ones: softplus(-x) = softplus(x) - x.
     return jnp.sum(jax.nn.softplus(logits)) - jnp.sum(matching)
 
 
-def _rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Constrains the rows of ``x`` to be split over the batch axes."""
+def _placed(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
+    """Constrains ``x`` to a layout on the mesh."""
     if mesh is None:
         return x
-    return lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
-
-
-def _everybodys(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Constrains ``x`` to be replicated on every device."""
-    if mesh is None:
-        return x
-    return lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

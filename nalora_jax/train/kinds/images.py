@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
 from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.images.chat import ChatImages, open_chats, row_images
 from nalora_jax.data.images.files import ImageProcessor
-from nalora_jax.data.pipeline import TrainData
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO
 from nalora_jax.errors import NaloraError
@@ -25,10 +24,9 @@ from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch
 from nalora_jax.models.vision.decoder import SeeingDecoder
 from nalora_jax.train.inputs import open_records
-from nalora_jax.train.job import Inputs, Job
+from nalora_jax.train.job import Inputs
 from nalora_jax.train.kinds import text
 from nalora_jax.train.objectives import NextToken
-from nalora_jax.train.output import Output
 from nalora_jax.train.program import Assembly
 from nalora_jax.weights.base import seeing_files
 from nalora_jax.weights.hub import resolve_source
@@ -54,23 +52,12 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     return replace(inputs, data=replace(data, images=images), in_turns=True)
 
 
-def build_step(
-    inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None
-) -> tuple[LoadedModel, Assembly, TrainData]:
-    """Loads the base with its image tower, and builds adapters, step and this process's rows."""
-    assert inputs.files is not None
-    return text.build_step(inputs, placed, mesh, output, like, **program_parts(inputs.files.processor))
-
-
 def evaluator(inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: Any) -> TextEvaluator:
     """Returns the evaluator of some held-out conversations."""
     return evaluator_of(loaded, assembly.eval_model, items, distributed.unless_single(assembly.mesh))
 
 
-export_run = text.export_run
-
-
-def program_parts(processor: ImageProcessor | None) -> dict[str, Any]:
+def program_parts(config: RunConfig, processor: ImageProcessor) -> dict[str, Any]:
     """Returns the module and the objective of a model that sees, for `nalora_jax.train.program.assemble`."""
 
     def objective(plain: NextToken) -> SeenNextToken:
@@ -78,6 +65,10 @@ def program_parts(processor: ImageProcessor | None) -> dict[str, Any]:
         return SeenNextToken(**fields, processor=processor)
 
     return {"module": SeeingDecoder, "objective": objective}
+
+
+build_step = partial(text.build_step, parts=program_parts)
+export_run = text.export_run
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from nalora_jax.config import PreferenceConfig, RunConfig
 from nalora_jax.data.forms import in_turns
-from nalora_jax.data.pipeline import with_length
-from nalora_jax.data.preference import PairData, held_out_pairs, pair_data, pair_sizes, pairs_digest
+from nalora_jax.data.preference import held_out_pairs, pair_data, pairs_digest
 from nalora_jax.data.source import Source
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
@@ -32,10 +30,9 @@ from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.train.inputs import open_records, settled, stream_shape
-from nalora_jax.train.job import Inputs, Job
+from nalora_jax.train.job import Inputs
 from nalora_jax.train.kinds import text
 from nalora_jax.train.objectives import NextToken, through_surrogate
-from nalora_jax.train.output import Output
 from nalora_jax.train.program import Assembly
 from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
@@ -54,8 +51,6 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     context = base.max_positions
     train, held = open_records(config.data, source)
     turns = in_turns(train.read([0])[0], config.data, preference.chosen_field)
-    measure = partial(pair_sizes, train, config.data, tokenizer, preference)
-    config = replace(config, data=with_length(config.data, measure, context))
     shape = stream_shape(config) | {"context": context}
     data = pair_data(train, config.data, preference, tokenizer, **shape)
     longest = int(data.store.lengths.max())
@@ -66,21 +61,11 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
             found=f"one of {longest}",
             remedy=f"set --data.max-length to {2 * context} or less",
         )
+    config = replace(config, data=replace(config.data, max_length=data.pattern.capacity))
     config = settled(config, base.d_model, data.rows_per_epoch, "rows of pairs")
     pairs = held_out_pairs(held, config.data, preference, tokenizer, context)
     questions = {"reported": pairs_digest(pairs[0]), "selecting": pairs_digest(pairs[1])}
     return Inputs(config, base, files, data, pairs, questions, turns)
-
-
-def build_step(
-    inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None
-) -> tuple[LoadedModel, Assembly, PairData]:
-    """Loads the base, and builds adapters, step and this process's rows of pairs."""
-    loaded, assembly, data = text.build_step(
-        inputs, placed, mesh, output, like, **program_parts(placed.preference)
-    )
-    rows: Any = data
-    return loaded, assembly, rows
 
 
 def evaluator(inputs: Inputs, loaded: LoadedModel, assembly: Assembly, pairs: Any) -> PreferenceEvaluator:
@@ -89,12 +74,13 @@ def evaluator(inputs: Inputs, loaded: LoadedModel, assembly: Assembly, pairs: An
     return PreferenceEvaluator(model, loaded.tokenizer, pairs, inputs.config.preference, mesh=mesh)
 
 
-export_run = text.export_run
-
-
-def program_parts(config: PreferenceConfig) -> dict[str, Any]:
+def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
     """Returns the objective of a preference loss, for `nalora_jax.train.program.assemble`."""
-    return {"objective": partial(Preference, config=config)}
+    return {"objective": partial(Preference, config=config.preference)}
+
+
+build_step = partial(text.build_step, parts=program_parts)
+export_run = text.export_run
 
 
 class Pairs(NamedTuple):

@@ -40,7 +40,7 @@ from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.run_log import ROLLOUTS
 from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.layout import distributed
-from nalora_jax.method.step import Batch, Step, TrainState
+from nalora_jax.method.step import Batch, TrainState
 from nalora_jax.ops.policy_losses import CLIPS, PolicyLoss, advantages, divergence_penalty
 from nalora_jax.train.inputs import open_records, settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
@@ -50,7 +50,7 @@ from nalora_jax.train.objectives import NextToken
 from nalora_jax.train.output import Output
 from nalora_jax.train.policy import Policy
 from nalora_jax.train.program import Assembly, next_token
-from nalora_jax.train.rewards import Scorer, make_rewards
+from nalora_jax.train.rewards import Scorer
 from nalora_jax.train.rollout import Sampler, Samples, sample_batch
 from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
@@ -60,22 +60,6 @@ log = logging.getLogger(__name__)
 _SHOWN = 4  # samples of a step in the run's file of samples
 _MISMATCH = 0.1  # total variation distance between generator and training program, before a warning
 _PATIENCE = 10  # rollouts in a row without a difference between rewards, before a warning
-
-
-def policy_loss_of(rl: RLConfig) -> PolicyLoss:
-    """Returns the static settings of a run's loss."""
-    low, high = CLIPS[rl.loss]
-    return PolicyLoss(rl.loss, rl.clip_low or low, rl.clip_high or high, rl.max_new_tokens, rl.beta)
-
-
-def scorer_of(rl: RLConfig) -> Scorer:
-    """Returns the rewards of a run.
-
-    Raises:
-      NaloraError: an unknown reward.
-    """
-    rewards = tuple(make_rewards(rl.rewards))
-    return Scorer(rl.rewards, rewards, rl.reward_seconds, rl.ignore_reward_errors)
 
 
 def metric_names(rl: RLConfig) -> list[str]:
@@ -113,12 +97,14 @@ def updates_with_base(rl: RLConfig) -> bool:
 
 def _policy(rl: RLConfig, plain: NextToken) -> Policy:
     """Returns the objective of a run with rewards."""
-    return Policy(plain, policy_loss_of(rl), rl.temperature)
+    low, high = CLIPS[rl.loss]
+    loss = PolicyLoss(rl.loss, rl.clip_low or low, rl.clip_high or high, rl.max_new_tokens, rl.beta)
+    return Policy(plain, loss, rl.temperature)
 
 
-def program_parts(rl: RLConfig) -> dict[str, Any]:
+def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
     """Returns the arguments of `nalora_jax.train.program.assemble` for a run with rewards."""
-    return {"objective": partial(_policy, rl)}
+    return {"objective": partial(_policy, config.rl)}
 
 
 # ---------------------------------------------------------------- the four functions of a kind
@@ -130,14 +116,14 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     Raises:
       NaloraError: a model, prompts or rewards that cannot be read, or settings that do not fit them.
     """
-    scorer_of(config.rl)
+    Scorer(config.rl)  # raises for unknown rewards, before data is read
     files = open_files(replace(resolve_source(config.model), rope_scaling=config.rope_scaling))
     added, rl = AddedTokens.of(config.data), config.rl
     base, tokenizer = files.described(added), files.tokenizer_with(added)
     train, held = open_records(config.data, source)
     turns = in_turns(train.read([0])[0], config.data)
     shape = stream_shape(config) | {"context": base.max_positions}
-    data = prompt_data(train, config.data, tokenizer, rl=rl, **shape)
+    data = PromptRows.of(train, config.data, tokenizer, rl=rl, **shape)
     config = replace(config, data=replace(config.data, max_length=data.length))
     config = settled(config, base.d_model, data.rows_per_epoch, "samples")
     prompts = held_out_prompts(held, config.data, tokenizer, data.length - rl.max_new_tokens)
@@ -151,49 +137,10 @@ def build_step(
     inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None
 ) -> tuple[LoadedModel, Assembly, PromptRows]:
     """Loads the base, and builds adapters and the step with its rollouts; see `text.build_step`."""
-    loaded, assembly, _ = text.build_step(inputs, placed, mesh, output, like, **program_parts(placed.rl))
-    data = PromptRows(replace(inputs.data, **stream_shape(placed, mesh)), Rollout())
-    step = rollout_step(placed, loaded, assembly, data, output.folder)
+    loaded, assembly, data = text.build_step(inputs, placed, mesh, output, like, program_parts)
+    data = replace(data, rollout=Rollout())
+    step = RolloutStep(placed, loaded, assembly, data, output.folder)
     return loaded, replace(assembly, step=step), data
-
-
-def rollout_step(
-    config: RunConfig, loaded: LoadedModel, assembly: Assembly, data: PromptRows, folder: Path | None
-) -> RolloutStep:
-    """Returns the step of an assembly with its rollouts.
-
-    Args:
-      config: the run's settings.
-      loaded: the base model.
-      assembly: with the compiled update.
-      data: the prompts.
-      folder: receives complete groups and some samples; None: they are not stored.
-    """
-    sampler = sampler_of(
-        config.rl,
-        loaded,
-        assembly,
-        prompts=data.stream.batch_size // config.rl.samples,
-        samples=config.rl.samples,
-        seed=config.seed,
-        longest=data.stream.longest,
-        folder=folder and folder / "rollouts",
-    )
-    return RolloutStep(config, assembly, sampler, data, folder and folder / ROLLOUTS)
-
-
-def sampler_of(rl: RLConfig, loaded: LoadedModel, assembly: Assembly, **options: Any) -> Sampler:
-    """Returns a sampler with the model, the rewards and the limits of a run; ``options`` are its other arguments."""
-    return Sampler(
-        assembly.eval_model,
-        assembly.params,
-        loaded.tokenizer,
-        assembly.mesh,
-        scorer_of(rl),
-        limit=rl.max_new_tokens,
-        temperature=rl.temperature,
-        **options,
-    )
 
 
 def evaluator(inputs: Inputs, loaded: LoadedModel, assembly: Assembly, prompts: Any) -> RewardEvaluator:
@@ -221,12 +168,31 @@ class Rollout:
     figures: dict[str, float] = field(default_factory=dict)  # log metrics of the latest rollout
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PromptRows(PromptData):
+    """The training rows of a run: prompts, and the rollout in progress."""
+
+    rollout: Rollout = field(default_factory=Rollout)
+
+    @classmethod
+    def of(cls, *arguments: Any, **options: Any) -> PromptRows:
+        """Returns `nalora_jax.data.prompts.prompt_data` with an empty rollout."""
+        return cls(**vars(prompt_data(*arguments, **options)))
+
+    def batches(self, state: dict[str, Any] | None = None) -> BatchIterator:
+        """Returns an endless iterator of batches, from the start or from a state of it."""
+        iterator = RolloutBatches(self)
+        if state is not None:
+            iterator.set_state(state)
+        return iterator
+
+
 class RolloutBatches(BatchIterator):
     """Batches of prompts whose position includes a rollout that has updates left."""
 
-    def __init__(self, data: PromptData, rollout: Rollout) -> None:
+    def __init__(self, data: PromptRows) -> None:
         super().__init__(data)
-        self._rollout = rollout
+        self._rollout = data.rollout
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position of the next batch, see `BatchIterator`, with the arrays of the rollout."""
@@ -247,50 +213,39 @@ class RolloutBatches(BatchIterator):
             self._rollout.figures = dict(state["figures"])
 
 
-@dataclass(frozen=True)
-class PromptRows:
-    """The training rows of a run: prompts, and the rollout in progress."""
-
-    stream: PromptData
-    rollout: Rollout
-
-    def batches(self) -> BatchIterator:
-        """Returns an endless iterator of batches."""
-        return RolloutBatches(self.stream, self.rollout)
-
-    @property
-    def fingerprint(self) -> str:
-        """Returns the identity of the stream."""
-        return self.stream.fingerprint
-
-    def describe(self) -> dict[str, Any]:
-        """Returns figures for the log."""
-        return self.stream.describe()
-
-
 class RolloutStep:
     """A training step with its rollout: ``(params, state, batch of prompts) -> (state, metrics)``.
 
     Args:
       config: the run's settings.
+      loaded: the base model.
       assembly: with the compiled update.
-      sampler: draws the samples.
       data: the prompts of a batch.
-      file: receives some samples; None: they are not stored.
+      folder: receives complete groups and some samples; None: they are not stored.
     """
 
     def __init__(
         self,
         config: RunConfig,
+        loaded: LoadedModel,
         assembly: Assembly,
-        sampler: Sampler,
         data: PromptRows,
-        file: Path | None,
+        folder: Path | None,
     ) -> None:
-        self._config, self._sampler, self._data, self._file = config, sampler, data, file
-        self._update: Step = assembly.step
-        self._mesh, self._warn = assembly.mesh, EarlyWarnings(config.rl.max_new_tokens)
-        self._scores = scores_of(config, assembly)
+        rl, self._update, self._mesh = config.rl, assembly.step, assembly.mesh
+        self._config, self._data, self._file = config, data, folder and folder / ROLLOUTS
+        self._sampler = Sampler(
+            rl,
+            assembly.eval_model,
+            assembly.params,
+            loaded.tokenizer,
+            assembly.mesh,
+            prompts=data.batch_size // rl.samples,
+            seed=config.seed,
+            longest=data.longest,
+            folder=folder and folder / "rollouts",
+        )
+        self._warn, self._scores = EarlyWarnings(rl.max_new_tokens), scores_of(config, assembly)
         self._begun = False
 
     def __call__(self, params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
@@ -320,7 +275,7 @@ class RolloutStep:
         self, params: Any, state: TrainState, batch: Batch, number: int
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Returns the arrays of a new rollout, and its figures."""
-        rl, stream = self._config.rl, self._data.stream
+        rl, stream = self._config.rl, self._data
         started = time.perf_counter()
         places = np.asarray(distributed.fetch(batch["prompt"])).ravel()[:: rl.samples]
         prompts = stream.prompts(places.tolist())
@@ -390,7 +345,7 @@ class RolloutStep:
 
     def _rows(self, whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns this process's rows ``[accumulate, rows, ...]``."""
-        stream = self._data.stream
+        stream = self._data
         micro = {
             name: value.reshape(stream.accumulate, -1, *value.shape[1:]) for name, value in whole.items()
         }
@@ -402,7 +357,7 @@ class RolloutStep:
         """Returns log-probabilities ``[rows, seq]`` of policy or base before the update, by the training program."""
         batch = distributed.make_global_batch(self._rows(whole), self._mesh, rows_axis=1)
         log_probs = []
-        for micro in range(self._data.stream.accumulate):
+        for micro in range(self._data.accumulate):
             rows = {name: value[micro] for name, value in batch.items()}
             scores = self._scores(params, state.lora, rows, of_base=of_base)
             log_probs.append(np.asarray(distributed.fetch(scores)))
@@ -526,7 +481,7 @@ class RewardEvaluator(Evaluator):
     def __init__(
         self, rl: RLConfig, loaded: LoadedModel, assembly: Assembly, prompts: Sequence[Prompt]
     ) -> None:
-        self._rl, self._scorer, self._prompts = rl, scorer_of(rl), prompts
+        self._rl, self._scorer, self._prompts = rl, Scorer(rl), prompts
         self._model, self._tokenizer = assembly.eval_model, loaded.tokenizer
         self._mesh = distributed.unless_single(assembly.mesh)
 

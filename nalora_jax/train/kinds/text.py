@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 from jax.experimental import multihost_utils
@@ -17,7 +17,7 @@ from nalora_jax.common import trees
 from nalora_jax.config import RunConfig
 from nalora_jax.data.forms import in_turns
 from nalora_jax.data.items import digest
-from nalora_jax.data.pipeline import BatchIterator, TrainData, packed_data
+from nalora_jax.data.pipeline import BatchIterator, packed_data
 from nalora_jax.data.questions import held_out
 from nalora_jax.data.source import Source
 from nalora_jax.data.tokenizer import AddedTokens
@@ -30,12 +30,14 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.train.inputs import check_layout, check_longest, open_records, settled, stream_shape
 from nalora_jax.train.job import Inputs, Job, original
-from nalora_jax.train.output import Output
 from nalora_jax.train.program import Assembly, assemble, exportable_adapter
 from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
 from nalora_jax.weights.new_tokens import tokenizer_writer, with_added
 from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
+
+if TYPE_CHECKING:
+    from nalora_jax.train.output import Output
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +68,19 @@ def tokenized(config: RunConfig, files: ModelFiles, train: Source, held: Source)
     return Inputs(config, base, files, data, items, questions, turns)
 
 
+def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
+    """Returns the arguments of `nalora_jax.train.program.assemble` that differ between kinds; none for text."""
+    return {}
+
+
 def build_step(
-    inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None, **parts: Any
-) -> tuple[LoadedModel, Assembly, TrainData]:
+    inputs: Inputs,
+    placed: RunConfig,
+    mesh: Mesh,
+    output: Output,
+    like: Job | None,
+    parts: Callable[[RunConfig, Any], dict[str, Any]] = program_parts,
+) -> tuple[LoadedModel, Assembly, Any]:
     """Loads the base, and builds adapters, step and this process's rows.
 
     Args:
@@ -77,7 +89,7 @@ def build_step(
       mesh: its devices.
       output: its folder.
       like: a job with the same program, whose base and programs are shared.
-      parts: of another kind's program; see `nalora_jax.train.program.assemble`.
+      parts: `program_parts` of another kind.
 
     Raises:
       NaloraError: the model does not fit the mesh or the rules, or its weights are damaged.
@@ -87,10 +99,11 @@ def build_step(
     check_layout(placed, inputs.base, inputs.files, mesh)
     loaded = _loaded(inputs.files, placed, mesh) if like is None else cast(LoadedModel, like.loaded)
     shared = None if like is None else like.assembly
-    assembly = assemble(placed, loaded.config, loaded.params, mesh, like=shared, **parts)
-    data: TrainData = replace(inputs.data, **stream_shape(placed, mesh))
-    assert inputs.begin is not None
-    return loaded, inputs.begin(assembly, loaded, data, output), data
+    of_kind = parts(placed, inputs.files.processor)
+    assembly = assemble(placed, loaded.config, loaded.params, mesh, like=shared, **of_kind)
+    data = replace(inputs.data, **stream_shape(placed, mesh))
+    assert inputs.start is not None
+    return loaded, inputs.start.with_start(assembly, loaded, data, output), data
 
 
 def _loaded(files: ModelFiles, config: RunConfig, mesh: Mesh) -> LoadedModel:

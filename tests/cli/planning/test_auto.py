@@ -13,10 +13,15 @@ import pytest
 import nalora_jax
 from nalora_jax.cli.planning import auto
 from nalora_jax.config import MeshConfig
+from nalora_jax.layout import distributed
 from nalora_jax.layout.figures import of_compiled
 from nalora_jax.layout.machines import CHIPS, Topology
 from nalora_jax.train import run as run_module
 from tests import tiny
+
+
+class Chosen(Exception):
+    """Ends a run after its first step."""
 
 
 def test_too_little_memory_leads_to_the_next_layout_and_each_step_is_compiled_once(
@@ -35,13 +40,21 @@ def test_too_little_memory_leads_to_the_next_layout_and_each_step_is_compiled_on
     def figures(program: Any) -> Any:
         return replace(of_compiled(program), temporary=next(large, 0.0))
 
+    def first_step(job: Any, _: Any) -> None:
+        assembly, batches = job.assembly, job.data.batches()
+        batch = distributed.make_global_batch(next(batches), assembly.mesh, rows_axis=1)
+        batches.close()
+        assembly.step(assembly.view(assembly.params), assembly.state, batch)
+        raise Chosen
+
     monkeypatch.setattr(auto, "of_devices", lambda _: where)
     monkeypatch.setattr(run_module, "built", build)
+    monkeypatch.setattr(run_module, "evaluate_base", first_step)
     monkeypatch.setattr(auto, "of_compiled", figures)
     monkeypatch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path / "cache"))
-    config = tiny.make_config(tmp_path, mesh=MeshConfig(), steps=1)
+    config = tiny.make_config(tmp_path, mesh=MeshConfig(), steps=1, mechanisms=())
     config = replace(config, compute=replace(config.compute, remat="dots"))
-    with jax.log_compiles(), caplog.at_level(logging.INFO):
+    with jax.log_compiles(), caplog.at_level(logging.INFO), pytest.raises(Chosen):
         nalora_jax.run(config)
     assert len(set(meshes)) == 3
     compiled = [text for text in caplog.messages if "Finished XLA compilation of jit(train_step)" in text]

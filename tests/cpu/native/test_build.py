@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nalora_jax.common import processor
+from nalora_jax.common import downloads, processor
 from nalora_jax.cpu.native import library
 from nalora_jax.errors import NaloraError
 from tests import tiny
@@ -24,6 +24,8 @@ REGISTERED = library._registered  # with what this process has registered
 
 @pytest.fixture
 def decided_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is registered, and the cache is the folder that NALORA_CACHE names."""
+    monkeypatch.setattr(library, "cache_dir", downloads.cache_dir)
     monkeypatch.setattr(library, "_registered", functools.cache(library._registered.__wrapped__))
 
 
