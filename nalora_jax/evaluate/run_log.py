@@ -175,6 +175,8 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
       NaloraError: names the field.
     """
     is_log_step = "step" in record and "eval" not in record
+    if "run" not in record:  # in a study's records, "base" is a digest
+        record = {name: value for name, value in record.items() if name != "base"}
     _fields(_LINE, other=_number if is_log_step else _anything)(record, where)
     if "eval" in record and "step" not in record:
         raise NaloraError(f"{where}: eval", expected="the step of the evaluation beside it", found="none")
