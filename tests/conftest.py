@@ -32,10 +32,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of XLA's CPU client. By default one per device: where two collectives of one program do not depend on each
 # other, devices may wait in different ones until no thread is left to finish either.
 os.environ.setdefault("NPROC", "32")
-# A program that one test has compiled is read by the others, in whichever process they run. All are kept: an operation
-# of 40 ms takes 16 ms from there, a draw of random numbers of 100 ms 40 to 80 ms.
+# A program that one test has compiled is read by the others, in whichever process they run. Not a small one: its
+# compression takes 3 ms, and on average it is read no faster than it is compiled.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/nalora-tests-{os.getpid()}")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 # Lines of source for each operation of a program would take 6% of the time of a test that compiles.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 

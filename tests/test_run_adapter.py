@@ -17,12 +17,8 @@ from safetensors.numpy import load_file
 from nalora_jax.__main__ import main
 from nalora_jax.cli import training
 from nalora_jax.config import LoRAConfig, LoRARule, OptimizerConfig, RunConfig, TrainConfig
-from nalora_jax.train import start
 from nalora_jax.train.adapted import load
-from nalora_jax.train.kinds import text
-from nalora_jax.train.output import open_output
-from nalora_jax.train.run import RunResult, checked_mesh
-from nalora_jax.train.start import with_adapter
+from nalora_jax.train.run import RunResult
 from tests import tiny
 
 torch = pytest.importorskip("torch")
@@ -62,6 +58,11 @@ def their_base(config: RunConfig) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
 
 
+def our_logits(folder: str) -> np.ndarray:
+    model = load(folder, dtype="float32")
+    return np.asarray(tiny.logits_of(model.module, model.variables, jnp.asarray(TOKENS)))
+
+
 def their_logits(model: Any) -> np.ndarray:
     with torch.no_grad():
         return model(torch.tensor(TOKENS)).logits.numpy()
@@ -95,20 +96,12 @@ def test_an_adapter_goes_from_peft_to_a_run_and_back(config: RunConfig, tmp_path
     theirs.save_pretrained(tmp_path / "theirs")
     # ---------------------------------------------------------------- from PEFT
     run = replace(config, adapter=str(tmp_path / "theirs"), output=str(tmp_path / "run"))
-    settled = with_adapter(run)
-    with open_output(tmp_path / "start", resume=False) as output:
-        inputs = replace(text.open_inputs(settled, None), start=start)
-        _, assembly, _ = text.build_step(inputs, inputs.config, checked_mesh(inputs.config), output, None)
-    variables = {"params": assembly.params, "lora": assembly.state.lora}
-    ours = tiny.logits_of(assembly.eval_model, variables, jnp.asarray(TOKENS))
-    np.testing.assert_allclose(ours, their_logits(theirs), rtol=2e-4, atol=2e-4)
-    # ---------------------------------------------------------------- 50 steps here
+    np.testing.assert_allclose(our_logits(run.adapter), their_logits(theirs), rtol=2e-4, atol=2e-4)
+    # ---------------------------------------------------------------- steps here
     result = training.run(run)
-    loaded = load(run.output, dtype="float32")
-    ours = tiny.logits_of(loaded.module, loaded.variables, jnp.asarray(TOKENS))
     # ---------------------------------------------------------------- back to PEFT
     back = peft.PeftModel.from_pretrained(their_base(config), str(result.adapter), is_trainable=True)
-    np.testing.assert_allclose(ours, their_logits(back), rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(our_logits(run.output), their_logits(back), rtol=2e-4, atol=2e-4)
     files = [load_file(f / TENSORS) for f in (tmp_path / "theirs", result.adapter)]
     assert files[0].keys() == files[1].keys()
     assert {n: t.shape for n, t in files[0].items()} == {n: t.shape for n, t in files[1].items()}

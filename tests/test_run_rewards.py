@@ -121,23 +121,6 @@ def test_a_run_with_rewards_learns_and_shows_its_samples(config: RunConfig) -> N
     assert report.count("<dt>rewards_of_a_run:letters</dt>") == 8 * 4
 
 
-def test_a_run_that_was_killed_in_a_reward_resumes_to_the_bit(
-    config: RunConfig, whole: RunConfig, rewards: Callable[[Any], None]
-) -> None:
-    """The checkpoint of step 3 is between two updates on a rollout."""
-    held_out = config.data.eval_limit + config.data.select_limit
-    rewards(Letters(ends_at=held_out + 8 * 2 + 3))
-    with pytest.raises(KeyboardInterrupt):
-        run(config)
-    rewards(Letters())
-    run(replace(config, resume=True))
-    same_samples(config, whole)
-    samples = [(Path(one.output) / "rollouts.jsonl").read_bytes() for one in (whole, config)]
-    assert samples[0] == samples[1]
-    divergences = tiny.logged(config.output, "divergence")
-    assert min(divergences[step] for step in (4, 6, 8)) > 0
-
-
 class EndsInUpdate(Callback):
     """Ends the process after the first step, whose samples are still stored."""
 
@@ -145,12 +128,25 @@ class EndsInUpdate(Callback):
         raise KeyboardInterrupt
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(config: RunConfig) -> None:
-    config = replace(config, steps=2, resume="auto", rl=replace(RL, updates=1))
+def test_a_run_that_was_killed_twice_is_the_uninterrupted_run_to_the_bit(
+    config: RunConfig, whole: RunConfig, rewards: Callable[[Any], None]
+) -> None:
+    """Before its first checkpoint, and in a reward; the checkpoint of step 3 is between two updates on a rollout."""
+    config = replace(config, resume="auto")
     with pytest.raises(KeyboardInterrupt):
         run(config, callbacks=[EndsInUpdate()])
+    held_out = config.data.eval_limit + config.data.select_limit
+    rewards(Letters(ends_at=held_out + 8 * 2 + 3))
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    assert [path.name for path in (Path(config.output) / "checkpoints").iterdir()] == ["3"]
+    rewards(Letters())
     run(config)
-    assert len((Path(config.output) / "rollouts.jsonl").read_text().splitlines()) == 2 * 2
+    same_samples(config, whole)
+    samples = [(Path(one.output) / "rollouts.jsonl").read_bytes() for one in (whole, config)]
+    assert samples[0] == samples[1]
+    divergences = tiny.logged(config.output, "divergence")
+    assert min(divergences[step] for step in (4, 6, 8)) > 0
 
 
 def test_a_run_resumes_on_another_mesh_within_float_noise(

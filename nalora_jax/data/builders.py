@@ -10,10 +10,7 @@ passages.
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,13 +19,6 @@ import tensorflow_datasets as tfds
 from nalora_jax.common.downloads import fetch_file
 from nalora_jax.data import tasks
 from nalora_jax.errors import NaloraError
-
-# Ends the row of a question's first choice. The other rows repeat the question with another choice;
-# parsing them would be most of the work.
-_FIRST_CHOICE = b'"idx": 0, "task_name"'
-_TAIL_BYTES = 260
-# Requests starting at this id contain the completion without its prompt, to normalise scores.
-_UNCONDITIONED = 1_000_000
 
 
 class Commonsense(tfds.core.GeneratorBasedBuilder):
@@ -76,24 +66,13 @@ class Commonsense(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, name: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         path = fetch_file(tasks.package_file(name, split))
         count = 0
-        for count, row in enumerate(_questions(path), start=1):
+        for count, row in enumerate(tasks.questions(path), start=1):
             yield count - 1, _record(row)
         size = tasks.SIZES[tasks.task_of(name)[0]][split]
         if count != size:
             raise NaloraError(
                 str(path), expected=f"{size} questions", found=count, remedy="delete it and run again"
             )
-
-
-def _questions(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the first request of each question, in order."""
-    with gzip.open(path) as lines:
-        for line in lines:
-            if _FIRST_CHOICE in line[-_TAIL_BYTES:]:
-                row = json.loads(line)
-                if row["doc_id"] >= _UNCONDITIONED:
-                    return
-                yield row
 
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:

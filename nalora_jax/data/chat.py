@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from nalora_jax.config import DataConfig
 from nalora_jax.data.forms import Parts, canonical, message_of, tools_of
 from nalora_jax.data.source import TableRecord
-from nalora_jax.data.tokenizer import REASONING, is_unicode, unicode_error
+from nalora_jax.data.tokenizer import REASONING, require_unicode
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -78,6 +78,13 @@ def render_record(record: dict[str, Any], config: DataConfig, tokenizer: Tokeniz
         raise NaloraError(
             f"{where}: {config.completion_field}", expected="an answer", found="an empty text"
         )
+    return render_completion(prompt, completion, config, tokenizer, where)
+
+
+def render_completion(
+    prompt: str, completion: str, config: DataConfig, tokenizer: Tokenizer, where: str
+) -> Rendered:
+    """Returns the text of a prompt and its completion, as turns of a chat with ``config.chat``."""
     if config.chat:
         return render_chat(as_messages(prompt, completion), config.loss_on, tokenizer, where)
     text = prompt + completion
@@ -157,15 +164,12 @@ def _is_empty(message: Message) -> bool:
     return not message.get("tool_calls") and not any(isinstance(t, str) and t.strip() for t in texts)
 
 
-def as_messages(prompt: str, completion: str | None = None) -> list[Message]:
+def as_messages(prompt: str, completion: str) -> list[Message]:
     """Returns prompt and completion as a user and an assistant turn.
 
     The leading space of the completion is removed.
     """
-    messages = [{"role": "user", "content": prompt}]
-    if completion is not None:
-        messages.append({"role": "assistant", "content": completion.strip()})
-    return messages
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
 
 
 def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[Message]:
@@ -212,15 +216,6 @@ def text_field(
         raise NaloraError(f"{where}: {field}", expected="a text", found=f"a {type(value).__name__}")
     require_unicode(value, f"{where}: {field}")
     return value
-
-
-def require_unicode(text: str, where: str) -> None:
-    """Raises a NaloraError about ``where`` if ``text`` cannot be encoded.
-
-    JSON can contain half a surrogate pair.
-    """
-    if not is_unicode(text):
-        raise unicode_error(where, text)
 
 
 Message = dict[str, Any]

@@ -204,7 +204,7 @@ class ImageTokens:
 
     @property
     def expansion(self) -> str:
-        """The text of one image."""
+        """Returns the text of one image."""
         return self.before + self.token * self.count + self.after
 
     def expanded(self, text: str) -> str:
@@ -223,13 +223,10 @@ def as_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
       ``{"role": "user", "content": "Hi"}`` -> ``{"role": "user", "content": [{"type": "text",
       "text": "Hi"}]}``
     """
-
-    def parts(content: Any) -> list[Any]:
+    converted = []
+    for message in messages:
+        content = message.get("content")
         if isinstance(content, str):
-            return [{"type": "text", "text": content}]
-        return list(content)
-
-    return [
-        {**message, "content": parts(message["content"])} if "content" in message else dict(message)
-        for message in messages
-    ]
+            message = {**message, "content": [{"type": "text", "text": content}]}
+        converted.append(dict(message))
+    return converted

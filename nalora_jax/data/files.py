@@ -78,17 +78,34 @@ class RecordFile(ABC):
 
 
 class LoadedRows(RecordFile):
-    """Records in memory."""
+    """Records in memory.
 
-    def __init__(self, name: str, rows: list[Record], sha256: str = "") -> None:
-        self.name, self.rows, self.sha256 = name, rows, sha256
+    Args:
+      name: name of the file in messages.
+      rows: the records.
+      sha256: digest of the file.
+      lines: line of each record in the file; by default, messages name the item's number.
+    """
+
+    unit = "item"
+
+    def __init__(self, name: str, rows: list[Any], sha256: str = "", lines: Sequence[int] = ()) -> None:
+        self.name, self.rows, self.sha256, self._lines = name, rows, sha256, lines
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns copies of the records at ``indices``."""
-        return [dict(self.rows[index]) for index in indices]
+        """Returns the records at ``indices``.
+
+        Raises:
+          NaloraError: one is not an object.
+        """
+        return [json_object(self.rows[index], self.where(index), "fix this item") for index in indices]
+
+    def where(self, index: int) -> str:
+        """Returns ``path:line`` or the number of an item."""
+        return f"{self.name}:{self._lines[index]}" if self._lines else super().where(index)
 
 
 def open_rows(path: Path | str) -> RecordFile:
@@ -109,9 +126,9 @@ def open_rows(path: Path | str) -> RecordFile:
     if is_array_record(name):
         return ArrayRecords(path, name)
     if kind == ".json" and _begins_with(path, b"["):
-        return JsonArray(path, name)
+        return _json_array(path, name)
     if kind in DELIMITERS:
-        return DelimitedRows(path, DELIMITERS[kind], name)
+        return _delimited(path, DELIMITERS[kind], name)
     if kind in (".arrow", ".feather"):
         return TableRows(path, name)
     return JsonLines(path, name)
@@ -212,77 +229,53 @@ def _arrow_files(folder: Path) -> list[Path]:
     return [folder / str(name) for name in names]
 
 
-class JsonArray(LoadedRows):
-    """Objects of a JSON file that holds one array; the file is read into memory."""
-
-    unit = "item"
-
-    def __init__(self, path: Path, name: str = "") -> None:
-        data, name = _bytes(path), name or str(path)
-        try:
-            rows = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise NaloraError(
-                name, expected="a JSON array of objects", found=error, remedy="fix it"
-            ) from error
-        super().__init__(name, rows, hashlib.sha256(data).hexdigest())
-
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns the objects at ``indices``."""
-        for index in indices:
-            if not isinstance(row := self.rows[index], dict):
-                found = f"a {type(row).__name__}"
-                raise NaloraError(
-                    self.where(index), expected="a JSON object", found=found, remedy="fix this item"
-                )
-        return super().read(indices)
+def _json_array(path: Path, name: str) -> LoadedRows:
+    """Returns the objects of a JSON file that holds one array; the file is read into memory."""
+    data = _bytes(path)
+    try:
+        rows = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise NaloraError(name, expected="a JSON array of objects", found=error, remedy="fix it") from error
+    return LoadedRows(name, rows, hashlib.sha256(data).hexdigest())
 
 
-class DelimitedRows(LoadedRows):
-    """Rows of a CSV or TSV file whose first row names the fields.
+def _delimited(path: Path, delimiter: str, name: str) -> LoadedRows:
+    """Returns the rows of a CSV or TSV file whose first row names the fields.
 
     Every value is a text. The file is read into memory.
     """
-
-    def __init__(self, path: Path, delimiter: str, name: str = "") -> None:
-        data = _bytes(path)
-        super().__init__(name or str(path), [], hashlib.sha256(data).hexdigest())
-        self._lines: list[int] = []
-        limit = csv.field_size_limit(2**31 - 1)  # a conversation can exceed the default of 128 kB
-        try:
-            text = io.StringIO(data.decode("utf-8-sig"), newline="")
-            self._parse(csv.reader(text, delimiter=delimiter, strict=True))
-        except (UnicodeDecodeError, csv.Error) as error:
-            where = f"{self.name}:{max(self._lines, default=0) + 1}"
-            raise NaloraError(
-                where, expected="rows of text in UTF-8", found=error, remedy="save it again"
-            ) from error
-        finally:
-            csv.field_size_limit(limit)
-
-    def _parse(self, reader: Any) -> None:
-        fields: list[str] = next(reader, [])
-        listed = ", ".join(fields)
+    data, rows, lines = _bytes(path), [], [0]
+    limit = csv.field_size_limit(2**31 - 1)  # a conversation can exceed the default of 128 kB
+    try:
+        text = io.StringIO(data.decode("utf-8-sig"), newline="")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        fields = next(reader, [])
         if len(set(fields)) < len(fields) or not all(fields):
             raise NaloraError(
-                f"{self.name}:1",
+                f"{name}:1",
                 expected="a name of its own for every column",
                 found=", ".join(map(repr, fields)),
             )
         for row in filter(None, reader):
             if len(row) != len(fields):
                 raise NaloraError(
-                    f"{self.name}:{reader.line_num}",
-                    expected=f"{len(fields)} values, one for each of {listed}",
+                    f"{name}:{reader.line_num}",
+                    expected=f"{len(fields)} values, one for each of {', '.join(fields)}",
                     found=f"{len(row)}",
                     remedy="quote values that hold the separator or a line break",
                 )
-            self.rows.append(dict(zip(fields, row, strict=True)))
-            self._lines.append(reader.line_num)
-
-    def where(self, index: int) -> str:
-        """Returns ``path:line``, with the last line of the row."""
-        return f"{self.name}:{self._lines[index]}"
+            rows.append(dict(zip(fields, row, strict=True)))
+            lines.append(reader.line_num)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise NaloraError(
+            f"{name}:{lines[-1] + 1}",
+            expected="rows of text in UTF-8",
+            found=error,
+            remedy="save it again",
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+    return LoadedRows(name, rows, hashlib.sha256(data).hexdigest(), lines[1:])
 
 
 def _bytes(path: Path) -> bytes:
@@ -322,8 +315,7 @@ class ArrayRecords(RecordFile):
 
         self.name = name
         with foreign_errors(name, "a readable ArrayRecord file", "write it again"):
-            with path.open("rb") as file:
-                self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            self.sha256 = file_digest(path)
             self._reader = ArrayRecordReader(str(path))
             self._count = self._reader.num_records()
 
@@ -421,7 +413,11 @@ class TableRows(RecordFile):
 
     def __init__(self, path: Path | str, name: str = "") -> None:
         self.name = name or str(path)
-        self.sha256 = data_digest(path)
+        if isinstance(path, str):
+            self.sha256 = digest_of(buckets.version(path))
+        else:
+            with readable(path):
+                self.sha256 = file_digest(path)
         with self._errors():
             sizes, self._groups = _parquet(path) if self._kind == ".parquet" else _arrow(Path(path))
         self._ends = np.cumsum([0, *sizes])
@@ -503,21 +499,6 @@ def _arrow(path: Path) -> Groups:
     return [batch.num_rows for batch in batches], [
         partial(pa.Table.from_batches, [batch]) for batch in batches
     ]
-
-
-# ---------------------------------------------------------------- digests and errors
-
-
-def data_digest(path: Path | str) -> str:
-    """Returns the sha256 of a file, or of the checksum that the bucket of a URL stores.
-
-    Raises:
-      NaloraError: the file cannot be read.
-    """
-    if isinstance(path, str):
-        return digest_of(buckets.version(path))
-    with readable(path):
-        return file_digest(path)
 
 
 @contextmanager

@@ -27,32 +27,14 @@ IMAGES = "__images__"
 # ShareGPT's names of speakers, and the roles of chat templates.
 ROLES = {
     "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "bing": "assistant",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
+    **{role: role for role in ("user", "assistant", "system", "tool")},
 }
-ROLES |= {
-    "bard": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-}
-ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 _CALL = "function_call"
 # Roles of chat templates and their synonyms, which templates would render unchanged.
 _KNOWN_ROLES = ("user", "assistant", "system", "tool", "developer")
 _MISNAMED = {name: role for name, role in ROLES.items() if name != role and role != "tool"}
-# Stanford Alpaca's prompts, which most models without a chat template were tuned with.
-_ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-_ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-    "response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
 
 
 class Parts(list[dict[str, str]]):
@@ -62,34 +44,13 @@ class Parts(list[dict[str, str]]):
     """
 
 
-def form_of(record: Mapping[str, Any], config: DataConfig) -> str:
-    """Returns the name of a record's form for the log, or "" if the form is unknown."""
-    prompt, completion = record.get(config.prompt_field), record.get(config.completion_field)
-    if config.messages_field in record:
-        tools = ", with tools" if record.get("tools") else ""
-        return f"chat messages ({config.messages_field}){tools}"
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return f"chat messages ({config.prompt_field} and {config.completion_field})"
-    if config.prompt_field in record:
-        choices = ", with choices" if record.get("choices") else ""
-        return f"prompt and completion ({config.prompt_field}, {config.completion_field}){choices}"
-    if CONVERSATIONS in record:
-        return f"ShareGPT conversations ({CONVERSATIONS}: from, value)"
-    if {"instruction", "output"} <= record.keys():
-        wrapped = "the chat template" if config.chat else "Alpaca's prompt"
-        return f"Alpaca fields (instruction, input, output), written by {wrapped}"
-    if TEXT in record:
-        return f"plain text ({TEXT})"
-    return ""
-
-
 def in_turns(record: Record, config: DataConfig, *chosen: str) -> bool:
     """Returns True if a chat template writes the text of a record.
 
     Args:
       record: of any form.
       config: names of the fields, and ``chat``.
-      *others: fields with the completions of a preference pair.
+      *chosen: fields with the completions of a preference pair.
     """
     record = canonical(record, config, "record")
     fields = (config.prompt_field, *chosen)
@@ -108,23 +69,45 @@ def canonical(record: Record, config: DataConfig, where: str) -> Record:
     Raises:
       NaloraError: the type of a field does not match the record's form.
     """
-    prompt, completion = record.get(config.prompt_field), record.get(config.completion_field)
-    if config.messages_field in record:
-        return record
+    return _converted(record, config, where)[0]
+
+
+def form_of(record: Record, config: DataConfig) -> str:
+    """Returns the name of a record's form for the log, or "" if the form is unknown.
+
+    Raises:
+      NaloraError: as of `canonical`.
+    """
+    return _converted(record, config, "record")[1]
+
+
+def _converted(record: Record, config: DataConfig, where: str) -> tuple[Record, str]:
+    """Returns `canonical` and `form_of` a record."""
+    messages, asked, answered = config.messages_field, config.prompt_field, config.completion_field
+    prompt, completion = record.get(asked), record.get(answered)
+    if messages in record:
+        return record, f"chat messages ({messages}){', with tools' if record.get('tools') else ''}"
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _with_messages(record, config, [*prompt, *completion])
-    if config.prompt_field in record:
-        return record
+        turns = _with_messages(record, config, [*prompt, *completion])
+        return turns, f"chat messages ({asked} and {answered})"
+    if asked in record:
+        choices = ", with choices" if record.get("choices") else ""
+        return record, f"prompt and completion ({asked}, {answered}){choices}"
     if CONVERSATIONS in record:
-        system, turns = record.get("system"), record[CONVERSATIONS]
-        if isinstance(turns, list) and isinstance(system, str) and system:
-            turns = [{"role": "system", "content": system}, *turns]
-        return _with_messages(record, config, turns)
+        system, spoken_turns = record.get("system"), record[CONVERSATIONS]
+        if isinstance(spoken_turns, list) and isinstance(system, str) and system:
+            spoken_turns = [{"role": "system", "content": system}, *spoken_turns]
+        turns = _with_messages(record, config, spoken_turns)
+        return turns, f"ShareGPT conversations ({CONVERSATIONS}: from, value)"
     if {"instruction", "output"} <= record.keys():
-        return _alpaca(record, config, where)
-    if TEXT in record and config.completion_field not in record and not config.chat:
-        return type(record)({config.prompt_field: "", config.completion_field: record[TEXT]})
-    return record
+        author = "the chat template" if config.chat else "Alpaca's prompt"
+        form = f"Alpaca fields (instruction, input, output), written by {author}"
+        return _alpaca(record, config, where), form
+    if TEXT not in record:
+        return record, ""
+    if answered not in record and not config.chat:
+        record = type(record)({asked: "", answered: record[TEXT]})
+    return record, f"plain text ({TEXT})"
 
 
 def _with_messages(record: Record, config: DataConfig, messages: Any) -> Record:
@@ -139,13 +122,17 @@ def _alpaca(record: Record, config: DataConfig, where: str) -> Record:
     for name, text in texts.items():
         if not isinstance(text, str):
             raise NaloraError(f"{where}: {name}", expected="a text", found=f"a {type(text).__name__}")
+    instruction, given = texts["instruction"], texts["input"]
     if config.chat:
-        prompt = "\n\n".join(filter(None, (texts["instruction"], texts["input"])))
-    else:
-        # Not str.format on the complete text: data with braces must not be read as a template.
-        template = _ALPACA_INPUT if texts["input"] else _ALPACA
-        prompt = template.replace("{instruction}", "\0").replace("{input}", texts["input"])
-        prompt = prompt.replace("\0", texts["instruction"])
+        prompt = "\n\n".join(filter(None, (instruction, given)))
+    else:  # Stanford Alpaca's prompt, with which most models without a chat template were tuned
+        context = ", paired with an input that provides further context" if given else ""
+        prompt = (
+            f"Below is an instruction that describes a task{context}. Write a response that appropriately "
+            f"completes the request.\n\n### Instruction:\n{instruction}\n\n"
+        )
+        prompt += f"### Input:\n{given}\n\n" if given else ""
+        prompt += "### Response:\n"
     return {config.prompt_field: prompt, config.completion_field: texts["output"]}
 
 

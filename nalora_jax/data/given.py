@@ -13,13 +13,13 @@ import numpy as np
 from nalora_jax.config import DataConfig
 from nalora_jax.data.source import Record, RecordsSource, Source, SourceView, TableRecord
 from nalora_jax.data.sources import AUTO, open_source
+from nalora_jax.data.tokenize import batches
 from nalora_jax.errors import NaloraError, described
 
 NAME = "in memory"  # name of a data set that a program passed in
 # Returns an example (of any form of `nalora_jax.data.forms`) for a record, or None to skip it.
 Format = Callable[[Record], Record | None]
 Data = Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
-_CHUNK = 2048
 
 
 class FormattedSource(SourceView):
@@ -37,9 +37,8 @@ class FormattedSource(SourceView):
         super().__init__(base)
         self._function = function
         digest, formatted = hashlib.sha256(), []
-        for start in range(0, len(base), _CHUNK):
-            indices = range(start, min(start + _CHUNK, len(base)))
-            for index, record in zip(indices, base.read(indices), strict=True):
+        for indices, records in batches(base, np.arange(len(base))):
+            for index, record in zip(indices, records, strict=True):
                 example = self._example(index, record)
                 if example is not None:
                     formatted.append(index)
@@ -90,19 +89,14 @@ def given_sources(
         raise NaloraError("run", expected="data or source", found="both")
     sources = source
     if data is not None:
-        sources = {name: _records(name, records) for name, records in _by_split(data).items()}
+        splits = data if isinstance(data, Mapping) else {"train": data}
+        sources = {name: _records(name, records) for name, records in splits.items()}
         config = replace(config, dataset=NAME)
     if format is None:
         return config, sources
     if sources is None:
         sources = {name: open_source(config, name) for name in _splits(config)}
     return config, {name: FormattedSource(records, format) for name, records in sources.items()}
-
-
-def _by_split(data: Data) -> Mapping[str, Iterable[Mapping[str, Any]]]:
-    if isinstance(data, Mapping):
-        return data
-    return {"train": data}
 
 
 def _records(split: str, records: Iterable[Mapping[str, Any]]) -> Source:

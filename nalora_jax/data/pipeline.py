@@ -10,19 +10,17 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import grain
 import numpy as np
 
-from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig
 from nalora_jax.data.packing import PackingPlan, Pattern, fill_rows, pack, permutation, plan_rows
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO, open_pair, open_source
-from nalora_jax.data.store import UNLIMITED, Examples, TokenStore, cut_store, open_store
-from nalora_jax.data.tokenize import rendered, tokenize
+from nalora_jax.data.store import UNLIMITED, Examples, TokenStore, cut_store, open_store, text_examples
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 
@@ -43,13 +41,10 @@ def stream_text(figures: Mapping[str, Any]) -> str:
       >>> stream_text({"examples": 1200, "dropped": 0, "tokens": 40000, "steps_per_epoch": 40.5, "filling": 0.98})
       '1,200 examples, 40,000 tokens, 40.5 steps per epoch, filling 98.0%'
     """
-    nonzero = {
-        name: value
-        for name, value in figures.items()
-        if value or name not in ("dropped", "truncated", "split")
-    }
     texts = []
-    for name, value in nonzero.items():
+    for name, value in figures.items():
+        if not value and name in ("dropped", "truncated", "split"):
+            continue
         noun = name.replace("_", " ")
         texts.append(f"{noun} {value:.1%}" if name == "filling" else f"{value:,} {noun}")
     return ", ".join(texts)
@@ -227,18 +222,6 @@ class BatchIterator(Iterator[HostBatch]):
         self._batches.close()
 
 
-def rows_read(rows: Sequence[int] | None, batch_size: int, accumulate: int) -> tuple[int, ...]:
-    """Returns the rows that a process reads of each of the ``accumulate`` micro-batches; None: all.
-
-    Raises:
-      NaloraError: ``accumulate`` does not divide the batch.
-    """
-    if batch_size % accumulate:
-        expected = f"a multiple of the {accumulate} micro-batches"
-        raise NaloraError("--train.batch-size", expected=expected, found=batch_size)
-    return tuple(range(batch_size // accumulate) if rows is None else map(int, rows))
-
-
 def train_data(
     config: DataConfig,
     tokenizer: Tokenizer,
@@ -289,31 +272,37 @@ def packed_data(
       seed: seed of the shuffle.
       rows: rows of a micro-batch that this process reads (`nalora_jax.layout.distributed.process_rows`);
         all by default.
-      context: maximum tokens of a row's slot.
+      context: maximum tokens of the model.
       kind: of the stream.
-      examples: yields the examples of records that have several; see `open_store`.
+      examples: yields the examples of records; by default, one text for each.
       fields: settings that change these examples.
 
     Raises:
       NaloraError: bad data (see `open_store`), or ``accumulate`` does not divide the batch.
     """
-    rows = rows_read(rows, batch_size, accumulate)
+    if batch_size % accumulate:
+        expected = f"a multiple of the {accumulate} micro-batches"
+        raise NaloraError("--train.batch-size", expected=expected, found=batch_size)
+    if rows is None:
+        rows = range(batch_size // accumulate)
+    examples = examples or partial(text_examples, config=config, tokenizer=tokenizer)
     uncut = open_store(records, config, tokenizer, seed, examples, **fields)
-
-    def measure() -> np.ndarray:
+    if not config.max_length:
+        measured = np.sort(permutation(len(records), _SEED)[:SAMPLE])
         if config.train_limit:  # lengths of records beyond the limit count, too
-            return example_lengths(records, config, tokenizer)
-        return uncut.lengths[measured(records)]
-
-    config = with_length(config, measure, context)
-    store = cut_store(uncut, records, config, tokenizer.bos_id, context, kind.group)
+            sizes = [len(example.ids) - 1 for _, example in examples(records, measured)]
+            lengths = np.array(sizes).reshape(-1, kind.group).sum(axis=1)
+        else:
+            lengths = uncut.lengths_of(kind.group)[measured]
+        config = with_length(config, lengths, context)
+    store = cut_store(uncut, records, config, tokenizer.bos_id, kind.group * context, kind.group)
     return kind(
         store=store,
         pattern=pack(store.lengths_of(kind.group), config.max_length, several=config.pack),
         seed=seed,
         batch_size=batch_size,
         accumulate=accumulate,
-        rows=rows,
+        rows=tuple(map(int, rows)),
         workers=config.workers,
     )
 
@@ -328,22 +317,17 @@ _MULTIPLE = 8
 _SEED = 20260103  # of the draw of measured examples: the same in every run
 
 
-def with_length(
-    config: DataConfig, measure: Callable[[], np.ndarray], context: int = UNLIMITED
-) -> DataConfig:
-    """Returns ``config`` with a row length of 0 replaced by one that 99 of 100 examples fit.
+def with_length(config: DataConfig, lengths: np.ndarray, context: int = UNLIMITED) -> DataConfig:
+    """Returns ``config`` with a row length that 99 of 100 examples fit.
 
     The length is a multiple of 8, at least 128 for packed rows, and at most the model's context. Packed
     rows become up to four times as long if shorter ones are less than 90% full.
 
     Args:
       config: config of the run.
-      measure: returns the row positions of examples, int ``[n]``.
+      lengths: row positions of examples, int ``[n]``.
       context: maximum tokens of the model.
     """
-    if config.max_length:
-        return config
-    lengths = measure()
     quantile = int(np.quantile(lengths, KEPT, method="inverted_cdf"))
     shortest = SHORTEST if config.pack else 1
     length = min(max(-(-quantile // _MULTIPLE) * _MULTIPLE, shortest), context)
@@ -376,23 +360,3 @@ def _filled(lengths: np.ndarray, length: int, context: int) -> tuple[int, float]
         if tried[-1][1] >= FULL:
             return tried[-1]
     return max(tried, key=lambda row: row[1], default=(length, 0.0))
-
-
-def measured(source: Source) -> np.ndarray:
-    """Returns the ascending indices of the measured records, at most 10,000, equal in all runs."""
-    return np.sort(permutation(len(source), _SEED)[:SAMPLE])
-
-
-def example_lengths(source: Source, config: DataConfig, tokenizer: Tokenizer) -> np.ndarray:
-    """Returns the row positions of examples, int64 [n]; of more than 10,000, those of a fixed draw.
-
-    Raises:
-      NaloraError: a record is broken.
-    """
-    indices = measured(source)
-    lengths: list[int] = []
-    with counting("measuring examples", len(indices)) as done:
-        for chunk, _, texts in rendered(source, indices, config, tokenizer):
-            lengths += [len(example.ids) - 1 for example in tokenize(texts, tokenizer)]
-            done(len(chunk))
-    return np.array(lengths, np.int64)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,16 +22,15 @@ from nalora_jax.config import DataConfig, PreferenceConfig
 from nalora_jax.data.chat import (
     Message,
     Rendered,
-    as_messages,
     messages_of,
     render_chat,
+    render_completion,
     text_field,
 )
 from nalora_jax.data.packing import fill_rows
-from nalora_jax.data.pipeline import HostBatch, TrainData, measured, packed_data
+from nalora_jax.data.pipeline import HostBatch, TrainData, packed_data
 from nalora_jax.data.questions import held_out_indices, split_questions
 from nalora_jax.data.source import Source
-from nalora_jax.data.store import UNLIMITED
 from nalora_jax.data.tokenize import Example, converted, tokenize
 from nalora_jax.errors import NaloraError
 
@@ -75,10 +74,7 @@ def _answer(
     before_text = text_field(record, config.prompt_field, where, "--data.prompt-field")
     if not text_field(record, name, where).strip():
         raise NaloraError(f"{where}: {name}", expected="an answer", found="an empty text")
-    if config.chat:
-        return render_chat(as_messages(before_text, answer), "answer", tokenizer, where)
-    text = before_text + answer
-    return Rendered(text, ((len(before_text), len(text)),), special=True)
+    return render_completion(before_text, answer, config, tokenizer, where)
 
 
 def _messages(record: dict[str, Any], name: str, where: str, role: str) -> list[Message]:
@@ -112,6 +108,7 @@ def tokenize_pairs(
         both are equal.
     """
     fields = preference.chosen_field, preference.rejected_field
+    config = replace(config, loss_on="answer")
 
     def texts_of(record: dict[str, Any], where: str) -> list[Rendered]:
         if not set(fields) & set(record) and record.get("choices") and not record.get("choice_prompts"):
@@ -174,8 +171,6 @@ def pair_data(
     config: DataConfig,
     preference: PreferenceConfig,
     tokenizer: Tokenizer,
-    *,
-    context: int = UNLIMITED,
     **options: Any,
 ) -> PairData:
     """Tokenizes and packs the pairs of ``source``.
@@ -189,7 +184,6 @@ def pair_data(
       config: how text becomes rows.
       preference: names of the fields.
       tokenizer: tokenizer of the model.
-      context: maximum tokens of the model; a row has two texts.
       options: passed to `packed_data`.
 
     Raises:
@@ -203,9 +197,7 @@ def pair_data(
             yield index, pair.rejected
 
     options |= {"chosen": preference.chosen_field, "rejected": preference.rejected_field}
-    data = packed_data(
-        source, config, tokenizer, context=2 * context, kind=PairData, examples=examples, **options
-    )
+    data = packed_data(source, config, tokenizer, kind=PairData, examples=examples, **options)
     assert isinstance(data, PairData)
     return data
 
@@ -217,15 +209,6 @@ def pairs_digest(pairs: Iterable[Pair]) -> str:
         for example in (pair.chosen, pair.rejected):
             sha256.update(example.ids.tobytes() + example.answer.tobytes() + b"|")
     return sha256.hexdigest()
-
-
-def pair_sizes(
-    source: Source, config: DataConfig, tokenizer: Tokenizer, preference: PreferenceConfig
-) -> np.ndarray:
-    """Returns the row positions of pairs, int64 [n]; of more than 10,000, those of a fixed draw."""
-    pairs = tokenize_pairs(source, measured(source).tolist(), config, preference, tokenizer)
-    # The last token of each segment is only a target.
-    return np.array([len(pair.chosen.ids) + len(pair.rejected.ids) - 2 for pair in pairs], np.int64)
 
 
 def held_out_pairs(

@@ -116,13 +116,6 @@ class PromptData(Stream):
         return int(epoch_order(len(self.items), self.seed, epoch)[place])
 
 
-def answer_of(item: CompletionItem | ChoiceItem) -> str:
-    """Returns the reference completion of an example."""
-    if isinstance(item, ChoiceItem):
-        return item.choices[item.gold]
-    return item.completion
-
-
 def prompt_data(
     records: Source,
     config: DataConfig,
@@ -219,8 +212,9 @@ def _fitting(
 
 
 def _with_records(records: Source, indices: Sequence[int], items: Sequence[Any]) -> list[Prompt]:
-    read = zip(indices, records.read(list(indices)), items, strict=True)
-    return [
-        Prompt(item.prompt_ids, item.prompt, {"answer": answer_of(item), **record}, records.where(index))
-        for index, record, item in read
-    ]
+    prompts = []
+    for index, record, item in zip(indices, records.read(list(indices)), items, strict=True):
+        answer = item.choices[item.gold] if isinstance(item, ChoiceItem) else item.completion
+        where = records.where(index)
+        prompts.append(Prompt(item.prompt_ids, item.prompt, {"answer": answer, **record}, where))
+    return prompts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -18,7 +18,6 @@ from nalora_jax.data.chat import (
     as_messages,
     messages_of,
     render_chat,
-    require_unicode,
     text_field,
 )
 from nalora_jax.data.forms import IMAGES, Parts, canonical, tools_of
@@ -27,6 +26,7 @@ from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.sources import open_held_out, open_pair
 from nalora_jax.data.tokenize import Example, converted, divided, tokenize, with_loss_last
+from nalora_jax.data.tokenizer import require_unicode
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def eval_examples(
     limit: int | None = None,
     source: Mapping[str, Source] | None = None,
 ) -> list[Item]:
-    """Opens the evaluation split and returns its examples; see `examples_of`.
+    """Opens the evaluation split and returns its examples; see `examples_at`.
 
     Args:
       config: data settings.
@@ -74,27 +74,7 @@ def eval_examples(
     else:
         read = open_held_out(config, split, source=source)
     require_some(read)
-    return examples_of(read, config, tokenizer, config.eval_limit if limit is None else limit)
-
-
-def examples_of(read: Source, config: DataConfig, tokenizer: Tokenizer, limit: int) -> list[Item]:
-    """Returns evaluation examples: multiple choice if records have choices.
-
-    All other records become completions. Prompt and completion are tokenized exactly as in
-    training, so that the scored tokens are the trained tokens, except for the end-of-turn token,
-    which is left out.
-
-    Args:
-      read: records; those with "choices" (texts) and "gold" (an index) are multiple choice, with
-        "choice_prompts" if the choices differ in their prompts instead of their completions.
-      config: names of the fields.
-      tokenizer: tokenizer of the model.
-      limit: number of records, drawn once for all runs; 0 means all.
-
-    Raises:
-      NaloraError: bad records.
-    """
-    return examples_at(read, _drawn(read, limit), config, tokenizer)
+    return examples_at(read, _drawn(read, config.eval_limit if limit is None else limit), config, tokenizer)
 
 
 def held_out_indices(records: Source, config: DataConfig) -> list[int]:
@@ -109,7 +89,22 @@ def _drawn(records: Source, limit: int) -> list[int]:
 def examples_at(
     read: Source, indices: Sequence[int], config: DataConfig, tokenizer: Tokenizer
 ) -> list[Item]:
-    """Returns the examples of the records at ``indices``; see `examples_of`."""
+    """Returns the examples of the records at ``indices``: multiple choice if records have choices.
+
+    All other records become completions. Prompt and completion are tokenized exactly as in
+    training, so that the scored tokens are the trained tokens, except for the end-of-turn token,
+    which is left out.
+
+    Args:
+      read: records; those with "choices" (texts) and "gold" (an index) are multiple choice, with
+        "choice_prompts" if the choices differ in their prompts instead of their completions.
+      indices: indices into ``read``.
+      config: names of the fields.
+      tokenizer: tokenizer of the model.
+
+    Raises:
+      NaloraError: bad records.
+    """
 
     def convert(record: dict[str, Any], where: str) -> _Question:
         return _question(record, config, tokenizer, where)
@@ -122,7 +117,7 @@ def examples_at(
             for question in questions:
                 scored = [next(examples) for _ in question.texts]
                 if question.choices:
-                    items.append(_item(question, scored))
+                    items.append(_choice(question, scored))
                 else:
                     items += _completions(question, scored[0], config, tokenizer)
             done(len(chunk))
@@ -264,40 +259,37 @@ def _plain(content: str | Parts) -> str:
     return content
 
 
-def _completions(
-    question: _Question, example: Example, config: DataConfig, tokenizer: Tokenizer
-) -> list[CompletionItem]:
-    """Returns a completion's rows, divided and with the loss tokens as in training."""
-    rows = [example]
-    if config.too_long == "split" and config.max_length:
-        rows = divided(example, config.max_length, tokenizer.bos_id)
-    rows = [row for row in (with_loss_last(row, config.loss_last) for row in rows) if row.has_target]
-    items = []
-    for row in rows:
-        item = _item(question, [row])
-        assert isinstance(item, CompletionItem)
-        if row is not example and not np.array_equal(row.answer, example.answer):
-            prompt, completion = (
-                tokenizer.decode(ids, skip_special=False) for ids in (item.prompt_ids, item.completion_ids)
-            )
-            item = replace(item, prompt=prompt, completion=completion)
-        items.append(item)
-    return items
-
-
-def _item(question: _Question, examples: Sequence[Example]) -> Item:
-    """Splits the tokens of each text into prompt and answer."""
+def _choice(question: _Question, examples: Sequence[Example]) -> ChoiceItem:
+    """Splits the tokens of each text into prompt and choice."""
     prompts, answers = (list(ids) for ids in zip(*(example.divided for example in examples), strict=True))
     gold = question.texts[question.gold]
-    ((start, stop),) = gold.answers
-    prompt = gold.text[:start]
-    if question.images is not None:
-        return SeenItem(
-            prompts[0], answers[0], prompt, gold.text[start:stop], question.turns, question.images
-        )
-    if not question.choices:
-        return CompletionItem(prompts[0], answers[0], prompt, gold.text[start:stop], question.turns)
+    prompt = gold.text[: gold.answers[0][0]]
     own_prompts = prompts if question.own_prompts else None
     return ChoiceItem(
         prompts[question.gold], answers, question.gold, prompt, list(question.choices), own_prompts
     )
+
+
+def _completions(
+    question: _Question, example: Example, config: DataConfig, tokenizer: Tokenizer
+) -> list[CompletionItem]:
+    """Returns a completion's rows, divided and with the loss tokens as in training."""
+    (text,) = question.texts
+    ((start, stop),) = text.answers
+    rows, items = [example], []
+    if config.too_long == "split" and config.max_length:
+        rows = divided(example, config.max_length, tokenizer.bos_id)
+    for whole in rows:
+        row = with_loss_last(whole, config.loss_last)
+        if not row.has_target:
+            continue
+        prompt_ids, completion_ids = row.divided
+        prompt, completion = text.text[:start], text.text[start:stop]
+        if row is not example and not np.array_equal(row.answer, example.answer):
+            prompt = tokenizer.decode(prompt_ids, skip_special=False)
+            completion = tokenizer.decode(completion_ids, skip_special=False)
+        item = CompletionItem(prompt_ids, completion_ids, prompt, completion, question.turns)
+        if question.images is not None:
+            item = SeenItem(**vars(item), images=question.images)
+        items.append(item)
+    return items

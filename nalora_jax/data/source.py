@@ -179,6 +179,33 @@ def json_object(value: Any, where: str, remedy: str = "") -> Record:
     return value
 
 
+class JoinedSource(Source):
+    """Records of several parts: other sources, or files.
+
+    Args:
+      members: the parts.
+      of: part of each record, int ``[records]``.
+      places: index of each record in its part, int ``[records]``.
+    """
+
+    def __init__(self, members: Sequence[Any], of: np.ndarray, places: np.ndarray) -> None:
+        self._members, self._of, self._places = members, of, places
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """Returns the records at ``indices``, with one read per part."""
+        at = np.asarray(indices, np.int64)
+        return read_in_parts(
+            self._of[at], self._places[at], lambda part, places: self._members[part].read(places)
+        )
+
+    def where(self, index: int) -> str:
+        """Returns the record's name in its part."""
+        return str(self._members[self._of[index]].where(int(self._places[index])))
+
+
 def read_in_parts(
     parts: np.ndarray, places: np.ndarray, read: Callable[[int, list[int]], list[Record]]
 ) -> list[Record]:
@@ -210,7 +237,7 @@ _SEED = 20260102  # of the draw of part of a data set: the same in every run
 _MOST = 1000.0
 
 
-class MixedSource(Source):
+class MixedSource(JoinedSource):
     """Records of several sources, each repeated or sampled by its weight.
 
     Args:
@@ -222,12 +249,11 @@ class MixedSource(Source):
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float] = ()) -> None:
-        self._sources = list(sources)
         weights = weights or [1.0] * len(sources)
         chosen = [_chosen(source, weight) for source, weight in zip(sources, weights, strict=True)]
         self._counts = [len(indices) for indices in chosen]
-        self._of = np.repeat(np.arange(len(sources)), self._counts)
-        self._index = np.concatenate(chosen)
+        of = np.repeat(np.arange(len(sources)), self._counts)
+        super().__init__(list(sources), of, np.concatenate(chosen))
         times = [f" * {weight:g}" if weight != 1 else "" for weight in weights]
         names = (f"{source.name}{text}" for source, text in zip(sources, times, strict=True))
         self.name = self.dataset = " + ".join(names)
@@ -240,18 +266,8 @@ class MixedSource(Source):
         Example:
           ``"a.jsonl[train] 300 (60%), b.parquet[train] 200 (40%)"``
         """
-        pairs = zip(self._sources, self._counts, strict=True)
+        pairs = zip(self.parts, self._counts, strict=True)
         return ", ".join(f"{source.name} {count} ({count / len(self):.0%})" for source, count in pairs)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns the records at ``indices``, with one read per source."""
-        at = np.asarray(indices, np.int64)
-        return read_in_parts(
-            self._of[at], self._index[at], lambda part, rows: self._sources[part].read(rows)
-        )
 
     @property
     def spans(self) -> list[Span]:
@@ -261,11 +277,7 @@ class MixedSource(Source):
     @property
     def parts(self) -> list[Source]:
         """Returns the sources that are mixed."""
-        return self._sources
-
-    def where(self, index: int) -> str:
-        """Returns the record's name in its source."""
-        return self._sources[self._of[index]].where(int(self._index[index]))
+        return list(self._members)
 
 
 def _chosen(source: Source, weight: float) -> np.ndarray:

@@ -22,6 +22,7 @@ from nalora_jax.data import tasks
 from nalora_jax.data.files import RecordFile, is_path, open_rows, splits_of
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import (
+    JoinedSource,
     MixedSource,
     Record,
     SelectedSource,
@@ -29,7 +30,6 @@ from nalora_jax.data.source import (
     Span,
     components,
     foreign_errors,
-    read_in_parts,
     require_some,
 )
 from nalora_jax.data.tfds_source import (
@@ -273,7 +273,7 @@ def open_hub(argument: str, split: str) -> Source:
     return HubSource(f"hf:{argument}", split, data, names)
 
 
-class FileSource(Source):
+class FileSource(JoinedSource):
     """Records of files, or the subset that a split expression selects.
 
     Args:
@@ -302,48 +302,25 @@ class FileSource(Source):
             opened = {name: [open_rows(file) for file in files[name]] for name in chosen}
         self.dataset = str(path) if is_url(path) else str(expand_user(path).resolve())
         self.name = f"{path}[{split}]"
-        self._spans = self._parse(split, opened)
-        self._rows = [rows_of_file for rows in opened.values() for rows_of_file in rows]
-        self._ends = np.cumsum([0, *map(len, self._rows)])
-        sizes = [sum(map(len, rows)) for rows in opened.values()]
-        first = dict(zip(opened, np.cumsum([0, *sizes]).tolist(), strict=False))
-        self._index = np.concatenate(
-            [first[name] + np.arange(start, stop) for name, start, stop in self._spans]
-        )
-        self.fingerprint = f"files:{':'.join(rows_of_file.sha256 for rows_of_file in self._rows)}:{split}"
-        require_some(self)
-
-    def _parse(self, split: str, opened: Mapping[str, Sequence[RecordFile]]) -> list[Span]:
         names = ", ".join(self.siblings)
         only = 'one split, "train", or' if names == "train" else f"{names}, or"
-        with foreign_errors(
-            self.name, f'{only} slices such as "train[-5%:]"', "name a split that is there"
-        ):
-            return absolute_of(split, {name: sum(map(len, rows)) for name, rows in opened.items()})
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns the records at ``indices``; all records of one file are read in one call."""
-        files, rows = self._places(indices)
-        return read_in_parts(files, rows, lambda file, rows: self._rows[file].read(rows))
-
-    def _places(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the numbers of the files and the rows in them."""
-        rows = self._index[np.asarray(indices, np.int64)]
-        files = np.searchsorted(self._ends, rows, side="right") - 1
-        return files, rows - self._ends[files]
+        expected = f'{only} slices such as "train[-5%:]"'
+        with foreign_errors(self.name, expected, "name a split that is there"):
+            sizes = {name: sum(map(len, rows)) for name, rows in opened.items()}
+            self._spans = absolute_of(split, sizes)
+        members = [file for rows in opened.values() for file in rows]
+        first = dict(zip(opened, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
+        index = np.concatenate([first[name] + np.arange(start, stop) for name, start, stop in self._spans])
+        ends = np.cumsum([0, *map(len, members)])
+        of = np.searchsorted(ends, index, side="right") - 1
+        super().__init__(members, of, index - ends[of])
+        self.fingerprint = f"files:{':'.join(member.sha256 for member in members)}:{split}"
+        require_some(self)
 
     @property
     def spans(self) -> list[Span]:
         """Returns parts of the files' splits."""
         return self._spans
-
-    def where(self, index: int) -> str:
-        """Returns ``path:line``, or the file format's equivalent."""
-        (file,), (row,) = self._places([index])
-        return self._rows[file].where(int(row))
 
 
 # ---------------------------------------------------------------- held-out records

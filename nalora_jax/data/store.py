@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +24,12 @@ from nalora_jax.common.files import write_array
 from nalora_jax.common.locks import scratch_folder
 from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig
+from nalora_jax.data.chat import Rendered, render_record
 from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.source import Source, require_some
-from nalora_jax.data.tokenize import Example, divided, fit_example, rendered, tokenize, with_loss_last
+from nalora_jax.data.source import Record, Source, require_some
+from nalora_jax.data.tokenize import Example, converted, divided, fit_example, tokenize, with_loss_last
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def open_store(
     config: DataConfig,
     tokenizer: Tokenizer,
     seed: int,
-    examples: Examples | None = None,
+    examples: Examples,
     **options: Any,
 ) -> TokenStore:
     """Returns the tokens of ``source``, uncut, from the cache or tokenized now.
@@ -112,7 +112,7 @@ def open_store(
       config: rendering options and ``train_limit`` (the first records of the seed's shuffle).
       tokenizer: tokenizer of the model.
       seed: seed of the run; has an effect only with a limit.
-      examples: yields the examples of records that have several, which share a row.
+      examples: yields the examples of records; several of one record share a row.
       options: settings that change these examples.
 
     Raises:
@@ -133,19 +133,22 @@ def open_store(
         require_some(source)
         indices = np.sort(permutation(len(source), seed)[: config.train_limit or None])
         began = time.perf_counter()
-        examples = examples or partial(_examples, config=config, tokenizer=tokenizer)
         write_store(folder, examples(source, indices))
         seconds = time.perf_counter() - began
         log.info("tokenized %s: %d examples in %.1f s", source.name, len(indices), seconds)
     return load_store(folder)
 
 
-def _examples(
+def text_examples(
     source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer
 ) -> Iterator[tuple[int, Example]]:
-    """Yields the records' indices and their tokens, not yet cut."""
+    """Yields the indices of records of text and their tokens, not yet cut."""
+
+    def render(record: Record, where: str) -> Rendered:
+        return render_record(record, config, tokenizer, where)
+
     with counting("tokenizing", len(indices)) as done:
-        for chunk, records, texts in rendered(source, indices, config, tokenizer):
+        for chunk, records, texts in converted(source, indices, render, config):
             for index, record, example in zip(chunk, records, tokenize(texts, tokenizer), strict=True):
                 if not example.has_target:
                     raise NaloraError(
@@ -308,7 +311,7 @@ def cut_store(
     if not is_whole(folder):
         kept = np.flatnonzero(np.repeat(~(long & drop), group))
         names = {"drop": "dropped", "truncate": "truncated", "split": "split"}
-        counts = {name: count for how, name in names.items() if how == config.too_long}
+        counts = {names[config.too_long]: count} if count else {}
         short = replace(config, max_length=config.max_length // group)
 
         def cut_examples() -> Iterator[tuple[int, Example]]:

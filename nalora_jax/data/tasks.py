@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,25 @@ def package_file(name: str, split: str) -> PackageFile:
     return PackageFile(_PACKAGE, _RELEASE, WHEEL_SHA256, member, LICENCES[task])
 
 
+# Ends the row of a question's first choice. The other rows repeat the question with another choice;
+# parsing them would be most of the work.
+_FIRST_CHOICE = b'"idx": 0, "task_name"'
+_TAIL_BYTES = 260
+# Requests starting at this id contain the completion without its prompt, to normalise scores.
+_UNCONDITIONED = 1_000_000
+
+
+def questions(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the first request of each question of a package file, in order."""
+    with gzip.open(path) as lines:
+        for line in lines:
+            if _FIRST_CHOICE in line[-_TAIL_BYTES:]:
+                row = json.loads(line)
+                if row["doc_id"] >= _UNCONDITIONED:
+                    return
+                yield row
+
+
 NEEDLE_VERSION = "1.0.0"
 NEEDLE_SIZES = {"train": 1000, "validation": 200}
 LENGTHS = tuple(250 * 2**n for n in range(11))  # words: 250 to 256,000
@@ -108,12 +128,9 @@ def sentences(split: str) -> tuple[str, ...]:
 
 def _passages(split: str) -> list[str]:
     """Returns the split's passages without titles, in order, each once."""
-    passages: dict[str, None] = {}
-    with gzip.open(fetch_file(package_file("boolq", split))) as lines:
-        for line in lines:
-            text = str(json.loads(line)["doc"].get("query", ""))
-            passages.setdefault(_PASSAGE.sub("", text.partition("\nQuestion:")[0]).strip())
-    return list(passages)
+    texts = (row["doc"]["query"] for row in questions(fetch_file(package_file("boolq", split))))
+    passages = (_PASSAGE.sub("", text.partition("\nQuestion:")[0]).strip() for text in texts)
+    return list(dict.fromkeys(passages))
 
 
 def words(text: str) -> int:

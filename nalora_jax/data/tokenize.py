@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import MissingFieldError, Rendered, render_record
+from nalora_jax.data.chat import MissingFieldError, Rendered
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.source import Record, Source
 from nalora_jax.errors import ListedError, NaloraError, shorten
@@ -31,17 +31,6 @@ _CHUNK, _CHARACTERS = 2048, 8_000_000
 # Records that are searched for other broken records, and the largest number of them in a message.
 _SEARCHED, _NAMED = 10_000, 10
 _SHOWN = 170  # characters of each error in a message about several
-
-
-def rendered(
-    source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer
-) -> Iterator[tuple[list[int], list[Record], list[Rendered]]]:
-    """Yields `converted` records as texts to tokenize together."""
-
-    def convert(record: Record, where: str) -> Rendered:
-        return render_record(record, config, tokenizer, where)
-
-    return converted(source, indices, convert, config)
 
 
 def converted(
@@ -201,7 +190,10 @@ def tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = Tru
       tokenizer: tokenizer of the model.
       end: add the end-of-sequence id to a completion that ends its text without a special token.
     """
-    cuts = [_cuts(text) for text in texts]
+    cuts = [  # positions inside a text at which a completion starts or ends
+        sorted({cut for answer in text.answers for cut in answer if 0 < cut < len(text.text)})
+        for text in texts
+    ]
     encoded = _encoded([text.text for text in texts], cuts, tokenizer)
     stops = tokenizer.turn_ends if end else None
     return [
@@ -252,11 +244,6 @@ def with_loss_last(example: Example, last: float) -> Example:
     size = len(example.ids)
     count = int(last) if last >= 1 else math.ceil(last * size)
     return Example(example.ids, example.answer & (np.arange(size) >= size - count))
-
-
-def _cuts(text: Rendered) -> list[int]:
-    """Returns the character positions inside ``text`` at which a completion starts or ends."""
-    return sorted({cut for answer in text.answers for cut in answer if 0 < cut < len(text.text)})
 
 
 def _encoded(

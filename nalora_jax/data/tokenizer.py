@@ -50,7 +50,7 @@ class AddedTokens:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """All added tokens, in the order of their ids."""
+        """Returns all added tokens, in the order of their ids."""
         return (*self.special, *self.plain)
 
     def __bool__(self) -> bool:
@@ -95,7 +95,7 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Number of rows that an embedding needs: the largest id plus one."""
+        """Returns the number of rows that an embedding needs: the largest id plus one."""
         added = self.backend.get_added_tokens_decoder()
         return max(
             self.backend.get_vocab_size(with_added_tokens=False), *(token_id + 1 for token_id in added), 0
@@ -103,7 +103,7 @@ class Tokenizer:
 
     @cached_property
     def turn_ends(self) -> dict[int, str]:
-        """Ids and texts of the tokens that can end a turn: stop ids and every special token."""
+        """Returns the ids and texts of the tokens that can end a turn: stop ids and every special token."""
         added = self.backend.get_added_tokens_decoder()
         ids = {*self.eos_ids, *(index for index, token in added.items() if token.special)}
         return {index: text for index in ids if (text := self.backend.id_to_token(index)) is not None}
@@ -464,18 +464,22 @@ def tokenizer_errors(what: str, *texts: str) -> Iterator[None]:
     except BaseException as error:
         if not is_foreign(error):
             raise
-        broken = next((text for text in texts if not is_unicode(text)), None)
-        if broken is None:
-            expected = "what the model's tokenizer can take"
-            raise NaloraError(what, expected=expected, found=error) from error
-        raise unicode_error(what, broken) from error
+        for text in texts:
+            require_unicode(text, what)
+        expected = "what the model's tokenizer can take"
+        raise NaloraError(what, expected=expected, found=error) from error
 
 
-def unicode_error(where: str, text: str) -> NaloraError:
-    """Returns the error about a text that contains half of a surrogate pair."""
-    actual = f"half a character in {text[:60]!r}"
-    remedy = "rewrite the text: half of a surrogate pair is not a character"
-    return NaloraError(where, expected="Unicode text", found=actual, remedy=remedy)
+def require_unicode(text: str, where: str) -> None:
+    """Refuses a text that contains half of a surrogate pair.
+
+    Raises:
+      NaloraError: about ``where``.
+    """
+    if not is_unicode(text):
+        actual = f"half a character in {text[:60]!r}"
+        remedy = "rewrite the text: half of a surrogate pair is not a character"
+        raise NaloraError(where, expected="Unicode text", found=actual, remedy=remedy)
 
 
 def is_unicode(text: str) -> bool:

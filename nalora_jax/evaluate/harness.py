@@ -45,9 +45,14 @@ def harness_model(
     require_harness()
     from lm_eval.api.model import LM
 
-    # The harness requires an instance of its LM class; the implementation is in Requests.
-    kind = type("NaloraLM", (Requests, LM), {"__init__": _init})
-    return kind(Generator(model, variables, tokenizer, mesh=mesh))
+    class NaloraLM(Requests, LM):
+        """`Requests` as an instance of the harness's own class, which it requires."""
+
+        def __init__(self, generator: Generator) -> None:
+            LM.__init__(self)
+            Requests.__init__(self, generator)
+
+    return NaloraLM(Generator(model, variables, tokenizer, mesh=mesh))
 
 
 def require_harness() -> None:
@@ -61,11 +66,6 @@ def require_harness() -> None:
             found="not installed",
             remedy="pip install 'nalora_jax[eval]'",
         ) from error
-
-
-def _init(self: Any, generator: Generator) -> None:
-    super(Requests, self).__init__()
-    Requests.__init__(self, generator)
 
 
 class Requests:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,6 @@ _MAX_EDGES = 2**10
 _GROUPS = {
     group.name for group in fields(RunConfig) if is_dataclass(group.default_factory)
 }  # settings with settings
-_NESTED = ("layers", "towers", "adapters", "ranks", "histograms")  # non-numbers of a log step
-# Values of an evaluation that are not numbers.
-_OTHERS = ("samples", "right", "paired", "questions", "classes", "confusion")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -177,90 +174,95 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
     Raises:
       NaloraError: names the field.
     """
-    if "run" in record:
-        _check_header(record, where)
-    if "resumed" in record:
-        resumed = _mapping(record, "resumed", where)
-        _check_step(resumed.get("step"), f"{where}: resumed: step")
-        if resumed.get("begun") is not None:
-            _check_numbers(_mapping(resumed, "begun", f"{where}: resumed"), f"{where}: resumed: begun")
-    if "done" in record:
-        done = _mapping(record, "done", where)
-        for name in ("step", "best_step"):
-            if done.get(name) is not None:
-                _check_step(done[name], f"{where}: done: {name}")
-        if done.get("seconds") is not None:
-            _check_numbers(_mapping(done, "seconds", f"{where}: done"), f"{where}: done: seconds")
-    if "step" in record:
-        _check_step(record["step"], f"{where}: step")
-    if "eval" in record:
-        check_evaluation(_mapping(record, "eval", where), f"{where}: eval")
-        if "step" not in record:
-            raise NaloraError(
-                f"{where}: eval", expected="the step of the evaluation beside it", found="none"
-            )
-    elif "step" in record:
-        _check_numbers({name: value for name, value in record.items() if name not in _NESTED}, where)
-        if record.get("towers") is not None:
-            _check_towers(_mapping(record, "towers", where), f"{where}: towers")
-        for group in ("layers", "adapters", "ranks"):
-            if record.get(group) is not None:
-                _check_layers(_mapping(record, group, where), f"{where}: {group}")
-        if record.get("histograms") is not None:
-            _check_histograms(_mapping(record, "histograms", where), f"{where}: histograms")
+    is_log_step = "step" in record and "eval" not in record
+    _fields(_LINE, other=_number if is_log_step else _anything)(record, where)
+    if "eval" in record and "step" not in record:
+        raise NaloraError(f"{where}: eval", expected="the step of the evaluation beside it", found="none")
 
 
-def check_evaluation(values: Mapping[str, Any], where: str) -> None:
+def check_evaluation(values: Any, where: str) -> None:
     """Raises an error if a metric of an evaluation is not a number or its samples are malformed."""
-    numbers = {name: value for name, value in values.items() if name not in _OTHERS}
-    _check_numbers(numbers, where)
-    if values.get("n") is not None:
-        _check_step(values["n"], f"{where}: n")
-    if values.get("paired") is not None:
-        paired = _mapping(values, "paired", where)
-        _check_numbers(paired, f"{where}: paired", needed=("low", "high", "gained", "lost", "p_value"))
-    samples = values.get("samples") or []
-    texts = isinstance(samples, list) and all(
-        isinstance(sample, Mapping) and "prompt" in sample for sample in samples
-    )
-    if not texts:
-        raise _error(f"{where}: samples", "a list of prompts with their answers", samples)
-    for sample in samples:
-        turns = sample.get("turns") or []
-        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-            raise _error(f"{where}: samples: turns", "a list of roles with their texts", turns)
+    _fields(_EVALUATION, other=_number)(values, where)
     names, rows = values.get("classes") or [], values.get("confusion") or []
-    square = (
-        isinstance(names, list) and isinstance(rows, list) and all(isinstance(name, str) for name in names)
+    square = isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) == len(names) for row in rows
     )
-    if not square or not all(isinstance(row, list) and len(row) == len(names) for row in rows):
-        raise _error(
-            f"{where}: confusion", "a row of counts for each of the classes, which are texts", rows
-        )
-    for row in rows:
-        for count in row:
-            _check_step(count, f"{where}: confusion")
-    right = values.get("right") or []
-    if not isinstance(right, list) or not all(isinstance(sample, bool) for sample in right):
-        raise _error(f"{where}: right", "a list of true and false", right)
+    if not square:
+        raise _error(f"{where}: confusion", "a row of counts for each of the classes", rows)
+    for count in itertools.chain(*rows):
+        _count(count, f"{where}: confusion")
 
 
-def _check_header(record: Mapping[str, Any], where: str) -> None:
-    run = _mapping(record, "run", where)
-    if _depth(run) > _MAX_DEPTH:
-        raise NaloraError(f"{where}: run", expected="a run's settings", found="objects nested too deeply")
-    for name in _GROUPS & run.keys():
-        _mapping(run, name, f"{where}: run")
-    if "steps" in run:
-        _check_step(run["steps"], f"{where}: run: steps")
-    if record.get("mechanisms_from") is not None:
-        _check_step(record["mechanisms_from"], f"{where}: mechanisms_from")
-    for name in ("versions", "base"):
-        if record.get(name) is not None:
-            _mapping(record, name, where)
-    base = record.get("base") or {}
-    if not all(isinstance(value, str) for value in base.values()):
-        raise _error(f"{where}: base", "texts", base)
+# ---------------------------------------------------------------- types of fields
+
+Check = Callable[[Any, str], None]  # raises an error about a value at a place
+
+
+def _error(where: str, expected: str, value: object) -> NaloraError:
+    remedy = "the file was edited or damaged: restore that line, or delete it"
+    return NaloraError(where, expected=expected, found=repr(value)[:100], remedy=remedy)
+
+
+def _anything(value: Any, where: str) -> None:
+    del value, where
+
+
+def _fields(checks: Mapping[str, Check], *, other: Check = _anything, needed: Sequence[str] = ()) -> Check:
+    """Returns the check of an object: ``checks`` by name, and ``other`` for the remaining fields.
+
+    Missing fields are checked as null if they are ``needed``.
+    """
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, Mapping):
+            raise _error(where, "a JSON object", value)
+        for name in {**dict.fromkeys(needed), **value}:
+            checks.get(name, other)(value.get(name), f"{where}: {name}")
+
+    return check
+
+
+def _list_of(kind: type, expected: str) -> Check:
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+            raise _error(where, expected, value)
+
+    return check
+
+
+def _or_null(check: Check) -> Check:
+    return lambda value, where: None if value is None else check(value, where)
+
+
+def _number(value: Any, where: str) -> None:
+    """Checks for null or a finite number, also for integers that exceed the range of a float."""
+    if value is None or isinstance(value, bool):
+        return
+    if not isinstance(value, int | float) or not abs(value) < 1e300 or not math.isfinite(value):
+        raise _error(where, "a finite number, or null", value)
+
+
+def _present_number(value: Any, where: str) -> None:
+    if value is None:
+        raise NaloraError(where, expected="a number", found="nothing")
+    _number(value, where)
+
+
+def _count(value: Any, where: str) -> None:
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MAX_STEP
+    if not valid or value != int(value):
+        raise _error(where, "a count, 0 or more", value)
+
+
+def _text(value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        raise _error(where, "a text", value)
+
+
+def _settings(value: Any, where: str) -> None:
+    if _depth(value) > _MAX_DEPTH:
+        raise NaloraError(where, expected="a run's settings", found="objects nested too deeply")
+    _fields({"steps": _count, **dict.fromkeys(_GROUPS, _fields({}))})(value, where)
 
 
 def _depth(value: Any) -> int:
@@ -273,80 +275,84 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _check_towers(towers: Mapping[str, Any], where: str) -> None:
+def _samples(value: Any, where: str) -> None:
+    if not isinstance(value, list) or not all(
+        isinstance(one, Mapping) and "prompt" in one for one in value
+    ):
+        raise _error(where, "a list of prompts with their answers", value)
+    turns = _list_of(Mapping, "a list of roles with their texts")
+    for sample in value:
+        turns(sample.get("turns") or [], f"{where}: turns")
+
+
+def _towers(value: Any, where: str) -> None:
     """Checks the number of layers of each tower and their sum; the report shows all."""
-    for name, rows in towers.items():
-        _check_step(rows, f"{where}: {name}")
-    if sum(towers.values()) > _MAX_LAYERS:
-        raise _error(where, f"at most {_MAX_LAYERS} layers together", towers)
+    _fields({}, other=_count)(value, where)
+    if sum(value.values()) > _MAX_LAYERS:
+        raise _error(where, f"at most {_MAX_LAYERS} layers together", value)
 
 
-def _check_layers(layers: Mapping[str, Any], where: str) -> None:
+def _rows(rows: Any, where: str) -> None:
     """Checks that every layer has one number, or one row of numbers."""
-    for name, rows in layers.items():
-        here = f"{where}: {name}"
-        if rows is None:
-            continue
-        if not isinstance(rows, list) or not 0 < len(rows) <= _MAX_LAYERS:
-            raise _error(here, f"a list with an entry for every layer, at most {_MAX_LAYERS}", rows)
-        nested = [row for row in rows if isinstance(row, list)]
-        if nested and (len(nested) < len(rows) or len({len(row) for row in nested}) > 1):
-            raise _error(here, "rows of one length", rows)
-        for value in [item for row in nested for item in row] if nested else rows:
-            _check_number(value, here)
+    if not isinstance(rows, list) or not 0 < len(rows) <= _MAX_LAYERS:
+        raise _error(where, f"a list with an entry for every layer, at most {_MAX_LAYERS}", rows)
+    nested = [row for row in rows if isinstance(row, list)]
+    if nested and (len(nested) < len(rows) or len({len(row) for row in nested}) > 1):
+        raise _error(where, "rows of one length", rows)
+    for value in itertools.chain(*nested) if nested else rows:
+        _number(value, where)
 
 
-def _check_histograms(histograms: Mapping[str, Any], where: str) -> None:
+def _histogram(value: Any, where: str) -> None:
     """Checks for increasing edges and one row of counts per layer, with one bin more than edges."""
-    if len(histograms) > _MAX_HISTOGRAMS:
-        raise _error(where, f"those of at most {_MAX_HISTOGRAMS} mechanisms", list(histograms))
-    for label in histograms:
-        here, histogram = f"{where}: {label}", _mapping(histograms, label, where)
-        edges, counts = histogram.get("edges"), histogram.get("counts")
-        if not isinstance(edges, list) or not 1 < len(edges) <= _MAX_EDGES:
-            raise _error(f"{here}: edges", "a list of at least two numbers", edges)
-        for edge in edges:
-            _check_number(edge, f"{here}: edges")
-        if None in edges or any(low >= high for low, high in itertools.pairwise(edges)):
-            raise _error(f"{here}: edges", "rising numbers", edges)
-        rows = []
-        if isinstance(counts, list) and all(isinstance(row, list) for row in counts):
-            rows = counts
-        if {len(row) for row in rows} != {len(edges) + 1}:
-            raise _error(f"{here}: counts", f"rows of {len(edges) + 1} counts, one a layer", counts)
-        for count in (count for row in rows for count in row):
-            _check_step(count, f"{here}: counts")
+    _fields({})(value, where)
+    edges, counts = value.get("edges"), value.get("counts")
+    if not isinstance(edges, list) or not 1 < len(edges) <= _MAX_EDGES:
+        raise _error(f"{where}: edges", "a list of at least two numbers", edges)
+    for edge in edges:
+        _number(edge, f"{where}: edges")
+    if None in edges or any(low >= high for low, high in itertools.pairwise(edges)):
+        raise _error(f"{where}: edges", "rising numbers", edges)
+    bins = len(edges) + 1
+    is_table = isinstance(counts, list) and counts and all(isinstance(row, list) for row in counts)
+    if not is_table or any(len(row) != bins for row in counts):
+        raise _error(f"{where}: counts", f"rows of {bins} counts, one a layer", counts)
+    for count in itertools.chain(*counts):
+        _count(count, f"{where}: counts")
 
 
-def _check_numbers(values: Mapping[str, Any], where: str, needed: tuple[str, ...] = ()) -> None:
-    for name, value in values.items():
-        _check_number(value, f"{where}: {name}")
-    for name in needed:
-        if values.get(name) is None:
-            raise NaloraError(f"{where}: {name}", expected="a number", found="nothing")
+def _histograms(value: Any, where: str) -> None:
+    _fields({}, other=_histogram)(value, where)
+    if len(value) > _MAX_HISTOGRAMS:
+        raise _error(where, f"those of at most {_MAX_HISTOGRAMS} mechanisms", list(value))
 
 
-def _check_number(value: object, where: str) -> None:
-    """Checks for null or a finite number, also for integers that exceed the range of a float."""
-    if value is None or isinstance(value, bool):
-        return
-    if not isinstance(value, int | float) or not abs(value) < 1e300 or not math.isfinite(value):
-        raise _error(where, "a finite number, or null", value)
-
-
-def _check_step(value: object, where: str) -> None:
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MAX_STEP
-    if not valid or value != int(value):  # type: ignore[call-overload]
-        raise _error(where, "a count, 0 or more", value)
-
-
-def _mapping(record: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
-    value = record[name]
-    if not isinstance(value, Mapping):
-        raise _error(f"{where}: {name}", "a JSON object", value)
-    return value
-
-
-def _error(where: str, expected: str, value: object) -> NaloraError:
-    remedy = "the file was edited or damaged: restore that line, or delete it"
-    return NaloraError(where, expected=expected, found=repr(value)[:100], remedy=remedy)
+_NUMBERS = _fields({}, other=_number)
+_LAYERS = _fields({}, other=_or_null(_rows))
+_TESTED = ("low", "high", "gained", "lost", "p_value")
+_EVALUATION: Mapping[str, Check] = {
+    "n": _or_null(_count),
+    "paired": _or_null(_fields(dict.fromkeys(_TESTED, _present_number), other=_number, needed=_TESTED)),
+    "samples": _or_null(_samples),
+    "right": _or_null(_list_of(bool, "a list of true and false")),
+    "classes": _or_null(_list_of(str, "a list of texts")),
+    "confusion": _anything,  # checked with the classes
+    "questions": _anything,
+}
+_LINE: Mapping[str, Check] = {
+    "run": _settings,
+    "mechanisms_from": _or_null(_count),
+    "versions": _or_null(_fields({})),
+    "base": _or_null(_fields({}, other=_text)),
+    "resumed": _fields({"step": _count, "begun": _or_null(_NUMBERS)}, needed=("step",)),
+    "done": _fields(
+        {"step": _or_null(_count), "best_step": _or_null(_count), "seconds": _or_null(_NUMBERS)}
+    ),
+    "step": _count,
+    "eval": check_evaluation,
+    "towers": _or_null(_towers),
+    "layers": _or_null(_LAYERS),
+    "adapters": _or_null(_LAYERS),
+    "ranks": _or_null(_LAYERS),
+    "histograms": _or_null(_histograms),
+}

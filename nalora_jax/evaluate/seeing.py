@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -23,19 +23,10 @@ from nalora_jax.layout.distributed import fetch
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.storage import prepare
 
+if TYPE_CHECKING:
+    from nalora_jax.weights.model_files import LoadedModel
+
 _BATCH = 8  # items
-
-
-class TextModel(Protocol):
-    """A loaded model, as far as evaluation needs it."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Returns its tokenizer."""
-
-    @property
-    def processor(self) -> ImageProcessor | None:
-        """Returns its image processor; None for a language model."""
 
 
 class SeeingEvaluator(TextEvaluator):
@@ -58,11 +49,37 @@ class SeeingEvaluator(TextEvaluator):
         }
 
     def _completion_records(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
-        pixels = [self._pixels[id(item)] for item in self.completions]
-        losses, tokens = seen_losses(
-            self._model, variables, self.completions, pixels, self._processor, mesh=self._mesh
-        )
-        return of_completions(self.completions, losses.tolist(), tokens.tolist())
+        items = self.completions
+        rows = bucket(min(_BATCH, len(items)), multiple=prompt_shards(self._mesh))
+        seq = bucket(max(len(item.prompt_ids) + len(item.completion_ids) for item in items) - 1, minimum=16)
+        images = max(1, *map(len, self._pixels.values()))
+        variables = prepare(variables, self._model.numerics, tables=False)
+        losses: list[float] = []
+        tokens: list[int] = []
+        for start in range(0, len(items), rows):
+            batch = self._batch(items[start : start + rows], rows, seq, images)
+            log_probs = _log_probs(self._model, self._processor, variables, place_batch(batch, self._mesh))
+            losses += (-fetch(log_probs).astype(np.float64).sum(axis=1)).tolist()
+            tokens += batch["scored"].sum(axis=1).tolist()
+        return of_completions(items, losses[: len(items)], tokens[: len(items)])
+
+    def _batch(
+        self, items: Sequence[CompletionItem], rows: int, seq: int, images: int
+    ) -> dict[str, np.ndarray]:
+        """Returns arrays ``[rows, seq]``, and ``pixels`` of up to ``images`` images of each row."""
+        assert self._processor.output is not None
+        batch = {name: np.zeros((rows, seq), np.int32) for name in ("tokens", "targets", "segments")}
+        batch["scored"] = np.zeros((rows, seq), bool)
+        batch["pixels"] = np.zeros((rows, images, *self._processor.output, 3), np.uint8)
+        for row, item in enumerate(items):
+            ids = np.array([*item.prompt_ids, *item.completion_ids], np.int32)
+            last = len(ids) - 1
+            batch["tokens"][row, :last], batch["targets"][row, :last] = ids[:-1], ids[1:]
+            batch["segments"][row, :last] = 1
+            batch["scored"][row, len(item.prompt_ids) - 1 : last] = True
+            for place, image in enumerate(self._pixels[id(item)]):
+                batch["pixels"][row, place] = image
+        return batch
 
     def _generated(self, variables: Mapping[str, Any], items: Sequence[CompletionItem]) -> list[Completion]:
         generator = Generator(
@@ -80,75 +97,12 @@ class SeeingEvaluator(TextEvaluator):
 
 
 def evaluator_of(
-    loaded: TextModel, model: Decoder, items: Sequence[Item], mesh: Mesh | None = None
+    loaded: LoadedModel, model: Decoder, items: Sequence[Item], mesh: Mesh | None = None
 ) -> TextEvaluator:
     """Returns the evaluator of a loaded model: with images if it has an image processor."""
     if loaded.processor is None:
         return TextEvaluator(model, loaded.tokenizer, items, mesh=mesh)
     return SeeingEvaluator(model, loaded.tokenizer, items, loaded.processor, mesh=mesh)  # type: ignore[arg-type]
-
-
-def seen_losses(
-    model: Decoder,
-    variables: Mapping[str, Any],
-    items: Sequence[Any],
-    pixels: Sequence[Sequence[np.ndarray]],
-    processor: ImageProcessor,
-    *,
-    mesh: Mesh | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the summed loss ``[items]`` of each reference completion after its prompt and images, and its tokens.
-
-    Args:
-      model: a decoder with the method `see`.
-      variables: ``params``, and ``lora`` if there are adapters.
-      items: tokenized prompts and completions.
-      pixels: processed images of each item: uint8 ``[height, width, 3]``.
-      processor: converts pixels to floats.
-      mesh: mesh of the weights, if they are sharded.
-    """
-    rows = bucket(min(_BATCH, len(items)), multiple=prompt_shards(mesh))
-    seq = bucket(max(len(item.prompt_ids) + len(item.completion_ids) for item in items) - 1, minimum=16)
-    places = max(1, *(len(images) for images in pixels))
-    variables = prepare(variables, model.numerics, tables=False)
-    sums, counts = [], []
-    for start in range(0, len(items), rows):
-        chunk = items[start : start + rows]
-        batch = _batch(chunk, pixels[start : start + rows], processor, rows, seq, places)
-        log_probs = fetch(_log_probs(model, processor, variables, place_batch(batch, mesh)))[: len(chunk)]
-        sums.append(-log_probs.astype(np.float64).sum(axis=1))
-        counts.append(batch["scored"][: len(chunk)].sum(axis=1))
-    return np.concatenate(sums), np.concatenate(counts)
-
-
-def _batch(
-    items: Sequence[Any],
-    pixels: Sequence[Sequence[np.ndarray]],
-    processor: ImageProcessor,
-    rows: int,
-    seq: int,
-    places: int,
-) -> dict[str, np.ndarray]:
-    assert processor.output is not None
-    tokens, targets, segments = (np.zeros((rows, seq), np.int32) for _ in range(3))
-    scored, pixel_rows = (
-        np.zeros((rows, seq), bool),
-        np.zeros((rows, places, *processor.output, 3), np.uint8),
-    )
-    for row, (item, images) in enumerate(zip(items, pixels, strict=True)):
-        ids = np.array([*item.prompt_ids, *item.completion_ids], np.int32)
-        last = len(ids) - 1
-        tokens[row, :last], targets[row, :last], segments[row, :last] = ids[:-1], ids[1:], 1
-        scored[row, len(item.prompt_ids) - 1 : last] = True
-        for place, image in enumerate(images):
-            pixel_rows[row, place] = image
-    return {
-        "tokens": tokens,
-        "targets": targets,
-        "segments": segments,
-        "scored": scored,
-        "pixels": pixel_rows,
-    }
 
 
 @partial(jax.jit, static_argnames=("model", "processor"))

@@ -38,7 +38,6 @@ from nalora_jax.models.routing import (
     expert_statistics,
     frozen_grouped_matmul,
     grouped_residual,
-    permuted,
     route,
     sample,
     samples_of_parts,
@@ -419,9 +418,10 @@ def exchanged_ffn(
         taps = {name: lax.dynamic_slice_in_dim(tap, first, local) for name, tap in layer.taps.items()}
         layer = layer._replace(taps=taps)
         inverse = jnp.argsort(order)
-        received = permuted(received, order, inverse)
+        received = spread(received, Places(order, inverse), 1)
         y, measured = expert_rows(received, weight, layer, groups, (of_gate, of_probe), config)
-        y = of_tokens(_to_devices(permuted(y, inverse, order), over), places, config, x.shape)
+        y = _to_devices(spread(y, Places(inverse, order), 1), over)
+        y = of_tokens(y, places, config, x.shape)
         return y, {name: _of_all(value, first, local, devices) for name, value in measured.items()}
 
     @jax.checkpoint  # saves no gathered kernel

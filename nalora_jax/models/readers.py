@@ -147,15 +147,19 @@ def dense_layer(d_ff: int) -> Overrides:
     return (("d_ff", d_ff), ("n_experts", 0), ("experts_per_token", 0), ("ffn", None))
 
 
-def expert_fields(
-    f: Fields, n_experts: int, dense: Sequence[bool]
-) -> tuple[dict[str, Any], list[Overrides]]:
-    """Returns the fields of narrow experts, and of every layer: ``dense`` marks layers without experts."""
-    fields = {
-        "d_ff": f.integer("moe_intermediate_size"),
-        "n_experts": n_experts,
+def expert_counts(f: Fields, *names: str, default: int | None = None) -> dict[str, Any]:
+    """Returns the number of experts, from the first of the fields ``names`` in the file, and of a token's."""
+    return {
+        "n_experts": f.integer(first_present(f, *names), high=2**12, default=default),
         "experts_per_token": f.integer("num_experts_per_tok", high=2**12),
     }
+
+
+def expert_fields(
+    f: Fields, counts: dict[str, Any], dense: Sequence[bool]
+) -> tuple[dict[str, Any], list[Overrides]]:
+    """Returns the fields of narrow experts, and of every layer: ``dense`` marks layers without experts."""
+    fields = counts | {"d_ff": f.integer("moe_intermediate_size")}
     if not any(dense):
         return fields, [()] * len(dense)
     layer = dense_layer(f.integer("intermediate_size"))

@@ -250,6 +250,12 @@ class RopeRules:
     defaults: tuple[tuple[str, Any], ...] = ()  # of parameters that the file leaves out
 
 
+def rope_fields(f: Fields) -> Fields:
+    """Returns the rotary parameters of a file, in either form."""
+    raw = f.mapping("rope_scaling") or f.mapping("rope_parameters")
+    return Fields(raw, {}, f"{f.where}: rope_parameters")
+
+
 def read_ropes(
     f: Fields,
     head_dim: int,
@@ -272,7 +278,7 @@ def read_ropes(
     Returns:
       The specs, and indices into them (empty if there is one spec).
     """
-    flat = f.mapping("rope_scaling") or f.mapping("rope_parameters")
+    flat = rope_fields(f).raw
     nested = {kind: flat.get(kind) for kind in _LAYER_KINDS if flat.get(kind) is not None}
     if kinds is None and nested:
         raise f.error(

@@ -59,35 +59,13 @@ def summed(y: jax.Array, places: Places, top_k: int) -> jax.Array:
     return jnp.sum(_taken(y, places.of_rows).reshape(-1, top_k, y.shape[-1]), axis=1)
 
 
-def _spread_fwd(x: jax.Array, places: Places, top_k: int) -> tuple[jax.Array, Places]:
-    return spread(x, places, top_k), places
-
-
-def _spread_bwd(top_k: int, places: Places, g: jax.Array) -> tuple[jax.Array, None]:
-    return summed(g, places, top_k), None
-
-
-def _summed_fwd(y: jax.Array, places: Places, top_k: int) -> tuple[jax.Array, Places]:
-    return summed(y, places, top_k), places
-
-
-def _summed_bwd(top_k: int, places: Places, g: jax.Array) -> tuple[jax.Array, None]:
-    return spread(g, places, top_k), None
-
-
-spread.defvjp(_spread_fwd, _spread_bwd)
-summed.defvjp(_summed_fwd, _summed_bwd)
-
-
-@jax.custom_vjp
-def permuted(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Returns the rows ``x[order]`` of a permutation with the given inverse."""
-    return _taken(x, order)
-
-
-permuted.defvjp(
-    lambda x, order, inverse: (permuted(x, order, inverse), (order, inverse)),
-    lambda orders, g: (permuted(g, *orders[::-1]), None, None),
+spread.defvjp(
+    lambda x, places, top_k: (spread(x, places, top_k), places),
+    lambda top_k, places, g: (summed(g, places, top_k), None),
+)
+summed.defvjp(
+    lambda y, places, top_k: (summed(y, places, top_k), places),
+    lambda top_k, places, g: (spread(g, places, top_k), None),
 )
 
 

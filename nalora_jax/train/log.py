@@ -244,7 +244,7 @@ class Wandb(_Numbers):
             entity=self.entity or None,
             mode=self.mode or None,
             dir=str(started.folder),
-            id=_run_id(started, "wandb"),
+            id=_recorded_id(started, "wandb") or _record_id(started, "wandb", uuid.uuid4().hex),
             resume="allow",
             config=to_json({**started.config, "versions": started.versions, "device": started.device}),
         )
@@ -278,16 +278,15 @@ class MLflow(_Numbers):
     def on_start(self, started: Started) -> None:
         """Starts a tracker run, with the settings as parameters, or resumes it."""
         self._client = self._mlflow.MlflowClient(tracking_uri=self.uri or None)
-        id_file = started.folder / "mlflow" / _RUN_ID
-        if started.step and id_file.exists():
-            self._id = id_file.read_text(encoding="utf-8")
+        if recorded := _recorded_id(started, "mlflow"):
+            self._id = recorded
             self._client.update_run(self._id, status="RUNNING")
             return
         existing = self._client.get_experiment_by_name(self.experiment)
         experiment = existing.experiment_id if existing else self._client.create_experiment(self.experiment)
         name = self.name or started.folder.resolve().name
-        self._id = self._client.create_run(experiment, run_name=name).info.run_id
-        _write_id(id_file, self._id)
+        run_id = self._client.create_run(experiment, run_name=name).info.run_id
+        self._id = _record_id(started, "mlflow", run_id)
         kind = self._mlflow.entities.Param
         params = [kind(key, str(value)[:500]) for key, value in dotted(to_json(started.config))]
         for first in range(0, len(params), 100):  # the API's limit per call
@@ -307,20 +306,21 @@ class MLflow(_Numbers):
         self._client.set_terminated(self._id, "FAILED" if ended.message else "FINISHED")
 
 
-def _run_id(started: Started, folder: str) -> str:
-    """Returns the id of the tracker's run: the recorded one if the run is resumed, or a new one."""
+def _recorded_id(started: Started, folder: str) -> str | None:
+    """Returns the id of the tracker's run if the run is resumed and has one."""
     path = started.folder / folder / _RUN_ID
     if started.step and path.exists():
         return path.read_text(encoding="utf-8")
-    run_id = uuid.uuid4().hex
-    _write_id(path, run_id)
-    return run_id
+    return None
 
 
-def _write_id(path: Path, text: str) -> None:
+def _record_id(started: Started, folder: str, run_id: str) -> str:
+    """Records the id of the tracker's run, and returns it."""
+    path = started.folder / folder / _RUN_ID
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), open_unlinked(path, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(run_id)
+    return run_id
 
 
 def _imported(name: str) -> Any:

@@ -146,12 +146,11 @@ def _claimed(output: Output, resume: Resume) -> Iterator[Output]:
             lock.release()
 
 
-def check_shared(folder: Any, within: float = _SEEN_WITHIN) -> None:
+def check_shared(folder: Any) -> None:
     """Raises an error unless all processes see a file that the first one writes to a folder.
 
     Args:
       folder: a `Path`, or an ``epath.Path`` in a bucket.
-      within: seconds that the file may take to appear.
 
     Raises:
       NaloraError: in every process, naming the processes that do not see the folder.
@@ -159,7 +158,7 @@ def check_shared(folder: Any, within: float = _SEEN_WITHIN) -> None:
     number = multihost_utils.broadcast_one_to_all(np.frombuffer(secrets.token_bytes(8), np.uint32))
     mark = folder / f".shared-{number.tobytes().hex()}"
     on_first_process(mark.touch)
-    until = time.monotonic() + within
+    until = time.monotonic() + _SEEN_WITHIN
     while not (visible := _is_seen(mark)) and time.monotonic() < until:
         time.sleep(0.1)
     visible_to = np.asarray(multihost_utils.process_allgather(np.int32(visible))).ravel()
@@ -289,9 +288,7 @@ def write_text(folder: str, name: str, text: str) -> None:
 
 
 @contextmanager
-def mirrored(
-    where: str, *, fresh: bool, without: tuple[str, ...] = (), every: float = _EVERY
-) -> Iterator[Mirror]:
+def mirrored(where: str, *, fresh: bool, without: tuple[str, ...] = ()) -> Iterator[Mirror]:
     """Opens a local folder whose finished files are copied to the URL ``where``.
 
     Copying stops when the context ends. With several processes, each has a local folder. Only the
@@ -301,7 +298,6 @@ def mirrored(
       where: the run's folder in the store.
       fresh: require an empty folder in the store; otherwise its files are fetched first.
       without: names of top-level folders that are neither fetched nor copied.
-      every: seconds between two copies.
 
     Raises:
       NaloraError: the store cannot be reached or written; another machine writes to that folder; or
@@ -332,9 +328,7 @@ def mirrored(
         yield mirror
         return
     stop = threading.Event()
-    thread = threading.Thread(
-        target=_keep_copying, args=(mirror, stop, every), name="output copies", daemon=True
-    )
+    thread = threading.Thread(target=_keep_copying, args=(mirror, stop), name="output copies", daemon=True)
     thread.start()
     try:
         yield mirror
@@ -432,9 +426,9 @@ def finished(folder: Path) -> list[str]:
     return names_found
 
 
-def _keep_copying(mirror: Mirror, stop: threading.Event, every: float) -> None:
+def _keep_copying(mirror: Mirror, stop: threading.Event) -> None:
     warned = False
-    while not stop.wait(every):
+    while not stop.wait(_EVERY):
         try:
             mirror.push()
             warned = False

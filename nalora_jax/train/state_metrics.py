@@ -6,7 +6,6 @@ They are a separate small program that runs at log steps only, so other steps ha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -21,7 +20,6 @@ from nalora_jax.method.transform import Mechanisms, own_factors
 from nalora_jax.models.targets import AdapterSpec
 
 
-@dataclass(frozen=True)
 class StateMetrics:
     """Metrics of one run's states.
 
@@ -31,14 +29,9 @@ class StateMetrics:
       mesh: the mesh of its states.
     """
 
-    mechanisms: Mechanisms
-    spec: AdapterSpec
-    mesh: Mesh
-    _compiled: Any = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        everywhere = NamedSharding(self.mesh, P())
-        object.__setattr__(self, "_compiled", jax.jit(self.compute, out_shardings=everywhere))
+    def __init__(self, mechanisms: Mechanisms, spec: AdapterSpec, mesh: Mesh) -> None:
+        self.mechanisms, self.spec = mechanisms, spec
+        self._compiled = jax.jit(self.compute, out_shardings=NamedSharding(mesh, P()))
 
     def compile_ahead(self, state: TrainState) -> None:
         """Compiles for states like this one, so that no step's tokens/s includes this time."""

@@ -10,21 +10,16 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-import numpy as np
-
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import Change, Source, TensorRow
 from nalora_jax.models.vision.config import UNUSED, DualConfig, EncoderConfig, Sight
 from nalora_jax.weights.keymaps import (
     ONCE,
     SIGHT,
-    TRANSPOSED,
-    UNCHANGED,
     KeyMap,
     Layers,
     Slot,
     SourceTensor,
-    Transform,
     keymap_for,
     row_tensors,
 )
@@ -238,31 +233,7 @@ def _row_tensors(
     layers: Layers = ONCE
     if "{layer}" in row.name:
         layers = [(layer, layer) for layer in range(config.n_layers)]
-    leaf = shapes[row.paths[0]]["{layer}" in row.name :]
-    yield from row_tensors(row, row.paths, shapes, _transform(row, leaf, config), layers)
-
-
-def _transform(row: TensorRow, leaf: tuple[int, ...], config: EncoderConfig) -> Transform:
-    if row.change == "transpose":
-        return TRANSPOSED
-    shape = leaf
-    if row.change == "patches":
-        # A strided convolution is a matmul of its patches.
-        p = config.patch_size
-        shape = (leaf[-1], config.channels, p, p)
-        return Transform(
-            lambda x: x.transpose(2, 3, 1, 0).reshape(leaf),
-            lambda x: x.reshape(p, p, -1, leaf[-1]).transpose(3, 2, 0, 1),
-            mixes_rows=True,
-            shape=shape,
-        )
-    if leaf and row.change != "lead":
-        return UNCHANGED
-    if row.change == "lead":
-        shape = (1, 1, *leaf) if row.name.endswith(("cls_token", "probe")) else (1, *leaf)
-    return Transform(
-        lambda x: x.reshape(leaf), lambda x: np.asarray(x).reshape(shape), mixes_rows=True, shape=shape
-    )
+    yield from row_tensors(row, row.paths, shapes, config, layers)
 
 
 def encoder_modules(config: ModelConfig | DualConfig) -> dict[str, str]:
@@ -362,7 +333,5 @@ def _projector(sight: Sight) -> Iterator[SourceTensor]:
     for row in _PROJECTORS[sight.projector]:
         (path,) = row.paths
         if path in shapes:
-            leaf = shapes[path][stacked:]
             layers: Layers = [(0, None)] if stacked else ONCE
-            transform = _transform(row, leaf, sight.tower)
-            yield from row_tensors(row, row.paths, {path: leaf}, transform, layers)
+            yield from row_tensors(row, row.paths, {path: shapes[path][stacked:]}, sight.tower, layers)

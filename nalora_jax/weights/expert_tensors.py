@@ -85,14 +85,18 @@ class ConvertedTensors(TensorSource):
         return self._source.stored(name)
 
 
-def with_floats(source: TensorSource) -> TensorSource:
-    """Returns the tensors of ``source`` with those in MXFP4 as floats, which are exact in float32.
+def with_experts(source: TensorSource, keymap: KeyMap) -> TensorSource:
+    """Returns the tensors of ``source`` as the key map names them.
+
+    Tensors in MXFP4 are floats, which are exact in float32, and experts that the key map has one by
+    one are split.
 
     Raises:
-      NaloraError: blocks and scales do not belong together.
+      NaloraError: blocks and scales do not belong together; a fused tensor does not have three axes, or
+        an odd number of gates and ups.
     """
-    packed = dict(_packed(source))
-    return ConvertedTensors(source, packed) if packed else source
+    converted = dict([*_packed(source), *_split(source, keymap)])
+    return ConvertedTensors(source, converted) if converted else source
 
 
 def _packed(source: TensorSource) -> Iterator[tuple[str, _Converted]]:
@@ -124,16 +128,6 @@ def _unpacked(source: TensorSource, stem: str, index: Index) -> np.ndarray:
     flat = values.reshape(*values.shape[:2], -1)
     start = inputs.start - first * BLOCK
     return flat[..., start : start + inputs.stop - inputs.start].swapaxes(-1, -2)
-
-
-def with_experts(source: TensorSource, keymap: KeyMap) -> TensorSource:
-    """Returns the tensors of ``source`` with one tensor per expert if the key map has them so.
-
-    Raises:
-      NaloraError: a fused tensor does not have three axes, or an odd number of gates and ups.
-    """
-    split = dict(_split(source, keymap))
-    return ConvertedTensors(source, split) if split else source
 
 
 def _split(source: TensorSource, keymap: KeyMap) -> Iterator[tuple[str, _Converted]]:

@@ -28,6 +28,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import BUILT_IN, GGUF, Source, TensorRow, family_of
 from nalora_jax.models.stacks import param_shapes, stacks
+from nalora_jax.models.vision.config import EncoderConfig
 
 Array = Any  # numpy or jax arrays: conversions use only methods that both have
 T = TypeVar("T")
@@ -242,8 +243,7 @@ def _tensors(
         ]
     for paths, of_stack, layers in places:
         if any(path in shapes for path in paths) and row.experts in (None, of_stack.n_experts > 0):
-            transform = _transform(row, of_stack)
-            yield from row_tensors(row, paths, shapes, transform, layers, of_stack.n_experts)
+            yield from row_tensors(row, paths, shapes, of_stack, layers)
 
 
 # Index on a stack and number in the file of each layer.
@@ -255,9 +255,8 @@ def row_tensors(
     row: TensorRow,
     paths: tuple[str, ...],
     shapes: Mapping[str, tuple[int, ...]],
-    transform: Transform,
+    config: ModelConfig | EncoderConfig,
     layers: Layers,
-    n_experts: int = 0,
 ) -> Iterator[SourceTensor]:
     """Yields the tensors of a row in a stack: one per layer, or one per layer and expert.
 
@@ -265,11 +264,14 @@ def row_tensors(
       row: the row.
       paths: its leaves in this stack.
       shapes: shape of every leaf by path.
-      transform: the conversion of each tensor.
+      config: the decoder's stack, or the tower.
       layers: the stack's layers; `ONCE` for a tensor outside layers.
-      n_experts: of a layer, for rows with one tensor per expert.
     """
-    experts = range(n_experts) if "{expert}" in row.name else [None]
+    transform = _transform(row, shapes[paths[0]]["{layer}" in row.name :], config)
+    experts: Sequence[int | None] = [None]
+    if "{expert}" in row.name:
+        assert isinstance(config, ModelConfig)
+        experts = range(config.n_experts)
     lead = ("{layer}" in row.name) + ("{expert}" in row.name)
     theirs = [transform.reordered(shapes[path][lead:]) for path in paths]
     rows: tuple[int, ...] = (1,)
@@ -287,7 +289,8 @@ def row_tensors(
             yield SourceTensor(name, shape, slots, rows, transform)
 
 
-def _transform(row: TensorRow, config: ModelConfig) -> Transform:
+def _transform(row: TensorRow, leaf: tuple[int, ...], config: ModelConfig | EncoderConfig) -> Transform:
+    """Returns the conversion of a row's tensors, whose leaf has the shape ``leaf`` in one layer."""
     if row.change == "transpose":
         return TRANSPOSED
     if row.change == "columns":
@@ -295,6 +298,7 @@ def _transform(row: TensorRow, config: ModelConfig) -> Transform:
     if row.change == "minus_one":
         return Transform(lambda array: array - 1, lambda array: array + 1)
     if row.change in ("pairs", "pairs_transpose"):
+        assert isinstance(config, ModelConfig)
         heads = config.n_heads if "q_proj" in row.paths[0] else config.n_kv_heads
         if row.change == "pairs":
             return Transform(
@@ -308,7 +312,24 @@ def _transform(row: TensorRow, config: ModelConfig) -> Transform:
             swaps=True,
             mixes_rows=True,
         )
-    return UNCHANGED
+    if row.change == "patches":
+        # A strided convolution is a matmul of its patches.
+        assert isinstance(config, EncoderConfig)
+        p, width = config.patch_size, leaf[-1]
+        return Transform(
+            lambda x: x.transpose(2, 3, 1, 0).reshape(leaf),
+            lambda x: x.reshape(p, p, -1, width).transpose(3, 2, 0, 1),
+            mixes_rows=True,
+            shape=(width, config.channels, p, p),
+        )
+    if leaf and row.change != "lead":
+        return UNCHANGED
+    shape = leaf
+    if row.change == "lead":
+        shape = (1, 1, *leaf) if row.name.endswith(("cls_token", "probe")) else (1, *leaf)
+    return Transform(
+        lambda x: x.reshape(leaf), lambda x: np.asarray(x).reshape(shape), mixes_rows=True, shape=shape
+    )
 
 
 def same(array: Array) -> Array:

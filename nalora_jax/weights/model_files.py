@@ -17,7 +17,7 @@ from nalora_jax.models.family import contains_text_model, read
 from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import Kind, gathered
-from nalora_jax.weights.expert_tensors import with_experts, with_floats
+from nalora_jax.weights.expert_tensors import with_experts
 from nalora_jax.weights.hf import ResolvedSource, SafetensorsFolder, StreamedFolder
 from nalora_jax.weights.keymaps import KeyMap, keymap_for
 from nalora_jax.weights.origin import Origin, origin
@@ -142,8 +142,8 @@ def load_weights(
     keymap = files.keymap or keymap_for(config, resolved.kind)
     shapes = param_shapes(config)
     shardings = param_shardings(shapes, mesh)
-    floats = with_experts(with_floats(tensors), keymap)
-    params = load_params(shapes, floats, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
+    named = with_experts(tensors, keymap)
+    params = load_params(shapes, named, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
     params = gathered(params, WEIGHT_AXES)
     source_of = origin(config, resolved, tensors, together=mesh is not None)
     log.info("base model: %s", source_of.describe())

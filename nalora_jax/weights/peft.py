@@ -65,7 +65,6 @@ def export_adapter(
     base_weights: str = "",
     fingerprint: str | None = None,
     rope_scaling: str = "",
-    extra: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     layout: ModuleLayout | None = None,
     write_extra: Callable[[Path], object] | None = None,
@@ -93,7 +92,6 @@ def export_adapter(
       fingerprint: of the base weights; recorded in the file, checked by `import_adapter`.
       rope_scaling: RoPE scaling of the base if it is not its files'; recorded in the file, from which
         `loading.adapted.load` reads it.
-      extra: more fields of ``adapter_config.json``, e.g. ``{"revision": "main"}``.
       overwrite: allow ``folder`` to contain an earlier adapter (its files, a README.md and a
         tokenizer's files), which is replaced.
       layout: module names, if they are not those of `layout_for` without a ``config.json``.
@@ -112,13 +110,19 @@ def export_adapter(
         by_weight = layout.weight_only()
     layout = layout.without("stack" if for_vllm and layout.of("expert") else "expert")
     entries = list(_entries(lora, spec, config, layout, by_weight))
-    entries = _one_rank(entries, config, layout, max_lora_rank) if for_vllm else _even_stacks(entries)
+    if for_vllm:
+        entries = _for_vllm(entries, config, layout, max_lora_rank)
+    else:
+        # PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored": with one
+        # rank and one scale no pattern is needed.
+        parameters = [entry for entry in entries if entry.parameter]
+        entries = [entry for entry in entries if not entry.parameter] + _even(parameters)
     written = spec
     if any(entry.parameter or entry.place.expert is not None for entry in entries):
         # Dropout acts in training only, and PEFT refuses to load it for experts.
         written = replace(spec, dropout=0.0)
     settings = adapter_settings(entries, config, layout, written, rslora=spec.rslora and not for_vllm)
-    settings |= {"base_model_name_or_path": base_model_name, **(extra or {})}
+    settings["base_model_name_or_path"] = base_model_name
     if for_vllm:
         entries += copies_for_values(entries, config)
     tensors = dict(adapter_tensors(entries))
@@ -202,21 +206,13 @@ def _entries(
         yield Entry(place, adapter, parameter)
 
 
-def _even_stacks(entries: list[Entry]) -> list[Entry]:
-    """Returns the same adapters, with one rank and one scale in all parameters.
-
-    PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored". With equal
-    ranks no pattern is needed.
-    """
-    parameters = [entry for entry in entries if entry.parameter]
-    if not parameters:
-        return entries
-    rank = max(entry.adapter.rank for entry in parameters)
-    scale = common(entry.adapter.scale for entry in parameters)
-    return [
-        replace(entry, adapter=fold(entry.adapter, rank, scale)) if entry.parameter else entry
-        for entry in entries
-    ]
+def _even(entries: list[Entry]) -> list[Entry]:
+    """Returns the same adapters with one rank and one scale."""
+    if not entries:
+        return []
+    rank = max(entry.adapter.rank for entry in entries)
+    scale = common(entry.adapter.scale for entry in entries)
+    return [replace(entry, adapter=fold(entry.adapter, rank, scale)) for entry in entries]
 
 
 def _check_dora(spec: AdapterSpec, name: str, adapter: ModuleAdapter, *, parameter: bool) -> None:
@@ -250,15 +246,14 @@ def _check_vllm(spec: AdapterSpec) -> None:
         raise NaloraError("--for vllm", expected=rule, found=place, remedy=remedy)
 
 
-def _one_rank(entries: list[Entry], config: Host, layout: ModuleLayout, limit: int) -> list[Entry]:
+def _for_vllm(entries: list[Entry], config: Host, layout: ModuleLayout, limit: int) -> list[Entry]:
     """Returns the adapters with one rank and scale, on every layer of each adapted module."""
-    rank = max(entry.adapter.rank for entry in entries)
+    even = {entry.place.name: entry for entry in _even(entries)}
+    rank, scale = next((entry.adapter.rank, entry.adapter.scale) for entry in even.values())
     if rank > limit:
         expected = f"at most {limit} (vLLM's rule: max_lora_rank)"
         remedy = f"start vLLM with --max-lora-rank {rank} or more and export with the same max_lora_rank"
         raise NaloraError("--for vllm: rank", expected=expected, found=rank, remedy=remedy)
-    scale = common(entry.adapter.scale for entry in entries)
-    folded = {entry.place.name: fold(entry.adapter, rank, scale) for entry in entries}
     adapted = {entry.place.module.name for entry in entries}
     lasts = {short_name(entry.place.module.name) for entry in entries if not entry.place.stacked}
     adapted |= {m.name for m in layout.of("linear") if short_name(m.name) in lasts and not m.whole}
@@ -272,7 +267,7 @@ def _one_rank(entries: list[Entry], config: Host, layout: ModuleLayout, limit: i
         return ModuleAdapter(a, b, scale)
 
     return [
-        Entry(place, folded.get(place.name) or zeros(place), place.stacked)
+        even.get(place.name) or Entry(place, zeros(place), place.stacked)
         for place in places_in(config, layout)
         if place.module.name in adapted
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from nalora_jax.config import DataConfig
@@ -10,19 +12,10 @@ from nalora_jax.data.tokenize import tokenize
 from nalora_jax.data.tokenizer import Tokenizer
 
 
-def runs(ids: Any, mask: Any, tokenizer: Tokenizer) -> list[str]:
-    """Returns the text of each run of tokens that count."""
-    texts, before = [], False
-    for token, counts in zip(ids, mask, strict=True):
-        if counts:
-            texts += [] if before else [[]]
-            texts[-1].append(token)
-        before = counts
-    return [tokenizer.decode(tokens, skip_special=False) for tokens in texts]
-
-
 def learned(record: dict[str, Any], tokenizer: Tokenizer, **options: Any) -> list[str]:
-    """Returns the runs of loss tokens of a record, with the end of a text that the tokenizer adds."""
+    """Returns the text of each run of loss tokens of a record, with the end of a text that the tokenizer adds."""
     rendered = render_record(record, DataConfig(**options), tokenizer, "here")
     (example,) = tokenize([rendered], tokenizer)
-    return runs(example.ids, example.answer, tokenizer)
+    pairs = zip(example.ids.tolist(), example.answer.tolist(), strict=True)
+    runs = [list(group) for counts, group in groupby(pairs, key=itemgetter(1)) if counts]
+    return [tokenizer.decode([token for token, _ in run], skip_special=False) for run in runs]

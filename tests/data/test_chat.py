@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import transformers
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import render_record
 from nalora_jax.data.tokenize import Example, fit_example, tokenize
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.errors import NaloraError
-from tests.data.loss_tokens import learned, runs
+from tests.data.loss_tokens import learned
 
 CONFIG = DataConfig()
 FOLDER = Path(__file__).parent / "templates"
@@ -36,15 +35,10 @@ def test_completion_counts_with_its_end(tokenizer):
 
 def test_begin_of_sequence_goes_in_front(tokenizer):
     wanting = dataclasses.replace(tokenizer, add_bos=True)
-    (example,) = tokenize(
-        [render_record({"prompt": "up", "completion": " is"}, CONFIG, wanting, "")], wanting
-    )
-    assert example.ids.tolist() == [
-        *wanting.encode("up"),
-        *wanting.encode(" is", special=False),
-        wanting.eos_id,
-    ]
-    (chat,) = tokenize([render_record({"messages": TALK}, CONFIG, wanting, "")], wanting)
+    records = {"prompt": "up", "completion": " is"}, {"messages": TALK}
+    text, chat = tokenize([render_record(record, CONFIG, wanting, "") for record in records], wanting)
+    expected = [*wanting.encode("up"), *wanting.encode(" is", special=False), wanting.eos_id]
+    assert text.ids.tolist() == expected
     assert chat.ids[:2].tolist() == wanting.encode("<|im_start|>system", special=False)[:2]
 
 
@@ -94,10 +88,7 @@ REFUSED = [
     (said("gpt", "x"), r"here: messages\[0\]: role: .*found 'gpt'; write 'assistant'"),
     ({"messages": TALK[:2]}, "expected an assistant's turn"),
     ({"messages": TALK[2:3]}, "expected a user's or system's message first"),
-    (
-        {"messages": [*TALK[:2], {"role": "assistant", "content": " \n"}]},
-        "here: message 3 of 3: expected an assistant's answer, found an empty text; the model would",
-    ),
+    ({"messages": [*TALK[:2], {"role": "assistant", "content": " \n"}]}, "message 3 of 3: .*empty text; the model"),
     ({"messages": TALK, "tools": "no json"}, "tools: expected a JSON list of tools"),
     ({"messages": TALK, "tools": "[" * 100_000}, "tools: expected a JSON list of tools"),
     (calling({"name": 1}), r"messages\[3\]: tool_calls\[0\]: expected"),
@@ -112,26 +103,22 @@ def test_bad_records_name_the_field(tokenizer, record, message):
         render_record(record, CONFIG, tokenizer, "here")
 
 
-def test_answers_of_phi_3_end_with_their_end_of_turn_token(tokenizer):
-    """Its template writes an end-of-sequence token after the conversation, which is not part of the last turn."""
-    phi = dataclasses.replace(
-        tokenizer,
-        chat_template=(FOLDER / "phi_3.jinja").read_text(),
-        special_tokens={"eos_token": "<|endoftext|>"},
-    )
+def test_an_end_of_sequence_token_is_part_of_the_answer_only_if_it_ends_every_turn(tokenizer):
+    """Phi-3's template writes one after the conversation."""
+    eos, words = {"eos_token": "<|endoftext|>"}, ["the sky", "\n\nYes, the green hills"]
+    template = (FOLDER / "phi_3.jinja").read_text()
+    phi = dataclasses.replace(tokenizer, chat_template=template, special_tokens=eos)
     rendered = render_record({"messages": TALK}, DataConfig(loss_on="assistant"), phi, "here")
-    expected = ["the sky<|end|>", "\n\nYes, the green hills<|end|>"]
-    assert [rendered.text[start:stop] for start, stop in rendered.answers] == expected
+    answers = [rendered.text[start:stop] for start, stop in rendered.answers]
+    assert answers == [f"{text}<|end|>" for text in words]
     assert phi.render_chat(TALK) == rendered.text + "\n<|endoftext|>"
-
-
-def test_an_end_of_sequence_token_that_ends_every_turn_is_part_of_the_answer(tokenizer):
     end = "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
-    template = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
-    mistral = dataclasses.replace(
-        tokenizer, chat_template=template, special_tokens={"eos_token": "<|im_end|>"}
+    template, eos = (
+        "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}",
+        {"eos_token": "<|im_end|>"},
     )
-    expected = ["the sky<|im_end|>", "\n\nYes, the green hills<|im_end|>"]
+    mistral = dataclasses.replace(tokenizer, chat_template=template, special_tokens=eos)
+    expected = [f"{text}<|im_end|>" for text in words]
     assert learned({"messages": TALK}, mistral, loss_on="assistant") == expected
     assert learned({"messages": TALK}, mistral) == expected[-1:]
 
@@ -164,19 +151,13 @@ def test_truncation_keeps_answers(prompt, answer, bos, expected):
 # Of each released model: special tokens, then those at which its generation_config.json stops, the first is eos_token.
 MODELS = {
     "deepseek_r1_distill": (
-        ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
-        ("<｜end▁of▁sentence｜>",),
-    ),
+        ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"), ("<｜end▁of▁sentence｜>",)),
     "glm_4_5": (
-        ("[gMASK]", "<sop>", "<|system|>", "<|assistant|>"),
-        ("<|endoftext|>", "<|user|>", "<|observation|>"),
-    ),
+        ("[gMASK]", "<sop>", "<|system|>", "<|assistant|>"), ("<|endoftext|>", "<|user|>", "<|observation|>")),
     "gpt_oss": (
-        ("<|start|>", "<|channel|>", "<|message|>", "<|end|>"),
-        ("<|return|>", "<|endoftext|>", "<|call|>"),
-    ),
+        ("<|start|>", "<|channel|>", "<|message|>", "<|end|>"), ("<|return|>", "<|endoftext|>", "<|call|>")),
     "qwen3_5": (("<|im_start|>",), ("<|im_end|>", "<|endoftext|>")),
-}
+}  # fmt: skip
 CALL = {"type": "function", "function": {"name": "sky", "arguments": {"city": "Oslo"}}}
 
 
@@ -225,49 +206,30 @@ QWEN_CALL = (
 GLM_CALL = (
     "<tool_call>sky\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call><|observation|>"
 )
+# Those of DeepSeek-R1 and GLM equal the masks of TRL's training templates, apart from generation prompts.
 MASKS = {
     "R1 without thoughts": ("deepseek_r1_distill", PLAIN, [f"the sky{EOS}", f"<b>hills{EOS}"]),
     "R1 with thoughts": (
-        "deepseek_r1_distill",
-        THOUGHTS,
-        [f"hm\n</think>\n\nthe sky{EOS}", f"ho\n</think>\n\nhills{EOS}"],
-    ),
+        "deepseek_r1_distill", THOUGHTS, [f"hm\n</think>\n\nthe sky{EOS}", f"ho\n</think>\n\nhills{EOS}"]),
     "R1 with thoughts of another form": (
-        "deepseek_r1_distill",
-        [user("Up?"), turn("<think>hm</think>up")],
-        [f"hm</think>up{EOS}"],
-    ),
+        "deepseek_r1_distill", [user("Up?"), turn("<think>hm</think>up")], [f"hm</think>up{EOS}"]),
     "GLM": ("glm_4_5", PLAIN, [f"{BARE}the sky<|user|>", f"{BARE}<b>hills<|user|>"]),
     "GLM after a call": (
-        "glm_4_5",
-        [*called(reasoning_content="ask"), turn("warm")],
-        [f"\n<think>ask</think>\n{GLM_CALL}", f"{BARE}warm<|user|>"],
-    ),
+        "glm_4_5", [*called(reasoning_content="ask"), turn("warm")],
+        [f"\n<think>ask</think>\n{GLM_CALL}", f"{BARE}warm<|user|>"]),
     "GLM's last thoughts": ("glm_4_5", [PLAIN[0], THOUGHTS[1]], ["\n<think>hm</think>\nthe sky<|user|>"]),
     "gpt-oss": (
-        "gpt_oss",
-        [user("Up?"), turn("the sky"), user("more"), turn("hills", thinking="ho")],
-        [
-            "<|channel|>final<|message|>the sky",  # <|end|> follows, which is no stop
-            "<|channel|>analysis<|message|>ho<|end|><|start|>assistant<|channel|>final<|message|>hills<|return|>",
-        ],
-    ),
+        "gpt_oss", [user("Up?"), turn("the sky"), user("more"), turn("hills", thinking="ho")],
+        ["<|channel|>final<|message|>the sky",  # <|end|> follows, which is no stop
+         "<|channel|>analysis<|message|>ho<|end|><|start|>assistant<|channel|>final<|message|>hills<|return|>"]),
     "gpt-oss after a call": (
-        "gpt_oss",
-        [*called(), turn("warm")],
-        [WEATHER, "<|channel|>final<|message|>warm<|return|>"],
-    ),
+        "gpt_oss", [*called(), turn("warm")], [WEATHER, "<|channel|>final<|message|>warm<|return|>"]),
     "Qwen3.5 with calls in two rounds": (
-        "qwen3_5",
-        [*called(), turn("warm"), user("more"), turn("hills")],
-        [QWEN_CALL, "warm<|im_end|>", "hills<|im_end|>"],
-    ),
+        "qwen3_5", [*called(), turn("warm"), user("more"), turn("hills")],
+        [QWEN_CALL, "warm<|im_end|>", "hills<|im_end|>"]),
     "Qwen3.5's last thoughts": (
-        "qwen3_5",
-        [*PLAIN[:3], THOUGHTS[3]],
-        ["the sky<|im_end|>", "ho\n</think>\n\nhills<|im_end|>"],
-    ),
-}
+        "qwen3_5", [*PLAIN[:3], THOUGHTS[3]], ["the sky<|im_end|>", "ho\n</think>\n\nhills<|im_end|>"]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "messages", "expected"), MASKS.values(), ids=MASKS)
@@ -275,26 +237,6 @@ def test_masks_of_released_templates(released, name, messages, expected):
     ours = released(name)
     assert learned({"messages": messages}, ours, loss_on="assistant") == expected
     assert learned({"messages": messages}, ours, loss_on="answer") == expected[-1:]
-
-
-@pytest.mark.parametrize("case", [case for case in MASKS if case.startswith(("R1", "GLM"))])
-def test_masks_are_those_of_trls_training_templates(released, case):
-    """TRL's mask for DeepSeek includes the generation prompt of a turn."""
-    name, messages, _ = MASKS[case]
-    ours = released(name)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=ours.backend, **ours.special_tokens)
-    output = theirs.apply_chat_template(
-        messages,
-        chat_template=(FOLDER / "trl" / f"{name}.jinja").read_text(),
-        return_assistant_tokens_mask=True,
-        return_dict=True,
-    )
-    want = runs(output["input_ids"], output["assistant_masks"], ours)
-    prompts = ("<｜Assistant｜><think>\n", "<｜Assistant｜><think>", "<｜Assistant｜>", "")
-    found = learned({"messages": messages}, ours, loss_on="assistant")
-    for one, other in zip(found, want, strict=True):
-        prompt = next(prompt for prompt in prompts if other.startswith(prompt))
-        assert one == other.removeprefix(prompt)
 
 
 REASONED_CALL = [*called(thinking="ask"), turn("warm", thinking="so")]
@@ -327,6 +269,5 @@ def test_a_turn_without_its_generation_prompt_is_refused_with_a_way_that_works(t
     for loss_on in ("answer", "assistant"):
         with pytest.raises(NaloraError, match=r"another beginning of messages\[3\].*or --data.loss-on all"):
             learned({"messages": PLAIN}, other, loss_on=loss_on)
-    assert learned({"messages": PLAIN}, other, loss_on="all") == [
-        "[user]Up?[assistant]the sky[user]more[assistant]<b>hills<|im_end|>"
-    ]
+    expected = "[user]Up?[assistant]the sky[user]more[assistant]<b>hills<|im_end|>"
+    assert learned({"messages": PLAIN}, other, loss_on="all") == [expected]

@@ -12,28 +12,16 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from nalora_jax.data.chat_templates import render_template
 
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": 2}}}
 MESSAGES = [
     {"role": "system", "content": "Be <b>brief</b> & kind — 東京 🙂."},
     {"role": "user", "content": "What's the weather in Paris?  \n"},
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [
-            {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": 2}}}
-        ],
-    },
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
     {"role": "tool", "name": "weather", "content": '{"celsius": 12.5}'},
     {"role": "assistant", "content": "<think>\nrain?\n</think>\n\n12.5 degrees."},
 ]
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-        },
-    }
-]
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}]
 # Templates of widely used models, as they were published (Qwen's without its longest branches).
 TEMPLATES = {
     path.stem: path.read_text() for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
@@ -42,22 +30,13 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_render_as_in_transformers(name: str) -> None:
-    settings: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
     for tools, prompt in product((None, TOOLS), (False, True)):
-        variables = {"messages": MESSAGES, "tools": tools, "add_generation_prompt": prompt, **settings}
+        variables: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt, **special}
         expected, _ = render_jinja_template(
-            conversations=[MESSAGES],
-            tools=tools,
-            chat_template=TEMPLATES[name],
-            add_generation_prompt=prompt,
-            **settings,
+            conversations=[MESSAGES], chat_template=TEMPLATES[name], **variables
         )
-        assert [render_template(TEMPLATES[name], variables)] == expected
-
-
-def test_numpy_values_of_table_files_are_json() -> None:
-    values = {"x": {"a": np.float64(0.5), "b": np.arange(2)}}
-    assert render_template("{{ x | tojson }}", values) == '{"a": 0.5, "b": [0, 1]}'
+        assert [render_template(TEMPLATES[name], {"messages": MESSAGES, **variables})] == expected
 
 
 HOSTILE = {
@@ -88,3 +67,5 @@ def test_hostile_templates_end_in_an_error(name: str) -> None:
 def test_operators_of_real_templates_are_those_of_jinja() -> None:
     template = "{{ 2 ** 3 }} {{ 7 % 4 }} {{ 'ab' * 2 }} {{ 1 ~ 'b' ~ none }} {{ '%s-%d' % ('a', 2) }} {{ [1] + [2] }}"
     assert render_template(template, {}) == "8 3 abab 1bNone a-2 [1, 2]"
+    values = {"x": {"a": np.float64(0.5), "b": np.arange(2)}}  # of table files
+    assert render_template("{{ x | tojson }}", values) == '{"a": 0.5, "b": [0, 1]}'

@@ -18,7 +18,7 @@ HAYSTACK = [f"Sentence {i} of the text has a few more words than {i // 3}." for 
 NEEDLE = re.compile(r"The secret number of ([A-Z]\w+) is (\d{7})\.")
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", [0, 50, 100])
 def test_the_needle_is_at_its_depth_in_consecutive_sentences(depth):
     record = needle_record(HAYSTACK, 400, depth, 7)
     text, question = record["prompt"].split("\n\n")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.items import ChoiceItem, CompletionItem
+from nalora_jax.data.items import CompletionItem
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.questions import eval_examples, split_questions
 from nalora_jax.errors import NaloraError
@@ -23,24 +23,10 @@ def choice(n: int) -> dict:
 @pytest.fixture
 def ask(write_jsonl, tokenizer):
     def ask(*records, tokenizer=tokenizer, **options):
-        config = DataConfig(
-            dataset="unused.jsonl", eval_split=write_jsonl(*records, name="eval.jsonl"), **options
-        )
-        return eval_examples(config, tokenizer, split=config.eval_split)
+        path = write_jsonl(*records, name="eval.jsonl")
+        return eval_examples(DataConfig(dataset="unused.jsonl", **options), tokenizer, split=path)
 
     return ask
-
-
-def test_choices(ask, tokenizer):
-    items = ask(*map(choice, range(6)))
-    assert [item.gold for item in items] == [0, 1, 0, 1, 0, 1]
-    for n, item in enumerate(items):
-        assert isinstance(item, ChoiceItem)
-        assert item.prompt == choice(n)["prompt"]
-        assert item.prompt_ids == tokenizer.encode(item.prompt)
-        assert item.choice_ids == [tokenizer.encode(" up"), tokenizer.encode(" down")]
-        assert item.choices == ["up", "down"]
-        assert list(item.contexts) == [item.prompt_ids] * 2
 
 
 def test_choices_that_change_the_prompt(ask, tokenizer):
@@ -56,6 +42,10 @@ def test_choices_that_change_the_prompt(ask, tokenizer):
 def test_what_is_trained_is_what_is_scored(ask, write_jsonl, tokenizer, cache, chat):
     """The tokens of a training example are the item's prompt, its gold choice, and the end."""
     (item,) = ask(choice(1), chat=chat)
+    assert item.choice_ids == [
+        tokenizer.encode(text) for text in (("up", "down") if chat else (" up", " down"))
+    ]
+    assert (item.gold, item.choices, list(item.contexts)) == (1, ["up", "down"], [item.prompt_ids] * 2)
     config = DataConfig(eval_split="unread", dataset=write_jsonl(choice(1)), chat=chat)
     store = train_data(config, tokenizer, batch_size=1).store
     assert store.tokens.tolist() == [*item.prompt_ids, *item.choice_ids[1], tokenizer.eos_id]
@@ -89,9 +79,8 @@ def test_bad_questions_name_the_field(ask, change, message):
 
 
 def test_template_that_changes_answers(ask, tokenizer):
-    shouting = dataclasses.replace(
-        tokenizer, chat_template=tokenizer.chat_template.replace("nt'] }}", "nt']|upper }}")
-    )
+    template = tokenizer.chat_template.replace("nt'] }}", "nt']|upper }}")
+    shouting = dataclasses.replace(tokenizer, chat_template=template)
     with pytest.raises(NaloraError, match="an answer that the chat template writes as it is"):
         ask(choice(0), chat=True, tokenizer=shouting)
 

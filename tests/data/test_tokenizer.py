@@ -61,10 +61,9 @@ def edit(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("begins", [False, True])
 def test_ids_and_text_equal_transformers(tmp_path: Path, backend: Backend, begins: bool) -> None:
     if begins:
-        special = [("<|im_start|>", backend.token_to_id("<|im_start|>"))]
-        backend.post_processor = processors.TemplateProcessing(
-            single="<|im_start|> $A", special_tokens=special
-        )
+        begin = "<|im_start|>"
+        special = [(begin, backend.token_to_id(begin))]
+        backend.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=special)
     save(tmp_path, backend)
     ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
@@ -79,15 +78,11 @@ def test_ids_and_text_equal_transformers(tmp_path: Path, backend: Backend, begin
     assert ours.add_bos == begins
 
 
-def test_a_file_larger_than_any_tokenizer_is_refused_unread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_larger_than_any_tokenizer_is_refused_unread(tmp_path, monkeypatch) -> None:
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate(1 << 30)  # without blocks on the disk
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it was read"))
-    with pytest.raises(
-        NaloraError, match="tokenizer.json: expected a tokenizer of up to 256 MB, found 1024 MB"
-    ):
+    with pytest.raises(NaloraError, match="json: expected a tokenizer of up to 256 MB, found 1024 MB"):
         Tokenizer.from_folder(tmp_path)
 
 
@@ -112,9 +107,7 @@ NESTED = {"text_config": {"eos_token_id": [2, 1]}}
         *(({}, {"eos_token_id": value}, {}, (2,)) for value in (10**30, "2")),
     ],
 )
-def test_stop_ids_come_from_all_files(
-    folder: Path, settings: dict, config: dict, generation: dict, stops: tuple
-) -> None:
+def test_stop_ids_come_from_all_files(folder, settings, config, generation, stops) -> None:
     edit(folder / "tokenizer_config.json", **settings)
     for name, values in {"config.json": config, "generation_config.json": generation}.items():
         (folder / name).write_text(json.dumps(values))
@@ -140,15 +133,10 @@ def test_tokens_beyond_the_embedding_are_refused_only_where_they_are_used(folder
         message = rf"expected tokens below {size}, .*found '\[PAD\]', which is token {size}"
         with pytest.raises(NaloraError, match=message):
             encode("some [PAD]")
-    with pytest.raises(NaloraError, match="here: expected an end-of-sequence id below 2"):
-        free.for_embedding(2, "here")
-
-
-def test_half_a_character_is_no_text(folder: Path) -> None:
-    ours = Tokenizer.from_folder(folder)
-    for encode in (ours.encode, lambda text: ours.encode_with_offsets(["fine", text])):
         with pytest.raises(NaloraError, match="expected Unicode text, found half a character"):
             encode("a\udfffb")
+    with pytest.raises(NaloraError, match="here: expected an end-of-sequence id below 2"):
+        free.for_embedding(2, "here")
 
 
 # ---------------------------------------------------------------- chat templates
@@ -158,9 +146,7 @@ PLAIN = "plain{{ messages[0].role }}"
 
 
 @pytest.mark.parametrize(("in_files", "default"), [(False, False), (False, True), (True, True)])
-def test_a_template_for_tools_is_used_as_transformers_uses_it(
-    folder: Path, in_files: bool, default: bool
-) -> None:
+def test_a_template_for_tools_is_used_as_transformers_uses_it(folder, in_files, default) -> None:
     templates = {"tool_use": TOOL_USE, **({"default": PLAIN} if default else {})}
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     if in_files:
@@ -204,9 +190,7 @@ PANIC = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
         ("config.json", b"[" * 100_000, r"config\.json: .*recursion"),
     ],
 )
-def test_missing_and_damaged_files_are_named(
-    folder: Path, name: str, content: bytes | dict | None, message: str
-) -> None:
+def test_missing_and_damaged_files_are_named(folder, name, content, message) -> None:
     if isinstance(content, dict):
         edit(folder / name, **content)
     elif content is None:
@@ -236,18 +220,14 @@ def test_added_tokens_are_those_of_transformers(folder: Path) -> None:
 # ---------------------------------------------------------------- tokenizers that lengthen texts without end
 
 TABLE = (8).to_bytes(4, "little") + bytes(8) + b"x" * 1100 + b"\0"
-DOUBLING = [normalizers.Replace("a", "aa")]
+PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(TABLE).decode()}
+MANY = processors.TemplateProcessing(single="</s> " * 5000 + "$A", special_tokens=[("</s>", 1)])
 ENDLESS = {
     "a match of nothing": ("normalizer", normalizers.Replace(Regex("x*"), "long text" * 120)),
-    "a table of SentencePiece": (
-        "normalizer",
-        {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(TABLE).decode()},
-    ),
+    "eleven doublings": ("normalizer", normalizers.Sequence([normalizers.Replace("a", "aa")] * 11)),
+    "a table of SentencePiece": ("normalizer", PRECOMPILED),
     "a decoder": ("decoder", decoders.Sequence([decoders.Replace("a", "aaa")] * 7)),
-    "5,000 tokens added": (
-        "post_processor",
-        processors.TemplateProcessing(single="</s> " * 5000 + "$A", special_tokens=[("</s>", 1)]),
-    ),
+    "5,000 tokens added": ("post_processor", MANY),
 }
 
 
@@ -266,10 +246,5 @@ def test_rules_that_lengthen_texts_without_bound_are_refused(tmp_path: Path, cas
     name, part = ENDLESS[case]
     with pytest.raises(NaloraError, match=f"{name}: expected .*at most (1024|4096)"):
         Tokenizer.from_folder(with_part(tmp_path, name, part))
-
-
-def test_rules_that_double_a_text_ten_times_are_accepted(tmp_path: Path) -> None:
-    ten, eleven = (normalizers.Sequence(DOUBLING * times) for times in (10, 11))
+    ten = normalizers.Sequence([normalizers.Replace("a", "aa")] * 10)
     assert Tokenizer.from_folder(with_part(tmp_path, "normalizer", ten)).eos_id == 1
-    with pytest.raises(NaloraError, match="normalizer: expected .*at most 1024"):
-        Tokenizer.from_folder(with_part(tmp_path, "normalizer", eleven))

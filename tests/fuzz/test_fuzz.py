@@ -7,12 +7,13 @@ import pytest
 from tests.fuzz.campaign import outcomes
 from tests.fuzz.parsers import PARSERS, Parser
 
-pytestmark = pytest.mark.pictures  # of runs' reports
-
 INPUTS = 12
 
+# Slow readers are left to the long run.
 CASES = [
-    pytest.param(each, marks=getattr(pytest.mark, each.needs) if each.needs else ()) for each in PARSERS
+    pytest.param(each, marks=getattr(pytest.mark, each.needs) if each.needs else ())
+    for each in PARSERS
+    if each.every == 1
 ]
 
 

@@ -130,49 +130,43 @@ def test_adapters_equal_merged_weights(name, dora):
     assert np.abs(ours - run(Decoder(config), params, tokens)).max() > 0.05
 
 
-def loss_of(model, params, tokens, lora, **collections):
-    hidden = model.apply({"params": params, "lora": lora, **collections}, tokens)
-    return jnp.sum(jnp.sin(hidden))
+@functools.cache
+def gradient(config: ModelConfig, remat: str = "none"):
+    """Returns the loss and the adapters' gradients as a function of parameters, adapters and mask."""
+    model, tokens = Decoder(config, everywhere(config), remat=remat), tokens_of(2, 8)
+
+    def loss(lora, params, mask):
+        masks = {"layers": {"ffn": {"mask": mask}}}
+        hidden = model.apply({"params": params, "lora": lora, "gate_mask": masks}, tokens)
+        return jnp.sum(jnp.sin(hidden))
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def channels(config: ModelConfig) -> tuple[int, ...]:
+    """Returns the shape of a statistic."""
+    experts = (config.n_experts,) if config.n_experts else ()
+    return (config.n_layers, *experts, config.d_ff)
 
 
 def test_rematerialisation_changes_no_gradient(config, params):
-    spec, tokens = everywhere(config), tokens_of(2, 8)
-    lora = trained(config, spec)
-
-    def gradient(remat: str):
-        model = Decoder(config, spec, remat=remat)
-        return jax.jit(jax.grad(lambda lora: loss_of(model, params, tokens, lora)))(lora)
-
-    plain = gradient("none")
+    lora, mask = trained(config, everywhere(config)), np.ones(channels(config), np.float32)
+    _, plain = gradient(config)(lora, params, mask)
     assert all(np.abs(leaf[0]).max() > 0 for leaf in jax.tree.leaves(plain))
     # XLA:CPU takes the host's memory for the device's own.
-    for remat in ("full",) if config.n_experts else ("dots_last", "dots_offload"):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, gradient(remat)
-        )
+    _, saved = gradient(config, "full" if config.n_experts else "dots_offload")(lora, params, mask)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), plain, saved)
 
 
 def test_mask_shapes_the_gates_a_and_nothing_else(config, params):
-    gate = "layers/ffn/gate_proj" if config.gated else "layers/ffn/in_proj"
-    spec, tokens = everywhere(config), tokens_of(2, 8)
-    lora = trained(config, spec)
-    shape = (config.n_layers, *((config.n_experts,) if config.n_experts else ()), config.d_ff)
-    model = Decoder(config, spec)
-
-    @jax.jit
-    def value(mask):
-        collection = {"layers": {"ffn": {"mask": mask}}}
-        return jax.value_and_grad(lambda lora: loss_of(model, params, tokens, lora, gate_mask=collection))(
-            lora
-        )
-
+    shape, lora = channels(config), trained(config, everywhere(config))
     masks = np.ones(shape, np.float32), np.random.default_rng(3).uniform(size=shape).astype(np.float32)
-    (plain, without), (masked, with_mask) = map(value, masks)
+    (plain, without), (masked, with_mask) = (gradient(config)(lora, params, mask) for mask in masks)
     assert plain == masked
     without, with_mask = flatten(without), flatten(with_mask)
     for path in without:
         same = np.allclose(without[path], with_mask[path], rtol=1e-5, atol=1e-5)
-        assert same == (path != f"{gate}/a"), path
+        assert same == (path != "layers/ffn/gate_proj/a"), path
 
 
 def test_dropout_of_attention_is_for_training_only():
@@ -207,38 +201,41 @@ def test_statistics_are_sums_over_real_tokens(config, params):
     alone = [
         statistics(config, params, lora, row, (np.arange(12) < n)[None].astype(int)) for row, n in firsts
     ]
-    lead = (config.n_layers, config.n_experts) if config.n_experts else (config.n_layers,)
-    assert packed["layers/ffn/slope"].shape == (*lead, config.d_ff)
-    assert packed["layers/ffn/occupancy"].shape == (*lead, 4, config.d_ff)
+    *lead, d_ff = channels(config)
+    assert packed["layers/ffn/slope"].shape == (*lead, d_ff)
+    assert packed["layers/ffn/occupancy"].shape == (*lead, 4, d_ff)
     routed = config.experts_per_token or 1
-    assert (
-        packed["layers/ffn/tokens"].reshape(config.n_layers, -1).sum(1).tolist()
-        == [10.0 * routed] * config.n_layers
-    )
+    of_layers = packed["layers/ffn/tokens"].reshape(config.n_layers, -1).sum(1)
+    assert of_layers.tolist() == [10.0 * routed] * config.n_layers
     for path, value in packed.items():
         np.testing.assert_allclose(value, alone[0][path] + alone[1][path], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("silent", ["attn/o_proj", "ffn/down_proj"])
-def test_residual_dropout_drops_outputs_of_both_parts_in_training_only(silent):
+def test_residual_dropout_drops_outputs_of_both_parts_in_training_only():
     """With one part's last kernel at zero, a block adds the other's output: each value is dropped or doubled."""
     config = tiny_config("seed_oss", attention_dropout=0.0, residual_dropout=0.5)
-    block, x = Block(config), jax.random.normal(jax.random.key(0), (2, 40, 16))
-    params = jax.tree.map(lambda leaf: leaf[0], init_params(config, jax.random.key(1))["layers"])
-    part, projection = silent.split("/")
-    params[part][projection]["kernel"] *= 0.0
-    positions = jnp.arange(40)[None]
-    segments = jnp.ones_like(positions)
+    block, x = Block(config), np.random.default_rng(0).normal(size=(2, 40, 16)).astype(np.float32)
+    layers = jax.device_get(init_params(config, jax.random.key(1))["layers"])
+    positions = np.arange(40)[None]
+    segments = np.ones_like(positions)
     shared = SharedInputs({"layers": rope_tables(config, positions, segments)}, positions, segments, None)
     layer = LayerInputs(None, None, {}, None, None)
-    added = block.apply({"params": params}, x, layer, shared)[0] - x
-    training = dataclasses.replace(shared, deterministic=False)
-    dropped = (
-        block.apply({"params": params}, x, layer, training, rngs={"dropout": jax.random.key(2)})[0] - x
-    )
-    kept = np.abs(dropped) > 0
-    np.testing.assert_allclose(np.where(kept, 2 * added, 0), dropped, atol=1e-5)
-    assert 0.4 < kept.mean() < 0.6
+
+    @jax.jit
+    def outputs(params):
+        training = dataclasses.replace(shared, deterministic=False)
+        rngs = {"dropout": jax.random.key(2)}
+        added, _ = block.apply({"params": params}, x, layer, shared)
+        dropped, _ = block.apply({"params": params}, x, layer, training, rngs=rngs)
+        return added - x, dropped - x
+
+    for part, projection in (("attn", "o_proj"), ("ffn", "down_proj")):
+        params = jax.tree.map(lambda leaf: leaf[0].copy(), layers)
+        params[part][projection]["kernel"] *= 0.0
+        added, dropped = outputs(params)
+        kept = np.abs(dropped) > 0
+        np.testing.assert_allclose(np.where(kept, 2 * added, 0), dropped, atol=1e-5)
+        assert 0.4 < kept.mean() < 0.6
 
 
 # ---------------------------------------------------------------- mixers whose state has one size

@@ -9,7 +9,7 @@ import functools
 import json
 import tempfile
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -654,9 +654,24 @@ CACHES = (
     "lfm2",
     "gpt_oss",
 )
-GREEDY = [*(FIRST[family] for family in CACHES), DYNAMIC, PER_LAYER]
 LAYERS = ("llama", "qwen3_next", "lfm2", "gpt_oss", "glm4_moe")
-GRADIENTS = [*(FIRST[family] for family in LAYERS), PER_LAYER]
+# One layer of each kind: every further one is compiled again.
+FEWER = {
+    "gemma4_text": {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
+    "qwen3_next": {"num_hidden_layers": 2, "layer_types": [LINEAR, FULL], "mlp_only_layers": []},
+    "lfm2": {"num_hidden_layers": 2, "layer_types": [CONV, FULL]},
+    "glm4_moe": {"first_k_dense_replace": 0},
+}
+READING = {"num_hidden_layers": 3, "layer_types": [SLIDING, FULL, FULL], "num_kv_shared_layers": 1}
+
+
+def fewer_layers(case: Case, **fields: Any) -> Case:
+    return replace(case, config=case.config | FEWER.get(case.family, {}) | fields)
+
+
+SHORTER = fewer_layers(PER_LAYER, **READING)
+GREEDY = [*(fewer_layers(FIRST[family]) for family in CACHES), DYNAMIC, SHORTER]
+GRADIENTS = [*(fewer_layers(FIRST[family]) for family in LAYERS), SHORTER]
 
 
 def by_name(case: Case) -> str:

@@ -31,7 +31,7 @@ from nalora_jax.ops.quantize import quantize_params
 from nalora_jax.train.adapted import load
 from nalora_jax.train.program import Assembly, build_model
 from tests.models.family_fields import TINY
-from tests.models.test_moe import block
+from tests.models.test_moe import block, variables_of
 from tests.observed import taps_of
 from tests.param_trees import init_params
 
@@ -43,7 +43,7 @@ def sharding_of(mesh: MeshConfig) -> NamedSharding:
     return NamedSharding(distributed.make_mesh(mesh), P(BATCH_AXES))
 
 
-def variables_of(rank: int = 0) -> Any:
+def shapes_of(rank: int = 0) -> Any:
     return jax.eval_shape(block(rank, **WIDE).init, jax.random.key(0), jnp.zeros((1, 2, D)))
 
 
@@ -52,7 +52,7 @@ def test_experts_keep_the_layout_of_their_stack_on_tpus_until_a_layer_gathers_th
     sharding = sharding_of(MeshConfig(2, 4, 1))
     module = block(0, sharding=sharding, numerics=Numerics(platform=Platform("tpu")), **WIDE)
     x = jax.ShapeDtypeStruct((ROWS, SEQ, D), jnp.float32, sharding=sharding)
-    traced = jax.jit(module.apply).trace(variables_of(), x)
+    traced = jax.jit(module.apply).trace(shapes_of(), x)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     part = rf"\(tensor<{EXPERTS // 4}x({D}x{F}|{F}x{D})xf32>\) ->"  # of a device
     assert len(re.findall(rf"@LayoutConstraint.*{part}", text)) == 3
@@ -75,7 +75,7 @@ def test_every_device_routes_its_own_tokens():
     """The whole gradient, counted by the compiler: an eighth on each of eight devices, on either kind of axis."""
 
     def flops(sharding: NamedSharding | None) -> float:
-        module, variables = block(RANK, sharding=sharding, **WIDE), variables_of(RANK)
+        module, variables = block(RANK, sharding=sharding, **WIDE), shapes_of(RANK)
         x = jax.ShapeDtypeStruct((ROWS, SEQ, D), jnp.float32, sharding=sharding)
 
         def loss(lora, x, variables):
@@ -86,6 +86,29 @@ def test_every_device_routes_its_own_tokens():
 
     whole = flops(None)
     assert flops(sharding_of(MeshConfig(2, 2, 2))) < 1.5 / 8 * whole
+
+
+def test_experts_are_gathered_if_a_block_has_too_few_rows(monkeypatch):
+    """Output, gradients and statistics of a mixture that sends rows, as on one device."""
+    monkeypatch.setattr(experts, "SLACK", 0.5)
+    monkeypatch.setattr(experts, "LEAST", 1)
+    variables = variables_of(block())
+    x = np.random.default_rng(0).normal(size=(ROWS, SEQ, 8)).astype(np.float32)
+
+    def run(sharding: NamedSharding | None) -> Any:
+        module = block(stats=GateStatsConfig(2, 3), sharding=sharding, experts="send")
+
+        @jax.jit
+        def step(x, variables):
+            def loss(x, lora, taps):
+                return jnp.sum(jnp.sin(module.apply(variables | {"lora": lora, "gate_taps": taps}, x)))
+
+            return jax.value_and_grad(loss, argnums=(0, 1, 2))(x, variables["lora"], taps_of(module))
+
+        return jax.device_get(step(x, variables))
+
+    spread, single = run(sharding_of(MeshConfig(2, 2, 2))), run(None)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), spread, single)
 
 
 MIXTRAL = TINY | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -123,21 +146,16 @@ ADAPTED = {"dora": True, "dropout": 0.3}
     [
         (LLAMA, MeshConfig(1, 4, 2), "auto", {}),
         (GPT_OSS, MeshConfig(2, 2, 2), "gather", ADAPTED),
-        ({}, MeshConfig(2, 4, 1), "send", {"kind": "int8"}),
-        (
-            GLM4_MOE,
-            MeshConfig(2, 2, 2),
-            "send",
-            {"slack": 0.5},
-        ),  # blocks are too small: all gather the experts
+        (GLM4_MOE, MeshConfig(2, 4, 1), "send", {"kind": "int8"}),
         (GEMMA4, MeshConfig(2, 2, 2), "gather", {}),
     ],
     ids=lambda value: value.get("model_type", str(value)) if isinstance(value, dict) else str(value),
 )
 def test_eight_devices_are_one(family, mesh, experts_way, options, monkeypatch):
     """Loss, gradients and statistics through the scan over layers; tests/layout/test_context.py splits rows."""
-    monkeypatch.setattr(experts, "SLACK", options.pop("slack", 4.0))
+    monkeypatch.setattr(experts, "SLACK", 4.0)
     monkeypatch.setattr(experts, "LEAST", 1)
+    options = dict(options)
     kind, base = options.pop("kind", None), ModelConfig.from_hf(MIXTRAL | family)
     remat = "dots" if family is LLAMA else "none"
     rules = LoRARule("(ffn|attn|tail)/", RANK), LoRARule("", 0)

@@ -66,7 +66,7 @@ def test_experts_are_chosen_within_the_best_groups():
 
 
 # On a GPU the experts' factors are joined.
-@pytest.mark.parametrize(("masked", "platform"), [(True, "cpu"), (True, "gpu"), (False, "gpu")])
+@pytest.mark.parametrize(("masked", "platform"), [(True, "cpu"), (False, "gpu")])
 def test_grouped_adapter_is_each_experts_own_with_gradients(masked, platform):
     groups, numerics = Groups(SIZES, jnp.asarray(EXPERT)), Numerics(platform=Platform(platform))
     x, a, b = normal(10, D), normal(EXPERTS, D, RANK, seed=1), normal(EXPERTS, RANK, F, seed=2)
@@ -94,20 +94,21 @@ def block(
     numerics: Numerics = NUMERICS,
     stats: GateStatsConfig = STATS,
     sharding: NamedSharding | None = None,
+    experts: str = "auto",
     **fields: Any,
 ) -> MoEFFN:
     """The experts of a model of width D, with other ``fields`` of its config."""
     sizes = {"hidden_size": D, "intermediate_size": F, "num_local_experts": EXPERTS}
     config = dataclasses.replace(tiny_config("mixtral", num_experts_per_tok=2, **sizes), **fields)
     adapters = Adapters(tuple((f"{name}_proj", rank) for name in ("gate", "up", "down")), dropout=dropout)
-    options = PartOptions("layers", "ffn", adapters, numerics, stats, None, sharding)
+    options = PartOptions("layers", "ffn", adapters, numerics, stats, None, sharding, experts)
     return MoEFFN(config, RouterSpec(), options)
 
 
 def variables_of(module: MoEFFN):
-    variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2, D)))
-    lora = {name: {**leaf, "b": normal(*leaf["b"].shape)} for name, leaf in variables["lora"].items()}
-    return {"params": variables["params"], "lora": lora}
+    """Random values; initializers would take longer to compile than the block."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2, D)))
+    return jax.tree.map(lambda leaf: 0.4 * normal(*leaf.shape), shapes)
 
 
 def test_gpt_oss_experts_against_float64():
@@ -171,15 +172,13 @@ def test_gpt_oss_experts_against_float64():
     np.testing.assert_allclose(y.reshape(-1, D), want, rtol=1e-4, atol=1e-4)
 
 
-def test_statistics_are_the_same_where_adapters_lie_side_by_side():
-    x, stats = normal(2, 8, D), GateStatsConfig(stride=2, probe_stride=4)
-    found = []
-    for platform in ("cpu", "gpu", "tpu"):
+def test_statistics_are_the_same_where_adapters_are_joined():
+    """On a TPU, which also computes the adapters' output on probed rows a second time."""
+    x, stats, results = normal(2, 8, D), GateStatsConfig(stride=2, probe_stride=4), []
+    for platform in ("cpu", "tpu"):
         module = block(stats=stats, numerics=Numerics(platform=Platform(platform)))
-        apply = jax.jit(lambda v, module=module: observed(module, v, x))
-        found.append(apply(variables_of(module)))
-    for other in found[1:]:
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), other, found[0])
+        results.append(jax.jit(partial(observed, module))(variables_of(module), x))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *results)
 
 
 def test_dropout_acts_on_the_adapters_input_only():

@@ -16,11 +16,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import RMSNorm
 from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
-from nalora_jax.models.ropes import (
-    query_scales,
-    rope_table,
-    sequence_lengths,
-)
+from nalora_jax.models.ropes import query_scales, rope_table, sequence_lengths
 from tests.models.test_families import FULL, SIZES, SLIDING, rope
 
 TO_LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -78,7 +74,9 @@ def test_rotations_beyond_the_limit_equal_transformers(raw, text, context):
     ours = ModelConfig.from_hf(changed)
     assert ours.max_positions == context > ModelConfig.from_hf(raw).max_positions
     theirs = transformers.AutoConfig.for_model(**changed)
-    rotary = type(transformers.AutoModelForCausalLM.from_config(theirs).model.rotary_emb)(theirs)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(theirs).model
+    rotary = type(model.rotary_emb)(theirs)
     positions = np.arange(context)[None]
     kinds = getattr(rotary, "layer_types", None) or [None]
     for index, kind in enumerate(sorted(set(kinds), key=str)):

@@ -37,9 +37,10 @@ def opened(folder: Path, resume: Resume = False) -> bool:
         return output.resumes
 
 
-def save(folder: Path) -> None:
+def save(folder: Path, *steps: int) -> None:
     with Checkpointer(folder / FOLDER, fingerprint="f", config={}) as checkpoints:
-        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+        for step in steps:
+            checkpoints.save(step, {"x": jnp.full(3, float(step))}, {"row": step})
 
 
 def test_output_must_be_new_or_resumed(tmp_path: Path) -> None:
@@ -52,7 +53,7 @@ def test_output_must_be_new_or_resumed(tmp_path: Path) -> None:
     with pytest.raises(NaloraError, match="--resume"):
         opened(tmp_path / "never", True)
     assert not (tmp_path / "never").exists()
-    save(new)
+    save(new, 1)
     assert opened(new, True)
     assert opened(new, "auto")
     with pytest.raises(
@@ -95,7 +96,7 @@ def test_a_second_process_is_refused_by_name_and_a_dead_one_s_lock_is_taken_over
     folder = tmp_path / "run"
     (holder,) = tiny.start(["-c", HOLDING, str(folder)])
     tiny.wait_for_line(holder, "held")
-    save(folder)
+    save(folder, 1)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for resume in (True, "auto"):
         with pytest.raises(NaloraError) as caught:
@@ -167,18 +168,12 @@ def names(store: dict[str, Any]) -> set[str]:
     return {path.removeprefix("/bucket/run/") for path in store}
 
 
-def save_steps(folder: Path, *steps: int) -> None:
-    with Checkpointer(folder / FOLDER, fingerprint="f", config={}) as checkpoints:
-        for step in steps:
-            checkpoints.save(step, {"x": jnp.full(3, float(step))}, {"row": step})
-
-
 def test_what_is_finished_is_in_the_store_and_another_machine_goes_on_from_it(store, monkeypatch):
     with open_output(URL, False) as output:
         assert not output.resumes
         (output.folder / "metrics.jsonl").write_text("one\n")
         (output.folder / ".scratch").write_text("half")
-        save_steps(output.folder, 1, 2)
+        save(output.folder, 1, 2)
         unfinished = output.folder / FOLDER / f"3{ocp_path.atomicity_types.TMP_DIR_SUFFIX}"
         unfinished.mkdir()
         (unfinished / "part").write_text("half")
@@ -196,13 +191,13 @@ def test_what_is_finished_is_in_the_store_and_another_machine_goes_on_from_it(st
         with Checkpointer(again.folder / FOLDER, fingerprint="f", config={}) as checkpoints:
             state, data = checkpoints.restore("latest", {"x": jnp.zeros(3)})
         assert (state["x"][0], data) == (2.0, {"row": 2})
-        save_steps(again.folder, 5, 6)  # two are kept
+        save(again.folder, 5, 6)  # two are kept
     assert not [name for name in names(store) if name.startswith(f"{FOLDER}/1/")]
 
 
 def test_a_copy_that_was_cut_off_is_damaged_and_the_checkpoint_before_it_taken(store):
     with open_output(URL, False) as output:
-        save_steps(output.folder, 1, 2)
+        save(output.folder, 1, 2)
     order = [path for path in store if f"{FOLDER}/2/" in path]
     digests = [path for path in order if path.endswith("digests.json")]
     assert order[: len(digests)] == digests

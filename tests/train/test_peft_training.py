@@ -48,9 +48,8 @@ PROJECTIONS = {
 }
 # Settings of ours and of PEFT's, by method.
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "rsLoRA": ({"rslora": True}, {"use_rslora": True}),
     "DoRA": ({"dora": True}, {"use_dora": True}),
-    "LoRA+": ({"plus_ratio": RATIO}, {}),
+    "rsLoRA, LoRA+": ({"rslora": True, "plus_ratio": RATIO}, {"use_rslora": True}),
     "PiSSA": ({"init": "pissa"}, {"init_lora_weights": "pissa"}),
     "LoRA-GA": ({"init": "lora_ga"}, {"init_lora_weights": "lora_ga"}),
 }
@@ -170,7 +169,7 @@ def check_start(ours: Assembly, theirs: Any, method: str) -> None:
 
 def their_optimizer(theirs: Any, method: str) -> Any:
     settings = {"lr": OPTIMIZER.learning_rate, "betas": (OPTIMIZER.b1, OPTIMIZER.b2), "eps": OPTIMIZER.eps}
-    if method == "LoRA+":
+    if method.endswith("LoRA+"):
         more = {"loraplus_lr_ratio": RATIO, "loraplus_weight_decay": OPTIMIZER.weight_decay}
         return optimizers.create_loraplus_optimizer(theirs, torch.optim.AdamW, **settings, **more)
     trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
@@ -202,7 +201,9 @@ def test_updates_are_those_of_peft(
         np.testing.assert_allclose(float(metrics["loss"]), loss.item(), rtol=1e-5)
         lora, adapters = trees.flatten(jax.device_get(state.lora)), their_adapters(theirs)
         for path, before in start.items():
-            rate = OPTIMIZER.learning_rate * (RATIO if method == "LoRA+" and path.endswith("/b") else 1.0)
+            rate = OPTIMIZER.learning_rate * (
+                RATIO if method.endswith("LoRA+") and path.endswith("/b") else 1.0
+            )
             moved, their_moved = lora[path] - before, adapters[path] - before
             assert np.abs(their_moved).max() > 0.5 * rate or (
                 step == 1 and path.endswith("/a")

@@ -105,11 +105,12 @@ SGD = replace(
     optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant"),
 )
 FOUR_HEADS = replace(BASE, n_kv_heads=4)
+FFN_ONLY = LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4),))
 
 
 def test_a_step_holds_one_forward_and_backward_pass_however_many_micro_batches_it_takes() -> None:
     def products(accumulate: int) -> int:
-        assembly, params = _assemble(CONFIG)
+        assembly, params = _assemble(replace(CONFIG, lora=FFN_ONLY, mechanisms=("soft",)))
         text = assembly.step.lower(params, assembly.state, _batch(0, accumulate)).as_text()
         return text.count("stablehlo.dot_general")
 
@@ -178,7 +179,6 @@ def test_a_mesh_is_one_device(capfd: pytest.CaptureFixture[str]) -> None:
         assert max(per_device.values()) < (1 / parts + 0.05) * trees.size_bytes(tree)
 
 
-FFN_ONLY = LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4),))
 CHECKED = replace(CONFIG, lora=FFN_ONLY, debug=DebugConfig(check_gates=True))
 
 

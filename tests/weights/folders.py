@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +54,29 @@ def write_folder(folder: Path, raw: dict[str, Any] = RAW) -> dict[str, np.ndarra
     return tensors
 
 
-def loaded_and_peak(folder: Path, raw: dict[str, Any], **options: Any) -> tuple[float, float]:
-    """Megabytes of a model of ones, loaded in a process of its own, and by how much the peak of that grows."""
+def loaded_and_peak(folder: Path, raw: dict[str, Any], kinds: Sequence[str | None]) -> list[list[float]]:
+    """Megabytes of a model of ones in each quantization, and by how much the peak of a process grows."""
     shapes = {t.name: t.shape for t in keymap_for(ModelConfig.from_hf(raw), "hf").tensors}
     (folder / "config.json").write_text(json.dumps(raw))
     tokenizer_files(folder, raw["vocab_size"])
     ones = {name: np.ones(shape, ml_dtypes.bfloat16) for name, shape in shapes.items()}
     save_file(ones, folder / "model.safetensors")
     code = f"""
-        import re, sys
+        import gc, re, sys
         import jax
         from nalora_jax.common.trees import size_bytes
         from nalora_jax.weights.base import load_model
         # not getrusage, whose peak a child process inherits from its parent
         peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1e3
         jax.block_until_ready(jax.numpy.ones(3) + 1)
-        before = peak()
-        model = load_model(sys.argv[1], dtype="bfloat16", **{options!r})
-        print(size_bytes(model.params) / 1e6, peak() - before)
+        for kind in {kinds!r}:
+            gc.collect()
+            open("/proc/self/clear_refs", "w").write("5")  # starts a new peak
+            before = peak()
+            model = load_model(sys.argv[1], dtype="bfloat16", quantized=kind)
+            print(size_bytes(model.params) / 1e6, peak() - before)
+            del model
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(folder)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    size, grown = map(float, printed.split())
-    return size, grown
+    return [list(map(float, line.split())) for line in printed.splitlines()]

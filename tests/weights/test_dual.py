@@ -37,7 +37,7 @@ def images() -> list[Image.Image]:
     ]
 
 
-@pytest.mark.parametrize("family", ["clip", "siglip2", "vision-text-dual-encoder"])
+@pytest.mark.parametrize("family", ["clip", "siglip2"])
 def test_a_folder_gives_the_logits_of_transformers(dual_folder, family):
     """From pictures and sentences to logits: processor, tokenizer, weights and model at once."""
     folder = dual_folder(family)
@@ -130,10 +130,6 @@ EVERYTHING = (
     LoRARule("ffn/", rank=2),
     LoRARule("attn/", rank=4),
 )
-CASES = {
-    "clip": LoRAConfig(rules=EVERYTHING, rslora=True),
-    "siglip": LoRAConfig(rules=(LoRARule("text/", 3),), dora=True),  # one tower
-}
 
 
 def layers_of(config: DualConfig) -> dict[str, range]:
@@ -155,11 +151,10 @@ def adapted(loaded: LoadedDual, config: LoRAConfig) -> tuple[dict, AdapterSpec]:
     return trees.map_named(filled, lora), spec
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_peft_computes_the_same(dual_folder, tmp_path, case):
-    folder = dual_folder(case)
+def test_peft_computes_the_same(dual_folder, tmp_path):
+    folder = dual_folder("clip")
     loaded = load_dual(str(folder), dtype="float32")
-    lora, spec = adapted(loaded, CASES[case])
+    lora, spec = adapted(loaded, LoRAConfig(rules=EVERYTHING, rslora=True, dora=True))
     adapter, fingerprint = tmp_path / "adapter", loaded.fingerprint
     export_adapter(lora, spec, loaded.config, adapter, base_model_name=str(folder), fingerprint=fingerprint)
     verify_export(adapter, lora, spec, loaded.config, fingerprint=fingerprint)
@@ -198,21 +193,3 @@ def test_what_was_trained_as_a_whole_lies_beside(dual_folder, tmp_path):
     (tmp_path / "adapter" / "trained.safetensors").unlink()
     with pytest.raises(NaloraError, match="trained.safetensors: expected a complete safetensors file"):
         import_adapter(tmp_path / "adapter", config)
-
-
-def test_what_peft_would_drop_silently_is_refused(dual_folder, tmp_path):
-    loaded = load_dual(str(dual_folder("clip")), dtype="float32")
-    lora, spec = adapted(loaded, LoRAConfig(rules=(LoRARule("ffn", 2),)))
-    export_adapter(lora, spec, loaded.config, tmp_path / "a", base_model_name="clip", fingerprint="one")
-    with pytest.raises(NaloraError, match="an adapter of the base model two"):
-        import_adapter(tmp_path / "a", loaded.config, fingerprint="two")
-    path = tmp_path / "a" / "adapter_config.json"
-    settings = json.loads(path.read_text())
-    for change, message in (
-        ({"target_modules": settings["target_modules"][1:]}, "to cover"),
-        ({"target_modules": ["fc1", "fc2", "q_proj"]}, "every module that target_modules names"),
-        ({"r": 3}, "shape"),
-    ):
-        path.write_text(json.dumps(settings | change))
-        with pytest.raises(NaloraError, match=message):
-            import_adapter(tmp_path / "a", loaded.config)

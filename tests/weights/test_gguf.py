@@ -195,19 +195,17 @@ def test_every_family_comes_back_from_its_file(tmp_path, tiny_model, params_of, 
 # What transformers takes for granted instead of reading it from the file.
 TRANSFORMERS_READS = {
     "llama": {"attention_bias": False, "mlp_bias": False},
+    "gemma3_text": {},
+    "phi3": {},
     "qwen3_moe": {"moe_intermediate_size": 768, "head_dim": 128},
 }
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "phi3", "qwen3_moe"])
-def test_the_files_of_these_tests_are_what_transformers_expects(
-    tmp_path, tiny_model, params_of, model_type
-):
+@pytest.mark.parametrize("model_type", TRANSFORMERS_READS)
+def test_these_files_are_what_transformers_expects(tmp_path, tiny_model, params_of, model_type):
     """An independent reader of names, row orders and norms: it must find the model that the file was written from."""
     architecture, changes, more = FAMILIES[model_type]
-    model, config = tiny_model(
-        model_type, **changes, **TRANSFORMERS_READS.get(model_type, {}), hidden_size=32
-    )
+    model, config = tiny_model(model_type, **changes, **TRANSFORMERS_READS[model_type], hidden_size=32)
     params = params_of(model, config)
     path = write_model(tmp_path / "m.gguf", architecture, model.config.to_dict(), params, more)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(

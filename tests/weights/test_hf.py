@@ -48,8 +48,7 @@ def write_shards(folder: Path, tensors: dict[str, np.ndarray], count: int) -> No
 @pytest.mark.parametrize(
     ("family", "stored", "dtype"),
     [
-        ("llama", "float32", "bfloat16"),
-        ("phi3", "bfloat16", "bfloat16"),
+        ("phi3", "float32", "bfloat16"),
         ("mixtral", "float16", "float32"),
         ("llama", "float8_e4m3fn", "bfloat16"),
         ("llama", "float8_e5m2", "float32"),
@@ -77,11 +76,10 @@ def test_a_saved_torch_model_loads_from_shards(tmp_path, tiny_model, family, sto
     assert model.hf_config["model_type"] == model.config.model_type == family
 
 
-@pytest.mark.parametrize(("block", "workers"), [(1, 2), (100, 7)])
-def test_tensors_larger_than_a_block(tmp_path, monkeypatch, block, workers):
+def test_tensors_larger_than_a_block(tmp_path, monkeypatch):
     expected = flatten(params_from_tensors(ModelConfig.from_hf(RAW), write_folder(tmp_path).__getitem__))
-    monkeypatch.setattr(tensors, "BLOCK", block)
-    monkeypatch.setattr(tensors, "WORKERS", workers)
+    monkeypatch.setattr(tensors, "BLOCK", 100)
+    monkeypatch.setattr(tensors, "WORKERS", 7)
     for path, leaf in flatten(load_model(str(tmp_path), dtype="float32").params).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
@@ -118,10 +116,7 @@ class Counted(SafetensorsFolder):
 def test_every_device_gets_its_shard_alone(tmp_path):
     write_folder(tmp_path)
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    alone, spread = (
-        load_model(str(tmp_path), dtype="float32"),
-        load_model(str(tmp_path), dtype="float32", mesh=mesh),
-    )
+    alone, spread = (load_model(str(tmp_path), dtype="float32", mesh=m) for m in (None, mesh))
     for path, leaf in flatten(spread.params).items():
         np.testing.assert_array_equal(leaf, flatten(alone.params)[path], err_msg=path)
     total, replicated = size_bytes(alone.params), 4 * 16 * 7  # the norms
@@ -135,13 +130,13 @@ def test_every_device_gets_its_shard_alone(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
-@pytest.mark.parametrize(("quantized", "room"), [(None, 32), ("nf4", 80)])
-def test_peak_memory_is_the_parameters_and_a_block(tmp_path, quantized, room):
+def test_peak_memory_is_the_parameters_and_a_block(tmp_path):
     """A second copy of one leaf, 67 MB, would show, and a whole kernel in floats (17 MB a layer)."""
     raw = RAW | WIDE | {"tie_word_embeddings": True}
-    size, grown = loaded_and_peak(tmp_path, raw, quantized=quantized)
-    assert size > 230 if quantized is None else size < 0.3 * 243
-    assert grown < size + room
+    (packed, with_codes), (floats, with_floats) = loaded_and_peak(tmp_path, raw, ("nf4", None))
+    assert packed < 0.3 * 243 < 230 < floats
+    assert with_codes < packed + 80
+    assert with_floats < floats + 32
 
 
 # ---------------------------------------------------------------- identity
@@ -172,10 +167,10 @@ def test_the_digest_covers_every_weight(folder, monkeypatch):
     good = path.read_bytes()
     start = 8 + int.from_bytes(good[:8], "little")
     seen = {first}
-    for at in np.linspace(start, len(good) - 1, 40, dtype=int):
+    for at in np.linspace(start, len(good) - 1, 12, dtype=int):
         path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
         seen.add(digest(folder))
-    assert len(seen) == 41
+    assert len(seen) == 13
     path.write_bytes(good)
     assert digest(folder) == first
 
@@ -226,13 +221,12 @@ def test_number_formats_are_named_by_their_share(folder):
 
 LARGER = RAW | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 FAMILIES = {
-    "llama": LARGER,
     "phi3": LARGER | {"model_type": "phi3", "pad_token_id": 0},  # fused projections
     "mixtral": LARGER | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llama", "int8"), ("phi3", "nf4"), ("mixtral", "int8")])
+@pytest.mark.parametrize(("family", "kind"), [("phi3", "nf4"), ("mixtral", "int8")])
 def test_codes_are_those_of_the_whole_model(tmp_path, family, kind):
     write_folder(tmp_path, FAMILIES[family])
     whole = load_model(str(tmp_path), dtype="float32")
@@ -309,9 +303,8 @@ def test_damaged_shards_and_indices(tmp_path):
     second = tmp_path / "model-00002-of-00003.safetensors"
     whole, index = second.read_bytes(), (tmp_path / INDEX).read_text()
 
-    for content in (whole[:-10], whole[:20], b"", b"GGUF" + whole[4:]):
-        second.write_bytes(content)
-        refused(tmp_path, r"model-00002-of-00003.safetensors: expected a complete safetensors file")
+    second.write_bytes(whole[:-10])
+    refused(tmp_path, r"model-00002-of-00003.safetensors: expected a complete safetensors file")
     second.unlink()
     refused(tmp_path, "index.json: expected the file model-00002-of-00003.saf.*found 1 of 3 files missing")
     save_file({"other": np.ones(3, np.float32)}, second)
@@ -336,9 +329,6 @@ def test_damaged_shards_and_indices(tmp_path):
     ("change", "match"),
     [
         ({"model_type": "mamba"}, r"config.json: model_type: expected one of .*llama.*found 'mamba'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "config.json: quantization_config"),
-        ({"hidden_size": "big"}, "config.json: hidden_size"),
-        ({"tie_word_embeddings": True}, "lm_head.weight.*tie_word_embeddings"),
         ({"num_hidden_layers": 2}, r"model.layers.0.*unknown tensor model.layers.2"),
         ({"num_hidden_layers": 4}, r"no model.layers.3"),
         ({"intermediate_size": 24}, r"down_proj.*: expected the shape \(16, 24\), found \(16, 32\)"),

@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 from safetensors.numpy import load_file, save_file
 
 from nalora_jax.common.trees import flatten, map_named
@@ -18,6 +17,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
+from nalora_jax.weights.peft_read import TENSORS_NAME
 from tests.weights.conftest import COMMON
 from tests.weights.in_peft import logits, merge_equally, our_logits, save, wrap, write_adapter
 from tests.weights.test_merge import TARGETS
@@ -26,28 +26,16 @@ FFN = {f"ffn/{name}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for name in ("gate", "up
 MODULES = ["gate_proj", "up_proj", "down_proj"]
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IMPORTED = {
-    "modules": ("llama", {"target_modules": MODULES}),
     "a regex": ("llama", {"target_modules": r".*\.(0|2)\..*(up|q)_proj"}),
     "a regex of whole names": ("llama", {"target_modules": r".*mlp\.up_proj|.*q_pro"}),
     "all linear": ("llama", {"target_modules": "all-linear", "lora_dropout": 0.1}),
-    "patterns of whole parts": (
-        "llama",
-        {
-            "target_modules": ["up_proj"],
-            "rank_pattern": {"p_proj": 2, "layers.1": 2, "mlp.up": 2, "0.mlp.up_proj": 3},
-            "alpha_pattern": {"roj": 1, "model": 1},
-        },
-    ),
     "patterns and rsLoRA": (
         "llama",
         {
-            "target_modules": ["q_proj", "gate_proj", "mlp.down_proj"],
-            "rank_pattern": {
-                "model.layers.1.mlp.gate_proj": 2,
-                "q_proj": 3,
-                r"^model\.layers\.[02].*down_proj": 5,
-            },
-            "alpha_pattern": {"gate_proj": 5, "layers.2.self_attn.q_proj": 7.5},
+            "target_modules": ["q_proj", "gate_proj", "mlp.down_proj", "up_proj"],
+            "rank_pattern": {"model.layers.1.mlp.gate_proj": 2, "q_proj": 3, "p_proj": 2, "mlp.up": 2}
+            | {r"^model\.layers\.[02].*down_proj": 5, "0.mlp.up_proj": 3},
+            "alpha_pattern": {"gate_proj": 5, "layers.2.self_attn.q_proj": 7.5, "roj": 1, "model": 1},
             "use_rslora": True,
         },
     ),
@@ -73,7 +61,6 @@ IMPORTED = {
         "llama",
         {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight", "mlp.gate_proj.weight"]},
     ),
-    "weights alone": ("llama", {"target_modules": [], "target_parameters": ["up_proj.weight"]}),
     "linear attention": ("qwen3_5_text", {"target_modules": "all-linear"}),
     "fused linear attention": (
         "qwen3_next",
@@ -96,40 +83,21 @@ def test_imported_adapters_merge_as_in_peft(case, tiny_model, params_of, tmp_pat
     merge_equally(params, lora, spec, config, wrapped, params_of)
 
 
-def test_import_low_precision(tiny_model, params_of, tmp_path):
-    model, config = tiny_model("llama")
-    params, wrapped = params_of(model, config), wrap(model, target_modules=MODULES)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
-    save(wrapped, tmp_path)
-    stored = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors").values()
-    assert {tensor.dtype for tensor in stored} == {torch.bfloat16}
-    lora, spec = import_adapter(tmp_path, config)
-    assert {leaf.dtype for leaf in flatten(lora).values()} == {np.dtype("float32")}
-    merge_equally(params, lora, spec, config, wrapped.float(), params_of)
+def test_low_precision_is_read_as_float32(good):
+    folder, _, tensors = good
+    save_file({name: t.astype(ml_dtypes.bfloat16) for name, t in tensors.items()}, folder / TENSORS_NAME)
+    leaves = flatten(import_adapter(folder, LLAMA)[0])
+    expected = tensors[KEY].astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(leaves["layers/ffn/up_proj/a"][1].T, expected, strict=True)
 
 
 # ---------------------------------------------------------------- here -> PEFT
 
 
-def test_folded_scales_keep_everything_else(tiny_model, random_lora, tmp_path):
-    _, config = tiny_model("phi3")
-    lora, spec = random_lora(config, TARGETS)
-    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="org/base")
-    assert 0 < verify_export(tmp_path / "a", lora, spec, config) < 2**-21
-    lora, spec = random_lora(config, FFN)
-    export_adapter(lora, spec, config, tmp_path / "b", base_model_name="org/base")
-    assert verify_export(tmp_path / "b", lora, spec, config) == 0.0
-    assert import_adapter(tmp_path / "b", config)[1] == spec
-
-
 def test_config_file_is_the_contract(tiny_model, random_lora, tmp_path):
     _, config = tiny_model("llama")
     lora, spec = random_lora(config, FFN | {"attn/q_proj": ((0, 4, 0), (1.0, 8.0, 1.0))}, dropout=0.1)
-    export_adapter(
-        lora, spec, config, tmp_path / "a", base_model_name="org/base", extra={"revision": "main"}
-    )
+    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="org/base")
     assert json.loads((tmp_path / "a/adapter_config.json").read_text()) == {
         "alpha_pattern": {},
         "base_model_name_or_path": "org/base",
@@ -143,7 +111,6 @@ def test_config_file_is_the_contract(tiny_model, random_lora, tmp_path):
         "peft_type": "LORA",
         "r": 4,
         "rank_pattern": {},
-        "revision": "main",
         "target_modules": ["down_proj", "gate_proj", "model.layers.1.self_attn.q_proj", "up_proj"],
         "task_type": "CAUSAL_LM",
         "use_dora": False,
@@ -161,10 +128,10 @@ def test_equal_adapters_are_equal_bytes(tiny_model, random_lora, tmp_path):
     _, config = tiny_model("llama")
     lora, spec = random_lora(config, TARGETS)
     facts = {"fingerprint": "f" * 64, "rope_scaling": "yarn:4", "base_weights": "w"}
-    for i in range(6):
+    for i in range(3):
         export_adapter(lora, spec, config, tmp_path / str(i), base_model_name="base", **facts)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert len({(tmp_path / str(i) / name).read_bytes() for i in range(6)}) == 1
+        assert len({(tmp_path / str(i) / name).read_bytes() for i in range(3)}) == 1
 
 
 def test_verify_export_notices_any_change(tiny_model, random_lora, tmp_path):
@@ -303,13 +270,9 @@ INDICES = "trainable_token_indices"
 PATTERNS = {f"layers.{i}.mlp": 4 for i in range(100_000)}
 BAD_CONFIGS = [
     ({"r": MISSING}, "r: expected a whole number from 1 to 1048576, found nothing"),
-    ({"r": 0}, "r: expected"),
     ({"r": 8}, "shape"),
-    ({"r": 10**400}, "r: expected a whole number from 1 to 1048576"),
     ({"lora_alpha": MISSING}, "lora_alpha: expected a finite number above 0, found nothing"),
     ({"lora_alpha": float("nan")}, "lora_alpha"),
-    ({"lora_alpha": "16"}, "lora_alpha"),
-    ({"lora_alpha": 10**400}, "lora_alpha: expected a finite number above 0"),
     ({"peft_type": "LOHA"}, "peft_type"),
     ({"task_type": "SEQ_CLS"}, "task_type"),
     ({"bias": "lora_only"}, "bias"),
@@ -318,7 +281,6 @@ BAD_CONFIGS = [
     ({INDICES: [1, 2]}, "token_adapter.trainable_tokens_delta: expected the trained rows of embed_to"),
     ({INDICES: [47, 48]}, f"{INDICES}: expected token ids of the 48 rows .* found 48;"),
     ({INDICES: [1, 1]}, f"{INDICES}: expected a list of different token ids"),
-    ({INDICES: {"lm_head": "5"}}, f"{INDICES}: expected a list of different token ids"),
     ({INDICES: {"wte": [5]}}, "expected token ids of embed_tokens and lm_head .* found wte"),
     (
         {INDICES: [5], "modules_to_save": ["model.embed_tokens"]},
@@ -326,27 +288,15 @@ BAD_CONFIGS = [
     ),
     ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
     ({"some_future_feature": 1}, "some_future_feature"),
-    ({"init_lora_weights": "olora"}, "init_lora_weights"),
     ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
     ({"target_modules": None}, "target_modules"),
     ({"target_modules": ["gate_proj", "up_proj"]}, "cover model.layers.0.mlp.down_proj"),
-    ({"target_modules": ["gate_proj", "up_proj", "down_proj", "q_proj"]}, "layers.0.self_attn.q_proj"),
     ({"target_modules": "(gate"}, "regular expression"),
-    ({"target_modules": "mlp{99999999999}"}, "target_modules: expected a regular expression"),
-    ({"target_modules": {"gate_proj": 1}}, "target_modules"),
-    ({"target_modules": "all-linear"}, "self_attn.q_proj"),
     ({"target_modules": r".*mlp.*", "layers_to_transform": [0]}, "layers_to_transform"),
-    ({"layers_to_transform": [0, 1]}, "cover model.layers.2.mlp.down_proj"),
     ({"layers_to_transform": [0], "layers_pattern": ["lay(ers"]}, "layers_pattern: expected a regular"),
-    ({"layers_to_transform": [0], "layers_pattern": ["(?P<idx>layers)"]}, "layers_pattern"),
     ({"layers_pattern": list(PATTERNS)}, "layers_pattern: expected at most 4,096 patterns, found 100,000"),
-    ({"exclude_modules": ["up_proj"]}, "cover model.layers.0.mlp.up_proj"),
     ({"rank_pattern": {"up_proj": 3}}, r"up_proj \(a\): expected shape \(3, 16\)"),
-    ({"rank_pattern": {"up_proj": None}}, "rank_pattern: up_proj"),
     ({"rank_pattern": {"up_proj": 10**30}}, "rank_pattern: up_proj: expected a whole number from 1 to"),
-    ({"rank_pattern": {"(" * 5000 + ")" * 5000: 2}}, "rank_pattern: expected a regular expression"),
-    ({"rank_pattern": PATTERNS}, "rank_pattern: expected at most 4,096 patterns, found 100,000"),
-    ({"alpha_pattern": {"up_proj": -(10**400)}}, "alpha_pattern: up_proj"),
     ({"alpha_pattern": PATTERNS}, "alpha_pattern: expected at most 4,096 patterns, found 100,000"),
     ({"use_dora": True}, "lora_magnitude_vector"),
     ({"lora_dropout": 1.5}, "lora_dropout"),
@@ -370,17 +320,13 @@ BAD_TENSORS = [
         lambda t: {k.replace("model.layers", "transformer.layers"): v for k, v in t.items()},
         "unknown module",
     ),
-    (lambda t: t | {KEY.replace("layers.1", "layers.9"): t[KEY]}, r"layers\.9"),
     (
         lambda t: t | {"base_model.model.lm_head.lora_A.weight": t[KEY]},
         "lm_head.lora_.*found an adapter of the embedding or the head; train",
     ),
-    (lambda t: t | {"base_model.model.lm_head.weight": t[KEY]}, "lm_head"),
     (lambda t: {k: v for k, v in t.items() if k != KEY}, "lora_A"),
-    (lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up" not in k}, "layers.1.mlp.up_proj"),
     (lambda t: {}, "layers.0.mlp"),
     (lambda t: t | {KEY: t[KEY][:, :-1].copy()}, "another base model"),
-    (lambda t: t | {KEY: t[KEY].T.copy()}, "shape"),
     (lambda t: t | {KEY: t[KEY].astype(np.int32)}, "I32"),
     (lambda t: t | {KEY: t[KEY] * np.float32("nan")}, "NaN"),
     (lambda t: t | {MAGNITUDE: np.ones(24, np.float32)}, "magnitude"),
@@ -405,12 +351,12 @@ def test_bad_files_are_refused(good, tmp_path):
     import_adapter(folder, LLAMA, fingerprint="abc")
     refused("another base model", config=dataclasses.replace(LLAMA, d_ff=32))
     data = (folder / "adapter_model.safetensors").read_bytes()
-    for size in (0, 7, 100, len(data) - 1):
+    for size in (0, len(data) - 1):
         (folder / "adapter_model.safetensors").write_bytes(data[:size])
         refused("complete safetensors file")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     refused("pickle")
-    for text in ("", "[1, 2]", "{", "\xff\xfe", '{"r": ' + "[" * 100_000):
+    for text in ("", "[1, 2]", "{"):
         (folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
         refused("JSON")
     refused(r"adapter_config\.json", tmp_path / "nothing")

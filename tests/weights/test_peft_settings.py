@@ -96,7 +96,10 @@ MADE: list[tuple[str, dict[str, Any]]] = [
     (
         "qwen2_moe",
         ON_STACKS
-        | {"target_parameters": ["down_proj"], "alpha_pattern": {"down_proj": 2, "mlp.down_proj": 3}},
+        | {
+            "target_parameters": ["down_proj"],
+            "alpha_pattern": {"down_proj": 2, "mlp.down_proj": 3},
+        },
     ),
     (
         "qwen2_moe",
@@ -183,24 +186,13 @@ INDICES = "trainable_token_indices"
         ({"target_modules": None}, "target_modules: .*found none"),
         ({"target_modules": r".*\.q_proj"}, "target_modules: .*found the expression"),
         ({"target_modules": ["c_attn"]}, "target_modules: .*found 'c_attn'"),
-        ({"target_modules": 5}, "target_modules: expected a list of names, found 5"),
-        (
-            {"target_modules": [["q_proj"]]},
-            r"target_modules: expected a list of names, found \[\['q_proj'\]\]",
-        ),
-        ({"target_modules": ["q_proj", "lm_head"]}, f"'lm_head', {WHOLE}"),
+        ({"target_modules": [["q_proj"]]}, r"expected a list of names, found \[\['q_proj'\]\]"),
         ({"target_modules": ["q_proj", "model.embed_tokens"]}, f"'model.embed_tokens', {WHOLE}"),
         ({"modules_to_save": 5}, r"modules_to_save = 5 \(its value has another type\)"),
         ({"ensure_weight_tying": True}, "ensure_weight_tying = True .a trained embedding and its head are"),
-        ({"lora_alpha": "16"}, "lora_alpha or alpha_pattern: expected a number, found '16'"),
         ({"alpha_pattern": {"q_proj": "x"}}, "lora_alpha or alpha_pattern: expected a number, found 'x'"),
-        ({"alpha_pattern": 5}, "alpha_pattern: expected values by name, found 5"),
-        ({"layers_to_transform": ["x"]}, r"layers_to_transform: expected layer numbers, found \['x'\]"),
         ({INDICES: {"embed_tokens": [5], "lm_head": [6]}}, f"{INDICES} = .*give both the same list"),
-        ({INDICES: {"wte": [5]}}, f"{INDICES} = .*other modules are not"),
-        ({INDICES: 5}, f"{INDICES} = .*token ids are given as a list"),
         ({"target_parameters": ["mlp.gate.weight"]}, STACKS),
-        ({"target_parameters": ["mlp.experts.gate_up_proj_bias"]}, STACKS),
         ({"target_parameters": ["self_attn.down_proj"]}, STACKS),
     ],
     ids=str,
@@ -242,9 +234,7 @@ def test_tables_that_are_trained_as_a_whole_are_kept(tmp_path):
     ("theirs", "ids", "tables"),
     [
         ([5, 3], (5, 3), ("embed_tokens",)),
-        ({"model.embed_tokens": [5, 3]}, (5, 3), ("embed_tokens",)),
         ({"lm_head": [5], "embed_tokens": [5]}, (5,), ("embed_tokens", "lm_head")),
-        ({"lm_head": [7]}, (7,), ("lm_head",)),
         ([], (), ("embed_tokens",)),
     ],
 )

@@ -29,10 +29,10 @@ import numpy as np
 
 from nalora_jax.common.files import expand_user
 from nalora_jax.config import DataConfig, VisionConfig
-from nalora_jax.data.chat import text_field
+from nalora_jax.data.chat import as_messages, text_field
 from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.forms import IMAGES, Parts, canonical, spoken
-from nalora_jax.data.images.files import ImageProcessor, open_image
+from nalora_jax.data.images.files import ImageProcessor, file_below, open_image
 from nalora_jax.data.images.opened import IMAGE_SETS, open_images, places_without_error
 from nalora_jax.data.packing import Pattern
 from nalora_jax.data.source import Record, Source, SourceView, components
@@ -76,10 +76,6 @@ class ChatImages(SourceView):
         self.fingerprint = f"images:{source.fingerprint}{fields}{chosen}"
         self._data, self._vision, self._tokens, self._folder = data, vision, tokens, folder
 
-    def images(self, index: int) -> tuple[Image, ...]:
-        """Returns the encoded images of a record, in the order of the text."""
-        return self[index][IMAGES]
-
     def readable(self) -> ChatImages:
         """Returns the records whose images can be read; the log names the others.
 
@@ -88,7 +84,7 @@ class ChatImages(SourceView):
         """
 
         def check(index: int) -> None:
-            for image in self.images(index):
+            for image in self[index][IMAGES]:
                 opened(image, self.where(index), self._vision.max_pixels)
 
         places = places_without_error(self.name, len(self), check, self._vision.broken)
@@ -123,11 +119,16 @@ class ChatImages(SourceView):
         for number, message in enumerate(messages):
             here = f"{where}: messages[{number}]"
             message = spoken(message, here)
-            parts: list[dict[str, str]] = []
+            answers, parts = message.get("role") == "assistant", []
             for block in self._parts(message, here):
                 if isinstance(block, str):
+                    if self._tokens.reserved(block):
+                        expected = f"no {self._tokens.token} or {self._tokens.placeholder} in a text"
+                        raise NaloraError(here, expected=expected, found=block[:80])
                     parts.append({"type": "text", "text": block})
                     continue
+                if answers:
+                    raise NaloraError(here, expected="texts from the assistant", found="an image")
                 if block is None:
                     if not left:
                         expected = f"an image for every {_PLACEHOLDER}"
@@ -135,22 +136,12 @@ class ChatImages(SourceView):
                     block = left.pop(0)
                 images.append(block)
                 parts.append({"type": "image"})
-            turns.append({**message, "content": self._content(message, parts, here)})
+            content = "".join(part["text"] for part in parts) if answers else Parts(parts)
+            turns.append({**message, "content": content})
         if left:
             actual = f"{len(left)} images more than places"
             raise NaloraError(where, expected=f"{_PLACEHOLDER} in the text for every image", found=actual)
         return turns, tuple(images)
-
-    def _content(self, message: Mapping[str, Any], parts: list[dict[str, str]], here: str) -> Any:
-        for block in parts:
-            if self._tokens.reserved(block.get("text", "")):
-                expected = f"no {self._tokens.token} or {self._tokens.placeholder} in a text"
-                raise NaloraError(here, expected=expected, found=block["text"][:80])
-        if message.get("role") != "assistant":
-            return Parts(parts)
-        if any(block["type"] == "image" for block in parts):
-            raise NaloraError(here, expected="texts from the assistant", found="an image")
-        return "".join(block["text"] for block in parts)
 
     def _parts(self, message: Mapping[str, Any], here: str) -> Iterator[str | Image | None]:
         """Yields a message's texts and images; None is an image in another field of the record."""
@@ -190,11 +181,7 @@ class ChatImages(SourceView):
         if _PLACEHOLDER not in prompt:
             prompt = f"{_PLACEHOLDER}\n" * len(images) + prompt
         if data.chat:
-            turns = [
-                {"role": "user", "content": prompt},
-                {"role": "assistant", "content": answer.strip()},
-            ]
-            messages, images = self._messages(turns, images, where)
+            messages, images = self._messages(as_messages(prompt, answer), images, where)
             return {data.messages_field: messages, IMAGES: images}
         if prompt.count(_PLACEHOLDER) != len(images):
             expected = f"{_PLACEHOLDER} once for each of {len(images)} images"
@@ -236,10 +223,7 @@ class ChatImages(SourceView):
         if self._folder is None:
             actual = f"the path {value[:80]}, of a data set without a folder"
             raise NaloraError(where, expected="an image", found=actual)
-        path = (self._folder / location).resolve()
-        if not path.is_relative_to(self._folder):  # records may come from an untrusted author
-            raise NaloraError(where, expected=f"a file below {self._folder}", found=value[:80])
-        return path
+        return file_below(self._folder, location, where)
 
 
 def open_chats(config: DataConfig, vision: VisionConfig, split: str, tokens: ImageTokens) -> ChatImages:

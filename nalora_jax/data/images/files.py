@@ -94,6 +94,23 @@ def open_image(source: str | Path | bytes, name: str = "", max_pixels: int = MAX
         ) from error
 
 
+def file_below(folder: Path, name: str, where: str) -> Path:
+    """Returns the path of an image that a record names; records may come from an untrusted author.
+
+    Args:
+      folder: folder of the images, absolute and without links.
+      name: path in the folder.
+      where: names the record in messages.
+
+    Raises:
+      NaloraError: the path leads out of the folder.
+    """
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder):
+        raise NaloraError(where, expected=f"a file below {folder}", found=name[:80])
+    return path
+
+
 def _check(image: Any, name: str, max_pixels: int) -> None:
     """Checks the header of an image against the limits."""
     width, height = image.size
@@ -146,8 +163,7 @@ def flattened(image: Any) -> Any:
 
 
 FILES = ("preprocessor_config.json", "processor_config.json")
-# Pillow's numbers of the resize filters that processors name.
-_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_HAMMING = 5  # the last of Pillow's numbers of resize filters
 _CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
@@ -288,7 +304,7 @@ def read_processor(folder: Path) -> ImageProcessor:
             raise f.error(name, "true or false", repr(f.get(name)))
     for name in ("do_pad", "do_pan_and_scan"):
         f.refuse(name, "set it to false in the file, as the model's own is")
-    resample = f.integer("resample", low=0, high=max(_FILTERS))
+    resample = f.integer("resample", low=0, high=_HAMMING)
     values: dict[str, Any] = {"resample": resample, "scale": 1.0}
     if f.get("do_rescale"):
         values["scale"] = f.number("rescale_factor")
@@ -403,17 +419,17 @@ class TextTokenizer:
         if self.lowercase:
             texts = [text.lower() for text in texts]
         self.backend.enable_truncation(length or self.max_length)
-        rows = [encoding.ids for encoding in self.backend.encode_batch(list(texts))]
+        rows = self.backend.encode_batch(list(texts))
         longest = max((len(row) for row in rows), default=1)
         if self.fixed:
             longest = self.max_length
         length = length or min(self.max_length, -(-longest // _MULTIPLE) * _MULTIPLE)
-        tokens = np.full((len(rows), length), self.pad_id, np.int32)
-        weights = np.zeros((len(rows), length), np.float32)
-        for i, row in enumerate(rows):
-            place = slice(length - len(row), length) if self.left else slice(0, len(row))
-            tokens[i, place], weights[i, place] = row, 1.0
-        return {"tokens": tokens, "token_weights": weights}
+        for row in rows:
+            row.pad(length, direction="left" if self.left else "right", pad_id=self.pad_id)
+        return {
+            "tokens": np.array([row.ids for row in rows], np.int32),
+            "token_weights": np.array([row.attention_mask for row in rows], np.float32),
+        }
 
 
 def read_text_tokenizer(

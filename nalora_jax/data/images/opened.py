@@ -23,7 +23,14 @@ from nalora_jax.common.files import expand_user
 from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.files import DELIMITERS, LoadedRows, open_rows
-from nalora_jax.data.images.files import ENDINGS, ImageProcessor, TextTokenizer, open_image, pillow
+from nalora_jax.data.images.files import (
+    ENDINGS,
+    ImageProcessor,
+    TextTokenizer,
+    file_below,
+    open_image,
+    pillow,
+)
 from nalora_jax.data.packing import epoch_order, permutation
 from nalora_jax.data.pipeline import HostBatch, Stream
 from nalora_jax.data.source import Record, Source, require_some
@@ -44,13 +51,11 @@ class ImageSource(Source):
 
     Attributes:
       fields: names of a record's image, class and caption fields.
+      class_names: names of the classes by label, as the data set lists them; () if labels are texts.
     """
 
     fields: VisionConfig
-
-    def own_classes(self) -> tuple[str, ...]:
-        """Returns the names of the classes by label, as the data set lists them; () if labels are texts."""
-        return ()
+    class_names: tuple[str, ...] = ()
 
     def image(self, record: Mapping[str, Any], where: str) -> bytes | Path:
         """Returns the encoded image of a record, or its file."""
@@ -106,8 +111,7 @@ class ImageSource(Source):
 
     def labels(self, classes: Sequence[str]) -> np.ndarray:
         """Returns the index in ``classes`` (names, by label) of every record's class: int32 ``[len(self)]``."""
-        class_names = self.own_classes()
-        places = {name: i for i, name in enumerate(class_names or classes)}
+        places = {name: i for i, name in enumerate(self.class_names or classes)}
         labels = np.empty(len(self), np.int32)
         for index, value in enumerate(self._raw_labels):
             place = value if isinstance(value, int) else places.get(value, -1)
@@ -129,7 +133,7 @@ class ImageSource(Source):
         Raises:
           NaloraError: labels are numbers without names, or names and labels differ in number.
         """
-        configured, listed = self.fields.classes, self.own_classes()
+        configured, listed = self.fields.classes, self.class_names
         if configured:
             if listed and len(listed) != len(configured):
                 raise NaloraError(
@@ -155,30 +159,22 @@ class TfdsImages(TfdsSource, ImageSource):
     timed = False  # data that another host prepared are the same
 
     def __init__(self, name: str, split: str, opener: Any, fields: VisionConfig) -> None:
+        import tensorflow_datasets as tfds
+
         self.fields, field = fields, fields.image_field
-
-        def opened() -> Any:
-            import tensorflow_datasets as tfds
-
-            return opener(decoders={field: tfds.decode.SkipDecoding()})
-
-        super().__init__(name, split, opened, encoded=[field])
-        self._features = self._data.dataset_info.features
-        if field not in self._features:
+        encoded = partial(opener, decoders={field: tfds.decode.SkipDecoding()})
+        super().__init__(name, split, encoded, encoded=[field])
+        features = self._data.dataset_info.features
+        if field not in features:
             raise NaloraError(
                 f"{name}: {field}",
                 expected="an image",
-                found=f"only the fields {', '.join(self._features)}",
+                found=f"only the fields {', '.join(features)}",
                 remedy="name it by --vision.image-field",
             )
+        if fields.label_field in features:  # TFDS's features have no `get`
+            self.class_names = tuple(getattr(features[fields.label_field], "names", ()) or ())
         require_some(self)
-
-    def own_classes(self) -> tuple[str, ...]:
-        """Returns the class names of the label's feature, or ()."""
-        field = self.fields.label_field
-        if field in self._features:  # TFDS's features have no `get`
-            return tuple(getattr(self._features[field], "names", ()) or ())
-        return ()
 
 
 class ListedImages(FileSource, ImageSource):
@@ -223,11 +219,7 @@ class ListedImages(FileSource, ImageSource):
         name = next((row[field] for field in self._names if isinstance(row.get(field), str)), None)
         if name is None:
             return row
-        path = (self._root / name).resolve()
-        if not path.is_relative_to(self._root):  # a list may come from an untrusted author
-            expected = "a file in the list's folder"
-            raise NaloraError(f"{self.name}: {name}", expected=expected, found="one outside of it")
-        return row | {self.fields.image_field: path}
+        return row | {self.fields.image_field: file_below(self._root, name, self.name)}
 
 
 def _listed(path: Path) -> list[dict[str, Any]]:
@@ -396,10 +388,9 @@ class ImageData(Stream):
         pairs = (divmod(row, count) for row in rows)
         places = np.array([epoch_order(count, self.seed, epoch)[place] for epoch, place in pairs])
         indices = self.indices[places]
+        records = self.source.read(indices.tolist())
         prepared = []
-        for row, index, record in zip(
-            rows, indices.tolist(), self.source.read(indices.tolist()), strict=True
-        ):
+        for row, index, record in zip(rows, indices.tolist(), records, strict=True):
             image = self.source.opened(index, record)
             prepared.append(self.processor(augmented(image, self.vision, generator(self.seed, row))))
         batch = {name: np.stack([arrays[name] for arrays in prepared]) for name in prepared[0]}
@@ -416,10 +407,8 @@ def caption_tokens(
     """Returns ``tokens`` and ``token_weights`` of the captions of ``indices``, ``[records, seq]``."""
     limit = vision.caption_length
     if limit > tokenizer.max_length:
-        length = limit
-        raise NaloraError(
-            "--vision.caption-length", expected=f"at most {tokenizer.max_length}", found=length
-        )
+        expected = f"at most {tokenizer.max_length}"
+        raise NaloraError("--vision.caption-length", expected=expected, found=limit)
     captions = source.captions(indices.tolist())
     tokens = tokenizer(captions)
     if limit and tokens["tokens"].shape[1] > limit and not tokenizer.fixed:

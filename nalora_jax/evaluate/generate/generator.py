@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
@@ -109,13 +110,6 @@ def with_options(settings: type) -> Callable[[Function], Function]:
 _REPLACEMENT = "\ufffd"
 
 
-class Decodes(Protocol):
-    """The part of a tokenizer that streaming uses."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ``ids``."""
-
-
 class TextStream:
     """Converts pieces of token ids to pieces of text, whose concatenation is the text of all ids.
 
@@ -128,7 +122,7 @@ class TextStream:
       (['c', 'é', 'EN!'], '')
     """
 
-    def __init__(self, tokenizer: Decodes, stop: Iterable[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(text for text in stop if text)
         self._ids: list[int] = []
@@ -273,9 +267,9 @@ class Generator:
         variables = {name: tree for name, tree in self.variables.items() if name != "lora"}
         if lora is not None:
             variables["lora"] = lora
-        options = {"max_length": self.max_length, "mesh": self.mesh, "processor": self.processor}
-        options |= {"prefill_chunk": self.prefill_chunk}
-        return Generator(self.model, variables, self.tokenizer, **options)  # type: ignore[arg-type]
+        generator = copy.copy(self)
+        generator.variables, generator._weights = variables, view_weights(self.model, variables)
+        return generator
 
     @with_options(Settings)
     def generate(

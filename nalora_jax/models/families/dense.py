@@ -46,7 +46,7 @@ from nalora_jax.models.readers import (
     same_window,
     windows_of,
 )
-from nalora_jax.models.ropes import RopeRules, RopeSpec, read_ropes
+from nalora_jax.models.ropes import RopeRules, RopeSpec, read_ropes, rope_fields
 
 # ---------------------------------------------------------------- Llama and its relatives
 
@@ -218,9 +218,7 @@ EXAONE4 = Family(
 
 def _hunyuan(f: Fields, name: str) -> ModelConfig:
     features = {"qk_norm": "rotated", **attention_bias(f)}
-    rope = Fields(
-        f.mapping("rope_scaling") or f.mapping("rope_parameters"), {}, f"{f.where}: rope_parameters"
-    )
+    rope = rope_fields(f)
     if rope.get("alpha") and (rope.get("rope_type") or rope.get("type")) == "dynamic":
         # Dynamic scaling with a fixed alpha is a larger base, for texts of any length.
         dim, theta = head_dim_of(f), rope.number("rope_theta", default=f.number("rope_theta", default=1e4))
@@ -266,9 +264,7 @@ MISTRAL = Family(
 def _ministral3(f: Fields, name: str) -> ModelConfig:
     beta = "llama_4_scaling_beta"
     ropes, _ = read_ropes(f, head_dim_of(f), None, further=(beta, "max_position_embeddings"))
-    rope = Fields(
-        f.mapping("rope_scaling") or f.mapping("rope_parameters"), {}, f"{f.where}: rope_parameters"
-    )
+    rope = rope_fields(f)
     growth = rope.number(beta, default=0.0, zero=True)
     growing: dict[str, Any] = {}
     if growth:

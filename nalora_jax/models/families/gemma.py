@@ -38,6 +38,7 @@ from nalora_jax.models.family import (
     hf_dense,
     hf_kernel,
     hf_norms,
+    hf_row,
 )
 from nalora_jax.models.moe import DenseAndExperts
 from nalora_jax.models.parts import ScaledTail
@@ -391,8 +392,8 @@ _TENSORS = (
         "model.layers.{layer}.experts.down_proj", ("layers/ffn/experts_ffn/down_proj/kernel",), "transpose"
     ),
     hf_kernel("router.proj", "ffn/experts_ffn/router"),
-    TensorRow("model.layers.{layer}.router.scale", ("layers/ffn/router_norm/scale",)),
-    TensorRow("model.layers.{layer}.router.per_expert_scale", ("layers/ffn/experts_ffn/router/scale",)),
+    hf_row("router.scale", "ffn/router_norm/scale"),
+    hf_row("router.per_expert_scale", "ffn/experts_ffn/router/scale"),
     *hf_norms(
         {
             "ffn/dense_norm": "post_feedforward_layernorm_1",
@@ -403,7 +404,7 @@ _TENSORS = (
     ),
     hf_kernel("per_layer_input_gate", "tail/gate_proj"),
     hf_kernel("per_layer_projection", "tail/down_proj"),
-    TensorRow("model.layers.{layer}.layer_scalar", ("layers/tail/scale",)),
+    hf_row("layer_scalar", "tail/scale"),
     TensorRow("model.embed_tokens_per_layer.weight", ("layer_embeddings/embedding",)),
     TensorRow(
         "model.per_layer_model_projection.weight", ("layer_embeddings/projection/kernel",), "transpose"

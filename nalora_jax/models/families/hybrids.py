@@ -28,6 +28,7 @@ from nalora_jax.models.readers import (
     attention_bias,
     base_config,
     dense_layer,
+    expert_counts,
     fields_of_layers,
     first_present,
     head_dim_of,
@@ -104,10 +105,7 @@ def _delta_net_rows(*inputs: str) -> tuple[TensorRow, ...]:
     """Returns the tensors of Gated DeltaNet, with the names of the projections of its input."""
     names = {"A_log": "a_log", "dt_bias": "dt_bias"}
     names |= {"conv1d.weight": "conv/weight", "norm.weight": "norm/scale"}
-    rows = (
-        TensorRow(f"model.layers.{{layer}}.linear_attn.{theirs}", (f"layers/linear_attn/{ours}",))
-        for theirs, ours in names.items()
-    )
+    rows = (hf_row(f"linear_attn.{theirs}", f"linear_attn/{ours}") for theirs, ours in names.items())
     return (*hf_dense("linear_attn", "linear_attn", (*inputs, "out_proj")), *rows)
 
 
@@ -272,8 +270,7 @@ def _lfm2_moe(f: Fields, name: str) -> ModelConfig:
     scale, normalize = f.number("routed_scaling_factor"), f.flag("norm_topk_prob")
     features = {
         "d_ff": f.integer("moe_intermediate_size"),
-        "n_experts": f.integer("num_experts", high=2**12),
-        "experts_per_token": f.integer("num_experts_per_tok", high=2**12),
+        **expert_counts(f, "num_experts"),
         "ffn": Mixture(RouterSpec("sigmoid", normalize, f.flag("use_expert_bias"), scale=scale)),
     }
     layers = [(*mixer, *dense) if i < n_dense else mixer for i, mixer in enumerate(mixers)]

@@ -37,6 +37,7 @@ from nalora_jax.models.readers import (
     Overrides,
     attention_bias,
     base_config,
+    expert_counts,
     expert_fields,
     fields_of_layers,
     first_present,
@@ -52,13 +53,7 @@ from nalora_jax.models.routing import RouterSpec
 
 
 def _mixtral(f: Fields, name: str) -> ModelConfig:
-    return base_config(
-        f,
-        name,
-        windows=same_window(f),
-        n_experts=f.integer("num_local_experts", high=2**12),
-        experts_per_token=f.integer("num_experts_per_tok", high=2**12),
-    )
+    return base_config(f, name, windows=same_window(f), **expert_counts(f, "num_local_experts"))
 
 
 MIXTRAL = Family(
@@ -96,9 +91,8 @@ def _olmoe(f: Fields, name: str) -> ModelConfig:
         f,
         name,
         qk_norm="projection",
-        n_experts=f.integer(first_present(f, "num_experts", "num_local_experts"), high=2**12),
-        experts_per_token=f.integer("num_experts_per_tok", high=2**12),
         norm_topk=f.flag("norm_topk_prob"),
+        **expert_counts(f, "num_experts", "num_local_experts"),
         **attention_bias(f),
     )
 
@@ -126,8 +120,8 @@ def qwen_experts(f: Fields) -> tuple[dict[str, Any], list[Overrides]]:
     listed = f.get("mlp_only_layers") or []
     if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < n_layers for i in listed):
         raise f.error("mlp_only_layers", f"numbers of layers from 0 to {n_layers - 1}", repr(listed)[:60])
-    n_experts = f.integer(first_present(f, "num_experts", "num_local_experts"), high=2**12)
-    return expert_fields(f, n_experts, [i in listed or (i + 1) % step != 0 for i in range(n_layers)])
+    counts = expert_counts(f, "num_experts", "num_local_experts")
+    return expert_fields(f, counts, [i in listed or (i + 1) % step != 0 for i in range(n_layers)])
 
 
 def _qwen3_moe(f: Fields, name: str) -> ModelConfig:
@@ -219,24 +213,24 @@ def _glm4_moe(f: Fields, name: str) -> ModelConfig:
             "num_nextn_predict_layers", "0 or 1: a layer that predicts further tokens is not loaded", mtp
         )
     first = f.integer("first_k_dense_replace", low=0, high=2**10)
-    n_experts = f.integer(first_present(f, "n_routed_experts", "num_local_experts"), high=2**12)
+    counts = expert_counts(f, "n_routed_experts", "num_local_experts")
     d_shared = f.integer("n_shared_experts", high=2**10) * f.integer("moe_intermediate_size")
-    features, layers = expert_fields(f, n_experts, [i < first for i in range(layer_count(f))])
+    features, layers = expert_fields(f, counts, [i < first for i in range(layer_count(f))])
     features |= {
         "qkv_bias": f.flag("attention_bias"),
         "qk_norm": "head" if f.flag("use_qk_norm") else "",
-        "ffn": SharedExperts(d_shared, _sigmoid_router(f, n_experts)),
+        "ffn": SharedExperts(d_shared, _sigmoid_router(f, **counts)),
     }
     return base_config(f, name, **(features | fields_of_layers(layers)))
 
 
-def _sigmoid_router(f: Fields, n_experts: int) -> RouterSpec:
-    groups, top_k = f.integer("n_group", high=2**12), f.integer("num_experts_per_tok", high=2**12)
+def _sigmoid_router(f: Fields, n_experts: int, experts_per_token: int) -> RouterSpec:
+    groups = f.integer("n_group", high=2**12)
     if n_experts % groups or n_experts // groups < 2:
         raise f.error("n_group", f"equal groups of 2 or more of the {n_experts} experts", groups)
     top_groups = f.integer("topk_group", high=2**12)
-    if top_groups > groups or top_groups * (n_experts // groups) < top_k:
-        expected = f"at most {groups} groups that hold num_experts_per_tok ({top_k}) experts"
+    if top_groups > groups or top_groups * (n_experts // groups) < experts_per_token:
+        expected = f"at most {groups} groups that hold num_experts_per_tok ({experts_per_token}) experts"
         raise f.error("topk_group", expected, top_groups)
     scale = f.number("routed_scaling_factor")
     return RouterSpec("sigmoid", f.flag("norm_topk_prob"), True, groups, top_groups, scale)
@@ -318,8 +312,7 @@ def _gpt_oss(f: Fields, name: str) -> ModelConfig:
         ffn_bias=True,
         router_bias=True,
         windows=windows_of(f, periodic(f, 2)),
-        n_experts=f.integer(first_present(f, "num_local_experts", "num_experts"), high=2**12, default=128),
-        experts_per_token=f.integer("num_experts_per_tok", high=2**12),
+        **expert_counts(f, "num_local_experts", "num_experts", default=128),
         **attention_bias(f),
     )
 
@@ -353,7 +346,7 @@ GPT_OSS = Family(
         *HF_ATTENTION,
         HF_SINKS,
         hf_kernel("mlp.router", "ffn/router"),
-        TensorRow("model.layers.{layer}.mlp.router.bias", ("layers/ffn/router/bias",)),
+        hf_row("mlp.router.bias", "ffn/router/bias"),
         *(
             TensorRow(
                 f"model.layers.{{layer}}.mlp.experts.gate_up_proj{theirs}",
@@ -362,8 +355,8 @@ GPT_OSS = Family(
             )
             for ours, theirs in {"kernel": "", "bias": "_bias"}.items()
         ),
-        TensorRow("model.layers.{layer}.mlp.experts.down_proj", ("layers/ffn/down_proj/kernel",)),
-        TensorRow("model.layers.{layer}.mlp.experts.down_proj_bias", ("layers/ffn/down_proj/bias",)),
+        hf_row("mlp.experts.down_proj", "ffn/down_proj/kernel"),
+        hf_row("mlp.experts.down_proj_bias", "ffn/down_proj/bias"),
     ),
     _GPT_OSS,
     checks=("quantization_config",),

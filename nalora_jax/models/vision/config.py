@@ -99,9 +99,7 @@ class EncoderConfig:
             if self.token_types:
                 shapes["types/embedding"] = (self.token_types, d)
         else:
-            shapes["patches/kernel"] = (self.channels * self.patch_size**2, d)
-            if self.patch_bias:
-                shapes["patches/bias"] = (d,)
+            shapes |= _dense("patches", (self.channels * self.patch_size**2, d), self.patch_bias)
             if self.class_token:
                 shapes["class_token"] = (d,)
             shapes["positions/embedding"] = (self.grid**2 + self.class_token, d)
@@ -116,9 +114,8 @@ class EncoderConfig:
             shapes |= {"attn_scale": (d,), "ffn_scale": (d,)}
         for path, shape in self.projection_shapes().items():
             path = path.removeprefix("layers/")
-            shapes[f"{path}/kernel"] = shape
-            if self.qkv_bias or path not in ("attn/q_proj", "attn/k_proj", "attn/v_proj"):
-                shapes[f"{path}/bias"] = shape[-1:]
+            reads_input = path in ("attn/q_proj", "attn/k_proj", "attn/v_proj")
+            shapes |= _dense(path, shape, self.qkv_bias or not reads_input)
         return shapes
 
     def _output_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -128,16 +125,14 @@ class EncoderConfig:
             shapes |= _norm("final_norm", d)
         if self.pooling == "attention":
             shapes |= {"pool/probe": (d,)} | _norm("pool/norm", d)
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                shapes |= {f"pool/attn/{name}/kernel": (d, d), f"pool/attn/{name}/bias": (d,)}
-            shapes |= {"pool/ffn/in_proj/kernel": (d, self.d_ff), "pool/ffn/in_proj/bias": (self.d_ff,)}
-            shapes |= {"pool/ffn/out_proj/kernel": (self.d_ff, d), "pool/ffn/out_proj/bias": (d,)}
+            for name in "qkvo":
+                shapes |= _dense(f"pool/attn/{name}_proj", (d, d))
+            shapes |= _dense("pool/ffn/in_proj", (d, self.d_ff))
+            shapes |= _dense("pool/ffn/out_proj", (self.d_ff, d))
         if self.pooler:
-            shapes |= {"pooler/kernel": (d, d), "pooler/bias": (d,)}
+            shapes |= _dense("pooler", (d, d))
         if self.d_out:
-            shapes["projection/kernel"] = (d, self.d_out)
-            if self.projection_bias:
-                shapes["projection/bias"] = (self.d_out,)
+            shapes |= _dense("projection", (d, self.d_out), self.projection_bias)
         return shapes
 
     def projection_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -151,6 +146,13 @@ class EncoderConfig:
 
 def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}/scale": (width,), f"{name}/bias": (width,)}
+
+
+def _dense(name: str, shape: tuple[int, ...], bias: bool = True) -> dict[str, tuple[int, ...]]:
+    shapes = {f"{name}/kernel": shape}
+    if bias:
+        shapes[f"{name}/bias"] = (*shape[:-2], shape[-1])
+    return shapes
 
 
 @dataclass(frozen=True)
@@ -256,9 +258,7 @@ class Sight:
             return {"projector/norm/scale": (wide,), "projector/projection/kernel": (wide, d)}
         shapes: dict[str, tuple[int, ...]] = {}
         for path, shape in self._mlp().items():
-            shapes[f"{path}/kernel"] = (1, *shape)
-            if self.bias:
-                shapes[f"{path}/bias"] = (1, d)
+            shapes |= _dense(path, (1, *shape), self.bias)
         return shapes
 
     def _mlp(self) -> dict[str, tuple[int, ...]]:

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 
 from nalora_jax.config import PreferenceConfig, RunConfig
 from nalora_jax.data.forms import in_turns
-from nalora_jax.data.pipeline import with_length
-from nalora_jax.data.preference import held_out_pairs, pair_data, pair_sizes, pairs_digest
+from nalora_jax.data.preference import held_out_pairs, pair_data, pairs_digest
 from nalora_jax.data.source import Source
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
@@ -52,8 +51,6 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     context = base.max_positions
     train, held = open_records(config.data, source)
     turns = in_turns(train.read([0])[0], config.data, preference.chosen_field)
-    measure = partial(pair_sizes, train, config.data, tokenizer, preference)
-    config = replace(config, data=with_length(config.data, measure, context))
     shape = stream_shape(config) | {"context": context}
     data = pair_data(train, config.data, preference, tokenizer, **shape)
     longest = int(data.store.lengths.max())
@@ -64,6 +61,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
             found=f"one of {longest}",
             remedy=f"set --data.max-length to {2 * context} or less",
         )
+    config = replace(config, data=replace(config.data, max_length=data.pattern.capacity))
     config = settled(config, base.d_model, data.rows_per_epoch, "rows of pairs")
     pairs = held_out_pairs(held, config.data, preference, tokenizer, context)
     questions = {"reported": pairs_digest(pairs[0]), "selecting": pairs_digest(pairs[1])}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 from jax.experimental import multihost_utils
@@ -30,12 +30,14 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.train.inputs import check_layout, check_longest, open_records, settled, stream_shape
 from nalora_jax.train.job import Inputs, Job, original
-from nalora_jax.train.output import Output
 from nalora_jax.train.program import Assembly, assemble, exportable_adapter
 from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
 from nalora_jax.weights.new_tokens import tokenizer_writer, with_added
 from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
+
+if TYPE_CHECKING:
+    from nalora_jax.train.output import Output
 
 log = logging.getLogger(__name__)
 

@@ -38,9 +38,8 @@ def opened(folder: Path, *records: dict[str, Any], chat: bool = True, **vision: 
 
 
 def openai(*parts: Any) -> dict[str, Any]:
-    return {
-        "messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": "A cat."}]
-    }
+    answer = {"role": "assistant", "content": "A cat."}
+    return {"messages": [{"role": "user", "content": list(parts)}, answer]}
 
 
 def test_every_form_is_the_same_conversation(tmp_path) -> None:
@@ -62,26 +61,18 @@ def test_every_form_is_the_same_conversation(tmp_path) -> None:
         user, assistant = record["messages"]
         assert list(user["content"]) == [IMAGE, TEXT]
         assert assistant["content"] == "A cat."
-    assert [record[IMAGES] for record in found[:-1]] == [((tmp_path / "a.png").resolve(),)] * (
-        len(records) - 1
-    )
-    assert found[-1][IMAGES] == (png(),)
+    path = (tmp_path / "a.png").resolve()
+    assert [record[IMAGES] for record in found] == [(path,)] * (len(records) - 1) + [(png(),)]
 
 
 def test_images_stand_where_the_text_says(tmp_path) -> None:
-    turns = [
-        {"from": "system", "value": "Be short."},
-        {"from": "human", "value": "<image> or <image>?"},
-        {"from": "gpt", "value": "The first."},
-    ]
-    source = opened(tmp_path, {"image": ["b.png", "a.png"], "conversations": turns})
-    record = source[0]
-    parts = [IMAGE, {"type": "text", "text": " or "}, IMAGE, {"type": "text", "text": "?"}]
-    assert [list(m["content"]) for m in record["messages"][:2]] == [
-        [{"type": "text", "text": "Be short."}],
-        parts,
-    ]
-    assert [path.name for path in source.images(0)] == ["b.png", "a.png"]
+    turns = [{"from": "system", "value": "Be short."}, {"from": "human", "value": "<image> or <image>?"}]
+    turns.append({"from": "gpt", "value": "The first."})
+    record = opened(tmp_path, {"image": ["b.png", "a.png"], "conversations": turns})[0]
+    short, between, end = ({"type": "text", "text": text} for text in ("Be short.", " or ", "?"))
+    contents = [list(message["content"]) for message in record["messages"][:2]]
+    assert contents == [[short], [IMAGE, between, IMAGE, end]]
+    assert [path.name for path in record[IMAGES]] == ["b.png", "a.png"]
 
 
 def test_a_caption_answers_the_prompt_of_the_settings(tmp_path) -> None:
@@ -103,16 +94,11 @@ def test_a_caption_answers_the_prompt_of_the_settings(tmp_path) -> None:
         ({"image": ["a.png", "b.png"], **openai(IMAGE, TEXT)}, "more than places"),
         (openai({"type": "text", "text": "a <img> b"}), "no <img>"),
         ({"image": "a.png", "conversations": [{"from": "robot", "value": "x"}]}, "human"),
-        (
-            {"messages": [{"role": "assistant", "content": [IMAGE]}], "image": "a.png"},
-            "texts from the assistant",
-        ),
+        ({"messages": [{"role": "assistant", "content": [IMAGE]}], "image": "a.png"}, "texts from the"),
         ({"image": "a.png", "text": "x"}, "--vision.caption-field"),
     ],
 )
-def test_what_no_model_could_read_is_refused_by_line(
-    tmp_path, record: dict[str, Any], message: str
-) -> None:
+def test_what_no_model_could_read_is_refused_by_line(tmp_path, record, message) -> None:
     source = opened(tmp_path, record)
     with pytest.raises(NaloraError, match=message) as error:
         source[0]
@@ -140,10 +126,7 @@ def test_no_epoch_has_a_row_with_more_images_than_places() -> None:
     lengths, images = rng.integers(3, 20, 200), rng.integers(0, 3, 200)
     pattern = pack(lengths, 40)
     places = image_places(pattern, lengths, images)
-    most = max(
-        images[plan_rows(pattern, lengths, 0, epoch).row(row)].sum()
-        for epoch in range(20)
-        for row in range(pattern.rows)
-    )
+    plans = [plan_rows(pattern, lengths, 0, epoch) for epoch in range(20)]
+    most = max(images[plan.row(row)].sum() for plan in plans for row in range(pattern.rows))
     assert most <= places <= 2 * np.diff(pattern.starts).max()
     assert image_places(pack(lengths, 40, several=False), lengths, images) == 2

@@ -12,7 +12,15 @@ from PIL import Image
 
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.images.files import ImageProcessor, open_image
-from nalora_jax.data.images.opened import ImageData, augmented, crop_box, draw_shots, generator, open_images
+from nalora_jax.data.images.opened import (
+    ImageData,
+    ImageSource,
+    augmented,
+    crop_box,
+    draw_shots,
+    generator,
+    open_images,
+)
 from nalora_jax.errors import NaloraError
 
 
@@ -21,15 +29,13 @@ def picture_folder(tmp_path: Path) -> Callable[..., Path]:
     """``picture_folder(cat=3, dog=5)`` makes so many pictures in a subfolder for each name."""
 
     def make(**counts: int) -> Path:
-        folder = tmp_path / "pictures"
-        for number, (name, count) in enumerate(counts.items()):
-            (folder / name).mkdir(parents=True)
+        for name, count in counts.items():
+            (tmp_path / "pictures" / name).mkdir(parents=True)
             for i in range(count):
-                pixels = np.random.default_rng(100 * number + i).integers(
-                    0, 256, (10 + i, 14, 3), dtype=np.uint8
-                )
-                Image.fromarray(pixels).save(folder / name / f"{i}.png")
-        return folder
+                rng = np.random.default_rng((i, len(name), ord(name[0])))
+                pixels = rng.integers(0, 256, (10 + i, 14, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
+        return tmp_path / "pictures"
 
     return make
 
@@ -37,14 +43,18 @@ def picture_folder(tmp_path: Path) -> Callable[..., Path]:
 PLAIN = VisionConfig()
 
 
+def images_of(dataset: Path, split: str = "train", fields: VisionConfig = PLAIN) -> ImageSource:
+    return open_images(DataConfig(dataset=str(dataset)), fields, split)
+
+
 def test_a_folder_per_class(picture_folder) -> None:
     folder = picture_folder(cat=3, dog=2)
-    source = open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
+    source = images_of(folder)
     assert source.classes() == ("cat", "dog")
     np.testing.assert_array_equal(source.labels(source.classes()), [0, 0, 0, 1, 1])
     np.testing.assert_array_equal(source.labels(("dog", "cat")), [1, 1, 1, 0, 0])
     assert source.where(4) == "dog/1.png"
-    tail = open_images(DataConfig(dataset=str(folder)), PLAIN, "train[60%:]")
+    tail = images_of(folder, "train[60%:]")
     assert [tail.where(i) for i in range(len(tail))] == ["dog/0.png", "dog/1.png"]
     assert source.fingerprint != tail.fingerprint
     assert tail.spans == [("train", 3, 5)]
@@ -53,20 +63,15 @@ def test_a_folder_per_class(picture_folder) -> None:
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_a_list_of_captions(picture_folder, form) -> None:
-    folder = picture_folder(cat=2)
-    rows = [{"file_name": "cat/0.png", "caption": "a cat, asleep", "label": "cat"}]
-    rows.append({"file_name": "cat/1.png", "caption": 'the "other" cät', "label": "cat"})
-    if form == "csv":
-        text = (
-            "file_name,caption,label\n"
-            + 'cat/0.png,"a cat, asleep",cat\ncat/1.png,"the ""other"" cät",cat\n'
-        )
-        (folder / "captions.csv").write_text(text, encoding="utf-8")
-    else:
-        (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    folder, texts = picture_folder(cat=2), ("a cat, asleep", 'the "other" cät')
+    rows = [{"file_name": f"cat/{i}.png", "caption": text} for i, text in enumerate(texts)]
+    text = 'file_name,caption\ncat/0.png,"a cat, asleep"\ncat/1.png,"the ""other"" cät"\n'
+    if form == "jsonl":
+        text = "\n".join(map(json.dumps, rows)) + "\n"
+    (folder / f"captions.{form}").write_text(text, encoding="utf-8")
     for dataset in (folder, folder / f"captions.{form}"):
-        source = open_images(DataConfig(dataset=str(dataset)), PLAIN, "train")
-        assert source.captions([1, 0]) == [rows[1]["caption"], rows[0]["caption"]]
+        source = images_of(dataset)
+        assert source.captions([1, 0]) == [texts[1], texts[0]]
         assert open_image(source.image(*source.read([0]), "")).size == (14, 10)
 
 
@@ -74,8 +79,8 @@ def test_a_list_cannot_reach_other_files(picture_folder) -> None:
     folder = picture_folder(cat=1)
     (folder.parent / "secret.png").write_bytes((folder / "cat" / "0.png").read_bytes())
     (folder / "captions.csv").write_text("file_name,caption\n../secret.png,oh\n")
-    source = open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
-    with pytest.raises(NaloraError, match="a file in the list's folder"):
+    source = images_of(folder)
+    with pytest.raises(NaloraError, match="a file below"):
         source.read([0])
 
 
@@ -84,33 +89,31 @@ def test_broken_images_are_named_and_left_out_or_refused(picture_folder, caplog)
     (folder / "cat" / "1.png").write_bytes(b"nothing of the kind")
     whole = (folder / "cat" / "2.png").read_bytes()
     (folder / "cat" / "2.png").write_bytes(whole[:60])
-    data, indices = DataConfig(dataset=str(folder)), np.arange(4)
-    np.testing.assert_array_equal(open_images(data, PLAIN, "train").readable(indices), [0, 3])
+    indices = np.arange(4)
+    np.testing.assert_array_equal(images_of(folder).readable(indices), [0, 3])
     assert [text.split(":")[1] for text in caplog.messages] == [" cat/1.png", " cat/2.png"]
     with pytest.raises(NaloraError, match=r"cat/[12]\.png"):
-        open_images(data, VisionConfig(broken="error"), "train").readable(indices)
+        images_of(folder, fields=VisionConfig(broken="error")).readable(indices)
     with pytest.raises(NaloraError, match="at least one record with readable images"):
-        open_images(data, VisionConfig(max_pixels=10), "train").readable(indices)
+        images_of(folder, fields=VisionConfig(max_pixels=10)).readable(indices)
 
 
-def test_what_is_missing_is_named(picture_folder, tmp_path) -> None:
+def test_what_is_missing_is_named(picture_folder) -> None:
     folder = picture_folder(cat=1)
-    for dataset, fields, message in (
-        ("nowhere", PLAIN, "expected a registered data set"),
-        (str(tmp_path / "pictures" / "cat"), PLAIN, "at least one image"),
-    ):
-        with pytest.raises(NaloraError, match=message):
-            open_images(DataConfig(dataset=dataset), fields, "train")
-    source = open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
+    with pytest.raises(NaloraError, match="expected a registered data set"):
+        images_of(Path("nowhere"))
+    with pytest.raises(NaloraError, match="at least one image"):
+        images_of(folder / "cat")
+    source = images_of(folder)
     with pytest.raises(NaloraError, match="--vision.caption-field"):
         source.captions([0])
     with pytest.raises(NaloraError, match="one of 1 classes"):
         source.labels(("bird",))
     with pytest.raises(NaloraError, match="train"):
-        open_images(DataConfig(dataset=str(folder)), PLAIN, "validation")
+        images_of(folder, "validation")
     (folder / "captions.csv").write_text("file_name,caption\ncat/0.png\n")
     with pytest.raises(NaloraError, match="captions.csv:2"):
-        open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
+        images_of(folder)
 
 
 # ---------------------------------------------------------------- what a run trains on
@@ -118,22 +121,11 @@ def test_what_is_missing_is_named(picture_folder, tmp_path) -> None:
 PROCESSOR = ImageProcessor(resize=(12, 12))
 
 
-def data(folder, *, rows=(0, 1, 2, 3), accumulate=1, seed=1, workers=0, **vision) -> ImageData:
-    fields = VisionConfig(**vision)
-    source = open_images(DataConfig(dataset=str(folder)), fields, "train")
-    labels = source.labels(source.classes())
-    return ImageData(
-        source,
-        np.arange(len(source)),
-        PROCESSOR,
-        fields,
-        seed,
-        labels,
-        batch_size=4 * accumulate,
-        accumulate=accumulate,
-        rows=rows,
-        workers=workers,
-    )
+def data(folder, *, seed=1, **vision) -> ImageData:
+    source = images_of(folder, fields=VisionConfig(**vision))
+    labels, indices = source.labels(source.classes()), np.arange(len(source))
+    options = {"batch_size": 4, "accumulate": 1, "rows": (0, 1, 2, 3), "workers": 0}
+    return ImageData(source, indices, PROCESSOR, source.fields, seed, labels, **options)
 
 
 def test_shots_are_nested_even_and_by_seed() -> None:
@@ -144,9 +136,7 @@ def test_shots_are_nested_even_and_by_seed() -> None:
     np.testing.assert_array_equal(np.bincount(labels[drawn[8]]), [8, 8, 8])
     assert set(drawn[8]) != set(draw_shots(labels, names, 8, 8))
     assert len(draw_shots(labels, names, 0, 7)) == 60
-    np.testing.assert_array_equal(
-        np.bincount(labels[draw_shots(labels, names, 1000, 7)]), np.bincount(labels)
-    )
+    assert len(draw_shots(labels, names, 1000, 7)) == 60
     with pytest.raises(NaloraError, match="class 'd'"):
         draw_shots(labels, (*names, "d"), 2, 7)
 
@@ -166,9 +156,8 @@ def test_batches_are_pure_and_every_epoch_holds_every_image(picture_folder) -> N
     assert len(positions) == 3
     # The same image in another epoch is changed in another way.
     still = data(folder, augment="none")
-    assert not np.array_equal(
-        np.sort(seen[0]["pixels"].ravel()), np.sort(still.batch_at(0)["pixels"].ravel())
-    )
+    pixels = (np.sort(stream.batch_at(0)["pixels"].ravel()) for stream in (stream, still))
+    assert not np.array_equal(*pixels)
 
 
 def test_augmentation_keeps_what_it_promises() -> None:
@@ -177,9 +166,7 @@ def test_augmentation_keeps_what_it_promises() -> None:
     assert augmented(image, none, generator(0)) is image
     flipped = {np.asarray(augmented(image, flip, generator(0, i))).tobytes() for i in range(20)}
     assert flipped == {np.asarray(image).tobytes(), np.asarray(image)[:, ::-1].tobytes()}
-    np.testing.assert_array_equal(
-        augmented(image, crop, generator(3)), augmented(image, crop, generator(3))
-    )
+    assert augmented(image, crop, generator(3)) == augmented(image, crop, generator(3))
     shares = []
     for i in range(300):
         left, top, right, bottom = crop_box(60, 40, 0.4, generator(9, i))

@@ -29,28 +29,12 @@ def test_rows_are_those_of_transformers(dual_folder) -> None:
 def test_clip_and_bert_tokenizers_from_their_files(tmp_path) -> None:
     """Byte-level BPE that ends words, and WordPiece with its normaliser, as those families' files hold them."""
     letters = "abcdefghijklmnopqrstuvwxyz!,"
-    clip_words = [
-        *letters,
-        *(f"{c}</w>" for c in letters),
-        "ca",
-        "cat</w>",
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    clip = transformers.CLIPTokenizer(
-        vocab={word: i for i, word in enumerate(clip_words)}, merges=[("c", "a"), ("ca", "t</w>")]
-    )
-    pieces = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *letters,
-        *(f"##{c}" for c in letters),
-        "cat",
-        "##ty",
-    ]
+    ends = [f"{c}</w>" for c in letters]
+    words = [*letters, *ends, "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
+    merges = [("c", "a"), ("ca", "t</w>")]
+    clip = transformers.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges)
+    special, inner = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], [f"##{c}" for c in letters]
+    pieces = [*special, *letters, *inner, "cat", "##ty"]
     bert = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(pieces)})
     for name, theirs in (("clip", clip), ("bert", bert)):
         theirs.save_pretrained(tmp_path / name)

@@ -1,11 +1,10 @@
-"""Groups of samples: every kind of cache, log-probabilities, keys and ends."""
+"""Groups of samples: two kinds of cache, log-probabilities, keys and ends."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from nalora_jax.evaluate.generate.programs import (
     NO_TOKEN,
@@ -16,22 +15,20 @@ from nalora_jax.evaluate.generate.programs import (
 )
 from nalora_jax.evaluate.generate.sampling import make_sampling
 from tests import tiny
-from tests.evaluate.generate.test_prefill import KINDS
-from tests.models.test_families import Case, build, by_name
+from tests.evaluate.generate.test_prefill import BY_FAMILY
+from tests.models.test_families import build
 
 SAMPLES, LIMIT = 3, 6
+CASE = BY_FAMILY["qwen3_5_text"]  # keys and values of attention, and a recurrent state
 
 
-def sampled(
-    case: Case, rows: list[list[int]], seeds: list[int], stop: int = NO_TOKEN, **more: float
-) -> tuple:
-    pair = build(case)
-    settings = make_sampling(len(seeds), **{"temperature": 1.0} | more, seeds=seeds)
+def sampled(rows: list[list[int]], seeds: list[int], stop: int = NO_TOKEN) -> tuple:
+    pair = build(CASE)
     prompts = Prompts(
         **padded_rows(rows, len(rows)),
         live=np.ones(len(rows), bool),
         stop_ids=np.array([stop]),
-        sampling=settings,
+        sampling=make_sampling(len(seeds), temperature=0.7, seeds=seeds),
     )
     weights = view_weights(pair.model, {"params": pair.params})
     return tuple(
@@ -39,15 +36,13 @@ def sampled(
     )
 
 
-# Not LongRoPE, which rollouts refuse across its switch.
-@pytest.mark.parametrize("case", KINDS[::2], ids=by_name)
-def test_log_probabilities_are_those_of_whole_texts(case: Case) -> None:
+def test_log_probabilities_are_those_of_whole_texts() -> None:
     """At temperature 0.7, of prompts of three lengths; each sample depends on its seed, not on its neighbors."""
-    pair = build(case)
+    pair = build(CASE)
     rng = np.random.default_rng(4)
     rows = [rng.integers(1, 128, length).tolist() for length in (5, 11, 8)]
     seeds = list(range(len(rows) * SAMPLES))
-    tokens, log_probs = sampled(case, rows, seeds, temperature=0.7)
+    tokens, log_probs = sampled(rows, seeds)
     assert len({tuple(row) for row in tokens}) == len(seeds)
     texts = [[*rows[number // SAMPLES], *new] for number, new in enumerate(tokens)]
     padded = np.zeros((len(texts), max(map(len, texts))), np.int32)
@@ -57,17 +52,16 @@ def test_log_probabilities_are_those_of_whole_texts(case: Case) -> None:
     for row, length, new, found in zip(logits, map(len, texts), tokens, log_probs, strict=True):
         of_text = jax.nn.log_softmax(row[length - LIMIT - 1 : length - 1] / 0.7)
         np.testing.assert_allclose(found, of_text[np.arange(LIMIT), new], rtol=2e-4, atol=2e-4)
-    alone, _ = sampled(case, rows[1:2], seeds[SAMPLES : 2 * SAMPLES], temperature=0.7)
-    np.testing.assert_array_equal(alone, tokens[SAMPLES : 2 * SAMPLES])
+    moved, _ = sampled([rows[1], rows[0], rows[2]], [*seeds[3:6], *seeds[:3], *seeds[6:]])
+    np.testing.assert_array_equal(moved, tokens[[3, 4, 5, 0, 1, 2, 6, 7, 8]])
 
 
 def test_a_sample_ends_with_its_stop_token() -> None:
-    case = KINDS[0]
-    rows = [[3, 1, 4, 1, 5]] * 2
-    free, log_probs = sampled(case, rows, list(range(6)))
+    rows, seeds = [[3, 1, 4, 1, 5]] * 3, list(range(9))
+    free, log_probs = sampled(rows, seeds)
     stop = int(free[0, 2])
-    stopped, stopped_log_probs = sampled(case, rows, list(range(6)), stop=stop)
-    for row in range(6):
+    stopped, stopped_log_probs = sampled(rows, seeds, stop)
+    for row in seeds:
         ends = np.flatnonzero(free[row] == stop)
         length = int(ends[0]) + 1 if len(ends) else LIMIT
         np.testing.assert_array_equal(stopped[row], [*free[row, :length], *[NO_TOKEN] * (LIMIT - length)])
