@@ -50,7 +50,14 @@ class Group:
 
     label: str
     colour: str  # variable of the page's style
+    settings: Mapping[str, str]  # by dotted name, as a user would type them
     runs: tuple[History, ...]
+
+    @property
+    def metric(self) -> str:
+        """Returns the name of the headline metric."""
+        metric = self.runs[0].metric
+        return "held-out metric" if metric is None else metric[1]
 
 
 def write_comparison(folders: Sequence[str | Path], output: str | Path) -> Path:
@@ -72,47 +79,51 @@ def write_comparison(folders: Sequence[str | Path], output: str | Path) -> Path:
 def render_comparison(runs: Sequence[History]) -> str:
     """Returns the page as text."""
     groups = group_runs(runs)
+    differing = _apart([group.settings for group in groups])
+    # Metrics of runs that differ in these settings, or in the metric, are not comparable.
+    of_task = [name for name in differing if name in _TASK]
+    if len({run.metric[1] for group in groups for run in group.runs if run.metric}) > 1:
+        of_task.append("metric")
     return template("compare.html.j2").render(
         css=Markup(resource("style.css")),
         title=f"{len(runs)} runs, {len(groups)} {'setting' if len(groups) == 1 else 'settings'}",
         heads=list(_row(groups[0])),
         rows=[(group.label, f"var(--{group.colour})", list(_row(group).values())) for group in groups],
-        metric=_metric(groups),
-        apart=_tasks_apart(groups),
+        metric=groups[0].metric,
+        apart=of_task,
         plain=list(_plain_exports(groups)),
         pictures=list(_pictures(groups)),
         labels=[group.label for group in groups],
-        settings=_settings(groups),
+        settings=[[name, *(group.settings.get(name, "–") for group in groups)] for name in differing],
     )
 
 
 def group_runs(runs: Sequence[History]) -> list[Group]:
     """Groups runs that differ only in their seed, in the given order, named by differences."""
-    groups: dict[str, list[History]] = {}
+    groups: list[tuple[dict[str, str], list[History]]] = []
     for run in runs:
-        groups.setdefault(repr(sorted(_identity(run).items())), []).append(run)
+        identity = _identity(run)
+        alike = next((members for settings, members in groups if settings == identity), None)
+        if alike is None:
+            groups.append((identity, [run]))
+        else:
+            alike.append(run)
     if len(groups) > len(_GROUP_COLOURS):
-        raise NaloraError(
-            "nalora report", expected=f"at most {len(_GROUP_COLOURS)} different settings", found=len(groups)
-        )
-    identities = [_identity(ones[0]) for ones in groups.values()]
-    names = [_method(ones[0].config) for ones in groups.values()]
-    apart = _apart(identities)
+        expected = f"at most {len(_GROUP_COLOURS)} different settings"
+        raise NaloraError("nalora report", expected=expected, found=len(groups))
+    apart = _apart([identity for identity, _ in groups])
+    names = [_method(members[0].config) for _, members in groups]
     labels = []
-    for name, identity in zip(names, identities, strict=True):
+    for name, (identity, _) in zip(names, groups, strict=True):
         # Settings in the method's name are not repeated, unless two groups have the same name.
-        settings = [
-            setting for setting in apart if names.count(name) > 1 or not setting.startswith("mechanisms")
-        ]
-        values = [
-            f"{setting.rpartition('.')[2]} {identity.get(setting, 'unknown')}" for setting in settings
-        ]
+        shown = [each for each in apart if names.count(name) > 1 or not each.startswith("mechanisms")]
+        values = [f"{each.rpartition('.')[2]} {identity.get(each, 'unknown')}" for each in shown]
         labels.append(", ".join([name, *(value[:_LABEL] for value in values[:_SETTINGS])]))
     # The table below the pictures has every setting in full.
     labels = [f"{label} ({n})" if labels.count(label) > 1 else label for n, label in enumerate(labels, 1)]
     return [
-        Group(label, colour, tuple(ones))
-        for label, colour, ones in zip(labels, _GROUP_COLOURS, groups.values(), strict=False)
+        Group(label, colour, identity, tuple(members))
+        for label, colour, (identity, members) in zip(labels, _GROUP_COLOURS, groups, strict=False)
     ]
 
 
@@ -133,33 +144,6 @@ def _method(config: Mapping[str, Any]) -> str:
     if config.get("adalora", {}).get("target_rank"):
         return "AdaLoRA"
     return "LoRA"
-
-
-def _metric(groups: Sequence[Group]) -> str:
-    metric = groups[0].runs[0].metric
-    if metric is None:
-        return "held-out metric"
-    return metric[1]
-
-
-def _held_out(metric: str) -> str:
-    """Returns the metric's name as a title that names the data once."""
-    if metric.startswith("held-out"):
-        return metric.capitalize()
-    return f"Held-out {metric}"
-
-
-def _tasks_apart(groups: Sequence[Group]) -> list[str]:
-    """Returns the settings of model, task or metric in which runs differ.
-
-    Metrics of runs that differ in these settings are not comparable.
-    """
-    identities = [_identity(group.runs[0]) for group in groups]
-    apart = [name for name in _apart(identities) if name in _TASK]
-    metrics = {run.metric[1] for group in groups for run in group.runs if run.metric}
-    if len(metrics) > 1:
-        apart.append("metric")
-    return apart
 
 
 def _plain_exports(groups: Sequence[Group]) -> Iterator[str]:
@@ -191,7 +175,7 @@ def _row(group: Group) -> dict[str, str]:
         "time": _spread([run.total("seconds") for run in group.runs], "time"),
         "runs": f"{count} ({'seed' if count == 1 else 'seeds'} {seeds})",
     }
-    if "loss" in _metric([group]):
+    if "loss" in group.metric:
         del row["loss after"]  # it is the metric
     return row
 
@@ -214,16 +198,11 @@ def _spread(values: Sequence[float | None], form: str = ".3f") -> str:
     return f"{mean} ({low} to {high})"
 
 
-def _settings(groups: Sequence[Group]) -> list[list[str]]:
-    """Returns the rows of the table of settings in which groups differ."""
-    identities = [_identity(group.runs[0]) for group in groups]
-    return [[name, *(identity.get(name, "–") for identity in identities)] for name in _apart(identities)]
-
-
 def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, str, Markup]]:
     """Yields (name, title, plot); the template explains them by name."""
-    titles = {
-        "metric": _held_out(_metric(groups)),
+    metric = groups[0].metric
+    titles = {  # of the metric one that names the held-out data once
+        "metric": metric.capitalize() if metric.startswith("held-out") else f"Held-out {metric}",
         "loss": "Training loss",
         "misalignment": "Misalignment",
         "feature": "Feature movement",

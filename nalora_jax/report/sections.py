@@ -132,18 +132,12 @@ def _verdict(
         interval = f"95% of the difference, item by item: {paired['low']:+.3f} to {paired['high']:+.3f}"
         counts = f"{paired['gained']} gained, {paired['lost']} lost, p = {paired['p_value']:.2g}"
         return f"{change} ({interval}; {counts})."
-    apart = _apart(scores[0], scores[1])
-    if apart is None:
+    first, second = scores
+    if first.low is None or first.high is None or second.low is None or second.high is None:
         return f"{change}."
+    apart = first.high < second.low or second.high < first.low
     overlap = "do not overlap" if apart else "overlap: more items are needed for a conclusion"
     return f"{change}; the intervals {overlap}."
-
-
-def _apart(first: EvaluationScore, second: EvaluationScore) -> bool | None:
-    """Returns True if two intervals do not overlap; None if an interval is unknown."""
-    if first.low is None or first.high is None or second.low is None or second.high is None:
-        return None
-    return first.high < second.low or second.high < first.low
 
 
 def tiles(history: History) -> Iterator[tuple[str, str, str]]:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from nalora_jax.common import processor
-from nalora_jax.errors import NaloraError, TrainingDivergedError
+from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
 from nalora_jax.study import provenance
@@ -27,7 +27,6 @@ from nalora_jax.study.records import Record, Records, exact_values, hours
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.sweeps.program import RunLoop, SweepProgram, fit_all
 from nalora_jax.train.compilation import use_compilation_cache
-from nalora_jax.train.loop import Follower
 from nalora_jax.train.machine import describe_device, peak_memory, versions
 
 log = logging.getLogger(__name__)
@@ -161,7 +160,7 @@ def perform_all(
     ]
     provenance.check_records({**(records or {}), **{each["id"]: each for each in described}})
     fits = resources.fitting(runs[0])
-    states = [_trained(started[0])] if fits is None else _trained_together(started, fits.slots(len(runs)))
+    states = [started[0].train()] if fits is None else _trained_together(started, fits.slots(len(runs)))
     share = (time.perf_counter() - began) / len(runs)
     performed = []
     for progress, facts, state in zip(started, described, states, strict=True):
@@ -172,23 +171,14 @@ def perform_all(
     return performed
 
 
-def _trained(progress: RunInProgress) -> TrainState | None:
-    """Returns the trained state of a run; None if it diverged."""
-    try:
-        return progress.train()
-    except TrainingDivergedError:
-        return None
-
-
 def _trained_together(started: Sequence[RunInProgress], slots: int) -> list[TrainState | None]:
     """Returns the trained state of each run of a program with ``slots``; None for diverged runs."""
-    loops, assemblies = [], []
-    for progress in started:
-        state, start = progress.begin()
-        params = progress.params
-        assemblies.append(replace(progress.assembly, params=params, state=state))
-        follower = Follower(progress, progress.schedule, progress.rate, state, start, params)
-        loops.append(RunLoop(follower, progress.rows(start), start=start, steps=progress.run.config.steps))
+    loops = [RunLoop(run.begin(), run.rows()) for run in started]
+    starts = [loop.follower.result.state for loop in loops]
+    assemblies = [
+        replace(run.assembly, params=run.params, state=state)
+        for run, state in zip(started, starts, strict=True)
+    ]
     began = time.perf_counter()
     results = fit_all(SweepProgram(assemblies, slots=slots), loops)
     for progress in started:

@@ -38,14 +38,8 @@ def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
     """Returns SVG text by file name, without the pictures that would be empty."""
     cell_results = results(protocol, records)
     marks = _marks(protocol)
-    panels: dict[str, Callable[[Any, Sequence[MethodResult], dict[str, Any]], bool]] = {
-        "loss_by_rate.svg": _loss_by_rate,
-        "loss_by_step.svg": _loss_by_step,
-        "misalignment.svg": _misalignment,
-        "importance.svg": _importance,
-    }
     with file_style():
-        pictures = {name: _grid(name, cell_results, marks, panel) for name, panel in panels.items()}
+        pictures = {name: _grid(name, cell_results, marks) for name in _POINTS}
         primary = [c for c in comparisons(protocol, cell_results) if c.measure.kind == "primary"]
         ordered = sorted(primary, key=lambda comparison: list(protocol.tasks).index(comparison.cell.task))
         count = math.ceil(len(ordered) / _ROWS)
@@ -57,9 +51,7 @@ def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
     return {name: text for name, text in pictures.items() if text}
 
 
-def _grid(
-    name: str, cell_results: Sequence[MethodResult], marks: dict[str, Any], panel: Callable[..., bool]
-) -> str:
+def _grid(name: str, cell_results: Sequence[MethodResult], marks: dict[str, Any]) -> str:
     """Draws a panel per model and task, up to four in a row, with one legend."""
     groups = by_task(cell_results)
     columns = min(len(groups), _COLUMNS)
@@ -70,7 +62,7 @@ def _grid(
         axis.remove()
     drawn = False
     for axis, ((task, model), group) in zip(axes[: len(groups)], groups.items(), strict=True):
-        drawn |= panel(axis, group, marks)
+        drawn |= _panel(name, axis, group, marks)
         axis.set_title(f"{task}, {model}", fontsize=10)
         if not axis.has_data():
             axis.set_axis_off()
@@ -99,82 +91,72 @@ def _marks(protocol: Protocol) -> dict[str, dict[str, Any]]:
     return marks
 
 
-def _cost(group: Sequence[MethodResult]) -> str:
-    return f"validation {named(group[0].metric)}"
+def _panel(name: str, axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
+    """Plots the points of each method; returns False if there is nothing to see."""
+    points, xlabel, ylabel = _POINTS[name]
+    lines = {result.cell.method: points(result) for result in group}
+    lines = {method: line for method, line in lines.items() if line}
+    style = {"linestyle": "none"} if name == "misalignment.svg" else {"linewidth": 1.2}
+    for method, line in lines.items():
+        axis.plot(*zip(*line, strict=True), label=method, **style, **marks[method])
+    axis.set(xlabel=xlabel, ylabel=ylabel.format(cost=named(group[0].metric)))
+    values = [[y for _, y in line] for line in lines.values()]
+    if name == "loss_by_step.svg":
+        return any(len(line) > 1 for line in lines.values())
+    if name == "importance.svg":
+        spreads = [max(at_step) - min(at_step) for at_step in zip(*values, strict=False)]
+        return bool(lines) and max(spreads) > _VISIBLE * max(map(abs, values[0]))
+    if name == "loss_by_rate.svg" and lines:
+        tried = sorted({rate for line in lines.values() for rate, _ in line})
+        axis.set(xscale="log")
+        axis.minorticks_off()
+        axis.set_xticks(tried, [f"{rate:g}" for rate in tried], rotation=30, fontsize=8)
+        shown = [min(loss, min(losses) + 0.5) for losses in values for loss in losses]
+        low, high, spread = min(shown), max(shown), max(shown) - min(shown)
+        axis.set_ylim(low - 0.05 * spread - 1e-4, high + 0.05 * spread + 1e-4)
+    return bool(lines)
 
 
-def _loss_by_rate(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
-    """Plots the validation cost over learning rates."""
-    top, tried = [], set[float]()
-    for result in group:
-        costs = {rate: loss for rate, loss in result.tuning.costs.items() if loss and math.isfinite(loss)}
-        if not costs:
-            continue
-        rates, losses = list(costs), list(costs.values())
-        axis.plot(rates, losses, label=result.cell.method, linewidth=1.2, **marks[result.cell.method])
-        tried.update(rates)
-        best = min(losses)
-        top += [min(loss, best + 0.5) for loss in losses]
-    if not top:
-        return False
-    axis.set(xlabel="learning rate", ylabel=f"{_cost(group)}, lower is better", xscale="log")
-    axis.minorticks_off()
-    axis.set_xticks(sorted(tried), [f"{rate:g}" for rate in sorted(tried)], rotation=30, fontsize=8)
-    spread = max(top) - min(top)
-    axis.set_ylim(min(top) - 0.05 * spread - 1e-4, max(top) + 0.05 * spread + 1e-4)
-    return True
+def _by_rate(result: MethodResult) -> list[tuple[float, float]]:
+    """Returns the validation cost by learning rate."""
+    return [(rate, loss) for rate, loss in result.tuning.costs.items() if loss and math.isfinite(loss)]
 
 
-def _loss_by_step(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
-    """Plots the mean validation cost along the test runs, if they evaluate at several steps."""
-    drawn = False
-    for result in group:
-        curves = [
-            {int(p["step"]): cost(result.metric, p) for p in record["curve"]}
-            for record in result.finite().values()
-        ]
-        steps = []
-        if curves:
-            steps = sorted(set(curves[0]).intersection(*curves) - {0})
-        if steps:
-            values = [mean_of([curve[step] for curve in curves]) for step in steps]
-            axis.plot(steps, values, label=result.cell.method, linewidth=1.2, **marks[result.cell.method])
-            drawn |= len(steps) > 1
-    axis.set(xlabel="step", ylabel=f"{_cost(group)}, lower is better")
-    return drawn
+def _by_step(result: MethodResult) -> list[tuple[float, float]]:
+    """Returns the mean validation cost along the test runs."""
+    curves = [
+        {int(p["step"]): cost(result.metric, p) for p in record["curve"]}
+        for record in result.finite().values()
+    ]
+    steps = sorted(set(curves[0]).intersection(*curves) - {0}) if curves else []
+    return [(step, mean_of([curve[step] for curve in curves])) for step in steps]
 
 
-def _misalignment(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
-    """Plots the misalignment at the end of each test run over its gates' feature movement."""
-    drawn = False
-    for result in group:
-        records = result.finite().values()
-        points = [(last(record, "mean_feature"), last(record, "misalignment")) for record in records]
-        points = [(x, y) for x, y in points if x is not None and y is not None]
-        if points:
-            mark = marks[result.cell.method]
-            axis.plot(*zip(*points, strict=True), linestyle="none", label=result.cell.method, **mark)
-            drawn = True
-    axis.set(xlabel="feature movement E|F|", ylabel="misalignment E|S| / E|F|")
-    return drawn
+def _misalignments(result: MethodResult) -> list[tuple[float, float]]:
+    """Returns the gates' feature movement and the misalignment at the end of each test run."""
+    records = result.finite().values()
+    points = [(last(record, "mean_feature"), last(record, "misalignment")) for record in records]
+    return [(x, y) for x, y in points if x is not None and y is not None]
 
 
-def _importance(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
-    """Plots the mean slope E|phi'| of the gates along the test runs."""
-    lines = []
-    for result in group:
-        rows = [
-            {r["step"]: r.get("mean_importance") for r in record["training"]}
-            for record in result.finite().values()
-        ]
-        steps = sorted(set(rows[0]).intersection(*rows)) if rows else []
-        values = [mean_of([float(row[step]) for row in rows if row[step] is not None]) for step in steps]
-        if any(map(math.isfinite, values)):
-            axis.plot(steps, values, label=result.cell.method, linewidth=1.2, **marks[result.cell.method])
-            lines.append(values)
-    axis.set(xlabel="step", ylabel="mean importance E|φ′|")
-    spreads = [max(values) - min(values) for values in zip(*lines, strict=False)]
-    return bool(lines) and max(spreads) > _VISIBLE * max(map(abs, lines[0]))
+def _importances(result: MethodResult) -> list[tuple[float, float]]:
+    """Returns the mean slope E|phi'| of the gates along the test runs."""
+    rows = [
+        {r["step"]: r.get("mean_importance") for r in record["training"]}
+        for record in result.finite().values()
+    ]
+    steps = sorted(set(rows[0]).intersection(*rows)) if rows else []
+    values = [mean_of([float(row[step]) for row in rows if row[step] is not None]) for step in steps]
+    return list(zip(steps, values, strict=True)) if any(map(math.isfinite, values)) else []
+
+
+# Pictures with a panel per model and task: the points of a method, and both labels.
+_POINTS: dict[str, tuple[Callable[[MethodResult], list[tuple[float, float]]], str, str]] = {
+    "loss_by_rate.svg": (_by_rate, "learning rate", "validation {cost}, lower is better"),
+    "loss_by_step.svg": (_by_step, "step", "validation {cost}, lower is better"),
+    "misalignment.svg": (_misalignments, "feature movement E|F|", "misalignment E|S| / E|F|"),
+    "importance.svg": (_importances, "step", "mean importance E|φ′|"),
+}
 
 
 def _differences(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -76,7 +76,7 @@ class Run:
 
         Settings at their default are left out, so that records stay valid when settings are added.
         """
-        settings = _changed(self._settings.to_dict(), RunConfig().to_dict())
+        settings = _changed(self._settings, RunConfig())
         protocol, task = self.protocol, self.protocol.tasks[self.cell.task]
         measured: dict[str, Any] = {"evaluate_every": protocol.evaluate_every}
         if self.stage == "test":
@@ -224,12 +224,15 @@ def _mean_loss(protocol: Protocol, cell: Cell, rate: float, records: Mapping[str
     return sum(costs) / len(costs)
 
 
-def _changed(value: Any, default: Any) -> Any:
-    """Returns the settings in nested dicts that differ from their defaults."""
-    if not isinstance(value, dict):
-        return value
-    return {name: _changed(each, default[name]) for name, each in value.items() if each != default[name]}
+def _changed(settings: Any, defaults: Any) -> Any:
+    """Returns the settings that differ from their defaults, groups as dicts."""
+    if not is_dataclass(settings):
+        return settings
+    pairs = (
+        (each.name, getattr(settings, each.name), getattr(defaults, each.name)) for each in fields(settings)
+    )
+    return {name: _changed(value, default) for name, value, default in pairs if value != default}
 
 
 def _hash(value: Any) -> str:
-    return json_digest(value, sort_keys=True)[:16]
+    return json_digest(value, sort_keys=True, default=asdict)[:16]

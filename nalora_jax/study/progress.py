@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from nalora_jax.common import trees
 from nalora_jax.data.pipeline import BatchIterator
+from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.evaluate.run_log import to_json
 from nalora_jax.layout import distributed
 from nalora_jax.method import activations, statistics
@@ -46,49 +47,41 @@ class RunInProgress:
         self.seconds_before = self.training_seconds = 0.0
         self._began = time.perf_counter()
 
-    @property
-    def schedule(self) -> Schedule:
-        """The intervals of the loop's actions."""
-        config = self.run.config
-        return Schedule(
-            config.steps, config.train.log_every, self.run.protocol.evaluate_every, save_every=0
-        )
-
-    @property
-    def rate(self) -> Callable[[int], Any]:
-        """The learning rate by step."""
-        return make_schedule(self.run.config.optimizer, self.run.config.steps)
-
-    def begin(self) -> tuple[TrainState, int]:
-        """Returns the state to train from and its step, from the snapshot if there is one."""
+    def begin(self) -> Follower:
+        """Returns the actions after each step, from the snapshot's state and step if there is one."""
         state = self.resources.start(self.run, self.data)
         self.parameters = trees.count_elements(state.lora)
         state, start = self._resumed(state)
         if not start:
             self.curve.append({"step": 0} | self.resources.measure_base(self.run, self.items))
-        return state, start
+        config = self.run.config
+        every = config.train.log_every, self.run.protocol.evaluate_every
+        schedule = Schedule(config.steps, *every, save_every=0)
+        rate = make_schedule(config.optimizer, config.steps)
+        self._start = start
+        return Follower(self, schedule, rate, state, start, self.params)
 
-    def rows(self, start: int) -> BatchIterator:
-        """Returns the batches after ``start`` steps."""
-        batches = self.data.batches()
-        batches.set_state({"row": start * self.run.config.train.batch_size, "data": self.data.fingerprint})
+    def rows(self) -> BatchIterator:
+        """Returns the batches of the steps after `begin`."""
+        batches, row = self.data.batches(), self._start * self.run.config.train.batch_size
+        batches.set_state({"row": row, "data": self.data.fingerprint})
         return batches
 
-    def train(self) -> TrainState:
-        """Trains all steps, resuming from the snapshot if there is one."""
+    def train(self) -> TrainState | None:
+        """Trains all steps, resuming from the snapshot if there is one; returns None if the run diverged."""
         assembly, params = self.assembly, self.assembly.view(self.params)
         step = self.subject.step(self.run.config, assembly, self.data)
-        state, start = self.begin()
-        batches = self.rows(start)
+        follower = self.begin()
+        batches = self.rows()
         began = time.perf_counter()
         try:
             rows = distributed.global_batches(batches, assembly.mesh)
-            follower = Follower(self, self.schedule, self.rate, state, start, params)
-            result = run_steps(step, params, state, rows, follower)
+            return run_steps(step, params, follower.result.state, rows, follower).state
+        except TrainingDivergedError:
+            return None
         finally:
             batches.close()
             self.training_seconds += time.perf_counter() - began
-        return result.state
 
     def measure(self, state: TrainState) -> dict[str, Any]:
         """Returns the final measures, for a test run including test items and probes."""

@@ -25,13 +25,14 @@ settings.optimizer.rates = [["ffn/gate_proj", 2.0]]
 
 from __future__ import annotations
 
-import hashlib
-import json
+import itertools
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from nalora_jax.common.digests import json_digest
 from nalora_jax.common.imports import import_files
 from nalora_jax.config import DataConfig, LoRARule, RunConfig, VisionConfig, check
 from nalora_jax.config.structured import AMOUNT, COUNT, INTERNAL, SIZE, Range, check_ranges, structured
@@ -222,98 +223,77 @@ def read_protocol(path: str | Path) -> Protocol:
         raise NaloraError(
             str(path), expected="a study", found=error.strerror or error, remedy=remedy
         ) from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not UTF-8, no TOML, a number of 5,000 digits, 3,000 brackets
+    except (ValueError, RecursionError) as error:  # not UTF-8, no TOML, 5,000 digits, 3,000 brackets
         raise NaloraError(str(path), expected="a TOML file", found=error) from error
-    digest = hashlib.sha256(
-        json.dumps(table, sort_keys=True, default=str).encode()
-    ).hexdigest()  # dates as text
+    digest = json_digest(table, sort_keys=True, default=str)  # dates as text
     try:
         protocol = replace(structured(Protocol, table), path=path, digest=digest)
         import_files(protocol.imports, path.parent)
-        _check(protocol)
+        for where, fine, expected, actual in _requirements(protocol):
+            if not fine:
+                raise NaloraError(where, expected=expected, found=actual)
     except NaloraError as error:
-        actual, remedy = error.found, error.remedy
-        raise NaloraError(
-            f"{path}: {error.where}", expected=error.expected, found=actual, remedy=remedy
-        ) from error
+        at, remedy = f"{path}: {error.where}", error.remedy
+        raise NaloraError(at, expected=error.expected, found=error.found, remedy=remedy) from error
     return protocol
 
 
-def _check(protocol: Protocol) -> None:
-    """Raises an error unless all values are consistent and every run's settings are in range."""
-    p = protocol
+Requirement = tuple[str, bool, str, object]  # field, whether it is met, what is expected, what was found
+
+
+def _requirements(p: Protocol) -> Iterator[Requirement]:
+    """Yields what must hold for all values to be consistent and every run's settings in range, in order."""
     check_ranges(p, "")
     for name in ("models", "tasks", "methods", "rates", "tuning_seeds", "test_seeds"):
-        _require(name, bool(getattr(p, name)), "at least one", "none")
         value = getattr(p, name)
-        _require(name, len(set(value)) == len(value), "no value twice", value)
-    _require(
-        "rates", list(p.rates) == sorted(p.rates) and p.rates[0] > 0, "ascending rates above 0", p.rates
-    )
-    _require("rates", p.extend == 0 or len(p.rates) > 1, "two rates, to extend the grid", p.rates)
-    _require(
-        "test_multiples",
-        1.0 in p.test_multiples and min(p.test_multiples) > 0,
-        "1 among them",
-        p.test_multiples,
-    )
+        yield name, bool(value), "at least one", "none"
+        yield name, len(set(value)) == len(value), "no value twice", value
+    ascending = list(p.rates) == sorted(p.rates) and p.rates[0] > 0
+    yield "rates", ascending, "ascending rates above 0", p.rates
+    yield "rates", p.extend == 0 or len(p.rates) > 1, "two rates, to extend the grid", p.rates
+    multiples = p.test_multiples
+    yield "test_multiples", 1.0 in multiples and min(multiples) > 0, "1 among them", multiples
     shared = set(p.tuning_seeds) & set(p.test_seeds)
-    _require("test_seeds", not shared, "no seed that tunes", sorted(shared))
-    _require("baseline", p.baseline in p.methods, f"one of {', '.join(p.methods)}", p.baseline)
+    yield "test_seeds", not shared, "no seed that tunes", sorted(shared)
+    yield "baseline", p.baseline in p.methods, f"one of {', '.join(p.methods)}", p.baseline
     for name, method in p.methods.items():
-        _check_method(p, name, method)
+        yield from _method_requirements(p, name, method)
     for name, task in p.tasks.items():
-        _check_task(p, name, task)
+        yield from _task_requirements(p, name, task)
     for name, probe in p.probes.items():
         check_ranges(probe, f"[probes.{name}] ")
-    updates = p.config(
-        p.models[0], next(iter(p.tasks)), p.baseline, p.rates[0], p.tuning_seeds[0]
-    ).rl.updates
+    updates = p.config(p.models[0], next(iter(p.tasks)), p.baseline, p.rates[0], 0).rl.updates
     expected = f"a multiple of rl.updates, {updates}: a run resumes between rollouts"
-    _require("evaluate_every", p.evaluate_every % updates == 0, expected, p.evaluate_every)
+    yield "evaluate_every", p.evaluate_every % updates == 0, expected, p.evaluate_every
     kinds = set()
-    for model in p.models:
-        for name in p.tasks:
-            for method_name in p.methods:
-                config = p.config(model, name, method_name, p.rates[0], p.tuning_seeds[0])
-                measured = "reward" if config.rl.rewards else config.vision.task
-                of_metric = {"accuracy": "classify", "recall": "contrast", "reward": "reward"}
-                fits = p.metric == "loss" or measured == of_metric[p.metric]
-                _require("metric", fits, f"a metric that [tasks.{name}] measures during training", p.metric)
-                kinds.add("images" if config.vision.task else "text")
-    _require("tasks", len(kinds) == 1, "tasks of text only or of images only", "both")
+    for model, name, method_name in itertools.product(p.models, p.tasks, p.methods):
+        config = p.config(model, name, method_name, p.rates[0], p.tuning_seeds[0])
+        measured = "reward" if config.rl.rewards else config.vision.task
+        of_metric = {"accuracy": "classify", "recall": "contrast", "reward": "reward"}
+        fits = p.metric == "loss" or measured == of_metric[p.metric]
+        yield "metric", fits, f"a metric that [tasks.{name}] measures during training", p.metric
+        kinds.add("images" if config.vision.task else "text")
+    yield "tasks", len(kinds) == 1, "tasks of text only or of images only", "both"
 
 
-def _check_task(p: Protocol, name: str, task: Task) -> None:
-    check_ranges(task, f"[tasks.{name}] ")
-    where, count = f"[tasks.{name}] accuracy_items", task.accuracy_items
-    _require(where, not (count and task.vision), "none for images: one pass scores all classes", count)
-    config = p.config(p.models[0], name, p.baseline, p.rates[0], 0)
-    _require(where, not (count and config.rl.rewards), "none for rewards: answers are generated", count)
-    if p.preference:
-        _require(where, count == 0, "none for pairs: the loss scores both completions", count)
-        limit = config.data.train_limit
-        expected = "0 for pairs: a slice such as train[:1000] is the same for every seed"
-        _require(f"[tasks.{name}] data train_limit", limit == 0, expected, limit)
-
-
-def _check_method(p: Protocol, name: str, method: Method) -> None:
+def _method_requirements(p: Protocol, name: str, method: Method) -> Iterator[Requirement]:
     where = f"[methods.{name}]"
     exists = method.placebo_of in ("", *p.methods) and method.placebo_of != name
-    _require(f"{where} placebo_of", exists, "another method", method.placebo_of)
-    owned = [setting for setting in method.settings if setting in _OF_THE_STUDY]
-    _require(
-        f"{where} settings", not owned, "no setting that belongs in [run] or [tasks]", ", ".join(owned)
-    )
+    yield f"{where} placebo_of", exists, "another method", method.placebo_of
+    owned = ", ".join(setting for setting in method.settings if setting in _OF_THE_STUDY)
+    yield f"{where} settings", not owned, "no setting that belongs in [run] or [tasks]", owned
     rate = "learning_rate" in method.settings.get("optimizer", {})
-    _require(
-        f"{where} settings", not rate, "no learning rate, which the grid gives", "optimizer.learning_rate"
-    )
+    yield f"{where} settings", not rate, "no learning rate, which the grid gives", "optimizer.learning_rate"
 
 
-def _require(where: str, fine: bool, expected: str, actual: object) -> None:
-    if not fine:
-        raise NaloraError(where, expected=expected, found=actual)
+def _task_requirements(p: Protocol, name: str, task: Task) -> Iterator[Requirement]:
+    check_ranges(task, f"[tasks.{name}] ")
+    where, count = f"[tasks.{name}] accuracy_items", task.accuracy_items
+    yield where, not (count and task.vision), "none for images: one pass scores all classes", count
+    config = p.config(p.models[0], name, p.baseline, p.rates[0], 0)
+    yield where, not (count and config.rl.rewards), "none for rewards: answers are generated", count
+    if p.preference:
+        yield where, count == 0, "none for pairs: the loss scores both completions", count
+        limit = config.data.train_limit
+        expected = "0 for pairs: a slice such as train[:1000] is the same for every seed"
+        yield f"[tasks.{name}] data train_limit", limit == 0, expected, limit

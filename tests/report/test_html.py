@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
+from html import unescape
 
 import numpy as np
 import pytest
@@ -16,40 +16,22 @@ from nalora_jax.report.history import history_of, read_history
 from nalora_jax.report.html import render, write_report
 from nalora_jax.report.sections import confusions, picture
 
-VOID = {"meta", "br", "img", "input", "link", "hr"}
 
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page; refuses tags that are not closed in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.text = [], [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
-            self.text.append(data)
-
-    @property
-    def words(self):
-        return " ".join(" ".join(self.text).split())
+def words_of(text):
+    """The words of a page; its tags must be closed in order."""
+    body = re.sub(r"<style>.*?</style>|<!doctype html>", "", text, flags=re.DOTALL)
+    open_tags = []
+    for closing, name, alone in re.findall(r"<(/?)([\w-]+)[^>]*?(/?)>", body):
+        if closing:
+            assert open_tags.pop() == name
+        elif not alone and name not in ("meta", "img", "br"):
+            open_tags.append(name)
+    assert not open_tags
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", body)).split())
 
 
 def page_of(folder):
-    return Page(write_report(folder).read_text(encoding="utf-8"))
+    return words_of(write_report(folder).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +45,8 @@ def text(written):
     return written.read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def page(text):
-    return Page(text)
-
-
-def test_the_page_says_what_the_run_did(page):
-    words = page.words
+def test_the_page_says_what_the_run_did(text):
+    words = words_of(text)
     assert "smollm2-135m-instruct on socialiqa" in words
     assert "before 0.401 95%: 0.353 to 0.449" in words
     assert "after 0.523 95%: 0.474 to 0.572" in words
@@ -83,14 +60,12 @@ def test_the_page_says_what_the_run_did(page):
     assert "device 2 x cpu" in words
 
 
-def test_the_page_is_small_and_loads_nothing(written, text, page):
+def test_the_page_is_small_and_loads_nothing(written, text):
     assert written.stat().st_size < 1_500_000
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "img", "object", "form"}
-    for _, attributes in page.tags:
-        for name in ("src", "href", "xlink:href"):
-            assert attributes.get(name, "#").startswith(("#", "data:"))
-    policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy.startswith("default-src 'none'")
+    assert not re.search(r"<(script|link|iframe|img|object|form)\b", text)
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert all(source.startswith(("#", "data:")) for source in sources)
+    assert """http-equiv="Content-Security-Policy" content="default-src 'none'""" in text
     assert not re.search(r"url\((?!#)|@import", text)
 
 
@@ -103,34 +78,28 @@ def test_text_from_the_log_is_escaped(make_run):
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
     text = write_report(folder).read_text(encoding="utf-8")
-    page = Page(text)
+    words = words_of(text)
     assert "<script" not in text
-    assert "49" not in page.words
-    assert page.words.count("<script>alert(1)</script>") >= 7
+    assert "49" not in words
+    assert words.count("<script>alert(1)</script>") >= 7
+
+
+def around(accuracy):
+    """An evaluation with an interval of 0.1 on either side."""
+    return {"accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1}
 
 
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        (
-            {"accuracy": 0.5, "low": 0.4, "high": 0.6},
-            {"accuracy": 0.45, "low": 0.35, "high": 0.55},
-            "-0.050, worse",
-        ),
-        *(
-            (
-                {"accuracy": 0.5, "low": 0.4, "high": 0.6},
-                {"accuracy": value, "low": value - 0.1, "high": value + 0.1},
-                said,
-            )
-            for value, said in ((0.65, "intervals overlap"), (0.75, "intervals do not overlap"))
-        ),
+        (around(0.5), around(0.45), "-0.050, worse"),
+        (around(0.5), around(0.65), "intervals overlap"),
+        (around(0.5), around(0.75), "intervals do not overlap"),
         ({"loss": 3.0}, {"loss": 2.5}, "-0.500, better."),
     ],
 )
 def test_the_verdict_is_honest(make_run, before, after, said):
-    words = page_of(make_run([{"step": 0, "eval": before}, {"step": 9, "eval": after}])).words
-    assert said in words
+    assert said in page_of(make_run([{"step": 0, "eval": before}, {"step": 9, "eval": after}]))
 
 
 def of(step, loss, n=None, **kind):
@@ -140,12 +109,12 @@ def of(step, loss, n=None, **kind):
 def test_an_adapter_exported_before_mechanisms_act_is_called_plain_lora(make_run):
     records = [of(0, 5.0, initial=True), of(9, 3.0), of(9, 2.0, final=True)]
     folder = make_run(records, mechanisms_from=10)
-    assert "It is plain LoRA: mechanisms act from step 10." in page_of(folder).words
+    assert "It is plain LoRA: mechanisms act from step 10." in page_of(folder)
     comparison = render_comparison([read_history(folder)])
     assert "the adapter of step 9 was exported, and mechanisms act from step 10" in comparison
     assert '<td data-head="exported step">9</td>' in comparison
     (folder / "metrics.jsonl").unlink()
-    assert "plain LoRA" not in page_of(make_run(records, mechanisms_from=9)).words
+    assert "plain LoRA" not in page_of(make_run(records, mechanisms_from=9))
 
 
 def test_a_folder_without_a_run_is_refused_and_nothing_is_written(tmp_path):

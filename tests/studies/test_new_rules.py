@@ -1,4 +1,4 @@
-"""The rules of studies/new_rules, against NumPy in float64; their controls only permute."""
+"""The rules of studies/new_rules, against NumPy in float64."""
 
 from __future__ import annotations
 
@@ -96,20 +96,6 @@ def test_two_regions_weigh_the_sides_of_zero(rules, step) -> None:
     np.testing.assert_array_equal(np.asarray(sides[0]) | np.asarray(sides[1]), z < 0)
 
 
-@pytest.mark.parametrize("name", ["agreement", "two_regions"])
-def test_a_control_only_permutes(rules, step, name) -> None:
-    update, _ = step
-    (rule, control) = (stepped(f"{name}:warmup=0{more}", *step)[1] / update for more in ("", ",permute=3"))
-    assert (np.abs(rule - control) > 1e-3).mean() > 0.8
-    ratios = [np.sort(factors[:, 0], axis=-1) for factors in (rule, control)]
-    ratios = [each / each.mean(-1, keepdims=True) for each in ratios]
-    np.testing.assert_allclose(*ratios, rtol=1e-4)
-    if name == "agreement":
-        for factors in (rule, control):
-            norms = [np.linalg.norm(each, axis=(1, 2)) for each in (update, factors * update)]
-            np.testing.assert_allclose(*norms, rtol=1e-5)
-
-
 # ---------------------------------------------------------------- the cotangent rule
 
 TOKENS, D_MODEL = 10, 12
@@ -138,7 +124,7 @@ def gradients(rule: str, arrays: tuple[np.ndarray, ...], numerics: Numerics = CP
         y, _ = ffn.gated_mlp(x, layer, Dense(up), Dense(down), silu, numerics, measured)
         return jnp.sum(y**2), y
 
-    (_, y), of = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, a, b)
+    (_, y), of = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(x, a, b)
     return y, of
 
 
@@ -155,7 +141,7 @@ def reference(keep: float, arrays: tuple[np.ndarray, ...], order: np.ndarray) ->
     return 0.5 * x.T @ of_z @ b.T, 0.5 * (x @ a).T @ of_z
 
 
-@pytest.mark.parametrize("rule", ["", "_half", "_permuted", "_half_permuted"])
+@pytest.mark.parametrize("rule", ["", "_half_permuted"])
 def test_the_adapter_of_a_gate_follows_the_feature(rules, rule) -> None:
     arrays = block(np.random.default_rng(2))
     y, (of_x, of_a, of_b) = gradients(f"feature_gradient{rule}", arrays)

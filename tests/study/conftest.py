@@ -1,23 +1,27 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import numpy as np
 import pytest
 
 from nalora_jax.config import RunConfig
-from nalora_jax.layout.distributed import make_global_batch, make_mesh
+from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Run
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.records import Record
+from nalora_jax.study.resources import Resources
+from nalora_jax.train.job import Job
 from nalora_jax.train.run import built
 from tests import tiny
 
@@ -105,31 +109,27 @@ def study(base: Path, questions: Path, tmp_path: Path) -> Path:
     return write_study(tmp_path, base, questions)
 
 
-@pytest.fixture(scope="session")
-def make_study(base: Path, questions: Path) -> Callable[[Path], Path]:
-    """Writes that study into a folder."""
-    return lambda folder: write_study(folder, base, questions)
-
-
 def write_study(folder: Path, base: Path, questions: Path) -> Path:
-    text = filled(PROTOCOL, base, questions)
-    (folder / "protocol.toml").write_text(text)
+    (folder / "protocol.toml").write_text(filled(PROTOCOL, base, questions))
     return folder
 
 
-def trained_alone(kind: Any, config: RunConfig, logged: int = 2) -> tuple[Any, np.ndarray]:
-    """The adapters and the logged losses of the run that the settings alone make, without a study's programs."""
+def job_of(kind: Any, config: RunConfig) -> Job:
+    """The run that the settings alone make, without a study's programs."""
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    inputs = replace(kind.open_inputs(config, None), begin=lambda assembly, *_: assembly)
-    job = built(inputs, kind, config, mesh, None)
-    made, state, batches, losses = job.assembly, job.assembly.state, job.data.batches(), []
-    for _ in range(config.steps):
-        batch = make_global_batch(next(batches), mesh, rows_axis=1)
-        state, metrics = made.step(made.view(made.params), state, batch)
-        losses.append([float(metrics[name]) for name in ("loss", "target_tokens")])
-    batches.close()
-    values = np.array(losses).reshape(logged, -1, 2)
-    return state.lora, np.average(values[..., 0], axis=1, weights=values[..., 1])
+    start = SimpleNamespace(with_start=lambda assembly, *_: assembly)
+    inputs = replace(kind.open_inputs(config, None), start=start)
+    return built(inputs, kind, config, mesh, cast(Any, SimpleNamespace(folder=None)))
+
+
+def assert_starts_alone(kind: Any, run: Run, resources: Resources) -> None:
+    """Asserts that rows and adapters of a study's run are those that its settings alone make."""
+    job, data = job_of(kind, run.config), resources.subject(run.config).data(run.config)
+    with contextlib.closing(job.data.batches()) as theirs, contextlib.closing(data.batches()) as ours:
+        for _ in range(2):
+            jax.tree.map(np.testing.assert_array_equal, next(ours), next(theirs))
+    starts = resources.start(run, data).lora, job.assembly.state.lora
+    jax.tree.map(np.testing.assert_array_equal, *starts)
 
 
 @pytest.fixture

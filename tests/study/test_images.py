@@ -15,13 +15,12 @@ from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Cell, Run
-from nalora_jax.study.progress import RunInProgress
 from nalora_jax.study.protocol import Method, Protocol, read_protocol
 from nalora_jax.study.records import Record, Records
 from nalora_jax.study.resources import Resources
 from nalora_jax.train.kinds import dual
 from tests import tiny
-from tests.study.conftest import trained_alone
+from tests.study.conftest import assert_starts_alone
 
 PROTOCOL = """
 question = "Which method learns colours?"
@@ -116,19 +115,10 @@ def run_of(resources: Resources, task: str, method: str = "lora", seed: int = 1)
 
 
 def test_a_run_is_the_run_that_its_settings_alone_make(pairs: Resources) -> None:
-    """Rows, projections and adapters of the seed, and the measures behind them, are those of ``nalora train``."""
+    """Its rows, projections and adapters are those of ``nalora train``."""
+    assert_starts_alone(dual, run_of(pairs, "pairs"), pairs)
     (record,) = [one for one in records_of(pairs) if (one["stage"], one["method"]) == ("test", "lora")]
-    config = pairs.protocol.config(
-        pairs.protocol.models[0], "pairs", "lora", record["rate"], record["seed"]
-    )
-    lora, losses = trained_alone(dual, config)
-    np.testing.assert_allclose([row["loss"] for row in record["training"]], losses, rtol=1e-6)
-    run = run_of(pairs, "pairs")
-    progress = RunInProgress(run, pairs, pairs.protocol.folder / "x.npz")
-    mine = progress._measured(lora, progress.tested["test"], whole=True)
-    for name, value in mine.items():
-        assert record["test"][name] == pytest.approx(value, abs=1e-6), name
-    assert set(mine) >= {"loss", "recall", "image_to_text_recall_5", "text_to_image_recall_1"}
+    assert set(record["test"]) >= {"loss", "recall", "image_to_text_recall_5", "text_to_image_recall_1"}
 
 
 def test_pairs_share_rows_items_and_projections_and_programs_serve_all_seeds(

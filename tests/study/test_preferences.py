@@ -12,8 +12,9 @@ from nalora_jax.study.plan import wanted
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Records
 from nalora_jax.study.report import render_results
+from nalora_jax.study.resources import Resources
 from nalora_jax.train.kinds import preference
-from tests.study.conftest import filled, trained_alone
+from tests.study.conftest import assert_starts_alone, filled
 
 PROTOCOL = """
 question = "Does the adapter prefer z?"
@@ -64,6 +65,4 @@ def test_a_study_of_pairs_measures_starts_and_devices(pairs_study: Path) -> None
     assert "nats per pair" in text
     assert "1 - accuracy" in text
     tuned = next(run for run in wanted(protocol, records) if run.cell.method == "b_zero")
-    _, losses = trained_alone(preference, tuned.config, logged=1)
-    found = [row["loss"] for row in by["tune", "b_zero"]["training"]]
-    assert found == pytest.approx(list(losses), rel=1e-5)
+    assert_starts_alone(preference, tuned, Resources(protocol))

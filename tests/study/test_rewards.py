@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from nalora_jax import run
 from nalora_jax.__main__ import main
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator
-from nalora_jax.evaluate.run_log import read_metrics
-from nalora_jax.layout import distributed
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.study.plan import wanted
 from nalora_jax.study.progress import RunInProgress
@@ -23,7 +18,8 @@ from nalora_jax.study.records import Records
 from nalora_jax.study.report import render_results
 from nalora_jax.study.resources import Resources
 from nalora_jax.train import rewards
-from tests.study.conftest import filled
+from nalora_jax.train.kinds import rl
+from tests.study.conftest import assert_starts_alone, filled
 
 REWARD = """
 from nalora_jax.train.rewards import register_reward
@@ -72,9 +68,7 @@ def rewards_study(base: Path, questions: Path, tmp_path: Path, monkeypatch: pyte
     return tmp_path
 
 
-def test_a_study_of_rewards_trains_and_measures_as_a_run_does(
-    rewards_study: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_of_rewards_trains_and_measures_as_a_run_does(rewards_study: Path) -> None:
     assert main(["study", "run", str(rewards_study)]) == 0
     protocol = read_protocol(rewards_study)
     records = Records(rewards_study).read()
@@ -82,15 +76,8 @@ def test_a_study_of_rewards_trains_and_measures_as_a_run_does(
     config = protocol.config(
         *[tuned[name] for name in ("model", "task", "method")], tuned["rate"], tuned["seed"]
     )
-    config = replace(config, train=replace(config.train, eval_every=0), output=str(rewards_study / "run"))
-    make = distributed.make_mesh
-    monkeypatch.setattr(distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:1]))
-    result = run(config)
-    logged = [line for line in read_metrics(result.folder / "metrics.jsonl") if "reward" in line]
-    for name in ("loss", "reward", "entropy", "divergence"):
-        values = [line[name] for line in logged if line["step"] in (4, 8)]
-        assert [line[name] for line in tuned["training"]] == pytest.approx(values, rel=1e-3)
     first, resources = wanted(protocol, {})[0], Resources(protocol)
+    assert_starts_alone(rl, first, resources)
     loaded, items = resources.subject(config).model(config), resources.validation_items(first)
     generator = Generator(Decoder(loaded.config), {"params": loaded.params}, loaded.tokenizer)
     answers = generator.generate([prompt.ids for prompt in items.prompts], max_new_tokens=4)

@@ -275,17 +275,14 @@ class RunLoop:
     Args:
       follower: its actions after each step.
       batches: its host batches, starting at its next step.
-      start: steps completed before.
-      steps: steps of the run.
 
     Attributes:
       error: set if the run diverged.
     """
 
-    def __init__(
-        self, follower: Follower, batches: Iterator[Mapping[str, np.ndarray]], *, start: int, steps: int
-    ) -> None:
-        self.follower, self.step, self.active = follower, start, start < steps
+    def __init__(self, follower: Follower, batches: Iterator[Mapping[str, np.ndarray]]) -> None:
+        self.follower, self.step = follower, follower.result.step
+        self.active = self.step < follower.schedule.steps
         self.error: TrainingDivergedError | None = None
         self._batches = batches
         self._batch: Mapping[str, np.ndarray] | None = None

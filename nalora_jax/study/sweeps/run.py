@@ -250,10 +250,8 @@ class _Group:
         assemblies = [job.assembly for job in jobs]
         program = SweepProgram(assemblies, self._fits.width, slots=self._fits.slots(len(jobs)))
         for run, state in zip(runs, states, strict=True):
-            session, start = run.session, int(state.step)
-            loops.append(
-                RunLoop(session.follower(state), session.batches, start=start, steps=run.config.steps)
-            )
+            session = run.session
+            loops.append(RunLoop(session.follower(state), session.batches))
             session.state_metrics, session.stop = cast(Any, loops[-1]), stop
             # Hosts meet at barriers while Orbax writes; those of two runs have the same name.
             session.waits_for_writes = jax.process_count() > 1

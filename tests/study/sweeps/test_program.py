@@ -124,42 +124,36 @@ FOUR = [
 ]
 
 
-def _ids(sizes: str | None, order: str | None, count: int) -> np.ndarray:
-    """Device numbers in HLO's notation ``[sizes]T(order)``."""
-    devices = np.arange(count).reshape([int(size) for size in sizes.split(",")] if sizes else [count])
-    return devices.transpose([int(axis) for axis in order.split(",")]) if order else devices
+COLLECTIVE = r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\("
+# HLO's notations for groups of devices: listed, [rows,columns]<=[sizes]T(order), and by axes of a named mesh.
+LISTED = r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}"
+IOTA = r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+MESH = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}"
 
 
-def _groups(text: str) -> list[list[list[int]]]:
-    """The device groups of every collective in a compiled program, by partition number."""
-    groups = []
-    for line in text.splitlines():
-        if not re.search(
-            r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(", line
-        ):
-            continue
-        if match := re.search(
-            r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}",
-            line,
-        ):
-            axes, sizes, order, joined = match.groups()
-            named = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
-            devices = _ids(sizes, order, math.prod(named.values())).reshape(tuple(named.values()))
-            within = [list(named).index(name) for name in re.findall(r"'(\w+)'", joined)]
-            devices = np.moveaxis(devices, within, range(-len(within), 0))
-            groups.append(devices.reshape(-1, math.prod(devices.shape[-len(within) :])).tolist())
-        elif match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-            rows, columns, sizes, order = match.groups()
-            groups.append(
-                _ids(sizes, order, int(rows) * int(columns)).reshape(int(rows), int(columns)).tolist()
-            )
-        elif match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line):
-            groups.append(
-                [[int(n) for n in part.split(",")] for part in re.findall(r"\{([\d,]+)\}", match[1])]
-            )
-        else:
-            raise AssertionError(f"a collective without groups: {line}")
-    return groups
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _groups(line: str) -> list[list[int]]:
+    """The device groups of a collective in a compiled program, by partition number."""
+    if listed := re.search(LISTED, line):
+        return [_numbers(part) for part in re.findall(r"\{([\d,]+)\}", listed[1])]
+    if match := re.search(IOTA, line):
+        rows, columns, sizes, order = match.groups()
+        shape: tuple[int, ...] = int(rows), int(columns)
+    else:
+        match = re.search(MESH, line)
+        assert match is not None, f"a collective without groups: {line}"
+        axes, sizes, order, joined = match.groups()
+        named = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+        shape, within = tuple(named.values()), re.findall(r"'(\w+)'", joined)
+    devices = np.arange(math.prod(shape)).reshape(_numbers(sizes) if sizes else -1)
+    devices = devices.transpose(_numbers(order) if order else None).reshape(shape)
+    if not match[0].startswith("replica_groups=mesh"):
+        return devices.tolist()
+    devices = np.moveaxis(devices, [list(named).index(name) for name in within], range(-len(within), 0))
+    return devices.reshape(-1, math.prod(named[name] for name in within)).tolist()
 
 
 def test_runs_on_a_mesh_equal_those_on_one_device() -> None:
@@ -172,9 +166,11 @@ def test_runs_on_a_mesh_equal_those_on_one_device() -> None:
         assert _difference(jax.device_get(program.state_of(states, index).lora), lora) < 1e-4
     batch = batch_of([_batch(index) for index in range(4)], mesh)
     compiled = program.lower(states, batch).compile().as_text()
-    groups = _groups(compiled)
+    groups = [
+        group for line in compiled.splitlines() if re.search(COLLECTIVE, line) for group in _groups(line)
+    ]
     assert groups
-    assert all(len({device // 4 for device in group}) == 1 for each in groups for group in each)
+    assert all(len({device // 4 for device in group}) == 1 for group in groups)
 
 
 def _variant(seed: int, rank: int = 2, **changes: Any) -> RunConfig:
@@ -210,8 +206,9 @@ def test_preference_pairs_with_magnitudes_and_zero_a() -> None:
 
 
 def test_adalora_allocates_the_ranks_of_each_run() -> None:
-    settings = {"adalora": AdaLoRAConfig(target_rank=1, warmup_share=0.0, final_share=0.3, interval=1)}
-    lora = LoRAConfig(rules=(LoRARule("ffn", 2),), dropout=0.1)
+    adalora = AdaLoRAConfig(target_rank=1, warmup_share=0.0, final_share=0.3, interval=1)
+    settings: dict[str, Any] = {"adalora": adalora, "mechanisms": ()}
+    lora = LoRAConfig(rules=(LoRARule("ffn/gate_proj", 2),), dropout=0.1)
     rates = [OptimizerConfig(learning_rate=rate, warmup_share=0.0) for rate in (1e-2, 2e-2)]
     configs = [_variant(seed, lora=lora, optimizer=rates[seed], **settings) for seed in range(2)]
     _assert_like_solo(_assembled(configs))
