@@ -193,7 +193,7 @@ _IMPORT = "--import"
 
 
 def _spelled_out(words: list[str]) -> list[str]:
-    """Replaces ``auto``, ``--mechanisms none`` and ``--resume FOLDER`` by flags of the parser."""
+    """Replaces ``auto``, ``--mechanisms none``, ``--resume`` and ``--resume FOLDER`` by flags of the parser."""
     spelled: list[str] = []
     remaining = [
         piece for word in words for piece in (word.split("=", 1) if word.startswith(_ASSIGNED) else (word,))
@@ -202,11 +202,13 @@ def _spelled_out(words: list[str]) -> list[str]:
         pair = tuple(remaining[:2])
         if pair in _SHORT:
             spelled += _SHORT[pair]
-        elif pair[0] == "--resume" and not pair[-1].startswith("-") and pair[-1] not in _RESUME:
-            spelled += ["--output", pair[1], "--resume", "yes"]
+        elif pair[0] == "--resume" and not pair[-1].startswith("-"):
+            spelled += [*pair] if pair[1] in _RESUME else ["--output", pair[1], "--resume", "yes"]
         else:
-            spelled += ["--resume", "no"] if pair[0] == "--no-resume" else [pair[0]]
             pair = pair[:1]
+            spelled += {"--resume": ["--resume", "yes"], "--no-resume": ["--resume", "no"]}.get(
+                pair[0], pair
+            )
         remaining = remaining[len(pair) :]
     return spelled
 

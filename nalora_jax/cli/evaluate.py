@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -102,7 +102,7 @@ def evaluate(args: EvalArgs) -> None:
     if args.against not in (None, "base") and not holds_adapter(args.against):  # needs only the base
         hub.resolve_source(locate(args.against).base)  # reports a missing model before the first is loaded
     mesh = mesh_of(args.mesh)
-    model = load_evaluated(args, mesh)
+    model = _load(args, args.model, mesh, adapter=args.adapter)
     if not (args.tasks or args.harness or args.against or args.records):
         _held_out(args, model, sets[0], mesh)
         return
@@ -162,15 +162,22 @@ def other_side(
 ) -> tuple[AdaptedModel, Decoder, dict[str, Any]]:
     """Returns the model to compare with, on the same base weights if it is an adapter or "base"."""
     from nalora_jax.models.targets import AdapterSpec
-    from nalora_jax.train.adapted import load, put_on
+    from nalora_jax.train.adapted import put_on
 
     against = str(args.against)
     if against == "base":
         return model, model.module.clone(adapters=AdapterSpec()), {"params": model.base.params}
     adapted = put_on(model, against, mesh)
     if adapted is None:
-        adapted = load(against, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh)
+        adapted = _load(args, against, mesh)
     return adapted, adapted.module, adapted.variables
+
+
+def _load(args: EvalArgs, model: str, mesh: Any, adapter: Path | None = None) -> AdaptedModel:
+    """Loads a model with the requested dtype and quantization."""
+    from nalora_jax.train.adapted import load
+
+    return load(model, adapter=adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh)
 
 
 Side = tuple[str, "AdaptedModel", "Decoder", dict[str, Any]]
@@ -228,7 +235,9 @@ def _harness(
         results.append(run_harness(wrapped, tasks, chat=bool(args.chat), **options))
         for task, metrics in results[-1]["results"].items():
             numbers = ", ".join(
-                f"{name.partition(',')[0]} {value:.4f}" for name, value in _numbers(metrics)
+                f"{name.partition(',')[0]} {value:.4f}"
+                for name, value in metrics.items()
+                if "," in name and "stderr" not in name and isinstance(value, int | float)
             )
             print(f"{labelled(task, label)}: {numbers}", flush=True)
         for task, rows in results[-1]["samples"].items():
@@ -251,21 +260,6 @@ def _harness(
                     f"{task}, difference: {metric} {number['difference']:+.4f} ({interval}{p})", flush=True
                 )
     return summary
-
-
-def load_evaluated(args: EvalArgs, mesh: Any) -> AdaptedModel:
-    """Loads the model and the adapter to evaluate."""
-    from nalora_jax.train.adapted import load
-
-    quantize = args.quantize or "run"
-    return load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=quantize, mesh=mesh)
-
-
-def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yields the harness's metrics without standard errors and sample counts."""
-    for name, value in metrics.items():
-        if "," in name and "stderr" not in name and isinstance(value, int | float):
-            yield name, value
 
 
 def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) -> None:
@@ -326,7 +320,7 @@ def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
             )
     data, preference = data_settings(run, _asked(args)), config_from_dict(run).preference
     mesh = mesh_of(args.mesh)
-    model = load_evaluated(args, mesh)
+    model = _load(args, args.model, mesh, adapter=args.adapter)
     records = open_held_out(data, data.eval_split)
     context = model.base.config.max_positions
     pairs, _ = held_out_pairs(records, data, preference, model.base.tokenizer, context)
@@ -387,7 +381,7 @@ def _needle(args: EvalArgs) -> None:
     if not against and located.adapter is not None:
         against = "base"
     mesh = mesh_of(args.mesh)
-    model = load_evaluated(args, mesh)
+    model = _load(args, args.model, mesh, adapter=args.adapter)
     sides = [("", model, model.module, model.variables)]
     if against is not None:
         sides.append((against, *other_side(replace(args, against=against), model, mesh)))
@@ -403,7 +397,9 @@ def _needle(args: EvalArgs) -> None:
         grid = needle_summary(results[-1])
         summaries.append(grid)
         title = labelled("needle retrieval", label)
-        print(f"{title}: {_needle_summary(grid)}\n{text_table(*needle_cells(grid))}", flush=True)
+        interval = f"95% interval {grid['low']:.3f} to {grid['high']:.3f}, n {grid['n']}"
+        print(f"{title}: exact match {grid['accuracy']:.3f} ({interval})")
+        print(text_table(*needle_cells(grid)), flush=True)
         records += [{"model": label, **record} for record in results[-1]]
     grids: dict[str, Any] = {"after" if against else "before": summaries[0]}
     if against is not None:
@@ -425,11 +421,6 @@ def _needle_lengths(args: EvalArgs) -> list[int]:
         expected = "lengths of 1 to 8 digits in tokens, separated by commas"
         raise NaloraError("--needle", expected=expected, found=repr(args.needle))
     return sorted(set(map(int, texts)))
-
-
-def _needle_summary(grid: dict[str, Any]) -> str:
-    interval = f"95% interval {grid['low']:.3f} to {grid['high']:.3f}, n {grid['n']}"
-    return f"exact match {grid['accuracy']:.3f} ({interval})"
 
 
 def _report_needle(model: AdaptedModel, grids: dict[str, Any]) -> None:

@@ -207,31 +207,14 @@ def registry() -> ConstructorRegistry:
         if info.type != bool | Literal["auto"]:
             return None
         return PrimitiveConstructorSpec(
-            nargs="*",  # `--resume` alone means yes
+            nargs=1,
             metavar="[yes|no|auto]",
-            instance_from_str=parse_resume,
+            instance_from_str=lambda texts: {"yes": True, "no": False}.get(texts[0], "auto"),
             is_instance=lambda value: isinstance(value, bool) or value == "auto",
             str_from_instance=lambda value: [{"True": "yes", "False": "no"}.get(str(value), "auto")],
         )
 
     return rules
-
-
-def parse_resume(texts: Sequence[str]) -> bool | Literal["auto"]:
-    """Parses the words after ``--resume``; no word means yes.
-
-    Raises:
-      ValueError: another word; tyro turns this into its message.
-    """
-    spellings: dict[tuple[str, ...], bool | Literal["auto"]] = {
-        (): True,
-        ("yes",): True,
-        ("no",): False,
-        ("auto",): "auto",
-    }
-    if tuple(texts) not in spellings:
-        raise ValueError(f"expected nothing, yes, no or auto, found {' '.join(texts)!r}")
-    return spellings[tuple(texts)]
 
 
 def defaults(argv: Sequence[str]) -> TrainArgs:
@@ -243,7 +226,7 @@ def defaults(argv: Sequence[str]) -> TrainArgs:
     config, _ = taken(argv, "--config")
     if not config:
         resume, output = taken(argv, "--resume")[0], taken(argv, "--output")[0]
-        if "--resume" not in argv or resume == ["no"]:
+        if resume in ([], ["no"]):
             return TrainArgs()
         folder = (output or [RunConfig.output])[-1]
         check_path("--output", folder)

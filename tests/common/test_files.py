@@ -52,21 +52,17 @@ def test_where_a_file_cannot_be_written_its_name_is_given_and_nothing_changes(fo
     assert sorted(path.name for path in folder.iterdir()) == ["d", DIGESTS, "small"]
 
 
-def create(folder: Path) -> None:
-    (folder / "new").symlink_to(folder.parent / "not there yet")
-    open_unlinked(folder / "new", "w").close()
-
-
 def test_a_planted_link_is_refused_or_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
     victim, folder = tmp_path / "victim", tmp_path / "out"
     victim.write_text("precious\nhalf a line")
     folder.mkdir()
     for name in ("run.lock", "records.jsonl", "before.json"):
         (folder / name).symlink_to(victim)
+    (folder / "new").symlink_to(folder.parent / "not there yet")
     for write in (
         lambda: RunLock(folder / "run.lock"),
         lambda: Records(folder).append({"id": "x"}),
-        lambda: create(folder),
+        lambda: open_unlinked(folder / "new", "w"),
     ):
         with pytest.raises(NaloraError):
             write()
@@ -87,13 +83,7 @@ def test_a_run_that_starts_again_removes_a_link_to_a_folder_and_not_the_folder(t
     assert not (tmp_path / "out" / "start").is_symlink()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "checkpoints",
-        "checkpoints/4",
-    ],
-)
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/4"])
 def test_a_run_with_a_linked_folder_is_not_resumed(tmp_path: Path, name: str) -> None:
     linked = tmp_path / "out" / name
     (tmp_path / "another run" / "3").mkdir(parents=True)

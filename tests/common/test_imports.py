@@ -11,7 +11,6 @@ from nalora_jax.common import imports
 from nalora_jax.common.imports import import_file
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import rules
-from nalora_jax.study.protocol import read_protocol
 
 pytestmark = pytest.mark.usefixtures("registries")
 
@@ -23,20 +22,6 @@ from nalora_jax.method.rules import Mechanism, register_mechanism
 @dataclass(frozen=True)
 class Plain(Mechanism):
     share: float = 0.5
-"""
-PROTOCOL = """
-question = "Is it better?"
-models = ["m"]
-baseline = "lora"
-rates = [1e-3, 2e-3]
-tuning_seeds = [0]
-test_seeds = [1, 2]
-imports = ["rules/mine.py"]
-[tasks.t]
-dataset = "socialiqa"
-[methods.lora]
-[methods.mine]
-settings.mechanisms = ["plain_of_study"]
 """
 
 
@@ -93,12 +78,3 @@ def test_settings_files_and_recorded_runs_execute_no_files(tmp_path, monkeypatch
     _, args = command.parse(["train", "--output", str(tmp_path), "--resume"])
     assert (args.run.steps, args.run.imports) == (7, ())
     assert not imports.imported()
-
-
-def test_a_protocol_imports_files_next_to_it(tmp_path):
-    (tmp_path / "protocol.toml").write_text(PROTOCOL, encoding="utf-8")
-    written(tmp_path / "rules" / "mine.py", "study")
-    protocol = read_protocol(tmp_path)
-    assert [file.path for file in imports.imported()] == ["rules/mine.py"]
-    config = protocol.config("m", "t", "mine", 1e-3, 1)
-    assert rules.make(config.mechanisms[0]).name == "plain_of_study"

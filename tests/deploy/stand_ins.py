@@ -41,7 +41,7 @@ NALORA = (
 def write(path: Path) -> None:
     """Writes a stand-in for the command that ``path`` is named after."""
     path.write_text(
-        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"#!{sys.executable} -SE\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
         f"from tests.deploy import stand_ins\nsys.exit(stand_ins.main({path.name!r}, *sys.argv[1:]))\n"
     )
     path.chmod(0o755)

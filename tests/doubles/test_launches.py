@@ -100,20 +100,18 @@ def slices(name: str) -> int:
     return 1 + max(device.true_domain * (device.platform == "tpu") for device in machine(name))
 
 
-CASES = [
-    pytest.param(name, form, id=f"{name}-{form.data}.{form.fsdp}.{form.tensor}")
-    for name in NAMES
-    for form in FORMS
-]
+@pytest.mark.parametrize("name", NAMES)
+def test_every_documented_mesh_holds_every_device_or_names_the_axis(name):
+    for form in FORMS:
+        if fits(name, form):
+            check_mesh(name, form)
+        else:
+            with pytest.raises(NaloraError, match=r"--mesh"):
+                laid(name, form)
 
 
-@pytest.mark.parametrize(("name", "form"), CASES)
-def test_every_documented_mesh_holds_every_device_or_names_the_axis(name, form):
+def check_mesh(name, form):
     devices = machine(name)
-    if not fits(name, form):
-        with pytest.raises(NaloraError, match=r"--mesh"):
-            laid(name, form)
-        return
     mesh = laid(name, form)
     assert set(mesh.devices.flat) == set(devices)
     data, fsdp, tensor = mesh.devices.shape

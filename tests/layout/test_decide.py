@@ -33,14 +33,6 @@ def compiled(memory: float, seconds: float) -> Compiled:
     return Compiled(memory * 1e9, memory * 1e9 <= LIMIT, seconds)
 
 
-def test_a_layout_that_compiles_as_estimated_is_compiled_alone():
-    candidates = [layout(15, 1.0), layout(10, 1.2, fsdp=8), layout(12, 1.4, remat="full")]
-    taken, result, tried = searched(candidates, lambda one: compiled(one.memory / 1e9, 1.29 * one.seconds))
-    assert taken is candidates[0]
-    assert tried == [taken]
-    assert result.seconds == 1.29
-
-
 def test_a_layout_that_does_not_fit_leads_to_a_smaller_one_in_one_line_of_the_log(caplog):
     """The ratio of compiled to estimated memory applies to the others: 15 GB more of them would not fit either."""
     candidates = [layout(14, 1.0), layout(13.9, 1.1, fsdp=2), layout(10, 1.3, fsdp=8)]

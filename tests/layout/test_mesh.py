@@ -8,56 +8,46 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common import trees
-from nalora_jax.config import MeshConfig
+from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.method.transform import init_gate_state, make_mechanisms
+from nalora_jax.models.adapters import adapter_shapes, adapter_spec
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import param_shapes
+from tests import tiny
 from tests.doubles.machines import V5E, V5P, V6E, tpu
 
-L, D, F, V, R = 3, 64, 128, 256, 8
-HEADS, KV, HEAD_DIM, EXPERTS = 8, 4, 16, 2
+L, F, EXPERTS = 3, 128, 2
+RAW = tiny.HF | {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": F,
+    "num_hidden_layers": L,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "tie_word_embeddings": False,
+    "attention_bias": True,
+}
+MIXTURE = {"model_type": "mixtral", "num_local_experts": EXPERTS, "num_experts_per_tok": 1}
 
 
 def struct(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def projections(lora: bool, moe: bool = False):
-    """Stacked projections of a decoder: weights, or their adapters."""
-    attn, kv = HEADS * HEAD_DIM, KV * HEAD_DIM
-    shapes = {
-        "attn/q_proj": (D, attn),
-        "attn/k_proj": (D, kv),
-        "attn/v_proj": (D, kv),
-        "attn/o_proj": (attn, D),
-    }
-    shapes |= {"ffn/gate_proj": (D, F), "ffn/up_proj": (D, F), "ffn/down_proj": (F, D)}
-    flat = {}
-    for name, (inner, outer) in shapes.items():
-        lead = (L, EXPERTS) if moe and name.startswith("ffn") else (L,)
-        if lora:
-            flat[f"layers/{name}/a"] = struct(*lead, inner, R)
-            flat[f"layers/{name}/b"] = struct(*lead, R, outer)
-        else:
-            flat[f"layers/{name}/kernel"] = struct(*lead, inner, outer)
-    return flat
+def base(moe: bool = False):
+    return ModelConfig.from_hf(RAW | (MIXTURE if moe else {}))
 
 
 def params(moe: bool = False):
-    flat = projections(lora=False, moe=moe)
-    flat |= {"embed/embedding": struct(V, D), "lm_head/kernel": struct(D, V), "final_norm/scale": struct(D)}
-    flat |= {f"layers/{name}/scale": struct(L, D) for name in ("attn_norm", "ffn_norm", "attn_post_norm")}
-    flat |= {
-        "layers/attn/q_norm/scale": struct(L, HEAD_DIM),
-        "layers/attn/q_proj/bias": struct(L, HEADS * HEAD_DIM),
-    }
-    if moe:
-        flat["layers/ffn/router/kernel"] = struct(L, D, EXPERTS)
-    return trees.unflatten(flat)
+    return trees.unflatten({path: struct(*shape) for path, shape in param_shapes(base(moe)).items()})
 
 
 def lora(moe: bool = False):
-    return trees.unflatten(projections(lora=True, moe=moe))
+    config = RunConfig(lora=LoRAConfig(rules=(LoRARule("", 8),)))
+    return adapter_shapes(base(moe), adapter_spec(config, base(moe)))
 
 
 def specs(tree, mesh, rules):
@@ -131,7 +121,7 @@ def test_adapters_are_split_like_the_weight_that_they_adapt(mesh, moe):
     between, within = (
         specs(lora(moe), mesh, rules) for rules in (distributed.STATE_RULES, distributed.STEP_RULES)
     )
-    for path in projections(lora=False, moe=moe):
+    for path in (path for path in trees.flatten(params(moe)) if path.endswith("_proj/kernel")):
         rank = 4 if moe and "/ffn/" in path else 3
         full = [*weights[path], *[None] * (3 - len(weights[path]))]
         axes = {"a": full[-2], "b": full[-1]}
