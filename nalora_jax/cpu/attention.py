@@ -12,7 +12,7 @@ import numpy as np
 from nalora_jax.cpu import native
 from nalora_jax.cpu.storage import usable
 from nalora_jax.ops import attention as ops
-from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, drops, with_sinks
+from nalora_jax.ops.attention import AttentionConfig, Keys, drops, with_sinks
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import read_residual, rounded, save_residual
 
@@ -25,15 +25,13 @@ def attention(
     config: AttentionConfig,
     numerics: Numerics,
     *,
-    cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
-    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes attention without dropout and without cached keys."""
-    empty = cached is None or cached.positions.shape[1] == 0
+    empty = keys.cached is None or keys.cached.positions.shape[1] == 0
     if not empty or drops(config, dropout_rng) or keys.starts is not None or not _is_native(numerics):
         return NotImplemented
-    return _attention(q, *keys[:2], (*keys[2:4], window), sinks, config, numerics)
+    return _attention(q, *keys[:2], (*keys[2:4], window), keys.sinks, config, numerics)
 
 
 @ops.full_attention.implements("cpu")

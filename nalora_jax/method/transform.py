@@ -220,25 +220,19 @@ def channel_factors(
       mechanisms: of the run.
       own: `own_factors` of both, if already computed.
     """
-    if own is None:
-        own = own_factors(state, mechanisms)
-    return {
-        place: {path: _product(place, path, mechanisms, own) for path in state.updates}
-        for place in mechanisms.places
-    }
+    factors = own_factors(state, mechanisms) if own is None else own
 
+    def joint(place: str, path: str) -> Array:
+        acting = [(m, factors[label][path]) for label, m in mechanisms.entries if place in m.places]
+        product = jnp.ones_like(acting[0][1])
+        for factor in (factor for mechanism, factor in acting if mechanism.reallocates):
+            product = product * factor
+        product = equalized(product)
+        for factor in (factor for mechanism, factor in acting if not mechanism.reallocates):
+            product = product * factor
+        return product
 
-def _product(
-    place: str, path: str, mechanisms: Mechanisms, factors: Mapping[str, Mapping[str, Array]]
-) -> Array:
-    acting = [(m, factors[label][path]) for label, m in mechanisms.entries if place in m.places]
-    product = jnp.ones_like(acting[0][1])
-    for factor in (factor for mechanism, factor in acting if mechanism.reallocates):
-        product = product * factor
-    product = equalized(product)
-    for factor in (factor for mechanism, factor in acting if not mechanism.reallocates):
-        product = product * factor
-    return product
+    return {place: {path: joint(place, path) for path in state.updates} for place in mechanisms.places}
 
 
 def equalized(factor: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -137,11 +137,10 @@ class Attention(nn.Module):
         if shards_of(self.options.sharding) > 1:
             assert shared.row is not None
             return split_attention(q, k, v, shared.row, window, config, numerics, sinks=sinks)
-        keys = Keys(k, v, shared.positions, shared.segments, shared.starts)
-        options: dict[str, Any] = {"cached": self._cached_keys(layer, shared), "sinks": sinks}
-        if c.attn_dropout and not shared.deterministic:
-            options["dropout_rng"] = self.make_rng("dropout")
-        return attention(q, keys, window, config, numerics, **options)
+        cached = self._cached_keys(layer, shared)
+        keys = Keys(k, v, shared.positions, shared.segments, shared.starts, sinks, cached)
+        rng = self.make_rng("dropout") if c.attn_dropout and not shared.deterministic else None
+        return attention(q, keys, window, config, numerics, dropout_rng=rng)
 
     def _cached_keys(self, layer: LayerInputs, shared: SharedInputs) -> CachedKeys | None:
         if layer.cached is None:

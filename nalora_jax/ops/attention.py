@@ -82,6 +82,10 @@ class Keys(NamedTuple):
     # int [batch or 1, keys], the first position that sees a key, if not the key's own: tokens of one
     # image that see each other all have the position of the image's first token.
     starts: jax.Array | None = None
+    # float32 [heads], a score of each head that every query sees and that has no value (`with_sinks`);
+    # frozen, not scaled, not capped.
+    sinks: jax.Array | None = None
+    cached: CachedKeys | None = None  # keys of earlier calls, seen under the same rule
 
 
 class CachedKeys(NamedTuple):
@@ -104,22 +108,17 @@ def attention(
     config: AttentionConfig,
     numerics: Numerics,
     *,
-    cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
-    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes softmax attention of every token over the tokens that it sees.
 
     Args:
       q: ``[batch, seq, heads, head_dim]``; head h reads key head ``h // (heads // kv_heads)``.
-      keys: keys of the same tokens.
+      keys: keys of the same tokens and of earlier calls.
       window: scalar; a query at position p sees positions in ``(p - window, p]``.
       config: scale, soft cap, dropout.
       numerics: dtypes of operands, of saved arrays and of the result; sums and softmax are float32.
-      cached: keys of earlier calls, seen under the same rule.
       dropout_rng: key for ``config.dropout``; None for no dropout.
-      sinks: float32 ``[heads]``, a score of each head that every query sees and that has no value
-        (`with_sinks`); frozen, not scaled, not capped. None: none.
 
     Returns:
       ``[batch, seq, heads, head_dim]`` in ``numerics.result``.
@@ -127,15 +126,20 @@ def attention(
     chex.assert_rank([q, keys.k, keys.v], 4)
     chex.assert_equal_shape([keys.k, keys.v])
     # A cache without slots: there were no earlier calls.
-    if cached is not None and cached.positions.shape[1] == 0:
-        cached = None
-    if cached is None and keys.starts is None and not drops(config, dropout_rng):
-        return _blockwise(q, keys, window, sinks, config, numerics)
-    long = cached is not None and q.shape[1] > 1 and cached.positions.shape[1] > CACHE_BLOCK
-    if cached is not None and long and not drops(config, dropout_rng):
-        out = attention_over_cache(q, keys, cached, window, config, numerics, sinks)
+    if keys.cached is not None and keys.cached.positions.shape[1] == 0:
+        keys = keys._replace(cached=None)
+    plain = not drops(config, dropout_rng)
+    if keys.cached is None and keys.starts is None and plain:
+        return _blockwise(q, keys, window, config, numerics)
+    if (
+        keys.cached is not None
+        and q.shape[1] > 1
+        and keys.cached.positions.shape[1] > CACHE_BLOCK
+        and plain
+    ):
+        out = attention_over_cache(q, keys, keys.cached, window, config, numerics)
     else:
-        out = attend_in_tiles(q, keys[2:4], keys, window, config, numerics, cached, dropout_rng, sinks)
+        out = attend_in_tiles(q, keys[2:4], keys, window, config, numerics, dropout_rng)
     return out.astype(numerics.result)
 
 
@@ -145,18 +149,14 @@ def drops(config: AttentionConfig, dropout_rng: jax.Array | None) -> bool:
 
 
 def fits_kernel(
-    keys: Keys,
-    config: AttentionConfig,
-    numerics: Numerics,
-    cached: CachedKeys | None,
-    dropout_rng: jax.Array | None,
+    keys: Keys, config: AttentionConfig, numerics: Numerics, dropout_rng: jax.Array | None
 ) -> bool:
     """Returns True if a Pallas kernel can compute `attention`: of tokens over themselves, without dropout.
 
     The compiler does not partition a Pallas call: on several devices it is mapped over the sharding.
     """
     mapped = config.sharding is not None or numerics.platform.devices == 1
-    return mapped and cached is None and keys.starts is None and not drops(config, dropout_rng)
+    return mapped and keys.cached is None and keys.starts is None and not drops(config, dropout_rng)
 
 
 def over_devices(attend: Callable[..., jax.Array], config: AttentionConfig, *more: Any) -> Any:
@@ -275,26 +275,16 @@ def blocks(seq: int) -> Iterator[tuple[int, int]]:
 # ---------------------------------------------------------------- training
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _blockwise(
-    q: jax.Array,
-    keys: Keys,
-    window: jax.Array | int,
-    sinks: jax.Array | None,
-    config: AttentionConfig,
-    numerics: Numerics,
+    q: jax.Array, keys: Keys, window: jax.Array | int, config: AttentionConfig, numerics: Numerics
 ) -> jax.Array:
-    """Computes `attention` without a cache, dropout and ``starts``; sinks receive no gradient."""
-    return _fwd(q, keys, window, sinks, config, numerics)[0]
+    """Computes `attention` without cached keys, dropout and ``starts``; sinks receive no gradient."""
+    return _fwd(q, keys, window, config, numerics)[0]
 
 
 def _fwd(
-    q: jax.Array,
-    keys: Keys,
-    window: jax.Array | int,
-    sinks: jax.Array | None,
-    config: AttentionConfig,
-    numerics: Numerics,
+    q: jax.Array, keys: Keys, window: jax.Array | int, config: AttentionConfig, numerics: Numerics
 ) -> tuple[jax.Array, Any]:
     kv_heads = keys.k.shape[2]
     save = partial(save_residual, dtype=numerics.residual, numerics=numerics)
@@ -321,8 +311,8 @@ def _fwd(
     outs, totals = zip(*(attended(*block) for block in blocks(q.shape[1])), strict=True)
     # [batch, kv_heads, groups, seq, head_dim or 1]
     out, logsumexp = jnp.concatenate(outs, -2), jnp.concatenate(totals, -2)
-    if sinks is not None:
-        out, logsumexp = with_sinks(out, logsumexp, sinks.reshape(1, kv_heads, -1, 1, 1))
+    if keys.sinks is not None:
+        out, logsumexp = with_sinks(out, logsumexp, keys.sinks.reshape(1, kv_heads, -1, 1, 1))
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, keys.k, keys.v))
     saved = save(out)
     total = save_residual(logsumexp, "float32", numerics)
@@ -350,7 +340,7 @@ def _bwd(config: AttentionConfig, numerics: Numerics, residuals: Any, g: jax.Arr
     dk, dv = (x.swapaxes(2, 3)[:, :, None] for x in lax.optimization_barrier((dk, dv)))
     grads = (by_token(jnp.concatenate(dq[::-1], -2)) * config.scale, by_token(dk), by_token(dv))
     dq_all, dk, dv = (x.astype(y.dtype) for x, y in zip(grads, like, strict=True))
-    return dq_all, Keys(dk, dv, None, None), None, None  # type: ignore[arg-type]
+    return dq_all, Keys(dk, dv, None, None), None  # type: ignore[arg-type]
 
 
 def _gradients(
@@ -462,9 +452,7 @@ def attend_in_tiles(
     window: jax.Array | int,
     config: AttentionConfig,
     numerics: Numerics,
-    cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
-    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes attention of queries to all given keys, at most `PIECE` queries at a time, in float32.
 
@@ -473,15 +461,15 @@ def attend_in_tiles(
     """
     seq = q.shape[1]
     tiles = -(-seq // PIECE)
-    attend = partial(_attend, keys=keys, cached=cached, window=window, config=config, numerics=numerics)
+    attend = partial(_attend, keys=keys, window=window, config=config, numerics=numerics)
     if tiles == 1:
-        return attend(q, here, rng=dropout_rng, sinks=sinks)
+        return attend(q, here, rng=dropout_rng)
 
     @jax.checkpoint
     def tile(_: None, rows: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
         number, query, positions, segments = rows
         rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, number)
-        return None, attend(query, (positions, segments), rng=rng, sinks=sinks)
+        return None, attend(query, (positions, segments), rng=rng)
 
     out = lax.scan(tile, None, (jnp.arange(tiles), *(in_tiles(x, tiles) for x in (q, *here))))[1]
     return of_tiles(out, seq)
@@ -491,19 +479,17 @@ def _attend(
     q: jax.Array,
     here: tuple[jax.Array, jax.Array],
     keys: Keys,
-    cached: CachedKeys | None,
     window: jax.Array | int,
     config: AttentionConfig,
     numerics: Numerics,
     rng: jax.Array | None,
-    sinks: jax.Array | None,
 ) -> jax.Array:
     """Computes one block of queries against given keys; its scores are not stored outside of it."""
     batch, seq, heads, dim = q.shape
     groups = heads // keys.k.shape[2]
     # [batch, kv_heads, groups * seq, head_dim]: one matrix per key head
     q = by_key_head(q, keys.k.shape[2]).reshape(batch, -1, groups * seq, dim)
-    sources = [source for source in (cached, keys) if source is not None]
+    sources = [source for source in (keys.cached, keys) if source is not None]
 
     def masked_scores(source: Keys | CachedKeys) -> jax.Array:
         """Returns masked scores ``[batch, kv_heads, groups, seq, keys]`` in float32."""
@@ -520,14 +506,14 @@ def _attend(
     # [batch, kv_heads, groups, seq, all keys]
     scored = jnp.concatenate([masked_scores(source) for source in sources], -1)
     top = lax.stop_gradient(jnp.max(scored, axis=-1, keepdims=True))
-    if sinks is not None:
-        sink = lax.stop_gradient(sinks).reshape(1, -1, groups, 1, 1)
+    if keys.sinks is not None:
+        sink = lax.stop_gradient(keys.sinks).reshape(1, -1, groups, 1, 1)
         top = jnp.maximum(top, sink)
     weights = jnp.exp(scored - top)
     # The softmax's division follows the matmul with the values: a pass over [seq, head_dim] instead
     # of [seq, keys].
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    if sinks is not None:
+    if keys.sinks is not None:
         total = total + jnp.exp(sink - top)
     if rng is not None and config.dropout > 0:
         remaining = jax.random.bernoulli(rng, 1.0 - config.dropout, weights.shape)
@@ -555,7 +541,6 @@ def attention_over_cache(
     window: jax.Array | int,
     config: AttentionConfig,
     numerics: Numerics,
-    sinks: jax.Array | None,
 ) -> jax.Array:
     """Computes `attention` without dropout, with at least `CACHE_BLOCK` cached keys.
 
@@ -598,7 +583,7 @@ def attention_over_cache(
         last = end if keys.starts is None else q.shape[1]  # later keys may be visible
         new_k, new_v = keys.k[:, :last].transpose(0, 2, 3, 1), keys.v[:, :last].transpose(0, 2, 1, 3)
         places = keys.positions[:, :last], keys.segments[:, :last]
-        sums = add(_start(queries, sinks), new_k, new_v, places, keys.starts)
+        sums = add(_start(queries, keys.sinks), new_k, new_v, places, keys.starts)
         _, total, out = lax.fori_loop(0, (used + CACHE_BLOCK - 1) // CACHE_BLOCK, step, sums)
         # Padding sees no key; its result must be finite, because its values are multiplied by 0 later.
         return by_token(out / jnp.where(total > 0, total, 1.0))

@@ -26,7 +26,6 @@ from nalora_jax.common.devices import kind_of
 from nalora_jax.ops.attention import (
     UNSEEN,
     AttentionConfig,
-    CachedKeys,
     Keys,
     attention,
     drops,
@@ -70,24 +69,22 @@ def cudnn_attention(
     config: AttentionConfig,
     numerics: Numerics,
     *,
-    cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
-    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention` if cuDNN supports the arguments."""
     fits = numerics.operand == "bfloat16" and cudnn_takes(q.shape[1], q.shape[-1], config.softcap)
-    if not fits or cached is not None or drops(config, dropout_rng) or keys.starts is not None:
+    if not fits or keys.cached is not None or drops(config, dropout_rng) or keys.starts is not None:
         return NotImplemented
     if numerics.implementation == AUTO and not fits_as_bias(_rows(q, config), q.shape[1]):
         return NotImplemented
-    shapes = [x.shape if sinks is None else _with_sink(x.shape) for x in (q, keys.k)]
+    shapes = [x.shape if keys.sinks is None else _with_sink(x.shape) for x in (q, keys.k)]
     if not compiles(*shapes, config.scale, numerics.platform.kind):
         return NotImplemented
     visible = visibility(keys.positions, keys.segments, keys.positions, keys.segments, window)
     q, k, v = saved_heads(q, keys.k, keys.v, config, numerics)
-    if sinks is None:
+    if keys.sinks is None:
         return dot_product(q, k, v, visible, config.scale).astype(numerics.result)
-    operands = with_sink_key(q, k, v, visible, sinks, config.scale)
+    operands = with_sink_key(q, k, v, visible, keys.sinks, config.scale)
     out = dot_product(*operands, config.scale)[:, _SINK_POSITIONS:, :, : q.shape[-1]]
     return out.astype(numerics.result)
 
@@ -155,7 +152,11 @@ def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, k
     The answer depends on cuDNN's version and on the kind. The program is always lowered for a GPU,
     and compiled if this process has a GPU of the kind.
     """
-    device = _device(kind)
+    try:
+        local = jax.local_devices(backend="gpu")
+    except RuntimeError:  # this process has no GPU backend
+        local = []
+    device = next((device for device in local if kind_of(device) == kind), None)
     place = None if device is None else SingleDeviceSharding(device)
     q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in (q_shape, k_shape))
     visible = jax.ShapeDtypeStruct((q_shape[0], q_shape[1], q_shape[1]), jnp.bool_, sharding=place)
@@ -172,15 +173,6 @@ def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, k
         log.warning("cuDNN attention does not apply to %s (%s); XLA's is used", q_shape, error)
         return False
     return True
-
-
-def _device(kind: str) -> jax.Device | None:
-    """Returns a GPU of this process of the given kind, or None."""
-    try:
-        devices = jax.local_devices(backend="gpu")
-    except RuntimeError:  # this process has no GPU backend
-        return None
-    return next((device for device in devices if kind_of(device) == kind), None)
 
 
 def dot_product(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float) -> jax.Array:
@@ -202,9 +194,7 @@ def triton_attention(
     config: AttentionConfig,
     numerics: Numerics,
     *,
-    cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
-    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention` of every example.
 
@@ -213,8 +203,8 @@ def triton_attention(
     Positions must grow by one along each segment, and no window of ``config.windows`` may be
     shorter than the row.
     """
-    fits = triton_takes(q.shape[1], q.shape[-1], config.windows, config.softcap) and sinks is None
-    if not fits or not fits_kernel(keys, config, numerics, cached, dropout_rng):
+    fits = triton_takes(q.shape[1], q.shape[-1], config.windows, config.softcap) and keys.sinks is None
+    if not fits or not fits_kernel(keys, config, numerics, dropout_rng):
         return NotImplemented
     del window
     inputs = saved_heads(q, keys.k, keys.v, config, numerics)
@@ -274,7 +264,8 @@ def triton_split_attention(
     sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `split_attention` if tiles divide the blocks and images have no tokens in the row."""
-    tile = _tile(q.shape[1] // 2)
+    block = q.shape[1] // 2
+    tile = min(block & -block, _LARGEST)  # the largest power of two that divides a block
     if tile < _LEAST or q.shape[-1] not in HEAD_DIMS or row.starts is not None:
         return NotImplemented
 
@@ -285,11 +276,6 @@ def triton_split_attention(
 
     local = partial(on_shard, config=config, attend=attend, tile=tile)
     return on_shards(local, q, k, v, row, window, config, sinks)
-
-
-def _tile(block: int) -> int:
-    """Returns the largest tile that divides a block: a power of two."""
-    return min(block & -block, _LARGEST)
 
 
 class _Options(NamedTuple):

@@ -24,7 +24,6 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.common.devices import CONTEXT
 from nalora_jax.ops.attention import (
     AttentionConfig,
-    CachedKeys,
     Keys,
     attention,
     fits_kernel,
@@ -67,9 +66,7 @@ def splash_attention(
     config: AttentionConfig,
     numerics: Numerics,
     *,
-    cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
-    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention` of every example.
 
@@ -79,7 +76,7 @@ def splash_attention(
     each is compiled as a branch, and a traced window selects one.
     """
     fits = takes(q.shape[1], q.shape[-1])
-    if not fits or not fits_kernel(keys, config, numerics, cached, dropout_rng):
+    if not fits or not fits_kernel(keys, config, numerics, dropout_rng):
         return NotImplemented
     q, k, v = saved_heads(q, keys.k, keys.v, config, numerics)
     # splash attention has no scale parameter
@@ -87,7 +84,7 @@ def splash_attention(
     segments = jnp.broadcast_to(keys.segments, q.shape[:2])
     attend = partial(_one_device, config=config)
     mapped = over_devices(attend, config, config.rows, P(), P(config.head_axis))
-    out: jax.Array = mapped(*arrays, segments, _index(window, config.windows), sinks)
+    out: jax.Array = mapped(*arrays, segments, _index(window, config.windows), keys.sinks)
     return out.astype(jnp.float32).astype(numerics.result)
 
 

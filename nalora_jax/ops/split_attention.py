@@ -50,7 +50,8 @@ def split_attention(
       row: integers of whole rows.
       window: scalar, one of ``config.windows``.
       config: with the sharding of q's first axis.
-      numerics, sinks: as for `attention`.
+      numerics: as for `attention`.
+      sinks: see `nalora_jax.ops.attention.Keys`.
 
     Returns:
       ``[shards * batch, 2 * block, heads, head_dim]`` in ``numerics.result``.
@@ -59,8 +60,8 @@ def split_attention(
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, of: Integers, spread: Spread, sinks: jax.Array | None
     ) -> jax.Array:
-        keys = Keys(spread(k), spread(v), *of.keys)
-        return attend_in_tiles(q, of.queries[:2], keys, of.window, config, numerics, sinks=sinks)
+        keys = Keys(spread(k), spread(v), *of.keys, sinks)
+        return attend_in_tiles(q, of.queries[:2], keys, of.window, config, numerics)
 
     q, k, v = saved_heads(q, k, v, config, numerics)
     local = partial(on_shard, config=config, attend=attend)

@@ -40,41 +40,32 @@ def test_views_share_memory_and_stand_for_the_same_numbers(tables):
     np.testing.assert_array_equal(kernel.expand(), given["up_proj"]["kernel"])
     assert found["router"]["kernel"] is given["router"]["kernel"]
     assert isinstance(prepared["params"]["embed"]["embedding"], Bits) == tables
+    # What is prepared, and floats, are left alone.
+    floats = {"params": jax.tree.map(lambda x: x.astype(jnp.float32), params)}
+    for held in (prepared, floats) if tables else (floats,):
+        for one, other in zip(*map(jax.tree.leaves, (held, prepare(held, SEVERAL))), strict=True):
+            assert one is other
 
 
 def test_views_of_sharded_arrays_are_sharded_alike():
-    mesh = jax.make_mesh((8,), ("fsdp",))
-    array = jax.device_put(
-        _params()["layers"]["ffn"]["up_proj"]["kernel"], NamedSharding(mesh, P(None, "fsdp"))
-    )
+    place = NamedSharding(jax.make_mesh((8,), ("fsdp",)), P(None, "fsdp"))
+    array = jax.device_put(_params()["layers"]["ffn"]["up_proj"]["kernel"], place)
     view = view_bits(array)
     assert view.bits.sharding == array.sharding
     assert _pointers(view.bits) == _pointers(array)
     np.testing.assert_array_equal(jax.jit(lambda view: view.expand())(view), array)
 
 
-def test_scanned_kernels_give_the_same_bits():
-    kernel = _params()["layers"]["ffn"]["up_proj"]["kernel"]
-    x, view = jax.random.normal(jax.random.key(0), (3, 16)), view_bits(kernel)
+def test_scanned_kernels_and_rows_of_tables_are_the_same_bits():
+    params = _params()
+    kernel, table = params["layers"]["ffn"]["up_proj"]["kernel"], params["embed"]["embedding"]
+    x, rows = jax.random.normal(jax.random.key(0), (3, 16)), jnp.array([3, 0, 3])
 
     @jax.jit
-    def through(stack: object) -> jax.Array:
-        return jax.lax.scan(lambda c, k: (c, matmul(x, k, SEVERAL)), 0, stack)[1]
+    def through(stack: object, table: object) -> tuple[jax.Array, ...]:
+        products = jax.lax.scan(lambda c, k: (c, matmul(x, k, SEVERAL)), 0, stack)[1]
+        return products, *(take_rows(table, rows, SEVERAL, axis) for axis in (0, 1))
 
-    np.testing.assert_array_equal(through(view), through(kernel))
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_rows_of_a_table(axis):
-    table, rows = _params()["embed"]["embedding"], jnp.array([3, 0, 3])
-    for held in (table, view_bits(table)):
-        np.testing.assert_array_equal(
-            take_rows(held, rows, SEVERAL, axis), jnp.take(table, rows, axis=axis)
-        )
-
-
-def test_what_is_prepared_and_floats_are_left_alone():
-    floats = jax.tree.map(lambda x: x.astype(jnp.float32), _params())
-    for given in (prepare({"params": _params()}, SEVERAL), {"params": floats}):
-        for one, other in zip(*map(jax.tree.leaves, (given, prepare(given, SEVERAL))), strict=True):
-            assert one is other
+    views = through(view_bits(kernel), view_bits(table))
+    jax.tree.map(np.testing.assert_array_equal, views, through(kernel, table))
+    np.testing.assert_array_equal(views[1], np.asarray(table)[rows])

@@ -70,10 +70,9 @@ def test_values_and_derivatives_agree_with_float64(name):
 
 
 @pytest.mark.parametrize("name", SELF_GATED + SINGLE)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_finite_at_extremes_and_dtype_kept(name, dtype):
+def test_finite_at_extremes_and_dtype_kept(name):
     activation = activations.get(name)
-    z = jnp.array([0.0, -0.0, 1e-30, -1e-30, 1.0, -1.0, 30.0, -30.0, 1e4, -1e4], dtype)
+    z = jnp.array([0.0, -0.0, 1e-30, -1e-30, 1.0, -1.0, 30.0, -30.0, 1e4, -1e4], jnp.bfloat16)
 
     @jax.jit
     def values(z):
@@ -81,7 +80,7 @@ def test_finite_at_extremes_and_dtype_kept(name, dtype):
         return [activation.phi(z), activation.rho(z), *activation.gate(z), *slopes]
 
     for value in values(z):
-        assert value.dtype == dtype
+        assert value.dtype == z.dtype
         assert value.shape == z.shape
         assert jnp.isfinite(value).all()
 

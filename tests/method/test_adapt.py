@@ -215,8 +215,8 @@ class KeysAndValues(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.kv = TunixEinsum("BSD,CKDH->CBSKH", (2, 3, D, 4), rngs)
         self.join = nnx.LinearGeneral((3, 4), D, axis=(-2, -1), rngs=rngs)
-        second = nnx.Einsum("bsd,df->bsf", (D, F), (F,), rngs=rngs)
-        self.gates = nnx.List([nnx.Linear(D, F, rngs=rngs), second])
+        self.gates = nnx.List([nnx.Linear(D, F, rngs=rngs)])
+        self.gates.append(nnx.Einsum("bsd,df->bsf", (D, F), (F,), rngs=rngs))
 
     def __call__(self, x: Any) -> Any:
         keys, values = self.kv(x)

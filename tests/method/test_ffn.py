@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -49,37 +50,39 @@ def test_gated_product_has_autodiffs_gradient(name: str, limit: float, numerics:
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_a_block_in_every_implementation_is_the_plain_one(numerics: Any) -> None:
-    """In bf16, adapters, biases, mask and statistics included."""
+@functools.cache
+def block_results(chosen: Numerics) -> Any:
+    """Output, gradients and statistics of a block with adapters, biases and a mask."""
     rng = np.random.default_rng(9)
     x, g = (jnp.asarray(rng.normal(size=(2, 64, 48)), jnp.float32) for _ in range(2))
+    block = GatedFFN(48, 80, "silu", GATED, True, chosen, GateStatsConfig(stride=2, probe_stride=4))
+    variables = jax.jit(block.clone(numerics=Numerics()).init)(jax.random.key(0), x)
+    # Biases and B are zero to begin with.
+    variables = jax.tree.map(lambda w: w + 0.1 * np.cos(np.arange(w.size)).reshape(w.shape), variables)
+    mask = {"gate_mask": {"mask": jnp.linspace(0, 2, 80)}}
 
-    def run(chosen: Any) -> Any:
-        block = GatedFFN(48, 80, "silu", GATED, True, chosen, GateStatsConfig(stride=2, probe_stride=4))
-        variables = block.clone(numerics=Numerics()).init(jax.random.key(0), x)
-        # Biases and B are zero to begin with.
-        variables = jax.tree.map(
-            lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size)).reshape(w.shape), variables
-        )
-        mask = {"gate_mask": {"mask": jnp.linspace(0, 2, 80)}}
+    @jax.jit
+    def value_and_gradients(lora: Any, x: jax.Array) -> Any:
+        def value(lora: Any, x: jax.Array, taps: Any) -> Any:
+            return block.apply({**variables, "lora": lora, "gate_taps": taps} | mask, x, SCALES)
 
-        @jax.jit
-        def value_and_gradients(lora: Any, x: jax.Array) -> Any:
-            def value(lora: Any, x: jax.Array, taps: Any) -> Any:
-                return block.apply({**variables, "lora": lora, "gate_taps": taps} | mask, x, SCALES)
+        y, back = jax.vjp(value, lora, x, taps_of(block))
+        *gradients, stats = back(g)
+        return y, gradients, stats
 
-            y, back = jax.vjp(value, lora, x, taps_of(block))
-            *gradients, stats = back(g)
-            return y, gradients, stats
+    return value_and_gradients(variables["lora"], x)
 
-        return value_and_gradients(variables["lora"], x)
 
-    ours, plain = run(numerics("bfloat16", result="float32")), run(Numerics())
-    occupied = [results[2].pop("occupancy") for results in (ours, plain)]
-    np.testing.assert_allclose(
-        *occupied, atol=2
-    )  # counts, of numbers whose rounding may take them over a cut
-    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+def test_a_block_in_every_implementation_is_the_plain_one(numerics: Any) -> None:
+    """In bf16."""
+    ours, plain = (
+        block_results.__wrapped__(numerics("bfloat16", result="float32")),
+        block_results(Numerics()),
+    )
+    # Counts, of numbers whose rounding may take them over a cut.
+    np.testing.assert_allclose(ours[2].pop("occupancy"), plain[2]["occupancy"], atol=2)
+    others = {name: value for name, value in plain[2].items() if name != "occupancy"}
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves((*plain[:2], others)), strict=True):
         assert np.abs(one - other).max() <= 0.04 * np.abs(other).max()
 
 
@@ -89,7 +92,7 @@ def test_a_block_in_every_implementation_is_the_plain_one(numerics: Any) -> None
 def _layer(**options: object) -> tuple[LoRADense, dict, jax.Array]:
     layer = LoRADense(40, 4, use_bias=True, **options)
     x = jax.random.normal(jax.random.key(1), (2, 3, 16))
-    return layer, layer.init(jax.random.key(0), x), x
+    return layer, jax.jit(layer.init)(jax.random.key(0), x), x
 
 
 def test_dora_is_the_papers_formula() -> None:

@@ -9,13 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax.method.low_rank import (
-    Adapter,
-    Dense,
-    adapted_dense,
-    low_rank,
-    parallel_dense,
-)
+from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense, low_rank, parallel_dense
 from nalora_jax.ops.dispatch import Numerics, Platform
 
 
@@ -26,11 +20,9 @@ def _draw(d_in: int, d_out: int, rank: int = 4) -> tuple[jax.Array, ...]:
     return x, kernel, a, b, jnp.abs(mask), bias, g
 
 
-def _exact(
-    x: Any, kernel: Any, a: Any, b: Any, mask: Any, bias: Any, g: Any, scale: float
-) -> tuple[np.ndarray, ...]:
+def _exact(*arrays: Any, scale: float) -> tuple[np.ndarray, ...]:
     """Value and gradients of x, A and B by the formulas, in float64."""
-    x, kernel, a, b, mask, bias, g = (np.asarray(v, np.float64) for v in (x, kernel, a, b, mask, bias, g))
+    x, kernel, a, b, mask, bias, g = (np.asarray(v, np.float64) for v in arrays)
     flat, back = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     dx = back @ kernel.T + scale * back @ b.T @ a.T
     da, db = scale * flat.T @ (back @ (b * mask).T), scale * (flat @ a).T @ back
@@ -42,20 +34,16 @@ def test_residual_value_and_gradients_are_the_formulas_of_the_design(masked: boo
     x, kernel, a, b, mask, bias, g = _draw(16, 40)
     mask = mask * (jnp.arange(40) % 3 > 0)
     value, back = jax.vjp(lambda x, a, b: low_rank(x, a, b, 1.7, mask if masked else None), x, a, b)
-    wanted = _exact(x, 0 * kernel, a, b, mask if masked else jnp.ones(40), 0 * bias, g, 1.7)
+    wanted = _exact(x, 0 * kernel, a, b, mask if masked else jnp.ones(40), 0 * bias, g, scale=1.7)
     for got, want in zip((value, *back(g)), wanted, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("widths", "masked", "dtype"),  # every pair of two values
-    [
-        ((64, 128), True, "float32"),
-        ((64, 128), False, "bfloat16"),
-        ((128, 64), False, "float32"),
-        ((128, 64), True, "bfloat16"),
-    ],
-)
+# Every pair of two values.
+CASES = [(True, (64, 128), "float32"), (False, (64, 128), "bfloat16"), (False, (128, 64), "float32")]
+
+
+@pytest.mark.parametrize(("masked", "widths", "dtype"), [*CASES, (True, (128, 64), "bfloat16")])
 def test_value_and_gradients_are_the_formulas(
     widths: tuple[int, int], masked: bool, dtype: str, numerics: Any
 ) -> None:
@@ -71,7 +59,7 @@ def test_value_and_gradients_are_the_formulas(
         y, back = jax.vjp(layer, x, a, b)
         return y, *back(g)
 
-    wanted = _exact(x, kernel, a, b, mask if masked else jnp.ones_like(mask), bias, g, 0.7)
+    wanted = _exact(x, kernel, a, b, mask if masked else jnp.ones_like(mask), bias, g, scale=0.7)
     for got, want in zip(run(x, a, b), wanted, strict=True):
         assert np.abs(got - want).max() <= (1e-5 if dtype == "float32" else 2**-6) * np.abs(want).max()
 
@@ -89,19 +77,15 @@ def test_parallel_layers_are_each_layer_alone(dtype: str, numerics: Any) -> None
                 Dense(kernel[:, :32], Adapter(a, b[:, :32], 2.0)),
                 Dense(kernel[:, :64]),
             ]
-            made = (
-                parallel_dense(x, layers, chosen)
-                if together
-                else [adapted_dense(x, d, chosen) for d in layers]
-            )
-            return [one.y for one in made]
+            if together:
+                return [one.y for one in parallel_dense(x, layers, chosen)]
+            return [adapted_dense(x, layer, chosen).y for layer in layers]
 
         values, back = jax.vjp(ys, x, a, b)
         return values, back([jnp.sin(y) for y in values])
 
-    for one, other in zip(
-        *(jax.tree.leaves(jax.jit(run, static_argnums=0)(t)) for t in (True, False)), strict=True
-    ):
+    results = (jax.tree.leaves(jax.jit(run, static_argnums=0)(together)) for together in (True, False))
+    for one, other in zip(*results, strict=True):
         assert np.abs(one - other).max() <= (1e-5 if dtype == "float32" else 2**-6) * np.abs(other).max()
 
 

@@ -140,20 +140,8 @@ def test_multi_steps_is_one_step_on_the_mean_gradient(make):
     for part in grads:
         updates, state = update(part, state, params, **EXTRA)
     mean = jax.tree.map(lambda *xs: sum(xs) / 2, *grads)
-    expected, _ = optimizer.update(mean, optimizer.init(params), params, **EXTRA)
+    expected, _ = jax.jit(optimizer.update)(mean, optimizer.init(params), params, **EXTRA)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), updates, expected)
-
-
-def test_factors_act_after_the_preconditioner():
-    """Before Adam, the same factors are close to a no-op."""
-    params, plain = random_tree(0), optax.adamw(1e-2, weight_decay=0.3)
-    scaled, _ = run(nalora(plain, FIXED, GATES), params, 1, **EXTRA)
-    expected, _ = run(plain, params, 1)
-    factor = FACTOR[BLOCK][:, None, :]
-    np.testing.assert_allclose(gate_b(scaled[0]), gate_b(expected[0]) * factor, rtol=1e-5, atol=1e-9)
-    before = optax.chain(scale_by_gates(FIXED, GATES), plain)
-    wrong, _ = run(before, params, 1, **EXTRA)
-    assert not np.allclose(gate_b(wrong[0]), gate_b(expected[0]) * factor, rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])

@@ -43,10 +43,10 @@ SINKS = np.array([-2.0, 0.5, 3.0, -1e4, 20.0, 1.0], np.float32)  # one that lose
 def test_equals_the_formula(seq, window, softcap, sinks, numerics):
     q, k, v = draw(seq)
     positions, segments = layout(seq)
-    keys, config = Keys(k, v, positions, segments), AttentionConfig(0.4, softcap)
+    config = AttentionConfig(0.4, softcap)
     want = attention64(q, k, v, q, visible(positions, segments, window), 0.4, softcap, sinks)[0]
-    sinks = None if sinks is None else jnp.asarray(sinks)
-    attend = jax.jit(lambda q, of: attention(q, keys, window, config, of, sinks=sinks), static_argnums=1)
+    keys = Keys(k, v, positions, segments, sinks=None if sinks is None else jnp.asarray(sinks))
+    attend = jax.jit(lambda q, of: attention(q, keys, window, config, of), static_argnums=1)
     np.testing.assert_allclose(attend(q, numerics()), want, atol=2e-6)
     seen = segments > 0  # what padding gets is nobody's
     rounded = attend(q, numerics("bfloat16", result="float32"))
@@ -68,12 +68,10 @@ def test_blocks_of_a_cache_equal_the_formula(monkeypatch, block, window, softcap
     ]
     before[3][:, 20:] = 0
     cached = CachedKeys(before[0].transpose(0, 2, 3, 1), before[1].transpose(0, 2, 1, 3), *before[2:])
-    keys = Keys(*(x[:, 20:] for x in (k, v, positions, segments)))
+    keys = Keys(*(x[:, 20:] for x in (k, v, positions, segments)), None, sinks, cached)
     config = AttentionConfig(0.4, softcap)
-    attend = jax.jit(
-        lambda q, keys, cached: attention(q, keys, window, config, PLAIN, cached=cached, sinks=sinks)
-    )
-    ours = np.asarray(attend(q[:, 20:], keys, cached))
+    attend = jax.jit(lambda q, keys: attention(q, keys, window, config, PLAIN))
+    ours = np.asarray(attend(q[:, 20:], keys))
     real = segments[:, 20:] > 0
     np.testing.assert_allclose(ours[real], want[:, 20:][real], atol=2e-6)
     assert np.isfinite(ours).all()  # padding too: its values are multiplied by 0 later
@@ -93,8 +91,8 @@ def test_gradients_are_those_of_the_formula(seq, softcap, sinks, numerics, monke
     sinks = jnp.zeros(HEADS) if sinks is None else jnp.asarray(sinks)
 
     def loss(q, k, v, s, of):
-        keys, s = Keys(k, v, positions, segments), None if given[3] is None else s
-        out = attention(q, keys, 40, config, of, sinks=s)
+        keys = Keys(k, v, positions, segments, sinks=None if given[3] is None else s)
+        out = attention(q, keys, 40, config, of)
         return jnp.sum(jnp.where(real, jnp.sin(out), 0.0))
 
     for precision, tolerance in (("float32", 1e-5), ("bfloat16", 0.03)):

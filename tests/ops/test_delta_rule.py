@@ -17,6 +17,7 @@ from nalora_jax.ops.dispatch import Numerics, Platform
 
 PLAIN, ON_CPU = Numerics(), Numerics(platform=Platform("cpu"))
 BATCH, GROUPS, N, D_K, D_V = 2, 2, 2, 8, 4
+RULE = jax.jit(gated_delta_rule)
 LENGTHS = (90, 3, 61)  # segments of a packed row: longer than a chunk, within one, over its end
 
 
@@ -48,13 +49,12 @@ def close(ours, expected, scale=1e-5):
 @pytest.mark.parametrize("seq", [1, 2 * CHUNK + 9])
 def test_outputs_and_state_equal_the_recurrence(seq):
     first, second = random_inputs(7), random_inputs(seq, 1)
-    rule = jax.jit(gated_delta_rule)
     _, expected, state = theirs(torch_recurrent_gated_delta_rule, first)
-    ours, ours_state = rule(first, np.ones((1, 7), np.int32))
+    ours, ours_state = RULE(first, np.ones((1, 7), np.int32))
     close(ours, expected)
     close(ours_state, state)
     _, expected, state = theirs(torch_recurrent_gated_delta_rule, second, ours_state)
-    ours, ours_state = rule(second, np.ones((1, seq), np.int32), ours_state)
+    ours, ours_state = RULE(second, np.ones((1, seq), np.int32), ours_state)
     close(ours, expected)
     close(ours_state, state)
 
@@ -87,37 +87,35 @@ def test_packed_segments_and_their_gradients_equal_separate_rows(numerics):
 
 def test_padding_leaves_the_state_unchanged():
     inputs, real = random_inputs(8), np.array([[0, 0, 1, 1, 0, 1, 0, 0], [1, 1, 0, 0, 0, 1, 0, 0]])
-    _, state = gated_delta_rule(inputs, real)
+    _, state = RULE(inputs, real)
     for row in range(BATCH):
         alone = DeltaInputs(*(x[row : row + 1, real[row] > 0] for x in inputs))
-        _, expected = gated_delta_rule(alone, np.ones((1, 3), np.int32))
+        _, expected = RULE(alone, np.ones((1, 3), np.int32))
         np.testing.assert_allclose(state[row], expected[0], rtol=1e-5, atol=1e-6)
-    _, after = gated_delta_rule(inputs, np.zeros((1, 8), np.int32), state)
+    _, after = RULE(inputs, np.zeros((1, 8), np.int32), state)
     np.testing.assert_array_equal(after, state)
 
 
 @pytest.mark.parametrize("numerics", [PLAIN, ON_CPU], ids=["plain", "cpu"])
 def test_triangular_systems_of_equal_keys_are_solved_exactly(numerics):
     # Powers of this matrix reach 1e17; its inverse is 1 on the diagonal and -1 below it.
-    lower = jnp.tril(jnp.ones((CHUNK, CHUNK)), -1)
-    solution = solve_unit(lower, jnp.ones((CHUNK, 1)), numerics)
+    lower = np.tril(np.ones((CHUNK, CHUNK), np.float32), -1)
+    solve = jax.jit(solve_unit, static_argnums=2)
+    solution = solve(lower, np.ones((CHUNK, 1), np.float32), numerics)
     np.testing.assert_array_equal(solution[:, 0], [1.0] + [0.0] * (CHUNK - 1))
-    system = jnp.tril(jax.random.normal(jax.random.key(0), (3, CHUNK, CHUNK)) / 4, -1)
-    target = jax.random.normal(jax.random.key(1), (3, CHUNK, 5))
-    exact = np.linalg.solve(np.eye(CHUNK) + np.asarray(system, np.float64), np.asarray(target, np.float64))
-    close_to = {"rtol": 1e-4, "atol": 1e-4 * np.abs(exact).max()}
-    np.testing.assert_allclose(solve_unit(system, target, numerics), exact, **close_to)
+    rng = np.random.default_rng(0)
+    system = np.tril(rng.normal(size=(3, CHUNK, CHUNK)) / 4, -1).astype(np.float32)
+    target = rng.normal(size=(3, CHUNK, 5)).astype(np.float32)
+    exact = np.linalg.solve(np.eye(CHUNK) + system.astype(float), target.astype(float))
+    found = solve(system, target, numerics)
+    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
 
 
 def test_training_saves_one_state_per_chunk():
     def temporary(seq: int) -> float:
         """Returns the bytes of temporary memory of a gradient, in states of one head."""
-        shape = jax.ShapeDtypeStruct
-        inputs = DeltaInputs(
-            *(shape((1, seq, 1, 64), "float32"),) * 2,
-            shape((1, seq, 1, 1, 64), "float32"),
-            *(shape((1, seq, 1, 1), "float32"),) * 2,
-        )
+        shapes = (64,), (64,), (1, 64), (1,), (1,)
+        inputs = DeltaInputs(*(jax.ShapeDtypeStruct((1, seq, 1, *shape), "float32") for shape in shapes))
         loss = lambda x: jnp.sum(jnp.square(gated_delta_rule(x, jnp.ones((1, seq), jnp.int32))[0]))  # noqa: E731
         compiled = jax.jit(jax.grad(loss)).lower(inputs).compile()
         return compiled.memory_analysis().temp_size_in_bytes / (64 * 64 * 4)

@@ -34,13 +34,11 @@ def test_shards_together_have_the_sums_of_the_batch(rows, batch):
     z = rng.normal(size=(batch, SEQ, D_FF)).astype(np.float32)
     weights = rng.integers(0, 2, (batch, SEQ)).astype(np.float32)
     found = jax.jit(lambda z, w: by_shard(sums, rows, z, w))(z, weights)
-    assert found["total"].shape == (4, D_FF)
     each = -(-batch // 4)
     for shard in range(4):
         own = slice(shard * each, (shard + 1) * each)
-        np.testing.assert_allclose(
-            found["total"][shard], np.einsum("bsd,bs->d", z[own], weights[own]), rtol=1e-5, atol=1e-5
-        )
+        expected = np.einsum("bsd,bs->d", z[own], weights[own])
+        np.testing.assert_allclose(found["total"][shard], expected, rtol=1e-5, atol=1e-5)
         assert found["tokens"][shard] == weights[own].sum()
 
 
@@ -48,12 +46,9 @@ def test_one_shard_has_no_axis(rows):
     z, weights = jnp.ones((2, SEQ, D_FF)), jnp.ones((2, SEQ))
     by_tensor = NamedSharding(distributed.make_mesh(MeshConfig(1, 1, 8)), P(BATCH_AXES))
     assert (count(None), count(by_tensor), count(rows)) == (1, 1, 4)
+    plain = str(jax.make_jaxpr(sums)(z, weights))
     for sharding in (None, by_tensor):
-        plain, found = (
-            str(jax.make_jaxpr(f)(z, weights))
-            for f in (sums, lambda z, w, s=sharding: by_shard(sums, s, z, w))
-        )
-        assert found == plain
+        assert str(jax.make_jaxpr(lambda *x, s=sharding: by_shard(sums, s, *x))(z, weights)) == plain
     assert first_alone(z, None) is z
     found = jax.jit(lambda x: first_alone(x, rows))(jnp.arange(3.0))  # sums that are no shard's own
     np.testing.assert_array_equal(found, [[0, 1, 2], [0] * 3, [0] * 3, [0] * 3])
@@ -62,9 +57,8 @@ def test_one_shard_has_no_axis(rows):
 def test_over_the_shards_only_what_is_asked_for_is_summed():
     """``[layers, shards, experts, ...]``: the last region holds the tokens that the others leave."""
     rng = np.random.default_rng(0)
-    regions = rng.multinomial(
-        9, [0.1, 0.5, 0.3, 0.1], size=(2, 4, 3, D_FF)
-    )  # [layers, shards, experts, d_ff, parts]
+    # [layers, shards, experts, d_ff, parts]
+    regions = rng.multinomial(9, [0.1, 0.5, 0.3, 0.1], size=(2, 4, 3, D_FF))
     block = {
         "tokens": np.full((2, 4, 3), 9.0, np.float32),
         "probe_tokens": np.full((2, 4, 3), 2.0, np.float32),

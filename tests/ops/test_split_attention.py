@@ -46,7 +46,8 @@ def results(implementation: str, window: int, config: AttentionConfig, **options
     parts = partial(split, sharding=config.sharding)
 
     def whole(q: Any, k: Any, v: Any) -> Any:
-        return attention(q, Keys(k, v, positions, segments, starts), window, config, numerics, **options)
+        keys = Keys(k, v, positions, segments, starts, options.get("sinks"))
+        return attention(q, keys, window, config, numerics)
 
     def of_parts(q: Any, k: Any, v: Any) -> Any:
         integers = (
@@ -64,22 +65,14 @@ def results(implementation: str, window: int, config: AttentionConfig, **options
     return tuple(run(q, k, v))
 
 
-def _unreachable(*args: Any, **kwargs: Any) -> None:
-    raise AssertionError("the plain function was called")
-
-
 @pytest.mark.parametrize(
     ("implementation", "window", "windows"),
-    [
-        ("xla", 40, (40, FAR)),
-        ("splash", 150, (40, 150)),
-        ("triton", 40, (40, FAR)),
-    ],
+    [("xla", 40, (40, FAR)), ("splash", 150, (40, 150)), ("triton", 40, (40, FAR))],
 )
 def test_split_rows_attend_as_whole_rows(implementation, window, windows, monkeypatch):
     if implementation != "xla":
         register_all()
-        monkeypatch.setattr(split_attention, "plain", _unreachable)  # the kernel supports the arguments
+        monkeypatch.setattr(split_attention, "plain", None)  # the kernel supports the arguments
     sinks = jnp.linspace(-2.0, 3.0, HEADS)
     config = partial(AttentionConfig, 0.125, 1.5, windows=windows, interpret=True)
     ours = results(implementation, window, config(sharding=SHARDING), sinks=sinks)
@@ -104,7 +97,7 @@ def test_positions_are_sampled_as_of_whole_rows(seq, strides):
     weights = jnp.asarray(rng.uniform(size=(2, seq)) < 0.7, jnp.float32)
     places = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.float32), weights.shape)
     parts, config = partial(split, sharding=SHARDING), GateStatsConfig(*strides)
-    taken = sampled_as_whole(weights, config, block_length(seq, 2), parts)
+    taken = jax.jit(lambda w: sampled_as_whole(w, config, block_length(seq, 2), parts))(weights)
     for own, stride, inner in zip((taken.gate, taken.probe), strides, taken.strides, strict=True):
         values = (sampled(x[..., None], own, inner)[..., 0] for x in (parts(places) + 1, own))
         ours = np.sort(np.asarray(jnp.prod(jnp.stack(list(values)), axis=0)).ravel())

@@ -25,14 +25,10 @@ def test_low_precision_rounds_operands_and_accumulates_in_float32(result, rows, 
     half = numerics("bfloat16", result=result)
     value, vjp = jax.vjp(lambda x: matmul(x, kernel.astype(jnp.bfloat16), half), x)
 
-    def exact(v: jax.Array) -> np.ndarray:
-        return np.asarray(v.astype(jnp.bfloat16), np.float64)
-
-    tolerance = 1e-5 if result == "float32" else 1e-2
+    exact = lambda v: np.asarray(v.astype(jnp.bfloat16), np.float64)  # noqa: E731
+    near = 1e-5 if result == "float32" else 1e-2
     assert value.dtype == result
-    np.testing.assert_allclose(
-        np.asarray(value, np.float64), exact(x) @ exact(kernel), rtol=tolerance, atol=tolerance
-    )
+    np.testing.assert_allclose(np.float64(value), exact(x) @ exact(kernel), rtol=near, atol=near)
     dx = vjp(g.astype(result))[0]
     assert dx.dtype == jnp.float32
     np.testing.assert_allclose(dx, exact(g) @ exact(kernel).T, rtol=1e-5, atol=1e-5)
@@ -84,9 +80,8 @@ def test_rounding_is_the_conversion_to_bf16_and_differentiable(numerics):
     x = jnp.asarray(np.concatenate([ties, edges, bits[np.isfinite(bits)]]).astype(np.float32))
     got = jax.jit(lambda x: rounded(x, "bfloat16", numerics()))(x)
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(
-        np.asarray(got).view(np.uint16), np.asarray(x).astype(got.dtype).view(np.uint16)
-    )
+    want = np.asarray(x).astype(got.dtype)
+    np.testing.assert_array_equal(np.asarray(got).view(np.uint16), want.view(np.uint16))
     nan = rounded(jnp.asarray([np.nan, -np.nan], jnp.float32), "bfloat16", numerics())
     assert np.all(np.isnan(np.asarray(nan, np.float32)))
     slope = jax.grad(lambda x: jnp.sum(rounded(x, "bfloat16", numerics()).astype(jnp.float32) ** 2))(x[:3])
