@@ -118,6 +118,7 @@ def _describe(inputs: Inputs, runs: Sequence[RunConfig]) -> list[str]:
             adapter_spec(run, base)  # raises for rules that match nothing
             run = with_learning_rate(run, base.d_model)
         settings.append(run)
+    scaling = f", with RoPE scaling {config.rope_scaling}" if config.rope_scaling else ""
     added, trained = AddedTokens.of(config.data), trees.count_elements(adapter_shapes(base, spec))
     epochs = config.steps * config.train.batch_size / data.rows_per_epoch
     return [
@@ -127,7 +128,7 @@ def _describe(inputs: Inputs, runs: Sequence[RunConfig]) -> list[str]:
         f"mechanisms: {mechanisms_text(config, base.activation, spec)}",
         f"training data: {stream_text(data.describe())}",
         *_rollouts(concrete, base, mesh),
-        f"rows: {config.data.max_length:,} tokens; {_context(config, base)}",
+        f"rows: {config.data.max_length:,} tokens; the model's context has {base.max_positions:,}{scaling}",
         f"held out: {len(reported)} examples that results are reported on, {len(selecting)} that choose the checkpoint",
         f"steps: {config.steps} of {config.train.batch_size} rows, {epochs:.2f} epochs",
         *_memory(concrete, base, spec, mesh),
@@ -200,13 +201,6 @@ def mechanisms_text(config: RunConfig, activation: str, spec: AdapterSpec) -> st
     if not mechanisms.entries:
         return "none, plain LoRA"
     return f"{' '.join(config.mechanisms)}, from step {first_step(mechanisms)}"
-
-
-def _context(config: RunConfig, base: ModelConfig) -> str:
-    text = f"the model's context has {base.max_positions:,}"
-    if config.rope_scaling:
-        text += f", with RoPE scaling {config.rope_scaling}"
-    return text
 
 
 def _added(added: AddedTokens, tokenizer: Tokenizer, base: ModelConfig) -> list[str]:

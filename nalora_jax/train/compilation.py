@@ -125,8 +125,7 @@ def settle_heap() -> None:
     step: glibc returns large blocks by default, and the system would fill it with zeros each time.
     """
     gc.collect()
-    library = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(library, "malloc_trim"):
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(ctypes.c_size_t(0))
         library.mallopt(_MMAP_MAX, 0)
         library.mallopt(_TRIM_THRESHOLD, _NEVER)

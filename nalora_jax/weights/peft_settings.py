@@ -234,9 +234,10 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
         within = f"layers/({'|'.join(map(str, numbers))})/"
     paths = {_path(name, "target_modules") for name in plain}
     rules = []
-    for name in dict.fromkeys([*ranks, *alphas]):
+    # Of rules the first that matches counts, so longer names come before the names that they end with.
+    for name in sorted(dict.fromkeys([*ranks, *alphas]), key=lambda name: -_bare(name).count(".")):
         path = _path(name, "rank_pattern, alpha_pattern")
-        scales = (ranks.get(name, rank), alphas.get(name, alpha))
+        scales = _first_value(ranks, name, rank), _first_value(alphas, name, alpha)
         # PEFT ignores a pattern for a module that is not targeted.
         if _may_be_stack(name) and _without_layer(_stack_path(name)) in map(_without_layer, stacks):
             rules.append(_rule(_stack_path(name), *scales, ""))
@@ -248,6 +249,12 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
     if everything:
         rules = [rule.replace(_modules()["o_proj"], _outputs()) for rule in rules]
     return list(dict.fromkeys(rules))
+
+
+def _first_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Returns the value of the first key that ``name`` ends with, as PEFT looks it up for a module."""
+    dotted = f".{_bare(name)}"
+    return next((value for key, value in pattern.items() if dotted.endswith(f".{_bare(key)}")), default)
 
 
 def _target_names(targets: Sequence[str] | str | None) -> Sequence[str]:

@@ -77,6 +77,15 @@ MADE: list[tuple[str, dict[str, Any]]] = [
         {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 2}, "use_rslora": True},
     ),
     ("llama", {"target_modules": ["o_proj"], "alpha_pattern": {"model.layers.1.self_attn.o_proj": 1.0}}),
+    # A module has the value of the first key that its name ends with, and of each pattern by itself.
+    (
+        "llama",
+        {
+            "target_modules": ["down_proj", "up_proj"],
+            "rank_pattern": {"up_proj": 6, "layers.2.mlp.down_proj": 2, "layers.1.mlp.up_proj": 3},
+            "alpha_pattern": {"down_proj": 2, "mlp.up_proj": 4},
+        },
+    ),
     ("llama", {"target_modules": ["k_proj", "up_proj"], "exclude_modules": ["k_proj"]}),
     # Settings of target_modules, such as layers_to_transform, do not apply to parameters.
     ("qwen2_moe", ON_STACKS | {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),

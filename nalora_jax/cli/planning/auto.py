@@ -6,7 +6,6 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import jax
 
@@ -15,7 +14,7 @@ from nalora_jax.layout import distributed
 from nalora_jax.layout.decide import Compiled, Search, decide
 from nalora_jax.layout.figures import of_compiled, roofline
 from nalora_jax.layout.layouts import Layout, fitting
-from nalora_jax.layout.machines import Topology, of_devices
+from nalora_jax.layout.machines import of_devices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.compilation import compile_ahead
 from nalora_jax.train.job import Job
@@ -52,44 +51,33 @@ def accepted(
     if len(candidates) == 1:  # the layout is fixed by the settings
         log.info("mesh: %s", candidates[0])
         return build(candidates[0].into(config))
-    search = Search(candidates, where.chip.memory)
-    attempt = _Attempt(config, base, where, build)
-    layout, _ = decide(search, attempt)
-    if layout is not search.tried[-1][0]:
-        attempt(layout)
-    log.info("mesh: %s", layout)
-    assert attempt.job is not None
-    return attempt.job
+    jobs: list[Job] = []  # the last one that was built
 
-
-class _Attempt:
-    """Builds, compiles and tries a run in several layouts; keeps the last arrays only."""
-
-    def __init__(
-        self, config: RunConfig, base: ModelConfig, where: Topology, build: Callable[[RunConfig], Job]
-    ) -> None:
-        self.job: Job | None = None
-        self._config, self._base, self._where, self._build = config, base, where, build
-
-    def __call__(self, layout: Layout) -> Compiled:
-        self.job = None
+    def attempt(layout: Layout) -> Compiled:
+        jobs.clear()
         gc.collect()  # frees the last layout's arrays on the devices
-        config = layout.into(self._config)
-        job = self._build(config)
+        placed = layout.into(config)
+        job = build(placed)
         assembly, batches = job.assembly, job.data.batches()
         batch = distributed.make_global_batch(next(batches), assembly.mesh, rows_axis=1)
         batches.close()
         params = assembly.view(assembly.params)
         program = compile_ahead(assembly.step, params, assembly.state, batch)
-        result = Compiled(0.0, True, 0.0) if program is None else self._judged(program, config, layout)
+        result = Compiled(0.0, True, 0.0)
+        if program is not None:
+            figures = of_compiled(program)
+            seconds = roofline(figures, placed, base, where).seconds + layout.rollout
+            result = Compiled(figures.memory, figures.fits(where.chip), seconds)
         if result.fits:
             lora = jax.tree.map(distributed.fetch, assembly.state.lora)
             jax.block_until_ready(assembly.step(params, assembly.state, batch))  # donates the state
             job = replace(job, assembly=replace(assembly, state=assembly.begin(lora, config.seed)))
-        self.job = job
+        jobs.append(job)
         return result
 
-    def _judged(self, program: Any, config: RunConfig, layout: Layout) -> Compiled:
-        figures = of_compiled(program)
-        bound = roofline(figures, config, self._base, self._where)
-        return Compiled(figures.memory, figures.fits(self._where.chip), bound.seconds + layout.rollout)
+    search = Search(candidates, where.chip.memory)
+    layout, _ = decide(search, attempt)
+    if layout is not search.tried[-1][0]:
+        attempt(layout)
+    log.info("mesh: %s", layout)
+    return jobs[0]

@@ -96,27 +96,27 @@ class Plan:
             names = ("programs", "memory", "seconds", "moved")
             rollout = {name: getattr(self.rollout, name) for name in names}
             rollout = {"rollout": rollout | {"bound": asdict(self.rollout.bound)}}
-        return rollout | {
-            "model": self.config.model,
-            "topology": self.where.name,
-            "rows": self.config.train.batch_size,
-            "seq": self.config.data.max_length,
-            "layout": self.layout.record(),
-            "fits": self.fits,
-            "memory": self.nalora.memory,
-            "limit": self.where.chip.memory,
-            "arguments": self.nalora.arguments,
-            "host": self.nalora.host,
-            "moved": self.nalora.moved(),
-            "hidden": self.nalora.moved(overlapped=True),
-            "seconds": self.bound.seconds,
-            "mfu": self.bound.mfu,
-            "tokens_per_second": self.tokens_per_second,
-            "bound": asdict(self.bound),
-            "kernels": dict(self.nalora.custom_calls),
-            "scopes": {name: asdict(work) for name, work in self.nalora.scopes.items()},
-            "over_lora": self.ratios(),
-        }
+        return (
+            _planned(self.config, self.where)
+            | rollout
+            | {
+                "layout": self.layout.record(),
+                "fits": self.fits,
+                "memory": self.nalora.memory,
+                "limit": self.where.chip.memory,
+                "arguments": self.nalora.arguments,
+                "host": self.nalora.host,
+                "moved": self.nalora.moved(),
+                "hidden": self.nalora.moved(overlapped=True),
+                "seconds": self.bound.seconds,
+                "mfu": self.bound.mfu,
+                "tokens_per_second": self.tokens_per_second,
+                "bound": asdict(self.bound),
+                "kernels": dict(self.nalora.custom_calls),
+                "scopes": {name: asdict(work) for name, work in self.nalora.scopes.items()},
+                "over_lora": self.ratios(),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -143,15 +143,11 @@ class SweepPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""
-        return {
-            "model": self.config.model,
-            "topology": self.where.name,
+        return _planned(self.config, self.where) | {
             "runs": self.runs,
             "mesh": {name: getattr(self.layout, name) for name in ("run", "runs_per_device", "fsdp")},
             "remat": self.layout.remat,
             "programs": self.programs,
-            "rows": self.config.train.batch_size,
-            "seq": self.config.data.max_length,
             "memory": self.memory,
             "collectives": None if self.collectives is None else len(self.collectives),
             "seconds": self.seconds,
@@ -409,17 +405,19 @@ def estimate_record(config: RunConfig, where: Topology, layout: Layout) -> dict[
 
     The names are the same as in `Plan.to_dict`.
     """
-    rows, seq = config.train.batch_size, config.data.max_length
-    return {
-        "model": config.model,
-        "topology": where.name,
-        "rows": rows,
-        "seq": seq,
+    record = _planned(config, where)
+    return record | {
         "layout": layout.record(),
         "estimate": True,
         "memory": layout.memory,
         "limit": where.chip.memory,
         "seconds": layout.seconds,
         "mfu": layout.mfu,
-        "tokens_per_second": rows * seq / layout.seconds,
+        "tokens_per_second": record["rows"] * record["seq"] / layout.seconds,
     }
+
+
+def _planned(config: RunConfig, where: Topology) -> dict[str, Any]:
+    """Returns the fields that all records have."""
+    rows, seq = config.train.batch_size, config.data.max_length
+    return {"model": config.model, "topology": where.name, "rows": rows, "seq": seq}
