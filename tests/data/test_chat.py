@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import render_record
 from nalora_jax.data.tokenize import Example, fit_example, tokenize
 from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.errors import NaloraError
-from tests.data.loss_tokens import learned
+from tests.data.loss_tokens import learned, runs
 
 CONFIG = DataConfig()
 FOLDER = Path(__file__).parent / "templates"
@@ -206,7 +207,6 @@ QWEN_CALL = (
 GLM_CALL = (
     "<tool_call>sky\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call><|observation|>"
 )
-# Those of DeepSeek-R1 and GLM equal the masks of TRL's training templates, apart from generation prompts.
 MASKS = {
     "R1 without thoughts": ("deepseek_r1_distill", PLAIN, [f"the sky{EOS}", f"<b>hills{EOS}"]),
     "R1 with thoughts": (
@@ -237,6 +237,26 @@ def test_masks_of_released_templates(released, name, messages, expected):
     ours = released(name)
     assert learned({"messages": messages}, ours, loss_on="assistant") == expected
     assert learned({"messages": messages}, ours, loss_on="answer") == expected[-1:]
+
+
+@pytest.mark.parametrize("case", [case for case in MASKS if case.startswith(("R1", "GLM"))])
+def test_masks_are_those_of_trls_training_templates(released, case):
+    """TRL's mask for DeepSeek includes the generation prompt of a turn."""
+    name, messages, _ = MASKS[case]
+    ours = released(name)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=ours.backend, **ours.special_tokens)
+    output = theirs.apply_chat_template(
+        messages,
+        chat_template=(FOLDER / "trl" / f"{name}.jinja").read_text(),
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    want = runs(output["input_ids"], output["assistant_masks"], ours)
+    prompts = ("<｜Assistant｜><think>\n", "<｜Assistant｜><think>", "<｜Assistant｜>", "")
+    found = learned({"messages": messages}, ours, loss_on="assistant")
+    for one, other in zip(found, want, strict=True):
+        prompt = next(prompt for prompt in prompts if other.startswith(prompt))
+        assert one == other.removeprefix(prompt)
 
 
 REASONED_CALL = [*called(thinking="ask"), turn("warm", thinking="so")]

@@ -1,4 +1,4 @@
-"""The rules of studies/new_rules, against NumPy in float64."""
+"""The rules of studies/new_rules, against NumPy in float64; their controls only permute."""
 
 from __future__ import annotations
 
@@ -94,6 +94,20 @@ def test_two_regions_weigh_the_sides_of_zero(rules, step) -> None:
     z = np.linspace(-5, 5, 101)
     sides = activations.regions(jnp.asarray(z), activations.partition("silu"))
     np.testing.assert_array_equal(np.asarray(sides[0]) | np.asarray(sides[1]), z < 0)
+
+
+@pytest.mark.parametrize("name", ["agreement", "two_regions"])
+def test_a_control_only_permutes(rules, step, name) -> None:
+    update, _ = step
+    (rule, control) = (stepped(f"{name}:warmup=0{more}", *step)[1] / update for more in ("", ",permute=3"))
+    assert (np.abs(rule - control) > 1e-3).mean() > 0.8
+    ratios = [np.sort(factors[:, 0], axis=-1) for factors in (rule, control)]
+    ratios = [each / each.mean(-1, keepdims=True) for each in ratios]
+    np.testing.assert_allclose(*ratios, rtol=1e-4)
+    if name == "agreement":
+        for factors in (rule, control):
+            norms = [np.linalg.norm(each, axis=(1, 2)) for each in (update, factors * update)]
+            np.testing.assert_allclose(*norms, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- the cotangent rule

@@ -193,3 +193,21 @@ def test_what_was_trained_as_a_whole_lies_beside(dual_folder, tmp_path):
     (tmp_path / "adapter" / "trained.safetensors").unlink()
     with pytest.raises(NaloraError, match="trained.safetensors: expected a complete safetensors file"):
         import_adapter(tmp_path / "adapter", config)
+
+
+def test_what_peft_would_drop_silently_is_refused(dual_folder, tmp_path):
+    loaded = load_dual(str(dual_folder("clip")), dtype="float32")
+    lora, spec = adapted(loaded, LoRAConfig(rules=(LoRARule("ffn", 2),)))
+    export_adapter(lora, spec, loaded.config, tmp_path / "a", base_model_name="clip", fingerprint="one")
+    with pytest.raises(NaloraError, match="an adapter of the base model two"):
+        import_adapter(tmp_path / "a", loaded.config, fingerprint="two")
+    path = tmp_path / "a" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    for change, message in (
+        ({"target_modules": settings["target_modules"][1:]}, "to cover"),
+        ({"target_modules": ["fc1", "fc2", "q_proj"]}, "every module that target_modules names"),
+        ({"r": 3}, "shape"),
+    ):
+        path.write_text(json.dumps(settings | change))
+        with pytest.raises(NaloraError, match=message):
+            import_adapter(tmp_path / "a", loaded.config)
