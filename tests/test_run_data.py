@@ -12,7 +12,7 @@ import pytest
 
 from nalora_jax import run
 from nalora_jax.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
-from nalora_jax.data import tokenize
+from nalora_jax.data import store
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.train import inputs
@@ -70,7 +70,7 @@ def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.Monke
         for place, name in (
             (Tokenizer, "from_folder"),
             (model_files, "read"),
-            (tokenize, "render_record"),
+            (store, "render_record"),
             (inputs, "with_learning_rate"),
         )
     ]

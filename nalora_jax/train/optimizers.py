@@ -85,6 +85,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         "linear": optax.linear_schedule(peak, final, decay_steps),
         "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_ratio),
     }
+    if config.schedule not in decays:
+        expected = f"one of {', '.join(decays)}"
+        raise NaloraError("--optimizer.schedule", expected=expected, found=config.schedule)
     if warmup <= 0:
         return decays[config.schedule]
     start = peak / (warmup + 1)

@@ -44,7 +44,7 @@ def test_errors_on_the_terminal_and_in_the_log_of_a_run_have_no_secrets(capsys: 
     said = f"s3://{MARK}@b/x?token={MARK}&n=1: expected a folder, found Bearer {MARK}"
     ended: list[Any] = []
     session = Session.__new__(Session)
-    session.callbacks = cast(Any, SimpleNamespace(end=ended.append))
+    session.callbacks = cast(Any, SimpleNamespace(tell=lambda event, ended_run: ended.append(ended_run)))
 
     def failing() -> None:
         logging.getLogger("nalora_jax").warning("%s", error)

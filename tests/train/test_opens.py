@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nalora_jax import run
-from nalora_jax.data import tokenize
+from nalora_jax.data import store
 from nalora_jax.data.sources import FileSource
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.train import inputs, optimizers
@@ -42,7 +42,7 @@ def test_a_run_opens_sources_tokenizer_and_model_config_once(
     monkeypatch.setattr(Tokenizer, "from_folder", staticmethod(from_folder))
     monkeypatch.setattr(model_files, "read", _counted(counts, "config", model_files.read))
     monkeypatch.setattr(FileSource, "__init__", _counted(counts, "source", FileSource.__init__))
-    monkeypatch.setattr(tokenize, "render_record", _counted(counts, "rendered", tokenize.render_record))
+    monkeypatch.setattr(store, "render_record", _counted(counts, "rendered", store.render_record))
     resolve = _counted(counts, "rate", optimizers.with_learning_rate)
     monkeypatch.setattr(inputs, "with_learning_rate", resolve)
     config = replace(
