@@ -115,7 +115,7 @@ class _Upload:
                 raise _busy(self.where, "another process") from error
 
     def send(self, folder: Path) -> None:
-        """Uploads all files, those of `_LAST` after the others."""
+        """Uploads all files; the files of `_LAST` follow the others."""
         paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         self.names = sorted(paths, key=lambda name: (name in _LAST, name))
         with _store_errors(self.where):

@@ -60,8 +60,7 @@ def native_sums(numerics: Numerics, *sums: Sum) -> list[jax.Array]:
             return y.bits
         return rounded(expand(y), "bfloat16", numerics)
 
-    is_operand = lambda y: isinstance(y, Stored)  # noqa: E731
-    return native.products(*jax.tree.map(operand, sums, is_leaf=is_operand))
+    return native.products(*jax.tree.map(operand, sums, is_leaf=lambda y: isinstance(y, Stored)))
 
 
 @dot.implements("cpu")

@@ -138,16 +138,15 @@ class Program:
 
     @cached_property
     def executed(self) -> tuple[tuple[Instruction, float], ...]:
-        """All instructions with their executions, without those that are never executed."""
+        """All executed instructions, each with the number of its executions."""
         every = ((c, self.times[c.name]) for c in self.computations.values())
         return tuple((i, times) for c, times in every if times for i in c.instructions.values())
 
     @cached_property
     def scheduled(self) -> tuple[tuple[Instruction, float], ...]:
         """The part of `executed` in computations that run in sequence: the entry, bodies of loops, branches."""
-        fused = {
-            c.name for c in self.computations.values() for i in c.instructions.values() for c in _inner(i)
-        }
+        instructions = (i for c in self.computations.values() for i in c.instructions.values())
+        fused = {inner.name for i in instructions for inner in _inner(i)}
         return tuple((i, times) for i, times in self.executed if i.holder.name not in fused)
 
     @cached_property

@@ -464,7 +464,7 @@ _NORMS = ("dense_norm", "experts_norm", "experts_post_norm", "router_norm")
 
 @dataclass(frozen=True)
 class DenseAndExperts(WithExperts):
-    """Experts whose output is added to that of a dense block, with norms of their own."""
+    """Experts and a dense block with separate norms, whose outputs are added."""
 
     router: RouterSpec = _SCALED
     block: ClassVar[str] = "dense_ffn"

@@ -92,7 +92,7 @@ def _marks(protocol: Protocol) -> dict[str, dict[str, Any]]:
 
 
 def _panel(name: str, axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
-    """Plots the points of each method; returns False if there is nothing to see."""
+    """Plots the points of each method; returns False if no line would be visible."""
     points, xlabel, ylabel = _POINTS[name]
     lines = {result.cell.method: points(result) for result in group}
     lines = {method: line for method, line in lines.items() if line}

@@ -238,11 +238,11 @@ def read_protocol(path: str | Path) -> Protocol:
     return protocol
 
 
-Requirement = tuple[str, bool, str, object]  # field, whether it is met, what is expected, what was found
+Requirement = tuple[str, bool, str, object]  # field, True if it is met, expected and found values
 
 
 def _requirements(p: Protocol) -> Iterator[Requirement]:
-    """Yields what must hold for all values to be consistent and every run's settings in range, in order."""
+    """Yields the requirements for consistent values and for settings in range, in order."""
     check_ranges(p, "")
     for name in ("models", "tasks", "methods", "rates", "tuning_seeds", "test_seeds"):
         value = getattr(p, name)

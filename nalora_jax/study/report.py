@@ -128,7 +128,7 @@ class _Tables:
         self._metric = named(protocol.metric)
 
     def runs(self) -> str:
-        """Returns what was run, with which files and on which devices."""
+        """Returns the table of runs, files and devices."""
         protocol, records = self._protocol, self._records
         budget = f" of {protocol.budget_hours:g}" if protocol.budget_hours else ""
         tests = [record for record in records.values() if record["stage"] == "test"]

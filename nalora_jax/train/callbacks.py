@@ -118,7 +118,7 @@ class Callbacks(AbstractContextManager["Callbacks"]):
             self._own.on_start(started)
 
     def tell(self, event: str, *values: Any) -> None:
-        """Calls a method of all callbacks after the start, as ``tell("on_log", step, record)``."""
+        """Calls a method of all callbacks, e.g. ``tell("on_log", step, record)``."""
         if self._own is not None:
             getattr(self._own, event)(*values)
         for callback in list(self._others):

@@ -118,7 +118,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _NEVER = -1, -4, 2**31 - 1
 
 
 def settle_heap() -> None:
-    """Returns freed memory to the system, and keeps what is freed later, if the C library is glibc.
+    """Returns freed memory to the system and keeps later freed memory, if the C library is glibc.
 
     The compilation of a step leaves some 300 MB in the heap, which would otherwise be held in addition
     to the step's buffers for the whole run. A step's buffers on a CPU are one block, allocated in every

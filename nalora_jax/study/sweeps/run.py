@@ -253,7 +253,7 @@ class _Group:
             session = run.session
             loops.append(RunLoop(session.follower(state), session.batches))
             session.state_metrics, session.stop = cast(Any, loops[-1]), stop
-            # Hosts meet at barriers while Orbax writes; those of two runs have the same name.
+            # Hosts meet at barriers while Orbax writes; barriers of two runs have the same name.
             session.waits_for_writes = jax.process_count() > 1
         log.info("%s", self._fits.describe(len(jobs)))
         with self._stop.between_steps():
