@@ -292,7 +292,7 @@ def from_peft(args: cli.FromPeftArgs) -> None:
     """
     from nalora_jax.cli import config_files
     from nalora_jax.common.files import write_atomically
-    from nalora_jax.weights.peft_config import PEFT
+    from nalora_jax.weights.peft_settings import PEFT
     from nalora_jax.weights.peft_settings import from_peft as convert
 
     path = args.file

@@ -18,7 +18,6 @@ from nalora_jax.models import families  # noqa: F401  (enters the families that 
 from nalora_jax.models.vision.config import Sight
 from nalora_jax.ops.quantize import Kind
 from nalora_jax.weights import gguf_tokenizer, hub  # noqa: F401  (the first enters GGUF files)
-from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.hf import ResolvedSource
 from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
 from nalora_jax.weights.tensors import require_dtype
@@ -71,7 +70,6 @@ def seeing_files(files: ModelFiles) -> ModelFiles:
         files,
         tokenizer=replace(files.tokenizer, images=tokens),
         processor=_processor(folder, sight),
-        keymap=keymap_of(files.config, files.resolved.kind),
     )
 
 

@@ -23,8 +23,8 @@ from nalora_jax.models.vision import families
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Loss
 from nalora_jax.models.vision.dual import init_params
 from nalora_jax.weights import hub
-from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.hf import ResolvedSource, SafetensorsFolder
+from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.origin import Origin, fingerprint, origin
 from nalora_jax.weights.tensors import load_params, param_shardings, require_dtype
 
@@ -97,7 +97,7 @@ def load_dual(
     config = families.read_dual(read_json(where), str(where))
     tensors, shapes = SafetensorsFolder(folder), config.param_shapes()
     shardings = param_shardings(shapes, mesh)
-    params = load_params(shapes, tensors, keymap_of(config), dtype=dtype, shardings=shardings)
+    params = load_params(shapes, tensors, keymap_for(config), dtype=dtype, shardings=shardings)
     tokenizer = _tokenizer(folder, config.text)
     processor = _of_side(read_processor(folder), config.image, image_size)
     source_of = origin(config, ResolvedSource("hf", folder, name), tensors, together=mesh is not None)
@@ -137,7 +137,7 @@ def load_encoder(source: str, *, dtype: str, mesh: Mesh | None = None, prefix: s
     processor = read_processor(folder) if config.kind == "image" else None
     tensors, shapes = SafetensorsFolder(folder), config.param_shapes()
     shardings = param_shardings(shapes, mesh, prefix)
-    params = load_params(shapes, tensors, keymap_of(config), dtype=dtype, shardings=shardings)
+    params = load_params(shapes, tensors, keymap_for(config), dtype=dtype, shardings=shardings)
     return LoadedEncoder(config, params, tokenizer, processor, name, fingerprint(config, tensors))
 
 

@@ -17,15 +17,14 @@ tensor per expert reads both forms:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops.mxfp4 import BLOCK, LEVELS
-from nalora_jax.weights.keymaps import KeyMap
+from nalora_jax.weights.keymaps import KeyMap, Slot
 from nalora_jax.weights.shards import FileTensor
 from nalora_jax.weights.tensors import Index, TensorSource
 
@@ -36,118 +35,75 @@ _PAIRS = np.array([(LEVELS[byte & 15], LEVELS[byte >> 4]) for byte in range(256)
 )[:, 0]
 with np.errstate(over="ignore"):
     _POWERS = np.ldexp(np.float32(1), np.arange(256) - 127)
-_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
+_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 # By fused tensor: the projections along its axis of outputs.
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-@dataclass(frozen=True)
-class _Converted:
-    """A tensor that is read from others of the file."""
+class Unpacked(TensorSource):
+    """The tensors of a source, those in MXFP4 as floats, which are exact in float32.
 
-    shape: tuple[int, ...]
-    stored: tuple[str, ...]  # names of the others
-    read: Callable[[Index], np.ndarray]
-    format: str = ""  # that they must have; by default any that can be read
+    Raises:
+      NaloraError: blocks and scales do not belong together.
+    """
 
-
-class ConvertedTensors(TensorSource):
-    """The tensors of a source, some of them read from others."""
-
-    def __init__(self, source: TensorSource, converted: Mapping[str, _Converted]) -> None:
-        self.where, self._source, self._converted = source.where, source, converted
-        used = {name for tensor in converted.values() for name in tensor.stored}
-        self._shapes = {name: shape for name, shape in source.shapes().items() if name not in used}
-        self._shapes |= {name: tensor.shape for name, tensor in converted.items()}
+    def __init__(self, source: TensorSource) -> None:
+        self.where, self._source, self._shapes = source.where, source, dict(source.shapes())
+        self._packed = {name.removesuffix(_BLOCKS) for name in self._shapes if name.endswith(_BLOCKS)}
+        for stem in self._packed:
+            shape, scales = self._shapes.pop(stem + _BLOCKS), self._shapes.pop(stem + _SCALES, None)
+            if len(shape) != 4 or shape[-1] * 2 != BLOCK or scales != shape[:-1]:
+                raise NaloraError(
+                    f"{source.where}: {stem}{_BLOCKS}",
+                    expected=f"[experts, outputs, inputs / {BLOCK}, {BLOCK // 2}], and scales without the last axis",
+                    found=f"{shape} and {scales or 'no scales'}",
+                )
+            self._shapes[stem] = (shape[0], shape[2] * BLOCK, shape[1])
 
     def check_readable(self, name: str) -> None:
         """Raises a NaloraError unless `read` supports the tensor's number format."""
-        if name not in self._converted:
+        if name not in self._packed:
             self._source.check_readable(name)
             return
-        expected = self._converted[name].format
-        for stored in self._converted[name].stored:
-            if not expected:
-                self._source.check_readable(stored)
-            elif (found := self._source.stored(stored).format) != expected:
-                raise NaloraError(f"{self.where}: {stored}", expected=expected, found=found)
-
-    def read(self, name: str, index: Index) -> np.ndarray:
-        """Returns a slice of a tensor as floats, reading little more of the file."""
-        if name in self._converted:
-            return self._converted[name].read(index)
-        return self._source.read(name, index)
+        for stored in (name + _BLOCKS, name + _SCALES):
+            if (found := self._source.stored(stored).format) != "U8":
+                raise NaloraError(f"{self.where}: {stored}", expected="U8", found=found)
 
     def stored(self, name: str) -> FileTensor:
-        """Returns the location of a tensor's bytes; of the first tensor that a converted one is read from."""
-        if name in self._converted:
-            name = self._converted[name].stored[0]
-        return self._source.stored(name)
+        """Returns the location of a tensor's bytes; of one in MXFP4, of its blocks."""
+        return self._source.stored(name + _BLOCKS if name in self._packed else name)
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """Returns a slice of a tensor as floats; of one in MXFP4, from the blocks that it overlaps."""
+        if name not in self._packed:
+            return self._source.read(name, index)
+        experts, inputs, outputs = index
+        first = inputs.start // BLOCK
+        place = (experts, outputs, slice(first, -(-inputs.stop // BLOCK)))
+        blocks = self._source.read(name + _BLOCKS, (*place, slice(0, BLOCK // 2))).view(np.uint8)
+        scales = self._source.read(name + _SCALES, place).view(np.uint8)
+        values = np.take(_PAIRS, blocks).view(np.float32)  # [experts, outputs, blocks, 32]
+        values *= np.take(_POWERS, scales)[..., None]
+        flat = values.reshape(*values.shape[:2], -1)
+        start = inputs.start - first * BLOCK
+        return flat[..., start : start + inputs.stop - inputs.start].swapaxes(-1, -2)
 
 
-def with_experts(source: TensorSource, keymap: KeyMap) -> TensorSource:
-    """Returns the tensors of ``source`` as the key map names them.
-
-    Tensors in MXFP4 are floats, which are exact in float32, and experts that the key map has one by
-    one are split.
-
-    Raises:
-      NaloraError: blocks and scales do not belong together; a fused tensor does not have three axes, or
-        an odd number of gates and ups.
-    """
-    converted = dict([*_packed(source), *_split(source, keymap)])
-    return ConvertedTensors(source, converted) if converted else source
-
-
-def _packed(source: TensorSource) -> Iterator[tuple[str, _Converted]]:
-    shapes = source.shapes()
-    for name in [name for name in shapes if name.endswith(_BLOCKS)]:
-        stem = name.removesuffix(_BLOCKS)
-        shape, scales = shapes[name], shapes.get(stem + _SCALES)
-        if len(shape) != 4 or shape[-1] * 2 != BLOCK or scales != shape[:-1]:
-            raise NaloraError(
-                f"{source.where}: {name}",
-                expected=f"[experts, outputs, inputs / {BLOCK}, {BLOCK // 2}], and scales without the last axis",
-                found=f"{shape} and {scales or 'no scales'}",
-            )
-        floats = (shape[0], shape[2] * BLOCK, shape[1])
-        yield stem, _Converted(floats, (name, stem + _SCALES), partial(_unpacked, source, stem), "U8")
-
-
-def _unpacked(source: TensorSource, stem: str, index: Index) -> np.ndarray:
-    """Returns a slice of a tensor in MXFP4, from the blocks that it overlaps."""
-    experts, inputs, outputs = index
-    first = inputs.start // BLOCK
-    place = (experts, outputs, slice(first, -(-inputs.stop // BLOCK)))
-    blocks, scales = (
-        source.read(stem + packed, of).view(np.uint8)
-        for packed, of in ((_BLOCKS, (*place, slice(0, BLOCK // 2))), (_SCALES, place))
-    )
-    values = np.take(_PAIRS, blocks).view(np.float32)  # [experts, outputs, blocks, 32]
-    values *= np.take(_POWERS, scales)[..., None]
-    flat = values.reshape(*values.shape[:2], -1)
-    start = inputs.start - first * BLOCK
-    return flat[..., start : start + inputs.stop - inputs.start].swapaxes(-1, -2)
-
-
-def _split(source: TensorSource, keymap: KeyMap) -> Iterator[tuple[str, _Converted]]:
-    for name, shape in source.shapes().items():
-        match = _FUSED.match(name)
-        if match is None or keymap.canonical(name) in keymap.by_name:
+def with_fused_experts(keymap: KeyMap, names: Iterable[str]) -> KeyMap:
+    """Returns the key map of a file with the tensors ``names``, which may fuse the experts of a layer."""
+    tensors = dict(keymap.by_name)
+    for name in map(keymap.canonical, names):
+        match = _FUSED.fullmatch(name)
+        if match is None or name in tensors:
             continue
-        parts = _PARTS[match[2]]
-        if len(shape) != 3 or shape[1] % len(parts):
-            expected = f"[experts, outputs of {' and '.join(parts)}, inputs]"
-            raise NaloraError(f"{source.where}: {name}", expected=expected, found=shape)
-        experts, rows, inputs = shape[0], shape[1] // len(parts), shape[2]
-        for number, part in enumerate(parts):
-            for expert in range(experts):
-                read = partial(_part, source, name, expert, number * rows)
-                yield f"{match[1]}.{expert}.{part}.weight", _Converted((rows, inputs), (name,), read)
-
-
-def _part(source: TensorSource, name: str, expert: int, first: int, index: Index) -> np.ndarray:
-    """Returns a slice of one expert's projection, whose outputs begin at ``first`` of a fused tensor."""
-    outputs, inputs = index
-    rows = slice(first + outputs.start, first + outputs.stop)
-    return source.read(name, (slice(expert, expert + 1), rows, inputs))[0]
+        stems = [f"{match[1]}.{{}}.{part}.weight" for part in _PARTS[match[2]]]
+        parts = [tensors[stem.format(0)] for stem in stems if stem.format(0) in tensors]
+        count = 0
+        while all([tensors.pop(stem.format(count), None) for stem in stems]):
+            count += 1
+        if count:  # [outputs, inputs] each -> [experts, outputs of all parts, inputs]
+            rows = tuple(part.shape[0] for part in parts)
+            slots = tuple(Slot(slot.path, slot.layer) for part in parts for slot in part.slots)
+            shape = (count, sum(rows), parts[0].shape[1])
+            tensors[name] = replace(parts[0], name=name, shape=shape, slots=slots, rows=rows)
+    return replace(keymap, tensors=tuple(tensors.values()))

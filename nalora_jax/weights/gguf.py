@@ -65,12 +65,15 @@ class GGUFFile(TensorSource):
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a slice of a tensor: float32, or the file's 16-bit floats."""
         stored = self._tensors[name]
-        if len(stored.shape) == 1:
-            return self._rows(stored, 0, 1)[0][index]
+        *lead, columns = index
+        if len(lead) == 2 and lead[0].stop == lead[0].start + 1:  # of one expert
+            start = lead[0].start * stored.shape[1]
+            return self._rows(stored, start + lead[1].start, start + lead[1].stop)[None, :, columns]
+        first = lead[0] if lead else slice(0, 1)
         per_row = math.prod(stored.shape[1:-1])  # rows of bytes in one row of the tensor
-        first, *inner = index
         flat = self._rows(stored, first.start * per_row, first.stop * per_row)
-        return flat.reshape(-1, *stored.shape[1:])[(slice(None), *inner)]
+        shape = (-1, *stored.shape[1:]) if lead else stored.shape
+        return flat.reshape(shape)[(*(slice(None) for _ in lead[:1]), *lead[1:], columns)]
 
     def about(self, prefix: str) -> Metadata:
         """Returns the metadata whose keys begin with ``prefix``."""

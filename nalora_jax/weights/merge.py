@@ -27,8 +27,8 @@ from nalora_jax.models.family import contains_text_model, family_of, text_part
 from nalora_jax.models.targets import AdapterSpec, leaf_dtype
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.ops.storage import Stored, expand
-from nalora_jax.weights.encoders import file_name, keymap_of
-from nalora_jax.weights.keymaps import Slot
+from nalora_jax.weights.encoders import file_name
+from nalora_jax.weights.keymaps import Slot, keymap_for
 from nalora_jax.weights.peft import layer_adapter
 from nalora_jax.weights.peft_tables import refuse_saved
 from nalora_jax.weights.shards import TensorInfo, write_shards
@@ -70,7 +70,7 @@ def merged_tensors(
             )
         return value.astype(_file_dtype(leaves, slot, dtype))
 
-    for tensor in keymap_of(config).tensors:
+    for tensor in keymap_for(config).tensors:
         joined = tensor.join([merged(slot) for slot in tensor.slots])
         yield file_name(config, tensor.name), joined.reshape(tensor.shape)
 
@@ -127,7 +127,7 @@ def write_merged(
             remedy="use the run's folder itself: load_adapted_dual reads it (docs/images.md)",
         )
     leaves = flatten(params, _is_stored)
-    tensors = keymap_of(config).tensors
+    tensors = keymap_for(config).tensors
     infos = [
         TensorInfo(file_name(config, t.name), t.shape, _file_dtype(leaves, t.slots[0], chosen))
         for t in tensors

@@ -17,9 +17,9 @@ from nalora_jax.models.family import contains_text_model, read
 from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import Kind, gathered
-from nalora_jax.weights.expert_tensors import with_experts
+from nalora_jax.weights.expert_tensors import Unpacked, with_fused_experts
 from nalora_jax.weights.hf import ResolvedSource, SafetensorsFolder, StreamedFolder
-from nalora_jax.weights.keymaps import KeyMap, keymap_for
+from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.origin import Origin, origin
 from nalora_jax.weights.tensors import TensorSource, load_params, param_shardings
 
@@ -62,7 +62,6 @@ class ModelFiles:
     tokenizer: Tokenizer  # as stored; with image tokens for a model that is loaded with images
     file: TensorSource | None = None  # the tensors of a model in a single file
     processor: ImageProcessor | None = None  # for a model that is loaded with images
-    keymap: KeyMap | None = None  # names of the tensors, if they are not those of the text model alone
 
     def described(self, added: AddedTokens = NO_TOKENS) -> ModelConfig:
         """Returns the architecture, with embedding rows for the added tokens."""
@@ -139,10 +138,10 @@ def load_weights(
         tensors = StreamedFolder(resolved.path, resolved.streamed)
     else:
         tensors = SafetensorsFolder(resolved.path)
-    keymap = files.keymap or keymap_for(config, resolved.kind)
+    keymap = with_fused_experts(keymap_for(config, resolved.kind), tensors.shapes())
     shapes = param_shapes(config)
     shardings = param_shardings(shapes, mesh)
-    named = with_experts(tensors, keymap)
+    named = Unpacked(tensors)
     params = load_params(shapes, named, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
     params = gathered(params, WEIGHT_AXES)
     source_of = origin(config, resolved, tensors, together=mesh is not None)

@@ -33,8 +33,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.models.targets import TABLES
 from nalora_jax.weights.model_files import LoadedModel
-from nalora_jax.weights.peft_config import CONFIG_NAME
-from nalora_jax.weights.peft_read import TENSORS_NAME, recorded_rope_scaling
+from nalora_jax.weights.peft_config import CONFIG_NAME, TENSORS_NAME, recorded_fact
 from nalora_jax.weights.peft_tables import rows_of_indices, table_rows
 from nalora_jax.weights.tokenizer_files import write_extended, write_tokenizer
 
@@ -91,7 +90,7 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
         a token that is in none of the tokenizers; or the tokenizer belongs to another base.
     """
     held = base.config.vocab_size
-    tables, needed = table_rows(folder, TENSORS_NAME, base.config), rows_of_indices(folder, base.config)
+    tables, needed = table_rows(folder, base.config), rows_of_indices(folder, base.config)
     source_tables = tables or needed
     rows = source_tables or held
     new = _own_tokens(base, folder, source_tables, strict=rows != held)
@@ -142,14 +141,14 @@ def check_adapter(base: LoadedModel, folder: Path) -> None:
       NaloraError: the adapter has further tokens, tables with another number of rows, or another RoPE
         scaling.
     """
-    if (scaling := recorded_rope_scaling(folder)) != base.rope_scaling:
+    if (scaling := recorded_fact(folder, "rope_scaling")) != base.rope_scaling:
         raise NaloraError(
             str(folder),
             expected=f"an adapter of the loaded model's RoPE scaling, {base.rope_scaling or 'the unchanged one'}",
             found=scaling or "none",
             remedy="load the model with that adapter from the start",
         )
-    rows = table_rows(folder, TENSORS_NAME, base.config) or rows_of_indices(folder, base.config)
+    rows = table_rows(folder, base.config) or rows_of_indices(folder, base.config)
     new = _own_tokens(base, folder, rows, strict=bool(base.added) or rows != base.config.vocab_size)
     trained = {
         text: token_id

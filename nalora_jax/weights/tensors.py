@@ -217,7 +217,7 @@ class _Fill:
             return
         transform = self.tensor.transform
         theirs = transform.reordered(index)
-        blocks = list(_blocks(theirs))
+        blocks = list(_blocks(theirs, each=transform.swaps))
         for block in blocks[len(blocks) * k // n : len(blocks) * (k + 1) // n]:
             read = source.read(self.name, self._shifted(block)).astype(target.dtype, copy=False)
             relative = tuple(
@@ -285,9 +285,16 @@ def whole(shape: tuple[int, ...]) -> Index:
     return tuple(slice(0, size) for size in shape)
 
 
-def _blocks(index: Index) -> Iterator[Index]:
-    """Yields ``index`` cut along its first axis into pieces of about `BLOCK` elements."""
+def _blocks(index: Index, *, each: bool = False) -> Iterator[Index]:
+    """Yields ``index`` cut along its first axis into pieces of about `BLOCK` elements.
+
+    ``each`` cuts each of several matrices.
+    """
     first, *inner = index
+    if each and len(inner) > 1:
+        for i in range(first.start, first.stop):
+            yield from ((slice(i, i + 1), *block) for block in _blocks(tuple(inner)))
+        return
     step = max(1, BLOCK // max(1, math.prod(place.stop - place.start for place in inner)))
     for start in range(first.start, first.stop, step):
         yield (slice(start, min(start + step, first.stop)), *inner)
@@ -323,27 +330,25 @@ _quantize = jax.jit(quantize, static_argnums=1)
 def quantized_leaf(shape: tuple[int, ...], kind: Kind, sharding: Sharding, read: Read) -> Quantized:
     """Quantizes this process's parts of the leaf, some output channels of one layer at a time."""
     like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
-    wholes = (like.codes, like.scales)
-    places = [_fitted(array.shape, sharding) for array in wholes]
+    wholes = (like.codes.shape, like.scales.shape)
+    places = [_fitted(whole, sharding) for whole in wholes]
     held = [
-        {span(index, array.shape) for index in place.addressable_devices_indices_map(array.shape).values()}
-        for array, place in zip(wholes, places, strict=True)
+        {span(index, whole) for index in place.addressable_devices_indices_map(whole).values()}
+        for whole, place in zip(wholes, places, strict=True)
     ]
-    blocks = quantized_parts(shape, kind, held[0], held[1], read)
-
-    def placed(array: jax.ShapeDtypeStruct, place: Sharding, of: Mapping[Key, np.ndarray]) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, place, lambda index: of[span(index, array.shape)])
-
-    codes, scales = (placed(*triple) for triple in zip(wholes, places, blocks, strict=True))
+    codes, scales = (
+        jax.make_array_from_callback(
+            whole, place, lambda index, whole=whole, parts=parts: parts[span(index, whole)]
+        )
+        for whole, place, parts in zip(
+            wholes, places, quantized_parts(shape, kind, held[0], held[1], read), strict=True
+        )
+    )
     return Quantized(codes, scales, kind)
 
 
 def quantized_parts(
-    shape: tuple[int, ...],
-    kind: Kind,
-    codes: Iterable[Key],
-    scales: Iterable[Key],
-    read: Read,
+    shape: tuple[int, ...], kind: Kind, codes: Iterable[Key], scales: Iterable[Key], read: Read
 ) -> tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]]:
     """Computes parts of a quantized leaf, reading only the blocks of weights that they need.
 
@@ -358,60 +363,46 @@ def quantized_parts(
       The codes and the scales by part.
     """
     like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
-    blocks: tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]] = ({}, {})
-    # by leading axes (layers, experts) and columns
-    parts_of: dict[tuple[Key, tuple[int, int]], list[_Target]] = defaultdict(list)
-    for keys, array, parts in ((codes, like.codes, blocks[0]), (scales, like.scales, blocks[1])):
+    wholes = (like.codes, like.scales)
+    inputs = [
+        shape[-2] // array.shape[-2] for array in wholes
+    ]  # input channels per row of codes, and of scales
+    # Of codes (0) and scales (1), by leading axes (layers, experts) and columns.
+    groups: dict[tuple[Key, tuple[int, int]], list[tuple[int, Key]]] = defaultdict(list)
+    for number, keys in enumerate((codes, scales)):
         for key in keys:
-            parts[key] = aligned(tuple(stop - start for start, stop in key), array.dtype)
-            rows = shape[-2] // array.shape[-2]
-            parts_of[key[:-2], key[-1]].append(_Target(parts[key], key[-2], rows, array is like.codes))
-    block = shape[-2] // like.scales.shape[-2]
-    for (leads, (first, last)), targets in parts_of.items():
+            groups[key[:-2], key[-1]].append((number, key))
+    parts: tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]] = ({}, {})
+    block = inputs[1]
+    for (leads, (first, last)), members in groups.items():
         needed = np.zeros(shape[-2] // block, np.int8)
-        for target in targets:
-            needed[target.blocks(block)] = 1
+        for number, (*_, (start, stop), _) in members:
+            needed[start * inputs[number] // block : -(-stop * inputs[number] // block)] = 1
         # Start and stop of each run of blocks.
         spans = np.flatnonzero(np.diff(needed, prepend=0, append=0)).reshape(-1, 2) * block
-        for lead in np.ndindex(*(stop - start for start, stop in leads)):
+        counts = tuple(stop - start for start, stop in leads)
+        # With all rows, of which only the needed ones are touched and so take memory.
+        filled = [aligned((*counts, array.shape[-2], last - first), array.dtype) for array in wholes]
+        for lead in np.ndindex(*counts):
             index = tuple(
                 slice(start + i, start + i + 1) for (start, _), i in zip(leads, lead, strict=True)
             )
             for begin, end in spans.tolist():
                 columns = max(1, _QUANTIZED // (end - begin))
                 for start in range(first, last, columns):
-                    channels = slice(start, min(start + columns, last))
-                    floats = read((*index, slice(begin, end), channels), np.float32)
-                    quantized = _quantize(floats, kind)
-                    for target in targets:
-                        target.take(
-                            quantized, lead, begin, slice(channels.start - first, channels.stop - first)
-                        )
-    return blocks
-
-
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """A part of a quantized leaf's codes or scales that is being filled."""
-
-    buffer: np.ndarray
-    rows: tuple[int, int]  # of the codes or scales
-    inputs: int  # input channels per row
-    codes: bool
-
-    def blocks(self, block: int) -> slice:
-        """Returns the blocks of input channels that this part overlaps."""
-        start, stop = self.rows[0] * self.inputs, self.rows[1] * self.inputs
-        return slice(start // block, -(-stop // block))
-
-    def take(self, quantized: Quantized, lead: tuple[int, ...], begin: int, channels: slice) -> None:
-        """Copies this part's share of ``made``, whose first input channel is ``begin``."""
-        block: np.ndarray = np.asarray(quantized.codes if self.codes else quantized.scales)
-        block, first = block.reshape(block.shape[-2:]), begin // self.inputs
-        start, stop = max(self.rows[0], first), min(self.rows[1], first + len(block))
-        if start < stop:
-            mine = slice(start - self.rows[0], stop - self.rows[0])
-            self.buffer[lead][mine, channels] = block[start - first : stop - first]
+                    stop = min(start + columns, last)
+                    quantized = _quantize(
+                        read((*index, slice(begin, end), slice(start, stop)), np.float32), kind
+                    )
+                    for array, per_row, block_of in zip(
+                        filled, inputs, (quantized.codes, quantized.scales), strict=True
+                    ):
+                        rows = np.asarray(block_of).reshape(block_of.shape[-2:])
+                        place = slice(begin // per_row, begin // per_row + len(rows))
+                        array[lead][place, start - first : stop - first] = rows
+        for number, key in members:
+            parts[number][key] = filled[number][..., slice(*key[-2]), :]
+    return parts
 
 
 def _fitted(shape: tuple[int, ...], sharding: Sharding) -> Sharding:

@@ -72,9 +72,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     wheel.parent.mkdir(parents=True)
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tiny_package/model.gguf", CONTENT)
-    package = PackageFile("tiny-package", "1.0", file_digest(wheel), "tiny_package/model.gguf", "MIT")
-    alias = Alias(hub_id="owner/tiny", package=package, sha256=hashlib.sha256(CONTENT).hexdigest())
-    monkeypatch.setattr(hub, "ALIASES", {"tiny": alias})
+    names, sha256 = ("tiny-package", "1.0"), hashlib.sha256(CONTENT).hexdigest()
+    package = PackageFile(*names, file_digest(wheel), "tiny_package/model.gguf", "MIT", sha256)
+    monkeypatch.setattr(hub, "ALIASES", {"tiny": Alias("owner/tiny", package)})
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -83,32 +84,32 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_alias_without_the_hub_comes_from_its_package(cache, tmp_path, monkeypatch, caplog):
     file = "pypi:tiny-package==1.0/model.gguf"
-    found = resolve_source("tiny", cache)
+    found = resolve_source("tiny")
     assert (found.kind, found.name, found.copy_of) == ("gguf", file, "owner/tiny")
     assert found.path.read_bytes() == CONTENT
     assert "package mirror (model.gguf) instead of the hub: Name or service not known" in caplog.text
     assert [path for path in (cache / "packages").rglob("*") if path.is_file()] == [found.path]
     calls = use_hub(monkeypatch, online=model_folder(tmp_path / "snapshot"))
-    assert resolve_source(file, cache) == found  # the package's file has a name of its own
+    assert resolve_source(file) == found  # the package's file has a name of its own
     assert calls == []
     assert hub.alias_of(file) == hub.alias_of("tiny") == hub.ALIASES["tiny"]
     with pytest.raises(NaloraError, match=rf"expected one of {re.escape(file)}, found another package"):
-        resolve_source(file.replace("1.0", "2.0"), cache)
+        resolve_source(file.replace("1.0", "2.0"))
 
 
 def test_a_fetched_package_does_not_win_over_a_hub_that_is_reachable(cache, tmp_path, monkeypatch, caplog):
-    mirrored = resolve_source("tiny", cache)
+    mirrored = resolve_source("tiny")
     folder = model_folder(tmp_path / "snapshot")
     use_hub(monkeypatch, online=folder)
-    assert resolve_source("tiny", cache) == hub.ResolvedSource("hf", folder, "owner/tiny")
+    assert resolve_source("tiny") == hub.ResolvedSource("hf", folder, "owner/tiny")
 
     calls = use_hub(monkeypatch, cached=folder)  # the hub's own cache needs no network
-    assert resolve_source("tiny", cache).kind == "hf"
+    assert resolve_source("tiny").kind == "hf"
     assert all(call["local"] for call in calls)
 
     caplog.clear()
     use_hub(monkeypatch, online=OSError("Name or service not known"))
-    assert resolve_source("tiny", cache) == mirrored
+    assert resolve_source("tiny") == mirrored
     assert "using the package mirror (model.gguf) instead of the hub" in caplog.text
 
 
@@ -121,23 +122,23 @@ def test_an_incomplete_snapshot_does_not_count(tmp_path, monkeypatch, missing):
 
 
 def test_a_damaged_package_and_one_that_is_not_there_are_refused(cache, monkeypatch):
-    path = resolve_source("tiny", cache).path
+    path = resolve_source("tiny").path
     path.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
     for name in ("tiny", "pypi:tiny-package==1.0/model.gguf"):
         with pytest.raises(
             NaloraError, match=r"gguf: expected sha256 .* cached file is damaged: delete it"
         ):
-            resolve_source(name, cache)
+            resolve_source(name)
 
     path.unlink()
 
-    def fetch(part: PackageFile, cache: Any) -> Any:
+    def fetch(part: PackageFile) -> Any:
         raise NaloraError(f"package {part.package}", expected="pip to download it", found="no network")
 
     monkeypatch.setattr(hub.downloads, "fetch_file", fetch)
     both = r"tiny: .*Name or service not known.*package tiny-package.*local folder"
     with pytest.raises(NaloraError, match=both):
-        resolve_source("tiny", cache)
+        resolve_source("tiny")
 
 
 # ---------------------------------------------------------------- hub ids

@@ -17,7 +17,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
-from nalora_jax.weights.peft_read import TENSORS_NAME
+from nalora_jax.weights.peft_config import TENSORS_NAME
 from tests.weights.conftest import COMMON
 from tests.weights.in_peft import logits, merge_equally, our_logits, save, wrap, write_adapter
 from tests.weights.test_merge import TARGETS

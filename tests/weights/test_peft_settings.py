@@ -23,8 +23,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.weights.peft import import_adapter
-from nalora_jax.weights.peft_config import PEFT, Field, Refused
-from nalora_jax.weights.peft_settings import from_peft, rules_of
+from nalora_jax.weights.peft_settings import PEFT, Field, Refused, from_peft, rules_of
 from tests.weights.conftest import COMMON
 
 
