@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.log import MetricsLog
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter
+from nalora_jax.weights.tokenizer_files import copy_tokenizer
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -71,8 +73,8 @@ def test_adapter(small_disk: Path) -> None:
 def test_merged_model(small_disk: Path, tmp_path: Path) -> None:
     config = wide()
     params = init_params(config, jax.random.key(0))
-    tokenizer = Tokenizer.from_folder(tiny.make_model(tmp_path / "model"))
-    options: dict[str, Any] = {"hf_config": WIDE, "tokenizer": tokenizer}
+    folder = tiny.make_model(tmp_path / "model")
+    options: dict[str, Any] = {"hf_config": WIDE, "tokenizer": partial(copy_tokenizer, folder)}
     with pytest.raises(NaloraError, match=rf"{small_disk}/merged: .*({FULL})"):
         write_merged(small_disk / "merged", config, params, None, AdapterSpec(), **options)
     assert list(small_disk.iterdir()) == []

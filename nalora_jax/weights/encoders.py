@@ -29,137 +29,100 @@ from nalora_jax.weights.keymaps import (
 
 def _rows(names: Mapping[str, str], stem: str = "", folder: str = "") -> Rows:
     """Returns weights and biases of dense layers and norms, and tables, by transformers' module."""
-    rows = []
+    rows: Rows = ()
     for theirs, ours in names.items():
         name, path = f"{stem}{theirs}", f"{folder}{ours}"
         if ours.endswith("/embedding"):
-            rows.append(TensorRow(f"{name}.weight", (path,)))
-        elif ours.endswith("norm"):
-            rows += [
-                TensorRow(f"{name}.weight", (f"{path}/scale",)),
-                TensorRow(f"{name}.bias", (f"{path}/bias",)),
-            ]
-        else:
-            rows.append(TensorRow(f"{name}.weight", (f"{path}/kernel",), "transpose"))
-            rows.append(TensorRow(f"{name}.bias", (f"{path}/bias",)))
-    return tuple(rows)
+            rows += (TensorRow(f"{name}.weight", (path,)),)
+            continue
+        weight = TensorRow(f"{name}.weight", (f"{path}/kernel",), "transpose")
+        if ours.endswith("norm"):
+            weight = TensorRow(f"{name}.weight", (f"{path}/scale",))
+        rows += (weight, TensorRow(f"{name}.bias", (f"{path}/bias",)))
+    return rows
 
 
 def _layers(stem: str, names: Mapping[str, str]) -> Rows:
     return _rows(names, f"{stem}.{{layer}}.", "layers/")
 
 
+# A tower has the rows of its table whose leaves it has, so one table serves several families.
 _CLIP_LAYERS = _layers(
     "encoder.layers",
     {f"self_attn.{n}_proj": f"attn/{n}_proj" for n in "qkv"}
     | {"self_attn.out_proj": "attn/o_proj", "mlp.fc1": "ffn/in_proj", "mlp.fc2": "ffn/out_proj"}
     | {"layer_norm1": "attn_norm", "layer_norm2": "ffn_norm"},
 )
-_CLIP_TEXT = (
-    *_rows(
-        {
-            "embeddings.token_embedding": "tokens/embedding",
-            "embeddings.position_embedding": "positions/embedding",
-            "final_layer_norm": "final_norm",
-        }
-    ),
-    *_CLIP_LAYERS,
-)
-_CLIP_VISION = (
-    TensorRow("embeddings.class_embedding", ("class_token",)),
-    TensorRow("embeddings.patch_embedding.weight", ("patches/kernel",), "patches"),
-    *_rows(
-        {
-            "embeddings.position_embedding": "positions/embedding",
-            "pre_layrnorm": "embed_norm",  # the spelling in the files
-            "post_layernorm": "final_norm",
-        }
-    ),
-    *_CLIP_LAYERS,
-)
-_SIGLIP_HEAD = (
-    TensorRow("head.probe", ("pool/probe",), "lead"),
-    TensorRow(
-        "head.attention.in_proj_weight", tuple(f"pool/attn/{n}_proj/kernel" for n in "qkv"), "transpose"
-    ),
-    TensorRow("head.attention.in_proj_bias", tuple(f"pool/attn/{n}_proj/bias" for n in "qkv")),
-    *_rows(
-        {
-            "attention.out_proj": "attn/o_proj",
-            "layernorm": "norm",
-            "mlp.fc1": "ffn/in_proj",
-            "mlp.fc2": "ffn/out_proj",
-        },
-        "head.",
-        "pool/",
-    ),
-)
-_SIGLIP_REST = (
-    TensorRow("embeddings.patch_embedding.bias", ("patches/bias",)),
-    *_rows({"embeddings.position_embedding": "positions/embedding", "post_layernorm": "final_norm"}),
-    *_CLIP_LAYERS,
-    *_SIGLIP_HEAD,
-)
+_TABLES = {"token_embedding": "tokens/embedding", "position_embedding": "positions/embedding"}
+_CLIP_TEXT = (*_rows(_TABLES, "embeddings."), *_rows({"final_layer_norm": "final_norm"}), *_CLIP_LAYERS)
 _SIGLIP_TEXT = (*_CLIP_TEXT, *_rows({"head": "projection"}))
-_VIT_ENDS = (
+_PATCHES = TensorRow("embeddings.patch_embedding.weight", ("patches/kernel",), "patches")
+_HEAD = {"attention.out_proj": "attn/o_proj", "layernorm": "norm"}
+_HEAD |= {"mlp.fc1": "ffn/in_proj", "mlp.fc2": "ffn/out_proj"}
+_QKV = tuple(f"pool/attn/{n}_proj" for n in "qkv")
+_CLIP_VISION = (  # and SigLIP's
+    TensorRow("embeddings.class_embedding", ("class_token",)),
+    _PATCHES,
+    TensorRow("embeddings.patch_embedding.bias", ("patches/bias",)),
+    # "layrnorm" is the spelling in the files.
+    *_rows({"embeddings.position_embedding": "positions/embedding", "pre_layrnorm": "embed_norm"}),
+    *_rows({"post_layernorm": "final_norm"}),
+    *_CLIP_LAYERS,
+    TensorRow("head.probe", ("pool/probe",), "lead"),
+    TensorRow("head.attention.in_proj_weight", tuple(f"{path}/kernel" for path in _QKV), "transpose"),
+    TensorRow("head.attention.in_proj_bias", tuple(f"{path}/bias" for path in _QKV)),
+    *_rows(_HEAD, "head.", "pool/"),
+)
+_SIGLIP2_VISION = tuple(
+    replace(row, change="transpose") if row is _PATCHES else row for row in _CLIP_VISION
+)
+_POOLER = _rows({"pooler.dense": "pooler"})
+_VIT = (
     TensorRow("embeddings.cls_token", ("class_token",), "lead"),
     TensorRow("embeddings.patch_embeddings.projection.weight", ("patches/kernel",), "patches"),
     TensorRow("embeddings.patch_embeddings.projection.bias", ("patches/bias",)),
     TensorRow("embeddings.position_embeddings", ("positions/embedding",), "lead"),
     *_rows({"layernorm": "final_norm"}),
+    *_POOLER,
 )
-_QKV = {name: f"attn/{name[0]}_proj" for name in ("query", "key", "value")}
 _OUTPUT = {"attention.output.dense": "attn/o_proj"}
-_VIT_ATTENTION = {f"attention.attention.{name}": path for name, path in _QKV.items()} | _OUTPUT
+_VIT_ATTENTION = {
+    f"attention.attention.{n}": f"attn/{n[0]}_proj" for n in ("query", "key", "value")
+} | _OUTPUT
 _DENSE_FFN = {"intermediate.dense": "ffn/in_proj", "output.dense": "ffn/out_proj"}
-_POOLER = _rows({"pooler.dense": "pooler"})
-_WEIGHTS_IN = "encoder.layer.{layer}.mlp.weights_in"
+_VIT_NORMS = {"layernorm_before": "attn_norm", "layernorm_after": "ffn_norm"}
+_DINOV2_FFN = {"mlp.fc1": "ffn/in_proj", "mlp.fc2": "ffn/out_proj", "mlp.weights_out": "ffn/down_proj"}
+_GATED = tuple(f"layers/ffn/{n}_proj" for n in ("gate", "up"))  # one tensor in the files
 _DINOV2 = (
-    *_VIT_ENDS,
-    *_layers(
-        "encoder.layer",
-        _VIT_ATTENTION
-        | {"mlp.fc1": "ffn/in_proj", "mlp.fc2": "ffn/out_proj", "mlp.weights_out": "ffn/down_proj"}
-        | {"norm1": "attn_norm", "norm2": "ffn_norm"},
-    ),
-    # The files fuse the two halves of a gated FFN into one tensor.
+    *_VIT,
+    *_layers("encoder.layer", _VIT_ATTENTION | _DINOV2_FFN | {"norm1": "attn_norm", "norm2": "ffn_norm"}),
     TensorRow(
-        f"{_WEIGHTS_IN}.weight", tuple(f"layers/ffn/{n}_proj/kernel" for n in ("gate", "up")), "transpose"
+        "encoder.layer.{layer}.mlp.weights_in.weight",
+        tuple(f"{path}/kernel" for path in _GATED),
+        "transpose",
     ),
-    TensorRow(f"{_WEIGHTS_IN}.bias", tuple(f"layers/ffn/{n}_proj/bias" for n in ("gate", "up"))),
+    TensorRow("encoder.layer.{layer}.mlp.weights_in.bias", tuple(f"{path}/bias" for path in _GATED)),
     TensorRow("encoder.layer.{layer}.layer_scale1.lambda1", ("layers/attn_scale",)),
     TensorRow("encoder.layer.{layer}.layer_scale2.lambda1", ("layers/ffn_scale",)),
 )
+_BERT_TABLES = {"word_embeddings": "tokens/embedding", "position_embeddings": "positions/embedding"}
+_BERT_TABLES |= {"token_type_embeddings": "types/embedding"}
+_BERT_ATTENTION = {f"attention.self.{n}": f"attn/{n[0]}_proj" for n in ("query", "key", "value")} | _OUTPUT
+_BERT_NORMS = {"attention.output.LayerNorm": "attn_norm", "output.LayerNorm": "ffn_norm"}
 _BERT = (
-    *_rows(
-        {
-            "word_embeddings": "tokens/embedding",
-            "position_embeddings": "positions/embedding",
-            "token_type_embeddings": "types/embedding",
-            "LayerNorm": "embed_norm",
-        },
-        "embeddings.",
-    ),
-    *_layers(
-        "encoder.layer",
-        {f"attention.self.{name}": path for name, path in _QKV.items()}
-        | _OUTPUT
-        | _DENSE_FFN
-        | {"attention.output.LayerNorm": "attn_norm", "output.LayerNorm": "ffn_norm"},
-    ),
+    *_rows(_BERT_TABLES | {"LayerNorm": "embed_norm"}, "embeddings."),
+    *_layers("encoder.layer", _BERT_ATTENTION | _DENSE_FFN | _BERT_NORMS),
     *_POOLER,
 )
-_VIT_NORMS = {"layernorm_before": "attn_norm", "layernorm_after": "ffn_norm"}
-_PATCHES = TensorRow("embeddings.patch_embedding.weight", ("patches/kernel",), "patches")
 
 TABLES: dict[str, Rows] = {
     "clip_vision_model": _CLIP_VISION,
     "clip_text_model": _CLIP_TEXT,
-    "siglip_vision_model": (_PATCHES, *_SIGLIP_REST),
+    "siglip_vision_model": _CLIP_VISION,
     "siglip_text_model": _SIGLIP_TEXT,
-    "siglip2_vision_model": (replace(_PATCHES, change="transpose"), *_SIGLIP_REST),
+    "siglip2_vision_model": _SIGLIP2_VISION,
     "siglip2_text_model": _SIGLIP_TEXT,
-    "vit": (*_VIT_ENDS, *_POOLER, *_layers("encoder.layer", _VIT_ATTENTION | _DENSE_FFN | _VIT_NORMS)),
+    "vit": (*_VIT, *_layers("encoder.layer", _VIT_ATTENTION | _DENSE_FFN | _VIT_NORMS)),
     "dinov2": _DINOV2,
     "bert": _BERT,
 }

@@ -99,7 +99,9 @@ def with_fused_experts(keymap: KeyMap, names: Iterable[str]) -> KeyMap:
         stems = [f"{match[1]}.{{}}.{part}.weight" for part in _PARTS[match[2]]]
         parts = [tensors[stem.format(0)] for stem in stems if stem.format(0) in tensors]
         count = 0
-        while all([tensors.pop(stem.format(count), None) for stem in stems]):
+        while all(stem.format(count) in tensors for stem in stems):
+            for stem in stems:
+                del tensors[stem.format(count)]
             count += 1
         if count:  # [outputs, inputs] each -> [experts, outputs of all parts, inputs]
             rows = tuple(part.shape[0] for part in parts)

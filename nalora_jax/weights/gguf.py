@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gguf.quants import dequantize
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.family import Metadata
 from nalora_jax.weights.shards import DTYPES, FileTensor
-from nalora_jax.weights.tensors import Index, TensorSource
+from nalora_jax.weights.tensors import Index, TensorSource, whole
 
 READABLE = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
@@ -75,6 +76,11 @@ class GGUFFile(TensorSource):
         shape = (-1, *stored.shape[1:]) if lead else stored.shape
         return flat.reshape(shape)[(*(slice(None) for _ in lead[:1]), *lead[1:], columns)]
 
+    def whole(self, name: str) -> np.ndarray:
+        """Returns a small tensor as float64."""
+        self.check_readable(name)
+        return self.read(name, whole(self._shapes[name])).astype(np.float64)
+
     def about(self, prefix: str) -> Metadata:
         """Returns the metadata whose keys begin with ``prefix``."""
         return Metadata(self.metadata, prefix, self.where)
@@ -96,17 +102,14 @@ class _Cursor:
     """A reader that moves forward through a mapped file and checks its end."""
 
     def __init__(self, memory: mmap.mmap, path: Path) -> None:
-        self.memory, self.path, self.where = memory, path, str(path)
+        self.memory, self.path = memory, path
         self.size, self.at = len(memory), 0
         self.strings_left = _MAX_STRINGS
 
     def error(self, expected: object, actual: object) -> NaloraError:
-        return NaloraError(
-            f"{self.where}: GGUF header, byte {self.at}",
-            expected=expected,
-            found=actual,
-            remedy="download the file again: it is truncated or damaged",
-        )
+        remedy = "download the file again: it is truncated or damaged"
+        where = f"{self.path}: GGUF header, byte {self.at}"
+        return NaloraError(where, expected=expected, found=actual, remedy=remedy)
 
     def skip(self, count: int) -> int:
         """Skips ``count`` bytes, which must be in the file, and returns their start."""
@@ -115,79 +118,68 @@ class _Cursor:
         self.at += count
         return self.at - count
 
-    def numbers(self, form: str, size: int) -> tuple[Any, ...]:
-        return struct.unpack_from(form, self.memory, self.skip(size))
+    def numbers(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack_from(form, self.memory, self.skip(struct.calcsize(form)))
 
     def count(self, limit: int, what: str) -> int:
         """Reads a count of items that take at least one byte each."""
-        (count,) = self.numbers("<Q", 8)
+        (count,) = self.numbers("<Q")
         if count > min(limit, self.size - self.at):
             raise self.error(f"at most {min(limit, self.size - self.at)} {what}", count)
         return int(count)
 
     def string(self) -> str:
-        (length,) = self.numbers("<Q", 8)
+        (length,) = self.numbers("<Q")
         start = self.skip(length)
         try:
             return self.memory[start : start + length].decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.error("a UTF-8 string", error.reason) from error
 
-    def array(self, kind: int) -> Any:
-        dtype = np.dtype(_SCALARS[kind])
-        count = self.count(self.size, "numbers")
-        start = self.skip(count * dtype.itemsize)
-        return np.frombuffer(self.memory, dtype, count, start).copy()
-
-    def strings(self) -> list[str]:
-        count = self.count(self.strings_left, "strings")
-        self.strings_left -= count
-        return [self.string() for _ in range(count)]
-
     def value(self) -> Any:
-        (kind,) = self.numbers("<I", 4)
+        (kind,) = self.numbers("<I")
         if kind == _STRING:
             return self.string()
-        if kind == _ARRAY:
-            (kind,) = self.numbers("<I", 4)
+        expected, array = "a value type of GGUF", kind == _ARRAY
+        if array:
+            expected, (kind,) = "an array of numbers or strings", self.numbers("<I")
             if kind == _STRING:
-                return self.strings()
-            if _SCALARS.get(kind):
-                return self.array(kind)
-            raise self.error("an array of numbers or strings", f"element type {kind}")
+                count = self.count(self.strings_left, "strings")
+                self.strings_left -= count
+                return [self.string() for _ in range(count)]
         if not _SCALARS.get(kind):
-            raise self.error("a value type of GGUF", kind)
+            raise self.error(expected, f"type {kind}")
         dtype = np.dtype(_SCALARS[kind])
-        number = np.frombuffer(self.memory, dtype, 1, self.skip(dtype.itemsize))[0]
+        count = self.count(self.size, "numbers") if array else 1
+        values = np.frombuffer(self.memory, dtype, count, self.skip(count * dtype.itemsize)).copy()
+        if array:
+            return values
         if dtype == np.float32:  # the decimal that it was written from: 1e-05, not 9.999999747378752e-06
-            return float(str(number))
-        return number.item()
+            return float(str(values[0]))
+        return values[0].item()
 
 
 def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, FileTensor]]:
-    magic = cursor.memory[cursor.skip(4) : 4]
+    where, magic = str(cursor.path), cursor.memory[cursor.skip(4) : 4]
     if magic != b"GGUF":
-        raise NaloraError(cursor.where, expected="a GGUF file", found=f"a file that begins with {magic!r}")
-    (version,) = cursor.numbers("<I", 4)
+        raise NaloraError(where, expected="a GGUF file", found=f"a file that begins with {magic!r}")
+    (version,) = cursor.numbers("<I")
     if version not in (2, 3):
-        actual = "a big-endian file or a damaged version number"
-        if version < 1 << 16:
-            actual = f"version {version}"
-        raise NaloraError(cursor.where, expected="GGUF version 2 or 3, little-endian", found=actual)
+        actual = f"version {version}"
+        if version >= 1 << 16:
+            actual = "a big-endian file or a damaged version number"
+        raise NaloraError(where, expected="GGUF version 2 or 3, little-endian", found=actual)
     n_tensors = cursor.count(_MAX_ITEMS, "tensors")
-    n_keys = cursor.count(_MAX_ITEMS, "metadata keys")
     metadata: dict[str, Any] = {}
-    for _ in range(n_keys):
+    for _ in range(cursor.count(_MAX_ITEMS, "metadata keys")):
         key = cursor.string()
         if key in metadata:
             raise cursor.error("each key once", f"{key} again")
         metadata[key] = cursor.value()
     if metadata.get("split.count", 1) != 1:
+        found, remedy = f"a part of {metadata['split.count']}", "llama.cpp's llama-gguf-split --merge"
         raise NaloraError(
-            cursor.where,
-            expected="a model in one file",
-            found=f"a part of {metadata['split.count']}",
-            remedy="join the parts with llama.cpp's llama-gguf-split --merge",
+            where, expected="a model in one file", found=found, remedy=f"join the parts with {remedy}"
         )
     return metadata, _read_tensor_table(cursor, n_tensors, metadata.get("general.alignment", 32))
 
@@ -195,35 +187,33 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, FileTensor]
 def _read_tensor_table(cursor: _Cursor, count: int, alignment: object) -> dict[str, FileTensor]:
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise cursor.error("a power of two as general.alignment", alignment)
-    described = [_read_tensor_info(cursor) for _ in range(count)]
-    data_start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, FileTensor] = {}
-    for name, shape, kind, offset in described:
+    for _ in range(count):
+        name = cursor.string()
+        (dimensions,) = cursor.numbers("<I")
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise cursor.error(f"{name}: 1 to {_MAX_DIMENSIONS} dimensions", dimensions)
+        shape = cursor.numbers(f"<{dimensions}Q")[::-1]
+        number, offset = cursor.numbers("<IQ")
+        if min(shape) < 1:
+            raise cursor.error(f"{name}: dimensions of 1 or more", shape)
+        try:
+            kind = GGMLQuantizationType(number)
+        except ValueError as error:
+            raise cursor.error(f"{name}: a tensor type of GGUF", number) from error
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise cursor.error(
                 f"{name}: rows of whole {kind.name} blocks of {block}", f"rows of {shape[-1]}"
             )
-        nbytes = math.prod(shape) // block * block_bytes
-        beyond = data_start + offset + nbytes - cursor.size
-        if beyond > 0:
-            raise cursor.error(f"{name} to end within the file", f"its end {beyond} bytes beyond")
         if name in tensors:
             raise cursor.error("each tensor once", f"{name} again")
-        tensors[name] = FileTensor(cursor.path, shape, kind.name, data_start + offset, nbytes)
+        size = math.prod(shape) // block * block_bytes
+        tensors[name] = FileTensor(cursor.path, shape, kind.name, offset, size)
+    start = -(-cursor.at // alignment) * alignment  # of the data, which offsets are relative to
+    for name, tensor in tensors.items():
+        tensors[name] = replace(tensor, start=start + tensor.start)
+        beyond = start + tensor.start + tensor.size - cursor.size
+        if beyond > 0:
+            raise cursor.error(f"{name} to end within the file", f"its end {beyond} bytes beyond")
     return tensors
-
-
-def _read_tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
-    name = cursor.string()
-    (dimensions,) = cursor.numbers("<I", 4)
-    if not 1 <= dimensions <= _MAX_DIMENSIONS:
-        raise cursor.error(f"{name}: 1 to {_MAX_DIMENSIONS} dimensions", dimensions)
-    shape = cursor.numbers(f"<{dimensions}Q", 8 * dimensions)[::-1]
-    kind, offset = cursor.numbers("<IQ", 12)
-    if min(shape) < 1:
-        raise cursor.error(f"{name}: dimensions of 1 or more", shape)
-    try:
-        return name, shape, GGMLQuantizationType(kind), offset
-    except ValueError as error:
-        raise cursor.error(f"{name}: a tensor type of GGUF", kind) from error

@@ -16,7 +16,6 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.family import BUILT_IN, Metadata, nearest
 from nalora_jax.models.ropes import RopeSpec, inverse_frequencies
 from nalora_jax.weights.gguf import GGUFFile
-from nalora_jax.weights.tensors import whole
 
 _SPECIAL = {
     "bos_token_id": "bos_token_id",
@@ -43,13 +42,14 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
             remedy=nearest(architecture, known),
         )
     reader = _Model(file, architecture)
-    model_type, form = next(
-        (name, form)
-        for name, form in formats.items()
-        if form.architecture == architecture and form.matches(reader)
-    )
-    class_name = BUILT_IN[model_type].class_name
-    raw = {"architectures": [class_name], "model_type": model_type, **_shape(reader), **_rope(reader)}
+    of_architecture = [(name, form) for name, form in formats.items() if form.architecture == architecture]
+    name, form = next((name, form) for name, form in of_architecture if form.matches(reader))
+    raw = {
+        "architectures": [BUILT_IN[name].class_name],
+        "model_type": name,
+        **_shape(reader),
+        **_rope(reader),
+    }
     raw |= form.settings(reader)
     tokenizer = file.about("tokenizer.ggml")
     raw |= {key: tokenizer.get(theirs, int) for key, theirs in _SPECIAL.items() if tokenizer.has(theirs)}
@@ -65,14 +65,7 @@ class _Model(Metadata):
 
     def tensor(self, name: str) -> np.ndarray | None:
         """Returns a small tensor as float64, or None."""
-        shape = self.file.shapes().get(name)
-        if shape is None:
-            return None
-        self.file.check_readable(name)
-        return self.file.read(name, whole(shape)).astype(np.float64)
-
-    def has_tensor(self, name: str) -> bool:
-        return name in self.file.shapes()
+        return self.file.whole(name) if name in self.file.shapes() else None
 
 
 def _shape(r: _Model) -> dict[str, Any]:
@@ -92,9 +85,9 @@ def _shape(r: _Model) -> dict[str, Any]:
         "head_dim": r.get("attention.key_length", int, width // heads),
         "max_position_embeddings": r.get("context_length", int),
         "rms_norm_eps": r.get("attention.layer_norm_rms_epsilon", float),
-        "tie_word_embeddings": not r.has_tensor("output.weight"),
-        "attention_bias": r.has_tensor("blk.0.attn_q.bias"),
-        "mlp_bias": r.has_tensor("blk.0.ffn_up.bias"),
+        "tie_word_embeddings": "output.weight" not in r.file.shapes(),
+        "attention_bias": "blk.0.attn_q.bias" in r.file.shapes(),
+        "mlp_bias": "blk.0.ffn_up.bias" in r.file.shapes(),
     }
     if r.has("attention.causal"):
         raw["is_causal"] = r.get("attention.causal", bool)
@@ -107,14 +100,12 @@ def _shape(r: _Model) -> dict[str, Any]:
 
 
 def _rope(r: _Model) -> dict[str, Any]:
-    theta = r.get("rope.freq_base", float, 10_000.0)
-    head_dim = r.get("attention.key_length", int, 0)
+    theta, head_dim = r.get("rope.freq_base", float, 10_000.0), r.get("attention.key_length", int, 0)
     rotated = r.get("rope.dimension_count", int, head_dim)
     raw: dict[str, Any] = {"rope_theta": theta}
     if head_dim and rotated != head_dim:
         raw["partial_rotary_factor"] = rotated / head_dim
-    scaling = _long_factors(r) or _frequency_factors(r, theta) or r.scaling()
-    if scaling:
+    if scaling := _long_factors(r) or _frequency_factors(r, theta) or r.scaling():
         raw["rope_scaling"] = scaling
     return raw
 
@@ -154,11 +145,9 @@ def _frequency_factors(r: _Model, theta: float) -> dict[str, Any] | None:
             "high_freq_factor": spec.high_freq_factor,
             "original_max_position_embeddings": spec.max_positions,
         }
-    length = r.get("context_length", int)
-    both = {"short_factor": divisors.tolist(), "long_factor": divisors.tolist()}
     return {
         "rope_type": "longrope",
         "attention_factor": 1.0,
-        "original_max_position_embeddings": length,
-        **both,
+        "original_max_position_embeddings": r.get("context_length", int),
+        **dict.fromkeys(("short_factor", "long_factor"), divisors.tolist()),
     }

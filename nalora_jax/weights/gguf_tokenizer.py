@@ -105,19 +105,14 @@ def _wrapped(
     file: GGUFFile, about: Metadata, backend: Tokenizer, tokens: list[str], *, adds_bos: bool
 ) -> ours.Tokenizer:
     """Adds the special ids, and the special tokens' texts for chat templates."""
-    names = {
-        "bos": "bos_token_id",
-        "eos": "eos_token_id",
-        "unk": "unknown_token_id",
-        "pad": "padding_token_id",
-    }
-    optional = {name: _token_id(about, key, len(tokens)) for name, key in names.items()}
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
+    optional = {name: _token_id(about, f"{theirs}_token_id", len(tokens)) for name, theirs in names.items()}
     ids = {name: token_id for name, token_id in optional.items() if token_id is not None}
     if "eos" not in ids:
         raise about.error("eos_token_id", "the id of the token that ends a text", "no such key")
-    other = [_token_id(about, key, len(tokens)) for key in ("eot_token_id", "eom_token_id")]
     by_name = [backend.token_to_id(name) for name in _STOPS]
-    stops = [ids["eos"], *(i for i in (*other, *by_name) if i is not None)]
+    stops = [ids["eos"], *(ids.pop(name) for name in ("eot", "eom") if name in ids)]
+    stops += [token_id for token_id in by_name if token_id is not None]
     keys = ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")
     template, tool_template = (
         value if isinstance(value := file.metadata.get(key), str) else None for key in keys
@@ -156,15 +151,13 @@ def _byte_level(about: Metadata, tokens: list[str]) -> Tokenizer:
 
 
 def _splitter(rule: str) -> Any:
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule in ("", "digits"))
     if rule == "":
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if rule == "digits":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    words = pre_tokenizers.Split(Regex(rule), behavior="isolated")
-    return pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+        return byte_level
+    first: Any = pre_tokenizers.Digits(individual_digits=True)
+    if rule != "digits":
+        first = pre_tokenizers.Split(Regex(rule), behavior="isolated")
+    return pre_tokenizers.Sequence([first, byte_level])
 
 
 # ---------------------------------------------------------------- SentencePiece BPE
@@ -209,20 +202,19 @@ def _sentencepiece(about: Metadata, tokens: list[str], architecture: str) -> Tok
 def _merges_from_scores(
     vocabulary: dict[str, int], tokens: Sequence[str], scores: np.ndarray, kinds: np.ndarray
 ) -> list[tuple[str, str]]:
-    """Returns every split of a token into two tokens, the best token's first.
+    """Returns every split of a token into two tokens: the best token's first, and longest left part first.
 
     SentencePiece merges the pair whose result has the highest score; of equal scores the first
     token in the file is used. User-defined tokens have no meaningful score and come before all
     others, as in the models' merge lists.
     """
     order = np.lexsort((np.arange(len(tokens)), -scores, kinds != _USER_DEFINED))
-    return [pair for i in order.tolist() for pair in _splits(tokens[i], vocabulary)]
-
-
-def _splits(token: str, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Returns the token's splits into two tokens, longest left part first, as in merge lists."""
-    cuts = [k for k in range(len(token) - 1, 0, -1) if token[:k] in vocabulary and token[k:] in vocabulary]
-    return [(token[:k], token[k:]) for k in cuts]
+    return [
+        (token[:k], token[k:])
+        for token in (tokens[i] for i in order.tolist())
+        for k in range(len(token) - 1, 0, -1)
+        if token[:k] in vocabulary and token[k:] in vocabulary
+    ]
 
 
 # ---------------------------------------------------------------- metadata

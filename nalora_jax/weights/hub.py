@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants, errors
@@ -28,7 +28,7 @@ from nalora_jax.common.files import expand_user
 from nalora_jax.common.folders import can_exist
 from nalora_jax.common.registry import Registry
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.hf import PICKLES, ResolvedSource, SafetensorsFolder
+from nalora_jax.weights.hf import CONVERT, PICKLES, ResolvedSource, SafetensorsFolder
 from nalora_jax.weights.shards import INDEX
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,11 @@ def resolve_source(source: str) -> ResolvedSource:
     if source.startswith(_MIRROR):
         mirrors = ", ".join(alias.mirror for alias in ALIASES.values())
         raise NaloraError(source, expected=f"one of {mirrors}", found="another package, version or file")
+    return _found(source, ALIASES)
+
+
+def _found(source: str, aliases: Iterable[str], **options: Any) -> ResolvedSource:
+    """Returns the files of a URL, a path or a hub id."""
     if (where := buckets.bucket_url(source)) is not None:
         return _resolve_bucket(where)
     path = expand_user(source)
@@ -92,12 +97,12 @@ def resolve_source(source: str) -> ResolvedSource:
     owner, name, file = ([*source.split("/", 2), "", ""])[:3]
     if name and (not file or file.endswith(".gguf")):
         repository = f"{owner}/{name}"
-        local = snapshot(repository, file) / file
+        local = snapshot(repository, file, **options) / file
         if not local.exists():
             raise NaloraError(repository, expected=f"the file {file} in it", found="none of that name")
         return _resolve_local(local, source)
     actual = "no folder, no file, no hub id (owner/name) and no alias of that name"
-    remedy = "aliases: " + ", ".join(ALIASES)
+    remedy = "aliases: " + ", ".join(aliases)
     raise NaloraError(source, expected="a model", found=actual, remedy=remedy)
 
 
@@ -140,7 +145,7 @@ def _resolve_local(path: Path, name: str) -> ResolvedSource:
                 str(path),
                 expected="a .gguf file or a folder with safetensors",
                 found="a pickle, which can run any code when it is opened and is never read",
-                remedy="convert it with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)",
+                remedy=CONVERT,
             )
         if path.suffix == ".safetensors":
             expected, actual = "the folder of a model", "one of its files"
@@ -306,27 +311,18 @@ def _minilm(cache: Path | None) -> tuple[Path, str]:
     return path.parent, "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def resolve_folder(source: str) -> tuple[Path, str]:
-    """Returns the folder of the encoder ``source`` and its name as a base of adapters.
+def resolve_encoder(source: str) -> ResolvedSource:
+    """Returns the local files of an image or text encoder, or of a pair, downloading them if necessary.
 
-    It is downloaded if necessary; a folder in a bucket is copied to the cache: these models are small.
+    Args:
+      source: a registered name, a folder, the URL of a folder in a bucket, or a hub id.
 
     Raises:
       NaloraError: the name is unknown, or the model cannot be downloaded.
     """
     if source in ENCODERS:
-        return ENCODERS.get(source)(None)
-    if (where := buckets.bucket_url(source)) is not None:
-        names = [name for name in buckets.names(where) if any(fnmatch(name, each) for each in HUB_FILES)]
-        return buckets.local_folder([f"{where.rstrip('/')}/{name}" for name in names]), where
-    path = expand_user(source)
-    if source and path.exists():
-        if not (path / "config.json").is_file():
-            raise NaloraError(str(path), expected="a folder with config.json", found="none in it")
-        return path, source
-    owner, _, name = source.partition("/")
-    if not name or "/" in name or path.is_absolute() or owner in (".", "..", "~"):
-        expected, remedy = "an image or text encoder", "aliases: " + ", ".join(ENCODERS.names())
-        actual = "no folder, no hub id (owner/name) and no alias of that name"
-        raise NaloraError(source or "model", expected=expected, found=actual, remedy=remedy)
-    return snapshot(source, needed=("config.json",)), source
+        return ResolvedSource("hf", *ENCODERS.get(source)(None))
+    found = _found(source, ENCODERS.names(), needed=("config.json",))
+    if found.kind != "hf":
+        raise NaloraError(source, expected="the folder of an image or text encoder", found=found.path.name)
+    return found

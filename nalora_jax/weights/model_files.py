@@ -18,7 +18,7 @@ from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import Kind, gathered
 from nalora_jax.weights.expert_tensors import Unpacked, with_fused_experts
-from nalora_jax.weights.hf import ResolvedSource, SafetensorsFolder, StreamedFolder
+from nalora_jax.weights.hf import ResolvedSource, open_tensors
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.origin import Origin, origin
 from nalora_jax.weights.tensors import TensorSource, load_params, param_shardings
@@ -131,13 +131,7 @@ def load_weights(
       NaloraError: a tensor is missing or damaged, or has another shape.
     """
     resolved, config = files.resolved, files.config
-    tensors: TensorSource
-    if files.file is not None:
-        tensors = files.file
-    elif resolved.streamed:
-        tensors = StreamedFolder(resolved.path, resolved.streamed)
-    else:
-        tensors = SafetensorsFolder(resolved.path)
+    tensors = files.file or open_tensors(resolved)
     keymap = with_fused_experts(keymap_for(config, resolved.kind), tensors.shapes())
     shapes = param_shapes(config)
     shardings = param_shardings(shapes, mesh)

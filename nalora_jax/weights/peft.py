@@ -681,13 +681,8 @@ def verify_export(
             raise differs(f"{folder}: {name}")
     for path in sorted({path for path, _ in (*spec.targets, *loaded_spec.targets)}):
         for layer in range(depths(config)[path]):
-            meant = _effective(layer_adapter(ours, spec, path, layer))
-            reloaded = _effective(layer_adapter(theirs, loaded_spec, path, layer))
-            if meant is None and reloaded is None:
-                continue
-            difference = np.inf
-            if meant is not None and reloaded is not None:
-                difference = _relative(meant, reloaded)
+            meant = layer_adapter(ours, spec, path, layer)
+            difference = _difference(meant, layer_adapter(theirs, loaded_spec, path, layer))
             if difference > _FOLD_TOLERANCE:
                 raise differs(f"{folder}: {path}, layer {layer}")
             worst = max(worst, difference)
@@ -704,30 +699,21 @@ def differs(where: str) -> NaloraError:
     )
 
 
-def _effective(adapter: ModuleAdapter | None) -> ModuleAdapter | None:
-    """Returns the adapter without ranks that have no effect; None if it has no effect at all."""
-    if adapter is None:
-        return None
-    live = compact(adapter)
-    if live.rank or live.magnitude is not None:
-        return live
-    return None
-
-
-def _relative(a: ModuleAdapter, b: ModuleAdapter) -> float:
-    """Returns the relative difference of ``scale * B``, infinity if anything else differs."""
-    ours, theirs = (np.zeros(0) if adapter.magnitude is None else adapter.magnitude for adapter in (a, b))
+def _difference(first: ModuleAdapter | None, second: ModuleAdapter | None) -> float:
+    """Returns the relative difference of ``scale * B``, infinity if anything else that has an effect differs."""
+    both = [compact(adapter) for adapter in (first, second) if adapter is not None]
+    live = [adapter for adapter in both if adapter.rank or adapter.magnitude is not None]
+    if len(live) < 2:
+        return np.inf if live else 0.0
+    a, b = live
+    ours, theirs = (np.zeros(0) if adapter.magnitude is None else adapter.magnitude for adapter in live)
     if a.b.shape != b.b.shape or not np.array_equal(a.a, b.a) or not np.array_equal(ours, theirs):
         return np.inf
     if a.scale == b.scale and np.array_equal(a.b, b.b):
         return 0.0
-    first, second = (adapter.scale * adapter.b.astype(np.float64) for adapter in (a, b))
-    return float(
-        np.max(
-            np.abs(first - second) / np.maximum(np.abs(first), np.finfo(np.float32).tiny),
-            initial=0.0,
-        )
-    )
+    expected, found = (adapter.scale * adapter.b.astype(np.float64) for adapter in live)
+    relative = np.abs(expected - found) / np.maximum(np.abs(expected), np.finfo(np.float32).tiny)
+    return float(np.max(relative, initial=0.0))
 
 
 def max_logit_difference(first: Callable[[Any], Any], second: Callable[[Any], Any], tokens: Any) -> float:

@@ -6,7 +6,6 @@ import functools
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,32 +40,66 @@ _SUPPORTED = {
 }
 
 
-@dataclass(frozen=True)
-class PeftConfig:
-    """The fields of ``adapter_config.json`` that determine an adapter's function.
+def listed(value: Any) -> Any:
+    """Returns a setting as a list: an empty one for None, one item for a name or a number."""
+    if value is None:
+        return []
+    if isinstance(value, str | int):
+        return [value]
+    return value
+
+
+def ids_by_table(value: Any) -> Mapping[str, Any]:
+    """Returns ``trainable_token_indices`` by the table's name; a plain list is of the embedding."""
+    if isinstance(value, Mapping):
+        return value
+    return {"embed_tokens": value}
+
+
+class PeftConfig(Fields):
+    """The fields of ``adapter_config.json`` that determine an adapter's function; every error names the field.
 
     Module names are transformers' names, without PEFT's prefix:
     ``model.layers.3.mlp.gate_proj``.
+
+    Raises:
+      NaloraError: rank, alpha or targets are missing or have the wrong type, or the adapter uses a feature that
+        this library does not support.
     """
 
-    where: str
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...] | str  # names and suffixes, or one regular expression, or "all-linear"
-    target_parameters: tuple[str, ...] = ()
-    exclude_modules: tuple[str, ...] | str = ()
-    layers_to_transform: tuple[int, ...] = ()  # () means every layer
-    layers_pattern: tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    rslora: bool = False
-    dora: bool = False
-    dropout: float = 0.0
-    modules_to_save: tuple[str, ...] = ()
-    tied: bool = False  # ensure_weight_tying
-    # trainable_token_indices: by the table's name, in the order of the rows; a list without a name
-    # is the embedding's.
-    token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        super().__init__(raw, {}, where)
+        _refuse_unsupported(self)
+        # Names and suffixes, or one regular expression, or "all-linear".
+        self.target_modules = self._strings_or_regex("target_modules")
+        self.target_parameters = self._strings("target_parameters")
+        if not self.target_modules and not self.target_parameters:
+            expected = "the adapted modules, as a list or a pattern"
+            remedy = "name them: PEFT would fall back to defaults of its own and drop the other tensors"
+            raise self.error("target_modules", expected, raw.get("target_modules"), remedy)
+        self.rank = self.integer("r", high=_MAX_RANK)
+        self.alpha = self.number("lora_alpha")
+        self.exclude_modules = self._strings_or_regex("exclude_modules")
+        # () means every layer.
+        self.layers_to_transform = self._sequence("layers_to_transform", int, "a list of layer numbers")
+        self.layers_pattern = self._patterns(
+            "layers_pattern", self._strings("layers_pattern"), _layer_pattern
+        )
+        self.rank_pattern = self._by_pattern(
+            "rank_pattern", lambda sub, key: sub.integer(key, high=_MAX_RANK)
+        )
+        self.alpha_pattern = self._by_pattern("alpha_pattern", lambda sub, key: sub.number(key))
+        self.rslora, self.dora = self.flag("use_rslora"), self.flag("use_dora")
+        self.dropout = self.number("lora_dropout", default=0.0, zero=True)
+        self.modules_to_save = self._strings("modules_to_save")
+        self.tied = self.flag("ensure_weight_tying")
+        # By the table's name, in the order of the rows; a list without a name is the embedding's.
+        self.token_indices = self._indices("trainable_token_indices")
+        if self.dropout >= 1:
+            raise self.error("lora_dropout", "a number in [0, 1)", self.dropout)
+        if isinstance(self.target_modules, str) and (self.layers_to_transform or self.layers_pattern):
+            expected = "null beside a target_modules that is a pattern (PEFT refuses the pair too)"
+            raise self.error("layers_to_transform", expected, raw.get("layers_to_transform"))
 
     def targeted_modules(self, names: Sequence[str]) -> set[str]:
         """Returns the targeted ones of a model's Linear modules, without the output head, as PEFT does."""
@@ -100,6 +133,84 @@ class PeftConfig:
             *map(str, self.layers_to_transform)
         ]
 
+    def _sequence(self, key: str, kind: type[Any], expected: str) -> tuple[Any, ...]:
+        value = listed(self.raw.get(key))
+        if not isinstance(value, list) or any(type(item) is not kind for item in value):
+            raise self._refused(key, expected, value)
+        return tuple(value)
+
+    def _strings(self, key: str) -> tuple[str, ...]:
+        return self._sequence(key, str, "a list of names") if self.raw.get(key) else ()
+
+    def _strings_or_regex(self, key: str) -> tuple[str, ...] | str:
+        value = self.raw.get(key)
+        if not isinstance(value, str) or not value:
+            return self._strings(key)
+        return self._patterns(key, [value])[0]
+
+    def _indices(self, key: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        value = self.raw.get(key) or []
+        indices: dict[str, tuple[int, ...]] = {}
+        for module, ids in ids_by_table(value).items():
+            name = module.rpartition(".")[2]
+            if name not in ROWS or name in indices:
+                expected = f"token ids of {' and '.join(ROWS)} (rows of other modules are not supported), each once"
+                raise self._refused(key, expected, module)
+            valid = isinstance(ids, list) and all(type(token_id) is int for token_id in ids)
+            if not valid or len(set(ids)) < len(ids):
+                expected = "a list of different token ids, or such lists by the table's name"
+                raise self._refused(key, expected, value)
+            indices[name] = tuple(ids)
+        return tuple((name, ids) for name, ids in sorted(indices.items()) if ids)
+
+    def _by_pattern(self, key: str, read: Callable[[Fields, str], Any]) -> dict[str, Any]:
+        value = self.raw.get(key) or {}
+        if not isinstance(value, dict):
+            raise self._refused(key, "an object of pattern: value", value)
+        inner = Fields(value, {}, f"{self.where}: {key}")
+        return {name: read(inner, name) for name in self._patterns(key, value, _suffix_pattern)}
+
+    def _patterns(
+        self, key: str, patterns: Collection[str], use: Callable[[str], str] = str
+    ) -> tuple[str, ...]:
+        """Returns the patterns if they and the expressions ``use(pattern)`` are valid."""
+        if len(patterns) > _MAX_PATTERNS:
+            raise self._refused(key, f"at most {_MAX_PATTERNS:,} patterns", f"{len(patterns):,}")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+                re.compile(use(pattern))
+            except (re.error, OverflowError, RecursionError) as error:
+                raise self._refused(key, "a regular expression", f"{pattern!r} ({error})") from error
+        return tuple(patterns)
+
+    def _refused(self, key: str, expected: str, found: object) -> NaloraError:
+        return self.error(key, expected, str(found)[:200])
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    """Raises an error for a field that changes the function of an adapter in a way that is not supported."""
+    raw = fields.raw
+    init = raw.get("init_lora_weights", True)
+    of_base = any(init is plain or (isinstance(plain, str) and init == plain) for plain in _PLAIN_INITS)
+    merge = "merge it in PEFT (merge_and_unload) and use the merged folder as the base"
+    convert = (
+        "convert it first: in PEFT, save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    )
+    for key, fine, expected, remedy in (
+        ("peft_type", raw.get("peft_type") == "LORA", '"LORA"', merge),
+        ("task_type", raw.get("task_type") in (None, "CAUSAL_LM"), '"CAUSAL_LM"', ""),
+        ("bias", raw.get("bias", "none") == "none", '"none" (trained biases are not supported)', ""),
+        ("init_lora_weights", of_base, "an adapter of the unchanged base weights", convert),
+    ):
+        if not fine:
+            raise fields.error(key, expected, repr(raw.get(key)), remedy)
+    for key, value in fields.raw.items():
+        # A field of a newer PEFT is harmless if it is off; if it is on it may change the function.
+        if key not in _SUPPORTED and value not in (None, False, "none") and value != [] and value != {}:
+            expected = "null or false (the feature is not supported)"
+            raise fields.error(key, expected, json.dumps(value)[:80])
+
 
 def recorded_fact(folder: Path, fact: Literal["base", "rope_scaling"]) -> str:
     """Returns a fact that `export_adapter` recorded in an adapter's file; "" if it is not there.
@@ -130,137 +241,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         raise NaloraError(str(path), expected=expected, found="no such file", remedy=remedy)
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise NaloraError(str(path), expected=f"at most {_MAX_CONFIG_BYTES} bytes", found="more")
-    raw = read_json(path)
-    fields = _Fields(raw, {}, str(path))
-    _refuse_unsupported(fields)
-    targets, parameters = fields.strings_or_regex("target_modules"), fields.strings("target_parameters")
-    if not targets and not parameters:
-        expected = "the adapted modules, as a list or a pattern"
-        remedy = "name them: PEFT would fall back to defaults of its own and drop the other tensors"
-        raise fields.error("target_modules", expected, raw.get("target_modules"), remedy)
-    config = PeftConfig(
-        where=str(path),
-        rank=fields.integer("r", high=_MAX_RANK),
-        alpha=fields.number("lora_alpha"),
-        target_modules=targets,
-        target_parameters=parameters,
-        exclude_modules=fields.strings_or_regex("exclude_modules"),
-        layers_to_transform=fields.sequence("layers_to_transform", int, "a list of layer numbers"),
-        layers_pattern=fields.patterns("layers_pattern", fields.strings("layers_pattern"), _layer_pattern),
-        rank_pattern=fields.values_by_pattern(
-            "rank_pattern", lambda sub, key: sub.integer(key, high=_MAX_RANK)
-        ),
-        alpha_pattern=fields.values_by_pattern("alpha_pattern", lambda sub, key: sub.number(key)),
-        rslora=fields.flag("use_rslora"),
-        dora=fields.flag("use_dora"),
-        dropout=fields.number("lora_dropout", default=0.0, zero=True),
-        modules_to_save=fields.strings("modules_to_save"),
-        tied=fields.flag("ensure_weight_tying"),
-        token_indices=fields.token_indices("trainable_token_indices"),
-    )
-    if config.dropout >= 1:
-        raise fields.error("lora_dropout", "a number in [0, 1)", config.dropout)
-    if isinstance(targets, str) and (config.layers_to_transform or config.layers_pattern):
-        expected = "null beside a target_modules that is a pattern (PEFT refuses the pair too)"
-        raise fields.error("layers_to_transform", expected, raw.get("layers_to_transform"))
-    return config
-
-
-def _refuse_unsupported(fields: _Fields) -> None:
-    raw = fields.raw
-    init = raw.get("init_lora_weights", True)
-    of_base = any(init is plain or (isinstance(plain, str) and init == plain) for plain in _PLAIN_INITS)
-    merge = "merge it in PEFT (merge_and_unload) and use the merged folder as the base"
-    convert = (
-        "convert it first: in PEFT, save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-    )
-    for key, fine, expected, remedy in (
-        ("peft_type", raw.get("peft_type") == "LORA", '"LORA"', merge),
-        ("task_type", raw.get("task_type") in (None, "CAUSAL_LM"), '"CAUSAL_LM"', ""),
-        ("bias", raw.get("bias", "none") == "none", '"none" (trained biases are not supported)', ""),
-        ("init_lora_weights", of_base, "an adapter of the unchanged base weights", convert),
-    ):
-        if not fine:
-            raise fields.error(key, expected, repr(raw.get(key)), remedy)
-    for key, value in fields.raw.items():
-        # A field of a newer PEFT is harmless if it is off; if it is on it may change the function.
-        if key not in _SUPPORTED and value not in (None, False, "none") and value != [] and value != {}:
-            expected = "null or false (the feature is not supported)"
-            raise fields.error(key, expected, json.dumps(value)[:80])
-
-
-def listed(value: Any) -> Any:
-    """Returns a setting as a list: an empty one for None, one item for a name or a number."""
-    if value is None:
-        return []
-    if isinstance(value, str | int):
-        return [value]
-    return value
-
-
-def ids_by_table(value: Any) -> Mapping[str, Any]:
-    """Returns ``trainable_token_indices`` by the table's name; a plain list is of the embedding."""
-    if isinstance(value, Mapping):
-        return value
-    return {"embed_tokens": value}
-
-
-class _Fields(Fields):
-    """Typed access to ``adapter_config.json``; every error names the field."""
-
-    def sequence(self, key: str, kind: type[Any], expected: str) -> tuple[Any, ...]:
-        value = listed(self.raw.get(key))
-        if not isinstance(value, list) or any(type(item) is not kind for item in value):
-            raise self._refused(key, expected, value)
-        return tuple(value)
-
-    def strings(self, key: str) -> tuple[str, ...]:
-        return self.sequence(key, str, "a list of names") if self.raw.get(key) else ()
-
-    def strings_or_regex(self, key: str) -> tuple[str, ...] | str:
-        value = self.raw.get(key)
-        if not isinstance(value, str) or not value:
-            return self.strings(key)
-        return self.patterns(key, [value])[0]
-
-    def token_indices(self, key: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        value = self.raw.get(key) or []
-        indices: dict[str, tuple[int, ...]] = {}
-        for module, ids in ids_by_table(value).items():
-            name = module.rpartition(".")[2]
-            if name not in ROWS or name in indices:
-                expected = f"token ids of {' and '.join(ROWS)} (rows of other modules are not supported), each once"
-                raise self._refused(key, expected, module)
-            valid = isinstance(ids, list) and all(type(token_id) is int for token_id in ids)
-            if not valid or len(set(ids)) < len(ids):
-                expected = "a list of different token ids, or such lists by the table's name"
-                raise self._refused(key, expected, value)
-            indices[name] = tuple(ids)
-        return tuple((name, ids) for name, ids in sorted(indices.items()) if ids)
-
-    def values_by_pattern(self, key: str, read: Callable[[Fields, str], Any]) -> dict[str, Any]:
-        value = self.raw.get(key) or {}
-        if not isinstance(value, dict):
-            raise self._refused(key, "an object of pattern: value", value)
-        inner = Fields(value, {}, f"{self.where}: {key}")
-        return {name: read(inner, name) for name in self.patterns(key, value, _suffix_pattern)}
-
-    def patterns(
-        self, key: str, patterns: Collection[str], use: Callable[[str], str] = str
-    ) -> tuple[str, ...]:
-        """Returns the patterns if they and the expressions ``use(pattern)`` are valid."""
-        if len(patterns) > _MAX_PATTERNS:
-            raise self._refused(key, f"at most {_MAX_PATTERNS:,} patterns", f"{len(patterns):,}")
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-                re.compile(use(pattern))
-            except (re.error, OverflowError, RecursionError) as error:
-                raise self._refused(key, "a regular expression", f"{pattern!r} ({error})") from error
-        return tuple(patterns)
-
-    def _refused(self, key: str, expected: str, found: object) -> NaloraError:
-        return self.error(key, expected, str(found)[:200])
+    return PeftConfig(read_json(path), str(path))
 
 
 def _suffix_pattern(key: str) -> str:

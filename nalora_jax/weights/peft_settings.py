@@ -1,7 +1,7 @@
 """Converts PEFT's `LoraConfig` to the settings of a run.
 
 `PEFT` is the only list of the fields of `LoraConfig` and has all of them, so that none is dropped
-silently; docs/from_peft.md shows the table. `rules_of` converts module names to ordered rules over
+silently; docs/from_peft.md has a table of them. `rules_of` converts module names to ordered rules over
 this library's projections.
 """
 
@@ -38,9 +38,8 @@ class Field:
     """Conversion of a field."""
 
     ours: str = ""  # the setting, dotted; empty without one
-    note: str = ""  # for the table
     value: Callable[[Any], Any] = lambda value: value  # our value of theirs; may be `Refused`
-    ignored: bool = False  # no effect on the result
+    ignored: str = ""  # the reason that it does not matter here
 
 
 def _only(*accepted: Any, because: str) -> Field:
@@ -104,47 +103,28 @@ _IGNORED = {
     "runtime_config": "of PEFT's own memory",
 }
 PEFT: dict[str, Field] = {
-    "r": Field(_RULES, "rank of each rule"),
-    "lora_alpha": Field(_RULES, "alpha of each rule"),
-    "target_modules": Field(
-        _RULES, 'patterns, first match wins; names and "all-linear", not an expression'
+    **dict.fromkeys(
+        ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform"), Field(_RULES)
     ),
-    "exclude_modules": Field(_RULES, "left out of the patterns"),
-    "layers_to_transform": Field(_RULES, "layer numbers in the patterns"),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "target_parameters"), Field(_RULES)),
     "layers_pattern": _only(because="layers are found by their number alone"),
-    "rank_pattern": Field(_RULES, "separate rules, listed first"),
-    "alpha_pattern": Field(_RULES, "separate rules, listed first"),
     "lora_dropout": Field("lora.dropout"),
     "use_rslora": Field("lora.rslora"),
     "use_dora": Field("lora.dora"),
-    "init_lora_weights": Field(
-        "lora.init", "True and PiSSA (four iterations of a randomized decomposition)", _init
-    ),
+    "init_lora_weights": Field("lora.init", _init),
     "base_model_name_or_path": Field("model"),
     "bias": _only("none", because="biases stay as they are here"),
     "task_type": _only("CAUSAL_LM", because="language models are trained here (images: --vision.task)"),
     "peft_type": _only("LORA", because=_OTHER_METHOD),
-    "modules_to_save": Field(
-        "lora.modules_to_save",
-        f"{' and '.join(TABLES)}; new tokens of the tokenizer: `data.add_tokens`",
-        _saved,
-    ),
-    "trainable_token_indices": Field(
-        "lora.trainable_token_indices",
-        "a dict names the tables in `lora.trainable_token_modules`, with equal lists; new tokens of the tokenizer: "
-        "`data.add_tokens`",
-        _indices,
-    ),
-    "target_parameters": Field(_RULES, "stacks of experts; the two parts of gate_up_proj have one A each"),
+    "modules_to_save": Field("lora.modules_to_save", _saved),
+    "trainable_token_indices": Field("lora.trainable_token_indices", _indices),
     "layer_replication": _only(because="layers are not repeated here"),
     "lora_bias": _only(because="adapters have no bias here"),
-    **dict.fromkeys(
-        ("alora_invocation_tokens", "use_qalora", "use_bdlora", "velora_config", "monteclora_config"),
-        _only(because=_OTHER_METHOD),
-    ),
-    **dict.fromkeys(("arrow_config", "kasa_config"), _only(because=_OTHER_METHOD)),
+    **dict.fromkeys(("alora_invocation_tokens", "use_qalora", "use_bdlora"), _only(because=_OTHER_METHOD)),
+    **dict.fromkeys(("velora_config", "monteclora_config", "arrow_config"), _only(because=_OTHER_METHOD)),
+    "kasa_config": _only(because=_OTHER_METHOD),
     "megatron_config": _only(because="there is no Megatron here; see --mesh"),
-    **{name: Field(note=note, ignored=True) for name, note in _IGNORED.items()},
+    **{name: Field(ignored=reason) for name, reason in _IGNORED.items()},
     "ensure_weight_tying": _only(because="a trained embedding and its head are apart here"),
 }
 
@@ -187,7 +167,7 @@ def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
             notes.append(f"{name} is not known here: left out")
         elif field.ignored:
             if value not in (None, False, {}, []):
-                notes.append(f"{name} is left out: {field.note}")
+                notes.append(f"{name} is left out: {field.ignored}")
         elif field.ours != _RULES:
             try:
                 ours = field.value(value)

@@ -115,11 +115,12 @@ def load_params(
     leaves: dict[str, Any] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
         for path, shape in shapes.items():
-            reader = _Reader(fills[path], source, pool)
+            read = partial(_read, fills[path], source, pool)
             if quantized and re.search(kernels(quantized), path):
-                leaves[path] = quantized_leaf(shape, quantized, where[path], reader.read)
+                one = lambda index, dtype, read=read: read([index], dtype)[0]  # noqa: E731
+                leaves[path] = quantized_leaf(shape, quantized, where[path], one)
             else:
-                leaves[path] = _leaf(shape, DTYPES[leaf_dtype(path, dtype)], where[path], reader)
+                leaves[path] = _leaf(shape, DTYPES[leaf_dtype(path, dtype)], where[path], read)
     return trees.unflatten(leaves)
 
 
@@ -158,21 +159,14 @@ def check_tensors(source: TensorSource, keymap: KeyMap, dtype: str = "float32") 
     names = keymap.check(source.shapes(), source.where)
     for name in names.values():
         source.check_readable(name)
-    _check_aliases(source, keymap, names)
-    return names
-
-
-def _check_aliases(source: TensorSource, keymap: KeyMap, names: Mapping[str, str]) -> None:
-    """Checks that a tied head that is stored as a separate tensor equals the embedding."""
-    aliases = dict(keymap.aliases)
-    for name, shape in source.shapes().items():
-        other = aliases.get(keymap.canonical(name))
-        if other is None:
+    shapes, aliases = source.shapes(), dict(keymap.aliases)
+    for name in shapes:
+        if (other := aliases.get(keymap.canonical(name))) is None:
             continue
-        twin = names[other]
-        same = shape == source.shapes()[twin] and all(
+        twin = names[other]  # of a tied head that is stored as a separate tensor
+        same = shapes[name] == shapes[twin] and all(
             np.array_equal(source.read(name, block), source.read(twin, block))
-            for block in _blocks(whole(shape))
+            for block in _blocks(whole(shapes[name]))
         )
         if not same:
             raise NaloraError(
@@ -181,26 +175,27 @@ def _check_aliases(source: TensorSource, keymap: KeyMap, names: Mapping[str, str
                 found="a different tensor",
                 remedy='set "tie_word_embeddings": false in config.json if the model has its own head',
             )
+    return names
 
 
 # ---------------------------------------------------------------- one leaf
 
 
+@dataclasses.dataclass(frozen=True)
 class _Fill:
     """The position of a tensor, or of one part of a fused tensor, in a leaf."""
 
-    def __init__(self, name: str, tensor: SourceTensor, number: int, lead: tuple[int, ...]) -> None:
-        self.name, self.tensor = name, tensor  # its name in the file
-        self.lead = lead  # the leaf's leading indices: layer, expert
-        self.number = number  # of the part
-        self.first_row = 0 if tensor.transform.alternates else sum(tensor.rows[:number])
-        self.rows = tensor.rows[number]
+    name: str  # in the file
+    tensor: SourceTensor
+    number: int  # of the part
+    lead: tuple[int, ...]  # the leaf's leading indices: layer, expert
 
-    def places(self, index: Index) -> Iterator[tuple[tuple[Any, ...], Index]]:
-        """Yields the leading position and the trailing slice of this part, if it is inside."""
+    def within(self, buffer: np.ndarray, index: Index) -> Iterator[tuple[np.ndarray, Index]]:
+        """Yields the view of ``buffer``, which holds the slice ``index``, that this part fills, if it does."""
         lead, trailing = index[: len(self.lead)], index[len(self.lead) :]
         if all(place.start <= i < place.stop for i, place in zip(self.lead, lead, strict=True)):
-            yield tuple(i - place.start for i, place in zip(self.lead, lead, strict=True)), trailing
+            at = tuple(i - place.start for i, place in zip(self.lead, lead, strict=True))
+            yield buffer[(*at, ...)], trailing  # a view, of a scalar too
 
     def into(self, target: np.ndarray, index: Index, source: TensorSource, share: tuple[int, int]) -> None:
         """Writes the slice ``index`` of this part, in our layout, to ``target`` of the same shape.
@@ -208,14 +203,14 @@ class _Fill:
         Args:
           share: ``(k, n)`` writes the k-th of n pieces.
         """
-        k, n = share
-        if self.tensor.transform.mixes_rows:
+        (k, n), transform = share, self.tensor.transform
+        if transform.mixes_rows:
             if k:  # the first share writes all of it
                 return
-            complete = source.read(self.name, self._shifted(whole((self.rows, *self.tensor.shape[1:]))))
-            target[...] = self.tensor.transform.into(complete)[index].astype(target.dtype)
+            part = whole((self.tensor.rows[self.number], *self.tensor.shape[1:]))
+            complete = source.read(self.name, self._shifted(part))
+            target[...] = transform.into(complete)[index].astype(target.dtype)
             return
-        transform = self.tensor.transform
         theirs = transform.reordered(index)
         blocks = list(_blocks(theirs, each=transform.swaps))
         for block in blocks[len(blocks) * k // n : len(blocks) * (k + 1) // n]:
@@ -229,54 +224,42 @@ class _Fill:
         if self.tensor.transform.alternates:
             step, last = len(self.tensor.slots), index[-1]
             return (*index[:-1], slice(last.start * step + self.number, last.stop * step, step))
-        axis, rows = self.tensor.axis, index[self.tensor.axis]
-        shifted = slice(rows.start + self.first_row, rows.stop + self.first_row)
+        axis, first = self.tensor.axis, sum(self.tensor.rows[: self.number])
+        shifted = slice(index[axis].start + first, index[axis].stop + first)
         return (*index[:axis], shifted, *index[axis + 1 :])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """The tensors that fill one leaf, their source, and the thread pool that reads them."""
+def _read(
+    fills: Sequence[_Fill], source: TensorSource, pool: Executor, indices: Sequence[Index], dtype: Any
+) -> list[np.ndarray]:
+    """Returns slices of a leaf, filled tensor by tensor.
 
-    fills: list[_Fill]
-    source: TensorSource
-    pool: Executor
+    Ranges of a tensor that several slices need are read close together.
+    """
+    buffers = [aligned(tuple(place.stop - place.start for place in index), dtype) for index in indices]
+    jobs = [
+        (fill, *place)
+        for fill in fills
+        for index, buffer in zip(indices, buffers, strict=True)
+        for place in fill.within(buffer, index)
+    ]
+    shares = -(-WORKERS // max(1, len(jobs)))  # several workers share a tensor if there are few
 
-    def read(self, index: Index, dtype: Any) -> np.ndarray:
-        """Returns a slice of the leaf."""
-        return self.read_all([index], dtype)[0]
+    def run(job: tuple[_Fill, np.ndarray, Index], k: int) -> None:
+        fill, target, index = job
+        with np.errstate(all="ignore"):  # no warnings about infinities and NaNs in the file
+            fill.into(target, index, source, (k, shares))
 
-    def read_all(self, indices: Sequence[Index], dtype: Any) -> list[np.ndarray]:
-        """Returns slices of the leaf, filled tensor by tensor.
-
-        Ranges of a tensor that several slices need are read close together.
-        """
-        buffers = [
-            aligned(tuple(bounds.stop - bounds.start for bounds in index), dtype) for index in indices
-        ]
-        jobs = [
-            partial(fill.into, buffer[(*place, ...)], inner, self.source)  # a view, of a scalar too
-            for fill in self.fills
-            for index, buffer in zip(indices, buffers, strict=True)
-            for place, inner in fill.places(index)
-        ]
-        shares = -(-WORKERS // max(1, len(jobs)))  # several workers share a tensor if there are few
-        tasks = [(job, (k, shares)) for job in jobs for k in range(shares)]
-        list(self.pool.map(_run, tasks))  # list() raises the workers' errors
-        return buffers
+    tasks = [(job, k) for job in jobs for k in range(shares)]
+    list(pool.map(run, *zip(*tasks, strict=True)))  # list() raises the workers' errors
+    return buffers
 
 
-def _run(task: tuple[Callable[[tuple[int, int]], None], tuple[int, int]]) -> None:
-    job, share = task
-    with np.errstate(all="ignore"):  # no warnings about infinities and NaNs in the file
-        job(share)
-
-
-def _leaf(shape: tuple[int, ...], dtype: Any, sharding: Sharding, reader: _Reader) -> jax.Array:
+def _leaf(shape: tuple[int, ...], dtype: Any, sharding: Sharding, read: Callable[..., Any]) -> jax.Array:
     """Returns the leaf as a global array; each distinct slice is read once per process."""
     keys = list({span(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()})
     slices = [tuple(slice(*bounds) for bounds in key) for key in keys]
-    buffers = dict(zip(keys, reader.read_all(slices, dtype), strict=True))
+    buffers = dict(zip(keys, read(slices, dtype), strict=True))
     return jax.make_array_from_callback(shape, sharding, lambda index: buffers[span(index, shape)])
 
 
@@ -336,14 +319,12 @@ def quantized_leaf(shape: tuple[int, ...], kind: Kind, sharding: Sharding, read:
         {span(index, whole) for index in place.addressable_devices_indices_map(whole).values()}
         for whole, place in zip(wholes, places, strict=True)
     ]
-    codes, scales = (
-        jax.make_array_from_callback(
-            whole, place, lambda index, whole=whole, parts=parts: parts[span(index, whole)]
-        )
-        for whole, place, parts in zip(
-            wholes, places, quantized_parts(shape, kind, held[0], held[1], read), strict=True
-        )
-    )
+    parts = quantized_parts(shape, kind, held[0], held[1], read)
+
+    def placed(whole: tuple[int, ...], place: Sharding, of: Mapping[Key, np.ndarray]) -> jax.Array:
+        return jax.make_array_from_callback(whole, place, lambda index: of[span(index, whole)])
+
+    codes, scales = (placed(*each) for each in zip(wholes, places, parts, strict=True))
     return Quantized(codes, scales, kind)
 
 

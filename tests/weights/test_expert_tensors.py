@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.tensors import check_tensors, load_params
+from nalora_jax.weights.tokenizer_files import copy_tokenizer
 from tests.weights.conftest import COMMON
 from tests.weights.folders import tokenizer_files
 
@@ -106,7 +108,10 @@ def test_the_quantized_model_is_merged_as_its_floats(released, tmp_path):
         files = []
         for source, model in (("floats", base), ("stored", stored)):
             folder = tmp_path / f"{name}-{source}"
-            options: dict[str, Any] = {"hf_config": model.hf_config, "tokenizer": released}
+            options: dict[str, Any] = {
+                "hf_config": model.hf_config,
+                "tokenizer": partial(copy_tokenizer, released),
+            }
             write_merged(folder, model.config, model.params, adapters, spec, **options)
             files.append(load_file(folder / "model.safetensors"))
         want, found = files

@@ -306,13 +306,14 @@ def test_damaged_shards_and_indices(tmp_path):
     second.write_bytes(whole[:-10])
     refused(tmp_path, r"model-00002-of-00003.safetensors: expected a complete safetensors file")
     second.unlink()
-    refused(tmp_path, "index.json: expected the file model-00002-of-00003.saf.*found 1 of 3 files missing")
+    refused(tmp_path, "index.json: expected the file 'model-00002-of-00003.saf.*found 1 of 3 files missing")
     save_file({"other": np.ones(3, np.float32)}, second)
     refused(tmp_path, "index.json: expected .* in model-00002-of-00003.saf.*, found a file without it")
     second.write_bytes(whole)
-    names = ("../x.safetensors", "x" * 300, "\ud800", "")
-    bad: list[dict[str, Any]] = [{"weight_map": {"a": name}} for name in names]
-    for listed in (*bad, {"weight_map": {}}, {"weight_map": {"a": 3}}, {}):
+    for name in ("../model-00002-of-00003.safetensors", "x" * 300, "\ud800", ""):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+        refused(tmp_path, "expected the file .* that it names, found 1 of 1 files missing")
+    for listed in ({"weight_map": {}}, {"weight_map": {"a": 3}}, {}):
         (tmp_path / INDEX).write_text(json.dumps(listed))
         refused(tmp_path, "weight_map: expected file names of this folder")
     (tmp_path / INDEX).write_text(index[:-3])

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import threading
 import zipfile
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -22,11 +19,9 @@ from nalora_jax.common.digests import file_digest
 from nalora_jax.common.downloads import PackageFile
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights import hub
-from nalora_jax.weights.hub import Alias, resolve_folder, resolve_source
+from nalora_jax.weights.hub import Alias, resolve_encoder, resolve_source
 
 pytestmark = pytest.mark.usefixtures("offline")
-
-SNAPSHOT_DOWNLOAD = huggingface_hub.snapshot_download  # before a test replaces it
 
 
 def model_folder(folder: Path) -> Path:
@@ -222,88 +217,39 @@ def test_what_is_no_model_is_refused(tmp_path, monkeypatch, files, source, match
         resolve_source(source)
 
 
-class FakeHub(BaseHTTPRequestHandler):
-    """The hub's answers about one gated model, which the token "reader" may read and "stranger" may not."""
-
-    files: ClassVar = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"{}"}
-
-    def do_GET(self) -> None:
-        self.do_HEAD()
-
-    def do_HEAD(self) -> None:
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if "/tree/" in self.path:
-            entries = [{"type": "file", "path": name, "size": 2, "oid": "e"} for name in self.files]
-            self.answer(200, json.dumps(entries).encode())
-        elif self.path.startswith("/api/models/"):
-            about = {"id": "owner/gated", "sha": "c" * 40}
-            about["siblings"] = [{"rfilename": name} for name in self.files]
-            if self.path.startswith("/api/models/owner/gated"):
-                self.answer(200, json.dumps(about).encode())
-            else:
-                self.answer(401, error="RepoNotFound")
-        elif token == "scoped":  # a fine-grained token without access to gated repositories
-            self.answer(403)
-        elif token != "reader":
-            self.answer(403 if token else 401, error="GatedRepo")
-        else:
-            self.answer(200, self.files[self.path.rpartition("/")[2]])
-
-    def answer(self, status: int, body: bytes = b"", error: str = "") -> None:
-        self.send_response(status)
-        headers = {"Content-Length": len(body), "ETag": '"e"', "X-Repo-Commit": "c" * 40}
-        for name, value in (headers | ({"X-Error-Code": error} if error else {})).items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+def denied(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
+    """An answer of the hub, as its client raises it."""
+    return kind("denied", response=SimpleNamespace(headers={}, request=None, status_code=status))
 
 
-@pytest.fixture
-def fake_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", SNAPSHOT_DOWNLOAD)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    with ThreadingHTTPServer(("localhost", 0), FakeHub) as server:
-        address = f"http://localhost:{server.server_port}"
-        files = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield
-        server.shutdown()
-        thread.join()
+NOT_CACHED = errors.LocalEntryNotFoundError("and cannot be downloaded")
+NOT_CACHED.__cause__ = denied(errors.HfHubHTTPError, 403)  # a token without access to gated repositories
 
 
 @pytest.mark.parametrize(
-    ("name", "token", "match"),
+    ("error", "token", "match"),
     [
         (
-            "owner/gated",
-            "",
-            "a gated repository, and as token none; accept its terms at .*HF_TOKEN on every host",
+            denied(errors.GatedRepoError, 401),
+            None,
+            "gated .* token none; accept its terms .*HF_TOKEN on every host",
         ),
-        ("owner/gated", "stranger", "a gated repository, and as token one whose account has no access"),
-        ("owner/gated", "scoped", r"a gated repository, and as token one that the hub refuses \(403\)"),
-        ("owner/private", "", "none of that name, or a private one, and as token none; check that"),
+        (
+            denied(errors.GatedRepoError, 403),
+            "hf_x",
+            "gated .* token one whose account has no access; accept",
+        ),
+        (NOT_CACHED, "hf_x", r"a gated repository, and as token one that the hub refuses \(403\)"),
+        (
+            denied(errors.RepositoryNotFoundError, 401),
+            None,
+            "none of that name, or a private one, .*; check that",
+        ),
     ],
 )
-def test_a_gated_model_names_the_token(fake_hub, monkeypatch, name, token, match):
-    if token:
-        monkeypatch.setenv("HF_TOKEN", token)
-    for find in (resolve_source, resolve_folder):
-        with pytest.raises(NaloraError, match=match):
-            find(name)
-
-
-def test_a_gated_model_is_downloaded_with_the_token_of_the_environment(fake_hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "reader")
-    assert sorted(path.name for path in resolve_source("owner/gated").path.iterdir()) == sorted(
-        FakeHub.files
-    )
+def test_a_gated_model_names_the_token(monkeypatch, error, token, match):
+    use_hub(monkeypatch, online=error)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    for find in (resolve_source, resolve_encoder):
+        with pytest.raises(NaloraError, match=f"owner/gated: .*{match}"):
+            find("owner/gated")
