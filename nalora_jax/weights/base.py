@@ -16,7 +16,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models import families  # noqa: F401  (enters the families that can be loaded)
 from nalora_jax.models.vision.config import Sight
 from nalora_jax.ops.quantize import Kind
-from nalora_jax.weights import gguf_tokenizer, hub  # noqa: F401  (the first enters GGUF files)
+from nalora_jax.weights import gguf, hub  # noqa: F401  (the first enters GGUF files)
 from nalora_jax.weights.hf import ResolvedSource
 from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
 from nalora_jax.weights.tensors import require_dtype

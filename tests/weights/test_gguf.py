@@ -25,8 +25,7 @@ from nalora_jax.models.families import BUILT_IN
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.weights import tensors
 from nalora_jax.weights.base import load_model
-from nalora_jax.weights.gguf import READABLE, GGUFFile
-from nalora_jax.weights.gguf_config import hf_config
+from nalora_jax.weights.gguf import READABLE, GGUFFile, hf_config
 from nalora_jax.weights.gguf_export import (
     verify_adapter_gguf,
     write_adapter_gguf,
