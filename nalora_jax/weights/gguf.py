@@ -574,10 +574,10 @@ def _merges_from_scores(
 def _add_special(backend: Tokenizer, tokens: list[str], kinds: np.ndarray) -> None:
     """Registers control and user-defined tokens, which are recognized before any text is split."""
     for kind, add in ((_CONTROL, backend.add_special_tokens), (_USER_DEFINED, backend.add_tokens)):
-        chosen = [tokens[i] for i in np.flatnonzero(kinds == kind)]
+        chosen = (tokens[i] for i in np.flatnonzero(kinds == kind))
         present = [
             token for token in chosen if backend.token_to_id(token) is not None
-        ]  # others would get new ids
+        ]  # others get new ids
         add([AddedToken(token, normalized=False, special=kind == _CONTROL) for token in present])
 
 

@@ -131,6 +131,10 @@ class KeyMap:
         Raises:
           NaloraError: a tensor is missing, unknown, present twice, or has another shape.
         """
+
+        def error(expected: object, found: object, at: str = where) -> NaloraError:
+            return NaloraError(at, expected=expected, found=found)
+
         names: dict[str, str] = {}
         for name, shape in shapes.items():
             canonical = self.canonical(name)
@@ -138,24 +142,16 @@ class KeyMap:
                 continue
             tensor = self.by_name.get(canonical)
             if tensor is None:
-                raise NaloraError(
-                    where, expected=self._nearest(canonical), found=f"the unknown tensor {name} {shape}"
-                )
+                raise error(self._nearest(canonical), f"the unknown tensor {name} {shape}")
             if canonical in names:
-                raise NaloraError(
-                    where, expected=f"{canonical} once", found=f"{names[canonical]} and {name}"
-                )
+                raise error(f"{canonical} once", f"{names[canonical]} and {name}")
             if tuple(shape) != tensor.shape:
-                raise NaloraError(
-                    f"{where}: {name}", expected=f"the shape {tensor.shape}", found=tuple(shape)
-                )
+                raise error(f"the shape {tensor.shape}", tuple(shape), f"{where}: {name}")
             names[canonical] = name
         missing = [name for name in self.by_name if name not in names]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise NaloraError(
-                where, expected=f"{len(self.by_name)} tensors", found=f"no {', '.join(missing[:3])}{more}"
-            )
+            raise error(f"{len(self.by_name)} tensors", f"no {', '.join(missing[:3])}{more}")
         return names
 
     def _nearest(self, name: str) -> str:

@@ -18,7 +18,7 @@ from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
-from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, TargetSpec, adapter_scale, uniform_path
+from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale, uniform_path
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.peft_config import CONFIG_NAME, TENSORS_NAME, PeftConfig, read_peft_config
 from nalora_jax.weights.peft_modules import (
@@ -421,13 +421,10 @@ def import_adapter(
         )
     trained = AdapterSpec()
     if isinstance(config, DualConfig):
-        for field, value in (
-            ("modules_to_save", peft.modules_to_save),
-            ("trainable_token_indices", peft.token_indices),
-        ):
-            if value:
-                expected, actual = "null for image and text encoders", ", ".join(map(str, value))
-                raise NaloraError(f"{peft.where}: {field}", expected=expected, found=actual)
+        if named := peft.modules_to_save or peft.token_indices:
+            field = "modules_to_save" if peft.modules_to_save else "trainable_token_indices"
+            expected, actual = "null for image and text encoders", ", ".join(map(str, named))
+            raise NaloraError(f"{peft.where}: {field}", expected=expected, found=actual)
         tables = read_trained(folder, config)
     else:
         for key in tensors:
@@ -668,17 +665,11 @@ def verify_export(
     worst = 0.0
     if loaded_spec.token_indices != spec.token_indices:
         raise differs(f"{folder}: trainable_token_indices")
-    tables = {
-        path: name
-        for name in sorted({*spec.saved, *loaded_spec.saved, *dict(spec.token_indices)})
-        for path in (TABLES[name], ROWS[name])
-    }
-    if isinstance(config, DualConfig):
-        tables = {path: path for path in config.trained_shapes()}
-    for path, name in tables.items():
+    whole = {path for path in (*ours, *theirs) if path.rpartition("/")[2] not in ("a", "b", "magnitude")}
+    for path in sorted(whole):
         trained, read = (np.asarray(leaves.get(path, 0.0), np.float32) for leaves in (ours, theirs))
         if not np.array_equal(trained, read):
-            raise differs(f"{folder}: {name}")
+            raise differs(f"{folder}: {path}")
     for path in sorted({path for path, _ in (*spec.targets, *loaded_spec.targets)}):
         for layer in range(depths(config)[path]):
             meant = layer_adapter(ours, spec, path, layer)
