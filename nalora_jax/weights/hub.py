@@ -140,16 +140,12 @@ def _resolve_alias(name: str, alias: Alias) -> ResolvedSource:
 def _resolve_local(path: Path, name: str) -> ResolvedSource:
     """Determines the kind of model at ``path``."""
     if path.is_file():
-        if path.suffix in PICKLES:
-            raise NaloraError(
-                str(path),
-                expected="a .gguf file or a folder with safetensors",
-                found="a pickle, which can run any code when it is opened and is never read",
-                remedy=CONVERT,
-            )
-        if path.suffix == ".safetensors":
-            expected, actual = "the folder of a model", "one of its files"
-            raise NaloraError(str(path), expected=expected, found=actual, remedy=f"give {path.parent}")
+        if path.suffix in (*PICKLES, ".safetensors"):
+            actual, remedy = "one of its files", f"give {path.parent}"
+            if path.suffix in PICKLES:
+                actual, remedy = "a pickle, which can run any code when it is opened", CONVERT
+            expected = "a .gguf file or the folder of a model"
+            raise NaloraError(str(path), expected=expected, found=actual, remedy=remedy)
         return ResolvedSource("gguf", path, name)
     if (path / "config.json").exists():
         return ResolvedSource("hf", path, name)
