@@ -14,9 +14,9 @@ import numpy as np
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import scaled_noise
-from nalora_jax.models.family import Source
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import leaf_dtype
+from nalora_jax.models.tensor_rows import Source
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor, keymap_for

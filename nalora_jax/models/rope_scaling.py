@@ -1,6 +1,6 @@
 """Changes the RoPE scaling in a ``config.json``, to train and run beyond the model's context.
 
-The result is an ordinary ``config.json``: `nalora_jax.models.family.read` reads it, a merged model is
+The result is an ordinary ``config.json``: `ModelConfig.from_hf` reads it, a merged model is
 written with it, and transformers computes the same from it.
 
     {"max_position_embeddings": 32768, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
@@ -17,7 +17,7 @@ from typing import Any
 from nalora_jax.config.rope_scaling import FIELDS, FLAG, ORIGINAL, WITH_ORIGINAL, parse_rope_scaling
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.family import contains_text_model, family_of, read, text_part
+from nalora_jax.models.family import contains_text_model, family_of, text_part
 from nalora_jax.models.ropes import ROPE_KINDS, RopeSpec
 from nalora_jax.models.stacks import stacks
 
@@ -52,7 +52,7 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
         changed = with_rope_scaling(text_model, text, f"{where}: text_config")
         differing = {name: value for name, value in changed.items() if value != text_model.get(name)}
         return {**raw, "text_config": {**(raw.get("text_config") or {}), **differing}}
-    base = read(raw, where)
+    base = ModelConfig.from_hf(raw, where)
     spec = _rescalable(base, text, where)
     unscaled = _unscaled_length(base, spec)
     if settings["rope_type"] in WITH_ORIGINAL:
@@ -69,7 +69,7 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
     changed = _changed(raw, settings)
     # transformers computes dynamic scaling from max_position_embeddings.
     changed["max_position_embeddings"] = unscaled if settings["rope_type"] == "dynamic" else context
-    read(changed, f"{FLAG} {text}")
+    ModelConfig.from_hf(changed, f"{FLAG} {text}")
     return changed
 
 

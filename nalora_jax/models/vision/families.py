@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import activation_name
+from nalora_jax.models.readers import activation_name
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Loss, Sight
 
 if TYPE_CHECKING:
-    from nalora_jax.models.config import ModelConfig
     from nalora_jax.models.family import SightReader
 
 
@@ -284,7 +283,7 @@ def _image_token(f: Fields) -> int:
     return f.integer(name, low=0)
 
 
-def _llava(f: Fields, text: ModelConfig) -> Sight:
+def _llava(f: Fields, d_model: int) -> Sight:
     tower = _tower(f, _CLIP_LARGE)
     layer = f.get("vision_feature_layer")
     if isinstance(layer, list) and len(layer) == 1:
@@ -311,7 +310,7 @@ def _llava(f: Fields, text: ModelConfig) -> Sight:
         used_layers=used,
         final_norm=False,
         drop_first=drop,
-        d_model=text.d_model,
+        d_model=d_model,
         tokens=tower.grid**2 + (tower.class_token and not drop),
         image_token=_image_token(f),
         projector="mlp",
@@ -320,7 +319,7 @@ def _llava(f: Fields, text: ModelConfig) -> Sight:
     )
 
 
-def _gemma3(f: Fields, text: ModelConfig) -> Sight:
+def _gemma3(f: Fields, d_model: int) -> Sight:
     tower = _tower(f, _SIGLIP_SO400M)
     tokens = f.integer("mm_tokens_per_image", high=2**20)
     side = math.isqrt(tokens)
@@ -334,7 +333,7 @@ def _gemma3(f: Fields, text: ModelConfig) -> Sight:
         used_layers=tower.n_layers,
         final_norm=True,
         drop_first=False,
-        d_model=text.d_model,
+        d_model=d_model,
         tokens=tokens,
         image_token=_image_token(f),
         projector="pooled",
