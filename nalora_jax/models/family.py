@@ -302,7 +302,9 @@ def register_family(
         if isinstance(rows, str):
             like = family_of(rows)
             rows, form = like.tensors, like.gguf
-        family = Family(model_type, "", dict, tuple(rows), dict(defaults or {}), form, reader=reader)
+        family = Family(
+            model_type, "", lambda _: {}, tuple(rows), dict(defaults or {}), form, reader=reader
+        )
         REGISTERED.add(model_type, family, replace=True)
         return reader
 

@@ -20,12 +20,11 @@ from jax.sharding import NamedSharding
 from nalora_jax.method.ffn import AdaptedBlock, Adapters, GatedFFN, SelfGatedFFN
 from nalora_jax.method.low_rank import adapted_dense, parallel_dense
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
-from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.residual_norm import residual_norm, rms_norm
 from nalora_jax.ops.split_rows import Row
-from nalora_jax.ops.storage import round_and_save, store
+from nalora_jax.ops.storage import round_and_save
 
 if TYPE_CHECKING:
     from nalora_jax.models.config import ModelConfig
@@ -202,36 +201,6 @@ class Mixer(Part):
 
         ``length`` is the number of slots for tokens.
         """
-
-
-class AttentionMixer(Mixer):
-    """A form of softmax attention with the config's heads and windows."""
-
-    name = "attn"
-    attends = True
-    splits_rows = True
-
-    def has_bias(self, config: ModelConfig, name: str) -> bool:
-        """See `Part`."""
-        return config.o_bias if name == "o_proj" else config.qkv_bias
-
-    def flops(self, config: ModelConfig, seq: int) -> float:
-        """Returns the flops of scores and weighted sums; only pairs within causality and windows count."""
-        spans = [min(window, seq) for window in config.layer_windows]
-        pairs = sum(seq * span - span * (span - 1) / 2 for span in spans)
-        return 4.0 * pairs * config.n_heads * config.head_dim
-
-    def saved(self, config: ModelConfig) -> float:
-        """Returns 0: saved heads depend on the kernel (`nalora_jax.layout.estimates`)."""
-        return 0.0
-
-    def init_state(self, config: ModelConfig, batch: int, length: int, numerics: Numerics) -> KeyValues:
-        """Returns empty slots for keys and values."""
-        lead = (config.n_layers, batch, config.n_kv_heads)
-        return KeyValues(
-            store(jnp.zeros((*lead, config.head_dim, length), numerics.operand), numerics),
-            store(jnp.zeros((*lead, length, config.head_dim), numerics.operand), numerics),
-        )
 
 
 class FeedForward(Part):

@@ -54,8 +54,9 @@ def _mixers(f: Fields, *, fused: bool = False) -> tuple[Features, list[Overrides
     keys, values = (f.integer(f"linear_num_{name}_heads", high=2**16) for name in ("key", "value"))
     if values % keys:
         raise f.error("linear_num_value_heads", f"a multiple of linear_num_key_heads ({keys})", values)
-    widths = (f.integer(f"linear_{name}_head_dim", high=2**16) for name in ("key", "value"))
-    mixer = GatedDeltaNet(keys, values, *widths, f.integer("linear_conv_kernel_dim", high=2**10), fused)
+    d_key, d_value = (f.integer(f"linear_{name}_head_dim", high=2**16) for name in ("key", "value"))
+    taps = f.integer("linear_conv_kernel_dim", high=2**10)
+    mixer = GatedDeltaNet(keys, values, d_key, d_value, taps, fused)
     return features, [(("mixer", mixer),) if kind == _LINEAR else () for kind in kinds]
 
 
@@ -134,7 +135,7 @@ QWEN3_NEXT = Family(
 # ---------------------------------------------------------------- LFM2
 
 _CONV = "conv"
-_FFN = {
+_FFN: rows.Modules = {
     "ffn/gate_proj": "feed_forward.w1",
     "ffn/up_proj": "feed_forward.w3",
     "ffn/down_proj": "feed_forward.w2",
