@@ -33,6 +33,7 @@ from nalora_jax.models.parts import (
     RMSNorm,
     SharedInputs,
     constrain,
+    layer_scales,
     part_adapters,
 )
 from nalora_jax.models.remat import of_position, rematerialized, scanned, stacked
@@ -124,12 +125,9 @@ class Block(nn.Module):
 
     def _module(self, part: Part) -> Any:
         adapters = part_adapters(self.adapters, f"{self.prefix}/{part.name}")
-        routing = self.routing_sharding or self.activation_sharding
-        shardings = self.activation_sharding, routing
-        options = PartOptions(
-            self.prefix, part.name, adapters, self.numerics, self.stats, *shardings, self.experts
-        )
-        return part.module(self.config, options)
+        shardings = self.activation_sharding, self.routing_sharding or self.activation_sharding
+        given = self.numerics, self.stats, *shardings, self.experts
+        return part.module(self.config, PartOptions(self.prefix, part.name, adapters, *given))
 
 
 class Decoder(nn.Module):
@@ -213,10 +211,7 @@ class Decoder(nn.Module):
           ``[batch, seq, d_model]``; with a cache, a pair of that and the extended cache.
         """
         given = (positions, segment_ids, token_weights, cache, deterministic, lengths)
-        shared = _shared_inputs(self.config, tokens, *given)
-        sharding = self.activation_sharding
-        if shards_of(sharding) > 1:
-            shared = self._in_parts(shared, tokens)
+        shared, sharding = self._shared_inputs(tokens, *given), self.activation_sharding
         rows, tokens = tokens, split(tokens, sharding)
         x = self.embed(tokens, self.numerics).astype(jnp.float32) * self.config.embed_scale
         embedded = None
@@ -234,26 +229,51 @@ class Decoder(nn.Module):
         positions, segments = (jnp.broadcast_to(x, tokens.shape) for x in integers)
         return hidden, extend(cache, updates, positions, segments, self.numerics)
 
-    def _in_parts(self, shared: SharedInputs, tokens: jax.Array) -> SharedInputs:
-        """Returns the inputs of layers for parts of rows; ``shared`` and ``tokens`` have whole rows."""
-        sharding, shape = self.activation_sharding, tokens.shape
-        parts, shards = partial(split, sharding=sharding), shards_of(sharding)
-        positions, segments = (jnp.broadcast_to(x, shape) for x in (shared.positions, shared.segments))
-        weights = shared.token_weights
-        if weights is None:
-            weights = jnp.ones(shape, bool)
-        assert isinstance(weights, jax.Array)
-        stats = self.stats or GateStatsConfig()
-        tables = partial(rope_tables, parts=parts)
-        return replace(
-            shared,
+    def _shared_inputs(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None,
+        segment_ids: jax.Array | None,
+        token_weights: jax.Array | SampledWeights | None,
+        cache: Cache | None,
+        deterministic: bool,
+        lengths: jax.Array | None,
+    ) -> SharedInputs:
+        """Returns the inputs that all layers share, of the parts of rows if the mesh splits them.
+
+        Without segments and positions their leading axis is 1, so that masks of whole rows stay small.
+        """
+        sharding, shape, row = self.activation_sharding, tokens.shape, None
+        segments = jnp.ones((1, shape[1]), jnp.int32)
+        if segment_ids is not None:
+            segments = segment_ids.astype(jnp.int32)
+            if token_weights is None:
+                token_weights = segment_ids > 0
+        if positions is None:
+            positions = default_positions(segments)
+            if cache is not None:
+                positions = positions + cache.lengths[:, None]
+        shards, parts = shards_of(sharding), partial(split, sharding=sharding)
+        batch = shape[0] if shards > 1 else max(positions.shape[0], segments.shape[0])
+        positions, segments = (jnp.broadcast_to(x, (batch, shape[1])) for x in (positions, segments))
+        if shards > 1:
+            weights = jnp.ones(shape, bool) if token_weights is None else token_weights
+            assert isinstance(weights, jax.Array)
+            stats, block = self.stats or GateStatsConfig(), block_length(shape[1], shards)
+            token_weights = sampled_as_whole(weights, stats, block, parts)
+            row = Row(padded(positions, sharding), padded(segments, sharding))
+        return SharedInputs(
             tables={
-                stack.prefix: tables(stack.config, positions, segments) for stack in stacks(self.config)
+                stack.prefix: rope_tables(stack.config, positions, segments, lengths, parts)
+                for stack in stacks(self.config)
             },
             positions=parts(positions),
             segments=parts(segments),
-            token_weights=sampled_as_whole(weights, stats, block_length(shape[1], shards), parts),
-            row=Row(padded(positions, sharding), padded(segments, sharding)),
+            token_weights=token_weights,
+            cached_positions=None if cache is None else cache.positions,
+            cached_segments=None if cache is None else cache.segments,
+            row=row,
+            deterministic=deterministic,
         )
 
     def _with_images(
@@ -283,27 +303,21 @@ class Decoder(nn.Module):
         self, x: jax.Array, cache: Cache | None, shared: SharedInputs, embedded: jax.Array | None
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the output of the last layer, and the updates of the layers' states by stack."""
-        x, of_stacks = x.astype(self.numerics.result), stacks(self.config)
-        inputs = {stack.prefix: self._layer_inputs(stack, cache, embedded) for stack in of_stacks}
+        inputs = {
+            stack.prefix: LayerInputs(
+                window=_scanned(stack.config.layer_windows, GLOBAL_WINDOW),
+                rope=_scanned(stack.config.layer_ropes, 0),
+                scales=layer_scales(self.adapters, stack.prefix),
+                embedded=None if embedded is None else embedded[np.array(stack.layers)],
+                cached=None if cache is None else cache.states.get(stack.prefix),
+            )
+            for stack in stacks(self.config)
+        }
+        x = x.astype(self.numerics.result)
         if self.config.layer_kinds:
             return self.layers(x, inputs, shared)
         x, update = self.layers(x, inputs["layers"], shared)
         return x, {"layers": update}
-
-    def _layer_inputs(self, stack: Stack, cache: Cache | None, embedded: jax.Array | None) -> LayerInputs:
-        """Returns the inputs that are scanned over the layers of a stack."""
-        scales: dict[str, dict[str, jax.Array]] = {}
-        for path, _ in self.adapters.targets:
-            if path.startswith(f"{stack.prefix}/"):
-                part_name, _, name = path.removeprefix(f"{stack.prefix}/").partition("/")
-                scales.setdefault(part_name, {})[name] = jnp.asarray(self.adapters.scales(path))
-        return LayerInputs(
-            window=_scanned(stack.config.layer_windows, GLOBAL_WINDOW),
-            rope=_scanned(stack.config.layer_ropes, 0),
-            scales=scales,
-            embedded=None if embedded is None else embedded[np.array(stack.layers)],
-            cached=None if cache is None else cache.states.get(stack.prefix),
-        )
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits ``[..., vocab]`` of ``hidden [..., d_model]``.
@@ -348,8 +362,7 @@ class Period(nn.Module):
                 x, layer, shared
             )
             updates.append(update)
-            if stack.config.hands:
-                shared = _with_keys(shared, stack, update, layer.cached)
+            shared = _with_keys(shared, stack, update, layer.cached)
         return x, tuple(updates)
 
 
@@ -374,21 +387,19 @@ class Groups(nn.Module):
             prefixes = [stack.prefix for stack in group]
             x, of_group = period(x, tuple(inputs[prefix] for prefix in prefixes), shared)
             updates |= zip(prefixes, of_group, strict=True)
-            for stack in group:
-                if stack.config.hands:
-                    update, cached = jax.tree.map(
-                        lambda y: y[0], (updates[stack.prefix], inputs[stack.prefix].cached)
-                    )
-                    shared = _with_keys(shared, stack, update, cached)
+            for stack in (stack for stack in group if stack.config.hands):
+                first = jax.tree.map(lambda y: y[0], (updates[stack.prefix], inputs[stack.prefix].cached))
+                shared = _with_keys(shared, stack, *first)
         return x, updates
 
 
 def _with_keys(
-    shared: SharedInputs, stack: Stack, keys: tuple[jax.Array, jax.Array], cached: Any
+    shared: SharedInputs, stack: Stack, update: tuple[jax.Array, jax.Array], cached: Any
 ) -> SharedInputs:
-    """Returns the inputs of later layers, which may read the keys and values of ``stack``."""
-    handed = HandedKeys(*keys, cached)
-    return replace(shared, handed=shared.handed | {stack.config.hands: handed})
+    """Returns the inputs of later layers, which may read the keys and values of a stack of one layer."""
+    if not stack.config.hands:
+        return shared
+    return replace(shared, handed=shared.handed | {stack.config.hands: HandedKeys(*update, cached)})
 
 
 def _drops(config: ModelConfig, adapters: AdapterSpec) -> bool:
@@ -401,48 +412,6 @@ def _scanned(by_layer: tuple[int, ...], default: int) -> jax.Array | None:
     if set(by_layer) == {default}:
         return None
     return jnp.asarray(by_layer, jnp.int32)
-
-
-def _shared_inputs(
-    config: ModelConfig,
-    tokens: jax.Array,
-    positions: jax.Array | None,
-    segment_ids: jax.Array | None,
-    token_weights: jax.Array | None,
-    cache: Cache | None,
-    deterministic: bool,
-    lengths: jax.Array | None,
-) -> SharedInputs:
-    """Returns the inputs that all layers share.
-
-    Without segments and positions their leading axis is 1, so that masks stay small.
-    """
-    if segment_ids is None:
-        segments = jnp.ones((1, tokens.shape[1]), jnp.int32)
-    else:
-        segments = segment_ids.astype(jnp.int32)
-        if token_weights is None:
-            token_weights = segment_ids > 0
-    if positions is None:
-        positions = default_positions(segments)
-        if cache is not None:
-            positions = positions + cache.lengths[:, None]
-    of_cache: dict[str, Any] = {}
-    if cache is not None:
-        of_cache = {"cached_positions": cache.positions, "cached_segments": cache.segments}
-    rows = max(positions.shape[0], segments.shape[0])
-    positions, segments = (jnp.broadcast_to(x, (rows, tokens.shape[1])) for x in (positions, segments))
-    return SharedInputs(
-        tables={
-            stack.prefix: rope_tables(stack.config, positions, segments, lengths)
-            for stack in stacks(config)
-        },
-        positions=positions,
-        segments=segments,
-        token_weights=token_weights,
-        deterministic=deterministic,
-        **of_cache,
-    )
 
 
 def sampled_as_whole(
@@ -460,18 +429,16 @@ def sampled_as_whole(
     config = config.of_rows(length)
     strides = config.stride, config.probe_stride
     of_gate, of_probe = (parts(sampled_weights(weights, stride)) for stride in strides)
-    gate, probe = (_within_blocks(stride, length, block) for stride in strides)
+
+    def within_blocks(stride: int) -> int:
+        # The largest stride at which samples of blocks contain the sample of their row. A group of the row consists
+        # of whole groups of a block, which take the group's run if the weights of all others are 0. If the row's
+        # positions are taken singly, or blocks divide runs, all are taken.
+        singly = length % (RUN * stride) or block % RUN
+        return 1 if singly else math.gcd(stride, block // RUN)
+
+    gate, probe = map(within_blocks, strides)
     return SampledWeights(parts(weights), of_gate, of_probe, (gate, probe), length)
-
-
-def _within_blocks(stride: int, length: int, block: int) -> int:
-    """Returns the largest stride at which samples of blocks contain the sample of their row.
-
-    A group of the row consists of whole groups of a block, which take the group's run if the weights
-    of all others are 0. If the row's positions are taken singly, or blocks divide runs, all are taken.
-    """
-    singly = length % (RUN * stride) or block % RUN
-    return 1 if singly else math.gcd(stride, block // RUN)
 
 
 # ---------------------------------------------------------------- cache

@@ -258,9 +258,14 @@ def _projected(
     which the inputs have been multiplied, the bias is multiplied too.
     """
     base, adapter = frozen_grouped_matmul(x, experts.kernel, groups.sizes, numerics), experts.adapter
-    bias = _bias_rows(experts, groups, axis)
-    if bias is not None and weight is not None:
-        bias = bias * weight[:, None].astype(bias.dtype)
+    bias = None
+    if experts.bias is not None:
+        bias = lax.stop_gradient(experts.bias)
+        if axis is not None:  # only the first device of the axis adds it
+            bias = jnp.where(lax.axis_index(axis) == 0, bias, 0)
+        bias = jnp.take(bias, groups.expert, axis=0)
+        if weight is not None:
+            bias = bias * weight[:, None].astype(bias.dtype)
     if adapter is None:
         return combine(base, bias), None
     delta = grouped_residual(inner, *adapter[:3], groups, numerics, adapter.mask)
@@ -275,16 +280,6 @@ def _projected(
         ratio = jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)
         delta = (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
     return combine(base, bias), delta.astype(base.dtype)
-
-
-def _bias_rows(experts: Experts, groups: Groups, axis: str | None) -> jax.Array | None:
-    """Returns the bias of every row, or None; with ``axis``, only its first device adds it."""
-    if experts.bias is None:
-        return None
-    bias = lax.stop_gradient(experts.bias)
-    if axis is not None:
-        bias = jnp.where(lax.axis_index(axis) == 0, bias, 0)
-    return jnp.take(bias, groups.expert, axis=0)
 
 
 def _probed(

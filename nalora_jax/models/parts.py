@@ -79,6 +79,16 @@ def part_adapters(spec: AdapterSpec, path: str) -> Adapters:
     return Adapters(tuple(ranks), dora=spec.dora, dropout=spec.dropout)
 
 
+def layer_scales(spec: AdapterSpec, prefix: str) -> dict[str, dict[str, jax.Array]]:
+    """Returns the adapters' scales below a prefix (``layers``) by part and projection, to be scanned over layers."""
+    scales: dict[str, dict[str, jax.Array]] = {}
+    for path, _ in spec.targets:
+        if path.startswith(f"{prefix}/"):
+            part_name, _, name = path.removeprefix(f"{prefix}/").partition("/")
+            scales.setdefault(part_name, {})[name] = jnp.asarray(spec.scales(path))
+    return scales
+
+
 def adapters_below(adapters: Adapters, prefix: str) -> Adapters:
     """Returns the adapters of a part's projections below ``prefix``."""
     ranks = ((name.removeprefix(prefix), rank) for name, rank in adapters.ranks if name.startswith(prefix))
@@ -132,7 +142,7 @@ class PartOptions:
         """
         scales, options = layer.scales.get(self.part), {"deterministic": shared.deterministic}
         layers = [
-            self.adapters.dense(name, x.shape[-1], width, scales, self.numerics, bias=bias, **options)
+            self.adapters.dense(name, x.shape[-1], width, scales, bias=bias, **options)
             for name, width in widths.items()
         ]
         if len(layers) == 1:
@@ -211,16 +221,16 @@ class FeedForward(Part):
 
     reads_stream: ClassVar[bool] = False  # True: the module also gets ``stream``, the norm's input
 
+    def has_bias(self, config: ModelConfig, name: str) -> bool:
+        """See `Part`."""
+        return config.ffn_bias
+
 
 @dataclass(frozen=True)
 class GatedBlock(FeedForward):
     """The block that the config describes: ``(phi(x W_gate) * x W_up) W_down``, or ``phi(x W_in) W_out``."""
 
     name: ClassVar[str] = "ffn"
-
-    def has_bias(self, config: ModelConfig, name: str) -> bool:
-        """See `Part`."""
-        return config.ffn_bias
 
     def projections(self, config: ModelConfig) -> Shapes:
         """See `Part`."""
@@ -357,14 +367,13 @@ class _ScaledTail(AdaptedBlock):
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
         if self.d_ff:
-            y = self._embedded(round_and_save(x, self.numerics), layer, shared)
+            y = super().__call__(
+                round_and_save(x, self.numerics),
+                layer.scales.get("tail"),
+                token_weights=shared.token_weights,
+                deterministic=shared.deterministic,
+                up=layer.embedded,
+            )
             x = x + RMSNorm(self.eps, dtype=self.numerics.result, name="norm")(y).astype(x.dtype)
         scale = self.param("scale", nn.initializers.ones_init(), (1,))
         return x * jax.lax.stop_gradient(scale).astype(x.dtype)[0]
-
-    def _embedded(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
-        """Returns ``(phi(x W_gate) * embedded) W_down``."""
-        scales, options = layer.scales.get("tail"), {"deterministic": shared.deterministic}
-        gate = self._dense("gate_proj", self.d_model, self.d_ff, scales, mask=self._mask(), **options)
-        down = self._dense("down_proj", self.d_ff, self.d_model, scales, **options)
-        return self._output(x, gate, layer.embedded, down, shared.token_weights)
