@@ -19,7 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
-from nalora_jax.common.trees import flatten, unflatten
+from nalora_jax.common.trees import flatten
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.cache import Cache, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
@@ -38,8 +38,8 @@ from nalora_jax.models.parts import (
 )
 from nalora_jax.models.remat import of_position, rematerialized, scanned, stacked
 from nalora_jax.models.ropes import rope_tables
-from nalora_jax.models.stacks import Stack, groups, param_shapes, parts, stacks
-from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, leaf_dtype
+from nalora_jax.models.stacks import Stack, groups, parts, stacks
+from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.reductions import RUN, sampled_weights
 from nalora_jax.ops.split_rows import Row, block_length, padded, repeated, shards_of, split
@@ -482,29 +482,3 @@ def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> 
     goes_on = places[:, 1:] & places[:, :-1] & (segments[:, 1:] == segments[:, :-1])
     first = jnp.concatenate([jnp.ones_like(places[:, :1]), ~goes_on], axis=1)
     return positions - (index - lax.cummax(jnp.where(first, index, 0), axis=1))
-
-
-# ---------------------------------------------------------------- fresh trees
-
-
-@partial(jax.jit, static_argnums=(0, 2))
-def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Returns random base weights for tests and benchmarks; values differ between platforms."""
-    # Threefry takes seconds to compile. One draw for each leaf: a draw of all leaves would be the peak of the memory.
-    key = jax.random.wrap_key_data(jnp.resize(jax.random.key_data(key), (4,)), impl="rbg")
-    leaves = {}
-    for i, (path, shape) in enumerate(param_shapes(config).items()):
-        noise = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
-        leaves[path] = scaled_noise(config, path, noise).astype(leaf_dtype(path, dtype))
-    return unflatten(leaves)
-
-
-def scaled_noise(config: ModelConfig, path: str, noise: jax.Array) -> jax.Array:
-    """Returns the random base weight at ``path`` from standard normal ``noise`` of its shape."""
-    if path.endswith("/scale"):
-        # Norms of encoders and of linear attention have no offset.
-        plain = path.startswith(("image/", "unused/")) or path.endswith("linear_attn/norm/scale")
-        return 1.0 - (0.0 if plain else config.norm_offset) + 0.1 * noise
-    if path.endswith(("/bias", "/correction", "/embedding", "/class_token", "/probe")):
-        return 0.02 * noise
-    return noise * (1.0 / math.sqrt(noise.shape[-2]))

@@ -131,9 +131,7 @@ class MoEFFN(nn.Module):
         mask: jax.Array | None = None,
     ) -> Experts:
         c, adapters = self.config, self.options.adapters
-        dense = adapters.dense(
-            name, d_in, d_out, scales, bias=c.ffn_bias, experts=c.n_experts, mask=mask
-        )
+        dense = adapters.dense(name, d_in, d_out, scales, bias=c.ffn_bias, experts=c.n_experts, mask=mask)
         adapter = dense.adapter
         if adapter is not None:
             adapter = adapter._replace(scale=jnp.asarray(adapter.scale, jnp.float32))
