@@ -109,7 +109,9 @@ def random_params(base: Any, key: Any, dtype: Any) -> Any:
     for i, (path, shape) in enumerate(param_shapes(base).items()):
         noise = jax.random.normal(jax.random.fold_in(key, i), shape, "float32")
         centre = 1.0 - base.norm_offset if path.endswith("/scale") else 0.0
-        leaves[path] = (centre + noise / shape[max(len(shape) - 2, 0)] ** 0.5).astype(leaf_dtype(path, dtype))
+        leaves[path] = (centre + noise / shape[max(len(shape) - 2, 0)] ** 0.5).astype(
+            leaf_dtype(path, dtype)
+        )
     return unflatten(leaves)
 
 

@@ -297,12 +297,14 @@ def test_what_cannot_be_adapted_is_named(layers: Any, gates: Any, options: Any, 
 
 def test_a_fused_gate_a_shared_layer_and_another_module_are_refused() -> None:
     variables = jax.eval_shape(Fused().init, jax.random.key(1), X)
-    with pytest.raises(NaloraError, match="gates: gate_up: expected a layer with 12 outputs.*found 24"):
-        adapt(Fused(), {"": 2}, {"gate_up": "silu"}, variables=variables, example=(X,))
-    with pytest.raises(NaloraError, match="first: expected a layer with one place in the model, found two"):
-        adapt(Shared(nnx.Rngs(0)), {"": 2}, {"first": "silu"})
-    with pytest.raises(NaloraError, match="adapt: expected a module of flax.linen or flax.nnx, found dict"):
-        adapt({}, {"": 2}, {"": "silu"})
+    given = {"variables": variables, "example": (X,)}
+    for model, options, message in (
+        (Fused(), given, "gates: gate_up: expected a layer with 12 outputs.*found 24"),
+        (Shared(nnx.Rngs(0)), {}, "first: expected a layer with one place in the model, found two"),
+        ({}, {}, "adapt: expected a module of flax.linen or flax.nnx, found dict"),
+    ):
+        with pytest.raises(NaloraError, match=message):
+            adapt(model, {"": 2}, {"gate_up|first": "silu"}, **options)
 
 
 def test_a_call_that_misses_a_layer_and_weights_of_another_shape_are_refused() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import statistics
-from nalora_jax.method.rules import MECHANISMS, Mechanism, make, register_mechanism
+from nalora_jax.method.rules import MECHANISMS, make, register_mechanism
 from nalora_jax.method.transform import (
     GateState,
     Mechanisms,
@@ -143,24 +143,6 @@ def test_a_rule_from_outside_is_one_function(scratch_registry: None) -> None:
         register_mechanism("flat", statistics=("slope",))(lambda averages, context: averages["slope"])
     with pytest.raises(NaloraError, match="a name of letters"):
         register_mechanism("no name")
-
-
-def test_a_rule_with_a_memory_of_its_own(scratch_registry: None) -> None:
-    @register_mechanism("largest")
-    class Largest(Mechanism):
-        """The largest slope that a channel ever had."""
-
-        statistics = ("slope",)
-
-        def advance(self, memory: Any, sums: Any, updates: Any) -> Any:
-            return {"slope": jnp.maximum(memory["slope"], sums["slope"] / sums["tokens"][..., None])}
-
-        def factor(self, memory: Any, context: Any) -> jax.Array:
-            return memory["slope"]
-
-    state = state_after(only("largest"), 4)
-    want = np.max([np.asarray(stats_like(seed)[PATH]["slope"]) / 20 for seed in range(4)], axis=0)
-    np.testing.assert_allclose(state.memory["largest"][PATH]["slope"], want, rtol=1e-6)
 
 
 def test_an_entry_point_is_loaded_when_it_is_asked_for(

@@ -12,16 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nalora_jax.method import rules
-from nalora_jax.method.rules import (
-    CurvatureCap,
-    HomogeneityStep,
-    Mechanism,
-    curvature_cap,
-    delta_importance,
-    hard_mask,
-    homogeneity_scale,
-    soft_mask,
-)
+from nalora_jax.method.rules import CurvatureCap, HomogeneityStep, Mechanism
 from nalora_jax.method.transform import GateState, make_mechanisms, own_factors
 
 PATH = "layers/ffn"
@@ -44,7 +35,7 @@ def factors_of(rule: Mechanism, activation: str = "silu", **averages: np.ndarray
 )
 def test_hard_mask_keeps_exactly_the_top_share(levels, keep):
     importance = np.float32(levels)
-    mask = np.asarray(hard_mask(jnp.asarray(importance), keep))
+    mask = np.asarray(rules.hard_mask(jnp.asarray(importance), keep))
     kept = max(1, round(keep * len(levels)))
     expected = np.zeros(len(levels), np.float32)
     expected[np.argsort(-importance, kind="stable")[:kept]] = 1  # ties go to the lower index
@@ -54,20 +45,20 @@ def test_hard_mask_keeps_exactly_the_top_share(levels, keep):
 def test_soft_mask_is_the_clipped_power_of_the_ratio_to_the_mean():
     importance = np.random.default_rng(1).uniform(size=(2, 50)) ** 2
     ratio = importance / importance.mean(-1, keepdims=True)
-    mask = soft_mask(jnp.asarray(importance, jnp.float32), power=2.0, low=0.1, high=3.0)
+    mask = rules.soft_mask(jnp.asarray(importance, jnp.float32), power=2.0, low=0.1, high=3.0)
     np.testing.assert_allclose(mask, np.clip(ratio**2, 0.1, 3.0), rtol=1e-5)
     assert (mask == np.float32(0.1)).any()
     assert (mask == 3).any()
-    np.testing.assert_array_equal(soft_mask(jnp.zeros((1, 4)), 2.0, 0.1, 3.0), jnp.ones((1, 4)))
+    np.testing.assert_array_equal(rules.soft_mask(jnp.zeros((1, 4)), 2.0, 0.1, 3.0), jnp.ones((1, 4)))
 
 
 def test_importance_by_delta_is_a_power_of_its_second_moment():
     squared = np.random.default_rng(0).uniform(0.1, 1.0, (2, 9))
     ratio = squared / squared.mean(-1, keepdims=True)
     for q in (-1.0, 0.0, 0.5):
-        found = delta_importance(jnp.asarray(squared, jnp.float32), q, 1e6)
+        found = rules.delta_importance(jnp.asarray(squared, jnp.float32), q, 1e6)
         np.testing.assert_allclose(found, ratio ** (q / 2), rtol=1e-5)
-    dead = delta_importance(jnp.asarray([[0.0, 1.0]]), -1.0, 10.0)
+    dead = rules.delta_importance(jnp.asarray([[0.0, 1.0]]), -1.0, 10.0)
     np.testing.assert_allclose(dead, [[10.0, 0.5**0.5]], rtol=1e-5)
 
 
@@ -80,7 +71,7 @@ def shares(seed, *shape):
 def test_scale_is_the_normalised_mean_gain(seed, gains):
     occupancy = shares(seed, 3, 7)
     raw = np.einsum("lkc,k->lc", occupancy, gains)
-    scale = homogeneity_scale(jnp.asarray(occupancy, jnp.float32), gains)
+    scale = rules.homogeneity_scale(jnp.asarray(occupancy, jnp.float32), gains)
     np.testing.assert_allclose(scale, raw / raw.mean(-1, keepdims=True), rtol=1e-5)
 
 
@@ -90,7 +81,7 @@ def test_only_layers_whose_tokens_occupy_two_regions_are_scaled():
     occupancy[1] = shares(1, 5)
     scale = factors_of(rule, occupancy=occupancy)
     np.testing.assert_array_equal(scale[0], np.ones(5))
-    np.testing.assert_allclose(scale[1:], homogeneity_scale(jnp.float32(occupancy[1:]), rule.gains))
+    np.testing.assert_allclose(scale[1:], rules.homogeneity_scale(jnp.float32(occupancy[1:]), rule.gains))
     barely = np.zeros((1, 4, 5))
     barely[:, 2], barely[:, 1, 0] = 1, 0.05  # 0.05 of one channel in five is 0.01 of the layer
     assert (factors_of(rule, occupancy=barely) == 1).all()
@@ -113,7 +104,7 @@ def test_channels_that_have_moved_have_the_same_factor_to_the_bit_as_min_of_one_
     rng = np.random.default_rng(0)
     excess, response = (jnp.asarray(10.0 ** rng.uniform(-12, 1, (4, 999)), jnp.float32) for _ in range(2))
     expected = jnp.minimum(1.0, 0.1 * response / excess)
-    np.testing.assert_array_equal(curvature_cap(excess, response, 0.1), expected)
+    np.testing.assert_array_equal(rules.curvature_cap(excess, response, 0.1), expected)
 
 
 def test_all_gates_of_mish_take_their_second_step_without_warm_up():

@@ -38,17 +38,10 @@ from tests.param_trees import params_from_tensors
 # Largest logit difference over the largest logit; at most 1.05e-5, with JAX 0.12.
 TOLERANCE = 2e-5
 SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": None,
     "pad_token_id": 0,
-}
+}  # fmt: skip
 SEQ, SHORT = 40, 20  # longer than the sliding windows and the original contexts
 FULL, SLIDING, LINEAR, CONV = "full_attention", "sliding_attention", "linear_attention", "conv"
 
@@ -66,31 +59,18 @@ BIASES = BIAS | {"mlp_bias": True}
 GEMMA = {**HEAD, **WINDOWS, **BIAS, "query_pre_attn_scalar": 24, "final_logit_softcapping": 2.0}
 PROPORTIONAL = rope("proportional", 1e5, partial_rotary_factor=0.5)
 GEMMA4 = {
-    "head_dim": 8,
-    "global_head_dim": 16,
-    "num_global_key_value_heads": 1,
-    "attention_k_eq_v": True,
-    "layer_types": [SLIDING, SLIDING, FULL] * 2,
-    "num_hidden_layers": 6,
-    "final_logit_softcapping": 2.0,
-    "hidden_size_per_layer_input": 0,
-    "use_bidirectional_attention": "vision",
-    "rope_parameters": {FULL: PROPORTIONAL, SLIDING: rope("default", 1e3)},
-    **WINDOWS,
-    **BIAS,
-}
+    "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+    "layer_types": [SLIDING, SLIDING, FULL] * 2, "num_hidden_layers": 6, "final_logit_softcapping": 2.0,
+    "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision",
+    "rope_parameters": {FULL: PROPORTIONAL, SLIDING: rope("default", 1e3)}, **WINDOWS, **BIAS,
+}  # fmt: skip
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 SHARED = EXPERTS | {"shared_expert_intermediate_size": 40}
 LOCAL_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 3}
 GLM_EXPERTS = {"n_routed_experts": 8, "moe_intermediate_size": 24}
 UNNORMALIZED = {"norm_topk_prob": False}
-DELTA_NET = {
-    "head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
+DELTA_NET = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 16}
+DELTA_NET |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
 LFM2 = {"num_hidden_layers": 5, "conv_L_cache": 4, "norm_eps": 1e-3}
 
 
@@ -288,11 +268,9 @@ def reference(pair: Pair, tokens: np.ndarray, real: np.ndarray | None = None) ->
         return pair.theirs(torch.tensor(tokens), attention_mask=mask, position_ids=positions).logits.numpy()
 
 
-def difference(ours: jax.Array, theirs: np.ndarray, where: np.ndarray | None = None) -> float:
+def difference(ours: jax.Array, theirs: np.ndarray, where: Any = ...) -> float:
     """Largest difference over the largest logit."""
-    ours = np.asarray(ours)
-    where = np.ones(ours.shape[:2], bool) if where is None else where
-    return float(np.abs(ours - theirs)[where].max() / np.abs(theirs[where]).max())
+    return float(np.abs(np.asarray(ours) - theirs)[where].max() / np.abs(theirs[where]).max())
 
 
 def measure_plain(case: Case) -> float:

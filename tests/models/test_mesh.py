@@ -25,7 +25,7 @@ from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import gate_blocks, layer_numbers, projection_shapes
-from nalora_jax.models.targets import resolve
+from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.quantize import quantize_params
 from nalora_jax.train.adapted import load
@@ -201,10 +201,9 @@ def test_eight_devices_are_one(family, mesh, experts_way, options, monkeypatch):
 def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
     """The model that a run evaluates, and the one that other verbs load."""
     base, mesh = ModelConfig.from_hf(MIXTRAL), distributed.make_mesh(MeshConfig(2, 2, 2))
-    spec = resolve(LoRAConfig(rules=(LoRARule("ffn/", RANK),)), projection_shapes(base), base.n_layers)
-    trained = build_model(RunConfig(compute=ComputeConfig(dtype="float32")), base, spec, mesh)
+    trained = build_model(RunConfig(compute=ComputeConfig(dtype="float32")), base, AdapterSpec(), mesh)
     evaluated = Assembly.eval_model.fget(SimpleNamespace(model=trained))
-    loaded = SimpleNamespace(config=base, params=init_params(base, jax.random.key(0)))
+    loaded = SimpleNamespace(config=base, params=jax.eval_shape(init_params, base, jax.random.key(0)))
     monkeypatch.setattr(import_module("nalora_jax.train.adapted"), "load_model", lambda *_, **__: loaded)
     for model in (evaluated, load("some", mesh=mesh, resolved=loaded).module):
         assert model.activation_sharding is None
