@@ -37,8 +37,6 @@ from nalora_jax.models.experts import (
     Experts,
     Layer,
     RoutedConfig,
-    all_experts,
-    exchanged_ffn,
     exchanges_less,
     of_each,
     routed_ffn,
@@ -195,18 +193,14 @@ def on_mesh(
     devices = mesh.shape.get(_OVER, 1)  # that hold the same number of experts each
     shares = devices > 1 and layer.gate.kernel.shape[0] % devices == 0 and _OVER in rows
     over = _OVER if shares else None
-    sends = over and keys is None and _sends(sharding, x, layer, config, experts)
+    sends = shares and keys is None and _sends(sharding, x, layer, config, experts)
 
     def local(
         x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer, routed_by: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         x, layer = in_stored_layout(x, config.numerics), _of_shard(layer, config)
         split = replace(config, axis=axis)
-        if over and sends:
-            y, measured = exchanged_ffn(x, weights, layer, split, over, routed_by)
-        else:
-            layer = all_experts(layer, over) if over else layer
-            y, measured = routed_ffn(x, weights, keys, layer, split, routed_by)
+        y, measured = routed_ffn(x, weights, keys, layer, split, routed_by, over=over, sends=sends)
         return in_stored_layout(y, config.numerics), {name: value[None] for name, value in measured.items()}
 
     names, taps = config.measured, (rows,) if by_shard else ()
