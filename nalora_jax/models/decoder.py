@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from nalora_jax.common.trees import flatten
+from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.cache import Cache, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
@@ -53,14 +54,8 @@ class Block(nn.Module):
     """
 
     config: ModelConfig  # uniform, of the layer's stack
-    adapters: AdapterSpec = AdapterSpec()
-    numerics: Numerics = Numerics()
-    stats: GateStatsConfig = GateStatsConfig()
-    activation_sharding: NamedSharding | None = None
-    # For tokens routed to experts; default: as between layers.
-    routing_sharding: NamedSharding | None = None
-    experts: str = "auto"  # see `nalora_jax.config.ComputeConfig`
-    prefix: str = "layers"  # of the stack
+    adapters: AdapterSpec
+    options: PartOptions  # of its parts; prefix, part and adapters are theirs
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, Any]:
@@ -72,7 +67,7 @@ class Block(nn.Module):
         y, update = self._module(mixer)(normed, layer, shared)
         y = self._dropped(y, shared)
         if c.post_norm:
-            y = self._norm("attn_post_norm", round_and_save(y, self.numerics))
+            y = self._norm("attn_post_norm", round_and_save(y, self.options.numerics))
         x, normed = self._added("ffn_norm", x, y)
         stream = {"stream": x} if feed_forward.reads_stream else {}
         y = self._module(feed_forward)(
@@ -84,13 +79,13 @@ class Block(nn.Module):
         )
         y = self._dropped(y, shared)
         if c.post_norm:
-            y = self._norm("ffn_post_norm", round_and_save(y, self.numerics))
+            y = self._norm("ffn_post_norm", round_and_save(y, self.options.numerics))
         x = self._add(x, y)
         if c.tail is not None:
             x = self._module(c.tail)(x, layer, shared)
         if layer.cached is None and not c.hands:
             update = None
-        return constrain(x, self.activation_sharding), update
+        return constrain(x, self.options.sharding), update
 
     def _dropped(self, y: jax.Array, shared: SharedInputs) -> jax.Array:
         """Returns a part's output with the family's dropout."""
@@ -99,7 +94,9 @@ class Block(nn.Module):
         return nn.Dropout(self.config.residual_dropout, deterministic=False)(y)
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
-        return RMSNorm(self.config.norm_eps, self.config.norm_offset, self.numerics.result, name=name)(x)
+        return RMSNorm(
+            self.config.norm_eps, self.config.norm_offset, self.options.numerics.result, name=name
+        )(x)
 
     def _added(self, name: str, x: jax.Array, y: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Returns ``x + y`` and the input of the next part.
@@ -111,11 +108,11 @@ class Block(nn.Module):
         if y is not None and not (c.pre_norm and c.residual_scale == 1.0):
             x, y = self._add(x, y), None
         if c.pre_norm:
-            norm = ResidualNorm(c.norm_eps, c.norm_offset, self.numerics, recomputed, name=name)
+            norm = ResidualNorm(c.norm_eps, c.norm_offset, self.options.numerics, recomputed, name=name)
             return norm(x, y)
         if recomputed:
             return x, x
-        return x, round_and_save(x, self.numerics)
+        return x, round_and_save(x, self.options.numerics)
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         scale = self.config.residual_scale
@@ -124,10 +121,8 @@ class Block(nn.Module):
         return x + y.astype(x.dtype)
 
     def _module(self, part: Part) -> Any:
-        adapters = part_adapters(self.adapters, f"{self.prefix}/{part.name}")
-        shardings = self.activation_sharding, self.routing_sharding or self.activation_sharding
-        given = self.numerics, self.stats, *shardings, self.experts
-        return part.module(self.config, PartOptions(self.prefix, part.name, adapters, *given))
+        adapters = part_adapters(self.adapters, f"{self.options.prefix}/{part.name}")
+        return part.module(self.config, replace(self.options, part=part.name, adapters=adapters))
 
 
 class Decoder(nn.Module):
@@ -162,14 +157,14 @@ class Decoder(nn.Module):
         self.embed = Embedding(c.vocab_size, c.d_model, self.activation_sharding, trained)
         if c.layer_embeddings is not None:
             self.layer_embeddings = c.layer_embeddings.module(c, self.activation_sharding)
-        shardings = self.activation_sharding, self.routing_sharding
-        options = (self.adapters, self.numerics, self.stats or GateStatsConfig(), *shardings, self.experts)
+        shardings = self.activation_sharding, self.routing_sharding or self.activation_sharding
+        given = self.numerics, self.stats or GateStatsConfig(), *shardings, self.experts
+        options = PartOptions("layers", "", Adapters(), *given)
         if c.layer_kinds:
-            self.layers = Groups(c, self.remat, options)
+            self.layers = Groups(c, self.remat, self.adapters, options)
         else:
-            self.layers = stacked(Block, self.remat, c.n_layers, drops=_drops(c, self.adapters))(
-                c, *options
-            )
+            block = stacked(Block, self.remat, c.n_layers, drops=_drops(c, self.adapters))
+            self.layers = block(c, self.adapters, options)
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, self.numerics.result)
         if not c.tie_embeddings:
             self.lm_head = LMHead(c.vocab_size)
@@ -348,7 +343,8 @@ class Period(nn.Module):
 
     stacks: tuple[Stack, ...]
     remat: str
-    options: tuple[Any, ...]  # of `Block`, after its config
+    adapters: AdapterSpec
+    options: PartOptions
 
     @nn.compact
     def __call__(
@@ -358,9 +354,8 @@ class Period(nn.Module):
         updates = []
         for number, (stack, layer) in enumerate(zip(self.stacks, layers, strict=True)):
             block = rematerialized(Block, of_position(self.remat, number, len(self.stacks)))
-            x, update = block(stack.config, *self.options, stack.prefix, name=f"block{number}")(
-                x, layer, shared
-            )
+            options = replace(self.options, prefix=stack.prefix)
+            x, update = block(stack.config, self.adapters, options, name=f"block{number}")(x, layer, shared)
             updates.append(update)
             shared = _with_keys(shared, stack, update, layer.cached)
         return x, tuple(updates)
@@ -371,7 +366,8 @@ class Groups(nn.Module):
 
     config: ModelConfig
     remat: str
-    options: tuple[Any, ...]  # of `Block`, after its config
+    adapters: AdapterSpec
+    options: PartOptions
 
     @nn.compact
     def __call__(
@@ -380,9 +376,8 @@ class Groups(nn.Module):
         """Returns ``[batch, seq, d_model]``, and the updates of the layers' states by stack."""
         updates: dict[str, Any] = {}
         for number, group in enumerate(groups(self.config)):
-            drops = _drops(self.config, self.options[0])
-            period = scanned(Period, len(group[0].layers), drops=drops)(
-                group, self.remat, self.options, name=f"group{number}"
+            period = scanned(Period, len(group[0].layers), drops=_drops(self.config, self.adapters))(
+                group, self.remat, self.adapters, self.options, name=f"group{number}"
             )
             prefixes = [stack.prefix for stack in group]
             x, of_group = period(x, tuple(inputs[prefix] for prefix in prefixes), shared)

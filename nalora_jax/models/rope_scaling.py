@@ -54,7 +54,8 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
         return {**raw, "text_config": {**(raw.get("text_config") or {}), **differing}}
     base = ModelConfig.from_hf(raw, where)
     spec = _rescalable(base, text, where)
-    unscaled = _unscaled_length(base, spec)
+    of_kind = {"linear": round(base.max_positions / spec.factor), "default": base.max_positions}
+    unscaled = of_kind.get(spec.kind, spec.max_positions)  # the context without its present scaling
     if settings["rope_type"] in WITH_ORIGINAL:
         settings = {ORIGINAL: unscaled} | settings
     context = int(settings.get(ORIGINAL, unscaled) * settings["factor"])
@@ -108,15 +109,6 @@ def _rescalable(base: ModelConfig, text: str, where: str) -> RopeSpec:
         found=f"{problem} ({where})",
         remedy="leave the flag out and keep --data.max-length within the model's context",
     )
-
-
-def _unscaled_length(base: ModelConfig, spec: RopeSpec) -> int:
-    """Returns the context length of a model without its present scaling."""
-    if spec.kind == "linear":
-        return round(base.max_positions / spec.factor)
-    if spec.kind == "default":
-        return base.max_positions
-    return spec.max_positions
 
 
 def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

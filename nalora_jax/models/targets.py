@@ -37,6 +37,7 @@ class TargetSpec:
 
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
+    values: Any = field(default=None, compare=False)  # float32 [layers], scales given by a run in a sweep
 
     @staticmethod
     def even(rank: int, layers: int) -> TargetSpec:
@@ -58,19 +59,10 @@ class TargetSpec:
 
     def scales(self, *, rslora: bool) -> Any:
         """Returns ``s`` of each layer: float32 ``[layers]``, 0 without an adapter."""
+        if self.values is not None:
+            return self.values
         pairs = zip(self.alphas, self.ranks, strict=True)
         return np.array([adapter_scale(alpha, rank, rslora=rslora) for alpha, rank in pairs], np.float32)
-
-
-@dataclass(frozen=True)
-class ScaledTarget(TargetSpec):
-    """A target whose scales are given by a run in a sweep."""
-
-    values: Any = field(default=None, compare=False)  # float32 [layers]
-
-    def scales(self, *, rslora: bool) -> Any:
-        """Returns the given scales."""
-        return self.values
 
 
 @dataclass(frozen=True)

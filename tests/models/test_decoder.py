@@ -14,15 +14,17 @@ import pytest
 from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.layout.estimates import attention_flops
+from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Block, Decoder, init_cache
-from nalora_jax.models.parts import LayerInputs, SharedInputs
+from nalora_jax.models.parts import LayerInputs, PartOptions, SharedInputs
 from nalora_jax.models.ropes import rope_tables
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.ops.delta_rule import CHUNK, DeltaInputs, gated_delta_rule
+from nalora_jax.ops.dispatch import Numerics
 from tests.models.family_fields import tiny_config
 from tests.observed import observed
 from tests.param_trees import init_params
@@ -203,7 +205,9 @@ def test_statistics_are_sums_over_real_tokens(config, params):
 def test_residual_dropout_drops_outputs_of_both_parts_in_training_only():
     """With one part's last kernel at zero, a block adds the other's output: each value is dropped or doubled."""
     config = tiny_config("seed_oss", attention_dropout=0.0, residual_dropout=0.5)
-    block, x = Block(config), np.random.default_rng(0).normal(size=(2, 40, 16)).astype(np.float32)
+    options = PartOptions("layers", "", Adapters(), Numerics(), GateStatsConfig(), None, None)
+    block = Block(config, AdapterSpec(), options)
+    x = np.random.default_rng(0).normal(size=(2, 40, 16)).astype(np.float32)
     layers = jax.device_get(init_params(config, jax.random.key(1))["layers"])
     positions = np.arange(40)[None]
     segments = np.ones_like(positions)
