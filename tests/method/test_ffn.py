@@ -110,7 +110,7 @@ def test_dora_is_the_papers_formula() -> None:
     got, _ = layer.apply(variables, x, 0.5)
     params, lora = (jax.tree.map(np.float64, variables[name]) for name in ("params", "lora"))
     whole = params["kernel"] + 0.5 * lora["a"] @ lora["b"]
-    want = x @ (whole / np.linalg.norm(whole, axis=0) * lora["magnitude"]) + params["bias"]
+    want = np.asarray(x) @ (whole / np.linalg.norm(whole, axis=0) * lora["magnitude"]) + params["bias"]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
