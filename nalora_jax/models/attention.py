@@ -128,11 +128,15 @@ class Attention(nn.Module):
             q = round_and_save(q, numerics)
             last = len(kv) if self.part.values_normed else 1
             kv = [round_and_save(y, numerics) if i < last else y for i, y in enumerate(kv)]
+        if c.qk_norm == "projection":
+            q, kv[0] = self._norm("q_norm")(q), self._norm("k_norm")(kv[0])
+        # [batch, seq, heads, head_dim]
+        q, *kv = (y.reshape(*y.shape[:-1], -1, c.head_dim) for y in (q, *kv))
         table = shared.tables[self.options.prefix][0 if layer.rope is None else layer.rope]
         if self.part.reads:
             k, v = shared.handed[self.part.reads].k, shared.handed[self.part.reads].v
         else:
-            k, v = self._rotated("k_norm", kv[0], table), self._split(kv[-1])
+            k, v = self._rotated("k_norm", kv[0], table), kv[-1]
             if self.part.values_normed:
                 v = rms_norm(v, jnp.ones((c.head_dim,), jnp.float32), c.norm_eps)
         q = self._rotated("q_norm", q, table)
@@ -144,16 +148,9 @@ class Attention(nn.Module):
         (y,) = self.options.projected(out, {"o_proj": c.d_model}, layer, shared, bias=c.o_bias)
         return y, (k, v)
 
-    def _split(self, y: jax.Array) -> jax.Array:
-        """Returns ``[batch, seq, heads, head_dim]``."""
-        return y.reshape(*y.shape[:-1], -1, self.config.head_dim)
-
     def _rotated(self, name: str, y: jax.Array, table: jax.Array) -> jax.Array:
-        """Returns rotated queries or keys ``[batch, seq, heads, head_dim]``, with their norm ``name``."""
+        """Returns rotated queries or keys ``[batch, seq, heads, head_dim]``, with their norm ``name`` per head."""
         c = self.config
-        if c.qk_norm == "projection":
-            y = self._norm(name)(y)
-        y = self._split(y)
         if c.qk_norm == "head":
             y = self._norm(name)(y)
         if c.rope_adjacent:  # scores do not depend on the order of dimensions
