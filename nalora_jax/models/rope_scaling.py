@@ -113,21 +113,15 @@ def _rescalable(base: ModelConfig, text: str, where: str) -> RopeSpec:
 
 def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the file with the scaling in the field that the file uses."""
-    name = "rope_scaling"
-    if raw.get("rope_parameters") and not raw.get("rope_scaling"):
-        name = "rope_parameters"
+    flat = bool(raw.get("rope_parameters")) and not raw.get("rope_scaling")
+    name = "rope_parameters" if flat else "rope_scaling"
     held = dict(raw.get(name) or {})
     nested = isinstance(held.get(_FULL), Mapping)
-    rope = dict(held)
-    if nested:
-        rope = dict(held[_FULL])
-    scaling = {field: rope.pop(field) for field in _SCALING & rope.keys()}
-    if (scaling.get("rope_type") or scaling.get("type")) == settings["rope_type"]:
-        rope |= {
-            field: scaling[field]
-            for field in FIELDS[settings["rope_type"]]
-            if field in scaling.keys() - _DERIVED
-        }
+    rope = dict(held[_FULL] if nested else held)
+    scaling, kind = {field: rope.pop(field) for field in _SCALING & rope.keys()}, settings["rope_type"]
+    if (scaling.get("rope_type") or scaling.get("type")) == kind:
+        same = [field for field in FIELDS[kind] if field in scaling.keys() - _DERIVED]
+        rope |= {field: scaling[field] for field in same}
     if ORIGINAL in scaling and _GROWTH in rope:  # Ministral 3's queries grow from the original context
         rope[ORIGINAL] = scaling[ORIGINAL]
     rope |= settings
