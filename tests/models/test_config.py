@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import re
+from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.families import supported
+from nalora_jax.models.stacks import param_shapes
 
 LLAMA = {
     "model_type": "llama",
@@ -238,3 +244,26 @@ def test_null_fields_mean_what_they_mean_in_transformers(family: str) -> None:
         assert ours.final_softcap == (getattr(theirs, "final_logit_softcapping", None) or 0), name
         assert ours.attn_dropout == (getattr(theirs, "attention_dropout", None) or 0), name
         assert ours.tie_embeddings == theirs.tie_word_embeddings, name
+
+
+# ---------------------------------------------------------------- configs of released checkpoints
+
+FOLDER = Path(__file__).parents[2] / "nalora_jax" / "cli" / "planning" / "released"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_counted_as_in_transformers(name):
+    raw = json.loads((FOLDER / f"{name}.json").read_text())
+    ours = ModelConfig.from_hf(raw)
+    raw.pop("quantization_config", None)
+    of_buffers = ("/correction", "tail/scale")
+    shapes = {path: shape for path, shape in param_shapes(ours).items() if not path.endswith(of_buffers)}
+    count = sum(math.prod(shape) for shape in shapes.values())
+    text = transformers.AutoConfig.for_model(**raw).get_text_config()
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(text)
+    assert count == sum(parameter.numel() for parameter in theirs.parameters())
+    stated = re.search(rf"\| {re.escape(name)} \| ([\d,]+) \|", (FOLDER / "README.md").read_text())
+    assert stated is not None
+    assert count == int(stated[1].replace(",", ""))
