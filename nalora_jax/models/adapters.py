@@ -110,19 +110,20 @@ def check_token_indices(
         beyond = [token_id for token_id in ids if not 0 <= token_id < config.vocab_size]
         if beyond:
             expected = f"token ids of the {config.vocab_size} rows of {name}, from 0"
-            raise NaloraError(
-                where, expected=expected, found=", ".join(map(str, beyond[:5])), remedy=remedy
-            )
+            found = ", ".join(map(str, beyond[:5]))
+            raise NaloraError(where, expected=expected, found=found, remedy=remedy)
     both = {name for name, _ in spec.token_indices}
     if spec.head_rows(tied=config.tie_embeddings):
         both.add("lm_head")
     if both := both & set(spec.saved):
-        raise NaloraError(
-            where,
-            expected="rows of tables that modules_to_save does not name (a tied head has the embedding's rows)",
-            found=f"rows of {' and '.join(sorted(both))}, trained as a whole",
-            remedy="name a table in one of the two",
+        expected = (
+            "rows of tables that modules_to_save does not name (a tied head has the embedding's rows)"
         )
+        found, remedy = (
+            f"rows of {' and '.join(sorted(both))}, trained as a whole",
+            "name a table in one of the two",
+        )
+        raise NaloraError(where, expected=expected, found=found, remedy=remedy)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3, 4))

@@ -179,31 +179,20 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> Features:
     """Returns the fields of the `ModelConfig` of a parsed ``config.json``; see `ModelConfig.from_hf`."""
     if not isinstance(raw, Mapping):
         raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
+    f, name = Fields(raw, {}, where), raw.get("model_type")
     if not raw.get("is_causal", True):  # transformers then attends in both directions, also for null
-        raise NaloraError(
-            f"{where}: is_causal",
-            expected="true, or no such field: attention to later tokens is not implemented",
-            found=repr(raw["is_causal"])[:60],
-            remedy="use a causal language model",
-        )
-    name = raw.get("model_type")
+        expected = "true, or no such field: attention to later tokens is not implemented"
+        raise f.error("is_causal", expected, repr(raw["is_causal"])[:60], "use a causal language model")
     if contains_text_model(name, images=images):  # the text model is one of its parts
         text = read(text_part(raw, where), f"{where}: text_config")
         return text | {"sight": _sight(raw, text, where)} if images else text
     if images:
-        raise NaloraError(
-            f"{where}: model_type",
-            expected=f"a model that sees images: one of {', '.join(MULTIMODAL)}",
-            found=repr(name),
-            remedy="use such a model, or leave --vision.task (or --image) out",
-        )
+        expected = f"a model that sees images: one of {', '.join(MULTIMODAL)}"
+        remedy = "use such a model, or leave --vision.task (or --image) out"
+        raise f.error("model_type", expected, repr(name), remedy)
     if not isinstance(name, str) or (name not in BUILT_IN and name not in REGISTERED):
-        raise NaloraError(
-            f"{where}: model_type",
-            expected=f"one of {', '.join(supported())}",
-            found=repr(name),
-            remedy=nearest(name, supported()),
-        )
+        names = supported()
+        raise f.error("model_type", f"one of {', '.join(names)}", repr(name), nearest(name, names))
     family = family_of(name)
     f = Fields(raw, {**_COMMON, **family.defaults}, where)
     for feature, remedy in _REFUSED.items():
@@ -295,9 +284,8 @@ def register_family(
 
     def register(reader: Reader) -> Reader:
         if model_type in BUILT_IN:
-            raise NaloraError(
-                f"family {model_type!r}", expected="a name that is free", found="one of this library's"
-            )
+            where, expected = f"family {model_type!r}", "a name that is free"
+            raise NaloraError(where, expected=expected, found="one of this library's")
         rows, form = tensors, None
         if isinstance(rows, str):
             like = family_of(rows)

@@ -184,12 +184,8 @@ def resolve(
         (path, TargetSpec(tuple(r), tuple(a))) for path, (r, a) in sorted(specs.items()) if max(r) > 0
     )
     if not targets:
-        raise NaloraError(
-            "--lora.rules",
-            expected="at least one adapter",
-            found="rank 0 everywhere",
-            remedy="give a rule a rank of 1 or more",
-        )
+        actual, remedy = "rank 0 everywhere", "give a rule a rank of 1 or more"
+        raise NaloraError("--lora.rules", expected="at least one adapter", found=actual, remedy=remedy)
     saved = tuple(name for name in TABLES if name in config.modules_to_save)
     ids = config.trainable_token_indices
     rows = tuple((name, ids) for name in ROWS if ids and name in config.trainable_token_modules)
