@@ -32,7 +32,7 @@ Rows = tuple[TensorRow, ...]
 Modules = Mapping[str | tuple[str, ...], str]
 
 
-def rows_of(
+def module_rows(
     stem: str,
     modules: Modules,
     *,
@@ -94,8 +94,8 @@ def hf_row(name: str, *paths: str, change: Change = "") -> TensorRow:
 
 
 def hf_modules(modules: Modules, *, experts: bool | None = None) -> Rows:
-    """Returns `rows_of` modules of a layer."""
-    return rows_of(HF_LAYER, modules, experts=experts)
+    """Returns `module_rows` modules of a layer."""
+    return module_rows(HF_LAYER, modules, experts=experts)
 
 
 def hf_experts(module: str, names: tuple[str, ...] = GATED, folder: str = "ffn") -> Rows:
@@ -148,7 +148,7 @@ def gguf(*modules: Modules, norm: Change = "", paired: bool = False) -> Rows:
         TensorRow("token_embd.weight", ("embed/embedding",)),
         TensorRow("output_norm.weight", ("final_norm/scale",), norm),
         TensorRow("output.weight", ("lm_head/kernel",), "transpose"),
-        *(row for table in modules for row in rows_of("blk.{layer}", table, norm=norm, paired=rotated)),
+        *(row for table in modules for row in module_rows("blk.{layer}", table, norm=norm, paired=rotated)),
     )
 
 
