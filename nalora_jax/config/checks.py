@@ -13,15 +13,7 @@ from nalora_jax.common import buckets
 from nalora_jax.config.rope_scaling import FLAG as ROPE_SCALING
 from nalora_jax.config.rope_scaling import parse_rope_scaling
 from nalora_jax.config.settings import DUAL, UNCHANGED, LoRARule, RunConfig
-from nalora_jax.config.structured import (
-    AMOUNT,
-    COUNT,
-    POSITIVE,
-    RANK,
-    check_ranges,
-    first_wrong,
-    type_name,
-)
+from nalora_jax.config.structured import AMOUNT, COUNT, POSITIVE, RANK, check_ranges, first_wrong, type_name
 from nalora_jax.errors import NaloraError
 
 

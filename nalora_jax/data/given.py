@@ -34,23 +34,20 @@ class FormattedSource(SourceView):
     """
 
     def __init__(self, base: Source, function: Format) -> None:
-        super().__init__(base)
         self._function = function
         digest, formatted = hashlib.sha256(), []
         for indices, records in batches(base, np.arange(len(base))):
             for index, record in zip(indices, records, strict=True):
-                example = self._example(index, record)
+                example = self._example(record, base.where(index))
                 if example is not None:
                     formatted.append(index)
                     digest.update(json.dumps(example, sort_keys=True, default=str).encode())
-        self._indices = np.array(formatted, np.int64)
+        change = lambda record, where: self._example(record, where) or {}  # noqa: E731
+        super().__init__(base, np.array(formatted, np.int64), change)
         self.fingerprint = f"formatted:{base.fingerprint}:{digest.hexdigest()}"
 
-    def _changed(self, index: int, record: Record) -> Record:
-        return self._example(index, record) or {}
-
-    def _example(self, index: int, record: Record) -> Record | None:
-        where = f"format, {self._base.where(index)}"
+    def _example(self, record: Record, name: str) -> Record | None:
+        where = f"format, {name}"
         try:
             example = self._function(record)
         except Exception as error:

@@ -17,7 +17,7 @@ from nalora_jax.data.chat import render_record
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.source import RecordsSource
-from nalora_jax.data.tokenize import Example, divided, with_loss_last
+from nalora_jax.data.tokenize import Example, rows_of
 from nalora_jax.errors import NaloraError
 
 BOS = 1
@@ -37,7 +37,7 @@ def test_every_token_of_a_split_document_is_a_target_once(data, max_length, begi
     answer = np.array(data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
     answer[: len(ids) - count] = False
     whole = Example(ids, answer)
-    rows = divided(whole, max_length, BOS)
+    rows = rows_of(whole, DataConfig(too_long="split", max_length=max_length), BOS)
     assert targets(rows) == targets([whole])
     for row in rows:
         assert len(row.ids) <= max_length + 1
@@ -50,7 +50,7 @@ def test_every_token_of_a_split_document_is_a_target_once(data, max_length, begi
 @pytest.mark.parametrize(("last", "counted"), [(0, 9), (3, 3), (50, 9), (0.25, 3)])
 def test_loss_on_the_last_part(last, counted):
     example = Example(np.arange(10, dtype=np.int32), np.arange(10) > 0)
-    assert targets([with_loss_last(example, last)]) == list(range(10 - counted, 10))
+    assert targets(rows_of(example, DataConfig(loss_last=last), BOS)) == list(range(10 - counted, 10))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import DataConfig, PreferenceConfig
-from nalora_jax.data import store
+from nalora_jax.data import tokenize
 from nalora_jax.data.pipeline import train_data, with_length
 from nalora_jax.data.preference import pair_data
 from nalora_jax.data.source import RecordsSource
@@ -172,7 +172,7 @@ def test_tokens_are_made_once(open_data, config, tokenizer, cache, monkeypatch):
         raise AssertionError("tokenized again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "tokenize", never)
+        patch.setattr(tokenize, "tokenize", never)
         again = open_data(config).store
         np.testing.assert_array_equal(first.tokens, again.tokens)
         np.testing.assert_array_equal(first.offsets, again.offsets)

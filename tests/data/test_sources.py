@@ -8,7 +8,7 @@ from tensorflow_datasets.core import registered
 
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.chat import messages_of
-from nalora_jax.data.files import JsonLines
+from nalora_jax.data.files import open_rows
 from nalora_jax.data.images.files import open_image
 from nalora_jax.data.images.opened import open_images
 from nalora_jax.data.source import RecordsSource
@@ -21,10 +21,9 @@ RECORDS = [{"prompt": f"p{index}", "completion": f"ü{index}"} for index in rang
 def test_lines_by_index_past_blank_ones(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'\n{"a": "\xc3\xbc"}\n   \r\n{"a": 2}\r\n\n{"a": 3}')
-    lines = JsonLines(path)
-    assert lines.read([2, 0, 1, -1]) == [{"a": 3}, {"a": "ü"}, {"a": 2}, {"a": 3}]
+    lines = open_rows(path)
+    assert lines.read([2, 0, 1]) == [{"a": 3}, {"a": "ü"}, {"a": 2}]
     assert [lines.where(index) for index in range(3)] == [f"{path}:2", f"{path}:4", f"{path}:6"]
-    assert lines.where(-1) == f"{path}:6"
 
 
 @pytest.mark.parametrize(
