@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from nalora_jax.cli.config_files import load_config
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.chat import render_record
-from nalora_jax.data.files import JsonLines, open_rows
+from nalora_jax.data.files import open_rows
 from nalora_jax.data.images.files import open_image, read_processor
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.data.tokenizer import Tokenizer, read_json
@@ -226,7 +226,7 @@ def _jsonl(folder: Path) -> None:
 
 
 def _use_jsonl(folder: Path) -> None:
-    lines, tokenizer = JsonLines(folder / "data.jsonl"), Tokenizer.from_folder(folder)
+    lines, tokenizer = open_rows(folder / "data.jsonl"), Tokenizer.from_folder(folder)
     for index in range(min(len(lines), 8)):
         (record,) = lines.read([index])
         text = render_record(record, DataConfig(loss_on="assistant"), tokenizer, lines.where(index))
