@@ -1,11 +1,8 @@
 """Data and models in buckets: an emulator of Google's store, and a store in memory under the scheme of S3."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -35,17 +32,17 @@ LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 
 
 @pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
-def put(name: str, content: bytes) -> str:
+def put(name, content):
     """Uploads an object; returns its URL."""
     return emulator.put(os.environ["STORAGE_EMULATOR_HOST"], name, content)
 
 
-def array_records(folder: Path) -> bytes:
+def array_records(folder):
     writer = ArrayRecordWriter(str(folder / "a"), "group_size:1")
     for record in RECORDS:
         writer.write(json.dumps(record).encode())
@@ -54,7 +51,7 @@ def array_records(folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.array_record"])
-def test_a_file_in_a_bucket_gives_the_records_by_index(google: Any, tmp_path: Path, name: str) -> None:
+def test_a_file_in_a_bucket_gives_the_records_by_index(google, tmp_path, name):
     url = put(name, LINES if name == "a.jsonl" else array_records(tmp_path))
     train, held = open_pair(DataConfig(dataset=url, train_split="train[:30]", eval_split="train[30:]"))
     assert train.read([29, 0]) == [RECORDS[29], RECORDS[0]]
@@ -62,7 +59,7 @@ def test_a_file_in_a_bucket_gives_the_records_by_index(google: Any, tmp_path: Pa
     assert train.where(2).startswith(url)
 
 
-def test_folders_and_patterns_in_a_bucket_have_their_splits(google: Any) -> None:
+def test_folders_and_patterns_in_a_bucket_have_their_splits(google):
     for name in ("many/train-0.jsonl", "many/train-1.jsonl", "many/validation/x.jsonl"):
         put(name, LINES)
     put("many/dataset_info.json", b"{}")
@@ -72,7 +69,7 @@ def test_folders_and_patterns_in_a_bucket_have_their_splits(google: Any) -> None
     assert len(open_source(DataConfig(dataset="x.jsonl"), "gs://bucket/many/train-1.jsonl")) == 40
 
 
-def test_a_copy_is_made_once_and_again_after_the_object_has_changed(google: Any) -> None:
+def test_a_copy_is_made_once_and_again_after_the_object_has_changed(google):
     url = put("changing.jsonl", LINES)
     before = open_source(DataConfig(dataset=url), "train")
     google[1].clear()
@@ -82,9 +79,7 @@ def test_a_copy_is_made_once_and_again_after_the_object_has_changed(google: Any)
     assert open_source(DataConfig(dataset=url), "train")[39] == {"prompt": "q39", "completion": " b39"}
 
 
-def test_only_the_row_groups_of_a_parquet_file_that_are_read_are_fetched(
-    google: Any, monkeypatch: Any
-) -> None:
+def test_only_the_row_groups_of_a_parquet_file_that_are_read_are_fetched(google, monkeypatch):
     wide = [
         {"prompt": f"{i}", "completion": " " + np.random.default_rng(i).bytes(60_000).hex()}
         for i in range(96)
@@ -100,26 +95,24 @@ def test_only_the_row_groups_of_a_parquet_file_that_are_read_are_fetched(
     assert 0 < fetched(google[1]) < 0.6 * len(file.getvalue())
 
 
-def fetched(requests: Requests) -> int:
+def fetched(requests):
     """Bytes of all ranges that were asked for."""
     spans = [range_[6:].split("-") for _, range_ in requests if range_]
     return sum(int(stop) - int(start) + 1 for start, stop in spans)
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def model(tmp_path):
     return tiny.make_model(tmp_path / "model")
 
 
-def put_model(folder: Path, name: str) -> str:
+def put_model(folder, name):
     for path in folder.iterdir():
         put(f"{name}/{path.name}", path.read_bytes())
     return f"gs://bucket/{name}"
 
 
-def test_a_model_is_streamed_from_a_bucket_into_the_same_shards(
-    google: Any, model: Path, cache: Path
-) -> None:
+def test_a_model_is_streamed_from_a_bucket_into_the_same_shards(google, model, cache):
     url = put_model(model, "llama")
     mesh = make_mesh(MeshConfig(1, 4, 2))
     expected, loaded = (load_model(name, dtype="float32", mesh=mesh) for name in (str(model), url))
@@ -132,7 +125,7 @@ def test_a_model_is_streamed_from_a_bucket_into_the_same_shards(
 
 
 @pytest.mark.parametrize("of_run", [False, True])
-def test_an_adapter_in_a_bucket_is_copied_with_its_run(google: Any, tmp_path: Path, of_run: bool) -> None:
+def test_an_adapter_in_a_bucket_is_copied_with_its_run(google, tmp_path, of_run):
     name, folder = f"adapted-{of_run}", "adapter/" if of_run else ""
     for file, content in {
         "adapter_config.json": b'{"base_model_name_or_path": "base"}',
@@ -150,7 +143,7 @@ def test_an_adapter_in_a_bucket_is_copied_with_its_run(google: Any, tmp_path: Pa
     assert locate(put("only/m.gguf", b"GGUF")).adapter is None
 
 
-def test_damaged_weights_in_a_bucket_are_refused(google: Any, model: Path) -> None:
+def test_damaged_weights_in_a_bucket_are_refused(google, model):
     url = put_model(model, "damaged")
     put("damaged/model.safetensors", (model / "model.safetensors").read_bytes()[:-8])
     with pytest.raises(NaloraError, match="gs://bucket/damaged/model.safetensors: expected a complete saf"):
@@ -174,8 +167,8 @@ def test_damaged_weights_in_a_bucket_are_refused(google: Any, model: Path) -> No
         ),
     ],
 )
-def test_what_a_bucket_refuses_is_one_error(google: Any, monkeypatch: Any, name: str, said: str) -> None:
-    def missing(scheme: str, **_: Any) -> Any:
+def test_what_a_bucket_refuses_is_one_error(google, monkeypatch, name, said):
+    def missing(scheme, **_):
         raise ImportError(f"install {scheme}")
 
     if name.startswith("s3"):
@@ -193,11 +186,11 @@ class InMemory(MemoryFileSystem):
     pseudo_dirs = [""]  # noqa: RUF012
 
     @classmethod
-    def _strip_protocol(cls, path: str) -> str:
+    def _strip_protocol(cls, path):
         return MemoryFileSystem._strip_protocol(path.removeprefix("s3://"))
 
 
-def test_s3_takes_the_same_path(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_s3_takes_the_same_path(monkeypatch, model):
     monkeypatch.setattr(buckets, "_filesystem_of", lambda scheme: InMemory())
     for path in model.iterdir():
         InMemory().pipe_file(f"s3://bucket/llama/{path.name}", path.read_bytes())

@@ -1,7 +1,5 @@
 """Pinned packages: downloaded with pip, verified, extracted whole or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import grp
 import hashlib
@@ -13,7 +11,6 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -23,7 +20,7 @@ from nalora_jax.common.downloads import PackageFile, cache_dir, fetch_file, priv
 from nalora_jax.errors import NaloraError
 
 
-def build_wheel(folder: Path, content: bytes = b"weights") -> Path:
+def build_wheel(folder, content=b"weights"):
     folder.mkdir(parents=True, exist_ok=True)
     wheel = folder / "some_data-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -32,17 +29,17 @@ def build_wheel(folder: Path, content: bytes = b"weights") -> Path:
     return wheel
 
 
-def pinned(wheel: Path, member: str = "some_data/a/model.bin") -> PackageFile:
+def pinned(wheel, member="some_data/a/model.bin"):
     return PackageFile("some-data", "1.0", file_digest(wheel), member, "MIT")
 
 
 class FakePip:
     """Stands in for ``pip download``: copies a wheel to where it was asked for, and keeps the commands."""
 
-    def __init__(self, wheel: Path | None, stderr: str = "") -> None:
+    def __init__(self, wheel, stderr=""):
         self.wheel, self.stderr, self.commands = wheel, stderr, list[list[str]]()
 
-    def __call__(self, command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    def __call__(self, command, **options):
         self.commands.append(command)
         if self.wheel is None:
             return subprocess.CompletedProcess(command, 1, "", self.stderr)
@@ -52,13 +49,13 @@ class FakePip:
 
 
 @pytest.fixture
-def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePip:
+def pip(monkeypatch, tmp_path):
     fake = FakePip(build_wheel(tmp_path / "index"))
     monkeypatch.setattr(downloads.subprocess, "run", fake)
     return fake
 
 
-def test_a_file_is_downloaded_once(tmp_path: Path, pip: FakePip) -> None:
+def test_a_file_is_downloaded_once(tmp_path, pip):
     assert pip.wheel is not None
     file, cache = pinned(pip.wheel), tmp_path / "cache"
     path = fetch_file(file, cache=cache)
@@ -71,7 +68,7 @@ def test_a_file_is_downloaded_once(tmp_path: Path, pip: FakePip) -> None:
     assert sorted(left) == ["model.bin", "some_data-1.0-py3-none-any.whl"]
 
 
-def test_a_cached_file_with_a_flipped_bit_is_refused(tmp_path: Path, pip: FakePip) -> None:
+def test_a_cached_file_with_a_flipped_bit_is_refused(tmp_path, pip):
     assert pip.wheel is not None
     file = replace(pinned(pip.wheel), sha256=hashlib.sha256(b"weights").hexdigest())
     path = fetch_file(file, cache=tmp_path / "cache")
@@ -85,7 +82,7 @@ def test_a_cached_file_with_a_flipped_bit_is_refused(tmp_path: Path, pip: FakePi
     assert fetch_file(file, cache=tmp_path / "cache") == path
 
 
-def test_another_file_under_the_pinned_name_is_refused(tmp_path: Path, pip: FakePip) -> None:
+def test_another_file_under_the_pinned_name_is_refused(tmp_path, pip):
     assert pip.wheel is not None
     file, cache = pinned(pip.wheel), tmp_path / "cache"
     build_wheel(pip.wheel.parent, b"tampered")
@@ -94,7 +91,7 @@ def test_another_file_under_the_pinned_name_is_refused(tmp_path: Path, pip: Fake
     assert not [p for p in cache.rglob("*") if p.is_file()]
 
 
-def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path
     monkeypatch.setenv("XDG_CACHE_HOME", "/shared/cache")
@@ -106,7 +103,7 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     assert cache_dir() == tmp_path / ".cache" / "nalora_jax"
 
 
-def test_missing_folders_are_made_private_whatever_the_umask(tmp_path: Path) -> None:
+def test_missing_folders_are_made_private_whatever_the_umask(tmp_path):
     before = os.umask(0)
     try:
         private_dir(tmp_path / "a" / "b" / "c")
@@ -125,9 +122,7 @@ def test_missing_folders_are_made_private_whatever_the_umask(tmp_path: Path) -> 
         (0o775, ["me", "another"], False),
     ],
 )
-def test_a_parent_that_a_group_can_write_into(
-    mode: int, members: list[str] | None, accepted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_parent_that_a_group_can_write_into(mode, members, accepted, tmp_path, monkeypatch):
     group = SimpleNamespace(gr_name="others" if members is None else "me", gr_mem=members or [])
     monkeypatch.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_name="me"))
     monkeypatch.setattr(grp, "getgrgid", lambda _: group)

@@ -1,7 +1,4 @@
-from __future__ import annotations
-
 import hashlib
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +11,7 @@ from nalora_jax.train.output import open_output
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "large").write_bytes(bytes(range(256)) * 9000)
     (tmp_path / "small").write_text("one")
@@ -22,7 +19,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_digest_is_sha256_of_the_file(folder: Path) -> None:
+def test_a_digest_is_sha256_of_the_file(folder):
     content = (folder / "d" / "large").read_bytes()
     assert file_digest(folder / "d" / "large") == hashlib.sha256(content).hexdigest()
     assert file_digest(folder / "d" / "large", 7) == hashlib.sha256(content[7:]).hexdigest()
@@ -37,12 +34,12 @@ def test_a_digest_is_sha256_of_the_file(folder: Path) -> None:
         (DIGESTS, b"\xff\xfe", f"{DIGESTS} is damaged itself"),
     ],
 )
-def test_damage_is_named(folder: Path, name: str, content: bytes | None, damage: str) -> None:
+def test_damage_is_named(folder, name, content, damage):
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     assert find_damage(folder) == damage
 
 
-def test_where_a_file_cannot_be_written_its_name_is_given_and_nothing_changes(folder: Path) -> None:
+def test_where_a_file_cannot_be_written_its_name_is_given_and_nothing_changes(folder):
     with pytest.raises(
         NaloraError, match=f"{folder}/none/file: expected a file that can be written, found No such"
     ):
@@ -52,7 +49,7 @@ def test_where_a_file_cannot_be_written_its_name_is_given_and_nothing_changes(fo
     assert sorted(path.name for path in folder.iterdir()) == ["d", DIGESTS, "small"]
 
 
-def test_a_planted_link_is_refused_or_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
+def test_a_planted_link_is_refused_or_replaced_and_what_it_points_to_stays(tmp_path):
     victim, folder = tmp_path / "victim", tmp_path / "out"
     victim.write_text("precious\nhalf a line")
     folder.mkdir()
@@ -72,7 +69,7 @@ def test_a_planted_link_is_refused_or_replaced_and_what_it_points_to_stays(tmp_p
     assert not (tmp_path / "not there yet").exists()
 
 
-def test_a_run_that_starts_again_removes_a_link_to_a_folder_and_not_the_folder(tmp_path: Path) -> None:
+def test_a_run_that_starts_again_removes_a_link_to_a_folder_and_not_the_folder(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "file").write_text("precious")
     (tmp_path / "out").mkdir()
@@ -84,7 +81,7 @@ def test_a_run_that_starts_again_removes_a_link_to_a_folder_and_not_the_folder(t
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "checkpoints/4"])
-def test_a_run_with_a_linked_folder_is_not_resumed(tmp_path: Path, name: str) -> None:
+def test_a_run_with_a_linked_folder_is_not_resumed(tmp_path, name):
     linked = tmp_path / "out" / name
     (tmp_path / "another run" / "3").mkdir(parents=True)
     (tmp_path / "out" if name == "checkpoints" else tmp_path / "out" / "checkpoints" / "3").mkdir(
@@ -103,7 +100,7 @@ def test_a_run_with_a_linked_folder_is_not_resumed(tmp_path: Path, name: str) ->
     assert [path.name for path in tmp_path.iterdir() if path.name != "out"] == ["another run"]
 
 
-def test_the_output_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+def test_the_output_folder_itself_may_be_a_link(tmp_path):
     (tmp_path / "disk" / "checkpoints" / "3").mkdir(parents=True)
     (tmp_path / "disk" / "report.html").symlink_to(tmp_path / "disk" / "old.html")
     (tmp_path / "disk" / "old.html").touch()

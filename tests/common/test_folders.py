@@ -1,13 +1,10 @@
 """Output folders: whole or absent, whatever the file system says."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +14,7 @@ from nalora_jax.common.folders import new_file, new_folder, refuse_claimed
 from nalora_jax.errors import NaloraError
 
 
-def test_a_disk_that_fills_up_under_safetensors_own_writer_leaves_nothing(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_under_safetensors_own_writer_leaves_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
@@ -44,7 +41,7 @@ with new_folder(sys.argv[1]) as folder:
 """
 
 
-def test_the_next_output_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+def test_the_next_output_removes_what_a_killed_process_left(tmp_path):
     for name in ("one", "one", "two"):
         subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], check=False)
         assert len(list(tmp_path.iterdir())) == 1
@@ -64,7 +61,7 @@ def test_the_next_output_removes_what_a_killed_process_left(tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir()} == {".foreign.nalora-partial", "three", "file"}
 
 
-def test_of_two_writers_of_one_name_the_second_is_refused(tmp_path: Path) -> None:
+def test_of_two_writers_of_one_name_the_second_is_refused(tmp_path):
     busy = f"expected a name that no other process writes, found process {os.getpid()} on "
     with new_folder(tmp_path / "merged") as folder:
         (folder / "a").touch()

@@ -1,7 +1,5 @@
 """Files of a user's own that are executed before a run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -31,7 +29,7 @@ def registries(monkeypatch):
     monkeypatch.setattr(rules.MECHANISMS, "_values", dict(rules.MECHANISMS._values))
 
 
-def written(path: Path, name: str) -> Path:
+def written(path, name):
     path.parent.mkdir(exist_ok=True)
     path.write_text(RULE.format(name=name), encoding="utf-8")
     return path

@@ -1,11 +1,8 @@
 """Locks, and temporary folders of processes that were killed."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +10,7 @@ from nalora_jax.common.locks import RunLock, locked, scratch_folder
 from nalora_jax.errors import NaloraError
 
 
-def test_a_lock_is_one_process_s_and_of_no_link(tmp_path: Path) -> None:
+def test_a_lock_is_one_process_s_and_of_no_link(tmp_path):
     with locked(tmp_path / "a") as first, locked(tmp_path / "a") as second, locked(tmp_path / "b") as other:
         assert (first, second, other) == (True, False, True)
     with locked(tmp_path / "a", wait=True) as again:
@@ -28,8 +25,8 @@ def test_a_lock_is_one_process_s_and_of_no_link(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_another_host_gives_up_is_taken_and_its_file_is_the_one_that_is_locked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     path = tmp_path / "run.lock"
     path.write_text('{"host": "elsewhere", "pid": 1}')
     monkeypatch.setattr(
@@ -53,7 +50,7 @@ with scratch_folder(Path(sys.argv[1]), ".incomplete") as scratch:
 """
 
 
-def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
     assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False).returncode < 0
     (left,) = tmp_path.iterdir()
     for name in (".now.incomplete", ".longago.incomplete"):

@@ -1,14 +1,11 @@
 """Results in buckets: whole or absent, whatever kills the process that writes them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -40,17 +37,17 @@ sys.exit(guarded(removed_if_stopped()(write) if "stops" in sys.argv else write))
 
 
 @pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
-def fill(folder: Path) -> None:
+def fill(folder):
     for name, content in FILES.items():
         (folder / name).write_bytes(content)
 
 
-def start(folder: str, *words: str) -> subprocess.Popen[str]:
+def start(folder, *words):
     command = [sys.executable, "-c", WRITE, f"gs://bucket/{folder}", *words]
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -58,7 +55,7 @@ def start(folder: str, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(requests: Requests, kind: str, process: subprocess.Popen[str]) -> None:
+def wait_for(requests, kind, process):
     """Waits until an upload of a kind begins: "resumable" is that of the large file."""
     until = time.monotonic() + 60
     while not any(f"uploadType={kind}" in path for path, _ in requests):
@@ -67,7 +64,7 @@ def wait_for(requests: Requests, kind: str, process: subprocess.Popen[str]) -> N
         time.sleep(0.001)
 
 
-def test_a_folder_appears_whole_or_not_at_all(google: Any, cache: Path) -> None:
+def test_a_folder_appears_whole_or_not_at_all(google, cache):
     held, _ = google
     with new_folder(Path("gs://bucket/whole")) as folder:  # a Path has lost a slash
         fill(folder)
@@ -81,10 +78,10 @@ def test_a_folder_appears_whole_or_not_at_all(google: Any, cache: Path) -> None:
     assert emulator.stored(held, "whole") == FILES
 
 
-def test_an_upload_that_fails_leaves_nothing(google: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_fails_leaves_nothing(google, monkeypatch):
     put = uploads._put
 
-    def fail(store: Any, path: Path, where: str, **options: Any) -> None:
+    def fail(store, path, where, **options):
         if path.name == "config.json":
             raise OSError("connection lost")
         put(store, path, where, **options)
@@ -95,7 +92,7 @@ def test_an_upload_that_fails_leaves_nothing(google: Any, monkeypatch: pytest.Mo
     assert not emulator.stored(google[0], "fails")
 
 
-def test_a_file_appears_whole_and_replaces_none(google: Any) -> None:
+def test_a_file_appears_whole_and_replaces_none(google):
     for size in (10, 6 << 20):  # in one request, and in several
         with new_file(f"gs://bucket/{size}.gguf") as path:
             path.write_bytes(bytes(size))
@@ -107,7 +104,7 @@ def test_a_file_appears_whole_and_replaces_none(google: Any) -> None:
             uploads.require_free(f"gs://bucket/{size}.gguf")
 
 
-def test_what_a_killed_upload_left_is_no_model_and_is_removed_by_the_next(google: Any, cache: Path) -> None:
+def test_what_a_killed_upload_left_is_no_model_and_is_removed_by_the_next(google, cache):
     held, requests = google
     process = start("killed")
     wait_for(requests, "resumable", process)
@@ -121,7 +118,7 @@ def test_what_a_killed_upload_left_is_no_model_and_is_removed_by_the_next(google
     assert not list((cache / "uploads").iterdir())
 
 
-def test_sigterm_removes_what_was_uploaded_and_says_so(google: Any, cache: Path) -> None:
+def test_sigterm_removes_what_was_uploaded_and_says_so(google, cache):
     held, requests = google
     process = start("stopped", "stops")
     wait_for(requests, "resumable", process)
@@ -133,15 +130,13 @@ def test_sigterm_removes_what_was_uploaded_and_says_so(google: Any, cache: Path)
     assert not list((cache / "uploads").iterdir())
 
 
-def test_a_second_machine_is_refused_until_the_first_is_silent(
-    google: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def first() -> None:
+def test_a_second_machine_is_refused_until_the_first_is_silent(google, cache, monkeypatch):
+    def first():
         with new_folder("gs://bucket/two") as folder:
             fill(folder)
             second()
 
-    def second() -> None:
+    def second():
         monkeypatch.setattr(uploads.socket, "gethostname", lambda: "elsewhere")
         monkeypatch.setenv("NALORA_CACHE", str(cache / "elsewhere"))
         with (

@@ -1,10 +1,7 @@
 """Texts of records and the parts that the loss is on."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +10,7 @@ import transformers
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import render_record
 from nalora_jax.data.tokenize import Example, fit_example, tokenize
-from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
+from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from tests.data.loss_tokens import learned, runs
 
@@ -124,7 +121,7 @@ def test_an_end_of_sequence_token_is_part_of_the_answer_only_if_it_ends_every_tu
     assert learned({"messages": TALK}, mistral) == expected[-1:]
 
 
-def example(prompt: int, answer: int) -> Example:
+def example(prompt, answer):
     return Example(np.arange(1, prompt + answer + 1), np.arange(prompt + answer) >= prompt)
 
 
@@ -163,10 +160,10 @@ CALL = {"type": "function", "function": {"name": "sky", "arguments": {"city": "O
 
 
 @pytest.fixture
-def released(tokenizer: Tokenizer) -> Any:
+def released(tokenizer):
     """Builds the tokenizer of a released template's model, over a small vocabulary."""
 
-    def build(name: str) -> Tokenizer:
+    def build(name):
         special, stops = MODELS[name]
         ours = tokenizer.with_tokens(AddedTokens(special=(*special, *stops)))
         ids = tuple(ours.backend.token_to_id(text) for text in stops)
@@ -181,19 +178,19 @@ def released(tokenizer: Tokenizer) -> Any:
     return build
 
 
-def user(content: str) -> dict[str, Any]:
+def user(content):
     return {"role": "user", "content": content}
 
 
-def turn(content: str, **fields: Any) -> dict[str, Any]:
+def turn(content, **fields):
     return {"role": "assistant", "content": content, **fields}
 
 
-def thought(words: str, content: str) -> dict[str, Any]:
+def thought(words, content):
     return turn(f"<think>\n{words}\n</think>\n\n{content}")
 
 
-def called(**fields: Any) -> list[dict[str, Any]]:
+def called(**fields):
     return [user("Up?"), turn("", tool_calls=[CALL], **fields), {"role": "tool", "content": "21"}]
 
 

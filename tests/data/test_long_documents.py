@@ -1,7 +1,5 @@
 """Documents longer than a row, loss on the last part, plain text, and chats of many long turns."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from pathlib import Path
@@ -25,7 +23,7 @@ TEXT = {"text": "up and down " * 30}
 TEMPLATES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 
 
-def targets(rows: list[Example]) -> list[int]:
+def targets(rows):
     return np.concatenate([row.ids[1:][row.answer[1:]] for row in rows]).tolist() if rows else []
 
 
@@ -126,7 +124,7 @@ def test_plain_text_is_learned_and_evaluated_without_a_prompt(open_data, tokeniz
     assert len(item.prompt_ids) == 1
 
 
-def talk(thought: str = "") -> list[dict[str, str]]:
+def talk(thought=""):
     messages = []
     for i in range(4):
         question = f"  Question {i}: which way is up, and which is down?  " * 3

@@ -1,7 +1,5 @@
 """Batches of a training run, and the length of their rows."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging
@@ -20,7 +18,7 @@ COUNT = 37
 
 
 @pytest.fixture
-def config(write_jsonl) -> DataConfig:
+def config(write_jsonl):
     records = [
         {"prompt": f"Question: {'which way ' * (n % 7)}{n}?\nAnswer:", "completion": f" up {n}"}
         for n in range(COUNT)
@@ -131,7 +129,7 @@ def test_limit_takes_the_first_of_the_shuffle(open_data, config):
     assert one.fingerprint == tokens(0).fingerprint != tokens(1).fingerprint
 
 
-def sky(*sizes: int) -> list[dict[str, str]]:
+def sky(*sizes):
     return [{"prompt": "sky " * size, "completion": "blue"} for size in sizes]
 
 

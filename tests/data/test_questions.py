@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
@@ -11,7 +9,7 @@ from nalora_jax.data.questions import eval_examples, split_questions
 from nalora_jax.errors import NaloraError
 
 
-def choice(n: int) -> dict:
+def choice(n):
     return {
         "prompt": f"Question: which way is {n}?\nAnswer:",
         "completion": " down" if n % 2 else " up",

@@ -8,8 +8,6 @@ that a crowded machine makes no hangs), largest memory above that of the undamag
 was an untyped error, a hang, or more than 1 GB.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -17,14 +15,13 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.markers import write_between
 from tests.fuzz.campaign import outcomes
-from tests.fuzz.parsers import PARSERS, Parser
+from tests.fuzz.parsers import PARSERS
 
 _MAX_MB = 1000
 # Timers whose signals end a process, also within C++, and their seconds.
@@ -44,7 +41,7 @@ class Tally:
     memory_mb: int = 0
 
 
-def main() -> int:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,7 +78,7 @@ def main() -> int:
     return int(any(one.hangs or one.untyped or one.memory_mb > _MAX_MB for one in tallies.values()))
 
 
-def summary(tallies: Mapping[str, Tally]) -> str:
+def summary(tallies):
     """Returns the lines of the page: totals over all parsers, their names, and those that failed."""
     inputs = sum(tally.inputs for tally in tallies.values())
     untyped = sum(tally.untyped.total() for tally in tallies.values())
@@ -93,7 +90,7 @@ def summary(tallies: Mapping[str, Tally]) -> str:
     )
 
 
-def run(parser: Parser, seed: int, count: int) -> Tally:
+def run(parser, seed, count):
     """All inputs of a parser; after one that hangs or ends its process, another process goes on with the next."""
     tally, first = Tally(), 0
     while first < count:

@@ -1,7 +1,5 @@
 """Damaged inputs for one parser: each is read, and what comes out is counted."""
 
-from __future__ import annotations
-
 import random
 import resource
 import shutil
@@ -9,13 +7,11 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from nalora_jax.errors import NaloraError
 from tests.fuzz.mutate import damaged
-from tests.fuzz.parsers import Parser
 
 _MAX_MESSAGE = 2000  # bytes
 
@@ -29,7 +25,7 @@ class Outcome:
     peak_mb: int  # largest memory of the process so far
 
 
-def outcomes(parser: Parser, seed: int, first: int, last: int) -> Iterator[Outcome]:
+def outcomes(parser, seed, first, last):
     """Reads inputs ``first`` to ``last - 1`` of a seed, one after another; an input depends on its number alone."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -49,7 +45,7 @@ def outcomes(parser: Parser, seed: int, first: int, last: int) -> Iterator[Outco
             _restore(file, contents[file])
 
 
-def _displace(file: Path, rng: random.Random) -> None:
+def _displace(file, rng):
     """Removes a file, or puts a folder or a link to itself in its place."""
     file.unlink()
     kind = rng.randrange(3)
@@ -59,14 +55,14 @@ def _displace(file: Path, rng: random.Random) -> None:
         file.symlink_to(file.name)
 
 
-def _restore(file: Path, content: bytes) -> None:
+def _restore(file, content):
     if file.is_dir() and not file.is_symlink():
         shutil.rmtree(file)
     file.unlink(missing_ok=True)
     file.write_bytes(content)
 
 
-def attempt(parser: Parser, folder: Path) -> str:
+def attempt(parser, folder):
     """Empty where the file was read or refused in words, else the error's place and text."""
     try:
         with warnings.catch_warnings():
@@ -83,7 +79,7 @@ def attempt(parser: Parser, folder: Path) -> str:
     return ""
 
 
-def peak_mb() -> int:
+def peak_mb():
     """Largest memory of this process, in MB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 10**6

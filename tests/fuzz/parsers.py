@@ -1,7 +1,5 @@
 """Every reader of strangers' files, each with a good file to damage."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json
@@ -43,7 +41,7 @@ from nalora_jax.weights.tensors import check_tensors
 from tests import tiny
 from tests.report.conftest import fake_records, write_run
 
-SHAPE: dict[str, Any] = tiny.HF | {
+SHAPE = tiny.HF | {
     "vocab_size": 48,
     "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     "eos_token_id": [0, 1],
@@ -67,27 +65,27 @@ class Parser:
     every: int = 1  # a slow reader gets one in so many of a campaign's inputs
     needs: str = ""  # package that it needs, which is not in the extra `test`
 
-    def share(self, inputs: int) -> int:
+    def share(self, inputs):
         """Returns its number of inputs in a campaign; 0 without the package that it needs."""
         if self.needs and importlib.util.find_spec(self.needs) is None:
             return 0
         return max(inputs // self.every, min(inputs, 4))
 
 
-def _write_json(folder: Path, **files: Any) -> None:
+def _write_json(folder, **files):
     """Writes NAME.json for each name and value."""
     for name, value in files.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
 
 
-def _write_lines(path: Path, records: list[Any]) -> None:
+def _write_lines(path, records):
     path.write_text("\n".join(map(json.dumps, records)) + "\n")
 
 
 # -------------------------------------------------------------------- models
 
 
-def _tokenizer(folder: Path) -> None:
+def _tokenizer(folder):
     vocab = {"</s>": 0, "<s>": 1} | {chr(97 + i): i + 2 for i in range(26)} | {"ab": 28, "abc": 29}
     model = {"type": "BPE", "vocab": vocab, "merges": ["a b", "ab c"], "unk_token": "</s>"}
     added = {"id": 0, "content": "</s>", "special": True, "normalized": False}
@@ -116,15 +114,15 @@ def _tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHATML)
 
 
-def _use_tokenizer(folder: Path) -> None:
+def _use_tokenizer(folder):
     tokenizer = Tokenizer.from_folder(folder)
     tokenizer.decode(tokenizer.encode(_TEXT))
     tokenizer.encode(tokenizer.render_chat(TALK))
 
 
-def _model(folder: Path) -> None:
+def _model(folder):
     _tokenizer(folder)
-    files: dict[str, dict[str, np.ndarray]] = {"a.safetensors": {}, "b.safetensors": {}}
+    files = {"a.safetensors": {}, "b.safetensors": {}}
     tensors = sorted(keymap_for(ModelConfig.from_hf(SHAPE), "hf").tensors, key=lambda tensor: tensor.name)
     for number, tensor in enumerate(tensors):
         files["ab"[number % 2] + ".safetensors"][tensor.name] = np.zeros(tensor.shape, np.float32)
@@ -134,20 +132,20 @@ def _model(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
 
 
-def _use_model(folder: Path) -> None:
+def _use_model(folder):
     config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
     source = SafetensorsFolder(folder)
     for name in check_tensors(source, keymap_for(config, "hf")).values():
         source.read(name, tuple(slice(0, size) for size in source.shapes()[name])).sum()
 
 
-def _use_config(folder: Path) -> None:
+def _use_config(folder):
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
     if config.n_layers * max(1, config.n_experts) <= 256:
         keymap_for(config, "hf")
 
 
-def _adapter(folder: Path) -> None:
+def _adapter(folder):
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["gate_proj", "up_proj"]}
     settings |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": "owner/base", "lora_dropout": 0.1}
     settings |= {"rank_pattern": {"layers.1.mlp.up_proj": 2}, "alpha_pattern": {r".*\.gate_proj": 4}}
@@ -162,12 +160,12 @@ def _adapter(folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"nalora.base_fingerprint": "all:0"})
 
 
-def _use_adapter(folder: Path) -> None:
+def _use_adapter(folder):
     locate(folder)
     import_adapter(folder, ModelConfig.from_hf(SHAPE), fingerprint="all:0")
 
 
-def _gguf(folder: Path) -> None:
+def _gguf(folder):
     import gguf
 
     writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
@@ -193,7 +191,7 @@ def _gguf(folder: Path) -> None:
     writer.close()
 
 
-def _use_gguf(folder: Path) -> None:
+def _use_gguf(folder):
     file = GGUFFile(folder / "model.gguf")
     ModelConfig.from_hf(hf_config(file))
     read_tokenizer(file).encode(_TEXT)
@@ -217,7 +215,7 @@ data: {max_length: 128}
 """
 
 
-def _jsonl(folder: Path) -> None:
+def _jsonl(folder):
     _tokenizer(folder)
     more = [{"role": "user", "content": "c", "name": "x"}, {"role": "assistant", "content": "abc"}]
     columns = {"role": ["user", "assistant"], "content": ["a", "b"]}
@@ -225,7 +223,7 @@ def _jsonl(folder: Path) -> None:
     _write_lines(folder / "data.jsonl", [{"prompt": "a b", "completion": " ab"}, *talks])
 
 
-def _use_jsonl(folder: Path) -> None:
+def _use_jsonl(folder):
     lines, tokenizer = open_rows(folder / "data.jsonl"), Tokenizer.from_folder(folder)
     for index in range(min(len(lines), 8)):
         (record,) = lines.read([index])
@@ -233,7 +231,7 @@ def _use_jsonl(folder: Path) -> None:
         tokenize([text], tokenizer)
 
 
-def _rows(folder: Path) -> None:
+def _rows(folder):
     import pyarrow
     import pyarrow.csv
     import pyarrow.feather
@@ -246,15 +244,15 @@ def _rows(folder: Path) -> None:
     pyarrow.feather.write_feather(table, folder / "rows.arrow", compression="uncompressed")
 
 
-def _use_rows(name: str) -> Callable[[Path], Any]:
-    def read(folder: Path) -> None:
+def _use_rows(name):
+    def read(folder):
         rows = open_rows(folder / name)
         rows.read(range(min(len(rows), 64)))
 
     return read
 
 
-def _harness(folder: Path) -> None:
+def _harness(folder):
     """Settings of generation, and a task on questions with choices."""
     settings = {"until": ["\n", "."], "max_gen_toks": 12, "do_sample": True, "temperature": 0.7, "top_k": 5}
     _write_json(folder, generation=settings | {"top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2})
@@ -276,7 +274,7 @@ metadata: {{version: 1.0}}
     (folder / "fuzzed.yaml").write_text(task)
 
 
-def _use_task(folder: Path) -> None:
+def _use_task(folder):
     """Runs the task, without the index of the harness's own tasks, which takes seconds to read."""
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
@@ -284,13 +282,13 @@ def _use_task(folder: Path) -> None:
     class Even(LM):  # type: ignore[misc]
         """A model whose every answer is equally likely."""
 
-        def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
+        def loglikelihood(self, requests):
             return [(-1.0, False) for _ in requests]
 
-        def loglikelihood_rolling(self, requests: Any) -> list[float]:
+        def loglikelihood_rolling(self, requests):
             return [-1.0 for _ in requests]
 
-        def generate_until(self, requests: Any) -> list[str]:
+        def generate_until(self, requests):
             return ["" for request in requests if generation_settings(request.args[1])]
 
     only_here = partial(TaskManager, include_defaults=False)
@@ -301,12 +299,7 @@ def _use_task(folder: Path) -> None:
 
 # -------------------------------------------------------------------- images
 
-TOWER: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOWER |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 CLIP = {
     "model_type": "clip",
@@ -321,7 +314,7 @@ PROCESSOR |= {"crop_size": {"height": 32, "width": 32}, "do_center_crop": True, 
 PROCESSOR |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
 
 
-def _images(folder: Path) -> None:
+def _images(folder):
     from PIL import Image
 
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8))
@@ -330,11 +323,11 @@ def _images(folder: Path) -> None:
     _write_json(folder, preprocessor_config=PROCESSOR, config=CLIP)
 
 
-def _use_processor(folder: Path) -> None:
+def _use_processor(folder):
     read_processor(folder).batch([open_image(folder / "image.png")])
 
 
-def _use_clip(folder: Path) -> None:
+def _use_clip(folder):
     read_dual(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
@@ -344,7 +337,7 @@ def _use_clip(folder: Path) -> None:
 STUDY = Path(__file__).parents[2] / "studies" / "emoji_alignment"
 
 
-def _run(folder: Path) -> None:
+def _run(folder):
     """A run's folder, without digests in the log, which would find the damage before anything else does."""
     records = list(fake_records(20, layers=2, every=10))
     paired = {"difference": 0.1, "low": -0.1, "high": 0.2, "gained": 3, "lost": 1, "p_value": 0.3, "n": 10}
@@ -360,7 +353,7 @@ def _run(folder: Path) -> None:
     _adapter(folder / "adapter")
 
 
-def _use_page(folder: Path) -> None:
+def _use_page(folder):
     """The report and the comparison page, without their pictures, which take most of the time."""
     with mock.patch("nalora_jax.report.html._draw", return_value=[]):
         write_report(folder)
@@ -368,7 +361,7 @@ def _use_page(folder: Path) -> None:
         write_comparison([folder], folder / "comparison.html")
 
 
-def _use_run(folder: Path) -> None:
+def _use_run(folder):
     """Everything that other subcommands read of a finished run."""
     located = locate(folder)
     recorded_settings(folder)
@@ -378,18 +371,18 @@ def _use_run(folder: Path) -> None:
     import_adapter(located.adapter, ModelConfig.from_hf(SHAPE), fingerprint="all:0")
 
 
-def _use_header(folder: Path) -> None:
+def _use_header(folder):
     run_config(folder)
     locate(folder)
 
 
-def _study(folder: Path) -> None:
+def _study(folder):
     shutil.copy(STUDY / "protocol.toml", folder)
     lines = (STUDY / "records.jsonl").read_text().splitlines(keepends=True)
     (folder / "records.jsonl").write_text("".join(lines[:20]))
 
 
-def _use_study(folder: Path) -> None:
+def _use_study(folder):
     status(read_protocol(folder))
 
 

@@ -1,11 +1,9 @@
 """A short run of the fuzzers: damaged files are read or refused in words. ``python -m tests.fuzz`` is the long one."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.fuzz.campaign import outcomes
-from tests.fuzz.parsers import PARSERS, Parser
+from tests.fuzz.parsers import PARSERS
 
 INPUTS = 12
 
@@ -18,6 +16,6 @@ CASES = [
 
 
 @pytest.mark.parametrize("parser", CASES, ids=lambda parser: parser.name)
-def test_damaged_files_are_read_or_refused_in_words(parser: Parser) -> None:
+def test_damaged_files_are_read_or_refused_in_words(parser):
     found = list(outcomes(parser, seed=1, first=0, last=parser.share(INPUTS)))
     assert {one.number: one.untyped for one in found if one.untyped} == {}

@@ -1,7 +1,5 @@
 """What is opened, and what is refused by name."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib
@@ -16,17 +14,17 @@ from nalora_jax.data.images.files import open_image
 from nalora_jax.errors import NaloraError
 
 
-def png(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+def png(image, kind="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def noise(width: int = 20, height: int = 12) -> Image.Image:
+def noise(width=20, height=12):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def test_transparency_becomes_white_and_grey_becomes_rgb_within_the_limit_of_pixels() -> None:
+def test_transparency_becomes_white_and_grey_becomes_rgb_within_the_limit_of_pixels():
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     clear.putpixel((1, 2), (10, 20, 30, 255))
     found = np.asarray(open_image(png(clear)))
@@ -41,7 +39,7 @@ def test_transparency_becomes_white_and_grey_becomes_rgb_within_the_limit_of_pix
 
 
 @pytest.mark.parametrize(("kind", "orientation"), [*(("JPEG", i) for i in range(1, 9)), ("TIFF", 6)])
-def test_photos_are_turned_upright_as_transformers_turns_them(tmp_path, kind, orientation) -> None:
+def test_photos_are_turned_upright_as_transformers_turns_them(tmp_path, kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"photo.{kind.lower()}"
@@ -54,11 +52,11 @@ def test_photos_are_turned_upright_as_transformers_turns_them(tmp_path, kind, or
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
+def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def deep_png(color: int, values: np.ndarray, clear: bytes = b"") -> bytes:
+def deep_png(color, values, clear=b""):
     """A PNG of 16 bits per channel: uint16 ``[height, width, channels]``."""
     height, width, _ = values.shape
     lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -67,7 +65,7 @@ def deep_png(color: int, values: np.ndarray, clear: bytes = b"") -> bytes:
     return SIGNATURE + header + middle + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
-def test_sixteen_bits_keep_their_upper_eight_in_grey_as_in_colour() -> None:
+def test_sixteen_bits_keep_their_upper_eight_in_grey_as_in_colour():
     values = np.random.default_rng(0).integers(0, 2**16, (4, 6, 1), dtype=np.uint16)
     grey = np.asarray(open_image(deep_png(0, values)))
     np.testing.assert_array_equal(grey, np.repeat(values >> 8, 3, axis=2))
@@ -99,7 +97,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_images_that_cannot_be_read_are_refused_by_name(case) -> None:
+def test_images_that_cannot_be_read_are_refused_by_name(case):
     image, message = REFUSED[case]
     with pytest.raises(NaloraError, match=f"photo.img: .*{message}"):
         open_image(image, "photo.img")

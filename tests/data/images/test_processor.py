@@ -1,9 +1,6 @@
 """Images come out as transformers' own processors make them, to one grey level."""
 
-from __future__ import annotations
-
 import json
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,11 +24,11 @@ CASES = {
 SIZES = ((37, 64), (64, 37), (301, 207))
 
 
-def processor(kind: str) -> Any:
+def processor(kind):
     return getattr(transformers, f"{kind}ImageProcessorPil")
 
 
-def picture(width: int, height: int) -> Image.Image:
+def picture(width, height):
     rng = np.random.default_rng(width)
     coarse = rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -44,7 +41,7 @@ def picture(width: int, height: int) -> Image.Image:
         ("ViT", 21, {"size": 21, "do_normalize": False}),
     ],
 )
-def test_another_size_is_another_size_in_the_file(tmp_path, case, side, scaled) -> None:
+def test_another_size_is_another_size_in_the_file(tmp_path, case, side, scaled):
     """The same share is cut off; pixels are those of transformers with the numbers that the file would have."""
     kind, settings = CASES[case]
     processor(kind)(**settings).save_pretrained(tmp_path)
@@ -57,7 +54,7 @@ def test_another_size_is_another_size_in_the_file(tmp_path, case, side, scaled) 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_pixels_are_those_of_transformers(tmp_path, case) -> None:
+def test_pixels_are_those_of_transformers(tmp_path, case):
     name, settings = CASES[case]
     theirs = processor(name)(**settings)
     theirs.save_pretrained(tmp_path)
@@ -72,7 +69,7 @@ def test_pixels_are_those_of_transformers(tmp_path, case) -> None:
         assert levels.max() < 1.0, size
 
 
-def test_patches_of_any_shape_are_those_of_transformers(tmp_path) -> None:
+def test_patches_of_any_shape_are_those_of_transformers(tmp_path):
     theirs = transformers.Siglip2ImageProcessorPil(patch_size=8, max_num_patches=40)
     theirs.save_pretrained(tmp_path)
     ours = read_processor(tmp_path)
@@ -87,7 +84,7 @@ def test_patches_of_any_shape_are_those_of_transformers(tmp_path) -> None:
         assert levels.max() < 1.0, size
 
 
-def test_bad_files_are_named(tmp_path) -> None:
+def test_bad_files_are_named(tmp_path):
     with pytest.raises(NaloraError, match="preprocessor_config.json"):
         read_processor(tmp_path)
     good = {"image_processor_type": "CLIPImageProcessor"}

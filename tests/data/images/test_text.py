@@ -1,7 +1,5 @@
 """Texts become the tokens that transformers' tokenizers make of them."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np
@@ -14,7 +12,7 @@ from nalora_jax.errors import NaloraError
 TEXTS = ["a photo of a red square", "A Green circle", "", "dress " * 30]
 
 
-def test_rows_are_those_of_transformers(dual_folder) -> None:
+def test_rows_are_those_of_transformers(dual_folder):
     for family, padding in (("clip", True), ("siglip", "max_length")):
         folder = dual_folder(family)
         ours = read_text_tokenizer(folder, max_length=12, vocab_size=40, fixed=family == "siglip")
@@ -26,7 +24,7 @@ def test_rows_are_those_of_transformers(dual_folder) -> None:
         assert ours(["a"], length=8)["tokens"].shape == (1, 8)
 
 
-def test_clip_and_bert_tokenizers_from_their_files(tmp_path) -> None:
+def test_clip_and_bert_tokenizers_from_their_files(tmp_path):
     """Byte-level BPE that ends words, and WordPiece with its normaliser, as those families' files hold them."""
     letters = "abcdefghijklmnopqrstuvwxyz!,"
     ends = [f"{c}</w>" for c in letters]
@@ -46,7 +44,7 @@ def test_clip_and_bert_tokenizers_from_their_files(tmp_path) -> None:
         np.testing.assert_array_equal(found["token_weights"], expected["attention_mask"])
 
 
-def test_bad_folders_are_named(dual_folder, tmp_path) -> None:
+def test_bad_folders_are_named(dual_folder, tmp_path):
     with pytest.raises(NaloraError, match=r"tokenizer\.json"):
         read_text_tokenizer(tmp_path, max_length=8, vocab_size=40)
     folder = dual_folder("clip")
