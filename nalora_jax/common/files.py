@@ -91,12 +91,9 @@ def refuse_link_out(folder: Path, name: str | Path) -> None:
     home, target = (Path(os.path.realpath(path)) for path in (folder, folder / name))
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-        raise NaloraError(
-            str(folder / name),
-            expected="a file of that folder",
-            found=f"a link to {target}",
-            remedy="if the folder is your own, replace the link by a copy of its file",
-        )
+        found = f"a link to {target}"
+        remedy = "if the folder is your own, replace the link by a copy of its file"
+        raise NaloraError(str(folder / name), expected="a file of that folder", found=found, remedy=remedy)
 
 
 def expand_user(path: str | Path) -> Path:

@@ -107,12 +107,10 @@ def _hidden(target: Path, where: str | None) -> Iterator[Path]:
             yield hidden
     except (OSError, SafetensorError) as error:  # safetensors' writer wraps the system's errors
         way = " or choose another folder" if where is None else ", or set NALORA_CACHE to another folder"
-        raise NaloraError(
-            str(target),
-            expected="a place that can be written",
-            found=getattr(error, "strerror", None) or str(error),
-            remedy=f"free some space{way}; nothing was left behind",
-        ) from error
+        expected = "a place that can be written"
+        found = getattr(error, "strerror", None) or str(error)
+        remedy = f"free some space{way}; nothing was left behind"
+        raise NaloraError(str(target), expected=expected, found=found, remedy=remedy) from error
 
 
 def _hidden_name(target: Path) -> Path:

@@ -25,9 +25,8 @@ def check(config: RunConfig) -> RunConfig:
     """
     if not isinstance(config, RunConfig):
         remedy = "RunConfig(steps=100, lora=LoRAConfig(...)); config_from_dict makes one of nested dicts"
-        raise NaloraError(
-            "config", expected="a RunConfig", found=f"a {type(config).__name__}", remedy=remedy
-        )
+        found = f"a {type(config).__name__}"
+        raise NaloraError("config", expected="a RunConfig", found=found, remedy=remedy)
     if (wrong := first_wrong(config, lenient=True)) is not None:
         actual = f"{reprlib.repr(wrong.value)}, a {type(wrong.value).__name__}"
         raise NaloraError(f"RunConfig.{wrong.field}", expected=f"a {type_name(wrong.hint)}", found=actual)
@@ -41,9 +40,8 @@ def check(config: RunConfig) -> RunConfig:
             if value not in values:
                 expected = " or ".join(map(_shown, values))
                 flag = f"--{name.replace('_', '-')}"
-                raise NaloraError(
-                    flag, expected=f"{expected} with {limits.cause}", found=value, remedy=limits.remedy
-                )
+                expected = f"{expected} with {limits.cause}"
+                raise NaloraError(flag, expected=expected, found=value, remedy=limits.remedy)
     return config
 
 
@@ -185,9 +183,8 @@ def _check_rules(rules: tuple[LoRARule, ...]) -> None:
             re.compile(rule.pattern)
         except (re.error, OverflowError, RecursionError) as error:
             remedy = f"it is no regular expression: {error}"
-            raise NaloraError(
-                "--lora.rules", expected="a pattern", found=repr(rule.pattern), remedy=remedy
-            ) from None
+            found = repr(rule.pattern)
+            raise NaloraError("--lora.rules", expected="a pattern", found=found, remedy=remedy) from None
 
 
 def check_path(flag: str, path: object) -> None:

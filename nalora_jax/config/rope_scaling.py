@@ -40,9 +40,8 @@ def parse_rope_scaling(text: str) -> dict[str, Any]:
     """
     kind, _, listed = text.partition(":")
     if kind not in FIELDS:
-        raise NaloraError(
-            FLAG, expected=f"TYPE:factor=N, with a type of {', '.join(FIELDS)}", found=repr(text)
-        )
+        found = repr(text)
+        raise NaloraError(FLAG, expected=f"TYPE:factor=N, with a type of {', '.join(FIELDS)}", found=found)
     names = [*FIELDS[kind]]
     if kind in WITH_ORIGINAL:
         names.append(ORIGINAL)

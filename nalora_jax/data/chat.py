@@ -81,9 +81,8 @@ def render_record(record: dict[str, Any], config: DataConfig, tokenizer: Tokeniz
     )
     completion = text_field(record, config.completion_field, where, "--data.completion-field")
     if not completion:
-        raise NaloraError(
-            f"{where}: {config.completion_field}", expected="an answer", found="an empty text"
-        )
+        found = "an empty text"
+        raise NaloraError(f"{where}: {config.completion_field}", expected="an answer", found=found)
     return render_completion(prompt, completion, config, tokenizer, where)
 
 
@@ -265,12 +264,10 @@ def completions(
             for written in (words, words.removesuffix(eos)):  # the token may follow the last turn only
                 if text.startswith(written, place_of_words):
                     return start, place_of_words + len(written)
-        raise NaloraError(
-            where,
-            expected="a chat template whose earlier turns stay as they are when turns are added",
-            found=f"one that rewrites messages[{turn}], so that no exact loss mask exists",
-            remedy="use --data.loss-on answer, with one record for each turn to learn",
-        )
+        expected = "a chat template whose earlier turns stay as they are when turns are added"
+        found = f"one that rewrites messages[{turn}], so that no exact loss mask exists"
+        remedy = "use --data.loss-on answer, with one record for each turn to learn"
+        raise NaloraError(where, expected=expected, found=found, remedy=remedy)
 
     answers = []
     # From the last turn: if it has a place, computing the loss on it alone is a remedy for the others.

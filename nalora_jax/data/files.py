@@ -108,50 +108,33 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
     Raises:
       NaloraError: a folder without such files.
     """
+    files: dict[Any, PurePath]
     if buckets.is_url(name):
-        return _remote_splits(name)
-    path = expand_user(name)
-    if glob.has_magic(name) and not path.exists():
-        return {"train": [Path(file_name) for file_name in sorted(glob.glob(str(path), recursive=True))]}  # noqa: PTH207
-    if not path.is_dir():
-        return {"train": [path]}
-    if (path / "dataset_dict.json").is_file():
-        names = read_json(path / "dataset_dict.json").get("splits", [])
-        return {str(split): _arrow_files(path / str(split)) for split in names}
-    if (path / "state.json").is_file():
-        return {"train": _arrow_files(path)}
-    return _by_split(
-        name, {file: file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()}
-    )
-
-
-def _remote_splits(name: str) -> Mapping[str, Sequence[str]]:
-    """Returns `splits_of` a path in a bucket."""
-    if "*" in name:
-        return {"train": buckets.files(name)}
-    if buckets.exists(name):
-        return {"train": [name]}
-    root = name.rstrip("/") + "/"
-    return _by_split(name, {file: PurePath(file.removeprefix(root)) for file in buckets.files(root)})
-
-
-def _by_split(folder: str, names: Mapping[Any, PurePath]) -> dict[str, list[Any]]:
-    """Groups the data files ``names``, paths within ``folder``, by the split in their names."""
+        if "*" in name or buckets.exists(name):
+            return {"train": buckets.files(name) if "*" in name else [name]}
+        root = name.rstrip("/") + "/"
+        files = {file: PurePath(file.removeprefix(root)) for file in buckets.files(root)}
+    else:
+        path = expand_user(name)
+        if glob.has_magic(name) and not path.exists():
+            return {"train": list(map(Path, sorted(glob.glob(str(path), recursive=True))))}  # noqa: PTH207
+        if not path.is_dir():
+            return {"train": [path]}
+        if (path / "dataset_dict.json").is_file():
+            names = read_json(path / "dataset_dict.json").get("splits", [])
+            return {str(split): _arrow_files(path / str(split)) for split in names}
+        if (path / "state.json").is_file():
+            return {"train": _arrow_files(path)}
+        files = {file: file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()}
     splits: dict[str, list[Any]] = {}
-    for file, name in names.items():
-        if name.name not in _DESCRIPTIONS and (
-            name.suffix.lower() in ENDINGS or is_array_record(name.name)
-        ):
-            splits.setdefault(_split_of(name), []).append(file)
+    for file, within in files.items():
+        is_data = within.suffix.lower() in ENDINGS or is_array_record(within.name)
+        if is_data and within.name not in _DESCRIPTIONS:
+            splits.setdefault(_split_of(within), []).append(file)
     if not splits:
-        raise NaloraError(
-            folder,
-            expected="a folder that datasets' save_to_disk wrote, or one with data files",
-            found=f"no file that ends in {', '.join(ENDINGS)}",
-        )
-    if set(splits) == {""}:
-        return {"train": splits[""]}
-    return splits
+        expected = "a folder that datasets' save_to_disk wrote, or one with data files"
+        raise NaloraError(name, expected=expected, found=f"no file that ends in {', '.join(ENDINGS)}")
+    return {"train": splits[""]} if set(splits) == {""} else splits
 
 
 def is_path(text: str) -> bool:
@@ -182,9 +165,8 @@ def _arrow_files(folder: Path) -> list[Path]:
     entries = listed if isinstance(listed, list) else []
     names = [entry.get("filename") for entry in entries if isinstance(entry, dict)]
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise NaloraError(
-            str(folder / "state.json"), expected="_data_files, names of Arrow files", found=repr(listed)
-        )
+        expected = "_data_files, names of Arrow files"
+        raise NaloraError(str(folder / "state.json"), expected=expected, found=repr(listed))
     return [folder / str(name) for name in names]
 
 
@@ -218,25 +200,19 @@ def _delimited(path: Path, delimiter: str, name: str) -> RecordFile:
         reader = csv.reader(text, delimiter=delimiter, strict=True)
         fields = next(reader, [])
         if len(set(fields)) < len(fields) or not all(fields):
-            raise NaloraError(
-                f"{name}:1",
-                expected="a name of its own for every column",
-                found=", ".join(map(repr, fields)),
-            )
+            found = ", ".join(map(repr, fields))
+            raise NaloraError(f"{name}:1", expected="a name of its own for every column", found=found)
         for row in filter(None, reader):
             if len(row) != len(fields):
-                raise NaloraError(
-                    f"{name}:{reader.line_num}",
-                    expected=f"{len(fields)} values, one for each of {', '.join(fields)}",
-                    found=f"{len(row)}",
-                    remedy="quote values that hold the separator or a line break",
-                )
+                place = f"{name}:{reader.line_num}"
+                expected = f"{len(fields)} values, one for each of {', '.join(fields)}"
+                remedy = "quote values that hold the separator or a line break"
+                raise NaloraError(place, expected=expected, found=f"{len(row)}", remedy=remedy)
             rows.append(dict(zip(fields, row, strict=True)))
             lines.append(reader.line_num)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise NaloraError(
-            f"{name}:{lines[-1] + 1}", expected="rows of text in UTF-8", found=error, remedy="save it again"
-        ) from error
+        place, remedy = f"{name}:{lines[-1] + 1}", "save it again"
+        raise NaloraError(place, expected="rows of text in UTF-8", found=error, remedy=remedy) from error
     finally:
         csv.field_size_limit(limit)
     return loaded_rows(name, rows, digest_of(data), lambda index: f"{name}:{lines[index + 1]}")
@@ -404,6 +380,5 @@ def readable(path: Path, expected: str = "a readable file", name: str = "") -> I
         yield
     except OSError as error:
         found = error.strerror or error
-        raise NaloraError(
-            name or str(path), expected=expected, found=found, remedy="check the path"
-        ) from error
+        remedy = "check the path"
+        raise NaloraError(name or str(path), expected=expected, found=found, remedy=remedy) from error

@@ -195,9 +195,8 @@ def gold_of(record: dict[str, Any], where: str) -> int:
 def _texts(record: dict[str, Any], field: str, where: str) -> list[str]:
     value = record[field]
     if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
-        raise NaloraError(
-            f"{where}: {field}", expected="a list of texts, none empty", found=repr(value)[:80]
-        )
+        found = repr(value)[:80]
+        raise NaloraError(f"{where}: {field}", expected="a list of texts, none empty", found=found)
     for text in value:
         require_unicode(text, f"{where}: {field}")
     return value
@@ -206,9 +205,8 @@ def _texts(record: dict[str, Any], field: str, where: str) -> list[str]:
 def _text(prompt: str, completion: str, config: DataConfig, tokenizer: Tokenizer, where: str) -> Rendered:
     """Returns a prompt with one completion as in training, without the end-of-turn token."""
     if not completion.strip():
-        raise NaloraError(
-            f"{where}: {config.completion_field}", expected="an answer", found="an empty text"
-        )
+        found = "an empty text"
+        raise NaloraError(f"{where}: {config.completion_field}", expected="an answer", found=found)
     if not config.chat:
         return Rendered(prompt + completion, ((len(prompt), len(prompt + completion)),), special=True)
     return _chat_text(as_messages(prompt, completion), tokenizer, where)

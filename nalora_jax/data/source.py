@@ -165,9 +165,8 @@ def require_some(source: Source) -> None:
       NaloraError: the source is empty.
     """
     if len(source) == 0:
-        raise NaloraError(
-            source.name, expected="at least one record", found="none", remedy="choose another split"
-        )
+        remedy = "choose another split"
+        raise NaloraError(source.name, expected="at least one record", found="none", remedy=remedy)
 
 
 def json_object(value: Any, where: str, remedy: str = "") -> Record:

@@ -78,9 +78,8 @@ def open_source(
     """
     if source is not None:
         if split not in source:
-            raise NaloraError(
-                "source", expected=f"a split {split!r}", found=", ".join(sorted(source)) or "none"
-            )
+            found = ", ".join(sorted(source)) or "none"
+            raise NaloraError("source", expected=f"a split {split!r}", found=found)
         require_some(source[split])
         return source[split]
     several = components(config.dataset)

@@ -300,12 +300,10 @@ def cut_store(
                     example = fit_example(example, shape.max_length, bos_id)
                 rows = rows_of(example, shape, bos_id)
                 if not rows and config.too_long != "split":
-                    raise NaloraError(
-                        source.where(record),
-                        expected=f"a token to learn in the last part (--data.loss-last {config.loss_last:g})",
-                        found=f"none in {len(example.ids)} tokens",
-                        remedy="raise --data.loss-last, or see --data.loss-on",
-                    )
+                    expected = f"a token to learn in the last part (--data.loss-last {config.loss_last:g})"
+                    found = f"none in {len(example.ids)} tokens"
+                    remedy = "raise --data.loss-last, or see --data.loss-on"
+                    raise NaloraError(source.where(record), expected=expected, found=found, remedy=remedy)
                 for row in rows:
                     yield record, row
 

@@ -208,12 +208,10 @@ class Tokenizer:
     def _check_rows(self, ids: Sequence[int]) -> None:
         if self.rows is None or not ids or max(ids) < self.rows:
             return
-        raise NaloraError(
-            "text",
-            expected=f"tokens below {self.rows}, the rows of the model's embedding",
-            found=f"{self.backend.id_to_token(max(ids))!r}, which is token {max(ids)}",
-            remedy="remove that token from the text, or use the tokenizer that belongs to the model",
-        )
+        expected = f"tokens below {self.rows}, the rows of the model's embedding"
+        found = f"{self.backend.id_to_token(max(ids))!r}, which is token {max(ids)}"
+        remedy = "remove that token from the text, or use the tokenizer that belongs to the model"
+        raise NaloraError("text", expected=expected, found=found, remedy=remedy)
 
     def render_chat(
         self,
@@ -302,12 +300,10 @@ class Tokenizer:
         if eos_id is None and listed:
             eos_id = listed[0]
         if eos_id is None:
-            raise NaloraError(
-                str(folder / "tokenizer_config.json"),
-                expected="eos_token, a token of the vocabulary, or eos_token_id in config.json",
-                found=repr(special.get("eos_token")),
-                remedy="set eos_token to the token that ends a text",
-            )
+            place = str(folder / "tokenizer_config.json")
+            expected = "eos_token, a token of the vocabulary, or eos_token_id in config.json"
+            remedy = "set eos_token to the token that ends a text"
+            raise NaloraError(place, expected=expected, found=repr(special.get("eos_token")), remedy=remedy)
         processor = read_json(folder / PROCESSOR_FILE, missing={})
         template, tool_template = read_templates(folder, settings, processor)
         if template is None and tool_template is None and base is not None:
@@ -482,12 +478,10 @@ def _check_growth(backend: tokenizers.Tokenizer, where: str) -> None:
         raise NaloraError(f"{where}: post_processor", expected=expected, found=f"{added}")
     for name, rule in rules.items():
         if (growth := _growth(rule)) > LONGEST:
-            raise NaloraError(
-                f"{where}: {name}",
-                expected=f"rules that make a text at most {LONGEST:.0f} times as long",
-                found=f"rules that can make it {growth:.3g} times as long",
-                remedy="use the tokenizer that the model's authors published",
-            )
+            expected = f"rules that make a text at most {LONGEST:.0f} times as long"
+            found = f"rules that can make it {growth:.3g} times as long"
+            remedy = "use the tokenizer that the model's authors published"
+            raise NaloraError(f"{where}: {name}", expected=expected, found=found, remedy=remedy)
 
 
 def _growth(rule: dict[str, Any]) -> float:

@@ -285,9 +285,8 @@ def _from_url(value: str, where: str) -> bytes:
             raise ValueError("it is not in base64")
         return base64.b64decode(body, validate=True)
     except (ValueError, binascii.Error) as error:
-        raise NaloraError(
-            where, expected="data:image/...;base64,...", found=f"{head[:40]}: {error}"
-        ) from error
+        found = f"{head[:40]}: {error}"
+        raise NaloraError(where, expected="data:image/...;base64,...", found=found) from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -118,13 +118,10 @@ class ImageSource(SourceView):
         for index, value in enumerate(self._raw_labels):
             place = value if isinstance(value, int) else places.get(value, -1)
             if not 0 <= place < len(classes):
-                where, expected = self.where(index), f"one of {len(classes)} classes"
-                raise NaloraError(
-                    f"{where}: {self.fields.label_field}",
-                    expected=expected,
-                    found=repr(value)[:80],
-                    remedy="name every class by --vision.classes, in the order of the labels",
-                )
+                where = f"{self.where(index)}: {self.fields.label_field}"
+                expected, found = f"one of {len(classes)} classes", repr(value)[:80]
+                remedy = "name every class by --vision.classes, in the order of the labels"
+                raise NaloraError(where, expected=expected, found=found, remedy=remedy)
             labels[index] = place
         return labels
 
@@ -302,9 +299,8 @@ def draw_shots(labels: np.ndarray, classes: Sequence[str], shots: int, seed: int
         if not len(members):
             raise NaloraError(f"class {name!r}", expected="at least one training image", found="none")
         if len(members) < shots:
-            log.warning(
-                "class %r has %d training images, fewer than --vision.shots %d", name, len(members), shots
-            )
+            text = "class %r has %d training images, fewer than --vision.shots %d"
+            log.warning(text, name, len(members), shots)
         chosen.append(members[permutation(len(members), seed, label)[:shots]])
     return np.sort(np.concatenate(chosen))
 
