@@ -3,13 +3,13 @@
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 import transformers
 
 from nalora_jax.config import DataConfig
+from nalora_jax.data import chat
 from nalora_jax.data.chat import render_record
-from nalora_jax.data.tokenize import Example, fit_example, tokenize
+from nalora_jax.data.tokenize import tokenize
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from tests.data.loss_tokens import learned, runs
@@ -119,28 +119,6 @@ def test_an_end_of_sequence_token_is_part_of_the_answer_only_if_it_ends_every_tu
     expected = [f"{text}<|im_end|>" for text in words]
     assert learned({"messages": TALK}, mistral, loss_on="assistant") == expected
     assert learned({"messages": TALK}, mistral) == expected[-1:]
-
-
-def example(prompt, answer):
-    return Example(np.arange(1, prompt + answer + 1), np.arange(prompt + answer) >= prompt)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "answer", "bos", "expected"),
-    [
-        (3, 2, None, [1, 2, 3, 4, 5]),  # fits: 4 inputs and the token after
-        (5, 2, None, [3, 4, 5, 6, 7]),  # the prompt goes from the left
-        (5, 2, 1, [1, 4, 5, 6, 7]),  # but for its begin-of-sequence id
-        (3, 9, None, [3, 4, 5, 6, 7]),  # one token stays before the answer, which goes from the right
-        (3, 9, 1, [1, 4, 5, 6, 7]),
-        (0, 9, None, [1, 2, 3, 4, 5]),
-    ],
-)
-def test_truncation_keeps_answers(prompt, answer, bos, expected):
-    cut = fit_example(example(prompt, answer), 4, bos)
-    assert cut.ids.tolist() == expected
-    assert cut.answer.tolist() == [index > prompt for index in expected]
-    assert cut.has_target
 
 
 # ---------------------------------------------------------------- released templates
@@ -288,3 +266,29 @@ def test_a_turn_without_its_generation_prompt_is_refused_with_a_way_that_works(t
             learned({"messages": PLAIN}, other, loss_on=loss_on)
     expected = "[user]Up?[assistant]the sky[user]more[assistant]<b>hills<|im_end|>"
     assert learned({"messages": PLAIN}, other, loss_on="all") == [expected]
+
+
+# ---------------------------------------------------------------- long chats
+
+
+def long_talk(thought):
+    for i in range(4):
+        yield user(f"  Question {i}: which way is up, and which is down?  " * 3)
+        yield turn(f"{thought}Answer {i}: the sky. " * 5)
+
+
+@pytest.mark.parametrize("thought", ["", "<think>\nhm\n</think>\n\n"])
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.jinja")), ids=lambda path: path.stem)
+def test_masks_of_long_chats_do_not_depend_on_short_contents(tokenizer, monkeypatch, path, thought):
+    """Released templates: those that rewrite contents are rendered in full, or refused as always."""
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    ours = dataclasses.replace(tokenizer, chat_template=path.read_text(), special_tokens=special)
+    results = []
+    for most in (10**9, 0):
+        monkeypatch.setattr(chat, "_MOST", most)
+        try:
+            record = {"messages": list(long_talk(thought))}
+            results.append(render_record(record, DataConfig(loss_on="assistant"), ours, "here"))
+        except NaloraError as error:
+            results.append(str(error))
+    assert results[0] == results[1]

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import shutil
 import sys
@@ -13,7 +14,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
+import tokenizers
+from PIL import Image
+from pyarrow import csv, feather, parquet
 from safetensors.numpy import save_file
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from nalora_jax.cli.config_files import load_config
 from nalora_jax.config import DataConfig, RunConfig
@@ -40,6 +46,7 @@ from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.tensors import check_tensors
 from tests import tiny
 from tests.report.conftest import fake_records, write_run
+from tests.weights import gguf_files
 
 SHAPE = tiny.HF | {
     "vocab_size": 48,
@@ -87,29 +94,14 @@ def _write_lines(path, records):
 
 def _tokenizer(folder):
     vocab = {"</s>": 0, "<s>": 1} | {chr(97 + i): i + 2 for i in range(26)} | {"ab": 28, "abc": 29}
-    model = {"type": "BPE", "vocab": vocab, "merges": ["a b", "ab c"], "unk_token": "</s>"}
-    added = {"id": 0, "content": "</s>", "special": True, "normalized": False}
-    whole = {
-        "version": "1.0",
-        "added_tokens": [added | {"single_word": False, "lstrip": False, "rstrip": False}],
-        "model": model | {"byte_fallback": False},
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]},
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"Regex": r"\s+|\w+"},
-            "behavior": "Isolated",
-            "invert": False,
-        },
-        "decoder": {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-        "post_processor": None,
-    }
-    settings = {
-        "eos_token": "</s>",
-        "bos_token": {"content": "<s>"},
-        "chat_template": CHATML,
-        "add_bos_token": True,
-    }
-    _write_json(folder, tokenizer=whole, tokenizer_config=settings, config=SHAPE)
+    backend = tokenizers.Tokenizer(models.BPE(vocab, [("a", "b"), ("ab", "c")], unk_token="</s>"))
+    backend.add_special_tokens(["</s>"])
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"\s+|\w+"), "isolated")
+    backend.decoder = decoders.Strip(" ", 1, 0)
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "</s>", "bos_token": {"content": "<s>"}, "add_bos_token": True}
+    _write_json(folder, tokenizer_config=settings | {"chat_template": CHATML}, config=SHAPE)
     _write_json(folder, generation_config={"eos_token_id": [0, 1]})
     (folder / "chat_template.jinja").write_text(CHATML)
 
@@ -122,14 +114,12 @@ def _use_tokenizer(folder):
 
 def _model(folder):
     _tokenizer(folder)
-    files = {"a.safetensors": {}, "b.safetensors": {}}
     tensors = sorted(keymap_for(ModelConfig.from_hf(SHAPE), "hf").tensors, key=lambda tensor: tensor.name)
-    for number, tensor in enumerate(tensors):
-        files["ab"[number % 2] + ".safetensors"][tensor.name] = np.zeros(tensor.shape, np.float32)
+    files = {"a.safetensors": tensors[::2], "b.safetensors": tensors[1::2]}
     for name, held in files.items():
-        save_file(held, folder / name)
-    listed = {tensor: name for name, held in files.items() for tensor in held}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+        save_file({tensor.name: np.zeros(tensor.shape, np.float32) for tensor in held}, folder / name)
+    listed = {tensor.name: name for name, held in files.items() for tensor in held}
+    _write_json(folder, **{"model.safetensors.index": {"metadata": {}, "weight_map": listed}})
 
 
 def _use_model(folder):
@@ -152,11 +142,10 @@ def _adapter(folder):
     settings |= {"layers_to_transform": [0, 1], "layers_pattern": ["layers"], "bias": "none"}
     _write_json(folder, adapter_config=settings | {"use_rslora": False, "use_dora": False})
     tensors = {}
-    for layer in range(2):
-        for name in ("gate_proj", "up_proj"):
-            key = f"base_model.model.model.layers.{layer}.mlp.{name}"
-            tensors[f"{key}.lora_A.weight"] = np.ones((2, 16), np.float32)
-            tensors[f"{key}.lora_B.weight"] = np.ones((32, 2), np.float32)
+    for layer, name in itertools.product(range(2), ("gate_proj", "up_proj")):
+        key = f"base_model.model.model.layers.{layer}.mlp.{name}"
+        tensors[f"{key}.lora_A.weight"] = np.ones((2, 16), np.float32)
+        tensors[f"{key}.lora_B.weight"] = np.ones((32, 2), np.float32)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"nalora.base_fingerprint": "all:0"})
 
 
@@ -166,29 +155,13 @@ def _use_adapter(folder):
 
 
 def _gguf(folder):
-    import gguf
+    def more(writer):
+        blocks = gguf_files.GGMLQuantizationType.Q8_0
+        writer.add_chat_template(CHATML)
+        writer.add_tensor("blk.0.more.weight", np.ones((32, 34), np.uint8), raw_dtype=blocks)
 
-    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
-    for key in ("block_count", "embedding_length", "feed_forward_length", "context_length"):
-        writer.add_uint32(f"llama.{key}", {"block_count": 2, "context_length": 64}.get(key, 32))
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<unk>", "<s>", "</s>", "a", "b", "c", "ab", "abc"])
-    writer.add_token_types([2, 3, 3, 1, 1, 1, 1, 1])
-    writer.add_token_merges(["a b", "ab c"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template(CHATML)
-    writer.add_tensor("token_embd.weight", np.ones((8, 32), np.float32))
-    of_blocks = gguf.GGMLQuantizationType.Q8_0
-    writer.add_tensor("blk.0.attn_q.weight", np.ones((32, 34), np.uint8), raw_dtype=of_blocks)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    raw = gguf_files.MODEL
+    gguf_files.write_model(folder / "model.gguf", "llama", raw, gguf_files.random_params(raw), more)
 
 
 def _use_gguf(folder):
@@ -215,6 +188,10 @@ data: {max_length: 128}
 """
 
 
+def _settings(folder):
+    (folder / "run.yaml").write_text(SETTINGS)
+
+
 def _jsonl(folder):
     _tokenizer(folder)
     more = [{"role": "user", "content": "c", "name": "x"}, {"role": "assistant", "content": "abc"}]
@@ -232,24 +209,16 @@ def _use_jsonl(folder):
 
 
 def _rows(folder):
-    import pyarrow
-    import pyarrow.csv
-    import pyarrow.feather
-    import pyarrow.parquet
-
-    table = pyarrow.Table.from_pylist(ROWS)
+    table = pa.Table.from_pylist(ROWS)
     _write_json(folder, rows=ROWS)
-    pyarrow.csv.write_csv(table, folder / "rows.csv")
-    pyarrow.parquet.write_table(table, folder / "rows.parquet", row_group_size=16)
-    pyarrow.feather.write_feather(table, folder / "rows.arrow", compression="uncompressed")
+    csv.write_csv(table, folder / "rows.csv")
+    parquet.write_table(table, folder / "rows.parquet", row_group_size=16)
+    feather.write_feather(table, folder / "rows.arrow", compression="uncompressed")
 
 
-def _use_rows(name):
-    def read(folder):
-        rows = open_rows(folder / name)
-        rows.read(range(min(len(rows), 64)))
-
-    return read
+def _use_rows(folder, name):
+    rows = open_rows(folder / name)
+    rows.read(range(min(len(rows), 64)))
 
 
 def _harness(folder):
@@ -301,34 +270,20 @@ def _use_task(folder):
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOWER |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-CLIP = {
-    "model_type": "clip",
-    "projection_dim": 8,
-    "logit_scale_init_value": 2.6592,
-    "vision_config": TOWER | {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8},
-    "text_config": TOWER
-    | {"model_type": "clip_text_model", "vocab_size": 64, "max_position_embeddings": 16},
-}
+IMAGES = TOWER | {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8}
+TEXTS = TOWER | {"model_type": "clip_text_model", "vocab_size": 64, "max_position_embeddings": 16}
+CLIP = {"model_type": "clip", "projection_dim": 8, "logit_scale_init_value": 2.6592}
+CLIP |= {"vision_config": IMAGES, "text_config": TEXTS}
 PROCESSOR = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "resample": 3}
 PROCESSOR |= {"crop_size": {"height": 32, "width": 32}, "do_center_crop": True, "rescale_factor": 1 / 255}
 PROCESSOR |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
 
 
 def _images(folder):
-    from PIL import Image
-
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8))
     for name in ("image.png", "image.jpg"):
         picture.save(folder / name)
     _write_json(folder, preprocessor_config=PROCESSOR, config=CLIP)
-
-
-def _use_processor(folder):
-    read_processor(folder).batch([open_image(folder / "image.png")])
-
-
-def _use_clip(folder):
-    read_dual(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 # -------------------------------------------------------------------- runs and studies
@@ -371,19 +326,10 @@ def _use_run(folder):
     import_adapter(located.adapter, ModelConfig.from_hf(SHAPE), fingerprint="all:0")
 
 
-def _use_header(folder):
-    run_config(folder)
-    locate(folder)
-
-
 def _study(folder):
     shutil.copy(STUDY / "protocol.toml", folder)
     lines = (STUDY / "records.jsonl").read_text().splitlines(keepends=True)
     (folder / "records.jsonl").write_text("".join(lines[:20]))
-
-
-def _use_study(folder):
-    status(read_protocol(folder))
 
 
 PARSERS = (
@@ -398,34 +344,28 @@ PARSERS = (
     Parser("adapter tensors", "adapter_model.safetensors", _adapter, _use_adapter),
     Parser("GGUF", "model.gguf", _gguf, _use_gguf),
     Parser("JSONL", "data.jsonl", _jsonl, _use_jsonl),
-    Parser(
-        "metrics.jsonl in the report", "metrics.jsonl", _run, write_report, every=50
-    ),  # draws its pictures
+    Parser("metrics.jsonl in the report", "metrics.jsonl", _run, write_report, every=50),  # draws its pictures
     Parser("metrics.jsonl in the report, without pictures", "metrics.jsonl", _run, _use_page),
     Parser("run folder", "*", _run, _use_run),
-    Parser("metrics.jsonl as a run's header", "metrics.jsonl", _run, _use_header),
-    Parser("before.json", "before.json", _run, lambda folder: read_evaluation(folder / "before.json")),
-    Parser("JSON array", "rows.json", _rows, _use_rows("rows.json")),
-    Parser("CSV", "rows.csv", _rows, _use_rows("rows.csv")),
-    Parser("Parquet", "rows.parquet", _rows, _use_rows("rows.parquet")),
-    Parser("Arrow", "rows.arrow", _rows, _use_rows("rows.arrow")),
+    Parser("metrics.jsonl as a run's header", "metrics.jsonl", _run, lambda f: (run_config(f), locate(f))),
+    Parser("before.json", "before.json", _run, lambda f: read_evaluation(f / "before.json")),
+    Parser("JSON array", "rows.json", _rows, lambda f: _use_rows(f, "rows.json")),
+    Parser("CSV", "rows.csv", _rows, lambda f: _use_rows(f, "rows.csv")),
+    Parser("Parquet", "rows.parquet", _rows, lambda f: _use_rows(f, "rows.parquet")),
+    Parser("Arrow", "rows.arrow", _rows, lambda f: _use_rows(f, "rows.arrow")),
+    Parser("YAML settings", "run.yaml", _settings, lambda f: load_config(f / "run.yaml")),
+    Parser("PNG", "image.png", _images, lambda f: open_image(f / "image.png")),
+    Parser("JPEG", "image.jpg", _images, lambda f: open_image(f / "image.jpg")),
     Parser(
-        "YAML settings",
-        "run.yaml",
-        lambda folder: (folder / "run.yaml").write_text(SETTINGS),
-        lambda folder: load_config(folder / "run.yaml"),
+        "preprocessor_config.json", "preprocessor_config.json", _images,
+        lambda f: read_processor(f).batch([open_image(f / "image.png")]),
     ),
-    Parser("PNG", "image.png", _images, lambda folder: open_image(folder / "image.png")),
-    Parser("JPEG", "image.jpg", _images, lambda folder: open_image(folder / "image.jpg")),
-    Parser("preprocessor_config.json", "preprocessor_config.json", _images, _use_processor),
-    Parser("config.json of CLIP", "config.json", _images, _use_clip),
-    Parser("protocol.toml", "protocol.toml", _study, _use_study),
-    Parser("records.jsonl", "records.jsonl", _study, _use_study),
+    Parser("config.json of CLIP", "config.json", _images, lambda f: read_dual(read_json(f / "config.json"), str(f))),
+    Parser("protocol.toml", "protocol.toml", _study, lambda f: status(read_protocol(f))),
+    Parser("records.jsonl", "records.jsonl", _study, lambda f: status(read_protocol(f))),
     Parser(
-        "harness generation settings",
-        "generation.json",
-        _harness,
-        lambda folder: generation_settings(read_json(folder / "generation.json")),
+        "harness generation settings", "generation.json", _harness,
+        lambda f: generation_settings(read_json(f / "generation.json")),
     ),
     Parser("harness task", "fuzzed.yaml", _harness, _use_task, needs="lm_eval"),
-)
+)  # fmt: skip
