@@ -76,9 +76,7 @@ def render_record(record: dict[str, Any], config: DataConfig, tokenizer: Tokeniz
     if config.messages_field in record:
         messages, tools = messages_of(record, config, where), tools_of(record, where)
         return render_chat(messages, config.loss_on, tokenizer, where, tools)
-    prompt = text_field(
-        record, config.prompt_field, where, "--data.prompt-field", alternative=config.messages_field
-    )
+    prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", config.messages_field)
     completion = text_field(record, config.completion_field, where, "--data.completion-field")
     if not completion:
         found = "an empty text"

@@ -92,7 +92,11 @@ def given_sources(
     if format is None:
         return config, sources
     if sources is None:
-        sources = {name: open_source(config, name) for name in _splits(config)}
+        held = config.eval_split
+        sources = {config.train_split: open_source(config, config.train_split)}
+        if held != AUTO or "validation" in sources[config.train_split].siblings:
+            held = "validation" if held == AUTO else held
+            sources[held] = open_source(config, held)
     return config, {name: FormattedSource(records, format) for name, records in sources.items()}
 
 
@@ -105,11 +109,3 @@ def _records(split: str, records: Iterable[Mapping[str, Any]]) -> Source:
             raise NaloraError(f"data[{split!r}], record {index}", expected="a dict", found=f"a {name}")
         read.append(kind(record))
     return RecordsSource(f"{NAME}[{split}]", read)
-
-
-def _splits(config: DataConfig) -> list[str]:
-    """Returns the splits that a run reads."""
-    if config.eval_split != AUTO:
-        return [config.train_split, config.eval_split]
-    train = open_source(config, config.train_split)
-    return [config.train_split, *{"validation"}.intersection(train.siblings)]

@@ -146,9 +146,9 @@ def split_questions(items: Sequence[T], reported: int, selecting: int) -> tuple[
         raise NaloraError("--data.eval-split", expected="at least two examples", found=len(items))
     order = permutation(len(items), _SEED + 1).tolist()
     cut = max(1, min(selecting, len(items) // 3))
-    return [items[i] for i in sorted(order[cut:][: reported or None])], [
-        items[i] for i in sorted(order[:cut])
-    ]
+    parts = sorted(order[cut:][: reported or None]), sorted(order[:cut])
+    first, second = ([items[i] for i in part] for part in parts)
+    return first, second
 
 
 def _question(
@@ -161,9 +161,7 @@ def _question(
         messages, tools = messages_of(record, config, where), tools_of(record, where)
         text = _chat_text(messages, tokenizer, where, tools)
         return [text], _Question(turns=_turns(messages), images=images)
-    prompt = text_field(
-        record, config.prompt_field, where, "--data.prompt-field", alternative=config.messages_field
-    )
+    prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", config.messages_field)
     choices, gold = [], 0
     if record.get("choices"):
         choices, gold = _texts(record, "choices", where), gold_of(record, where)
@@ -220,9 +218,8 @@ def _chat_text(
     ((start, end),) = text.answers
     last = next(turn for turn in reversed(messages) if turn["role"] == "assistant")
     if last.get("tool_calls"):  # each template has its format for calls
-        stops = [token for index in tokenizer.eos_ids if (token := tokenizer.backend.id_to_token(index))]
-        written = text.text[start:end]
-        stop = next((stop_text for stop_text in stops if written.endswith(stop_text)), "")
+        written, stops = text.text[start:end], map(tokenizer.backend.id_to_token, tokenizer.eos_ids)
+        stop = next((token for token in stops if token and written.endswith(token)), "")
         end = start + len(written.removesuffix(stop).rstrip())
     else:
         # Templates write the rest of a content as it is, but not always the reasoning at its start.
@@ -236,20 +233,19 @@ def _chat_text(
 
 
 def _turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
-    """Returns the conversation before the last completion as (role, text); tool calls as JSON."""
+    """Returns the conversation before the last completion as (role, text).
+
+    Tool calls are shown as JSON, and images as ``[image]``.
+    """
     last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant")
     turns = []
     for turn in messages[:last]:
+        text = turn["content"]
+        if isinstance(text, Parts):
+            text = "".join(block.get("text", "[image]") for block in text)
         calls = [json.dumps(call["function"]) for call in turn.get("tool_calls", ())]
-        turns.append((str(turn["role"]), "\n".join(filter(None, [_plain(turn["content"]), *calls]))))
+        turns.append((str(turn["role"]), "\n".join(filter(None, [text, *calls]))))
     return tuple(turns)
-
-
-def _plain(content: str | Parts) -> str:
-    """Returns a message's text, with each image as ``[image]``."""
-    if isinstance(content, Parts):
-        return "".join(block.get("text", "[image]") for block in content)
-    return content
 
 
 def _choice(question: _Question, texts: Sequence[Rendered], examples: Sequence[Example]) -> ChoiceItem:

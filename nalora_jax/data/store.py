@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nalora_jax.common.digests import find_damage, write_digests
+from nalora_jax.common.digests import digest_of, find_damage, json_digest, write_digests
 from nalora_jax.common.downloads import cache_dir
 from nalora_jax.common.files import write_array
 from nalora_jax.common.locks import scratch_folder
@@ -118,8 +118,7 @@ def open_store(
     }
     if options:
         key["group"] = options
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache_dir() / "tokens" / name
+    folder = cache_dir() / "tokens" / json_digest(key, sort_keys=True)[:32]
     if not is_whole(folder):
         require_some(source)
         indices = np.sort(permutation(len(source), seed)[: config.train_limit or None])
@@ -146,10 +145,8 @@ def text_examples(
             remedy = "remove the record, or see --data.loss-on"
             raise NaloraError(source.where(index), expected=expected, found=found, remedy=remedy)
         # A template may have dropped or doubled the placeholder of an image.
-        if (
-            tokens is not None
-            and (count := int(np.sum(example.ids == tokens.token_id))) != images * tokens.count
-        ):
+        count = 0 if tokens is None else int(np.sum(example.ids == tokens.token_id))
+        if tokens is not None and count != images * tokens.count:
             expected = f"{images} images of {tokens.count} tokens {tokens.token!r}"
             remedy = "the model's chat template must write one placeholder for every image"
             found = f"{count} such tokens"
@@ -240,9 +237,7 @@ def _tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     templates = (tokenizer.chat_template, tokenizer.tool_template)
     special = sorted((tokenizer.special_tokens or {}).items())
     images = "" if tokenizer.images is None else str(tokenizer.images)
-    return hashlib.sha256(
-        f"{tokenizer.backend.to_str()}{ids}{templates}{special}{images}".encode()
-    ).hexdigest()
+    return digest_of(f"{tokenizer.backend.to_str()}{ids}{templates}{special}{images}")
 
 
 def cut_store(
@@ -292,9 +287,8 @@ def cut_store(
         def cut_examples() -> Iterator[tuple[int, Example]]:
             for i in kept:
                 place, record = slice(store.offsets[i], store.offsets[i + 1]), int(store.records[i])
-                example = Example(
-                    np.asarray(store.tokens[place]), np.asarray(store.answer[place]).astype(bool)
-                )
+                ids, answer = np.asarray(store.tokens[place]), np.asarray(store.answer[place])
+                example = Example(ids, answer.astype(bool))
                 shape = short if long[i // group] else config
                 if config.too_long != "split":
                     example = fit_example(example, shape.max_length, bos_id)

@@ -109,16 +109,13 @@ def folder_source(name: str, split: str) -> Source:
     """
     if not buckets.is_url(name):
         return TfdsSource(name, split, partial(_open_folder, Path(name).expanduser(), split))
-    asked = splits_in(split)
-    files = [file for file in buckets.files(name) if "all" in asked or _split_of(file) in {"", *asked}]
+    asked, files = splits_in(split), []
+    for file in buckets.files(name):
+        match = re.search(r"-(\w+)\.\w+-\d+-of-\d+$", file)  # pond-train.array_record-00000-of-00001
+        if match is None or match[1] in asked or "all" in asked:
+            files.append(file)
     fingerprint = f"tfds:{name}:{digest_of(''.join(map(buckets.version, files)))}:{split}"
     return TfdsSource(name, split, lambda: _open_folder(buckets.local_folder(files), split), fingerprint)
-
-
-def _split_of(file: str) -> str:
-    """Returns the split of a file ``pond-train.array_record-00000-of-00001``, else ""."""
-    match = re.search(r"-(\w+)\.\w+-\d+-of-\d+$", file)
-    return match[1] if match else ""
 
 
 def _open_folder(folder: Path, split: str) -> Any:

@@ -125,26 +125,23 @@ def broken_records(
             known = known or record
     if known is not None and config is not None:
         form = form_of(known, config)
-        errors = [_with_form(error, form) if error.where in odd else error for error in errors]
+        advice = {"expected": f"{form}, as in the other records", "remedy": "fix or remove this record"}
+        errors = [
+            NaloraError(error.where, found=f"fields {error.found}", **advice)
+            if error.where in odd
+            else error
+            for error in errors
+        ]
     reasons = {(str(error.expected), str(error.found)) for error in errors}
     if len(errors) < 2 or (known is None and len(reasons) == 1):
         return next(iter(errors), first)
     # Without the folders, which the first line names: a long path would leave no room for the error.
-    names = [error.where.rpartition("/")[2] for error in errors]
-    texts = [
-        str(NaloraError(n, expected=e.expected, found=e.found)) for n, e in zip(names, errors, strict=True)
-    ]
-    lines = [shorten(" ".join(text.split()), _SHOWN) for text in texts]
-    count = f"{len(errors)} broken ones" if len(errors) < _NAMED else f"{_NAMED} or more broken ones"
+    short = (NaloraError(e.where.rpartition("/")[2], expected=e.expected, found=e.found) for e in errors)
+    lines = [shorten(" ".join(str(error).split()), _SHOWN) for error in short]
+    count = len(errors) if len(errors) < _NAMED else f"{_NAMED} or more"
     remedy = errors[0].remedy if len(reasons) == 1 else ""
-    found = "\n  ".join([f"{count}:", *lines])
+    found = "\n  ".join([f"{count} broken ones:", *lines])
     return ListedError(source.name, expected="records without errors", found=found, remedy=remedy)
-
-
-def _with_form(error: NaloraError, form: str) -> NaloraError:
-    """Returns the error of a record that does not have the form of the others."""
-    expected, remedy = f"{form}, as in the other records", "fix or remove this record"
-    return NaloraError(error.where, expected=expected, found=f"fields {error.found}", remedy=remedy)
 
 
 def batches(source: Source, indices: np.ndarray) -> Iterator[tuple[list[int], list[Any]]]:

@@ -172,13 +172,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Siglip2ImageProcessor": {**_ALWAYS, **_HALF, "resample": 2, "patch_size": 16, "max_num_patches": 256},
     "ViTImageProcessor": {**_ALWAYS, **_HALF, **_SQUARE, "resample": 2, "default_to_square": True},
 }  # fmt: skip
-DEFAULTS |= {
-    "BitImageProcessor": DEFAULTS["CLIPImageProcessor"],
-    "CLIPFeatureExtractor": DEFAULTS["CLIPImageProcessor"],
-    "ViTFeatureExtractor": DEFAULTS["ViTImageProcessor"],
-    "LlavaImageProcessor": DEFAULTS["CLIPImageProcessor"],
-    "Gemma3ImageProcessor": DEFAULTS["SiglipImageProcessor"] | {"resample": 2},
-}
+_OF_CLIP = ("BitImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
+DEFAULTS |= dict.fromkeys(_OF_CLIP, DEFAULTS["CLIPImageProcessor"])
+DEFAULTS["ViTFeatureExtractor"] = DEFAULTS["ViTImageProcessor"]
+DEFAULTS["Gemma3ImageProcessor"] = DEFAULTS["SiglipImageProcessor"] | {"resample": 2}
 
 
 @dataclass(frozen=True)
@@ -218,10 +215,11 @@ class ImageProcessor:
             size = size[::-1] if image.width <= image.height else size
         if size is not None:
             image = image.resize(size[::-1], resample=self.resample)
-        pixels = np.asarray(image, np.uint8)
         if self.crop is not None:
-            pixels = _centre(pixels, self.crop)
-        return {"pixels": pixels}
+            height, width = self.crop
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+        return {"pixels": np.asarray(image, np.uint8)}
 
     def of_side(self, side: int) -> ImageProcessor:
         """Returns the processor for squares of ``side`` pixels that crops the same share of an image."""
@@ -268,11 +266,9 @@ def read_processor(folder: Path) -> ImageProcessor:
     """
     path = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if path is None:
-        remedy = (
-            "save it with transformers: AutoImageProcessor.from_pretrained(model).save_pretrained(folder)"
-        )
-        missing = str(folder / FILES[0])
-        raise NaloraError(missing, expected="the file", found="nothing of that name", remedy=remedy)
+        way = "AutoImageProcessor.from_pretrained(model).save_pretrained(folder)"
+        where, remedy = str(folder / FILES[0]), f"save it with transformers: {way}"
+        raise NaloraError(where, expected="the file", found="nothing of that name", remedy=remedy)
     raw, where = read_json(path), str(path)
     raw = raw.get("image_processor", raw)
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or ""
@@ -281,20 +277,17 @@ def read_processor(folder: Path) -> ImageProcessor:
         expected = f"one of {', '.join(DEFAULTS)}"
         raise NaloraError(f"{where}: image_processor_type", expected=expected, found=repr(kind))
     f = Fields(raw, DEFAULTS[base_kind], where)
-    for name in ("do_rescale", "do_normalize", "do_resize"):
-        if not isinstance(f.get(name), bool):
-            raise f.error(name, "true or false", repr(f.get(name)))
     for name in ("do_pad", "do_pan_and_scan"):
         f.refuse(name, "set it to false in the file, as the model's own is")
-    scale = f.number("rescale_factor") if f.get("do_rescale") else 1.0
+    scale = f.number("rescale_factor") if f.flag("do_rescale") else 1.0
     values: dict[str, Any] = {"resample": f.integer("resample", low=0, high=_HAMMING), "scale": scale}
-    if f.get("do_normalize"):
+    if f.flag("do_normalize"):
         values |= {"mean": _channels(f, "image_mean"), "std": _channels(f, "image_std")}
     if base_kind == "Siglip2ImageProcessor":
         values["patch_size"] = f.integer("patch_size", high=2**10)
         values["max_patches"] = f.integer("max_num_patches")
         return ImageProcessor(**values)
-    if f.get("do_resize"):
+    if f.flag("do_resize"):
         values["resize"], values["shortest"] = _size(f, "size")
     if f.get("do_center_crop"):
         values["crop"] = _size(f, "crop_size")[0]
@@ -322,18 +315,6 @@ def _channels(f: Fields, name: str) -> tuple[float, ...]:
     if values is None or not all(least <= v <= _LARGEST for v in values) or (least == 0 and 0 in values):
         raise f.error(name, "three finite numbers (above 0 for image_std)", str(values)[:80])
     return tuple(float(v) for v in values)
-
-
-def _centre(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
-    """Returns the centre of ``[height, width, channels]``; a smaller image is padded with black."""
-    for axis, size in enumerate(crop):
-        missing = max(size - pixels.shape[axis], 0)
-        padding = [(0, 0)] * 3
-        padding[axis] = (-(-missing // 2), missing // 2)
-        pixels = np.pad(pixels, padding)
-        start = (pixels.shape[axis] - size) // 2
-        pixels = pixels.take(range(start, start + size), axis)
-    return pixels
 
 
 def _fitting(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
