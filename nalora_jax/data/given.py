@@ -22,42 +22,39 @@ Format = Callable[[Record], Record | None]
 Data = Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
 
 
-class FormattedSource(SourceView):
-    """Records of another source, converted by a function.
+def formatted(base: Source, function: Format) -> SourceView:
+    """Returns the records of another source, converted by a function.
 
-    The constructor calls the function once for every record, to find the records that it skips and
-    to detect later changes of its results. Reading a record calls it again.
+    The function is called once for every record now, to find the records that it skips and to detect
+    later changes of its results. Reading a record calls it again.
 
     Raises:
       NaloraError: the function fails, or returns neither a dict nor None; the message names the
         record.
     """
 
-    def __init__(self, base: Source, function: Format) -> None:
-        self._function = function
-        digest, formatted = hashlib.sha256(), []
-        for indices, records in batches(base, np.arange(len(base))):
-            for index, record in zip(indices, records, strict=True):
-                example = self._example(record, base.where(index))
-                if example is not None:
-                    formatted.append(index)
-                    digest.update(json.dumps(example, sort_keys=True, default=str).encode())
-        change = lambda record, where: self._example(record, where) or {}  # noqa: E731
-        super().__init__(base, np.array(formatted, np.int64), change)
-        self.fingerprint = f"formatted:{base.fingerprint}:{digest.hexdigest()}"
-
-    def _example(self, record: Record, name: str) -> Record | None:
-        where = f"format, {name}"
+    def example(record: Record, where: str) -> Record | None:
+        where = f"format, {where}"
         try:
-            example = self._function(record)
+            result = function(record)
         except Exception as error:
             raise NaloraError(where, expected="an example", found=described(error)) from error
-        if example is not None and not isinstance(example, dict):
-            raise NaloraError(where, expected="a dict, or None", found=type(example).__name__)
+        if result is not None and not isinstance(result, dict):
+            raise NaloraError(where, expected="a dict, or None", found=type(result).__name__)
         # Nulls of a table's record may mean absent fields, also in the example.
-        if example is not None and isinstance(record, TableRecord):
-            return TableRecord(example)
-        return example
+        is_table = result is not None and isinstance(record, TableRecord)
+        return TableRecord(result) if is_table else result
+
+    digest, kept = hashlib.sha256(), []
+    for indices, records in batches(base, np.arange(len(base))):
+        for index, record in zip(indices, records, strict=True):
+            result = example(record, base.where(index))
+            if result is not None:
+                kept.append(index)
+                digest.update(json.dumps(result, sort_keys=True, default=str).encode())
+    view = SourceView(base, np.array(kept, np.int64), lambda record, where: example(record, where) or {})
+    view.fingerprint = f"formatted:{base.fingerprint}:{digest.hexdigest()}"
+    return view
 
 
 def given_sources(
@@ -97,7 +94,7 @@ def given_sources(
         if held != AUTO or "validation" in sources[config.train_split].siblings:
             held = "validation" if held == AUTO else held
             sources[held] = open_source(config, held)
-    return config, {name: FormattedSource(records, format) for name, records in sources.items()}
+    return config, {name: formatted(records, format) for name, records in sources.items()}
 
 
 def _records(split: str, records: Iterable[Mapping[str, Any]]) -> Source:

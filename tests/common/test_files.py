@@ -1,4 +1,5 @@
 import hashlib
+from contextlib import nullcontext
 
 import pytest
 
@@ -40,9 +41,8 @@ def test_damage_is_named(folder, name, content, damage):
 
 
 def test_where_a_file_cannot_be_written_its_name_is_given_and_nothing_changes(folder):
-    with pytest.raises(
-        NaloraError, match=f"{folder}/none/file: expected a file that can be written, found No such"
-    ):
+    message = f"{folder}/none/file: expected a file that can be written, found No such"
+    with pytest.raises(NaloraError, match=message):
         write_atomically(folder / "none" / "file", "text")
     write_atomically(folder / "small", "two")
     assert (folder / "small").read_text() == "two"
@@ -82,22 +82,19 @@ def test_a_run_that_starts_again_removes_a_link_to_a_folder_and_not_the_folder(t
 
 @pytest.mark.parametrize("name", ["checkpoints", "checkpoints/4"])
 def test_a_run_with_a_linked_folder_is_not_resumed(tmp_path, name):
-    linked = tmp_path / "out" / name
-    (tmp_path / "another run" / "3").mkdir(parents=True)
-    (tmp_path / "out" if name == "checkpoints" else tmp_path / "out" / "checkpoints" / "3").mkdir(
-        parents=True
-    )
-    linked.symlink_to(tmp_path / "another run")
-    with pytest.raises(
-        NaloraError, match=f"{name}: expected a folder, found a symbolic link; links in an output"
-    ):
+    linked, another = tmp_path / "out" / name, tmp_path / "another run"
+    (another / "3").mkdir(parents=True)
+    (linked.parent if name == "checkpoints" else linked.with_name("3")).mkdir(parents=True)
+    linked.symlink_to(another)
+    message = f"{name}: expected a folder, found a symbolic link; links in an output"
+    with pytest.raises(NaloraError, match=message):
         open_output(tmp_path / "out", True).__enter__()
     linked.unlink()
     if name != "checkpoints":
         linked.symlink_to(tmp_path / "missing")
         with pytest.raises(NaloraError, match="found a symbolic link"):
             open_output(tmp_path / "out", "auto").__enter__()
-    assert [path.name for path in tmp_path.iterdir() if path.name != "out"] == ["another run"]
+    assert another.is_dir()
 
 
 def test_the_output_folder_itself_may_be_a_link(tmp_path):
@@ -126,10 +123,6 @@ def test_a_file_of_a_model_may_be_a_link_within_its_folder_and_the_hub_s_cache(t
     (folder.parents[1] / "id_rsa").touch()
     (folder.parents[1] / "blobs" / "link").symlink_to("../id_rsa")
     (folder / "merges.txt").symlink_to(link)
-    if accepted:
+    message = r"merges.txt: expected a file of that folder, found a link to"
+    with nullcontext() if accepted else pytest.raises(NaloraError, match=message):
         refuse_link_out(folder, "merges.txt")
-    else:
-        with pytest.raises(
-            NaloraError, match=r"merges.txt: expected a file of that folder, found a link to"
-        ):
-            refuse_link_out(folder, "merges.txt")

@@ -49,9 +49,8 @@ def test_a_file_that_changed_is_refused(tmp_path):
     before = import_file(str(path))
     written(path, "changed_too")
     for name in (str(path), str(before)):
-        with pytest.raises(
-            NaloraError, match=f"--import .*expected content with SHA-256 {before.digest[:12]}"
-        ):
+        message = f"--import .*expected content with SHA-256 {before.digest[:12]}"
+        with pytest.raises(NaloraError, match=message):
             import_file(name)
 
 

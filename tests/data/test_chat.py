@@ -247,9 +247,8 @@ REASONED_CALL = [*called(thinking="ask"), turn("warm", thinking="so")]
 )
 def test_turns_that_lose_their_reasoning_are_refused_with_a_way_that_works(released, name, messages, last):
     ours = released(name)
-    with pytest.raises(
-        NaloraError, match=r"found one that rewrites messages\[1\].*use --data.loss-on answer"
-    ):
+    message = r"found one that rewrites messages\[1\].*use --data.loss-on answer"
+    with pytest.raises(NaloraError, match=message):
         learned({"messages": messages}, ours, loss_on="assistant")
     (found,) = learned({"messages": messages}, ours, loss_on="answer")
     assert found.endswith(last)

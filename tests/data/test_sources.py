@@ -11,7 +11,7 @@ from tensorflow_datasets.core import registered
 
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig, check
 from nalora_jax.data.chat import messages_of
-from nalora_jax.data.given import NAME, FormattedSource, given_sources
+from nalora_jax.data.given import NAME, formatted, given_sources
 from nalora_jax.data.images.files import open_image
 from nalora_jax.data.images.opened import open_images
 from nalora_jax.data.source import RecordsSource, components
@@ -230,13 +230,13 @@ def test_a_function_makes_examples(write_jsonl):
     assert sorted(texts(train) + texts(held)) == sorted(f"q{i}" for i in range(40) if i != 3)
     whole, source = source["train"], open_source(config, "train")
     assert whole.where(3) == f"{path}:5"  # the line after the one that was left out
-    assert FormattedSource(source, lambda record: {"prompt": "x"}).fingerprint != whole.fingerprint
+    assert formatted(source, lambda record: {"prompt": "x"}).fingerprint != whole.fingerprint
     for function, message in (
         (lambda record: record["question"], "an example, found KeyError: 'question'"),
         (lambda record: "text", "a dict, or None, found str"),
     ):
         with pytest.raises(NaloraError, match=rf"format, {path}:1: expected {message}"):
-            FormattedSource(source, function)
+            formatted(source, function)
 
 
 class Dataset:

@@ -37,10 +37,10 @@ from nalora_jax.data.images.opened import IMAGE_SETS, open_images, places_withou
 from nalora_jax.data.packing import Pattern
 from nalora_jax.data.source import Record, Source, SourceView, components
 from nalora_jax.data.sources import open_source
-from nalora_jax.data.store import TokenStore
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
+    from nalora_jax.data.pipeline import TrainData
     from nalora_jax.data.tokenizer import Tokenizer
 
 _PLACEHOLDER = "<image>"  # in LLaVA's texts, for every model
@@ -58,7 +58,6 @@ class ChatImages(SourceView):
       tokens: the model's image tokens.
       folder: folder of the image files, absolute and without links; files outside it are refused.
         None: images are in the records.
-      indices: indices into the source; all records by default.
     """
 
     def __init__(
@@ -68,21 +67,13 @@ class ChatImages(SourceView):
         vision: VisionConfig,
         tokens: ImageTokens,
         folder: Path | None,
-        indices: np.ndarray | None = None,
     ) -> None:
-        super().__init__(source, indices, self._converted)
+        super().__init__(source, change=self._converted)
         fields = f":{vision.image_field}:{vision.caption_field}:{vision.prompt}"
-        chosen = self.fingerprint.removeprefix(source.fingerprint)
-        self.fingerprint = f"images:{source.fingerprint}{fields}{chosen}"
-        self._source, self._data, self._vision, self._tokens, self._folder = (
-            source,
-            data,
-            vision,
-            tokens,
-            folder,
-        )
+        self.fingerprint = f"images:{source.fingerprint}{fields}"
+        self._data, self._vision, self._tokens, self._folder = data, vision, tokens, folder
 
-    def readable(self) -> ChatImages:
+    def readable(self) -> SourceView:
         """Returns the records whose images can be read; the log names the others.
 
         Raises:
@@ -94,17 +85,13 @@ class ChatImages(SourceView):
                 opened(image, self.where(index), self._vision.max_pixels)
 
         places = places_without_error(self.name, len(self), check, self._vision.broken)
-        if len(places) == len(self):
-            return self
-        good = self._places[places]
-        return ChatImages(self._source, self._data, self._vision, self._tokens, self._folder, good)
+        return self if len(places) == len(self) else SourceView(self, places)
 
     def _converted(self, record: Record, where: str) -> Record:
         """Returns a record as messages with images, or as a prompt that contains their tokens."""
         data, vision = self._data, self._vision
-        given: Any = next(
-            (record[f] for f in (vision.image_field, "images") if record.get(f) is not None), []
-        )
+        fields = (name for name in (vision.image_field, "images") if record.get(name) is not None)
+        given = record.get(next(fields, ""), [])
         given = given if isinstance(given, list) else [given]
         images = tuple(self._opened(image, f"{where}: {vision.image_field}") for image in given)
         row = canonical(record, data, where)
@@ -321,20 +308,13 @@ class RowImages:
 
 
 def row_images(
-    source: Source,
-    store: TokenStore,
-    pattern: Pattern,
-    tokens: ImageTokens,
-    processor: ImageProcessor,
-    max_pixels: int,
+    source: Source, data: TrainData, tokens: ImageTokens, processor: ImageProcessor, max_pixels: int
 ) -> RowImages:
-    """Returns the images of the rows that ``pattern`` packs from ``store``.
-
-    ``store`` has the tokens of ``source``.
-    """
+    """Returns the images of the rows of ``data``, whose tokens are those of ``source``."""
+    store = data.store
     of_image = (store.tokens == tokens.token_id).astype(np.int64)
     images = np.add.reduceat(of_image, store.offsets[:-1]) // tokens.count  # of each example
-    places = image_places(pattern, store.lengths(), images)
+    places = image_places(data.pattern, store.lengths(), images)
     return RowImages(source, store.records, processor, max_pixels, places)
 
 
