@@ -42,8 +42,7 @@ def formatted(base: Source, function: Format) -> SourceView:
         if result is not None and not isinstance(result, dict):
             raise NaloraError(where, expected="a dict, or None", found=type(result).__name__)
         # Nulls of a table's record may mean absent fields, also in the example.
-        is_table = result is not None and isinstance(record, TableRecord)
-        return TableRecord(result) if is_table else result
+        return TableRecord(result) if result and isinstance(record, TableRecord) else result
 
     digest, kept = hashlib.sha256(), []
     for indices, records in batches(base, np.arange(len(base))):
