@@ -57,7 +57,7 @@ class Fields:
             value = default
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if type(value) is not int or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.error(name, f"a whole number from {low} to {high}", shown(value))
         return value
 
@@ -66,7 +66,8 @@ class Fields:
         value = self.get(name)
         if value is None:
             value = default
-        if type(value) in (int, float) and 0 <= value <= 1e30 and (zero or value):
+        valid = isinstance(value, int | float) and not isinstance(value, bool)
+        if valid and 0 <= value <= 1e30 and (zero or value):
             return float(value)
         bound = "of 0 or more" if zero else "above 0"
         raise self.error(name, f"a finite number {bound}", shown(value))

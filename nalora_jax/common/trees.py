@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -50,12 +51,12 @@ def map_named(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 def size_bytes(tree: Any) -> int:
     """Returns the bytes of all leaves, arrays or ``ShapeDtypeStruct``."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def count_elements(tree: Any) -> int:
     """Returns the number of elements of all leaves."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 # ---------------------------------------------------------------- rules over paths
