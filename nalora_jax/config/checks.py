@@ -157,10 +157,8 @@ def _check_tokens(config: RunConfig) -> None:
     require(flag, bool(tables) or not ids, "embed_tokens, lm_head or both", "none")
     expected = "tables that --lora.modules-to-save does not train as a whole"
     require(flag, not ids or not saved & tables, expected, " ".join(sorted(saved & tables)))
-    for flag, texts in (
-        ("--data.add-tokens", data.add_tokens),
-        ("--data.add-special-tokens", data.add_special_tokens),
-    ):
+    added = {"--data.add-tokens": data.add_tokens, "--data.add-special-tokens": data.add_special_tokens}
+    for flag, texts in added.items():
         fine = all(text.strip() for text in texts) and len(set(texts)) == len(texts)
         require(flag, fine, "texts, none empty or named twice", ", ".join(map(repr, texts)))
     both = sorted(set(data.add_tokens) & set(data.add_special_tokens))
