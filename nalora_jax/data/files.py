@@ -269,11 +269,8 @@ def _json_lines(path: Path, name: str) -> RecordFile:
 
     def fetch(indices: Sequence[int]) -> Sequence[bytes]:
         begins = starts[np.asarray(indices, np.int64)].tolist()
-        ends = (content.find(b"\n", start) for start in begins)
-        return [
-            content[start : len(content) if end < 0 else end]
-            for start, end in zip(begins, ends, strict=True)
-        ]
+        pairs = ((start, content.find(b"\n", start)) for start in begins)
+        return [content[start : len(content) if end < 0 else end] for start, end in pairs]
 
     def where(index: int) -> str:
         return f"{name}:{index + int(np.searchsorted(blanks, starts[index])) + 1}"

@@ -139,12 +139,8 @@ class SourceView(JoinedSource):
     ) -> None:
         chosen = np.arange(len(base)) if indices is None else indices
         super().__init__([base], np.zeros(len(chosen), np.int64), chosen, change)
-        self.name, self.dataset, self.siblings, self.spans = (
-            base.name,
-            base.dataset,
-            base.siblings,
-            base.spans,
-        )
+        self.name, self.dataset = base.name, base.dataset
+        self.siblings, self.spans = base.siblings, base.spans
         self.fingerprint = base.fingerprint
         if indices is not None:
             self.fingerprint += f":{digest_of(indices.astype('<i8').tobytes())}"

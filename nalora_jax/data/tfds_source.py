@@ -204,10 +204,8 @@ def absolute(split: str, splits: Any) -> list[Span]:
     import tensorflow_datasets as tfds
 
     parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
-    return [
-        (p.splitname, p.from_ or 0, splits[p.splitname].num_examples if p.to is None else p.to)
-        for p in parts
-    ]
+    sizes = {p.splitname: splits[p.splitname].num_examples for p in parts}
+    return [(p.splitname, p.from_ or 0, sizes[p.splitname] if p.to is None else p.to) for p in parts]
 
 
 def absolute_of(split: str, sizes: Mapping[str, int]) -> list[Span]:

@@ -125,13 +125,11 @@ def broken_records(
             known = known or record
     if known is not None and config is not None:
         form = form_of(known, config)
-        advice = {"expected": f"{form}, as in the other records", "remedy": "fix or remove this record"}
-        errors = [
-            NaloraError(error.where, found=f"fields {error.found}", **advice)
-            if error.where in odd
-            else error
-            for error in errors
-        ]
+        expected, remedy = f"{form}, as in the other records", "fix or remove this record"
+        for i, broken in enumerate(errors):
+            if broken.where in odd:
+                found = f"fields {broken.found}"
+                errors[i] = NaloraError(broken.where, expected=expected, found=found, remedy=remedy)
     reasons = {(str(error.expected), str(error.found)) for error in errors}
     if len(errors) < 2 or (known is None and len(reasons) == 1):
         return next(iter(errors), first)

@@ -336,11 +336,9 @@ class ImageData(Stream):
 
     def describe(self) -> dict[str, Any]:
         """Returns figures for the log."""
-        return {
-            "images": len(self.indices),
-            "of": len(self.source),
-            "steps_per_epoch": round(len(self.indices) / self.batch_size, 2),
-        }
+        count = len(self.indices)
+        steps = round(count / self.batch_size, 2)
+        return {"images": count, "of": len(self.source), "steps_per_epoch": steps}
 
     def arrays(self, rows: list[int]) -> HostBatch:
         """Returns the arrays of these rows; images are opened and augmented."""
