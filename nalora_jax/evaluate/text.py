@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -14,14 +14,11 @@ from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import SAMPLE_TOKENS, SAMPLES, Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.generate import Completion, Generator
-from nalora_jax.evaluate.likelihood import Score, score_groups
+from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.evaluate.statistics import bootstrap, wilson
 from nalora_jax.models.decoder import Decoder
 
 _CHOICES = 48  # questions from which the report draws its samples
-
-# Normalisation of a choice's log-likelihood.
-Per = Literal["choice", "token", "character", "byte"]
 
 
 class TextEvaluator(Evaluator):
@@ -62,11 +59,8 @@ class TextEvaluator(Evaluator):
         """Returns the records of `choice_records` or `completion_records`."""
         variables = variables_of(params, lora)
         if self.choices:
-            # Per character, because the summed log-likelihood favours short choices. It makes no
-            # difference for choices of equal length.
             every = [item for item in self._fitting if isinstance(item, ChoiceItem)]
-            options: dict[str, Any] = {"per": "character", "mesh": self._mesh, "fitting": every}
-            return choice_records(self._model, variables, self.choices, **options)
+            return choice_records(self._model, variables, self.choices, mesh=self._mesh, fitting=every)
         return self._completion_records(variables)
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
@@ -118,17 +112,17 @@ def choice_records(
     variables: Mapping[str, Any],
     items: Sequence[ChoiceItem],
     *,
-    per: Per = "choice",
     mesh: Mesh | None = None,
     fitting: Sequence[ChoiceItem] = (),
 ) -> list[dict[str, Any]]:
-    """Answers every question by its most likely choice after the prompt.
+    """Answers every question by the choice with the largest log-likelihood per character after the prompt.
+
+    The summed log-likelihood favours short choices. It makes no difference for choices of equal length.
 
     Args:
       model: the decoder; its programs are compiled once for all adapters.
       variables: ``params``, and ``lora`` if there are adapters.
       items: the questions.
-      per: normalisation of the log-likelihoods.
       mesh: mesh of the weights, if they are sharded.
       fitting: items of all calls that share one program; by default the items.
 
@@ -145,7 +139,12 @@ def choice_records(
         for each in (items, fitting)
     )
     scores = score_groups(model, variables, groups, fitting=fits, mesh=mesh)
-    answers = predict(items, scores, per).tolist()
+    answers = [
+        int(
+            np.argmax([s.log_prob / max(len(c.strip()), 1) for s, c in zip(row, item.choices, strict=True)])
+        )
+        for item, row in zip(items, scores, strict=True)
+    ]
     return [
         {
             "item": number,
@@ -230,28 +229,3 @@ def text_summary(records: Sequence[ItemRecord]) -> dict[str, Any]:
         "n": count,
         "chance": sum(1 / len(record["choices"]) for record in records) / count,
     }
-
-
-def predict(
-    items: Sequence[ChoiceItem], scores: Sequence[Sequence[Score]], per: Per = "choice"
-) -> np.ndarray:
-    """Returns the most likely choice of each question, ``int [n]``; the first one of ties.
-
-    Args:
-      items: the questions.
-      scores: scores of their choices.
-      per: normalisation of log-likelihoods; characters and bytes are counted without outer spaces.
-    """
-    chosen = []
-    for item, row in zip(items, scores, strict=True):
-        sizes = [_size(text, score, per) for text, score in zip(item.choices, row, strict=True)]
-        chosen.append(
-            int(np.argmax([score.log_prob / size for score, size in zip(row, sizes, strict=True)]))
-        )
-    return np.array(chosen, np.int64)
-
-
-def _size(text: str, score: Score, per: Per) -> int:
-    text = text.strip()
-    sizes = {"choice": 1, "token": score.tokens, "character": len(text), "byte": len(text.encode())}
-    return max(sizes[per], 1)

@@ -169,7 +169,7 @@ class Language(Subject):
         records = completion_records(model, variables, items.completions, mesh=mesh)
         values = {"loss": text_summary(records)["loss"]}
         if whole and items.choices:
-            records = choice_records(model, variables, items.choices, per="character", mesh=mesh)
+            records = choice_records(model, variables, items.choices, mesh=mesh)
             values["accuracy"] = text_summary(records)["accuracy"]
         return values
 

@@ -44,7 +44,7 @@ def test_accuracy_and_confusion_are_counts(scene) -> None:
         loaded.params, None, samples=True
     )
     variables = {"params": loaded.params}
-    features = encoders.images(variables, images.opened(range(70)))
+    features = encoders.images(variables, images[:])
     prompts = np.stack([encoders.texts(variables, [t.format(c) for c in classes]) for t in templates])
     mean = prompts.mean(axis=0)
     cosines = features @ (mean / np.linalg.norm(mean, axis=1, keepdims=True)).T
@@ -64,7 +64,7 @@ def test_recall_is_of_the_own_caption_both_ways(scene) -> None:
     captions = images.source.captions(range(70))
     found = RetrievalEvaluator(encoders, images, captions).measure(loaded.params, None, samples=True)
     variables = {"params": loaded.params}
-    cosines = encoders.records(variables, images) @ encoders.texts(variables, captions).T
+    cosines = encoders.images(variables, images) @ encoders.texts(variables, captions).T
     others = ~np.eye(70, dtype=bool)
     for way, matrix in (("image_to_text", cosines), ("text_to_image", cosines.T)):
         ahead = matrix - np.diagonal(matrix)[:, None]

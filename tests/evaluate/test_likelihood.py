@@ -101,10 +101,10 @@ def test_batches_hold_every_text_once_and_all_have_one_shape(seed, count, tokens
     layout = choose_layout(splits, tokens=tokens, shards=3)
     assert layout.rows % 3 == 0
     seen = {}
-    for batch, pairs in make_batches(splits, layout):
+    for batch in make_batches(splits, layout):
         assert batch.stem["tokens"].shape == (layout.rows, layout.stem)
         assert batch.targets.shape == (layout.rows, layout.lanes, layout.tail)
-        for number, at in enumerate(pairs):
+        for number in np.unique(batch.owner[batch.owner >= 0]).tolist():
             row, lane, column = (int(axis[0]) for axis in np.nonzero(batch.owner == number))
             segment = batch.tails["segments"][row, lane, column]
             stem = batch.stem["segments"][row] == segment
@@ -113,11 +113,10 @@ def test_batches_hold_every_text_once_and_all_have_one_shape(seed, count, tokens
             text = [*batch.stem["tokens"][row, stem], *batch.tails["tokens"][row, lane, tail]]
             scored = batch.targets[row, lane][batch.owner[row, lane] == number]
             assert positions == list(range(len(text)))
-            assert at not in seen
-            seen[at] = (text, list(scored))
-    expected = {
-        (i, j): ([*context, *continuation][:-1], list(continuation))
-        for i, pairs in enumerate(groups)
-        for j, (context, continuation) in enumerate(pairs)
+            assert number not in seen
+            seen[number] = (text, list(scored))
+    every = [pair for pairs in groups for pair in pairs]
+    assert seen == {
+        number: ([*context, *continuation][:-1], continuation)
+        for number, (context, continuation) in enumerate(every)
     }
-    assert seen == expected

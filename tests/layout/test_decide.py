@@ -10,7 +10,7 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.decide import MOST, Compiled, Search, decide
-from nalora_jax.layout.layouts import Layout
+from nalora_jax.layout.estimates import Layout
 
 LIMIT = 16e9
 

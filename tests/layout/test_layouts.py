@@ -14,21 +14,21 @@ from nalora_jax.cli.planning.program import _weight, architecture
 from nalora_jax.config import ComputeConfig, DataConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.estimates import (
-    WIDTHS,
+    Layout,
     active_parameters,
     attention_flops,
+    estimate,
     splash_flops,
     useful_flops,
     weight_bytes,
 )
 from nalora_jax.layout.figures import Figures, kernel_flops
-from nalora_jax.layout.layouts import Layout, estimate, fastest, fitting
+from nalora_jax.layout.layouts import fastest, fitting
 from nalora_jax.layout.machines import Topology, topology
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.ops.quantize import kernels
 
 
 def run(rows: int, seq: int = 4096, **options) -> RunConfig:
@@ -117,13 +117,12 @@ def test_parameters_and_attention_are_counted_as_the_models_are():
 def test_gpt_oss_takes_the_memory_of_its_released_files(name, released, active):
     """Experts of 4.25 bits a weight, biases and sinks included; as many active parameters as its model card states."""
     base = architecture(f"gpt-oss-{name}")
-    layer, ends = weight_bytes(base, WIDTHS["mxfp4"], 2.0, kernels("mxfp4"))
+    compute = ComputeConfig(dtype="bfloat16", quantize="mxfp4")
+    layers, ends, _ = weight_bytes(base, compute)
     shapes = param_shapes(base).items()
-    stored = [
-        _weight(path, shape, ComputeConfig(dtype="bfloat16", quantize="mxfp4")) for path, shape in shapes
-    ]
+    stored = [_weight(path, shape, compute) for path, shape in shapes]
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
-    assert layer * base.n_layers + ends == pytest.approx(held, rel=1e-9)
+    assert layers + ends == pytest.approx(held, rel=1e-9)
     assert held == pytest.approx(released, rel=5e-3)
     assert active_parameters(base) == pytest.approx(active, rel=0.02)
 

@@ -13,7 +13,7 @@ from nalora_jax.config import ComputeConfig, PreferenceConfig, RLConfig
 from nalora_jax.data.prompts import Prompt
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.generate.programs import NO_TOKEN
-from nalora_jax.layout.rollouts import program_shape
+from nalora_jax.layout.estimates import program_shape
 from nalora_jax.ops.policy_losses import PolicyLoss
 from nalora_jax.train.policy import Policy
 from nalora_jax.train.program import next_token
