@@ -66,30 +66,22 @@ def test_choices_with_prompts_of_their_own(model, variables, torch_log_probs):
     np.testing.assert_allclose(record["loss"] / record["tokens"], -expected[0] / len(ending), rtol=1e-5)
 
 
-@pytest.fixture
-def documents() -> list[list[int]]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, 256, n).tolist() for n in (5, 9, 4, 12, 7, 6)]
-
-
-def expected_sums(documents, torch_log_probs, first_target):
-    tables = [torch_log_probs(d[:first_target], d[first_target:])[0] for d in documents]
-    return np.array([-t.sum() for t in tables]), np.array([len(t) for t in tables])
-
-
 @pytest.mark.parametrize("first_target", [1, 3])
 def test_loss_equals_transformers_and_is_weighted_by_tokens(
-    model, variables, documents, torch_log_probs, first_target
+    model, variables, torch_log_probs, first_target
 ):
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 256, n).tolist() for n in (5, 9, 4, 12, 7, 6)]
     items = [CompletionItem(d[:first_target], d[first_target:], "", "") for d in documents]
     records = completion_records(model, variables, items)
     summary = text_summary(records)
-    sums, counts = expected_sums(documents, torch_log_probs, first_target)
-    np.testing.assert_allclose(summary["loss"], sums.sum() / counts.sum(), rtol=1e-5)
-    np.testing.assert_allclose(summary["perplexity"], math.exp(sums.sum() / counts.sum()), rtol=1e-4)
+    tables = [torch_log_probs(item.prompt_ids, item.completion_ids)[0] for item in items]
+    sums, counts = np.array([-t.sum() for t in tables]), np.array([len(t) for t in tables])
+    loss = sums.sum() / counts.sum()
+    found = [summary[name] for name in ("loss", "perplexity", "low", "high")]
+    np.testing.assert_allclose(found, [loss, math.exp(loss), *bootstrap(sums, counts)], rtol=1e-4)
     assert [record["tokens"] for record in records] == counts.tolist()
     assert summary["n"] == 6
-    np.testing.assert_allclose((summary["low"], summary["high"]), bootstrap(sums, counts), rtol=1e-4)
 
 
 def test_logits_of_a_long_row_are_never_held_together():
@@ -101,15 +93,13 @@ def test_logits_of_a_long_row_are_never_held_together():
     params = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(config).items()}
     variables = {"params": unflatten(params)}
 
-    def rows(*shape: int, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-        return {name: jax.ShapeDtypeStruct(shape, "int32") for name in names}
+    def rows(*shape: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {n: jax.ShapeDtypeStruct(shape, "int32") for n in ("tokens", "positions", "segments")}
 
     compiled = []
-    of_texts = ("tokens", "positions", "segments")
     for stem, tail in ((seq, 32), (0, seq)):
-        shape = (1, 1, tail)
-        scored = jax.ShapeDtypeStruct(shape, "int32"), jax.ShapeDtypeStruct(shape, "bool")
-        texts = rows(1, stem, names=of_texts), rows(*shape, names=of_texts)
-        compiled.append(likelihood._stems_and_tails.lower(model, variables, *texts, *scored).compile())
+        targets = [jax.ShapeDtypeStruct((1, 1, tail), dtype) for dtype in ("int32", "bool")]
+        texts = rows(1, stem), rows(1, 1, tail)
+        compiled.append(likelihood._stems_and_tails.lower(model, variables, *texts, *targets).compile())
     logits = 4 * seq * config.vocab_size
     assert max(program.memory_analysis().temp_size_in_bytes for program in compiled) < logits / 8
