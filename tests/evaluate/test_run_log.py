@@ -56,9 +56,7 @@ def test_what_a_run_writes_is_accepted() -> None:
 
 
 @pytest.mark.parametrize(("record", "message"), BAD)
-def test_a_field_of_the_wrong_kind_is_named_with_its_line(
-    tmp_path: Any, record: dict[str, Any], message: str
-) -> None:
+def test_a_field_of_the_wrong_kind_is_named_with_its_line(tmp_path, record, message) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(GOOD[0]) + "\n\n" + (json.dumps(record) + "\n"))
     for read in (lambda: read_metrics(path), lambda: read_history(tmp_path)):

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,7 +29,7 @@ from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import stacks
 from nalora_jax.train.kinds import decoder_parts
-from nalora_jax.train.program import Assembly, assemble, check_context
+from nalora_jax.train.program import Assembly, check_context
 from tests import tiny
 from tests.param_trees import init_params
 
@@ -69,52 +68,18 @@ CONFIG = RunConfig(
 )
 
 
-def batch_of(seed: int) -> dict[str, np.ndarray]:
-    """Returns rows of three segments, which end within blocks, and padding."""
-    rng = np.random.default_rng(seed)
-    cuts = np.sort(rng.integers(3, SEQ - 4, (ROWS, 2)), axis=1)
-    ends = np.concatenate([cuts, rng.integers(SEQ - 3, SEQ + 1, (ROWS, 1))], axis=1)
-    place = np.arange(SEQ)[None]
-    number = (place[..., None] >= ends[:, None]).sum(-1)
-    first = np.take_along_axis(np.pad(ends, ((0, 0), (1, 0))), number, axis=1)
-    segments = np.where(number < 3, number + 1, 0).astype(np.int32)
-    weights = (rng.uniform(size=segments.shape) < 0.6) & (segments > 0)
-    tokens, targets = rng.integers(0, 96, (2, ROWS, SEQ)).astype(np.int32)
-    return {
-        "tokens": tokens,
-        "targets": targets,
-        "loss_weights": weights.astype(np.float32),
-        "segment_ids": segments,
-        "positions": np.where(segments > 0, place - first, 0).astype(np.int32),
-    }
-
-
-def assembled(base: ModelConfig, mesh: MeshConfig) -> tuple[Assembly, Any]:
-    """Returns a run whose adapters' B are not zero, and the weights."""
-    count = mesh.data * max(mesh.context, 1) * mesh.tensor
-    made = distributed.make_mesh(mesh, jax.devices()[:count])
-    params = init_params(base, jax.random.key(1))
-    params = jax.device_put(params, distributed.shardings(params, made, distributed.PARAM_RULES))
-    assembly = assemble(CONFIG, base, params, made, **decoder_parts(CONFIG, base))
-    rng = np.random.default_rng(3)
-
-    def moved(path: str, x: jax.Array) -> jax.Array:
-        if not path.endswith("/b"):
-            return x
-        return jax.device_put(jnp.asarray(rng.normal(size=x.shape) * 0.2, jnp.float32), x.sharding)
-
-    lora = trees.map_named(moved, assembly.state.lora)
-    return replace(assembly, state=assembly.state._replace(lora=lora)), params
+def batch_of(assembly: Assembly, seed: int) -> Any:
+    batch = {name: value[None] for name, value in tiny.packed_batch(seed, ROWS, SEQ).items()}
+    return distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)
 
 
 def trained(mesh: MeshConfig) -> tuple[Any, list[Any]]:
     """Returns the state after some steps of a run on `hybrid`, and their metrics."""
-    assembly, params = assembled(hybrid(), mesh)
+    base = hybrid()
+    assembly, params = tiny.assembled(CONFIG, base, mesh, **decoder_parts(CONFIG, base))
     state, history = assembly.state, []
     for i in range(STEPS):
-        batch = {name: value[None] for name, value in batch_of(i).items()}
-        batch = distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)
-        state, metrics = assembly.step(params, state, batch)
+        state, metrics = assembly.step(params, state, batch_of(assembly, i))
         history.append(jax.device_get(metrics))
     return jax.device_get(state), history
 
@@ -139,10 +104,8 @@ ALONE = MeshConfig(1, 1, 1, 8)
 
 def test_layers_of_split_rows_exchange_keys_and_values_only() -> None:
     """Both passes gather keys and values, and their gradients are summed; all other collectives are of weights."""
-    assembly, params = assembled(DENSE, ALONE)
-    batch = {k: v[None] for k, v in batch_of(0).items()}
-    placed = distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)
-    text = assembly.step.lower(params, assembly.state, placed).compile().as_text()
+    assembly, params = tiny.assembled(CONFIG, DENSE, ALONE, **decoder_parts(CONFIG, DENSE))
+    text = assembly.step.lower(params, assembly.state, batch_of(assembly, 0)).compile().as_text()
     names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     collectives = [line for line in text.splitlines() if re.search(rf" ({names})(-start)?\(", line)]
     of_layers = [line for line in collectives if "_through_layers" in line]

@@ -21,7 +21,6 @@ from nalora_jax.models.adapters import adapter_shapes, adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
 from tests import tiny
-from tests.doubles.machines import V5E, V5P, V6E, tpu
 
 L, F, EXPERTS = 3, 128, 2
 RAW = tiny.HF | {
@@ -219,26 +218,6 @@ def test_an_incomplete_environment_is_named(calls, monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(NaloraError, match=r"JAX_NUM_PROCESSES: expected a whole number, found 'two'"):
         distributed.initialize_distributed()
-
-
-# Kind and shape of a slice; axes data, fsdp and tensor.
-MESHES = [(V5E, (4, 4, 1), (1, 16, 1)), (V6E, (16, 16, 1), (4, 32, 2)), (V5P, (8, 8, 16), (4, 64, 4))]
-
-
-@pytest.mark.parametrize(("kind", "shape", "sizes"), MESHES, ids=str)
-def test_every_row_of_a_pod_s_batch_is_read_once(kind, shape, sizes):
-    mesh = distributed.make_mesh(MeshConfig(*sizes), tpu(*kind, shape))
-    data, fsdp, tensor = sizes
-    rows = 2 * data * fsdp
-    held = distributed.rows_of_processes(mesh, rows)
-    assert set(held) == {device.process_index for device in mesh.devices.flat}
-    assert all(len(of_process) == len(set(of_process)) for of_process in held.values())
-    # Every device's two rows are among those of its process, and a process reads no others.
-    for part, (d, f) in enumerate(np.ndindex(data, fsdp)):
-        holders = {device.process_index for device in mesh.devices[d, f]}
-        assert {p for p, mine in held.items() if 2 * part in mine and 2 * part + 1 in mine} == holders
-    if tensor == 1:
-        np.testing.assert_array_equal(np.sort(np.concatenate(list(held.values()))), np.arange(rows))
 
 
 @pytest.mark.parametrize("lead", [(), (3,)])

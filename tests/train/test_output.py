@@ -111,13 +111,10 @@ def test_a_second_process_is_refused_by_name_and_a_dead_one_s_lock_is_taken_over
     assert not (folder / LOCK).exists()
 
 
-def test_a_holder_on_another_host_is_believed_while_it_touches_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_holder_on_another_host_is_believed_while_it_touches_the_file(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(locks, "_STALE", 1.0)
-    (tmp_path / LOCK).write_text(
-        json.dumps({"host": "pod-7", "pid": 12, "since": "today", "command": "train.py"})
-    )
+    holder = {"host": "pod-7", "pid": 12, "since": "today", "command": "train.py"}
+    (tmp_path / LOCK).write_text(json.dumps(holder))
     done = threading.Event()
 
     def beat() -> None:
@@ -155,13 +152,15 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
     """What the store holds, by path."""
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     fsspec.register_implementation("s3", Store, clobber=True)
-    for cached in (backend.fsspec_backend._get_filesystem, buckets._filesystem_of):
-        cached.cache_clear()
-    Store.store.clear()
+
+    def clear() -> None:
+        Store.store.clear()
+        backend.fsspec_backend._get_filesystem.cache_clear()
+        buckets._filesystem_of.cache_clear()
+
+    clear()
     yield Store.store
-    Store.store.clear()
-    for cached in (backend.fsspec_backend._get_filesystem, buckets._filesystem_of):
-        cached.cache_clear()
+    clear()
 
 
 def names(store: dict[str, Any]) -> set[str]:
@@ -180,9 +179,7 @@ def test_what_is_finished_is_in_the_store_and_another_machine_goes_on_from_it(st
         assert HOLDER in names(store)
     there = names(store)
     assert {"metrics.jsonl", f"{FOLDER}/2/state/digests.json"} <= there
-    assert not [
-        name for name in there if "half" in name or "tmp" in name or "lock" in name or ".scratch" in name
-    ]
+    assert not [name for name in there for part in ("half", "tmp", "lock", ".scratch") if part in name]
     monkeypatch.setenv("NALORA_CACHE", str(output.folder.parents[2] / "another machine"))
     with open_output(URL, "auto") as again:
         assert again.resumes
@@ -212,22 +209,16 @@ def test_a_copy_that_was_cut_off_is_damaged_and_the_checkpoint_before_it_taken(s
 
 
 def test_a_store_that_holds_a_run_or_that_another_machine_writes_to_is_refused(store):
+    def refused(resume: Resume, message: str) -> None:
+        with pytest.raises(NaloraError, match=message), open_output(URL, resume):
+            pass
+
     with open_output(URL, False) as output:
         (output.folder / "metrics.jsonl").write_text("one\n")
-    with (
-        pytest.raises(
-            NaloraError, match=r"new or empty folder, found s3://bucket/run, which holds metrics.jsonl"
-        ),
-        open_output(URL, False),
-    ):
-        pass
+    refused(False, r"new or empty folder, found s3://bucket/run, which holds metrics.jsonl")
     lock = epath.Path(URL) / HOLDER
     lock.write_text(json.dumps({"host": "elsewhere", "time": time.time() - 10}))
-    with (
-        pytest.raises(NaloraError, match=r"that elsewhere wrote to it \d+ seconds ago"),
-        open_output(URL, "auto"),
-    ):
-        pass
+    refused("auto", r"that elsewhere wrote to it \d+ seconds ago")
     lock.write_text(json.dumps({"host": "elsewhere", "time": time.time() - 1000}))
     with open_output("s3:/bucket/run", "auto"):  # what a path makes of the URL
         assert json.loads(lock.read_text())["host"] != "elsewhere"
