@@ -87,18 +87,20 @@ def test_texts_are_generated_up_to_each_requests_own_end(requests):
     generator = requests._generator
     whole = generator.generate(["one"], max_new_tokens=12)[0]
     stop = whole[4]
+    greedy, likeliest = (
+        {"do_sample": False, "temperature": 0.0},
+        {"do_sample": True, "temperature": 0.7, "top_k": 1},
+    )
     wanted = [
         request("one", {"until": [stop], "max_gen_toks": 12}),
         request("two", {"until": [], "max_gen_toks": 5}),
-        request("one", {"until": [], "max_gen_toks": 12, "do_sample": False, "temperature": 0.0}),
-        request("one", {"max_gen_toks": 12, "do_sample": True, "temperature": 0.7, "top_k": 1}),
+        request("one", {"until": [], "max_gen_toks": 12, **greedy}),
+        request("one", {"max_gen_toks": 12, **likeliest}),
         request(LONG, {"max_gen_toks": 8}),
     ]
-    made = requests.generate_until(wanted)
-    assert made[0] == whole[: whole.index(stop)]
-    assert made[1] == generator.generate(["two"], max_new_tokens=5)[0]
-    assert made[2] == made[3] == whole
-    assert made[4] == generator.generate([byte_ids(LONG.encode())[-56:]], max_new_tokens=8)[0]
+    two = generator.generate(["two"], max_new_tokens=5)[0]
+    long = generator.generate([byte_ids(LONG.encode())[-56:]], max_new_tokens=8)[0]
+    assert requests.generate_until(wanted) == [whole[: whole.index(stop)], two, whole, whole, long]
 
 
 def test_settings_of_generation_reach_the_model(requests):

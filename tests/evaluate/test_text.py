@@ -12,11 +12,7 @@ from nalora_jax.common.trees import unflatten
 from nalora_jax.data.items import ChoiceItem, CompletionItem
 from nalora_jax.evaluate import likelihood
 from nalora_jax.evaluate.statistics import bootstrap, wilson
-from nalora_jax.evaluate.text import (
-    choice_records,
-    completion_records,
-    text_summary,
-)
+from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes
@@ -35,7 +31,8 @@ QUESTIONS = [
 
 
 def test_accuracy_and_loss_equal_transformers(model, variables, torch_log_probs):
-    records = choice_records(model, variables, QUESTIONS)
+    evaluator = TextEvaluator(model, None, QUESTIONS)
+    records = evaluator.records(variables["params"], None)
     tables = [[torch_log_probs(q.prompt_ids, c)[0] for c in q.choice_ids] for q in QUESTIONS]
     answers = [
         int(np.argmax([t.sum() / len(c.strip()) for t, c in zip(row, q.choices, strict=True)]))
@@ -48,7 +45,7 @@ def test_accuracy_and_loss_equal_transformers(model, variables, torch_log_probs)
     correct = [a == g for a, g in zip(answers, gold, strict=True)]
     assert [record["answer"] for record in records] == answers
     assert [record["correct"] for record in records] == correct
-    summary = text_summary(records)
+    summary = evaluator.summary(records)
     assert summary["accuracy"] == np.mean(correct)
     assert summary["accuracy_per_choice"] == np.mean(np.equal(likeliest, gold))
     assert (summary["low"], summary["high"], summary["n"]) == (*wilson(sum(correct), 4), 4)
@@ -61,7 +58,7 @@ def test_choices_with_prompts_of_their_own(model, variables, torch_log_probs):
     ending = list(b" for the case")
     item = ChoiceItem(prompts[0], [ending, ending], 0, "...", ["big", "small"], prompts)
     expected = [torch_log_probs(prompt, ending)[0].sum() for prompt in prompts]
-    (record,) = choice_records(model, variables, [item])
+    (record,) = TextEvaluator(model, None, [item]).records(variables["params"], None)
     assert record["answer"] == int(np.argmax(np.array(expected) / [len("big"), len("small")]))
     np.testing.assert_allclose(record["loss"] / record["tokens"], -expected[0] / len(ending), rtol=1e-5)
 
@@ -73,8 +70,9 @@ def test_loss_equals_transformers_and_is_weighted_by_tokens(
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 256, n).tolist() for n in (5, 9, 4, 12, 7, 6)]
     items = [CompletionItem(d[:first_target], d[first_target:], "", "") for d in documents]
-    records = completion_records(model, variables, items)
-    summary = text_summary(records)
+    evaluator = TextEvaluator(model, None, items)
+    records = evaluator.records(variables["params"], None)
+    summary = evaluator.summary(records)
     tables = [torch_log_probs(item.prompt_ids, item.completion_ids)[0] for item in items]
     sums, counts = np.array([-t.sum() for t in tables]), np.array([len(t) for t in tables])
     loss = sums.sum() / counts.sum()

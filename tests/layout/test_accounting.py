@@ -92,11 +92,8 @@ def test_the_parts_of_one_collective_are_one_and_what_runs_between_them_hides_it
         "%again = f32[8,16]{1,0} fusion(%a, %x, %all-gather.3), kind=kOutput, calls=%step",
         "%c = f32[8,16]{1,0} convolution(%x, %all-gather.3), dim_labels=bf_io->bf",
     )
-    gathers = Program(text).collectives
-    assert [(c.kind, c.devices, c.received) for c in gathers] == [
-        ("all-gather", 8, 32 * 16 * 2 * 7 / 8)
-    ] * 2
-    assert [c.overlapped for c in gathers] == [False, False]
+    gathers = [(c.kind, c.devices, c.received, c.overlapped) for c in Program(text).collectives]
+    assert gathers == [("all-gather", 8, 32 * 16 * 2 * 7 / 8, False)] * 2
     product = "%other = f32[8,16]{1,0} convolution(%x, %w), dim_labels=bf_io->bf"
     last = "%async_collective_fusion.2 = f32[8,16]{1,0} fusion(%a, %x, %w), kind=kOutput, calls=%step"
     between = text.replace("  %g = bf16", f"  {product}\n  {last}\n  %g = bf16")
@@ -157,11 +154,8 @@ def test_what_goes_to_the_host_s_memory_and_comes_back():
     layer, array = 8 * 16 * 2, 32 * 4
     found = [(one.to_host, one.moved, one.times, one.overlapped) for one in program.transfers]
     assert sorted(found) == [(False, layer, 1, False), (True, array, 1, False), (True, layer, 4, True)]
-    gpu = (
-        written("offloaded")
-        .replace("dynamic-update-slice-start(", "fusion-start(")
-        .replace("dynamic-slice-start(", "fusion-start(")
-    )
+    gpu = written("offloaded").replace("dynamic-update-slice-start(", "fusion-start(")
+    gpu = gpu.replace("dynamic-slice-start(", "fusion-start(")
     assert Program(gpu).transfers == program.transfers
     # In HBM: each of them once, the product's operands and result, and 9 bytes that the loop compares.
     assert program.memory_bytes == 4 * (layer + 3 * layer + 9) + array + layer
@@ -180,12 +174,9 @@ def test_what_goes_to_the_host_s_memory_and_comes_back():
 )
 def test_a_program_needs_the_smaller_of_sum_and_peak(temporary, peak, live):
     text = jax.jit(lambda x: x @ x).lower(jnp.ones((4, 4))).compile().as_text()
-    analysis = SimpleNamespace(
-        argument_size_in_bytes=1e9,
-        temp_size_in_bytes=temporary,
-        peak_memory_in_bytes=peak,
-        host_temp_size_in_bytes=0,
-    )
+    sizes = {"argument": 1e9, "temp": temporary, "host_temp": 0}
+    analysis = SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in sizes.items()})
+    analysis.peak_memory_in_bytes = peak
     program = SimpleNamespace(memory_analysis=lambda: analysis, as_text=lambda: text, input_shardings=())
     assert of_compiled(program).memory == live
 

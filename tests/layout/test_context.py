@@ -23,7 +23,7 @@ from nalora_jax.config import (
 from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate import likelihood
-from nalora_jax.evaluate.text import completion_records, text_summary
+from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.decoder import Decoder
@@ -134,6 +134,6 @@ def test_held_out_losses_of_split_rows_are_those_of_whole_rows(monkeypatch: pyte
         placed = params
         if mesh is not None:
             placed = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
-        records = completion_records(Decoder(DENSE), {"params": placed}, items, mesh=mesh)
-        results.append(text_summary(records)["loss"])
+        evaluator = TextEvaluator(Decoder(DENSE), None, items, mesh=mesh)
+        results.append(evaluator.measure(placed, None)["loss"])
     np.testing.assert_allclose(results[1], results[0], rtol=1e-6)

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,9 +55,8 @@ def test_output_must_be_new_or_resumed(tmp_path: Path) -> None:
     save(new, 1)
     assert opened(new, True)
     assert opened(new, "auto")
-    with pytest.raises(
-        NaloraError, match=r"--output: expected a new or empty folder, .*checkpoints; .*--resume"
-    ):
+    message = r"--output: expected a new or empty folder, .*checkpoints; .*--resume"
+    with pytest.raises(NaloraError, match=message):
         opened(new)
     assert {path.name for path in new.iterdir()} == {FOLDER}
 
@@ -112,23 +110,13 @@ def test_a_second_process_is_refused_by_name_and_a_dead_one_s_lock_is_taken_over
 
 
 def test_a_holder_on_another_host_is_believed_while_it_touches_the_file(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(locks, "_STALE", 1.0)
+    monkeypatch.setattr(locks, "_STALE", 0.1)
     holder = {"host": "pod-7", "pid": 12, "since": "today", "command": "train.py"}
     (tmp_path / LOCK).write_text(json.dumps(holder))
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(0.1):
-            os.utime(tmp_path / LOCK)
-
-    thread = threading.Thread(target=beat)
-    thread.start()
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr("time.sleep", lambda seconds: os.utime(tmp_path / LOCK))  # while this process waits
         with pytest.raises(NaloraError, match=r"found process 12 on pod-7 since today \(train.py\)"):
             opened(tmp_path, "auto")
-    finally:
-        done.set()
-        thread.join()
     assert not opened(tmp_path, "auto")  # nobody touches it any more
 
 
@@ -167,6 +155,12 @@ def names(store: dict[str, Any]) -> set[str]:
     return {path.removeprefix("/bucket/run/") for path in store}
 
 
+def restored(folder: Path) -> tuple[float, dict[str, Any]]:
+    with Checkpointer(folder / FOLDER, fingerprint="f", config={}) as checkpoints:
+        state, data = checkpoints.restore("latest", {"x": jnp.zeros(3)})
+    return float(state["x"][0]), data
+
+
 def test_what_is_finished_is_in_the_store_and_another_machine_goes_on_from_it(store, monkeypatch):
     with open_output(URL, False) as output:
         assert not output.resumes
@@ -185,9 +179,7 @@ def test_what_is_finished_is_in_the_store_and_another_machine_goes_on_from_it(st
         assert again.resumes
         assert again.folder != output.folder
         assert (again.folder / "metrics.jsonl").read_text() == "one\n"
-        with Checkpointer(again.folder / FOLDER, fingerprint="f", config={}) as checkpoints:
-            state, data = checkpoints.restore("latest", {"x": jnp.zeros(3)})
-        assert (state["x"][0], data) == (2.0, {"row": 2})
+        assert restored(again.folder) == (2.0, {"row": 2})
         save(again.folder, 5, 6)  # two are kept
     assert not [name for name in names(store) if name.startswith(f"{FOLDER}/1/")]
 
@@ -200,12 +192,8 @@ def test_a_copy_that_was_cut_off_is_damaged_and_the_checkpoint_before_it_taken(s
     assert order[: len(digests)] == digests
     for path in order[len(digests) + 1 :]:  # all but the first few never came
         del store[path]
-    with (
-        open_output(URL, True) as output,
-        Checkpointer(output.folder / FOLDER, fingerprint="f", config={}) as found,
-    ):
-        state, _ = found.restore("latest", {"x": jnp.zeros(3)})
-        assert state["x"][0] == 1.0
+    with open_output(URL, True) as output:
+        assert restored(output.folder) == (1.0, {"row": 1})
 
 
 def test_a_store_that_holds_a_run_or_that_another_machine_writes_to_is_refused(store):
