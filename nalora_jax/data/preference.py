@@ -22,7 +22,7 @@ from nalora_jax.data.chat import Message, Rendered, messages_of, render_chat, re
 from nalora_jax.data.pipeline import HostBatch, TrainData, packed_data
 from nalora_jax.data.questions import gold_of, held_out_indices, split_questions
 from nalora_jax.data.source import Source
-from nalora_jax.data.tokenize import Example, tokenized
+from nalora_jax.data.tokenize import Example, tokenized_texts
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def tokenize_pairs(
             record = record | dict(zip(fields, _of_choices(record, where), strict=True))
         return [_answer(record, config, name, tokenizer, where) for name in fields], None
 
-    for index, texts, examples, _ in tokenized(source, indices, render, tokenizer):
+    for index, texts, examples, _ in tokenized_texts(source, indices, render, tokenizer):
         where = source.where(index)
         for name, example in zip(("chosen", "rejected"), examples, strict=True):
             if not example.has_target:

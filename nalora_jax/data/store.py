@@ -27,7 +27,7 @@ from nalora_jax.data.chat import Rendered, render_record
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Record, Source, require_some
-from nalora_jax.data.tokenize import Example, fit_example, rows_of, tokenized
+from nalora_jax.data.tokenize import Example, fit_example, rows_of, tokenized_texts
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def text_examples(
     def render(record: Record, where: str) -> tuple[list[Rendered], int]:
         return [render_record(record, config, tokenizer, where)], len(record.get(IMAGES, ()))
 
-    for index, _, (example,), images in tokenized(source, indices, render, tokenizer, config):
+    for index, _, (example,), images in tokenized_texts(source, indices, render, tokenizer, config):
         if not example.has_target:
             expected, found = "a token to learn", f"none in {len(example.ids)} tokens"
             remedy = "remove the record, or see --data.loss-on"

@@ -62,7 +62,7 @@ def converted(
         raise broken_records(error, source, indices[done:], convert, config, known) from error
 
 
-def tokenized(
+def tokenized_texts(
     source: Source,
     indices: Sequence[int] | np.ndarray,
     render: Callable[[Record, str], tuple[list[Rendered], T]],
