@@ -43,7 +43,7 @@ TOKENS = np.array([[2, 9, 27, 0, 4, 8, 27, 0]])
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("adapters")
-    with tiny.on_one_device(folder / "cache"):
+    with tiny.on_named_devices(folder / "cache"):
         yield tiny.make_config(
             folder,
             steps=20,

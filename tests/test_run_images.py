@@ -31,8 +31,6 @@ from nalora_jax.weights.peft import import_adapter
 from tests import tiny
 from tests.seeing import COLOURS
 
-pytestmark = pytest.mark.pictures  # of runs' reports
-
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
     records = [json.dumps({"prompt": text, "completion": " z"}) for text in texts]
     (folder / "questions.jsonl").write_text("\n".join(records) + "\n")
     data = DataConfig(str(folder / "questions.jsonl"), max_length=112, eval_limit=4, select_limit=2)
-    with tiny.on_one_device(folder / "cache"):
+    with tiny.on_named_devices(folder / "cache"):
         config = tiny.make_config(folder, data=data, rope_scaling=SCALING, steps=2, mechanisms=())
         training.run(config)
         yield config

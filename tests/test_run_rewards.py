@@ -55,7 +55,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     module = ModuleType("rewards_of_a_run")
     vars(module)["letters"] = Letters()
     with (
-        tiny.on_one_device(tmp_path_factory.mktemp("new") / "cache"),
+        tiny.on_named_devices(tmp_path_factory.mktemp("new") / "cache"),
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setitem(sys.modules, module.__name__, module)

@@ -89,12 +89,17 @@ def one_device() -> Mesh:
 
 
 @contextlib.contextmanager
-def on_one_device(folder: Path) -> Iterator[None]:
-    """Runs have the empty cache ``folder``, and one device."""
+def on_named_devices(folder: Path) -> Iterator[None]:
+    """Runs have the new cache ``folder``, and as many of the simulated devices as their mesh names."""
     make = distributed.make_mesh
+
+    def make_mesh(mesh: MeshConfig, devices: Any = None) -> Mesh:
+        count = mesh.data * (mesh.fsdp or 1) * (mesh.tensor or 1)  # 0 is left to the library
+        return make(mesh, jax.devices()[:count] if count in (1, 2, 4) else devices)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NALORA_CACHE", new_cache(folder))
-        patch.setattr(distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:1]))
+        patch.setattr(distributed, "make_mesh", make_mesh)
         yield
 
 

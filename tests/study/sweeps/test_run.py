@@ -33,7 +33,7 @@ RATES = (2e-2, 1e-2, 1e3)  # the last one diverges, with a weight decay of the s
 @pytest.fixture(scope="module")
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of this module's own, and runs on one device."""
-    with tiny.on_one_device(tmp_path_factory.mktemp("new") / "cache"):
+    with tiny.on_named_devices(tmp_path_factory.mktemp("new") / "cache"):
         yield
 
 
