@@ -16,18 +16,9 @@ import pytest
 import safetensors.numpy
 from safetensors.numpy import load_file, save_file
 
+from nalora_jax import config as cfg
 from nalora_jax.__main__ import main
 from nalora_jax.cli.command import parse
-from nalora_jax.config import (
-    AdaLoRAConfig,
-    DebugConfig,
-    LoRAConfig,
-    LoRARule,
-    MeshConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-)
 from nalora_jax.errors import Interrupted, NaloraError
 from nalora_jax.train import run as run_module
 from nalora_jax.train.adapted import load
@@ -40,28 +31,30 @@ STEPS = 16
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cfg.RunConfig]:
     folder = tmp_path_factory.mktemp("data")
     tiny.make_questions(folder / "questions.jsonl", 300)
     with tiny.on_named_devices(folder / "cache"):
         yield tiny.make_config(
             folder,
             steps=STEPS,
-            lora=LoRAConfig(rules=(LoRARule("ffn", 8), LoRARule("attn", 4))),
+            lora=cfg.LoRAConfig(rules=(cfg.LoRARule("ffn", 8), cfg.LoRARule("attn", 4))),
             mechanisms=("soft:power=2,warmup=3", "homogeneity:warmup=3"),
-            train=TrainConfig(batch_size=8, log_every=4, eval_every=8, save_every=4),
+            train=cfg.TrainConfig(batch_size=8, log_every=4, eval_every=8, save_every=4),
         )
 
 
 @pytest.fixture(scope="module")
-def finished(settings: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Any]:
+def finished(
+    settings: cfg.RunConfig, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[cfg.RunConfig, Any]:
     """A run that other tests read, and what it returned."""
     config = replace(settings, output=str(tmp_path_factory.mktemp("runs") / "whole"))
     return config, nalora_run.run(config)
 
 
 @pytest.fixture(scope="module")
-def stopped(settings: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def stopped(settings: cfg.RunConfig, tmp_path_factory: pytest.TempPathFactory) -> cfg.RunConfig:
     """The same run, which SIGTERM stopped after its third step."""
     config = replace(settings, output=str(tmp_path_factory.mktemp("runs") / "stopped"))
     advance = Progress.advance
@@ -83,17 +76,17 @@ def stopped(settings: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 
 @pytest.fixture
-def config(settings: RunConfig, tmp_path: Path) -> RunConfig:
+def config(settings: cfg.RunConfig, tmp_path: Path) -> cfg.RunConfig:
     """The settings of a run of the test's own."""
     return replace(settings, output=str(tmp_path / "run"))
 
 
-def copied(config: RunConfig, folder: Path) -> RunConfig:
+def copied(config: cfg.RunConfig, folder: Path) -> cfg.RunConfig:
     """A run's settings with a copy of its folder, to resume it."""
     return replace(config, output=str(shutil.copytree(config.output, folder)), resume=True)
 
 
-def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[RunConfig, Any]) -> None:
+def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[cfg.RunConfig, Any]) -> None:
     config, result = finished
     assert result.after["loss"] < 0.8 * result.before["loss"]
     assert result.report.read_text().startswith("<!doctype html>")
@@ -116,7 +109,9 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[R
     assert list(lines[-1]["done"]["seconds"])[::2] == ["preparing", "training", "exporting"]
 
 
-def test_every_file_names_the_very_weights_that_were_trained_on(finished: tuple[RunConfig, Any]) -> None:
+def test_every_file_names_the_very_weights_that_were_trained_on(
+    finished: tuple[cfg.RunConfig, Any],
+) -> None:
     config, result = finished
     noted = tiny.lines(config.output)[0]["base"]
     loaded = load(config.output, dtype="float32").base
@@ -132,7 +127,7 @@ def test_every_file_names_the_very_weights_that_were_trained_on(finished: tuple[
 
 
 def test_eval_gives_the_numbers_of_the_run_to_the_bit(
-    finished: tuple[RunConfig, Any], tmp_path: Path
+    finished: tuple[cfg.RunConfig, Any], tmp_path: Path
 ) -> None:
     output, measured = finished[0].output, tmp_path / "eval.json"
     assert main(["eval", output, "--output", str(measured), "--dtype", "float32"]) == 0
@@ -146,7 +141,7 @@ def test_eval_gives_the_numbers_of_the_run_to_the_bit(
 
 
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
-    finished: tuple[RunConfig, Any], stopped: RunConfig, tmp_path: Path
+    finished: tuple[cfg.RunConfig, Any], stopped: cfg.RunConfig, tmp_path: Path
 ) -> None:
     resumed = nalora_run.run(replace(copied(stopped, tmp_path / "run"), resume="auto"))
     whole = finished[1]
@@ -160,7 +155,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
 
 
 def test_an_evaluation_file_that_was_edited_is_found_when_the_run_goes_on(
-    stopped: RunConfig, tmp_path: Path
+    stopped: cfg.RunConfig, tmp_path: Path
 ) -> None:
     questions = Path(stopped.data.dataset)
     text = questions.read_text()
@@ -177,7 +172,7 @@ def test_an_evaluation_file_that_was_edited_is_found_when_the_run_goes_on(
 
 
 def test_resume_takes_the_run_s_own_settings_and_names_what_disagrees(
-    stopped: RunConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stopped: cfg.RunConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["train", "--output", stopped.output, "--resume"]
     _, args = parse(asked)
@@ -185,7 +180,7 @@ def test_resume_takes_the_run_s_own_settings_and_names_what_disagrees(
     _, args = parse(["train", "--output", stopped.output, "--resume", "auto", "--train.keep", "5"])
     assert args.run == replace(stopped, resume="auto", train=replace(stopped.train, keep=5))  # type: ignore[union-attr]
     _, args = parse(["train", "--output", stopped.output])
-    assert args.run == RunConfig(output=stopped.output)  # type: ignore[union-attr]
+    assert args.run == cfg.RunConfig(output=stopped.output)  # type: ignore[union-attr]
     assert main([*asked, "--train.batch-size", "4", "--seed", "3"]) == 2
     error = capsys.readouterr().err
     for part in ("seed = 0", "seed = 3", "train.batch_size = 8", "train.batch_size = 4"):
@@ -198,7 +193,7 @@ def test_resume_takes_the_run_s_own_settings_and_names_what_disagrees(
 
 
 def test_more_steps_are_taken_with_a_warning_and_a_stop_after_the_last_says_how_to_go_on(
-    finished: tuple[RunConfig, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: tuple[cfg.RunConfig, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = copied(finished[0], tmp_path / "run").output
     with pytest.MonkeyPatch.context() as patch:
@@ -217,12 +212,12 @@ def test_more_steps_are_taken_with_a_warning_and_a_stop_after_the_last_says_how_
 
 
 def test_two_processes_run_like_one_with_model_data_and_output_in_a_bucket(
-    config: RunConfig, tmp_path: Path
+    config: cfg.RunConfig, tmp_path: Path
 ) -> None:
-    train = TrainConfig(batch_size=8, log_every=1, eval_every=1, save_every=1)
+    train = cfg.TrainConfig(batch_size=8, log_every=1, eval_every=1, save_every=1)
     # PiSSA is exported relative to the adapters that all processes started from; without a gate.
-    lora = LoRAConfig(rules=(LoRARule("attn", 4),), init="pissa")
-    mesh, debug = MeshConfig(data=1, fsdp=2), DebugConfig(profile="2:1")
+    lora = cfg.LoRAConfig(rules=(cfg.LoRARule("attn", 4),), init="pissa")
+    mesh, debug = cfg.MeshConfig(data=1, fsdp=2), cfg.DebugConfig(profile="2:1")
     config = replace(config, steps=2, mechanisms=(), mesh=mesh, train=train, lora=lora, debug=debug)
     alone = nalora_run.run(replace(config, output=str(tmp_path / "alone")))
     with emulator.emulator(tmp_path / "objects") as (held, address):
@@ -255,15 +250,15 @@ def test_two_processes_run_like_one_with_model_data_and_output_in_a_bucket(
     assert not list((tmp_path / "cache" / "buckets").rglob("*.safetensors"))  # weights are streamed
 
 
-def test_adalora_leaves_the_ranks_that_were_asked_for(config: RunConfig) -> None:
+def test_adalora_leaves_the_ranks_that_were_asked_for(config: cfg.RunConfig) -> None:
     """Of the last allocation on: no earlier state is exported, however good it was."""
-    rules = (LoRARule("ffn", 6),)
+    rules = (cfg.LoRARule("ffn", 6),)
     config = replace(
         config,
         steps=20,
-        lora=LoRAConfig(rules=rules),
-        adalora=AdaLoRAConfig(target_rank=2, interval=2),
-        optimizer=OptimizerConfig(learning_rate=5e-2),
+        lora=cfg.LoRAConfig(rules=rules),
+        adalora=cfg.AdaLoRAConfig(target_rank=2, interval=2),
+        optimizer=cfg.OptimizerConfig(learning_rate=5e-2),
         train=replace(config.train, eval_every=5, save_every=5),
     )
     result = nalora_run.run(config)
@@ -312,7 +307,7 @@ REFUSED: dict[str, Any] = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_run_is_one_line_and_exit_code_2(
-    settings: RunConfig,
+    settings: cfg.RunConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     message: str,
