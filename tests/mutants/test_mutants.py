@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,8 @@ def test_a_fault_is_caught_missed_stale_or_broken_and_taken_out_again(tmp_path: 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     command = [sys.executable, "-c", RUN, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    plain = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # each run of pytest would import the plugins
+    done = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     verdicts = dict(map(str.split, done.stdout.splitlines()))
     assert verdicts == {name: name.partition("_")[0] for name in MUTANTS}
