@@ -59,7 +59,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)  # also while tests are collected
 
 # Files and markers about packages that are no part of the extra `test`.
-FILES_OF = {"trl": "train/test_preference_trl.py", "xllamacpp": "weights/test_gguf_llama_cpp.py"}
+FILES_OF = {"trl": "train/test_preference_trl.py"}
 MISSING = {
     package for package in (*FILES_OF, "lm_eval", "tunix") if importlib.util.find_spec(package) is None
 }

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from jax.sharding import Mesh
 from tokenizers import decoders, models, pre_tokenizers
 
 from nalora_jax import config as cfg
+from nalora_jax.common import trees
 from nalora_jax.common.downloads import cache_dir
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.layout import distributed
@@ -36,6 +38,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.train.adapted import load
+from nalora_jax.train.program import Assembly, assemble
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter
 from tests import xla_options
@@ -148,9 +151,8 @@ def make_adapter(
 ) -> Path:
     """An adapter of a base model's folder in PEFT's files, ``shift`` away from a fresh one."""
     model = load(base, dtype="float32").base
-    spec = resolve(
-        cfg.LoRAConfig(rules=tuple(rules)), projection_shapes(model.config), model.config.n_layers
-    )
+    lora_config = cfg.LoRAConfig(rules=tuple(rules))
+    spec = resolve(lora_config, projection_shapes(model.config), model.config.n_layers)
     fresh = init_lora(model.config, spec, jax.random.key(seed))
     lora = jax.device_get(jax.tree.map(lambda leaf: leaf + shift, fresh))
     named = {"base_model_name": str(base), "fingerprint": model.fingerprint}
@@ -196,6 +198,29 @@ def whole_batch(
     positions = ones * np.arange(shape[-1], dtype=np.int32)
     names = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
     return dict(zip(names, (tokens, targets, weights, ones, positions), strict=True))
+
+
+def assembled(
+    config: cfg.RunConfig, base: ModelConfig, mesh: cfg.MeshConfig | None = None, **parts: Any
+) -> tuple[Assembly, Any]:
+    """A run on a mesh (default: one device) and its weights; B of its adapters is not zero.
+
+    A fresh adapter's gradient of A vanishes, and Adam's first step on B is a mere sign.
+    """
+    mesh, rng = mesh or cfg.MeshConfig(1, 1, 1), np.random.default_rng(3)
+    count = mesh.data * mesh.fsdp * mesh.tensor * max(mesh.context, 1)
+    made = distributed.make_mesh(mesh, jax.devices()[:count])
+    params = init_params(base, jax.random.key(1))
+    params = jax.device_put(params, distributed.shardings(params, made, distributed.PARAM_RULES))
+    assembly = assemble(config, base, params, made, **parts)
+
+    def moved(path: str, x: jax.Array) -> jax.Array:
+        if not path.endswith("/b"):
+            return x
+        return jax.device_put((rng.normal(size=x.shape) * 0.2).astype(np.float32), x.sharding)
+
+    lora = trees.map_named(moved, assembly.state.lora)
+    return replace(assembly, state=assembly.state._replace(lora=lora)), params
 
 
 def torch_llama() -> Any:

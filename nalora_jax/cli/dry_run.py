@@ -24,9 +24,9 @@ from nalora_jax.evaluate.generate.programs import prompt_shards
 from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
-from nalora_jax.layout.layouts import Layout, estimate, laid_out
+from nalora_jax.layout.estimates import Layout, estimate, program_shape
+from nalora_jax.layout.layouts import laid_out
 from nalora_jax.layout.machines import MATRIX_SHARE, Topology, of_devices, topology
-from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.rules import make
 from nalora_jax.models.adapters import adapter_shapes, adapter_spec

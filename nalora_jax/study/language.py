@@ -19,8 +19,7 @@ from nalora_jax.data.pipeline import TrainData, train_data
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.sources import check_disjoint, open_source
 from nalora_jax.data.tokenizer import AddedTokens
-from nalora_jax.evaluate.evaluator import variables_of
-from nalora_jax.evaluate.text import choice_records, completion_records, text_summary
+from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
@@ -165,12 +164,11 @@ class Language(Subject):
     ) -> dict[str, float]:
         """Returns ``loss`` per completion token, and ``accuracy`` if there are choices."""
         model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
-        variables = variables_of(params, lora)
-        records = completion_records(model, variables, items.completions, mesh=mesh)
-        values = {"loss": text_summary(records)["loss"]}
+        scored = TextEvaluator(model, None, items.completions, mesh=mesh)
+        values = {"loss": scored.measure(params, lora)["loss"]}
         if whole and items.choices:
-            records = choice_records(model, variables, items.choices, per="character", mesh=mesh)
-            values["accuracy"] = text_summary(records)["accuracy"]
+            answered = TextEvaluator(model, None, items.choices, mesh=mesh)
+            values["accuracy"] = answered.measure(params, lora)["accuracy"]
         return values
 
 

@@ -93,7 +93,9 @@ def load(
         base = for_adapter(base, located.adapter, mesh)
         lora, spec = import_adapter(located.adapter, base.config, fingerprint=base.fingerprint)
     if mesh is not None:
-        distributed.check_heads(mesh, n_heads=base.config.n_heads, n_kv_heads=key_heads(base.config))
+        distributed.check_heads(
+            mesh.shape["tensor"], n_heads=base.config.n_heads, n_kv_heads=key_heads(base.config)
+        )
         lora = jax.device_put(lora, distributed.shardings(lora, mesh, distributed.STATE_RULES))
     numerics = numerics_for(dtype, platform_of(mesh), implementation)
     routing = distributed.row_sharding(mesh) if base.config.n_experts else None

@@ -171,8 +171,9 @@ def _copied_adapter(url: str) -> Path | None:
     """Returns the cached copy of an adapter in a bucket; None if the bucket's folder has none."""
     names = buckets.names(url)
     if CONFIG_NAME in names:
-        return buckets.local_tree(url, names)
+        return buckets.local_folder(names, url)
     if not buckets.exists(f"{url}/{ADAPTER}/{CONFIG_NAME}"):
         return None
     of_adapter = [f"{ADAPTER}/{name}" for name in buckets.names(f"{url}/{ADAPTER}")]
-    return buckets.local_tree(url, [*of_adapter, *(name for name in names if name == METRICS)]) / ADAPTER
+    of_run = [name for name in names if name == METRICS]
+    return buckets.local_folder([*of_adapter, *of_run], url) / ADAPTER

@@ -1,7 +1,5 @@
 """The library's own TFDS builder, on the real package."""
 
-from __future__ import annotations
-
 import sys
 from itertools import islice
 

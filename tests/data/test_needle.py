@@ -1,7 +1,5 @@
 """Texts of needle retrieval, and their TFDS data set."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

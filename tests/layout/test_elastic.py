@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -37,9 +36,7 @@ if "pytest" not in sys.modules:
 """
 
 
-def test_a_run_that_loses_one_of_two_processes_continues_on_eight_devices(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_loses_one_of_two_processes_continues_on_eight_devices(tmp_path, monkeypatch) -> None:
     train = TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=4)
     config = tiny.make_config(tmp_path, steps=8, train=train, mesh=MeshConfig(1, 1, 1, 2), resume="auto")
     settings = tiny.write_settings(config, tmp_path / "settings.py")

@@ -54,7 +54,9 @@ def test_a_fault_is_caught_missed_stale_or_broken_and_taken_out_again(tmp_path: 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     command = [sys.executable, "-c", RUN, tmp_path]
-    plain = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # each run of pytest would import the plugins
+    plain = os.environ | {
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"
+    }  # each run of pytest would import the plugins
     done = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     verdicts = dict(map(str.split, done.stdout.splitlines()))

@@ -34,9 +34,9 @@ from nalora_jax.evaluate.generate.programs import (
 )
 from nalora_jax.evaluate.generate.sampling import make_sampling
 from nalora_jax.layout import distributed
+from nalora_jax.layout.estimates import program_shape
 from nalora_jax.layout.figures import Figures
 from nalora_jax.layout.machines import Topology
-from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.step import init_state
 from nalora_jax.models.adapters import adapter_shapes, adapter_spec
 from nalora_jax.models.config import ModelConfig

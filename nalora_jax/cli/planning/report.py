@@ -20,11 +20,10 @@ from nalora_jax.evaluate.generate.programs import prompt_shards
 from nalora_jax.layout import distributed
 from nalora_jax.layout.accounting import Collective
 from nalora_jax.layout.decide import Compiled, Search, decide
-from nalora_jax.layout.estimates import decoder_alone
+from nalora_jax.layout.estimates import Layout, decoder_alone, program_shape
 from nalora_jax.layout.figures import Figures, Roofline, bounded, figures, kernel_flops, roofline
-from nalora_jax.layout.layouts import Layout, fastest, fitting, fitting_sweep
+from nalora_jax.layout.layouts import fastest, fitting, fitting_sweep
 from nalora_jax.layout.machines import Topology
-from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.transform import with_gate_state
 from nalora_jax.models.config import ModelConfig
 

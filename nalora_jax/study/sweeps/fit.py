@@ -10,8 +10,8 @@ import jax
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
-from nalora_jax.layout.estimates import decoder_alone
-from nalora_jax.layout.layouts import Layout, estimate, fastest, fitting_sweep
+from nalora_jax.layout.estimates import Layout, decoder_alone, estimate
+from nalora_jax.layout.layouts import fastest, fitting_sweep
 from nalora_jax.layout.machines import of_devices, topology
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.machine import device_memory
