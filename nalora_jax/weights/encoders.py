@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.family import Change, Source, TensorRow
+from nalora_jax.models.tensor_rows import Change, Source, TensorRow
 from nalora_jax.models.vision.config import UNUSED, DualConfig, EncoderConfig, Sight
 from nalora_jax.weights.keymaps import (
     ONCE,

@@ -26,8 +26,9 @@ import numpy as np
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.family import BUILT_IN, GGUF, Source, TensorRow, family_of
+from nalora_jax.models.family import BUILT_IN, GGUF, family_of
 from nalora_jax.models.stacks import param_shapes, stacks
+from nalora_jax.models.tensor_rows import Source, TensorRow
 from nalora_jax.models.vision.config import EncoderConfig
 
 Array = Any  # numpy or jax arrays: conversions use only methods that both have

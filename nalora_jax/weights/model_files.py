@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from nalora_jax.common.devices import WEIGHT_AXES
 from nalora_jax.data.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_json
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.family import contains_text_model, read
+from nalora_jax.models.family import contains_text_model
 from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import Kind, gathered
@@ -113,7 +113,7 @@ def open_files(resolved: ResolvedSource, *, images: bool = False) -> ModelFiles:
         where = resolved.path / "config.json"
         raw = read_json(where)
     raw = with_rope_scaling(raw, resolved.rope_scaling, str(where))
-    config = read(raw, str(where), images)
+    config = ModelConfig.from_hf(raw, str(where), images=images)
     if file is None:
         tokenizer = Tokenizer.from_folder(resolved.path)
     return ModelFiles(resolved, raw, config, tokenizer, file)

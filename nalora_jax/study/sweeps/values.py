@@ -23,7 +23,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.method import statistics
 from nalora_jax.method.rules import Mechanism
 from nalora_jax.method.transform import Mechanisms, make_mechanisms, own_factors
-from nalora_jax.models.targets import AdapterSpec, ScaledTarget
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.train.optimizers import NUMBERS, make_schedule, with_learning_rate
 from nalora_jax.train.program import Assembly
 
@@ -79,7 +79,7 @@ def widest(specs: Sequence[AdapterSpec]) -> AdapterSpec:
     def target(path: str, first: Any) -> Any:
         ranks = [dict(spec.targets)[path].ranks for spec in specs]
         largest = tuple(map(max, zip(*ranks, strict=True)))
-        return ScaledTarget(largest, first.alphas, first.scales(rslora=specs[0].rslora))
+        return TargetSpec(largest, first.alphas, first.scales(rslora=specs[0].rslora))
 
     first = specs[0]
     return replace(first, targets=tuple((path, target(path, each)) for path, each in first.targets))
@@ -157,7 +157,7 @@ def spec_with(spec: AdapterSpec, scales: Mapping[str, Any]) -> AdapterSpec:
     def scaled(path: str, target: Any) -> Any:
         if path not in scales:
             return target
-        return ScaledTarget(target.ranks, target.alphas, scales[path])
+        return TargetSpec(target.ranks, target.alphas, scales[path])
 
     return replace(spec, targets=tuple((path, scaled(path, target)) for path, target in spec.targets))
 
