@@ -51,11 +51,13 @@ class SafetensorsFolder(TensorSource):
         an index that names a missing file, or a tensor that is not in its file.
     """
 
+    readable, remedy = tuple(DTYPES), "use the model's unquantized files"
+
     def __init__(self, folder: str | Path, where: str = "") -> None:
         self.folder, self.where = Path(folder), where or str(folder)
         self._maps: dict[Path, np.ndarray] = {}  # memory maps of the files
         self._mapped = 0  # bytes of the maps in memory
-        super().__init__(self.where, self._read_headers(), DTYPES, "use the model's unquantized files")
+        super().__init__(self.where, self._read_headers())
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a read-only slice of a tensor in the file's format, read on access."""
