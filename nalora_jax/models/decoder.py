@@ -65,10 +65,7 @@ class Block(nn.Module):
         x, normed = self._added("attn_norm", x, None)
         mixer, feed_forward = parts(c)
         y, update = self._module(mixer)(normed, layer, shared)
-        y = self._dropped(y, shared)
-        if c.post_norm:
-            y = self._norm("attn_post_norm", round_and_save(y, self.options.numerics))
-        x, normed = self._added("ffn_norm", x, y)
+        x, normed = self._added("ffn_norm", x, self._result("attn_post_norm", y, shared))
         stream = {"stream": x} if feed_forward.reads_stream else {}
         y = self._module(feed_forward)(
             normed,
@@ -77,26 +74,22 @@ class Block(nn.Module):
             deterministic=shared.deterministic,
             **stream,
         )
-        y = self._dropped(y, shared)
-        if c.post_norm:
-            y = self._norm("ffn_post_norm", round_and_save(y, self.options.numerics))
-        x = self._add(x, y)
+        x = self._add(x, self._result("ffn_post_norm", y, shared))
         if c.tail is not None:
             x = self._module(c.tail)(x, layer, shared)
         if layer.cached is None and not c.hands:
             update = None
         return constrain(x, self.options.sharding), update
 
-    def _dropped(self, y: jax.Array, shared: SharedInputs) -> jax.Array:
-        """Returns a part's output with the family's dropout."""
-        if not self.config.residual_dropout or shared.deterministic:
+    def _result(self, norm: str, y: jax.Array, shared: SharedInputs) -> jax.Array:
+        """Returns a part's output with the family's dropout and the norm ``norm``."""
+        c, numerics = self.config, self.options.numerics
+        if c.residual_dropout and not shared.deterministic:
+            y = nn.Dropout(c.residual_dropout, deterministic=False)(y)
+        if not c.post_norm:
             return y
-        return nn.Dropout(self.config.residual_dropout, deterministic=False)(y)
-
-    def _norm(self, name: str, x: jax.Array) -> jax.Array:
-        return RMSNorm(
-            self.config.norm_eps, self.config.norm_offset, self.options.numerics.result, name=name
-        )(x)
+        y = round_and_save(y, numerics)
+        return RMSNorm(c.norm_eps, c.norm_offset, numerics.result, name=norm)(y)
 
     def _added(self, name: str, x: jax.Array, y: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Returns ``x + y`` and the input of the next part.
