@@ -134,11 +134,8 @@ def _padded(x: Any, axis: int, length: int) -> Any:
 
 def _written(stack: Kernel, new: jax.Array, axis: int, index: jax.Array, numerics: Numerics) -> Kernel:
     """Returns ``stack`` with ``new`` at ``index`` along ``axis``."""
-    same = (
-        store(new.astype(numerics.operand), numerics)
-        if isinstance(stack, Stored)
-        else new.astype(stack.dtype)
-    )
+    new = new.astype(numerics.operand if isinstance(stack, Stored) else stack.dtype)
+    same = store(new, numerics) if isinstance(stack, Stored) else new
     start = [jnp.zeros((), jnp.int32)] * stack.ndim
     start[axis] = index
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), stack, same)

@@ -225,11 +225,9 @@ def _sends(sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedCo
     if experts != "auto":
         return experts == "send"
     rows = x.shape[0] // count(sharding) * x.shape[1] * config.top_k
-    kernels = sum(
-        leaf.nbytes for e in (layer.gate, layer.up, layer.down) for leaf in jax.tree.leaves(e.kernel)
-    )
-    kernels /= sharding.mesh.shape.get(_AXIS, 1)
-    return exchanges_less(rows, x.shape[-1], kernels, x.dtype.itemsize, sharding.mesh.shape[_OVER])
+    kernels = jax.tree.leaves([e.kernel for e in (layer.gate, layer.up, layer.down)])
+    size = sum(leaf.nbytes for leaf in kernels) / sharding.mesh.shape.get(_AXIS, 1)
+    return exchanges_less(rows, x.shape[-1], size, x.dtype.itemsize, sharding.mesh.shape[_OVER])
 
 
 def _of_shard(layer: Layer, config: RoutedConfig) -> Layer:

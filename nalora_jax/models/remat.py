@@ -55,12 +55,11 @@ def check_remat(asked: str, platform: str) -> None:
       NaloraError: the platform's devices compute in the host's own memory.
     """
     if asked.endswith(OFFLOAD) and platform not in _WITH_HOST_MEMORY:
-        raise NaloraError(
-            "--compute.remat",
-            expected=f"a policy without {OFFLOAD} on {platform or 'this platform'}, whose memory is the host's",
-            found=asked,
-            remedy=f"use {asked.removesuffix(OFFLOAD)}, or auto",
+        expected = (
+            f"a policy without {OFFLOAD} on {platform or 'this platform'}, whose memory is the host's"
         )
+        remedy = f"use {asked.removesuffix(OFFLOAD)}, or auto"
+        raise NaloraError("--compute.remat", expected=expected, found=asked, remedy=remedy)
 
 
 def of_position(remat: str, position: int, period: int) -> str:
