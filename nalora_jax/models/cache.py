@@ -146,8 +146,11 @@ def default_positions(segments: jax.Array) -> jax.Array:
 
     Example: segments ``[[0, 1, 1, 2, 2, 2]]`` -> ``[[0, 0, 1, 0, 1, 2]]``.
     """
-    index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :], segments.shape)
-    starts = jnp.concatenate(
-        [jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1
-    )
+    starts = jnp.ones_like(segments[:, :1], bool)
+    return since_last(jnp.concatenate([starts, segments[:, 1:] != segments[:, :-1]], axis=1))
+
+
+def since_last(starts: jax.Array) -> jax.Array:
+    """Returns the tokens since the last of ``starts`` (bool ``[batch, seq]``), itself included: int of its shape."""
+    index = jnp.broadcast_to(jnp.arange(starts.shape[1], dtype=jnp.int32)[None, :], starts.shape)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

@@ -15,14 +15,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from nalora_jax.common.trees import flatten
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
-from nalora_jax.models.cache import Cache, default_positions, extend
+from nalora_jax.models.cache import Cache, default_positions, extend, since_last
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.embedding import Embedding, LMHead
 from nalora_jax.models.parts import (
@@ -397,9 +396,7 @@ def _drops(config: ModelConfig, adapters: AdapterSpec) -> bool:
 
 def _scanned(by_layer: tuple[int, ...], default: int) -> jax.Array | None:
     """Returns the values of a stack's layers; None if all of them are the default."""
-    if set(by_layer) == {default}:
-        return None
-    return jnp.asarray(by_layer, jnp.int32)
+    return None if set(by_layer) == {default} else jnp.asarray(by_layer, jnp.int32)
 
 
 def sampled_as_whole(
@@ -466,7 +463,6 @@ def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> 
     Example: places ``[[0, 1, 1, 1, 0]]``, positions ``[[0, 1, 2, 3, 4]]`` -> ``[[0, 1, 1, 1, 4]]``.
     """
     positions, segments = (jnp.broadcast_to(x, places.shape) for x in (positions, segments))
-    index = jnp.broadcast_to(jnp.arange(places.shape[1])[None], places.shape)
     goes_on = places[:, 1:] & places[:, :-1] & (segments[:, 1:] == segments[:, :-1])
     first = jnp.concatenate([jnp.ones_like(places[:, :1]), ~goes_on], axis=1)
-    return positions - (index - lax.cummax(jnp.where(first, index, 0), axis=1))
+    return positions - since_last(first)

@@ -100,14 +100,12 @@ class MoEFFN(nn.Module):
             length = split_length = token_weights.length
             token_weights = token_weights.every
         config = RoutedConfig(
-            c.experts_per_token,
+            c,
             self.routing,
-            c.activation,
             options.numerics,
             options.stats.of_rows(length),
             names=statistics.forward(taps),
             dropout=options.adapters.dropout,
-            up_limit=c.up_limit,
             split_length=split_length,
         )
         weights = jnp.ones(x.shape[:2], jnp.float32)

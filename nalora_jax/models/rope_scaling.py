@@ -75,9 +75,7 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
 
 def rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a ``config.json`` that hold its RoPE and its context length."""
-    text = raw.get("text_config")
-    if not isinstance(text, Mapping):
-        text = raw
+    text = raw["text_config"] if isinstance(raw.get("text_config"), Mapping) else raw
     names = ("rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings")
     return {name: text[name] for name in names if text.get(name)}
 

@@ -196,9 +196,8 @@ QWEN2_MOE = Family(
 
 
 def _glm4_moe(f: Fields) -> Features:
-    mtp = f.integer(
-        readers.first_present(f, "num_nextn_predict_layers", "num_mtp_layers"), low=0, default=1
-    )
+    names = ("num_nextn_predict_layers", "num_mtp_layers")
+    mtp = f.integer(readers.first_present(f, *names), low=0, default=1)
     if mtp > 1:  # `ignored` leaves out one layer
         expected = "0 or 1: a layer that predicts further tokens is not loaded"
         raise f.error("num_nextn_predict_layers", expected, mtp)

@@ -329,16 +329,9 @@ class EncoderBlock(nn.Module):
 
     def _ffn(self) -> GatedFFN | SelfGatedFFN:
         c = self.config
-        return (GatedFFN if c.gated else SelfGatedFFN)(
-            d_model=c.d_model,
-            d_ff=c.d_ff,
-            activation=c.activation,
-            adapters=part_adapters(self.adapters, "layers/ffn"),
-            use_bias=True,
-            numerics=self.numerics,
-            stats=self.stats,
-            name="ffn",
-        )
+        kind = GatedFFN if c.gated else SelfGatedFFN
+        sizes, adapters = (c.d_model, c.d_ff, c.activation), part_adapters(self.adapters, "layers/ffn")
+        return kind(*sizes, adapters, use_bias=True, numerics=self.numerics, stats=self.stats, name="ffn")
 
 
 # ---------------------------------------------------------------- position embeddings

@@ -224,10 +224,8 @@ def _tower(f: Fields, defaults: Mapping[str, Any]) -> EncoderConfig:
 
 
 def _image_token(f: Fields) -> int:
-    name = "image_token_index"
-    if f.raw.get("image_token_id") is not None:
-        name = "image_token_id"
-    return f.integer(name, low=0)
+    stated = f.raw.get("image_token_id") is not None
+    return f.integer("image_token_id" if stated else "image_token_index", low=0)
 
 
 def _llava(f: Fields, d_model: int) -> Sight:
