@@ -36,14 +36,7 @@ from nalora_jax.method import activations
 from nalora_jax.method.low_rank import init_a, low_rank
 from nalora_jax.method.rules import Mechanism
 from nalora_jax.method.statistics import observe
-from nalora_jax.method.transform import (
-    DEFAULT,
-    MASK,
-    TAPS,
-    Mechanisms,
-    gate_leaves,
-    make_mechanisms,
-)
+from nalora_jax.method.transform import DEFAULT, MASK, TAPS, Mechanisms, gate_leaves, make_mechanisms
 
 _DENSE = "...i,io->...o"
 # An einsum, the name of the layer's attribute with it, or a function of the layer.

@@ -24,13 +24,7 @@ import jax.numpy as jnp
 
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.activations import Activation
-from nalora_jax.method.low_rank import (
-    Adapter,
-    Dense,
-    adapted_dense,
-    init_a,
-    parallel_dense,
-)
+from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense, init_a, parallel_dense
 from nalora_jax.method.measurement import (
     GateStatsConfig,
     Measurement,

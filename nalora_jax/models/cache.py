@@ -89,10 +89,8 @@ def grow(cache: Cache, length: int) -> Cache:
 
 def repeat(cache: Cache, count: int) -> Cache:
     """Returns the cache with every row repeated ``count`` times."""
-    rows = {
-        name: jnp.repeat(getattr(cache, name), count, axis=0)
-        for name in ("positions", "segments", "lengths")
-    }
+    names = ("positions", "segments", "lengths")
+    rows = {name: jnp.repeat(getattr(cache, name), count, axis=0) for name in names}
     # Arrays of states have leading axes [layers, batch].
     states = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=1), cache.states)
     return replace(cache, states=states, **rows)

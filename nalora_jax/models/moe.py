@@ -33,14 +33,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.method import statistics
 from nalora_jax.method.measurement import SampledWeights
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.experts import (
-    Experts,
-    Layer,
-    RoutedConfig,
-    exchanges_less,
-    of_each,
-    routed_ffn,
-)
+from nalora_jax.models.experts import Experts, Layer, RoutedConfig, exchanges_less, of_each, routed_ffn
 from nalora_jax.models.parts import (
     FeedForward,
     GatedBlock,

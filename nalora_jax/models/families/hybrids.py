@@ -192,12 +192,7 @@ LFM2 = Family(
     "Lfm2ForCausalLM",
     _lfm2,
     (*_LFM2_ROWS, *rows.hf_modules(_FFN)),
-    _LFM2
-    | {
-        "block_multiple_of": 256,
-        "block_ffn_dim_multiplier": 1.0,
-        "block_auto_adjust_ff_dim": True,
-    },
+    _LFM2 | {"block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": True},
 )
 
 

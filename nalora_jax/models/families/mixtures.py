@@ -76,10 +76,7 @@ MIXTRAL = Family(
     "mixtral",
     "MixtralForCausalLM",
     _mixtral,
-    (
-        *rows.hf(rows.PRE_NORMS, rows.ATTENTION),
-        *rows.hf_experts("block_sparse_moe", ("w1", "w3", "w2")),
-    ),
+    (*rows.hf(rows.PRE_NORMS, rows.ATTENTION), *rows.hf_experts("block_sparse_moe", ("w1", "w3", "w2"))),
     hf_defaults(
         n_kv_heads=8,
         norm_eps=1e-5,
@@ -206,10 +203,7 @@ def _glm4_moe(f: Fields) -> Features:
     d_shared = f.integer("n_shared_experts", high=2**10) * f.integer("moe_intermediate_size")
     ffn = SharedExperts(d_shared, _sigmoid_router(f, **counts))
     experts, layers = expert_fields(f, counts, ffn, [i < first for i in range(readers.layer_count(f))])
-    features = {
-        "qkv_bias": f.flag("attention_bias"),
-        "qk_norm": "head" if f.flag("use_qk_norm") else "",
-    }
+    features = {"qkv_bias": f.flag("attention_bias"), "qk_norm": "head" if f.flag("use_qk_norm") else ""}
     return features | experts | readers.fields_of_layers(layers)
 
 
