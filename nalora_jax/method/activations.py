@@ -363,8 +363,6 @@ def _require_derivative(name: str, gate: Selection) -> None:
         difference = (gate(z + step)[0] - gate(z - step)[0]) / (2 * step)
         worst = float(jnp.max(jnp.abs(gate(z)[1] - difference)))
     if not worst < 1e-2:
-        expected, actual = (
-            "a function that returns rho(z) and its derivative",
-            f"a derivative that is off by {worst:.2g}",
-        )
+        expected = "a function that returns rho(z) and its derivative"
+        actual = f"a derivative that is off by {worst:.2g}"
         raise NaloraError(f"activation {name!r}", expected=expected, found=actual)

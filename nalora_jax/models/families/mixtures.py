@@ -32,12 +32,8 @@ def expert_counts(f: Fields, *names: str, default: int | None = None) -> Feature
 
 def dense_layer(f: Fields) -> Overrides:
     """Returns the fields of a dense layer in a model with experts."""
-    return (
-        ("d_ff", f.integer("intermediate_size")),
-        ("n_experts", 0),
-        ("experts_per_token", 0),
-        ("ffn", None),
-    )
+    fields = {"d_ff": f.integer("intermediate_size"), "n_experts": 0, "experts_per_token": 0, "ffn": None}
+    return tuple(fields.items())
 
 
 def expert_fields(
