@@ -19,7 +19,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.evaluate.generate.programs import prompt_shards
 from nalora_jax.layout import distributed
 from nalora_jax.layout.accounting import Collective
-from nalora_jax.layout.decide import Compiled, Search, decide
+from nalora_jax.layout.decide import Compiled, decide
 from nalora_jax.layout.estimates import Layout, decoder_alone, program_shape
 from nalora_jax.layout.figures import Figures, Roofline, bounded, figures, kernel_flops, roofline
 from nalora_jax.layout.layouts import fastest, fitting, fitting_sweep
@@ -255,7 +255,7 @@ def _decided(
         seconds = bound.seconds * programs + layout.rollout
         return Compiled(measured.memory, measured.fits(where.chip), seconds, (measured, bound))
 
-    layout, result = decide(Search(layouts, where.chip.memory), compiled, must_fit=must_fit)
+    layout, result, _ = decide(layouts, where.chip.memory, compiled, must_fit=must_fit)
     return layout, *result.program
 
 
