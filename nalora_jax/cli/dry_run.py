@@ -19,7 +19,7 @@ from nalora_jax.common.devices import AXES
 from nalora_jax.config import RunConfig
 from nalora_jax.config.structured import dotted
 from nalora_jax.data.pipeline import stream_text
-from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
+from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.evaluate.generate.programs import prompt_shards
 from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.layout import distributed
@@ -70,34 +70,28 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
 
 
 def _describe_images(inputs: Inputs) -> list[str]:
-    """Returns lines that describe a run on image and text encoders.
-
-    Raises:
-      NaloraError: any error that a run would raise before it reads weights.
-    """
+    """Returns lines that describe a run on image and text encoders."""
     from nalora_jax.models.vision.dual import init_lora as init_dual  # Pillow is an extra
     from nalora_jax.train.kinds.dual import resolve_dual
     from nalora_jax.weights.dual import described_dual
 
-    config, records, (reported, selecting) = inputs.config, inputs.data, inputs.held_out
+    config, records = inputs.config, inputs.data
     base = described_dual(config.model, d_out=config.vision.features, loss=config.vision.loss)
     spec = resolve_dual(config, base)
-    say_counts(len(reported), len(selecting), chosen=config.train.eval_every > 0)
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in base.param_shapes().items()}
     lora = jax.eval_shape(partial(init_dual, base, spec), jax.random.key(0), trees.unflatten(shapes))
     total, trained = sum(map(math.prod, base.param_shapes().values())), trees.count_elements(lora)
-    of = f"{len(records.classes)} classes, " if records.classes else ""
-    epochs = config.steps * config.train.batch_size / len(records.indices)
-    weights = config.compute.itemsize * total
+    weights, of = config.compute.itemsize * total / 1e9, ""
+    if records.classes:
+        of = f"{len(records.classes)} classes, "
     held = f"{4 * trained / 1e9:.2f} GB each for trained parameters, their gradients and what the optimizer remembers"
     return [
         f"base model: {total:,} parameters, {config.model}",
         f"trained parameters: {trained:,}, on {len(spec.targets)} projections a layer of both towers",
-        f"mechanisms: {mechanisms_text(config, base.towers['image'].activation, spec)}",
+        f"mechanisms: {_mechanisms(config, base.towers['image'].activation, spec)}",
         f"training data: {of}{len(records.indices)} images of {len(records.source)}",
-        f"held out: {len(reported)} images that results are reported on, {len(selecting)} that choose the checkpoint",
-        f"steps: {config.steps} of {config.train.batch_size} images, {epochs:.2f} epochs",
-        f"memory: {weights / 1e9:.2f} GB for the weights, {held}; activations are not estimated",
+        *_sizes(inputs, len(records.indices), "images", "images"),
+        f"memory: {weights:.2f} GB for the weights, {held}; activations are not estimated",
     ]
 
 
@@ -110,29 +104,42 @@ def _describe(inputs: Inputs, runs: Sequence[RunConfig]) -> list[str]:
     mesh = distributed.make_mesh(concrete.mesh)
     check_layout(concrete, base, files, mesh)
     spec = adapter_spec(config, base)
-    reported, selecting = inputs.held_out
-    say_counts(len(reported), len(selecting), chosen=config.train.eval_every > 0)
     settings = []
     for run in runs:
         if run.model == runs[0].model:
             adapter_spec(run, base)  # raises for rules that match nothing
             run = with_learning_rate(run, base.d_model)
         settings.append(run)
+    lines = [
+        f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.resolved.path}"
+    ]
+    if added := AddedTokens.of(config.data):
+        tokenizer = files.tokenizer_with(added).backend
+        ids = ", ".join(f"{text!r} {tokenizer.token_to_id(text)}" for text in added.texts)
+        lines.append(f"added tokens: {ids}; the embedding has {base.vocab_size:,} rows")
     scaling = f", with RoPE scaling {config.rope_scaling}" if config.rope_scaling else ""
-    added, trained = AddedTokens.of(config.data), trees.count_elements(adapter_shapes(base, spec))
-    epochs = config.steps * config.train.batch_size / data.rows_per_epoch
+    trained = trees.count_elements(adapter_shapes(base, spec))
     return [
-        f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.resolved.path}",
-        *_added(added, files.tokenizer_with(added), base),
+        *lines,
         f"adapters: {trained:,} trained parameters, {len(spec.targets)} projections a layer",
-        f"mechanisms: {mechanisms_text(config, base.activation, spec)}",
+        f"mechanisms: {_mechanisms(config, base.activation, spec)}",
         f"training data: {stream_text(data.describe())}",
         *_rollouts(concrete, base, mesh),
         f"rows: {config.data.max_length:,} tokens; the model's context has {base.max_positions:,}{scaling}",
-        f"held out: {len(reported)} examples that results are reported on, {len(selecting)} that choose the checkpoint",
-        f"steps: {config.steps} of {config.train.batch_size} rows, {epochs:.2f} epochs",
+        *_sizes(inputs, data.rows_per_epoch, "examples", "rows"),
         *_memory(concrete, base, spec, mesh),
         *_differences(settings),
+    ]
+
+
+def _sizes(inputs: Inputs, of_epoch: int, held: str, rows: str) -> list[str]:
+    """Returns lines on the held-out examples and the steps; logs warnings about their number, as the run does."""
+    config, (reported, selecting) = inputs.config, map(len, inputs.held_out)
+    say_counts(reported, selecting, chosen=config.train.eval_every > 0)
+    batch = config.train.batch_size
+    return [
+        f"held out: {reported} {held} that results are reported on, {selecting} that choose the checkpoint",
+        f"steps: {config.steps} of {batch} {rows}, {config.steps * batch / of_epoch:.2f} epochs",
     ]
 
 
@@ -176,24 +183,18 @@ def _differences(runs: Sequence[RunConfig]) -> list[str]:
     """Returns a line on each run of a sweep: its folder, and the settings that differ between runs."""
     if len(runs) == 1:
         return []
+
+    def text(value: Any) -> str:
+        return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+
     rows = [dict(dotted(config_files.plain_settings(run))) for run in runs]
-    names = [
-        name for name in rows[0] if name != "output" and any(row[name] != rows[0][name] for row in rows)
-    ]
-    lines = [f"{len(runs)} runs, the first one as above:"]
-    for run, row in zip(runs, rows, strict=True):
-        settings = ", ".join(f"{name} {_value_text(row[name])}" for name in names)
-        lines.append(f"  {run.output}: {settings}")
-    return lines
+    names = [n for n in rows[0] if n != "output" and any(row[n] != rows[0][n] for row in rows)]
+    settings = (", ".join(f"{name} {text(row[name])}" for name in names) for row in rows)
+    lines = [f"  {run.output}: {differing}" for run, differing in zip(runs, settings, strict=True)]
+    return [f"{len(runs)} runs, the first one as above:", *lines]
 
 
-def _value_text(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value)) or "none"
-    return str(value)
-
-
-def mechanisms_text(config: RunConfig, activation: str, spec: AdapterSpec) -> str:
+def _mechanisms(config: RunConfig, activation: str, spec: AdapterSpec) -> str:
     """Returns the mechanisms of a run as text; logs the warnings that the run would log."""
     gates = find_gates(trees.unflatten({f"{path}/b": 0 for path, _ in spec.targets}))
     mechanisms = mechanisms_of(config, activation, {}, gates)
@@ -201,14 +202,6 @@ def mechanisms_text(config: RunConfig, activation: str, spec: AdapterSpec) -> st
     if not mechanisms.entries:
         return "none, plain LoRA"
     return f"{' '.join(config.mechanisms)}, from step {first_step(mechanisms)}"
-
-
-def _added(added: AddedTokens, tokenizer: Tokenizer, base: ModelConfig) -> list[str]:
-    """Returns lines that describe the added tokens."""
-    if not added:
-        return []
-    ids = [f"{text!r} {tokenizer.backend.token_to_id(text)}" for text in added.texts]
-    return [f"added tokens: {', '.join(ids)}; the embedding has {base.vocab_size:,} rows"]
 
 
 def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) -> list[str]:

@@ -165,38 +165,33 @@ def overview(verbs: Mapping[str, type]) -> str:
         "",
     ]
     lines += [_entry(name, first_line(kind), indent=12) for name, kind in verbs.items()]
+    also = "with any verb:"
     lines += [
         "",
         "  nalora VERB --help   the flags of a verb (--help-all: all of them)",
         "  nalora --version     the version",
+        _entry("--log-format json", f"{also} notes, steps and errors as one JSON object a line", indent=23),
         _entry(
-            "--log-format json",
-            "with any verb: notes, steps and errors as one JSON object a line",
-            indent=23,
-        ),
-        _entry(
-            "--import FILE ...",
-            "with any verb: execute Python files that register rules of your own",
-            indent=23,
+            "--import FILE ...", f"{also} execute Python files that register rules of your own", indent=23
         ),
     ]
     return "\n".join(lines)
 
 
-def short_help(verb: str, kind: type, common: Mapping[str, Sequence[str]]) -> str:
+def short_help(verb: str, kind: type, common: Mapping[str, str]) -> str:
     """Returns the most used flags, and one line about each group of other flags.
 
     Args:
       verb: name of the subcommand.
       kind: its arguments.
-      common: names of the flags to show, by heading.
+      common: names of the flags to show, separated by blanks, by heading.
     """
     every = list(flags(kind))
     by_name = {flag.name: flag for flag in every}
     lines = [f"usage: nalora {verb} [FLAGS]", "", fill(first_line(kind), width())]
     for heading, names in common.items():
         lines += ["", f"{heading}:"]
-        for flag in (by_name[name] for name in names):
+        for flag in map(by_name.__getitem__, names.split()):
             default = _typed(flag.default)
             note = f" (default: {default})" if default else ""
             lines += [

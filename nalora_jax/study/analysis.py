@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -220,15 +220,12 @@ def common_rates(result: MethodResult, baseline: MethodResult) -> dict[float, tu
         reference = baseline.tuning.costs.get(rate)
         if loss is None or reference is None or not math.isfinite(loss - reference):
             continue
-        moved, of_baseline = (_movement(side.at_rate(rate)) for side in (result, baseline))
+        moved, of_baseline = (
+            mean_of(last_of(side.at_rate(rate), "mean_feature")) for side in (result, baseline)
+        )
         ratio = moved / of_baseline if of_baseline else math.nan
         common[rate] = loss - reference, ratio if math.isfinite(ratio) else None
     return common
-
-
-def _movement(records: Sequence[Record]) -> float:
-    """Returns the mean feature movement at the end of some runs; NaN if it is not measured."""
-    return mean_of([v for record in records if (v := last(record, "mean_feature")) is not None])
 
 
 def mean_of(values: Sequence[float]) -> float:
@@ -245,7 +242,8 @@ def deviation(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1))
 
 
-def last(record: Mapping[str, Any], name: str) -> float | None:
-    """Returns a number of the record's last log step that has it."""
-    values = (row[name] for row in reversed(record["training"]) if row.get(name) is not None)
-    return next(map(float, values), None)
+def last_of(records: Iterable[Record], name: str) -> list[float]:
+    """Returns a number of each record's last log step that has it, without records that have none."""
+    rows = ((row.get(name) for row in reversed(record["training"])) for record in records)
+    values = (next((value for value in row if value is not None), None) for row in rows)
+    return [float(value) for value in values if value is not None]

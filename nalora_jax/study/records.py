@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -211,13 +211,6 @@ log = logging.getLogger(__name__)
 _DIGEST = 64  # hexadecimal digits of a sha256, at the start of the file
 
 
-class Snapshot(NamedTuple):
-    """State of a run at an evaluation."""
-
-    arrays: dict[str, np.ndarray]
-    notes: dict[str, Any]
-
-
 def write_snapshot(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> None:
     """Replaces the file atomically; raises as `write_atomically`, and an earlier snapshot stays."""
     buffer = io.BytesIO()
@@ -227,8 +220,8 @@ def write_snapshot(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[
     write_atomically(path, digest_of(content).encode() + content)
 
 
-def read_snapshot(path: Path) -> Snapshot | None:
-    """Returns the snapshot; None if there is none, or with a warning if the file is damaged."""
+def read_snapshot(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """Returns arrays and notes; None if there is no file, or with a warning if it is damaged."""
     if not path.exists():
         return None
     content = path.read_bytes()
@@ -237,4 +230,4 @@ def read_snapshot(path: Path) -> Snapshot | None:
         return None
     with np.load(io.BytesIO(content[_DIGEST:])) as saved:
         arrays = {name.removeprefix("array/"): saved[name] for name in saved.files if name != "notes"}
-        return Snapshot(arrays, json.loads(str(saved["notes"])))
+        return arrays, json.loads(str(saved["notes"]))

@@ -24,13 +24,13 @@ from nalora_jax.study.analysis import (
     comparisons,
     deviation,
     forgotten,
-    last,
+    last_of,
     mean_of,
     named,
     results,
 )
 from nalora_jax.study.pictures import draw
-from nalora_jax.study.plan import Cell, Tuning, cells, others_of, tuning, wanted
+from nalora_jax.study.plan import Tuning, cells, others_of, tuning, wanted
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.provenance import checked_records, describe_old, old_records
 from nalora_jax.study.records import Record, Records, hours
@@ -56,12 +56,10 @@ def write_tables(protocol: Protocol) -> list[Path]:
         raise NaloraError(str(store.path), expected="records of finished runs", found="none", remedy=remedy)
     if note := describe_old(records):
         log.info("%s", note)
-    drawn = draw(protocol, records)
-    text = render_results(protocol, records)
+    drawn, text = draw(protocol, records), render_results(protocol, records)
     if drawn:
-        links = "\n\n".join(
-            f"![{name.removesuffix('.svg').replace('_', ' ')}]({PICTURES}/{name})" for name in drawn
-        )
+        names = {name: name.removesuffix(".svg").replace("_", " ") for name in drawn}
+        links = "\n\n".join(f"![{label}]({PICTURES}/{name})" for name, label in names.items())
         text += f"\n## Pictures\n\n{links}\n"
     folder = make_unlinked_folder(protocol.folder / PICTURES)
     for path in folder.glob("*.svg"):
@@ -74,6 +72,9 @@ def write_tables(protocol: Protocol) -> list[Path]:
 
 
 # ---------------------------------------------------------------- tables; equal records give equal bytes
+
+Group = Sequence[MethodResult]  # of a task and model
+Table = tuple[list[str], list[list[str]]]  # heads and rows
 
 # Columns of a run's last log step.
 _MOVEMENT = {
@@ -111,8 +112,7 @@ def _unit(protocol: Protocol) -> str:
         "classify": "nats per image among the prompts of all classes",
         "contrast": "nats per image or caption among all held-out pairs (the mean of both ways)",
     }
-    model, baseline = protocol.models[0], protocol.baseline
-    runs = [protocol.config(model, task, baseline, 1.0, 0) for task in protocol.tasks]
+    runs = [protocol.config(protocol.models[0], t, protocol.baseline, 1.0, 0) for t in protocol.tasks]
     if runs[0].rl.rewards:
         return "1 minus the mean reward of greedy answers, of probes nats per answer token"
     return "; ".join(dict.fromkeys(units[config.vision.task] for config in runs))
@@ -126,33 +126,46 @@ class _Tables:
         self._results = results(protocol, records)
         self._compared = comparisons(protocol, self._results)
         self._metric = named(protocol.metric)
+        self._seeds = ", ".join(map(str, protocol.tuning_seeds))
 
     def runs(self) -> str:
         """Returns the table of runs, files and devices."""
         protocol, records = self._protocol, self._records
         budget = f" of {protocol.budget_hours:g}" if protocol.budget_hours else ""
         tests = [record for record in records.values() if record["stage"] == "test"]
-        old = len(old_records(records))
         rules = {item for record in records.values() for item in record.get("rules", {}).items()}
-        rows = [
-            ["runs", f"{len(records) - len(tests)} to tune, {len(tests)} to test"],
-            ["tests not done", _not_done(protocol, records) if tests else ""],
-            ["hours", f"{hours(records):.1f}{budget}"],
-            ["settings of every run", _settings(protocol.run)],
-            ["protocol", f"sha256 {protocol.digest[:16]}"],
-            ["respelled from protocol", ", ".join(digest[:16] for digest in protocol.respelled_from)],
-            ["protocol committed in", _committed(tests)],
-            ["records made under protocol", _distinct(records, "protocol", 16)],
-            ["code (sha256 of the package)", _distinct(records, "code", 12)],
-            ["base (sha256 of the weights)", _distinct(records, "base", 16)],
-            ["rule files (sha256)", ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(rules))],
-            [
-                "records without digests of base, data and rules",
-                f"{old} (made by an earlier version)" if old else "",
-            ],
-            ["devices", _distinct(records, "device")],
-        ]
-        return "## Runs\n\n" + markdown_table(["", ""], [row for row in rows if row[1]])
+        rows = {
+            "runs": f"{len(records) - len(tests)} to tune, {len(tests)} to test",
+            "tests not done": self._not_done() if tests else "",
+            "hours": f"{hours(records):.1f}{budget}",
+            "settings of every run": _settings(protocol.run),
+            "protocol": f"sha256 {protocol.digest[:16]}",
+            "respelled from protocol": ", ".join(digest[:16] for digest in protocol.respelled_from),
+            "protocol committed in": _committed(tests),
+            "records made under protocol": self._distinct("protocol", 16),
+            "code (sha256 of the package)": self._distinct("code", 12),
+            "base (sha256 of the weights)": self._distinct("base", 16),
+            "rule files (sha256)": ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(rules)),
+        }
+        if old := len(old_records(records)):
+            label = "records without digests of base, data and rules"
+            rows[label] = f"{old} (made by an earlier version)"
+        rows["devices"] = self._distinct("device")
+        return "## Runs\n\n" + markdown_table(["", ""], [row for row in rows.items() if row[1]])
+
+    def _not_done(self) -> str:
+        """Returns the tests at chosen rates without a record."""
+        protocol, records = self._protocol, self._records
+        several = len(protocol.tasks) * len(protocol.models) > 1
+        return "; ".join(
+            f"{run.cell.method}{f' on {run.cell.task}' if several else ''} at x {run.multiple:g}, seed {run.seed}"
+            for run in wanted(protocol, records)
+            if run.stage == "test" and run.id not in records
+        )
+
+    def _distinct(self, name: str, length: int = 200) -> str:
+        records = self._records.values()
+        return ", ".join(sorted({str(record[name])[:length] for record in records if record.get(name)}))
 
     def methods(self) -> str:
         """Returns the methods with their settings."""
@@ -167,42 +180,33 @@ class _Tables:
     def learning_rates(self) -> str:
         """Returns the costs by which each method's rate was chosen."""
 
-        def table(group: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
+        def table(group: Group) -> Table:
             rates = sorted({rate for result in group for rate in result.tuning.rates})
             rows = [
-                [
-                    result.cell.method,
-                    *(_tuned(result.tuning, rate) for rate in rates),
-                    "yes" if result.tuning.at_edge else "",
-                ]
-                for result in group
+                [r.cell.method, *(_tuned(r.tuning, rate) for rate in rates), "yes" * r.tuning.at_edge]
+                for r in group
             ]
             return ["method", *(f"{rate:g}" for rate in rates), "at an end"], rows
 
-        seeds = ", ".join(map(str, self._protocol.tuning_seeds))
-        chosen = (
-            f"Final validation {self._metric}, mean over tuning seeds {seeds}; the chosen rate is bold."
-        )
-        return self._section(f"## Learning rates\n\n{chosen}", table)
+        text = f"Final validation {self._metric}, mean over tuning seeds {self._seeds}; the chosen rate is bold."
+        return self._section(f"## Learning rates\n\n{text}", table)
 
     def common_rates(self) -> str:
         """Returns the differences from the baseline at each learning rate that both were tuned at."""
         protocol = self._protocol
 
-        def table(group: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
+        def table(group: Group) -> Table:
             (baseline,) = (result for result in group if result.cell.method == protocol.baseline)
             by_method = {r.cell.method: common_rates(r, baseline) for r in group if r is not baseline}
             rates = sorted({rate for common in by_method.values() for rate in common})
             heads = [f"**{rate:g}**" if rate == baseline.tuning.chosen else f"{rate:g}" for rate in rates]
-            rows = [
-                [method, *(_common(common.get(r)) for r in rates)] for method, common in by_method.items()
-            ]
+            rows = [[name, *(_common(common.get(r)) for r in rates)] for name, common in by_method.items()]
             return ["method", *heads], rows if rates else []
 
         text = (
             "## Differences at each common rate\n\n"
             f"Validation {self._metric} of a method minus that of `{protocol.baseline}` at the "
-            f"same learning rate, over tuning seeds {', '.join(map(str, protocol.tuning_seeds))}; the "
+            f"same learning rate, over tuning seeds {self._seeds}; the "
             "baseline's best rate is bold. In brackets: the feature movement of the method's gates over "
             "that of the baseline's. A method that moves them farther trains at a higher effective rate, "
             "which by itself lowers the loss below the best rate and raises it above."
@@ -212,7 +216,7 @@ class _Tables:
     def tests(self) -> str:
         """Returns the measures at the chosen rates."""
 
-        def table(group: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
+        def table(group: Group) -> Table:
             others = others_of(self._protocol.metric)
             names = [name for name in others if any(result.measured(name) for result in group)]
             heads = ["method", "rate", "parameters", "seeds", "diverged", self._metric, "deviation"]
@@ -249,61 +253,46 @@ class _Tables:
 
     def other_measures(self) -> str:
         """Returns the comparisons by the secondary measures of the test items."""
-        rows = self._brief("other", "measure")
-        return f"## Paired differences of secondary measures\n\n{rows}" if rows else ""
+        return self._brief("other", "measure", "## Paired differences of secondary measures")
 
     def multiples(self) -> str:
         """Returns the test costs at multiples of the chosen rates, and their differences."""
         factors = sorted(self._protocol.test_multiples)
-        if len(factors) < 2:
-            return ""
 
-        def table(group: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
+        def table(group: Group) -> Table:
             rows = [
                 [r.cell.method, *(f"{number(mean_of(r.losses(m)))} ({r.diverged(m)})" for m in factors)]
                 for r in group
                 if r.tests
             ]
-            return ["method", *(f"x {m:g}" for m in factors)], rows
+            return ["method", *(f"x {m:g}" for m in factors)], rows if len(factors) > 1 else []
 
         title = f"Mean test {self._metric} at multiples of the chosen rate (runs that diverged)."
-        differences = self._brief("multiple", "rate")
-        more = (
-            f"Paired differences of the test {self._metric} there:\n\n{differences}" if differences else ""
-        )
+        more = self._brief("multiple", "rate", f"Paired differences of the test {self._metric} there:")
         return self._section(f"## Above the chosen rate\n\n{title}", table, more)
 
     def probes(self) -> str:
         """Returns the changes of the loss on other data, and their differences."""
         names = list(self._protocol.probes)
-        if not names:
-            return ""
 
-        def table(group: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
+        def table(group: Group) -> Table:
             finite = [(result.cell.method, list(result.finite().values())) for result in group]
             rows = [[method, *(_probe(tests, name) for name in names)] for method, tests in finite if tests]
-            return ["method", *names], rows
+            return ["method", *names], rows if names else []
 
         title = "Loss on data that was not trained on: before training, and the mean change."
-        differences = self._brief("probe", "data")
-        more = f"Paired differences of these changes:\n\n{differences}" if differences else ""
+        more = self._brief("probe", "data", "Paired differences of these changes:")
         return self._section(f"## Other data\n\n{title}", table, more)
 
-    def _section(
-        self,
-        text: str,
-        table: Callable[[Sequence[MethodResult]], tuple[list[str], list[list[str]]]],
-        more: str = "",
-    ) -> str:
-        """Returns a text with the table (heads and rows) of each task and model; "" if all are empty."""
-        parts = []
-        for (task, model), group in by_task(self._results).items():
-            heads, rows = table(group)
-            if rows:
-                parts.append(f"### {task}, {model}\n\n{markdown_table(heads, rows)}")
-        if not parts:
-            return ""
-        return "\n\n".join([text, *parts, *filter(None, [more])])
+    def _section(self, text: str, table: Callable[[Group], Table], more: str = "") -> str:
+        """Returns a text with the table of each task and model; "" if all are empty."""
+        made = {place: table(group) for place, group in by_task(self._results).items()}
+        parts = [
+            f"### {task}, {model}\n\n{markdown_table(heads, rows)}"
+            for (task, model), (heads, rows) in made.items()
+            if rows
+        ]
+        return "\n\n".join([text, *parts, *filter(None, [more])]) if parts else ""
 
     def _explained(self) -> str:
         protocol, compared = self._protocol, self._compared
@@ -325,7 +314,11 @@ class _Tables:
         )
 
     def _primary_row(self, comparison: MethodComparison) -> list[str]:
-        p = comparison.paired
+        p, margin, needed = comparison.paired, "-", "-"
+        if p.margin > 0:
+            share = f"{p.margin / comparison.gain:.1%}" if comparison.gain > 0 else "no gain"
+            margin = f"{p.margin:.3g} ({share})"
+            needed = str(p.seeds_needed or "over 10,000") if p.n > 1 else "-"
         return [
             *self._brief_row(comparison),
             p_value(p.wilcoxon_p, comparison.wilcoxon_holm),
@@ -333,8 +326,8 @@ class _Tables:
             number(p.effect, 2),
             "yes" if p.equivalent else "no",
             number(p.deviation),
-            "-" if p.n < 2 or not p.margin > 0 else str(p.seeds_needed or "over 10,000"),
-            _margin(p.margin, comparison.gain),
+            needed,
+            margin,
         ]
 
     def _brief_row(self, comparison: MethodComparison) -> list[str]:
@@ -344,25 +337,14 @@ class _Tables:
         difference = [str(p.n), signed(p.mean), interval, f"{p.better}/{p.n}"]
         return [cell.method, comparison.other, task, *difference, p_value(p.t_p, comparison.t_holm)]
 
-    def _brief(self, kind: str, lead: str) -> str:
-        """Returns the comparisons of one kind of measure with intervals; "" without any."""
+    def _brief(self, kind: str, lead: str, text: str) -> str:
+        """Returns a text with the comparisons of one kind of measure with intervals; "" without any."""
         compared = [comparison for comparison in self._compared if comparison.measure.kind == kind]
         rows = [[comparison.measure.label, *self._brief_row(comparison)] for comparison in compared]
-        return markdown_table([lead, *_BRIEF], rows) if rows else ""
+        return f"{text}\n\n{markdown_table([lead, *_BRIEF], rows)}" if rows else ""
 
 
 # ---------------------------------------------------------------- cells
-
-
-def _not_done(protocol: Protocol, records: Mapping[str, Record]) -> str:
-    """Returns the tests at chosen rates without a record."""
-    missing = [run for run in wanted(protocol, records) if run.stage == "test" and run.id not in records]
-    several = len(protocol.tasks) * len(protocol.models) > 1
-    names = [
-        f"{run.cell.method}{f' on {run.cell.task}' if several else ''} at x {run.multiple:g}, seed {run.seed}"
-        for run in missing
-    ]
-    return "; ".join(names)
 
 
 def _committed(tests: Sequence[Record]) -> str:
@@ -370,15 +352,7 @@ def _committed(tests: Sequence[Record]) -> str:
         return "not yet tested"
     commits = sorted({str(record["commit"])[:12] for record in tests if record.get("commit")})
     outside = sum(not record.get("commit") for record in tests)
-    if outside:
-        commits.append(f"no repository ({outside} tests)")
-    return ", ".join(commits)
-
-
-def _distinct(records: Mapping[str, Record], name: str, length: int = 200) -> str:
-    return ", ".join(
-        sorted({str(record[name])[:length] for record in records.values() if record.get(name)})
-    )
+    return ", ".join([*commits, *([f"no repository ({outside} tests)"] if outside else [])])
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
@@ -388,11 +362,8 @@ def _settings(settings: Mapping[str, Any]) -> str:
       >>> _settings({"lora": {"dora": True, "init": "pissa"}})
       '`lora.dora = true`, `lora.init = "pissa"`'
     """
-    texts = (
-        f"`{name} = {json.dumps(value, ensure_ascii=False, default=str)}`"
-        for name, value in dotted(settings)
-    )
-    return ", ".join(text.replace("|", "\\|") for text in texts)
+    texts = {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in dotted(settings)}
+    return ", ".join(f"`{name} = {text}`".replace("|", "\\|") for name, text in texts.items())
 
 
 def _tuned(grid: Tuning, rate: float) -> str:
@@ -411,31 +382,19 @@ def _common(common: tuple[float, float | None] | None) -> str:
 
 
 def _test_row(result: MethodResult, names: Sequence[str]) -> list[str]:
-    losses, finite = result.losses(), list(result.finite().values())
-    movement = [
-        mean_of([v for record in finite if (v := last(record, name)) is not None]) for name in _MOVEMENT
-    ]
+    losses, finite, tests = result.losses(), list(result.finite().values()), list(result.tests.values())
     return [
         result.cell.method,
         f"{result.tuning.chosen:g}",
-        f"{next(iter(result.tests.values()))['parameters']:,}",
+        f"{tests[0]['parameters']:,}",
         str(len(losses)),
         str(result.diverged()),
         number(mean_of(losses)),
         number(deviation(losses)),
         *(number(mean_of(result.measured(name)), 4 if name == "loss" else 3) for name in names),
-        *(number(value) for value in movement),
-        number(mean_of([float(record["seconds"]) for record in result.tests.values()]), 0),
+        *(number(mean_of(last_of(finite, name))) for name in _MOVEMENT),
+        number(mean_of([float(record["seconds"]) for record in tests]), 0),
     ]
-
-
-def _margin(margin: float, gain: float) -> str:
-    """Returns a margin and its share of the training gain."""
-    if not margin > 0:
-        return "-"
-    if not gain > 0:
-        return f"{margin:.3g} (no gain)"
-    return f"{margin:.3g} ({margin / gain:.1%})"
 
 
 def _probe(records: Sequence[Record], name: str) -> str:
@@ -477,15 +436,15 @@ def status(protocol: Protocol) -> str:
     """
     store = Records(protocol.folder)
     records = checked_records(protocol, store)
-    runs = wanted(protocol, records)
+    runs, grids = wanted(protocol, records), {c: tuning(protocol, c, records) for c in cells(protocol)}
     left = [run for run in runs if run.id not in records]
-    busy = [run for run in left if store.claimed(run.id)]
-    untuned = [cell for cell in cells(protocol) if tuning(protocol, cell, records).chosen is None]
-    later = len(untuned) * len(protocol.test_seeds) * len(protocol.test_multiples)
+    busy = sum(store.claimed(run.id) for run in left)
+    untuned = sum(grid.chosen is None for grid in grids.values())
+    later = untuned * len(protocol.test_seeds) * len(protocol.test_multiples)
     spent = hours(records)
     lines = [
         f"{protocol.path}: {protocol.question}",
-        f"runs: {len(runs) - len(left)} done, {len(busy)} in progress, {len(left) - len(busy)} to do"
+        f"runs: {len(runs) - len(left)} done, {busy} in progress, {len(left) - busy} to do"
         + (f", and {later} tests once their learning rates are chosen" if later else ""),
         f"time: {spent:.1f} h spent"
         + (f" of {protocol.budget_hours:g} h" if protocol.budget_hours else "")
@@ -493,17 +452,12 @@ def status(protocol: Protocol) -> str:
     ]
     if protocol.metric != "loss":
         lines.append(f"{named(protocol.metric)} on the validation items:")
-    lines += [_cell(cell, protocol, records) for cell in cells(protocol)]
-    foreign = records.keys() - {run.id for run in runs}
-    if foreign:
+    for cell, grid in grids.items():
+        costs = {rate: "-" if cost is None else f"{cost:.4f}" for rate, cost in grid.costs.items()}
+        chosen = f"; chosen {grid.chosen:g}" if grid.chosen else ""
+        end = " (at an end of the grid)" if grid.at_edge else ""
+        listed = ", ".join(f"{rate:g}: {cost}" for rate, cost in costs.items())
+        lines.append(f"  {' '.join(cell)}: {listed}{chosen}{end}")
+    if foreign := records.keys() - {run.id for run in runs}:
         lines.append(f"{len(foreign)} records belong to no run of this protocol")
     return "\n".join(lines)
-
-
-def _cell(cell: Cell, protocol: Protocol, records: dict[str, Record]) -> str:
-    grid = tuning(protocol, cell, records)
-    losses = ", ".join(
-        f"{rate:g}: {'-' if loss is None else f'{loss:.4f}'}" for rate, loss in grid.costs.items()
-    )
-    chosen = f"; chosen {grid.chosen:g}" if grid.chosen else ""
-    return f"  {' '.join(cell)}: {losses}{chosen}{' (at an end of the grid)' if grid.at_edge else ''}"

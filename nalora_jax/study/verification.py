@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.study.execution import perform
+from nalora_jax.study.execution import perform_all
 from nalora_jax.study.plan import Run, wanted
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.provenance import checked_records, describe_old
@@ -55,9 +55,13 @@ def verify_records(protocol: Protocol, *, count: int = 3, seed: int | None = Non
     lines = []
     for run in random.Random(seed).sample(ours, min(count, len(ours))):
         with tempfile.TemporaryDirectory() as folder:
-            repeated = exact_values(perform(run, resources, Path(folder) / "snapshot.npz"))
-        _compare(run, records[run.id], repeated)
-        lines += _described(run, records[run.id], repeated)
+            (made,) = perform_all([run], resources, [Path(folder) / "snapshot.npz"])
+        record, repeated = records[run.id], exact_values(made)
+        _compare(run, record, repeated)
+        for name in ("validation", "test"):
+            if name in record:
+                then, now = record[name]["loss"], repeated[name]["loss"]
+                lines.append(f"{run}: {name} loss {then} in the record, {now} now")
     if len(ours) < len(finished):
         lines.append(f"drawn from the {len(ours)} of {len(finished)} runs that were recorded on {here}")
     if note := describe_old(records):
@@ -132,12 +136,3 @@ def _agree(record: Any, repeated: Any, place: str, size: int) -> bool:
     else:
         tolerance = TOLERANCE
     return abs(record - repeated) <= tolerance
-
-
-def _described(run: Run, record: Record, repeated: Record) -> list[str]:
-    losses = {
-        name: (record[name]["loss"], repeated[name]["loss"])
-        for name in ("validation", "test")
-        if name in record
-    }
-    return [f"{run}: {name} loss {then} in the record, {now} now" for name, (then, now) in losses.items()]

@@ -70,11 +70,6 @@ def stack(runs: Sequence[Any], shapes: Shapes, places: Any) -> Any:
     return trees.map_named(join, places)
 
 
-def take(states: Any, index: jax.Array) -> Any:
-    """Returns the state of one run, still padded."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), states)
-
-
 def batch_of(rows: Sequence[Mapping[str, np.ndarray]], mesh: Mesh) -> dict[str, jax.Array]:
     """Returns global arrays ``[runs, accumulate, rows, ...]`` of the host batches of all runs.
 
@@ -136,10 +131,8 @@ class SweepProgram:
         runs = [*runs, *[runs[-1]] * max(0, slots - len(runs))]
         first = runs[0]
         self.runs, self.mesh = tuple(runs), first.mesh
-        self._spec, self._shapes = (
-            widest([run.spec for run in runs]),
-            common_shapes([run.state for run in runs]),
-        )
+        self._spec = widest([run.spec for run in runs])
+        self._shapes = common_shapes([run.state for run in runs])
         padded = trees.map_named(
             lambda path, x: jax.ShapeDtypeStruct(self._shapes[path], x.dtype), first.state
         )
@@ -155,7 +148,11 @@ class SweepProgram:
             self.params, of_params = {"params": weights}, {"params": axes}
         self._compiled = step_of_runs(self._one, self.mesh, self._places, of_params)
         self._trains = lru_cache(maxsize=2)(self._trained)  # changes when a run ends
-        self._take = jax.jit(take, out_shardings=self._solo)
+        taken = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+        self._take: Any = jax.jit(
+            lambda states, index: jax.tree.map(lambda leaf: taken(leaf, index), states),
+            out_shardings=self._solo,
+        )
         self._measure: Any = jax.jit(jax.vmap(self._metrics_of_one), out_shardings=self._by_run)
 
     def begin(self, states: Sequence[TrainState]) -> TrainState:
@@ -287,11 +284,6 @@ class RunLoop:
         self._batches = batches
         self._batch: Mapping[str, np.ndarray] | None = None
         self._measured: tuple[Callable[[], list[dict[str, Any]]], int] = list, 0
-
-    @property
-    def interrupted(self) -> bool:
-        """True if a stop request ended the run."""
-        return self.follower.result.interrupted
 
     def batch(self) -> Mapping[str, np.ndarray]:
         """Returns the next batch; of a run that has ended, the last one again."""
