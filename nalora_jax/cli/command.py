@@ -121,7 +121,7 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
         if names and trains:
             words = [*words, "--imports", *names]
         usage.check_flags(name, verb.arguments, words)
-    start = {"default": parser.defaults(words)} if trains else {}
+    start: dict[str, Any] = {"default": parser.defaults(words)} if trains else {}
     with contextlib.nullcontext() if asked else usage.one_line_errors(name):
         args: Any = tyro.cli(
             verb.arguments,

@@ -6,6 +6,7 @@ They are drawn within `nalora_jax.report.drawing.style`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -25,97 +26,112 @@ from nalora_jax.report.history import REGIONS, Histograms, History
 
 Plot = Callable[[History], str | None]
 MAP_COLUMNS = 160  # maximum steps drawn in a heat map
+_LINES = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")
+_MOST_TICKS = 7
 
 
-def held_out_loss(history: History) -> str | None:
+def _plot(
+    name: str, title: str, ylabel: str, *, xlabel: str = "step", zero: bool = False
+) -> Callable[[Callable[[History, Any], str | None]], Plot]:
+    """Makes a plot of a function that draws on one pair of axes and returns the unit of y if it differs.
+
+    There is no plot if nothing was drawn, and no legend if no line has a label.
+
+    Args:
+      name: of the figure in the page.
+      title: text for screen readers.
+      ylabel, xlabel: of the axes.
+      zero: True if the y axis starts at 0.
+    """
+
+    def of(draw: Callable[[History, Any], str | None]) -> Plot:
+        @wraps(draw)
+        def plot(history: History) -> str | None:
+            figure, axis = new_figure()
+            label = draw(history, axis) or ylabel
+            if not axis.has_data():
+                return None
+            axis.set(xlabel=xlabel, ylabel=label)
+            if zero:
+                axis.set_ylim(bottom=0)
+            if axis.get_legend_handles_labels()[1]:
+                legend(axis)
+            return to_svg(figure, name, title.format(label=label))
+
+        return plot
+
+    return of
+
+
+@_plot("held-out-loss", "Held-out loss over the steps", "loss per completion token")
+def held_out_loss(history: History, axis: Any) -> None:
     """Plots the held-out loss by evaluation."""
     steps, values = history.eval_column("loss")
-    if not np.isfinite(values).any():
-        return None
-    figure, axis = new_figure()
-    axis.plot(steps, values, "o-", color=COLOURS["c2"], markersize=4.5)
-    axis.set(xlabel="step", ylabel="loss per completion token")
-    return to_svg(figure, "held-out-loss", "Held-out loss over the steps")
+    if np.isfinite(values).any():
+        axis.plot(steps, values, "o-", color=COLOURS["c2"], markersize=4.5)
 
 
-def metric(history: History) -> str | None:
+@_plot("metric", "Held-out {label} over the steps", "")
+def metric(history: History, axis: Any) -> str | None:
     """Plots the headline metric with its 95% interval by evaluation, and the initial value."""
-    if history.metric is None or len(history.scores) < 2:
-        return None
-    _, name, _ = history.metric
     scores = history.scores
-    steps, values = [s.step for s in scores], np.array([s.value for s in scores])
-    figure, axis = new_figure()
+    if history.metric is None or len(scores) < 2:
+        return None
+    name = history.metric[1]
     before = "before training, same examples"  # not the headline metric's
-    axis.axhline(values[0], color=COLOURS["muted"], linewidth=1.2, linestyle="--", label=before)
-    bounded = [s for s in scores if s.low is not None and s.high is not None]
+    axis.axhline(scores[0].value, color=COLOURS["muted"], linewidth=1.2, linestyle="--", label=before)
+    bounded = [(s.step, s.low, s.high) for s in scores if s.low is not None and s.high is not None]
     if bounded:
-        axis.vlines(
-            [s.step for s in bounded],
-            [s.low for s in bounded],
-            [s.high for s in bounded],
-            color=COLOURS["c2"],
-            linewidth=1.4,
-            label="95% interval",
-        )
-    axis.plot(steps, values, "o-", color=COLOURS["c2"], markersize=5, label=name)
-    axis.set(xlabel="step", ylabel=name)
-    legend(axis)
-    return to_svg(figure, "metric", f"Held-out {name} over the steps")
+        ends = zip(*bounded, strict=True)
+        axis.vlines(*ends, color=COLOURS["c2"], linewidth=1.4, label="95% interval")
+    line = [s.step for s in scores], [s.value for s in scores]
+    axis.plot(*line, "o-", color=COLOURS["c2"], markersize=5, label=name)
+    return name
 
 
-def rewards(history: History) -> str | None:
+@_plot("rewards", "Rewards of chosen and rejected responses over the steps", "reward")
+def rewards(history: History, axis: Any) -> None:
     """Plots preference tuning: rewards of chosen and rejected completions, and held-out margin."""
     steps, margin = history.column("rewards_margin")
     eval_steps, held_out = history.eval_column("rewards_margin")
     if not margin.size and not held_out.size:
-        return None
-    figure, axis = new_figure()
+        return
     for name, colour in (("chosen", "c1"), ("rejected", "c3")):
-        at, values = history.column(f"rewards_{name}")
-        axis.plot(at, values, color=COLOURS[colour], linewidth=1.4, label=name)
+        line = history.column(f"rewards_{name}")
+        axis.plot(*line, color=COLOURS[colour], linewidth=1.4, label=name)
     axis.plot(steps, margin, color=COLOURS["muted"], linewidth=1.2, linestyle="--", label="margin")
     if held_out.size:
         axis.plot(eval_steps, held_out, "o-", color=COLOURS["c2"], markersize=4.5, label="held-out margin")
-    axis.set(xlabel="step", ylabel="reward")
-    legend(axis)
-    return to_svg(figure, "rewards", "Rewards of chosen and rejected responses over the steps")
 
 
-def sampled_rewards(history: History) -> str | None:
+@_plot("sampled-rewards", "Rewards of samples over the steps", "reward")
+def sampled_rewards(history: History, axis: Any) -> None:
     """Plots a run with rewards: mean and standard deviation of the sum, and the means of several rewards."""
     steps, total = history.column("reward")
     deviation = history.column("reward_std")[1]
     if not np.isfinite(total).any() or len(deviation) != len(total):
-        return None
+        return
     logged = {name for record in history.steps for name in record if name.startswith("reward_")}
     several = sorted(name for name in logged if f"{name}_std" in logged)
-    figure, axis = new_figure()
-    at, low, high = *thin(steps, total - deviation), thin(steps, total + deviation)[1]
+    at, low, high, mean = thin(steps, total - deviation, total + deviation, total)
     axis.fill_between(at, low, high, color=COLOURS["c1"], alpha=0.2, linewidth=0)
-    axis.plot(*thin(steps, total), color=COLOURS["c1"], label="reward")
+    axis.plot(at, mean, color=COLOURS["c1"], label="reward")
     for name, colour in zip(several if len(several) > 1 else [], _LINES[1:], strict=False):
         label = name.removeprefix("reward_").replace("_", " ")
         axis.plot(*thin(*history.column(name)), color=COLOURS[colour], linewidth=1.2, label=label)
-    axis.set(xlabel="step", ylabel="reward")
-    legend(axis)
-    return to_svg(figure, "sampled-rewards", "Rewards of samples over the steps")
 
 
-def misalignment(history: History) -> str | None:
+@_plot("misalignment", "Misalignment and its linear limit over the steps", "whole model")
+def misalignment(history: History, axis: Any) -> None:
     """Plots the model's misalignment and its linear limit, with their difference shaded."""
     steps, values = history.column("misalignment")
     limit_steps, limit = history.column("misalignment_limit")
     if not np.isfinite(values).any():
-        return None
-    figure, axis = new_figure()
+        return
     if np.array_equal(limit_steps, steps) and np.isfinite(limit).any():
         axis.fill_between(steps, limit, values, color=COLOURS["c1"], alpha=0.2, linewidth=0, label="excess")
         axis.plot(*thin(steps, limit), "--", color=COLOURS["c3"], label="linear limit (dz → 0)")
     axis.plot(*thin(steps, values), color=COLOURS["c1"], label="misalignment E|S| / E|F|")
-    axis.set(xlabel="step", ylabel="whole model")
-    legend(axis)
-    return to_svg(figure, "misalignment", "Misalignment and its linear limit over the steps")
 
 
 def misalignment_map(history: History) -> str | None:
@@ -140,17 +156,18 @@ def excess_map(history: History) -> str | None:
     )
 
 
-def feature(history: History) -> str | None:
+@_plot("feature", "Feature movement over the steps", "feature movement E|F|", zero=True)
+def feature(history: History, axis: Any) -> None:
     """Plots the adapters' change of the gate, E|F|, over the steps: mean and range over layers."""
     steps, values = history.layers("feature")
     if values.ndim != 2 or not np.isfinite(values).any():
-        return None
-    figure, axis = new_figure()
-    _band(axis, steps, values, "c3", "mean over layers", "lowest to highest layer")
-    axis.set(xlabel="step", ylabel="feature movement E|F|")
-    axis.set_ylim(bottom=0)
-    legend(axis)
-    return to_svg(figure, "feature", "Feature movement over the steps")
+        return
+    finite = np.isfinite(values).any(axis=1)
+    steps, values = thin(steps[finite], values[finite])
+    low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
+    label = "lowest to highest layer"
+    axis.fill_between(steps, low, high, color=COLOURS["c3"], alpha=0.2, linewidth=0, label=label)
+    axis.plot(steps, np.nanmean(values, axis=1), color=COLOURS["c3"], label="mean over layers")
 
 
 def importance(history: History) -> str | None:
@@ -198,18 +215,16 @@ def occupancy(history: History) -> str | None:
     return to_svg(figure, "occupancy", "Region occupancy of every layer at the first and the last step")
 
 
-def step_scale(history: History) -> str | None:
+@_plot("scale", "Range of the step scale of every layer", "step scale", xlabel="layer")
+def step_scale(history: History, axis: Any) -> None:
     """Plots the range of the step scale over each layer's channels at the last log step."""
     steps, low = history.layers("step_scale_min")
     _, high = history.layers("step_scale_max")
     if low.ndim != 2 or low.shape != high.shape or not np.isfinite(low).any():
-        return None
-    figure, axis = new_figure()
-    layers = np.arange(low.shape[1])
+        return
     axis.axhline(1, color=COLOURS["muted"], linewidth=1.2, linestyle="--")
-    axis.vlines(layers, low[-1], high[-1], color=COLOURS["c2"], linewidth=4)
-    axis.set(xlabel="layer", ylabel="step scale", title=f"lowest to highest channel, step {steps[-1]:.0f}")
-    return to_svg(figure, "scale", "Range of the step scale of every layer")
+    axis.vlines(np.arange(low.shape[1]), low[-1], high[-1], color=COLOURS["c2"], linewidth=4)
+    axis.set_title(f"lowest to highest channel, step {steps[-1]:.0f}")
 
 
 def stacked_bars(axis: Any, occupancy: np.ndarray, colours: tuple[str, ...] = REGION_COLOURS) -> None:
@@ -226,48 +241,23 @@ def stacked_bars(axis: Any, occupancy: np.ndarray, colours: tuple[str, ...] = RE
 
 
 def _line(name: str, label: str, colour: str, *, zero: bool = False, noisy: bool = False) -> Plot:
-    """Returns the plot of a scalar of the log steps; with ``zero`` its axis starts at 0."""
+    """Returns the plot of a scalar of the log steps; with ``zero`` its axis starts at 0.
 
-    def draw(history: History) -> str | None:
+    A noisy scalar is a faint line, with its running mean as a strong line unless there are too few values.
+    """
+
+    @_plot(name.replace("_", "-"), f"{label} over the steps", label, zero=zero)
+    def draw(history: History, axis: Any) -> None:
         steps, values = history.column(name)
+        window = max(len(values) // 20, 1) if noisy else 1
         if not np.isfinite(values).any():
-            return None
-        figure, axis = new_figure()
-        if noisy:
-            _noisy_line(axis, steps, values, colour, label)
-        else:
-            axis.plot(*thin(steps, values), color=COLOURS[colour])
-        axis.set(xlabel="step", ylabel=label)
-        if zero:
-            axis.set_ylim(bottom=0)
-        return to_svg(figure, name.replace("_", "-"), f"{label} over the steps")
+            return
+        if window > 1:
+            axis.plot(*thin(steps, values), color=COLOURS[colour], alpha=0.35, linewidth=1)
+            values = smooth(values, window)
+        axis.plot(*thin(steps, values), color=COLOURS[colour])
 
     return draw
-
-
-def _noisy_line(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
-    """Draws the values as a faint line, and their running mean as a strong line.
-
-    The mean is left out if there are too few values.
-    """
-    window = max(len(values) // 20, 1)
-    if window > 1:
-        axis.plot(*thin(steps, values), color=COLOURS[colour], alpha=0.35, linewidth=1)
-        axis.plot(
-            *thin(steps, smooth(values, window)), color=COLOURS[colour], label=f"{label} (mean of {window})"
-        )
-    else:
-        axis.plot(steps, values, color=COLOURS[colour], label=label)
-
-
-def _band(
-    axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, label: str, range_label: str
-) -> None:
-    finite = np.isfinite(values).any(axis=1)
-    steps, values = thin(steps[finite], values[finite])
-    low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
-    axis.fill_between(steps, low, high, color=COLOURS[colour], alpha=0.2, linewidth=0, label=range_label)
-    axis.plot(steps, np.nanmean(values, axis=1), color=COLOURS[colour], label=label)
 
 
 def _heat_maps(maps: list[tuple[str, np.ndarray, np.ndarray]], name: str, label: str) -> str:
@@ -312,9 +302,6 @@ def _colour_bar(figure: Any, image: Any, axes: Any) -> None:
 
 
 # ---------------------------------------------------------------- adapters and factors
-
-_LINES = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")
-_MOST_TICKS = 7
 
 
 def histogram(history: History, mechanism: str) -> str | None:

@@ -46,7 +46,7 @@ class Items:
     digest: str  # changes if the items change
     count: int
     config: RunConfig  # of a run that asks them
-    asked: Sequence[Any] = ()
+    asked: Any = ()
 
     @property
     def digests(self) -> dict[str, str]:
@@ -112,10 +112,9 @@ class Language(Subject):
         compute, added = config.compute, AddedTokens.of(config.data)
 
         def load() -> LoadedModel:
-            mesh, options = distributed.smallest_mesh(config.mesh), {"quantized": compute.quantized}
-            return with_added(
-                load_model(_files(config), dtype=compute.dtype, mesh=mesh, **options), added, mesh
-            )
+            mesh = distributed.smallest_mesh(config.mesh)
+            options: dict[str, Any] = {"mesh": mesh, "quantized": compute.quantized}
+            return with_added(load_model(_files(config), dtype=compute.dtype, **options), added, mesh)
 
         weights = config.model, config.rope_scaling, compute.dtype, compute.quantized
         return self.once(("model", *weights, config.mesh, added), load)

@@ -71,7 +71,8 @@ def _grid(name: str, panels: Panels, cell_results: Sequence[MethodResult], marks
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[len(groups) :]:
         axis.remove()
-    drawn, legend = False, {}
+    drawn = False
+    legend: dict[str, Any] = {}
     for axis, ((task, model), group) in zip(axes, groups.items(), strict=False):
         lines = {result.cell.method: line for result in group if (line := panels.points(result))}
         for method, line in lines.items():

@@ -69,6 +69,11 @@ class Resources(Subject):
         log.info("%s", fits.describe(capacity))
         return replace(fits, layout=replace(fits.layout, runs_per_device=0), capacity=capacity)
 
+    def capacity(self, run: Run) -> int:
+        """Returns the number of runs of this model that train at the same time."""
+        fits = self.fitting(run)
+        return 1 if fits is None else fits.capacity
+
     def placed(self, run: Run) -> Run:
         """Returns the run on the mesh of programs of several runs, if there are any."""
         fits = self.fitting(run)
@@ -124,7 +129,10 @@ class Resources(Subject):
         items, folder = {}, self.protocol.folder
         for name, probe in self.protocol.probes.items():
             split = located_from(probe.split, folder)
-            changes = {"dataset": locate_dataset(probe.dataset, folder), "eval_limit": probe.items}
+            changes: dict[str, Any] = {
+                "dataset": locate_dataset(probe.dataset, folder),
+                "eval_limit": probe.items,
+            }
             data = replace(run.config.data, train_split=split, eval_split=split, **changes)
             items[name] = self._drawn(run.config, data, "probe")
         return items

@@ -78,9 +78,9 @@ class Rewards(Language):
     def _sampled(self, items: Items, assembly: Assembly, params: Any, lora: Any) -> dict[str, float]:
         config, loaded, prompts = items.config, self.model(items.config), items.asked
         longest = max(len(prompt.ids) for prompt in prompts)
-        drawn, size = replace(config.rl, samples=_DRAWN), {"prompts": len(prompts), "longest": longest}
-        place = assembly.params, loaded.tokenizer, assembly.mesh
-        samples = Sampler(drawn, assembly.eval_model, *place, seed=_SEED, **size)(lora, 0, prompts)
+        drawn, mesh, count = replace(config.rl, samples=_DRAWN), assembly.mesh, len(prompts)
+        parts = assembly.eval_model, assembly.params, loaded.tokenizer
+        samples = Sampler(drawn, *parts, mesh, count, _SEED, longest)(lora, 0, prompts)
         rewards = rl.weighted_sum(config.rl, samples.rewards).reshape(-1, _DRAWN)
         length = -(-(longest + config.rl.max_new_tokens) // 8) * 8
         ids = [prompt.ids for prompt in prompts for _ in range(_DRAWN)]
