@@ -19,8 +19,6 @@ from nalora_jax.config import check, config_from_dict
 from nalora_jax.errors import NaloraError
 
 with epy.lazy_imports():  # on first use: `nalora report` does not wait for JAX
-    import rich.console
-
     from nalora_jax.cli import dry_run, training
     from nalora_jax.data import chat, sources
     from nalora_jax.data import tokenizer as tokenizers
@@ -224,7 +222,7 @@ def inspect(args: cli.InspectArgs) -> None:
     summary = inspection.inspect_texts(model, texts, max_length=args.max_length, seed=args.seed)
     name = outputs.shown_model(model.located.base, model.located.adapter)
     title = f"{name}: {model.base.config.activation} gates on {len(texts)} texts"
-    rich.console.Console().print(inspection.layer_table(summary, title))
+    print(inspection.layer_table(summary, title))
     if args.picture is not None:
         print(inspection.save_picture(summary, args.picture, title))
 

@@ -59,10 +59,11 @@ def render(
       needle: tables of `nalora_jax.report.sections.read_needle`.
       rollouts: samples by step of `nalora_jax.report.sections.read_rollouts`.
     """
-    config = history.config
+    config, base = history.config, history.header.get("base")
+    model, dataset = config.get("model", "a model"), config.get("data", {}).get("dataset", "a data set")
     return template("page.html.j2").render(
         css=Markup(resource("style.css")),
-        title=_title(config),
+        title=f"{model} on {dataset}",
         status=_status(history),
         tiles=list(sections.tiles(history)),
         headline=sections.headline(history),
@@ -79,15 +80,8 @@ def render(
         layers=_layer_rows(history),
         versions=history.header.get("versions", {}),
         device=history.header.get("device", ""),
-        base=_base(history.header.get("base")),
+        base=Origin.from_dict(base).describe() if base else "",
     )
-
-
-def _base(noted: Mapping[str, Any] | None) -> str:
-    """Returns the base model's file, number formats and digest in one line, as logged."""
-    if not noted:
-        return ""
-    return Origin.from_dict(noted).describe()
 
 
 def _draw(history: History) -> list[tuple[str, list[tuple[str, Markup]]]]:
@@ -101,11 +95,6 @@ def _draw(history: History) -> list[tuple[str, list[tuple[str, Markup]]]]:
             (title, [(name, Markup(svg)) for name, draw in group.items() if (svg := draw(history))])
             for title, group in (("Training", plots.TRAINING), ("Gates", plots.GATES | spreads))
         ]
-
-
-def _title(config: Mapping[str, Any]) -> str:
-    model, dataset = config.get("model", "a model"), config.get("data", {}).get("dataset", "a data set")
-    return f"{model} on {dataset}"
 
 
 def _status(history: History) -> str:

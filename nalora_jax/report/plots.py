@@ -6,7 +6,7 @@ They are drawn within `nalora_jax.report.drawing.style`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -136,24 +136,22 @@ def misalignment(history: History, axis: Any) -> None:
 
 def misalignment_map(history: History) -> str | None:
     """Plots misalignment and its linear limit by layer and step on one colour scale."""
-    steps, values = history.layers("misalignment")
-    limit_steps, limit = history.layers("limit")
-    maps = [("misalignment", steps, values), ("its linear limit", limit_steps, limit)]
+    maps = [
+        ("misalignment", *history.layers("misalignment")),
+        ("its linear limit", *history.layers("limit")),
+    ]
     maps = [panel for panel in maps if panel[2].ndim == 2 and np.isfinite(panel[2]).any()]
-    if not maps:
-        return None
-    return _heat_maps(maps, "map", "Misalignment of every layer over the steps, beside its linear limit")
+    title = "Misalignment of every layer over the steps, beside its linear limit"
+    return _heat_maps(maps, "map", title) if maps else None
 
 
 def excess_map(history: History) -> str | None:
     """Plots misalignment minus its linear limit by layer and step, on a separate colour scale."""
-    steps, values = history.layers("misalignment")
-    limit = history.layers("limit")[1]
+    (steps, values), (_, limit) = history.layers("misalignment"), history.layers("limit")
     if values.ndim != 2 or values.shape != limit.shape or not np.isfinite(values - limit).any():
         return None
-    return _heat_maps(
-        [("", steps, values - limit)], "excess", "Misalignment above its linear limit, of every layer"
-    )
+    title = "Misalignment above its linear limit, of every layer"
+    return _heat_maps([("", steps, values - limit)], "excess", title)
 
 
 @_plot("feature", "Feature movement over the steps", "feature movement E|F|", zero=True)
@@ -185,10 +183,8 @@ def importance(history: History) -> str | None:
     upper.plot(layers, slope[-1], "o-", markersize=3, color=COLOURS["c1"], label=f"step {steps[-1]:.0f}")
     upper.set(ylabel="mean slope E|φ′|")
     legend(upper)
-    for name, label, colour in (
-        ("mask_mean", "mean mask", "c2"),
-        ("favoured", "share of channels with a factor ≥ 1", "c3"),
-    ):
+    shares = ("mask_mean", "mean mask", "c2"), ("favoured", "share of channels with a factor ≥ 1", "c3")
+    for name, label, colour in shares:
         _, values = history.layers(name)
         if values.ndim == 2:
             lower.plot(layers, values[-1], "o-", markersize=3, color=COLOURS[colour], label=label)
@@ -264,35 +260,24 @@ def _heat_maps(maps: list[tuple[str, np.ndarray, np.ndarray]], name: str, label:
     """Draws (title, steps, values [T, L]) side by side on one colour scale."""
     low, high = min(np.nanmin(v) for _, _, v in maps), max(np.nanmax(v) for _, _, v in maps)
     figure, axes = new_figure(4.2, columns=len(maps), sharey=True, squeeze=False)
-    for axis, (title, at, grid) in zip(axes[0], maps, strict=True):
-        image = _heat_map(axis, at, grid, low, high)
+    for axis, (title, steps, values) in zip(axes[0], maps, strict=True):
+        at, values = evenly(steps, values, MAP_COLUMNS)
+        half = 0.5 * (at[-1] - at[0]) / max(len(at) - 1, 1) or 0.5
+        axis.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
+        ends, highest = (at[0] - half, at[-1] + half), high if high > low else low + 1e-6
+        image = _image(axis, values.T, ends, vmin=low, vmax=highest)
         axis.set(title=title, xlabel="step")
     axes[0][0].set_ylabel("layer")
     _colour_bar(figure, image, list(axes[0]))
     return to_svg(figure, name, label)
 
 
-def _heat_map(axis: Any, steps: np.ndarray, values: np.ndarray, low: float, high: float) -> Any:
-    steps, values = evenly(steps, values, MAP_COLUMNS)
-    half = 0.5 * (steps[-1] - steps[0]) / max(len(steps) - 1, 1) or 0.5
-    axis.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
-    ends, highest = (steps[0] - half, steps[-1] + half), high if high > low else low + 1e-6
-    return _image(axis, values.T, ends, vmin=low, vmax=highest)
-
-
 def _image(axis: Any, values: np.ndarray, ends: tuple[float, float], **colours: float) -> Any:
     """Draws values [L, columns], a row for each layer, between both ends of the other axis."""
     axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axis.grid(False)
-    return axis.imshow(
-        values,
-        aspect="auto",
-        origin="lower",
-        interpolation="nearest",
-        extent=(*ends, -0.5, len(values) - 0.5),
-        cmap="viridis",
-        **colours,
-    )
+    options = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "viridis"}
+    return axis.imshow(values, extent=(*ends, -0.5, len(values) - 0.5), **options, **colours)
 
 
 def _colour_bar(figure: Any, image: Any, axes: Any) -> None:
@@ -326,54 +311,31 @@ def histogram(history: History, mechanism: str) -> str | None:
     legend(upper)
     shares = _shares(histograms.counts[-1])[:, bins]
     image = _image(lower, shares, (-0.5, len(at) - 0.5), vmin=0)
-    lower.set(
-        xlabel="factor",
-        ylabel="layer",
-        title=f"share of each layer's channels, step {histograms.steps[-1]:.0f}",
-    )
+    title = f"share of each layer's channels, step {histograms.steps[-1]:.0f}"
+    lower.set(xlabel="factor", ylabel="layer", title=title)
     _label_bins(lower, histograms, bins)
     _colour_bar(figure, image, lower)
-    return to_svg(
-        figure, f"histogram-{mechanism}", f"Factors of {mechanism} over channels, and in every layer"
-    )
+    title = f"Factors of {mechanism} over channels, and in every layer"
+    return to_svg(figure, f"histogram-{mechanism}", title)
 
 
-def adapters(history: History) -> str | None:
-    """Plots adapter norms by kind of module over the steps, and of every layer at the last step."""
-    return _by_module(
-        history.adapters(), "norm", "adapters", "Norms of the adapters over the steps, and of every layer"
-    )
+def _by_module(history: History, name: str, value: str, title: str) -> str | None:
+    """Plots adapters' numbers by kind of module over the steps, and of every layer at the last step.
 
-
-def ranks(history: History) -> str | None:
-    """Plots AdaLoRA's remaining ranks by kind of module over steps, and by layer at the last."""
-    return _by_module(
-        history.adapters("ranks"),
-        "ranks",
-        "ranks",
-        "Ranks that are left over the steps, and to every layer",
-    )
-
-
-def _by_module(
-    numbers: dict[str, tuple[np.ndarray, np.ndarray]], value: str, picture: str, title: str
-) -> str | None:
-    """Plots values [steps, layers] by path, of norms the root of the sum of squares over layers; None without any."""
-    drawn = dict(list(numbers.items())[: 2 * len(_LINES)])
+    All layers together have the sum of the numbers, of norms the root of the sum of squares.
+    """
+    drawn = dict(list(history.adapters(name).items())[: 2 * len(_LINES)])
     if not drawn:
         return None
     figure, (upper, lower) = new_figure(5.0, rows=2)
     for index, (path, (steps, values)) in enumerate(drawn.items()):
-        name = path.replace("layers/", "")
-        line = {
-            "color": COLOURS[_LINES[index % len(_LINES)]],
-            "linestyle": "-" if index < len(_LINES) else "--",
-        }
+        colour, style = COLOURS[_LINES[index % len(_LINES)]], "-" if index < len(_LINES) else "--"
+        line = {"color": colour, "linestyle": style}
         with np.errstate(over="ignore"):  # values of an edited log
             total = np.nansum(values, axis=1)
             if value == "norm":
                 total = np.sqrt(np.nansum(np.square(values), axis=1))
-        upper.plot(*thin(steps, total), label=name, **line)
+        upper.plot(*thin(steps, total), label=path.replace("layers/", ""), **line)
         lower.plot(np.arange(values.shape[1]), values[-1], marker="o", markersize=3, **line)
     upper.set(xlabel="step", ylabel=f"{value}, all layers")
     last = max(steps[-1] for steps, _ in drawn.values())
@@ -382,7 +344,7 @@ def _by_module(
         axis.set_ylim(bottom=0)
     columns = 3 if max(map(len, drawn)) < 24 else 2
     figure.legend(loc="outside upper center", ncols=columns, columnspacing=1, handlelength=1.2)
-    return to_svg(figure, picture, title)
+    return to_svg(figure, name, title)
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
@@ -399,18 +361,13 @@ def _shown(shares: np.ndarray) -> slice:
 
 def _label_bins(axis: Any, histograms: Histograms, bins: slice) -> None:
     """Labels edges between bins as ticks, and the open bins at both ends if they are shown."""
-    edges = {
-        bin_ - bins.start - 0.5: histograms.edges[bin_ - 1] for bin_ in range(max(bins.start, 1), bins.stop)
-    }
+    first = max(bins.start, 1)
+    edges = histograms.edges[first - 1 : bins.stop - 1]
     every = -(-len(edges) // _MOST_TICKS)
     # A tick of 1, if in range, is always shown: multipliers are read relative to it.
-    middle = 0
-    if edges:
-        middle = int(np.argmin(np.abs(np.log(np.maximum(list(edges.values()), 1e-12)))))
-    ticks = {
-        at: f"{edge:.2g}" for index, (at, edge) in enumerate(edges.items()) if (index - middle) % every == 0
-    }
-    axis.set_xticks(list(ticks), list(ticks.values()))
+    middle = int(np.argmin(np.abs(np.log(np.maximum(edges, 1e-12))))) if len(edges) else 0
+    ticks = [index for index in range(len(edges)) if (index - middle) % every == 0]
+    axis.set_xticks([first + i - bins.start - 0.5 for i in ticks], [f"{edges[i]:.2g}" for i in ticks])
 
 
 # ---------------------------------------------------------------- the page's plots, in order
@@ -428,8 +385,18 @@ TRAINING: dict[str, Plot] = {
     "learning_rate": _line("learning_rate", "learning rate", "c1"),
     "speed": _line("tokens_per_second", "tokens per second", "c3", zero=True, noisy=True),
     "gradient": _line("grad_norm", "gradient norm", "c1", zero=True, noisy=True),
-    "adapters": adapters,
-    "ranks": ranks,
+    "adapters": partial(
+        _by_module,
+        name="adapters",
+        value="norm",
+        title="Norms of the adapters over the steps, and of every layer",
+    ),
+    "ranks": partial(
+        _by_module,
+        name="ranks",
+        value="ranks",
+        title="Ranks that are left over the steps, and to every layer",
+    ),
 }
 GATES: dict[str, Plot] = {
     "misalignment": misalignment,
