@@ -111,9 +111,7 @@ def by_task(cell_results: Sequence[MethodResult]) -> dict[tuple[str, str], list[
 
 def named(metric: str) -> str:
     """Returns the label of a metric's cost."""
-    if metric in COSTS:
-        return metric
-    return f"1 - {metric.replace('_', ' ')}"
+    return metric if metric in COSTS else f"1 - {metric.replace('_', ' ')}"
 
 
 def measures(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[Measure]:
@@ -131,9 +129,7 @@ def measures(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[M
 
 
 def _test_cost(metric: str, record: Record) -> float | None:
-    if metric in record["test"]:
-        return cost(metric, record["test"])
-    return None
+    return cost(metric, record["test"]) if metric in record["test"] else None
 
 
 def forgotten(probe: str, record: Record) -> float:
@@ -230,16 +226,12 @@ def common_rates(result: MethodResult, baseline: MethodResult) -> dict[float, tu
 
 def mean_of(values: Sequence[float]) -> float:
     """Returns the mean; NaN without values."""
-    if values:
-        return math.fsum(values) / len(values)
-    return math.nan
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 def deviation(values: Sequence[float]) -> float:
     """Returns the sample standard deviation; NaN for fewer than two values."""
-    if len(values) < 2:
-        return math.nan
-    return float(np.std(values, ddof=1))
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def last_of(records: Iterable[Record], name: str) -> list[float]:

@@ -78,17 +78,13 @@ def _compare(run: Run, record: Record, repeated: Record) -> None:
             if name == "items":
                 now = {item: now.get(item) for item in recorded}
             differences += _differences(recorded, now, name)
+    size = record["validation"].get("n", 0)
     for name in _MEASURED:
-        differences += _differences(
-            record.get(name), repeated.get(name), name, record["validation"].get("n", 0)
-        )
+        differences += _differences(record.get(name), repeated.get(name), name, size)
     if differences:
-        raise NaloraError(
-            f"{run}: {'; '.join(differences[:5])}",
-            expected=f"the record's digests, and its losses within {TOLERANCE:g}",
-            found=f"{len(differences)} differences",
-            remedy=_explained(record, repeated),
-        )
+        where, found = f"{run}: {'; '.join(differences[:5])}", f"{len(differences)} differences"
+        expected = f"the record's digests, and its losses within {TOLERANCE:g}"
+        raise NaloraError(where, expected=expected, found=found, remedy=_explained(record, repeated))
 
 
 def _explained(record: Record, repeated: Record) -> str:

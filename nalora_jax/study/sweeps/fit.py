@@ -43,9 +43,8 @@ class Fitting:
             devices for a mixture of experts, or a group that does not divide a batch.
         """
         if config.mesh.context not in (0, 1):
-            raise NaloraError(
-                "--mesh.context", expected="1 in a sweep, whose rows are whole", found=config.mesh.context
-            )
+            expected = "1 in a sweep, whose rows are whole"
+            raise NaloraError("--mesh.context", expected=expected, found=config.mesh.context)
         where, mesh = of_devices(jax.devices()), config.mesh
         if base is not None and where is not None and mesh.data == mesh.fsdp == mesh.tensor == 0:
             layout = fastest(fitting_sweep(config, base, where, count))
@@ -63,16 +62,14 @@ class Fitting:
         fits = max(1, int((limit - weights / split) / (run / max(mesh.data, 1) / split)))
         requested = mesh.runs_per_device
         if requested > fits:
-            raise NaloraError(
-                "--mesh.runs-per-device",
-                expected=f"at most {fits} runs, which fit in {limit / 1e9:.1f} GB with the base",
-                found=requested,
-            )
+            expected = f"at most {fits} runs, which fit in {limit / 1e9:.1f} GB with the base"
+            raise NaloraError("--mesh.runs-per-device", expected=expected, found=requested)
         per_group = requested or min(fits, math.ceil(count / groups))
-        policies = config.compute.remat, config.compute.experts
-        layout = Layout(
-            mesh.data, mesh.fsdp, mesh.tensor, *policies, run=mesh.run, runs_per_device=per_group
+        policies, sizes = (
+            (config.compute.remat, config.compute.experts),
+            (mesh.data, mesh.fsdp, mesh.tensor),
         )
+        layout = Layout(*sizes, *policies, run=mesh.run, runs_per_device=per_group)
         return cls(layout, groups * per_group, width)
 
     def next(self, left: int) -> int:
@@ -95,12 +92,11 @@ def _check_experts(mesh: MeshConfig) -> None:
     devices, axes = distributed.platform_of().devices, (mesh.data, mesh.fsdp, mesh.tensor)
     if mesh.run in (0, 1) or (mesh.run == devices and max(axes) <= 1 and min(axes) >= 0):
         return
-    raise NaloraError(
-        "--mesh.run",
-        expected="one device a run for mixtures of experts, or all devices for each",
-        found=f"{mesh.run} on {devices} devices (data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor})",
-        remedy=f"use --mesh.run {devices} with the other axes at 0, or --mesh.run 1",
-    )
+    expected = "one device a run for mixtures of experts, or all devices for each"
+    sizes = f"(data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor})"
+    remedy = f"use --mesh.run {devices} with the other axes at 0, or --mesh.run 1"
+    found = f"{mesh.run} on {devices} devices {sizes}"
+    raise NaloraError("--mesh.run", expected=expected, found=found, remedy=remedy)
 
 
 def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
