@@ -78,8 +78,9 @@ def test_a_pair_shares_data_start_and_items(records: list[Record], resources: Re
     np.testing.assert_array_equal(starts["lora"], starts["half"])
     assert not np.allclose(starts["lora"], starts["again"])
     # Half the rate on all that is adapted is half the rate.
-    half, whole = by(records, stage="tune", method="half", rate=0.02), by(
-        records, stage="tune", method="lora", rate=0.01
+    half, whole = (
+        by(records, stage="tune", method="half", rate=0.02),
+        by(records, stage="tune", method="lora", rate=0.01),
     )
     assert half["validation"]["loss"] == pytest.approx(whole["validation"]["loss"], abs=1e-6)
 
@@ -121,7 +122,11 @@ def test_a_finished_study_has_nothing_left_to_do(
     assert (finished / "records.jsonl").read_bytes() == before
     assert main(["study", "status", str(finished)]) == 0
     shown = capsys.readouterr().out
-    for line in ("15 done, 0 in progress, 0 to do", "lora: 0.01: 3.", "chosen 0.04 (at an end of the grid)"):
+    for line in (
+        "15 done, 0 in progress, 0 to do",
+        "lora: 0.01: 3.",
+        "chosen 0.04 (at an end of the grid)",
+    ):
         assert line in shown
 
 
