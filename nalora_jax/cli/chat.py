@@ -74,12 +74,11 @@ def chat(args: ChatArgs) -> None:
     options: dict[str, Any] = {"dtype": args.dtype, "quantize": args.quantize or "run", "mesh": mesh}
     model = adapted.load(args.model, adapter=args.adapter, images=_sees(args), **options)
     if model.base.tokenizer.chat_template is None:
-        raise NaloraError(
-            args.model,
-            expected="a model with a chat template",
-            found="none in its tokenizer",
-            remedy="use an instruction-tuned model, or nalora generate",
+        expected, remedy = (
+            "a model with a chat template",
+            "use an instruction-tuned model, or nalora generate",
         )
+        raise NaloraError(args.model, expected=expected, found="none in its tokenizer", remedy=remedy)
     talk = _Talk(args, model, mesh)
     _say(f"{talk.name} · /help lists commands")
     for line in _lines():
@@ -118,19 +117,14 @@ class _Talk:
             lora, spec = self.slot.fill(lora, spec), self.slot.spec
         if self.mesh is not None:
             lora = jax.device_put(lora, distributed.shardings(lora, self.mesh, distributed.STATE_RULES))
+        module, variables = self.model.module.clone(adapters=spec), {"params": base.params, "lora": lora}
         self.generator = generate.Generator(
-            self.model.module.clone(adapters=spec),
-            {"params": base.params, "lora": lora},
-            base.tokenizer,
-            mesh=self.mesh,
-            processor=base.processor,
+            module, variables, base.tokenizer, mesh=self.mesh, processor=base.processor
         )
         self.name = shown_model(self.model.located.base, adapter)
         if adapter is not None and located.trained_in_turns(adapter) is False:
-            _say(
-                f"warning: {adapter} was trained on prompts without a chat template; nalora generate "
-                "--prompt uses none"
-            )
+            without = "was trained on prompts without a chat template; nalora generate --prompt uses none"
+            _say(f"warning: {adapter} {without}")
 
     def take(self, line: str) -> bool:
         """Executes a line and returns True to continue, also after an error, which is printed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,8 +115,7 @@ def _kernels(problems: list[str]) -> Iterator[tuple[str, str]]:
 def _huge_pages() -> str:
     """Returns whether the C library's heap uses huge pages, with the variable that requests them."""
     name, version = platform.libc_ver()
-    numbers = version.split(".")
-    supported = name == "glibc" and all(map(str.isdecimal, numbers)) and [*map(int, numbers)] >= [2, 35]
+    supported = name == "glibc" and [*map(int, re.findall(r"\d+", version))] >= [2, 35]
     kernel = HUGE_PAGES.read_text() if HUGE_PAGES.exists() else ""  # e.g. "always [madvise] never"
     if not supported or not kernel or "[never]" in kernel:
         return "not available: they need glibc 2.35 and transparent huge pages of the kernel"

@@ -261,8 +261,7 @@ def _images(args: EvalArgs) -> None:
     if run.vision.task == "classify":
         classes = opened.open_images(data, run.vision, data.train_split).classes()
     held = opened.open_images(data, run.vision, data.eval_split)
-    reported, _ = dual.image_indices(replace(run, data=data), held)
-    shown = of_images.Images(held, reported)
+    shown = of_images.Images(held, dual.image_indices(replace(run, data=data), held)[0])
     _report(args, model, data, dual.image_evaluator(model.encoders, shown, classes, run.vision))
 
 

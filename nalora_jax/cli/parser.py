@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from etils import epy
 from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -20,6 +21,9 @@ from nalora_jax.config.checks import check_path
 from nalora_jax.config.settings import GenerationConfig
 from nalora_jax.config.structured import COUNT, MAX_RANK, SEED, TOKENS
 from nalora_jax.study.sweeps.grid import recorded_sweep
+
+with epy.lazy_imports():  # on first use: help needs no NumPy
+    from nalora_jax.evaluate import run_log
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -233,20 +237,12 @@ def defaults(argv: Sequence[str]) -> TrainArgs:
         swept = recorded_sweep(folder)
         if swept is not None:
             return TrainArgs(sweep=swept[0], run=replace(swept[1], output=folder, imports=()))
-        return TrainArgs(run=_recorded(folder))
+        run = config_from_dict(run_log.recorded_settings(folder))
+        # Epochs have become the recorded number of steps, which --steps may now change. Files are
+        # executed only if they are named again: a folder may come from somebody else.
+        return TrainArgs(run=replace(run, output=folder, resume=False, epochs=0.0, imports=()))
     check_path("--config", config[-1])
     return TrainArgs(Path(config[-1]), run=load_config(config[-1]))
-
-
-def _recorded(output: str) -> RunConfig:
-    """Returns the settings of the run in ``output`` for resuming it, else the defaults."""
-    from nalora_jax.evaluate.run_log import recorded_settings
-
-    settings = recorded_settings(output)
-    config = config_from_dict(settings)
-    # Epochs have become the recorded number of steps, which --steps may now change. Files are
-    # executed only if they are named again: a folder may come from somebody else.
-    return replace(config, output=output, resume=False, epochs=0.0, imports=())
 
 
 def taken(words: Sequence[str], flag: str, ending: str = "") -> tuple[list[str], list[str]]:

@@ -46,10 +46,8 @@ def flags(kind: type, prefix: str = "", values: Any = None) -> Iterator[Flag]:
         bare = get_args(declared)[0] if extras else declared
         if any("Positional" in str(extra) for extra in extras):
             continue
-        explicit = next(
-            (extra.name for extra in extras if getattr(extra, "name", None) is not None), entry.name
-        )
-        default: Any = entry.default
+        named = (extra.name for extra in extras if getattr(extra, "name", None) is not None)
+        explicit, default = next(named, entry.name), entry.default
         if values is not None:
             default = getattr(values, entry.name)
         elif entry.default_factory is not MISSING:
@@ -63,9 +61,7 @@ def flags(kind: type, prefix: str = "", values: Any = None) -> Iterator[Flag]:
 
 def _without_none(hint: Any) -> Any:
     inner = [member for member in get_args(hint) if member is not types.NoneType]
-    if get_origin(hint) in (Union, types.UnionType) and len(inner) == 1:
-        return inner[0]
-    return hint
+    return inner[0] if get_origin(hint) in (Union, types.UnionType) and len(inner) == 1 else hint
 
 
 def check_flags(verb: str, kind: type, argv: Sequence[str]) -> None:
@@ -158,12 +154,8 @@ def _entry(name: str, text: str, *, indent: int) -> str:
 
 def overview(verbs: Mapping[str, type]) -> str:
     """Returns the output of ``nalora --help``: one line per subcommand."""
-    lines = [
-        "usage: nalora VERB [ARGUMENTS]",
-        "",
-        "Nonlinearity-aware LoRA for gated-FFN Transformers.",
-        "",
-    ]
+    lines = ["usage: nalora VERB [ARGUMENTS]", ""]
+    lines += ["Nonlinearity-aware LoRA for gated-FFN Transformers.", ""]
     lines += [_entry(name, first_line(kind), indent=12) for name, kind in verbs.items()]
     also = "with any verb:"
     lines += [
@@ -194,10 +186,7 @@ def short_help(verb: str, kind: type, common: Mapping[str, str]) -> str:
         for flag in map(by_name.__getitem__, names.split()):
             default = _typed(flag.default)
             note = f" (default: {default})" if default else ""
-            lines += [
-                f"  {flag.name}",
-                fill(f"{flag.text}{note}", width(), initial_indent=" " * 6, subsequent_indent=" " * 6),
-            ]
+            lines += [f"  {flag.name}", _entry("", f"{flag.text}{note}", indent=6)]
     lines += ["", f"All {len(every)} flags: nalora {verb} --help-all"]
     groups: dict[type, list[Flag]] = {}
     for flag in every:
@@ -217,9 +206,7 @@ def _typed(value: Any) -> str:
         return " ".join(map(_typed, value))
     if isinstance(value, LoRARule):
         return value.text
-    if value is None or value is False:
-        return ""
-    return str(value)
+    return "" if value is None or value is False else str(value)
 
 
 def first_line(kind: type) -> str:

@@ -7,8 +7,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,7 @@ from nalora_jax.study.sweeps.program import stacked_sharding, step_of_runs
 from nalora_jax.train.kinds import decoder_parts
 from nalora_jax.train.kinds.rl import updates_with_base
 from nalora_jax.train.program import RunProgram, decoder_program
+from nalora_jax.weights import hub
 
 _BATCH = {
     "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",
@@ -73,36 +73,27 @@ def architecture(name: str, *, images: bool = False, rope_scaling: str = "") -> 
     Raises:
       NaloraError: the name is unknown, or its config or its new RoPE scaling is not supported.
     """
-    raw, where = _raw_config(name)
-    return ModelConfig.from_hf(with_rope_scaling(raw, rope_scaling, where), where, images=images)
-
-
-def _raw_config(name: str) -> tuple[dict[str, Any], str]:
-    """Returns the fields of the ``config.json`` of a model, and their source for messages."""
-    file = Path(name)
+    file, found = Path(name), repr(name)
+    remedy = "download the model's config.json: planning needs nothing else"
     if file.is_dir():
         file /= "config.json"
-    if file.suffix == ".json" and file.exists():
-        return read_json(file), str(file)
     on_hub = _HUB_ID.fullmatch(name) is not None
-    known = name.rpartition("/")[2].lower() if on_hub else name.lower()
-    if known in CONFIGS:
-        return CONFIGS[known], name
-    found, remedy = repr(name), "download the model's config.json: planning needs nothing else"
-    if on_hub:
-        from nalora_jax.weights.hub import cached_snapshot, download_snapshot
-
+    known = (name.rpartition("/")[2] if on_hub else name).lower()
+    raw, where = None, name
+    if file.suffix == ".json" and file.exists():
+        raw, where = read_json(file), str(file)
+    elif known in CONFIGS:
+        raw = CONFIGS[known]
+    elif on_hub:
         try:
-            folder = cached_snapshot(name, "config.json") or download_snapshot(name, "config.json")
-            return read_json(folder / "config.json"), name
+            folder = hub.cached_snapshot(name, "config.json") or hub.download_snapshot(name, "config.json")
+            raw = read_json(folder / "config.json")
         except NaloraError as error:
             found, remedy = f"{error.found} ({name} on the hub)", error.remedy or remedy
-    raise NaloraError(
-        "--model",
-        expected="a config.json, a folder that contains one, a hub id, or one of " + ", ".join(CONFIGS),
-        found=found,
-        remedy=remedy,
-    )
+    if raw is None:
+        expected = f"a config.json, a folder that contains one, a hub id, or one of {', '.join(CONFIGS)}"
+        raise NaloraError("--model", expected=expected, found=found, remedy=remedy)
+    return ModelConfig.from_hf(with_rope_scaling(raw, rope_scaling, where), where, images=images)
 
 
 def devices(where: Topology) -> Sequence[jax.Device]:
@@ -111,22 +102,6 @@ def devices(where: Topology) -> Sequence[jax.Device]:
     Raises:
       NaloraError: the compiler is not installed, or it knows no such topology.
     """
-    _require(where)
-    try:
-        with _quiet_tpu():
-            described = topologies.get_topology_desc(**where.description())
-    except NaloraError:
-        raise
-    except Exception as error:  # the compilers' refusals have no common type
-        raise NaloraError(
-            "--topology",
-            expected=f"a topology that the {where.chip.platform} compiler knows",
-            found=f"{where.name}: {str(error).splitlines()[0][:300]}",
-        ) from error
-    return list(described.devices)
-
-
-def _require(where: Topology) -> None:
     module, extra = "jax_plugins.xla_cuda12", "cuda"
     if where.chip.platform == "tpu":
         module, extra = "libtpu", "tpu"
@@ -135,25 +110,23 @@ def _require(where: Topology) -> None:
     except ModuleNotFoundError:
         missing = True
     if missing:
-        raise NaloraError(
-            "nalora plan",
-            expected=f"the compiler for {where.chip.name}, which needs no such chip",
-            found="that it is not installed",
-            remedy=f"pip install 'nalora_jax[{extra}]', best in an environment of its own",
-        )
-
-
-@contextmanager
-def _quiet_tpu() -> Iterator[None]:
-    """Prepares the TPU compiler for a machine without a TPU.
-
-    It must not search for a TPU or require exclusive access.
-    """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+        expected = f"the compiler for {where.chip.name}, which needs no such chip"
+        remedy = f"pip install 'nalora_jax[{extra}]', best in an environment of its own"
+        found = "that it is not installed"
+        raise NaloraError("nalora plan", expected=expected, found=found, remedy=remedy)
+    # The TPU compiler must not search for a TPU or require exclusive access.
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(name, "1")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return list(topologies.get_topology_desc(**where.description()).devices)
+    except NaloraError:
+        raise
+    except Exception as error:  # the compilers' refusals have no common type
+        expected = f"a topology that the {where.chip.platform} compiler knows"
+        found = f"{where.name}: {str(error).splitlines()[0][:300]}"
+        raise NaloraError("--topology", expected=expected, found=found) from error
 
 
 def step_and_arguments(
@@ -261,11 +234,8 @@ def _batch(config: RunConfig, base: ModelConfig, mesh: Mesh, images: int) -> dic
 
     batch = {name: of((config.data.max_length,), dtype) for name, dtype in _BATCH.items()}
     if config.rl.rewards:
-        names = [
-            "sampled",
-            *["old"] * (config.rl.updates > 1),
-            *["base"] * (not updates_with_base(config.rl)),
-        ]
+        several, apart = config.rl.updates > 1, not updates_with_base(config.rl)
+        names = ["sampled", *["old"] * several, *["base"] * apart]
         batch |= {name: of((config.data.max_length,), "float32") for name in names}
         batch |= {name: of((), "float32") for name in ("advantages", "real")}
     if config.preference.loss != "none":
@@ -287,6 +257,5 @@ def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:
 def placed(tree: Any, mesh: Mesh, rules: distributed.Rules) -> tuple[Any, Any]:
     """Returns shapes of arrays with the shardings of the rules, and the shardings."""
     places = distributed.shardings(tree, mesh, rules)
-    return jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places
-    ), places
+    shape = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)  # noqa: E731
+    return jax.tree.map(shape, tree, places), places
