@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -128,14 +128,18 @@ def _scale_rates(axis: Any, lines: list[Line]) -> None:
     axis.set_ylim(low - 0.05 * spread - 1e-4, high + 0.05 * spread + 1e-4)
 
 
+def _along(result: MethodResult, values: Callable[[Record], Iterable[tuple[int, Any]]]) -> Line:
+    """Returns the mean over the test runs of values by step, at the steps that all runs have."""
+    curves = [dict(values(record)) for record in result.finite().values()]
+    steps = sorted(set(curves[0]).intersection(*curves)) if curves else []
+    means = [mean_of([curve[step] for curve in curves if curve[step] is not None]) for step in steps]
+    return [(step, mean) for step, mean in zip(steps, means, strict=True) if math.isfinite(mean)]
+
+
 def _by_step(result: MethodResult) -> Line:
     """Returns the mean validation cost along the test runs."""
-    curves = [
-        {int(p["step"]): cost(result.metric, p) for p in record["curve"]}
-        for record in result.finite().values()
-    ]
-    steps = sorted(set(curves[0]).intersection(*curves) - {0}) if curves else []
-    return [(step, mean_of([curve[step] for curve in curves])) for step in steps]
+    metric = result.metric
+    return _along(result, lambda r: ((int(p["step"]), cost(metric, p)) for p in r["curve"] if p["step"]))
 
 
 def _misalignments(result: MethodResult) -> Line:
@@ -148,13 +152,7 @@ def _misalignments(result: MethodResult) -> Line:
 
 def _importances(result: MethodResult) -> Line:
     """Returns the mean slope E|phi'| of the gates along the test runs."""
-    rows = [
-        {r["step"]: r.get("mean_importance") for r in record["training"]}
-        for record in result.finite().values()
-    ]
-    steps = sorted(set(rows[0]).intersection(*rows)) if rows else []
-    values = [mean_of([float(row[step]) for row in rows if row[step] is not None]) for step in steps]
-    return list(zip(steps, values, strict=True)) if any(map(math.isfinite, values)) else []
+    return _along(result, lambda r: ((row["step"], row.get("mean_importance")) for row in r["training"]))
 
 
 def _spread(lines: list[Line]) -> bool:

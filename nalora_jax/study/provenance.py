@@ -70,9 +70,14 @@ def rule_files(definitions: Iterable[Any]) -> dict[str, str]:
     """
     contents: dict[str, bytes] = {}
     for module in sorted(set(map(_module, definitions))):
-        if module.partition(".")[0] not in _LIBRARIES:
-            path = _file(module)
-            contents[path.name] = contents.get(path.name, b"") + path.read_bytes()
+        if module.partition(".")[0] in _LIBRARIES:
+            continue
+        path = Path(getattr(sys.modules.get(module), "__file__", None) or "")
+        if not path.is_file():
+            where, remedy = f"rules of the module {module}", "write the rule to a file and import it"
+            expected = "a file, whose digest the records hold"
+            raise NaloraError(where, expected=expected, found="a module without one", remedy=remedy)
+        contents[path.name] = contents.get(path.name, b"") + path.read_bytes()
     return {name: digest_of(content) for name, content in contents.items()}
 
 
@@ -80,15 +85,6 @@ def _module(definition: Any) -> str:
     while isinstance(definition, functools.partial):
         definition = definition.func
     return getattr(inspect.unwrap(definition), "__module__", None) or "numpy"  # its ufuncs name no module
-
-
-def _file(module: str) -> Path:
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None or not Path(file).is_file():
-        where, remedy = f"rules of the module {module}", "write the rule to a file and import it"
-        expected = "a file, whose digest the records hold"
-        raise NaloraError(where, expected=expected, found="a module without one", remedy=remedy)
-    return Path(file)
 
 
 def record_digest(record: Mapping[str, Any]) -> str:

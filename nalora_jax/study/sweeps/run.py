@@ -98,11 +98,15 @@ def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
     configs = grid(config, axes_of(options))
     settings = to_json(redacted(replace(config, resume=False).to_dict()))
     text = json.dumps(seal({"sweep": list(options), "run": settings}), indent=1) + "\n"
-    return _sweep(configs, lambda: write_text(config.output, FILE, text))
+    return sweep(configs, locked=lambda: write_text(config.output, FILE, text))
 
 
 def sweep(
-    configs: Sequence[RunConfig], *, data: Data | None = None, format: Format | None = None
+    configs: Sequence[RunConfig],
+    *,
+    data: Data | None = None,
+    format: Format | None = None,
+    locked: Callable[[], None] = lambda: None,
 ) -> SweepResult:
     """Fine-tunes a model once for each config; runs that share a program train together.
 
@@ -112,22 +116,13 @@ def sweep(
     Args:
       configs: settings with different ``output``; ``mesh`` and ``resume`` come from the first.
       data, format: see `nalora_jax.run`.
+      locked: called by the first process once the folders of all runs are locked.
 
     Raises:
       NaloraError: bad settings, files or data, before weights are read.
       TrainingDivergedError: all runs diverged.
       Interrupted: Ctrl-C or SIGTERM; the last completed step of every run is saved.
     """
-    return _sweep(configs, lambda: None, data, format)
-
-
-def _sweep(
-    configs: Sequence[RunConfig],
-    record: Callable[[], None],
-    data: Data | None = None,
-    format: Format | None = None,
-) -> SweepResult:
-    """Trains all runs; ``record`` is called once their folders are locked."""
     check_names(configs)
     configs = [replace(check(config), mesh=configs[0].mesh, resume=configs[0].resume) for config in configs]
     first = configs[0].output
@@ -135,7 +130,7 @@ def _sweep(
     results: _Results = {}
     with attended() as stop, ExitStack() as stack:
         runs = [_opened(config, data, format, stop, stack) for config in configs]
-        distributed.on_first_process(record)
+        distributed.on_first_process(locked)
         groups = grouped(runs, _key)
         log.info("%d runs in %d group(s), each of one program", len(runs), len(groups))
         fitting = [Fitting.of(group[0].inputs.config, group[0].inputs.base, len(group)) for group in groups]
