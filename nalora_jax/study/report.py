@@ -8,8 +8,11 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 from nalora_jax.common.files import make_unlinked_folder, write_atomically
 from nalora_jax.config.structured import dotted
@@ -84,26 +87,51 @@ _MOVEMENT = {
 }
 _SKEWED = 1  # absolute sample skewness of the differences above which the report warns
 _BRIEF = ["method", "against", "task", "seeds", "difference", "95% interval", "better", "t p (Holm)"]
+_PRIMARY = [
+    *(*_BRIEF, "Wilcoxon p (Holm)", "sign p", "effect", "equivalent", "deviation"),
+    *("seeds needed", "margin (of the gain)"),
+]
 
 
 def render_results(protocol: Protocol, records: Mapping[str, Record]) -> str:
-    """Returns all tables as one Markdown document."""
+    """Returns all tables as one Markdown document, by the template ``results.md.j2``."""
     tables = _Tables(protocol, records)
-    parts = [
-        f"# Results: {protocol.question}",
-        "Written by `nalora study report` from `records.jsonl` and `protocol.toml`. Losses are "
-        f"{_unit(protocol)}; differences are method minus the other, so below 0 is better.",
-        tables.runs(),
-        tables.methods(),
-        tables.learning_rates(),
-        tables.common_rates(),
-        tables.tests(),
-        tables.primary(),
-        tables.other_measures(),
-        tables.multiples(),
-        tables.probes(),
-    ]
-    return "\n\n".join(section for section in parts if section) + "\n"
+    compared, tasks = tables.compared, protocol.tasks.items()
+    families = {c.other == protocol.baseline: c.family for c in compared}
+    primary = [comparison for comparison in compared if comparison.measure.kind == "primary"]
+    skewed = (
+        f"`{c.cell.method}` - `{c.other}` on {c.cell.task} ({c.paired.skewness:+.1f})"
+        for c in primary
+        if abs(c.paired.skewness) > _SKEWED
+    )
+    scored = (f"{task.accuracy_items:,} ({name})" for name, task in tasks if task.accuracy_items)
+    share = f"{protocol.margin_share:.0%} of the training gain"
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
+    template = files("nalora_jax.study").joinpath("results.md.j2").read_text(encoding="utf-8")
+    text = environment.from_string(template).render(
+        question=protocol.question,
+        unit=_unit(protocol),
+        metric=named(protocol.metric),
+        seeds=", ".join(map(str, protocol.tuning_seeds)),
+        baseline=protocol.baseline,
+        runs=tables.runs(),
+        methods=tables.methods(),
+        rates=tables.by_place(tables.learning_rates),
+        common=tables.by_place(tables.common_rates),
+        scored=", ".join(scored),
+        tests=tables.by_place(tables.tests),
+        families=[families.get(True, 0), families.get(False, 0)],
+        margin=f"{protocol.margin:g}" if protocol.margin else share,
+        primary=markdown_table(_PRIMARY, map(tables.primary_row, primary)) if primary else "",
+        skewed=", ".join(skewed),
+        limit=_SKEWED,
+        other=tables.brief("other", "measure"),
+        multiples=tables.by_place(tables.multiples) if len(protocol.test_multiples) > 1 else "",
+        multiple=tables.brief("multiple", "rate"),
+        probes=tables.by_place(tables.probes) if protocol.probes else "",
+        probe=tables.brief("probe", "data"),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def _unit(protocol: Protocol) -> str:
@@ -119,14 +147,21 @@ def _unit(protocol: Protocol) -> str:
 
 
 class _Tables:
-    """The sections of a study's results; a section without rows is empty."""
+    """The tables of a study's results; of a task and model, heads and rows."""
 
     def __init__(self, protocol: Protocol, records: Mapping[str, Record]) -> None:
         self._protocol, self._records = protocol, records
         self._results = results(protocol, records)
-        self._compared = comparisons(protocol, self._results)
-        self._metric = named(protocol.metric)
-        self._seeds = ", ".join(map(str, protocol.tuning_seeds))
+        self.compared = comparisons(protocol, self._results)
+
+    def by_place(self, table: Callable[[Group], Table]) -> str:
+        """Returns the table of each task and model that has rows."""
+        made = {place: table(group) for place, group in by_task(self._results).items()}
+        return "\n\n".join(
+            f"### {task}, {model}\n\n{markdown_table(heads, rows)}"
+            for (task, model), (heads, rows) in made.items()
+            if rows
+        )
 
     def runs(self) -> str:
         """Returns the table of runs, files and devices."""
@@ -151,7 +186,7 @@ class _Tables:
             label = "records without digests of base, data and rules"
             rows[label] = f"{old} (made by an earlier version)"
         rows["devices"] = self._distinct("device")
-        return "## Runs\n\n" + markdown_table(["", ""], [row for row in rows.items() if row[1]])
+        return markdown_table(["", ""], [row for row in rows.items() if row[1]])
 
     def _not_done(self) -> str:
         """Returns the tests at chosen rates without a record."""
@@ -175,145 +210,66 @@ class _Tables:
             settings = method.settings | {key: value for key, value in keys.items() if value}
             placebo = f"`{method.placebo_of}`" if method.placebo_of else "-"
             rows.append([name, method.about or "-", _settings(settings) or "-", placebo])
-        return "## Methods\n\n" + markdown_table(["method", "description", "settings", "placebo of"], rows)
+        return markdown_table(["method", "description", "settings", "placebo of"], rows)
 
-    def learning_rates(self) -> str:
+    def learning_rates(self, group: Group) -> Table:
         """Returns the costs by which each method's rate was chosen."""
+        rates = sorted({rate for result in group for rate in result.tuning.rates})
+        rows = [
+            [r.cell.method, *(_tuned(r.tuning, rate) for rate in rates), "yes" * r.tuning.at_edge]
+            for r in group
+        ]
+        return ["method", *(f"{rate:g}" for rate in rates), "at an end"], rows
 
-        def table(group: Group) -> Table:
-            rates = sorted({rate for result in group for rate in result.tuning.rates})
-            rows = [
-                [r.cell.method, *(_tuned(r.tuning, rate) for rate in rates), "yes" * r.tuning.at_edge]
-                for r in group
-            ]
-            return ["method", *(f"{rate:g}" for rate in rates), "at an end"], rows
-
-        text = f"Final validation {self._metric}, mean over tuning seeds {self._seeds}; the chosen rate is bold."
-        return self._section(f"## Learning rates\n\n{text}", table)
-
-    def common_rates(self) -> str:
+    def common_rates(self, group: Group) -> Table:
         """Returns the differences from the baseline at each learning rate that both were tuned at."""
-        protocol = self._protocol
+        (baseline,) = (result for result in group if result.cell.method == self._protocol.baseline)
+        by_method = {r.cell.method: common_rates(r, baseline) for r in group if r is not baseline}
+        rates = sorted({rate for common in by_method.values() for rate in common})
+        heads = [f"**{rate:g}**" if rate == baseline.tuning.chosen else f"{rate:g}" for rate in rates]
+        rows = [[name, *(_common(common.get(r)) for r in rates)] for name, common in by_method.items()]
+        return ["method", *heads], rows if rates else []
 
-        def table(group: Group) -> Table:
-            (baseline,) = (result for result in group if result.cell.method == protocol.baseline)
-            by_method = {r.cell.method: common_rates(r, baseline) for r in group if r is not baseline}
-            rates = sorted({rate for common in by_method.values() for rate in common})
-            heads = [f"**{rate:g}**" if rate == baseline.tuning.chosen else f"{rate:g}" for rate in rates]
-            rows = [[name, *(_common(common.get(r)) for r in rates)] for name, common in by_method.items()]
-            return ["method", *heads], rows if rates else []
-
-        text = (
-            "## Differences at each common rate\n\n"
-            f"Validation {self._metric} of a method minus that of `{protocol.baseline}` at the "
-            f"same learning rate, over tuning seeds {self._seeds}; the "
-            "baseline's best rate is bold. In brackets: the feature movement of the method's gates over "
-            "that of the baseline's. A method that moves them farther trains at a higher effective rate, "
-            "which by itself lowers the loss below the best rate and raises it above."
-        )
-        return self._section(text, table)
-
-    def tests(self) -> str:
+    def tests(self, group: Group) -> Table:
         """Returns the measures at the chosen rates."""
+        metric = self._protocol.metric
+        names = [name for name in others_of(metric) if any(result.measured(name) for result in group)]
+        heads = ["method", "rate", "parameters", "seeds", "diverged", named(metric), "deviation"]
+        heads += [*(name.replace("_", " ") for name in names), *_MOVEMENT.values(), "seconds a run"]
+        return heads, [_test_row(result, names) for result in group if result.tests]
 
-        def table(group: Group) -> Table:
-            others = others_of(self._protocol.metric)
-            names = [name for name in others if any(result.measured(name) for result in group)]
-            heads = ["method", "rate", "parameters", "seeds", "diverged", self._metric, "deviation"]
-            heads += [*(name.replace("_", " ") for name in names), *_MOVEMENT.values(), "seconds a run"]
-            return heads, [_test_row(result, names) for result in group if result.tests]
-
-        title = "At each method's chosen rate; mean and standard deviation over the test seeds."
-        tasks = self._protocol.tasks.items()
-        some = [f"{task.accuracy_items:,} ({name})" for name, task in tasks if task.accuracy_items]
-        scored = f" Accuracy: of {', '.join(some)} of the items." if some else ""
-        return self._section(f"## Test\n\n{title}{scored}", table)
-
-    def primary(self) -> str:
-        """Returns the comparisons by the primary metric with all statistics, and their explanation."""
-        primary = [comparison for comparison in self._compared if comparison.measure.kind == "primary"]
-        if not primary:
-            return ""
-        heads = [*_BRIEF, "Wilcoxon p (Holm)", "sign p", "effect", "equivalent", "deviation"]
-        heads += ["seeds needed", "margin (of the gain)"]
-        parts = [f"## Paired differences of the test {self._metric}", self._explained()]
-        parts.append(markdown_table(heads, [self._primary_row(comparison) for comparison in primary]))
-        skewed = [
-            f"`{c.cell.method}` - `{c.other}` on {c.cell.task} ({c.paired.skewness:+.1f})"
-            for c in primary
-            if abs(c.paired.skewness) > _SKEWED
-        ]
-        if skewed:
-            parts.append(
-                "**Skewed differences.** Intervals, t tests and equivalence tests assume differences without strong "
-                f"skewness. The sample skewness is above {_SKEWED} here, so they may be wrong too often: "
-                f"{', '.join(skewed)}."
-            )
-        return "\n\n".join(parts)
-
-    def other_measures(self) -> str:
-        """Returns the comparisons by the secondary measures of the test items."""
-        return self._brief("other", "measure", "## Paired differences of secondary measures")
-
-    def multiples(self) -> str:
-        """Returns the test costs at multiples of the chosen rates, and their differences."""
+    def multiples(self, group: Group) -> Table:
+        """Returns the test costs at multiples of the chosen rates, and the runs that diverged."""
         factors = sorted(self._protocol.test_multiples)
-
-        def table(group: Group) -> Table:
-            rows = [
-                [r.cell.method, *(f"{number(mean_of(r.losses(m)))} ({r.diverged(m)})" for m in factors)]
-                for r in group
-                if r.tests
-            ]
-            return ["method", *(f"x {m:g}" for m in factors)], rows if len(factors) > 1 else []
-
-        title = f"Mean test {self._metric} at multiples of the chosen rate (runs that diverged)."
-        more = self._brief("multiple", "rate", f"Paired differences of the test {self._metric} there:")
-        return self._section(f"## Above the chosen rate\n\n{title}", table, more)
-
-    def probes(self) -> str:
-        """Returns the changes of the loss on other data, and their differences."""
-        names = list(self._protocol.probes)
-
-        def table(group: Group) -> Table:
-            finite = [(result.cell.method, list(result.finite().values())) for result in group]
-            rows = [[method, *(_probe(tests, name) for name in names)] for method, tests in finite if tests]
-            return ["method", *names], rows if names else []
-
-        title = "Loss on data that was not trained on: before training, and the mean change."
-        more = self._brief("probe", "data", "Paired differences of these changes:")
-        return self._section(f"## Other data\n\n{title}", table, more)
-
-    def _section(self, text: str, table: Callable[[Group], Table], more: str = "") -> str:
-        """Returns a text with the table of each task and model; "" if all are empty."""
-        made = {place: table(group) for place, group in by_task(self._results).items()}
-        parts = [
-            f"### {task}, {model}\n\n{markdown_table(heads, rows)}"
-            for (task, model), (heads, rows) in made.items()
-            if rows
+        rows = [
+            [r.cell.method, *(f"{number(mean_of(r.losses(m)))} ({r.diverged(m)})" for m in factors)]
+            for r in group
+            if r.tests
         ]
-        return "\n\n".join([text, *parts, *filter(None, [more])]) if parts else ""
+        return ["method", *(f"x {m:g}" for m in factors)], rows
 
-    def _explained(self) -> str:
-        protocol, compared = self._protocol, self._compared
-        baseline = next((c.family for c in compared if c.other == protocol.baseline), 0)
-        placebo = next((c.family for c in compared if c.other != protocol.baseline), 0)
-        families = f"the {baseline} comparisons with `{protocol.baseline}` in this and the following tables"
-        if placebo:
-            families += f", or the {placebo} with placebos"
-        margin = f"{protocol.margin_share:.0%} of the training gain"
-        if protocol.margin:
-            margin = f"{protocol.margin:g}"
-        return (
-            "This is the study's primary metric. Interval and t p: Student's t over seeds. Wilcoxon "
-            f"and sign test: exact, two-sided. Holm: corrected over {families}. Better: seeds on which "
-            "the method has the lower value. Equivalent: two one-sided t tests at 5% reject a "
-            f"difference of the margin, {margin}, or more. The training gain is the fall of the validation "
-            f"{self._metric} in the tuning runs of `{protocol.baseline}` at its chosen rate. Effect: mean over "
-            "deviation. Seeds needed: pairs that detect the margin with a power of 80%."
-        )
+    def probes(self, group: Group) -> Table:
+        """Returns the loss on other data before training, and its mean change."""
+        names = list(self._protocol.probes)
+        finite = [(result.cell.method, list(result.finite().values())) for result in group]
+        rows = [[method, *(_probe(tests, name) for name in names)] for method, tests in finite if tests]
+        return ["method", *names], rows
 
-    def _primary_row(self, comparison: MethodComparison) -> list[str]:
+    def brief(self, kind: str, lead: str) -> str:
+        """Returns the comparisons of one kind of measure with intervals; "" without any."""
+        compared = [comparison for comparison in self.compared if comparison.measure.kind == kind]
+        rows = [[comparison.measure.label, *self._brief_row(comparison)] for comparison in compared]
+        return markdown_table([lead, *_BRIEF], rows) if rows else ""
+
+    def _brief_row(self, comparison: MethodComparison) -> list[str]:
+        p, cell = comparison.paired, comparison.cell
+        task = f"{cell.task} ({cell.model})" if len(self._protocol.models) > 1 else cell.task
+        interval = f"{signed(p.low)} to {signed(p.high)}" if p.n > 1 else "-"
+        difference = [str(p.n), signed(p.mean), interval, f"{p.better}/{p.n}"]
+        return [cell.method, comparison.other, task, *difference, p_value(p.t_p, comparison.t_holm)]
+
+    def primary_row(self, comparison: MethodComparison) -> list[str]:
+        """Returns all statistics of a comparison by the primary metric."""
         p, margin, needed = comparison.paired, "-", "-"
         if p.margin > 0:
             share = f"{p.margin / comparison.gain:.1%}" if comparison.gain > 0 else "no gain"
@@ -329,19 +285,6 @@ class _Tables:
             needed,
             margin,
         ]
-
-    def _brief_row(self, comparison: MethodComparison) -> list[str]:
-        p, cell = comparison.paired, comparison.cell
-        task = f"{cell.task} ({cell.model})" if len(self._protocol.models) > 1 else cell.task
-        interval = f"{signed(p.low)} to {signed(p.high)}" if p.n > 1 else "-"
-        difference = [str(p.n), signed(p.mean), interval, f"{p.better}/{p.n}"]
-        return [cell.method, comparison.other, task, *difference, p_value(p.t_p, comparison.t_holm)]
-
-    def _brief(self, kind: str, lead: str, text: str) -> str:
-        """Returns a text with the comparisons of one kind of measure with intervals; "" without any."""
-        compared = [comparison for comparison in self._compared if comparison.measure.kind == kind]
-        rows = [[comparison.measure.label, *self._brief_row(comparison)] for comparison in compared]
-        return f"{text}\n\n{markdown_table([lead, *_BRIEF], rows)}" if rows else ""
 
 
 # ---------------------------------------------------------------- cells
