@@ -62,11 +62,7 @@ VERBS = {
 
 
 # Paths that may be in a bucket, besides those of `--adapter`.
-_IN_BUCKETS = {
-    "export": ("run", "output"),
-    "merge": ("output",),
-    "from-peft": ("file",),
-}
+_IN_BUCKETS = {"export": ("run", "output"), "merge": ("output",), "from-peft": ("file",)}
 _RESUME = ("yes", "no", "auto")
 
 

@@ -70,19 +70,6 @@ def test_start_refuses_an_output_that_workers_do_not_share(make_cloud) -> None:
     assert not cloud.calls()
 
 
-def test_a_start_that_fails_states_that_the_slice_is_billed(make_cloud) -> None:
-    cloud = make_cloud(program=SAVES)
-    cloud.pod("create", "--type", "v6e-8")
-    cloud.home("pod-1").mkdir()
-    (cloud.home("pod-1") / ".local").touch()  # uv cannot be installed there
-    failed = cloud.pod("start", "--delete-when-done", *RUN)
-    assert failed.returncode != 0
-    assert BILLED in failed.stdout
-    refused = cloud.pod("start", *RUN)  # the first worker waits for the second
-    assert refused.returncode == 2
-    assert "1 of 2 workers run; stop it first" in refused.stderr
-
-
 def test_a_slice_whose_run_is_stopped_is_not_deleted(make_cloud) -> None:
     cloud = make_cloud(program=SAVES, delete_after=60)
     cloud.pod("create", "--type", "v6e-8")

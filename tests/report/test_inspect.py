@@ -5,11 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nalora_jax.report.inspect import (
-    layer_summary,
-    responsive_share,
-    save_picture,
-)
+from nalora_jax.report.inspect import layer_summary, responsive_share, save_picture
 
 CUTS = (-1.2785, 0.0, 4.485)
 
