@@ -63,8 +63,7 @@ class History:
     @property
     def config(self) -> Mapping[str, Any]:
         """Returns the run's config as nested dicts, without passwords (earlier logs have them)."""
-        settings: Mapping[str, Any] = redacted(self.header.get("run", {}))
-        return settings
+        return redacted(self.header.get("run", {}))
 
     @property
     def total_steps(self) -> int:
@@ -95,8 +94,7 @@ class History:
 
         null becomes NaN; lines without the scalar are left out.
         """
-        rows = [(record["step"], record[name]) for record in self.steps if name in record]
-        return _columns(rows)
+        return _columns([(record["step"], record[name]) for record in self.steps if name in record])
 
     def layers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [T], values [T, L] or [T, L, 4]) of a layer metric; null becomes NaN."""
@@ -140,8 +138,7 @@ class History:
 
     def eval_column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [E], values [E]) of a scalar of the evaluations."""
-        rows = [(e["step"], e["eval"][name]) for e in self.evals if name in e["eval"]]
-        return _columns(rows)
+        return _columns([(e["step"], e["eval"][name]) for e in self.evals if name in e["eval"]])
 
     @property
     def metric(self) -> tuple[str, str, bool] | None:
@@ -183,7 +180,10 @@ class History:
         if self.metric is None:
             return []
         key = self.metric[0]
-        return [_score(record, key) for record in records if record["eval"].get(key) is not None]
+        measured = [(int(r["step"]), r["eval"]) for r in records if r["eval"].get(key) is not None]
+        # Low and high of an evaluation are the interval of its headline metric.
+        bounds = ("low", "high", "n")
+        return [EvaluationScore(step, float(e[key]), *map(e.get, bounds)) for step, e in measured]
 
     def total(self, name: str) -> float:
         """Returns the sum of a counter that each log step restarts (seconds, tokens), or 0."""
@@ -251,9 +251,3 @@ def history_of(records: Sequence[Mapping[str, Any]]) -> History:
 def _columns(rows: Sequence[tuple[float, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Returns pairs of step and value as two arrays."""
     return np.array([step for step, _ in rows], float), np.array([v for _, v in rows], float)
-
-
-def _score(record: Mapping[str, Any], key: str) -> EvaluationScore:
-    evaluation = record["eval"]  # its low and high are the interval of the headline metric
-    bounds = (evaluation.get(name) for name in ("low", "high", "n"))
-    return EvaluationScore(int(record["step"]), float(evaluation[key]), *bounds)

@@ -104,9 +104,7 @@ def _status(history: History) -> str:
     ended = history.done.get("message") or (
         f"{total} steps" if last >= total else f"stopped early, step {last} of {total}"
     )
-    if best is not None and best != last:
-        return f"{ended}, best at step {best}"
-    return str(ended)
+    return f"{ended}, best at step {best}" if best not in (None, last) else str(ended)
 
 
 def _config_rows(config: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
@@ -123,16 +121,10 @@ def plain_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "  ".join(map(plain_text, value)) or "none"
     if isinstance(value, Mapping) and {"pattern", "rank"} <= set(value):
-        text = f"{value['pattern']}:{value['rank']}"
-        if value.get("alpha") is not None:
-            text += f":{_number_text(value['alpha'])}"
-        return text
-    return str(value)
-
-
-def _number_text(value: object) -> str:
-    if isinstance(value, int | float) and abs(value) < 1e300:
-        return f"{value:g}"
+        alpha = value.get("alpha")
+        if isinstance(alpha, int | float) and abs(alpha) < 1e300:
+            alpha = f"{alpha:g}"
+        return f"{value['pattern']}:{value['rank']}" + ("" if alpha is None else f":{alpha}")
     return str(value)
 
 

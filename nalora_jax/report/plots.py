@@ -12,16 +12,8 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from nalora_jax.report.drawing import (
-    COLOURS,
-    REGION_COLOURS,
-    evenly,
-    legend,
-    new_figure,
-    smooth,
-    thin,
-    to_svg,
-)
+from nalora_jax.report import drawing
+from nalora_jax.report.drawing import COLOURS, evenly, legend, new_figure, smooth, thin, to_svg
 from nalora_jax.report.history import REGIONS, Histograms, History
 
 Plot = Callable[[History], str | None]
@@ -223,7 +215,9 @@ def step_scale(history: History, axis: Any) -> None:
     axis.set_title(f"lowest to highest channel, step {steps[-1]:.0f}")
 
 
-def stacked_bars(axis: Any, occupancy: np.ndarray, colours: tuple[str, ...] = REGION_COLOURS) -> None:
+def stacked_bars(
+    axis: Any, occupancy: np.ndarray, colours: tuple[str, ...] = drawing.REGION_COLOURS
+) -> None:
     """Draws occupancy [L, 4] as one bar per layer, its regions stacked in order."""
     layers, bottom = np.arange(len(occupancy)), np.zeros(len(occupancy))
     for region, colour, share in zip(REGIONS, colours, occupancy.T, strict=True):
@@ -281,9 +275,8 @@ def _image(axis: Any, values: np.ndarray, ends: tuple[float, float], **colours: 
 
 
 def _colour_bar(figure: Any, image: Any, axes: Any) -> None:
-    bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02, ticks=MaxNLocator(4))
     bar.outline.set_visible(False)
-    bar.locator = MaxNLocator(4)
 
 
 # ---------------------------------------------------------------- adapters and factors

@@ -131,10 +131,9 @@ def tiles(history: History) -> Iterator[tuple[str, str, str]]:
         yield "Held-out loss", change, "before → after, lower is better"
     speed = history.column("tokens_per_second")[1]
     if np.isfinite(speed).any():
-        tokens, note = history.total("tokens"), "median"
-        if tokens:
-            note = f"median; {tokens:,.0f} tokens"
-        yield "Tokens per second", f"{np.nanmedian(speed):,.0f}", note
+        tokens = history.total("tokens")
+        note = f"; {tokens:,.0f} tokens" if tokens else ""
+        yield "Tokens per second", f"{np.nanmedian(speed):,.0f}", f"median{note}"
     yield from _costs(history)
 
 
@@ -155,9 +154,7 @@ def _costs(history: History) -> Iterator[tuple[str, str, str]]:
 
 
 def _size(count: float) -> str:
-    if count >= 1e9:
-        return f"{count / 1e9:.1f} GB"
-    return f"{count / 1e6:.0f} MB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 # ---------------------------------------------------------------- samples
@@ -198,9 +195,8 @@ def _proportional(pairs: list[list[Any]], changes: Mapping[str, int]) -> list[li
         return pairs[:SHOWN]
     kinds: dict[str, list[list[Any]]] = {name: [] for name in changes}
     for answers in pairs:
-        kinds[_CHANGES[bool(answers[0][1].get("correct")), bool(answers[-1][1].get("correct"))]].append(
-            answers
-        )
+        first, last = (bool(answers[end][1].get("correct")) for end in (0, -1))
+        kinds[_CHANGES[first, last]].append(answers)
     total = sum(changes.values())
     counts = {name: SHOWN * count // total for name, count in changes.items()}
     by_remainder = sorted(changes, key=lambda name: -(SHOWN * changes[name] % total))
@@ -212,16 +208,14 @@ def _proportional(pairs: list[list[Any]], changes: Mapping[str, int]) -> list[li
 def _sample_row(answers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     sample = answers[0][1]
     prompt = str(sample["prompt"])
+    said = [(label, _clip(a.get("answer")), a.get("correct"), _end(a)) for label, a in answers]
     return {
         "prompt": _ends(prompt),
         "full": "" if _ends(prompt) == prompt or _turns(sample) else prompt[:_LONGEST_PROMPT],
         "image": picture(sample),
         "expected": _clip(sample["expected"]) if sample.get("expected") is not None else None,
         "turns": _turns(sample),
-        "answers": [
-            (label, _clip(answer.get("answer")), answer.get("correct"), _end(answer))
-            for label, answer in answers
-        ],
+        "answers": said,
     }
 
 
@@ -270,9 +264,7 @@ def _end(sample: Mapping[str, Any]) -> str:
     """Returns the reason why a completion ended, or "" if not logged."""
     if "cut" not in sample:
         return ""
-    if sample["cut"]:
-        return "did not stop: cut off at the evaluation's limit"
-    return "stopped by itself"
+    return "did not stop: cut off at the evaluation's limit" if sample["cut"] else "stopped by itself"
 
 
 def _ends(text: str) -> str:
@@ -298,9 +290,7 @@ _PICTURE = "data:image/png;base64,"
 def picture(sample: Mapping[str, Any]) -> str:
     """Returns a sample's picture as a data URL, or "" for any other text from the log."""
     image = sample.get("image")
-    if isinstance(image, str) and image.startswith(_PICTURE):
-        return image
-    return ""
+    return image if isinstance(image, str) and image.startswith(_PICTURE) else ""
 
 
 def confusions(history: History) -> list[tuple[str, dict[str, Any]]]:
@@ -323,9 +313,7 @@ def layer_labels(history: History, count: int) -> list[str]:
         (record["towers"] for record in reversed(history.steps) if record.get("towers")), {}
     )
     labels = [f"{name} {i}" for name, rows in towers.items() for i in range(int(rows))]
-    if len(labels) == count:
-        return labels
-    return [str(i) for i in range(count)]
+    return labels if len(labels) == count else [str(i) for i in range(count)]
 
 
 # ---------------------------------------------------------------- needle retrieval
@@ -349,9 +337,8 @@ def read_needle(folder: Path) -> list[dict[str, Any]]:
         return [_needle_table(name, grids[name]) for name in ("before", "after")]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = "delete it, or run nalora eval --needle again"
-        raise NaloraError(
-            str(path), expected="results of nalora eval --needle", found=error, remedy=remedy
-        ) from error
+        expected = "results of nalora eval --needle"
+        raise NaloraError(str(path), expected=expected, found=error, remedy=remedy) from error
 
 
 def _needle_table(name: str, grid: Mapping[str, Any]) -> dict[str, Any]:
