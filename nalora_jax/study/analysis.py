@@ -160,7 +160,13 @@ def comparisons(protocol: Protocol, cell_results: Sequence[MethodResult]) -> lis
             for task in protocol.tasks
         ]
         family = [_compared(protocol, by_cell, *sides) for sides in cells_of_family]
-        compared += _corrected([comparison for comparison in family if comparison is not None])
+        found = [comparison for comparison in family if comparison is not None]
+        by_t = holm([comparison.paired.t_p for comparison in found])
+        by_rank = holm([comparison.paired.wilcoxon_p for comparison in found])
+        compared += [
+            replace(comparison, t_holm=t, wilcoxon_holm=rank, family=len(found))
+            for comparison, t, rank in zip(found, by_t, by_rank, strict=True)
+        ]
     return compared
 
 
@@ -193,15 +199,6 @@ def training_gain(baseline: MethodResult) -> float:
     metric, runs = baseline.metric, baseline.at_rate(baseline.tuning.chosen)
     falls = [cost(metric, r["curve"][0]) - cost(metric, r["validation"]) for r in runs if r["curve"]]
     return mean_of(falls)
-
-
-def _corrected(family: Sequence[MethodComparison]) -> list[MethodComparison]:
-    by_t = holm([comparison.paired.t_p for comparison in family])
-    by_rank = holm([comparison.paired.wilcoxon_p for comparison in family])
-    return [
-        replace(comparison, t_holm=t, wilcoxon_holm=rank, family=len(family))
-        for comparison, t, rank in zip(family, by_t, by_rank, strict=True)
-    ]
 
 
 def common_rates(result: MethodResult, baseline: MethodResult) -> dict[float, tuple[float, float | None]]:

@@ -58,10 +58,9 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
       NaloraError: data or a model is missing, settings do not fit the model, a method is unknown, a
         test's protocol is not committed, or protocol, base, data, rules or records changed.
     """
-    for name in methods:
-        if name not in protocol.methods:
-            expected = f"methods of {protocol.path}: {', '.join(protocol.methods)}"
-            raise NaloraError("--methods", expected=expected, found=name)
+    for name in set(methods) - protocol.methods.keys():
+        expected = f"methods of {protocol.path}: {', '.join(protocol.methods)}"
+        raise NaloraError("--methods", expected=expected, found=name)
     if not together and distributed.platform_of().name == "cpu":
         together = 1
     store, resources, done = Records(protocol.folder), Resources(protocol, together), 0

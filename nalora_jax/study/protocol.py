@@ -238,11 +238,12 @@ def _requirements(p: Protocol) -> Iterator[Requirement]:
         yield name, bool(value), "at least one", "none"
         yield name, len(set(value)) == len(value), "no value twice", value
     ascending = list(p.rates) == sorted(p.rates) and p.rates[0] > 0
+    shared, multiples = set(p.tuning_seeds) & set(p.test_seeds), p.test_multiples
+    updates = p._first(p.baseline).rl.updates if p.baseline in p.methods else 1
+    between = f"a multiple of rl.updates, {updates}: a run resumes between rollouts"
     yield "rates", ascending, "ascending rates above 0", p.rates
     yield "rates", p.extend == 0 or len(p.rates) > 1, "two rates, to extend the grid", p.rates
-    multiples = p.test_multiples
     yield "test_multiples", 1.0 in multiples and min(multiples) > 0, "1 among them", multiples
-    shared = set(p.tuning_seeds) & set(p.test_seeds)
     yield "test_seeds", not shared, "no seed that tunes", sorted(shared)
     yield "baseline", p.baseline in p.methods, f"one of {', '.join(p.methods)}", p.baseline
     for name, method in p.methods.items():
@@ -251,17 +252,15 @@ def _requirements(p: Protocol) -> Iterator[Requirement]:
         yield from _task_requirements(p, name, task)
     for name, probe in p.probes.items():
         check_ranges(probe, f"[probes.{name}] ")
-    updates = p._first(p.baseline).rl.updates
-    expected = f"a multiple of rl.updates, {updates}: a run resumes between rollouts"
-    yield "evaluate_every", p.evaluate_every % updates == 0, expected, p.evaluate_every
+    yield "evaluate_every", p.evaluate_every % updates == 0, between, p.evaluate_every
+    of_metric = {"accuracy": "classify", "recall": "contrast", "reward": "reward"}
     kinds = set()
     for model, name, method_name in itertools.product(p.models, p.tasks, p.methods):
         config = p.config(model, name, method_name, p.rates[0], p.tuning_seeds[0])
         measured = "reward" if config.rl.rewards else config.vision.task
-        of_metric = {"accuracy": "classify", "recall": "contrast", "reward": "reward"}
         fits = p.metric == "loss" or measured == of_metric[p.metric]
         yield "metric", fits, f"a metric that [tasks.{name}] measures during training", p.metric
-        kinds.add("images" if config.vision.task else "text")
+        kinds.add(bool(config.vision.task))
     yield "tasks", len(kinds) == 1, "tasks of text only or of images only", "both"
 
 

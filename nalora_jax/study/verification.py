@@ -58,10 +58,9 @@ def verify_records(protocol: Protocol, *, count: int = 3, seed: int | None = Non
             (made,) = perform_all([run], resources, [Path(folder) / "snapshot.npz"])
         record, repeated = records[run.id], exact_values(made)
         _compare(run, record, repeated)
-        for name in ("validation", "test"):
-            if name in record:
-                then, now = record[name]["loss"], repeated[name]["loss"]
-                lines.append(f"{run}: {name} loss {then} in the record, {now} now")
+        for name in (n for n in ("validation", "test") if n in record):
+            then, now = record[name]["loss"], repeated[name]["loss"]
+            lines.append(f"{run}: {name} loss {then} in the record, {now} now")
     if len(ours) < len(finished):
         lines.append(f"drawn from the {len(ours)} of {len(finished)} runs that were recorded on {here}")
     if note := describe_old(records):

@@ -65,7 +65,7 @@ def test_slices_have_the_sizes_of_cloud_tpu():
 def test_the_tpu_compiler_is_asked_for_the_slice(monkeypatch, name, arguments):
     asked = {}
     described = type("Described", (), {"devices": ["chip"]})()
-    monkeypatch.setattr(program, "_require", lambda where: None)
+    monkeypatch.setattr(program.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(
         program.topologies, "get_topology_desc", lambda **given: asked.update(given) or described
     )

@@ -26,7 +26,7 @@ from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, TrainState
 from nalora_jax.study.sweeps.values import Values, mechanisms_with, spec_with, values_of, widest
-from nalora_jax.train.loop import FitResult, Follower
+from nalora_jax.train.loop import Follower
 from nalora_jax.train.preemption import StopSignals
 from nalora_jax.train.program import Assembly
 from nalora_jax.train.state_metrics import StateMetrics
@@ -48,26 +48,6 @@ def common_shapes(runs: Sequence[Any]) -> Shapes:
 def stacked_sharding(mesh: Mesh, solo: NamedSharding) -> NamedSharding:
     """Returns the sharding of ``[runs, ...]`` for the sharding of one run's array."""
     return NamedSharding(mesh, P(RUN if RUN in mesh.shape else None, *solo.spec))
-
-
-def stack(runs: Sequence[Any], shapes: Shapes, places: Any) -> Any:
-    """Returns the trees of all runs as arrays ``[runs, ...]``.
-
-    Args:
-      runs: trees of arrays, on devices or in host memory; all processes must call it.
-      shapes: `common_shapes` of them.
-      places: a tree of shardings of ``[runs, ...]``.
-    """
-    flat = [
-        {path: np.asarray(distributed.fetch(leaf)) for path, leaf in trees.flatten(run).items()}
-        for run in runs
-    ]
-
-    def join(path: str, place: NamedSharding) -> jax.Array:
-        stacked = np.stack([_padded(np, tree[path], shapes[path]) for tree in flat])
-        return jax.make_array_from_callback(stacked.shape, place, stacked.__getitem__)
-
-    return trees.map_named(join, places)
 
 
 def batch_of(rows: Sequence[Mapping[str, np.ndarray]], mesh: Mesh) -> dict[str, jax.Array]:
@@ -156,9 +136,18 @@ class SweepProgram:
         self._measure: Any = jax.jit(jax.vmap(self._metrics_of_one), out_shardings=self._by_run)
 
     def begin(self, states: Sequence[TrainState]) -> TrainState:
-        """Returns the states of all runs as one state with an axis ``[runs]``."""
+        """Returns the states of all runs as one state with an axis ``[runs]``; all processes must call it."""
         filled = [*states, *[states[-1]] * (len(self.runs) - len(states))]
-        joined: TrainState = stack(filled, self._shapes, self._places)
+        flat = [
+            {path: np.asarray(distributed.fetch(leaf)) for path, leaf in trees.flatten(state).items()}
+            for state in filled
+        ]
+
+        def join(path: str, place: NamedSharding) -> jax.Array:
+            stacked = np.stack([_padded(np, tree[path], self._shapes[path]) for tree in flat])
+            return jax.make_array_from_callback(stacked.shape, place, stacked.__getitem__)
+
+        joined: TrainState = trees.map_named(join, self._places)
         return joined
 
     def step(
@@ -345,10 +334,8 @@ class StopOfAll(StopSignals):
         return self._asked
 
 
-def fit_all(
-    program: SweepProgram, runs: Sequence[RunLoop], stop: StopOfAll | None = None
-) -> list[FitResult]:
-    """Runs all steps of all runs, and returns their results.
+def fit_all(program: SweepProgram, runs: Sequence[RunLoop], stop: StopOfAll | None = None) -> None:
+    """Runs all steps of all runs.
 
     Args:
       program: the compiled program.
@@ -369,9 +356,7 @@ def fit_all(
         fetched = cache(partial(jax.tree.map, distributed.fetch, metrics))
         measured = cache(partial(program.measure, states))
         for index, run in enumerate(runs):
-            state = partial(program.state_of, states, index)
-            run.after(index, _OfRun(fetched, index), state, measured)
-    return [run.follower.result for run in runs]
+            run.after(index, _OfRun(fetched, index), partial(program.state_of, states, index), measured)
 
 
 class _OfRun(Mapping[str, Any]):
