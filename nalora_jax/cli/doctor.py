@@ -13,9 +13,7 @@ from typing import Any
 
 from etils import epy
 
-from nalora_jax.common import processor
-from nalora_jax.common.downloads import cache_dir, private_dir
-from nalora_jax.common.imports import installed_version
+from nalora_jax.common import downloads, imports, processor
 from nalora_jax.errors import NaloraError
 
 with epy.lazy_imports():  # on first use: versions come first
@@ -63,7 +61,7 @@ def doctor(args: Any) -> None:
 def _versions(_: list[str]) -> Iterator[tuple[str, str]]:
     yield "python", platform.python_version()
     for name in (*PACKAGES, *OPTIONAL):
-        version = installed_version(name)
+        version = imports.installed_version(name)
         if name in PACKAGES or version != "not installed":
             yield name, version
 
@@ -125,7 +123,7 @@ def _huge_pages() -> str:
 
 
 def _caches(problems: list[str]) -> Iterator[tuple[str, str]]:
-    root = cache_dir()
+    root = downloads.cache_dir()
     yield "folder", str(root)
     for name, what in CACHES.items():
         folder = root / name
@@ -133,7 +131,7 @@ def _caches(problems: list[str]) -> Iterator[tuple[str, str]]:
             yield what, _size(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
             if name in _RUN:
                 try:
-                    private_dir(folder)
+                    downloads.private_dir(folder)
                 except OSError as error:
                     problems.append(f"{what} are not kept: {error}")
     existing = next(path for path in (root, *root.parents) if path.exists())

@@ -10,10 +10,8 @@ from nalora_jax.cli.planning.auto import accepted
 from nalora_jax.config import RunConfig
 from nalora_jax.data.given import Data, Format
 from nalora_jax.data.source import Source
-from nalora_jax.train import start
+from nalora_jax.train import cards, kinds, start
 from nalora_jax.train.callbacks import Callback
-from nalora_jax.train.cards import write_run_card
-from nalora_jax.train.kinds import run_kind
 from nalora_jax.train.run import RunResult, fine_tune
 
 with epy.lazy_imports():
@@ -50,10 +48,10 @@ def run(
     """
     return fine_tune(
         config,
-        run_kind(config),
+        kinds.run_kind(config),
         start,
         choose_layout=accepted,
-        write_card=write_run_card,
+        write_card=cards.write_run_card,
         write_report=lambda folder: html.write_report(folder),
         data=data,
         format=format,

@@ -12,9 +12,7 @@ from etils import epy
 
 from nalora_jax.cli import config_files, outputs
 from nalora_jax.cli import parser as cli
-from nalora_jax.common import buckets, uploads
-from nalora_jax.common.files import write_atomically
-from nalora_jax.common.folders import new_file, new_folder, refuse_claimed
+from nalora_jax.common import buckets, files, folders, uploads
 from nalora_jax.config import check, config_from_dict
 from nalora_jax.errors import NaloraError
 
@@ -108,7 +106,7 @@ def export(args: cli.ExportArgs) -> None:
             uploads.require_free(where)
         else:
             outputs.check_new_file("--output", args.output)
-            refuse_claimed(args.output)
+            folders.refuse_claimed(args.output)
         if args.output.suffix != ".gguf":
             expected = "a name that ends in .gguf"
             raise NaloraError("--output", expected=expected, found=str(args.output))
@@ -119,9 +117,9 @@ def export(args: cli.ExportArgs) -> None:
             raise NaloraError("--for", expected="peft for image and text encoders", found=args.target)
         encoders = adapted_dual.load_adapted_dual(name, adapter=adapter)
         assert encoders.lora is not None
-        with new_folder(args.output) as folder:
+        with folders.new_folder(args.output) as folder:
             dual.write_dual_adapter(folder, encoders.base, encoders.lora, encoders.spec)
-            write_atomically(folder / "README.md", card(encoders, "adapter"))
+            files.write_atomically(folder / "README.md", card(encoders, "adapter"))
         print(f"{output}: adapter for peft, read back and compared (every number is equal)")
         return
     _require_adapter(located.locate(name, adapter))
@@ -131,15 +129,15 @@ def export(args: cli.ExportArgs) -> None:
     tool = str(args.target)
     if args.target == "gguf":
         tool = "llama.cpp"
-        with new_file(args.output) as path:
+        with folders.new_file(args.output) as path:
             gguf_export.write_adapter_gguf(path, base.config, lora, model.spec)
             difference = gguf_export.verify_adapter_gguf(path, base.config, lora, model.spec)
     else:
         layout = peft_modules.layout_for(args.target, base.config, base.hf_config)
         options = {"target": args.target, "max_lora_rank": args.max_lora_rank, "layout": layout}
-        with new_folder(args.output) as folder:
+        with folders.new_folder(args.output) as folder:
             difference = text.write_adapter(folder, base, lora, model.spec, **options)
-            write_atomically(folder / "README.md", card(model, "adapter"))
+            files.write_atomically(folder / "README.md", card(model, "adapter"))
     print(f"{output}: adapter for {tool}, read back and compared (largest difference {difference:.1e})")
     if args.target == "gguf" and base.rope_scaling:
         scaling = f"RoPE scaling {base.rope_scaling}: set it in llama.cpp (--rope-scaling)"
@@ -275,7 +273,7 @@ def from_peft(args: cli.FromPeftArgs) -> None:
         return
     if args.output.exists():
         raise NaloraError("--output", expected="a new file", found=f"{args.output}, which exists")
-    write_atomically(args.output, content)
+    files.write_atomically(args.output, content)
     print(f"{args.output}: nalora train --config {args.output}")
 
 

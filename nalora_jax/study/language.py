@@ -12,28 +12,17 @@ import optax
 
 from nalora_jax.common.digests import json_digest
 from nalora_jax.config import DataConfig, RunConfig
+from nalora_jax.data import packing, pipeline, questions, sources, tokenizer
 from nalora_jax.data.items import ChoiceItem, CompletionItem
-from nalora_jax.data.packing import permutation
-from nalora_jax.data.pipeline import TrainData, train_data
-from nalora_jax.data.questions import eval_examples
-from nalora_jax.data.sources import check_disjoint, open_source
-from nalora_jax.data.tokenizer import AddedTokens
-from nalora_jax.evaluate.evaluator import variables_of
-from nalora_jax.evaluate.text import choice_records, completion_records, text_summary
+from nalora_jax.evaluate import evaluator, text
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Step
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.initial_adapter import read_initial
-from nalora_jax.train.inputs import stream_shape
-from nalora_jax.train.kinds import decoder_parts
+from nalora_jax.train import initial_adapter, inputs, kinds, start
 from nalora_jax.train.program import Assembly, assemble, starting_at
-from nalora_jax.train.start import first_adapters
+from nalora_jax.weights import hf, hub, model_files, new_tokens
 from nalora_jax.weights.base import load_model
-from nalora_jax.weights.hf import ResolvedSource
-from nalora_jax.weights.hub import resolve_source
-from nalora_jax.weights.model_files import LoadedModel, open_files
-from nalora_jax.weights.new_tokens import with_added
 
 _SEED = 20260104  # seed of the draw of items whose choices are scored, the same for every run
 T = TypeVar("T")
@@ -98,7 +87,7 @@ class LanguageItems(Items):
 
     def scoring(self, count: int) -> LanguageItems:
         """Returns the completions with the choices of ``count`` items, drawn once for all runs."""
-        drawn = np.sort(permutation(len(self.choices), _SEED)[:count])
+        drawn = np.sort(packing.permutation(len(self.choices), _SEED)[:count])
         return replace(self, choices=[self.choices[index] for index in drawn])
 
 
@@ -107,25 +96,27 @@ class Language(Subject):
 
     _started: tuple[Assembly, Any, Assembly] | None = None  # the last run with LoRA-GA
 
-    def model(self, config: RunConfig) -> LoadedModel:
+    def model(self, config: RunConfig) -> model_files.LoadedModel:
         """Returns the run's base model."""
-        compute, added = config.compute, AddedTokens.of(config.data)
+        compute, added = config.compute, tokenizer.AddedTokens.of(config.data)
 
-        def load() -> LoadedModel:
+        def load() -> model_files.LoadedModel:
             mesh = distributed.smallest_mesh(config.mesh)
             options: dict[str, Any] = {"mesh": mesh, "quantized": compute.quantized}
-            return with_added(load_model(_files(config), dtype=compute.dtype, **options), added, mesh)
+            return new_tokens.with_added(
+                load_model(_files(config), dtype=compute.dtype, **options), added, mesh
+            )
 
         weights = config.model, config.rope_scaling, compute.dtype, compute.quantized
         return self.once(("model", *weights, config.mesh, added), load)
 
     def architecture(self, config: RunConfig) -> ModelConfig:
         """Returns the config of the base."""
-        return open_files(_files(config)).described(AddedTokens.of(config.data))
+        return model_files.open_files(_files(config)).described(tokenizer.AddedTokens.of(config.data))
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
         """Returns the settings that determine the compiled step, and hashable facts about the data."""
-        facts = config.data.max_length, AddedTokens.of(config.data)
+        facts = config.data.max_length, tokenizer.AddedTokens.of(config.data)
         return replace(config, data=DataConfig()), facts
 
     def assemble(
@@ -133,7 +124,7 @@ class Language(Subject):
     ) -> Assembly:
         """Returns adapters, optimizer and step for the result of `program` for ``config``."""
         model = self.model(config)
-        mesh, parts = distributed.smallest_mesh(config.mesh), decoder_parts(general, model.config)
+        mesh, parts = distributed.smallest_mesh(config.mesh), kinds.decoder_parts(general, model.config)
         return assemble(general, model.config, model.params, mesh, last=last, **parts)
 
     def params(self, config: RunConfig, assembly: Assembly) -> Any:
@@ -155,9 +146,9 @@ class Language(Subject):
 
     def data(self, config: RunConfig) -> Any:
         """Returns the training rows in the order of the seed, with a ``fingerprint``: packed sequences."""
-        return train_data(config.data, self.model(config).tokenizer, **stream_shape(config))
+        return pipeline.train_data(config.data, self.model(config).tokenizer, **inputs.stream_shape(config))
 
-    def source_digest(self, data: TrainData) -> str:
+    def source_digest(self, data: pipeline.TrainData) -> str:
         """Returns the digest of the tokenized examples of `data`, the same for every seed."""
         return data.store.fingerprint
 
@@ -165,13 +156,13 @@ class Language(Subject):
         """Returns adapters by the config's initialization, with A drawn by ``seed``."""
         model = self.model(config)
         if config.adapter:
-            return read_initial(config, model)
+            return initial_adapter.read_initial(config, model)
         if assembly.initial is not None:  # PiSSA: determined by the base, not by the seed
             return assembly.initial
         if config.lora.init == "lora_ga":  # determined by the batches, like `params`
             return self._started_at(config, assembly).initial
         if config.lora.init == "gradient":
-            return first_adapters(assembly, model.config, data, seed)
+            return start.first_adapters(assembly, model.config, data, seed)
         return init_lora(model.config, assembly.spec, jax.random.key(seed), assembly.params)
 
     def _started_at(self, config: RunConfig, assembly: Assembly) -> Assembly:
@@ -179,7 +170,7 @@ class Language(Subject):
         rows = (config.seed, config.data)
         if self._started is None or self._started[0] is not assembly or self._started[1] != rows:
             self._started = None  # frees its kernels before new ones are allocated
-            lora = first_adapters(assembly, self.model(config).config, self.data(config), config.seed)
+            lora = start.first_adapters(assembly, self.model(config).config, self.data(config), config.seed)
             self._started = assembly, rows, starting_at(assembly, lora)
         return self._started[2]
 
@@ -190,7 +181,7 @@ class Language(Subject):
     def probe(self, config: RunConfig, data: DataConfig) -> Any:
         """Returns `Items` of other data than the run's, likewise."""
         completions, choices = [], []
-        for item in eval_examples(data, self.model(config).tokenizer):
+        for item in questions.eval_examples(data, self.model(config).tokenizer):
             if isinstance(item, ChoiceItem):
                 choices.append(item)
                 gold = item.gold
@@ -206,7 +197,9 @@ class Language(Subject):
         Raises:
           NaloraError: they do.
         """
-        check_disjoint(open_source(config.data, tuned), open_source(config.data, tested))
+        sources.check_disjoint(
+            sources.open_source(config.data, tuned), sources.open_source(config.data, tested)
+        )
 
     def measure(
         self, items: Any, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False
@@ -216,15 +209,17 @@ class Language(Subject):
         With ``whole``, they include measures that need separate programs: ``accuracy`` if there are choices.
         """
         model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
-        variables = variables_of(params, lora)
+        variables = evaluator.variables_of(params, lora)
         values = {
-            "loss": text_summary(completion_records(model, variables, items.asked, mesh=mesh))["loss"]
+            "loss": text.text_summary(text.completion_records(model, variables, items.asked, mesh=mesh))[
+                "loss"
+            ]
         }
         if whole and items.choices:
-            records = choice_records(model, variables, items.choices, per="character", mesh=mesh)
-            values["accuracy"] = text_summary(records)["accuracy"]
+            records = text.choice_records(model, variables, items.choices, per="character", mesh=mesh)
+            values["accuracy"] = text.text_summary(records)["accuracy"]
         return values
 
 
-def _files(config: RunConfig) -> ResolvedSource:
-    return replace(resolve_source(config.model), rope_scaling=config.rope_scaling)
+def _files(config: RunConfig) -> hf.ResolvedSource:
+    return replace(hub.resolve_source(config.model), rope_scaling=config.rope_scaling)

@@ -8,14 +8,11 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.config import DataConfig, RunConfig
-from nalora_jax.data.packing import permutation
-from nalora_jax.data.preference import pair_data, pairs_digest, tokenize_pairs
-from nalora_jax.data.sources import open_pair
+from nalora_jax.data import packing, preference, sources
 from nalora_jax.evaluate.preference import PreferenceEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.study.language import Items, Language, LanguageItems
-from nalora_jax.train.inputs import stream_shape
-from nalora_jax.train.program import Assembly
+from nalora_jax.train import inputs, program
 
 _SEED = 20260101  # of the held-out draw: the same in every run
 
@@ -25,11 +22,11 @@ class Preferences(Language):
 
     def data(self, config: RunConfig) -> Any:
         """Returns packed pairs; they are tokenized once for all seeds."""
-        tokenizer, shape = self.model(config).tokenizer, stream_shape(replace(config, seed=0))
+        tokenizer, shape = self.model(config).tokenizer, inputs.stream_shape(replace(config, seed=0))
 
         def pack() -> Any:
-            source, _ = open_pair(config.data)
-            return pair_data(source, config.data, config.preference, tokenizer, **shape)
+            source, _ = sources.open_pair(config.data)
+            return preference.pair_data(source, config.data, config.preference, tokenizer, **shape)
 
         return replace(self.once(("rows", config.model, config.data, config.train), pack), seed=config.seed)
 
@@ -40,14 +37,14 @@ class Preferences(Language):
 
     def items(self, config: RunConfig, data: DataConfig) -> Items:
         """Returns tokenized pairs; their digest is of the ids of both completions with their prompts."""
-        _, records = open_pair(data)
-        indices = np.sort(permutation(len(records), _SEED)[: data.eval_limit or None]).tolist()
+        _, records = sources.open_pair(data)
+        indices = np.sort(packing.permutation(len(records), _SEED)[: data.eval_limit or None]).tolist()
         tokenizer = self.model(config).tokenizer
-        pairs = tuple(tokenize_pairs(records, indices, data, config.preference, tokenizer))
-        return Items(pairs_digest(pairs)[:16], len(pairs), config, pairs)
+        pairs = tuple(preference.tokenize_pairs(records, indices, data, config.preference, tokenizer))
+        return Items(preference.pairs_digest(pairs)[:16], len(pairs), config, pairs)
 
     def measure(
-        self, items: Any, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False
+        self, items: Any, assembly: program.Assembly, params: Any, lora: Any = None, *, whole: bool = False
     ) -> dict[str, float]:
         """Returns ``loss`` per pair, and ``accuracy``: the share of pairs whose chosen completion wins.
 

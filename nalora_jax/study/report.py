@@ -19,23 +19,8 @@ from nalora_jax.config.structured import dotted
 from nalora_jax.errors import NaloraError
 from nalora_jax.report import tables
 from nalora_jax.report.tables import markdown_table
-from nalora_jax.study.analysis import (
-    MethodComparison,
-    MethodResult,
-    by_task,
-    common_rates,
-    comparisons,
-    deviation,
-    forgotten,
-    last_of,
-    mean_of,
-    named,
-    results,
-)
-from nalora_jax.study.pictures import draw
-from nalora_jax.study.plan import Tuning, cells, others_of, tuning, wanted
+from nalora_jax.study import analysis, pictures, plan, provenance
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.provenance import checked_records, describe_old, old_records
 from nalora_jax.study.records import Record, Records, hours
 
 log = logging.getLogger(__name__)
@@ -53,13 +38,13 @@ def write_tables(protocol: Protocol) -> list[Path]:
       NaloraError: there is no record, the file is damaged, or records or protocol changed.
     """
     store = Records(protocol.folder)
-    records = checked_records(protocol, store)
+    records = provenance.checked_records(protocol, store)
     if not records:
         remedy = f"run it first: nalora study run {protocol.folder}"
         raise NaloraError(str(store.path), expected="records of finished runs", found="none", remedy=remedy)
-    if note := describe_old(records):
+    if note := provenance.describe_old(records):
         log.info("%s", note)
-    drawn, text = draw(protocol, records), render_results(protocol, records)
+    drawn, text = pictures.draw(protocol, records), render_results(protocol, records)
     if drawn:
         names = {name: name.removesuffix(".svg").replace("_", " ") for name in drawn}
         links = "\n\n".join(f"![{label}]({PICTURES}/{name})" for name, label in names.items())
@@ -76,7 +61,7 @@ def write_tables(protocol: Protocol) -> list[Path]:
 
 # ---------------------------------------------------------------- tables; equal records give equal bytes
 
-Group = Sequence[MethodResult]  # of a task and model
+Group = Sequence[analysis.MethodResult]  # of a task and model
 Table = tuple[list[str], list[list[str]]]  # heads and rows
 
 # Columns of a run's last log step.
@@ -111,7 +96,7 @@ def render_results(protocol: Protocol, records: Mapping[str, Record]) -> str:
     text = environment.from_string(template).render(
         question=protocol.question,
         unit=_unit(protocol),
-        metric=named(protocol.metric),
+        metric=analysis.named(protocol.metric),
         seeds=", ".join(map(str, protocol.tuning_seeds)),
         baseline=protocol.baseline,
         runs=tables.runs(),
@@ -151,12 +136,12 @@ class _Tables:
 
     def __init__(self, protocol: Protocol, records: Mapping[str, Record]) -> None:
         self._protocol, self._records = protocol, records
-        self._results = results(protocol, records)
-        self.compared = comparisons(protocol, self._results)
+        self._results = analysis.results(protocol, records)
+        self.compared = analysis.comparisons(protocol, self._results)
 
     def by_place(self, table: Callable[[Group], Table]) -> str:
         """Returns the table of each task and model that has rows."""
-        made = {place: table(group) for place, group in by_task(self._results).items()}
+        made = {place: table(group) for place, group in analysis.by_task(self._results).items()}
         return "\n\n".join(
             f"### {task}, {model}\n\n{markdown_table(heads, rows)}"
             for (task, model), (heads, rows) in made.items()
@@ -182,7 +167,7 @@ class _Tables:
             "base (sha256 of the weights)": self._distinct("base", 16),
             "rule files (sha256)": ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(rules)),
         }
-        if old := len(old_records(records)):
+        if old := len(provenance.old_records(records)):
             label = "records without digests of base, data and rules"
             rows[label] = f"{old} (made by an earlier version)"
         rows["devices"] = self._distinct("device")
@@ -194,7 +179,7 @@ class _Tables:
         several = len(protocol.tasks) * len(protocol.models) > 1
         return "; ".join(
             f"{run.cell.method}{f' on {run.cell.task}' if several else ''} at x {run.multiple:g}, seed {run.seed}"
-            for run in wanted(protocol, records)
+            for run in plan.wanted(protocol, records)
             if run.stage == "test" and run.id not in records
         )
 
@@ -224,7 +209,7 @@ class _Tables:
     def common_rates(self, group: Group) -> Table:
         """Returns the differences from the baseline at each learning rate that both were tuned at."""
         (baseline,) = (result for result in group if result.cell.method == self._protocol.baseline)
-        by_method = {r.cell.method: common_rates(r, baseline) for r in group if r is not baseline}
+        by_method = {r.cell.method: analysis.common_rates(r, baseline) for r in group if r is not baseline}
         rates = sorted({rate for common in by_method.values() for rate in common})
         heads = [f"**{rate:g}**" if rate == baseline.tuning.chosen else f"{rate:g}" for rate in rates]
         rows = [[name, *(_common(common.get(r)) for r in rates)] for name, common in by_method.items()]
@@ -233,8 +218,8 @@ class _Tables:
     def tests(self, group: Group) -> Table:
         """Returns the measures at the chosen rates."""
         metric = self._protocol.metric
-        names = [name for name in others_of(metric) if any(result.measured(name) for result in group)]
-        heads = ["method", "rate", "parameters", "seeds", "diverged", named(metric), "deviation"]
+        names = [name for name in plan.others_of(metric) if any(result.measured(name) for result in group)]
+        heads = ["method", "rate", "parameters", "seeds", "diverged", analysis.named(metric), "deviation"]
         heads += [*(name.replace("_", " ") for name in names), *_MOVEMENT.values(), "seconds a run"]
         return heads, [_test_row(result, names) for result in group if result.tests]
 
@@ -242,7 +227,10 @@ class _Tables:
         """Returns the test costs at multiples of the chosen rates, and the runs that diverged."""
         factors = sorted(self._protocol.test_multiples)
         rows = [
-            [r.cell.method, *(f"{number(mean_of(r.losses(m)))} ({r.diverged(m)})" for m in factors)]
+            [
+                r.cell.method,
+                *(f"{number(analysis.mean_of(r.losses(m)))} ({r.diverged(m)})" for m in factors),
+            ]
             for r in group
             if r.tests
         ]
@@ -261,14 +249,14 @@ class _Tables:
         rows = [[comparison.measure.label, *self._brief_row(comparison)] for comparison in compared]
         return markdown_table([lead, *_BRIEF], rows) if rows else ""
 
-    def _brief_row(self, comparison: MethodComparison) -> list[str]:
+    def _brief_row(self, comparison: analysis.MethodComparison) -> list[str]:
         p, cell = comparison.paired, comparison.cell
         task = f"{cell.task} ({cell.model})" if len(self._protocol.models) > 1 else cell.task
         interval = f"{signed(p.low)} to {signed(p.high)}" if p.n > 1 else "-"
         difference = [str(p.n), signed(p.mean), interval, f"{p.better}/{p.n}"]
         return [cell.method, comparison.other, task, *difference, p_value(p.t_p, comparison.t_holm)]
 
-    def primary_row(self, comparison: MethodComparison) -> list[str]:
+    def primary_row(self, comparison: analysis.MethodComparison) -> list[str]:
         """Returns all statistics of a comparison by the primary metric."""
         p, margin, needed = comparison.paired, "-", "-"
         if p.margin > 0:
@@ -309,7 +297,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"`{name} = {text}`".replace("|", "\\|") for name, text in texts.items())
 
 
-def _tuned(grid: Tuning, rate: float) -> str:
+def _tuned(grid: plan.Tuning, rate: float) -> str:
     if grid.costs.get(rate) is None:
         return "-" if rate in grid.costs else ""
     text = "diverged" if grid.costs[rate] == math.inf else number(grid.costs[rate])
@@ -324,7 +312,7 @@ def _common(common: tuple[float, float | None] | None) -> str:
     return signed(difference) + ("" if movement is None else f" ({movement:.2f} x)")
 
 
-def _test_row(result: MethodResult, names: Sequence[str]) -> list[str]:
+def _test_row(result: analysis.MethodResult, names: Sequence[str]) -> list[str]:
     losses, finite, tests = result.losses(), list(result.finite().values()), list(result.tests.values())
     return [
         result.cell.method,
@@ -332,17 +320,17 @@ def _test_row(result: MethodResult, names: Sequence[str]) -> list[str]:
         f"{tests[0]['parameters']:,}",
         str(len(losses)),
         str(result.diverged()),
-        number(mean_of(losses)),
-        number(deviation(losses)),
-        *(number(mean_of(result.measured(name)), 4 if name == "loss" else 3) for name in names),
-        *(number(mean_of(last_of(finite, name))) for name in _MOVEMENT),
-        number(mean_of([float(record["seconds"]) for record in tests]), 0),
+        number(analysis.mean_of(losses)),
+        number(analysis.deviation(losses)),
+        *(number(analysis.mean_of(result.measured(name)), 4 if name == "loss" else 3) for name in names),
+        *(number(analysis.mean_of(analysis.last_of(finite, name))) for name in _MOVEMENT),
+        number(analysis.mean_of([float(record["seconds"]) for record in tests]), 0),
     ]
 
 
 def _probe(records: Sequence[Record], name: str) -> str:
     before = float(records[0]["probes"][name]["before"])
-    return f"{number(before)} {signed(mean_of([forgotten(name, record) for record in records]))}"
+    return f"{number(before)} {signed(analysis.mean_of([analysis.forgotten(name, record) for record in records]))}"
 
 
 def signed(value: float) -> str:
@@ -378,8 +366,11 @@ def status(protocol: Protocol) -> str:
       NaloraError: records or protocol were changed (`checked_records`).
     """
     store = Records(protocol.folder)
-    records = checked_records(protocol, store)
-    runs, grids = wanted(protocol, records), {c: tuning(protocol, c, records) for c in cells(protocol)}
+    records = provenance.checked_records(protocol, store)
+    runs, grids = (
+        plan.wanted(protocol, records),
+        {c: plan.tuning(protocol, c, records) for c in plan.cells(protocol)},
+    )
     left = [run for run in runs if run.id not in records]
     busy = sum(store.claimed(run.id) for run in left)
     untuned = sum(grid.chosen is None for grid in grids.values())
@@ -394,7 +385,7 @@ def status(protocol: Protocol) -> str:
         + (f", about {(len(left) + later) * spent / len(records):.1f} h left" if records else ""),
     ]
     if protocol.metric != "loss":
-        lines.append(f"{named(protocol.metric)} on the validation items:")
+        lines.append(f"{analysis.named(protocol.metric)} on the validation items:")
     for cell, grid in grids.items():
         costs = {rate: "-" if cost is None else f"{cost:.4f}" for rate, cost in grid.costs.items()}
         chosen = f"; chosen {grid.chosen:g}" if grid.chosen else ""

@@ -17,14 +17,10 @@ from nalora_jax.cli.planning.program import (
 )
 from nalora_jax.config import RunConfig
 from nalora_jax.evaluate.generate.programs import prompt_shards
-from nalora_jax.layout import distributed
-from nalora_jax.layout.accounting import Collective
+from nalora_jax.layout import accounting, distributed, estimates, machines, rollouts
 from nalora_jax.layout.decide import Compiled, Search, decide
-from nalora_jax.layout.estimates import decoder_alone
 from nalora_jax.layout.figures import Figures, Roofline, bounded, figures, kernel_flops, roofline
 from nalora_jax.layout.layouts import Layout, fastest, fitting, fitting_sweep
-from nalora_jax.layout.machines import Topology
-from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.transform import with_gate_state
 from nalora_jax.models.config import ModelConfig
 
@@ -55,7 +51,7 @@ class Plan:
     """A run on a topology: the chosen layout and the figures of the compiled program."""
 
     config: RunConfig
-    where: Topology
+    where: machines.Topology
     layout: Layout
     nalora: Figures
     lora: Figures  # the same run without the mechanisms and their statistics
@@ -124,13 +120,13 @@ class SweepPlan:
     """A sweep on a topology."""
 
     config: RunConfig  # of each run
-    where: Topology
+    where: machines.Topology
     runs: int  # of the sweep
     layout: Layout
     memory: float  # bytes of a chip
     seconds: float  # of a step of all runs of a program, by roofline
     mfu: float
-    collectives: tuple[Collective, ...] | None  # of the compiled step; None for an estimate
+    collectives: tuple[accounting.Collective, ...] | None  # of the compiled step; None for an estimate
 
     @property
     def programs(self) -> int:
@@ -151,13 +147,13 @@ class SweepPlan:
         }
 
 
-def common_fields(config: RunConfig, where: Topology) -> dict[str, Any]:
+def common_fields(config: RunConfig, where: machines.Topology) -> dict[str, Any]:
     """Returns the fields that the records of all plans have."""
     rows, seq = config.train.batch_size, config.data.max_length
     return {"model": config.model, "topology": where.name, "rows": rows, "seq": seq}
 
 
-def plan(config: RunConfig, base: ModelConfig, where: Topology, images: int = 0) -> Plan:
+def plan(config: RunConfig, base: ModelConfig, where: machines.Topology, images: int = 0) -> Plan:
     """Decides a layout by compiled steps of NA-LoRA, compiles LoRA's step and bounds the time.
 
     Args:
@@ -184,7 +180,7 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, images: int = 0)
 
 
 def _plan_rollout(
-    config: RunConfig, base: ModelConfig, where: Topology, update: Figures, arguments: Any
+    config: RunConfig, base: ModelConfig, where: machines.Topology, update: Figures, arguments: Any
 ) -> RolloutPlan:
     """Compiles the program of the samples in the layout of the update and bounds its time.
 
@@ -195,8 +191,8 @@ def _plan_rollout(
     draw, drawn, resident = rollout_and_arguments(config, base, mesh)
     found = figures(draw, drawn)
     wanted = config.train.batch_size // rl.samples
-    prompts, count, _ = program_shape(wanted, rl.samples, shards)
-    decoder, _ = decoder_alone(config, base)
+    prompts, count, _ = rollouts.program_shape(wanted, rl.samples, shards)
+    decoder, _ = estimates.decoder_alone(config, base)
     shape = count / shards, config.data.max_length - rl.max_new_tokens, max(config.mesh.tensor, 1)
     bound = bounded(found, found.flops + kernel_flops(found, decoder, *shape), 0.0, where)
     moved = moved_weights(update, arguments, found, drawn)
@@ -204,7 +200,7 @@ def _plan_rollout(
 
 
 def plan_sweep(
-    config: RunConfig, base: ModelConfig, where: Topology, runs: int, *, compiles: bool = True
+    config: RunConfig, base: ModelConfig, where: machines.Topology, runs: int, *, compiles: bool = True
 ) -> SweepPlan:
     """Compiles the step of a sweep in the fastest layout that fits, as `nalora_jax.layout.decide` does.
 
@@ -232,7 +228,7 @@ def plan_sweep(
 
 
 def _compiler(
-    config: RunConfig, base: ModelConfig, where: Topology, *, images: int = 0, runs: int = 0
+    config: RunConfig, base: ModelConfig, where: machines.Topology, *, images: int = 0, runs: int = 0
 ) -> Callable[[Layout], Compiled]:
     """Returns the function that compiles a layout's step, with figures and roofline as its program."""
     chips = devices(where)
@@ -360,7 +356,7 @@ def describe_sweep(plan: SweepPlan, *, steps: int = 0, price: float | None = Non
 
 
 def cost_lines(
-    where: Topology, seconds: float, tokens_per_second: float, steps: int, price: float | None
+    where: machines.Topology, seconds: float, tokens_per_second: float, steps: int, price: float | None
 ) -> Iterator[str]:
     """Yields lines with the hours of a run, and with costs at ``price`` for a chip and hour.
 
@@ -378,7 +374,7 @@ def cost_lines(
         yield f"  cost        at least {cost:.4g} a million tokens, at {price:g} a chip and hour"
 
 
-def _time_line(where: Topology, hours: float, work: str, price: float | None) -> str:
+def _time_line(where: machines.Topology, hours: float, work: str, price: float | None) -> str:
     cost = ""
     if price is not None:
         cost = f", {hours * where.size * price:,.2f} at {price:g} a chip and hour"

@@ -9,9 +9,7 @@ import jax
 
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout import distributed
-from nalora_jax.layout.estimates import decoder_alone
-from nalora_jax.layout.layouts import Layout, estimate, fastest, fitting_sweep
+from nalora_jax.layout import distributed, estimates, layouts
 from nalora_jax.layout.machines import of_devices, topology
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.machine import device_memory
@@ -23,7 +21,7 @@ _USABLE = 0.9  # share of a device's memory
 class Fitting:
     """The layout of a group of runs and the number of runs that fit in it at the same time."""
 
-    layout: Layout
+    layout: layouts.Layout
     capacity: int
     width: int  # d_model; 0 for image and text encoders
 
@@ -47,7 +45,7 @@ class Fitting:
             raise NaloraError("--mesh.context", expected=expected, found=config.mesh.context)
         where, mesh = of_devices(jax.devices()), config.mesh
         if base is not None and where is not None and mesh.data == mesh.fsdp == mesh.tensor == 0:
-            layout = fastest(fitting_sweep(config, base, where, count))
+            layout = layouts.fastest(layouts.fitting_sweep(config, base, where, count))
             return cls(layout, layout.together, base.d_model)
         limit = _USABLE * device_memory()
         weights, run, width = 0.0, 1.0, 0
@@ -69,7 +67,7 @@ class Fitting:
             (config.compute.remat, config.compute.experts),
             (mesh.data, mesh.fsdp, mesh.tensor),
         )
-        layout = Layout(*sizes, *policies, run=mesh.run, runs_per_device=per_group)
+        layout = layouts.Layout(*sizes, *policies, run=mesh.run, runs_per_device=per_group)
         return cls(layout, groups * per_group, width)
 
     def next(self, left: int) -> int:
@@ -104,9 +102,9 @@ def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
     remat = config.compute.remat
     if remat == "auto":
         remat = "none"
-    whole = Layout(1, 1, 1, remat, config.compute.experts)
+    whole = layouts.Layout(1, 1, 1, remat, config.compute.experts)
     # Bytes do not depend on the machine.
-    layout = estimate(whole, config, *decoder_alone(config, base), topology("v5e:1x1"))
+    layout = layouts.estimate(whole, config, *estimates.decoder_alone(config, base), topology("v5e:1x1"))
     return layout.weights, layout.state + layout.activations
 
 

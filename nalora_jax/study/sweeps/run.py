@@ -18,32 +18,22 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from nalora_jax.common import buckets
-from nalora_jax.common.digests import seal
-from nalora_jax.common.redaction import redacted
+from nalora_jax.common import buckets, digests, redaction
 from nalora_jax.config import RunConfig, check
 from nalora_jax.data.given import Data, Format
 from nalora_jax.errors import Interrupted, NaloraError, TrainingDivergedError
-from nalora_jax.evaluate.evaluator import describe
-from nalora_jax.evaluate.run_log import to_json
+from nalora_jax.evaluate import evaluator, run_log
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.adapters import adapter_spec
-from nalora_jax.report.compare import render_comparison
-from nalora_jax.report.history import read_history
-from nalora_jax.report.html import write_report
-from nalora_jax.study.sweeps.fit import Fitting
+from nalora_jax.report import compare, history, html
+from nalora_jax.study.sweeps import fit, values
 from nalora_jax.study.sweeps.grid import FILE, axes_of, check_names, grid
 from nalora_jax.study.sweeps.program import RunLoop, StopOfAll, SweepProgram, fit_all
-from nalora_jax.study.sweeps.values import grouped, program_key
-from nalora_jax.train import start
+from nalora_jax.train import cards, kinds, preemption, progress, start
 from nalora_jax.train.callbacks import make_callbacks
-from nalora_jax.train.cards import write_run_card
 from nalora_jax.train.job import Inputs, Job
-from nalora_jax.train.kinds import run_kind
 from nalora_jax.train.output import write_text
-from nalora_jax.train.preemption import StopSignals
-from nalora_jax.train.progress import Stages
 from nalora_jax.train.run import (
     BaseMetrics,
     RunResult,
@@ -96,8 +86,8 @@ def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
       NaloraError: an option that cannot vary, and the errors of `sweep`.
     """
     configs = grid(config, axes_of(options))
-    settings = to_json(redacted(replace(config, resume=False).to_dict()))
-    text = json.dumps(seal({"sweep": list(options), "run": settings}), indent=1) + "\n"
+    settings = run_log.to_json(redaction.redacted(replace(config, resume=False).to_dict()))
+    text = json.dumps(digests.seal({"sweep": list(options), "run": settings}), indent=1) + "\n"
     return sweep(configs, locked=lambda: write_text(config.output, FILE, text))
 
 
@@ -131,9 +121,11 @@ def sweep(
     with attended() as stop, ExitStack() as stack:
         runs = [_opened(config, data, format, stop, stack) for config in configs]
         distributed.on_first_process(locked)
-        groups = grouped(runs, _key)
+        groups = values.grouped(runs, _key)
         log.info("%d runs in %d group(s), each of one program", len(runs), len(groups))
-        fitting = [Fitting.of(group[0].inputs.config, group[0].inputs.base, len(group)) for group in groups]
+        fitting = [
+            fit.Fitting.of(group[0].inputs.config, group[0].inputs.base, len(group)) for group in groups
+        ]
         try:
             for group, fits in zip(groups, fitting, strict=True):
                 results |= _train_group(group, fits, stop)
@@ -153,23 +145,27 @@ def sweep(
 
 
 def _opened(
-    config: RunConfig, data: Data | None, format: Format | None, stop: StopSignals, stack: ExitStack
+    config: RunConfig,
+    data: Data | None,
+    format: Format | None,
+    stop: preemption.StopSignals,
+    stack: ExitStack,
 ) -> _Run:
     """Locks the folder of a run and reads its settings, files and data."""
     config, source = checked_settings(config, data, format, None)
     resume: bool | Literal["auto"] = "auto" if config.resume else False
     console, callbacks = _Named(Path(config.output).name), make_callbacks(config.callbacks)
     session = stack.enter_context(open_session(replace(config, resume=resume), stop, callbacks, console))
-    return _Run(read_inputs(config, run_kind(config), start, session, source), session)
+    return _Run(read_inputs(config, kinds.run_kind(config), start, session, source), session)
 
 
 def _key(run: _Run) -> str:
     """Returns the key of a run's program; its adapters are known for language models."""
     config, base = run.inputs.config, run.inputs.base
-    return program_key(config, None if base is None else adapter_spec(config, base))
+    return values.program_key(config, None if base is None else adapter_spec(config, base))
 
 
-def _train_group(runs: Sequence[_Run], fits: Fitting, stop: StopSignals) -> _Results:
+def _train_group(runs: Sequence[_Run], fits: fit.Fitting, stop: preemption.StopSignals) -> _Results:
     """Trains runs that share a program: one base, as many programs after each other as memory requires."""
     mesh = checked_mesh(fits.layout.into(runs[0].inputs.config))
     results: _Results = {}
@@ -182,16 +178,16 @@ def _train_group(runs: Sequence[_Run], fits: Fitting, stop: StopSignals) -> _Res
 
 
 def _train_together(
-    runs: Sequence[_Run], fits: Fitting, mesh: Mesh, stop: StopSignals, like: Job | None
+    runs: Sequence[_Run], fits: fit.Fitting, mesh: Mesh, stop: preemption.StopSignals, like: Job | None
 ) -> tuple[Job, _Results]:
     """Trains runs in one program, with the base of an earlier job; returns a job and the results."""
-    spent, jobs, states = Stages(), [], []
+    spent, jobs, states = progress.Stages(), [], []
     results: _Results = {}
     with ExitStack() as stack:
         for inputs, session in runs:
             stack.enter_context(session.closing)
             placed = fits.layout.into(inputs.config)
-            jobs.append(built(inputs, run_kind(placed), placed, mesh, session.output, like))
+            jobs.append(built(inputs, kinds.run_kind(placed), placed, mesh, session.output, like))
             like = like or jobs[0]
             states.append(restore(jobs[-1], session))
         measured: dict[str, BaseMetrics | None] = {}  # runs that ask the same questions share them
@@ -213,7 +209,7 @@ def _train_together(
             result = loop.follower.result
             best = best_state(job, result, session)
             results[inputs.config.output] = finish(
-                job, best, result.step, session, spent, write_run_card, write_report
+                job, best, result.step, session, spent, cards.write_run_card, html.write_report
             )
     return like or jobs[0], results
 
@@ -222,8 +218,8 @@ def _fit(
     sessions: Sequence[Session],
     jobs: Sequence[Job],
     states: Sequence[TrainState],
-    fits: Fitting,
-    signals: StopSignals,
+    fits: fit.Fitting,
+    signals: preemption.StopSignals,
 ) -> list[RunLoop]:
     """Runs the steps of several runs in one program."""
     stop, loops = StopOfAll(signals), []
@@ -260,10 +256,10 @@ def _render_page(results: Mapping[str, RunResult]) -> str:
 
     ranked = sorted(results.items(), key=score, reverse=True)
     for output, result in ranked:
-        log.info("%s: %s", Path(output).name, describe(result.after))
-    histories = {output: read_history(result.folder) for output, result in results.items()}
+        log.info("%s: %s", Path(output).name, evaluator.describe(result.after))
+    histories = {output: history.read_history(result.folder) for output, result in results.items()}
     try:
-        return render_comparison(list(histories.values()))
+        return compare.render_comparison(list(histories.values()))
     except NaloraError:
         log.info("the comparison shows the best %d of %d runs", _MOST, len(results))
-        return render_comparison([histories[output] for output, _ in ranked[:_MOST]])
+        return compare.render_comparison([histories[output] for output, _ in ranked[:_MOST]])
