@@ -14,37 +14,26 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nalora_jax.cli import config_files
-from nalora_jax.common import trees
-from nalora_jax.common.devices import AXES
+from nalora_jax.common import devices, trees
 from nalora_jax.config import RunConfig
 from nalora_jax.config.structured import dotted
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.evaluate.generate.programs import prompt_shards
 from nalora_jax.evaluate.run_log import recorded_settings
-from nalora_jax.layout import distributed
+from nalora_jax.layout import distributed, layouts, rollouts
 from nalora_jax.layout.distributed import platform_of
-from nalora_jax.layout.layouts import Layout, estimate, laid_out
 from nalora_jax.layout.machines import MATRIX_SHARE, Topology, of_devices, topology
-from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.rules import make
-from nalora_jax.models.adapters import adapter_shapes, adapter_spec
+from nalora_jax.models import adapters, decoder, stacks, targets
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_cache
 from nalora_jax.models.remat import chosen_remat
-from nalora_jax.models.stacks import param_shapes
-from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.ops.dispatch import numerics_for
-from nalora_jax.ops.storage import matmul, prepare
-from nalora_jax.train.initial_adapter import with_adapter
+from nalora_jax.ops import dispatch, storage
+from nalora_jax.train import initial_adapter, job, kinds, optimizers, session
 from nalora_jax.train.inputs import check_layout
-from nalora_jax.train.job import Inputs
-from nalora_jax.train.kinds import run_kind
 from nalora_jax.train.machine import device_memory
 from nalora_jax.train.mechanisms import first_step, log_first_step, mechanisms_of
-from nalora_jax.train.optimizers import with_learning_rate
-from nalora_jax.train.session import say_counts
 
 
 def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
@@ -60,8 +49,11 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
     for run in runs:
         for text in run.mechanisms:
             make(text)
-    runs = [with_adapter(run, recorded_settings(run.output) if run.resume else None) for run in runs]
-    inputs = run_kind(runs[0]).open_inputs(runs[0], None)
+    runs = [
+        initial_adapter.with_adapter(run, recorded_settings(run.output) if run.resume else None)
+        for run in runs
+    ]
+    inputs = kinds.run_kind(runs[0]).open_inputs(runs[0], None)
     lines = (
         _describe_images(inputs) + _differences(runs) if inputs.base is None else _describe(inputs, runs)
     )
@@ -69,7 +61,7 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
     print("\n".join(f"# {line}" for line in lines))
 
 
-def _describe_images(inputs: Inputs) -> list[str]:
+def _describe_images(inputs: job.Inputs) -> list[str]:
     """Returns lines that describe a run on image and text encoders."""
     from nalora_jax.models.vision.dual import init_lora as init_dual  # Pillow is an extra
     from nalora_jax.train.kinds.dual import resolve_dual
@@ -95,30 +87,30 @@ def _describe_images(inputs: Inputs) -> list[str]:
     ]
 
 
-def _describe(inputs: Inputs, runs: Sequence[RunConfig]) -> list[str]:
+def _describe(inputs: job.Inputs, runs: Sequence[RunConfig]) -> list[str]:
     """Returns lines that describe the first of several runs on a decoder, and how the others differ."""
     config, base, files, data = inputs.config, inputs.base, inputs.files, inputs.data
     assert base is not None
     assert files is not None
-    concrete = laid_out(config, base)
+    concrete = layouts.laid_out(config, base)
     mesh = distributed.make_mesh(concrete.mesh)
     check_layout(concrete, base, files, mesh)
-    spec = adapter_spec(config, base)
+    spec = adapters.adapter_spec(config, base)
     settings = []
     for run in runs:
         if run.model == runs[0].model:
-            adapter_spec(run, base)  # raises for rules that match nothing
-            run = with_learning_rate(run, base.d_model)
+            adapters.adapter_spec(run, base)  # raises for rules that match nothing
+            run = optimizers.with_learning_rate(run, base.d_model)
         settings.append(run)
     lines = [
-        f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.resolved.path}"
+        f"base model: {sum(map(math.prod, stacks.param_shapes(base).values())):,} parameters, {files.resolved.path}"
     ]
     if added := AddedTokens.of(config.data):
         tokenizer = files.tokenizer_with(added).backend
         ids = ", ".join(f"{text!r} {tokenizer.token_to_id(text)}" for text in added.texts)
         lines.append(f"added tokens: {ids}; the embedding has {base.vocab_size:,} rows")
     scaling = f", with RoPE scaling {config.rope_scaling}" if config.rope_scaling else ""
-    trained = trees.count_elements(adapter_shapes(base, spec))
+    trained = trees.count_elements(adapters.adapter_shapes(base, spec))
     return [
         *lines,
         f"adapters: {trained:,} trained parameters, {len(spec.targets)} projections a layer",
@@ -132,10 +124,10 @@ def _describe(inputs: Inputs, runs: Sequence[RunConfig]) -> list[str]:
     ]
 
 
-def _sizes(inputs: Inputs, of_epoch: int, held: str, rows: str) -> list[str]:
+def _sizes(inputs: job.Inputs, of_epoch: int, held: str, rows: str) -> list[str]:
     """Returns lines on the held-out examples and the steps; logs warnings about their number, as the run does."""
     config, (reported, selecting) = inputs.config, map(len, inputs.held_out)
-    say_counts(reported, selecting, chosen=config.train.eval_every > 0)
+    session.say_counts(reported, selecting, chosen=config.train.eval_every > 0)
     batch = config.train.batch_size
     return [
         f"held out: {reported} {held} that results are reported on, {selecting} that choose the checkpoint",
@@ -149,9 +141,9 @@ def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
     if not rl.rewards:
         return []
     prompts = config.train.batch_size // rl.samples
-    _, count, samples = program_shape(prompts, rl.samples, shards)
-    numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
-    make = partial(init_cache, base, count * samples, config.data.max_length, numerics)
+    _, count, samples = rollouts.program_shape(prompts, rl.samples, shards)
+    numerics = dispatch.numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
+    make = partial(decoder.init_cache, base, count * samples, config.data.max_length, numerics)
     cache = trees.size_bytes(jax.eval_shape(make)) / shards
     return [
         f"rollouts: {rl.samples} samples of each of {prompts} prompts, at most {rl.max_new_tokens} tokens, "
@@ -161,12 +153,12 @@ def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
 
 def _this_machine(config: RunConfig, mesh: Mesh) -> Topology:
     """Returns a machine with the measured speeds of a matmul and of reading weights on a device of the mesh."""
-    numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
+    numerics = dispatch.numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
 
     def seconds(rows: int, columns: int) -> float:
         x, kernel = jnp.ones((rows, 2048), numerics.result), jnp.ones((2048, columns), config.compute.dtype)
-        kernel = prepare({"params": {"kernel": kernel}}, numerics)["params"]["kernel"]
-        product, times = jax.jit(partial(matmul, numerics=numerics)), []
+        kernel = storage.prepare({"params": {"kernel": kernel}}, numerics)["params"]["kernel"]
+        product, times = jax.jit(partial(storage.matmul, numerics=numerics)), []
         for _ in range(4):  # the first one compiles
             started = time.perf_counter()
             jax.block_until_ready(product(x, kernel))
@@ -194,7 +186,7 @@ def _differences(runs: Sequence[RunConfig]) -> list[str]:
     return [f"{len(runs)} runs, the first one as above:", *lines]
 
 
-def _mechanisms(config: RunConfig, activation: str, spec: AdapterSpec) -> str:
+def _mechanisms(config: RunConfig, activation: str, spec: targets.AdapterSpec) -> str:
     """Returns the mechanisms of a run as text; logs the warnings that the run would log."""
     gates = find_gates(trees.unflatten({f"{path}/b": 0 for path, _ in spec.targets}))
     mechanisms = mechanisms_of(config, activation, {}, gates)
@@ -204,18 +196,18 @@ def _mechanisms(config: RunConfig, activation: str, spec: AdapterSpec) -> str:
     return f"{' '.join(config.mechanisms)}, from step {first_step(mechanisms)}"
 
 
-def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) -> list[str]:
+def _memory(config: RunConfig, base: ModelConfig, spec: targets.AdapterSpec, mesh: Any) -> list[str]:
     """Returns lines with an estimate of memory per device during training."""
-    sizes = {axis: mesh.shape.get(axis, 1) for axis in AXES}
-    numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
+    sizes = {axis: mesh.shape.get(axis, 1) for axis in devices.AXES}
+    numerics = dispatch.numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
     remat = chosen_remat(config.compute.remat, base.d_model, numerics)
     data, fsdp, context, tensor = sizes.values()
-    placed = Layout(data, fsdp, tensor, remat, config.compute.experts, context=context)
+    placed = layouts.Layout(data, fsdp, tensor, remat, config.compute.experts, context=context)
     # Bytes do not depend on the machine; times of an unknown machine are measured, for rewards only.
     where = of_devices(list(mesh.devices.flat))
     if where is None:
         where = _this_machine(config, mesh) if config.rl.rewards else topology("v5e:1x1")
-    layout = estimate(placed, config, base, spec, where)
+    layout = layouts.estimate(placed, config, base, spec, where)
     parts = {
         "weights": layout.weights,
         "adapters and optimizer": layout.state,

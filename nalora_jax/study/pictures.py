@@ -12,16 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nalora_jax.report.drawing import file_style, to_svg_file
-from nalora_jax.study.analysis import (
-    MethodComparison,
-    MethodResult,
-    by_task,
-    comparisons,
-    last_of,
-    mean_of,
-    named,
-    results,
-)
+from nalora_jax.study import analysis
 from nalora_jax.study.plan import cost
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
@@ -39,7 +30,7 @@ Line = list[tuple[float, float]]  # of a method
 class Panels(NamedTuple):
     """A picture with a panel for each task and model."""
 
-    points: Callable[[MethodResult], Line]
+    points: Callable[[analysis.MethodResult], Line]
     xlabel: str
     ylabel: str
     visible: Callable[[list[Line]], bool] = bool  # False: the lines of a panel would not be seen
@@ -49,11 +40,11 @@ class Panels(NamedTuple):
 
 def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
     """Returns SVG text by file name, without the pictures that would be empty."""
-    cell_results = results(protocol, records)
+    cell_results = analysis.results(protocol, records)
     marks = _marks(protocol)
     with file_style():
         pictures = {name: _grid(name, panels, cell_results, marks) for name, panels in _PANELS.items()}
-        primary = [c for c in comparisons(protocol, cell_results) if c.measure.kind == "primary"]
+        primary = [c for c in analysis.comparisons(protocol, cell_results) if c.measure.kind == "primary"]
         ordered = sorted(primary, key=lambda comparison: list(protocol.tasks).index(comparison.cell.task))
         parts = np.array_split(np.array(ordered, object), max(math.ceil(len(ordered) / _ROWS), 1))
         for number, part in enumerate(parts, start=1):
@@ -62,9 +53,11 @@ def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
     return {name: text for name, text in pictures.items() if text}
 
 
-def _grid(name: str, panels: Panels, cell_results: Sequence[MethodResult], marks: dict[str, Any]) -> str:
+def _grid(
+    name: str, panels: Panels, cell_results: Sequence[analysis.MethodResult], marks: dict[str, Any]
+) -> str:
     """Draws a panel per model and task, up to four in a row, with one legend; "" if no line is visible."""
-    groups = by_task(cell_results)
+    groups = analysis.by_task(cell_results)
     columns = min(len(groups), _COLUMNS)
     rows = math.ceil(len(groups) / columns)
     figure = Figure(figsize=(5.2 * columns, 4.2 * rows), layout="constrained")
@@ -77,7 +70,7 @@ def _grid(name: str, panels: Panels, cell_results: Sequence[MethodResult], marks
         lines = {result.cell.method: line for result in group if (line := panels.points(result))}
         for method, line in lines.items():
             axis.plot(*zip(*line, strict=True), label=method, **panels.style, **marks[method])
-        axis.set(xlabel=panels.xlabel, ylabel=panels.ylabel.format(cost=named(group[0].metric)))
+        axis.set(xlabel=panels.xlabel, ylabel=panels.ylabel.format(cost=analysis.named(group[0].metric)))
         axis.set_title(f"{task}, {model}", fontsize=10)
         if lines:
             drawn |= panels.visible(list(lines.values()))
@@ -110,7 +103,7 @@ def _marks(protocol: Protocol) -> dict[str, dict[str, Any]]:
     return marks
 
 
-def _by_rate(result: MethodResult) -> Line:
+def _by_rate(result: analysis.MethodResult) -> Line:
     """Returns the validation cost by learning rate."""
     costs = result.tuning.costs.items()
     return [(rate, cost) for rate, cost in costs if cost is not None and math.isfinite(cost)]
@@ -128,29 +121,32 @@ def _scale_rates(axis: Any, lines: list[Line]) -> None:
     axis.set_ylim(low - 0.05 * spread - 1e-4, high + 0.05 * spread + 1e-4)
 
 
-def _along(result: MethodResult, values: Callable[[Record], Iterable[tuple[int, Any]]]) -> Line:
+def _along(result: analysis.MethodResult, values: Callable[[Record], Iterable[tuple[int, Any]]]) -> Line:
     """Returns the mean over the test runs of values by step, at the steps that all runs have."""
     curves = [dict(values(record)) for record in result.finite().values()]
     steps = sorted(set(curves[0]).intersection(*curves)) if curves else []
-    means = [mean_of([curve[step] for curve in curves if curve[step] is not None]) for step in steps]
+    means = [
+        analysis.mean_of([curve[step] for curve in curves if curve[step] is not None]) for step in steps
+    ]
     return [(step, mean) for step, mean in zip(steps, means, strict=True) if math.isfinite(mean)]
 
 
-def _by_step(result: MethodResult) -> Line:
+def _by_step(result: analysis.MethodResult) -> Line:
     """Returns the mean validation cost along the test runs."""
     metric = result.metric
     return _along(result, lambda r: ((int(p["step"]), cost(metric, p)) for p in r["curve"] if p["step"]))
 
 
-def _misalignments(result: MethodResult) -> Line:
+def _misalignments(result: analysis.MethodResult) -> Line:
     """Returns the gates' feature movement and the misalignment at the end of each test run."""
     pairs = (
-        [*last_of([r], "mean_feature"), *last_of([r], "misalignment")] for r in result.finite().values()
+        [*analysis.last_of([r], "mean_feature"), *analysis.last_of([r], "misalignment")]
+        for r in result.finite().values()
     )
     return [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
 
 
-def _importances(result: MethodResult) -> Line:
+def _importances(result: analysis.MethodResult) -> Line:
     """Returns the mean slope E|phi'| of the gates along the test runs."""
     return _along(result, lambda r: ((row["step"], row.get("mean_importance")) for row in r["training"]))
 
@@ -173,7 +169,7 @@ _PANELS = {
 }
 
 
-def _differences(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
+def _differences(protocol: Protocol, compared: Sequence[analysis.MethodComparison]) -> str:
     """Draws paired differences with intervals, a line per comparison, and the margin."""
     if not compared:
         return ""
@@ -195,6 +191,6 @@ def _differences(protocol: Protocol, compared: Sequence[MethodComparison]) -> st
     axis.set_yticks(range(len(compared)), labels, fontsize=8)
     axis.set_ylim(len(compared) - 0.5, -0.5)  # the first on top
     axis.xaxis.set_major_locator(MaxNLocator(4))
-    text = f"difference of the test {named(protocol.metric)}, lower is better"
+    text = f"difference of the test {analysis.named(protocol.metric)}, lower is better"
     axis.set_xlabel(f"{text}\n95% t interval; grey: the margin of equivalence", fontsize=9)
     return to_svg_file(figure, "differences.svg")

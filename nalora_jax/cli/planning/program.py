@@ -24,24 +24,14 @@ from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.files import ImageProcessor
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.generate.programs import (
-    Prompts,
-    padded_length,
-    prompt_shards,
-    sample_groups,
-    view_weights,
-)
+from nalora_jax.evaluate.generate import programs
 from nalora_jax.evaluate.generate.sampling import make_sampling
-from nalora_jax.layout import distributed
+from nalora_jax.layout import distributed, machines, rollouts
 from nalora_jax.layout.figures import Figures
-from nalora_jax.layout.machines import Topology
-from nalora_jax.layout.rollouts import program_shape
 from nalora_jax.method.step import init_state
-from nalora_jax.models.adapters import adapter_shapes, adapter_spec
+from nalora_jax.models import adapters, stacks, targets
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.rope_scaling import with_rope_scaling
-from nalora_jax.models.stacks import param_shapes
-from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.ops.quantize import gathered, kernels, quantize
 from nalora_jax.study.sweeps.program import stacked_sharding, step_of_runs
 from nalora_jax.train.kinds import decoder_parts
@@ -96,7 +86,7 @@ def architecture(name: str, *, images: bool = False, rope_scaling: str = "") -> 
     return ModelConfig.from_hf(with_rope_scaling(raw, rope_scaling, where), where, images=images)
 
 
-def devices(where: Topology) -> Sequence[jax.Device]:
+def devices(where: machines.Topology) -> Sequence[jax.Device]:
     """Returns abstract devices of a topology, from the real compiler of its platform.
 
     Raises:
@@ -166,11 +156,15 @@ def _program_and_state(
     config: RunConfig, base: ModelConfig, mesh: Mesh
 ) -> tuple[RunProgram, Any, Any, Any]:
     """Returns the program of a run, the shapes of its weights and state, and the state's shardings."""
-    spec = adapter_spec(config, base)
+    spec = adapters.adapter_spec(config, base)
     program = decoder_program(config, base, spec, mesh, **decoder_parts(config, base, ImageProcessor()))
-    weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
+    weights = {
+        path: _weight(path, shape, config.compute) for path, shape in stacks.param_shapes(base).items()
+    }
     params = gathered(placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], WEIGHT_AXES)
-    fresh = jax.eval_shape(lambda lora: init_state(lora, program.optimizer, 0), adapter_shapes(base, spec))
+    fresh = jax.eval_shape(
+        lambda lora: init_state(lora, program.optimizer, 0), adapters.adapter_shapes(base, spec)
+    )
     state, places = placed(fresh, mesh, distributed.STATE_RULES)
     return program, params, state, places
 
@@ -186,14 +180,14 @@ def rollout_and_arguments(
     rl = config.rl
     program, params, state, _ = _program_and_state(config, base, mesh)
     prompts = config.train.batch_size // rl.samples
-    _, count, samples = program_shape(prompts, rl.samples, prompt_shards(mesh))
-    longest = padded_length(config.data.max_length - rl.max_new_tokens, minimum=16)
+    _, count, samples = rollouts.program_shape(prompts, rl.samples, programs.prompt_shards(mesh))
+    longest = programs.padded_length(config.data.max_length - rl.max_new_tokens, minimum=16)
 
     def of(shape: tuple[int, ...], dtype: Any, spec: P = P(BATCH_AXES)) -> Any:  # noqa: B008
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
 
     sampling = make_sampling(count * samples, temperature=rl.temperature)
-    rows = Prompts(
+    rows = programs.Prompts(
         tokens=of((count, longest), "int32"),
         lengths=of((count,), "int32"),
         live=of((count,), "bool"),
@@ -203,8 +197,8 @@ def rollout_and_arguments(
     model, resident = program.eval_model, 0.0
     for leaf in jax.tree.leaves(state.opt_state):
         resident += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    weights = view_weights(model, {"params": params, "lora": state.lora})
-    draw = jax.jit(partial(sample_groups, model, samples=samples, limit=rl.max_new_tokens))
+    weights = programs.view_weights(model, {"params": params, "lora": state.lora})
+    draw = jax.jit(partial(programs.sample_groups, model, samples=samples, limit=rl.max_new_tokens))
     return draw, (weights, rows), resident
 
 
@@ -250,7 +244,7 @@ def _batch(config: RunConfig, base: ModelConfig, mesh: Mesh, images: int) -> dic
 def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:
     """Returns the shape of a frozen array in its storage form."""
     if compute.quantize == "none" or not re.search(kernels(compute.quantize), path):
-        return jax.ShapeDtypeStruct(shape, leaf_dtype(path, compute.dtype))
+        return jax.ShapeDtypeStruct(shape, targets.leaf_dtype(path, compute.dtype))
     return jax.eval_shape(partial(quantize, kind=compute.quantize), jax.ShapeDtypeStruct(shape, "float32"))
 
 
