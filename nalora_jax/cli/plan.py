@@ -149,13 +149,9 @@ def _print_plans(args: PlanArgs, topologies: Sequence[machines.Topology]) -> Non
             layout = layouts.fastest(layouts.fitting(config, base, machine))
             rate = config.train.batch_size * config.data.max_length / layout.seconds
             record = report.common_fields(config, machine) | {
-                "layout": layout.record(),
-                "estimate": True,
-                "memory": layout.memory,
-                "limit": machine.chip.memory,
-                "seconds": layout.seconds,
-                "mfu": layout.mfu,
-                "tokens_per_second": rate,
+                **{name: getattr(layout, name) for name in ("memory", "seconds", "mfu")},
+                **{"layout": layout.record(), "estimate": True},
+                **{"limit": machine.chip.memory, "tokens_per_second": rate},
             }
             print(f"{run.model} on {machine.name}: {layout}")
             lines = report.cost_lines(machine, layout.seconds, rate, **shown)

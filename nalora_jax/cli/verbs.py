@@ -179,18 +179,9 @@ def merge(args: cli.MergeArgs) -> None:
             tokenizer = new_tokens.tokenizer_writer(base, files=resolved.path)
         if base.config.tie_embeddings and not config.tie_embeddings:
             hf_config = {**hf_config, "tie_word_embeddings": False}
-    merging.write_merged(
-        args.output,
-        config,
-        params,
-        model.lora,
-        spec,
-        hf_config=hf_config,
-        tokenizer=tokenizer,
-        dtype=args.dtype,
-        shard_bytes=shard_bytes,
-        card=card(model, "merged"),
-    )
+    options: dict[str, Any] = {"dtype": args.dtype, "shard_bytes": shard_bytes}
+    options |= {"hf_config": hf_config, "tokenizer": tokenizer, "card": card(model, "merged")}
+    merging.write_merged(args.output, config, params, model.lora, spec, **options)
     print(f"{outputs.shown_output(args.output)}: merged model in {args.dtype}")
 
 

@@ -102,7 +102,8 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
             # Another process may have finished it meanwhile.
             if snapshot is not None and run.id not in provenance.checked_records(protocol, store):
                 claimed.append((resources.placed(run), snapshot))
-            if len(claimed) == min(most, resources.capacity(run)):
+            fits = resources.fitting(run)
+            if len(claimed) == min(most, 1 if fits is None else fits.capacity):
                 break
         if not claimed:
             return 0

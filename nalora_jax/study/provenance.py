@@ -18,6 +18,7 @@ with a printed note.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -241,14 +242,10 @@ def _committed_tests(protocol: Protocol) -> Iterator[dict[str, Any]]:
     """Yields all test records that were ever committed, including records deleted later."""
     history = _git(protocol, "log", "--format=", "-p", "-U0", "--no-ext-diff", "--", FILE) or ""
     for line in history.splitlines():
-        if not line.startswith("+{"):
-            continue
-        try:
-            record = json.loads(line[1:])
-        except ValueError:  # not a record; the current file is checked when it is read
-            continue
-        if record.get("stage") == "test" and record.get("protocol"):
-            yield record
+        with contextlib.suppress(ValueError):  # not a record; the current file is checked when it is read
+            record = json.loads(line[1:]) if line.startswith("+{") else {}
+            if record.get("stage") == "test" and record.get("protocol"):
+                yield record
 
 
 def _git(protocol: Protocol, *arguments: str) -> str | None:

@@ -64,11 +64,6 @@ class Resources(language.Subject):
         log.info("%s", fits.describe(capacity))
         return replace(fits, layout=replace(fits.layout, runs_per_device=0), capacity=capacity)
 
-    def capacity(self, run: plan.Run) -> int:
-        """Returns the number of runs of this model that train at the same time."""
-        fits = self.fitting(run)
-        return 1 if fits is None else fits.capacity
-
     def placed(self, run: plan.Run) -> plan.Run:
         """Returns the run on the mesh of programs of several runs, if there are any."""
         fits = self.fitting(run)

@@ -98,10 +98,8 @@ class Plan:
             | {
                 "layout": self.layout.record(),
                 "fits": self.fits,
-                "memory": found.memory,
+                **{name: getattr(found, name) for name in ("memory", "arguments", "host")},
                 "limit": self.where.chip.memory,
-                "arguments": found.arguments,
-                "host": found.host,
                 "moved": found.moved(),
                 "hidden": found.moved(overlapped=True),
                 "seconds": self.bound.seconds,
@@ -136,14 +134,10 @@ class SweepPlan:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""
         return common_fields(self.config, self.where) | {
-            "runs": self.runs,
+            **{name: getattr(self, name) for name in ("runs", "programs", "memory", "seconds", "mfu")},
             "mesh": {name: getattr(self.layout, name) for name in ("run", "runs_per_device", "fsdp")},
             "remat": self.layout.remat,
-            "programs": self.programs,
-            "memory": self.memory,
             "collectives": None if self.collectives is None else len(self.collectives),
-            "seconds": self.seconds,
-            "mfu": self.mfu,
         }
 
 
