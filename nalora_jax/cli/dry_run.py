@@ -21,7 +21,7 @@ from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.evaluate.generate.programs import prompt_shards
 from nalora_jax.evaluate.run_log import recorded_settings
-from nalora_jax.layout import distributed, layouts, rollouts
+from nalora_jax.layout import distributed, estimates, layouts
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.layout.machines import MATRIX_SHARE, Topology, of_devices, topology
 from nalora_jax.method.low_rank import find_gates
@@ -141,7 +141,7 @@ def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
     if not rl.rewards:
         return []
     prompts = config.train.batch_size // rl.samples
-    _, count, samples = rollouts.program_shape(prompts, rl.samples, shards)
+    _, count, samples = estimates.program_shape(prompts, rl.samples, shards)
     numerics = dispatch.numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
     make = partial(decoder.init_cache, base, count * samples, config.data.max_length, numerics)
     cache = trees.size_bytes(jax.eval_shape(make)) / shards
@@ -202,12 +202,12 @@ def _memory(config: RunConfig, base: ModelConfig, spec: targets.AdapterSpec, mes
     numerics = dispatch.numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
     remat = chosen_remat(config.compute.remat, base.d_model, numerics)
     data, fsdp, context, tensor = sizes.values()
-    placed = layouts.Layout(data, fsdp, tensor, remat, config.compute.experts, context=context)
+    placed = estimates.Layout(data, fsdp, tensor, remat, config.compute.experts, context=context)
     # Bytes do not depend on the machine; times of an unknown machine are measured, for rewards only.
     where = of_devices(list(mesh.devices.flat))
     if where is None:
         where = _this_machine(config, mesh) if config.rl.rewards else topology("v5e:1x1")
-    layout = layouts.estimate(placed, config, base, spec, where)
+    layout = estimates.estimate(placed, config, base, spec, where)
     parts = {
         "weights": layout.weights,
         "adapters and optimizer": layout.state,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,11 +39,11 @@ with epy.lazy_imports():  # on first use: `nalora report` does not wait for JAX
         hub,
         model_files,
         new_tokens,
-        peft_config,
         peft_modules,
         peft_settings,
         peft_tables,
         shards,
+        tokenizer_files,
     )
     from nalora_jax.weights import merge as merging
 
@@ -151,14 +152,15 @@ def merge(args: cli.MergeArgs) -> None:
     outputs.refuse_existing(args.output)
     model: Any
     hf_config: Mapping[str, Any] = {}
-    tokenizer: Any = Path()
+    tokenizer: Any = None
     # Merged in float32 and rounded once: values in the files must not be rounded again on loading.
     if outputs.is_dual(args.model, args.adapter):
         model = adapted_dual.load_adapted_dual(args.model, adapter=args.adapter, dtype="float32")
         config, params, spec = model.base.config, model.base.params, model.spec
         if not config.trained:
-            tokenizer = hub.resolve_folder(model.located.base)[0]
-            hf_config = tokenizers.read_json(tokenizer / "config.json")
+            folder = hub.resolve_encoder(model.located.base).path
+            hf_config = tokenizers.read_json(folder / "config.json")
+            tokenizer = partial(tokenizer_files.copy_tokenizer, folder, images=True)
     else:
         place = located.locate(args.model, args.adapter)
         _require_adapter(place)
@@ -172,11 +174,7 @@ def merge(args: cli.MergeArgs) -> None:
         config, params, spec = peft_tables.fold_saved(base.config, base.params, model.lora, model.spec)
         if base.hf_config is None:
             raise NaloraError(place.base, expected="a model with a config.json", found="none")
-        hf_config, tokenizer = base.hf_config, resolved.path
-        if resolved.kind == "gguf":
-            tokenizer = base.tokenizer
-        elif base.added:
-            tokenizer = new_tokens.tokenizer_writer(base, files=resolved.path)
+        hf_config, tokenizer = base.hf_config, new_tokens.tokenizer_writer(base, files=resolved.path)
         if base.config.tie_embeddings and not config.tie_embeddings:
             hf_config = {**hf_config, "tie_word_embeddings": False}
     options: dict[str, Any] = {"dtype": args.dtype, "shard_bytes": shard_bytes}
@@ -252,7 +250,7 @@ def from_peft(args: cli.FromPeftArgs) -> None:
         path /= "adapter_config.json"
     values = config_files.read_values(path)
     fields = set(values) if isinstance(values, Mapping) else set()
-    if not fields & set(peft_config.PEFT):
+    if not fields & set(peft_settings.PEFT):
         found = ", ".join(map(str, fields)) or "none"
         remedy = "settings of TRL have a table in docs/from_peft.md"
         raise NaloraError(str(path), expected="settings of PEFT", found=found, remedy=remedy)

@@ -102,7 +102,7 @@ def _verdict(
     Args:
       scores: before and after, or one of them.
       more_is_better: True if a higher metric is better.
-      paired: a `nalora_jax.evaluate.statistics.Comparison` as a dict, or None.
+      paired: the values of `nalora_jax.evaluate.statistics.compare`, or None.
     """
     if len(scores) < 2:
         return ""

@@ -14,7 +14,7 @@ from nalora_jax.common.digests import json_digest
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data import packing, pipeline, questions, sources, tokenizer
 from nalora_jax.data.items import ChoiceItem, CompletionItem
-from nalora_jax.evaluate import evaluator, text
+from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Step
 from nalora_jax.models.adapters import init_lora
@@ -209,15 +209,11 @@ class Language(Subject):
         With ``whole``, they include measures that need separate programs: ``accuracy`` if there are choices.
         """
         model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
-        variables = evaluator.variables_of(params, lora)
-        values = {
-            "loss": text.text_summary(text.completion_records(model, variables, items.asked, mesh=mesh))[
-                "loss"
-            ]
-        }
+        scored = TextEvaluator(model, None, items.asked, mesh=mesh)
+        values = {"loss": scored.measure(params, lora)["loss"]}
         if whole and items.choices:
-            records = text.choice_records(model, variables, items.choices, per="character", mesh=mesh)
-            values["accuracy"] = text.text_summary(records)["accuracy"]
+            answered = TextEvaluator(model, None, items.choices, mesh=mesh)
+            values["accuracy"] = answered.measure(params, lora)["accuracy"]
         return values
 
 

@@ -30,10 +30,10 @@ def test_a_run_is_preempted_on_a_slice_and_one_process_completes_it(
     started = cloud.pod("start", "--", "--config", str(settings), "--output", config.output)
     assert started.returncode == 0, started.stderr
     pids = cloud.pids()
-    wait_until(lambda: metrics.exists() and max(tiny.losses(config.output), default=0) >= 3, 600)
+    wait_until(lambda: metrics.exists() and max(tiny.logged(config.output), default=0) >= 3, 600)
     os.kill(pids[1], signal.SIGTERM)
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 60)
-    step = max(tiny.losses(config.output))
+    step = max(tiny.logged(config.output))
     logs = "\n".join(path.read_text() for path in cloud.folder.glob("*/nalora-run/log"))
     assert cloud.pod("status").stdout.count(": ended, status 143: ") == 2, logs
     assert f"interrupted by SIGTERM; saved step {step}; continue with" in logs
@@ -41,5 +41,5 @@ def test_a_run_is_preempted_on_a_slice_and_one_process_completes_it(
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     run(replace(config, resume="auto", steps=step + 3))
     assert f'"resumed": {{"step": {step},' in metrics.read_text()
-    assert max(tiny.losses(config.output)) == step + 3
+    assert max(tiny.logged(config.output)) == step + 3
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()

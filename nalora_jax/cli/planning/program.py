@@ -26,7 +26,7 @@ from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import programs
 from nalora_jax.evaluate.generate.sampling import make_sampling
-from nalora_jax.layout import distributed, machines, rollouts
+from nalora_jax.layout import distributed, estimates, machines
 from nalora_jax.layout.figures import Figures
 from nalora_jax.method.step import init_state
 from nalora_jax.models import adapters, stacks, targets
@@ -76,8 +76,7 @@ def architecture(name: str, *, images: bool = False, rope_scaling: str = "") -> 
         raw = CONFIGS[known]
     elif on_hub:
         try:
-            folder = hub.cached_snapshot(name, "config.json") or hub.download_snapshot(name, "config.json")
-            raw = read_json(folder / "config.json")
+            raw = read_json(hub.snapshot(name, "config.json") / "config.json")
         except NaloraError as error:
             found, remedy = f"{error.found} ({name} on the hub)", error.remedy or remedy
     if raw is None:
@@ -180,7 +179,7 @@ def rollout_and_arguments(
     rl = config.rl
     program, params, state, _ = _program_and_state(config, base, mesh)
     prompts = config.train.batch_size // rl.samples
-    _, count, samples = rollouts.program_shape(prompts, rl.samples, programs.prompt_shards(mesh))
+    _, count, samples = estimates.program_shape(prompts, rl.samples, programs.prompt_shards(mesh))
     longest = programs.padded_length(config.data.max_length - rl.max_new_tokens, minimum=16)
 
     def of(shape: tuple[int, ...], dtype: Any, spec: P = P(BATCH_AXES)) -> Any:  # noqa: B008

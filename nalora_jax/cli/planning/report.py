@@ -17,10 +17,10 @@ from nalora_jax.cli.planning.program import (
 )
 from nalora_jax.config import RunConfig
 from nalora_jax.evaluate.generate.programs import prompt_shards
-from nalora_jax.layout import accounting, distributed, estimates, machines, rollouts
+from nalora_jax.layout import accounting, distributed, estimates, machines
 from nalora_jax.layout.decide import Compiled, Search, decide
 from nalora_jax.layout.figures import Figures, Roofline, bounded, figures, kernel_flops, roofline
-from nalora_jax.layout.layouts import Layout, fastest, fitting, fitting_sweep
+from nalora_jax.layout.layouts import fastest, fitting, fitting_sweep
 from nalora_jax.method.transform import with_gate_state
 from nalora_jax.models.config import ModelConfig
 
@@ -52,7 +52,7 @@ class Plan:
 
     config: RunConfig
     where: machines.Topology
-    layout: Layout
+    layout: estimates.Layout
     nalora: Figures
     lora: Figures  # the same run without the mechanisms and their statistics
     bound: Roofline  # of a micro-batch of NA-LoRA
@@ -120,7 +120,7 @@ class SweepPlan:
     config: RunConfig  # of each run
     where: machines.Topology
     runs: int  # of the sweep
-    layout: Layout
+    layout: estimates.Layout
     memory: float  # bytes of a chip
     seconds: float  # of a step of all runs of a program, by roofline
     mfu: float
@@ -185,7 +185,7 @@ def _plan_rollout(
     draw, drawn, resident = rollout_and_arguments(config, base, mesh)
     found = figures(draw, drawn)
     wanted = config.train.batch_size // rl.samples
-    prompts, count, _ = rollouts.program_shape(wanted, rl.samples, shards)
+    prompts, count, _ = estimates.program_shape(wanted, rl.samples, shards)
     decoder, _ = estimates.decoder_alone(config, base)
     shape = count / shards, config.data.max_length - rl.max_new_tokens, max(config.mesh.tensor, 1)
     bound = bounded(found, found.flops + kernel_flops(found, decoder, *shape), 0.0, where)
@@ -223,11 +223,11 @@ def plan_sweep(
 
 def _compiler(
     config: RunConfig, base: ModelConfig, where: machines.Topology, *, images: int = 0, runs: int = 0
-) -> Callable[[Layout], Compiled]:
+) -> Callable[[estimates.Layout], Compiled]:
     """Returns the function that compiles a layout's step, with figures and roofline as its program."""
     chips = devices(where)
 
-    def compiled(layout: Layout) -> Compiled:
+    def compiled(layout: estimates.Layout) -> Compiled:
         concrete = layout.into(config)
         mesh = distributed.make_mesh(concrete.mesh, chips)
         together, programs = 0, 1

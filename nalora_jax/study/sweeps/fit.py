@@ -21,7 +21,7 @@ _USABLE = 0.9  # share of a device's memory
 class Fitting:
     """The layout of a group of runs and the number of runs that fit in it at the same time."""
 
-    layout: layouts.Layout
+    layout: estimates.Layout
     capacity: int
     width: int  # d_model; 0 for image and text encoders
 
@@ -67,7 +67,7 @@ class Fitting:
             (config.compute.remat, config.compute.experts),
             (mesh.data, mesh.fsdp, mesh.tensor),
         )
-        layout = layouts.Layout(*sizes, *policies, run=mesh.run, runs_per_device=per_group)
+        layout = estimates.Layout(*sizes, *policies, run=mesh.run, runs_per_device=per_group)
         return cls(layout, groups * per_group, width)
 
     def next(self, left: int) -> int:
@@ -102,9 +102,9 @@ def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
     remat = config.compute.remat
     if remat == "auto":
         remat = "none"
-    whole = layouts.Layout(1, 1, 1, remat, config.compute.experts)
+    whole = estimates.Layout(1, 1, 1, remat, config.compute.experts)
     # Bytes do not depend on the machine.
-    layout = layouts.estimate(whole, config, *estimates.decoder_alone(config, base), topology("v5e:1x1"))
+    layout = estimates.estimate(whole, config, *estimates.decoder_alone(config, base), topology("v5e:1x1"))
     return layout.weights, layout.state + layout.activations
 
 

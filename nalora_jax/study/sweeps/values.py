@@ -23,7 +23,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.method import statistics
 from nalora_jax.method.rules import Mechanism
 from nalora_jax.method.transform import Mechanisms, make_mechanisms, own_factors
-from nalora_jax.models.targets import AdapterSpec, ScaledTarget
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.train.optimizers import NUMBERS, make_schedule, with_learning_rate
 from nalora_jax.train.program import Assembly
 
@@ -76,7 +76,7 @@ def widest(specs: Sequence[AdapterSpec]) -> AdapterSpec:
     for path, target in first.targets:
         ranks = [dict(spec.targets)[path].ranks for spec in specs]
         largest = tuple(map(max, zip(*ranks, strict=True)))
-        targets.append((path, ScaledTarget(largest, target.alphas, target.scales(rslora=first.rslora))))
+        targets.append((path, TargetSpec(largest, target.alphas, target.scales(rslora=first.rslora))))
     return replace(first, targets=tuple(targets))
 
 
@@ -155,9 +155,7 @@ def spec_with(spec: AdapterSpec, scales: Mapping[str, Any]) -> AdapterSpec:
     """Returns adapters with one run's scales by path."""
 
     targets = dict(spec.targets)
-    scaled = {
-        path: ScaledTarget(targets[path].ranks, targets[path].alphas, scales[path]) for path in scales
-    }
+    scaled = {path: TargetSpec(targets[path].ranks, targets[path].alphas, scales[path]) for path in scales}
     return replace(spec, targets=tuple((targets | scaled).items()))
 
 

@@ -9,8 +9,8 @@ from nalora_jax.cli.planning.program import architecture
 from nalora_jax.cli.planning.report import Plan, RolloutPlan, plan_lines
 from nalora_jax.config import DataConfig, MeshConfig, RLConfig, RunConfig, TrainConfig
 from nalora_jax.layout.accounting import Transfer
+from nalora_jax.layout.estimates import Layout, estimate
 from nalora_jax.layout.figures import Figures, roofline
-from nalora_jax.layout.layouts import Layout, estimate
 from nalora_jax.layout.machines import topology
 from nalora_jax.models.adapters import adapter_spec
 

@@ -11,8 +11,8 @@ from nalora_jax.cli.planning.program import CONFIGS, step_and_arguments
 from nalora_jax.cli.planning.report import SweepPlan, describe_sweep, plan_sweep
 from nalora_jax.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from nalora_jax.layout import distributed
+from nalora_jax.layout.estimates import Layout
 from nalora_jax.layout.figures import of_compiled
-from nalora_jax.layout.layouts import Layout
 from nalora_jax.layout.machines import topology
 from nalora_jax.models.config import ModelConfig
 from tests import tiny

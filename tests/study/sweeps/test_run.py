@@ -29,7 +29,7 @@ RATES = (2e-2, 1e-2, 1e3)  # the last one diverges, with a weight decay of the s
 @pytest.fixture(scope="module")
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of this module's own, and runs on one device."""
-    with tiny.on_one_device(tmp_path_factory.mktemp("new") / "cache"):
+    with tiny.on_named_devices(tmp_path_factory.mktemp("new") / "cache"):
         yield
 
 
@@ -75,7 +75,7 @@ def test_each_run_leaves_what_its_solo_run_leaves(
     folder, result = next(iter(swept.runs.items()))
     alone = training.run(replace(base, output=str(tmp_path / "alone")))
     _assert_equal(Path(folder), alone.folder)
-    assert tiny.losses(folder) == pytest.approx(tiny.losses(alone.folder), rel=1e-5)
+    assert tiny.logged(folder) == pytest.approx(tiny.logged(alone.folder), rel=1e-5)
     assert result.after["n"] == alone.after["n"]
     listings = [
         sorted(p.relative_to(f).as_posix() for p in Path(f).glob("*")) for f in (folder, alone.folder)
@@ -117,7 +117,7 @@ def test_a_sweep_that_sigterm_stopped_continues_with_other_programs(
     for folder, rate in zip(swept.runs, ("0.02", "0.01"), strict=True):
         resumed = tmp_path / "out" / f"learning-rate-{rate}"
         _assert_equal(resumed, Path(folder))
-        assert tiny.losses(resumed) == pytest.approx(tiny.losses(folder), rel=1e-5)
+        assert tiny.logged(resumed) == pytest.approx(tiny.logged(folder), rel=1e-5)
     assert (tmp_path / "out" / "comparison.html").exists()
 
 
