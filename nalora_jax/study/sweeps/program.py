@@ -272,7 +272,7 @@ class RunLoop:
         self.error: TrainingDivergedError | None = None
         self._batches = batches
         self._batch: Mapping[str, np.ndarray] | None = None
-        self._measured: tuple[Callable[[], list[dict[str, Any]]], int] = list, 0
+        self._measured: Callable[[], dict[str, Any]] = dict
 
     def batch(self) -> Mapping[str, np.ndarray]:
         """Returns the next batch; of a run that has ended, the last one again."""
@@ -280,32 +280,20 @@ class RunLoop:
             self._batch = next(self._batches)
         return self._batch
 
-    def compile_ahead(self, state: TrainState) -> None:
-        """Returns at once: the program of all runs compiles at the first log step."""
-
     def measure(self, state: TrainState) -> dict[str, Any]:
         """Returns the metrics of the run's current state."""
-        measured, index = self._measured
-        return measured()[index]
+        return self._measured()
 
     def after(
         self,
-        index: int,
         metrics: Mapping[str, Any],
         state: Callable[[], TrainState],
-        measured: Callable[[], list[dict[str, Any]]],
+        measured: Callable[[], dict[str, Any]],
     ) -> None:
-        """Acts after a step of the program.
-
-        Args:
-          index: of this run in the program.
-          metrics: of its step.
-          state: returns its state.
-          measured: returns the metrics of the states of all runs.
-        """
+        """Acts after a step with these metrics; ``state`` and ``measured`` return its state and their metrics."""
         if not self.active:
             return
-        self._measured = measured, index
+        self._measured = measured
         self.step += 1
         try:
             self.active = self.follower.after(self.step, metrics, state)
@@ -356,7 +344,8 @@ def fit_all(program: SweepProgram, runs: Sequence[RunLoop], stop: StopOfAll | No
         fetched = cache(partial(jax.tree.map, distributed.fetch, metrics))
         measured = cache(partial(program.measure, states))
         for index, run in enumerate(runs):
-            run.after(index, _OfRun(fetched, index), partial(program.state_of, states, index), measured)
+            state = partial(program.state_of, states, index)
+            run.after(_OfRun(fetched, index), state, partial(lambda of, i: of()[i], measured, index))
 
 
 class _OfRun(Mapping[str, Any]):
