@@ -208,13 +208,11 @@ def _memory(config: RunConfig, base: ModelConfig, spec: targets.AdapterSpec, mes
     if where is None:
         where = _this_machine(config, mesh) if config.rl.rewards else topology("v5e:1x1")
     layout = estimates.estimate(placed, config, base, spec, where)
-    parts = {
-        "weights": layout.weights,
-        "adapters and optimizer": layout.state,
-        "activations": layout.activations,
-        "working space": layout.working,
-    }
-    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    sizes_of = layout.weights, layout.state, layout.activations, layout.working
+    named = zip(
+        ("weights", "adapters and optimizer", "activations", "working space"), sizes_of, strict=True
+    )
+    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in named)
     lines = [
         f"mesh: {distributed.shown_axes(sizes)}, remat {remat}",
         f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({listed})",

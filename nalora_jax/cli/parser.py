@@ -28,11 +28,6 @@ with epy.lazy_imports():  # on first use: help needs no NumPy
 Dtype = Literal["bfloat16", "float32"]
 
 
-def one_device() -> MeshConfig:
-    """Returns the default mesh of a subcommand."""
-    return MeshConfig(data=1, fsdp=1, tensor=1)
-
-
 @dataclass(frozen=True)
 class TrainArgs:
     """Fine-tune a model: adapters, checkpoints, metrics and a report go to --output."""
@@ -74,7 +69,7 @@ class GenerateArgs:
     # Dtype of the base weights. By default the run's, else bfloat16.
     dtype: Dtype | None = None
     # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
-    mesh: MeshConfig = field(default_factory=one_device)
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
 
 
 @dataclass(frozen=True)
@@ -91,13 +86,6 @@ class ExportArgs:
     model: str | None = None
     # vLLM's setting of that name, an upper limit of the rank.
     max_lora_rank: Annotated[int, MAX_RANK] = 16
-
-    @property
-    def names(self) -> tuple[str, Path | None]:
-        """Returns the model and the adapter to load."""
-        if self.model is None:
-            return str(self.run), None
-        return self.model, self.run
 
 
 @dataclass(frozen=True)

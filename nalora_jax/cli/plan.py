@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -176,10 +176,9 @@ def _prepare(*, gpus: bool) -> None:
         return
     # No device can be timed here, so XLA must not try; its default choices are compiled.
     flags = ["--xla_gpu_autotune_level=0"]
-    try:
+    tools = None
+    with suppress(ModuleNotFoundError):
         tools = importlib.util.find_spec("nvidia.cuda_nvcc")
-    except ModuleNotFoundError:
-        tools = None
     if tools is not None and tools.submodule_search_locations:
         flags.append(f"--xla_gpu_cuda_data_dir={next(iter(tools.submodule_search_locations))}")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()

@@ -111,7 +111,7 @@ def export(args: cli.ExportArgs) -> None:
         if args.output.suffix != ".gguf":
             expected = "a name that ends in .gguf"
             raise NaloraError("--output", expected=expected, found=str(args.output))
-    name, adapter = args.names
+    name, adapter = (args.model, args.run) if args.model else (str(args.run), None)
     output = outputs.shown_output(args.output)
     if outputs.is_dual(name, adapter):
         if args.target != "peft":

@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,9 @@ def devices(where: machines.Topology) -> Sequence[jax.Device]:
     module, extra = "jax_plugins.xla_cuda12", "cuda"
     if where.chip.platform == "tpu":
         module, extra = "libtpu", "tpu"
-    try:
+    missing = True
+    with suppress(ModuleNotFoundError):
         missing = importlib.util.find_spec(module) is None
-    except ModuleNotFoundError:
-        missing = True
     if missing:
         expected = f"the compiler for {where.chip.name}, which needs no such chip"
         remedy = f"pip install 'nalora_jax[{extra}]', best in an environment of its own"

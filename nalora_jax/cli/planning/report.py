@@ -230,10 +230,8 @@ def _compiler(
     def compiled(layout: estimates.Layout) -> Compiled:
         concrete = layout.into(config)
         mesh = distributed.make_mesh(concrete.mesh, chips)
-        together, programs = 0, 1
-        if runs:
-            together = layout.together
-            programs = math.ceil(runs / together)
+        together = layout.together if runs else 0
+        programs = math.ceil(runs / together) if runs else 1
         measured = figures(*step_and_arguments(concrete, base, mesh, images=images, runs=together))
         bound = roofline(measured, concrete, base, where)
         seconds = bound.seconds * programs + layout.rollout
