@@ -136,7 +136,7 @@ class Attention(nn.Module):
             sinks = self.param("sinks", nn.initializers.zeros_init(), (c.n_heads,)).astype(jnp.float32)
         if shards_of(self.options.sharding) > 1:
             assert shared.row is not None
-            return split_attention(q, k, v, shared.row, window, config, numerics, sinks=sinks)
+            return split_attention((q, k, v), shared.row, window, config, numerics, sinks)
         cached = self._cached_keys(layer, shared)
         keys = Keys(k, v, shared.positions, shared.segments, shared.starts, sinks, cached)
         rng = self.make_rng("dropout") if c.attn_dropout and not shared.deterministic else None

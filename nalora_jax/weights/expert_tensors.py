@@ -3,7 +3,7 @@
 MXFP4, as gpt-oss is released:
 
     X_blocks uint8 [E, d_out, d_in / 32, 16]     two codes per byte, the lower bits first
-    X_scales uint8 [E, d_out, d_in / 32]         exponents, see `nalora_jax.ops.mxfp4`
+    X_scales uint8 [E, d_out, d_in / 32]         exponents, see `nalora_jax.ops.quantize`
         -> X float32 [E, d_in, d_out]            as in a file of floats; a slice reads its blocks
 
 Two stacks a layer, as transformers 5 holds mixtures and some releases are stored; a key map with one
@@ -24,7 +24,8 @@ from functools import partial
 import numpy as np
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.ops.mxfp4 import BLOCK, LEVELS
+from nalora_jax.ops.quantize import MXFP4_BLOCK as BLOCK
+from nalora_jax.ops.quantize import MXFP4_LEVELS as LEVELS
 from nalora_jax.weights.keymaps import KeyMap
 from nalora_jax.weights.shards import FileTensor
 from nalora_jax.weights.tensors import Index, TensorSource
