@@ -61,10 +61,7 @@ jax.config.update("jax_disable_most_optimizations", True)  # also while tests ar
 
 
 # Files about packages that are no part of the extra `test`.
-FILES_OF = {
-    "trl": "train/test_preference_trl.py",
-    "xllamacpp": "weights/test_gguf_llama_cpp.py",
-}
+FILES_OF = {"trl": "train/test_preference_trl.py"}
 collect_ignore = [file for package, file in FILES_OF.items() if importlib.util.find_spec(package) is None]
 
 

@@ -25,8 +25,9 @@ _TOP = 20  # log probabilities that a server is asked for; vLLM's largest number
 _TOKENS = 24  # length of a prompt, at most
 _TIMEOUT = 120  # seconds for a request
 _SCALES = [2.0 ** (step / 2) for step in range(-8, 9) if step]
-# Shares of the adapter's own effect: at most this far from a candidate, at most this much of an effect.
-_EQUAL, _NONE = 0.25, 0.1
+# Shares of the adapter's own effect: at most this far from a candidate, or from ours where no candidate is nearer; at
+# most this much of an effect.
+_EQUAL, _EXACT, _NONE = 0.25, 0.02, 0.1
 _SAME_BASE = 0.5  # nats of a quantized or rounded base; another model is off by several
 
 LogProbs = list[dict[int, float]]  # by token id, for each prompt
@@ -114,26 +115,24 @@ class Server:
         if found.get("content"):  # llama.cpp
             return {top["id"]: top["logprob"] for top in found["content"][0]["top_logprobs"]}
         if found.get("top_logprobs"):  # vLLM, SGLang
-            tokens = found["top_logprobs"][0].items()
-            return {int(name[9:]): p for name, p in tokens if name.startswith("token_id:")}
-        expected = "log probabilities of tokens by id"
-        raise NaloraError(self.url, expected=expected, found=sorted(found) or "none")
+            (tops,) = found["top_logprobs"]
+            return {int(name[9:]): p for name, p in tops.items() if name.startswith("token_id:")}
+        raise NaloraError(self.url, expected="log probabilities by token id", found=sorted(found) or "none")
 
     def _call(self, path: str, body: Any = None) -> Any:
-        headers = {"Content-Type": "application/json"}
+        url, headers = self.url + path, {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
         try:
-            request = urllib.request.Request(self.url + path, data, headers)
+            request = urllib.request.Request(url, data, headers)
             with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             found = f"status {error.code}: {error.read(300).decode(errors='replace')}"
-            raise NaloraError(self.url + path, expected="an answer", found=found) from error
+            raise NaloraError(url, expected="an answer", found=found) from error
         except (OSError, ValueError) as error:
-            expected = "an OpenAI-compatible server"
-            raise NaloraError(self.url + path, expected=expected, found=error) from error
+            raise NaloraError(url, expected="an OpenAI-compatible server", found=error) from error
 
 
 def judge(model: AdaptedModel, prompts: np.ndarray, base: LogProbs, adapted: LogProbs) -> tuple[str, bool]:
@@ -144,6 +143,8 @@ def judge(model: AdaptedModel, prompts: np.ndarray, base: LogProbs, adapted: Log
     import numpy as np
 
     places = [(row, token) for row, top in enumerate(base) for token in top if token in adapted[row]]
+    if not places:
+        return "another adapter: with it none of the base's likely tokens is likely", False
     rows, tokens = np.array(places).T
     before, after = (np.array([top[row][token] for row, token in places]) for top in (base, adapted))
     ours = {name: values[rows, tokens] for name, values in _candidates(model, prompts)}
@@ -159,9 +160,9 @@ def judge(model: AdaptedModel, prompts: np.ndarray, base: LogProbs, adapted: Log
         return "ignored: with the adapter it answers as without", False
     base_of_ours = ours.pop("base")
     distance = {n: _size(after - before - (x - base_of_ours)) / effect for n, x in ours.items()}
-    if distance["adapter"] < _EQUAL:
-        return f"served: the adapter's change is as here, to {distance['adapter']:.0%}", True
     name = min(distance, key=distance.__getitem__)
+    if distance["adapter"] < min(_EQUAL, max(_EXACT, 2 * distance[name])):  # no candidate is clearly nearer
+        return f"served: the adapter's change is as here, to {distance['adapter']:.0%}", True
     if distance[name] < _EQUAL:
         return f"served wrongly: {name}", False
     return f"another adapter: its change is {distance['adapter']:.0%} of ours away from ours", False

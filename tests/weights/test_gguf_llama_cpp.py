@@ -1,7 +1,4 @@
-"""What the verbs write for llama.cpp, beside llama.cpp itself (xllamacpp).
-
-The wheel is no part of the extra `test`.
-"""
+"""What the verbs write for llama.cpp, beside llama.cpp itself (xllamacpp)."""
 
 from __future__ import annotations
 
@@ -13,9 +10,11 @@ import gguf
 import jax
 import numpy as np
 import pytest
+import xllamacpp
 
 from nalora_jax.__main__ import main
-from nalora_jax.common.trees import flatten, map_named, unflatten
+from nalora_jax.cli.verify import judge
+from nalora_jax.common.trees import map_named
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
@@ -26,8 +25,6 @@ from nalora_jax.weights.gguf_export import write_adapter_gguf
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
 from tests.weights.gguf_files import MODEL, WORDS, add_shape, random_params
-
-xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp as a wheel, is not installed")
 
 HF = MODEL | {"vocab_size": len(WORDS), "hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
 IDS = list(range(3, 23))
@@ -86,7 +83,9 @@ def adapted(folder: Path) -> tuple[Path, Path]:
     rules = (LoRARule("layers/0/ffn/gate", 0), LoRARule("ffn", 4, 3.0), LoRARule("", 2))
     spec = resolve(LoRAConfig(rules=rules), projection_shapes(model.base.config), 2)
     lora = init_lora(model.base.config, spec, jax.random.key(0))
-    lora = jax.device_get(jax.tree.map(lambda leaf: leaf + 0.05, lora))
+    # The gates' part of the effect is small, as in real adapters.
+    lora = map_named(lambda path, leaf: (leaf + 0.05) * (0.3 if "gate_proj" in path else 1.0), lora)
+    lora = jax.device_get(lora)
     settings = {"base_model_name": str(base), "fingerprint": model.base.fingerprint}
     return base, export_adapter(lora, spec, model.base.config, folder / "adapter", **settings)
 
@@ -108,7 +107,8 @@ def test_an_exported_adapter_gives_the_same_probabilities_there(tmp_path):
         ("whole", 1.0, "served: "),
         ("", 1.0, "ignored: "),
         ("whole", 0.5, "served wrongly: with about 0.5 times its scale"),
-        ("half", 1.0, "served wrongly: the modules of ffn alone"),
+        ("without attn/", 1.0, "served wrongly: the modules of ffn alone"),
+        ("without gate_proj", 1.0, "served wrongly: without gate_proj"),
     ],
 )
 def test_a_server_is_asked_what_it_does_with_an_adapter(served, scale, verdict, tmp_path, capsys):
@@ -116,12 +116,9 @@ def test_a_server_is_asked_what_it_does_with_an_adapter(served, scale, verdict, 
     params = server_params(base)
     if served:
         model = load(str(base), adapter=adapter, dtype="float32")
-        lora = flatten(model.lora)
-        if served == "half":
-            lora |= {
-                path: 0 * leaf for path, leaf in lora.items() if "attn/" in path and path.endswith("/b")
-            }
-        file = write_adapter_gguf(tmp_path / "served.gguf", model.base.config, unflatten(lora), model.spec)
+        left_out = served.removeprefix("without ")
+        lora = map_named(lambda path, leaf: leaf * (left_out not in path), model.lora)
+        file = write_adapter_gguf(tmp_path / "served.gguf", model.base.config, lora, model.spec)
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), scale)]
     server = xllamacpp.Server(params)
     texts = ["ab a b c", "c d e f", "x y z a"]
@@ -129,3 +126,9 @@ def test_a_server_is_asked_what_it_does_with_an_adapter(served, scale, verdict, 
     with contextlib.suppress(SystemExit) if verdict != "served: " else contextlib.nullcontext():
         assert main([*command, "--texts", *texts]) == 0
     assert verdict in capsys.readouterr().out
+
+
+def test_outputs_without_a_common_token_are_of_another_adapter():
+    verdict, good = judge(None, np.zeros((1, 4)), [{1: -0.5, 2: -1.0}], [{3: -0.5, 4: -1.0}])
+    assert verdict.startswith("another adapter")
+    assert not good
