@@ -67,7 +67,10 @@ class RecordFile:
           NaloraError: one is not an object.
         """
         pairs = zip(indices, self.fetch(indices), strict=True)
-        return [json_object(value, self.where(index), self.remedy) for index, value in pairs]
+        return [
+            value if isinstance(value, dict) else json_object(value, self.where(index), self.remedy)
+            for index, value in pairs
+        ]
 
 
 def open_rows(path: Path | str) -> RecordFile:
