@@ -62,7 +62,6 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
     from nalora_jax.layout.layouts import laid_out
     from nalora_jax.layout.machines import of_devices
     from nalora_jax.models.config import ModelConfig
-    from nalora_jax.models.decoder import init_params
     from nalora_jax.models.stacks import projection_shapes
     from nalora_jax.models.targets import resolve
     from nalora_jax.train.program import assemble
@@ -74,9 +73,9 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
     parts = {"train": c.TrainConfig(batch_size=rows), "data": c.DataConfig(max_length=options.seq)}
     config = laid_out(training.run_config(work, warmup=None, **parts), base, devices)
     mesh = distributed.make_mesh(config.mesh, devices)
-    shapes = jax.eval_shape(lambda key: init_params(base, key, options.dtype), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: training.random_params(base, key, options.dtype), jax.random.key(0))
     places = distributed.shardings(shapes, mesh, distributed.PARAM_RULES)
-    params = jax.jit(lambda key: init_params(base, key, options.dtype), out_shardings=places)(
+    params = jax.jit(lambda key: training.random_params(base, key, options.dtype), out_shardings=places)(
         jax.random.key(0)
     )
     assembly = assemble(config, base, params, mesh)

@@ -34,8 +34,9 @@ from nalora_jax.cli.plan import _prepare
 from nalora_jax.cli.planning.program import devices, step_and_arguments
 from nalora_jax.layout import distributed
 from nalora_jax.layout.decide import EXHAUSTED, Compiled, Search, decide
+from nalora_jax.layout.estimates import Layout
 from nalora_jax.layout.figures import of_compiled, roofline
-from nalora_jax.layout.layouts import Layout, fitting
+from nalora_jax.layout.layouts import fitting
 from nalora_jax.layout.machines import topology
 
 RECORD = Path(__file__).parent / "results" / "plan_accuracy.jsonl"

@@ -85,16 +85,34 @@ def base_model(options: argparse.Namespace, mesh: Any) -> tuple[Any, Any]:
     import jax
 
     from nalora_jax.models.config import ModelConfig
-    from nalora_jax.models.decoder import init_params
     from nalora_jax.weights.base import load_model
 
     if options.model:
         loaded = load_model(options.model, dtype=options.dtype, mesh=mesh)
         return loaded.config, loaded.params
     base = ModelConfig.from_hf(architecture(options))
-    return base, jax.jit(init_params, static_argnums=(0, 2))(
-        base, jax.random.key(options.seed), options.dtype
-    )
+    make = jax.jit(random_params, static_argnums=(0, 2))
+    return base, make(base, jax.random.key(options.seed), options.dtype)
+
+
+def random_params(base: Any, key: Any, dtype: Any) -> Any:
+    """Returns random base weights, each from a draw of its own: one of all would be the peak of the memory."""
+    import jax
+
+    from nalora_jax.common.trees import unflatten
+    from nalora_jax.models.stacks import param_shapes
+    from nalora_jax.models.targets import leaf_dtype
+
+    # Threefry takes seconds to compile.
+    key = jax.random.wrap_key_data(jax.numpy.resize(jax.random.key_data(key), (4,)), impl="rbg")
+    leaves = {}
+    for i, (path, shape) in enumerate(param_shapes(base).items()):
+        noise = jax.random.normal(jax.random.fold_in(key, i), shape, "float32")
+        centre = 1.0 - base.norm_offset if path.endswith("/scale") else 0.0
+        leaves[path] = (centre + noise / shape[max(len(shape) - 2, 0)] ** 0.5).astype(
+            leaf_dtype(path, dtype)
+        )
+    return unflatten(leaves)
 
 
 def batch_of(tokens: np.ndarray, mesh: Any) -> Any:

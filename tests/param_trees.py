@@ -14,19 +14,17 @@ import numpy as np
 
 from nalora_jax.common.trees import flatten, map_named, unflatten
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import scaled_noise
-from nalora_jax.models.family import Source
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import leaf_dtype
+from nalora_jax.models.tensor_rows import Source
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.ops.quantize import Kind, kernels, quantize
-from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor, keymap_for
 
 
 @partial(jax.jit, static_argnums=(0, 2))
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """As the library's function of that name, from one draw: a draw for each leaf takes seconds to compile."""
+    """Random base weights, from one draw: a draw for each leaf takes seconds to compile."""
     key = jax.random.wrap_key_data(jnp.resize(jax.random.key_data(key), (4,)), impl="rbg")
     shapes = param_shapes(config)
     draws = jax.random.normal(key, (sum(map(math.prod, shapes.values())),), jnp.float32)
@@ -36,6 +34,17 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
         start += math.prod(shape)
         leaves[path] = scaled_noise(config, path, noise).astype(leaf_dtype(path, dtype))
     return unflatten(leaves)
+
+
+def scaled_noise(config: ModelConfig, path: str, noise: jax.Array) -> jax.Array:
+    """The random base weight at ``path`` from standard normal ``noise`` of its shape."""
+    if path.endswith("/scale"):
+        # Norms of encoders and of linear attention have no offset.
+        plain = path.startswith(("image/", "unused/")) or path.endswith("linear_attn/norm/scale")
+        return 1.0 - (0.0 if plain else config.norm_offset) + 0.1 * noise
+    if path.endswith(("/bias", "/correction", "/embedding", "/class_token", "/probe")):
+        return 0.02 * noise
+    return noise * (1.0 / math.sqrt(noise.shape[-2]))
 
 
 def params_from_tensors(
@@ -50,14 +59,14 @@ def tensors_from_params(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Names and tensors of a model's file: the inverse of `params_from_tensors`."""
     leaves = flatten(params)
-    for tensor in keymap_of(config, source).tensors:
+    for tensor in keymap_for(config, source).tensors:
         joined = tensor.join([leaves[slot.path][slot.index] for slot in tensor.slots])
         yield tensor.name, joined.reshape(tensor.shape)
 
 
 def encoder_params(config: DualConfig | EncoderConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """An encoder's parameter tree, of tensors by the file's names."""
-    keymap = keymap_of(config)
+    keymap = keymap_for(config)
     shapes = {name: tuple(np.shape(value)) for name, value in tensors.items()}
     names = keymap.check(shapes, config.model_type)
     return _tree(keymap, config.param_shapes(), lambda name: tensors[names[name]], np.float32)

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -22,8 +21,6 @@ from nalora_jax import RunConfig, run
 from nalora_jax.__main__ import main
 from nalora_jax.config import DataConfig, MeshConfig, OptimizerConfig, RLConfig, TrainConfig, check
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout import distributed
-from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.train.callbacks import Callback
 from nalora_jax.train.kinds.rl import EarlyWarnings
 from tests import tiny
@@ -54,10 +51,8 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One device, a cache of this module's own, and the module of the reward."""
     module = ModuleType("rewards_of_a_run")
     vars(module)["letters"] = Letters()
-    with (
-        tiny.on_one_device(tmp_path_factory.mktemp("new") / "cache"),
-        pytest.MonkeyPatch.context() as patch,
-    ):
+    folder = tmp_path_factory.mktemp("new")
+    with tiny.on_named_devices(folder / "cache"), pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, module.__name__, module)
         yield
 
@@ -86,9 +81,8 @@ def config(whole: RunConfig, tmp_path: Path) -> RunConfig:
 
 def same_samples(config: RunConfig, whole: RunConfig, *, atol: float = 0.0) -> None:
     """Equal adapters and rewards of all steps."""
-    first, second = (
-        load_file(Path(one.output) / "adapter/adapter_model.safetensors") for one in (whole, config)
-    )
+    adapters = [Path(one.output) / "adapter/adapter_model.safetensors" for one in (whole, config)]
+    first, second = map(load_file, adapters)
     for name in first:
         np.testing.assert_allclose(first[name], second[name], rtol=0, atol=atol, err_msg=name)
     assert tiny.logged(whole.output, "reward") == tiny.logged(config.output, "reward")
@@ -149,15 +143,10 @@ def test_a_run_that_was_killed_twice_is_the_uninterrupted_run_to_the_bit(
     assert min(divergences[step] for step in (4, 6, 8)) > 0
 
 
-def test_a_run_resumes_on_another_mesh_within_float_noise(
-    whole: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_resumes_on_another_mesh_within_float_noise(whole: RunConfig, tmp_path: Path) -> None:
     """On four devices, two prompts of four samples are four parts of groups."""
     moved = replace(whole, output=str(shutil.copytree(whole.output, tmp_path / "run")), resume=True)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
-    monkeypatch.setattr(
-        distributed, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, jax.devices()[:4])
-    )
     run(replace(moved, mesh=MeshConfig(data=4, fsdp=1, tensor=1)))
     same_samples(moved, whole, atol=1e-4)
 
@@ -170,13 +159,14 @@ def test_early_warnings_are_in_plain_words_and_logged_once(caplog: pytest.LogCap
     assert not caplog.records
     for _ in range(12):
         warn({"groups_alike": 1.0, "length": 81.0, "entropy": 0.1, "mismatch_bound": 0.2})
-    grown, collapsed, differs, alike = (record.getMessage() for record in caplog.records)
-    assert differs.startswith(
-        "generator and training program differ by 0.20 in the probabilities of a token"
+    expected = (
+        "samples have grown from 20 to 81 tokens, of at most 100",
+        "the entropy of the policy fell from 2.000 to 0.100: samples hardly differ",
+        "generator and training program differ by 0.20 in the probabilities of a token",
+        "the rewards of each group were all equal in 10 steps: nothing is learned",
     )
-    assert grown == "samples have grown from 20 to 81 tokens, of at most 100"
-    assert collapsed.startswith("the entropy of the policy fell from 2.000 to 0.100: samples hardly differ")
-    assert alike.startswith("the rewards of each group were all equal in 10 steps: nothing is learned")
+    for record, start in zip(caplog.records, expected, strict=True):
+        assert record.getMessage().startswith(start)
 
 
 def test_groups_without_a_difference_are_replaced(
@@ -198,30 +188,24 @@ def test_rewards_that_fail_are_left_out_where_that_is_asked_for(
     assert tiny.logged(result.folder, "reward") == {1: 1.0, 2: 1.0}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"train": TrainConfig(batch_size=6)},
-            r"--train.batch-size: expected a multiple of --rl.samples \(4\), found 6",
-        ),
-        (
-            {"rl": replace(RL, reward_weights=(1.0, 2.0))},
-            "--rl.reward-weights: expected 1, one a reward, found 2",
-        ),
-        ({"rl": replace(RL, samples=1)}, r"--rl.samples: expected a whole number in \[2, 4096\], found 1"),
-        (
-            {"rl": replace(RL, rewards=("length",), beta=0.1), "adapter": "a"},
-            "--rl.beta: expected 0 with --adapter",
-        ),
-        ({"data": DataConfig(loss_last=2.0)}, "--data.loss-last: expected 0.0 with --rl.rewards"),
-    ],
-)
-def test_settings_that_do_not_fit_are_named(
-    config: RunConfig, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(NaloraError, match=message):
-        check(replace(config, **changes))
+def test_settings_that_do_not_fit_are_named(config: RunConfig) -> None:
+    refused: dict[str, dict[str, Any]] = {
+        r"--train.batch-size: expected a multiple of --rl.samples \(4\), found 6": {
+            "train": TrainConfig(batch_size=6)
+        },
+        "--rl.reward-weights: expected 1, one a reward, found 2": {
+            "rl": replace(RL, reward_weights=(1.0, 2.0))
+        },
+        r"--rl.samples: expected a whole number in \[2, 4096\], found 1": {"rl": replace(RL, samples=1)},
+        "--rl.beta: expected 0 with --adapter": {
+            "rl": replace(RL, rewards=("length",), beta=0.1),
+            "adapter": "a",
+        },
+        "--data.loss-last: expected 0.0 with --rl.rewards": {"data": DataConfig(loss_last=2.0)},
+    }
+    for message, changes in refused.items():
+        with pytest.raises(NaloraError, match=message):
+            check(replace(config, **changes))
 
 
 def test_prompts_that_leave_no_room_for_a_sample_are_named(config: RunConfig) -> None:

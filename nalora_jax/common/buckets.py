@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -42,9 +42,7 @@ def url(name: str) -> str | None:
     It repairs ``Path("gs://bucket")``, which has lost a slash.
     """
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])", name)
-    if match:
-        return f"{match[1]}://{name[match.end() :]}"
-    return None
+    return f"{match[1]}://{name[match.end() :]}" if match else None
 
 
 def is_url(name: object) -> bool:
@@ -159,62 +157,47 @@ def local_copy(name: str) -> Path:
     return local_folder([name]) / name.rpartition("/")[2]
 
 
-def local_folder(names: Sequence[str]) -> Path:
-    """Returns a cache folder with copies of ``names``, whose last parts differ.
-
-    Each version of a file is fetched once.
-
-    Raises:
-      NaloraError: there is no such file, the bucket refuses or cannot be reached, or the disk is
-        full.
-    """
-    return _copies({name.rpartition("/")[2]: name for name in names})
-
-
-def local_tree(folder: str, names: Sequence[str]) -> Path:
-    """Returns a cache folder with copies of the files ``names`` of a bucket's folder.
-
-    ``names`` are relative to ``folder`` and may contain slashes. Raises as `local_folder` does.
-    """
-    return _copies({name: f"{folder.rstrip('/')}/{name}" for name in names})
-
-
 def local_path(folder: str | Path) -> Path:
     """Returns a folder's path, or of a folder in a bucket a cached copy of its files (not of its subfolders).
 
     Raises as `bucket_url`, `names` and `local_folder` do.
     """
     where = bucket_url(folder)
-    if where is None:
-        return Path(folder)
-    return local_tree(where, names(where))
+    return Path(folder) if where is None else local_folder(names(where), where)
 
 
-def _copies(sources: Mapping[str, str]) -> Path:
-    """Returns a cache folder with a copy of each URL under its relative name."""
-    versions = [f"{name}\n{version(name)}" for name in sources.values()]
-    folder = downloads.cache_dir() / "buckets" / digest_of("\n".join(versions))[:24]
-    for relative, name in sources.items():
-        target = folder / relative
+def local_folder(names: Sequence[str], folder: str = "") -> Path:
+    """Returns a cache folder with copies of files; each version of a file is fetched once.
+
+    Args:
+      names: URLs, whose last parts differ and are the names of the copies; or
+        with ``folder``, names relative to that folder of a bucket, which may contain slashes.
+      folder: URL.
+
+    Raises:
+      NaloraError: there is no such file, the bucket refuses or cannot be reached, or the disk is
+        full.
+    """
+    sources = {name.rpartition("/")[2]: name for name in names}
+    if folder:
+        sources = {name: f"{folder.rstrip('/')}/{name}" for name in names}
+    versions = [f"{source}\n{version(source)}" for source in sources.values()]
+    copies = downloads.cache_dir() / "buckets" / digest_of("\n".join(versions))[:24]
+    for relative, source in sources.items():
+        target = copies / relative
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            _copy(name, target)
-    return folder
-
-
-def _copy(name: str, target: Path) -> None:
-    """Fetches a file and renames it when it is complete; several processes may do so at once."""
-    with store_errors(name), scratch_file(target) as scratch:
-        filesystem(name).get_file(name, scratch.name)
+        if not target.exists():  # several processes may fetch it at once
+            with store_errors(source), scratch_file(target) as scratch:
+                filesystem(source).get_file(source, scratch.name)
+    return copies
 
 
 @cache
 def _filesystem_of(scheme: str) -> Any:
     import fsspec
 
-    logging.getLogger("gcsfs").setLevel(
-        logging.CRITICAL
-    )  # else it logs whole responses, which the errors quote
+    # Otherwise it logs whole responses, which the errors quote.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return fsspec.filesystem(scheme, use_listings_cache=False)
 
 
@@ -242,25 +225,17 @@ def store_errors(name: str, access: str = "read") -> Iterator[None]:
     except NaloraError:
         raise
     except FileNotFoundError as error:
-        remedy = "check the bucket and the name"
-        raise NaloraError(
-            name, expected="a file or a folder with files", found="none of that name", remedy=remedy
-        ) from error
+        expected, remedy = "a file or a folder with files", "check the bucket and the name"
+        raise NaloraError(name, expected=expected, found="none of that name", remedy=remedy) from error
     except Exception as error:
-        reason = " ".join((str(error).strip() or type(error).__name__).split())[:200]
+        found = " ".join((str(error).strip() or type(error).__name__).split())[:200]
+        expected, remedy = "the bucket to answer", "check the network"
         if isinstance(error, OSError) and error.errno in _LOCAL:
+            expected, found = "room for a copy in the cache", str(error.strerror)
             remedy = "free space, or set NALORA_CACHE to another folder"
-            raise NaloraError(
-                name, expected="room for a copy in the cache", found=error.strerror, remedy=remedy
-            ) from error
-        if _REFUSALS.search(f"{type(error).__name__} {reason}"):
-            login = _STORES[name.partition("://")[0]][2]
+        elif _REFUSALS.search(f"{type(error).__name__} {found}"):
+            expected, login = f"credentials that may {access} it", _STORES[name.partition("://")[0]][2]
             remedy = (
                 f"log in with `{login}`, or give the machine's account the right to {access} the bucket"
             )
-            raise NaloraError(
-                name, expected=f"credentials that may {access} it", found=reason, remedy=remedy
-            ) from error
-        raise NaloraError(
-            name, expected="the bucket to answer", found=reason, remedy="check the network"
-        ) from error
+        raise NaloraError(name, expected=expected, found=found, remedy=remedy) from error

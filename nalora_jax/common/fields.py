@@ -9,14 +9,8 @@ from nalora_jax.errors import NaloraError, shown
 
 # Fields in which null has a meaning: no cap, no window, as many heads as for queries, no dropout;
 # for the base wavelength it means the default.
-_NULL_MEANS = {
-    "attention_dropout",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "num_key_value_heads",
-    "rope_theta",
-    "sliding_window",
-}
+_NULL_MEANS = {"attention_dropout", "attn_logit_softcapping", "final_logit_softcapping"}
+_NULL_MEANS |= {"num_key_value_heads", "rope_theta", "sliding_window"}
 
 
 class Fields:
@@ -44,14 +38,13 @@ class Fields:
         value = self.raw.get(name)
         if value is not None or name not in self.defaults:
             return value
-        if name in self.raw and name in _NULL_MEANS:
-            if name == "rope_theta":
-                return self.defaults[name]
+        default = self.defaults[name]
+        if name not in self.raw or name == "rope_theta":
+            return default
+        if name in _NULL_MEANS:
             return None
-        if name in self.raw:
-            remedy = f"leave the field out for the family's default, {self.defaults[name]!r}"
-            raise self.error(name, "a value", "null", remedy)
-        return self.defaults[name]
+        remedy = f"leave the field out for the family's default, {default!r}"
+        raise self.error(name, "a value", "null", remedy)
 
     def error(self, name: str, expected: object, found: object, remedy: str = "") -> NaloraError:
         """Returns an error that names the field."""
@@ -73,8 +66,8 @@ class Fields:
         value = self.get(name)
         if value is None:
             value = default
-        valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e30
-        if valid and (zero or value):
+        valid = isinstance(value, int | float) and not isinstance(value, bool)
+        if valid and 0 <= value <= 1e30 and (zero or value):
             return float(value)
         bound = "of 0 or more" if zero else "above 0"
         raise self.error(name, f"a finite number {bound}", shown(value))
@@ -105,9 +98,8 @@ class Fields:
             return None
         right = isinstance(value, list) and (len(value) == length or (longer and len(value) > length))
         if not right or not all(isinstance(item, kinds) for item in value):
-            raise self.error(
-                name, f"a list of {length} entries", f"{type(value).__name__} {str(value)[:60]}"
-            )
+            found = f"{type(value).__name__} {str(value)[:60]}"
+            raise self.error(name, f"a list of {length} entries", found)
         return list(value[:length])
 
     def mapping(self, name: str) -> dict[str, Any]:

@@ -42,15 +42,16 @@ def open_descriptor(path: str | Path, flags: int) -> int:
     try:
         return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
-        if error.errno not in _LINKED or not Path(path).is_symlink():
-            raise
-        raise _refusal(path, "a file") from error
+        if error.errno in _LINKED:
+            refuse_link(Path(path), "a file")
+        raise
 
 
 def refuse_link(path: Path, expected: str) -> None:
     """Raises a NaloraError if ``path``, of an output folder, is a symbolic link."""
     if path.is_symlink():
-        raise _refusal(path, expected)
+        remedy = "links in an output folder are not followed: remove it, or choose another folder"
+        raise NaloraError(str(path), expected=expected, found="a symbolic link", remedy=remedy)
 
 
 def refuse_linked_folders(folder: Path) -> None:
@@ -61,11 +62,9 @@ def refuse_linked_folders(folder: Path) -> None:
     Raises:
       NaloraError: it names the link.
     """
-    if not folder.is_dir():
-        return
-    for entry in sorted(folder.iterdir()):
-        if entry.is_symlink() and not entry.is_file():
-            raise _refusal(entry, "a folder")
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not entry.is_file():
+            refuse_link(entry, "a folder")
 
 
 def make_unlinked_folder(folder: Path) -> Path:
@@ -92,17 +91,9 @@ def refuse_link_out(folder: Path, name: str | Path) -> None:
     home, target = (Path(os.path.realpath(path)) for path in (folder, folder / name))
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-        raise NaloraError(
-            str(folder / name),
-            expected="a file of that folder",
-            found=f"a link to {target}",
-            remedy="if the folder is your own, replace the link by a copy of its file",
-        )
-
-
-def _refusal(path: str | Path, expected: str) -> NaloraError:
-    remedy = "links in an output folder are not followed: remove it, or choose another folder"
-    return NaloraError(str(path), expected=expected, found="a symbolic link", remedy=remedy)
+        found = f"a link to {target}"
+        remedy = "if the folder is your own, replace the link by a copy of its file"
+        raise NaloraError(str(folder / name), expected="a file of that folder", found=found, remedy=remedy)
 
 
 def expand_user(path: str | Path) -> Path:

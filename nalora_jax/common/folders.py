@@ -44,10 +44,8 @@ def new_folder(
         ``folder`` stays as it was.
     """
     where = buckets.bucket_url(folder)
-    target = Path(folder)
-    if where is not None:
-        target = uploads.stage(where)
-    else:
+    target = Path(folder) if where is None else uploads.stage(where)
+    if where is None:
         check_free(target, replaces, overwrite=overwrite)
     with _hidden(target, where) as hidden:
         scratch = hidden / target.name
@@ -76,10 +74,9 @@ def new_file(path: str | Path) -> Iterator[Path]:
         refused. Temporary files are removed.
     """
     where = buckets.bucket_url(path)
-    target = Path(path)
+    target = Path(path) if where is None else uploads.stage(where)
     if where is not None:
         uploads.require_free(where)
-        target = uploads.stage(where)
     with _hidden(target, where) as hidden:
         _check_new(target)
         yield hidden / target.name
@@ -102,9 +99,6 @@ def _hidden(target: Path, where: str | None) -> Iterator[Path]:
 
     File system errors become a `NaloraError`.
     """
-    remedy = "free some space or choose another folder; nothing was left behind"
-    if where is not None:
-        remedy = "free some space, or set NALORA_CACHE to another folder; nothing was left behind"
     hidden = _hidden_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,12 +106,11 @@ def _hidden(target: Path, where: str | None) -> Iterator[Path]:
         with owned_folder(hidden, where or str(target)):
             yield hidden
     except (OSError, SafetensorError) as error:  # safetensors' writer wraps the system's errors
-        raise NaloraError(
-            str(target),
-            expected="a place that can be written",
-            found=getattr(error, "strerror", None) or str(error),
-            remedy=remedy,
-        ) from error
+        way = " or choose another folder" if where is None else ", or set NALORA_CACHE to another folder"
+        expected = "a place that can be written"
+        found = getattr(error, "strerror", None) or str(error)
+        remedy = f"free some space{way}; nothing was left behind"
+        raise NaloraError(str(target), expected=expected, found=found, remedy=remedy) from error
 
 
 def _hidden_name(target: Path) -> Path:
@@ -157,12 +150,9 @@ def check_free(target: Path, replaces: Collection[str] = (), *, overwrite: bool 
         raise NaloraError(str(target), expected="a new folder", found="a file or a link", remedy=remedy)
     foreign = sorted(name for name in _entries(target) if name not in replaces or not overwrite)
     if foreign:
-        raise NaloraError(
-            str(target),
-            expected="a new or empty folder",
-            found=f"one that holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}",
-            remedy="choose another folder, or empty this one yourself",
-        )
+        found = f"one that holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}"
+        remedy = "choose another folder, or empty this one yourself"
+        raise NaloraError(str(target), expected="a new or empty folder", found=found, remedy=remedy)
 
 
 def _entries(folder: Path) -> Iterator[str]:
@@ -171,9 +161,7 @@ def _entries(folder: Path) -> Iterator[str]:
     Empty folders and deeper folders are listed with a slash at the end.
     """
     for path in folder.iterdir():
-        below = []
-        if path.is_dir() and not path.is_symlink():
-            below = list(path.iterdir())
+        below = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
         for each in below or [path]:
             yield each.relative_to(folder).as_posix() + ("/" if each.is_dir() else "")
 

@@ -78,12 +78,8 @@ def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
     expected = recorded_digest or (imported_file.digest if imported_file else digest)
     if not digest.startswith(expected):
         remedy = "restore the file, or start a new run"
-        raise NaloraError(
-            where,
-            expected=f"content with SHA-256 {expected[:_DIGITS]}",
-            found=digest[:_DIGITS],
-            remedy=remedy,
-        )
+        content = f"content with SHA-256 {expected[:_DIGITS]}"
+        raise NaloraError(where, expected=content, found=digest[:_DIGITS], remedy=remedy)
     if imported_file is None:
         imported_file = ImportedFile(path_text, digest)
         execute_file(path, f"nalora_import_{path.stem}_{digest[:_DIGITS]}", where)

@@ -65,11 +65,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool | None]:
       wait: wait while another process holds the lock.
 
     Yields:
-      True with the lock, False if another process holds it, None on a file system without locks.
-
-    Raises:
-      NaloraError: ``path`` is a symbolic link.
-      OSError: the file cannot be opened.
+      What `_acquire` returns, which also raises.
     """
     lock = FileLock(path, timeout=-1 if wait else 0)
     held = _acquire(path, lock)
@@ -109,15 +105,17 @@ class RunLock:
         held, holder = _acquire(self.path, self._lock), _process_of(self.path)
         with ExitStack() as failure:
             failure.callback(self._lock.release)
-            lives = self.path.exists() if held is False else _is_touched(self.path, holder, held)
-            if lives:
+            if self.path.exists() if held is False else _is_touched(self.path, holder, held):
                 names = dict.fromkeys(("pid", "host", "since", "command"), "?") | holder
                 found = "process {pid} on {host} since {since} ({command})".format_map(names)
                 raise NaloraError(where, expected=expected, found=found, remedy=remedy)
             if held is False or not self.path.exists():
                 return False
             with open_unlinked(self.path, "w", encoding="utf-8") as file:
-                file.write(json.dumps(_this_process()))
+                command = redacted(" ".join(sys.argv))[:200]
+                process = {"host": socket.gethostname(), "pid": os.getpid()}
+                since = time.strftime("%Y-%m-%d %H:%M:%S")
+                json.dump(process | {"since": since, "command": command}, file)
             failure.pop_all()
         return True
 
@@ -166,12 +164,6 @@ def _process_of(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_bytes()[: 1 << 16]))
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
-
-
-def _this_process() -> dict[str, Any]:
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    command = redacted(" ".join(sys.argv))[:200]
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "command": command}
 
 
 # ---------------------------------------------------------------- folders of this process

@@ -35,19 +35,11 @@ _PART = r"[^\s/\\,;:*\"'<>|]"
 _FOLDERS = re.compile(
     rf"(?<![\w:/\\.)])(?:[a-z+]{{1,20}}:/{{2,3}}(?=/)|~[\w.-]*|\.{{1,2}}|[A-Z]:(?=\\))?(?:[/\\]{_PART}+)*[/\\](?={_PART})"
 )
-_QUOTED = re.compile(
-    r"(?<=[\"'])(?:~[\w.-]*|\.{1,2})?[/\\][^\"']*[/\\](?=[^\"'/\\]+[\"'])"
-)  # folders with spaces
+# Folders with spaces.
+_QUOTED = re.compile(r"(?<=[\"'])(?:~[\w.-]*|\.{1,2})?[/\\][^\"']*[/\\](?=[^\"'/\\]+[\"'])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_PATHS = (
-    "model",
-    "adapter",
-    "output",
-    "dataset",
-    "data_dir",
-    "train_split",
-    "eval_split",
-)  # settings that may be paths
+# Settings that may be paths.
+_PATHS = ("model", "adapter", "output", "dataset", "data_dir", "train_split", "eval_split")
 _PATTERNS = ("rules", "rates", "mechanisms")  # settings with slashes that are not paths
 _SPECIAL = re.compile(r"([\\`*\[\]<>#~&]|(?<![^\W_])_|_(?![^\W_]))")  # not the underscore in a word
 

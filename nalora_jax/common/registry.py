@@ -89,11 +89,8 @@ class Registry(Generic[T]):
 
 def _again(existing: object, value: object) -> bool:
     """Returns True if a module was executed again, as by an edited notebook cell."""
-    name = (getattr(existing, "__module__", None), getattr(existing, "__qualname__", None))
-    return None not in name and name == (
-        getattr(value, "__module__", None),
-        getattr(value, "__qualname__", None),
-    )
+    name, other = ([getattr(v, n, None) for n in ("__module__", "__qualname__")] for v in (existing, value))
+    return None not in name and name == other
 
 
 # ---------------------------------------------------------------- settings in a text
@@ -114,16 +111,14 @@ def from_text(registry: Registry[Any], text: str) -> Any:
     """
     name, _, options = text.partition(":")
     kind: Any = registry.get(name)
-    fields: dict[str, Any] = {}
-    if dataclasses.is_dataclass(kind):
-        fields = {field.name: field for field in dataclasses.fields(kind)}
-    settings: dict[str, Any] = {}
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    defaults, settings = {field.name: field.default for field in fields}, dict[str, Any]()
     for option in filter(None, options.split(",")):
         key, equals, value = option.partition("=")
-        if key not in fields or not equals:
-            expected = f"NAME:setting=value, with a setting of {', '.join(fields) or 'none'}"
+        if key not in defaults or not equals:
+            expected = f"NAME:setting=value, with a setting of {', '.join(defaults) or 'none'}"
             raise NaloraError(f"{registry.flag} {text}", expected=expected, found=option)
-        default = fields[key].default
+        default = defaults[key]
         try:
             settings[key] = _typed(value, default)
         except (KeyError, ValueError):

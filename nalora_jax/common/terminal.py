@@ -17,15 +17,8 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 # Errors of a write to a stream whose other end is closed for good.
-_GONE = (
-    errno.EPIPE,
-    errno.EBADF,
-    errno.EIO,
-    errno.ENXIO,
-    errno.ECONNRESET,
-    errno.ENOTCONN,
-    errno.ESHUTDOWN,
-)
+_NAMES = ("EPIPE", "EBADF", "EIO", "ENXIO", "ECONNRESET", "ENOTCONN", "ESHUTDOWN")
+_GONE = {getattr(errno, name) for name in _NAMES}
 
 
 def open_closed_streams() -> None:
@@ -106,9 +99,7 @@ def lasting(*names: str) -> Iterator[None]:
 
 
 def _lasting(stream: Any) -> Any:
-    if stream is None or isinstance(stream, LastingStream):
-        return stream
-    return LastingStream(stream)
+    return stream if isinstance(stream, LastingStream | None) else LastingStream(stream)
 
 
 @contextmanager
@@ -117,18 +108,13 @@ def outliving_terminal() -> Iterator[None]:
 
     A handler that a program has set for SIGHUP stays.
     """
-    with _hangup_ignored(), lasting("stdout", "stderr"):
-        yield
-
-
-@contextmanager
-def _hangup_ignored() -> Iterator[None]:
     usable = hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
-    if not usable or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ignores = usable and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    if ignores:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        yield
+        with lasting("stdout", "stderr"):
+            yield
     finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        if ignores:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)

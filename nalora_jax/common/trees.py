@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 
 from nalora_jax.errors import NaloraError
 
@@ -51,12 +51,12 @@ def map_named(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 def size_bytes(tree: Any) -> int:
     """Returns the bytes of all leaves, arrays or ``ShapeDtypeStruct``."""
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def count_elements(tree: Any) -> int:
     """Returns the number of elements of all leaves."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 # ---------------------------------------------------------------- rules over paths
@@ -79,28 +79,19 @@ def match_rules(rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: 
       NaloraError: a pattern is not a regular expression, or matched no path at all (a rule shadowed
         by earlier ones, but matching, is fine). The message lists what exists.
     """
-    names = list(paths)
-    matches = []
-    for pattern, _ in rules:
+    names, matched = list(paths), dict[str, T]()
+    for pattern, value in rules:
         try:
             search = re.compile(pattern).search
         except (re.error, OverflowError, RecursionError) as error:
-            raise NaloraError(
-                where, expected="a regular expression", found=f"{pattern!r} ({error})"
-            ) from error
-        matches.append([search(name) for name in names])
-    for (pattern, _), row in zip(rules, matches, strict=True):
-        if all(match is None for match in row):
-            patterns_of_names = sorted({re.sub(r"/\d+/", "/*/", name) for name in names})
-            raise NaloraError(
-                where,
-                expected="every pattern to match something",
-                found=f"{pattern!r}, which matches nothing",
-                remedy="these exist: " + ", ".join(patterns_of_names),
-            )
-    matched: dict[str, T] = {}
-    for (_, value), row in reversed(
-        list(zip(rules, matches, strict=True))
-    ):  # the first rule has the last word
-        matched |= {name: value for name, match in zip(names, row, strict=True) if match is not None}
+            found = f"{pattern!r} ({error})"
+            raise NaloraError(where, expected="a regular expression", found=found) from error
+        fitting = [name for name in names if search(name)]
+        if not fitting:
+            kinds = sorted({re.sub(r"/\d+/", "/*/", name) for name in names})
+            expected, found = "every pattern to match something", f"{pattern!r}, which matches nothing"
+            remedy = "these exist: " + ", ".join(kinds)
+            raise NaloraError(where, expected=expected, found=found, remedy=remedy)
+        for name in fitting:
+            matched.setdefault(name, value)  # the first rule decides
     return {name: matched[name] for name in names if name in matched}

@@ -79,81 +79,66 @@ def new_tree(where: str, folder: Path) -> Iterator[None]:
       NaloraError: the folder has files, another machine writes to it, the bucket cannot be reached,
         or it refuses.
     """
-    upload = _Upload(where.rstrip("/"))
-    upload.claim()
-    stop = threading.Event()
-    thread = threading.Thread(target=upload.keep_signing, args=(stop,), name="upload mark", daemon=True)
+    where, names, stop = where.rstrip("/"), list[str](), threading.Event()
+    owner = {"host": socket.gethostname(), "stage": str(stage(where)), "token": secrets.token_hex(8)}
+    store = buckets.filesystem(where)
+
+    def write_mark(**options: Any) -> None:
+        mark = json.dumps(owner | {"time": time.time(), "names": names})
+        store.pipe_file(f"{where}/{MARK}", mark.encode(), **options)
+
+    def owns() -> bool:
+        return bool(_read_mark(where)["token"] == owner["token"])
+
+    def sign() -> None:
+        """Writes the mark again, unless another process has taken the folder over."""
+        if not owns():
+            expected, found = "the uploaded files", "those of another process"
+            raise NaloraError(where, expected=expected, found=found, remedy="start again")
+        write_mark()
+
+    def keep_signing() -> None:
+        """Signs at intervals, so that other machines see that this process lives."""
+        while not stop.wait(_BEAT):
+            with suppress(Exception):  # of any type; the next write, or the upload, may succeed
+                sign()
+
+    with _store_errors(where):
+        _remove(where, _leftovers(where))
+        try:
+            write_mark(mode="create")
+        except FileExistsError as error:
+            raise _busy(where, "another process") from error
+    thread = threading.Thread(target=keep_signing, name="upload mark", daemon=True)
     thread.start()
     complete = False
     try:
         yield
-        upload.send(folder)
+        paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        names += sorted(paths, key=lambda name: (name in _LAST, name))
+        with _store_errors(where):
+            sign()
+            for name in names:
+                if name in _LAST:
+                    sign()
+                _put(store, paths[name], f"{where}/{name}")
         complete = True
     finally:
         stop.set()
         thread.join()
         with suppress(NaloraError):  # otherwise the next upload removes them
-            if complete or upload.owns():
-                upload.remove([] if complete else upload.names)
+            if complete or owns():
+                _remove(where, [] if complete else names)
 
 
-class _Upload:
-    """One process's upload to a folder."""
-
-    def __init__(self, where: str) -> None:
-        self.where, self.token = where, secrets.token_hex(8)
-        self.names: list[str] = []
-        self._store = buckets.filesystem(where)
-
-    def claim(self) -> None:
-        """Removes the files of a killed upload, and writes this one's mark."""
-        with _store_errors(self.where):
-            self.remove(_leftovers(self.where))
-            try:
-                self._store.pipe_file(f"{self.where}/{MARK}", self._mark(), mode="create")
-            except FileExistsError as error:
-                raise _busy(self.where, "another process") from error
-
-    def send(self, folder: Path) -> None:
-        """Uploads all files; the files of `_LAST` follow the others."""
-        paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        self.names = sorted(paths, key=lambda name: (name in _LAST, name))
-        with _store_errors(self.where):
-            self.sign()
-            for name in self.names:
-                if name in _LAST:
-                    self.sign()
-                _put(self._store, paths[name], f"{self.where}/{name}")
-
-    def owns(self) -> bool:
-        """Returns True if the folder's mark is this process's."""
-        return bool(_read_mark(self.where)["token"] == self.token)
-
-    def sign(self) -> None:
-        """Writes the mark again, unless another process has taken the folder over."""
-        if not self.owns():
-            expected, found = "the uploaded files", "those of another process"
-            raise NaloraError(self.where, expected=expected, found=found, remedy="start again")
-        self._store.pipe_file(f"{self.where}/{MARK}", self._mark())
-
-    def keep_signing(self, stop: threading.Event) -> None:
-        """Writes the mark at intervals, so that other machines see that this process lives."""
-        while not stop.wait(_BEAT):
-            with suppress(Exception):  # of any type; the next write, or the upload, may succeed
-                self.sign()
-
-    def remove(self, names: Sequence[str]) -> None:
-        """Removes ``names``, from the last one on, and then the mark."""
-        with _store_errors(self.where):
-            for removed in (names, [MARK, *names]):  # again: a cancelled request may have arrived meanwhile
-                present = _sizes(self.where)
-                for name in removed[::-1]:
-                    if name in present:
-                        self._store.rm_file(f"{self.where}/{name}")
-
-    def _mark(self) -> bytes:
-        owner = {"host": socket.gethostname(), "stage": str(stage(self.where)), "token": self.token}
-        return json.dumps(owner | {"time": time.time(), "names": self.names}).encode()
+def _remove(where: str, names: Sequence[str]) -> None:
+    """Removes ``names``, from the last one on, and then the mark."""
+    with _store_errors(where):
+        for removed in (names, [MARK, *names]):  # again: a cancelled request may have arrived meanwhile
+            present = _names(where)
+            for name in removed[::-1]:
+                if name in present:
+                    buckets.filesystem(where).rm_file(f"{where}/{name}")
 
 
 def _put(store: Any, path: Path, where: str, **options: Any) -> None:
@@ -174,41 +159,38 @@ def _leftovers(where: str) -> list[str]:
     Raises:
       NaloraError: there are other files, or a living process writes to the folder.
     """
-    where = where.rstrip("/")
-    sizes = _sizes(where)
-    marked = sizes.pop(MARK, None) is not None
-    names: list[str] = []
-    if marked and not any(name in sizes for name in _LAST):
+    where, names = where.rstrip("/"), list[str]()
+    present = _names(where)
+    if MARK in present and not present.intersection(_LAST):
         mark = _read_mark(where)
         age = time.time() - mark["time"]
         here = (mark["host"], mark["stage"]) == (socket.gethostname(), str(stage(where)))
         if not here and age < _STALE:
             raise _busy(where, f"{mark['host']}, which wrote to it {age:.0f} seconds ago")
         names = mark["names"]
-    if "" in sizes:
+    if "" in present:
         raise _taken(where, "an existing file")
-    if others := sorted(set(sizes) - set(names)):
+    if others := sorted(present - {MARK, *names}):
         raise _taken(where, f"one that holds {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}")
     return names
 
 
-def _sizes(where: str) -> dict[str, int]:
-    """Returns the size of each file below a folder in a bucket by its relative name."""
+def _names(where: str) -> set[str]:
+    """Returns the relative names of the files below a folder in a bucket."""
     with _store_errors(where):
         store = buckets.filesystem(where)
         start = len(store._strip_protocol(where)) + 1
-        return {path[start:]: about["size"] for path, about in store.find(where, detail=True).items()}
+        return {path[start:] for path in store.find(where)}
 
 
 def _read_mark(where: str) -> dict[str, Any]:
     """Returns a folder's mark; one without an owner if it is missing or damaged."""
-    with _store_errors(where):
-        try:
-            mark = json.loads(buckets.filesystem(where).cat_file(f"{where}/{MARK}"))
-            texts = {name: str(mark[name]) for name in ("host", "stage", "token")}
-            return texts | {"time": float(mark["time"]), "names": [str(name) for name in mark["names"]]}
-        except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
-            return {"host": "", "stage": "", "token": "", "time": 0.0, "names": []}
+    invalid = (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError, OverflowError)
+    with _store_errors(where), suppress(*invalid):
+        mark = json.loads(buckets.filesystem(where).cat_file(f"{where}/{MARK}"))
+        texts = {name: str(mark[name]) for name in ("host", "stage", "token")}
+        return texts | {"time": float(mark["time"]), "names": [str(name) for name in mark["names"]]}
+    return {"host": "", "stage": "", "token": "", "time": 0.0, "names": []}
 
 
 def _taken(where: str, found: str) -> NaloraError:

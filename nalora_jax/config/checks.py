@@ -13,15 +13,7 @@ from nalora_jax.common import buckets
 from nalora_jax.config.rope_scaling import FLAG as ROPE_SCALING
 from nalora_jax.config.rope_scaling import parse_rope_scaling
 from nalora_jax.config.settings import DUAL, UNCHANGED, LoRARule, RunConfig
-from nalora_jax.config.structured import (
-    AMOUNT,
-    COUNT,
-    POSITIVE,
-    RANK,
-    check_ranges,
-    first_wrong,
-    type_name,
-)
+from nalora_jax.config.structured import AMOUNT, COUNT, POSITIVE, RANK, check_ranges, first_wrong, type_name
 from nalora_jax.errors import NaloraError
 
 
@@ -33,9 +25,8 @@ def check(config: RunConfig) -> RunConfig:
     """
     if not isinstance(config, RunConfig):
         remedy = "RunConfig(steps=100, lora=LoRAConfig(...)); config_from_dict makes one of nested dicts"
-        raise NaloraError(
-            "config", expected="a RunConfig", found=f"a {type(config).__name__}", remedy=remedy
-        )
+        found = f"a {type(config).__name__}"
+        raise NaloraError("config", expected="a RunConfig", found=found, remedy=remedy)
     if (wrong := first_wrong(config, lenient=True)) is not None:
         actual = f"{reprlib.repr(wrong.value)}, a {type(wrong.value).__name__}"
         raise NaloraError(f"RunConfig.{wrong.field}", expected=f"a {type_name(wrong.hint)}", found=actual)
@@ -49,9 +40,8 @@ def check(config: RunConfig) -> RunConfig:
             if value not in values:
                 expected = " or ".join(map(_shown, values))
                 flag = f"--{name.replace('_', '-')}"
-                raise NaloraError(
-                    flag, expected=f"{expected} with {limits.cause}", found=value, remedy=limits.remedy
-                )
+                expected = f"{expected} with {limits.cause}"
+                raise NaloraError(flag, expected=expected, found=value, remedy=limits.remedy)
     return config
 
 
@@ -167,10 +157,8 @@ def _check_tokens(config: RunConfig) -> None:
     require(flag, bool(tables) or not ids, "embed_tokens, lm_head or both", "none")
     expected = "tables that --lora.modules-to-save does not train as a whole"
     require(flag, not ids or not saved & tables, expected, " ".join(sorted(saved & tables)))
-    for flag, texts in (
-        ("--data.add-tokens", data.add_tokens),
-        ("--data.add-special-tokens", data.add_special_tokens),
-    ):
+    added = {"--data.add-tokens": data.add_tokens, "--data.add-special-tokens": data.add_special_tokens}
+    for flag, texts in added.items():
         fine = all(text.strip() for text in texts) and len(set(texts)) == len(texts)
         require(flag, fine, "texts, none empty or named twice", ", ".join(map(repr, texts)))
     both = sorted(set(data.add_tokens) & set(data.add_special_tokens))
@@ -193,9 +181,8 @@ def _check_rules(rules: tuple[LoRARule, ...]) -> None:
             re.compile(rule.pattern)
         except (re.error, OverflowError, RecursionError) as error:
             remedy = f"it is no regular expression: {error}"
-            raise NaloraError(
-                "--lora.rules", expected="a pattern", found=repr(rule.pattern), remedy=remedy
-            ) from None
+            found = repr(rule.pattern)
+            raise NaloraError("--lora.rules", expected="a pattern", found=found, remedy=remedy) from None
 
 
 def check_path(flag: str, path: object) -> None:

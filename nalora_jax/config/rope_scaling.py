@@ -10,18 +10,11 @@ from nalora_jax.errors import NaloraError
 FLAG = "--model.rope-scaling"
 ORIGINAL = "original_max_position_embeddings"
 # Fields of each type in ``rope_parameters``, besides `ORIGINAL`.
+_OF_YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 FIELDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "yarn": (
-        "factor",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    ),
+    "yarn": ("factor", *_OF_YARN),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 # Types whose frequencies depend on the original context length.
@@ -40,9 +33,8 @@ def parse_rope_scaling(text: str) -> dict[str, Any]:
     """
     kind, _, listed = text.partition(":")
     if kind not in FIELDS:
-        raise NaloraError(
-            FLAG, expected=f"TYPE:factor=N, with a type of {', '.join(FIELDS)}", found=repr(text)
-        )
+        found = repr(text)
+        raise NaloraError(FLAG, expected=f"TYPE:factor=N, with a type of {', '.join(FIELDS)}", found=found)
     names = [*FIELDS[kind]]
     if kind in WITH_ORIGINAL:
         names.append(ORIGINAL)

@@ -152,9 +152,7 @@ class AdaLoRAConfig:
 
         Without AdaLoRA it is 0.
         """
-        if not self.target_rank:
-            return 0
-        return self.steps(total)[1]
+        return self.steps(total)[1] if self.target_rank else 0
 
 
 @dataclass(frozen=True)
@@ -343,9 +341,7 @@ class ComputeConfig:
     @property
     def quantized(self) -> Literal["int8", "nf4", "mxfp4"] | None:
         """The storage of the projections; None if they are not quantized."""
-        if self.quantize == "none":
-            return None
-        return self.quantize
+        return None if self.quantize == "none" else self.quantize
 
 
 @dataclass(frozen=True)
@@ -366,10 +362,8 @@ class DebugConfig:
     @property
     def profiled(self) -> range:
         """Range of the steps that `profile` names, which must be well formed; empty without it."""
-        first, _, count = self.profile.partition(":")
-        if self.profile:
-            return range(int(first), int(first) + int(count))
-        return range(0)
+        first, _, count = (self.profile or "0:0").partition(":")
+        return range(int(first), int(first) + int(count))
 
 
 @dataclass(frozen=True)

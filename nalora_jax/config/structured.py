@@ -19,7 +19,7 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from numbers import Integral, Real
 from pathlib import PurePath
 from types import UnionType
@@ -132,14 +132,11 @@ def first_wrong(config: Any, prefix: str = "", *, lenient: bool = False) -> Wron
     hints = get_type_hints(type(config))
     for entry in fields(config):
         name, value = f"{prefix}{entry.name}", getattr(config, entry.name)
-        if not has_type(value, hints[entry.name]) and not (
-            lenient and has_type(_plain(value), hints[entry.name])
-        ):
-            return WrongType(name, hints[entry.name], value)
-        parts = {}
-        if isinstance(value, tuple):
-            parts = {f"{name}[{index}].": item for index, item in enumerate(value)}
-        for place, item in (parts | {f"{name}.": value}).items():
+        hint = hints[entry.name]
+        if not has_type(value, hint) and not (lenient and has_type(_plain(value), hint)):
+            return WrongType(name, hint, value)
+        parts = enumerate(value) if isinstance(value, tuple) else ()
+        for place, item in ((f"{name}.", value), *((f"{name}[{index}].", item) for index, item in parts)):
             if is_dataclass(item) and (wrong := first_wrong(item, place, lenient=lenient)) is not None:
                 return wrong
     return None
@@ -166,9 +163,7 @@ def has_type(value: Any, hint: Any) -> bool:
 
 def type_name(hint: Any) -> str:
     """Returns the name of a type for messages."""
-    if isinstance(hint, type):
-        return hint.__name__
-    return str(hint).replace("typing.", "")
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -244,18 +239,14 @@ def _read(hint: Any, value: Any, place: str, base: Any, ignore_unknown: bool) ->
         return structured(kind, value, f"{place}.", base=base, ignore_unknown=ignore_unknown)  # type: ignore[arg-type]
     if AUTO in extras and value == AUTO:
         return kind(0)
+    read = partial(_read, base=None, ignore_unknown=ignore_unknown)
     if origin is tuple and isinstance(value, list | tuple):
         hints = [inner[0]] * len(value) if inner[1:] == (...,) else inner
         if len(hints) == len(value):
-            return tuple(
-                _read(item_hint, item, f"{place}[{index}]", None, ignore_unknown)
-                for index, (item_hint, item) in enumerate(zip(hints, value, strict=True))
-            )
+            pairs = enumerate(zip(hints, value, strict=True))
+            return tuple(read(item_hint, item, f"{place}[{index}]") for index, (item_hint, item) in pairs)
     if origin is dict and is_dataclass(inner[1]) and isinstance(value, Mapping):
-        return {
-            name: _read(inner[1], item, f"{place}.{name}", None, ignore_unknown)
-            for name, item in value.items()
-        }
+        return {name: read(inner[1], item, f"{place}.{name}") for name, item in value.items()}
     kinds = inner if origin in (Union, UnionType) else (kind,)
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
@@ -291,9 +282,7 @@ def unknown(
 ) -> NaloraError:
     """Returns the error for a name that is not in ``names``, with a similar name as suggestion."""
     meant = did_you_mean(name, names)
-    remedy = otherwise or f"there are {', '.join(names)}"
-    if meant:
-        remedy = f"did you mean {meant}?"
+    remedy = f"did you mean {meant}?" if meant else otherwise or f"there are {', '.join(names)}"
     return NaloraError(where, expected=expected, found="none of that name", remedy=remedy)
 
 
@@ -313,22 +302,24 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str | None:
     """
     last = name.lstrip("-").rpartition(".")[2]
     if last.replace("-", "_") in _OF_RULES and {"--lora.rules", "rules"} & {*candidates}:
-        if "--lora.rules" in candidates:
-            return _RULES
-        return 'rules: ["PATTERN:RANK[:ALPHA]"], e.g. rules: ["ffn:16:32"]'
+        return (
+            _RULES
+            if "--lora.rules" in candidates
+            else 'rules: ["PATTERN:RANK[:ALPHA]"], e.g. rules: ["ffn:16:32"]'
+        )
     names = sorted(candidates, key=lambda candidate: (len(candidate), candidate))
     if _OF_GROUPS.get(name) in names:
         return _OF_GROUPS[name]
-    begun = [candidate for candidate in names if candidate.startswith(name)]
-    if begun:
-        return begun[0]
-    parts: dict[str, str] = {}
-    for candidate in names:
-        parts.setdefault(candidate.lstrip("-").rpartition(".")[2], candidate)
-    close = difflib.get_close_matches(name, names, 1, 0.8)
-    close_parts = difflib.get_close_matches(last, parts, 1, 0.8)
-    similar = difflib.get_close_matches(name, names, 1, 0.6)
-    return next(iter(close or [parts[part] for part in close_parts] or similar), None)
+    parts = {candidate.lstrip("-").rpartition(".")[2]: candidate for candidate in reversed(names)}
+    return next(
+        iter(
+            [candidate for candidate in names if candidate.startswith(name)]
+            or difflib.get_close_matches(name, names, 1, 0.8)
+            or [parts[part] for part in difflib.get_close_matches(last, parts, 1, 0.8)]
+            or difflib.get_close_matches(name, names, 1, 0.6)
+        ),
+        None,
+    )
 
 
 # ---------------------------------------------------------------- documentation
@@ -340,8 +331,7 @@ def field_comments(kind: type) -> Mapping[str, str]:
     lines = inspect.getsource(kind).splitlines()
     comments = {}
     for field in fields(kind):
-        at = next((i for i, line in enumerate(lines) if line.startswith(f"    {field.name}:")), 0)
-        start = at
+        at = start = next((i for i, line in enumerate(lines) if line.startswith(f"    {field.name}:")), 0)
         while start and lines[start - 1].startswith("    #"):
             start -= 1
         comments[field.name] = " ".join(line.strip().removeprefix("#").strip() for line in lines[start:at])

@@ -20,6 +20,8 @@ from nalora_jax.common.downloads import fetch_file
 from nalora_jax.data import tasks
 from nalora_jax.errors import NaloraError
 
+Splits = dict[str, Iterator[tuple[int, dict[str, Any]]]]
+
 
 class Commonsense(tfds.core.GeneratorBasedBuilder):
     """``commonsense/<task>`` and ``commonsense/<task>_mc``; records in the order of the source."""
@@ -35,7 +37,7 @@ class Commonsense(tfds.core.GeneratorBasedBuilder):
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text
+        text, config = tfds.features.Text, self.builder_config
         features = {
             "id": text(doc="identifier in the source"),
             "prompt": text(doc="the question; of the right choice where choice_prompts is not empty"),
@@ -46,17 +48,10 @@ class Commonsense(tfds.core.GeneratorBasedBuilder):
             ),
             "gold": tfds.features.Scalar(np.int32, doc="index of the right choice"),
         }
-        config = self.builder_config
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=f"Commonsense question answering. This config: {config.description}.",
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("prompt", "completion"),
-            license=tasks.LICENCES[tasks.task_of(config.name)[0]],
-            disable_shuffling=True,  # readers shuffle; train[:100] is the source's
-        )
+        about = f"Commonsense question answering. This config: {config.description}."
+        return _info(self, features, about, tasks.task_of(config.name)[0])
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+    def _split_generators(self, dl_manager: Any) -> Splits:
         # Not dl_manager: downloads.fetch_file downloads, with its checksum.
         name = self.builder_config.name
         return {
@@ -68,49 +63,44 @@ class Commonsense(tfds.core.GeneratorBasedBuilder):
         count = 0
         for count, row in enumerate(tasks.questions(path), start=1):
             yield count - 1, _record(row)
-        size = tasks.SIZES[tasks.task_of(name)[0]][split]
-        if count != size:
-            raise NaloraError(
-                str(path), expected=f"{size} questions", found=count, remedy="delete it and run again"
-            )
+        if count != (size := tasks.SIZES[tasks.task_of(name)[0]][split]):
+            remedy = "delete it and run again"
+            raise NaloraError(str(path), expected=f"{size} questions", found=count, remedy=remedy)
+
+
+def _info(builder: Any, features: dict[str, Any], about: str, task: str) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=about,
+        features=tfds.features.FeaturesDict(features),
+        supervised_keys=("prompt", "completion"),
+        license=tasks.LICENCES[task],
+        disable_shuffling=True,  # readers shuffle; train[:100] is the source's
+    )
 
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns the record of a question, built from its first request."""
-    doc, gold = row["doc"], int(row["label"])
-    name = row["doc_id"] if row["native_id"] is None else row["native_id"]
-    if "query" not in doc:
-        return {
-            "id": str(name),
-            "gold": gold,
-            **_fill_in(doc["sentence"], [doc["option1"], doc["option2"]], gold),
-        }
-    return {
-        "id": str(name),
-        "prompt": doc["query"],
-        "completion": f" {doc['choices'][gold]}",
-        "choices": doc["choices"],
-        "choice_prompts": [],
-        "gold": gold,
-    }
+    """Returns the record of a question, built from its first request.
 
-
-def _fill_in(sentence: str, options: list[str], gold: int) -> dict[str, Any]:
-    """Returns the record of a sentence with a blank.
-
-    Each option completes the prompt; the text after the blank is scored.
-
-    Example:
-      >>> _fill_in("Ian met Bob because _ was home.", ["Ian", "Bob"], 1)["choice_prompts"]
-      ['Ian met Bob because Ian', 'Ian met Bob because Bob']
+    In a sentence with a blank, each option completes the prompt, and the text after the blank is scored:
+    "Ian met Bob because _ was home." has the prompts "Ian met Bob because Ian" and "... because Bob".
     """
-    before, after = sentence.split("_", 1)
-    prompts = [before + option for option in options]
+    doc, gold = row["doc"], int(row["label"])
+    if "query" in doc:
+        choices, prompts = doc["choices"], []
+        prompt, completion = doc["query"], choices[gold]
+    else:
+        choices = [doc["option1"], doc["option2"]]
+        before, completion = doc["sentence"].split("_", 1)
+        prompts = [before + option for option in choices]
+        prompt, completion = prompts[gold], completion.strip()
     return {
-        "prompt": prompts[gold],
-        "completion": f" {after.strip()}",
-        "choices": options,
+        "id": str(row["doc_id"] if row["native_id"] is None else row["native_id"]),
+        "prompt": prompt,
+        "completion": f" {completion}",
+        "choices": choices,
         "choice_prompts": prompts,
+        "gold": gold,
     }
 
 
@@ -132,17 +122,12 @@ class Needle(tfds.core.GeneratorBasedBuilder):
             "depth": number(np.int32, doc="percent of the text before the needle"),
             "length": number(np.int32, doc="largest number of words of the text"),
         }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=f"Needle retrieval in paragraphs of Wikipedia. This config: {self.builder_config.description}.",
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("prompt", "completion"),
-            license=tasks.LICENCES["boolq"],
-            disable_shuffling=True,  # readers shuffle
+        about = (
+            f"Needle retrieval in paragraphs of Wikipedia. This config: {self.builder_config.description}."
         )
+        return _info(self, features, about, "boolq")
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        # Not dl_manager: downloads.fetch_file downloads, with its checksum.
+    def _split_generators(self, dl_manager: Any) -> Splits:
         return {split: self._generate_examples(split) for split in tasks.NEEDLE_SIZES}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:

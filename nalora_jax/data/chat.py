@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from nalora_jax.data.tokenizer import Tokenizer
 
 
+Message = dict[str, Any]
+Ranges = tuple[tuple[int, int], ...]  # of characters: start and stop
+# Texts of (messages, add_generation_prompt) pairs.
+Render = Callable[[Sequence[tuple[Sequence[Message], bool]]], list[str]]
+
+
 class MissingFieldError(NaloraError):
     """A record does not have a required field."""
 
@@ -47,8 +53,8 @@ class Rendered:
     """
 
     text: str
-    # Character ranges that count in the loss, in order, not overlapping.
-    answers: tuple[tuple[int, int], ...]
+    # Those that count in the loss, in order, not overlapping.
+    answers: Ranges
     # True if the tokenizer adds the begin-of-sequence id (a chat template writes it itself).
     special: bool
 
@@ -70,14 +76,11 @@ def render_record(record: dict[str, Any], config: DataConfig, tokenizer: Tokeniz
     if config.messages_field in record:
         messages, tools = messages_of(record, config, where), tools_of(record, where)
         return render_chat(messages, config.loss_on, tokenizer, where, tools)
-    prompt = text_field(
-        record, config.prompt_field, where, "--data.prompt-field", alternative=config.messages_field
-    )
+    prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", config.messages_field)
     completion = text_field(record, config.completion_field, where, "--data.completion-field")
     if not completion:
-        raise NaloraError(
-            f"{where}: {config.completion_field}", expected="an answer", found="an empty text"
-        )
+        found = "an empty text"
+        raise NaloraError(f"{where}: {config.completion_field}", expected="an answer", found=found)
     return render_completion(prompt, completion, config, tokenizer, where)
 
 
@@ -121,22 +124,22 @@ def render_chat(
     if turns and turns[0] == 0 and loss_on != "all":
         raise NaloraError(where, expected="a user's or system's message first", found="an assistant's")
     for turn in turns:
-        if _is_empty(messages[turn]):
-            raise NaloraError(
-                f"{where}: message {turn + 1} of {len(messages)}",
-                expected="an assistant's answer",
-                found="an empty text",
-                remedy="the model would learn to end at once: write the answer, or remove the record",
-            )
+        texts = [messages[turn].get(name) for name in ("content", *REASONING)]
+        if not messages[turn].get("tool_calls") and not any(
+            isinstance(t, str) and t.strip() for t in texts
+        ):
+            place, expected = f"{where}: message {turn + 1} of {len(messages)}", "an assistant's answer"
+            remedy = "the model would learn to end at once: write the answer, or remove the record"
+            raise NaloraError(place, expected=expected, found="an empty text", remedy=remedy)
     ends_in_turn = messages[-1]["role"] == "assistant"
     if loss_on == "all":
         text = tokenizer.render_chat(messages, tools=tools).rstrip()
-        answers: tuple[tuple[int, int], ...] = ((0, len(text)),)
+        answers: Ranges = ((0, len(text)),)
     else:
         text, answers = _completions(messages, turns, tokenizer, where, tools)
         text = text[: answers[-1][1]] if ends_in_turn else text
     if ends_in_turn or loss_on != "all":
-        text, answers = with_stops(text, answers, messages[-1], tokenizer, tools)
+        text, answers = _with_stops(text, answers, messages[-1], tokenizer, tools)
     return Rendered(text, answers, special=False)
 
 
@@ -146,22 +149,18 @@ def _completions(
     tokenizer: Tokenizer,
     where: str,
     tools: Sequence[Message] | None,
-) -> tuple[str, tuple[tuple[int, int], ...]]:
+) -> tuple[str, Ranges]:
     """Returns the text and the completions; of long chats from short contents, if their text is the same."""
-    short = shortened(messages, len(turns))
-    if short is not None:
+    contents = {i: message.get("content") for i, message in enumerate(messages)}
+    long = {i: text for i, text in contents.items() if isinstance(text, str) and len(text.strip()) > _LONG}
+    if len(turns) * sum(map(len, long.values())) > _MOST:
+        short = _marked(messages, long)
         text, answers = completions(short.messages, turns, tokenizer, where, tools)
         expanded = short.expanded(text, [place for answer in answers for place in answer])
         if expanded is not None and expanded[0] == tokenizer.render_chat(messages, tools=tools):
             places = iter(expanded[1])
             return expanded[0], tuple(zip(places, places, strict=True))
     return completions(messages, turns, tokenizer, where, tools)
-
-
-def _is_empty(message: Message) -> bool:
-    """Returns True if an assistant's message has no text, tool call or reasoning."""
-    texts = [message.get(name) for name in ("content", *REASONING)]
-    return not message.get("tool_calls") and not any(isinstance(t, str) and t.strip() for t in texts)
 
 
 def as_messages(prompt: str, completion: str) -> list[Message]:
@@ -185,14 +184,14 @@ def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[
     if not isinstance(value, list) or not value:
         actual = "none" if value == [] else f"a {type(value).__name__}"
         raise NaloraError(f"{where}: {field}", expected="a list of chat messages", found=actual)
-    filled = isinstance(record, TableRecord)
-    messages = [
-        message_of(turn, f"{where}: {field}[{number}]", filled=filled) for number, turn in enumerate(value)
-    ]
-    for number, message in enumerate(messages):
-        text_field(message, "role", f"{where}: {field}[{number}]")
+    messages = []
+    for number, turn in enumerate(value):
+        place = f"{where}: {field}[{number}]"
+        message = message_of(turn, place, filled=isinstance(record, TableRecord))
+        text_field(message, "role", place)
         if not isinstance(message.get("content"), Parts):
-            text_field(message, "content", f"{where}: {field}[{number}]")
+            text_field(message, "content", place)
+        messages.append(message)
     return messages
 
 
@@ -218,10 +217,6 @@ def text_field(
     return value
 
 
-Message = dict[str, Any]
-# Texts of (messages, add_generation_prompt) pairs.
-Render = Callable[[Sequence[tuple[Sequence[Message], bool]]], list[str]]
-
 THOUGHT_END = "</think>"
 _WORDS = re.compile(r"(</?think>)|\S(?:(?!\s*</?think>).)*", re.DOTALL)
 # They stand for the texts of a turn and of the message before it.
@@ -234,7 +229,7 @@ def completions(
     tokenizer: Tokenizer,
     where: str,
     tools: Sequence[Message] | None = None,
-) -> tuple[str, tuple[tuple[int, int], ...]]:
+) -> tuple[str, Ranges]:
     """Returns the text of a conversation and the character ranges of the completions in ``turns``.
 
     Raises:
@@ -267,12 +262,10 @@ def completions(
             for written in (words, words.removesuffix(eos)):  # the token may follow the last turn only
                 if text.startswith(written, place_of_words):
                     return start, place_of_words + len(written)
-        raise NaloraError(
-            where,
-            expected="a chat template whose earlier turns stay as they are when turns are added",
-            found=f"one that rewrites messages[{turn}], so that no exact loss mask exists",
-            remedy="use --data.loss-on answer, with one record for each turn to learn",
-        )
+        expected = "a chat template whose earlier turns stay as they are when turns are added"
+        found = f"one that rewrites messages[{turn}], so that no exact loss mask exists"
+        remedy = "use --data.loss-on answer, with one record for each turn to learn"
+        raise NaloraError(where, expected=expected, found=found, remedy=remedy)
 
     answers = []
     # From the last turn: if it has a place, computing the loss on it alone is a remedy for the others.
@@ -284,13 +277,13 @@ def completions(
     return text, tuple(answers[::-1])
 
 
-def with_stops(
+def _with_stops(
     text: str,
     answers: Sequence[tuple[int, int]],
     last: Message,
     tokenizer: Tokenizer,
     tools: Sequence[Message] | None = None,
-) -> tuple[str, tuple[tuple[int, int], ...]]:
+) -> tuple[str, Ranges]:
     """Adds the stop token with which the next message begins to completions that have no end token.
 
     GLM-4.5 writes no end of a turn: the next role's token ends it, ``<|user|>``, or
@@ -312,10 +305,9 @@ def _stop_after(message: Message, tokenizer: Tokenizer, tools: Sequence[Message]
     role = "tool" if message.get("tool_calls") else "user"
     turn = {name: value for name, value in message.items() if name not in REASONING}
     chat = [{"role": "user", "content": "x"}, turn | {"content": "x" if message.get("content") else ""}]
+    longer = [*chat, {"role": role, "content": "x"}]
     try:
-        upto, text = tokenizer.render_chats(
-            [(chat, False), ([*chat, {"role": role, "content": "x"}], False)], tools
-        )
+        upto, text = tokenizer.render_chats([(chat, False), (longer, False)], tools)
     except NaloraError:  # such a message cannot follow
         return ""
     upto = upto.rstrip()
@@ -333,32 +325,27 @@ def _stop_at(text: str, place: int, tokenizer: Tokenizer) -> str:
 def _renderer(
     messages: Sequence[Message], turns: Sequence[int], tokenizer: Tokenizer, tools: Sequence[Message] | None
 ) -> Render:
-    """Returns a function that renders chats; contents keep their reasoning if the template drops it."""
+    """Returns a function that renders chats; contents keep their reasoning if the template drops it.
+
+    A template that writes ``</think>`` itself before the rest drops none: the generation prompt ends with it, too.
+    """
     thinking = {turn for turn in turns if THOUGHT_END in messages[turn]["content"]}
-    if not thinking or not _drops_reasoning(messages[: min(thinking)], tokenizer, tools):
+    drops = False
+    if thinking:
+        turn = {"role": "assistant", "content": f"<think>\n{_MARK}\n{THOUGHT_END}\n\n{_MARK}"}
+        (text,) = tokenizer.render_chats([([*messages[: min(thinking)], turn], False)], tools)
+        drops = text.count(_MARK) == 1 and not text.partition(_MARK)[0].rstrip().endswith(THOUGHT_END)
+    if not drops:
         return lambda chats: tokenizer.render_chats(chats, tools)
 
     def render(chats: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
-        short = [marked(chat, thinking) for chat, _ in chats]
+        short = [_marked(chat, thinking) for chat, _ in chats]
         prompts = [prompt for _, prompt in chats]
-        texts = tokenizer.render_chats(
-            [(chat.messages, prompt) for chat, prompt in zip(short, prompts, strict=True)], tools
-        )
+        pairs = [(chat.messages, prompt) for chat, prompt in zip(short, prompts, strict=True)]
+        texts = tokenizer.render_chats(pairs, tools)
         return [chat.restored(text) for chat, text in zip(short, texts, strict=True)]
 
     return render
-
-
-def _drops_reasoning(
-    before: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Message] | None
-) -> bool:
-    """Returns True if the template drops reasoning from the content of the last turn.
-
-    False if it writes ``</think>`` itself before the rest: then the generation prompt does, too.
-    """
-    turn = {"role": "assistant", "content": f"<think>\n{_MARK}\n{THOUGHT_END}\n\n{_MARK}"}
-    (text,) = tokenizer.render_chats([([*before, turn], False)], tools)
-    return text.count(_MARK) == 1 and not text.partition(_MARK)[0].rstrip().endswith(THOUGHT_END)
 
 
 def _place(messages: Sequence[Message], turn: int, text: str, render: Render) -> tuple[int, int] | None:
@@ -443,34 +430,12 @@ class ShortChat:
         return _CONTENT_MARK.sub(lambda mark: self.contents[int(mark[1])], text)
 
 
-def shortened(messages: Sequence[dict[str, Any]], turns: int) -> ShortChat | None:
-    """Returns the chat with marks in place of long contents; None if its prefixes are short enough.
-
-    Args:
-      messages: the chat.
-      turns: prefixes to render.
-    """
-    long = {i for i, message in enumerate(messages) if _is_long(message.get("content"))}
-    if turns * sum(len(messages[i]["content"]) for i in long) <= _MOST:
-        return None
-    return marked(messages, long)
-
-
-def marked(messages: Sequence[dict[str, Any]], places: Collection[int]) -> ShortChat:
+def _marked(messages: Sequence[Message], places: Collection[int]) -> ShortChat:
     """Returns the chat with marks in place of the contents at ``places``."""
-    short: list[dict[str, Any]] = []
-    contents: list[str] = []
+    short, contents = list(messages), list[str]()
     for i, message in enumerate(messages):
         if i in places:
-            text: str = message["content"]
-            content = text.strip()
-            start = text.index(content)
-            mark = f"{text[:start]}xq{len(contents):06}qx{text[start + len(content) :]}"
-            message = message | {"content": mark}
+            before, content, after = message["content"].partition(message["content"].strip())
+            short[i] = message | {"content": f"{before}xq{len(contents):06}qx{after}"}
             contents.append(content)
-        short.append(message)
     return ShortChat(short, contents)
-
-
-def _is_long(content: Any) -> bool:
-    return isinstance(content, str) and len(content.strip()) > _LONG

@@ -55,10 +55,7 @@ def read_templates(folder: Path, *settings: Mapping[str, Any]) -> tuple[str | No
 
 def write_templates(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the templates of ``tokenizer`` as files."""
-    for name, template in (
-        (DEFAULT_FILE, tokenizer.chat_template),
-        (TOOL_FILE, tokenizer.tool_template),
-    ):
+    for name, template in ((DEFAULT_FILE, tokenizer.chat_template), (TOOL_FILE, tokenizer.tool_template)):
         if template is not None:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(template, encoding="utf-8")

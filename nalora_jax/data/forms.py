@@ -53,12 +53,8 @@ def in_turns(record: Record, config: DataConfig, *chosen: str) -> bool:
       *chosen: fields with the completions of a preference pair.
     """
     record = canonical(record, config, "record")
-    fields = (config.prompt_field, *chosen)
-    return (
-        config.chat
-        or config.messages_field in record
-        or any(isinstance(record.get(f), list) for f in fields)
-    )
+    listed = any(isinstance(record.get(field), list) for field in (config.prompt_field, *chosen))
+    return config.chat or config.messages_field in record or listed
 
 
 def canonical(record: Record, config: DataConfig, where: str) -> Record:
@@ -84,21 +80,23 @@ def form_of(record: Record, config: DataConfig) -> str:
 def _converted(record: Record, config: DataConfig, where: str) -> tuple[Record, str]:
     """Returns `canonical` and `form_of` a record."""
     messages, asked, answered = config.messages_field, config.prompt_field, config.completion_field
-    prompt, completion = record.get(asked), record.get(answered)
+    prompt, completion, tools = record.get(asked), record.get(answered), record.get("tools")
+
+    def with_messages(turns: Any) -> Record:
+        return type(record)({messages: turns, **({"tools": tools} if tools else {})})
+
     if messages in record:
-        return record, f"chat messages ({messages}){', with tools' if record.get('tools') else ''}"
+        return record, f"chat messages ({messages}){', with tools' if tools else ''}"
     if isinstance(prompt, list) and isinstance(completion, list):
-        turns = _with_messages(record, config, [*prompt, *completion])
-        return turns, f"chat messages ({asked} and {answered})"
+        return with_messages([*prompt, *completion]), f"chat messages ({asked} and {answered})"
     if asked in record:
         choices = ", with choices" if record.get("choices") else ""
         return record, f"prompt and completion ({asked}, {answered}){choices}"
     if CONVERSATIONS in record:
-        system, spoken_turns = record.get("system"), record[CONVERSATIONS]
-        if isinstance(spoken_turns, list) and isinstance(system, str) and system:
-            spoken_turns = [{"role": "system", "content": system}, *spoken_turns]
-        turns = _with_messages(record, config, spoken_turns)
-        return turns, f"ShareGPT conversations ({CONVERSATIONS}: from, value)"
+        system, turns = record.get("system"), record[CONVERSATIONS]
+        if isinstance(turns, list) and isinstance(system, str) and system:
+            turns = [{"role": "system", "content": system}, *turns]
+        return with_messages(turns), f"ShareGPT conversations ({CONVERSATIONS}: from, value)"
     if {"instruction", "output"} <= record.keys():
         author = "the chat template" if config.chat else "Alpaca's prompt"
         form = f"Alpaca fields (instruction, input, output), written by {author}"
@@ -108,13 +106,6 @@ def _converted(record: Record, config: DataConfig, where: str) -> tuple[Record, 
     if answered not in record and not config.chat:
         record = type(record)({asked: "", answered: record[TEXT]})
     return record, f"plain text ({TEXT})"
-
-
-def _with_messages(record: Record, config: DataConfig, messages: Any) -> Record:
-    fields = {config.messages_field: messages}
-    if record.get("tools"):
-        fields["tools"] = record["tools"]
-    return type(record)(fields)
 
 
 def _alpaca(record: Record, config: DataConfig, where: str) -> Record:
@@ -156,16 +147,14 @@ def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
     check_role(message.get("role"), where)
     calls = message.get("tool_calls")
     if isinstance(calls, list) and calls:
-        if filled:
-            calls = _without_null(calls)
+        calls = _without_null(calls) if filled else calls
         message["tool_calls"] = [_call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)]
         message["content"] = message.get("content") or ""
     else:
         message.pop("tool_calls", None)
-    if isinstance(message.get("content"), list) and not isinstance(message["content"], Parts):
-        message["content"] = "".join(
-            _part(value_of, f"{where}: content") for value_of in message["content"]
-        )
+    content = message.get("content")
+    if isinstance(content, list) and not isinstance(content, Parts):
+        message["content"] = "".join(_part(part, f"{where}: content") for part in content)
     return message
 
 
@@ -181,9 +170,8 @@ def check_role(role: object, where: str) -> None:
     meant = _MISNAMED.get(plain) or next(iter(get_close_matches(plain, _KNOWN_ROLES, 1, cutoff=0.75)), None)
     if meant is not None:
         expected = f"a role that chat templates know ({', '.join(_KNOWN_ROLES)})"
-        raise NaloraError(
-            f"{where}: role", expected=expected, found=repr(role)[:80], remedy=f"write {meant!r}"
-        )
+        found, remedy = repr(role)[:80], f"write {meant!r}"
+        raise NaloraError(f"{where}: role", expected=expected, found=found, remedy=remedy)
 
 
 def spoken(message: Any, where: str) -> Record:
@@ -193,9 +181,8 @@ def spoken(message: Any, where: str) -> Record:
       NaloraError: not a dict, or an unknown speaker.
     """
     if not isinstance(message, dict):
-        raise NaloraError(
-            where, expected='{"role": ..., "content": ...}', found=f"a {type(message).__name__}"
-        )
+        found = f"a {type(message).__name__}"
+        raise NaloraError(where, expected='{"role": ..., "content": ...}', found=found)
     if message.get("role") is not None or not {"from", "value"} <= message.keys():
         return message
     speaker = message["from"]
@@ -233,12 +220,10 @@ def tools_of(record: Mapping[str, Any], where: str) -> list[Record] | None:
     if isinstance(record, TableRecord):
         value = _without_null(value)
     try:
-        if isinstance(value, str):
-            value = json.loads(value)
+        value = json.loads(value) if isinstance(value, str) else value
         if isinstance(value, list):
-            value = [
-                json.loads(tool) if isinstance(tool, str) and tool[:1] == "{" else tool for tool in value
-            ]
+            texts = [isinstance(tool, str) and tool[:1] == "{" for tool in value]
+            value = [json.loads(tool) if text else tool for tool, text in zip(value, texts, strict=True)]
     except (ValueError, RecursionError) as error:
         raise NaloraError(f"{where}: tools", expected="a JSON list of tools", found=error) from error
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):

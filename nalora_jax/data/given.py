@@ -22,45 +22,38 @@ Format = Callable[[Record], Record | None]
 Data = Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
 
 
-class FormattedSource(SourceView):
-    """Records of another source, converted by a function.
+def formatted(base: Source, function: Format) -> SourceView:
+    """Returns the records of another source, converted by a function.
 
-    The constructor calls the function once for every record, to find the records that it skips and
-    to detect later changes of its results. Reading a record calls it again.
+    The function is called once for every record now, to find the records that it skips and to detect
+    later changes of its results. Reading a record calls it again.
 
     Raises:
       NaloraError: the function fails, or returns neither a dict nor None; the message names the
         record.
     """
 
-    def __init__(self, base: Source, function: Format) -> None:
-        super().__init__(base)
-        self._function = function
-        digest, formatted = hashlib.sha256(), []
-        for indices, records in batches(base, np.arange(len(base))):
-            for index, record in zip(indices, records, strict=True):
-                example = self._example(index, record)
-                if example is not None:
-                    formatted.append(index)
-                    digest.update(json.dumps(example, sort_keys=True, default=str).encode())
-        self._indices = np.array(formatted, np.int64)
-        self.fingerprint = f"formatted:{base.fingerprint}:{digest.hexdigest()}"
-
-    def _changed(self, index: int, record: Record) -> Record:
-        return self._example(index, record) or {}
-
-    def _example(self, index: int, record: Record) -> Record | None:
-        where = f"format, {self._base.where(index)}"
+    def example(record: Record, where: str) -> Record | None:
+        where = f"format, {where}"
         try:
-            example = self._function(record)
+            result = function(record)
         except Exception as error:
             raise NaloraError(where, expected="an example", found=described(error)) from error
-        if example is not None and not isinstance(example, dict):
-            raise NaloraError(where, expected="a dict, or None", found=type(example).__name__)
+        if result is not None and not isinstance(result, dict):
+            raise NaloraError(where, expected="a dict, or None", found=type(result).__name__)
         # Nulls of a table's record may mean absent fields, also in the example.
-        if example is not None and isinstance(record, TableRecord):
-            return TableRecord(example)
-        return example
+        return TableRecord(result) if result and isinstance(record, TableRecord) else result
+
+    digest, kept = hashlib.sha256(), []
+    for indices, records in batches(base, np.arange(len(base))):
+        for index, record in zip(indices, records, strict=True):
+            result = example(record, base.where(index))
+            if result is not None:
+                kept.append(index)
+                digest.update(json.dumps(result, sort_keys=True, default=str).encode())
+    view = SourceView(base, np.array(kept, np.int64), lambda record, where: example(record, where) or {})
+    view.fingerprint = f"formatted:{base.fingerprint}:{digest.hexdigest()}"
+    return view
 
 
 def given_sources(
@@ -95,8 +88,12 @@ def given_sources(
     if format is None:
         return config, sources
     if sources is None:
-        sources = {name: open_source(config, name) for name in _splits(config)}
-    return config, {name: FormattedSource(records, format) for name, records in sources.items()}
+        held = config.eval_split
+        sources = {config.train_split: open_source(config, config.train_split)}
+        if held != AUTO or "validation" in sources[config.train_split].siblings:
+            held = "validation" if held == AUTO else held
+            sources[held] = open_source(config, held)
+    return config, {name: formatted(records, format) for name, records in sources.items()}
 
 
 def _records(split: str, records: Iterable[Mapping[str, Any]]) -> Source:
@@ -108,11 +105,3 @@ def _records(split: str, records: Iterable[Mapping[str, Any]]) -> Source:
             raise NaloraError(f"data[{split!r}], record {index}", expected="a dict", found=f"a {name}")
         read.append(kind(record))
     return RecordsSource(f"{NAME}[{split}]", read)
-
-
-def _splits(config: DataConfig) -> list[str]:
-    """Returns the splits that a run reads."""
-    if config.eval_split != AUTO:
-        return [config.train_split, config.eval_split]
-    train = open_source(config, config.train_split)
-    return [config.train_split, *{"validation"}.intersection(train.siblings)]

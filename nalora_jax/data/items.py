@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from nalora_jax.common.digests import digest_of, json_digest
 
 # Minimum of held-out examples to choose a checkpoint by; with fewer, the choice is mostly chance,
 # since one more correct example is a tenth.
@@ -70,13 +70,8 @@ Item = ChoiceItem | CompletionItem
 
 
 def digest(items: Sequence[Item]) -> str:
-    """Returns the SHA-256 of the examples: equal if prompts, completions and order are equal."""
+    """Returns the SHA-256 of the examples: equal if prompts, completions, images and order are equal."""
     asked = [{name: value for name, value in asdict(item).items() if name != "turns"} for item in items]
-    return hashlib.sha256(json.dumps(asked, default=_stated).encode()).hexdigest()
-
-
-def _stated(value: bytes | Path) -> str:
-    """Returns an image's content for the digest."""
-    if isinstance(value, Path):
-        value = value.read_bytes()
-    return hashlib.sha256(value).hexdigest()
+    return json_digest(
+        asked, default=lambda image: digest_of(image if isinstance(image, bytes) else image.read_bytes())
+    )

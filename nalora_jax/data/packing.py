@@ -86,9 +86,9 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, *, several: bool = 
     groups: list[Group] = [((size,), count) for size, count in sizes]
     if several:
         groups = _best_fit(sizes, capacity)
-    filled = int(counts @ np.arange(len(counts)))
-    if several and filled < _FULL * capacity * _rows(groups) and len(sizes) * capacity <= _EFFORT:
-        groups = min(groups, _fullest_first(counts, capacity), key=_rows)
+        filled = int(counts @ np.arange(len(counts)))
+        if filled < _FULL * capacity * _rows(groups) and len(sizes) * capacity <= _EFFORT:
+            groups = min(groups, _fullest_first(counts, capacity), key=_rows)
     slots = [np.tile(np.array(row, np.int64), count) for row, count in groups]
     per_row = np.concatenate([np.full(count, len(row)) for row, count in groups])
     return Pattern(np.concatenate(slots), np.concatenate([[0], np.cumsum(per_row)]), capacity)
@@ -123,11 +123,7 @@ epoch_order = lru_cache(maxsize=4)(permutation)  # (records, seed, epoch)
 
 
 def fill_rows(
-    rows: Sequence[np.ndarray],
-    tokens: np.ndarray,
-    answer: np.ndarray,
-    offsets: np.ndarray,
-    capacity: int,
+    rows: Sequence[np.ndarray], tokens: np.ndarray, answer: np.ndarray, offsets: np.ndarray, capacity: int
 ) -> dict[str, np.ndarray]:
     """Puts examples into rows.
 
@@ -164,13 +160,12 @@ def fill_rows(
         "segment_ids": np.repeat(segment, lengths).astype(np.int32),
         "positions": position.astype(np.int32),
     }
-    return {name: _scatter(value, place, len(rows), capacity) for name, value in values.items()}
-
-
-def _scatter(value: np.ndarray, place: np.ndarray, rows: int, capacity: int) -> np.ndarray:
-    flat = np.zeros(rows * capacity, value.dtype)
-    flat[place] = value
-    return flat.reshape(rows, capacity)
+    batch = {}
+    for name, value in values.items():
+        flat = np.zeros(len(rows) * capacity, value.dtype)
+        flat[place] = value
+        batch[name] = flat.reshape(len(rows), capacity)
+    return batch
 
 
 def _rows(groups: Sequence[Group]) -> int:
@@ -184,6 +179,7 @@ def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
     """
     groups: dict[int, list[Group]] = defaultdict(list)  # by the free positions in a row
     free: list[int] = []  # sorted keys of the non-empty `groups`
+    row: tuple[int, ...]
 
     def put(row: tuple[int, ...], count: int, room: int) -> None:
         if count:
@@ -194,10 +190,8 @@ def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
     for size, count in sizes:
         while count:
             tightest = bisect_left(free, size)
-            if tightest == len(free):
-                room, available = capacity, count
-                row: tuple[int, ...] = ()
-            else:
+            row, available, room = (), count, capacity
+            if tightest < len(free):
                 room = free[tightest]
                 row, available = groups[room].pop()
                 if not groups[room]:
@@ -217,8 +211,7 @@ def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
 
 def _fullest_first(counts: np.ndarray, capacity: int) -> list[Group]:
     """Builds the fullest row with the longest remaining example as often as possible; repeats."""
-    counts = counts.copy()
-    groups: list[Group] = []
+    counts, groups = counts.copy(), list[Group]()
     while counts.any():
         longest = int(np.flatnonzero(counts)[-1])
         counts[longest] -= 1

@@ -19,7 +19,7 @@ import numpy as np
 from nalora_jax.config import DataConfig
 from nalora_jax.data.packing import PackingPlan, Pattern, fill_rows, pack, permutation, plan_rows
 from nalora_jax.data.source import Source
-from nalora_jax.data.sources import AUTO, open_pair, open_source
+from nalora_jax.data.sources import open_training
 from nalora_jax.data.store import UNLIMITED, Examples, TokenStore, cut_store, open_store, text_examples
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
@@ -43,10 +43,9 @@ def stream_text(figures: Mapping[str, Any]) -> str:
     """
     texts = []
     for name, value in figures.items():
-        if not value and name in ("dropped", "truncated", "split"):
-            continue
-        noun = name.replace("_", " ")
-        texts.append(f"{noun} {value:.1%}" if name == "filling" else f"{value:,} {noun}")
+        if value or name not in ("dropped", "truncated", "split"):
+            noun = name.replace("_", " ")
+            texts.append(f"{noun} {value:.1%}" if name == "filling" else f"{value:,} {noun}")
     return ", ".join(texts)
 
 
@@ -121,18 +120,13 @@ class TrainData(Stream):
     images: RowImages | None = None
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Returns the row positions of each slot."""
-        return self.store.lengths_of(self.group)
-
-    @property
     def rows_per_epoch(self) -> int:
         """Returns the number of rows with every example once."""
         return self.pattern.rows
 
     @cached_property
     def _plan(self) -> Callable[[int], PackingPlan]:
-        lengths = self.lengths
+        lengths = self.store.lengths(self.group)
         return lru_cache(maxsize=2)(lambda epoch: plan_rows(self.pattern, lengths, self.seed, epoch))
 
     def records_of(self, index: int) -> np.ndarray:
@@ -163,7 +157,8 @@ class TrainData(Stream):
 
     def arrays(self, rows: list[int]) -> HostBatch:
         """Returns arrays ``[len(rows), max_length]``; of models with image input also pixels."""
-        store, examples = self.store, [self.records_of(index) for index in rows]
+        store, places = self.store, np.arange(self.group)
+        examples = [(self.group * self.records_of(i)[:, None] + places).ravel() for i in rows]
         flat = fill_rows(examples, store.tokens, store.answer, store.offsets, self.pattern.capacity)
         if self.images is not None:
             flat |= self.images.batch(examples)
@@ -207,12 +202,9 @@ class BatchIterator(Iterator[HostBatch]):
           NaloraError: the state is invalid or belongs to other data.
         """
         if state.get("data") != self._data.fingerprint:
-            raise NaloraError(
-                "checkpoint: data position",
-                expected=f"a position in {self._data.fingerprint}",
-                found=state.get("data"),
-                remedy="continue with the data, tokenizer, --data options and --seed of the run, or start a new run",
-            )
+            where, expected = "checkpoint: data position", f"a position in {self._data.fingerprint}"
+            remedy = "continue with the data, tokenizer, --data options and --seed of the run, or start a new run"
+            raise NaloraError(where, expected=expected, found=state.get("data"), remedy=remedy)
         self.close()
         self._row = int(state["row"])
         self._batches = self._open()
@@ -223,11 +215,7 @@ class BatchIterator(Iterator[HostBatch]):
 
 
 def train_data(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    source: Mapping[str, Source] | None = None,
-    **options: Any,
+    config: DataConfig, tokenizer: Tokenizer, *, source: Mapping[str, Source] | None = None, **options: Any
 ) -> TrainData:
     """Opens, tokenizes and packs the training split.
 
@@ -240,10 +228,7 @@ def train_data(
     Raises:
       NaloraError: see `open_source` and `packed_data`.
     """
-    if config.eval_split == AUTO:
-        records, _ = open_pair(config, source=source)
-    else:
-        records = open_source(config, config.train_split, source=source, weighted=True)
+    records = open_training(config, source=source)
     return packed_data(records, config, tokenizer, **options)
 
 
@@ -283,26 +268,25 @@ def packed_data(
     if batch_size % accumulate:
         expected = f"a multiple of the {accumulate} micro-batches"
         raise NaloraError("--train.batch-size", expected=expected, found=batch_size)
-    if rows is None:
-        rows = range(batch_size // accumulate)
+    group = kind.group
     examples = examples or partial(text_examples, config=config, tokenizer=tokenizer)
     uncut = open_store(records, config, tokenizer, seed, examples, **fields)
     if not config.max_length:
         measured = np.sort(permutation(len(records), _SEED)[:SAMPLE])
         if config.train_limit:  # lengths of records beyond the limit count, too
             sizes = [len(example.ids) - 1 for _, example in examples(records, measured)]
-            lengths = np.array(sizes).reshape(-1, kind.group).sum(axis=1)
+            lengths = np.array(sizes).reshape(-1, group).sum(axis=1)
         else:
-            lengths = uncut.lengths_of(kind.group)[measured]
+            lengths = uncut.lengths(group)[measured]
         config = with_length(config, lengths, context)
-    store = cut_store(uncut, records, config, tokenizer.bos_id, kind.group * context, kind.group)
+    store = cut_store(uncut, records, config, tokenizer.bos_id, group * context, group)
     return kind(
         store=store,
-        pattern=pack(store.lengths_of(kind.group), config.max_length, several=config.pack),
+        pattern=pack(store.lengths(group), config.max_length, several=config.pack),
         seed=seed,
         batch_size=batch_size,
         accumulate=accumulate,
-        rows=tuple(map(int, rows)),
+        rows=tuple(map(int, range(batch_size // accumulate) if rows is None else rows)),
         workers=config.workers,
     )
 
@@ -329,34 +313,25 @@ def with_length(config: DataConfig, lengths: np.ndarray, context: int = UNLIMITE
       context: maximum tokens of the model.
     """
     quantile = int(np.quantile(lengths, KEPT, method="inverted_cdf"))
-    shortest = SHORTEST if config.pack else 1
-    length = min(max(-(-quantile // _MULTIPLE) * _MULTIPLE, shortest), context)
+    length = min(max(_rounded(quantile), SHORTEST if config.pack else 1), context)
     full = 1.0
     if config.pack:
-        length, full = _filled(lengths, length, context)
-    fitting = float(np.mean(lengths <= length))
+        tried = []
+        for longer in (min(_rounded(int(factor * length)), context) for factor in _LONGER):
+            fitting = lengths[(lengths > 0) & (lengths <= longer)]
+            if len(fitting):
+                repeated = np.tile(fitting, -(-_REPEATED // len(fitting)))
+                tried.append((longer, pack(repeated, longer).filling))
+            if tried and tried[-1][1] >= FULL:
+                break
+        length, full = max(tried, key=lambda row: row[1], default=(length, 0.0))
     log.info(
         "rows of %d tokens, %.0f%% full: %.1f%% of %d examples fit, the longest has %d; "
         "--data.max-length names another length",
-        length,
-        100 * full,
-        100 * fitting,
-        len(lengths),
-        lengths.max(),
+        *(length, 100 * full, 100 * float(np.mean(lengths <= length)), len(lengths), lengths.max()),
     )
     return replace(config, max_length=length)
 
 
-def _filled(lengths: np.ndarray, length: int, context: int) -> tuple[int, float]:
-    """Returns the shortest row length that packs well, else the one that packs best, and its efficiency."""
-    tried = []
-    for factor in _LONGER:
-        longer = min(-(-int(factor * length) // _MULTIPLE) * _MULTIPLE, context)
-        fitting = lengths[(lengths > 0) & (lengths <= longer)]
-        if not len(fitting):
-            continue
-        repeated = np.tile(fitting, -(-_REPEATED // len(fitting)))
-        tried.append((longer, pack(repeated, longer).filling))
-        if tried[-1][1] >= FULL:
-            return tried[-1]
-    return max(tried, key=lambda row: row[1], default=(length, 0.0))
+def _rounded(length: int) -> int:
+    return -(-length // _MULTIPLE) * _MULTIPLE

@@ -17,21 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig, PreferenceConfig
-from nalora_jax.data.chat import (
-    Message,
-    Rendered,
-    messages_of,
-    render_chat,
-    render_completion,
-    text_field,
-)
-from nalora_jax.data.packing import fill_rows
+from nalora_jax.data.chat import Message, Rendered, messages_of, render_chat, render_completion, text_field
 from nalora_jax.data.pipeline import HostBatch, TrainData, packed_data
-from nalora_jax.data.questions import held_out_indices, split_questions
+from nalora_jax.data.questions import gold_of, held_out_indices, split_questions
 from nalora_jax.data.source import Source
-from nalora_jax.data.tokenize import Example, converted, tokenize
+from nalora_jax.data.tokenize import Example, tokenized_texts
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -49,32 +40,29 @@ class Pair:
 
 
 def _of_choices(record: dict[str, Any], where: str) -> tuple[str, str]:
-    choices, gold = record["choices"], record.get("gold")
-    if not isinstance(gold, int) or len(choices) < 2 or not 0 <= gold < len(choices):
-        expected = f"the index of one of {len(choices)} choices"
-        raise NaloraError(f"{where}: gold", expected=expected, found=repr(gold))
-    others = [choice for choice in (*choices[gold + 1 :], *choices[:gold]) if choice != choices[gold]]
+    """Returns the right choice, and the first one after it with another text."""
+    choices, gold = record["choices"], gold_of(record, where)
+    right = choices[gold]
+    others = [choice for choice in (*choices[gold + 1 :], *choices[:gold]) if choice != right]
     if not others:
-        raise NaloraError(f"{where}: choices", expected="two that differ", found=repr(choices[gold]))
-    return f" {choices[gold]}", f" {others[0]}"
+        raise NaloraError(f"{where}: choices", expected="two that differ", found=repr(right))
+    return f" {right}", f" {others[0]}"
 
 
 def _answer(
     record: dict[str, Any], config: DataConfig, name: str, tokenizer: Tokenizer, where: str
 ) -> Rendered:
-    if name not in record:
-        flag = "--preference.chosen-field or --preference.rejected-field"
-        text_field(record, name, where, flag)
-    prompt, answer = record.get(config.prompt_field), record[name]
-    if isinstance(answer, list | dict) or isinstance(prompt, list | dict):
+    prompt, answer = record.get(config.prompt_field), record.get(name)
+    if isinstance(answer, list | dict) or (isinstance(prompt, list | dict) and name in record):
         turns = _messages(record, name, where, "assistant")
         if prompt is not None:
             turns = [*_messages(record, config.prompt_field, where, "user"), *turns]
         return render_chat(turns, "answer", tokenizer, where)
-    before_text = text_field(record, config.prompt_field, where, "--data.prompt-field")
-    if not text_field(record, name, where).strip():
+    text = text_field(record, name, where, "--preference.chosen-field or --preference.rejected-field")
+    before = text_field(record, config.prompt_field, where, "--data.prompt-field")
+    if not text.strip():
         raise NaloraError(f"{where}: {name}", expected="an answer", found="an empty text")
-    return render_completion(before_text, answer, config, tokenizer, where)
+    return render_completion(before, text, config, tokenizer, where)
 
 
 def _messages(record: dict[str, Any], name: str, where: str, role: str) -> list[Message]:
@@ -110,29 +98,23 @@ def tokenize_pairs(
     fields = preference.chosen_field, preference.rejected_field
     config = replace(config, loss_on="answer")
 
-    def texts_of(record: dict[str, Any], where: str) -> list[Rendered]:
+    def render(record: dict[str, Any], where: str) -> tuple[list[Rendered], None]:
         if not set(fields) & set(record) and record.get("choices") and not record.get("choice_prompts"):
             record = record | dict(zip(fields, _of_choices(record, where), strict=True))
-        return [_answer(record, config, name, tokenizer, where) for name in fields]
+        return [_answer(record, config, name, tokenizer, where) for name in fields], None
 
-    with counting("tokenizing", len(indices)) as done:
-        for chunk, _, texts in converted(source, indices, texts_of):
-            examples = iter(tokenize([text for pair in texts for text in pair], tokenizer))
-            for index, pair in zip(chunk, texts, strict=True):
-                yield _pair(pair, next(examples), next(examples), source.where(index))
-            done(len(chunk))
-
-
-def _pair(texts: Sequence[Rendered], chosen: Example, rejected: Example, where: str) -> Pair:
-    for name, example in (("chosen", chosen), ("rejected", rejected)):
-        if not example.has_target:
-            raise NaloraError(f"{where}: {name}", expected="a token after the first", found="none")
-    if np.array_equal(chosen.ids, rejected.ids):
-        expected = "two answers that differ"
-        raise NaloraError(where, expected=expected, found="the same one twice", remedy="remove it")
-    ((start, _),) = texts[0].answers
-    answers = [text.text[slice(*text.answers[0])] for text in texts]
-    return Pair(chosen, rejected, texts[0].text[:start], (answers[0], answers[1]))
+    for index, texts, examples, _ in tokenized_texts(source, indices, render, tokenizer):
+        where = source.where(index)
+        for name, example in zip(("chosen", "rejected"), examples, strict=True):
+            if not example.has_target:
+                raise NaloraError(f"{where}: {name}", expected="a token after the first", found="none")
+        chosen, rejected = examples
+        if np.array_equal(chosen.ids, rejected.ids):
+            expected, found = "two answers that differ", "the same one twice"
+            raise NaloraError(where, expected=expected, found=found, remedy="remove it")
+        begin = texts[0].answers[0][0]
+        answers = [text.text[slice(*text.answers[0])] for text in texts]
+        yield Pair(chosen, rejected, texts[0].text[:begin], (answers[0], answers[1]))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -158,20 +140,13 @@ class PairData(TrainData):
 
     def arrays(self, rows: list[int]) -> HostBatch:
         """Returns the text arrays, and ``pairs`` ``[len(rows), pairs_per_row]``: 1 for each pair in a row."""
-        store, pairs = self.store, [self.records_of(index) for index in rows]
-        examples = [np.stack([2 * row, 2 * row + 1], axis=1).ravel() for row in pairs]
-        flat = fill_rows(examples, store.tokens, store.answer, store.offsets, self.pattern.capacity)
-        counts = np.array([len(row) for row in pairs])
+        flat, counts = super().arrays(rows), np.array([len(self.records_of(index)) for index in rows])
         flat["pairs"] = (np.arange(self.pairs_per_row)[None, :] < counts[:, None]).astype(np.float32)
         return flat
 
 
 def pair_data(
-    source: Source,
-    config: DataConfig,
-    preference: PreferenceConfig,
-    tokenizer: Tokenizer,
-    **options: Any,
+    source: Source, config: DataConfig, preference: PreferenceConfig, tokenizer: Tokenizer, **options: Any
 ) -> PairData:
     """Tokenizes and packs the pairs of ``source``.
 
@@ -212,11 +187,7 @@ def pairs_digest(pairs: Iterable[Pair]) -> str:
 
 
 def held_out_pairs(
-    records: Source,
-    config: DataConfig,
-    preference: PreferenceConfig,
-    tokenizer: Tokenizer,
-    context: int,
+    records: Source, config: DataConfig, preference: PreferenceConfig, tokenizer: Tokenizer, context: int
 ) -> tuple[list[Pair], list[Pair]]:
     """Returns held-out pairs in two lists: for the reported results, and to choose the checkpoint.
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import (
     THOUGHT_END,
@@ -25,7 +24,7 @@ from nalora_jax.data.items import ChoiceItem, CompletionItem, Item, SeenItem
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source, require_some
 from nalora_jax.data.sources import open_held_out, open_pair
-from nalora_jax.data.tokenize import Example, converted, divided, tokenize, with_loss_last
+from nalora_jax.data.tokenize import Example, rows_of, tokenized_texts
 from nalora_jax.data.tokenizer import require_unicode
 from nalora_jax.errors import NaloraError
 
@@ -39,9 +38,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Question:
-    """Texts of an evaluation example: (text, range of its completion), one per choice."""
+    """What an evaluation example has besides its texts, of which there is one per choice."""
 
-    texts: list[Rendered]
     choices: Sequence[str] = ()
     gold: int = 0
     own_prompts: bool = False
@@ -106,21 +104,17 @@ def examples_at(
       NaloraError: bad records.
     """
 
-    def convert(record: dict[str, Any], where: str) -> _Question:
+    def render(record: dict[str, Any], where: str) -> tuple[list[Rendered], _Question]:
         return _question(record, config, tokenizer, where)
 
     items: list[Item] = []
-    with counting("tokenizing", len(indices)) as done:
-        for chunk, _, questions in converted(read, indices, convert, config):
-            texts = [text for question in questions for text in question.texts]
-            examples = iter(tokenize(texts, tokenizer, end=False))
-            for question in questions:
-                scored = [next(examples) for _ in question.texts]
-                if question.choices:
-                    items.append(_choice(question, scored))
-                else:
-                    items += _completions(question, scored[0], config, tokenizer)
-            done(len(chunk))
+    for _, texts, examples, question in tokenized_texts(
+        read, indices, render, tokenizer, config, end=False
+    ):
+        if question.choices:
+            items.append(_choice(question, texts, examples))
+        else:
+            items += _completions(question, texts[0], examples[0], config, tokenizer)
     return items
 
 
@@ -154,30 +148,26 @@ def split_questions(items: Sequence[T], reported: int, selecting: int) -> tuple[
         raise NaloraError("--data.eval-split", expected="at least two examples", found=len(items))
     order = permutation(len(items), _SEED + 1).tolist()
     cut = max(1, min(selecting, len(items) // 3))
-    return [items[i] for i in sorted(order[cut:][: reported or None])], [
-        items[i] for i in sorted(order[:cut])
-    ]
+    parts = sorted(order[cut:][: reported or None]), sorted(order[:cut])
+    first, second = ([items[i] for i in part] for part in parts)
+    return first, second
 
 
-def _question(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str) -> _Question:
+def _question(
+    record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str
+) -> tuple[list[Rendered], _Question]:
     """Returns the texts to score for one record."""
     images = record.get(IMAGES)
     record = canonical(record, config, where)
     if config.messages_field in record:
         messages, tools = messages_of(record, config, where), tools_of(record, where)
         text = _chat_text(messages, tokenizer, where, tools)
-        return _Question([text], turns=_turns(messages), images=images)
-    prompt = text_field(
-        record, config.prompt_field, where, "--data.prompt-field", alternative=config.messages_field
-    )
-    choices: list[str] = []
-    gold: Any = 0
-    own = bool(record.get("choices") and record.get("choice_prompts"))
+        return [text], _Question(turns=_turns(messages), images=images)
+    prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", config.messages_field)
+    choices, gold = [], 0
     if record.get("choices"):
-        choices, gold = _texts(record, "choices", where), record.get("gold")
-        if not isinstance(gold, int) or not 0 <= gold < len(choices):
-            expected = f"the index of one of {len(choices)} choices"
-            raise NaloraError(f"{where}: gold", expected=expected, found=repr(gold))
+        choices, gold = _texts(record, "choices", where), gold_of(record, where)
+    own = bool(choices and record.get("choice_prompts"))
     count = max(len(choices), 1)
     prompts, completions = [prompt] * count, [f" {choice}" for choice in choices]
     if own:
@@ -186,20 +176,27 @@ def _question(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, 
             expected = f"{count}, one a choice"
             raise NaloraError(f"{where}: choice_prompts", expected=expected, found=len(prompts))
     if own or not choices:
-        completions = [
-            text_field(record, config.completion_field, where, "--data.completion-field")
-        ] * count
+        completion = text_field(record, config.completion_field, where, "--data.completion-field")
+        completions = [completion] * count
     pairs = zip(prompts, completions, strict=True)
     texts = [_text(prompt, completion, config, tokenizer, where) for prompt, completion in pairs]
-    return _Question(texts, choices, gold, own, images=images)
+    return texts, _Question(choices, gold, own, images=images)
+
+
+def gold_of(record: dict[str, Any], where: str) -> int:
+    """Returns the index of the right one of a record's choices."""
+    count, gold = len(record["choices"]), record.get("gold")
+    if isinstance(gold, int) and 0 <= gold < count:
+        return gold
+    expected = f"the index of one of {count} choices"
+    raise NaloraError(f"{where}: gold", expected=expected, found=repr(gold))
 
 
 def _texts(record: dict[str, Any], field: str, where: str) -> list[str]:
     value = record[field]
     if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
-        raise NaloraError(
-            f"{where}: {field}", expected="a list of texts, none empty", found=repr(value)[:80]
-        )
+        found = repr(value)[:80]
+        raise NaloraError(f"{where}: {field}", expected="a list of texts, none empty", found=found)
     for text in value:
         require_unicode(text, f"{where}: {field}")
     return value
@@ -208,28 +205,23 @@ def _texts(record: dict[str, Any], field: str, where: str) -> list[str]:
 def _text(prompt: str, completion: str, config: DataConfig, tokenizer: Tokenizer, where: str) -> Rendered:
     """Returns a prompt with one completion as in training, without the end-of-turn token."""
     if not completion.strip():
-        raise NaloraError(
-            f"{where}: {config.completion_field}", expected="an answer", found="an empty text"
-        )
+        found = "an empty text"
+        raise NaloraError(f"{where}: {config.completion_field}", expected="an answer", found=found)
     if not config.chat:
         return Rendered(prompt + completion, ((len(prompt), len(prompt + completion)),), special=True)
     return _chat_text(as_messages(prompt, completion), tokenizer, where)
 
 
 def _chat_text(
-    messages: Sequence[Message],
-    tokenizer: Tokenizer,
-    where: str,
-    tools: Sequence[Message] | None = None,
+    messages: Sequence[Message], tokenizer: Tokenizer, where: str, tools: Sequence[Message] | None = None
 ) -> Rendered:
     """Returns a conversation up to its last completion's end, without the end-of-turn token."""
     text = render_chat(messages, "answer", tokenizer, where, tools)
     ((start, end),) = text.answers
     last = next(turn for turn in reversed(messages) if turn["role"] == "assistant")
     if last.get("tool_calls"):  # each template has its format for calls
-        stops = [token for index in tokenizer.eos_ids if (token := tokenizer.backend.id_to_token(index))]
-        written = text.text[start:end]
-        stop = next((stop_text for stop_text in stops if written.endswith(stop_text)), "")
+        written, stops = text.text[start:end], map(tokenizer.backend.id_to_token, tokenizer.eos_ids)
+        stop = next((token for token in stops if token and written.endswith(token)), "")
         end = start + len(written.removesuffix(stop).rstrip())
     else:
         # Templates write the rest of a content as it is, but not always the reasoning at its start.
@@ -243,46 +235,37 @@ def _chat_text(
 
 
 def _turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
-    """Returns the conversation before the last completion as (role, text); tool calls as JSON."""
+    """Returns the conversation before the last completion as (role, text).
+
+    Tool calls are shown as JSON, and images as ``[image]``.
+    """
     last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant")
     turns = []
     for turn in messages[:last]:
+        text = turn["content"]
+        if isinstance(text, Parts):
+            text = "".join(block.get("text", "[image]") for block in text)
         calls = [json.dumps(call["function"]) for call in turn.get("tool_calls", ())]
-        turns.append((str(turn["role"]), "\n".join(filter(None, [_plain(turn["content"]), *calls]))))
+        turns.append((str(turn["role"]), "\n".join(filter(None, [text, *calls]))))
     return tuple(turns)
 
 
-def _plain(content: str | Parts) -> str:
-    """Returns a message's text, with each image as ``[image]``."""
-    if isinstance(content, Parts):
-        return "".join(block.get("text", "[image]") for block in content)
-    return content
-
-
-def _choice(question: _Question, examples: Sequence[Example]) -> ChoiceItem:
+def _choice(question: _Question, texts: Sequence[Rendered], examples: Sequence[Example]) -> ChoiceItem:
     """Splits the tokens of each text into prompt and choice."""
     prompts, answers = (list(ids) for ids in zip(*(example.divided for example in examples), strict=True))
-    gold = question.texts[question.gold]
-    prompt = gold.text[: gold.answers[0][0]]
+    gold, text = question.gold, texts[question.gold]
+    prompt = text.text[: text.answers[0][0]]
     own_prompts = prompts if question.own_prompts else None
-    return ChoiceItem(
-        prompts[question.gold], answers, question.gold, prompt, list(question.choices), own_prompts
-    )
+    return ChoiceItem(prompts[gold], answers, gold, prompt, list(question.choices), own_prompts)
 
 
 def _completions(
-    question: _Question, example: Example, config: DataConfig, tokenizer: Tokenizer
+    question: _Question, text: Rendered, example: Example, config: DataConfig, tokenizer: Tokenizer
 ) -> list[CompletionItem]:
     """Returns a completion's rows, divided and with the loss tokens as in training."""
-    (text,) = question.texts
     ((start, stop),) = text.answers
-    rows, items = [example], []
-    if config.too_long == "split" and config.max_length:
-        rows = divided(example, config.max_length, tokenizer.bos_id)
-    for whole in rows:
-        row = with_loss_last(whole, config.loss_last)
-        if not row.has_target:
-            continue
+    items = []
+    for row in rows_of(example, config, tokenizer.bos_id):
         prompt_ids, completion_ids = row.divided
         prompt, completion = text.text[:start], text.text[start:stop]
         if row is not example and not np.array_equal(row.answer, example.answer):

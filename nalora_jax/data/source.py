@@ -11,7 +11,6 @@ source.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.common.digests import digest_of
 from nalora_jax.config.checks import check_path, is_valid_path
 from nalora_jax.data.packing import permutation
 from nalora_jax.errors import NaloraError
@@ -28,6 +28,7 @@ from nalora_jax.errors import NaloraError
 Record = dict[str, Any]
 # Contiguous part of a split: its name, first index and the index after the last.
 Span = tuple[str, int, int]
+Change = Callable[[Record, str], Record]  # (record, where) -> record
 
 
 class TableRecord(dict[str, Any]):
@@ -42,12 +43,14 @@ class Source(ABC):
       dataset: data set of the splits: two sources overlap only if it is equal and their spans
         overlap.
       fingerprint: changes whenever the records could have changed.
+      spans: parts of the underlying splits that this source reads.
       siblings: splits of the data set, if known.
     """
 
     name: str
     dataset: str
     fingerprint: str
+    spans: list[Span]
     siblings: tuple[str, ...] = ()
 
     @abstractmethod
@@ -55,11 +58,6 @@ class Source(ABC):
 
     def __getitem__(self, index: int) -> Record:
         return self.read([index])[0]
-
-    @property
-    @abstractmethod
-    def spans(self) -> list[Span]:
-        """Returns the parts of the underlying splits that this source reads."""
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> list[Record]:
@@ -86,8 +84,9 @@ class RecordsSource(Source):
     def __init__(self, name: str, records: Sequence[Record]) -> None:
         self.name = self.dataset = name
         self._records = list(records)
+        self.spans = [("records", 0, len(self._records))]
         text = json.dumps(self._records, sort_keys=True, default=str)
-        self.fingerprint = f"records:{name}:{hashlib.sha256(text.encode()).hexdigest()}"
+        self.fingerprint = f"records:{name}:{digest_of(text)}"
         require_some(self)
 
     def __len__(self) -> int:
@@ -97,49 +96,54 @@ class RecordsSource(Source):
         """Returns the records at ``indices``."""
         return [self._records[int(index)] for index in indices]
 
-    @property
-    def spans(self) -> list[Span]:
-        """Returns one span over all records."""
-        return [("records", 0, len(self))]
 
-
-class SourceView(Source):
-    """Records of another source, selected and possibly changed.
+class JoinedSource(Source):
+    """Records of several parts: other sources, or files.
 
     Args:
-      base: the other source.
-      indices: indices of the records; all by default.
+      members: the parts.
+      of: part of each record, int ``[records]``.
+      places: index of each record in its part, int ``[records]``.
+      change: ``(record, where) -> record``; by default, records stay as they are.
     """
 
-    def __init__(self, base: Source, indices: np.ndarray | None = None) -> None:
-        self._base = base
-        self._indices = np.arange(len(base)) if indices is None else indices
-        self.dataset, self.name, self.siblings = base.dataset, base.name, base.siblings
-        self.fingerprint = base.fingerprint
-        if indices is not None:
-            self.fingerprint += f":{hashlib.sha256(indices.astype('<i8').tobytes()).hexdigest()}"
+    def __init__(
+        self, members: Sequence[Any], of: np.ndarray, places: np.ndarray, change: Change | None = None
+    ) -> None:
+        self._members, self._of, self._places, self._change = members, of, places, change
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._of)
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns the records at ``indices``."""
-        places = self._indices[np.asarray(indices, np.int64)].tolist()
-        records = zip(places, self._base.read(places), strict=True)
-        return [self._changed(index, record) for index, record in records]
-
-    def _changed(self, index: int, record: Record) -> Record:
-        """Returns the record ``index`` of the other source as this source has it."""
-        return record
-
-    @property
-    def spans(self) -> list[Span]:
-        """Returns the spans of the other source."""
-        return self._base.spans
+        """Returns the records at ``indices``, with one read per part."""
+        at = np.asarray(indices, np.int64)
+        records = read_in_parts(
+            self._of[at], self._places[at], lambda part, places: self._members[part].read(places)
+        )
+        if self._change is None:
+            return records
+        pairs = zip(at.tolist(), records, strict=True)
+        return [self._change(record, self.where(index)) for index, record in pairs]
 
     def where(self, index: int) -> str:
-        """Returns the other source's name of the record."""
-        return self._base.where(int(self._indices[index]))
+        """Returns the record's name in its part."""
+        return str(self._members[self._of[index]].where(int(self._places[index])))
+
+
+class SourceView(JoinedSource):
+    """Records of another source: those at ``indices`` (by default all), possibly changed."""
+
+    def __init__(
+        self, base: Source, indices: np.ndarray | None = None, change: Change | None = None
+    ) -> None:
+        chosen = np.arange(len(base)) if indices is None else indices
+        super().__init__([base], np.zeros(len(chosen), np.int64), chosen, change)
+        self.name, self.dataset = base.name, base.dataset
+        self.siblings, self.spans = base.siblings, base.spans
+        self.fingerprint = base.fingerprint
+        if indices is not None:
+            self.fingerprint += f":{digest_of(indices.astype('<i8').tobytes())}"
 
 
 class SelectedSource(SourceView):
@@ -157,9 +161,8 @@ def require_some(source: Source) -> None:
       NaloraError: the source is empty.
     """
     if len(source) == 0:
-        raise NaloraError(
-            source.name, expected="at least one record", found="none", remedy="choose another split"
-        )
+        remedy = "choose another split"
+        raise NaloraError(source.name, expected="at least one record", found="none", remedy=remedy)
 
 
 def json_object(value: Any, where: str, remedy: str = "") -> Record:
@@ -177,33 +180,6 @@ def json_object(value: Any, where: str, remedy: str = "") -> Record:
         found = f"a {type(value).__name__}"
         raise NaloraError(where, expected="a JSON object", found=found, remedy=remedy)
     return value
-
-
-class JoinedSource(Source):
-    """Records of several parts: other sources, or files.
-
-    Args:
-      members: the parts.
-      of: part of each record, int ``[records]``.
-      places: index of each record in its part, int ``[records]``.
-    """
-
-    def __init__(self, members: Sequence[Any], of: np.ndarray, places: np.ndarray) -> None:
-        self._members, self._of, self._places = members, of, places
-
-    def __len__(self) -> int:
-        return len(self._of)
-
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns the records at ``indices``, with one read per part."""
-        at = np.asarray(indices, np.int64)
-        return read_in_parts(
-            self._of[at], self._places[at], lambda part, places: self._members[part].read(places)
-        )
-
-    def where(self, index: int) -> str:
-        """Returns the record's name in its part."""
-        return str(self._members[self._of[index]].where(int(self._places[index])))
 
 
 def read_in_parts(
@@ -242,23 +218,22 @@ class MixedSource(JoinedSource):
 
     Args:
       sources: the sources.
-      weights: number of times that an epoch contains each record of a source; 1 by default.
+      weights: number of times that an epoch contains each record of a source.
 
     Raises:
       NaloraError: a weight leaves no records of a source.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float] = ()) -> None:
-        weights = weights or [1.0] * len(sources)
-        chosen = [_chosen(source, weight) for source, weight in zip(sources, weights, strict=True)]
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
+        pairs = list(zip(sources, weights, strict=True))
+        chosen = [_chosen(source, weight) for source, weight in pairs]
         self._counts = [len(indices) for indices in chosen]
         of = np.repeat(np.arange(len(sources)), self._counts)
         super().__init__(list(sources), of, np.concatenate(chosen))
-        times = [f" * {weight:g}" if weight != 1 else "" for weight in weights]
-        names = (f"{source.name}{text}" for source, text in zip(sources, times, strict=True))
+        names = [source.name + (f" * {weight:g}" if weight != 1 else "") for source, weight in pairs]
         self.name = self.dataset = " + ".join(names)
-        weighted = (f"{s.fingerprint}*{weight:g}" for s, weight in zip(sources, weights, strict=True))
-        self.fingerprint = "mixture:" + "|".join(weighted)
+        self.fingerprint = "mixture:" + "|".join(f"{s.fingerprint}*{weight:g}" for s, weight in pairs)
+        self.spans = [("mixture", 0, len(self))]
 
     def describe(self) -> str:
         """Returns the number and share of records of each source.
@@ -268,11 +243,6 @@ class MixedSource(JoinedSource):
         """
         pairs = zip(self.parts, self._counts, strict=True)
         return ", ".join(f"{source.name} {count} ({count / len(self):.0%})" for source, count in pairs)
-
-    @property
-    def spans(self) -> list[Span]:
-        """Returns one span over the mixture; `parts` has the spans of the sources."""
-        return [("mixture", 0, len(self))]
 
     @property
     def parts(self) -> list[Source]:

@@ -27,7 +27,6 @@ from nalora_jax.data.source import (
     Record,
     SelectedSource,
     Source,
-    Span,
     components,
     foreign_errors,
     require_some,
@@ -38,6 +37,7 @@ from nalora_jax.data.tfds_source import (
     folder_source,
     is_tfds_folder,
     open_tfds,
+    splits_in,
     task_source,
 )
 from nalora_jax.errors import NaloraError
@@ -59,11 +59,7 @@ def register_source(name: str) -> Callable[[Opener], Opener]:
 
 
 def open_source(
-    config: DataConfig,
-    split: str,
-    *,
-    source: Mapping[str, Source] | None = None,
-    weighted: bool = False,
+    config: DataConfig, split: str, *, source: Mapping[str, Source] | None = None, weighted: bool = False
 ) -> Source:
     """Returns the records of ``split`` of ``config.dataset``; a mixture's sets are concatenated.
 
@@ -82,9 +78,8 @@ def open_source(
     """
     if source is not None:
         if split not in source:
-            raise NaloraError(
-                "source", expected=f"a split {split!r}", found=", ".join(sorted(source)) or "none"
-            )
+            found = ", ".join(sorted(source)) or "none"
+            raise NaloraError("source", expected=f"a split {split!r}", found=found)
         require_some(source[split])
         return source[split]
     several = components(config.dataset)
@@ -114,14 +109,12 @@ def _open_one(config: DataConfig, split: str) -> Source:
         return FileSource(name, split)
     else:
         near = difflib.get_close_matches(name, tasks.NAMES, 1)
-        raise NaloraError(
-            "--data.dataset",
-            expected='a task of this library, "tfds:<name>", "hf:<org>/<name>" or the path of a file or folder',
-            found=repr(name),
-            remedy=(f"did you mean {near[0]}? " if near else "")
-            + "the tasks are "
-            + ", ".join((*tasks.NAMES, "needle:WORDS")),
+        expected = (
+            'a task of this library, "tfds:<name>", "hf:<org>/<name>" or the path of a file or folder'
         )
+        remedy = f"did you mean {near[0]}? " if near else ""
+        remedy += f"the tasks are {', '.join((*tasks.NAMES, 'needle:WORDS'))}"
+        raise NaloraError("--data.dataset", expected=expected, found=repr(name), remedy=remedy)
     require_some(opened)
     return opened
 
@@ -139,7 +132,7 @@ def open_pair(config: DataConfig, *, source: Mapping[str, Source] | None = None)
       NaloraError: as of `open_source`; or the two share records.
     """
     if config.eval_split != AUTO:
-        train = open_source(config, config.train_split, source=source, weighted=True)
+        train = open_training(config, source=source)
         held = open_source(config, config.eval_split, source=source)
         if config.train_split != config.eval_split:  # equal splits measure the training fit
             for trained, other in itertools.product(train.parts, held.parts):
@@ -151,16 +144,18 @@ def open_pair(config: DataConfig, *, source: Mapping[str, Source] | None = None)
     return _mixed([pair[0] for pair in pairs], [weight for _, weight in several]), held_out
 
 
+def open_training(config: DataConfig, *, source: Mapping[str, Source] | None = None) -> Source:
+    """Returns the training records; of "auto" without the held-out ones, others are not opened."""
+    if config.eval_split == AUTO:
+        return open_pair(config, source=source)[0]
+    return open_source(config, config.train_split, source=source, weighted=True)
+
+
 def _mixed(sources: Sequence[Source], weights: list[float]) -> Source:
     return sources[0] if weights == [1.0] else MixedSource(sources, weights)
 
 
-def open_held_out(
-    config: DataConfig,
-    split: str,
-    *,
-    source: Mapping[str, Source] | None = None,
-) -> Source:
+def open_held_out(config: DataConfig, split: str, *, source: Mapping[str, Source] | None = None) -> Source:
     """Returns the records of an evaluation split, which may be "auto"."""
     if split != AUTO:
         return open_source(config, split, source=source)
@@ -230,7 +225,8 @@ class HubSource(Source):
         self._data = data
         self.dataset, self.name, self.siblings = name, f"{name}[{split}]", tuple(siblings)
         self.fingerprint = f"hf:{data._fingerprint}"  # covers files and transformations
-        self._split = split
+        sizes = {each: about.num_examples for each, about in (data.info.splits or {}).items()}
+        self.spans = absolute_of(split, sizes or {split: len(data)})
 
     def __len__(self) -> int:
         return len(self._data)
@@ -239,13 +235,6 @@ class HubSource(Source):
         """Returns the records at ``indices``."""
         columns = self._data[list(map(int, indices))]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-    @property
-    def spans(self) -> list[Span]:
-        """Returns parts of the data set's splits."""
-        splits = self._data.info.splits or {}
-        sizes = {name: splits[name].num_examples for name in splits} or {self._split: len(self)}
-        return absolute_of(self._split, sizes)
 
 
 def open_hub(argument: str, split: str) -> Source:
@@ -256,21 +245,21 @@ def open_hub(argument: str, split: str) -> Source:
     Raises:
       NaloraError: the extra is not installed, or the data set is not available.
     """
+    dataset = f"hf:{argument}"
     try:
         import datasets
     except ImportError as error:
         remedy = "pip install datasets (or nalora_jax with its extra `datasets`)"
-        raise NaloraError(
-            f"hf:{argument}", expected="the library datasets", found="none", remedy=remedy
-        ) from error
+        expected = "the library datasets"
+        raise NaloraError(dataset, expected=expected, found="none", remedy=remedy) from error
     name, _, config = argument.partition(":")
     remedy = (
         "check the id, its config (hf:ORG/NAME:CONFIG) and the split; a private data set needs HF_TOKEN"
     )
-    with foreign_errors(f"hf:{argument}[{split}]", "a data set that can be loaded from the hub", remedy):
+    with foreign_errors(f"{dataset}[{split}]", "a data set that can be loaded from the hub", remedy):
         names = datasets.get_dataset_split_names(name, config or None)
         data = datasets.load_dataset(name, config or None, split=split)
-    return HubSource(f"hf:{argument}", split, data, names)
+    return HubSource(dataset, split, data, names)
 
 
 class FileSource(JoinedSource):
@@ -297,7 +286,7 @@ class FileSource(JoinedSource):
         if opened is None:
             files = splits_of(str(path))
             self.siblings = tuple(files)
-            asked = {piece.split("[")[0].strip() for piece in split.split("+")}
+            asked = splits_in(split)
             chosen = [name for name in files if {name, "all"} & asked]
             opened = {name: [open_rows(file) for file in files[name]] for name in chosen}
         self.dataset = str(path) if is_url(path) else str(expand_user(path).resolve())
@@ -307,20 +296,15 @@ class FileSource(JoinedSource):
         expected = f'{only} slices such as "train[-5%:]"'
         with foreign_errors(self.name, expected, "name a split that is there"):
             sizes = {name: sum(map(len, rows)) for name, rows in opened.items()}
-            self._spans = absolute_of(split, sizes)
+            self.spans = absolute_of(split, sizes)
         members = [file for rows in opened.values() for file in rows]
         first = dict(zip(opened, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
-        index = np.concatenate([first[name] + np.arange(start, stop) for name, start, stop in self._spans])
+        index = np.concatenate([first[name] + np.arange(start, stop) for name, start, stop in self.spans])
         ends = np.cumsum([0, *map(len, members)])
         of = np.searchsorted(ends, index, side="right") - 1
         super().__init__(members, of, index - ends[of])
         self.fingerprint = f"files:{':'.join(member.sha256 for member in members)}:{split}"
         require_some(self)
-
-    @property
-    def spans(self) -> list[Span]:
-        """Returns parts of the files' splits."""
-        return self._spans
 
 
 # ---------------------------------------------------------------- held-out records
@@ -333,17 +317,10 @@ _FEWEST = 4
 _SEED = 20260101
 
 
-def held_out_count(records: int) -> int:
-    """Returns the number of held-out records: 5%, at most 500; at least 20, but at most a fifth.
+def draw_held_out(source: Source) -> tuple[Source, Source]:
+    """Divides records into training and evaluation records: 5%, at most 500; at least 20, but at most a fifth.
 
     Example: 12 of 60, 20 of 100 and of 400, 50 of 1,000, 500 of 10,000 and more; at least two.
-    """
-    few = min(ENOUGH, round(LARGEST_SHARE * records))
-    return min(max(round(SHARE * records), few, 2), MOST)
-
-
-def draw_held_out(source: Source) -> tuple[Source, Source]:
-    """Divides ``whole`` into training and evaluation records, with the size of `held_out_count`.
 
     Raises:
       NaloraError: fewer than four records.
@@ -352,8 +329,9 @@ def draw_held_out(source: Source) -> tuple[Source, Source]:
         expected = f"at least {_FEWEST} records, of which two are held out"
         remedy = "add records, or name others to measure on by --data.eval-split"
         raise NaloraError(source.name, expected=expected, found=len(source), remedy=remedy)
-    count = held_out_count(len(source))
-    order = permutation(len(source), _SEED)
+    size = len(source)
+    count = min(max(round(SHARE * size), min(ENOUGH, round(LARGEST_SHARE * size)), 2), MOST)
+    order = permutation(size, _SEED)
     parts = np.sort(order[count:]), np.sort(order[:count])
     remaining, held = (
         SelectedSource(source, indices, f"{len(indices)} of {len(source)} records") for indices in parts

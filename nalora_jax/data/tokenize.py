@@ -6,7 +6,7 @@ An error names up to ten broken records.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import tokenizers
 
+from nalora_jax.common.notes import counting
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import MissingFieldError, Rendered
 from nalora_jax.data.forms import form_of
@@ -38,8 +39,8 @@ def converted(
     indices: Sequence[int] | np.ndarray,
     convert: Callable[[Record, str], T],
     config: DataConfig | None = None,
-) -> Iterator[tuple[list[int], list[Record], list[T]]]:
-    """Yields indices, records and the results of ``convert`` in batches: fewer if records are long.
+) -> Iterator[tuple[list[int], list[T]]]:
+    """Yields indices and the results of ``convert`` in batches: fewer if records are long.
 
     Args:
       source: the records.
@@ -54,11 +55,36 @@ def converted(
     try:
         for chunk, records in batches(source, indices):
             pairs = zip(chunk, records, strict=True)
-            yield chunk, records, [convert(record, source.where(index)) for index, record in pairs]
+            yield chunk, [convert(record, source.where(index)) for index, record in pairs]
             done += len(chunk)
     except NaloraError as error:
         known = source[int(indices[0])] if done else None
         raise broken_records(error, source, indices[done:], convert, config, known) from error
+
+
+def tokenized_texts(
+    source: Source,
+    indices: Sequence[int] | np.ndarray,
+    render: Callable[[Record, str], tuple[list[Rendered], T]],
+    tokenizer: Tokenizer,
+    config: DataConfig | None = None,
+    *,
+    end: bool = True,
+) -> Iterator[tuple[int, list[Rendered], list[Example], T]]:
+    """Yields the index of each record, its texts and their tokens, and the rest of what ``render`` returned.
+
+    Args:
+      source, indices, config: as of `converted`.
+      render: returns the texts of a record, and anything else.
+      tokenizer, end: as of `tokenize`.
+    """
+    with counting("tokenizing", len(indices)) as done:
+        for chunk, rendered in converted(source, indices, render, config):
+            every = [text for texts, _ in rendered for text in texts]
+            examples = iter(tokenize(every, tokenizer, end=end))
+            for index, (texts, more) in zip(chunk, rendered, strict=True):
+                yield index, texts, [next(examples) for _ in texts], more
+            done(len(chunk))
 
 
 def broken_records(
@@ -99,26 +125,21 @@ def broken_records(
             known = known or record
     if known is not None and config is not None:
         form = form_of(known, config)
-        errors = [_with_form(error, form) if error.where in odd else error for error in errors]
+        expected, remedy = f"{form}, as in the other records", "fix or remove this record"
+        for i, broken in enumerate(errors):
+            if broken.where in odd:
+                found = f"fields {broken.found}"
+                errors[i] = NaloraError(broken.where, expected=expected, found=found, remedy=remedy)
     reasons = {(str(error.expected), str(error.found)) for error in errors}
     if len(errors) < 2 or (known is None and len(reasons) == 1):
         return next(iter(errors), first)
     # Without the folders, which the first line names: a long path would leave no room for the error.
-    names = [error.where.rpartition("/")[2] for error in errors]
-    texts = [
-        str(NaloraError(n, expected=e.expected, found=e.found)) for n, e in zip(names, errors, strict=True)
-    ]
-    lines = [shorten(" ".join(text.split()), _SHOWN) for text in texts]
-    count = f"{len(errors)} broken ones" if len(errors) < _NAMED else f"{_NAMED} or more broken ones"
+    short = (NaloraError(e.where.rpartition("/")[2], expected=e.expected, found=e.found) for e in errors)
+    lines = [shorten(" ".join(str(error).split()), _SHOWN) for error in short]
+    count = len(errors) if len(errors) < _NAMED else f"{_NAMED} or more"
     remedy = errors[0].remedy if len(reasons) == 1 else ""
-    found = "\n  ".join([f"{count}:", *lines])
+    found = "\n  ".join([f"{count} broken ones:", *lines])
     return ListedError(source.name, expected="records without errors", found=found, remedy=remedy)
-
-
-def _with_form(error: NaloraError, form: str) -> NaloraError:
-    """Returns the error of a record that does not have the form of the others."""
-    expected, remedy = f"{form}, as in the other records", "fix or remove this record"
-    return NaloraError(error.where, expected=expected, found=f"fields {error.found}", remedy=remedy)
 
 
 def batches(source: Source, indices: np.ndarray) -> Iterator[tuple[list[int], list[Any]]]:
@@ -195,11 +216,23 @@ def tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = Tru
         for text in texts
     ]
     encoded = _encoded([text.text for text in texts], cuts, tokenizer)
-    stops = tokenizer.turn_ends if end else None
-    return [
-        _example(text, at, ids, positions, tokenizer, stops)
-        for text, at, (ids, positions) in zip(texts, cuts, encoded, strict=True)
-    ]
+    examples = []
+    for text, at, (ids, positions) in zip(texts, cuts, encoded, strict=True):
+        before, after, size = [], [], len(text.text)
+        if text.special and tokenizer.add_bos and tokenizer.bos_id is not None:
+            before = [tokenizer.bos_id]
+        if end and text.answers[-1][1] == size and not (ids and ids[-1] in tokenizer.turn_ends):
+            after = [tokenizer.eos_id]
+        every = np.array([*before, *ids, *after], np.int32)
+        position = dict(zip([0, *at, size], [0, *positions, len(ids)], strict=True))
+        answer = np.zeros(len(every), bool)
+        for start, stop in text.answers:
+            answer[len(before) + position[start] : len(before) + position[stop]] = True
+        answer[len(before) + len(ids) :] = True
+        if tokenizer.images is not None:  # no model learns to generate images
+            answer &= every != tokenizer.images.token_id
+        examples.append(Example(every, answer))
+    return examples
 
 
 def fit_example(example: Example, max_length: int, bos_id: int | None) -> Example:
@@ -218,32 +251,31 @@ def fit_example(example: Example, max_length: int, bos_id: int | None) -> Exampl
     return Example(example.ids[index], example.answer[index])
 
 
-def divided(example: Example, max_length: int, bos_id: int | None) -> list[Example]:
-    """Returns ``example`` in rows of at most ``max_length + 1`` tokens in which every token is a target once.
+def rows_of(example: Example, config: DataConfig, bos_id: int | None) -> list[Example]:
+    """Returns the rows of an example that have loss tokens: itself, or its parts with ``too_long`` "split".
 
-    A row starts with the last token of the row before it; a begin-of-sequence id is repeated. Rows
-    without a loss token are left out.
+    A part has at most ``max_length + 1`` tokens and starts with the last token of the part before it,
+    so that every token is a target once; a begin-of-sequence id is repeated. With ``loss_last`` only
+    loss tokens among the last tokens of a row count.
 
     Example (ids 1 to 8 after the begin-of-sequence id 0, ``max_length`` 4; targets in brackets):
       0 [1 2 3 4]   0 4 [5 6 7]   0 7 [8]
     """
-    keep = int(bos_id is not None and example.ids[0] == bos_id)
-    rows = [Example(example.ids[: max_length + 1], example.answer[: max_length + 1])]
-    for start in range(max_length, len(example.ids) - 1, max_length - keep):
-        index = np.r_[0:keep, start : min(start + max_length + 1 - keep, len(example.ids))]
-        answer = example.answer[index]
-        answer[: keep + 1] = False
-        rows.append(Example(example.ids[index], answer))
+    length, rows = config.max_length, [example]
+    if config.too_long == "split" and length:
+        keep = int(bos_id is not None and example.ids[0] == bos_id)
+        rows = [Example(example.ids[: length + 1], example.answer[: length + 1])]
+        for start in range(length, len(example.ids) - 1, length - keep):
+            index = np.r_[0:keep, start : min(start + length + 1 - keep, len(example.ids))]
+            answer = example.answer[index]
+            answer[: keep + 1] = False
+            rows.append(Example(example.ids[index], answer))
+    if last := config.loss_last:
+        for i, row in enumerate(rows):
+            size = len(row.ids)
+            count = int(last) if last >= 1 else math.ceil(last * size)
+            rows[i] = Example(row.ids, row.answer & (np.arange(size) >= size - count))
     return [row for row in rows if row.has_target]
-
-
-def with_loss_last(example: Example, last: float) -> Example:
-    """Returns ``example`` with loss tokens among its last tokens only; see `DataConfig.loss_last`."""
-    if not last:
-        return example
-    size = len(example.ids)
-    count = int(last) if last >= 1 else math.ceil(last * size)
-    return Example(example.ids, example.answer & (np.arange(size) >= size - count))
 
 
 def _encoded(
@@ -255,18 +287,16 @@ def _encoded(
     """
     results = []
     for text, at, encoding in zip(texts, cuts, tokenizer.encode_with_offsets(texts), strict=True):
-        positions = [_token_after(encoding, cut, len(text)) for cut in at]
-        inside = [
-            cut for cut, token in zip(at, positions, strict=True) if _starts_before(encoding, token, cut)
-        ]
+        positions, inside = [], []
+        for cut in at:
+            # The first token with a character at the cut or after it; some tokenizers drop white space.
+            tokens = (encoding.char_to_token(place) for place in range(cut, len(text)))
+            position = next((token for token in tokens if token is not None), len(encoding))
+            positions.append(position)
+            if _starts_before(encoding, position, cut):
+                inside.append(cut)
         results.append(_joined(text, at, inside, tokenizer) if inside else (encoding.ids, positions))
     return results
-
-
-def _token_after(encoding: tokenizers.Encoding, cut: int, size: int) -> int:
-    """Returns the first token with a character at ``cut`` or after it; some tokenizers drop white space."""
-    tokens = (encoding.char_to_token(place) for place in range(cut, size))
-    return next((token for token in tokens if token is not None), len(encoding))
 
 
 def _starts_before(encoding: tokenizers.Encoding, token: int, cut: int) -> bool:
@@ -289,32 +319,3 @@ def _joined(
         if stop < len(text):
             positions.append(len(ids))
     return ids, positions
-
-
-def _example(
-    text: Rendered,
-    cuts: list[int],
-    ids: list[int],
-    positions: list[int],
-    tokenizer: Tokenizer,
-    stops: Mapping[int, str] | None,
-) -> Example:
-    """Adds loss mask, end and begin of sequence to the ids of ``text``.
-
-    ``positions`` are the tokens at ``cuts``.
-    """
-    before, after = [], []
-    if text.special and tokenizer.add_bos and tokenizer.bos_id is not None:
-        before = [tokenizer.bos_id]
-    if stops is not None and text.answers[-1][1] == len(text.text) and not (ids and ids[-1] in stops):
-        after = [tokenizer.eos_id]
-    size = len(before) + len(ids)
-    position = dict(zip([0, *cuts, len(text.text)], [0, *positions, len(ids)], strict=True))
-    answer = np.zeros(size + len(after), bool)
-    for start, stop in text.answers:
-        answer[len(before) + position[start] : len(before) + position[stop]] = True
-    answer[size:] = True
-    every = np.array([*before, *ids, *after], np.int32)
-    if tokenizer.images is not None:  # no model learns to generate images
-        answer &= every != tokenizer.images.token_id
-    return Example(every, answer)

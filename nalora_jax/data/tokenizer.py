@@ -94,18 +94,20 @@ class Tokenizer:
     tool_template: str | None = None
 
     @cached_property
+    def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:
+        return self.backend.get_added_tokens_decoder()
+
+    @cached_property
     def vocab_size(self) -> int:
         """Returns the number of rows that an embedding needs: the largest id plus one."""
-        added = self.backend.get_added_tokens_decoder()
         return max(
-            self.backend.get_vocab_size(with_added_tokens=False), *(token_id + 1 for token_id in added), 0
+            self.backend.get_vocab_size(with_added_tokens=False), max(self._added_tokens, default=-1) + 1
         )
 
     @cached_property
     def turn_ends(self) -> dict[int, str]:
         """Returns the ids and texts of the tokens that can end a turn: stop ids and every special token."""
-        added = self.backend.get_added_tokens_decoder()
-        ids = {*self.eos_ids, *(index for index, token in added.items() if token.special)}
+        ids = {*self.eos_ids, *(index for index, token in self._added_tokens.items() if token.special)}
         return {index: text for index in ids if (text := self.backend.id_to_token(index)) is not None}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -134,22 +136,18 @@ class Tokenizer:
         self.backend.post_processor = None  # it may leave white space out of offsets
         try:
             with tokenizer_errors("texts", *texts):
-                encodings: list[tokenizers.Encoding] = self.backend.encode_batch(
-                    list(texts), add_special_tokens=False
-                )
+                encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
         finally:
             self.backend.post_processor = processor
         if self.rows is not None and self.vocab_size > self.rows:
             for encoding in encodings:
                 self._check_rows(encoding.ids)
-        return encodings
+        return list(encodings)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Returns the text of ``ids``."""
         with tokenizer_errors("token ids"):
-            text: str = self.backend.decode(
-                [int(token_id) for token_id in ids], skip_special_tokens=skip_special
-            )
+            text: str = self.backend.decode(list(map(int, ids)), skip_special_tokens=skip_special)
         return text
 
     def with_tokens(self, added: AddedTokens) -> Tokenizer:
@@ -164,23 +162,20 @@ class Tokenizer:
         if not added:
             return self
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        added_texts = {token.content for token in backend.get_added_tokens_decoder().values()}
+        known = {token.content for token in self._added_tokens.values()}
+        # normalized=False: otherwise matching would depend on how a normalizer changes the
+        # surrounding text.
+        options = {"normalized": False}
         with tokenizer_errors("added tokens", *added.texts):
-            for texts, add in (
-                (added.special, backend.add_special_tokens),
-                (added.plain, backend.add_tokens),
-            ):
-                # normalized=False: otherwise matching would depend on how a normalizer changes the
-                # surrounding text.
-                special = texts is added.special
-                new = (t for t in texts if t not in added_texts)
-                add([tokenizers.AddedToken(t, special=special, normalized=False) for t in new])
+            special = [text for text in added.special if text not in known]
+            backend.add_special_tokens([tokenizers.AddedToken(t, special=True, **options) for t in special])
+            plain = [text for text in added.plain if text not in known]
+            backend.add_tokens([tokenizers.AddedToken(text, **options) for text in plain])
         for text in added.texts:
             ids = backend.encode(f"a{text}a", add_special_tokens=False).ids
             if backend.token_to_id(text) not in ids:
-                raise NaloraError(
-                    "added tokens", expected="texts that are one token each", found=repr(text)
-                )
+                expected = "texts that are one token each"
+                raise NaloraError("added tokens", expected=expected, found=repr(text))
         return replace(self, backend=backend)
 
     def rows_for(self, added: AddedTokens, rows: int) -> int:
@@ -213,12 +208,10 @@ class Tokenizer:
     def _check_rows(self, ids: Sequence[int]) -> None:
         if self.rows is None or not ids or max(ids) < self.rows:
             return
-        raise NaloraError(
-            "text",
-            expected=f"tokens below {self.rows}, the rows of the model's embedding",
-            found=f"{self.backend.id_to_token(max(ids))!r}, which is token {max(ids)}",
-            remedy="remove that token from the text, or use the tokenizer that belongs to the model",
-        )
+        expected = f"tokens below {self.rows}, the rows of the model's embedding"
+        found = f"{self.backend.id_to_token(max(ids))!r}, which is token {max(ids)}"
+        remedy = "remove that token from the text, or use the tokenizer that belongs to the model"
+        raise NaloraError("text", expected=expected, found=found, remedy=remedy)
 
     def render_chat(
         self,
@@ -260,32 +253,27 @@ class Tokenizer:
             remedy = "use an instruction-tuned model, or prompt/completion data"
             raise NaloraError("chat template", expected=expected, found=actual, remedy=remedy)
         common = {"tools": tools, "documents": None, **(self.special_tokens or {})}
-        chats = [([_for_template(message) for message in messages], prompt) for messages, prompt in chats]
-        if self.images is not None:
-            chats = [(as_parts(messages), prompt) for messages, prompt in chats]
-        variables = [
-            {"messages": messages, "add_generation_prompt": prompt, **common} for messages, prompt in chats
-        ]
+        texts = []
         try:
-            texts = [render_template(template, values) for values in variables]
+            for messages, prompt in chats:
+                messages = [_for_template(message) for message in messages]
+                if self.images is not None:
+                    messages = as_parts(messages)
+                values = {"messages": messages, "add_generation_prompt": prompt, **common}
+                texts.append(render_template(template, values))
         except Exception as error:  # a template may raise any
+            roles = [message.get("role") for message in chats[0][0]]
             raise NaloraError(
                 "chat template",
-                expected=f"messages that the model's template accepts (roles: {[m.get('role') for m in chats[0][0]]})",
+                expected=f"messages that the model's template accepts (roles: {roles})",
                 found=f"{type(error).__name__}: {error}",
                 remedy="change the messages' roles or their order; a template that is no jinja2, or makes a text "
                 "without end, is the model's own fault",
             ) from error
         if self.images is None:
             return texts
-        return [self._with_images(text) for text in texts]
-
-    def _with_images(self, text: str) -> str:
-        assert self.images is not None
-        begin = ""
-        if self.add_bos:
-            begin = (self.special_tokens or {}).get("bos_token", "")
-        return begin + self.images.expanded(text.removeprefix(begin))
+        begin = (self.special_tokens or {}).get("bos_token", "") if self.add_bos else ""
+        return [begin + self.images.expanded(text.removeprefix(begin)) for text in texts]
 
     @staticmethod
     def from_folder(path: str | Path, base: Tokenizer | None = None) -> Tokenizer:
@@ -301,8 +289,8 @@ class Tokenizer:
         folder = Path(path)
         backend = read_backend(folder / "tokenizer.json")
         settings = read_settings(folder)
-        named = {name: token_text(value) for name, value in settings.items() if name.endswith("_token")}
-        special = {name: text for name, text in named.items() if text}
+        special = {name: token_text(value) for name, value in settings.items() if name.endswith("_token")}
+        special = {name: text for name, text in special.items() if text}
         bos_id, eos_id, pad_id = (
             backend.token_to_id(special.get(f"{n}_token", "")) for n in ("bos", "eos", "pad")
         )
@@ -312,17 +300,17 @@ class Tokenizer:
         if eos_id is None and listed:
             eos_id = listed[0]
         if eos_id is None:
-            raise NaloraError(
-                str(folder / "tokenizer_config.json"),
-                expected="eos_token, a token of the vocabulary, or eos_token_id in config.json",
-                found=repr(special.get("eos_token")),
-                remedy="set eos_token to the token that ends a text",
-            )
-        template, tool_template = read_templates(
-            folder, settings, read_json(folder / PROCESSOR_FILE, missing={})
-        )
+            place = str(folder / "tokenizer_config.json")
+            expected = "eos_token, a token of the vocabulary, or eos_token_id in config.json"
+            remedy = "set eos_token to the token that ends a text"
+            raise NaloraError(place, expected=expected, found=repr(special.get("eos_token")), remedy=remedy)
+        processor = read_json(folder / PROCESSOR_FILE, missing={})
+        template, tool_template = read_templates(folder, settings, processor)
         if template is None and tool_template is None and base is not None:
             template, tool_template = base.chat_template, base.tool_template
+        adds_bos = settings.get("add_bos_token")
+        if not isinstance(adds_bos, bool):  # then the post-processor decides
+            adds_bos = backend.encode("a").ids[:1] == [bos_id]
         return Tokenizer(
             backend=backend,
             bos_id=bos_id,
@@ -331,7 +319,7 @@ class Tokenizer:
             eos_ids=tuple(dict.fromkeys([eos_id, *listed])),
             chat_template=template,
             tool_template=tool_template,
-            add_bos=_adds_bos(backend, bos_id, settings.get("add_bos_token")),
+            add_bos=adds_bos and bos_id is not None,
             special_tokens=special,
             images=None if base is None else base.images,
         )
@@ -365,9 +353,8 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
             return dict(missing)
         raise NaloraError(str(path), expected="the file", found="nothing of that name") from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
-        raise NaloraError(
-            str(path), expected="a JSON file", found=error, remedy="download the file again"
-        ) from error
+        remedy = "download the file again"
+        raise NaloraError(str(path), expected="a JSON file", found=error, remedy=remedy) from error
     if not isinstance(value, dict):
         raise NaloraError(str(path), expected="a JSON object", found=type(value).__name__)
     return value
@@ -394,22 +381,8 @@ def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
     files = [read_json(folder / "generation_config.json", missing={}), config, config.get("text_config")]
     values = [file.get("eos_token_id") for file in files if isinstance(file, dict)]
     items = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    numbers = [
-        item for item in items if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31
-    ]
+    numbers = [item for item in items if type(item) is int and 0 <= item < 2**31]
     return [number for number in numbers if backend.id_to_token(number) is not None]
-
-
-def _adds_bos(backend: tokenizers.Tokenizer, bos_id: int | None, setting: object) -> bool:
-    """Returns True if texts start with ``bos_id``.
-
-    The config's setting decides; without one, the backend's post-processor does.
-    """
-    if bos_id is None:
-        return False
-    if isinstance(setting, bool):
-        return setting
-    return backend.encode("a").ids[:1] == [bos_id]
 
 
 # A tokenizer.json is a program: a list of replacements, each of which may double the text, and which
@@ -437,11 +410,10 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except BaseException as error:  # the binding raises Exceptions, and panics (BaseException)
-        if is_foreign(error):
-            raise NaloraError(
-                str(path), expected="a tokenizer", found=error, remedy="download the file again"
-            ) from error
-        raise
+        if not is_foreign(error):
+            raise
+        remedy = "download the file again"
+        raise NaloraError(str(path), expected="a tokenizer", found=error, remedy=remedy) from error
     _check_growth(backend, str(path))
     backend.no_truncation()  # stored by the program that saved the file last; not part of the model
     backend.no_padding()
@@ -466,8 +438,7 @@ def tokenizer_errors(what: str, *texts: str) -> Iterator[None]:
             raise
         for text in texts:
             require_unicode(text, what)
-        expected = "what the model's tokenizer can take"
-        raise NaloraError(what, expected=expected, found=error) from error
+        raise NaloraError(what, expected="what the model's tokenizer can take", found=error) from error
 
 
 def require_unicode(text: str, where: str) -> None:
@@ -498,24 +469,19 @@ def _check_growth(backend: tokenizers.Tokenizer, where: str) -> None:
       NaloraError: normalizer or decoder can make a text more than 1,024 times as long, or the
         post-processor adds more than 4,096 tokens to each text.
     """
-    for component in ("normalizer", "decoder"):
-        growth = _growth(_rules(getattr(backend, component)))
-        if growth > LONGEST:
-            raise NaloraError(
-                f"{where}: {component}",
-                expected=f"rules that make a text at most {LONGEST:.0f} times as long",
-                found=f"rules that can make it {growth:.3g} times as long",
-                remedy="use the tokenizer that the model's authors published",
-            )
-    added = _added(_rules(backend.post_processor))
+    parts = {name: getattr(backend, name) for name in ("normalizer", "decoder", "post_processor")}
+    # As the library writes them to a file.
+    rules = {name: json.loads(part.__getstate__()) for name, part in parts.items() if part is not None}
+    added = _added(rules.pop("post_processor", {}))
     if added > TOKENS:
         expected = f"at most {TOKENS} tokens added to a text"
         raise NaloraError(f"{where}: post_processor", expected=expected, found=f"{added}")
-
-
-def _rules(component: Any) -> dict[str, Any]:
-    """Returns a part of a tokenizer as the library writes it to a file; {} for none."""
-    return {} if component is None else json.loads(component.__getstate__())
+    for name, rule in rules.items():
+        if (growth := _growth(rule)) > LONGEST:
+            expected = f"rules that make a text at most {LONGEST:.0f} times as long"
+            found = f"rules that can make it {growth:.3g} times as long"
+            remedy = "use the tokenizer that the model's authors published"
+            raise NaloraError(f"{where}: {name}", expected=expected, found=found, remedy=remedy)
 
 
 def _growth(rule: dict[str, Any]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
@@ -96,7 +95,7 @@ def compare_records(other: Sequence[ItemRecord], model: Sequence[ItemRecord]) ->
       ``loss``, if the records have it: difference per completion token with its paired bootstrap
         interval ``low`` and ``high``.
       ``accuracy``, if the records have ``correct``: the fields of
-        `nalora_jax.evaluate.statistics.Comparison`, which include McNemar's test.
+        `nalora_jax.evaluate.statistics.compare`, which include McNemar's test.
 
     Raises:
       NaloraError: the two have other items.
@@ -115,7 +114,7 @@ def compare_records(other: Sequence[ItemRecord], model: Sequence[ItemRecord]) ->
         differences["loss"] = difference_of_means(*before, *after)
     if "correct" in model[0]:
         right = ([record["correct"] for record in each] for each in (other, model))
-        differences["accuracy"] = asdict(compare(*right))
+        differences["accuracy"] = compare(*right)
     return differences
 
 
@@ -134,6 +133,6 @@ def describe_comparison(values: Mapping[str, Any]) -> str:
 
 
 def describe_paired(values: Mapping[str, Any]) -> str:
-    """Returns a difference of shares with its interval and test; values as in `Comparison`."""
+    """Returns a difference of shares with its interval and test; values as of `compare`."""
     counts = f"{values['gained']} gained, {values['lost']} lost, McNemar p = {values['p_value']:.2g}"
     return f"{values['difference']:+.3f} (95% interval {values['low']:+.3f} to {values['high']:+.3f}; {counts})"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,10 @@ class Requests:
     """The three kinds of requests of the harness; a request's ``args`` hold its texts."""
 
     def __init__(self, generator: Generator) -> None:
-        self._generator = generator
+        self._generator, self._longest = generator, generator.max_length
+        # The context of texts without one: begin-of-text, or else end-of-text.
+        tokenizer = generator.tokenizer
+        self._start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Returns log-likelihoods of continuations, and True if greedy decoding yields them."""
@@ -116,18 +118,6 @@ class Requests:
     def tokenizer_name(self) -> str:
         """Returns the name for the harness's caches: a fingerprint, since file names repeat."""
         return digest_of(self._generator.tokenizer.backend.to_str())[:16]
-
-    @property
-    def _start(self) -> int:
-        """Returns the context of texts without one: begin-of-text, or else end-of-text."""
-        tokenizer = self._generator.tokenizer
-        if tokenizer.bos_id is None:
-            return tokenizer.eos_id
-        return tokenizer.bos_id
-
-    @property
-    def _longest(self) -> int:
-        return self._generator.max_length
 
     def _encode(self, text: str) -> list[int]:
         """Returns token ids with one begin-of-text token if the model requires it.
@@ -193,11 +183,10 @@ def generation_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise NaloraError("generation_kwargs", expected="settings by name", found=repr(options)[:80])
     until = options.get("until") or ()
-    temperature = options.get("temperature") or 0.0
     settings = {
         "max_new_tokens": options.get("max_gen_toks", options.get("max_new_tokens", 256)),
         "stop": (until,) if isinstance(until, str) else until,
-        "temperature": temperature or (1.0 if options.get("do_sample") else 0.0),
+        "temperature": options.get("temperature") or float(bool(options.get("do_sample"))),
     }
     names = ["repetition_penalty"]
     if settings["temperature"]:
@@ -243,8 +232,17 @@ def run_harness(
     """
     require_harness()
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
-    manager = _manager(tasks, folder)
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise NaloraError(
+            "--harness",
+            expected="tasks of lm-evaluation-harness",
+            found=", ".join(unknown),
+            remedy="lm-eval ls tasks lists them; --harness-tasks names a folder of your own",
+        )
     try:
         results = simple_evaluate(
             model,
@@ -285,22 +283,6 @@ def _through_this_package(error: BaseException) -> bool:
     return any(name.startswith("nalora_jax.") for name in modules[1:])  # the first is `run_harness`
 
 
-def _manager(tasks: Sequence[str], folder: Path | None) -> Any:
-    """Returns the harness's task registry; raises an error if it lacks any of ``tasks``."""
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=None if folder is None else str(folder))
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise NaloraError(
-            "--harness",
-            expected="tasks of lm-evaluation-harness",
-            found=", ".join(unknown),
-            remedy="lm-eval ls tasks lists them; --harness-tasks names a folder of your own",
-        )
-    return manager
-
-
 def compare_samples(
     other: Sequence[Mapping[str, Any]], model: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -323,22 +305,18 @@ def compare_samples(
         before, after = (
             np.array([row["metrics"].get(metric, np.nan) for row in rows]) for rows in (other, model)
         )
-        if not (np.isfinite(before).all() and np.isfinite(after).all()):
-            continue
+        ones = np.ones_like(before)
         if set(np.unique([before, after])) <= {0.0, 1.0}:
-            differences[metric] = asdict(compare(before, after))
-        else:
-            ones = np.ones_like(before)
+            differences[metric] = compare(before, after)
+        elif np.isfinite([before, after]).all():
             differences[metric] = difference_of_means(before, ones, after, ones)
     return differences
 
 
 def _record(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields and numeric metrics of one of the harness's samples."""
-    metrics = {name: sample[name] for name in sample["metrics"]}
-    numbers = {
-        name: float(value) for name, value in metrics.items() if isinstance(value, int | float | np.number)
-    }
+    metrics = ((name, sample[name]) for name in sample["metrics"])
+    numbers = {name: float(x) for name, x in metrics if isinstance(x, int | float | np.number)}
     names = ("doc_id", "filter", "doc", "target", "arguments", "filtered_resps")
     return {**{name: _plain(sample[name]) for name in names if name in sample}, "metrics": numbers}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,7 @@ _THUMBNAIL = 64  # pixels of a thumbnail's side
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Records of a source for repeated evaluation."""
+    """Records of a source for repeated evaluation; a slice opens their RGB images."""
 
     source: ImageSource
     indices: np.ndarray
@@ -49,9 +49,9 @@ class Images:
         """Returns the name of every record, for messages and reports."""
         return [self.source.where(int(index)) for index in self.indices]
 
-    def opened(self, places: Sequence[int]) -> list[Any]:
-        """Returns the RGB images at positions ``places`` of the indices."""
-        indices = [int(self.indices[i]) for i in places]
+    def __getitem__(self, places: slice | Sequence[int]) -> list[Any]:
+        """Returns the RGB images at some positions of the indices."""
+        indices = self.indices[places].tolist()
         with ThreadPoolExecutor(_THREADS) as pool:
             return list(pool.map(self.source.opened, indices, self.source.read(indices)))
 
@@ -81,22 +81,15 @@ class Encoders:
     processor: ImageProcessor
     tokenizer: TextTokenizer
 
-    def images(self, variables: Mapping[str, Any], pictures: Sequence[Any]) -> np.ndarray:
-        """Returns normalised features ``[pictures, features]`` of RGB images."""
-        batches = (self.processor.batch(pictures_of_batch) for pictures_of_batch in _parts(pictures))
-        return self._all(partial(_image_features, self.model, self.processor, variables), batches)
-
-    def records(self, variables: Mapping[str, Any], images: Images) -> np.ndarray:
-        """Returns normalised features ``[images, features]`` of records, opened batch by batch."""
-        batches = (self.processor.batch(images.opened(places)) for places in _parts(range(len(images))))
-        return self._all(partial(_image_features, self.model, self.processor, variables), batches)
+    def images(self, variables: Mapping[str, Any], pictures: Images | Sequence[Any]) -> np.ndarray:
+        """Returns normalised features ``[pictures, features]`` of RGB images, or of records batch by batch."""
+        encode = partial(_image_features, self.model, self.processor, variables)
+        return _in_batches(encode, len(pictures), lambda places: self.processor.batch(pictures[places]))
 
     def texts(self, variables: Mapping[str, Any], texts: Sequence[str]) -> np.ndarray:
         """Returns normalised features ``[texts, features]``."""
-        tokens = self.tokenizer(texts)
-        parts = map(list, _parts(range(len(texts))))
-        batches = ({name: value[places] for name, value in tokens.items()} for places in parts)
-        return self._all(partial(_text_features, self.model, variables), batches)
+        encode, tokens = partial(_text_features, self.model, variables), self.tokenizer(texts)
+        return _in_batches(encode, len(texts), lambda places: {n: v[places] for n, v in tokens.items()})
 
     def classes(
         self, variables: Mapping[str, Any], names: Sequence[str], templates: Sequence[str]
@@ -114,20 +107,18 @@ class Encoders:
         scale, bias = self.model.apply(variables, method="temperature")
         return images @ texts.T * float(distributed.fetch(scale)) + float(distributed.fetch(bias))
 
-    def _all(self, encode: Any, batches: Iterator[Mapping[str, np.ndarray]]) -> np.ndarray:
-        """Returns the features of all batches; the last one is padded to the same shape."""
-        features = []
-        for batch in batches:
-            count = len(next(iter(batch.values())))
-            wide = {
-                n: np.concatenate([v, np.repeat(v[:1], _BATCH - count, axis=0)]) for n, v in batch.items()
-            }
-            features.append(distributed.fetch(encode(wide))[:count])
-        return np.concatenate(features)
 
-
-def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    return (items[start : start + _BATCH] for start in range(0, len(items), _BATCH))
+def _in_batches(
+    encode: Any, count: int, batch_of: Callable[[slice], Mapping[str, np.ndarray]]
+) -> np.ndarray:
+    """Returns the features of ``count`` items; the last batch is padded to the same shape."""
+    features = []
+    for start in range(0, count, _BATCH):
+        size = min(_BATCH, count - start)
+        batch = batch_of(slice(start, start + size))
+        wide = {n: np.concatenate([v, np.repeat(v[:1], _BATCH - size, axis=0)]) for n, v in batch.items()}
+        features.append(distributed.fetch(encode(wide))[:size])
+    return np.concatenate(features)
 
 
 class ClassEvaluator(Evaluator):
@@ -158,7 +149,7 @@ class ClassEvaluator(Evaluator):
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
         """Returns ``prompt`` (the image's place), ``label``, ``answer``, ``correct`` and ``loss`` (cross-entropy)."""
         variables = variables_of(params, lora)
-        features = self._encoders.records(variables, self._images)
+        features = self._encoders.images(variables, self._images)
         classes = self._encoders.classes(variables, self._classes, self._templates)
         logits = self._encoders.logits(variables, features, classes)
         labels, predicted = self._labels.tolist(), logits.argmax(axis=1).tolist()
@@ -214,7 +205,7 @@ class RetrievalEvaluator(Evaluator):
         matching one, ``correct`` (the first of them is 0), and ``loss``, the mean of both ways.
         """
         variables = variables_of(params, lora)
-        images = self._encoders.records(variables, self._images)
+        images = self._encoders.images(variables, self._images)
         texts = self._encoders.texts(variables, self._captions)
         logits = self._encoders.logits(variables, images, texts)
         own = np.arange(len(logits))
@@ -277,7 +268,7 @@ def _shown(images: Images, records: Sequence[ItemRecord]) -> list[dict[str, Any]
             "image": thumbnail(image),
             **{name: records[place][name] for name in ("answer", "expected", "correct")},
         }
-        for place, image in zip(places, images.opened(places), strict=True)
+        for place, image in zip(places, images[places], strict=True)
     ]
 
 

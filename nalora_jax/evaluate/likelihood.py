@@ -16,8 +16,9 @@ a tail.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from nalora_jax.common.notes import counting
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import place_batch, prompt_shards
 from nalora_jax.layout.distributed import context_size, fetch, row_sharding
-from nalora_jax.models.cache import Cache, grow, repeat
+from nalora_jax.models.cache import grow, repeat
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.models.ropes import sharing_length
@@ -83,34 +84,10 @@ def score_groups(
     """
     if not groups:
         return []
-    switch = _longest_sharing(model.config)
+    switch, context = _longest_sharing(model.config), model.config.max_positions
     splits = [split_group(index, pairs, switch) for index, pairs in enumerate(groups)]
-    _check_lengths(splits, model.config.max_positions)
-    sized = [split_group(index, pairs, switch) for index, pairs in enumerate(fitting)] or splits
-    layout = choose_layout(sized, tokens=batch_tokens, shards=prompt_shards(mesh))
-    variables = prepare(variables, model.numerics, tables=False)
-    scores: list[list[Score]] = [[Score(0.0, 0, True)] * len(split.tails) for split in splits]
-    with counting("evaluating", sum(map(len, scores))) as done:
-        for batch, pairs in make_batches(splits, layout):
-            log_probs, greedy = _score_batch(model, variables, batch, mesh)
-            for (group, pair), score in zip(
-                pairs, _by_owner(batch.owner, log_probs, greedy, len(pairs)), strict=True
-            ):
-                scores[group][pair] = score
-            done(len(pairs))
-    return scores
-
-
-def _longest_sharing(config: ModelConfig) -> int | None:
-    """Returns the length up to which texts can share a computed prefix, or None without a limit."""
-    if any(stack.config.mixer is not None for stack in stacks(config)):
-        return 0  # a packed row of prefixes has one state, after its last prefix
-    return sharing_length(config.ropes)
-
-
-def _check_lengths(splits: Sequence[Split], context: int) -> None:
     for split in splits:
-        length = len(split.stem) + max(len(tail) for tail in split.tails)
+        length = len(split.stem) + max(map(len, split.tails))
         if length > context:
             raise NaloraError(
                 f"evaluation item {split.index}",
@@ -118,25 +95,31 @@ def _check_lengths(splits: Sequence[Split], context: int) -> None:
                 found=length,
                 remedy="drop or shorten long items",
             )
+    sized = [split_group(index, pairs, switch) for index, pairs in enumerate(fitting)] or splits
+    layout = choose_layout(sized, tokens=batch_tokens, shards=prompt_shards(mesh))
+    variables = prepare(variables, model.numerics, tables=False)
+    model = for_rows(model, mesh, 0 if layout.stem else layout.tail)
+    count = sum(map(len, groups))
+    sums, tokens, hits = np.zeros((3, count))
+    with counting("evaluating", count) as done:
+        for batch in make_batches(splits, layout):
+            scored = batch.owner >= 0
+            placed = place_batch((batch.stem, batch.tails, batch.targets, scored), mesh)
+            log_probs, greedy = map(fetch, _stems_and_tails(model, variables, *placed))
+            who = batch.owner[scored]
+            sums += np.bincount(who, log_probs[scored].astype(np.float64), minlength=count)
+            tokens += np.bincount(who, minlength=count)
+            hits += np.bincount(who, greedy[scored], minlength=count)
+            done(len(np.unique(who)))
+    scores = map(Score, sums.tolist(), tokens.astype(int).tolist(), (hits == tokens).tolist())
+    return [list(itertools.islice(scores, len(pairs))) for pairs in groups]
 
 
-def _score_batch(
-    model: Decoder, variables: Any, batch: ScoringBatch, mesh: Mesh | None
-) -> tuple[np.ndarray, np.ndarray]:
-    placed = place_batch((batch.stem, batch.tails, batch.targets, batch.owner >= 0), mesh)
-    if batch.stem["tokens"].shape[1] == 0:
-        model = for_rows(model, mesh, batch.targets.shape[2])
-    log_probs, greedy = _stems_and_tails(model, variables, *placed)
-    return fetch(log_probs).astype(np.float64), fetch(greedy)
-
-
-def _by_owner(owner: np.ndarray, log_probs: np.ndarray, greedy: np.ndarray, count: int) -> list[Score]:
-    scored = owner >= 0
-    who = owner[scored]
-    sums = np.bincount(who, log_probs[scored], minlength=count)
-    tokens = np.bincount(who, minlength=count)
-    hits = np.bincount(who, greedy[scored], minlength=count)
-    return [Score(float(s), int(n), bool(h == n)) for s, n, h in zip(sums, tokens, hits, strict=True)]
+def _longest_sharing(config: ModelConfig) -> int | None:
+    """Returns the length up to which texts can share a computed prefix, or None without a limit."""
+    if any(stack.config.mixer is not None for stack in stacks(config)):
+        return 0  # a packed row of prefixes has one state, after its last prefix
+    return sharing_length(config.ropes)
 
 
 @partial(jax.jit, static_argnames=("model",))
@@ -157,24 +140,20 @@ def _stems_and_tails(
         tails[name].reshape(-1, tail) for name in ("tokens", "positions", "segments")
     )
     call = partial(model.apply, variables, tokens, positions=positions, segment_ids=segments)
-    if stem["tokens"].shape[1] == 0:
+    rows, size = stem["tokens"].shape
+    if size == 0:
         hidden = joined(call(), model.activation_sharding, tail)
     else:
-        hidden, _ = call(cache=_stem_cache(model, variables, stem, lanes, tail))
+        # Keys and values of the stems for every lane, with room for the tails.
+        _, cache = model.apply(
+            variables,
+            stem["tokens"],
+            positions=stem["positions"],
+            segment_ids=stem["segments"],
+            cache=init_cache(model.config, rows, 0, model.numerics),
+        )
+        hidden, _ = call(cache=repeat(grow(cache, max(size, tail)), lanes))
     return target_log_probs(model, variables, hidden.reshape(*targets.shape, -1), targets, scored)
-
-
-def _stem_cache(model: Decoder, variables: Any, stem: dict[str, jax.Array], lanes: int, tail: int) -> Cache:
-    """Returns keys and values of the stems for every lane, with room for the tails."""
-    rows, size = stem["tokens"].shape
-    _, cache = model.apply(
-        variables,
-        stem["tokens"],
-        positions=stem["positions"],
-        segment_ids=stem["segments"],
-        cache=init_cache(model.config, rows, 0, model.numerics),
-    )
-    return repeat(grow(cache, max(size, tail)), lanes)
 
 
 def target_log_probs(
@@ -236,32 +215,6 @@ class Split:
     scored: list[int]  # number of continuation tokens at the end of each tail's targets
 
 
-@dataclass
-class ScoringRow:
-    """A stem row, its lanes and the groups in them."""
-
-    room: int  # of the stem row
-    lane_room: list[int]
-    groups: list[Split] = field(default_factory=list)
-    lanes: list[list[int]] = field(default_factory=list)  # by group: the lane of each tail
-
-    def add(self, group: Split) -> bool:
-        """Adds ``group`` if it fits, assigning longer tails to emptier lanes."""
-        order = sorted(range(len(group.tails)), key=lambda i: -len(group.tails[i]))
-        emptiest = sorted(range(len(self.lane_room)), key=lambda i: -self.lane_room[i])
-        chosen = dict(zip(order, emptiest, strict=False))
-        if len(group.stem) > self.room or any(
-            len(group.tails[i]) > self.lane_room[j] for i, j in chosen.items()
-        ):
-            return False
-        self.room -= len(group.stem)
-        for tail, lane in chosen.items():
-            self.lane_room[lane] -= len(group.tails[tail])
-        self.groups.append(group)
-        self.lanes.append([chosen[i] for i in range(len(group.tails))])
-        return True
-
-
 @dataclass(frozen=True)
 class ScoringLayout:
     """The shapes of every batch of a plan, so that one program scores all of them."""
@@ -272,8 +225,7 @@ class ScoringLayout:
     tail: int  # tokens in a tail row
 
 
-@dataclass(frozen=True)
-class ScoringBatch:
+class ScoringBatch(NamedTuple):
     """Arrays of one call. Integer segments separate groups, 0 is padding."""
 
     stem: dict[str, np.ndarray]  # tokens, positions, segments: int32 [rows, stem]
@@ -281,7 +233,40 @@ class ScoringBatch:
     targets: np.ndarray  # int32 [rows, lanes, tail]
     owner: (
         np.ndarray
-    )  # int32 [rows, lanes, tail]: number of the pair that a scored target belongs to, -1 elsewhere
+    )  # int32 [rows, lanes, tail]: number of a scored target's pair in all groups, -1 elsewhere
+
+
+class ScoringRow:
+    """A stem row with its lanes, without the axis ``[rows]``."""
+
+    def __init__(self, layout: ScoringLayout) -> None:
+        shape = (layout.lanes, layout.tail)
+        targets, owner = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        self.arrays = ScoringBatch(_empty(layout.stem), _empty(*shape), targets, owner)
+        self._groups, self._filled, self._used = 0, 0, [0] * layout.lanes
+
+    def add(self, group: Split, number: int) -> bool:
+        """Adds ``group`` if it fits, assigning longer tails to emptier lanes; ``number`` is its first pair's."""
+        stem, tails, targets, owner = self.arrays
+        order = sorted(range(len(group.tails)), key=lambda i: -len(group.tails[i]))
+        emptiest = sorted(range(len(self._used)), key=lambda lane: self._used[lane])
+        ends = [
+            (i, lane, self._used[lane] + len(group.tails[i]))
+            for i, lane in zip(order, emptiest, strict=False)
+        ]
+        filled = self._filled + len(group.stem)
+        if filled > stem["tokens"].shape[0] or any(end > targets.shape[1] for _, _, end in ends):
+            return False
+        self._groups += 1
+        _write(stem, (slice(self._filled, filled),), group.stem, 0, self._groups)
+        self._filled = filled
+        for i, lane, end in ends:
+            tail = slice(self._used[lane], end)
+            _write(tails, (lane, tail), group.tails[i], len(group.stem), self._groups)
+            targets[lane, tail] = group.targets[i]
+            owner[lane, end - group.scored[i] : end] = number + i
+            self._used[lane] = end
+        return True
 
 
 def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) -> Split:
@@ -356,47 +341,24 @@ def _rounded(size: float) -> int:
     return int(-(-size // step) * step)
 
 
-def pack_rows(splits: Sequence[Split], layout: ScoringLayout) -> list[ScoringRow]:
-    """Packs all groups into rows: longest first, each into the first open row with room."""
-    open_rows: list[ScoringRow] = []
+def make_batches(splits: Sequence[Split], layout: ScoringLayout) -> Iterator[ScoringBatch]:
+    """Yields batches of all groups: longest first, each in the first open row with room."""
     rows: list[ScoringRow] = []
-    for split in sorted(splits, key=lambda split: -len(split.stem) - max(map(len, split.tails))):
-        if not any(row.add(split) for row in open_rows):
-            row = ScoringRow(layout.stem, [layout.tail] * layout.lanes)
-            fits = row.add(split)
+    open_rows: list[ScoringRow] = []
+    first = np.cumsum([0, *(len(split.tails) for split in splits)]).tolist()
+    numbered = zip(splits, first, strict=False)
+    for split, number in sorted(
+        numbered, key=lambda pair: -len(pair[0].stem) - max(map(len, pair[0].tails))
+    ):
+        if not any(row.add(split, number) for row in open_rows):
+            rows.append(ScoringRow(layout))
+            fits = rows[-1].add(split, number)
             assert fits, "the layout holds every group"
-            rows.append(row)
-            open_rows = [*open_rows, row][-_OPEN_ROWS:]
-    return rows
-
-
-def make_batches(
-    splits: Sequence[Split], layout: ScoringLayout
-) -> Iterator[tuple[ScoringBatch, list[tuple[int, int]]]]:
-    """Yields batches of all groups, each with the (group, pair) of every owner number."""
-    rows = pack_rows(splits, layout)
+            open_rows = [*open_rows, rows[-1]][-_OPEN_ROWS:]
+    rows += [ScoringRow(layout)] * (-len(rows) % layout.rows)
     for start in range(0, len(rows), layout.rows):
-        yield _fill(rows[start : start + layout.rows], layout)
-
-
-def _fill(rows: Sequence[ScoringRow], layout: ScoringLayout) -> tuple[ScoringBatch, list[tuple[int, int]]]:
-    shape = (layout.rows, layout.lanes, layout.tail)
-    stem, tails = _empty(layout.rows, layout.stem), _empty(*shape)
-    targets, owner = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-    pairs: list[tuple[int, int]] = []
-    for r, row in enumerate(rows):
-        filled, used = 0, [0] * layout.lanes
-        for segment, (group, lanes) in enumerate(zip(row.groups, row.lanes, strict=True), start=1):
-            _write(stem, (r, slice(filled, filled + len(group.stem))), group.stem, 0, segment)
-            filled += len(group.stem)
-            for tail, (tokens, lane) in enumerate(zip(group.tails, lanes, strict=True)):
-                begin, end = used[lane], used[lane] + len(tokens)
-                _write(tails, (r, lane, slice(begin, end)), tokens, len(group.stem), segment)
-                targets[r, lane, begin:end] = group.targets[tail]
-                owner[r, lane, end - group.scored[tail] : end] = len(pairs)
-                pairs.append((group.index, tail))
-                used[lane] = end
-    return ScoringBatch(stem, tails, targets, owner), pairs
+        arrays = (row.arrays for row in rows[start : start + layout.rows])
+        yield jax.tree.map(lambda *of_rows: np.stack(of_rows), *arrays)
 
 
 def _empty(*shape: int) -> dict[str, np.ndarray]:

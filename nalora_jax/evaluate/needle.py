@@ -6,9 +6,10 @@ question included. Every model with the same tokenizer gets the same texts.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -65,17 +66,7 @@ def exact_match(
 # ---------------------------------------------------------------- needles
 
 _NEW_TOKENS = 16
-# Tokens of the prompts that are processed together.
-_BATCH_TOKENS = 32_768
-
-
-@dataclass(frozen=True)
-class NeedleItems:
-    """The questions of a grid, in its order: lengths, then depths, then questions of a cell."""
-
-    lengths: tuple[int, ...]
-    per_cell: int
-    items: tuple[CompletionItem, ...]
+_BATCH_TOKENS = 32_768  # of prompts that are processed together
 
 
 def needle_items(
@@ -85,12 +76,12 @@ def needle_items(
     per_cell: int = 10,
     chat: bool = False,
     haystack: Sequence[str] = (),
-) -> NeedleItems:
-    """Returns the questions of a grid of ``lengths`` and `DEPTHS`.
+) -> dict[int, list[CompletionItem]]:
+    """Returns the questions of a grid by length: for each of `DEPTHS`, ``per_cell`` of them.
 
     Args:
       tokenizer: tokenizer of the model.
-      lengths: largest number of tokens of a prompt with its answer.
+      lengths: largest number of tokens of a prompt with its answer, different ones.
       per_cell: questions of each length and depth.
       chat: wrap prompts in the model's chat template.
       haystack: sentences of the text; by default of BoolQ's held-out passages.
@@ -99,57 +90,41 @@ def needle_items(
       NaloraError: a length is too short, or the default text cannot be downloaded.
     """
     haystack = haystack or sentences("validation")
-    sizes: dict[str, int] = {}
-
-    def size(sentence: str) -> int:
-        if sentence not in sizes:
-            sizes[sentence] = len(tokenizer.encode(sentence, special=False))
-        return sizes[sentence]
-
     data = DataConfig(eval_split="needle", chat=chat)
-    records = []
-    for length in lengths:
-        for depth in DEPTHS:
-            for number in range(per_cell):
-                records.append(_fitting(haystack, length, depth, number, size, tokenizer, data))
-    items = _items(records, tokenizer, data)
-    return NeedleItems(tuple(lengths), per_cell, tuple(items))
+
+    @cache
+    def size(sentence: str) -> int:
+        return len(tokenizer.encode(sentence, special=False))
+
+    def sized(length: int, depth: int, number: int, room: int) -> tuple[CompletionItem, int]:
+        """Returns a question in a text of about ``room`` tokens, and its number of tokens."""
+        records = [needle_record(haystack, length, depth, number, size, room)]
+        source = {"needle": RecordsSource("needle", records)}
+        (item,) = eval_examples(data, tokenizer, split="needle", limit=0, source=source)
+        assert isinstance(item, CompletionItem)
+        return item, len(item.prompt_ids) + len(item.completion_ids)
+
+    questions: dict[int, list[CompletionItem]] = {length: [] for length in lengths}
+    for length, depth, number in itertools.product(lengths, DEPTHS, range(per_cell)):
+        _, shortest = sized(length, depth, number, 0)
+        if shortest > length:
+            expected = f"lengths of at least {shortest} tokens"
+            raise NaloraError("--needle", expected=expected, found=length)
+        room = length - shortest
+        item, tokens = sized(length, depth, number, room)
+        while tokens > length:  # joined sentences have other tokens
+            room -= tokens - length
+            item, tokens = sized(length, depth, number, room)
+        questions[length].append(item)
+    return questions
 
 
-def _fitting(
-    haystack: Sequence[str],
-    length: int,
-    depth: int,
-    number: int,
-    size: Any,
-    tokenizer: Tokenizer,
-    data: DataConfig,
-) -> dict[str, Any]:
-    """Returns a record of at most ``length`` tokens, with its question and the chat template."""
+def needle_answers(
+    generator: Generator, questions: Mapping[int, Sequence[CompletionItem]]
+) -> list[dict[str, Any]]:
+    """Answers every question of `needle_items` greedily.
 
-    def tokens(record: dict[str, Any]) -> int:
-        (item,) = _items([record], tokenizer, data)
-        return len(item.prompt_ids) + len(item.completion_ids)
-
-    room = length - tokens(needle_record(haystack, length, depth, number, size, 0))
-    if room < 0:
-        raise NaloraError("--needle", expected=f"lengths of at least {length - room} tokens", found=length)
-    while True:
-        record = needle_record(haystack, length, depth, number, size, room)
-        excess = tokens(record) - length
-        if excess <= 0:
-            return record
-        room -= excess  # joined sentences have other tokens
-
-
-def _items(records: list[dict[str, Any]], tokenizer: Tokenizer, data: DataConfig) -> list[CompletionItem]:
-    source = {"needle": RecordsSource("needle", records)}
-    items = eval_examples(data, tokenizer, split="needle", limit=0, source=source)
-    return [item for item in items if isinstance(item, CompletionItem)]
-
-
-def needle_answers(generator: Generator, questions: NeedleItems) -> list[dict[str, Any]]:
-    """Answers every question greedily; an answer is correct if its first number is the needle's.
+    An answer is correct if its first number is the needle's.
 
     Returns:
       Records with ``length``, ``depth``, ``expected`` and ``answer`` (texts) and ``correct``.
@@ -157,23 +132,21 @@ def needle_answers(generator: Generator, questions: NeedleItems) -> list[dict[st
     Raises:
       NaloraError: a length exceeds the model's context.
     """
-    longest = max(questions.lengths)
-    if longest + _NEW_TOKENS > generator.max_length:
+    if max(questions) + _NEW_TOKENS > generator.max_length:
         raise NaloraError(
             "--needle",
             expected=f"lengths of at most {generator.max_length - _NEW_TOKENS} tokens, for the model's context",
-            found=longest,
+            found=max(questions),
             remedy="a run with --model.rope-scaling has a longer context",
         )
-    per_length, records = len(DEPTHS) * questions.per_cell, []
-    for i, length in enumerate(questions.lengths):
-        items = questions.items[i * per_length : (i + 1) * per_length]
-        batch = max(1, min(16, _BATCH_TOKENS // length))
-        options: dict[str, Any] = {"batch_size": batch, "max_new_tokens": _NEW_TOKENS, "stop": ("\n",)}
-        answers = exact_match(generator, items, normalise=first_number, **options)
-        for number, record in enumerate(answers):
+    records = []
+    for length, items in questions.items():
+        options: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS, "stop": ("\n",)}
+        options["batch_size"] = max(1, min(16, _BATCH_TOKENS // length))
+        for number, record in enumerate(exact_match(generator, items, normalise=first_number, **options)):
             del record["prompt"]  # as long as the context
-            records.append({"length": length, "depth": DEPTHS[number // questions.per_cell], **record})
+            depth = DEPTHS[number * len(DEPTHS) // len(items)]
+            records.append({"length": length, "depth": depth, **record})
     return records
 
 

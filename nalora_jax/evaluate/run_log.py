@@ -82,7 +82,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             if not isinstance(record, dict):
                 raise ValueError("not an object")
         except (ValueError, RecursionError) as error:
-            if number == len(lines) and _is_torn(error):
+            # A line without a newline is a truncated object, unless only its newline is damaged.
+            is_torn = isinstance(error, json.JSONDecodeError) and error.msg != "Extra data"
+            if number == len(lines) and is_torn:
                 break
             raise NaloraError(
                 f"{path}: line {number}",
@@ -94,14 +96,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         check_record(record, f"{path}: line {number}")
         records.append(record)
     return records
-
-
-def _is_torn(error: Exception) -> bool:
-    """Returns True if a line without a newline is a truncated object.
-
-    It is False for an object whose newline is damaged.
-    """
-    return isinstance(error, json.JSONDecodeError) and error.msg != "Extra data"
 
 
 def recorded_settings(folder: Path | str) -> dict[str, Any]:
@@ -177,14 +171,14 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
     is_log_step = "step" in record and "eval" not in record
     if "run" not in record:  # in a study's records, "base" is a digest
         record = {name: value for name, value in record.items() if name != "base"}
-    _fields(_LINE, other=_number if is_log_step else _anything)(record, where)
+    _fields(_LINE, other=_NUMBER if is_log_step else _anything)(record, where)
     if "eval" in record and "step" not in record:
         raise NaloraError(f"{where}: eval", expected="the step of the evaluation beside it", found="none")
 
 
 def check_evaluation(values: Any, where: str) -> None:
     """Raises an error if a metric of an evaluation is not a number or its samples are malformed."""
-    _fields(_EVALUATION, other=_number)(values, where)
+    _fields(_EVALUATION, other=_NUMBER, null=False)(values, where)
     names, rows = values.get("classes") or [], values.get("confusion") or []
     square = isinstance(rows, list) and all(
         isinstance(row, list) and len(row) == len(names) for row in rows
@@ -192,12 +186,12 @@ def check_evaluation(values: Any, where: str) -> None:
     if not square:
         raise _error(f"{where}: confusion", "a row of counts for each of the classes", rows)
     for count in itertools.chain(*rows):
-        _count(count, f"{where}: confusion")
+        _COUNT(count, f"{where}: confusion")
 
 
 # ---------------------------------------------------------------- types of fields
 
-Check = Callable[[Any, str], None]  # raises an error about a value at a place
+Check = Callable[[Any, str], None]  # raises an error about a value at a place; all but `_COUNT` accept null
 
 
 def _error(where: str, expected: str, value: object) -> NaloraError:
@@ -205,17 +199,58 @@ def _error(where: str, expected: str, value: object) -> NaloraError:
     return NaloraError(where, expected=expected, found=repr(value)[:100], remedy=remedy)
 
 
+def _that(expected: str, holds: Callable[[Any], bool], *, null: bool = True) -> Check:
+    """Returns the check that a value ``holds``, or is null."""
+
+    def check(value: Any, where: str) -> None:
+        if not (null and value is None) and not holds(value):
+            raise _error(where, expected, value)
+
+    return check
+
+
+def _list_of(kind: type, expected: str) -> Check:
+    return _that(
+        expected, lambda value: isinstance(value, list) and all(isinstance(x, kind) for x in value)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    """Returns True for a boolean or a finite number, also for integers within the range of a float."""
+    return isinstance(value, int | float) and abs(value) < 1e300
+
+
+def _is_count(value: Any) -> bool:
+    return (
+        _is_number(value)
+        and not isinstance(value, bool)
+        and 0 <= value <= _MAX_STEP
+        and value == int(value)
+    )
+
+
 def _anything(value: Any, where: str) -> None:
     del value, where
 
 
-def _fields(checks: Mapping[str, Check], *, other: Check = _anything, needed: Sequence[str] = ()) -> Check:
+_NUMBER = _that("a finite number, or null", _is_number)
+_PRESENT = _that("a number", _is_number, null=False)
+_COUNT = _that("a count, 0 or more", _is_count, null=False)
+_OR_COUNT = _that("a count, 0 or more", _is_count)
+_TEXT = _that("a text", lambda value: isinstance(value, str))
+
+
+def _fields(
+    checks: Mapping[str, Check], *, other: Check = _anything, needed: Sequence[str] = (), null: bool = True
+) -> Check:
     """Returns the check of an object: ``checks`` by name, and ``other`` for the remaining fields.
 
     Missing fields are checked as null if they are ``needed``.
     """
 
     def check(value: Any, where: str) -> None:
+        if value is None and null:
+            return
         if not isinstance(value, Mapping):
             raise _error(where, "a JSON object", value)
         for name in {**dict.fromkeys(needed), **value}:
@@ -224,137 +259,94 @@ def _fields(checks: Mapping[str, Check], *, other: Check = _anything, needed: Se
     return check
 
 
-def _list_of(kind: type, expected: str) -> Check:
-    def check(value: Any, where: str) -> None:
-        if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
-            raise _error(where, expected, value)
-
-    return check
-
-
-def _or_null(check: Check) -> Check:
-    return lambda value, where: None if value is None else check(value, where)
-
-
-def _number(value: Any, where: str) -> None:
-    """Checks for null or a finite number, also for integers that exceed the range of a float."""
-    if value is None or isinstance(value, bool):
-        return
-    if not isinstance(value, int | float) or not abs(value) < 1e300 or not math.isfinite(value):
-        raise _error(where, "a finite number, or null", value)
-
-
-def _present_number(value: Any, where: str) -> None:
-    if value is None:
-        raise NaloraError(where, expected="a number", found="nothing")
-    _number(value, where)
-
-
-def _count(value: Any, where: str) -> None:
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MAX_STEP
-    if not valid or value != int(value):
-        raise _error(where, "a count, 0 or more", value)
-
-
-def _text(value: Any, where: str) -> None:
-    if not isinstance(value, str):
-        raise _error(where, "a text", value)
-
-
 def _settings(value: Any, where: str) -> None:
-    if _depth(value) > _MAX_DEPTH:
-        raise NaloraError(where, expected="a run's settings", found="objects nested too deeply")
-    _fields({"steps": _count, **dict.fromkeys(_GROUPS, _fields({}))})(value, where)
-
-
-def _depth(value: Any) -> int:
-    """Returns the nesting depth of objects and lists, without recursion."""
+    """Checks a run's settings and their nesting depth, without recursion."""
     depth, level = 0, [value]
-    while level and depth <= _MAX_DEPTH:
+    while level:
         depth += 1
+        if depth > _MAX_DEPTH:
+            raise NaloraError(where, expected="a run's settings", found="objects nested too deeply")
         inner = [list(member.values()) if isinstance(member, Mapping) else member for member in level]
         level = [item for member in inner if isinstance(member, list) for item in member]
-    return depth
+    _fields({"steps": _COUNT, **dict.fromkeys(_GROUPS, _fields({}, null=False))}, null=False)(value, where)
 
 
 def _samples(value: Any, where: str) -> None:
-    if not isinstance(value, list) or not all(
-        isinstance(one, Mapping) and "prompt" in one for one in value
-    ):
-        raise _error(where, "a list of prompts with their answers", value)
-    turns = _list_of(Mapping, "a list of roles with their texts")
-    for sample in value:
-        turns(sample.get("turns") or [], f"{where}: turns")
+    _list_of(Mapping, "a list of prompts with their answers")(value, where)
+    for sample in value or ():
+        if "prompt" not in sample:
+            raise _error(where, "a list of prompts with their answers", value)
+        _list_of(Mapping, "a list of roles with their texts")(sample.get("turns") or [], f"{where}: turns")
 
 
 def _towers(value: Any, where: str) -> None:
     """Checks the number of layers of each tower and their sum; the report shows all."""
-    _fields({}, other=_count)(value, where)
-    if sum(value.values()) > _MAX_LAYERS:
+    _fields({}, other=_COUNT)(value, where)
+    if sum((value or {}).values()) > _MAX_LAYERS:
         raise _error(where, f"at most {_MAX_LAYERS} layers together", value)
 
 
 def _rows(rows: Any, where: str) -> None:
     """Checks that every layer has one number, or one row of numbers."""
+    if rows is None:
+        return
     if not isinstance(rows, list) or not 0 < len(rows) <= _MAX_LAYERS:
         raise _error(where, f"a list with an entry for every layer, at most {_MAX_LAYERS}", rows)
     nested = [row for row in rows if isinstance(row, list)]
     if nested and (len(nested) < len(rows) or len({len(row) for row in nested}) > 1):
         raise _error(where, "rows of one length", rows)
     for value in itertools.chain(*nested) if nested else rows:
-        _number(value, where)
+        _NUMBER(value, where)
 
 
 def _histogram(value: Any, where: str) -> None:
     """Checks for increasing edges and one row of counts per layer, with one bin more than edges."""
-    _fields({})(value, where)
+    _fields({}, null=False)(value, where)
     edges, counts = value.get("edges"), value.get("counts")
     if not isinstance(edges, list) or not 1 < len(edges) <= _MAX_EDGES:
         raise _error(f"{where}: edges", "a list of at least two numbers", edges)
     for edge in edges:
-        _number(edge, f"{where}: edges")
-    if None in edges or any(low >= high for low, high in itertools.pairwise(edges)):
+        _PRESENT(edge, f"{where}: edges")
+    if any(low >= high for low, high in itertools.pairwise(edges)):
         raise _error(f"{where}: edges", "rising numbers", edges)
     bins = len(edges) + 1
     is_table = isinstance(counts, list) and counts and all(isinstance(row, list) for row in counts)
     if not is_table or any(len(row) != bins for row in counts):
         raise _error(f"{where}: counts", f"rows of {bins} counts, one a layer", counts)
     for count in itertools.chain(*counts):
-        _count(count, f"{where}: counts")
+        _COUNT(count, f"{where}: counts")
 
 
 def _histograms(value: Any, where: str) -> None:
     _fields({}, other=_histogram)(value, where)
-    if len(value) > _MAX_HISTOGRAMS:
+    if len(value or ()) > _MAX_HISTOGRAMS:
         raise _error(where, f"those of at most {_MAX_HISTOGRAMS} mechanisms", list(value))
 
 
-_NUMBERS = _fields({}, other=_number)
-_LAYERS = _fields({}, other=_or_null(_rows))
+_NUMBERS = _fields({}, other=_NUMBER)
+_LAYERS = _fields({}, other=_rows)
 _TESTED = ("low", "high", "gained", "lost", "p_value")
 _EVALUATION: Mapping[str, Check] = {
-    "n": _or_null(_count),
-    "paired": _or_null(_fields(dict.fromkeys(_TESTED, _present_number), other=_number, needed=_TESTED)),
-    "samples": _or_null(_samples),
-    "right": _or_null(_list_of(bool, "a list of true and false")),
-    "classes": _or_null(_list_of(str, "a list of texts")),
+    "n": _OR_COUNT,
+    "paired": _fields(dict.fromkeys(_TESTED, _PRESENT), other=_NUMBER, needed=_TESTED),
+    "samples": _samples,
+    "right": _list_of(bool, "a list of true and false"),
+    "classes": _list_of(str, "a list of texts"),
     "confusion": _anything,  # checked with the classes
     "questions": _anything,
 }
 _LINE: Mapping[str, Check] = {
     "run": _settings,
-    "mechanisms_from": _or_null(_count),
-    "versions": _or_null(_fields({})),
-    "base": _or_null(_fields({}, other=_text)),
-    "resumed": _fields({"step": _count, "begun": _or_null(_NUMBERS)}, needed=("step",)),
-    "done": _fields(
-        {"step": _or_null(_count), "best_step": _or_null(_count), "seconds": _or_null(_NUMBERS)}
-    ),
-    "step": _count,
+    "mechanisms_from": _OR_COUNT,
+    "versions": _fields({}),
+    "base": _fields({}, other=_TEXT),
+    "resumed": _fields({"step": _COUNT, "begun": _NUMBERS}, needed=("step",), null=False),
+    "done": _fields({"step": _OR_COUNT, "best_step": _OR_COUNT, "seconds": _NUMBERS}, null=False),
+    "step": _COUNT,
     "eval": check_evaluation,
-    "towers": _or_null(_towers),
-    "layers": _or_null(_LAYERS),
-    "adapters": _or_null(_LAYERS),
-    "ranks": _or_null(_LAYERS),
-    "histograms": _or_null(_histograms),
+    "towers": _towers,
+    "layers": _LAYERS,
+    "adapters": _LAYERS,
+    "ranks": _LAYERS,
+    "histograms": _histograms,
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -101,24 +100,16 @@ def _interval(resamples: int, statistic: Callable[..., Any], *units: Any) -> tup
     return float(interval.low), float(interval.high)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Paired comparison of two sets of answers to the same questions."""
-
-    difference: float  # accuracy of the second minus accuracy of the first
-    low: float  # interval of the difference
-    high: float
-    p_value: float  # exact McNemar test of equal accuracy
-    gained: int  # incorrect before, correct after
-    lost: int  # correct before, incorrect after
-    n: int
-
-
-def compare(before: Any, after: Any) -> Comparison:
+def compare(before: Any, after: Any) -> dict[str, Any]:
     """Compares two vectors of correct (1) and incorrect (0) answers to the same questions.
 
     A paired test has more power than comparing two separate intervals, because questions that both
     answer correctly, or both incorrectly, cancel out.
+
+    Returns:
+      ``difference``, accuracy of the second minus accuracy of the first, with its interval ``low`` and
+      ``high``; ``p_value``, the exact McNemar test of equal accuracy; ``gained`` (incorrect before,
+      correct after), ``lost`` (the reverse) and ``n``, numbers of questions.
     """
     first, second = np.asarray(before, bool), np.asarray(after, bool)
     assert first.shape == second.shape
@@ -131,7 +122,8 @@ def compare(before: Any, after: Any) -> Comparison:
         shares = np.array([gained, lost, n - gained - lost]) / n
         counts = np.random.default_rng(0).multinomial(n, shares, size=_PAIRED)
         low, high = np.percentile((counts[:, 0] - counts[:, 1]) / n, [2.5, 97.5]).tolist()
-    return Comparison((gained - lost) / max(n, 1), low, high, mcnemar(gained, lost), gained, lost, n)
+    values = {"difference": (gained - lost) / max(n, 1), "low": low, "high": high}
+    return values | {"p_value": mcnemar(gained, lost), "gained": gained, "lost": lost, "n": n}
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -13,15 +13,12 @@ from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import SAMPLE_TOKENS, SAMPLES, Evaluator, ItemRecord, variables_of
-from nalora_jax.evaluate.generate import Completion, Generator
-from nalora_jax.evaluate.likelihood import Score, score_groups
+from nalora_jax.evaluate.generate import Generator
+from nalora_jax.evaluate.likelihood import Pair, Score, score_groups
 from nalora_jax.evaluate.statistics import bootstrap, wilson
 from nalora_jax.models.decoder import Decoder
 
 _CHOICES = 48  # questions from which the report draws its samples
-
-# Normalisation of a choice's log-likelihood.
-Per = Literal["choice", "token", "character", "byte"]
 
 
 class TextEvaluator(Evaluator):
@@ -29,7 +26,7 @@ class TextEvaluator(Evaluator):
 
     Args:
       model: the decoder, with the adapters' spec.
-      tokenizer: tokenizer of the base model.
+      tokenizer: tokenizer of the base model; None: no samples.
       items: examples of one kind: multiple choice (metric: accuracy) or completions (metric: loss
         per token).
       mesh: mesh of the weights, if they are sharded.
@@ -42,7 +39,7 @@ class TextEvaluator(Evaluator):
     def __init__(
         self,
         model: Decoder,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         items: Sequence[Item],
         *,
         mesh: Mesh | None = None,
@@ -55,23 +52,87 @@ class TextEvaluator(Evaluator):
             raise NaloraError(
                 "evaluation data", expected="questions with choices, or all without", found=actual
             )
-        self._model, self._tokenizer, self._mesh, self._fitting = model, tokenizer, mesh, fitting
+        self._model, self._mesh = model, mesh
+        self._tokenizer: Any = tokenizer
+        # Of `nalora_jax.evaluate.seeing`: the image processor, and its pixels by the id of an item.
+        self._processor: Any = None
+        self._pixels: dict[int, list[np.ndarray]] = {}
+        self._fitting = [item for item in fitting if isinstance(item, ChoiceItem) == bool(self.choices)]
         self.metric, self.mode = ("accuracy", "max") if self.choices else ("loss", "min")
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
-        """Returns the records of `choice_records` or `completion_records`."""
-        variables = variables_of(params, lora)
-        if self.choices:
-            # Per character, because the summed log-likelihood favours short choices. It makes no
-            # difference for choices of equal length.
-            every = [item for item in self._fitting if isinstance(item, ChoiceItem)]
-            options: dict[str, Any] = {"per": "character", "mesh": self._mesh, "fitting": every}
-            return choice_records(self._model, variables, self.choices, **options)
-        return self._completion_records(variables)
+        """Scores the choices or the reference completions after their prompts.
+
+        The answer is the choice with the largest log-likelihood per character: the summed log-likelihood
+        favours short choices.
+
+        Returns:
+          Records with ``item`` (its number), ``prompt``, and the ``loss``, summed over the ``tokens`` of the
+          correct choice or of the ``completion``. Of multiple choice also ``choices``, their ``log_probs``,
+          ``gold`` and ``answer`` (indices), and ``correct``.
+
+        Raises:
+          NaloraError: a question has an empty prompt or choice.
+        """
+        scores = self._scores(variables_of(params, lora))
+        if not self.choices:
+            return [
+                {
+                    "item": number,
+                    "prompt": item.prompt,
+                    "completion": item.completion,
+                    "loss": -score.log_prob,
+                    "tokens": score.tokens,
+                }
+                for number, (item, (score,)) in enumerate(zip(self.completions, scores, strict=True))
+            ]
+        records = []
+        for number, (item, row) in enumerate(zip(self.choices, scores, strict=True)):
+            sizes = [max(len(choice.strip()), 1) for choice in item.choices]
+            log_probs = [score.log_prob for score in row]
+            answer = int(np.argmax(np.divide(log_probs, sizes)))
+            values = {
+                "item": number,
+                "prompt": item.prompt,
+                "choices": item.choices,
+                "log_probs": log_probs,
+            }
+            values |= {"gold": item.gold, "answer": answer, "correct": answer == item.gold}
+            values |= {"loss": -row[item.gold].log_prob, "tokens": row[item.gold].tokens}
+            records.append(values)
+        return records
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
-        """Returns `text_summary`."""
-        return text_summary(records)
+        """Returns the metrics of `records`.
+
+        Returns:
+          ``accuracy`` of multiple choice, also by the summed log-likelihood (``accuracy_per_choice``),
+          and its ``chance`` level; ``loss`` per token of the correct choice or the reference (for
+          completions also ``perplexity``); ``low`` and ``high``, the 95% interval of the accuracy or of
+          the loss, over items; ``n``, items.
+        """
+        losses, tokens = (
+            np.array([record[name] for record in records], np.float64) for name in ("loss", "tokens")
+        )
+        if not tokens.sum():
+            raise NaloraError("evaluation data", expected="at least one target token", found="none")
+        loss, count = float(losses.sum() / tokens.sum()), len(records)
+        if not self.choices:
+            low, high = bootstrap(losses, tokens)
+            perplexity = math.exp(min(loss, 700.0))
+            return {"loss": loss, "low": low, "high": high, "perplexity": perplexity, "n": count}
+        right = sum(record["correct"] for record in records)
+        low, high = wilson(right, count)
+        most_likely = [int(np.argmax(record["log_probs"])) == record["gold"] for record in records]
+        return {
+            "accuracy": right / count,
+            "low": low,
+            "high": high,
+            "accuracy_per_choice": sum(most_likely) / count,
+            "loss": loss,
+            "n": count,
+            "chance": sum(1 / len(record["choices"]) for record in records) / count,
+        }
 
     def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns answers to some items; of multiple choice also ``right``, a bool for every item."""
@@ -86,12 +147,20 @@ class TextEvaluator(Evaluator):
                 for record in records[:_CHOICES]
             ]
             return {"samples": samples, "right": [record["correct"] for record in records]}
-        sampled = self.completions[:SAMPLES]
-        answers = self._generated(variables_of(params, lora), sampled)
+        sampled, pixels, processor = self.completions[:SAMPLES], self._pixels, self._processor
+        generator = Generator(
+            self._model, variables_of(params, lora), self._tokenizer, mesh=self._mesh, processor=processor
+        )
+        answers = generator.complete(
+            [item.prompt_ids for item in sampled],
+            images=[pixels[id(item)] for item in sampled] if pixels else None,
+            max_new_tokens=SAMPLE_TOKENS,
+        )
+        image = self._tokenizer.images.expansion if pixels else ""
         return {
             "samples": [
                 {
-                    "prompt": self._shown(item.prompt),
+                    "prompt": item.prompt.replace(image, "[image]") if image else item.prompt,
                     "turns": [{"role": role, "text": text} for role, text in item.turns],
                     "answer": answer.text.strip(),
                     "cut": answer.reason == "length",
@@ -101,157 +170,16 @@ class TextEvaluator(Evaluator):
             ]
         }
 
-    def _completion_records(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
-        every = [item for item in self._fitting if isinstance(item, CompletionItem)]
-        return completion_records(self._model, variables, self.completions, mesh=self._mesh, fitting=every)
-
-    def _generated(self, variables: Mapping[str, Any], items: Sequence[CompletionItem]) -> list[Completion]:
-        generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh)
-        return generator.complete([item.prompt_ids for item in items], max_new_tokens=SAMPLE_TOKENS)
-
-    def _shown(self, prompt: str) -> str:
-        return prompt
-
-
-def choice_records(
-    model: Decoder,
-    variables: Mapping[str, Any],
-    items: Sequence[ChoiceItem],
-    *,
-    per: Per = "choice",
-    mesh: Mesh | None = None,
-    fitting: Sequence[ChoiceItem] = (),
-) -> list[dict[str, Any]]:
-    """Answers every question by its most likely choice after the prompt.
-
-    Args:
-      model: the decoder; its programs are compiled once for all adapters.
-      variables: ``params``, and ``lora`` if there are adapters.
-      items: the questions.
-      per: normalisation of the log-likelihoods.
-      mesh: mesh of the weights, if they are sharded.
-      fitting: items of all calls that share one program; by default the items.
-
-    Returns:
-      Records with ``item`` (its number), ``prompt``, ``choices``, their ``log_probs``, ``gold`` and
-      ``answer`` (indices), ``correct``, and the ``loss``, summed over the ``tokens`` of the correct
-      choice.
-
-    Raises:
-      NaloraError: a question has an empty prompt or choice.
-    """
-    groups, fits = (
-        [list(zip(item.contexts, item.choice_ids, strict=True)) for item in each]
-        for each in (items, fitting)
-    )
-    scores = score_groups(model, variables, groups, fitting=fits, mesh=mesh)
-    answers = predict(items, scores, per).tolist()
-    return [
-        {
-            "item": number,
-            "prompt": item.prompt,
-            "choices": item.choices,
-            "log_probs": [score.log_prob for score in row],
-            "gold": item.gold,
-            "answer": answer,
-            "correct": answer == item.gold,
-            "loss": -row[item.gold].log_prob,
-            "tokens": row[item.gold].tokens,
-        }
-        for number, (item, row, answer) in enumerate(zip(items, scores, answers, strict=True))
-    ]
-
-
-def completion_records(
-    model: Decoder,
-    variables: Mapping[str, Any],
-    items: Sequence[CompletionItem],
-    *,
-    mesh: Mesh | None = None,
-    fitting: Sequence[CompletionItem] = (),
-) -> list[dict[str, Any]]:
-    """Scores the reference completions after their prompts.
-
-    Returns:
-      Records with ``item`` (its number), ``prompt``, ``completion``, and the ``loss``, summed over the
-      ``tokens`` of the completion.
-    """
-    groups, fits = (
-        [[(item.prompt_ids, item.completion_ids)] for item in each] for each in (items, fitting)
-    )
-    scores = [row[0] for row in score_groups(model, variables, groups, fitting=fits, mesh=mesh)]
-    return of_completions(items, [-score.log_prob for score in scores], [score.tokens for score in scores])
-
-
-def of_completions(
-    items: Sequence[CompletionItem], losses: Sequence[float], tokens: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Returns the records of completions with these losses, summed over so many tokens."""
-    return [
-        {
-            "item": number,
-            "prompt": item.prompt,
-            "completion": item.completion,
-            "loss": loss,
-            "tokens": count,
-        }
-        for number, (item, loss, count) in enumerate(zip(items, losses, tokens, strict=True))
-    ]
-
-
-def text_summary(records: Sequence[ItemRecord]) -> dict[str, Any]:
-    """Returns the metrics of records of one kind.
-
-    Returns:
-      ``accuracy`` of multiple choice, also by the summed log-likelihood (``accuracy_per_choice``),
-      and its ``chance`` level; ``loss`` per token of the correct choice or the reference (for
-      completions also ``perplexity``); ``low`` and ``high``, the 95% interval of the accuracy or of
-      the loss, over items; ``n``, items.
-    """
-    losses, tokens = (
-        np.array([record[name] for record in records], np.float64) for name in ("loss", "tokens")
-    )
-    if not tokens.sum():
-        raise NaloraError("evaluation data", expected="at least one target token", found="none")
-    loss, count = float(losses.sum() / tokens.sum()), len(records)
-    if "choices" not in records[0]:
-        low, high = bootstrap(losses, tokens)
-        perplexity = math.exp(min(loss, 700.0))
-        return {"loss": loss, "low": low, "high": high, "perplexity": perplexity, "n": count}
-    right = sum(record["correct"] for record in records)
-    low, high = wilson(right, count)
-    most_likely = [int(np.argmax(record["log_probs"])) == record["gold"] for record in records]
-    return {
-        "accuracy": right / count,
-        "low": low,
-        "high": high,
-        "accuracy_per_choice": sum(most_likely) / count,
-        "loss": loss,
-        "n": count,
-        "chance": sum(1 / len(record["choices"]) for record in records) / count,
-    }
-
-
-def predict(
-    items: Sequence[ChoiceItem], scores: Sequence[Sequence[Score]], per: Per = "choice"
-) -> np.ndarray:
-    """Returns the most likely choice of each question, ``int [n]``; the first one of ties.
-
-    Args:
-      items: the questions.
-      scores: scores of their choices.
-      per: normalisation of log-likelihoods; characters and bytes are counted without outer spaces.
-    """
-    chosen = []
-    for item, row in zip(items, scores, strict=True):
-        sizes = [_size(text, score, per) for text, score in zip(item.choices, row, strict=True)]
-        chosen.append(
-            int(np.argmax([score.log_prob / size for score, size in zip(row, sizes, strict=True)]))
+    def _scores(self, variables: Mapping[str, Any]) -> list[list[Score]]:
+        """Returns the scores of every item's choices, or of its completion alone."""
+        groups, fits = (
+            list(map(_pairs, items)) for items in (self.choices or self.completions, self._fitting)
         )
-    return np.array(chosen, np.int64)
+        return score_groups(self._model, variables, groups, fitting=fits, mesh=self._mesh)
 
 
-def _size(text: str, score: Score, per: Per) -> int:
-    text = text.strip()
-    sizes = {"choice": 1, "token": score.tokens, "character": len(text), "byte": len(text.encode())}
-    return max(sizes[per], 1)
+def _pairs(item: Any) -> list[Pair]:
+    """Returns the contexts and continuations of an item."""
+    if isinstance(item, ChoiceItem):
+        return list(zip(item.contexts, item.choice_ids, strict=True))
+    return [(item.prompt_ids, item.completion_ids)]

@@ -38,26 +38,10 @@ _COUNTERS = ("s32", "s64", "u32")  # dtypes of loop counters
 # Instructions that run other computations in sequence.
 _BLOCKS = ("while", "conditional", "call")
 # Instructions without direct memory traffic.
-_FREE = frozenset(
-    (
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "while",
-        "call",
-        "conditional",
-        "after-all",
-        "iota",
-        "partition-id",
-        "replica-id",
-        "opt-barrier",
-        "add-dependency",
-    )
-)
-
-
+_FREE = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
+    "iota", "partition-id", "replica-id", "opt-barrier", "add-dependency",
+)  # fmt: skip
 _ELEMENTWISE = frozenset(("convert", "add", "subtract", "multiply", "negate", "select"))
 
 
@@ -123,17 +107,15 @@ class Program:
         requires (`nalora_jax.models.moe`).
         """
         counts = dict.fromkeys(self.computations, 0.0)
-
-        def visit(computation: Computation, times: float) -> None:
+        pending = [(self.computations[self.entry], 1.0)]
+        while pending:
+            computation, times = pending.pop()
             counts[computation.name] += times
             for instruction in computation.instructions.values():
                 inside = times * (_trips(instruction) if instruction.opcode == "while" else 1)
-                branches = instruction.opcode == "conditional"
                 for called in instruction.calls:
-                    if not (branches and _is_uneven(called)):
-                        visit(called, inside)
-
-        visit(self.computations[self.entry], 1.0)
+                    if instruction.opcode != "conditional" or not _is_uneven(called):
+                        pending.append((called, inside))
         return counts
 
     @cached_property
@@ -170,11 +152,6 @@ class Program:
         return sum(times * bytes_of(i) for i, times in self.scheduled)
 
     @cached_property
-    def collectives(self) -> tuple[Collective, ...]:
-        """All collectives, in the order of the text."""
-        return tuple(self._collectives())
-
-    @cached_property
     def transfers(self) -> tuple[Transfer, ...]:
         """All transfers between device and host, for offloaded activations, in the order of the text."""
         return tuple(
@@ -190,19 +167,17 @@ class Program:
           scope: a name of `jax.named_scope`.
         """
         name = re.compile(rf"\b{scope}\b")
-        inside: set[str] = set()
-
-        def enter(computation: Computation) -> None:
-            if computation.name not in inside:
+        inside: set[str] = set()  # computations of the scope's loops
+        pending = [
+            called
+            for loop, _ in self.executed
+            if loop.opcode == "while" and name.search(loop.source)
+            for called in loop.calls
+        ]
+        while pending:
+            if (computation := pending.pop()).name not in inside:
                 inside.add(computation.name)
-                for instruction in computation.instructions.values():
-                    for called in instruction.calls:
-                        enter(called)
-
-        for instruction, _ in self.executed:
-            if instruction.opcode == "while" and name.search(instruction.source):
-                for called in instruction.calls:
-                    enter(called)
+                pending += [called for i in computation.instructions.values() for called in i.calls]
 
         def belongs(instruction: Instruction) -> bool:
             return instruction.holder.name in inside or bool(name.search(instruction.source))
@@ -210,7 +185,10 @@ class Program:
         flops = sum(times * flops_of(i) for i, times in self.executed if belongs(i))
         return Work(flops, sum(times * bytes_of(i) for i, times in self.scheduled if belongs(i)))
 
-    def _collectives(self) -> Iterator[Collective]:
+    @cached_property
+    def collectives(self) -> tuple[Collective, ...]:
+        """All collectives, in the order of the text."""
+        collectives: list[Collective] = []
         holders = {i.holder.name: i.holder for i, _ in self.scheduled}
         parts_in = {name: _parts(holder) for name, holder in holders.items()}
         parents = {
@@ -229,10 +207,13 @@ class Program:
                     devices = group_size(instruction.attributes)
                     overlapped = _is_overlapped([caller for caller, _ in parts])
                     moved = received(kind, instruction, devices)
-                    yield Collective(kind, moved, devices, self.times[name], overlapped)
-            for instruction in holder.instructions.values():
-                if instruction.opcode == "send" and "megascale" in instruction.attributes:
-                    yield _between(instruction, self.times[name])
+                    collectives.append(Collective(kind, moved, devices, self.times[name], overlapped))
+            collectives += [
+                _between(instruction, self.times[name])
+                for instruction in holder.instructions.values()
+                if instruction.opcode == "send" and "megascale" in instruction.attributes
+            ]
+        return tuple(collectives)
 
 
 def _is_uneven(branch: Computation) -> bool:
@@ -245,8 +226,8 @@ def _trips(loop: Instruction) -> int:
     trip_count = re.search(r"known_trip_count[^\d}]*(\d+)", loop.attributes)
     if trip_count:
         return int(trip_count.group(1))
-    conditions = re.findall(r"condition=%?([\w.\-]+)", loop.attributes)[:1]
-    pending = [computation for computation in loop.calls if computation.name in conditions]
+    condition = re.findall(r"condition=%?([\w.\-]+)", loop.attributes)[:1]
+    pending = [computation for computation in loop.calls if computation.name in condition]
     limits: list[int] = []
     while pending:
         for instruction in pending.pop().instructions.values():
@@ -344,7 +325,7 @@ def bytes_of(instruction: Instruction) -> float:
         return read + min(instruction.in_hbm, _written_by(inner.root))
     read = sum(_used(instruction, index) for index in range(len(instruction.inputs)))
     if opcode.endswith("-start"):  # its result lists the operand again
-        return read + sum(shape.size for shape in instruction.shapes[1:2] if shape.in_hbm)
+        return read + sum(shape.size for shape in instruction.shapes[1:2] if shape.space == 0)
     if opcode == "dynamic-update-slice":
         return read + instruction.inputs[1].size
     return read + instruction.in_hbm
@@ -378,25 +359,15 @@ def _read_of(source: Instruction) -> float:
         elif user.opcode in ("dynamic-slice", "slice", "gather") and user.inputs[0] is source:
             # The slice may be used only in part, like the array itself: rows of rows.
             total += user.size if user.is_root else min(user.size, _read_of(user))
-        elif _hands_on(user, source):
-            continue
-        elif user.opcode == "fusion" and user.calls:
-            total += _read_inside(user, source)
-        else:
+        elif user.opcode == "fusion" and user.calls and not _hands_on(user, source):
+            inner = user.calls[0]
+            for index in (i for i, operand in enumerate(user.inputs) if operand is source):
+                total += _read(inner, index)
+                # If a nested fusion only changes the shape, the reads of its users are counted, too.
+                if not user.is_root and inner.root.without_bitcasts is inner.parameter(index):
+                    total += _read_of(user)
+        elif not _hands_on(user, source):
             return math.inf
-    return total
-
-
-def _read_inside(user: Instruction, source: Instruction) -> float:
-    """Returns the bytes of an operand that a nested fusion reads.
-
-    If the nested fusion only changes the shape, the reads of its users are counted, too.
-    """
-    inner, total = user.calls[0], 0.0
-    for index in (i for i, operand in enumerate(user.inputs) if operand is source):
-        total += _read(inner, index)
-        if not user.is_root and inner.root.without_bitcasts is inner.parameter(index):
-            total += _read_of(user)
     return total
 
 
@@ -418,7 +389,7 @@ def _written_by(result: Instruction) -> float:
     if result.opcode == "bitcast":
         return _written_by(result.inputs[0])
     if result.opcode == "tuple":
-        return sum(_written_by(output) for output in result.inputs if output.shapes[0].in_hbm)
+        return sum(_written_by(output) for output in result.inputs if output.shapes[0].space == 0)
     if result.opcode == "parameter" or result.is_continued:  # returned in place
         return 0.0
     # The gathered array, without the operand, which is returned in place.

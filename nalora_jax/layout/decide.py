@@ -9,6 +9,7 @@ programs compiled so far.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import jax
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.layouts import Layout, fastest
+from nalora_jax.layout.estimates import Layout
+from nalora_jax.layout.layouts import fastest
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +52,9 @@ class Compiled:
         return f"compiled: {self.memory / 1e9:.1f} GB, {self.seconds:.3g} s"
 
 
-EXHAUSTED = Compiled(None, False, float("inf"), failure="out of memory")
+EXHAUSTED = Compiled(None, False, math.inf, failure="out of memory")
 # An internal error of the compiler, such as collectives for which libtpu has no route on a mesh.
-FAILED = Compiled(None, False, float("inf"), failure="the compiler failed")
+FAILED = Compiled(None, False, math.inf, failure="the compiler failed")
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Search:
         layout, last = self.tried[-1]
         if len(self.tried) >= MOST or (last.fits and last.seconds <= SLOWER * layout.seconds):
             return None
-        best = min((result.seconds for _, result in self.tried if result.fits), default=float("inf"))
+        best = min((result.seconds for _, result in self.tried if result.fits), default=math.inf)
         failed = [other.mesh for other, result in self.tried if result is FAILED]
         left = [
             layout
@@ -90,25 +92,9 @@ class Search:
         fitting = [layout for layout in small if self._seconds(layout) < best]
         if fitting:
             return fastest(fitting, self._seconds)
-        if best == float("inf"):
+        if best == math.inf:
             return min(left, key=self._memory, default=None)
         return None
-
-    def best(self) -> tuple[Layout, Compiled]:
-        """Returns the fastest compiled layout that fits; the smallest if none fits."""
-        fitting = [pair for pair in self.tried if pair[1].fits]
-        if fitting:
-            return min(fitting, key=lambda pair: pair[1].seconds)
-        return min(self.tried, key=lambda pair: pair[1].memory or float("inf"))
-
-    def refusal(self) -> NaloraError:
-        """Returns the error for a search in which no compiled layout fits."""
-        return NaloraError(
-            "--mesh",
-            expected=f"a layout whose compiled step fits in {self.limit / 1e9:.1f} GB a chip",
-            found="; ".join(f"{layout.short} ({result})" for layout, result in self.tried),
-            remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
-        )
 
     def _memory(self, layout: Layout) -> float:
         """Returns estimated bytes times the largest ratio of compiled to estimated bytes so far."""
@@ -154,9 +140,21 @@ def decide(
                     raise
             else:
                 raise
-    layout, result = search.best()
+    # The fastest that fits, else the smallest.
+    layout, result = min(
+        search.tried,
+        key=lambda pair: (
+            not pair[1].fits,
+            pair[1].seconds if pair[1].fits else pair[1].memory or math.inf,
+        ),
+    )
     if result.memory is None or (must_fit and not result.fits):
-        raise search.refusal()
+        raise NaloraError(
+            "--mesh",
+            expected=f"a layout whose compiled step fits in {search.limit / 1e9:.1f} GB a chip",
+            found="; ".join(f"{layout.short} ({result})" for layout, result in search.tried),
+            remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
+        )
     tried = [f"{other.short} ({program})" for other, program in search.tried if other is not layout]
     if tried:
         log.info("mesh: %s (%s) instead of %s", layout.short, result, "; ".join(tried))

@@ -83,12 +83,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     available = list(devices or jax.devices())
     groups = max(config.run, 1)
-    if len(available) % groups:
-        fits = [n for n in range(1, len(available) + 1) if len(available) % n == 0]
-        expected = f"a divisor of the {len(available)} device(s): {', '.join(map(str, fits))}"
-        raise NaloraError("--mesh.run", expected=expected, found=groups)
-    sizes = dict(zip(AXES, resolve_sizes(config, len(available) // groups), strict=True))
-    check_slices(groups * sizes["data"], slice_count(available))
+    sizes = axis_sizes(config, len(available), slice_count(available))
     if sizes[CONTEXT] == 1:
         del sizes[CONTEXT]
     data, *inner_sizes = sizes.values()
@@ -135,33 +130,53 @@ def unless_single(mesh: Mesh) -> Mesh | None:
     return mesh
 
 
-def requested_axes(config: MeshConfig, n_devices: int, slices: int) -> MeshConfig:
-    """Returns the axes that have a size, -1 replaced by it; open ones (0) are chosen later.
+def axis_sizes(
+    config: MeshConfig, n_devices: int, slices: int, *, keep_open: bool = False
+) -> dict[str, int]:
+    """Returns the axes' sizes within a group of "run", -1 replaced by what remains of ``n_devices``.
 
-    An open axis "context" next to sized axes is 1.
+    Without an axis of -1, "data" takes what remains if it is open (0), and other open axes are 1; or they
+    stay 0 if ``keep_open``, except "context" next to sized axes.
 
     Raises:
-      NaloraError: the axes do not divide ``n_devices``, or the slices do not divide the axis "data".
+      NaloraError: see `make_mesh`.
     """
+    groups = max(config.run, 1)
+    if n_devices % groups:
+        fits = [n for n in range(1, n_devices + 1) if n_devices % n == 0]
+        expected = f"a divisor of the {n_devices} device(s): {', '.join(map(str, fits))}"
+        raise NaloraError("--mesh.run", expected=expected, found=groups)
+    n_devices //= groups
     sizes = {name: int(getattr(config, name)) for name in AXES}
-    if -1 in sizes.values():  # no axis is left to choose
-        sizes = dict(zip(AXES, resolve_sizes(config, n_devices), strict=True))
-    if sizes[CONTEXT] == 0 and min(size for name, size in sizes.items() if name != CONTEXT) > 0:
-        sizes[CONTEXT] = 1
+    if not keep_open or -1 in sizes.values():
+        if sizes["data"] == 0 and -1 not in sizes.values():
+            sizes["data"] = -1
+        sizes = {name: size or 1 for name, size in sizes.items()}
+    elif min(size for name, size in sizes.items() if name != CONTEXT) > 0:
+        sizes[CONTEXT] = sizes[CONTEXT] or 1
+    axes, free = shown_axes(sizes), [name for name, size in sizes.items() if size == -1]
+    if any(size < -1 for size in sizes.values()):
+        raise NaloraError(
+            "--mesh", expected="axis sizes of 1 or more, 0 (chosen), or -1 (what is left)", found=axes
+        )
+    if len(free) > 1:
+        raise NaloraError(
+            "--mesh", expected="at most one axis of -1", found=axes, remedy="give the others a size"
+        )
     fixed = math.prod(size for size in sizes.values() if size > 0)
     is_open = min(sizes.values()) < 1
     if n_devices % fixed or (not is_open and fixed != n_devices):
-        raise _product_error(sizes, n_devices, is_open=is_open)
-    check_slices(sizes["data"] if sizes["data"] > 0 else n_devices // fixed, slices)
-    return MeshConfig(**sizes)
-
-
-def check_slices(data: int, slices: int) -> None:
-    """Checks that every slice gets an equal part of the axis "data".
-
-    Raises:
-      NaloraError: the parts are not equal.
-    """
+        relation, remedy = "equals", "set one axis to -1 to take what is left"
+        if is_open:
+            relation, remedy = "divides", "change the sizes of the other axes"
+        raise NaloraError(
+            "--mesh",
+            expected=f"a product that {relation} the {n_devices} device(s)",
+            found=f"{axes} (product of the fixed axes: {fixed})",
+            remedy=remedy,
+        )
+    sizes |= dict.fromkeys(free, n_devices // fixed)
+    data = groups * (sizes["data"] or n_devices // fixed)
     if data % slices:
         raise NaloraError(
             "--mesh.data",
@@ -169,43 +184,7 @@ def check_slices(data: int, slices: int) -> None:
             found=data,
             remedy=f"use --mesh.data {slices} --mesh.fsdp -1",
         )
-
-
-def resolve_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
-    """Returns the axis sizes with 0 and -1 replaced by what remains of ``n_devices``."""
-    sizes = {name: int(getattr(config, name)) for name in AXES}
-    if sizes["data"] == 0 and -1 not in sizes.values():
-        sizes = {**sizes, "data": -1}
-    sizes = {name: size or 1 for name, size in sizes.items()}
-    axes = shown_axes(sizes)
-    if any(size < -1 for size in sizes.values()):
-        raise NaloraError(
-            "--mesh", expected="axis sizes of 1 or more, 0 (chosen), or -1 (what is left)", found=axes
-        )
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        raise NaloraError(
-            "--mesh", expected="at most one axis of -1", found=axes, remedy="give the others a size"
-        )
-    if (free and n_devices % fixed) or (not free and fixed != n_devices):
-        raise _product_error(sizes, n_devices, is_open=bool(free))
-    sizes |= dict.fromkeys(free, n_devices // fixed)
-    return tuple(sizes.values())
-
-
-def _product_error(sizes: Mapping[str, int], n_devices: int, *, is_open: bool) -> NaloraError:
-    axes = shown_axes(sizes)
-    fixed = math.prod(size for size in sizes.values() if size > 0)
-    relation, remedy = "equals", "set one axis to -1 to take what is left"
-    if is_open:
-        relation, remedy = "divides", "change the sizes of the other axes"
-    return NaloraError(
-        "--mesh",
-        expected=f"a product that {relation} the {n_devices} device(s)",
-        found=f"{axes} (product of the fixed axes: {fixed})",
-        remedy=remedy,
-    )
+    return sizes
 
 
 def shown_axes(sizes: Mapping[str, int]) -> str:
@@ -245,26 +224,21 @@ def devices_per_run(mesh: Mesh) -> int:
     return mesh.size // mesh.shape.get(RUN, 1)
 
 
-def check_heads(mesh: Mesh, *, n_heads: int, n_kv_heads: int) -> None:
-    """Checks that a mesh's axis "tensor" does not split an attention head; see `check_tensor`."""
-    check_tensor(mesh.shape["tensor"], n_heads=n_heads, n_kv_heads=n_kv_heads)
-
-
-def check_tensor(size: int, *, n_heads: int, n_kv_heads: int) -> None:
-    """Checks that an axis "tensor" of ``size`` does not split an attention head.
+def check_heads(tensor: int, *, n_heads: int, n_kv_heads: int) -> None:
+    """Checks that an axis "tensor" does not split an attention head.
 
     Any other dimension that an axis does not divide is replicated (see `shardings`). The halves of
     a split head would move between devices in every layer.
 
     Raises:
-      NaloraError: ``size`` does not divide the query heads or the key/value heads.
+      NaloraError: ``tensor`` does not divide the query heads or the key/value heads.
     """
-    if n_heads % size or n_kv_heads % size:
+    if n_heads % tensor or n_kv_heads % tensor:
         fits = [n for n in range(1, n_kv_heads + 1) if n_heads % n == 0 and n_kv_heads % n == 0]
         raise NaloraError(
             "--mesh.tensor",
             expected=f"a divisor of the model's {n_heads} query heads and {n_kv_heads} key/value heads",
-            found=size,
+            found=tensor,
             remedy=f"use {' or '.join(map(str, fits))}, and --mesh.fsdp for the rest of the devices",
         )
 

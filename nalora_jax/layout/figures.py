@@ -99,7 +99,10 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
     file = (cache or downloads.cache_dir()) / "plans" / f"{digest[:32]}.json"
     if file.exists():
         try:
-            return _read(file)
+            record = json.loads(file.read_bytes())
+            if FIELD not in record:  # `unseal` accepts that
+                raise KeyError(FIELD)
+            return structured(Figures, unseal(record, str(file)))
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             log.warning("%s is damaged: the program is compiled again", file)
     compiled = of_compiled(lowered.compile())
@@ -129,18 +132,6 @@ def of_compiled(compiled: Any) -> Figures:
         {scope: work for scope, work in scopes.items() if work.flops},
         tuple(str(getattr(sharding, "spec", None)) for sharding in inputs),
     )
-
-
-def _read(file: Path) -> Figures:
-    """Returns the figures in a file of the cache.
-
-    Raises:
-      OSError, ValueError, KeyError, TypeError, RecursionError: the file is damaged.
-    """
-    record = json.loads(file.read_bytes())
-    if FIELD not in record:  # `unseal` accepts that
-        raise KeyError(FIELD)
-    return structured(Figures, unseal(record, str(file)))
 
 
 @dataclass(frozen=True)
@@ -176,19 +167,16 @@ def kernel_flops(
         layers = sum(config.n_layers for config in attending(base))
         products = sum(count * calls.get(name, 0.0) for name, count in _ON_GPUS.items()) / layers
         return rows / accumulate * causal_flops(base, seq, products) / n_tensor
-    # Every window is a branch, and each layer runs one of them.
-    layers = accumulate * sum(
-        len(set(config.layer_windows)) * config.n_layers for config in attending(base)
-    )
-    runs = {
-        direction: sum(
-            times for name, times in calls.items() if "splash" in name and f"_{direction}" in name
-        )
+    forward, backward = (
+        sum(times for name, times in calls.items() if "splash" in name and f"_{direction}" in name)
         for direction in ("fwd", "dkv")
-    }
-    if not runs["fwd"]:
+    )
+    if not forward:
         return 0.0
-    each = splash_flops(base, seq, forward=runs["fwd"] / layers, backward=runs["dkv"] / layers)
+    # Every window is a branch, and each layer runs one of them.
+    windows = sum(len(set(config.layer_windows)) * config.n_layers for config in attending(base))
+    layers = accumulate * windows
+    each = splash_flops(base, seq, forward=forward / layers, backward=backward / layers)
     return rows * each / n_tensor
 
 
@@ -213,13 +201,17 @@ def roofline(program: Figures, config: RunConfig, base: ModelConfig, where: Topo
 def bounded(program: Figures, flops: float, useful: float, where: Topology) -> Roofline:
     """Returns the bound of a compiled program with ``flops`` on each chip, of which ``useful`` count for the MFU."""
     chip = where.chip
-    times = [(c.total / _inbound(c, where), c.overlapped) for c in program.collectives]
-    hidden, exposed = (
-        sum(seconds for seconds, behind in times if behind == which) for which in (True, False)
-    )
-    links = [(transfer.total / chip.host_link, transfer.overlapped) for transfer in program.transfers]
-    host, host_exposed = (
-        sum(seconds for seconds, behind in links if behind == which) for which in (True, False)
+
+    def rate(collective: Collective) -> float:
+        """Returns the bytes per second that reach a chip."""
+        return chip.network if collective.between_slices else where.inbound(collective.devices)
+
+    (hidden, exposed), (host, host_exposed) = (
+        [sum(seconds for seconds, overlapped in times if overlapped == which) for which in (True, False)]
+        for times in (
+            [(c.total / rate(c), c.overlapped) for c in program.collectives],
+            [(t.total / chip.host_link, t.overlapped) for t in program.transfers],
+        )
     )
     return Roofline(
         flops / chip.matrix_rate,
@@ -231,10 +223,3 @@ def bounded(program: Figures, flops: float, useful: float, where: Topology) -> R
         host,
         host_exposed,
     )
-
-
-def _inbound(collective: Collective, where: Topology) -> float:
-    """Returns the bytes per second that reach a chip in a collective."""
-    if collective.between_slices:
-        return where.chip.network
-    return where.inbound(collective.devices)

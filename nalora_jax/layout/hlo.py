@@ -10,22 +10,15 @@ from functools import cached_property
 from nalora_jax.ops.grouped_matmul import NAME as GROUPED_MATMUL
 
 COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
+)  # fmt: skip
 STARTS = 'custom_call_target="AsyncCollectiveStart"'  # ends the first part of a collective
-# Defaults of window settings along an axis.
-_PLAIN = {"stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
 _DTYPE_BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
     "u64": 8, "f64": 8, "s4": 0.5, "u4": 0.5, "token": 0, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8,
 }  # fmt: skip
-_HOST = 5  # memory space of the host in layouts: S(5)
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+HOST = 5  # memory space of the host in layouts: S(5)
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{(?:[^}]*S\((\d+)\))?[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
@@ -41,13 +34,7 @@ class Shape:
 
     dtype: str
     dims: tuple[int, ...]
-    on_chip: bool  # in a memory next to the cores (TPU: VMEM), not in HBM
-    on_host: bool = False  # in the host's memory
-
-    @property
-    def in_hbm(self) -> bool:
-        """True if it is stored in the device's main memory."""
-        return not (self.on_chip or self.on_host)
+    space: int  # 0: the device's main memory (HBM), `HOST`, or a memory next to the cores (TPU: VMEM)
 
     @property
     def size(self) -> float:
@@ -95,7 +82,7 @@ class Instruction:
     @property
     def in_hbm(self) -> float:
         """The bytes of its result in the device's main memory."""
-        return sum(shape.size for shape in self.shapes if shape.in_hbm)
+        return sum(shape.size for shape in self.shapes if shape.space == 0)
 
     @property
     def source(self) -> str:
@@ -105,11 +92,11 @@ class Instruction:
     @property
     def host_bytes(self) -> float:
         """The bytes that it moves between device and host memory; 0 if it moves none."""
-        if not self.opcode.endswith("-start") or not any(shape.on_host for shape in self.shapes):
+        if not self.opcode.endswith("-start") or all(shape.space != HOST for shape in self.shapes):
             return 0.0
         # One side is a stack of all layers, the other the slice that is written or read; the rest
         # are indices.
-        return sum(shape.size for shape in self.shapes if shape.dims and not shape.on_host)
+        return sum(shape.size for shape in self.shapes if shape.dims and shape.space != HOST)
 
     @property
     def to_host(self) -> bool:
@@ -117,7 +104,7 @@ class Instruction:
 
         It is decided by the result, which a copy lists first and other instructions last.
         """
-        return self.shapes[0 if self.opcode == "copy-start" else -2].on_host
+        return self.shapes[0 if self.opcode == "copy-start" else -2].space == HOST
 
     @property
     def is_continued(self) -> bool:
@@ -187,15 +174,14 @@ def first_count(loop: Instruction) -> int:
     It is above 0 if the compiler has peeled the first iterations off the loop. The counter is the
     first array in the carry of JAX's loops.
     """
-    carried = loop.inputs[0]
-    if carried.opcode != "tuple":
+    counter = loop.inputs[0]
+    if counter.opcode != "tuple":
         return 0
-    counter = carried.inputs[0]
+    counter = counter.inputs[0]
     while counter.opcode == "copy":
         counter = counter.inputs[0]
-    if counter.opcode != "constant":
-        return 0
-    return int(next(iter(re.findall(r"^(\d+)\)", counter.attributes)), 0))
+    value = re.match(r"(\d+)\)", counter.attributes)
+    return int(value[1]) if value and counter.opcode == "constant" else 0
 
 
 def _add_instruction(holder: Computation, named: re.Match[str], line: str) -> None:
@@ -208,21 +194,14 @@ def _add_instruction(holder: Computation, named: re.Match[str], line: str) -> No
     inside, attributes = line[opcode.end() : closing], line[closing + 1 :]
     operands = tuple(_OPERAND.findall(inside))
     # For parameters and constants the attributes include the text in their parentheses.
-    if opcode.group(1) in ("parameter", "constant"):
+    if opcode[1] in ("parameter", "constant"):
         operands, attributes = (), f"{inside}){attributes}"
-    shapes = tuple(_shape(*shape) for shape in _SHAPE.findall(line[:end]))
-    name, is_root = named.group(2), bool(named.group(1))
-    holder.instructions[name] = Instruction(
-        name, opcode.group(1), shapes, operands, attributes, is_root, holder
+    shapes = tuple(
+        Shape(dtype, tuple(int(n) for n in dims.split(",") if n), int(space or 0))
+        for dtype, dims, space in _SHAPE.findall(line[:end])
     )
-
-
-def _shape(dtype: str, dims: str, layout: str) -> Shape:
-    space = re.search(r"S\((\d+)\)", layout or "")
-    on_host = space is not None and int(space.group(1)) == _HOST
-    return Shape(
-        dtype, tuple(int(n) for n in dims.split(",") if n), space is not None and not on_host, on_host
-    )
+    is_root, name = bool(named[1]), named[2]
+    holder.instructions[name] = Instruction(name, opcode[1], shapes, operands, attributes, is_root, holder)
 
 
 def _closing(text: str, opening: int) -> int:
@@ -258,9 +237,7 @@ def kernel_name(instruction: Instruction) -> str:
     """
     attention = re.search(r'custom_call_target="__cudnn\$fmha(\w*)"', instruction.attributes)
     if attention:
-        if "Backward" in attention[1]:
-            return "cudnn_attention_backward"
-        return "cudnn_attention_forward"
+        return f"cudnn_attention_{'backward' if 'Backward' in attention[1] else 'forward'}"
     name = re.sub(r"[.\d]+$", "", instruction.name)
     pallas_name = re.search(r'op_name="(?:[^"]*/)?(\w+)/pallas_call"', instruction.attributes)
     if pallas_name and name.startswith("pallas_call"):
@@ -286,43 +263,29 @@ def _product_flops(instruction: Instruction) -> float:
     """Returns twice the multiply-adds of a ``dot`` or ``convolution``."""
     first, second = (operand.shapes[0].dims for operand in instruction.inputs[:2])
     if instruction.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        axes = contracted.group(1).split(",") if contracted else []
-        result = math.prod(instruction.shapes[0].dims)
-        return 2.0 * result * math.prod(first[int(axis)] for axis in axes if axis)
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", instruction.attributes)
+        axes = map(int, contracted[1].split(",")) if contracted else ()
+        return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(first[axis] for axis in axes)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels is not None
     dims = (first, second, instruction.shapes[0].dims)
     data, kernel, out = (
         dict(zip(names, sizes, strict=True)) for names, sizes in zip(labels.groups(), dims, strict=True)
     )
-    window_axes = sorted(kernel.keys() - {"i", "o"})
-    met = [
-        _met(data[axis], kernel[axis], out[axis], _window(instruction, int(axis))) for axis in window_axes
-    ]
-    return 2.0 * out["b"] * out["f"] * kernel["i"] * math.prod(met)
-
-
-def _window(instruction: Instruction, axis: int) -> dict[str, int]:
-    """Returns stride, first padding and dilations of a convolution along an axis of its window."""
     window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
-    settings = {}
-    if window:
-        settings = dict(entry.split("=") for entry in window[1].split())
-    sizes = {name: int(text.split("x")[axis].split("_")[0]) for name, text in settings.items()}
-    return {name: sizes.get(name, default) for name, default in _PLAIN.items()}
-
-
-def _met(data: int, kernel: int, out: int, window: dict[str, int]) -> int:
-    """Returns how often an element of the kernel meets the data along an axis, without padding.
-
-    The TPU compiler writes a matmul whose columns have two axes as a convolution that slides the
-    kernel over a single element. All but one in ``kernel`` of its multiply-adds are with padding
-    and are not executed.
-    """
-    places = range(-window["pad"], -window["pad"] + out * window["stride"], window["stride"])
-    inside = range(0, (data - 1) * window["lhs_dilate"] + 1, window["lhs_dilate"])
-    return sum(place + tap * window["rhs_dilate"] in inside for place in places for tap in range(kernel))
+    fields = dict(entry.split("=") for entry in window[1].split()) if window else {}
+    met = 1  # multiply-adds of a kernel's element along all axes of its window, without padding
+    for axis in sorted(kernel.keys() - {"i", "o"}):
+        sizes = {name: int(text.split("x")[int(axis)].split("_")[0]) for name, text in fields.items()}
+        stride, first_tap = sizes.get("stride", 1), -sizes.get("pad", 0)
+        spread, step = sizes.get("lhs_dilate", 1), sizes.get("rhs_dilate", 1)
+        # The TPU compiler writes a matmul whose columns have two axes as a convolution that slides the
+        # kernel over a single element. All but one in ``kernel`` of its multiply-adds are with padding
+        # and are not executed.
+        places = range(first_tap, first_tap + out[axis] * stride, stride)
+        inside = range(0, (data[axis] - 1) * spread + 1, spread)
+        met *= sum(place + tap * step in inside for place in places for tap in range(kernel[axis]))
+    return 2.0 * out["b"] * out["f"] * kernel["i"] * met
 
 
 # ---------------------------------------------------------------- collectives
@@ -351,12 +314,9 @@ def group_size(attributes: str) -> int:
     """Returns the devices in one group of a collective, from any of HLO's notations for groups."""
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[[^{]*)? \{([^}]*)\}", attributes)
     if mesh:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh.group(2)))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
-    if iota:
-        return int(iota.group(2))
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(iota[1])
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
-    if not listed:
-        return 1
-    return len(listed.group(1).split(","))
+    return listed[1].count(",") + 1 if listed else 1

@@ -57,6 +57,9 @@ class Contraction(NamedTuple):
     x: str
     kernel: str
     out: str
+    inner: str  # the contracted labels
+    outer: str  # the kernel's labels in the output
+    batch: str  # the other labels of the input
 
     @classmethod
     def parse(cls, text: str, where: str) -> Contraction:
@@ -69,22 +72,9 @@ class Contraction(NamedTuple):
         expected = "an einsum of the input and the kernel without a label that all three have"
         if match is None or set(match[1]) & set(match[2]) & set(match[3]):
             raise NaloraError(where, expected=expected, found=text, remedy="leave the layer out")
-        return cls(*match.groups())
-
-    @property
-    def inner(self) -> str:
-        """The contracted labels."""
-        return "".join(label for label in self.x if label in self.kernel)
-
-    @property
-    def outer(self) -> str:
-        """The kernel's labels in the output."""
-        return "".join(label for label in self.out if label in self.kernel)
-
-    @property
-    def batch(self) -> str:
-        """The other labels of the input."""
-        return "".join(label for label in self.x if label not in self.kernel)
+        x, kernel, out = match.groups()
+        inner, outer = ("".join(label for label in labels if label in kernel) for labels in (x, out))
+        return cls(x, kernel, out, inner, outer, "".join(label for label in x if label not in kernel))
 
 
 @dataclass(frozen=True)
@@ -125,8 +115,7 @@ class Projection:
 
     def output(self, x: jax.Array, y: jax.Array, leaves: Mapping[str, Any]) -> jax.Array:
         """Returns the layer's output ``y`` for ``x``, with the adapter's output added."""
-        x_labels, _, out = self.contraction
-        batch, inner, outer = self.contraction.batch, self.contraction.inner, self.contraction.outer
+        x_labels, _, out, inner, outer, batch = self.contraction
         rows = jnp.einsum(f"{x_labels}->{batch}{inner}", x)
         rows = rows.reshape(*rows.shape[: rows.ndim - len(inner)], -1)  # [..., d_in]
         dz = low_rank(rows, leaves["a"], leaves["b"], self.scale, leaves.get(MASK)).astype(y.dtype)
@@ -138,7 +127,7 @@ class Projection:
 
     def merged(self, kernel: jax.Array, leaves: Mapping[str, Any]) -> jax.Array:
         """Returns the kernel with its adapter added, computed in float32."""
-        inner, outer, labels = self.contraction.inner, self.contraction.outer, self.contraction.kernel
+        _, labels, _, inner, outer, _ = self.contraction
         delta = self.scale * jnp.matmul(leaves["a"], leaves["b"], precision=jax.lax.Precision.HIGHEST)
         delta = delta.reshape(*self.lead, *self.sizes(inner), *self.sizes(outer))
         delta = jnp.einsum(f"...{inner}{outer}->...{labels}", delta)
@@ -192,22 +181,19 @@ def adapt(
     settings = {"total_steps": total_steps, "seed": seed}
     if isinstance(model, nn.Module):
         projections = chosen(_linen_layers(model, variables, example, classes))
-        mechanisms = _mechanisms(
-            rules, {p.path: p.activation for p in projections if p.activation}, settings
-        )
+        of_gates = {p.path: p.activation for p in projections if p.activation}
+        mechanisms = _mechanisms(rules, of_gates, settings)
         return LinenAdapters(model, projections, mechanisms), mechanisms
     if not isinstance(model, nnx.Module):
-        raise NaloraError(
-            "adapt", expected="a module of flax.linen or flax.nnx", found=type(model).__name__
-        )
+        expected = "a module of flax.linen or flax.nnx"
+        raise NaloraError("adapt", expected=expected, found=type(model).__name__)
     model = nnx.merge(*nnx.split(model), copy=True)
     projections = chosen(_nnx_layers(model, classes))
     _require_one_place(model, projections)
     of_gates = {f"{p.path}/{_LORA}": p.activation for p in projections if p.activation}
     mechanisms = _mechanisms(rules, of_gates, settings)
-    for projection, key in zip(
-        projections, jax.random.split(jax.random.key(seed), len(projections)), strict=True
-    ):
+    keys = jax.random.split(jax.random.key(seed), len(projections))
+    for projection, key in zip(projections, keys, strict=True):
         layer = _child(model, projection.path)
         kind: Any = type(layer)
         layer.__class__ = _adapted_class(kind)
@@ -251,9 +237,8 @@ def _chosen(
         adapted[path] = replace(layer, rank=rank, scale=scaled / rank)
     _require_matches("gates", gates, adapted)
     if not gates:
-        raise NaloraError(
-            "gates", expected="a pattern and an activation, such as {'gate_proj': 'silu'}", found={}
-        )
+        expected = "a pattern and an activation, such as {'gate_proj': 'silu'}"
+        raise NaloraError("gates", expected=expected, found={})
     for gate, activation in gates.items():
         activations.get(activation)
         for path in adapted:
@@ -280,9 +265,9 @@ def _require_whole_gate(gate: Projection, layers: Iterable[Projection]) -> None:
     It is recognized by its neighbor that leads back to the gate's input, which has half as many inputs.
     """
     parent, (d_model, width) = gate.path.rpartition("/")[0], gate.widths
-    near = [
+    near = (
         layer for layer in layers if layer.path.rpartition("/")[0] == parent and layer.path != gate.path
-    ]
+    )
     back = [layer.widths[0] for layer in near if layer.widths[1] == d_model]
     if width not in back and width in [2 * d_in for d_in in back]:
         raise NaloraError(
@@ -396,9 +381,8 @@ def _linen_layers(
 ) -> list[Projection]:
     """Returns the layers that a call of the module reaches and that can have an adapter."""
     if variables is None:
-        raise NaloraError(
-            "adapt(..., variables=)", expected="the variables of the Linen module", found=None
-        )
+        where, expected = "adapt(..., variables=)", "the variables of the Linen module"
+        raise NaloraError(where, expected=expected, found=None)
     stored, found = nn.meta.unbox(unfreeze(variables["params"])), {}
 
     def record(layer: nn.Module, path: str, x: Any, y: Any) -> Any:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import chex
 import flax.linen as nn
@@ -25,7 +25,6 @@ import jax.numpy as jnp
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.activations import Activation
 from nalora_jax.method.low_rank import (
-    Adapted,
     Adapter,
     Dense,
     adapted_dense,
@@ -177,13 +176,7 @@ class LoRADense(nn.Module):
     use_bias: bool = False  # True if the frozen layer adds a bias
     dora: bool = False  # True if the adapter is weight-decomposed
     dropout: float = 0.0  # rate on the adapter's input if not deterministic (needs the rng "dropout")
-    numerics: Numerics = Numerics()
     experts: int = 0  # the leading axis of all arrays, if the layer is one of each expert
-
-    def __call__(self, x: jax.Array, scale: jax.Array | float = 1.0, **options: Any) -> Adapted:
-        """Returns the layer's output for ``[..., d_in]``; ``options`` are those of `dense`."""
-        output: Adapted = adapted_dense(x, self.dense(x.shape[-1], scale, **options), self.numerics)
-        return output
 
     @nn.compact
     def dense(
@@ -273,9 +266,9 @@ class Adapters:
         d_in: int,
         d_out: int,
         scales: Scales | None,
-        numerics: Numerics,
         *,
         bias: bool = False,
+        experts: int = 0,
         **options: Any,
     ) -> Dense:
         """Returns the arrays of a projection, in the compact module that calls it.
@@ -284,17 +277,17 @@ class Adapters:
           name: of the projection.
           d_in, d_out: width of the input and the output.
           scales: the adapters' ``s`` by projection name; 1 by default.
-          numerics: dtypes.
           bias: True if the projection has one.
+          experts: of `LoRADense`.
           options: of `LoRADense.dense`.
         """
-        layer = LoRADense(d_out, self.rank(name), bias, self.dora, self.dropout, numerics, name=name)
+        layer = LoRADense(d_out, self.rank(name), bias, self.dora, self.dropout, experts, name=name)
         dense: Dense = layer.dense(d_in, (scales or {}).get(name, 1.0), **options)
         return dense
 
 
 class AdaptedBlock(nn.Module):
-    """The common part of both blocks: layers with adapters, mask, statistics."""
+    """A block with adapters, a mask and statistics; subclasses name its projections."""
 
     d_model: int
     d_ff: int
@@ -304,79 +297,56 @@ class AdaptedBlock(nn.Module):
     numerics: Numerics = Numerics()
     stats: GateStatsConfig = GateStatsConfig()
 
-    def _dense(self, name: str, d_in: int, d_out: int, scales: Scales | None, **options: Any) -> Dense:
-        return self.adapters.dense(name, d_in, d_out, scales, self.numerics, bias=self.use_bias, **options)
+    names: ClassVar[tuple[str, ...]] = ("gate_proj", "down_proj")  # the gate first, the output last
 
-    def _mask(self) -> jax.Array | None:
-        if not self.has_variable("gate_mask", "mask"):
-            return None
-        mask: jax.Array = self.get_variable("gate_mask", "mask")
-        return mask
-
-    def _output(
+    @nn.compact
+    def __call__(
         self,
         x: jax.Array,
-        gate: Dense,
-        up: Dense | jax.Array | None,
-        down: Dense,
-        token_weights: jax.Array | SampledWeights | None,
+        scales: Scales | None = None,
+        *,
+        token_weights: jax.Array | SampledWeights | None = None,
+        deterministic: bool = True,
+        up: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns `gated_mlp` of the block; statistics are the gradients of its ``gate_taps``."""
+        """Returns ``[batch, seq, d_model]``.
+
+        Args:
+          x: ``[batch, seq, d_in]``.
+          scales: the adapters' ``s`` by projection name; 1 by default.
+          token_weights: ``[batch, seq]``, weights of the tokens in the statistics.
+          deterministic: True to switch adapter dropout off.
+          up: the factor ``[batch, seq, d_ff]`` of a block without a projection for it.
+        """
+        gate_name, *up_name, down_name = self.names
+
+        def dense(name: str, d_in: int, d_out: int, mask: jax.Array | None = None) -> Dense:
+            options: dict[str, Any] = {"bias": self.use_bias, "mask": mask, "deterministic": deterministic}
+            return self.adapters.dense(name, d_in, d_out, scales, **options)
+
+        gate = dense(gate_name, x.shape[-1], self.d_ff, self.get_variable("gate_mask", "mask"))
+        factor = dense(up_name[0], x.shape[-1], self.d_ff) if up_name else up
+        down = dense(down_name, self.d_ff, self.d_model)
         measurement, taps = None, self.variables.get("gate_taps", {})
         if taps and not self.is_initializing():
             if token_weights is None:
                 token_weights = jnp.ones(x.shape[:-1], bool)
             measurement = Measurement.of(token_weights, self.stats, taps)
         # A replacement of the operation computes projections, not a given factor.
-        block = gated_mlp.plain if isinstance(up, jax.Array) else gated_mlp
+        block = gated_mlp.plain if up is not None else gated_mlp
         phi = activations.get(self.activation)
-        y, measured = block(x, gate, up, down, phi, self.numerics, measurement)
-        if measured is None:
-            return y
-        return statistics.emit_measured(y, taps, measured)
+        y, measured = block(x, gate, factor, down, phi, self.numerics, measurement)
+        # The gradients of the taps are the statistics.
+        return y if measured is None else statistics.emit_measured(y, taps, measured)
 
 
 class GatedFFN(AdaptedBlock):
     """``(phi(x W_gate) * x W_up) W_down`` with adapters on gate_proj, up_proj and down_proj."""
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        scales: Scales | None = None,
-        *,
-        token_weights: jax.Array | SampledWeights | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        """Returns ``[batch, seq, d_model]``.
-
-        Args:
-          x: ``[batch, seq, d_model]``.
-          scales: the adapters' ``s`` by projection name; 1 by default.
-          token_weights: ``[batch, seq]``, weights of the tokens in the statistics.
-          deterministic: True to switch adapter dropout off.
-        """
-        options: dict[str, Any] = {"deterministic": deterministic}
-        gate = self._dense("gate_proj", self.d_model, self.d_ff, scales, mask=self._mask(), **options)
-        up = self._dense("up_proj", self.d_model, self.d_ff, scales, **options)
-        down = self._dense("down_proj", self.d_ff, self.d_model, scales, **options)
-        return self._output(x, gate, up, down, token_weights)
+    names = ("gate_proj", "up_proj", "down_proj")
 
 
 class SelfGatedFFN(AdaptedBlock):
     """``phi(x W_in) W_out`` with adapters on in_proj, which is the gate, and out_proj."""
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        scales: Scales | None = None,
-        *,
-        token_weights: jax.Array | SampledWeights | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        """Returns ``[batch, seq, d_model]`` for ``[batch, seq, d_in]``; see `GatedFFN`."""
-        options: dict[str, Any] = {"deterministic": deterministic}
-        gate = self._dense("in_proj", x.shape[-1], self.d_ff, scales, mask=self._mask(), **options)
-        down = self._dense("out_proj", self.d_ff, self.d_model, scales, **options)
-        return self._output(x, gate, None, down, token_weights)
+    names = ("in_proj", "out_proj")

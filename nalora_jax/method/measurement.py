@@ -130,8 +130,8 @@ def block_statistics(
     with jax.named_scope("statistics"):
         weights = measurement.weights
         of_probe = weights if measurement.probe_weights is None else measurement.probe_weights
-        movement = _movement(x, gate, delta, of_probe, config.probe_stride, numerics)
-        parts = _parts(z.astype(numerics.result), delta, of_probe, config.probe_stride, numerics, movement)
+        given = x, gate, z.astype(numerics.result), delta, of_probe, config.probe_stride, numerics
+        parts = _parts(*given, since_start=True)
         chex.assert_shape(weights, z.shape[:-1])
         z, weights, of_probe = lax.stop_gradient((z, *(w.astype(jnp.float32) for w in (weights, of_probe))))
         measured: dict[str, Array] = by_shard(sums, config.sharding, z, *parts, weights, of_probe)
@@ -162,62 +162,47 @@ def tapped(z: Array, measurement: Measurement | None) -> Array:
 
 
 def _parts(
+    x: Array,
+    gate: Dense,
     z: Array,
     delta: Array | LowRankHidden | None,
     weights: Array,
     stride: int,
     numerics: Numerics,
-    movement: Array | tuple[Array, Array] | None = None,
+    *,
+    since_start: bool,
 ) -> tuple[Array, Array]:
     """Returns the frozen and the adapter's part of z on one in ``stride`` positions, without gradients.
 
     Args:
-      z: ``[batch, seq, d_ff]``, a layer's output.
-      delta: the adapter's part of it, from `adapted_dense`.
+      x, gate, z, delta, numerics: see `block_statistics`; z is in the layer's dtype.
       weights: ``[batch, seq]``, 0 for padding.
       stride: 1 or more, see `reductions.sampled`.
-      numerics: dtypes.
-      movement: replaces the adapter's part on these positions; an array or its two factors.
+      since_start: the adapter's part is its output minus its initial output. That of a plain adapter is
+        ``s x (A B - A0 B0) = s (x (A - A0)) B + s (x A0) (B - B0)``, exactly 0 before the first update.
     """
-    z, delta, weights = lax.stop_gradient((z, delta, weights))
-    z = sampled(z, weights, stride)
-    if movement is None and delta is None:
+    adapter: Any
+    x, z, delta, adapter, weights = lax.stop_gradient((x, z, delta, gate.adapter, weights))
+    z, project = sampled(z, weights, stride), partial(dot, numerics=numerics, operand=numerics.adapter)
+    if delta is None:
         return z, jnp.zeros_like(z)
-    # Sampled after A: the layer has multiplied all of x by A, so x is not read again.
-    if movement is None and isinstance(delta, LowRankHidden):
-        movement = sampled(delta.value, weights, stride).reshape(-1, delta.b.shape[0]), delta.b
-    elif movement is None:
-        assert isinstance(delta, Array)
-        movement = sampled(delta, weights, stride)
-    if isinstance(movement, tuple):
-        movement = dot(*movement, numerics, operand=numerics.adapter).astype(z.dtype).reshape(z.shape)
-    return z - movement, movement
-
-
-def _movement(
-    x: Array,
-    gate: Dense,
-    delta: Array | LowRankHidden | None,
-    weights: Array,
-    stride: int,
-    numerics: Numerics,
-) -> Array | tuple[Array, Array] | None:
-    """Returns the adapter's output minus its initial output on sampled positions; None if that is 0.
-
-    A plain adapter has the factors ``s x (A B - A0 B0) = s (x (A - A0)) B + s (x A0) (B - B0)``, whose
-    product is exactly 0 before the first update.
-    """
-    if gate.adapter is None or gate.adapter.start is None or delta is None:
-        return None
-    x, (a, b, scale), (a0, b0) = lax.stop_gradient((x, gate.adapter[:3], gate.adapter.start))
-    project = partial(dot, numerics=numerics, operand=numerics.adapter)
-    rows = sampled(x, weights, stride).reshape(-1, x.shape[-1])
-    start = scale * project(rows, a0)
+    started = since_start and adapter.start is not None
+    if started:
+        (a, b, scale), (a0, b0) = adapter[:3], adapter.start
+        rows = sampled(x, weights, stride).reshape(-1, x.shape[-1])
+        start = scale * project(rows, a0)
     if isinstance(delta, LowRankHidden):
-        left = jnp.concatenate([scale * project(rows, a - a0), start], 1)
-        return left, jnp.concatenate([b, b - b0])
-    current = sampled(lax.stop_gradient(delta), weights, stride)
-    return moved_from(current, project(start, b0).astype(current.dtype).reshape(current.shape))
+        # Sampled after A: the layer has multiplied all of x by A, so x is not read again.
+        factors = sampled(delta.value, weights, stride).reshape(-1, delta.b.shape[0]), delta.b
+        if started:
+            left = jnp.concatenate([scale * project(rows, a - a0), start], 1)
+            factors = left, jnp.concatenate([b, b - b0])
+        moved = project(*factors).astype(z.dtype).reshape(z.shape)
+    else:
+        moved = sampled(delta, weights, stride)
+        if started:
+            moved = moved_from(moved, project(start, b0).astype(moved.dtype).reshape(moved.shape))
+    return z - moved, moved
 
 
 # ---------------------------------------------------------------- checks
@@ -269,7 +254,7 @@ class GateChecks:
         # Both parts are computed apart from z: in one matmul the same fault would cancel.
         base = adapted_dense(x, gate._replace(adapter=None), numerics.within()).y
         ones = jnp.ones(z.shape[:-1], bool)
-        _, dz = _parts(z.astype(numerics.result), delta, ones, 1, numerics)
+        _, dz = _parts(x, gate, z.astype(numerics.result), delta, ones, 1, numerics, since_start=False)
         check = partial(self.arrays, activation=activation, residual=numerics.residual)
         ratios: dict[str, Array] = by_shard(check, sharding, Live(z, base, dz, u, product))
         return ratios

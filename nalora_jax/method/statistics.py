@@ -167,11 +167,6 @@ def _of_sources(names: Iterable[str], *sources: str) -> tuple[str, ...]:
     return tuple(name for name in entries if get(name).source in sources)
 
 
-def extra(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the forward statistics among ``names`` that are not in `STANDARD`, sorted."""
-    return tuple(sorted(set(forward(names)) - set(STANDARD)))
-
-
 # ---------------------------------------------------------------- sums over tokens
 
 

@@ -14,7 +14,7 @@ gradient of A in the next step. A training loop of plain LoRA then trains NA-LoR
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -326,10 +326,9 @@ def multiply_columns(updates: Any, factors: Mapping[str, Array], gates: Mapping[
     of_leaf |= {f"{gate}/magnitude": factors[block] for gate, block in gates.items()}
 
     def scale(path: str, update: Array) -> Array:
-        path = _without_value(path)
         return update * of_leaf[path].astype(update.dtype) if path in of_leaf else update
 
-    return trees.map_named(scale, updates)
+    return _map_named(scale, updates)
 
 
 def nalora(
@@ -358,9 +357,8 @@ def nalora(
         if not mechanisms.entries or not gates:
             return optax.with_extra_args_support(inner)
         return optax.with_extra_args_support(optax.chain(inner, scale))
-    adapters = optax.with_extra_args_support(
-        optax.masked(inner, lambda tree: trees.map_named(lambda path, _: not _is_gate_leaf(path), tree))
-    )
+    seen = lambda tree: _map_named(lambda path, _: not _is_gate_leaf(path), tree)  # noqa: E731
+    adapters = optax.with_extra_args_support(optax.masked(inner, seen))
 
     def init_fn(params: Any) -> tuple[Any, GateState]:
         if mechanisms.entries and not _gates_of(params):
@@ -380,12 +378,12 @@ def nalora(
         weights = channel_factors(averages, mechanisms).get("gradient_a", {})
 
         def set_leaf(path: str, update: Array, param: Array) -> Array:
-            gate, _, name = _without_value(path).rpartition("/")
+            gate, _, name = path.rpartition("/")
             if not _is_gate_leaf(path):
                 return update
             return weights[gate] - param if name == MASK else jnp.zeros_like(update)
 
-        return trees.map_named(set_leaf, updates, params), (inner_state, averages)
+        return _map_named(set_leaf, updates, params), (inner_state, averages)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -417,14 +415,16 @@ def _gates_of(tree: Any) -> dict[str, str]:
 
 
 def _is_gate_leaf(path: str) -> bool:
-    path = _without_value(path)
     return f"/{TAPS}/" in path or path.endswith(f"/{MASK}")
 
 
+# Paths of an `nnx.Variable` end in the attribute that holds its array, which is left out.
+_VALUE = "/value"
+
+
 def _named(tree: Any) -> dict[str, Any]:
-    return {_without_value(path): leaf for path, leaf in trees.flatten(tree).items()}
+    return {path.removesuffix(_VALUE): leaf for path, leaf in trees.flatten(tree).items()}
 
 
-def _without_value(path: str) -> str:
-    """Returns a path without the attribute of an `nnx.Variable` that holds its array."""
-    return path.removesuffix("/value")
+def _map_named(function: Callable[..., Any], *given: Any) -> Any:
+    return trees.map_named(lambda path, *leaves: function(path.removesuffix(_VALUE), *leaves), *given)

@@ -110,19 +110,20 @@ def check_token_indices(
         beyond = [token_id for token_id in ids if not 0 <= token_id < config.vocab_size]
         if beyond:
             expected = f"token ids of the {config.vocab_size} rows of {name}, from 0"
-            raise NaloraError(
-                where, expected=expected, found=", ".join(map(str, beyond[:5])), remedy=remedy
-            )
+            found = ", ".join(map(str, beyond[:5]))
+            raise NaloraError(where, expected=expected, found=found, remedy=remedy)
     both = {name for name, _ in spec.token_indices}
     if spec.head_rows(tied=config.tie_embeddings):
         both.add("lm_head")
     if both := both & set(spec.saved):
-        raise NaloraError(
-            where,
-            expected="rows of tables that modules_to_save does not name (a tied head has the embedding's rows)",
-            found=f"rows of {' and '.join(sorted(both))}, trained as a whole",
-            remedy="name a table in one of the two",
+        expected = (
+            "rows of tables that modules_to_save does not name (a tied head has the embedding's rows)"
         )
+        found, remedy = (
+            f"rows of {' and '.join(sorted(both))}, trained as a whole",
+            "name a table in one of the two",
+        )
+        raise NaloraError(where, expected=expected, found=found, remedy=remedy)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3, 4))
@@ -136,21 +137,21 @@ def _factors(
     leaves = {}
     for i, ((path, target), (*lead, d_in, d_out)) in enumerate(zip(targets, shapes, strict=True)):
         used = target.used((*lead, target.rank))
-        key_a, shape = jax.random.fold_in(key, i), (*lead, d_in, target.rank)
+        of_a, of_b = (*lead, d_in, target.rank), (*lead, target.rank, d_out)
+        a, b, key_a = jnp.zeros(of_a), jnp.zeros(of_b), jax.random.fold_in(key, i)
         if adalora:
             key_a, key_b = jax.random.split(key_a)
-            a, b = jax.random.normal(key_a, shape), jax.random.normal(key_b, (*lead, target.rank, d_out))
-            leaves[f"{path}/a"] = jnp.where(used[..., None, :], _ADALORA_STD * a, 0.0)
-            leaves[f"{path}/b"] = jnp.where(used[..., None], _ADALORA_STD * b, 0.0)
+            a, b = (
+                _ADALORA_STD * jax.random.normal(key_a, of_a),
+                _ADALORA_STD * jax.random.normal(key_b, of_b),
+            )
             leaves[f"{path}/singular"] = jnp.zeros((*lead, target.rank), jnp.float32)
-            continue
-        if zero_a:  # the standard deviation of `init_a`, which is uniform in +-1/sqrt(d_in)
-            b = jax.random.normal(key_a, (*lead, target.rank, d_out)) / math.sqrt(3 * d_in)
-            leaves[f"{path}/a"] = jnp.zeros(shape, jnp.float32)
-            leaves[f"{path}/b"] = jnp.where(used[..., None], b, 0.0)
-            continue
-        leaves[f"{path}/a"] = jnp.where(used[..., None, :], init_a(key_a, shape), 0.0)
-        leaves[f"{path}/b"] = jnp.zeros((*lead, target.rank, d_out), jnp.float32)
+        elif zero_a:  # the standard deviation of `init_a`, which is uniform in +-1/sqrt(d_in)
+            b = jax.random.normal(key_a, of_b) / math.sqrt(3 * d_in)
+        else:
+            a = init_a(key_a, of_a)
+        leaves[f"{path}/a"] = jnp.where(used[..., None, :], a, 0.0)
+        leaves[f"{path}/b"] = jnp.where(used[..., None], b, 0.0)
     return leaves
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,29 +11,46 @@ import jax.numpy as jnp
 
 from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.parts import AttentionMixer, LayerInputs, PartOptions, RMSNorm, Shapes, SharedInputs
+from nalora_jax.models.parts import LayerInputs, Mixer, PartOptions, RMSNorm, Shapes, SharedInputs
 from nalora_jax.models.ropes import apply_rope, halves_from_adjacent, query_scales
 from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, attention
+from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.residual_norm import rms_norm
 from nalora_jax.ops.split_attention import split_attention
 from nalora_jax.ops.split_rows import shards_of
-from nalora_jax.ops.storage import round_and_save
+from nalora_jax.ops.storage import round_and_save, store
 
 NewKeys = tuple[jax.Array, jax.Array]
-Heads = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 @dataclass(frozen=True)
-class SoftmaxAttention(AttentionMixer):
-    """Attention as the fields of the config describe it."""
+class SoftmaxAttention(Mixer):
+    """Attention with the config's heads, windows and norms."""
+
+    name: ClassVar[str] = "attn"
+    attends: ClassVar[bool] = True
+    splits_rows: ClassVar[bool] = True
+    values_normed: ClassVar[bool] = False  # True: RMS norms of values, without a scale
+    keys_as_values: ClassVar[bool] = False  # True: there is no v_proj, values are k_proj's output
+
+    def heads(self, config: ModelConfig) -> dict[str, int]:
+        """Returns the number of heads of every projection of the input; a query's gate counts as a head."""
+        heads = {"q_proj": (1 + config.attn_gate) * config.n_heads}
+        if not self.reads:
+            heads["k_proj"] = config.n_kv_heads
+            if not self.keys_as_values:
+                heads["v_proj"] = config.n_kv_heads
+        return heads
 
     def arrays(self, config: ModelConfig) -> Shapes:
         """Returns the norms of queries and keys, and the sinks."""
+        heads = {"q": config.n_heads, "k": config.n_kv_heads}
+        if config.qk_norm != "projection":
+            heads = dict.fromkeys(heads, 1)
+        if self.reads:
+            heads.pop("k")
         shapes: Shapes = {}
         if config.qk_norm:
-            heads = {"q": 1, "k": 1}
-            if config.qk_norm == "projection":
-                heads = {"q": config.n_heads, "k": config.n_kv_heads}
             shapes = {f"{name}_norm/scale": (n * config.head_dim,) for name, n in heads.items()}
         if config.attn_sinks:
             shapes["sinks"] = (config.n_heads,)
@@ -42,43 +58,66 @@ class SoftmaxAttention(AttentionMixer):
 
     def projections(self, config: ModelConfig) -> Shapes:
         """Returns the kernel shapes of the projections."""
-        d, q, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        return {
-            "q_proj": (d, (1 + config.attn_gate) * q),
-            "k_proj": (d, kv),
-            "v_proj": (d, kv),
-            "o_proj": (q, d),
-        }
+        d, width = config.d_model, config.head_dim
+        shapes: Shapes = {name: (d, n * width) for name, n in self.heads(config).items()}
+        return shapes | {"o_proj": (config.n_heads * width, d)}
+
+    def has_bias(self, config: ModelConfig, name: str) -> bool:
+        """See `Part`."""
+        return config.o_bias if name == "o_proj" else config.qkv_bias
+
+    def flops(self, config: ModelConfig, seq: int) -> float:
+        """Returns the flops of scores and weighted sums; only pairs within causality and windows count."""
+        spans = [min(window, seq) for window in config.layer_windows]
+        pairs = sum(seq * span - span * (span - 1) / 2 for span in spans)
+        return 4.0 * pairs * config.n_heads * config.head_dim
+
+    def saved(self, config: ModelConfig) -> float:
+        """Returns 0: saved heads depend on the kernel (`nalora_jax.layout.estimates`)."""
+        return 0.0
+
+    def init_state(self, config: ModelConfig, batch: int, length: int, numerics: Numerics) -> KeyValues:
+        """Returns empty slots for keys and values."""
+        lead = (config.n_layers, batch, config.n_kv_heads)
+        return KeyValues(
+            store(jnp.zeros((*lead, config.head_dim, length), numerics.operand), numerics),
+            store(jnp.zeros((*lead, length, config.head_dim), numerics.operand), numerics),
+        )
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """Returns the module."""
-        return Attention(config, options, name=self.name)
+        return Attention(config, options, self, name=self.name)
+
+
+@dataclass(frozen=True)
+class NormedAttention(SoftmaxAttention):
+    """Attention of Gemma 4: values are normed, too.
+
+    Attributes:
+      keys_as_values: values are the norm of k_proj's output.
+      hands: see `Mixer.hands`.
+      reads: see `Mixer.reads`; there is no ``k_proj`` and no ``v_proj``.
+    """
+
+    values_normed: ClassVar[bool] = True
+    keys_as_values: bool = False  # type: ignore[misc]  # of each layer
+    hands: str = ""
+    reads: str = ""
 
 
 class Attention(nn.Module):
-    """Adapted projections, query and key norms, RoPE and softmax attention."""
+    """Adapted projections, norms, RoPE and softmax attention."""
 
     config: ModelConfig
     options: PartOptions
-    # Heads that follow from saved arrays without a matmul (`AttentionConfig.recomputed`); "": by the config.
-    recomputed: ClassVar[str] = ""
+    part: SoftmaxAttention
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys]:
         """Returns ``[batch, seq, d_model]``, and this call's keys and values."""
-        c = self.config
-        q, k, v, gate = self._heads(x, layer, shared)
-        out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
-        if gate is not None:
-            out = out * jax.nn.sigmoid(round_and_save(gate, self.options.numerics)).astype(out.dtype)
-        (y,) = self.options.projected(out, {"o_proj": c.d_model}, layer, shared, bias=c.o_bias)
-        return y, (k, v)
-
-    def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> Heads:
-        """Returns rotated queries and keys, and values: ``[batch, seq, heads, head_dim]``; and the gate's input."""
-        c = self.config
-        heads = {"q_proj": c.n_heads * (1 + c.attn_gate), "k_proj": c.n_kv_heads, "v_proj": c.n_kv_heads}
-        q, k, v = self._projected(x, heads, layer, shared)
+        c, numerics = self.config, self.options.numerics
+        widths = {name: n * c.head_dim for name, n in self.part.heads(c).items()}
+        q, *kv = self.options.projected(x, widths, layer, shared, bias=c.qkv_bias)
         gate = None
         if c.attn_gate:  # every head has its query, then its gate
             q, gate = (
@@ -86,33 +125,38 @@ class Attention(nn.Module):
                 for y in jnp.split(q.reshape(*x.shape[:-1], c.n_heads, -1), 2, -1)
             )
         if c.qk_norm:
-            q, k = round_and_save(q, self.options.numerics), round_and_save(k, self.options.numerics)
+            q = round_and_save(q, numerics)
+            last = len(kv) if self.part.values_normed else 1
+            kv = [round_and_save(y, numerics) if i < last else y for i, y in enumerate(kv)]
         if c.qk_norm == "projection":
-            q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
+            q, kv[0] = self._norm("q_norm")(q), self._norm("k_norm")(kv[0])
         # [batch, seq, heads, head_dim]
-        q, k, v = (y.reshape(*y.shape[:-1], -1, c.head_dim) for y in (q, k, v))
-        if c.qk_norm == "head":
-            q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
-        table = self._rope_table(layer, shared)
-        if c.rope_adjacent:  # scores do not depend on the order of dimensions
-            q, k = halves_from_adjacent(q, table), halves_from_adjacent(k, table)
-        q, k = apply_rope(q, table), apply_rope(k, table)
-        if c.qk_norm == "rotated":
-            q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
+        q, *kv = (y.reshape(*y.shape[:-1], -1, c.head_dim) for y in (q, *kv))
+        table = shared.tables[self.options.prefix][0 if layer.rope is None else layer.rope]
+        if self.part.reads:
+            k, v = shared.handed[self.part.reads].k, shared.handed[self.part.reads].v
+        else:
+            k, v = self._rotated("k_norm", kv[0], table), kv[-1]
+            if self.part.values_normed:
+                v = rms_norm(v, jnp.ones((c.head_dim,), jnp.float32), c.norm_eps)
+        q = self._rotated("q_norm", q, table)
         if c.query_growth:
             q = q * query_scales(shared.positions, c.query_growth, c.growth_length)[..., None, None]
-        return q, k, v, gate
+        out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
+        if gate is not None:
+            out = out * jax.nn.sigmoid(round_and_save(gate, numerics)).astype(out.dtype)
+        (y,) = self.options.projected(out, {"o_proj": c.d_model}, layer, shared, bias=c.o_bias)
+        return y, (k, v)
 
-    def _projected(
-        self, x: jax.Array, heads: Mapping[str, int], layer: LayerInputs, shared: SharedInputs
-    ) -> list[jax.Array]:
-        """Returns ``[batch, seq, heads * head_dim]`` of projections, for heads by name."""
+    def _rotated(self, name: str, y: jax.Array, table: jax.Array) -> jax.Array:
+        """Returns rotated queries or keys ``[batch, seq, heads, head_dim]``, with their norm ``name`` per head."""
         c = self.config
-        widths = {name: heads * c.head_dim for name, heads in heads.items()}
-        return self.options.projected(x, widths, layer, shared, bias=c.qkv_bias)
-
-    def _rope_table(self, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
-        return shared.tables[self.options.prefix][0 if layer.rope is None else layer.rope]
+        if c.qk_norm == "head":
+            y = self._norm(name)(y)
+        if c.rope_adjacent:  # scores do not depend on the order of dimensions
+            y = halves_from_adjacent(y, table)
+        y = apply_rope(y, table)
+        return self._norm(name)(y) if c.qk_norm == "rotated" else y
 
     def _norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
@@ -120,111 +164,25 @@ class Attention(nn.Module):
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, layer: LayerInputs, shared: SharedInputs
     ) -> jax.Array:
-        c = self.config
-        windows = tuple(sorted(set(c.layer_windows)))
+        c, sharding, numerics = self.config, self.options.sharding, self.options.numerics.within()
+        # Heads that follow from saved arrays, or are inputs of the layer.
+        recomputed = "qkv" if self.part.values_normed else "qk" if c.qk_norm else ""
+        scale, windows = c.query_scale or c.head_dim**-0.5, tuple(sorted(set(c.layer_windows)))
         config = AttentionConfig(
-            c.query_scale or c.head_dim**-0.5,
-            c.attn_softcap,
-            c.attn_dropout,
-            windows,
-            self.options.sharding,
-            recomputed=self.recomputed or ("qk" if c.qk_norm else ""),
+            scale, c.attn_softcap, c.attn_dropout, windows, sharding, recomputed=recomputed
         )
-        window = GLOBAL_WINDOW if layer.window is None else layer.window
-        sinks, numerics = None, self.options.numerics.within()
+        window, sinks = GLOBAL_WINDOW if layer.window is None else layer.window, None
         if c.attn_sinks:
             sinks = self.param("sinks", nn.initializers.zeros_init(), (c.n_heads,)).astype(jnp.float32)
-        if shards_of(self.options.sharding) > 1:
+        if shards_of(sharding) > 1:
             assert shared.row is not None
             return split_attention((q, k, v), shared.row, window, config, numerics, sinks)
-        cached = self._cached_keys(layer, shared)
+        before = shared.handed[self.part.reads].cached if self.part.reads else layer.cached
+        cached = None
+        if before is not None:
+            assert shared.cached_positions is not None
+            assert shared.cached_segments is not None
+            cached = CachedKeys(before.k, before.v, shared.cached_positions, shared.cached_segments)
         keys = Keys(k, v, shared.positions, shared.segments, shared.starts, sinks, cached)
         rng = self.make_rng("dropout") if c.attn_dropout and not shared.deterministic else None
         return attention(q, keys, window, config, numerics, dropout_rng=rng)
-
-    def _cached_keys(self, layer: LayerInputs, shared: SharedInputs) -> CachedKeys | None:
-        if layer.cached is None:
-            return None
-        return cached_keys(layer.cached, shared)
-
-
-def cached_keys(cached: KeyValues, shared: SharedInputs) -> CachedKeys:
-    """Returns keys and values of earlier calls with their integers."""
-    assert shared.cached_positions is not None
-    assert shared.cached_segments is not None
-    return CachedKeys(cached.k, cached.v, shared.cached_positions, shared.cached_segments)
-
-
-@dataclass(frozen=True)
-class NormedAttention(AttentionMixer):
-    """Attention with RMS norms per head.
-
-    The norms of queries and keys have a scale, the norm of values has none. Norms precede RoPE.
-
-    Attributes:
-      keys_as_values: there is no ``v_proj``; values are the norm of k_proj's output.
-      hands: see `Mixer.hands`.
-      reads: see `Mixer.reads`; there is no ``k_proj`` and no ``v_proj``.
-    """
-
-    keys_as_values: bool = False
-    hands: str = ""
-    reads: str = ""
-
-    def arrays(self, config: ModelConfig) -> Shapes:
-        """Returns the scales of norms."""
-        normed = ("q_norm",) if self.reads else ("q_norm", "k_norm")
-        return {f"{name}/scale": (config.head_dim,) for name in normed}
-
-    def projections(self, config: ModelConfig) -> Shapes:
-        """Returns the kernel shapes of the projections."""
-        d, q = config.d_model, config.n_heads * config.head_dim
-        heads: Shapes = {name: (d, n * config.head_dim) for name, n in self.heads(config).items()}
-        return heads | {"o_proj": (q, d)}
-
-    def heads(self, config: ModelConfig) -> dict[str, int]:
-        """Returns the number of heads of every projection of the input."""
-        heads = {"q_proj": config.n_heads}
-        if not self.reads:
-            heads |= {"k_proj": config.n_kv_heads}
-        if not self.reads and not self.keys_as_values:
-            heads |= {"v_proj": config.n_kv_heads}
-        return heads
-
-    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
-        """Returns the module."""
-        module = _ReadingHeads if self.reads else _NormedHeads
-        return module(config, options, self, name=self.name)
-
-
-class _NormedHeads(Attention):
-    part: NormedAttention
-    recomputed: ClassVar[str] = "qkv"
-
-    def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> Heads:
-        c, numerics = self.config, self.options.numerics
-        projected = self._projected(x, self.part.heads(c), layer, shared)
-        # [batch, seq, heads, head_dim]
-        split = [round_and_save(y, numerics).reshape(*y.shape[:-1], -1, c.head_dim) for y in projected]
-        values = rms_norm(split[-1], jnp.ones((c.head_dim,), jnp.float32), c.norm_eps)
-        q, k = self._norm("q_norm")(split[0]), self._norm("k_norm")(split[1])
-        table = self._rope_table(layer, shared)
-        return apply_rope(q, table), apply_rope(k, table), values, None
-
-
-class _ReadingHeads(Attention):
-    part: NormedAttention
-    recomputed: ClassVar[str] = "qkv"  # keys and values are inputs of the layer
-
-    def _heads(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> Heads:
-        c = self.config
-        (q,) = self._projected(x, self.part.heads(c), layer, shared)
-        q = round_and_save(q, self.options.numerics).reshape(*q.shape[:-1], -1, c.head_dim)
-        keys = shared.handed[self.part.reads]
-        return apply_rope(self._norm("q_norm")(q), self._rope_table(layer, shared)), keys.k, keys.v, None
-
-    def _cached_keys(self, layer: LayerInputs, shared: SharedInputs) -> CachedKeys | None:
-        keys = shared.handed[self.part.reads]
-        if keys.cached is None:
-            return None
-        return cached_keys(keys.cached, shared)

@@ -11,19 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from nalora_jax.common.fields import Fields
-from nalora_jax.errors import NaloraError
-from nalora_jax.method import activations
 from nalora_jax.models.family import read
+from nalora_jax.models.readers import GLOBAL_WINDOW as GLOBAL_WINDOW
 from nalora_jax.models.ropes import RopeSpec
 
 if TYPE_CHECKING:
     from nalora_jax.models.embedding import LayerEmbeddings
     from nalora_jax.models.parts import FeedForward, Mixer, ScaledTail
     from nalora_jax.models.vision.config import Sight
-
-# A window longer than any sequence: global attention as an integer that can be scanned over layers.
-GLOBAL_WINDOW = 2**30
 
 
 @dataclass(frozen=True)
@@ -130,16 +125,8 @@ class ModelConfig:
           NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is
             not implemented.
         """
-        return read(raw, where, images)
+        return ModelConfig(**read(raw, where, images))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, for JSON and fingerprints."""
         return dataclasses.asdict(self)
-
-
-def activation_name(f: Fields, name: str) -> str:
-    """Returns the registered activation that the field ``name`` names."""
-    try:
-        return activations.get(f.text(name)).name
-    except NaloraError as error:
-        raise f.error(name, error.expected, error.found) from error

@@ -19,7 +19,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
-from nalora_jax.common.trees import flatten, unflatten
+from nalora_jax.common.trees import flatten
+from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
 from nalora_jax.models.cache import Cache, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
@@ -33,12 +34,13 @@ from nalora_jax.models.parts import (
     RMSNorm,
     SharedInputs,
     constrain,
+    layer_scales,
     part_adapters,
 )
 from nalora_jax.models.remat import of_position, rematerialized, scanned, stacked
 from nalora_jax.models.ropes import rope_tables
-from nalora_jax.models.stacks import Stack, groups, param_shapes, parts, stacks
-from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, leaf_dtype
+from nalora_jax.models.stacks import Stack, groups, parts, stacks
+from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.reductions import RUN, sampled_weights
 from nalora_jax.ops.split_rows import Row, block_length, padded, repeated, shards_of, split
@@ -52,14 +54,8 @@ class Block(nn.Module):
     """
 
     config: ModelConfig  # uniform, of the layer's stack
-    adapters: AdapterSpec = AdapterSpec()
-    numerics: Numerics = Numerics()
-    stats: GateStatsConfig = GateStatsConfig()
-    activation_sharding: NamedSharding | None = None
-    # For tokens routed to experts; default: as between layers.
-    routing_sharding: NamedSharding | None = None
-    experts: str = "auto"  # see `nalora_jax.config.ComputeConfig`
-    prefix: str = "layers"  # of the stack
+    adapters: AdapterSpec
+    options: PartOptions  # of its parts; prefix, part and adapters are theirs
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, Any]:
@@ -71,7 +67,7 @@ class Block(nn.Module):
         y, update = self._module(mixer)(normed, layer, shared)
         y = self._dropped(y, shared)
         if c.post_norm:
-            y = self._norm("attn_post_norm", round_and_save(y, self.numerics))
+            y = self._norm("attn_post_norm", round_and_save(y, self.options.numerics))
         x, normed = self._added("ffn_norm", x, y)
         stream = {"stream": x} if feed_forward.reads_stream else {}
         y = self._module(feed_forward)(
@@ -83,13 +79,13 @@ class Block(nn.Module):
         )
         y = self._dropped(y, shared)
         if c.post_norm:
-            y = self._norm("ffn_post_norm", round_and_save(y, self.numerics))
+            y = self._norm("ffn_post_norm", round_and_save(y, self.options.numerics))
         x = self._add(x, y)
         if c.tail is not None:
             x = self._module(c.tail)(x, layer, shared)
         if layer.cached is None and not c.hands:
             update = None
-        return constrain(x, self.activation_sharding), update
+        return constrain(x, self.options.sharding), update
 
     def _dropped(self, y: jax.Array, shared: SharedInputs) -> jax.Array:
         """Returns a part's output with the family's dropout."""
@@ -98,7 +94,9 @@ class Block(nn.Module):
         return nn.Dropout(self.config.residual_dropout, deterministic=False)(y)
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
-        return RMSNorm(self.config.norm_eps, self.config.norm_offset, self.numerics.result, name=name)(x)
+        return RMSNorm(
+            self.config.norm_eps, self.config.norm_offset, self.options.numerics.result, name=name
+        )(x)
 
     def _added(self, name: str, x: jax.Array, y: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Returns ``x + y`` and the input of the next part.
@@ -110,11 +108,11 @@ class Block(nn.Module):
         if y is not None and not (c.pre_norm and c.residual_scale == 1.0):
             x, y = self._add(x, y), None
         if c.pre_norm:
-            norm = ResidualNorm(c.norm_eps, c.norm_offset, self.numerics, recomputed, name=name)
+            norm = ResidualNorm(c.norm_eps, c.norm_offset, self.options.numerics, recomputed, name=name)
             return norm(x, y)
         if recomputed:
             return x, x
-        return x, round_and_save(x, self.numerics)
+        return x, round_and_save(x, self.options.numerics)
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         scale = self.config.residual_scale
@@ -123,13 +121,8 @@ class Block(nn.Module):
         return x + y.astype(x.dtype)
 
     def _module(self, part: Part) -> Any:
-        adapters = part_adapters(self.adapters, f"{self.prefix}/{part.name}")
-        routing = self.routing_sharding or self.activation_sharding
-        shardings = self.activation_sharding, routing
-        options = PartOptions(
-            self.prefix, part.name, adapters, self.numerics, self.stats, *shardings, self.experts
-        )
-        return part.module(self.config, options)
+        adapters = part_adapters(self.adapters, f"{self.options.prefix}/{part.name}")
+        return part.module(self.config, replace(self.options, part=part.name, adapters=adapters))
 
 
 class Decoder(nn.Module):
@@ -164,14 +157,14 @@ class Decoder(nn.Module):
         self.embed = Embedding(c.vocab_size, c.d_model, self.activation_sharding, trained)
         if c.layer_embeddings is not None:
             self.layer_embeddings = c.layer_embeddings.module(c, self.activation_sharding)
-        shardings = self.activation_sharding, self.routing_sharding
-        options = (self.adapters, self.numerics, self.stats or GateStatsConfig(), *shardings, self.experts)
+        shardings = self.activation_sharding, self.routing_sharding or self.activation_sharding
+        given = self.numerics, self.stats or GateStatsConfig(), *shardings, self.experts
+        options = PartOptions("layers", "", Adapters(), *given)
         if c.layer_kinds:
-            self.layers = Groups(c, self.remat, options)
+            self.layers = Groups(c, self.remat, self.adapters, options)
         else:
-            self.layers = stacked(Block, self.remat, c.n_layers, drops=_drops(c, self.adapters))(
-                c, *options
-            )
+            block = stacked(Block, self.remat, c.n_layers, drops=_drops(c, self.adapters))
+            self.layers = block(c, self.adapters, options)
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, self.numerics.result)
         if not c.tie_embeddings:
             self.lm_head = LMHead(c.vocab_size)
@@ -213,10 +206,7 @@ class Decoder(nn.Module):
           ``[batch, seq, d_model]``; with a cache, a pair of that and the extended cache.
         """
         given = (positions, segment_ids, token_weights, cache, deterministic, lengths)
-        shared = _shared_inputs(self.config, tokens, *given)
-        sharding = self.activation_sharding
-        if shards_of(sharding) > 1:
-            shared = self._in_parts(shared, tokens)
+        shared, sharding = self._shared_inputs(tokens, *given), self.activation_sharding
         rows, tokens = tokens, split(tokens, sharding)
         x = self.embed(tokens, self.numerics).astype(jnp.float32) * self.config.embed_scale
         embedded = None
@@ -234,26 +224,51 @@ class Decoder(nn.Module):
         positions, segments = (jnp.broadcast_to(x, tokens.shape) for x in integers)
         return hidden, extend(cache, updates, positions, segments, self.numerics)
 
-    def _in_parts(self, shared: SharedInputs, tokens: jax.Array) -> SharedInputs:
-        """Returns the inputs of layers for parts of rows; ``shared`` and ``tokens`` have whole rows."""
-        sharding, shape = self.activation_sharding, tokens.shape
-        parts, shards = partial(split, sharding=sharding), shards_of(sharding)
-        positions, segments = (jnp.broadcast_to(x, shape) for x in (shared.positions, shared.segments))
-        weights = shared.token_weights
-        if weights is None:
-            weights = jnp.ones(shape, bool)
-        assert isinstance(weights, jax.Array)
-        stats = self.stats or GateStatsConfig()
-        tables = partial(rope_tables, parts=parts)
-        return replace(
-            shared,
+    def _shared_inputs(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None,
+        segment_ids: jax.Array | None,
+        token_weights: jax.Array | SampledWeights | None,
+        cache: Cache | None,
+        deterministic: bool,
+        lengths: jax.Array | None,
+    ) -> SharedInputs:
+        """Returns the inputs that all layers share, of the parts of rows if the mesh splits them.
+
+        Without segments and positions their leading axis is 1, so that masks of whole rows stay small.
+        """
+        sharding, shape, row = self.activation_sharding, tokens.shape, None
+        segments = jnp.ones((1, shape[1]), jnp.int32)
+        if segment_ids is not None:
+            segments = segment_ids.astype(jnp.int32)
+            if token_weights is None:
+                token_weights = segment_ids > 0
+        if positions is None:
+            positions = default_positions(segments)
+            if cache is not None:
+                positions = positions + cache.lengths[:, None]
+        shards, parts = shards_of(sharding), partial(split, sharding=sharding)
+        batch = shape[0] if shards > 1 else max(positions.shape[0], segments.shape[0])
+        positions, segments = (jnp.broadcast_to(x, (batch, shape[1])) for x in (positions, segments))
+        if shards > 1:
+            weights = jnp.ones(shape, bool) if token_weights is None else token_weights
+            assert isinstance(weights, jax.Array)
+            stats, block = self.stats or GateStatsConfig(), block_length(shape[1], shards)
+            token_weights = sampled_as_whole(weights, stats, block, parts)
+            row = Row(padded(positions, sharding), padded(segments, sharding))
+        return SharedInputs(
             tables={
-                stack.prefix: tables(stack.config, positions, segments) for stack in stacks(self.config)
+                stack.prefix: rope_tables(stack.config, positions, segments, lengths, parts)
+                for stack in stacks(self.config)
             },
             positions=parts(positions),
             segments=parts(segments),
-            token_weights=sampled_as_whole(weights, stats, block_length(shape[1], shards), parts),
-            row=Row(padded(positions, sharding), padded(segments, sharding)),
+            token_weights=token_weights,
+            cached_positions=None if cache is None else cache.positions,
+            cached_segments=None if cache is None else cache.segments,
+            row=row,
+            deterministic=deterministic,
         )
 
     def _with_images(
@@ -283,27 +298,21 @@ class Decoder(nn.Module):
         self, x: jax.Array, cache: Cache | None, shared: SharedInputs, embedded: jax.Array | None
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the output of the last layer, and the updates of the layers' states by stack."""
-        x, of_stacks = x.astype(self.numerics.result), stacks(self.config)
-        inputs = {stack.prefix: self._layer_inputs(stack, cache, embedded) for stack in of_stacks}
+        inputs = {
+            stack.prefix: LayerInputs(
+                window=_scanned(stack.config.layer_windows, GLOBAL_WINDOW),
+                rope=_scanned(stack.config.layer_ropes, 0),
+                scales=layer_scales(self.adapters, stack.prefix),
+                embedded=None if embedded is None else embedded[np.array(stack.layers)],
+                cached=None if cache is None else cache.states.get(stack.prefix),
+            )
+            for stack in stacks(self.config)
+        }
+        x = x.astype(self.numerics.result)
         if self.config.layer_kinds:
             return self.layers(x, inputs, shared)
         x, update = self.layers(x, inputs["layers"], shared)
         return x, {"layers": update}
-
-    def _layer_inputs(self, stack: Stack, cache: Cache | None, embedded: jax.Array | None) -> LayerInputs:
-        """Returns the inputs that are scanned over the layers of a stack."""
-        scales: dict[str, dict[str, jax.Array]] = {}
-        for path, _ in self.adapters.targets:
-            if path.startswith(f"{stack.prefix}/"):
-                part_name, _, name = path.removeprefix(f"{stack.prefix}/").partition("/")
-                scales.setdefault(part_name, {})[name] = jnp.asarray(self.adapters.scales(path))
-        return LayerInputs(
-            window=_scanned(stack.config.layer_windows, GLOBAL_WINDOW),
-            rope=_scanned(stack.config.layer_ropes, 0),
-            scales=scales,
-            embedded=None if embedded is None else embedded[np.array(stack.layers)],
-            cached=None if cache is None else cache.states.get(stack.prefix),
-        )
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits ``[..., vocab]`` of ``hidden [..., d_model]``.
@@ -334,7 +343,8 @@ class Period(nn.Module):
 
     stacks: tuple[Stack, ...]
     remat: str
-    options: tuple[Any, ...]  # of `Block`, after its config
+    adapters: AdapterSpec
+    options: PartOptions
 
     @nn.compact
     def __call__(
@@ -344,12 +354,10 @@ class Period(nn.Module):
         updates = []
         for number, (stack, layer) in enumerate(zip(self.stacks, layers, strict=True)):
             block = rematerialized(Block, of_position(self.remat, number, len(self.stacks)))
-            x, update = block(stack.config, *self.options, stack.prefix, name=f"block{number}")(
-                x, layer, shared
-            )
+            options = replace(self.options, prefix=stack.prefix)
+            x, update = block(stack.config, self.adapters, options, name=f"block{number}")(x, layer, shared)
             updates.append(update)
-            if stack.config.hands:
-                shared = _with_keys(shared, stack, update, layer.cached)
+            shared = _with_keys(shared, stack, update, layer.cached)
         return x, tuple(updates)
 
 
@@ -358,7 +366,8 @@ class Groups(nn.Module):
 
     config: ModelConfig
     remat: str
-    options: tuple[Any, ...]  # of `Block`, after its config
+    adapters: AdapterSpec
+    options: PartOptions
 
     @nn.compact
     def __call__(
@@ -367,28 +376,25 @@ class Groups(nn.Module):
         """Returns ``[batch, seq, d_model]``, and the updates of the layers' states by stack."""
         updates: dict[str, Any] = {}
         for number, group in enumerate(groups(self.config)):
-            drops = _drops(self.config, self.options[0])
-            period = scanned(Period, len(group[0].layers), drops=drops)(
-                group, self.remat, self.options, name=f"group{number}"
+            period = scanned(Period, len(group[0].layers), drops=_drops(self.config, self.adapters))(
+                group, self.remat, self.adapters, self.options, name=f"group{number}"
             )
             prefixes = [stack.prefix for stack in group]
             x, of_group = period(x, tuple(inputs[prefix] for prefix in prefixes), shared)
             updates |= zip(prefixes, of_group, strict=True)
-            for stack in group:
-                if stack.config.hands:
-                    update, cached = jax.tree.map(
-                        lambda y: y[0], (updates[stack.prefix], inputs[stack.prefix].cached)
-                    )
-                    shared = _with_keys(shared, stack, update, cached)
+            for stack in (stack for stack in group if stack.config.hands):
+                first = jax.tree.map(lambda y: y[0], (updates[stack.prefix], inputs[stack.prefix].cached))
+                shared = _with_keys(shared, stack, *first)
         return x, updates
 
 
 def _with_keys(
-    shared: SharedInputs, stack: Stack, keys: tuple[jax.Array, jax.Array], cached: Any
+    shared: SharedInputs, stack: Stack, update: tuple[jax.Array, jax.Array], cached: Any
 ) -> SharedInputs:
-    """Returns the inputs of later layers, which may read the keys and values of ``stack``."""
-    handed = HandedKeys(*keys, cached)
-    return replace(shared, handed=shared.handed | {stack.config.hands: handed})
+    """Returns the inputs of later layers, which may read the keys and values of a stack of one layer."""
+    if not stack.config.hands:
+        return shared
+    return replace(shared, handed=shared.handed | {stack.config.hands: HandedKeys(*update, cached)})
 
 
 def _drops(config: ModelConfig, adapters: AdapterSpec) -> bool:
@@ -401,48 +407,6 @@ def _scanned(by_layer: tuple[int, ...], default: int) -> jax.Array | None:
     if set(by_layer) == {default}:
         return None
     return jnp.asarray(by_layer, jnp.int32)
-
-
-def _shared_inputs(
-    config: ModelConfig,
-    tokens: jax.Array,
-    positions: jax.Array | None,
-    segment_ids: jax.Array | None,
-    token_weights: jax.Array | None,
-    cache: Cache | None,
-    deterministic: bool,
-    lengths: jax.Array | None,
-) -> SharedInputs:
-    """Returns the inputs that all layers share.
-
-    Without segments and positions their leading axis is 1, so that masks stay small.
-    """
-    if segment_ids is None:
-        segments = jnp.ones((1, tokens.shape[1]), jnp.int32)
-    else:
-        segments = segment_ids.astype(jnp.int32)
-        if token_weights is None:
-            token_weights = segment_ids > 0
-    if positions is None:
-        positions = default_positions(segments)
-        if cache is not None:
-            positions = positions + cache.lengths[:, None]
-    of_cache: dict[str, Any] = {}
-    if cache is not None:
-        of_cache = {"cached_positions": cache.positions, "cached_segments": cache.segments}
-    rows = max(positions.shape[0], segments.shape[0])
-    positions, segments = (jnp.broadcast_to(x, (rows, tokens.shape[1])) for x in (positions, segments))
-    return SharedInputs(
-        tables={
-            stack.prefix: rope_tables(stack.config, positions, segments, lengths)
-            for stack in stacks(config)
-        },
-        positions=positions,
-        segments=segments,
-        token_weights=token_weights,
-        deterministic=deterministic,
-        **of_cache,
-    )
 
 
 def sampled_as_whole(
@@ -460,18 +424,16 @@ def sampled_as_whole(
     config = config.of_rows(length)
     strides = config.stride, config.probe_stride
     of_gate, of_probe = (parts(sampled_weights(weights, stride)) for stride in strides)
-    gate, probe = (_within_blocks(stride, length, block) for stride in strides)
+
+    def within_blocks(stride: int) -> int:
+        # The largest stride at which samples of blocks contain the sample of their row. A group of the row consists
+        # of whole groups of a block, which take the group's run if the weights of all others are 0. If the row's
+        # positions are taken singly, or blocks divide runs, all are taken.
+        singly = length % (RUN * stride) or block % RUN
+        return 1 if singly else math.gcd(stride, block // RUN)
+
+    gate, probe = map(within_blocks, strides)
     return SampledWeights(parts(weights), of_gate, of_probe, (gate, probe), length)
-
-
-def _within_blocks(stride: int, length: int, block: int) -> int:
-    """Returns the largest stride at which samples of blocks contain the sample of their row.
-
-    A group of the row consists of whole groups of a block, which take the group's run if the weights
-    of all others are 0. If the row's positions are taken singly, or blocks divide runs, all are taken.
-    """
-    singly = length % (RUN * stride) or block % RUN
-    return 1 if singly else math.gcd(stride, block // RUN)
 
 
 # ---------------------------------------------------------------- cache
@@ -515,29 +477,3 @@ def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> 
     goes_on = places[:, 1:] & places[:, :-1] & (segments[:, 1:] == segments[:, :-1])
     first = jnp.concatenate([jnp.ones_like(places[:, :1]), ~goes_on], axis=1)
     return positions - (index - lax.cummax(jnp.where(first, index, 0), axis=1))
-
-
-# ---------------------------------------------------------------- fresh trees
-
-
-@partial(jax.jit, static_argnums=(0, 2))
-def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Returns random base weights for tests and benchmarks; values differ between platforms."""
-    # Threefry takes seconds to compile. One draw for each leaf: a draw of all leaves would be the peak of the memory.
-    key = jax.random.wrap_key_data(jnp.resize(jax.random.key_data(key), (4,)), impl="rbg")
-    leaves = {}
-    for i, (path, shape) in enumerate(param_shapes(config).items()):
-        noise = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
-        leaves[path] = scaled_noise(config, path, noise).astype(leaf_dtype(path, dtype))
-    return unflatten(leaves)
-
-
-def scaled_noise(config: ModelConfig, path: str, noise: jax.Array) -> jax.Array:
-    """Returns the random base weight at ``path`` from standard normal ``noise`` of its shape."""
-    if path.endswith("/scale"):
-        # Norms of encoders and of linear attention have no offset.
-        plain = path.startswith(("image/", "unused/")) or path.endswith("linear_attn/norm/scale")
-        return 1.0 - (0.0 if plain else config.norm_offset) + 0.1 * noise
-    if path.endswith(("/bias", "/correction", "/embedding", "/class_token", "/probe")):
-        return 0.02 * noise
-    return noise * (1.0 / math.sqrt(noise.shape[-2]))

@@ -115,6 +115,9 @@ def routed_ffn(
     layer: Layer,
     config: RoutedConfig,
     routed_by: jax.Array | None = None,
+    *,
+    over: str | None = None,
+    sends: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Passes every token through its ``top_k`` experts.
 
@@ -125,12 +128,18 @@ def routed_ffn(
       layer: arrays of the block.
       config: static options.
       routed_by: input of the router; default: ``x``.
+      over: the mapped mesh axis that splits the experts, if one does; ``layer`` then has the device's
+        experts, with taps of all experts.
+      sends: send rows to their experts, without dropout, instead of gathering all experts.
 
     Returns:
-      ``[batch, seq, d_model]``, and the statistics (``{}`` if none are computed).
+      ``[batch, seq, d_model]``, and the statistics (``{}`` if none are computed) of all experts.
     """
     routing = routed(x, layer, config, routed_by)
     samples = samples_of(routing, token_weights, config)
+    if over is not None and sends:
+        return _exchanged(x, layer, routing, samples, config, over)
+    layer = layer if over is None else all_experts(layer, over)
     drop = _unchanged if keys is None else partial(_dropped, keys, routing, config)
     return routed_rows(x, layer, routing, samples, config, drop)
 
@@ -258,9 +267,14 @@ def _projected(
     which the inputs have been multiplied, the bias is multiplied too.
     """
     base, adapter = frozen_grouped_matmul(x, experts.kernel, groups.sizes, numerics), experts.adapter
-    bias = _bias_rows(experts, groups, axis)
-    if bias is not None and weight is not None:
-        bias = bias * weight[:, None].astype(bias.dtype)
+    bias = None
+    if experts.bias is not None:
+        bias = lax.stop_gradient(experts.bias)
+        if axis is not None:  # only the first device of the axis adds it
+            bias = jnp.where(lax.axis_index(axis) == 0, bias, 0)
+        bias = jnp.take(bias, groups.expert, axis=0)
+        if weight is not None:
+            bias = bias * weight[:, None].astype(bias.dtype)
     if adapter is None:
         return combine(base, bias), None
     delta = grouped_residual(inner, *adapter[:3], groups, numerics, adapter.mask)
@@ -275,16 +289,6 @@ def _projected(
         ratio = jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)
         delta = (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
     return combine(base, bias), delta.astype(base.dtype)
-
-
-def _bias_rows(experts: Experts, groups: Groups, axis: str | None) -> jax.Array | None:
-    """Returns the bias of every row, or None; with ``axis``, only its first device adds it."""
-    if experts.bias is None:
-        return None
-    bias = lax.stop_gradient(experts.bias)
-    if axis is not None:
-        bias = jnp.where(lax.axis_index(axis) == 0, bias, 0)
-    return jnp.take(bias, groups.expert, axis=0)
 
 
 def _probed(
@@ -367,26 +371,15 @@ def block_rows(rows: int, devices: int) -> int:
     return min(rows, max(LEAST, math.ceil(SLACK * rows / devices)))
 
 
-def exchanged_ffn(
+def _exchanged(
     x: jax.Array,
-    token_weights: jax.Array,
     layer: Layer,
+    routing: Routing,
+    samples: tuple[SampledRows, SampledRows],
     config: RoutedConfig,
     over: str,
-    routed_by: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes `routed_ffn` without dropout, with experts that are split over a mapped mesh axis.
-
-    Args:
-      x, token_weights, config, routed_by: as for `routed_ffn`.
-      layer: the device's experts; taps are of all experts.
-      over: the mapped mesh axis that splits the experts.
-
-    Returns:
-      As `routed_ffn`; statistics have all experts, with zeros for the experts of other devices.
-    """
-    routing = routed(x, layer, config, routed_by)
-    samples = samples_of(routing, token_weights, config)
+    """Computes `routed_ffn` by sending rows; statistics have zeros for the experts of other devices."""
     devices, local = lax.axis_size(over), layer.gate.kernel.shape[0]
     counts = jnp.sum(routing.sizes.reshape(devices, local), axis=1)
     block = block_rows(routing.token.shape[0], devices)

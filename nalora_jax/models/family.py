@@ -1,4 +1,4 @@
-"""Families of models: the record of one ``model_type``, its tensor names, and the reading of a ``config.json``.
+"""Families of models: the record of one ``model_type``, and the reading of a ``config.json``.
 
 Both forms of ``config.json`` are read: transformers 4 (``rope_theta``, ``rope_scaling``) and 5
 (``rope_parameters``). Features that are not implemented raise an error that names them.
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,175 +18,17 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.common.registry import Registry
 from nalora_jax.config.rope_scaling import ORIGINAL
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.readers import base_values
 from nalora_jax.models.ropes import RopeRules
+from nalora_jax.models.tensor_rows import Rows
 
 if TYPE_CHECKING:
     from nalora_jax.models.config import ModelConfig
     from nalora_jax.models.vision.config import Sight
 
-# ---------------------------------------------------------------- names of tensors
-
-# Rows of a family's tables: tensor names in transformers' and in llama.cpp's files. A row is (name, leaves, change).
-# ``{layer}`` and ``{expert}`` in a name run over the stack. Rows whose leaves a config does not have (biases, an untied
-# head) are dropped, so one table serves every variant of its family. `nalora_jax.weights.keymaps` reads and writes
-# files by these rows.
-
-Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose", "columns", "patches", "lead"]
-
-
-Source = Literal["hf", "gguf"]  # names of transformers or of llama.cpp
-
-
-@dataclass(frozen=True)
-class TensorRow:
-    """One kind of tensor."""
-
-    name: str
-    paths: tuple[str, ...]  # several if the file fuses them along its first axis
-    # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of rotated rows;
-    # "columns": the last axis of the paths' arrays alternates: first, second, first, ...; of encoders also
-    # "patches": kernel of a convolution, and "lead": axes of length 1.
-    change: Change = ""
-    experts: bool | None = None  # True: only in layers with a mixture of experts; False: only in the others
-
-
-Rows = tuple[TensorRow, ...]
-
-
-def _kernel(stem: str, module: str, *paths: str) -> TensorRow:
-    """Returns the kernel of a layer's module, which may fuse several projections."""
-    leaves = tuple(f"layers/{path}/kernel" for path in paths)
-    return TensorRow(f"{stem}.{module}.weight", leaves, "transpose")
-
-
-def _norms(stem: str, names: Mapping[str, str], change: Change = "") -> Rows:
-    """Returns the norms of a layer: the file's name by ours."""
-    return tuple(
-        TensorRow(f"{stem}.{theirs}.weight", (f"layers/{ours}/scale",), change)
-        for ours, theirs in names.items()
-    )
-
-
-# ---------------------------------------------------------------- transformers
-
-_HF_LAYER = "model.layers.{layer}"
-GATED = ("gate_proj", "up_proj", "down_proj")
-hf_kernel = partial(_kernel, _HF_LAYER)
-hf_norms = partial(_norms, _HF_LAYER)
-
-
-def hf_row(name: str, path: str) -> TensorRow:
-    """Returns a tensor of a layer that is stored as it is."""
-    return TensorRow(f"{_HF_LAYER}.{name}", (f"layers/{path}",))
-
-
-def hf_dense(
-    module: str, folder: str, names: tuple[str, ...] | Mapping[str, str], experts: bool | None = None
-) -> Rows:
-    """Returns kernels and biases of projections; ``names`` maps our names to transformers' if they differ."""
-    if not isinstance(names, Mapping):
-        names = {name: name for name in names}
-    stem, leaf = f"{_HF_LAYER}.{module}", f"layers/{folder}"
-    return (
-        *(
-            TensorRow(f"{stem}.{theirs}.weight", (f"{leaf}/{ours}/kernel",), "transpose", experts)
-            for ours, theirs in names.items()
-        ),
-        *(
-            TensorRow(f"{stem}.{theirs}.bias", (f"{leaf}/{ours}/bias",), "", experts)
-            for ours, theirs in names.items()
-        ),
-    )
-
-
-def hf_experts(module: str, names: tuple[str, ...] = GATED, folder: str = "ffn") -> Rows:
-    """Returns router and experts; ``names`` are transformers' names of gate, up and down."""
-    stem = f"{_HF_LAYER}.{module}.experts.{{expert}}"
-    experts = (
-        TensorRow(f"{stem}.{theirs}.weight", (f"layers/{folder}/{ours}/kernel",), "transpose", True)
-        for ours, theirs in zip(GATED, names, strict=True)
-    )
-    return (hf_kernel(f"{module}.gate", f"{folder}/router"), *experts)
-
-
-def hf_ends(norm: str = "norm") -> Rows:
-    """Returns embedding, final norm and head."""
-    return (
-        TensorRow("model.embed_tokens.weight", ("embed/embedding",)),
-        TensorRow(f"model.{norm}.weight", ("final_norm/scale",)),
-        TensorRow("lm_head.weight", ("lm_head/kernel",), "transpose"),
-    )
-
-
-HF_ENDS = hf_ends()
-HF_ATTENTION = hf_dense("self_attn", "attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
-HF_FFN = hf_dense("mlp", "ffn", GATED)
-HF_DENSE_LAYERS = hf_dense("mlp", "ffn", GATED, experts=False)
-HF_QK_NORMS = hf_norms({"attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm"})
-HF_PRE_NORMS = hf_norms({"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"})
-HF_POST_NORMS = hf_norms(
-    {"attn_post_norm": "post_attention_layernorm", "ffn_post_norm": "post_feedforward_layernorm"}
-)
-HF_FOUR_NORMS = HF_POST_NORMS + hf_norms(
-    {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
-)
-HF_SINKS = hf_row("self_attn.sinks", "attn/sinks")
-HF_LLAMA = (*HF_ENDS, *HF_PRE_NORMS, *HF_ATTENTION, *HF_FFN)
-# Norms of outputs, and of queries and keys.
-HF_OLMO2 = (*HF_ENDS, *HF_POST_NORMS, *HF_ATTENTION, *HF_QK_NORMS, *HF_FFN)
-
-# ---------------------------------------------------------------- llama.cpp
-
-_GGUF_NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-_GGUF_FFN_NAMES = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-# Changes of a kernel and a bias, without and with llama.cpp's order of rotated rows.
-_TRANSPOSED: tuple[Change, Change] = ("transpose", "")
-_PAIRED: tuple[Change, Change] = ("pairs_transpose", "pairs")
-gguf_kernel = partial(_kernel, "blk.{layer}")
-gguf_norms = partial(_norms, "blk.{layer}")
-
-
-def _gguf_dense(folder: str, names: Mapping[str, str], pairs: tuple[str, ...] = ()) -> Rows:
-    rows = []
-    for ours, theirs in names.items():
-        stem, leaf = f"blk.{{layer}}.{theirs}", f"layers/{folder}/{ours}"
-        kernel, bias = _TRANSPOSED
-        if ours in pairs:
-            kernel, bias = _PAIRED
-        rows.append(TensorRow(f"{stem}.weight", (f"{leaf}/kernel",), kernel))
-        rows.append(TensorRow(f"{stem}.bias", (f"{leaf}/bias",), bias))
-    return tuple(rows)
-
-
-def gguf_ends(change: Change = "") -> Rows:
-    """Returns embedding, final norm and head."""
-    return (
-        TensorRow("token_embd.weight", ("embed/embedding",)),
-        TensorRow("output_norm.weight", ("final_norm/scale",), change),
-        TensorRow("output.weight", ("lm_head/kernel",), "transpose"),
-    )
-
-
-GGUF_PRE = {"attn_norm": "attn_norm", "ffn_norm": "ffn_norm"}
-GGUF_POST = {"attn_post_norm": "post_attention_norm", "ffn_post_norm": "post_ffw_norm"}
-GGUF_QK = {"attn/q_norm": "attn_q_norm", "attn/k_norm": "attn_k_norm"}
-GGUF_FFN = _gguf_dense("ffn", _GGUF_FFN_NAMES)
-GGUF_ATTENTION = _gguf_dense("attn", _GGUF_NAMES)
-# Families for which llama.cpp rotates adjacent pairs; in others it pairs channels half a head
-# apart, like transformers.
-GGUF_PAIRED = _gguf_dense("attn", _GGUF_NAMES, pairs=("q_proj", "k_proj"))
-GGUF_LLAMA = (*gguf_ends(), *gguf_norms(GGUF_PRE), *GGUF_PAIRED, *GGUF_FFN)
-GGUF_QWEN2 = (*gguf_ends(), *gguf_norms(GGUF_PRE), *GGUF_ATTENTION, *GGUF_FFN)
-GGUF_EXPERTS = (
-    gguf_kernel("ffn_gate_inp", "ffn/router"),
-    *(gguf_kernel(f"{theirs}_exps", f"ffn/{ours}") for ours, theirs in _GGUF_FFN_NAMES.items()),
-)
-
-
-# ---------------------------------------------------------------- records
-
+Features = dict[str, Any]  # fields of `ModelConfig`
 Reader = Callable[[Fields, str], "ModelConfig"]
-SightReader = Callable[[Fields, "ModelConfig"], "Sight"]
+SightReader = Callable[[Fields, int], "Sight"]  # from the file's fields, and the width of the text model
 
 
 class Metadata:
@@ -257,17 +98,12 @@ class Metadata:
                 scaling |= {"mscale": 1.0, "mscale_all_dim": all_dim}
         return scaling
 
-    def refuse_window(self) -> None:
-        """Raises an error if the file has a sliding window."""
-        window = self.get("attention.sliding_window", int, 0)
-        if window:
-            expected, remedy = "no sliding window for this architecture", "this variant is not supported"
-            raise self.error("attention.sliding_window", expected, window, remedy)
-
 
 def without_window(r: Metadata) -> dict[str, Any]:
     """Returns no further settings; a sliding window is refused."""
-    r.refuse_window()
+    if window := r.get("attention.sliding_window", int, 0):
+        expected, remedy = "no sliding window for this architecture", "this variant is not supported"
+        raise r.error("attention.sliding_window", expected, window, remedy)
     return {}
 
 
@@ -289,16 +125,18 @@ class Family:
 
     name: str  # the ``model_type``
     class_name: str  # of transformers' causal model; "" if unknown
-    read: Reader  # returns the config of the fields of a config.json
+    # Returns the fields of the config that differ from `base_values`.
+    features: Callable[[Fields], Features]
     tensors: Rows  # transformers' names; PEFT's names follow from them
     # transformers' defaults of fields that a file may omit.
     defaults: Mapping[str, Any] = field(default_factory=dict)
     gguf: GGUF | None = None  # None: llama.cpp's names are not known here
-    checks: tuple[str, ...] = ()  # fields that other families must not use and that `read` checks
+    checks: tuple[str, ...] = ()  # fields that other families must not use and that `features` checks
     ignored: tuple[str, ...] = ()  # expressions of further tensors; "{n_layers}" is the number of layers
     ropes: RopeRules = field(default_factory=RopeRules)
     experts: str = "mlp.experts"  # transformers' module of all experts of a layer
     multimodal: str = ""  # ``model_type`` of multimodal models of which only this text model is supported
+    reader: Reader | None = None  # of a family from outside the package, in place of ``features``
     stacks_in_vllm: bool = False  # vLLM reads adapters of such a model's experts as stacks, not one by one
 
 
@@ -337,62 +175,57 @@ def nearest(name: object, names: Mapping[str, Any] | tuple[str, ...]) -> str:
     return f"no model is loaded as a similar one; the nearest names are {', '.join(near)}"
 
 
-def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfig:
-    """Returns the `ModelConfig` of a parsed ``config.json``; see `ModelConfig.from_hf`."""
+def read(raw: Mapping[str, Any], where: str, images: bool = False) -> Features:
+    """Returns the fields of the `ModelConfig` of a parsed ``config.json``; see `ModelConfig.from_hf`."""
     if not isinstance(raw, Mapping):
         raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
+    f, name = Fields(raw, {}, where), raw.get("model_type")
     if not raw.get("is_causal", True):  # transformers then attends in both directions, also for null
-        raise NaloraError(
-            f"{where}: is_causal",
-            expected="true, or no such field: attention to later tokens is not implemented",
-            found=repr(raw["is_causal"])[:60],
-            remedy="use a causal language model",
-        )
-    name = raw.get("model_type")
+        expected = "true, or no such field: attention to later tokens is not implemented"
+        raise f.error("is_causal", expected, repr(raw["is_causal"])[:60], "use a causal language model")
     if contains_text_model(name, images=images):  # the text model is one of its parts
-        text = read(text_part(raw, where), f"{where}: text_config", False)
-        if not images:
-            return text
-        return replace(text, sight=read_sight(raw, text, where))
+        text = read(text_part(raw, where), f"{where}: text_config")
+        return text | {"sight": _sight(raw, text, where)} if images else text
     if images:
-        raise NaloraError(
-            f"{where}: model_type",
-            expected=f"a model that sees images: one of {', '.join(MULTIMODAL)}",
-            found=repr(name),
-            remedy="use such a model, or leave --vision.task (or --image) out",
-        )
+        expected = f"a model that sees images: one of {', '.join(MULTIMODAL)}"
+        remedy = "use such a model, or leave --vision.task (or --image) out"
+        raise f.error("model_type", expected, repr(name), remedy)
     if not isinstance(name, str) or (name not in BUILT_IN and name not in REGISTERED):
-        raise NaloraError(
-            f"{where}: model_type",
-            expected=f"one of {', '.join(supported())}",
-            found=repr(name),
-            remedy=nearest(name, supported()),
-        )
+        names = supported()
+        raise f.error("model_type", f"one of {', '.join(names)}", repr(name), nearest(name, names))
     family = family_of(name)
-    fields = Fields(raw, {**_COMMON, **family.defaults}, where)
+    f = Fields(raw, {**_COMMON, **family.defaults}, where)
     for feature, remedy in _REFUSED.items():
         if feature not in family.checks:
-            fields.refuse(feature, remedy)
-    config = family.read(fields, name)
-    _check(config, fields)
-    return config
+            f.refuse(feature, remedy)
+    values = vars(family.reader(f, name)) if family.reader else base_values(f, name, family.features(f))
+    _check(values, f)
+    return values
 
 
-def _check(config: ModelConfig, f: Fields) -> None:
-    if config.n_heads % config.n_kv_heads:
-        raise f.error(
-            "num_key_value_heads", f"a divisor of num_attention_heads ({config.n_heads})", config.n_kv_heads
-        )
-    if config.attn_dropout >= 1:
-        raise f.error("attention_dropout", "a rate in [0, 1)", config.attn_dropout)
-    if config.n_experts * config.n_layers > 2**16:
-        raise f.error(
-            "num_experts", "at most 65,536 experts in all layers", config.n_experts * config.n_layers
-        )
-    if config.experts_per_token > config.n_experts:
-        raise f.error(
-            "num_experts_per_tok", f"at most {config.n_experts} experts", config.experts_per_token
-        )
+def _check(values: Features, f: Fields) -> None:
+    heads, kv_heads = values["n_heads"], values["n_kv_heads"]
+    experts, chosen = values.get("n_experts", 0), values.get("experts_per_token", 0)
+    if heads % kv_heads:
+        raise f.error("num_key_value_heads", f"a divisor of num_attention_heads ({heads})", kv_heads)
+    if values["attn_dropout"] >= 1:
+        raise f.error("attention_dropout", "a rate in [0, 1)", values["attn_dropout"])
+    if experts * values["n_layers"] > 2**16:
+        expected = "at most 65,536 experts in all layers"
+        raise f.error("num_experts", expected, experts * values["n_layers"])
+    if chosen > experts:
+        raise f.error("num_experts_per_tok", f"at most {experts} experts", chosen)
+
+
+def _sight(raw: Mapping[str, Any], text: Features, where: str) -> Sight:
+    """Returns the image tower and projector that a multimodal ``config.json`` describes."""
+    reader, defaults, _ = MULTIMODAL[raw["model_type"]]
+    f = Fields(raw, defaults, where)
+    sight = reader(f, text["d_model"])
+    if not 0 <= sight.image_token < text["vocab_size"]:
+        expected = f"a token below {text['vocab_size']}, the rows of the embedding"
+        raise f.error("image_token_index", expected, "another")
+    return sight
 
 
 # ---------------------------------------------------------------- text models of multimodal models
@@ -414,8 +247,7 @@ def text_part(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     A multimodal file lists only the differences from the text model's defaults.
     """
     name = raw["model_type"]
-    if name in _text_only():
-        family = _text_only()[name]
+    if family := _text_only().get(name):
         tie = family.defaults.get("tie_word_embeddings", False)
         defaults = {"model_type": family.name, "tie_word_embeddings": tie}
     else:
@@ -424,7 +256,7 @@ def text_part(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     tied = raw.get("tie_word_embeddings")
     if tied is None or (tied is False and text_config.get("tie_word_embeddings")):
         tied = text_config.get("tie_word_embeddings", defaults["tie_word_embeddings"])
-    if raw["model_type"] == "gemma3":
+    if name == "gemma3":
         text_config["model_type"] = defaults["model_type"]
         tied = raw.get("tie_word_embeddings", True)
     return {**defaults, **text_config, "tie_word_embeddings": tied}
@@ -439,7 +271,7 @@ def register_family(
     """Returns a decorator that registers a reader of configs for a ``model_type``.
 
     The reader receives the file's `nalora_jax.common.fields.Fields` and the name, and returns a
-    `ModelConfig`; `nalora_jax.models.readers.base_config` reads the fields that all families share.
+    `ModelConfig`; `nalora_jax.models.families.base_config` reads the fields that all families share.
 
     Args:
       model_type: the value in the ``config.json``.
@@ -452,33 +284,16 @@ def register_family(
 
     def register(reader: Reader) -> Reader:
         if model_type in BUILT_IN:
-            raise NaloraError(
-                f"family {model_type!r}", expected="a name that is free", found="one of this library's"
-            )
-        family = Family(model_type, "", reader, (), dict(defaults or {}))
-        if isinstance(tensors, str):
-            like = family_of(tensors)
-            family = replace(family, tensors=like.tensors, gguf=like.gguf)
-        else:
-            family = replace(family, tensors=tuple(tensors))
+            where, expected = f"family {model_type!r}", "a name that is free"
+            raise NaloraError(where, expected=expected, found="one of this library's")
+        rows, form = tensors, None
+        if isinstance(rows, str):
+            like = family_of(rows)
+            rows, form = like.tensors, like.gguf
+        family = Family(
+            model_type, "", lambda _: {}, tuple(rows), dict(defaults or {}), form, reader=reader
+        )
         REGISTERED.add(model_type, family, replace=True)
         return reader
 
     return register
-
-
-def read_sight(raw: Mapping[str, Any], text: ModelConfig, where: str) -> Sight:
-    """Returns the image tower and projector that a multimodal ``config.json`` describes.
-
-    Raises:
-      NaloraError: a missing or ill-typed field, or a feature that is not implemented.
-    """
-    name = raw["model_type"]
-    reader, defaults = MULTIMODAL[name][:2]
-    f = Fields(raw, defaults, where)
-    sight = reader(f, text)
-    if not 0 <= sight.image_token < text.vocab_size:
-        raise f.error(
-            "image_token_index", f"a token below {text.vocab_size}, the rows of the embedding", "another"
-        )
-    return sight

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -30,16 +31,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.method import statistics
-from nalora_jax.method.ffn import LoRADense
-from nalora_jax.method.low_rank import Dense
 from nalora_jax.method.measurement import SampledWeights
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.experts import (
     Experts,
     Layer,
     RoutedConfig,
-    all_experts,
-    exchanged_ffn,
     exchanges_less,
     of_each,
     routed_ffn,
@@ -84,14 +81,11 @@ class MoEFFN(nn.Module):
 
         ``routed_by`` is the input of the router, ``x`` by default.
         """
-        c, options = self.config, self.options
-        mask, taps, keys = None, {}, None
-        if self.has_variable("gate_mask", "mask"):
-            mask = self.get_variable("gate_mask", "mask")
-        if not self.is_initializing():
-            taps = self.variables.get("gate_taps", {})
+        c, options, keys = self.config, self.options, None
+        taps = {} if self.is_initializing() else self.variables.get("gate_taps", {})
         router = Router(c.n_experts, c.router_bias, self.routing, name="router")
         kernel, bias, *of_experts = router(c.d_model)
+        mask = self.get_variable("gate_mask", "mask")
         layer = Layer(
             kernel,
             bias,
@@ -135,12 +129,11 @@ class MoEFFN(nn.Module):
         mask: jax.Array | None = None,
     ) -> Experts:
         c, adapters = self.config, self.options.adapters
-        scale = jnp.asarray((scales or {}).get(name, 1.0), jnp.float32)
-        module = LoRADense(
-            d_out, adapters.rank(name), c.ffn_bias, adapters.dora, experts=c.n_experts, name=name
-        )
-        dense: Dense = module.dense(d_in, scale, mask)
-        return Experts(dense.kernel, dense.adapter, dense.bias)
+        dense = adapters.dense(name, d_in, d_out, scales, bias=c.ffn_bias, experts=c.n_experts, mask=mask)
+        adapter = dense.adapter
+        if adapter is not None:
+            adapter = adapter._replace(scale=jnp.asarray(adapter.scale, jnp.float32))
+        return Experts(dense.kernel, adapter, dense.bias)
 
 
 class Router(nn.Module):
@@ -155,17 +148,15 @@ class Router(nn.Module):
         """Returns the kernel ``[d_model, experts]``; bias, correction and scale ``[experts]`` or None."""
         kernel: jax.Array = self.param("kernel", nn.initializers.lecun_normal(), (d_model, self.n_experts))
         zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
-        return (
-            kernel,
-            self._of_experts("bias", zeros, self.use_bias),
-            self._of_experts("correction", zeros, self.spec.correction),
-            self._of_experts("scale", ones, self.spec.expert_scale),
+        optional = (
+            ("bias", zeros, self.use_bias),
+            ("correction", zeros, self.spec.correction),
+            ("scale", ones, self.spec.expert_scale),
         )
-
-    def _of_experts(self, name: str, init: Callable[..., jax.Array], exists: bool) -> jax.Array | None:
-        if not exists:
-            return None
-        return self.param(name, init, (self.n_experts,))
+        of_experts = (
+            self.param(name, init, (self.n_experts,)) if exists else None for name, init, exists in optional
+        )
+        return (kernel, *of_experts)
 
 
 def on_mesh(
@@ -199,19 +190,17 @@ def on_mesh(
         return y, {name: first_alone(value, config.stats.sharding) for name, value in measured.items()}
     rows, mesh = sharding.spec[0], sharding.mesh
     axis = _AXIS if _splits(layer, mesh.shape.get(_AXIS, 1)) else None
-    over = _OVER if _shares(sharding, layer) else None
-    sends = over and keys is None and _sends(sharding, x, layer, config, experts)
+    devices = mesh.shape.get(_OVER, 1)  # that hold the same number of experts each
+    shares = devices > 1 and layer.gate.kernel.shape[0] % devices == 0 and _OVER in rows
+    over = _OVER if shares else None
+    sends = shares and keys is None and _sends(sharding, x, layer, config, experts)
 
     def local(
         x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer, routed_by: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         x, layer = in_stored_layout(x, config.numerics), _of_shard(layer, config)
         split = replace(config, axis=axis)
-        if over and sends:
-            y, measured = exchanged_ffn(x, weights, layer, split, over, routed_by)
-        else:
-            layer = all_experts(layer, over) if over else layer
-            y, measured = routed_ffn(x, weights, keys, layer, split, routed_by)
+        y, measured = routed_ffn(x, weights, keys, layer, split, routed_by, over=over, sends=sends)
         return in_stored_layout(y, config.numerics), {name: value[None] for name, value in measured.items()}
 
     names, taps = config.measured, (rows,) if by_shard else ()
@@ -229,12 +218,6 @@ def on_mesh(
         return y, parts
     merge = {name: jnp.max if name.startswith(statistics.CHECK) else jnp.sum for name in names}
     return y, {name: merge[name](arrays, axis=0) for name, arrays in parts.items()}
-
-
-def _shares(sharding: NamedSharding, layer: Layer) -> bool:
-    """Returns True if the devices of a mesh axis hold the same number of experts each."""
-    devices = sharding.mesh.shape.get(_OVER, 1)
-    return devices > 1 and layer.gate.kernel.shape[0] % devices == 0 and _OVER in sharding.spec[0]
 
 
 def _sends(sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedConfig, experts: str) -> bool:
@@ -256,11 +239,10 @@ def _of_shard(layer: Layer, config: RoutedConfig) -> Layer:
         kernel = jax.tree.map(lambda x: in_stored_layout(x, config.numerics), experts.kernel)
         return experts._replace(kernel=kernel)
 
-    layer = of_each(layer, stored)
-    if count(config.stats.sharding) == 1:
-        return layer
-    # On a device these are the first.
-    return layer._replace(taps={name: tap[0] for name, tap in layer.taps.items()})
+    taps = layer.taps
+    if count(config.stats.sharding) > 1:  # on a device these are the first
+        taps = {name: tap[0] for name, tap in taps.items()}
+    return of_each(layer._replace(taps=taps), stored)
 
 
 def _splits(layer: Layer, parts: int) -> bool:
@@ -331,10 +313,6 @@ class Mixture(FeedForward):
         }
         return shapes | {f"router/{name}": (config.n_experts,) for name in optional if optional[name]}
 
-    def has_bias(self, config: ModelConfig, name: str) -> bool:
-        """See `Part`."""
-        return config.ffn_bias
-
     def projections(self, config: ModelConfig) -> Shapes:
         """See `Part`."""
         n, d, f = config.n_experts, config.d_model, config.d_ff
@@ -364,6 +342,7 @@ class WithExperts(FeedForward):
     router: RouterSpec
     name: ClassVar[str] = "ffn"
     block: ClassVar[str]  # name of the gated block
+    kind: ClassVar[Any]  # of the module
 
     def branches(self, config: ModelConfig) -> dict[str, tuple[FeedForward, ModelConfig]]:
         """Returns both blocks with their configs, by name."""
@@ -376,10 +355,6 @@ class WithExperts(FeedForward):
         """Returns the router."""
         arrays = Mixture(self.router).arrays(config)
         return {f"experts_ffn/{name}": shape for name, shape in arrays.items()}
-
-    def has_bias(self, config: ModelConfig, name: str) -> bool:
-        """See `Part`."""
-        return config.ffn_bias
 
     def projections(self, config: ModelConfig) -> Shapes:
         """See `Part`."""
@@ -398,15 +373,42 @@ class WithExperts(FeedForward):
         branches = sorted(self.branches(config).items())
         return {name: part.gates(of_part)[""] for name, (part, of_part) in branches}
 
-    def modules(self, config: ModelConfig, options: PartOptions) -> list[Any]:
-        """Returns the mixture and the gated block."""
-        return [
-            part.module(
-                of_part,
-                replace(options, part=name, adapters=adapters_below(options.adapters, f"{name}/")),
-            )
-            for name, (part, of_part) in self.branches(config).items()
-        ]
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """See `Part`."""
+        return self.kind(config, self, options, name=self.name)
+
+
+class _WithExpertsFFN(nn.Module):
+    """The mixture and the gated block, with the call signature of `GatedFFN`."""
+
+    config: ModelConfig
+    part: WithExperts
+    options: PartOptions
+
+    def _branches(self, scales: Mapping[str, Any] | None) -> list[Callable[..., jax.Array]]:
+        """Returns the mixture and the gated block as functions of their input."""
+        calls: list[Callable[..., jax.Array]] = []
+        for name, (part, of_part) in self.part.branches(self.config).items():
+            adapters = adapters_below(self.options.adapters, f"{name}/")
+            module: Any = part.module(of_part, replace(self.options, part=name, adapters=adapters))
+            calls.append(partial(module, scales=scales_below(scales, f"{name}/")))
+        return calls
+
+
+class SharedExpertsFFN(_WithExpertsFFN):
+    """The mixture and the shared expert."""
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, scales: Mapping[str, jax.Array | float] | None = None, **inputs: Any
+    ) -> jax.Array:
+        """Returns ``[batch, seq, d_model]`` as ``x``; for ``inputs`` see `GatedFFN`."""
+        experts, shared = self._branches(scales)
+        y = shared(x, **inputs)
+        assert isinstance(self.part, SharedExperts)
+        if self.part.gated:
+            y = y * TokenGate(name="shared_gate")(x).astype(y.dtype)
+        return experts(x, **inputs) + y
 
 
 @dataclass(frozen=True)
@@ -415,36 +417,12 @@ class SharedExperts(WithExperts):
 
     gated: bool = False  # sigmoid(x w) multiplies the shared expert's output
     block: ClassVar[str] = "shared_ffn"
+    kind: ClassVar[Any] = SharedExpertsFFN
 
     def arrays(self, config: ModelConfig) -> Shapes:
         """Returns the router, and the gate of the shared expert."""
-        shapes = super().arrays(config)
-        if self.gated:
-            shapes["shared_gate/kernel"] = (config.d_model, 1)
-        return shapes
-
-    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
-        """See `Part`."""
-        return SharedExpertsFFN(config, self, options, name=self.name)
-
-
-class SharedExpertsFFN(nn.Module):
-    """The mixture and the shared expert, with the call signature of `GatedFFN`."""
-
-    config: ModelConfig
-    part: SharedExperts
-    options: PartOptions
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, scales: Mapping[str, jax.Array | float] | None = None, **inputs: Any
-    ) -> jax.Array:
-        """Returns ``[batch, seq, d_model]`` as ``x``; for ``inputs`` see `GatedFFN`."""
-        experts, shared = self.part.modules(self.config, self.options)
-        y = shared(x, scales_below(scales, "shared_ffn/"), **inputs)
-        if self.part.gated:
-            y = y * TokenGate(name="shared_gate")(x).astype(y.dtype)
-        return experts(x, scales_below(scales, "experts_ffn/"), **inputs) + y
+        gate: Shapes = {"shared_gate/kernel": (config.d_model, 1)} if self.gated else {}
+        return super().arrays(config) | gate
 
 
 class TokenGate(nn.Module):
@@ -458,34 +436,8 @@ class TokenGate(nn.Module):
         return jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), frozen, precision=lax.Precision.HIGHEST))
 
 
-_SCALED = RouterSpec(expert_scale=True)
-_NORMS = ("dense_norm", "experts_norm", "experts_post_norm", "router_norm")
-
-
-@dataclass(frozen=True)
-class DenseAndExperts(WithExperts):
-    """Experts and a dense block with separate norms, whose outputs are added."""
-
-    router: RouterSpec = _SCALED
-    block: ClassVar[str] = "dense_ffn"
-    reads_stream: ClassVar[bool] = True
-
-    def arrays(self, config: ModelConfig) -> Shapes:
-        """Returns the scales of norms, and the router."""
-        shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in _NORMS}
-        return shapes | super().arrays(config)
-
-    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
-        """See `Part`."""
-        return DenseAndExpertsFFN(config, self, options, name=self.name)
-
-
-class DenseAndExpertsFFN(nn.Module):
-    """Both branches, with the call signature of `GatedFFN` and the residual stream."""
-
-    config: ModelConfig
-    part: DenseAndExperts
-    options: PartOptions
+class DenseAndExpertsFFN(_WithExpertsFFN):
+    """Both branches with their norms; the module also gets the residual stream."""
 
     @nn.compact
     def __call__(
@@ -497,15 +449,32 @@ class DenseAndExpertsFFN(nn.Module):
         **inputs: Any,
     ) -> jax.Array:
         """Returns ``[batch, seq, d_model]`` of ``x``, the layer's norm of ``stream``."""
-        c, options = self.config, self.options
-        experts, dense = self.part.modules(c, options)
-        stream = round_and_save(stream, options.numerics)
-        routed_by = self._norm("router_norm", stream, "float32") * c.d_model**-0.5
-        of_dense = dense(x, scales_below(scales, "dense_ffn/"), **inputs)
-        normed = self._norm("experts_norm", stream)
-        of_experts = experts(normed, scales_below(scales, "experts_ffn/"), routed_by=routed_by, **inputs)
+        experts, dense = self._branches(scales)
+        stream = round_and_save(stream, self.options.numerics)
+        routed_by = self._norm("router_norm", stream, "float32") * self.config.d_model**-0.5
+        of_dense = dense(x, **inputs)
+        of_experts = experts(self._norm("experts_norm", stream), routed_by=routed_by, **inputs)
         return self._norm("dense_norm", of_dense) + self._norm("experts_post_norm", of_experts)
 
     def _norm(self, name: str, x: jax.Array, dtype: str | None = None) -> jax.Array:
         c = self.config
         return RMSNorm(c.norm_eps, c.norm_offset, dtype or self.options.numerics.result, name=name)(x)
+
+
+_SCALED = RouterSpec(expert_scale=True)
+
+
+@dataclass(frozen=True)
+class DenseAndExperts(WithExperts):
+    """Experts and a dense block with separate norms, whose outputs are added."""
+
+    router: RouterSpec = _SCALED
+    block: ClassVar[str] = "dense_ffn"
+    kind: ClassVar[Any] = DenseAndExpertsFFN
+    reads_stream: ClassVar[bool] = True
+
+    def arrays(self, config: ModelConfig) -> Shapes:
+        """Returns the scales of norms, and the router."""
+        names = ("dense_norm", "experts_norm", "experts_post_norm", "router_norm")
+        shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in names}
+        return shapes | super().arrays(config)

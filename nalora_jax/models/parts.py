@@ -20,12 +20,11 @@ from jax.sharding import NamedSharding
 from nalora_jax.method.ffn import AdaptedBlock, Adapters, GatedFFN, SelfGatedFFN
 from nalora_jax.method.low_rank import adapted_dense, parallel_dense
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
-from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.residual_norm import residual_norm, rms_norm
 from nalora_jax.ops.split_rows import Row
-from nalora_jax.ops.storage import round_and_save, store
+from nalora_jax.ops.storage import round_and_save
 
 if TYPE_CHECKING:
     from nalora_jax.models.config import ModelConfig
@@ -78,6 +77,16 @@ def part_adapters(spec: AdapterSpec, path: str) -> Adapters:
     """Returns the adapters of the part at a stacked path (``layers/attn``) by projection name."""
     ranks = ((p.removeprefix(f"{path}/"), t.rank) for p, t in spec.targets if p.startswith(f"{path}/"))
     return Adapters(tuple(ranks), dora=spec.dora, dropout=spec.dropout)
+
+
+def layer_scales(spec: AdapterSpec, prefix: str) -> dict[str, dict[str, jax.Array]]:
+    """Returns the adapters' scales below a prefix (``layers``) by part and projection, to be scanned over layers."""
+    scales: dict[str, dict[str, jax.Array]] = {}
+    for path, _ in spec.targets:
+        if path.startswith(f"{prefix}/"):
+            part_name, _, name = path.removeprefix(f"{prefix}/").partition("/")
+            scales.setdefault(part_name, {})[name] = jnp.asarray(spec.scales(path))
+    return scales
 
 
 def adapters_below(adapters: Adapters, prefix: str) -> Adapters:
@@ -133,7 +142,7 @@ class PartOptions:
         """
         scales, options = layer.scales.get(self.part), {"deterministic": shared.deterministic}
         layers = [
-            self.adapters.dense(name, x.shape[-1], width, scales, self.numerics, bias=bias, **options)
+            self.adapters.dense(name, x.shape[-1], width, scales, bias=bias, **options)
             for name, width in widths.items()
         ]
         if len(layers) == 1:
@@ -204,36 +213,6 @@ class Mixer(Part):
         """
 
 
-class AttentionMixer(Mixer):
-    """A form of softmax attention with the config's heads and windows."""
-
-    name = "attn"
-    attends = True
-    splits_rows = True
-
-    def has_bias(self, config: ModelConfig, name: str) -> bool:
-        """See `Part`."""
-        return config.o_bias if name == "o_proj" else config.qkv_bias
-
-    def flops(self, config: ModelConfig, seq: int) -> float:
-        """Returns the flops of scores and weighted sums; only pairs within causality and windows count."""
-        spans = [min(window, seq) for window in config.layer_windows]
-        pairs = sum(seq * span - span * (span - 1) / 2 for span in spans)
-        return 4.0 * pairs * config.n_heads * config.head_dim
-
-    def saved(self, config: ModelConfig) -> float:
-        """Returns 0: saved heads depend on the kernel (`nalora_jax.layout.estimates`)."""
-        return 0.0
-
-    def init_state(self, config: ModelConfig, batch: int, length: int, numerics: Numerics) -> KeyValues:
-        """Returns empty slots for keys and values."""
-        lead = (config.n_layers, batch, config.n_kv_heads)
-        return KeyValues(
-            store(jnp.zeros((*lead, config.head_dim, length), numerics.operand), numerics),
-            store(jnp.zeros((*lead, length, config.head_dim), numerics.operand), numerics),
-        )
-
-
 class FeedForward(Part):
     """A part that transforms each token, in place of the gated block.
 
@@ -242,16 +221,16 @@ class FeedForward(Part):
 
     reads_stream: ClassVar[bool] = False  # True: the module also gets ``stream``, the norm's input
 
+    def has_bias(self, config: ModelConfig, name: str) -> bool:
+        """See `Part`."""
+        return config.ffn_bias
+
 
 @dataclass(frozen=True)
 class GatedBlock(FeedForward):
     """The block that the config describes: ``(phi(x W_gate) * x W_up) W_down``, or ``phi(x W_in) W_out``."""
 
     name: ClassVar[str] = "ffn"
-
-    def has_bias(self, config: ModelConfig, name: str) -> bool:
-        """See `Part`."""
-        return config.ffn_bias
 
     def projections(self, config: ModelConfig) -> Shapes:
         """See `Part`."""
@@ -388,14 +367,13 @@ class _ScaledTail(AdaptedBlock):
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
         if self.d_ff:
-            y = self._embedded(round_and_save(x, self.numerics), layer, shared)
+            y = super().__call__(
+                round_and_save(x, self.numerics),
+                layer.scales.get("tail"),
+                token_weights=shared.token_weights,
+                deterministic=shared.deterministic,
+                up=layer.embedded,
+            )
             x = x + RMSNorm(self.eps, dtype=self.numerics.result, name="norm")(y).astype(x.dtype)
         scale = self.param("scale", nn.initializers.ones_init(), (1,))
         return x * jax.lax.stop_gradient(scale).astype(x.dtype)[0]
-
-    def _embedded(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
-        """Returns ``(phi(x W_gate) * embedded) W_down``."""
-        scales, options = layer.scales.get("tail"), {"deterministic": shared.deterministic}
-        gate = self._dense("gate_proj", self.d_model, self.d_ff, scales, mask=self._mask(), **options)
-        down = self._dense("down_proj", self.d_ff, self.d_model, scales, **options)
-        return self._output(x, gate, layer.embedded, down, shared.token_weights)

@@ -1,31 +1,27 @@
-"""Fields of a ``config.json`` that families share: sizes, windows, and layers of several kinds.
+"""Fields of a ``config.json`` that families share: sizes, activation, windows, and layers of several kinds.
 
-The readers of `nalora_jax.models.families` use them.
+The records of `nalora_jax.models.families` use them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nalora_jax.common.fields import Fields
-from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, activation_name
-from nalora_jax.models.moe import Mixture
+from nalora_jax.errors import NaloraError
+from nalora_jax.method import activations
 from nalora_jax.models.ropes import context_length, read_ropes
-from nalora_jax.models.routing import RouterSpec
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-
+# A window longer than any sequence: global attention as an integer that can be scanned over layers.
+GLOBAL_WINDOW = 2**30
 
 Overrides = tuple[tuple[str, Any], ...]  # fields of `ModelConfig` of one kind of layer
 
 
-def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:
-    """Returns the config with the fields that all families share, updated with ``features``.
-
-    The features are fields of `ModelConfig`, and ``norm_topk``: False if the weights of a token's experts
-    do not have to sum to 1.
-    """
+def base_values(f: Fields, name: str, features: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of `ModelConfig` that all families share, updated with ``features``."""
     heads, d_model = f.integer("num_attention_heads", high=2**16), f.integer("hidden_size")
     if f.get("head_dim") is None and "head_dim" not in features and d_model % heads:
         raise f.error("hidden_size", f"a multiple of num_attention_heads ({heads})", d_model)
@@ -47,14 +43,19 @@ def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:
     if "activation" not in features:
         values["activation"] = activation_name(f, "hidden_act")
     values |= features
-    normalize = values.pop("norm_topk", True)
-    if values.get("n_experts") and "ffn" not in values:
-        values["ffn"] = Mixture(RouterSpec(normalize=normalize))
     if "ropes" not in values:
         ropes, index = read_ropes(f, values["head_dim"], layer_types(f))
         values |= {"ropes": ropes, "rope_index": index}
     values["max_positions"] = context_length(values["ropes"], values["max_positions"])
-    return ModelConfig(**values)
+    return values
+
+
+def activation_name(f: Fields, name: str) -> str:
+    """Returns the registered activation that the field ``name`` names."""
+    try:
+        return activations.get(f.text(name)).name
+    except NaloraError as error:
+        raise f.error(name, error.expected, error.found) from error
 
 
 def attention_bias(f: Fields) -> dict[str, bool]:
@@ -88,7 +89,7 @@ def windows_of(f: Fields, kinds: list[str]) -> tuple[int, ...]:
     return tuple(window if kind == SLIDING else GLOBAL_WINDOW for kind in kinds)
 
 
-def same_window(f: Fields) -> tuple[int, ...]:
+def same_window(f: Fields) -> dict[str, Any]:
     """Returns one window for all layers, the only arrangement of these families in transformers."""
     expected = FULL if f.get("sliding_window") is None else SLIDING
     kinds = layer_types(f) or [expected] * layer_count(f)
@@ -96,10 +97,10 @@ def same_window(f: Fields) -> tuple[int, ...]:
         raise f.error(
             "layer_types", f"{expected!r} in every layer, as sliding_window says", sorted(set(kinds))
         )
-    return windows_of(f, kinds)
+    return {"windows": windows_of(f, kinds)}
 
 
-def optional_windows(f: Fields, slides: Callable[[int], bool]) -> tuple[int, ...]:
+def optional_windows(f: Fields, slides: Callable[[int], bool]) -> dict[str, Any]:
     """Returns the windows of families with the switch ``use_sliding_window``.
 
     ``slides`` tests whether a layer slides; ``layer_types`` takes precedence.
@@ -110,7 +111,7 @@ def optional_windows(f: Fields, slides: Callable[[int], bool]) -> tuple[int, ...
         kinds = [SLIDING if on and slides(i) else FULL for i in range(layer_count(f))]
     if SLIDING in kinds and not on:
         raise f.error("layer_types", "no sliding layers, as use_sliding_window says", SLIDING)
-    return windows_of(f, kinds)
+    return {"windows": windows_of(f, kinds)}
 
 
 def periodic(f: Fields, period: int) -> list[str]:
@@ -124,6 +125,11 @@ def head_dim_of(f: Fields, absent: int | None = None) -> int:
         return absent
     heads = f.integer("num_attention_heads", high=2**16)
     return f.integer("head_dim", high=2**16, default=f.integer("hidden_size") // heads)
+
+
+def one_rope(f: Fields, *further: str) -> dict[str, Any]:
+    """Returns the rotary embedding of families that have one for all layers; see `read_ropes`."""
+    return {"ropes": read_ropes(f, head_dim_of(f), None, further=further)[0]}
 
 
 def first_present(f: Fields, *names: str) -> str:
@@ -140,27 +146,3 @@ def fields_of_layers(layers: Sequence[Overrides]) -> dict[str, Any]:
     if len(kinds) == 1:
         return dict(kinds[0])
     return {"kinds": kinds, "layer_kinds": tuple(kinds.index(layer) for layer in layers)}
-
-
-def dense_layer(d_ff: int) -> Overrides:
-    """Returns the fields of a dense layer in a model with experts."""
-    return (("d_ff", d_ff), ("n_experts", 0), ("experts_per_token", 0), ("ffn", None))
-
-
-def expert_counts(f: Fields, *names: str, default: int | None = None) -> dict[str, Any]:
-    """Returns the number of experts, from the first of the fields ``names`` in the file, and of a token's."""
-    return {
-        "n_experts": f.integer(first_present(f, *names), high=2**12, default=default),
-        "experts_per_token": f.integer("num_experts_per_tok", high=2**12),
-    }
-
-
-def expert_fields(
-    f: Fields, counts: dict[str, Any], dense: Sequence[bool]
-) -> tuple[dict[str, Any], list[Overrides]]:
-    """Returns the fields of narrow experts, and of every layer: ``dense`` marks layers without experts."""
-    fields = counts | {"d_ff": f.integer("moe_intermediate_size")}
-    if not any(dense):
-        return fields, [()] * len(dense)
-    layer = dense_layer(f.integer("intermediate_size"))
-    return fields, [layer if is_dense else () for is_dense in dense]

@@ -137,20 +137,31 @@ class GatedDeltaNetLayer(nn.Module):
         self, x: jax.Array, layer: LayerInputs, shared: SharedInputs
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         """Returns ``[batch, seq, d_model]``, and the new convolution inputs and state if there is a cache."""
-        sizes, numerics = self.sizes, self.options.numerics
+        sizes, numerics, sharding = self.sizes, self.options.numerics, self.options.sharding
         outputs = self.options.projected(x, sizes.inputs(), layer, shared)
         projected = [round_and_save(y, numerics) for y in outputs]
         qkv, z, b, a = _by_key_head(projected, sizes) if sizes.fused else projected
-        before = {}
-        if isinstance(layer.cached, Recurrent):
-            before = layer.cached.arrays
-        qkv, convolved = self._convolve(qkv, shared, before.get("conv"))
+        before = layer.cached.arrays if isinstance(layer.cached, Recurrent) else {}
+        convolution = Convolution(sizes.channels, sizes.conv_width, sharding, name="conv")
+        out, convolved = convolution(qkv, shared, before.get("conv"))
+        qkv = activations.get(self.config.activation).phi(out).astype(qkv.dtype)
         q, k, v = jnp.split(qkv, (sizes.keys, 2 * sizes.keys), axis=-1)
         # [batch, seq, key heads, (value heads of a key,) width]
         q, k = (self._heads(y, sizes.key_dim) for y in (q, k))
         v = self._heads(v, sizes.value_heads // sizes.key_heads, sizes.value_dim)
-        decay, beta = (self._heads(y, sizes.value_heads // sizes.key_heads) for y in self._rates(a, b))
-        out, state = self._recur(DeltaInputs(q, k, v, decay, beta), shared, before.get("state"))
+        # Log decays and betas, float32 [batch, seq, value heads].
+        a_log = self._per_head("a_log", nn.initializers.zeros_init())
+        bias = self._per_head("dt_bias", nn.initializers.ones_init())
+        rates = (
+            -jnp.exp(a_log) * jax.nn.softplus(a.astype(jnp.float32) + bias),
+            jax.nn.sigmoid(b.astype(jnp.float32)),
+        )
+        decay, beta = (self._heads(y, sizes.value_heads // sizes.key_heads) for y in rates)
+        inputs, state = DeltaInputs(q, k, v, decay, beta), None
+        if sharding is None or shared.row is None:
+            out, state = gated_delta_rule(inputs, shared.segments, before.get("state"), numerics=numerics)
+        else:
+            out = split_delta_rule(inputs, shared.row, sharding)
         normed = RMSNorm(self.config.norm_eps, name="norm")(out.reshape(*x.shape[:-1], -1, sizes.value_dim))
         gate = jax.nn.silu(z.astype(jnp.float32)).reshape(normed.shape)
         y = (normed * gate).reshape(*x.shape[:-1], sizes.values).astype(numerics.result)
@@ -159,41 +170,18 @@ class GatedDeltaNetLayer(nn.Module):
             return y, None
         return y, {"conv": convolved, "state": state}
 
-    def _recur(
-        self, inputs: DeltaInputs, shared: SharedInputs, before: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the outputs of the delta rule, and the state if rows are whole."""
-        sharding = self.options.sharding
-        if sharding is None or shared.row is None:
-            return gated_delta_rule(inputs, shared.segments, before, numerics=self.options.numerics)
-        return split_delta_rule(inputs, shared.row, sharding), None
-
-    def _convolve(
-        self, qkv: jax.Array, shared: SharedInputs, before: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns ``phi(conv(qkv))`` in the dtype of ``qkv``, and the inputs that the next call needs."""
-        convolution = Convolution(
-            self.sizes.channels, self.sizes.conv_width, self.options.sharding, name="conv"
-        )
-        out, inputs = convolution(qkv, shared, before)
-        return activations.get(self.config.activation).phi(out).astype(qkv.dtype), inputs
-
-    def _rates(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns log decays and betas, float32 ``[batch, seq, value heads]``."""
-        a_log = self._per_head("a_log", nn.initializers.zeros_init())[None, None]
-        bias = self._per_head("dt_bias", nn.initializers.ones_init())[None, None]
-        return -jnp.exp(a_log) * jax.nn.softplus(a.astype(jnp.float32) + bias), jax.nn.sigmoid(
-            b.astype(jnp.float32)
-        )
-
     def _per_head(self, name: str, init: Callable[..., jax.Array]) -> jax.Array:
+        """Returns frozen values of the value heads, float32 ``[1, 1, value heads]``."""
         values: jax.Array = self.param(name, init, (self.sizes.value_heads,))
-        return jax.lax.stop_gradient(values).astype(jnp.float32)
+        return jax.lax.stop_gradient(values).astype(jnp.float32)[None, None]
 
     def _heads(self, x: jax.Array, *shape: int) -> jax.Array:
         """Returns ``[batch, seq, key heads, *shape]``, its heads split over the mesh axis "tensor"."""
-        x = x.reshape(*x.shape[:2], self.sizes.key_heads, *shape)
-        return constrain(x, _head_sharding(self.options.sharding, self.sizes.key_heads))
+        heads, sharding = self.sizes.key_heads, self.options.sharding
+        if sharding is not None:
+            axis = "tensor" if heads % sharding.mesh.shape.get("tensor", 1) == 0 else None
+            sharding = NamedSharding(sharding.mesh, P(sharding.spec[0], None, axis))
+        return constrain(x.reshape(*x.shape[:2], heads, *shape), sharding)
 
 
 class Convolution(nn.Module):
@@ -236,16 +224,6 @@ def _by_key_head(projected: Sequence[jax.Array], sizes: GatedDeltaNet) -> tuple[
     q, k, v, z = (y.reshape(*y.shape[:-2], -1) for y in jnp.split(qkvz, widths, axis=-1))
     b, a = (y.reshape(*y.shape[:-2], -1) for y in jnp.split(ba, 2, axis=-1))
     return jnp.concatenate([q, k, v], axis=-1), z, b, a
-
-
-def _head_sharding(sharding: NamedSharding | None, heads: int) -> NamedSharding | None:
-    """Returns the sharding of ``[batch, seq, heads, ...]`` on the mesh of ``[batch, seq, d_model]``."""
-    if sharding is None:
-        return None
-    split = None
-    if heads % sharding.mesh.shape.get("tensor", 1) == 0:
-        split = "tensor"
-    return NamedSharding(sharding.mesh, P(sharding.spec[0], None, split))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Changes the RoPE scaling in a ``config.json``, to train and run beyond the model's context.
 
-The result is an ordinary ``config.json``: `nalora_jax.models.family.read` reads it, a merged model is
+The result is an ordinary ``config.json``: `ModelConfig.from_hf` reads it, a merged model is
 written with it, and transformers computes the same from it.
 
     {"max_position_embeddings": 32768, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
@@ -17,7 +17,7 @@ from typing import Any
 from nalora_jax.config.rope_scaling import FIELDS, FLAG, ORIGINAL, WITH_ORIGINAL, parse_rope_scaling
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.family import contains_text_model, family_of, read, text_part
+from nalora_jax.models.family import contains_text_model, family_of, text_part
 from nalora_jax.models.ropes import ROPE_KINDS, RopeSpec
 from nalora_jax.models.stacks import stacks
 
@@ -52,9 +52,10 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
         changed = with_rope_scaling(text_model, text, f"{where}: text_config")
         differing = {name: value for name, value in changed.items() if value != text_model.get(name)}
         return {**raw, "text_config": {**(raw.get("text_config") or {}), **differing}}
-    base = read(raw, where)
+    base = ModelConfig.from_hf(raw, where)
     spec = _rescalable(base, text, where)
-    unscaled = _unscaled_length(base, spec)
+    of_kind = {"linear": round(base.max_positions / spec.factor), "default": base.max_positions}
+    unscaled = of_kind.get(spec.kind, spec.max_positions)  # the context without its present scaling
     if settings["rope_type"] in WITH_ORIGINAL:
         settings = {ORIGINAL: unscaled} | settings
     context = int(settings.get(ORIGINAL, unscaled) * settings["factor"])
@@ -69,7 +70,7 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
     changed = _changed(raw, settings)
     # transformers computes dynamic scaling from max_position_embeddings.
     changed["max_position_embeddings"] = unscaled if settings["rope_type"] == "dynamic" else context
-    read(changed, f"{FLAG} {text}")
+    ModelConfig.from_hf(changed, f"{FLAG} {text}")
     return changed
 
 
@@ -110,32 +111,17 @@ def _rescalable(base: ModelConfig, text: str, where: str) -> RopeSpec:
     )
 
 
-def _unscaled_length(base: ModelConfig, spec: RopeSpec) -> int:
-    """Returns the context length of a model without its present scaling."""
-    if spec.kind == "linear":
-        return round(base.max_positions / spec.factor)
-    if spec.kind == "default":
-        return base.max_positions
-    return spec.max_positions
-
-
 def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the file with the scaling in the field that the file uses."""
-    name = "rope_scaling"
-    if raw.get("rope_parameters") and not raw.get("rope_scaling"):
-        name = "rope_parameters"
+    flat = bool(raw.get("rope_parameters")) and not raw.get("rope_scaling")
+    name = "rope_parameters" if flat else "rope_scaling"
     held = dict(raw.get(name) or {})
     nested = isinstance(held.get(_FULL), Mapping)
-    rope = dict(held)
-    if nested:
-        rope = dict(held[_FULL])
-    scaling = {field: rope.pop(field) for field in _SCALING & rope.keys()}
-    if (scaling.get("rope_type") or scaling.get("type")) == settings["rope_type"]:
-        rope |= {
-            field: scaling[field]
-            for field in FIELDS[settings["rope_type"]]
-            if field in scaling.keys() - _DERIVED
-        }
+    rope = dict(held[_FULL] if nested else held)
+    scaling, kind = {field: rope.pop(field) for field in _SCALING & rope.keys()}, settings["rope_type"]
+    if (scaling.get("rope_type") or scaling.get("type")) == kind:
+        same = [field for field in FIELDS[kind] if field in scaling.keys() - _DERIVED]
+        rope |= {field: scaling[field] for field in same}
     if ORIGINAL in scaling and _GROWTH in rope:  # Ministral 3's queries grow from the original context
         rope[ORIGINAL] = scaling[ORIGINAL]
     rope |= settings

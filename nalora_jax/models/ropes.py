@@ -137,12 +137,6 @@ def _frequencies_at_length(spec: RopeSpec, short: jax.Array, lengths: jax.Array)
     return jnp.where(lengths > spec.max_positions, theta**-exponent, short)
 
 
-def identity_table(spec: RopeSpec, positions: jax.Array) -> jax.Array:
-    """Returns the identity rotation for layers without RoPE: ``[2, batch, seq, dim / 2]``."""
-    shape = (*positions.shape, spec.dim // 2)
-    return jnp.stack([jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)])
-
-
 def rope_tables(
     config: ModelConfig,
     positions: jax.Array,
@@ -160,7 +154,8 @@ def rope_tables(
     positions = parts(positions)
     tables = [rope_table(spec, positions, of_tokens) for spec in config.ropes]
     if len(config.ropes) in config.layer_ropes:
-        tables.append(identity_table(config.ropes[0], positions))
+        ones = jnp.ones(tables[0].shape[1:], jnp.float32)  # the identity
+        tables.append(jnp.stack([ones, jnp.zeros_like(ones)]))
     return jnp.stack(tables)
 
 
@@ -359,17 +354,53 @@ def _spec(
     theta = rope.number("rope_theta")
     if theta <= 1:
         raise rope.error("rope_theta", "a number above 1", theta)
-    return RopeSpec(dim=dim, theta=theta, kind=kind, **_SCALINGS[kind](f, rope, dim))
+    return RopeSpec(dim=dim, theta=theta, kind=kind, **_scaling(f, rope, kind, dim))
 
 
-def _linear(f: Fields, rope: Fields, dim: int) -> dict[str, Any]:
-    return {"factor": rope.number("factor")}
-
-
-def _dynamic(f: Fields, rope: Fields, dim: int) -> dict[str, Any]:
-    if dim == 2:
+def _scaling(f: Fields, rope: Fields, kind: str, dim: int) -> dict[str, Any]:
+    """Returns the fields of `RopeSpec` that a kind of scaling reads."""
+    if kind == "default":
+        return {}
+    if kind == "linear":
+        return {"factor": rope.number("factor")}
+    if kind == "proportional":
+        share = rope.number("partial_rotary_factor", default=1.0, zero=True)
+        if share > 1:
+            raise rope.error("partial_rotary_factor", "a share from 0 to 1", share)
+        return {"factor": rope.number("factor", default=1.0), "pairs": int(share * dim // 2)}
+    if kind == "dynamic" and dim == 2:
         raise rope.error("rope_type", "a head of more than 2 dimensions for 'dynamic'", dim)
-    return {"factor": _stretch(rope), "max_positions": f.integer("max_position_embeddings", high=2**30)}
+    context = f.integer("max_position_embeddings", high=2**30)
+    if kind == "dynamic":
+        return {"factor": _stretch(rope), "max_positions": context}
+    # A field outside the scaling's object wins, as in transformers.
+    original = rope.integer(ORIGINAL, low=2, high=2**30, default=context)
+    original = f.integer(ORIGINAL, low=2, high=2**30, default=original)
+    if kind == "llama3":
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        if high <= low:
+            raise rope.error("high_freq_factor", f"more than low_freq_factor ({low})", high)
+        frequencies = {"low_freq_factor": low, "high_freq_factor": high}
+        return {"factor": rope.number("factor"), "max_positions": original, **frequencies}
+    if kind == "longrope":
+        factor = rope.number("factor", default=context / original)
+        derived = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(original))
+        own: dict[str, Any] = {
+            key: _factors(rope, key, dim // 2) for key in ("short_factor", "long_factor")
+        }
+    else:
+        factor = _stretch(rope, context / original)
+        scale, all_dim = (rope.number(key, default=0.0, zero=True) for key in ("mscale", "mscale_all_dim"))
+        derived = _yarn_magnitude(factor, 1.0)
+        if scale and all_dim:
+            derived = _yarn_magnitude(factor, scale) / _yarn_magnitude(factor, all_dim)
+        own = {
+            "beta_fast": rope.number("beta_fast", default=32.0),
+            "beta_slow": rope.number("beta_slow", default=1.0),
+            "truncate": rope.get("truncate") is None or rope.flag("truncate"),
+        }
+    attention_factor = rope.number("attention_factor", default=derived)
+    return {"factor": factor, "max_positions": original, "attention_factor": attention_factor, **own}
 
 
 def _stretch(rope: Fields, default: float | None = None) -> float:
@@ -379,63 +410,8 @@ def _stretch(rope: Fields, default: float | None = None) -> float:
     return factor
 
 
-def _original(f: Fields, rope: Fields) -> int:
-    """Returns the original context length.
-
-    A field outside the scaling's object wins, as in transformers.
-    """
-    fallback = f.integer("max_position_embeddings", high=2**30)
-    inner = rope.integer("original_max_position_embeddings", low=2, high=2**30, default=fallback)
-    return f.integer("original_max_position_embeddings", low=2, high=2**30, default=inner)
-
-
-def _llama3(f: Fields, rope: Fields, dim: int) -> dict[str, Any]:
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    if high <= low:
-        raise rope.error("high_freq_factor", f"more than low_freq_factor ({low})", high)
-    return {
-        "factor": rope.number("factor"),
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "max_positions": _original(f, rope),
-    }
-
-
-def _yarn(f: Fields, rope: Fields, dim: int) -> dict[str, Any]:
-    original = _original(f, rope)
-    factor = _stretch(rope, f.integer("max_position_embeddings", high=2**30) / original)
-    scale, all_dim = (rope.number(key, default=0.0, zero=True) for key in ("mscale", "mscale_all_dim"))
-    derived = _yarn_magnitude(factor, 1.0)
-    if scale and all_dim:
-        derived = _yarn_magnitude(factor, scale) / _yarn_magnitude(factor, all_dim)
-    return {
-        "factor": factor,
-        "max_positions": original,
-        "attention_factor": rope.number("attention_factor", default=derived),
-        "beta_fast": rope.number("beta_fast", default=32.0),
-        "beta_slow": rope.number("beta_slow", default=1.0),
-        "truncate": rope.get("truncate") is None or rope.flag("truncate"),
-    }
-
-
 def _yarn_magnitude(factor: float, scale: float) -> float:
     return 0.1 * scale * math.log(max(factor, 1.0)) + 1.0
-
-
-def _longrope(f: Fields, rope: Fields, dim: int) -> dict[str, Any]:
-    original = _original(f, rope)
-    factor = rope.number("factor", default=f.integer("max_position_embeddings", high=2**30) / original)
-    derived = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(original))
-    factors = {key: _factors(rope, key, dim // 2) for key in ("short_factor", "long_factor")}
-    attention_factor = rope.number("attention_factor", default=derived)
-    return {"factor": factor, "max_positions": original, "attention_factor": attention_factor, **factors}
-
-
-def _proportional(f: Fields, rope: Fields, dim: int) -> dict[str, Any]:
-    share = rope.number("partial_rotary_factor", default=1.0, zero=True)
-    if share > 1:
-        raise rope.error("partial_rotary_factor", "a share from 0 to 1", share)
-    return {"factor": rope.number("factor", default=1.0), "pairs": int(share * dim // 2)}
 
 
 def _factors(rope: Fields, key: str, length: int) -> tuple[float, ...]:
@@ -443,14 +419,3 @@ def _factors(rope: Fields, key: str, length: int) -> tuple[float, ...]:
     if len(values) != length or not all(0 < value < 1e30 for value in values):
         raise rope.error(key, f"{length} numbers above 0", str(values)[:60])
     return tuple(float(value) for value in values)
-
-
-_SCALINGS = {
-    "default": lambda f, rope, dim: {},
-    "linear": _linear,
-    "dynamic": _dynamic,
-    "llama3": _llama3,
-    "yarn": _yarn,
-    "longrope": _longrope,
-    "proportional": _proportional,
-}

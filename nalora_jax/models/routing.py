@@ -263,13 +263,18 @@ def choose(
       expert_scale: float32 ``[experts]``, if ``spec.expert_scale``.
     """
     scores = jax.nn.softmax(logits, axis=-1) if spec.scores == "softmax" else jax.nn.sigmoid(logits)
-    if correction is None and spec.groups == spec.groups_kept:
+    ranked, limited = lax.stop_gradient(scores), spec.groups != spec.groups_kept
+    if correction is not None:
+        ranked = ranked + lax.stop_gradient(correction)[None]
+    if limited:  # to each token's kept groups
+        grouped = ranked.reshape(ranked.shape[0], spec.groups, -1)
+        of_groups = jnp.sum(lax.top_k(grouped, _GROUP_TOP)[0], axis=-1)
+        inside = jax.nn.one_hot(lax.top_k(of_groups, spec.groups_kept)[1], spec.groups, dtype=bool)
+        ranked = jnp.where(jnp.any(inside, axis=1)[..., None], grouped, -jnp.inf).reshape(ranked.shape)
+    if correction is None and not limited:
         weights, chosen = lax.top_k(scores, top_k)
     else:
-        ranked = scores
-        if correction is not None:
-            ranked = ranked + correction[None]
-        chosen = lax.top_k(_within_groups(lax.stop_gradient(ranked), spec), top_k)[1]
+        chosen = lax.top_k(ranked, top_k)[1]
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if spec.normalize:  # sigmoids may underflow
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
@@ -278,16 +283,6 @@ def choose(
     if spec.scale != 1.0:
         weights = weights * spec.scale
     return weights, chosen
-
-
-def _within_groups(ranked: jax.Array, spec: RouterSpec) -> jax.Array:
-    """Returns ``ranked [tokens, experts]`` with -inf outside of each token's kept groups."""
-    if spec.groups == spec.groups_kept:
-        return ranked
-    grouped = ranked.reshape(ranked.shape[0], spec.groups, -1)
-    of_groups = jnp.sum(lax.top_k(grouped, _GROUP_TOP)[0], axis=-1)
-    inside = jax.nn.one_hot(lax.top_k(of_groups, spec.groups_kept)[1], spec.groups, dtype=bool)
-    return jnp.where(jnp.any(inside, axis=1)[..., None], grouped, -jnp.inf).reshape(ranked.shape)
 
 
 class SampledRows(NamedTuple):
@@ -381,26 +376,14 @@ def expert_cotangent_statistics(
 # ---------------------------------------------------------------- samples of rows whose tokens are split over devices
 
 
-class _PlacedRows(NamedTuple):
-    """The rows of a shard's blocks, sorted by expert, ``[blocks, rows]``.
-
-    A place counts the rows of a whole sequence, sorted by expert and then by token.
-    """
-
-    row: jax.Array  # int, among all sorted rows of the shard
-    expert: jax.Array  # int
-    weight: jax.Array  # float32, 0 for padding
-    place: jax.Array  # int
-    before: jax.Array  # int, place of the last row with weight before this row; -1 for none
-
-
 def samples_of_parts(
     routing: Routing, token_weights: jax.Array, strides: tuple[int, int], length: int
 ) -> tuple[SampledRows, SampledRows]:
     """Samples rows of parts of sequences (`nalora_jax.ops.split_rows`) as `sample` does of whole ones.
 
-    Within a shard. The rows of an expert in a block have consecutive places, so the number of these
-    rows and the last with weight, two integers by block and expert, are all that shards exchange.
+    Within a shard. A place counts the rows of a whole sequence, sorted by expert and then by token. The rows
+    of an expert in a block have consecutive places, so the number of these rows and the last with weight, two
+    integers by block and expert, are all that shards exchange.
 
     Args:
       routing: of the shard's tokens.
@@ -409,29 +392,8 @@ def samples_of_parts(
       length: tokens of a whole sequence, without the padding to whole blocks.
     """
     weights = lax.stop_gradient(token_weights).astype(jnp.float32)
-    rows = _placed(routing, weights, length)
-
-    def of_stride(stride: int) -> SampledRows:
-        return sample(routing, weights, stride) if stride == 1 else _one_in(stride, rows, routing)
-
-    return of_stride(strides[0]), of_stride(strides[1])
-
-
-def _one_in(stride: int, rows: _PlacedRows, routing: Routing) -> SampledRows:
-    """Returns the first row with weight in every ``stride`` places of a sequence."""
-    chosen = (rows.weight > 0) & (rows.place // stride != rows.before // stride)
-    # The rows of an expert are in at most rows / stride + 2 groups of places.
-    most = min(chosen.shape[1], chosen.shape[1] // stride + 2 * routing.sizes.shape[0])
-    taken = jnp.argsort(~chosen, axis=1, stable=True)[:, :most]
-    weight = jnp.where(chosen, rows.weight, 0.0)
-    of_taken = (jnp.take_along_axis(x, taken, axis=1) for x in (rows.row, weight, rows.expert))
-    index, weight, expert = (x.reshape(-1) for x in of_taken)
-    return SampledRows(index, by_expert(weight, expert, routing))
-
-
-def _placed(routing: Routing, weights: jax.Array, length: int) -> _PlacedRows:
-    """Returns a shard's rows with their places; arguments as for `samples_of_parts`."""
-    batch, block = weights.shape[0], weights.shape[1] // 2
+    batch, block, experts = weights.shape[0], weights.shape[1] // 2, routing.sizes.shape[0]
+    # The rows of the shard's blocks, sorted by expert: [blocks, rows].
     natural = routing.expert[routing.back].reshape(2 * batch, -1)
     order = jnp.argsort(natural, axis=1, stable=True)
     in_order = partial(jnp.take_along_axis, indices=order, axis=1)
@@ -440,7 +402,7 @@ def _placed(routing: Routing, weights: jax.Array, length: int) -> _PlacedRows:
     # Rows of the padding to whole blocks have no place.
     tokens = jnp.clip(length - jnp.stack(block_numbers()) * block, 0, block)
     exists = order // (order.shape[1] // block) < jnp.tile(tokens, batch)[:, None]
-    reached = jax.nn.one_hot(expert, routing.sizes.shape[0], dtype=bool)
+    reached = jax.nn.one_hot(expert, experts, dtype=bool)
     number, sizes = jnp.arange(order.shape[1])[None], jnp.sum(reached, axis=1)
     first = jnp.cumsum(sizes, axis=1) - sizes  # [blocks, experts]
     last = jnp.max(jnp.where(reached & (weight > 0)[..., None], number[..., None], -1), axis=1) - first
@@ -448,9 +410,24 @@ def _placed(routing: Routing, weights: jax.Array, length: int) -> _PlacedRows:
     start, before = _of_sequence(counts.reshape(batch, 2, -1), last.reshape(batch, 2, -1))
     of_expert = partial(jnp.take_along_axis, indices=expert, axis=1)
     place = number + of_expert(start - first)
+    # The place of the last row with weight before each row; -1 for none.
     preceding = lax.cummax(jnp.where(weight > 0, place, -1), axis=1)
     preceding = jnp.pad(preceding[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    return _PlacedRows(index, expert, weight, place, jnp.maximum(preceding, of_expert(before)))
+    preceding = jnp.maximum(preceding, of_expert(before))
+
+    def of_stride(stride: int) -> SampledRows:
+        """Returns the first row with weight in every ``stride`` places of a sequence."""
+        if stride == 1:
+            return sample(routing, weights, stride)
+        chosen = (weight > 0) & (place // stride != preceding // stride)
+        # The rows of an expert are in at most rows / stride + 2 groups of places.
+        most = min(chosen.shape[1], chosen.shape[1] // stride + 2 * experts)
+        taken = jnp.argsort(~chosen, axis=1, stable=True)[:, :most]
+        arrays = index, jnp.where(chosen, weight, 0.0), expert
+        rows, of_rows, to = (jnp.take_along_axis(x, taken, axis=1).reshape(-1) for x in arrays)
+        return SampledRows(rows, by_expert(of_rows, to, routing))
+
+    return of_stride(strides[0]), of_stride(strides[1])
 
 
 def _of_sequence(counts: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:

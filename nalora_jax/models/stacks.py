@@ -17,14 +17,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 from nalora_jax.models.attention import SoftmaxAttention
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import FeedForward, GatedBlock, Gates, Mixer, Part, Shapes
 from nalora_jax.models.targets import uniform_path
-from nalora_jax.models.vision.config import DualConfig
+
+if TYPE_CHECKING:
+    from nalora_jax.models.vision.config import DualConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,25 @@ def _period(kinds: Sequence[int]) -> int:
     return next(p for p in range(1, n + 1) if n % p == 0 and kinds[p:] == kinds[:-p])
 
 
-# ---------------------------------------------------------------- names
+# ---------------------------------------------------------------- names and shapes
+
+
+def parts(config: ModelConfig) -> tuple[Mixer, FeedForward]:
+    """Returns the mixer and the feed-forward block of a layer of a uniform config."""
+    return config.mixer or SoftmaxAttention(), config.ffn or GatedBlock()
+
+
+def _of_parts(
+    config: ModelConfig, facts: Callable[[Part, ModelConfig], Mapping[str, T]]
+) -> list[tuple[Stack, str, T]]:
+    """Returns the stack and the stacked path of every fact of the layers' parts, which ``facts`` names."""
+    return [
+        (stack, f"{stack.prefix}/{part.name}/{name}".removesuffix("/"), fact)
+        for stack in stacks(config)
+        for part in (*parts(stack.config), stack.config.tail)
+        if part is not None
+        for name, fact in facts(part, stack.config).items()
+    ]
 
 
 @functools.cache
@@ -103,9 +126,6 @@ def stacked_places(config: ModelConfig | DualConfig) -> Mapping[tuple[str, int],
     """Returns stacked path and index of every projection by its uniform path and layer number."""
     numbers = layer_numbers(config)
     return {(uniform_path(path), n): (path, i) for path in numbers for i, n in enumerate(numbers[path])}
-
-
-# ---------------------------------------------------------------- shapes
 
 
 def param_shapes(config: ModelConfig) -> Shapes:
@@ -116,9 +136,15 @@ def param_shapes(config: ModelConfig) -> Shapes:
     """
     d, v = config.d_model, config.vocab_size
     shapes: Shapes = {"embed/embedding": (v, d)}
+    norms = ["attn_norm", "ffn_norm"] * config.pre_norm + [
+        "attn_post_norm",
+        "ffn_post_norm",
+    ] * config.post_norm
+    of_parts = _of_parts(config, lambda part, c: part.param_shapes(c))
     for stack in stacks(config):
-        of_layer = _layer_shapes(stack.config).items()
-        shapes |= {f"{stack.prefix}/{path}": (len(stack.layers), *shape) for path, shape in of_layer}
+        lead = len(stack.layers)
+        shapes |= {f"{stack.prefix}/{name}/scale": (lead, d) for name in norms}
+        shapes |= {path: (lead, *shape) for of, path, shape in of_parts if of is stack}
     if config.layer_embeddings is not None:
         shapes |= config.layer_embeddings.param_shapes(config)
     shapes["final_norm/scale"] = (d,)
@@ -137,28 +163,20 @@ def projection_shapes(config: ModelConfig | DualConfig) -> Shapes:
     Example:
       ``{"layers/attn/q_proj": (576, 576), ..., "layers/ffn/gate_proj": (576, 1536)}``
     """
-    if isinstance(config, DualConfig):
+    if not isinstance(config, ModelConfig):
         return config.projection_shapes()
-    shapes: Shapes = {}
-    for stack in stacks(config):
-        shapes |= {f"{stack.prefix}/{name}": shape for name, shape in _projections(stack.config).items()}
-    if config.sight is not None:
-        shapes |= config.sight.projection_shapes()
-    return shapes
+    shapes = {path: shape for _, path, shape in _of_parts(config, lambda part, c: part.projections(c))}
+    return shapes if config.sight is None else shapes | config.sight.projection_shapes()
 
 
 def layer_numbers(config: ModelConfig | DualConfig) -> dict[str, tuple[int, ...]]:
     """Returns the layers of every path of `projection_shapes`; a projector counts as layer 0."""
-    if isinstance(config, DualConfig):
+    if not isinstance(config, ModelConfig):
         return {path: tuple(range(depth)) for path, depth in config.depths().items()}
-    numbers = {
-        f"{stack.prefix}/{name}": stack.layers
-        for stack in stacks(config)
-        for name in _projections(stack.config)
-    }
-    if config.sight is not None:
-        numbers |= {path: tuple(range(depth)) for path, depth in config.sight.depths().items()}
-    return numbers
+    of_parts = _of_parts(config, lambda part, c: part.projections(c))
+    of_encoders = {} if config.sight is None else config.sight.depths()
+    numbers = {path: stack.layers for stack, path, _ in of_parts}
+    return numbers | {path: tuple(range(depth)) for path, depth in of_encoders.items()}
 
 
 def depths(config: ModelConfig | DualConfig) -> dict[str, int]:
@@ -171,50 +189,8 @@ def gate_blocks(config: ModelConfig) -> Gates:
 
     Example (Llama): ``{"layers/ffn": ((L, F), "silu")}``.
     """
-    blocks: Gates = {}
-    for stack in stacks(config):
-        for name, (shape, activation) in _gates(stack.config).items():
-            blocks[f"{stack.prefix}/{name}"] = ((len(stack.layers), *shape), activation)
-    if config.sight is not None:
-        blocks |= config.sight.gate_blocks()
-    return blocks
-
-
-# ---------------------------------------------------------------- one layer of a uniform config
-
-
-def parts(config: ModelConfig) -> tuple[Mixer, FeedForward]:
-    """Returns the mixer and the feed-forward block of a layer."""
-    return config.mixer or SoftmaxAttention(), config.ffn or GatedBlock()
-
-
-def _all_parts(config: ModelConfig) -> list[Part]:
-    return [*parts(config), *filter(None, [config.tail])]
-
-
-def _layer_shapes(config: ModelConfig) -> Shapes:
-    norms = []
-    if config.pre_norm:
-        norms += ["attn_norm", "ffn_norm"]
-    if config.post_norm:
-        norms += ["attn_post_norm", "ffn_post_norm"]
-    shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in norms}
-    for part in _all_parts(config):
-        shapes |= {f"{part.name}/{path}": shape for path, shape in part.param_shapes(config).items()}
-    return shapes
-
-
-def _projections(config: ModelConfig) -> Shapes:
-    shapes: Shapes = {}
-    for part in _all_parts(config):
-        shapes |= {f"{part.name}/{name}": shape for name, shape in part.projections(config).items()}
-    return shapes
-
-
-def _gates(config: ModelConfig) -> Gates:
-    """Returns channel shape and activation of each gated block of a layer, by path."""
-    gates: Gates = {}
-    for part in _all_parts(config):
-        of_part = part.gates(config).items()
-        gates |= {f"{part.name}/{name}".removesuffix("/"): gate for name, gate in of_part}
-    return gates
+    blocks: Gates = {
+        path: ((len(stack.layers), *shape), activation)
+        for stack, path, (shape, activation) in _of_parts(config, lambda part, c: part.gates(c))
+    }
+    return blocks if config.sight is None else blocks | config.sight.gate_blocks()

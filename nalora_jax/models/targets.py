@@ -37,6 +37,7 @@ class TargetSpec:
 
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
+    values: Any = field(default=None, compare=False)  # float32 [layers], scales given by a run in a sweep
 
     @staticmethod
     def even(rank: int, layers: int) -> TargetSpec:
@@ -58,19 +59,10 @@ class TargetSpec:
 
     def scales(self, *, rslora: bool) -> Any:
         """Returns ``s`` of each layer: float32 ``[layers]``, 0 without an adapter."""
+        if self.values is not None:
+            return self.values
         pairs = zip(self.alphas, self.ranks, strict=True)
         return np.array([adapter_scale(alpha, rank, rslora=rslora) for alpha, rank in pairs], np.float32)
-
-
-@dataclass(frozen=True)
-class ScaledTarget(TargetSpec):
-    """A target whose scales are given by a run in a sweep."""
-
-    values: Any = field(default=None, compare=False)  # float32 [layers]
-
-    def scales(self, *, rslora: bool) -> Any:
-        """Returns the given scales."""
-        return self.values
 
 
 @dataclass(frozen=True)
@@ -192,12 +184,8 @@ def resolve(
         (path, TargetSpec(tuple(r), tuple(a))) for path, (r, a) in sorted(specs.items()) if max(r) > 0
     )
     if not targets:
-        raise NaloraError(
-            "--lora.rules",
-            expected="at least one adapter",
-            found="rank 0 everywhere",
-            remedy="give a rule a rank of 1 or more",
-        )
+        actual, remedy = "rank 0 everywhere", "give a rule a rank of 1 or more"
+        raise NaloraError("--lora.rules", expected="at least one adapter", found=actual, remedy=remedy)
     saved = tuple(name for name in TABLES if name in config.modules_to_save)
     ids = config.trainable_token_indices
     rows = tuple((name, ids) for name in ROWS if ids and name in config.trainable_token_modules)

@@ -142,7 +142,7 @@ MakeObjective = Callable[[NextToken], Objective]
 
 def check_decoder(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
     """Raises an error if an axis splits what must be whole, or for another start of a model that sees."""
-    distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=key_heads(base))
+    distributed.check_heads(mesh.shape["tensor"], n_heads=base.n_heads, n_kv_heads=key_heads(base))
     check_context(config, base, mesh)
     if base.sight is None:
         return
@@ -150,7 +150,7 @@ def check_decoder(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
         expected = "default for a model that sees"
         raise NaloraError("--lora.init", expected=expected, found=config.lora.init)
     heads = base.sight.tower.n_heads
-    distributed.check_heads(mesh, n_heads=heads, n_kv_heads=heads)
+    distributed.check_heads(mesh.shape["tensor"], n_heads=heads, n_kv_heads=heads)
 
 
 def decoder_program(

@@ -42,7 +42,7 @@ from nalora_jax.evaluate.generate.programs import (
 )
 from nalora_jax.evaluate.generate.sampling import make_sampling
 from nalora_jax.layout.distributed import fetch
-from nalora_jax.layout.rollouts import ROWS, program_shape
+from nalora_jax.layout.estimates import ROWS, program_shape
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
 from nalora_jax.train.rewards import Scorer

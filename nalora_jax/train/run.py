@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -358,7 +358,7 @@ def finish(
     assert before is not None
     after: dict[str, Any] = job.evaluator.measure(job.assembly.params, state.lora, samples=True)
     if "right" in after and len(before.get("right", ())) == len(after["right"]):
-        after["paired"] = asdict(compare(before["right"], after["right"]))
+        after["paired"] = compare(before["right"], after["right"])
     session.callbacks.tell("on_eval", best, after, "final")
     session.progress.say(f"after (step {best}): {describe(after)}")
     first = first_step(job.assembly.mechanisms)

@@ -1,11 +1,8 @@
 """Data and models in buckets: an emulator of Google's store, and a store in memory under the scheme of S3."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -35,17 +32,17 @@ LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 
 
 @pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
-def put(name: str, content: bytes) -> str:
+def put(name, content):
     """Uploads an object; returns its URL."""
     return emulator.put(os.environ["STORAGE_EMULATOR_HOST"], name, content)
 
 
-def array_records(folder: Path) -> bytes:
+def array_records(folder):
     writer = ArrayRecordWriter(str(folder / "a"), "group_size:1")
     for record in RECORDS:
         writer.write(json.dumps(record).encode())
@@ -53,8 +50,12 @@ def array_records(folder: Path) -> bytes:
     return (folder / "a").read_bytes()
 
 
+def opened(name, split="train"):
+    return open_source(DataConfig(dataset=name), split)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.array_record"])
-def test_a_file_in_a_bucket_gives_the_records_by_index(google: Any, tmp_path: Path, name: str) -> None:
+def test_a_file_in_a_bucket_gives_the_records_by_index(google, tmp_path, name):
     url = put(name, LINES if name == "a.jsonl" else array_records(tmp_path))
     train, held = open_pair(DataConfig(dataset=url, train_split="train[:30]", eval_split="train[30:]"))
     assert train.read([29, 0]) == [RECORDS[29], RECORDS[0]]
@@ -62,87 +63,67 @@ def test_a_file_in_a_bucket_gives_the_records_by_index(google: Any, tmp_path: Pa
     assert train.where(2).startswith(url)
 
 
-def test_folders_and_patterns_in_a_bucket_have_their_splits(google: Any) -> None:
+def test_folders_and_patterns_in_a_bucket_have_their_splits(google):
     for name in ("many/train-0.jsonl", "many/train-1.jsonl", "many/validation/x.jsonl"):
         put(name, LINES)
     put("many/dataset_info.json", b"{}")
     train, held = open_pair(DataConfig(dataset="gs://bucket/many"))
     assert (len(train), len(held)) == (80, 40)
-    assert len(open_source(DataConfig(dataset="gs://bucket/many/train-*.jsonl*2"), "train")) == 80
-    assert len(open_source(DataConfig(dataset="x.jsonl"), "gs://bucket/many/train-1.jsonl")) == 40
+    assert len(opened("gs://bucket/many/train-*.jsonl*2")) == 80
+    assert len(opened("x.jsonl", "gs://bucket/many/train-1.jsonl")) == 40
 
 
-def test_a_copy_is_made_once_and_again_after_the_object_has_changed(google: Any) -> None:
+def test_a_copy_is_made_once_and_again_after_the_object_has_changed(google):
     url = put("changing.jsonl", LINES)
-    before = open_source(DataConfig(dataset=url), "train")
+    before = opened(url)
     google[1].clear()
-    assert open_source(DataConfig(dataset=url), "train").fingerprint == before.fingerprint
+    assert opened(url).fingerprint == before.fingerprint
     assert not [path for path, _ in google[1] if "/download/" in path]
     put("changing.jsonl", LINES.replace(b"a39", b"b39"))
-    assert open_source(DataConfig(dataset=url), "train")[39] == {"prompt": "q39", "completion": " b39"}
+    assert opened(url)[39] == {"prompt": "q39", "completion": " b39"}
 
 
-def test_only_the_row_groups_of_a_parquet_file_that_are_read_are_fetched(
-    google: Any, monkeypatch: Any
-) -> None:
-    wide = [
-        {"prompt": f"{i}", "completion": " " + np.random.default_rng(i).bytes(60_000).hex()}
-        for i in range(96)
-    ]
-    file = io.BytesIO()
-    pq.write_table(
-        pa.Table.from_pylist(wide), file, row_group_size=1, compression="none", use_dictionary=False
-    )
+def test_only_the_row_groups_of_a_parquet_file_that_are_read_are_fetched(google):
+    texts = [np.random.default_rng(i).bytes(60_000).hex() for i in range(96)]
+    wide = [{"prompt": f"{i}", "completion": f" {text}"} for i, text in enumerate(texts)]
+    file, options = io.BytesIO(), {"compression": "none", "use_dictionary": False}
+    pq.write_table(pa.Table.from_pylist(wide), file, row_group_size=1, **options)
     url = put("wide.parquet", file.getvalue())
     google[1].clear()
-    source = open_source(DataConfig(dataset=url), "train")
-    assert source[60] == wide[60]
-    assert 0 < fetched(google[1]) < 0.6 * len(file.getvalue())
-
-
-def fetched(requests: Requests) -> int:
-    """Bytes of all ranges that were asked for."""
-    spans = [range_[6:].split("-") for _, range_ in requests if range_]
-    return sum(int(stop) - int(start) + 1 for start, stop in spans)
+    assert opened(url)[60] == wide[60]
+    spans = [span[6:].split("-") for _, span in google[1] if span]
+    fetched = sum(int(stop) - int(start) + 1 for start, stop in spans)
+    assert 0 < fetched < 0.6 * len(file.getvalue())
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def model(tmp_path):
     return tiny.make_model(tmp_path / "model")
 
 
-def put_model(folder: Path, name: str) -> str:
+def put_model(folder, name):
     for path in folder.iterdir():
         put(f"{name}/{path.name}", path.read_bytes())
     return f"gs://bucket/{name}"
 
 
-def test_a_model_is_streamed_from_a_bucket_into_the_same_shards(
-    google: Any, model: Path, cache: Path
-) -> None:
-    url = put_model(model, "llama")
-    mesh = make_mesh(MeshConfig(1, 4, 2))
+def test_a_model_is_streamed_from_a_bucket_into_the_same_shards(google, model, cache):
+    url, mesh = put_model(model, "llama"), make_mesh(MeshConfig(1, 4, 2))
     expected, loaded = (load_model(name, dtype="float32", mesh=mesh) for name in (str(model), url))
-    jax.tree.map(
-        lambda one, other: np.testing.assert_array_equal(one, other), expected.params, loaded.params
-    )
+    jax.tree.map(np.testing.assert_array_equal, expected.params, loaded.params)
     assert loaded.fingerprint == expected.fingerprint
     assert (loaded.source, loaded.origin.file) == (url, "llama")
     assert not list(cache.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("of_run", [False, True])
-def test_an_adapter_in_a_bucket_is_copied_with_its_run(google: Any, tmp_path: Path, of_run: bool) -> None:
+def test_an_adapter_in_a_bucket_is_copied_with_its_run(google, of_run):
     name, folder = f"adapted-{of_run}", "adapter/" if of_run else ""
-    for file, content in {
-        "adapter_config.json": b'{"base_model_name_or_path": "base"}',
-        "a.safetensors": b"A",
-    }.items():
-        put(f"{name}/{folder}{file}", content)
+    put(f"{name}/{folder}adapter_config.json", b'{"base_model_name_or_path": "base"}')
+    put(f"{name}/{folder}a.safetensors", b"A")
     put(f"{name}/metrics.jsonl", b'{"run": {"model": "gs://bucket/base"}}\n')
     put(f"{name}/checkpoints/1/state", b"large")
     located = locate(f"gs://bucket/{name}")
-    assert located.adapter is not None
     assert sorted(path.name for path in located.adapter.iterdir() if path.suffix) >= ["a.safetensors"]
     assert located.base == ("gs://bucket/base" if of_run else "base")
     assert not list(located.adapter.parent.rglob("checkpoints"))
@@ -150,39 +131,30 @@ def test_an_adapter_in_a_bucket_is_copied_with_its_run(google: Any, tmp_path: Pa
     assert locate(put("only/m.gguf", b"GGUF")).adapter is None
 
 
-def test_damaged_weights_in_a_bucket_are_refused(google: Any, model: Path) -> None:
+def test_damaged_weights_in_a_bucket_are_refused(google, model):
     url = put_model(model, "damaged")
     put("damaged/model.safetensors", (model / "model.safetensors").read_bytes()[:-8])
     with pytest.raises(NaloraError, match="gs://bucket/damaged/model.safetensors: expected a complete saf"):
         load_model(url, dtype="float32")
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        (
-            "gs://bucket/none.jsonl",
-            r"gs://bucket/none.jsonl.*: expected a file or a folder .*none of that name",
-        ),
-        (
-            "gs://private/a.jsonl",
-            r"gs://private/a.jsonl: expected credentials that may read it, found Anonymous .*gcloud auth appl",
-        ),
-        (
-            "s3://bucket/a.jsonl",
-            r"s3://bucket/a.jsonl: .*pip install s3fs \(or nalora_jax with its extra `s3`\)",
-        ),
-    ],
-)
-def test_what_a_bucket_refuses_is_one_error(google: Any, monkeypatch: Any, name: str, said: str) -> None:
-    def missing(scheme: str, **_: Any) -> Any:
+REFUSED = {
+    "gs://bucket/none.jsonl": "none.jsonl.*: expected a file or a folder .*none of that name",
+    "gs://private/a.jsonl": "a.jsonl: expected credentials that may read it, found Anonymous .*gcloud auth appl",
+    "s3://bucket/a.jsonl": r"a.jsonl: .*pip install s3fs \(or nalora_jax with its extra `s3`\)",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_bucket_refuses_is_one_error(google, monkeypatch, name):
+    def missing(scheme, **_):
         raise ImportError(f"install {scheme}")
 
     if name.startswith("s3"):
         monkeypatch.setattr(fsspec, "filesystem", missing)
-    for action in (lambda: open_source(DataConfig(dataset=name), "train"), lambda: resolve_source(name)):
-        with pytest.raises(NaloraError, match=said):
-            action()
+    for action in (opened, resolve_source):
+        with pytest.raises(NaloraError, match=f"^{name.rpartition('/')[0]}/{REFUSED[name]}"):
+            action(name)
 
 
 class InMemory(MemoryFileSystem):
@@ -193,17 +165,15 @@ class InMemory(MemoryFileSystem):
     pseudo_dirs = [""]  # noqa: RUF012
 
     @classmethod
-    def _strip_protocol(cls, path: str) -> str:
+    def _strip_protocol(cls, path):
         return MemoryFileSystem._strip_protocol(path.removeprefix("s3://"))
 
 
-def test_s3_takes_the_same_path(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_s3_takes_the_same_path(monkeypatch, model):
     monkeypatch.setattr(buckets, "_filesystem_of", lambda scheme: InMemory())
     for path in model.iterdir():
         InMemory().pipe_file(f"s3://bucket/llama/{path.name}", path.read_bytes())
     InMemory().pipe_file("s3://bucket/data/train.jsonl", LINES)
-    assert open_source(DataConfig(dataset="s3://bucket/data"), "train")[3] == RECORDS[3]
-    assert (
-        load_model("s3://bucket/llama", dtype="float32").fingerprint
-        == load_model(str(model), dtype="float32").fingerprint
-    )
+    assert opened("s3://bucket/data")[3] == RECORDS[3]
+    streamed, local = (load_model(name, dtype="float32") for name in ("s3://bucket/llama", str(model)))
+    assert streamed.fingerprint == local.fingerprint

@@ -1,7 +1,5 @@
 """What is read from devices of every machine."""
 
-from __future__ import annotations
-
 import pytest
 
 from nalora_jax.common import devices

@@ -1,7 +1,5 @@
-from __future__ import annotations
-
 import hashlib
-from pathlib import Path
+from contextlib import nullcontext
 
 import pytest
 
@@ -14,7 +12,7 @@ from nalora_jax.train.output import open_output
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "large").write_bytes(bytes(range(256)) * 9000)
     (tmp_path / "small").write_text("one")
@@ -22,7 +20,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_digest_is_sha256_of_the_file(folder: Path) -> None:
+def test_a_digest_is_sha256_of_the_file(folder):
     content = (folder / "d" / "large").read_bytes()
     assert file_digest(folder / "d" / "large") == hashlib.sha256(content).hexdigest()
     assert file_digest(folder / "d" / "large", 7) == hashlib.sha256(content[7:]).hexdigest()
@@ -37,22 +35,21 @@ def test_a_digest_is_sha256_of_the_file(folder: Path) -> None:
         (DIGESTS, b"\xff\xfe", f"{DIGESTS} is damaged itself"),
     ],
 )
-def test_damage_is_named(folder: Path, name: str, content: bytes | None, damage: str) -> None:
+def test_damage_is_named(folder, name, content, damage):
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     assert find_damage(folder) == damage
 
 
-def test_where_a_file_cannot_be_written_its_name_is_given_and_nothing_changes(folder: Path) -> None:
-    with pytest.raises(
-        NaloraError, match=f"{folder}/none/file: expected a file that can be written, found No such"
-    ):
+def test_where_a_file_cannot_be_written_its_name_is_given_and_nothing_changes(folder):
+    message = f"{folder}/none/file: expected a file that can be written, found No such"
+    with pytest.raises(NaloraError, match=message):
         write_atomically(folder / "none" / "file", "text")
     write_atomically(folder / "small", "two")
     assert (folder / "small").read_text() == "two"
     assert sorted(path.name for path in folder.iterdir()) == ["d", DIGESTS, "small"]
 
 
-def test_a_planted_link_is_refused_or_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
+def test_a_planted_link_is_refused_or_replaced_and_what_it_points_to_stays(tmp_path):
     victim, folder = tmp_path / "victim", tmp_path / "out"
     victim.write_text("precious\nhalf a line")
     folder.mkdir()
@@ -72,7 +69,7 @@ def test_a_planted_link_is_refused_or_replaced_and_what_it_points_to_stays(tmp_p
     assert not (tmp_path / "not there yet").exists()
 
 
-def test_a_run_that_starts_again_removes_a_link_to_a_folder_and_not_the_folder(tmp_path: Path) -> None:
+def test_a_run_that_starts_again_removes_a_link_to_a_folder_and_not_the_folder(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "file").write_text("precious")
     (tmp_path / "out").mkdir()
@@ -84,26 +81,23 @@ def test_a_run_that_starts_again_removes_a_link_to_a_folder_and_not_the_folder(t
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "checkpoints/4"])
-def test_a_run_with_a_linked_folder_is_not_resumed(tmp_path: Path, name: str) -> None:
-    linked = tmp_path / "out" / name
-    (tmp_path / "another run" / "3").mkdir(parents=True)
-    (tmp_path / "out" if name == "checkpoints" else tmp_path / "out" / "checkpoints" / "3").mkdir(
-        parents=True
-    )
-    linked.symlink_to(tmp_path / "another run")
-    with pytest.raises(
-        NaloraError, match=f"{name}: expected a folder, found a symbolic link; links in an output"
-    ):
+def test_a_run_with_a_linked_folder_is_not_resumed(tmp_path, name):
+    linked, another = tmp_path / "out" / name, tmp_path / "another run"
+    (another / "3").mkdir(parents=True)
+    (linked.parent if name == "checkpoints" else linked.with_name("3")).mkdir(parents=True)
+    linked.symlink_to(another)
+    message = f"{name}: expected a folder, found a symbolic link; links in an output"
+    with pytest.raises(NaloraError, match=message):
         open_output(tmp_path / "out", True).__enter__()
     linked.unlink()
     if name != "checkpoints":
         linked.symlink_to(tmp_path / "missing")
         with pytest.raises(NaloraError, match="found a symbolic link"):
             open_output(tmp_path / "out", "auto").__enter__()
-    assert [path.name for path in tmp_path.iterdir() if path.name != "out"] == ["another run"]
+    assert another.is_dir()
 
 
-def test_the_output_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+def test_the_output_folder_itself_may_be_a_link(tmp_path):
     (tmp_path / "disk" / "checkpoints" / "3").mkdir(parents=True)
     (tmp_path / "disk" / "report.html").symlink_to(tmp_path / "disk" / "old.html")
     (tmp_path / "disk" / "old.html").touch()
@@ -129,10 +123,6 @@ def test_a_file_of_a_model_may_be_a_link_within_its_folder_and_the_hub_s_cache(t
     (folder.parents[1] / "id_rsa").touch()
     (folder.parents[1] / "blobs" / "link").symlink_to("../id_rsa")
     (folder / "merges.txt").symlink_to(link)
-    if accepted:
+    message = r"merges.txt: expected a file of that folder, found a link to"
+    with nullcontext() if accepted else pytest.raises(NaloraError, match=message):
         refuse_link_out(folder, "merges.txt")
-    else:
-        with pytest.raises(
-            NaloraError, match=r"merges.txt: expected a file of that folder, found a link to"
-        ):
-            refuse_link_out(folder, "merges.txt")

@@ -1,33 +1,52 @@
-"""Output folders: whole or absent, whatever the file system says."""
-
-from __future__ import annotations
+"""Locks, and output folders that are whole or absent, whatever the file system says or kills the process."""
 
 import os
 import resource
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from nalora_jax.common.folders import new_file, new_folder, refuse_claimed
+from nalora_jax.common.locks import RunLock, locked, scratch_folder
 from nalora_jax.errors import NaloraError
 
 
-def test_a_disk_that_fills_up_under_safetensors_own_writer_leaves_nothing(tmp_path: Path) -> None:
+def test_a_lock_is_one_process_s_and_of_no_link(tmp_path):
+    with locked(tmp_path / "a") as first, locked(tmp_path / "a") as second, locked(tmp_path / "b") as other:
+        assert (first, second, other) == (True, False, True)
+    with locked(tmp_path / "a", wait=True) as again:
+        assert again
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with pytest.raises(NaloraError, match="a file, found a symbolic link"), locked(tmp_path / "link"):
+        pass
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_lock_that_another_host_gives_up_is_taken_and_its_file_is_the_one_that_is_locked(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "run.lock"
+    path.write_text('{"host": "elsewhere", "pid": 1}')
+    monkeypatch.setattr("time.sleep", lambda _: path.unlink(missing_ok=True))  # while this process waits
+    lock = RunLock(path)
+    assert f'"pid": {os.getpid()}' in path.read_text()
+    with pytest.raises(NaloraError, match=f"found process {os.getpid()} on "):
+        RunLock(path)
+    lock.release()
+    assert not path.exists()
+
+
+def test_a_disk_that_fills_up_under_safetensors_own_writer_leaves_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    message = r"adapter: expected a place that can be written, .*File too large"
     try:
-        with (
-            pytest.raises(
-                NaloraError, match=r"adapter: expected a place that can be written, .*File too large"
-            ),
-            new_folder(tmp_path / "adapter") as scratch,
-        ):
+        with pytest.raises(NaloraError, match=message), new_folder(tmp_path / "adapter") as scratch:
             save_file({"x": np.zeros(10_000, np.float32)}, scratch / "adapter_model.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -44,27 +63,35 @@ with new_folder(sys.argv[1]) as folder:
 """
 
 
-def test_the_next_output_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+def test_the_next_output_removes_what_a_killed_process_left_and_not_what_a_living_one_writes(tmp_path):
+    def names():
+        return {path.name for path in tmp_path.iterdir()}
+
     for name in ("one", "one", "two"):
         subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], check=False)
-        assert len(list(tmp_path.iterdir())) == 1
-    for name in ("foreign", "another host's"):
-        (tmp_path / f".{name}.nalora-partial").mkdir()
-    (tmp_path / ".another host's.nalora-partial" / "owner.json").write_text(
-        '{"host": "elsewhere", "pid": 1}'
-    )
-    with new_folder(tmp_path / "three"):
-        pass
-    kept = {".foreign.nalora-partial", ".another host's.nalora-partial", "three"}
-    assert {path.name for path in tmp_path.iterdir()} == kept
-    for path in (tmp_path / ".another host's.nalora-partial", *tmp_path.glob(".another*/*")):
+        assert len(names()) == 1
+    foreign, elsewhere = (f".{name}.nalora-partial" for name in ("foreign", "another host's"))
+    for name in (foreign, elsewhere):
+        (tmp_path / name).mkdir()
+    owner = tmp_path / elsewhere / "owner.json"
+    owner.write_text('{"host": "elsewhere", "pid": 1}')
+    with (
+        scratch_folder(tmp_path, ".nalora-partial") as first,
+        scratch_folder(tmp_path, ".nalora-partial") as second,
+    ):
+        assert names() == {foreign, elsewhere, first.parent.name, second.parent.name}
+        with new_folder(tmp_path / "three"):
+            pass
+        assert first.exists()
+    assert names() == {foreign, elsewhere, "three"}
+    for path in (owner.parent, owner):
         os.utime(path, (0, 0))
     with new_file(tmp_path / "file") as path:
         path.touch()
-    assert {path.name for path in tmp_path.iterdir()} == {".foreign.nalora-partial", "three", "file"}
+    assert names() == {foreign, "three", "file"}
 
 
-def test_of_two_writers_of_one_name_the_second_is_refused(tmp_path: Path) -> None:
+def test_of_two_writers_of_one_name_the_second_is_refused(tmp_path):
     busy = f"expected a name that no other process writes, found process {os.getpid()} on "
     with new_folder(tmp_path / "merged") as folder:
         (folder / "a").touch()

@@ -1,7 +1,5 @@
 """Files of a user's own that are executed before a run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -31,7 +29,7 @@ def registries(monkeypatch):
     monkeypatch.setattr(rules.MECHANISMS, "_values", dict(rules.MECHANISMS._values))
 
 
-def written(path: Path, name: str) -> Path:
+def written(path, name):
     path.parent.mkdir(exist_ok=True)
     path.write_text(RULE.format(name=name), encoding="utf-8")
     return path
@@ -51,9 +49,8 @@ def test_a_file_that_changed_is_refused(tmp_path):
     before = import_file(str(path))
     written(path, "changed_too")
     for name in (str(path), str(before)):
-        with pytest.raises(
-            NaloraError, match=f"--import .*expected content with SHA-256 {before.digest[:12]}"
-        ):
+        message = f"--import .*expected content with SHA-256 {before.digest[:12]}"
+        with pytest.raises(NaloraError, match=message):
             import_file(name)
 
 

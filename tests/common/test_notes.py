@@ -1,11 +1,9 @@
 """How far long work has come: said to whoever shows it, else in the log, and there not too often."""
 
-from __future__ import annotations
-
 from nalora_jax.common import notes
 
 
-def test_a_listener_hears_everything_from_the_start() -> None:
+def test_a_listener_hears_everything_from_the_start():
     heard = []
     with notes.listening(lambda *given: heard.append(given)), notes.counting("evaluating", 3) as done:
         done(1)

@@ -1,7 +1,5 @@
 """Passwords, private paths and foreign names in what is written about a run."""
 
-from __future__ import annotations
-
 import logging
 from types import SimpleNamespace
 from typing import Any, cast
@@ -34,19 +32,19 @@ from nalora_jax.train.session import Session
         ("s3://bucket/a@b, https://host:80/x", "s3://bucket/a@b, https://host:80/x"),
     ],
 )
-def test_passwords_and_tokens_are_replaced(text: str, expected: str) -> None:
+def test_passwords_and_tokens_are_replaced(text, expected):
     assert redacted(text) == expected
     assert redacted({"callbacks": (text,), "n": 3}) == {"callbacks": (expected,), "n": 3}
 
 
-def test_errors_on_the_terminal_and_in_the_log_of_a_run_have_no_secrets(capsys: Any) -> None:
+def test_errors_on_the_terminal_and_in_the_log_of_a_run_have_no_secrets(capsys):
     error = NaloraError("s3://KEY:SECRET@b/x?token=abc&n=1", expected="a folder", found="Bearer abcdefghi")
     said = f"s3://{MARK}@b/x?token={MARK}&n=1: expected a folder, found Bearer {MARK}"
-    ended: list[Any] = []
+    ended = []
     session = Session.__new__(Session)
     session.callbacks = cast(Any, SimpleNamespace(tell=lambda event, ended_run: ended.append(ended_run)))
 
-    def failing() -> None:
+    def failing():
         logging.getLogger("nalora_jax").warning("%s", error)
         with session.reporting_errors():
             raise error
@@ -57,7 +55,7 @@ def test_errors_on_the_terminal_and_in_the_log_of_a_run_have_no_secrets(capsys: 
     assert [end.message for end in ended] == [said, said]
 
 
-def test_a_setting_with_the_name_of_a_secret_is_replaced() -> None:
+def test_a_setting_with_the_name_of_a_secret_is_replaced():
     settings = {"auth": {"password": "x", "hub_token": "y", "user": "z", "add_tokens": ["<a>"]}}
     assert redacted(settings)["auth"] == {
         "password": MARK,
@@ -77,11 +75,11 @@ def test_a_setting_with_the_name_of_a_secret_is_replaced() -> None:
         ("owner/model 1/2 and/or https://host/a/b", "owner/model 1/2 and/or https://host/a/b"),
     ],
 )
-def test_private_folders_are_not_published(text: str, expected: str) -> None:
+def test_private_folders_are_not_published(text, expected):
     assert published(text.replace("\\\\", "\\")) == expected
 
 
-def test_every_path_of_the_settings_is_shortened_and_patterns_stay() -> None:
+def test_every_path_of_the_settings_is_shortened_and_patterns_stay():
     private = "/home/me/a project/x.jsonl"
     data = DataConfig(
         dataset=f"{private}*2,hf:org/set", data_dir=private, train_split=private, eval_split=private
@@ -98,14 +96,14 @@ HOSTILE = (
 )
 
 
-def rendered(text: str) -> str:
+def rendered(text):
     """HTML of Markdown as the hub shows it; raw HTML passes."""
     from markdown_it import MarkdownIt
 
     return MarkdownIt("commonmark", {"html": True}).render(text)
 
 
-def test_names_are_shown_and_not_interpreted() -> None:
+def test_names_are_shown_and_not_interpreted():
     for text in (markdown(HOSTILE), code(HOSTILE)):
         html = rendered(f"before {text} after")
         assert not any(tag in html for tag in ("<script", "</td>", "<a ", "<img", "<h1", "<em", "<strong"))

@@ -1,13 +1,10 @@
 """A process whose terminal or standard streams go away continues; `test_elastic.py` does so with a run."""
 
-from __future__ import annotations
-
 import os
 import pty
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 # Makes the terminal on standard input the process's own: closing the terminal's other end then sends SIGHUP.
 TAKE_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
@@ -27,7 +24,7 @@ with terminal.outliving_terminal():
 """
 
 
-def test_a_process_without_standard_output_outlives_its_terminal(tmp_path: Path) -> None:
+def test_a_process_without_standard_output_outlives_its_terminal(tmp_path):
     """SIGHUP, and EIO on standard error."""
     mine, theirs = pty.openpty()
     without_output = ["/bin/sh", "-c", 'exec "$@" >&-', "sh"]

@@ -1,14 +1,11 @@
 """Results in buckets: whole or absent, whatever kills the process that writes them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,7 +18,6 @@ from tests import emulator
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
 
 FILES = {"README.md": b"card", "config.json": b"{}", "model.safetensors": bytes(6 << 20)}
-Requests = list[tuple[str, str]]
 WRITE = """
 import os, sys
 from nalora_jax.common.folders import new_folder
@@ -40,119 +36,103 @@ sys.exit(guarded(removed_if_stopped()(write) if "stops" in sys.argv else write))
 
 
 @pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
-def fill(folder: Path) -> None:
-    for name, content in FILES.items():
-        (folder / name).write_bytes(content)
+def write(folder):
+    with new_folder(folder) as scratch:
+        for name, content in FILES.items():
+            (scratch / name).write_bytes(content)
 
 
-def start(folder: str, *words: str) -> subprocess.Popen[str]:
+def send_during_upload(requests, number, folder, *words):
+    """Sends a signal to a process while it uploads its large file; returns its status and what it wrote."""
     command = [sys.executable, "-c", WRITE, f"gs://bucket/{folder}", *words]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
-    )
-
-
-def wait_for(requests: Requests, kind: str, process: subprocess.Popen[str]) -> None:
-    """Waits until an upload of a kind begins: "resumable" is that of the large file."""
+    pipes, environment = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}, {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, text=True, env=os.environ | environment, **pipes)
     until = time.monotonic() + 60
-    while not any(f"uploadType={kind}" in path for path, _ in requests):
+    while not any("uploadType=resumable" in path for path, _ in requests):
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.001)
+    process.send_signal(number)
+    output, error = process.communicate()
+    return process.returncode, output, error
 
 
-def test_a_folder_appears_whole_or_not_at_all(google: Any, cache: Path) -> None:
+def test_a_folder_appears_whole_or_not_at_all(google, cache):
     held, _ = google
     with new_folder(Path("gs://bucket/whole")) as folder:  # a Path has lost a slash
-        fill(folder)
+        for name, content in FILES.items():
+            (folder / name).write_bytes(content)
         assert list(emulator.stored(held, "whole")) == [uploads.MARK]
     assert emulator.stored(held, "whole") == FILES
     assert not list((cache / "uploads").iterdir())
     with pytest.raises(NaloraError, match="whole: expected a new name .*found one that holds README.md"):
         uploads.require_free("gs://bucket/whole")
-    with pytest.raises(NaloraError, match="whole: expected a new name"), new_folder("gs://bucket/whole"):
-        pass
+    with pytest.raises(NaloraError, match="whole: expected a new name"):
+        write("gs://bucket/whole")
     assert emulator.stored(held, "whole") == FILES
 
 
-def test_an_upload_that_fails_leaves_nothing(google: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_fails_leaves_nothing(google, monkeypatch):
     put = uploads._put
 
-    def fail(store: Any, path: Path, where: str, **options: Any) -> None:
+    def fail(store, path, where, **options):
         if path.name == "config.json":
             raise OSError("connection lost")
         put(store, path, where, **options)
 
     monkeypatch.setattr(uploads, "_put", fail)
-    with pytest.raises(NaloraError, match="connection lost"), new_folder("gs://bucket/fails") as folder:
-        fill(folder)
+    with pytest.raises(NaloraError, match="connection lost"):
+        write("gs://bucket/fails")
     assert not emulator.stored(google[0], "fails")
 
 
-def test_a_file_appears_whole_and_replaces_none(google: Any) -> None:
+def test_a_file_appears_whole_and_replaces_none(google):
     for size in (10, 6 << 20):  # in one request, and in several
-        with new_file(f"gs://bucket/{size}.gguf") as path:
+        url = f"gs://bucket/{size}.gguf"
+        with new_file(url) as path:
             path.write_bytes(bytes(size))
-            assert not buckets.exists(f"gs://bucket/{size}.gguf")
-        with pytest.raises(NaloraError, match="found an existing file"):
-            uploads.upload_file(Path(__file__), f"gs://bucket/{size}.gguf")
+            assert not buckets.exists(url)
         assert google[0].get_file("bucket", f"{size}.gguf") == bytes(size)
         with pytest.raises(NaloraError, match="found an existing file"):
-            uploads.require_free(f"gs://bucket/{size}.gguf")
+            uploads.upload_file(Path(__file__), url)
+        with pytest.raises(NaloraError, match="found an existing file"):
+            uploads.require_free(url)
+        assert google[0].get_file("bucket", f"{size}.gguf") == bytes(size)
 
 
-def test_what_a_killed_upload_left_is_no_model_and_is_removed_by_the_next(google: Any, cache: Path) -> None:
+def test_what_a_killed_upload_left_is_no_model_and_is_removed_by_the_next(google, cache):
     held, requests = google
-    process = start("killed")
-    wait_for(requests, "resumable", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    send_during_upload(requests, signal.SIGKILL, "killed")
     assert "config.json" not in emulator.stored(held, "killed")
     assert uploads.MARK in emulator.stored(held, "killed")
-    with new_folder("gs://bucket/killed") as folder:
-        fill(folder)
+    write("gs://bucket/killed")
     assert emulator.stored(held, "killed") == FILES
     assert not list((cache / "uploads").iterdir())
 
 
-def test_sigterm_removes_what_was_uploaded_and_says_so(google: Any, cache: Path) -> None:
+def test_sigterm_removes_what_was_uploaded_and_says_so(google, cache):
     held, requests = google
-    process = start("stopped", "stops")
-    wait_for(requests, "resumable", process)
-    process.send_signal(signal.SIGTERM)
-    output, error = process.communicate()
-    assert (process.returncode, output) == (143, "written\n")
-    assert error == "interrupted by SIGTERM; no unfinished output was left\n"
+    ended = send_during_upload(requests, signal.SIGTERM, "stopped", "stops")
+    assert ended == (143, "written\n", "interrupted by SIGTERM; no unfinished output was left\n")
     assert not emulator.stored(held, "stopped")
     assert not list((cache / "uploads").iterdir())
 
 
-def test_a_second_machine_is_refused_until_the_first_is_silent(
-    google: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def first() -> None:
-        with new_folder("gs://bucket/two") as folder:
-            fill(folder)
-            second()
-
-    def second() -> None:
+def test_a_second_machine_is_refused_until_the_first_is_silent(google, cache, monkeypatch):
+    def second():
         monkeypatch.setattr(uploads.socket, "gethostname", lambda: "elsewhere")
         monkeypatch.setenv("NALORA_CACHE", str(cache / "elsewhere"))
-        with (
-            pytest.raises(NaloraError, match=r"which wrote to it \d+ seconds ago; wait for it"),
-            new_folder("gs://bucket/two"),
-        ):
-            pass
+        with pytest.raises(NaloraError, match=r"which wrote to it \d+ seconds ago; wait for it"):
+            write("gs://bucket/two")
         monkeypatch.setattr(uploads, "_STALE", 0.0)
-        with new_folder("gs://bucket/two") as folder:
-            fill(folder)
+        write("gs://bucket/two")
 
-    with pytest.raises(NaloraError, match="found those of another process"):
-        first()
+    message = "found those of another process"
+    with pytest.raises(NaloraError, match=message), new_folder("gs://bucket/two"):
+        second()
     assert emulator.stored(google[0], "two") == FILES

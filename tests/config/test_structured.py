@@ -1,7 +1,5 @@
 """One function reads all settings: every table of the repository's protocols against tyro, and what it refuses."""
 
-from __future__ import annotations
-
 import json
 import tomllib
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ from nalora_jax.errors import NaloraError
 STUDIES = Path(__file__).parents[2] / "studies"
 
 
-def tables() -> list[dict[str, Any]]:
+def tables():
     """Every table of settings in the protocols, as settings of a run; each once."""
     found = []
     for path in STUDIES.glob("*/protocol.toml"):
@@ -33,7 +31,7 @@ def tables() -> list[dict[str, Any]]:
     return [json.loads(text) for text in dict.fromkeys(map(json.dumps, found))]
 
 
-def words(value: Any) -> list[str]:
+def words(value):
     """A value as it is typed."""
     if isinstance(value, dict):
         return [":".join(str(value[name]) for name in ("pattern", "rank", "alpha") if name in value)]
@@ -42,7 +40,7 @@ def words(value: Any) -> list[str]:
     return [str(value)]
 
 
-def flags(table: dict[str, Any]) -> list[str]:
+def flags(table):
     argv = []
     for name, value in dotted(table):
         if isinstance(value, bool):
@@ -53,7 +51,7 @@ def flags(table: dict[str, Any]) -> list[str]:
     return argv
 
 
-def test_every_table_of_the_protocols_is_read_as_tyro_reads_its_flags() -> None:
+def test_every_table_of_the_protocols_is_read_as_tyro_reads_its_flags():
     """Tyro, which takes 0.1 s, reads tables with a setting that those before it lack."""
     every, seen = tables(), set[str]()
     assert len(every) > 50
@@ -68,7 +66,7 @@ def test_every_table_of_the_protocols_is_read_as_tyro_reads_its_flags() -> None:
         assert config == structured(RunConfig, table, base=RunConfig())
 
 
-def test_settings_that_are_not_in_the_table_are_those_of_the_base() -> None:
+def test_settings_that_are_not_in_the_table_are_those_of_the_base():
     base = RunConfig(steps=7, lora=LoRAConfig(dora=True, dropout=0.5))
     config = structured(RunConfig, {"lora": {"rules": ["ffn:2"], "dropout": "1e-2"}}, base=base)
     assert config == RunConfig(
@@ -85,7 +83,7 @@ class Shelf:
     place: str = field(default="", metadata=INTERNAL)
 
 
-def test_tables_by_name_are_dataclasses() -> None:
+def test_tables_by_name_are_dataclasses():
     table = {"name": "a", "sizes": [1, 2.5], "boxes": {"x": {"pattern": "p"}}, "notes": {"steps": [1]}}
     assert structured(Shelf, table) == Shelf("a", (1.0, 2.5), {"x": LoRARule("p")}, {"steps": [1]})
     assert isinstance(structured(Shelf, table).sizes[0], float)
@@ -105,12 +103,12 @@ def test_tables_by_name_are_dataclasses() -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_named_with_its_place(table: Any, said: str) -> None:
+def test_what_does_not_fit_is_named_with_its_place(table, said):
     with pytest.raises(NaloraError, match=said):
         structured(Shelf, table, "file: ")
 
 
-def test_every_number_of_a_run_has_a_range_at_its_field() -> None:
+def test_every_number_of_a_run_has_a_range_at_its_field():
     numbers = {
         name
         for name, value in dotted(RunConfig().to_dict())

@@ -1,11 +1,6 @@
 """A small real tokenizer and small real files."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tokenizers
@@ -26,7 +21,7 @@ _CORPUS = [
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
+def tokenizer():
     """Byte-level BPE with ChatML's special tokens: every text can be encoded, words take one or two tokens."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,7 +37,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """A new cache, with the downloads of the shared one."""
     folder, downloads = tmp_path / "cache", cache_dir() / "packages"
     folder.mkdir()
@@ -53,10 +48,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def write_jsonl(tmp_path: Path) -> Callable[..., str]:
+def write_jsonl(tmp_path):
     """Writes records, one a line (texts go in as they are), and returns the path."""
 
-    def write(*records: Any, name: str = "data.jsonl") -> str:
+    def write(*records, name="data.jsonl"):
         lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
         path = tmp_path / name
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")

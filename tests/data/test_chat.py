@@ -1,19 +1,16 @@
 """Texts of records and the parts that the loss is on."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import transformers
 
 from nalora_jax.config import DataConfig
+from nalora_jax.data import chat
 from nalora_jax.data.chat import render_record
-from nalora_jax.data.tokenize import Example, fit_example, tokenize
-from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
+from nalora_jax.data.tokenize import tokenize
+from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from tests.data.loss_tokens import learned, runs
 
@@ -124,28 +121,6 @@ def test_an_end_of_sequence_token_is_part_of_the_answer_only_if_it_ends_every_tu
     assert learned({"messages": TALK}, mistral) == expected[-1:]
 
 
-def example(prompt: int, answer: int) -> Example:
-    return Example(np.arange(1, prompt + answer + 1), np.arange(prompt + answer) >= prompt)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "answer", "bos", "expected"),
-    [
-        (3, 2, None, [1, 2, 3, 4, 5]),  # fits: 4 inputs and the token after
-        (5, 2, None, [3, 4, 5, 6, 7]),  # the prompt goes from the left
-        (5, 2, 1, [1, 4, 5, 6, 7]),  # but for its begin-of-sequence id
-        (3, 9, None, [3, 4, 5, 6, 7]),  # one token stays before the answer, which goes from the right
-        (3, 9, 1, [1, 4, 5, 6, 7]),
-        (0, 9, None, [1, 2, 3, 4, 5]),
-    ],
-)
-def test_truncation_keeps_answers(prompt, answer, bos, expected):
-    cut = fit_example(example(prompt, answer), 4, bos)
-    assert cut.ids.tolist() == expected
-    assert cut.answer.tolist() == [index > prompt for index in expected]
-    assert cut.has_target
-
-
 # ---------------------------------------------------------------- released templates
 
 
@@ -163,10 +138,10 @@ CALL = {"type": "function", "function": {"name": "sky", "arguments": {"city": "O
 
 
 @pytest.fixture
-def released(tokenizer: Tokenizer) -> Any:
+def released(tokenizer):
     """Builds the tokenizer of a released template's model, over a small vocabulary."""
 
-    def build(name: str) -> Tokenizer:
+    def build(name):
         special, stops = MODELS[name]
         ours = tokenizer.with_tokens(AddedTokens(special=(*special, *stops)))
         ids = tuple(ours.backend.token_to_id(text) for text in stops)
@@ -181,19 +156,19 @@ def released(tokenizer: Tokenizer) -> Any:
     return build
 
 
-def user(content: str) -> dict[str, Any]:
+def user(content):
     return {"role": "user", "content": content}
 
 
-def turn(content: str, **fields: Any) -> dict[str, Any]:
+def turn(content, **fields):
     return {"role": "assistant", "content": content, **fields}
 
 
-def thought(words: str, content: str) -> dict[str, Any]:
+def thought(words, content):
     return turn(f"<think>\n{words}\n</think>\n\n{content}")
 
 
-def called(**fields: Any) -> list[dict[str, Any]]:
+def called(**fields):
     return [user("Up?"), turn("", tool_calls=[CALL], **fields), {"role": "tool", "content": "21"}]
 
 
@@ -272,9 +247,8 @@ REASONED_CALL = [*called(thinking="ask"), turn("warm", thinking="so")]
 )
 def test_turns_that_lose_their_reasoning_are_refused_with_a_way_that_works(released, name, messages, last):
     ours = released(name)
-    with pytest.raises(
-        NaloraError, match=r"found one that rewrites messages\[1\].*use --data.loss-on answer"
-    ):
+    message = r"found one that rewrites messages\[1\].*use --data.loss-on answer"
+    with pytest.raises(NaloraError, match=message):
         learned({"messages": messages}, ours, loss_on="assistant")
     (found,) = learned({"messages": messages}, ours, loss_on="answer")
     assert found.endswith(last)
@@ -291,3 +265,29 @@ def test_a_turn_without_its_generation_prompt_is_refused_with_a_way_that_works(t
             learned({"messages": PLAIN}, other, loss_on=loss_on)
     expected = "[user]Up?[assistant]the sky[user]more[assistant]<b>hills<|im_end|>"
     assert learned({"messages": PLAIN}, other, loss_on="all") == [expected]
+
+
+# ---------------------------------------------------------------- long chats
+
+
+def long_talk(thought):
+    for i in range(4):
+        yield user(f"  Question {i}: which way is up, and which is down?  " * 3)
+        yield turn(f"{thought}Answer {i}: the sky. " * 5)
+
+
+@pytest.mark.parametrize("thought", ["", "<think>\nhm\n</think>\n\n"])
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.jinja")), ids=lambda path: path.stem)
+def test_masks_of_long_chats_do_not_depend_on_short_contents(tokenizer, monkeypatch, path, thought):
+    """Released templates: those that rewrite contents are rendered in full, or refused as always."""
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    ours = dataclasses.replace(tokenizer, chat_template=path.read_text(), special_tokens=special)
+    results = []
+    for most in (10**9, 0):
+        monkeypatch.setattr(chat, "_MOST", most)
+        try:
+            record = {"messages": list(long_talk(thought))}
+            results.append(render_record(record, DataConfig(loss_on="assistant"), ours, "here"))
+        except NaloraError as error:
+            results.append(str(error))
+    assert results[0] == results[1]

@@ -1,10 +1,7 @@
 """Chat templates render as in transformers, and cannot make texts without end."""
 
-from __future__ import annotations
-
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,10 +26,10 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_render_as_in_transformers(name: str) -> None:
+def test_templates_render_as_in_transformers(name):
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     for tools, prompt in product((None, TOOLS), (False, True)):
-        variables: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt, **special}
+        variables = {"tools": tools, "add_generation_prompt": prompt, **special}
         expected, _ = render_jinja_template(
             conversations=[MESSAGES], chat_template=TEMPLATES[name], **variables
         )
@@ -58,13 +55,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_end_in_an_error(name: str) -> None:
+def test_hostile_templates_end_in_an_error(name):
     template, reason = HOSTILE[name]
     with pytest.raises(Exception, match=f"(?i){reason}"):
         render_template(template, {"messages": MESSAGES})
 
 
-def test_operators_of_real_templates_are_those_of_jinja() -> None:
+def test_operators_of_real_templates_are_those_of_jinja():
     template = "{{ 2 ** 3 }} {{ 7 % 4 }} {{ 'ab' * 2 }} {{ 1 ~ 'b' ~ none }} {{ '%s-%d' % ('a', 2) }} {{ [1] + [2] }}"
     assert render_template(template, {}) == "8 3 abab 1bNone a-2 [1, 2]"
     values = {"x": {"a": np.float64(0.5), "b": np.arange(2)}}  # of table files

@@ -1,12 +1,9 @@
 """ShareGPT, Alpaca, OpenAI's tool calls and conversational prompts are the same examples in other words."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +15,6 @@ from nalora_jax.data.chat import render_record
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.sources import open_source
-from nalora_jax.data.tokenizer import Tokenizer
 from tests.data.loss_tokens import learned
 
 CONFIG = DataConfig()
@@ -33,7 +29,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "weather", "description": "A city's.", "parameters": SCHEMA}}
 ]
 CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
-TOOL_TALK: list[dict[str, Any]] = [
+TOOL_TALK = [
     {"role": "user", "content": "Is it warm in Paris?"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "1", "content": '{"celsius": 21}'},
@@ -42,15 +38,15 @@ TOOL_TALK: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def with_tools(tokenizer: Tokenizer) -> Tokenizer:
+def with_tools(tokenizer):
     return replace(tokenizer, chat_template=TEMPLATE)
 
 
-def text_of(record: dict[str, Any], tokenizer: Tokenizer, **options: Any) -> str:
+def text_of(record, tokenizer, **options):
     return render_record(record, DataConfig(**options), tokenizer, "here").text
 
 
-def by_transformers(tokenizer: Tokenizer, messages: list, tools: list | None = None) -> str:
+def by_transformers(tokenizer, messages, tools=None):
     (text,), _ = render_jinja_template(
         conversations=[messages], tools=tools, chat_template=tokenizer.chat_template
     )
@@ -78,13 +74,13 @@ IN_PARTS = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]
         ({"conversations": FUNCTIONS, "tools": json.dumps(TOOLS)}, WITH_TOOLS, SHAREGPT),
     ],
 )  # fmt: skip
-def test_conversations_are_the_same_in_every_form(with_tools, record, same, form) -> None:
+def test_conversations_are_the_same_in_every_form(with_tools, record, same, form):
     expected = render_record(same, CONFIG, with_tools, "here")
     assert render_record(record, CONFIG, with_tools, "here") == expected
     assert form_of(record, CONFIG) == form
 
 
-def test_alpaca_is_written_by_its_own_prompt_or_by_the_chat_template(tokenizer: Tokenizer) -> None:
+def test_alpaca_is_written_by_its_own_prompt_or_by_the_chat_template(tokenizer):
     record = {"instruction": "Add {input}.", "input": "2, 2", "output": "4"}
     rendered = render_record(record, CONFIG, tokenizer, "here")
     begin = "Below is an instruction that describes a task, paired with an input that"
@@ -101,7 +97,7 @@ def test_alpaca_is_written_by_its_own_prompt_or_by_the_chat_template(tokenizer: 
     assert text_of(record, tokenizer, **named) == "Add {input}.4"
 
 
-def test_tool_calls_are_rendered_as_transformers_renders_them(with_tools: Tokenizer) -> None:
+def test_tool_calls_are_rendered_as_transformers_renders_them(with_tools):
     objects = copy.deepcopy(TOOL_TALK)
     objects[1]["tool_calls"][0]["function"]["arguments"] = {"city": "Paris"}
     objects[1]["content"] = ""
@@ -114,14 +110,14 @@ def test_tool_calls_are_rendered_as_transformers_renders_them(with_tools: Tokeni
     assert answer == "It is: 21 degrees.<|im_end|>"
 
 
-def test_a_call_can_be_the_answer_that_is_scored(with_tools: Tokenizer, write_jsonl: Any) -> None:
+def test_a_call_can_be_the_answer_that_is_scored(with_tools, write_jsonl):
     path = write_jsonl(*[{"messages": TOOL_TALK[:2], "tools": TOOLS}] * 3)
     item = eval_examples(DataConfig(dataset="unread.jsonl", eval_split=path), with_tools, split=path)[0]
     assert item.completion.startswith("<tool_call>")
     assert item.completion.endswith("</tool_call>")
 
 
-def test_what_arrow_fills_up_with_nulls_is_left_out(with_tools: Tokenizer, tmp_path: Path) -> None:
+def test_what_arrow_fills_up_with_nulls_is_left_out(with_tools, tmp_path):
     paris = {"name": "weather", "arguments": {"city": "Paris"}}
     functions = paris, {"name": "stop", "arguments": {"city": None, "now": True}}
     calls = [{"type": "function", "id": "1", "function": function} for function in functions]
@@ -137,8 +133,8 @@ def test_what_arrow_fills_up_with_nulls_is_left_out(with_tools: Tokenizer, tmp_p
     assert render_record(record, CONFIG, with_tools, "x") == same
 
 
-def test_nulls_in_arguments_and_schemas_are_rendered_as_in_transformers(with_tools: Tokenizer) -> None:
-    function: dict[str, Any] = {"name": "weather", "arguments": {"day": None, "hours": [1, None]}}
+def test_nulls_in_arguments_and_schemas_are_rendered_as_in_transformers(with_tools):
+    function = {"name": "weather", "arguments": {"day": None, "hours": [1, None]}}
     parameters = {"type": "object", "properties": {"day": {"default": None, "enum": ["today", None]}}}
     tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
     turn = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
@@ -167,7 +163,7 @@ REASONING_TEMPLATE = (
         {"thinking": "It is high.", "reasoning": "No.", "reasoning_content": None},
     ],
 )
-def test_reasoning_is_rendered_under_every_name(tokenizer, fields: dict) -> None:
+def test_reasoning_is_rendered_under_every_name(tokenizer, fields):
     ours, talk = replace(tokenizer, chat_template=REASONING_TEMPLATE), [*TALK[:2], TALK[2] | fields]
     rendered = render_record({"messages": talk}, CONFIG, ours, "here")
     ((start, stop),) = rendered.answers

@@ -1,6 +1,6 @@
-from __future__ import annotations
+"""Held-out examples: what is trained is what is scored."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 
@@ -8,16 +8,13 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.items import CompletionItem
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.questions import eval_examples, split_questions
+from nalora_jax.data.source import RecordsSource
 from nalora_jax.errors import NaloraError
 
 
-def choice(n: int) -> dict:
-    return {
-        "prompt": f"Question: which way is {n}?\nAnswer:",
-        "completion": " down" if n % 2 else " up",
-        "choices": ["up", "down"],
-        "gold": n % 2,
-    }
+def choice(n):
+    answers = {"completion": " down" if n % 2 else " up", "choices": ["up", "down"], "gold": n % 2}
+    return {"prompt": f"Question: which way is {n}?\nAnswer:", **answers}
 
 
 @pytest.fixture
@@ -27,6 +24,16 @@ def ask(write_jsonl, tokenizer):
         return eval_examples(DataConfig(dataset="unused.jsonl", **options), tokenizer, split=path)
 
     return ask
+
+
+@pytest.fixture
+def trained(tokenizer, cache):
+    def trained(*records, **options):
+        source = {"train": RecordsSource("trained", records)}
+        config = DataConfig(eval_split="unread", **options)
+        return train_data(config, tokenizer, batch_size=1, source=source)
+
+    return trained
 
 
 def test_choices_that_change_the_prompt(ask, tokenizer):
@@ -39,19 +46,37 @@ def test_choices_that_change_the_prompt(ask, tokenizer):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_what_is_trained_is_what_is_scored(ask, write_jsonl, tokenizer, cache, chat):
+def test_what_is_trained_is_what_is_scored(ask, trained, tokenizer, chat):
     """The tokens of a training example are the item's prompt, its gold choice, and the end."""
     (item,) = ask(choice(1), chat=chat)
-    assert item.choice_ids == [
-        tokenizer.encode(text) for text in (("up", "down") if chat else (" up", " down"))
-    ]
+    assert item.choice_ids == [tokenizer.encode(text if chat else f" {text}") for text in ("up", "down")]
     assert (item.gold, item.choices, list(item.contexts)) == (1, ["up", "down"], [item.prompt_ids] * 2)
-    config = DataConfig(eval_split="unread", dataset=write_jsonl(choice(1)), chat=chat)
-    store = train_data(config, tokenizer, batch_size=1).store
+    store, first = trained(choice(1), chat=chat).store, len(item.prompt_ids)
     assert store.tokens.tolist() == [*item.prompt_ids, *item.choice_ids[1], tokenizer.eos_id]
-    first = len(item.prompt_ids)
     assert store.answer.tolist() == [index >= first for index in range(len(store.tokens))]
     assert item.prompt.endswith("<|im_start|>assistant\n" if chat else "Answer:")
+
+
+TEXT = {"text": "up and down " * 30}
+
+
+def test_split_and_last_part_are_evaluated_as_they_are_trained(ask, trained):
+    settings = {"too_long": "split", "loss_on": "all", "loss_last": 5, "max_length": 24}
+    data, items = trained(TEXT, **settings), ask(TEXT, **settings)
+    batches = [data.batch_at(row) for row in range(data.rows_per_epoch)]
+    assert all((batch["loss_weights"] > 0).sum() <= 5 for batch in batches)
+    assert len(items) == data.store.counts.examples > 3
+    assert all(len(item.completion_ids) <= 5 for item in items)
+    assert all(len(item.prompt_ids) + len(item.completion_ids) <= 25 for item in items)
+    assert all(item.completion and item.prompt for item in items)
+
+
+def test_plain_text_is_learned_and_evaluated_without_a_prompt(ask, trained, tokenizer):
+    batch, (item,) = trained(TEXT, max_length=400).batch_at(0), ask(TEXT)
+    ids = [*tokenizer.encode(TEXT["text"]), tokenizer.eos_id]
+    assert batch["targets"][batch["loss_weights"] > 0].tolist() == ids[1:]
+    assert item.prompt_ids + item.completion_ids == ids[:-1]
+    assert len(item.prompt_ids) == 1
 
 
 def test_draw_depends_on_nothing_but_the_data(ask):
@@ -59,8 +84,7 @@ def test_draw_depends_on_nothing_but_the_data(ask):
     few, again = (ask(*records, eval_limit=10, max_length=length) for length in (128, 9))
     assert [item.prompt for item in few] == [item.prompt for item in again]
     assert [item.prompt for item in few] != [record["prompt"] for record in records[:10]]
-    assert len(ask(*records, eval_limit=0)) == 50
-    assert len(ask(*records, eval_limit=400)) == 50
+    assert len(ask(*records, eval_limit=0)) == len(ask(*records, eval_limit=400)) == 50
 
 
 @pytest.mark.parametrize(
@@ -80,17 +104,14 @@ def test_bad_questions_name_the_field(ask, change, message):
 
 def test_template_that_changes_answers(ask, tokenizer):
     template = tokenizer.chat_template.replace("nt'] }}", "nt']|upper }}")
-    shouting = dataclasses.replace(tokenizer, chat_template=template)
     with pytest.raises(NaloraError, match="an answer that the chat template writes as it is"):
-        ask(choice(0), chat=True, tokenizer=shouting)
+        ask(choice(0), chat=True, tokenizer=replace(tokenizer, chat_template=template))
 
 
-@pytest.mark.parametrize(
-    ("total", "reported", "selecting", "sizes"), [(900, 400, 200, (400, 200)), (30, 400, 200, (20, 10))]
-)
-def test_questions_that_choose_are_never_reported_on(total, reported, selecting, sizes):
+@pytest.mark.parametrize(("total", "sizes"), [(900, (400, 200)), (30, (20, 10))])
+def test_questions_that_choose_are_never_reported_on(total, sizes):
     items = [CompletionItem([i], [i], str(i), str(i)) for i in range(total)]
-    first, second = split_questions(items, reported, selecting)
+    first, second = split_questions(items, 400, 200)
     assert (len(first), len(second)) == sizes
     assert not {item.prompt for item in first} & {item.prompt for item in second}
-    assert (first, second) == split_questions(items, reported, selecting)
+    assert (first, second) == split_questions(items, 400, 200)

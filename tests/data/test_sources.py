@@ -1,70 +1,71 @@
-from __future__ import annotations
+"""Data sets by name, mixtures by weight, what is held out, and records that a program hands in."""
 
 import importlib
+import json
 import sys
+import types
+from collections import Counter
 
 import pytest
 from tensorflow_datasets.core import registered
 
-from nalora_jax.config import DataConfig, VisionConfig
+from nalora_jax.config import DataConfig, RunConfig, VisionConfig, check
 from nalora_jax.data.chat import messages_of
-from nalora_jax.data.files import JsonLines
+from nalora_jax.data.given import NAME, formatted, given_sources
 from nalora_jax.data.images.files import open_image
 from nalora_jax.data.images.opened import open_images
-from nalora_jax.data.source import RecordsSource
-from nalora_jax.data.sources import check_disjoint, open_pair, open_source
+from nalora_jax.data.source import RecordsSource, components
+from nalora_jax.data.sources import MOST, check_disjoint, open_pair, open_source, split_to_measure
 from nalora_jax.errors import NaloraError
 
-RECORDS = [{"prompt": f"p{index}", "completion": f"ü{index}"} for index in range(20)]
+
+def records(name, count):
+    return [{"prompt": f"{name} {i}", "completion": f" ü{i}"} for i in range(count)]
 
 
-def test_lines_by_index_past_blank_ones(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'\n{"a": "\xc3\xbc"}\n   \r\n{"a": 2}\r\n\n{"a": 3}')
-    lines = JsonLines(path)
-    assert lines.read([2, 0, 1, -1]) == [{"a": 3}, {"a": "ü"}, {"a": 2}, {"a": 3}]
-    assert [lines.where(index) for index in range(3)] == [f"{path}:2", f"{path}:4", f"{path}:6"]
-    assert lines.where(-1) == f"{path}:6"
+def texts(source):
+    return [record["prompt"] for record in source.read(range(len(source)))]
 
 
-@pytest.mark.parametrize(
-    ("dataset", "split", "message"),
-    [
-        ("socialqa", "train", r"--data.dataset: expected a task.*found 'socialqa'; .*socialiqa_mc"),
-        ("socialiqa", "test", r"socialiqa, split: expected one of train, validation, .*found 'test'"),
-        ("data.jsonl", "validation", r"data.jsonl\[validation\]: expected one split, \"train\""),
-        ("data.jsonl", "train[:0]", "data.jsonl.*: expected at least one record"),
-        ("data.jsonl*0,data.jsonl", "train", r"expected data sets with weights in \(0, 1000\]"),
-        ("data.jsonl,,data.jsonl", "train", r"expected data sets with weights in \(0, 1000\]"),
-        ("needle:300", "train", "needle:WORDS, with WORDS one of 250, 500, .* 256000, found 'needle:300"),
-    ],
-)
+REFUSED = [
+    ("socialqa", "train", r"--data.dataset: expected a task.*found 'socialqa'; .*socialiqa_mc"),
+    ("socialiqa", "test", r"socialiqa, split: expected one of train, validation, .*found 'test'"),
+    ("data.jsonl", "validation", r"data.jsonl\[validation\]: expected one split, \"train\""),
+    ("data.jsonl", "train[:0]", "data.jsonl.*: expected at least one record"),
+    ("data.jsonl*0,data.jsonl", "train", r"expected data sets with weights in \(0, 1000\]"),
+    ("data.jsonl,,data.jsonl", "train", r"expected data sets with weights in \(0, 1000\]"),
+    ("needle:300", "train", "needle:WORDS, with WORDS one of 250, 500, .* 256000, found 'needle:300"),
+]
+
+
+@pytest.mark.parametrize(("dataset", "split", "message"), REFUSED)
 def test_unknown_data_and_splits_are_refused(write_jsonl, monkeypatch, tmp_path, dataset, split, message):
-    write_jsonl(*RECORDS)
+    write_jsonl(*records("p", 20))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NaloraError, match=message):
         open_source(DataConfig(dataset=dataset), split)
 
 
 def test_fingerprint_follows_content_and_split(write_jsonl):
-    def fingerprint(name, split="train"):
-        return open_source(DataConfig(dataset=name), split).fingerprint
+    def fingerprint(rows, name, split="train"):
+        return open_source(DataConfig(dataset=write_jsonl(*rows, name=name)), split).fingerprint
 
-    one = fingerprint(write_jsonl(*RECORDS))
-    assert one == fingerprint(write_jsonl(*RECORDS, name="same.jsonl"))
-    assert one != fingerprint(write_jsonl(*RECORDS[1:], RECORDS[0], name="other.jsonl"))
-    assert one != fingerprint(write_jsonl(*RECORDS), "train[1:]")
+    rows = records("p", 20)
+    one = fingerprint(rows, "one.jsonl")
+    assert one == fingerprint(rows, "same.jsonl")
+    assert one != fingerprint([*rows[1:], rows[0]], "other.jsonl")
+    assert one != fingerprint(rows, "one.jsonl", "train[1:]")
 
 
 def test_overlap_of_training_and_evaluation(write_jsonl):
-    config = DataConfig(dataset=write_jsonl(*RECORDS))
+    config = DataConfig(dataset=write_jsonl(*records("p", 20)))
     train, tail = open_source(config, "train"), open_source(config, "train[-5%:]")
     with pytest.raises(NaloraError, match=r"--data.eval-split: .*shares 1 with it; hold some out"):
         check_disjoint(train, tail)
     check_disjoint(open_source(config, "train[:-5%]"), tail)
     # Another file is a split, too.
-    other = open_source(config, write_jsonl(*RECORDS[:3], name="eval.jsonl"))
-    assert other.read(range(3)) == RECORDS[:3]
+    other = open_source(config, write_jsonl(*records("p", 3), name="eval.jsonl"))
+    assert other.read(range(3)) == records("p", 3)
     check_disjoint(train, other)
 
 
@@ -123,23 +124,22 @@ def test_users_own_tfds_data_set(tmp_path, monkeypatch):
     assert "tensorflow" not in sys.modules
     unreadable = r"tfds:pond_talk\[valid\]: expected a readable TFDS data set"
     photo, one = VisionConfig(image_field="photo"), VisionConfig(classes=("a",))
-    for function, arguments, message in (
-        (open_source, (config, "valid"), unreadable),
-        (open_images, (config, VisionConfig(), "valid"), unreadable),
-        (open_source, (config, "train[oops"), r"tfds:pond_talk\[train\[oops"),
-        (
-            open_images,
-            (config, photo, "train"),
-            "pond_talk: photo: expected an image, found only the fields",
-        ),
-        (open_images(config, one, "test").classes, (), "--vision.classes: expected 2 names, found 1"),
+    for read, message in (
+        (lambda: open_source(config, "valid"), unreadable),
+        (lambda: open_images(config, VisionConfig(), "valid"), unreadable),
+        (lambda: open_source(config, "train[oops"), r"tfds:pond_talk\[train\[oops"),
+        (lambda: open_images(config, photo, "train"), "photo: expected an image, found only the fields"),
+        (open_images(config, one, "test").classes, "--vision.classes: expected 2 names, found 1"),
     ):
         with pytest.raises(NaloraError, match=message):
-            function(*arguments)
+            read()
 
 
 def test_sources_by_split_take_the_place_of_a_data_set():
-    given = {"mine": RecordsSource("mine", RECORDS[:12]), "other": RecordsSource("other", RECORDS[12:])}
+    given = {
+        "mine": RecordsSource("mine", records("a", 12)),
+        "other": RecordsSource("other", records("b", 8)),
+    }
     config = DataConfig(dataset="nowhere", train_split="mine", eval_split="other")
     assert [len(source) for source in open_pair(config, source=given)] == [12, 8]
     with pytest.raises(NaloraError, match="source: expected a split 'third', found mine, other"):
@@ -148,3 +148,132 @@ def test_sources_by_split_take_the_place_of_a_data_set():
         RecordsSource("same", [])
     with pytest.raises(NaloraError, match="shares 12"):
         open_pair(config, source={"mine": given["mine"], "other": given["mine"]})
+
+
+# ---------------------------------------------------------------- mixtures and held-out records
+
+
+def test_weights_say_how_often_a_record_is_seen(write_jsonl):
+    a, b, held = (
+        write_jsonl(*records(name, count), name=f"{name}.jsonl")
+        for name, count in (("a", 10), ("b", 8), ("c", 3))
+    )
+    config = DataConfig(dataset=f"{a}*2.5, {b}*.25", eval_split=held)
+    train = open_pair(config)[0]
+    seen = Counter(texts(train))
+    assert sorted(Counter(seen[f"a {i}"] for i in range(10)).items()) == [(2, 5), (3, 5)]
+    assert sum(seen[f"b {i}"] for i in range(8)) == 2
+    assert train.describe() == f"{a}[train] 25 (93%), {b}[train] 2 (7%)"
+    assert train.where(26) in {f"{b}:{i}" for i in range(1, 9)}
+    again = open_pair(DataConfig(dataset=f"{a}*2.5,{b}*0.25", eval_split=held))[0]
+    assert (again.fingerprint, texts(again)) == (train.fingerprint, texts(train))
+    assert len(open_source(config, "train")) == 18  # as data to measure on each counts once
+
+
+def test_names_of_a_mixture_and_names_with_commas_and_stars(tmp_path):
+    names = [f"part_{number:03}.jsonl" for number in range(40)]  # longer than a file's name may be
+    assert components(",".join(names)) == [(name, 1.0) for name in names]
+    check(RunConfig(data=DataConfig(",".join(names))))
+    odd = tmp_path / "a,b*2"
+    odd.write_text("{}")
+    assert components(str(odd)) == [(str(odd), 1.0)]
+    assert components("data/train-*.parquet*3,x") == [("data/train-*.parquet", 3.0), ("x", 1.0)]
+
+
+@pytest.mark.parametrize(("size", "count"), [(4, 2), (400, 20), (1_000, 50), (12_000, MOST)])
+def test_one_in_twenty_is_held_out_where_nothing_is_but_20_of_few(size, count):
+    source = {"train": RecordsSource("mine", records("x", size))}
+    train, held = open_pair(DataConfig(), source=source)
+    assert (len(train), len(held)) == (size - count, count)
+    assert sorted(texts(train) + texts(held)) == sorted(record["prompt"] for record in records("x", size))
+    assert texts(open_pair(DataConfig(), source=source)[1]) == texts(held)
+    assert train.fingerprint != held.fingerprint
+    message = "mine: expected at least 4 records, of which two are held out, found 3"
+    with pytest.raises(NaloraError, match=message):
+        open_pair(DataConfig(), source={"train": RecordsSource("mine", records("x", 3))})
+
+
+def test_a_split_of_its_own_is_taken(tmp_path):
+    for name, count in (("train", 9), ("validation", 5)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records(name, count))))
+    config = DataConfig(dataset=f"{tmp_path}/")
+    assert [len(source) for source in open_pair(config)] == [9, 5]
+    assert split_to_measure(config) == "validation"
+    assert split_to_measure(DataConfig(dataset=str(tmp_path / "train.jsonl"))) == "train"
+
+
+# ---------------------------------------------------------------- records of a program
+
+
+def test_records_of_a_program():
+    config, source = given_sources(DataConfig(), data=iter(records("x", 40)), format=None)
+    assert config.dataset == NAME
+    assert [len(one) for one in open_pair(config, source=source)] == [32, 8]
+    splits = {"train": records("x", 9), "validation": records("y", 5)}
+    _, source = given_sources(DataConfig(), data=splits, format=None)
+    assert [len(one) for one in open_pair(DataConfig(), source=source)] == [9, 5]
+    with pytest.raises(NaloraError, match=r"data\['train'\], record 1: expected a dict, found a str"):
+        given_sources(DataConfig(), data=[{}, "x"], format=None)
+    with pytest.raises(NaloraError, match="run: expected data or source, found both"):
+        given_sources(DataConfig(), data=[{}], source={}, format=None)
+
+
+def test_a_function_makes_examples(write_jsonl):
+    path = write_jsonl(*[{"q": f"q{i}", "a": i} for i in range(40)])
+
+    def example(record):
+        return None if record["a"] == 3 else {"prompt": record["q"], "completion": f" {record['a']}"}
+
+    config, source = given_sources(DataConfig(dataset=path), format=example)
+    assert config.dataset == path
+    train, held = open_pair(config, source=source)
+    assert sorted(texts(train) + texts(held)) == sorted(f"q{i}" for i in range(40) if i != 3)
+    whole, source = source["train"], open_source(config, "train")
+    assert whole.where(3) == f"{path}:5"  # the line after the one that was left out
+    assert formatted(source, lambda record: {"prompt": "x"}).fingerprint != whole.fingerprint
+    for function, message in (
+        (lambda record: record["question"], "an example, found KeyError: 'question'"),
+        (lambda record: "text", "a dict, or None, found str"),
+    ):
+        with pytest.raises(NaloraError, match=rf"format, {path}:1: expected {message}"):
+            formatted(source, function)
+
+
+class Dataset:
+    """As much of datasets.Dataset as is read."""
+
+    _fingerprint = "abc"
+    info = types.SimpleNamespace(
+        splits={name: types.SimpleNamespace(num_examples=40) for name in ("train", "test")}
+    )
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, indices):
+        return {name: [self.rows[i][name] for i in indices] for name in self.rows[0]}
+
+
+def test_data_sets_of_the_hub(monkeypatch):
+    def load(name, config, *, split):
+        if name != "org/data":
+            raise FileNotFoundError(f"Couldn't find {name}\non the hub")
+        assert config == "small"
+        return Dataset(records(split, 40 if split == "train" else 20))
+
+    names = lambda name, config: ["train", "test"]  # noqa: E731
+    fake = types.SimpleNamespace(get_dataset_split_names=names, load_dataset=load)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    config = DataConfig(dataset="hf:org/data:small")
+    assert [len(source) for source in open_pair(config)] == [32, 8]
+    part = open_source(config, "train[50%:]")
+    assert part.spans == [("train", 20, 40)]
+    assert part.read([1])[0]["completion"] == " ü1"
+    with pytest.raises(NaloraError, match=r"hf:org/none\[train\]: expected a data set that can be loaded"):
+        open_source(DataConfig(dataset="hf:org/none"), "train")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(NaloraError, match="hf:org/data: expected the library datasets, .*; pip install"):
+        open_source(DataConfig(dataset="hf:org/data"), "train")

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import re
 
 import numpy as np
@@ -28,7 +26,7 @@ PRE_TOKENIZERS = {
 }
 
 
-def trained(name: str) -> Tokenizer:
+def trained(name):
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     if PRE_TOKENIZERS[name] is None:
         backend.normalizer = normalizers.Replace(" ", "▁")
@@ -47,10 +45,10 @@ def trained(name: str) -> Tokenizer:
 TRAINED = {name: trained(name) for name in PRE_TOKENIZERS}
 
 
-def prefixes(text: str, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def prefixes(text, cuts, tokenizer):
     """The ids of a text and the tokens before each cut, by encoding every prefix."""
 
-    def encode(part: str) -> list[int]:
+    def encode(part):
         return tokenizer.backend.encode(part, add_special_tokens=False).ids
 
     ids, positions, start, rest = [], [], 0, encode(text)
@@ -64,7 +62,7 @@ def prefixes(text: str, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int
 
 
 @st.composite
-def rendered(draw) -> Rendered:
+def rendered(draw):
     """A completion that starts anywhere after each of several prompts, up to a special token."""
     text, answers = "", []
     for _ in range(draw(st.integers(1, 3))):

@@ -1,11 +1,8 @@
 """Tokenizers of Hugging Face folders, against transformers reading the same folder."""
 
-from __future__ import annotations
-
 import base64
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tokenizers import Regex, decoders, models, normalizers, processors
@@ -39,27 +36,27 @@ CHAT = [
 
 
 @pytest.fixture
-def backend(tokenizer: Tokenizer) -> Backend:
+def backend(tokenizer):
     return Backend.from_str(tokenizer.backend.to_str())
 
 
-def save(folder: Path, backend: Backend) -> Path:
+def save(folder, backend):
     names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
-def folder(tmp_path: Path, backend: Backend) -> Path:
+def folder(tmp_path, backend):
     return save(tmp_path, backend)
 
 
-def edit(path: Path, **changes: Any) -> None:
+def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize("begins", [False, True])
-def test_ids_and_text_equal_transformers(tmp_path: Path, backend: Backend, begins: bool) -> None:
+def test_ids_and_text_equal_transformers(tmp_path, backend, begins):
     if begins:
         begin = "<|im_start|>"
         special = [(begin, backend.token_to_id(begin))]
@@ -78,7 +75,7 @@ def test_ids_and_text_equal_transformers(tmp_path: Path, backend: Backend, begin
     assert ours.add_bos == begins
 
 
-def test_a_file_larger_than_any_tokenizer_is_refused_unread(tmp_path, monkeypatch) -> None:
+def test_a_file_larger_than_any_tokenizer_is_refused_unread(tmp_path, monkeypatch):
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate(1 << 30)  # without blocks on the disk
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it was read"))
@@ -86,7 +83,7 @@ def test_a_file_larger_than_any_tokenizer_is_refused_unread(tmp_path, monkeypatc
         Tokenizer.from_folder(tmp_path)
 
 
-def test_truncation_and_padding_of_the_saver_are_dropped(folder: Path, backend: Backend) -> None:
+def test_truncation_and_padding_of_the_saver_are_dropped(folder, backend):
     ids = backend.encode(CORPUS[0]).ids
     backend.enable_truncation(4)
     backend.enable_padding(length=64)
@@ -107,7 +104,7 @@ NESTED = {"text_config": {"eos_token_id": [2, 1]}}
         *(({}, {"eos_token_id": value}, {}, (2,)) for value in (10**30, "2")),
     ],
 )
-def test_stop_ids_come_from_all_files(folder, settings, config, generation, stops) -> None:
+def test_stop_ids_come_from_all_files(folder, settings, config, generation, stops):
     edit(folder / "tokenizer_config.json", **settings)
     for name, values in {"config.json": config, "generation_config.json": generation}.items():
         (folder / name).write_text(json.dumps(values))
@@ -116,7 +113,7 @@ def test_stop_ids_come_from_all_files(folder, settings, config, generation, stop
     assert ours.pad_id == (2 if "pad_token" in settings else 0)
 
 
-def test_tokens_beyond_the_embedding_are_refused_only_where_they_are_used(folder: Path) -> None:
+def test_tokens_beyond_the_embedding_are_refused_only_where_they_are_used(folder):
     size = Tokenizer.from_folder(folder).vocab_size
     raw = json.loads((folder / "tokenizer.json").read_text())
     raw["added_tokens"].append(raw["added_tokens"][0] | {"id": size, "content": "[PAD]"})
@@ -146,7 +143,7 @@ PLAIN = "plain{{ messages[0].role }}"
 
 
 @pytest.mark.parametrize(("in_files", "default"), [(False, False), (False, True), (True, True)])
-def test_a_template_for_tools_is_used_as_transformers_uses_it(folder, in_files, default) -> None:
+def test_a_template_for_tools_is_used_as_transformers_uses_it(folder, in_files, default):
     templates = {"tool_use": TOOL_USE, **({"default": PLAIN} if default else {})}
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     if in_files:
@@ -190,7 +187,7 @@ PANIC = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
         ("config.json", b"[" * 100_000, r"config\.json: .*recursion"),
     ],
 )
-def test_missing_and_damaged_files_are_named(folder, name, content, message) -> None:
+def test_missing_and_damaged_files_are_named(folder, name, content, message):
     if isinstance(content, dict):
         edit(folder / name, **content)
     elif content is None:
@@ -201,7 +198,7 @@ def test_missing_and_damaged_files_are_named(folder, name, content, message) -> 
         Tokenizer.from_folder(folder)
 
 
-def test_added_tokens_are_those_of_transformers(folder: Path) -> None:
+def test_added_tokens_are_those_of_transformers(folder):
     """Ids and splits; a word of the vocabulary is a token of its own, and what is one already stays as it is."""
     ours = Tokenizer.from_folder(folder).with_tokens(AddedTokens(("<id>", "way"), ("<call>", "<|im_end|>")))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -231,7 +228,7 @@ ENDLESS = {
 }
 
 
-def with_part(folder: Path, name: str, part: Any) -> Path:
+def with_part(folder, name, part):
     backend = Backend(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
     if not isinstance(part, dict):
         setattr(backend, name, part)
@@ -242,7 +239,7 @@ def with_part(folder: Path, name: str, part: Any) -> Path:
 
 
 @pytest.mark.parametrize("case", ENDLESS)
-def test_rules_that_lengthen_texts_without_bound_are_refused(tmp_path: Path, case: str) -> None:
+def test_rules_that_lengthen_texts_without_bound_are_refused(tmp_path, case):
     name, part = ENDLESS[case]
     with pytest.raises(NaloraError, match=f"{name}: expected .*at most (1024|4096)"):
         Tokenizer.from_folder(with_part(tmp_path, name, part))

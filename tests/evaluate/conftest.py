@@ -24,16 +24,9 @@ def llama() -> LlamaForCausalLM:
     torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-    )
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3,
+    )  # fmt: skip
     return transformers.LlamaForCausalLM(config).eval()
 
 

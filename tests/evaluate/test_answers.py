@@ -8,29 +8,20 @@ from nalora_jax.evaluate.answers import last_number, matches, normalised_text
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("normalise", "text", "expected"),
     [
-        ("  The Eiffel-Tower, Paris. ", "eiffeltower paris"),
-        ("An apple a day", "apple day"),
-        ("...", ""),
+        (normalised_text, "  The Eiffel-Tower, Paris. ", "eiffeltower paris"),
+        (normalised_text, "An apple a day", "apple day"),
+        (normalised_text, "...", ""),
+        (last_number, "12 eggs at $3 make $1,036.50.", "1036.5"),
+        (last_number, "#### -42", "-42"),
+        (last_number, "1,2345", "2345"),
+        (last_number, "-0.0", "0"),
+        (last_number, "none", ""),
     ],
 )
-def test_plain_text(text, expected):
-    assert normalised_text(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("12 eggs at $3 make $1,036.50.", "1036.5"),
-        ("#### -42", "-42"),
-        ("1,2345", "2345"),
-        ("-0.0", "0"),
-        ("none", ""),
-    ],
-)
-def test_last_number(text, expected):
-    assert last_number(text) == expected
+def test_normalised_texts(normalise, text, expected):
+    assert normalise(text) == expected
 
 
 def test_an_answer_without_a_number_matches_no_other_answer_without_one():

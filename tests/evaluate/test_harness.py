@@ -40,16 +40,12 @@ def requests(model, variables, tokenizer) -> Requests:
 
 def test_log_likelihoods_equal_transformers(requests, torch_log_probs):
     scores = requests.loglikelihood([request(*pair) for pair in PAIRS])
-    texts = [
-        (b"Which way is up?", b" up"),
-        (b"Which way is up?", b" down"),
-        (b"spaces move to what follows", b"  x"),
-    ]
-    expected = [torch_log_probs(byte_ids(context), byte_ids(ending)) for context, ending in texts]
-    expected.append(torch_log_probs([END], byte_ids(b"without a context")))
-    expected.append(torch_log_probs([END], byte_ids(b"begins with the start token")))
+    up = byte_ids(b"Which way is up?")
     whole = byte_ids(LONG.encode() + b" end")[-65:]
-    expected.append(torch_log_probs(whole[:-4], whole[-4:]))
+    texts = [(up, byte_ids(b" up")), (up, byte_ids(b" down"))]
+    texts += [(byte_ids(b"spaces move to what follows"), byte_ids(b"  x"))]
+    texts += [([END], byte_ids(text)) for text in (b"without a context", b"begins with the start token")]
+    expected = [torch_log_probs(*pair) for pair in (*texts, (whole[:-4], whole[-4:]))]
     np.testing.assert_allclose([s for s, _ in scores], [table.sum() for table, _ in expected], rtol=1e-5)
     assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
 
@@ -65,30 +61,25 @@ def byte_ids(text: bytes) -> list[int]:
 def test_rolling_windows_cover_every_token_once_with_the_longest_context_that_fits(
     requests, torch_log_probs
 ):
-    short, long = "a short text", LONG
-    scores = requests.loglikelihood_rolling([request(short), request(long)])
-    ids = byte_ids(long.encode())
-    first = torch_log_probs([END], ids[:64])[0].sum()
-    second = torch_log_probs(ids[len(ids) - 65 : 64], ids[64:])[0].sum()
-    expected = [torch_log_probs([END], byte_ids(short.encode()))[0].sum(), first + second]
-    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    scores = requests.loglikelihood_rolling([request("a short text"), request(LONG)])
+    ids = byte_ids(LONG.encode())
+    texts = [([END], byte_ids(b"a short text")), ([END], ids[:64]), (ids[len(ids) - 65 : 64], ids[64:])]
+    short, first, second = (torch_log_probs(*text)[0].sum() for text in texts)
+    np.testing.assert_allclose(scores, [short, first + second], rtol=1e-5)
 
 
 def test_special_tokens_in_until_end_a_text(model, variables, tokenizer):
     """Decoded text never holds special tokens, so only their ids can end a text."""
-    prompt = request("one", {"until": [], "max_gen_toks": 12})
     ids = Generator(model, variables, tokenizer).complete(["one"], max_new_tokens=12)[0].ids
     place = next(i for i in range(1, 12) if ids[i] not in ids[:i])
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     token = backend.id_to_token(ids[place])
     backend.add_special_tokens([token])
     special = replace(tokenizer, backend=backend)
-    requests = Requests(Generator(model, variables, special))
-    stopped = request("one", {"until": [token], "max_gen_toks": 12})
-    whole, part = requests.generate_until([prompt, stopped])
-    assert part == special.decode(ids[:place])
-    assert whole == special.decode(ids)
-    stopped = requests._generator.complete(["one"], max_new_tokens=12, stop=[token])[0]
+    generator = Generator(model, variables, special)
+    wanted = [request("one", {"until": until, "max_gen_toks": 12}) for until in ([], [token])]
+    assert Requests(generator).generate_until(wanted) == [special.decode(ids), special.decode(ids[:place])]
+    stopped = generator.complete(["one"], max_new_tokens=12, stop=[token])[0]
     assert (stopped.ids, stopped.reason) == (ids[:place], "stop")
 
 
@@ -96,18 +87,20 @@ def test_texts_are_generated_up_to_each_requests_own_end(requests):
     generator = requests._generator
     whole = generator.generate(["one"], max_new_tokens=12)[0]
     stop = whole[4]
+    greedy, likeliest = (
+        {"do_sample": False, "temperature": 0.0},
+        {"do_sample": True, "temperature": 0.7, "top_k": 1},
+    )
     wanted = [
         request("one", {"until": [stop], "max_gen_toks": 12}),
         request("two", {"until": [], "max_gen_toks": 5}),
-        request("one", {"until": [], "max_gen_toks": 12, "do_sample": False, "temperature": 0.0}),
-        request("one", {"max_gen_toks": 12, "do_sample": True, "temperature": 0.7, "top_k": 1}),
+        request("one", {"until": [], "max_gen_toks": 12, **greedy}),
+        request("one", {"max_gen_toks": 12, **likeliest}),
         request(LONG, {"max_gen_toks": 8}),
     ]
-    made = requests.generate_until(wanted)
-    assert made[0] == whole[: whole.index(stop)]
-    assert made[1] == generator.generate(["two"], max_new_tokens=5)[0]
-    assert made[2] == made[3] == whole
-    assert made[4] == generator.generate([byte_ids(LONG.encode())[-56:]], max_new_tokens=8)[0]
+    two = generator.generate(["two"], max_new_tokens=5)[0]
+    long = generator.generate([byte_ids(LONG.encode())[-56:]], max_new_tokens=8)[0]
+    assert requests.generate_until(wanted) == [whole[: whole.index(stop)], two, whole, whole, long]
 
 
 def test_settings_of_generation_reach_the_model(requests):

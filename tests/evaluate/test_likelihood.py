@@ -26,9 +26,8 @@ def random_groups(count: int, seed: int = 0, *, own_contexts: bool = False) -> l
         context = rng.integers(0, 256, [1, 9, 22][i % 3]).tolist()
         pairs = [(context, rng.integers(0, 256, rng.integers(1, 7)).tolist()) for _ in range(1 + i % 4)]
         if own_contexts and i % 2:
-            pairs = [
-                (context[: len(context) // 2] + [100 + j] * (j + 1), pairs[0][1]) for j in range(len(pairs))
-            ]
+            half = context[: len(context) // 2]
+            pairs = [(half + [100 + j] * (j + 1), pairs[0][1]) for j in range(len(pairs))]
         groups.append(pairs)
     return groups
 
@@ -66,11 +65,8 @@ def test_a_continuation_is_greedy_where_every_token_is_the_likeliest(model, vari
         with torch.no_grad():
             likeliest, second = llama(torch.tensor([ids])).logits[0, -1].topk(2).indices.tolist()
         ids.append(likeliest)
-    right, almost = score_groups(model, variables, [[(ids[:3], ids[3:]), (ids[:3], [*ids[3:-1], second])]])[
-        0
-    ]
-    assert right.greedy
-    assert not almost.greedy
+    pairs = [(ids[:3], ids[3:]), (ids[:3], [*ids[3:-1], second])]
+    assert [score.greedy for score in score_groups(model, variables, [pairs])[0]] == [True, False]
 
 
 @pytest.mark.parametrize("group", [[], [([], [1])], [([1], [2]), ([1], [])]])
@@ -101,10 +97,10 @@ def test_batches_hold_every_text_once_and_all_have_one_shape(seed, count, tokens
     layout = choose_layout(splits, tokens=tokens, shards=3)
     assert layout.rows % 3 == 0
     seen = {}
-    for batch, pairs in make_batches(splits, layout):
+    for batch in make_batches(splits, layout):
         assert batch.stem["tokens"].shape == (layout.rows, layout.stem)
         assert batch.targets.shape == (layout.rows, layout.lanes, layout.tail)
-        for number, at in enumerate(pairs):
+        for number in np.unique(batch.owner[batch.owner >= 0]).tolist():
             row, lane, column = (int(axis[0]) for axis in np.nonzero(batch.owner == number))
             segment = batch.tails["segments"][row, lane, column]
             stem = batch.stem["segments"][row] == segment
@@ -113,11 +109,10 @@ def test_batches_hold_every_text_once_and_all_have_one_shape(seed, count, tokens
             text = [*batch.stem["tokens"][row, stem], *batch.tails["tokens"][row, lane, tail]]
             scored = batch.targets[row, lane][batch.owner[row, lane] == number]
             assert positions == list(range(len(text)))
-            assert at not in seen
-            seen[at] = (text, list(scored))
-    expected = {
-        (i, j): ([*context, *continuation][:-1], list(continuation))
-        for i, pairs in enumerate(groups)
-        for j, (context, continuation) in enumerate(pairs)
+            assert number not in seen
+            seen[number] = (text, list(scored))
+    every = [pair for pairs in groups for pair in pairs]
+    assert seen == {
+        number: ([*context, *continuation][:-1], continuation)
+        for number, (context, continuation) in enumerate(every)
     }
-    assert seen == expected

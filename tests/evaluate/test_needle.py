@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.evaluator import compare_records
 from nalora_jax.evaluate.generate import Generator
-from nalora_jax.evaluate.needle import (
-    exact_match,
-    needle_answers,
-    needle_items,
-    needle_summary,
-)
+from nalora_jax.evaluate.needle import exact_match, needle_answers, needle_items, needle_summary
 from nalora_jax.evaluate.statistics import wilson
 from nalora_jax.report.sections import needle_cells
 from nalora_jax.report.tables import text_table
-from tests.data.test_needle import HAYSTACK
+from tests.data.test_tasks import HAYSTACK
 
 LENGTHS = (520, 800)
 
@@ -35,25 +29,23 @@ class Deep:
 
     def __init__(self, tokenizer, questions, first):
         self.tokenizer, self.first = tokenizer, first
-        self.known = {tuple(item.prompt_ids): item for item in questions.items}
-        self.depth = {tuple(item.prompt_ids): i // 2 % 5 for i, item in enumerate(questions.items)}
+        every = [item for items in questions.values() for item in items]
+        self.known = {tuple(item.prompt_ids): item for item in every}
+        self.depth = {tuple(item.prompt_ids): i // 2 % 5 for i, item in enumerate(every)}
 
     def generate(self, prompts, **settings):
         assert settings["stop"] == ("\n",)
-        keys = [tuple(prompt) for prompt in prompts]
-        return [
-            f"{self.known[key].completion} More 12." if self.depth[key] >= self.first else " 7654321."
-            for key in keys
-        ]
+        keys = map(tuple, prompts)
+        found = {True: "{} More 12.", False: " 7654321."}
+        return [found[self.depth[key] >= self.first].format(self.known[key].completion) for key in keys]
 
 
 def test_prompts_have_the_length_in_tokens(questions, tokenizer):
     longest = max(len(tokenizer.encode(f" {sentence}")) for sentence in HAYSTACK)
-    sizes = [len(item.prompt_ids) + len(item.completion_ids) for item in questions.items]
-    assert len(sizes) == 2 * 5 * 2
-    for length, row in zip(LENGTHS, np.reshape(sizes, (2, -1)), strict=True):
-        assert np.all(row <= length)
-        assert np.all(row > length - longest - 1)
+    for length in LENGTHS:
+        sizes = [len(item.prompt_ids) + len(item.completion_ids) for item in questions[length]]
+        assert len(sizes) == 5 * 2
+        assert length - longest - 1 < min(sizes) <= max(sizes) <= length
 
 
 def test_accuracy_by_length_and_depth(questions, tokenizer):
@@ -79,9 +71,8 @@ def test_lengths_fit_the_question_and_the_context(questions, tokenizer):
         needle_items(tokenizer, [100], haystack=HAYSTACK)
     short = Deep(tokenizer, questions, 0)
     short.max_length = 800
-    with pytest.raises(
-        NaloraError, match=r"--needle: expected lengths of at most 784 tokens, .*; a run with --model.rope"
-    ):
+    message = r"--needle: expected lengths of at most 784 tokens, .*; a run with --model.rope"
+    with pytest.raises(NaloraError, match=message):
         needle_answers(short, questions)
 
 
@@ -91,9 +82,8 @@ def test_generated_answers_are_compared_with_references(model, variables, tokeni
     texts = generator.generate(prompts, max_new_tokens=6, batch_size=2)
     references = [f" {texts[0].upper()}", "something else", texts[2]]
     items = [CompletionItem(p, [1], "", r) for p, r in zip(prompts, references, strict=True)]
-    records = exact_match(
-        generator, items, normalise=lambda text: text.strip().lower(), max_new_tokens=6, batch_size=2
-    )
+    options = {"max_new_tokens": 6, "batch_size": 2, "normalise": lambda text: text.strip().lower()}
+    records = exact_match(generator, items, **options)
     assert [record["correct"] for record in records] == [True, False, True]
     assert [record["answer"] for record in records] == texts
     with pytest.raises(NaloraError, match="at least one question"):

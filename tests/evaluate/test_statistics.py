@@ -44,10 +44,10 @@ def test_a_paired_comparison_sees_what_separate_intervals_hide():
     after[np.flatnonzero(~before)[:20]] = True
     after[np.flatnonzero(before)[:3]] = False
     result = compare(before, after)
-    assert (result.gained, result.lost, result.n) == (20, 3, 500)
-    assert result.difference == pytest.approx(17 / 500)
+    assert (result["gained"], result["lost"], result["n"]) == (20, 3, 500)
+    assert result["difference"] == pytest.approx(17 / 500)
     difference = after.astype(float) - before
     theirs = stats.bootstrap((difference,), np.mean, n_resamples=10_000, method="percentile", rng=1)
-    np.testing.assert_allclose((result.low, result.high), theirs.confidence_interval, atol=0.003)
-    assert result.p_value == pytest.approx(stats.binomtest(3, 23).pvalue)
+    np.testing.assert_allclose((result["low"], result["high"]), theirs.confidence_interval, atol=0.003)
+    assert result["p_value"] == pytest.approx(stats.binomtest(3, 23).pvalue)
     assert wilson(int(before.sum()), 500)[1] > after.mean()

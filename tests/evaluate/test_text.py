@@ -11,14 +11,8 @@ import pytest
 from nalora_jax.common.trees import unflatten
 from nalora_jax.data.items import ChoiceItem, CompletionItem
 from nalora_jax.evaluate import likelihood
-from nalora_jax.evaluate.likelihood import Score
 from nalora_jax.evaluate.statistics import bootstrap, wilson
-from nalora_jax.evaluate.text import (
-    choice_records,
-    completion_records,
-    predict,
-    text_summary,
-)
+from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import param_shapes
@@ -37,23 +31,26 @@ QUESTIONS = [
 
 
 def test_accuracy_and_loss_equal_transformers(model, variables, torch_log_probs):
-    records = choice_records(model, variables, QUESTIONS)
+    evaluator = TextEvaluator(model, None, QUESTIONS)
+    records = evaluator.records(variables["params"], None)
     tables = [[torch_log_probs(q.prompt_ids, c)[0] for c in q.choice_ids] for q in QUESTIONS]
-    answers = [int(np.argmax([t.sum() for t in row])) for row in tables]
-    per_token = [int(np.argmax([t.mean() for t in row])) for row in tables]
+    answers = [
+        int(np.argmax([t.sum() / len(c.strip()) for t, c in zip(row, q.choices, strict=True)]))
+        for row, q in zip(tables, QUESTIONS, strict=True)
+    ]
+    likeliest = [int(np.argmax([t.sum() for t in row])) for row in tables]
+    assert answers != likeliest
     gold = [q.gold for q in QUESTIONS]
     right = np.concatenate([row[q.gold] for row, q in zip(tables, QUESTIONS, strict=True)])
     correct = [a == g for a, g in zip(answers, gold, strict=True)]
     assert [record["answer"] for record in records] == answers
     assert [record["correct"] for record in records] == correct
-    summary = text_summary(records)
-    assert summary["accuracy"] == summary["accuracy_per_choice"] == np.mean(correct)
+    summary = evaluator.summary(records)
+    assert summary["accuracy"] == np.mean(correct)
+    assert summary["accuracy_per_choice"] == np.mean(np.equal(likeliest, gold))
     assert (summary["low"], summary["high"], summary["n"]) == (*wilson(sum(correct), 4), 4)
     assert summary["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 4 + 1 / 2) / 4)
     np.testing.assert_allclose(summary["loss"], -right.mean(), rtol=1e-5)
-    by_token = choice_records(model, variables, QUESTIONS, per="token")
-    assert [record["answer"] for record in by_token] == per_token
-    assert text_summary(by_token)["accuracy_per_choice"] == summary["accuracy"]
 
 
 def test_choices_with_prompts_of_their_own(model, variables, torch_log_probs):
@@ -61,48 +58,28 @@ def test_choices_with_prompts_of_their_own(model, variables, torch_log_probs):
     ending = list(b" for the case")
     item = ChoiceItem(prompts[0], [ending, ending], 0, "...", ["big", "small"], prompts)
     expected = [torch_log_probs(prompt, ending)[0].sum() for prompt in prompts]
-    (record,) = choice_records(model, variables, [item])
-    assert record["answer"] == int(np.argmax(expected))
+    (record,) = TextEvaluator(model, None, [item]).records(variables["params"], None)
+    assert record["answer"] == int(np.argmax(np.array(expected) / [len("big"), len("small")]))
     np.testing.assert_allclose(record["loss"] / record["tokens"], -expected[0] / len(ending), rtol=1e-5)
-
-
-def test_normalisation_divides_by_what_it_says():
-    item = question("?", [" ab", " äö", " abcdef"], 0)
-    scores = [[Score(-4.0, 2, False), Score(-5.0, 4, False), Score(-6.0, 1, False)]]
-    assert predict([item], scores).tolist() == [0]
-    # -4 / 2, -5 / 4, -6 / 1
-    assert predict([item], scores, "token").tolist() == [1]
-    # -4 / 2, -5 / 2, -6 / 6
-    assert predict([item], scores, "character").tolist() == [2]
-    # -4 / 2, -5 / 4, -9 / 6: an umlaut has two bytes
-    longer = [[scores[0][0], scores[0][1], Score(-9.0, 1, False)]]
-    assert predict([item], longer, "byte").tolist() == [1]
-
-
-@pytest.fixture
-def documents() -> list[list[int]]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, 256, n).tolist() for n in (5, 9, 4, 12, 7, 6)]
-
-
-def expected_sums(documents, torch_log_probs, first_target):
-    tables = [torch_log_probs(d[:first_target], d[first_target:])[0] for d in documents]
-    return np.array([-t.sum() for t in tables]), np.array([len(t) for t in tables])
 
 
 @pytest.mark.parametrize("first_target", [1, 3])
 def test_loss_equals_transformers_and_is_weighted_by_tokens(
-    model, variables, documents, torch_log_probs, first_target
+    model, variables, torch_log_probs, first_target
 ):
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 256, n).tolist() for n in (5, 9, 4, 12, 7, 6)]
     items = [CompletionItem(d[:first_target], d[first_target:], "", "") for d in documents]
-    records = completion_records(model, variables, items)
-    summary = text_summary(records)
-    sums, counts = expected_sums(documents, torch_log_probs, first_target)
-    np.testing.assert_allclose(summary["loss"], sums.sum() / counts.sum(), rtol=1e-5)
-    np.testing.assert_allclose(summary["perplexity"], math.exp(sums.sum() / counts.sum()), rtol=1e-4)
+    evaluator = TextEvaluator(model, None, items)
+    records = evaluator.records(variables["params"], None)
+    summary = evaluator.summary(records)
+    tables = [torch_log_probs(item.prompt_ids, item.completion_ids)[0] for item in items]
+    sums, counts = np.array([-t.sum() for t in tables]), np.array([len(t) for t in tables])
+    loss = sums.sum() / counts.sum()
+    found = [summary[name] for name in ("loss", "perplexity", "low", "high")]
+    np.testing.assert_allclose(found, [loss, math.exp(loss), *bootstrap(sums, counts)], rtol=1e-4)
     assert [record["tokens"] for record in records] == counts.tolist()
     assert summary["n"] == 6
-    np.testing.assert_allclose((summary["low"], summary["high"]), bootstrap(sums, counts), rtol=1e-4)
 
 
 def test_logits_of_a_long_row_are_never_held_together():
@@ -114,15 +91,13 @@ def test_logits_of_a_long_row_are_never_held_together():
     params = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(config).items()}
     variables = {"params": unflatten(params)}
 
-    def rows(*shape: int, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-        return {name: jax.ShapeDtypeStruct(shape, "int32") for name in names}
+    def rows(*shape: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {n: jax.ShapeDtypeStruct(shape, "int32") for n in ("tokens", "positions", "segments")}
 
     compiled = []
-    of_texts = ("tokens", "positions", "segments")
     for stem, tail in ((seq, 32), (0, seq)):
-        shape = (1, 1, tail)
-        scored = jax.ShapeDtypeStruct(shape, "int32"), jax.ShapeDtypeStruct(shape, "bool")
-        texts = rows(1, stem, names=of_texts), rows(*shape, names=of_texts)
-        compiled.append(likelihood._stems_and_tails.lower(model, variables, *texts, *scored).compile())
+        targets = [jax.ShapeDtypeStruct((1, 1, tail), dtype) for dtype in ("int32", "bool")]
+        texts = rows(1, stem), rows(1, 1, tail)
+        compiled.append(likelihood._stems_and_tails.lower(model, variables, *texts, *targets).compile())
     logits = 4 * seq * config.vocab_size
     assert max(program.memory_analysis().temp_size_in_bytes for program in compiled) < logits / 8

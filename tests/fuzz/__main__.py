@@ -8,30 +8,93 @@ that a crowded machine makes no hangs), largest memory above that of the undamag
 was an untyped error, a hang, or more than 1 GB.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
+import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import traceback
+import warnings
 from collections import Counter
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.markers import write_between
-from tests.fuzz.campaign import outcomes
-from tests.fuzz.parsers import PARSERS, Parser
+from nalora_jax.errors import NaloraError
+from tests.fuzz.mutate import damaged
+from tests.fuzz.parsers import PARSERS
 
-_MAX_MB = 1000
+_MAX_MB, _MAX_MESSAGE = 1000, 2000  # the second in bytes
 # Timers whose signals end a process, also within C++, and their seconds.
 _TIMERS = {signal.ITIMER_PROF: 10.0, signal.ITIMER_REAL: 60.0}
 _HANGS = (-signal.SIGPROF, -signal.SIGALRM)
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 BEGIN, END = "<!-- fuzz: python -m tests.fuzz --publish -->", "<!-- end of fuzz -->"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one damaged input did."""
+
+    number: int
+    untyped: str  # the error, where it was not this library's own (or its message is too long)
+    peak_mb: int  # largest memory of the process so far
+
+
+def outcomes(parser, seed, first, last):
+    """Reads inputs ``first`` to ``last - 1`` of a seed, one after another; an input depends on its number alone."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parser.write(folder)
+        parser.read(folder)  # the undamaged one is read, so that errors are the damage's
+        contents = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+        yield Outcome(first - 1, "", peak_mb())
+        for number in range(first, last):
+            rng = random.Random(f"{parser.name} {seed} {number}")
+            file = rng.choice(list(contents)) if parser.file == "*" else folder / parser.file
+            if parser.file == "*" and rng.random() < 0.05:  # it is gone, or a folder or a link to itself
+                file.unlink()
+                kind = rng.randrange(3)
+                if kind == 1:
+                    file.mkdir()
+                elif kind == 2:
+                    file.symlink_to(file.name)
+            else:
+                file.write_bytes(damaged(contents[file], rng))
+            yield Outcome(number, attempt(parser, folder), peak_mb())
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            file.unlink(missing_ok=True)
+            file.write_bytes(contents[file])
+
+
+def attempt(parser, folder):
+    """Empty where the file was read or refused in words, else the error's place and text."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parser.read(folder)
+    except NaloraError as error:
+        size = len(str(error).encode("utf-8", "surrogatepass"))
+        return f"a message of {size} bytes" if size > _MAX_MESSAGE else ""
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {str(error)[:200]!r}"
+    return ""
+
+
+def peak_mb():
+    """Largest memory of this process, in MB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 10**6
 
 
 @dataclass
@@ -44,7 +107,7 @@ class Tally:
     memory_mb: int = 0
 
 
-def main() -> int:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,7 +144,7 @@ def main() -> int:
     return int(any(one.hangs or one.untyped or one.memory_mb > _MAX_MB for one in tallies.values()))
 
 
-def summary(tallies: Mapping[str, Tally]) -> str:
+def summary(tallies):
     """Returns the lines of the page: totals over all parsers, their names, and those that failed."""
     inputs = sum(tally.inputs for tally in tallies.values())
     untyped = sum(tally.untyped.total() for tally in tallies.values())
@@ -93,7 +156,7 @@ def summary(tallies: Mapping[str, Tally]) -> str:
     )
 
 
-def run(parser: Parser, seed: int, count: int) -> Tally:
+def run(parser, seed, count):
     """All inputs of a parser; after one that hangs or ends its process, another process goes on with the next."""
     tally, first = Tally(), 0
     while first < count:

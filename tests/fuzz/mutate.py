@@ -1,15 +1,11 @@
 """Seeded damage to files: what a full disk, a bad line, a careless editor or a hostile stranger leaves behind."""
 
-from __future__ import annotations
-
 import copy
 import json
-import random
 import tomllib
-from typing import Any
 
 # Values that break what is written without thinking of them.
-_ODD: tuple[Any, ...] = (
+_ODD = (
     *(None, True, False, -1, 0, 1, 2**31, 2**63, 10**30, 10**400),
     *(0.5, -0.0, 1e308, float("nan"), float("inf")),
     *("", "x" * 300, "x" * 100_000, "\ud800", "\x00", "../../etc/passwd"),
@@ -27,7 +23,7 @@ _SPLICES = (
 )
 
 
-def damaged(content: bytes, rng: random.Random) -> bytes:
+def damaged(content, rng):
     """Returns ``content`` with bits flipped, cut or spliced, or, mostly if it is JSON or TOML, with odd values."""
     if rng.random() < 0.6:
         changed = _changed_json(content, rng) or _changed_toml(content, rng)
@@ -52,7 +48,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-def _changed_json(content: bytes, rng: random.Random) -> bytes | None:
+def _changed_json(content, rng):
     """A JSON document, or some lines of one each, with odd values in odd places; None where it is neither."""
     lines = content.split(b"\n")
     number = rng.randrange(len(lines))
@@ -68,7 +64,7 @@ def _changed_json(content: bytes, rng: random.Random) -> bytes | None:
     return None
 
 
-def _changed_toml(content: bytes, rng: random.Random) -> bytes | None:
+def _changed_toml(content, rng):
     """Returns a TOML document with an odd value in a line; None if ``content`` is not TOML."""
     try:
         tomllib.loads(content.decode())
@@ -81,7 +77,7 @@ def _changed_toml(content: bytes, rng: random.Random) -> bytes | None:
     return "\n".join(lines).encode()
 
 
-def _changed(value: Any, rng: random.Random) -> Any:
+def _changed(value, rng):
     """A copy of ``value`` with one part replaced, dropped, renamed or doubled."""
     places = list(_places(value))
     if not places:
@@ -103,9 +99,9 @@ def _changed(value: Any, rng: random.Random) -> Any:
     return value
 
 
-def _places(value: Any, path: tuple[Any, ...] = ()) -> Any:
+def _places(value, path=()):
     """Paths of all parts of nested dicts and lists; of long ones some."""
-    items: list[tuple[Any, Any]] = []
+    items = []
     if isinstance(value, dict | list):
         items = list(value.items() if isinstance(value, dict) else enumerate(value))
     for key, part in items[:64]:

@@ -1,9 +1,8 @@
 """Every reader of strangers' files, each with a good file to damage."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
+import itertools
 import json
 import shutil
 import sys
@@ -15,12 +14,17 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
+import tokenizers
+from PIL import Image
+from pyarrow import csv, feather, parquet
 from safetensors.numpy import save_file
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from nalora_jax.cli.config_files import load_config
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.chat import render_record
-from nalora_jax.data.files import JsonLines, open_rows
+from nalora_jax.data.files import open_rows
 from nalora_jax.data.images.files import open_image, read_processor
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.data.tokenizer import Tokenizer, read_json
@@ -33,17 +37,16 @@ from nalora_jax.report.html import write_report
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.report import status
 from nalora_jax.train.located import locate, run_config
-from nalora_jax.weights.gguf import GGUFFile
-from nalora_jax.weights.gguf_config import hf_config
-from nalora_jax.weights.gguf_tokenizer import read_tokenizer
+from nalora_jax.weights.gguf import GGUFFile, hf_config, read_tokenizer
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.tensors import check_tensors
 from tests import tiny
 from tests.report.conftest import fake_records, write_run
+from tests.weights import gguf_files
 
-SHAPE: dict[str, Any] = tiny.HF | {
+SHAPE = tiny.HF | {
     "vocab_size": 48,
     "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     "eos_token_id": [0, 1],
@@ -67,133 +70,99 @@ class Parser:
     every: int = 1  # a slow reader gets one in so many of a campaign's inputs
     needs: str = ""  # package that it needs, which is not in the extra `test`
 
-    def share(self, inputs: int) -> int:
+    def share(self, inputs):
         """Returns its number of inputs in a campaign; 0 without the package that it needs."""
         if self.needs and importlib.util.find_spec(self.needs) is None:
             return 0
         return max(inputs // self.every, min(inputs, 4))
 
 
-def _write_json(folder: Path, **files: Any) -> None:
+def _write_json(folder, **files):
     """Writes NAME.json for each name and value."""
     for name, value in files.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
 
 
-def _write_lines(path: Path, records: list[Any]) -> None:
+def _write_lines(path, records):
     path.write_text("\n".join(map(json.dumps, records)) + "\n")
 
 
 # -------------------------------------------------------------------- models
 
 
-def _tokenizer(folder: Path) -> None:
+def _tokenizer(folder):
     vocab = {"</s>": 0, "<s>": 1} | {chr(97 + i): i + 2 for i in range(26)} | {"ab": 28, "abc": 29}
-    model = {"type": "BPE", "vocab": vocab, "merges": ["a b", "ab c"], "unk_token": "</s>"}
-    added = {"id": 0, "content": "</s>", "special": True, "normalized": False}
-    whole = {
-        "version": "1.0",
-        "added_tokens": [added | {"single_word": False, "lstrip": False, "rstrip": False}],
-        "model": model | {"byte_fallback": False},
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]},
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"Regex": r"\s+|\w+"},
-            "behavior": "Isolated",
-            "invert": False,
-        },
-        "decoder": {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-        "post_processor": None,
-    }
-    settings = {
-        "eos_token": "</s>",
-        "bos_token": {"content": "<s>"},
-        "chat_template": CHATML,
-        "add_bos_token": True,
-    }
-    _write_json(folder, tokenizer=whole, tokenizer_config=settings, config=SHAPE)
+    backend = tokenizers.Tokenizer(models.BPE(vocab, [("a", "b"), ("ab", "c")], unk_token="</s>"))
+    backend.add_special_tokens(["</s>"])
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"\s+|\w+"), "isolated")
+    backend.decoder = decoders.Strip(" ", 1, 0)
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "</s>", "bos_token": {"content": "<s>"}, "add_bos_token": True}
+    _write_json(folder, tokenizer_config=settings | {"chat_template": CHATML}, config=SHAPE)
     _write_json(folder, generation_config={"eos_token_id": [0, 1]})
     (folder / "chat_template.jinja").write_text(CHATML)
 
 
-def _use_tokenizer(folder: Path) -> None:
+def _use_tokenizer(folder):
     tokenizer = Tokenizer.from_folder(folder)
     tokenizer.decode(tokenizer.encode(_TEXT))
     tokenizer.encode(tokenizer.render_chat(TALK))
 
 
-def _model(folder: Path) -> None:
+def _model(folder):
     _tokenizer(folder)
-    files: dict[str, dict[str, np.ndarray]] = {"a.safetensors": {}, "b.safetensors": {}}
     tensors = sorted(keymap_for(ModelConfig.from_hf(SHAPE), "hf").tensors, key=lambda tensor: tensor.name)
-    for number, tensor in enumerate(tensors):
-        files["ab"[number % 2] + ".safetensors"][tensor.name] = np.zeros(tensor.shape, np.float32)
+    files = {"a.safetensors": tensors[::2], "b.safetensors": tensors[1::2]}
     for name, held in files.items():
-        save_file(held, folder / name)
-    listed = {tensor: name for name, held in files.items() for tensor in held}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+        save_file({tensor.name: np.zeros(tensor.shape, np.float32) for tensor in held}, folder / name)
+    listed = {tensor.name: name for name, held in files.items() for tensor in held}
+    _write_json(folder, **{"model.safetensors.index": {"metadata": {}, "weight_map": listed}})
 
 
-def _use_model(folder: Path) -> None:
+def _use_model(folder):
     config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
     source = SafetensorsFolder(folder)
     for name in check_tensors(source, keymap_for(config, "hf")).values():
         source.read(name, tuple(slice(0, size) for size in source.shapes()[name])).sum()
 
 
-def _use_config(folder: Path) -> None:
+def _use_config(folder):
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
     if config.n_layers * max(1, config.n_experts) <= 256:
         keymap_for(config, "hf")
 
 
-def _adapter(folder: Path) -> None:
+def _adapter(folder):
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["gate_proj", "up_proj"]}
     settings |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": "owner/base", "lora_dropout": 0.1}
     settings |= {"rank_pattern": {"layers.1.mlp.up_proj": 2}, "alpha_pattern": {r".*\.gate_proj": 4}}
     settings |= {"layers_to_transform": [0, 1], "layers_pattern": ["layers"], "bias": "none"}
     _write_json(folder, adapter_config=settings | {"use_rslora": False, "use_dora": False})
     tensors = {}
-    for layer in range(2):
-        for name in ("gate_proj", "up_proj"):
-            key = f"base_model.model.model.layers.{layer}.mlp.{name}"
-            tensors[f"{key}.lora_A.weight"] = np.ones((2, 16), np.float32)
-            tensors[f"{key}.lora_B.weight"] = np.ones((32, 2), np.float32)
+    for layer, name in itertools.product(range(2), ("gate_proj", "up_proj")):
+        key = f"base_model.model.model.layers.{layer}.mlp.{name}"
+        tensors[f"{key}.lora_A.weight"] = np.ones((2, 16), np.float32)
+        tensors[f"{key}.lora_B.weight"] = np.ones((32, 2), np.float32)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"nalora.base_fingerprint": "all:0"})
 
 
-def _use_adapter(folder: Path) -> None:
+def _use_adapter(folder):
     locate(folder)
     import_adapter(folder, ModelConfig.from_hf(SHAPE), fingerprint="all:0")
 
 
-def _gguf(folder: Path) -> None:
-    import gguf
+def _gguf(folder):
+    def more(writer):
+        blocks = gguf_files.GGMLQuantizationType.Q8_0
+        writer.add_chat_template(CHATML)
+        writer.add_tensor("blk.0.more.weight", np.ones((32, 34), np.uint8), raw_dtype=blocks)
 
-    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
-    for key in ("block_count", "embedding_length", "feed_forward_length", "context_length"):
-        writer.add_uint32(f"llama.{key}", {"block_count": 2, "context_length": 64}.get(key, 32))
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<unk>", "<s>", "</s>", "a", "b", "c", "ab", "abc"])
-    writer.add_token_types([2, 3, 3, 1, 1, 1, 1, 1])
-    writer.add_token_merges(["a b", "ab c"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template(CHATML)
-    writer.add_tensor("token_embd.weight", np.ones((8, 32), np.float32))
-    of_blocks = gguf.GGMLQuantizationType.Q8_0
-    writer.add_tensor("blk.0.attn_q.weight", np.ones((32, 34), np.uint8), raw_dtype=of_blocks)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    raw = gguf_files.MODEL
+    gguf_files.write_model(folder / "model.gguf", "llama", raw, gguf_files.random_params(raw), more)
 
 
-def _use_gguf(folder: Path) -> None:
+def _use_gguf(folder):
     file = GGUFFile(folder / "model.gguf")
     ModelConfig.from_hf(hf_config(file))
     read_tokenizer(file).encode(_TEXT)
@@ -217,7 +186,11 @@ data: {max_length: 128}
 """
 
 
-def _jsonl(folder: Path) -> None:
+def _settings(folder):
+    (folder / "run.yaml").write_text(SETTINGS)
+
+
+def _jsonl(folder):
     _tokenizer(folder)
     more = [{"role": "user", "content": "c", "name": "x"}, {"role": "assistant", "content": "abc"}]
     columns = {"role": ["user", "assistant"], "content": ["a", "b"]}
@@ -225,36 +198,28 @@ def _jsonl(folder: Path) -> None:
     _write_lines(folder / "data.jsonl", [{"prompt": "a b", "completion": " ab"}, *talks])
 
 
-def _use_jsonl(folder: Path) -> None:
-    lines, tokenizer = JsonLines(folder / "data.jsonl"), Tokenizer.from_folder(folder)
+def _use_jsonl(folder):
+    lines, tokenizer = open_rows(folder / "data.jsonl"), Tokenizer.from_folder(folder)
     for index in range(min(len(lines), 8)):
         (record,) = lines.read([index])
         text = render_record(record, DataConfig(loss_on="assistant"), tokenizer, lines.where(index))
         tokenize([text], tokenizer)
 
 
-def _rows(folder: Path) -> None:
-    import pyarrow
-    import pyarrow.csv
-    import pyarrow.feather
-    import pyarrow.parquet
-
-    table = pyarrow.Table.from_pylist(ROWS)
+def _rows(folder):
+    table = pa.Table.from_pylist(ROWS)
     _write_json(folder, rows=ROWS)
-    pyarrow.csv.write_csv(table, folder / "rows.csv")
-    pyarrow.parquet.write_table(table, folder / "rows.parquet", row_group_size=16)
-    pyarrow.feather.write_feather(table, folder / "rows.arrow", compression="uncompressed")
+    csv.write_csv(table, folder / "rows.csv")
+    parquet.write_table(table, folder / "rows.parquet", row_group_size=16)
+    feather.write_feather(table, folder / "rows.arrow", compression="uncompressed")
 
 
-def _use_rows(name: str) -> Callable[[Path], Any]:
-    def read(folder: Path) -> None:
-        rows = open_rows(folder / name)
-        rows.read(range(min(len(rows), 64)))
-
-    return read
+def _use_rows(folder, name):
+    rows = open_rows(folder / name)
+    rows.read(range(min(len(rows), 64)))
 
 
-def _harness(folder: Path) -> None:
+def _harness(folder):
     """Settings of generation, and a task on questions with choices."""
     settings = {"until": ["\n", "."], "max_gen_toks": 12, "do_sample": True, "temperature": 0.7, "top_k": 5}
     _write_json(folder, generation=settings | {"top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2})
@@ -276,7 +241,7 @@ metadata: {{version: 1.0}}
     (folder / "fuzzed.yaml").write_text(task)
 
 
-def _use_task(folder: Path) -> None:
+def _use_task(folder):
     """Runs the task, without the index of the harness's own tasks, which takes seconds to read."""
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
@@ -284,13 +249,13 @@ def _use_task(folder: Path) -> None:
     class Even(LM):  # type: ignore[misc]
         """A model whose every answer is equally likely."""
 
-        def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
+        def loglikelihood(self, requests):
             return [(-1.0, False) for _ in requests]
 
-        def loglikelihood_rolling(self, requests: Any) -> list[float]:
+        def loglikelihood_rolling(self, requests):
             return [-1.0 for _ in requests]
 
-        def generate_until(self, requests: Any) -> list[str]:
+        def generate_until(self, requests):
             return ["" for request in requests if generation_settings(request.args[1])]
 
     only_here = partial(TaskManager, include_defaults=False)
@@ -301,41 +266,22 @@ def _use_task(folder: Path) -> None:
 
 # -------------------------------------------------------------------- images
 
-TOWER: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOWER |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-CLIP = {
-    "model_type": "clip",
-    "projection_dim": 8,
-    "logit_scale_init_value": 2.6592,
-    "vision_config": TOWER | {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8},
-    "text_config": TOWER
-    | {"model_type": "clip_text_model", "vocab_size": 64, "max_position_embeddings": 16},
-}
+IMAGES = TOWER | {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8}
+TEXTS = TOWER | {"model_type": "clip_text_model", "vocab_size": 64, "max_position_embeddings": 16}
+CLIP = {"model_type": "clip", "projection_dim": 8, "logit_scale_init_value": 2.6592}
+CLIP |= {"vision_config": IMAGES, "text_config": TEXTS}
 PROCESSOR = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "resample": 3}
 PROCESSOR |= {"crop_size": {"height": 32, "width": 32}, "do_center_crop": True, "rescale_factor": 1 / 255}
 PROCESSOR |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
 
 
-def _images(folder: Path) -> None:
-    from PIL import Image
-
+def _images(folder):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8))
     for name in ("image.png", "image.jpg"):
         picture.save(folder / name)
     _write_json(folder, preprocessor_config=PROCESSOR, config=CLIP)
-
-
-def _use_processor(folder: Path) -> None:
-    read_processor(folder).batch([open_image(folder / "image.png")])
-
-
-def _use_clip(folder: Path) -> None:
-    read_dual(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 # -------------------------------------------------------------------- runs and studies
@@ -344,7 +290,7 @@ def _use_clip(folder: Path) -> None:
 STUDY = Path(__file__).parents[2] / "studies" / "emoji_alignment"
 
 
-def _run(folder: Path) -> None:
+def _run(folder):
     """A run's folder, without digests in the log, which would find the damage before anything else does."""
     records = list(fake_records(20, layers=2, every=10))
     paired = {"difference": 0.1, "low": -0.1, "high": 0.2, "gained": 3, "lost": 1, "p_value": 0.3, "n": 10}
@@ -360,7 +306,7 @@ def _run(folder: Path) -> None:
     _adapter(folder / "adapter")
 
 
-def _use_page(folder: Path) -> None:
+def _use_page(folder):
     """The report and the comparison page, without their pictures, which take most of the time."""
     with mock.patch("nalora_jax.report.html._draw", return_value=[]):
         write_report(folder)
@@ -368,7 +314,7 @@ def _use_page(folder: Path) -> None:
         write_comparison([folder], folder / "comparison.html")
 
 
-def _use_run(folder: Path) -> None:
+def _use_run(folder):
     """Everything that other subcommands read of a finished run."""
     located = locate(folder)
     recorded_settings(folder)
@@ -378,19 +324,10 @@ def _use_run(folder: Path) -> None:
     import_adapter(located.adapter, ModelConfig.from_hf(SHAPE), fingerprint="all:0")
 
 
-def _use_header(folder: Path) -> None:
-    run_config(folder)
-    locate(folder)
-
-
-def _study(folder: Path) -> None:
+def _study(folder):
     shutil.copy(STUDY / "protocol.toml", folder)
     lines = (STUDY / "records.jsonl").read_text().splitlines(keepends=True)
     (folder / "records.jsonl").write_text("".join(lines[:20]))
-
-
-def _use_study(folder: Path) -> None:
-    status(read_protocol(folder))
 
 
 PARSERS = (
@@ -405,34 +342,28 @@ PARSERS = (
     Parser("adapter tensors", "adapter_model.safetensors", _adapter, _use_adapter),
     Parser("GGUF", "model.gguf", _gguf, _use_gguf),
     Parser("JSONL", "data.jsonl", _jsonl, _use_jsonl),
-    Parser(
-        "metrics.jsonl in the report", "metrics.jsonl", _run, write_report, every=50
-    ),  # draws its pictures
+    Parser("metrics.jsonl in the report", "metrics.jsonl", _run, write_report, every=50),  # draws its pictures
     Parser("metrics.jsonl in the report, without pictures", "metrics.jsonl", _run, _use_page),
     Parser("run folder", "*", _run, _use_run),
-    Parser("metrics.jsonl as a run's header", "metrics.jsonl", _run, _use_header),
-    Parser("before.json", "before.json", _run, lambda folder: read_evaluation(folder / "before.json")),
-    Parser("JSON array", "rows.json", _rows, _use_rows("rows.json")),
-    Parser("CSV", "rows.csv", _rows, _use_rows("rows.csv")),
-    Parser("Parquet", "rows.parquet", _rows, _use_rows("rows.parquet")),
-    Parser("Arrow", "rows.arrow", _rows, _use_rows("rows.arrow")),
+    Parser("metrics.jsonl as a run's header", "metrics.jsonl", _run, lambda f: (run_config(f), locate(f))),
+    Parser("before.json", "before.json", _run, lambda f: read_evaluation(f / "before.json")),
+    Parser("JSON array", "rows.json", _rows, lambda f: _use_rows(f, "rows.json")),
+    Parser("CSV", "rows.csv", _rows, lambda f: _use_rows(f, "rows.csv")),
+    Parser("Parquet", "rows.parquet", _rows, lambda f: _use_rows(f, "rows.parquet")),
+    Parser("Arrow", "rows.arrow", _rows, lambda f: _use_rows(f, "rows.arrow")),
+    Parser("YAML settings", "run.yaml", _settings, lambda f: load_config(f / "run.yaml")),
+    Parser("PNG", "image.png", _images, lambda f: open_image(f / "image.png")),
+    Parser("JPEG", "image.jpg", _images, lambda f: open_image(f / "image.jpg")),
     Parser(
-        "YAML settings",
-        "run.yaml",
-        lambda folder: (folder / "run.yaml").write_text(SETTINGS),
-        lambda folder: load_config(folder / "run.yaml"),
+        "preprocessor_config.json", "preprocessor_config.json", _images,
+        lambda f: read_processor(f).batch([open_image(f / "image.png")]),
     ),
-    Parser("PNG", "image.png", _images, lambda folder: open_image(folder / "image.png")),
-    Parser("JPEG", "image.jpg", _images, lambda folder: open_image(folder / "image.jpg")),
-    Parser("preprocessor_config.json", "preprocessor_config.json", _images, _use_processor),
-    Parser("config.json of CLIP", "config.json", _images, _use_clip),
-    Parser("protocol.toml", "protocol.toml", _study, _use_study),
-    Parser("records.jsonl", "records.jsonl", _study, _use_study),
+    Parser("config.json of CLIP", "config.json", _images, lambda f: read_dual(read_json(f / "config.json"), str(f))),
+    Parser("protocol.toml", "protocol.toml", _study, lambda f: status(read_protocol(f))),
+    Parser("records.jsonl", "records.jsonl", _study, lambda f: status(read_protocol(f))),
     Parser(
-        "harness generation settings",
-        "generation.json",
-        _harness,
-        lambda folder: generation_settings(read_json(folder / "generation.json")),
+        "harness generation settings", "generation.json", _harness,
+        lambda f: generation_settings(read_json(f / "generation.json")),
     ),
     Parser("harness task", "fuzzed.yaml", _harness, _use_task, needs="lm_eval"),
-)
+)  # fmt: skip

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.layout.accounting import Program
+from nalora_jax.layout.figures import figures, of_compiled
 from nalora_jax.models.experts import UNEVEN
 
 LAYERS, D, ROWS = 5, 64, 32
@@ -36,20 +38,14 @@ def compiled(f, *arguments):
     return Program(jax.jit(f).lower(*arguments).compile().as_text())
 
 
-def test_a_loop_s_products_count_as_often_as_they_run():
-    program = compiled(scanned, jnp.ones((ROWS, D)), jnp.ones((LAYERS, D, D)))
-    assert program.flops == LAYERS * 2 * ROWS * D * D
-    assert not program.collectives
-
-
-def test_nested_loops_multiply():
+def test_products_of_nested_loops_count_as_often_as_they_run():
     def twice(x, stack):
         return jax.lax.scan(lambda x, _: (scanned(x, stack), None), x, None, length=3)[0]
 
-    assert (
-        compiled(twice, jnp.ones((ROWS, D)), jnp.ones((LAYERS, D, D))).flops
-        == 3 * LAYERS * 2 * ROWS * D * D
-    )
+    for function, times in ((scanned, 1), (twice, 3)):
+        program = compiled(function, jnp.ones((ROWS, D)), jnp.ones((LAYERS, D, D)))
+        assert program.flops == times * LAYERS * 2 * ROWS * D * D
+        assert not program.collectives
 
 
 def test_the_branch_for_uneven_routing_does_not_count():
@@ -82,13 +78,10 @@ def test_a_slice_of_a_stack_is_read_as_a_slice():
     assert stack.nbytes < program.memory_bytes < 4 * stack.nbytes
 
 
-def test_what_a_fusion_slices_it_computes_of_those_elements_alone():
+def test_of_what_a_fusion_slices_those_elements_alone_move():
     few, every = 2 * 2 * 4 * 8 + 4 * 4 * 8, 2 * 64 * 8 + 4 * 64 * 8  # read and written
     assert Program(written("sliced")).memory_bytes == few + every
-
-
-def test_a_fusion_that_runs_beside_others_moves_a_slice_of_the_stack_that_it_names():
-    """So JAX 0.12's compiler for GPUs writes what puts a layer's results into their stack, and takes them out."""
+    # So JAX 0.12's compiler for GPUs writes what puts a layer's results into their stack, and takes them out.
     layer, index = 2 * 64 * 8, 4
     assert Program(written("asynchronous")).memory_bytes == pytest.approx(4 * layer, abs=2 * index)
 
@@ -99,11 +92,8 @@ def test_the_parts_of_one_collective_are_one_and_what_runs_between_them_hides_it
         "%again = f32[8,16]{1,0} fusion(%a, %x, %all-gather.3), kind=kOutput, calls=%step",
         "%c = f32[8,16]{1,0} convolution(%x, %all-gather.3), dim_labels=bf_io->bf",
     )
-    gathers = Program(text).collectives
-    assert [(c.kind, c.devices, c.received) for c in gathers] == [
-        ("all-gather", 8, 32 * 16 * 2 * 7 / 8)
-    ] * 2
-    assert [c.overlapped for c in gathers] == [False, False]
+    gathers = [(c.kind, c.devices, c.received, c.overlapped) for c in Program(text).collectives]
+    assert gathers == [("all-gather", 8, 32 * 16 * 2 * 7 / 8, False)] * 2
     product = "%other = f32[8,16]{1,0} convolution(%x, %w), dim_labels=bf_io->bf"
     last = "%async_collective_fusion.2 = f32[8,16]{1,0} fusion(%a, %x, %w), kind=kOutput, calls=%step"
     between = text.replace("  %g = bf16", f"  {product}\n  {last}\n  %g = bf16")
@@ -123,17 +113,12 @@ def test_a_collective_that_continues_in_a_loop_counts_once():
     assert several == sum(c.times for c in Program(text).collectives) + 64
 
 
-def test_kernels_are_counted_by_name_as_often_as_they_run():
-    assert Program(written("kernels")).custom_calls == {
-        "splash_mha_fwd_residuals": 33.0,
-        "splash_mha_dkv": 1.0,
-    }
-
-
-def test_products_by_group_are_counted_and_kernels_of_gpus_have_their_own_names():
+def test_kernels_are_counted_by_name_as_often_as_they_run_and_products_by_group():
+    splash = {"splash_mha_fwd_residuals": 33.0, "splash_mha_dkv": 1.0}
+    assert Program(written("kernels")).custom_calls == splash
     program = Program(written("grouped"))
-    attention = ("mha_forward", "cudnn_attention_forward", "cudnn_attention_backward")
-    assert program.custom_calls == {"grouped_matmul": 1.0, **dict.fromkeys(attention, 1.0)}
+    names = ("grouped_matmul", "mha_forward", "cudnn_attention_forward", "cudnn_attention_backward")
+    assert program.custom_calls == dict.fromkeys(names, 1.0)
     assert program.flops == 2 * 256 * 64 * 128
 
 
@@ -169,11 +154,42 @@ def test_what_goes_to_the_host_s_memory_and_comes_back():
     layer, array = 8 * 16 * 2, 32 * 4
     found = [(one.to_host, one.moved, one.times, one.overlapped) for one in program.transfers]
     assert sorted(found) == [(False, layer, 1, False), (True, array, 1, False), (True, layer, 4, True)]
-    gpu = (
-        written("offloaded")
-        .replace("dynamic-update-slice-start(", "fusion-start(")
-        .replace("dynamic-slice-start(", "fusion-start(")
-    )
+    gpu = written("offloaded").replace("dynamic-update-slice-start(", "fusion-start(")
+    gpu = gpu.replace("dynamic-slice-start(", "fusion-start(")
     assert Program(gpu).transfers == program.transfers
     # In HBM: each of them once, the product's operands and result, and 9 bytes that the loop compares.
     assert program.memory_bytes == 4 * (layer + 3 * layer + 9) + array + layer
+
+
+# ---------------------------------------------------------------- figures of a compiled program
+
+
+@pytest.mark.parametrize(
+    ("temporary", "peak", "live"),
+    [
+        (40e9, 29e9, 29e9),  # a TPU's sum has arrays that are never live together
+        (13e9, 30e9, 14e9),  # a GPU allocates the sum
+        (13e9, 0, 14e9),  # no peak is stated
+    ],
+)
+def test_a_program_needs_the_smaller_of_sum_and_peak(temporary, peak, live):
+    text = jax.jit(lambda x: x @ x).lower(jnp.ones((4, 4))).compile().as_text()
+    sizes = {"argument": 1e9, "temp": temporary, "host_temp": 0}
+    analysis = SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in sizes.items()})
+    analysis.peak_memory_in_bytes = peak
+    program = SimpleNamespace(memory_analysis=lambda: analysis, as_text=lambda: text, input_shardings=())
+    assert of_compiled(program).memory == live
+
+
+def test_a_damaged_file_of_the_cache_is_written_again(tmp_path):
+    mesh = Mesh(jax.devices()[:1], ("data",))
+    x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, P()))
+    step = jax.jit(lambda x: x @ x)
+    compiled = figures(step, (x,), cache=tmp_path)
+    (file,) = (tmp_path / "plans").iterdir()
+    written = file.read_text()
+    for damaged in (written[:-30], written.replace('"arguments": 2', '"arguments": 3')):
+        assert damaged != written
+        file.write_text(damaged)
+        assert figures(step, (x,), cache=tmp_path) == compiled
+        assert file.read_text() == written

@@ -10,23 +10,21 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.decide import MOST, Compiled, Search, decide
-from nalora_jax.layout.layouts import Layout
+from nalora_jax.layout.estimates import Layout
 
 LIMIT = 16e9
 
 
 def layout(memory: float, seconds: float, *, fsdp: int = 1, remat: str = "dots") -> Layout:
-    return Layout(
-        8 // fsdp, fsdp, 1, remat, "auto", memory * 1e9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, seconds, 0.5
-    )
+    return Layout(8 // fsdp, fsdp, 1, remat, "auto", weights=memory * 1e9, seconds=seconds, mfu=0.5)
 
 
 def searched(
     candidates: list[Layout], compiler: Callable[[Layout], Compiled]
-) -> tuple[Layout, Compiled, list[Layout]]:
+) -> tuple[Layout, list[Layout]]:
     search = Search(candidates, LIMIT)
-    taken, result = decide(search, compiler)
-    return taken, result, [one for one, _ in search.tried]
+    taken, _ = decide(search, compiler)
+    return taken, [one for one, _ in search.tried]
 
 
 def compiled(memory: float, seconds: float) -> Compiled:
@@ -37,7 +35,7 @@ def test_a_layout_that_does_not_fit_leads_to_a_smaller_one_in_one_line_of_the_lo
     """The ratio of compiled to estimated memory applies to the others: 15 GB more of them would not fit either."""
     candidates = [layout(14, 1.0), layout(13.9, 1.1, fsdp=2), layout(10, 1.3, fsdp=8)]
     with caplog.at_level(logging.INFO, logger="nalora_jax.layout.decide"):
-        taken, _, tried = searched(candidates, lambda one: compiled(1.2 * one.memory / 1e9, one.seconds))
+        taken, tried = searched(candidates, lambda one: compiled(1.2 * one.memory / 1e9, one.seconds))
     assert taken is candidates[2]
     assert tried == [candidates[0], candidates[2]]
     (line,) = caplog.messages
@@ -55,13 +53,11 @@ def test_a_slow_program_is_compared_with_the_next_layouts_and_kept_if_they_are_s
         layout(9, 2.5),
     ]
     slow = {8: 3.0, 1: 1.0}
-    taken, _, tried = searched(
-        candidates, lambda one: compiled(one.memory / 1e9, slow[one.fsdp] * one.seconds)
-    )
+    taken, tried = searched(candidates, lambda one: compiled(9, slow[one.fsdp] * one.seconds))
     # Of the same mesh the other policy is taken to be as slow, so that it is not compiled.
     assert tried == [candidates[0], candidates[2]]
     assert taken is candidates[2]
-    taken, _, tried = searched(candidates[:2] + candidates[3:], lambda one: compiled(9, 1.4 * one.seconds))
+    taken, tried = searched(candidates[:2] + candidates[3:], lambda one: compiled(9, 1.4 * one.seconds))
     assert (taken, tried) == (candidates[0], candidates[:1])  # 2.5 s is more than 1.4
 
 
@@ -77,7 +73,7 @@ def without_routes(one: Layout) -> Compiled:
 def test_an_internal_error_of_the_compiler_excludes_its_mesh(caplog):
     candidates = [layout(14, 1.0, fsdp=8), layout(12, 1.1, fsdp=8, remat="full"), layout(15, 1.3)]
     with caplog.at_level(logging.INFO, logger="nalora_jax.layout.decide"):
-        taken, _, tried = searched(candidates, without_routes)
+        taken, tried = searched(candidates, without_routes)
     assert taken is candidates[2]
     assert tried == [candidates[0], candidates[2]]
     warning, line = caplog.messages
@@ -94,7 +90,6 @@ def test_at_most_four_layouts_are_compiled_and_the_refusal_names_them():
     assert len(search.tried) == MOST
     assert not result.fits
     assert taken is candidates[0]
-    with pytest.raises(
-        NaloraError, match=r"fits in 16\.0 GB a chip, found .*18\.0 GB.*25\.0 GB.*; use more chips"
-    ):
+    message = r"fits in 16\.0 GB a chip, found .*18\.0 GB.*25\.0 GB.*; use more chips"
+    with pytest.raises(NaloraError, match=message):
         decide(search, without_routes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -37,9 +36,7 @@ if "pytest" not in sys.modules:
 """
 
 
-def test_a_run_that_loses_one_of_two_processes_continues_on_eight_devices(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_loses_one_of_two_processes_continues_on_eight_devices(tmp_path, monkeypatch) -> None:
     train = TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=4)
     config = tiny.make_config(tmp_path, steps=8, train=train, mesh=MeshConfig(1, 1, 1, 2), resume="auto")
     settings = tiny.write_settings(config, tmp_path / "settings.py")
@@ -64,12 +61,12 @@ def test_a_run_that_loses_one_of_two_processes_continues_on_eight_devices(
     assert all("found that one is gone" in line and "--resume" in line for line in lines), error
     assert lines or "coordination service" in error, error
     assert "Traceback" not in error
-    before = tiny.losses(config.output)
+    before = tiny.logged(config.output)
     assert max(before) >= 6
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     run(replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
     assert '"resumed": {"step": 4' in (tmp_path / "run" / "metrics.jsonl").read_text()
-    continued = tiny.losses(config.output)
+    continued = tiny.logged(config.output)
     assert continued.keys() == set(range(1, 9))
     for step in (5, 6):  # by both
         assert continued[step] == pytest.approx(before[step], rel=2e-4)

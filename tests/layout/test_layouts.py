@@ -14,21 +14,21 @@ from nalora_jax.cli.planning.program import _weight, architecture
 from nalora_jax.config import ComputeConfig, DataConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.estimates import (
-    WIDTHS,
+    Layout,
     active_parameters,
     attention_flops,
+    estimate,
     splash_flops,
     useful_flops,
     weight_bytes,
 )
 from nalora_jax.layout.figures import Figures, kernel_flops
-from nalora_jax.layout.layouts import Layout, estimate, fastest, fitting
+from nalora_jax.layout.layouts import fastest, fitting
 from nalora_jax.layout.machines import Topology, topology
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.ops.quantize import kernels
 
 
 def run(rows: int, seq: int = 4096, **options) -> RunConfig:
@@ -49,19 +49,22 @@ def estimated(
 
 
 def test_what_the_user_fixes_stays():
-    layout = chosen("llama-3.1-8b", "v6e:16x16", mesh=MeshConfig(fsdp=16, tensor=2))
-    assert (layout.data, layout.fsdp, layout.tensor) == (8, 16, 2)
+    assert chosen("llama-3.1-8b", "v6e:16x16", mesh=MeshConfig(fsdp=16, tensor=2)).mesh == (8, 16, 2)
     assert chosen("llama-3.1-8b", "v6e:16x16", compute=ComputeConfig(remat="full")).remat == "full"
     assert chosen("llama-3.1-8b", "v6e:16x16", mesh=MeshConfig(fsdp=-1)).fsdp == 256
 
 
 def test_nothing_fits_is_an_error_with_a_remedy():
-    with pytest.raises(
-        NaloraError, match=r"v5e:2x2: expected llama .* to fit in 16\.40 GB a chip.*; use more chips"
-    ):
+    message = r"v5e:2x2: expected llama .* to fit in 16\.40 GB a chip.*; use more chips"
+    with pytest.raises(NaloraError, match=message):
         chosen("llama-3.1-70b", "v5e:2x2")
     with pytest.raises(NaloraError, match=r"--train.batch-size: expected rows .* found 7"):
         chosen("llama-3.1-8b", "v6e:16x16", rows=7, mesh=MeshConfig(tensor=1))
+
+
+def counted(base: ModelConfig, calls: dict[str, float], *, rows: int = 3, tensor: int = 1, micro: int = 1):
+    """Flops of kernels in a step of rows of 4,096 tokens."""
+    return kernel_flops(Figures(0, 0, 0, 0, calls, ()), base, rows, 4096, tensor, micro)
 
 
 def test_attention_s_kernels_are_counted_by_the_blocks_that_they_compute():
@@ -70,29 +73,22 @@ def test_attention_s_kernels_are_counted_by_the_blocks_that_they_compute():
     # 4,096 tokens in blocks of 1,024: 10 of 16; two products forward, five behind it in one kernel.
     blocks = 10 * 1024**2
     assert splash_flops(base, 4096, forward=1) == 2 * 7 * 2 * blocks * heads
-    program = Figures(0, 0, 0, 0, {"splash_mha_fwd_segmented_residuals": 4.0, "splash_mha_dkv_x": 2.0}, ())
-    assert kernel_flops(program, base, 3, 4096, 1) == 3 * splash_flops(base, 4096, forward=2)
+    calls = {"splash_mha_fwd_segmented_residuals": 4.0, "splash_mha_dkv_x": 2.0}
+    assert counted(base, calls) == 3 * splash_flops(base, 4096, forward=2)
     # The same calls, two micro-batches of half of the rows each.
-    assert kernel_flops(program, base, 3, 4096, 1, 2) == 3 * splash_flops(
-        base, 4096, forward=1, backward=0.5
-    )
+    assert counted(base, calls, micro=2) == 3 * splash_flops(base, 4096, forward=1, backward=0.5)
     windowed = replace(base, windows=(512, GLOBAL_WINDOW))
-    both = kernel_flops(program, windowed, 1, 4096, 1)  # a branch each, of which every layer takes one
-    assert both == splash_flops(windowed, 4096, forward=1, backward=0.5)
-    assert kernel_flops(Figures(0, 0, 0, 0, {}, ()), base, 3, 4096, 1) == 0
+    # A branch for each window, of which every layer takes one.
+    assert counted(windowed, calls, rows=1) == splash_flops(windowed, 4096, forward=1, backward=0.5)
+    assert counted(base, {}) == 0
     # Triton's: blocks of 128; two products forward, run twice, and seven behind them, where scores are made twice.
-    on_gpu = Figures(
-        0, 0, 0, 0, {"mha_forward": 4.0, "mha_backward": 2.0, "mha_preprocess_backward": 2.0}, ()
-    )
+    calls = {"mha_forward": 4.0, "mha_backward": 2.0, "mha_preprocess_backward": 2.0}
     pairs = sum(128 * 128 * (block + 1) for block in range(32))
-    assert kernel_flops(on_gpu, base, 3, 4096, 1) == 3 * (4 * 2 + 2 * 7) * 2 * pairs * heads
-    assert kernel_flops(on_gpu, base, 3, 4096, 1, 2) == kernel_flops(on_gpu, base, 3, 4096, 1) / 2
-    assert kernel_flops(on_gpu, base, 3, 4096, 2) == kernel_flops(on_gpu, base, 3, 4096, 1) / 2
+    assert counted(base, calls) == 3 * (4 * 2 + 2 * 7) * 2 * pairs * heads
+    assert counted(base, calls, micro=2) == counted(base, calls, tensor=2) == counted(base, calls) / 2
     # cuDNN's: five products behind them; a window is visibility that it reads, and saves nothing.
     calls = {"cudnn_attention_forward": 4.0, "cudnn_attention_backward": 2.0}
-    cudnn = Figures(0, 0, 0, 0, calls, ())
-    assert kernel_flops(cudnn, base, 3, 4096, 1) == 3 * (4 * 2 + 2 * 5) * 2 * pairs * heads
-    assert kernel_flops(cudnn, windowed, 3, 4096, 1) == kernel_flops(cudnn, base, 3, 4096, 1)
+    assert counted(base, calls) == counted(windowed, calls) == 3 * (4 * 2 + 2 * 5) * 2 * pairs * heads
 
 
 def test_parameters_and_attention_are_counted_as_the_models_are():
@@ -117,13 +113,11 @@ def test_parameters_and_attention_are_counted_as_the_models_are():
 def test_gpt_oss_takes_the_memory_of_its_released_files(name, released, active):
     """Experts of 4.25 bits a weight, biases and sinks included; as many active parameters as its model card states."""
     base = architecture(f"gpt-oss-{name}")
-    layer, ends = weight_bytes(base, WIDTHS["mxfp4"], 2.0, kernels("mxfp4"))
-    shapes = param_shapes(base).items()
-    stored = [
-        _weight(path, shape, ComputeConfig(dtype="bfloat16", quantize="mxfp4")) for path, shape in shapes
-    ]
+    compute = ComputeConfig(dtype="bfloat16", quantize="mxfp4")
+    layers, ends, _ = weight_bytes(base, compute)
+    stored = [_weight(path, shape, compute) for path, shape in param_shapes(base).items()]
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
-    assert layer * base.n_layers + ends == pytest.approx(held, rel=1e-9)
+    assert layers + ends == pytest.approx(held, rel=1e-9)
     assert held == pytest.approx(released, rel=5e-3)
     assert active_parameters(base) == pytest.approx(active, rel=0.02)
 
@@ -157,13 +151,11 @@ def test_a_row_that_chips_must_share_is_split_along_its_tokens():
     assert layout.mesh == (1, 1, 1, 16)
     assert layout.short.startswith("data 1 x fsdp 1 x context 16 x tensor 1, ")
     assert layout.mfu > 0.45
-    enough, given = chosen("llama-3.1-8b", "v5e:4x4", seq=8192, rows=16), MeshConfig(context=8)
-    assert enough.context == 1  # every chip has whole rows
+    given = MeshConfig(context=8)
+    assert chosen("llama-3.1-8b", "v5e:4x4", seq=8192, rows=16).context == 1  # every chip has whole rows
     assert chosen("llama-3.1-8b", "v5e:4x4", seq=8192, rows=16, mesh=given).context == 8
-    whole, split = (
-        chosen("llama-3.1-8b", "v6e:2x4", seq=131_072, rows=1, mesh=mesh)
-        for mesh in (MeshConfig(context=1), given)
-    )
+    whole = chosen("llama-3.1-8b", "v6e:2x4", seq=131_072, rows=1, mesh=MeshConfig(context=1))
+    split = chosen("llama-3.1-8b", "v6e:2x4", seq=131_072, rows=1, mesh=given)
     assert split.seconds < whole.seconds  # with tensor 8, sums of activations
 
 
@@ -186,18 +178,15 @@ def test_estimates_agree_with_the_compiled_rows_of_the_table():
             assert 0.8 < row["seconds"] / layout.seconds < 1.25, (model, where)
 
 
-@pytest.mark.parametrize(
-    ("model", "where", "mesh", "remat"),
-    [
+def test_rows_of_the_table_keep_their_layouts():
+    for model, where, mesh, remat in (
         ("llama-3.1-8b", "v6e:16x16", (256, 1, 1), "dots"),
         ("llama-3.1-70b", "8xh100", (1, 8, 1), "attention"),
         ("gemma-3-27b", "8xh100", (2, 4, 1), "dots"),
         ("mixtral-8x7b", "8xh100", (2, 1, 4), "dots"),
-    ],
-)
-def test_rows_of_the_table_keep_their_layouts(model, where, mesh, remat):
-    layout = chosen(model, where)
-    assert (layout.mesh, layout.remat) == (mesh, remat)
+    ):
+        layout = chosen(model, where)
+        assert (layout.mesh, layout.remat) == (mesh, remat)
 
 
 def test_few_tokens_are_sent_to_experts_and_many_gather_them():
@@ -222,7 +211,6 @@ def test_tables_that_are_trained_as_a_whole_take_four_copies():
         base = architecture("llama-3.1-8b")
         base = replace(base, vocab_size=base.vocab_size + rows)
         states.append(estimated(run(8, 512, lora=lora), base, machine, (1, 1, 8), "full").state)
-    tables = (
-        2 * 16 * 4096 * (128256 + np.array([0, 8, 9])) / (8, 8, 1)
-    )  # 9 rows more: the axis does not divide them
+    # 9 rows more: the axis does not divide them.
+    tables = 2 * 16 * 4096 * (128256 + np.array([0, 8, 9])) / (8, 8, 1)
     np.testing.assert_allclose(np.array(states[1:]) - states[0], tables)

@@ -121,14 +121,8 @@ def test_constants_of_the_design(name, zero, peak_at, peak, linear_from):
 )
 def test_regions_are_disjoint_and_cover_the_line(values, name):
     partition = activations.partition(name)
-    edges = [
-        partition.z0,
-        partition.z1,
-        np.nextafter(np.float32(partition.z1), np.float32(-1e9)),
-        0.0,
-        -0.0,
-    ]
-    z = jnp.array(values + edges + [jnp.nan], jnp.float32)
+    below = np.nextafter(np.float32(partition.z1), np.float32(-1e9))
+    z = jnp.array([*values, partition.z0, partition.z1, below, 0.0, -0.0, jnp.nan], jnp.float32)
     masks = activations.regions(z, partition)
     np.testing.assert_array_equal(sum(mask.astype(jnp.int32) for mask in masks), jnp.ones(z.shape))
     zero = activations.regions(jnp.zeros(()), partition)

@@ -63,24 +63,19 @@ class Block(nn.Module):
         return x + nn.Dense(D, name="down")(hidden)
 
 
-class Scanned(nn.Module):
-    """Three blocks, scanned and rematerialized."""
+class Layers(nn.Module):
+    """Three blocks: scanned and rematerialized, or one after the other."""
+
+    scanned: bool
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
         def body(block: nn.Module, x: Any, _: Any) -> tuple[Any, None]:
             return block(x), None
 
-        split = {"params": True}
-        scan = nn.scan(body, variable_axes={"params": 0}, split_rngs=split, length=3)
-        return scan(nn.remat(Block)(name="blocks"), x, None)[0]
-
-
-class Unrolled(nn.Module):
-    """The same blocks, one after the other."""
-
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
+        if self.scanned:
+            scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            return scan(nn.remat(Block)(name="blocks"), x, None)[0]
         for i in range(3):
             x = Block(name=f"block_{i}")(x)
         return x
@@ -91,8 +86,7 @@ NAMES = ("delta", "curvature_cap", "homogeneity", "soft")  # statistics of all s
 
 
 @cache
-def linen(kind: type[nn.Module], rules: Any = NAMES) -> tuple[Any, Any, Any]:
-    model = kind()
+def linen(model: nn.Module, rules: Any = NAMES) -> tuple[Any, Any, Any]:
     variables = jax.jit(model.init)(jax.random.key(1), X)
     adapted, _ = adapt(model, {"": 2}, {"gate": "silu"}, rules=rules, variables=variables, example=(X,))
     lora = jax.jit(adapted.init)(jax.random.key(2))
@@ -110,7 +104,7 @@ def gradients(adapted: Any, variables: Any, lora: Any) -> Any:
 
 def test_the_gradient_of_the_taps_is_the_statistics() -> None:
     """Against float64, with padding; the cotangent of z by a difference of the loss."""
-    adapted, variables, lora = linen(Block)
+    adapted, variables, lora = linen(Block())
     weights = jnp.asarray([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0.5]])
     with token_weights(weights):
         measured = gradients(adapted, variables, lora)["gate"]["taps"]
@@ -153,9 +147,9 @@ def _loss_of(shift: jax.Array, token: jax.Array, variables: Any, lora: Any) -> j
 
 
 def test_scanned_and_rematerialized_layers_are_the_unrolled_ones() -> None:
-    scanned, variables, lora = linen(Scanned)
+    scanned, variables, lora = linen(Layers(True))
     assert lora["blocks"]["gate"]["taps"]["occupancy"].shape == (3, 4, F)
-    unrolled, _, _ = linen(Unrolled)
+    unrolled, _, _ = linen(Layers(False))
     apart = lambda tree: {f"block_{i}": jax.tree.map(lambda v: v[i], tree) for i in range(3)}  # noqa: B023, E731
     theirs = gradients(unrolled, {"params": apart(variables["params"]["blocks"])}, apart(lora["blocks"]))
     ours = apart(gradients(scanned, variables, lora)["blocks"])
@@ -165,7 +159,7 @@ def test_scanned_and_rematerialized_layers_are_the_unrolled_ones() -> None:
 
 def test_the_inner_optimizer_sees_adapters_only() -> None:
     """Without a rule, and with factors of 1, updates are those of the inner optimizer to the bit."""
-    adapted, variables, lora = linen(Block, ("squared:warmup=5",))
+    adapted, variables, lora = linen(Block(), ("squared:warmup=5",))
     grads = gradients(adapted, variables, lora)
     bare = lambda tree: {name: {key: leaf[key] for key in "ab"} for name, leaf in tree.items()}  # noqa: E731
     inner = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2))
@@ -296,23 +290,25 @@ class Shared(nnx.Module):
     ],
 )  # fmt: skip
 def test_what_cannot_be_adapted_is_named(layers: Any, gates: Any, options: Any, message: str) -> None:
-    given = {"variables": linen(Block)[1], "example": (X,)} | options
+    given = {"variables": linen(Block())[1], "example": (X,)} | options
     with pytest.raises(NaloraError, match=message):
         adapt(Block(), layers, gates, **given)
 
 
 def test_a_fused_gate_a_shared_layer_and_another_module_are_refused() -> None:
     variables = jax.eval_shape(Fused().init, jax.random.key(1), X)
-    with pytest.raises(NaloraError, match="gates: gate_up: expected a layer with 12 outputs.*found 24"):
-        adapt(Fused(), {"": 2}, {"gate_up": "silu"}, variables=variables, example=(X,))
-    with pytest.raises(NaloraError, match="first: expected a layer with one place in the model, found two"):
-        adapt(Shared(nnx.Rngs(0)), {"": 2}, {"first": "silu"})
-    with pytest.raises(NaloraError, match="adapt: expected a module of flax.linen or flax.nnx, found dict"):
-        adapt({}, {"": 2}, {"": "silu"})
+    given = {"variables": variables, "example": (X,)}
+    for model, options, message in (
+        (Fused(), given, "gates: gate_up: expected a layer with 12 outputs.*found 24"),
+        (Shared(nnx.Rngs(0)), {}, "first: expected a layer with one place in the model, found two"),
+        ({}, {}, "adapt: expected a module of flax.linen or flax.nnx, found dict"),
+    ):
+        with pytest.raises(NaloraError, match=message):
+            adapt(model, {"": 2}, {"gate_up|first": "silu"}, **options)
 
 
 def test_a_call_that_misses_a_layer_and_weights_of_another_shape_are_refused() -> None:
-    adapted, variables, lora = linen(Block)
+    adapted, variables, lora = linen(Block())
     shape = r"token_weights: expected shape \(2, 5\)"
     with token_weights(jnp.ones((2, 4))), pytest.raises(NaloraError, match=shape):
         gradients(adapted, variables, lora)

@@ -12,6 +12,7 @@ import pytest
 
 from nalora_jax.method import activations
 from nalora_jax.method.ffn import Adapters, GatedFFN, LoRADense, gated_product
+from nalora_jax.method.low_rank import adapted_dense
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.ops.dispatch import Numerics
 from tests.observed import observed, taps_of
@@ -89,33 +90,33 @@ def test_a_block_in_every_implementation_is_the_plain_one(numerics: Any) -> None
 # ---------------------------------------------------------------- the dense layer with an adapter
 
 
-def _layer(**options: object) -> tuple[LoRADense, dict, jax.Array]:
-    layer = LoRADense(40, 4, use_bias=True, **options)
-    x = jax.random.normal(jax.random.key(1), (2, 3, 16))
-    return layer, jax.jit(layer.init)(jax.random.key(0), x), x
+class Layer(LoRADense):
+    """The dense layer itself."""
+
+    def __call__(self, x: jax.Array, scale: float = 1.0, **options: Any) -> Any:
+        return adapted_dense(x, self.dense(x.shape[-1], scale, **options), Numerics())
+
+
+def layer_of(**options: Any) -> tuple[Layer, dict, jax.Array]:
+    """A layer, its variables with random values, and an input."""
+    layer, rng = Layer(40, 4, use_bias=True, **options), np.random.default_rng(5)
+    x = jnp.asarray(rng.normal(size=(2, 3, 16)), jnp.float32)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
+    return layer, jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape), jnp.float32), shapes), x
 
 
 def test_dora_is_the_papers_formula() -> None:
-    layer, variables, x = _layer(dora=True)
-    rng = np.random.default_rng(5)
-    lora = {k: jnp.asarray(rng.normal(size=v.shape), jnp.float32) for k, v in variables["lora"].items()}
-    bias = jnp.asarray(rng.normal(size=40), jnp.float32)
-    params = {**variables["params"], "bias": bias}
-    got, _ = layer.apply({"params": params, "lora": lora}, x, 0.5)
-    w = np.asarray(params["kernel"], np.float64)
-    whole = w + 0.5 * np.asarray(lora["a"], np.float64) @ np.asarray(lora["b"], np.float64)
-    want = np.asarray(x) @ (
-        whole / np.linalg.norm(whole, axis=0) * np.asarray(lora["magnitude"])
-    ) + np.asarray(bias)
+    layer, variables, x = layer_of(dora=True)
+    got, _ = layer.apply(variables, x, 0.5)
+    params, lora = (jax.tree.map(np.float64, variables[name]) for name in ("params", "lora"))
+    whole = params["kernel"] + 0.5 * lora["a"] @ lora["b"]
+    want = np.asarray(x) @ (whole / np.linalg.norm(whole, axis=0) * lora["magnitude"]) + params["bias"]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_acts_on_the_adapter_only_and_only_in_training() -> None:
-    layer, variables, x = _layer(dropout=0.5)
-    lora = jax.tree.map(lambda v: jnp.ones_like(v), variables["lora"])
-    variables = {**variables, "lora": lora}
+    layer, variables, x = layer_of(dropout=0.5)
     still, _ = layer.apply(variables, x)
-    np.testing.assert_array_equal(still, layer.apply(variables, x)[0])
     moved, delta = layer.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(7)})
     base, _ = layer.apply({"params": variables["params"]}, x)
     np.testing.assert_allclose(moved - delta, base, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 from functools import partial
 
 import jax
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import special
 
 from nalora_jax.method import activations, statistics
 from nalora_jax.ops import reductions
@@ -56,27 +54,6 @@ def test_misalignment_of_a_normal_gate():
         assert float(statistics.ratio(name, sums)[0]) == pytest.approx(value, abs=0.002)
 
 
-# (leading axes): blocks of several rows, and one that no block divides.
-@pytest.mark.parametrize(
-    ("shape", "kind", "name"), [((2, 2, 8), "mask", "silu"), ((1031,), "weights", "gelu")]
-)
-def test_channel_statistics_agree_with_float64(shape, kind, name):
-    partition = activations.partition(name)
-    z = normal(9, *shape, 5, scale=2.5)
-    draw = np.random.default_rng(10).uniform(size=shape)
-    weights = jnp.asarray({"mask": draw > 0.3, "weights": np.float32(draw)}[kind])
-    stats = channel_statistics(z, weights, activations.get(name), partition)
-    z, w = np.asarray(z, np.float64).reshape(-1, 5), np.asarray(weights, np.float64).reshape(-1, 1)
-    rho = special.expit(z) if name == "silu" else special.ndtr(z)
-    slope = rho * special.expit(-z) if name == "silu" else np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
-    edges = itertools.pairwise([-np.inf, partition.z0, 0.0, partition.z1, np.inf])
-    occupancy = np.stack([(w * ((z >= low) & (z < high))).sum(0) for low, high in edges])
-    expected = {"tokens": w.sum(), "slope": (w * np.abs(rho + z * slope)).sum(0), "occupancy": occupancy}
-    for key, value in expected.items():
-        assert stats[key].dtype == jnp.float32
-        np.testing.assert_allclose(stats[key], value, rtol=3e-5, atol=1e-4, err_msg=key)
-
-
 def test_cut_points_belong_to_the_region_above():
     z = jnp.float32([[PARTITION.z0], [0.0], [-0.0], [PARTITION.z1], [-1e4], [1e4]])
     for weights in (jnp.ones(6, bool), jnp.ones(6)):
@@ -96,27 +73,6 @@ def test_padding_does_not_count():
         dirty = probe_statistics(poisoned, dz, weights, SILU)
         jax.tree.map(np.testing.assert_array_equal, clean, dirty)
         assert clean["probe_tokens"] == 8
-
-
-def test_probe_statistics_are_the_sums_of_the_terms():
-    z, dz = normal(13, 50, 4), normal(14, 50, 4, scale=0.5)
-    weights = jnp.asarray(np.random.default_rng(15).uniform(size=50), jnp.float32)
-    names = ("feature", "selection", "linear", "excess", "response")
-    stats = probe_statistics(z, dz, weights, SILU, names)
-    z64, dz64, w = (np.asarray(x, np.float64) for x in (z, dz, weights[:, None]))
-    rho, slope = special.expit(z64), special.expit(z64) * special.expit(-z64)
-    moved = (special.expit(z64 + dz64) - rho) * (z64 + dz64)
-    expected = {
-        "probe_tokens": w.sum(),
-        "feature": (w * np.abs(rho * dz64)).sum(0),
-        "selection": (w * np.abs(moved)).sum(0),
-        "linear": (w * np.abs(z64 * slope * dz64)).sum(0),
-        "excess": (w * np.abs(moved - z64 * slope * dz64)).sum(0),
-        "response": (w * np.abs((rho + z64 * slope) * dz64)).sum(0),
-    }
-    assert stats.keys() == expected.keys()
-    for key, value in expected.items():
-        np.testing.assert_allclose(stats[key], value, rtol=2e-5, err_msg=key)
 
 
 def test_cotangents_are_those_of_the_mean_loss():

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import re
+from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.families import supported
+from nalora_jax.models.stacks import param_shapes
 
 LLAMA = {
     "model_type": "llama",
@@ -24,109 +30,51 @@ LLAMA = {
 }
 
 # As the hub has them: transformers 4's fields, and nested configs that only say what differs from the class.
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "attention_factor": 1.2, "beta_fast": 32, "beta_slow": 1, "factor": 8.0}
+YARN |= {"original_max_position_embeddings": 16}
+ALPHA = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1}
+SU = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+WINDOW, FULL, SLIDING = {"sliding_window": 8}, "full_attention", "sliding_attention"
+LFM2 = {"norm_eps": 1e-5, "rope_theta": 1e6}
 OLD_FORMS = {
-    "Llama 3.1": {
-        **LLAMA,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "factor": 8.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 32,
-            "rope_type": "llama3",
-        },
-    },
-    "Mistral, no window stated": {**LLAMA, "model_type": "mistral"},
-    "Mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 8, "rope_theta": 1e6, "head_dim": None},
-    "Qwen2.5": {**LLAMA, "model_type": "qwen2", "use_sliding_window": False, "sliding_window": 8, "rope_theta": 1e6},
-    "Qwen2.5, sliding": {**LLAMA, "model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
-    "Gemma": {**LLAMA, "model_type": "gemma", "hidden_act": "gelu", "hidden_activation": None, "head_dim": 16},
-    "Gemma 2": {**LLAMA, "model_type": "gemma2", "cache_implementation": "hybrid", "sliding_window": 8},
-    "Gemma 3": {
-        **LLAMA,
-        "model_type": "gemma3_text",
-        "rope_theta": 1e6,
-        "rope_local_base_freq": 1e4,
-        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-        "sliding_window": 8,
+    "Llama 3.1": ("llama", {"rope_theta": 500000.0, "rope_scaling": LLAMA3}),
+    "Mistral, no window stated": ("mistral", {}),
+    "Mistral": ("mistral", WINDOW | {"rope_theta": 1e6, "head_dim": None}),
+    "Qwen2.5": ("qwen2", WINDOW | {"use_sliding_window": False, "rope_theta": 1e6}),
+    "Qwen2.5, sliding": ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
+    "Gemma": ("gemma", {"hidden_act": "gelu", "hidden_activation": None, "head_dim": 16}),
+    "Gemma 2": ("gemma2", WINDOW | {"cache_implementation": "hybrid"}),
+    "Gemma 3": ("gemma3_text", WINDOW | {
+        "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         "sliding_window_pattern": 3,
-    },
-    "Phi-4 mini": {
-        **LLAMA,
-        "model_type": "phi3",
-        "partial_rotary_factor": 0.75,
-        "original_max_position_embeddings": 16,
-        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3},
-    },
-    "OLMo 3": {
-        **LLAMA,
-        "model_type": "olmo3",
-        "rope_theta": 500000,
-        "rope_scaling": {
-            "attention_factor": 1.2,
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "factor": 8.0,
-            "original_max_position_embeddings": 16,
-            "rope_type": "yarn",
-        },
-        "sliding_window": 8,
-    },
-    "Granite SWA": {**LLAMA, "model_type": "granite_swa", "sliding_window": 8, "layer_rope_theta": [1e4, 0, 1e6, 1e4]},
-    "LFM2": {
-        **LLAMA,
-        "model_type": "lfm2",
-        "block_ff_dim": 96,
-        "block_multiple_of": 8,
-        "full_attn_idxs": [1, 3],
-        "norm_eps": 1e-5,
-        "rope_theta": 1e6,
-    },
-    "LFM2-MoE": {
-        **LLAMA,
-        "model_type": "lfm2_moe",
-        "layer_types": ["conv", "full_attention"] * 2,
-        "num_experts": 8,
-        "norm_eps": 1e-5,
-        "rope_theta": 1e6,
-    },
-    "EXAONE 4": {
-        **LLAMA,
-        "model_type": "exaone4",
-        "rope_theta": 1e6,
-        "rope_scaling": {
-            "rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        },
-        "sliding_window": 8,
-        "sliding_window_pattern": "LLLG",
-        "layer_types": [*["sliding_attention"] * 3, "full_attention"],
-    },
-    "Hunyuan": {
-        **LLAMA,
-        "model_type": "hunyuan_v1_dense",
-        "head_dim": 16,
-        "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1},
-    },
-    "OLMoE": {**LLAMA, "model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 2, "clip_qkv": None},
-    "SmolLM3": {**LLAMA, "model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0], "rope_theta": 5e6},
-    "Gemma 4": {
-        **LLAMA,
-        "model_type": "gemma4_text",
-        "head_dim": 8,
-        "global_head_dim": 16,
-        "num_global_key_value_heads": 1,
-        "attention_k_eq_v": True,
-        "num_kv_shared_layers": 1,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-        "use_bidirectional_attention": "vision",
-    },
-    "GLM-4.5": {**LLAMA, "model_type": "glm4_moe", "n_routed_experts": 8, "rope_theta": 1e6, "head_dim": 16},
+    }),
+    "Phi-4 mini": ("phi3", {
+        "partial_rotary_factor": 0.75, "original_max_position_embeddings": 16, "rope_scaling": SU,
+    }),
+    "OLMo 3": ("olmo3", WINDOW | {"rope_theta": 500000, "rope_scaling": YARN}),
+    "Granite SWA": ("granite_swa", WINDOW | {"layer_rope_theta": [1e4, 0, 1e6, 1e4]}),
+    "LFM2": ("lfm2", LFM2 | {"block_ff_dim": 96, "block_multiple_of": 8, "full_attn_idxs": [1, 3]}),
+    "LFM2-MoE": ("lfm2_moe", LFM2 | {"layer_types": ["conv", FULL] * 2, "num_experts": 8}),
+    "EXAONE 4": ("exaone4", WINDOW | {
+        "rope_theta": 1e6, "rope_scaling": LLAMA3, "sliding_window_pattern": "LLLG",
+        "layer_types": [*[SLIDING] * 3, FULL],
+    }),
+    "Hunyuan": ("hunyuan_v1_dense", {"head_dim": 16, "rope_scaling": ALPHA}),
+    "OLMoE": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "clip_qkv": None}),
+    "SmolLM3": ("smollm3", {"no_rope_layers": [1, 1, 1, 0], "rope_theta": 5e6}),
+    "Gemma 4": ("gemma4_text", {
+        "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+        "num_kv_shared_layers": 1, "layer_types": [SLIDING, FULL] * 2, "use_bidirectional_attention": "vision",
+    }),
+    "GLM-4.5": ("glm4_moe", {"n_routed_experts": 8, "rope_theta": 1e6, "head_dim": 16}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("old", OLD_FORMS.values(), ids=OLD_FORMS)
-def test_old_form_reads_as_transformers_rewrites_it(old):
+@pytest.mark.parametrize(("family", "fields"), OLD_FORMS.values(), ids=OLD_FORMS)
+def test_old_form_reads_as_transformers_rewrites_it(family, fields):
+    old = LLAMA | {"model_type": family} | fields
     new = transformers.AutoConfig.for_model(**old).to_dict()
     assert "rope_parameters" in new
     assert "rope_theta" not in new
@@ -296,3 +244,26 @@ def test_null_fields_mean_what_they_mean_in_transformers(family: str) -> None:
         assert ours.final_softcap == (getattr(theirs, "final_logit_softcapping", None) or 0), name
         assert ours.attn_dropout == (getattr(theirs, "attention_dropout", None) or 0), name
         assert ours.tie_embeddings == theirs.tie_word_embeddings, name
+
+
+# ---------------------------------------------------------------- configs of released checkpoints
+
+FOLDER = Path(__file__).parents[2] / "nalora_jax" / "cli" / "planning" / "released"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_counted_as_in_transformers(name):
+    raw = json.loads((FOLDER / f"{name}.json").read_text())
+    ours = ModelConfig.from_hf(raw)
+    raw.pop("quantization_config", None)
+    of_buffers = ("/correction", "tail/scale")
+    shapes = {path: shape for path, shape in param_shapes(ours).items() if not path.endswith(of_buffers)}
+    count = sum(math.prod(shape) for shape in shapes.values())
+    text = transformers.AutoConfig.for_model(**raw).get_text_config()
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(text)
+    assert count == sum(parameter.numel() for parameter in theirs.parameters())
+    stated = re.search(rf"\| {re.escape(name)} \| ([\d,]+) \|", (FOLDER / "README.md").read_text())
+    assert stated is not None
+    assert count == int(stated[1].replace(",", ""))

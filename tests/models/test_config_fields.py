@@ -18,61 +18,30 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families import supported
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "moe_intermediate_size": 24,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 4,
-    "linear_value_head_dim": 4,
-    "pad_token_id": 0,
-}
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 32, "moe_intermediate_size": 24, "num_experts": 4,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4, "linear_value_head_dim": 4, "pad_token_id": 0,
+}  # fmt: skip
 # Sizes of one family only.
+GEMMA4 = {"global_head_dim": 16, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 32}
 FURTHER: dict[str, Any] = {
-    "gemma4_text": {
-        "global_head_dim": 16,
-        "hidden_size_per_layer_input": 4,
-        "vocab_size_per_layer_input": 32,
-    },
+    "gemma4_text": GEMMA4,
     "gemma4_unified_text": {"global_head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
 }
 # Values of fields for which another number, flag or list of the same type would have no effect or no meaning.
 VALUES: dict[str, Any] = {
-    "hidden_size": 32,
-    "hidden_act": "relu",
-    "hidden_activation": "relu",
-    "rms_norm_eps": 0.3,
-    "norm_eps": 0.3,
+    "hidden_size": 32, "hidden_act": "relu", "hidden_activation": "relu", "rms_norm_eps": 0.3, "norm_eps": 0.3,
     "full_attn_idxs": None,  # layer_types takes precedence
-    "block_multiple_of": 40,
-    "layer_types": ["full_attention", "sliding_attention"] * 2,
-    "layer_rope_theta": [1e4, 0.0, 1e3, 1e2],
-    "no_rope_layers": [0, 1, 1, 0],
-    "mlp_only_layers": [1],
+    "block_multiple_of": 40, "layer_types": ["full_attention", "sliding_attention"] * 2,
+    "layer_rope_theta": [1e4, 0.0, 1e3, 1e2], "no_rope_layers": [0, 1, 1, 0], "mlp_only_layers": [1],
     "rope_parameters": {"rope_type": "linear", "rope_theta": 1e3, "factor": 2.0},
-    "head_dim": 12,
-    "sliding_window": 3,
-    "use_sliding_window": True,
-    "max_window_layers": 1,
-    "num_experts_per_tok": 1,
-    "num_hidden_layers": 3,
-    "use_bidirectional_attention": True,
-    "attn_logit_softcapping": 0.5,
-    "final_logit_softcapping": 0.5,
-    "query_pre_attn_scalar": 2,
-    "decoder_sparse_step": 2,
-    "router_jitter_noise": 0.5,
-}
+    "head_dim": 12, "sliding_window": 3, "use_sliding_window": True, "max_window_layers": 1, "num_experts_per_tok": 1,
+    "num_hidden_layers": 3, "use_bidirectional_attention": True, "attn_logit_softcapping": 0.5,
+    "final_logit_softcapping": 0.5, "query_pre_attn_scalar": 2, "decoder_sparse_step": 2, "router_jitter_noise": 0.5,
+}  # fmt: skip
 # Fields that act in training, in generation or on other inputs only; here they may change our config.
 ELSEWHERE = {"attn_dropout", "residual_dropout", "max_positions"}
 TOKENS = torch.tensor(np.random.default_rng(0).integers(1, 32, (1, 14)))

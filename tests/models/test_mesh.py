@@ -25,7 +25,7 @@ from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import gate_blocks, layer_numbers, projection_shapes
-from nalora_jax.models.targets import resolve
+from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.train.adapted import load
 from nalora_jax.train.program import Assembly, build_model
@@ -60,14 +60,14 @@ def test_experts_keep_the_layout_of_their_stack_on_tpus_until_a_layer_gathers_th
 
 def test_fewer_bytes_decide_between_rows_and_experts():
     """Qwen3-30B-A3B over 16 devices: 1.2 GB of experts a layer, rows of 4,096 tokens, of 16 times as many, of one."""
-    kernels, least = (
-        128 * 3 * 2048 * 768 * 2.0,
-        partial(experts.exchanges_less, d_model=2048, wide=2.0),
-    )
-    assert least(8 * 4096, kernel_bytes=kernels, devices=16)
-    assert not least(8 * 16 * 4096, kernel_bytes=kernels, devices=16)
-    assert least(8, kernel_bytes=kernels, devices=16)
-    assert not least(8, kernel_bytes=kernels, devices=1)
+    sizes = {"d_model": 2048, "wide": 2.0, "kernel_bytes": 128 * 3 * 2048 * 768 * 2.0}
+    for rows, devices, sends in (
+        (8 * 4096, 16, True),
+        (8 * 16 * 4096, 16, False),
+        (8, 16, True),
+        (8, 1, False),
+    ):
+        assert experts.exchanges_less(rows, devices=devices, **sizes) == sends
 
 
 def test_every_device_routes_its_own_tokens():
@@ -112,29 +112,14 @@ def test_experts_are_gathered_if_a_block_has_too_few_rows(monkeypatch):
 
 MIXTRAL = TINY | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 MIXTRAL |= {"num_hidden_layers": 2, "intermediate_size": 32, "rms_norm_eps": 1e-5}
-
-
-GLM4_MOE = {  # with a shared expert in each layer
-    "model_type": "glm4_moe",
-    "n_routed_experts": 4,
-    "moe_intermediate_size": 24,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 0,
-}
-GEMMA4 = {  # the second layer reads the keys of the first, and layers have embeddings
-    "model_type": "gemma4_text",
-    "hidden_size": 32,
-    "num_key_value_heads": 4,
-    "num_global_key_value_heads": 2,
-    "head_dim": 8,
-    "global_head_dim": 16,
-    "attention_k_eq_v": True,
-    "layer_types": ["full_attention"] * 2,
-    "num_kv_shared_layers": 1,
-    "use_double_wide_mlp": True,
-    "hidden_size_per_layer_input": 6,
-    "vocab_size_per_layer_input": 64,
-}
+# With a shared expert in each layer.
+GLM4_MOE = {"model_type": "glm4_moe", "n_routed_experts": 4, "moe_intermediate_size": 24}
+GLM4_MOE |= {"n_shared_experts": 2, "first_k_dense_replace": 0}
+# The second layer reads the keys of the first, and layers have embeddings.
+GEMMA4 = {"model_type": "gemma4_text", "hidden_size": 32, "layer_types": ["full_attention"] * 2}
+GEMMA4 |= {"num_key_value_heads": 4, "num_global_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16}
+GEMMA4 |= {"attention_k_eq_v": True, "num_kv_shared_layers": 1, "use_double_wide_mlp": True}
+GEMMA4 |= {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 64}
 LLAMA = {"model_type": "llama", "rope_theta": 1e4, "attention_bias": True, "mlp_bias": True}
 GPT_OSS = {"model_type": "gpt_oss", "head_dim": 8, "sliding_window": 6}
 ADAPTED = {"dora": True, "dropout": 0.3}
@@ -157,6 +142,7 @@ def test_eight_devices_are_one(family, mesh, experts_way, options, monkeypatch):
     options = dict(options)
     kind, base = options.pop("kind", None), ModelConfig.from_hf(MIXTRAL | family)
     remat = "dots" if family is LLAMA else "none"
+    checks = GateChecks(1e-5) if family in (LLAMA, GPT_OSS) else None  # of a dense block, and of experts
     rules = LoRARule("(ffn|attn|tail)/", RANK), LoRARule("", 0)
     spec = resolve(LoRAConfig(rules=rules, **options), projection_shapes(base), layer_numbers(base))
     params = init_params(base, jax.random.key(0))
@@ -169,16 +155,9 @@ def test_eight_devices_are_one(family, mesh, experts_way, options, monkeypatch):
     masks = trees.unflatten({path: jnp.float32(rng.uniform(size=shape)) for path, shape in shapes.items()})
 
     def run(sharding: NamedSharding | None) -> Any:
-        stats = GateStatsConfig(stride=2, probe_stride=3, checks=GateChecks(1e-5), sharding=sharding)
-        model = Decoder(
-            base,
-            spec,
-            Numerics(),
-            remat=remat,
-            stats=stats,
-            activation_sharding=sharding,
-            experts=experts_way,
-        )
+        stats = GateStatsConfig(stride=2, probe_stride=3, checks=checks, sharding=sharding)
+        given = {"remat": remat, "stats": stats, "activation_sharding": sharding, "experts": experts_way}
+        model = Decoder(base, spec, Numerics(), **given)
         placed, rows = params, tokens
         if sharding is not None:
             places = distributed.shardings(params, sharding.mesh, distributed.PARAM_RULES)
@@ -221,10 +200,9 @@ def test_eight_devices_are_one(family, mesh, experts_way, options, monkeypatch):
 def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
     """The model that a run evaluates, and the one that other verbs load."""
     base, mesh = ModelConfig.from_hf(MIXTRAL), distributed.make_mesh(MeshConfig(2, 2, 2))
-    spec = resolve(LoRAConfig(rules=(LoRARule("ffn/", RANK),)), projection_shapes(base), base.n_layers)
-    trained = build_model(RunConfig(compute=ComputeConfig(dtype="float32")), base, spec, mesh)
+    trained = build_model(RunConfig(compute=ComputeConfig(dtype="float32")), base, AdapterSpec(), mesh)
     evaluated = Assembly.eval_model.fget(SimpleNamespace(model=trained))
-    loaded = SimpleNamespace(config=base, params=init_params(base, jax.random.key(0)))
+    loaded = SimpleNamespace(config=base, params=jax.eval_shape(init_params, base, jax.random.key(0)))
     monkeypatch.setattr(import_module("nalora_jax.train.adapted"), "load_model", lambda *_, **__: loaded)
     for model in (evaluated, load("some", mesh=mesh, resolved=loaded).module):
         assert model.activation_sharding is None

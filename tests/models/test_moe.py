@@ -52,11 +52,8 @@ def test_routing_is_torchs_top_k(normalize):
 def test_experts_are_chosen_within_the_best_groups():
     """Group 0 has the highest score, group 1 the highest sum of two; the weights do not have the correction."""
     scores = np.array([[0.9, 0.1, 0.6, 0.5, 0.2, 0.2]])
-    logits, spec = (
-        jnp.asarray(np.log(scores / (1 - scores)), jnp.float32),
-        RouterSpec("sigmoid", groups=3, groups_kept=1),
-    )
-    weights, chosen = choose(logits, 2, spec)
+    logits = jnp.asarray(np.log(scores / (1 - scores)), jnp.float32)
+    weights, chosen = choose(logits, 2, RouterSpec("sigmoid", groups=3, groups_kept=1))
     assert chosen.tolist() == [[2, 3]]
     np.testing.assert_allclose(weights, [[6 / 11, 5 / 11]], rtol=1e-6)
     corrected = jnp.asarray([0, 0, 0, 0, 1.0, 0.5])
@@ -149,11 +146,8 @@ def test_gpt_oss_experts_against_float64():
         want[tokens] += weight[tokens, place][:, None] * sum(projected("down_proj", hidden, e))
         phi_slope = ((full + step) * rho(full + step) - (full - step) * rho(full - step)) / (2 * step)
         above = full > limit
-        regions = (
-            full < cuts.z0,
-            ((full >= cuts.z0) & (full < 0)) | above,
-            (full >= 0) & (full < cuts.z1) & ~above,
-        )
+        contracting, expanding = ((full >= cuts.z0) & (full < 0)) | above, (full >= 0) & (full < cuts.z1)
+        regions = full < cuts.z0, contracting, expanding & ~above
         drho, moved = (rho(z + step) - rho(z - step)) / (2 * step), (rho(full) - rho(z)) * full
         sums = {
             "slope": np.abs(phi_slope),
@@ -182,13 +176,9 @@ def test_statistics_are_the_same_where_adapters_are_joined():
 
 
 def test_dropout_acts_on_the_adapters_input_only():
-    module, x = block(dropout=0.5), normal(1, 6, D)
+    module, x, options = block(dropout=0.5), normal(1, 6, D), {"rngs": {"dropout": jax.random.key(0)}}
     still = jax.jit(lambda variables: module.apply(variables, x))
-    drop = jax.jit(
-        lambda variables: module.apply(
-            variables, x, deterministic=False, rngs={"dropout": jax.random.key(0)}
-        )
-    )
+    drop = jax.jit(lambda variables: module.apply(variables, x, deterministic=False, **options))
     variables = variables_of(module)
     base = {"params": variables["params"]}
     assert np.abs(drop(variables) - still(variables)).max() > 1e-3

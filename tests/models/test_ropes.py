@@ -147,7 +147,7 @@ UNROTATED = {**SHORT, "model_type": "smollm3", "no_rope_layers": [0] * 4}
         (SHORT, "llama3:factor=2", "low_freq_factor"),
         (SCALED, "yarn:factor=2", "a context of at least 64 tokens, the model's, found 32"),
         (
-            {**SHORT, "model_type": "phi3"},
+            SHORT | {"model_type": "phi3"},
             "yarn:factor=2",
             "phi3, whose files have no scaling except longrope",
         ),

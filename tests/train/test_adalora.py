@@ -36,10 +36,8 @@ def random_tree(seed: int, scale: float = 1.0) -> dict[str, Any]:
     rng, leaves = np.random.default_rng(seed), {}
     for path, target in SPEC.targets:
         *lead, d_in, rank, d_out = SHAPES[path]
-        used = (np.arange(rank) < np.array(target.ranks)[:, None]).reshape(
-            len(target.ranks), *(1,) * len(lead[1:]), rank
-        )
-        used = np.broadcast_to(used, (*lead, rank))
+        used = np.arange(rank) < np.array(target.ranks)[:, None]
+        used = np.broadcast_to(used.reshape(len(used), *[1] * (len(lead) - 1), rank), (*lead, rank))
         leaves[f"{path}/a"] = rng.normal(size=(*lead, d_in, rank)) * used[..., None, :]
         leaves[f"{path}/b"] = rng.normal(size=(*lead, rank, d_out)) * used[..., None]
         leaves[f"{path}/singular"] = rng.normal(size=(*lead, rank)) * used
@@ -66,9 +64,8 @@ def test_what_is_left_is_a_plain_adapter_of_fewer_ranks(rslora: bool) -> None:
     for path, _ in SPEC.targets:
         a, b, e = (before[f"{path}/{name}"].astype(np.float64) for name in ("a", "b", "singular"))
         was = np.einsum("l,l...dr,l...r,l...ro->l...do", spec.scales(path), a, e, b)
-        now = np.einsum(
-            "l,l...dr,l...ro->l...do", plain.scales(path), after[f"{path}/a"], after[f"{path}/b"]
-        )
+        a, b = (after[f"{path}/{name}"] for name in "ab")
+        now = np.einsum("l,l...dr,l...ro->l...do", plain.scales(path), a, b)
         np.testing.assert_allclose(now, was, atol=1e-5)
         assert after[f"{path}/a"].shape[-1] == max(dict(plain.targets)[path].ranks)
 
@@ -81,17 +78,12 @@ def test_experts_compute_with_the_diagonal() -> None:
     spec, params = adapter_spec(config, base), init_params(base, jax.random.key(0))
     fresh, tokens = init_lora(base, spec, jax.random.key(1)), jnp.arange(10).reshape(2, 5)
     rng = np.random.default_rng(0)
-    moved = {
-        path: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
-        if path.endswith("/singular")
-        else 10 * leaf
-        for path, leaf in trees.flatten(fresh).items()
-    }
-    plain = {
-        path: leaf * moved[path[:-1] + "singular"][..., None, :] if path.endswith("/a") else leaf
-        for path, leaf in moved.items()
-        if not path.endswith("/singular")
-    }
+    moved = {path: 10 * leaf for path, leaf in trees.flatten(fresh).items()}
+    for path in (path for path in moved if path.endswith("/singular")):
+        moved[path] = jnp.asarray(rng.normal(size=moved[path].shape), jnp.float32)
+    plain = {path: leaf for path, leaf in moved.items() if not path.endswith("/singular")}
+    for path in (path for path in plain if path.endswith("/a")):
+        plain[path] = plain[path] * moved[path[:-1] + "singular"][..., None, :]
     apply = jax.jit(lambda lora: Decoder(base, spec).apply({"params": params, "lora": lora}, tokens))
     without = jax.jit(lambda: Decoder(base).apply({"params": params}, tokens))()
     np.testing.assert_allclose(apply(fresh), without, atol=1e-6)
@@ -101,21 +93,17 @@ def test_experts_compute_with_the_diagonal() -> None:
 
 
 def test_what_does_not_go_together_is_refused_by_name() -> None:
-    three = LoRAConfig(rules=(LoRARule("ffn", 3),))
-    for changes, where in (
-        ({"adalora": AdaLoRAConfig(target_rank=3), "lora": three}, "--adalora.target-rank"),
-        ({"adalora": AdaLoRAConfig(target_rank=2), "lora": LoRAConfig(init="pissa")}, "--lora.init"),
-        ({"adalora": AdaLoRAConfig(target_rank=2), "lora": LoRAConfig(dora=True)}, "--lora.dora"),
-        (
-            {"adalora": AdaLoRAConfig(target_rank=2, warmup_share=0.5, final_share=0.5)},
-            "--adalora.warmup-share",
-        ),
+    three, late = LoRAConfig(rules=(LoRARule("ffn", 3),)), {"warmup_share": 0.5, "final_share": 0.5}
+    for lora, adalora_config, where in (
+        (three, AdaLoRAConfig(target_rank=3), "--adalora.target-rank"),
+        (LoRAConfig(init="pissa"), AdaLoRAConfig(target_rank=2), "--lora.init"),
+        (LoRAConfig(dora=True), AdaLoRAConfig(target_rank=2), "--lora.dora"),
+        (LoRAConfig(), AdaLoRAConfig(target_rank=2, **late), "--adalora.warmup-share"),
     ):
         with pytest.raises(NaloraError, match=where):
-            check(RunConfig(**changes))
+            check(RunConfig(lora=lora, adalora=adalora_config))
     few = AdapterSpec(((DENSE, TargetSpec((4, 2, 0), (8.0, 8.0, 1.0))),), adalora=True)
     optimizer = adalora(optax.with_extra_args_support(optax.sgd(1.0)), AdaLoRAConfig(target_rank=3), few, 9)
-    with pytest.raises(
-        NaloraError, match=r"--adalora.target-rank.*less than the mean rank.*\(3\).*found 3"
-    ):
+    message = r"--adalora.target-rank.*less than the mean rank.*\(3\).*found 3"
+    with pytest.raises(NaloraError, match=message):
         optimizer.init(random_tree(0))

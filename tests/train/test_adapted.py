@@ -23,9 +23,8 @@ from tests import tiny
 
 def make_adapter(folder, **settings):
     folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": "owner/base"} | settings)
-    )
+    config = {"base_model_name_or_path": "owner/base"} | settings
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -70,16 +70,13 @@ def test_a_callback_is_told_what_happens_in_order(tmp_path: Path) -> None:
     assert callback.told == [(0, "initial", 2.0), (7, 1.5), (7, "", 2.0), (7, "7"), (9, 7, "")]
 
 
-def test_settings_are_typed_as_their_defaults(tmp_path: Path) -> None:
+def test_settings_are_typed_as_their_defaults() -> None:
     found = make_callbacks(["loudest:times=3,share=0.25,name=x,on=true", "tensorboard"])
     assert found[0] == Loudest(3, 0.25, "x", True)
     assert isinstance(found[1], TensorBoard)
     for text, said in [
         ("none", "^--callbacks: expected one of .*loudest.*, found 'none'"),
-        (
-            "loudest:time=3",
-            "--callbacks loudest:time=3: expected NAME:setting=value, with a setting of times, share",
-        ),
+        ("loudest:time=3", "loudest:time=3: expected NAME:setting=value, with a setting of times, share"),
         ("loudest:times=many", "expected times of type int, found 'many'"),
         ("loudest:on=perhaps", "expected on of type bool, found 'perhaps'"),
     ]:
@@ -87,38 +84,28 @@ def test_settings_are_typed_as_their_defaults(tmp_path: Path) -> None:
             make_callbacks([text])
 
 
-def test_one_that_fails_is_left_out_and_the_others_go_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Broken(Loudest):
-        def on_log(self, step: int, record: Any) -> None:
-            raise OSError("no route to host")
+def test_one_that_fails_is_left_out_and_the_others_go_on(tmp_path, caplog) -> None:
+    def raising(event: str, error: Exception) -> Loudest:
+        callback = Loudest()
+        setattr(callback, event, mock.Mock(side_effect=error))
+        return callback
 
-    broken, well, own = Broken(), Loudest(), Loudest()
+    broken, well, own = raising("on_log", OSError("no route to host")), Loudest(), Loudest()
     told = Callbacks(own, [broken, well])
     with caplog.at_level(logging.WARNING, "nalora_jax"):
         told.tell("on_log", 1, RECORD)
         told.tell("on_end", Ended(2, 1))
     assert (len(broken.told), len(well.told), len(own.told)) == (0, 2, 2)
-    assert caplog.messages == ["Broken is left out from here on: OSError: no route to host"]
+    assert caplog.messages == ["Loudest is left out from here on: OSError: no route to host"]
     with pytest.raises(OSError, match="no route"):
         Callbacks(broken).tell("on_log", 1, RECORD)  # the run's own log has to be kept
-
-    class Stops(Callback):
-        def on_log(self, step: int, record: Any) -> None:
-            raise NaloraError("here", expected="less", found="more")
-
+    stops = raising("on_log", NaloraError("here", expected="less", found="more"))
     with pytest.raises(NaloraError, match="here"):
-        Callbacks(None, [Stops()]).tell("on_log", 1, RECORD)
-
-    class NoServer(Callback):
-        def on_start(self, started: Started) -> None:
-            raise ConnectionError("refused\nby the server")
-
-    with pytest.raises(
-        NaloraError, match="--callbacks, NoServer: expected a callback that can begin, found Connection"
-    ):
-        Callbacks(own, [NoServer()]).start(Started(tmp_path, {}))
+        Callbacks(None, [stops]).tell("on_log", 1, RECORD)
+    no_server = raising("on_start", ConnectionError("refused\nby the server"))
+    message = "--callbacks, Loudest: expected a callback that can begin, found Connection"
+    with pytest.raises(NaloraError, match=message):
+        Callbacks(own, [no_server]).start(Started(tmp_path, {}))
 
 
 def test_tensorboard_events_hold_the_scalars(tmp_path: Path) -> None:
@@ -168,9 +155,8 @@ def test_weights_and_biases_is_told_every_number(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_missing_tracker_is_said_before_the_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(
-        NaloraError, match=f"--callbacks {name}: expected the library {name}.*pip install {name}"
-    ):
+    message = f"--callbacks {name}: expected the library {name}.*pip install {name}"
+    with pytest.raises(NaloraError, match=message):
         make_callbacks([name])
 
 

@@ -62,34 +62,22 @@ def opened(folder, config: RunConfig = DEFAULT, fingerprint: str = "sha256:aa", 
     return Checkpointer(folder, fingerprint=fingerprint, config=config.to_dict(), **options)
 
 
-def test_round_trip_is_bit_exact_through_a_new_manager(tmp_path):
-    state = make_state(3)
-    with opened(tmp_path) as checkpoints:
-        assert checkpoints.save(3, state, DATA)
-    with opened(tmp_path) as checkpoints:
-        abstract = jax.eval_shape(lambda: make_state(0))
-        for like in (abstract, make_state(0)):
-            restored, data = checkpoints.restore("latest", like)
-            assert_same_bits(restored, state)
-            assert data == DATA
-
-
 def place(state, sizes):
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     return jax.device_put(state, shardings(state, mesh, STATE_RULES))
 
 
-def test_another_topology_restores_the_same_bits_where_it_wants_them(tmp_path):
+def test_any_topology_restores_the_same_bits_where_it_wants_them(tmp_path):
     before, after = (2, 4, 1), (1, 2, 4)
     state, target = place(make_state(3), before), place(make_state(0), after)
     with opened(tmp_path, RunConfig(mesh=MeshConfig(*before))) as checkpoints:
         checkpoints.save(3, state, DATA)
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), target
-    )
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
     with opened(tmp_path, RunConfig(mesh=MeshConfig(*after))) as checkpoints:
-        restored, _ = checkpoints.restore("latest", like)
-    assert_same_bits(restored, state)
+        for plain in (jax.eval_shape(lambda: make_state(0)), make_state(0), like):
+            restored, data = checkpoints.restore("latest", plain)
+            assert_same_bits(restored, state)
+            assert data == DATA
     for path, leaf in trees.flatten(restored).items():
         assert leaf.sharding == trees.flatten(target)[path].sharding or not leaf.size, path
     sizes = bytes_per_device(restored.lora)
@@ -140,10 +128,9 @@ def test_smaller_is_better_where_asked(tmp_path):
 
 X = {"x": np.ones(3, np.float32)}
 CHANGED = RunConfig(
-    mechanisms=("soft:power=2", "curvature_cap"),
-    lora=LoRAConfig(rules=(LoRARule("ffn/gate_proj", rank=4, alpha=8.0),), dropout=0.1),
-    seed=1,
-)
+    mechanisms=("soft:power=2", "curvature_cap"), lora=LoRAConfig(rules=(LoRARule("ffn/gate_proj", 4),)), seed=1
+)  # fmt: skip
+OTHER = {"x": np.ones(4, np.float32), "more": np.ones(2)}
 # What is opened, what is restored, and parts of the message.
 REFUSED = {
     "another_base": (
@@ -154,22 +141,14 @@ REFUSED = {
     "settings_that_change_the_result": (
         {"config": CHANGED},
         ("latest", X),
-        (
-            "mechanisms.0 = 'curvature_cap'",
-            "mechanisms.0 = 'soft:power=2'",
-            "seed = 0",
-            "seed = 1",
-            "lora.dropout",
-        ),
+        ("mechanisms.0 = 'curvature_cap'", "mechanisms.0 = 'soft:power=2'", "seed = 0", "seed = 1", "lora.rules"),
     ),
     "another_step": ({}, (7, X), ("expected a checkpoint of step 7, found steps [1]",)),
     "no_best": ({}, ("best", X), ("expected a best checkpoint",)),
     "other_arrays": (
-        {},
-        ("latest", {"x": np.ones(4, np.float32), "more": np.ones(2)}),
-        ("float32[3]", "float32[4]", "more absent", "written by another version"),
+        {}, ("latest", OTHER), ("float32[3]", "float32[4]", "more absent", "written by another version"),
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "wanted", "parts"), REFUSED.values(), ids=REFUSED)
@@ -233,11 +212,8 @@ NOTES = ("commit_success.txt", "_CHECKPOINT_METADATA")
 def test_one_flipped_bit_anywhere_in_the_newest_is_found_and_the_one_before_taken(tmp_path, caplog):
     """The newest is the best as well: of every second file, the best is restored."""
     saved_twice(tmp_path / "whole")
-    names = [
-        path.relative_to(tmp_path / "whole")
-        for path in (tmp_path / "whole" / "2").rglob("*")
-        if path.is_file()
-    ]
+    files = [path for path in (tmp_path / "whole" / "2").rglob("*") if path.is_file()]
+    names = [path.relative_to(tmp_path / "whole") for path in files]
     positions = np.random.default_rng(0).integers(0, 2**31, len(names)).tolist()
     for number, (name, position) in enumerate(zip(names, positions, strict=True)):
         folder = tmp_path / str(number) / FOLDER

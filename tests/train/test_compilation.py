@@ -27,26 +27,19 @@ def as_before() -> Iterator[None]:
     reset_cache()  # JAX holds on to the folder of its first use
 
 
-def test_the_folder_is_made_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_is_made_private_and_not_used_if_others_can_write_into_it(tmp_path, monkeypatch, caplog):
+    folder, before = tmp_path / "compiled", jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
-    use_compilation_cache()
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
-    assert (tmp_path / "compiled").stat().st_mode & 0o777 == 0o700
-
-
-def test_a_folder_that_others_can_write_into_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
-    (tmp_path / "compiled").mkdir()
-    (tmp_path / "compiled").chmod(0o777)
-    before = jax.config.jax_compilation_cache_dir
+    folder.mkdir()
+    folder.chmod(0o777)
     use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == before
-    assert [
-        text for text in caplog.messages if text.startswith("compiled programs are not kept: ")
-    ] == caplog.messages
-    assert len(caplog.messages) == 1
+    (message,) = caplog.messages
+    assert message.startswith("compiled programs are not kept: ")
+    folder.rmdir()
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def names(folder: Path) -> list[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,17 +39,16 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(model: Path | str, data: Path, **changes: object) -> RunConfig:
+    splits = {
+        "train_split": "train[:60%]",
+        "eval_split": "train[60%:]",
+        "eval_limit": 20,
+        "select_limit": 8,
+    }
     base = RunConfig(
         model=str(model),
         steps=8,
-        data=DataConfig(
-            str(data),
-            train_split="train[:60%]",
-            eval_split="train[60%:]",
-            eval_limit=20,
-            select_limit=8,
-            workers=0,
-        ),
+        data=DataConfig(str(data), workers=0, **splits),
         train=TrainConfig(batch_size=8),
         compute=ComputeConfig("float32", stats_stride=1, probe_stride=1),
         vision=VisionConfig("classify", shots=4, templates=("a photo of a {}.",)),
@@ -76,9 +75,7 @@ def steps(settings: RunConfig, mesh, count: int = 3, repeat_first: bool = False)
     return pieces, state, metrics, losses
 
 
-def test_a_frozen_text_tower_is_encoded_once_and_gives_the_loss_of_an_adapted_one(
-    dual_folder, colours
-) -> None:
+def test_a_frozen_text_tower_is_encoded_once_and_gives_the_loss_of_an_adapted_one(dual_folder, colours):
     """With adapters on images only, class features are constants of the step: its program has no text tower.
 
     Before any step an adapter changes nothing, so the loss must not depend on who encodes the prompts.
@@ -119,31 +116,18 @@ def test_both_towers_learn_with_the_mechanisms_on_and_eight_devices_are_one(dual
         np.testing.assert_allclose(other, leaf, rtol=0, atol=5e-4, err_msg=path)
 
 
-ROWS, WIDTH = 16, 32
-
-
-def features() -> tuple[jax.Array, jax.Array]:
-    rng = np.random.default_rng(0)
-    found = [rng.standard_normal((ROWS, WIDTH)).astype(np.float32) for _ in range(2)]
-    return tuple(jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True)) for x in found)
-
-
-def in_torch(images: jax.Array, texts: jax.Array, scale: float, bias: float) -> dict[str, float]:
-    """As their papers' own code has it."""
-    i, t = (torch.tensor(np.asarray(x)) for x in (images, texts))
-    logits = scale * i @ t.T
-    own = torch.arange(ROWS)
-    cross = torch.nn.functional.cross_entropy
-    signs = 2 * torch.eye(ROWS) - 1
-    return {
-        "softmax": float((cross(logits, own, reduction="sum") + cross(logits.T, own, reduction="sum")) / 2),
-        "sigmoid": float(-torch.nn.functional.logsigmoid(signs * (logits + bias)).sum()),
-    }
-
-
 def test_losses_are_those_of_the_papers() -> None:
-    images, texts = features()
-    expected = in_torch(images, texts, 12.0, -3.0)
-    for kind, function in (("softmax", softmax_contrastive), ("sigmoid", sigmoid_contrastive)):
-        loss = function(images, texts, jnp.float32(12.0), jnp.float32(-3.0))
-        np.testing.assert_allclose(loss, expected[kind], rtol=1e-5)
+    rows, scale, bias = 16, 12.0, -3.0
+    features = np.random.default_rng(0).standard_normal((2, rows, 32)).astype(np.float32)
+    images, texts = features / np.linalg.norm(features, axis=2, keepdims=True)
+    # As their papers' own code has it.
+    logits = scale * torch.tensor(images) @ torch.tensor(texts).T
+    cross = partial(torch.nn.functional.cross_entropy, target=torch.arange(rows), reduction="sum")
+    signs = 2 * torch.eye(rows) - 1
+    expected = {
+        softmax_contrastive: float((cross(logits) + cross(logits.T)) / 2),
+        sigmoid_contrastive: float(-torch.nn.functional.logsigmoid(signs * (logits + bias)).sum()),
+    }
+    for function, loss in expected.items():
+        found = function(jnp.asarray(images), jnp.asarray(texts), jnp.float32(scale), jnp.float32(bias))
+        np.testing.assert_allclose(found, loss, rtol=1e-5)

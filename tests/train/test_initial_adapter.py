@@ -63,21 +63,19 @@ def adapter(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Pa
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_a_run_has_the_adapter_s_base_settings_digest_and_values(
-    model: Path, loaded: LoadedModel, tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_a_run_has_the_adapter_s_base_settings_digest_and_values(model, loaded, tmp_path, settings) -> None:
     folder = write(tmp_path / "adapter", loaded, **settings)
     config = with_adapter(RunConfig(adapter=str(folder)))
     assert config.model == str(model)
     assert config.adapter_sha256 == hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
-    assert replace(config.lora, rules=RULES) == LoRAConfig(rules=RULES, **settings)
-    assert adapter_spec(config, loaded.config) == adapter_spec(
-        replace(config, lora=LoRAConfig(rules=RULES, **settings)), loaded.config
-    )
+    named = LoRAConfig(rules=RULES, **settings)
+    assert replace(config.lora, rules=RULES) == named
+    spec = adapter_spec(config, loaded.config)
+    assert spec == adapter_spec(replace(config, lora=named), loaded.config)
     assert with_adapter(config) == config
     values = flatten(read_initial(config, loaded))
-    spec, key = adapter_spec(config, loaded.config), jax.random.key(0)
-    assert values.keys() == flatten(init_lora(loaded.config, spec, key, loaded.params)).keys()
+    fresh = init_lora(loaded.config, spec, jax.random.key(0), loaded.params)
+    assert values.keys() == flatten(fresh).keys()
     assert np.abs(values["layers/ffn/up_proj/b"]).max() > 0.1
 
 
@@ -106,9 +104,7 @@ def test_named_settings_stay(adapter: Path) -> None:
         ({"adapter": "nothing"}, "expected a folder with adapter_config.json"),
     ],
 )  # fmt: skip
-def test_settings_that_differ_from_the_adapter_are_one_error(
-    adapter: Path, changes: dict[str, Any], match: str
-) -> None:
+def test_settings_that_differ_from_the_adapter_are_one_error(adapter, changes, match) -> None:
     with pytest.raises(NaloraError, match=match):
         with_adapter(replace(RunConfig(adapter=str(adapter)), **changes))
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-
-import pytest
 
 from nalora_jax.config import DataConfig
 from nalora_jax.train.inputs import open_records
 
 
-def test_evaluation_on_what_is_trained_on_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_evaluation_on_what_is_trained_on_is_warned_of(tmp_path, caplog) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{i}", "completion": "x"}) + "\n" for i in range(20)))
     copy, other = tmp_path / "copy.jsonl", tmp_path / "other.jsonl"

@@ -43,14 +43,7 @@ class Hooks:
 
 
 def run(
-    hooks: Hooks,
-    schedule: Schedule,
-    *,
-    poison: str = "",
-    at: int = 0,
-    params: Any = None,
-    start: int = 0,
-    begun: Any = None,
+    hooks: Hooks, schedule: Schedule, *, poison: str = "", at: int = 0, params: Any = None
 ) -> FitResult:
     """Steps whose loss is always finite; at step ``at`` the part ``poison`` of the state becomes infinite."""
 
@@ -59,21 +52,18 @@ def run(
         now = state.step + 1
         extra = jnp.where(now == at, jnp.inf, 0.0)
         parts = {"lora": state.lora, "opt_state": state.opt_state}
-        parts |= {
-            name: jax.tree.map(
-                lambda leaf: leaf + extra.astype(leaf.dtype) if leaf.ndim else leaf, parts[name]
+        if poison:
+            parts[poison] = jax.tree.map(
+                lambda x: x + extra.astype(x.dtype) if x.ndim else x, parts[poison]
             )
-            for name in [poison]
-            if name
-        }
         metrics = {name: jnp.float32(1) for name in ("tokens", "grad_norm")}
         metrics |= {name: now.astype(jnp.float32) for name in ("loss", "target_tokens")}
         return state._replace(step=now, **parts), metrics | {"layers": {}}
 
     moments = {"mu": {"a": jnp.zeros(3)}, "count": jnp.int32(0)}
-    state = TrainState(jnp.int32(start), {"a": jnp.ones(3)}, moments, jnp.zeros(2, jnp.uint32))
+    state = TrainState(jnp.int32(0), {"a": jnp.ones(3)}, moments, jnp.zeros(2, jnp.uint32))
     batches = itertools.repeat(jnp.zeros(1))
-    follower = Follower(hooks, schedule, lambda _: 0.1, state, start, params or {}, begun)
+    follower = Follower(hooks, schedule, lambda _: 0.1, state, 0, params or {}, None)
     return run_steps(step, params or {}, state, batches, follower)
 
 
@@ -98,13 +88,11 @@ def test_the_logged_loss_is_the_mean_over_loss_tokens() -> None:
         (1, [3, 5, 4, 6], 3),
         (2, [3, 5, 4, 6], 4),
         (2, [5, 3, 4, 6], 3),
-        (2, [5, 5, 5, 5], 3),
+        (2, [5] * 4, 3),
         (0, [4, 3, 2, 1], 4),
     ],
 )
-def test_a_run_stops_after_evaluations_without_a_better_metric(
-    patience: int, scores: list[float], last: int
-) -> None:
+def test_a_run_stops_after_evaluations_without_a_better_metric(patience, scores, last) -> None:
     class Scored(Hooks):
         def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
             return LoopEvaluation(scores[step - 1], {"loss": -scores[step - 1]})
@@ -116,22 +104,16 @@ def test_a_run_stops_after_evaluations_without_a_better_metric(
 def test_bad_numbers_of_the_base_model_are_named_as_the_reason() -> None:
     kernels = jnp.ones((4, 2, 2)).at[2, 1, 0].set(jnp.nan)
     match = r"the base model: layers/kernel\[2\]: expected finite numbers, found NaN .* in 1 of its arrays"
+    params = {"layers": {"kernel": kernels, "b": kernels[0]}}
     with pytest.raises(TrainingDivergedError, match=match):
-        run(
-            Hooks(),
-            Schedule(8, 1, 0, 2),
-            poison="lora",
-            at=3,
-            params={"layers": {"kernel": kernels, "b": kernels[0]}},
-        )
+        run(Hooks(), Schedule(8, 1, 0, 2), poison="lora", at=3, params=params)
 
 
 @pytest.mark.parametrize(("poison", "named"), [("lora", "lora/a"), ("opt_state", "opt_state/mu/a")])
 def test_a_state_that_has_diverged_is_not_saved_though_its_loss_is_finite(poison: str, named: str) -> None:
     hooks = Hooks()
-    with pytest.raises(
-        TrainingDivergedError, match=rf"step 4: {named}: expected finite numbers, .*are kept"
-    ):
+    message = rf"step 4: {named}: expected finite numbers, .*are kept"
+    with pytest.raises(TrainingDivergedError, match=message):
         run(hooks, Schedule(steps=8, log_every=1, eval_every=0, save_every=2), poison=poison, at=3)
     assert [step for step, _ in hooks.saved] == [2]
 

@@ -6,7 +6,6 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,9 +30,7 @@ def _counted(counts: Counter[str], name: str, function: Callable[..., Any]) -> C
     return counting
 
 
-def test_a_run_opens_sources_tokenizer_and_model_config_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_opens_sources_tokenizer_and_model_config_once(tmp_path, monkeypatch) -> None:
     """With an automatic row length and learning rate, and steps of epochs, which all need the data first."""
     config = tiny.make_config(tmp_path, output=str(tmp_path / "run"), epochs=1.0)
     counts: Counter[str] = Counter()
@@ -45,11 +42,7 @@ def test_a_run_opens_sources_tokenizer_and_model_config_once(
     monkeypatch.setattr(store, "render_record", _counted(counts, "rendered", store.render_record))
     resolve = _counted(counts, "rate", optimizers.with_learning_rate)
     monkeypatch.setattr(inputs, "with_learning_rate", resolve)
-    config = replace(
-        config,
-        data=replace(config.data, max_length=0),
-        optimizer=replace(config.optimizer, learning_rate=0.0),
-    )
-    run(config)
+    automatic = {"optimizer": replace(config.optimizer, learning_rate=0.0)}
+    run(replace(config, data=replace(config.data, max_length=0), **automatic))
     trained = 48  # 80% of 60 records; sources are those of two splits
     assert counts == {"tokenizer": 1, "config": 1, "source": 2, "rendered": trained, "rate": 1}

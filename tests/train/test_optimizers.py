@@ -19,25 +19,19 @@ from nalora_jax.config import (
     RunConfig,
     check,
     config_from_dict,
-)
+)  # fmt: skip
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.optimizers import make_optimizer, make_schedule, with_learning_rate
 
-LORA = trees.unflatten(
-    {
-        f"layers/ffn/{name}/{leaf}": np.ones((2, 3), np.float32)
-        for name in ("gate_proj", "up_proj")
-        for leaf in "ab"
-    }
-)
+PATHS = [f"layers/ffn/{name}/{leaf}" for name in ("gate_proj", "up_proj") for leaf in "ab"]
+LORA = trees.unflatten({path: np.ones((2, 3), np.float32) for path in PATHS})
 GRADS = trees.map_named(lambda path, leaf: leaf * (1.0 + len(path)), LORA)
 
 
 def trained(rates: tuple[tuple[str, float], ...], learning_rate: float) -> dict[str, np.ndarray]:
     """The adapters after three steps of AdamW with weight decay."""
-    config = OptimizerConfig(
-        rates=rates, learning_rate=learning_rate, weight_decay=0.1, schedule="constant"
-    )
+    settings = {"weight_decay": 0.1, "schedule": "constant"}
+    config = OptimizerConfig(rates=rates, learning_rate=learning_rate, **settings)
     optimizer, lora = make_optimizer(config, 3), LORA
     state = optimizer.init(lora)
     for _ in range(3):
@@ -55,10 +49,10 @@ def test_a_factor_is_a_learning_rate_of_its_own() -> None:
 
 
 def test_a_pattern_without_an_adapter_is_refused() -> None:
-    with pytest.raises(
-        NaloraError, match="--optimizer.rates.*'attn', which matches nothing.*layers/ffn/gate_proj"
-    ):
-        make_optimizer(OptimizerConfig(learning_rate=1e-3, rates=(("attn", 2.0),)), 3).init(LORA)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, rates=(("attn", 2.0),)), 3)
+    message = "--optimizer.rates.*'attn', which matches nothing.*layers/ffn/gate_proj"
+    with pytest.raises(NaloraError, match=message):
+        optimizer.init(LORA)
 
 
 def test_factors_are_checked_and_survive_json() -> None:
@@ -90,11 +84,8 @@ def rules(*given: LoRARule, **more: object) -> dict[str, LoRAConfig]:
         # It falls with the root of a large alpha, and does not rise.
         (rules(LoRARule("ffn", 16)), 576, 0.0028),
         (rules(LoRARule("ffn", 64, alpha=16.0)), 576, 0.004),
-        (
-            rules(LoRARule("ffn", 64, alpha=16.0), rslora=True),
-            576,
-            0.0014,
-        ),  # its scale is that of alpha 128
+        # Its scale is that of alpha 128.
+        (rules(LoRARule("ffn", 64, alpha=16.0), rslora=True), 576, 0.0014),
         (rules(LoRARule("gate", 0, alpha=99.0), LoRARule("up", 2), LoRARule("attn", 16)), 576, 0.0028),
         (rules(LoRARule("ffn", 2)), 576, 0.004),
         # Two rates that multiply, losses of pairs, adapters that start large, and those that start slowly.

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,9 +55,8 @@ def test_output_must_be_new_or_resumed(tmp_path: Path) -> None:
     save(new, 1)
     assert opened(new, True)
     assert opened(new, "auto")
-    with pytest.raises(
-        NaloraError, match=r"--output: expected a new or empty folder, .*checkpoints; .*--resume"
-    ):
+    message = r"--output: expected a new or empty folder, .*checkpoints; .*--resume"
+    with pytest.raises(NaloraError, match=message):
         opened(new)
     assert {path.name for path in new.iterdir()} == {FOLDER}
 
@@ -111,27 +109,14 @@ def test_a_second_process_is_refused_by_name_and_a_dead_one_s_lock_is_taken_over
     assert not (folder / LOCK).exists()
 
 
-def test_a_holder_on_another_host_is_believed_while_it_touches_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(locks, "_STALE", 1.0)
-    (tmp_path / LOCK).write_text(
-        json.dumps({"host": "pod-7", "pid": 12, "since": "today", "command": "train.py"})
-    )
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(0.1):
-            os.utime(tmp_path / LOCK)
-
-    thread = threading.Thread(target=beat)
-    thread.start()
-    try:
+def test_a_holder_on_another_host_is_believed_while_it_touches_the_file(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(locks, "_STALE", 0.1)
+    holder = {"host": "pod-7", "pid": 12, "since": "today", "command": "train.py"}
+    (tmp_path / LOCK).write_text(json.dumps(holder))
+    with monkeypatch.context() as patch:
+        patch.setattr("time.sleep", lambda seconds: os.utime(tmp_path / LOCK))  # while this process waits
         with pytest.raises(NaloraError, match=r"found process 12 on pod-7 since today \(train.py\)"):
             opened(tmp_path, "auto")
-    finally:
-        done.set()
-        thread.join()
     assert not opened(tmp_path, "auto")  # nobody touches it any more
 
 
@@ -155,17 +140,25 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
     """What the store holds, by path."""
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     fsspec.register_implementation("s3", Store, clobber=True)
-    for cached in (backend.fsspec_backend._get_filesystem, buckets._filesystem_of):
-        cached.cache_clear()
-    Store.store.clear()
+
+    def clear() -> None:
+        Store.store.clear()
+        backend.fsspec_backend._get_filesystem.cache_clear()
+        buckets._filesystem_of.cache_clear()
+
+    clear()
     yield Store.store
-    Store.store.clear()
-    for cached in (backend.fsspec_backend._get_filesystem, buckets._filesystem_of):
-        cached.cache_clear()
+    clear()
 
 
 def names(store: dict[str, Any]) -> set[str]:
     return {path.removeprefix("/bucket/run/") for path in store}
+
+
+def restored(folder: Path) -> tuple[float, dict[str, Any]]:
+    with Checkpointer(folder / FOLDER, fingerprint="f", config={}) as checkpoints:
+        state, data = checkpoints.restore("latest", {"x": jnp.zeros(3)})
+    return float(state["x"][0]), data
 
 
 def test_what_is_finished_is_in_the_store_and_another_machine_goes_on_from_it(store, monkeypatch):
@@ -180,17 +173,13 @@ def test_what_is_finished_is_in_the_store_and_another_machine_goes_on_from_it(st
         assert HOLDER in names(store)
     there = names(store)
     assert {"metrics.jsonl", f"{FOLDER}/2/state/digests.json"} <= there
-    assert not [
-        name for name in there if "half" in name or "tmp" in name or "lock" in name or ".scratch" in name
-    ]
+    assert not [name for name in there for part in ("half", "tmp", "lock", ".scratch") if part in name]
     monkeypatch.setenv("NALORA_CACHE", str(output.folder.parents[2] / "another machine"))
     with open_output(URL, "auto") as again:
         assert again.resumes
         assert again.folder != output.folder
         assert (again.folder / "metrics.jsonl").read_text() == "one\n"
-        with Checkpointer(again.folder / FOLDER, fingerprint="f", config={}) as checkpoints:
-            state, data = checkpoints.restore("latest", {"x": jnp.zeros(3)})
-        assert (state["x"][0], data) == (2.0, {"row": 2})
+        assert restored(again.folder) == (2.0, {"row": 2})
         save(again.folder, 5, 6)  # two are kept
     assert not [name for name in names(store) if name.startswith(f"{FOLDER}/1/")]
 
@@ -203,31 +192,21 @@ def test_a_copy_that_was_cut_off_is_damaged_and_the_checkpoint_before_it_taken(s
     assert order[: len(digests)] == digests
     for path in order[len(digests) + 1 :]:  # all but the first few never came
         del store[path]
-    with (
-        open_output(URL, True) as output,
-        Checkpointer(output.folder / FOLDER, fingerprint="f", config={}) as found,
-    ):
-        state, _ = found.restore("latest", {"x": jnp.zeros(3)})
-        assert state["x"][0] == 1.0
+    with open_output(URL, True) as output:
+        assert restored(output.folder) == (1.0, {"row": 1})
 
 
 def test_a_store_that_holds_a_run_or_that_another_machine_writes_to_is_refused(store):
+    def refused(resume: Resume, message: str) -> None:
+        with pytest.raises(NaloraError, match=message), open_output(URL, resume):
+            pass
+
     with open_output(URL, False) as output:
         (output.folder / "metrics.jsonl").write_text("one\n")
-    with (
-        pytest.raises(
-            NaloraError, match=r"new or empty folder, found s3://bucket/run, which holds metrics.jsonl"
-        ),
-        open_output(URL, False),
-    ):
-        pass
+    refused(False, r"new or empty folder, found s3://bucket/run, which holds metrics.jsonl")
     lock = epath.Path(URL) / HOLDER
     lock.write_text(json.dumps({"host": "elsewhere", "time": time.time() - 10}))
-    with (
-        pytest.raises(NaloraError, match=r"that elsewhere wrote to it \d+ seconds ago"),
-        open_output(URL, "auto"),
-    ):
-        pass
+    refused("auto", r"that elsewhere wrote to it \d+ seconds ago")
     lock.write_text(json.dumps({"host": "elsewhere", "time": time.time() - 1000}))
     with open_output("s3:/bucket/run", "auto"):  # what a path makes of the URL
         assert json.loads(lock.read_text())["host"] != "elsewhere"

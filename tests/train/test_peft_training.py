@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,14 +13,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.common import trees
-from nalora_jax.config import (
-    AdaLoRAConfig,
-    ComputeConfig,
-    LoRAConfig,
-    LoRARule,
-    OptimizerConfig,
-    RunConfig,
-)
+from nalora_jax.config import AdaLoRAConfig, ComputeConfig, LoRAConfig, LoRARule, OptimizerConfig, RunConfig
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.program import Assembly, assemble, starting_at
 from nalora_jax.train.start import gradient_adapters
@@ -38,14 +32,14 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=1e-2, schedule="constant", warmup_share=0, clip_norm=0, weight_decay=0.1, eps=1e-5
 )
 PROJECTIONS = {
-    f"layers/{name}": f"{block}.{name.rpartition('/')[2]}"
-    for block, name in (
-        ("self_attn", "attn/q_proj"),
-        ("mlp", "ffn/gate_proj"),
-        ("mlp", "ffn/up_proj"),
-        ("mlp", "ffn/down_proj"),
-    )
+    "layers/attn/q_proj": "self_attn.q_proj",
+    "layers/ffn/gate_proj": "mlp.gate_proj",
+    "layers/ffn/up_proj": "mlp.up_proj",
+    "layers/ffn/down_proj": "mlp.down_proj",
 }
+NAMES = [name.rpartition(".")[2] for name in PROJECTIONS.values()]
+# PEFT's names of an adapter's arrays, and ours.
+ARRAYS = {"lora_A": "a", "lora_B": "b", "lora_E": "singular", "lora_magnitude_vector": "magnitude"}
 # Settings of ours and of PEFT's, by method.
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "DoRA": ({"dora": True}, {"use_dora": True}),
@@ -93,8 +87,7 @@ def our_start(
 
 def their_start(base: tuple[Any, ModelConfig, Any], first: dict[str, np.ndarray], method: str) -> Any:
     model, own = copy.deepcopy(base[0]), METHODS[method][1]
-    names = [name.rpartition(".")[2] for name in PROJECTIONS.values()]
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, task_type="CAUSAL_LM", **own)
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=NAMES, task_type="CAUSAL_LM", **own)
     if method == "LoRA-GA":
         config.lora_ga_config = peft.LoraGAConfig()
         peft.preprocess_loraga(model, config, lambda: their_loss(model, first).backward())
@@ -119,36 +112,43 @@ def places(theirs: Any) -> Iterator[tuple[str, int, Any]]:
             yield path, index, layer.get_submodule(name)
 
 
+def arrays(theirs: Any) -> Iterator[tuple[str, int, Any]]:
+    """Path of ours, layer and PEFT's parameter of every array of an adapter."""
+    for path, index, module in places(theirs):
+        for name, own in ARRAYS.items():
+            for parameter in getattr(module, name, {}).values():
+                yield f"{path}/{own}", index, getattr(parameter, "weight", parameter)
+
+
 def their_adapters(theirs: Any) -> dict[str, np.ndarray]:
     """As a flat tree of ours."""
     found: dict[str, list[np.ndarray]] = {}
-    for path, _, module in places(theirs):
-        for name in "ab":
-            weight = getattr(module, f"lora_{name.upper()}")["default"].weight
-            found.setdefault(f"{path}/{name}", []).append(weight.detach().numpy().T.copy())
-        for magnitude in module.lora_magnitude_vector.values():
-            found.setdefault(f"{path}/magnitude", []).append(magnitude.weight.detach().numpy().copy())
-    return {path: np.stack(layers) for path, layers in found.items()}
+    for path, _, parameter in arrays(theirs):
+        found.setdefault(path, []).append(parameter.detach().numpy().T.copy())
+    stacks = {path: np.stack(layers) for path, layers in found.items()}
+    return {path: x.squeeze(1) if path.endswith("/singular") else x for path, x in stacks.items()}
 
 
 def give(theirs: Any, ours: Assembly) -> None:
-    """Put our A, B and kernels into PEFT's model: singular vectors are determined up to their signs alone."""
+    """Put our adapters and kernels into PEFT's model: singular vectors are determined up to their signs alone."""
     lora, params = trees.flatten(ours.state.lora), trees.flatten(ours.params)
     with torch.no_grad():
+        for path, index, parameter in arrays(theirs):
+            parameter.copy_(torch.tensor(np.asarray(lora[path][index]).T).reshape(parameter.shape))
         for path, index, module in places(theirs):
-            for name in "ab":
-                value = torch.tensor(np.asarray(lora[f"{path}/{name}"][index]).T)
-                getattr(module, f"lora_{name.upper()}")["default"].weight.copy_(value)
             module.base_layer.weight.copy_(torch.tensor(np.asarray(params[f"{path}/kernel"][index]).T))
+
+
+def advance(optimizer: Any, loss: Any) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def check_start(ours: Assembly, theirs: Any, method: str) -> None:
     """What PEFT starts from is what we start from, as far as it is determined."""
-    lora, params, adapters = (
-        trees.flatten(ours.state.lora),
-        trees.flatten(ours.params),
-        their_adapters(theirs),
-    )
+    lora, params = trees.flatten(ours.state.lora), trees.flatten(ours.params)
+    adapters = their_adapters(theirs)
     near = 1e-3 if method == "PiSSA" else 1e-5  # ours takes a randomized decomposition, PEFT an exact one
     assert lora.keys() == adapters.keys()
     for path, index, module in places(theirs):
@@ -177,16 +177,13 @@ def their_optimizer(theirs: Any, method: str) -> Any:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_updates_are_those_of_peft(
-    base: Any, rows: list[dict[str, np.ndarray]], steps: dict[str, Any], method: str
-) -> None:
+def test_updates_are_those_of_peft(base, rows, steps, method) -> None:
     ours, theirs = our_start(base, rows[0], method), their_start(base, rows[0], method)
     check_start(ours, theirs, method)
     give(theirs, ours)
     with torch.no_grad():  # every method starts as the base
-        assert their_loss(theirs, rows[0]).item() == pytest.approx(
-            their_loss(base[0], rows[0]).item(), rel=1e-5
-        )
+        of_base, of_adapter = (their_loss(model, rows[0]).item() for model in (base[0], theirs))
+    assert of_adapter == pytest.approx(of_base, rel=1e-5)
     optimizer, state = their_optimizer(theirs, method), ours.state
     train = ours.step if ours.initial is None else steps.setdefault("lowered", ours.step)
     start = {path: np.asarray(leaf) for path, leaf in trees.flatten(state.lora).items()}
@@ -195,22 +192,17 @@ def test_updates_are_those_of_peft(
     for step, batch in enumerate(rows, start=1):
         state, metrics = train(ours.params, state, batch)
         loss = their_loss(theirs, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        advance(optimizer, loss)
         np.testing.assert_allclose(float(metrics["loss"]), loss.item(), rtol=1e-5)
         lora, adapters = trees.flatten(jax.device_get(state.lora)), their_adapters(theirs)
         for path, before in start.items():
-            rate = OPTIMIZER.learning_rate * (
-                RATIO if method.endswith("LoRA+") and path.endswith("/b") else 1.0
-            )
+            faster = method.endswith("LoRA+") and path.endswith("/b")
+            rate = OPTIMIZER.learning_rate * (RATIO if faster else 1.0)
             moved, their_moved = lora[path] - before, adapters[path] - before
-            assert np.abs(their_moved).max() > 0.5 * rate or (
-                step == 1 and path.endswith("/a")
-            )  # where B is 0
-            np.testing.assert_allclose(
-                moved, their_moved, atol=2e-3 * rate * step, err_msg=f"{path}, step {step}"
-            )
+            still = step == 1 and path.endswith("/a")  # where B is 0
+            assert np.abs(their_moved).max() > 0.5 * rate or still
+            where = f"{path}, step {step}"
+            np.testing.assert_allclose(moved, their_moved, atol=2e-3 * rate * step, err_msg=where)
 
 
 # As settings of ours: of 20 steps the first 4 have all ranks, and the ranks of step 15 stay.
@@ -219,43 +211,14 @@ ADALORA = AdaLoRAConfig(target_rank=2, warmup_share=0.2, final_share=0.25, inter
 
 def their_adalora(base: tuple[Any, ModelConfig, Any], ours: Assembly) -> Any:
     """PEFT's AdaLoRA with our start."""
-    names = [name.rpartition(".")[2] for name in PROJECTIONS.values()]
     config = peft.AdaLoraConfig(
-        init_r=RANK,
-        target_r=ADALORA.target_rank,
-        lora_alpha=ALPHA,
-        tinit=4,
-        tfinal=5,
-        deltaT=ADALORA.interval,
-        beta1=ADALORA.sensitivity_decay,
-        beta2=ADALORA.uncertainty_decay,
-        orth_reg_weight=ADALORA.orthogonality,
-        total_step=20,
-        target_modules=names,
-        task_type="CAUSAL_LM",
-    )
-    theirs, lora = peft.get_peft_model(copy.deepcopy(base[0]), config), trees.flatten(ours.state.lora)
-    with torch.no_grad():
-        for path, index, module in places(theirs):
-            for name, own in (("lora_A", "a"), ("lora_B", "b"), ("lora_E", "singular")):
-                value = torch.tensor(np.asarray(lora[f"{path}/{own}"][index]).T)
-                parameter = getattr(module, name)["default"]
-                parameter.copy_(value.reshape(parameter.shape))
+        init_r=RANK, target_r=ADALORA.target_rank, lora_alpha=ALPHA, tinit=4, tfinal=5, deltaT=ADALORA.interval,
+        beta1=ADALORA.sensitivity_decay, beta2=ADALORA.uncertainty_decay, orth_reg_weight=ADALORA.orthogonality,
+        total_step=20, target_modules=NAMES, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    theirs = peft.get_peft_model(copy.deepcopy(base[0]), config)
+    give(theirs, ours)
     return theirs
-
-
-def components(theirs: Any) -> dict[str, np.ndarray]:
-    """Weights of PEFT's AdaLoRA, as a flat tree of ours."""
-    found: dict[str, list[np.ndarray]] = {}
-    for path, _, module in places(theirs):
-        for name, own in (("lora_A", "a"), ("lora_B", "b"), ("lora_E", "singular")):
-            found.setdefault(f"{path}/{own}", []).append(
-                getattr(module, name)["default"].detach().numpy().T.copy()
-            )
-    return {
-        path: np.stack(layers).squeeze(1 if path.endswith("/singular") else ())
-        for path, layers in found.items()
-    }
 
 
 def test_adalora_is_that_of_peft(base: Any, rows: list[dict[str, np.ndarray]]) -> None:
@@ -263,38 +226,28 @@ def test_adalora_is_that_of_peft(base: Any, rows: list[dict[str, np.ndarray]]) -
     ours = our_start(base, rows[0], "AdaLoRA", adalora=ADALORA, steps=20)
     theirs = their_adalora(base, ours)
     tuner, optimizer, state = theirs.base_model, their_optimizer(theirs, "AdaLoRA"), ours.state
-    for name, value in components(theirs).items():
+    for name, value in their_adapters(theirs).items():
         assert np.abs(value).max() == pytest.approx(0.0 if name.endswith("/singular") else 0.08, abs=0.04)
     taken = []
     for step in range(1, 21):
         batch = rows[step % len(rows)]
         state, _ = ours.step(ours.params, state, batch)
-        loss = penalised(theirs, their_loss(theirs, batch))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        advance(optimizer, penalised(theirs, their_loss(theirs, batch)))
         tuner.update_and_allocate(step)
-        lora, adapters = trees.flatten(jax.device_get(state.lora)), components(theirs)
+        lora, adapters = trees.flatten(jax.device_get(state.lora)), their_adapters(theirs)
         assert lora.keys() == adapters.keys()
         for path, value in adapters.items():
             np.testing.assert_allclose(lora[path], value, atol=1e-4, err_msg=f"{path}, step {step}")
         zeros = {path: value == 0 for path, value in adapters.items() if path.endswith("/singular")}
         assert all(np.array_equal(lora[path] == 0, value) for path, value in zeros.items())
         taken.append(sum(int(value.sum()) for value in zeros.values()))
-    matrices = sum(1 for _ in places(theirs))
     assert taken[3] == 0 < taken[5] < taken[8] < taken[14]  # budgets that fall
-    assert taken[14:] == [matrices * (RANK - ADALORA.target_rank)] * 6
+    assert taken[14:] == [len(list(places(theirs))) * (RANK - ADALORA.target_rank)] * 6
 
 
 def penalised(theirs: Any, loss: Any) -> Any:
     """``loss`` with PEFT's penalty, which its forward pass adds to losses that it computes itself."""
-
-    class Output:
-        pass
-
-    output = Output()
-    output.loss = loss.clone()
-    tuner = theirs.base_model
+    output, tuner = SimpleNamespace(loss=loss.clone()), theirs.base_model
     inner, tuner.model.forward = tuner.model.forward, lambda: output
     try:
         return tuner.forward().loss

@@ -83,16 +83,10 @@ def test_loss_and_gradient_are_those_of_the_formula(assembly, name: Name, update
     np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
     norm = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradient))
     assert norm > 1e-4
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * norm), found, gradient
-    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4 * norm), found, gradient)
     _, count = objective.counts(batch)
-    assert (
-        count
-        == denominator(batch["loss_weights"], batch["real"], settings)
-        == (13 if name == "dapo" else 3)
-    )
-    share = batch["loss_weights"]
+    total, share = denominator(batch["loss_weights"], batch["real"], settings), batch["loss_weights"]
+    assert count == total == (13 if name == "dapo" else 3)
     if name != "dapo":
         share = share / np.maximum(share.sum(1, keepdims=True), 1)
     np.testing.assert_allclose(measured["entropy"], -(share * now).sum(), rtol=1e-4)
@@ -107,8 +101,7 @@ def test_loss_and_gradient_are_those_of_the_formula(assembly, name: Name, update
 
 def test_temperature_acts_after_the_cap(assembly) -> None:
     text = next_token(BASE, assembly[0].eval_model, ComputeConfig(dtype="float32"), assembly[0].mesh)
-    head = Policy(
-        replace(text, head=text.head._replace(softcap=5.0, scale=0.5)), PolicyLoss("grpo", 0.2, 0.2, 8), T
-    ).policy.head
+    text = replace(text, head=text.head._replace(softcap=5.0, scale=0.5))
     products = np.linspace(-40, 40, 9)
-    np.testing.assert_allclose(head.logits(products)[0], 5.0 * np.tanh(0.5 * products / 5.0) / T, rtol=1e-5)
+    found = Policy(text, PolicyLoss("grpo", 0.2, 0.2, 8), T).policy.head.logits(products)[0]
+    np.testing.assert_allclose(found, 5.0 * np.tanh(0.5 * products / 5.0) / T, rtol=1e-5)

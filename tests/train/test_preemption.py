@@ -23,12 +23,7 @@ from nalora_jax.train.preemption import stop_signals
     ],
 )
 def test_only_a_second_ctrl_c_or_a_late_signal_cuts_a_save_short(
-    monkeypatch: pytest.MonkeyPatch,
-    first: signal.Signals,
-    second: signal.Signals,
-    foreground: bool,
-    after: float,
-    cut: bool,
+    monkeypatch, first, second, foreground, after, cut
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])

@@ -29,7 +29,6 @@ from nalora_jax.data.preference import pair_data
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.train.kinds.preference import program_parts
@@ -46,19 +45,15 @@ RECORDS = [
     {"prompt": "s", "chosen": " t u", "rejected": " v w"},
     {"prompt": "x y", "chosen": " z z", "rejected": " z a b"},
 ]
-CHAT = (
-    "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}a {% endif %}"
-)
+CHAT = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} {% endfor %}"
+CHAT += "{% if add_generation_prompt %}a {% endif %}"
 DPO = PreferenceConfig("dpo")
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    return replace(
-        Tokenizer.from_folder(tiny.make_model(tmp_path_factory.mktemp("model") / "base")),
-        chat_template=CHAT,
-    )
+    folder = tiny.make_model(tmp_path_factory.mktemp("model") / "base")
+    return replace(Tokenizer.from_folder(folder), chat_template=CHAT)
 
 
 def pairs(tokenizer, config=DATA, preference=DPO, records=RECORDS, **options):
@@ -66,7 +61,7 @@ def pairs(tokenizer, config=DATA, preference=DPO, records=RECORDS, **options):
     return pair_data(RecordsSource("pairs", records), config, preference, tokenizer, **options)
 
 
-def settings(preference, **changes):
+def settings(preference):
     return RunConfig(
         steps=8,
         lora=LoRAConfig(rules=(LoRARule("ffn", 4), LoRARule("q_proj", 2))),
@@ -75,16 +70,14 @@ def settings(preference, **changes):
         compute=ComputeConfig(dtype="float32", stats_stride=1),
         preference=preference,
         mesh=MeshConfig(1, 1, 1),
-        **changes,
     )
 
 
-def assembled(preference, mesh=None):
+def assembled(preference):
     """A run's assembly on a fixed base, its adapters moved away from the start."""
     params = jax.tree.map(lambda leaf: 2 * leaf, init_params(BASE, jax.random.key(0)))
-    mesh = mesh or tiny.one_device()
-    params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
-    made = assemble(settings(preference), BASE, params, mesh, **program_parts(settings(preference), None))
+    parts = program_parts(settings(preference), None)
+    made = assemble(settings(preference), BASE, params, tiny.one_device(), **parts)
     moved = {
         path: leaf + 0.3 * jax.random.normal(jax.random.key(i), leaf.shape)
         for i, (path, leaf) in enumerate(trees.flatten(made.state.lora).items())
@@ -177,29 +170,23 @@ def test_rows_hold_every_pair_once_and_as_two_segments(tokenizer):
     assert sorted(seen) == sorted((r["prompt"] + r["chosen"], r["prompt"] + r["rejected"]) for r in RECORDS)
 
 
+USER = [{"role": "user", "content": "x"}]
+CHOSEN, REJECTED = ([{"role": "assistant", "content": text}] for text in "yz")
+
+
 @pytest.mark.parametrize(
     "record",
     [
-        {
-            "prompt": [{"role": "user", "content": "x"}],
-            "chosen": [{"role": "assistant", "content": "y"}],
-            "rejected": "z",
-        },
-        {
-            "chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
-            "rejected": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "z"}],
-        },
+        {"prompt": USER, "chosen": CHOSEN, "rejected": "z"},
+        {"chosen": USER + CHOSEN, "rejected": USER + REJECTED},
         {"prompt": "x", "chosen": "y", "rejected": "z"},
     ],
     ids=["messages", "whole conversations", "text through the template"],
 )
 def test_chat_pairs_go_through_the_template(tokenizer, record):
-    data = pairs(tokenizer, replace(DATA, chat=True), records=[record])
-    texts = [tokenizer.decode(ids) for (ids, _), _ in sides(data)] + [
-        tokenizer.decode(ids) for _, (ids, _) in sides(data)
-    ]
-    assert texts == ["u x a y", "u x a z"]
-    assert [count for side in sides(data)[0] for _, count in [side]] == [2, 2]  # the answer and the end
+    (pair,) = sides(pairs(tokenizer, replace(DATA, chat=True), records=[record]))
+    assert [tokenizer.decode(ids) for ids, _ in pair] == ["u x a y", "u x a z"]
+    assert [count for _, count in pair] == [2, 2]  # the answer and the end
 
 
 def test_long_pairs_are_dropped_cut_or_refused(tokenizer, caplog):
@@ -218,18 +205,14 @@ def test_long_pairs_are_dropped_cut_or_refused(tokenizer, caplog):
     ("record", "said"),
     [
         ({"prompt": "a", "chosen": " b"}, "a field 'rejected'"),
-        (
-            {"prompt": "a", "chosen": " b", "rejected": " "},
-            "rejected: expected an answer, found an empty text",
-        ),
+        ({"prompt": "a", "chosen": " b", "rejected": " "}, "rejected: expected an answer, found an empty text"),
         ({"prompt": "a", "chosen": " b", "rejected": " b"}, "expected two answers that differ"),
         ({"prompt": "a", "choices": ["b", "b"], "gold": 0}, "choices: expected two that differ, found 'b'"),
     ],
-)
+)  # fmt: skip
 def test_records_that_are_no_pairs_name_themselves(tokenizer, record, said):
-    with pytest.raises(NaloraError, match="pairs, record 1.*") as error:
+    with pytest.raises(NaloraError, match=f"pairs, record 1.*{said}"):
         pairs(tokenizer, records=[RECORDS[0], record])
-    assert said in str(error.value)
 
 
 # ---------------------------------------------------------------- a whole run
@@ -242,33 +225,26 @@ def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
     prompts = [" ".join(rng.choice(list("abcdefgh"), 2)) for _ in range(60)]
     lines = [json.dumps({"prompt": prompt, "chosen": " z", "rejected": " y x"}) for prompt in prompts]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    splits = {"train_split": "train[:80%]", "eval_split": "train[80%:]"}
+    splits |= {"eval_limit": 4, "select_limit": 2}  # with so few, one program measures both
     config = tiny.make_config(
         tmp_path,
         steps=12,
         preference=PreferenceConfig("dpo", beta=0.5),
-        data=DataConfig(
-            str(tmp_path / "pairs.jsonl"),
-            train_split="train[:80%]",
-            eval_split="train[80%:]",
-            max_length=16,
-            eval_limit=4,
-            select_limit=2,  # with so few, one program measures both
-        ),
+        data=DataConfig(str(tmp_path / "pairs.jsonl"), max_length=16, **splits),
         train=TrainConfig(batch_size=8, log_every=1, eval_every=6, save_every=6),
     )
     result = run(config)
-    records = tiny.lines(result.folder)
-    steps = [record for record in records if "loss" in record]
-    assert steps[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)
-    assert steps[0]["rewards_margin"] == pytest.approx(0.0, abs=1e-5)
-    assert steps[-1]["rewards_margin"] > 0.5
-    assert steps[-1]["rewards_accuracy"] > 0.9
-    assert steps[-1]["loss"] < 0.6
-    assert steps[-1]["layers"]["mask_mean"]  # mechanisms act as in any run
+    first, *_, last = (record for record in tiny.lines(result.folder) if "loss" in record)
+    assert first["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert first["rewards_margin"] == pytest.approx(0.0, abs=1e-5)
+    assert last["rewards_accuracy"] > 0.9
+    assert last["layers"]["mask_mean"]  # mechanisms act as in any run
     assert result.before["loss"] == pytest.approx(np.log(2))
     assert result.before["rewards_accuracy"] == 0
-    assert result.after["loss"] < 0.6
-    assert result.after["rewards_margin"] > 0.5
+    for values in (last, result.after):
+        assert values["rewards_margin"] > 0.5
+        assert values["loss"] < 0.6
     out = tmp_path / "eval.json"
     assert main(["eval", str(result.folder), "--output", str(out)]) == 0
     found = json.loads(out.read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from string import ascii_lowercase
+
 import jax
 import numpy as np
 import pytest
@@ -23,17 +25,16 @@ from tests import tiny
 trl = pytest.importorskip("trl", reason="TRL is not installed (it is in the extra `bench`)")
 pytestmark = pytest.mark.filterwarnings("default")  # of torch, transformers and TRL
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
 
 def records():
     rng = np.random.default_rng(0)
 
     def text(low, high):
-        return " ".join(rng.choice(list(LETTERS), rng.integers(low, high)))
+        return " ".join(rng.choice(list(ascii_lowercase), rng.integers(low, high)))
 
+    sizes = {"prompt": (2, 6), "chosen": (1, 6), "rejected": (1, 6)}
     return [
-        {"prompt": text(2, 6), "chosen": f" {text(1, 6)}", "rejected": f" {text(1, 6)}"} for _ in range(8)
+        {name: " " * (name != "prompt") + text(*size) for name, size in sizes.items()} for _ in range(8)
     ]
 
 
@@ -47,26 +48,18 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
     model = load(base, dtype="float32")
     spec = resolve(LoRAConfig(rules=(LoRARule("", 4),)), projection_shapes(model.base.config), 2)
     lora = jax.tree.map(lambda leaf: leaf + 0.05, init_lora(model.base.config, spec, jax.random.key(1)))
-    export_adapter(
-        jax.device_get(lora), spec, model.base.config, tmp_path / "adapter", base_model_name=str(base)
-    )
+    adapter = tmp_path / "adapter"
+    export_adapter(jax.device_get(lora), spec, model.base.config, adapter, base_model_name=str(base))
 
-    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = tokenizer.eos_token
+    settings = {"output_dir": str(tmp_path / "trl"), "loss_type": [kind], "beta": 0.7, "max_length": None}
+    settings |= {"per_device_train_batch_size": 8, "use_cpu": True, "bf16": False, "report_to": []}
     trainer = trl.DPOTrainer(
         model=policy.merge_and_unload(),
         ref_model=AutoModelForCausalLM.from_pretrained(base),
-        args=trl.DPOConfig(
-            output_dir=str(tmp_path / "trl"),
-            loss_type=[kind],
-            beta=0.7,
-            per_device_train_batch_size=8,
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            max_length=None,
-        ),
+        args=trl.DPOConfig(**settings),
         train_dataset=datasets.Dataset.from_list(records()),
         processing_class=tokenizer,
     )
@@ -81,20 +74,15 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
     ids = [row[row != tokenizer.pad_token_id].tolist() for row in theirs["input_ids"].numpy()]
     store = data.store
     mine = [store.tokens[a:b].tolist() for a, b in zip(store.offsets[:-1], store.offsets[1:], strict=True)]
-    assert sorted(ids) == sorted(
-        row[:-1] for row in mine
-    )  # without the end token, which is the padding there
+    # Without the end token, which is the padding there.
+    assert sorted(ids) == sorted(row[:-1] for row in mine)
 
     # All pairs in one batch of two rows, in one call.
-    rows = -(-data.rows_per_epoch // 1)
+    rows = data.rows_per_epoch
+    batches = [data.batch_at(i) for i in range(0, rows, 2)]
     batch = {
-        name: np.concatenate(
-            [pair_batch[name] for pair_batch in (data.batch_at(i) for i in range(0, rows, 2))], axis=1
-        )[0]
-        for name in data.batch_at(0)
+        name: np.concatenate([each[name] for each in batches], axis=1)[0][:rows] for name in batches[0]
     }
-    kept = slice(0, rows)
-    batch = {name: value[kept] for name, value in batch.items()}
     assert batch["pairs"].sum() == 8
     head = Head(transposed=True)
     objective = Preference(NextToken(model.module.clone(adapters=spec), head, Numerics()), config)
@@ -103,7 +91,5 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
     np.testing.assert_allclose(float(found.loss) / 8, expected, rtol=1e-5)
     if kind == "sigmoid":
         for name in ("chosen", "rejected"):
-            theirs_mean = np.mean(logged[f"rewards/{name}"])
-            np.testing.assert_allclose(
-                float(found.measured[f"rewards_{name}"]) / 8, theirs_mean, rtol=1e-4, atol=1e-5
-            )
+            mean = float(found.measured[f"rewards_{name}"]) / 8
+            np.testing.assert_allclose(mean, np.mean(logged[f"rewards/{name}"]), rtol=1e-4, atol=1e-5)

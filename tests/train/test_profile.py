@@ -32,9 +32,7 @@ def traced_steps(file: Path) -> set[int]:
     planes = ProfileData.from_file(str(file)).planes
     events = (event for plane in planes for line in plane.lines for event in line.events)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # Python 3.12 warns of the types of JAX's reader, which abort on an error
+        warnings.simplefilter("ignore")  # Python 3.12 warns of the types of JAX's reader
         return {int(dict(event.stats)["step_num"]) for event in events if event.name == "train"}
 
 

@@ -13,19 +13,14 @@ VALUES = {"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0, "mis
 
 
 class Clock:
-    def __init__(self):
-        self.now = 100.0
+    now = 100.0
 
     def __call__(self):
         return self.now
 
 
-def plain(**options):
-    return Console(file=io.StringIO(), force_terminal=False, width=200, **options)
-
-
 def test_without_a_terminal_each_log_step_is_one_plain_line():
-    console, clock = plain(), Clock()
+    console, clock = Console(file=io.StringIO(), force_terminal=False, width=200), Clock()
     with Progress(100, console=console, clock=clock) as progress:
         for step in range(1, 31):
             clock.now += 2.0

@@ -1,4 +1,4 @@
-"""The whole step against a hand-written NumPy float64 implementation of blocks with both mechanisms.
+"""The whole step against torch in float64: blocks with both mechanisms.
 
 Two gated blocks, adapters on gate, up and down with nonzero B, padding, two micro-batches with unequal numbers of
 target tokens, masks and step scales that are not all one, AdamW with weight decay, twelve optimizer steps.
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import torch
 
 from nalora_jax.method import activations
 from nalora_jax.method.ffn import Adapters, GatedFFN
@@ -25,6 +26,7 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import Head
 from nalora_jax.train.mechanisms import layer_metrics
 from nalora_jax.train.objectives import NextToken
+from tests import tiny
 
 LAYERS, D, F, R, V = 2, 6, 10, 3, 17
 SCALES = {"gate_proj": 1.5, "up_proj": 0.5, "down_proj": 2.0}
@@ -38,12 +40,7 @@ class Tower(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        deterministic: bool,
+        self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, deterministic: bool
     ) -> jax.Array:
         del positions
         table = self.param("embed", lambda _: {"embedding": jnp.zeros((V, D))})["embedding"]
@@ -63,33 +60,24 @@ class Tower(nn.Module):
         return scan(block, table[tokens], None)[0]
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
 class Reference:
-    """The same in NumPy float64, written from the design's formulas."""
+    """The same in float64 by torch, whose autograd and AdamW know nothing of masks, from the design's formulas."""
 
     def __init__(
         self, params: dict, lora: dict, importance: np.ndarray, occupancy: np.ndarray, count: int
     ) -> None:
-        self.table = np.asarray(params["embed"]["embedding"], np.float64)
-        self.w = {k: np.asarray(params["layers"][k]["kernel"], np.float64) for k in SCALES}
+        self.table = torch.tensor(np.asarray(params["embed"]["embedding"], np.float64))
+        self.w = {k: torch.tensor(np.asarray(params["layers"][k]["kernel"], np.float64)) for k in SCALES}
         self.lora = {
-            k: {n: np.asarray(v, np.float64) for n, v in leaf.items()} for k, leaf in lora["layers"].items()
+            name: {
+                key: torch.tensor(np.asarray(x, np.float64), requires_grad=True) for key, x in leaf.items()
+            }
+            for name, leaf in lora["layers"].items()
         }
-        zeros = {k: {n: np.zeros_like(v) for n, v in leaf.items()} for k, leaf in self.lora.items()}
-        self.m, self.v = (
-            zeros,
-            {k: {n: np.zeros_like(x) for n, x in leaf.items()} for k, leaf in zeros.items()},
-        )
+        trained = [x for leaf in self.lora.values() for x in leaf.values()]
+        self.optimizer = torch.optim.AdamW(trained, LR, (B1, B2), EPS, DECAY)
         # Averages before bias correction, after `count` updates.
-        self.importance, self.occupancy, self.count, self.steps = (
-            importance.copy(),
-            occupancy.copy(),
-            count,
-            0,
-        )
+        self.importance, self.occupancy, self.count = importance, occupancy, count
 
     def masks(self) -> np.ndarray:
         ratio = self.importance / self.importance.mean(axis=-1, keepdims=True)
@@ -100,123 +88,64 @@ class Reference:
         return np.einsum("lkc,k->lc", corrected, np.array(STEP.gains))
 
     @staticmethod
-    def equalised(factor: np.ndarray) -> np.ndarray:
-        return factor / np.sqrt((factor**2).mean(axis=-1, keepdims=True))
+    def equalised(factor: np.ndarray) -> torch.Tensor:
+        return torch.tensor(factor / np.sqrt((factor**2).mean(axis=-1, keepdims=True)))
 
-    def project(self, name: str, layer: int, x: np.ndarray) -> np.ndarray:
-        adapter = self.lora[name]
-        return x @ self.w[name][layer] + SCALES[name] * (x @ adapter["a"][layer]) @ adapter["b"][layer]
-
-    def micro(self, batch: dict[str, np.ndarray], mask: np.ndarray) -> tuple[float, dict, dict]:
-        tokens, weights = batch["tokens"].reshape(-1), batch["loss_weights"].reshape(-1).astype(np.float64)
-        real = (batch["segment_ids"].reshape(-1) > 0).astype(np.float64)
-        x, kept = self.table[tokens], []
-        stats = {
-            "tokens": real.sum(),
-            "slope": np.zeros((LAYERS, F)),
-            "occupancy": np.zeros((LAYERS, 4, F)),
-        }
-        stats["delta_squared"] = np.zeros((LAYERS, F))
-        part = activations.partition("silu")
-        for i in range(LAYERS):
-            z, u = self.project("gate_proj", i, x), self.project("up_proj", i, x)
-            s = _sigmoid(z)
-            hidden = z * s * u
-            kept.append((x, z, u, hidden))
-            x = x + self.project("down_proj", i, hidden)
-            slope = s * (1 + z * (1 - s))
-            stats["slope"][i] = (real[:, None] * np.abs(slope)).sum(0)
-            edges = [z < part.z0, (z >= part.z0) & (z < 0), (z >= 0) & (z < part.z1), z >= part.z1]
-            stats["occupancy"][i] = np.stack([(real[:, None] * e).sum(0) for e in edges])
-        logits = x @ self.table.T
-        p = np.exp(logits - logits.max(-1, keepdims=True))
-        p /= p.sum(-1, keepdims=True)
-        targets = batch["targets"].reshape(-1)
-        loss = -(weights * np.log(p[np.arange(len(p)), targets])).sum()
-        p[np.arange(len(p)), targets] -= 1
-        g = (weights[:, None] * p) @ self.table
-        grads = {k: {n: np.zeros_like(v) for n, v in leaf.items()} for k, leaf in self.lora.items()}
-        for i in reversed(range(LAYERS)):
-            x, z, u, hidden = kept[i]
-            dh = self.pull(grads, "down_proj", i, hidden, g, None)
-            s = _sigmoid(z)
-            du, dz = dh * z * s, dh * u * s * (1 + z * (1 - s))
-            stats["delta_squared"][i] = (real[:, None] * dz**2).sum(0)
-            g = (
-                g
-                + self.pull(grads, "up_proj", i, x, du, None)
-                + self.pull(grads, "gate_proj", i, x, dz, mask[i])
-            )
-        return loss, grads, stats
-
-    def pull(
-        self, grads: dict, name: str, i: int, x: np.ndarray, g: np.ndarray, mask: np.ndarray | None
-    ) -> np.ndarray:
+    def project(self, name: str, i: int, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         a, b, scale = self.lora[name]["a"][i], self.lora[name]["b"][i], SCALES[name]
-        shaped = b if mask is None else b * mask
-        grads[name]["a"][i] = scale * x.T @ (g @ shaped.T)
-        grads[name]["b"][i] = scale * (x @ a).T @ g
-        return g @ self.w[name][i].T + scale * (g @ b.T) @ a.T
+        result = x @ self.w[name][i] + scale * (x @ a) @ b
+        if mask is not None:  # a zero, through which A's gradient sees B times the mask
+            result = result + scale * (x.detach() @ (a - a.detach())) @ (b * (mask - 1)).detach()
+        return result
 
     def step(self, batch: dict[str, np.ndarray]) -> float:
         mask, joint = self.equalised(self.masks()), self.equalised(self.masks() * self.scales())
-        parts = [self.micro({k: v[i] for k, v in batch.items()}, mask) for i in range(len(batch["tokens"]))]
-        n = batch["loss_weights"].sum()
-        self.steps += 1
-        for name, leaf in self.lora.items():
-            for key in leaf:
-                grad = sum(part[1][name][key] for part in parts) / n
-                m = self.m[name][key] = B1 * self.m[name][key] + (1 - B1) * grad
-                v = self.v[name][key] = B2 * self.v[name][key] + (1 - B2) * grad**2
-                unit = (m / (1 - B1**self.steps)) / (np.sqrt(v / (1 - B2**self.steps)) + EPS)
-                update = -LR * (unit + DECAY * leaf[key])
-                if (name, key) == ("gate_proj", "b"):
-                    update = update * joint[:, None, :]
-                leaf[key] = leaf[key] + update
-        tokens = sum(part[2]["tokens"] for part in parts)
-        slope = sum(part[2]["slope"] for part in parts) / tokens
-        occupancy = sum(part[2]["occupancy"] for part in parts) / tokens
+        tokens, targets = (torch.tensor(batch[name]).flatten().long() for name in ("tokens", "targets"))
+        weights = torch.tensor(batch["loss_weights"], dtype=torch.float64).flatten()
+        x, gates = self.table[tokens], []
+        for i in range(LAYERS):
+            z = self.project("gate_proj", i, x, mask[i])
+            z.retain_grad()
+            gates.append(z)
+            x = x + self.project("down_proj", i, z * torch.sigmoid(z) * self.project("up_proj", i, x))
+        losses = torch.nn.functional.cross_entropy(x @ self.table.T, targets, reduction="none")
+        loss = (weights * losses).sum() / weights.sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        gate, before = self.lora["gate_proj"]["b"], self.lora["gate_proj"]["b"].detach().clone()
+        self.optimizer.step()
+        with torch.no_grad():
+            gate.copy_(before + (gate - before) * joint[:, None, :])
+        z, dz = (np.stack([x.detach().numpy() for x in each]) for each in (gates, [z.grad for z in gates]))
+        real = (batch["segment_ids"].flatten() > 0) / np.sum(batch["segment_ids"] > 0)
+        s, part = 1 / (1 + np.exp(-z)), activations.partition("silu")
+        slope = np.einsum("t,ltc->lc", real, np.abs(s * (1 + z * (1 - s))))
+        edges = np.stack([z < part.z0, (z >= part.z0) & (z < 0), (z >= 0) & (z < part.z1), z >= part.z1])
+        occupancy = np.einsum("t,kltc->lkc", real, edges)
         # Of the mean loss per target token.
-        self.delta_squared = sum(part[2]["delta_squared"] for part in parts) / n**2 / tokens
+        self.delta_squared = np.einsum("t,ltc->lc", real, dz**2)
         self.importance = MASK.decay * self.importance + (1 - MASK.decay) * slope
         self.occupancy = STEP.decay * self.occupancy + (1 - STEP.decay) * occupancy
         self.count += 1
-        return sum(part[0] for part in parts) / n
+        return loss.item()
 
 
-def _batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    shape = (2, 3, 5)
-    segments = np.ones(shape, np.int32)
-    segments[0, 2, 1:] = 0
-    segments[1, 0, 3:] = 0
-    weights = (rng.uniform(size=shape) < np.array([0.9, 0.3])[:, None, None]) * (segments > 0)
-    tokens, targets = (rng.integers(0, V, shape).astype(np.int32) for _ in range(2))
-    positions = np.broadcast_to(np.arange(5, dtype=np.int32), shape)
-    return {
-        "tokens": tokens,
-        "targets": targets,
-        "loss_weights": weights.astype(np.float32),
-        "segment_ids": segments,
-        "positions": np.array(positions),
-    }
+def _batch(seed: int) -> dict[str, np.ndarray]:
+    """Two micro-batches of three rows, with many and few loss tokens."""
+    flat = tiny.packed_batch(seed, 6, 12, np.repeat([0.9, 0.3], 3)[:, None])
+    flat |= {name: flat[name] % V for name in ("tokens", "targets")}
+    return {name: value.reshape(2, 3, 12) for name, value in flat.items()}
 
 
 def _random_like(rng: np.random.Generator, tree: Any, size: float) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * size, jnp.float32), tree)
 
 
-def test_twelve_steps_agree_with_numpy() -> None:
-    rng = np.random.default_rng(0)
-    batch = _batch(rng)
-    flat = {k: jnp.asarray(v[0]) for k, v in batch.items()}
-    model = Tower()
-    variables = model.init(
-        jax.random.key(0),
-        flat["tokens"],
-        positions=flat["positions"],
-        segment_ids=flat["segment_ids"],
-        deterministic=True,
-    )
+def test_twelve_steps_agree_with_torch() -> None:
+    rng, batch = np.random.default_rng(0), _batch(0)
+    names, model = ("positions", "segment_ids"), Tower()
+    rest = {name: jnp.asarray(batch[name][0]) for name in names}
+    variables = model.init(jax.random.key(0), jnp.asarray(batch["tokens"][0]), **rest, deterministic=True)
     params, lora = _random_like(rng, variables["params"], 0.4), _random_like(rng, variables["lora"], 0.3)
     assert set(lora["layers"]) == set(SCALES)
     inner = optax.adamw(LR, b1=B1, b2=B2, eps=EPS, weight_decay=DECAY)
@@ -246,15 +175,14 @@ def test_twelve_steps_agree_with_numpy() -> None:
     assert reference.scales().std() > 0.03
 
     for i in range(12):
-        batch = _batch(np.random.default_rng(10 + i))
+        batch = _batch(10 + i)
         want = reference.step(batch)
         state, metrics = step(params, state, {k: jnp.asarray(v) for k, v in batch.items()})
         np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
         for name, leaf in reference.lora.items():
             for key, value in leaf.items():
-                np.testing.assert_allclose(
-                    state.lora["layers"][name][key], value, rtol=2e-4, atol=2e-5, err_msg=f"{name}/{key}"
-                )
+                ours, where = state.lora["layers"][name][key], f"{name}/{key}"
+                np.testing.assert_allclose(ours, value.detach(), rtol=2e-4, atol=2e-5, err_msg=where)
         memory = state.gate.memory
         corrected = reference.importance / (1 - MASK.decay**reference.count)
         np.testing.assert_allclose(memory["mask"]["layers"]["slope"], corrected, rtol=1e-4)

@@ -46,11 +46,8 @@ CHOICES = {"choices": ["a red fox", "no one", "an owl"], "gold": 2, "answer": "a
         ("length:limit=4", "1234567890", {}, -1),
     ],
 )
-def test_values_of_built_in_rewards(
-    name: str, completion: str, record: dict[str, Any], value: float
-) -> None:
-    reward = make_reward(name)
-    assert reward("a prompt", completion, record) == value
+def test_values_of_built_in_rewards(name, completion, record, value) -> None:
+    assert make_reward(name)("a prompt", completion, record) == value
 
 
 def _module(**functions: Any) -> None:
@@ -116,6 +113,6 @@ def test_a_reward_that_fails_names_itself_and_the_record_or_is_nan(reward: Any, 
 
 
 def test_a_regular_expression_that_backtracks_is_stopped() -> None:
-    scorer = Scorer(RLConfig(rewards=("regex:pattern=^(a+)+$",), reward_seconds=0.2))
+    rl = RLConfig(rewards=("regex:pattern=^(a+)+$",), reward_seconds=0.2)
     with pytest.raises(NaloraError, match="no value after"):
-        scorer(["p"], ["a" * 40 + "b"], [{}], ["r"])
+        Scorer(rl)(["p"], ["a" * 40 + "b"], [{}], ["r"])

@@ -13,7 +13,7 @@ from nalora_jax.config import ComputeConfig, PreferenceConfig, RLConfig
 from nalora_jax.data.prompts import Prompt
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.generate.programs import NO_TOKEN
-from nalora_jax.layout.rollouts import program_shape
+from nalora_jax.layout.estimates import program_shape
 from nalora_jax.ops.policy_losses import PolicyLoss
 from nalora_jax.train.policy import Policy
 from nalora_jax.train.program import next_token
@@ -57,36 +57,37 @@ def sampler(tokenizer) -> Sampler:
     return Sampler(rl, model, params, tokenizer, mesh, prompts=len(TEXTS), seed=3, longest=6, rows=8)
 
 
-def prompts(tokenizer: Tokenizer) -> list[Prompt]:
-    return [
-        Prompt(tokenizer.encode(text), text, {"answer": i}, f"file:{i}") for i, text in enumerate(TEXTS)
-    ]
+@pytest.fixture(scope="module")
+def asked(tokenizer) -> list[Prompt]:
+    texts = enumerate(TEXTS)
+    return [Prompt(tokenizer.encode(text), text, {"answer": i}, f"file:{i}") for i, text in texts]
 
 
-def test_log_probabilities_of_generator_and_training_agree(sampler, tokenizer) -> None:
-    made, state = assembled(PreferenceConfig("none"))
-    asked = prompts(tokenizer)
-    samples = sampler(state.lora, 0, asked)
+@pytest.fixture(scope="module")
+def lora():
+    return assembled(PreferenceConfig("none"))[1].lora
+
+
+def test_log_probabilities_of_generator_and_training_agree(sampler, asked, lora) -> None:
+    samples = sampler(lora, 0, asked)
     assert samples.tokens.shape == (len(asked) * SAMPLES, LIMIT)
     ids = [prompt.ids for prompt in asked for _ in range(SAMPLES)]
     batch = sample_batch(ids, samples, 6 + LIMIT)
     assert batch["loss_weights"].sum() == samples.lengths.sum()
-    text = next_token(BASE, made.eval_model, ComputeConfig(dtype="float32"), made.mesh)
+    text = next_token(BASE, sampler.model, ComputeConfig(dtype="float32"), sampler.mesh)
     objective = Policy(text, PolicyLoss("grpo", 0.2, 0.2, LIMIT), 0.9)
-    variables = {"params": made.params, "lora": state.lora}
-    found = objective.log_probs(variables, made.params, batch, jax.random.key(0))
+    variables = {"params": sampler.params, "lora": lora}
+    found = objective.log_probs(variables, sampler.params, batch, jax.random.key(0))
     np.testing.assert_allclose(found, batch["sampled"], atol=2e-4)
     assert np.abs(batch["sampled"]).max() > 1
 
 
-def test_a_rollout_is_a_function_of_seed_step_and_adapter(sampler, tokenizer) -> None:
-    _, state = assembled(PreferenceConfig("none"))
-    asked = prompts(tokenizer)
-    first = sampler(state.lora, 7, asked)
-    again = replace(sampler, rows=16)(state.lora, 7, asked)  # more prompts in a program
+def test_a_rollout_is_a_function_of_seed_step_and_adapter(sampler, tokenizer, asked, lora) -> None:
+    first = sampler(lora, 7, asked)
+    again = replace(sampler, rows=16)(lora, 7, asked)  # more prompts in a program
     np.testing.assert_array_equal(first.tokens, again.tokens)
     np.testing.assert_array_equal(first.rewards, again.rewards)
-    for other in (sampler(state.lora, 8, asked), replace(sampler, seed=4)(state.lora, 7, asked)):
+    for other in (sampler(lora, 8, asked), replace(sampler, seed=4)(lora, 7, asked)):
         assert (first.tokens != other.tokens).mean() > 0.2
     texts = [tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in first.tokens]
     expected = [len(text) + row // SAMPLES / 100 for row, text in enumerate(texts)]
@@ -94,32 +95,28 @@ def test_a_rollout_is_a_function_of_seed_step_and_adapter(sampler, tokenizer) ->
 
 
 def test_groups_are_divided_among_the_shards_of_a_mesh() -> None:
-    shapes = {shape: program_shape(*shape) for shape in ((8, 8, 1), (64, 16, 8), (64, 16, 256), (3, 6, 8))}
-    assert list(shapes.values()) == [(8, 8, 8), (32, 32, 16), (64, 256, 4), (5, 16, 2)]
+    shapes = [program_shape(*shape) for shape in ((8, 8, 1), (64, 16, 8), (64, 16, 256), (3, 6, 8))]
+    assert shapes == [(8, 8, 8), (32, 32, 16), (64, 256, 4), (5, 16, 2)]
 
 
-def test_groups_that_are_complete_are_not_sampled_again(sampler, tokenizer, tmp_path) -> None:
+def test_groups_that_are_complete_are_not_sampled_again(sampler, asked, lora, tmp_path) -> None:
     """A run is interrupted in the reward of the second program's third sample."""
-    _, state = assembled(PreferenceConfig("none"))
-    asked, folder = prompts(tokenizer), tmp_path / "rollouts"
-    whole = sampler(state.lora, 2, asked)
+    folder, whole = tmp_path / "rollouts", sampler(lora, 2, asked)
 
-    def stored(reward: Counting) -> Sampler:
+    def stored(reward: Counting, lora=lora) -> Samples:
         rewarded(reward)
-        return replace(sampler, folder=folder)
+        return replace(sampler, folder=folder)(lora, 2, asked)
 
     with pytest.raises(KeyboardInterrupt):
-        stored(Counting(fails_at=2 * SAMPLES + 3))(state.lora, 2, asked)
-    reward = Counting()
-    resumed = stored(reward)(state.lora, 2, asked)
+        stored(Counting(fails_at=2 * SAMPLES + 3))
+    resumed = stored(reward := Counting())
     assert reward.calls == 3 * SAMPLES
     for name in ("tokens", "log_probs", "rewards"):
         np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
     (file,) = folder.iterdir()
     file.write_bytes(file.read_bytes()[:-40])
-    stored(Counting())(state.lora, 2, asked)  # a damaged file
-    moved = jax.tree.map(lambda leaf: leaf + 1e-3, state.lora)
-    stored(reward := Counting())(moved, 2, asked)  # another adapter
+    stored(Counting())  # a damaged file
+    stored(reward := Counting(), jax.tree.map(lambda leaf: leaf + 1e-3, lora))  # another adapter
     assert reward.calls == len(asked) * SAMPLES
     assert len(list(folder.iterdir())) == 1
 

@@ -42,22 +42,18 @@ BATCHES = [tiny.whole_batch(seed, (1, 4, 12), share=0.5) for seed in range(2)]
 def kernel_gradients(rows: list[dict[str, np.ndarray]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Of the summed loss, by transformers in float64; and the gates' pre-activations ``[layers, tokens, d_ff]``."""
     seen: list[list[np.ndarray]] = [[], []]
-    gates = [layer.mlp.gate_proj for layer in TORCH.model.layers]
     hooks = [
-        gate.register_forward_hook(
+        layer.mlp.gate_proj.register_forward_hook(
             lambda _, __, z, kept=kept: kept.append(z.detach().numpy().reshape(-1, 24))
         )
-        for gate, kept in zip(gates, seen, strict=True)
+        for layer, kept in zip(TORCH.model.layers, seen, strict=True)
     ]
     TORCH.zero_grad()
     for batch in rows:
-        tokens, targets, weights = (
-            torch.tensor(np.asarray(batch[n][0])) for n in ("tokens", "targets", "loss_weights")
-        )
-        logits = TORCH(tokens).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten().long(), reduction="none"
-        )
+        names = ("tokens", "targets", "loss_weights")
+        tokens, targets, weights = (torch.tensor(np.asarray(batch[name][0])) for name in names)
+        logits, targets = TORCH(tokens).logits.flatten(0, 1), targets.flatten().long()
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         (losses * weights.flatten()).sum().backward()
     for hook in hooks:
         hook.remove()
@@ -106,10 +102,9 @@ def test_a_holds_the_gradients_left_singular_vectors_and_b_is_zero(made, found) 
             u = np.linalg.svd(gradients[path][layer], full_matrices=False)[0]
             same_directions(a[:, :rank], u[:, :rank])
             assert not np.any(a[:, rank:])  # of a layer whose rank is below the stack's
-    fresh = trees.flatten(made.begin(lora_of(made), 0).lora)
-    assert {path: leaf.shape for path, leaf in lora.items()} == {
-        path: leaf.shape for path, leaf in fresh.items()
-    }
+    fresh = trees.flatten(made.begin(init_lora(BASE, made.spec, jax.random.key(0)), 0).lora)
+    shapes = ({path: leaf.shape for path, leaf in tree.items()} for tree in (lora, fresh))
+    assert next(shapes) == next(shapes)
 
 
 def test_slope_weights_the_gates_columns_and_the_placebo_permutes_them(made, found) -> None:
@@ -128,11 +123,6 @@ def test_slope_weights_the_gates_columns_and_the_placebo_permutes_them(made, fou
     )
     np.testing.assert_array_equal(np.sort(weights), np.sort(placebo))
     assert np.abs(weights - placebo).max(axis=1).min() > 1e-2
-
-
-def lora_of(made: Assembly) -> dict[str, np.ndarray]:
-    """Fresh adapters as LoRA draws them."""
-    return init_lora(BASE, made.spec, jax.random.key(0))
 
 
 def silu_slope(z: np.ndarray) -> np.ndarray:
@@ -155,37 +145,28 @@ def lowering(made: Assembly) -> Assembly:
 def begun(lowering: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Assembly:
     """As a run begins; its gradient can be taken once."""
     rng = np.random.default_rng(0)
-    lora = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), "float32"), lowering.state.lora
-    )
+    lora = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), "float32"), lowering.state.lora)
     found = iter([lora])
     monkeypatch.setattr(start, "first_adapters", lambda *_: next(found))
+    return started(lowering, tmp_path, resumes=False)
+
+
+def started(assembly: Assembly, folder: Path, *, resumes: bool = True) -> Assembly:
     rows: Any = None
-    return start.with_start(lowering, LOADED, rows, Output(tmp_path, resumes=False))
+    return start.with_start(assembly, LOADED, rows, Output(folder, resumes=resumes))
 
 
-def continued(lowering: Assembly, folder: Path) -> Assembly:
-    rows: Any = None
-    return start.with_start(lowering, LOADED, rows, Output(folder, resumes=True))
-
-
-def test_a_continuation_has_the_start_to_the_bit(
-    lowering: Assembly, begun: Assembly, tmp_path: Path
-) -> None:
-    again = continued(lowering, tmp_path)
-    assert not np.array_equal(
-        *(trees.flatten(one.params)["layers/ffn/gate_proj/kernel"] for one in (lowering, begun))
-    )
+def test_a_continuation_has_the_start_to_the_bit(lowering, begun, tmp_path) -> None:
+    again = started(lowering, tmp_path)
+    kernels = (trees.flatten(one.params)["layers/ffn/gate_proj/kernel"] for one in (lowering, begun))
+    assert not np.array_equal(*kernels)
     for ours, theirs in ((again.params, begun.params), (again.initial, begun.initial)):
-        first, second = trees.flatten(ours), trees.flatten(theirs)
-        assert first.keys() == second.keys()
-        for path, leaf in first.items():
-            np.testing.assert_array_equal(leaf, second[path], err_msg=path)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     assert sorted(path.name for path in tmp_path.iterdir()) == [START]  # no scratch files
 
 
 def test_a_plain_gradient_start_is_in_the_checkpoint(made: Assembly, tmp_path: Path) -> None:
-    assert continued(made, tmp_path) is made
+    assert started(made, tmp_path) is made
 
 
 @pytest.mark.usefixtures("begun")
@@ -197,9 +178,7 @@ def test_a_plain_gradient_start_is_in_the_checkpoint(made: Assembly, tmp_path: P
         ("is missing", lambda folder: (folder / "adapter.safetensors").unlink()),
     ],
 )
-def test_a_start_that_is_not_there_or_damaged_is_refused(
-    lowering: Assembly, tmp_path: Path, found: str, harm: Any
-) -> None:
+def test_a_start_that_is_not_there_or_damaged_is_refused(lowering, tmp_path, found, harm) -> None:
     harm(tmp_path / START)
     with pytest.raises(NaloraError, match=f"the adapters that the run started from.*{found}"):
-        continued(lowering, tmp_path)
+        started(lowering, tmp_path)

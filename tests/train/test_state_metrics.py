@@ -27,13 +27,10 @@ def test_norms_are_those_of_the_whole_updates() -> None:
         ("layers/attn/q_proj", TargetSpec((4, 2, 0), (8.0, 2.0, 1.0))),
         ("layers/ffn/gate_proj", TargetSpec((4, 4, 4), (4.0, 8.0, 2.0))),  # experts
     )
-    shapes = {
-        "layers/attn/q_proj": ((3, 12, 4), (3, 4, 10)),
-        "layers/ffn/gate_proj": ((3, 5, 12, 4), (3, 5, 4, 9)),
-    }
+    shapes = [((3, 12, 4), (3, 4, 10)), ((3, 5, 12, 4), (3, 5, 4, 9))]
     leaves = {
         f"{path}/{name}": rng.normal(size=shape).astype(np.float32)
-        for path, pair in shapes.items()
+        for (path, _), pair in zip(targets, shapes, strict=True)
         for name, shape in zip("ab", pair, strict=True)
     }
     found = adapter_norms({name: jnp.asarray(leaf) for name, leaf in leaves.items()}, AdapterSpec(targets))
@@ -42,9 +39,9 @@ def test_norms_are_those_of_the_whole_updates() -> None:
         scale = [alpha / rank if rank else 0.0 for alpha, rank in zip(spec.alphas, spec.ranks, strict=True)]
         expected = scale * np.sqrt(np.square(whole).sum(axis=tuple(range(1, whole.ndim))))
         np.testing.assert_allclose(found[path], expected, rtol=1e-5)
-    diagonals = {
-        f"{path}/singular": np.full((*pair[0][:-2], 4), -2.0, np.float32) for path, pair in shapes.items()
-    }
-    doubled = adapter_norms({**leaves, **diagonals}, AdapterSpec(targets, adalora=True))
+    for path, _ in targets:
+        lead = leaves[f"{path}/a"].shape[:-2]
+        leaves[f"{path}/singular"] = np.full((*lead, 4), -2.0, np.float32)
+    doubled = adapter_norms(leaves, AdapterSpec(targets, adalora=True))
     for path, _ in targets:
         np.testing.assert_allclose(doubled[path], 2 * found[path], rtol=1e-5)

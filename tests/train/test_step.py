@@ -31,9 +31,9 @@ from nalora_jax.method.transform import make_mechanisms, with_gate_state
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.train.loop import _Meter
-from nalora_jax.train.program import Assembly, assemble
+from nalora_jax.train.program import Assembly
 from tests import tiny
-from tests.param_trees import bytes_per_device, init_params
+from tests.param_trees import bytes_per_device
 
 BASE = ModelConfig.from_hf(tiny.GROUPED | {"num_hidden_layers": 3})
 CONFIG = RunConfig(
@@ -52,27 +52,6 @@ def _batch(seed: int, accumulate: int = 1) -> dict[str, np.ndarray]:
     return {name: value.reshape(accumulate, ROWS // accumulate, SEQ) for name, value in flat.items()}
 
 
-def _assemble(
-    config: RunConfig, mesh: MeshConfig | None = None, base: ModelConfig = BASE
-) -> tuple[Assembly, Any]:
-    devices = jax.devices()[:1] if mesh is None else jax.devices()
-    made = distributed.make_mesh(mesh or MeshConfig(), devices)
-    params = init_params(base, jax.random.key(1))
-    params = jax.device_put(params, distributed.shardings(params, made, distributed.PARAM_RULES))
-    assembly = assemble(config, base, params, made)
-    # B nonzero: a fresh adapter's gradient of A vanishes, and Adam's first step on B is a mere sign.
-    rng = np.random.default_rng(3)
-    lora = trees.map_named(
-        lambda path, x: (
-            jax.device_put(jnp.asarray(rng.normal(size=x.shape) * 0.2, jnp.float32), x.sharding)
-            if path.endswith("/b")
-            else x
-        ),
-        assembly.state.lora,
-    )
-    return replace(assembly, state=assembly.state._replace(lora=lora)), params
-
-
 def _train(assembly: Assembly, params: Any, steps: int = 3, accumulate: int = 1) -> tuple[Any, list[Any]]:
     state, history = assembly.state, []
     for i in range(steps):
@@ -85,7 +64,7 @@ def _train(assembly: Assembly, params: Any, steps: int = 3, accumulate: int = 1)
 @cache
 def _alone() -> Any:
     """Three whole steps on one device: what splits, meshes and repetitions are compared with."""
-    assembly, params = _assemble(SGD, base=FOUR_HEADS)
+    assembly, params = tiny.assembled(SGD, FOUR_HEADS)
     state, history = _train(assembly, params)
     return jax.device_get(state), history
 
@@ -110,7 +89,7 @@ FFN_ONLY = LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4),))
 
 def test_a_step_holds_one_forward_and_backward_pass_however_many_micro_batches_it_takes() -> None:
     def products(accumulate: int) -> int:
-        assembly, params = _assemble(replace(CONFIG, lora=FFN_ONLY, mechanisms=("soft",)))
+        assembly, params = tiny.assembled(replace(CONFIG, lora=FFN_ONLY, mechanisms=("soft",)), BASE)
         text = assembly.step.lower(params, assembly.state, _batch(0, accumulate)).as_text()
         return text.count("stablehlo.dot_general")
 
@@ -136,12 +115,11 @@ def test_every_step_and_every_micro_batch_has_its_own_key_for_dropout() -> None:
             return jnp.float32(1), jnp.float32(1)
 
     optimizer = optax.with_extra_args_support(optax.sgd(0.1))
-    mechanisms = make_mechanisms((), activation="silu")
-    step = make_train_step(optimizer, StepConfig(mechanisms, {}), Draw())
-    state = init_state(jnp.ones(2), optimizer, seed=0)
+    step = make_train_step(optimizer, StepConfig(make_mechanisms((), activation="silu"), {}), Draw())
+    state = first = init_state(jnp.ones(2), optimizer, seed=0)
     means = []
     for micro_batches in (1, 2, 3):
-        _, metrics = step({}, state, {"tokens": jnp.zeros((micro_batches, 1))})
+        _, metrics = step({}, first, {"tokens": jnp.zeros((micro_batches, 1))})
         means.append(float(metrics["measured"]["drawn"]))
     for _ in range(3):
         state, metrics = step({}, state, {"tokens": jnp.zeros((1, 1))})
@@ -152,7 +130,7 @@ def test_every_step_and_every_micro_batch_has_its_own_key_for_dropout() -> None:
 
 def test_a_split_into_micro_batches_is_the_same_step_and_moves_every_adapter_and_no_base_weight() -> None:
     """In four; `test_a_mesh_is_one_device` splits in two."""
-    assembly, params = _assemble(SGD, base=FOUR_HEADS)
+    assembly, params = tiny.assembled(SGD, FOUR_HEADS)
     before = jax.device_get((params, assembly.state.lora))
     state, history = _train(assembly, params, accumulate=4)
     _assert_as_alone(state, history)
@@ -166,7 +144,7 @@ def test_a_split_into_micro_batches_is_the_same_step_and_moves_every_adapter_and
 def test_a_mesh_is_one_device(capfd: pytest.CaptureFixture[str]) -> None:
     """Also weights and state are split: over fsdp and tensor, and the adapters over the axis of their wide side."""
     mesh = MeshConfig(2, 2, 2)
-    assembly, params = _assemble(SGD, mesh, FOUR_HEADS)
+    assembly, params = tiny.assembled(SGD, FOUR_HEADS, mesh)
     state, history = _train(assembly, params, accumulate=2)
     # What XLA's partitioner says where it makes an array whole on every device to lay it out anew.
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
@@ -187,7 +165,7 @@ def _run_checked(
 ) -> None:
     """Takes steps with checks; the masks of the last two of three differ between layers."""
     checked = replace(CHECKED, mechanisms=mechanisms, compute=replace(CONFIG.compute, **compute))
-    _train(*_assemble(checked), steps=steps)
+    _train(*tiny.assembled(checked, BASE), steps=steps)
 
 
 def test_the_debug_check_passes_masks_and_samples_without_padding() -> None:
@@ -202,30 +180,26 @@ def test_the_debug_check_catches_a_wrong_derivative(monkeypatch: pytest.MonkeyPa
         _run_checked(mechanisms=(), steps=1)
 
 
-def _masks(variables: Any, change: Callable[[jax.Array], jax.Array]) -> Any:
-    return variables | {"gate_mask": jax.tree.map(change, variables.get("gate_mask", {}))}
+def _unmasked_padding(variables: Any, options: Any) -> tuple[Any, Any]:
+    return variables, options | {"token_weights": jnp.ones(options["segment_ids"].shape, bool)}
 
 
-# What each planted fault changes in the model's variables or options, the dtype, and the check that finds it.
-PLANTED: dict[str, tuple[str, str, Callable[[Any, Any], tuple[Any, Any]]]] = {
-    "statistics of padding": (
-        "sums over the sampled tokens",
-        "float32",
-        lambda v, o: (v, o | {"token_weights": jnp.ones(o["segment_ids"].shape, bool)}),
-    ),
-    "mask of the layer before": (
-        "gated by this block's mask",
-        "bfloat16",
-        lambda v, o: (_masks(v, lambda mask: jnp.roll(mask, 1, axis=0)), o),
-    ),
-}
+def _mask_of_another(variables: Any, options: Any) -> tuple[Any, Any]:
+    masks = jax.tree.map(lambda mask: jnp.roll(mask, 1, axis=0), variables.get("gate_mask", {}))
+    return variables | {"gate_mask": masks}, options
 
 
-@pytest.mark.parametrize("fault", PLANTED)
+@pytest.mark.parametrize(
+    ("planted", "dtype", "meaning"),
+    [
+        (_unmasked_padding, "float32", "sums over the sampled tokens"),
+        (_mask_of_another, "bfloat16", "gated by this block's mask"),
+    ],
+)
 def test_the_debug_check_catches_padding_and_the_mask_of_another_layer(
-    fault: str, monkeypatch: pytest.MonkeyPatch
+    planted: Callable[..., Any], dtype: str, meaning: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (meaning, dtype, planted), sound = PLANTED[fault], Decoder.apply
+    sound = Decoder.apply
 
     def apply(self: Any, variables: Any, tokens: Any, **options: Any) -> Any:
         variables, options = planted(variables, options)
@@ -237,7 +211,7 @@ def test_the_debug_check_catches_padding_and_the_mask_of_another_layer(
 
 
 def test_what_was_not_measured_is_not_a_number_and_stops_the_run() -> None:
-    assembly, params = _assemble(CONFIG)
+    assembly, params = tiny.assembled(CONFIG, BASE)
     batch = _batch(0)
     batch |= {name: np.zeros_like(batch[name]) for name in ("segment_ids", "loss_weights")}
     gate = assembly.state.gate._replace(count=jnp.int32(10))

@@ -12,8 +12,9 @@ import jax
 from nalora_jax.config import RunConfig
 from nalora_jax.layout import distributed
 from nalora_jax.layout.decide import Compiled, Search, decide
+from nalora_jax.layout.estimates import Layout
 from nalora_jax.layout.figures import of_compiled, roofline
-from nalora_jax.layout.layouts import Layout, fitting
+from nalora_jax.layout.layouts import fitting
 from nalora_jax.layout.machines import of_devices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.compilation import compile_ahead

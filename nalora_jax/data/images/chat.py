@@ -37,10 +37,10 @@ from nalora_jax.data.images.opened import IMAGE_SETS, open_images, places_withou
 from nalora_jax.data.packing import Pattern
 from nalora_jax.data.source import Record, Source, SourceView, components
 from nalora_jax.data.sources import open_source
-from nalora_jax.data.store import TokenStore
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
+    from nalora_jax.data.pipeline import TrainData
     from nalora_jax.data.tokenizer import Tokenizer
 
 _PLACEHOLDER = "<image>"  # in LLaVA's texts, for every model
@@ -58,7 +58,6 @@ class ChatImages(SourceView):
       tokens: the model's image tokens.
       folder: folder of the image files, absolute and without links; files outside it are refused.
         None: images are in the records.
-      indices: indices into the source; all records by default.
     """
 
     def __init__(
@@ -68,15 +67,13 @@ class ChatImages(SourceView):
         vision: VisionConfig,
         tokens: ImageTokens,
         folder: Path | None,
-        indices: np.ndarray | None = None,
     ) -> None:
-        super().__init__(source, indices)
+        super().__init__(source, change=self._converted)
         fields = f":{vision.image_field}:{vision.caption_field}:{vision.prompt}"
-        chosen = self.fingerprint.removeprefix(source.fingerprint)
-        self.fingerprint = f"images:{source.fingerprint}{fields}{chosen}"
+        self.fingerprint = f"images:{source.fingerprint}{fields}"
         self._data, self._vision, self._tokens, self._folder = data, vision, tokens, folder
 
-    def readable(self) -> ChatImages:
+    def readable(self) -> SourceView:
         """Returns the records whose images can be read; the log names the others.
 
         Raises:
@@ -88,33 +85,57 @@ class ChatImages(SourceView):
                 opened(image, self.where(index), self._vision.max_pixels)
 
         places = places_without_error(self.name, len(self), check, self._vision.broken)
-        if len(places) == len(self):
-            return self
-        good = self._indices[places]
-        return ChatImages(self._base, self._data, self._vision, self._tokens, self._folder, good)
+        return self if len(places) == len(self) else SourceView(self, places)
 
-    def _changed(self, index: int, record: Record) -> Record:
-        data, where = self._data, self._base.where(index)
-        images = self._given(record, where)
+    def _converted(self, record: Record, where: str) -> Record:
+        """Returns a record as messages with images, or as a prompt that contains their tokens."""
+        data, vision = self._data, self._vision
+        fields = (name for name in (vision.image_field, "images") if record.get(name) is not None)
+        given = record.get(next(fields, ""), [])
+        given = given if isinstance(given, list) else [given]
+        images = tuple(self._opened(image, f"{where}: {vision.image_field}") for image in given)
         row = canonical(record, data, where)
-        if data.messages_field not in row:
-            return self._question(row, images, where)
-        messages, images = self._messages(row[data.messages_field], images, where)
-        return type(row)({**row, data.messages_field: messages, IMAGES: images})
+        if data.messages_field in row:
+            messages, images = self._messages(row[data.messages_field], images, where)
+            return type(row)({**row, data.messages_field: messages, IMAGES: images})
+        if data.prompt_field in row:
+            prompt = text_field(row, data.prompt_field, where)
+            answer = text_field(row, data.completion_field, where, "--data.completion-field")
+        else:
+            prompt = vision.prompt
+            answer = text_field(row, vision.caption_field, where, "--vision.caption-field")
+        if _PLACEHOLDER not in prompt:
+            prompt = f"{_PLACEHOLDER}\n" * len(images) + prompt
+        if data.chat:
+            messages, images = self._messages(as_messages(prompt, answer), images, where)
+            return {data.messages_field: messages, IMAGES: images}
+        if prompt.count(_PLACEHOLDER) != len(images):
+            expected = f"{_PLACEHOLDER} once for each of {len(images)} images"
+            raise NaloraError(f"{where}: {data.prompt_field}", expected=expected, found=repr(prompt)[:80])
+        texts = [self._text(text, where) for text in (*prompt.split(_PLACEHOLDER), answer)]
+        answer = texts.pop()
+        if not answer[:1].isspace():
+            answer = f" {answer}"
+        prompt = self._tokens.expansion.join(texts)
+        return {data.prompt_field: prompt, data.completion_field: answer, IMAGES: images}
 
-    # ------------------------------------------------------------ conversations
+    def _text(self, text: str, where: str) -> str:
+        """Returns a text of the user, which must not contain image tokens."""
+        if self._tokens.reserved(text):
+            expected = f"no {self._tokens.token} or {self._tokens.placeholder} in a text"
+            raise NaloraError(where, expected=expected, found=text[:80])
+        return text
 
     def _messages(
         self, messages: Any, images_given: tuple[Image, ...], where: str
     ) -> tuple[list[dict[str, Any]], tuple[Image, ...]]:
         """Returns messages with `Parts` as contents, and the assistant's contents as texts.
 
-        The images in ``given`` fill placeholders.
+        The images in ``images_given`` fill placeholders.
         """
         if not isinstance(messages, list) or not messages:
-            raise NaloraError(
-                f"{where}: messages", expected="a list of messages", found=repr(messages)[:80]
-            )
+            found = repr(messages)[:80]
+            raise NaloraError(f"{where}: messages", expected="a list of messages", found=found)
         left, images, turns = list(images_given), [], []
         for number, message in enumerate(messages):
             here = f"{where}: messages[{number}]"
@@ -122,19 +143,14 @@ class ChatImages(SourceView):
             answers, parts = message.get("role") == "assistant", []
             for block in self._parts(message, here):
                 if isinstance(block, str):
-                    if self._tokens.reserved(block):
-                        expected = f"no {self._tokens.token} or {self._tokens.placeholder} in a text"
-                        raise NaloraError(here, expected=expected, found=block[:80])
-                    parts.append({"type": "text", "text": block})
+                    parts.append({"type": "text", "text": self._text(block, here)})
                     continue
                 if answers:
                     raise NaloraError(here, expected="texts from the assistant", found="an image")
-                if block is None:
-                    if not left:
-                        expected = f"an image for every {_PLACEHOLDER}"
-                        raise NaloraError(here, expected=expected, found="fewer images")
-                    block = left.pop(0)
-                images.append(block)
+                if block is None and not left:
+                    expected = f"an image for every {_PLACEHOLDER}"
+                    raise NaloraError(here, expected=expected, found="fewer images")
+                images.append(left.pop(0) if block is None else block)
                 parts.append({"type": "image"})
             content = "".join(part["text"] for part in parts) if answers else Parts(parts)
             turns.append({**message, "content": content})
@@ -152,61 +168,18 @@ class ChatImages(SourceView):
         for block in content:
             kind = block.get("type") if isinstance(block, dict) else None
             if kind == "text":
-                yield from (text for text in [text_field(block, "text", here)] if text)
-            elif kind == "image_url":
-                url = block.get("image_url")
-                if isinstance(url, dict):
-                    url = url.get("url")
-                yield self._opened(url, here)
-            elif kind == "image":
-                value = next(
-                    (block[name] for name in ("image", "path", "url") if block.get(name) is not None),
-                    None,
-                )
-                yield None if value is None else self._opened(value, here)
+                if text := text_field(block, "text", here):
+                    yield text
+            elif kind in ("image", "image_url"):
+                names = ("image", "path", "url") if kind == "image" else ("image_url",)
+                value = next((block[name] for name in names if block.get(name) is not None), None)
+                if kind == "image_url" and isinstance(value, dict):
+                    value = value.get("url")
+                # A part without its image stands for one in the record's field, but not a URL.
+                yield None if value is None and kind == "image" else self._opened(value, here)
             else:
                 expected = 'parts of the type "text", "image" or "image_url"'
                 raise NaloraError(f"{here}: content", expected=expected, found=repr(block)[:80])
-
-    # ------------------------------------------------------------ prompts and captions
-
-    def _question(self, row: Record, images: tuple[Image, ...], where: str) -> Record:
-        data, vision = self._data, self._vision
-        if data.prompt_field in row:
-            prompt = text_field(row, data.prompt_field, where)
-            answer = text_field(row, data.completion_field, where, "--data.completion-field")
-        else:
-            prompt = vision.prompt
-            answer = text_field(row, vision.caption_field, where, "--vision.caption-field")
-        if _PLACEHOLDER not in prompt:
-            prompt = f"{_PLACEHOLDER}\n" * len(images) + prompt
-        if data.chat:
-            messages, images = self._messages(as_messages(prompt, answer), images, where)
-            return {data.messages_field: messages, IMAGES: images}
-        if prompt.count(_PLACEHOLDER) != len(images):
-            expected = f"{_PLACEHOLDER} once for each of {len(images)} images"
-            raise NaloraError(f"{where}: {data.prompt_field}", expected=expected, found=repr(prompt)[:80])
-        texts = prompt.split(_PLACEHOLDER)
-        if any(self._tokens.reserved(text) for text in (*texts, answer)):
-            actual = repr(prompt + answer)[:80]
-            raise NaloraError(where, expected=f"no {self._tokens.token} in a text", found=actual)
-        if not answer[:1].isspace():
-            answer = f" {answer}"
-        prompt = self._tokens.expansion.join(texts)
-        return {data.prompt_field: prompt, data.completion_field: answer, IMAGES: images}
-
-    # ------------------------------------------------------------ images
-
-    def _given(self, row: Record, where: str) -> tuple[Image, ...]:
-        """Returns the images in a record's image field."""
-        value = row.get(self._vision.image_field)
-        if value is None:
-            value = row.get("images")
-        if value is None:
-            return ()
-        if not isinstance(value, list):
-            value = [value]
-        return tuple(self._opened(image, f"{where}: {self._vision.image_field}") for image in value)
 
     def _opened(self, value: Any, where: str) -> Image:
         """Returns an image's bytes, or the path of its file."""
@@ -299,9 +272,8 @@ def _from_url(value: str, where: str) -> bytes:
             raise ValueError("it is not in base64")
         return base64.b64decode(body, validate=True)
     except (ValueError, binascii.Error) as error:
-        raise NaloraError(
-            where, expected="data:image/...;base64,...", found=f"{head[:40]}: {error}"
-        ) from error
+        found = f"{head[:40]}: {error}"
+        raise NaloraError(where, expected="data:image/...;base64,...", found=found) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,20 +308,13 @@ class RowImages:
 
 
 def row_images(
-    source: Source,
-    store: TokenStore,
-    pattern: Pattern,
-    tokens: ImageTokens,
-    processor: ImageProcessor,
-    max_pixels: int,
+    source: Source, data: TrainData, tokens: ImageTokens, processor: ImageProcessor, max_pixels: int
 ) -> RowImages:
-    """Returns the images of the rows that ``pattern`` packs from ``store``.
-
-    ``store`` has the tokens of ``source``.
-    """
+    """Returns the images of the rows of ``data``, whose tokens are those of ``source``."""
+    store = data.store
     of_image = (store.tokens == tokens.token_id).astype(np.int64)
     images = np.add.reduceat(of_image, store.offsets[:-1]) // tokens.count  # of each example
-    places = image_places(pattern, store.lengths, images)
+    places = image_places(data.pattern, store.lengths(), images)
     return RowImages(source, store.records, processor, max_pixels, places)
 
 

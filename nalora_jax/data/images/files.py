@@ -34,9 +34,8 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".
 
 # Pixels of an image. A small file can claim billions (a decompression bomb); it is refused before decoding.
 MAX_PIXELS = 50_000_000
-_MAX_RATIO = (
-    100  # of the longer side to the shorter: the processor would reduce thinner images to a few pixels
-)
+# Of the longer side to the shorter: the processor would reduce thinner images to a few pixels.
+_MAX_RATIO = 100
 
 
 def pillow() -> Any:
@@ -86,12 +85,9 @@ def open_image(source: str | Path | bytes, name: str = "", max_pixels: int = MAX
     except FileNotFoundError as error:
         raise NaloraError(name, expected="an image", found="no such file") from error
     except Exception as error:  # decoders raise many exception types
-        raise NaloraError(
-            name,
-            expected=f"a whole image ({', '.join(FORMATS)})",
-            found=f"{type(error).__name__}: {error}"[:200],
-            remedy="it is damaged, truncated or of another format: remove it or save it again",
-        ) from error
+        expected, found = f"a whole image ({', '.join(FORMATS)})", f"{type(error).__name__}: {error}"[:200]
+        remedy = "it is damaged, truncated or of another format: remove it or save it again"
+        raise NaloraError(name, expected=expected, found=found, remedy=remedy) from error
 
 
 def file_below(folder: Path, name: str, where: str) -> Path:
@@ -125,13 +121,9 @@ def _check(image: Any, name: str, max_pixels: int) -> None:
         raise NaloraError(name, expected="a still image", found=f"{frames} frames", remedy=remedy)
 
 
-def _too_large(name: str, max_pixels: int, actual: object) -> NaloraError:
-    return NaloraError(
-        name,
-        expected=f"at most {max_pixels:,} pixels",
-        found=actual,
-        remedy="make it smaller; files that claim to be this large are often made to exhaust memory",
-    )
+def _too_large(name: str, max_pixels: int, found: object) -> NaloraError:
+    remedy = "make it smaller; files that claim to be this large are often made to exhaust memory"
+    return NaloraError(name, expected=f"at most {max_pixels:,} pixels", found=found, remedy=remedy)
 
 
 def _eight_bits(image: Any, kind: str, name: str) -> Any:
@@ -155,11 +147,9 @@ def flattened(image: Any) -> Any:
     """Returns ``image`` as RGB, with transparent parts white, as in transformers' processors."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
-    image = image.convert("RGBA")
-    images = pillow()
-    return images.alpha_composite(images.new("RGBA", image.size, (255, 255, 255, 255)), image).convert(
-        "RGB"
-    )
+    images, image = pillow(), image.convert("RGBA")
+    white = images.new("RGBA", image.size, (255, 255, 255, 255))
+    return images.alpha_composite(white, image).convert("RGB")
 
 
 FILES = ("preprocessor_config.json", "processor_config.json")
@@ -182,13 +172,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Siglip2ImageProcessor": {**_ALWAYS, **_HALF, "resample": 2, "patch_size": 16, "max_num_patches": 256},
     "ViTImageProcessor": {**_ALWAYS, **_HALF, **_SQUARE, "resample": 2, "default_to_square": True},
 }  # fmt: skip
-DEFAULTS |= {
-    "BitImageProcessor": DEFAULTS["CLIPImageProcessor"],
-    "CLIPFeatureExtractor": DEFAULTS["CLIPImageProcessor"],
-    "ViTFeatureExtractor": DEFAULTS["ViTImageProcessor"],
-    "LlavaImageProcessor": DEFAULTS["CLIPImageProcessor"],
-    "Gemma3ImageProcessor": DEFAULTS["SiglipImageProcessor"] | {"resample": 2},
-}
+_OF_CLIP = ("BitImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
+DEFAULTS |= dict.fromkeys(_OF_CLIP, DEFAULTS["CLIPImageProcessor"])
+DEFAULTS["ViTFeatureExtractor"] = DEFAULTS["ViTImageProcessor"]
+DEFAULTS["Gemma3ImageProcessor"] = DEFAULTS["SiglipImageProcessor"] | {"resample": 2}
 
 
 @dataclass(frozen=True)
@@ -198,9 +185,8 @@ class ImageProcessor:
     resize: tuple[int, int] | None = None  # height and width
     shortest: int = 0  # length of the shorter side, keeping the aspect ratio; 0: use `resize`
     resample: int = 3  # Pillow's number of the filter
-    crop: tuple[int, int] | None = (
-        None  # height and width of the centre crop; smaller images are padded with black
-    )
+    # Height and width of the centre crop; smaller images are padded with black.
+    crop: tuple[int, int] | None = None
     scale: float = 1 / 255  # multiplies grey levels
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -222,13 +208,18 @@ class ImageProcessor:
         """
         if self.patch_size:
             return self._patches(image)
-        target = self._target(image.height, image.width)
-        if target is not None:
-            image = image.resize((target[1], target[0]), resample=self.resample)
-        pixels = np.asarray(image, np.uint8)
+        size = self.resize
+        if self.shortest:  # the other side is rounded down, as in torchvision
+            short, long = sorted((image.height, image.width))
+            size = (self.shortest, int(self.shortest * long / short))
+            size = size[::-1] if image.width <= image.height else size
+        if size is not None:
+            image = image.resize(size[::-1], resample=self.resample)
         if self.crop is not None:
-            pixels = _centre(pixels, self.crop)
-        return {"pixels": pixels}
+            height, width = self.crop
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+        return {"pixels": np.asarray(image, np.uint8)}
 
     def of_side(self, side: int) -> ImageProcessor:
         """Returns the processor for squares of ``side`` pixels that crops the same share of an image."""
@@ -253,24 +244,14 @@ class ImageProcessor:
         x = pixels.astype(jnp.float32) * self.scale
         return (x - jnp.broadcast_to(mean, x.shape)) / jnp.broadcast_to(std, x.shape)
 
-    def _target(self, height: int, width: int) -> tuple[int, int] | None:
-        if not self.shortest:
-            return self.resize
-        short, long = min(height, width), max(height, width)
-        # Rounded down, as in torchvision.
-        other = int(self.shortest * long / short)
-        if width <= height:
-            return (other, self.shortest)
-        return (self.shortest, other)
-
     def _patches(self, image: Any) -> dict[str, np.ndarray]:
         p = self.patch_size
         height, width = _fitting(image.height, image.width, p, self.max_patches)
         pixels = np.asarray(image.resize((width, height), resample=self.resample), np.uint8)
         rows, columns = height // p, width // p
-        patches = (
-            pixels.reshape(rows, p, columns, p, -1).transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
-        )
+        # [rows, p, columns, p, channels] -> [rows * columns, p * p * channels]
+        patches = pixels.reshape(rows, p, columns, p, -1).transpose(0, 2, 1, 3, 4)
+        patches = patches.reshape(rows * columns, -1)
         padded = np.zeros((self.max_patches, patches.shape[1]), np.uint8)
         padded[: len(patches)] = patches
         mask = np.arange(self.max_patches) < len(patches)
@@ -285,12 +266,9 @@ def read_processor(folder: Path) -> ImageProcessor:
     """
     path = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if path is None:
-        raise NaloraError(
-            str(folder / FILES[0]),
-            expected="the file",
-            found="nothing of that name",
-            remedy="save it with transformers: AutoImageProcessor.from_pretrained(model).save_pretrained(folder)",
-        )
+        way = "AutoImageProcessor.from_pretrained(model).save_pretrained(folder)"
+        where, remedy = str(folder / FILES[0]), f"save it with transformers: {way}"
+        raise NaloraError(where, expected="the file", found="nothing of that name", remedy=remedy)
     raw, where = read_json(path), str(path)
     raw = raw.get("image_processor", raw)
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or ""
@@ -299,22 +277,17 @@ def read_processor(folder: Path) -> ImageProcessor:
         expected = f"one of {', '.join(DEFAULTS)}"
         raise NaloraError(f"{where}: image_processor_type", expected=expected, found=repr(kind))
     f = Fields(raw, DEFAULTS[base_kind], where)
-    for name in ("do_rescale", "do_normalize", "do_resize"):
-        if not isinstance(f.get(name), bool):
-            raise f.error(name, "true or false", repr(f.get(name)))
     for name in ("do_pad", "do_pan_and_scan"):
         f.refuse(name, "set it to false in the file, as the model's own is")
-    resample = f.integer("resample", low=0, high=_HAMMING)
-    values: dict[str, Any] = {"resample": resample, "scale": 1.0}
-    if f.get("do_rescale"):
-        values["scale"] = f.number("rescale_factor")
-    if f.get("do_normalize"):
+    scale = f.number("rescale_factor") if f.flag("do_rescale") else 1.0
+    values: dict[str, Any] = {"resample": f.integer("resample", low=0, high=_HAMMING), "scale": scale}
+    if f.flag("do_normalize"):
         values |= {"mean": _channels(f, "image_mean"), "std": _channels(f, "image_std")}
     if base_kind == "Siglip2ImageProcessor":
         values["patch_size"] = f.integer("patch_size", high=2**10)
         values["max_patches"] = f.integer("max_num_patches")
         return ImageProcessor(**values)
-    if f.get("do_resize"):
+    if f.flag("do_resize"):
         values["resize"], values["shortest"] = _size(f, "size")
     if f.get("do_center_crop"):
         values["crop"] = _size(f, "crop_size")[0]
@@ -330,9 +303,7 @@ def _size(f: Fields, name: str) -> tuple[tuple[int, int] | None, int]:
     sides = Fields(value, {}, f"{f.where}: {name}")
     if set(value) == {"shortest_edge"}:
         side = sides.integer("shortest_edge", high=2**14)
-        if square:
-            return (side, side), 0
-        return None, side
+        return ((side, side), 0) if square else (None, side)
     if not {"height", "width"} <= set(value):
         raise f.error(name, "height and width, or shortest_edge", str(value)[:60])
     return (sides.integer("height", high=2**14), sides.integer("width", high=2**14)), 0
@@ -344,17 +315,6 @@ def _channels(f: Fields, name: str) -> tuple[float, ...]:
     if values is None or not all(least <= v <= _LARGEST for v in values) or (least == 0 and 0 in values):
         raise f.error(name, "three finite numbers (above 0 for image_std)", str(values)[:80])
     return tuple(float(v) for v in values)
-
-
-def _centre(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
-    """Returns the centre of ``[height, width, channels]``; a smaller image is padded with black."""
-    padding = [
-        (-(-max(c - s, 0) // 2), max(c - s, 0) // 2) for c, s in zip(crop, pixels.shape, strict=False)
-    ]
-    if any(sum(pair) for pair in padding):
-        pixels = np.pad(pixels, [*padding, (0, 0)])
-    top, left = ((s - c) // 2 for c, s in zip(crop, pixels.shape, strict=False))
-    return pixels[top : top + crop[0], left : left + crop[1]]
 
 
 def _fitting(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
@@ -442,19 +402,15 @@ def read_text_tokenizer(
         rows, or defines no padding token.
     """
     path = folder / "tokenizer.json"
-    backend = read_backend(path)
+    backend, settings = read_backend(path), read_settings(folder)
     if backend.get_vocab_size() > vocab_size:
         expected = f"at most {vocab_size} tokens, the rows of the embedding"
         raise NaloraError(str(path), expected=expected, found=backend.get_vocab_size())
-    settings = read_settings(folder)
     pad_id = backend.token_to_id(token_text(settings.get("pad_token")))
     if pad_id is None:
-        raise NaloraError(
-            str(folder / "tokenizer_config.json"),
-            expected="pad_token",
-            found=repr(settings.get("pad_token")),
-            remedy="set pad_token to a token of the vocabulary",
-        )
+        where, found = str(folder / "tokenizer_config.json"), repr(settings.get("pad_token"))
+        remedy = "set pad_token to a token of the vocabulary"
+        raise NaloraError(where, expected="pad_token", found=found, remedy=remedy)
     return TextTokenizer(
         backend,
         max_length,

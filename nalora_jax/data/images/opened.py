@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.common.digests import digest_of
 from nalora_jax.common.downloads import cache_dir
 from nalora_jax.common.files import expand_user
 from nalora_jax.common.registry import Registry
 from nalora_jax.config import DataConfig, VisionConfig
-from nalora_jax.data.files import DELIMITERS, LoadedRows, open_rows
+from nalora_jax.data.files import DELIMITERS, loaded_rows, open_rows
 from nalora_jax.data.images.files import (
     ENDINGS,
     ImageProcessor,
@@ -33,7 +34,7 @@ from nalora_jax.data.images.files import (
 )
 from nalora_jax.data.packing import epoch_order, permutation
 from nalora_jax.data.pipeline import HostBatch, Stream
-from nalora_jax.data.source import Record, Source, require_some
+from nalora_jax.data.source import Change, Record, Source, SourceView, require_some
 from nalora_jax.data.sources import FileSource
 from nalora_jax.data.tfds_source import TfdsSource, open_tfds
 from nalora_jax.errors import NaloraError, shown
@@ -46,28 +47,30 @@ _CHUNK = 4096
 _THREADS, _SHOWN = 4, 20  # threads that check images; maximum of errors in the log
 
 
-class ImageSource(Source):
+class ImageSource(SourceView):
     """Records with an image, and a class or a caption.
 
-    Attributes:
+    Args:
+      records: of any source; images are encoded, or the paths of files.
       fields: names of a record's image, class and caption fields.
       class_names: names of the classes by label, as the data set lists them; () if labels are texts.
+      change: of records, as of `JoinedSource`.
     """
 
-    fields: VisionConfig
-    class_names: tuple[str, ...] = ()
+    def __init__(
+        self,
+        records: Source,
+        fields: VisionConfig,
+        class_names: Sequence[str] = (),
+        change: Change | None = None,
+    ) -> None:
+        super().__init__(records, change=change)
+        self.fields, self.class_names = fields, tuple(class_names)
 
     def image(self, record: Mapping[str, Any], where: str) -> bytes | Path:
         """Returns the encoded image of a record, or its file."""
-        value = record.get(self.fields.image_field)
-        if isinstance(value, bytes | Path):
-            return value
-        raise NaloraError(
-            f"{where}: {self.fields.image_field}",
-            expected="an image",
-            found="nothing" if value is None else type(value).__name__,
-            remedy=f"name the field by --vision.image-field (there are {', '.join(record)})",
-        )
+        image: bytes | Path = self._value(record, "image", where, "an image", bytes | Path)
+        return image
 
     def opened(self, index: int, record: Mapping[str, Any]) -> Any:
         """Returns the image of the record ``index`` as an RGB ``PIL.Image.Image``."""
@@ -86,28 +89,27 @@ class ImageSource(Source):
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         """Returns the captions of the records at ``indices``."""
-        return self._values(indices, "caption", "a text", str)
+        pairs = zip(indices, self.read(indices), strict=True)
+        return [self._value(record, "caption", self.where(i), "a text", str) for i, record in pairs]
 
     @cached_property
     def _raw_labels(self) -> list[Any]:
         labels: list[Any] = []
         for start in range(0, len(self), _CHUNK):
-            rows = range(start, min(start + _CHUNK, len(self)))
-            labels += self._values(rows, "label", "a class: a number or a name", int | str)
+            indices = range(start, min(start + _CHUNK, len(self)))
+            for i, record in zip(indices, self.read(indices), strict=True):
+                expected = "a class: a number or a name"
+                labels.append(self._value(record, "label", self.where(i), expected, int | str))
         return labels
 
-    def _values(self, indices: Sequence[int], kind: str, expected: str, types: Any) -> list[Any]:
-        """Returns the captions or labels (``kind``) of the records at ``indices``."""
-        field, values = getattr(self.fields, f"{kind}_field"), []
-        for index, record in zip(indices, self.read(indices), strict=True):
-            value = record.get(field)
-            if not isinstance(value, types) or isinstance(value, bool) or not str(value).strip():
-                remedy = f"name the field by --vision.{kind}-field (there are {', '.join(record)})"
-                raise NaloraError(
-                    f"{self.where(index)}: {field}", expected=expected, found=shown(value), remedy=remedy
-                )
-            values.append(value)
-        return values
+    def _value(self, record: Mapping[str, Any], kind: str, where: str, expected: str, types: Any) -> Any:
+        """Returns the image, caption or label (``kind``) of a record."""
+        field = getattr(self.fields, f"{kind}_field")
+        value = record.get(field)
+        if isinstance(value, types) and not isinstance(value, bool) and str(value).strip():
+            return value
+        remedy = f"name the field by --vision.{kind}-field (there are {', '.join(record)})"
+        raise NaloraError(f"{where}: {field}", expected=expected, found=shown(value), remedy=remedy)
 
     def labels(self, classes: Sequence[str]) -> np.ndarray:
         """Returns the index in ``classes`` (names, by label) of every record's class: int32 ``[len(self)]``."""
@@ -116,12 +118,10 @@ class ImageSource(Source):
         for index, value in enumerate(self._raw_labels):
             place = value if isinstance(value, int) else places.get(value, -1)
             if not 0 <= place < len(classes):
-                raise NaloraError(
-                    f"{self.where(index)}: {self.fields.label_field}",
-                    expected=f"one of {len(classes)} classes",
-                    found=repr(value)[:80],
-                    remedy="name every class by --vision.classes, in the order of the labels",
-                )
+                where = f"{self.where(index)}: {self.fields.label_field}"
+                expected, found = f"one of {len(classes)} classes", repr(value)[:80]
+                remedy = "name every class by --vision.classes, in the order of the labels"
+                raise NaloraError(where, expected=expected, found=found, remedy=remedy)
             labels[index] = place
         return labels
 
@@ -134,114 +134,78 @@ class ImageSource(Source):
           NaloraError: labels are numbers without names, or names and labels differ in number.
         """
         configured, listed = self.fields.classes, self.class_names
-        if configured:
-            if listed and len(listed) != len(configured):
-                raise NaloraError(
-                    "--vision.classes", expected=f"{len(listed)} names", found=len(configured)
-                )
-            return configured
-        if listed:
-            return listed
+        if configured and listed and len(listed) != len(configured):
+            expected = f"{len(listed)} names"
+            raise NaloraError("--vision.classes", expected=expected, found=len(configured))
+        if configured or listed:
+            return configured or listed
         names = set(self._raw_labels)
         if not all(isinstance(name, str) for name in names):
-            raise NaloraError(
-                f"{self.name}: classes",
-                expected="names",
-                found="numbers that the data set does not name",
-                remedy="name them by --vision.classes, in the order of the labels",
-            )
+            found = "numbers that the data set does not name"
+            remedy = "name them by --vision.classes, in the order of the labels"
+            raise NaloraError(f"{self.name}: classes", expected="names", found=found, remedy=remedy)
         return tuple(sorted(names))
 
 
-class TfdsImages(TfdsSource, ImageSource):
+class TfdsImages(ImageSource):
     """One split expression of a TFDS data set, with images left encoded."""
-
-    timed = False  # data that another host prepared are the same
 
     def __init__(self, name: str, split: str, opener: Any, fields: VisionConfig) -> None:
         import tensorflow_datasets as tfds
 
-        self.fields, field = fields, fields.image_field
+        field = fields.image_field
         encoded = partial(opener, decoders={field: tfds.decode.SkipDecoding()})
-        super().__init__(name, split, encoded, encoded=[field])
-        features = self._data.dataset_info.features
+        # Not timed: data that another host prepared are the same.
+        records = TfdsSource(name, split, encoded, encoded=field, timed=False)
+        features = records.info.features
         if field not in features:
-            raise NaloraError(
-                f"{name}: {field}",
-                expected="an image",
-                found=f"only the fields {', '.join(features)}",
-                remedy="name it by --vision.image-field",
-            )
+            found, remedy = f"only the fields {', '.join(features)}", "name it by --vision.image-field"
+            raise NaloraError(f"{name}: {field}", expected="an image", found=found, remedy=remedy)
+        classes: Sequence[str] = ()
         if fields.label_field in features:  # TFDS's features have no `get`
-            self.class_names = tuple(getattr(features[fields.label_field], "names", ()) or ())
+            classes = getattr(features[fields.label_field], "names", None) or ()
+        super().__init__(records, fields, classes)
         require_some(self)
 
 
-class ListedImages(FileSource, ImageSource):
-    """Images of a folder, listed in a CSV or JSONL file or stored in one subfolder per class.
+def _listed_images(path: Path, split: str, fields: VisionConfig) -> ImageSource:
+    """Returns images of a folder, listed in a CSV or JSONL file or stored in one subfolder per class.
 
     Args:
       path: the list, or the folder (with one of `LISTS` in it, or with subfolders).
       split: "train", or a slice of it such as "train[:80%]".
-      fields: see `VisionConfig`; the file name is in ``image_field`` or in file_name, file or path.
+      fields: see `VisionConfig`; the file name is in ``image_field`` or in file_name, image, file or path.
     """
+    folder, lists = path, [path / name for name in LISTS if (path / name).is_file()]
+    if path.is_file():
+        folder, lists = path.parent, [path]
+    if lists:
+        if lists[0].suffix.lower() not in (".jsonl", ".json", ".ndjson", *DELIMITERS):
+            expected, found = "a .csv or .jsonl file, or a folder", path.suffix or "no ending"
+            raise NaloraError(str(path), expected=expected, found=found)
+        listed = open_rows(lists[0])
+        rows = listed.read(range(len(listed)))
+    else:  # every image below the folder, with the name of its subfolder as the class
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+        names = [p.relative_to(path) for p in files if p.parent != path]
+        rows = [{fields.image_field: str(name), fields.label_field: name.parts[0]} for name in names]
+    source = f"{path}[{split}]"
+    if not rows:
+        remedy = f"a folder holds one of {', '.join(LISTS)}, or a subfolder of images per class"
+        raise NaloraError(source, expected="at least one image", found="none", remedy=remedy)
+    root, named = folder.resolve(), (fields.image_field, "file_name", "image", "file", "path")
 
-    def __init__(self, path: Path, split: str, fields: VisionConfig) -> None:
-        self.fields, self._root = fields, path
-        lists = [path / name for name in LISTS if (path / name).is_file()]
-        if path.is_file():
-            self._root, lists = path.parent, [path]
-        rows = _listed(lists[0]) if lists else _by_folder(path, fields)
-        if not rows:
-            remedy = f"a folder holds one of {', '.join(LISTS)}, or a subfolder of images per class"
-            raise NaloraError(
-                f"{path}[{split}]", expected="at least one image", found="none", remedy=remedy
-            )
-        super().__init__(path, split, {"train": [LoadedRows(str(path), rows)]})
-        self._root = self._root.resolve()
-        digest = hashlib.sha256(repr(rows).encode()).hexdigest()
-        self.fingerprint = f"images:{digest}:{split}"
+    def where(index: int) -> str:
+        return str(next((rows[index][name] for name in named if name in rows[index]), source))
 
-    def where(self, index: int) -> str:
-        """Returns the image's name."""
-        (row,) = super().read([index])
-        return str(next((row[name] for name in self._names if name in row), self.name))
+    def with_path(row: Record, _: str) -> Record:
+        name = next((row[field] for field in named if isinstance(row.get(field), str)), None)
+        return row if name is None else row | {fields.image_field: file_below(root, name, source)}
 
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """Returns the rows, with images as paths."""
-        return [self._record(row) for row in super().read(indices)]
-
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return (self.fields.image_field, "file_name", "image", "file", "path")
-
-    def _record(self, row: Record) -> Record:
-        name = next((row[field] for field in self._names if isinstance(row.get(field), str)), None)
-        if name is None:
-            return row
-        return row | {self.fields.image_field: file_below(self._root, name, self.name)}
-
-
-def _listed(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a CSV file with a header, or of a JSONL file."""
-    if path.suffix.lower() not in (".jsonl", ".json", ".ndjson", *DELIMITERS):
-        expected = "a .csv or .jsonl file, or a folder"
-        raise NaloraError(str(path), expected=expected, found=path.suffix or "no ending")
-    rows = open_rows(path)
-    return rows.read(range(len(rows)))
-
-
-def _by_folder(path: Path, fields: VisionConfig) -> list[dict[str, Any]]:
-    """Returns every image below ``path``, with the name of its folder as the class."""
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
-    return [
-        {
-            fields.image_field: str(p.relative_to(path)),
-            fields.label_field: p.relative_to(path).parts[0],
-        }
-        for p in files
-        if p.parent != path
-    ]
+    records = FileSource(path, split, {"train": [loaded_rows(str(path), rows, where=where)]})
+    images = ImageSource(records, fields, change=with_path)
+    images.fingerprint = f"images:{digest_of(repr(rows))}:{split}"
+    return images
 
 
 # Opens a split of a registered data set: (split, fields, cache) -> source.
@@ -280,7 +244,7 @@ def open_images(config: DataConfig, vision: VisionConfig, split: str) -> ImageSo
         expected = 'a registered data set, "tfds:<name>", a folder of images, or a CSV or JSONL file'
         remedy = f"--import FILE registers data sets; registered: {', '.join(IMAGE_SETS.names()) or 'none'}"
         raise NaloraError("--data.dataset", expected=expected, found=repr(name), remedy=remedy)
-    return ListedImages(path, split, vision)
+    return _listed_images(path, split, vision)
 
 
 def places_without_error(name: str, count: int, check: Callable[[int], None], broken: str) -> np.ndarray:
@@ -335,12 +299,8 @@ def draw_shots(labels: np.ndarray, classes: Sequence[str], shots: int, seed: int
         if not len(members):
             raise NaloraError(f"class {name!r}", expected="at least one training image", found="none")
         if len(members) < shots:
-            log.warning(
-                "class %r has %d training images, fewer than --vision.shots %d",
-                name,
-                len(members),
-                shots,
-            )
+            text = "class %r has %d training images, fewer than --vision.shots %d"
+            log.warning(text, name, len(members), shots)
         chosen.append(members[permutation(len(members), seed, label)[:shots]])
     return np.sort(np.concatenate(chosen))
 
@@ -376,11 +336,9 @@ class ImageData(Stream):
 
     def describe(self) -> dict[str, Any]:
         """Returns figures for the log."""
-        return {
-            "images": len(self.indices),
-            "of": len(self.source),
-            "steps_per_epoch": round(len(self.indices) / self.batch_size, 2),
-        }
+        count = len(self.indices)
+        steps = round(count / self.batch_size, 2)
+        return {"images": count, "of": len(self.source), "steps_per_epoch": steps}
 
     def arrays(self, rows: list[int]) -> HostBatch:
         """Returns the arrays of these rows; images are opened and augmented."""

@@ -125,7 +125,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(text for text in stop if text)
-        self._ids: list[int] = []
+        self.ids: list[int] = []
         # Decoding starts some tokens back, never at the newest: decoders treat a first token specially.
         self._start = 0
         self._complete = 0  # tokens before this end in a whole character
@@ -137,7 +137,7 @@ class TextStream:
         """Returns the text that is final after ``ids``."""
         if self.stopped:
             return ""
-        self._ids.extend(ids)
+        self.ids.extend(ids)
         return self._release(self._take(final=False), final=False)
 
     def finish(self) -> str:
@@ -148,13 +148,13 @@ class TextStream:
 
     def _take(self, *, final: bool) -> str:
         """Returns new characters of the decoded text, up to the first incomplete one."""
-        text = self._tokenizer.decode(self._ids[self._start :])
+        text = self._tokenizer.decode(self.ids[self._start :])
         stable = text if final else text.rstrip(_REPLACEMENT)
         piece = stable[self._shown :]
         self._shown = max(self._shown, len(stable))
         if len(stable) == len(text):
-            self._start, self._complete = self._complete, len(self._ids)
-            self._shown = len(self._tokenizer.decode(self._ids[self._start :]))
+            self._start, self._complete = self._complete, len(self.ids)
+            self._shown = len(self._tokenizer.decode(self.ids[self._start :]))
         return piece
 
     def _release(self, piece: str, *, final: bool) -> str:
@@ -163,22 +163,10 @@ class TextStream:
         if ends:
             self.stopped, self._held = True, ""
             return text[: min(ends)]
-        held = 0
-        if not final:
-            held = _open_stop(text, self._stop)
+        begun = (stop[:size] for stop in self._stop for size in range(1, len(stop)) if not final)
+        held = max((len(start) for start in begun if text.endswith(start)), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
-
-
-def _open_stop(text: str, stops: Sequence[str]) -> int:
-    """Returns the length of the longest suffix of ``text`` that is a prefix of a stop string.
-
-    Example:
-      >>> _open_stop("abc###", ["### End"])
-      3
-    """
-    sizes = (size for stop in stops for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size]))
-    return max(sizes, default=0)
 
 
 def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> frozenset[int]:
@@ -186,12 +174,10 @@ def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> frozenset[int]:
 
     Decoded text has no special tokens, so such a string can only be detected by the token.
     """
-    added = tokenizer.backend.get_added_tokens_decoder()
-    special = {token.content: number for number, token in added.items() if token.special and token.content}
-    texts = [stop.lstrip() for stop in stops]
-    return frozenset(
-        number for content, number in special.items() if any(t.startswith(content) for t in texts)
-    )
+    added = tokenizer.backend.get_added_tokens_decoder().items()
+    special = {number: token.content for number, token in added if token.special and token.content}
+    texts = tuple(stop.lstrip() for stop in stops)
+    return frozenset(n for n, content in special.items() if any(text.startswith(content) for text in texts))
 
 
 # ---------------------------------------------------------------- generation
@@ -293,8 +279,7 @@ class Generator:
           NaloraError: a prompt is empty or fills the context, a setting is out of range, or a
             prompt's number of images differs from the number in its tokens.
         """
-        more = {"batch_size": batch_size, "images": images}
-        completions = self.complete(prompts, **more, **settings)  # type: ignore[arg-type]
+        completions = self.complete(prompts, batch_size=batch_size, images=images, **settings)
         return [completion.text for completion in completions]
 
     @with_options(Settings)
@@ -397,10 +382,8 @@ class _Batch:
             chosen = generator.tokenizer.eos_ids
         self._stop_ids = frozenset(chosen) | special_stops(generator.tokenizer, settings.stop_texts)
         self._streams = [TextStream(generator.tokenizer, settings.stop_texts) for _ in ids]
-        self._ids: list[list[int]] = [[] for _ in ids]
         self._ended = np.zeros(len(ids), bool)  # by a stop token or text
-        self._prompt_ids = ids
-        mesh = generator.mesh
+        self._prompt_ids, mesh = ids, generator.mesh
         batch = bucket(len(ids), multiple=prompt_shards(mesh))
         sampling = {name: getattr(settings, name) for name in SAMPLED}
         rows = {
@@ -434,19 +417,13 @@ class _Batch:
         texts = [""] * self._count
         for pieces in self.pieces(_BATCH_TOKENS):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-        reasons = np.where(self._ended, "stop", "length").tolist()
-        ids = [self._ids_of(row, text) for row, text in enumerate(texts)]
-        return [Completion(*row) for row in zip(texts, ids, reasons, strict=True)]
-
-    def _ids_of(self, row: int, text: str) -> tuple[int, ...]:
-        """Returns the tokens of a row's ``text``: all tokens, unless a stop text ended it."""
-        ids = self._ids[row]
-        count = len(ids)
-        if self._streams[row].stopped:
-            decode = self._generator.tokenizer.decode
-            while count and len(decode(ids[:count])) > len(text):
-                count -= 1
-        return tuple(ids[:count])
+        decode, completions = self._generator.tokenizer.decode, []
+        for text, stream, ended in zip(texts, self._streams, self._ended, strict=True):
+            ids = stream.ids
+            while stream.stopped and ids and len(decode(ids)) > len(text):
+                ids = ids[:-1]
+            completions.append(Completion(text, tuple(ids), "stop" if ended else "length"))
+        return completions
 
     def pieces(self, tokens: int) -> Iterator[list[str]]:
         """Yields each row's new text, at most ``tokens`` (up to `_BATCH_TOKENS`) at a time."""
@@ -455,7 +432,7 @@ class _Batch:
         new_tokens = fetch(state.token)[:, None]
         while True:
             pieces = [self._take(row, new_tokens[row]) for row in range(self._count)]
-            counts = np.array([len(ids) for ids in self._ids])
+            counts = np.array([len(stream.ids) for stream in self._streams])
             finished = self._ended | (counts >= self._limits)
             if finished.all() or count >= limit:
                 yield [p + stream.finish() for p, stream in zip(pieces, self._streams, strict=True)]
@@ -477,7 +454,7 @@ class _Batch:
     def _prefill(self, count: int) -> State:
         """Processes the prompts and ``count`` generated tokens, and generates one more token."""
         generator, prompts = self._generator, self._prompts
-        ids = [[*prompt, *new_ids] for prompt, new_ids in zip(self._prompt_ids, self._ids, strict=True)]
+        ids = [[*ids, *stream.ids] for ids, stream in zip(self._prompt_ids, self._streams, strict=True)]
         chunk = self._chunk(ids)
         if count:
             rows = self._padded(ids, prompts.tokens.shape[0])
@@ -511,7 +488,8 @@ class _Batch:
         if switch is None:
             return _BATCH_TOKENS
         lengths = [
-            len(self._prompt_ids[row]) + len(self._ids[row]) for row in np.flatnonzero(~finished).tolist()
+            len(self._prompt_ids[row]) + len(self._streams[row].ids)
+            for row in np.flatnonzero(~finished).tolist()
         ]
         return min(
             (switch + 1 - length for length in lengths if length <= switch + 1), default=_BATCH_TOKENS
@@ -521,16 +499,9 @@ class _Batch:
         """Returns the text of a row's new tokens, up to its end."""
         if self._ended[row]:
             return ""
-        ids = self._ids[row]
-        lengths: list[int] = []
-        for token in new_tokens[: self._limits[row] - len(ids)].tolist():
-            if token == NO_TOKEN:
-                break
-            if token in self._stop_ids:
-                self._ended[row] = True
-                break
-            lengths.append(token)
-        ids.extend(lengths)
-        piece = self._streams[row].push(lengths)
-        self._ended[row] |= self._streams[row].stopped
+        stream = self._streams[row]
+        tokens = new_tokens[: self._limits[row] - len(stream.ids)].tolist()
+        count = next((i for i, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
+        piece = stream.push(tokens[:count])
+        self._ended[row] = count < len(tokens) or stream.stopped
         return piece

@@ -231,15 +231,9 @@ def decode(
     return state, new_tokens
 
 
-@partial(jax.jit, static_argnames=("model", "samples", "limit", "chunk"))
+@partial(jax.jit, static_argnames=("model", "samples", "limit"))
 def sample_groups(
-    model: Decoder,
-    weights: Weights,
-    prompts: Prompts,
-    *,
-    samples: int,
-    limit: int,
-    chunk: int = 0,
+    model: Decoder, weights: Weights, prompts: Prompts, *, samples: int, limit: int
 ) -> tuple[jax.Array, jax.Array]:
     """Samples several completions of every prompt in one call.
 
@@ -253,19 +247,14 @@ def sample_groups(
         its temperatures are above 0, and it has no repetition penalty.
       samples: completions of each prompt.
       limit: maximum number of tokens of a completion.
-      chunk: as for `prefill`.
 
     Returns:
       int32 ``[prompts * samples, limit]``, samples of one prompt next to each other: tokens with the
       stop token, then `NO_TOKEN`; and float32 of the same shape: the log-probability of each token
       at its temperature, before top-k, top-p and min-p; 0 after the end.
     """
-    slots = jnp.asarray(prompts.tokens).shape[1] + limit
-    if chunk:
-        last, cache = _in_chunks(model, weights, prompts, slots, chunk)
-    else:
-        last, cache = _at_once(model, weights, prompts)
-    cache = grow(repeat(cache, samples), slots)
+    last, cache = _at_once(model, weights, prompts)
+    cache = grow(repeat(cache, samples), jnp.asarray(prompts.tokens).shape[1] + limit)
     logits = model.apply(weights.head, jnp.repeat(last, samples, axis=0), method="unembed")
     done = ~jnp.repeat(jnp.asarray(prompts.live), samples)
     tokens = jnp.full((done.shape[0], limit), NO_TOKEN, jnp.int32)

@@ -7,93 +7,51 @@ from typing import Any
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.config.rope_scaling import ORIGINAL, WITH_ORIGINAL
-from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.family import (
-    GGUF,
-    GGUF_ATTENTION,
-    GGUF_FFN,
-    GGUF_LLAMA,
-    GGUF_POST,
-    GGUF_PRE,
-    GGUF_QK,
-    GGUF_QWEN2,
-    HF_ATTENTION,
-    HF_ENDS,
-    HF_FFN,
-    HF_LLAMA,
-    HF_OLMO2,
-    HF_PRE_NORMS,
-    HF_QK_NORMS,
-    HF_SINKS,
-    Family,
-    Metadata,
-    gguf_ends,
-    gguf_kernel,
-    gguf_norms,
-    hf_kernel,
-    hf_norms,
-)
-from nalora_jax.models.readers import (
-    FULL,
-    SLIDING,
-    attention_bias,
-    base_config,
-    head_dim_of,
-    layer_count,
-    layer_types,
-    optional_windows,
-    periodic,
-    same_window,
-    windows_of,
-)
+from nalora_jax.models import readers
+from nalora_jax.models import tensor_rows as rows
+from nalora_jax.models.family import GGUF, Family, Features, Metadata
+from nalora_jax.models.readers import FULL, SLIDING, attention_bias
 from nalora_jax.models.ropes import RopeRules, RopeSpec, read_ropes, rope_fields
 
 # ---------------------------------------------------------------- Llama and its relatives
 
-
-def _llama(f: Fields, name: str) -> ModelConfig:
-    return base_config(f, name, ffn_bias=f.flag("mlp_bias"), **attention_bias(f))
-
-
 LLAMA = Family(
     "llama",
     "LlamaForCausalLM",
-    _llama,
-    HF_LLAMA,
-    gguf=GGUF("llama", GGUF_LLAMA, matches=lambda r: not r.get("expert_count", int, 0)),
+    lambda f: {"ffn_bias": f.flag("mlp_bias"), **attention_bias(f)},
+    rows.HF_LLAMA,
+    gguf=GGUF("llama", rows.GGUF_LLAMA, matches=lambda r: not r.get("expert_count", int, 0)),
 )
 
 
-def _smollm3(f: Fields, name: str) -> ModelConfig:
-    n_layers = layer_count(f)
+def _smollm3(f: Fields) -> Features:
+    n_layers = readers.layer_count(f)
     interval = f.integer("no_rope_layer_interval")
     rotates = f.items("no_rope_layers", n_layers, int, longer=True)
     if rotates is None:
         rotates = [(i + 1) % interval != 0 for i in range(n_layers)]
-    ropes, _ = read_ropes(f, head_dim_of(f), layer_types(f))
-    return base_config(
-        f,
-        name,
-        ropes=ropes,
-        rope_index=tuple(0 if rotate else -1 for rotate in rotates),
-        windows=optional_windows(f, lambda i: not rotates[i]),
-        ffn_bias=f.flag("mlp_bias"),
+    ropes, _ = read_ropes(f, readers.head_dim_of(f), readers.layer_types(f))
+    return {
+        "ropes": ropes,
+        "rope_index": tuple(0 if rotate else -1 for rotate in rotates),
+        "ffn_bias": f.flag("mlp_bias"),
+        **readers.optional_windows(f, lambda i: not rotates[i]),
         **attention_bias(f),
-    )
+    }
 
 
 SMOLLM3 = Family(
     "smollm3",
     "SmolLM3ForCausalLM",
     _smollm3,
-    HF_LLAMA,
+    rows.HF_LLAMA,
     {
         "tie_word_embeddings": True,
         "rope_theta": 2e6,
         "no_rope_layer_interval": 4,
         "max_position_embeddings": 32_768,
     },
-    GGUF("smollm3", GGUF_LLAMA),
+    GGUF("smollm3", rows.GGUF_LLAMA),
 )
 
 _PHI3 = RopeRules(
@@ -103,35 +61,30 @@ _PHI3 = RopeRules(
 )
 
 
-def _phi3(f: Fields, name: str) -> ModelConfig:
+def _phi3(f: Fields) -> Features:
     for feature in ("resid_pdrop", "embd_pdrop"):
         f.refuse(feature, "set it to 0: only attention and adapter dropout exist")
-    ropes, _ = read_ropes(f, head_dim_of(f), layer_types(f), rules=_PHI3)
-    return base_config(f, name, ropes=ropes, windows=same_window(f))
+    ropes, _ = read_ropes(f, readers.head_dim_of(f), readers.layer_types(f), rules=_PHI3)
+    return {"ropes": ropes, **readers.same_window(f)}
 
 
+_QKV, _GATE_UP = ("attn/q_proj", "attn/k_proj", "attn/v_proj"), ("ffn/gate_proj", "ffn/up_proj")
 PHI3 = Family(
     "phi3",
     "Phi3ForCausalLM",
     _phi3,
-    (
-        *HF_ENDS,
-        *HF_PRE_NORMS,
-        hf_kernel("self_attn.qkv_proj", "attn/q_proj", "attn/k_proj", "attn/v_proj"),
-        hf_kernel("self_attn.o_proj", "attn/o_proj"),
-        hf_kernel("mlp.gate_up_proj", "ffn/gate_proj", "ffn/up_proj"),
-        hf_kernel("mlp.down_proj", "ffn/down_proj"),
+    rows.hf(
+        rows.PRE_NORMS,
+        {_QKV: "self_attn.qkv_proj", "attn/o_proj": "self_attn.o_proj"},
+        {_GATE_UP: "mlp.gate_up_proj", "ffn/down_proj": "mlp.down_proj"},
     ),
     {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "partial_rotary_factor": 1.0},
     GGUF(
         "phi3",
-        (
-            *gguf_ends(),
-            *gguf_norms(GGUF_PRE),
-            gguf_kernel("attn_qkv", "attn/q_proj", "attn/k_proj", "attn/v_proj"),
-            gguf_kernel("attn_output", "attn/o_proj"),
-            gguf_kernel("ffn_up", "ffn/gate_proj", "ffn/up_proj"),
-            gguf_kernel("ffn_down", "ffn/down_proj"),
+        rows.gguf(
+            rows.GGUF_PRE,
+            {_QKV: "attn_qkv", "attn/o_proj": "attn_output"},
+            {_GATE_UP: "ffn_up", "ffn/down_proj": "ffn_down"},
         ),
         lambda r: {"sliding_window": r.get("attention.sliding_window", int, 0) or None},
     ),
@@ -139,23 +92,21 @@ PHI3 = Family(
 )
 
 
-def _seed_oss(f: Fields, name: str) -> ModelConfig:
-    return base_config(
-        f,
-        name,
-        head_dim=head_dim_of(f, absent=128),
-        qkv_bias=f.flag("attention_bias"),
-        o_bias=f.flag("attention_out_bias"),
-        ffn_bias=f.flag("mlp_bias"),
-        residual_dropout=f.number("residual_dropout", default=0.0, zero=True),
-    )
+def _seed_oss(f: Fields) -> Features:
+    return {
+        "head_dim": readers.head_dim_of(f, absent=128),
+        "qkv_bias": f.flag("attention_bias"),
+        "o_bias": f.flag("attention_out_bias"),
+        "ffn_bias": f.flag("mlp_bias"),
+        "residual_dropout": f.number("residual_dropout", default=0.0, zero=True),
+    }
 
 
 SEED_OSS = Family(
     "seed_oss",
     "SeedOssForCausalLM",
     _seed_oss,
-    HF_LLAMA,
+    rows.HF_LLAMA,
     {
         "num_key_value_heads": 8,
         "max_position_embeddings": 524_288,
@@ -166,17 +117,17 @@ SEED_OSS = Family(
 )
 
 
-def _ernie4_5(f: Fields, name: str) -> ModelConfig:
-    bias, head_dim = f.flag("use_bias"), head_dim_of(f, absent=128)
-    biases = {"qkv_bias": bias, "o_bias": bias, "ffn_bias": bias}
-    return base_config(f, name, head_dim=head_dim, rope_adjacent=True, attn_dropout=0.0, **biases)
+def _ernie4_5(f: Fields) -> Features:
+    biases = dict.fromkeys(("qkv_bias", "o_bias", "ffn_bias"), f.flag("use_bias"))
+    head_dim = readers.head_dim_of(f, absent=128)
+    return {"head_dim": head_dim, "rope_adjacent": True, "attn_dropout": 0.0, **biases}
 
 
 ERNIE4_5 = Family(
     "ernie4_5",
     "Ernie4_5ForCausalLM",
     _ernie4_5,
-    HF_LLAMA,
+    rows.HF_LLAMA,
     {
         "num_key_value_heads": 2,
         "max_position_embeddings": 131_072,
@@ -186,27 +137,26 @@ ERNIE4_5 = Family(
     },
 )
 
+_POST_NORMS = {"pre_norm": False, "post_norm": True}
 
-def _exaone4(f: Fields, name: str) -> ModelConfig:
+
+def _exaone4(f: Fields) -> Features:
     windowed = f.get("sliding_window") is not None
-    kinds = layer_types(f) or periodic(f, f.integer("sliding_window_pattern"))
-    return base_config(
-        f,
-        name,
-        ropes=read_ropes(f, head_dim_of(f), None)[0],
-        rope_index=tuple(-1 if windowed and kind == FULL else 0 for kind in kinds),
-        windows=windows_of(f, kinds),
-        qk_norm="head",
-        pre_norm=False,
-        post_norm=True,
-    )
+    kinds = readers.layer_types(f) or readers.periodic(f, f.integer("sliding_window_pattern"))
+    return {
+        "rope_index": tuple(-1 if windowed and kind == FULL else 0 for kind in kinds),
+        "windows": readers.windows_of(f, kinds),
+        "qk_norm": "head",
+        **readers.one_rope(f),
+        **_POST_NORMS,
+    }
 
 
 EXAONE4 = Family(
     "exaone4",
     "Exaone4ForCausalLM",
     _exaone4,
-    HF_OLMO2,
+    rows.HF_OLMO2,
     {
         "num_key_value_heads": 32,
         "rms_norm_eps": 1e-5,
@@ -216,27 +166,27 @@ EXAONE4 = Family(
 )
 
 
-def _hunyuan(f: Fields, name: str) -> ModelConfig:
-    features = {"qk_norm": "rotated", **attention_bias(f)}
+def _hunyuan(f: Fields) -> Features:
+    features: Features = {"qk_norm": "rotated", **attention_bias(f)}
     rope = rope_fields(f)
     if rope.get("alpha") and (rope.get("rope_type") or rope.get("type")) == "dynamic":
         # Dynamic scaling with a fixed alpha is a larger base, for texts of any length.
-        dim, theta = head_dim_of(f), rope.number("rope_theta", default=f.number("rope_theta", default=1e4))
+        dim = readers.head_dim_of(f)
+        theta = rope.number("rope_theta", default=f.number("rope_theta", default=1e4))
         theta *= rope.number("alpha") ** (dim / (dim - 2))
         features |= {"ropes": (RopeSpec(dim=dim, theta=theta),)}
-    return base_config(f, name, **features)
+    return features
 
 
 HUNYUAN = Family(
     "hunyuan_v1_dense",
     "HunYuanDenseV1ForCausalLM",
     _hunyuan,
-    (
-        *HF_ENDS,
-        *HF_PRE_NORMS,
-        *HF_ATTENTION,
-        *hf_norms({"attn/q_norm": "self_attn.query_layernorm", "attn/k_norm": "self_attn.key_layernorm"}),
-        *HF_FFN,
+    rows.hf(
+        rows.PRE_NORMS,
+        rows.ATTENTION,
+        {"attn/q_norm": "self_attn.query_layernorm", "attn/k_norm": "self_attn.key_layernorm"},
+        rows.FFN,
     ),
     {"rms_norm_eps": 1e-5},
 )
@@ -244,50 +194,40 @@ HUNYUAN = Family(
 
 # ---------------------------------------------------------------- Mistral and Ministral 3
 
-
-def _mistral(f: Fields, name: str) -> ModelConfig:
-    return base_config(f, name, windows=same_window(f))
-
-
 MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
-    _mistral,
-    HF_LLAMA,
+    readers.same_window,
+    rows.HF_LLAMA,
     {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
     # llama.cpp's files do not tell Mistral from Llama.
-    GGUF("llama", GGUF_LLAMA, matches=lambda r: False),
+    GGUF("llama", rows.GGUF_LLAMA, matches=lambda r: False),
     multimodal="mistral3",
 )
+_BETA = "llama_4_scaling_beta"
 
 
-def _ministral3(f: Fields, name: str) -> ModelConfig:
-    beta = "llama_4_scaling_beta"
-    ropes, _ = read_ropes(f, head_dim_of(f), None, further=(beta, "max_position_embeddings"))
-    rope = rope_fields(f)
-    growth = rope.number(beta, default=0.0, zero=True)
-    growing: dict[str, Any] = {}
-    if growth:
+def _ministral3(f: Fields) -> Features:
+    features = readers.one_rope(f, _BETA, "max_position_embeddings")
+    rope, (spec,) = rope_fields(f), features["ropes"]
+    if growth := rope.number(_BETA, default=0.0, zero=True):
         # Queries grow from the original context; dynamic scaling starts at the model's context.
-        if ropes[0].kind in (*WITH_ORIGINAL, "longrope"):
-            length = ropes[0].max_positions
+        if spec.kind in (*WITH_ORIGINAL, "longrope"):
+            length = spec.max_positions
         elif rope.get(ORIGINAL) is not None:
             length = rope.integer(ORIGINAL, high=2**30)
         else:
-            raise rope.error(beta, f"0 without {ORIGINAL}", growth)
-        growing = {"query_growth": growth, "growth_length": length}
-    return base_config(f, name, ropes=ropes, windows=same_window(f), **growing)
+            raise rope.error(_BETA, f"0 without {ORIGINAL}", growth)
+        features |= {"query_growth": growth, "growth_length": length}
+    return features | readers.same_window(f)
 
 
 def _ministral3_settings(r: Metadata) -> dict[str, Any]:
     scaling = r.scaling()
     if scaling is None:
-        return {
-            "architectures": [MISTRAL.class_name],
-            "model_type": MISTRAL.name,
-            "sliding_window": None,
-        }
-    scaling["llama_4_scaling_beta"] = r.get("attention.temperature_scale", float, 0.0)
+        names = {"architectures": [MISTRAL.class_name], "model_type": MISTRAL.name}
+        return names | {"sliding_window": None}
+    scaling[_BETA] = r.get("attention.temperature_scale", float, 0.0)
     return {"rope_scaling": scaling}
 
 
@@ -300,14 +240,14 @@ _YARN: dict[str, Any] = {
     "beta_slow": 1.0,
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
+    _BETA: 0.1,
 }
 
 MINISTRAL3 = Family(
     "ministral3",
     "Ministral3ForCausalLM",
     _ministral3,
-    HF_LLAMA,
+    rows.HF_LLAMA,
     {
         "num_key_value_heads": 8,
         "head_dim": 128,
@@ -315,7 +255,7 @@ MINISTRAL3 = Family(
         "rms_norm_eps": 1e-5,
         "rope_parameters": _YARN,
     },
-    GGUF("mistral3", GGUF_LLAMA, _ministral3_settings),
+    GGUF("mistral3", rows.GGUF_LLAMA, _ministral3_settings),
 )
 
 
@@ -324,27 +264,26 @@ MINISTRAL3 = Family(
 QWEN = {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32_768}
 
 
-def _qwen2(f: Fields, name: str) -> ModelConfig:
+def _late_windows(f: Fields) -> Features:
     first = f.integer("max_window_layers", low=0)
-    return base_config(f, name, windows=optional_windows(f, lambda i: i >= first), qkv_bias=True)
+    return readers.optional_windows(f, lambda i: i >= first)
 
 
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _qwen2, HF_LLAMA, QWEN, GGUF("qwen2", GGUF_QWEN2))
-
-
-def _qwen3(f: Fields, name: str) -> ModelConfig:
-    first = f.integer("max_window_layers", low=0)
-    windows = optional_windows(f, lambda i: i >= first)
-    return base_config(f, name, windows=windows, qk_norm="head", **attention_bias(f))
-
-
+QWEN2 = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    lambda f: {"qkv_bias": True, **_late_windows(f)},
+    rows.HF_LLAMA,
+    QWEN,
+    GGUF("qwen2", rows.GGUF_QWEN2),
+)
 QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
-    _qwen3,
-    (*HF_LLAMA, *HF_QK_NORMS),
+    lambda f: {"qk_norm": "head", **_late_windows(f), **attention_bias(f)},
+    rows.hf(rows.PRE_NORMS, rows.ATTENTION, rows.FFN, rows.QK_NORMS),
     QWEN | {"head_dim": 128},
-    GGUF("qwen3", (*GGUF_QWEN2, *gguf_norms(GGUF_QK))),
+    GGUF("qwen3", rows.gguf(rows.GGUF_PRE, rows.GGUF_ATTENTION, rows.GGUF_FFN, rows.GGUF_QK)),
 )
 
 
@@ -360,68 +299,55 @@ _MULTIPLIERS = {
 _GRANITE: dict[str, Any] = dict.fromkeys(_MULTIPLIERS, 1.0)
 
 
-def _multipliers(f: Fields) -> dict[str, Any]:
-    """Returns the multipliers and the bias of the feed-forward block."""
+def _granite(f: Fields) -> Features:
     return {
         "ffn_bias": f.flag("mlp_bias"),
         "embed_scale": f.number("embedding_multiplier"),
         "residual_scale": f.number("residual_multiplier"),
         "query_scale": f.number("attention_multiplier"),
         "logit_scale": 1.0 / f.number("logits_scaling"),
+        **attention_bias(f),
     }
-
-
-def _granite(f: Fields, name: str) -> ModelConfig:
-    return base_config(f, name, **_multipliers(f), **attention_bias(f))
-
-
-def _granite_settings(r: Metadata) -> dict[str, Any]:
-    return {ours: r.get(theirs, float) for ours, theirs in _MULTIPLIERS.items()}
 
 
 GRANITE = Family(
     "granite",
     "GraniteForCausalLM",
     _granite,
-    HF_LLAMA,
+    rows.HF_LLAMA,
     _GRANITE,
-    GGUF("granite", GGUF_LLAMA, _granite_settings),
+    GGUF(
+        "granite",
+        rows.GGUF_LLAMA,
+        lambda r: {ours: r.get(theirs, float) for ours, theirs in _MULTIPLIERS.items()},
+    ),
 )
 
 
-def _granite_swa(f: Fields, name: str) -> ModelConfig:
-    n_layers = layer_count(f)
-    kinds = layer_types(f) or [SLIDING if i % 4 else FULL for i in range(n_layers)]
-    ropes, index = _layer_ropes(f, n_layers)
-    return base_config(
-        f,
-        name,
-        ropes=ropes,
-        rope_index=index,
-        windows=windows_of(f, kinds),
-        attn_sinks=True,
-        **_multipliers(f),
-        **attention_bias(f),
-    )
-
-
-def _layer_ropes(f: Fields, n_layers: int) -> tuple[tuple[RopeSpec, ...], tuple[int, ...]]:
-    """Returns the rotary embeddings of layers with a base each; a base of 0 means no rotation."""
-    (spec,), _ = read_ropes(f, head_dim_of(f), None)
+def _granite_swa(f: Fields) -> Features:
+    """A base of RoPE for each layer; 0 means no rotation."""
+    n_layers = readers.layer_count(f)
+    kinds = readers.layer_types(f) or [SLIDING if i % 4 else FULL for i in range(n_layers)]
+    (spec,) = readers.one_rope(f)["ropes"]
     bases = f.items("layer_rope_theta", n_layers, (int, float)) or [spec.theta] * n_layers
     for base in bases:
         if base and not 1 < base < 1e30:
             raise f.error("layer_rope_theta", "numbers above 1, or 0 for no rotation", base)
     distinct = sorted({float(base) for base in bases if base}) or [spec.theta]
-    index = tuple(distinct.index(base) if base else -1 for base in bases)
-    return tuple(replace(spec, theta=base) for base in distinct), index
+    return {
+        "ropes": tuple(replace(spec, theta=base) for base in distinct),
+        "rope_index": tuple(distinct.index(base) if base else -1 for base in bases),
+        "windows": readers.windows_of(f, kinds),
+        "attn_sinks": True,
+        **_granite(f),
+    }
 
 
 GRANITE_SWA = Family(
     "granite_swa",
     "GraniteSWAForCausalLM",
     _granite_swa,
-    (*HF_LLAMA, HF_SINKS),
+    (*rows.HF_LLAMA, rows.HF_SINKS),
     _GRANITE
     | {
         "num_key_value_heads": 4,
@@ -435,53 +361,37 @@ GRANITE_SWA = Family(
 
 # ---------------------------------------------------------------- OLMo
 
-_GGUF = (*gguf_ends(), *gguf_norms(GGUF_POST | GGUF_QK), *GGUF_ATTENTION, *GGUF_FFN)
+_GGUF = rows.gguf(rows.GGUF_POST, rows.GGUF_QK, rows.GGUF_ATTENTION, rows.GGUF_FFN)
 _OLMO3_THETA = 500_000.0
 
 
-def _olmo2(f: Fields, name: str) -> ModelConfig:
-    return base_config(f, name, qk_norm="projection", pre_norm=False, post_norm=True, **attention_bias(f))
+def _olmo2(f: Fields) -> Features:
+    return {"qk_norm": "projection", **_POST_NORMS, **attention_bias(f)}
 
 
 OLMO2 = Family(
     "olmo2",
     "Olmo2ForCausalLM",
     _olmo2,
-    HF_OLMO2,
+    rows.HF_OLMO2,
     {"rms_norm_eps": 1e-5},
     GGUF("olmo2", _GGUF, matches=lambda r: not r.has("attention.sliding_window")),
 )
 
 
-def _olmo3(f: Fields, name: str) -> ModelConfig:
-    kinds = periodic(f, 4)
-    _check_olmo3_rope(f)
-    plain = {kind: {"rope_theta": _OLMO3_THETA} for kind in (FULL, SLIDING)}
-    ropes, index = read_ropes(f, head_dim_of(f), kinds, plain)
-    return base_config(
-        f,
-        name,
-        ropes=ropes,
-        rope_index=index,
-        windows=windows_of(f, kinds),
-        qk_norm="projection",
-        pre_norm=False,
-        post_norm=True,
-        **attention_bias(f),
-    )
-
-
-def _check_olmo3_rope(f: Fields) -> None:
-    """Refuses forms of OLMo 3's rotary parameters that releases of transformers disagree on."""
-    parameters = f.mapping("rope_parameters")
-    common = sorted(parameters.keys() - {FULL, SLIDING})
-    if common:
-        raise f.error("rope_parameters", f"parameters for {FULL!r} and {SLIDING!r}", f"{', '.join(common)}")
+def _olmo3(f: Fields) -> Features:
+    """Forms of the rotary parameters that releases of transformers disagree on are refused."""
+    kinds, parameters = readers.periodic(f, 4), f.mapping("rope_parameters")
+    if common := sorted(parameters.keys() - {FULL, SLIDING}):
+        raise f.error("rope_parameters", f"parameters for {FULL!r} and {SLIDING!r}", ", ".join(common))
     stated = all("rope_theta" in (parameters.get(kind) or {}) for kind in (FULL, SLIDING))
     theta = f.number("rope_theta", default=_OLMO3_THETA)
     if theta != _OLMO3_THETA and not stated:
         expected = f"{_OLMO3_THETA:g}: releases of transformers read other values differently"
         raise f.error("rope_theta", expected, theta, "state it in rope_parameters for each kind of layer")
+    plain = {kind: {"rope_theta": _OLMO3_THETA} for kind in (FULL, SLIDING)}
+    ropes, index = read_ropes(f, readers.head_dim_of(f), kinds, plain)
+    return {"ropes": ropes, "rope_index": index, "windows": readers.windows_of(f, kinds), **_olmo2(f)}
 
 
 def _olmo3_settings(r: Metadata) -> dict[str, Any]:
@@ -502,25 +412,7 @@ OLMO3 = Family(
     "olmo3",
     "Olmo3ForCausalLM",
     _olmo3,
-    HF_OLMO2,
+    rows.HF_OLMO2,
     {"rms_norm_eps": 1e-5, "sliding_window": 4096},
     GGUF("olmo2", _GGUF, _olmo3_settings, lambda r: r.has("attention.sliding_window")),
-)
-
-FAMILIES = (
-    LLAMA,
-    SMOLLM3,
-    PHI3,
-    SEED_OSS,
-    ERNIE4_5,
-    EXAONE4,
-    HUNYUAN,
-    MISTRAL,
-    MINISTRAL3,
-    QWEN2,
-    QWEN3,
-    GRANITE,
-    GRANITE_SWA,
-    OLMO2,
-    OLMO3,
 )

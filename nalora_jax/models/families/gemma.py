@@ -12,47 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from nalora_jax.common.fields import Fields
+from nalora_jax.models import readers
+from nalora_jax.models import tensor_rows as rows
 from nalora_jax.models.attention import NormedAttention
-from nalora_jax.models.config import ModelConfig, activation_name
 from nalora_jax.models.embedding import LayerEmbeddings
-from nalora_jax.models.family import (
-    GATED,
-    GGUF,
-    GGUF_ATTENTION,
-    GGUF_FFN,
-    GGUF_POST,
-    GGUF_PRE,
-    GGUF_QK,
-    HF_ATTENTION,
-    HF_ENDS,
-    HF_FFN,
-    HF_FOUR_NORMS,
-    HF_LLAMA,
-    HF_QK_NORMS,
-    Family,
-    Metadata,
-    Rows,
-    TensorRow,
-    gguf_ends,
-    gguf_norms,
-    hf_dense,
-    hf_kernel,
-    hf_norms,
-    hf_row,
-)
+from nalora_jax.models.family import GGUF, Family, Features, Metadata
 from nalora_jax.models.moe import DenseAndExperts
 from nalora_jax.models.parts import ScaledTail
-from nalora_jax.models.readers import (
-    FULL,
-    SLIDING,
-    Overrides,
-    attention_bias,
-    base_config,
-    first_present,
-    layer_types,
-    periodic,
-    windows_of,
-)
+from nalora_jax.models.readers import FULL, SLIDING, Overrides, activation_name, attention_bias
 from nalora_jax.models.ropes import RopeSpec, read_ropes
 
 _GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
@@ -64,9 +31,9 @@ _DEFAULTS = {
 }
 
 
-def _gguf_rows(norms: dict[str, str]) -> Rows:
+def _gguf(*norms: rows.Modules) -> rows.Rows:
     """Returns llama.cpp's names; its files store 1 + w."""
-    return (*gguf_ends("minus_one"), *gguf_norms(norms, "minus_one"), *GGUF_ATTENTION, *GGUF_FFN)
+    return rows.gguf(*norms, rows.GGUF_ATTENTION, rows.GGUF_FFN, norm="minus_one")
 
 
 def _query_scalar(r: Metadata, *, largest: int) -> int:
@@ -79,28 +46,29 @@ def _query_scalar(r: Metadata, *, largest: int) -> int:
     return int(r.get("attention.key_length", int))
 
 
-def _gemma(f: Fields, name: str) -> ModelConfig:
-    activation = activation_name(f, first_present(f, "hidden_activation", "hidden_act"))
+def _gemma(f: Fields) -> Features:
+    activation = activation_name(f, readers.first_present(f, "hidden_activation", "hidden_act"))
     if activation == "gelu":  # the first releases wrote "gelu" and meant the tanh form
         activation = activation_name(Fields({}, _GELU, f.where), "hidden_act")
-    return base_config(f, name, activation=activation, **_traits(f), **attention_bias(f))
+    return {"activation": activation, **_traits(f)}
 
 
-def _traits(f: Fields) -> dict[str, float]:
-    return {"norm_offset": 1.0, "embed_scale": f.integer("hidden_size") ** 0.5}
+def _traits(f: Fields) -> Features:
+    scale = f.integer("hidden_size") ** 0.5
+    return {"norm_offset": 1.0, "embed_scale": scale, **attention_bias(f)}
 
 
 GEMMA = Family(
     "gemma",
     "GemmaForCausalLM",
     _gemma,
-    HF_LLAMA,
+    rows.HF_LLAMA,
     _DEFAULTS | {"hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192},
-    GGUF("gemma", _gguf_rows(GGUF_PRE)),
+    GGUF("gemma", _gguf(rows.GGUF_PRE)),
 )
 
 
-def _later_traits(f: Fields) -> dict[str, Any]:
+def _later_traits(f: Fields) -> Features:
     """Returns what Gemma 2 and 3 have in common."""
     return {
         "activation": activation_name(f, "hidden_activation"),
@@ -108,30 +76,20 @@ def _later_traits(f: Fields) -> dict[str, Any]:
         "query_scale": f.number("query_pre_attn_scalar") ** -0.5,
         "final_softcap": f.number("final_logit_softcapping", default=0.0, zero=True),
         **_traits(f),
-        **attention_bias(f),
     }
 
 
-def _gemma2(f: Fields, name: str) -> ModelConfig:
+def _gemma2(f: Fields) -> Features:
     softcap = f.number("attn_logit_softcapping", default=0.0, zero=True)
-    windows = windows_of(f, periodic(f, 2))
-    return base_config(f, name, windows=windows, attn_softcap=softcap, **_later_traits(f))
-
-
-def _gemma2_settings(r: Metadata) -> dict[str, Any]:
-    return {
-        "sliding_window": r.get("attention.sliding_window", int, 4096),
-        "query_pre_attn_scalar": _query_scalar(r, largest=46),
-        "attn_logit_softcapping": r.get("attn_logit_softcapping", float, 50.0),
-        "final_logit_softcapping": r.get("final_logit_softcapping", float, 30.0),
-    }
+    windows = readers.windows_of(f, readers.periodic(f, 2))
+    return {"windows": windows, "attn_softcap": softcap, **_later_traits(f)}
 
 
 GEMMA2 = Family(
     "gemma2",
     "Gemma2ForCausalLM",
     _gemma2,
-    (*HF_ENDS, *HF_FOUR_NORMS, *HF_ATTENTION, *HF_FFN),
+    rows.hf(rows.FOUR_NORMS, rows.ATTENTION, rows.FFN),
     _DEFAULTS
     | _GELU
     | {
@@ -139,36 +97,36 @@ GEMMA2 = Family(
         "final_logit_softcapping": 30.0,
         "attn_logit_softcapping": 50.0,
     },
-    GGUF("gemma2", _gguf_rows(GGUF_PRE | GGUF_POST), _gemma2_settings),
+    GGUF(
+        "gemma2",
+        _gguf(rows.GGUF_PRE, rows.GGUF_POST),
+        lambda r: {
+            "sliding_window": r.get("attention.sliding_window", int, 4096),
+            "query_pre_attn_scalar": _query_scalar(r, largest=46),
+            "attn_logit_softcapping": r.get("attn_logit_softcapping", float, 50.0),
+            "final_logit_softcapping": r.get("final_logit_softcapping", float, 30.0),
+        },
+    ),
 )
 
 
-def _gemma3(f: Fields, name: str) -> ModelConfig:
+def _gemma3(f: Fields) -> Features:
     f.refuse("attn_logit_softcapping")
     pattern = f.integer("sliding_window_pattern", default=f.integer("_sliding_window_pattern", default=6))
-    kinds = periodic(f, pattern)
-    local = {SLIDING: {"rope_theta": f.number("rope_local_base_freq", default=10_000.0)}}
-    ropes, index = read_ropes(
-        f, f.integer("head_dim", high=2**16), kinds, {FULL: {"rope_theta": 1e6}} | local
-    )
-    windows = windows_of(f, kinds)
-    features = {"ropes": ropes, "rope_index": index, "windows": windows, "qk_norm": "head"}
-    return base_config(f, name, **features, **_later_traits(f))
-
-
-def _gemma3_settings(r: Metadata) -> dict[str, Any]:
-    return {
-        "sliding_window": r.get("attention.sliding_window", int),
-        "rope_local_base_freq": r.get("rope.freq_base_swa", float, 10_000.0),
-        "query_pre_attn_scalar": _query_scalar(r, largest=62),
-    }
+    kinds = readers.periodic(f, pattern)
+    thetas = {FULL: 1e6, SLIDING: f.number("rope_local_base_freq", default=10_000.0)}
+    defaults = {kind: {"rope_theta": theta} for kind, theta in thetas.items()}
+    ropes, index = read_ropes(f, f.integer("head_dim", high=2**16), kinds, defaults)
+    windows = readers.windows_of(f, kinds)
+    own = {"ropes": ropes, "rope_index": index, "windows": windows, "qk_norm": "head"}
+    return own | _later_traits(f)
 
 
 GEMMA3 = Family(
     "gemma3_text",
     "Gemma3ForCausalLM",
     _gemma3,
-    (*HF_ENDS, *HF_FOUR_NORMS, *HF_ATTENTION, *HF_QK_NORMS, *HF_FFN),
+    rows.hf(rows.FOUR_NORMS, rows.ATTENTION, rows.QK_NORMS, rows.FFN),
     # Nested text configs list only the differences from these defaults.
     _DEFAULTS
     | _GELU
@@ -181,7 +139,15 @@ GEMMA3 = Family(
         "num_key_value_heads": 4,
         "max_position_embeddings": 131_072,
     },
-    GGUF("gemma3", _gguf_rows(GGUF_PRE | GGUF_POST | GGUF_QK), _gemma3_settings),
+    GGUF(
+        "gemma3",
+        _gguf(rows.GGUF_PRE, rows.GGUF_POST, rows.GGUF_QK),
+        lambda r: {
+            "sliding_window": r.get("attention.sliding_window", int),
+            "rope_local_base_freq": r.get("rope.freq_base_swa", float, 10_000.0),
+            "query_pre_attn_scalar": _query_scalar(r, largest=62),
+        },
+    ),
 )
 
 
@@ -214,56 +180,47 @@ _ROPES: dict[str, dict[str, Any]] = {
 _ROPE_TYPES = ("default", "linear", "proportional")
 
 
-def _unified(f: Fields, name: str) -> ModelConfig:
+def _unified(f: Fields) -> Features:
     for feature in ("hidden_size_per_layer_input", "enable_moe_block"):
         f.refuse(feature, "this family has no such layers")
-    return _gemma4(f, name)
+    return _gemma4(f)
 
 
-def _gemma4(f: Fields, name: str) -> ModelConfig:
+def _gemma4(f: Fields) -> Features:
     if f.get("use_bidirectional_attention") != "vision":  # which is of image tokens only
         f.refuse("use_bidirectional_attention")
     for field in ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"):
         f.refuse(field, "rotary embeddings are read from rope_parameters")
-    types = _types(f)
-    layers = _layers(f, types)
-    kinds = tuple(dict.fromkeys(layers))
-    width = f.integer("hidden_size_per_layer_input", low=0, default=0)
-    return base_config(
-        f,
-        name,
-        **dict(kinds[0]),
-        kinds=kinds,
-        layer_kinds=tuple(kinds.index(layer) for layer in layers),
-        activation=activation_name(f, "hidden_activation"),
-        windows=windows_of(f, types),
-        qk_norm="head",
-        post_norm=True,
-        query_scale=1.0,
-        embed_scale=f.integer("hidden_size") ** 0.5,
-        final_softcap=f.number("final_logit_softcapping", default=0.0, zero=True),
-        tail=ScaledTail(width),
-        layer_embeddings=LayerEmbeddings(_table_rows(f), width) if width else None,
-        **_experts(f),
-        **attention_bias(f),
-    )
-
-
-def _types(f: Fields) -> list[str]:
-    """Returns the type of every layer; the last one attends globally."""
-    types = layer_types(f)
-    if types is None:
-        types = [*periodic(f, 6)[:-1], FULL]
+    types = readers.layer_types(f) or [*readers.periodic(f, 6)[:-1], FULL]
     if types[-1] != FULL:
         raise f.error("layer_types", f"{FULL!r} in the last layer", repr(types[-1]))
-    return types
+    layers = _layers(f, types)
+    kinds = tuple(dict.fromkeys(layers))
+    return {
+        **dict(kinds[0]),
+        "kinds": kinds,
+        "layer_kinds": tuple(kinds.index(layer) for layer in layers),
+        "activation": activation_name(f, "hidden_activation"),
+        "windows": readers.windows_of(f, types),
+        "qk_norm": "head",
+        "post_norm": True,
+        "query_scale": 1.0,
+        "embed_scale": f.integer("hidden_size") ** 0.5,
+        "final_softcap": f.number("final_logit_softcapping", default=0.0, zero=True),
+        **_layer_embeddings(f),
+        **_experts(f),
+        **attention_bias(f),
+    }
 
 
-def _table_rows(f: Fields) -> int:
-    rows, vocabulary = f.integer("vocab_size_per_layer_input"), f.integer("vocab_size")
-    if rows < vocabulary:
-        raise f.error("vocab_size_per_layer_input", f"vocab_size ({vocabulary}) or more", rows)
-    return rows
+def _layer_embeddings(f: Fields) -> Features:
+    width = f.integer("hidden_size_per_layer_input", low=0, default=0)
+    if not width:
+        return {"tail": ScaledTail()}
+    rows_of_table, vocabulary = f.integer("vocab_size_per_layer_input"), f.integer("vocab_size")
+    if rows_of_table < vocabulary:
+        raise f.error("vocab_size_per_layer_input", f"vocab_size ({vocabulary}) or more", rows_of_table)
+    return {"tail": ScaledTail(width), "layer_embeddings": LayerEmbeddings(rows_of_table, width)}
 
 
 def _layers(f: Fields, types: Sequence[str]) -> list[Overrides]:
@@ -275,13 +232,10 @@ def _layers(f: Fields, types: Sequence[str]) -> list[Overrides]:
     reading = f.integer("num_kv_shared_layers", low=0, high=2**10, default=0)
     first, d_ff = len(types) - reading, f.integer("intermediate_size")
     if reading and set(types[: max(first, 0)]) != set(types):
-        raise f.error(
-            "num_kv_shared_layers", "a layer of every type before the layers without keys", reading
-        )
-    handing = {}
-    if reading:
-        last = {kind: layer for layer, kind in enumerate(types[:first])}
-        handing = {layer: kind for kind, layer in last.items()}
+        expected = "a layer of every type before the layers without keys"
+        raise f.error("num_kv_shared_layers", expected, reading)
+    last = {kind: layer for layer, kind in enumerate(types[:first])}
+    handing = {layer: kind for kind, layer in last.items()} if reading else {}
     layers = []
     for layer, kind in enumerate(types):
         keys_as_values = f.flag("attention_k_eq_v") and kind == FULL
@@ -310,15 +264,7 @@ def _experts(f: Fields) -> dict[str, int]:
 
 
 def _features(f: Fields, kind: str, types: Sequence[str]) -> Overrides:
-    head_dim, kv_heads = _heads(f, kind, types)
-    heads = f.integer("num_attention_heads", high=2**16)
-    if heads % kv_heads:
-        raise f.error(f"key/value heads of {kind}", f"a divisor of num_attention_heads ({heads})", kv_heads)
-    return ("head_dim", head_dim), ("n_kv_heads", kv_heads), ("ropes", _ropes(f, kind, head_dim))
-
-
-def _heads(f: Fields, kind: str, types: Sequence[str]) -> tuple[int, int]:
-    """Returns head size and key/value heads of the layers of a type.
+    """Returns head size, key/value heads and RoPE of the layers of a type.
 
     Released files have fields for full layers (``global_head_dim``), files that transformers wrote
     list layers that differ (``per_layer_config``).
@@ -327,12 +273,14 @@ def _heads(f: Fields, kind: str, types: Sequence[str]) -> tuple[int, int]:
     heads = f.integer("num_attention_heads", high=2**16)
     kv_heads = f.integer("num_key_value_heads", high=2**16, default=heads)
     if f.get("per_layer_config") is not None:
-        return _listed_heads(f, kind, types, head_dim, kv_heads)
-    if kind == FULL:
+        head_dim, kv_heads = _listed_heads(f, kind, types, head_dim, kv_heads)
+    elif kind == FULL:
         head_dim = f.integer("global_head_dim", high=2**16)
         if f.flag("attention_k_eq_v"):
             kv_heads = f.integer("num_global_key_value_heads", high=2**16, default=kv_heads)
-    return head_dim, kv_heads
+    if heads % kv_heads:
+        raise f.error(f"key/value heads of {kind}", f"a divisor of num_attention_heads ({heads})", kv_heads)
+    return ("head_dim", head_dim), ("n_kv_heads", kv_heads), ("ropes", _ropes(f, kind, head_dim))
 
 
 def _listed_heads(
@@ -345,9 +293,8 @@ def _listed_heads(
         raise f.error("per_layer_config", f"layers from 0 to {len(types) - 1}", ", ".join(sorted(unknown)))
     entries = [listed.get(str(layer), {}) for layer, of_layer in enumerate(types) if of_layer == kind]
     if not isinstance(entries[0], dict) or any(entry != entries[0] for entry in entries):
-        raise f.error(
-            "per_layer_config", f"one JSON object for all layers of type {kind}", str(entries)[:60]
-        )
+        expected = f"one JSON object for all layers of type {kind}"
+        raise f.error("per_layer_config", expected, str(entries)[:60])
     entry = Fields(entries[0], {}, f"{f.where}: per_layer_config")
     for key in sorted(entries[0].keys() - {"head_dim", "num_key_value_heads"}):
         entry.refuse(key)
@@ -359,75 +306,61 @@ def _listed_heads(
 
 def _ropes(f: Fields, kind: str, head_dim: int) -> tuple[RopeSpec, ...]:
     parameters = f.mapping("rope_parameters")
-    unknown = parameters.keys() - _ROPES.keys()
-    if unknown:
-        raise f.error(
-            "rope_parameters",
-            f"one JSON object for {SLIDING} and one for {FULL}",
-            ", ".join(sorted(unknown)),
-        )
+    if unknown := parameters.keys() - _ROPES.keys():
+        expected = f"one JSON object for {SLIDING} and one for {FULL}"
+        raise f.error("rope_parameters", expected, ", ".join(sorted(unknown)))
     if parameters and kind not in parameters:
         raise f.error("rope_parameters", f"an entry for {kind}", ", ".join(parameters))
     specs, _ = read_ropes(f, head_dim, [kind], {} if parameters else _ROPES)
     if specs[0].kind not in _ROPE_TYPES:
-        raise f.error(
-            f"rope_parameters: {kind}: rope_type", f"one of {', '.join(_ROPE_TYPES)}", specs[0].kind
-        )
+        expected = f"one of {', '.join(_ROPE_TYPES)}"
+        raise f.error(f"rope_parameters: {kind}: rope_type", expected, specs[0].kind)
     return specs
 
 
-_TENSORS = (
-    *HF_ENDS,
-    *HF_FOUR_NORMS,
-    *HF_ATTENTION,
-    *HF_QK_NORMS,
-    *HF_FFN,
-    *hf_dense("mlp", "ffn/dense_ffn", GATED),
-    TensorRow(
-        "model.layers.{layer}.experts.gate_up_proj",
-        ("layers/ffn/experts_ffn/gate_proj/kernel", "layers/ffn/experts_ffn/up_proj/kernel"),
-        "transpose",
-    ),
-    TensorRow(
-        "model.layers.{layer}.experts.down_proj", ("layers/ffn/experts_ffn/down_proj/kernel",), "transpose"
-    ),
-    hf_kernel("router.proj", "ffn/experts_ffn/router"),
-    hf_row("router.scale", "ffn/router_norm/scale"),
-    hf_row("router.per_expert_scale", "ffn/experts_ffn/router/scale"),
-    *hf_norms(
-        {
-            "ffn/dense_norm": "post_feedforward_layernorm_1",
-            "ffn/experts_norm": "pre_feedforward_layernorm_2",
-            "ffn/experts_post_norm": "post_feedforward_layernorm_2",
-            "tail/norm": "post_per_layer_input_norm",
-        }
-    ),
-    hf_kernel("per_layer_input_gate", "tail/gate_proj"),
-    hf_kernel("per_layer_projection", "tail/down_proj"),
-    hf_row("layer_scalar", "tail/scale"),
-    TensorRow("model.embed_tokens_per_layer.weight", ("layer_embeddings/embedding",)),
-    TensorRow(
-        "model.per_layer_model_projection.weight", ("layer_embeddings/projection/kernel",), "transpose"
-    ),
-    TensorRow("model.per_layer_projection_norm.weight", ("layer_embeddings/norm/scale",)),
-)
 _COMMON: dict[str, Any] = {
-    "tensors": _TENSORS,
+    "tensors": (
+        *rows.hf(rows.FOUR_NORMS, rows.ATTENTION, rows.QK_NORMS, rows.FFN),
+        *rows.hf_modules({f"ffn/dense_ffn/{name}": f"mlp.{name}" for name in rows.GATED}),
+        rows.hf_row(
+            "experts.gate_up_proj",
+            "ffn/experts_ffn/gate_proj/kernel",
+            "ffn/experts_ffn/up_proj/kernel",
+            change="transpose",
+        ),
+        rows.hf_row("experts.down_proj", "ffn/experts_ffn/down_proj/kernel", change="transpose"),
+        rows.hf_row("router.scale", "ffn/router_norm/scale"),
+        rows.hf_row("router.per_expert_scale", "ffn/experts_ffn/router/scale"),
+        rows.hf_row("layer_scalar", "tail/scale"),
+        *rows.hf_modules(
+            {
+                "ffn/experts_ffn/router": "router.proj",
+                "ffn/dense_norm": "post_feedforward_layernorm_1",
+                "ffn/experts_norm": "pre_feedforward_layernorm_2",
+                "ffn/experts_post_norm": "post_feedforward_layernorm_2",
+                "tail/norm": "post_per_layer_input_norm",
+                "tail/gate_proj": "per_layer_input_gate",
+                "tail/down_proj": "per_layer_projection",
+            }
+        ),
+        rows.TensorRow("model.embed_tokens_per_layer.weight", ("layer_embeddings/embedding",)),
+        rows.TensorRow(
+            "model.per_layer_model_projection.weight", ("layer_embeddings/projection/kernel",), "transpose"
+        ),
+        rows.TensorRow("model.per_layer_projection_norm.weight", ("layer_embeddings/norm/scale",)),
+    ),
     "checks": ("use_bidirectional_attention",),
     # Towers of images and sounds.
     "ignored": (r"^model\.(audio_tower|embed_(vision|audio)|vision_embedder)\.",),
 }
-FAMILIES = (
-    GEMMA,
-    GEMMA2,
-    GEMMA3,
-    Family("gemma4_text", "Gemma4ForCausalLM", _gemma4, defaults=_GEMMA4, multimodal="gemma4", **_COMMON),
-    Family(
-        "gemma4_unified_text",
-        "Gemma4UnifiedForCausalLM",
-        _unified,
-        defaults=_UNIFIED,
-        multimodal="gemma4_unified",
-        **_COMMON,
-    ),
+GEMMA4 = Family(
+    "gemma4_text", "Gemma4ForCausalLM", _gemma4, defaults=_GEMMA4, multimodal="gemma4", **_COMMON
+)
+GEMMA4_UNIFIED = Family(
+    "gemma4_unified_text",
+    "Gemma4UnifiedForCausalLM",
+    _unified,
+    defaults=_UNIFIED,
+    multimodal="gemma4_unified",
+    **_COMMON,
 )

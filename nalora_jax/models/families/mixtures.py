@@ -2,65 +2,84 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.method.activations import clamped_swish
-from nalora_jax.models.config import ModelConfig
+from nalora_jax.models import readers
+from nalora_jax.models import tensor_rows as rows
 from nalora_jax.models.families.dense import QWEN
-from nalora_jax.models.family import (
-    GATED,
-    GGUF,
-    GGUF_ATTENTION,
-    GGUF_EXPERTS,
-    GGUF_PAIRED,
-    GGUF_PRE,
-    GGUF_QK,
-    HF_ATTENTION,
-    HF_DENSE_LAYERS,
-    HF_ENDS,
-    HF_PRE_NORMS,
-    HF_QK_NORMS,
-    HF_SINKS,
-    Family,
-    Metadata,
-    TensorRow,
-    gguf_ends,
-    gguf_norms,
-    hf_dense,
-    hf_experts,
-    hf_kernel,
-    hf_row,
-)
-from nalora_jax.models.moe import SharedExperts
-from nalora_jax.models.readers import (
-    Overrides,
-    attention_bias,
-    base_config,
-    expert_counts,
-    expert_fields,
-    fields_of_layers,
-    first_present,
-    layer_count,
-    optional_windows,
-    periodic,
-    same_window,
-    windows_of,
-)
+from nalora_jax.models.family import GGUF, Family, Features
+from nalora_jax.models.moe import Mixture, SharedExperts
+from nalora_jax.models.readers import Overrides, attention_bias
 from nalora_jax.models.routing import RouterSpec
+
+# ---------------------------------------------------------------- fields of experts
+
+
+def plain_mixture(normalize: bool = True) -> Mixture:
+    """Returns a mixture whose router is a softmax."""
+    return Mixture(RouterSpec(normalize=normalize))
+
+
+def expert_counts(f: Fields, *names: str, default: int | None = None) -> Features:
+    """Returns the number of experts, from the first of the fields ``names`` in the file, and of a token's."""
+    return {
+        "n_experts": f.integer(readers.first_present(f, *names), high=2**12, default=default),
+        "experts_per_token": f.integer("num_experts_per_tok", high=2**12),
+    }
+
+
+def dense_layer(f: Fields) -> Overrides:
+    """Returns the fields of a dense layer in a model with experts."""
+    return (
+        ("d_ff", f.integer("intermediate_size")),
+        ("n_experts", 0),
+        ("experts_per_token", 0),
+        ("ffn", None),
+    )
+
+
+def expert_fields(
+    f: Fields, counts: Features, ffn: Mixture | SharedExperts, dense: Sequence[bool]
+) -> tuple[Features, list[Overrides]]:
+    """Returns the fields of narrow experts, and of every layer: ``dense`` marks layers without experts."""
+    fields = counts | {"d_ff": f.integer("moe_intermediate_size"), "ffn": ffn}
+    return fields, [dense_layer(f) if is_dense else () for is_dense in dense]
+
+
+def qwen_experts(f: Fields, ffn: Mixture | SharedExperts) -> tuple[Features, list[Overrides]]:
+    """See `expert_fields`."""
+    n_layers, step = readers.layer_count(f), f.integer("decoder_sparse_step")
+    listed = f.get("mlp_only_layers") or []
+    if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < n_layers for i in listed):
+        raise f.error("mlp_only_layers", f"numbers of layers from 0 to {n_layers - 1}", repr(listed)[:60])
+    counts = expert_counts(f, "num_experts", "num_local_experts")
+    return expert_fields(f, counts, ffn, [i in listed or (i + 1) % step != 0 for i in range(n_layers)])
+
+
+def gated_shared_expert(f: Fields, *, normalize: bool) -> SharedExperts:
+    """Returns the experts of Qwen's families with a shared expert."""
+    width = f.integer("shared_expert_intermediate_size")
+    return SharedExperts(width, RouterSpec(normalize=normalize), gated=True)
+
 
 # ---------------------------------------------------------------- Mixtral
 
 
-def _mixtral(f: Fields, name: str) -> ModelConfig:
-    return base_config(f, name, windows=same_window(f), **expert_counts(f, "num_local_experts"))
+def _mixtral(f: Fields) -> Features:
+    counts = expert_counts(f, "num_local_experts")
+    return {"ffn": plain_mixture(), **counts, **readers.same_window(f)}
 
 
 MIXTRAL = Family(
     "mixtral",
     "MixtralForCausalLM",
     _mixtral,
-    (*HF_ENDS, *HF_PRE_NORMS, *HF_ATTENTION, *hf_experts("block_sparse_moe", ("w1", "w3", "w2"))),
+    (
+        *rows.hf(rows.PRE_NORMS, rows.ATTENTION),
+        *rows.hf_experts("block_sparse_moe", ("w1", "w3", "w2")),
+    ),
     {
         "num_key_value_heads": 8,
         "rms_norm_eps": 1e-5,
@@ -71,7 +90,7 @@ MIXTRAL = Family(
     },
     GGUF(
         "llama",
-        (*gguf_ends(), *gguf_norms(GGUF_PRE), *GGUF_PAIRED, *GGUF_EXPERTS),
+        rows.gguf(rows.GGUF_PRE, rows.GGUF_ATTENTION, rows.GGUF_EXPERTS, paired=True),
         lambda r: {
             "num_local_experts": r.get("expert_count", int),
             "num_experts_per_tok": r.get("expert_used_count", int),
@@ -85,23 +104,21 @@ MIXTRAL = Family(
 # ---------------------------------------------------------------- OLMoE
 
 
-def _olmoe(f: Fields, name: str) -> ModelConfig:
+def _olmoe(f: Fields) -> Features:
     f.refuse("clip_qkv")
-    return base_config(
-        f,
-        name,
-        qk_norm="projection",
-        norm_topk=f.flag("norm_topk_prob"),
+    return {
+        "qk_norm": "projection",
+        "ffn": plain_mixture(f.flag("norm_topk_prob")),
         **expert_counts(f, "num_experts", "num_local_experts"),
         **attention_bias(f),
-    )
+    }
 
 
 OLMOE = Family(
     "olmoe",
     "OlmoeForCausalLM",
     _olmoe,
-    (*HF_ENDS, *HF_PRE_NORMS, *HF_ATTENTION, *HF_QK_NORMS, *hf_experts("mlp")),
+    (*rows.hf(rows.PRE_NORMS, rows.ATTENTION, rows.QK_NORMS), *rows.hf_experts("mlp")),
     {
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
@@ -114,35 +131,13 @@ OLMOE = Family(
 # ---------------------------------------------------------------- Qwen2-MoE and Qwen3-MoE
 
 
-def qwen_experts(f: Fields) -> tuple[dict[str, Any], list[Overrides]]:
-    """See `expert_fields`."""
-    n_layers, step = layer_count(f), f.integer("decoder_sparse_step")
-    listed = f.get("mlp_only_layers") or []
-    if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < n_layers for i in listed):
-        raise f.error("mlp_only_layers", f"numbers of layers from 0 to {n_layers - 1}", repr(listed)[:60])
-    counts = expert_counts(f, "num_experts", "num_local_experts")
-    return expert_fields(f, counts, [i in listed or (i + 1) % step != 0 for i in range(n_layers)])
-
-
-def _qwen3_moe(f: Fields, name: str) -> ModelConfig:
-    experts, layers = qwen_experts(f)
-    return base_config(
-        f,
-        name,
-        windows=optional_windows(f, lambda _: True),
-        qk_norm="head",
-        norm_topk=f.flag("norm_topk_prob"),
-        **(experts | fields_of_layers(layers)),
-        **attention_bias(f),
-    )
-
-
-def _qwen3_moe_settings(r: Metadata) -> dict[str, Any]:
+def _qwen3_moe(f: Fields) -> Features:
+    experts, layers = qwen_experts(f, plain_mixture(f.flag("norm_topk_prob")))
     return {
-        "moe_intermediate_size": r.get("expert_feed_forward_length", int),
-        "num_experts": r.get("expert_count", int),
-        "num_experts_per_tok": r.get("expert_used_count", int),
-        "norm_topk_prob": True,  # not stored: llama.cpp always does
+        "qk_norm": "head",
+        **readers.optional_windows(f, lambda _: True),
+        **(experts | readers.fields_of_layers(layers)),
+        **attention_bias(f),
     }
 
 
@@ -150,7 +145,11 @@ QWEN3_MOE = Family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
     _qwen3_moe,
-    (*HF_ENDS, *HF_PRE_NORMS, *HF_ATTENTION, *HF_QK_NORMS, *hf_experts("mlp"), *HF_DENSE_LAYERS),
+    (
+        *rows.hf(rows.PRE_NORMS, rows.ATTENTION, rows.QK_NORMS),
+        *rows.hf_experts("mlp"),
+        *rows.HF_DENSE_LAYERS,
+    ),
     QWEN
     | {
         "num_key_value_heads": 4,
@@ -160,37 +159,38 @@ QWEN3_MOE = Family(
     },
     GGUF(
         "qwen3moe",
-        (*gguf_ends(), *gguf_norms(GGUF_PRE | GGUF_QK), *GGUF_ATTENTION, *GGUF_EXPERTS),
-        _qwen3_moe_settings,
+        rows.gguf(rows.GGUF_PRE, rows.GGUF_QK, rows.GGUF_ATTENTION, rows.GGUF_EXPERTS),
+        lambda r: {
+            "moe_intermediate_size": r.get("expert_feed_forward_length", int),
+            "num_experts": r.get("expert_count", int),
+            "num_experts_per_tok": r.get("expert_used_count", int),
+            "norm_topk_prob": True,  # not stored: llama.cpp always does
+        },
     ),
 )
 
 
-def _qwen2_moe(f: Fields, name: str) -> ModelConfig:
+def _qwen2_moe(f: Fields) -> Features:
     first = f.integer("max_window_layers", low=0)
-    router = RouterSpec(normalize=f.flag("norm_topk_prob"))
-    experts, layers = qwen_experts(f)
-    experts["ffn"] = SharedExperts(f.integer("shared_expert_intermediate_size"), router, gated=True)
-    return base_config(
-        f,
-        name,
-        windows=optional_windows(f, lambda i: i % 2 == 0 and i < first),
-        qkv_bias=f.flag("qkv_bias"),
-        **(experts | fields_of_layers(layers)),
-    )
+    experts, layers = qwen_experts(f, gated_shared_expert(f, normalize=f.flag("norm_topk_prob")))
+    return {
+        "qkv_bias": f.flag("qkv_bias"),
+        **readers.optional_windows(f, lambda i: i % 2 == 0 and i < first),
+        **(experts | readers.fields_of_layers(layers)),
+    }
 
 
 QWEN_SHARED = (
-    *hf_experts("mlp", GATED, "ffn/experts_ffn"),
-    *hf_dense("mlp.shared_expert", "ffn/shared_ffn", GATED),
-    hf_kernel("mlp.shared_expert_gate", "ffn/shared_gate"),
-    *HF_DENSE_LAYERS,
+    *rows.hf_experts("mlp", folder="ffn/experts_ffn"),
+    *rows.hf_modules({f"ffn/shared_ffn/{name}": f"mlp.shared_expert.{name}" for name in rows.GATED}),
+    *rows.hf_modules({"ffn/shared_gate": "mlp.shared_expert_gate"}),
+    *rows.HF_DENSE_LAYERS,
 )
 QWEN2_MOE = Family(
     "qwen2_moe",
     "Qwen2MoeForCausalLM",
     _qwen2_moe,
-    (*HF_ENDS, *HF_PRE_NORMS, *HF_ATTENTION, *QWEN_SHARED),
+    (*rows.hf(rows.PRE_NORMS, rows.ATTENTION), *QWEN_SHARED),
     QWEN
     | {
         "num_key_value_heads": 16,
@@ -206,22 +206,23 @@ QWEN2_MOE = Family(
 # ---------------------------------------------------------------- GLM-4.5 and GLM-4.6
 
 
-def _glm4_moe(f: Fields, name: str) -> ModelConfig:
-    mtp = f.integer(first_present(f, "num_nextn_predict_layers", "num_mtp_layers"), low=0, default=1)
+def _glm4_moe(f: Fields) -> Features:
+    mtp = f.integer(
+        readers.first_present(f, "num_nextn_predict_layers", "num_mtp_layers"), low=0, default=1
+    )
     if mtp > 1:  # `ignored` leaves out one layer
-        raise f.error(
-            "num_nextn_predict_layers", "0 or 1: a layer that predicts further tokens is not loaded", mtp
-        )
+        expected = "0 or 1: a layer that predicts further tokens is not loaded"
+        raise f.error("num_nextn_predict_layers", expected, mtp)
     first = f.integer("first_k_dense_replace", low=0, high=2**10)
     counts = expert_counts(f, "n_routed_experts", "num_local_experts")
     d_shared = f.integer("n_shared_experts", high=2**10) * f.integer("moe_intermediate_size")
-    features, layers = expert_fields(f, counts, [i < first for i in range(layer_count(f))])
-    features |= {
+    ffn = SharedExperts(d_shared, _sigmoid_router(f, **counts))
+    experts, layers = expert_fields(f, counts, ffn, [i < first for i in range(readers.layer_count(f))])
+    features = {
         "qkv_bias": f.flag("attention_bias"),
         "qk_norm": "head" if f.flag("use_qk_norm") else "",
-        "ffn": SharedExperts(d_shared, _sigmoid_router(f, **counts)),
     }
-    return base_config(f, name, **(features | fields_of_layers(layers)))
+    return features | experts | readers.fields_of_layers(layers)
 
 
 def _sigmoid_router(f: Fields, n_experts: int, experts_per_token: int) -> RouterSpec:
@@ -241,14 +242,11 @@ GLM4_MOE = Family(
     "Glm4MoeForCausalLM",
     _glm4_moe,
     (
-        *HF_ENDS,
-        *HF_PRE_NORMS,
-        *HF_ATTENTION,
-        *HF_QK_NORMS,
-        *hf_experts("mlp", folder="ffn/experts_ffn"),
-        hf_row("mlp.gate.e_score_correction_bias", "ffn/experts_ffn/router/correction"),
-        *hf_dense("mlp.shared_experts", "ffn/shared_ffn", GATED),
-        *HF_DENSE_LAYERS,
+        *rows.hf(rows.PRE_NORMS, rows.ATTENTION, rows.QK_NORMS),
+        *rows.hf_experts("mlp", folder="ffn/experts_ffn"),
+        rows.hf_row("mlp.gate.e_score_correction_bias", "ffn/experts_ffn/router/correction"),
+        *rows.hf_modules({f"ffn/shared_ffn/{name}": f"mlp.shared_experts.{name}" for name in rows.GATED}),
+        *rows.HF_DENSE_LAYERS,
     ),
     {
         "num_key_value_heads": 8,
@@ -272,49 +270,26 @@ GLM4_MOE = Family(
 #
 # Attention has a sink per head, biases and alternating windows. Experts and router have biases; the gate
 # is the clamped swish, and its factor is ``1 + clip(x W_up)``. The released files store the experts'
-# kernels in MXFP4 (`nalora_jax.weights.expert_tensors`).
-
-_GPT_OSS: dict[str, Any] = {
-    "head_dim": 64,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-5,
-    "sliding_window": 128,
-    "num_experts_per_tok": 4,
-    "swiglu_alpha": 1.702,
-    "swiglu_limit": 7.0,
-    "attention_bias": True,
-    "rope_theta": 150_000.0,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "factor": 32.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": False,
-        "original_max_position_embeddings": 4096,
-    },
-}
+# kernels in MXFP4 (`nalora_jax.weights.model_files`).
 
 
-def _gpt_oss(f: Fields, name: str) -> ModelConfig:
+def _gpt_oss(f: Fields) -> Features:
     _check_quantization(f)
     if f.text("hidden_act") != "silu":
-        raise f.error(
-            "hidden_act", "'silu': the gate follows from swiglu_alpha and swiglu_limit", f.get("hidden_act")
-        )
+        expected = "'silu': the gate follows from swiglu_alpha and swiglu_limit"
+        raise f.error("hidden_act", expected, f.get("hidden_act"))
     limit = f.number("swiglu_limit")
-    return base_config(
-        f,
-        name,
-        activation=clamped_swish(f.number("swiglu_alpha"), limit).name,
-        up_limit=limit,
-        attn_sinks=True,
-        ffn_bias=True,
-        router_bias=True,
-        windows=windows_of(f, periodic(f, 2)),
+    return {
+        "activation": clamped_swish(f.number("swiglu_alpha"), limit).name,
+        "up_limit": limit,
+        "attn_sinks": True,
+        "ffn_bias": True,
+        "router_bias": True,
+        "windows": readers.windows_of(f, readers.periodic(f, 2)),
+        "ffn": plain_mixture(),
         **expert_counts(f, "num_local_experts", "num_experts", default=128),
         **attention_bias(f),
-    )
+    }
 
 
 def _check_quantization(f: Fields) -> None:
@@ -322,18 +297,15 @@ def _check_quantization(f: Fields) -> None:
     stored = Fields(f.mapping("quantization_config"), {}, f"{f.where}: quantization_config")
     if not stored.raw:
         return
-    if stored.get("quant_method") != "mxfp4":
-        remedy = "load the unquantized model"
-        raise stored.error(
-            "quant_method", "'mxfp4', or no quantization_config", repr(stored.get("quant_method")), remedy
-        )
+    method, listed = stored.get("quant_method"), stored.get("modules_to_not_convert")
+    if method != "mxfp4":
+        expected, remedy = "'mxfp4', or no quantization_config", "load the unquantized model"
+        raise stored.error("quant_method", expected, repr(method), remedy)
     for key in sorted(stored.raw.keys() - {"quant_method", "modules_to_not_convert", "dequantize"}):
         stored.refuse(key)
-    listed = stored.get("modules_to_not_convert")
     if not isinstance(listed, list | None) or any("experts" in str(module) for module in listed or ()):
-        raise stored.error(
-            "modules_to_not_convert", "a list of modules other than the experts", repr(listed)[:60]
-        )
+        expected = "a list of modules other than the experts"
+        raise stored.error("modules_to_not_convert", expected, repr(listed)[:60])
 
 
 GPT_OSS = Family(
@@ -341,25 +313,40 @@ GPT_OSS = Family(
     "GptOssForCausalLM",
     _gpt_oss,
     (
-        *HF_ENDS,
-        *HF_PRE_NORMS,
-        *HF_ATTENTION,
-        HF_SINKS,
-        hf_kernel("mlp.router", "ffn/router"),
-        hf_row("mlp.router.bias", "ffn/router/bias"),
+        *rows.hf(rows.PRE_NORMS, rows.ATTENTION),
+        rows.HF_SINKS,
+        *rows.hf_modules({"ffn/router": "mlp.router"}),
         *(
-            TensorRow(
-                f"model.layers.{{layer}}.mlp.experts.gate_up_proj{theirs}",
-                (f"layers/ffn/gate_proj/{ours}", f"layers/ffn/up_proj/{ours}"),
-                "columns",
+            rows.hf_row(
+                f"mlp.experts.gate_up_proj{theirs}",
+                f"ffn/gate_proj/{ours}",
+                f"ffn/up_proj/{ours}",
+                change="columns",
             )
             for ours, theirs in {"kernel": "", "bias": "_bias"}.items()
         ),
-        hf_row("mlp.experts.down_proj", "ffn/down_proj/kernel"),
-        hf_row("mlp.experts.down_proj_bias", "ffn/down_proj/bias"),
+        rows.hf_row("mlp.experts.down_proj", "ffn/down_proj/kernel"),
+        rows.hf_row("mlp.experts.down_proj_bias", "ffn/down_proj/bias"),
     ),
-    _GPT_OSS,
+    {
+        "head_dim": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": 128,
+        "num_experts_per_tok": 4,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+        "attention_bias": True,
+        "rope_theta": 150_000.0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    },
     checks=("quantization_config",),
 )
-
-FAMILIES = (MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE, GLM4_MOE, GPT_OSS)

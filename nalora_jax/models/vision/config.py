@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+Shapes = dict[str, tuple[int, ...]]
 # How one feature vector is computed from a tower's sequence.
 Pooling = Literal["first", "last", "eos", "mean", "attention", "none"]
 Loss = Literal["softmax", "sigmoid"]  # that a pair was trained with
@@ -77,50 +78,30 @@ class EncoderConfig:
         """Patches along one side of the square that the position embeddings cover."""
         return self.image_size // self.patch_size
 
-    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+    def param_shapes(self) -> Shapes:
         """Returns the shape of every base parameter by path, layers stacked.
 
         Example (ViT): ``{"patches/kernel": (3 p p, D), "class_token": (D,), ..., "layers/ffn/in_proj/kernel": ...}``
         """
-        shapes = self._input_shapes()
-        shapes |= {
-            f"layers/{path}": (self.n_layers, *shape) for path, shape in self._layer_shapes().items()
-        }
-        return shapes | self._output_shapes()
-
-    def _input_shapes(self) -> dict[str, tuple[int, ...]]:
         d = self.d_model
-        shapes: dict[str, tuple[int, ...]] = {}
         if self.kind == "text":
-            shapes |= {
-                "tokens/embedding": (self.vocab_size, d),
-                "positions/embedding": (self.max_positions, d),
-            }
-            if self.token_types:
-                shapes["types/embedding"] = (self.token_types, d)
+            rows = {"tokens": self.vocab_size, "positions": self.max_positions, "types": self.token_types}
+            shapes: Shapes = {f"{name}/embedding": (n, d) for name, n in rows.items() if n}
         else:
-            shapes |= _dense("patches", (self.channels * self.patch_size**2, d), self.patch_bias)
+            shapes = _dense("patches", (self.channels * self.patch_size**2, d), self.patch_bias)
             if self.class_token:
                 shapes["class_token"] = (d,)
             shapes["positions/embedding"] = (self.grid**2 + self.class_token, d)
-        if self.embed_norm:
-            shapes |= _norm("embed_norm", d)
-        return shapes
-
-    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        d = self.d_model
-        shapes = _norm("attn_norm", d) | _norm("ffn_norm", d)
+        layer = _norm("attn_norm", d) | _norm("ffn_norm", d)
         if self.layer_scale:
-            shapes |= {"attn_scale": (d,), "ffn_scale": (d,)}
+            layer |= {"attn_scale": (d,), "ffn_scale": (d,)}
         for path, shape in self.projection_shapes().items():
             path = path.removeprefix("layers/")
             reads_input = path in ("attn/q_proj", "attn/k_proj", "attn/v_proj")
-            shapes |= _dense(path, shape, self.qkv_bias or not reads_input)
-        return shapes
-
-    def _output_shapes(self) -> dict[str, tuple[int, ...]]:
-        d = self.d_model
-        shapes: dict[str, tuple[int, ...]] = {}
+            layer |= _dense(path, shape, self.qkv_bias or not reads_input)
+        if self.embed_norm:
+            shapes |= _norm("embed_norm", d)
+        shapes |= {f"layers/{path}": (self.n_layers, *shape) for path, shape in layer.items()}
         if self.final_norm:
             shapes |= _norm("final_norm", d)
         if self.pooling == "attention":
@@ -135,20 +116,20 @@ class EncoderConfig:
             shapes |= _dense("projection", (d, self.d_out), self.projection_bias)
         return shapes
 
-    def projection_shapes(self) -> dict[str, tuple[int, ...]]:
+    def projection_shapes(self) -> Shapes:
         """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""
         d, f = self.d_model, self.d_ff
         *wide, last = ("gate_proj", "up_proj", "down_proj") if self.gated else ("in_proj", "out_proj")
-        shapes: dict[str, tuple[int, ...]] = {f"layers/attn/{name}_proj": (d, d) for name in "qkvo"}
+        shapes: Shapes = {f"layers/attn/{name}_proj": (d, d) for name in "qkvo"}
         shapes |= {f"layers/ffn/{name}": (d, f) for name in wide}
         return shapes | {f"layers/ffn/{last}": (f, d)}
 
 
-def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+def _norm(name: str, width: int) -> Shapes:
     return {f"{name}/scale": (width,), f"{name}/bias": (width,)}
 
 
-def _dense(name: str, shape: tuple[int, ...], bias: bool = True) -> dict[str, tuple[int, ...]]:
+def _dense(name: str, shape: tuple[int, ...], bias: bool = True) -> Shapes:
     shapes = {f"{name}/kernel": shape}
     if bias:
         shapes[f"{name}/bias"] = (*shape[:-2], shape[-1])
@@ -171,12 +152,12 @@ class DualConfig:
         """Both towers by the prefix of their parameters."""
         return {"image": self.image, "text": self.text}
 
-    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+    def param_shapes(self) -> Shapes:
         """Returns the shape of every base parameter by path.
 
         Paths are ``image/...``, ``text/...``, ``logit_scale`` and ``logit_bias``.
         """
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: Shapes = {}
         for name, tower in self.towers.items():
             shapes |= {f"{name}/{path}": shape for path, shape in tower.param_shapes().items()}
         shapes["logit_scale"] = ()
@@ -184,7 +165,7 @@ class DualConfig:
             shapes["logit_bias"] = ()
         return shapes
 
-    def projection_shapes(self) -> dict[str, tuple[int, ...]]:
+    def projection_shapes(self) -> Shapes:
         """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""
         return {
             f"{name}/{path}": shape
@@ -196,7 +177,7 @@ class DualConfig:
         """Returns the number of stacked layers by path of `projection_shapes`."""
         return {path: self.towers[path.partition("/")[0]].n_layers for path in self.projection_shapes()}
 
-    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+    def trained_shapes(self) -> Shapes:
         """Returns the shape of every base parameter that is trained entirely, by path."""
         return {
             path: shape
@@ -237,52 +218,43 @@ class Sight:
         """The tower as it is used: without layers after the features and without pooling."""
         return replace(self.tower, n_layers=self.used_layers, final_norm=self.final_norm, pooling="none")
 
-    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+    def param_shapes(self) -> Shapes:
         """Returns the shape of every parameter by path.
 
         Paths are ``image/...``, ``projector/...`` and, for weights that are not used,
         ``unused/...``.
         """
-        run, of_tower = self.running.param_shapes(), self.tower.param_shapes()
-        shapes = {f"image/{path}": shape for path, shape in run.items()} | self._projector_shapes()
-        for path, shape in of_tower.items():
+        run, wide = self.running.param_shapes(), self.tower.d_model
+        shapes = {f"image/{path}": shape for path, shape in run.items()}
+        if self.projector == "pooled":
+            shapes |= {"projector/norm/scale": (wide,), "projector/projection/kernel": (wide, self.d_model)}
+        for path, shape in self._mlp().items():
+            shapes |= _dense(path, (1, *shape), self.bias)
+        for path, shape in self.tower.param_shapes().items():
             if path not in run:
                 shapes[f"{UNUSED}/{path}"] = shape
             elif shape != run[path]:
                 shapes[f"{UNUSED}/{path}"] = (shape[0] - self.used_layers, *shape[1:])
         return shapes
 
-    def _projector_shapes(self) -> dict[str, tuple[int, ...]]:
-        wide, d = self.tower.d_model, self.d_model
-        if self.projector == "pooled":
-            return {"projector/norm/scale": (wide,), "projector/projection/kernel": (wide, d)}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path, shape in self._mlp().items():
-            shapes |= _dense(path, (1, *shape), self.bias)
-        return shapes
-
-    def _mlp(self) -> dict[str, tuple[int, ...]]:
+    def _mlp(self) -> Shapes:
         if self.projector != "mlp":
             return {}
         wide, d = self.tower.d_model, self.d_model
         return {"projector/ffn/in_proj": (wide, d), "projector/ffn/out_proj": (d, d)}
 
-    def projection_shapes(self) -> dict[str, tuple[int, ...]]:
+    def projection_shapes(self) -> Shapes:
         """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""
-        return {
-            f"image/{path}": shape for path, shape in self.running.projection_shapes().items()
-        } | self._mlp()
+        of_tower = self.running.projection_shapes()
+        return {f"image/{path}": shape for path, shape in of_tower.items()} | self._mlp()
 
     def depths(self) -> dict[str, int]:
         """Returns the number of stacked layers by path of `projection_shapes`."""
-        of_tower = dict.fromkeys(self.projection_shapes(), self.used_layers)
-        return of_tower | dict.fromkeys(self._mlp(), 1)
+        return dict.fromkeys(self.projection_shapes(), self.used_layers) | dict.fromkeys(self._mlp(), 1)
 
     def gate_blocks(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the FFN blocks; see `nalora_jax.models.stacks.gate_blocks`."""
-        blocks: dict[str, tuple[tuple[int, ...], str]] = {
-            "image/layers/ffn": ((self.used_layers, self.tower.d_ff), self.tower.activation)
-        }
+        blocks = {"image/layers/ffn": ((self.used_layers, self.tower.d_ff), self.tower.activation)}
         if self.projector == "mlp":
             blocks["projector/ffn"] = ((1, self.d_model), self.activation)
-        return blocks
+        return {**blocks}

@@ -13,11 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.method.ffn import Adapters, SelfGatedFFN
+from nalora_jax.method.ffn import SelfGatedFFN
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.parts import RMSNorm
+from nalora_jax.models.parts import RMSNorm, layer_scales, part_adapters
 from nalora_jax.models.remat import stacked
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import Sight
@@ -102,10 +102,8 @@ class Projector(nn.Module):
             x = pooled_patches(x.astype(jnp.float32), s.tokens)
             x = RMSNorm(s.tower.norm_eps, 1.0, name="norm")(x)
             return PlainDense(s.d_model, False, self.numerics, name="projection")(x)
-        spec = tower_adapters(self.adapters, "projector")
-        ranks = tuple((path.removeprefix("ffn/"), target.rank) for path, target in spec.targets)
-        scales = {name: jnp.asarray(spec.scales(f"ffn/{name}")) for name, _ in ranks}
-        adapters = Adapters(ranks, dora=spec.dora, dropout=spec.dropout)
+        adapters = part_adapters(self.adapters, "projector/ffn")
+        scales = layer_scales(self.adapters, "projector").get("ffn", {})
         shape = (s.d_model, s.d_model, s.activation, adapters, s.bias)
         layers = stacked(_ProjectorLayer, "none", 1)(
             *shape, self.numerics, self.stats, deterministic, name="ffn"

@@ -79,11 +79,8 @@ class DualEncoder(nn.Module):
         return jnp.exp(self._scalar("logit_scale")), self._scalar("logit_bias")
 
     def _scalar(self, name: str) -> jax.Array:
-        for collection in ("lora", "params"):
-            if self.has_variable(collection, name):
-                value: jax.Array = self.get_variable(collection, name)
-                return value.astype(jnp.float32)
-        return jnp.zeros((), jnp.float32)
+        value: jax.Array = self.get_variable("lora", name, self.get_variable("params", name, jnp.zeros(())))
+        return value.astype(jnp.float32)
 
 
 def normalised(x: jax.Array) -> jax.Array:
@@ -110,27 +107,22 @@ def init_params(
 
     They serve tests, benchmarks, and projections that are trained from scratch.
     """
-    return unflatten(
-        {
-            path: _random(path, shape, jax.random.fold_in(key, i), config).astype(dtype)
-            for i, (path, shape) in enumerate(config.param_shapes().items())
-        }
-    )
-
-
-def _random(
-    path: str, shape: tuple[int, ...], key: jax.Array, config: DualConfig | EncoderConfig
-) -> jax.Array:
-    noise = jax.random.normal(key, shape, jnp.float32)
-    if path == "logit_scale":
-        return jnp.asarray(_START[config.loss if isinstance(config, DualConfig) else "softmax"])
-    if path == "logit_bias":
-        return jnp.asarray(_START_BIAS)
-    if path.endswith(("/kernel",)):
-        return noise / math.sqrt(shape[-2])
-    if path.endswith(("norm/scale", "_scale")):
-        return 1.0 + 0.1 * noise
-    return 0.02 * noise
+    leaves = {}
+    for i, (path, shape) in enumerate(config.param_shapes().items()):
+        leaf = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+        if path == "logit_scale":
+            assert isinstance(config, DualConfig)
+            leaf = jnp.asarray(_START[config.loss])
+        elif path == "logit_bias":
+            leaf = jnp.asarray(_START_BIAS)
+        elif path.endswith("/kernel"):
+            leaf = leaf / math.sqrt(shape[-2])
+        elif path.endswith(("norm/scale", "_scale")):
+            leaf = 1.0 + 0.1 * leaf
+        else:
+            leaf = 0.02 * leaf
+        leaves[path] = leaf.astype(dtype)
+    return unflatten(leaves)
 
 
 def init_lora(

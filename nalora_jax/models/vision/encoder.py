@@ -22,7 +22,7 @@ from nalora_jax.method.ffn import GatedFFN, SelfGatedFFN, frozen_kernel
 from nalora_jax.method.low_rank import adapted_dense, parallel_dense
 from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.embedding import Embedding
-from nalora_jax.models.parts import constrain, part_adapters
+from nalora_jax.models.parts import constrain, layer_scales, part_adapters
 from nalora_jax.models.remat import stacked
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import EncoderConfig
@@ -100,7 +100,7 @@ class Encoder(nn.Module):
         options = self.numerics, self.stats or GateStatsConfig(), self.activation_sharding
         block = stacked(EncoderBlock, self.remat, c.n_layers)
         layers = block(c, self.adapters, *options, name="layers")
-        x, _ = layers(x, _layer_scales(self.adapters), shared)
+        x, _ = layers(x, layer_scales(self.adapters, "layers"), shared)
         if c.final_norm:
             x = LayerNorm(c.norm_eps, name="final_norm")(x)
         if not pooled:
@@ -182,15 +182,6 @@ def patchify(pixels: jax.Array, patch: int) -> jax.Array:
     return x.reshape(batch, rows * columns, patch * patch * channels)
 
 
-def _layer_scales(adapters: AdapterSpec) -> dict[str, dict[str, jax.Array]]:
-    """Returns the adapters' scales by block and projection, each ``[layers]``, to be scanned."""
-    scales: dict[str, dict[str, jax.Array]] = {}
-    for path, _ in adapters.targets:
-        _, block, name = path.split("/")
-        scales.setdefault(block, {})[name] = jnp.asarray(adapters.scales(path))
-    return scales
-
-
 class LayerNorm(nn.Module):
     """A frozen layer norm over the last axis, in float32."""
 
@@ -218,11 +209,11 @@ class PlainDense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns ``[..., features]`` of ``[..., d_in]``."""
-        kernel = frozen_kernel(self, (x.shape[-1], self.features))
-        if self.has_variable("lora", "kernel"):
-            y = jnp.dot(x.astype(jnp.float32), self.get_variable("lora", "kernel"))
-        else:
-            y = matmul(x, kernel, self.numerics)
+        kernel, trained = (
+            frozen_kernel(self, (x.shape[-1], self.features)),
+            self.get_variable("lora", "kernel"),
+        )
+        y = matmul(x, kernel, self.numerics) if trained is None else jnp.dot(x.astype(jnp.float32), trained)
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
@@ -282,7 +273,7 @@ class EncoderAttention(nn.Module):
         adapters = part_adapters(self.adapters, "layers/attn")
         options = {"deterministic": shared.deterministic}
         q, k, v, o = (
-            adapters.dense(f"{name}_proj", d, d, scales, n, bias=name == "o" or c.qkv_bias, **options)
+            adapters.dense(f"{name}_proj", d, d, scales, bias=name == "o" or c.qkv_bias, **options)
             for name in "qkvo"
         )
         if x is source:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import activation_name
+from nalora_jax.models.readers import activation_name
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Loss, Sight
 
 if TYPE_CHECKING:
-    from nalora_jax.models.config import ModelConfig
     from nalora_jax.models.family import SightReader
+
+
+_COMPOSED = "vision-text-dual-encoder"  # of separately trained towers
 
 
 def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
@@ -25,48 +27,29 @@ def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
         implemented.
     """
     name = raw.get("model_type")
-    if name == "vision-text-dual-encoder":
-        return _composed(Fields(raw, {"projection_dim": 512}, where))
     if not isinstance(name, str) or name not in DUAL:
         raise NaloraError(f"{where}: model_type", expected=f"one of {', '.join(DUAL)}", found=repr(name))
-    f = Fields(raw, {"projection_dim": 512}, where)
-    image, text = (
-        read_encoder(
-            f.mapping(f"{tower}_config") | {"model_type": f"{name}_{tower}_model"},
-            f"{where}: {tower}_config",
-        )
-        for tower in ("vision", "text")
-    )
-    if name == "clip":
-        width = f.integer("projection_dim")
-        return DualConfig(name, replace(image, d_out=width), replace(text, d_out=width))
-    if image.features != text.features:
-        raise NaloraError(
-            f"{where}: text_config: projection_size",
-            expected=f"{image.features}, as of images",
-            found=text.features,
-        )
-    return DualConfig(name, image, text, loss="sigmoid")
-
-
-def _composed(f: Fields) -> DualConfig:
-    """Returns a pair of separately trained towers with projections.
-
-    This is transformers' VisionTextDualEncoderModel.
-    """
-    towers = []
-    for kind, field in (("image", "vision_config"), ("text", "text_config")):
-        tower = read_encoder(f.mapping(field), f"{f.where}: {field}")
+    f, towers = Fields(raw, {"projection_dim": 512}, where), []
+    for kind, field in (("image", "vision"), ("text", "text")):
+        settings = f.mapping(f"{field}_config")
+        if name != _COMPOSED:
+            settings |= {"model_type": f"{name}_{field}_model"}
+        tower = read_encoder(settings, f"{where}: {field}_config")
         if tower.kind != kind:
-            raise f.error(f"{field}: model_type", f"an {kind} encoder", tower.model_type)
+            raise f.error(f"{field}_config: model_type", f"an {kind} encoder", tower.model_type)
         towers.append(tower)
-    width = f.integer("projection_dim")
-    # That model projects the towers' pooled outputs, which for BERT and ViT include their dense
-    # layers.
-    pooler: dict[str, Any] = {"pooling": "first", "pooler": "tanh"}
-    pooled = dict.fromkeys(("bert", "vit"), pooler)
-    image, text = (replace(tower, d_out=width, **pooled.get(tower.model_type, {})) for tower in towers)
-    return DualConfig("vision-text-dual-encoder", image, text)
+    if name in ("clip", _COMPOSED):
+        # transformers' VisionTextDualEncoderModel projects the towers' pooled outputs, which for BERT and ViT
+        # include their dense layers.
+        pooler: dict[str, Any] = {"pooling": "first", "pooler": "tanh"}
+        pooled, width = dict.fromkeys(("bert", "vit"), pooler), f.integer("projection_dim")
+        image, text = (replace(tower, d_out=width, **pooled.get(tower.model_type, {})) for tower in towers)
+        return DualConfig(name, image, text)
+    image, text = towers
+    if image.features != text.features:
+        expected = f"{image.features}, as of images"
+        raise f.error("text_config: projection_size", expected, text.features)
+    return DualConfig(name, image, text, loss="sigmoid")
 
 
 def compose(image: EncoderConfig, text: EncoderConfig, d_out: int, loss: Loss = "softmax") -> DualConfig:
@@ -80,16 +63,10 @@ def compose(image: EncoderConfig, text: EncoderConfig, d_out: int, loss: Loss = 
     for name, tower in (("image", image), ("text", text)):
         if tower.kind != name:
             raise NaloraError(f"{name} tower", expected=f"an encoder of {name}", found=tower.model_type)
-    trained = ["image/projection", "text/projection", "logit_scale"]
-    if loss == "sigmoid":
-        trained.append("logit_bias")
-    return DualConfig(
-        "vision-text-dual-encoder",
-        replace(image, d_out=d_out, projection_bias=False),
-        replace(text, d_out=d_out, projection_bias=False),
-        loss=loss,
-        trained=tuple(trained),
-    )
+    image, text = (replace(tower, d_out=d_out, projection_bias=False) for tower in (image, text))
+    biases = ("logit_bias",) if loss == "sigmoid" else ()
+    trained = ("image/projection", "text/projection", "logit_scale", *biases)
+    return DualConfig(_COMPOSED, image, text, loss, trained)
 
 
 def read_encoder(raw: Mapping[str, Any], where: str = "config.json") -> EncoderConfig:
@@ -103,12 +80,22 @@ def read_encoder(raw: Mapping[str, Any], where: str = "config.json") -> EncoderC
         raise NaloraError(
             f"{where}: model_type", expected=f"one of {', '.join(ENCODERS)}", found=repr(name)
         )
-    reader, defaults = ENCODERS[name]
-    fields = Fields(raw, defaults, where)
-    fields.refuse("quantization_config", "load the unquantized model")
-    config: EncoderConfig = reader(fields, name)
+    features, defaults = ENCODERS[name]
+    f = Fields(raw, defaults, where)
+    f.refuse("quantization_config", "load the unquantized model")
+    values = features(f)
+    config = EncoderConfig(
+        model_type=name,
+        d_model=f.integer("hidden_size"),
+        n_layers=f.integer("num_hidden_layers", high=2**10),
+        n_heads=f.integer("num_attention_heads", high=2**16),
+        norm_eps=f.number("layer_norm_eps", zero=True),
+        d_ff=values.pop("d_ff", 0) or f.integer("intermediate_size"),
+        activation=values.pop("activation", "") or activation_name(f, "hidden_act"),
+        **values,
+    )
     if config.d_model % config.n_heads:
-        raise fields.error(
+        raise f.error(
             "hidden_size", f"a multiple of num_attention_heads ({config.n_heads})", config.d_model
         )
     return config
@@ -117,23 +104,12 @@ def read_encoder(raw: Mapping[str, Any], where: str = "config.json") -> EncoderC
 # ---------------------------------------------------------------- families
 
 
-def _base(f: Fields, name: str, **features: Any) -> EncoderConfig:
-    values: dict[str, Any] = {
-        "model_type": name,
-        "d_model": f.integer("hidden_size"),
-        "n_layers": f.integer("num_hidden_layers", high=2**10),
-        "n_heads": f.integer("num_attention_heads", high=2**16),
-        "norm_eps": f.number("layer_norm_eps", zero=True),
-    }
-    if "d_ff" not in features:
-        values["d_ff"] = f.integer("intermediate_size")
-    if "activation" not in features:
-        values["activation"] = activation_name(f, "hidden_act")
-    return EncoderConfig(**(values | features))
-
-
 def _text(f: Fields) -> dict[str, Any]:
-    return {"vocab_size": f.integer("vocab_size"), "max_positions": f.integer("max_position_embeddings")}
+    return {
+        "vocab_size": f.integer("vocab_size"),
+        "max_positions": f.integer("max_position_embeddings"),
+        "pad_id": f.integer("pad_token_id", low=0),
+    }
 
 
 def _image(f: Fields) -> dict[str, Any]:
@@ -151,82 +127,54 @@ def _side(f: Fields, name: str) -> int:
     return f.integer(name, high=2**14)
 
 
-def _clip_text(f: Fields, name: str) -> EncoderConfig:
+def _clip_text(f: Fields) -> dict[str, Any]:
     eos = f.integer("eos_token_id", low=0)
-    return _base(f, name, **_text(f), pooling="eos", eos_id=eos, causal=True, pad_id=_pad(f))
+    return {"pooling": "eos", "eos_id": eos, "causal": True, **_text(f)}
 
 
-def _pad(f: Fields) -> int:
-    return f.integer("pad_token_id", low=0)
-
-
-def _clip_vision(f: Fields, name: str) -> EncoderConfig:
-    return _base(f, name, **_image(f), pooling="first", class_token=True, embed_norm=True)
-
-
-def _siglip_text(f: Fields, name: str) -> EncoderConfig:
+def _siglip_text(f: Fields) -> dict[str, Any]:
     width = f.integer("projection_size", default=f.integer("hidden_size"))
-    return _base(f, name, **_text(f), pooling="last", d_out=width, projection_bias=True, pad_id=_pad(f))
+    return {"pooling": "last", "d_out": width, "projection_bias": True, **_text(f)}
 
 
-def _siglip_vision(f: Fields, name: str) -> EncoderConfig:
+def _siglip_vision(f: Fields) -> dict[str, Any]:
     if f.get("vision_use_head") is False:
         raise f.error("vision_use_head", "true: its pooling head makes the features", "false")
-    return _base(f, name, **_image(f), pooling="attention", patch_bias=True)
+    return {"pooling": "attention", "patch_bias": True, **_image(f)}
 
 
-def _siglip2_vision(f: Fields, name: str) -> EncoderConfig:
+def _siglip2_vision(f: Fields) -> dict[str, Any]:
     patches, patch = f.integer("num_patches"), _side(f, "patch_size")
     side = math.isqrt(patches)
     if side * side != patches:
         raise f.error("num_patches", "a square number", patches)
     size = {"image_size": side * patch, "patch_size": patch, "channels": f.integer("num_channels", high=64)}
-    return _base(f, name, **size, pooling="attention", patch_bias=True, any_shape=True)
+    return {"pooling": "attention", "patch_bias": True, "any_shape": True, **size}
 
 
-def _vit(f: Fields, name: str) -> EncoderConfig:
-    features = {"pooling": "first", "class_token": True, "patch_bias": True}
-    return _base(f, name, **_image(f), **features, qkv_bias=f.get("qkv_bias") is not False)
+def _vit(f: Fields) -> dict[str, Any]:
+    traits = {"pooling": "first", "class_token": True, "patch_bias": True}
+    return {**traits, "qkv_bias": f.get("qkv_bias") is not False, **_image(f)}
 
 
-def _dinov2(f: Fields, name: str) -> EncoderConfig:
+def _dinov2(f: Fields) -> dict[str, Any]:
     d_model = f.integer("hidden_size")
     d_ff, gated = int(d_model * f.number("mlp_ratio")), f.flag("use_swiglu_ffn")
+    features = _vit(f) | {"layer_scale": True, "gated": gated, "d_ff": d_ff}
     if gated:
         # Two thirds, rounded up to a multiple of 8: as many parameters as an ungated block.
-        d_ff = (int(d_ff * 2 / 3) + 7) // 8 * 8
-    return _base(
-        f,
-        name,
-        **_image(f),
-        pooling="first",
-        class_token=True,
-        patch_bias=True,
-        layer_scale=True,
-        gated=gated,
-        d_ff=d_ff,
-        activation="silu" if gated else activation_name(f, "hidden_act"),
-        qkv_bias=f.get("qkv_bias") is not False,
-    )
+        features |= {"d_ff": (int(d_ff * 2 / 3) + 7) // 8 * 8, "activation": "silu"}
+    return features
 
 
-def _bert(f: Fields, name: str) -> EncoderConfig:
+def _bert(f: Fields) -> dict[str, Any]:
     for feature in ("is_decoder", "add_cross_attention"):
         f.refuse(feature)
     kind = f.get("position_embedding_type")
     if kind not in (None, "absolute"):
         raise f.error("position_embedding_type", "'absolute'", repr(kind))
-    return _base(
-        f,
-        name,
-        **_text(f),
-        token_types=f.integer("type_vocab_size"),
-        pooling="mean",
-        embed_norm=True,
-        pre_norm=False,
-        final_norm=False,
-        pad_id=_pad(f),
-    )
+    norms = {"embed_norm": True, "pre_norm": False, "final_norm": False}
+    return {"token_types": f.integer("type_vocab_size"), "pooling": "mean", **norms, **_text(f)}
 
 
 _SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -244,10 +192,12 @@ _SIGLIP_TEXT = {"vocab_size": 32000, "max_position_embeddings": 64, "pad_token_i
 _GELU = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
 _BERT = {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 0}
 
-Reader = Callable[[Fields, str], EncoderConfig]
-# By ``model_type``: the reader, and transformers' defaults of missing fields.
-ENCODERS: dict[str, tuple[Reader, dict[str, Any]]] = {
-    "clip_vision_model": (_clip_vision, _SIZES | _PIXELS | _CLIP | {"patch_size": 32}),
+# By ``model_type``: the fields that differ, and transformers' defaults of missing fields.
+ENCODERS: dict[str, tuple[Callable[[Fields], dict[str, Any]], dict[str, Any]]] = {
+    "clip_vision_model": (
+        lambda f: {"pooling": "first", "class_token": True, "embed_norm": True, **_image(f)},
+        _SIZES | _PIXELS | _CLIP | {"patch_size": 32},
+    ),
     "clip_text_model": (_clip_text, _SIZES | _CLIP | _CLIP_TEXT | _CLIP_IDS),
     "siglip_vision_model": (_siglip_vision, _SIZES | _PIXELS | _SIGLIP),
     "siglip_text_model": (_siglip_text, _SIZES | _SIGLIP | _SIGLIP_TEXT),
@@ -260,7 +210,7 @@ ENCODERS: dict[str, tuple[Reader, dict[str, Any]]] = {
     ),
     "bert": (_bert, _SIZES | _GELU | _BERT),
 }
-DUAL = ("clip", "siglip", "siglip2", "vision-text-dual-encoder")
+DUAL = ("clip", "siglip", "siglip2", _COMPOSED)
 
 
 # ---------------------------------------------------------------- image towers of decoders
@@ -284,7 +234,7 @@ def _image_token(f: Fields) -> int:
     return f.integer(name, low=0)
 
 
-def _llava(f: Fields, text: ModelConfig) -> Sight:
+def _llava(f: Fields, d_model: int) -> Sight:
     tower = _tower(f, _CLIP_LARGE)
     layer = f.get("vision_feature_layer")
     if isinstance(layer, list) and len(layer) == 1:
@@ -311,7 +261,7 @@ def _llava(f: Fields, text: ModelConfig) -> Sight:
         used_layers=used,
         final_norm=False,
         drop_first=drop,
-        d_model=text.d_model,
+        d_model=d_model,
         tokens=tower.grid**2 + (tower.class_token and not drop),
         image_token=_image_token(f),
         projector="mlp",
@@ -320,7 +270,7 @@ def _llava(f: Fields, text: ModelConfig) -> Sight:
     )
 
 
-def _gemma3(f: Fields, text: ModelConfig) -> Sight:
+def _gemma3(f: Fields, d_model: int) -> Sight:
     tower = _tower(f, _SIGLIP_SO400M)
     tokens = f.integer("mm_tokens_per_image", high=2**20)
     side = math.isqrt(tokens)
@@ -334,7 +284,7 @@ def _gemma3(f: Fields, text: ModelConfig) -> Sight:
         used_layers=tower.n_layers,
         final_norm=True,
         drop_first=False,
-        d_model=text.d_model,
+        d_model=d_model,
         tokens=tokens,
         image_token=_image_token(f),
         projector="pooled",

@@ -264,7 +264,7 @@ def assemble_dual(
     if (shards := distributed.context_size(mesh)) > 1:
         raise context_error(shards, "encoders of images and texts")
     for tower in base.towers.values():
-        distributed.check_heads(mesh, n_heads=tower.n_heads, n_kv_heads=tower.n_heads)
+        distributed.check_heads(mesh.shape["tensor"], n_heads=tower.n_heads, n_kv_heads=tower.n_heads)
     if config.lora.init != "default":
         expected = "default for image and text encoders"
         raise NaloraError("--lora.init", expected=expected, found=config.lora.init)

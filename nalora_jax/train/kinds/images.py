@@ -48,7 +48,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     assert tokens is not None
     assert files.processor is not None
     data, max_pixels = inputs.data, config.vision.max_pixels
-    images = row_images(train, data.store, data.pattern, tokens, files.processor, max_pixels)
+    images = row_images(train, data, tokens, files.processor, max_pixels)
     return replace(inputs, data=replace(data, images=images), in_turns=True)
 
 

@@ -53,7 +53,7 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     turns = in_turns(train.read([0])[0], config.data, preference.chosen_field)
     shape = stream_shape(config) | {"context": context}
     data = pair_data(train, config.data, preference, tokenizer, **shape)
-    longest = int(data.store.lengths.max())
+    longest = int(data.store.lengths().max())
     if longest > context:
         raise NaloraError(
             "training data",

@@ -345,11 +345,8 @@ class RolloutStep:
 
     def _rows(self, whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns this process's rows ``[accumulate, rows, ...]``."""
-        stream = self._data
-        micro = {
-            name: value.reshape(stream.accumulate, -1, *value.shape[1:]) for name, value in whole.items()
-        }
-        return {name: value[:, list(stream.rows)] for name, value in micro.items()}
+        accumulate, rows = self._data.accumulate, list(self._data.rows)
+        return {n: v.reshape(accumulate, -1, *v.shape[1:])[:, rows] for n, v in whole.items()}
 
     def _by_training_program(
         self, params: Any, state: TrainState, whole: Mapping[str, np.ndarray], *, of_base: bool
@@ -370,11 +367,8 @@ class RolloutStep:
         rl, tokenizer = self._config.rl, self._sampler.tokenizer
         with self._file.open("a", encoding="utf-8") as file:
             for row in range(min(_SHOWN, len(prompts))):
-                tokens, rewards = (
-                    samples.tokens[row * rl.samples],
-                    samples.rewards[row * rl.samples].tolist(),
-                )
-                known = [None if math.isnan(reward) else reward for reward in rewards]
+                tokens, rewards = (x[row * rl.samples] for x in (samples.tokens, samples.rewards))
+                known = [None if math.isnan(reward) else reward for reward in rewards.tolist()]
                 shown = {
                     "step": step,
                     "prompt": prompts[row].text,
@@ -412,29 +406,30 @@ class EarlyWarnings:
         now = {name: float(figures[name]) for name in names}
         first = self._first = self._first or now
         self._alike.append(now["groups_alike"] == 1)
-        if len(self._alike) == _PATIENCE and all(self._alike):
-            self._once(
-                "the rewards of each group were all equal in %d steps: nothing is learned; look at %s, take easier or "
-                "harder prompts, or more --rl.samples",
-                *(_PATIENCE, ROLLOUTS),
-            )
-        if now["length"] > max(2 * first["length"], 0.8 * self._limit):
-            text_of = "samples have grown from %.0f to %.0f tokens, of at most %d"
-            self._once(text_of, first["length"], now["length"], self._limit)
-        if now["entropy"] < 0.1 * first["entropy"]:
-            text_of = "the entropy of the policy fell from %.3f to %.3f: samples hardly differ; lower the learning rate"
-            self._once(text_of, first["entropy"], now["entropy"])
-        if now["mismatch_bound"] > _MISMATCH:
-            self._once(
-                "generator and training program differ by %.2f in the probabilities of a token, more than %g: "
-                "train with --compute.dtype float32",
-                *(now["mismatch_bound"], _MISMATCH),
-            )
-
-    def _once(self, message: str, *values: Any) -> None:
-        if message not in self._logged:
-            self._logged.add(message)
-            log.warning(message, *values)
+        texts = {
+            "the rewards of each group were all equal in %d steps: nothing is learned; look at %s, take easier or "
+            "harder prompts, or more --rl.samples": (
+                len(self._alike) == _PATIENCE and all(self._alike),
+                (_PATIENCE, ROLLOUTS),
+            ),
+            "samples have grown from %.0f to %.0f tokens, of at most %d": (
+                now["length"] > max(2 * first["length"], 0.8 * self._limit),
+                (first["length"], now["length"], self._limit),
+            ),
+            "the entropy of the policy fell from %.3f to %.3f: samples hardly differ; lower the learning rate": (
+                now["entropy"] < 0.1 * first["entropy"],
+                (first["entropy"], now["entropy"]),
+            ),
+            "generator and training program differ by %.2f in the probabilities of a token, more than %g: "
+            "train with --compute.dtype float32": (
+                now["mismatch_bound"] > _MISMATCH,
+                (now["mismatch_bound"], _MISMATCH),
+            ),
+        }
+        for text_of, (applies, values) in texts.items():
+            if applies and text_of not in self._logged:
+                self._logged.add(text_of)
+                log.warning(text_of, *values)
 
 
 def _is_flat(rewards: np.ndarray, samples: int) -> np.ndarray:
@@ -492,17 +487,10 @@ class RewardEvaluator(Evaluator):
         answers = generator.generate([p.ids for p in prompts], max_new_tokens=self._rl.max_new_tokens)
         texts, records, places = zip(*((p.text, p.record, p.where) for p in prompts), strict=True)
         rewards = self._scorer(texts, answers, records, places)
-        named = metric_names(self._rl)
-        rows = zip(
-            prompts, answers, weighted_sum(self._rl, rewards).tolist(), rewards.tolist(), strict=True
-        )
+        names, totals = metric_names(self._rl), weighted_sum(self._rl, rewards).tolist()
+        rows = zip(texts, answers, totals, rewards.tolist(), strict=True)
         return [
-            {
-                "prompt": prompt.text,
-                "answer": answer,
-                "reward": total,
-                **dict(zip(named, each, strict=True)),
-            }
+            {"prompt": prompt, "answer": answer, "reward": total, **dict(zip(names, each, strict=True))}
             for prompt, answer, total, each in rows
         ]
 

@@ -60,7 +60,7 @@ def tokenized(config: RunConfig, files: ModelFiles, train: Source, held: Source)
     turns = in_turns(train.read([0])[0], config.data, config.preference.chosen_field)
     shape = stream_shape(config) | {"context": base.max_positions}
     data = packed_data(train, config.data, tokenizer, **shape)
-    check_longest(int(data.store.lengths.max()), base)
+    check_longest(int(data.store.lengths().max()), base)
     config = replace(config, data=replace(config.data, max_length=data.pattern.capacity))
     config = settled(config, base.d_model, data.rows_per_epoch, "rows")
     items = held_out(held, config.data, tokenizer)

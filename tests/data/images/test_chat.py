@@ -1,12 +1,8 @@
 """Conversations about images: every form of record, and what is refused."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,13 +19,13 @@ TOKENS = ImageTokens("<img>", 7, 2, "<boi>", "[", "]")
 IMAGE, TEXT = {"type": "image"}, {"type": "text", "text": "What?"}
 
 
-def png() -> bytes:
+def png():
     buffer = io.BytesIO()
     Image.new("RGB", (3, 4), (200, 10, 10)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def opened(folder: Path, *records: dict[str, Any], chat: bool = True, **vision: Any) -> Any:
+def opened(folder, *records, chat=True, **vision):
     (folder / "a.png").write_bytes(png())
     (folder / "b.png").write_bytes(png())
     path = folder / "chats.jsonl"
@@ -37,12 +33,12 @@ def opened(folder: Path, *records: dict[str, Any], chat: bool = True, **vision: 
     return open_chats(DataConfig(str(path), chat=chat), VisionConfig("chat", **vision), "train", TOKENS)
 
 
-def openai(*parts: Any) -> dict[str, Any]:
+def openai(*parts):
     answer = {"role": "assistant", "content": "A cat."}
     return {"messages": [{"role": "user", "content": list(parts)}, answer]}
 
 
-def test_every_form_is_the_same_conversation(tmp_path) -> None:
+def test_every_form_is_the_same_conversation(tmp_path):
     url = "data:image/png;base64," + base64.b64encode(png()).decode()
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
     records = [
@@ -65,7 +61,7 @@ def test_every_form_is_the_same_conversation(tmp_path) -> None:
     assert [record[IMAGES] for record in found] == [(path,)] * (len(records) - 1) + [(png(),)]
 
 
-def test_images_stand_where_the_text_says(tmp_path) -> None:
+def test_images_stand_where_the_text_says(tmp_path):
     turns = [{"from": "system", "value": "Be short."}, {"from": "human", "value": "<image> or <image>?"}]
     turns.append({"from": "gpt", "value": "The first."})
     record = opened(tmp_path, {"image": ["b.png", "a.png"], "conversations": turns})[0]
@@ -75,7 +71,7 @@ def test_images_stand_where_the_text_says(tmp_path) -> None:
     assert [path.name for path in record[IMAGES]] == ["b.png", "a.png"]
 
 
-def test_a_caption_answers_the_prompt_of_the_settings(tmp_path) -> None:
+def test_a_caption_answers_the_prompt_of_the_settings(tmp_path):
     source = opened(tmp_path, {"image": "a.png", "caption": "a cat"}, chat=False, prompt="Say:")
     record = source[0]
     assert (record["prompt"], record["completion"]) == ("[<img><img>]\nSay:", " a cat")
@@ -98,14 +94,14 @@ def test_a_caption_answers_the_prompt_of_the_settings(tmp_path) -> None:
         ({"image": "a.png", "text": "x"}, "--vision.caption-field"),
     ],
 )
-def test_what_no_model_could_read_is_refused_by_line(tmp_path, record, message) -> None:
+def test_what_no_model_could_read_is_refused_by_line(tmp_path, record, message):
     source = opened(tmp_path, record)
     with pytest.raises(NaloraError, match=message) as error:
         source[0]
     assert "chats.jsonl:1" in error.value.where
 
 
-def test_broken_images_are_left_out_or_refused(tmp_path, caplog) -> None:
+def test_broken_images_are_left_out_or_refused(tmp_path, caplog):
     records = [openai({"type": "image", "path": name}, TEXT) for name in ("a.png", "broken.png", "b.png")]
     source = opened(tmp_path, *records)
     (tmp_path / "broken.png").write_bytes(png()[:40])
@@ -121,7 +117,7 @@ def test_broken_images_are_left_out_or_refused(tmp_path, caplog) -> None:
         opened(tmp_path, records[1]).readable()
 
 
-def test_no_epoch_has_a_row_with_more_images_than_places() -> None:
+def test_no_epoch_has_a_row_with_more_images_than_places():
     rng = np.random.default_rng(0)
     lengths, images = rng.integers(3, 20, 200), rng.integers(0, 3, 200)
     pattern = pack(lengths, 40)

@@ -1,64 +1,68 @@
-"""What is opened, and what is refused by name."""
-
-from __future__ import annotations
+"""Images are opened or refused by name, and processed as transformers does, to one grey level; so are texts."""
 
 import io
+import json
 import struct
 import zlib
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from PIL import Image
 from transformers.image_utils import load_image
 
-from nalora_jax.data.images.files import open_image
+from nalora_jax.data.images.files import open_image, read_processor, read_text_tokenizer
 from nalora_jax.errors import NaloraError
 
 
-def png(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+def encoded(image, kind="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def noise(width: int = 20, height: int = 12) -> Image.Image:
+def noise(width=20, height=12):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def test_transparency_becomes_white_and_grey_becomes_rgb_within_the_limit_of_pixels() -> None:
+def pixels_of(source):
+    return np.asarray(open_image(source))
+
+
+def test_transparency_becomes_white_and_grey_becomes_rgb_within_the_limit_of_pixels():
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     clear.putpixel((1, 2), (10, 20, 30, 255))
-    found = np.asarray(open_image(png(clear)))
+    found = pixels_of(encoded(clear))
     assert (found[2, 1] == (10, 20, 30)).all()
     assert (found[0, 0] == 255).all()
-    assert open_image(png(noise().convert("L"))).mode == "RGB"
+    assert open_image(encoded(noise().convert("L"))).mode == "RGB"
     palette = noise().convert("P")
     palette.info["transparency"] = 0
-    assert open_image(png(palette)).mode == "RGB"
+    assert open_image(encoded(palette)).mode == "RGB"
     with pytest.raises(NaloraError, match="at most 100 pixels"):
-        open_image(png(noise()), max_pixels=100)
+        open_image(encoded(noise()), max_pixels=100)
 
 
 @pytest.mark.parametrize(("kind", "orientation"), [*(("JPEG", i) for i in range(1, 9)), ("TIFF", 6)])
-def test_photos_are_turned_upright_as_transformers_turns_them(tmp_path, kind, orientation) -> None:
+def test_photos_are_turned_upright_as_transformers_turns_them(tmp_path, kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / f"photo.{kind.lower()}"
-    noise().save(path, kind, exif=exif)
-    upright = load_image(str(path))
+    noise().save(tmp_path / "photo", kind, exif=exif)
+    upright = load_image(str(tmp_path / "photo"))
     assert upright.size == ((12, 20) if orientation > 4 else (20, 12))
-    np.testing.assert_array_equal(np.asarray(open_image(path)), np.asarray(upright))
+    np.testing.assert_array_equal(pixels_of(tmp_path / "photo"), np.asarray(upright))
 
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
+def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def deep_png(color: int, values: np.ndarray, clear: bytes = b"") -> bytes:
+def deep_png(color, values, clear=b""):
     """A PNG of 16 bits per channel: uint16 ``[height, width, channels]``."""
     height, width, _ = values.shape
     lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -67,39 +71,192 @@ def deep_png(color: int, values: np.ndarray, clear: bytes = b"") -> bytes:
     return SIGNATURE + header + middle + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
-def test_sixteen_bits_keep_their_upper_eight_in_grey_as_in_colour() -> None:
+def test_sixteen_bits_keep_their_upper_eight_in_grey_as_in_colour():
     values = np.random.default_rng(0).integers(0, 2**16, (4, 6, 1), dtype=np.uint16)
-    grey = np.asarray(open_image(deep_png(0, values)))
-    np.testing.assert_array_equal(grey, np.repeat(values >> 8, 3, axis=2))
-    color = np.asarray(open_image(deep_png(2, np.repeat(values, 3, axis=2))))
-    np.testing.assert_array_equal(grey, color)
-    for kind in ("TIFF", "PPM"):
-        saved = png(Image.fromarray(values[..., 0]), kind)
-        np.testing.assert_array_equal(np.asarray(open_image(saved)), grey)
+    grey = np.repeat(values >> 8, 3, axis=2)
+    kinds = (encoded(Image.fromarray(values[..., 0]), kind) for kind in ("TIFF", "PPM"))
+    for image in (deep_png(0, values), deep_png(2, np.repeat(values, 3, axis=2)), *kinds):
+        np.testing.assert_array_equal(pixels_of(image), grey)
     clear = deep_png(0, np.array([[[1000], [1001]]], np.uint16), struct.pack(">H", 1000))
-    assert np.asarray(open_image(clear))[0, :, 0].tolist() == [255, 1001 >> 8]
+    assert pixels_of(clear)[0, :, 0].tolist() == [255, 1001 >> 8]
 
 
 HALF = slice(0, 1000)  # of images with more bytes
 BOMB_HEADER = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
 BOMB = BOMB_HEADER + chunk(b"IDAT", zlib.compress(b"\0" * 10_000)) + chunk(b"IEND", b"")
-MOVING = png(noise(), "GIF", save_all=True, append_images=[noise().rotate(180)])
+MOVING = encoded(noise(), "GIF", save_all=True, append_images=[noise().rotate(180)])
 REFUSED = {
-    "whole numbers of 32 bits": (png(Image.new("I", (4, 4)), "TIFF"), "expected 8 or 16 bits per channel"),
-    "floats": (png(Image.new("F", (4, 4)), "TIFF"), "expected 8 or 16 bits per channel"),
+    "whole numbers of 32 bits": (encoded(Image.new("I", (4, 4)), "TIFF"), "expected 8 or 16 bits per channel"),
+    "floats": (encoded(Image.new("F", (4, 4)), "TIFF"), "expected 8 or 16 bits per channel"),
     "a decompression bomb, by its header": (SIGNATURE + BOMB, "expected at most 50,000,000 pixels"),
-    "half a PNG": (png(noise(200, 100))[HALF], "expected a whole image"),
-    "half a JPEG": (png(noise(200, 100), "JPEG")[HALF], "expected a whole image"),
-    "half a WebP": (png(noise(200, 100), "WEBP")[HALF], "expected a whole image"),
+    "half a PNG": (encoded(noise(200, 100))[HALF], "expected a whole image"),
+    "half a JPEG": (encoded(noise(200, 100), "JPEG")[HALF], "expected a whole image"),
+    "half a WebP": (encoded(noise(200, 100), "WEBP")[HALF], "expected a whole image"),
     "a text": (b"not an image at all", "expected a whole image"),
     "a moving image": (MOVING, "expected a still image, found 2 frames"),
-    "a line": (png(Image.new("RGB", (1000, 2))), "sides that differ by at most 100 times"),
+    "a line": (encoded(Image.new("RGB", (1000, 2))), "sides that differ by at most 100 times"),
     "an absent file": (Path("none.png"), "no such file"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_images_that_cannot_be_read_are_refused_by_name(case) -> None:
+def test_images_that_cannot_be_read_are_refused_by_name(case):
     image, message = REFUSED[case]
     with pytest.raises(NaloraError, match=f"photo.img: .*{message}"):
         open_image(image, "photo.img")
+
+
+# ---------------------------------------------------------------- processors
+
+CROP, CHANNELS = {"height": 61, "width": 50}, {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+CASES = {
+    "CLIP": ("CLIP", {"size": {"shortest_edge": 24}, "crop_size": {"height": 20, "width": 20}}),
+    "CLIP's defaults": ("CLIP", {}),
+    "crop larger than the image": ("CLIP", {"do_resize": False, "crop_size": CROP}),
+    "SigLIP": ("Siglip", {"size": {"height": 17, "width": 31}, "resample": 1}),
+    "ViT": ("ViT", {"size": 33, "do_normalize": False}),
+    "DINOv2": ("Bit", {"size": 40, **CHANNELS}),
+    "nearest, no scale": ("ViT", {"resample": 0, "do_rescale": False, "do_normalize": False}),
+}
+SIZES = ((37, 64), (64, 37), (301, 207))
+
+
+def saved(folder, kind, **settings):
+    """Transformers' processor and ours, from the file that it writes."""
+    theirs = getattr(transformers, f"{kind}ImageProcessorPil")(**settings)
+    theirs.save_pretrained(folder)
+    return theirs, read_processor(folder)
+
+
+def picture(width, height):
+    coarse = np.random.default_rng(width).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+SCALED = {
+    "CLIP": (10, {"size": {"shortest_edge": 12}, "crop_size": {"height": 10, "width": 10}}),
+    "ViT": (21, {"size": 21}),
+}
+
+
+@pytest.mark.parametrize("case", SCALED)
+def test_another_size_is_another_size_in_the_file(tmp_path, case):
+    """The same share is cut off; pixels are those of transformers with the numbers that the file would have."""
+    (kind, settings), (side, scaled), image = CASES[case], SCALED[case], picture(301, 207)
+    _, ours = saved(tmp_path, kind, **settings)
+    theirs, _ = saved(tmp_path, kind, **(settings | scaled), do_rescale=False)
+    theirs.do_normalize = False
+    expected = theirs(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    found = ours.of_side(side)(image)["pixels"]
+    assert found.shape == (side, side, 3)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pixels_are_those_of_transformers(tmp_path, case):
+    kind, settings = CASES[case]
+    theirs, ours = saved(tmp_path, kind, **settings)
+    for size in SIZES:
+        image = picture(*size)
+        expected = theirs(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        found = np.asarray(ours.normalise(jnp.asarray(ours(image)["pixels"])))
+        assert found.shape == expected.shape
+        assert ours.output == expected.shape[:2]
+        levels = np.abs(found - expected) * np.asarray(ours.std) / ours.scale
+        assert levels.max() < 1.0, size
+
+
+def test_patches_of_any_shape_are_those_of_transformers(tmp_path):
+    theirs, ours = saved(tmp_path, "Siglip2", patch_size=8, max_num_patches=40)
+    for size in (*SIZES, (5, 300)):
+        image = picture(*size)
+        expected, found = theirs(image, return_tensors="np"), ours(image)
+        np.testing.assert_array_equal(found["shapes"], expected["spatial_shapes"][0])
+        np.testing.assert_array_equal(found["mask"], expected["pixel_attention_mask"][0].astype(bool))
+        pixels = np.asarray(ours.normalise(jnp.asarray(found["pixels"])))[found["mask"]]
+        levels = np.abs(pixels - expected["pixel_values"][0][found["mask"]]) * 0.5 * 255
+        assert levels.max() < 1.0, size
+
+
+def test_bad_processor_files_are_named(tmp_path):
+    with pytest.raises(NaloraError, match="preprocessor_config.json"):
+        read_processor(tmp_path)
+    good = {"image_processor_type": "CLIPImageProcessor"}
+    for change, message in (
+        ({"image_processor_type": "FuyuImageProcessor"}, "image_processor_type"),
+        ({"size": {"longest": 3}}, "size"),
+        ({"image_std": [0.0, 1.0, 1.0]}, "image_std"),
+        ({"image_mean": [10**400, 0.5, 0.5]}, "image_mean"),
+        ({"resample": 9}, "resample"),
+        ({"crop_size": {"height": -3, "width": 4}}, "height"),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(good | change))
+        with pytest.raises(NaloraError, match=message):
+            read_processor(tmp_path)
+    # What transformers 5 writes beside a tokenizer: the same object inside another.
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": good}))
+    assert read_processor(tmp_path).output == (224, 224)
+
+
+# ---------------------------------------------------------------- texts
+
+
+def assert_same(ours, theirs, texts, **options):
+    expected = theirs(texts, truncation=True, return_tensors="np", **options)
+    found = ours(texts, length=expected["input_ids"].shape[1])
+    np.testing.assert_array_equal(found["tokens"], expected["input_ids"])
+    np.testing.assert_array_equal(found["token_weights"], expected["attention_mask"])
+
+
+def test_texts_become_the_tokens_of_transformers(dual_folder, tmp_path):
+    """Random words, and byte-level BPE that ends words and WordPiece with its normaliser, from their files."""
+    for family, padding in (("clip", True), ("siglip", "max_length")):
+        folder, texts = (
+            dual_folder(family),
+            ["a photo of a red square", "A Green circle", "", "dress " * 30],
+        )
+        ours = read_text_tokenizer(folder, max_length=12, vocab_size=40, fixed=family == "siglip")
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert_same(ours, theirs, texts, padding=padding, max_length=12)
+        assert ours(texts)["tokens"].shape == (4, 12)
+        assert ours(["a"], length=8)["tokens"].shape == (1, 8)
+    letters = "abcdefghijklmnopqrstuvwxyz!,"
+    words = [*letters, *(f"{c}</w>" for c in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{c}" for c in letters),
+        "cat",
+        "##ty",
+    ]
+    vocabularies = ({word: i for i, word in enumerate(listed)} for listed in (words, pieces))
+    clip = transformers.CLIPTokenizer(vocab=next(vocabularies), merges=[("c", "a"), ("ca", "t</w>")])
+    for name, theirs in (("clip", clip), ("bert", transformers.BertTokenizer(vocab=next(vocabularies)))):
+        theirs.save_pretrained(tmp_path / name)
+        ours = read_text_tokenizer(tmp_path / name, max_length=16, vocab_size=100)
+        assert_same(ours, theirs, ["Cat, catty!", "a CAT sat", "é cat"], padding=True, max_length=16)
+
+
+def test_bad_folders_of_text_encoders_are_named(dual_folder, tmp_path):
+    files = {
+        name: (dual_folder("clip") / name).read_text()
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    }
+    no_padding = json.dumps(json.loads(files["tokenizer_config.json"]) | {"pad_token": "[NONE]"})
+    for change, rows, message in (
+        ({"tokenizer.json": None}, 40, r"tokenizer\.json"),
+        ({}, 5, "rows of the embedding"),
+        ({"tokenizer_config.json": no_padding}, 40, "pad_token"),
+        ({"tokenizer.json": "{}"}, 40, "a tokenizer"),
+    ):
+        for name, text in (files | change).items():
+            (tmp_path / name).unlink(missing_ok=True)
+            if text is not None:
+                (tmp_path / name).write_text(text)
+        with pytest.raises(NaloraError, match=message):
+            read_text_tokenizer(tmp_path, max_length=8, vocab_size=rows)

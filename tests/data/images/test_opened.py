@@ -1,9 +1,6 @@
 """Images by folder and by list: labels, captions, splits, what is broken, and batches as functions of their number."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +9,15 @@ from PIL import Image
 
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.images.files import ImageProcessor, open_image
-from nalora_jax.data.images.opened import (
-    ImageData,
-    ImageSource,
-    augmented,
-    crop_box,
-    draw_shots,
-    generator,
-    open_images,
-)
+from nalora_jax.data.images.opened import ImageData, augmented, crop_box, draw_shots, generator, open_images
 from nalora_jax.errors import NaloraError
 
 
 @pytest.fixture
-def picture_folder(tmp_path: Path) -> Callable[..., Path]:
+def picture_folder(tmp_path):
     """``picture_folder(cat=3, dog=5)`` makes so many pictures in a subfolder for each name."""
 
-    def make(**counts: int) -> Path:
+    def make(**counts):
         for name, count in counts.items():
             (tmp_path / "pictures" / name).mkdir(parents=True)
             for i in range(count):
@@ -43,11 +32,11 @@ def picture_folder(tmp_path: Path) -> Callable[..., Path]:
 PLAIN = VisionConfig()
 
 
-def images_of(dataset: Path, split: str = "train", fields: VisionConfig = PLAIN) -> ImageSource:
+def images_of(dataset, split="train", fields=PLAIN):
     return open_images(DataConfig(dataset=str(dataset)), fields, split)
 
 
-def test_a_folder_per_class(picture_folder) -> None:
+def test_a_folder_per_class(picture_folder):
     folder = picture_folder(cat=3, dog=2)
     source = images_of(folder)
     assert source.classes() == ("cat", "dog")
@@ -62,7 +51,7 @@ def test_a_folder_per_class(picture_folder) -> None:
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
-def test_a_list_of_captions(picture_folder, form) -> None:
+def test_a_list_of_captions(picture_folder, form):
     folder, texts = picture_folder(cat=2), ("a cat, asleep", 'the "other" cät')
     rows = [{"file_name": f"cat/{i}.png", "caption": text} for i, text in enumerate(texts)]
     text = 'file_name,caption\ncat/0.png,"a cat, asleep"\ncat/1.png,"the ""other"" cät"\n'
@@ -75,7 +64,7 @@ def test_a_list_of_captions(picture_folder, form) -> None:
         assert open_image(source.image(*source.read([0]), "")).size == (14, 10)
 
 
-def test_a_list_cannot_reach_other_files(picture_folder) -> None:
+def test_a_list_cannot_reach_other_files(picture_folder):
     folder = picture_folder(cat=1)
     (folder.parent / "secret.png").write_bytes((folder / "cat" / "0.png").read_bytes())
     (folder / "captions.csv").write_text("file_name,caption\n../secret.png,oh\n")
@@ -84,7 +73,7 @@ def test_a_list_cannot_reach_other_files(picture_folder) -> None:
         source.read([0])
 
 
-def test_broken_images_are_named_and_left_out_or_refused(picture_folder, caplog) -> None:
+def test_broken_images_are_named_and_left_out_or_refused(picture_folder, caplog):
     folder = picture_folder(cat=4)
     (folder / "cat" / "1.png").write_bytes(b"nothing of the kind")
     whole = (folder / "cat" / "2.png").read_bytes()
@@ -98,7 +87,7 @@ def test_broken_images_are_named_and_left_out_or_refused(picture_folder, caplog)
         images_of(folder, fields=VisionConfig(max_pixels=10)).readable(indices)
 
 
-def test_what_is_missing_is_named(picture_folder) -> None:
+def test_what_is_missing_is_named(picture_folder):
     folder = picture_folder(cat=1)
     with pytest.raises(NaloraError, match="expected a registered data set"):
         images_of(Path("nowhere"))
@@ -121,14 +110,14 @@ def test_what_is_missing_is_named(picture_folder) -> None:
 PROCESSOR = ImageProcessor(resize=(12, 12))
 
 
-def data(folder, *, seed=1, **vision) -> ImageData:
+def data(folder, *, seed=1, **vision):
     source = images_of(folder, fields=VisionConfig(**vision))
     labels, indices = source.labels(source.classes()), np.arange(len(source))
     options = {"batch_size": 4, "accumulate": 1, "rows": (0, 1, 2, 3), "workers": 0}
     return ImageData(source, indices, PROCESSOR, source.fields, seed, labels, **options)
 
 
-def test_shots_are_nested_even_and_by_seed() -> None:
+def test_shots_are_nested_even_and_by_seed():
     labels = np.random.default_rng(0).integers(0, 3, 60)
     names = ("a", "b", "c")
     drawn = {n: draw_shots(labels, names, n, 7) for n in (1, 2, 8)}
@@ -141,7 +130,7 @@ def test_shots_are_nested_even_and_by_seed() -> None:
         draw_shots(labels, (*names, "d"), 2, 7)
 
 
-def test_batches_are_pure_and_every_epoch_holds_every_image(picture_folder) -> None:
+def test_batches_are_pure_and_every_epoch_holds_every_image(picture_folder):
     folder = picture_folder(cat=4, dog=4)
     stream = data(folder)
     seen = [stream.batch_at(row) for row in (0, 4, 8)]
@@ -160,7 +149,7 @@ def test_batches_are_pure_and_every_epoch_holds_every_image(picture_folder) -> N
     assert not np.array_equal(*pixels)
 
 
-def test_augmentation_keeps_what_it_promises() -> None:
+def test_augmentation_keeps_what_it_promises():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     crop, flip, none = (VisionConfig(augment=a, crop_area=0.4) for a in ("crop", "flip", "none"))
     assert augmented(image, none, generator(0)) is image

@@ -24,16 +24,11 @@ CASE = BY_FAMILY["qwen3_5_text"]  # keys and values of attention, and a recurren
 
 def sampled(rows: list[list[int]], seeds: list[int], stop: int = NO_TOKEN) -> tuple:
     pair = build(CASE)
-    prompts = Prompts(
-        **padded_rows(rows, len(rows)),
-        live=np.ones(len(rows), bool),
-        stop_ids=np.array([stop]),
-        sampling=make_sampling(len(seeds), temperature=0.7, seeds=seeds),
-    )
+    sampling = make_sampling(len(seeds), temperature=0.7, seeds=seeds)
+    rest = {"live": np.ones(len(rows), bool), "stop_ids": np.array([stop]), "sampling": sampling}
+    prompts = Prompts(**padded_rows(rows, len(rows)), **rest)
     weights = view_weights(pair.model, {"params": pair.params})
-    return tuple(
-        np.asarray(x) for x in sample_groups(pair.model, weights, prompts, samples=SAMPLES, limit=LIMIT)
-    )
+    return jax.device_get(sample_groups(pair.model, weights, prompts, samples=SAMPLES, limit=LIMIT))
 
 
 def test_log_probabilities_are_those_of_whole_texts() -> None:

@@ -24,11 +24,7 @@ DUAL = {
     "CLIP: QuickGELU, end token by its id": ("clip", {"projection_dim": 24, "text": {"eos_token_id": 39}}),
     "CLIP: GELU, end token the largest": (
         "clip",
-        {
-            "projection_dim": 24,
-            "vision": {"hidden_act": "gelu", "num_hidden_layers": 3},
-            "text": {"hidden_act": "gelu"},
-        },
+        {"vision": {"hidden_act": "gelu", "num_hidden_layers": 3}, "text": {"hidden_act": "gelu"}},
     ),
     "SigLIP": ("siglip", {"text": {"projection_size": 32}}),
     "ViT and BERT behind their dense layers": ("vision-text-dual-encoder", {"vision": {"qkv_bias": False}}),

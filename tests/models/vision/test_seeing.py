@@ -21,17 +21,8 @@ from nalora_jax.weights.model_files import LoadedModel
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-FAMILIES = {
-    "llava": [
-        {},
-        {
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "full",
-            "multimodal_projector_bias": False,
-        },
-    ],
-    "gemma3": [{}],
-}
+WHOLE = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+CASES = (("llava", {}), ("llava", WHOLE | {"multimodal_projector_bias": False}), ("gemma3", {}))
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +88,7 @@ def theirs(
         return inputs["input_ids"].numpy(), model(**inputs).logits.numpy()
 
 
-@pytest.mark.parametrize(
-    ("family", "settings"), [(name, settings) for name, cases in FAMILIES.items() for settings in cases]
-)
+@pytest.mark.parametrize(("family", "settings"), CASES)
 def test_logits_are_transformers_own(
     seeing_folder, pictures, family: str, settings: dict[str, Any]
 ) -> None:
