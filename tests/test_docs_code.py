@@ -294,9 +294,7 @@ def test_data_from_python_and_new_tokens_in_transformers(execute: Execute) -> No
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT
-def test_the_quick_start_generates_and_its_adapter_is_served_by_peft(
-    execute: Execute, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_quick_start_generates_and_its_adapter_is_served_by_peft(execute, folder, monkeypatch, capsys):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     assert execute("quick_start.md")["result"].adapter == Path("runs/mine/adapter")
     assert re.search(r"^\['.*'\]$", capsys.readouterr().out, re.MULTILINE)

@@ -122,9 +122,7 @@ class EndsInUpdate(Callback):
         raise KeyboardInterrupt
 
 
-def test_a_run_that_was_killed_twice_is_the_uninterrupted_run_to_the_bit(
-    config: RunConfig, whole: RunConfig, rewards: Callable[[Any], None]
-) -> None:
+def test_a_run_that_was_killed_twice_is_the_uninterrupted_run_to_the_bit(config, whole, rewards):
     """Before its first checkpoint, and in a reward; the checkpoint of step 3 is between two updates on a rollout."""
     config = replace(config, resume="auto")
     with pytest.raises(KeyboardInterrupt):
@@ -169,18 +167,14 @@ def test_early_warnings_are_in_plain_words_and_logged_once(caplog: pytest.LogCap
         assert record.getMessage().startswith(start)
 
 
-def test_groups_without_a_difference_are_replaced(
-    config: RunConfig, rewards: Callable[[Any], None]
-) -> None:
+def test_groups_without_a_difference_are_replaced(config, rewards):
     rewards(lambda prompt, completion, record: float(prompt < "f"))
     run(replace(config, steps=1, rl=replace(RL, updates=1, resample=2)))
     assert tiny.logged(config.output, "groups_replaced") == {1: 4}  # every group is alike, twice
     assert tiny.logged(config.output, "grad_norm") == {1: 0}
 
 
-def test_rewards_that_fail_are_left_out_where_that_is_asked_for(
-    config: RunConfig, rewards: Callable[[Any], None]
-) -> None:
+def test_rewards_that_fail_are_left_out_where_that_is_asked_for(config, rewards):
     calls = itertools.count(1)
     rewards(lambda *sample: sample[2]["nothing" if next(calls) % 3 == 0 else "gold"])
     result = run(replace(config, steps=2, rl=replace(RL, ignore_reward_errors=True)))
@@ -213,9 +207,7 @@ def test_prompts_that_leave_no_room_for_a_sample_are_named(config: RunConfig) ->
         run(replace(config, data=replace(config.data, max_length=7)))
 
 
-def test_a_dry_run_prints_the_rollouts(
-    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_prints_the_rollouts(config, tmp_path, capsys):
     settings = tiny.write_settings(config, tmp_path / "settings.py")
     assert main(["train", "--config", str(settings), "--dry-run"]) == 0
     out = capsys.readouterr().out
