@@ -17,7 +17,6 @@ from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.models.tensor_rows import Source
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
-from nalora_jax.weights.encoders import keymap_of
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor, keymap_for
 
 
@@ -58,14 +57,14 @@ def tensors_from_params(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Names and tensors of a model's file: the inverse of `params_from_tensors`."""
     leaves = flatten(params)
-    for tensor in keymap_of(config, source).tensors:
+    for tensor in keymap_for(config, source).tensors:
         joined = tensor.join([leaves[slot.path][slot.index] for slot in tensor.slots])
         yield tensor.name, joined.reshape(tensor.shape)
 
 
 def encoder_params(config: DualConfig | EncoderConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """An encoder's parameter tree, of tensors by the file's names."""
-    keymap = keymap_of(config)
+    keymap = keymap_for(config)
     shapes = {name: tuple(np.shape(value)) for name, value in tensors.items()}
     names = keymap.check(shapes, config.model_type)
     return _tree(keymap, config.param_shapes(), lambda name: tensors[names[name]], np.float32)

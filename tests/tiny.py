@@ -41,6 +41,7 @@ from nalora_jax.train.adapted import load
 from nalora_jax.train.program import Assembly, assemble
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter
+from nalora_jax.weights.tokenizer_files import write_tokenizer
 from tests import xla_options
 from tests.param_trees import init_params, tensors_from_params
 
@@ -123,7 +124,8 @@ def make_model(
     """A model as a Hugging Face folder; its weights are ``spread`` times as large as new ones."""
     config = ModelConfig.from_hf(hf)
     params = jax.tree.map(lambda leaf: spread * leaf, init_params(config, jax.random.key(0)))
-    options: dict[str, Any] = {"hf_config": hf, "tokenizer": tokenizer or word_tokenizer()}
+    written = partial(write_tokenizer, tokenizer or word_tokenizer(), max_length=config.max_positions)
+    options: dict[str, Any] = {"hf_config": hf, "tokenizer": written}
     return write_merged(folder, config, params, None, AdapterSpec(), **options)
 
 

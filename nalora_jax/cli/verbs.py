@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from nalora_jax.train.adapted import AdaptedModel
     from nalora_jax.train.adapted_dual import AdaptedDual
     from nalora_jax.train.located import Located
-    from nalora_jax.weights.hf import ResolvedSource
-    from nalora_jax.weights.model_files import LoadedModel
 
 
 def train(args: cli.TrainArgs) -> None:
@@ -162,14 +161,17 @@ def merge(args: cli.MergeArgs) -> None:
     from nalora_jax.train.located import locate
     from nalora_jax.weights import hub
     from nalora_jax.weights.merge import write_merged
+    from nalora_jax.weights.new_tokens import tokenizer_writer
     from nalora_jax.weights.peft_tables import fold_saved
     from nalora_jax.weights.shards import parse_size
+    from nalora_jax.weights.tokenizer_files import copy_tokenizer
 
     shard_bytes = parse_size(args.shard_size)
     outputs.refuse_existing(args.output)
     model: AdaptedModel | AdaptedDual
     config: Any
     hf_config: Mapping[str, Any]
+    tokenizer: Any
     # Merged in float32 and rounded once: values in the files must not be rounded again on loading.
     if outputs.is_dual(args.model, args.adapter):
         from nalora_jax.train.adapted_dual import load_adapted_dual
@@ -177,10 +179,11 @@ def merge(args: cli.MergeArgs) -> None:
         model = load_adapted_dual(args.model, adapter=args.adapter, dtype="float32")
         assert model.lora is not None
         config, params, spec = model.base.config, model.base.params, model.spec
-        hf_config, tokenizer = {}, Path()
+        hf_config, tokenizer = {}, None
         if not config.trained:
-            tokenizer = hub.resolve_folder(model.located.base)[0]
-            hf_config = read_json(tokenizer / "config.json")
+            folder = hub.resolve_encoder(model.located.base).path
+            hf_config = read_json(folder / "config.json")
+            tokenizer = partial(copy_tokenizer, folder, images=True)
     else:
         located = locate(args.model, args.adapter)
         _require_adapter(located)
@@ -193,7 +196,7 @@ def merge(args: cli.MergeArgs) -> None:
         config, params, spec = fold_saved(model.base.config, model.base.params, model.lora, model.spec)
         if model.base.hf_config is None:
             raise NaloraError(located.base, expected="a model with a config.json", found="none")
-        hf_config, tokenizer = model.base.hf_config, _tokenizer_of(model.base, resolved)
+        hf_config, tokenizer = model.base.hf_config, tokenizer_writer(model.base, files=resolved.path)
         if model.base.config.tie_embeddings and not config.tie_embeddings:
             hf_config = {**hf_config, "tie_word_embeddings": False}
     write_merged(
@@ -292,7 +295,7 @@ def from_peft(args: cli.FromPeftArgs) -> None:
     """
     from nalora_jax.cli import config_files
     from nalora_jax.common.files import write_atomically
-    from nalora_jax.weights.peft_config import PEFT
+    from nalora_jax.weights.peft_settings import PEFT
     from nalora_jax.weights.peft_settings import from_peft as convert
 
     path = args.file
@@ -374,17 +377,6 @@ def _require_adapter(located: Located) -> None:
         raise NaloraError(
             located.base, expected="an adapter", found="a base model", remedy="give a run's folder"
         )
-
-
-def _tokenizer_of(base: LoadedModel, resolved: ResolvedSource) -> Any:
-    """Returns the source of a merged folder's tokenizer for `write_merged`."""
-    from nalora_jax.weights.new_tokens import tokenizer_writer
-
-    if resolved.kind == "gguf":
-        return base.tokenizer
-    if base.added:
-        return tokenizer_writer(base, files=resolved.path)
-    return resolved.path
 
 
 def _stored_dtype(path: Path) -> str:

@@ -16,7 +16,7 @@ adapter of one rank, zero if the current adapter has none there, with its scale 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -83,26 +83,20 @@ def difference_as_lora(
     """
     now, before = flatten(lora), flatten(start)
     factor = scale_divisor(2.0, rslora=spec.rslora)
-    targets, leaves = [], {}
+    leaves = {path: leaf for path, leaf in now.items() if path.endswith("/magnitude")}
+    targets = []
     for path, target in spec.targets:
         ranks = tuple(2 * rank for rank in target.ranks)
         targets.append((path, TargetSpec(ranks, tuple(factor * alpha for alpha in target.alphas))))
-        pairs = ((np.asarray(now[f"{path}/{n}"]), np.asarray(before[f"{path}/{n}"])) for n in ("a", "b"))
-        (a, a0), (b, b0) = pairs
-        leaves[f"{path}/a"] = _join(a, a0, target, axis=-1)
-        leaves[f"{path}/b"] = _join(b, -b0, target, axis=-2)
-    magnitudes = {path: leaf for path, leaf in now.items() if path.endswith("/magnitude")}
+        (a, b), (a0, b0) = ([np.asarray(of[f"{path}/{name}"]) for name in "ab"] for of in (now, before))
+        layers = []
+        for i, rank in enumerate(target.ranks):
+            joined_a = np.concatenate([a[i, ..., :rank], a0[i, ..., :rank]], axis=-1)
+            joined_b = np.concatenate([b[i, ..., :rank, :], -b0[i, ..., :rank, :]], axis=-2)
+            layers.append(pad_rank(joined_a, joined_b, 2 * a.shape[-1]))
+        leaves[f"{path}/a"], leaves[f"{path}/b"] = map(np.stack, zip(*layers, strict=True))
     plain = AdapterSpec(tuple(targets), rslora=spec.rslora, dora=spec.dora, dropout=spec.dropout)
-    return unflatten(leaves | magnitudes), plain
-
-
-def _join(trained: np.ndarray, start: np.ndarray, target: TargetSpec, axis: int) -> np.ndarray:
-    """Concatenates both factors on the rank axis, layer by layer, without padding in between."""
-    joined = np.zeros_like(np.concatenate([trained, start], axis=axis))
-    for layer, rank in enumerate(target.ranks):
-        place, first, second = (np.moveaxis(leaf[layer], axis, 0) for leaf in (joined, trained, start))
-        place[:rank], place[rank : 2 * rank] = first[:rank], second[:rank]
-    return joined
+    return unflatten(leaves), plain
 
 
 def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[str, Any], AdapterSpec]:
@@ -136,14 +130,7 @@ def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[st
         falls = [scale_divisor(share, rslora=spec.rslora) for share in shares]
         alphas = tuple(alpha * fall or 1.0 for alpha, fall in zip(target.alphas, falls, strict=True))
         targets.append((path, TargetSpec(ranks, alphas)))
-    plain = AdapterSpec(
-        tuple(targets),
-        rslora=spec.rslora,
-        dropout=spec.dropout,
-        saved=spec.saved,
-        token_indices=spec.token_indices,
-    )
-    return unflatten(leaves), plain
+    return unflatten(leaves), replace(spec, targets=tuple(targets), dora=False, adalora=False, zero_a=False)
 
 
 _ITERATIONS = 4  # of the randomized decomposition, as PEFT's ``pissa_niter_4``
@@ -187,28 +174,19 @@ def pissa_split(params: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[str,
     leaves: dict[str, Any] = flatten(params)
     adapters: dict[str, Any] = {}
     for path, target in spec.targets:
-        kernel, scales = leaves[f"{path}/kernel"], spec.scales(path)
-        parts = [
-            _padded_init(kernel[layer], rank, target.rank, float(scale))
-            for layer, (rank, scale) in enumerate(zip(target.ranks, scales, strict=True))
-        ]
-        a, b, residual = (jnp.stack(factors) for factors in zip(*parts, strict=True))
+        kernel, layers = leaves[f"{path}/kernel"], []
+        *lead, d_in, d_out = kernel.shape[1:]
+        for i, (rank, scale) in enumerate(zip(target.ranks, spec.scales(path), strict=True)):
+            a, b, residual = jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out)), kernel[i]
+            if rank:
+                a, b, residual = pissa_init(kernel[i], rank, float(scale))
+            layers.append((*pad_rank(a, b, target.rank), residual))
+        a, b, residual = (jnp.stack(factors) for factors in zip(*layers, strict=True))
         adapters |= {f"{path}/a": a, f"{path}/b": b}
         leaves[f"{path}/kernel"] = jax.device_put(residual, kernel.sharding)
         if spec.dora:
             adapters[f"{path}/magnitude"] = jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)
     return unflatten(leaves), unflatten(adapters)
-
-
-def _padded_init(
-    kernel: jax.Array, rank: int, stored: int, scale: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs `pissa_init` on one layer and zero-pads its factors to the stack's rank."""
-    *lead, d_in, d_out = kernel.shape
-    a, b, residual = jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out)), kernel
-    if rank:
-        a, b, residual = pissa_init(kernel, rank, scale)
-    return *pad_rank(a, b, stored), residual
 
 
 def _randomized_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:

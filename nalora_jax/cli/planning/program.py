@@ -90,11 +90,10 @@ def _raw_config(name: str) -> tuple[dict[str, Any], str]:
         return CONFIGS[known], name
     found, remedy = repr(name), "download the model's config.json: planning needs nothing else"
     if on_hub:
-        from nalora_jax.weights.hub import cached_snapshot, download_snapshot
+        from nalora_jax.weights.hub import snapshot
 
         try:
-            folder = cached_snapshot(name, "config.json") or download_snapshot(name, "config.json")
-            return read_json(folder / "config.json"), name
+            return read_json(snapshot(name, "config.json") / "config.json"), name
         except NaloraError as error:
             found, remedy = f"{error.found} ({name} on the hub)", error.remedy or remedy
     raise NaloraError(
