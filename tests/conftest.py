@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,25 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 from tests import xla_options
 
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        xla_options.flags(8),
-        # Eight simulated devices on two busy cores meet late; by default XLA aborts the process after 40 seconds.
-        "--xla_cpu_collective_call_terminate_timeout_seconds=900",
-        "--xla_cpu_collective_timeout_seconds=900",
-    ]
-)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Threads of XLA's CPU client. By default one per device: where two collectives of one program do not depend on each
-# other, devices may wait in different ones until no thread is left to finish either.
-os.environ.setdefault("NPROC", "32")
-# A program that one test has compiled is read by the others, in whichever process they run. Not a small one: its
-# compression takes 3 ms, and on average it is read no faster than it is compiled.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/nalora-tests-{os.getpid()}")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
-# Lines of source for each operation of a program would take 6% of the time of a test that compiles.
-os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_options.flags(8)}"
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    # Threads of XLA's CPU client. By default one per device: where two collectives of one program do not depend on
+    # each other, devices may wait in different ones until no thread is left to finish either.
+    "NPROC": "32",
+    # A program that one test has compiled is read by the others, in whichever process they run. Not a small one: its
+    # compression takes 3 ms, and on average it is read no faster than it is compiled.
+    "JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/nalora-tests-{os.getpid()}",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+    # Lines of source for each operation of a program would take 6% of the time of a test that compiles.
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
+} | os.environ
 
 import hypothesis
 import jax
@@ -46,6 +41,10 @@ import pytest
 if TYPE_CHECKING:
     from nalora_jax.ops.dispatch import Numerics
 
+gc.disable()  # until all tests are imported
+# Without bytecode each process compiles the package and the asserts of all tests anew: 6 CPU seconds.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Before a test replaces the table of implementations; others find it when their first operation runs.
 HAS_CPU = importlib.util.find_spec("nalora_jax.cpu") is not None
 if HAS_CPU:
@@ -59,10 +58,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)  # also while tests are collected
 
-
-# Files about packages that are no part of the extra `test`.
+# Files and markers about packages that are no part of the extra `test`.
 FILES_OF = {"trl": "train/test_preference_trl.py"}
-collect_ignore = [file for package, file in FILES_OF.items() if importlib.util.find_spec(package) is None]
+MISSING = {
+    package for package in (*FILES_OF, "lm_eval", "tunix") if importlib.util.find_spec(package) is None
+}
+collect_ignore = [file for package, file in FILES_OF.items() if package in MISSING]
+# Files that take longest begin first, the longest of all at once: for whichever comes last, the other processes wait.
+LONGEST = (
+    "test_families.py", "test_mesh.py", "test_run.py", "test_run_rewards.py", "test_context.py", "test_docs_code.py",
+    "test_run_seeing.py", "test_program.py", "test_run_images.py", "test_prefill.py", "test_step.py", "test_decoder.py",
+    "test_real_models.py", "test_dual.py", "test_run_adapter.py", "test_attention.py", "test_elastic.py",
+    "test_resume.py", "test_config_fields.py", "test_preference.py", "test_rewards.py", "test_peft_training.py",
+)  # fmt: skip
 
 
 def pytest_report_header() -> list[str]:
@@ -71,7 +79,7 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Files in the order below: by itself pytest-xdist begins with those of most tests, and the longest have few."""
+    """Files in the order above: by itself pytest-xdist begins with those of most tests, and the longest have few."""
     config.option.loadscopereorder = False
 
 
@@ -81,36 +89,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Files that take longest begin first, the longest of all at once: for whichever comes last, the other processes wait.
-LONGEST = (
-    "test_mesh.py", "test_run.py", "test_families.py", "test_context.py", "test_run_rewards.py", "test_program.py",
-    "test_attention.py", "test_commonsense.py", "test_run_images.py", "test_run_seeing.py", "test_docs_code.py",
-    "test_prefill.py", "test_step.py", "test_decoder.py", "test_config_fields.py", "test_adapt.py", "test_elastic.py",
-    "test_rewards.py", "test_quantize.py", "test_run_adapter.py", "test_preference.py", "test_images.py",
-    "test_new_rules.py", "test_real_models.py", "test_resume.py", "test_trained_tables.py", "test_dual.py",
-)  # fmt: skip
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out (visibly, as deselected) what this machine's owner has not chosen to have or asked for; order them."""
-    missing = set()
-    if importlib.util.find_spec("lm_eval") is None:  # the extra `eval`, not `test`
-        missing.add("lm_eval")
-    if importlib.util.find_spec("tunix") is None:  # brings a training stack of its own
-        missing.add("tunix")
-    if importlib.util.find_spec("trl") is None:  # the extra `bench`
-        missing.add("trl")
-    wanted = [item for item in items if not missing & {mark.name for mark in item.iter_markers()}]
+    """Leaves out (visibly, as deselected) what has no package here or was not asked for; orders the others."""
+    wanted = [item for item in items if not MISSING & {mark.name for mark in item.iter_markers()}]
     if config.getoption("first_of_each"):
-        first: dict[str, pytest.Item] = {}
-        for item in wanted:
-            first.setdefault(item.nodeid.partition("[")[0], item)
-        wanted = list(first.values())
-    left_out = set(items) - set(wanted)
-    if left_out:
+        wanted = list({item.nodeid.partition("[")[0]: item for item in reversed(wanted)}.values())[::-1]
+    if left_out := set(items) - set(wanted):
         config.hook.pytest_deselected(items=list(left_out))
     place = {name: i for i, name in enumerate(LONGEST)}
     items[:] = sorted(wanted, key=lambda item: place.get(item.path.name, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """Collects garbage seldom: what is imported by now stays, and JAX's traces are many objects of a short life."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
@@ -120,53 +115,31 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def pytest_collection_finish() -> None:
-    """Collect garbage seldom: what is imported by now stays, and JAX's traces are many objects of a short life."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
-
-
 @pytest.fixture(scope="session", autouse=True)
-def _garbage() -> Iterator[None]:
-    """Runs collect no garbage after they compiled: in a process of many tests that takes half a second each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nalora_jax.train.compilation.gc", SimpleNamespace(collect=lambda: 0))
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _kernels() -> Iterator[None]:
-    """A test's new NALORA_CACHE has the kernels of this machine, whose compilation takes 15 CPU seconds."""
+def _seconds() -> Iterator[None]:
+    """Runs need not collect garbage after they compiled (0.5 s), nor a new NALORA_CACHE the CPU kernels (15 s)."""
     from nalora_jax.common.downloads import cache_dir
 
     folder = cache_dir()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nalora_jax.train.compilation.gc", SimpleNamespace(collect=lambda: 0))
         if HAS_CPU:
             patch.setattr("nalora_jax.cpu.native.library.cache_dir", lambda: folder)
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _pictures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Reports of runs are written without their pictures, unless a module is marked, or about reports."""
-    if request.node.get_closest_marker("pictures") is not None or "report" in request.path.parts:
-        yield
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nalora_jax.report.html._draw", lambda history: [])
-        yield
+def _module(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A module's programs are optimised only if it is marked; reports have pictures only in the tests of reports.
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _programs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A module's programs are optimised only if it is marked, and freed at its end.
-
-    Each holds maps of memory, of which a process may have 65,530.
+    Programs are freed at its end: each holds maps of memory, of which a process may have 65,530.
     """
     optimised = request.node.get_closest_marker("optimised") is not None
     jax.config.update("jax_disable_most_optimizations", not optimised)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        if "report" not in request.path.parts:
+            patch.setattr("nalora_jax.report.html._draw", lambda history: [])
+        yield
     jax.clear_caches()
 
 

@@ -19,17 +19,8 @@ SQUARE = {"height": 16, "width": 16}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 WORDS = ["[PAD]", "[UNK]", "[EOS]", "[CLS]", "a", "photo", "of", "the", "red", "green", "blue", "square"]
 WORDS += ["circle", "cross", "dress", "bag", "boot"]
-SPECIAL = [
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<unk>",
-    "<image>",
-    "<start_of_image>",
-    "<end_of_image>",
-    "<end_of_turn>",
-]
-SPECIAL += ["<start_of_turn>"]
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<start_of_image>", "<end_of_image>"]
+SPECIAL += ["<end_of_turn>", "<start_of_turn>"]
 CHAT_WORDS = [*SPECIAL, " ", "\n", "\n\n", "\n\n\n", ":", ".", "?", "USER", "ASSISTANT", "user", "model"]
 CHAT_WORDS += [*WORDS[4:13], "What", "colour", "is", "this", "Describe", "image"]
 # The chat templates of llava-hf/llava-1.5-7b-hf and, without its system turn, google/gemma-3-4b-it.
@@ -95,12 +86,10 @@ def make_dual(
     words = SIZES | ids | {"vocab_size": 40, "max_position_embeddings": 12} | (text or {})
     if family == "vision-text-dual-encoder":
         kinds = transformers.models.auto.CONFIG_MAPPING
-        parts = (
-            kinds[image.pop("model_type", "vit")](**image),
-            kinds[words.pop("model_type", "bert")](**words),
-        )
+        seen = kinds[image.pop("model_type", "vit")](**image)
+        read = kinds[words.pop("model_type", "bert")](**words)
         join = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
-        config = join(*parts, **{"projection_dim": 24, **top})
+        config = join(seen, read, **{"projection_dim": 24, **top})
     else:
         config = transformers.CONFIG_MAPPING[family](vision_config=image, text_config=words, **top)
     _save(lambda: transformers.AutoModel.from_config(config), folder)
@@ -143,23 +132,12 @@ def make_seeing(
     words |= {"max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     top = {"image_token_index": SPECIAL.index("<image>"), **top}
     names = {"image_token": "<image>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-    own = _tokenizer(
-        CHAT_WORDS,
-        "<s> $A",
-        r"\w+|\n+|[^\w\n]",
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=SPECIAL[4:],
-        extra_special_tokens=names,
-        model_max_length=256,
-    )
+    tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokens |= {"additional_special_tokens": SPECIAL[4:], "extra_special_tokens": names}
+    own = _tokenizer(CHAT_WORDS, "<s> $A", r"\w+|\n+|[^\w\n]", model_max_length=256, **tokens)
     if family == "llava":
-        seen, read = (
-            transformers.CLIPVisionConfig(**image),
-            transformers.LlamaConfig(**words | (text or {})),
-        )
+        seen = transformers.CLIPVisionConfig(**image)
+        read = transformers.LlamaConfig(**words | (text or {}))
         config = transformers.LlavaConfig(vision_config=seen, text_config=read, **top)
         processor = transformers.LlavaProcessor(
             transformers.CLIPImageProcessorPil(**PROCESSORS["clip"][1]),
@@ -194,16 +172,12 @@ def make_chats(folder: Path, damaged: str = "") -> Path:
     """Conversations about 48 squares of three colours, in OpenAI's form and in LLaVA's."""
     tiny.make_pictures(folder, COLOURS, count=16, size=(20, 24), damaged=damaged)
     lines: list[dict[str, Any]] = []
-    for i in range(16):
-        for colour in COLOURS:
-            image, answer = f"{colour}{i}.png", f"{colour} square."
-            if len(lines) % 2:
-                turns = [
-                    {"from": "human", "value": f"<image>\n{QUESTION}"},
-                    {"from": "gpt", "value": answer},
-                ]
-                lines.append({"image": image, "conversations": turns})
-                continue
+    for name in [f"{colour}{i}" for i in range(16) for colour in COLOURS]:
+        image, answer = f"{name}.png", f"{name.rstrip('0123456789')} square."
+        if len(lines) % 2:
+            turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answer}]
+            lines.append({"image": image, "conversations": turns})
+        else:
             parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": QUESTION}]
             turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
             lines.append({"messages": turns})

@@ -17,16 +17,9 @@ import numpy as np
 import pytest
 from scipy import special
 
+from nalora_jax import config as cfg
 from nalora_jax.cli import command
 from nalora_jax.common import imports
-from nalora_jax.config import (
-    ComputeConfig,
-    DataConfig,
-    LoRAConfig,
-    LoRARule,
-    OptimizerConfig,
-    RunConfig,
-)
 from nalora_jax.data import sources
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import recorded_settings
@@ -37,10 +30,8 @@ from nalora_jax.train.program import assemble
 from tests import tiny
 from tests.param_trees import init_params
 
-PAGE = Path(__file__).parent.parent / "docs" / "change_one_thing.md"
-FILES = dict(
-    re.findall(r'```python title="(\w+)\.py"\n(.*?)```', PAGE.read_text(encoding="utf-8"), re.DOTALL)
-)
+TEXT = (Path(__file__).parent.parent / "docs" / "change_one_thing.md").read_text(encoding="utf-8")
+FILES = dict(re.findall(r'```python title="(\w+)\.py"\n(.*?)```', TEXT, re.DOTALL))
 LLAMA = tiny.HF | {"vocab_size": 40, "intermediate_size": 24}
 
 
@@ -65,12 +56,12 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def train(base: ModelConfig, *mechanisms: str, steps: int = 3) -> tuple[Any, dict[str, Any]]:
     """The state after a few steps, and the last step's metrics."""
-    config = RunConfig(
+    config = cfg.RunConfig(
         steps=10,
-        lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up)_proj", 2),)),
+        lora=cfg.LoRAConfig(rules=(cfg.LoRARule("ffn/(gate|up)_proj", 2),)),
         mechanisms=mechanisms,
-        optimizer=OptimizerConfig(learning_rate=1e-2),
-        compute=ComputeConfig(dtype="float32", stats_stride=1, probe_stride=1),
+        optimizer=cfg.OptimizerConfig(learning_rate=1e-2),
+        compute=cfg.ComputeConfig(dtype="float32", stats_stride=1, probe_stride=1),
     )
     assembly = assemble(config, base, init_params(base, jax.random.key(0)), tiny.one_device())
     batch, state = tiny.whole_batch(0, (1, 4, 8)), assembly.state
@@ -98,12 +89,12 @@ def test_an_activation(use: Any) -> None:
 
 
 def test_an_activation_whose_derivative_is_wrong_is_refused(use: Any) -> None:
-    with pytest.raises(
-        NaloraError, match=r"activation 'bad': expected a function that returns rho\(z\) and its deriv"
-    ):
-        activations.register_activation("bad")(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
-    with pytest.raises(NaloraError, match="'silu': expected a name that is free"):
-        activations.register_activation("silu")(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
+    for name, message in {
+        "bad": r"activation 'bad': expected a function that returns rho\(z\) and its deriv",
+        "silu": "'silu': expected a name that is free",
+    }.items():
+        with pytest.raises(NaloraError, match=message):
+            activations.register_activation(name)(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
     with pytest.raises(NaloraError, match="one of .*gelu.*'bad'"):
         activations.get("bad")
 
@@ -117,15 +108,11 @@ def test_a_mask_rule(use: Any) -> None:
     assert np.all(np.asarray(state.gate.memory["loud"]["layers/ffn"]["slope"]) > 0)
 
 
-def test_the_command_of_the_page_trains_with_the_rule(
-    use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_device: None
-) -> None:
+def test_the_command_of_the_page_trains_with_the_rule(use, tmp_path, monkeypatch, one_device):
     monkeypatch.setattr(imports, "_IMPORTED", {})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loud.py").write_text(FILES["loud"])
-    commands = re.findall(
-        r"^python train.py (--import .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
-    )
+    commands = re.findall(r"^python train.py (--import .*)$", TEXT, re.MULTILINE)
     config = tiny.make_config(tmp_path, steps=2)
     settings = ["--config", str(tiny.write_settings(config, tmp_path / "settings.py"))]
     assert len(commands) == 2
@@ -134,9 +121,8 @@ def test_the_command_of_the_page_trains_with_the_rule(
     digest = hashlib.sha256(FILES["loud"].encode()).hexdigest()
     assert recorded["imports"] == [f"loud.py@{digest[:12]}"]
     assert recorded["mechanisms"] == ["loud"]
-    with pytest.raises(
-        NaloraError, match=r"imports.0 = 'loud.py@[0-9a-f]{12}', found imports.0 = '\(absent\)'"
-    ):
+    absent = r"imports.0 = 'loud.py@[0-9a-f]{12}', found imports.0 = '\(absent\)'"
+    with pytest.raises(NaloraError, match=absent):
         command.execute(["train", "--resume", "runs/loud", "--steps", "3"])
     (tmp_path / "loud.py").write_text(FILES["loud"] + "# changed\n")
     monkeypatch.setattr(imports, "_IMPORTED", {})
@@ -173,10 +159,10 @@ def test_a_family(use: Any) -> None:
 
 def test_a_data_source(use: Any) -> None:
     use("sums")
-    opened = sources.open_source(DataConfig(dataset="sums:40"), "train")
+    opened = sources.open_source(cfg.DataConfig(dataset="sums:40"), "train")
     assert len(opened) == 40
     assert opened[3] == {"prompt": "3 + 21 =", "completion": " 24"}
-    held_out = sources.open_source(DataConfig(dataset="sums"), "validation")
+    held_out = sources.open_source(cfg.DataConfig(dataset="sums"), "validation")
     sources.check_disjoint(opened, held_out)
     assert (len(held_out), held_out[0]["prompt"]) == (100, "10000 + 0 =")
-    assert opened.fingerprint != sources.open_source(DataConfig(dataset="sums:41"), "train").fingerprint
+    assert opened.fingerprint != sources.open_source(cfg.DataConfig(dataset="sums:41"), "train").fingerprint

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,38 +11,27 @@ import pytest
 
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
 from nalora_jax.data.pipeline import train_data
-from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
-from nalora_jax.models.targets import AdapterSpec, resolve
+from nalora_jax.models.targets import resolve
 from nalora_jax.report.html import write_report
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.log import MetricsLog
-from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
-from tests.param_trees import init_params
 
 FULL = r"No space left on device|File too large"
 
 
-def files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
 # A model of some 300 kB.
 WIDE = tiny.HF | {"hidden_size": 64, "intermediate_size": 256}
+CONFIG = ModelConfig.from_hf(WIDE)
 
 
-def wide() -> ModelConfig:
-    return ModelConfig.from_hf(WIDE)
-
-
-def save_and_wait(checkpoints: Checkpointer, state: dict[str, Any]) -> None:
-    checkpoints.save(2, state, {})
-    checkpoints.wait()
+def files(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.is_file()]
 
 
 def test_checkpoint(small_disk: Path) -> None:
@@ -51,62 +39,46 @@ def test_checkpoint(small_disk: Path) -> None:
     with Checkpointer(small_disk / "c", fingerprint="f", config={}) as checkpoints:
         checkpoints.save(1, small, {})
         checkpoints.wait()
-        with pytest.raises(
-            NaloraError, match=rf"checkpoint in {small_disk}/c: .*({FULL}); steps \[1\] are intact"
-        ):
-            save_and_wait(checkpoints, large)
+        wanted = rf"checkpoint in {small_disk}/c: .*({FULL}); steps \[1\] are intact"
+        with pytest.raises(NaloraError, match=wanted):  # noqa: PT012
+            checkpoints.save(2, large, {})
+            checkpoints.wait()
         assert [path.name for path in (small_disk / "c").iterdir()] == ["1"]
         np.testing.assert_array_equal(checkpoints.restore("latest", small)[0]["x"], small["x"])
 
 
 def test_adapter(small_disk: Path) -> None:
-    config = wide()
-    spec = resolve(LoRAConfig(rules=(LoRARule("ffn", 48),)), projection_shapes(config), config.n_layers)
-    lora = init_lora(config, spec, jax.random.key(0), None)
+    rules = LoRAConfig(rules=(LoRARule("ffn", 48),))
+    spec = resolve(rules, projection_shapes(CONFIG), CONFIG.n_layers)
+    lora = init_lora(CONFIG, spec, jax.random.key(0), None)
     with pytest.raises(NaloraError, match=rf"{small_disk}/adapter: .*({FULL})"):
-        export_adapter(lora, spec, config, small_disk / "adapter", base_model_name="b")
+        export_adapter(lora, spec, CONFIG, small_disk / "adapter", base_model_name="b")
     assert list(small_disk.iterdir()) == []
 
 
-def test_merged_model(small_disk: Path, tmp_path: Path) -> None:
-    config = wide()
-    params = init_params(config, jax.random.key(0))
-    tokenizer = Tokenizer.from_folder(tiny.make_model(tmp_path / "model"))
-    options: dict[str, Any] = {"hf_config": WIDE, "tokenizer": tokenizer}
+def test_merged_model(small_disk: Path) -> None:
     with pytest.raises(NaloraError, match=rf"{small_disk}/merged: .*({FULL})"):
-        write_merged(small_disk / "merged", config, params, None, AdapterSpec(), **options)
+        tiny.make_model(small_disk / "merged", WIDE)
     assert list(small_disk.iterdir()) == []
 
 
 def test_token_cache(small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = Tokenizer.from_folder(tiny.make_model(tmp_path / "model"))
     questions = tiny.make_questions(tmp_path / "questions.jsonl", 20_000)
     monkeypatch.setenv("NALORA_CACHE", str(small_disk / "cache"))
-    with pytest.raises(
-        NaloraError, match=rf"{small_disk}/cache/tokens/\w+: .*({FULL}); free space, or set NALORA_CACHE"
-    ):
-        train_data(DataConfig(dataset=str(questions)), tokenizer, batch_size=8)
+    wanted = rf"{small_disk}/cache/tokens/\w+: .*({FULL}); free space, or set NALORA_CACHE"
+    with pytest.raises(NaloraError, match=wanted):
+        train_data(DataConfig(dataset=str(questions)), tiny.word_tokenizer(), batch_size=8)
     assert files(small_disk) == []
 
 
-def write_many(metrics: MetricsLog, line: dict[str, Any]) -> None:
-    for step in range(1, 1000):
-        metrics.write(line | {"step": step, "layers": {"importance": jnp.ones((30, 4))}})
-
-
 def test_log_and_report(small_disk: Path) -> None:
-    line = {
-        "step": 1,
-        "loss": 2.0,
-        "learning_rate": 1e-3,
-        "grad_norm": 1.0,
-        "tokens_per_second": 9.0,
-        "seconds": 1.0,
-    }
+    names = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds")
+    line = dict.fromkeys(names, 1.0) | {"layers": {"importance": jnp.ones((30, 4))}}
     with MetricsLog(small_disk) as metrics:
         metrics.start({"steps": 1}, versions={}, device="cpu")
-        with pytest.raises(NaloraError, match=rf"{small_disk}/metrics.jsonl: .*({FULL}).*--resume"):
-            write_many(metrics, line)
+        with pytest.raises(NaloraError, match=rf"{small_disk}/metrics.jsonl: .*({FULL}).*--resume"):  # noqa: PT012
+            for step in range(1, 1000):
+                metrics.write(line | {"step": step})
         with pytest.raises(NaloraError, match=rf"{small_disk}/report.html: .*({FULL}); make room"):
             write_report(small_disk)
     assert files(small_disk) == ["metrics.jsonl"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,47 +14,33 @@ import numpy as np
 import optax
 import pytest
 
+from nalora_jax import config as cfg
 from nalora_jax.common import trees
-from nalora_jax.config import (
-    ComputeConfig,
-    LoRAConfig,
-    LoRARule,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-)
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.program import assemble
 from tests import tiny
 
 STEPS, ROWS, TOKENS, RATE, WARMUP = 12, 4, 17, 4e-3, 3
-RULES: dict[str, tuple[str, ...]] = {
-    "squared": (f"squared:warmup={WARMUP}",),
-    "homogeneity": (f"homogeneity:warmup={WARMUP}",),
-    "curvature_cap": (f"curvature_cap:warmup={WARMUP}",),
-}
 
 
 @pytest.fixture(scope="module")
 def minimal() -> ModuleType:
     path = Path(__file__).parent.parent / "docs" / "nalora_minimal.py"
-    spec = importlib.util.spec_from_file_location("nalora_minimal", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = ModuleType("nalora_minimal")
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    exec(compile(path.read_text(), path, "exec"), vars(module))
     return module
 
 
 def library_adapters(page: Any, rule: str, params: Any, lora: Any, batches: list[np.ndarray]) -> Any:
     """Returns the adapters after training with the library, in float32 with plain XLA."""
-    config = RunConfig(
-        lora=LoRAConfig(rules=(LoRARule("ffn/", page.rank, page.alpha),)),
-        optimizer=OptimizerConfig(learning_rate=RATE, schedule="constant", warmup_share=0.0),
-        train=TrainConfig(batch_size=ROWS),
+    config = cfg.RunConfig(
+        lora=cfg.LoRAConfig(rules=(cfg.LoRARule("ffn/", page.rank, page.alpha),)),
+        optimizer=cfg.OptimizerConfig(learning_rate=RATE, schedule="constant", warmup_share=0.0),
+        train=cfg.TrainConfig(batch_size=ROWS),
         steps=STEPS,
-        compute=ComputeConfig(dtype="float32", implementation="xla", stats_stride=1, probe_stride=1),
-        mechanisms=RULES[rule],
+        compute=cfg.ComputeConfig(dtype="float32", implementation="xla", stats_stride=1, probe_stride=1),
+        mechanisms=(f"{rule}:warmup={WARMUP}",),
     )
     fields = tiny.HF | {
         "vocab_size": page.vocab,
@@ -75,7 +61,7 @@ def library_adapters(page: Any, rule: str, params: Any, lora: Any, batches: list
     return state.lora
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["squared", "homogeneity", "curvature_cap"])
 def test_the_page_makes_the_updates_of_the_library(minimal: ModuleType, rule: str) -> None:
     page = minimal.Config(rule=rule, warmup=WARMUP)
     params, lora = minimal.init(jax.random.key(0), page)

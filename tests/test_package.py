@@ -16,8 +16,6 @@ from nalora_jax import config
 from nalora_jax.evaluate.generate import Settings
 
 ROOT = Path(__file__).parent.parent
-
-
 IMPORTS = """
 import sys, nalora_jax
 print({'jax', 'flax', 'numpy', 'optax', 'rich', 'tyro'} & set(sys.modules))
@@ -32,9 +30,8 @@ print({'matplotlib'} & set(sys.modules))  # pictures are drawn at a run's end
 
 
 def test_what_is_imported_brings_nothing_heavy_along_and_hides_no_name():
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTS], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    command = [sys.executable, "-c", IMPORTS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     heavy, names, pipeline, functions, pictures = done.stdout.splitlines()
     assert heavy == pipeline == pictures == "set()"

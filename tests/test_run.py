@@ -11,76 +11,50 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 from safetensors.numpy import load_file, save_file
 
+from nalora_jax import config as cfg
 from nalora_jax.__main__ import main
 from nalora_jax.cli.command import parse
-from nalora_jax.config import (
-    AdaLoRAConfig,
-    DebugConfig,
-    LoRAConfig,
-    LoRARule,
-    MeshConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-)
 from nalora_jax.errors import Interrupted, NaloraError
-from nalora_jax.layout import distributed
 from nalora_jax.train import run as run_module
 from nalora_jax.train.adapted import load
 from nalora_jax.train.kinds import text
 from nalora_jax.train.progress import Progress
 from tests import emulator, tiny
 
-pytestmark = pytest.mark.usefixtures("surroundings")
-
 nalora_run = importlib.import_module("nalora_jax.cli.training")
-
 STEPS = 16
 
 
 @pytest.fixture(scope="module")
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of this module's own; runs use as many of the simulated devices as their mesh names."""
-    make = distributed.make_mesh
-
-    def make_mesh(mesh: MeshConfig, devices: Any = None) -> Any:
-        count = mesh.data * (mesh.fsdp or 1) * (mesh.tensor or 1)  # 0 is left to the library
-        return make(mesh, jax.devices()[:count] if count in (1, 2, 4) else devices)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path_factory.mktemp("new") / "cache"))
-        patch.setattr(distributed, "make_mesh", make_mesh)
-        yield
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cfg.RunConfig]:
     folder = tmp_path_factory.mktemp("data")
     tiny.make_questions(folder / "questions.jsonl", 300)
-    return tiny.make_config(
-        folder,
-        steps=STEPS,
-        lora=LoRAConfig(rules=(LoRARule("ffn", 8), LoRARule("attn", 4))),
-        mechanisms=("soft:power=2,warmup=3", "homogeneity:warmup=3"),
-        train=TrainConfig(batch_size=8, log_every=4, eval_every=8, save_every=4),
-    )
+    with tiny.on_named_devices(folder / "cache"):
+        yield tiny.make_config(
+            folder,
+            steps=STEPS,
+            lora=cfg.LoRAConfig(rules=(cfg.LoRARule("ffn", 8), cfg.LoRARule("attn", 4))),
+            mechanisms=("soft:power=2,warmup=3", "homogeneity:warmup=3"),
+            train=cfg.TrainConfig(batch_size=8, log_every=4, eval_every=8, save_every=4),
+        )
 
 
 @pytest.fixture(scope="module")
-def finished(settings: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Any]:
+def finished(
+    settings: cfg.RunConfig, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[cfg.RunConfig, Any]:
     """A run that other tests read, and what it returned."""
     config = replace(settings, output=str(tmp_path_factory.mktemp("runs") / "whole"))
     return config, nalora_run.run(config)
 
 
 @pytest.fixture(scope="module")
-def stopped(settings: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def stopped(settings: cfg.RunConfig, tmp_path_factory: pytest.TempPathFactory) -> cfg.RunConfig:
     """The same run, which SIGTERM stopped after its third step."""
     config = replace(settings, output=str(tmp_path_factory.mktemp("runs") / "stopped"))
     advance = Progress.advance
@@ -102,30 +76,23 @@ def stopped(settings: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 
 @pytest.fixture
-def config(settings: RunConfig, tmp_path: Path) -> RunConfig:
+def config(settings: cfg.RunConfig, tmp_path: Path) -> cfg.RunConfig:
     """The settings of a run of the test's own."""
     return replace(settings, output=str(tmp_path / "run"))
 
 
-def copied(config: RunConfig, folder: Path) -> RunConfig:
+def copied(config: cfg.RunConfig, folder: Path) -> cfg.RunConfig:
     """A run's settings with a copy of its folder, to resume it."""
     return replace(config, output=str(shutil.copytree(config.output, folder)), resume=True)
 
 
-def _adapter(folder: str) -> dict[str, np.ndarray]:
-    return load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
-
-
-def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[RunConfig, Any]) -> None:
+def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[cfg.RunConfig, Any]) -> None:
     config, result = finished
     assert result.after["loss"] < 0.8 * result.before["loss"]
     assert result.report.read_text().startswith("<!doctype html>")
-    assert {p.name for p in result.adapter.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "README.md",
-    }
-    assert {p.stat().st_mode & 0o777 for p in result.adapter.iterdir()} == {0o644}
+    modes = {path.name: path.stat().st_mode & 0o777 for path in result.adapter.iterdir()}
+    names = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+    assert modes == dict.fromkeys(names, 0o644)
     lines = tiny.lines(config.output)
     assert lines[0]["run"]["steps"] == STEPS
     assert lines[0]["mechanisms_from"] == 4  # after a warm-up of 3 steps
@@ -133,9 +100,8 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[R
     assert initial["eval"]["loss"] == pytest.approx(result.before["loss"])
     assert final["eval"]["n"] == 4
     assert final["eval"]["paired"]["n"] == 4
-    assert {
-        line["step"] for line in lines if "eval" in line and not {"initial", "final"} & line.keys()
-    } == {0, 8, 16}
+    others = [line for line in lines if "eval" in line and line not in (initial, final)]
+    assert {line["step"] for line in others} == {0, 8, 16}
     last = [line for line in lines if "layers" in line][-1]["layers"]
     assert max(last["step_scale_max"]) > 1
     assert min(last["mask_mean"]) != 1
@@ -143,7 +109,7 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[R
     assert list(lines[-1]["done"]["seconds"])[::2] == ["preparing", "training", "exporting"]
 
 
-def test_every_file_names_the_very_weights_that_were_trained_on(finished: tuple[RunConfig, Any]) -> None:
+def test_every_file_names_the_very_weights_that_were_trained_on(finished):
     config, result = finished
     noted = tiny.lines(config.output)[0]["base"]
     loaded = load(config.output, dtype="float32").base
@@ -158,9 +124,7 @@ def test_every_file_names_the_very_weights_that_were_trained_on(finished: tuple[
         )
 
 
-def test_eval_gives_the_numbers_of_the_run_to_the_bit(
-    finished: tuple[RunConfig, Any], tmp_path: Path
-) -> None:
+def test_eval_gives_the_numbers_of_the_run_to_the_bit(finished, tmp_path):
     output, measured = finished[0].output, tmp_path / "eval.json"
     assert main(["eval", output, "--output", str(measured), "--dtype", "float32"]) == 0
     reported = next(line["eval"] for line in tiny.lines(output) if "final" in line)
@@ -172,9 +136,7 @@ def test_eval_gives_the_numbers_of_the_run_to_the_bit(
 # ---------------------------------------------------------------- stops
 
 
-def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
-    finished: tuple[RunConfig, Any], stopped: RunConfig, tmp_path: Path
-) -> None:
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(finished, stopped, tmp_path):
     resumed = nalora_run.run(replace(copied(stopped, tmp_path / "run"), resume="auto"))
     whole = finished[1]
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -186,9 +148,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
         assert tiny.logged(resumed.folder, name) == pytest.approx(lines, rel=1e-8)
 
 
-def test_an_evaluation_file_that_was_edited_is_found_when_the_run_goes_on(
-    stopped: RunConfig, tmp_path: Path
-) -> None:
+def test_an_evaluation_file_that_was_edited_is_found_when_the_run_goes_on(stopped, tmp_path):
     questions = Path(stopped.data.dataset)
     text = questions.read_text()
     lines = text.splitlines(keepends=True)
@@ -203,16 +163,14 @@ def test_an_evaluation_file_that_was_edited_is_found_when_the_run_goes_on(
         questions.write_text(text)
 
 
-def test_resume_takes_the_run_s_own_settings_and_names_what_disagrees(
-    stopped: RunConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_takes_the_run_s_own_settings_and_names_what_disagrees(stopped, capsys, monkeypatch):
     asked = ["train", "--output", stopped.output, "--resume"]
     _, args = parse(asked)
     assert args.run == replace(stopped, resume=True)  # type: ignore[union-attr]
     _, args = parse(["train", "--output", stopped.output, "--resume", "auto", "--train.keep", "5"])
     assert args.run == replace(stopped, resume="auto", train=replace(stopped.train, keep=5))  # type: ignore[union-attr]
     _, args = parse(["train", "--output", stopped.output])
-    assert args.run == RunConfig(output=stopped.output)  # type: ignore[union-attr]
+    assert args.run == cfg.RunConfig(output=stopped.output)  # type: ignore[union-attr]
     assert main([*asked, "--train.batch-size", "4", "--seed", "3"]) == 2
     error = capsys.readouterr().err
     for part in ("seed = 0", "seed = 3", "train.batch_size = 8", "train.batch_size = 4"):
@@ -225,13 +183,9 @@ def test_resume_takes_the_run_s_own_settings_and_names_what_disagrees(
 
 
 def test_more_steps_are_taken_with_a_warning_and_a_stop_after_the_last_says_how_to_go_on(
-    finished: tuple[RunConfig, Any],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    config = copied(finished[0], tmp_path / "run")
-    output = config.output
+    finished, tmp_path, capsys
+):
+    output = copied(finished[0], tmp_path / "run").output
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "finish", lambda *_: signal.raise_signal(signal.SIGTERM))
         assert main(["train", "--output", output, "--resume", "--steps", "18"]) == 143
@@ -242,65 +196,57 @@ def test_more_steps_are_taken_with_a_warning_and_a_stop_after_the_last_says_how_
     assert [line["resumed"]["settings"]["steps"] for line in lines if "resumed" in line] == [18]
     _, args = parse(["train", "--output", output, "--resume"])
     assert args.run.steps == 18  # type: ignore[union-attr]
-    caplog.set_level("INFO", "nalora_jax")
-    nalora_run.run(replace(config, steps=18))
-    said = caplog.text + capsys.readouterr().err  # the second once the command line has set up the log
-    assert "resumed from step 18, the last one: no step is left" in said
 
 
 # ---------------------------------------------------------------- processes, ranks
 
 
-def test_two_processes_run_like_one_with_model_data_and_output_in_a_bucket(
-    config: RunConfig, tmp_path: Path
-) -> None:
-    train = TrainConfig(batch_size=8, accumulate=2, log_every=2, eval_every=2, save_every=2)
+def test_two_processes_run_like_one_with_model_data_and_output_in_a_bucket(config, tmp_path):
+    train = cfg.TrainConfig(batch_size=8, log_every=1, eval_every=1, save_every=1)
     # PiSSA is exported relative to the adapters that all processes started from; without a gate.
-    lora = LoRAConfig(rules=(LoRARule("attn", 4),), init="pissa")
-    mesh, debug = MeshConfig(data=1, fsdp=2), DebugConfig(profile="3:1")
-    config = replace(config, steps=4, mechanisms=(), mesh=mesh, train=train, lora=lora, debug=debug)
+    lora = cfg.LoRAConfig(rules=(cfg.LoRARule("attn", 4),), init="pissa")
+    mesh, debug = cfg.MeshConfig(data=1, fsdp=2), cfg.DebugConfig(profile="2:1")
+    config = replace(config, steps=2, mechanisms=(), mesh=mesh, train=train, lora=lora, debug=debug)
     alone = nalora_run.run(replace(config, output=str(tmp_path / "alone")))
     with emulator.emulator(tmp_path / "objects") as (held, address):
         for file in Path(config.model).iterdir():
             emulator.put(address, f"llama/{file.name}", file.read_bytes())
         dataset = emulator.put(address, "questions.jsonl", Path(config.data.dataset).read_bytes())
         remote = replace(config, model="gs://bucket/llama", data=replace(config.data, dataset=dataset))
-        remote = replace(remote, output="gs://bucket/run")
-        settings = tiny.write_settings(remote, tmp_path / "settings.py")
+        settings = tiny.write_settings(replace(remote, output="gs://bucket/run"), tmp_path / "settings.py")
         variables = emulator.variables(address) | {"NALORA_CACHE": tiny.new_cache(tmp_path / "cache")}
-        command = ["-m", "nalora_jax", "train", "--config", str(settings)]
         variables["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
-        finished = tiny.finish(tiny.start(command, count=2, **variables))
+        command = ["-m", "nalora_jax", "train", "--config", str(settings)]
+        ended = tiny.finish(tiny.start(command, count=2, **variables))
         written = emulator.stored(held, "run")
-    (first, out, error), (second, *silence) = finished
+    (first, out, error), (second, *silence) = ended
     assert (first, second) == (0, 0), error + silence[1]
     assert "after (step" in out
     assert "parameters in float32" in error
     assert [line for line in silence[0].splitlines() if not line.startswith("[Gloo]")] == []
     assert "parameters in float32" not in silence[1]
-    expected = _adapter(str(alone.folder))
+    expected = load_file(alone.adapter / "adapter_model.safetensors")
     for name, tensor in safetensors.numpy.load(written["adapter/adapter_model.safetensors"]).items():
         np.testing.assert_allclose(tensor, expected[name], rtol=1e-3, atol=1e-5, err_msg=name)
     ours = [json.loads(line) for line in written["metrics.jsonl"].splitlines()]
-    theirs = tiny.lines(str(alone.folder))
+    theirs = tiny.lines(alone.folder)
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
-    done = [{name: line["done"][name] for name in ("step", "best_step")} for line in (ours[-1], theirs[-1])]
-    assert done == [{"step": 4, "best_step": alone.best_step}] * 2
+    assert [lines[-1]["done"]["best_step"] for lines in (ours, theirs)] == [alone.best_step] * 2
     assert {name.partition("/")[0] for name in written} == {path.name for path in alone.folder.iterdir()}
-    traces = {name.rpartition("/")[2] for name in written if "/steps_3-3/" in name}
+    traces = {name.rpartition("/")[2] for name in written if "/steps_2-2/" in name}
     assert traces == {"process_0.xplane.pb", "process_1.xplane.pb"}
     assert not list((tmp_path / "cache" / "buckets").rglob("*.safetensors"))  # weights are streamed
 
 
-def test_adalora_leaves_the_ranks_that_were_asked_for(config: RunConfig) -> None:
+def test_adalora_leaves_the_ranks_that_were_asked_for(config: cfg.RunConfig) -> None:
     """Of the last allocation on: no earlier state is exported, however good it was."""
-    rules = (LoRARule("ffn", 6),)
+    rules = (cfg.LoRARule("ffn", 6),)
     config = replace(
         config,
         steps=20,
-        lora=LoRAConfig(rules=rules),
-        adalora=AdaLoRAConfig(target_rank=2, interval=2),
-        optimizer=OptimizerConfig(learning_rate=5e-2),
+        lora=cfg.LoRAConfig(rules=rules),
+        adalora=cfg.AdaLoRAConfig(target_rank=2, interval=2),
+        optimizer=cfg.OptimizerConfig(learning_rate=5e-2),
         train=replace(config.train, eval_every=5, save_every=5),
     )
     result = nalora_run.run(config)
@@ -330,47 +276,46 @@ def _unknown_activation(folder: Path) -> None:
 
 
 EXAMPLE = {"prompt": "a more", "completion": " z"}
-# Flags, damage to the model, the ninth example of the data, and a part of the message.
-REFUSED: list[tuple[list[str], Any, Any, str]] = [
-    (["--lora.rules", "nothing:4"], None, EXAMPLE, "'nothing', which matches nothing"),
-    (["--data.dataset", "missing.jsonl"], None, EXAMPLE, "missing.jsonl"),
-    (["--mesh.data", "3"], None, EXAMPLE, "--mesh"),
-    (["--mesh.tensor", "4"], None, EXAMPLE, "--mesh.tensor: expected a divisor of the model"),
-    (["--mesh.data", "4"], None, EXAMPLE, "--train.batch-size"),
-    (["--data.prompt-field", "ask"], None, EXAMPLE, "expected a field 'ask'"),
-    (["--data.chat"], None, EXAMPLE, "chat template"),
-    (["--resume"], None, EXAMPLE, "--resume: expected a checkpoint"),
-    ([], _unknown_activation, EXAMPLE, "'frobnicate'"),
-    ([], _without_gate, EXAMPLE, "found no model.layers.0.mlp.gate_proj.weight"),
-    ([], None, {"prompt": "a", "completion": ""}, "data.jsonl:9: completion: expected an answer"),
-    (["--data.max-length", "128"], None, {"prompt": "a " * 80, "completion": " z"}, "the model's context"),
-]
+# A part of the message, and its cause: flags, damage to the model, or the ninth example of the data.
+REFUSED: dict[str, Any] = {
+    "'nothing', which matches nothing": "--lora.rules nothing:4",
+    "missing.jsonl": "--data.dataset missing.jsonl",
+    "--mesh": "--mesh.data 3",
+    "--mesh.tensor: expected a divisor of the model": "--mesh.tensor 4",
+    "--train.batch-size": "--mesh.data 4",
+    "expected a field 'ask'": "--data.prompt-field ask",
+    "chat template": "--data.chat",
+    "--resume: expected a checkpoint": "--resume",
+    "'frobnicate'": _unknown_activation,
+    "found no model.layers.0.mlp.gate_proj.weight": _without_gate,
+    "data.jsonl:9: completion: expected an answer": {"prompt": "a", "completion": ""},
+    "the model's context": {"prompt": "a " * 80, "completion": " z"},
+}
 
 
-@pytest.mark.parametrize(("flags", "damage", "example", "message"), REFUSED)
-def test_what_cannot_run_is_one_line_and_exit_code_2(
-    settings: RunConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    flags: list[str],
-    damage: Any,
-    example: dict[str, str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_run_is_one_line_and_exit_code_2(settings, tmp_path, monkeypatch, message, capsys):
     """Before weights are read, unless the weights are damaged."""
-    model, output, data = Path(settings.model), tmp_path / "out", tmp_path / "data.jsonl"
-    if damage is not None:
+    cause, model, output, data = (
+        REFUSED[message],
+        Path(settings.model),
+        tmp_path / "out",
+        tmp_path / "data.jsonl",
+    )
+    if callable(cause):
         model = shutil.copytree(model, tmp_path / "model")
-        damage(model)
-    if damage is not _without_gate:
+        cause(model)
+    if cause is not _without_gate:
         monkeypatch.setattr(text, "load_weights", None)
-    data.write_text("".join(json.dumps(line) + "\n" for line in [EXAMPLE] * 8 + [example] + [EXAMPLE] * 13))
-    common = ["--model", str(model), "--output", str(output), "--steps", "1", "--mesh.data", "1"]
-    common += ["--compute.no-compilation-cache", "--train.batch-size", "2", "--data.dataset", str(data)]
-    common += ["--data.train-split", "train[:90%]", "--data.eval-split", "train[90%:]"]
-    common += ["--data.max-length", "16", "--data.too-long", "error"]
-    assert main(["train", *common, *flags]) == 2
+    examples = [EXAMPLE] * 8 + [cause if isinstance(cause, dict) else EXAMPLE] + [EXAMPLE] * 13
+    data.write_text("".join(json.dumps(line) + "\n" for line in examples))
+    flags = (
+        f"train --model {model} --output {output} --steps 1 --mesh.data 1 --compute.no-compilation-cache"
+        f" --train.batch-size 2 --data.dataset {data} --data.train-split train[:90%]"
+        " --data.eval-split train[90%:] --data.too-long error"
+        f" --data.max-length {128 if 'context' in message else 16} {cause if isinstance(cause, str) else ''}"
+    )
+    assert main(flags.split()) == 2
     error = capsys.readouterr().err
     assert message in error
     assert [line.startswith("error: ") for line in error.splitlines()].count(True) == 1

@@ -21,9 +21,6 @@ from nalora_jax.train.adapted import load
 from nalora_jax.train.run import RunResult
 from tests import tiny
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("default")  # of torch, transformers and PEFT
 
 # DoRA, ranks of single layers, and trained rows of the embedding.
@@ -43,7 +40,7 @@ TOKENS = np.array([[2, 9, 27, 0, 4, 8, 27, 0]])
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("adapters")
-    with tiny.on_one_device(folder / "cache"):
+    with tiny.on_named_devices(folder / "cache"):
         yield tiny.make_config(
             folder,
             steps=20,
@@ -54,79 +51,75 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
         )
 
 
-def their_base(config: RunConfig) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+def their_steps(model: Any, config: RunConfig, rate: float) -> list[float]:
+    """Trains PEFT's model for five steps on the training questions; returns the loss before each and at the end."""
+    import torch
 
-
-def our_logits(folder: str) -> np.ndarray:
-    model = load(folder, dtype="float32")
-    return np.asarray(tiny.logits_of(model.module, model.variables, jnp.asarray(TOKENS)))
-
-
-def their_logits(model: Any) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(TOKENS)).logits.numpy()
-
-
-def their_steps(model: Any, config: RunConfig, steps: int, rate: float = 5e-3) -> list[float]:
-    """Trains PEFT's model on the training questions; returns the loss before each step and at the end."""
     lines = Path(config.data.dataset).read_text().splitlines()[:48]
-    ids = {word: index for index, word in enumerate(tiny.WORDS)}
     words = [[*(json.loads(line)["prompt"] + " z").split(), "<end>"] for line in lines]
-    tokens = torch.tensor([[ids[word] for word in row] for row in words])
+    tokens = torch.tensor([[tiny.WORDS.index(word) for word in row] for row in words])
     labels = tokens.clone()
     labels[:, :2] = -100
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
     losses = []
-    for _ in range(steps + 1):
+    for step in range(6):
         loss = model(tokens, labels=labels).loss
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
-        if len(losses) <= steps:
+        if step < 5:
             optimizer.step()
     return losses
 
 
 def test_an_adapter_goes_from_peft_to_a_run_and_back(config: RunConfig, tmp_path: Path) -> None:
+    torch, transformers, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
+
+    def their_base() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+
+    def assert_equal_logits(ours: str, theirs: Any) -> None:
+        model = load(ours, dtype="float32")
+        logits = np.asarray(tiny.logits_of(model.module, model.variables, jnp.asarray(TOKENS)))
+        with torch.no_grad():
+            expected = theirs(torch.tensor(TOKENS)).logits.numpy()
+        np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-4)
+
     torch.manual_seed(0)
     settings = peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **ADAPTER)
-    theirs = peft.get_peft_model(their_base(config), settings)
-    first = their_steps(theirs, config, 5)
+    theirs = peft.get_peft_model(their_base(), settings)
+    first = their_steps(theirs, config, 5e-3)
     theirs.save_pretrained(tmp_path / "theirs")
-    # ---------------------------------------------------------------- from PEFT
     run = replace(config, adapter=str(tmp_path / "theirs"), output=str(tmp_path / "run"))
-    np.testing.assert_allclose(our_logits(run.adapter), their_logits(theirs), rtol=2e-4, atol=2e-4)
-    # ---------------------------------------------------------------- steps here
+    assert_equal_logits(run.adapter, theirs)
     result = training.run(run)
-    # ---------------------------------------------------------------- back to PEFT
-    back = peft.PeftModel.from_pretrained(their_base(config), str(result.adapter), is_trainable=True)
-    np.testing.assert_allclose(our_logits(run.output), their_logits(back), rtol=2e-4, atol=2e-4)
-    files = [load_file(f / TENSORS) for f in (tmp_path / "theirs", result.adapter)]
-    assert files[0].keys() == files[1].keys()
-    assert {n: t.shape for n, t in files[0].items()} == {n: t.shape for n, t in files[1].items()}
-    then = their_steps(back, config, 5, 1e-3)
+    back = peft.PeftModel.from_pretrained(their_base(), str(result.adapter), is_trainable=True)
+    assert_equal_logits(run.output, back)
+    shapes = [
+        {name: tensor.shape for name, tensor in load_file(folder / TENSORS).items()}
+        for folder in (tmp_path / "theirs", result.adapter)
+    ]
+    assert shapes[0] == shapes[1]
+    then = their_steps(back, config, 1e-3)
     assert first[0] > first[-1] > then[0] > then[-1]
 
 
 @pytest.fixture(scope="module")
 def earlier(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """A run of this library, which others continue."""
-    folder = tmp_path_factory.mktemp("earlier") / "run"
-    rules = (LoRARule("gate_proj", 4), LoRARule("ffn", 2, 8.0))
-    lora = LoRAConfig(rules, dropout=0.1)
-    return training.run(replace(config, steps=4, lora=lora, output=str(folder)))
+    lora = LoRAConfig((LoRARule("gate_proj", 4), LoRARule("ffn", 2, 8.0)), dropout=0.1)
+    folder = str(tmp_path_factory.mktemp("earlier") / "run")
+    return training.run(replace(config, steps=4, lora=lora, output=folder))
 
 
 def test_a_run_resumes_from_its_checkpoint_though_its_adapter_has_changed(
-    config: RunConfig, earlier: RunResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    config, earlier, tmp_path, caplog
+):
     caplog.set_level(logging.INFO, "nalora_jax")
     shutil.copytree(earlier.folder, tmp_path / "earlier")
     train = TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=3)
-    run = replace(
-        config, steps=6, train=train, adapter=str(tmp_path / "earlier"), output=str(tmp_path / "run")
-    )
+    run = replace(config, steps=6, train=train, adapter=str(tmp_path / "earlier"))
+    run = replace(run, output=str(tmp_path / "run"))
     whole = training.run(run)
     # It starts where the earlier run ended.
     np.testing.assert_allclose(whole.before["loss"], earlier.after["loss"], rtol=1e-6)
@@ -141,9 +134,7 @@ def test_a_run_resumes_from_its_checkpoint_though_its_adapter_has_changed(
     assert all(np.array_equal(found[name], trained[name]) for name in trained)
 
 
-def test_words_of_the_command_line_about_an_adapter(
-    config: RunConfig, earlier: RunResult, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_words_of_the_command_line_about_an_adapter(config, earlier, capsys):
     """Each in one line, with a way on that exists."""
     adapter, data = str(earlier.adapter), ["--data.dataset", config.data.dataset]
     for words, expected in (

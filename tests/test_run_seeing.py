@@ -5,37 +5,24 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from nalora_jax import config as cfg
 from nalora_jax.__main__ import main
 from nalora_jax.cli.config_files import load_config
 from nalora_jax.cli.training import run
-from nalora_jax.config import (
-    ComputeConfig,
-    DataConfig,
-    LoRAConfig,
-    LoRARule,
-    MeshConfig,
-    RunConfig,
-    TrainConfig,
-    VisionConfig,
-)
+from nalora_jax.common.trees import flatten
 from nalora_jax.data.images.chat import asked
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.run_log import read_metrics
 from nalora_jax.train.adapted import load
-from tests import seeing
+from tests import seeing, tiny
 from tests.seeing import QUESTION
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
-RULES = (LoRARule("image/.*ffn", 2), LoRARule("", 8))
 TOWERS = {"image": 3, "layers": 2}
 
 
@@ -45,30 +32,28 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return seeing.make_chats(tmp_path_factory.mktemp("chats"), damaged="green1.png")
 
 
-def settings(model: Path, chats: Path, output: Path, **changes: object) -> RunConfig:
+@pytest.fixture(scope="module")
+def libraries() -> Any:
+    """torch, transformers and PEFT."""
+    return [pytest.importorskip(name) for name in ("torch", "transformers", "peft")]
+
+
+def settings(model: Path, chats: Path, output: Path, **changes: Any) -> cfg.RunConfig:
     """`configs/llava_chat.py` on a tiny model and a file."""
-    base = replace(
-        load_config("configs/llava_chat.py"),
-        model=str(model),
-        output=str(output),
-        steps=8,
-        lora=LoRAConfig(rules=RULES),
-        data=DataConfig(
-            str(chats),
-            train_split="train[:75%]",
-            eval_split="train[75%:]",
-            max_length=96,
-            eval_limit=4,
-            select_limit=2,  # with so few, one program measures both
-            chat=True,
-            workers=1,
-        ),
-        train=TrainConfig(batch_size=8, log_every=4, eval_every=0, save_every=8),
-        compute=ComputeConfig("float32", stats_stride=1, compilation_cache=False),
-        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
-    )
-    base = replace(base, optimizer=replace(base.optimizer, learning_rate=5e-2))
-    return replace(base, **changes)
+    base = load_config("configs/llava_chat.py")
+    splits = {"train_split": "train[:75%]", "eval_split": "train[75%:]", "eval_limit": 4, "select_limit": 2}
+    own: dict[str, Any] = {
+        "model": str(model),
+        "output": str(output),
+        "steps": 8,
+        "lora": cfg.LoRAConfig(rules=(cfg.LoRARule("image/.*ffn", 2), cfg.LoRARule("", 8))),
+        "data": cfg.DataConfig(str(chats), max_length=96, chat=True, workers=1, **splits),
+        "train": cfg.TrainConfig(batch_size=8, log_every=4, eval_every=0, save_every=8),
+        "compute": cfg.ComputeConfig("float32", stats_stride=1, compilation_cache=False),
+        "mesh": cfg.MeshConfig(data=2, fsdp=2, tensor=2),
+        "optimizer": replace(base.optimizer, learning_rate=5e-2),
+    }
+    return replace(base, **(own | changes))
 
 
 @pytest.fixture(scope="module")
@@ -80,27 +65,23 @@ def trained(seeing_folder, chats, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_a_run_lowers_the_loss_and_leaves_its_adapter(trained) -> None:
-    _, folder = trained
-    records = read_metrics(folder / "metrics.jsonl")
-    before, after = (next(r for r in records if r.get(name))["eval"] for name in ("initial", "final"))
+    lines = tiny.lines(trained[1])
+    before, after = (next(line["eval"] for line in lines if name in line) for name in ("initial", "final"))
     assert after["loss"] < 0.7 * before["loss"]
-    logged = [r for r in records if "towers" in r]
-    assert logged[-1]["towers"] == TOWERS
+    assert [line["towers"] for line in lines if "towers" in line][-1] == TOWERS
     sample = before["samples"][0]
     assert sample["prompt"].count("[image]") == 1
     assert sample["turns"] == [{"role": "user", "text": f"[image]{QUESTION}"}]
-    adapted = load(str(folder))
+    adapted = load(str(trained[1]))
     assert {path.split("/")[0] for path, _ in adapted.spec.targets} == set(TOWERS)
-    for path, _ in adapted.spec.targets:
-        leaf = adapted.lora
-        for name in path.split("/"):
-            leaf = leaf[name]
-        assert np.abs(leaf["b"]).max() > 0, path
+    leaves = flatten(adapted.lora)
+    assert all(np.abs(leaves[f"{path}/b"]).max() > 0 for path, _ in adapted.spec.targets)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_peft_loads_the_adapter_and_transformers_sees_the_same(trained, chats) -> None:
+def test_peft_loads_the_adapter_and_transformers_sees_the_same(trained, chats, libraries) -> None:
     """Logits of the trained model in transformers with PEFT, on an image of its own, against ours."""
+    torch, transformers, peft = libraries
     model, folder = trained
     adapted = load(str(folder), dtype="float32")
     tokenizer, processor = adapted.base.tokenizer, adapted.base.processor
@@ -110,9 +91,8 @@ def test_peft_loads_the_adapter_and_transformers_sees_the_same(trained, chats) -
 
     @jax.jit
     def logits(variables, pixels):
-        hidden = adapted.module.apply(
-            variables, ids, features=adapted.module.apply(variables, pixels, method="see")
-        )
+        seen = adapted.module.apply(variables, pixels, method="see")
+        hidden = adapted.module.apply(variables, ids, features=seen)
         return adapted.module.apply(variables, hidden, method="unembed")
 
     ours = np.asarray(logits(adapted.variables, pixels))
@@ -127,43 +107,44 @@ def test_peft_loads_the_adapter_and_transformers_sees_the_same(trained, chats) -
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
-def test_the_verbs_see(trained, chats, tmp_path, capsys) -> None:
+def test_the_verbs_see(trained, chats, tmp_path, capsys, libraries) -> None:
+    torch, transformers, _ = libraries
     model, folder = trained
     more = ["--prompt", QUESTION, "--image", str(chats.parent / "green0.png"), "--max-new-tokens", "4"]
     assert main(["generate", str(folder), *more]) == 0
-    answer = capsys.readouterr().out
-    assert answer.strip()
+    assert capsys.readouterr().out.strip()
     assert main(["eval", str(folder)]) == 0
-    final = next(r for r in read_metrics(folder / "metrics.jsonl") if r.get("final"))["eval"]
+    final = next(line["eval"] for line in tiny.lines(folder) if "final" in line)
     assert f"held-out loss {final['loss']:.3f}" in capsys.readouterr().out
     merged = tmp_path / "merged"
     assert main(["merge", str(folder), "--output", str(merged), "--dtype", "float32"]) == 0
-    whole, base = (transformers.AutoModelForImageTextToText.from_pretrained(one) for one in (merged, model))
-    assert {name: leaf.shape for name, leaf in whole.named_parameters()} == {
-        name: leaf.shape for name, leaf in base.named_parameters()
+    whole, base = (
+        dict(transformers.AutoModelForImageTextToText.from_pretrained(one).named_parameters())
+        for one in (merged, model)
+    )
+    assert {name: leaf.shape for name, leaf in whole.items()} == {
+        name: leaf.shape for name, leaf in base.items()
     }
     last = "model.vision_tower.encoder.layers.2.mlp.fc1.weight"
-    assert not torch.equal(whole.get_parameter(last), base.get_parameter(last))
+    assert not torch.equal(whole[last], base[last])
     assert main(["export", str(folder), "--output", str(tmp_path / "vllm"), "--for", "vllm"]) == 2
     assert "language model alone" in capsys.readouterr().err
 
 
-def test_a_conversation_shows_images(seeing_folder, chats, monkeypatch, capsys) -> None:
+def test_a_conversation_shows_images(seeing_folder, chats, monkeypatch, capsys, libraries) -> None:
     """Two turns, the second with two images more, as transformers answers them; what is wrong is said in between."""
+    torch, transformers, _ = libraries
     model, folder = seeing_folder("llava"), chats.parent
-    lines = [
-        f"/image {folder / 'green0.png'}",
-        QUESTION,
-        "/image nowhere.png",
-        f"/image {folder / 'green1.png'}",
-    ]
-    lines += [
-        "a <image> ?",
-        f"/image {folder / 'blue0.png'}",
-        f"/image {folder / 'red1.png'}",
-        "Describe this",
-    ]
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    typed = f"""/image {folder}/green0.png
+{QUESTION}
+/image nowhere.png
+/image {folder}/green1.png
+a <image> ?
+/image {folder}/blue0.png
+/image {folder}/red1.png
+Describe this
+"""
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     told = ["--max-new-tokens", "4", "--temperature", "0", "--dtype", "float32"]
     assert main(["chat", str(model), *told]) == 0
     out, err = capsys.readouterr()
@@ -177,30 +158,28 @@ def test_a_conversation_shows_images(seeing_folder, chats, monkeypatch, capsys) 
     processor = transformers.AutoProcessor.from_pretrained(model, backend="pil")
     whole = transformers.AutoModelForImageTextToText.from_pretrained(model).eval()
     turns: list[dict] = []
+    form = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     for names, text, answer in (("green0", QUESTION, said[0]), ("blue0 red1", "Describe this", said[1])):
-        shown = [
-            {"type": "image", "image": Image.open(folder / f"{one}.png").convert("RGB")}
-            for one in names.split()
-        ]
+        images = [Image.open(folder / f"{name}.png").convert("RGB") for name in names.split()]
+        shown = [{"type": "image", "image": image} for image in images]
         turns.append({"role": "user", "content": [*shown, {"type": "text", "text": text}]})
-        inputs = processor.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        inputs = processor.apply_chat_template(turns, **form)
         with torch.no_grad():
-            made = whole.generate(**inputs, max_new_tokens=4, do_sample=False)[
-                0, inputs["input_ids"].shape[1] :
-            ]
-        assert processor.decode(made, skip_special_tokens=True) == answer
+            made = whole.generate(**inputs, max_new_tokens=4, do_sample=False)
+        length = inputs["input_ids"].shape[1]
+        assert processor.decode(made[0, length:], skip_special_tokens=True) == answer
         turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
 
 
 def test_settings_that_do_not_fit_are_refused(seeing_folder, chats, tmp_path) -> None:
     base = settings(seeing_folder("llava"), chats, tmp_path / "run")
-    for changes, message in (
-        ({"data": replace(base.data, too_long="truncate")}, "--data.too-long"),
-        ({"vision": VisionConfig("chat", broken="error")}, "green1.png"),
-        ({"data": replace(base.data, max_length=12)}, "--data.max-length"),
-        ({"vision": VisionConfig()}, "matches nothing"),  # read as its text model, which has no image tower
-    ):
+    for message, changes in {
+        "--data.too-long": {"data": replace(base.data, too_long="truncate")},
+        "green1.png": {"vision": cfg.VisionConfig("chat", broken="error")},
+        "--data.max-length": {"data": replace(base.data, max_length=12)},
+        "matches nothing": {
+            "vision": cfg.VisionConfig()
+        },  # read as its text model, which has no image tower
+    }.items():
         with pytest.raises(NaloraError, match=message):
-            run(replace(base, output=str(tmp_path / message.strip("-").replace(" ", "_")), **changes))
+            run(replace(base, **changes))

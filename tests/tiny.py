@@ -28,18 +28,9 @@ import tokenizers
 from jax.sharding import Mesh
 from tokenizers import decoders, models, pre_tokenizers
 
+from nalora_jax import config as cfg
 from nalora_jax.common import trees
 from nalora_jax.common.downloads import cache_dir
-from nalora_jax.config import (
-    ComputeConfig,
-    DataConfig,
-    LoRAConfig,
-    LoRARule,
-    MeshConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-)
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import init_lora
@@ -50,6 +41,7 @@ from nalora_jax.train.adapted import load
 from nalora_jax.train.program import Assembly, assemble
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter
+from nalora_jax.weights.tokenizer_files import write_tokenizer
 from tests import xla_options
 from tests.param_trees import init_params, tensors_from_params
 
@@ -88,16 +80,21 @@ def new_cache(folder: Path) -> str:
 
 def one_device() -> Mesh:
     """A mesh of the first device."""
-    return distributed.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    return distributed.make_mesh(cfg.MeshConfig(data=1), jax.devices()[:1])
 
 
 @contextlib.contextmanager
-def on_one_device(folder: Path) -> Iterator[None]:
-    """Runs have the empty cache ``folder``, and one device."""
+def on_named_devices(folder: Path) -> Iterator[None]:
+    """Runs have the new cache ``folder``, and as many of the simulated devices as their mesh names."""
     make = distributed.make_mesh
+
+    def make_mesh(mesh: cfg.MeshConfig, devices: Any = None) -> Mesh:
+        count = mesh.data * (mesh.fsdp or 1) * (mesh.tensor or 1)  # 0 is left to the library
+        return make(mesh, jax.devices()[:count] if count in (1, 2, 4) else devices)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NALORA_CACHE", new_cache(folder))
-        patch.setattr(distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:1]))
+        patch.setattr(distributed, "make_mesh", make_mesh)
         yield
 
 
@@ -127,7 +124,8 @@ def make_model(
     """A model as a Hugging Face folder; its weights are ``spread`` times as large as new ones."""
     config = ModelConfig.from_hf(hf)
     params = jax.tree.map(lambda leaf: spread * leaf, init_params(config, jax.random.key(0)))
-    options: dict[str, Any] = {"hf_config": hf, "tokenizer": tokenizer or word_tokenizer()}
+    written = partial(write_tokenizer, tokenizer or word_tokenizer(), max_length=config.max_positions)
+    options: dict[str, Any] = {"hf_config": hf, "tokenizer": written}
     return write_merged(folder, config, params, None, AdapterSpec(), **options)
 
 
@@ -151,11 +149,12 @@ def write_gguf(writer: Any, config: ModelConfig, params: Any, **more: np.ndarray
 
 
 def make_adapter(
-    folder: Path, base: Path, rules: Sequence[LoRARule], shift: float = 0.2, seed: int = 1
+    folder: Path, base: Path, rules: Sequence[cfg.LoRARule], shift: float = 0.2, seed: int = 1
 ) -> Path:
     """An adapter of a base model's folder in PEFT's files, ``shift`` away from a fresh one."""
     model = load(base, dtype="float32").base
-    spec = resolve(LoRAConfig(rules=tuple(rules)), projection_shapes(model.config), model.config.n_layers)
+    lora_config = cfg.LoRAConfig(rules=tuple(rules))
+    spec = resolve(lora_config, projection_shapes(model.config), model.config.n_layers)
     fresh = init_lora(model.config, spec, jax.random.key(seed))
     lora = jax.device_get(jax.tree.map(lambda leaf: leaf + shift, fresh))
     named = {"base_model_name": str(base), "fingerprint": model.fingerprint}
@@ -204,13 +203,13 @@ def whole_batch(
 
 
 def assembled(
-    config: RunConfig, base: ModelConfig, mesh: MeshConfig | None = None, **parts: Any
+    config: cfg.RunConfig, base: ModelConfig, mesh: cfg.MeshConfig | None = None, **parts: Any
 ) -> tuple[Assembly, Any]:
     """A run on a mesh (default: one device) and its weights; B of its adapters is not zero.
 
     A fresh adapter's gradient of A vanishes, and Adam's first step on B is a mere sign.
     """
-    mesh, rng = mesh or MeshConfig(1, 1, 1), np.random.default_rng(3)
+    mesh, rng = mesh or cfg.MeshConfig(1, 1, 1), np.random.default_rng(3)
     count = mesh.data * mesh.fsdp * mesh.tensor * max(mesh.context, 1)
     made = distributed.make_mesh(mesh, jax.devices()[:count])
     params = init_params(base, jax.random.key(1))
@@ -231,28 +230,17 @@ def torch_llama() -> Any:
     import torch
     import transformers
 
-    settings = {
-        "vocab_size": 40,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "intermediate_size": 24,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    settings = HF | {"vocab_size": 40, "intermediate_size": 24, "attn_implementation": "eager"}
+    settings |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings, attn_implementation="eager"))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     with torch.no_grad():
         for parameter in model.parameters():  # the defaults leave logits near zero
             parameter.mul_(10.0 if parameter.ndim > 1 else 1.0)
     return model
 
 
-def make_config(folder: Path, **changes: Any) -> RunConfig:
+def make_config(folder: Path, **changes: Any) -> cfg.RunConfig:
     """A run on the model and the questions below ``folder``, which are made if they are missing."""
     model, questions = folder / "model", folder / "questions.jsonl"
     if not model.exists():
@@ -263,10 +251,10 @@ def make_config(folder: Path, **changes: Any) -> RunConfig:
         "model": str(model),
         "output": str(folder / "run"),
         "steps": 6,
-        "lora": LoRAConfig(rules=(LoRARule("ffn", 4),)),
+        "lora": cfg.LoRAConfig(rules=(cfg.LoRARule("ffn", 4),)),
         "mechanisms": ("soft:power=2,warmup=2", "homogeneity:warmup=2"),
-        "optimizer": OptimizerConfig(learning_rate=2e-2),
-        "data": DataConfig(
+        "optimizer": cfg.OptimizerConfig(learning_rate=2e-2),
+        "data": cfg.DataConfig(
             dataset=str(questions),
             train_split="train[:80%]",
             eval_split="train[80%:]",
@@ -274,11 +262,11 @@ def make_config(folder: Path, **changes: Any) -> RunConfig:
             eval_limit=4,
             select_limit=2,  # with so few, one program measures both
         ),
-        "mesh": MeshConfig(data=1, fsdp=1, tensor=1),
-        "train": TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=2),
-        "compute": ComputeConfig(dtype="float32", compilation_cache=False),
+        "mesh": cfg.MeshConfig(data=1, fsdp=1, tensor=1),
+        "train": cfg.TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=2),
+        "compute": cfg.ComputeConfig(dtype="float32", compilation_cache=False),
     }
-    return RunConfig(**(settings | changes))
+    return cfg.RunConfig(**(settings | changes))
 
 
 def make_pictures(
@@ -299,7 +287,7 @@ def make_pictures(
     return folder
 
 
-def write_settings(config: RunConfig, path: Path) -> Path:
+def write_settings(config: cfg.RunConfig, path: Path) -> Path:
     """``config`` as a file for ``--config``; reports of other processes have no pictures, which take seconds."""
     path.write_text(
         "import sys\n\n"
@@ -358,11 +346,6 @@ def lines(folder: Path | str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def losses(folder: Path | str) -> dict[int, float]:
-    """Loss of every logged step."""
-    return logged(folder, "loss")
-
-
-def logged(folder: Path | str, name: str) -> dict[int, float]:
+def logged(folder: Path | str, name: str = "loss") -> dict[int, float]:
     """A number of every logged step."""
     return {line["step"]: line[name] for line in lines(folder) if name in line}

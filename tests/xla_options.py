@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-# Emitters of fusions take two thirds of a small program's compilation; JAX 0.12 cannot do without them.
-PLAIN_LOOPS = ["--xla_cpu_use_fusion_emitters=false"] * (version("jaxlib") < "0.12")
-# Small programs are compiled in one piece: 5% less time than in up to 32.
-ONE_PIECE = "--xla_cpu_parallel_codegen_split_count=1"
-
 
 def flags(devices: int) -> str:
     """``XLA_FLAGS`` of a process with simulated devices."""
-    return " ".join([f"--xla_force_host_platform_device_count={devices}", ONE_PIECE, *PLAIN_LOOPS])
+    # Small programs are compiled in one piece: 5% less time than in up to 32.
+    options = [f"force_host_platform_device_count={devices}", "cpu_parallel_codegen_split_count=1"]
+    if version("jaxlib") < "0.12":  # emitters of fusions take two thirds of a small program's compilation
+        options.append("cpu_use_fusion_emitters=false")
+    if devices > 1:  # they meet late on two busy cores; by default XLA aborts the process after 40 seconds
+        options += [
+            "cpu_collective_call_terminate_timeout_seconds=900",
+            "cpu_collective_timeout_seconds=900",
+        ]
+    return " ".join(f"--xla_{option}" for option in options)

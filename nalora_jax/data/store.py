@@ -51,8 +51,6 @@ class Counts:
     # Tokens in the store, and the loss tokens among them.
     tokens: int
     targets: int
-    # Tokens of the longest record before any was cut.
-    longest: int
     # Records left out, and examples shortened, because they were longer than a row.
     dropped: int = 0
     truncated: int = 0
@@ -166,7 +164,7 @@ def write_store(folder: Path, examples: Iterator[tuple[int, Example]], **cut: in
       NaloraError: the disk is full; errors of ``examples`` pass through.
     """
     offsets, records, digest = [0], [], hashlib.sha256()
-    targets = longest = 0
+    targets = 0
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with scratch_folder(folder.parent, ".incomplete") as scratch:
@@ -176,7 +174,6 @@ def write_store(folder: Path, examples: Iterator[tuple[int, Example]], **cut: in
             ):
                 for record, example in examples:  # memory grows by only 16 bytes per example
                     size = len(example.ids)
-                    longest = max(longest, size)
                     ids = example.ids.astype("<i4").tobytes()
                     mask = example.answer.astype(np.uint8).tobytes()
                     tokens.write(ids)
@@ -187,7 +184,7 @@ def write_store(folder: Path, examples: Iterator[tuple[int, Example]], **cut: in
                     targets += int(np.count_nonzero(example.answer[1:]))
             write_array(scratch / "offsets.npy", np.array(offsets, np.int64))
             write_array(scratch / "records.npy", np.array(records, np.int64))
-            counts = Counts(len(records), offsets[-1], targets, longest, **cut)
+            counts = Counts(len(records), offsets[-1], targets, **cut)
             meta = {"fingerprint": digest.hexdigest(), "counts": asdict(counts)}
             (scratch / "meta.json").write_text(json.dumps(meta))
             write_digests(scratch)
@@ -220,12 +217,13 @@ def is_whole(folder: Path) -> bool:
 def load_store(folder: Path) -> TokenStore:
     """Returns the store in ``folder`` with memory-mapped arrays."""
     meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+    counts = {name: count for name, count in meta["counts"].items() if name != "longest"}  # of early stores
     return TokenStore(
         tokens=np.memmap(folder / "tokens.bin", "<i4", mode="r"),
         answer=np.memmap(folder / "answer.bin", np.uint8, mode="r"),
         offsets=np.load(folder / "offsets.npy"),
         records=np.load(folder / "records.npy"),
-        counts=Counts(**meta["counts"]),
+        counts=Counts(**counts),
         fingerprint=meta["fingerprint"],
         folder=folder,
     )
@@ -303,8 +301,7 @@ def cut_store(
 
         write_store(folder, cut_examples(), **counts)
     cut = load_store(folder)
-    longest = int(positions.max()) + 1
-    counts_cut = replace(cut.counts, examples=cut.counts.examples // group, longest=longest)
+    counts_cut = replace(cut.counts, examples=cut.counts.examples // group)
     if counts_cut.split:
         text = "%s: %d records longer than a row of %d tokens are split; rows of examples: %d"
         log.info(text, source.name, count, config.max_length, counts_cut.examples)

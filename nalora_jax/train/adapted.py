@@ -24,7 +24,7 @@ from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel
 from nalora_jax.weights.new_tokens import check_adapter, for_adapter
 from nalora_jax.weights.peft import import_adapter
-from nalora_jax.weights.peft_read import recorded_rope_scaling
+from nalora_jax.weights.peft_config import recorded_fact
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def load(
     quantized = None if quantize == "none" else quantize
     files = resolved or resolve_source(located.base)
     if located.adapter is not None:
-        files = replace(files, rope_scaling=recorded_rope_scaling(located.adapter))
+        files = replace(files, rope_scaling=recorded_fact(located.adapter, "rope_scaling"))
     base = load_model(files, dtype=dtype, mesh=mesh, quantized=quantized, images=images)
     lora, spec = None, AdapterSpec()
     if located.adapter is not None:

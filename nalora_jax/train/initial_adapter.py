@@ -28,7 +28,7 @@ from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, open_files
 from nalora_jax.weights.new_tokens import for_adapter
 from nalora_jax.weights.peft import import_adapter
-from nalora_jax.weights.peft_read import TENSORS_NAME, recorded_rope_scaling
+from nalora_jax.weights.peft_config import TENSORS_NAME, recorded_fact
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def with_adapter(
     digest, model = _checked_digest(config, folder), config.model
     if model == RunConfig().model and not ("model" in named or config.adapter_sha256):
         model = locate(config.adapter).base
-    files = replace(resolve_source(model), rope_scaling=recorded_rope_scaling(folder))
+    files = replace(resolve_source(model), rope_scaling=recorded_fact(folder, "rope_scaling"))
     base, added = _with_tokens(files, folder, images=config.vision.task == "chat")
     spec = _spec(folder, digest, base)
     if not config.adapter_sha256:

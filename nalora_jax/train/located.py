@@ -17,8 +17,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.run_log import ADAPTER
 from nalora_jax.evaluate.run_log import FILE as METRICS
 from nalora_jax.weights.hub import alias_of
-from nalora_jax.weights.peft_config import CONFIG_NAME
-from nalora_jax.weights.peft_read import recorded_base
+from nalora_jax.weights.peft_config import CONFIG_NAME, recorded_fact
 
 T = TypeVar("T")
 
@@ -100,7 +99,7 @@ def base_of(adapter: Path) -> str:
         raise NaloraError(
             f"{path}: base_model_name_or_path", expected="a model", found=repr(name), remedy=remedy
         )
-    copy = recorded_base(adapter)
+    copy = recorded_fact(adapter, "base")
     alias = alias_of(copy)
     return copy if alias and alias.hub_id == name else name
 

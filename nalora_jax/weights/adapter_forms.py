@@ -1,22 +1,14 @@
-"""Equivalent forms of an adapter: of non-zero starts (PiSSA, LoRA-GA), allocated ranks (AdaLoRA) and slots.
+"""Equivalent forms of an adapter: of non-zero starts (PiSSA, LoRA-GA) and of allocated ranks (AdaLoRA).
 
 A kernel is split as ``W = W_low + s A0 B0``; training changes A and B on the frozen ``W_low``.
 Tools that load the original kernel need ``s (A B - A0 B0)``, a plain adapter of twice the rank.
 PiSSA (arXiv 2404.02948) takes ``A0 B0`` from the kernel's principal components.
-
-A program is compiled for the shapes and scales of an adapter. In a slot every projection has an
-adapter of one rank, zero if the current adapter has none there, with its scale folded into B:
-
-    slot = AdapterSlot.on(config, rank=16)
-    variables = {"params": params, "lora": slot.fill(None, None)}
-    generator = Generator(Decoder(config, slot.spec, ...), variables, tokenizer)
-    generator = generator.with_lora(slot.fill(lora, spec))  # another adapter, the same programs
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,11 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nalora_jax.common.trees import flatten, unflatten
-from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import merged_kernel, pad_rank
-from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import depths, projection_shapes
-from nalora_jax.models.targets import TABLES, AdapterSpec, TargetSpec, scale_divisor
+from nalora_jax.models.targets import AdapterSpec, TargetSpec, scale_divisor
 
 
 def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
@@ -83,26 +72,20 @@ def difference_as_lora(
     """
     now, before = flatten(lora), flatten(start)
     factor = scale_divisor(2.0, rslora=spec.rslora)
-    targets, leaves = [], {}
+    leaves = {path: leaf for path, leaf in now.items() if path.endswith("/magnitude")}
+    targets = []
     for path, target in spec.targets:
         ranks = tuple(2 * rank for rank in target.ranks)
         targets.append((path, TargetSpec(ranks, tuple(factor * alpha for alpha in target.alphas))))
-        pairs = ((np.asarray(now[f"{path}/{n}"]), np.asarray(before[f"{path}/{n}"])) for n in ("a", "b"))
-        (a, a0), (b, b0) = pairs
-        leaves[f"{path}/a"] = _join(a, a0, target, axis=-1)
-        leaves[f"{path}/b"] = _join(b, -b0, target, axis=-2)
-    magnitudes = {path: leaf for path, leaf in now.items() if path.endswith("/magnitude")}
+        (a, b), (a0, b0) = ([np.asarray(of[f"{path}/{name}"]) for name in "ab"] for of in (now, before))
+        layers = []
+        for i, rank in enumerate(target.ranks):
+            joined_a = np.concatenate([a[i, ..., :rank], a0[i, ..., :rank]], axis=-1)
+            joined_b = np.concatenate([b[i, ..., :rank, :], -b0[i, ..., :rank, :]], axis=-2)
+            layers.append(pad_rank(joined_a, joined_b, 2 * a.shape[-1]))
+        leaves[f"{path}/a"], leaves[f"{path}/b"] = map(np.stack, zip(*layers, strict=True))
     plain = AdapterSpec(tuple(targets), rslora=spec.rslora, dora=spec.dora, dropout=spec.dropout)
-    return unflatten(leaves | magnitudes), plain
-
-
-def _join(trained: np.ndarray, start: np.ndarray, target: TargetSpec, axis: int) -> np.ndarray:
-    """Concatenates both factors on the rank axis, layer by layer, without padding in between."""
-    joined = np.zeros_like(np.concatenate([trained, start], axis=axis))
-    for layer, rank in enumerate(target.ranks):
-        place, first, second = (np.moveaxis(leaf[layer], axis, 0) for leaf in (joined, trained, start))
-        place[:rank], place[rank : 2 * rank] = first[:rank], second[:rank]
-    return joined
+    return unflatten(leaves), plain
 
 
 def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[str, Any], AdapterSpec]:
@@ -136,14 +119,7 @@ def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[st
         falls = [scale_divisor(share, rslora=spec.rslora) for share in shares]
         alphas = tuple(alpha * fall or 1.0 for alpha, fall in zip(target.alphas, falls, strict=True))
         targets.append((path, TargetSpec(ranks, alphas)))
-    plain = AdapterSpec(
-        tuple(targets),
-        rslora=spec.rslora,
-        dropout=spec.dropout,
-        saved=spec.saved,
-        token_indices=spec.token_indices,
-    )
-    return unflatten(leaves), plain
+    return unflatten(leaves), replace(spec, targets=tuple(targets), dora=False, adalora=False, zero_a=False)
 
 
 _ITERATIONS = 4  # of the randomized decomposition, as PEFT's ``pissa_niter_4``
@@ -187,28 +163,19 @@ def pissa_split(params: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[str,
     leaves: dict[str, Any] = flatten(params)
     adapters: dict[str, Any] = {}
     for path, target in spec.targets:
-        kernel, scales = leaves[f"{path}/kernel"], spec.scales(path)
-        parts = [
-            _padded_init(kernel[layer], rank, target.rank, float(scale))
-            for layer, (rank, scale) in enumerate(zip(target.ranks, scales, strict=True))
-        ]
-        a, b, residual = (jnp.stack(factors) for factors in zip(*parts, strict=True))
+        kernel, layers = leaves[f"{path}/kernel"], []
+        *lead, d_in, d_out = kernel.shape[1:]
+        for i, (rank, scale) in enumerate(zip(target.ranks, spec.scales(path), strict=True)):
+            a, b, residual = jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out)), kernel[i]
+            if rank:
+                a, b, residual = pissa_init(kernel[i], rank, float(scale))
+            layers.append((*pad_rank(a, b, target.rank), residual))
+        a, b, residual = (jnp.stack(factors) for factors in zip(*layers, strict=True))
         adapters |= {f"{path}/a": a, f"{path}/b": b}
         leaves[f"{path}/kernel"] = jax.device_put(residual, kernel.sharding)
         if spec.dora:
             adapters[f"{path}/magnitude"] = jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)
     return unflatten(leaves), unflatten(adapters)
-
-
-def _padded_init(
-    kernel: jax.Array, rank: int, stored: int, scale: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs `pissa_init` on one layer and zero-pads its factors to the stack's rank."""
-    *lead, d_in, d_out = kernel.shape
-    a, b, residual = jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out)), kernel
-    if rank:
-        a, b, residual = pissa_init(kernel, rank, scale)
-    return *pad_rank(a, b, stored), residual
 
 
 def _randomized_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -229,68 +196,3 @@ def _randomized_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.
     )
     u = jnp.matmul(q, u, precision="highest")
     return u[..., :rank], s[..., :rank], vt[..., :rank, :]
-
-
-# ---------------------------------------------------------------- slots
-
-
-@dataclass(frozen=True)
-class AdapterSlot:
-    """Fixed shapes for adapters of one base.
-
-    Attributes:
-      config: the base.
-      spec: of the slot, for the decoder: every projection, every scale 1.
-    """
-
-    config: ModelConfig
-    spec: AdapterSpec
-
-    @staticmethod
-    def on(config: ModelConfig, *, rank: int) -> AdapterSlot:
-        """Returns the slot of a base for adapters of at most ``rank``."""
-        targets = []
-        for path, shape in sorted(projection_shapes(config).items()):
-            targets.append((path, TargetSpec.even(min(rank, *shape[-2:]), depths(config)[path])))
-        return AdapterSlot(config, AdapterSpec(tuple(targets)))
-
-    @staticmethod
-    def rank_of(spec: AdapterSpec) -> int:
-        """Returns the slot rank that an adapter needs."""
-        return max((target.rank for _, target in spec.targets), default=0)
-
-    @staticmethod
-    def takes(spec: AdapterSpec) -> bool:
-        """Returns True for plain adapters.
-
-        DoRA's update is not linear, and a program with trained rows is compiled for their ids.
-        """
-        return not spec.dora and not spec.token_indices
-
-    def fill(self, lora: Mapping[str, Any] | None, spec: AdapterSpec | None) -> dict[str, Any]:
-        """Returns the adapter in the slot's shapes; zeros if there is no adapter.
-
-        Fully trained tables are included; programs are compiled once with them and once without.
-
-        Args:
-          lora: float32 tree of the adapter.
-          spec: its ranks and scales, which `takes` accepts.
-
-        Raises:
-          NaloraError: a rank is larger than the slot's.
-        """
-        lora, spec = lora or {}, spec or AdapterSpec()
-        assert self.takes(spec)
-        tables, leaves = flatten(lora), {}
-        for path, target in self.spec.targets:
-            *lead, d_in, d_out = (len(target.ranks), *projection_shapes(self.config)[path])
-            a, b = jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out))
-            if spec.target(path) is not None:
-                a, b = (jnp.asarray(tables[f"{path}/{name}"], jnp.float32) for name in "ab")
-                b = b * np.reshape(spec.scales(path), (-1,) + (1,) * (b.ndim - 1))
-            if a.shape[-1] > target.rank:
-                expected, remedy = f"at most {target.rank}", "make the slot with a larger rank"
-                raise NaloraError(f"{path}: rank", expected=expected, found=a.shape[-1], remedy=remedy)
-            leaves[f"{path}/a"], leaves[f"{path}/b"] = pad_rank(a, b, target.rank)
-        leaves |= {TABLES[name]: tables[TABLES[name]] for name in spec.saved}
-        return unflatten(leaves)

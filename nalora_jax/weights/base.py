@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.data.chat_templates import ImageTokens
-from nalora_jax.data.images.files import ImageProcessor, read_processor
+from nalora_jax.data.images.files import read_processor
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models import families  # noqa: F401  (enters the families that can be loaded)
 from nalora_jax.models.vision.config import Sight
 from nalora_jax.ops.quantize import Kind
-from nalora_jax.weights import gguf_tokenizer, hub  # noqa: F401  (the first enters GGUF files)
-from nalora_jax.weights.encoders import keymap_of
+from nalora_jax.weights import gguf, hub  # noqa: F401  (the first enters GGUF files)
 from nalora_jax.weights.hf import ResolvedSource
 from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
 from nalora_jax.weights.tensors import require_dtype
@@ -63,16 +61,18 @@ def seeing_files(files: ModelFiles) -> ModelFiles:
     Raises:
       NaloraError: the processor or an image token is missing, or fits another model.
     """
-    sight = files.config.sight
+    sight, folder = files.config.sight, files.resolved.path
     assert sight is not None, "the files were opened with images"
-    folder = files.resolved.path
     tokens = image_tokens(sight, files.raw, files.tokenizer, str(folder))
-    return replace(
-        files,
-        tokenizer=replace(files.tokenizer, images=tokens),
-        processor=_processor(folder, sight),
-        keymap=keymap_of(files.config, files.resolved.kind),
-    )
+    processor, side = read_processor(folder), sight.tower.image_size
+    if processor.output != (side, side):
+        raise NaloraError(
+            f"{folder}: image processor",
+            expected=f"images of {side} x {side}, which the tower was made for",
+            found=processor.output,
+            remedy="set size (and crop_size) to config.json's image_size",
+        )
+    return replace(files, tokenizer=replace(files.tokenizer, images=tokens), processor=processor)
 
 
 def image_tokens(sight: Sight, raw: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> ImageTokens:
@@ -95,15 +95,3 @@ def image_tokens(sight: Sight, raw: Mapping[str, Any], tokenizer: Tokenizer, whe
     f = Fields(raw, {"boi_token_index": 255_999, "eoi_token_index": 256_000}, f"{where}: config.json")
     first, last = (named(f.integer(name, low=0), name) for name in ("boi_token_index", "eoi_token_index"))
     return ImageTokens(token, sight.image_token, sight.tokens, first, f"\n\n{first}", f"{last}\n\n")
-
-
-def _processor(folder: Path, sight: Sight) -> ImageProcessor:
-    processor, side = read_processor(folder), sight.tower.image_size
-    if processor.output != (side, side):
-        raise NaloraError(
-            f"{folder}: image processor",
-            expected=f"images of {side} x {side}, which the tower was made for",
-            found=processor.output,
-            remedy="set size (and crop_size) to config.json's image_size",
-        )
-    return processor

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from nalora_jax.common.files import write_atomically
 from nalora_jax.common.redaction import code, is_hub_id, markdown, published
@@ -18,9 +18,6 @@ from nalora_jax.config import RunConfig
 from nalora_jax.errors import visible
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.origin import Origin
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
 
 
 @dataclass(frozen=True)
@@ -61,19 +58,31 @@ def render_card(card: Card) -> str:
     The text shortens a local path of a base model or a data file to its last part. The front
     matter contains hub identifiers only, no paths.
     """
-    from huggingface_hub import ModelCard  # a run needs it at its end only
+    from huggingface_hub import ModelCard, ModelCardData  # a run needs them at its end only
 
     run, origin, merged = card.run, card.origin, card.kind == "merged"
     images = run is not None and bool(run.vision.task)
     loadable = (origin and origin.copy_of) or card.base_model
+    first = "first adapter" if run and run.adapter else "base"
+    measured = {first: card.before, "with the adapter": card.after}
+    results = [(name, metrics) for name, metrics in measured.items() if metrics is not None]
     values: dict[str, Any] = {function.__name__.lstrip("_"): function for function in _FUNCTIONS}
     if run is not None:
-        values |= {
-            "mechanisms": [_mechanism(rule) for rule in run.mechanisms],
-            "settings": json.dumps(published(run.to_dict()), indent=2),
-        }
+        values["mechanisms"] = [_mechanism(rule) for rule in run.mechanisms]
+        values["settings"] = json.dumps(published(run.to_dict()), indent=2)
+    facts: dict[str, Any] = {}
+    if is_hub_id(card.base_model):
+        facts |= {"base_model": card.base_model, "base_model_relation": "finetune" if merged else "adapter"}
+    if card.license:
+        facts["license"] = card.license.lower()  # SPDX: Apache-2.0; on the hub: apache-2.0
+    front_matter = ModelCardData(
+        library_name="transformers" if merged else "peft",
+        pipeline_tag="zero-shot-image-classification" if images else "text-generation",
+        tags=["nalora_jax", "na-lora", "lora", *(["dora"] * card.spec.dora)],
+        **facts,
+    )
     written = ModelCard.from_template(
-        _front_matter(card, images=images),
+        front_matter,
         template_path=str(_TEMPLATE),
         card=card,
         run=run,
@@ -81,7 +90,8 @@ def render_card(card: Card) -> str:
         merged=merged,
         images=images,
         loadable=loadable if is_hub_id(loadable) else "path/to/the/base",
-        results=_results(card),
+        results=results,
+        scored=any(metrics.get("accuracy", metrics.get("recall")) is not None for _, metrics in results),
         rope=json.dumps(dict(card.rope), indent=2),
         command=visible(published(card.command)),
         versions=[markdown(f"{name} {version}") for name, version in sorted(card.versions.items())],
@@ -101,49 +111,9 @@ def write_card(folder: str | Path, card: Card) -> Path:
     return path
 
 
-def _front_matter(card: Card, *, images: bool) -> ModelCardData:
-    from huggingface_hub import ModelCardData
-
-    entries: dict[str, Any] = {}
-    if is_hub_id(card.base_model):
-        relation = {"adapter": "adapter", "merged": "finetune"}[card.kind]
-        entries |= {"base_model": card.base_model, "base_model_relation": relation}
-    if card.license:
-        entries["license"] = card.license.lower()  # SPDX: Apache-2.0; on the hub: apache-2.0
-    return ModelCardData(
-        library_name={"adapter": "peft", "merged": "transformers"}[card.kind],
-        pipeline_tag="zero-shot-image-classification" if images else "text-generation",
-        tags=["nalora_jax", "na-lora", "lora", *(["dora"] * card.spec.dora)],
-        **entries,
-    )
-
-
 def _mechanism(rule: str) -> str:
     name = _RULES.get(rule.partition(":")[0], "the mechanism")
     return f"{name} ({markdown(str(published(rule, 'mechanisms')))})"
-
-
-def _results(card: Card) -> list[tuple[str, ...]]:
-    """Returns head and rows of the table of results; without a column of accuracy if none was measured."""
-    first = "first adapter" if card.run and card.run.adapter else "base"
-    measured = {first: card.before, "with the adapter": card.after}
-    rows = [(name, *_measured(metrics)) for name, metrics in measured.items() if metrics is not None]
-    if not rows:
-        return []
-    headline = "recall at 1" if "recall" in (card.after or card.before or {}) else "accuracy"
-    if any(row[1] for row in rows):
-        return [("", headline, "interval", "loss", "examples"), *rows]
-    # The interval is the loss's.
-    without = [(name, loss, interval, count) for name, _, interval, loss, count in rows]
-    return [("", "loss", "interval", "examples"), *without]
-
-
-def _measured(metrics: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    digits = {"accuracy": 3, "recall": 3, "low": 3, "high": 3, "loss": 4}
-    shown = {name: f"{metrics[name]:.{n}f}" for name, n in digits.items() if metrics.get(name) is not None}
-    accuracy = shown.get("accuracy", shown.get("recall", ""))
-    interval = " to ".join(shown[name] for name in ("low", "high") if name in shown)
-    return accuracy, interval, shown.get("loss", ""), _cell(markdown(metrics.get("n", "")))
 
 
 # ---------------------------------------------------------------- functions of the template
@@ -169,6 +139,11 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def _number(metrics: Mapping[str, Any], name: str, digits: int = 3) -> str:
+    """Formats a measured number; "" if it was not measured."""
+    return "" if metrics.get(name) is None else f"{metrics[name]:.{digits}f}"
+
+
 def _fenced(text: str, language: str) -> str:
     """Returns a code block whose fence is longer than any run of backticks in ``text``."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
@@ -176,4 +151,4 @@ def _fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-_FUNCTIONS = (code, markdown, _short, _link, _span, _cell, _fenced)
+_FUNCTIONS = (code, markdown, _short, _link, _span, _cell, _number, _fenced)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -23,13 +24,14 @@ from nalora_jax.models.vision import families
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Loss
 from nalora_jax.models.vision.dual import init_params
 from nalora_jax.weights import hub
-from nalora_jax.weights.encoders import keymap_of
-from nalora_jax.weights.hf import ResolvedSource, SafetensorsFolder
+from nalora_jax.weights.hf import ResolvedSource, open_tensors
+from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.origin import Origin, fingerprint, origin
-from nalora_jax.weights.tensors import load_params, param_shardings, require_dtype
+from nalora_jax.weights.tensors import TensorSource, load_params, param_shardings, require_dtype
 
 # Separates the names of two towers that were trained separately.
 JOIN = "+"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,40 +87,60 @@ def load_dual(
         the field.
     """
     require_dtype(dtype)  # before the download
-    image, plus, text = source.partition(JOIN)
-    if plus and not Path(source).exists():
-        towers = [
-            load_encoder(name.strip(), dtype=dtype, mesh=mesh, prefix=prefix)
-            for name, prefix in ((image, "image/"), (text, "text/"))
-        ]
+    if names := _towers(source):
+        towers = [load_encoder(name, dtype=dtype, mesh=mesh, prefix=path) for path, name in names.items()]
         return join(*towers, mesh=mesh, d_out=d_out, loss=loss, seed=seed, image_size=image_size)
-    folder, name = hub.resolve_folder(source)
-    where = folder / "config.json"
-    config = families.read_dual(read_json(where), str(where))
-    tensors, shapes = SafetensorsFolder(folder), config.param_shapes()
-    shardings = param_shardings(shapes, mesh)
-    params = load_params(shapes, tensors, keymap_of(config), dtype=dtype, shardings=shardings)
-    tokenizer = _tokenizer(folder, config.text)
-    processor = _of_side(read_processor(folder), config.image, image_size)
-    source_of = origin(config, ResolvedSource("hf", folder, name), tensors, together=mesh is not None)
-    return LoadedDual(config, params, tokenizer, processor, name, source_of.fingerprint, source_of)
+    config, resolved = _described(source, families.read_dual)
+    tensors, params = _weights(config, resolved, dtype, mesh)
+    of = origin(config, resolved, tensors, together=mesh is not None)
+    tokenizer = _tokenizer(resolved.path, config.text)
+    processor = _of_side(read_processor(resolved.path), config.image, image_size)
+    return LoadedDual(config, params, tokenizer, processor, of.name, of.fingerprint, of)
 
 
 def described_dual(source: str, *, d_out: int = 0, loss: Loss = "softmax") -> DualConfig:
     """Returns a dual encoder's description, without weights; arguments as in `load_dual`."""
+    if names := _towers(source):
+        image, text = (_tower(name)[0] for name in names.values())
+        return families.compose(image, text, d_out or min(image.d_model, text.d_model), loss)
+    return _described(source, families.read_dual)[0]
+
+
+def _towers(source: str) -> dict[str, str]:
+    """Returns the names of two separately trained towers by their path in the tree; {} for one model."""
     image, plus, text = source.partition(JOIN)
-    if plus and not Path(source).exists():
-        image_config, read = (_description(name.strip())[0] for name in (image, text))
-        return families.compose(image_config, read, d_out or min(image_config.d_model, read.d_model), loss)
-    where = hub.resolve_folder(source)[0] / "config.json"
-    return families.read_dual(read_json(where), str(where))
+    if not plus or Path(source).exists():
+        return {}
+    return {"image/": image.strip(), "text/": text.strip()}
 
 
-def _description(source: str) -> tuple[EncoderConfig, Path, str]:
-    """Returns a tower's architecture, folder and name."""
-    folder, name = hub.resolve_folder(source)
-    where = folder / "config.json"
-    return _pooled(families.read_encoder(read_json(where), str(where)), folder), folder, name
+def _described(source: str, read: Callable[..., T]) -> tuple[T, ResolvedSource]:
+    """Returns the architecture and the files of an encoder or a pair."""
+    resolved = hub.resolve_encoder(source)
+    where = resolved.path / "config.json"
+    return read(read_json(where), str(where)), resolved
+
+
+def _tower(source: str) -> tuple[EncoderConfig, ResolvedSource]:
+    """Returns a tower's architecture and files, with the pooling that sentence-transformers records for a BERT."""
+    config, resolved = _described(source, families.read_encoder)
+    settings = read_json(resolved.path / "1_Pooling" / "config.json", missing={})
+    if config.model_type == "bert" and settings.get("pooling_mode_cls_token"):
+        config = replace(config, pooling="first")
+    return config, resolved
+
+
+def _weights(
+    config: DualConfig | EncoderConfig,
+    resolved: ResolvedSource,
+    dtype: str,
+    mesh: Mesh | None,
+    prefix: str = "",
+) -> tuple[TensorSource, dict[str, Any]]:
+    """Returns the tensors of a model's files, and its parameters."""
+    tensors, shapes = open_tensors(resolved), config.param_shapes()
+    shardings = param_shardings(shapes, mesh, prefix)
+    return tensors, load_params(shapes, tensors, keymap_for(config), dtype=dtype, shardings=shardings)
 
 
 def load_encoder(source: str, *, dtype: str, mesh: Mesh | None = None, prefix: str = "") -> LoadedEncoder:
@@ -132,13 +154,11 @@ def load_encoder(source: str, *, dtype: str, mesh: Mesh | None = None, prefix: s
       NaloraError: see `load_dual`.
     """
     require_dtype(dtype)  # before the download
-    config, folder, name = _description(source)
-    tokenizer = _tokenizer(folder, config) if config.kind == "text" else None
-    processor = read_processor(folder) if config.kind == "image" else None
-    tensors, shapes = SafetensorsFolder(folder), config.param_shapes()
-    shardings = param_shardings(shapes, mesh, prefix)
-    params = load_params(shapes, tensors, keymap_of(config), dtype=dtype, shardings=shardings)
-    return LoadedEncoder(config, params, tokenizer, processor, name, fingerprint(config, tensors))
+    config, resolved = _tower(source)
+    tokenizer = _tokenizer(resolved.path, config) if config.kind == "text" else None
+    processor = read_processor(resolved.path) if config.kind == "image" else None
+    tensors, params = _weights(config, resolved, dtype, mesh, prefix)
+    return LoadedEncoder(config, params, tokenizer, processor, resolved.name, fingerprint(config, tensors))
 
 
 def join(
@@ -209,11 +229,3 @@ def _tokenizer(folder: Path, config: EncoderConfig) -> TextTokenizer:
     return read_text_tokenizer(
         folder, max_length=config.max_positions, vocab_size=config.vocab_size, fixed=fixed
     )
-
-
-def _pooled(config: EncoderConfig, folder: Path) -> EncoderConfig:
-    """Applies the pooling that sentence-transformers records for a BERT."""
-    settings = read_json(folder / "1_Pooling" / "config.json", missing={})
-    if config.model_type == "bert" and settings.get("pooling_mode_cls_token"):
-        return replace(config, pooling="first")
-    return config

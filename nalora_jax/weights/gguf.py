@@ -1,9 +1,16 @@
-"""Reads GGUF files: metadata, and tensors dequantized block by block.
+"""Reads GGUF files: metadata, tensors dequantized block by block, the model's ``config.json``, and its tokenizer.
 
 Block layouts and dequantization come from the ``gguf`` package. Its `GGUFReader` is not used: it
 creates several Python objects for every token of the vocabulary (3 s for 49,152 tokens, 10 s for
 262,144), and it trusts every count in a damaged file. The header is read here instead, and every
 count and offset is checked against the file's size before use.
+
+Metadata is converted to the ``config.json`` of the same model on the hub, so that `ModelConfig.from_hf` is the only
+reader of model descriptions. Comments mark values that llama.cpp hard-codes per architecture instead of storing them.
+
+Two kinds of vocabulary are supported: byte-level BPE ("gpt2", with a list of merges and a named
+rule for splitting text first) and SentencePiece BPE ("llama": Llama 2, Mistral, Gemma, Phi-3;
+merges follow from the scores).
 """
 
 from __future__ import annotations
@@ -11,17 +18,23 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from nalora_jax.data import tokenizer as ours
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.family import Metadata
+from nalora_jax.models.family import BUILT_IN, Metadata, nearest
+from nalora_jax.models.ropes import RopeSpec, inverse_frequencies
+from nalora_jax.weights.model_files import SINGLE_FILES
 from nalora_jax.weights.shards import DTYPES, FileTensor
-from nalora_jax.weights.tensors import Index, TensorSource
+from nalora_jax.weights.tensors import Index, TensorSource, whole
 
 READABLE = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
@@ -65,12 +78,20 @@ class GGUFFile(TensorSource):
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a slice of a tensor: float32, or the file's 16-bit floats."""
         stored = self._tensors[name]
-        if len(stored.shape) == 1:
-            return self._rows(stored, 0, 1)[0][index]
+        *lead, columns = index
+        if len(lead) == 2 and lead[0].stop == lead[0].start + 1:  # of one expert
+            start = lead[0].start * stored.shape[1]
+            return self._rows(stored, start + lead[1].start, start + lead[1].stop)[None, :, columns]
+        first = lead[0] if lead else slice(0, 1)
         per_row = math.prod(stored.shape[1:-1])  # rows of bytes in one row of the tensor
-        first, *inner = index
         flat = self._rows(stored, first.start * per_row, first.stop * per_row)
-        return flat.reshape(-1, *stored.shape[1:])[(slice(None), *inner)]
+        shape = (-1, *stored.shape[1:]) if lead else stored.shape
+        return flat.reshape(shape)[(*(slice(None) for _ in lead[:1]), *lead[1:], columns)]
+
+    def whole(self, name: str) -> np.ndarray:
+        """Returns a small tensor as float64."""
+        self.check_readable(name)
+        return self.read(name, whole(self._shapes[name])).astype(np.float64)
 
     def about(self, prefix: str) -> Metadata:
         """Returns the metadata whose keys begin with ``prefix``."""
@@ -93,17 +114,14 @@ class _Cursor:
     """A reader that moves forward through a mapped file and checks its end."""
 
     def __init__(self, memory: mmap.mmap, path: Path) -> None:
-        self.memory, self.path, self.where = memory, path, str(path)
+        self.memory, self.path = memory, path
         self.size, self.at = len(memory), 0
         self.strings_left = _MAX_STRINGS
 
     def error(self, expected: object, actual: object) -> NaloraError:
-        return NaloraError(
-            f"{self.where}: GGUF header, byte {self.at}",
-            expected=expected,
-            found=actual,
-            remedy="download the file again: it is truncated or damaged",
-        )
+        remedy = "download the file again: it is truncated or damaged"
+        where = f"{self.path}: GGUF header, byte {self.at}"
+        return NaloraError(where, expected=expected, found=actual, remedy=remedy)
 
     def skip(self, count: int) -> int:
         """Skips ``count`` bytes, which must be in the file, and returns their start."""
@@ -112,79 +130,68 @@ class _Cursor:
         self.at += count
         return self.at - count
 
-    def numbers(self, form: str, size: int) -> tuple[Any, ...]:
-        return struct.unpack_from(form, self.memory, self.skip(size))
+    def numbers(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack_from(form, self.memory, self.skip(struct.calcsize(form)))
 
     def count(self, limit: int, what: str) -> int:
         """Reads a count of items that take at least one byte each."""
-        (count,) = self.numbers("<Q", 8)
+        (count,) = self.numbers("<Q")
         if count > min(limit, self.size - self.at):
             raise self.error(f"at most {min(limit, self.size - self.at)} {what}", count)
         return int(count)
 
     def string(self) -> str:
-        (length,) = self.numbers("<Q", 8)
+        (length,) = self.numbers("<Q")
         start = self.skip(length)
         try:
             return self.memory[start : start + length].decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.error("a UTF-8 string", error.reason) from error
 
-    def array(self, kind: int) -> Any:
-        dtype = np.dtype(_SCALARS[kind])
-        count = self.count(self.size, "numbers")
-        start = self.skip(count * dtype.itemsize)
-        return np.frombuffer(self.memory, dtype, count, start).copy()
-
-    def strings(self) -> list[str]:
-        count = self.count(self.strings_left, "strings")
-        self.strings_left -= count
-        return [self.string() for _ in range(count)]
-
     def value(self) -> Any:
-        (kind,) = self.numbers("<I", 4)
+        (kind,) = self.numbers("<I")
         if kind == _STRING:
             return self.string()
-        if kind == _ARRAY:
-            (kind,) = self.numbers("<I", 4)
+        expected, array = "a value type of GGUF", kind == _ARRAY
+        if array:
+            expected, (kind,) = "an array of numbers or strings", self.numbers("<I")
             if kind == _STRING:
-                return self.strings()
-            if _SCALARS.get(kind):
-                return self.array(kind)
-            raise self.error("an array of numbers or strings", f"element type {kind}")
+                count = self.count(self.strings_left, "strings")
+                self.strings_left -= count
+                return [self.string() for _ in range(count)]
         if not _SCALARS.get(kind):
-            raise self.error("a value type of GGUF", kind)
+            raise self.error(expected, f"type {kind}")
         dtype = np.dtype(_SCALARS[kind])
-        number = np.frombuffer(self.memory, dtype, 1, self.skip(dtype.itemsize))[0]
+        count = self.count(self.size, "numbers") if array else 1
+        values = np.frombuffer(self.memory, dtype, count, self.skip(count * dtype.itemsize)).copy()
+        if array:
+            return values
         if dtype == np.float32:  # the decimal that it was written from: 1e-05, not 9.999999747378752e-06
-            return float(str(number))
-        return number.item()
+            return float(str(values[0]))
+        return values[0].item()
 
 
 def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, FileTensor]]:
-    magic = cursor.memory[cursor.skip(4) : 4]
+    where, magic = str(cursor.path), cursor.memory[cursor.skip(4) : 4]
     if magic != b"GGUF":
-        raise NaloraError(cursor.where, expected="a GGUF file", found=f"a file that begins with {magic!r}")
-    (version,) = cursor.numbers("<I", 4)
+        raise NaloraError(where, expected="a GGUF file", found=f"a file that begins with {magic!r}")
+    (version,) = cursor.numbers("<I")
     if version not in (2, 3):
-        actual = "a big-endian file or a damaged version number"
-        if version < 1 << 16:
-            actual = f"version {version}"
-        raise NaloraError(cursor.where, expected="GGUF version 2 or 3, little-endian", found=actual)
+        actual = f"version {version}"
+        if version >= 1 << 16:
+            actual = "a big-endian file or a damaged version number"
+        raise NaloraError(where, expected="GGUF version 2 or 3, little-endian", found=actual)
     n_tensors = cursor.count(_MAX_ITEMS, "tensors")
-    n_keys = cursor.count(_MAX_ITEMS, "metadata keys")
     metadata: dict[str, Any] = {}
-    for _ in range(n_keys):
+    for _ in range(cursor.count(_MAX_ITEMS, "metadata keys")):
         key = cursor.string()
         if key in metadata:
             raise cursor.error("each key once", f"{key} again")
         metadata[key] = cursor.value()
     if metadata.get("split.count", 1) != 1:
+        found, remedy = f"a part of {metadata['split.count']}", "llama.cpp's llama-gguf-split --merge"
         raise NaloraError(
-            cursor.where,
-            expected="a model in one file",
-            found=f"a part of {metadata['split.count']}",
-            remedy="join the parts with llama.cpp's llama-gguf-split --merge",
+            where, expected="a model in one file", found=found, remedy=f"join the parts with {remedy}"
         )
     return metadata, _read_tensor_table(cursor, n_tensors, metadata.get("general.alignment", 32))
 
@@ -192,35 +199,402 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, FileTensor]
 def _read_tensor_table(cursor: _Cursor, count: int, alignment: object) -> dict[str, FileTensor]:
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise cursor.error("a power of two as general.alignment", alignment)
-    described = [_read_tensor_info(cursor) for _ in range(count)]
-    data_start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, FileTensor] = {}
-    for name, shape, kind, offset in described:
+    for _ in range(count):
+        name = cursor.string()
+        (dimensions,) = cursor.numbers("<I")
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise cursor.error(f"{name}: 1 to {_MAX_DIMENSIONS} dimensions", dimensions)
+        shape = cursor.numbers(f"<{dimensions}Q")[::-1]
+        number, offset = cursor.numbers("<IQ")
+        if min(shape) < 1:
+            raise cursor.error(f"{name}: dimensions of 1 or more", shape)
+        try:
+            kind = GGMLQuantizationType(number)
+        except ValueError as error:
+            raise cursor.error(f"{name}: a tensor type of GGUF", number) from error
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise cursor.error(
                 f"{name}: rows of whole {kind.name} blocks of {block}", f"rows of {shape[-1]}"
             )
-        nbytes = math.prod(shape) // block * block_bytes
-        beyond = data_start + offset + nbytes - cursor.size
-        if beyond > 0:
-            raise cursor.error(f"{name} to end within the file", f"its end {beyond} bytes beyond")
         if name in tensors:
             raise cursor.error("each tensor once", f"{name} again")
-        tensors[name] = FileTensor(cursor.path, shape, kind.name, data_start + offset, nbytes)
+        size = math.prod(shape) // block * block_bytes
+        tensors[name] = FileTensor(cursor.path, shape, kind.name, offset, size)
+    start = -(-cursor.at // alignment) * alignment  # of the data, which offsets are relative to
+    for name, tensor in tensors.items():
+        tensors[name] = replace(tensor, start=start + tensor.start)
+        beyond = start + tensor.start + tensor.size - cursor.size
+        if beyond > 0:
+            raise cursor.error(f"{name} to end within the file", f"its end {beyond} bytes beyond")
     return tensors
 
 
-def _read_tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
-    name = cursor.string()
-    (dimensions,) = cursor.numbers("<I", 4)
-    if not 1 <= dimensions <= _MAX_DIMENSIONS:
-        raise cursor.error(f"{name}: 1 to {_MAX_DIMENSIONS} dimensions", dimensions)
-    shape = cursor.numbers(f"<{dimensions}Q", 8 * dimensions)[::-1]
-    kind, offset = cursor.numbers("<IQ", 12)
-    if min(shape) < 1:
-        raise cursor.error(f"{name}: dimensions of 1 or more", shape)
+# ---------------------------------------------------------------- the description
+
+
+_SPECIAL = {
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "padding_token_id",
+}
+
+
+def hf_config(file: GGUFFile) -> dict[str, Any]:
+    """Returns the ``config.json`` of the model in ``file``.
+
+    Raises:
+      NaloraError: an unsupported architecture, or a metadata key that is missing or has the wrong
+        type.
+    """
+    architecture = file.about("general").get("architecture", str)
+    formats = {family.name: family.gguf for family in BUILT_IN.values() if family.gguf}
+    known = {form.architecture: name for name, form in formats.items()}
+    if architecture not in known:
+        raise NaloraError(
+            f"{file.path}: general.architecture",
+            expected=f"one of {', '.join(known)}",
+            found=repr(architecture),
+            remedy=nearest(architecture, known),
+        )
+    reader = _Model(file, architecture)
+    of_architecture = [(name, form) for name, form in formats.items() if form.architecture == architecture]
+    name, form = next((name, form) for name, form in of_architecture if form.matches(reader))
+    raw = {
+        "architectures": [BUILT_IN[name].class_name],
+        "model_type": name,
+        **_shape(reader),
+        **_rope(reader),
+    }
+    raw |= form.settings(reader)
+    tokenizer = file.about("tokenizer.ggml")
+    raw |= {key: tokenizer.get(theirs, int) for key, theirs in _SPECIAL.items() if tokenizer.has(theirs)}
+    return raw
+
+
+class _Model(Metadata):
+    """Metadata of one architecture, with the file's small tensors."""
+
+    def __init__(self, file: GGUFFile, architecture: str) -> None:
+        super().__init__(file.metadata, architecture, file.where)
+        self.file = file
+
+    def tensor(self, name: str) -> np.ndarray | None:
+        """Returns a small tensor as float64, or None."""
+        return self.file.whole(name) if name in self.file.shapes() else None
+
+
+def _shape(r: _Model) -> dict[str, Any]:
+    """Returns the model's sizes, from the same keys and tensors as llama.cpp."""
+    width, heads = r.get("embedding_length", int), r.get("attention.head_count", int)
+    vocabulary = r.file.shapes().get("token_embd.weight")
+    if vocabulary is None:
+        raise NaloraError(r.where, expected="the tensor token_embd.weight", found="none of that name")
+    if heads < 1:
+        raise r.error("attention.head_count", "1 or more", heads)
+    raw = {
+        "vocab_size": vocabulary[0],
+        "hidden_size": width,
+        "num_hidden_layers": r.get("block_count", int),
+        "num_attention_heads": heads,
+        "num_key_value_heads": r.get("attention.head_count_kv", int, heads),
+        "head_dim": r.get("attention.key_length", int, width // heads),
+        "max_position_embeddings": r.get("context_length", int),
+        "rms_norm_eps": r.get("attention.layer_norm_rms_epsilon", float),
+        "tie_word_embeddings": "output.weight" not in r.file.shapes(),
+        "attention_bias": "blk.0.attn_q.bias" in r.file.shapes(),
+        "mlp_bias": "blk.0.ffn_up.bias" in r.file.shapes(),
+    }
+    if r.has("attention.causal"):
+        raw["is_causal"] = r.get("attention.causal", bool)
+    if r.has("feed_forward_length"):
+        raw["intermediate_size"] = r.get("feed_forward_length", int)
+    return raw
+
+
+# ---------------------------------------------------------------- rotary embeddings
+
+
+def _rope(r: _Model) -> dict[str, Any]:
+    theta, head_dim = r.get("rope.freq_base", float, 10_000.0), r.get("attention.key_length", int, 0)
+    rotated = r.get("rope.dimension_count", int, head_dim)
+    raw: dict[str, Any] = {"rope_theta": theta}
+    if head_dim and rotated != head_dim:
+        raw["partial_rotary_factor"] = rotated / head_dim
+    if scaling := _long_factors(r) or _frequency_factors(r, theta) or r.scaling():
+        raw["rope_scaling"] = scaling
+    return raw
+
+
+def _long_factors(r: _Model) -> dict[str, Any] | None:
+    """Returns LongRoPE's settings; its two lists of divisors are tensors in the file."""
+    short, long = r.tensor("rope_factors_short.weight"), r.tensor("rope_factors_long.weight")
+    if short is None or long is None:
+        return None
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": short.tolist(),
+        "long_factor": long.tolist(),
+        "original_max_position_embeddings": r.get("rope.scaling.original_context_length", int),
+    }
+    if r.has("rope.scaling.attn_factor"):
+        scaling["attention_factor"] = r.get("rope.scaling.attn_factor", float)
+    return scaling
+
+
+def _frequency_factors(r: _Model, theta: float) -> dict[str, Any] | None:
+    """Returns Llama 3's scaling, which is stored as one divisor per frequency.
+
+    Divisors that do not match Llama 3's formula are returned as LongRoPE lists.
+    """
+    divisors = r.tensor("rope_freqs.weight")
+    if divisors is None:
+        return None
+    plain = RopeSpec(dim=2 * divisors.size, theta=theta)
+    # Llama 3.1, 3.2 and 3.3 share these settings; the largest divisor is the scaling factor.
+    spec = replace(plain, kind="llama3", factor=float(divisors.max()), max_positions=8192)
+    if np.allclose(inverse_frequencies(plain) / inverse_frequencies(spec), divisors, rtol=1e-4):
+        return {
+            "rope_type": "llama3",
+            "factor": spec.factor,
+            "low_freq_factor": spec.low_freq_factor,
+            "high_freq_factor": spec.high_freq_factor,
+            "original_max_position_embeddings": spec.max_positions,
+        }
+    return {
+        "rope_type": "longrope",
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": r.get("context_length", int),
+        **dict.fromkeys(("short_factor", "long_factor"), divisors.tolist()),
+    }
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+
+_CONTROL, _USER_DEFINED = 3, 4
+_SPACE = "▁"
+# Stop tokens by name: metadata has one end-of-sequence id, but chat models also stop at others.
+_STOPS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+)
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tokenizer.ggml.pre -> the expression that cuts text into words; "" is GPT-2's rule, "digits" the
+# same after splitting off single digits
+_SPLITS = {
+    "": "",
+    "default": "",
+    "gpt-2": "",
+    "smollm": "digits",
+    "refact": "digits",  # Granite
+    "starcoder": "digits",
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama-bpe": _LLAMA3,
+    "smaug-bpe": _LLAMA3,
+    "dbrx": _LLAMA3,  # OLMo 2
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": _TEKKEN,
+}
+# Vocabularies in which a word that is a token takes precedence over the result of the merges.
+_WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "tekken")
+
+
+def open_gguf(path: Path) -> tuple[GGUFFile, dict[str, Any], ours.Tokenizer]:
+    """Opens a GGUF file: its tensors, what its ``config.json`` would be, and its tokenizer."""
+    file = GGUFFile(path)
+    return file, hf_config(file), read_tokenizer(file)
+
+
+SINGLE_FILES["gguf"] = open_gguf
+
+
+def read_tokenizer(file: GGUFFile) -> ours.Tokenizer:
+    """Builds the tokenizer in ``file``.
+
+    Raises:
+      NaloraError: an unknown kind of vocabulary or splitting rule, or inconsistent metadata.
+    """
+    about = file.about("tokenizer.ggml")
+    kind, tokens = about.get("model", str), about.get("tokens", list)
+    if kind not in ("gpt2", "llama"):
+        raise about.error("model", "gpt2 (byte-level BPE) or llama (SentencePiece BPE)", repr(kind))
     try:
-        return name, shape, GGMLQuantizationType(kind), offset
-    except ValueError as error:
-        raise cursor.error(f"{name}: a tensor type of GGUF", kind) from error
+        if kind == "gpt2":
+            backend = _byte_level(about, tokens)
+        else:
+            backend = _sentencepiece(about, tokens, file.about("general").get("architecture", str))
+        _add_special(backend, tokens, _numbers(about, "token_type", len(tokens), default=1))
+    except NaloraError:
+        raise
+    except BaseException as error:  # the binding raises Exceptions, and panics (BaseException)
+        if ours.is_foreign(error):
+            raise about.error("tokens", "a vocabulary and merges that fit together", error) from error
+        raise
+    return _wrapped(file, about, backend, tokens, adds_bos=kind == "llama")
+
+
+def _wrapped(
+    file: GGUFFile, about: Metadata, backend: Tokenizer, tokens: list[str], *, adds_bos: bool
+) -> ours.Tokenizer:
+    """Adds the special ids, and the special tokens' texts for chat templates."""
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
+    optional = {name: _token_id(about, f"{theirs}_token_id", len(tokens)) for name, theirs in names.items()}
+    ids = {name: token_id for name, token_id in optional.items() if token_id is not None}
+    if "eos" not in ids:
+        raise about.error("eos_token_id", "the id of the token that ends a text", "no such key")
+    by_name = [backend.token_to_id(name) for name in _STOPS]
+    stops = [ids["eos"], *(ids.pop(name) for name in ("eot", "eom") if name in ids)]
+    stops += [token_id for token_id in by_name if token_id is not None]
+    keys = ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")
+    template, tool_template = (
+        value if isinstance(value := file.metadata.get(key), str) else None for key in keys
+    )
+    return ours.Tokenizer(
+        backend=backend,
+        bos_id=ids.get("bos"),
+        eos_id=ids["eos"],
+        pad_id=ids.get("pad", ids["eos"]),
+        eos_ids=tuple(dict.fromkeys(stops)),
+        chat_template=template,
+        tool_template=tool_template,
+        add_bos="bos" in ids and about.get("add_bos_token", bool, adds_bos),
+        special_tokens={f"{name}_token": tokens[token_id] for name, token_id in ids.items()},
+    )
+
+
+# ---------------------------------------------------------------- byte-level BPE
+
+
+def _byte_level(about: Metadata, tokens: list[str]) -> Tokenizer:
+    rule = about.get("pre", str, "")
+    if rule not in _SPLITS:
+        raise about.error("pre", f"one of {', '.join(name for name in _SPLITS if name)}", repr(rule))
+    listed = about.get("merges", list)
+    if any(pair.count(" ") != 1 for pair in listed):
+        raise about.error("merges", "two tokens and one space in each", "another form")
+    merges = [(left, right) for left, _, right in (pair.partition(" ") for pair in listed)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _WHOLE_WORDS))
+    backend.pre_tokenizer = _splitter(_SPLITS[rule])
+    if _SPLITS[rule] == _QWEN2:  # its tokenizer.json composes characters first
+        backend.normalizer = normalizers.NFC()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _splitter(rule: str) -> Any:
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule in ("", "digits"))
+    if rule == "":
+        return byte_level
+    first: Any = pre_tokenizers.Digits(individual_digits=True)
+    if rule != "digits":
+        first = pre_tokenizers.Split(Regex(rule), behavior="isolated")
+    return pre_tokenizers.Sequence([first, byte_level])
+
+
+# ---------------------------------------------------------------- SentencePiece BPE
+
+
+def _sentencepiece(about: Metadata, tokens: list[str], architecture: str) -> Tokenizer:
+    token_set = set(tokens)
+    # GGUF files write runs of spaces as spaces; the tokenizer needs SentencePiece's visible mark.
+    spelled = [
+        t if t.strip(" ") or not t or _SPACE * len(t) in token_set else _SPACE * len(t) for t in tokens
+    ]
+    kinds = _numbers(about, "token_type", len(tokens), default=1)
+    scores = _numbers(about, "scores", len(tokens), default=0)
+    vocabulary = {token: i for i, token in enumerate(spelled)}
+    unknown = _token_id(about, "unknown_token_id", len(tokens))
+    backend = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=_merges_from_scores(vocabulary, spelled, scores, kinds),
+            unk_token=None if unknown is None else spelled[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    prefix = about.get("add_space_prefix", bool, True)
+    if prefix:
+        steps.append(decoders.Strip(" ", left=1))
+    if not prefix:
+        backend.normalizer = normalizers.Replace(" ", _SPACE)
+    elif architecture == "phi3":
+        # As in its tokenizer.json: a space precedes every piece of text.
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
+        )
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+def _merges_from_scores(
+    vocabulary: dict[str, int], tokens: Sequence[str], scores: np.ndarray, kinds: np.ndarray
+) -> list[tuple[str, str]]:
+    """Returns every split of a token into two tokens: the best token's first, and longest left part first.
+
+    SentencePiece merges the pair whose result has the highest score; of equal scores the first
+    token in the file is used. User-defined tokens have no meaningful score and come before all
+    others, as in the models' merge lists.
+    """
+    order = np.lexsort((np.arange(len(tokens)), -scores, kinds != _USER_DEFINED))
+    return [
+        (token[:k], token[k:])
+        for token in (tokens[i] for i in order.tolist())
+        for k in range(len(token) - 1, 0, -1)
+        if token[:k] in vocabulary and token[k:] in vocabulary
+    ]
+
+
+# ---------------------------------------------------------------- metadata
+
+
+def _add_special(backend: Tokenizer, tokens: list[str], kinds: np.ndarray) -> None:
+    """Registers control and user-defined tokens, which are recognized before any text is split."""
+    for kind, add in ((_CONTROL, backend.add_special_tokens), (_USER_DEFINED, backend.add_tokens)):
+        chosen = (tokens[i] for i in np.flatnonzero(kinds == kind))
+        present = [
+            token for token in chosen if backend.token_to_id(token) is not None
+        ]  # others get new ids
+        add([AddedToken(token, normalized=False, special=kind == _CONTROL) for token in present])
+
+
+def _numbers(about: Metadata, name: str, length: int, *, default: float) -> np.ndarray:
+    """Returns one number per token."""
+    if not about.has(name):
+        return np.full(length, default)
+    value: np.ndarray = about.get(name, np.ndarray)
+    if value.size != length:
+        raise about.error(name, f"{length} numbers, one per token", value.size)
+    return value
+
+
+def _token_id(about: Metadata, name: str, length: int) -> int | None:
+    if not about.has(name):
+        return None
+    value: int = about.get(name, int)
+    if not 0 <= value < length:
+        raise about.error(name, f"an id below {length}", value)
+    return value

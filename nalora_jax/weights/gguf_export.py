@@ -26,7 +26,6 @@ from nalora_jax.weights.keymaps import SourceTensor, gguf_of, keymap_for
 from nalora_jax.weights.peft import differs, layer_adapter
 from nalora_jax.weights.peft_modules import ModuleAdapter, fuse
 from nalora_jax.weights.peft_tables import refuse_saved
-from nalora_jax.weights.tensors import whole
 
 
 def write_adapter_gguf(
@@ -89,7 +88,10 @@ def verify_adapter_gguf(
     meant = {tensor.name: (tensor, adapter) for tensor, adapter in _adapters(config, lora, spec)}
     differences = [0.0]
     for name, (tensor, adapter) in meant.items():
-        a, b = (_whole(file, f"{name}.lora_{factor}") for factor in "ab")  # [..., r, d_in], [..., d_out, r]
+        for key in (f"{name}.lora_a", f"{name}.lora_b"):
+            if key not in file.shapes():
+                raise NaloraError(file.where, expected=f"a tensor {key}", found="none of that name")
+        a, b = (file.whole(f"{name}.lora_{factor}") for factor in "ab")  # [..., r, d_in], [..., d_out, r]
         product = alpha / a.shape[-2] * (b @ a)
         update = adapter.scale * (
             np.asarray(tensor.transform.back(adapter.b), np.float64) @ adapter.a.swapaxes(-1, -2)
@@ -99,13 +101,6 @@ def verify_adapter_gguf(
     if not worst <= 1e-5 or len(file.shapes()) != 2 * len(meant):
         raise differs(str(path))
     return worst
-
-
-def _whole(file: GGUFFile, name: str) -> np.ndarray:
-    shape = file.shapes().get(name)
-    if shape is None:
-        raise NaloraError(file.where, expected=f"a tensor {name}", found="none of that name")
-    return file.read(name, whole(shape)).astype(np.float64)
 
 
 def _adapters(
@@ -123,14 +118,6 @@ def _adapters(
             yield tensor, adapter
 
 
-class _Checked(np.ndarray):
-    """An array written by Python: numpy's ``tofile`` ignores a full disk at its last flush."""
-
-    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
-        """Writes the bytes; ``sep`` and ``format`` are ignored."""
-        fid.write(self.view(np.ndarray).view(np.uint8))
-
-
 def _write(writer: GGUFWriter, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes header, metadata, and then the tensors' bytes one after the other."""
     for name, array in tensors.items():
@@ -139,8 +126,11 @@ def _write(writer: GGUFWriter, tensors: Mapping[str, np.ndarray]) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        (file,) = writer.fout
         for array in tensors.values():
-            writer.write_tensor_data(np.ascontiguousarray(array, np.float32).view(_Checked))
-        for file in writer.fout or ():
-            file.flush()
-            os.fsync(file.fileno())
+            # Not by numpy's ``tofile``, which ignores a full disk at its last flush.
+            writer.write_padding(file, file.tell())
+            file.write(np.ascontiguousarray(array, np.float32).view(np.uint8))
+        writer.write_padding(file, file.tell())
+        file.flush()
+        os.fsync(file.fileno())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,12 +20,13 @@ from typing import Literal
 import numpy as np
 
 from nalora_jax.common import buckets
-from nalora_jax.data.tokenizer import is_unicode, read_json
+from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.shards import DTYPES, INDEX, SINGLE, FileTensor, complaints, dtype_of, read_header
 from nalora_jax.weights.tensors import WORKERS, Index, TensorSource
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CONVERT = "convert it with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
 _MAX_MAPPED = 16 << 20  # bytes
 _NEIGHBOURS = 1 << 20  # bytes that the system may map in addition to the requested bytes
 
@@ -87,74 +87,73 @@ class SafetensorsFolder(TensorSource):
         return read_header(self.folder / file)[0]
 
     def _read_headers(self) -> dict[str, FileTensor]:
-        listed = self._index()
+        present = self._names()
+        listed = self._index(present)
         tensors: dict[str, FileTensor] = {}
-        for file in sorted(set(listed.values())) or [self._only_file()]:
+        for file in sorted(set(listed.values())) or [self._only_file(present)]:
             for name, stored in self._header(file).items():
                 if not listed or listed.get(name) == file:
                     tensors[name] = stored
-        lost = [name for name in listed if name not in tensors]
-        if lost:
+        if lost := [name for name in listed if name not in tensors]:
+            expected, remedy = (
+                f"{lost[0]} in {listed[lost[0]]}",
+                "index and files are of different versions",
+            )
             raise NaloraError(
                 str(self.folder / INDEX),
-                expected=f"{lost[0]} in {listed[lost[0]]}",
+                expected=expected,
                 found="a file without it",
-                remedy="download the folder again: index and files are of different versions",
+                remedy=f"download the folder again: {remedy}",
             )
         return tensors
 
-    def _index(self) -> dict[str, str]:
+    def _index(self, present: list[str]) -> dict[str, str]:
         """Returns the file of each tensor; empty if one file has all tensors or there is no index.
 
         If both exist, the single file is used, as in transformers.
         """
         path = self.folder / INDEX
-        if SINGLE in self._names() or not path.exists():
+        if SINGLE in present or not path.exists():
             return {}
         listed = read_json(path).get("weight_map")
-        if not listed or not isinstance(listed, dict) or not all(map(_is_file_name, listed.values())):
+        if (
+            not listed
+            or not isinstance(listed, dict)
+            or any(type(file) is not str for file in listed.values())
+        ):
             expected = "file names of this folder by tensor name"
             raise NaloraError(f"{path}: weight_map", expected=expected, found="something else")
         files = set(listed.values())
-        missing = sorted(files - set(self._names()))
-        if missing:
-            raise NaloraError(
-                str(path),
-                expected=f"the file {missing[0]} that it names",
-                found=f"{len(missing)} of {len(files)} files missing",
-                remedy="download the folder again",
-            )
+        if missing := sorted(files - set(present)):
+            expected = f"the file {missing[0]!r} that it names"
+            found, remedy = f"{len(missing)} of {len(files)} files missing", "download the folder again"
+            raise NaloraError(str(path), expected=expected, found=found, remedy=remedy)
         return dict(listed)
 
-    def _only_file(self) -> str:
-        files = sorted(name for name in self._names() if name.endswith(".safetensors"))
-        if SINGLE in files:
-            return SINGLE
-        if len(files) != 1:
-            raise NaloraError(
-                self.where,
-                expected=f"{SINGLE}, or several files and {INDEX}",
-                found=", ".join(files) or "no safetensors file",
-                remedy=_pickle_remedy(self._names()) if not files else f"add {INDEX}",
-            )
-        return files[0]
+    def _only_file(self, present: list[str]) -> str:
+        files = sorted(name for name in present if name.endswith(".safetensors"))
+        if SINGLE in files or len(files) == 1:
+            return SINGLE if SINGLE in files else files[0]
+        remedy = (
+            f"add {INDEX}"
+            if files
+            else "give a folder with config.json, tokenizer.json and safetensors files"
+        )
+        pickles = sorted(name for name in present if name.endswith(PICKLES))
+        if pickles and not files:
+            remedy = f"{pickles[0]} is a pickle, which can run any code when it is opened; {CONVERT}"
+        found, expected = (
+            ", ".join(files) or "no safetensors file",
+            f"{SINGLE}, or several files and {INDEX}",
+        )
+        raise NaloraError(self.where, expected=expected, found=found, remedy=remedy)
 
 
-def _is_file_name(text: object) -> bool:
-    """Returns True if ``text`` can be a file's name: at most 255 bytes, and valid Unicode."""
-    if not isinstance(text, str) or Path(text).name != text:
-        return False
-    return 0 < len(text.encode("utf-8", "replace")) <= 255 and is_unicode(text)
-
-
-def _pickle_remedy(names: Collection[str]) -> str:
-    pickles = sorted(name for name in names if name.endswith(PICKLES))
-    if not pickles:
-        return "give a folder with config.json, tokenizer.json and safetensors files"
-    return (
-        f"{pickles[0]} is a pickle, which can run any code when it is opened, and is never read; "
-        "convert it with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-    )
+def open_tensors(resolved: ResolvedSource) -> SafetensorsFolder:
+    """Returns the tensors of a Hugging Face folder on this machine or in a bucket."""
+    if resolved.streamed:
+        return StreamedFolder(resolved.path, resolved.streamed)
+    return SafetensorsFolder(resolved.path)
 
 
 # ---------------------------------------------------------------- folders in buckets

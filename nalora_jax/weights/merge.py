@@ -19,7 +19,6 @@ import numpy as np
 
 from nalora_jax.common.folders import new_folder, write_json
 from nalora_jax.common.trees import flatten
-from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import merged_kernel
 from nalora_jax.models.config import ModelConfig
@@ -27,12 +26,11 @@ from nalora_jax.models.family import contains_text_model, family_of, text_part
 from nalora_jax.models.targets import AdapterSpec, leaf_dtype
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.ops.storage import Stored, expand
-from nalora_jax.weights.encoders import file_name, keymap_of
-from nalora_jax.weights.keymaps import Slot
+from nalora_jax.weights.encoders import file_name
+from nalora_jax.weights.keymaps import Slot, keymap_for
 from nalora_jax.weights.peft import layer_adapter
 from nalora_jax.weights.peft_tables import refuse_saved
 from nalora_jax.weights.shards import TensorInfo, write_shards
-from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -70,7 +68,7 @@ def merged_tensors(
             )
         return value.astype(_file_dtype(leaves, slot, dtype))
 
-    for tensor in keymap_of(config).tensors:
+    for tensor in keymap_for(config).tensors:
         joined = tensor.join([merged(slot) for slot in tensor.slots])
         yield file_name(config, tensor.name), joined.reshape(tensor.shape)
 
@@ -86,7 +84,7 @@ def write_merged(
     spec: AdapterSpec,
     *,
     hf_config: Mapping[str, Any],
-    tokenizer: Tokenizer | Path | Callable[[Path], None],
+    tokenizer: Callable[[Path], object],
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
     card: str | None = None,
@@ -104,8 +102,7 @@ def write_merged(
       lora: adapters, or None to write the base.
       spec: their spec.
       hf_config: the base's ``config.json`` (`LoadedModel.hf_config`).
-      tokenizer: the base's folder, whose files are copied; or a `Tokenizer` (of a GGUF file),
-        which is written; or a function that writes the files into a folder
+      tokenizer: function that writes the tokenizer's files into a folder
         (`nalora_jax.weights.new_tokens.tokenizer_writer`).
       dtype: "float32", "float16" or "bfloat16"; by default each tensor has its parameter's dtype.
       shard_bytes: largest file.
@@ -127,7 +124,7 @@ def write_merged(
             remedy="use the run's folder itself: load_adapted_dual reads it (docs/images.md)",
         )
     leaves = flatten(params, _is_stored)
-    tensors = keymap_of(config).tensors
+    tensors = keymap_for(config).tensors
     infos = [
         TensorInfo(file_name(config, t.name), t.shape, _file_dtype(leaves, t.slots[0], chosen))
         for t in tensors
@@ -135,14 +132,7 @@ def write_merged(
     settings = _settings(hf_config, config, infos)
     with new_folder(folder) as scratch:
         write_json(scratch / "config.json", settings)
-        if isinstance(tokenizer, Tokenizer):
-            assert isinstance(config, ModelConfig)
-            write_tokenizer(tokenizer, scratch, max_length=config.max_positions)
-        elif isinstance(tokenizer, Path):
-            images = isinstance(config, DualConfig) or config.sight is not None
-            copy_tokenizer(tokenizer, scratch, images=images)
-        else:
-            tokenizer(scratch)
+        tokenizer(scratch)
         if card is not None:
             (scratch / "README.md").write_text(card, encoding="utf-8")
         merged = merged_tensors(config, params, lora, spec, dtype=chosen)
@@ -170,20 +160,16 @@ def _settings(
             settings = text_part(raw, "config.json")  # only the text model is here
             named = family_of(settings["model_type"]).class_name
             settings["architectures"] = [named] if named else []
-        _check_described(settings, config)
+        ours = config.to_dict()
+        described = ModelConfig.from_hf(settings, images=config.sight is not None).to_dict()
+        if fields := [name for name, value in described.items() if value != ours[name]]:
+            raise NaloraError(
+                f"config.json: {', '.join(fields)}",
+                expected=str([ours[name] for name in fields]),
+                found=str([described[name] for name in fields]),
+                remedy="pass the config.json of the model whose parameters these are",
+            )
     largest = max(infos, key=lambda info: info.nbytes)
     settings.pop("quantization_config", None)  # floats are written
     settings["dtype"] = settings["torch_dtype"] = largest.dtype.name  # transformers 5 and 4 read one each
     return settings
-
-
-def _check_described(settings: Mapping[str, Any], config: ModelConfig) -> None:
-    described = ModelConfig.from_hf(settings, images=config.sight is not None)
-    if described != config:
-        fields = [name for name, value in described.to_dict().items() if value != config.to_dict()[name]]
-        raise NaloraError(
-            f"config.json: {', '.join(fields)}",
-            expected=str([config.to_dict()[name] for name in fields]),
-            found=str([described.to_dict()[name] for name in fields]),
-            remedy="pass the config.json of the model whose parameters these are",
-        )

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +32,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.models.targets import TABLES
 from nalora_jax.weights.model_files import LoadedModel
-from nalora_jax.weights.peft_config import CONFIG_NAME
-from nalora_jax.weights.peft_read import TENSORS_NAME, recorded_rope_scaling
+from nalora_jax.weights.peft_config import CONFIG_NAME, TENSORS_NAME, recorded_fact
 from nalora_jax.weights.peft_tables import rows_of_indices, table_rows
-from nalora_jax.weights.tokenizer_files import write_extended, write_tokenizer
+from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_extended, write_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -56,20 +54,15 @@ def with_added(base: LoadedModel, added: AddedTokens, mesh: Mesh | None = None) 
     """
     if not added:
         return base
-    added_of_base = _added_tokens(base.tokenizer.backend)
+    held, size = _added_tokens(base.tokenizer.backend), base.config.vocab_size
     tokenizer = base.tokenizer.with_tokens(added)
-    rows = tokenizer.rows_for(added, base.config.vocab_size)
-    if there := {text: added_of_base[text] for text in added.texts if text in added_of_base}:
+    rows = tokenizer.rows_for(added, size)
+    if there := {text: held[text] for text in added.texts if text in held}:
         log.info("tokens that the tokenizer has already: %s", _shown(there))
     ids = tokenizer.backend.get_vocab(with_added_tokens=True)
-    new = {text: ids[text] for text in added.texts if text not in added_of_base}
-    if new:
-        more = f"the embedding grows from {base.config.vocab_size:,} to {rows:,} rows"
-        log.info(
-            "added tokens: %s; %s",
-            _shown(new),
-            more if rows > base.config.vocab_size else "their rows are there",
-        )
+    if new := {text: ids[text] for text in added.texts if text not in held}:
+        grown = f"the embedding grows from {size:,} to {rows:,} rows"
+        log.info("added tokens: %s; %s", _shown(new), grown if rows > size else "their rows are there")
     return replace(_resized(base, rows, tokenizer, mesh), added=tuple(new))
 
 
@@ -91,7 +84,7 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
         a token that is in none of the tokenizers; or the tokenizer belongs to another base.
     """
     held = base.config.vocab_size
-    tables, needed = table_rows(folder, TENSORS_NAME, base.config), rows_of_indices(folder, base.config)
+    tables, needed = table_rows(folder, base.config), rows_of_indices(folder, base.config)
     source_tables = tables or needed
     rows = source_tables or held
     new = _own_tokens(base, folder, source_tables, strict=rows != held)
@@ -123,13 +116,10 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
         expected = f"a tokenizer, since the adapter's tables have {rows - held} rows more than the base"
         remedy = "save the tokenizer that it was trained with there: tokenizer.save_pretrained(folder)"
         raise NaloraError(str(folder), expected=expected, found="no tokenizer.json", remedy=remedy)
-    tokenizer = base.tokenizer
-    if new:
-        tokenizer = Tokenizer.from_folder(folder, base.tokenizer)
-        log.info("%s: with its tokens %s", folder, _shown(new))
-    resized = _resized(base, rows, tokenizer, mesh)
     if not new:
-        return resized
+        return _resized(base, rows, base.tokenizer, mesh)
+    log.info("%s: with its tokens %s", folder, _shown(new))
+    resized = _resized(base, rows, Tokenizer.from_folder(folder, base.tokenizer), mesh)
     return replace(resized, added=tuple(new), tokenizer_folder=folder)
 
 
@@ -142,27 +132,20 @@ def check_adapter(base: LoadedModel, folder: Path) -> None:
       NaloraError: the adapter has further tokens, tables with another number of rows, or another RoPE
         scaling.
     """
-    if (scaling := recorded_rope_scaling(folder)) != base.rope_scaling:
-        raise NaloraError(
-            str(folder),
-            expected=f"an adapter of the loaded model's RoPE scaling, {base.rope_scaling or 'the unchanged one'}",
-            found=scaling or "none",
-            remedy="load the model with that adapter from the start",
+    remedy = "load the model with that adapter from the start"
+    if (scaling := recorded_fact(folder, "rope_scaling")) != base.rope_scaling:
+        expected = (
+            f"an adapter of the loaded model's RoPE scaling, {base.rope_scaling or 'the unchanged one'}"
         )
-    rows = table_rows(folder, TENSORS_NAME, base.config) or rows_of_indices(folder, base.config)
-    new = _own_tokens(base, folder, rows, strict=bool(base.added) or rows != base.config.vocab_size)
-    trained = {
-        text: token_id
-        for text, token_id in new.items()
-        if rows is not None or token_id < base.config.vocab_size
-    }
-    if trained or rows not in (None, base.config.vocab_size):
-        raise NaloraError(
-            str(folder),
-            expected=f"an adapter of the tokens and the {base.config.vocab_size} rows that the model was loaded with",
-            found=f"one with {_shown(trained)} besides" if trained else f"tables of {rows} rows",
-            remedy="load the model with that adapter from the start",
-        )
+        raise NaloraError(str(folder), expected=expected, found=scaling or "none", remedy=remedy)
+    size = base.config.vocab_size
+    rows = table_rows(folder, base.config) or rows_of_indices(folder, base.config)
+    new = _own_tokens(base, folder, rows, strict=bool(base.added) or rows != size)
+    trained = {text: token_id for text, token_id in new.items() if rows is not None or token_id < size}
+    if trained or rows not in (None, size):
+        expected = f"an adapter of the tokens and the {size} rows that the model was loaded with"
+        found = f"one with {_shown(trained)} besides" if trained else f"tables of {rows} rows"
+        raise NaloraError(str(folder), expected=expected, found=found, remedy=remedy)
 
 
 def tokenizer_writer(base: LoadedModel, *, files: Path | None = None) -> Callable[[Path], None]:
@@ -170,11 +153,13 @@ def tokenizer_writer(base: LoadedModel, *, files: Path | None = None) -> Callabl
 
     Args:
       base: the model.
-      files: folder of the base, whose generation_config.json is copied too; None for an adapter's
-        folder.
+      files: the base's GGUF file or folder, for a merged model, which gets generation_config.json and image
+        settings too; None for an adapter's folder.
     """
-    if base.tokenizer_folder is None:
-        return lambda folder: write_tokenizer(base.tokenizer, folder, max_length=base.config.max_positions)
+    if base.tokenizer_folder is None or (files is not None and files.is_file()):
+        return partial(write_tokenizer, base.tokenizer, max_length=base.config.max_positions)
+    if files is not None and not base.added:
+        return partial(copy_tokenizer, files, images=base.config.sight is not None)
     return partial(write_extended, base.tokenizer, base.tokenizer_folder, base=files)
 
 
@@ -235,27 +220,33 @@ def _resized(base: LoadedModel, rows: int, tokenizer: Tokenizer, mesh: Mesh | No
     if rows == base.config.vocab_size:
         return replace(base, tokenizer=tokenizer)
     params = dict(base.params)
-    for axis, path in enumerate(TABLES.values()):
-        group, name = path.split("/")
+    for axis, (group, name) in enumerate(path.split("/") for path in TABLES.values()):
         if group in params:
-            params[group] = dict(params[group]) | {
-                name: _with_rows(path, params[group][name], rows, axis, mesh)
-            }
-    if base.hf_config is not None:
-        base = replace(base, hf_config=_described(base.hf_config, rows))
+            table = _with_rows(f"{group}/{name}", params[group][name], rows, axis, mesh)
+            params[group] = {**params[group], name: table}
+    raw = base.hf_config
+    if raw is not None and isinstance(raw.get("text_config"), dict):  # multimodal
+        raw = {**raw, "text_config": {**raw["text_config"], "vocab_size": rows}}
+    elif raw is not None:
+        raw = {**raw, "vocab_size": rows}
     config = replace(base.config, vocab_size=rows)
-    return replace(base, config=config, params=params, tokenizer=tokenizer, resized=rows)
+    return replace(
+        base,
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        resized=rows,
+        hf_config=raw,
+    )
 
 
 def _with_rows(path: str, table: jax.Array, rows: int, axis: int, mesh: Mesh | None) -> jax.Array:
     """Returns ``table`` with ``rows`` entries along ``axis``, sharded for its new shape."""
     shape = list(table.shape)
     shape[axis] = rows
-    sharding = table.sharding
+    like, sharding = jax.ShapeDtypeStruct(tuple(shape), table.dtype), table.sharding
     if mesh is not None:
-        sharding = distributed.shardings(
-            {path: jax.ShapeDtypeStruct(tuple(shape), table.dtype)}, mesh, distributed.PARAM_RULES
-        )[path]
+        sharding = distributed.shardings({path: like}, mesh, distributed.PARAM_RULES)[path]
     return jax.jit(partial(_resize, rows=rows, axis=axis), out_shardings=sharding)(table)
 
 
@@ -265,13 +256,6 @@ def _resize(table: jax.Array, *, rows: int, axis: int) -> jax.Array:
         return lax.slice_in_dim(table, 0, rows, axis=axis)
     mean = jnp.mean(table, axis=axis, keepdims=True, dtype=jnp.float32).astype(table.dtype)
     return jnp.concatenate([table, jnp.repeat(mean, rows - held, axis=axis)], axis=axis)
-
-
-def _described(raw: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Returns a ``config.json`` with ``rows`` as vocab_size (multimodal: of its text part)."""
-    if isinstance(raw.get("text_config"), dict):
-        return {**raw, "text_config": {**raw["text_config"], "vocab_size": rows}}
-    return {**raw, "vocab_size": rows}
 
 
 def _shown(tokens: Mapping[str, int], most: int = 5) -> str:

@@ -121,12 +121,16 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
     count, index = 1, 0
     if together:
         count, index = jax.process_count(), jax.process_index()
+
+    def digest(name: str, start: int) -> np.ndarray:
+        stored = source.stored(name)
+        data = stored.read(start, min(_CHUNK, stored.size - start)).data
+        return np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
+
+    digests = np.zeros((len(pieces), 32), np.uint8)
     with ThreadPoolExecutor(WORKERS) as pool:
-        mine = pool.map(lambda piece: _digest(source, *piece), pieces[index::count])
-        digests = np.zeros((len(pieces), 32), np.uint8)
-        digests[index::count] = [np.frombuffer(digest, np.uint8) for digest in mine] or np.zeros(
-            (0, 32), np.uint8
-        )
+        for number, row in enumerate(pool.map(lambda piece: digest(*piece), pieces[index::count])):
+            digests[index + number * count] = row
     if count > 1:
         gathered = multihost_utils.process_allgather(digests)
         digests = gathered.sum(axis=0, dtype=np.uint8)  # zero except on the hashing process
@@ -136,11 +140,6 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
         sha256.update(f"\n{name} {shapes[name]} {source.stored(name).format}".encode())
     sha256.update(digests.tobytes())
     return _PREFIX + sha256.hexdigest()
-
-
-def _digest(source: TensorSource, name: str, start: int) -> bytes:
-    stored = source.stored(name)
-    return hashlib.sha256(stored.read(start, min(_CHUNK, stored.size - start)).data).digest()
 
 
 def _stated(value: Any) -> Any:

@@ -24,7 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -32,99 +32,89 @@ from nalora_jax.models.adapters import pad_rank
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model, family_of
 from nalora_jax.models.stacks import projection_shapes, stacked_places
-from nalora_jax.models.targets import AdapterSpec, scale_divisor
-from nalora_jax.models.vision.config import DualConfig
-from nalora_jax.weights.encoders import encoder_modules
-from nalora_jax.weights.peft_tables import token_settings
+from nalora_jax.models.targets import scale_divisor
+from nalora_jax.weights.keymaps import OF_ENCODERS
 
-Host = ModelConfig | DualConfig
+if TYPE_CHECKING:
+    from nalora_jax.models.vision.config import DualConfig
+
+    Host = ModelConfig | DualConfig
+
 # A Linear module, one expert's Linear module, or the parameter of all experts of a layer.
 Form = Literal["linear", "expert", "stack"]
 
 
 @dataclass(frozen=True)
 class HostModule:
-    """A module (or parameter) of one layer, and the projections whose outputs it concatenates."""
+    """A module (or parameter) in all layers that have it, and the projections whose outputs it concatenates."""
 
-    name: str  # within the layer: "mlp.gate_up_proj"; of an expert "experts.{}.w1"
-    parts: tuple[str, ...]  # stacked paths: ("layers/ffn/gate_proj", "layers/ffn/up_proj")
+    name: str  # "model.layers.{layer}.mlp.gate_up_proj"; one expert's "....experts.{expert}.w1"
+    parts: tuple[str, ...]  # uniform paths: ("layers/ffn/gate_proj", "layers/ffn/up_proj")
     form: Form = "linear"
-    whole: bool = False  # the name is the full one, with {layer} in it if there are several
     alternates: bool = False  # the parts' outputs alternate instead of following each other
 
+    @property
+    def short(self) -> str:
+        """The last part of the name."""
+        return self.name.rpartition(".")[2]
 
-@dataclass(frozen=True)
-class ModuleLayout:
-    """The modules of a family's projections."""
-
-    modules: tuple[HostModule, ...]  # stacks are last, in the order in which they are registered
-    prefix: str = "model.layers"
-
-    def of(self, form: Form) -> tuple[HostModule, ...]:
-        """Returns the modules of one form."""
-        return tuple(module for module in self.modules if module.form == form)
-
-    def without(self, form: Form) -> ModuleLayout:
-        """Returns the layout without the modules of one form."""
-        return replace(self, modules=tuple(module for module in self.modules if module.form != form))
-
-    def weight_only(self) -> frozenset[HostModule]:
-        """Returns the Linear modules that PEFT adapts by their weight only, as parameters.
-
-        PEFT takes names of target_modules that end like an expert's modules in transformers 4 for
-        the experts, also if they name a dense layer or a shared expert.
-        """
-        lasts = {short_name(module.name) for module in self.of("expert")}
-        return frozenset(module for module in self.of("linear") if short_name(module.name) in lasts)
-
-    def full_name(self, layer: int, module: HostModule) -> str:
-        """Returns the full name, e.g. ``model.layers.3.mlp.gate_proj`` for layer 3."""
-        if module.whole:
-            return module.name.format(layer=layer)
-        return f"{self.prefix}.{layer}.{module.name}"
+    @property
+    def in_layer(self) -> str:
+        """The name without a decoder's layer: ``mlp.gate_up_proj``."""
+        if self.parts[0].startswith("layers/"):
+            return self.name.partition("{layer}.")[2]
+        return self.name
 
 
-_LAYER, _EXPERT = ".{layer}.", "{expert}"
-_TEXT_PART = "model.language_model.layers"  # prefix in multimodal models
+# Stacks are last, in the order in which they are registered.
+ModuleLayout = tuple[HostModule, ...]
+
+_TEXT, _TEXT_PART = "model.layers.", "model.language_model.layers."  # the latter in multimodal models
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
+def of_form(layout: ModuleLayout, *forms: Form) -> ModuleLayout:
+    """Returns the modules of these forms."""
+    return tuple(module for module in layout if module.form in forms)
+
+
 def module_layout(config: Host) -> ModuleLayout:
-    """Returns the layout of a family: the modules whose weights are in its checkpoints.
+    """Returns the modules whose weights are in a family's checkpoints.
 
     Example: the row ``model.layers.{layer}.mlp.gate_up_proj.weight`` of Phi-3's table is the
-    module ``mlp.gate_up_proj`` with the parts ``layers/ffn/gate_proj`` and ``layers/ffn/up_proj``.
+    module ``model.layers.{layer}.mlp.gate_up_proj`` of ``layers/ffn/gate_proj`` and ``layers/ffn/up_proj``.
     """
-    modules = [HostModule(name, (path,), whole=True) for path, name in encoder_modules(config).items()]
-    if isinstance(config, DualConfig):
-        return ModuleLayout(tuple(modules))
+    modules: list[HostModule] = []
+    if not isinstance(config, ModelConfig) or config.sight is not None:
+        modules = [HostModule(name, paths) for paths, name in OF_ENCODERS["modules"](config).items()]
+    if not isinstance(config, ModelConfig):
+        return tuple(modules)
     experts: list[HostModule] = []
     stacks: list[HostModule] = []
     family = family_of(config.model_type)
     for row in family.tensors:
-        paths = tuple(path.removesuffix("/kernel") for path in row.paths)
-        name = row.name.partition(_LAYER)[2].removesuffix(".weight")
+        paths, name = (
+            tuple(path.removesuffix("/kernel") for path in row.paths),
+            row.name.removesuffix(".weight"),
+        )
         if not row.paths[0].endswith("/kernel"):
             continue
         if row.experts is not False and layers_with(config, paths[0], experts=True):
-            if _EXPERT in name:
-                experts.append(HostModule(name.replace(_EXPERT, "{}"), paths, "expert"))
+            if "{expert}" in name:
+                experts.append(HostModule(name, paths, "expert"))
             else:
                 stacks.append(HostModule(name, paths, "stack", alternates=row.change == "columns"))
-        elif _EXPERT not in name and layers_with(config, paths[0], experts=False):
+        elif "{expert}" not in name and layers_with(config, paths[0], experts=False):
             modules.append(HostModule(name, paths))
     if experts:  # transformers 5 holds all experts of a layer in two parameters
-        folders = dict.fromkeys(module.parts[0].rpartition("/")[0] for module in experts)
+        folder, module = experts[0].parts[0].rpartition("/")[0], f"{_TEXT}{{layer}}.{family.experts}"
+        gate_up = f"{folder}/gate_proj", f"{folder}/up_proj"
         stacks = [
-            HostModule(f"{family.experts}.{name}", tuple(f"{folder}/{part}" for part in parts), "stack")
-            for folder in folders
-            for name, parts in {
-                "gate_up_proj": ("gate_proj", "up_proj"),
-                "down_proj": ("down_proj",),
-            }.items()
+            HostModule(f"{module}.gate_up_proj", gate_up, "stack"),
+            HostModule(f"{module}.down_proj", (f"{folder}/down_proj",), "stack"),
         ]
-    prefix = "model.layers" if config.sight is None else _TEXT_PART
-    return ModuleLayout((*modules, *experts, *stacks), prefix)
+    layout = (*modules, *experts, *stacks)
+    return layout if config.sight is None else _renamed(layout, {_TEXT: _TEXT_PART})
 
 
 def layout_for(target: str, config: Host, raw: Mapping[str, Any] | None = None) -> ModuleLayout:
@@ -135,49 +125,57 @@ def layout_for(target: str, config: Host, raw: Mapping[str, Any] | None = None) 
     multimodal model's. Of some families it then reads stacks of experts (`Family.stacks_in_vllm`).
     """
     layout = module_layout(config)
-    if target != "vllm" or isinstance(config, DualConfig):
+    if target != "vllm" or not isinstance(config, ModelConfig):
         return layout
     layout = _expert_by_expert(layout)
     if contains_text_model((raw or {}).get("model_type"), images=False):
-        layout = replace(layout, prefix=_TEXT_PART)
+        layout = _renamed(layout, {_TEXT: _TEXT_PART})
         if family_of(config.model_type).stacks_in_vllm:
-            layout = layout.without("expert")
+            layout = of_form(layout, "linear", "stack")
     return layout
 
 
 def _expert_by_expert(layout: ModuleLayout) -> ModuleLayout:
     """Returns ``layout`` with a name for each expert's modules, if its stacks do not alternate.
 
-    Example: the stack ``experts.down_proj`` (Gemma 4) gives ``experts.{}.down_proj``.
+    Example: the stack ``experts.down_proj`` (Gemma 4) gives ``experts.{expert}.down_proj``.
     """
-    stacks = layout.of("stack")
-    if layout.of("expert") or any(stack.alternates for stack in stacks):
+    stacks = of_form(layout, "stack")
+    if of_form(layout, "expert") or any(stack.alternates for stack in stacks):
         return layout
-    experts = [
-        HostModule(f"{stack.name.rpartition('.')[0]}.{{}}.{path.rpartition('/')[2]}", (path,), "expert")
+    experts = (
+        HostModule(
+            f"{stack.name.rpartition('.')[0]}.{{expert}}.{path.rpartition('/')[2]}", (path,), "expert"
+        )
         for stack in stacks
         for path in stack.parts
-    ]
-    return replace(layout, modules=(*layout.of("linear"), *experts, *stacks))
+    )
+    return (*of_form(layout, "linear"), *experts, *stacks)
+
+
+def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
+    """Returns the layout with other prefixes: ``names`` by the present ones."""
+
+    def renamed(name: str) -> str:
+        old = next((old for old in names if name.startswith(old)), "")
+        return names.get(old, "") + name.removeprefix(old)
+
+    return tuple(replace(module, name=renamed(module.name)) for module in layout)
 
 
 @functools.cache
 def layers_with(config: Host, path: str, *, experts: bool) -> frozenset[int]:
     """Returns the layers that have a projection at a uniform path, of experts or not."""
     shapes = projection_shapes(config)
-    places = (
-        (layer, shapes[stacked])
-        for (name, layer), (stacked, _) in stacked_places(config).items()
-        if name == path
-    )
-    return frozenset(layer for layer, shape in places if (len(shape) == 3) == experts)
+    places = ((layer, at) for (name, layer), (at, _) in stacked_places(config).items() if name == path)
+    return frozenset(layer for layer, at in places if (len(shapes[at]) == 3) == experts)
 
 
 @dataclass(frozen=True)
 class Place:
     """A module of one layer, one expert's module, or a stack of experts."""
 
-    name: str  # the full one
+    name: str
     layer: int
     module: HostModule
     slots: tuple[tuple[str, int], ...]  # stacked path and index of each part
@@ -194,23 +192,16 @@ class Place:
 def places_in(config: Host, layout: ModuleLayout) -> Iterator[Place]:
     """Yields the places of ``layout``, layer by layer."""
     shapes, stacked_at = projection_shapes(config), stacked_places(config)
-
-    def place(layer: int, module: HostModule) -> Place:
-        slots = tuple(stacked_at[path, layer] for path in module.parts)
-        widths = tuple(shapes[path][-1] for path, _ in slots)
-        shape = (*shapes[slots[0][0]][:-1], sum(widths))
-        return Place(layout.full_name(layer, module), layer, module, slots, widths, shape)
-
     for layer in range(1 + max(layer for _, layer in stacked_at)):
-        for module in layout.modules:
+        for module in layout:
             if layer not in layers_with(config, module.parts[0], experts=module.form != "linear"):
                 continue
-            of_layer = place(layer, module)
-            if module.form != "expert":
-                yield of_layer
-                continue
-            for expert in range(of_layer.shape[0]):
-                yield replace(of_layer, name=of_layer.name.format(expert), expert=expert)
+            slots = tuple(stacked_at[path, layer] for path in module.parts)
+            widths = tuple(shapes[path][-1] for path, _ in slots)
+            shape = (*shapes[slots[0][0]][:-1], sum(widths))
+            for expert in range(shape[0]) if module.form == "expert" else (None,):
+                name = module.name.format(layer=layer, expert=expert)
+                yield Place(name, layer, module, slots, widths, shape, expert)
 
 
 def tensor_keys(adapted: Iterable[Place]) -> dict[str, str]:
@@ -250,30 +241,34 @@ def layout_of(config: Host, modules: Iterable[str]) -> ModuleLayout:
     If several releases match equally well, the latest is used. The modules of a text model may have
     their names in a multimodal model.
     """
-    latest, written = module_layout(config), set(modules)
-    layout = latest
-    if isinstance(config, DualConfig):
-        return latest
+    layout, written = module_layout(config), set(modules)
+    if not isinstance(config, ModelConfig):
+        return layout
     if config.sight is not None:
-        layouts = [latest, *(_renamed(latest, names) for names in _EARLIER)]
+        layouts = [layout, *(_renamed(layout, names) for names in _EARLIER)]
         layout = max(
-            layouts, key=lambda layout: len(written & {place.name for place in places_in(config, layout)})
+            layouts, key=lambda each: len(written & {place.name for place in places_in(config, each)})
         )
     elif any(name.startswith(_TEXT_PART) for name in written):
-        layout = replace(latest, prefix=_TEXT_PART)
+        layout = _renamed(layout, {_TEXT: _TEXT_PART})
     return _expert_by_expert(layout) if any(map(_ONE_EXPERT.search, written)) else layout
 
 
-def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
-    def earlier(name: str) -> str:
-        return next(
-            (old + name.removeprefix(new) for new, old in names.items() if name.startswith(new)), name
-        )
+_KEYS, _VALUES = "layers/attn/k_proj", "layers/attn/v_proj"
 
-    modules = tuple(
-        replace(module, name=earlier(module.name)) if module.whole else module for module in layout.modules
-    )
-    return replace(layout, modules=modules, prefix=earlier(layout.prefix))
+
+def value_names(config: Host, layout: ModuleLayout) -> dict[str, str]:
+    """Returns the name `v_proj` for each `k_proj` of layers whose values are the keys' projection (Gemma 4).
+
+    vLLM loads the weight of `k_proj` into the slots of keys and of values, but an adapter only into the slot of
+    its name: without a copy named `v_proj` it would serve values of the base.
+    """
+    layers = layers_with(config, _KEYS, experts=False) - layers_with(config, _VALUES, experts=False)
+    return {
+        place.name: f"{place.name.removesuffix('k_proj')}v_proj"
+        for place in places_in(config, of_form(layout, "linear") if layers else ())
+        if place.module.parts == (_KEYS,) and place.layer in layers
+    }
 
 
 # ---------------------------------------------------------------- adapters of one layer
@@ -381,186 +376,3 @@ def alpha_for(scale: float, rank: int, *, rslora: bool) -> float:
     if math.isclose(alpha, neat, rel_tol=1e-12):
         return neat
     return alpha
-
-
-# ---------------------------------------------------------------- settings and tensors of the files
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The adapter of one place."""
-
-    place: Place
-    adapter: ModuleAdapter
-    parameter: bool = False  # named in target_parameters
-
-
-def common(values: Iterable[Any]) -> Any:
-    """Returns the most frequent value; the first of them if several are equally frequent."""
-    return Counter(values).most_common(1)[0][0]
-
-
-def adapter_tensors(entries: list[Entry]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the name and the array of each tensor."""
-    keys = tensor_keys(entry.place for entry in entries)
-    for entry in entries:
-        key, a, b = keys[entry.place.name], entry.adapter.a.T, entry.adapter.b.T
-        if entry.place.stacked:
-            # [experts, d_in, r] -> [experts * r, d_in]; [experts, r, d_out] -> [d_out, r * experts]
-            a = entry.adapter.a.transpose(0, 2, 1).reshape(-1, entry.adapter.a.shape[1])
-            b = entry.adapter.b.transpose(2, 1, 0).reshape(entry.adapter.b.shape[2], -1)
-        yield f"base_model.model.{key}.lora_A.weight", np.ascontiguousarray(a)
-        yield f"base_model.model.{key}.lora_B.weight", np.ascontiguousarray(b)
-        if entry.adapter.magnitude is not None:
-            yield (
-                f"base_model.model.{key}.lora_magnitude_vector",
-                np.ascontiguousarray(entry.adapter.magnitude),
-            )
-
-
-def adapter_settings(
-    entries: list[Entry], config: Host, layout: ModuleLayout, spec: AdapterSpec, *, rslora: bool
-) -> dict[str, Any]:
-    """Returns ``adapter_config.json`` without the base model's name."""
-    modules = [entry for entry in entries if not entry.parameter]
-    parameters = [entry for entry in entries if entry.parameter]
-    ranks = {entry.place.name: entry.adapter.rank for entry in entries}
-    alphas = {
-        entry.place.name: _number(alpha_for(entry.adapter.scale, entry.adapter.rank, rslora=rslora))
-        for entry in entries
-    }
-    rank, rank_pattern = _pattern(ranks, entries)
-    alpha, alpha_pattern = _pattern(alphas, entries)
-    settings = {
-        "alpha_pattern": alpha_pattern,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": spec.dropout,
-        "modules_to_save": list(spec.saved) or None,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": rank_pattern,
-        "target_modules": _target_modules(modules, config, layout),
-        "task_type": "CAUSAL_LM" if isinstance(config, ModelConfig) else None,
-        "use_dora": spec.dora,
-        "use_rslora": rslora,
-    }
-    if parameters:
-        settings["target_parameters"] = _target_parameters(parameters, config)
-    return settings | token_settings(spec)
-
-
-def _number(value: float) -> int | float:
-    return int(value) if value.is_integer() else value
-
-
-def _pattern(values: Mapping[str, Any], entries: list[Entry]) -> tuple[Any, dict[str, Any]]:
-    """Returns a default value and a pattern for the modules with another value.
-
-    The default is the parameters' most frequent value, otherwise the most frequent of all. Keys
-    are ``mlp.up_proj`` if all layers agree, full names otherwise.
-    """
-    parameters = [values[entry.place.name] for entry in entries if entry.parameter]
-    usual = common(parameters or values.values())
-    modules: dict[str, list[str]] = {}
-    for entry in entries:
-        modules.setdefault(entry.place.module.name, []).append(entry.place.name)
-    pattern = {}
-    for module, names in modules.items():
-        members_of = {values[name] for name in names}
-        if members_of == {usual}:
-            continue
-        if len(members_of) == 1 and "{layer}" not in module:
-            pattern[module] = members_of.pop()
-        else:
-            pattern |= {name: values[name] for name in names if values[name] != usual}
-    return usual, dict(sorted(pattern.items()))
-
-
-def _target_modules(entries: list[Entry], config: Host, layout: ModuleLayout) -> list[str]:
-    """Returns short names of modules that are adapted in all layers, full names of the others."""
-    adapted: dict[str, set[str]] = {}
-    for entry in entries:
-        adapted.setdefault(short_name(entry.place.name), set()).add(entry.place.name)
-    names_of: dict[str, set[str]] = {}
-    # A short name would target the experts too, which a file of their stacks does not hold one by one.
-    single = (*layout.of("linear"), *module_layout(config).of("expert"))
-    for place in places_in(config, replace(layout, modules=single)):
-        names_of.setdefault(short_name(place.name), set()).add(place.name)
-    names: set[str] = set()
-    # A vision tower has modules with the same short names as a decoder or a text tower.
-    unique = isinstance(config, ModelConfig) and config.sight is None
-    for last, members in adapted.items():
-        if unique and members >= names_of.get(last, set()):
-            members = {last}
-        names |= members
-    return sorted(names)
-
-
-def short_name(name: str) -> str:
-    """Returns the last part of a module's name."""
-    return name.rpartition(".")[2]
-
-
-def _target_parameters(entries: list[Entry], config: Host) -> list[str]:
-    """Returns names within the layer of parameters adapted in all layers, full names of the others."""
-    names: set[str] = set()
-    for module in {entry.place.module for entry in entries}:
-        members = [entry.place for entry in entries if entry.place.module == module]
-        stacked = members[0].stacked
-        listed = {place.name for place in members}
-        if {place.layer for place in members} == layers_with(config, module.parts[0], experts=stacked):
-            listed = {module.name}
-        weight = "" if stacked else ".weight"
-        names |= {name + weight for name in listed}
-    return sorted(names)
-
-
-# ---------------------------------------------------------------- values that are the keys' projection
-#
-# In layers whose values are the keys' projection (Gemma 4), vLLM loads the weight of `k_proj` into
-# the slots of keys and of values, but an adapter only into the slot of its name: without a copy
-# named `v_proj` it would serve values of the base.
-
-
-_KEYS, _VALUES = "layers/attn/k_proj", "layers/attn/v_proj"
-
-
-def copies_for_values(entries: list[Entry], config: Host) -> list[Entry]:
-    """Returns the adapters of ``k_proj`` under the name ``v_proj``, in layers without a ``v_proj``."""
-    layers = _layers(config)
-    keys = [e for e in entries if e.place.module.parts == (_KEYS,) and e.place.layer in layers]
-    return [
-        replace(entry, place=replace(entry.place, name=_values_name(entry.place.name))) for entry in keys
-    ]
-
-
-def without_copies(
-    modules: Mapping[str, dict[str, np.ndarray]], config: Host, layout: ModuleLayout
-) -> dict[str, dict[str, np.ndarray]]:
-    """Returns a file's modules without the copies of `copies_for_values`, which equal their original."""
-    layers = _layers(config)
-    names = [
-        place.name
-        for place in places_in(config, layout.without("expert"))
-        if place.module.parts == (_KEYS,) and place.layer in layers
-    ]
-    copies = {_values_name(name) for name in names if _equal(modules, name, _values_name(name))}
-    return {name: tensors for name, tensors in modules.items() if name not in copies}
-
-
-def _layers(config: Host) -> frozenset[int]:
-    return layers_with(config, _KEYS, experts=False) - layers_with(config, _VALUES, experts=False)
-
-
-def _values_name(name: str) -> str:
-    return f"{name.removesuffix('k_proj')}v_proj"
-
-
-def _equal(modules: Mapping[str, dict[str, Any]], name: str, other: str) -> bool:
-    """Returns True if both modules are in the file with the same tensors."""
-    first, second = modules.get(name, {}), modules.get(other, {})
-    return first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)

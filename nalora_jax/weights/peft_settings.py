@@ -1,7 +1,7 @@
 """Converts PEFT's `LoraConfig` to the settings of a run.
 
 `PEFT` is the only list of the fields of `LoraConfig` and has all of them, so that none is dropped
-silently; docs/from_peft.md shows the table. `rules_of` converts module names to ordered rules over
+silently; docs/from_peft.md has a table of them. `rules_of` converts module names to ordered rules over
 this library's projections.
 """
 
@@ -9,17 +9,127 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nalora_jax.errors import NaloraError, shown
 from nalora_jax.models import families  # noqa: F401  (enters the families that names are of)
-from nalora_jax.models.family import BUILT_IN, Family
-from nalora_jax.models.targets import TABLES
-from nalora_jax.weights.peft_config import PEFT, Refused, listed, token_modules
+from nalora_jax.models.family import BUILT_IN
+from nalora_jax.models.targets import ROWS, TABLES
+from nalora_jax.weights.peft_config import ids_by_table, listed
 
 # Settings as nested dicts, by the names of `nalora_jax.config`.
 Settings = dict[str, Any]
+
+
+# ---------------------------------------------------------------- fields and their conversion
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A value that is not supported, with the reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Field:
+    """Conversion of a field."""
+
+    ours: str = ""  # the setting, dotted; empty without one
+    value: Callable[[Any], Any] = lambda value: value  # our value of theirs; may be `Refused`
+    ignored: str = ""  # the reason that it does not matter here
+
+
+def _only(*accepted: Any, because: str) -> Field:
+    """Returns a field that accepts only ``accepted`` and empty values, which have no effect here."""
+    fine = (None, False, {}, [], *accepted)
+    return Field(value=lambda value: None if any(value == each for each in fine) else Refused(because))
+
+
+def _init(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"pissa(_niter_\d+)?", value):
+        return "pissa"
+    if value == "lora_ga":
+        return Refused(
+            "PEFT's scales B by the singular values; --lora.init lora_ga scales both sides as the paper does"
+        )
+    if value in (True, None):
+        return "default"
+    return Refused("there are PEFT's default and PiSSA; gaussian and others are not made here")
+
+
+def _saved(value: Any) -> Any:
+    names = [str(name).rpartition(".")[2] for name in value or []]
+    if set(names) <= set(TABLES):
+        return [name for name in TABLES if name in names] or None
+    return Refused(
+        f"of the base, {' and '.join(TABLES)} are trained as a whole; norms and the rest stay as they are"
+    )
+
+
+def _indices(value: Any) -> Any:
+    """Returns the token ids; `_token_modules` reads their tables from the same field."""
+    lists = [ids for ids in ids_by_table(value).values() if ids]
+    if not lists:
+        return None
+    if not all(isinstance(ids, list | tuple) for ids in lists):
+        return Refused("token ids are given as a list, or as lists by the table's name")
+    if not set(_token_modules(value)) <= set(ROWS):
+        return Refused(f"rows of {' and '.join(ROWS)} are trained alone; other modules are not")
+    if any(list(ids) != list(lists[0]) for ids in lists):
+        return Refused("the same rows of both tables are trained here: give both the same list")
+    return list(lists[0])
+
+
+def _token_modules(value: Any) -> list[str]:
+    return sorted({str(name).rpartition(".")[2] for name, ids in ids_by_table(value).items() if ids})
+
+
+_RULES = "lora.rules"  # of the fields that are combined into rules
+_OTHER_METHOD = "it is another method than LoRA, and is not implemented here"
+_IGNORED = {
+    **dict.fromkeys(
+        ("eva_config", "corda_config", "loftq_config", "lora_ga_config"), "settings of an initialisation"
+    ),
+    "qalora_group_size": "a setting of use_qalora",
+    "fan_in_fan_out": "without influence on Linear layers",
+    "inference_mode": "said by the verb",
+    "auto_mapping": "of PEFT's own loading",
+    "peft_version": "of the file",
+    "revision": "name a snapshot's folder as --model instead",
+    "megatron_core": "a name of a module",
+    "runtime_config": "of PEFT's own memory",
+}
+PEFT: dict[str, Field] = {
+    **dict.fromkeys(
+        ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform"), Field(_RULES)
+    ),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "target_parameters"), Field(_RULES)),
+    "layers_pattern": _only(because="layers are found by their number alone"),
+    "lora_dropout": Field("lora.dropout"),
+    "use_rslora": Field("lora.rslora"),
+    "use_dora": Field("lora.dora"),
+    "init_lora_weights": Field("lora.init", _init),
+    "base_model_name_or_path": Field("model"),
+    "bias": _only("none", because="biases stay as they are here"),
+    "task_type": _only("CAUSAL_LM", because="language models are trained here (images: --vision.task)"),
+    "peft_type": _only("LORA", because=_OTHER_METHOD),
+    "modules_to_save": Field("lora.modules_to_save", _saved),
+    "trainable_token_indices": Field("lora.trainable_token_indices", _indices),
+    "layer_replication": _only(because="layers are not repeated here"),
+    "lora_bias": _only(because="adapters have no bias here"),
+    **dict.fromkeys(("alora_invocation_tokens", "use_qalora", "use_bdlora"), _only(because=_OTHER_METHOD)),
+    **dict.fromkeys(("velora_config", "monteclora_config", "arrow_config"), _only(because=_OTHER_METHOD)),
+    "kasa_config": _only(because=_OTHER_METHOD),
+    "megatron_config": _only(because="there is no Megatron here; see --mesh"),
+    **{name: Field(ignored=reason) for name, reason in _IGNORED.items()},
+    "ensure_weight_tying": _only(because="a trained embedding and its head are apart here"),
+}
+
+# ---------------------------------------------------------------- single fields
+
 _RESIZED = (
     "if the tokenizer got new tokens: name them in data.add_tokens or data.add_special_tokens, in their order; the "
     "embedding is resized for them"
@@ -29,7 +139,7 @@ _DENSE = (
     "such as layers/0/ffn/:0"
 )
 
-# Settings of the allocation: PEFT's name, our name, and PEFT's default.
+# Settings of AdaLoRA's allocation: PEFT's name, our name, and PEFT's default.
 _ALLOCATION = (
     ("target_r", "target_rank", 8),
     ("deltaT", "interval", 1),
@@ -37,7 +147,7 @@ _ALLOCATION = (
     ("beta2", "uncertainty_decay", 0.85),
     ("orth_reg_weight", "orthogonality", 0.5),
 )
-_SHARES = (("tinit", "warmup"), ("tfinal", "final"))  # steps in PEFT, shares of them here
+_SHARES = (("tinit", "warmup_share"), ("tfinal", "final_share"))  # steps in PEFT, shares of them here
 # Fields of AdaLoraConfig alone.
 _ADALORA = {"init_r", "total_step", *(theirs for theirs, *_ in (*_ALLOCATION, *_SHARES))}
 
@@ -49,16 +159,40 @@ def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
       NaloraError: names every unsupported field, with the reason.
     """
     values, allocation = _training_settings(values)
-    settings, notes = _converted(values)
+    settings: Settings = {}
+    notes, refused = [], []
+    for name, value in values.items():
+        field = PEFT.get(name)
+        if field is None:
+            notes.append(f"{name} is not known here: left out")
+        elif field.ignored:
+            if value not in (None, False, {}, []):
+                notes.append(f"{name} is left out: {field.ignored}")
+        elif field.ours != _RULES:
+            try:
+                ours = field.value(value)
+            except (AttributeError, OverflowError, TypeError, ValueError):
+                ours = Refused("its value has another type")
+            if isinstance(ours, Refused):
+                refused.append(f"{name} = {value!r} ({ours.reason})")
+            elif ours is not None and field.ours:
+                _put(settings, field.ours, ours)
+    if refused:
+        expected, remedy = "settings that are supported here", "remove or change them"
+        raise NaloraError("LoraConfig", expected=expected, found="; ".join(refused), remedy=remedy)
+    if values.get("target_parameters"):
+        notes.append(_DENSE)
+    lora, indices = settings.get("lora", {}), values.get("trainable_token_indices")
+    if "embed_tokens" in lora.get("modules_to_save", ()) or "trainable_token_indices" in lora:
+        notes.append(_RESIZED)
     settings |= allocation
-    indices = values.get("trainable_token_indices")
-    if isinstance(indices, Mapping) and "trainable_token_indices" in settings.get("lora", {}):
-        _put(settings, "lora.trainable_token_modules", token_modules(indices))
-    _put(settings, "lora.rules", rules_of(values))
+    if isinstance(indices, Mapping) and "trainable_token_indices" in lora:
+        _put(settings, "lora.trainable_token_modules", _token_modules(indices))
+    _put(settings, _RULES, rules_of(values))
     return settings, notes
 
 
-def _training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], Settings]:
     """Splits an ``AdaLoraConfig`` into fields of a ``LoraConfig`` and this library's settings.
 
     Any other configuration is returned unchanged.
@@ -73,53 +207,14 @@ def _training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
         expected = "the number of steps, which AdaLoRA's schedule spans"
         raise NaloraError("total_step", expected=expected, found=total)
     ours = {name: values.get(theirs, default) for theirs, name, default in _ALLOCATION}
-    shares = {}
     for theirs, name in _SHARES:
         steps = values.get(theirs) or 0
         if not isinstance(steps, int) or not 0 <= steps <= total:
             raise NaloraError(theirs, expected=f"a number of steps up to {total}", found=shown(steps))
-        shares[f"{name}_share"] = steps / total
+        ours[name] = steps / total
     plain = {name: value for name, value in values.items() if name not in {*_ADALORA, "rank_pattern"}}
     plain |= {"peft_type": "LORA", "r": values.get("init_r", 12)}
-    return plain, {"steps": total, "adalora": ours | shares}
-
-
-def _converted(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
-    """Returns the settings of single fields, and notes; adapter rules, which need several fields, are left out.
-
-    Raises:
-      NaloraError: names every field that is refused, with the reason.
-    """
-    settings: Settings = {}
-    notes, refused = [], []
-    for name, value in values.items():
-        field = PEFT.get(name)
-        if field is None:
-            notes.append(f"{name} is not known here: left out")
-            continue
-        if field.ignored or field.ours == "lora.rules":
-            if field.ignored and value not in (None, False, {}, []):
-                notes.append(f"{name} is left out: {field.note}")
-            continue
-        try:
-            ours = field.value(value)
-        except (AttributeError, OverflowError, TypeError, ValueError):
-            ours = Refused("its value has another type")
-        if isinstance(ours, Refused):
-            refused.append(f"{name} = {value!r} ({ours.reason})")
-        elif ours is not None and field.ours:
-            _put(settings, field.ours, ours)
-    if refused:
-        expected = "settings that are supported here"
-        raise NaloraError(
-            "LoraConfig", expected=expected, found="; ".join(refused), remedy="remove or change them"
-        )
-    if values.get("target_parameters"):
-        notes.append(_DENSE)
-    lora = settings.get("lora", {})
-    if "embed_tokens" in lora.get("modules_to_save", ()) or "trainable_token_indices" in lora:
-        notes.append(_RESIZED)
-    return settings, notes
+    return plain, {"steps": total, "adalora": ours}
 
 
 def _put(settings: Settings, name: str, value: Any) -> None:
@@ -134,64 +229,40 @@ def _put(settings: Settings, name: str, value: Any) -> None:
 
 
 _PATH = re.compile(r"layers/(\w+)/(?:\w+/)?(\w*_proj\w*)/kernel")
-
-
-def _paths_of(records: Iterable[Family]) -> dict[str, list[str]]:
-    """Returns the paths of every projection by transformers' name of its module.
-
-    Example: ``{"q_proj": ["attn/q_proj"], "qkv_proj": ["attn/q_proj", "attn/k_proj", "attn/v_proj"], ...}``
-    """
-    paths: dict[str, list[str]] = {}
-    for row in (row for family in records for row in family.tensors):
-        name = row.name.removesuffix(".weight").rpartition(".")[2]
-        for match in filter(None, map(_PATH.fullmatch, row.paths)):
-            path = f"{match[1]}/{match[2]}"  # also matches parts of a part: ffn/experts_ffn/gate_proj
-            if path not in paths.setdefault(name, []):
-                paths[name].append(path)
-    return paths
-
-
-def _pattern(paths: Sequence[str]) -> str:
-    """Returns an expression that is found in these paths only."""
-    longer = {path for others in _known_paths().values() for path in others}
-    exact = [path + "$" * any(p != path and p.startswith(path) for p in longer) for path in paths]
-    if len(exact) == 1:
-        return exact[0]
-    return f"({'|'.join(exact)})"
-
-
-@functools.cache
-def _known_paths() -> dict[str, list[str]]:
-    """Returns `_paths_of` all families."""
-    return _paths_of(BUILT_IN.values())
-
-
-@functools.cache
-def _modules() -> dict[str, str]:
-    """Returns transformers' name of each projection, and its pattern in the paths that rules are searched in."""
-    return {name: _pattern(paths) for name, paths in _known_paths().items()}
-
-
-def _outputs() -> str:
-    """Returns the pattern of o_proj in "all-linear", with linear attention and convolutions.
-
-    They are in one rule, because a rule must match in every model.
-    """
-    mixers = dict.fromkeys(
-        path
-        for paths in _known_paths().values()
-        for path in paths
-        if path.partition("/")[0] not in ("attn", "ffn", "tail")
-    )
-    return _pattern(["attn/o_proj", *mixers])
-
-
+_NAME = re.compile(r"[\w.]+")
+_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of every model
 # transformers' stacks of all experts of a layer; the slash in front keeps shared experts out.
 _STACKS = {
     "gate_up_proj": "/ffn/(experts_ffn/)?(gate|up)_proj",
     "down_proj": "/ffn/(experts_ffn/)?down_proj",
 }
-_NAME = re.compile(r"[\w.]+")
+
+
+@functools.cache
+def _modules() -> tuple[dict[str, str], str]:
+    """Returns the pattern of each of transformers' names in the paths that rules are searched in, and of outputs.
+
+    Example: ``{"q_proj": "attn/q_proj", "qkv_proj": "(attn/q_proj|attn/k_proj|attn/v_proj)", ...}``
+
+    In "all-linear" outputs of linear attention and convolutions are in one rule with o_proj, because a rule must
+    match in every model.
+    """
+    paths: dict[str, dict[str, None]] = {}
+    for row in (row for family in BUILT_IN.values() for row in family.tensors):
+        for match in filter(None, map(_PATH.fullmatch, row.paths)):
+            # A path also matches parts of a part: ffn/experts_ffn/gate_proj.
+            paths.setdefault(row.name.removesuffix(".weight").rpartition(".")[2], {})[
+                f"{match[1]}/{match[2]}"
+            ] = None
+    everything = dict.fromkeys(path for of_module in paths.values() for path in of_module)
+
+    def pattern(names: Sequence[str]) -> str:
+        """Returns an expression that is found in these paths only."""
+        exact = [p + "$" * any(other != p and other.startswith(p) for other in everything) for p in names]
+        return exact[0] if len(exact) == 1 else f"({'|'.join(exact)})"
+
+    mixers = [path for path in everything if path.partition("/")[0] not in ("attn", "ffn", "tail")]
+    return {name: pattern(list(of)) for name, of in paths.items()}, pattern(["attn/o_proj", *mixers])
 
 
 def rules_of(values: Mapping[str, Any]) -> list[str]:
@@ -213,12 +284,18 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
             raise NaloraError(where, expected="values by name", found=shown(values[where]))
     rank, alpha = values.get("r", 8), values.get("lora_alpha", 8)
     ranks, alphas = (dict(values.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
-    parameters = _names(listed(values.get("target_parameters")), "target_parameters")
-    stacks = [_stack_path(name) for name in parameters]
+    stacks = [
+        _stack_path(name) for name in _names(listed(values.get("target_parameters")), "target_parameters")
+    ]
     targets, excluded = values.get("target_modules"), values.get("exclude_modules")
-    if targets is None and stacks:
-        targets = []
-    everything, targets = isinstance(targets, str), _target_names(targets)
+    everything = isinstance(targets, str) and targets.lower() == "all-linear"
+    if isinstance(targets, str) and not everything:
+        expected, actual = 'names, or "all-linear"', f"the expression {targets!r}"
+        remedy = "write it as --lora.rules: patterns are searched in paths such as layers/3/ffn/gate_proj"
+        raise NaloraError("target_modules", expected=expected, found=actual, remedy=remedy)
+    if targets is None and not stacks:
+        expected, remedy = "names of modules", "PEFT's default depends on the model: name them"
+        raise NaloraError("target_modules", expected=expected, found="none", remedy=remedy)
     if isinstance(excluded, str):
         raise NaloraError("exclude_modules", expected="names", found=f"the expression {excluded!r}")
     out = {_path(name, "exclude_modules") for name in _names(excluded or [], "exclude_modules")}
@@ -226,13 +303,13 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
         expected, actual = "no linear attention, next to all-linear", ", ".join(excluded or ())
         remedy = "list target_modules by name"
         raise NaloraError("exclude_modules", expected=expected, found=actual, remedy=remedy)
-    plain = [name for name in targets if _path(name, "target_modules") not in out]
+    named = _LINEAR if everything else _names([] if targets is None else targets, "target_modules")
+    paths = [path for name in named if (path := _path(name, "target_modules")) not in out]
     within = ""
     if numbers := listed(values.get("layers_to_transform")):
         if not isinstance(numbers, Sequence) or not all(type(number) is int for number in numbers):
             raise NaloraError("layers_to_transform", expected="layer numbers", found=shown(numbers))
         within = f"layers/({'|'.join(map(str, numbers))})/"
-    paths = {_path(name, "target_modules") for name in plain}
     rules = []
     # Of rules the first that matches counts, so longer names come before the names that they end with.
     for name in sorted(dict.fromkeys([*ranks, *alphas]), key=lambda name: -_bare(name).count(".")):
@@ -243,42 +320,25 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
             rules.append(_rule(_stack_path(name), *scales, ""))
         if _without_layer(path) in paths:
             rules.append(_rule(path, *scales, within))
-    rules += [_rule(_path(name, "target_modules"), rank, alpha, within) for name in plain]
+    rules += [_rule(path, rank, alpha, within) for path in paths]
     # PEFT applies neither exclude_modules nor layers_to_transform to target_parameters.
     rules += [_rule(path, rank, alpha, "") for path in stacks]
     if everything:
-        rules = [rule.replace(_modules()["o_proj"], _outputs()) for rule in rules]
+        modules, outputs = _modules()
+        rules = [rule.replace(modules["o_proj"], outputs) for rule in rules]
     return list(dict.fromkeys(rules))
-
-
-def _first_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Returns the value of the first key that ``name`` ends with, as PEFT looks it up for a module."""
-    dotted = f".{_bare(name)}"
-    return next((value for key, value in pattern.items() if dotted.endswith(f".{_bare(key)}")), default)
-
-
-def _target_names(targets: Sequence[str] | str | None) -> Sequence[str]:
-    """Returns the names of ``target_modules``; of "all-linear", every projection's.
-
-    Raises:
-      NaloraError: no names, or a regular expression.
-    """
-    if targets is None:
-        expected, remedy = "names of modules", "PEFT's default depends on the model: name them"
-        raise NaloraError("target_modules", expected=expected, found="none", remedy=remedy)
-    if not isinstance(targets, str):
-        return _names(targets, "target_modules")
-    if targets.lower() != "all-linear":
-        expected, actual = 'names, or "all-linear"', f"the expression {targets!r}"
-        remedy = "write it as --lora.rules: patterns are searched in paths such as layers/3/ffn/gate_proj"
-        raise NaloraError("target_modules", expected=expected, found=actual, remedy=remedy)
-    return tuple(_paths_of([BUILT_IN["llama"]]))  # the projections that every model of gated blocks has
 
 
 def _names(value: Any, where: str) -> Sequence[str]:
     if not isinstance(value, Sequence) or not all(isinstance(name, str) for name in value):
         raise NaloraError(where, expected="a list of names", found=shown(value))
     return value
+
+
+def _first_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Returns the value of the first key that ``name`` ends with, as PEFT looks it up for a module."""
+    dotted = f".{_bare(name)}"
+    return next((value for key, value in pattern.items() if dotted.endswith(f".{_bare(key)}")), default)
 
 
 def _rule(path: str, rank: Any, alpha: Any, within: str) -> str:
@@ -290,19 +350,16 @@ def _rule(path: str, rank: Any, alpha: Any, within: str) -> str:
 
 def _path(name: str, where: str) -> str:
     """Returns the pattern of a module: in every layer, or in the layer that its name contains."""
-    bare = _bare(name)
+    bare, (modules, _) = _bare(name), _modules()
     last = bare.rpartition(".")[2]
     if last in TABLES:
-        raise NaloraError(
-            where,
-            expected="modules of a model's layers",
-            found=f"{name!r}, which is trained as a whole here",
-            remedy=f"leave it out, and add --lora.modules-to-save {last}",
-        )
-    if not _NAME.fullmatch(bare) or last not in _modules():
-        expected, remedy = f"modules of {', '.join(_modules())}", "write it as --lora.rules by hand"
+        actual = f"{name!r}, which is trained as a whole here"
+        remedy = f"leave it out, and add --lora.modules-to-save {last}"
+        raise NaloraError(where, expected="modules of a model's layers", found=actual, remedy=remedy)
+    if not _NAME.fullmatch(bare) or last not in modules:
+        expected, remedy = f"modules of {', '.join(modules)}", "write it as --lora.rules by hand"
         raise NaloraError(where, expected=expected, found=repr(name), remedy=remedy)
-    return _in_layer(bare, _modules()[last])
+    return _in_layer(bare, modules[last])
 
 
 def _stack_path(name: str) -> str:

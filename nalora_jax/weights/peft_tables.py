@@ -29,10 +29,10 @@ under transformers' names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,59 +41,55 @@ from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import check_token_indices
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.family import family_of
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
-from nalora_jax.models.vision.config import DualConfig
-from nalora_jax.weights.keymaps import keymap_for
-from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
+from nalora_jax.weights.peft_config import TENSORS_NAME, PeftConfig, read_peft_config
 from nalora_jax.weights.shards import read_header, read_whole
 
+if TYPE_CHECKING:
+    from nalora_jax.models.vision.config import DualConfig
+
+PREFIX = "base_model.model."
 _HEAD, _EMBEDDING = TABLES["lm_head"], TABLES["embed_tokens"]
-# Suffix of the table of a module with trained rows; PEFT writes the table if it was resized.
-RESIZED = "token_adapter.base_layer.weight"
+# Suffixes of a module with trained rows: its rows, and its table, which PEFT writes if it was resized.
+_ROWS, _RESIZED = "token_adapter.trainable_tokens_delta", "token_adapter.base_layer.weight"
 
 
-def tensor_names(config: ModelConfig) -> dict[str, str]:
-    """Returns each table's name in transformers, e.g. ``model.embed_tokens.weight``."""
-    tensors = keymap_for(replace(config, sight=None), "hf").tensors
-    paths = {tensor.slots[0].path: tensor.name for tensor in tensors}
-    return {"embed_tokens": paths[_EMBEDDING], "lm_head": paths.get(_HEAD, "lm_head.weight")}
+def table_modules(config: ModelConfig) -> dict[str, str]:
+    """Returns each table's module in the keys of PEFT's tensors, e.g. ``base_model.model.lm_head``."""
+    names = {row.paths[0]: row.name for row in family_of(config.model_type).tensors}
+    modules = {
+        name: names.get(path, f"{name}.weight").removesuffix(".weight") for name, path in TABLES.items()
+    }
+    return {name: f"{PREFIX}{module}" for name, module in modules.items()}
 
 
-def table_rows(folder: Path, tensors: str, config: ModelConfig) -> int | None:
+def table_rows(folder: Path, config: ModelConfig) -> int | None:
     """Returns the row count of an adapter's trained tables; None if it has none or is unreadable.
 
     Args:
       folder: adapter in PEFT's format.
-      tensors: name of its tensor file.
       config: the base model; its number of rows is not used.
 
     Raises:
       NaloraError: the embedding and the head have different numbers of rows.
     """
-    names = [f"base_model.model.{name}" for name in tensor_names(config).values()]
-    keys = [*names, *(f"{name.removesuffix('.weight')}.{RESIZED}" for name in names)]
     try:
-        stored = read_header(folder / tensors)[0]
+        stored = read_header(folder / TENSORS_NAME)[0]
     except NaloraError:
         return None  # the error is reported when the adapter is read
+    modules = table_modules(config).values()
+    keys = [f"{module}.{suffix}" for suffix in ("weight", _RESIZED) for module in modules]
     counts = {key: stored[key].shape[0] for key in keys if key in stored and stored[key].shape}
-    rows = set(counts.values())
-    if len(rows) > 1:
+    if len(set(counts.values())) > 1:
         listed = ", ".join(f"{count} of {key}" for key, count in counts.items())
-        raise NaloraError(
-            f"{folder / tensors}", expected="as many rows of the head as of the embedding", found=listed
-        )
-    return next(iter(rows), None)
+        expected = "as many rows of the head as of the embedding"
+        raise NaloraError(f"{folder / TENSORS_NAME}", expected=expected, found=listed)
+    return next(iter(counts.values()), None)
 
 
 def rows_of_indices(folder: Path, config: ModelConfig) -> int | None:
-    """Returns the row count that an adapter's trained token ids need; None if the base's is
-    enough.
-
-    Args:
-      folder: adapter in PEFT's format.
-      config: the base model.
-    """
+    """Returns the row count that an adapter's trained token ids need; None if the base's is enough."""
     try:
         indices = read_peft_config(folder).token_indices
     except NaloraError:
@@ -102,46 +98,63 @@ def rows_of_indices(folder: Path, config: ModelConfig) -> int | None:
     return rows if rows > config.vocab_size else None
 
 
-def take_saved(
-    config: ModelConfig, tensors: dict[str, np.ndarray], names: Sequence[str], *, tied: bool, where: str
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Removes the trained tables from an adapter's tensors and returns them.
+def take_tables(
+    config: ModelConfig, tensors: dict[str, np.ndarray], peft: PeftConfig, where: str
+) -> tuple[dict[str, np.ndarray], AdapterSpec]:
+    """Removes the trained tables and rows from an adapter's tensors and returns them.
 
     Args:
-      config: the base model.
-      tensors: by PEFT's key; the entries of the tables are removed.
-      names: the entries of ``modules_to_save``.
-      tied: ``ensure_weight_tying``: the head is the trained embedding.
-      where: the file, for error messages.
+      config: the base model, resized for the adapter.
+      tensors: by PEFT's key.
+      peft: ``adapter_config.json``.
+      where: the tensor file, for error messages.
 
     Returns:
-      Leaves of the ``lora`` tree by path, and the names of their modules.
+      Leaves of the ``lora`` tree by path, and a spec of them alone.
 
     Raises:
-      NaloraError: a module is not supported, or a table is missing or has the wrong shape.
+      NaloraError: an id has no row in the base, a module is not supported, or named twice, or a table or rows
+        are missing or have the wrong shape.
     """
-    leaves: dict[str, np.ndarray] = {}
-    keys = {name: f"base_model.model.{tensor}" for name, tensor in tensor_names(config).items()}
-    # PEFT also writes a head that it keeps tied and, if the embedding was resized, both tables,
-    # even if they are not named. Trained tables are written a second time under their inner name
-    # (``modules_to_save``), together with their original values (``original_module``).
-    for key in keys.values():
+    named = tuple(name.rpartition(".")[2] for name in peft.modules_to_save)
+    spec = AdapterSpec(saved=named, token_indices=peft.token_indices)
+    remedy = "use its own base; if tokens were added, their tokenizer must be in the adapter's folder"
+    check_token_indices(spec, config, f"{peft.where}: trainable_token_indices", remedy)
+    trained, shape = spec.own_rows(tied=config.tie_embeddings), (config.vocab_size, config.d_model)
+    modules, leaves = table_modules(config), {}
+    for name, module in modules.items():
+        # A trained table is written a second time under its inner name, together with its original values.
         for inner in ("modules_to_save", "original_module"):
-            tensors.pop(f"{key.removesuffix('.weight')}.{inner}.weight", None)
-    names = [*names, *(name for name, key in keys.items() if key in tensors)]
-    for name in dict.fromkeys(name.rpartition(".")[2] for name in names):
+            tensors.pop(f"{module}.{inner}.weight", None)
+        # A tied head's rows, if they are in the file at all, are a copy of the embedding's.
+        ids = trained.get(name, trained.get("embed_tokens", ()) if config.tie_embeddings else ())
+        rows, table = (tensors.pop(f"{module}.{suffix}", None) for suffix in (_ROWS, _RESIZED))
+        if rows is None and name in trained:
+            expected = f"the trained rows of {name}"
+            raise NaloraError(f"{where}: {module}.{_ROWS}", expected=expected, found="nothing")
+        if rows is not None and rows.shape != (len(ids), config.d_model):
+            expected = f"shape {(len(ids), config.d_model)}, a row for each of trainable_token_indices"
+            raise NaloraError(f"{where}: {module}.{_ROWS}", expected=expected, found=f"shape {rows.shape}")
+        if table is not None:  # whose shape is checked below
+            if rows is not None and table.shape == shape:
+                table[list(ids)] = rows
+            tensors[f"{module}.weight"] = table
+        elif rows is not None and name in trained:
+            leaves[ROWS[name]] = rows
+    # PEFT also writes a head that it keeps tied and, if the embedding was resized, both tables, even if
+    # they are not named.
+    present = [name for name, module in modules.items() if f"{module}.weight" in tensors]
+    for name in dict.fromkeys([*named, *present]):
         if name not in TABLES:
             expected = f"some of {', '.join(TABLES)} (other modules are not supported)"
             raise NaloraError(f"{where}: modules_to_save", expected=expected, found=name)
-        key = keys[name]
-        if key not in tensors:
-            if name == "lm_head" and tied and _EMBEDDING in leaves:
+        key = f"{modules[name]}.weight"
+        table = tensors.pop(key, None)
+        if table is None:
+            if name == "lm_head" and peft.tied and _EMBEDDING in leaves:
                 continue
-            raise NaloraError(
-                f"{where}: {key}", expected=f"the trained {name} of modules_to_save", found="nothing"
-            )
-        table = tensors.pop(key)
-        shape = (config.vocab_size, config.d_model)
+            expected = f"the trained {name} of modules_to_save"
+            raise NaloraError(f"{where}: {key}", expected=expected, found="nothing")
         if table.shape != shape:
             raise NaloraError(
                 f"{where}: {key}",
@@ -150,29 +163,31 @@ def take_saved(
                 remedy="an adapter with new tokens needs a base that is resized for them, as `nalora_jax.load` does",
             )
         leaves[TABLES[name]] = _flipped(name, table)
-    if tied and config.tie_embeddings and _EMBEDDING in leaves and _HEAD not in leaves:
+    if peft.tied and config.tie_embeddings and _EMBEDDING in leaves and _HEAD not in leaves:
         leaves[_HEAD] = np.ascontiguousarray(leaves[_EMBEDDING].T)
-    return leaves, tuple(name for name in TABLES if TABLES[name] in leaves)
+    with_rows = {name for name, path in ROWS.items() if path in leaves}
+    if "embed_tokens" in with_rows and "lm_head" not in trained:  # the head has the embedding's rows
+        with_rows.add("lm_head")
+    indices = tuple((name, ids) for name, ids in peft.token_indices if name in with_rows)
+    saved = tuple(name for name in TABLES if TABLES[name] in leaves)
+    return leaves, AdapterSpec(saved=saved, token_indices=indices)
 
 
 def table_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig) -> dict[str, np.ndarray]:
     """Returns the trained tables and rows by PEFT's key, in the layout of its files."""
-    leaves, names = trees.flatten(lora), tensor_names(config)
-    tensors = {}
-    for name in spec.saved:
-        table = np.asarray(leaves[TABLES[name]], np.float32)
-        tensors[f"base_model.model.{names[name]}"] = _flipped(name, table)
+    leaves, modules = trees.flatten(lora), table_modules(config)
+    tensors = {
+        f"{modules[name]}.weight": _flipped(name, np.asarray(leaves[TABLES[name]], np.float32))
+        for name in spec.saved
+    }
     for name in spec.own_rows(tied=config.tie_embeddings):
-        module = names[name].removesuffix(".weight")
-        tensors[f"base_model.model.{module}.{_ROWS}"] = np.asarray(leaves[ROWS[name]], np.float32)
+        tensors[f"{modules[name]}.{_ROWS}"] = np.asarray(leaves[ROWS[name]], np.float32)
     return tensors
 
 
 def _flipped(name: str, table: np.ndarray) -> np.ndarray:
     """Converts a table between PEFT's layout, ``[rows, d_model]``, and ours: the head is transposed."""
-    if name == "embed_tokens":
-        return table
-    return np.ascontiguousarray(table.T)
+    return table if name == "embed_tokens" else np.ascontiguousarray(table.T)
 
 
 def fold_saved(
@@ -214,67 +229,6 @@ def refuse_saved(spec: AdapterSpec, where: str, remedy: str) -> None:
     if trained:
         actual = f"trained {' and '.join(trained)}"
         raise NaloraError(where, expected="an adapter of projections alone", found=actual, remedy=remedy)
-
-
-# ---------------------------------------------------------------- single rows
-
-
-_ROWS = "token_adapter.trainable_tokens_delta"
-
-
-def take_token_rows(
-    config: ModelConfig, tensors: dict[str, np.ndarray], peft: PeftConfig, where: str
-) -> tuple[dict[str, np.ndarray], tuple[tuple[str, tuple[int, ...]], ...]]:
-    """Removes the trained rows from an adapter's tensors and returns them.
-
-    If the tables were resized, their full table stays in ``tensors``.
-
-    Args:
-      config: the base model, resized for the adapter.
-      tensors: by PEFT's key; entries of rows are removed, and resized tables are moved to the key
-        of a trained table.
-      peft: ``adapter_config.json``.
-      where: the tensor file, for error messages.
-
-    Returns:
-      Leaves of the ``lora`` tree by path, and the tables with their ids in the order of the rows.
-
-    Raises:
-      NaloraError: an id has no row in the base, a table is also named by ``modules_to_save``, or
-        rows are missing or have the wrong shape.
-    """
-    saved = tuple(name.rpartition(".")[2] for name in peft.modules_to_save)
-    spec = AdapterSpec(token_indices=peft.token_indices, saved=saved)
-    remedy = "use its own base; if tokens were added, their tokenizer must be in the adapter's folder"
-    check_token_indices(spec, config, f"{peft.where}: trainable_token_indices", remedy)
-    trained = spec.own_rows(tied=config.tie_embeddings)
-    leaves: dict[str, np.ndarray] = {}
-    taken_rows: set[str] = set()
-    for name, tensor in tensor_names(config).items():
-        module = f"base_model.model.{tensor.removesuffix('.weight')}"
-        # A tied head's rows, if they are in the file at all, are a copy of the embedding's.
-        ids = trained.get(name, trained.get("embed_tokens", ()) if config.tie_embeddings else ())
-        rows, table = (tensors.pop(f"{module}.{name}", None) for name in (_ROWS, RESIZED))
-        if rows is None and name in trained:
-            expected = f"the trained rows of {name}"
-            raise NaloraError(f"{where}: {module}.{_ROWS}", expected=expected, found="nothing")
-        if rows is not None and rows.shape != (len(ids), config.d_model):
-            raise NaloraError(
-                f"{where}: {module}.{_ROWS}",
-                expected=f"shape {(len(ids), config.d_model)}, a row for each of trainable_token_indices",
-                found=f"shape {rows.shape}",
-            )
-        if table is not None:
-            # take_saved raises an error for a table with another shape.
-            if rows is not None and table.shape == (config.vocab_size, config.d_model):
-                table[list(ids)] = rows
-            tensors[f"{module}.weight"] = table
-        elif rows is not None and name in trained:
-            leaves[ROWS[name]] = rows
-            taken_rows.add(name)
-    if "embed_tokens" in taken_rows and "lm_head" not in trained:  # the head has the embedding's rows
-        taken_rows.add("lm_head")
-    return leaves, tuple((name, ids) for name, ids in peft.token_indices if name in taken_rows)
 
 
 def token_settings(spec: AdapterSpec) -> dict[str, Any]:

@@ -115,11 +115,12 @@ def load_params(
     leaves: dict[str, Any] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
         for path, shape in shapes.items():
-            reader = _Reader(fills[path], source, pool)
+            read = partial(_read, fills[path], source, pool)
             if quantized and re.search(kernels(quantized), path):
-                leaves[path] = quantized_leaf(shape, quantized, where[path], reader.read)
+                one = lambda index, dtype, read=read: read([index], dtype)[0]  # noqa: E731
+                leaves[path] = quantized_leaf(shape, quantized, where[path], one)
             else:
-                leaves[path] = _leaf(shape, DTYPES[leaf_dtype(path, dtype)], where[path], reader)
+                leaves[path] = _leaf(shape, DTYPES[leaf_dtype(path, dtype)], where[path], read)
     return trees.unflatten(leaves)
 
 
@@ -158,21 +159,14 @@ def check_tensors(source: TensorSource, keymap: KeyMap, dtype: str = "float32") 
     names = keymap.check(source.shapes(), source.where)
     for name in names.values():
         source.check_readable(name)
-    _check_aliases(source, keymap, names)
-    return names
-
-
-def _check_aliases(source: TensorSource, keymap: KeyMap, names: Mapping[str, str]) -> None:
-    """Checks that a tied head that is stored as a separate tensor equals the embedding."""
-    aliases = dict(keymap.aliases)
-    for name, shape in source.shapes().items():
-        other = aliases.get(keymap.canonical(name))
-        if other is None:
+    shapes, aliases = source.shapes(), dict(keymap.aliases)
+    for name in shapes:
+        if (other := aliases.get(keymap.canonical(name))) is None:
             continue
-        twin = names[other]
-        same = shape == source.shapes()[twin] and all(
+        twin = names[other]  # of a tied head that is stored as a separate tensor
+        same = shapes[name] == shapes[twin] and all(
             np.array_equal(source.read(name, block), source.read(twin, block))
-            for block in _blocks(whole(shape))
+            for block in _blocks(whole(shapes[name]))
         )
         if not same:
             raise NaloraError(
@@ -181,26 +175,27 @@ def _check_aliases(source: TensorSource, keymap: KeyMap, names: Mapping[str, str
                 found="a different tensor",
                 remedy='set "tie_word_embeddings": false in config.json if the model has its own head',
             )
+    return names
 
 
 # ---------------------------------------------------------------- one leaf
 
 
+@dataclasses.dataclass(frozen=True)
 class _Fill:
     """The position of a tensor, or of one part of a fused tensor, in a leaf."""
 
-    def __init__(self, name: str, tensor: SourceTensor, number: int, lead: tuple[int, ...]) -> None:
-        self.name, self.tensor = name, tensor  # its name in the file
-        self.lead = lead  # the leaf's leading indices: layer, expert
-        self.number = number  # of the part
-        self.first_row = 0 if tensor.transform.alternates else sum(tensor.rows[:number])
-        self.rows = tensor.rows[number]
+    name: str  # in the file
+    tensor: SourceTensor
+    number: int  # of the part
+    lead: tuple[int, ...]  # the leaf's leading indices: layer, expert
 
-    def places(self, index: Index) -> Iterator[tuple[tuple[Any, ...], Index]]:
-        """Yields the leading position and the trailing slice of this part, if it is inside."""
+    def within(self, buffer: np.ndarray, index: Index) -> Iterator[tuple[np.ndarray, Index]]:
+        """Yields the view of ``buffer``, which holds the slice ``index``, that this part fills, if it does."""
         lead, trailing = index[: len(self.lead)], index[len(self.lead) :]
         if all(place.start <= i < place.stop for i, place in zip(self.lead, lead, strict=True)):
-            yield tuple(i - place.start for i, place in zip(self.lead, lead, strict=True)), trailing
+            at = tuple(i - place.start for i, place in zip(self.lead, lead, strict=True))
+            yield buffer[(*at, ...)], trailing  # a view, of a scalar too
 
     def into(self, target: np.ndarray, index: Index, source: TensorSource, share: tuple[int, int]) -> None:
         """Writes the slice ``index`` of this part, in our layout, to ``target`` of the same shape.
@@ -208,16 +203,16 @@ class _Fill:
         Args:
           share: ``(k, n)`` writes the k-th of n pieces.
         """
-        k, n = share
-        if self.tensor.transform.mixes_rows:
+        (k, n), transform = share, self.tensor.transform
+        if transform.mixes_rows:
             if k:  # the first share writes all of it
                 return
-            complete = source.read(self.name, self._shifted(whole((self.rows, *self.tensor.shape[1:]))))
-            target[...] = self.tensor.transform.into(complete)[index].astype(target.dtype)
+            part = whole((self.tensor.rows[self.number], *self.tensor.shape[1:]))
+            complete = source.read(self.name, self._shifted(part))
+            target[...] = transform.into(complete)[index].astype(target.dtype)
             return
-        transform = self.tensor.transform
         theirs = transform.reordered(index)
-        blocks = list(_blocks(theirs))
+        blocks = list(_blocks(theirs, each=transform.swaps))
         for block in blocks[len(blocks) * k // n : len(blocks) * (k + 1) // n]:
             read = source.read(self.name, self._shifted(block)).astype(target.dtype, copy=False)
             relative = tuple(
@@ -229,54 +224,42 @@ class _Fill:
         if self.tensor.transform.alternates:
             step, last = len(self.tensor.slots), index[-1]
             return (*index[:-1], slice(last.start * step + self.number, last.stop * step, step))
-        axis, rows = self.tensor.axis, index[self.tensor.axis]
-        shifted = slice(rows.start + self.first_row, rows.stop + self.first_row)
+        axis, first = self.tensor.axis, sum(self.tensor.rows[: self.number])
+        shifted = slice(index[axis].start + first, index[axis].stop + first)
         return (*index[:axis], shifted, *index[axis + 1 :])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """The tensors that fill one leaf, their source, and the thread pool that reads them."""
+def _read(
+    fills: Sequence[_Fill], source: TensorSource, pool: Executor, indices: Sequence[Index], dtype: Any
+) -> list[np.ndarray]:
+    """Returns slices of a leaf, filled tensor by tensor.
 
-    fills: list[_Fill]
-    source: TensorSource
-    pool: Executor
+    Ranges of a tensor that several slices need are read close together.
+    """
+    buffers = [aligned(tuple(place.stop - place.start for place in index), dtype) for index in indices]
+    jobs = [
+        (fill, *place)
+        for fill in fills
+        for index, buffer in zip(indices, buffers, strict=True)
+        for place in fill.within(buffer, index)
+    ]
+    shares = -(-WORKERS // max(1, len(jobs)))  # several workers share a tensor if there are few
 
-    def read(self, index: Index, dtype: Any) -> np.ndarray:
-        """Returns a slice of the leaf."""
-        return self.read_all([index], dtype)[0]
+    def run(job: tuple[_Fill, np.ndarray, Index], k: int) -> None:
+        fill, target, index = job
+        with np.errstate(all="ignore"):  # no warnings about infinities and NaNs in the file
+            fill.into(target, index, source, (k, shares))
 
-    def read_all(self, indices: Sequence[Index], dtype: Any) -> list[np.ndarray]:
-        """Returns slices of the leaf, filled tensor by tensor.
-
-        Ranges of a tensor that several slices need are read close together.
-        """
-        buffers = [
-            aligned(tuple(bounds.stop - bounds.start for bounds in index), dtype) for index in indices
-        ]
-        jobs = [
-            partial(fill.into, buffer[(*place, ...)], inner, self.source)  # a view, of a scalar too
-            for fill in self.fills
-            for index, buffer in zip(indices, buffers, strict=True)
-            for place, inner in fill.places(index)
-        ]
-        shares = -(-WORKERS // max(1, len(jobs)))  # several workers share a tensor if there are few
-        tasks = [(job, (k, shares)) for job in jobs for k in range(shares)]
-        list(self.pool.map(_run, tasks))  # list() raises the workers' errors
-        return buffers
+    tasks = [(job, k) for job in jobs for k in range(shares)]
+    list(pool.map(run, *zip(*tasks, strict=True)))  # list() raises the workers' errors
+    return buffers
 
 
-def _run(task: tuple[Callable[[tuple[int, int]], None], tuple[int, int]]) -> None:
-    job, share = task
-    with np.errstate(all="ignore"):  # no warnings about infinities and NaNs in the file
-        job(share)
-
-
-def _leaf(shape: tuple[int, ...], dtype: Any, sharding: Sharding, reader: _Reader) -> jax.Array:
+def _leaf(shape: tuple[int, ...], dtype: Any, sharding: Sharding, read: Callable[..., Any]) -> jax.Array:
     """Returns the leaf as a global array; each distinct slice is read once per process."""
     keys = list({span(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()})
     slices = [tuple(slice(*bounds) for bounds in key) for key in keys]
-    buffers = dict(zip(keys, reader.read_all(slices, dtype), strict=True))
+    buffers = dict(zip(keys, read(slices, dtype), strict=True))
     return jax.make_array_from_callback(shape, sharding, lambda index: buffers[span(index, shape)])
 
 
@@ -285,9 +268,16 @@ def whole(shape: tuple[int, ...]) -> Index:
     return tuple(slice(0, size) for size in shape)
 
 
-def _blocks(index: Index) -> Iterator[Index]:
-    """Yields ``index`` cut along its first axis into pieces of about `BLOCK` elements."""
+def _blocks(index: Index, *, each: bool = False) -> Iterator[Index]:
+    """Yields ``index`` cut along its first axis into pieces of about `BLOCK` elements.
+
+    ``each`` cuts each of several matrices.
+    """
     first, *inner = index
+    if each and len(inner) > 1:
+        for i in range(first.start, first.stop):
+            yield from ((slice(i, i + 1), *block) for block in _blocks(tuple(inner)))
+        return
     step = max(1, BLOCK // max(1, math.prod(place.stop - place.start for place in inner)))
     for start in range(first.start, first.stop, step):
         yield (slice(start, min(start + step, first.stop)), *inner)
@@ -323,27 +313,23 @@ _quantize = jax.jit(quantize, static_argnums=1)
 def quantized_leaf(shape: tuple[int, ...], kind: Kind, sharding: Sharding, read: Read) -> Quantized:
     """Quantizes this process's parts of the leaf, some output channels of one layer at a time."""
     like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
-    wholes = (like.codes, like.scales)
-    places = [_fitted(array.shape, sharding) for array in wholes]
+    wholes = (like.codes.shape, like.scales.shape)
+    places = [_fitted(whole, sharding) for whole in wholes]
     held = [
-        {span(index, array.shape) for index in place.addressable_devices_indices_map(array.shape).values()}
-        for array, place in zip(wholes, places, strict=True)
+        {span(index, whole) for index in place.addressable_devices_indices_map(whole).values()}
+        for whole, place in zip(wholes, places, strict=True)
     ]
-    blocks = quantized_parts(shape, kind, held[0], held[1], read)
+    parts = quantized_parts(shape, kind, held[0], held[1], read)
 
-    def placed(array: jax.ShapeDtypeStruct, place: Sharding, of: Mapping[Key, np.ndarray]) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, place, lambda index: of[span(index, array.shape)])
+    def placed(whole: tuple[int, ...], place: Sharding, of: Mapping[Key, np.ndarray]) -> jax.Array:
+        return jax.make_array_from_callback(whole, place, lambda index: of[span(index, whole)])
 
-    codes, scales = (placed(*triple) for triple in zip(wholes, places, blocks, strict=True))
+    codes, scales = (placed(*each) for each in zip(wholes, places, parts, strict=True))
     return Quantized(codes, scales, kind)
 
 
 def quantized_parts(
-    shape: tuple[int, ...],
-    kind: Kind,
-    codes: Iterable[Key],
-    scales: Iterable[Key],
-    read: Read,
+    shape: tuple[int, ...], kind: Kind, codes: Iterable[Key], scales: Iterable[Key], read: Read
 ) -> tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]]:
     """Computes parts of a quantized leaf, reading only the blocks of weights that they need.
 
@@ -358,60 +344,46 @@ def quantized_parts(
       The codes and the scales by part.
     """
     like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
-    blocks: tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]] = ({}, {})
-    # by leading axes (layers, experts) and columns
-    parts_of: dict[tuple[Key, tuple[int, int]], list[_Target]] = defaultdict(list)
-    for keys, array, parts in ((codes, like.codes, blocks[0]), (scales, like.scales, blocks[1])):
+    wholes = (like.codes, like.scales)
+    inputs = [
+        shape[-2] // array.shape[-2] for array in wholes
+    ]  # input channels per row of codes, and of scales
+    # Of codes (0) and scales (1), by leading axes (layers, experts) and columns.
+    groups: dict[tuple[Key, tuple[int, int]], list[tuple[int, Key]]] = defaultdict(list)
+    for number, keys in enumerate((codes, scales)):
         for key in keys:
-            parts[key] = aligned(tuple(stop - start for start, stop in key), array.dtype)
-            rows = shape[-2] // array.shape[-2]
-            parts_of[key[:-2], key[-1]].append(_Target(parts[key], key[-2], rows, array is like.codes))
-    block = shape[-2] // like.scales.shape[-2]
-    for (leads, (first, last)), targets in parts_of.items():
+            groups[key[:-2], key[-1]].append((number, key))
+    parts: tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]] = ({}, {})
+    block = inputs[1]
+    for (leads, (first, last)), members in groups.items():
         needed = np.zeros(shape[-2] // block, np.int8)
-        for target in targets:
-            needed[target.blocks(block)] = 1
+        for number, (*_, (start, stop), _) in members:
+            needed[start * inputs[number] // block : -(-stop * inputs[number] // block)] = 1
         # Start and stop of each run of blocks.
         spans = np.flatnonzero(np.diff(needed, prepend=0, append=0)).reshape(-1, 2) * block
-        for lead in np.ndindex(*(stop - start for start, stop in leads)):
+        counts = tuple(stop - start for start, stop in leads)
+        # With all rows, of which only the needed ones are touched and so take memory.
+        filled = [aligned((*counts, array.shape[-2], last - first), array.dtype) for array in wholes]
+        for lead in np.ndindex(*counts):
             index = tuple(
                 slice(start + i, start + i + 1) for (start, _), i in zip(leads, lead, strict=True)
             )
             for begin, end in spans.tolist():
                 columns = max(1, _QUANTIZED // (end - begin))
                 for start in range(first, last, columns):
-                    channels = slice(start, min(start + columns, last))
-                    floats = read((*index, slice(begin, end), channels), np.float32)
-                    quantized = _quantize(floats, kind)
-                    for target in targets:
-                        target.take(
-                            quantized, lead, begin, slice(channels.start - first, channels.stop - first)
-                        )
-    return blocks
-
-
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """A part of a quantized leaf's codes or scales that is being filled."""
-
-    buffer: np.ndarray
-    rows: tuple[int, int]  # of the codes or scales
-    inputs: int  # input channels per row
-    codes: bool
-
-    def blocks(self, block: int) -> slice:
-        """Returns the blocks of input channels that this part overlaps."""
-        start, stop = self.rows[0] * self.inputs, self.rows[1] * self.inputs
-        return slice(start // block, -(-stop // block))
-
-    def take(self, quantized: Quantized, lead: tuple[int, ...], begin: int, channels: slice) -> None:
-        """Copies this part's share of ``made``, whose first input channel is ``begin``."""
-        block: np.ndarray = np.asarray(quantized.codes if self.codes else quantized.scales)
-        block, first = block.reshape(block.shape[-2:]), begin // self.inputs
-        start, stop = max(self.rows[0], first), min(self.rows[1], first + len(block))
-        if start < stop:
-            mine = slice(start - self.rows[0], stop - self.rows[0])
-            self.buffer[lead][mine, channels] = block[start - first : stop - first]
+                    stop = min(start + columns, last)
+                    quantized = _quantize(
+                        read((*index, slice(begin, end), slice(start, stop)), np.float32), kind
+                    )
+                    for array, per_row, block_of in zip(
+                        filled, inputs, (quantized.codes, quantized.scales), strict=True
+                    ):
+                        rows = np.asarray(block_of).reshape(block_of.shape[-2:])
+                        place = slice(begin // per_row, begin // per_row + len(rows))
+                        array[lead][place, start - first : stop - first] = rows
+        for number, key in members:
+            parts[number][key] = filled[number][..., slice(*key[-2]), :]
+    return parts
 
 
 def _fitted(shape: tuple[int, ...], sharding: Sharding) -> Sharding:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -46,18 +48,19 @@ def copy_tokenizer(source: Path, folder: Path, *, images: bool = False) -> None:
     Raises:
       NaloraError: there is no tokenizer among them, or one of them is a link out of the folder.
     """
-    present = [name for name in (*FILES, *(IMAGE_FILES if images else ())) if (source / name).is_file()]
-    if not {"tokenizer.json", "tokenizer.model"} & set(present):
+    _copy(source, folder, (*FILES, *(IMAGE_FILES if images else ())))
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         expected, remedy = "tokenizer.json", "give the base's folder"
         raise NaloraError(str(source), expected=expected, found="no tokenizer", remedy=remedy)
-    for name in present:
-        _copy(name, source, folder)
 
 
-def _copy(name: str, source: Path, folder: Path) -> None:
-    refuse_link_out(source, name)
-    (folder / name).parent.mkdir(exist_ok=True)
-    shutil.copyfile(source / name, folder / name)
+def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:
+    """Copies the files that are there."""
+    for name in names:
+        if (source / name).is_file():
+            refuse_link_out(source, name)
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
 
 
 def write_extended(tokenizer: Tokenizer, source: Path, folder: Path, *, base: Path | None = None) -> None:
@@ -74,10 +77,9 @@ def write_extended(tokenizer: Tokenizer, source: Path, folder: Path, *, base: Pa
       NaloraError: a file is a link out of its folder.
     """
     of_base = ("generation_config.json", *IMAGE_FILES)
-    for name in (*FILES, *IMAGE_FILES):
-        place = base if name in of_base else source
-        if place is not None and (place / name).is_file():
-            _copy(name, place, folder)
+    _copy(source, folder, (name for name in FILES if name not in of_base))
+    if base is not None:
+        _copy(base, folder, of_base)
     tokenizer.backend.save(str(folder / "tokenizer.json"))
     added = tokenizer.backend.get_added_tokens_decoder()
     settings = read_json(folder / "tokenizer_config.json", missing={})
@@ -103,33 +105,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> N
       folder: an existing folder.
       max_length: the model's context.
     """
-    _with_bos(tokenizer).save(str(folder / "tokenizer.json"))
-    ids = {
-        "bos_token": tokenizer.bos_id,
-        "eos_token": tokenizer.eos_id,
-        "pad_token": tokenizer.pad_id,
-    }
-    special = {
-        name: tokenizer.backend.id_to_token(number) for name, number in ids.items() if number is not None
-    }
-    settings = {
-        **(tokenizer.special_tokens or {}),
-        **special,
-        "add_bos_token": tokenizer.add_bos,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_length,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    write_json(folder / "tokenizer_config.json", settings)
-    stops = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
-    generation = {name: value for name, value in generation.items() if value is not None}
-    write_json(folder / "generation_config.json", generation)
-    write_templates(tokenizer, folder)
-
-
-def _with_bos(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Returns a copy of the backend that adds the begin token if the model uses one."""
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     if tokenizer.add_bos and tokenizer.bos_id is not None:
         token = backend.id_to_token(tokenizer.bos_id)
@@ -138,4 +113,20 @@ def _with_bos(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
             pair=[f"{token}:0", "$A:0", f"{token}:1", "$B:1"],
             special_tokens=[(token, tokenizer.bos_id)],
         )
-    return backend
+    backend.save(str(folder / "tokenizer.json"))
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    known = {name: number for name, number in ids.items() if number is not None}
+    settings = {
+        **(tokenizer.special_tokens or {}),
+        **{name: backend.id_to_token(number) for name, number in known.items()},
+        "add_bos_token": tokenizer.add_bos,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+    generation: dict[str, Any] = {f"{name}_id": number for name, number in known.items()}
+    if len(tokenizer.eos_ids) > 1:
+        generation["eos_token_id"] = list(tokenizer.eos_ids)
+    write_json(folder / "generation_config.json", generation)
+    write_templates(tokenizer, folder)

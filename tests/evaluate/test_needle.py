@@ -12,7 +12,7 @@ from nalora_jax.evaluate.needle import exact_match, needle_answers, needle_items
 from nalora_jax.evaluate.statistics import wilson
 from nalora_jax.report.sections import needle_cells
 from nalora_jax.report.tables import text_table
-from tests.data.test_needle import HAYSTACK
+from tests.data.test_tasks import HAYSTACK
 
 LENGTHS = (520, 800)
 

@@ -37,9 +37,7 @@ from nalora_jax.report.html import write_report
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.report import status
 from nalora_jax.train.located import locate, run_config
-from nalora_jax.weights.gguf import GGUFFile
-from nalora_jax.weights.gguf_config import hf_config
-from nalora_jax.weights.gguf_tokenizer import read_tokenizer
+from nalora_jax.weights.gguf import GGUFFile, hf_config, read_tokenizer
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.peft import import_adapter

@@ -61,12 +61,12 @@ def test_a_run_that_loses_one_of_two_processes_continues_on_eight_devices(tmp_pa
     assert all("found that one is gone" in line and "--resume" in line for line in lines), error
     assert lines or "coordination service" in error, error
     assert "Traceback" not in error
-    before = tiny.losses(config.output)
+    before = tiny.logged(config.output)
     assert max(before) >= 6
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     run(replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
     assert '"resumed": {"step": 4' in (tmp_path / "run" / "metrics.jsonl").read_text()
-    continued = tiny.losses(config.output)
+    continued = tiny.logged(config.output)
     assert continued.keys() == set(range(1, 9))
     for step in (5, 6):  # by both
         assert continued[step] == pytest.approx(before[step], rel=2e-4)

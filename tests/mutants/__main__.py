@@ -34,28 +34,22 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = Path(__file__).parent
 PACKAGE = "nalora_jax"
 # Of the checkout, what tests read.
 COPIED = (PACKAGE, "tests", "benchmarks", "configs", "docs", "studies", "pyproject.toml", "train.py")
+# What most tests import from other packages, so that forks need not: 2 to 6 CPU seconds a run.
 PRELOADED = (
-    "jax",
-    "flax.linen",
-    "flax.nnx",
-    "optax",
-    "orbax.checkpoint",
-    "grain",
-    "hypothesis",
-    "scipy.stats",
-)
-PRELOADED += ("torch", "transformers", "peft", "tokenizers", "safetensors.numpy", "tyro")
+    "jax", "flax.linen", "flax.nnx", "optax", "orbax.checkpoint", "grain", "hypothesis", "scipy.stats", "torch",
+    "transformers", "peft", "tokenizers", "safetensors.numpy", "tyro",
+)  # fmt: skip
+Outcome = tuple["Mutant", str, str, float]  # verdict, what explains it, CPU seconds of its tests
 SECONDS = 900  # after which a run of tests is ended
 
 
@@ -74,31 +68,22 @@ class Mutant:
     def places(self, root: Path) -> list[Path]:
         """Returns the file of each occurrence of ``old``, relative to ``root``."""
         sources = [root / self.file] if self.file else sorted((root / PACKAGE).rglob("*.py"))
-        found = []
-        for path in sources:
-            if path.exists():
-                found += [path.relative_to(root)] * path.read_text(encoding="utf-8").count(self.old)
-        return found
+        return [
+            path.relative_to(root)
+            for path in sources
+            if path.exists()
+            for _ in range(path.read_text(encoding="utf-8").count(self.old))
+        ]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The verdict on a mutant, what explains it, and the CPU seconds of its tests."""
-
-    mutant: Mutant
-    verdict: str
-    note: str = ""
-    seconds: float = 0.0
-
-
-def read_mutants(folder: Path = ROOMS) -> list[Mutant]:
+def read_mutants(folder: Path = Path(__file__).parent) -> list[Mutant]:
     """Returns all mutants, by room."""
-    mutants = []
-    for path in sorted(folder.glob("*.toml")):
-        for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items():
-            mutants.append(Mutant(path.stem, name, **table))
-    names = Counter(mutant.name for mutant in mutants)
-    repeated = [name for name, count in names.items() if count > 1]
+    mutants = [
+        Mutant(path.stem, name, **table)
+        for path in sorted(folder.glob("*.toml"))
+        for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items()
+    ]
+    repeated = [name for name, count in Counter(mutant.name for mutant in mutants).items() if count > 1]
     assert not repeated, f"mutants of one name: {repeated}"
     return mutants
 
@@ -126,11 +111,10 @@ class Copy:
         """Runs pytest and returns its exit status (-1: it was ended), its last lines and its CPU seconds."""
         options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider"]
         options += ["-W", "ignore:Module already imported"]  # a plugin that a preloaded package imports
-        arguments = [*options, *shlex.split(tests)]
         with tempfile.TemporaryFile("w+") as output:
-            process = os.fork()  # of a process that has imported what takes longest, see `preload`
+            process = os.fork()  # of a process that has imported what takes longest, see PRELOADED
             if process == 0:
-                self._become_pytest(arguments, output.fileno())
+                self._become_pytest([*options, *shlex.split(tests)], output.fileno())
             until = time.monotonic() + SECONDS
             while not (ended := os.wait4(process, os.WNOHANG))[0]:
                 if time.monotonic() > until:
@@ -153,7 +137,7 @@ class Copy:
             os.chdir(self.folder)
             os.environ |= {"NALORA_CACHE": str(self._cache), "PYTHONPATH": str(self.folder)}
             for name in [
-                name for name in sys.modules if name.partition(".")[0] in (PACKAGE, "tests", "benchmarks")
+                one for one in sys.modules if one.partition(".")[0] in (PACKAGE, "tests", "benchmarks")
             ]:
                 del sys.modules[name]
             sys.path[:] = [str(self.folder), *(entry for entry in sys.path if entry not in ("", str(ROOT)))]
@@ -170,7 +154,7 @@ class Copy:
         places = mutant.places(self.folder)
         if len(places) != 1:
             where = ", ".join(map(str, places)) or "no file"
-            return Outcome(mutant, "stale", f"{mutant.old!r} is in {where}")
+            return mutant, "stale", f"{mutant.old!r} is in {where}", 0.0
         path = self.folder / places[0]
         text, times = path.read_text(encoding="utf-8"), path.stat()
         try:
@@ -183,28 +167,22 @@ class Copy:
             path.write_text(text, encoding="utf-8")
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
         verdict = {0: "missed", 1: "caught"}.get(status, "broken")
-        return Outcome(mutant, verdict, "" if verdict == "caught" else lines, seconds)
-
-    def judge_all(self, mutants: Sequence[Mutant]) -> list[Outcome]:
-        """Judges mutants that have the same tests, after the tests passed without a fault."""
-        tests = mutants[0].tests
-        status, lines, seconds = self.run(tests)
-        if status:
-            note = f"without the fault: pytest {tests} ended with {status}\n{lines}"
-            return [Outcome(mutant, "broken", note) for mutant in mutants]
-        outcomes = [self.judge(mutant) for mutant in mutants]
-        return [replace(outcomes[0], seconds=outcomes[0].seconds + seconds), *outcomes[1:]]
-
-
-_COPY: list[Copy] = []  # of a worker
+        return mutant, verdict, "" if verdict == "caught" else lines, seconds
 
 
 def _start(root: Path, scratch: Path, copied: Sequence[str]) -> None:
-    _COPY.append(Copy(root, scratch / str(os.getpid()), copied))
+    """Makes the copy of a worker process."""
+    global _copy
+    _copy = Copy(root, scratch / str(os.getpid()), copied)
 
 
 def _judge(mutants: Sequence[Mutant]) -> list[Outcome]:
-    return _COPY[0].judge_all(mutants)
+    """Judges mutants that have the same tests, after the tests passed without a fault."""
+    status, lines, seconds = _copy.run(mutants[0].tests)
+    if status:
+        note = f"without the fault: pytest {mutants[0].tests} ended with {status}\n{lines}"
+        return [(mutant, "broken", note, seconds) for mutant in mutants]
+    return [_copy.judge(mutant) for mutant in mutants]
 
 
 def judge_all(
@@ -215,35 +193,28 @@ def judge_all(
     for mutant in mutants:
         groups[mutant.tests].append(mutant)
     with tempfile.TemporaryDirectory(prefix="nalora-mutants-") as scratch:
-        # Programs that a fault does not change are compiled once.
+        # Programs that a fault does not change are compiled once. The others as tests/conftest.py sets them.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{scratch}/compiled"
-        preload()
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0"}
+        for name in PRELOADED:
+            importlib.import_module(name)
+        warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # no backend has started
         arguments = (root, Path(scratch), copied)
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _start, arguments) as pool:
             for done in as_completed(pool.submit(_judge, group) for group in groups.values()):
                 yield from done.result()
 
 
-def preload() -> None:
-    """Imports what most tests import from other packages, so that its forks need not: 2 to 6 CPU seconds a run."""
-    # As tests/conftest.py sets them; JAX reads them when it is imported.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
-    for name in PRELOADED:
-        importlib.import_module(name)
-    warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # no backend has started
-
-
 def chosen(mutants: Sequence[Mutant], names: Sequence[str]) -> list[Mutant]:
     """Returns the mutants with these names or of these rooms; all without names."""
-    known = {mutant.name for mutant in mutants} | {mutant.room for mutant in mutants}
+    known = {name for mutant in mutants for name in (mutant.name, mutant.room)}
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(f"error: NAME: expected a room or a mutant of --list, found {', '.join(unknown)}")
-    return [mutant for mutant in mutants if not names or mutant.name in names or mutant.room in names]
+    return [mutant for mutant in mutants if not names or {mutant.name, mutant.room} & set(names)]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Judges mutants and prints a line for each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -251,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutants or rooms; by default all")
     parser.add_argument("--list", action="store_true", help="print them and their places, and run no test")
     parser.add_argument("--jobs", type=int, default=2, help="copies of the package that work side by side")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     mutants = chosen(read_mutants(), args.names)
     if args.list:
         stale = 0
@@ -262,18 +233,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{mutant.room:12} {mutant.name:44} {where}\n{'':12} {mutant.reason}")
         print(f"{len(mutants)} mutants, {stale} stale")
         return int(stale > 0)
-    began, verdicts, seconds = time.monotonic(), Counter[str](), 0.0
-    for outcome in judge_all(ROOT, mutants, args.jobs):
-        verdicts[outcome.verdict] += 1
-        seconds += outcome.seconds
-        print(
-            f"{outcome.verdict:7} {outcome.mutant.room:12} {outcome.mutant.name:44} {outcome.seconds:5.0f} CPU s",
-            flush=True,
-        )
-        if outcome.note:
-            print("        " + outcome.note.replace("\n", "\n        "), flush=True)
+    began, verdicts, total = time.monotonic(), Counter[str](), 0.0
+    for mutant, verdict, note, seconds in judge_all(ROOT, mutants, args.jobs):
+        verdicts[verdict] += 1
+        total += seconds
+        print(f"{verdict:7} {mutant.room:12} {mutant.name:44} {seconds:5.0f} CPU s", flush=True)
+        if note:
+            print("        " + note.replace("\n", "\n        "), flush=True)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
-    print(f"{counts}; {seconds / 60:.1f} CPU minutes, {(time.monotonic() - began) / 60:.1f} minutes")
+    print(f"{counts}; {total / 60:.1f} CPU minutes, {(time.monotonic() - began) / 60:.1f} minutes")
     return int(verdicts["caught"] < len(mutants))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,86 +17,51 @@ from tests.mutants import __main__ as mutants
 
 mutants.PRELOADED = ()
 planted = mutants.read_mutants(Path(sys.argv[1]) / "rooms")
-for outcome in mutants.judge_all(Path(sys.argv[1]), planted, jobs=1, copied=("nalora_jax", "tests")):
-    print(outcome.mutant.name, outcome.verdict)
+for mutant, verdict, *_ in mutants.judge_all(Path(sys.argv[1]), planted, 1, ("nalora_jax", "tests")):
+    print(mutant.name, verdict)
 """
-MUTANTS = """
-[difference]
-reason = "a difference is no sum"
-old = "return a + b"
-new = "return a - b"
-tests = "tests/test_toy.py -k sum"
-
-[product]
-reason = "2 * 2 is 2 + 2"
-old = "return a + b"
-new = "return a * b"
-tests = "tests/test_toy.py -k sum"
-
-[moved]
-reason = "the line is no longer there"
-old = "return b + a"
-new = "return b - a"
-tests = "tests/test_toy.py -k sum"
-
-[twice]
-reason = "the text is at two places"
-old = "a"
-new = "b"
-tests = "tests/test_toy.py -k sum"
-
-[wrong]
-reason = "its test fails without a fault"
-old = "return a + b"
-new = "return a - b"
-tests = "tests/test_toy.py -k wrong"
-
-[nothing]
-reason = "there is no such test"
-old = "return a + b"
-new = "return a - b"
-tests = "tests/test_toy.py -k nowhere"
-"""
+# The line that is replaced, the one that replaces it, and the test.
+MUTANTS = {
+    "caught": ("return a + b", "return a - b", "sum"),
+    "missed": ("return a + b", "return a * b", "sum"),
+    "stale": ("return b + a", "return b - a", "sum"),
+    "stale_twice": ("a", "b", "sum"),
+    "broken": ("return a + b", "return a - b", "wrong"),  # its test fails without a fault
+    "broken_without_a_test": ("return a + b", "return a - b", "nowhere"),
+}
 TESTS = """
 from nalora_jax.toy import add
 
-
 def test_sum():
     assert add(2, 2) == 4
-
 
 def test_wrong():
     assert add(2, 2) == 5
 """
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+def test_a_fault_is_caught_missed_stale_or_broken_and_taken_out_again(tmp_path: Path) -> None:
+    tables = [
+        f"[{name}]\nreason = 'any'\nold = '{old}'\nnew = '{new}'\ntests = 'tests/test_toy.py -k {test}'\n"
+        for name, (old, new, test) in MUTANTS.items()
+    ]
     for name, text in {
         "nalora_jax/__init__.py": "",
         "nalora_jax/toy.py": "def add(a, b):\n    return a + b\n",
         "tests/test_toy.py": TESTS,
-        "rooms/toy.toml": MUTANTS,
+        "rooms/toy.toml": "".join(tables),
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    return tmp_path
-
-
-def test_a_fault_is_caught_missed_stale_or_broken_and_taken_out_again(checkout: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, checkout], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", RUN, tmp_path]
+    plain = os.environ | {
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"
+    }  # each run of pytest would import the plugins
+    done = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert dict(map(str.split, done.stdout.splitlines())) == {
-        "difference": "caught",
-        "product": "missed",
-        "moved": "stale",
-        "twice": "stale",
-        "wrong": "broken",
-        "nothing": "broken",
-    }
-    assert "return a + b" in (checkout / "nalora_jax" / "toy.py").read_text()
+    verdicts = dict(map(str.split, done.stdout.splitlines()))
+    assert verdicts == {name: name.partition("_")[0] for name in MUTANTS}
+    assert "return a + b" in (tmp_path / "nalora_jax" / "toy.py").read_text()
 
 
 def test_every_mutant_has_a_reason_and_tests_that_exist() -> None:

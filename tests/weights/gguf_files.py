@@ -45,25 +45,25 @@ def write_model(
 
 def add_shape(writer: gguf.GGUFWriter, raw: dict[str, Any]) -> None:
     """Adds the metadata that every architecture has, and a tokenizer."""
-    writer.add_block_count(raw["num_hidden_layers"])
-    writer.add_context_length(raw["max_position_embeddings"])
-    writer.add_embedding_length(raw["hidden_size"])
-    writer.add_feed_forward_length(raw["intermediate_size"])
-    writer.add_head_count(raw["num_attention_heads"])
-    writer.add_head_count_kv(raw["num_key_value_heads"])
-    writer.add_key_length(raw["head_dim"])
-    writer.add_value_length(raw["head_dim"])
-    writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
     further = max(0, raw["vocab_size"] - len(WORDS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([*WORDS, *(f"<extra{i}>" for i in range(further))])
-    writer.add_token_types([2, 3, 3, *[1] * (len(WORDS) - 3), *[5] * further])
-    writer.add_token_merges(["a b", "Ġ a"])
-    writer.add_unk_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
+    fields: dict[str, Any] = {
+        "block_count": raw["num_hidden_layers"],
+        "context_length": raw["max_position_embeddings"],
+        "embedding_length": raw["hidden_size"],
+        "feed_forward_length": raw["intermediate_size"],
+        "head_count": raw["num_attention_heads"],
+        "head_count_kv": raw["num_key_value_heads"],
+        **dict.fromkeys(("key_length", "value_length"), raw["head_dim"]),
+        "layer_norm_rms_eps": raw["rms_norm_eps"],
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": "smollm",
+        "token_list": [*WORDS, *(f"<extra{i}>" for i in range(further))],
+        "token_types": [2, 3, 3, *[1] * (len(WORDS) - 3), *[5] * further],
+        "token_merges": ["a b", "Ġ a"],
+        **{"unk_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    }
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
 
 
 def random_params(raw: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora
-from nalora_jax.models.vision.families import compose
+from nalora_jax.models.vision.families import compose, read_encoder
 from nalora_jax.weights.dual import LoadedDual, load_dual, load_encoder
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 
@@ -193,6 +193,25 @@ def test_what_was_trained_as_a_whole_lies_beside(dual_folder, tmp_path):
     (tmp_path / "adapter" / "trained.safetensors").unlink()
     with pytest.raises(NaloraError, match="trained.safetensors: expected a complete safetensors file"):
         import_adapter(tmp_path / "adapter", config)
+
+
+def test_both_projections_of_a_gated_tower_are_one_module(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    gated = sizes | {"model_type": "dinov2", "use_swiglu_ffn": True, "image_size": 16, "patch_size": 4}
+    text = sizes | {"model_type": "bert", "vocab_size": 64, "max_position_embeddings": 12}
+    config = compose(read_encoder(gated), read_encoder(text), 16)
+    spec = resolve(
+        LoRAConfig(rules=(LoRARule("image/.*ffn/", 2),)), config.projection_shapes(), layers_of(config)
+    )
+    lora = init_lora(config, spec, jax.random.key(0))
+    lora = trees.map_named(lambda path, leaf: leaf + path.endswith("/b"), lora)
+    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="pair")
+    verify_export(tmp_path / "a", lora, spec, config)
+    names = load_file(tmp_path / "a/adapter_model.safetensors")
+    assert names["base_model.model.vision_model.encoder.layer.1.mlp.weights_in.lora_A.weight"].shape == (
+        4,
+        32,
+    )
 
 
 def test_what_peft_would_drop_silently_is_refused(dual_folder, tmp_path):

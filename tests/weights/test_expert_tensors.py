@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.ops import mxfp4
-from nalora_jax.ops.quantize import dequantize, quantize
+from nalora_jax.ops.quantize import MXFP4_LEVELS, dequantize, quantize
+from nalora_jax.weights import tensors
 from nalora_jax.weights.base import load_model
-from nalora_jax.weights.expert_tensors import with_experts
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.merge import write_merged
-from nalora_jax.weights.tensors import load_params
+from nalora_jax.weights.model_files import with_fused_experts
+from nalora_jax.weights.tensors import check_tensors, load_params
+from nalora_jax.weights.tokenizer_files import copy_tokenizer
 from tests.weights.conftest import COMMON
 from tests.weights.folders import tokenizer_files
 
@@ -106,7 +108,10 @@ def test_the_quantized_model_is_merged_as_its_floats(released, tmp_path):
         files = []
         for source, model in (("floats", base), ("stored", stored)):
             folder = tmp_path / f"{name}-{source}"
-            options: dict[str, Any] = {"hf_config": model.hf_config, "tokenizer": released}
+            options: dict[str, Any] = {
+                "hf_config": model.hf_config,
+                "tokenizer": partial(copy_tokenizer, released),
+            }
             write_merged(folder, model.config, model.params, adapters, spec, **options)
             files.append(load_file(folder / "model.safetensors"))
         want, found = files
@@ -132,7 +137,7 @@ def test_scales_of_all_sizes_are_exact():
 
 
 def test_rounding_is_to_the_nearest_level_and_to_even_codes():
-    levels = np.asarray(mxfp4.LEVELS[:8])
+    levels = np.asarray(MXFP4_LEVELS[:8])
     middles = (levels[1:] + levels[:-1]) / 2
     numbers = np.concatenate([[4.0], middles, -middles, np.linspace(-7.9, 7.9, 17)]).astype(np.float32)
     column = np.resize(numbers, 32)[:, None]
@@ -186,32 +191,31 @@ def saved(folder: Path, family: str) -> tuple[ModelConfig, dict[str, torch.Tenso
     return ModelConfig.from_hf(config.to_dict()), tensors
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe_text"])
-def test_fused_experts_are_read_as_one_kernel_each(tmp_path, family):
-    config, tensors = saved(tmp_path / "model", family)
-    keymap = keymap_for(config, "hf")
-    source = with_experts(SafetensorsFolder(tmp_path / "model"), keymap)
+@pytest.mark.parametrize(
+    ("family", "folder"), [("qwen3_moe", "ffn"), ("qwen3_5_moe_text", "ffn/experts_ffn")]
+)
+def test_fused_experts_are_read_as_one_kernel_each(tmp_path, family, folder, monkeypatch):
+    monkeypatch.setattr(tensors, "BLOCK", 64)  # several blocks an expert
+    config, saved_tensors = saved(tmp_path / "model", family)
+    source = SafetensorsFolder(tmp_path / "model")
+    keymap = with_fused_experts(keymap_for(config), source.shapes())
     leaves = flatten(load_params(param_shapes(config), source, keymap, dtype="float32"))
-    (path,) = {
-        path.rpartition("/gate_proj")[0]
-        for path in leaves
-        if path.endswith("/gate_proj/kernel") and leaves[path].ndim == 4
-    }
     for layer in range(2):
         stem = f"model.layers.{layer}.mlp.experts"
-        gate, up = tensors[f"{stem}.gate_up_proj"].chunk(2, dim=1)
-        down = tensors[f"{stem}.down_proj"]
-        for name, theirs in {"gate_proj": gate, "up_proj": up, "down_proj": down}.items():
-            kernels = leaves[f"{path}/{name}/kernel"][layer]
-            np.testing.assert_array_equal(kernels, theirs.numpy().swapaxes(1, 2))
+        gate, up = saved_tensors[f"{stem}.gate_up_proj"].chunk(2, dim=1)
+        theirs = {"gate_proj": gate, "up_proj": up, "down_proj": saved_tensors[f"{stem}.down_proj"]}
+        for name, kernels in theirs.items():
+            found = leaves[f"layers/{folder}/{name}/kernel"][layer]
+            np.testing.assert_array_equal(found, kernels.numpy().swapaxes(1, 2))
 
 
 def test_fused_experts_of_another_shape_are_refused(tmp_path):
-    config, tensors = saved(tmp_path / "model", "qwen3_moe")
+    config, whole = saved(tmp_path / "model", "qwen3_moe")
     name = "model.layers.1.mlp.experts.gate_up_proj"
-    damaged = tensors | {name: tensors[name][:, 1:].contiguous()}
+    damaged = whole | {name: whole[name][:, 1:].contiguous()}
     save_file(damaged, tmp_path / "model" / "model.safetensors")
-    keymap = keymap_for(config, "hf")
-    expected = rf"{name}: expected \[experts, outputs of gate_proj and up_proj, inputs\]"
-    with pytest.raises(NaloraError, match=expected):
-        with_experts(SafetensorsFolder(tmp_path / "model"), keymap)
+    source = SafetensorsFolder(tmp_path / "model")
+    with pytest.raises(
+        NaloraError, match=rf"{name}: expected the shape \(4, 48, 16\), found \(4, 47, 16\)"
+    ):
+        check_tensors(source, with_fused_experts(keymap_for(config), source.shapes()))

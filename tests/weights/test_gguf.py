@@ -25,8 +25,7 @@ from nalora_jax.models.families import BUILT_IN
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.weights import tensors
 from nalora_jax.weights.base import load_model
-from nalora_jax.weights.gguf import READABLE, GGUFFile
-from nalora_jax.weights.gguf_config import hf_config
+from nalora_jax.weights.gguf import READABLE, GGUFFile, hf_config
 from nalora_jax.weights.gguf_export import (
     verify_adapter_gguf,
     write_adapter_gguf,
@@ -114,68 +113,42 @@ def test_every_number_format_is_read_whole_and_in_slices(tmp_path, name):
 YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 8}
 
 
-def add_yarn(writer: gguf.GGUFWriter) -> None:
-    writer.add_rope_freq_base(5e5)
-    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-    writer.add_rope_scaling_factor(4.0)
-    writer.add_rope_scaling_orig_ctx_len(8)
+def fields(**values: Any) -> Write:
+    """Writes metadata by the names of the writer's methods: ``fields(rope_freq_base=1e4)``."""
+    return lambda writer: [getattr(writer, f"add_{name}")(value) for name, value in values.items()]
 
 
-def add_olmo3(writer: gguf.GGUFWriter) -> None:
-    writer.add_sliding_window(4)
-    writer.add_sliding_window_pattern([True, False, True])
-    add_yarn(writer)
-
-
-def add_ministral3(writer: gguf.GGUFWriter) -> None:
-    add_yarn(writer)
-    writer.add_rope_scaling_yarn_beta_fast(16.0)
-    writer.add_rope_scaling_yarn_log_mul(0.5)
-    writer.add_attn_temperature_scale(0.25)
-
-
-def add_gemma2(writer: gguf.GGUFWriter) -> None:
-    writer.add_sliding_window(4)
-    writer.add_attn_logit_softcapping(50.0)
-    writer.add_final_logit_softcapping(30.0)
-
-
-def add_granite(writer: gguf.GGUFWriter) -> None:
-    writer.add_embedding_scale(3.0)
-    writer.add_residual_scale(0.5)
-    writer.add_attention_scale(0.3)
-    writer.add_logit_scale(2.0)
-
-
-def add_experts(writer: gguf.GGUFWriter) -> None:
-    writer.add_expert_count(4)
-    writer.add_expert_used_count(2)
-
-
+ADD_YARN = {"rope_freq_base": 5e5, "rope_scaling_type": gguf.RopeScalingType.YARN}
+ADD_YARN |= {"rope_scaling_factor": 4.0, "rope_scaling_orig_ctx_len": 8}
 OLMO3 = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}
 MINISTRAL3 = YARN | {"beta_fast": 16.0, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.25}
 NO_WINDOW = {"sliding_window": None}
 ROTATIONS = {"no_rope_layer_interval": 4, "no_rope_layers": None, "num_hidden_layers": 5}
+GRANITE = {"embedding_scale": 3.0, "residual_scale": 0.5, "attention_scale": 0.3, "logit_scale": 2.0}
+EXPERTS = {"expert_count": 4, "expert_used_count": 2}
+PATTERN = {"sliding_window": 4, "sliding_window_pattern": [True, False, True]}
+MISTRAL = {
+    "rope_scaling_yarn_beta_fast": 16.0,
+    "rope_scaling_yarn_log_mul": 0.5,
+    "attn_temperature_scale": 0.25,
+}
+CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 # By model type: llama.cpp's architecture, changes of the model, and what its file says.
 FAMILIES: dict[str, tuple[str, dict[str, Any], Write]] = {
-    "llama": ("llama", {}, lambda w: w.add_rope_freq_base(1e4)),
-    "qwen2": ("qwen2", NO_WINDOW | {"use_sliding_window": False}, lambda w: w.add_rope_freq_base(1e4)),
-    "qwen3": ("qwen3", NO_WINDOW, lambda w: w.add_rope_freq_base(1e4)),
-    "gemma": ("gemma", {"head_dim": 8}, lambda w: None),
-    "gemma2": ("gemma2", {}, add_gemma2),
-    "gemma3_text": ("gemma3", {}, lambda w: (w.add_sliding_window(4), w.add_rope_freq_base(1e6))),
-    "phi3": (
-        "phi3",
-        {"sliding_window": 4},
-        lambda w: (w.add_sliding_window(4), w.add_rope_dimension_count(8)),
-    ),
-    "olmo2": ("olmo2", {}, lambda w: w.add_rope_freq_base(1e4)),
-    "olmo3": ("olmo2", {"rope_parameters": OLMO3}, add_olmo3),
-    "ministral3": ("mistral3", {"rope_parameters": MINISTRAL3}, add_ministral3),
-    "smollm3": ("smollm3", ROTATIONS, lambda w: w.add_rope_freq_base(2e6)),
-    "granite": ("granite", {}, add_granite),
-    "mixtral": ("llama", NO_WINDOW, lambda w: (add_experts(w), w.add_rope_freq_base(1e6))),
-    "qwen3_moe": ("qwen3moe", NO_WINDOW, lambda w: (add_experts(w), w.add_expert_feed_forward_length(20))),
+    "llama": ("llama", {}, fields(rope_freq_base=1e4)),
+    "qwen2": ("qwen2", NO_WINDOW | {"use_sliding_window": False}, fields(rope_freq_base=1e4)),
+    "qwen3": ("qwen3", NO_WINDOW, fields(rope_freq_base=1e4)),
+    "gemma": ("gemma", {"head_dim": 8}, fields()),
+    "gemma2": ("gemma2", {}, fields(sliding_window=4, **CAPS)),
+    "gemma3_text": ("gemma3", {}, fields(sliding_window=4, rope_freq_base=1e6)),
+    "phi3": ("phi3", {"sliding_window": 4}, fields(sliding_window=4, rope_dimension_count=8)),
+    "olmo2": ("olmo2", {}, fields(rope_freq_base=1e4)),
+    "olmo3": ("olmo2", {"rope_parameters": OLMO3}, fields(**PATTERN, **ADD_YARN)),
+    "ministral3": ("mistral3", {"rope_parameters": MINISTRAL3}, fields(**ADD_YARN, **MISTRAL)),
+    "smollm3": ("smollm3", ROTATIONS, fields(rope_freq_base=2e6)),
+    "granite": ("granite", {}, fields(**GRANITE)),
+    "mixtral": ("llama", NO_WINDOW, fields(**EXPERTS, rope_freq_base=1e6)),
+    "qwen3_moe": ("qwen3moe", NO_WINDOW, fields(**EXPERTS, expert_feed_forward_length=20)),
 }
 
 
@@ -276,12 +249,9 @@ def test_llama3_divisors_become_its_settings_and_others_are_kept(tmp_path):
 
 
 def test_named_scaling(tmp_path):
-    def linear(writer: gguf.GGUFWriter) -> None:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(4.0)
-
+    linear = fields(rope_scaling_type=gguf.RopeScalingType.LINEAR, rope_scaling_factor=4.0)
     assert rope(tmp_path, linear) == {"rope_type": "linear", "factor": 4.0}
-    assert rope(tmp_path, lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)) == {}
+    assert rope(tmp_path, fields(rope_scaling_type=gguf.RopeScalingType.NONE)) == {}
 
 
 # ---------------------------------------------------------------- bad files
@@ -322,13 +292,10 @@ def value(add: str, *given: Any) -> Write:
         (tensor("extra.weight", 3), "extra.weight"),
         (tensor("blk.0.attn_q.bias", 16), "attn_k.bias"),
         (tensor("output.weight", 48, 8), r"output.weight.*\(48, 16\).*\(48, 8\)"),
-        (
-            tensor("output.weight", 48, 16, dtype=np.float64),
-            "output.weight: expected one of F32.*found F64",
-        ),
+        (tensor("output.weight", 48, 16, dtype=np.float64), "weight: expected one of F32.*found F64"),
         (value("uint32", "llama.attention.sliding_window", 64), "sliding_window.*not supported"),
-        (value("causal_attention", False), "is_causal: expected true"),
-        (value("rope_dimension_count", 2), "partial_rotary_factor"),
+        (fields(causal_attention=False), "is_causal: expected true"),
+        (fields(rope_dimension_count=2), "partial_rotary_factor"),
         (value("string", "llama.rope.scaling.type", "magic"), "scaling.factor"),
     ],
 )

@@ -15,8 +15,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.gguf import GGUFFile
-from nalora_jax.weights.gguf_tokenizer import read_tokenizer
+from nalora_jax.weights.gguf import GGUFFile, read_tokenizer
 from tests.weights.gguf_files import finish
 
 CORPUS = [

@@ -20,15 +20,15 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import PARAM_RULES, make_mesh, shardings
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
-from nalora_jax.ops.quantize import quantize, quantize_params
+from nalora_jax.ops.quantize import quantize
 from nalora_jax.weights import origin, tensors
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
-from nalora_jax.weights.origin import fingerprint, number_formats
+from nalora_jax.weights.origin import fingerprint
 from nalora_jax.weights.shards import INDEX
 from nalora_jax.weights.tensors import Index, load_params, quantized_parts
-from tests.param_trees import bytes_per_device, params_from_tensors
+from tests.param_trees import bytes_per_device, params_from_tensors, quantize_params
 from tests.weights.folders import RAW, WIDE, loaded_and_peak, tokenizer_files, write_folder
 
 
@@ -148,30 +148,22 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def digest(folder: Path) -> str:
-    return fingerprint(ModelConfig.from_hf(RAW), SafetensorsFolder(folder))
+def digest(folder: Path, **changes: Any) -> str:
+    return fingerprint(ModelConfig.from_hf(RAW | changes), SafetensorsFolder(folder))
 
 
-def test_the_digest_follows_the_weights_and_the_settings_and_not_the_shards(folder):
-    first = digest(folder)
-    write_shards(folder, load_file(folder / "model.safetensors"), 4)
-    assert digest(folder) == first
-    changed = ModelConfig.from_hf(RAW | {"rms_norm_eps": 1e-6})
-    assert fingerprint(changed, SafetensorsFolder(folder)) != first
-
-
-def test_the_digest_covers_every_weight(folder, monkeypatch):
+def test_the_digest_covers_settings_and_every_weight_and_not_the_shards(folder, monkeypatch):
     """A flipped bit anywhere in the file's data changes it."""
     monkeypatch.setattr(origin, "_CHUNK", 1000)
     first, path = digest(folder), folder / "model.safetensors"
     good = path.read_bytes()
-    start = 8 + int.from_bytes(good[:8], "little")
-    seen = {first}
-    for at in np.linspace(start, len(good) - 1, 12, dtype=int):
+    seen = {first, digest(folder, rms_norm_eps=1e-6)}
+    for at in np.linspace(8 + int.from_bytes(good[:8], "little"), len(good) - 1, 12, dtype=int):
         path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
         seen.add(digest(folder))
-    assert len(seen) == 13
+    assert len(seen) == 14
     path.write_bytes(good)
+    write_shards(folder, load_file(path), 4)
     assert digest(folder) == first
 
 
@@ -189,31 +181,25 @@ def test_processes_share_the_hashing(folder, monkeypatch):
     assert max(read) < sum(read) == len(parts[0])
 
 
-def test_a_model_knows_its_file_formats_and_digest(folder):
+def test_a_model_knows_its_file_formats_by_their_shares_and_its_digest(folder):
+    tensors: dict[str, Any] = load_file(folder / "model.safetensors")
+    half = {name: t.astype(ml_dtypes.bfloat16) if "mlp" in name else t for name, t in tensors.items()}
+    save_file(half, folder / "model.safetensors")
+    total, mlp = (sum(t.size for n, t in tensors.items() if word in n) for word in ("", "mlp"))
+    numbers = f"BF16 ({mlp / total:.0%}), F32 ({1 - mlp / total:.0%})"
     model = load_model(str(folder), dtype="bfloat16")
     assert model.origin is not None
     assert model.origin.to_dict() == {
         "name": str(folder),
         "file": folder.name,
         "format": "safetensors",
-        "numbers": "F32",
+        "numbers": numbers,
         "fingerprint": digest(folder),
         "copy_of": "",
     }
     assert (model.source, model.fingerprint) == (model.origin.name, model.origin.fingerprint)
-    said = model.origin.describe()
-    assert all(part in said for part in (folder.name, "safetensors", "F32", model.fingerprint[:12]))
-
-
-def test_number_formats_are_named_by_their_share(folder):
-    whole = digest(folder)
-    tensors: dict[str, Any] = load_file(folder / "model.safetensors")
-    half = {name: t.astype(ml_dtypes.bfloat16) if "mlp" in name else t for name, t in tensors.items()}
-    save_file(half, folder / "model.safetensors")
-    total, mlp = (sum(t.size for n, t in tensors.items() if word in n) for word in ("", "mlp"))
-    share = mlp / total
-    assert number_formats(SafetensorsFolder(folder)) == f"BF16 ({share:.0%}), F32 ({1 - share:.0%})"
-    assert digest(folder) != whole
+    described = f"{folder.name}: safetensors, {numbers.replace('%)', '% of the weights)', 1)}, digest all:"
+    assert model.origin.describe().startswith(described)
 
 
 # ---------------------------------------------------------------- quantized while they are read
@@ -306,13 +292,14 @@ def test_damaged_shards_and_indices(tmp_path):
     second.write_bytes(whole[:-10])
     refused(tmp_path, r"model-00002-of-00003.safetensors: expected a complete safetensors file")
     second.unlink()
-    refused(tmp_path, "index.json: expected the file model-00002-of-00003.saf.*found 1 of 3 files missing")
+    refused(tmp_path, "index.json: expected the file 'model-00002-of-00003.saf.*found 1 of 3 files missing")
     save_file({"other": np.ones(3, np.float32)}, second)
     refused(tmp_path, "index.json: expected .* in model-00002-of-00003.saf.*, found a file without it")
     second.write_bytes(whole)
-    names = ("../x.safetensors", "x" * 300, "\ud800", "")
-    bad: list[dict[str, Any]] = [{"weight_map": {"a": name}} for name in names]
-    for listed in (*bad, {"weight_map": {}}, {"weight_map": {"a": 3}}, {}):
+    for name in ("../model-00002-of-00003.safetensors", "x" * 300, "\ud800", ""):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+        refused(tmp_path, "expected the file .* that it names, found 1 of 1 files missing")
+    for listed in ({"weight_map": {}}, {"weight_map": {"a": 3}}, {}):
         (tmp_path / INDEX).write_text(json.dumps(listed))
         refused(tmp_path, "weight_map: expected file names of this folder")
     (tmp_path / INDEX).write_text(index[:-3])

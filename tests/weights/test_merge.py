@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import string
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from nalora_jax.common.trees import flatten, map_named, size_bytes, unflatten
+from nalora_jax.common.trees import flatten, size_bytes, unflatten
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
@@ -25,6 +26,7 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.merge import merged_tensors, write_merged
 from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
 from nalora_jax.weights.shards import parse_size
+from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
 from tests.weights import in_peft
 from tests.weights.conftest import COMMON, FEATURES, mixed
 from tests.weights.in_peft import TOKENS, load_merged, merged_params
@@ -55,10 +57,13 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(backend, 1, 2, 0, (2, 3), template, add_bos=True, special_tokens=names)
 
 
+WRITTEN = partial(write_tokenizer, tokenizer(), max_length=64)
+
+
 def write(
     folder: Path, config: ModelConfig, params: Any, lora: Any, spec: AdapterSpec, raw: Any, **options: Any
 ) -> Path:
-    options = {"tokenizer": tokenizer()} | options
+    options = {"tokenizer": WRITTEN} | options
     return write_merged(folder, config, params, lora, spec, hf_config=raw, **options)
 
 
@@ -148,7 +153,7 @@ def small(tiny_model, random_lora):
     model, config = tiny_model("llama")
     raw, params = model.config.to_dict(), random_params(config)
     lora, spec = random_lora(config, TARGETS)
-    options = {"hf_config": raw, "tokenizer": tokenizer()}
+    options = {"hf_config": raw, "tokenizer": WRITTEN}
 
     def written(folder: Path, **changes: Any) -> Path:
         return write_merged(folder, config, params, lora, spec, **(options | changes))
@@ -212,17 +217,17 @@ def test_tokenizer_files_of_the_base_are_copied_and_no_links_out_of_it(small, tm
     base, copied = tmp_path / "base", ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja")
     small.write(base)
     (base / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
-    small.write(tmp_path / "m", tokenizer=base)
+    small.write(tmp_path / "m", tokenizer=partial(copy_tokenizer, base))
     for name in (*copied, "generation_config.json"):
         assert (tmp_path / "m" / name).read_bytes() == (base / name).read_bytes()
     (tmp_path / "empty").mkdir()
     with pytest.raises(NaloraError, match=r"tokenizer\.json"):
-        small.write(tmp_path / "n", tokenizer=tmp_path / "empty")
+        small.write(tmp_path / "n", tokenizer=partial(copy_tokenizer, tmp_path / "empty"))
     (tmp_path / "id_rsa").write_text("PRIVATE KEY")
     (base / "merges.txt").symlink_to("../id_rsa")
     expected = r"merges.txt: expected a file of that folder, found a link to .*/id_rsa"
     with pytest.raises(NaloraError, match=expected):
-        small.write(tmp_path / "n", tokenizer=base)
+        small.write(tmp_path / "n", tokenizer=partial(copy_tokenizer, base))
     assert not (tmp_path / "n").exists()
 
 
@@ -253,18 +258,6 @@ def test_one_tensor_in_memory_at_a_time(tiny_model, random_lora, tmp_path):
     tracemalloc.stop()
     assert total > 20 * largest
     assert peak < 6 * largest
-
-
-def test_sharded_parameters_are_written_whole(small):
-    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "tensor"))
-    spread = map_named(
-        lambda path, leaf: jax.device_put(leaf, split) if "gate_proj" in path else leaf, small.params
-    )
-    expected = dict(merged_tensors(small.config, small.params, small.lora, small.spec))
-    for name, tensor in merged_tensors(small.config, spread, small.lora, small.spec):
-        np.testing.assert_array_equal(tensor, expected.pop(name))
-    assert not expected
 
 
 def test_bad_requests_leave_nothing(small, tmp_path):

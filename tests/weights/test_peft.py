@@ -17,7 +17,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
-from nalora_jax.weights.peft_read import TENSORS_NAME
+from nalora_jax.weights.peft_config import TENSORS_NAME
 from tests.weights.conftest import COMMON
 from tests.weights.in_peft import logits, merge_equally, our_logits, save, wrap, write_adapter
 from tests.weights.test_merge import TARGETS
@@ -367,22 +367,18 @@ def test_bad_files_are_refused(good, tmp_path):
     refused(r"adapter_config\.json", tmp_path / "nothing")
 
 
-def test_an_earlier_adapter_is_replaced_on_request_and_nothing_else(random_lora, tmp_path):
-    lora, spec = random_lora(LLAMA, FFN)
-
-    def export(lora: Any, **options: Any) -> None:
-        export_adapter(lora, spec, LLAMA, tmp_path / "a", base_model_name="b", **options)
-
-    export(lora)
+def test_an_earlier_adapter_is_replaced_on_request_and_nothing_else(good):
+    folder, *_ = good
+    (lora, spec), options = import_adapter(folder, LLAMA), {"base_model_name": "b"}
     with pytest.raises(NaloraError, match=r"holds adapter_config\.json"):
-        export(lora)
+        export_adapter(lora, spec, LLAMA, folder, **options)
     lora = map_named(lambda _, leaf: leaf * 2, lora)
-    export(lora, overwrite=True)
-    verify_export(tmp_path / "a", lora, spec, LLAMA)
-    (tmp_path / "a/notes.txt").write_text("mine")
+    export_adapter(lora, spec, LLAMA, folder, overwrite=True, **options)
+    verify_export(folder, lora, spec, LLAMA)
+    (folder / "notes.txt").write_text("mine")
     with pytest.raises(NaloraError, match=r"notes\.txt"):
-        export(lora, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+        export_adapter(lora, spec, LLAMA, folder, overwrite=True, **options)
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 GATE = {"ffn/gate_proj": FFN["ffn/gate_proj"]}

@@ -78,7 +78,7 @@ def test_smollm2_tokens_and_chat_equal_transformers(smollm):
 def test_minilm_gives_the_embeddings_of_transformers():
     loaded = load_encoder("all-minilm-l6-v2", dtype="float32")
     texts = ["A red heart.", "The capital of France is Paris", "smiling face with sunglasses"]
-    folder, _ = hub.resolve_folder("all-minilm-l6-v2")
+    folder = hub.resolve_encoder("all-minilm-l6-v2").path
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     given = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():

@@ -248,7 +248,7 @@ GLM4_MOE = Family(
 #
 # Attention has a sink per head, biases and alternating windows. Experts and router have biases; the gate
 # is the clamped swish, and its factor is ``1 + clip(x W_up)``. The released files store the experts'
-# kernels in MXFP4 (`nalora_jax.weights.expert_tensors`).
+# kernels in MXFP4 (`nalora_jax.weights.model_files`).
 
 
 def _gpt_oss(f: Fields) -> Features:

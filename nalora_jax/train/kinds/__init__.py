@@ -10,7 +10,7 @@ from nalora_jax.config.settings import DUAL
 from nalora_jax.models import families  # noqa: F401  (enters the families that can be trained)
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.job import Kind
-from nalora_jax.weights import gguf_tokenizer  # noqa: F401  (enters the files that a base can be)
+from nalora_jax.weights import gguf  # noqa: F401  (enters the files that a base can be)
 
 
 def run_kind(config: RunConfig) -> Kind:
