@@ -8,19 +8,28 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+from etils import epy
 from tyro.conf import Positional, arg
 
 from nalora_jax.cli.outputs import mesh_of, shown_model
-from nalora_jax.config import MeshConfig
+from nalora_jax.common.files import expand_user
+from nalora_jax.config import MeshConfig, VisionConfig
 from nalora_jax.config.settings import GenerationConfig
 from nalora_jax.config.structured import MAX_RANK, SEED
 from nalora_jax.errors import NaloraError, visible
 
-if TYPE_CHECKING:
-    from nalora_jax.train.adapted import AdaptedModel
-    from nalora_jax.weights.adapter_forms import AdapterSlot
+with epy.lazy_imports():  # on first use: help needs no JAX
+    import jax
+
+    from nalora_jax.data.images import files as image_files
+    from nalora_jax.evaluate import generate
+    from nalora_jax.evaluate.generate import conversation, slots
+    from nalora_jax.layout import distributed
+    from nalora_jax.models import targets
+    from nalora_jax.train import adapted, located
+    from nalora_jax.weights import hub, model_files
 
 HELP = """\
 /image PATH      show an image with the next message, to a model that sees; several one after another
@@ -61,18 +70,15 @@ class ChatArgs:
 
 def chat(args: ChatArgs) -> None:
     """Reads lines until end of input; streams responses to stdout and messages to stderr."""
-    from nalora_jax.train.adapted import load
-
     mesh = mesh_of(args.mesh)
     options: dict[str, Any] = {"dtype": args.dtype, "quantize": args.quantize or "run", "mesh": mesh}
-    model = load(args.model, adapter=args.adapter, images=_sees(args), **options)
+    model = adapted.load(args.model, adapter=args.adapter, images=_sees(args), **options)
     if model.base.tokenizer.chat_template is None:
-        raise NaloraError(
-            args.model,
-            expected="a model with a chat template",
-            found="none in its tokenizer",
-            remedy="use an instruction-tuned model, or nalora generate",
+        expected, remedy = (
+            "a model with a chat template",
+            "use an instruction-tuned model, or nalora generate",
         )
+        raise NaloraError(args.model, expected=expected, found="none in its tokenizer", remedy=remedy)
     talk = _Talk(args, model, mesh)
     _say(f"{talk.name} · /help lists commands")
     for line in _lines():
@@ -81,64 +87,44 @@ def chat(args: ChatArgs) -> None:
 
 
 def _sees(args: ChatArgs) -> bool:
-    """Returns True if the image encoder is to be loaded.
-
-    It is if the model has one, unless the adapter's run did not use it.
-    """
-    from nalora_jax.config import VisionConfig
-    from nalora_jax.train.located import locate
-    from nalora_jax.weights.hub import resolve_source
-    from nalora_jax.weights.model_files import open_files
-
-    located = locate(args.model, args.adapter)
-    if located.run:
-        return bool(located.run.get("vision", {}).get("task", VisionConfig().task) == "chat")
+    """Returns True if the model has an image encoder, unless the adapter's run did not use it."""
+    place = located.locate(args.model, args.adapter)
+    if place.run:
+        return bool(place.run.get("vision", {}).get("task", VisionConfig().task) == "chat")
     with contextlib.suppress(NaloraError):  # language model, or loading will report the error
-        return open_files(resolve_source(located.base), images=True).config.sight is not None
+        files = model_files.open_files(hub.resolve_source(place.base), images=True)
+        return files.config.sight is not None
     return False
 
 
 class _Talk:
     """A conversation with a model and its current adapter, and the effects of typed lines on both."""
 
-    def __init__(self, args: ChatArgs, model: AdaptedModel, mesh: Any) -> None:
-        from nalora_jax.evaluate.generate.conversation import Conversation
-
+    def __init__(self, args: ChatArgs, model: adapted.AdaptedModel, mesh: Any) -> None:
         self.args, self.model, self.mesh = args, model, mesh
-        self.conversation, self.answers = Conversation(args.system), 0
+        self.conversation, self.answers = conversation.Conversation(args.system), 0
         self.pictures: list[Any] = []  # prepared for the next message
-        self.slot: AdapterSlot | None = None
+        self.slot: slots.AdapterSlot | None = None
         self._use(model.lora, model.spec, model.located.adapter)
 
     def _use(self, lora: Any, spec: Any, adapter: Path | None) -> None:
         """Responds with an adapter from now on, in the compiled slot if it takes the adapter."""
-        import jax
-
-        from nalora_jax.evaluate.generate import Generator
-        from nalora_jax.layout import distributed
-        from nalora_jax.train.located import trained_in_turns
-        from nalora_jax.weights.adapter_forms import AdapterSlot
-
-        base, rank = self.model.base, AdapterSlot.rank_of(spec)
-        if AdapterSlot.takes(spec):
-            if self.slot is None or rank > AdapterSlot.rank_of(self.slot.spec):
-                self.slot = AdapterSlot.on(base.config, rank=max(rank, self.args.max_lora_rank))
+        base, kind = self.model.base, slots.AdapterSlot
+        if kind.takes(spec):
+            rank = kind.rank_of(spec)
+            if self.slot is None or rank > kind.rank_of(self.slot.spec):
+                self.slot = kind.on(base.config, rank=max(rank, self.args.max_lora_rank))
             lora, spec = self.slot.fill(lora, spec), self.slot.spec
         if self.mesh is not None:
             lora = jax.device_put(lora, distributed.shardings(lora, self.mesh, distributed.STATE_RULES))
-        self.generator = Generator(
-            self.model.module.clone(adapters=spec),
-            {"params": base.params, "lora": lora},
-            base.tokenizer,
-            mesh=self.mesh,
-            processor=base.processor,
+        module, variables = self.model.module.clone(adapters=spec), {"params": base.params, "lora": lora}
+        self.generator = generate.Generator(
+            module, variables, base.tokenizer, mesh=self.mesh, processor=base.processor
         )
         self.name = shown_model(self.model.located.base, adapter)
-        if adapter is not None and trained_in_turns(adapter) is False:
-            _say(
-                f"warning: {adapter} was trained on prompts without a chat template; nalora generate "
-                "--prompt uses none"
-            )
+        if adapter is not None and located.trained_in_turns(adapter) is False:
+            without = "was trained on prompts without a chat template; nalora generate --prompt uses none"
+            _say(f"warning: {adapter} {without}")
 
     def take(self, line: str) -> bool:
         """Executes a line and returns True to continue, also after an error, which is printed."""
@@ -155,52 +141,37 @@ class _Talk:
         return True
 
     def _command(self, name: str, argument: str) -> None:
-        if name == "/help":
-            _say(HELP)
-        elif name == "/adapter":
-            if argument:
-                self._switch(argument)
-            _say(self.name)
-        elif name == "/image":
-            self._add_image(argument)
-        elif name == "/system":
-            self.conversation.system = argument or None
-            _say(f"system prompt: {argument}" if argument else "no system prompt")
-        elif name == "/reset":
-            self.conversation.reset()
-            self.pictures = []
-            _say("a new conversation")
-        else:
-            expected = "/help, /adapter, /image, /system, /reset, /exit"
-            raise NaloraError(name, expected=expected, found="none of them", remedy="see /help")
-
-    def _switch(self, path: str) -> None:
-        """Responds with the adapter in ``path`` from now on; "none" removes the adapter.
-
-        Raises:
-          NaloraError: it is not an adapter of this base.
-        """
-        from nalora_jax.models.targets import AdapterSpec
-        from nalora_jax.train.adapted import adapter_for
-        from nalora_jax.train.located import adapter_folder
-
-        if path == "none":
-            self._use(None, AdapterSpec(), None)
-        else:
-            folder = adapter_folder(Path(path))
-            self._use(*adapter_for(self.model.base, folder), folder)
+        match name:
+            case "/help":
+                _say(HELP)
+            case "/adapter":
+                if argument == "none":
+                    self._use(None, targets.AdapterSpec(), None)
+                elif argument:
+                    folder = located.adapter_folder(Path(argument))
+                    self._use(*adapted.adapter_for(self.model.base, folder), folder)
+                _say(self.name)
+            case "/image":
+                self._add_image(argument)
+            case "/system":
+                self.conversation.system = argument or None
+                _say(f"system prompt: {argument}" if argument else "no system prompt")
+            case "/reset":
+                self.conversation.reset()
+                self.pictures = []
+                _say("a new conversation")
+            case _:
+                expected = "/help, /adapter, /image, /system, /reset, /exit"
+                raise NaloraError(name, expected=expected, found="none of them", remedy="see /help")
 
     def _add_image(self, path: str) -> None:
-        from nalora_jax.common.files import expand_user
-        from nalora_jax.data.images.files import open_image
-
         processor = self.model.base.processor
         if processor is None:
             loaded_as = f"{self.name}, which was loaded as a language model"
             raise NaloraError("/image", expected="a model that sees images", found=loaded_as)
         if not path:
             raise NaloraError("/image", expected="an image file", found="none")
-        self.pictures.append(processor(open_image(expand_user(path)))["pixels"])
+        self.pictures.append(processor(image_files.open_image(expand_user(path)))["pixels"])
         _say(f"with the next message: {len(self.pictures)} image{'s' * (len(self.pictures) > 1)}")
 
     def _answer(self, text: str) -> None:

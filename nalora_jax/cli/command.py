@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from nalora_jax.cli import (
-    chat,
-    doctor,
-    evaluate,
-    parser,
-    plan,
-    usage,
-    verbs,
-    verify,
-)
+import tyro
+from tyro.conf import DisallowNone, PositionalMetavarFromFieldName
+
+from nalora_jax.cli import chat, doctor, evaluate, parser, plan, usage, verbs, verify
 from nalora_jax.common import buckets
 from nalora_jax.common.imports import import_files, installed_version
 from nalora_jax.config.checks import check_path
@@ -31,37 +26,23 @@ class Verb:
 
     arguments: type  # the dataclass that defines its flags
     handler: Callable[[Any], None]
-    # Flags of its short help by heading; without any it has only full help.
-    shown: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Flags of its short help by heading, separated by blanks; without any it has only full help.
+    shown: Mapping[str, str] = field(default_factory=dict)
 
 
-# Flags of the short help, by heading.
 _TRAIN = {
-    "Run": (
-        "--config",
-        "--model",
-        "--adapter",
-        "--output",
-        "--resume",
-        "--steps",
-        "--epochs",
-        "--seed",
-        "--dry-run",
-    ),
-    "Data": ("--data.dataset", "--data.eval-split", "--data.max-length", "--data.chat", "--data.loss-on"),
-    "Adapters, and the steps of their gates": ("--lora.rules", "--mechanisms"),
+    "Run": "--config --model --adapter --output --resume --steps --epochs --seed --dry-run",
+    "Data": "--data.dataset --data.eval-split --data.max-length --data.chat --data.loss-on",
+    "Adapters, and the steps of their gates": "--lora.rules --mechanisms",
     "Training and evaluation": (
-        "--optimizer.learning-rate",
-        "--train.batch-size",
-        "--train.eval-every",
-        "--compute.quantize",
+        "--optimizer.learning-rate --train.batch-size --train.eval-every --compute.quantize"
     ),
-    "Several runs at once": ("--sweep",),
+    "Several runs at once": "--sweep",
 }
 _PLAN = {
-    "Model and machine": ("--model", "--topology", "--batch", "--seq"),
-    "Run": ("--lora.rules", "--mechanisms", "--compute.quantize", "--sweep", "--steps"),
-    "Result": ("--estimate", "--price", "--json"),
+    "Model and machine": "--model --topology --batch --seq",
+    "Run": "--lora.rules --mechanisms --compute.quantize --sweep --steps",
+    "Result": "--estimate --price --json",
 }
 VERBS = {
     "train": Verb(parser.TrainArgs, verbs.train, _TRAIN),
@@ -81,11 +62,7 @@ VERBS = {
 
 
 # Paths that may be in a bucket, besides those of `--adapter`.
-_IN_BUCKETS = {
-    "export": ("run", "output"),
-    "merge": ("output",),
-    "from-peft": ("file",),
-}
+_IN_BUCKETS = {"export": ("run", "output"), "merge": ("output",), "from-peft": ("file",)}
 _RESUME = ("yes", "no", "auto")
 
 
@@ -107,22 +84,18 @@ def execute(argv: Sequence[str]) -> None:
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:
     """Returns the subcommand and its arguments, with numbers checked; raises as `execute` does."""
-    words = list(argv)
-    usage.check_text(words)
-    if not words or words[0] in ("-h", "--help", "--help-all"):
+    usage.check_text(argv)
+    name, *words = argv or [""]
+    if name in ("", "-h", "--help", "--help-all"):
         text = usage.overview({name: verb.arguments for name, verb in VERBS.items()})
-        if not words:
-            print(text, file=sys.stderr)
-            raise SystemExit(2)
-        print(text)
-        raise SystemExit(0)
-    if words[0] == "--version":
+        print(text, file=sys.stdout if name else sys.stderr)
+        raise SystemExit(0 if name else 2)
+    if name == "--version":
         print(f"nalora_jax {installed_version('nalora_jax')}")
         raise SystemExit(0)
-    name, arguments = words[0], words[1:]
     if name not in VERBS:
         raise unknown(name, name, VERBS, f"a verb: {', '.join(VERBS)}", "see nalora --help")
-    return name, _arguments(name, VERBS[name], arguments)
+    return name, _arguments(name, VERBS[name], words)
 
 
 def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
@@ -138,40 +111,47 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
     if asked in ("-h", "--help") and verb.shown:
         print(usage.short_help(name, verb.arguments, verb.shown))
         raise SystemExit(0)
+    trains = verb.arguments is parser.TrainArgs
     if asked is None:
         names = import_files(files)
-        if names and verb.arguments is parser.TrainArgs:
+        if names and trains:
             words = [*words, "--imports", *names]
         usage.check_flags(name, verb.arguments, words)
-    start = None
-    if verb.arguments is parser.TrainArgs:
-        start = parser.defaults(words)
-    if asked is not None:
-        words = ["--help"]
-    args = _parsed(name, verb.arguments, words, start, quiet=asked is None)
-    if start is not None and args.run.epochs and parser.taken(words, "--steps")[0]:
+    start: dict[str, Any] = {"default": parser.defaults(words)} if trains else {}
+    with contextlib.nullcontext() if asked else usage.one_line_errors(name):
+        args: Any = tyro.cli(
+            verb.arguments,
+            prog=f"nalora {name}",
+            description=(verb.arguments.__doc__ or "").strip(),
+            args=["--help"] if asked else words,
+            registry=parser.registry(),
+            config=(PositionalMetavarFromFieldName, DisallowNone),
+            **start,
+        )
+    if trains and args.run.epochs and parser.taken(words, "--steps")[0]:
         remedy = "leave one of them out"
         raise NaloraError("--steps", expected="steps or epochs", found="both", remedy=remedy)
     check_ranges(args)
     if name in ("generate", "chat"):
         check_ranges(args.sampling)  # a group without a prefix
-    flags = {
-        flag.field.name: flag.name for flag in usage.flags(verb.arguments) if flag.owner is verb.arguments
-    }
+    _check_paths(name, args)
+    return args
+
+
+def _check_paths(name: str, args: Any) -> None:
+    """Raises a NaloraError for a path that cannot exist, or that is in a bucket and must be on this machine."""
+    flags = {flag.field.name: flag.name for flag in usage.flags(type(args)) if flag.owner is type(args)}
     for argument in fields(args):
         value = getattr(args, argument.name)
+        # Positional arguments have their name in the help.
+        flag = flags.get(argument.name, argument.name.upper())
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path):
-                # Positional arguments have their name in the help.
-                flag = flags.get(argument.name, argument.name.upper())
                 check_path(flag, path)
-                if (where := buckets.bucket_url(path)) and argument.name not in (
-                    "adapter",
-                    *_IN_BUCKETS.get(name, ()),
-                ):
+                where = buckets.bucket_url(path)
+                if where and argument.name not in ("adapter", *_IN_BUCKETS.get(name, ())):
                     expected, remedy = "a path on this machine", "copy it from or to the bucket"
                     raise NaloraError(flag, expected=expected, found=where, remedy=remedy)
-    return args
 
 
 def _named(argv: Sequence[str]) -> set[str]:
@@ -211,18 +191,3 @@ def _spelled_out(words: list[str]) -> list[str]:
             )
         remaining = remaining[len(pair) :]
     return spelled
-
-
-def _parsed(name: str, kind: type, words: list[str], start: Any, *, quiet: bool) -> Any:
-    """Returns tyro's result for the words; with ``quiet``, its errors become NaloraErrors."""
-    import contextlib
-
-    import tyro
-    from tyro.conf import DisallowNone, PositionalMetavarFromFieldName
-
-    options: dict[str, Any] = {"description": (kind.__doc__ or "").strip()}
-    if start is not None:
-        options["default"] = start
-    options |= {"registry": parser.registry(), "config": (PositionalMetavarFromFieldName, DisallowNone)}
-    with usage.one_line_errors(name) if quiet else contextlib.nullcontext():
-        return tyro.cli(kind, prog=f"nalora {name}", args=words, **options)

@@ -110,12 +110,9 @@ def plain_settings(value: Any, default: Any = None) -> Any:
     if is_dataclass(value):
         plain = {}
         for entry in fields(value):
-            value_of = getattr(value, entry.name)
-            if default is None or value_of != getattr(default, entry.name):
-                inner = None
-                if default is not None and is_dataclass(value_of):
-                    inner = getattr(default, entry.name)
-                plain[entry.name] = plain_settings(value_of, inner)
+            value_of, usual = getattr(value, entry.name), getattr(default, entry.name, None)
+            if default is None or value_of != usual:
+                plain[entry.name] = plain_settings(value_of, usual if is_dataclass(value_of) else None)
         return plain
     if not isinstance(value, tuple):
         return value

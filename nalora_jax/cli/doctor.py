@@ -5,26 +5,28 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nalora_jax.common.downloads import cache_dir, private_dir
-from nalora_jax.common.imports import installed_version
+from etils import epy
+
+from nalora_jax.common import downloads, imports, processor
 from nalora_jax.errors import NaloraError
 
+with epy.lazy_imports():  # on first use: versions come first
+    import jax
+
+    from nalora_jax.common import devices
+    from nalora_jax.cpu.native import library
+    from nalora_jax.layout import distributed
+    from nalora_jax.train import machine
+
 PACKAGES = (
-    "nalora_jax",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "numpy",
-    "tokenizers",
-    "huggingface_hub",
+    *("nalora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
+    *("tokenizers", "huggingface_hub"),
 )
 OPTIONAL = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "transformers", "peft", "lm_eval")
 CACHES = {
@@ -46,86 +48,72 @@ def doctor(args: Any) -> None:
     Versions come first, because JAX ends a process from C++ if another process of a pod does not connect.
     """
     problems: list[str] = []
-    for title, rows in (
-        ("Versions", _versions),
-        ("CPU", partial(_kernels, problems)),
-        ("Caches", partial(_caches, problems)),
-        ("Devices", partial(_devices, problems)),
-    ):
+    parts = {"Versions": _versions, "CPU": _kernels, "Caches": _caches, "Devices": _devices}
+    for title, rows in parts.items():
         print(title)
-        for name, value in rows().items():
+        for name, value in rows(problems):
             print(f"  {name:<32}{value}")
     print("\n  ! ".join(["Problems", *problems]) if problems else "No problem found.")
     if problems:
         raise SystemExit(1)
 
 
-def _versions() -> dict[str, str]:
-    versions = {name: installed_version(name) for name in (*PACKAGES, *OPTIONAL)}
-    return {"python": platform.python_version()} | {
-        name: version
-        for name, version in versions.items()
-        if name in PACKAGES or version != "not installed"
-    }
+def _versions(_: list[str]) -> Iterator[tuple[str, str]]:
+    yield "python", platform.python_version()
+    for name in (*PACKAGES, *OPTIONAL):
+        version = imports.installed_version(name)
+        if name in PACKAGES or version != "not installed":
+            yield name, version
 
 
-def _devices(problems: list[str]) -> dict[str, str]:
-    import jax
-
-    from nalora_jax.common.devices import kind_of, memory_statistics, platform_name
-    from nalora_jax.layout.distributed import initialize_distributed
-
+def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
     try:
-        initialize_distributed(within=_WAIT)
-        devices = jax.devices()
+        distributed.initialize_distributed(within=_WAIT)
+        every, local = jax.devices(), jax.local_devices()
     except (NaloraError, RuntimeError, AssertionError) as error:  # JAX asserts if a plugin is missing
         reason = " ".join(str(error).split())[:300] or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
         problems.append(f"JAX finds no device: {reason}")
-        return {}
-    local, used = jax.local_devices(), platform_name(devices[0])
-    limit = memory_statistics(local[0]).get("bytes_limit", 0)
+        return
+    used, limit = devices.platform_name(every[0]), devices.memory_statistics(local[0]).get("bytes_limit", 0)
     if used == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
         for path, name, extra in (("/dev/nvidia0", "GPU", "cuda"), ("/dev/accel0", "TPU", "tpu")):
             if Path(path).exists():
-                remedy = f"install the extra [{extra}]"
-                problems.append(f"there is a {name} ({path}), and JAX uses the CPU: {remedy}")
-    return {
-        "platform": used,
-        "devices": f"{len(devices)} ({', '.join(sorted(set(map(kind_of, devices))))})",
-        "processes": str(jax.process_count()),
-        "of this process": f"{len(local)} x {kind_of(local[0])}" + (f" of {_size(limit)}" if limit else ""),
-    }
+                problems.append(
+                    f"there is a {name} ({path}), and JAX uses the CPU: install the extra [{extra}]"
+                )
+    yield "platform", used
+    yield "devices", f"{len(every)} ({', '.join(sorted(set(map(devices.kind_of, every))))})"
+    yield "processes", str(jax.process_count())
+    of_each = f" of {_size(limit)}" if limit else ""
+    yield "of this process", f"{len(local)} x {devices.kind_of(local[0])}{of_each}"
 
 
-def _kernels(problems: list[str]) -> dict[str, str]:
+def _kernels(problems: list[str]) -> Iterator[tuple[str, str]]:
     if importlib.util.find_spec("nalora_jax.cpu") is None:
-        return {"kernels": "none: nalora_jax.cpu is not installed"}
-    from nalora_jax.common import processor
-    from nalora_jax.cpu.native import library
-    from nalora_jax.train.machine import host_memory
-
-    free, total = host_memory()
-    kinds = processor.kinds()
-    rows = {"name": processor.name(), "cores": str(os.cpu_count()), "kernels": ", ".join(kinds) or "none"}
-    rows["memory"] = f"{_size(free)} free of {_size(total)}"
+        yield "kernels", "none: nalora_jax.cpu is not installed"
+        return
+    (free, total), kinds, used = machine.host_memory(), processor.kinds(), ""
+    yield "name", processor.name()
+    yield "cores", str(os.cpu_count())
+    yield "kernels", ", ".join(kinds) or "none"
+    yield "memory", f"{_size(free)} free of {_size(total)}"
     try:
-        rows["in use"] = library.chosen() or "none: products are XLA's"
-        rows["compiler"] = library.find_compiler()
+        used = library.chosen() or "none: products are XLA's"
+        yield "in use", used
+        yield "compiler", library.find_compiler()
     except NaloraError as error:
         problems.append(str(error))
     except RuntimeError as error:
-        rows["compiler"] = "none"
-        if rows["in use"] in kinds:
+        yield "compiler", "none"
+        if used in kinds:
             problems.append(f"the kernels for this CPU cannot be compiled: {error}")
-    rows["huge pages"] = _huge_pages()
-    return rows
+    yield "huge pages", _huge_pages()
 
 
 def _huge_pages() -> str:
     """Returns whether the C library's heap uses huge pages, with the variable that requests them."""
     name, version = platform.libc_ver()
-    numbers = version.split(".")
-    supported = name == "glibc" and all(map(str.isdecimal, numbers)) and [*map(int, numbers)] >= [2, 35]
+    supported = name == "glibc" and [*map(int, re.findall(r"\d+", version))] >= [2, 35]
     kernel = HUGE_PAGES.read_text() if HUGE_PAGES.exists() else ""  # e.g. "always [madvise] never"
     if not supported or not kernel or "[never]" in kernel:
         return "not available: they need glibc 2.35 and transparent huge pages of the kernel"
@@ -134,26 +122,22 @@ def _huge_pages() -> str:
     return f"off; faster on CPUs with: export GLIBC_TUNABLES={_HUGE}=1"
 
 
-def _caches(problems: list[str]) -> dict[str, str]:
-    root = cache_dir()
-    rows = {"folder": str(root)}
+def _caches(problems: list[str]) -> Iterator[tuple[str, str]]:
+    root = downloads.cache_dir()
+    yield "folder", str(root)
     for name, what in CACHES.items():
         folder = root / name
         if folder.is_dir():
-            rows[what] = _size(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+            yield what, _size(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
             if name in _RUN:
                 try:
-                    private_dir(folder)
+                    downloads.private_dir(folder)
                 except OSError as error:
                     problems.append(f"{what} are not kept: {error}")
     existing = next(path for path in (root, *root.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    rows["free"] = _size(free)
-    if free < 2 << 30:
-        problems.append(f"{existing} has {_size(free)} left, less than a small model needs")
+    yield "free", _size(shutil.disk_usage(existing).free)
     if not os.access(existing, os.W_OK):
         problems.append(f"{existing} cannot be written; set NALORA_CACHE to a folder that can")
-    return rows
 
 
 def _size(count: int) -> str:

@@ -14,37 +14,26 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nalora_jax.cli import config_files
-from nalora_jax.common import trees
-from nalora_jax.common.devices import AXES
+from nalora_jax.common import devices, trees
 from nalora_jax.config import RunConfig
 from nalora_jax.config.structured import dotted
 from nalora_jax.data.pipeline import stream_text
-from nalora_jax.data.tokenizer import AddedTokens, Tokenizer
+from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.evaluate.generate.programs import prompt_shards
 from nalora_jax.evaluate.run_log import recorded_settings
-from nalora_jax.layout import distributed
+from nalora_jax.layout import distributed, estimates, layouts
 from nalora_jax.layout.distributed import platform_of
-from nalora_jax.layout.estimates import Layout, estimate, program_shape
-from nalora_jax.layout.layouts import laid_out
 from nalora_jax.layout.machines import MATRIX_SHARE, Topology, of_devices, topology
 from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.rules import make
-from nalora_jax.models.adapters import adapter_shapes, adapter_spec
+from nalora_jax.models import adapters, decoder, stacks, targets
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_cache
 from nalora_jax.models.remat import chosen_remat
-from nalora_jax.models.stacks import param_shapes
-from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.ops.dispatch import numerics_for
-from nalora_jax.ops.storage import matmul, prepare
-from nalora_jax.train.initial_adapter import with_adapter
+from nalora_jax.ops import dispatch, storage
+from nalora_jax.train import initial_adapter, job, kinds, optimizers, session
 from nalora_jax.train.inputs import check_layout
-from nalora_jax.train.job import Inputs
-from nalora_jax.train.kinds import run_kind
 from nalora_jax.train.machine import device_memory
 from nalora_jax.train.mechanisms import first_step, log_first_step, mechanisms_of
-from nalora_jax.train.optimizers import with_learning_rate
-from nalora_jax.train.session import say_counts
 
 
 def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
@@ -60,8 +49,11 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
     for run in runs:
         for text in run.mechanisms:
             make(text)
-    runs = [with_adapter(run, recorded_settings(run.output) if run.resume else None) for run in runs]
-    inputs = run_kind(runs[0]).open_inputs(runs[0], None)
+    runs = [
+        initial_adapter.with_adapter(run, recorded_settings(run.output) if run.resume else None)
+        for run in runs
+    ]
+    inputs = kinds.run_kind(runs[0]).open_inputs(runs[0], None)
     lines = (
         _describe_images(inputs) + _differences(runs) if inputs.base is None else _describe(inputs, runs)
     )
@@ -69,70 +61,77 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
     print("\n".join(f"# {line}" for line in lines))
 
 
-def _describe_images(inputs: Inputs) -> list[str]:
-    """Returns lines that describe a run on image and text encoders.
-
-    Raises:
-      NaloraError: any error that a run would raise before it reads weights.
-    """
+def _describe_images(inputs: job.Inputs) -> list[str]:
+    """Returns lines that describe a run on image and text encoders."""
     from nalora_jax.models.vision.dual import init_lora as init_dual  # Pillow is an extra
     from nalora_jax.train.kinds.dual import resolve_dual
     from nalora_jax.weights.dual import described_dual
 
-    config, records, (reported, selecting) = inputs.config, inputs.data, inputs.held_out
+    config, records = inputs.config, inputs.data
     base = described_dual(config.model, d_out=config.vision.features, loss=config.vision.loss)
     spec = resolve_dual(config, base)
-    say_counts(len(reported), len(selecting), chosen=config.train.eval_every > 0)
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in base.param_shapes().items()}
     lora = jax.eval_shape(partial(init_dual, base, spec), jax.random.key(0), trees.unflatten(shapes))
     total, trained = sum(map(math.prod, base.param_shapes().values())), trees.count_elements(lora)
-    of = f"{len(records.classes)} classes, " if records.classes else ""
-    epochs = config.steps * config.train.batch_size / len(records.indices)
-    weights = config.compute.itemsize * total
+    weights, of = config.compute.itemsize * total / 1e9, ""
+    if records.classes:
+        of = f"{len(records.classes)} classes, "
     held = f"{4 * trained / 1e9:.2f} GB each for trained parameters, their gradients and what the optimizer remembers"
     return [
         f"base model: {total:,} parameters, {config.model}",
         f"trained parameters: {trained:,}, on {len(spec.targets)} projections a layer of both towers",
-        f"mechanisms: {mechanisms_text(config, base.towers['image'].activation, spec)}",
+        f"mechanisms: {_mechanisms(config, base.towers['image'].activation, spec)}",
         f"training data: {of}{len(records.indices)} images of {len(records.source)}",
-        f"held out: {len(reported)} images that results are reported on, {len(selecting)} that choose the checkpoint",
-        f"steps: {config.steps} of {config.train.batch_size} images, {epochs:.2f} epochs",
-        f"memory: {weights / 1e9:.2f} GB for the weights, {held}; activations are not estimated",
+        *_sizes(inputs, len(records.indices), "images", "images"),
+        f"memory: {weights:.2f} GB for the weights, {held}; activations are not estimated",
     ]
 
 
-def _describe(inputs: Inputs, runs: Sequence[RunConfig]) -> list[str]:
+def _describe(inputs: job.Inputs, runs: Sequence[RunConfig]) -> list[str]:
     """Returns lines that describe the first of several runs on a decoder, and how the others differ."""
     config, base, files, data = inputs.config, inputs.base, inputs.files, inputs.data
     assert base is not None
     assert files is not None
-    concrete = laid_out(config, base)
+    concrete = layouts.laid_out(config, base)
     mesh = distributed.make_mesh(concrete.mesh)
     check_layout(concrete, base, files, mesh)
-    spec = adapter_spec(config, base)
-    reported, selecting = inputs.held_out
-    say_counts(len(reported), len(selecting), chosen=config.train.eval_every > 0)
+    spec = adapters.adapter_spec(config, base)
     settings = []
     for run in runs:
         if run.model == runs[0].model:
-            adapter_spec(run, base)  # raises for rules that match nothing
-            run = with_learning_rate(run, base.d_model)
+            adapters.adapter_spec(run, base)  # raises for rules that match nothing
+            run = optimizers.with_learning_rate(run, base.d_model)
         settings.append(run)
+    lines = [
+        f"base model: {sum(map(math.prod, stacks.param_shapes(base).values())):,} parameters, {files.resolved.path}"
+    ]
+    if added := AddedTokens.of(config.data):
+        tokenizer = files.tokenizer_with(added).backend
+        ids = ", ".join(f"{text!r} {tokenizer.token_to_id(text)}" for text in added.texts)
+        lines.append(f"added tokens: {ids}; the embedding has {base.vocab_size:,} rows")
     scaling = f", with RoPE scaling {config.rope_scaling}" if config.rope_scaling else ""
-    added, trained = AddedTokens.of(config.data), trees.count_elements(adapter_shapes(base, spec))
-    epochs = config.steps * config.train.batch_size / data.rows_per_epoch
+    trained = trees.count_elements(adapters.adapter_shapes(base, spec))
     return [
-        f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.resolved.path}",
-        *_added(added, files.tokenizer_with(added), base),
+        *lines,
         f"adapters: {trained:,} trained parameters, {len(spec.targets)} projections a layer",
-        f"mechanisms: {mechanisms_text(config, base.activation, spec)}",
+        f"mechanisms: {_mechanisms(config, base.activation, spec)}",
         f"training data: {stream_text(data.describe())}",
         *_rollouts(concrete, base, mesh),
         f"rows: {config.data.max_length:,} tokens; the model's context has {base.max_positions:,}{scaling}",
-        f"held out: {len(reported)} examples that results are reported on, {len(selecting)} that choose the checkpoint",
-        f"steps: {config.steps} of {config.train.batch_size} rows, {epochs:.2f} epochs",
+        *_sizes(inputs, data.rows_per_epoch, "examples", "rows"),
         *_memory(concrete, base, spec, mesh),
         *_differences(settings),
+    ]
+
+
+def _sizes(inputs: job.Inputs, of_epoch: int, held: str, rows: str) -> list[str]:
+    """Returns lines on the held-out examples and the steps; logs warnings about their number, as the run does."""
+    config, (reported, selecting) = inputs.config, map(len, inputs.held_out)
+    session.say_counts(reported, selecting, chosen=config.train.eval_every > 0)
+    batch = config.train.batch_size
+    return [
+        f"held out: {reported} {held} that results are reported on, {selecting} that choose the checkpoint",
+        f"steps: {config.steps} of {batch} {rows}, {config.steps * batch / of_epoch:.2f} epochs",
     ]
 
 
@@ -142,9 +141,9 @@ def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
     if not rl.rewards:
         return []
     prompts = config.train.batch_size // rl.samples
-    _, count, samples = program_shape(prompts, rl.samples, shards)
-    numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
-    make = partial(init_cache, base, count * samples, config.data.max_length, numerics)
+    _, count, samples = estimates.program_shape(prompts, rl.samples, shards)
+    numerics = dispatch.numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
+    make = partial(decoder.init_cache, base, count * samples, config.data.max_length, numerics)
     cache = trees.size_bytes(jax.eval_shape(make)) / shards
     return [
         f"rollouts: {rl.samples} samples of each of {prompts} prompts, at most {rl.max_new_tokens} tokens, "
@@ -154,12 +153,12 @@ def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
 
 def _this_machine(config: RunConfig, mesh: Mesh) -> Topology:
     """Returns a machine with the measured speeds of a matmul and of reading weights on a device of the mesh."""
-    numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
+    numerics = dispatch.numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
 
     def seconds(rows: int, columns: int) -> float:
         x, kernel = jnp.ones((rows, 2048), numerics.result), jnp.ones((2048, columns), config.compute.dtype)
-        kernel = prepare({"params": {"kernel": kernel}}, numerics)["params"]["kernel"]
-        product, times = jax.jit(partial(matmul, numerics=numerics)), []
+        kernel = storage.prepare({"params": {"kernel": kernel}}, numerics)["params"]["kernel"]
+        product, times = jax.jit(partial(storage.matmul, numerics=numerics)), []
         for _ in range(4):  # the first one compiles
             started = time.perf_counter()
             jax.block_until_ready(product(x, kernel))
@@ -176,24 +175,18 @@ def _differences(runs: Sequence[RunConfig]) -> list[str]:
     """Returns a line on each run of a sweep: its folder, and the settings that differ between runs."""
     if len(runs) == 1:
         return []
+
+    def text(value: Any) -> str:
+        return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+
     rows = [dict(dotted(config_files.plain_settings(run))) for run in runs]
-    names = [
-        name for name in rows[0] if name != "output" and any(row[name] != rows[0][name] for row in rows)
-    ]
-    lines = [f"{len(runs)} runs, the first one as above:"]
-    for run, row in zip(runs, rows, strict=True):
-        settings = ", ".join(f"{name} {_value_text(row[name])}" for name in names)
-        lines.append(f"  {run.output}: {settings}")
-    return lines
+    names = [n for n in rows[0] if n != "output" and any(row[n] != rows[0][n] for row in rows)]
+    settings = (", ".join(f"{name} {text(row[name])}" for name in names) for row in rows)
+    lines = [f"  {run.output}: {differing}" for run, differing in zip(runs, settings, strict=True)]
+    return [f"{len(runs)} runs, the first one as above:", *lines]
 
 
-def _value_text(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value)) or "none"
-    return str(value)
-
-
-def mechanisms_text(config: RunConfig, activation: str, spec: AdapterSpec) -> str:
+def _mechanisms(config: RunConfig, activation: str, spec: targets.AdapterSpec) -> str:
     """Returns the mechanisms of a run as text; logs the warnings that the run would log."""
     gates = find_gates(trees.unflatten({f"{path}/b": 0 for path, _ in spec.targets}))
     mechanisms = mechanisms_of(config, activation, {}, gates)
@@ -203,33 +196,23 @@ def mechanisms_text(config: RunConfig, activation: str, spec: AdapterSpec) -> st
     return f"{' '.join(config.mechanisms)}, from step {first_step(mechanisms)}"
 
 
-def _added(added: AddedTokens, tokenizer: Tokenizer, base: ModelConfig) -> list[str]:
-    """Returns lines that describe the added tokens."""
-    if not added:
-        return []
-    ids = [f"{text!r} {tokenizer.backend.token_to_id(text)}" for text in added.texts]
-    return [f"added tokens: {', '.join(ids)}; the embedding has {base.vocab_size:,} rows"]
-
-
-def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) -> list[str]:
+def _memory(config: RunConfig, base: ModelConfig, spec: targets.AdapterSpec, mesh: Any) -> list[str]:
     """Returns lines with an estimate of memory per device during training."""
-    sizes = {axis: mesh.shape.get(axis, 1) for axis in AXES}
-    numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
+    sizes = {axis: mesh.shape.get(axis, 1) for axis in devices.AXES}
+    numerics = dispatch.numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
     remat = chosen_remat(config.compute.remat, base.d_model, numerics)
     data, fsdp, context, tensor = sizes.values()
-    placed = Layout(data, fsdp, tensor, remat, config.compute.experts, context=context)
+    placed = estimates.Layout(data, fsdp, tensor, remat, config.compute.experts, context=context)
     # Bytes do not depend on the machine; times of an unknown machine are measured, for rewards only.
     where = of_devices(list(mesh.devices.flat))
     if where is None:
         where = _this_machine(config, mesh) if config.rl.rewards else topology("v5e:1x1")
-    layout = estimate(placed, config, base, spec, where)
-    parts = {
-        "weights": layout.weights,
-        "adapters and optimizer": layout.state,
-        "activations": layout.activations,
-        "working space": layout.working,
-    }
-    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    layout = estimates.estimate(placed, config, base, spec, where)
+    sizes_of = layout.weights, layout.state, layout.activations, layout.working
+    named = zip(
+        ("weights", "adapters and optimizer", "activations", "working space"), sizes_of, strict=True
+    )
+    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in named)
     lines = [
         f"mesh: {distributed.shown_axes(sizes)}, remat {remat}",
         f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({listed})",

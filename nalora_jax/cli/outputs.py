@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from etils import epy
 
 from nalora_jax.common import buckets, uploads
 from nalora_jax.common.folders import refuse_claimed
@@ -15,43 +17,37 @@ from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
 from nalora_jax.config.settings import DUAL
 from nalora_jax.errors import Interrupted, NaloraError
 
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
+with epy.lazy_imports():  # on first use: help needs no JAX
+    import jax
+
+    from nalora_jax.layout import distributed
+    from nalora_jax.train import located, preemption
 
 
-def mesh_of(config: MeshConfig) -> Mesh | None:
+def mesh_of(config: MeshConfig) -> jax.sharding.Mesh | None:
     """Returns the mesh over as many devices as its axes need (-1: all); None for one device."""
-    from nalora_jax.layout.distributed import smallest_mesh, unless_single
-
-    return unless_single(smallest_mesh(config))
+    return distributed.unless_single(distributed.smallest_mesh(config))
 
 
 def is_dual(model: str | Path, adapter: str | Path | None = None) -> bool:
     """Returns True if the model or adapter is from a run that trained a dual encoder."""
-    from nalora_jax.train.located import locate
-
-    return locate(model, adapter).run.get("vision", {}).get("task", "") in DUAL
+    return located.locate(model, adapter).run.get("vision", {}).get("task", "") in DUAL
 
 
 def shown_model(base: str, adapter: Path | None) -> str:
     """Returns the names of a base and its adapter in one line."""
-    if adapter is None:
-        return base
-    return f"{base} + {adapter}"
+    return base if adapter is None else f"{base} + {adapter}"
 
 
 def labelled(title: str, label: str) -> str:
     """Returns ``title``, followed by a label if there is one."""
-    if not label:
-        return title
-    return f"{title}, {label}"
+    return f"{title}, {label}" if label else title
 
 
 def data_settings(run: Mapping[str, Any], changes: dict[str, Any]) -> DataConfig:
     """Returns the data settings of the adapter's run, else defaults, with the user's changes."""
-    return replace(
-        config_from_dict(run).data, **{name: value for name, value in changes.items() if value is not None}
-    )
+    changed = {name: value for name, value in changes.items() if value is not None}
+    return replace(config_from_dict(run).data, **changed)
 
 
 def shown_output(path: Path) -> str:
@@ -66,10 +62,8 @@ def removed_if_stopped() -> Iterator[None]:
     Raises:
       Interrupted: a signal arrived.
     """
-    from nalora_jax.train.preemption import stop_signals
-
     try:
-        with stop_signals():
+        with preemption.stop_signals():
             yield
     except Interrupted as stopped:
         raise Interrupted(stopped.signal, resume="no unfinished output was left") from None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from etils import epy
 from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -21,12 +22,10 @@ from nalora_jax.config.settings import GenerationConfig
 from nalora_jax.config.structured import COUNT, MAX_RANK, SEED, TOKENS
 from nalora_jax.study.sweeps.grid import recorded_sweep
 
+with epy.lazy_imports():  # on first use: help needs no NumPy
+    from nalora_jax.evaluate import run_log
+
 Dtype = Literal["bfloat16", "float32"]
-
-
-def one_device() -> MeshConfig:
-    """Returns the default mesh of a subcommand."""
-    return MeshConfig(data=1, fsdp=1, tensor=1)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class GenerateArgs:
     # Dtype of the base weights. By default the run's, else bfloat16.
     dtype: Dtype | None = None
     # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
-    mesh: MeshConfig = field(default_factory=one_device)
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,6 @@ class ExportArgs:
     model: str | None = None
     # vLLM's setting of that name, an upper limit of the rank.
     max_lora_rank: Annotated[int, MAX_RANK] = 16
-
-    @property
-    def names(self) -> tuple[str, Path | None]:
-        """Returns the model and the adapter to load."""
-        if self.model is None:
-            return str(self.run), None
-        return self.model, self.run
 
 
 @dataclass(frozen=True)
@@ -233,20 +225,12 @@ def defaults(argv: Sequence[str]) -> TrainArgs:
         swept = recorded_sweep(folder)
         if swept is not None:
             return TrainArgs(sweep=swept[0], run=replace(swept[1], output=folder, imports=()))
-        return TrainArgs(run=_recorded(folder))
+        run = config_from_dict(run_log.recorded_settings(folder))
+        # Epochs have become the recorded number of steps, which --steps may now change. Files are
+        # executed only if they are named again: a folder may come from somebody else.
+        return TrainArgs(run=replace(run, output=folder, resume=False, epochs=0.0, imports=()))
     check_path("--config", config[-1])
     return TrainArgs(Path(config[-1]), run=load_config(config[-1]))
-
-
-def _recorded(output: str) -> RunConfig:
-    """Returns the settings of the run in ``output`` for resuming it, else the defaults."""
-    from nalora_jax.evaluate.run_log import recorded_settings
-
-    settings = recorded_settings(output)
-    config = config_from_dict(settings)
-    # Epochs have become the recorded number of steps, which --steps may now change. Files are
-    # executed only if they are named again: a folder may come from somebody else.
-    return replace(config, output=output, resume=False, epochs=0.0, imports=())
 
 
 def taken(words: Sequence[str], flag: str, ending: str = "") -> tuple[list[str], list[str]]:

@@ -8,20 +8,23 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
+from etils import epy
 from tyro.conf import arg
 
+from nalora_jax.common.downloads import cache_dir
 from nalora_jax.config import DataConfig, RunConfig, TrainConfig, check
 from nalora_jax.config.settings import DUAL
 from nalora_jax.config.structured import AMOUNT, COUNT, TOKENS, check_ranges
 from nalora_jax.errors import NaloraError
 
-if TYPE_CHECKING:
-    from nalora_jax.layout.machines import Topology
+with epy.lazy_imports():  # on first use: help needs no JAX, and `_prepare` comes before it
+    from nalora_jax.cli.planning import program, report
+    from nalora_jax.layout import layouts, machines
 
 
 log = logging.getLogger(__name__)
@@ -79,22 +82,19 @@ class PlanArgs:
 
 def plan(args: PlanArgs) -> None:
     """Prints the plan of each topology."""
-    from nalora_jax.common.downloads import cache_dir
-    from nalora_jax.layout.machines import topology
-
     if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise NaloraError("--json", expected="a file in an existing folder", found=args.json)
-    machines = [topology(name) for name in args.topology]
-    if not machines:
+    topologies = [machines.topology(name) for name in args.topology]
+    if not topologies:
         raise NaloraError("--topology", expected="at least one machine", found="none")
-    _prepare(gpus=any(machine.chip.platform == "gpu" for machine in machines))
+    _prepare(gpus=any(machine.chip.platform == "gpu" for machine in topologies))
     if args.estimate:
-        _print_plans(args, machines)
+        _print_plans(args, topologies)
         return
     file = cache_dir() / "plan-compiler.log"
     log.info("messages of the compilers: %s", file)
     with compiler_messages_in(file):
-        _print_plans(args, machines)
+        _print_plans(args, topologies)
 
 
 @contextmanager
@@ -124,56 +124,45 @@ def compiler_messages_in(file: Path) -> Iterator[None]:
             os.dup2(terminal, 2)
 
 
-def _print_plans(args: PlanArgs, machines: Sequence[Topology]) -> None:
-    from nalora_jax.cli.planning.program import architecture
-    from nalora_jax.cli.planning.report import (
-        describe_costs,
-        describe_sweep,
-        estimate_record,
-        plan_lines,
-        plan_sweep,
-    )
-    from nalora_jax.cli.planning.report import plan as compiled
-    from nalora_jax.layout.layouts import fastest, fitting
-
-    run = args.run
+def _print_plans(args: PlanArgs, topologies: Sequence[machines.Topology]) -> None:
+    run, seq = args.run, args.seq or args.run.data.max_length
     if not run.model:
         raise NaloraError("--model", expected="a model", found="none")
-    base = architecture(run.model, images=args.images > 0, rope_scaling=run.rope_scaling)
+    base = program.architecture(run.model, images=args.images > 0, rope_scaling=run.rope_scaling)
     base = replace(base, vocab_size=base.vocab_size + args.added_tokens)
-    _check_length(args.seq or run.data.max_length, base.max_positions)
-    for machine in machines:
-        config = args.config(1 if args.sweep else machine.size)
-        if args.sweep:
-            sweep = plan_sweep(config, base, machine, args.sweep, compiles=not args.estimate)
-            record, lines = sweep.to_dict(), list(describe_sweep(sweep, steps=run.steps, price=args.price))
-        elif args.estimate:
-            layout = fastest(fitting(config, base, machine))
-            record = estimate_record(config, machine, layout)
-            rate, seconds = record["tokens_per_second"], record["seconds"]
-            costs = describe_costs(machine, rate, seconds, run.steps, args.price)
-            lines = [f"{run.model} on {machine.name}: {layout}", *(f"  {line}" for line in costs)]
-        else:
-            planned = compiled(config, base, machine, args.images)
-            record, lines = planned.to_dict(), list(plan_lines(planned, steps=run.steps, price=args.price))
-        print("\n".join(lines), flush=True)
-        if args.json is not None:
-            with args.json.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-
-
-def _check_length(seq: int, positions: int) -> None:
-    """Raises unless rows have a length and the model has a position for each of their tokens."""
     if seq == 0:
         expected = "the tokens of a row: a plan reads no data"
         raise NaloraError("--data.max-length", expected=expected, found="auto")
-    if seq > positions:
-        raise NaloraError(
-            "--seq",
-            expected=f"at most the model's {positions:,} positions",
-            found=seq,
-            remedy="--model.rope-scaling extends them",
+    if seq > base.max_positions:
+        expected, remedy = (
+            f"at most the model's {base.max_positions:,} positions",
+            "--model.rope-scaling extends them",
         )
+        raise NaloraError("--seq", expected=expected, found=seq, remedy=remedy)
+    shown: dict[str, Any] = {"steps": run.steps, "price": args.price}
+    for machine in topologies:
+        config = args.config(1 if args.sweep else machine.size)
+        if args.sweep:
+            sweep = report.plan_sweep(config, base, machine, args.sweep, compiles=not args.estimate)
+            record, lines = sweep.to_dict(), report.describe_sweep(sweep, **shown)
+        elif args.estimate:
+            layout = layouts.fastest(layouts.fitting(config, base, machine))
+            rate = config.train.batch_size * config.data.max_length / layout.seconds
+            record = report.common_fields(config, machine) | {
+                **{name: getattr(layout, name) for name in ("memory", "seconds", "mfu")},
+                **{"layout": layout.record(), "estimate": True},
+                **{"limit": machine.chip.memory, "tokens_per_second": rate},
+            }
+            print(f"{run.model} on {machine.name}: {layout}")
+            lines = report.cost_lines(machine, layout.seconds, rate, **shown)
+        else:
+            planned = report.plan(config, base, machine, args.images)
+            record, lines = planned.to_dict(), report.plan_lines(planned, **shown)
+        for line in lines:
+            print(line, flush=True)
+        if args.json is not None:
+            with args.json.open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 def _prepare(*, gpus: bool) -> None:
@@ -187,10 +176,9 @@ def _prepare(*, gpus: bool) -> None:
         return
     # No device can be timed here, so XLA must not try; its default choices are compiled.
     flags = ["--xla_gpu_autotune_level=0"]
-    try:
+    tools = None
+    with suppress(ModuleNotFoundError):
         tools = importlib.util.find_spec("nvidia.cuda_nvcc")
-    except ModuleNotFoundError:
-        tools = None
     if tools is not None and tools.submodule_search_locations:
         flags.append(f"--xla_gpu_cuda_data_dir={next(iter(tools.submodule_search_locations))}")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+
+from etils import epy
 
 from nalora_jax.cli.planning.auto import accepted
 from nalora_jax.config import RunConfig
 from nalora_jax.data.given import Data, Format
 from nalora_jax.data.source import Source
-from nalora_jax.train import start
+from nalora_jax.train import cards, kinds, start
 from nalora_jax.train.callbacks import Callback
-from nalora_jax.train.cards import write_run_card
-from nalora_jax.train.kinds import run_kind
 from nalora_jax.train.run import RunResult, fine_tune
+
+with epy.lazy_imports():
+    from nalora_jax.report import html  # a run needs it at its end only
 
 
 def run(
@@ -46,19 +48,13 @@ def run(
     """
     return fine_tune(
         config,
-        run_kind(config),
+        kinds.run_kind(config),
         start,
         choose_layout=accepted,
-        write_card=write_run_card,
-        write_report=_write_report,
+        write_card=cards.write_run_card,
+        write_report=lambda folder: html.write_report(folder),
         data=data,
         format=format,
         callbacks=callbacks,
         source=source,
     )
-
-
-def _write_report(folder: Path) -> Path:
-    from nalora_jax.report.html import write_report  # not earlier: a run needs it at its end only
-
-    return write_report(folder)

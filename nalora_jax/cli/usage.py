@@ -46,10 +46,8 @@ def flags(kind: type, prefix: str = "", values: Any = None) -> Iterator[Flag]:
         bare = get_args(declared)[0] if extras else declared
         if any("Positional" in str(extra) for extra in extras):
             continue
-        explicit = next(
-            (extra.name for extra in extras if getattr(extra, "name", None) is not None), entry.name
-        )
-        default: Any = entry.default
+        named = (extra.name for extra in extras if getattr(extra, "name", None) is not None)
+        explicit, default = next(named, entry.name), entry.default
         if values is not None:
             default = getattr(values, entry.name)
         elif entry.default_factory is not MISSING:
@@ -63,9 +61,7 @@ def flags(kind: type, prefix: str = "", values: Any = None) -> Iterator[Flag]:
 
 def _without_none(hint: Any) -> Any:
     inner = [member for member in get_args(hint) if member is not types.NoneType]
-    if get_origin(hint) in (Union, types.UnionType) and len(inner) == 1:
-        return inner[0]
-    return hint
+    return inner[0] if get_origin(hint) in (Union, types.UnionType) and len(inner) == 1 else hint
 
 
 def check_flags(verb: str, kind: type, argv: Sequence[str]) -> None:
@@ -158,51 +154,39 @@ def _entry(name: str, text: str, *, indent: int) -> str:
 
 def overview(verbs: Mapping[str, type]) -> str:
     """Returns the output of ``nalora --help``: one line per subcommand."""
-    lines = [
-        "usage: nalora VERB [ARGUMENTS]",
-        "",
-        "Nonlinearity-aware LoRA for gated-FFN Transformers.",
-        "",
-    ]
+    lines = ["usage: nalora VERB [ARGUMENTS]", ""]
+    lines += ["Nonlinearity-aware LoRA for gated-FFN Transformers.", ""]
     lines += [_entry(name, first_line(kind), indent=12) for name, kind in verbs.items()]
+    also = "with any verb:"
     lines += [
         "",
         "  nalora VERB --help   the flags of a verb (--help-all: all of them)",
         "  nalora --version     the version",
+        _entry("--log-format json", f"{also} notes, steps and errors as one JSON object a line", indent=23),
         _entry(
-            "--log-format json",
-            "with any verb: notes, steps and errors as one JSON object a line",
-            indent=23,
-        ),
-        _entry(
-            "--import FILE ...",
-            "with any verb: execute Python files that register rules of your own",
-            indent=23,
+            "--import FILE ...", f"{also} execute Python files that register rules of your own", indent=23
         ),
     ]
     return "\n".join(lines)
 
 
-def short_help(verb: str, kind: type, common: Mapping[str, Sequence[str]]) -> str:
+def short_help(verb: str, kind: type, common: Mapping[str, str]) -> str:
     """Returns the most used flags, and one line about each group of other flags.
 
     Args:
       verb: name of the subcommand.
       kind: its arguments.
-      common: names of the flags to show, by heading.
+      common: names of the flags to show, separated by blanks, by heading.
     """
     every = list(flags(kind))
     by_name = {flag.name: flag for flag in every}
     lines = [f"usage: nalora {verb} [FLAGS]", "", fill(first_line(kind), width())]
     for heading, names in common.items():
         lines += ["", f"{heading}:"]
-        for flag in (by_name[name] for name in names):
+        for flag in map(by_name.__getitem__, names.split()):
             default = _typed(flag.default)
             note = f" (default: {default})" if default else ""
-            lines += [
-                f"  {flag.name}",
-                fill(f"{flag.text}{note}", width(), initial_indent=" " * 6, subsequent_indent=" " * 6),
-            ]
+            lines += [f"  {flag.name}", _entry("", f"{flag.text}{note}", indent=6)]
     lines += ["", f"All {len(every)} flags: nalora {verb} --help-all"]
     groups: dict[type, list[Flag]] = {}
     for flag in every:
@@ -222,9 +206,7 @@ def _typed(value: Any) -> str:
         return " ".join(map(_typed, value))
     if isinstance(value, LoRARule):
         return value.text
-    if value is None or value is False:
-        return ""
-    return str(value)
+    return "" if value is None or value is False else str(value)
 
 
 def first_line(kind: type) -> str:

@@ -10,16 +10,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from etils import epy
 from tyro.conf import Positional
 
 from nalora_jax.errors import NaloraError
 
-if TYPE_CHECKING:
+with epy.lazy_imports():  # on first use: help needs no JAX
+    import jax
     import numpy as np
 
-    from nalora_jax.train.adapted import AdaptedModel
+    from nalora_jax.common import trees
+    from nalora_jax.models import targets
+    from nalora_jax.report import inspect
+    from nalora_jax.train import adapted
 
 _TOP = 20  # log probabilities that a server is asked for; vLLM's largest number
 _TOKENS = 24  # length of a prompt, at most
@@ -58,18 +63,13 @@ def verify(args: VerifyArgs) -> None:
       NaloraError: the server cannot be reached, has no log probabilities or no model of that name, or the
         adapter changes too little to tell.
     """
-    import numpy as np
-
-    from nalora_jax.report.inspect import TEXTS
-    from nalora_jax.train.adapted import load
-
     server = Server(args.url, args.name)  # fails before a model is loaded
     names = (args.model, args.adapter) if args.model else (args.adapter, None)
-    model = load(names[0], adapter=names[1], dtype=args.dtype)
-    encoded = [model.base.tokenizer.encode(text) for text in args.texts or TEXTS]
+    model = adapted.load(names[0], adapter=names[1], dtype=args.dtype)
+    encoded = [model.base.tokenizer.encode(text) for text in args.texts or inspect.TEXTS]
     prompts = np.array([ids[: min(_TOKENS, *map(len, encoded))] for ids in encoded])  # [prompts, tokens]
-    base, adapted = (server.log_probs(prompts, adapted=adapted) for adapted in (False, True))
-    verdict, good = judge(model, prompts, base, adapted)
+    base, changed = (server.log_probs(prompts, adapted=adapted) for adapted in (False, True))
+    verdict, good = judge(model, prompts, base, changed)
     print(f"{args.url}: {verdict}")
     if not good:
         raise SystemExit(1)
@@ -135,13 +135,13 @@ class Server:
             raise NaloraError(url, expected="an OpenAI-compatible server", found=error) from error
 
 
-def judge(model: AdaptedModel, prompts: np.ndarray, base: LogProbs, adapted: LogProbs) -> tuple[str, bool]:
+def judge(
+    model: adapted.AdaptedModel, prompts: np.ndarray, base: LogProbs, adapted: LogProbs
+) -> tuple[str, bool]:
     """Returns the verdict on a server's log probabilities, and whether the adapter is served.
 
     Compared is the change by the adapter, which hardly depends on the precision of the server's base.
     """
-    import numpy as np
-
     places = [(row, token) for row, top in enumerate(base) for token in top if token in adapted[row]]
     if not places:
         return "another adapter: with it none of the base's likely tokens is likely", False
@@ -168,18 +168,13 @@ def judge(model: AdaptedModel, prompts: np.ndarray, base: LogProbs, adapted: Log
     return f"another adapter: its change is {distance['adapter']:.0%} of ours away from ours", False
 
 
-def _candidates(model: AdaptedModel, prompts: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+def _candidates(model: adapted.AdaptedModel, prompts: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Yields our log probabilities ``[prompts, vocab]`` of base, adapter, other scales and parts of the modules."""
-    import jax
-    import numpy as np
-
-    from nalora_jax.common.trees import flatten, unflatten
-    from nalora_jax.models.targets import AdapterSpec
-
     assert model.lora is not None
-    params, leaves = {"params": model.base.params}, flatten(model.lora)
+    params, leaves = {"params": model.base.params}, trees.flatten(model.lora)
     part_of = {path: path.split("/")[-2] for path in leaves if path.endswith("/b")}
-    yield "base", np.asarray(_log_probs(model.module.clone(adapters=AdapterSpec()), params, prompts))
+    bare = model.module.clone(adapters=targets.AdapterSpec())
+    yield "base", np.asarray(_log_probs(bare, params, prompts))
     applied = jax.jit(lambda lora: _log_probs(model.module, params | {"lora": lora}, prompts))
     parts = set(part_of.values())
     kept = {"adapter": (1.0, parts)}
@@ -191,16 +186,13 @@ def _candidates(model: AdaptedModel, prompts: np.ndarray) -> Iterator[tuple[str,
             kept[f"the modules of {block} alone"] = (1.0, inside)
     for name, (scale, names) in kept.items():
         scaled = {path: leaves[path] * (scale if part in names else 0.0) for path, part in part_of.items()}
-        yield name, np.asarray(applied(unflatten(leaves | scaled)))
+        yield name, np.asarray(applied(trees.unflatten(leaves | scaled)))
 
 
 def _log_probs(module: Any, variables: Mapping[str, Any], prompts: np.ndarray) -> Any:
-    import jax
-    import jax.numpy as jnp
-
     hidden = module.apply(variables, prompts)  # [prompts, tokens, d_model]
     logits = module.apply(variables, hidden[:, -1:], method="unembed")  # [prompts, 1, vocab]
-    return jax.nn.log_softmax(logits[:, 0].astype(jnp.float32))
+    return jax.nn.log_softmax(logits[:, 0].astype("float32"))
 
 
 def _size(difference: np.ndarray) -> float:

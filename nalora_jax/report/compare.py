@@ -22,23 +22,11 @@ from nalora_jax.report.html import plain_text, resource, template
 from nalora_jax.train.progress import duration
 
 # Settings of output and storage, which do not change a run's results.
-_ASIDE = (
-    "seed",
-    "output",
-    "resume",
-    "callbacks",
-    "data.workers",
-    "compute.compilation_cache",
-)
+_ASIDE = ("seed", "output", "resume", "callbacks", "data.workers", "compute.compilation_cache")
 # Settings that decide which metrics a run computes.
 _TASK = (
-    "model",
-    "data.dataset",
-    "data.eval_split",
-    "data.loss_on",
-    "data.chat",
-    "vision.task",
-    "preference.loss",
+    *("model", "data.dataset", "data.eval_split", "data.loss_on", "data.chat"),
+    *("vision.task", "preference.loss"),
 )
 _LABEL, _SETTINGS = 32, 3  # characters of a setting in a label, and settings
 _GROUP_COLOURS = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")  # also the maximum number of groups
@@ -102,12 +90,12 @@ def group_runs(runs: Sequence[History]) -> list[Group]:
     """Groups runs that differ only in their seed, in the given order, named by differences."""
     groups: list[tuple[dict[str, str], list[History]]] = []
     for run in runs:
-        identity = _identity(run)
-        alike = next((members for settings, members in groups if settings == identity), None)
-        if alike is None:
-            groups.append((identity, [run]))
-        else:
-            alike.append(run)
+        identity = {name: plain_text(value) for name, value in dotted(run.config) if name not in _ASIDE}
+        alike = [members for settings, members in groups if settings == identity]
+        if not alike:
+            alike = [[]]
+            groups.append((identity, alike[0]))
+        alike[0].append(run)
     if len(groups) > len(_GROUP_COLOURS):
         expected = f"at most {len(_GROUP_COLOURS)} different settings"
         raise NaloraError("nalora report", expected=expected, found=len(groups))
@@ -125,10 +113,6 @@ def group_runs(runs: Sequence[History]) -> list[Group]:
         Group(label, colour, identity, tuple(members))
         for label, colour, (identity, members) in zip(labels, _GROUP_COLOURS, groups, strict=False)
     ]
-
-
-def _identity(run: History) -> dict[str, str]:
-    return {name: plain_text(value) for name, value in dotted(run.config) if name not in _ASIDE}
 
 
 def _apart(identities: Sequence[Mapping[str, str]]) -> list[str]:
@@ -170,7 +154,7 @@ def _row(group: Group) -> dict[str, str]:
         "difference": _spread([end[1].value - end[0].value for end in ends], "+.3f"),
         "loss after": _spread(losses),
         "exported step": ", ".join(dict.fromkeys(str(run.exported_step or "–") for run in group.runs)),
-        "misalignment": _spread([_last(run.column("misalignment")[1]) for run in group.runs]),
+        "misalignment": _spread([run.last("misalignment") for run in group.runs]),
         "tokens/s": _spread([float(np.nanmedian(s)) for s in speeds if np.isfinite(s).any()], ",.0f"),
         "time": _spread([run.total("seconds") for run in group.runs], "time"),
         "runs": f"{count} ({'seed' if count == 1 else 'seeds'} {seeds})",
@@ -178,10 +162,6 @@ def _row(group: Group) -> dict[str, str]:
     if "loss" in group.metric:
         del row["loss after"]  # it is the metric
     return row
-
-
-def _last(values: np.ndarray) -> float:
-    return float(values[-1]) if values.size else np.nan
 
 
 def _spread(values: Sequence[float | None], form: str = ".3f") -> str:

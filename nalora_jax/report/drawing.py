@@ -21,12 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # Placeholder colour of each CSS variable of the page; figures use none of them for other purposes.
-COLOURS = {
-    name: f"#0102{index:02x}"
-    for index, name in enumerate(
-        ("fg", "muted", "grid", "paper", "c1", "c2", "c3", "r0", "r1", "r2", "r3"), start=1
-    )
-}
+_VARIABLES = ("fg", "muted", "grid", "paper", "c1", "c2", "c3", "r0", "r1", "r2", "r3")
+COLOURS = {name: f"#0102{index:02x}" for index, name in enumerate(_VARIABLES, start=1)}
 REGION_COLOURS = tuple(COLOURS[f"r{index}"] for index in range(4))
 WIDTH = 5.0  # inches at 72 points: 360 CSS pixels
 POINTS = 400  # maximum points drawn of a line
@@ -43,20 +39,14 @@ _PAGE = {
     "text.parse_math": False,  # names come from the log, and a $ in a name is literal
     "font.size": 11,
     "axes.titlesize": 11,
-    "axes.edgecolor": COLOURS["muted"],
-    "axes.labelcolor": COLOURS["muted"],
-    "axes.titlecolor": COLOURS["fg"],
-    "axes.facecolor": "none",
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), COLOURS["muted"]),
+    **dict.fromkeys(("axes.titlecolor", "text.color"), COLOURS["fg"]),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
     "axes.axisbelow": True,
     "grid.color": COLOURS["grid"],
     "grid.linewidth": 0.8,
-    "text.color": COLOURS["fg"],
-    "xtick.color": COLOURS["muted"],
-    "ytick.color": COLOURS["muted"],
     "legend.fontsize": 10,
     "lines.linewidth": 1.8,
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
 }
 _FILE = {**_COMMON, "font.size": 10, "grid.color": "#dddddd", "legend.fontsize": 8}
 

@@ -63,8 +63,7 @@ class History:
     @property
     def config(self) -> Mapping[str, Any]:
         """Returns the run's config as nested dicts, without passwords (earlier logs have them)."""
-        settings: Mapping[str, Any] = redacted(self.header.get("run", {}))
-        return settings
+        return redacted(self.header.get("run", {}))
 
     @property
     def total_steps(self) -> int:
@@ -80,9 +79,7 @@ class History:
     def exported_step(self) -> int | None:
         """Returns the step of the exported adapter; None before it is evaluated."""
         step = self.final.get("step")
-        if step is None:
-            return None
-        return int(step)
+        return None if step is None else int(step)
 
     @property
     def unreached_step(self) -> int | None:
@@ -97,13 +94,12 @@ class History:
 
         null becomes NaN; lines without the scalar are left out.
         """
-        rows = [(record["step"], record[name]) for record in self.steps if name in record]
-        return _columns(rows)
+        return _columns([(record["step"], record[name]) for record in self.steps if name in record])
 
     def layers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [T], values [T, L] or [T, L, 4]) of a layer metric; null becomes NaN."""
-        rows = [(r["step"], r["layers"][name]) for r in self.steps if _has(r, name)]
-        return _columns(rows)
+        rows = [(r["step"], (r.get("layers") or {}).get(name)) for r in self.steps]
+        return _columns([row for row in rows if row[1] is not None])
 
     @property
     def mechanisms(self) -> list[str]:
@@ -113,21 +109,13 @@ class History:
     def histograms(self, label: str) -> Histograms | None:
         """Returns a mechanism's histograms with the bins of its last log step, or None."""
         logged = [(r["step"], (r.get("histograms") or {}).get(label)) for r in self.steps]
-        histograms = [
-            (step, histogram["edges"], np.array(histogram["counts"], float))
-            for step, histogram in logged
-            if histogram
-        ]
-        if not histograms:
+        rows = [(step, of["edges"], np.array(of["counts"], float)) for step, of in logged if of]
+        if not rows:
             return None
-        _, edges, last = histograms[-1]
-        alike = [
-            (step, counts)
-            for step, bins, counts in histograms
-            if bins == edges and counts.shape == last.shape
-        ]
-        at, rows = (list(column) for column in zip(*alike, strict=True))
-        return Histograms(np.array(at, float), np.array(edges, float), np.stack(rows))
+        _, edges, last = rows[-1]
+        alike = [(step, n) for step, bins, n in rows if bins == edges and n.shape == last.shape]
+        at, counts = zip(*alike, strict=True)
+        return Histograms(np.array(at, float), np.array(edges, float), np.stack(counts))
 
     def adapters(self, name: str = "adapters") -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Returns (steps [T], values [T, L]) by adapter path; ``name`` selects norms or ``ranks``.
@@ -150,8 +138,7 @@ class History:
 
     def eval_column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [E], values [E]) of a scalar of the evaluations."""
-        rows = [(e["step"], e["eval"][name]) for e in self.evals if name in e["eval"]]
-        return _columns(rows)
+        return _columns([(e["step"], e["eval"][name]) for e in self.evals if name in e["eval"]])
 
     @property
     def metric(self) -> tuple[str, str, bool] | None:
@@ -193,7 +180,10 @@ class History:
         if self.metric is None:
             return []
         key = self.metric[0]
-        return [_score(record, key) for record in records if record["eval"].get(key) is not None]
+        measured = [(int(r["step"]), r["eval"]) for r in records if r["eval"].get(key) is not None]
+        # Low and high of an evaluation are the interval of its headline metric.
+        bounds = ("low", "high", "n")
+        return [EvaluationScore(step, float(e[key]), *map(e.get, bounds)) for step, e in measured]
 
     def total(self, name: str) -> float:
         """Returns the sum of a counter that each log step restarts (seconds, tokens), or 0."""
@@ -220,13 +210,10 @@ def _refuse_folder_of_runs(folder: Path) -> None:
     """Raises a NaloraError that names the runs below a folder, if there are any."""
     runs = sorted(str(path.parent) for path in folder.glob(f"*/{FILE}"))
     if runs:
-        others = " ..." if len(runs) > 2 else ""
-        raise NaloraError(
-            str(folder),
-            expected="the folder of a run",
-            found=f"a folder of {len(runs)} run{'s' if len(runs) > 1 else ''}",
-            remedy=f"give one of them, or several to compare: nalora report {shlex.join(runs[:2])}{others}",
-        )
+        found = f"a folder of {len(runs)} run{'s' * (len(runs) > 1)}"
+        listed = shlex.join(runs[:2]) + " ..." * (len(runs) > 2)
+        remedy = f"give one of them, or several to compare: nalora report {listed}"
+        raise NaloraError(str(folder), expected="the folder of a run", found=found, remedy=remedy)
 
 
 def _check_layers(history: History, path: Path) -> None:
@@ -238,12 +225,10 @@ def _check_layers(history: History, path: Path) -> None:
                 continue
             shape = (len(rows), len(rows[0])) if isinstance(rows[0], list) else (len(rows),)
             if shapes.setdefault(name, shape) != shape:
-                raise NaloraError(
-                    f"{path}: step {record['step']}: layers: {name}",
-                    expected=f"the shape of the lines before it, {shapes[name]}",
-                    found=shape,
-                    remedy="the file was edited, or is of two runs",
-                )
+                place = f"{path}: step {record['step']}: layers: {name}"
+                expected = f"the shape of the lines before it, {shapes[name]}"
+                remedy = "the file was edited, or is of two runs"
+                raise NaloraError(place, expected=expected, found=shape, remedy=remedy)
     if len({shape[0] for shape in shapes.values()}) > 1:
         raise NaloraError(f"{path}: layers", expected="as many layers for every number", found=shapes)
 
@@ -266,13 +251,3 @@ def history_of(records: Sequence[Mapping[str, Any]]) -> History:
 def _columns(rows: Sequence[tuple[float, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Returns pairs of step and value as two arrays."""
     return np.array([step for step, _ in rows], float), np.array([v for _, v in rows], float)
-
-
-def _score(record: Mapping[str, Any], key: str) -> EvaluationScore:
-    evaluation = record["eval"]  # its low and high are the interval of the headline metric
-    bounds = (evaluation.get(name) for name in ("low", "high", "n"))
-    return EvaluationScore(int(record["step"]), float(evaluation[key]), *bounds)
-
-
-def _has(record: Mapping[str, Any], name: str) -> bool:
-    return (record.get("layers") or {}).get(name) is not None

@@ -59,10 +59,11 @@ def render(
       needle: tables of `nalora_jax.report.sections.read_needle`.
       rollouts: samples by step of `nalora_jax.report.sections.read_rollouts`.
     """
-    config = history.config
+    config, base = history.config, history.header.get("base")
+    model, dataset = config.get("model", "a model"), config.get("data", {}).get("dataset", "a data set")
     return template("page.html.j2").render(
         css=Markup(resource("style.css")),
-        title=_title(config),
+        title=f"{model} on {dataset}",
         status=_status(history),
         tiles=list(sections.tiles(history)),
         headline=sections.headline(history),
@@ -79,15 +80,8 @@ def render(
         layers=_layer_rows(history),
         versions=history.header.get("versions", {}),
         device=history.header.get("device", ""),
-        base=_base(history.header.get("base")),
+        base=Origin.from_dict(base).describe() if base else "",
     )
-
-
-def _base(noted: Mapping[str, Any] | None) -> str:
-    """Returns the base model's file, number formats and digest in one line, as logged."""
-    if not noted:
-        return ""
-    return Origin.from_dict(noted).describe()
 
 
 def _draw(history: History) -> list[tuple[str, list[tuple[str, Markup]]]]:
@@ -103,11 +97,6 @@ def _draw(history: History) -> list[tuple[str, list[tuple[str, Markup]]]]:
         ]
 
 
-def _title(config: Mapping[str, Any]) -> str:
-    model, dataset = config.get("model", "a model"), config.get("data", {}).get("dataset", "a data set")
-    return f"{model} on {dataset}"
-
-
 def _status(history: History) -> str:
     last, total, best = history.last_step, history.total_steps, history.done.get("best_step")
     if not history.done:
@@ -115,9 +104,7 @@ def _status(history: History) -> str:
     ended = history.done.get("message") or (
         f"{total} steps" if last >= total else f"stopped early, step {last} of {total}"
     )
-    if best is not None and best != last:
-        return f"{ended}, best at step {best}"
-    return str(ended)
+    return f"{ended}, best at step {best}" if best not in (None, last) else str(ended)
 
 
 def _config_rows(config: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
@@ -134,16 +121,10 @@ def plain_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "  ".join(map(plain_text, value)) or "none"
     if isinstance(value, Mapping) and {"pattern", "rank"} <= set(value):
-        text = f"{value['pattern']}:{value['rank']}"
-        if value.get("alpha") is not None:
-            text += f":{_number_text(value['alpha'])}"
-        return text
-    return str(value)
-
-
-def _number_text(value: object) -> str:
-    if isinstance(value, int | float) and abs(value) < 1e300:
-        return f"{value:g}"
+        alpha = value.get("alpha")
+        if isinstance(alpha, int | float) and abs(alpha) < 1e300:
+            alpha = f"{alpha:g}"
+        return f"{value['pattern']}:{value['rank']}" + ("" if alpha is None else f":{alpha}")
     return str(value)
 
 

@@ -10,14 +10,13 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from nalora_jax.common import trees
 from nalora_jax.common.files import write_atomically
@@ -32,7 +31,7 @@ from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.report.drawing import file_style
 from nalora_jax.report.history import REGIONS
 from nalora_jax.report.plots import stacked_bars
-from nalora_jax.report.tables import number
+from nalora_jax.report.tables import number, text_table
 from nalora_jax.train.adapted import AdaptedModel
 
 # A channel is responsive if its mean slope is at least this share of its layer's mean slope.
@@ -73,11 +72,10 @@ def by_layer(summaries: Mapping[str, LayerSummary], layers: Mapping[str, Sequenc
         block = path.removeprefix(f"{prefix}/").removeprefix("ffn").removeprefix("/")
         rows += [(number, block, summary, index) for index, number in enumerate(layers[prefix])]
     rows.sort(key=lambda row: row[:2])
+    names = tuple(f"{number} {block}".strip() for number, block, *_ in rows)
     columns = ("slope", "responsive", "occupancy", "misalignment", "limit")
-    values = {
-        name: np.stack([getattr(summary, name)[index] for *_, summary, index in rows]) for name in columns
-    }
-    return LayerSummary(**values, names=tuple(f"{number} {block}".strip() for number, block, *_ in rows))
+    values = {name: np.stack([getattr(summary, name)[i] for *_, summary, i in rows]) for name in columns}
+    return LayerSummary(**values, names=names)
 
 
 def layer_summary(stats: Mapping[str, Any], probe: Mapping[str, Any] | None = None) -> LayerSummary:
@@ -102,9 +100,8 @@ def layer_summary(stats: Mapping[str, Any], probe: Mapping[str, Any] | None = No
     layers, channels = sums["slope"].shape[0], sums["slope"].shape[-1]
     counts = sums["tokens"].reshape(layers, -1)
     if not (counts.sum(1) > 0).all():
-        raise NaloraError(
-            "inspect: texts", expected="real tokens in every layer", found="none", remedy="give more text"
-        )
+        expected, remedy = "real tokens in every layer", "give more text"
+        raise NaloraError("inspect: texts", expected=expected, found="none", remedy=remedy)
     total = counts.sum(1) * channels
     occupancy = np.moveaxis(sums["occupancy"], -2, 1).reshape(layers, 4, -1).sum(-1)
     slope = sums["slope"].reshape(layers, -1, channels)
@@ -140,21 +137,15 @@ def responsive_share(slope: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return np.sum(share * tokens, axis=1) / np.sum(tokens, axis=1)
 
 
-def layer_table(summary: LayerSummary, title: str = "") -> Table:
+def layer_table(summary: LayerSummary, title: str = "") -> str:
     """Returns the summary as a table for the terminal, with the mean over layers last."""
-    table = Table(title=title or None, caption=CAPTION, caption_justify="left", box=SIMPLE_HEAD, padding=0)
-    table.pad_edge = table.show_edge = False
     columns = _columns(summary)
-    table.add_column("layer", justify="right")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for layer, label in enumerate(summary.names or map(str, range(len(summary.slope)))):
-        table.add_row(label, *(cell(values[layer], name) for name, values in columns.items()))
-    table.add_section()
-    table.add_row(
-        "mean", *(cell(np.nanmean(values), name) for name, values in columns.items()), style="bold"
-    )
-    return table
+    rows = [
+        [label, *(cell(values[layer], name) for name, values in columns.items())]
+        for layer, label in enumerate(summary.names or map(str, range(len(summary.slope))))
+    ]
+    rows.append(["mean", *(cell(np.nanmean(values), name) for name, values in columns.items())])
+    return "\n".join([title, text_table(["layer", *columns], rows), fill(CAPTION, 100)])
 
 
 def cell(value: float, name: str) -> str:
@@ -198,10 +189,8 @@ def check_picture(path: str | Path) -> Path:
 
 def _ratio(sums: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """Returns sum of ``name`` over sum of |F| per layer; NaN for a gate that no adapter changes."""
-    layers = sums["feature"].shape[0]
-    feature = sums["feature"].reshape(layers, -1).sum(1)
-    denominator = np.where(feature > 0, feature, np.nan)
-    return sums[name].reshape(layers, -1).sum(1) / denominator
+    total, feature = (sums[key].reshape(len(sums[key]), -1).sum(1) for key in (name, "feature"))
+    return total / np.where(feature > 0, feature, np.nan)
 
 
 def _columns(summary: LayerSummary) -> dict[str, np.ndarray]:
@@ -213,21 +202,21 @@ def _columns(summary: LayerSummary) -> dict[str, np.ndarray]:
 
 
 def _draw(summary: LayerSummary, title: str) -> Figure:
-    lines: list[Sequence[tuple[str, np.ndarray]]] = [
-        [("mean slope E|φ′|", summary.slope), ("responsive share", summary.responsive)],
-        [("misalignment", summary.misalignment), ("its linear limit", summary.limit)],
+    lines = [
+        {"mean slope E|φ′|": summary.slope, "responsive share": summary.responsive},
+        {"misalignment": summary.misalignment, "its linear limit": summary.limit},
     ]
-    panels = [[line for line in panel if not np.isnan(line[1]).all()] for panel in lines]
-    panels = [panel for panel in panels if panel]
+    measured = [{n: values for n, values in panel.items() if np.isfinite(values).any()} for panel in lines]
+    panels = list(filter(None, measured))
     figure = Figure(figsize=(7.0, 2.6 * (1 + len(panels))), layout="constrained")
     axes = figure.subplots(1 + len(panels), 1, sharex=True)
     stacked_bars(axes[0], summary.occupancy, _COLOURS)
     axes[0].set(ylabel="share of tokens", title=title)
     axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=4)
     for axis, panel in zip(axes[1:], panels, strict=True):
-        for label, values in panel:
+        for label, values in panel.items():
             axis.plot(values, "o-", markersize=3.5, label=label)
-        axis.set_ylim(0, 1.15 * max(np.nanmax(values) for _, values in panel))
+        axis.set_ylim(0, 1.15 * max(map(np.nanmax, panel.values())))
         axis.legend()
     axes[-1].set_xlabel("layer")
     return figure
@@ -317,17 +306,14 @@ def _gate_sums(
         return jax.grad(output)(taps)
 
     total: dict[str, dict[str, Any]] = {}
-    for tokens, segments in batches:
-        for path, value in trees.flatten(
-            run(variables, jnp.asarray(tokens), jnp.asarray(segments))
-        ).items():
+    for batch in batches:
+        for path, value in trees.flatten(run(variables, *map(jnp.asarray, batch))).items():
             block, _, name = path.rpartition("/")
             sums = total.setdefault(block, {})
             sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
     if not total:
-        raise NaloraError(
-            "inspect", expected="a model with self-gated feed-forward blocks", found="one without"
-        )
+        expected = "a model with self-gated feed-forward blocks"
+        raise NaloraError("inspect", expected=expected, found="one without")
     return total
 
 
@@ -340,9 +326,8 @@ def _batches(
     """
     rows = [ids for ids in (tokenizer.encode(text)[:max_length] for text in texts) if ids]
     if not rows:
-        raise NaloraError(
-            "inspect: texts", expected="at least one text with a token in it", found=f"{len(texts)} texts"
-        )
+        expected = "at least one text with a token in it"
+        raise NaloraError("inspect: texts", expected=expected, found=f"{len(texts)} texts")
     longest = max(map(len, rows))
     for start in range(0, len(rows), ROWS):
         tokens = np.zeros((ROWS, longest), np.int32)

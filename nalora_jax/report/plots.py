@@ -6,151 +6,158 @@ They are drawn within `nalora_jax.report.drawing.style`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from nalora_jax.report.drawing import (
-    COLOURS,
-    REGION_COLOURS,
-    evenly,
-    legend,
-    new_figure,
-    smooth,
-    thin,
-    to_svg,
-)
+from nalora_jax.report import drawing
+from nalora_jax.report.drawing import COLOURS, evenly, legend, new_figure, smooth, thin, to_svg
 from nalora_jax.report.history import REGIONS, Histograms, History
 
 Plot = Callable[[History], str | None]
 MAP_COLUMNS = 160  # maximum steps drawn in a heat map
+_LINES = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")
+_MOST_TICKS = 7
 
 
-def held_out_loss(history: History) -> str | None:
+def _plot(
+    name: str, title: str, ylabel: str, *, xlabel: str = "step", zero: bool = False
+) -> Callable[[Callable[[History, Any], str | None]], Plot]:
+    """Makes a plot of a function that draws on one pair of axes and returns the unit of y if it differs.
+
+    There is no plot if nothing was drawn, and no legend if no line has a label.
+
+    Args:
+      name: of the figure in the page.
+      title: text for screen readers.
+      ylabel, xlabel: of the axes.
+      zero: True if the y axis starts at 0.
+    """
+
+    def of(draw: Callable[[History, Any], str | None]) -> Plot:
+        @wraps(draw)
+        def plot(history: History) -> str | None:
+            figure, axis = new_figure()
+            label = draw(history, axis) or ylabel
+            if not axis.has_data():
+                return None
+            axis.set(xlabel=xlabel, ylabel=label)
+            if zero:
+                axis.set_ylim(bottom=0)
+            if axis.get_legend_handles_labels()[1]:
+                legend(axis)
+            return to_svg(figure, name, title.format(label=label))
+
+        return plot
+
+    return of
+
+
+@_plot("held-out-loss", "Held-out loss over the steps", "loss per completion token")
+def held_out_loss(history: History, axis: Any) -> None:
     """Plots the held-out loss by evaluation."""
     steps, values = history.eval_column("loss")
-    if not np.isfinite(values).any():
-        return None
-    figure, axis = new_figure()
-    axis.plot(steps, values, "o-", color=COLOURS["c2"], markersize=4.5)
-    axis.set(xlabel="step", ylabel="loss per completion token")
-    return to_svg(figure, "held-out-loss", "Held-out loss over the steps")
+    if np.isfinite(values).any():
+        axis.plot(steps, values, "o-", color=COLOURS["c2"], markersize=4.5)
 
 
-def metric(history: History) -> str | None:
+@_plot("metric", "Held-out {label} over the steps", "")
+def metric(history: History, axis: Any) -> str | None:
     """Plots the headline metric with its 95% interval by evaluation, and the initial value."""
-    if history.metric is None or len(history.scores) < 2:
-        return None
-    _, name, _ = history.metric
     scores = history.scores
-    steps, values = [s.step for s in scores], np.array([s.value for s in scores])
-    figure, axis = new_figure()
+    if history.metric is None or len(scores) < 2:
+        return None
+    name = history.metric[1]
     before = "before training, same examples"  # not the headline metric's
-    axis.axhline(values[0], color=COLOURS["muted"], linewidth=1.2, linestyle="--", label=before)
-    bounded = [s for s in scores if s.low is not None and s.high is not None]
+    axis.axhline(scores[0].value, color=COLOURS["muted"], linewidth=1.2, linestyle="--", label=before)
+    bounded = [(s.step, s.low, s.high) for s in scores if s.low is not None and s.high is not None]
     if bounded:
-        axis.vlines(
-            [s.step for s in bounded],
-            [s.low for s in bounded],
-            [s.high for s in bounded],
-            color=COLOURS["c2"],
-            linewidth=1.4,
-            label="95% interval",
-        )
-    axis.plot(steps, values, "o-", color=COLOURS["c2"], markersize=5, label=name)
-    axis.set(xlabel="step", ylabel=name)
-    legend(axis)
-    return to_svg(figure, "metric", f"Held-out {name} over the steps")
+        ends = zip(*bounded, strict=True)
+        axis.vlines(*ends, color=COLOURS["c2"], linewidth=1.4, label="95% interval")
+    line = [s.step for s in scores], [s.value for s in scores]
+    axis.plot(*line, "o-", color=COLOURS["c2"], markersize=5, label=name)
+    return name
 
 
-def rewards(history: History) -> str | None:
+@_plot("rewards", "Rewards of chosen and rejected responses over the steps", "reward")
+def rewards(history: History, axis: Any) -> None:
     """Plots preference tuning: rewards of chosen and rejected completions, and held-out margin."""
     steps, margin = history.column("rewards_margin")
     eval_steps, held_out = history.eval_column("rewards_margin")
     if not margin.size and not held_out.size:
-        return None
-    figure, axis = new_figure()
+        return
     for name, colour in (("chosen", "c1"), ("rejected", "c3")):
-        at, values = history.column(f"rewards_{name}")
-        axis.plot(at, values, color=COLOURS[colour], linewidth=1.4, label=name)
+        line = history.column(f"rewards_{name}")
+        axis.plot(*line, color=COLOURS[colour], linewidth=1.4, label=name)
     axis.plot(steps, margin, color=COLOURS["muted"], linewidth=1.2, linestyle="--", label="margin")
     if held_out.size:
         axis.plot(eval_steps, held_out, "o-", color=COLOURS["c2"], markersize=4.5, label="held-out margin")
-    axis.set(xlabel="step", ylabel="reward")
-    legend(axis)
-    return to_svg(figure, "rewards", "Rewards of chosen and rejected responses over the steps")
 
 
-def sampled_rewards(history: History) -> str | None:
+@_plot("sampled-rewards", "Rewards of samples over the steps", "reward")
+def sampled_rewards(history: History, axis: Any) -> None:
     """Plots a run with rewards: mean and standard deviation of the sum, and the means of several rewards."""
     steps, total = history.column("reward")
     deviation = history.column("reward_std")[1]
     if not np.isfinite(total).any() or len(deviation) != len(total):
-        return None
+        return
     logged = {name for record in history.steps for name in record if name.startswith("reward_")}
     several = sorted(name for name in logged if f"{name}_std" in logged)
-    figure, axis = new_figure()
-    at, low, high = *thin(steps, total - deviation), thin(steps, total + deviation)[1]
+    at, low, high, mean = thin(steps, total - deviation, total + deviation, total)
     axis.fill_between(at, low, high, color=COLOURS["c1"], alpha=0.2, linewidth=0)
-    axis.plot(*thin(steps, total), color=COLOURS["c1"], label="reward")
+    axis.plot(at, mean, color=COLOURS["c1"], label="reward")
     for name, colour in zip(several if len(several) > 1 else [], _LINES[1:], strict=False):
         label = name.removeprefix("reward_").replace("_", " ")
         axis.plot(*thin(*history.column(name)), color=COLOURS[colour], linewidth=1.2, label=label)
-    axis.set(xlabel="step", ylabel="reward")
-    legend(axis)
-    return to_svg(figure, "sampled-rewards", "Rewards of samples over the steps")
 
 
-def misalignment(history: History) -> str | None:
+@_plot("misalignment", "Misalignment and its linear limit over the steps", "whole model")
+def misalignment(history: History, axis: Any) -> None:
     """Plots the model's misalignment and its linear limit, with their difference shaded."""
     steps, values = history.column("misalignment")
     limit_steps, limit = history.column("misalignment_limit")
     if not np.isfinite(values).any():
-        return None
-    figure, axis = new_figure()
+        return
     if np.array_equal(limit_steps, steps) and np.isfinite(limit).any():
         axis.fill_between(steps, limit, values, color=COLOURS["c1"], alpha=0.2, linewidth=0, label="excess")
         axis.plot(*thin(steps, limit), "--", color=COLOURS["c3"], label="linear limit (dz → 0)")
     axis.plot(*thin(steps, values), color=COLOURS["c1"], label="misalignment E|S| / E|F|")
-    axis.set(xlabel="step", ylabel="whole model")
-    legend(axis)
-    return to_svg(figure, "misalignment", "Misalignment and its linear limit over the steps")
 
 
 def misalignment_map(history: History) -> str | None:
     """Plots misalignment and its linear limit by layer and step on one colour scale."""
-    steps, values = history.layers("misalignment")
-    limit_steps, limit = history.layers("limit")
-    maps = [("misalignment", steps, values), ("its linear limit", limit_steps, limit)]
+    maps = [
+        ("misalignment", *history.layers("misalignment")),
+        ("its linear limit", *history.layers("limit")),
+    ]
     maps = [panel for panel in maps if panel[2].ndim == 2 and np.isfinite(panel[2]).any()]
-    if not maps:
-        return None
-    return _heat_maps(maps, "map", "Misalignment of every layer over the steps, beside its linear limit")
+    title = "Misalignment of every layer over the steps, beside its linear limit"
+    return _heat_maps(maps, "map", title) if maps else None
 
 
 def excess_map(history: History) -> str | None:
     """Plots misalignment minus its linear limit by layer and step, on a separate colour scale."""
-    steps, values = history.layers("misalignment")
-    limit = history.layers("limit")[1]
+    (steps, values), (_, limit) = history.layers("misalignment"), history.layers("limit")
     if values.ndim != 2 or values.shape != limit.shape or not np.isfinite(values - limit).any():
         return None
-    return _heat_maps(
-        [("", steps, values - limit)], "excess", "Misalignment above its linear limit, of every layer"
-    )
+    title = "Misalignment above its linear limit, of every layer"
+    return _heat_maps([("", steps, values - limit)], "excess", title)
 
 
-def feature(history: History) -> str | None:
+@_plot("feature", "Feature movement over the steps", "feature movement E|F|", zero=True)
+def feature(history: History, axis: Any) -> None:
     """Plots the adapters' change of the gate, E|F|, over the steps: mean and range over layers."""
     steps, values = history.layers("feature")
     if values.ndim != 2 or not np.isfinite(values).any():
-        return None
-    figure, axis = new_figure()
-    _band(axis, steps, values, "c3", "mean over layers", "lowest to highest layer")
-    axis.set(xlabel="step", ylabel="feature movement E|F|")
-    axis.set_ylim(bottom=0)
-    legend(axis)
-    return to_svg(figure, "feature", "Feature movement over the steps")
+        return
+    finite = np.isfinite(values).any(axis=1)
+    steps, values = thin(steps[finite], values[finite])
+    low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
+    label = "lowest to highest layer"
+    axis.fill_between(steps, low, high, color=COLOURS["c3"], alpha=0.2, linewidth=0, label=label)
+    axis.plot(steps, np.nanmean(values, axis=1), color=COLOURS["c3"], label="mean over layers")
 
 
 def importance(history: History) -> str | None:
@@ -168,10 +175,8 @@ def importance(history: History) -> str | None:
     upper.plot(layers, slope[-1], "o-", markersize=3, color=COLOURS["c1"], label=f"step {steps[-1]:.0f}")
     upper.set(ylabel="mean slope E|φ′|")
     legend(upper)
-    for name, label, colour in (
-        ("mask_mean", "mean mask", "c2"),
-        ("favoured", "share of channels with a factor ≥ 1", "c3"),
-    ):
+    shares = ("mask_mean", "mean mask", "c2"), ("favoured", "share of channels with a factor ≥ 1", "c3")
+    for name, label, colour in shares:
         _, values = history.layers(name)
         if values.ndim == 2:
             lower.plot(layers, values[-1], "o-", markersize=3, color=COLOURS[colour], label=label)
@@ -198,21 +203,21 @@ def occupancy(history: History) -> str | None:
     return to_svg(figure, "occupancy", "Region occupancy of every layer at the first and the last step")
 
 
-def step_scale(history: History) -> str | None:
+@_plot("scale", "Range of the step scale of every layer", "step scale", xlabel="layer")
+def step_scale(history: History, axis: Any) -> None:
     """Plots the range of the step scale over each layer's channels at the last log step."""
     steps, low = history.layers("step_scale_min")
     _, high = history.layers("step_scale_max")
     if low.ndim != 2 or low.shape != high.shape or not np.isfinite(low).any():
-        return None
-    figure, axis = new_figure()
-    layers = np.arange(low.shape[1])
+        return
     axis.axhline(1, color=COLOURS["muted"], linewidth=1.2, linestyle="--")
-    axis.vlines(layers, low[-1], high[-1], color=COLOURS["c2"], linewidth=4)
-    axis.set(xlabel="layer", ylabel="step scale", title=f"lowest to highest channel, step {steps[-1]:.0f}")
-    return to_svg(figure, "scale", "Range of the step scale of every layer")
+    axis.vlines(np.arange(low.shape[1]), low[-1], high[-1], color=COLOURS["c2"], linewidth=4)
+    axis.set_title(f"lowest to highest channel, step {steps[-1]:.0f}")
 
 
-def stacked_bars(axis: Any, occupancy: np.ndarray, colours: tuple[str, ...] = REGION_COLOURS) -> None:
+def stacked_bars(
+    axis: Any, occupancy: np.ndarray, colours: tuple[str, ...] = drawing.REGION_COLOURS
+) -> None:
     """Draws occupancy [L, 4] as one bar per layer, its regions stacked in order."""
     layers, bottom = np.arange(len(occupancy)), np.zeros(len(occupancy))
     for region, colour, share in zip(REGIONS, colours, occupancy.T, strict=True):
@@ -226,95 +231,55 @@ def stacked_bars(axis: Any, occupancy: np.ndarray, colours: tuple[str, ...] = RE
 
 
 def _line(name: str, label: str, colour: str, *, zero: bool = False, noisy: bool = False) -> Plot:
-    """Returns the plot of a scalar of the log steps; with ``zero`` its axis starts at 0."""
+    """Returns the plot of a scalar of the log steps; with ``zero`` its axis starts at 0.
 
-    def draw(history: History) -> str | None:
+    A noisy scalar is a faint line, with its running mean as a strong line unless there are too few values.
+    """
+
+    @_plot(name.replace("_", "-"), f"{label} over the steps", label, zero=zero)
+    def draw(history: History, axis: Any) -> None:
         steps, values = history.column(name)
+        window = max(len(values) // 20, 1) if noisy else 1
         if not np.isfinite(values).any():
-            return None
-        figure, axis = new_figure()
-        if noisy:
-            _noisy_line(axis, steps, values, colour, label)
-        else:
-            axis.plot(*thin(steps, values), color=COLOURS[colour])
-        axis.set(xlabel="step", ylabel=label)
-        if zero:
-            axis.set_ylim(bottom=0)
-        return to_svg(figure, name.replace("_", "-"), f"{label} over the steps")
+            return
+        if window > 1:
+            axis.plot(*thin(steps, values), color=COLOURS[colour], alpha=0.35, linewidth=1)
+            values = smooth(values, window)
+        axis.plot(*thin(steps, values), color=COLOURS[colour])
 
     return draw
-
-
-def _noisy_line(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
-    """Draws the values as a faint line, and their running mean as a strong line.
-
-    The mean is left out if there are too few values.
-    """
-    window = max(len(values) // 20, 1)
-    if window > 1:
-        axis.plot(*thin(steps, values), color=COLOURS[colour], alpha=0.35, linewidth=1)
-        axis.plot(
-            *thin(steps, smooth(values, window)), color=COLOURS[colour], label=f"{label} (mean of {window})"
-        )
-    else:
-        axis.plot(steps, values, color=COLOURS[colour], label=label)
-
-
-def _band(
-    axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, label: str, range_label: str
-) -> None:
-    finite = np.isfinite(values).any(axis=1)
-    steps, values = thin(steps[finite], values[finite])
-    low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
-    axis.fill_between(steps, low, high, color=COLOURS[colour], alpha=0.2, linewidth=0, label=range_label)
-    axis.plot(steps, np.nanmean(values, axis=1), color=COLOURS[colour], label=label)
 
 
 def _heat_maps(maps: list[tuple[str, np.ndarray, np.ndarray]], name: str, label: str) -> str:
     """Draws (title, steps, values [T, L]) side by side on one colour scale."""
     low, high = min(np.nanmin(v) for _, _, v in maps), max(np.nanmax(v) for _, _, v in maps)
     figure, axes = new_figure(4.2, columns=len(maps), sharey=True, squeeze=False)
-    for axis, (title, at, grid) in zip(axes[0], maps, strict=True):
-        image = _heat_map(axis, at, grid, low, high)
+    for axis, (title, steps, values) in zip(axes[0], maps, strict=True):
+        at, values = evenly(steps, values, MAP_COLUMNS)
+        half = 0.5 * (at[-1] - at[0]) / max(len(at) - 1, 1) or 0.5
+        axis.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
+        ends, highest = (at[0] - half, at[-1] + half), high if high > low else low + 1e-6
+        image = _image(axis, values.T, ends, vmin=low, vmax=highest)
         axis.set(title=title, xlabel="step")
     axes[0][0].set_ylabel("layer")
     _colour_bar(figure, image, list(axes[0]))
     return to_svg(figure, name, label)
 
 
-def _heat_map(axis: Any, steps: np.ndarray, values: np.ndarray, low: float, high: float) -> Any:
-    steps, values = evenly(steps, values, MAP_COLUMNS)
-    half = 0.5 * (steps[-1] - steps[0]) / max(len(steps) - 1, 1) or 0.5
-    axis.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
-    ends, highest = (steps[0] - half, steps[-1] + half), high if high > low else low + 1e-6
-    return _image(axis, values.T, ends, vmin=low, vmax=highest)
-
-
 def _image(axis: Any, values: np.ndarray, ends: tuple[float, float], **colours: float) -> Any:
     """Draws values [L, columns], a row for each layer, between both ends of the other axis."""
     axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axis.grid(False)
-    return axis.imshow(
-        values,
-        aspect="auto",
-        origin="lower",
-        interpolation="nearest",
-        extent=(*ends, -0.5, len(values) - 0.5),
-        cmap="viridis",
-        **colours,
-    )
+    options = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "viridis"}
+    return axis.imshow(values, extent=(*ends, -0.5, len(values) - 0.5), **options, **colours)
 
 
 def _colour_bar(figure: Any, image: Any, axes: Any) -> None:
-    bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02, ticks=MaxNLocator(4))
     bar.outline.set_visible(False)
-    bar.locator = MaxNLocator(4)
 
 
 # ---------------------------------------------------------------- adapters and factors
-
-_LINES = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")
-_MOST_TICKS = 7
 
 
 def histogram(history: History, mechanism: str) -> str | None:
@@ -339,54 +304,31 @@ def histogram(history: History, mechanism: str) -> str | None:
     legend(upper)
     shares = _shares(histograms.counts[-1])[:, bins]
     image = _image(lower, shares, (-0.5, len(at) - 0.5), vmin=0)
-    lower.set(
-        xlabel="factor",
-        ylabel="layer",
-        title=f"share of each layer's channels, step {histograms.steps[-1]:.0f}",
-    )
+    title = f"share of each layer's channels, step {histograms.steps[-1]:.0f}"
+    lower.set(xlabel="factor", ylabel="layer", title=title)
     _label_bins(lower, histograms, bins)
     _colour_bar(figure, image, lower)
-    return to_svg(
-        figure, f"histogram-{mechanism}", f"Factors of {mechanism} over channels, and in every layer"
-    )
+    title = f"Factors of {mechanism} over channels, and in every layer"
+    return to_svg(figure, f"histogram-{mechanism}", title)
 
 
-def adapters(history: History) -> str | None:
-    """Plots adapter norms by kind of module over the steps, and of every layer at the last step."""
-    return _by_module(
-        history.adapters(), "norm", "adapters", "Norms of the adapters over the steps, and of every layer"
-    )
+def _by_module(history: History, name: str, value: str, title: str) -> str | None:
+    """Plots adapters' numbers by kind of module over the steps, and of every layer at the last step.
 
-
-def ranks(history: History) -> str | None:
-    """Plots AdaLoRA's remaining ranks by kind of module over steps, and by layer at the last."""
-    return _by_module(
-        history.adapters("ranks"),
-        "ranks",
-        "ranks",
-        "Ranks that are left over the steps, and to every layer",
-    )
-
-
-def _by_module(
-    numbers: dict[str, tuple[np.ndarray, np.ndarray]], value: str, picture: str, title: str
-) -> str | None:
-    """Plots values [steps, layers] by path, of norms the root of the sum of squares over layers; None without any."""
-    drawn = dict(list(numbers.items())[: 2 * len(_LINES)])
+    All layers together have the sum of the numbers, of norms the root of the sum of squares.
+    """
+    drawn = dict(list(history.adapters(name).items())[: 2 * len(_LINES)])
     if not drawn:
         return None
     figure, (upper, lower) = new_figure(5.0, rows=2)
     for index, (path, (steps, values)) in enumerate(drawn.items()):
-        name = path.replace("layers/", "")
-        line = {
-            "color": COLOURS[_LINES[index % len(_LINES)]],
-            "linestyle": "-" if index < len(_LINES) else "--",
-        }
+        colour, style = COLOURS[_LINES[index % len(_LINES)]], "-" if index < len(_LINES) else "--"
+        line = {"color": colour, "linestyle": style}
         with np.errstate(over="ignore"):  # values of an edited log
             total = np.nansum(values, axis=1)
             if value == "norm":
                 total = np.sqrt(np.nansum(np.square(values), axis=1))
-        upper.plot(*thin(steps, total), label=name, **line)
+        upper.plot(*thin(steps, total), label=path.replace("layers/", ""), **line)
         lower.plot(np.arange(values.shape[1]), values[-1], marker="o", markersize=3, **line)
     upper.set(xlabel="step", ylabel=f"{value}, all layers")
     last = max(steps[-1] for steps, _ in drawn.values())
@@ -395,7 +337,7 @@ def _by_module(
         axis.set_ylim(bottom=0)
     columns = 3 if max(map(len, drawn)) < 24 else 2
     figure.legend(loc="outside upper center", ncols=columns, columnspacing=1, handlelength=1.2)
-    return to_svg(figure, picture, title)
+    return to_svg(figure, name, title)
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
@@ -412,18 +354,13 @@ def _shown(shares: np.ndarray) -> slice:
 
 def _label_bins(axis: Any, histograms: Histograms, bins: slice) -> None:
     """Labels edges between bins as ticks, and the open bins at both ends if they are shown."""
-    edges = {
-        bin_ - bins.start - 0.5: histograms.edges[bin_ - 1] for bin_ in range(max(bins.start, 1), bins.stop)
-    }
+    first = max(bins.start, 1)
+    edges = histograms.edges[first - 1 : bins.stop - 1]
     every = -(-len(edges) // _MOST_TICKS)
     # A tick of 1, if in range, is always shown: multipliers are read relative to it.
-    middle = 0
-    if edges:
-        middle = int(np.argmin(np.abs(np.log(np.maximum(list(edges.values()), 1e-12)))))
-    ticks = {
-        at: f"{edge:.2g}" for index, (at, edge) in enumerate(edges.items()) if (index - middle) % every == 0
-    }
-    axis.set_xticks(list(ticks), list(ticks.values()))
+    middle = int(np.argmin(np.abs(np.log(np.maximum(edges, 1e-12))))) if len(edges) else 0
+    ticks = [index for index in range(len(edges)) if (index - middle) % every == 0]
+    axis.set_xticks([first + i - bins.start - 0.5 for i in ticks], [f"{edges[i]:.2g}" for i in ticks])
 
 
 # ---------------------------------------------------------------- the page's plots, in order
@@ -441,8 +378,18 @@ TRAINING: dict[str, Plot] = {
     "learning_rate": _line("learning_rate", "learning rate", "c1"),
     "speed": _line("tokens_per_second", "tokens per second", "c3", zero=True, noisy=True),
     "gradient": _line("grad_norm", "gradient norm", "c1", zero=True, noisy=True),
-    "adapters": adapters,
-    "ranks": ranks,
+    "adapters": partial(
+        _by_module,
+        name="adapters",
+        value="norm",
+        title="Norms of the adapters over the steps, and of every layer",
+    ),
+    "ranks": partial(
+        _by_module,
+        name="ranks",
+        value="ranks",
+        title="Ranks that are left over the steps, and to every layer",
+    ),
 }
 GATES: dict[str, Plot] = {
     "misalignment": misalignment,

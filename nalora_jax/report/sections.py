@@ -59,53 +59,35 @@ def headline(history: History) -> dict[str, Any] | None:
 def _source(history: History) -> str:
     """Returns a description of the evaluations before and after."""
     before, after = history.ends
-    at = before["step"]
     first = "the base model, before the first step"
     if history.config.get("adapter"):
         first = "the adapter that the run continues, before the first step"
-    if at:
-        first = f"the evaluation at step {at}"
+    if before["step"]:
+        first = f"the evaluation at step {before['step']}"
     if "final" not in after:
         return (
             f"Before: {first}. After: the evaluation at step {after['step']}. Both on the "
             "examples that select the checkpoint: the result has not been evaluated."
         )
-    last = f"the adapter of step {after['step']}, which was exported"
-    same = ""
+    text = f"Before: {first}. After: the adapter of step {after['step']}, which was exported."
     if "initial" in before:
-        same = " Both on the same examples, which were not used to select the checkpoint."
-    plain = ""
+        text += " Both on the same examples, which were not used to select the checkpoint."
+    chosen = [record["eval"].get("n") for record in history.evals if record["step"] > 0]
+    if len(chosen) > 1 and (last := chosen[-1]):
+        few = ", too few to distinguish checkpoints: the selection is mostly chance" * (last < FEW)
+        text += f" It was selected on {last} other examples{few}."
     if history.unreached_step is not None:
-        plain = f" It is plain LoRA: mechanisms act from step {history.unreached_step}."
-    return f"Before: {first}. After: {last}.{same}{_choice(history)}{plain}"
-
-
-def _choice(history: History) -> str:
-    """Returns the number of examples that chose the checkpoint, as text; "" if none was chosen."""
-    along = [record["eval"].get("n") for record in history.evals if record["step"] > 0]
-    if len(along) < 2 or not (last := along[-1]):
-        return ""
-    few = ""
-    if last < FEW:
-        few = ", too few to distinguish checkpoints: the selection is mostly chance"
-    return f" It was selected on {last} other examples{few}."
+        text += f" It is plain LoRA: mechanisms act from step {history.unreached_step}."
+    return text
 
 
 def _range(label: str, score: EvaluationScore, scale: tuple[float, float]) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "label": label,
-        "value": f"{score.value:.3f}",
-        "at": _at(score.value, scale),
-        "interval": None,
-    }
-    if score.low is not None and score.high is not None:
-        width = f"{100 * (score.high - score.low) / (scale[1] - scale[0]):.1f}%"
-        row |= {
-            "interval": f"{score.low:.3f} to {score.high:.3f}",
-            "low": _at(score.low, scale),
-            "width": width,
-        }
-    return row
+    row = {"label": label, "value": f"{score.value:.3f}", "at": _at(score.value, scale), "interval": None}
+    if score.low is None or score.high is None:
+        return row
+    width = f"{100 * (score.high - score.low) / (scale[1] - scale[0]):.1f}%"
+    interval = f"{score.low:.3f} to {score.high:.3f}"
+    return row | {"interval": interval, "low": _at(score.low, scale), "width": width}
 
 
 def _at(value: float, scale: tuple[float, float]) -> str:
@@ -149,38 +131,30 @@ def tiles(history: History) -> Iterator[tuple[str, str, str]]:
         yield "Held-out loss", change, "before → after, lower is better"
     speed = history.column("tokens_per_second")[1]
     if np.isfinite(speed).any():
-        tokens, note = history.total("tokens"), "median"
-        if tokens:
-            note = f"median; {tokens:,.0f} tokens"
-        yield "Tokens per second", f"{np.nanmedian(speed):,.0f}", note
+        tokens = history.total("tokens")
+        note = f"; {tokens:,.0f} tokens" if tokens else ""
+        yield "Tokens per second", f"{np.nanmedian(speed):,.0f}", f"median{note}"
     yield from _costs(history)
 
 
 def _costs(history: History) -> Iterator[tuple[str, str, str]]:
     """Yields wall time by stage, and peak memory."""
-    stages = {
-        name: value for name, value in (history.done.get("seconds") or {}).items() if value is not None
-    }
+    seconds = history.done.get("seconds") or {}
+    stages = {name: value for name, value in seconds.items() if value is not None}
     if stages:
-        since = ""
-        if history.resumed:
-            since = f" (since step {history.resumed[-1]})"
+        since = f" (since step {history.resumed[-1]})" if history.resumed else ""
         parts = ", ".join(f"{name} {duration(value)}" for name, value in stages.items())
         yield f"Wall time{since}", duration(sum(stages.values())), parts
     device, host = history.last("peak_device_memory"), history.last("peak_memory")
     if device:
-        also = "of the fullest device"
-        if host:
-            also = f"of the fullest device; {_size(host)} of the host"
-        yield "Peak memory", _size(device), also
+        also = f"; {_size(host)} of the host" if host else ""
+        yield "Peak memory", _size(device), f"of the fullest device{also}"
     elif host:
         yield "Peak memory", _size(host), "of the process, until the last log step"
 
 
 def _size(count: float) -> str:
-    if count >= 1e9:
-        return f"{count / 1e9:.1f} GB"
-    return f"{count / 1e6:.0f} MB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 # ---------------------------------------------------------------- samples
@@ -207,13 +181,8 @@ def samples(history: History) -> list[dict[str, Any]]:
 def changes(history: History) -> dict[str, int]:
     """Returns the number of items by what training changed; {} without paired items."""
     values = history.final.get("eval", {})
-    paired = values.get("paired") or {}
-    accuracy, n, gained, lost = (
-        values.get("accuracy"),
-        values.get("n"),
-        paired.get("gained"),
-        paired.get("lost"),
-    )
+    paired, accuracy = values.get("paired") or {}, values.get("accuracy")
+    n, gained, lost = values.get("n"), paired.get("gained"), paired.get("lost")
     if not (isinstance(accuracy, float) and all(isinstance(count, int) for count in (n, gained, lost))):
         return {}  # no multiple choice
     right = round(accuracy * n) - gained  # both times
@@ -226,9 +195,8 @@ def _proportional(pairs: list[list[Any]], changes: Mapping[str, int]) -> list[li
         return pairs[:SHOWN]
     kinds: dict[str, list[list[Any]]] = {name: [] for name in changes}
     for answers in pairs:
-        kinds[_CHANGES[bool(answers[0][1].get("correct")), bool(answers[-1][1].get("correct"))]].append(
-            answers
-        )
+        first, last = (bool(answers[end][1].get("correct")) for end in (0, -1))
+        kinds[_CHANGES[first, last]].append(answers)
     total = sum(changes.values())
     counts = {name: SHOWN * count // total for name, count in changes.items()}
     by_remainder = sorted(changes, key=lambda name: -(SHOWN * changes[name] % total))
@@ -240,16 +208,14 @@ def _proportional(pairs: list[list[Any]], changes: Mapping[str, int]) -> list[li
 def _sample_row(answers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     sample = answers[0][1]
     prompt = str(sample["prompt"])
+    said = [(label, _clip(a.get("answer")), a.get("correct"), _end(a)) for label, a in answers]
     return {
         "prompt": _ends(prompt),
         "full": "" if _ends(prompt) == prompt or _turns(sample) else prompt[:_LONGEST_PROMPT],
         "image": picture(sample),
         "expected": _clip(sample["expected"]) if sample.get("expected") is not None else None,
         "turns": _turns(sample),
-        "answers": [
-            (label, _clip(answer.get("answer")), answer.get("correct"), _end(answer))
-            for label, answer in answers
-        ],
+        "answers": said,
     }
 
 
@@ -282,18 +248,10 @@ def read_rollouts(folder: Path) -> list[dict[str, Any]]:
         return []
     steps: dict[int, list[dict[str, Any]]] = {}
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            rewards = [
-                (str(name), "none" if value is None else f"{value:.3g}")
-                for name, value in record["rewards"].items()
-            ]
-            sample = {
-                "prompt": _ends(str(record["prompt"])),
-                "completion": _clip(record["completion"]),
-                "rewards": rewards,
-            }
-            steps.setdefault(int(record["step"]), []).append(sample)
+        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            rewards = {n: "none" if v is None else f"{v:.3g}" for n, v in record["rewards"].items()}
+            sample = {"prompt": _ends(str(record["prompt"])), "completion": _clip(record["completion"])}
+            steps.setdefault(int(record["step"]), []).append(sample | {"rewards": list(rewards.items())})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         remedy = "delete it: the report then has no samples of rollouts"
         raise NaloraError(str(path), expected="samples by step", found=error, remedy=remedy) from error
@@ -306,9 +264,7 @@ def _end(sample: Mapping[str, Any]) -> str:
     """Returns the reason why a completion ended, or "" if not logged."""
     if "cut" not in sample:
         return ""
-    if sample["cut"]:
-        return "did not stop: cut off at the evaluation's limit"
-    return "stopped by itself"
+    return "did not stop: cut off at the evaluation's limit" if sample["cut"] else "stopped by itself"
 
 
 def _ends(text: str) -> str:
@@ -334,9 +290,7 @@ _PICTURE = "data:image/png;base64,"
 def picture(sample: Mapping[str, Any]) -> str:
     """Returns a sample's picture as a data URL, or "" for any other text from the log."""
     image = sample.get("image")
-    if isinstance(image, str) and image.startswith(_PICTURE):
-        return image
-    return ""
+    return image if isinstance(image, str) and image.startswith(_PICTURE) else ""
 
 
 def confusions(history: History) -> list[tuple[str, dict[str, Any]]]:
@@ -359,9 +313,7 @@ def layer_labels(history: History, count: int) -> list[str]:
         (record["towers"] for record in reversed(history.steps) if record.get("towers")), {}
     )
     labels = [f"{name} {i}" for name, rows in towers.items() for i in range(int(rows))]
-    if len(labels) == count:
-        return labels
-    return [str(i) for i in range(count)]
+    return labels if len(labels) == count else [str(i) for i in range(count)]
 
 
 # ---------------------------------------------------------------- needle retrieval
@@ -385,9 +337,8 @@ def read_needle(folder: Path) -> list[dict[str, Any]]:
         return [_needle_table(name, grids[name]) for name in ("before", "after")]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = "delete it, or run nalora eval --needle again"
-        raise NaloraError(
-            str(path), expected="results of nalora eval --needle", found=error, remedy=remedy
-        ) from error
+        expected = "results of nalora eval --needle"
+        raise NaloraError(str(path), expected=expected, found=error, remedy=remedy) from error
 
 
 def _needle_table(name: str, grid: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -111,9 +111,7 @@ def by_task(cell_results: Sequence[MethodResult]) -> dict[tuple[str, str], list[
 
 def named(metric: str) -> str:
     """Returns the label of a metric's cost."""
-    if metric in COSTS:
-        return metric
-    return f"1 - {metric.replace('_', ' ')}"
+    return metric if metric in COSTS else f"1 - {metric.replace('_', ' ')}"
 
 
 def measures(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[Measure]:
@@ -131,9 +129,7 @@ def measures(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[M
 
 
 def _test_cost(metric: str, record: Record) -> float | None:
-    if metric in record["test"]:
-        return cost(metric, record["test"])
-    return None
+    return cost(metric, record["test"]) if metric in record["test"] else None
 
 
 def forgotten(probe: str, record: Record) -> float:
@@ -164,7 +160,13 @@ def comparisons(protocol: Protocol, cell_results: Sequence[MethodResult]) -> lis
             for task in protocol.tasks
         ]
         family = [_compared(protocol, by_cell, *sides) for sides in cells_of_family]
-        compared += _corrected([comparison for comparison in family if comparison is not None])
+        found = [comparison for comparison in family if comparison is not None]
+        by_t = holm([comparison.paired.t_p for comparison in found])
+        by_rank = holm([comparison.paired.wilcoxon_p for comparison in found])
+        compared += [
+            replace(comparison, t_holm=t, wilcoxon_holm=rank, family=len(found))
+            for comparison, t, rank in zip(found, by_t, by_rank, strict=True)
+        ]
     return compared
 
 
@@ -199,15 +201,6 @@ def training_gain(baseline: MethodResult) -> float:
     return mean_of(falls)
 
 
-def _corrected(family: Sequence[MethodComparison]) -> list[MethodComparison]:
-    by_t = holm([comparison.paired.t_p for comparison in family])
-    by_rank = holm([comparison.paired.wilcoxon_p for comparison in family])
-    return [
-        replace(comparison, t_holm=t, wilcoxon_holm=rank, family=len(family))
-        for comparison, t, rank in zip(family, by_t, by_rank, strict=True)
-    ]
-
-
 def common_rates(result: MethodResult, baseline: MethodResult) -> dict[float, tuple[float, float | None]]:
     """Compares a method with the baseline at every learning rate that both finished tuning.
 
@@ -220,32 +213,26 @@ def common_rates(result: MethodResult, baseline: MethodResult) -> dict[float, tu
         reference = baseline.tuning.costs.get(rate)
         if loss is None or reference is None or not math.isfinite(loss - reference):
             continue
-        moved, of_baseline = (_movement(side.at_rate(rate)) for side in (result, baseline))
+        moved, of_baseline = (
+            mean_of(last_of(side.at_rate(rate), "mean_feature")) for side in (result, baseline)
+        )
         ratio = moved / of_baseline if of_baseline else math.nan
         common[rate] = loss - reference, ratio if math.isfinite(ratio) else None
     return common
 
 
-def _movement(records: Sequence[Record]) -> float:
-    """Returns the mean feature movement at the end of some runs; NaN if it is not measured."""
-    return mean_of([v for record in records if (v := last(record, "mean_feature")) is not None])
-
-
 def mean_of(values: Sequence[float]) -> float:
     """Returns the mean; NaN without values."""
-    if values:
-        return math.fsum(values) / len(values)
-    return math.nan
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 def deviation(values: Sequence[float]) -> float:
     """Returns the sample standard deviation; NaN for fewer than two values."""
-    if len(values) < 2:
-        return math.nan
-    return float(np.std(values, ddof=1))
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def last(record: Mapping[str, Any], name: str) -> float | None:
-    """Returns a number of the record's last log step that has it."""
-    values = (row[name] for row in reversed(record["training"]) if row.get(name) is not None)
-    return next(map(float, values), None)
+def last_of(records: Iterable[Record], name: str) -> list[float]:
+    """Returns a number of each record's last log step that has it, without records that have none."""
+    rows = ((row.get(name) for row in reversed(record["training"])) for record in records)
+    values = (next((value for value in row if value is not None), None) for row in rows)
+    return [float(value) for value in values if value is not None]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from nalora_jax.common import processor
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
@@ -27,11 +24,19 @@ from nalora_jax.study.records import Record, Records, exact_values, hours
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.sweeps.program import RunLoop, SweepProgram, fit_all
 from nalora_jax.train.compilation import use_compilation_cache
-from nalora_jax.train.machine import describe_device, peak_memory, versions
 
 log = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 5.0  # until another process may have finished a run that this process waits for
+_compiled: list[float] = []  # seconds of each program that XLA compiles in this process
+
+
+def _listen(event: str, duration_secs: float, **more: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiled.append(duration_secs)
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = (), together: int = 0) -> int:
@@ -53,10 +58,9 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
       NaloraError: data or a model is missing, settings do not fit the model, a method is unknown, a
         test's protocol is not committed, or protocol, base, data, rules or records changed.
     """
-    for name in methods:
-        if name not in protocol.methods:
-            expected = f"methods of {protocol.path}: {', '.join(protocol.methods)}"
-            raise NaloraError("--methods", expected=expected, found=name)
+    for name in set(methods) - protocol.methods.keys():
+        expected = f"methods of {protocol.path}: {', '.join(protocol.methods)}"
+        raise NaloraError("--methods", expected=expected, found=name)
     if not together and distributed.platform_of().name == "cpu":
         together = 1
     store, resources, done = Records(protocol.folder), Resources(protocol, together), 0
@@ -66,20 +70,15 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
     limit = limit or sys.maxsize
     while done < limit:
         records = provenance.checked_records(protocol, store)
-        spent = hours(records)
-        if protocol.budget_hours and spent >= protocol.budget_hours:
-            log.info(
-                "the budget of %g hours is spent (%.1f): no further run starts",
-                protocol.budget_hours,
-                spent,
-            )
+        budget, spent = protocol.budget_hours, hours(records)
+        if budget and spent >= budget:
+            log.info("the budget of %g hours is spent (%.1f): no further run starts", budget, spent)
             break
         left = [run for run in pending(protocol, records) if not methods or run.cell.method in methods]
         if not left:
             which = f"of {', '.join(methods)} " if methods else ""
-            log.info(
-                "%s: all runs %sare done; the study has %d records", protocol.folder, which, len(records)
-            )
+            count = len(records)
+            log.info("%s: all runs %sare done; the study has %d records", protocol.folder, which, count)
             break
         finished = _do_some(protocol, store, resources, left, limit - done)
         if not finished:
@@ -103,7 +102,8 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
             # Another process may have finished it meanwhile.
             if snapshot is not None and run.id not in provenance.checked_records(protocol, store):
                 claimed.append((resources.placed(run), snapshot))
-            if len(claimed) == min(most, resources.capacity(run)):
+            fits = resources.fitting(run)
+            if len(claimed) == min(most, 1 if fits is None else fits.capacity):
                 break
         if not claimed:
             return 0
@@ -115,21 +115,19 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
             log.info("%s", run)
         began = time.perf_counter()
         runs, snapshots = zip(*claimed, strict=True)
-        done = perform_all(runs, resources, snapshots, records)
-        for record, (_, snapshot) in zip(done, claimed, strict=True):
+        for record, snapshot in zip(
+            perform_all(runs, resources, snapshots, records), snapshots, strict=True
+        ):
             finished = exact_values(record | {"commit": commit})
             store.append(finished | {"digest": provenance.record_digest(finished)})
             snapshot.unlink(missing_ok=True)
-            log.info("  %s in %.0f s", _outcome(finished), time.perf_counter() - began)
+            losses = (f"{name} loss {record[name]['loss']:.4f}" for name in _LOSSES if name in record)
+            outcome = "diverged" if record["diverged"] else ", ".join(losses)
+            log.info("  %s in %.0f s", outcome, time.perf_counter() - began)
         return len(claimed)
 
 
-def perform(
-    run: Run, resources: Resources, snapshot: Path, records: Mapping[str, Record] | None = None
-) -> Record:
-    """Trains and measures a run, and returns its record; see `perform_all`."""
-    (record,) = perform_all([run], resources, [snapshot], records)
-    return record
+_LOSSES = ("validation", "test")
 
 
 def perform_all(
@@ -152,94 +150,30 @@ def perform_all(
     """
     if runs[0].config.compute.compilation_cache:
         use_compilation_cache()
-    began, compiled = time.perf_counter(), _compilations.count
+    began, compiled = time.perf_counter(), len(_compiled)
     started = [RunInProgress(run, resources, path) for run, path in zip(runs, snapshots, strict=True)]
-    described = [
-        {"id": run.id, "stage": run.stage, **run.cell._asdict(), "seed": run.seed, **progress.identity}
-        for run, progress in zip(runs, started, strict=True)
-    ]
-    provenance.check_records({**(records or {}), **{each["id"]: each for each in described}})
+    provenance.check_records({**(records or {}), **{each.run.id: each.described for each in started}})
     fits = resources.fitting(runs[0])
     states = [started[0].train()] if fits is None else _trained_together(started, fits.slots(len(runs)))
     share = (time.perf_counter() - began) / len(runs)
     performed = []
-    for progress, facts, state in zip(started, described, states, strict=True):
+    for progress, state in zip(started, states, strict=True):
         began = time.perf_counter()
-        record = _record(progress, facts, state)
+        record = progress.record(state)
         seconds = progress.seconds_before + share + time.perf_counter() - began
-        performed.append(record | {"seconds": seconds, "compilations": _compilations.count - compiled})
+        performed.append(record | {"seconds": seconds, "compilations": len(_compiled) - compiled})
     return performed
 
 
 def _trained_together(started: Sequence[RunInProgress], slots: int) -> list[TrainState | None]:
     """Returns the trained state of each run of a program with ``slots``; None for diverged runs."""
     loops = [RunLoop(run.begin(), run.rows()) for run in started]
-    starts = [loop.follower.result.state for loop in loops]
     assemblies = [
-        replace(run.assembly, params=run.params, state=state)
-        for run, state in zip(started, starts, strict=True)
+        replace(run.assembly, params=run.params, state=loop.follower.result.state)
+        for run, loop in zip(started, loops, strict=True)
     ]
     began = time.perf_counter()
-    results = fit_all(SweepProgram(assemblies, slots=slots), loops)
+    fit_all(SweepProgram(assemblies, slots=slots), loops)
     for progress in started:
         progress.training_seconds += (time.perf_counter() - began) / len(started)
-    pairs = zip(loops, results, strict=True)
-    return [None if loop.error is not None else result.state for loop, result in pairs]
-
-
-def _record(progress: RunInProgress, described: Mapping[str, Any], state: TrainState | None) -> Record:
-    """Measures the trained state of a run, and returns its record without times."""
-    run = progress.run
-    measured, losses = {}, [math.nan]
-    if state is not None:
-        measured = progress.measure(state)
-        losses = [measured["validation"]["loss"], measured.get("test", {}).get("loss", 0.0)]
-    diverged = not all(map(math.isfinite, losses))
-    return {
-        **described,
-        "rate": run.rate,
-        "multiple": run.multiple,
-        "diverged": diverged,
-        "validation": {"loss": None},
-        **measured,
-        "curve": progress.curve,
-        "training": progress.training,
-        "parameters": progress.parameters,
-        "training_seconds": progress.training_seconds,
-        "peak_bytes": peak_bytes(),
-        "config": run.config_hash,
-        "protocol": run.protocol.digest,
-        "versions": versions(),
-        "processor": processor.name(),
-        "device": describe_device(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-class _Compilations:
-    """Counts the programs that XLA compiles in this process."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **more: Any) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
-_compilations = _Compilations()
-
-
-def peak_bytes() -> int:
-    """Returns the peak memory: of the fullest device if it has statistics, else of the process."""
-    peaks = peak_memory()
-    return peaks.get("peak_device_memory", peaks.get("peak_memory", 0))
-
-
-def _outcome(record: Record) -> str:
-    if record["diverged"]:
-        return "diverged"
-    text = f"validation loss {record['validation']['loss']:.4f}"
-    if "test" in record:
-        text += f", test loss {record['test']['loss']:.4f}"
-    return text
+    return [loop.follower.result.state if loop.error is None else None for loop in loops]

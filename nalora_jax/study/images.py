@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ import jax
 import optax
 
 from nalora_jax.common.digests import json_digest
-from nalora_jax.config import DataConfig, MeshConfig, RunConfig, VisionConfig
+from nalora_jax.config import DataConfig, RunConfig, VisionConfig
 from nalora_jax.data.images.opened import ImageData, ImageSource, open_images
 from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.layout import distributed
 from nalora_jax.models.vision.dual import init_lora
+from nalora_jax.study.language import Items, Subject
 from nalora_jax.study.plan import MEASURES
-from nalora_jax.study.subject import Items, Subject
 from nalora_jax.train.kinds import dual
 from nalora_jax.train.program import Assembly
 from nalora_jax.weights.dual import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
@@ -28,53 +27,42 @@ from nalora_jax.weights.dual import JOIN, LoadedDual, LoadedEncoder, join, load_
 class ImageItems(Items):
     """Held-out images with their classes or captions; their digest is also of templates and image size."""
 
-    images: Images
-    classes: tuple[str, ...]
-    vision: VisionConfig
-    loaded: LoadedDual  # its processor and tokenizer read the images and captions
+    classes: tuple[str, ...] = ()
 
 
 class DualEncoders(Subject):
-    """`nalora_jax.study.subject.Subject` of dual encoders.
+    """Dual encoders; the run's seed draws the projections between separate towers.
 
-    The run's seed draws the projections between separate towers.
+    The methods are documented at `nalora_jax.study.language.Language`.
     """
-
-    def __init__(self) -> None:
-        self._tower, self._loaded = cache(_tower), cache(self._load)
-        self._sources: dict[Any, ImageSource] = {}
-        self._params: dict[Any, Any] = {}
-        self._rows: dict[Any, ImageData] = {}
-        self._evaluators: dict[Any, ClassEvaluator | RetrievalEvaluator] = {}
 
     def model(self, config: RunConfig) -> LoadedDual:
         """Returns the run's base model; projections that join separate towers are drawn by its seed."""
-        vision, seed = config.vision, config.seed if _is_joined(config.model) else 0
-        base = config.model, config.compute.dtype, config.mesh
-        return self._loaded(*base, seed, vision.features, vision.loss, vision.image_size)
+        vision, dtype, joined = config.vision, config.compute.dtype, _is_joined(config.model)
+        options: dict[str, Any] = {"d_out": vision.features, "loss": vision.loss}
+        options["image_size"] = vision.image_size
 
-    def _load(
-        self,
-        model: str,
-        dtype: str,
-        mesh_config: MeshConfig,
-        seed: int,
-        features: int,
-        loss: Any,
-        size: int,
-    ) -> LoadedDual:
-        options: dict[str, Any] = {"d_out": features, "loss": loss, "image_size": size}
-        options["mesh"] = distributed.smallest_mesh(mesh_config)
-        if _is_joined(model):
-            return join(*self._towers(model, dtype, mesh_config), seed=seed, **options)
-        return load_dual(model, dtype=dtype, **options)
+        def load() -> LoadedDual:
+            mesh = distributed.smallest_mesh(config.mesh)
+            if joined:
+                return join(*self._towers(config), seed=config.seed, mesh=mesh, **options)
+            return load_dual(config.model, dtype=dtype, mesh=mesh, **options)
 
-    def _towers(self, model: str, dtype: str, mesh: MeshConfig) -> tuple[LoadedEncoder, LoadedEncoder]:
+        seed = config.seed if joined else 0
+        return self.once(("model", config.model, dtype, config.mesh, seed, *options.values()), load)
+
+    def _towers(self, config: RunConfig) -> list[LoadedEncoder]:
         """Returns the separate towers of a joined model."""
-        image, _, text = model.partition(JOIN)
-        return self._tower(image.strip(), "image/", dtype, mesh), self._tower(
-            text.strip(), "text/", dtype, mesh
-        )
+        options: dict[str, Any] = {"dtype": config.compute.dtype}
+        towers = []
+        for prefix, name in zip(("image/", "text/"), config.model.split(JOIN, 1), strict=True):
+
+            def load(name: str = name.strip(), prefix: str = prefix) -> LoadedEncoder:
+                mesh = distributed.smallest_mesh(config.mesh)
+                return load_encoder(name, mesh=mesh, prefix=prefix, **options)
+
+            towers.append(self.once((prefix, name.strip(), config.compute.dtype, config.mesh), load))
+        return towers
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
         """Returns ``config`` without its data, and the shapes of class prompts and captions.
@@ -91,7 +79,7 @@ class DualEncoders(Subject):
     def assemble(
         self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation
     ) -> Assembly:
-        """Assembles the run as ``nalora train`` does."""
+        """Returns adapters, optimizer and step."""
         loaded = self.model(config)
         params, mesh = self.params(config), distributed.smallest_mesh(config.mesh)
         return dual.assemble_dual(general, loaded.config, params, mesh, loaded.processor, last=last)
@@ -99,13 +87,10 @@ class DualEncoders(Subject):
     def params(self, config: RunConfig, assembly: Assembly | None = None) -> Any:
         """Returns both towers and the prompts of the task's classes."""
         loaded, classes = self.model(config), self._classes(config, config.data)
+        mesh = distributed.smallest_mesh(config.mesh)
         # The rules decide whether prompts are encoded once or in every step.
-        key = loaded.fingerprint, classes, config.vision.templates, config.lora.rules
-        if key not in self._params:
-            self._params[key] = dual.with_classes(
-                config, loaded, classes, distributed.smallest_mesh(config.mesh)
-            )
-        return self._params[key]
+        key = "params", loaded.fingerprint, classes, config.vision.templates, config.lora.rules
+        return self.once(key, lambda: dual.with_classes(config, loaded, classes, mesh))
 
     def base(self, config: RunConfig) -> tuple[str, Any]:
         """Returns both towers with the projections of the seed."""
@@ -115,8 +100,7 @@ class DualEncoders(Subject):
     def base_digest(self, config: RunConfig) -> str:
         """Returns the digests of the towers' files, without projections that a seed draws."""
         if _is_joined(config.model):
-            towers = self._towers(config.model, config.compute.dtype, config.mesh)
-            return JOIN.join(tower.fingerprint for tower in towers)
+            return JOIN.join(tower.fingerprint for tower in self._towers(config))
         return self.model(config).fingerprint
 
     def source_digest(self, data: ImageData) -> str:
@@ -125,15 +109,14 @@ class DualEncoders(Subject):
 
     def data(self, config: RunConfig) -> ImageData:
         """Returns images in the order of the seed; few-shot images are drawn by the seed."""
-        key = config.seed, config.data, config.vision, config.train
-        if key not in self._rows:
+
+        def draw() -> ImageData:
             source = self._source(config, config.data, config.data.train_split)
-            classes = self._classes(config, config.data)
-            records = dual.trained_on(config, source, classes)
-            self._rows[key] = dual.image_data(
-                config, self.model(config), records, distributed.smallest_mesh(config.mesh)
-            )
-        return self._rows[key]
+            records = dual.trained_on(config, source, self._classes(config, config.data))
+            mesh = distributed.smallest_mesh(config.mesh)
+            return dual.image_data(config, self.model(config), records, mesh)
+
+        return self.once(("rows", config.seed, config.data, config.vision, config.train), draw)
 
     def adapters(self, config: RunConfig, assembly: Assembly, data: Any, seed: int) -> Any:
         """Returns adapters with A drawn by ``seed``, and projections drawn by the run's seed."""
@@ -149,30 +132,27 @@ class DualEncoders(Subject):
         images = Images(held, indices[indices.argsort()])
         classes, loaded = self._classes(config, data), self.model(config)
         asked = [images.digest, classes, config.vision.templates, loaded.processor.output]
-        return ImageItems(json_digest(asked)[:16], len(images), images, classes, config.vision, loaded)
+        return ImageItems(json_digest(asked)[:16], len(images), config, images, classes)
+
+    probe = items
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
         """Compares the spans of both splits."""
         check_disjoint(*(self._source(config, config.data, split) for split in (tuned, tested)))
 
     def measure(
-        self, items: Any, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False
+        self, items: ImageItems, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False
     ) -> dict[str, float]:
         """Returns ``loss`` and ``accuracy`` or recall; one pass computes all of them."""
-        evaluator = self._evaluator(assembly, items)
-        measured = evaluator.measure(params, lora)
-        return {name: float(measured[name]) for name in MEASURES if name in measured}
+        model, loaded = assembly.eval_model.clone(stats=None), self.model(items.config)
 
-    def _evaluator(self, assembly: Assembly, items: ImageItems) -> ClassEvaluator | RetrievalEvaluator:
-        """Returns an evaluator, compiled once for all methods with adapters of the same shapes."""
-        model, loaded = assembly.eval_model.clone(stats=None), items.loaded
-        key = (model, loaded.processor, items.digest)  # one model has one tokenizer
-        if key not in self._evaluators:
+        def make() -> ClassEvaluator | RetrievalEvaluator:
             encoders = Encoders(model, loaded.processor, loaded.tokenizer)
-            self._evaluators[key] = dual.image_evaluator(
-                encoders, items.images, items.classes, items.vision
-            )
-        return self._evaluators[key]
+            return dual.image_evaluator(encoders, items.asked, items.classes, items.config.vision)
+
+        # Compiled once for all methods with adapters of the same shapes; one model has one tokenizer.
+        measured = self.once((model, loaded.processor, items.digest), make).measure(params, lora)
+        return {name: float(measured[name]) for name in MEASURES if name in measured}
 
     def _classes(self, config: RunConfig, data: DataConfig) -> tuple[str, ...]:
         if config.vision.task != "classify":
@@ -183,16 +163,10 @@ class DualEncoders(Subject):
         """Returns a source, opened once: reading the classes of a large set takes time."""
         v = config.vision
         fields = v.image_field, v.label_field, v.caption_field, v.classes, v.max_pixels
-        key = data.dataset, data.data_dir, split, *fields
-        if key not in self._sources:
-            self._sources[key] = open_images(data, v, split)
-        return self._sources[key]
+        key = "source", data.dataset, data.data_dir, split, *fields
+        return self.once(key, lambda: open_images(data, v, split))
 
 
 def _is_joined(model: str) -> bool:
     """Returns True if a model's name is of two separate towers."""
     return JOIN in model and not Path(model).exists()
-
-
-def _tower(name: str, prefix: str, dtype: str, mesh: MeshConfig) -> LoadedEncoder:
-    return load_encoder(name, dtype=dtype, mesh=distributed.smallest_mesh(mesh), prefix=prefix)

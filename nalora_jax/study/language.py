@@ -2,51 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import optax
 
 from nalora_jax.common.digests import json_digest
-from nalora_jax.config import DataConfig, MeshConfig, RunConfig
-from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
-from nalora_jax.data.packing import permutation
-from nalora_jax.data.pipeline import TrainData, train_data
-from nalora_jax.data.questions import eval_examples
-from nalora_jax.data.sources import check_disjoint, open_source
-from nalora_jax.data.tokenizer import AddedTokens
+from nalora_jax.config import DataConfig, RunConfig
+from nalora_jax.data import packing, pipeline, questions, sources, tokenizer
+from nalora_jax.data.items import ChoiceItem, CompletionItem
 from nalora_jax.evaluate.text import TextEvaluator
 from nalora_jax.layout import distributed
+from nalora_jax.method.step import Step
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.study.subject import Items, Subject
-from nalora_jax.train.initial_adapter import read_initial
-from nalora_jax.train.inputs import stream_shape
-from nalora_jax.train.kinds import decoder_parts
+from nalora_jax.train import initial_adapter, inputs, kinds, start
 from nalora_jax.train.program import Assembly, assemble, starting_at
-from nalora_jax.train.start import first_adapters
+from nalora_jax.weights import hf, hub, model_files, new_tokens
 from nalora_jax.weights.base import load_model
-from nalora_jax.weights.hf import ResolvedSource
-from nalora_jax.weights.hub import resolve_source
-from nalora_jax.weights.model_files import LoadedModel, open_files
-from nalora_jax.weights.new_tokens import with_added
 
 _SEED = 20260104  # seed of the draw of items whose choices are scored, the same for every run
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Items:
+    """Fixed items to measure: pairs of completions, prompts, or what a subclass has."""
+
+    digest: str  # changes if the items change
+    count: int
+    config: RunConfig  # of a run that asks them
+    asked: Any = ()
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Returns all digests of the items, by name; `digest` has the name ""."""
+        return {"": self.digest}
+
+
+class Subject:
+    """A kind of model and its tasks; it keeps models and data for the life of the process.
+
+    In every method, ``config`` is the settings of one run.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """Returns the result of ``make``, which is called once for each key."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
+    def architecture(self, config: RunConfig) -> ModelConfig | None:
+        """Returns the base's architecture without reading weights; None: its memory is not estimated."""
+        return None
+
+    def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
+        """Returns the training step of a run on its rows."""
+        return assembly.step
 
 
 @dataclass(frozen=True, eq=False)
 class LanguageItems(Items):
     """Items whose completions give the loss, and whose choices, if any, give the accuracy.
 
-    Their digest is of the token ids of prompts and correct completions.
+    ``asked`` are the correct completions of all items; the digest is of the ids of prompts and completions.
     """
 
-    completions: Sequence[CompletionItem]  # the correct completion of each item
-    choices: Sequence[ChoiceItem]  # the items with choices
+    choices: Sequence[ChoiceItem] = ()  # the items with choices
 
     @property
     def digests(self) -> dict[str, str]:
@@ -54,53 +83,52 @@ class LanguageItems(Items):
         if not self.choices:
             return super().digests
         ids = [[[list(ids) for ids in item.choice_ids], item.gold] for item in self.choices]
-        return super().digests | {"choices": _digest(ids)}
+        return super().digests | {"choices": json_digest(ids)[:16]}
 
     def scoring(self, count: int) -> LanguageItems:
         """Returns the completions with the choices of ``count`` items, drawn once for all runs."""
-        drawn = np.sort(permutation(len(self.choices), _SEED)[:count])
+        drawn = np.sort(packing.permutation(len(self.choices), _SEED)[:count])
         return replace(self, choices=[self.choices[index] for index in drawn])
 
 
 class Language(Subject):
-    """`nalora_jax.study.subject.Subject` of language models."""
+    """Language models that train on texts."""
 
-    def __init__(self) -> None:
-        self._load = cache(_load)
-        self._started: tuple[Assembly, Any, Assembly] | None = None
+    _started: tuple[Assembly, Any, Assembly] | None = None  # the last run with LoRA-GA
 
-    def model(self, config: RunConfig) -> LoadedModel:
+    def model(self, config: RunConfig) -> model_files.LoadedModel:
         """Returns the run's base model."""
-        added = AddedTokens.of(config.data)
-        return self._load(
-            config.model,
-            config.rope_scaling,
-            config.compute.dtype,
-            config.compute.quantized,
-            config.mesh,
-            added,
-        )
+        compute, added = config.compute, tokenizer.AddedTokens.of(config.data)
+
+        def load() -> model_files.LoadedModel:
+            mesh = distributed.smallest_mesh(config.mesh)
+            options: dict[str, Any] = {"mesh": mesh, "quantized": compute.quantized}
+            return new_tokens.with_added(
+                load_model(_files(config), dtype=compute.dtype, **options), added, mesh
+            )
+
+        weights = config.model, config.rope_scaling, compute.dtype, compute.quantized
+        return self.once(("model", *weights, config.mesh, added), load)
 
     def architecture(self, config: RunConfig) -> ModelConfig:
         """Returns the config of the base."""
-        files = open_files(_files(config.model, config.rope_scaling))
-        return files.described(AddedTokens.of(config.data))
+        return model_files.open_files(_files(config)).described(tokenizer.AddedTokens.of(config.data))
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
-        """Returns ``config`` without its data, and the data's length and added tokens."""
-        facts = config.data.max_length, AddedTokens.of(config.data)
+        """Returns the settings that determine the compiled step, and hashable facts about the data."""
+        facts = config.data.max_length, tokenizer.AddedTokens.of(config.data)
         return replace(config, data=DataConfig()), facts
 
     def assemble(
         self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation
     ) -> Assembly:
-        """Assembles the run as ``nalora train`` does."""
+        """Returns adapters, optimizer and step for the result of `program` for ``config``."""
         model = self.model(config)
-        mesh, parts = distributed.smallest_mesh(config.mesh), decoder_parts(general, model.config)
+        mesh, parts = distributed.smallest_mesh(config.mesh), kinds.decoder_parts(general, model.config)
         return assemble(general, model.config, model.params, mesh, last=last, **parts)
 
     def params(self, config: RunConfig, assembly: Assembly) -> Any:
-        """Returns the base minus the initial adapters.
+        """Returns the frozen weights of a run: the base minus the initial adapters.
 
         PiSSA's initial adapters depend on the base, LoRA-GA's on the run's batches.
         """
@@ -109,62 +137,79 @@ class Language(Subject):
         return assembly.params
 
     def base(self, config: RunConfig) -> tuple[str, Any]:
-        """Returns the base model, the same for every seed."""
+        """Returns a name that is unique to the base, and its weights without an adapter."""
         return config.model, self.model(config).params
 
     def base_digest(self, config: RunConfig) -> str:
-        """Returns the digest of all weights in the base's files."""
+        """Returns the digest of all weights in the base's files, the same for every seed."""
         return self.model(config).fingerprint
 
-    def source_digest(self, data: TrainData) -> str:
-        """Returns the digest of the tokenized examples."""
+    def data(self, config: RunConfig) -> Any:
+        """Returns the training rows in the order of the seed, with a ``fingerprint``: packed sequences."""
+        return pipeline.train_data(config.data, self.model(config).tokenizer, **inputs.stream_shape(config))
+
+    def source_digest(self, data: pipeline.TrainData) -> str:
+        """Returns the digest of the tokenized examples of `data`, the same for every seed."""
         return data.store.fingerprint
 
-    def data(self, config: RunConfig) -> TrainData:
-        """Returns packed sequences."""
-        return train_data(config.data, self.model(config).tokenizer, **stream_shape(config))
-
-    def adapters(self, config: RunConfig, assembly: Assembly, data: TrainData, seed: int) -> Any:
-        """Returns adapters by the config's initialization."""
+    def adapters(self, config: RunConfig, assembly: Assembly, data: Any, seed: int) -> Any:
+        """Returns adapters by the config's initialization, with A drawn by ``seed``."""
         model = self.model(config)
         if config.adapter:
-            return read_initial(config, model)
+            return initial_adapter.read_initial(config, model)
         if assembly.initial is not None:  # PiSSA: determined by the base, not by the seed
             return assembly.initial
         if config.lora.init == "lora_ga":  # determined by the batches, like `params`
             return self._started_at(config, assembly).initial
         if config.lora.init == "gradient":
-            return first_adapters(assembly, model.config, data, seed)
+            return start.first_adapters(assembly, model.config, data, seed)
         return init_lora(model.config, assembly.spec, jax.random.key(seed), assembly.params)
 
     def _started_at(self, config: RunConfig, assembly: Assembly) -> Assembly:
-        """Returns the assembly of a run with LoRA-GA; caches the last one."""
+        """Returns the assembly of a run with LoRA-GA; keeps the last one."""
         rows = (config.seed, config.data)
         if self._started is None or self._started[0] is not assembly or self._started[1] != rows:
             self._started = None  # frees its kernels before new ones are allocated
-            base = self.model(config).config
-            lora = first_adapters(assembly, base, self.data(config), config.seed)
+            lora = start.first_adapters(assembly, self.model(config).config, self.data(config), config.seed)
             self._started = assembly, rows, starting_at(assembly, lora)
         return self._started[2]
 
-    def items(self, config: RunConfig, data: DataConfig) -> LanguageItems:
-        """Returns tokenized examples."""
+    def items(self, config: RunConfig, data: DataConfig) -> Any:
+        """Returns held-out `Items` of ``data.eval_split``, at most ``data.eval_limit``: tokenized examples."""
         return self.probe(config, data)
 
-    def probe(self, config: RunConfig, data: DataConfig) -> LanguageItems:
-        """Returns tokenized examples."""
-        return _items(eval_examples(data, self.model(config).tokenizer))
+    def probe(self, config: RunConfig, data: DataConfig) -> Any:
+        """Returns `Items` of other data than the run's, likewise."""
+        completions, choices = [], []
+        for item in questions.eval_examples(data, self.model(config).tokenizer):
+            if isinstance(item, ChoiceItem):
+                choices.append(item)
+                gold = item.gold
+                ids = list(item.contexts[gold]), list(item.choice_ids[gold])
+                item = CompletionItem(*ids, item.prompt, item.choices[gold])
+            completions.append(item)
+        digest = json_digest([[list(item.prompt_ids), list(item.completion_ids)] for item in completions])
+        return LanguageItems(digest[:16], len(completions), config, completions, choices)
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
-        """Compares the spans of both splits."""
-        check_disjoint(open_source(config.data, tuned), open_source(config.data, tested))
+        """Checks that two splits of the run's data share no record.
+
+        Raises:
+          NaloraError: they do.
+        """
+        sources.check_disjoint(
+            sources.open_source(config.data, tuned), sources.open_source(config.data, tested)
+        )
 
     def measure(
         self, items: Any, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False
     ) -> dict[str, float]:
-        """Returns ``loss`` per completion token, and ``accuracy`` if there are choices."""
+        """Returns the measures of an adapter, or of the weights alone: ``loss`` per completion token.
+
+        With ``whole``, they include measures that need separate programs: ``accuracy`` if there are choices.
+        """
         model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
-        scored = TextEvaluator(model, None, items.completions, mesh=mesh)
+        scored = TextEvaluator(model, None, items.asked, mesh=mesh)
         values = {"loss": scored.measure(params, lora)["loss"]}
         if whole and items.choices:
             answered = TextEvaluator(model, None, items.choices, mesh=mesh)
@@ -172,32 +217,5 @@ class Language(Subject):
         return values
 
 
-def _files(model: str, rope_scaling: str) -> ResolvedSource:
-    return replace(resolve_source(model), rope_scaling=rope_scaling)
-
-
-def _load(
-    model: str, rope_scaling: str, dtype: str, quantized: Any, mesh_config: MeshConfig, added: AddedTokens
-) -> LoadedModel:
-    mesh = distributed.smallest_mesh(mesh_config)
-    loaded = load_model(_files(model, rope_scaling), dtype=dtype, mesh=mesh, quantized=quantized)
-    return with_added(loaded, added, mesh)
-
-
-def _items(items: Sequence[Item]) -> LanguageItems:
-    completions, choices = [], []
-    for item in items:
-        if isinstance(item, ChoiceItem):
-            choices.append(item)
-            prompt, answer = item.contexts[item.gold], item.choice_ids[item.gold]
-            completions.append(
-                CompletionItem(list(prompt), list(answer), item.prompt, item.choices[item.gold])
-            )
-        else:
-            completions.append(item)
-    ids = [[list(item.prompt_ids), list(item.completion_ids)] for item in completions]
-    return LanguageItems(_digest(ids), len(completions), completions, choices)
-
-
-def _digest(ids: Any) -> str:
-    return json_digest(ids)[:16]
+def _files(config: RunConfig) -> hf.ResolvedSource:
+    return replace(hub.resolve_source(config.model), rope_scaling=config.rope_scaling)

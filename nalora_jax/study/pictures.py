@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -12,16 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nalora_jax.report.drawing import file_style, to_svg_file
-from nalora_jax.study.analysis import (
-    MethodComparison,
-    MethodResult,
-    by_task,
-    comparisons,
-    last,
-    mean_of,
-    named,
-    results,
-)
+from nalora_jax.study import analysis
 from nalora_jax.study.plan import cost
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
@@ -33,27 +24,40 @@ _COLUMNS = 4  # panels in a row of a picture
 _ROWS = 12  # comparisons in a picture
 _VISIBLE = 0.01  # least spread of the methods' lines, as a share of their values
 
+Line = list[tuple[float, float]]  # of a method
+
+
+class Panels(NamedTuple):
+    """A picture with a panel for each task and model."""
+
+    points: Callable[[analysis.MethodResult], Line]
+    xlabel: str
+    ylabel: str
+    visible: Callable[[list[Line]], bool] = bool  # False: the lines of a panel would not be seen
+    style: Mapping[str, Any] = {"linewidth": 1.2}
+    scale: Callable[[Any, list[Line]], None] | None = None  # of the axes
+
 
 def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
     """Returns SVG text by file name, without the pictures that would be empty."""
-    cell_results = results(protocol, records)
+    cell_results = analysis.results(protocol, records)
     marks = _marks(protocol)
     with file_style():
-        pictures = {name: _grid(name, cell_results, marks) for name in _POINTS}
-        primary = [c for c in comparisons(protocol, cell_results) if c.measure.kind == "primary"]
+        pictures = {name: _grid(name, panels, cell_results, marks) for name, panels in _PANELS.items()}
+        primary = [c for c in analysis.comparisons(protocol, cell_results) if c.measure.kind == "primary"]
         ordered = sorted(primary, key=lambda comparison: list(protocol.tasks).index(comparison.cell.task))
-        count = math.ceil(len(ordered) / _ROWS)
-        for number, part in enumerate(
-            np.array_split(np.array(ordered, object), count) if count else (), start=1
-        ):
-            name = f"differences_{number}.svg" if count > 1 else "differences.svg"
+        parts = np.array_split(np.array(ordered, object), max(math.ceil(len(ordered) / _ROWS), 1))
+        for number, part in enumerate(parts, start=1):
+            name = f"differences_{number}.svg" if len(parts) > 1 else "differences.svg"
             pictures[name] = _differences(protocol, list(part))
     return {name: text for name, text in pictures.items() if text}
 
 
-def _grid(name: str, cell_results: Sequence[MethodResult], marks: dict[str, Any]) -> str:
-    """Draws a panel per model and task, up to four in a row, with one legend."""
-    groups = by_task(cell_results)
+def _grid(
+    name: str, panels: Panels, cell_results: Sequence[analysis.MethodResult], marks: dict[str, Any]
+) -> str:
+    """Draws a panel per model and task, up to four in a row, with one legend; "" if no line is visible."""
+    groups = analysis.by_task(cell_results)
     columns = min(len(groups), _COLUMNS)
     rows = math.ceil(len(groups) / columns)
     figure = Figure(figsize=(5.2 * columns, 4.2 * rows), layout="constrained")
@@ -61,20 +65,28 @@ def _grid(name: str, cell_results: Sequence[MethodResult], marks: dict[str, Any]
     for axis in axes[len(groups) :]:
         axis.remove()
     drawn = False
-    for axis, ((task, model), group) in zip(axes[: len(groups)], groups.items(), strict=True):
-        drawn |= _panel(name, axis, group, marks)
+    legend: dict[str, Any] = {}
+    for axis, ((task, model), group) in zip(axes, groups.items(), strict=False):
+        lines = {result.cell.method: line for result in group if (line := panels.points(result))}
+        for method, line in lines.items():
+            axis.plot(*zip(*line, strict=True), label=method, **panels.style, **marks[method])
+        axis.set(xlabel=panels.xlabel, ylabel=panels.ylabel.format(cost=analysis.named(group[0].metric)))
         axis.set_title(f"{task}, {model}", fontsize=10)
-        if not axis.has_data():
+        if lines:
+            drawn |= panels.visible(list(lines.values()))
+            if panels.scale is not None:
+                panels.scale(axis, list(lines.values()))
+        else:
             axis.set_axis_off()
             axis.text(0.5, 0.5, "no run yet", ha="center", va="center", transform=axis.transAxes)
-    if not drawn:
-        return ""
-    legend: dict[str, Any] = {}
-    for axis in axes[: len(groups)]:
         handles, labels = axis.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))
-    lines, names = list(legend.values()), list(legend)
-    figure.legend(lines, names, loc="outside lower center", ncols=min(2 * columns, 4), fontsize=8)
+    if not drawn:
+        return ""
+    columns = min(2 * columns, 4)
+    figure.legend(
+        list(legend.values()), list(legend), loc="outside lower center", ncols=columns, fontsize=8
+    )
     return to_svg_file(figure, name)
 
 
@@ -91,75 +103,73 @@ def _marks(protocol: Protocol) -> dict[str, dict[str, Any]]:
     return marks
 
 
-def _panel(name: str, axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
-    """Plots the points of each method; returns False if no line would be visible."""
-    points, xlabel, ylabel = _POINTS[name]
-    lines = {result.cell.method: points(result) for result in group}
-    lines = {method: line for method, line in lines.items() if line}
-    style = {"linestyle": "none"} if name == "misalignment.svg" else {"linewidth": 1.2}
-    for method, line in lines.items():
-        axis.plot(*zip(*line, strict=True), label=method, **style, **marks[method])
-    axis.set(xlabel=xlabel, ylabel=ylabel.format(cost=named(group[0].metric)))
-    values = [[y for _, y in line] for line in lines.values()]
-    if name == "loss_by_step.svg":
-        return any(len(line) > 1 for line in lines.values())
-    if name == "importance.svg":
-        spreads = [max(at_step) - min(at_step) for at_step in zip(*values, strict=False)]
-        return bool(lines) and max(spreads) > _VISIBLE * max(map(abs, values[0]))
-    if name == "loss_by_rate.svg" and lines:
-        tried = sorted({rate for line in lines.values() for rate, _ in line})
-        axis.set(xscale="log")
-        axis.minorticks_off()
-        axis.set_xticks(tried, [f"{rate:g}" for rate in tried], rotation=30, fontsize=8)
-        shown = [min(loss, min(losses) + 0.5) for losses in values for loss in losses]
-        low, high, spread = min(shown), max(shown), max(shown) - min(shown)
-        axis.set_ylim(low - 0.05 * spread - 1e-4, high + 0.05 * spread + 1e-4)
-    return bool(lines)
-
-
-def _by_rate(result: MethodResult) -> list[tuple[float, float]]:
+def _by_rate(result: analysis.MethodResult) -> Line:
     """Returns the validation cost by learning rate."""
-    return [(rate, loss) for rate, loss in result.tuning.costs.items() if loss and math.isfinite(loss)]
+    costs = result.tuning.costs.items()
+    return [(rate, cost) for rate, cost in costs if cost is not None and math.isfinite(cost)]
 
 
-def _by_step(result: MethodResult) -> list[tuple[float, float]]:
+def _scale_rates(axis: Any, lines: list[Line]) -> None:
+    """Sets a logarithmic axis with a tick at each rate; cuts off losses 0.5 above a method's best one."""
+    tried = sorted({rate for line in lines for rate, _ in line})
+    axis.set(xscale="log")
+    axis.minorticks_off()
+    axis.set_xticks(tried, [f"{rate:g}" for rate in tried], rotation=30, fontsize=8)
+    best = [min(loss for _, loss in line) for line in lines]
+    shown = [min(loss, least + 0.5) for line, least in zip(lines, best, strict=True) for _, loss in line]
+    low, high, spread = min(shown), max(shown), max(shown) - min(shown)
+    axis.set_ylim(low - 0.05 * spread - 1e-4, high + 0.05 * spread + 1e-4)
+
+
+def _along(result: analysis.MethodResult, values: Callable[[Record], Iterable[tuple[int, Any]]]) -> Line:
+    """Returns the mean over the test runs of values by step, at the steps that all runs have."""
+    curves = [dict(values(record)) for record in result.finite().values()]
+    steps = sorted(set(curves[0]).intersection(*curves)) if curves else []
+    means = [
+        analysis.mean_of([curve[step] for curve in curves if curve[step] is not None]) for step in steps
+    ]
+    return [(step, mean) for step, mean in zip(steps, means, strict=True) if math.isfinite(mean)]
+
+
+def _by_step(result: analysis.MethodResult) -> Line:
     """Returns the mean validation cost along the test runs."""
-    curves = [
-        {int(p["step"]): cost(result.metric, p) for p in record["curve"]}
-        for record in result.finite().values()
-    ]
-    steps = sorted(set(curves[0]).intersection(*curves) - {0}) if curves else []
-    return [(step, mean_of([curve[step] for curve in curves])) for step in steps]
+    metric = result.metric
+    return _along(result, lambda r: ((int(p["step"]), cost(metric, p)) for p in r["curve"] if p["step"]))
 
 
-def _misalignments(result: MethodResult) -> list[tuple[float, float]]:
+def _misalignments(result: analysis.MethodResult) -> Line:
     """Returns the gates' feature movement and the misalignment at the end of each test run."""
-    records = result.finite().values()
-    points = [(last(record, "mean_feature"), last(record, "misalignment")) for record in records]
-    return [(x, y) for x, y in points if x is not None and y is not None]
+    pairs = (
+        [*analysis.last_of([r], "mean_feature"), *analysis.last_of([r], "misalignment")]
+        for r in result.finite().values()
+    )
+    return [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
 
 
-def _importances(result: MethodResult) -> list[tuple[float, float]]:
+def _importances(result: analysis.MethodResult) -> Line:
     """Returns the mean slope E|phi'| of the gates along the test runs."""
-    rows = [
-        {r["step"]: r.get("mean_importance") for r in record["training"]}
-        for record in result.finite().values()
-    ]
-    steps = sorted(set(rows[0]).intersection(*rows)) if rows else []
-    values = [mean_of([float(row[step]) for row in rows if row[step] is not None]) for step in steps]
-    return list(zip(steps, values, strict=True)) if any(map(math.isfinite, values)) else []
+    return _along(result, lambda r: ((row["step"], row.get("mean_importance")) for row in r["training"]))
 
 
-# Pictures with a panel per model and task: the points of a method, and both labels.
-_POINTS: dict[str, tuple[Callable[[MethodResult], list[tuple[float, float]]], str, str]] = {
-    "loss_by_rate.svg": (_by_rate, "learning rate", "validation {cost}, lower is better"),
-    "loss_by_step.svg": (_by_step, "step", "validation {cost}, lower is better"),
-    "misalignment.svg": (_misalignments, "feature movement E|F|", "misalignment E|S| / E|F|"),
-    "importance.svg": (_importances, "step", "mean importance E|φ′|"),
+def _spread(lines: list[Line]) -> bool:
+    """Returns True if the lines are not all the same."""
+    values = [[y for _, y in line] for line in lines]
+    spreads = [max(at_step) - min(at_step) for at_step in zip(*values, strict=False)]
+    return max(spreads) > _VISIBLE * max(map(abs, values[0]))
+
+
+_LOSS = "validation {cost}, lower is better"
+_PANELS = {
+    "loss_by_rate.svg": Panels(_by_rate, "learning rate", _LOSS, scale=_scale_rates),
+    "loss_by_step.svg": Panels(_by_step, "step", _LOSS, lambda lines: max(map(len, lines)) > 1),
+    "misalignment.svg": Panels(
+        _misalignments, "feature movement E|F|", "misalignment E|S| / E|F|", style={"linestyle": "none"}
+    ),
+    "importance.svg": Panels(_importances, "step", "mean importance E|φ′|", _spread),
 }
 
 
-def _differences(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
+def _differences(protocol: Protocol, compared: Sequence[analysis.MethodComparison]) -> str:
     """Draws paired differences with intervals, a line per comparison, and the margin."""
     if not compared:
         return ""
@@ -181,6 +191,6 @@ def _differences(protocol: Protocol, compared: Sequence[MethodComparison]) -> st
     axis.set_yticks(range(len(compared)), labels, fontsize=8)
     axis.set_ylim(len(compared) - 0.5, -0.5)  # the first on top
     axis.xaxis.set_major_locator(MaxNLocator(4))
-    text = f"difference of the test {named(protocol.metric)}, lower is better"
+    text = f"difference of the test {analysis.named(protocol.metric)}, lower is better"
     axis.set_xlabel(f"{text}\n95% t interval; grey: the margin of equivalence", fontsize=9)
     return to_svg_file(figure, "differences.svg")

@@ -94,9 +94,7 @@ class Run:
         return _hash([self.stage, *self.cell, self.multiple, self.config_hash])
 
     def __str__(self) -> str:
-        multiple = ""
-        if self.multiple != 1:
-            multiple = f" ({self.multiple:g} x chosen)"
+        multiple = f" ({self.multiple:g} x chosen)" if self.multiple != 1 else ""
         return f"{self.stage} {' '.join(self.cell)}, rate {self.rate:g}{multiple}, seed {self.seed}"
 
 
@@ -115,15 +113,10 @@ class Tuning:
         return tuple(self.costs)
 
     @property
-    def losses(self) -> tuple[float | None, ...]:
-        """Returns the costs in the order of the rates."""
-        return tuple(self.costs.values())
-
-    @property
     def chosen(self) -> float | None:
         """Returns a complete grid's best rate, the lowest of ties; None if all rates diverged."""
         finite = {rate: loss for rate, loss in self.costs.items() if loss is not None and loss < math.inf}
-        if None in self.losses or not finite:
+        if None in self.costs.values() or not finite:
             return None
         return min(finite, key=finite.__getitem__)
 
@@ -141,10 +134,8 @@ def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tun
         if not end or len(rates) == 1 or added[end] == protocol.extend:
             return replace(grid, at_edge=bool(end) and len(rates) > 1)
         added[end] += 1
-        if end == "low":
-            rates.insert(0, rounded_rate(rates[0] ** 2 / rates[1]))
-        else:
-            rates.append(rounded_rate(rates[-1] ** 2 / rates[-2]))
+        edge, beside = rates[:2] if end == "low" else rates[:-3:-1]
+        rates = sorted([*rates, rounded_rate(edge**2 / beside)])
 
 
 def cost(metric: str, measured: Mapping[str, Any]) -> float:
@@ -154,13 +145,10 @@ def cost(metric: str, measured: Mapping[str, Any]) -> float:
       NaloraError: the metric was not measured.
     """
     if measured.get(metric) is None:
-        raise NaloraError(
-            f"records: {metric}", expected="a number", found="none", remedy="restore the record file"
-        )
+        remedy = "restore the record file"
+        raise NaloraError(f"records: {metric}", expected="a number", found="none", remedy=remedy)
     value = float(measured[metric])
-    if metric in COSTS:
-        return value
-    return 1.0 - value
+    return value if metric in COSTS else 1.0 - value
 
 
 def rounded_rate(rate: float) -> float:
@@ -228,10 +216,12 @@ def _changed(settings: Any, defaults: Any) -> Any:
     """Returns the settings that differ from their defaults, groups as dicts."""
     if not is_dataclass(settings):
         return settings
-    pairs = (
-        (each.name, getattr(settings, each.name), getattr(defaults, each.name)) for each in fields(settings)
-    )
-    return {name: _changed(value, default) for name, value, default in pairs if value != default}
+    names = [
+        each.name
+        for each in fields(settings)
+        if getattr(settings, each.name) != getattr(defaults, each.name)
+    ]
+    return {name: _changed(getattr(settings, name), getattr(defaults, name)) for name in names}
 
 
 def _hash(value: Any) -> str:

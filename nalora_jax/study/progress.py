@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from nalora_jax.common import trees
+from nalora_jax.common import processor, trees
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.evaluate.run_log import to_json
@@ -20,13 +22,17 @@ from nalora_jax.method import activations, statistics
 from nalora_jax.method.step import TrainState
 from nalora_jax.study.plan import Run
 from nalora_jax.study.provenance import code_version, rule_files
-from nalora_jax.study.records import exact_values, read_snapshot, write_snapshot
+from nalora_jax.study.records import Record, exact_values, read_snapshot, write_snapshot
 from nalora_jax.study.resources import Resources
-from nalora_jax.study.subject import Items, StudyRows
 from nalora_jax.train.loop import Follower, LoopEvaluation, Schedule, run_steps
+from nalora_jax.train.machine import describe_device, peak_memory, versions
 from nalora_jax.train.optimizers import make_schedule
 
 log = logging.getLogger(__name__)
+
+
+# Whole-model numbers of a log step that records have.
+_LOGGED = ("loss", "grad_norm", "misalignment", "misalignment_limit", "reward", "entropy", "divergence")
 
 
 class RunInProgress:
@@ -36,34 +42,40 @@ class RunInProgress:
         self.run, self.resources, self.snapshot = run, resources, snapshot
         self.subject, self.assembly = resources.subject(run.config), resources.assembly(run)
         self.params = self.subject.params(run.config, self.assembly)
-        self.data: StudyRows = self.subject.data(run.config)
-        self.items = resources.validation_items(run)
-        self.tested: dict[str, Items] = {}
+        self.data = self.subject.data(run.config)
+        self.items = {"validation": resources.validation_items(run)}
         if run.stage == "test":
-            self.tested = {"test": resources.test_items(run)} | resources.probe_items(run)
+            self.items |= {"test": resources.test_items(run)} | resources.probe_items(run)
         self.identity = self._identity()
         self.curve: list[dict[str, float]] = []  # step and measures of the validation items
         self.training: list[dict[str, float]] = []  # the loop's log steps
         self.seconds_before = self.training_seconds = 0.0
         self._began = time.perf_counter()
 
+    @property
+    def described(self) -> Record:
+        """Returns what a record has before the run is trained."""
+        run = self.run
+        return {"id": run.id, "stage": run.stage, **run.cell._asdict(), "seed": run.seed, **self.identity}
+
     def begin(self) -> Follower:
         """Returns the actions after each step, from the snapshot's state and step if there is one."""
         state = self.resources.start(self.run, self.data)
         self.parameters = trees.count_elements(state.lora)
-        state, start = self._resumed(state)
-        if not start:
-            self.curve.append({"step": 0} | self.resources.measure_base(self.run, self.items))
+        state, self._start = self._resumed(state)
+        if not self._start:
+            measured = self.resources.measure_base(self.run, self.items["validation"])
+            self.curve.append({"step": 0} | measured)
         config = self.run.config
         every = config.train.log_every, self.run.protocol.evaluate_every
         schedule = Schedule(config.steps, *every, save_every=0)
         rate = make_schedule(config.optimizer, config.steps)
-        self._start = start
-        return Follower(self, schedule, rate, state, start, self.params)
+        return Follower(self, schedule, rate, state, self._start, self.params)
 
     def rows(self) -> BatchIterator:
         """Returns the batches of the steps after `begin`."""
-        batches, row = self.data.batches(), self._start * self.run.config.train.batch_size
+        batches: BatchIterator = self.data.batches()
+        row = self._start * self.run.config.train.batch_size
         batches.set_state({"row": row, "data": self.data.fingerprint})
         return batches
 
@@ -83,17 +95,44 @@ class RunInProgress:
             batches.close()
             self.training_seconds += time.perf_counter() - began
 
-    def measure(self, state: TrainState) -> dict[str, Any]:
+    def record(self, state: TrainState | None) -> Record:
+        """Measures the trained state (None: the run diverged), and returns the record without times."""
+        run, measured, losses = self.run, {}, [math.nan]
+        if state is not None:
+            measured = self._measured_all(state)
+            losses = [measured["validation"]["loss"], measured.get("test", {}).get("loss", 0.0)]
+        peaks = peak_memory()
+        return {
+            **self.described,
+            "rate": run.rate,
+            "multiple": run.multiple,
+            "diverged": not all(map(math.isfinite, losses)),
+            "validation": {"loss": None},
+            **measured,
+            "curve": self.curve,
+            "training": self.training,
+            "parameters": self.parameters,
+            "training_seconds": self.training_seconds,
+            "peak_bytes": peaks.get("peak_device_memory", peaks.get("peak_memory", 0)),
+            "config": run.config_hash,
+            "protocol": run.protocol.digest,
+            "versions": versions(),
+            "processor": processor.name(),
+            "device": describe_device(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def _measured_all(self, state: TrainState) -> dict[str, Any]:
         """Returns the final measures, for a test run including test items and probes."""
         validation = {name: value for name, value in self.curve[-1].items() if name != "step"}
-        final: dict[str, Any] = {"validation": validation | {"n": self.items.count}}
-        for name, items in self.tested.items():
-            values = self._measured(state.lora, items, whole=name == "test") | {"n": items.count}
+        final: dict[str, Any] = {"validation": validation | {"n": self.items["validation"].count}}
+        for name, items in self.items.items():
             if name == "test":
-                final["test"] = values
-            else:
+                final[name] = self._measured(state.lora, name, whole=True) | {"n": items.count}
+            elif name != "validation":
                 before = self.resources.measure_base(self.run, items)["loss"]
-                probe = {"loss": values["loss"], "n": values["n"], "before": before}
+                loss = self._measured(state.lora, name)["loss"]
+                probe = {"loss": loss, "n": items.count, "before": before}
                 final.setdefault("probes", {})[name] = probe
         return final
 
@@ -108,25 +147,16 @@ class RunInProgress:
 
     def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
         """Stores whole-model numbers of a log step, and layer means of per-layer numbers."""
-        names = (
-            "loss",
-            "grad_norm",
-            "misalignment",
-            "misalignment_limit",
-            "reward",
-            "entropy",
-            "divergence",
-        )
-        row = {"step": step} | {name: record[name] for name in names if record.get(name) is not None}
+        row = {"step": step} | {name: record[name] for name in _LOGGED if record.get(name) is not None}
         layers = record.get("layers", {}).items()
-        layers = {
+        row |= {
             f"mean_{n}": np.mean(v) for n, v in layers if v.ndim == 1 and n not in ("misalignment", "limit")
         }
-        self.training.append(to_json(row | layers))
+        self.training.append(to_json(row))
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
         """Measures the validation items."""
-        values = self._measured(state.lora, self.items)
+        values = self._measured(state.lora, "validation")
         self.curve.append({"step": step} | values)
         return LoopEvaluation(-values["loss"], values)
 
@@ -145,20 +175,22 @@ class RunInProgress:
         saved = read_snapshot(self.snapshot)
         if saved is None:
             return state, 0
-        notes = saved.notes
+        arrays, notes = saved
         before = notes["identity"]
-        changed = [name for name, digest in self.identity.items() if before.get(name) != digest]
-        if changed:
+        if changed := [name for name, digest in self.identity.items() if before.get(name) != digest]:
             names = ", ".join(changed)
             log.info("  its snapshot is of other %s: the run starts from scratch", names)
             return state, 0
-        state = trees.map_named(lambda path, leaf: jax.device_put(saved.arrays[path], leaf.sharding), state)
+        state = trees.map_named(lambda path, leaf: jax.device_put(arrays[path], leaf.sharding), state)
         self.curve, self.training, self.seconds_before = notes["curve"], notes["training"], notes["seconds"]
         log.info("  resumes at step %d", notes["step"])
         return state, int(notes["step"])
 
-    def _measured(self, lora: Any, items: Items, *, whole: bool = False) -> dict[str, float]:
-        return self.subject.measure(items, self.assembly, self.params, lora, whole=whole)
+    def _measured(self, lora: Any, name: str, *, whole: bool = False) -> dict[str, float]:
+        values: dict[str, float] = self.subject.measure(
+            self.items[name], self.assembly, self.params, lora, whole=whole
+        )
+        return values
 
     def _identity(self) -> dict[str, Any]:
         """Returns the digests of code, rule files, adapter, base, data and items; see `study.provenance`.
@@ -166,15 +198,12 @@ class RunInProgress:
         The items have names such as "test" and "test choices".
         """
         config, mechanisms = self.run.config, self.assembly.mechanisms
+        gates = (mechanisms.activation, *dict(mechanisms.others).values())
         definitions = [
             *(type(mechanism) for _, mechanism in mechanisms.entries),
             *(statistics.get(name).values for name in mechanisms.statistics),
-            *(
-                activations.get(name).gate
-                for name in (mechanisms.activation, *dict(mechanisms.others).values())
-            ),
+            *(activations.get(name).gate for name in gates),
         ]
-        measured = {"validation": self.items} | self.tested
         return {
             "code": code_version(),
             **({"adapter": config.adapter_sha256} if config.adapter else {}),
@@ -184,7 +213,7 @@ class RunInProgress:
             "data": self.data.fingerprint,
             "items": {
                 f"{name} {kind}".strip(): digest
-                for name, items in measured.items()
+                for name, items in self.items.items()
                 for kind, digest in items.digests.items()
             },
         }

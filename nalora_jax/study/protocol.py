@@ -42,19 +42,8 @@ from nalora_jax.method.rules import make
 FILE = "protocol.toml"
 # Settings that methods must share, because their runs are paired, and settings of a run's files.
 _OF_THE_STUDY = (
-    "model",
-    "seed",
-    "steps",
-    "epochs",
-    "data",
-    "preference",
-    "rl",
-    "vision",
-    "train",
-    "output",
-    "resume",
-    "callbacks",
-    "debug",
+    *("model", "seed", "steps", "epochs", "data", "preference", "rl", "vision", "train"),
+    *("output", "resume", "callbacks", "debug"),
 )
 
 _GATES = "ffn/(gate|in)_proj"  # as `nalora_jax.method.low_rank.find_gates`
@@ -161,8 +150,7 @@ class Protocol:
     @property
     def preference(self) -> bool:
         """Returns True if the runs train on preference pairs."""
-        chosen = self.config(self.models[0], next(iter(self.tasks)), self.baseline, self.rates[0], 0)
-        return chosen.preference.loss != "none"
+        return self._first(self.baseline).preference.loss != "none"
 
     @property
     def several_meshes(self) -> bool:
@@ -182,14 +170,17 @@ class Protocol:
             config, model=model, seed=seed, optimizer=replace(config.optimizer, learning_rate=rate)
         )
 
+    def _first(self, method: str) -> RunConfig:
+        """Returns the settings of a method on the first task with the first model."""
+        return self.config(self.models[0], next(iter(self.tasks)), method, self.rates[0], 0)
+
     def _of_method(self, task: str, method: str) -> RunConfig:
         chosen = self.tasks[task]
         common = structured(RunConfig, self.run, "[run] ", base=RunConfig().without_mechanisms())
         data = replace(common.data, dataset=chosen.dataset)
         data = structured(DataConfig, chosen.data, f"[tasks.{task}] data.", base=data)
-        data = replace(
-            data, train_split=chosen.train, eval_split=chosen.validation, eval_limit=chosen.validation_items
-        )
+        splits: dict[str, Any] = {"train_split": chosen.train, "eval_split": chosen.validation}
+        data = replace(data, eval_limit=chosen.validation_items, **splits)
         vision = structured(VisionConfig, chosen.vision, f"[tasks.{task}] vision.", base=common.vision)
         if vision.task == "chat":
             where = f"[tasks.{task}] vision task"
@@ -219,10 +210,8 @@ def read_protocol(path: str | Path) -> Protocol:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        remedy = f"give a study's folder with a {FILE}, or the file"
-        raise NaloraError(
-            str(path), expected="a study", found=error.strerror or error, remedy=remedy
-        ) from error
+        found, remedy = error.strerror or error, f"give a study's folder with a {FILE}, or the file"
+        raise NaloraError(str(path), expected="a study", found=found, remedy=remedy) from error
     except (ValueError, RecursionError) as error:  # not UTF-8, no TOML, 5,000 digits, 3,000 brackets
         raise NaloraError(str(path), expected="a TOML file", found=error) from error
     digest = json_digest(table, sort_keys=True, default=str)  # dates as text
@@ -249,11 +238,12 @@ def _requirements(p: Protocol) -> Iterator[Requirement]:
         yield name, bool(value), "at least one", "none"
         yield name, len(set(value)) == len(value), "no value twice", value
     ascending = list(p.rates) == sorted(p.rates) and p.rates[0] > 0
+    shared, multiples = set(p.tuning_seeds) & set(p.test_seeds), p.test_multiples
+    updates = p._first(p.baseline).rl.updates if p.baseline in p.methods else 1
+    between = f"a multiple of rl.updates, {updates}: a run resumes between rollouts"
     yield "rates", ascending, "ascending rates above 0", p.rates
     yield "rates", p.extend == 0 or len(p.rates) > 1, "two rates, to extend the grid", p.rates
-    multiples = p.test_multiples
     yield "test_multiples", 1.0 in multiples and min(multiples) > 0, "1 among them", multiples
-    shared = set(p.tuning_seeds) & set(p.test_seeds)
     yield "test_seeds", not shared, "no seed that tunes", sorted(shared)
     yield "baseline", p.baseline in p.methods, f"one of {', '.join(p.methods)}", p.baseline
     for name, method in p.methods.items():
@@ -262,17 +252,15 @@ def _requirements(p: Protocol) -> Iterator[Requirement]:
         yield from _task_requirements(p, name, task)
     for name, probe in p.probes.items():
         check_ranges(probe, f"[probes.{name}] ")
-    updates = p.config(p.models[0], next(iter(p.tasks)), p.baseline, p.rates[0], 0).rl.updates
-    expected = f"a multiple of rl.updates, {updates}: a run resumes between rollouts"
-    yield "evaluate_every", p.evaluate_every % updates == 0, expected, p.evaluate_every
+    yield "evaluate_every", p.evaluate_every % updates == 0, between, p.evaluate_every
+    of_metric = {"accuracy": "classify", "recall": "contrast", "reward": "reward"}
     kinds = set()
     for model, name, method_name in itertools.product(p.models, p.tasks, p.methods):
         config = p.config(model, name, method_name, p.rates[0], p.tuning_seeds[0])
         measured = "reward" if config.rl.rewards else config.vision.task
-        of_metric = {"accuracy": "classify", "recall": "contrast", "reward": "reward"}
         fits = p.metric == "loss" or measured == of_metric[p.metric]
         yield "metric", fits, f"a metric that [tasks.{name}] measures during training", p.metric
-        kinds.add("images" if config.vision.task else "text")
+        kinds.add(bool(config.vision.task))
     yield "tasks", len(kinds) == 1, "tasks of text only or of images only", "both"
 
 

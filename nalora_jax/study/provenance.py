@@ -18,9 +18,11 @@ with a printed note.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import subprocess
 import sys
@@ -38,6 +40,7 @@ from nalora_jax.study.records import FILE, Record, Records
 _PACKAGE = Path(__file__).parents[1]
 _SOURCES = {".py", ".cc", ".h"}
 _LIBRARIES = {"nalora_jax", "jax", "numpy"}  # whose code or version is recorded
+_RESTORE = "restore it, or begin a new study in another folder"
 ADDED = ("rules", "base", "source", "digest")  # fields that records of earlier versions lack
 # Fields that must agree: their description, and the fields of the records among which they must.
 _SHARED = {
@@ -68,9 +71,14 @@ def rule_files(definitions: Iterable[Any]) -> dict[str, str]:
     """
     contents: dict[str, bytes] = {}
     for module in sorted(set(map(_module, definitions))):
-        if module.partition(".")[0] not in _LIBRARIES:
-            path = _file(module)
-            contents[path.name] = contents.get(path.name, b"") + path.read_bytes()
+        if module.partition(".")[0] in _LIBRARIES:
+            continue
+        path = Path(getattr(sys.modules.get(module), "__file__", None) or "")
+        if not path.is_file():
+            where, remedy = f"rules of the module {module}", "write the rule to a file and import it"
+            expected = "a file, whose digest the records hold"
+            raise NaloraError(where, expected=expected, found="a module without one", remedy=remedy)
+        contents[path.name] = contents.get(path.name, b"") + path.read_bytes()
     return {name: digest_of(content) for name, content in contents.items()}
 
 
@@ -78,18 +86,6 @@ def _module(definition: Any) -> str:
     while isinstance(definition, functools.partial):
         definition = definition.func
     return getattr(inspect.unwrap(definition), "__module__", None) or "numpy"  # its ufuncs name no module
-
-
-def _file(module: str) -> Path:
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None or not Path(file).is_file():
-        raise NaloraError(
-            f"rules of the module {module}",
-            expected="a file, whose digest the records hold",
-            found="a module without one",
-            remedy="write the rule to a file and import it",
-        )
-    return Path(file)
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
@@ -122,36 +118,24 @@ def check_records(records: Mapping[str, Record]) -> None:
     """
     for name, record in records.items():
         if record.get("digest") not in (None, record_digest(record)):
-            raise NaloraError(
-                f"record {name}",
-                expected="the content that its digest was computed from",
-                found="another content",
-                remedy="restore the record file, or delete the line and do the run again",
-            )
-    for field in _SHARED:
-        _check_shared(records, field)
-
-
-def _check_shared(records: Mapping[str, Record], field: str) -> None:
-    meaning, group = _SHARED[field]
+            expected = "the content that its digest was computed from"
+            remedy = "restore the record file, or delete the line and do the run again"
+            raise NaloraError(f"record {name}", expected=expected, found="another content", remedy=remedy)
     first: dict[tuple[Any, ...], tuple[str, Any]] = {}
-    for name, record in records.items():
-        place = tuple(record.get(key) for key in group)
+    for (field, (meaning, group)), (name, record) in itertools.product(_SHARED.items(), records.items()):
+        place = {key: record.get(key) for key in group}
         values = record.get(field)
         if field != "items" or not isinstance(values, Mapping):
             values = {"": values}
         for item, digest in values.items():
             if digest is None:
                 continue
-            other, expected = first.setdefault((*place, item), (name, digest))
-            if digest != expected:
-                named = ", ".join(f"{key} {label}" for key, label in zip(group, place, strict=True))
-                raise NaloraError(
-                    f"records {other} and {name}: {field} {item}".rstrip(),
-                    expected=f"the same for {named}: {expected}",
-                    found=digest,
-                    remedy=f"the {meaning} changed between the runs: restore it, or begin a new study",
-                )
+            other, known = first.setdefault((field, *place.values(), item), (name, digest))
+            if digest != known:
+                where = f"records {other} and {name}: {field} {item}".rstrip()
+                expected = f"the same for {', '.join(f'{key} {of}' for key, of in place.items())}: {known}"
+                remedy = f"the {meaning} changed between the runs: restore it, or begin a new study"
+                raise NaloraError(where, expected=expected, found=digest, remedy=remedy)
 
 
 # ---------------------------------------------------------------- a protocol that was fixed before
@@ -164,9 +148,8 @@ def checked_records(protocol: Protocol, store: Records) -> dict[str, Record]:
       NaloraError: a file is damaged, a record was altered, records do not belong together, a
         rule's file changed, a test has no record, or was made under another protocol.
     """
-    tests = (
-        store.tests()
-    )  # before the records: a process lists a test as finished after it has written the record
+    # Before the records: a process lists a test as finished after it has written the record.
+    tests = store.tests()
     records = store.read()
     check_records(records)
     check_rules(protocol, records)
@@ -182,20 +165,14 @@ def check_rules(protocol: Protocol, records: Mapping[str, Record]) -> None:
     """
     for method in protocol.methods:
         current = _current_rules(protocol, method)
-        recorded = [
-            record["rules"]
-            for record in records.values()
-            if record["method"] == method and "rules" in record
-        ]
-        for rules in recorded:
-            changed = [file for file, digest in current.items() if rules.get(file) != digest]
-            if changed:
-                raise NaloraError(
-                    f"[methods.{method}]: {changed[0]}",
-                    expected=f"the file of its runs, sha256 {str(rules.get(changed[0]))[:16]}",
-                    found=f"another content, sha256 {current[changed[0]][:16]}",
-                    remedy="restore it, or begin a new study in another folder",
-                )
+        of_method = [record for record in records.values() if record["method"] == method]
+        for rules in (record["rules"] for record in of_method if "rules" in record):
+            for file, digest in current.items():
+                if (recorded := rules.get(file)) != digest:
+                    expected = f"the file of its runs, sha256 {str(recorded)[:16]}"
+                    found = f"another content, sha256 {digest[:16]}"
+                    where = f"[methods.{method}]: {file}"
+                    raise NaloraError(where, expected=expected, found=found, remedy=_RESTORE)
 
 
 def _current_rules(protocol: Protocol, method: str) -> dict[str, str]:
@@ -228,21 +205,16 @@ def check_tests(
     digests = {str(entry["protocol"]) for entry in [*tests, *listed, *_committed_tests(protocol)]}
     earlier = sorted(digests - {protocol.digest, *protocol.respelled_from})
     if earlier:
-        raise NaloraError(
-            str(protocol.path),
-            expected=f"the protocol that test items were read under, sha256 {earlier[0][:16]}",
-            found=f"another protocol, sha256 {protocol.digest[:16]}",
-            remedy="restore it, or begin a new study in another folder",
-        )
+        expected = f"the protocol that test items were read under, sha256 {earlier[0][:16]}"
+        found = f"another protocol, sha256 {protocol.digest[:16]}"
+        raise NaloraError(str(protocol.path), expected=expected, found=found, remedy=_RESTORE)
     finished = {entry["id"]: entry["record"] for entry in listed if entry.get("record")}
     lost = [name for name, digest in finished.items() if records.get(name, {}).get("digest") != digest]
     if lost:
-        raise NaloraError(
-            str(store.path),
-            expected=f"the record of every finished test in {store.tests_path.name}",
-            found=f"{len(lost)} missing or altered: {', '.join(lost[:3])}",
-            remedy="restore the record file, or begin a new study in another folder",
-        )
+        expected = f"the record of every finished test in {store.tests_path.name}"
+        found = f"{len(lost)} missing or altered: {', '.join(lost[:3])}"
+        remedy = "restore the record file, or begin a new study in another folder"
+        raise NaloraError(str(store.path), expected=expected, found=found, remedy=remedy)
 
 
 def check_committed(protocol: Protocol) -> str | None:
@@ -257,12 +229,12 @@ def check_committed(protocol: Protocol) -> str | None:
     name = protocol.path.name
     tracked = _git(protocol, "ls-files", "--error-unmatch", name) is not None
     if not tracked or _git(protocol, "status", "--porcelain", "--", name):
-        raise NaloraError(
-            str(protocol.path),
-            expected="a committed protocol before test items are read",
-            found="changes that are not committed" if tracked else "a file that git does not know",
-            remedy="commit it; the tuning runs are kept",
+        expected, remedy = (
+            "a committed protocol before test items are read",
+            "commit it; the tuning runs are kept",
         )
+        found = "changes that are not committed" if tracked else "a file that git does not know"
+        raise NaloraError(str(protocol.path), expected=expected, found=found, remedy=remedy)
     return _git(protocol, "log", "-1", "--format=%H", "--", name)
 
 
@@ -270,14 +242,10 @@ def _committed_tests(protocol: Protocol) -> Iterator[dict[str, Any]]:
     """Yields all test records that were ever committed, including records deleted later."""
     history = _git(protocol, "log", "--format=", "-p", "-U0", "--no-ext-diff", "--", FILE) or ""
     for line in history.splitlines():
-        if not line.startswith("+{"):
-            continue
-        try:
-            record = json.loads(line[1:])
-        except ValueError:  # not a record; the current file is checked when it is read
-            continue
-        if record.get("stage") == "test" and record.get("protocol"):
-            yield record
+        with contextlib.suppress(ValueError):  # not a record; the current file is checked when it is read
+            record = json.loads(line[1:]) if line.startswith("+{") else {}
+            if record.get("stage") == "test" and record.get("protocol"):
+                yield record
 
 
 def _git(protocol: Protocol, *arguments: str) -> str | None:
@@ -287,6 +255,4 @@ def _git(protocol: Protocol, *arguments: str) -> str | None:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except FileNotFoundError:
         return None
-    if result.returncode == 0:
-        return result.stdout.strip()
-    return None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +45,7 @@ _NEEDED: dict[str, tuple[Any, str]] = {
     "validation": (_Row, "numbers by name"),
     "items": (dict[str, str], "texts by name"),
 }
-_OPTIONAL: dict[str, tuple[Any, str]] = {
+_FIELDS: dict[str, tuple[Any, str]] = _NEEDED | {
     "test": (_Row, "numbers by name"),
     "probes": (dict[str, _Row], "numbers by name, by probe"),
     "parameters": (float, "a finite number"),
@@ -92,10 +92,8 @@ class Records:
         entries = _lines(self.tests_path)
         for number, entry in enumerate(entries, start=1):
             if not {"id", "protocol"} <= entry.keys():
-                where = f"{self.tests_path}: line {number}"
-                raise NaloraError(
-                    where, expected="id and protocol of a test", found=", ".join(entry) or "neither"
-                )
+                where, found = f"{self.tests_path}: line {number}", ", ".join(entry) or "neither"
+                raise NaloraError(where, expected="id and protocol of a test", found=found)
         return entries
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -169,9 +167,7 @@ def exact_values(value: Any) -> Any:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a log; none if there is no file."""
-    if not path.exists():
-        return []
-    return read_metrics(path)
+    return read_metrics(path) if path.exists() else []
 
 
 def _check_fields(record: Mapping[str, Any], where: str) -> None:
@@ -180,14 +176,18 @@ def _check_fields(record: Mapping[str, Any], where: str) -> None:
     Raises:
       NaloraError: a field has another type, or some fields are missing.
     """
-    for name, (hint, expected) in (_NEEDED | _OPTIONAL).items():
-        if name not in record:
-            continue
-        if not has_type(record[name], hint) or (hint is not bool and not _is_finite(record[name])):
-            raise _error(f"{where}: {name}", expected, repr(record[name])[:100])
     missing = [name for name in _NEEDED if name not in record]
+    wrong = [
+        (name, repr(record[name])[:100])
+        for name, (hint, _) in _FIELDS.items()
+        if name in record
+        and not (has_type(record[name], hint) and (hint is bool or _is_finite(record[name])))
+    ]
     if 0 < len(missing) < len(_NEEDED):
-        raise _error(f"{where}: {missing[0]}", _NEEDED[missing[0]][1], "none")
+        wrong.append((missing[0], "none"))
+    for name, found in wrong:
+        remedy = "the file was edited or damaged: restore that line, or delete it and do the run again"
+        raise NaloraError(f"{where}: {name}", expected=_FIELDS[name][1], found=found, remedy=remedy)
 
 
 def _is_finite(value: Any) -> bool:
@@ -199,23 +199,11 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, bool) and (not isinstance(value, int | float) or abs(value) < 1e300)
 
 
-def _error(where: str, expected: str, value: object) -> NaloraError:
-    remedy = "the file was edited or damaged: restore that line, or delete it and do the run again"
-    return NaloraError(where, expected=expected, found=value, remedy=remedy)
-
-
 # ---------------------------------------------------------------- snapshots
 
 log = logging.getLogger(__name__)
 
 _DIGEST = 64  # hexadecimal digits of a sha256, at the start of the file
-
-
-class Snapshot(NamedTuple):
-    """State of a run at an evaluation."""
-
-    arrays: dict[str, np.ndarray]
-    notes: dict[str, Any]
 
 
 def write_snapshot(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> None:
@@ -227,8 +215,8 @@ def write_snapshot(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[
     write_atomically(path, digest_of(content).encode() + content)
 
 
-def read_snapshot(path: Path) -> Snapshot | None:
-    """Returns the snapshot; None if there is none, or with a warning if the file is damaged."""
+def read_snapshot(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """Returns arrays and notes; None if there is no file, or with a warning if it is damaged."""
     if not path.exists():
         return None
     content = path.read_bytes()
@@ -237,4 +225,4 @@ def read_snapshot(path: Path) -> Snapshot | None:
         return None
     with np.load(io.BytesIO(content[_DIGEST:])) as saved:
         arrays = {name.removeprefix("array/"): saved[name] for name in saved.files if name != "notes"}
-        return Snapshot(arrays, json.loads(str(saved["notes"])))
+        return arrays, json.loads(str(saved["notes"]))

@@ -8,31 +8,19 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 from nalora_jax.common.files import make_unlinked_folder, write_atomically
 from nalora_jax.config.structured import dotted
 from nalora_jax.errors import NaloraError
 from nalora_jax.report import tables
 from nalora_jax.report.tables import markdown_table
-from nalora_jax.study.analysis import (
-    MethodComparison,
-    MethodResult,
-    by_task,
-    common_rates,
-    comparisons,
-    deviation,
-    forgotten,
-    last,
-    mean_of,
-    named,
-    results,
-)
-from nalora_jax.study.pictures import draw
-from nalora_jax.study.plan import Cell, Tuning, cells, others_of, tuning, wanted
+from nalora_jax.study import analysis, pictures, plan, provenance
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.provenance import checked_records, describe_old, old_records
 from nalora_jax.study.records import Record, Records, hours
 
 log = logging.getLogger(__name__)
@@ -50,18 +38,16 @@ def write_tables(protocol: Protocol) -> list[Path]:
       NaloraError: there is no record, the file is damaged, or records or protocol changed.
     """
     store = Records(protocol.folder)
-    records = checked_records(protocol, store)
+    records = provenance.checked_records(protocol, store)
     if not records:
         remedy = f"run it first: nalora study run {protocol.folder}"
         raise NaloraError(str(store.path), expected="records of finished runs", found="none", remedy=remedy)
-    if note := describe_old(records):
+    if note := provenance.describe_old(records):
         log.info("%s", note)
-    drawn = draw(protocol, records)
-    text = render_results(protocol, records)
+    drawn, text = pictures.draw(protocol, records), render_results(protocol, records)
     if drawn:
-        links = "\n\n".join(
-            f"![{name.removesuffix('.svg').replace('_', ' ')}]({PICTURES}/{name})" for name in drawn
-        )
+        names = {name: name.removesuffix(".svg").replace("_", " ") for name in drawn}
+        links = "\n\n".join(f"![{label}]({PICTURES}/{name})" for name, label in names.items())
         text += f"\n## Pictures\n\n{links}\n"
     folder = make_unlinked_folder(protocol.folder / PICTURES)
     for path in folder.glob("*.svg"):
@@ -75,6 +61,9 @@ def write_tables(protocol: Protocol) -> list[Path]:
 
 # ---------------------------------------------------------------- tables; equal records give equal bytes
 
+Group = Sequence[analysis.MethodResult]  # of a task and model
+Table = tuple[list[str], list[list[str]]]  # heads and rows
+
 # Columns of a run's last log step.
 _MOVEMENT = {
     "misalignment": "misalignment",
@@ -83,26 +72,51 @@ _MOVEMENT = {
 }
 _SKEWED = 1  # absolute sample skewness of the differences above which the report warns
 _BRIEF = ["method", "against", "task", "seeds", "difference", "95% interval", "better", "t p (Holm)"]
+_PRIMARY = [
+    *(*_BRIEF, "Wilcoxon p (Holm)", "sign p", "effect", "equivalent", "deviation"),
+    *("seeds needed", "margin (of the gain)"),
+]
 
 
 def render_results(protocol: Protocol, records: Mapping[str, Record]) -> str:
-    """Returns all tables as one Markdown document."""
+    """Returns all tables as one Markdown document, by the template ``results.md.j2``."""
     tables = _Tables(protocol, records)
-    parts = [
-        f"# Results: {protocol.question}",
-        "Written by `nalora study report` from `records.jsonl` and `protocol.toml`. Losses are "
-        f"{_unit(protocol)}; differences are method minus the other, so below 0 is better.",
-        tables.runs(),
-        tables.methods(),
-        tables.learning_rates(),
-        tables.common_rates(),
-        tables.tests(),
-        tables.primary(),
-        tables.other_measures(),
-        tables.multiples(),
-        tables.probes(),
-    ]
-    return "\n\n".join(section for section in parts if section) + "\n"
+    compared, tasks = tables.compared, protocol.tasks.items()
+    families = {c.other == protocol.baseline: c.family for c in compared}
+    primary = [comparison for comparison in compared if comparison.measure.kind == "primary"]
+    skewed = (
+        f"`{c.cell.method}` - `{c.other}` on {c.cell.task} ({c.paired.skewness:+.1f})"
+        for c in primary
+        if abs(c.paired.skewness) > _SKEWED
+    )
+    scored = (f"{task.accuracy_items:,} ({name})" for name, task in tasks if task.accuracy_items)
+    share = f"{protocol.margin_share:.0%} of the training gain"
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
+    template = files("nalora_jax.study").joinpath("results.md.j2").read_text(encoding="utf-8")
+    text = environment.from_string(template).render(
+        question=protocol.question,
+        unit=_unit(protocol),
+        metric=analysis.named(protocol.metric),
+        seeds=", ".join(map(str, protocol.tuning_seeds)),
+        baseline=protocol.baseline,
+        runs=tables.runs(),
+        methods=tables.methods(),
+        rates=tables.by_place(tables.learning_rates),
+        common=tables.by_place(tables.common_rates),
+        scored=", ".join(scored),
+        tests=tables.by_place(tables.tests),
+        families=[families.get(True, 0), families.get(False, 0)],
+        margin=f"{protocol.margin:g}" if protocol.margin else share,
+        primary=markdown_table(_PRIMARY, map(tables.primary_row, primary)) if primary else "",
+        skewed=", ".join(skewed),
+        limit=_SKEWED,
+        other=tables.brief("other", "measure"),
+        multiples=tables.by_place(tables.multiples) if len(protocol.test_multiples) > 1 else "",
+        multiple=tables.brief("multiple", "rate"),
+        probes=tables.by_place(tables.probes) if protocol.probes else "",
+        probe=tables.brief("probe", "data"),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def _unit(protocol: Protocol) -> str:
@@ -111,48 +125,67 @@ def _unit(protocol: Protocol) -> str:
         "classify": "nats per image among the prompts of all classes",
         "contrast": "nats per image or caption among all held-out pairs (the mean of both ways)",
     }
-    model, baseline = protocol.models[0], protocol.baseline
-    runs = [protocol.config(model, task, baseline, 1.0, 0) for task in protocol.tasks]
+    runs = [protocol.config(protocol.models[0], t, protocol.baseline, 1.0, 0) for t in protocol.tasks]
     if runs[0].rl.rewards:
         return "1 minus the mean reward of greedy answers, of probes nats per answer token"
     return "; ".join(dict.fromkeys(units[config.vision.task] for config in runs))
 
 
 class _Tables:
-    """The sections of a study's results; a section without rows is empty."""
+    """The tables of a study's results; of a task and model, heads and rows."""
 
     def __init__(self, protocol: Protocol, records: Mapping[str, Record]) -> None:
         self._protocol, self._records = protocol, records
-        self._results = results(protocol, records)
-        self._compared = comparisons(protocol, self._results)
-        self._metric = named(protocol.metric)
+        self._results = analysis.results(protocol, records)
+        self.compared = analysis.comparisons(protocol, self._results)
+
+    def by_place(self, table: Callable[[Group], Table]) -> str:
+        """Returns the table of each task and model that has rows."""
+        made = {place: table(group) for place, group in analysis.by_task(self._results).items()}
+        return "\n\n".join(
+            f"### {task}, {model}\n\n{markdown_table(heads, rows)}"
+            for (task, model), (heads, rows) in made.items()
+            if rows
+        )
 
     def runs(self) -> str:
         """Returns the table of runs, files and devices."""
         protocol, records = self._protocol, self._records
         budget = f" of {protocol.budget_hours:g}" if protocol.budget_hours else ""
         tests = [record for record in records.values() if record["stage"] == "test"]
-        old = len(old_records(records))
         rules = {item for record in records.values() for item in record.get("rules", {}).items()}
-        rows = [
-            ["runs", f"{len(records) - len(tests)} to tune, {len(tests)} to test"],
-            ["tests not done", _not_done(protocol, records) if tests else ""],
-            ["hours", f"{hours(records):.1f}{budget}"],
-            ["settings of every run", _settings(protocol.run)],
-            ["protocol", f"sha256 {protocol.digest[:16]}"],
-            ["respelled from protocol", ", ".join(digest[:16] for digest in protocol.respelled_from)],
-            ["protocol committed in", _committed(tests)],
-            ["records made under protocol", _distinct(records, "protocol", 16)],
-            ["code (sha256 of the package)", _distinct(records, "code", 12)],
-            ["base (sha256 of the weights)", _distinct(records, "base", 16)],
-            ["rule files (sha256)", ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(rules))],
-            [
-                "records without digests of base, data and rules",
-                f"{old} (made by an earlier version)" if old else "",
-            ],
-            ["devices", _distinct(records, "device")],
-        ]
-        return "## Runs\n\n" + markdown_table(["", ""], [row for row in rows if row[1]])
+        rows = {
+            "runs": f"{len(records) - len(tests)} to tune, {len(tests)} to test",
+            "tests not done": self._not_done() if tests else "",
+            "hours": f"{hours(records):.1f}{budget}",
+            "settings of every run": _settings(protocol.run),
+            "protocol": f"sha256 {protocol.digest[:16]}",
+            "respelled from protocol": ", ".join(digest[:16] for digest in protocol.respelled_from),
+            "protocol committed in": _committed(tests),
+            "records made under protocol": self._distinct("protocol", 16),
+            "code (sha256 of the package)": self._distinct("code", 12),
+            "base (sha256 of the weights)": self._distinct("base", 16),
+            "rule files (sha256)": ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(rules)),
+        }
+        if old := len(provenance.old_records(records)):
+            label = "records without digests of base, data and rules"
+            rows[label] = f"{old} (made by an earlier version)"
+        rows["devices"] = self._distinct("device")
+        return markdown_table(["", ""], [row for row in rows.items() if row[1]])
+
+    def _not_done(self) -> str:
+        """Returns the tests at chosen rates without a record."""
+        protocol, records = self._protocol, self._records
+        several = len(protocol.tasks) * len(protocol.models) > 1
+        return "; ".join(
+            f"{run.cell.method}{f' on {run.cell.task}' if several else ''} at x {run.multiple:g}, seed {run.seed}"
+            for run in plan.wanted(protocol, records)
+            if run.stage == "test" and run.id not in records
+        )
+
+    def _distinct(self, name: str, length: int = 200) -> str:
+        records = self._records.values()
+        return ", ".join(sorted({str(record[name])[:length] for record in records if record.get(name)}))
 
     def methods(self) -> str:
         """Returns the methods with their settings."""
@@ -162,170 +195,74 @@ class _Tables:
             settings = method.settings | {key: value for key, value in keys.items() if value}
             placebo = f"`{method.placebo_of}`" if method.placebo_of else "-"
             rows.append([name, method.about or "-", _settings(settings) or "-", placebo])
-        return "## Methods\n\n" + markdown_table(["method", "description", "settings", "placebo of"], rows)
+        return markdown_table(["method", "description", "settings", "placebo of"], rows)
 
-    def learning_rates(self) -> str:
+    def learning_rates(self, group: Group) -> Table:
         """Returns the costs by which each method's rate was chosen."""
-
-        def table(group: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
-            rates = sorted({rate for result in group for rate in result.tuning.rates})
-            rows = [
-                [
-                    result.cell.method,
-                    *(_tuned(result.tuning, rate) for rate in rates),
-                    "yes" if result.tuning.at_edge else "",
-                ]
-                for result in group
-            ]
-            return ["method", *(f"{rate:g}" for rate in rates), "at an end"], rows
-
-        seeds = ", ".join(map(str, self._protocol.tuning_seeds))
-        chosen = (
-            f"Final validation {self._metric}, mean over tuning seeds {seeds}; the chosen rate is bold."
-        )
-        return self._section(f"## Learning rates\n\n{chosen}", table)
-
-    def common_rates(self) -> str:
-        """Returns the differences from the baseline at each learning rate that both were tuned at."""
-        protocol = self._protocol
-
-        def table(group: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
-            (baseline,) = (result for result in group if result.cell.method == protocol.baseline)
-            by_method = {r.cell.method: common_rates(r, baseline) for r in group if r is not baseline}
-            rates = sorted({rate for common in by_method.values() for rate in common})
-            heads = [f"**{rate:g}**" if rate == baseline.tuning.chosen else f"{rate:g}" for rate in rates]
-            rows = [
-                [method, *(_common(common.get(r)) for r in rates)] for method, common in by_method.items()
-            ]
-            return ["method", *heads], rows if rates else []
-
-        text = (
-            "## Differences at each common rate\n\n"
-            f"Validation {self._metric} of a method minus that of `{protocol.baseline}` at the "
-            f"same learning rate, over tuning seeds {', '.join(map(str, protocol.tuning_seeds))}; the "
-            "baseline's best rate is bold. In brackets: the feature movement of the method's gates over "
-            "that of the baseline's. A method that moves them farther trains at a higher effective rate, "
-            "which by itself lowers the loss below the best rate and raises it above."
-        )
-        return self._section(text, table)
-
-    def tests(self) -> str:
-        """Returns the measures at the chosen rates."""
-
-        def table(group: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
-            others = others_of(self._protocol.metric)
-            names = [name for name in others if any(result.measured(name) for result in group)]
-            heads = ["method", "rate", "parameters", "seeds", "diverged", self._metric, "deviation"]
-            heads += [*(name.replace("_", " ") for name in names), *_MOVEMENT.values(), "seconds a run"]
-            return heads, [_test_row(result, names) for result in group if result.tests]
-
-        title = "At each method's chosen rate; mean and standard deviation over the test seeds."
-        tasks = self._protocol.tasks.items()
-        some = [f"{task.accuracy_items:,} ({name})" for name, task in tasks if task.accuracy_items]
-        scored = f" Accuracy: of {', '.join(some)} of the items." if some else ""
-        return self._section(f"## Test\n\n{title}{scored}", table)
-
-    def primary(self) -> str:
-        """Returns the comparisons by the primary metric with all statistics, and their explanation."""
-        primary = [comparison for comparison in self._compared if comparison.measure.kind == "primary"]
-        if not primary:
-            return ""
-        heads = [*_BRIEF, "Wilcoxon p (Holm)", "sign p", "effect", "equivalent", "deviation"]
-        heads += ["seeds needed", "margin (of the gain)"]
-        parts = [f"## Paired differences of the test {self._metric}", self._explained()]
-        parts.append(markdown_table(heads, [self._primary_row(comparison) for comparison in primary]))
-        skewed = [
-            f"`{c.cell.method}` - `{c.other}` on {c.cell.task} ({c.paired.skewness:+.1f})"
-            for c in primary
-            if abs(c.paired.skewness) > _SKEWED
+        rates = sorted({rate for result in group for rate in result.tuning.rates})
+        rows = [
+            [r.cell.method, *(_tuned(r.tuning, rate) for rate in rates), "yes" * r.tuning.at_edge]
+            for r in group
         ]
-        if skewed:
-            parts.append(
-                "**Skewed differences.** Intervals, t tests and equivalence tests assume differences without strong "
-                f"skewness. The sample skewness is above {_SKEWED} here, so they may be wrong too often: "
-                f"{', '.join(skewed)}."
-            )
-        return "\n\n".join(parts)
+        return ["method", *(f"{rate:g}" for rate in rates), "at an end"], rows
 
-    def other_measures(self) -> str:
-        """Returns the comparisons by the secondary measures of the test items."""
-        rows = self._brief("other", "measure")
-        return f"## Paired differences of secondary measures\n\n{rows}" if rows else ""
+    def common_rates(self, group: Group) -> Table:
+        """Returns the differences from the baseline at each learning rate that both were tuned at."""
+        (baseline,) = (result for result in group if result.cell.method == self._protocol.baseline)
+        by_method = {r.cell.method: analysis.common_rates(r, baseline) for r in group if r is not baseline}
+        rates = sorted({rate for common in by_method.values() for rate in common})
+        heads = [f"**{rate:g}**" if rate == baseline.tuning.chosen else f"{rate:g}" for rate in rates]
+        rows = [[name, *(_common(common.get(r)) for r in rates)] for name, common in by_method.items()]
+        return ["method", *heads], rows if rates else []
 
-    def multiples(self) -> str:
-        """Returns the test costs at multiples of the chosen rates, and their differences."""
+    def tests(self, group: Group) -> Table:
+        """Returns the measures at the chosen rates."""
+        metric = self._protocol.metric
+        names = [name for name in plan.others_of(metric) if any(result.measured(name) for result in group)]
+        heads = ["method", "rate", "parameters", "seeds", "diverged", analysis.named(metric), "deviation"]
+        heads += [*(name.replace("_", " ") for name in names), *_MOVEMENT.values(), "seconds a run"]
+        return heads, [_test_row(result, names) for result in group if result.tests]
+
+    def multiples(self, group: Group) -> Table:
+        """Returns the test costs at multiples of the chosen rates, and the runs that diverged."""
         factors = sorted(self._protocol.test_multiples)
-        if len(factors) < 2:
-            return ""
-
-        def table(group: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
-            rows = [
-                [r.cell.method, *(f"{number(mean_of(r.losses(m)))} ({r.diverged(m)})" for m in factors)]
-                for r in group
-                if r.tests
+        rows = [
+            [
+                r.cell.method,
+                *(f"{number(analysis.mean_of(r.losses(m)))} ({r.diverged(m)})" for m in factors),
             ]
-            return ["method", *(f"x {m:g}" for m in factors)], rows
+            for r in group
+            if r.tests
+        ]
+        return ["method", *(f"x {m:g}" for m in factors)], rows
 
-        title = f"Mean test {self._metric} at multiples of the chosen rate (runs that diverged)."
-        differences = self._brief("multiple", "rate")
-        more = (
-            f"Paired differences of the test {self._metric} there:\n\n{differences}" if differences else ""
-        )
-        return self._section(f"## Above the chosen rate\n\n{title}", table, more)
-
-    def probes(self) -> str:
-        """Returns the changes of the loss on other data, and their differences."""
+    def probes(self, group: Group) -> Table:
+        """Returns the loss on other data before training, and its mean change."""
         names = list(self._protocol.probes)
-        if not names:
-            return ""
+        finite = [(result.cell.method, list(result.finite().values())) for result in group]
+        rows = [[method, *(_probe(tests, name) for name in names)] for method, tests in finite if tests]
+        return ["method", *names], rows
 
-        def table(group: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
-            finite = [(result.cell.method, list(result.finite().values())) for result in group]
-            rows = [[method, *(_probe(tests, name) for name in names)] for method, tests in finite if tests]
-            return ["method", *names], rows
+    def brief(self, kind: str, lead: str) -> str:
+        """Returns the comparisons of one kind of measure with intervals; "" without any."""
+        compared = [comparison for comparison in self.compared if comparison.measure.kind == kind]
+        rows = [[comparison.measure.label, *self._brief_row(comparison)] for comparison in compared]
+        return markdown_table([lead, *_BRIEF], rows) if rows else ""
 
-        title = "Loss on data that was not trained on: before training, and the mean change."
-        differences = self._brief("probe", "data")
-        more = f"Paired differences of these changes:\n\n{differences}" if differences else ""
-        return self._section(f"## Other data\n\n{title}", table, more)
+    def _brief_row(self, comparison: analysis.MethodComparison) -> list[str]:
+        p, cell = comparison.paired, comparison.cell
+        task = f"{cell.task} ({cell.model})" if len(self._protocol.models) > 1 else cell.task
+        interval = f"{signed(p.low)} to {signed(p.high)}" if p.n > 1 else "-"
+        difference = [str(p.n), signed(p.mean), interval, f"{p.better}/{p.n}"]
+        return [cell.method, comparison.other, task, *difference, p_value(p.t_p, comparison.t_holm)]
 
-    def _section(
-        self,
-        text: str,
-        table: Callable[[Sequence[MethodResult]], tuple[list[str], list[list[str]]]],
-        more: str = "",
-    ) -> str:
-        """Returns a text with the table (heads and rows) of each task and model; "" if all are empty."""
-        parts = []
-        for (task, model), group in by_task(self._results).items():
-            heads, rows = table(group)
-            if rows:
-                parts.append(f"### {task}, {model}\n\n{markdown_table(heads, rows)}")
-        if not parts:
-            return ""
-        return "\n\n".join([text, *parts, *filter(None, [more])])
-
-    def _explained(self) -> str:
-        protocol, compared = self._protocol, self._compared
-        baseline = next((c.family for c in compared if c.other == protocol.baseline), 0)
-        placebo = next((c.family for c in compared if c.other != protocol.baseline), 0)
-        families = f"the {baseline} comparisons with `{protocol.baseline}` in this and the following tables"
-        if placebo:
-            families += f", or the {placebo} with placebos"
-        margin = f"{protocol.margin_share:.0%} of the training gain"
-        if protocol.margin:
-            margin = f"{protocol.margin:g}"
-        return (
-            "This is the study's primary metric. Interval and t p: Student's t over seeds. Wilcoxon "
-            f"and sign test: exact, two-sided. Holm: corrected over {families}. Better: seeds on which "
-            "the method has the lower value. Equivalent: two one-sided t tests at 5% reject a "
-            f"difference of the margin, {margin}, or more. The training gain is the fall of the validation "
-            f"{self._metric} in the tuning runs of `{protocol.baseline}` at its chosen rate. Effect: mean over "
-            "deviation. Seeds needed: pairs that detect the margin with a power of 80%."
-        )
-
-    def _primary_row(self, comparison: MethodComparison) -> list[str]:
-        p = comparison.paired
+    def primary_row(self, comparison: analysis.MethodComparison) -> list[str]:
+        """Returns all statistics of a comparison by the primary metric."""
+        p, margin, needed = comparison.paired, "-", "-"
+        if p.margin > 0:
+            share = f"{p.margin / comparison.gain:.1%}" if comparison.gain > 0 else "no gain"
+            margin = f"{p.margin:.3g} ({share})"
+            needed = str(p.seeds_needed or "over 10,000") if p.n > 1 else "-"
         return [
             *self._brief_row(comparison),
             p_value(p.wilcoxon_p, comparison.wilcoxon_holm),
@@ -333,36 +270,12 @@ class _Tables:
             number(p.effect, 2),
             "yes" if p.equivalent else "no",
             number(p.deviation),
-            "-" if p.n < 2 or not p.margin > 0 else str(p.seeds_needed or "over 10,000"),
-            _margin(p.margin, comparison.gain),
+            needed,
+            margin,
         ]
-
-    def _brief_row(self, comparison: MethodComparison) -> list[str]:
-        p, cell = comparison.paired, comparison.cell
-        task = f"{cell.task} ({cell.model})" if len(self._protocol.models) > 1 else cell.task
-        interval = f"{signed(p.low)} to {signed(p.high)}" if p.n > 1 else "-"
-        difference = [str(p.n), signed(p.mean), interval, f"{p.better}/{p.n}"]
-        return [cell.method, comparison.other, task, *difference, p_value(p.t_p, comparison.t_holm)]
-
-    def _brief(self, kind: str, lead: str) -> str:
-        """Returns the comparisons of one kind of measure with intervals; "" without any."""
-        compared = [comparison for comparison in self._compared if comparison.measure.kind == kind]
-        rows = [[comparison.measure.label, *self._brief_row(comparison)] for comparison in compared]
-        return markdown_table([lead, *_BRIEF], rows) if rows else ""
 
 
 # ---------------------------------------------------------------- cells
-
-
-def _not_done(protocol: Protocol, records: Mapping[str, Record]) -> str:
-    """Returns the tests at chosen rates without a record."""
-    missing = [run for run in wanted(protocol, records) if run.stage == "test" and run.id not in records]
-    several = len(protocol.tasks) * len(protocol.models) > 1
-    names = [
-        f"{run.cell.method}{f' on {run.cell.task}' if several else ''} at x {run.multiple:g}, seed {run.seed}"
-        for run in missing
-    ]
-    return "; ".join(names)
 
 
 def _committed(tests: Sequence[Record]) -> str:
@@ -370,15 +283,7 @@ def _committed(tests: Sequence[Record]) -> str:
         return "not yet tested"
     commits = sorted({str(record["commit"])[:12] for record in tests if record.get("commit")})
     outside = sum(not record.get("commit") for record in tests)
-    if outside:
-        commits.append(f"no repository ({outside} tests)")
-    return ", ".join(commits)
-
-
-def _distinct(records: Mapping[str, Record], name: str, length: int = 200) -> str:
-    return ", ".join(
-        sorted({str(record[name])[:length] for record in records.values() if record.get(name)})
-    )
+    return ", ".join([*commits, *([f"no repository ({outside} tests)"] if outside else [])])
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
@@ -388,14 +293,11 @@ def _settings(settings: Mapping[str, Any]) -> str:
       >>> _settings({"lora": {"dora": True, "init": "pissa"}})
       '`lora.dora = true`, `lora.init = "pissa"`'
     """
-    texts = (
-        f"`{name} = {json.dumps(value, ensure_ascii=False, default=str)}`"
-        for name, value in dotted(settings)
-    )
-    return ", ".join(text.replace("|", "\\|") for text in texts)
+    texts = {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in dotted(settings)}
+    return ", ".join(f"`{name} = {text}`".replace("|", "\\|") for name, text in texts.items())
 
 
-def _tuned(grid: Tuning, rate: float) -> str:
+def _tuned(grid: plan.Tuning, rate: float) -> str:
     if grid.costs.get(rate) is None:
         return "-" if rate in grid.costs else ""
     text = "diverged" if grid.costs[rate] == math.inf else number(grid.costs[rate])
@@ -410,37 +312,25 @@ def _common(common: tuple[float, float | None] | None) -> str:
     return signed(difference) + ("" if movement is None else f" ({movement:.2f} x)")
 
 
-def _test_row(result: MethodResult, names: Sequence[str]) -> list[str]:
-    losses, finite = result.losses(), list(result.finite().values())
-    movement = [
-        mean_of([v for record in finite if (v := last(record, name)) is not None]) for name in _MOVEMENT
-    ]
+def _test_row(result: analysis.MethodResult, names: Sequence[str]) -> list[str]:
+    losses, finite, tests = result.losses(), list(result.finite().values()), list(result.tests.values())
     return [
         result.cell.method,
         f"{result.tuning.chosen:g}",
-        f"{next(iter(result.tests.values()))['parameters']:,}",
+        f"{tests[0]['parameters']:,}",
         str(len(losses)),
         str(result.diverged()),
-        number(mean_of(losses)),
-        number(deviation(losses)),
-        *(number(mean_of(result.measured(name)), 4 if name == "loss" else 3) for name in names),
-        *(number(value) for value in movement),
-        number(mean_of([float(record["seconds"]) for record in result.tests.values()]), 0),
+        number(analysis.mean_of(losses)),
+        number(analysis.deviation(losses)),
+        *(number(analysis.mean_of(result.measured(name)), 4 if name == "loss" else 3) for name in names),
+        *(number(analysis.mean_of(analysis.last_of(finite, name))) for name in _MOVEMENT),
+        number(analysis.mean_of([float(record["seconds"]) for record in tests]), 0),
     ]
-
-
-def _margin(margin: float, gain: float) -> str:
-    """Returns a margin and its share of the training gain."""
-    if not margin > 0:
-        return "-"
-    if not gain > 0:
-        return f"{margin:.3g} (no gain)"
-    return f"{margin:.3g} ({margin / gain:.1%})"
 
 
 def _probe(records: Sequence[Record], name: str) -> str:
     before = float(records[0]["probes"][name]["before"])
-    return f"{number(before)} {signed(mean_of([forgotten(name, record) for record in records]))}"
+    return f"{number(before)} {signed(analysis.mean_of([analysis.forgotten(name, record) for record in records]))}"
 
 
 def signed(value: float) -> str:
@@ -476,34 +366,32 @@ def status(protocol: Protocol) -> str:
       NaloraError: records or protocol were changed (`checked_records`).
     """
     store = Records(protocol.folder)
-    records = checked_records(protocol, store)
-    runs = wanted(protocol, records)
+    records = provenance.checked_records(protocol, store)
+    runs, grids = (
+        plan.wanted(protocol, records),
+        {c: plan.tuning(protocol, c, records) for c in plan.cells(protocol)},
+    )
     left = [run for run in runs if run.id not in records]
-    busy = [run for run in left if store.claimed(run.id)]
-    untuned = [cell for cell in cells(protocol) if tuning(protocol, cell, records).chosen is None]
-    later = len(untuned) * len(protocol.test_seeds) * len(protocol.test_multiples)
+    busy = sum(store.claimed(run.id) for run in left)
+    untuned = sum(grid.chosen is None for grid in grids.values())
+    later = untuned * len(protocol.test_seeds) * len(protocol.test_multiples)
     spent = hours(records)
     lines = [
         f"{protocol.path}: {protocol.question}",
-        f"runs: {len(runs) - len(left)} done, {len(busy)} in progress, {len(left) - len(busy)} to do"
+        f"runs: {len(runs) - len(left)} done, {busy} in progress, {len(left) - busy} to do"
         + (f", and {later} tests once their learning rates are chosen" if later else ""),
         f"time: {spent:.1f} h spent"
         + (f" of {protocol.budget_hours:g} h" if protocol.budget_hours else "")
         + (f", about {(len(left) + later) * spent / len(records):.1f} h left" if records else ""),
     ]
     if protocol.metric != "loss":
-        lines.append(f"{named(protocol.metric)} on the validation items:")
-    lines += [_cell(cell, protocol, records) for cell in cells(protocol)]
-    foreign = records.keys() - {run.id for run in runs}
-    if foreign:
+        lines.append(f"{analysis.named(protocol.metric)} on the validation items:")
+    for cell, grid in grids.items():
+        costs = {rate: "-" if cost is None else f"{cost:.4f}" for rate, cost in grid.costs.items()}
+        chosen = f"; chosen {grid.chosen:g}" if grid.chosen else ""
+        end = " (at an end of the grid)" if grid.at_edge else ""
+        listed = ", ".join(f"{rate:g}: {cost}" for rate, cost in costs.items())
+        lines.append(f"  {' '.join(cell)}: {listed}{chosen}{end}")
+    if foreign := records.keys() - {run.id for run in runs}:
         lines.append(f"{len(foreign)} records belong to no run of this protocol")
     return "\n".join(lines)
-
-
-def _cell(cell: Cell, protocol: Protocol, records: dict[str, Record]) -> str:
-    grid = tuning(protocol, cell, records)
-    losses = ", ".join(
-        f"{rate:g}: {'-' if loss is None else f'{loss:.4f}'}" for rate, loss in grid.costs.items()
-    )
-    chosen = f"; chosen {grid.chosen:g}" if grid.chosen else ""
-    return f"  {' '.join(cell)}: {losses}{chosen}{' (at an end of the grid)' if grid.at_edge else ''}"

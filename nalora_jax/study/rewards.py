@@ -6,18 +6,17 @@ Probes of forgetting are completions, as of any language model.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from nalora_jax.config import DataConfig, RunConfig
-from nalora_jax.data.prompts import Prompt, held_out_prompts
+from nalora_jax.data.prompts import held_out_prompts
 from nalora_jax.data.sources import open_pair
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Step
-from nalora_jax.study.language import Language, LanguageItems
-from nalora_jax.study.subject import Items
+from nalora_jax.study.language import Items, Language, LanguageItems
 from nalora_jax.train.inputs import stream_shape
 from nalora_jax.train.kinds import rl
 from nalora_jax.train.program import Assembly
@@ -28,19 +27,8 @@ _ROWS = 64  # samples whose log-probabilities are computed at once
 _SEED = 20261201  # of these samples: the same in every run
 
 
-@dataclass(frozen=True, eq=False)
-class RewardItems(Items):
-    """Held-out prompts; their digest is of the token ids and the reference completions."""
-
-    config: RunConfig  # of a run that asks them
-    prompts: tuple[Prompt, ...]
-
-
 class Rewards(Language):
-    """`nalora_jax.study.subject.Subject` of language models that train with rewards.
-
-    Its data are `PromptRows` and its items `RewardItems`; they are ``Any`` in that interface.
-    """
+    """Language models that train with rewards; their data are prompts."""
 
     def data(self, config: RunConfig) -> Any:
         """Returns the prompts."""
@@ -58,15 +46,15 @@ class Rewards(Language):
         """Returns the step with rollouts; no group is stored, since a run resumes from its evaluations."""
         return rl.RolloutStep(config, self.model(config), assembly, data, None)
 
-    def items(self, config: RunConfig, data: DataConfig) -> Any:
-        """Returns prompts."""
+    def items(self, config: RunConfig, data: DataConfig) -> Items:
+        """Returns prompts; their digest is of the token ids and the reference completions."""
         _, records = open_pair(data)
         model = self.model(config)
         context = model.config.max_positions
         limit = min(data.max_length or context, context) - config.rl.max_new_tokens
         parts = held_out_prompts(records, replace(data, select_limit=0), model.tokenizer, limit)
         prompts = tuple(itertools.chain(*parts))
-        return RewardItems(rl.prompts_digest(prompts)[:16], len(prompts), config, prompts)
+        return Items(rl.prompts_digest(prompts)[:16], len(prompts), config, prompts)
 
     def measure(
         self, items: Any, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False
@@ -80,28 +68,19 @@ class Rewards(Language):
         if isinstance(items, LanguageItems):
             return super().measure(items, assembly, params, lora, whole=whole)
         config, loaded = items.config, self.model(items.config)
-        evaluator = rl.RewardEvaluator(config.rl, loaded, assembly, items.prompts)
+        evaluator = rl.RewardEvaluator(config.rl, loaded, assembly, items.asked)
         reward = float(evaluator.summary(evaluator.records(params, lora))["reward"])
         values = {"loss": 1.0 - reward, "reward": reward}
         if whole:
             values |= self._sampled(items, assembly, params, lora)
         return values
 
-    def _sampled(self, items: RewardItems, assembly: Assembly, params: Any, lora: Any) -> dict[str, float]:
-        config, loaded, prompts = items.config, self.model(items.config), items.prompts
+    def _sampled(self, items: Items, assembly: Assembly, params: Any, lora: Any) -> dict[str, float]:
+        config, loaded, prompts = items.config, self.model(items.config), items.asked
         longest = max(len(prompt.ids) for prompt in prompts)
-        drawn, model = replace(config.rl, samples=_DRAWN), assembly.eval_model
-        draw = Sampler(
-            drawn,
-            model,
-            assembly.params,
-            loaded.tokenizer,
-            assembly.mesh,
-            prompts=len(prompts),
-            seed=_SEED,
-            longest=longest,
-        )
-        samples = draw(lora, 0, prompts)
+        drawn, mesh, count = replace(config.rl, samples=_DRAWN), assembly.mesh, len(prompts)
+        parts = assembly.eval_model, assembly.params, loaded.tokenizer
+        samples = Sampler(drawn, *parts, mesh, count, _SEED, longest)(lora, 0, prompts)
         rewards = rl.weighted_sum(config.rl, samples.rewards).reshape(-1, _DRAWN)
         length = -(-(longest + config.rl.max_new_tokens) // 8) * 8
         ids = [prompt.ids for prompt in prompts for _ in range(_DRAWN)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.study.execution import perform
+from nalora_jax.study.execution import perform_all
 from nalora_jax.study.plan import Run, wanted
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.provenance import checked_records, describe_old
@@ -55,9 +55,12 @@ def verify_records(protocol: Protocol, *, count: int = 3, seed: int | None = Non
     lines = []
     for run in random.Random(seed).sample(ours, min(count, len(ours))):
         with tempfile.TemporaryDirectory() as folder:
-            repeated = exact_values(perform(run, resources, Path(folder) / "snapshot.npz"))
-        _compare(run, records[run.id], repeated)
-        lines += _described(run, records[run.id], repeated)
+            (made,) = perform_all([run], resources, [Path(folder) / "snapshot.npz"])
+        record, repeated = records[run.id], exact_values(made)
+        _compare(run, record, repeated)
+        for name in (n for n in ("validation", "test") if n in record):
+            then, now = record[name]["loss"], repeated[name]["loss"]
+            lines.append(f"{run}: {name} loss {then} in the record, {now} now")
     if len(ours) < len(finished):
         lines.append(f"drawn from the {len(ours)} of {len(finished)} runs that were recorded on {here}")
     if note := describe_old(records):
@@ -74,17 +77,13 @@ def _compare(run: Run, record: Record, repeated: Record) -> None:
             if name == "items":
                 now = {item: now.get(item) for item in recorded}
             differences += _differences(recorded, now, name)
+    size = record["validation"].get("n", 0)
     for name in _MEASURED:
-        differences += _differences(
-            record.get(name), repeated.get(name), name, record["validation"].get("n", 0)
-        )
+        differences += _differences(record.get(name), repeated.get(name), name, size)
     if differences:
-        raise NaloraError(
-            f"{run}: {'; '.join(differences[:5])}",
-            expected=f"the record's digests, and its losses within {TOLERANCE:g}",
-            found=f"{len(differences)} differences",
-            remedy=_explained(record, repeated),
-        )
+        where, found = f"{run}: {'; '.join(differences[:5])}", f"{len(differences)} differences"
+        expected = f"the record's digests, and its losses within {TOLERANCE:g}"
+        raise NaloraError(where, expected=expected, found=found, remedy=_explained(record, repeated))
 
 
 def _explained(record: Record, repeated: Record) -> str:
@@ -132,12 +131,3 @@ def _agree(record: Any, repeated: Any, place: str, size: int) -> bool:
     else:
         tolerance = TOLERANCE
     return abs(record - repeated) <= tolerance
-
-
-def _described(run: Run, record: Record, repeated: Record) -> list[str]:
-    losses = {
-        name: (record[name]["loss"], repeated[name]["loss"])
-        for name in ("validation", "test")
-        if name in record
-    }
-    return [f"{run}: {name} loss {then} in the record, {now} now" for name, (then, now) in losses.items()]

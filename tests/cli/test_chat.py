@@ -17,12 +17,8 @@ from nalora_jax.train.adapted import load
 from tests import tiny
 
 WORDS = ["<end>", "<unk>", "system", "user", "assistant", *string.ascii_lowercase]
-HF = tiny.HF | {
-    "vocab_size": len(WORDS),
-    "num_key_value_heads": 1,
-    "intermediate_size": 24,
-    "max_position_embeddings": 96,
-}
+HF = tiny.HF | {"vocab_size": len(WORDS), "num_key_value_heads": 1, "intermediate_size": 24}
+HF |= {"max_position_embeddings": 96}
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
     "{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
@@ -55,11 +51,9 @@ def talk(monkeypatch, capsys, model, lines, *flags):
 def answer(model, messages, adapter=None):
     """What the model itself says to a conversation, its adapter in its own shapes."""
     loaded = load(model, adapter=adapter, dtype="float32")
-    tokens = loaded.base.tokenizer.encode(
-        "".join(f"{role} {text} " for role, text in messages) + "assistant "
-    )
+    text = "".join(f"{role} {text} " for role, text in messages) + "assistant "
     generator = Generator(loaded.module, loaded.variables, loaded.base.tokenizer)
-    return generator.generate([tokens], max_new_tokens=4)[0]
+    return generator.generate([loaded.base.tokenizer.encode(text)], max_new_tokens=4)[0]
 
 
 def test_a_conversation_remembers_its_turns_and_its_system_prompt(base, monkeypatch, capsys):
@@ -73,8 +67,13 @@ def test_a_conversation_remembers_its_turns_and_its_system_prompt(base, monkeypa
 
 def test_adapters_take_turns_in_a_conversation_and_nothing_is_compiled(base, adapters, monkeypatch, capsys):
     one, two = adapters
-    counts = []
-    monkeypatch.setattr(Generator, "stream", _counting(Generator.stream, counts))
+    counts, stream = [], Generator.stream
+
+    def counting(self, *given, **settings):
+        counts.append(programs.prefill._cache_size() + programs.decode._cache_size())
+        return stream(self, *given, **settings)
+
+    monkeypatch.setattr(Generator, "stream", counting)
     lines = ["a b c"]
     for path in (two, "none", one):
         lines += ["/reset", f"/adapter {path}", "a b c"]
@@ -99,35 +98,25 @@ def test_an_adapter_that_was_trained_without_a_template_is_warned_of(
         assert ("was trained on prompts without a chat template" in err) == warned
 
 
-def _counting(stream, counts):
-    def wrapped(self, *given, **settings):
-        counts.append(programs.prefill._cache_size() + programs.decode._cache_size())
-        return stream(self, *given, **settings)
-
-    return wrapped
-
-
 def test_what_is_wrong_is_said_and_the_conversation_goes_on(base, adapters, tmp_path, monkeypatch, capsys):
     lines = ["/adapter nowhere", "/adaptr x", "/help", "a " * 200, "a b c", "/exit", "never said"]
     said, err = talk(monkeypatch, capsys, base, lines)
     assert said == [answer(base, [("user", "a b c")])]
-    assert "error: nowhere: expected a folder with adapter_config.json" in err
-    assert "error: /adaptr: expected /help, /adapter" in err
-    assert "error: prompt: expected fewer than 96 tokens (the context), found" in err
-    assert "/system TEXT" in err
+    for text in (
+        "error: nowhere: expected a folder with adapter_config.json",
+        "error: /adaptr: expected /help, /adapter",
+        "error: prompt: expected fewer than 96 tokens (the context), found",
+        "/system TEXT",
+    ):
+        assert text in err
 
 
 def test_an_interrupt_ends_the_answer_and_not_the_conversation(base, monkeypatch, capsys):
     stream = Generator.stream
 
     def interrupted(self, *given, **settings):
-        pieces = stream(self, *given, **settings)
-
-        def some():
-            yield next(pieces)
-            raise KeyboardInterrupt
-
-        return some()
+        yield next(stream(self, *given, **settings))
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(Generator, "stream", interrupted)
     said, err = talk(monkeypatch, capsys, base, ["a b c", "d"])

@@ -70,10 +70,7 @@ def test_settings_survive_yaml(tmp_path: Path, config: RunConfig, changed_only: 
         ("steps: [1", "expected a YAML file"),
         ("lora: 3", r"a\.yaml: lora: expected settings by name, found 3"),
         ("step: 3", r"step: expected a field of RunConfig, .*; did you mean steps\?"),
-        (
-            "data: {dataste: x}",
-            r"data\.dataste: expected a field of DataConfig, .*; did you mean dataset\?",
-        ),
+        ("data: {dataste: x}", r"data\.dataste: expected a field of .*; did you mean dataset\?"),
         ("optimizer: {learning_rate: fast}", r"optimizer\.learning_rate: expected a number, found 'fast'"),
         ("!!python/object/apply:os.system ['false']", "expected a YAML file"),
     ],
@@ -84,13 +81,9 @@ def test_broken_settings_are_named(tmp_path: Path, text: str, said: str) -> None
         load_config(tmp_path / "a.yaml")
 
 
-def test_no_mechanism_is_plain_lora() -> None:
-    for words in (["--mechanisms", "none"], ["--mechanisms=none"], ["--mechanisms"]):
-        _, args = command.parse(["train", *words, "--steps", "3"])
-        assert args.run.mechanisms == ()
-
-
 def test_what_is_typed_short(tmp_path: Path) -> None:
+    for words in (["--mechanisms", "none"], ["--mechanisms=none"], ["--mechanisms"]):
+        assert command.parse(["train", *words, "--steps", "3"])[1].run.mechanisms == ()
     _, args = command.parse(["train", "--data.max-length", "auto", "--epochs", "2"])
     assert (args.run.data.max_length, args.run.epochs) == (0, 2.0)
     _, args = command.parse(["train", "--data.max-length=auto", "--resume", "auto"])
@@ -99,9 +92,7 @@ def test_what_is_typed_short(tmp_path: Path) -> None:
         _, args = command.parse(["train", "--config", "configs/clip_few_shot.py", *words])
         assert args.run.optimizer.learning_rate == 0
     (tmp_path / "a.yaml").write_text("optimizer: {learning_rate: auto}")
-    assert load_config(tmp_path / "a.yaml") == replace(
-        RunConfig(), optimizer=replace(RunConfig().optimizer, learning_rate=0.0)
-    )
+    assert load_config(tmp_path / "a.yaml").optimizer.learning_rate == 0
     with pytest.raises(NaloraError, match="--steps: expected steps or epochs, found both"):
         command.parse(["train", "--steps", "3", "--epochs", "1"])
     recorded = replace(RunConfig(), steps=57, epochs=3.0, model="mine", output="elsewhere")
@@ -177,18 +168,14 @@ def test_a_dry_run_shows_every_warning_of_the_run_and_every_run_of_a_sweep(
     config = tiny.make_config(tmp_path, mesh=MeshConfig(), steps=9, mechanisms=("hard",), train=train)
     text = dry_run(config)
     assert "# mechanisms: hard, from step 11" in text
-    assert (
-        f"#   nalora plan --model {config.model} --topology v5e:4x4 --seq {config.data.max_length}" in text
-    )
+    assert f"#   nalora plan --model {config.model} --topology v5e:4x4 --seq" in text
     assert "mechanisms act from step 11, and the run ends at step 9: it is plain LoRA" in caplog.text
     assert "only 2 examples choose the checkpoint" in caplog.text
     sweep = "--sweep mechanisms=hard,none --sweep lora.rules=gate_proj:2,up_proj:4:8 --steps 20"
     lines = dry_run(config, sweep).splitlines()[-5:]
     assert lines[0] == "# 4 runs, the first one as above:"
-    second = (
-        f"#   {config.output}/mechanisms-hard_rules-up-proj-4-8.0: mechanisms hard, lora.rules up_proj:4:8"
-    )
-    assert lines[2] == second
+    folder = f"{config.output}/mechanisms-hard_rules-up-proj-4-8.0"
+    assert lines[2] == f"#   {folder}: mechanisms hard, lora.rules up_proj:4:8"
     assert "no adapter sits on a gate" not in caplog.text
     dry_run(config, "--lora.rules up_proj:2")
     assert "no adapter sits on a gate" in caplog.text

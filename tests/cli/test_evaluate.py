@@ -41,11 +41,7 @@ def evaluate(place, capsys, *flags):
     flags = [str(flag) for flag in flags]
     assert main(["eval", *flags, *F32, "--output", str(output), "--records", str(records)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    return (
-        lines,
-        json.loads(output.read_text()),
-        [json.loads(line) for line in records.read_text().splitlines()],
-    )
+    return lines, json.loads(output.read_text()), [*map(json.loads, records.read_text().splitlines())]
 
 
 def test_several_tasks_are_measured_as_each_alone_and_every_item_is_written(place, capsys):
@@ -56,16 +52,13 @@ def test_several_tasks_are_measured_as_each_alone_and_every_item_is_written(plac
         f"{place}/choices.jsonl[train[:30]]",
         f"{place}/texts.jsonl[train]",
     ]
+    tokenizer, data = model.base.tokenizer, tiny.make_config(place).data
     for (name, numbers), split, count in zip(
         found["tasks"].items(), ("train[:30]", "train"), (20, 6), strict=True
     ):
-        config = replace(
-            tiny.make_config(place).data, dataset=name.partition("[")[0], train_split=split, eval_limit=20
-        )
-        items = eval_examples(config, model.base.tokenizer, split=split)
-        alone = TextEvaluator(model.module, model.base.tokenizer, items).measure(
-            model.base.params, model.lora
-        )
+        config = replace(data, dataset=name.partition("[")[0], train_split=split, eval_limit=20)
+        items = eval_examples(config, tokenizer, split=split)
+        alone = TextEvaluator(model.module, tokenizer, items).measure(model.base.params, model.lora)
         assert {key: pytest.approx(value, rel=1e-6) for key, value in numbers.items()} == {
             key: value for key, value in alone.items() if key in numbers
         }
@@ -112,10 +105,8 @@ def test_the_interval_of_a_difference_in_loss_is_scipys():
     others = losses + tokens * rng.normal(0.1, 0.5, 150)
 
     def answers(sums):
-        return [
-            {"prompt": str(i), "loss": s, "tokens": int(t)}
-            for i, (s, t) in enumerate(zip(sums, tokens, strict=True))
-        ]
+        rows = enumerate(zip(sums, tokens, strict=True))
+        return [{"prompt": str(i), "loss": s, "tokens": int(t)} for i, (s, t) in rows]
 
     found = compare_records(answers(losses), answers(others))["loss"]
 

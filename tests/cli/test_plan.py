@@ -84,9 +84,7 @@ def test_a_hub_that_does_not_answer_is_named_with_the_known_models(monkeypatch):
 
 
 def test_flags_of_a_run_change_the_plan(tmp_path):
-    base = (
-        "--model llama-3.1-8b --topology v6e:4x4 --mesh.fsdp 16 --train.batch-size 16 --compute.remat full"
-    )
+    base = "--model llama-3.1-8b --topology v6e:4x4 --mesh.fsdp 16 --batch 16 --compute.remat full"
     for words in ("", "--lora.rules ffn:64 attn:64"):
         command(f"{base} --json {tmp_path / 'plans.jsonl'} {words}")
     lines = (tmp_path / "plans.jsonl").read_text().splitlines()

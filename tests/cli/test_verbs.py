@@ -136,36 +136,24 @@ def test_a_base_alone_has_nothing_to_merge_or_export_which_is_said_before_it_is_
         assert "expected an adapter, found a base model" in capsys.readouterr().err
 
 
-def answers_file(tmp_path):
-    data = tmp_path / "data.jsonl"
-    rows = [
-        {"prompt": f"a b {word}", "choices": ["x", "y z", "k"], "gold": i % 3}
-        for i, word in enumerate("cdef")
-    ]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return data, rows
-
-
-def scores(model, row):
-    """Log-probability of each choice per character, one token at a time."""
-    tokenizer, found = model.base.tokenizer, []
-    for choice in row["choices"]:
-        prompt, answer = tokenizer.encode(row["prompt"]), tokenizer.encode(choice)
-        logits = tiny.logits_of(model.module, model.variables, np.array([prompt + answer]))
-        logs = jax.nn.log_softmax(logits[0])
-        found.append(
-            sum(float(logs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)) / len(choice)
-        )
-    return found
+def score(model, prompt, choice):
+    """Log-probability of a choice per character, one token at a time."""
+    prompt, answer = (model.base.tokenizer.encode(text) for text in (prompt, choice))
+    logits = tiny.logits_of(model.module, model.variables, np.array([prompt + answer]))
+    logs = jax.nn.log_softmax(logits[0, len(prompt) - 1 :])
+    return sum(float(logs[i, token]) for i, token in enumerate(answer)) / len(choice)
 
 
 def test_eval_measures_what_the_model_says(run, tmp_path, capsys):
-    data, rows = answers_file(tmp_path)
-    out = tmp_path / "out.json"
+    data, out, choices = tmp_path / "data.jsonl", tmp_path / "out.json", ["x", "y z", "k"]
+    prompts = [f"a b {word}" for word in "cdef"]
+    rows = [{"prompt": text, "choices": choices, "gold": i % 3} for i, text in enumerate(prompts)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = f"--dataset {data} --split train --no-chat --dtype float32 --output {out}".split()
     assert main(["eval", str(run), *arguments]) == 0
     model = load(run, dtype="float32")
-    right = np.mean([int(np.argmax(scores(model, row))) == row["gold"] for row in rows])
+    chosen = [np.argmax([score(model, prompt, choice) for choice in choices]) for prompt in prompts]
+    right = np.mean([answer == i % 3 for i, answer in enumerate(chosen)])
     found = json.loads(out.read_text())
     assert found["accuracy"] == right
     assert (found["n"], found["adapter"], found["data"]["chat"]) == (4, str(run / "adapter"), False)

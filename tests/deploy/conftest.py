@@ -9,6 +9,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests import xla_options
 from tests.deploy import stand_ins
 
 ZONE = ("--zone", "us-west4-a")
+SHARED = ("CLOUD", "DEPLOY_RECORD")  # variables of the stand-ins
 
 
 class Cloud:
@@ -51,17 +53,10 @@ class Cloud:
         }
         workers = {name: common | {"JAX_PROCESS_ID": str(index)} for index, name in enumerate(names)}
         (self.folder / "workers.json").write_text(json.dumps(workers))
-        self.environment = {
-            "PATH": f"{self.laptop}:/usr/bin:/bin",
-            "HOME": str(self.laptop / "home"),
-            "TMPDIR": str(self.laptop),
-            "CLOUD": str(self.folder),
-            "DEPLOY_RECORD": str(self.record),
-        }
+        self.environment = {"PATH": f"{self.laptop}:/usr/bin:/bin", "HOME": str(self.laptop / "home")}
+        self.environment |= {"TMPDIR": str(self.laptop), **{name: common[name] for name in SHARED}}
 
-    def pod(
-        self, action: str, name: str, *words: str, **variables: str
-    ) -> subprocess.CompletedProcess[str]:
+    def pod(self, action: str, *words: str, name: str = "pod", **variables: str) -> Any:
         """Runs ``deploy/tpu_pod.sh ACTION NAME --zone ... WORDS`` to its end."""
         command = [str(stand_ins.ROOT / "deploy" / "tpu_pod.sh"), action, name, *ZONE, *words]
         options = {"env": self.environment | variables, "capture_output": True, "text": True}

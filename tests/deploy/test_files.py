@@ -19,7 +19,6 @@ from nalora_jax.config import check
 from tests.deploy.stand_ins import ROOT
 
 DEPLOY = ROOT / "deploy"
-STUDY = "studies/llama_8b_commonsense"
 
 
 def job_of(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -33,51 +32,48 @@ def job_of(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     return resource, spec, container
 
 
-@pytest.mark.parametrize("name", ["jobset.yaml", "jobset_multislice.yaml", "study_job.yaml"])
-def test_a_usage_error_fails_a_job_at_once_and_a_lost_host_restarts_it(name: str) -> None:
-    """As Kubernetes' controllers of Jobs and JobSets (kubernetes-sigs/jobset, failure_policy.go) read it."""
+JOBS = {"jobset.yaml": 1, "jobset_multislice.yaml": 2, "study_job.yaml": 0}
+
+
+@pytest.mark.parametrize(("name", "replicas"), JOBS.items())
+def test_jobs_restart_lost_hosts_only_and_have_the_hosts_chips_and_flags_that_agree(
+    name: str, replicas: int
+) -> None:
+    """A usage error fails a job at once, as Kubernetes' controllers of Jobs and JobSets read it.
+
+    See failure_policy.go of kubernetes-sigs/jobset.
+    """
     resource, spec, container = job_of(name)
+    pod, (verb, args) = spec["template"]["spec"], parse(container["args"])
     exits = {"containerName": container["name"], "operator": "In", "values": [2]}
     assert spec["podFailurePolicy"] == {"rules": [{"action": "FailJob", "onExitCodes": exits}]}
-    assert spec["template"]["spec"]["restartPolicy"] == "Never"  # required by podFailurePolicy
-    if resource["kind"] == "JobSet":
-        assert resource["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
-        policy = resource["spec"]["failurePolicy"]
-        rules = [(rule["action"], rule["onJobFailureReasons"]) for rule in policy["rules"]]
-        assert rules == [("FailJobSet", ["PodFailurePolicy"])]  # any other reason restarts all pods
-        assert (spec["backoffLimit"], policy["maxRestarts"]) == (0, 50)
-    else:
+    assert pod["restartPolicy"] == "Never"  # required by podFailurePolicy
+    if not replicas:  # pods that run a committed study on a shared volume
         assert (resource["apiVersion"], resource["kind"]) == ("batch/v1", "Job")
         assert spec["completionMode"] == "Indexed"  # required by backoffLimitPerIndex
         assert spec["backoffLimitPerIndex"] > 0
-
-
-@pytest.mark.parametrize(("name", "replicas"), [("jobset.yaml", 1), ("jobset_multislice.yaml", 2)])
-def test_hosts_chips_and_flags_agree(name: str, replicas: int) -> None:
-    resource, spec, container = job_of(name)
-    pod, resources = spec["template"]["spec"], container["resources"]
-    chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
+        ((mount,), (volume,)) = container["volumeMounts"], pod["volumes"]
+        assert isinstance(args, StudyArgs)
+        assert (verb, args.action, args.together) == ("study", "run", 0)
+        assert mount["name"] == volume["name"]
+        assert Path(mount["mountPath"]) in args.study.parents
+        assert (ROOT / "studies" / args.study.name / "protocol.toml").exists()
+        return
+    assert resource["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+    policy = resource["spec"]["failurePolicy"]
+    rules = [(rule["action"], rule["onJobFailureReasons"]) for rule in policy["rules"]]
+    assert rules == [("FailJobSet", ["PodFailurePolicy"])]  # any other reason restarts all pods
+    assert (spec["backoffLimit"], policy["maxRestarts"]) == (0, 50)
     assert resource["spec"]["replicatedJobs"][0]["replicas"] == replicas
+    resources = container["resources"]
     assert resources["requests"] == resources["limits"]
+    chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
     assert spec["parallelism"] == spec["completions"] == chips / resources["limits"]["google.com/tpu"]
     assert pod["terminationGracePeriodSeconds"] >= 60
-    verb, args = parse(container["args"])
     config = check(args.run)
     assert (verb, config.resume) == ("train", "auto")
     assert config.train.batch_size % (chips * replicas) == 0
     assert all(str(place).startswith("gs:/") for place in (config.output, config.data.dataset))
-
-
-def test_pods_of_the_job_run_a_committed_study_on_a_shared_volume() -> None:
-    _, spec, container = job_of("study_job.yaml")
-    ((mount,), (volume,)) = container["volumeMounts"], spec["template"]["spec"]["volumes"]
-    verb, args = parse(container["args"])
-    assert isinstance(args, StudyArgs)
-    assert (verb, args.action, args.together) == ("study", "run", 0)
-    assert mount["name"] == volume["name"]
-    assert Path(mount["mountPath"]) in args.study.parents
-    assert str(args.study).endswith(STUDY)
-    assert (ROOT / STUDY / "protocol.toml").exists()
 
 
 @pytest.mark.parametrize("name", ["study.sbatch", "slurm.sbatch"])
@@ -124,11 +120,8 @@ def test_slurm_requeues_interrupted_jobs_only(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    environment = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "HOME": str(tmp_path),
-        "NALORA_ENV": str(tmp_path),
-    }
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {"HOME": str(tmp_path), "NALORA_ENV": str(tmp_path)}
     environment |= {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1"}
     environment |= {"SLURM_CPUS_PER_TASK": "8", "SLURM_RESTART_COUNT": str(restarts), "STATUSES": statuses}
     done = subprocess.run(["bash", DEPLOY / script, "x"], env=environment, check=False)

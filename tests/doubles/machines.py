@@ -17,6 +17,7 @@ Sources of the attributes; some machines name more:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache, partial
 from itertools import product
@@ -65,19 +66,10 @@ def _slice(
     for process, (hz, hy, hx) in enumerate(product(*map(range, reversed(hosts)))):
         for local, (z, y, x) in enumerate(product(*map(range, reversed(host)))):
             coords = [hx * host[0] + x, hy * host[1] + y, hz * host[2] + z]
-            yield Device(
-                memory,
-                index,
-                id=first + coords[0] + shape[0] * (coords[1] + shape[1] * coords[2]),
-                platform="tpu",
-                device_kind=kind,
-                process_index=index * hosts[0] * hosts[1] * hosts[2] + process,
-                local_hardware_id=local,
-                coords=coords,
-                core_on_chip=0,
-                num_cores=1,
-                **of_slice,
-            )
+            attributes = {"platform": "tpu", "device_kind": kind, "core_on_chip": 0, "num_cores": 1}
+            attributes |= {"id": first + coords[0] + shape[0] * (coords[1] + shape[1] * coords[2])}
+            attributes |= {"process_index": index * math.prod(hosts) + process, "local_hardware_id": local}
+            yield Device(memory, index, coords=coords, **attributes, **of_slice)
 
 
 def gpu(
@@ -91,17 +83,10 @@ def gpu(
     cyclic: bool = False,
     old_client: bool = False,
 ) -> Any:
-    """GPUs of ``domains`` NVLink domains of ``hosts`` hosts of ``gpus`` GPUs, in the order of `jax.devices`.
+    """GPUs of ``domains`` nodes or racks of ``hosts`` hosts of ``gpus`` GPUs, in the order of `jax.devices`.
 
-    Args:
-      kind: name of the product.
-      memory: bytes of a GPU.
-      domains: nodes, or racks of NVL72.
-      hosts: hosts of a domain.
-      gpus: GPUs of a host.
-      process_a_gpu: whether each GPU has a process, as in deploy/slurm.sbatch; else each host.
-      cyclic: whether processes go round the nodes (``srun --distribution=cyclic``).
-      old_client: attributes of XLA before partition_index.
+    Each host has a process, or each GPU as in deploy/slurm.sbatch; with ``cyclic`` processes go round the nodes (``srun
+    --distribution=cyclic``). An old client has the attributes of XLA before partition_index.
     """
     devices = []
     for domain, host, local in product(range(domains), range(hosts), range(gpus)):
@@ -112,19 +97,9 @@ def gpu(
         attributes: dict[str, Any] = {"coords": [local], "slice_index": domain}
         if not old_client:
             attributes |= {"coords": coords, "partition_index": domain, "fabric_uuid": ""}
-        devices.append(
-            Device(
-                memory * 3 // 4,
-                domain,
-                id=len(devices),
-                platform="gpu",
-                device_kind=kind,
-                process_index=process,
-                local_hardware_id=local,
-                device_vendor="NVIDIA Corporation",
-                **attributes,
-            )
-        )
+        attributes |= {"platform": "gpu", "device_kind": kind, "device_vendor": "NVIDIA Corporation"}
+        attributes |= {"id": len(devices), "process_index": process, "local_hardware_id": local}
+        devices.append(Device(memory * 3 // 4, domain, **attributes))
     return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
@@ -144,9 +119,8 @@ _MACHINES = {
     "v6e-8": partial(tpu, *V6E, (2, 4, 1), (2, 4, 1)),  # ct6e-standard-8t
     "v6e-16": partial(tpu, *V6E, (4, 4, 1)),
     "v6e-256": partial(tpu, *V6E, (16, 16, 1)),
-    "v5p-2048": partial(
-        tpu, *V5P, (8, 8, 16)
-    ),  # two cores a chip in the name, one device: jax-ml/jax#19493
+    # Two cores a chip in the name, one device: jax-ml/jax#19493.
+    "v5p-2048": partial(tpu, *V5P, (8, 8, 16)),
     "2 x v6e-16": partial(tpu, *V6E, (4, 4, 1), slices=2),
     "1 x 8 H100": partial(gpu, *H100, 1, 1, 8),
     "2 x 8 H100": partial(gpu, *H100, 2, 1, 8),

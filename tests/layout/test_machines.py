@@ -51,7 +51,7 @@ def test_slices_have_the_sizes_of_cloud_tpu():
 def test_the_compilers_are_asked_for_the_slice_or_for_nodes_and_gpus(monkeypatch):
     asked = {}
     described = type("Described", (), {"devices": ["chip"]})()
-    monkeypatch.setattr(program, "_require", lambda where: None)
+    monkeypatch.setattr(program.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(
         program.topologies, "get_topology_desc", lambda **given: asked.update(given) or described
     )

@@ -16,9 +16,7 @@ from nalora_jax.report.history import read_history
 from tests.report.conftest import fake_records, write_run
 
 NALORA = RunConfig(
-    steps=40,
-    mechanisms=("soft:power=2", "homogeneity"),
-    optimizer=OptimizerConfig(learning_rate=1e-3),
+    steps=40, mechanisms=("soft:power=2", "homogeneity"), optimizer=OptimizerConfig(learning_rate=1e-3)
 )
 LORA = NALORA.without_mechanisms()
 

@@ -35,33 +35,30 @@ def page_of(folder):
 
 
 @pytest.fixture(scope="module")
-def written(fake_run):
+def text(fake_run):
     """The page of the made-up run."""
-    return write_report(fake_run)
-
-
-@pytest.fixture(scope="module")
-def text(written):
-    return written.read_text(encoding="utf-8")
+    return write_report(fake_run).read_text(encoding="utf-8")
 
 
 def test_the_page_says_what_the_run_did(text):
     words = words_of(text)
-    assert "smollm2-135m-instruct on socialiqa" in words
-    assert "before 0.401 95%: 0.353 to 0.449" in words
-    assert "after 0.523 95%: 0.474 to 0.572" in words
-    assert "+0.122, better; the intervals do not overlap. Measured on 400 held-out items." in words
-    assert "Held-out loss 5.100 → 3.310" in words
-    assert "Wall time 5:20 preparing 0:20, training 5:00" in words
-    assert "Peak memory 1.2 GB of the process" in words
-    assert "200,000 tokens" in words
-    assert "expected grateful before angry at Kai ✗ wrong after grateful ✓ right" in words
-    assert "jax 0.10.2" in words
-    assert "device 2 x cpu" in words
+    for said in (
+        "smollm2-135m-instruct on socialiqa",
+        "before 0.401 95%: 0.353 to 0.449 after 0.523 95%: 0.474 to 0.572",
+        "+0.122, better; the intervals do not overlap. Measured on 400 held-out items.",
+        "Held-out loss 5.100 → 3.310",
+        "Wall time 5:20 preparing 0:20, training 5:00",
+        "Peak memory 1.2 GB of the process",
+        "200,000 tokens",
+        "expected grateful before angry at Kai ✗ wrong after grateful ✓ right",
+        "jax 0.10.2",
+        "device 2 x cpu",
+    ):
+        assert said in words
 
 
-def test_the_page_is_small_and_loads_nothing(written, text):
-    assert written.stat().st_size < 1_500_000
+def test_the_page_is_small_and_loads_nothing(text):
+    assert len(text) < 1_500_000
     assert not re.search(r"<(script|link|iframe|img|object|form)\b", text)
     sources = re.findall(r'(?:src|href)="([^"]*)"', text)
     assert all(source.startswith(("#", "data:")) for source in sources)

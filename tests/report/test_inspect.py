@@ -5,11 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nalora_jax.report.inspect import (
-    layer_summary,
-    responsive_share,
-    save_picture,
-)
+from nalora_jax.report.inspect import layer_summary, responsive_share, save_picture
 
 CUTS = (-1.2785, 0.0, 4.485)
 
@@ -47,10 +43,8 @@ def test_means_per_layer(sums):
     np.testing.assert_allclose(summary.slope, (sums["slope"] / 400).mean(-1), rtol=1e-12)
     np.testing.assert_allclose(summary.occupancy, (sums["occupancy"] / 400).mean(-1), rtol=1e-12)
     np.testing.assert_allclose(summary.occupancy.sum(1), 1.0, rtol=1e-12)
-    np.testing.assert_allclose(
-        summary.misalignment, sums["selection"].sum(1) / sums["feature"].sum(1), rtol=1e-12
-    )
-    np.testing.assert_allclose(summary.limit, sums["linear"].sum(1) / sums["feature"].sum(1), rtol=1e-12)
+    for name, value in (("selection", summary.misalignment), ("linear", summary.limit)):
+        np.testing.assert_allclose(value, sums[name].sum(1) / sums["feature"].sum(1), rtol=1e-12)
 
 
 def test_a_share_is_relative_to_the_layer_and_weighs_experts_by_their_tokens():
@@ -66,13 +60,11 @@ def test_a_share_is_relative_to_the_layer_and_weighs_experts_by_their_tokens():
 
 
 def test_layers_that_no_adapter_moves_take_the_limit_of_the_probe(sums):
-    probe = sums
     still = sums | {name: sums[name] * [[1.0], [0.0], [1.0]] for name in ("feature", "selection", "linear")}
-    alone, probed = layer_summary(still), layer_summary(still, probe)
-    np.testing.assert_array_equal(np.isnan(alone.misalignment), [False, True, False])
-    np.testing.assert_array_equal(np.isnan(alone.limit), [False, True, False])
-    np.testing.assert_array_equal(np.isnan(probed.misalignment), [False, True, False])
-    np.testing.assert_allclose(probed.limit, layer_summary(probe).limit, rtol=1e-12)
+    alone, probed = layer_summary(still), layer_summary(still, sums)
+    for values in (alone.misalignment, alone.limit, probed.misalignment):
+        np.testing.assert_array_equal(np.isnan(values), [False, True, False])
+    np.testing.assert_allclose(probed.limit, layer_summary(sums).limit, rtol=1e-12)
 
 
 def test_experts_count_by_the_tokens_that_reached_them():

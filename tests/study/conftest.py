@@ -25,9 +25,6 @@ from nalora_jax.train.job import Job
 from nalora_jax.train.run import built
 from tests import tiny
 
-HF = tiny.HF | {"intermediate_size": 64}
-
-
 # Settings of tiny runs and the task, of every protocol on `questions`.
 SETTINGS = """\
 lora.rules = [{pattern = "ffn/gate_proj", rank = 2}]
@@ -44,6 +41,7 @@ validation_items = 20
 test_items = 20
 data = {max_length = 16}
 """
+PROBE = '[probes.z_again]\ndataset = QUESTIONS\nsplit = "train[80%:]"\nitems = 20\n'
 PROTOCOL = """
 question = "Which method learns that the answer is z?"
 models = [BASE]
@@ -57,11 +55,7 @@ extend = 1
 [run]
 steps = 8
 SETTINGS
-[probes.z_again]
-dataset = QUESTIONS
-split = "train[80%:]"
-items = 20
-
+PROBE
 [methods.lora]
 
 [methods.half]
@@ -75,18 +69,21 @@ reseed = 1000
 """
 
 
-def filled(protocol: str, base: Path, questions: Path) -> str:
-    """A protocol with the common settings, the base model and the questions."""
-    texts = {"SETTINGS": SETTINGS, "BASE": json.dumps(str(base)), "QUESTIONS": json.dumps(str(questions))}
+def write_study(folder: Path, base: Path, questions: Path, protocol: str = PROTOCOL) -> Path:
+    """Writes a protocol with the common settings, the base model and the questions; returns the folder."""
+    texts = {"SETTINGS": SETTINGS, "PROBE": PROBE}
+    texts |= {"BASE": json.dumps(str(base)), "QUESTIONS": json.dumps(str(questions))}
     for name, text in texts.items():
         protocol = protocol.replace(name, text)
-    return protocol
+    (folder / "protocol.toml").write_text(protocol)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama as a Hugging Face folder; its words are letters."""
-    return tiny.make_model(tmp_path_factory.mktemp("models") / "base", HF)
+    folder = tmp_path_factory.mktemp("models") / "base"
+    return tiny.make_model(folder, tiny.HF | {"intermediate_size": 64})
 
 
 @pytest.fixture(scope="session")
@@ -109,16 +106,11 @@ def study(base: Path, questions: Path, tmp_path: Path) -> Path:
     return write_study(tmp_path, base, questions)
 
 
-def write_study(folder: Path, base: Path, questions: Path) -> Path:
-    (folder / "protocol.toml").write_text(filled(PROTOCOL, base, questions))
-    return folder
-
-
 def job_of(kind: Any, config: RunConfig) -> Job:
     """The run that the settings alone make, without a study's programs."""
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
     start = SimpleNamespace(with_start=lambda assembly, *_: assembly)
     inputs = replace(kind.open_inputs(config, None), start=start)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     return built(inputs, kind, config, mesh, cast(Any, SimpleNamespace(folder=None)))
 
 
@@ -136,8 +128,7 @@ def assert_starts_alone(kind: Any, run: Run, resources: Resources) -> None:
 def quick(study: Path, monkeypatch: pytest.MonkeyPatch) -> Protocol:
     """A study whose runs take no time because nothing is trained."""
 
-    def perform_all(runs: Sequence[Run], *others: Any) -> list[Record]:
-        del others
+    def perform_all(runs: Sequence[Run], *_: Any) -> list[Record]:
         time.sleep(0.01)
         return [record_of(run, abs(math.log(run.rate / 1.5e-2)) + 1e-3 * run.seed) for run in runs]
 
@@ -151,8 +142,5 @@ def record_of(run: Run, loss: float) -> Record:
     measured = {"validation": {"loss": loss}, "test": {"loss": loss}, "curve": [], "training": []}
     described = {"rate": run.rate, "multiple": run.multiple, "seed": run.seed, "diverged": False}
     inputs = {"items": {"validation": "v", "test": "t"}, "data": f"data:{run.seed}"}
-    return {
-        **{"id": run.id, "stage": run.stage, **run.cell._asdict()},
-        **described | {"seconds": 36.0, "protocol": run.protocol.digest},
-        **measured | inputs,
-    }
+    place = {"id": run.id, "stage": run.stage, **run.cell._asdict(), "protocol": run.protocol.digest}
+    return place | described | {"seconds": 36.0} | measured | inputs

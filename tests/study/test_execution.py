@@ -45,12 +45,9 @@ def finished(resources: Resources) -> Path:
     return folder
 
 
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    """The files of the finished study that a repository holds."""
-    for name in ("protocol.toml", "records.jsonl", "tests.jsonl"):
-        shutil.copy(finished / name, tmp_path / name)
-    return tmp_path
+@pytest.fixture(scope="module")
+def records(finished: Path) -> list[Record]:
+    return list(Records(finished).read().values())
 
 
 def by(records: list[Record], **wanted: Any) -> Record:
@@ -58,8 +55,7 @@ def by(records: list[Record], **wanted: Any) -> Record:
     return found
 
 
-def test_a_method_is_compiled_once_for_all_its_rates_and_seeds(finished: Path) -> None:
-    records = list(Records(finished).read().values())
+def test_a_method_is_compiled_once_for_all_its_rates_and_seeds(records: list[Record]) -> None:
     compiled: dict[tuple[str, str], list[int]] = {}
     for one in records:
         compiled.setdefault((one["method"], one["stage"]), []).append(one["compilations"])
@@ -69,27 +65,24 @@ def test_a_method_is_compiled_once_for_all_its_rates_and_seeds(finished: Path) -
     assert compiled["again", "tune"][0] == 0  # another seed is no other method
 
 
-def test_a_pair_shares_data_start_and_items(finished: Path, resources: Resources) -> None:
-    records = list(Records(finished).read().values())
+def test_a_pair_shares_data_start_and_items(records: list[Record], resources: Resources) -> None:
     for seed in (1, 2):
         pair = [by(records, stage="test", method=method, seed=seed) for method in ("lora", "half", "again")]
-        assert len({json.dumps(one["items"]) for one in pair}) == 1
-        assert len({one["data"] for one in pair}) == 1
+        assert len({json.dumps([one["items"], one["data"]]) for one in pair}) == 1
     assert len({one["data"] for one in records}) == 3  # one order per seed
     assert len({json.dumps(one["items"]) for one in records if one["stage"] == "tune"}) == 1
-    runs = {run.cell.method: run for run in wanted(resources.protocol, {}) if run.rate == 1e-2}
-    starts = {
-        name: trees.flatten(resources.start(run, resources.subject(run.config).data(run.config)).lora)
-        for name, run in runs.items()
-    }
-    a = "layers/ffn/gate_proj/a"
-    np.testing.assert_array_equal(starts["lora"][a], starts["half"][a])
-    assert not np.allclose(starts["lora"][a], starts["again"][a])
+    a, starts = "layers/ffn/gate_proj/a", {}
+    for run in (run for run in wanted(resources.protocol, {}) if run.rate == 1e-2):
+        data = resources.subject(run.config).data(run.config)
+        starts[run.cell.method] = trees.flatten(resources.start(run, data).lora)[a]
+    np.testing.assert_array_equal(starts["lora"], starts["half"])
+    assert not np.allclose(starts["lora"], starts["again"])
     # Half the rate on all that is adapted is half the rate.
-    halved = by(records, stage="tune", method="half", rate=0.02)["validation"]["loss"]
-    assert halved == pytest.approx(
-        by(records, stage="tune", method="lora", rate=0.01)["validation"]["loss"], abs=1e-6
+    half, whole = (
+        by(records, stage="tune", method="half", rate=0.02),
+        by(records, stage="tune", method="lora", rate=0.01),
     )
+    assert half["validation"]["loss"] == pytest.approx(whole["validation"]["loss"], abs=1e-6)
 
 
 def test_a_run_is_the_run_that_its_settings_alone_make(finished: Path, resources: Resources) -> None:
@@ -109,8 +102,7 @@ def test_a_run_is_the_run_that_its_settings_alone_make(finished: Path, resources
     np.testing.assert_allclose([row["loss"] for row in ours], theirs, rtol=1e-5)
 
 
-def test_the_curve_has_every_evaluation_and_only_tests_read_the_test_items(finished: Path) -> None:
-    records = list(Records(finished).read().values())
+def test_the_curve_has_every_evaluation_and_only_tests_read_the_test_items(records: list[Record]) -> None:
     for one in records:
         assert [point["step"] for point in one["curve"]] == [0, 4, 8]
         assert one["curve"][-1]["loss"] == one["validation"]["loss"] < one["curve"][0]["loss"]
@@ -125,29 +117,28 @@ def test_the_curve_has_every_evaluation_and_only_tests_read_the_test_items(finis
 def test_a_finished_study_has_nothing_left_to_do(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    protocol = read_protocol(finished)
     before = (finished / "records.jsonl").read_bytes()
-    assert execution.run_study(protocol) == 0
+    assert execution.run_study(read_protocol(finished)) == 0
     assert (finished / "records.jsonl").read_bytes() == before
     assert main(["study", "status", str(finished)]) == 0
     shown = capsys.readouterr().out
-    assert "15 done, 0 in progress, 0 to do" in shown
-    assert "lora: 0.01: 3." in shown
-    assert "chosen 0.04 (at an end of the grid)" in shown
+    for line in (
+        "15 done, 0 in progress, 0 to do",
+        "lora: 0.01: 3.",
+        "chosen 0.04 (at an end of the grid)",
+    ):
+        assert line in shown
 
 
 def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
     finished: Path, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records = Records(finished).read()
-    run = next(
-        run
-        for run in wanted(resources.protocol, records)
-        if run.stage == "test" and run.cell.method == "half"
-    )
-    snapshot, evaluate, seen = tmp_path / "x.npz", RunInProgress.evaluate, []
+    records, snapshot = Records(finished).read(), tmp_path / "x.npz"
+    runs = [run for run in wanted(resources.protocol, records) if run.stage == "test"]
+    run = next(run for run in runs if run.cell.method == "half")
+    evaluate, seen = RunInProgress.evaluate, []
 
-    def interrupted(bench: Any, step: int, state: Any) -> float:
+    def interrupted(bench: Any, step: int, state: Any) -> Any:
         seen.append(step)
         if step == 8 and len(seen) == 2:
             raise KeyboardInterrupt
@@ -155,45 +146,38 @@ def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
 
     monkeypatch.setattr(RunInProgress, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        execution.perform(run, resources, snapshot)
-    assert snapshot.exists()
-    again = execution.perform(run, resources, snapshot)
+        execution.perform_all([run], resources, [snapshot])
+    (again,) = execution.perform_all([run], resources, [snapshot])
     assert seen == [4, 8, 8]
     for name in ("curve", "test", "probes", "validation", "training"):
         assert exact_values(again[name]) == records[run.id][name]
-
-
-def test_a_snapshot_of_other_code_is_not_resumed(resources: Resources, tmp_path: Path) -> None:
-    progress = RunInProgress(wanted(resources.protocol, {})[0], resources, tmp_path / "x.npz")
-    state = resources.start(progress.run, progress.data)
-    progress.save(4, state, None)
-    assert progress._resumed(state)[1] == 4
+    progress = RunInProgress(run, resources, snapshot)  # which is of step 8
+    state = resources.start(run, progress.data)
+    assert progress._resumed(state)[1] == 8
     progress.identity = progress.identity | {"code": "another"}
     assert progress._resumed(state)[1] == 0
 
 
 def test_a_run_that_diverges_has_a_record_that_says_so(
-    finished: Path, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    records: list[Record], resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverge(*_: Any, **__: Any) -> None:
         raise TrainingDivergedError("step 3: loss", expected="a finite number", found="nan")
 
     monkeypatch.setattr("nalora_jax.study.progress.run_steps", diverge)
-    record = execution.perform(wanted(resources.protocol, {})[0], resources, tmp_path / "x.npz")
+    (record,) = execution.perform_all(wanted(resources.protocol, {})[:1], resources, [tmp_path / "x.npz"])
     assert record["diverged"]
     assert record["validation"] == {"loss": None}
-    (trained, *_) = Records(finished).read().values()
-    assert record["curve"] == trained["curve"][:1]
+    assert record["curve"] == records[0]["curve"][:1]
 
 
-@pytest.fixture
-def shared(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets `verify_records` use the resources of these tests."""
+def test_records_are_reproduced_from_the_files_that_a_repository_holds(
+    finished: Path, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("protocol.toml", "records.jsonl", "tests.jsonl"):
+        shutil.copy(finished / name, tmp_path / name)
     monkeypatch.setattr("nalora_jax.study.verification.Resources", lambda _: resources)
-
-
-def test_records_are_reproduced(copy: Path, shared: None) -> None:
-    text = verify_records(read_protocol(copy), count=2)
+    text = verify_records(read_protocol(tmp_path), count=2)
     assert text.count(" in the record, ") >= 2
     assert "earlier version" not in text
 
@@ -207,25 +191,22 @@ def test_processes_share_a_study_and_no_run_is_done_twice(quick: Protocol) -> No
         one.join()
     records = Records(quick.folder).read()  # which refuses a run that has two
     assert pending(quick, records) == []
-    assert sum(counts) == len(records)
-    assert len(counts) == 3
+    assert (sum(counts), len(counts)) == (len(records), 3)
 
 
 def test_the_budget_and_the_limit_end_a_study_early(quick: Protocol) -> None:
     assert execution.run_study(quick, limit=2) == 2
-    assert execution.run_study(replace(quick, budget_hours=0.045)) == 3  # 36 seconds each
+    budget = replace(quick, budget_hours=0.045)
+    assert execution.run_study(budget) == 3  # 36 seconds each
     assert "5 done" in status(quick)
-    assert "of 0.045 h" in status(replace(quick, budget_hours=0.045))
+    assert "of 0.045 h" in status(budget)
 
 
 def test_splits_that_overlap_are_refused(study: Path, resources: Resources) -> None:
     path = study / "protocol.toml"
     path.write_text(path.read_text().replace('test = "train[80%:]"', 'test = "train[70%:]"'))
     protocol = read_protocol(study)
-    cell = wanted(protocol, {})[0].cell
-    fresh = Resources(protocol)
-    fresh._subjects = resources._subjects
-    run = Run(protocol, "test", cell, 1e-2, 1)
-    fresh.validation_items(run)
+    fresh, run = Resources(protocol), Run(protocol, "test", wanted(protocol, {})[0].cell, 1e-2, 1)
+    fresh._made = {type(s): s for s in (resources.subject(run.config),)}  # its model is loaded
     with pytest.raises(NaloraError, match="shares 30 with it"):
         fresh.test_items(run)

@@ -66,14 +66,13 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_protocol(
     folder: Path, towers: tuple[Path, Path], data: Path, tasks: dict[str, str], metric: str
 ) -> Protocol:
-    written = [
-        TASK.replace("NAME", name).replace("DATA", json.dumps(str(data))).replace("VISION", vision)
-        for name, vision in tasks.items()
-    ]
-    text = PROTOCOL.replace("BASE", json.dumps("+".join(map(str, towers)))).replace(
-        "TASKS", "".join(written)
-    )
-    (folder / "protocol.toml").write_text(text.replace("METRIC", metric))
+    written = "".join(TASK.replace("NAME", name).replace("VISION", of) for name, of in tasks.items())
+    texts = {"TASKS": written, "METRIC": metric, "DATA": json.dumps(str(data))}
+    texts["BASE"] = json.dumps("+".join(map(str, towers)))
+    text = PROTOCOL
+    for name, value in texts.items():
+        text = text.replace(name, value)
+    (folder / "protocol.toml").write_text(text)
     return read_protocol(folder)
 
 
@@ -82,10 +81,8 @@ def pairs(
     tmp_path_factory: pytest.TempPathFactory, tower_folders: tuple[Path, Path], colours: Path
 ) -> Resources:
     """A finished study of images and captions."""
-    folder, tasks = (
-        tmp_path_factory.mktemp("pairs"),
-        {"pairs": 'task = "contrast", augment = "flip", image_size = 12'},
-    )
+    folder = tmp_path_factory.mktemp("pairs")
+    tasks = {"pairs": 'task = "contrast", augment = "flip", image_size = 12'}
     resources = Resources(write_protocol(folder, tower_folders, colours, tasks, ""))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(execution, "Resources", lambda *_: resources)

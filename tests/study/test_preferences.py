@@ -14,7 +14,7 @@ from nalora_jax.study.records import Records
 from nalora_jax.study.report import render_results
 from nalora_jax.study.resources import Resources
 from nalora_jax.train.kinds import preference
-from tests.study.conftest import assert_starts_alone, filled
+from tests.study.conftest import assert_starts_alone, write_study
 
 PROTOCOL = """
 question = "Does the adapter prefer z?"
@@ -38,14 +38,8 @@ settings.mesh.data = 2
 """
 
 
-@pytest.fixture
-def pairs_study(base: Path, questions: Path, tmp_path: Path) -> Path:
-    text = filled(PROTOCOL, base, questions)
-    (tmp_path / "protocol.toml").write_text(text)
-    return tmp_path
-
-
-def test_a_study_of_pairs_measures_starts_and_devices(pairs_study: Path) -> None:
+def test_a_study_of_pairs_measures_starts_and_devices(base: Path, questions: Path, tmp_path: Path) -> None:
+    pairs_study = write_study(tmp_path, base, questions, PROTOCOL)
     assert main(["study", "run", str(pairs_study), "--together", "4"]) == 0
     protocol = read_protocol(pairs_study)
     records = Records(pairs_study).read()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import shutil
 import subprocess
@@ -40,6 +40,11 @@ def git(folder: Path, *arguments: str) -> None:
     subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
 
 
+def commit(folder: Path, name: str) -> None:
+    git(folder, "add", name)
+    git(folder, "commit", "-m", name)
+
+
 def edit(protocol: Protocol, old: str, new: str) -> Protocol:
     text = protocol.path.read_text()
     assert old in text
@@ -55,8 +60,7 @@ def test_no_test_item_is_read_before_the_protocol_is_committed(quick: Protocol) 
     records = Records(folder).read()
     assert {record["stage"] for record in records.values()} == {"tune"}
     assert Records(folder).tests() == []
-    git(folder, "add", "protocol.toml")
-    git(folder, "commit", "-m", "protocol")
+    commit(folder, "protocol.toml")
     execution.run_study(quick)
     tests = [record for record in Records(folder).read().values() if record["stage"] == "test"]
     assert len({record["commit"] for record in tests}) == 1
@@ -85,16 +89,14 @@ def test_tests_that_a_repository_remembers_count_after_all_their_files_were_dele
 ) -> None:
     folder = quick.folder
     git(folder, "init")
-    git(folder, "add", "protocol.toml")
-    git(folder, "commit", "-m", "protocol")
+    commit(folder, "protocol.toml")
     execution.run_study(quick)
-    git(folder, "add", "records.jsonl")
-    git(folder, "commit", "-m", "records")
+    commit(folder, "records.jsonl")
     for name in ("records.jsonl", "tests.jsonl"):
         (folder / name).unlink()
     shutil.rmtree(folder / ".runs")
     changed = edit(quick, "test_seeds = [1, 2]", "test_seeds = [3, 4]")
-    git(folder, "commit", "-am", "another protocol")
+    commit(folder, "protocol.toml")
     with pytest.raises(NaloraError, match=OTHER_PROTOCOL):
         execution.run_study(changed)
     respelled = edit(changed, "extend = 1", f'extend = 1\nrespelled_from = ["{quick.digest}"]')
@@ -128,10 +130,9 @@ def test_a_finished_test_that_was_altered_is_refused(quick: Protocol) -> None:
     altered = {**records[name], "test": {"loss": 0.0}}
     records[name] = altered | {"digest": record_digest(altered)}  # as a careful forger would
     store.path.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
-    with pytest.raises(NaloraError, match=f"found 1 missing or altered: {name}"):
-        status(quick)
-    with pytest.raises(NaloraError, match=f"found 1 missing or altered: {name}"):
-        write_tables(quick)
+    for use in (status, write_tables):
+        with pytest.raises(NaloraError, match=f"found 1 missing or altered: {name}"):
+            use(quick)
 
 
 ANOTHER = {"method": "b", "seed": 9}
@@ -167,19 +168,15 @@ def of_a_user(averages, context):
 
 
 @pytest.fixture
-def rule(tmp_path: Path) -> Iterator[Path]:
+def rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A user's file that defines a rule."""
     path = tmp_path / "my_rule.py"
     path.write_text(RULE.replace("{factor}", "1.0"))
-    spec = importlib.util.spec_from_file_location("my_rule", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["my_rule"] = module
-    spec.loader.exec_module(module)
+    monkeypatch.setattr(MECHANISMS, "_values", dict(MECHANISMS._values))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("my_rule")
     yield path
     del sys.modules["my_rule"]
-    MECHANISMS._values.pop("of_a_user")
 
 
 def test_a_rule_whose_file_changed_does_not_count_as_done(rule: Path, study: Path) -> None:

@@ -51,12 +51,11 @@ def test_a_snapshot_is_read_as_it_was_written_and_not_used_if_it_is_damaged(
     path = tmp_path / "run.npz"
     assert read_snapshot(path) is None
     write_snapshot(path, ARRAYS, {"step": 4, "loss": 1 / 3})
-    snapshot = read_snapshot(path)
-    assert snapshot is not None
-    assert snapshot.notes == {"step": 4, "loss": 1 / 3}
-    assert snapshot.arrays.keys() == ARRAYS.keys()
+    arrays, notes = read_snapshot(path) or ({}, {})
+    assert notes == {"step": 4, "loss": 1 / 3}
+    assert arrays.keys() == ARRAYS.keys()
     for name, value in ARRAYS.items():
-        np.testing.assert_array_equal(snapshot.arrays[name], value)
+        np.testing.assert_array_equal(arrays[name], value)
     content = path.read_bytes()
     middle = len(content) // 2
     for damaged in (content[:-9], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +67,11 @@ def row(text: str, *cells: str) -> list[str]:
 
 def losses(study: Path, method: str, multiple: float = 1.0) -> np.ndarray:
     """The test losses by seed; NaN for a run that diverged."""
-    lines = [json.loads(line) for line in (study / "records.jsonl").read_text().splitlines()]
     wanted = "test", method, multiple
-    tests = [one for one in lines if (one["stage"], one["method"], one["multiple"]) == wanted]
+    records = Records(study).read().values()
+    tests = [one for one in records if (one["stage"], one["method"], one["multiple"]) == wanted]
     return np.array(
-        [one.get("test", {}).get("loss", np.nan) for one in sorted(tests, key=lambda r: r["seed"])]
+        [one.get("test", {}).get("loss", np.nan) for one in sorted(tests, key=itemgetter("seed"))]
     )
 
 
@@ -93,11 +93,8 @@ def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
     theirs = stats.ttest_1samp(difference, 0.0)
     assert (low, high) == pytest.approx(tuple(theirs.confidence_interval()), abs=6e-5)
     assert found[6] == "5/6"
-    p_values = (
-        theirs.pvalue,
-        stats.wilcoxon(difference, method="exact").pvalue,
-        stats.binomtest(5, 6).pvalue,
-    )
+    wilcoxon = stats.wilcoxon(difference, method="exact").pvalue
+    p_values = theirs.pvalue, wilcoxon, stats.binomtest(5, 6).pvalue
     assert [float(cell.split()[0]) for cell in found[7:10]] == pytest.approx(p_values, abs=6e-4)
     assert float(found[10]) == pytest.approx(difference.mean() / difference.std(ddof=1), abs=6e-3)
     assert found[11] == "no"
@@ -156,7 +153,5 @@ def test_p_values_are_corrected_over_all_comparisons_with_the_baseline(told: Pat
     assert [c.t_holm for c in family] == holm([c.paired.t_p for c in family])
     assert [c.wilcoxon_holm for c in family] == holm([c.paired.wilcoxon_p for c in family])
     assert {c.family for c in compared if c.other != "lora"} == {4}
-    corrected = (
-        "corrected over the 8 comparisons with `lora` in this and the following tables, or the 4 with"
-    )
+    corrected = "corrected over the 8 comparisons with `lora` in this and the following tables, or the 4"
     assert corrected in render_results(protocol, records)

@@ -19,7 +19,7 @@ from nalora_jax.study.report import render_results
 from nalora_jax.study.resources import Resources
 from nalora_jax.train import rewards
 from nalora_jax.train.kinds import rl
-from tests.study.conftest import assert_starts_alone, filled
+from tests.study.conftest import assert_starts_alone, write_study
 
 REWARD = """
 from nalora_jax.train.rewards import register_reward
@@ -51,11 +51,7 @@ imports = ["early_words.py"]
 steps = 8
 rl = {rewards = ["early_words"], samples = 2, max_new_tokens = 4, updates = 2}
 SETTINGS
-[probes.z_again]
-dataset = QUESTIONS
-split = "train[80%:]"
-items = 20
-
+PROBE
 [methods.lora]
 """
 
@@ -64,8 +60,7 @@ items = 20
 def rewards_study(base: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(rewards._REWARDS, "_values", dict(rewards._REWARDS._values))  # forgets early_words
     (tmp_path / "early_words.py").write_text(REWARD)
-    (tmp_path / "protocol.toml").write_text(filled(PROTOCOL, base, questions))
-    return tmp_path
+    return write_study(tmp_path, base, questions, PROTOCOL)
 
 
 def test_a_study_of_rewards_trains_and_measures_as_a_run_does(rewards_study: Path) -> None:
@@ -80,7 +75,7 @@ def test_a_study_of_rewards_trains_and_measures_as_a_run_does(rewards_study: Pat
     assert_starts_alone(rl, first, resources)
     loaded, items = resources.subject(config).model(config), resources.validation_items(first)
     generator = Generator(Decoder(loaded.config), {"params": loaded.params}, loaded.tokenizer)
-    answers = generator.generate([prompt.ids for prompt in items.prompts], max_new_tokens=4)
+    answers = generator.generate([prompt.ids for prompt in items.asked], max_new_tokens=4)
     assert tuned["curve"][0]["reward"] == pytest.approx(
         np.mean([early_words(answer) for answer in answers])
     )
@@ -98,7 +93,7 @@ def test_a_policy_equal_to_the_base_has_no_divergence(rewards_study: Path) -> No
     first = wanted(protocol, {})[0]
     resources = Resources(protocol)
     progress = RunInProgress(first, resources, rewards_study / "x.npz")
-    values = progress._measured(resources.start(first, progress.data).lora, progress.items, whole=True)
+    values = progress._measured(resources.start(first, progress.data).lora, "validation", whole=True)
     assert values["divergence"] == pytest.approx(0, abs=1e-9)
 
 

@@ -21,15 +21,8 @@ def run_and_record() -> tuple[Run, Record]:
     """A run and its record, made up."""
     row = {"loss": 3.0, "misalignment": 0.25}
     record = {
-        **{
-            "stage": "test",
-            "diverged": False,
-            "parameters": 320,
-            "base": "b",
-            "source": "s",
-            "data": "d",
-            "rules": {},
-        },
+        **{"stage": "test", "diverged": False, "parameters": 320},
+        **{"base": "b", "source": "s", "data": "d", "rules": {}},
         "items": {"validation": "v", "test": "t", "test choices": "c"},
         "validation": {"loss": 2.9, "n": 20},
         "test": {"loss": 2.8, "accuracy": 0.75, "n": 20},

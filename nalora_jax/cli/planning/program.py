@@ -7,8 +7,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,29 +25,20 @@ from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.files import ImageProcessor
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.generate.programs import (
-    Prompts,
-    padded_length,
-    prompt_shards,
-    sample_groups,
-    view_weights,
-)
+from nalora_jax.evaluate.generate import programs
 from nalora_jax.evaluate.generate.sampling import make_sampling
-from nalora_jax.layout import distributed
-from nalora_jax.layout.estimates import program_shape
+from nalora_jax.layout import distributed, estimates, machines
 from nalora_jax.layout.figures import Figures
-from nalora_jax.layout.machines import Topology
 from nalora_jax.method.step import init_state
-from nalora_jax.models.adapters import adapter_shapes, adapter_spec
+from nalora_jax.models import adapters, stacks, targets
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.rope_scaling import with_rope_scaling
-from nalora_jax.models.stacks import param_shapes
-from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.ops.quantize import gathered, kernels, quantize
 from nalora_jax.study.sweeps.program import stacked_sharding, step_of_runs
 from nalora_jax.train.kinds import decoder_parts
 from nalora_jax.train.kinds.rl import updates_with_base
 from nalora_jax.train.program import RunProgram, decoder_program
+from nalora_jax.weights import hub
 
 _BATCH = {
     "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",
@@ -73,86 +64,58 @@ def architecture(name: str, *, images: bool = False, rope_scaling: str = "") -> 
     Raises:
       NaloraError: the name is unknown, or its config or its new RoPE scaling is not supported.
     """
-    raw, where = _raw_config(name)
+    file, found = Path(name), repr(name)
+    remedy = "download the model's config.json: planning needs nothing else"
+    if file.is_dir():
+        file /= "config.json"
+    on_hub = _HUB_ID.fullmatch(name) is not None
+    known = (name.rpartition("/")[2] if on_hub else name).lower()
+    raw, where = None, name
+    if file.suffix == ".json" and file.exists():
+        raw, where = read_json(file), str(file)
+    elif known in CONFIGS:
+        raw = CONFIGS[known]
+    elif on_hub:
+        try:
+            raw = read_json(hub.snapshot(name, "config.json") / "config.json")
+        except NaloraError as error:
+            found, remedy = f"{error.found} ({name} on the hub)", error.remedy or remedy
+    if raw is None:
+        expected = f"a config.json, a folder that contains one, a hub id, or one of {', '.join(CONFIGS)}"
+        raise NaloraError("--model", expected=expected, found=found, remedy=remedy)
     return ModelConfig.from_hf(with_rope_scaling(raw, rope_scaling, where), where, images=images)
 
 
-def _raw_config(name: str) -> tuple[dict[str, Any], str]:
-    """Returns the fields of the ``config.json`` of a model, and their source for messages."""
-    file = Path(name)
-    if file.is_dir():
-        file /= "config.json"
-    if file.suffix == ".json" and file.exists():
-        return read_json(file), str(file)
-    on_hub = _HUB_ID.fullmatch(name) is not None
-    known = name.rpartition("/")[2].lower() if on_hub else name.lower()
-    if known in CONFIGS:
-        return CONFIGS[known], name
-    found, remedy = repr(name), "download the model's config.json: planning needs nothing else"
-    if on_hub:
-        from nalora_jax.weights.hub import snapshot
-
-        try:
-            return read_json(snapshot(name, "config.json") / "config.json"), name
-        except NaloraError as error:
-            found, remedy = f"{error.found} ({name} on the hub)", error.remedy or remedy
-    raise NaloraError(
-        "--model",
-        expected="a config.json, a folder that contains one, a hub id, or one of " + ", ".join(CONFIGS),
-        found=found,
-        remedy=remedy,
-    )
-
-
-def devices(where: Topology) -> Sequence[jax.Device]:
+def devices(where: machines.Topology) -> Sequence[jax.Device]:
     """Returns abstract devices of a topology, from the real compiler of its platform.
 
     Raises:
       NaloraError: the compiler is not installed, or it knows no such topology.
     """
-    _require(where)
-    try:
-        with _quiet_tpu():
-            described = topologies.get_topology_desc(**where.description())
-    except NaloraError:
-        raise
-    except Exception as error:  # the compilers' refusals have no common type
-        raise NaloraError(
-            "--topology",
-            expected=f"a topology that the {where.chip.platform} compiler knows",
-            found=f"{where.name}: {str(error).splitlines()[0][:300]}",
-        ) from error
-    return list(described.devices)
-
-
-def _require(where: Topology) -> None:
     module, extra = "jax_plugins.xla_cuda12", "cuda"
     if where.chip.platform == "tpu":
         module, extra = "libtpu", "tpu"
-    try:
+    missing = True
+    with suppress(ModuleNotFoundError):
         missing = importlib.util.find_spec(module) is None
-    except ModuleNotFoundError:
-        missing = True
     if missing:
-        raise NaloraError(
-            "nalora plan",
-            expected=f"the compiler for {where.chip.name}, which needs no such chip",
-            found="that it is not installed",
-            remedy=f"pip install 'nalora_jax[{extra}]', best in an environment of its own",
-        )
-
-
-@contextmanager
-def _quiet_tpu() -> Iterator[None]:
-    """Prepares the TPU compiler for a machine without a TPU.
-
-    It must not search for a TPU or require exclusive access.
-    """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+        expected = f"the compiler for {where.chip.name}, which needs no such chip"
+        remedy = f"pip install 'nalora_jax[{extra}]', best in an environment of its own"
+        found = "that it is not installed"
+        raise NaloraError("nalora plan", expected=expected, found=found, remedy=remedy)
+    # The TPU compiler must not search for a TPU or require exclusive access.
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(name, "1")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return list(topologies.get_topology_desc(**where.description()).devices)
+    except NaloraError:
+        raise
+    except Exception as error:  # the compilers' refusals have no common type
+        expected = f"a topology that the {where.chip.platform} compiler knows"
+        found = f"{where.name}: {str(error).splitlines()[0][:300]}"
+        raise NaloraError("--topology", expected=expected, found=found) from error
 
 
 def step_and_arguments(
@@ -192,11 +155,15 @@ def _program_and_state(
     config: RunConfig, base: ModelConfig, mesh: Mesh
 ) -> tuple[RunProgram, Any, Any, Any]:
     """Returns the program of a run, the shapes of its weights and state, and the state's shardings."""
-    spec = adapter_spec(config, base)
+    spec = adapters.adapter_spec(config, base)
     program = decoder_program(config, base, spec, mesh, **decoder_parts(config, base, ImageProcessor()))
-    weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
+    weights = {
+        path: _weight(path, shape, config.compute) for path, shape in stacks.param_shapes(base).items()
+    }
     params = gathered(placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], WEIGHT_AXES)
-    fresh = jax.eval_shape(lambda lora: init_state(lora, program.optimizer, 0), adapter_shapes(base, spec))
+    fresh = jax.eval_shape(
+        lambda lora: init_state(lora, program.optimizer, 0), adapters.adapter_shapes(base, spec)
+    )
     state, places = placed(fresh, mesh, distributed.STATE_RULES)
     return program, params, state, places
 
@@ -212,14 +179,14 @@ def rollout_and_arguments(
     rl = config.rl
     program, params, state, _ = _program_and_state(config, base, mesh)
     prompts = config.train.batch_size // rl.samples
-    _, count, samples = program_shape(prompts, rl.samples, prompt_shards(mesh))
-    longest = padded_length(config.data.max_length - rl.max_new_tokens, minimum=16)
+    _, count, samples = estimates.program_shape(prompts, rl.samples, programs.prompt_shards(mesh))
+    longest = programs.padded_length(config.data.max_length - rl.max_new_tokens, minimum=16)
 
     def of(shape: tuple[int, ...], dtype: Any, spec: P = P(BATCH_AXES)) -> Any:  # noqa: B008
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
 
     sampling = make_sampling(count * samples, temperature=rl.temperature)
-    rows = Prompts(
+    rows = programs.Prompts(
         tokens=of((count, longest), "int32"),
         lengths=of((count,), "int32"),
         live=of((count,), "bool"),
@@ -229,8 +196,8 @@ def rollout_and_arguments(
     model, resident = program.eval_model, 0.0
     for leaf in jax.tree.leaves(state.opt_state):
         resident += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    weights = view_weights(model, {"params": params, "lora": state.lora})
-    draw = jax.jit(partial(sample_groups, model, samples=samples, limit=rl.max_new_tokens))
+    weights = programs.view_weights(model, {"params": params, "lora": state.lora})
+    draw = jax.jit(partial(programs.sample_groups, model, samples=samples, limit=rl.max_new_tokens))
     return draw, (weights, rows), resident
 
 
@@ -260,11 +227,8 @@ def _batch(config: RunConfig, base: ModelConfig, mesh: Mesh, images: int) -> dic
 
     batch = {name: of((config.data.max_length,), dtype) for name, dtype in _BATCH.items()}
     if config.rl.rewards:
-        names = [
-            "sampled",
-            *["old"] * (config.rl.updates > 1),
-            *["base"] * (not updates_with_base(config.rl)),
-        ]
+        several, apart = config.rl.updates > 1, not updates_with_base(config.rl)
+        names = ["sampled", *["old"] * several, *["base"] * apart]
         batch |= {name: of((config.data.max_length,), "float32") for name in names}
         batch |= {name: of((), "float32") for name in ("advantages", "real")}
     if config.preference.loss != "none":
@@ -279,13 +243,12 @@ def _batch(config: RunConfig, base: ModelConfig, mesh: Mesh, images: int) -> dic
 def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:
     """Returns the shape of a frozen array in its storage form."""
     if compute.quantize == "none" or not re.search(kernels(compute.quantize), path):
-        return jax.ShapeDtypeStruct(shape, leaf_dtype(path, compute.dtype))
+        return jax.ShapeDtypeStruct(shape, targets.leaf_dtype(path, compute.dtype))
     return jax.eval_shape(partial(quantize, kind=compute.quantize), jax.ShapeDtypeStruct(shape, "float32"))
 
 
 def placed(tree: Any, mesh: Mesh, rules: distributed.Rules) -> tuple[Any, Any]:
     """Returns shapes of arrays with the shardings of the rules, and the shardings."""
     places = distributed.shardings(tree, mesh, rules)
-    return jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places
-    ), places
+    shape = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)  # noqa: E731
+    return jax.tree.map(shape, tree, places), places

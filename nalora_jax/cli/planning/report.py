@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,13 +17,10 @@ from nalora_jax.cli.planning.program import (
 )
 from nalora_jax.config import RunConfig
 from nalora_jax.evaluate.generate.programs import prompt_shards
-from nalora_jax.layout import distributed
-from nalora_jax.layout.accounting import Collective
-from nalora_jax.layout.decide import Compiled, Search, decide
-from nalora_jax.layout.estimates import Layout, decoder_alone, program_shape
+from nalora_jax.layout import accounting, distributed, estimates, machines
+from nalora_jax.layout.decide import Compiled, decide
 from nalora_jax.layout.figures import Figures, Roofline, bounded, figures, kernel_flops, roofline
 from nalora_jax.layout.layouts import fastest, fitting, fitting_sweep
-from nalora_jax.layout.machines import Topology
 from nalora_jax.method.transform import with_gate_state
 from nalora_jax.models.config import ModelConfig
 
@@ -54,8 +51,8 @@ class Plan:
     """A run on a topology: the chosen layout and the figures of the compiled program."""
 
     config: RunConfig
-    where: Topology
-    layout: Layout
+    where: machines.Topology
+    layout: estimates.Layout
     nalora: Figures
     lora: Figures  # the same run without the mechanisms and their statistics
     bound: Roofline  # of a micro-batch of NA-LoRA
@@ -80,39 +77,37 @@ class Plan:
 
     def ratios(self) -> dict[str, float]:
         """Returns the ratios of NA-LoRA to LoRA."""
+        ours, other = self.nalora, self.lora
         pairs = {
-            "flops": (self.nalora.flops, self.lora.flops),
-            "HBM bytes": (self.nalora.memory_bytes, self.lora.memory_bytes),
-            "collective bytes": (self.nalora.moved(), self.lora.moved()),
-            "memory": (self.nalora.memory, self.lora.memory),
+            "flops": (ours.flops, other.flops),
+            "HBM bytes": (ours.memory_bytes, other.memory_bytes),
+            "collective bytes": (ours.moved(), other.moved()),
+            "memory": (ours.memory, other.memory),
         }
-        return {name: ours / other if other else 1.0 for name, (ours, other) in pairs.items()}
+        return {name: first / second if second else 1.0 for name, (first, second) in pairs.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""
-        rollout = {}
+        found, rollout = self.nalora, {}
         if self.rollout is not None:
-            names = ("programs", "memory", "seconds", "moved")
-            rollout = {name: getattr(self.rollout, name) for name in names}
-            rollout = {"rollout": rollout | {"bound": asdict(self.rollout.bound)}}
+            values = {n: getattr(self.rollout, n) for n in ("programs", "memory", "seconds", "moved")}
+            rollout = {"rollout": values | {"bound": asdict(self.rollout.bound)}}
         return (
-            _planned(self.config, self.where)
+            common_fields(self.config, self.where)
             | rollout
             | {
                 "layout": self.layout.record(),
                 "fits": self.fits,
-                "memory": self.nalora.memory,
+                **{name: getattr(found, name) for name in ("memory", "arguments", "host")},
                 "limit": self.where.chip.memory,
-                "arguments": self.nalora.arguments,
-                "host": self.nalora.host,
-                "moved": self.nalora.moved(),
-                "hidden": self.nalora.moved(overlapped=True),
+                "moved": found.moved(),
+                "hidden": found.moved(overlapped=True),
                 "seconds": self.bound.seconds,
                 "mfu": self.bound.mfu,
                 "tokens_per_second": self.tokens_per_second,
                 "bound": asdict(self.bound),
-                "kernels": dict(self.nalora.custom_calls),
-                "scopes": {name: asdict(work) for name, work in self.nalora.scopes.items()},
+                "kernels": dict(found.custom_calls),
+                "scopes": {name: asdict(work) for name, work in found.scopes.items()},
                 "over_lora": self.ratios(),
             }
         )
@@ -123,38 +118,36 @@ class SweepPlan:
     """A sweep on a topology."""
 
     config: RunConfig  # of each run
-    where: Topology
+    where: machines.Topology
     runs: int  # of the sweep
-    layout: Layout
+    layout: estimates.Layout
     memory: float  # bytes of a chip
     seconds: float  # of a step of all runs of a program, by roofline
     mfu: float
-    collectives: tuple[Collective, ...] | None  # of the compiled step; None for an estimate
+    collectives: tuple[accounting.Collective, ...] | None  # of the compiled step; None for an estimate
 
     @property
     def programs(self) -> int:
         """The number of times that the program runs from start to end."""
         return math.ceil(self.runs / self.layout.together)
 
-    def hours(self, steps: int) -> float:
-        """Returns the least hours of all runs of ``steps`` steps."""
-        return self.programs * steps * self.seconds / 3600
-
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""
-        return _planned(self.config, self.where) | {
-            "runs": self.runs,
+        return common_fields(self.config, self.where) | {
+            **{name: getattr(self, name) for name in ("runs", "programs", "memory", "seconds", "mfu")},
             "mesh": {name: getattr(self.layout, name) for name in ("run", "runs_per_device", "fsdp")},
             "remat": self.layout.remat,
-            "programs": self.programs,
-            "memory": self.memory,
             "collectives": None if self.collectives is None else len(self.collectives),
-            "seconds": self.seconds,
-            "mfu": self.mfu,
         }
 
 
-def plan(config: RunConfig, base: ModelConfig, where: Topology, images: int = 0) -> Plan:
+def common_fields(config: RunConfig, where: machines.Topology) -> dict[str, Any]:
+    """Returns the fields that the records of all plans have."""
+    rows, seq = config.train.batch_size, config.data.max_length
+    return {"model": config.model, "topology": where.name, "rows": rows, "seq": seq}
+
+
+def plan(config: RunConfig, base: ModelConfig, where: machines.Topology, images: int = 0) -> Plan:
     """Decides a layout by compiled steps of NA-LoRA, compiles LoRA's step and bounds the time.
 
     Args:
@@ -168,44 +161,40 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, images: int = 0)
     Raises:
       NaloraError: no layout fits, or the compiler is missing.
     """
-    layouts = fitting(config, base, where)
-    layout, ours, bound = _decided(config, base, where, layouts, images=images, must_fit=False)
-    concrete = layout.into(config).without_mechanisms()
+    layouts, compiled = fitting(config, base, where), _compiler(config, base, where, images=images)
+    layout, result, _ = decide(layouts, where.chip.memory, compiled, must_fit=False)
+    placed = layout.into(config)
+    concrete = placed.without_mechanisms()
     mesh = distributed.make_mesh(concrete.mesh, devices(where))
     step, arguments = step_and_arguments(concrete, base, mesh, images=images)
     other = figures(without_statistics(step, mesh), arguments)
-    rollout = None
-    if config.rl.rewards:
-        rollout = _plan_rollout(layout.into(config), base, where, other, arguments)
+    rollout = _plan_rollout(placed, base, where, other, arguments) if config.rl.rewards else None
+    ours, bound = result.program
     return Plan(config, where, layout, ours, other, bound, rollout)
 
 
 def _plan_rollout(
-    config: RunConfig, base: ModelConfig, where: Topology, update: Figures, arguments: Any
+    config: RunConfig, base: ModelConfig, where: machines.Topology, update: Figures, arguments: Any
 ) -> RolloutPlan:
     """Compiles the program of the samples in the layout of the update and bounds its time.
 
     ``update`` are figures of a step with ``arguments``.
     """
     mesh, rl = distributed.make_mesh(config.mesh, devices(where)), config.rl
+    shards = prompt_shards(mesh)
     draw, drawn, resident = rollout_and_arguments(config, base, mesh)
     found = figures(draw, drawn)
-    prompts, count, _ = program_shape(
-        config.train.batch_size // rl.samples, rl.samples, prompt_shards(mesh)
-    )
-    programs = math.ceil(config.train.batch_size / rl.samples / prompts)
-    decoder, _ = decoder_alone(config, base)
-    shape = (
-        count / prompt_shards(mesh),
-        config.data.max_length - rl.max_new_tokens,
-        max(config.mesh.tensor, 1),
-    )
+    wanted = config.train.batch_size // rl.samples
+    prompts, count, _ = estimates.program_shape(wanted, rl.samples, shards)
+    decoder, _ = estimates.decoder_alone(config, base)
+    shape = count / shards, config.data.max_length - rl.max_new_tokens, max(config.mesh.tensor, 1)
     bound = bounded(found, found.flops + kernel_flops(found, decoder, *shape), 0.0, where)
-    return RolloutPlan(found, bound, programs, resident, moved_weights(update, arguments, found, drawn))
+    moved = moved_weights(update, arguments, found, drawn)
+    return RolloutPlan(found, bound, math.ceil(wanted / prompts), resident, moved)
 
 
 def plan_sweep(
-    config: RunConfig, base: ModelConfig, where: Topology, runs: int, *, compiles: bool = True
+    config: RunConfig, base: ModelConfig, where: machines.Topology, runs: int, *, compiles: bool = True
 ) -> SweepPlan:
     """Compiles the step of a sweep in the fastest layout that fits, as `nalora_jax.layout.decide` does.
 
@@ -225,38 +214,29 @@ def plan_sweep(
         layout = fastest(layouts)
         seconds = layout.seconds / math.ceil(runs / layout.together)
         return SweepPlan(config, where, runs, layout, layout.memory, seconds, layout.mfu, None)
-    layout, measured, bound = _decided(config, base, where, layouts, runs=runs)
+    layout, result, _ = decide(layouts, where.chip.memory, _compiler(config, base, where, runs=runs))
+    measured, bound = result.program
     resources = measured.memory, bound.seconds, bound.mfu, measured.collectives
     return SweepPlan(config, where, runs, layout, *resources)
 
 
-def _decided(
-    config: RunConfig,
-    base: ModelConfig,
-    where: Topology,
-    layouts: Sequence[Layout],
-    *,
-    images: int = 0,
-    runs: int = 0,
-    must_fit: bool = True,
-) -> tuple[Layout, Figures, Roofline]:
-    """Returns the layout that the compiler accepts, with figures and roofline of its step."""
+def _compiler(
+    config: RunConfig, base: ModelConfig, where: machines.Topology, *, images: int = 0, runs: int = 0
+) -> Callable[[estimates.Layout], Compiled]:
+    """Returns the function that compiles a layout's step, with figures and roofline as its program."""
     chips = devices(where)
 
-    def compiled(layout: Layout) -> Compiled:
+    def compiled(layout: estimates.Layout) -> Compiled:
         concrete = layout.into(config)
         mesh = distributed.make_mesh(concrete.mesh, chips)
-        together, programs = 0, 1
-        if runs:
-            together = layout.together
-            programs = math.ceil(runs / together)
+        together = layout.together if runs else 0
+        programs = math.ceil(runs / together) if runs else 1
         measured = figures(*step_and_arguments(concrete, base, mesh, images=images, runs=together))
         bound = roofline(measured, concrete, base, where)
         seconds = bound.seconds * programs + layout.rollout
         return Compiled(measured.memory, measured.fits(where.chip), seconds, (measured, bound))
 
-    layout, result = decide(Search(layouts, where.chip.memory), compiled, must_fit=must_fit)
-    return layout, *result.program
+    return compiled
 
 
 def without_statistics(step: Any, mesh: Any) -> Any:
@@ -327,8 +307,7 @@ def plan_lines(plan: Plan, *, steps: int = 0, price: float | None = None) -> Ite
     yield f"  at most     {rate:,.0f} tokens/s ({rate / where.size:,.0f} a chip), {plan.seconds:.3g} s a step"
     yield f"  implied MFU {bound.mfu:.1%}"
     yield "  over LoRA   " + ", ".join(f"{name} {ratio:.4f}" for name, ratio in plan.ratios().items())
-    for line in describe_costs(where, rate, plan.seconds, steps, price):
-        yield f"  {line}"
+    yield from cost_lines(where, plan.seconds, rate, steps, price)
 
 
 def _describe_rollout(plan: Plan, rollout: RolloutPlan) -> Iterator[str]:
@@ -348,13 +327,7 @@ def _describe_rollout(plan: Plan, rollout: RolloutPlan) -> Iterator[str]:
 
 
 def describe_sweep(plan: SweepPlan, *, steps: int = 0, price: float | None = None) -> Iterator[str]:
-    """Yields the plan as lines of text.
-
-    Args:
-      plan: the plan.
-      steps: of each run; 0: hours and price are not shown.
-      price: of one chip and hour, in any currency.
-    """
+    """Yields the plan as lines of text; arguments as of `plan_lines`."""
     chip, rows, seq = plan.where.chip, plan.config.train.batch_size, plan.config.data.max_length
     work = f"{plan.runs} runs of {rows} x {seq} tokens a step"
     yield f"{plan.config.model} on {plan.where.name} ({plan.where.size} x {chip.name}), {work}"
@@ -369,54 +342,31 @@ def describe_sweep(plan: SweepPlan, *, steps: int = 0, price: float | None = Non
     yield f"  at most     {rate:,.0f} tokens/s, {plan.seconds:.3g} s a step"
     yield f"  implied MFU {plan.mfu:.1%}"
     if steps:
-        yield "  " + describe_hours(plan.where, plan.hours(steps), f"{steps} steps of every run", price)
+        hours = plan.programs * steps * plan.seconds / 3600
+        yield _time_line(plan.where, hours, f"{steps} steps of every run", price)
 
 
-def describe_costs(
-    where: Topology, tokens_per_second: float, seconds: float, steps: int, price: float | None
+def cost_lines(
+    where: machines.Topology, seconds: float, tokens_per_second: float, steps: int, price: float | None
 ) -> Iterator[str]:
-    """Yields lines with the hours of a run and with costs at ``price`` for a chip and hour.
+    """Yields lines with the hours of a run, and with costs at ``price`` for a chip and hour.
 
     Args:
       where: the machine.
-      tokens_per_second: of all chips.
       seconds: of a step.
+      tokens_per_second: of all chips.
       steps: of the run; 0: no hours.
       price: None: no costs.
     """
     if steps:
-        yield describe_hours(where, steps * seconds / 3600, f"{steps:,} steps", price)
+        yield _time_line(where, steps * seconds / 3600, f"{steps:,} steps", price)
     if price is not None:
         cost = price * where.size / (tokens_per_second * 3600 / 1e6)
-        yield f"cost        at least {cost:.4g} a million tokens, at {price:g} a chip and hour"
+        yield f"  cost        at least {cost:.4g} a million tokens, at {price:g} a chip and hour"
 
 
-def describe_hours(where: Topology, hours: float, work: str, price: float | None) -> str:
-    """Returns the line with the hours of ``work`` and, with a price, their cost."""
+def _time_line(where: machines.Topology, hours: float, work: str, price: float | None) -> str:
     cost = ""
     if price is not None:
         cost = f", {hours * where.size * price:,.2f} at {price:g} a chip and hour"
-    return f"time        at least {hours:.2f} hours for {work}{cost}"
-
-
-def estimate_record(config: RunConfig, where: Topology, layout: Layout) -> dict[str, Any]:
-    """Returns the estimate of a run for JSON, from its layout only.
-
-    The names are the same as in `Plan.to_dict`.
-    """
-    record = _planned(config, where)
-    return record | {
-        "layout": layout.record(),
-        "estimate": True,
-        "memory": layout.memory,
-        "limit": where.chip.memory,
-        "seconds": layout.seconds,
-        "mfu": layout.mfu,
-        "tokens_per_second": record["rows"] * record["seq"] / layout.seconds,
-    }
-
-
-def _planned(config: RunConfig, where: Topology) -> dict[str, Any]:
-    """Returns the fields that all records have."""
-    rows, seq = config.train.batch_size, config.data.max_length
-    return {"model": config.model, "topology": where.name, "rows": rows, "seq": seq}
+    return f"  time        at least {hours:.2f} hours for {work}{cost}"

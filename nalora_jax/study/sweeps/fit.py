@@ -9,9 +9,7 @@ import jax
 
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout import distributed
-from nalora_jax.layout.estimates import Layout, decoder_alone, estimate
-from nalora_jax.layout.layouts import fastest, fitting_sweep
+from nalora_jax.layout import distributed, estimates, layouts
 from nalora_jax.layout.machines import of_devices, topology
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.machine import device_memory
@@ -23,7 +21,7 @@ _USABLE = 0.9  # share of a device's memory
 class Fitting:
     """The layout of a group of runs and the number of runs that fit in it at the same time."""
 
-    layout: Layout
+    layout: estimates.Layout
     capacity: int
     width: int  # d_model; 0 for image and text encoders
 
@@ -43,12 +41,11 @@ class Fitting:
             devices for a mixture of experts, or a group that does not divide a batch.
         """
         if config.mesh.context not in (0, 1):
-            raise NaloraError(
-                "--mesh.context", expected="1 in a sweep, whose rows are whole", found=config.mesh.context
-            )
+            expected = "1 in a sweep, whose rows are whole"
+            raise NaloraError("--mesh.context", expected=expected, found=config.mesh.context)
         where, mesh = of_devices(jax.devices()), config.mesh
         if base is not None and where is not None and mesh.data == mesh.fsdp == mesh.tensor == 0:
-            layout = fastest(fitting_sweep(config, base, where, count))
+            layout = layouts.fastest(layouts.fitting_sweep(config, base, where, count))
             return cls(layout, layout.together, base.d_model)
         limit = _USABLE * device_memory()
         weights, run, width = 0.0, 1.0, 0
@@ -63,16 +60,14 @@ class Fitting:
         fits = max(1, int((limit - weights / split) / (run / max(mesh.data, 1) / split)))
         requested = mesh.runs_per_device
         if requested > fits:
-            raise NaloraError(
-                "--mesh.runs-per-device",
-                expected=f"at most {fits} runs, which fit in {limit / 1e9:.1f} GB with the base",
-                found=requested,
-            )
+            expected = f"at most {fits} runs, which fit in {limit / 1e9:.1f} GB with the base"
+            raise NaloraError("--mesh.runs-per-device", expected=expected, found=requested)
         per_group = requested or min(fits, math.ceil(count / groups))
-        policies = config.compute.remat, config.compute.experts
-        layout = Layout(
-            mesh.data, mesh.fsdp, mesh.tensor, *policies, run=mesh.run, runs_per_device=per_group
+        policies, sizes = (
+            (config.compute.remat, config.compute.experts),
+            (mesh.data, mesh.fsdp, mesh.tensor),
         )
+        layout = estimates.Layout(*sizes, *policies, run=mesh.run, runs_per_device=per_group)
         return cls(layout, groups * per_group, width)
 
     def next(self, left: int) -> int:
@@ -95,12 +90,11 @@ def _check_experts(mesh: MeshConfig) -> None:
     devices, axes = distributed.platform_of().devices, (mesh.data, mesh.fsdp, mesh.tensor)
     if mesh.run in (0, 1) or (mesh.run == devices and max(axes) <= 1 and min(axes) >= 0):
         return
-    raise NaloraError(
-        "--mesh.run",
-        expected="one device a run for mixtures of experts, or all devices for each",
-        found=f"{mesh.run} on {devices} devices (data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor})",
-        remedy=f"use --mesh.run {devices} with the other axes at 0, or --mesh.run 1",
-    )
+    expected = "one device a run for mixtures of experts, or all devices for each"
+    sizes = f"(data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor})"
+    remedy = f"use --mesh.run {devices} with the other axes at 0, or --mesh.run 1"
+    found = f"{mesh.run} on {devices} devices {sizes}"
+    raise NaloraError("--mesh.run", expected=expected, found=found, remedy=remedy)
 
 
 def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
@@ -108,9 +102,9 @@ def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
     remat = config.compute.remat
     if remat == "auto":
         remat = "none"
-    whole = Layout(1, 1, 1, remat, config.compute.experts)
+    whole = estimates.Layout(1, 1, 1, remat, config.compute.experts)
     # Bytes do not depend on the machine.
-    layout = estimate(whole, config, *decoder_alone(config, base), topology("v5e:1x1"))
+    layout = estimates.estimate(whole, config, *estimates.decoder_alone(config, base), topology("v5e:1x1"))
     return layout.weights, layout.state + layout.activations
 
 

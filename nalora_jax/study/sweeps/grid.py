@@ -73,10 +73,9 @@ def check_names(configs: Sequence[RunConfig]) -> None:
     outputs = [config.output for config in configs]
     twice = sorted({Path(output).name for output in outputs if outputs.count(output) > 1})
     if twice:
+        expected, found = "runs with different names", ", ".join(twice)
         remedy = "leave equal values out; settings that differ in their group only need different names"
-        raise NaloraError(
-            "--sweep", expected="runs with different names", found=", ".join(twice), remedy=remedy
-        )
+        raise NaloraError("--sweep", expected=expected, found=found, remedy=remedy)
 
 
 def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
@@ -105,17 +104,13 @@ def _axis(text: str) -> Axis:
     if not equals or not listed.strip():
         raise NaloraError(f"--sweep {text}", expected="SETTING=VALUE,VALUE,...", found="no values")
     if _COMMON.match(name) or is_dataclass(getattr(RunConfig(), name, None)):
-        remedy = "give it once, outside of --sweep"
-        raise NaloraError(
-            "--sweep", expected="a setting that may differ between runs", found=name, remedy=remedy
-        )
+        expected, remedy = "a setting that may differ between runs", "give it once, outside of --sweep"
+        raise NaloraError("--sweep", expected=expected, found=name, remedy=remedy)
     # A mechanism's settings have commas too: soft:power=2,high=3 is one value.
     words = [word.strip() for word in re.split(r",(?!\s*\w+=)", listed)]
     if "" in words:
-        remedy = "remove the comma; a list without entries is none"
-        raise NaloraError(
-            f"--sweep {text}", expected="a value", found="nothing after a comma", remedy=remedy
-        )
+        found, remedy = "nothing after a comma", "remove the comma; a list without entries is none"
+        raise NaloraError(f"--sweep {text}", expected="a value", found=found, remedy=remedy)
     return name, tuple(_value(name, word, f"--sweep {text}: ") for word in words)
 
 
@@ -165,14 +160,9 @@ def _part(name: str, value: Any) -> str:
     """Returns a setting's part of a folder's name, e.g. ``learning-rate-0.001``."""
     label = str(value)
     if isinstance(value, tuple):
-        label = "+".join(map(_rule_name, value)) or "none"
+        rules = (vars(rule).values() if is_dataclass(rule) else [rule] for rule in value)
+        names = ("-".join(str(number) for number in rule if number is not None) for rule in rules)
+        label = "+".join(names) or "none"
     elif isinstance(value, float):
         label = f"{value:g}"
     return f"{name.rpartition('.')[2].replace('_', '-')}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', label)}"
-
-
-def _rule_name(rule: Any) -> str:
-    named: Mapping[str, Any] = getattr(rule, "__dict__", {})
-    if named:
-        return "-".join(str(number) for number in named.values() if number is not None)
-    return str(rule)

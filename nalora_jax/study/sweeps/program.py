@@ -26,7 +26,7 @@ from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, TrainState
 from nalora_jax.study.sweeps.values import Values, mechanisms_with, spec_with, values_of, widest
-from nalora_jax.train.loop import FitResult, Follower
+from nalora_jax.train.loop import Follower
 from nalora_jax.train.preemption import StopSignals
 from nalora_jax.train.program import Assembly
 from nalora_jax.train.state_metrics import StateMetrics
@@ -48,31 +48,6 @@ def common_shapes(runs: Sequence[Any]) -> Shapes:
 def stacked_sharding(mesh: Mesh, solo: NamedSharding) -> NamedSharding:
     """Returns the sharding of ``[runs, ...]`` for the sharding of one run's array."""
     return NamedSharding(mesh, P(RUN if RUN in mesh.shape else None, *solo.spec))
-
-
-def stack(runs: Sequence[Any], shapes: Shapes, places: Any) -> Any:
-    """Returns the trees of all runs as arrays ``[runs, ...]``.
-
-    Args:
-      runs: trees of arrays, on devices or in host memory; all processes must call it.
-      shapes: `common_shapes` of them.
-      places: a tree of shardings of ``[runs, ...]``.
-    """
-    flat = [
-        {path: np.asarray(distributed.fetch(leaf)) for path, leaf in trees.flatten(run).items()}
-        for run in runs
-    ]
-
-    def join(path: str, place: NamedSharding) -> jax.Array:
-        stacked = np.stack([_padded(np, tree[path], shapes[path]) for tree in flat])
-        return jax.make_array_from_callback(stacked.shape, place, stacked.__getitem__)
-
-    return trees.map_named(join, places)
-
-
-def take(states: Any, index: jax.Array) -> Any:
-    """Returns the state of one run, still padded."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), states)
 
 
 def batch_of(rows: Sequence[Mapping[str, np.ndarray]], mesh: Mesh) -> dict[str, jax.Array]:
@@ -136,10 +111,8 @@ class SweepProgram:
         runs = [*runs, *[runs[-1]] * max(0, slots - len(runs))]
         first = runs[0]
         self.runs, self.mesh = tuple(runs), first.mesh
-        self._spec, self._shapes = (
-            widest([run.spec for run in runs]),
-            common_shapes([run.state for run in runs]),
-        )
+        self._spec = widest([run.spec for run in runs])
+        self._shapes = common_shapes([run.state for run in runs])
         padded = trees.map_named(
             lambda path, x: jax.ShapeDtypeStruct(self._shapes[path], x.dtype), first.state
         )
@@ -155,13 +128,26 @@ class SweepProgram:
             self.params, of_params = {"params": weights}, {"params": axes}
         self._compiled = step_of_runs(self._one, self.mesh, self._places, of_params)
         self._trains = lru_cache(maxsize=2)(self._trained)  # changes when a run ends
-        self._take = jax.jit(take, out_shardings=self._solo)
+        taken = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+        self._take: Any = jax.jit(
+            lambda states, index: jax.tree.map(lambda leaf: taken(leaf, index), states),
+            out_shardings=self._solo,
+        )
         self._measure: Any = jax.jit(jax.vmap(self._metrics_of_one), out_shardings=self._by_run)
 
     def begin(self, states: Sequence[TrainState]) -> TrainState:
-        """Returns the states of all runs as one state with an axis ``[runs]``."""
+        """Returns the states of all runs as one state with an axis ``[runs]``; all processes must call it."""
         filled = [*states, *[states[-1]] * (len(self.runs) - len(states))]
-        joined: TrainState = stack(filled, self._shapes, self._places)
+        flat = [
+            {path: np.asarray(distributed.fetch(leaf)) for path, leaf in trees.flatten(state).items()}
+            for state in filled
+        ]
+
+        def join(path: str, place: NamedSharding) -> jax.Array:
+            stacked = np.stack([_padded(np, tree[path], self._shapes[path]) for tree in flat])
+            return jax.make_array_from_callback(stacked.shape, place, stacked.__getitem__)
+
+        joined: TrainState = trees.map_named(join, self._places)
         return joined
 
     def step(
@@ -286,12 +272,7 @@ class RunLoop:
         self.error: TrainingDivergedError | None = None
         self._batches = batches
         self._batch: Mapping[str, np.ndarray] | None = None
-        self._measured: tuple[Callable[[], list[dict[str, Any]]], int] = list, 0
-
-    @property
-    def interrupted(self) -> bool:
-        """True if a stop request ended the run."""
-        return self.follower.result.interrupted
+        self._measured: Callable[[], dict[str, Any]] = dict
 
     def batch(self) -> Mapping[str, np.ndarray]:
         """Returns the next batch; of a run that has ended, the last one again."""
@@ -299,32 +280,20 @@ class RunLoop:
             self._batch = next(self._batches)
         return self._batch
 
-    def compile_ahead(self, state: TrainState) -> None:
-        """Returns at once: the program of all runs compiles at the first log step."""
-
     def measure(self, state: TrainState) -> dict[str, Any]:
         """Returns the metrics of the run's current state."""
-        measured, index = self._measured
-        return measured()[index]
+        return self._measured()
 
     def after(
         self,
-        index: int,
         metrics: Mapping[str, Any],
         state: Callable[[], TrainState],
-        measured: Callable[[], list[dict[str, Any]]],
+        measured: Callable[[], dict[str, Any]],
     ) -> None:
-        """Acts after a step of the program.
-
-        Args:
-          index: of this run in the program.
-          metrics: of its step.
-          state: returns its state.
-          measured: returns the metrics of the states of all runs.
-        """
+        """Acts after a step with these metrics; ``state`` and ``measured`` return its state and their metrics."""
         if not self.active:
             return
-        self._measured = measured, index
+        self._measured = measured
         self.step += 1
         try:
             self.active = self.follower.after(self.step, metrics, state)
@@ -353,10 +322,8 @@ class StopOfAll(StopSignals):
         return self._asked
 
 
-def fit_all(
-    program: SweepProgram, runs: Sequence[RunLoop], stop: StopOfAll | None = None
-) -> list[FitResult]:
-    """Runs all steps of all runs, and returns their results.
+def fit_all(program: SweepProgram, runs: Sequence[RunLoop], stop: StopOfAll | None = None) -> None:
+    """Runs all steps of all runs.
 
     Args:
       program: the compiled program.
@@ -378,8 +345,7 @@ def fit_all(
         measured = cache(partial(program.measure, states))
         for index, run in enumerate(runs):
             state = partial(program.state_of, states, index)
-            run.after(index, _OfRun(fetched, index), state, measured)
-    return [run.follower.result for run in runs]
+            run.after(_OfRun(fetched, index), state, partial(lambda of, i: of()[i], measured, index))
 
 
 class _OfRun(Mapping[str, Any]):

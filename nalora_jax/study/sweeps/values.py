@@ -30,13 +30,12 @@ from nalora_jax.train.program import Assembly
 T = TypeVar("T")
 
 # Settings by dotted name that are values of a program, or that the program does not read.
-_VALUES = (
-    r"^(output|resume|seed|steps|epochs|callbacks)$",
-    r"^optimizer\.(learning_rate|schedule|warmup_\w+|final_ratio|weight_decay|b1|b2)$",
-    r"^train\.(log_every|eval_every|save_every|keep|patience)$",
-    r"^mechanisms\b",  # see `_rules`
-    r"^lora\.rules\b",  # see `_adapters`
-    r"^(optimizer\.clip_norm|lora\.plus_ratio)$",  # see `program_key`
+_VALUES = re.compile(
+    r"^((output|resume|seed|steps|epochs|callbacks)$"
+    r"|optimizer\.(learning_rate|schedule|warmup_\w+|final_ratio|weight_decay|b1|b2)$"
+    r"|train\.(log_every|eval_every|save_every|keep|patience)$"
+    r"|mechanisms\b|lora\.rules\b"  # see `_rules` and `_adapters`
+    r"|(optimizer\.clip_norm|lora\.plus_ratio)$)"  # see `program_key`
 )
 # By kind, then by name: arrays [runs, ...].
 Values = dict[str, dict[Any, Any]]
@@ -60,11 +59,8 @@ def program_key(config: RunConfig, spec: AdapterSpec | None) -> str:
       config: settings of a run, with concrete steps and sequence length.
       spec: its adapters; None if they are not known yet, so that the rules must be equal.
     """
-    named = trees.flatten(config.to_dict())
-    named = {path.replace("/", "."): value for path, value in named.items()}
-    fixed: dict[str, Any] = {
-        n: v for n, v in named.items() if not any(re.search(value, n) for value in _VALUES)
-    }
+    named = {path.replace("/", "."): value for path, value in trees.flatten(config.to_dict()).items()}
+    fixed: dict[str, Any] = {n: value for n, value in named.items() if not _VALUES.search(n)}
     if _is_static(config):  # ranks are allocated by the step count
         fixed |= {"steps": config.steps, "clip_norm": config.optimizer.clip_norm}
     if config.optimizer.name == "adam":  # refuses weight decay
@@ -76,13 +72,12 @@ def program_key(config: RunConfig, spec: AdapterSpec | None) -> str:
 def widest(specs: Sequence[AdapterSpec]) -> AdapterSpec:
     """Returns the adapters with the largest rank of every layer; scales come from the first."""
 
-    def target(path: str, first: Any) -> Any:
+    first, targets = specs[0], []
+    for path, target in first.targets:
         ranks = [dict(spec.targets)[path].ranks for spec in specs]
         largest = tuple(map(max, zip(*ranks, strict=True)))
-        return TargetSpec(largest, first.alphas, first.scales(rslora=specs[0].rslora))
-
-    first = specs[0]
-    return replace(first, targets=tuple((path, target(path, each)) for path, each in first.targets))
+        targets.append((path, TargetSpec(largest, target.alphas, target.scales(rslora=first.rslora))))
+    return replace(first, targets=tuple(targets))
 
 
 def _is_static(config: RunConfig) -> bool:
@@ -126,16 +121,21 @@ def values_of(runs: Sequence[Assembly], width: int) -> Values:
       ``numbers`` of the optimizer, ``scales`` of the adapters by path, ``settings`` of the mechanisms by
       (label, field), ``orders`` of permuted channels by (label, path), and ``facts``: seed and total steps.
     """
+    configs = [with_learning_rate(run.config, width) for run in runs]
     mechanisms = [run.mechanisms for run in runs]
     settings = [
         {(label, name): getattr(m, name) for label, m in each.entries for name in numeric_settings(m)}
         for each in mechanisms
     ]
+    numbers = [
+        {name: getattr(config.optimizer, name) for name in NUMBERS if hasattr(config.optimizer, name)}
+        | {"plus_ratio": config.lora.plus_ratio}
+        for config in configs
+    ]
+    scales = [{path: run.spec.scales(path) for path, _ in run.spec.targets} for run in runs]
     return {
-        "numbers": _differing([_numbers(run, width) for run in runs]) | _rates(runs, width),
-        "scales": _differing(
-            [{path: run.spec.scales(path) for path, _ in run.spec.targets} for run in runs]
-        ),
+        "numbers": _differing(numbers) | _rates(configs),
+        "scales": _differing(scales),
         "settings": _differing(settings),
         "orders": _orders(runs),
         "facts": _differing([{"seed": each.seed, "total_steps": each.total_steps} for each in mechanisms]),
@@ -154,12 +154,9 @@ def mechanisms_with(mechanisms: Mechanisms, values: Mapping[str, Mapping[Any, An
 def spec_with(spec: AdapterSpec, scales: Mapping[str, Any]) -> AdapterSpec:
     """Returns adapters with one run's scales by path."""
 
-    def scaled(path: str, target: Any) -> Any:
-        if path not in scales:
-            return target
-        return TargetSpec(target.ranks, target.alphas, scales[path])
-
-    return replace(spec, targets=tuple((path, scaled(path, target)) for path, target in spec.targets))
+    targets = dict(spec.targets)
+    scaled = {path: TargetSpec(targets[path].ranks, targets[path].alphas, scales[path]) for path in scales}
+    return replace(spec, targets=tuple((targets | scaled).items()))
 
 
 def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
@@ -222,15 +219,8 @@ def _stacked(values: Sequence[Any]) -> Any:
     return array.astype(np.int32 if array.dtype.kind in "iu" else np.float32)
 
 
-def _numbers(run: Assembly, width: int) -> dict[str, Any]:
-    settings = with_learning_rate(run.config, width).optimizer
-    named = {name: getattr(settings, name) for name in NUMBERS if hasattr(settings, name)}
-    return named | {"plus_ratio": run.config.lora.plus_ratio}
-
-
-def _rates(runs: Sequence[Assembly], width: int) -> dict[str, np.ndarray]:
+def _rates(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:
     """Returns the learning rate of every step, ``[runs, steps]``, if the schedules differ."""
-    configs = [with_learning_rate(run.config, width) for run in runs]
     steps = jnp.arange(max(config.steps for config in configs))
     schedules = [make_schedule(config.optimizer, config.steps) for config in configs]
     rates = np.stack([np.broadcast_to(schedule(steps), steps.shape) for schedule in schedules])
@@ -247,9 +237,8 @@ def _orders(runs: Sequence[Assembly]) -> dict[tuple[str, str], np.ndarray]:
     factors = jax.eval_shape(partial(own_factors, mechanisms=first.mechanisms), first.state.gate)
     for index, (label, _) in enumerate(first.mechanisms.entries):
         controls = [(run.mechanisms.entries[index][1], run.mechanisms.seed) for run in runs]
-        if len({(control.permute, seed) for control, seed in controls}) == 1:
-            continue
-        if all(control.permute < 0 for control, _ in controls):
+        drawn = {(control.permute, seed) for control, seed in controls}
+        if len(drawn) == 1 or all(permute < 0 for permute, _ in drawn):
             continue
         for path, factor in factors[label].items():
             stacked = [control.permutation(factor.shape, path, seed) for control, seed in controls]

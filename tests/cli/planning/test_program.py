@@ -29,31 +29,18 @@ from tests import tiny
 
 LAYERS, D, D_FF, VOCAB, RANK = 3, 64, 128, 1024, 4
 ROWS = DataConfig(max_length=32)
-BASE = tiny.HF | {
-    "vocab_size": VOCAB,
-    "hidden_size": D,
-    "intermediate_size": D_FF,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "tie_word_embeddings": False,
-}
+SIZES = {"vocab_size": VOCAB, "hidden_size": D, "intermediate_size": D_FF, "num_hidden_layers": LAYERS}
+BASE = ModelConfig.from_hf(tiny.HF | SIZES | {"num_attention_heads": 4, "tie_word_embeddings": False})
 
 
-def settings(
-    mesh: MeshConfig, *, rows: int = 16, chunk: int = 16, quantize: str = "none", **changes
-) -> RunConfig:
-    return RunConfig(
-        lora=LoRAConfig(rules=(LoRARule("ffn/", RANK),)),
-        mesh=mesh,
-        data=ROWS,
-        compute=ComputeConfig("float32", loss_chunk=chunk, remat="full", quantize=quantize),
-        **{"train": TrainConfig(batch_size=rows)} | changes,
-    )
+def settings(mesh: MeshConfig, *, chunk: int = 16, quantize: str = "none", **changes) -> RunConfig:
+    compute = ComputeConfig("float32", loss_chunk=chunk, remat="full", quantize=quantize)
+    lora, train = LoRAConfig(rules=(LoRARule("ffn/", RANK),)), {"train": TrainConfig(batch_size=16)}
+    return RunConfig(lora=lora, mesh=mesh, data=ROWS, compute=compute, **train | changes)
 
 
 def compiled(tmp_path, mesh: MeshConfig, **changes):
-    config = settings(mesh, **changes)
-    step, arguments = step_and_arguments(config, ModelConfig.from_hf(BASE), distributed.make_mesh(mesh))
+    step, arguments = step_and_arguments(settings(mesh, **changes), BASE, distributed.make_mesh(mesh))
     return figures(step, arguments, cache=tmp_path)
 
 
@@ -80,18 +67,16 @@ def test_replicated_weights_are_never_moved(tmp_path):
 
 def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch):
     # Options of the compiler, as there are on TPUs and GPUs: those of a nested function are an error.
-    monkeypatch.setattr(
-        distributed, "compiler_options", lambda mesh: {"xla_cpu_enable_fast_min_max": False}
-    )
+    options = {"xla_cpu_enable_fast_min_max": False}
+    monkeypatch.setattr(distributed, "compiler_options", lambda mesh: options)
     found = []
     for mechanisms in (("soft", "homogeneity"), ()):
         train = TrainConfig(batch_size=32, accumulate=2)
         config = settings(MeshConfig(2, 4, 1), chunk=0, train=train, mechanisms=mechanisms)
         mesh = distributed.make_mesh(config.mesh)
-        step, arguments = step_and_arguments(config, ModelConfig.from_hf(BASE), mesh)
-        found.append(
-            figures(step if mechanisms else without_statistics(step, mesh), arguments, cache=tmp_path)
-        )
+        step, arguments = step_and_arguments(config, BASE, mesh)
+        step = step if mechanisms else without_statistics(step, mesh)
+        found.append(figures(step, arguments, cache=tmp_path))
     ours, plain = found
     assert plain.flops < ours.flops
     loops, behind = ([_moved(one, inner) for one in found] for inner in (True, False))
@@ -119,13 +104,13 @@ def test_update_and_rollout_read_the_weights_in_the_same_places(tmp_path, monkey
     monkeypatch.setattr(report, "devices", lambda _: jax.devices())
     mesh = MeshConfig(2, 2, 2)
     config = settings(mesh, rl=RLConfig(rewards=("number",), samples=8, max_new_tokens=12), mechanisms=())
-    base, devices = ModelConfig.from_hf(BASE), distributed.make_mesh(mesh)
-    step, arguments = step_and_arguments(config, base, devices)
+    devices = distributed.make_mesh(mesh)
+    step, arguments = step_and_arguments(config, BASE, devices)
     update = figures(step, arguments, cache=tmp_path)
-    rollout = report._plan_rollout(config, base, topology("v6e:2x4"), update, arguments)
+    rollout = report._plan_rollout(config, BASE, topology("v6e:2x4"), update, arguments)
     assert rollout.moved == 0
     assert rollout.resident > 0
-    _, drawn, _ = rollout_and_arguments(config, base, devices)
+    _, drawn, _ = rollout_and_arguments(config, BASE, devices)
     assert drawn[1].tokens.shape == (4, 24)  # two prompts, each on two shards, which draw four samples each
     head = 2.0 * 4 * D * VOCAB / 2  # flops of the logits of a shard's samples
     assert rollout.figures.flops > 12 * head  # the loop counts as often as the limit says

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import jax
-import pytest
-
-from nalora_jax.cli.planning import report
 from nalora_jax.cli.planning.program import architecture
 from nalora_jax.cli.planning.report import Plan, RolloutPlan, plan_lines
 from nalora_jax.config import DataConfig, MeshConfig, RLConfig, RunConfig, TrainConfig
-from nalora_jax.errors import NaloraError
 from nalora_jax.layout.accounting import Transfer
 from nalora_jax.layout.estimates import Layout, estimate
 from nalora_jax.layout.figures import Figures, roofline
@@ -60,34 +54,3 @@ def test_a_plan_with_rewards_has_update_and_rollout():
     assert "29.00 GB a chip of 33.6" in text
     assert "between     0 bytes of weights moved" in text
     assert plan.to_dict()["rollout"]["seconds"] == rollout.seconds
-
-
-def decided(monkeypatch: pytest.MonkeyPatch, temporary: Callable[[Any], float], **options: Any) -> Plan:
-    """A plan for Llama-3.1-8B on eight v6e, by a compiler that is a function of the mesh."""
-
-    def compiled(mesh: Any, _: Any) -> Figures:
-        return Figures(5e9, temporary(mesh), 1e14, 1e11, {}, ())
-
-    monkeypatch.setattr(report, "devices", lambda _: jax.devices())
-    monkeypatch.setattr(report, "step_and_arguments", lambda config, base, mesh, **_: (mesh, ()))
-    monkeypatch.setattr(report, "without_statistics", lambda step, mesh: step)
-    monkeypatch.setattr(report, "figures", compiled)
-    config = RunConfig(train=TrainConfig(batch_size=8), data=ROWS, **options)
-    return report.plan(config, architecture("llama-3.1-8b"), topology("v6e:2x4"))
-
-
-def test_a_plan_is_of_the_layout_whose_program_fits(monkeypatch):
-    assert decided(monkeypatch, lambda mesh: 1e9).layout.mesh == (8, 1, 1)
-    plan = decided(monkeypatch, lambda mesh: 1e9 if mesh.shape["fsdp"] > 1 else 1e11)
-    assert plan.layout.fsdp > 1
-    assert plan.fits
-
-
-def test_a_compiler_out_of_memory_in_all_layouts_is_an_error_that_names_them(monkeypatch):
-    def exhausted(mesh: Any) -> float:
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm")
-
-    with pytest.raises(
-        NaloraError, match=r"--mesh: expected .* fits in 33\.6 GB.*data 8 .*out of memory.*more chips"
-    ):
-        decided(monkeypatch, exhausted)

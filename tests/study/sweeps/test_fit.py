@@ -43,13 +43,7 @@ def test_more_runs_than_fit_train_after_each_other_in_equal_parts() -> None:
 EXPERTS = ModelConfig.from_hf(CONFIGS["mixtral-8x7b"])
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        MeshConfig(run=4),
-        MeshConfig(run=4, fsdp=2, data=1, tensor=1),
-    ],
-)
+@pytest.mark.parametrize("mesh", [MeshConfig(run=4), MeshConfig(run=4, fsdp=2, data=1, tensor=1)])
 def test_experts_need_one_device_a_run(mesh: MeshConfig) -> None:
     """Also if the other axes are open: two devices of each of four groups would compute one run."""
     message = (

@@ -76,12 +76,8 @@ def _together(runs: Sequence[Assembly], steps: int, batches: Any = None) -> tupl
 
 def _difference(one: Any, other: Any) -> float:
     """The largest difference of any array, over that array's largest value."""
-    flat = trees.flatten(other)
-    differences = [
-        np.max(np.abs(leaf - flat[path])) / np.max(np.abs(flat[path]))
-        for path, leaf in trees.flatten(one).items()
-    ]
-    return float(np.max(differences))
+    ratios = jax.tree.map(lambda x, y: np.max(np.abs(x - y)) / np.max(np.abs(y)), one, other)
+    return float(max(jax.tree.leaves(ratios)))
 
 
 def _started(run: Assembly) -> Assembly:
@@ -94,15 +90,8 @@ def _started(run: Assembly) -> Assembly:
 def test_runs_of_one_program_equal_their_solo_runs() -> None:
     """They differ in all that may differ: rates, schedule, decay, betas, clip, seed, alpha, rank, rules, kernels."""
     rules = (LoRARule("ffn/(gate|up|down)_proj", 2, 5.0), LoRARule("attn/(q|v)_proj", 2))
-    optimizer = OptimizerConfig(
-        learning_rate=3e-3,
-        weight_decay=0.1,
-        b1=0.8,
-        b2=0.95,
-        clip_norm=0.3,
-        warmup_steps=4,
-        schedule="linear",
-    )
+    numbers = {"weight_decay": 0.1, "b1": 0.8, "b2": 0.95, "clip_norm": 0.3, "warmup_steps": 4}
+    optimizer = OptimizerConfig(learning_rate=3e-3, schedule="linear", **numbers)
     mechanisms = "soft:warmup=3,power=1.5,decay=0.9", "curvature_cap:warmup=2,tau=0.05"
     changes = {"lora": LoRAConfig(rules=rules), "mechanisms": mechanisms, "optimizer": optimizer}
     runs = [_started(run) for run in _assembled([CONFIG, replace(CONFIG, seed=1, steps=30, **changes)])]
@@ -166,9 +155,8 @@ def test_runs_on_a_mesh_equal_those_on_one_device() -> None:
         assert _difference(jax.device_get(program.state_of(states, index).lora), lora) < 1e-4
     batch = batch_of([_batch(index) for index in range(4)], mesh)
     compiled = program.lower(states, batch).compile().as_text()
-    groups = [
-        group for line in compiled.splitlines() if re.search(COLLECTIVE, line) for group in _groups(line)
-    ]
+    collectives = (line for line in compiled.splitlines() if re.search(COLLECTIVE, line))
+    groups = [group for line in collectives for group in _groups(line)]
     assert groups
     assert all(len({device // 4 for device in group}) == 1 for group in groups)
 

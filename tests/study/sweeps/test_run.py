@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from nalora_jax.__main__ import main
+from nalora_jax.cli import training
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.sweeps.run import SweepResult, sweep
@@ -22,10 +22,6 @@ from nalora_jax.train.progress import Progress
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("surroundings")
-
-nalora_run = import_module(
-    "nalora_jax.cli.training"
-)  # the package's attribute of this name is the function
 
 RATES = (2e-2, 1e-2, 1e3)  # the last one diverges, with a weight decay of the same size
 
@@ -41,20 +37,18 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def base(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("sweeps")
     config = tiny.make_config(folder, mesh=MeshConfig(data=1, fsdp=1, tensor=1, run=1))
-    compute = replace(
-        config.compute, implementation="xla"
-    )  # a sweep's, so that a solo run shares its programs
+    # A sweep's, so that a solo run shares its programs.
+    compute = replace(config.compute, implementation="xla")
     return replace(config, train=replace(config.train, log_every=4), compute=compute)
 
 
 def _configs(base: RunConfig, folder: Path) -> list[RunConfig]:
-    decay = {1e3: 1e3}
-    rates = [
-        replace(base.optimizer, learning_rate=rate, weight_decay=decay.get(rate, 0.0)) for rate in RATES
-    ]
-    return [
-        replace(base, output=str(folder / f"rate-{rate.learning_rate:g}"), optimizer=rate) for rate in rates
-    ]
+    configs = []
+    for rate in RATES:
+        decay = rate if rate == 1e3 else 0.0
+        optimizer = replace(base.optimizer, learning_rate=rate, weight_decay=decay)
+        configs.append(replace(base, output=str(folder / f"rate-{rate:g}"), optimizer=optimizer))
+    return configs
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +73,7 @@ def test_each_run_leaves_what_its_solo_run_leaves(
     swept: SweepResult, base: RunConfig, tmp_path: Path
 ) -> None:
     folder, result = next(iter(swept.runs.items()))
-    alone = nalora_run.run(replace(base, output=str(tmp_path / "alone")))
+    alone = training.run(replace(base, output=str(tmp_path / "alone")))
     _assert_equal(Path(folder), alone.folder)
     assert tiny.logged(folder) == pytest.approx(tiny.logged(alone.folder), rel=1e-5)
     assert result.after["n"] == alone.after["n"]
@@ -133,17 +127,12 @@ def test_bad_sweeps_are_refused_before_the_weights_are_read(
     monkeypatch.setattr(text, "_loaded", None)
     configs = _configs(base, tmp_path)
     many, three = replace(base.mesh, runs_per_device=10**9), replace(base.mesh, run=3)
+    on_many, on_three = ([replace(config, mesh=mesh) for config in configs] for mesh in (many, three))
     for runs, message in (
         ([], "expected at least one run, found none"),
         ([configs[0], configs[0]], "expected runs with different names, found rate-0.02"),
-        (
-            [replace(config, mesh=many) for config in configs],
-            r"--mesh.runs-per-device: expected at most \d+ runs",
-        ),
-        (
-            [replace(config, mesh=three) for config in configs],
-            "--mesh.run: expected a divisor of the 1 device",
-        ),
+        (on_many, r"--mesh.runs-per-device: expected at most \d+ runs"),
+        (on_three, "--mesh.run: expected a divisor of the 1 device"),
     ):
         with pytest.raises(NaloraError, match=message):
             sweep(runs)

@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 
 from nalora_jax.cli.planning.program import CONFIGS
-from nalora_jax.config import (
-    AdaLoRAConfig,
-    LoRAConfig,
-    LoRARule,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-)
+from nalora_jax.config import AdaLoRAConfig, LoRAConfig, LoRARule, OptimizerConfig, RunConfig, TrainConfig
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.study.sweeps.values import grouped, program_key, widest
