@@ -24,12 +24,9 @@ def located(config: RunConfig, folder: Path) -> RunConfig:
     Raises:
       NaloraError: a path exists relative to the current folder only.
     """
-    data = replace(
-        config.data,
-        dataset=locate_dataset(config.data.dataset, folder),
-        train_split=located_from(config.data.train_split, folder),
-        eval_split=located_from(config.data.eval_split, folder),
-    )
+    data = replace(config.data, dataset=locate_dataset(config.data.dataset, folder))
+    train, held = (located_from(split, folder) for split in (data.train_split, data.eval_split))
+    data = replace(data, train_split=train, eval_split=held)
     parts = [config.model]
     if config.vision.task in DUAL:  # an image and a text encoder
         parts = config.model.split("+")

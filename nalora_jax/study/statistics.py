@@ -118,9 +118,8 @@ def signed_rank_test(difference: np.ndarray, resolution: float = 0.0) -> float:
     nonzero = difference[np.abs(difference) > resolution]
     if not nonzero.size:
         return 1.0
-    doubled = np.rint(2 * _mid_ranks(np.abs(nonzero), resolution)).astype(
-        int
-    )  # mid-ranks are multiples of a half
+    # Mid-ranks are multiples of a half.
+    doubled = np.rint(2 * _mid_ranks(np.abs(nonzero), resolution)).astype(int)
     ways = np.ones(1)
     for rank in doubled:
         ways = np.convolve(ways, np.bincount([0, rank]) / 2)

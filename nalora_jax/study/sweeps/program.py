@@ -40,9 +40,8 @@ Shapes = dict[str, tuple[int, ...]]  # by path
 def common_shapes(runs: Sequence[Any]) -> Shapes:
     """Returns the largest size of every axis by path, over trees of equal structure."""
     flat = [trees.flatten(run) for run in runs]
-    return {
-        path: tuple(map(max, zip(*(tree[path].shape for tree in flat), strict=True))) for path in flat[0]
-    }
+    sizes = {path: zip(*(tree[path].shape for tree in flat), strict=True) for path in flat[0]}
+    return {path: tuple(map(max, of_axes)) for path, of_axes in sizes.items()}
 
 
 def stacked_sharding(mesh: Mesh, solo: NamedSharding) -> NamedSharding:
@@ -113,9 +112,8 @@ class SweepProgram:
         self.runs, self.mesh = tuple(runs), first.mesh
         self._spec = widest([run.spec for run in runs])
         self._shapes = common_shapes([run.state for run in runs])
-        padded = trees.map_named(
-            lambda path, x: jax.ShapeDtypeStruct(self._shapes[path], x.dtype), first.state
-        )
+        shape_of = lambda path, x: jax.ShapeDtypeStruct(self._shapes[path], x.dtype)  # noqa: E731
+        padded = trees.map_named(shape_of, first.state)
         self._solo = distributed.shardings(padded, self.mesh, distributed.STATE_RULES)
         self._places = jax.tree.map(lambda place: stacked_sharding(self.mesh, place), self._solo)
         self._by_run = stacked_sharding(self.mesh, NamedSharding(self.mesh, P()))
@@ -138,13 +136,10 @@ class SweepProgram:
     def begin(self, states: Sequence[TrainState]) -> TrainState:
         """Returns the states of all runs as one state with an axis ``[runs]``; all processes must call it."""
         filled = [*states, *[states[-1]] * (len(self.runs) - len(states))]
-        flat = [
-            {path: np.asarray(distributed.fetch(leaf)) for path, leaf in trees.flatten(state).items()}
-            for state in filled
-        ]
+        flat = [trees.flatten(jax.tree.map(distributed.fetch, state)) for state in filled]
 
         def join(path: str, place: NamedSharding) -> jax.Array:
-            stacked = np.stack([_padded(np, tree[path], self._shapes[path]) for tree in flat])
+            stacked = np.stack([_padded(np, np.asarray(tree[path]), self._shapes[path]) for tree in flat])
             return jax.make_array_from_callback(stacked.shape, place, stacked.__getitem__)
 
         joined: TrainState = trees.map_named(join, self._places)
