@@ -123,9 +123,8 @@ def _along(result: analysis.MethodResult, values: Callable[[Record], Iterable[tu
     """Returns the mean over the test runs of values by step, at the steps that all runs have."""
     curves = [dict(values(record)) for record in result.finite().values()]
     steps = sorted(set(curves[0]).intersection(*curves)) if curves else []
-    means = [
-        analysis.mean_of([curve[step] for curve in curves if curve[step] is not None]) for step in steps
-    ]
+    values_at = ([curve[step] for curve in curves if curve[step] is not None] for step in steps)
+    means = map(analysis.mean_of, values_at)
     return [(step, mean) for step, mean in zip(steps, means, strict=True) if math.isfinite(mean)]
 
 

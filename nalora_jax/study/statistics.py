@@ -59,22 +59,12 @@ def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Pa
     deviation = float(difference.std(ddof=1)) if n > 1 else math.nan
     low, high = t_interval(difference)
     below, above = int(np.sum(difference < 0)), int(np.sum(difference > 0))
-    return Paired(
-        n,
-        mean,
-        low,
-        high,
-        deviation,
-        below,
-        t_test(difference),
-        mcnemar(below, above),  # the exact sign test
-        signed_rank_test(difference, resolution),
-        mean / deviation if deviation > 0 else math.nan,
-        skewness(difference),
-        margin,
-        is_equivalent(difference, margin),
-        seeds_needed(deviation, margin),
-    )
+    # McNemar's test is the exact sign test.
+    tests = t_test(difference), mcnemar(below, above), signed_rank_test(difference, resolution)
+    effect = mean / deviation if deviation > 0 else math.nan
+    equivalence = margin, is_equivalent(difference, margin), seeds_needed(deviation, margin)
+    described = n, mean, low, high, deviation, below
+    return Paired(*described, *tests, effect, skewness(difference), *equivalence)
 
 
 def t_interval(difference: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:

@@ -127,10 +127,8 @@ class SweepProgram:
         self._compiled = step_of_runs(self._one, self.mesh, self._places, of_params)
         self._trains = lru_cache(maxsize=2)(self._trained)  # changes when a run ends
         taken = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
-        self._take: Any = jax.jit(
-            lambda states, index: jax.tree.map(lambda leaf: taken(leaf, index), states),
-            out_shardings=self._solo,
-        )
+        take = lambda states, index: jax.tree.map(lambda leaf: taken(leaf, index), states)  # noqa: E731
+        self._take: Any = jax.jit(take, out_shardings=self._solo)
         self._measure: Any = jax.jit(jax.vmap(self._metrics_of_one), out_shardings=self._by_run)
 
     def begin(self, states: Sequence[TrainState]) -> TrainState:
@@ -176,10 +174,8 @@ class SweepProgram:
     def measure(self, states: TrainState) -> list[dict[str, Any]]:
         """Returns `nalora_jax.train.state_metrics.StateMetrics.measure` of every run."""
         measured = jax.tree.map(distributed.fetch, self._measure(states, self.values))
-        return [
-            run.state_metrics.record(*jax.tree.map(lambda leaf, i=index: leaf[i], measured))
-            for index, run in enumerate(self.runs)
-        ]
+        of_runs = (jax.tree.map(lambda leaf, i=i: leaf[i], measured) for i in range(len(self.runs)))
+        return [run.state_metrics.record(*each) for run, each in zip(self.runs, of_runs, strict=True)]
 
     def _metrics_of_one(self, state: TrainState, values: Mapping[str, Any]) -> Any:
         mechanisms = mechanisms_with(self.runs[0].mechanisms, values)
@@ -237,12 +233,8 @@ def step_of_runs(step: Callable[..., Any], mesh: Mesh, places: Any, params_axes:
         of_params = by_axis(lambda axis: P() if axis is None else P(RUN))
         in_specs = (of_params, P(RUN), P(RUN), P(RUN), P(RUN))
         of_runs = jax.shard_map(together, mesh=mesh, in_specs=in_specs, out_specs=P(RUN), check_vma=False)
-    return jax.jit(
-        of_runs,
-        donate_argnums=1,
-        out_shardings=(places, stacked_sharding(mesh, NamedSharding(mesh, P()))),
-        compiler_options=distributed.compiler_options(mesh),
-    )
+    out, options = stacked_sharding(mesh, NamedSharding(mesh, P())), distributed.compiler_options(mesh)
+    return jax.jit(of_runs, donate_argnums=1, out_shardings=(places, out), compiler_options=options)
 
 
 # ---------------------------------------------------------------- loop
