@@ -142,4 +142,4 @@ def test_the_way_of_a_run_is_short(modules: dict[str, Module]) -> None:
         assert len(way) <= count, (start, len(way))
         assert sum(modules[name].source.count("\n") for name in way) <= lines, start
         assert chain(start) <= longest, start
-    assert [name for name in sorted(way) if AROUND.match(name) and "vision.config" not in name] == []
+    assert [name for name in sorted(way) if AROUND.match(name)] == []

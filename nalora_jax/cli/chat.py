@@ -25,11 +25,11 @@ with epy.lazy_imports():  # on first use: help needs no JAX
 
     from nalora_jax.data.images import files as image_files
     from nalora_jax.evaluate import generate
-    from nalora_jax.evaluate.generate import conversation
+    from nalora_jax.evaluate.generate import conversation, slots
     from nalora_jax.layout import distributed
     from nalora_jax.models import targets
     from nalora_jax.train import adapted, located
-    from nalora_jax.weights import adapter_forms, hub, model_files
+    from nalora_jax.weights import hub, model_files
 
 HELP = """\
 /image PATH      show an image with the next message, to a model that sees; several one after another
@@ -101,16 +101,16 @@ class _Talk:
         self.args, self.model, self.mesh = args, model, mesh
         self.conversation, self.answers = conversation.Conversation(args.system), 0
         self.pictures: list[Any] = []  # prepared for the next message
-        self.slot: adapter_forms.AdapterSlot | None = None
+        self.slot: slots.AdapterSlot | None = None
         self._use(model.lora, model.spec, model.located.adapter)
 
     def _use(self, lora: Any, spec: Any, adapter: Path | None) -> None:
         """Responds with an adapter from now on, in the compiled slot if it takes the adapter."""
-        base, slots = self.model.base, adapter_forms.AdapterSlot
-        if slots.takes(spec):
-            rank = slots.rank_of(spec)
-            if self.slot is None or rank > slots.rank_of(self.slot.spec):
-                self.slot = slots.on(base.config, rank=max(rank, self.args.max_lora_rank))
+        base, kind = self.model.base, slots.AdapterSlot
+        if kind.takes(spec):
+            rank = kind.rank_of(spec)
+            if self.slot is None or rank > kind.rank_of(self.slot.spec):
+                self.slot = kind.on(base.config, rank=max(rank, self.args.max_lora_rank))
             lora, spec = self.slot.fill(lora, spec), self.slot.spec
         if self.mesh is not None:
             lora = jax.device_put(lora, distributed.shardings(lora, self.mesh, distributed.STATE_RULES))

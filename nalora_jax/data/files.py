@@ -67,7 +67,10 @@ class RecordFile:
           NaloraError: one is not an object.
         """
         pairs = zip(indices, self.fetch(indices), strict=True)
-        return [json_object(value, self.where(index), self.remedy) for index, value in pairs]
+        return [
+            value if isinstance(value, dict) else json_object(value, self.where(index), self.remedy)
+            for index, value in pairs
+        ]
 
 
 def open_rows(path: Path | str) -> RecordFile:
@@ -297,12 +300,12 @@ def _table(path: Path | str, name: str) -> RecordFile:
         with readable(path):
             sha256 = file_digest(path)
     with errors():
-        sizes, groups = _parquet(path) if kind == ".parquet" else _arrow(Path(path))
-    bounds = np.cumsum([0, *sizes])
+        groups = _parquet(path) if kind == ".parquet" else _arrow(Path(path))
+    bounds = np.cumsum([0, *(size for size, _ in groups)])
 
     @lru_cache(_OPEN_GROUPS)
     def decoded(group: int) -> Any:
-        rows = groups[group]()
+        rows = groups[group][1]()
         # Arrow trusts a file's offsets: without validation, a damaged file causes reads outside its
         # memory.
         rows.validate(full=True)
@@ -322,20 +325,19 @@ def _table(path: Path | str, name: str) -> RecordFile:
     return RecordFile(name, sha256, int(bounds[-1]), fetch, lambda index: f"{name}, row {index + 1}")
 
 
-Groups = tuple[list[int], list[Callable[[], Any]]]
+# Size of each group of rows, and the function that decodes it.
+Groups = list[tuple[int, Callable[[], Any]]]
 
 
 def _parquet(path: Path | str) -> Groups:
-    """Returns the sizes of a Parquet file's row groups, and the functions that decode them."""
+    """Returns a Parquet file's row groups."""
     import pyarrow.parquet as pq
 
     source = buckets.open_ranges(path) if isinstance(path, str) else path
     about = pq.read_metadata(source, memory_map=True)
     file = pq.ParquetFile(source, metadata=about, memory_map=True, read_dictionary=_coded_texts(about))
-    count = file.num_row_groups
-    return [about.row_group(i).num_rows for i in range(count)], [
-        partial(file.read_row_group, i) for i in range(count)
-    ]
+    sizes = [about.row_group(i).num_rows for i in range(file.num_row_groups)]
+    return [(size, partial(file.read_row_group, i)) for i, size in enumerate(sizes)]
 
 
 def _coded_texts(about: Any) -> list[str]:
@@ -343,19 +345,16 @@ def _coded_texts(about: Any) -> list[str]:
 
     Decoding would repeat a text for every row that has it: a file of 2 kB can expand to gigabytes.
     """
-    groups = [about.row_group(i) for i in range(about.num_row_groups)]
-    columns = [(number, about.schema.column(number)) for number in range(len(about.schema))]
-    return [
-        column.path
-        for number, column in columns
-        if column.physical_type == "BYTE_ARRAY"
-        and column.logical_type.type in ("STRING", "NONE")
-        and any(group.column(number).has_dictionary_page for group in groups)
-    ]
+    groups, paths = [about.row_group(i) for i in range(about.num_row_groups)], []
+    for number, column in enumerate(map(about.schema.column, range(len(about.schema)))):
+        is_text = column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "NONE")
+        if is_text and any(group.column(number).has_dictionary_page for group in groups):
+            paths.append(column.path)
+    return paths
 
 
 def _arrow(path: Path) -> Groups:
-    """Returns the record batches of an Arrow file or a stream written by datasets, as `Groups`."""
+    """Returns the record batches of an Arrow file or a stream written by datasets."""
     import pyarrow as pa
 
     mapped = pa.memory_map(str(path))
@@ -365,9 +364,7 @@ def _arrow(path: Path) -> Groups:
     except pa.ArrowInvalid:
         mapped.seek(0)
         batches = list(pa.ipc.open_stream(mapped))
-    return [batch.num_rows for batch in batches], [
-        partial(pa.Table.from_batches, [batch]) for batch in batches
-    ]
+    return [(batch.num_rows, partial(pa.Table.from_batches, [batch])) for batch in batches]
 
 
 @contextmanager

@@ -317,17 +317,10 @@ _FEWEST = 4
 _SEED = 20260101
 
 
-def held_out_count(records: int) -> int:
-    """Returns the number of held-out records: 5%, at most 500; at least 20, but at most a fifth.
+def draw_held_out(source: Source) -> tuple[Source, Source]:
+    """Divides records into training and evaluation records: 5%, at most 500; at least 20, but at most a fifth.
 
     Example: 12 of 60, 20 of 100 and of 400, 50 of 1,000, 500 of 10,000 and more; at least two.
-    """
-    few = min(ENOUGH, round(LARGEST_SHARE * records))
-    return min(max(round(SHARE * records), few, 2), MOST)
-
-
-def draw_held_out(source: Source) -> tuple[Source, Source]:
-    """Divides ``whole`` into training and evaluation records, with the size of `held_out_count`.
 
     Raises:
       NaloraError: fewer than four records.
@@ -336,8 +329,9 @@ def draw_held_out(source: Source) -> tuple[Source, Source]:
         expected = f"at least {_FEWEST} records, of which two are held out"
         remedy = "add records, or name others to measure on by --data.eval-split"
         raise NaloraError(source.name, expected=expected, found=len(source), remedy=remedy)
-    count = held_out_count(len(source))
-    order = permutation(len(source), _SEED)
+    size = len(source)
+    count = min(max(round(SHARE * size), min(ENOUGH, round(LARGEST_SHARE * size)), 2), MOST)
+    order = permutation(size, _SEED)
     parts = np.sort(order[count:]), np.sort(order[:count])
     remaining, held = (
         SelectedSource(source, indices, f"{len(indices)} of {len(source)} records") for indices in parts

@@ -19,13 +19,15 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from nalora_jax.models.attention import SoftmaxAttention
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.parts import FeedForward, GatedBlock, Gates, Mixer, Part, Shapes
 from nalora_jax.models.targets import uniform_path
-from nalora_jax.models.vision.config import DualConfig
+
+if TYPE_CHECKING:
+    from nalora_jax.models.vision.config import DualConfig
 
 T = TypeVar("T")
 
@@ -161,7 +163,7 @@ def projection_shapes(config: ModelConfig | DualConfig) -> Shapes:
     Example:
       ``{"layers/attn/q_proj": (576, 576), ..., "layers/ffn/gate_proj": (576, 1536)}``
     """
-    if isinstance(config, DualConfig):
+    if not isinstance(config, ModelConfig):
         return config.projection_shapes()
     shapes = {path: shape for _, path, shape in _of_parts(config, lambda part, c: part.projections(c))}
     return shapes if config.sight is None else shapes | config.sight.projection_shapes()
@@ -169,11 +171,11 @@ def projection_shapes(config: ModelConfig | DualConfig) -> Shapes:
 
 def layer_numbers(config: ModelConfig | DualConfig) -> dict[str, tuple[int, ...]]:
     """Returns the layers of every path of `projection_shapes`; a projector counts as layer 0."""
-    encoders, numbers = config if isinstance(config, DualConfig) else config.sight, {}
-    if not isinstance(config, DualConfig):
-        of_parts = _of_parts(config, lambda part, c: part.projections(c))
-        numbers = {path: stack.layers for stack, path, _ in of_parts}
-    of_encoders = {} if encoders is None else encoders.depths()
+    if not isinstance(config, ModelConfig):
+        return {path: tuple(range(depth)) for path, depth in config.depths().items()}
+    of_parts = _of_parts(config, lambda part, c: part.projections(c))
+    of_encoders = {} if config.sight is None else config.sight.depths()
+    numbers = {path: stack.layers for stack, path, _ in of_parts}
     return numbers | {path: tuple(range(depth)) for path, depth in of_encoders.items()}
 
 

@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -29,7 +29,9 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import BUILT_IN, GGUF, family_of
 from nalora_jax.models.stacks import param_shapes, stacks
 from nalora_jax.models.tensor_rows import Source, TensorRow
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+
+if TYPE_CHECKING:
+    from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 
 Array = Any  # numpy or jax arrays: conversions use only methods that both have
 T = TypeVar("T")
@@ -313,7 +315,7 @@ def _transform(row: TensorRow, leaf: tuple[int, ...], config: ModelConfig | Enco
         )
     if row.change == "patches":
         # A strided convolution is a matmul of its patches.
-        assert isinstance(config, EncoderConfig)
+        assert not isinstance(config, ModelConfig)
         p, width = config.patch_size, leaf[-1]
         return Transform(
             lambda x: x.transpose(2, 3, 1, 0).reshape(leaf),

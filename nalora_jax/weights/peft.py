@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,10 +19,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale, uniform_path
-from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.peft_config import CONFIG_NAME, TENSORS_NAME, PeftConfig, read_peft_config
 from nalora_jax.weights.peft_modules import (
-    Host,
     ModuleAdapter,
     ModuleLayout,
     Place,
@@ -52,6 +50,9 @@ from nalora_jax.weights.peft_tables import (
 )
 from nalora_jax.weights.shards import DTYPES, read_header, read_whole, write_tensors
 from nalora_jax.weights.tokenizer_files import FILES
+
+if TYPE_CHECKING:
+    from nalora_jax.weights.peft_modules import Host
 
 __all__ = ["export_adapter", "import_adapter", "max_logit_difference", "verify_export"]
 
@@ -156,7 +157,7 @@ def export_adapter(
     with new_folder(folder, replaces=OWN_FILES, overwrite=overwrite) as scratch:
         write_json(scratch / CONFIG_NAME, settings)
         write_tensors(scratch / TENSORS_NAME, tensors, metadata)
-        if isinstance(config, DualConfig) and config.trained:
+        if not isinstance(config, ModelConfig) and config.trained:
             write_tensors(scratch / TRAINED, trained_tensors(lora, config), metadata)
         if write_extra is not None:
             write_extra(scratch)
@@ -352,7 +353,7 @@ def _target_modules(entries: list[Entry], config: Host, layout: ModuleLayout) ->
     """Returns short names of modules that are adapted in all layers, full names of the others."""
     names = [entry.place.name for entry in entries if not entry.parameter]
     # A vision tower has modules with the same short names as a decoder or a text tower.
-    if isinstance(config, DualConfig) or config.sight is not None:
+    if not isinstance(config, ModelConfig) or config.sight is not None:
         return sorted(names)
     # A short name would target the experts too, which a file of their stacks does not hold one by one.
     experts = of_form(layout, "expert") or of_form(module_layout(config), "expert")
@@ -420,7 +421,7 @@ def import_adapter(
             "model in another precision is another base",
         )
     trained = AdapterSpec()
-    if isinstance(config, DualConfig):
+    if not isinstance(config, ModelConfig):
         if named := peft.modules_to_save or peft.token_indices:
             field = "modules_to_save" if peft.modules_to_save else "trainable_token_indices"
             expected, actual = "null for image and text encoders", ", ".join(map(str, named))

@@ -24,7 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -33,10 +33,13 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model, family_of
 from nalora_jax.models.stacks import projection_shapes, stacked_places
 from nalora_jax.models.targets import scale_divisor
-from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.keymaps import OF_ENCODERS
 
-Host = ModelConfig | DualConfig
+if TYPE_CHECKING:
+    from nalora_jax.models.vision.config import DualConfig
+
+    Host = ModelConfig | DualConfig
+
 # A Linear module, one expert's Linear module, or the parameter of all experts of a layer.
 Form = Literal["linear", "expert", "stack"]
 
@@ -82,9 +85,9 @@ def module_layout(config: Host) -> ModuleLayout:
     module ``model.layers.{layer}.mlp.gate_up_proj`` of ``layers/ffn/gate_proj`` and ``layers/ffn/up_proj``.
     """
     modules: list[HostModule] = []
-    if isinstance(config, DualConfig) or config.sight is not None:
+    if not isinstance(config, ModelConfig) or config.sight is not None:
         modules = [HostModule(name, paths) for paths, name in OF_ENCODERS["modules"](config).items()]
-    if isinstance(config, DualConfig):
+    if not isinstance(config, ModelConfig):
         return tuple(modules)
     experts: list[HostModule] = []
     stacks: list[HostModule] = []
@@ -122,7 +125,7 @@ def layout_for(target: str, config: Host, raw: Mapping[str, Any] | None = None) 
     multimodal model's. Of some families it then reads stacks of experts (`Family.stacks_in_vllm`).
     """
     layout = module_layout(config)
-    if target != "vllm" or isinstance(config, DualConfig):
+    if target != "vllm" or not isinstance(config, ModelConfig):
         return layout
     layout = _expert_by_expert(layout)
     if contains_text_model((raw or {}).get("model_type"), images=False):
@@ -239,7 +242,7 @@ def layout_of(config: Host, modules: Iterable[str]) -> ModuleLayout:
     their names in a multimodal model.
     """
     layout, written = module_layout(config), set(modules)
-    if isinstance(config, DualConfig):
+    if not isinstance(config, ModelConfig):
         return layout
     if config.sight is not None:
         layouts = [layout, *(_renamed(layout, names) for names in _EARLIER)]

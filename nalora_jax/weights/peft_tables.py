@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,9 +43,11 @@ from nalora_jax.models.adapters import check_token_indices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import family_of
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
-from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.weights.peft_config import TENSORS_NAME, PeftConfig, read_peft_config
 from nalora_jax.weights.shards import read_header, read_whole
+
+if TYPE_CHECKING:
+    from nalora_jax.models.vision.config import DualConfig
 
 PREFIX = "base_model.model."
 _HEAD, _EMBEDDING = TABLES["lm_head"], TABLES["embed_tokens"]

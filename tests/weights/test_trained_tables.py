@@ -29,6 +29,7 @@ from nalora_jax.config import (
 )
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import view_weights
+from nalora_jax.evaluate.generate.slots import AdapterSlot
 from nalora_jax.layout import distributed
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
@@ -38,7 +39,6 @@ from nalora_jax.models.targets import resolve
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import Head, HeadRows, WholeHead, trained_cross_entropy
 from nalora_jax.train.program import assemble
-from nalora_jax.weights.adapter_forms import AdapterSlot
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 from nalora_jax.weights.peft_tables import fold_saved
 from tests.weights.conftest import COMMON

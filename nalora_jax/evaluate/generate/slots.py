@@ -1,0 +1,88 @@
+"""Adapters in fixed shapes, so that all of them share one program.
+
+A program is compiled for the shapes and scales of an adapter. In a slot every projection has an
+adapter of one rank, zero if the current adapter has none there, with its scale folded into B:
+
+    slot = AdapterSlot.on(config, rank=16)
+    variables = {"params": params, "lora": slot.fill(None, None)}
+    generator = Generator(Decoder(config, slot.spec, ...), variables, tokenizer)
+    generator = generator.with_lora(slot.fill(lora, spec))  # another adapter, the same programs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from nalora_jax.common.trees import flatten, unflatten
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import pad_rank
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths, projection_shapes
+from nalora_jax.models.targets import TABLES, AdapterSpec, TargetSpec
+
+
+@dataclass(frozen=True)
+class AdapterSlot:
+    """Fixed shapes for adapters of one base.
+
+    Attributes:
+      config: the base.
+      spec: of the slot, for the decoder: every projection, every scale 1.
+    """
+
+    config: ModelConfig
+    spec: AdapterSpec
+
+    @staticmethod
+    def on(config: ModelConfig, *, rank: int) -> AdapterSlot:
+        """Returns the slot of a base for adapters of at most ``rank``."""
+        targets = []
+        for path, shape in sorted(projection_shapes(config).items()):
+            targets.append((path, TargetSpec.even(min(rank, *shape[-2:]), depths(config)[path])))
+        return AdapterSlot(config, AdapterSpec(tuple(targets)))
+
+    @staticmethod
+    def rank_of(spec: AdapterSpec) -> int:
+        """Returns the slot rank that an adapter needs."""
+        return max((target.rank for _, target in spec.targets), default=0)
+
+    @staticmethod
+    def takes(spec: AdapterSpec) -> bool:
+        """Returns True for plain adapters.
+
+        DoRA's update is not linear, and a program with trained rows is compiled for their ids.
+        """
+        return not spec.dora and not spec.token_indices
+
+    def fill(self, lora: Mapping[str, Any] | None, spec: AdapterSpec | None) -> dict[str, Any]:
+        """Returns the adapter in the slot's shapes; zeros if there is no adapter.
+
+        Fully trained tables are included; programs are compiled once with them and once without.
+
+        Args:
+          lora: float32 tree of the adapter.
+          spec: its ranks and scales, which `takes` accepts.
+
+        Raises:
+          NaloraError: a rank is larger than the slot's.
+        """
+        lora, spec = lora or {}, spec or AdapterSpec()
+        assert self.takes(spec)
+        tables, leaves = flatten(lora), {}
+        for path, target in self.spec.targets:
+            *lead, d_in, d_out = (len(target.ranks), *projection_shapes(self.config)[path])
+            a, b = jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out))
+            if spec.target(path) is not None:
+                a, b = (jnp.asarray(tables[f"{path}/{name}"], jnp.float32) for name in "ab")
+                b = b * np.reshape(spec.scales(path), (-1,) + (1,) * (b.ndim - 1))
+            if a.shape[-1] > target.rank:
+                expected, remedy = f"at most {target.rank}", "make the slot with a larger rank"
+                raise NaloraError(f"{path}: rank", expected=expected, found=a.shape[-1], remedy=remedy)
+            leaves[f"{path}/a"], leaves[f"{path}/b"] = pad_rank(a, b, target.rank)
+        leaves |= {TABLES[name]: tables[TABLES[name]] for name in spec.saved}
+        return unflatten(leaves)
