@@ -66,11 +66,10 @@ MISSING = {
 collect_ignore = [file for package, file in FILES_OF.items() if package in MISSING]
 # Files that take longest begin first, the longest of all at once: for whichever comes last, the other processes wait.
 LONGEST = (
-    "test_mesh.py", "test_run.py", "test_families.py", "test_context.py", "test_run_rewards.py", "test_program.py",
-    "test_attention.py", "test_tasks.py", "test_run_images.py", "test_run_seeing.py", "test_docs_code.py",
-    "test_prefill.py", "test_step.py", "test_decoder.py", "test_config_fields.py", "test_adapt.py", "test_elastic.py",
-    "test_rewards.py", "test_quantize.py", "test_run_adapter.py", "test_preference.py", "test_images.py",
-    "test_new_rules.py", "test_real_models.py", "test_resume.py", "test_trained_tables.py", "test_dual.py",
+    "test_families.py", "test_mesh.py", "test_run.py", "test_run_rewards.py", "test_context.py", "test_docs_code.py",
+    "test_run_seeing.py", "test_program.py", "test_run_images.py", "test_prefill.py", "test_step.py", "test_decoder.py",
+    "test_real_models.py", "test_dual.py", "test_run_adapter.py", "test_attention.py", "test_elastic.py",
+    "test_resume.py", "test_config_fields.py", "test_preference.py", "test_rewards.py", "test_peft_training.py",
 )  # fmt: skip
 
 

@@ -108,9 +108,7 @@ def test_a_mask_rule(use: Any) -> None:
     assert np.all(np.asarray(state.gate.memory["loud"]["layers/ffn"]["slope"]) > 0)
 
 
-def test_the_command_of_the_page_trains_with_the_rule(
-    use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_device: None
-) -> None:
+def test_the_command_of_the_page_trains_with_the_rule(use, tmp_path, monkeypatch, one_device):
     monkeypatch.setattr(imports, "_IMPORTED", {})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loud.py").write_text(FILES["loud"])

@@ -1,8 +1,9 @@
 """Every block of code on every page, executed: Python as it stands, on a tiny model where a page says a large one;
-commands parsed and their settings checked; data read; configs loaded."""
+commands parsed and their settings checked; data read; configs loaded. Pages are listed, and links lead somewhere."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import re
@@ -34,7 +35,8 @@ from nalora_jax.models import family
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = [*(ROOT / "docs" / name for name in DOCS), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 # What else than commands of this library the pages tell people to type; the second half is executed in tests/deploy.
 OTHERS = {
@@ -42,6 +44,45 @@ OTHERS = {
     "deploy/tpu_pod.sh", "sbatch", "kubectl", "docker", "python3.11", "~/nalora/bin/pip", "ssh-keygen", "ssh-add",
     "eval",
 }  # fmt: skip
+
+
+def test_every_page_is_in_the_index_and_in_the_navigation() -> None:
+    assert {*re.findall(r"\]\((\w+\.md)\)", DOCS["index.md"]), "index.md"} == DOCS.keys()
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    listed = re.findall(r"(\w+\.md)$", navigation.split("\nvalidation:")[0], re.MULTILINE)
+    assert sorted(listed) == list(DOCS)
+
+
+def test_links_and_paths_of_pages_lead_somewhere() -> None:
+    text = "\n".join(DOCS.values())
+    for target in re.findall(r"\]\(([\w./-]+\.md)(?:#[\w-]+)?\)", text):
+        assert (ROOT / "docs" / target).exists(), target
+    for path in re.findall(r"`((?:nalora_jax|configs|benchmarks|studies|tests|deploy)/[\w./-]*\w)`", text):
+        if path.startswith(("nalora_jax/cpu", "tests/cpu")) and not (ROOT / "nalora_jax" / "cpu").exists():
+            continue  # it may be deleted
+        assert (ROOT / path).exists() or (ROOT / f"{path}.py").exists(), path
+
+
+def test_the_reference_has_all_that_packages_export() -> None:
+    listed = re.findall(r"^::: ([\w.]+)$", DOCS["reference.md"], re.MULTILINE)
+    sources = [importlib.import_module(name) for name in listed]
+    for package in map(importlib.import_module, ("nalora_jax", "nalora_jax.evaluate.generate")):
+        for name in package.__all__:
+            value = getattr(package, name)
+            assert value in sources or any(getattr(one, name, None) is value for one in sources), name
+
+
+def test_errors_of_the_troubleshooting_page_are_errors_of_this_library() -> None:
+    """Each heading is a part of a message that some module really raises."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "nalora_jax").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    headings = re.findall(r"^## `(.+)`$", DOCS["troubleshooting.md"], re.MULTILINE)
+    assert len(headings) > 8
+    for heading in headings:
+        assert heading in source, heading
+
+
+# -------------------------------------------------------------------- blocks of code
 
 
 class Block(NamedTuple):
@@ -294,9 +335,7 @@ def test_data_from_python_and_new_tokens_in_transformers(execute: Execute) -> No
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT
-def test_the_quick_start_generates_and_its_adapter_is_served_by_peft(
-    execute: Execute, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_quick_start_generates_and_its_adapter_is_served_by_peft(execute, folder, monkeypatch, capsys):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     assert execute("quick_start.md")["result"].adapter == Path("runs/mine/adapter")
     assert re.search(r"^\['.*'\]$", capsys.readouterr().out, re.MULTILINE)

@@ -109,9 +109,7 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[c
     assert list(lines[-1]["done"]["seconds"])[::2] == ["preparing", "training", "exporting"]
 
 
-def test_every_file_names_the_very_weights_that_were_trained_on(
-    finished: tuple[cfg.RunConfig, Any],
-) -> None:
+def test_every_file_names_the_very_weights_that_were_trained_on(finished):
     config, result = finished
     noted = tiny.lines(config.output)[0]["base"]
     loaded = load(config.output, dtype="float32").base
@@ -126,9 +124,7 @@ def test_every_file_names_the_very_weights_that_were_trained_on(
         )
 
 
-def test_eval_gives_the_numbers_of_the_run_to_the_bit(
-    finished: tuple[cfg.RunConfig, Any], tmp_path: Path
-) -> None:
+def test_eval_gives_the_numbers_of_the_run_to_the_bit(finished, tmp_path):
     output, measured = finished[0].output, tmp_path / "eval.json"
     assert main(["eval", output, "--output", str(measured), "--dtype", "float32"]) == 0
     reported = next(line["eval"] for line in tiny.lines(output) if "final" in line)
@@ -140,9 +136,7 @@ def test_eval_gives_the_numbers_of_the_run_to_the_bit(
 # ---------------------------------------------------------------- stops
 
 
-def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
-    finished: tuple[cfg.RunConfig, Any], stopped: cfg.RunConfig, tmp_path: Path
-) -> None:
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(finished, stopped, tmp_path):
     resumed = nalora_run.run(replace(copied(stopped, tmp_path / "run"), resume="auto"))
     whole = finished[1]
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -154,9 +148,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
         assert tiny.logged(resumed.folder, name) == pytest.approx(lines, rel=1e-8)
 
 
-def test_an_evaluation_file_that_was_edited_is_found_when_the_run_goes_on(
-    stopped: cfg.RunConfig, tmp_path: Path
-) -> None:
+def test_an_evaluation_file_that_was_edited_is_found_when_the_run_goes_on(stopped, tmp_path):
     questions = Path(stopped.data.dataset)
     text = questions.read_text()
     lines = text.splitlines(keepends=True)
@@ -171,9 +163,7 @@ def test_an_evaluation_file_that_was_edited_is_found_when_the_run_goes_on(
         questions.write_text(text)
 
 
-def test_resume_takes_the_run_s_own_settings_and_names_what_disagrees(
-    stopped: cfg.RunConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_takes_the_run_s_own_settings_and_names_what_disagrees(stopped, capsys, monkeypatch):
     asked = ["train", "--output", stopped.output, "--resume"]
     _, args = parse(asked)
     assert args.run == replace(stopped, resume=True)  # type: ignore[union-attr]
@@ -193,8 +183,8 @@ def test_resume_takes_the_run_s_own_settings_and_names_what_disagrees(
 
 
 def test_more_steps_are_taken_with_a_warning_and_a_stop_after_the_last_says_how_to_go_on(
-    finished: tuple[cfg.RunConfig, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    finished, tmp_path, capsys
+):
     output = copied(finished[0], tmp_path / "run").output
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "finish", lambda *_: signal.raise_signal(signal.SIGTERM))
@@ -211,9 +201,7 @@ def test_more_steps_are_taken_with_a_warning_and_a_stop_after_the_last_says_how_
 # ---------------------------------------------------------------- processes, ranks
 
 
-def test_two_processes_run_like_one_with_model_data_and_output_in_a_bucket(
-    config: cfg.RunConfig, tmp_path: Path
-) -> None:
+def test_two_processes_run_like_one_with_model_data_and_output_in_a_bucket(config, tmp_path):
     train = cfg.TrainConfig(batch_size=8, log_every=1, eval_every=1, save_every=1)
     # PiSSA is exported relative to the adapters that all processes started from; without a gate.
     lora = cfg.LoRAConfig(rules=(cfg.LoRARule("attn", 4),), init="pissa")
@@ -306,13 +294,7 @@ REFUSED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_cannot_run_is_one_line_and_exit_code_2(
-    settings: cfg.RunConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_cannot_run_is_one_line_and_exit_code_2(settings, tmp_path, monkeypatch, message, capsys):
     """Before weights are read, unless the weights are damaged."""
     cause, model, output, data = (
         REFUSED[message],

@@ -113,8 +113,8 @@ def earlier(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunR
 
 
 def test_a_run_resumes_from_its_checkpoint_though_its_adapter_has_changed(
-    config: RunConfig, earlier: RunResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    config, earlier, tmp_path, caplog
+):
     caplog.set_level(logging.INFO, "nalora_jax")
     shutil.copytree(earlier.folder, tmp_path / "earlier")
     train = TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=3)
@@ -134,9 +134,7 @@ def test_a_run_resumes_from_its_checkpoint_though_its_adapter_has_changed(
     assert all(np.array_equal(found[name], trained[name]) for name in trained)
 
 
-def test_words_of_the_command_line_about_an_adapter(
-    config: RunConfig, earlier: RunResult, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_words_of_the_command_line_about_an_adapter(config, earlier, capsys):
     """Each in one line, with a way on that exists."""
     adapter, data = str(earlier.adapter), ["--data.dataset", config.data.dataset]
     for words, expected in (

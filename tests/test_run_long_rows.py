@@ -48,9 +48,7 @@ def test_every_file_of_the_run_names_the_scaling(run: RunConfig) -> None:
     assert '"max_position_embeddings": 128' in card
 
 
-def test_needles_before_and_after_are_printed_and_in_the_report(
-    run: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_needles_before_and_after_are_printed_and_in_the_report(run, monkeypatch, capsys):
     letters = [" ".join(string.ascii_lowercase[i : i + 7]) + "." for i in range(19)]
     monkeypatch.setattr(evaluate_needle, "sentences", lambda split: letters)
     assert main(["eval", run.output, "--needle", "110", "--limit", "1"]) == 0
@@ -83,9 +81,7 @@ def test_a_merged_run_is_the_same_model_in_transformers(run: RunConfig, tmp_path
         assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_the_command_line_takes_the_scaling_and_resumes_with_it(
-    run: RunConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_takes_the_scaling_and_resumes_with_it(run, capsys):
     def said(flags: str, status: int) -> str:
         assert main(["train", *flags.split()]) == status
         return "".join(capsys.readouterr())

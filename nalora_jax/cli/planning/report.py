@@ -18,7 +18,7 @@ from nalora_jax.cli.planning.program import (
 from nalora_jax.config import RunConfig
 from nalora_jax.evaluate.generate.programs import prompt_shards
 from nalora_jax.layout import accounting, distributed, estimates, machines
-from nalora_jax.layout.decide import Compiled, Search, decide
+from nalora_jax.layout.decide import Compiled, decide
 from nalora_jax.layout.figures import Figures, Roofline, bounded, figures, kernel_flops, roofline
 from nalora_jax.layout.layouts import fastest, fitting, fitting_sweep
 from nalora_jax.method.transform import with_gate_state
@@ -161,8 +161,8 @@ def plan(config: RunConfig, base: ModelConfig, where: machines.Topology, images:
     Raises:
       NaloraError: no layout fits, or the compiler is missing.
     """
-    search = Search(fitting(config, base, where), where.chip.memory)
-    layout, result = decide(search, _compiler(config, base, where, images=images), must_fit=False)
+    layouts, compiled = fitting(config, base, where), _compiler(config, base, where, images=images)
+    layout, result, _ = decide(layouts, where.chip.memory, compiled, must_fit=False)
     placed = layout.into(config)
     concrete = placed.without_mechanisms()
     mesh = distributed.make_mesh(concrete.mesh, devices(where))
@@ -214,8 +214,7 @@ def plan_sweep(
         layout = fastest(layouts)
         seconds = layout.seconds / math.ceil(runs / layout.together)
         return SweepPlan(config, where, runs, layout, layout.memory, seconds, layout.mfu, None)
-    search = Search(layouts, where.chip.memory)
-    layout, result = decide(search, _compiler(config, base, where, runs=runs))
+    layout, result, _ = decide(layouts, where.chip.memory, _compiler(config, base, where, runs=runs))
     measured, bound = result.program
     resources = measured.memory, bound.seconds, bound.mfu, measured.collectives
     return SweepPlan(config, where, runs, layout, *resources)
