@@ -38,6 +38,7 @@ from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_extended, w
 
 log = logging.getLogger(__name__)
 
+_SAVE = "save the tokenizer that it was trained with there: tokenizer.save_pretrained(folder)"
 _UNUSED = re.compile(r"\[PAD\d+\]|<unused\d+>|<\|?reserved\w*\|?>")  # names of rows without a token
 
 
@@ -92,12 +93,11 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
     if tables is None and needed is not None:
         # No table states the number of rows: it is the number of tokens, not of the file's ids.
         if needed > last + 1:
-            raise NaloraError(
-                f"{folder / CONFIG_NAME}: trainable_token_indices",
-                expected=f"ids below {max(held, last + 1)}: the base's, or of new tokens in the folder's tokenizer",
-                found=needed - 1,
-                remedy="save the tokenizer that it was trained with there: tokenizer.save_pretrained(folder)",
+            where = f"{folder / CONFIG_NAME}: trainable_token_indices"
+            expected = (
+                f"ids below {max(held, last + 1)}: the base's, or of new tokens in the folder's tokenizer"
             )
+            raise NaloraError(where, expected=expected, found=needed - 1, remedy=_SAVE)
         rows = last + 1
     if rows == held and all(token_id >= held for token_id in new.values()):
         if new:
@@ -114,8 +114,7 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
         )
     if not new and rows > held and not (folder / "tokenizer.json").is_file():
         expected = f"a tokenizer, since the adapter's tables have {rows - held} rows more than the base"
-        remedy = "save the tokenizer that it was trained with there: tokenizer.save_pretrained(folder)"
-        raise NaloraError(str(folder), expected=expected, found="no tokenizer.json", remedy=remedy)
+        raise NaloraError(str(folder), expected=expected, found="no tokenizer.json", remedy=_SAVE)
     if not new:
         return _resized(base, rows, base.tokenizer, mesh)
     log.info("%s: with its tokens %s", folder, _shown(new))
