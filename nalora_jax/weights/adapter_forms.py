@@ -113,8 +113,7 @@ def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[st
         # Remaining ranks first, then zeros.
         first = np.argsort(~nonzero, axis=-1, kind="stable")[..., : max(ranks)]
         leaves[f"{path}/a"] = np.take_along_axis(a * singular[..., None, :], first[..., None, :], axis=-1)
-        rows = np.take_along_axis(b * nonzero[..., None], first[..., None], axis=-2)
-        leaves[f"{path}/b"] = rows
+        leaves[f"{path}/b"] = np.take_along_axis(b * nonzero[..., None], first[..., None], axis=-2)
         shares = [rank / max(before, 1) for rank, before in zip(ranks, target.ranks, strict=True)]
         falls = [scale_divisor(share, rslora=spec.rslora) for share in shares]
         alphas = tuple(alpha * fall or 1.0 for alpha, fall in zip(target.alphas, falls, strict=True))
