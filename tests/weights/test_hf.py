@@ -319,8 +319,6 @@ def test_damaged_shards_and_indices(tmp_path):
         ({"quantization_config": {"quant_method": "gptq"}}, "config.json: quantization_config"),
         ({"tie_word_embeddings": True}, "lm_head.weight.*tie_word_embeddings"),
         ({"num_hidden_layers": 2}, r"model.layers.0.*unknown tensor model.layers.2"),
-        ({"num_hidden_layers": 4}, r"no model.layers.3"),
-        ({"intermediate_size": 24}, r"down_proj.*: expected the shape \(16, 24\), found \(16, 32\)"),
     ],
 )
 def test_configs_that_do_not_fit(tmp_path, change, match):
