@@ -33,7 +33,7 @@ from plan_pairs import KNOWN, Pair, drawn
 from nalora_jax.cli.plan import _prepare
 from nalora_jax.cli.planning.program import devices, step_and_arguments
 from nalora_jax.layout import distributed
-from nalora_jax.layout.decide import EXHAUSTED, Compiled, Search, decide
+from nalora_jax.layout.decide import EXHAUSTED, Compiled, Tried, decide
 from nalora_jax.layout.estimates import Layout
 from nalora_jax.layout.figures import of_compiled, roofline
 from nalora_jax.layout.layouts import fitting
@@ -100,14 +100,14 @@ def result_of(pair: Pair, entry: dict[str, Any]) -> Compiled:
     return Compiled(entry["memory"], entry["fits"], entry["seconds"], entry)
 
 
-def decided(pair: Pair, *, compiles: bool) -> tuple[Search, Layout, dict[str, Any]]:
-    """Returns the search, the accepted layout and its record.
+def decided(pair: Pair, *, compiles: bool) -> tuple[Tried, Layout, dict[str, Any]]:
+    """Returns the compiled layouts, the accepted one and its record.
 
     Raises:
       NotRecorded: a program is not recorded, and ``compiles`` is False.
     """
     where = topology(pair.machine)
-    search = Search(fitting(pair.config, pair.base, where), where.chip.memory)
+    layouts = fitting(pair.config, pair.base, where)
 
     def compiled(layout: Layout) -> Compiled:
         key = (str(pair), layout.short, options_of(pair, layout))
@@ -117,8 +117,8 @@ def decided(pair: Pair, *, compiles: bool) -> tuple[Search, Layout, dict[str, An
             raise NotRecorded(f"{pair}: {layout.short}")
         return result_of(pair, recorded()[key])
 
-    layout, result = decide(search, compiled, must_fit=False)
-    return search, layout, result.program
+    layout, result, tried = decide(layouts, where.chip.memory, compiled, must_fit=False)
+    return tried, layout, result.program
 
 
 def _compile_apart(pair: Pair, layout: Layout) -> None:
@@ -151,11 +151,11 @@ def rows(pairs: list[Pair]) -> list[dict[str, Any]]:
     cells = []
     for pair in pairs:
         try:
-            search, layout, entry = decided(pair, compiles=False)
+            tried, layout, entry = decided(pair, compiles=False)
         except NotRecorded:
             continue
         limit = topology(pair.machine).chip.memory
-        cells.append({"pair": pair, "search": search, "layout": layout, "entry": entry, "limit": limit})
+        cells.append({"pair": pair, "tried": tried, "layout": layout, "entry": entry, "limit": limit})
     return cells
 
 
@@ -179,7 +179,7 @@ def table(cells: list[dict[str, Any]]) -> str:
             f"| {_grid(layout)}, {layout.remat} "
             f"| {layout.memory / 1e9:.1f}, {entry['memory'] / 1e9:.1f} ({row['limit'] / 1e9:.1f}) "
             f"| {error_of(layout.memory, entry['memory']):+.0%} | {layout.seconds:.3g}, {entry['seconds']:.3g} "
-            f"| {entry['mfu']:.0%} | {len(row['search'].tried)} |"
+            f"| {entry['mfu']:.0%} | {len(row['tried'])} |"
         )
     return "\n".join([*lines, "", summary(cells)])
 
@@ -195,10 +195,8 @@ def summary(cells: list[dict[str, Any]]) -> str:
     if not cells:
         return ""
     accepted = [(row["layout"], row["entry"]["memory"]) for row in cells]
-    tried = [
-        (layout, result.memory) for row in cells for layout, result in row["search"].tried if result.memory
-    ]
-    first = sum(len(row["search"].tried) == 1 for row in cells)
+    tried = [(layout, result.memory) for row in cells for layout, result in row["tried"] if result.memory]
+    first = sum(len(row["tried"]) == 1 for row in cells)
     return (
         f"{len(cells)} of {PAIRS} pairs (seed {SEED}) are compiled; for {first} the first layout was accepted. "
         f"Error of the estimated memory of accepted layouts: {_errors(accepted)}; "

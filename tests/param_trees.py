@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -11,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nalora_jax.common.trees import flatten, unflatten
+from nalora_jax.common.trees import flatten, map_named, unflatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import leaf_dtype
 from nalora_jax.models.tensor_rows import Source
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+from nalora_jax.ops.quantize import Kind, kernels, quantize
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor, keymap_for
 
 
@@ -99,3 +101,15 @@ def bytes_per_device(tree: Any) -> dict[jax.Device, int]:
         for shard in leaf.addressable_shards:
             totals[shard.device] = totals.get(shard.device, 0) + shard.data.nbytes
     return totals
+
+
+def quantize_params(params: Any, kind: Kind, pattern: str | None = None) -> dict[str, Any]:
+    """Returns parameters with every kernel that ``pattern`` matches quantized, layer by layer."""
+    quantized = jax.jit(quantize, static_argnums=1)
+
+    def of_leaf(path: str, leaf: jax.Array) -> Any:
+        if not re.search(pattern or kernels(kind), path):
+            return leaf
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *(quantized(layer, kind) for layer in leaf))
+
+    return map_named(of_leaf, params)

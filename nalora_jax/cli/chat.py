@@ -40,9 +40,8 @@ HELP = """\
 /exit            end (so does the end of input)"""
 
 
-def _chat_sampling() -> GenerationConfig:
-    """Returns the defaults of a conversation."""
-    return GenerationConfig(max_new_tokens=512, temperature=0.7, top_p=0.95)
+# The defaults of a conversation.
+_SAMPLING = GenerationConfig(max_new_tokens=512, temperature=0.7, top_p=0.95)
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class ChatArgs:
     adapter: Path | None = None
     # System prompt.
     system: str | None = None
-    sampling: Annotated[GenerationConfig, arg(name="")] = field(default_factory=_chat_sampling)
+    sampling: Annotated[GenerationConfig, arg(name="")] = _SAMPLING
     # Seed of the sampling; the n-th response uses this seed plus n.
     seed: Annotated[int, SEED] = 0
     # Adapters up to this rank can be switched without compilation.
@@ -74,10 +73,8 @@ def chat(args: ChatArgs) -> None:
     options: dict[str, Any] = {"dtype": args.dtype, "quantize": args.quantize or "run", "mesh": mesh}
     model = adapted.load(args.model, adapter=args.adapter, images=_sees(args), **options)
     if model.base.tokenizer.chat_template is None:
-        expected, remedy = (
-            "a model with a chat template",
-            "use an instruction-tuned model, or nalora generate",
-        )
+        expected = "a model with a chat template"
+        remedy = "use an instruction-tuned model, or nalora generate"
         raise NaloraError(args.model, expected=expected, found="none in its tokenizer", remedy=remedy)
     talk = _Talk(args, model, mesh)
     _say(f"{talk.name} · /help lists commands")

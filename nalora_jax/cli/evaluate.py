@@ -101,12 +101,10 @@ def evaluate(args: EvalArgs) -> None:
     if args.needle:
         return _needle(args)
     place = located.locate(args.model, args.adapter)
-    on_sets = bool(args.tasks or args.dataset or not args.harness)
-    if config_from_dict(place.run).preference.loss != "none" and not (
-        args.tasks or args.dataset or args.harness
-    ):
+    named, pairs = args.tasks or args.dataset, config_from_dict(place.run).preference.loss != "none"
+    if pairs and not (named or args.harness):
         return _preference(args, place.run)
-    sets = _data_sets(args, place.run) if on_sets else []
+    sets = _data_sets(args, place.run) if named or not args.harness else []
     if args.harness:
         harness.require_harness()
     if args.against not in (None, "base") and not located.holds_adapter(

@@ -19,7 +19,7 @@ from nalora_jax.cli.config_files import load_config
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
 from nalora_jax.config.checks import check_path
 from nalora_jax.config.settings import GenerationConfig
-from nalora_jax.config.structured import COUNT, MAX_RANK, SEED, TOKENS
+from nalora_jax.config.structured import COUNT, MAX_RANK, SEED, TOKENS, has_type
 from nalora_jax.study.sweeps.grid import recorded_sweep
 
 with epy.lazy_imports():  # on first use: help needs no NumPy
@@ -188,9 +188,7 @@ def registry() -> ConstructorRegistry:
             nargs="*",
             metavar="PATTERN:RANK[:ALPHA] ...",
             instance_from_str=lambda texts: tuple(map(LoRARule.from_text, texts)),
-            is_instance=lambda value: (
-                isinstance(value, tuple) and all(isinstance(item, LoRARule) for item in value)
-            ),
+            is_instance=lambda value: has_type(value, info.type),
             str_from_instance=lambda value: [rule.text for rule in value],
         )
 

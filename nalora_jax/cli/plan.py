@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,9 +30,8 @@ with epy.lazy_imports():  # on first use: help needs no JAX, and `_prepare` come
 log = logging.getLogger(__name__)
 
 
-def _planned_run() -> RunConfig:
-    """Returns the defaults of the run's flags: those of ``nalora train``, without its model and rows."""
-    return RunConfig(model="", data=DataConfig(max_length=4096), train=TrainConfig(batch_size=0))
+# The defaults of the run's flags: those of ``nalora train``, without its model and rows.
+_RUN = RunConfig(model="", data=DataConfig(max_length=4096), train=TrainConfig(batch_size=0))
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class PlanArgs:
     # Plan a sweep of this number of runs, each with --batch rows a step; 0: one run. Hours and, with
     # --price, the price of all runs are those of --steps.
     sweep: Annotated[int, COUNT] = 0
-    run: Annotated[RunConfig, arg(name="")] = field(default_factory=_planned_run)
+    run: Annotated[RunConfig, arg(name="")] = _RUN
 
     def config(self, chips: int) -> RunConfig:
         """Returns the settings of the planned run, by default with a row for each chip and micro-batch.
@@ -134,10 +133,8 @@ def _print_plans(args: PlanArgs, topologies: Sequence[machines.Topology]) -> Non
         expected = "the tokens of a row: a plan reads no data"
         raise NaloraError("--data.max-length", expected=expected, found="auto")
     if seq > base.max_positions:
-        expected, remedy = (
-            f"at most the model's {base.max_positions:,} positions",
-            "--model.rope-scaling extends them",
-        )
+        expected = f"at most the model's {base.max_positions:,} positions"
+        remedy = "--model.rope-scaling extends them"
         raise NaloraError("--seq", expected=expected, found=seq, remedy=remedy)
     shown: dict[str, Any] = {"steps": run.steps, "price": args.price}
     for machine in topologies:

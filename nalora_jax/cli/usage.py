@@ -93,9 +93,8 @@ def one_line_errors(verb: str) -> Iterator[None]:
             raise
         raise _as_error(verb, said.getvalue()) from None
     finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
+        del os.environ["COLUMNS"]
+        if before is not None:
             os.environ["COLUMNS"] = before
 
 

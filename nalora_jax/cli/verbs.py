@@ -66,11 +66,8 @@ def generate(args: cli.GenerateArgs) -> None:
     if (args.prompt is None) == (args.messages is None):
         prompts = "neither" if args.prompt is None else "both"
         raise NaloraError("nalora generate", expected="--prompt or --messages", found=prompts)
-    messages, prompt = None, args.prompt or ""
-    if args.messages is not None:
-        messages = conversation.read_messages(args.messages)
-    if prompt == "-":
-        prompt = _standard_input()
+    messages = None if args.messages is None else conversation.read_messages(args.messages)
+    prompt = _standard_input() if args.prompt == "-" else args.prompt or ""
     asked = [{"role": "user", "content": prompt}]
     mesh = outputs.mesh_of(args.mesh)
     pictures = [image_files.open_image(path) for path in args.image]  # fails before a model is loaded
@@ -127,9 +124,8 @@ def export(args: cli.ExportArgs) -> None:
     model = adapted.load(name, adapter=adapter)
     base, lora = model.base, model.lora
     assert lora is not None
-    tool = str(args.target)
+    tool = "llama.cpp" if args.target == "gguf" else args.target
     if args.target == "gguf":
-        tool = "llama.cpp"
         with folders.new_file(args.output) as path:
             gguf_export.write_adapter_gguf(path, base.config, lora, model.spec)
             difference = gguf_export.verify_adapter_gguf(path, base.config, lora, model.spec)
@@ -297,9 +293,8 @@ def _require_template(model: str, adapter: Path | None, messages: Sequence[dict[
 def _require_adapter(place: located.Located) -> None:
     """Refuses a base without adapter before its weights are read."""
     if place.adapter is None:
-        raise NaloraError(
-            place.base, expected="an adapter", found="a base model", remedy="give a run's folder"
-        )
+        found, remedy = "a base model", "give a run's folder"
+        raise NaloraError(place.base, expected="an adapter", found=found, remedy=remedy)
 
 
 def _standard_input() -> str:

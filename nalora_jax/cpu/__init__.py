@@ -8,6 +8,4 @@ from __future__ import annotations
 
 import nalora_jax.cpu.attention
 import nalora_jax.cpu.cross_entropy
-import nalora_jax.cpu.gated_product
-import nalora_jax.cpu.matmul
-import nalora_jax.cpu.storage  # noqa: F401
+import nalora_jax.cpu.matmul  # noqa: F401

@@ -3,119 +3,158 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from nalora_jax.cpu import native
-from nalora_jax.cpu.storage import usable
+from nalora_jax.cpu.native.library import call
 from nalora_jax.ops import attention as ops
-from nalora_jax.ops.attention import AttentionConfig, Keys, drops, with_sinks
-from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.storage import read_residual, rounded, save_residual
+from nalora_jax.ops.attention import QKV, AttentionConfig, Keys, with_sinks
+from nalora_jax.ops.dispatch import Numerics, native_kind
+from nalora_jax.ops.storage import bf16_bits, from_bits, read_residual, rounded, save_residual
+
+# Queries whose weights the gradient of attention stores at once, kQueries in the sources.
+_AT_ONCE = 256
 
 
-@ops.attention.implements("cpu")
-def attention(
-    q: jax.Array,
-    keys: Keys,
-    window: jax.Array | int,
-    config: AttentionConfig,
-    numerics: Numerics,
-    *,
-    dropout_rng: jax.Array | None = None,
-) -> jax.Array:
-    """Computes attention without dropout and without cached keys."""
-    empty = keys.cached is None or keys.cached.positions.shape[1] == 0
-    if not empty or drops(config, dropout_rng) or keys.starts is not None or not _is_native(numerics):
+@ops.self_attention.implements("cpu")
+def self_attention(
+    q: Array, keys: Keys, window: Array | int, config: AttentionConfig, numerics: Numerics
+) -> Array:
+    """Computes `self_attention` of bf16 operands."""
+    if not _is_native(numerics):
         return NotImplemented
-    return _attention(q, *keys[:2], (*keys[2:4], window), keys.sinks, config, numerics)
+    return _attention((q, *keys[:2]), (*keys[2:4], window), keys.sinks, config, numerics)
 
 
 @ops.full_attention.implements("cpu")
 def full_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Array,
+    k: Array,
+    v: Array,
     numerics: Numerics,
     *,
     scale: float,
-    mask: jax.Array | None = None,
+    mask: Array | None = None,
     causal: bool = False,
-) -> jax.Array:
-    """Computes attention of a row over itself, without a mask.
-
-    Without ``causal`` it is computed as causal attention whose tokens all have the same position.
-    """
+) -> Array:
+    """Computes attention of a row over itself; all its tokens have one position unless it is ``causal``."""
     if mask is not None or q.shape != k.shape or not _is_native(numerics):
         return NotImplemented
     seq = q.shape[1]
-    positions = np.zeros(seq, np.int32)
-    if causal:
-        positions = np.arange(seq, dtype=np.int32)
+    positions = np.arange(seq, dtype=np.int32) if causal else np.zeros(seq, np.int32)
     places = jnp.asarray(positions[None]), jnp.ones((1, seq), jnp.int32), seq
-    return _attention(q, k, v, places, None, AttentionConfig(scale), numerics, causal).astype(jnp.float32)
+    return _attention((q, k, v), places, None, AttentionConfig(scale), numerics, causal).astype(jnp.float32)
 
 
 def _is_native(numerics: Numerics) -> bool:
-    return numerics.operand == numerics.residual == "bfloat16" and usable(numerics)
+    return numerics.residual == "bfloat16" and bool(native_kind(numerics))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    heads: QKV,
     places: tuple[Any, ...],  # positions, segments, window
-    sinks: jax.Array | None,
+    sinks: Array | None,
     config: AttentionConfig,
     numerics: Numerics,
     ordered: bool = True,
-) -> jax.Array:
-    return _fwd(q, k, v, places, sinks, config, numerics, ordered)[0]
+) -> Array:
+    return _fwd(heads, places, sinks, config, numerics, ordered)[0]
 
 
 def _fwd(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    heads: QKV,
     places: tuple[Any, ...],
-    sinks: jax.Array | None,
+    sinks: Array | None,
     config: AttentionConfig,
     numerics: Numerics,
     ordered: bool,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Array, Any]:
+    q, k, v = heads
     save = partial(save_residual, dtype="bfloat16", numerics=numerics)
     arrays = [save(x) for x in (q * config.scale, k, v)]
-    out, logsumexp = native.attention(_heads(arrays, places, ordered), config.softcap)
+    out, logsumexp = native_attention(_heads(arrays, places, ordered), config.softcap)
     if sinks is not None:
         # [batch, heads, seq] as out is: [batch, seq, heads, 1]
         out, summed = with_sinks(out, logsumexp.swapaxes(1, 2)[..., None], sinks[None, None, :, None])
         logsumexp = summed[..., 0].swapaxes(1, 2)
     saved, total = save(out), save_residual(logsumexp, "float32", numerics)
-    like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
-    needed = saved if native.needs_result(q.shape[1], config.softcap) else None
+    like = tuple(jnp.zeros((0,), x.dtype) for x in heads)
+    needed = saved if needs_result(q.shape[1], config.softcap) else None
     return read_residual(saved, numerics.result), (arrays, places, needed, total, like)
 
 
 def _bwd(
-    config: AttentionConfig, numerics: Numerics, ordered: bool, residuals: Any, g: jax.Array
+    config: AttentionConfig, numerics: Numerics, ordered: bool, residuals: Any, g: Array
 ) -> tuple[Any, ...]:
     arrays, places, saved, logsumexp, like = residuals
     out = None if saved is None else read_residual(saved, "bfloat16")
     g = rounded(g, "bfloat16", numerics)
     heads = _heads(arrays, places, ordered)
-    dq, dk, dv = native.attention_gradient(heads, out, logsumexp, g, config.softcap)
-    grads = (rounded(x, y.dtype, numerics) for x, y in zip((dq * config.scale, dk, dv), like, strict=True))
-    return *grads, None, None
-
-
-def _heads(arrays: Any, places: tuple[Any, ...], ordered: bool) -> native.Heads:
-    q, k, v = (read_residual(x, "bfloat16") for x in arrays)
-    positions, segments, window = places
-    return native.Heads(q, k, v, positions, segments, window, ordered)
+    dq, dk, dv = native_gradient(heads, out, logsumexp, g, config.softcap)
+    grads = zip((dq * config.scale, dk, dv), like, strict=True)
+    return tuple(rounded(x, y.dtype, numerics) for x, y in grads), None, None
 
 
 _attention.defvjp(_fwd, _bwd)
+
+
+class Heads(NamedTuple):
+    """Queries, keys, values, and integers that decide visibility (`nalora_jax.ops.attention`)."""
+
+    q: Array  # [batch, seq, heads, head_dim], scaled, bf16
+    k: Array  # [batch, seq, kv_heads, head_dim]
+    v: Array  # the same
+    positions: Array  # int [batch or 1, seq]
+    segments: Array  # int [batch or 1, seq]
+    window: Array | int  # scalar
+    ordered: bool = True  # tokens of a segment are in order; False: any key may be seen
+
+    def operands(self) -> tuple[Array, ...]:
+        """Returns the operands of a library call."""
+        chex.assert_rank(self[:3], 4)
+        chex.assert_equal_shape([self.k, self.v])
+        chex.assert_equal_shape_prefix([self.q, self.k], 2)
+        positions, segments, window = (jnp.asarray(x, jnp.int32) for x in self[3:6])
+        return (*map(bf16_bits, self[:3]), *jnp.broadcast_arrays(positions, segments), window)
+
+
+def _heads(arrays: Any, places: tuple[Any, ...], ordered: bool) -> Heads:
+    q, k, v = (read_residual(x, "bfloat16") for x in arrays)
+    positions, segments, window = places
+    return Heads(q, k, v, positions, segments, window, ordered)
+
+
+def native_attention(heads: Heads, softcap: float = 0.0) -> tuple[Array, Array]:
+    """Returns the result, bf16 as q, and the log-sum-exps, float32 ``[batch, heads, seq]``."""
+    batch, seq, n, _ = heads.q.shape
+    shapes = [
+        jax.ShapeDtypeStruct(heads.q.shape, jnp.uint16),
+        jax.ShapeDtypeStruct((batch, n, seq), jnp.float32),
+    ]
+    attend = call("attention", shapes, cap=np.float32(softcap), ordered=heads.ordered)
+    out, logsumexp = attend(*heads.operands())
+    return from_bits(out), logsumexp
+
+
+def needs_result(seq: int, softcap: float) -> bool:
+    """Returns True if `native_gradient` needs the result of `native_attention`."""
+    return seq > _AT_ONCE or softcap > 0
+
+
+def native_gradient(
+    heads: Heads, out: Array | None, logsumexp: Array, g: Array, softcap: float = 0.0
+) -> list[Array]:
+    """Returns float32 gradients of q, k and v for the cotangent g; out may be None unless `needs_result`."""
+    chex.assert_equal_shape([heads.q, g])
+    if out is None:
+        assert not needs_result(heads.q.shape[1], softcap)
+        out = jnp.zeros((*heads.q.shape[:3], 0), jnp.uint16)
+    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in heads[:3]]
+    gradient = call("attention_gradient", shapes, cap=np.float32(softcap), ordered=heads.ordered)
+    return gradient(*heads.operands(), bf16_bits(out), logsumexp, bf16_bits(g))

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
+from jax import Array, lax
 
-from nalora_jax.cpu import native
-from nalora_jax.cpu.native import from_bits
-from nalora_jax.cpu.storage import Bits, bits_of, usable
+from nalora_jax.cpu.native.library import call
 from nalora_jax.ops import losses as ops
-from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.dispatch import Numerics, native_kind
 from nalora_jax.ops.losses import PLAIN_HEAD, Head
-from nalora_jax.ops.storage import Kernel, dot, expand, rounded
+from nalora_jax.ops.storage import Bits, Kernel, bf16_bits, bits_of, dot, from_bits, rounded
 
 # Logits of a block take 1 MB.
 BLOCK = 2048
@@ -27,26 +27,22 @@ _ROWS = 128  # of XLA's chunks: few targets cost little, and logits little memor
 
 @ops.cross_entropy.implements("cpu")
 def cross_entropy(
-    hidden: jax.Array,
+    hidden: Array,
     kernel: Kernel,
-    targets: jax.Array,
-    weights: jax.Array,
+    targets: Array,
+    weights: Array,
     head: Head = PLAIN_HEAD,
     numerics: Numerics = Numerics(),  # noqa: B008
     *,
     chunk: int = 0,
     compact: bool = True,
     shards: int = 1,
-) -> jax.Array:
-    """Computes the loss of the rows that have a target.
-
-    On a mesh that splits the batch it returns NotImplemented: such a mesh may split the vocabulary,
-    too.
-    """
+) -> Array:
+    """Computes the loss of the rows that have a target; a mesh that splits the batch may split the vocabulary, too."""
     if not compact:
         return NotImplemented
     bf16 = isinstance(kernel, Bits) or getattr(kernel, "dtype", None) == jnp.bfloat16
-    if bf16 and numerics.operand == "bfloat16" and usable(numerics):
+    if bf16 and native_kind(numerics):
         target_rows = _target_rows(lax.stop_gradient(kernel), targets, head.transposed)
         weights = lax.stop_gradient(weights.astype(jnp.float32))
         sums = partial(_native_sums, head, numerics)
@@ -56,25 +52,25 @@ def cross_entropy(
 
 @ops.chunk_of_rows.implements("cpu")
 def blocks(
-    hidden: jax.Array,
+    hidden: Array,
     kernel: Kernel,
-    targets: jax.Array,
-    weights: jax.Array,
+    targets: Array,
+    weights: Array,
     grad: bool,
     *,
     head: Head,
     numerics: Numerics,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     """Computes the losses of rows block by block; whole rows take twice as long for 49,152 entries.
 
     bf16 is read as its bits, because XLA would copy the table. A mesh may split floats by the vocabulary.
     """
-    vocab, whole = kernel.shape[head.axis], isinstance(kernel, jax.Array) and numerics.platform.devices == 1
+    vocab, whole = kernel.shape[head.axis], isinstance(kernel, Array) and numerics.platform.devices == 1
     if vocab <= BLOCK or not (whole or isinstance(kernel, Bits)):
         return NotImplemented
     hidden, table = rounded(hidden, numerics.operand, numerics), bits_of(kernel)
 
-    def add(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def add(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         top, total, attended = carry
         # The last block ends at the end of the vocabulary, without the entries of the one before.
         start = jnp.minimum(i * BLOCK, vocab - BLOCK)
@@ -96,18 +92,9 @@ def blocks(
 
 
 def _joined(
-    sums: tuple[jax.Array, jax.Array, jax.Array],
-    hidden: jax.Array,
-    target_rows: jax.Array,
-    weights: jax.Array,
-    head: Head,
-    grad: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns each row's loss, and the gradient of hidden if ``grad``, from sums over the vocabulary.
-
-    The sums of logits ``l`` are ``max l`` and ``sum exp(l - max)``, both ``[rows]``, and ``sum exp(l - max) l' E``
-    ``[rows, d_model]``, with ``l'`` the derivative of the logits by the products.
-    """
+    sums: tuple[Array, ...], hidden: Array, target_rows: Array, weights: Array, head: Head, grad: bool
+) -> tuple[Array, Array]:
+    """Returns each row's loss, and the gradient of hidden if ``grad``, from the sums of `over_vocabulary`."""
     top, total, attended = sums
     # The target's logit and its part of the gradient take one row of the head instead of a one-hot
     # [rows, vocab].
@@ -119,7 +106,7 @@ def _joined(
     return losses, weights[:, None] * (attended / total[:, None] - slope[:, None] * columns)
 
 
-def _target_rows(kernel: Kernel, targets: jax.Array, transposed: bool) -> jax.Array:
+def _target_rows(kernel: Kernel, targets: Array, transposed: bool) -> Array:
     """Returns the head's weights of every target, ``[..., d_model]`` of ``[...]``, bf16 as bits."""
     rows = jnp.take(bits_of(kernel), targets.reshape(-1), axis=int(not transposed))
     if not transposed:
@@ -128,12 +115,8 @@ def _target_rows(kernel: Kernel, targets: jax.Array, transposed: bool) -> jax.Ar
 
 
 def _native_sums(
-    head: Head,
-    numerics: Numerics,
-    hidden: jax.Array,
-    constants: tuple[Kernel, jax.Array, jax.Array],
-    grad: bool,
-) -> tuple[jax.Array, jax.Array]:
+    head: Head, numerics: Numerics, hidden: Array, constants: tuple[Kernel, Array, Array], grad: bool
+) -> tuple[Array, Array]:
     """Returns the loss of all rows, and the gradient of hidden if ``grad``.
 
     ``constants`` are the head's kernel, its row for every target, and the weights.
@@ -146,17 +129,27 @@ def _native_sums(
         jnp.take(x.reshape(n, *x.shape[2:]), order, axis=0) for x in (hidden, target_rows, weights)
     )
     h = rounded(h, numerics.operand, numerics)
-    sums = native.over_vocabulary(
-        h,
-        kernel.bits if isinstance(kernel, Bits) else expand(kernel),
-        jnp.sum(w != 0, dtype=jnp.int32),
-        transposed=head.transposed,
-        scale=head.scale,
-        softcap=head.softcap,
-        gradient=grad,
-    )
+    sums = over_vocabulary(h, bits_of(kernel), jnp.sum(w != 0, dtype=jnp.int32), head, grad)
     losses, back = _joined(sums, h, rows, w, head, grad)
     loss = jnp.sum(losses)
     if not grad:
         return loss, back
     return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(hidden.shape)
+
+
+def over_vocabulary(
+    hidden: Array, table: Array, count: Array | int, head: Head, grad: bool = True
+) -> tuple[Array, ...]:
+    """Computes ``max l``, ``sum exp(l - max)`` and, with ``grad``, ``sum exp(l - max) l' E`` of the logits ``l``.
+
+    ``l'`` is the derivative of the logits by the products of ``hidden`` ``[rows, d_model]`` and the table E, both
+    bf16 or views of it. Results are float32 ``[rows]``, ``[rows]`` and ``[rows, d_model]`` (``[rows, 0]`` without
+    ``grad``). Rows after the first ``count`` are not computed: they get 0, 1 and zeros.
+    """
+    rows, d_model = hidden.shape
+    chex.assert_axis_dimension(table, 1 - head.axis, d_model)
+    row = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    shapes = [row, row, jax.ShapeDtypeStruct((rows, d_model if grad else 0), jnp.float32)]
+    scale, cap = np.float32(head.scale), np.float32(head.softcap)
+    sums = call("over_vocabulary", shapes, transposed=head.transposed, scale=scale, cap=cap)
+    return tuple(sums(bf16_bits(hidden), bf16_bits(table), jnp.asarray(count, jnp.int32)))

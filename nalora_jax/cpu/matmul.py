@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
+from jax import Array
+from jax.custom_batching import custom_vmap
 
-from nalora_jax.common import processor
-from nalora_jax.cpu import native
-from nalora_jax.cpu.native import Sum, Term, bf16_bits, from_bits, library
-from nalora_jax.cpu.storage import Bits, usable
+from nalora_jax.cpu.native.library import call
 from nalora_jax.method import low_rank
 from nalora_jax.method.low_rank import (
     Adapted,
@@ -33,45 +33,127 @@ from nalora_jax.method.low_rank import (
     rank_cotangents,
     with_masked,
 )
-from nalora_jax.ops import delta_rule
-from nalora_jax.ops.dispatch import Numerics
-from nalora_jax.ops.storage import Kernel, Stored, dot, expand, read_residual, rounded, save_residual
+from nalora_jax.ops.dispatch import Numerics, native_kind
+from nalora_jax.ops.storage import (
+    Bits,
+    Kernel,
+    Stored,
+    bf16_bits,
+    dot,
+    expand,
+    from_bits,
+    read_residual,
+    rounded,
+    save_residual,
+)
 
 # With fewer rows, as in text generation, XLA's matmuls are used if they are faster.
 _FEWEST_ROWS = 32
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Term:
+    """One product of a sum; both operands are bf16, or bf16 viewed as uint16. With runs, x has their axis first."""
+
+    x: Array  # [rows, depth]
+    y: Any  # an array (or one of each run), or `Bits` of a stack: [depth, columns] or [columns, depth]
+    transposed: bool = field(default=False, metadata={"static": True})  # True for [columns, depth]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the product."""
+        return self.x.shape[-2], self.y.shape[-2 if self.transposed else -1]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sum:
+    """The sum ``sum_t x_t y_t``."""
+
+    terms: Sequence[Term]
+    # Of the result; "bfloat16" is rounded once, from the float32 sum.
+    dtype: Any = field(default="float32", metadata={"static": True})
+
+
+def products(*sums: Sum) -> list[Array]:
+    """Computes the sums ``[rows, columns]``, whose shapes may differ, in one call: threads share all of the work."""
+    for of in sums:
+        rows, columns = of.terms[0].shape
+        for term in of.terms:
+            depth = term.x.shape[1]
+            chex.assert_shape(term.x, (rows, None))
+            chex.assert_equal(term.y.shape, (columns, depth) if term.transposed else (depth, columns))
+    results: list[Array] = _products(jax.tree.map(bf16_bits, sums))
+    return results
+
+
+@custom_vmap
+def _products(sums: Sequence[Sum]) -> list[Array]:
+    return _called(sums)
+
+
+@_products.def_vmap
+def _products_of_runs(
+    runs: int, batched: Sequence[Sequence[Sum]], sums: Sequence[Sum]
+) -> tuple[list[Array], list[bool]]:
+    """Computes the sums of all runs in one call; runs that share their kernels are rows of one product."""
+
+    def of_runs(term: Term, flags: Term) -> Term:
+        assert not isinstance(term.y, Bits) or not any(jax.tree.leaves(flags.y)), "kernels are shared"
+        x = term.x if flags.x else jnp.broadcast_to(term.x, (runs, *term.x.shape))
+        return Term(x, term.y, term.transposed)
+
+    joined = [
+        Sum([of_runs(*both) for both in zip(of.terms, flags.terms, strict=True)], of.dtype)
+        for of, flags in zip(sums, batched[0], strict=True)
+    ]
+    return _called(joined, runs), [True] * len(sums)
+
+
+def _called(sums: Sequence[Sum], *runs: int) -> list[Array]:
+    """Returns the results of one call, with an axis of ``runs`` first if they are given; operands are uint16."""
+    every = [term for of in sums for term in of.terms]
+    operands = [x for of in every for x in (of.x, of.y.bits if isinstance(of.y, Bits) else of.y)]
+    attributes = {
+        "terms": np.array([len(of.terms) for of in sums], np.int64),
+        "transposed": np.array([term.transposed for term in every], np.int64),
+        "stacked": np.array([isinstance(term.y, Bits) for term in every], np.int64),
+    }
+    stored = {"float32": jnp.float32, "bfloat16": jnp.uint16}
+    shapes = [
+        jax.ShapeDtypeStruct((*runs, *of.terms[0].shape), stored[jnp.dtype(of.dtype).name]) for of in sums
+    ]
+    indices = [jnp.asarray(term.y.at, jnp.int32) for term in every if isinstance(term.y, Bits)]
+    return [from_bits(y) for y in call("products", shapes, **attributes)(*operands, *indices)]
+
+
 def is_native(rows: int, operand: str, numerics: Numerics) -> bool:
     """Returns True if matmuls with this number of rows are native."""
-    if operand != "bfloat16" or not usable(numerics):
-        return False
-    return rows >= _FEWEST_ROWS or library.kind() != "floats"
+    kind = native_kind(numerics) if operand == numerics.operand == "bfloat16" else ""
+    return bool(kind) and (rows >= _FEWEST_ROWS or kind != "floats")
 
 
-def native_sums(numerics: Numerics, *sums: Sum) -> list[jax.Array]:
-    """Computes `nalora_jax.cpu.native.products` of unrounded operands in any storage form."""
-    if not sums:
-        return []
+def native_sums(numerics: Numerics, *sums: Sum) -> list[Array]:
+    """Computes `products` of unrounded operands in any storage form."""
 
     def operand(y: Any) -> Any:
-        if isinstance(y, native.Slice):
-            return y
         if isinstance(y, Bits):
-            return y.bits
+            return y.bits if y.at is None else y
         return rounded(expand(y), "bfloat16", numerics)
 
-    return native.products(*jax.tree.map(operand, sums, is_leaf=lambda y: isinstance(y, Stored)))
+    return products(*jax.tree.map(operand, sums, is_leaf=lambda y: isinstance(y, Stored))) if sums else []
 
 
 @dot.implements("cpu")
 def native_dot(
-    x: jax.Array,
+    x: Array,
     y: Kernel,
     numerics: Numerics,
     dims: tuple[int, int] = (1, 0),
     operand: str = "",
     result: Any = "float32",
-) -> jax.Array:
+) -> Array:
     """Computes the matmul natively, or by XLA's faster matmul if there is a single row."""
     operand = operand or numerics.operand
     if dims[0] != 1:
@@ -84,66 +166,45 @@ def native_dot(
     return NotImplemented
 
 
-@delta_rule.solve_unit.implements("cpu")
-def solve_unit(lower: jax.Array, target: jax.Array, numerics: Numerics) -> jax.Array:
-    """Solves by LAPACK's substitution on one device; several would gather the systems.
-
-    It takes a tenth of the time of the plain inverse, whose matmuls suit matrix units.
-    """
-    if numerics.platform.devices > 1:
-        return NotImplemented
-    return lax.linalg.triangular_solve(lower, target, left_side=True, lower=True, unit_diagonal=True)
-
-
-# ---------------------------------------------------------------- adapted layers
-
-
 @low_rank.adapted_dense.implements("cpu")
-def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
-    """Computes a layer with one adapter, without DoRA or dropout."""
-    if dense.adapter is None or not dense.is_plain:
-        return NotImplemented
-    if is_native(_rows(x), numerics.operand, numerics):
-        return together(NativeProducts(numerics), x, [dense])[0]
-    if worthwhile(x, dense.kernel):
-        return together(FusedProducts(numerics), x, [dense])[0]
-    return NotImplemented
+def adapted_dense(x: Array, dense: Dense, numerics: Numerics) -> Adapted:
+    """Computes one layer as `parallel_dense` does, or with an adapter by `FusedProducts`.
+
+    Joining kernel and factor copies the kernel, which must cost less than a second pass over the rows. In
+    text generation it costs more: each token would need a copy.
+    """
+    products = _native(x, [dense], numerics)
+    worthwhile = 2 * math.prod(x.shape[:-1]) >= dense.kernel.shape[-2]
+    if products is None and dense.adapter is not None and dense.is_plain and worthwhile:
+        products = FusedProducts(numerics)
+    return NotImplemented if products is None else _together(products, x, [dense])[0]
 
 
 @low_rank.parallel_dense.implements("cpu")
-def parallel_dense(x: jax.Array, layers: Sequence[Dense], numerics: Numerics) -> list[Adapted]:
-    """Computes the layers natively, in one call per direction.
+def parallel_dense(x: Array, layers: Sequence[Dense], numerics: Numerics) -> list[Adapted]:
+    """Computes layers without DoRA and dropout natively, in one call per direction.
 
     Threads share the work of all layers, and the gradients of x are summed while they are computed.
     Separate calls would write each gradient to memory and read it again for the sum.
     """
-    if not all(layer.is_plain for layer in layers) or not is_native(_rows(x), numerics.operand, numerics):
-        return NotImplemented
-    return together(NativeProducts(numerics), x, layers)
+    products = _native(x, layers, numerics)
+    return NotImplemented if products is None else _together(products, x, layers)
 
 
-def _rows(x: jax.Array) -> int:
-    return math.prod(x.shape[:-1])
+def _native(x: Array, layers: Sequence[Dense], numerics: Numerics) -> Products | None:
+    rows = math.prod(x.shape[:-1])
+    fits = all(layer.is_plain for layer in layers) and is_native(rows, numerics.operand, numerics)
+    return NativeProducts(numerics) if fits else None
 
 
-def worthwhile(x: jax.Array, kernel: Kernel) -> bool:
-    """Returns True if x has enough rows for joining kernel and factor to pay off.
-
-    Joining copies the kernel, which must cost less than a second pass over the rows. During text
-    generation it costs more: each token would need a copy.
-    """
-    return 2 * _rows(x) >= kernel.shape[-2]
-
-
-def together(products: Products, x: jax.Array, layers: Sequence[Dense]) -> list[Adapted]:
+def _together(products: Products, x: Array, layers: Sequence[Dense]) -> list[Adapted]:
     """Returns the outputs of plain layers for x ``[..., d_in]``."""
     factors = tuple(Factors.of(layer.adapter, layer.kernel) for layer in layers)
     ys, hidden = gated(products, x.reshape(-1, x.shape[-1]), factors)
     ys, hidden = jax.tree.map(lambda y: y.reshape(*x.shape[:-1], -1), (ys, hidden))
     return [
         Adapted(
-            add_bias(y, layer.bias),
-            None if layer.adapter is None else LowRankHidden(h, layer.adapter.b),
+            add_bias(y, layer.bias), None if layer.adapter is None else LowRankHidden(h, layer.adapter.b)
         )
         for layer, y, h in zip(layers, ys, hidden, strict=True)
     ]
@@ -152,9 +213,9 @@ def together(products: Products, x: jax.Array, layers: Sequence[Dense]) -> list[
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FusedProducts(Products):
-    """The matmuls of one layer by XLA, with the low-rank factor appended to the frozen kernel.
+    """The matmuls of one layer by XLA, with the low-rank factor as ``r`` more rows or columns of the kernel.
 
-    The factor on its wide side adds ``r`` rows or columns to the kernel::
+    Without it a bf16 step by XLA takes 15% longer (8 x 128 on Zen 4)::
 
         wide output (gate, up)   y  = [x, s x A] [W; B]
                                  dx = g [W; B]^T, its last r columns being g B^T
@@ -164,85 +225,63 @@ class FusedProducts(Products):
 
     numerics: Numerics = field(metadata={"static": True})
 
-    def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[Any]]:
+    def forward(self, x: Array, layers: Sequence[Factors]) -> tuple[list[Array], list[Any]]:
         """See `Products`."""
         ((a, b, scale, _, kernel),), n = layers, self.numerics
-        d_in, d_out = kernel.shape
-        multiple = contraction_multiple(n)
+        d_out = kernel.shape[1]
         # A rematerialized layer saves the r columns s x A; recomputing them would take another
         # matmul over x.
-        if d_out > d_in:
+        if d_out > kernel.shape[0]:
             hidden: Any = save_residual(scale * dot(x, a, n), "float32", n)
-            y = dot(
-                self._joined(x, hidden, 1, multiple),
-                self._joined(expand(kernel), b, 0, multiple),
-                n,
-            )
+            y = dot(self._joined(x, hidden, 1), self._joined(kernel, b, 0), n)
         else:
-            both = dot(x, self._joined(expand(kernel), a, 1), n)
+            both = dot(x, self._joined(kernel, a, 1), n)
             hidden = save_residual(scale * both[:, d_out:], "float32", n)
             y = both[:, :d_out] + dot(hidden, b, n)
         return [rounded(y, n.result, n)], [hidden]
 
     def backward(
-        self, x: jax.Array, gs: Sequence[jax.Array], layers: Sequence[Factors], hidden: Sequence[Any]
-    ) -> tuple[jax.Array, list[Any], list[Any]]:
+        self, x: Array, gs: Sequence[Array], layers: Sequence[Factors], hidden: Sequence[Any]
+    ) -> tuple[Array, list[Any], list[Any]]:
         """See `Products`."""
-        (layer,), (g,), n = layers, gs, self.numerics
-        kernel, wide = expand(layer.kernel), with_masked(layer)
-        d_in, d_out = kernel.shape
+        (layer,), (g,), n, wide = layers, gs, self.numerics, with_masked(layers[0])
+        d_in, d_out = layer.kernel.shape
         if d_out > d_in:
-            both = dot(g, self._joined(kernel, wide, 0), n, dims=(1, 1))
+            both = dot(g, self._joined(layer.kernel, wide, 0), n, dims=(1, 1))
             exact, masked = rank_cotangents(layer, both[:, d_in:])
             dx = both[:, :d_in] + dot(exact, layer.a, n, dims=(1, 1))
         else:
             exact, masked = rank_cotangents(layer, dot(g, wide, n, dims=(1, 1)))
-            multiple = contraction_multiple(n)
-            sides = self._joined(g, exact, 1, multiple), self._joined(kernel, layer.a, 1, multiple)
-            dx = dot(*sides, n, dims=(1, 1))
+            dx = dot(self._joined(g, exact, 1), self._joined(layer.kernel, layer.a, 1), n, dims=(1, 1))
         da, db = self._narrow(masked, x).T, self._narrow(hidden[0], g)
         return rounded(dx, x.dtype, n), [da], [db]
 
-    def _joined(self, first: jax.Array, second: jax.Array, axis: int, multiple: int = 1) -> jax.Array:
-        """Returns both arrays rounded and concatenated, with zeros up to the next ``multiple``."""
+    def _joined(self, first: Kernel, second: Array, axis: int) -> Array:
+        """Returns both arrays rounded and concatenated."""
         # As integers: XLA:CPU would concatenate bf16 in float32 and convert both ways.
-        parts = [
-            bf16_bits(rounded(array, self.numerics.operand, self.numerics)) for array in (first, second)
-        ]
-        if missing := -sum(array.shape[axis] for array in parts) % multiple:
-            shape = (*parts[0].shape[:axis], missing, *parts[0].shape[axis + 1 :])
-            parts.append(jnp.zeros(shape, parts[0].dtype))
-        return from_bits(jnp.concatenate(parts, axis=axis))
+        return from_bits(jnp.concatenate([self._bits(expand(first)), self._bits(second)], axis=axis))
 
-    def _narrow(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    def _bits(self, x: Array) -> Array:
+        return bf16_bits(rounded(x, self.numerics.operand, self.numerics))
+
+    def _narrow(self, x: Array, y: Array) -> Array:
         """Returns ``x^T y [r, d]`` of a narrow x ``[tokens, r]`` and a wide y ``[tokens, d]``."""
         # XLA:CPU contracts the rows of a left operand in float32 only, which would compute the wide
         # side twice. The appended row of zeros makes the transpose a separate array, which XLA does
         # not fold into the matmul.
-        transposed = bf16_bits(rounded(x, self.numerics.operand, self.numerics)).T
+        transposed = self._bits(x).T
         transposed = from_bits(jnp.concatenate([transposed, jnp.zeros_like(transposed[:1])]))
         return dot(transposed, y, self.numerics)[: x.shape[1]]
-
-
-def contraction_multiple(numerics: Numerics) -> int:
-    """Returns a number that the length of a contraction should be a multiple of.
-
-    AMX tiles take 32 bf16 values: 608 columns, the last 24 of them zeros, are a fifth faster than
-    584.
-    """
-    if numerics.operand == "bfloat16" and "tiles" in processor.kinds():
-        return 32
-    return 1
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NativeProducts(Products):
-    """The matmuls of any number of layers by `nalora_jax.cpu.native`, with or without adapters."""
+    """The matmuls of any number of layers, with or without adapters, as `products`."""
 
     numerics: Numerics = field(metadata={"static": True})
 
-    def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[Any]]:
+    def forward(self, x: Array, layers: Sequence[Factors]) -> tuple[list[Array], list[Any]]:
         """See `Products`."""
         n = self.numerics
         narrow = iter(native_sums(n, *(Sum([Term(x, layer.a)]) for layer in layers if layer.a is not None)))
@@ -261,8 +300,8 @@ class NativeProducts(Products):
         return native_sums(n, *sums), hidden
 
     def backward(
-        self, x: jax.Array, gs: Sequence[jax.Array], layers: Sequence[Factors], hidden: Sequence[Any]
-    ) -> tuple[jax.Array, list[Any], list[Any]]:
+        self, x: Array, gs: Sequence[Array], layers: Sequence[Factors], hidden: Sequence[Any]
+    ) -> tuple[Array, list[Any], list[Any]]:
         """See `Products`."""
         n = self.numerics
         terms = [Term(g, layer.kernel, True) for g, layer in zip(gs, layers, strict=True)]

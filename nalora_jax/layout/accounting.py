@@ -166,12 +166,12 @@ class Program:
         Args:
           scope: a name of `jax.named_scope`.
         """
-        name = re.compile(rf"\b{scope}\b")
+        name = re.compile(rf'op_name="[^"]*\b{scope}\b')
         inside: set[str] = set()  # computations of the scope's loops
         pending = [
             called
             for loop, _ in self.executed
-            if loop.opcode == "while" and name.search(loop.source)
+            if loop.opcode == "while" and name.search(loop.attributes)
             for called in loop.calls
         ]
         while pending:
@@ -180,7 +180,7 @@ class Program:
                 pending += [called for i in computation.instructions.values() for called in i.calls]
 
         def belongs(instruction: Instruction) -> bool:
-            return instruction.holder.name in inside or bool(name.search(instruction.source))
+            return instruction.holder.name in inside or bool(name.search(instruction.attributes))
 
         flops = sum(times * flops_of(i) for i, times in self.executed if belongs(i))
         return Work(flops, sum(times * bytes_of(i) for i, times in self.scheduled if belongs(i)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -57,68 +57,57 @@ EXHAUSTED = Compiled(None, False, math.inf, failure="out of memory")
 FAILED = Compiled(None, False, math.inf, failure="the compiler failed")
 
 
-@dataclass
-class Search:
-    """Candidates, and the programs compiled so far.
+Tried = list[tuple[Layout, Compiled]]  # compiled layouts, in their order
 
-    Attributes:
-      candidates: layouts that are estimated to fit.
-      limit: bytes of a chip's memory that a program may use.
-      tried: compiled layouts, in their order.
-    """
 
-    candidates: Sequence[Layout]
-    limit: float
-    tried: list[tuple[Layout, Compiled]] = field(default_factory=list)
-
-    def next(self) -> Layout | None:
-        """Returns the next layout to compile.
-
-        Returns None if a compiled layout is accepted or `MOST` have been compiled.
-        """
-        if not self.tried:
-            return fastest(self.candidates)
-        layout, last = self.tried[-1]
-        if len(self.tried) >= MOST or (last.fits and last.seconds <= SLOWER * layout.seconds):
-            return None
-        best = min((result.seconds for _, result in self.tried if result.fits), default=math.inf)
-        failed = [other.mesh for other, result in self.tried if result is FAILED]
-        left = [
-            layout
-            for layout in self.candidates
-            if layout.mesh not in failed and all(layout is not other for other, _ in self.tried)
-        ]
-        small = [layout for layout in left if self._memory(layout) <= self.limit]
-        fitting = [layout for layout in small if self._seconds(layout) < best]
-        if fitting:
-            return fastest(fitting, self._seconds)
-        if best == math.inf:
-            return min(left, key=self._memory, default=None)
+def _next(candidates: Sequence[Layout], limit: float, tried: Tried) -> Layout | None:
+    """Returns the next layout to compile; None if one is accepted or `MOST` have been compiled."""
+    if not tried:
+        return fastest(candidates)
+    layout, last = tried[-1]
+    if len(tried) >= MOST or (last.fits and last.seconds <= SLOWER * layout.seconds):
         return None
 
-    def _memory(self, layout: Layout) -> float:
+    def memory(layout: Layout) -> float:
         """Returns estimated bytes times the largest ratio of compiled to estimated bytes so far."""
-        known = ((other, result) for other, result in self.tried if result is not FAILED)
-        ratios = ((result.memory or _EXHAUSTED * self.limit) / other.memory for other, result in known)
+        known = ((other, result) for other, result in tried if result is not FAILED)
+        ratios = ((result.memory or _EXHAUSTED * limit) / other.memory for other, result in known)
         return layout.memory * max((1.0, *ratios))
 
-    def _seconds(self, layout: Layout) -> float:
+    def seconds(layout: Layout) -> float:
         """Returns estimated seconds times the largest such ratio of seconds of the same mesh."""
-        same = (
-            (other, result) for other, result in self.tried if other.mesh == layout.mesh and result.memory
-        )
+        same = ((other, result) for other, result in tried if other.mesh == layout.mesh and result.memory)
         return layout.seconds * max((result.seconds / other.seconds for other, result in same), default=1.0)
+
+    best = min((result.seconds for _, result in tried if result.fits), default=math.inf)
+    failed = [other.mesh for other, result in tried if result is FAILED]
+    left = [
+        layout
+        for layout in candidates
+        if layout.mesh not in failed and all(layout is not other for other, _ in tried)
+    ]
+    fitting = [layout for layout in left if memory(layout) <= limit and seconds(layout) < best]
+    if fitting:
+        return fastest(fitting, seconds)
+    if best == math.inf:
+        return min(left, key=memory, default=None)
+    return None
 
 
 def decide(
-    search: Search, compiled: Callable[[Layout], Compiled], *, must_fit: bool = True
-) -> tuple[Layout, Compiled]:
-    """Returns the chosen layout and its program.
+    candidates: Sequence[Layout],
+    limit: float,
+    compiled: Callable[[Layout], Compiled],
+    *,
+    must_fit: bool = True,
+) -> tuple[Layout, Compiled, Tried]:
+    """Returns the chosen layout, its program, and all that were compiled.
 
     It is the fastest compiled layout that fits, or the smallest if none fits and none must.
 
     Args:
-      search: candidates; layouts that were tried before count.
+      candidates: layouts that are estimated to fit.
+      limit: bytes of a chip's memory that a program may use.
       compiled: compiles the step of a layout; may raise that the compiler or a device ran out of memory, or
         an internal error of the compiler, which excludes the layout's mesh.
       must_fit: if False, a program that does not fit is enough.
@@ -127,22 +116,23 @@ def decide(
       NaloraError: no compiled layout fits, or none has a program.
       JaxRuntimeError: another error, or such internal errors for all layouts.
     """
-    while (layout := search.next()) is not None:
+    tried: Tried = []
+    while (layout := _next(candidates, limit, tried)) is not None:
         try:
-            search.tried.append((layout, compiled(layout)))
+            tried.append((layout, compiled(layout)))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
-                search.tried.append((layout, EXHAUSTED))
+                tried.append((layout, EXHAUSTED))
             elif str(error).startswith("INTERNAL") and "while compiling" in str(error):
                 log.warning("mesh: %s: %s", layout.short, str(error).splitlines()[0])
-                search.tried.append((layout, FAILED))
-                if search.next() is None and all(result is FAILED for _, result in search.tried):
+                tried.append((layout, FAILED))
+                if _next(candidates, limit, tried) is None and all(result is FAILED for _, result in tried):
                     raise
             else:
                 raise
     # The fastest that fits, else the smallest.
     layout, result = min(
-        search.tried,
+        tried,
         key=lambda pair: (
             not pair[1].fits,
             pair[1].seconds if pair[1].fits else pair[1].memory or math.inf,
@@ -151,11 +141,11 @@ def decide(
     if result.memory is None or (must_fit and not result.fits):
         raise NaloraError(
             "--mesh",
-            expected=f"a layout whose compiled step fits in {search.limit / 1e9:.1f} GB a chip",
-            found="; ".join(f"{layout.short} ({result})" for layout, result in search.tried),
+            expected=f"a layout whose compiled step fits in {limit / 1e9:.1f} GB a chip",
+            found="; ".join(f"{layout.short} ({result})" for layout, result in tried),
             remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
         )
-    tried = [f"{other.short} ({program})" for other, program in search.tried if other is not layout]
-    if tried:
-        log.info("mesh: %s (%s) instead of %s", layout.short, result, "; ".join(tried))
-    return layout, result
+    others = [f"{other.short} ({program})" for other, program in tried if other is not layout]
+    if others:
+        log.info("mesh: %s (%s) instead of %s", layout.short, result, "; ".join(others))
+    return layout, result, tried

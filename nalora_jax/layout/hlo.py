@@ -85,11 +85,6 @@ class Instruction:
         return sum(shape.size for shape in self.shapes if shape.space == 0)
 
     @property
-    def source(self) -> str:
-        """The path of the JAX operation that it computes; "" if unknown."""
-        return next(iter(re.findall(r'op_name="([^"]*)"', self.attributes)), "")
-
-    @property
     def host_bytes(self) -> float:
         """The bytes that it moves between device and host memory; 0 if it moves none."""
         if not self.opcode.endswith("-start") or all(shape.space != HOST for shape in self.shapes):

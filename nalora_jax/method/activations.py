@@ -43,7 +43,6 @@ class Activation:
     rho: Elementwise
     gate: Selection
     self_gated: bool = True  # rho is a smooth selection weight; otherwise the partition has no meaning
-    logistic: tuple[float, float] | None = None  # (a, b) if rho(z) = sigmoid(a z + b z^3)
     flat_above: float = math.inf  # phi is constant above it
     degree: float = 1.0  # the only homogeneity of an activation that is not self-gated
 
@@ -292,10 +291,10 @@ ALIASES = {
     "linear": "identity",
 }
 _BUILT_IN = (
-    activation_of("silu", _silu, logistic=(1.0, 0.0)),
+    activation_of("silu", _silu),
     activation_of("gelu", _gelu),
-    activation_of("gelu_tanh", _gelu_tanh, logistic=(_TANH_SLOPE, _TANH_CUBIC)),
-    activation_of("quick_gelu", _quick_gelu, logistic=(_QUICK_SLOPE, 0.0)),
+    activation_of("gelu_tanh", _gelu_tanh),
+    activation_of("quick_gelu", _quick_gelu),
     activation_of("mish", _mish),
     activation_of("relu", _relu, self_gated=False),
     activation_of("relu2", _relu2, self_gated=False, degree=2.0),
@@ -363,8 +362,6 @@ def _require_derivative(name: str, gate: Selection) -> None:
         difference = (gate(z + step)[0] - gate(z - step)[0]) / (2 * step)
         worst = float(jnp.max(jnp.abs(gate(z)[1] - difference)))
     if not worst < 1e-2:
-        raise NaloraError(
-            f"activation {name!r}",
-            expected="a function that returns rho(z) and its derivative",
-            found=f"a derivative that is off by {worst:.2g}",
-        )
+        expected = "a function that returns rho(z) and its derivative"
+        actual = f"a derivative that is off by {worst:.2g}"
+        raise NaloraError(f"activation {name!r}", expected=expected, found=actual)

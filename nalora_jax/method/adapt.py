@@ -36,14 +36,7 @@ from nalora_jax.method import activations
 from nalora_jax.method.low_rank import init_a, low_rank
 from nalora_jax.method.rules import Mechanism
 from nalora_jax.method.statistics import observe
-from nalora_jax.method.transform import (
-    DEFAULT,
-    MASK,
-    TAPS,
-    Mechanisms,
-    gate_leaves,
-    make_mechanisms,
-)
+from nalora_jax.method.transform import DEFAULT, MASK, TAPS, Mechanisms, gate_leaves, make_mechanisms
 
 _DENSE = "...i,io->...o"
 # An einsum, the name of the layer's attribute with it, or a function of the layer.
@@ -249,14 +242,11 @@ def _chosen(
 
 
 def _require_matches(where: str, patterns: Mapping[str, Any], found: Mapping[str, Projection]) -> None:
+    expected = f"a part of one of the paths {', '.join(sorted(found)) or '(none)'}"
+    remedy = "a layer of another class needs its einsum: classes={MyDense: '...i,io->...o'}"
     for pattern in patterns:
         if not any(re.search(pattern, path) for path in found):
-            raise NaloraError(
-                f"{where}: {pattern!r}",
-                expected=f"a part of one of the paths {', '.join(sorted(found)) or '(none)'}",
-                found="no match",
-                remedy="a layer of another class needs its einsum: classes={MyDense: '...i,io->...o'}",
-            )
+            raise NaloraError(f"{where}: {pattern!r}", expected=expected, found="no match", remedy=remedy)
 
 
 def _require_whole_gate(gate: Projection, layers: Iterable[Projection]) -> None:
@@ -265,17 +255,15 @@ def _require_whole_gate(gate: Projection, layers: Iterable[Projection]) -> None:
     It is recognized by its neighbor that leads back to the gate's input, which has half as many inputs.
     """
     parent, (d_model, width) = gate.path.rpartition("/")[0], gate.widths
-    near = (
-        layer for layer in layers if layer.path.rpartition("/")[0] == parent and layer.path != gate.path
-    )
+    near = [
+        layer for layer in layers if layer.path != gate.path and layer.path.rpartition("/")[0] == parent
+    ]
     back = [layer.widths[0] for layer in near if layer.widths[1] == d_model]
     if width not in back and width in [2 * d_in for d_in in back]:
-        raise NaloraError(
-            f"gates: {gate.path}",
-            expected=f"a layer with {width // 2} outputs, the inputs of the layer after the product",
-            found=f"{width} outputs: gate and up projection in one layer",
-            remedy="split the layer in two, or leave it out of the gates",
-        )
+        expected = f"a layer with {width // 2} outputs, the inputs of the layer after the product"
+        actual = f"{width} outputs: gate and up projection in one layer"
+        remedy = "split the layer in two, or leave it out of the gates"
+        raise NaloraError(f"gates: {gate.path}", expected=expected, found=actual, remedy=remedy)
 
 
 def _contraction(layer: Any, path: str, classes: Classes) -> Contraction | None:
@@ -287,7 +275,7 @@ def _contraction(layer: Any, path: str, classes: Classes) -> Contraction | None:
     return None
 
 
-def _general(inputs: Any, outputs: Any, axis: Any, batch: Any) -> str:
+def _general(outputs: Any, axis: Any, batch: Any) -> str:
     """Returns the einsum of a dense layer with several axes, which must be the last ones."""
     as_tuple = lambda value: tuple(value) if isinstance(value, Sequence) else (value,)  # noqa: E731
     axis, outputs = as_tuple(axis), as_tuple(outputs)
@@ -299,10 +287,10 @@ def _general(inputs: Any, outputs: Any, axis: Any, batch: Any) -> str:
 
 _CLASSES: Classes = {
     nn.Dense: _DENSE,
-    nn.DenseGeneral: lambda m: _general(None, m.features, m.axis, m.batch_dims),
+    nn.DenseGeneral: lambda m: _general(m.features, m.axis, m.batch_dims),
     nn.Einsum: "einsum_str",
     nnx.Linear: _DENSE,
-    nnx.LinearGeneral: lambda m: _general(m.in_features, m.out_features, m.axis, m.batch_axis),
+    nnx.LinearGeneral: lambda m: _general(m.out_features, m.axis, m.batch_axis),
     nnx.Einsum: "einsum_str",
 }
 

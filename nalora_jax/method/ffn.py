@@ -24,13 +24,7 @@ import jax.numpy as jnp
 
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.activations import Activation
-from nalora_jax.method.low_rank import (
-    Adapter,
-    Dense,
-    adapted_dense,
-    init_a,
-    parallel_dense,
-)
+from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense, init_a, parallel_dense
 from nalora_jax.method.measurement import (
     GateStatsConfig,
     Measurement,
@@ -236,9 +230,9 @@ def frozen_kernel(
     if module.has_variable("params", name):
         stored: storage.Kernel = module.get_variable("params", name)
         if module.has_variable(storage.STACKS, name):
-            stack: storage.LayerStack = module.get_variable(storage.STACKS, name)
+            stack: storage.Bits = module.get_variable(storage.STACKS, name)
             assert isinstance(stored, jax.Array)
-            return stack.layer(stored)
+            return storage.Bits(stack.bits, stored)
         if isinstance(stored, storage.Stored):  # `param` would compare the shapes of its leaves
             return stored
     kernel: jax.Array = module.param(name, init or nn.initializers.lecun_normal(), shape)

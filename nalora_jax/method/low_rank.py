@@ -148,11 +148,7 @@ def _gated_bwd(
     gs, _ = cotangents
     dx, das, dbs = products.backward(x, gs, layers, hidden)
     zero = [jax.tree.map(jnp.zeros_like, (layer.scale, layer.mask)) for layer in layers]
-    return (
-        None,
-        dx,
-        tuple(Factors(da, db, *zeros) for da, db, zeros in zip(das, dbs, zero, strict=True)),
-    )
+    return (None, dx, tuple(Factors(da, db, *zeros) for da, db, zeros in zip(das, dbs, zero, strict=True)))
 
 
 gated.defvjp(_gated_fwd, _gated_bwd)

@@ -332,9 +332,7 @@ def multiply_columns(updates: Any, factors: Mapping[str, Array], gates: Mapping[
 
 
 def nalora(
-    inner: optax.GradientTransformation,
-    mechanisms: Mechanisms,
-    gates: Mapping[str, str] | None = None,
+    inner: optax.GradientTransformation, mechanisms: Mechanisms, gates: Mapping[str, str] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Returns ``inner`` with the rules' factors on the gates' B.
 

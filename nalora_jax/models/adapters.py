@@ -53,9 +53,8 @@ def init_lora(
     """
     check_token_indices(spec, config)
     base, shapes = flatten(params or {}), projection_shapes(config)
-    leaves = fresh_adapters(
-        spec, {path: (depth, *shapes[path]) for path, depth in depths(config).items()}, key, base
-    )
+    kernels = {path: (depth, *shapes[path]) for path, depth in depths(config).items()}
+    leaves = fresh_adapters(spec, kernels, key, base)
     for name in spec.saved:
         table = base[TABLES[name]] if TABLES[name] in base else base[TABLES["embed_tokens"]].T
         leaves[TABLES[name]] = table.astype(jnp.float32)

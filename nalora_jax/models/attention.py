@@ -176,7 +176,7 @@ class Attention(nn.Module):
             sinks = self.param("sinks", nn.initializers.zeros_init(), (c.n_heads,)).astype(jnp.float32)
         if shards_of(sharding) > 1:
             assert shared.row is not None
-            return split_attention(q, k, v, shared.row, window, config, numerics, sinks=sinks)
+            return split_attention((q, k, v), shared.row, window, config, numerics, sinks)
         before = shared.handed[self.part.reads].cached if self.part.reads else layer.cached
         cached = None
         if before is not None:

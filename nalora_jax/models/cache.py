@@ -89,10 +89,8 @@ def grow(cache: Cache, length: int) -> Cache:
 
 def repeat(cache: Cache, count: int) -> Cache:
     """Returns the cache with every row repeated ``count`` times."""
-    rows = {
-        name: jnp.repeat(getattr(cache, name), count, axis=0)
-        for name in ("positions", "segments", "lengths")
-    }
+    names = ("positions", "segments", "lengths")
+    rows = {name: jnp.repeat(getattr(cache, name), count, axis=0) for name in names}
     # Arrays of states have leading axes [layers, batch].
     states = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=1), cache.states)
     return replace(cache, states=states, **rows)
@@ -134,11 +132,8 @@ def _padded(x: Any, axis: int, length: int) -> Any:
 
 def _written(stack: Kernel, new: jax.Array, axis: int, index: jax.Array, numerics: Numerics) -> Kernel:
     """Returns ``stack`` with ``new`` at ``index`` along ``axis``."""
-    same = (
-        store(new.astype(numerics.operand), numerics)
-        if isinstance(stack, Stored)
-        else new.astype(stack.dtype)
-    )
+    new = new.astype(numerics.operand if isinstance(stack, Stored) else stack.dtype)
+    same = store(new, numerics) if isinstance(stack, Stored) else new
     start = [jnp.zeros((), jnp.int32)] * stack.ndim
     start[axis] = index
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), stack, same)
@@ -149,8 +144,11 @@ def default_positions(segments: jax.Array) -> jax.Array:
 
     Example: segments ``[[0, 1, 1, 2, 2, 2]]`` -> ``[[0, 0, 1, 0, 1, 2]]``.
     """
-    index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :], segments.shape)
-    starts = jnp.concatenate(
-        [jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1
-    )
+    starts = jnp.ones_like(segments[:, :1], bool)
+    return since_last(jnp.concatenate([starts, segments[:, 1:] != segments[:, :-1]], axis=1))
+
+
+def since_last(starts: jax.Array) -> jax.Array:
+    """Returns the tokens since the last of ``starts`` (bool ``[batch, seq]``), itself included: int of its shape."""
+    index = jnp.broadcast_to(jnp.arange(starts.shape[1], dtype=jnp.int32)[None, :], starts.shape)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

@@ -86,16 +86,12 @@ class ModelConfig:
     @property
     def hands(self) -> str:
         """See `Mixer.hands`."""
-        if self.mixer is None:
-            return ""
-        return self.mixer.hands
+        return "" if self.mixer is None else self.mixer.hands
 
     @property
     def reads(self) -> str:
         """See `Mixer.reads`; such layers have no cache."""
-        if self.mixer is None:
-            return ""
-        return self.mixer.reads
+        return "" if self.mixer is None else self.mixer.reads
 
     @property
     def layer_windows(self) -> tuple[int, ...]:

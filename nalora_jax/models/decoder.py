@@ -15,14 +15,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from nalora_jax.common.trees import flatten
 from nalora_jax.method.ffn import Adapters
 from nalora_jax.method.measurement import GateStatsConfig, SampledWeights
-from nalora_jax.models.cache import Cache, default_positions, extend
+from nalora_jax.models.cache import Cache, default_positions, extend, since_last
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.embedding import Embedding, LMHead
 from nalora_jax.models.parts import (
@@ -65,10 +64,7 @@ class Block(nn.Module):
         x, normed = self._added("attn_norm", x, None)
         mixer, feed_forward = parts(c)
         y, update = self._module(mixer)(normed, layer, shared)
-        y = self._dropped(y, shared)
-        if c.post_norm:
-            y = self._norm("attn_post_norm", round_and_save(y, self.options.numerics))
-        x, normed = self._added("ffn_norm", x, y)
+        x, normed = self._added("ffn_norm", x, self._result("attn_post_norm", y, shared))
         stream = {"stream": x} if feed_forward.reads_stream else {}
         y = self._module(feed_forward)(
             normed,
@@ -77,26 +73,22 @@ class Block(nn.Module):
             deterministic=shared.deterministic,
             **stream,
         )
-        y = self._dropped(y, shared)
-        if c.post_norm:
-            y = self._norm("ffn_post_norm", round_and_save(y, self.options.numerics))
-        x = self._add(x, y)
+        x = self._add(x, self._result("ffn_post_norm", y, shared))
         if c.tail is not None:
             x = self._module(c.tail)(x, layer, shared)
         if layer.cached is None and not c.hands:
             update = None
         return constrain(x, self.options.sharding), update
 
-    def _dropped(self, y: jax.Array, shared: SharedInputs) -> jax.Array:
-        """Returns a part's output with the family's dropout."""
-        if not self.config.residual_dropout or shared.deterministic:
+    def _result(self, norm: str, y: jax.Array, shared: SharedInputs) -> jax.Array:
+        """Returns a part's output with the family's dropout and the norm ``norm``."""
+        c, numerics = self.config, self.options.numerics
+        if c.residual_dropout and not shared.deterministic:
+            y = nn.Dropout(c.residual_dropout, deterministic=False)(y)
+        if not c.post_norm:
             return y
-        return nn.Dropout(self.config.residual_dropout, deterministic=False)(y)
-
-    def _norm(self, name: str, x: jax.Array) -> jax.Array:
-        return RMSNorm(
-            self.config.norm_eps, self.config.norm_offset, self.options.numerics.result, name=name
-        )(x)
+        y = round_and_save(y, numerics)
+        return RMSNorm(c.norm_eps, c.norm_offset, numerics.result, name=norm)(y)
 
     def _added(self, name: str, x: jax.Array, y: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Returns ``x + y`` and the input of the next part.
@@ -404,9 +396,7 @@ def _drops(config: ModelConfig, adapters: AdapterSpec) -> bool:
 
 def _scanned(by_layer: tuple[int, ...], default: int) -> jax.Array | None:
     """Returns the values of a stack's layers; None if all of them are the default."""
-    if set(by_layer) == {default}:
-        return None
-    return jnp.asarray(by_layer, jnp.int32)
+    return None if set(by_layer) == {default} else jnp.asarray(by_layer, jnp.int32)
 
 
 def sampled_as_whole(
@@ -473,7 +463,6 @@ def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> 
     Example: places ``[[0, 1, 1, 1, 0]]``, positions ``[[0, 1, 2, 3, 4]]`` -> ``[[0, 1, 1, 1, 4]]``.
     """
     positions, segments = (jnp.broadcast_to(x, places.shape) for x in (positions, segments))
-    index = jnp.broadcast_to(jnp.arange(places.shape[1])[None], places.shape)
     goes_on = places[:, 1:] & places[:, :-1] & (segments[:, 1:] == segments[:, :-1])
     first = jnp.concatenate([jnp.ones_like(places[:, :1]), ~goes_on], axis=1)
-    return positions - (index - lax.cummax(jnp.where(first, index, 0), axis=1))
+    return positions - since_last(first)

@@ -28,6 +28,7 @@ from nalora_jax.method import activations, statistics
 from nalora_jax.method.ffn import gated_product, up_factor
 from nalora_jax.method.low_rank import Adapter, column_norm, moved_from
 from nalora_jax.method.measurement import CHECKS, GateStatsConfig, Live
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.routing import (
     Groups,
     Places,
@@ -79,18 +80,21 @@ def of_each(layer: Layer, change: Callable[[Experts], Experts]) -> Layer:
 class RoutedConfig:
     """The static options of a block."""
 
-    top_k: int
+    base: ModelConfig  # uniform, of the layer's stack
     routing: RouterSpec
-    activation: str
     numerics: Numerics
     stats: GateStatsConfig
     names: tuple[str, ...] = ()  # statistics of the forward pass
     dropout: float = 0.0  # on the adapters' inputs
-    up_limit: float = 0.0  # see `nalora_jax.method.ffn.up_factor`
     # Tokens of the whole rows if devices hold parts of them (`nalora_jax.ops.split_rows`); 0: whole rows.
     split_length: int = 0
     # A mapped mesh axis whose devices each hold a part of every expert's channels, in order.
     axis: str | None = None
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a token."""
+        return self.base.experts_per_token
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -221,20 +225,22 @@ def expert_rows(
     Returns:
       ``[rows, d_model]``, partial sums over ``config.axis``; and the statistics.
     """
-    numerics, activation, axis = config.numerics, activations.get(config.activation), config.axis
+    numerics, activation, axis = config.numerics, activations.get(config.base.activation), config.axis
     inner = drop(0, rows)
     base, delta = _projected(layer.gate, rows, inner, groups, numerics)
     z = combine(base, delta)
     if layer.taps:
         z = statistics.emit(z, layer.taps, {}, samples[0], expert_cotangent_statistics)
     u = combine(*_projected(layer.up, rows, drop(1, rows), groups, numerics))
-    hidden, _ = gated_product(z, u, activation, numerics, config.up_limit)
+    hidden, _ = gated_product(z, u, activation, numerics, config.base.up_limit)
     measured: dict[str, jax.Array] = {}
     if config.names:
         start, dz = _probed(layer.gate, rows, inner, z, delta, groups, samples[1], numerics)
         measured = expert_statistics(samples[0].take(z), start, dz, samples, activation, config.names)
         if config.stats.checks is not None:
-            live = Live(z, base, delta, up_factor(u.astype(numerics.residual), config.up_limit), hidden)
+            live = Live(
+                z, base, delta, up_factor(u.astype(numerics.residual), config.base.up_limit), hidden
+            )
             faults = config.stats.checks.arrays(live, activation, numerics.residual)
             if axis is not None:
                 faults = {name: lax.pmax(worst, axis) for name, worst in faults.items()}
@@ -451,7 +457,5 @@ def _row_weights(routing: Routing, sampled: SampledRows) -> jax.Array:
 
 def _of_all(value: jax.Array, first: jax.Array, local: int, devices: int) -> jax.Array:
     """Returns a statistic ``[local, ...]`` among zeros of other experts; a check is a scalar and stays."""
-    if value.ndim == 0:
-        return value
     zeros = jnp.zeros((devices * local, *value.shape[1:]), value.dtype)
-    return lax.dynamic_update_slice_in_dim(zeros, value, first, axis=0)
+    return lax.dynamic_update_slice_in_dim(zeros, value, first, axis=0) if value.ndim else value

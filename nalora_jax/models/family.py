@@ -140,6 +140,26 @@ class Family:
     stacks_in_vllm: bool = False  # vLLM reads adapters of such a model's experts as stacks, not one by one
 
 
+# transformers' names of fields that `ModelConfig` names otherwise.
+_THEIRS = {
+    "d_model": "hidden_size",
+    "d_ff": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "n_experts": "num_experts",
+    "experts_per_token": "num_experts_per_tok",
+}
+
+
+def hf_defaults(**fields: Any) -> dict[str, Any]:
+    """Returns `Family.defaults` of fields by the names of `ModelConfig`, or by transformers'."""
+    return {_THEIRS.get(name, name): value for name, value in fields.items()}
+
+
 # Families by ``model_type``: this library's, which `nalora_jax.models.families` enters, and those from outside the
 # package, added by `register_family` or by an entry point, whose module calls it.
 BUILT_IN: dict[str, Family] = {}

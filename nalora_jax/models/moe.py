@@ -33,14 +33,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.method import statistics
 from nalora_jax.method.measurement import SampledWeights
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.experts import (
-    Experts,
-    Layer,
-    RoutedConfig,
-    exchanges_less,
-    of_each,
-    routed_ffn,
-)
+from nalora_jax.models.experts import Experts, Layer, RoutedConfig, exchanges_less, of_each, routed_ffn
 from nalora_jax.models.parts import (
     FeedForward,
     GatedBlock,
@@ -100,14 +93,12 @@ class MoEFFN(nn.Module):
             length = split_length = token_weights.length
             token_weights = token_weights.every
         config = RoutedConfig(
-            c.experts_per_token,
+            c,
             self.routing,
-            c.activation,
             options.numerics,
             options.stats.of_rows(length),
             names=statistics.forward(taps),
             dropout=options.adapters.dropout,
-            up_limit=c.up_limit,
             split_length=split_length,
         )
         weights = jnp.ones(x.shape[:2], jnp.float32)
@@ -225,11 +216,9 @@ def _sends(sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedCo
     if experts != "auto":
         return experts == "send"
     rows = x.shape[0] // count(sharding) * x.shape[1] * config.top_k
-    kernels = sum(
-        leaf.nbytes for e in (layer.gate, layer.up, layer.down) for leaf in jax.tree.leaves(e.kernel)
-    )
-    kernels /= sharding.mesh.shape.get(_AXIS, 1)
-    return exchanges_less(rows, x.shape[-1], kernels, x.dtype.itemsize, sharding.mesh.shape[_OVER])
+    kernels = jax.tree.leaves([e.kernel for e in (layer.gate, layer.up, layer.down)])
+    size = sum(leaf.nbytes for leaf in kernels) / sharding.mesh.shape.get(_AXIS, 1)
+    return exchanges_less(rows, x.shape[-1], size, x.dtype.itemsize, sharding.mesh.shape[_OVER])
 
 
 def _of_shard(layer: Layer, config: RoutedConfig) -> Layer:

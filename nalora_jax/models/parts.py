@@ -123,6 +123,11 @@ class PartOptions:
     routing: NamedSharding | None  # the same for tokens that are routed to experts
     experts: str = "auto"  # see `nalora_jax.config.ComputeConfig`
 
+    def of_block(self, bias: bool) -> dict[str, Any]:
+        """Returns the attributes of a part that is an `AdaptedBlock`, besides its sizes."""
+        given = {"adapters": self.adapters, "numerics": self.numerics, "stats": self.stats}
+        return given | {"use_bias": bias, "name": self.part}
+
     def projected(
         self,
         x: jax.Array,
@@ -250,16 +255,7 @@ class GatedBlock(FeedForward):
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """See `Part`."""
         block: Any = GatedFFN if config.gated else SelfGatedFFN
-        return block(
-            config.d_model,
-            config.d_ff,
-            config.activation,
-            options.adapters,
-            config.ffn_bias,
-            options.numerics,
-            options.stats,
-            name=options.part,
-        )
+        return block(config.d_model, config.d_ff, config.activation, **options.of_block(config.ffn_bias))
 
 
 # ---------------------------------------------------------------- norms
@@ -349,16 +345,8 @@ class ScaledTail(Part):
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """Returns the module: ``(x, LayerInputs, SharedInputs) -> x``."""
-        return _ScaledTail(
-            config.d_model,
-            self.width,
-            config.activation,
-            options.adapters,
-            numerics=options.numerics,
-            stats=options.stats,
-            eps=config.norm_eps,
-            name=self.name,
-        )
+        sizes = config.d_model, self.width, config.activation
+        return _ScaledTail(*sizes, **options.of_block(bias=False), eps=config.norm_eps)
 
 
 class _ScaledTail(AdaptedBlock):

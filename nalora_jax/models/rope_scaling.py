@@ -58,15 +58,14 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
     unscaled = of_kind.get(spec.kind, spec.max_positions)  # the context without its present scaling
     if settings["rope_type"] in WITH_ORIGINAL:
         settings = {ORIGINAL: unscaled} | settings
-    context = int(settings.get(ORIGINAL, unscaled) * settings["factor"])
+    factor, original = settings["factor"], settings.get(ORIGINAL, unscaled)
+    context = int(original * factor)
     if context < base.max_positions:
-        least = base.max_positions / settings.get(ORIGINAL, unscaled)
-        raise NaloraError(
-            f"{FLAG} {text}",
-            expected=f"a context of at least {base.max_positions} tokens, the model's",
-            found=f"{context}, {settings['factor']:g} times {settings.get(ORIGINAL, unscaled)}",
-            remedy=f"a factor above {least:g}: it multiplies the context before any scaling",
-        )
+        expected = f"a context of at least {base.max_positions} tokens, the model's"
+        least = f"{base.max_positions / original:g}"
+        remedy = f"a factor above {least}: it multiplies the context before any scaling"
+        found = f"{context}, {factor:g} times {original}"
+        raise NaloraError(f"{FLAG} {text}", expected=expected, found=found, remedy=remedy)
     changed = _changed(raw, settings)
     # transformers computes dynamic scaling from max_position_embeddings.
     changed["max_position_embeddings"] = unscaled if settings["rope_type"] == "dynamic" else context
@@ -76,9 +75,7 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
 
 def rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a ``config.json`` that hold its RoPE and its context length."""
-    text = raw.get("text_config")
-    if not isinstance(text, Mapping):
-        text = raw
+    text = raw["text_config"] if isinstance(raw.get("text_config"), Mapping) else raw
     names = ("rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings")
     return {name: text[name] for name in names if text.get(name)}
 
@@ -103,12 +100,9 @@ def _rescalable(base: ModelConfig, text: str, where: str) -> RopeSpec:
         problem = f"{base.model_type}, whose files have no scaling except {', '.join(accepted[1:])}"
     elif specs:
         problem = f"{base.model_type} with {len(specs)} RoPEs of {', '.join(kinds)}"
-    raise NaloraError(
-        f"{FLAG} {text}",
-        expected=f"a model whose full-attention layers have one RoPE of {', '.join(('default', *FIELDS))}",
-        found=f"{problem} ({where})",
-        remedy="leave the flag out and keep --data.max-length within the model's context",
-    )
+    expected = f"a model whose full-attention layers have one RoPE of {', '.join(('default', *FIELDS))}"
+    remedy = "leave the flag out and keep --data.max-length within the model's context"
+    raise NaloraError(f"{FLAG} {text}", expected=expected, found=f"{problem} ({where})", remedy=remedy)
 
 
 def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -276,26 +276,19 @@ def read_ropes(
     flat = rope_fields(f).raw
     nested = {kind: flat.get(kind) for kind in _LAYER_KINDS if flat.get(kind) is not None}
     if kinds is None and nested:
-        raise f.error(
-            "rope_parameters", "one rotary embedding", f"one per kind of layer ({', '.join(nested)})"
-        )
+        actual = f"one per kind of layer ({', '.join(nested)})"
+        raise f.error("rope_parameters", "one rotary embedding", actual)
     if kinds is None or (defaults is None and not nested):
         return (_spec(f, "rope_parameters", flat, head_dim, further, rules),), ()
     specs = []
     for kind in sorted(set(kinds)):
-        rope: Any = flat
-        if nested or kind != "full_attention":
-            rope = nested.get(kind, {})
+        full = kind == "full_attention"
+        rope: Any = flat if full and not nested else nested.get(kind, {})
         if not isinstance(rope, Mapping):
             raise f.error(f"rope_parameters: {kind}", "a JSON object", repr(rope)[:60])
-        theta: dict[str, Any] = {}
-        if f.get("rope_theta") and kind == "full_attention":
-            theta = {"rope_theta": f.get("rope_theta")}
-        rope = {
-            **(defaults or {}).get(kind, {}),
-            **theta,
-            **{k: v for k, v in rope.items() if v is not None},
-        }
+        theta = {"rope_theta": f.get("rope_theta")} if full and f.get("rope_theta") else {}
+        stated = {name: value for name, value in rope.items() if value is not None}
+        rope = {**(defaults or {}).get(kind, {}), **theta, **stated}
         specs.append(_spec(f, f"rope_parameters: {kind}", rope, head_dim, further, rules))
     order = {kind: i for i, kind in enumerate(sorted(set(kinds)))}
     return tuple(specs), tuple(order[kind] for kind in kinds)
@@ -337,9 +330,8 @@ def _spec(
     if isinstance(kind, str):
         kind = dict(rules.names).get(kind, kind)
     if not isinstance(kind, str) or kind not in rules.kinds:
-        raise rope.error(
-            "rope_type", f"one of {', '.join(rules.kinds)}", repr(kind), "this scaling is not implemented"
-        )
+        expected, remedy = f"one of {', '.join(rules.kinds)}", "this scaling is not implemented"
+        raise rope.error("rope_type", expected, repr(kind), remedy)
     for key in sorted(raw_rope.keys() - _ALWAYS - _KEYS[kind] - set(further)):
         rope.refuse(key, f"rope_type {kind!r} has no such parameter here")
     partial = rope.number("partial_rotary_factor", default=f.number("partial_rotary_factor", default=1.0))
@@ -348,9 +340,8 @@ def _spec(
         raise rope.error("partial_rotary_factor", "1: this family rotates all dimensions", partial)
     dim = head_dim if kind == "proportional" else int(head_dim * partial)
     if dim % 2 or not 2 <= dim <= head_dim:
-        raise rope.error(
-            "partial_rotary_factor", f"an even share of head_dim ({head_dim})", f"{dim} dimensions"
-        )
+        expected = f"an even share of head_dim ({head_dim})"
+        raise rope.error("partial_rotary_factor", expected, f"{dim} dimensions")
     theta = rope.number("rope_theta")
     if theta <= 1:
         raise rope.error("rope_theta", "a number above 1", theta)

@@ -189,14 +189,8 @@ def resolve(
     saved = tuple(name for name in TABLES if name in config.modules_to_save)
     ids = config.trainable_token_indices
     rows = tuple((name, ids) for name in ROWS if ids and name in config.trainable_token_modules)
-    return AdapterSpec(
-        targets,
-        rslora=config.rslora,
-        dora=config.dora,
-        dropout=config.dropout,
-        saved=saved,
-        token_indices=rows,
-    )
+    variant: dict[str, Any] = {"rslora": config.rslora, "dora": config.dora, "dropout": config.dropout}
+    return AdapterSpec(targets, **variant, saved=saved, token_indices=rows)
 
 
 # ---------------------------------------------------------------- paths
@@ -207,9 +201,7 @@ _EXACT = "router/correction"  # rounding it would choose other experts
 
 def leaf_dtype(path: str, dtype: Any) -> Any:
     """Returns the dtype in which a model of ``dtype`` holds an array."""
-    if path.endswith(_EXACT):
-        return "float32"
-    return dtype
+    return "float32" if path.endswith(_EXACT) else dtype
 
 
 def uniform_path(path: str) -> str:

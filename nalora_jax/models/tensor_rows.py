@@ -51,21 +51,18 @@ def module_rows(
       paired: projections whose rows have llama.cpp's order.
       experts: see `TensorRow`.
     """
-    weights, biases = [], []
+    rows = []
     for ours, theirs in modules.items():
-        paths = [f"layers/{path}" for path in ([ours] if isinstance(ours, str) else ours)]
-
-        def row(
-            kind: str, leaf: str, change: Change, paths: list[str] = paths, name: str = theirs
-        ) -> TensorRow:
-            return TensorRow(f"{stem}.{name}.{kind}", tuple(f"{p}/{leaf}" for p in paths), change, experts)
-
-        if paths[0].endswith("norm"):
-            weights.append(row("weight", "scale", norm))
-        else:
-            weights.append(row("weight", "kernel", "pairs_transpose" if ours in paired else "transpose"))
-            biases.append(row("bias", "bias", "pairs" if ours in paired else ""))
-    return (*weights, *biases)
+        paths = (ours,) if isinstance(ours, str) else ours
+        leaves: dict[str, tuple[str, Change]] = {"weight": ("scale", norm)}
+        if not paths[0].endswith("norm"):
+            leaves = {"weight": ("kernel", "transpose"), "bias": ("bias", "")}
+        if ours in paired:
+            leaves = {"weight": ("kernel", "pairs_transpose"), "bias": ("bias", "pairs")}
+        for kind, (leaf, change) in leaves.items():
+            stored = tuple(f"layers/{path}/{leaf}" for path in paths)
+            rows.append(TensorRow(f"{stem}.{theirs}.{kind}", stored, change, experts))
+    return tuple(sorted(rows, key=lambda row: row.name.endswith(".bias")))
 
 
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -94,7 +91,7 @@ def hf_row(name: str, *paths: str, change: Change = "") -> TensorRow:
 
 
 def hf_modules(modules: Modules, *, experts: bool | None = None) -> Rows:
-    """Returns `module_rows` modules of a layer."""
+    """Returns the rows of modules of a layer; see `module_rows`."""
     return module_rows(HF_LAYER, modules, experts=experts)
 
 

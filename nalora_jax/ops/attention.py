@@ -21,21 +21,13 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.reductions import in_tiles, of_tiles
-from nalora_jax.ops.storage import (
-    Kernel,
-    Stored,
-    expand,
-    read_residual,
-    round_and_save,
-    rounded,
-    save_residual,
-)
+from nalora_jax.ops.storage import Kernel, expand, read_residual, round_and_save, rounded, save_residual
 
 # Queries whose scores are computed together: longer blocks are split, so that memory grows with the
 # number of keys only.
@@ -67,49 +59,48 @@ class AttentionConfig:
     @property
     def head_axis(self) -> str | None:
         """The mesh axis that splits heads; None if the mesh does not have it."""
-        if self.sharding is None or "tensor" not in self.sharding.mesh.shape:
-            return None
-        return "tensor"
+        axes = () if self.sharding is None else self.sharding.mesh.shape
+        return "tensor" if "tensor" in axes else None
 
 
 class Keys(NamedTuple):
     """Keys and values with the integers that decide which queries see them."""
 
-    k: jax.Array  # [batch, keys, kv_heads, head_dim]
-    v: jax.Array  # [batch, keys, kv_heads, head_dim]
-    positions: jax.Array  # int [batch or 1, keys]
-    segments: jax.Array  # int [batch or 1, keys]; 0: empty
+    k: Array  # [batch, keys, kv_heads, head_dim]
+    v: Array  # [batch, keys, kv_heads, head_dim]
+    positions: Array  # int [batch or 1, keys]
+    segments: Array  # int [batch or 1, keys]; 0: empty
     # int [batch or 1, keys], the first position that sees a key, if not the key's own: tokens of one
     # image that see each other all have the position of the image's first token.
-    starts: jax.Array | None = None
+    starts: Array | None = None
     # float32 [heads], a score of each head that every query sees and that has no value (`with_sinks`);
     # frozen, not scaled, not capped.
-    sinks: jax.Array | None = None
+    sinks: Array | None = None
     cached: CachedKeys | None = None  # keys of earlier calls, seen under the same rule
 
 
-class CachedKeys(NamedTuple):
-    """Keys and values of earlier calls in any storage form.
+# Queries [batch, seq, heads, head_dim], keys and values [batch, seq, kv_heads, head_dim].
+QKV = tuple[Array, Array, Array]
 
-    Their layout is the fastest for matmuls of a single token.
-    """
+
+class CachedKeys(NamedTuple):
+    """Keys and values of earlier calls in any storage form, in the fastest layout for a single token."""
 
     k: Kernel  # [batch, kv_heads, head_dim, slots]
     v: Kernel  # [batch, kv_heads, slots, head_dim]
-    positions: jax.Array  # int [batch or 1, slots]
-    segments: jax.Array  # int [batch or 1, slots]; 0: empty
+    positions: Array  # int [batch or 1, slots]
+    segments: Array  # int [batch or 1, slots]; 0: empty
 
 
-@operation
 def attention(
-    q: jax.Array,
+    q: Array,
     keys: Keys,
-    window: jax.Array | int,
+    window: Array | int,
     config: AttentionConfig,
     numerics: Numerics,
     *,
-    dropout_rng: jax.Array | None = None,
-) -> jax.Array:
+    dropout_rng: Array | None = None,
+) -> Array:
     """Computes softmax attention of every token over the tokens that it sees.
 
     Args:
@@ -125,145 +116,106 @@ def attention(
     """
     chex.assert_rank([q, keys.k, keys.v], 4)
     chex.assert_equal_shape([keys.k, keys.v])
-    # A cache without slots: there were no earlier calls.
-    if keys.cached is not None and keys.cached.positions.shape[1] == 0:
+    drops = dropout_rng is not None and config.dropout > 0
+    slots = 0 if keys.cached is None else keys.cached.positions.shape[1]
+    if not slots:  # there were no earlier calls
         keys = keys._replace(cached=None)
-    plain = not drops(config, dropout_rng)
-    if keys.cached is None and keys.starts is None and plain:
-        return _blockwise(q, keys, window, config, numerics)
-    if (
-        keys.cached is not None
-        and q.shape[1] > 1
-        and keys.cached.positions.shape[1] > CACHE_BLOCK
-        and plain
-    ):
-        out = attention_over_cache(q, keys, keys.cached, window, config, numerics)
+    if not slots and keys.starts is None and not drops:
+        return self_attention(q, keys, window, config, numerics)
+    if slots > CACHE_BLOCK and q.shape[1] > 1 and not drops:
+        out = attention_over_cache(q, keys, window, config, numerics)
     else:
         out = attend_in_tiles(q, keys[2:4], keys, window, config, numerics, dropout_rng)
     return out.astype(numerics.result)
 
 
-def drops(config: AttentionConfig, dropout_rng: jax.Array | None) -> bool:
-    """Returns True if dropout is applied to the probabilities."""
-    return dropout_rng is not None and config.dropout > 0
+def is_mapped(config: AttentionConfig, numerics: Numerics) -> bool:
+    """Returns True if a Pallas call can be mapped over the devices; the compiler does not partition it."""
+    return config.sharding is not None or numerics.platform.devices == 1
 
 
-def fits_kernel(
-    keys: Keys, config: AttentionConfig, numerics: Numerics, dropout_rng: jax.Array | None
-) -> bool:
-    """Returns True if a Pallas kernel can compute `attention`: of tokens over themselves, without dropout.
-
-    The compiler does not partition a Pallas call: on several devices it is mapped over the sharding.
-    """
-    mapped = config.sharding is not None or numerics.platform.devices == 1
-    return mapped and keys.cached is None and keys.starts is None and not drops(config, dropout_rng)
-
-
-def over_devices(attend: Callable[..., jax.Array], config: AttentionConfig, *more: Any) -> Any:
-    """Returns ``attend(q, k, v, *others)``, mapped over the mesh if there is one.
+def over_devices(attend: Callable[..., Array], config: AttentionConfig, *more: Any) -> Any:
+    """Returns ``attend((q, k, v), *others)``, mapped over the mesh if there is one.
 
     Each device has its rows and heads of q, k and v. ``more`` are the specs of the other arguments.
     """
     if config.sharding is None:
         return attend
     heads = P(*config.rows, None, config.head_axis)
-    specs = (heads, heads, heads, *more)
+    specs = ((heads, heads, heads), *more)
     return jax.shard_map(
         attend, mesh=config.sharding.mesh, in_specs=specs, out_specs=heads, check_vma=False
     )
 
 
-# ---------------------------------------------------------------- scores
-
-
 def visibility(
-    positions: jax.Array,
-    segments: jax.Array,
-    key_positions: jax.Array,
-    key_segments: jax.Array,
-    window: jax.Array | int,
-    key_starts: jax.Array | None = None,
-) -> jax.Array:
-    """Returns whether each query sees each key: bool ``[batch or 1, queries, keys]``.
+    positions: Array,
+    segments: Array,
+    key_positions: Array,
+    key_segments: Array,
+    window: Array | int,
+    key_starts: Array | None = None,
+) -> Array:
+    """Returns whether each query sees each key: bool ``[batch or 1, queries, keys]`` of int ``[batch or 1, ...]``.
 
-    All inputs are int ``[batch or 1, ...]``. A key is seen by queries at its own position and
-    later, or starting at ``key_starts``.
+    A key is seen by queries at its own position and later, or starting at ``key_starts``.
     """
     ahead = positions[:, :, None] - key_positions[:, None, :]
-    since = ahead
-    if key_starts is not None:
-        since = positions[:, :, None] - key_starts[:, None, :]
+    since = ahead if key_starts is None else positions[:, :, None] - key_starts[:, None, :]
     same = segments[:, :, None] == key_segments[:, None, :]
     return same & (since >= 0) & (ahead < window)
 
 
-def with_sinks(out: jax.Array, logsumexp: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+def with_sinks(out: Array, logsumexp: Array, sinks: Array) -> tuple[Array, Array]:
     """Returns the result and the log-sum-exps of a softmax with one more score per head, the sink.
 
     A sink has no value: its probability is lost. Gradients need no other change, since they follow
-    from the probabilities ``exp(score - logsumexp)``.
-
-    Args:
-      out: results without sinks.
-      logsumexp: float32, of the rank of ``out``.
-      sinks: float32, of the same rank.
+    from the probabilities ``exp(score - logsumexp)``. All arrays have the rank of ``out``.
     """
     total = jnp.logaddexp(logsumexp, lax.stop_gradient(sinks))
     return (out * jnp.exp(logsumexp - total)).astype(out.dtype), total
 
 
-def capped(scores: jax.Array, config: AttentionConfig) -> jax.Array:
+def capped(scores: Array, config: AttentionConfig) -> Array:
     """Returns ``c tanh(score / c)``, or the scores if there is no soft cap."""
-    if not config.softcap:
-        return scores
-    return config.softcap * jnp.tanh(scores / config.softcap)
+    return config.softcap * jnp.tanh(scores / config.softcap) if config.softcap else scores
 
 
-def by_key_head(x: jax.Array, kv_heads: int) -> jax.Array:
+def by_key_head(x: Array, kv_heads: int) -> Array:
     """Returns ``[batch, kv_heads, groups, seq, head_dim]`` of ``[batch, seq, heads, head_dim]``."""
     batch, seq, _, dim = x.shape
     return x.reshape(batch, seq, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
 
 
-def by_token(x: jax.Array) -> jax.Array:
+def by_token(x: Array) -> Array:
     """Computes the inverse of `by_key_head`."""
     batch, kv_heads, groups, seq, dim = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(batch, seq, kv_heads * groups, dim)
 
 
-def product(equation: str, x: jax.Array, y: jax.Array, numerics: Numerics) -> jax.Array:
+def product(equation: str, x: Array, y: Array, numerics: Numerics) -> Array:
     """Computes `jnp.einsum` with operands rounded to ``numerics.operand`` and a float32 result."""
     operands = (rounded(side, numerics.operand, numerics) for side in (x, y))
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
-def saved_heads(
-    q: jax.Array, k: jax.Array, v: jax.Array, config: AttentionConfig, numerics: Numerics
-) -> tuple[jax.Array, ...]:
-    """Returns queries, keys and values of a kernel, saved for the backward pass unless ``config`` recomputes them."""
-    named = zip("qkv", (q, k, v), strict=True)
-    return tuple(x if name in config.recomputed else round_and_save(x, numerics) for name, x in named)
-
-
-def block_size(seq: int) -> int:
-    """Returns the queries per block.
-
-    Blocks are small enough to skip most of the upper triangle; at most 8 are compiled.
-    """
-    # Measured on a CPU: 32 makes a step with rows of 128 tokens 3% to 5% faster, and steps with
-    # rows of 48 or 256 up to 3% slower.
-    size = max(32 if 128 <= seq < 256 else 64, -(-seq // 8))
-    if size <= PIECE:
-        return size
-    return -(-size // PIECE) * PIECE
+def saved_heads(heads: QKV, config: AttentionConfig, numerics: Numerics) -> list[Array]:
+    """Returns the arrays of a kernel, saved for the backward pass unless ``config`` recomputes them."""
+    named = zip("qkv", heads, strict=True)
+    return [x if name in config.recomputed else round_and_save(x, numerics) for name, x in named]
 
 
 def blocks(seq: int) -> Iterator[tuple[int, int]]:
     """Yields first and last position (exclusive) of every block of queries.
 
-    The length of a long block is a multiple of `PIECE`.
+    Blocks are small enough to skip most of the upper triangle; at most 8 are compiled. The length of a
+    long block is a multiple of `PIECE`.
     """
-    size, start = block_size(seq), 0
+    # Measured on a CPU: 32 makes a step with rows of 128 tokens 3% to 5% faster, and steps with
+    # rows of 48 or 256 up to 3% slower.
+    size, start = max(32 if 128 <= seq < 256 else 64, -(-seq // 8)), 0
+    if size > PIECE:
+        size = -(-size // PIECE) * PIECE
     while start < seq:
         length = min(size, seq - start)
         if length > PIECE:
@@ -276,37 +228,24 @@ def blocks(seq: int) -> Iterator[tuple[int, int]]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _blockwise(
-    q: jax.Array, keys: Keys, window: jax.Array | int, config: AttentionConfig, numerics: Numerics
-) -> jax.Array:
+def _self_attention(
+    q: Array, keys: Keys, window: Array | int, config: AttentionConfig, numerics: Numerics
+) -> Array:
     """Computes `attention` without cached keys, dropout and ``starts``; sinks receive no gradient."""
     return _fwd(q, keys, window, config, numerics)[0]
 
 
 def _fwd(
-    q: jax.Array, keys: Keys, window: jax.Array | int, config: AttentionConfig, numerics: Numerics
-) -> tuple[jax.Array, Any]:
+    q: Array, keys: Keys, window: Array | int, config: AttentionConfig, numerics: Numerics
+) -> tuple[Array, Any]:
     kv_heads = keys.k.shape[2]
     save = partial(save_residual, dtype=numerics.residual, numerics=numerics)
     heads = tuple(save(by_key_head(x, kv_heads)) for x in (q * config.scale, keys.k, keys.v))
     places = keys.positions, keys.segments
 
     def attended(start: int, end: int) -> Any:
-        """Returns the results and log-sum-exps of a block of queries."""
-        seen = _Seen.of(heads, places, window, end)
-
-        def step(carry: None, rows: Any) -> tuple[None, Any]:
-            scores, unseen = _scores(seen, config, numerics, *rows)
-            scores = scores + unseen
-            top = jnp.max(scores, axis=-1, keepdims=True)
-            weights = jnp.exp(scores - top)
-            total = jnp.sum(weights, axis=-1, keepdims=True)
-            # The softmax's division follows the matmul with the values: a pass over head_dim instead
-            # of all keys.
-            out = product("bkgqt,bktd->bkgqd", weights, seen.value, numerics) / total
-            return carry, (out, top + jnp.log(total))
-
-        return _by_pieces(step, None, _rows((heads[0], *_columns(places)), start, end))[1]
+        seen = _Seen.of(heads, places, window, end, config, numerics)
+        return _by_pieces(seen.attended, None, (heads[0], *places), start, end)[1]
 
     outs, totals = zip(*(attended(*block) for block in blocks(q.shape[1])), strict=True)
     # [batch, kv_heads, groups, seq, head_dim or 1]
@@ -319,20 +258,19 @@ def _fwd(
     return by_token(read_residual(saved, numerics.result)), (heads, saved, total, places, window, like)
 
 
-def _bwd(config: AttentionConfig, numerics: Numerics, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
+def _bwd(config: AttentionConfig, numerics: Numerics, residuals: Any, g: Array) -> tuple[Any, ...]:
     heads, out, logsumexp, places, window, like = residuals
     kv_heads, seq = heads[1].shape[1], g.shape[1]
     g = by_key_head(g.astype(jnp.float32), kv_heads)
     inner = jnp.sum(g * read_residual(out, jnp.float32), axis=-1, keepdims=True)
-    dq: list[jax.Array] = []
+    dq: list[Array] = []
     dk = dv = jnp.zeros((g.shape[0], kv_heads, g.shape[-1], seq), jnp.float32)
-    by_query = heads[0], *_columns(places), logsumexp, g, inner
     # The last block first: only it adds to all keys, so that the other blocks add to parts of its
     # result in place.
     for start, end in reversed(list(blocks(seq))):
-        step = partial(_gradients, _Seen.of(heads, places, window, end), config, numerics)
-        sums = (dk[..., :end], dv[..., :end])
-        sums, dq_block = _by_pieces(step, sums, _rows(by_query, start, end))
+        seen, sums = _Seen.of(heads, places, window, end, config, numerics), (dk[..., :end], dv[..., :end])
+        by_query = heads[0], *places, logsumexp, g, inner
+        sums, dq_block = _by_pieces(seen.gradients, sums, by_query, start, end)
         dk, dv = (x.at[..., :end].set(new) for x, new in zip((dk, dv), sums, strict=True))
         dq.append(dq_block)
     # The barrier keeps XLA:CPU from fusing the transpose into a matmul, which it cannot run in
@@ -343,121 +281,106 @@ def _bwd(config: AttentionConfig, numerics: Numerics, residuals: Any, g: jax.Arr
     return dq_all, Keys(dk, dv, None, None), None  # type: ignore[arg-type]
 
 
-def _gradients(
-    seen: _Seen,
-    config: AttentionConfig,
-    numerics: Numerics,
-    sums: tuple[jax.Array, jax.Array],
-    rows: tuple[Any, ...],
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Adds the contributions of some queries to ``dk`` and ``dv``, and returns their ``dq``, too.
+_self_attention.defvjp(_fwd, _bwd)
+self_attention = operation(_self_attention)
 
-    ``dk`` and ``dv`` are ``[..., head_dim, keys]``.
+
+def _by_pieces(step: Any, carry: Any, by_query: tuple[Any, ...], start: int, end: int) -> Any:
+    """Runs ``step(carry, rows)`` on pieces of a block of queries and joins the results, on axis -2.
+
+    ``by_query`` are arrays in any storage form, of which the second and third are integers ``[batch or 1, seq]``.
     """
-    query, positions, segments, logsumexp, g, inner = rows
-    scores, unseen = _scores(seen, config, numerics, query, positions, segments)
-    weights = jnp.exp(scores + (unseen - logsumexp))
-    slope = weights * (product("bkgqd,bktd->bkgqt", g, seen.value, numerics) - inner)
-    if config.softcap:
-        slope = slope * (1 - jnp.square(scores / config.softcap))
-    # Queries on the left: a matmul transposes its left operand, and scores are wider than heads.
-    dk = sums[0] + product("bkgqd,bkgqt->bkdt", read_residual(query, jnp.float32), slope, numerics)
-    dv = sums[1] + product("bkgqd,bkgqt->bkdt", g, weights, numerics)
-    return (dk, dv), product("bkgqt,bktd->bkgqd", slope, seen.key, numerics)
-
-
-_blockwise.defvjp(_fwd, _bwd)
-
-
-def _by_pieces(step: Any, carry: Any, rows: tuple[Any, ...]) -> Any:
-    """Runs ``step(carry, rows)`` on pieces of the rows and joins the results.
-
-    Rows are on axis -2.
-    """
-    length = rows[0].shape[-2]
+    query, positions, segments, *others = by_query
+    arrays = query, positions[..., None], segments[..., None], *others
+    rows = jax.tree.map(lambda leaf: leaf[..., start:end, :], arrays)
+    length = end - start
     if length <= PIECE:
         return step(carry, rows)
-    split = partial(_split, count=length // PIECE)
+
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(*x.shape[:-2], length // PIECE, -1, x.shape[-1]), -3, 0)
+
+    def joined(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, -3).reshape(*x.shape[1:-2], length, x.shape[-1])
+
     carry, outputs = lax.scan(step, carry, jax.tree.map(split, rows))
-    return carry, jax.tree.map(_unsplit, outputs)
-
-
-def _split(x: jax.Array, count: int) -> jax.Array:
-    """Returns ``[count, ..., rows / count, n]`` of ``[..., rows, n]``."""
-    return jnp.moveaxis(x.reshape(*x.shape[:-2], count, -1, x.shape[-1]), -3, 0)
-
-
-def _unsplit(x: jax.Array) -> jax.Array:
-    """Computes the inverse of `_split`."""
-    x = jnp.moveaxis(x, 0, -3)
-    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
-
-
-def _rows(arrays: Any, start: int, end: int) -> Any:
-    """Returns some rows (axis -2) of arrays or of saved ones in any storage form."""
-    return jax.tree.map(lambda leaf: leaf[..., start:end, :], arrays)
-
-
-def _columns(places: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Returns positions and segments ``[batch or 1, seq, 1]``, with the axis of rows that `_rows` reads."""
-    positions, segments = places
-    return positions[..., None], segments[..., None]
+    return carry, jax.tree.map(joined, outputs)
 
 
 class _Seen(NamedTuple):
-    """The keys up to a block's end, which the block's queries may see."""
+    """The keys up to a block's end, which the block's queries may see, and the arithmetic of some of these."""
 
-    key: jax.Array  # [batch, kv_heads, keys, head_dim]
-    value: jax.Array  # the same
-    positions: jax.Array  # int [batch or 1, keys]
-    segments: jax.Array  # int [batch or 1, keys]
-    window: jax.Array | int
+    key: Array  # [batch, kv_heads, keys, head_dim]
+    value: Array  # the same
+    positions: Array  # int [batch or 1, keys]
+    segments: Array  # int [batch or 1, keys]
+    window: Array | int
+    config: AttentionConfig
+    numerics: Numerics
 
     @classmethod
-    def of(cls, heads: Any, places: tuple[jax.Array, ...], window: jax.Array | int, end: int) -> _Seen:
+    def of(cls, heads: Any, places: tuple[Array, ...], window: Any, end: int, *static: Any) -> _Seen:
         """Returns the first ``end`` of the saved ``[batch, kv_heads, 1, seq, head_dim]``."""
         saved = jax.tree.map(lambda leaf: leaf[:, :, 0, :end], heads[1:])
         key, value = (read_residual(x, jnp.float32) for x in saved)
         positions, segments = (x[:, :end] for x in places)
-        return cls(key, value, positions, segments, window)
+        return cls(key, value, positions, segments, window, *static)
 
+    def attended(self, carry: None, rows: tuple[Any, ...]) -> tuple[None, tuple[Array, Array]]:
+        """Returns the results and log-sum-exps of queries."""
+        scores, unseen = self._scores(*rows)
+        scores = scores + unseen
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        # The softmax's division follows the matmul with the values: a pass over head_dim instead
+        # of all keys.
+        out = product("bkgqt,bktd->bkgqd", weights, self.value, self.numerics) / total
+        return carry, (out, top + jnp.log(total))
 
-def _scores(
-    seen: _Seen,
-    config: AttentionConfig,
-    numerics: Numerics,
-    query: jax.Array | Stored,
-    positions: jax.Array,
-    segments: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns capped scores ``[batch, kv_heads, groups, rows, keys]`` and their mask.
+    def gradients(
+        self, sums: tuple[Array, Array], rows: tuple[Any, ...]
+    ) -> tuple[tuple[Array, Array], Array]:
+        """Adds contributions of queries to dk and dv ``[..., head_dim, keys]``, and returns their dq, too."""
+        query, positions, segments, logsumexp, g, inner = rows
+        scores, unseen = self._scores(query, positions, segments)
+        weights = jnp.exp(scores + (unseen - logsumexp))
+        slope = weights * (product("bkgqd,bktd->bkgqt", g, self.value, self.numerics) - inner)
+        if cap := self.config.softcap:
+            slope = slope * (1 - jnp.square(scores / cap))
+        # Queries on the left: a matmul transposes its left operand, and scores are wider than heads.
+        dk = product("bkgqd,bkgqt->bkdt", read_residual(query, jnp.float32), slope, self.numerics)
+        dv = product("bkgqd,bkgqt->bkdt", g, weights, self.numerics)
+        dq = product("bkgqt,bktd->bkgqd", slope, self.key, self.numerics)
+        return (sums[0] + dk, sums[1] + dv), dq
 
-    The mask is 0 for seen keys and `UNSEEN` for the others.
-    """
-    # The barrier ties the mask to the queries. Without it XLA computes the masks of all layers
-    # first: [batch, seq, seq] each.
-    floats, positions = lax.optimization_barrier((read_residual(query, jnp.float32), positions))
-    scores = capped(product("bkgqd,bktd->bkgqt", floats, seen.key, numerics), config)
-    visible = visibility(positions[..., 0], segments[..., 0], seen.positions, seen.segments, seen.window)
-    return scores, jnp.where(visible[:, None, None], 0.0, UNSEEN)
+    def _scores(self, query: Kernel, positions: Array, segments: Array) -> tuple[Array, Array]:
+        """Returns capped scores ``[batch, kv_heads, groups, rows, keys]``, and 0 for seen keys, `UNSEEN` for others."""
+        # The barrier ties the mask to the queries. Without it XLA computes the masks of all layers
+        # first: [batch, seq, seq] each.
+        floats, positions = lax.optimization_barrier((read_residual(query, jnp.float32), positions))
+        scores = capped(product("bkgqd,bktd->bkgqt", floats, self.key, self.numerics), self.config)
+        visible = visibility(
+            positions[..., 0], segments[..., 0], self.positions, self.segments, self.window
+        )
+        return scores, jnp.where(visible[:, None, None], 0.0, UNSEEN)
 
 
 # ---------------------------------------------------------------- short caches, dropout, given keys
 
 
 def attend_in_tiles(
-    q: jax.Array,
-    here: tuple[jax.Array, jax.Array],
+    q: Array,
+    here: tuple[Array, Array],
     keys: Keys,
-    window: jax.Array | int,
+    window: Array | int,
     config: AttentionConfig,
     numerics: Numerics,
-    dropout_rng: jax.Array | None = None,
-) -> jax.Array:
+    dropout_rng: Array | None = None,
+) -> Array:
     """Computes attention of queries to all given keys, at most `PIECE` queries at a time, in float32.
 
-    ``here`` has the queries' positions and segments, int ``[batch or 1, seq]``. If there are several
-    tiles, the backward pass recomputes the scores of each.
+    ``here`` are the queries' positions and segments. The backward pass recomputes the scores of several tiles.
     """
     seq = q.shape[1]
     tiles = -(-seq // PIECE)
@@ -466,7 +389,7 @@ def attend_in_tiles(
         return attend(q, here, rng=dropout_rng)
 
     @jax.checkpoint
-    def tile(_: None, rows: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+    def tile(_: None, rows: tuple[Array, ...]) -> tuple[None, Array]:
         number, query, positions, segments = rows
         rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, number)
         return None, attend(query, (positions, segments), rng=rng)
@@ -476,14 +399,14 @@ def attend_in_tiles(
 
 
 def _attend(
-    q: jax.Array,
-    here: tuple[jax.Array, jax.Array],
+    q: Array,
+    here: tuple[Array, Array],
     keys: Keys,
-    window: jax.Array | int,
+    window: Array | int,
     config: AttentionConfig,
     numerics: Numerics,
-    rng: jax.Array | None,
-) -> jax.Array:
+    rng: Array | None,
+) -> Array:
     """Computes one block of queries against given keys; its scores are not stored outside of it."""
     batch, seq, heads, dim = q.shape
     groups = heads // keys.k.shape[2]
@@ -491,7 +414,7 @@ def _attend(
     q = by_key_head(q, keys.k.shape[2]).reshape(batch, -1, groups * seq, dim)
     sources = [source for source in (keys.cached, keys) if source is not None]
 
-    def masked_scores(source: Keys | CachedKeys) -> jax.Array:
+    def masked_scores(source: Keys | CachedKeys) -> Array:
         """Returns masked scores ``[batch, kv_heads, groups, seq, keys]`` in float32."""
         if isinstance(source, CachedKeys):
             scores, starts = product("bkqd,bkdt->bkqt", q, expand(source.k), numerics), None
@@ -528,42 +451,35 @@ def _attend(
     return by_token(out.reshape(batch, -1, groups, seq, dim) / total)
 
 
-# ---------------------------------------------------------------- long caches
-
-
-Sums = tuple[jax.Array, jax.Array, jax.Array]  # largest score, sum of weights, weighted values
+Sums = tuple[Array, Array, Array]  # largest score, sum of weights, weighted values
 
 
 def attention_over_cache(
-    q: jax.Array,
-    keys: Keys,
-    cached: CachedKeys,
-    window: jax.Array | int,
-    config: AttentionConfig,
-    numerics: Numerics,
-) -> jax.Array:
-    """Computes `attention` without dropout, with at least `CACHE_BLOCK` cached keys.
+    q: Array, keys: Keys, window: Array | int, config: AttentionConfig, numerics: Numerics
+) -> Array:
+    """Computes `attention` without dropout, with at least `CACHE_BLOCK` cached keys; it has no gradient.
 
     The softmax is summed while blocks are read (arXiv 1805.02867), so that memory does not grow with
-    the number of cached keys. Only blocks with keys are read. There is no gradient.
+    the number of cached keys. Only blocks with keys are read.
     """
+    cached = keys.cached
+    assert cached is not None
     k, v = expand(cached.k), expand(cached.v)
-    slots = cached.positions.shape[1]
+    slots, kv_heads = cached.positions.shape[1], keys.k.shape[2]
     index = jnp.arange(slots)
     used = jnp.max(jnp.where(jnp.any(cached.segments > 0, axis=0), index + 1, 0))
+    block_of = partial(lax.dynamic_slice_in_dim, slice_size=CACHE_BLOCK)
 
-    def attend(start: int, end: int) -> jax.Array:
+    def attend(start: int, end: int) -> Array:
         """Returns the results of a block of queries."""
         # [batch, kv_heads, groups, block, head_dim]
-        queries = by_key_head(q[:, start:end], keys.k.shape[2])
+        queries = by_key_head(q[:, start:end], kv_heads)
         here = keys.positions[:, start:end], keys.segments[:, start:end]
 
-        def add(
-            sums: Sums, k: jax.Array, v: jax.Array, places: tuple[jax.Array, jax.Array], starts: Any = None
-        ) -> Sums:
+        def add(sums: Sums, k: Array, v: Array, positions: Any, segments: Any, starts: Any = None) -> Sums:
             top, total, out = sums
             scores = capped(product("bkgqd,bkdt->bkgqt", queries, k, numerics) * config.scale, config)
-            visible = visibility(*here, *places, window, starts) & (places[1] > 0)[:, None, :]
+            visible = visibility(*here, positions, segments, window, starts) & (segments > 0)[:, None, :]
             visible = visible[:, None, None]
             scores = jnp.where(visible, scores, UNSEEN)
             higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
@@ -571,19 +487,25 @@ def attention_over_cache(
             values = product("bkgqt,bktd->bkgqd", weights, v, numerics)
             return higher, total * faded + jnp.sum(weights, axis=-1, keepdims=True), out * faded + values
 
-        def step(i: jax.Array, sums: Sums) -> Sums:
-            start = jnp.minimum(i * CACHE_BLOCK, slots - CACHE_BLOCK)
-            block = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=CACHE_BLOCK)
-            again = block(index, axis=0) < i * CACHE_BLOCK  # the last block overlaps the one before it
-            segments = jnp.where(again[None], 0, block(cached.segments, axis=1))
-            return add(
-                sums, block(k, axis=3), block(v, axis=2), (block(cached.positions, axis=1), segments)
-            )
+        def step(i: Array, sums: Sums) -> Sums:
+            first = jnp.minimum(i * CACHE_BLOCK, slots - CACHE_BLOCK)
+            again = (
+                block_of(index, first, axis=0) < i * CACHE_BLOCK
+            )  # the last block overlaps the one before it
+            segments = jnp.where(again[None], 0, block_of(cached.segments, first, axis=1))
+            positions = block_of(cached.positions, first, axis=1)
+            return add(sums, block_of(k, first, axis=3), block_of(v, first, axis=2), positions, segments)
 
+        # The sums before any key; a sink is a score without a value.
+        shape = (*queries.shape[:-1], 1)
+        top, total = jnp.full(shape, UNSEEN, jnp.float32), jnp.zeros(shape, jnp.float32)
+        if keys.sinks is not None:
+            top = jnp.broadcast_to(keys.sinks.reshape(1, kv_heads, -1, 1, 1), shape)
+            total = jnp.ones(shape, jnp.float32)
         last = end if keys.starts is None else q.shape[1]  # later keys may be visible
         new_k, new_v = keys.k[:, :last].transpose(0, 2, 3, 1), keys.v[:, :last].transpose(0, 2, 1, 3)
-        places = keys.positions[:, :last], keys.segments[:, :last]
-        sums = add(_start(queries, keys.sinks), new_k, new_v, places, keys.starts)
+        sums = top, total, jnp.zeros(queries.shape, jnp.float32)
+        sums = add(sums, new_k, new_v, keys.positions[:, :last], keys.segments[:, :last], keys.starts)
         _, total, out = lax.fori_loop(0, (used + CACHE_BLOCK - 1) // CACHE_BLOCK, step, sums)
         # Padding sees no key; its result must be finite, because its values are multiplied by 0 later.
         return by_token(out / jnp.where(total > 0, total, 1.0))
@@ -591,43 +513,21 @@ def attention_over_cache(
     return jnp.concatenate([attend(*block) for block in blocks(q.shape[1])], axis=1)
 
 
-def _start(queries: jax.Array, sinks: jax.Array | None) -> Sums:
-    """Returns the sums before any key; a sink is a score without a value."""
-    shape = (*queries.shape[:-1], 1)
-    out = jnp.zeros(queries.shape, jnp.float32)
-    if sinks is None:
-        return jnp.full(shape, UNSEEN, jnp.float32), jnp.zeros(shape, jnp.float32), out
-    top = jnp.broadcast_to(sinks.reshape(1, shape[1], shape[2], 1, 1), shape)
-    return top, jnp.ones(shape, jnp.float32), out
-
-
-# ---------------------------------------------------------------- encoders
-
-
 @operation
 def full_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Array,
+    k: Array,
+    v: Array,
     numerics: Numerics,
     *,
     scale: float,
-    mask: jax.Array | None = None,
+    mask: Array | None = None,
     causal: bool = False,
-) -> jax.Array:
-    """Computes softmax attention; scores, softmax and sums are float32.
+) -> Array:
+    """Computes softmax attention of an encoder: float32 ``[batch, queries, heads, head_dim]`` as q.
 
-    Args:
-      q: ``[batch, queries, heads, head_dim]``.
-      k, v: ``[batch, keys, heads, head_dim]``.
-      numerics: dtype of the matmuls' operands.
-      scale: multiplies the scores.
-      mask: bool ``[batch, keys]``, False for masked keys. A row without any key averages all of
-        them.
-      causal: a query sees keys up to its own position only.
-
-    Returns:
-      float32 ``[batch, queries, heads, head_dim]``.
+    k and v are ``[batch, keys, heads, head_dim]``; ``scale`` multiplies the scores. A row of the mask, bool
+    ``[batch, keys]``, without any key averages all of them. With ``causal``, a query sees keys up to its position.
     """
     chex.assert_rank([q, k, v], 4)
     chex.assert_equal_shape([k, v])

@@ -19,19 +19,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.sharding import SingleDeviceSharding
 
 from nalora_jax.common.devices import kind_of
 from nalora_jax.ops.attention import (
+    QKV,
     UNSEEN,
     AttentionConfig,
     Keys,
-    attention,
-    drops,
-    fits_kernel,
+    is_mapped,
     over_devices,
     saved_heads,
+    self_attention,
     visibility,
     with_sinks,
 )
@@ -58,30 +58,23 @@ HEAD_DIMS = (32, 64, 128)
 _LARGEST, _LEAST = 64, 16  # tokens of a tile
 
 
-# ---------------------------------------------------------------- cuDNN
-
-
-@attention.implements(CUDNN)
+@self_attention.implements(CUDNN)
 def cudnn_attention(
-    q: jax.Array,
-    keys: Keys,
-    window: jax.Array | int,
-    config: AttentionConfig,
-    numerics: Numerics,
-    *,
-    dropout_rng: jax.Array | None = None,
-) -> jax.Array:
-    """Computes `attention` if cuDNN supports the arguments."""
-    fits = numerics.operand == "bfloat16" and cudnn_takes(q.shape[1], q.shape[-1], config.softcap)
-    if not fits or keys.cached is not None or drops(config, dropout_rng) or keys.starts is not None:
+    q: Array, keys: Keys, window: Array | int, config: AttentionConfig, numerics: Numerics
+) -> Array:
+    """Computes `self_attention` if cuDNN supports the arguments."""
+    rows, seq = q.shape[:2]
+    if config.sharding is not None:  # on each device
+        rows = config.sharding.shard_shape((rows, 1, 1))[0]
+    fits = numerics.operand == "bfloat16" and cudnn_takes(seq, q.shape[-1], config.softcap)
+    if not fits or (numerics.implementation == AUTO and not fits_as_bias(rows, seq)):
         return NotImplemented
-    if numerics.implementation == AUTO and not fits_as_bias(_rows(q, config), q.shape[1]):
-        return NotImplemented
-    shapes = [x.shape if keys.sinks is None else _with_sink(x.shape) for x in (q, keys.k)]
+    more = (0, 0, 0, 0) if keys.sinks is None else (0, _SINK_POSITIONS, 0, _SINK_COLUMNS)
+    shapes = (tuple(n + m for n, m in zip(x.shape, more, strict=True)) for x in (q, keys.k))
     if not compiles(*shapes, config.scale, numerics.platform.kind):
         return NotImplemented
     visible = visibility(keys.positions, keys.segments, keys.positions, keys.segments, window)
-    q, k, v = saved_heads(q, keys.k, keys.v, config, numerics)
+    q, k, v = saved_heads((q, keys.k, keys.v), config, numerics)
     if keys.sinks is None:
         return dot_product(q, k, v, visible, config.scale).astype(numerics.result)
     operands = with_sink_key(q, k, v, visible, keys.sinks, config.scale)
@@ -90,24 +83,14 @@ def cudnn_attention(
 
 
 def with_sink_key(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, sinks: jax.Array, scale: float
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    q: Array, k: Array, v: Array, visible: Array, sinks: Array, scale: float
+) -> tuple[Array, Array, Array, Array]:
     """Returns the operands of `dot_product` with one more key, whose score is the sink and whose value is 0.
 
     The key is the first position, which all queries see. The second position is hidden and makes the length
     even. Sinks differ between the query heads that share a key head. Queries therefore hold the sink, as the
-    sum of two bf16 numbers, in columns in which only the new key is not 0.
-
-    Args:
-      q: ``[batch, seq, heads, head_dim]``.
-      k: ``[batch, seq, kv_heads, head_dim]``.
-      v: the same.
-      visible: bool ``[batch or 1, seq, seq]``.
-      sinks: ``[heads]``.
-      scale: multiplies q . k.
-
-    Returns:
-      The same with ``seq + 2`` and ``head_dim + 8``; the results of `dot_product` start at position 2.
+    sum of two bf16 numbers, in columns in which only the new key is not 0. The arrays have ``seq + 2`` and
+    ``head_dim + 8``; the results of `dot_product` start at position 2.
     """
     scores = lax.stop_gradient(sinks) / scale
     high = lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=7)
@@ -121,36 +104,21 @@ def with_sink_key(
     return q, k, v, visible
 
 
-def _with_sink(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape of queries or keys with the positions and columns of a sink."""
-    rows, seq, heads, dim = shape
-    return rows, seq + _SINK_POSITIONS, heads, dim + _SINK_COLUMNS
-
-
 def cudnn_takes(seq: int, head_dim: int, softcap: float | None) -> bool:
     """Returns True if cuDNN may support rows of ``seq`` tokens; `compiles` tests it."""
     return not softcap and seq % 2 == 0 and head_dim % 8 == 0
 
 
 def fits_as_bias(rows: float, seq: int) -> bool:
-    """Returns True if the bf16 mask of a device's rows is small enough.
-
-    Its shape is ``[rows, 1, seq, seq]``.
-    """
+    """Returns True if the bf16 mask ``[rows, 1, seq, seq]`` of a device's rows is small enough."""
     return 2 * rows * seq**2 <= _LARGEST_BIAS
-
-
-def _rows(q: jax.Array, config: AttentionConfig) -> int:
-    """Returns the rows of q on each device."""
-    return q.shape[0] if config.sharding is None else config.sharding.shard_shape((q.shape[0], 1, 1))[0]
 
 
 @lru_cache(maxsize=64)
 def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, kind: str) -> bool:
-    """Returns True if cuDNN accepts these shapes on GPUs of a kind.
+    """Returns True if cuDNN, of its version, accepts these shapes on GPUs of a kind.
 
-    The answer depends on cuDNN's version and on the kind. The program is always lowered for a GPU,
-    and compiled if this process has a GPU of the kind.
+    The program is always lowered for a GPU, and compiled if this process has a GPU of the kind.
     """
     try:
         local = jax.local_devices(backend="gpu")
@@ -161,7 +129,7 @@ def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, k
     q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in (q_shape, k_shape))
     visible = jax.ShapeDtypeStruct((q_shape[0], q_shape[1], q_shape[1]), jnp.bool_, sharding=place)
 
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    def loss(q: Array, k: Array, v: Array, visible: Array) -> Array:
         return jnp.sum(dot_product(q, k, v, visible, scale))
 
     try:
@@ -175,7 +143,7 @@ def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, k
     return True
 
 
-def dot_product(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float) -> jax.Array:
+def dot_product(q: Array, k: Array, v: Array, visible: Array, scale: float) -> Array:
     """Calls cuDNN in bf16 with the conventions of `attention`; ``visible`` is bool ``[batch or 1, seq, seq]``."""
     q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
     attend = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
@@ -183,42 +151,24 @@ def dot_product(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, sc
     return attend(q, k, v, mask=visible[:, None], is_causal=True).astype(jnp.float32)
 
 
-# ---------------------------------------------------------------- JAX's kernel for Triton
-
-
-@attention.implements(TRITON)
+@self_attention.implements(TRITON)
 def triton_attention(
-    q: jax.Array,
-    keys: Keys,
-    window: jax.Array | int,
-    config: AttentionConfig,
-    numerics: Numerics,
-    *,
-    dropout_rng: jax.Array | None = None,
-) -> jax.Array:
-    """Computes `attention` of every example.
-
-    On a mesh, each device computes its own examples and heads.
-
-    Positions must grow by one along each segment, and no window of ``config.windows`` may be
-    shorter than the row.
-    """
+    q: Array, keys: Keys, window: Array | int, config: AttentionConfig, numerics: Numerics
+) -> Array:
+    """Computes `self_attention` if positions grow by one along each segment and no window is shorter than the row."""
     fits = triton_takes(q.shape[1], q.shape[-1], config.windows, config.softcap) and keys.sinks is None
-    if not fits or not fits_kernel(keys, config, numerics, dropout_rng):
+    if not fits or not is_mapped(config, numerics):
         return NotImplemented
     del window
-    inputs = saved_heads(q, keys.k, keys.v, config, numerics)
-    q, k, v = (x.astype(numerics.operand) for x in inputs)
+    heads = saved_heads((q, keys.k, keys.v), config, numerics)
     segments = jnp.broadcast_to(keys.segments, q.shape[:2])
     attend = over_devices(partial(_one_device, config=config), config, config.rows)
-    return attend(q, k, v, segments).astype(numerics.result)
+    out: Array = attend(tuple(x.astype(numerics.operand) for x in heads), segments)
+    return out.astype(numerics.result)
 
 
 def triton_takes(seq: int, head_dim: int, windows: Sequence[int], softcap: float | None) -> bool:
-    """Returns True if the kernel supports rows of ``seq`` tokens.
-
-    It needs whole blocks, and no window may be shorter than the row.
-    """
+    """Returns True if the kernel supports rows of ``seq`` tokens: whole blocks, and no shorter window."""
     far = bool(windows) and min(windows) >= seq
     return far and seq % _BLOCK == 0 and head_dim in (32, 64, 128) and not softcap
 
@@ -228,9 +178,7 @@ def triton_pairs(seq: int) -> float:
     return seq * (seq + _BLOCK) / 2
 
 
-def _one_device(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, config: AttentionConfig
-) -> jax.Array:
+def _one_device(heads: QKV, segments: Array, *, config: AttentionConfig) -> Array:
     """Computes one device's part: ``[batch, seq, heads, head_dim]`` in q's dtype."""
     with warnings.catch_warnings():
         # JAX 0.12 deprecates it in favour of a separate package (tokamax), which has no stable
@@ -241,8 +189,8 @@ def _one_device(
     half = _BLOCK // 2
     sizes = BlockSizes(_BLOCK, _BLOCK, half, half, half, half)
     # The kernel does not group heads: a key head is repeated for every query head that reads it.
-    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    out: jax.Array = mha(
+    q, k, v = (jnp.repeat(x, heads[0].shape[2] // x.shape[2], axis=2) for x in heads)
+    out: Array = mha(
         q, k, v, segments, sm_scale=config.scale, causal=True, block_sizes=sizes, interpret=config.interpret
     )
     return out
@@ -253,29 +201,24 @@ def _one_device(
 
 @split_attention.implements(TRITON)
 def triton_split_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    heads: QKV,
     row: Row,
-    window: jax.Array | int,
+    window: Array | int,
     config: AttentionConfig,
     numerics: Numerics,
-    *,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
+    sinks: Array | None = None,
+) -> Array:
     """Computes `split_attention` if tiles divide the blocks and images have no tokens in the row."""
-    block = q.shape[1] // 2
+    block = heads[0].shape[1] // 2
     tile = min(block & -block, _LARGEST)  # the largest power of two that divides a block
-    if tile < _LEAST or q.shape[-1] not in HEAD_DIMS or row.starts is not None:
+    if tile < _LEAST or heads[0].shape[-1] not in HEAD_DIMS or row.starts is not None:
         return NotImplemented
 
-    def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, of: Integers, spread: Spread, sinks: jax.Array | None
-    ) -> jax.Array:
-        return _attention(q, k, v, of, sinks, _Options(spread, tile, config, numerics))
+    def attend(heads: QKV, of: Integers, spread: Spread, sinks: Array | None) -> Array:
+        return _attention(heads, of, sinks, _Options(spread, tile, config, numerics))
 
     local = partial(on_shard, config=config, attend=attend, tile=tile)
-    return on_shards(local, q, k, v, row, window, config, sinks)
+    return on_shards(local, heads, row, window, config, sinks)
 
 
 class _Options(NamedTuple):
@@ -287,43 +230,30 @@ class _Options(NamedTuple):
     numerics: Numerics
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    integers: Integers,
-    sinks: jax.Array | None,
-    options: _Options,
-) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attention(heads: QKV, integers: Integers, sinks: Array | None, options: _Options) -> Array:
     """Computes attention of a shard's queries to ``options.spread`` of its keys."""
-    return _fwd(q, k, v, integers, sinks, options)[0]
+    return _fwd(heads, integers, sinks, options)[0]
 
 
-def _fwd(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    integers: Integers,
-    sinks: jax.Array | None,
-    options: _Options,
-) -> tuple[jax.Array, Any]:
+def _fwd(heads: QKV, integers: Integers, sinks: Array | None, options: _Options) -> tuple[Array, Any]:
+    q, k, v = heads
     save = partial(save_residual, dtype=options.numerics.residual, numerics=options.numerics)
-    heads = tuple(save(x) for x in (q * options.config.scale, k, v))
+    arrays = tuple(save(x) for x in (q * options.config.scale, k, v))
     shapes = q.shape, (q.shape[0], q.shape[2], q.shape[1])
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    out, logsumexp = _call(_forward_kernel, FORWARD, _operands(heads, options), results, integers, options)
+    out, logsumexp = _call(_forward_kernel, FORWARD, _operands(arrays, options), results, integers, options)
     logsumexp = logsumexp.swapaxes(1, 2)
     if sinks is not None:
         out, logsumexp = with_sinks(out, logsumexp[..., None], sinks[None, None, :, None])
         logsumexp = logsumexp[..., 0]
     saved, total = save(out), save_residual(logsumexp, "float32", options.numerics)
-    like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
-    return read_residual(saved, options.numerics.result), (*heads, saved, total, integers, like)
+    like = tuple(jnp.zeros((0,), x.dtype) for x in heads)
+    return read_residual(saved, options.numerics.result), (arrays, saved, total, integers, like)
 
 
-def _bwd(options: _Options, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
-    *heads, out, logsumexp, integers, like = residuals
+def _bwd(options: _Options, residuals: Any, g: Array) -> tuple[Any, ...]:
+    heads, out, logsumexp, integers, like = residuals
     query, key, value = _operands(heads, options)
     g = g.astype(jnp.float32)
     inner = jnp.sum(g * read_residual(out, jnp.float32), axis=-1)
@@ -334,30 +264,30 @@ def _bwd(options: _Options, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
     part = jax.ShapeDtypeStruct(jax.tree.leaves(heads[1])[0].shape, dk.dtype)
     back = jax.linear_transpose(options.spread, part)
     grads = dq * options.config.scale, *back(dk), *back(dv)
-    return (*(x.astype(y.dtype) for x, y in zip(grads, like, strict=True)), None, None)
+    return tuple(x.astype(y.dtype) for x, y in zip(grads, like, strict=True)), None, None
 
 
 _attention.defvjp(_fwd, _bwd)
 
 
-def _operands(heads: Any, options: _Options) -> list[jax.Array]:
+def _operands(heads: Any, options: _Options) -> list[Array]:
     """Returns a shard's queries, and the keys and values that they may see, from the saved heads."""
     spread = [heads[0], *(jax.tree.map(options.spread, x) for x in heads[1:])]
     return [read_residual(x, options.numerics.operand) for x in spread]
 
 
-def _visits(integers: Integers, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _visits(integers: Integers, size: int) -> tuple[Array, Array, Array]:
     """Returns the pairs of tiles of ``size`` tokens that have visible keys.
 
-    Returns:
-      Int ``[tiles]``, the index of a tile's first query among the keys; ``[batch, 2, tiles]``, its first
-      tile of keys and the end of the last one; ``[batch, 2, runs, tiles of keys]``, the first tile of
-      queries and the end, by run.
+    Int ``[tiles]``, the index of a tile's first query among the keys; ``[batch, 2, tiles]``, its first tile of
+    keys and the end of the last one; ``[batch, 2, runs, tiles of keys]``, the same of queries, by run.
     """
     queries, window = integers.queries, integers.window
     batch, of_keys = integers.keys.segments.shape
     runs = queries.first.shape[0]
-    first, tile = queries.first_of_tiles(size)[None], jnp.arange(of_keys // size)[None, None]
+    tiles = queries.positions.shape[1] // size // runs
+    first = (queries.first[:, None] + size * jnp.arange(tiles)[None]).reshape(1, -1)
+    tile = jnp.arange(of_keys // size)[None, None]
     # Of a tile, the first query sees the earliest key: positions grow by one along a segment.
     earliest = jnp.maximum(first - queries.positions[:, ::size], first - window + 1)
     low = jnp.maximum(earliest, 0) // size
@@ -374,12 +304,11 @@ def _visits(integers: Integers, size: int) -> tuple[jax.Array, jax.Array, jax.Ar
 
 
 def _call(
-    kernel: Any, name: str, arrays: list[jax.Array], results: Any, integers: Integers, options: _Options
+    kernel: Any, name: str, arrays: list[Array], results: Any, integers: Integers, options: _Options
 ) -> Any:
     """Runs a kernel for each tile of queries, or of keys for `KEYS`, and each example and head.
 
-    ``arrays`` are queries, keys, values, and of a gradient the cotangent and two numbers of each query
-    ``[batch, heads, queries]``.
+    A gradient's ``arrays`` also have the cotangent and two numbers of each query ``[batch, heads, queries]``.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -399,7 +328,7 @@ def _call(
         number = pl.BlockSpec((None, None, size), lambda i, b, h: (b, h, i))
         specs, out_specs = [tile, all_keys, all_keys, tile, number, number], [tile, number]
 
-    def of_example(x: jax.Array) -> Any:
+    def of_example(x: Array) -> Any:
         return pl.BlockSpec((None, *x.shape[1:]), lambda i, b, h: (b, *(0,) * (x.ndim - 1)))
 
     segments = [integers.queries.segments, integers.keys.segments]
@@ -419,31 +348,25 @@ def _call(
     )(*(x.astype(jnp.int32) for x in (*segments, visits, *shared)), *arrays)
 
 
-def _seen(
-    places: jax.Array,
-    segments: jax.Array,
-    key_places: jax.Array,
-    key_segments: jax.Array,
-    window: jax.Array,
-) -> jax.Array:
+def _seen(places: Array, segments: Array, key_places: Array, key_segments: Array, window: Array) -> Array:
     """Returns whether each query sees each key, bool ``[size, size]``; places are in the order of the keys."""
     ahead = places[:, None] - key_places[None, :]
     return (segments[:, None] == key_segments[None, :]) & (ahead >= 0) & (ahead < window)
 
 
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+def _product(x: Array, y: Array) -> Array:
     return lax.dot(x, y, preferred_element_type=jnp.float32)
 
 
-def _scores(q: jax.Array, k: jax.Array, softcap: float) -> jax.Array:
+def _scores(q: Array, k: Array, softcap: float) -> Array:
     scores = _product(q, k.T)
     return softcap * jnp.tanh(scores / softcap) if softcap else scores
 
 
 def _gradients(
-    q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, logsumexp: jax.Array, inner: jax.Array, seen: Any,
+    q: Array, k: Array, v: Array, g: Array, logsumexp: Array, inner: Array, seen: Any,
     softcap: float,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[Array, Array]:  # fmt: skip
     """Returns the probabilities of a pair of tiles and the gradients of its scores, ``[size, size]``."""
     scores = _scores(q, k, softcap)
     weights = jnp.where(seen, jnp.exp(scores - logsumexp[:, None]), 0.0)
@@ -463,7 +386,7 @@ def _forward_kernel(
     number, span = pl.program_id(0), jnp.arange(size)
     query, places, segment = triton.load(q), first[number] + span, triton.load(segments)
 
-    def body(tile: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def body(tile: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         top, total, mean = carry
         tokens = pl.ds(tile * size, size)
         key, value = triton.load(k.at[tokens, :]), triton.load(v.at[tokens, :])
@@ -492,7 +415,7 @@ def _queries_kernel(
     query, gradient, total, mean = (triton.load(x) for x in (q, g, logsumexp, inner))
     places, segment = first[number] + span, triton.load(segments)
 
-    def body(tile: jax.Array, sums: jax.Array) -> jax.Array:
+    def body(tile: Array, sums: Array) -> Array:
         tokens = pl.ds(tile * size, size)
         key, value = triton.load(k.at[tokens, :]), triton.load(v.at[tokens, :])
         seen = _seen(places, segment, tile * size + span, triton.load(key_segments.at[tokens]), window[0])
@@ -513,7 +436,7 @@ def _keys_kernel(
     number, span = pl.program_id(0), jnp.arange(size)
     key, value, of_keys = triton.load(k), triton.load(v), triton.load(key_segments)
 
-    def body(step: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def body(step: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         tile, head = lax.div(step, groups), lax.rem(step, groups)
         tokens = pl.ds(tile * size, size)
         query, gradient = triton.load(q.at[tokens, head, :]), triton.load(g.at[tokens, head, :])

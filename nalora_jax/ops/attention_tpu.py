@@ -17,18 +17,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.common.devices import CONTEXT
 from nalora_jax.ops.attention import (
+    QKV,
     AttentionConfig,
     Keys,
-    attention,
-    fits_kernel,
+    is_mapped,
     over_devices,
     saved_heads,
+    self_attention,
 )
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.split_attention import on_shards, reach, split_attention
@@ -46,8 +47,7 @@ from nalora_jax.ops.storage import SAVED
 SPLASH = "splash"
 LANES = 128  # width of a TPU register; block sizes must be multiples of it
 # Queries and keys per block. A block is computed entirely if any of its pairs is seen: large blocks
-# waste work along the diagonal, small blocks cost time between them. Tunix uses 1,024 and MaxText
-# 1,024 to 2,048 at these lengths.
+# waste work along the diagonal, small blocks cost time between them.
 BLOCKS = (1024, 512, 256, LANES)
 # Most numbers in a block of queries, keys or values: the backward pass holds several blocks in a TPU's
 # vector memory, and with 1,024 queries and heads of 256 v5p has too little of it.
@@ -58,37 +58,28 @@ _MOST_PARTS = 8
 _SUMS_ENTIRE_ARRAYS = ("TPU v5 lite", "TPU v5e")  # see `gathered_exactly`
 
 
-@attention.implements(SPLASH)
+@self_attention.implements(SPLASH)
 def splash_attention(
-    q: jax.Array,
-    keys: Keys,
-    window: jax.Array | int,
-    config: AttentionConfig,
-    numerics: Numerics,
-    *,
-    dropout_rng: jax.Array | None = None,
-) -> jax.Array:
-    """Computes `attention` of every example.
-
-    On a mesh, each device computes its own examples and heads.
+    q: Array, keys: Keys, window: Array | int, config: AttentionConfig, numerics: Numerics
+) -> Array:
+    """Computes `self_attention`; on a mesh, each device computes its own examples and heads.
 
     Positions must grow by one along each segment, and the window must be one of ``config.windows``:
     each is compiled as a branch, and a traced window selects one.
     """
-    fits = takes(q.shape[1], q.shape[-1])
-    if not fits or not fits_kernel(keys, config, numerics, dropout_rng):
+    if not takes(q.shape[1], q.shape[-1]) or not is_mapped(config, numerics):
         return NotImplemented
-    q, k, v = saved_heads(q, keys.k, keys.v, config, numerics)
+    q, k, v = saved_heads((q, keys.k, keys.v), config, numerics)
     # splash attention has no scale parameter
-    arrays = [x.astype(numerics.operand) for x in (q * config.scale, k, v)]
+    arrays = tuple(x.astype(numerics.operand) for x in (q * config.scale, k, v))
     segments = jnp.broadcast_to(keys.segments, q.shape[:2])
     attend = partial(_one_device, config=config)
     mapped = over_devices(attend, config, config.rows, P(), P(config.head_axis))
-    out: jax.Array = mapped(*arrays, segments, _index(window, config.windows), keys.sinks)
+    out: Array = mapped(arrays, segments, _index(window, config.windows), keys.sinks)
     return out.astype(jnp.float32).astype(numerics.result)
 
 
-def _index(window: jax.Array | int, windows: tuple[int, ...]) -> jax.Array:
+def _index(window: Array | int, windows: tuple[int, ...]) -> Array:
     """Returns the index of a window; 0 if there is one."""
     return jnp.sum(jnp.asarray(window) > np.asarray(windows[:-1], np.int32))
 
@@ -99,17 +90,10 @@ def takes(seq: int, head_dim: int) -> bool:
 
 
 def _one_device(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array,
-    choice: jax.Array,
-    sinks: jax.Array | None,
-    *,
-    config: AttentionConfig,
-) -> jax.Array:
+    heads: QKV, segments: Array, choice: Array, sinks: Array | None, *, config: AttentionConfig
+) -> Array:
     """Computes one device's part: ``[batch, seq, heads, head_dim]``."""
-    _, seq, heads, head_dim = q.shape
+    _, seq, n, head_dim = heads[0].shape
 
     def of_window(window: int) -> Any:
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -117,10 +101,10 @@ def _one_device(
         mask: Any = masks.CausalMask((seq, seq))
         if window < seq:
             mask = masks.LocalMask((seq, seq), window_size=(window - 1, 0), offset=0)
-        kernel = _kernel(mask, heads, 1, block_sizes(seq, window, head_dim), config)
+        kernel = _kernel(mask, n, 1, block_sizes(seq, window, head_dim), config)
         return partial(_called, kernel, of_queries=segments, of_keys=segments, sinks=sinks)
 
-    out: jax.Array = lax.switch(choice, [of_window(size) for size in config.windows or (seq,)], q, k, v)
+    out: Array = lax.switch(choice, [of_window(size) for size in config.windows or (seq,)], heads)
     return out
 
 
@@ -137,14 +121,7 @@ def block_sizes(seq: int, window: int, head_dim: int) -> dict[str, Any]:
     if span < seq:
         most = min(most, span // 2)
     block = largest_block(seq, most)
-    names = (
-        "block_q",
-        "block_kv",
-        "block_kv_compute",
-        "block_q_dkv",
-        "block_kv_dkv",
-        "block_kv_dkv_compute",
-    )
+    names = [f"block_{name}" for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")]
     if span == seq and seq // block <= _MOST_PARTS:
         return dict.fromkeys(names, block) | {"use_fused_bwd_kernel": True}
     return dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block)
@@ -156,10 +133,7 @@ def largest_block(length: int, most: int) -> int:
 
 
 def computed_pairs(seq: int, window: int, head_dim: int) -> float:
-    """Returns the number of query-key pairs that the kernels compute for a row.
-
-    These are all pairs of every block of which any pair is seen.
-    """
+    """Returns the query-key pairs that the kernels compute for a row: of every block of which any pair is seen."""
     block = block_sizes(seq, window, head_dim)["block_q"]
     # Blocks of keys before the diagonal block that a block of queries sees.
     before = -(-(min(window, seq) - 1) // block)
@@ -171,28 +145,26 @@ def computed_pairs(seq: int, window: int, head_dim: int) -> float:
 
 @split_attention.implements(SPLASH)
 def split_splash_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    heads: QKV,
     row: Row,
-    window: jax.Array | int,
+    window: Array | int,
     config: AttentionConfig,
     numerics: Numerics,
-    *,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
+    sinks: Array | None = None,
+) -> Array:
     """Computes `split_attention` if the kernels support the blocks.
 
     Every shard has its queries' part of the causal mask of the row, so that it skips the blocks that
     its early and its late queries do not see. Each window is compiled as a branch, as in `splash_attention`.
     """
+    q, k, v = heads
     sharding, block = config.sharding, q.shape[1] // 2
     assert sharding is not None
     if not takes(block, q.shape[-1]) or row.starts is not None:
         return NotImplemented
-    scaled = saved_heads(q * config.scale, k, v, config, numerics)
+    scaled = saved_heads((q * config.scale, k, v), config, numerics)
     q, k, v = (x.astype(numerics.operand) for x in scaled)
-    shards, heads = shards_of(sharding), q.shape[2] // sharding.mesh.shape.get("tensor", 1)
+    shards, of_device = shards_of(sharding), q.shape[2] // sharding.mesh.shape.get("tensor", 1)
     seq = 2 * shards * block
     windows = config.windows or (seq,)
     far = [size for size in windows if not reach((size,), block, row)]
@@ -200,67 +172,50 @@ def split_splash_attention(
     def of_row(window: int) -> Any:
         """Returns the kernel of all shards' queries."""
         mask = _parts_mask()(block, shards, window if window < seq else None)
-        return _kernel(mask, heads, shards, _sizes(block, block, window, q.shape[3]), config)
+        return _kernel(mask, of_device, shards, _sizes(block, block, window, q.shape[3]), config)
 
-    def on_shard(
-        q: jax.Array, k: jax.Array, v: jax.Array, row: Row, window: jax.Array, sinks: Any, *kernels: Any
-    ) -> jax.Array:
+    def on_shard(heads: QKV, row: Row, window: Array, sinks: Any, *kernels: Any) -> Array:
         """Computes a shard's part ``[batch, 2 * block, heads, head_dim]``."""
         by_size = dict(zip(far, kernels, strict=True))
 
-        def attend(size: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        def attend(size: int, q: Array, k: Array, v: Array) -> Array:
             if size not in by_size:
-                return _attend_near(size, config, row, sinks, q, k, v)
+                return _attend_near(size, config, row, sinks, (q, k, v))
             of_queries = by_part(row.slices(0).segments)
-            return _called(by_size[size], q, spread(k), spread(v), of_queries, row.segments, sinks)
+            return _called(by_size[size], (q, spread(k), spread(v)), of_queries, row.segments, sinks)
 
         branches = [partial(attend, size) for size in windows]
-        out: jax.Array = lax.switch(_index(window, windows), branches, q, k, v)
+        out: Array = lax.switch(_index(window, windows), branches, *heads)
         return out
 
     kernels = tuple(of_row(size) for size in far)
     by_query = NamedSharding(sharding.mesh, P(None, CONTEXT))
     specs = tuple(kernel.manual_sharding_spec(by_query) for kernel in kernels)
     spread = gathered_exactly if numerics.platform.kind in _SUMS_ENTIRE_ARRAYS else gathered
-    out = on_shards(on_shard, q, k, v, row, window, config, sinks, *kernels, more_specs=specs)
+    out = on_shards(on_shard, (q, k, v), row, window, config, sinks, *kernels, more_specs=specs)
     return out.astype(jnp.float32).astype(numerics.result)
 
 
-def _attend_near(
-    window: int,
-    config: AttentionConfig,
-    row: Row,
-    sinks: jax.Array | None,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-) -> jax.Array:
+def _attend_near(window: int, config: AttentionConfig, row: Row, sinks: Array | None, heads: QKV) -> Array:
     """Computes attention to the keys that a window within a block reaches."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    q, k, v = heads
     block = q.shape[1] // 2
     ahead = -(-(window - 1) // LANES) * LANES
     segments = row.slices(ahead).segments
     mask = masks.LocalMask((block, ahead + block), window_size=(window - 1, 0), offset=ahead)
     kernel = _kernel(mask, q.shape[2], 1, _sizes(block, ahead + block, window, q.shape[3]), config)
-    keys, values = (with_preceding(x, ahead) for x in (k, v))
-    return by_part(_called(kernel, by_block(q), keys, values, segments[:, ahead:], segments, sinks))
+    near = by_block(q), with_preceding(k, ahead), with_preceding(v, ahead)
+    return by_part(_called(kernel, near, segments[:, ahead:], segments, sinks))
 
 
-def _called(
-    kernel: Any,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    of_queries: jax.Array,
-    of_keys: jax.Array,
-    sinks: jax.Array | None,
-) -> jax.Array:
+def _called(kernel: Any, heads: QKV, of_queries: Array, of_keys: Array, sinks: Array | None) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    q, k, v = (x.swapaxes(1, 2) for x in heads)
     attend = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
-    out: jax.Array = attend(q, k, v, SegmentIds(of_queries, of_keys), sinks)
+    out: Array = attend(q, k, v, SegmentIds(of_queries, of_keys), sinks)
     return out.swapaxes(1, 2)
 
 

@@ -7,28 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 
 @jax.custom_vjp
-def causal_conv(x: jax.Array, kernel: jax.Array, segments: jax.Array) -> jax.Array:
-    """Returns ``sum_j kernel[width - 1 - j] x[t - j]`` over tokens of t's segment.
+def causal_conv(x: Array, kernel: Array, segments: Array) -> Array:
+    """Returns ``sum_j kernel[width - 1 - j] x[t - j]`` over tokens of t's segment, float32 as x.
 
-    Args:
-      x: ``[batch, seq, channels]``.
-      kernel: float32 ``[width, channels]``, without a gradient; the last row weighs the token itself.
-      segments: int ``[batch or 1, seq]``, 0 for padding, which no other segment reads.
-
-    Returns:
-      float32 ``[batch, seq, channels]``.
+    ``x`` is ``[batch, seq, channels]``; ``kernel`` is float32 ``[width, channels]``, without a gradient; ``segments``
+    are int ``[batch or 1, seq]``, 0 for padding, which no other segment reads.
     """
     return _weighed(x, kernel, segments, ahead=False)
 
 
-def _causal_conv_fwd(x: jax.Array, kernel: jax.Array, segments: jax.Array) -> tuple[jax.Array, Any]:
+def _causal_conv_fwd(x: Array, kernel: Array, segments: Array) -> tuple[Array, Any]:
     return causal_conv(x, kernel, segments), (kernel, segments, jnp.zeros((0,), x.dtype))
 
 
-def _causal_conv_bwd(saved: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
+def _causal_conv_bwd(saved: Any, g: Array) -> tuple[Array, None, None]:
     kernel, segments, like_x = saved
     return _weighed(g, kernel, segments, ahead=True).astype(like_x.dtype), None, None
 
@@ -36,7 +32,7 @@ def _causal_conv_bwd(saved: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
 causal_conv.defvjp(_causal_conv_fwd, _causal_conv_bwd)
 
 
-def _weighed(x: jax.Array, kernel: jax.Array, segments: jax.Array, *, ahead: bool) -> jax.Array:
+def _weighed(x: Array, kernel: Array, segments: Array, *, ahead: bool) -> Array:
     """Returns float32 sums over each token and the ``width - 1`` tokens before it, or ahead of it.
 
     All terms are slices of one padded array, so that XLA adds them in one pass over memory.
@@ -54,16 +50,11 @@ def _weighed(x: jax.Array, kernel: jax.Array, segments: jax.Array, *, ahead: boo
     return functools.reduce(jnp.add, terms)
 
 
-def causal_conv_after(
-    x: jax.Array, kernel: jax.Array, segments: jax.Array, before: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def causal_conv_after(x: Array, kernel: Array, segments: Array, before: Array) -> tuple[Array, Array]:
     """Returns `causal_conv` of one segment that continues after ``before``, and the new ``before``.
 
-    Args:
-      x: ``[batch, seq, channels]``.
-      kernel: float32 ``[width, channels]``.
-      segments: int ``[batch or 1, seq]``, 1, or 0 for padding at any place, which is skipped.
-      before: ``[batch, width - 1, channels]``, the last inputs, zero before the first token.
+    ``segments`` are 1, or 0 for padding at any place, which is skipped; ``before`` are the last inputs
+    ``[batch, width - 1, channels]``, zero before the first token.
     """
     held = before.shape[1]
     real = jnp.broadcast_to(segments > 0, x.shape[:2])

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
-from nalora_jax.ops.dispatch import Numerics, operation
+from nalora_jax.ops.dispatch import Numerics
 
 CHUNK = 64  # tokens; a shorter row takes the next power of two
 SCOPE = "delta_rule"  # of all operations, for `nalora_jax.layout.figures`
@@ -30,32 +30,26 @@ _EPS = 1e-6  # added to the squared norm of queries and keys
 class DeltaInputs(NamedTuple):
     """Inputs of every token; each of ``groups`` keys serves ``n`` consecutive value heads."""
 
-    q: jax.Array  # [batch, seq, groups, d_k], not normalized
-    k: jax.Array  # [batch, seq, groups, d_k], not normalized
-    v: jax.Array  # [batch, seq, groups, n, d_v]
-    decay: jax.Array  # float32 [batch, seq, groups, n], the log decay g, at most 0
-    beta: jax.Array  # float32 [batch, seq, groups, n], the rate b of the correction
+    q: Array  # [batch, seq, groups, d_k], not normalized
+    k: Array  # [batch, seq, groups, d_k], not normalized
+    v: Array  # [batch, seq, groups, n, d_v]
+    decay: Array  # float32 [batch, seq, groups, n], the log decay g, at most 0
+    beta: Array  # float32 [batch, seq, groups, n], the rate b of the correction
 
 
 @jax.named_scope(SCOPE)
 def gated_delta_rule(
     inputs: DeltaInputs,
-    segments: jax.Array,
-    state: jax.Array | None = None,
-    before: jax.Array | None = None,
+    segments: Array,
+    state: Array | None = None,
+    before: Array | None = None,
     numerics: Numerics = Numerics(),  # noqa: B008
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the outputs ``o`` and the state after the last token.
+) -> tuple[Array, Array]:
+    """Returns the outputs ``o``, float32 ``[batch, seq, groups, n, d_v]``, and the state after the last token.
 
-    Args:
-      inputs: of all tokens.
-      segments: int ``[batch or 1, seq]``, 0 for padding; each segment is one run of tokens.
-      state: float32 ``[batch, groups, n, d_k, d_v]`` before the first token; zero by default.
-      before: int ``[batch]``, the segment of the state; 1 by default.
-      numerics: decides how triangular systems are solved.
-
-    Returns:
-      float32 ``[batch, seq, groups, n, d_v]`` and the state. Outputs of padding have no meaning.
+    Each of the ``segments``, int ``[batch or 1, seq]``, is one run of tokens, 0 is padding, whose outputs have no
+    meaning. ``state`` is float32 ``[batch, groups, n, d_k, d_v]`` before the first token, zero by default, and
+    ``before`` its segment, int ``[batch]``, 1 by default.
     """
     batch, seq, groups, n, d_v = inputs.v.shape
     size = min(CHUNK, 1 << (seq - 1).bit_length())
@@ -69,10 +63,8 @@ def gated_delta_rule(
     if state is None:
         state = jnp.zeros((batch, groups, n, inputs.k.shape[-1], d_v), jnp.float32)
     if before is None:
-        runs, before = segment_runs(segments), jnp.ones((batch,), segments.dtype)
-    else:
-        runs = segment_runs(segments, before[:, None])
-    start = state.astype(jnp.float32), before
+        before = jnp.ones((batch,), segments.dtype)
+    runs, start = segment_runs(segments, before[:, None]), (state.astype(jnp.float32), before)
     # Under `checkpoint` the scan saves its carry, and recomputes the chunk in the backward pass.
     step = jax.checkpoint(partial(_chunk, numerics=numerics))
     (last, _), out = lax.scan(step, start, (*chunks, _chunks(runs, size, -1)))
@@ -81,7 +73,7 @@ def gated_delta_rule(
     return out[:, :seq], last
 
 
-def segment_runs(segments: jax.Array, before: jax.Array | int = 1) -> jax.Array:
+def segment_runs(segments: Array, before: Array | int = 1) -> Array:
     """Returns the segment of the last real token at or before each token: int ``[batch, seq]``.
 
     Padding at a row's start gets ``before`` (scalar or ``[batch, 1]``), the segment of an earlier state.
@@ -93,7 +85,7 @@ def segment_runs(segments: jax.Array, before: jax.Array | int = 1) -> jax.Array:
     return jnp.where(last < 0, before, jnp.take_along_axis(segments, jnp.maximum(last, 0), axis=1))
 
 
-def _chunks(x: jax.Array, size: int, axis: int) -> jax.Array:
+def _chunks(x: Array, size: int, axis: int) -> Array:
     """Returns ``[chunks, batch, ...]`` of ``[batch, seq, ...]``, a chunk's tokens at ``axis``.
 
     The last chunk is padded: by zeros, which leave the state unchanged, or by the last segment.
@@ -105,16 +97,12 @@ def _chunks(x: jax.Array, size: int, axis: int) -> jax.Array:
     return jnp.moveaxis(jnp.moveaxis(x, 2, axis), 1, 0)
 
 
-def _chunk(
-    carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...], numerics: Numerics
-) -> tuple[Any, jax.Array]:
+def _chunk(carry: tuple[Array, Array], chunk: tuple[Array, ...], numerics: Numerics) -> tuple[Any, Array]:
     """Returns the state after a chunk, with its segment, and the outputs of the chunk's tokens.
 
-    Args:
-      carry: state ``[batch, groups, n, d_k, d_v]`` and its segment ``[batch]``.
-      chunk: q and k ``[batch, groups, size, d_k]``, v ``[batch, groups, n, size, d_v]``, decays and
-        betas ``[batch, groups, n, size]``, segments ``[batch, size]``.
-      numerics: see `gated_delta_rule`.
+    ``carry`` is a state ``[batch, groups, n, d_k, d_v]`` and its segment ``[batch]``; ``chunk`` are q and k
+    ``[batch, groups, size, d_k]``, v ``[batch, groups, n, size, d_v]``, decays and betas ``[batch, groups, n,
+    size]``, and segments ``[batch, size]``.
     """
     (state, before), (q, k, v, decay, beta, runs) = carry, chunk
     q, k = _unit(q) * q.shape[-1] ** -0.5, _unit(k)
@@ -139,43 +127,40 @@ def _chunk(
 _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def _unit(x: Array) -> Array:
     x = x.astype(jnp.float32)
     return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPS)
 
 
-def _within(mask: jax.Array, decay: jax.Array) -> jax.Array:
+def _within(mask: Array, decay: Array) -> Array:
     """Returns ``decay [batch, groups, n, tokens]`` within ``mask [batch, tokens]``, with a last axis of 1."""
     return jnp.where(mask[:, None, None], decay, 0.0)[..., None]
 
 
-# ---------------------------------------------------------------- triangular systems
-
-
-@operation
-def solve_unit(lower: jax.Array, target: jax.Array, numerics: Numerics) -> jax.Array:
+def solve_unit(lower: Array, target: Array, numerics: Numerics) -> Array:
     """Returns ``(I + lower)^-1 target`` for strictly lower triangular matrices, in float32 products.
 
-    Args:
-      lower: ``[..., size, size]``, the size a power of two.
-      target: ``[..., size, columns]``.
-      numerics: of the implementation.
+    ``lower`` is ``[..., size, size]``, the size a power of two; ``target`` is ``[..., size, columns]``. On one
+    CPU, LAPACK's substitution takes a tenth of the time of the inverse, whose matmuls suit matrix units.
+    Several devices would gather the systems for it.
     """
+    if numerics.facts_of == "cpu" and numerics.platform.devices == 1:
+        return lax.linalg.triangular_solve(lower, target, left_side=True, lower=True, unit_diagonal=True)
     return _solve_unit(lower, target)
 
 
 @jax.custom_vjp
-def _solve_unit(lower: jax.Array, target: jax.Array) -> jax.Array:
+def _solve_unit(lower: Array, target: Array) -> Array:
     return _solve_unit_fwd(lower, target)[0]
 
 
-def _solve_unit_fwd(lower: jax.Array, target: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _solve_unit_fwd(lower: Array, target: Array) -> tuple[Array, tuple[Array, Array]]:
     inverse = _unit_inverse(lower)
     solution = inverse @ target
     return solution, (inverse, solution)
 
 
-def _solve_unit_bwd(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _solve_unit_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     inverse, solution = saved
     back = jnp.swapaxes(inverse, -1, -2) @ g
     return jnp.tril(-back @ jnp.swapaxes(solution, -1, -2), -1), back
@@ -184,7 +169,7 @@ def _solve_unit_bwd(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[j
 _solve_unit.defvjp(_solve_unit_fwd, _solve_unit_bwd)
 
 
-def _unit_inverse(lower: jax.Array) -> jax.Array:
+def _unit_inverse(lower: Array) -> Array:
     """Returns ``(I + lower)^-1``, doubling the size of inverted diagonal blocks.
 
     ``[[A, 0], [C, B]]^-1 = [[A', 0], [-B' C A', B']]``. A Neumann series would have the same
@@ -197,7 +182,7 @@ def _unit_inverse(lower: jax.Array) -> jax.Array:
     return inverse
 
 
-def _corners(lower: jax.Array, block: jax.Array) -> jax.Array:
+def _corners(lower: Array, block: Array) -> Array:
     """Returns the entries of ``lower`` in blocks next to the diagonal whose row of blocks is odd."""
     row, column = block[:, None], block[None, :]
     return jnp.where(jnp.broadcast_to((row == column + 1) & (row % 2 == 1), lower.shape), lower, 0.0)

@@ -5,15 +5,15 @@ computes the same result differently on one platform, and returns ``NotImplement
 that it does not support::
 
     @operation
-    def double(x: jax.Array, *, numerics: Numerics) -> jax.Array:
+    def double(x: Array, *, numerics: Numerics) -> Array:
         return x + x
 
     @double.implements("cpu")
-    def double_on_cpu(x: jax.Array, *, numerics: Numerics) -> jax.Array:
+    def double_on_cpu(x: Array, *, numerics: Numerics) -> Array:
         return NotImplemented if x.ndim != 2 else fast_double(x)
 
-Every operation has a parameter `numerics`, which names the platform and the implementation: "auto"
-takes the implementations of the platform in the order of `IMPLEMENTATIONS`, "xla" the plain function.
+The `Numerics` among the arguments name the platform and the implementation: "auto" takes the
+implementations of the platform in the order of `IMPLEMENTATIONS`, "xla" the plain function.
 Nothing here asks JAX for its devices, so a program for a TPU can be compiled on a machine without one.
 """
 
@@ -21,10 +21,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar
 
 from nalora_jax.errors import NaloraError
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-F = TypeVar("F", bound=Callable[..., Any])
 
 AUTO, XLA = "auto", "xla"
 # By platform, in the order of choice: names of implementations.
@@ -79,41 +77,27 @@ class Numerics:
 
 
 class Operation(Generic[P, R]):
-    """A plain function that implementations may replace.
-
-    Attributes:
-      plain: the function that defines the result.
-      implementations: replacements by the implementation's name.
-    """
+    """A plain function that implementations may replace."""
 
     def __init__(self, plain: Callable[P, R]) -> None:
         functools.update_wrapper(self, plain)
-        self.plain = plain
+        self.plain = plain  # defines the result
         self.implementations: dict[str, Callable[P, R]] = {}
-        self._signature = inspect.signature(plain)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Returns the result of the first implementation that supports the arguments."""
-        bound = self._signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        for name in _candidates(bound.arguments["numerics"]):
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Numerics))
+        for name in _candidates(next(given, Numerics())):
             if name in self.implementations:
                 result = self.implementations[name](*args, **kwargs)
                 if result is not NotImplemented:
                     return result
         return self.plain(*args, **kwargs)
 
-    def implements(self, name: str) -> Callable[[F], F]:
-        """Registers the decorated function, which has the parameters of the operation.
+    def implements(self, name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Registers the decorated function, which has the parameters of the operation."""
 
-        Raises:
-          TypeError: the parameters differ, so a call would fail on this platform only.
-        """
-
-        def register(function: F) -> F:
-            expected, actual = (list(inspect.signature(f).parameters) for f in (self.plain, function))
-            if actual != expected:
-                raise TypeError(f"{name}: {function.__name__} has the parameters {actual}, not {expected}")
+        def register(function: Callable[P, R]) -> Callable[P, R]:
             self.implementations[name] = function
             return function
 
@@ -123,19 +107,16 @@ class Operation(Generic[P, R]):
 operation = Operation  # decorates a function that has a parameter `numerics`
 
 
-@dataclass(frozen=True)
 class Implementation:
-    """An implementation of your own: creating one registers its name, the last choice on its platform."""
+    """An implementation of your own, the last choice on its platform: "cpu", "gpu" or "tpu"."""
 
-    name: str
-    platform: str  # "cpu", "gpu" or "tpu"
-
-    def __post_init__(self) -> None:
+    def __init__(self, name: str, platform: str) -> None:
         register_all()
-        if self.name not in IMPLEMENTATIONS[self.platform]:
-            IMPLEMENTATIONS[self.platform] = (*IMPLEMENTATIONS[self.platform], self.name)
+        self.name = name
+        if name not in IMPLEMENTATIONS[platform]:
+            IMPLEMENTATIONS[platform] = (*IMPLEMENTATIONS[platform], name)
 
-    def implements(self, op: Operation[Any, Any]) -> Callable[[F], F]:
+    def implements(self, op: Operation[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Registers the decorated function, see `Operation.implements`."""
         return op.implements(self.name)
 
@@ -145,9 +126,8 @@ def _candidates(numerics: Numerics) -> tuple[str, ...]:
     if numerics.implementation == XLA:
         return ()
     register_all()
-    if numerics.implementation != AUTO:
-        return (numerics.implementation,)
-    return IMPLEMENTATIONS.get(numerics.platform.name, ())
+    named = () if numerics.implementation == AUTO else (numerics.implementation,)
+    return named or IMPLEMENTATIONS.get(numerics.platform.name, ())
 
 
 @functools.cache
@@ -165,12 +145,8 @@ def numerics_for(dtype: str, platform: Platform | str, implementation: str = AUT
     """Returns the numerics that measured fastest for base weights of ``dtype`` on a platform.
 
     On a CPU only bf16 x bf16 -> float32 reaches XLA's fast matmuls, so activations stay float32
-    between matmuls. On TPU and GPU results are rounded to bf16 after float32 accumulation.
-
-    Args:
-      dtype: "float32" or "bfloat16".
-      platform: a platform, or the name of one with a single device.
-      implementation: "auto", "xla", or the name of an implementation for the platform.
+    between matmuls. On TPU and GPU results are rounded to bf16 after float32 accumulation. A platform
+    may be the name of one with a single device.
 
     Raises:
       NaloraError: another dtype, or an implementation that is unknown or for another platform.
@@ -178,20 +154,20 @@ def numerics_for(dtype: str, platform: Platform | str, implementation: str = AUT
     if isinstance(platform, str):
         platform = Platform(platform)
     check_implementation(implementation, platform.name)
+    if dtype not in ("float32", "bfloat16"):
+        raise NaloraError("compute.dtype", expected="'float32' or 'bfloat16'", found=repr(dtype))
     if dtype == "float32":
-        return preferred(Numerics(platform=platform, implementation=implementation))
-    if dtype == "bfloat16":
-        result = "float32" if platform.name == "cpu" else "bfloat16"
-        return preferred(
-            Numerics("bfloat16", result, "bfloat16", "bfloat16", None, platform, implementation)
-        )
-    raise NaloraError("compute.dtype", expected="'float32' or 'bfloat16'", found=repr(dtype))
+        return Numerics(platform=platform, implementation=implementation)
+    result = "float32" if platform.name == "cpu" else "bfloat16"
+    numerics = Numerics(dtype, result, dtype, dtype, None, platform, implementation)
+    # Native kernels round while they store; XLA's matmuls would need a second pass over the result.
+    return replace(numerics, inner=dtype) if native_kind(numerics) else numerics
 
 
 @operation
-def preferred(numerics: Numerics) -> Numerics:
-    """Returns ``numerics`` with the dtypes that are fastest on the platform."""
-    return numerics
+def native_kind(numerics: Numerics) -> str:
+    """Returns the kind of native kernels that compute bf16 matmuls, e.g. "tiles"; "" for XLA."""
+    return ""
 
 
 def check_implementation(name: str, platform: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
 from nalora_jax.ops.dispatch import Numerics, operation
@@ -30,9 +30,9 @@ _WARPS, _STAGES = 8, 3
 
 @operation
 def grouped_matmul(
-    x: jax.Array, kernels: jax.Array, sizes: jax.Array, numerics: Numerics, *, transposed: bool = False
-) -> jax.Array:
-    """Multiplies every row by its group's kernel.
+    x: Array, kernels: Array, sizes: Array, numerics: Numerics, *, transposed: bool = False
+) -> Array:
+    """Multiplies every row by its group's kernel: ``[rows, d_out]`` in ``numerics.result``, summed in float32.
 
     No gradient is defined if an implementation replaces the plain function.
 
@@ -42,9 +42,6 @@ def grouped_matmul(
       sizes: int ``[groups]``, rows of each group; their sum is ``rows``.
       numerics: dtypes of operands and result.
       transposed: multiply by the transposed kernels.
-
-    Returns:
-      ``[rows, d_out]`` in ``numerics.result``, accumulated in float32.
     """
     if transposed:
         kernels = kernels.swapaxes(1, 2)
@@ -52,46 +49,34 @@ def grouped_matmul(
     return ragged(x, kernels, sizes, numerics.operand, stored).astype(numerics.result)
 
 
-def ragged(
-    x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str, result: str = "float32"
-) -> jax.Array:
+def ragged(x: Array, kernels: Array, sizes: Array, operand: str, result: str = "float32") -> Array:
     """Computes `lax.ragged_dot` ``[rows, d_out]`` with given dtypes; has no gradient.
 
     With an axis of runs (`jax.vmap`) it is one grouped matmul over the rows of all runs. Kernels that
     differ by run are separate groups; kernels that all runs share are read once.
     """
-    like = jnp.zeros((0,), result)
-    product: jax.Array = _ragged(x.astype(operand), kernels.astype(operand), sizes, like)
+    product: Array = _ragged(x.astype(operand), kernels.astype(operand), sizes, jnp.zeros((0,), result))
     return product
 
 
-def ragged_outer(x: jax.Array, y: jax.Array, sizes: jax.Array, operand: str) -> jax.Array:
+def ragged_outer(x: Array, y: Array, sizes: Array, operand: str) -> Array:
     """Computes ``x_g^T y_g`` over the rows of every group, float32 ``[groups, d, n]``; has no gradient.
 
-    Args:
-      x: ``[rows, d]``, sorted by group.
-      y: ``[rows, n]``, the same.
-      sizes: int ``[groups]``.
-      operand: dtype of x.
+    ``x [rows, d]``, rounded to ``operand``, and ``y [rows, n]`` are sorted by group.
     """
-    product: jax.Array = _ragged_outer(x.astype(operand), y.astype(jnp.float32), sizes)
+    product: Array = _ragged_outer(x.astype(operand), y.astype(jnp.float32), sizes)
     return product
 
 
 @custom_vmap
-def _ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array, like: jax.Array) -> jax.Array:
+def _ragged(x: Array, kernels: Array, sizes: Array, like: Array) -> Array:
     return lax.ragged_dot(x, kernels, sizes, preferred_element_type=like.dtype)
 
 
 @_ragged.def_vmap
 def _ragged_of_runs(
-    runs: int,
-    batched: Sequence[bool],
-    x: jax.Array,
-    kernels: jax.Array,
-    sizes: jax.Array,
-    like: jax.Array,
-) -> tuple[jax.Array, bool]:
+    runs: int, batched: Sequence[bool], x: Array, kernels: Array, sizes: Array, like: Array
+) -> tuple[Array, bool]:
     x, sizes = _with_runs(x, batched[0], runs), _with_runs(sizes, batched[2], runs)
     rows = x.reshape(-1, x.shape[-1])
     if batched[1]:
@@ -105,101 +90,68 @@ def _ragged_of_runs(
 
 
 @custom_vmap
-def _ragged_outer(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
+def _ragged_outer(x: Array, y: Array, sizes: Array) -> Array:
     like = jax.ShapeDtypeStruct((sizes.shape[0], x.shape[1], y.shape[1]), x.dtype)
     product = partial(lax.ragged_dot, x, group_sizes=sizes, preferred_element_type=jnp.float32)
-    outer: jax.Array = jax.linear_transpose(product, like)(y)[0]
+    outer: Array = jax.linear_transpose(product, like)(y)[0]
     return outer.astype(jnp.float32)
 
 
 @_ragged_outer.def_vmap
 def _ragged_outer_of_runs(
-    runs: int, batched: Sequence[bool], x: jax.Array, y: jax.Array, sizes: jax.Array
-) -> tuple[jax.Array, bool]:
+    runs: int, batched: Sequence[bool], x: Array, y: Array, sizes: Array
+) -> tuple[Array, bool]:
     x, y, sizes = (_with_runs(*array, runs) for array in zip((x, y, sizes), batched, strict=True))
     outer = _ragged_outer(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), sizes.reshape(-1))
     return outer.reshape(runs, -1, *outer.shape[1:]), True
 
 
-def _with_runs(array: jax.Array, is_batched: bool, runs: int) -> jax.Array:
+def _with_runs(array: Array, is_batched: bool, runs: int) -> Array:
     """Returns ``[runs, ...]``."""
-    if is_batched:
-        return array
-    return jnp.broadcast_to(array, (runs, *array.shape))
+    return array if is_batched else jnp.broadcast_to(array, (runs, *array.shape))
 
 
-def own_of_all(x: jax.Array, factors: jax.Array, group: jax.Array, operand: str) -> jax.Array:
-    """Multiplies rows by their group's narrow factor, in one matmul with the joined factors.
+def own_of_all(x: Array, factors: Array, group: Array, operand: str) -> Array:
+    """Multiplies rows ``[rows, d]`` by the narrow factor of their group, of ``[groups, d, rank]``.
 
-    Args:
-      x: ``[rows, d]``.
-      factors: ``[groups, d, rank]``.
-      group: int ``[rows]``.
-      operand: dtype of the operands.
-
-    Returns:
-      float32 ``[rows, rank]``.
+    One matmul with the joined factors; ``group`` is int ``[rows]``. The result is float32 ``[rows, rank]``.
     """
     groups, d, rank = factors.shape
     joined = factors.swapaxes(0, 1).reshape(d, groups * rank)
     products = _dot(x, joined, operand).reshape(-1, groups, rank)
-    return jnp.sum(jnp.where(_own(group, groups)[..., None], products, 0.0), axis=1)
+    own = jax.nn.one_hot(group, groups, dtype=bool)
+    return jnp.sum(jnp.where(own[..., None], products, 0.0), axis=1)
 
 
-def own_in_all(hidden: jax.Array, group: jax.Array, groups: int) -> jax.Array:
-    """Places each row ``[rank]`` in its group's columns of ``[groups * rank]``, 0 in the others.
-
-    ``hidden`` is ``[rows, rank]``; the result is ``[rows, groups * rank]``.
-    """
-    return jnp.where(_own(group, groups)[..., None], hidden[:, None, :], 0.0).reshape(hidden.shape[0], -1)
-
-
-def from_all(hidden: jax.Array, factors: jax.Array, group: jax.Array, operand: str) -> jax.Array:
-    """Multiplies ``hidden [rows, rank]`` by its group's ``factors [groups, rank, d]``.
-
-    The result is float32 ``[rows, d]``.
-    """
+def from_all(hidden: Array, factors: Array, group: Array, operand: str) -> Array:
+    """Multiplies rows ``[rows, rank]`` by their group's factor, of ``[groups, rank, d]``: float32 ``[rows, d]``."""
     groups, rank, d = factors.shape
-    return _dot(own_in_all(hidden, group, groups), factors.reshape(groups * rank, d), operand)
+    return _dot(_in_all(hidden, group, groups), factors.reshape(groups * rank, d), operand)
 
 
-def outer_of_all(x: jax.Array, y: jax.Array, group: jax.Array, groups: int, operand: str) -> jax.Array:
-    """Computes ``x_g^T y_g`` over the rows of every group.
+def outer_of_all(x: Array, y: Array, group: Array, groups: int, operand: str) -> Array:
+    """Computes ``x_g^T y_g`` of ``[rows, d]`` and ``[rows, n]`` over the rows of every group.
 
-    The narrower side is spread over the columns of all groups.
-
-    Args:
-      x: ``[rows, d]``.
-      y: ``[rows, n]``.
-      group: int ``[rows]``.
-      groups: number of groups.
-      operand: dtype of the operands.
-
-    Returns:
-      float32 ``[groups, d, n]``.
+    The narrower side is spread over the columns of all groups. The result is float32 ``[groups, d, n]``.
     """
     d, n = x.shape[1], y.shape[1]
     if n < d:
-        return _dot(x.T, own_in_all(y, group, groups), operand).reshape(d, groups, n).swapaxes(0, 1)
-    return _dot(own_in_all(x, group, groups).T, y, operand).reshape(groups, d, n)
+        return _dot(x.T, _in_all(y, group, groups), operand).reshape(d, groups, n).swapaxes(0, 1)
+    return _dot(_in_all(x, group, groups).T, y, operand).reshape(groups, d, n)
 
 
-def _own(group: jax.Array, groups: int) -> jax.Array:
-    return jax.nn.one_hot(group, groups, dtype=bool)
+def _in_all(hidden: Array, group: Array, groups: int) -> Array:
+    """Places each row ``[rank]`` in its group's columns of ``[groups * rank]``, 0 in the others."""
+    own = jax.nn.one_hot(group, groups, dtype=bool)
+    return jnp.where(own[..., None], hidden[:, None, :], 0.0).reshape(hidden.shape[0], -1)
 
 
-def _dot(x: jax.Array, y: jax.Array, operand: str) -> jax.Array:
+def _dot(x: Array, y: Array, operand: str) -> Array:
     return jnp.dot(x.astype(operand), y.astype(operand), preferred_element_type=jnp.float32)
 
 
-# ---------------------------------------------------------------- facts of platforms
-
-
 def grouped_result(numerics: Numerics, result: str) -> str:
-    """Returns the dtype in which `lax.ragged_dot` stores a result that is rounded to ``result``.
-
-    On a TPU XLA has a kernel that accumulates in float32 and rounds once.
-    """
+    """Returns the dtype of a stored `lax.ragged_dot`: on a TPU XLA accumulates in float32 and rounds once."""
     return result if numerics.facts_of == "tpu" else "float32"
 
 
@@ -223,37 +175,19 @@ def recomputes_probe(groups: int, rank: int, numerics: Numerics) -> bool:
     return numerics.facts_of == "tpu" and joins_factors(groups, rank, numerics)
 
 
-# ---------------------------------------------------------------- Triton
-
-
 @grouped_matmul.implements("triton")
 def triton_grouped_matmul(
-    x: jax.Array,
-    kernels: jax.Array,
-    sizes: jax.Array,
-    numerics: Numerics,
-    *,
-    transposed: bool = False,
-) -> jax.Array:
-    """Computes `grouped_matmul` for bf16 operands."""
-    if numerics.operand != "bfloat16":
-        return NotImplemented
-    return tiled(x, kernels, sizes, numerics, transposed=transposed)
-
-
-def tiled(
-    x: jax.Array,
-    kernels: jax.Array,
-    sizes: jax.Array,
+    x: Array,
+    kernels: Array,
+    sizes: Array,
     numerics: Numerics,
     *,
     transposed: bool = False,
     interpret: bool = False,
-) -> jax.Array:
-    """Runs the kernel; for the arguments see `grouped_matmul`.
-
-    ``interpret`` runs it without a GPU.
-    """
+) -> Array:
+    """Computes `grouped_matmul` of bf16 operands; ``interpret`` runs the kernel without a GPU."""
+    if numerics.operand != "bfloat16":
+        return NotImplemented
     # Imported here, because Pallas costs every process 5 MB and a tenth of a second.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -265,7 +199,7 @@ def tiled(
     full_spec = lambda shape: pl.BlockSpec(shape, lambda i, j: (0,) * len(shape))  # noqa: E731
     visits = _visits(sizes, tiles)
     options: dict[str, Any] = {"name": NAME, "interpret": interpret}
-    out: jax.Array = pl.pallas_call(
+    out: Array = pl.pallas_call(
         partial(_kernel, transposed=transposed),
         grid=(tiles + groups - 1, pl.cdiv(d_out, _COLUMNS)),
         in_specs=[full_spec(array.shape) for array in (x, kernels, *visits)],
@@ -277,11 +211,10 @@ def tiled(
     return out[:rows]
 
 
-def _visits(sizes: jax.Array, tiles: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns each visit's group, tile of rows, and the group's first row and end.
+def _visits(sizes: Array, tiles: int) -> tuple[Array, Array, Array, Array]:
+    """Returns each visit's group, tile of rows, and the group's first row and end, int32 ``[tiles + groups - 1]``.
 
-    All are int32 ``[tiles + groups - 1]``. Groups without rows have no visit; surplus visits have
-    no rows.
+    Groups without rows have no visit; surplus visits have no rows.
     """
     ends = jnp.cumsum(sizes.astype(jnp.int32))
     starts = ends - sizes
@@ -307,7 +240,7 @@ def _kernel(
     group_index, first = group[visit], tile[visit] * _ROWS
     rows = pl.ds(first, _ROWS)
 
-    def add(step: jax.Array, total: jax.Array) -> jax.Array:
+    def add(step: Array, total: Array) -> Array:
         inner = pl.ds(step * _INNER, _INNER)
         left = _loaded(x.at[rows, inner], [None, (inner, d_in)])
         if transposed:
@@ -329,17 +262,15 @@ def _kernel(
 Ranges = Sequence[tuple[Any, int] | None]  # by dimension: a tile's slice and the array's size
 
 
-def _loaded(tile: Any, ranges: Ranges) -> jax.Array:
+def _loaded(tile: Any, ranges: Ranges) -> Array:
     """Returns a tile of an array, with zeros beyond the array's end."""
     from jax.experimental.pallas import triton
 
     mask = _inside(ranges, tile.shape)
-    if mask is None:
-        return triton.load(tile)
-    return triton.load(tile, mask=mask, other=0)
+    return triton.load(tile) if mask is None else triton.load(tile, mask=mask, other=0)
 
 
-def _inside(ranges: Ranges, shape: tuple[int, ...]) -> jax.Array | None:
+def _inside(ranges: Ranges, shape: tuple[int, ...]) -> Array | None:
     """Returns True for elements of a tile within the array; None if tiles divide the array."""
     mask = None
     for dimension, limits in enumerate(ranges):

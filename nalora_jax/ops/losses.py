@@ -19,7 +19,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.reductions import in_tiles, of_tiles
@@ -29,7 +29,7 @@ from nalora_jax.ops.storage import Kernel, dot
 # accelerator needs some thousand rows per chunk to be limited by its matrix unit.
 _CHUNK_FLOATS, _LEAST_ROWS = 1 << 27, 1024
 # The same without a backward pass, and with a trained head, whose gradient each chunk adds to.
-_SMALL_CHUNK_FLOATS = 1 << 25
+_SMALL = 1 << 25, 128
 
 
 class Head(NamedTuple):
@@ -44,7 +44,7 @@ class Head(NamedTuple):
         """The vocabulary's axis in the kernel; the other axis is the model's."""
         return int(not self.transposed)
 
-    def logits(self, products: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def logits(self, products: Array) -> tuple[Array, Array]:
         """Returns logits of products ``h E^T``, and their derivative by the products."""
         logits = products * self.scale
         slope = jnp.full_like(logits, self.scale)
@@ -59,48 +59,42 @@ PLAIN_HEAD = Head()
 
 @operation
 def cross_entropy(
-    hidden: jax.Array,
+    hidden: Array,
     kernel: Kernel,
-    targets: jax.Array,
-    weights: jax.Array,
+    targets: Array,
+    weights: Array,
     head: Head = PLAIN_HEAD,
     numerics: Numerics = Numerics(),  # noqa: B008
     *,
     chunk: int = 0,
     compact: bool = True,
     shards: int = 1,
-) -> jax.Array:
-    """Returns the sum of ``weights * -log p(target)``.
+) -> Array:
+    """Returns the sum of ``weights * -log p(target)``, float32, differentiable by ``hidden`` only.
 
     Args:
       hidden: ``[batch, seq, d_model]`` after the final norm.
       kernel: frozen ``[d_model, vocab]``, or ``[vocab, d_model]`` with ``head.transposed``, as it
-        is stored. It receives no gradient.
+        is stored.
       targets: int ``[batch, seq]``.
       weights: ``[batch, seq]``, 0 for positions without a target.
       head: static options.
       numerics: dtype of the operands; logits are float32.
       chunk: rows of logits at a time, on each device; 0 derives it from the size of the vocabulary.
-      compact: gather the rows that have a target and compute logits for those only. On a mesh that
-        splits the batch this would move rows between devices; there, chunks run along the sequence
-        instead.
+      compact: compute logits of rows that have a target only. On a mesh that splits the batch this
+        would move rows between devices; there, chunks run along the sequence instead.
       shards: parts that a mesh splits the batch into. If the mesh also splits the kernel, gather it
         before the call, because otherwise every chunk gathers it again.
-
-    Returns:
-      float32 scalar; differentiable with respect to ``hidden`` only.
     """
     chex.assert_rank(hidden, 3)
     chex.assert_shape([targets, weights], hidden.shape[:2])
     weights = lax.stop_gradient(weights.astype(jnp.float32))
     rows = chunk or rows_of_chunk(kernel.shape[head.axis])
 
-    def sums(hidden: jax.Array, constants: Any, grad: bool) -> tuple[jax.Array, jax.Array | None]:
+    def sums(hidden: Array, constants: Any, grad: bool) -> tuple[Array, Array | None]:
         kernel, targets, weights = constants
 
-        def summed(
-            total: Callable[[jax.Array], jax.Array], h: jax.Array, t: jax.Array, w: jax.Array
-        ) -> Any:
+        def summed(total: Callable[[Array], Array], h: Array, t: Array, w: Array) -> Any:
             losses, back = chunk_of_rows(h, kernel, t, w, grad, head=head, numerics=numerics)
             return total(losses), back.astype(h.dtype) if grad else None
 
@@ -117,42 +111,39 @@ def cross_entropy(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def loss_of_sums(sums: Callable[..., tuple[jax.Array, Any]], inputs: Any, constants: Any) -> jax.Array:
+def loss_of_sums(sums: Callable[..., tuple[Array, Any]], inputs: Any, constants: Any) -> Array:
     """Returns a loss whose gradient is computed in the same pass.
 
-    Args:
-      sums: ``(inputs, constants, grad) -> loss, gradient of inputs``; without ``grad`` the gradient is
-        not used.
-      inputs: arrays that the loss is differentiated with respect to.
-      constants: arrays without a gradient.
+    ``sums(inputs, constants, grad)`` returns the loss and the gradient of ``inputs``, unused without ``grad``;
+    ``constants`` have no gradient.
     """
     return sums(inputs, constants, False)[0]
 
 
-def _loss_of_sums_bwd(_: Any, gradients: Any, g: jax.Array) -> tuple[Any, None]:
+def _loss_of_sums_bwd(_: Any, gradients: Any, g: Array) -> tuple[Any, None]:
     return jax.tree.map(lambda x: x * g.astype(x.dtype), gradients), None
 
 
 loss_of_sums.defvjp(lambda sums, inputs, constants: sums(inputs, constants, True), _loss_of_sums_bwd)
 
 
-def rows_of_chunk(vocab: int) -> int:
+def rows_of_chunk(vocab: int, floats: int = _CHUNK_FLOATS, least: int = _LEAST_ROWS) -> int:
     """Returns the default number of rows in a chunk of logits on each device."""
     # A multiple of 128, the rows that a TPU's matrix unit processes at once.
-    return max(_CHUNK_FLOATS // vocab // 128 * 128, _LEAST_ROWS)
+    return max(floats // vocab // 128 * 128, least)
 
 
 @operation
 def chunk_of_rows(
-    hidden: jax.Array,
+    hidden: Array,
     kernel: Kernel,
-    targets: jax.Array,
-    weights: jax.Array,
+    targets: Array,
+    weights: Array,
     grad: bool,
     *,
     head: Head,
     numerics: Numerics,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     """Returns each row's loss ``[rows]`` and the gradient of hidden, ``[rows, 0]`` unless ``grad``."""
     logits, slope = head.logits(dot(hidden, kernel, numerics, dims=(1, 1 - head.axis)))
     # The comparison is fused into existing passes. A gather would cross devices that split the
@@ -172,23 +163,16 @@ def chunk_of_rows(
     )
 
 
-# ---------------------------------------------------------------- chunk by chunk
-
-
 # ``(hidden [rows, d_model], targets [rows, ...], weights [rows])`` -> sums over rows, arrays ``[rows, ...]``
-RowsChunk = Callable[[jax.Array, Any, jax.Array], tuple[Any, Any]]
+RowsChunk = Callable[[Array, Any, Array], tuple[Any, Any]]
 
 
 def _of_targets(
-    chunk: RowsChunk, hidden: jax.Array, targets: jax.Array, weights: jax.Array, rows: int, start: Any
+    chunk: RowsChunk, hidden: Array, targets: Array, weights: Array, rows: int, start: Any
 ) -> Any:
-    """Runs chunks over the rows that have a target, in as many iterations as those need.
+    """Runs chunks of some ``rows`` that have a target, in as many iterations as those need.
 
-    Args:
-      chunk: function of some rows.
-      hidden, targets, weights: as for `cross_entropy`.
-      rows: of a chunk.
-      start: sums and arrays ``[batch, seq, ...]`` that the chunks add to and write into.
+    ``start`` are sums and arrays ``[batch, seq, ...]`` that the chunks add to and write into.
     """
     n = weights.size
     flat, weights, targets = hidden.reshape(n, -1), weights.reshape(n), targets.reshape(n)
@@ -196,7 +180,7 @@ def _of_targets(
     # Rows with a target first; the last chunk is padded with rows of weight zero.
     order = jnp.pad(jnp.argsort(weights == 0, stable=True), (0, rows), constant_values=n)
 
-    def body(i: jax.Array, carry: Any) -> Any:
+    def body(i: Array, carry: Any) -> Any:
         sums, outputs = carry
         index = lax.dynamic_slice(order, (i * rows,), (rows,))
         take = partial(jnp.take, indices=index, axis=0, mode="clip")
@@ -211,28 +195,23 @@ def _of_targets(
     return sums, jax.tree.map(lambda x: x.reshape(*hidden.shape[:2], *x.shape[1:]), outputs)
 
 
-def _loop(count: jax.Array, most: int, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+def _loop(count: Array, most: int, body: Callable[[Array, Any], Any], carry: Any) -> Any:
     """Runs ``body(i, carry)`` ``count`` times.
 
     The compiled condition contains ``most``, the largest count, so that `nalora_jax.layout` can count
     the iterations of a full batch.
     """
-
-    def more(state: tuple[jax.Array, Any]) -> jax.Array:
-        return (state[0] < most) & (state[0] < count)
-
-    def step(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        return state[0] + 1, body(*state)
-
+    more = lambda state: (state[0] < most) & (state[0] < count)  # noqa: E731
+    step = lambda state: (state[0] + 1, body(*state))  # noqa: E731
     return lax.while_loop(more, step, (jnp.zeros((), jnp.int32), carry))[1]
 
 
 def _along_sequence(
-    chunk: RowsChunk, hidden: jax.Array, targets: Any, weights: jax.Array, rows: int, start: Any
+    chunk: RowsChunk, hidden: Array, targets: Any, weights: Array, rows: int, start: Any
 ) -> Any:
-    """Runs chunks of whole columns of the batch, so that every shard processes its own rows.
+    """Runs chunks of columns of the batch, at most ``rows`` rows or one column: every shard has rows of each.
 
-    ``rows`` is the most rows of a chunk, which has at least one column; sums are added to ``start``.
+    Sums are added to ``start``.
     """
     batch, seq = weights.shape
     chunks = -(-seq // max(1, rows // max(batch, 1)))
@@ -249,40 +228,26 @@ def _along_sequence(
     return sums, jax.tree.map(partial(of_tiles, seq=seq), parts)
 
 
-# ---------------------------------------------------------------- the loss of every target
-
-
 def target_losses(
-    hidden: jax.Array,
+    hidden: Array,
     kernel: Kernel,
-    targets: jax.Array,
-    weights: jax.Array,
+    targets: Array,
+    weights: Array,
     head: Head = PLAIN_HEAD,
     numerics: Numerics = Numerics(),  # noqa: B008
     *,
     chunk: int = 0,
     compact: bool = True,
     shards: int = 1,
-) -> jax.Array:
-    """Returns ``weights * -log p(target)`` of every position, float32 ``[batch, seq]``.
+) -> Array:
+    """Returns ``weights * -log p(target)`` of every position, float32 ``[batch, seq]``, without a gradient.
 
-    The result has no gradient.
-
-    Args:
-      hidden: ``[batch, seq, d_model]`` after the final norm.
-      kernel: the head's kernel, as it is stored.
-      targets: int ``[batch, seq]``.
-      weights: ``[batch, seq]``, 0 for positions without a target.
-      head: static options.
-      numerics: dtype of the operands.
-      chunk: rows of logits at a time, on each device; 0 derives it from the size of the vocabulary.
-      compact: with one shard, compute positions with a target only; see `cross_entropy`.
-      shards: parts that a mesh splits the batch into.
+    The arguments are those of `cross_entropy`.
     """
     hidden, kernel, weights = lax.stop_gradient((hidden, kernel, weights.astype(jnp.float32)))
-    rows = chunk or max(_SMALL_CHUNK_FLOATS // kernel.shape[head.axis] // 128 * 128, 128)
+    rows = chunk or rows_of_chunk(kernel.shape[head.axis], *_SMALL)
 
-    def losses(h: jax.Array, t: jax.Array, w: jax.Array) -> tuple[None, jax.Array]:
+    def losses(h: Array, t: Array, w: Array) -> tuple[None, Array]:
         return None, chunk_of_rows(h, kernel, t, w, False, head=head, numerics=numerics)[0]
 
     if compact and shards == 1:
@@ -297,13 +262,9 @@ def target_losses(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class WholeHead:
-    """A head that is trained entirely; also the type of its gradient.
+    """A head that is trained entirely; also the type of its gradient."""
 
-    Attributes:
-      kernel: float32 ``[d_model, vocab]``.
-    """
-
-    kernel: jax.Array
+    kernel: Array  # float32 [d_model, vocab]
 
     @property
     def vocab_size(self) -> int:
@@ -314,15 +275,12 @@ class WholeHead:
         """Returns a zero gradient."""
         return WholeHead(jnp.zeros(self.kernel.shape, jnp.float32))
 
-    def products(self, hidden: jax.Array, numerics: Numerics) -> jax.Array:
+    def products(self, hidden: Array, numerics: Numerics) -> Array:
         """Returns float32 ``[rows, vocab]`` of ``[rows, d_model]``."""
         return dot(hidden, self.kernel, numerics)
 
-    def pull(self, hidden: jax.Array, delta: jax.Array, numerics: Numerics) -> tuple[jax.Array, WholeHead]:
-        """Returns the gradients of hidden states and head.
-
-        ``delta [rows, vocab]`` is the gradient of `products`.
-        """
+    def pull(self, hidden: Array, delta: Array, numerics: Numerics) -> tuple[Array, WholeHead]:
+        """Returns the gradients of hidden states and head for ``delta [rows, vocab]``, the gradient of `products`."""
         back = dot(delta, self.kernel, numerics, dims=(1, 1))
         return back, WholeHead(dot(hidden, delta, numerics, dims=(0, 0)))
 
@@ -330,21 +288,12 @@ class WholeHead:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HeadRows:
-    """A frozen head with trained rows, one per token id.
+    """A frozen head with trained rows; its gradient has the same type, without a kernel."""
 
-    Its gradient has the same type, without a kernel.
-
-    Attributes:
-      rows: float32 ``[ids, d_model]``, which replace rows of the kernel.
-      kernel: frozen, as it is stored; see ``transposed``.
-      ids: token ids of the rows, all different.
-      transposed: the kernel is an embedding ``[vocab, d_model]``; else ``[d_model, vocab]``.
-    """
-
-    rows: jax.Array
-    kernel: Kernel | None
-    ids: tuple[int, ...] = field(metadata={"static": True})
-    transposed: bool = field(metadata={"static": True})
+    rows: Array  # float32 [ids, d_model], which replace rows of the kernel
+    kernel: Kernel | None  # frozen, as it is stored: an embedding [vocab, d_model], or [d_model, vocab]
+    ids: tuple[int, ...] = field(metadata={"static": True})  # token ids of the rows, all different
+    transposed: bool = field(metadata={"static": True})  # the kernel is an embedding
 
     @property
     def axis(self) -> int:
@@ -361,17 +310,14 @@ class HeadRows:
         """Returns a zero gradient."""
         return replace(self, rows=jnp.zeros(self.rows.shape, jnp.float32), kernel=None)
 
-    def products(self, hidden: jax.Array, numerics: Numerics) -> jax.Array:
+    def products(self, hidden: Array, numerics: Numerics) -> Array:
         """Returns float32 ``[rows, vocab]`` of ``[rows, d_model]``."""
         assert self.kernel is not None
         frozen = dot(hidden, self.kernel, numerics, dims=(1, 1 - self.axis))
         return frozen.at[:, np.array(self.ids)].set(dot(hidden, self.rows, numerics, dims=(1, 1)))
 
-    def pull(self, hidden: jax.Array, delta: jax.Array, numerics: Numerics) -> tuple[jax.Array, HeadRows]:
-        """Returns the gradients of hidden states and trained rows.
-
-        ``delta [rows, vocab]`` is the gradient of `products`.
-        """
+    def pull(self, hidden: Array, delta: Array, numerics: Numerics) -> tuple[Array, HeadRows]:
+        """Returns the gradients of hidden states and trained rows for the gradient of `products`."""
         assert self.kernel is not None
         columns = np.array(self.ids)
         of_rows = delta[:, columns]
@@ -382,38 +328,25 @@ class HeadRows:
 
 
 def trained_cross_entropy(
-    hidden: jax.Array,
+    hidden: Array,
     trained: WholeHead | HeadRows,
-    targets: jax.Array,
-    weights: jax.Array,
+    targets: Array,
+    weights: Array,
     head: Head,
     numerics: Numerics,
     *,
     chunk: int = 0,
     shards: int = 1,
-) -> jax.Array:
-    """Returns the sum of ``weights * -log p(target)``.
-
-    It is differentiable with respect to ``hidden`` and the trained part of the head.
-
-    Args:
-      hidden: ``[batch, seq, d_model]`` after the final norm.
-      trained: the head, trained entirely or by rows.
-      targets: int ``[batch, seq]``.
-      weights: ``[batch, seq]``, 0 for positions without a target.
-      head: soft cap and scale.
-      numerics: dtype of the operands; logits and gradients are float32.
-      chunk: rows of logits at a time, on each device; 0 derives it from the size of the vocabulary.
-      shards: parts that a mesh splits the batch into.
-    """
-    rows = (chunk or max(_SMALL_CHUNK_FLOATS // trained.vocab_size // 128 * 128, 128)) * shards
+) -> Array:
+    """Returns the loss of `cross_entropy`, differentiable by ``hidden`` and the trained part of the head."""
+    rows = (chunk or rows_of_chunk(trained.vocab_size, *_SMALL)) * shards
     weights = lax.stop_gradient(weights.astype(jnp.float32))
 
     def sums(inputs: Any, constants: Any, grad: bool) -> Any:
         """Returns the loss, and the gradients of hidden states and head; chunks are whole columns of the batch."""
         (hidden, trained), (targets, weights) = inputs, constants
 
-        def chunk(h: jax.Array, t: jax.Array, w: jax.Array) -> tuple[tuple[jax.Array, Any], jax.Array]:
+        def chunk(h: Array, t: Array, w: Array) -> tuple[tuple[Array, Any], Array]:
             logits, slope = head.logits(trained.products(h, numerics))
             log_total = jax.nn.logsumexp(logits, axis=-1)
             hit = jnp.arange(logits.shape[1], dtype=t.dtype)[None, :] == t[:, None]

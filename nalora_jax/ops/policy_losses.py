@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 Name = Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo"]
 # Distances of the clipped ratio below and above 1, from the papers.
@@ -46,9 +46,9 @@ class PolicyLoss(NamedTuple):
 class Losses(NamedTuple):
     """Results for a batch, float32."""
 
-    loss: jax.Array  # [], summed
-    divergence: jax.Array  # [samples, tokens], from the base; 0 without its log-probabilities
-    clipped: jax.Array  # [samples, tokens], 1 for tokens without a gradient because of the clip
+    loss: Array  # [], summed
+    divergence: Array  # [samples, tokens], from the base; 0 without its log-probabilities
+    clipped: Array  # [samples, tokens], 1 for tokens without a gradient because of the clip
 
 
 def advantages(rewards: np.ndarray, name: Name) -> np.ndarray:
@@ -56,10 +56,6 @@ def advantages(rewards: np.ndarray, name: Name) -> np.ndarray:
 
     A NaN is a sample without a reward: it is in no mean and its advantage is 0. A group with fewer
     than two rewards has no advantages.
-
-    Args:
-      rewards: float ``[prompts, samples]``, of at least two samples.
-      name: the loss that the advantages are for.
     """
     known = ~np.isnan(rewards)
     count = known.sum(1, keepdims=True)
@@ -74,24 +70,16 @@ def advantages(rewards: np.ndarray, name: Name) -> np.ndarray:
     return centered / (deviation + _SMALLEST)
 
 
-def denominator(mask: jax.Array, real: jax.Array, settings: PolicyLoss) -> jax.Array:
+def denominator(mask: Array, real: Array, settings: PolicyLoss) -> Array:
     """Returns what a batch's sum of losses is divided by: tokens with "dapo", otherwise samples; float32.
 
-    Args:
-      mask: ``[samples, tokens]``, 1 for tokens in the loss.
-      real: ``[samples]``, 0 for padding; a sample without tokens in the loss counts.
-      settings: of the loss.
+    ``mask [samples, tokens]`` is 1 for tokens in the loss, ``real [samples]`` 0 for padding only.
     """
     return jnp.sum(mask if settings.name == "dapo" else real, dtype=jnp.float32)
 
 
 def policy_loss(
-    log_probs: jax.Array,
-    old: jax.Array,
-    base: jax.Array | None,
-    mask: jax.Array,
-    advantage: jax.Array,
-    settings: PolicyLoss,
+    log_probs: Array, old: Array, base: Array | None, mask: Array, advantage: Array, settings: PolicyLoss
 ) -> Losses:
     """Returns the sum of the losses of samples.
 
@@ -99,13 +87,9 @@ def policy_loss(
     negative (http://joschu.net/blog/kl-approx.html); times beta it is added to each token's loss. With
     "rloo" it has its place in the rewards, see `divergence_penalty`.
 
-    Args:
-      log_probs: of the tokens, by the policy: ``[samples, tokens]``; the loss is differentiable by these.
-      old: by the policy that sampled.
-      base: by the base without adapters; None, with a beta of 0, leaves out the divergence.
-      mask: 1 for tokens of the samples, 0 for padding.
-      advantage: ``[samples]``.
-      settings: of the loss.
+    Log-probabilities are ``[samples, tokens]``: by the policy, by which the loss is differentiable, by the ``old``
+    policy that sampled, and by the ``base`` without adapters (None, with a beta of 0, leaves out the
+    divergence). The mask is 0 for padding; the advantage is ``[samples]``.
     """
     tokens = jnp.sum(mask, axis=1, keepdims=True)
     log_ratio = (log_probs - old) * mask
@@ -137,12 +121,5 @@ def policy_loss(
 
 
 def divergence_penalty(old: np.ndarray, base: np.ndarray, mask: np.ndarray, beta: float) -> np.ndarray:
-    """Returns what "rloo" subtracts from rewards: beta times the log-ratio of each sample, ``[samples]``.
-
-    Args:
-      old: log-probabilities of tokens by the policy that sampled, ``[samples, tokens]``.
-      base: by the base without adapters.
-      mask: 1 for tokens of the samples.
-      beta: weight of the divergence.
-    """
+    """Returns what "rloo" subtracts from rewards: beta times the log-ratio of each sample, ``[samples]``."""
     return beta * ((old - base) * mask).sum(1)

@@ -7,6 +7,10 @@
                            mxfp4: the same with blocks of 32 inputs and scales uint8; feed-forward
                                  kernels only, as gpt-oss's files store experts
 
+In mxfp4 (OCP Microscaling Formats 1.0) a weight is ``MXFP4_LEVELS[code] * 2 ** (scale - 127)``. A kernel
+that was read from a file is stored again without loss: every level times a smaller power of two is a
+level as long as the largest of the block remains one.
+
 A quantized kernel replaces the array in the ``params`` tree. Operations expand it one layer at a
 time, in the forward pass and again in the backward pass, so that the float kernel is never saved.
 Adapters and their gradients stay float32. Norms, biases, embeddings and routers are not quantized.
@@ -15,7 +19,6 @@ Adapters and their gradients stay float32. Norms, biases, embeddings and routers
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -23,37 +26,32 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common import trees
 from nalora_jax.errors import NaloraError
-from nalora_jax.ops import mxfp4
 from nalora_jax.ops.reductions import mesh_axes
 from nalora_jax.ops.storage import Stored
 
 Kind = Literal["int8", "nf4", "mxfp4"]
-_BLOCKS = {"nf4": 64, "mxfp4": mxfp4.BLOCK}  # inputs that share a scale
+_BLOCKS = {"nf4": 64, "mxfp4": 32}  # inputs that share a scale
+MXFP4_BLOCK = _BLOCKS["mxfp4"]
 _KERNELS, _FFN_KERNELS = r"layers/.*_proj(_[a-z]+)?/kernel$", r"layers/(.*/)?ffn/.*_proj/kernel$"
-# The 16 levels of NormalFloat4: quantiles of N(0, 1) with an exact zero, scaled to [-1, 1] (QLoRA, appendix E).
-NF4_LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
+# Quantiles of N(0, 1) with an exact zero, scaled to [-1, 1] (QLoRA, appendix E).
+# fmt: off
+NF4_LEVELS: tuple[float, ...] = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )
+# fmt: on
+# Sign, two bits of exponent, one bit of mantissa.
+_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MXFP4_LEVELS: tuple[float, ...] = (*_POSITIVE, *(-level for level in _POSITIVE))
+_BIAS = 127
+# Exponent of 4.0, the largest power of two among the levels.
+_LARGEST = 2
 
 
 @jax.tree_util.register_dataclass
@@ -61,8 +59,8 @@ NF4_LEVELS = (
 class Quantized(Stored):
     """Codes and scales of one kernel, or of a stack of them."""
 
-    codes: jax.Array  # int8 [..., d_in, d_out], or uint8 [..., d_in / 2, d_out]
-    scales: jax.Array  # float32 (mxfp4: uint8) [..., blocks, d_out]
+    codes: Array  # int8 [..., d_in, d_out], or uint8 [..., d_in / 2, d_out]
+    scales: Array  # float32 (mxfp4: uint8) [..., blocks, d_out]
     kind: Kind = field(metadata={"static": True})
     # Shardings of one layer's codes and scales for matmuls, if a mesh splits the stored ones
     # further (`gathered`).
@@ -74,37 +72,29 @@ class Quantized(Stored):
         *lead, rows, d_out = self.codes.shape
         return (*lead, rows * (1 if self.kind == "int8" else 2), d_out)
 
-    def expand(self, dtype: Any = None) -> jax.Array:
+    def expand(self, dtype: Any = None) -> Array:
         """Returns the kernel in ``dtype``, by default float32; codes are gathered before they are expanded."""
-        dtype = dtype or jnp.float32
-        if self.places is None:
-            return dequantize(self, dtype)
-        codes, scales = (
-            _at(array, place) for array, place in zip((self.codes, self.scales), self.places, strict=True)
-        )
-        return dequantize(Quantized(codes, scales, self.kind), dtype)
+        codes, scales = self.codes, self.scales
+        if self.places is not None:
+            codes, scales = _at(codes, self.places[0]), _at(scales, self.places[1])
+        return dequantize(Quantized(codes, scales, self.kind), dtype or jnp.float32)
 
 
-def _at(array: jax.Array, place: NamedSharding) -> jax.Array:
+def _at(array: Array, place: NamedSharding) -> Array:
     """Returns codes or scales with their last two axes sharded as in ``place``."""
     sharding = NamedSharding(place.mesh, P(*[None] * (array.ndim - 2), *place.spec))
-    return jax.lax.with_sharding_constraint(array, sharding)
+    return lax.with_sharding_constraint(array, sharding)
 
 
 def kernels(kind: Kind) -> str:
     """Returns the pattern of the leaves that are quantized in a model of that kind."""
-    if kind == "mxfp4":
-        return _FFN_KERNELS
-    return _KERNELS
+    return _FFN_KERNELS if kind == "mxfp4" else _KERNELS
 
 
-def quantize(kernel: jax.Array, kind: Kind) -> Quantized:
-    """Returns the nearest codes of ``kernel``.
+def quantize(kernel: Array, kind: Kind) -> Quantized:
+    """Returns the nearest codes of a float kernel ``[..., d_in, d_out]``.
 
-    Args:
-      kernel: float ``[..., d_in, d_out]``.
-      kind: "int8" (error at most half a step of the channel's largest weight / 127), "nf4" or
-        "mxfp4".
+    The error of int8 is at most half a step of the channel's largest weight / 127.
 
     Raises:
       NaloraError: d_in is not a multiple of 64, for nf4, or of 32, for mxfp4.
@@ -118,39 +108,57 @@ def quantize(kernel: jax.Array, kind: Kind) -> Quantized:
     w = kernel.astype(jnp.float32).reshape(*lead, d_in // block, block, d_out)
     largest = jnp.max(jnp.abs(w), axis=-2)
     if kind == "mxfp4":
-        scales = mxfp4.exponents(largest)
-        return Quantized(_packed(mxfp4.codes(w / mxfp4.powers(scales)[..., None, :])), scales, kind)
+        _, exponent = jnp.frexp(largest)  # largest = m 2^exponent with 1/2 <= m < 1
+        scales = jnp.clip(exponent - 1 - _LARGEST + _BIAS, 1, 254).astype(jnp.uint8)
+        return Quantized(_packed(_mxfp4_codes(w / _powers(scales)[..., None, :])), scales, kind)
     unit = w / jnp.where(largest > 0, largest, 1.0)[..., None, :]
     if kind == "int8":
         codes = jnp.round(unit * 127).astype(jnp.int8).reshape(kernel.shape)
         return Quantized(codes, largest / 127, kind)
-    # Compared with all midpoints at once, which XLA fuses; a search would store several integer
-    # copies of the kernel.
-    middle = jnp.asarray(_midpoints())
-    nearest = jnp.searchsorted(middle, unit, method="compare_all").astype(jnp.uint8)
-    return Quantized(_packed(nearest), largest, kind)
+    return Quantized(_packed(_nearest(unit, _midpoints(NF4_LEVELS))), largest, kind)
 
 
-def _packed(codes: jax.Array) -> jax.Array:
+def _midpoints(levels: Sequence[float]) -> np.ndarray:
+    ascending = np.asarray(levels, np.float32)
+    return (ascending[1:] + ascending[:-1]) / 2
+
+
+def _nearest(unit: Array, thresholds: np.ndarray) -> Array:
+    """Returns the number of thresholds below each number, uint8.
+
+    Compared with all at once, which XLA fuses; a search would store several integer copies of the kernel.
+    """
+    return jnp.searchsorted(jnp.asarray(thresholds), unit, method="compare_all").astype(jnp.uint8)
+
+
+def _mxfp4_codes(unit: Array) -> Array:
+    """Returns the code uint8 of the nearest level of every number; beyond 6 it is 6."""
+    # A tie goes to the level with an even code: where this is the upper one, the threshold is the number below.
+    thresholds = _midpoints(_POSITIVE)
+    thresholds[1::2] = np.nextafter(thresholds[1::2], np.float32(0))
+    return _nearest(jnp.abs(unit), thresholds) | (jnp.signbit(unit).astype(jnp.uint8) << 3)
+
+
+def _powers(scales: Array) -> Array:
+    """Returns ``2 ** (scale - 127)`` in float32; 0 for a scale of 0, which float32 cannot hold normally."""
+    return lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
+
+
+def _packed(codes: Array) -> Array:
     """Returns 4-bit codes ``[..., blocks, block, d_out]`` as bytes ``[..., blocks * block / 2, d_out]``."""
     *lead, blocks, block, d_out = codes.shape
     halves = codes.reshape(*lead, blocks, 2, block // 2, d_out)
     return (halves[..., 0, :, :] | (halves[..., 1, :, :] << 4)).reshape(*lead, blocks * block // 2, d_out)
 
 
-def _midpoints() -> np.ndarray:
-    levels = np.asarray(NF4_LEVELS, np.float32)
-    return (levels[1:] + levels[:-1]) / 2
-
-
-def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> jax.Array:
+def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> Array:
     """Returns the kernel of codes and scales, computed in float32 and rounded to ``dtype``."""
     *lead, d_in, d_out = kernel.shape
     if kernel.kind == "int8":
         return (kernel.codes.astype(jnp.float32) * kernel.scales).astype(dtype)
     levels, scales = NF4_LEVELS, kernel.scales
     if kernel.kind == "mxfp4":
-        levels, scales = mxfp4.LEVELS, mxfp4.powers(kernel.scales)
+        levels, scales = MXFP4_LEVELS, _powers(kernel.scales)
     block = _BLOCKS[kernel.kind]
     pairs = kernel.codes.reshape(*lead, d_in // block, 1, block // 2, d_out)
     shifts = jnp.array([0, 4], jnp.uint8).reshape(*[1] * (len(lead) + 1), 2, 1, 1)
@@ -158,10 +166,10 @@ def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> jax.Array:
     blocks = (_of_levels(codes, levels) * scales[..., None, None, :]).astype(dtype)
     # One pass over HBM: without the barrier, the TPU compiler multiplies in the final shape and stores the
     # repeated codes and scales, three times the traffic.
-    return jax.lax.optimization_barrier(blocks).reshape(*lead, d_in, d_out)
+    return lax.optimization_barrier(blocks).reshape(*lead, d_in, d_out)
 
 
-def _of_levels(codes: jax.Array, levels: Sequence[float]) -> jax.Array:
+def _of_levels(codes: Array, levels: Sequence[float]) -> Array:
     """Returns float32 ``levels[codes]``, selected bit by bit: a TPU has no fast gather from a small table."""
     if len(levels) == 1:
         return jnp.float32(levels[0])
@@ -171,15 +179,11 @@ def _of_levels(codes: jax.Array, levels: Sequence[float]) -> jax.Array:
 
 
 def gathered(params: Any, axes: Collection[str]) -> Any:
-    """Returns ``params`` with quantized kernels marked to be gathered over mesh axes as codes.
+    """Returns ``params`` with quantized kernels marked to be gathered over mesh ``axes`` as codes.
 
     Without the mark the compiler expands each device's part and gathers float32: four times the
-    bytes of int8 and seven times the bytes of nf4. Experts are not marked: `nalora_jax.models.moe`
-    gathers the arrays that it maps over the mesh.
-
-    Args:
-      params: a tree of arrays, or of descriptions of arrays, with shardings.
-      axes: names of the mesh axes that are gathered over; other axes stay split.
+    bytes of int8 and seven times the bytes of nf4. Leaves may be descriptions of arrays, with shardings.
+    Experts are not marked: `nalora_jax.models.moe` gathers the arrays that it maps over the mesh.
     """
 
     def told(leaf: Any) -> Any:
@@ -202,19 +206,3 @@ def _without(sharding: Any, ndim: int, axes: Collection[str]) -> NamedSharding |
     spec = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))[-2:]
     remaining = [tuple(name for name in mesh_axes(entry) if name not in axes) or None for entry in spec]
     return NamedSharding(sharding.mesh, P(*remaining))
-
-
-def quantize_params(params: Any, kind: Kind, pattern: str | None = None) -> dict[str, Any]:
-    """Returns in-memory ``params`` with every kernel that ``pattern`` (default: `kernels`) matches quantized.
-
-    Kernels are quantized one layer at a time.
-    """
-    quantized = jax.jit(quantize, static_argnums=1)
-
-    def replace(path: str, leaf: jax.Array) -> Any:
-        if not re.search(pattern or kernels(kind), path):
-            return leaf
-        layers = [quantized(leaf[i], kind) for i in range(leaf.shape[0])]
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
-
-    return trees.map_named(replace, params)

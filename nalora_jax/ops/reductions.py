@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import chex
@@ -38,11 +37,9 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 def with_zeros(x: Array, count: int, axis: int) -> Array:
     """Returns ``x`` with ``count`` zeros at the end of an axis."""
-    if not count:
-        return x
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, count)
-    return jnp.pad(x, widths)
+    return jnp.pad(x, widths) if count else x
 
 
 def in_tiles(x: Array, tiles: int) -> Array:
@@ -59,24 +56,22 @@ def of_tiles(x: Array, seq: int) -> Array:
 
 
 def by_shard(sums: Callable[..., Any], rows: NamedSharding | None, *arrays: Any) -> Any:
-    """Returns ``sums(*arrays)`` for the rows of each shard.
+    """Returns ``sums(*arrays)`` for the rows of each shard of arrays ``[batch, ...]`` with the sharding ``rows``.
 
-    Args:
-      sums: maps arrays ``[rows, ...]`` to sums over rows; rows of zeros must give zeros.
-      rows: sharding of arrays ``[batch, ...]``. If the shards do not divide the batch, rows
-        of zeros are appended.
-      arrays: trees of arrays ``[batch, ...]``.
-
-    Returns:
-      The sums with a leading axis ``[shards]`` in every array; without it if there is one shard.
+    Rows of zeros, whose sums must be zeros, are appended if the shards do not divide the batch. The sums
+    have a leading axis ``[shards]`` unless there is one shard.
 
     Example: 8 rows over 4 shards, ``sums=lambda z: {"total": z.sum((0, 1))}``
       z [8, seq, d_ff] -> [4, 2, seq, d_ff] -> {"total": [4, d_ff]}
     """
-    if count(rows) == 1:
+    if (shards := count(rows)) == 1:
         return sums(*arrays)
-    parts = jax.tree.map(partial(_parted, rows=rows), arrays)
-    return pinned(jax.vmap(sums)(*parts), rows)
+
+    def parted(x: Array) -> Any:
+        x = with_zeros(x, -x.shape[0] % shards, 0)
+        return pinned(x.reshape(shards, -1, *x.shape[1:]), rows)
+
+    return pinned(jax.vmap(sums)(*jax.tree.map(parted, arrays)), rows)
 
 
 def pinned(tree: Any, rows: NamedSharding | None, axis: int = 0) -> Any:
@@ -101,14 +96,6 @@ def first_alone(value: Array, rows: NamedSharding | None) -> Array:
     return alone
 
 
-def _parted(x: Array, rows: NamedSharding | None) -> Array:
-    """Returns ``[shards, batch / shards, ...]`` of ``[batch, ...]``."""
-    shards = count(rows)
-    x = with_zeros(x, -x.shape[0] % shards, 0)
-    parted: Array = pinned(x.reshape(shards, -1, *x.shape[1:]), rows)
-    return parted
-
-
 # ---------------------------------------------------------------- positions
 
 
@@ -127,14 +114,7 @@ def sampled(x: Array, weights: Array, stride: int, run: int = RUN) -> Array:
         stride 2, 32 positions, the first 6 real       0 to 7 and 24 to 31 (whose weights are 0)
         stride 2, 6 real positions                     0, 2, 4
 
-    Args:
-      x: ``[..., positions, n]``.
-      weights: ``[..., positions]``, 0 for padding.
-      stride: 1 or more.
-      run: positions that are taken together.
-
-    Returns:
-      ``[..., taken, n]``.
+    Returns ``[..., taken, n]`` of ``[..., positions, n]``; weights ``[..., positions]`` are 0 for padding.
     """
     chex.assert_equal_shape_prefix([x, weights], weights.ndim)
     if stride == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from nalora_jax.ops.dispatch import Numerics
@@ -11,24 +12,13 @@ from nalora_jax.ops.storage import SAVED, round_and_save
 
 
 def residual_norm(
-    x: jax.Array,
-    y: jax.Array | None,
-    scale: jax.Array,
-    eps: float,
-    numerics: Numerics,
-    recomputed: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns ``x + y`` and its norm.
+    x: Array, y: Array | None, scale: Array, eps: float, numerics: Numerics, recomputed: bool = False
+) -> tuple[Array, Array]:
+    """Returns ``x + y`` and its norm in ``numerics.result``; x, and y if it is not None, are ``[..., d]``.
 
-    The norm reads the sum as it is saved for the backward pass; the sum itself is not rounded.
-
-    Args:
-      x: ``[..., d]``, the residual stream.
-      y: ``[..., d]``, added to it, or None.
-      scale: frozen float32 ``[d]``.
-      eps: added to the mean square.
-      numerics: dtypes; the norm has the dtype ``numerics.result``.
-      recomputed: x and y follow from saved arrays without a matmul, so that the sum need not be saved.
+    The norm reads the sum as it is saved for the backward pass; the sum itself is not rounded. ``scale`` is
+    frozen float32 ``[d]``. With ``recomputed``, x and y follow from saved arrays without a matmul, so that the
+    sum need not be saved.
     """
     total = x
     if y is not None:
@@ -37,7 +27,7 @@ def residual_norm(
     return total, rms_norm(read, scale, eps).astype(numerics.result)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """Returns ``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32."""
     x = x.astype(jnp.float32)
     # A rematerialized layer saves this one number per token; recomputing it would read all of x

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,14 +24,10 @@ from nalora_jax.ops.delta_rule import DeltaInputs, gated_delta_rule, segment_run
 from nalora_jax.ops.split_rows import Row, block_numbers, by_block, by_part, gathered, with_preceding
 
 
-def split_conv(x: jax.Array, kernel: jax.Array, row: Row, sharding: NamedSharding) -> jax.Array:
+def split_conv(x: Array, kernel: Array, row: Row, sharding: NamedSharding) -> Array:
     """Computes `nalora_jax.ops.causal_conv.causal_conv` of rows from their parts.
 
-    Args:
-      x: ``[shards * batch, 2 * block, channels]``.
-      kernel: float32 ``[width, channels]``.
-      row: integers of whole rows.
-      sharding: of x's first axis.
+    These are ``[shards * batch, 2 * block, channels]``; ``sharding`` is that of the first axis.
 
     Raises:
       NaloraError: a block has fewer tokens than the convolution reads before it.
@@ -42,7 +38,7 @@ def split_conv(x: jax.Array, kernel: jax.Array, row: Row, sharding: NamedShardin
         expected = f"blocks of at least {ahead} tokens, which a convolution reads"
         raise NaloraError("--mesh.context", expected=expected, found=actual, remedy=remedy)
 
-    def local(x: jax.Array, kernel: jax.Array, row: Row) -> jax.Array:
+    def local(x: Array, kernel: Array, row: Row) -> Array:
         segments = row.slices(ahead).segments
         return by_part(causal_conv(with_preceding(x, ahead), kernel, segments)[:, ahead:])
 
@@ -53,19 +49,13 @@ def split_conv(x: jax.Array, kernel: jax.Array, row: Row, sharding: NamedShardin
     )
 
 
-def split_delta_rule(inputs: DeltaInputs, row: Row, sharding: NamedSharding) -> jax.Array:
-    """Computes the outputs of `nalora_jax.ops.delta_rule.gated_delta_rule` for rows from their parts.
-
-    Args:
-      inputs: with the axes ``[shards * batch, 2 * block, ...]``.
-      row: integers of whole rows.
-      sharding: of the first axis.
-    """
+def split_delta_rule(inputs: DeltaInputs, row: Row, sharding: NamedSharding) -> Array:
+    """Computes the outputs of `nalora_jax.ops.delta_rule.gated_delta_rule` for rows from their parts, as above."""
     by_head = P(sharding.spec[0], None, _over_tensor(sharding, inputs.k.shape[2]))
     return _mapped(_delta_rule, sharding, (by_head, P(BATCH_AXES)), by_head, inputs, row)
 
 
-def _delta_rule(inputs: DeltaInputs, row: Row) -> jax.Array:
+def _delta_rule(inputs: DeltaInputs, row: Row) -> Array:
     """Computes a shard's outputs ``[batch, 2 * block, groups, n, d_v]``."""
     inputs, segments = jax.tree.map(by_block, inputs), row.slices(0).segments
     before = row._replace(segments=segment_runs(row.segments)).slices(1).segments[:, 0]
@@ -82,7 +72,7 @@ def _delta_rule(inputs: DeltaInputs, row: Row) -> jax.Array:
     return by_part(outputs)
 
 
-def _states_before(summary: jax.Array, d_v: int) -> jax.Array:
+def _states_before(summary: Array, d_v: int) -> Array:
     """Returns the state before each of this shard's blocks, ``[2 * batch, groups, n, d_k, d_v]``.
 
     ``summary [2 * batch, groups, n, d_k, d_v + d_k]`` has the matrices D and M of the blocks.
@@ -90,10 +80,9 @@ def _states_before(summary: jax.Array, d_v: int) -> jax.Array:
     # [blocks, batch, ...] in the order of the row
     summaries = jnp.moveaxis(gathered(summary.reshape(-1, 2, *summary.shape[1:])), 1, 0)
 
-    def after(state: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return block[..., :d_v] + jnp.matmul(
-            block[..., d_v:], state, precision=lax.Precision.HIGHEST
-        ), state
+    def after(state: Array, block: Array) -> tuple[Array, Array]:
+        carried = jnp.matmul(block[..., d_v:], state, precision=lax.Precision.HIGHEST)
+        return block[..., :d_v] + carried, state
 
     states = lax.scan(after, jnp.zeros_like(summaries[0, ..., :d_v]), summaries)[1]
     local_states = [
@@ -109,9 +98,9 @@ def _over_tensor(sharding: NamedSharding, size: int) -> str | None:
 
 
 def _mapped(
-    local: Callable[..., jax.Array], sharding: NamedSharding, specs: Any, out: P, *arguments: Any
-) -> jax.Array:
+    local: Callable[..., Array], sharding: NamedSharding, specs: Any, out: P, *arguments: Any
+) -> Array:
     assert CONTEXT in sharding.mesh.shape
     mapped = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=out, check_vma=False)
-    result: jax.Array = mapped(*arguments)
+    result: Array = mapped(*arguments)
     return result

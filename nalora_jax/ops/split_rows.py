@@ -2,8 +2,8 @@
 
 A row is divided into two blocks of tokens per shard. Shard i of n has the blocks i and 2 n - 1 - i,
 an early and a late one, so that causal attention has the same work on every shard. The shards' parts
-are rows of an array whose first axis is split over all axes that split tokens. Therefore functions
-of a token need not know of the split; only functions along a row call this module.
+are rows of an array whose first axis is split over all axes that split tokens, so that only functions
+along a row need to know of the split.
 
     row    [batch, seq]              blocks 0 1 2 3, for 2 shards
     parts  [2 * batch, 2 * block]    blocks 0 3 of every row, then blocks 1 2 of every row
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,9 +32,9 @@ _ALIGNED = 128  # blocks of at least this length are multiples of it, as kernels
 class Row(NamedTuple):
     """Integers of whole rows, padded to whole blocks; every shard has all of its rows' tokens."""
 
-    positions: jax.Array  # int [batch, seq]
-    segments: jax.Array  # int [batch, seq]
-    starts: jax.Array | None = None  # int [batch, seq], see `nalora_jax.ops.attention.attention`
+    positions: Array  # int [batch, seq]
+    segments: Array  # int [batch, seq]
+    starts: Array | None = None  # int [batch, seq], see `nalora_jax.ops.attention.attention`
 
     def slices(self, ahead: int) -> Row:
         """Returns the integers of this shard's blocks and of the ``ahead`` tokens before each.
@@ -44,11 +44,9 @@ class Row(NamedTuple):
         """
         block = self.positions.shape[1] // (2 * lax.axis_size(CONTEXT))
 
-        def of_blocks(x: jax.Array, fill: int) -> jax.Array:
-            padded = jnp.pad(x, ((0, 0), (ahead, 0)), constant_values=fill)
-            slices = [
-                lax.dynamic_slice_in_dim(padded, i * block, ahead + block, 1) for i in block_numbers()
-            ]
+        def of_blocks(x: Array, fill: int) -> Array:
+            padded, size = jnp.pad(x, ((0, 0), (ahead, 0)), constant_values=fill), ahead + block
+            slices = [lax.dynamic_slice_in_dim(padded, i * block, size, 1) for i in block_numbers()]
             return jnp.stack(slices, axis=1).reshape(-1, ahead + block)
 
         starts = None if self.starts is None else of_blocks(self.starts, 0)
@@ -72,20 +70,17 @@ def of_whole_rows(sharding: NamedSharding | None) -> NamedSharding | None:
 def block_length(seq: int, shards: int) -> int:
     """Returns the tokens of a block; rows are padded at their end to whole blocks.
 
-    Raises:
-      NaloraError: a row has fewer tokens than blocks.
+    Raises a NaloraError if a row has fewer tokens than blocks.
     """
     if seq < 2 * shards:
         expected = f"at most {max(seq // 2, 1)} for rows of {seq} tokens (two blocks of tokens a device)"
         remedy = "use longer rows (--data.max-length), or --mesh.fsdp for these devices"
         raise NaloraError("--mesh.context", expected=expected, found=shards, remedy=remedy)
     block = -(-seq // (2 * shards))
-    if block < _ALIGNED:
-        return block
-    return -(-block // _ALIGNED) * _ALIGNED
+    return block if block < _ALIGNED else -(-block // _ALIGNED) * _ALIGNED
 
 
-def padded(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+def padded(x: Array, sharding: NamedSharding | None) -> Array:
     """Returns rows ``[batch, seq, ...]`` with zeros at their end up to whole blocks."""
     shards = shards_of(sharding)
     if shards == 1:
@@ -93,7 +88,7 @@ def padded(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
     return with_zeros(x, 2 * shards * block_length(x.shape[1], shards) - x.shape[1], 1)
 
 
-def split(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+def split(x: Array, sharding: NamedSharding | None) -> Array:
     """Returns the parts of rows: ``[shards * batch, 2 * block, ...]`` of ``[batch, seq, ...]``.
 
     Whole rows (one shard) are returned as they are.
@@ -110,7 +105,7 @@ def split(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
     return lax.with_sharding_constraint(x.reshape(shards * batch, *x.shape[2:]), sharding)
 
 
-def joined(x: jax.Array, sharding: NamedSharding | None, seq: int) -> jax.Array:
+def joined(x: Array, sharding: NamedSharding | None, seq: int) -> Array:
     """Returns rows ``[batch, seq, ...]`` of their parts: the inverse of `split`, without padding."""
     shards = shards_of(sharding)
     if sharding is None or shards == 1:
@@ -119,7 +114,7 @@ def joined(x: jax.Array, sharding: NamedSharding | None, seq: int) -> jax.Array:
     return lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, P(BATCH_AXES)))
 
 
-def repeated(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+def repeated(x: Array, sharding: NamedSharding | None) -> Array:
     """Returns ``[shards * batch, ...]``: the array ``[batch, ...]`` of whole rows for each part of them."""
     shards = shards_of(sharding)
     if sharding is None or shards == 1:
@@ -129,7 +124,7 @@ def repeated(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
     return lax.with_sharding_constraint(x.reshape(-1, *x.shape[2:]), sharding)
 
 
-def _natural(x: jax.Array) -> jax.Array:
+def _natural(x: Array) -> Array:
     """Returns rows ``[batch, seq, ...]`` of all shards' blocks ``[shards, batch, 2, block, ...]``."""
     blocks = jnp.concatenate([x[:, :, 0], x[::-1, :, 1]])
     blocks = jnp.moveaxis(blocks, 0, 1)
@@ -145,32 +140,31 @@ def block_numbers() -> tuple[Any, Any]:
     return shard, 2 * lax.axis_size(CONTEXT) - 1 - shard
 
 
-def by_block(x: jax.Array) -> jax.Array:
+def by_block(x: Array) -> Array:
     """Returns ``[2 * batch, block, ...]`` of this shard's ``[batch, 2 * block, ...]``."""
     return x.reshape(2 * x.shape[0], x.shape[1] // 2, *x.shape[2:])
 
 
-def by_part(x: jax.Array) -> jax.Array:
+def by_part(x: Array) -> Array:
     """Computes the inverse of `by_block`."""
     return x.reshape(x.shape[0] // 2, 2 * x.shape[1], *x.shape[2:])
 
 
-def gathered(x: jax.Array) -> jax.Array:
+def gathered(x: Array) -> Array:
     """Returns rows ``[batch, seq, ...]`` of all shards' parts ``[batch, 2 * block, ...]``."""
     return _natural(lax.all_gather(x.reshape(x.shape[0], 2, -1, *x.shape[2:]), CONTEXT))
 
 
 @jax.custom_vjp
-def gathered_exactly(x: jax.Array) -> jax.Array:
+def gathered_exactly(x: Array) -> Array:
     """Computes `gathered`; the backward pass exchanges the gradients and sums them in float32.
 
-    It receives as many bytes as the sum of `gathered`, which v5e's compiler replaces by the sum of the
-    entire array on every shard.
+    For as many bytes as the sum of `gathered`, which v5e's compiler makes of the entire array on every shard.
     """
     return gathered(x)
 
 
-def _exchanged(_: None, g: jax.Array) -> tuple[jax.Array]:
+def _exchanged(_: None, g: Array) -> tuple[Array]:
     batch, shards = g.shape[0], lax.axis_size(CONTEXT)
     blocks = jax.ShapeDtypeStruct((shards, batch, 2, g.shape[1] // (2 * shards), *g.shape[2:]), g.dtype)
     (parts,) = jax.linear_transpose(_natural, blocks)(g)
@@ -182,17 +176,11 @@ def _exchanged(_: None, g: jax.Array) -> tuple[jax.Array]:
 gathered_exactly.defvjp(lambda x: (gathered(x), None), _exchanged)
 
 
-def with_preceding(x: jax.Array, ahead: int) -> jax.Array:
-    """Returns this shard's blocks, each after the last ``ahead`` tokens of the block before it.
+def with_preceding(x: Array, ahead: int) -> Array:
+    """Returns ``[2 * batch, ahead + block, ...]``: this shard's blocks, each after the last tokens before it.
 
-    Only these tokens are exchanged, between neighbours. There are zeros before the start of a row.
-
-    Args:
-      x: ``[batch, 2 * block, ...]``.
-      ahead: at most the length of a block.
-
-    Returns:
-      ``[2 * batch, ahead + block, ...]``.
+    ``x`` is ``[batch, 2 * block, ...]``; ``ahead`` is at most a block. Only these tokens are exchanged, between
+    neighbours. There are zeros before the start of a row.
     """
     shards = lax.axis_size(CONTEXT)
     early, late = jnp.unstack(x.reshape(x.shape[0], 2, -1, *x.shape[2:]), axis=1)

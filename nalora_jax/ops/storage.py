@@ -6,6 +6,11 @@ passes its variables to `prepare` once, outside of the program. Inside, code tha
 array calls `expand`, `take_rows`, `dot`, `matmul` or an operation, which accept every form. Matmuls are
 accumulated in float32.
 
+In every iteration of a scan XLA:CPU widens the whole bf16 stack to float32, and it widens a whole
+bf16 table before it reads a row. It does not widen integers. Outside of a compiled program the bits
+are a view that shares the array's memory. On a CPU bf16 is rounded with integers, because XLA:CPU does
+not vectorize loops that contain a conversion: ``silu(z) * u`` takes twice as long with one.
+
 A rematerialized layer saves the arrays with these names: `SAVED` for those that take a matmul to
 recompute, `SAVED_WIDE` for the ones among them that are as wide as the feed-forward block, and
 `LAYER_INPUT` for its input, which every policy saves.
@@ -15,23 +20,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from nalora_jax.ops.dispatch import Numerics, operation
+from nalora_jax.common.trees import map_named, unflatten
+from nalora_jax.ops.dispatch import Numerics, native_kind, operation
 
 # The collection of kernels that stay in the stack of all layers while layers are scanned. A
-# kernel's leaf in ``params`` then holds the number of the layer, and `LayerStack.layer` of
-# both is the kernel.
+# kernel's leaf in ``params`` then holds the number of the layer, `Bits.at`.
 STACKS = "stacks"
 SAVED, SAVED_WIDE, LAYER_INPUT = "saved", "saved_wide", "layer_input"
 SUMS = "sums"  # a block's statistics, which every policy saves
+_TABLES = ("embed/embedding", "lm_head/kernel")
 
 
 class Stored(ABC):
@@ -48,62 +56,108 @@ class Stored(ABC):
         return len(self.shape)
 
     @abstractmethod
-    def expand(self, dtype: Any = None) -> jax.Array:
+    def expand(self, dtype: Any = None) -> Array:
         """Returns the float array, rounded to ``dtype`` if it is given."""
 
 
-class LayerStack(Stored):
-    """Arrays of all layers ``[layers, ...]``, of which a program reads one without a copy."""
-
-    @abstractmethod
-    def layer(self, index: jax.Array) -> Stored:
-        """Returns the array of layer ``index``."""
+Kernel = Array | Stored  # a frozen kernel
 
 
-Kernel = jax.Array | Stored  # a frozen kernel
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bits(Stored):
+    """A bf16 array as its bits, or one of a stack, read in place: slicing would copy it every time."""
+
+    bits: Array  # uint16; with ``at`` those of all arrays, [n, ...]
+    at: Array | None = None  # int [], index in the stack
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return tuple(self.bits.shape if self.at is None else self.bits.shape[1:])
+
+    def expand(self, dtype: Any = None) -> Array:
+        """Returns the array in ``dtype``, by default bf16; of a stack a copy."""
+        bits = self.bits
+        if self.at is not None:
+            bits = lax.dynamic_index_in_dim(bits, self.at, keepdims=False)
+        return from_bits(bits).astype(dtype or jnp.bfloat16)
 
 
-def expand(array: Kernel, dtype: Any = None) -> jax.Array:
+def bf16_bits(x: Array) -> Array:
+    """Returns the bits of bf16 ``x`` as uint16; other dtypes are unchanged."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def from_bits(x: Array) -> Array:
+    """Computes the inverse of `bf16_bits`."""
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def bits_of(table: Kernel) -> Array:
+    """Returns a frozen array as bits if it is bf16, otherwise as floats."""
+    return table.bits if isinstance(table, Bits) else bf16_bits(expand(table))
+
+
+def expand(array: Kernel, dtype: Any = None) -> Array:
     """Returns a frozen array as floats; forms other than floats are rounded to ``dtype`` if it is given."""
     return array.expand(dtype) if isinstance(array, Stored) else array
 
 
-@operation
-def take_rows(table: Kernel, rows: jax.Array, numerics: Numerics, axis: int = 0) -> jax.Array:
+def take_rows(table: Kernel, rows: Array, numerics: Numerics, axis: int = 0) -> Array:
     """Returns ``jnp.take`` of a frozen table, as floats."""
+    if numerics.facts_of == "cpu" and isinstance(table, Bits | Array):
+        return from_bits(jnp.take(bits_of(table), rows, axis=axis))
     return jnp.take(expand(table), rows, axis=axis)
 
 
-@operation
 def prepare(variables: Mapping[str, Any], numerics: Numerics, *, tables: bool = True) -> dict[str, Any]:
     """Returns a model's variables in the form that compiled programs read fastest; memory is shared.
 
-    Call it once, outside of the program. Programs accept unprepared variables, too.
-
-    Args:
-      variables: collections of arrays, ``params`` among them.
-      numerics: the model's.
-      tables: also convert the embedding and the head; False if logits are computed in a loop.
+    Call it once, outside of the program. Programs accept unprepared variables, too. On a CPU, bf16
+    kernels of layers become views of their bits, and with ``tables`` the embedding and the head, unless logits
+    are computed in a loop. Kernels for native matmuls stay in stacks that are not scanned: native matmuls
+    read a layer's kernel in place, a scan over the stack would copy it.
     """
-    return dict(variables)
+    if numerics.facts_of != "cpu" or STACKS in variables:  # `STACKS`: already prepared
+        return dict(variables)
+    stacks: dict[str, Bits] = {}
+
+    def view(path: str, leaf: Any) -> Any:
+        layers = path.endswith("_proj/kernel") and leaf.ndim >= 3
+        if not layers and not (tables and path in _TABLES):
+            return leaf
+        bits = view_bits(leaf)
+        if not (layers and isinstance(bits, Bits) and bits.ndim == 3 and native_kind(numerics)):
+            return bits
+        stacks[path] = bits
+        return jnp.arange(bits.shape[0], dtype=jnp.int32)
+
+    viewed = {**variables, "params": map_named(view, variables["params"])}
+    return viewed | ({STACKS: unflatten(stacks)} if stacks else {})
 
 
-@operation
-def store(x: jax.Array, numerics: Numerics) -> Kernel:
+def view_bits(leaf: Any) -> Any:
+    """Returns a bf16 array as bits that share its memory; other arrays are unchanged.
+
+    A tracer becomes its bits within the program, a `jax.ShapeDtypeStruct` their shape.
+    """
+    if getattr(leaf, "dtype", None) != jnp.bfloat16:
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return Bits(jax.ShapeDtypeStruct(leaf.shape, jnp.uint16, sharding=leaf.sharding))  # type: ignore[arg-type]
+    if isinstance(leaf, jax.core.Tracer):
+        return Bits(bf16_bits(leaf))
+    shards = [
+        jax.device_put(np.asarray(shard.data).view(np.uint16), shard.device, may_alias=True)
+        for shard in leaf.addressable_shards
+    ]
+    return Bits(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards))
+
+
+def store(x: Array, numerics: Numerics) -> Kernel:
     """Returns an array that a program carries from step to step in the platform's best form."""
-    return x
-
-
-@operation
-def best_remat(d_model: int, numerics: Numerics, *, gated: bool = True) -> str:
-    """Returns the cheapest rematerialization policy (`nalora_jax.models.remat.REMAT`).
-
-    Args:
-      d_model: width of the residual stream.
-      numerics: dtypes and platform.
-      gated: True if feed-forward blocks have two wide projections, False if they have one.
-    """
-    return "full"
+    return Bits(bf16_bits(x)) if numerics.facts_of == "cpu" and x.dtype == jnp.bfloat16 else x
 
 
 def in_stored_layout(x: Any, numerics: Numerics) -> Any:
@@ -113,41 +167,48 @@ def in_stored_layout(x: Any, numerics: Numerics) -> Any:
     the loss prefer, and copies the stack of all layers' kernels, or of their saved inputs. Qwen3-30B-A3B on
     2 x v6e:4x4 (fsdp 8, one row a chip), compiled: 21.1 instead of 33.4 GB a chip.
     """
-    if numerics.facts_of != "tpu":
-        return x
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    on_tpu = numerics.facts_of == "tpu"
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if on_tpu else x
 
 
-# ---------------------------------------------------------------- rounding
-
-
-@operation
-def rounded(x: jax.Array, dtype: Any, numerics: Numerics) -> jax.Array:
+def rounded(x: Array, dtype: Any, numerics: Numerics) -> Array:
     """Returns ``x.astype(dtype)``."""
+    if numerics.facts_of == "cpu" and (jnp.dtype(dtype), x.dtype) == (jnp.bfloat16, jnp.float32):
+        return _rounded(x)
     return x.astype(dtype)
 
 
-@operation
-def save_residual(x: jax.Array, dtype: str, numerics: Numerics, name: str = SAVED) -> jax.Array | Stored:
-    """Returns ``x`` rounded to ``dtype`` and named for rematerialized layers.
+@jax.custom_vjp
+def _rounded(x: Array) -> Array:
+    """Returns float32 ``x`` in bf16, rounded to nearest even by integers; infinities and NaN are kept."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    odd = (bits >> 16) & jnp.uint32(1)
+    return from_bits(((bits + jnp.uint32(0x7FFF) + odd) >> 16).astype(jnp.uint16))
 
-    `read_residual` is the inverse; an implementation may store the bits in another form.
-    """
-    return checkpoint_name(rounded(x, dtype, numerics), name)
+
+_rounded.defvjp(lambda x: (_rounded(x), None), lambda _, g: (g.astype(jnp.float32),))
 
 
-def read_residual(x: jax.Array | Stored, dtype: Any) -> jax.Array:
+def save_residual(x: Array, dtype: str, numerics: Numerics, name: str = SAVED) -> Array | Stored:
+    """Returns ``x`` rounded to ``dtype`` and named for rematerialized layers; `read_residual` is the inverse."""
+    x = rounded(x, dtype, numerics)
+    if numerics.facts_of == "cpu" and x.dtype == jnp.bfloat16:
+        return Bits(checkpoint_name(bf16_bits(x), name))
+    return checkpoint_name(x, name)
+
+
+def read_residual(x: Array | Stored, dtype: Any) -> Array:
     """Returns the argument of `save_residual` as ``dtype``."""
     return expand(x).astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def round_and_save(x: jax.Array, numerics: Numerics) -> jax.Array:
+def round_and_save(x: Array, numerics: Numerics) -> Array:
     """Returns ``x`` rounded to ``numerics.residual`` and saved in that dtype; its gradient is unchanged."""
     return _rounded_and_saved(x, numerics)
 
 
-def _rounded_and_saved(x: jax.Array, numerics: Numerics) -> jax.Array:
+def _rounded_and_saved(x: Array, numerics: Numerics) -> Array:
     return read_residual(save_residual(x, numerics.residual, numerics), x.dtype)
 
 
@@ -162,22 +223,16 @@ round_and_save.defvjp(
 
 @operation
 def dot(
-    x: jax.Array,
+    x: Array,
     y: Kernel,
     numerics: Numerics,
     dims: tuple[int, int] = (1, 0),
     operand: str = "",
     result: Any = "float32",
-) -> jax.Array:
-    """Multiplies two matrices over one dimension of each, with sums in float32.
+) -> Array:
+    """Multiplies two matrices over one dimension of each, with sums in float32; y has any storage form.
 
-    Args:
-      x: matrix.
-      y: matrix, in any storage form.
-      numerics: of the forward pass.
-      dims: contracted dimension of x and of y.
-      operand: dtype that both are rounded to; "" is ``numerics.operand``.
-      result: dtype of the result.
+    Both are rounded to ``operand``, by default ``numerics.operand``.
     """
     operand = operand or numerics.operand
     operands = rounded(x, operand, numerics), rounded(expand(y, operand), operand, numerics)
@@ -186,16 +241,10 @@ def dot(
     return rounded(product, result, numerics)
 
 
-def matmul(x: jax.Array, kernel: Kernel, numerics: Numerics) -> jax.Array:
-    """Computes ``x @ kernel`` for a frozen kernel.
+def matmul(x: Array, kernel: Kernel, numerics: Numerics) -> Array:
+    """Computes ``x @ kernel`` for ``[..., d_in]`` and a frozen kernel, which receives **no gradient**: zeros.
 
-    Args:
-      x: ``[..., d_in]``.
-      kernel: ``[d_in, d_out]``, as it is stored. It receives **no gradient**: zeros.
-      numerics: dtypes of operands and result.
-
-    Returns:
-      ``[..., d_out]`` in ``numerics.result``.
+    The result ``[..., d_out]`` is in ``numerics.result``.
     """
     # Two-dimensional operands: XLA:CPU needs 60% more time for the same matmul in three dimensions.
     y = _matmul(x.reshape(-1, x.shape[-1]), kernel, numerics)
@@ -203,16 +252,16 @@ def matmul(x: jax.Array, kernel: Kernel, numerics: Numerics) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: jax.Array, kernel: Any, numerics: Numerics) -> jax.Array:
+def _matmul(x: Array, kernel: Any, numerics: Numerics) -> Array:
     return dot(x, kernel, numerics, result=numerics.result)
 
 
-def _matmul_fwd(x: jax.Array, kernel: Any, numerics: Numerics) -> tuple[jax.Array, tuple[Any, ...]]:
+def _matmul_fwd(x: Array, kernel: Any, numerics: Numerics) -> tuple[Array, tuple[Any, ...]]:
     # x is not saved, because a frozen kernel has no gradient. The kernel is saved as it is stored.
     return _matmul(x, kernel, numerics), (kernel, jnp.zeros((0,), x.dtype))
 
 
-def _matmul_bwd(numerics: Numerics, residuals: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, None]:
+def _matmul_bwd(numerics: Numerics, residuals: tuple[Any, ...], g: Array) -> tuple[Array, None]:
     # Autodiff would mix a float32 cotangent with a bf16 kernel; here both are rounded to
     # the operands' dtype.
     kernel, like_x = residuals

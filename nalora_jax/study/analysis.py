@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,9 +39,8 @@ class MethodResult:
 
     def finite(self, multiple: float = 1.0) -> dict[int, Record]:
         """Returns the tests that did not diverge, by seed."""
-        return {
-            s: record for (s, m), record in self.tests.items() if m == multiple and not record["diverged"]
-        }
+        of_multiple = {seed: record for (seed, m), record in self.tests.items() if m == multiple}
+        return {seed: record for seed, record in of_multiple.items() if not record["diverged"]}
 
     def losses(self, multiple: float = 1.0) -> list[float]:
         """Returns the test costs (`study.plan.cost`) of `finite`, in the order of the seeds."""
@@ -152,14 +152,11 @@ def comparisons(protocol: Protocol, cell_results: Sequence[MethodResult]) -> lis
     by_cell, all_measures = {r.cell: r for r in cell_results}, measures(protocol, cell_results)
     compared = []
     for pairs in (with_baseline, with_placebo):
-        cells_of_family = [
-            (measure, Cell(model, task, method), other)
-            for measure in all_measures
-            for method, other in pairs
-            for model in protocol.models
-            for task in protocol.tasks
-        ]
-        family = [_compared(protocol, by_cell, *sides) for sides in cells_of_family]
+        places = itertools.product(all_measures, pairs, protocol.models, protocol.tasks)
+        family = (
+            _compared(protocol, by_cell, measure, Cell(model, task, method), other)
+            for measure, (method, other), model, task in places
+        )
         found = [comparison for comparison in family if comparison is not None]
         by_t = holm([comparison.paired.t_p for comparison in found])
         by_rank = holm([comparison.paired.wilcoxon_p for comparison in found])
@@ -175,9 +172,8 @@ def _compared(
 ) -> MethodComparison | None:
     """Returns the comparison over the seeds that both methods finished; None without any."""
     gain = training_gain(by_cell[cell._replace(method=protocol.baseline)])
-    records, reference = (
-        by_cell[side].finite(measure.multiple) for side in (cell, cell._replace(method=other))
-    )
+    sides = cell, cell._replace(method=other)
+    records, reference = (by_cell[side].finite(measure.multiple) for side in sides)
     pairs = [(record, reference[seed]) for seed, record in records.items() if seed in reference]
     values = [(measure.value(record), measure.value(other)) for record, other in pairs]
     both = [(first, second) for first, second in values if first is not None and second is not None]
@@ -213,9 +209,8 @@ def common_rates(result: MethodResult, baseline: MethodResult) -> dict[float, tu
         reference = baseline.tuning.costs.get(rate)
         if loss is None or reference is None or not math.isfinite(loss - reference):
             continue
-        moved, of_baseline = (
-            mean_of(last_of(side.at_rate(rate), "mean_feature")) for side in (result, baseline)
-        )
+        at_rate = (side.at_rate(rate) for side in (result, baseline))
+        moved, of_baseline = (mean_of(last_of(records, "mean_feature")) for records in at_rate)
         ratio = moved / of_baseline if of_baseline else math.nan
         common[rate] = loss - reference, ratio if math.isfinite(ratio) else None
     return common

@@ -168,10 +168,8 @@ def perform_all(
 def _trained_together(started: Sequence[RunInProgress], slots: int) -> list[TrainState | None]:
     """Returns the trained state of each run of a program with ``slots``; None for diverged runs."""
     loops = [RunLoop(run.begin(), run.rows()) for run in started]
-    assemblies = [
-        replace(run.assembly, params=run.params, state=loop.follower.result.state)
-        for run, loop in zip(started, loops, strict=True)
-    ]
+    pairs = [(run, loop.follower.result.state) for run, loop in zip(started, loops, strict=True)]
+    assemblies = [replace(run.assembly, params=run.params, state=state) for run, state in pairs]
     began = time.perf_counter()
     fit_all(SweepProgram(assemblies, slots=slots), loops)
     for progress in started:

@@ -197,9 +197,7 @@ class Language(Subject):
         Raises:
           NaloraError: they do.
         """
-        sources.check_disjoint(
-            sources.open_source(config.data, tuned), sources.open_source(config.data, tested)
-        )
+        sources.check_disjoint(*(sources.open_source(config.data, split) for split in (tuned, tested)))
 
     def measure(
         self, items: Any, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False

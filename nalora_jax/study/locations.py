@@ -24,12 +24,9 @@ def located(config: RunConfig, folder: Path) -> RunConfig:
     Raises:
       NaloraError: a path exists relative to the current folder only.
     """
-    data = replace(
-        config.data,
-        dataset=locate_dataset(config.data.dataset, folder),
-        train_split=located_from(config.data.train_split, folder),
-        eval_split=located_from(config.data.eval_split, folder),
-    )
+    data = replace(config.data, dataset=locate_dataset(config.data.dataset, folder))
+    train, held = (located_from(split, folder) for split in (data.train_split, data.eval_split))
+    data = replace(data, train_split=train, eval_split=held)
     parts = [config.model]
     if config.vision.task in DUAL:  # an image and a text encoder
         parts = config.model.split("+")
@@ -63,10 +60,8 @@ def located_from(text: str, folder: Path, *, is_model: bool = False) -> str:
         return str(inside)
     is_path = path.suffix.lower() in ENDINGS
     if (is_path or "/" in text) and path.exists():
-        expected, found = (
-            "a path relative to the study's folder",
-            f"{text} relative to the current folder only",
-        )
+        expected = "a path relative to the study's folder"
+        found = f"{text} relative to the current folder only"
         remedy = "change the path in the protocol, or move the file"
         raise NaloraError(f"{folder}: {text}", expected=expected, found=found, remedy=remedy)
     return str(inside) if is_path else text

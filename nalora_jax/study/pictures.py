@@ -83,10 +83,8 @@ def _grid(
         legend |= dict(zip(labels, handles, strict=True))
     if not drawn:
         return ""
-    columns = min(2 * columns, 4)
-    figure.legend(
-        list(legend.values()), list(legend), loc="outside lower center", ncols=columns, fontsize=8
-    )
+    entries = list(legend.values()), list(legend)
+    figure.legend(*entries, loc="outside lower center", ncols=min(2 * columns, 4), fontsize=8)
     return to_svg_file(figure, name)
 
 
@@ -125,9 +123,8 @@ def _along(result: analysis.MethodResult, values: Callable[[Record], Iterable[tu
     """Returns the mean over the test runs of values by step, at the steps that all runs have."""
     curves = [dict(values(record)) for record in result.finite().values()]
     steps = sorted(set(curves[0]).intersection(*curves)) if curves else []
-    means = [
-        analysis.mean_of([curve[step] for curve in curves if curve[step] is not None]) for step in steps
-    ]
+    values_at = ([curve[step] for curve in curves if curve[step] is not None] for step in steps)
+    means = map(analysis.mean_of, values_at)
     return [(step, mean) for step, mean in zip(steps, means, strict=True) if math.isfinite(mean)]
 
 
@@ -139,11 +136,9 @@ def _by_step(result: analysis.MethodResult) -> Line:
 
 def _misalignments(result: analysis.MethodResult) -> Line:
     """Returns the gates' feature movement and the misalignment at the end of each test run."""
-    pairs = (
-        [*analysis.last_of([r], "mean_feature"), *analysis.last_of([r], "misalignment")]
-        for r in result.finite().values()
-    )
-    return [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
+    ends = "mean_feature", "misalignment"
+    pairs = [[analysis.last_of([r], name) for name in ends] for r in result.finite().values()]
+    return [(x[0], y[0]) for x, y in pairs if x and y]
 
 
 def _importances(result: analysis.MethodResult) -> Line:

@@ -6,6 +6,7 @@ best rate is at an end of the grid, the grid grows there. The test seeds then ru
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -163,18 +164,15 @@ def tuning_runs(protocol: Protocol, cell: Cell, rates: Sequence[float]) -> list[
 
 def test_runs(protocol: Protocol, cell: Cell, chosen: float) -> list[Run]:
     """Returns the runs of ``cell`` that read the test items."""
-    return [
-        Run(protocol, "test", cell, rounded_rate(chosen * multiple), seed, multiple)
-        for seed in protocol.test_seeds
-        for multiple in protocol.test_multiples
-    ]
+    places = itertools.product(protocol.test_seeds, protocol.test_multiples)
+    return [Run(protocol, "test", cell, rounded_rate(chosen * m), seed, m) for seed, m in places]
 
 
 def cells(protocol: Protocol) -> list[Cell]:
     """Returns all cells, in the order of the file."""
-    return [
-        Cell(m, t, method) for m in protocol.models for t in protocol.tasks for method in protocol.methods
-    ]
+    return list(
+        itertools.starmap(Cell, itertools.product(protocol.models, protocol.tasks, protocol.methods))
+    )
 
 
 def wanted(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
@@ -185,9 +183,8 @@ def wanted(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
     """
     grids = {cell: tuning(protocol, cell, records) for cell in cells(protocol)}
     tunes = [run for cell, grid in grids.items() for run in tuning_runs(protocol, cell, grid.rates)]
-    tests = [
-        run for cell, grid in grids.items() if grid.chosen for run in test_runs(protocol, cell, grid.chosen)
-    ]
+    chosen = {cell: grid.chosen for cell, grid in grids.items() if grid.chosen}
+    tests = [run for cell, rate in chosen.items() for run in test_runs(protocol, cell, rate)]
     place = {cell: index for index, cell in enumerate(grids)}
     order = {seed: index for index, seed in enumerate((*protocol.tuning_seeds, *protocol.test_seeds))}
 
@@ -216,12 +213,10 @@ def _changed(settings: Any, defaults: Any) -> Any:
     """Returns the settings that differ from their defaults, groups as dicts."""
     if not is_dataclass(settings):
         return settings
-    names = [
-        each.name
-        for each in fields(settings)
-        if getattr(settings, each.name) != getattr(defaults, each.name)
-    ]
-    return {name: _changed(getattr(settings, name), getattr(defaults, name)) for name in names}
+    pairs = {
+        each.name: (getattr(settings, each.name), getattr(defaults, each.name)) for each in fields(settings)
+    }
+    return {name: _changed(*pair) for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _hash(value: Any) -> str:

@@ -55,9 +55,8 @@ class Preferences(Language):
 
         def make() -> PreferenceEvaluator:  # it scores the reference once
             tokenizer, mesh = self.model(items.config).tokenizer, distributed.unless_single(assembly.mesh)
-            return PreferenceEvaluator(
-                assembly.eval_model, tokenizer, items.asked, items.config.preference, mesh=mesh
-            )
+            settings = items.config.preference
+            return PreferenceEvaluator(assembly.eval_model, tokenizer, items.asked, settings, mesh=mesh)
 
         # The process keeps its assemblies, so that an id is of one of them.
         values = self.once(("evaluator", items.digest, id(assembly)), make).measure(params, lora)

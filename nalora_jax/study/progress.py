@@ -148,10 +148,9 @@ class RunInProgress:
     def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
         """Stores whole-model numbers of a log step, and layer means of per-layer numbers."""
         row = {"step": step} | {name: record[name] for name in _LOGGED if record.get(name) is not None}
-        layers = record.get("layers", {}).items()
-        row |= {
-            f"mean_{n}": np.mean(v) for n, v in layers if v.ndim == 1 and n not in ("misalignment", "limit")
-        }
+        for name, values in record.get("layers", {}).items():
+            if values.ndim == 1 and name not in ("misalignment", "limit"):
+                row[f"mean_{name}"] = np.mean(values)
         self.training.append(to_json(row))
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
@@ -186,11 +185,9 @@ class RunInProgress:
         log.info("  resumes at step %d", notes["step"])
         return state, int(notes["step"])
 
-    def _measured(self, lora: Any, name: str, *, whole: bool = False) -> dict[str, float]:
-        values: dict[str, float] = self.subject.measure(
-            self.items[name], self.assembly, self.params, lora, whole=whole
-        )
-        return values
+    def _measured(self, lora: Any, name: str, *, whole: bool = False) -> Any:
+        place = self.items[name], self.assembly, self.params
+        return self.subject.measure(*place, lora, whole=whole)
 
     def _identity(self) -> dict[str, Any]:
         """Returns the digests of code, rule files, adapter, base, data and items; see `study.provenance`.
@@ -199,11 +196,9 @@ class RunInProgress:
         """
         config, mechanisms = self.run.config, self.assembly.mechanisms
         gates = (mechanisms.activation, *dict(mechanisms.others).values())
-        definitions = [
-            *(type(mechanism) for _, mechanism in mechanisms.entries),
-            *(statistics.get(name).values for name in mechanisms.statistics),
-            *(activations.get(name).gate for name in gates),
-        ]
+        definitions: list[Any] = [type(mechanism) for _, mechanism in mechanisms.entries]
+        definitions += [statistics.get(name).values for name in mechanisms.statistics]
+        definitions += [activations.get(name).gate for name in gates]
         return {
             "code": code_version(),
             **({"adapter": config.adapter_sha256} if config.adapter else {}),

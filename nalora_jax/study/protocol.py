@@ -166,9 +166,8 @@ class Protocol:
         if (task, method) not in self._settings:  # a plan has many runs
             self._settings[task, method] = self._of_method(task, method)
         config = self._settings[task, method]
-        return replace(
-            config, model=model, seed=seed, optimizer=replace(config.optimizer, learning_rate=rate)
-        )
+        optimizer = replace(config.optimizer, learning_rate=rate)
+        return replace(config, model=model, seed=seed, optimizer=optimizer)
 
     def _first(self, method: str) -> RunConfig:
         """Returns the settings of a method on the first task with the first model."""

@@ -229,10 +229,8 @@ def check_committed(protocol: Protocol) -> str | None:
     name = protocol.path.name
     tracked = _git(protocol, "ls-files", "--error-unmatch", name) is not None
     if not tracked or _git(protocol, "status", "--porcelain", "--", name):
-        expected, remedy = (
-            "a committed protocol before test items are read",
-            "commit it; the tuning runs are kept",
-        )
+        expected = "a committed protocol before test items are read"
+        remedy = "commit it; the tuning runs are kept"
         found = "changes that are not committed" if tracked else "a file that git does not know"
         raise NaloraError(str(protocol.path), expected=expected, found=found, remedy=remedy)
     return _git(protocol, "log", "-1", "--format=%H", "--", name)

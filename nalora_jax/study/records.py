@@ -177,12 +177,11 @@ def _check_fields(record: Mapping[str, Any], where: str) -> None:
       NaloraError: a field has another type, or some fields are missing.
     """
     missing = [name for name in _NEEDED if name not in record]
-    wrong = [
-        (name, repr(record[name])[:100])
-        for name, (hint, _) in _FIELDS.items()
-        if name in record
-        and not (has_type(record[name], hint) and (hint is bool or _is_finite(record[name])))
-    ]
+    wrong = []
+    for name in filter(record.__contains__, _FIELDS):
+        hint, value = _FIELDS[name][0], record[name]
+        if not has_type(value, hint) or not (hint is bool or _is_finite(value)):
+            wrong.append((name, repr(value)[:100]))
     if 0 < len(missing) < len(_NEEDED):
         wrong.append((missing[0], "none"))
     for name, found in wrong:

@@ -84,10 +84,9 @@ def render_results(protocol: Protocol, records: Mapping[str, Record]) -> str:
     compared, tasks = tables.compared, protocol.tasks.items()
     families = {c.other == protocol.baseline: c.family for c in compared}
     primary = [comparison for comparison in compared if comparison.measure.kind == "primary"]
+    of_skewed = (c for c in primary if abs(c.paired.skewness) > _SKEWED)
     skewed = (
-        f"`{c.cell.method}` - `{c.other}` on {c.cell.task} ({c.paired.skewness:+.1f})"
-        for c in primary
-        if abs(c.paired.skewness) > _SKEWED
+        f"`{c.cell.method}` - `{c.other}` on {c.cell.task} ({c.paired.skewness:+.1f})" for c in of_skewed
     )
     scored = (f"{task.accuracy_items:,} ({name})" for name, task in tasks if task.accuracy_items)
     share = f"{protocol.margin_share:.0%} of the training gain"
@@ -367,10 +366,8 @@ def status(protocol: Protocol) -> str:
     """
     store = Records(protocol.folder)
     records = provenance.checked_records(protocol, store)
-    runs, grids = (
-        plan.wanted(protocol, records),
-        {c: plan.tuning(protocol, c, records) for c in plan.cells(protocol)},
-    )
+    runs = plan.wanted(protocol, records)
+    grids = {cell: plan.tuning(protocol, cell, records) for cell in plan.cells(protocol)}
     left = [run for run in runs if run.id not in records]
     busy = sum(store.claimed(run.id) for run in left)
     untuned = sum(grid.chosen is None for grid in grids.values())

@@ -119,11 +119,8 @@ class Resources(language.Subject):
         items, folder = {}, self.protocol.folder
         for name, probe in self.protocol.probes.items():
             split = locations.located_from(probe.split, folder)
-            changes: dict[str, Any] = {
-                "dataset": locations.locate_dataset(probe.dataset, folder),
-                "eval_limit": probe.items,
-            }
-            data = replace(run.config.data, train_split=split, eval_split=split, **changes)
+            data = replace(run.config.data, dataset=locations.locate_dataset(probe.dataset, folder))
+            data = replace(data, train_split=split, eval_split=split, eval_limit=probe.items)
             items[name] = self._drawn(run.config, data, "probe")
         return items
 

@@ -59,22 +59,12 @@ def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Pa
     deviation = float(difference.std(ddof=1)) if n > 1 else math.nan
     low, high = t_interval(difference)
     below, above = int(np.sum(difference < 0)), int(np.sum(difference > 0))
-    return Paired(
-        n,
-        mean,
-        low,
-        high,
-        deviation,
-        below,
-        t_test(difference),
-        mcnemar(below, above),  # the exact sign test
-        signed_rank_test(difference, resolution),
-        mean / deviation if deviation > 0 else math.nan,
-        skewness(difference),
-        margin,
-        is_equivalent(difference, margin),
-        seeds_needed(deviation, margin),
-    )
+    # McNemar's test is the exact sign test.
+    tests = t_test(difference), mcnemar(below, above), signed_rank_test(difference, resolution)
+    effect = mean / deviation if deviation > 0 else math.nan
+    equivalence = margin, is_equivalent(difference, margin), seeds_needed(deviation, margin)
+    described = n, mean, low, high, deviation, below
+    return Paired(*described, *tests, effect, skewness(difference), *equivalence)
 
 
 def t_interval(difference: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
@@ -118,9 +108,8 @@ def signed_rank_test(difference: np.ndarray, resolution: float = 0.0) -> float:
     nonzero = difference[np.abs(difference) > resolution]
     if not nonzero.size:
         return 1.0
-    doubled = np.rint(2 * _mid_ranks(np.abs(nonzero), resolution)).astype(
-        int
-    )  # mid-ranks are multiples of a half
+    # Mid-ranks are multiples of a half.
+    doubled = np.rint(2 * _mid_ranks(np.abs(nonzero), resolution)).astype(int)
     ways = np.ones(1)
     for rank in doubled:
         ways = np.convolve(ways, np.bincount([0, rank]) / 2)

@@ -61,6 +61,8 @@ class GGUFFile(TensorSource):
         the file.
     """
 
+    readable, remedy = READABLE, "use another quantization of the model"
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
@@ -73,7 +75,7 @@ class GGUFFile(TensorSource):
             if isinstance(error, NaloraError):
                 raise
             raise NaloraError(str(self.path), expected="a GGUF file", found=error) from error
-        super().__init__(str(self.path), tensors, READABLE, "use another quantization of the model")
+        super().__init__(str(self.path), tensors)
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a slice of a tensor: float32, or the file's 16-bit floats."""

@@ -67,7 +67,20 @@ def write_adapter_gguf(
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
         writer.add_file_type(LlamaFileType.ALL_F32)
-        _write(writer, tensors)
+        for name, array in tensors.items():
+            writer.add_tensor_info(name, array.shape, np.dtype(np.float32), array.nbytes)
+        with closing(writer):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            (file,) = writer.fout
+            for array in tensors.values():
+                # Not by numpy's ``tofile``, which ignores a full disk at its last flush.
+                writer.write_padding(file, file.tell())
+                file.write(np.ascontiguousarray(array, np.float32).view(np.uint8))
+            writer.write_padding(file, file.tell())
+            file.flush()
+            os.fsync(file.fileno())
     return Path(path)
 
 
@@ -116,21 +129,3 @@ def _adapters(
         adapter = fuse([layer_adapter(leaves, spec, path, layer) for path in paths], tensor.rows)
         if adapter is not None:
             yield tensor, adapter
-
-
-def _write(writer: GGUFWriter, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes header, metadata, and then the tensors' bytes one after the other."""
-    for name, array in tensors.items():
-        writer.add_tensor_info(name, array.shape, np.dtype(np.float32), array.nbytes)
-    with closing(writer):
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        (file,) = writer.fout
-        for array in tensors.values():
-            # Not by numpy's ``tofile``, which ignores a full disk at its last flush.
-            writer.write_padding(file, file.tell())
-            file.write(np.ascontiguousarray(array, np.float32).view(np.uint8))
-        writer.write_padding(file, file.tell())
-        file.flush()
-        os.fsync(file.fileno())

@@ -51,11 +51,13 @@ class SafetensorsFolder(TensorSource):
         an index that names a missing file, or a tensor that is not in its file.
     """
 
+    readable, remedy = tuple(DTYPES), "use the model's unquantized files"
+
     def __init__(self, folder: str | Path, where: str = "") -> None:
         self.folder, self.where = Path(folder), where or str(folder)
         self._maps: dict[Path, np.ndarray] = {}  # memory maps of the files
         self._mapped = 0  # bytes of the maps in memory
-        super().__init__(self.where, self._read_headers(), DTYPES, "use the model's unquantized files")
+        super().__init__(self.where, self._read_headers())
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a read-only slice of a tensor in the file's format, read on access."""
@@ -177,7 +179,8 @@ class StreamedFolder(SafetensorsFolder):
     """
 
     def __init__(self, folder: Path, url: str) -> None:
-        self._chunks = _Chunks()
+        pool, self._lock = ThreadPoolExecutor(WORKERS), threading.Lock()
+        self._fetch = lru_cache(_HELD)(lambda *place: pool.submit(_bytes, *place))
         super().__init__(folder, url)
 
     def read(self, name: str, index: Index) -> np.ndarray:
@@ -195,11 +198,21 @@ class StreamedFolder(SafetensorsFolder):
         url, parts = f"{self.where}/{stored.file.name}", []
         for first in range(start // CHUNK * CHUNK, stop, CHUNK):
             last = min(first + CHUNK, stored.size)
-            chunk = self._chunks.get(url, stored.start + first, stored.start + last)
+            chunk = self._chunk(url, stored.start + first, stored.start + last)
             parts.append(chunk[max(start, first) - first : min(stop, last) - first])
         if len(parts) == 1:
             return parts[0]
         return np.concatenate([*parts, np.zeros(0, np.uint8)])
+
+    def _chunk(self, url: str, start: int, stop: int) -> np.ndarray:
+        """Returns bytes ``start`` to ``stop`` of a file, fetched once; waits for a fetch already in progress."""
+        with self._lock:  # two threads would both miss the cache
+            chunk = self._fetch(url, start, stop)
+        try:
+            return chunk.result()
+        except Exception:
+            self._fetch.cache_clear()  # a later call tries again
+            raise
 
     def _names(self) -> list[str]:
         return buckets.names(self.where)
@@ -222,13 +235,12 @@ class StreamedFolder(SafetensorsFolder):
             try:
                 tensors, _ = read_header(path)
             except NaloraError as error:
-                raise NaloraError(
-                    url, expected=error.expected, found=error.found, remedy="upload it again"
-                ) from error
+                expected, found = error.expected, error.found
+                raise NaloraError(url, expected=expected, found=found, remedy="upload it again") from error
         place = self.folder / file
         return {
-            name: _StreamedTensor(place, of.shape, of.format, of.start, of.size, url)
-            for name, of in tensors.items()
+            name: _StreamedTensor(place, stored.shape, stored.format, stored.start, stored.size, url)
+            for name, stored in tensors.items()
         }
 
 
@@ -241,28 +253,6 @@ class _StreamedTensor(FileTensor):
     def read(self, start: int, count: int) -> np.ndarray:
         """Returns bytes of the tensor, uint8 ``[count]``."""
         return _bytes(self.url, self.start + start, self.start + start + count)
-
-
-class _Chunks:
-    """A least-recently-used cache of file ranges; each cached range is fetched once."""
-
-    def __init__(self) -> None:
-        pool, self._lock = ThreadPoolExecutor(WORKERS), threading.Lock()
-        self._fetch = lru_cache(_HELD)(lambda *place: pool.submit(_bytes, *place))
-
-    def get(self, url: str, start: int, stop: int) -> np.ndarray:
-        """Returns bytes ``start`` to ``stop`` of a file; waits for a fetch already in progress.
-
-        Raises:
-          NaloraError: the bucket does not deliver them, or delivers fewer.
-        """
-        with self._lock:  # two threads would both miss the cache
-            chunk = self._fetch(url, start, stop)
-        try:
-            return chunk.result()
-        except Exception:
-            self._fetch.cache_clear()  # a later call tries again
-            raise
 
 
 def _bytes(url: str, start: int, stop: int) -> np.ndarray:

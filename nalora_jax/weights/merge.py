@@ -30,7 +30,7 @@ from nalora_jax.weights.encoders import file_name
 from nalora_jax.weights.keymaps import Slot, keymap_for
 from nalora_jax.weights.peft import layer_adapter
 from nalora_jax.weights.peft_tables import refuse_saved
-from nalora_jax.weights.shards import TensorInfo, write_shards
+from nalora_jax.weights.shards import size_of, write_shards
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -124,19 +124,19 @@ def write_merged(
             remedy="use the run's folder itself: load_adapted_dual reads it (docs/images.md)",
         )
     leaves = flatten(params, _is_stored)
-    tensors = keymap_for(config).tensors
-    infos = [
-        TensorInfo(file_name(config, t.name), t.shape, _file_dtype(leaves, t.slots[0], chosen))
-        for t in tensors
-    ]
-    settings = _settings(hf_config, config, infos)
+    likes = {
+        file_name(config, t.name): jax.ShapeDtypeStruct(t.shape, _file_dtype(leaves, t.slots[0], chosen))
+        for t in keymap_for(config).tensors
+    }
+    largest = max(likes.values(), key=size_of)
+    settings = _settings(hf_config, config, largest.dtype.name)
     with new_folder(folder) as scratch:
         write_json(scratch / "config.json", settings)
         tokenizer(scratch)
         if card is not None:
             (scratch / "README.md").write_text(card, encoding="utf-8")
         merged = merged_tensors(config, params, lora, spec, dtype=chosen)
-        write_shards(scratch, infos, merged, shard_bytes=shard_bytes)
+        write_shards(scratch, likes, merged, shard_bytes=shard_bytes)
     return Path(folder)
 
 
@@ -150,10 +150,8 @@ def _is_stored(leaf: Any) -> bool:
     return isinstance(leaf, Stored)
 
 
-def _settings(
-    raw: Mapping[str, Any], config: ModelConfig | DualConfig, infos: list[TensorInfo]
-) -> dict[str, Any]:
-    """Returns the merged model's ``config.json``, in the written dtype."""
+def _settings(raw: Mapping[str, Any], config: ModelConfig | DualConfig, dtype: str) -> dict[str, Any]:
+    """Returns the merged model's ``config.json``; ``dtype`` is that of its largest tensor."""
     settings = dict(raw)
     if isinstance(config, ModelConfig):
         if config.sight is None and contains_text_model(raw.get("model_type"), images=False):
@@ -169,7 +167,6 @@ def _settings(
                 found=str([described[name] for name in fields]),
                 remedy="pass the config.json of the model whose parameters these are",
             )
-    largest = max(infos, key=lambda info: info.nbytes)
     settings.pop("quantization_config", None)  # floats are written
-    settings["dtype"] = settings["torch_dtype"] = largest.dtype.name  # transformers 5 and 4 read one each
+    settings["dtype"] = settings["torch_dtype"] = dtype  # transformers 5 and 4 read one each
     return settings

@@ -19,7 +19,8 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family import contains_text_model
 from nalora_jax.models.rope_scaling import rope_settings, with_rope_scaling
 from nalora_jax.models.stacks import param_shapes
-from nalora_jax.ops.mxfp4 import BLOCK, LEVELS
+from nalora_jax.ops.quantize import MXFP4_BLOCK as BLOCK
+from nalora_jax.ops.quantize import MXFP4_LEVELS as LEVELS
 from nalora_jax.ops.quantize import Kind, gathered
 from nalora_jax.weights.hf import ResolvedSource, open_tensors
 from nalora_jax.weights.keymaps import KeyMap, Slot, keymap_for
@@ -176,7 +177,7 @@ def rope_of(loaded: LoadedModel) -> dict[str, Any]:
 # MXFP4, as gpt-oss is released:
 #
 #     X_blocks uint8 [E, d_out, d_in / 32, 16]     two codes per byte, the lower bits first
-#     X_scales uint8 [E, d_out, d_in / 32]         exponents, see `nalora_jax.ops.mxfp4`
+#     X_scales uint8 [E, d_out, d_in / 32]         exponents, see `nalora_jax.ops.quantize`
 #         -> X float32 [E, d_in, d_out]            as in a file of floats; a slice reads its blocks
 #
 # Two stacks a layer, as transformers 5 holds mixtures and some releases are stored; a key map with one

@@ -71,14 +71,10 @@ def origin(
       source: their tensors.
       together: all JAX processes call this at once and share the reading.
     """
-    return Origin(
-        name=resolved.name,
-        file=PurePath(resolved.streamed or resolved.path).name,
-        format={"gguf": "GGUF", "hf": "safetensors"}[resolved.kind],
-        numbers=number_formats(source),
-        fingerprint=fingerprint(config, source, together=together),
-        copy_of=resolved.copy_of,
-    )
+    file = PurePath(resolved.streamed or resolved.path).name
+    format_ = {"gguf": "GGUF", "hf": "safetensors"}[resolved.kind]
+    digest = fingerprint(config, source, together=together)
+    return Origin(resolved.name, file, format_, number_formats(source), digest, resolved.copy_of)
 
 
 def number_formats(source: TensorSource) -> str:

@@ -117,11 +117,11 @@ class PeftConfig(Fields):
 
     def rank_of(self, name: str) -> int:
         """Returns the rank of a module or parameter."""
-        return self.rank_pattern.get(_first_key(name, tuple(self.rank_pattern)), self.rank)
+        return int(_first_value(self.rank_pattern, name, self.rank))
 
     def alpha_of(self, name: str) -> float:
         """Returns the alpha of a module or parameter."""
-        return self.alpha_pattern.get(_first_key(name, tuple(self.alpha_pattern)), self.alpha)
+        return float(_first_value(self.alpha_pattern, name, self.alpha))
 
     def _in_layers(self, name: str) -> bool:
         """Returns True for a module in the layers of ``layers_to_transform``."""
@@ -257,13 +257,13 @@ def _layer_pattern(name: str) -> str:
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 
-def _first_key(name: str, keys: tuple[str, ...]) -> str:
-    """Returns the first key that matches a suffix of ``name`` (PEFT's ``get_pattern_key``), or "".
+def _first_value(pattern: Mapping[str, float], name: str, default: float) -> float:
+    """Returns the value of the first key that matches a suffix of ``name`` (PEFT's ``get_pattern_key``).
 
     A suffix starts at the beginning of the name or after a dot.
     """
-    patterns = _compiled(keys, _suffix_pattern)
-    return next((key for key, pattern in zip(keys, patterns, strict=True) if pattern.match(name)), "")
+    matches = zip(pattern.values(), _compiled(tuple(pattern), _suffix_pattern), strict=True)
+    return next((value for value, key in matches if key.match(name)), default)
 
 
 @functools.lru_cache(maxsize=4)

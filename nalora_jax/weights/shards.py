@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -132,23 +133,14 @@ def parse_size(text: str) -> int:
     return size
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor that will be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size of its data in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+def size_of(like: Any) -> int:
+    """Returns the bytes of an array's data, of its shape and dtype."""
+    return math.prod(like.shape) * np.dtype(like.dtype).itemsize
 
 
 def write_shards(
     folder: Path,
-    infos: Iterable[TensorInfo],
+    likes: Mapping[str, Any],
     tensors: Iterable[tuple[str, np.ndarray]],
     *,
     shard_bytes: int,
@@ -157,30 +149,24 @@ def write_shards(
 
     Args:
       folder: an existing folder.
-      infos: descriptions of the tensors, in order.
+      likes: shape and dtype of every tensor, in order.
       tensors: name and array of each, in the same order; only one is in memory at a time.
       shard_bytes: largest file; a larger tensor gets a separate file.
     """
-    shards = _plan(infos, shard_bytes)
-    names = [SINGLE]
+    shards: list[dict[str, Any]] = [{}]
+    for name, like in likes.items():
+        if shards[-1] and sum(map(size_of, shards[-1].values())) + size_of(like) > shard_bytes:
+            shards.append({})
+        shards[-1][name] = like
+    files = [SINGLE]
     if len(shards) > 1:
-        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = {"total_size": sum(map(size_of, likes.values()))}
+        write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
     stream = iter(tensors)
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard, stream)
-    if len(shards) > 1:
-        weight_map = {info.name: name for name, shard in zip(names, shards, strict=True) for info in shard}
-        total = sum(info.nbytes for shard in shards for info in shard)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _plan(infos: Iterable[TensorInfo], limit: int) -> list[list[TensorInfo]]:
-    shards: list[list[TensorInfo]] = [[]]
-    for info in infos:
-        if shards[-1] and sum(other.nbytes for other in shards[-1]) + info.nbytes > limit:
-            shards.append([])
-        shards[-1].append(info)
-    return shards
+    for file, shard in zip(files, shards, strict=True):
+        _write_file(folder / file, shard, stream)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -188,34 +174,28 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 
     The safetensors library's writer orders the metadata by a hash that differs between processes.
     """
-    infos = [TensorInfo(name, array.shape, array.dtype) for name, array in sorted(tensors.items())]
-    _write_file(path, infos, iter(sorted(tensors.items())), metadata)
+    tensors = dict(sorted(tensors.items()))
+    _write_file(path, tensors, iter(tensors.items()), metadata)
 
 
 def _write_file(
     path: Path,
-    infos: list[TensorInfo],
+    likes: Mapping[str, Any],
     tensors: Iterator[tuple[str, np.ndarray]],
     metadata: Mapping[str, str] = _TORCH,
 ) -> None:
     described: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     start = 0
-    for info in infos:
-        offsets = [start, start + info.nbytes]
-        described[info.name] = {
-            "dtype": _NAMES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": offsets,
-        }
-        start += info.nbytes
+    for name, like in likes.items():
+        stop = start + size_of(like)
+        kind = _NAMES[np.dtype(like.dtype)]
+        described[name] = {"dtype": kind, "shape": list(like.shape), "data_offsets": [start, stop]}
+        start = stop
     header = json.dumps(described, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # readers map the data aligned
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for info in infos:
+        for expected, like in likes.items():
             name, array = next(tensors)
-            assert (name, array.shape, array.dtype) == (info.name, info.shape, info.dtype), (
-                name,
-                info,
-            )
+            assert (name, array.shape, array.dtype) == (expected, like.shape, like.dtype), (name, like)
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

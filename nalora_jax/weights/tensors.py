@@ -44,18 +44,18 @@ WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
 class TensorSource(ABC):
     """The named tensors of a file or folder, in PyTorch's orientation (``[out, in]``), as headers describe them.
 
-    Args:
+    Attributes:
       where: the file or folder, for messages.
-      tensors: by name.
       readable: number formats that `TensorSource.read` supports.
       remedy: for tensors in other formats.
     """
 
-    def __init__(
-        self, where: str, tensors: Mapping[str, FileTensor], readable: Iterable[str], remedy: str
-    ) -> None:
+    where: str
+    readable: tuple[str, ...]
+    remedy: str
+
+    def __init__(self, where: str, tensors: Mapping[str, FileTensor]) -> None:
         self.where, self._tensors = where, tensors
-        self._readable, self._remedy = tuple(readable), remedy
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -65,13 +65,9 @@ class TensorSource(ABC):
     def check_readable(self, name: str) -> None:
         """Raises an error if the tensor's number format is not supported."""
         tensor = self._tensors[name]
-        if tensor.format not in self._readable:
-            raise NaloraError(
-                f"{tensor.file}: {name}",
-                expected=f"one of {', '.join(self._readable)}",
-                found=tensor.format,
-                remedy=self._remedy,
-            )
+        if tensor.format not in self.readable:
+            where, expected = f"{tensor.file}: {name}", f"one of {', '.join(self.readable)}"
+            raise NaloraError(where, expected=expected, found=tensor.format, remedy=self.remedy)
 
     def stored(self, name: str) -> FileTensor:
         """Returns the location and number format of a tensor's bytes."""
@@ -136,11 +132,9 @@ def param_shardings(
     """
     if mesh is None:
         return None
-    tree = trees.unflatten(
-        {prefix + path: jax.ShapeDtypeStruct(s, "float32") for path, s in shapes.items()}
-    )
-    shardings = trees.flatten(distributed.shardings(tree, mesh, distributed.PARAM_RULES))
-    return {path.removeprefix(prefix): sharding for path, sharding in shardings.items()}
+    likes = {prefix + path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()}
+    placed = distributed.shardings(likes, mesh, distributed.PARAM_RULES)
+    return {path.removeprefix(prefix): sharding for path, sharding in placed.items()}
 
 
 def require_dtype(dtype: str) -> None:

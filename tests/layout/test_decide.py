@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.decide import MOST, Compiled, Search, decide
+from nalora_jax.layout.decide import MOST, Compiled, decide
 from nalora_jax.layout.estimates import Layout
 
 LIMIT = 16e9
@@ -22,9 +22,8 @@ def layout(memory: float, seconds: float, *, fsdp: int = 1, remat: str = "dots")
 def searched(
     candidates: list[Layout], compiler: Callable[[Layout], Compiled]
 ) -> tuple[Layout, list[Layout]]:
-    search = Search(candidates, LIMIT)
-    taken, _ = decide(search, compiler)
-    return taken, [one for one, _ in search.tried]
+    taken, _, tried = decide(candidates, LIMIT, compiler)
+    return taken, [one for one, _ in tried]
 
 
 def compiled(memory: float, seconds: float) -> Compiled:
@@ -85,11 +84,14 @@ def test_an_internal_error_of_the_compiler_excludes_its_mesh(caplog):
 
 def test_at_most_four_layouts_are_compiled_and_the_refusal_names_them():
     candidates = [layout(14 - index, 1 + index, fsdp=1 << index) for index in range(4)] * 2
-    search = Search(candidates, LIMIT)
-    taken, result = decide(search, lambda one: compiled(17 + one.fsdp, 1.0), must_fit=False)
-    assert len(search.tried) == MOST
+
+    def too_large(one: Layout) -> Compiled:
+        return compiled(17 + one.fsdp, 1.0)
+
+    taken, result, tried = decide(candidates, LIMIT, too_large, must_fit=False)
+    assert len(tried) == MOST
     assert not result.fits
     assert taken is candidates[0]
     message = r"fits in 16\.0 GB a chip, found .*18\.0 GB.*25\.0 GB.*; use more chips"
     with pytest.raises(NaloraError, match=message):
-        decide(search, without_routes)
+        decide(candidates, LIMIT, too_large)

@@ -227,6 +227,7 @@ def test_rows_go_to_their_devices_in_any_order_of_devices(lead):
     tokens = np.random.default_rng(0).integers(0, 99, (*lead, 8, 6))
     placed = distributed.make_global_batch({"tokens": tokens}, mesh, rows_axis=len(lead))["tokens"]
     np.testing.assert_array_equal(placed, tokens)
+    np.testing.assert_array_equal(distributed.process_rows(mesh, 8), np.arange(8))
     expected = jax.device_put(tokens, NamedSharding(mesh, P(*[None] * len(lead), ("data", "fsdp"))))
     for one, other in zip(placed.addressable_shards, expected.addressable_shards, strict=True):
         assert one.device == other.device

@@ -27,13 +27,12 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.stacks import gate_blocks, layer_numbers, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.ops.dispatch import Numerics, Platform
-from nalora_jax.ops.quantize import quantize_params
 from nalora_jax.train.adapted import load
 from nalora_jax.train.program import Assembly, build_model
 from tests.models.family_fields import TINY
 from tests.models.test_moe import block, variables_of
 from tests.observed import taps_of
-from tests.param_trees import init_params
+from tests.param_trees import init_params, quantize_params
 
 EXPERTS, D, F, RANK, ROWS, SEQ = 4, 64, 128, 3, 8, 12
 WIDE = {"d_model": D, "d_ff": F}

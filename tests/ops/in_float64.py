@@ -7,6 +7,14 @@ from typing import Any
 import numpy as np
 
 
+def packed_rows(batch: int, seq: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int32 positions and segments of rows with three segments and padding, or left padding and one."""
+    lengths = [[seq // 2, seq // 4, seq - seq // 2 - seq // 4 - 3, 3], [5, seq - 5]]
+    segments = [np.repeat([1, 2, 3, 0], lengths[0]), np.repeat([0, 1], lengths[1])]
+    positions = [np.concatenate([np.arange(n) for n in row]) for row in lengths]
+    return np.resize(np.int32(positions), (batch, seq)), np.resize(np.int32(segments), (batch, seq))
+
+
 def visible(positions: Any, segments: Any, window: int) -> np.ndarray:
     """Returns whether a query sees a key, ``[batch, query, key]``."""
     positions, segments = np.asarray(positions), np.asarray(segments)

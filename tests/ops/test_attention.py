@@ -10,7 +10,7 @@ import pytest
 from nalora_jax.ops import attention as module
 from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, attention, full_attention
 from nalora_jax.ops.dispatch import Numerics, Platform, numerics_for
-from tests.ops.in_float64 import attention64, visible
+from tests.ops.in_float64 import attention64, packed_rows, visible
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 2, 8
 FAR = 2**30
@@ -18,19 +18,11 @@ PLAIN = Numerics()
 SEVERAL = Platform("cpu", "", 8)  # devices: what a CPU runs without native kernels
 
 
-def draw(seq: int, seed: int = 0):
-    rng = np.random.default_rng(seed)
+def draw(seq: int):
+    rng = np.random.default_rng(0)
     q = rng.normal(size=(BATCH, seq, HEADS, DIM))
     k, v = rng.normal(size=(2, BATCH, seq, KV_HEADS, DIM))
     return q.astype(np.float32), k.astype(np.float32), v.astype(np.float32)
-
-
-def layout(seq: int):
-    """Row 0: three segments and padding; row 1: left padding and one segment."""
-    lengths = [[seq // 2, seq // 4, seq - seq // 2 - seq // 4 - 3, 3], [5, seq - 5]]
-    segments = np.array([np.repeat([1, 2, 3, 0], lengths[0]), np.repeat([0, 1], lengths[1])])
-    positions = np.array([np.concatenate([np.arange(n) for n in row]) for row in lengths])
-    return positions.astype(np.int32), segments.astype(np.int32)
 
 
 SINKS = np.array([-2.0, 0.5, 3.0, -1e4, 20.0, 1.0], np.float32)  # one that loses little, one that takes all
@@ -42,7 +34,7 @@ SINKS = np.array([-2.0, 0.5, 3.0, -1e4, 20.0, 1.0], np.float32)  # one that lose
 )
 def test_equals_the_formula(seq, window, softcap, sinks, numerics):
     q, k, v = draw(seq)
-    positions, segments = layout(seq)
+    positions, segments = packed_rows(BATCH, seq)
     config = AttentionConfig(0.4, softcap)
     want = attention64(q, k, v, q, visible(positions, segments, window), 0.4, softcap, sinks)[0]
     keys = Keys(k, v, positions, segments, sinks=None if sinks is None else jnp.asarray(sinks))
@@ -61,7 +53,7 @@ def test_blocks_of_a_cache_equal_the_formula(monkeypatch, block, window, softcap
     """A cache of 24 slots in blocks of 10, or as a whole; the last 4 slots are empty and hold anything."""
     monkeypatch.setattr(module, "CACHE_BLOCK", block)
     q, k, v = draw(90)
-    positions, segments = layout(90)
+    positions, segments = packed_rows(BATCH, 90)
     want = attention64(q, k, v, q, visible(positions, segments, window), 0.4, softcap, sinks)[0]
     before = [
         np.concatenate([x[:, :20], np.full_like(x[:, :4], 7)], axis=1) for x in (k, v, positions, segments)
@@ -83,7 +75,7 @@ def test_blocks_of_a_cache_equal_the_formula(monkeypatch, block, window, softcap
 def test_gradients_are_those_of_the_formula(seq, softcap, sinks, numerics, monkeypatch):
     monkeypatch.setattr(module, "PIECE", 16 if seq == 150 else 256)
     q, k, v = draw(seq)
-    positions, segments = layout(seq)
+    positions, segments = packed_rows(BATCH, seq)
     config, real = AttentionConfig(0.4, softcap), (segments > 0)[..., None, None]
     given = visible(positions, segments, 40), 0.4, softcap, sinks
     result = attention64(q, k, v, q, *given)[0]
@@ -103,18 +95,21 @@ def test_gradients_are_those_of_the_formula(seq, softcap, sinks, numerics, monke
         assert not np.any(of_sinks)  # they are frozen
 
 
-def test_memory_of_a_long_sequence_is_linear():
-    def temporary(seq):
-        x = jax.ShapeDtypeStruct((1, seq, 1, 8), jnp.float32)
+def test_memory_of_a_long_sequence_is_linear_and_the_upper_triangle_is_skipped():
+    def compiled(seq, gradient=True):
+        q, k, v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in draw(seq))
         row = jax.ShapeDtypeStruct((1, seq), jnp.int32)
 
-        def loss(q, k, v, positions, segments):
-            return jnp.sum(attention(q, Keys(k, v, positions, segments), FAR, AttentionConfig(0.4), PLAIN))
+        def loss(q, k, v, *places):
+            return jnp.sum(attention(q, Keys(k, v, *places), FAR, AttentionConfig(0.4), PLAIN))
 
-        program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, row, row).compile()
-        return program.memory_analysis().temp_size_in_bytes
+        return jax.jit(jax.grad(loss, (0, 1, 2)) if gradient else loss).lower(q, k, v, row, row).compile()
 
-    assert temporary(4096) < 2.3 * temporary(2048)
+    memory = [compiled(seq).memory_analysis().temp_size_in_bytes for seq in (2048, 4096)]
+    assert memory[1] < 2.3 * memory[0]
+    flops = compiled(256, False).cost_analysis()["flops"]
+    products = 2 * 2 * BATCH * HEADS * 256 * 256 * DIM
+    assert flops < 0.8 * products + 20 * BATCH * HEADS * 256 * 256  # the masks and the softmax, generously
 
 
 @pytest.mark.parametrize(
@@ -138,15 +133,6 @@ def test_bf16_products_run_at_every_shape(seq, batch, heads, kv_heads, dim):
 
     for low, high in zip(gradients("bfloat16"), gradients("float32"), strict=True):
         assert np.abs(low - high).max() < 0.05 * max(1.0, np.abs(high).max())
-
-
-def test_the_upper_triangle_is_skipped():
-    q, k, v = draw(256)
-    keys = Keys(k, v, np.arange(256, dtype=np.int32)[None], np.ones((1, 256), np.int32))
-    program = jax.jit(lambda q: attention(q, keys, FAR, AttentionConfig(0.4), PLAIN)).lower(q).compile()
-    flops = program.cost_analysis()["flops"]
-    products = 2 * 2 * BATCH * HEADS * 256 * 256 * DIM
-    assert flops < 0.8 * products + 20 * BATCH * HEADS * 256 * 256  # the masks and the softmax, generously
 
 
 def test_dropout_keeps_the_mean_and_needs_its_key():

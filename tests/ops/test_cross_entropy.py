@@ -13,7 +13,7 @@ from nalora_jax.ops.storage import prepare
 
 
 def _problem(
-    seed: int = 0, batch: int = 3, seq: int = 7, d: int = 8, vocab: int = 33
+    seed: int = 0, batch: int = 3, seq: int = 7, vocab: int = 33, d: int = 8
 ) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(seed)
     weights = rng.integers(0, 2, (batch, seq)) * rng.uniform(0.5, 2.0, (batch, seq))
@@ -63,12 +63,9 @@ def test_value_and_gradient(compact, head, chunk, numerics):
 @pytest.mark.parametrize(("size", "targeted"), [(1.0, 0), (1e4, 1)])
 def test_no_targets_and_extreme_logits_are_finite(size, targeted):
     hidden, kernel, targets, weights = _problem()
-    value, gradient = jax.value_and_grad(cross_entropy)(
-        jnp.asarray(size * hidden, jnp.float32),
-        jnp.asarray(kernel, jnp.float32),
-        jnp.asarray(targets),
-        jnp.asarray(targeted * weights, jnp.float32),
-    )
+    given = (jnp.asarray(x, jnp.float32) for x in (size * hidden, kernel, targeted * weights))
+    hidden, kernel, weights = given
+    value, gradient = jax.value_and_grad(cross_entropy)(hidden, kernel, jnp.asarray(targets), weights)
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
     assert bool(np.any(gradient)) == (value != 0) == (targeted > 0)
@@ -100,27 +97,18 @@ def test_whole_rows_of_logits_take_no_entries_of_the_head(transposed):
 
 @pytest.mark.parametrize(("transposed", "targets_of"), [(False, 0.02), (True, 1.0)])
 def test_a_large_vocabulary_and_every_size_of_chunk(transposed, targets_of, numerics):
+    """A head that is prepared is the head."""
     hidden, kernel, targets, weights = _problem(seed=1, batch=6, seq=130, vocab=5000)
     weights = weights * (np.random.default_rng(2).uniform(size=weights.shape) < targets_of)
-    head, given = Head(transposed, softcap=4.0), jnp.asarray(hidden, jnp.float32)
-    arguments = jnp.asarray(targets), jnp.asarray(weights, jnp.float32), head
+    head = Head(transposed, softcap=4.0)
+    part, name = ("embed", "embedding") if transposed else ("lm_head", "kernel")
     want, want_gradient = _reference(hidden, kernel, targets, weights, head)
+    run = jax.jit(jax.value_and_grad(cross_entropy), static_argnums=(4, 5))
     for dtype, near in (("float32", 1e-5), ("bfloat16", 0.02)):
         table = jnp.asarray(kernel.T if transposed else kernel, dtype)
-        run = jax.jit(jax.value_and_grad(cross_entropy), static_argnums=(4, 5))
-        value, gradient = run(given, table, *arguments, numerics(dtype))
-        np.testing.assert_allclose(value, want, rtol=near)
-        np.testing.assert_allclose(gradient, want_gradient, atol=near * np.abs(want_gradient).max())
-
-
-@pytest.mark.parametrize(("transposed", "vocab"), [(True, 33), (False, 3000)])  # one block, several
-def test_a_prepared_bf16_head_is_the_head(transposed, vocab, numerics):
-    hidden, kernel, targets, weights = _problem(vocab=vocab)
-    matrix = jnp.asarray(kernel.T if transposed else kernel, jnp.bfloat16)
-    half = numerics("bfloat16")
-    part, name = ("embed", "embedding") if transposed else ("lm_head", "kernel")
-    prepared = prepare({"params": {part: {name: matrix}}}, half)["params"][part][name]
-    arguments = jnp.asarray(targets), jnp.asarray(weights, jnp.float32), Head(transposed), half
-    run = jax.jit(jax.value_and_grad(cross_entropy), static_argnums=(4, 5))
-    results = [run(jnp.asarray(hidden, jnp.float32), table, *arguments) for table in (matrix, prepared)]
-    jax.tree.map(np.testing.assert_array_equal, *results)
+        prepared = prepare({"params": {part: {name: table}}}, numerics(dtype))["params"][part][name]
+        others = jnp.asarray(targets), jnp.asarray(weights, jnp.float32), head, numerics(dtype)
+        results = [run(jnp.asarray(hidden, jnp.float32), of, *others) for of in (table, prepared)]
+        jax.tree.map(np.testing.assert_array_equal, *results)
+        np.testing.assert_allclose(results[0][0], want, rtol=near)
+        np.testing.assert_allclose(results[0][1], want_gradient, atol=near * np.abs(want_gradient).max())

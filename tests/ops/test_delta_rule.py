@@ -48,15 +48,12 @@ def close(ours, expected, scale=1e-5):
 
 @pytest.mark.parametrize("seq", [1, 2 * CHUNK + 9])
 def test_outputs_and_state_equal_the_recurrence(seq):
-    first, second = random_inputs(7), random_inputs(seq, 1)
-    _, expected, state = theirs(torch_recurrent_gated_delta_rule, first)
-    ours, ours_state = RULE(first, np.ones((1, 7), np.int32))
-    close(ours, expected)
-    close(ours_state, state)
-    _, expected, state = theirs(torch_recurrent_gated_delta_rule, second, ours_state)
-    ours, ours_state = RULE(second, np.ones((1, seq), np.int32), ours_state)
-    close(ours, expected)
-    close(ours_state, state)
+    ours_state = None
+    for inputs in (random_inputs(7), random_inputs(seq, 1)):
+        _, expected, state = theirs(torch_recurrent_gated_delta_rule, inputs, ours_state)
+        ours, ours_state = RULE(inputs, np.ones((1, inputs.q.shape[1]), np.int32), ours_state)
+        close(ours, expected)
+        close(ours_state, state)
 
 
 @pytest.mark.parametrize("numerics", [PLAIN, ON_CPU], ids=["plain", "cpu"])
@@ -99,16 +96,18 @@ def test_padding_leaves_the_state_unchanged():
 @pytest.mark.parametrize("numerics", [PLAIN, ON_CPU], ids=["plain", "cpu"])
 def test_triangular_systems_of_equal_keys_are_solved_exactly(numerics):
     # Powers of this matrix reach 1e17; its inverse is 1 on the diagonal and -1 below it.
-    lower = np.tril(np.ones((CHUNK, CHUNK), np.float32), -1)
     solve = jax.jit(solve_unit, static_argnums=2)
-    solution = solve(lower, np.ones((CHUNK, 1), np.float32), numerics)
-    np.testing.assert_array_equal(solution[:, 0], [1.0] + [0.0] * (CHUNK - 1))
+    solution = solve(
+        np.tril(np.ones((CHUNK, CHUNK), np.float32), -1), np.ones((CHUNK, 1), np.float32), numerics
+    )
+    np.testing.assert_array_equal(solution[:, 0], np.arange(CHUNK) == 0)
     rng = np.random.default_rng(0)
     system = np.tril(rng.normal(size=(3, CHUNK, CHUNK)) / 4, -1).astype(np.float32)
     target = rng.normal(size=(3, CHUNK, 5)).astype(np.float32)
     exact = np.linalg.solve(np.eye(CHUNK) + system.astype(float), target.astype(float))
-    found = solve(system, target, numerics)
-    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
+    np.testing.assert_allclose(
+        solve(system, target, numerics), exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max()
+    )
 
 
 def test_training_saves_one_state_per_chunk():

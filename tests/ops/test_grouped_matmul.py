@@ -7,13 +7,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.ops.dispatch import Numerics, Platform
-from nalora_jax.ops.grouped_matmul import (
-    grouped_matmul,
-    joins_factors,
-    outer_of_all,
-    tiled,
-    triton_grouped_matmul,
-)
+from nalora_jax.ops.grouped_matmul import grouped_matmul, joins_factors, outer_of_all, triton_grouped_matmul
 
 BF16 = Numerics("bfloat16", "float32", "bfloat16", "bfloat16")
 # Groups that begin and end within a tile of 128 rows, at its edges, that are empty, and several in one tile.
@@ -37,7 +31,7 @@ def test_every_row_goes_through_its_own_group_s_kernel(sizes, widths, transposed
     given = jnp.asarray(kernels.swapaxes(1, 2) if transposed else kernels)
     arguments = jnp.asarray(x), given, jnp.asarray(sizes, jnp.int32), BF16
     plain = grouped_matmul(*arguments, transposed=bool(transposed))
-    by_tiles = tiled(*arguments, transposed=bool(transposed), interpret=True)
+    by_tiles = triton_grouped_matmul(*arguments, transposed=bool(transposed), interpret=True)
     group = np.repeat(np.arange(len(sizes)), sizes)
     expected = np.einsum("rd,rdn->rn", x.astype(float), kernels[group].astype(float))
     for found in (plain, by_tiles):

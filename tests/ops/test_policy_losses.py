@@ -1,4 +1,4 @@
-"""Losses and advantages of policy gradients equal those of TRL's trainers; see trl_policy_losses.py."""
+"""Losses and advantages of policy gradients equal those of TRL's trainers, as recorded from their methods."""
 
 from __future__ import annotations
 
@@ -25,17 +25,13 @@ TRL = json.loads(Path(__file__).with_name("trl_policy_losses.json").read_text())
 @pytest.mark.parametrize("case", TRL["cases"], ids=lambda case: f"{case['name']}-{case['beta']}")
 def test_loss_gradient_and_advantages_are_those_of_trl(case):
     name, beta = case["name"], case["beta"]
+    given = [np.array(case[key], float) for key in ("old", "base", "mask")]
     rewards = np.array(case["rewards"], float)
+    if name == "rloo":
+        rewards = rewards - divergence_penalty(*given, beta).reshape(rewards.shape)
+    gains, settings = advantages(rewards, name), PolicyLoss(name, *CLIPS[name], TRL["length"], beta)
     with jax.enable_x64(True):
-        log_probs, old, base, mask = (
-            jnp.array(case[key], float) for key in ("log_probs", "old", "base", "mask")
-        )
-        if name == "rloo":
-            rewards = rewards - divergence_penalty(*map(np.array, (old, base, mask)), beta).reshape(
-                rewards.shape
-            )
-        gains = advantages(rewards, name)
-        settings = PolicyLoss(name, *CLIPS[name], TRL["length"], beta)
+        old, base, mask = map(jnp.array, given)
 
         def mean(log_probs: jax.Array) -> jax.Array:
             losses = policy_loss(
@@ -43,7 +39,7 @@ def test_loss_gradient_and_advantages_are_those_of_trl(case):
             )
             return losses.loss / denominator(mask, jnp.ones(len(mask)), settings)
 
-        loss, gradient = jax.value_and_grad(mean)(log_probs)
+        loss, gradient = jax.value_and_grad(mean)(jnp.array(case["log_probs"], float))
     np.testing.assert_allclose(gains, case["advantages"], rtol=1e-7, atol=1e-12)  # TRL sums in float32
     np.testing.assert_allclose(loss, case["loss"], rtol=1e-6)  # "dapo" divides by a float32
     np.testing.assert_allclose(gradient, case["gradient"], rtol=1e-6, atol=1e-12)

@@ -50,8 +50,8 @@ def test_one_shard_has_no_axis(rows):
     for sharding in (None, by_tensor):
         assert str(jax.make_jaxpr(lambda *x, s=sharding: by_shard(sums, s, *x))(z, weights)) == plain
     assert first_alone(z, None) is z
-    found = jax.jit(lambda x: first_alone(x, rows))(jnp.arange(3.0))  # sums that are no shard's own
-    np.testing.assert_array_equal(found, [[0, 1, 2], [0] * 3, [0] * 3, [0] * 3])
+    alone = jax.jit(lambda x: first_alone(x, rows))(jnp.arange(3.0))  # sums that are no shard's own
+    np.testing.assert_array_equal(alone, [[0, 1, 2], [0] * 3, [0] * 3, [0] * 3])
 
 
 def test_over_the_shards_only_what_is_asked_for_is_summed():

@@ -21,6 +21,7 @@ from nalora_jax.ops.dispatch import Numerics, Platform, register_all
 from nalora_jax.ops.reductions import sampled, sampled_weights
 from nalora_jax.ops.split_attention import split_attention
 from nalora_jax.ops.split_rows import Row, block_length, joined, padded, shards_of, split
+from tests.ops.in_float64 import packed_rows
 
 FAR = 2**30
 SEQ, HEADS, KV_HEADS, DIM = 510, 4, 2, 64  # padded to 512: blocks of 128 on two shards
@@ -31,10 +32,7 @@ def operands() -> tuple[Any, ...]:
     rng = np.random.default_rng(0)
     q, g = rng.normal(size=(2, 2, SEQ, HEADS, DIM)).astype(np.float32)
     k, v = rng.normal(size=(2, 2, SEQ, KV_HEADS, DIM)).astype(np.float32)
-    lengths = [[130, 40, 330, 10], [470, 40]]
-    segments = [np.repeat([1, 2, 3, 0], lengths[0]), np.repeat([1, 0], lengths[1])]
-    positions = [np.concatenate([np.arange(n) for n in row]) for row in lengths]
-    return q, k, v, g, *(np.array(x, np.int32) for x in (positions, segments))
+    return q, k, v, g, *packed_rows(2, SEQ)
 
 
 def results(implementation: str, window: int, config: AttentionConfig, **options: Any) -> tuple[Any, ...]:
@@ -53,7 +51,8 @@ def results(implementation: str, window: int, config: AttentionConfig, **options
         integers = (
             None if x is None else padded(x, config.sharding) for x in (positions, segments, starts)
         )
-        out = split_attention(*map(parts, (q, k, v)), Row(*integers), window, config, numerics, **options)
+        heads = tuple(map(parts, (q, k, v)))
+        out = split_attention(heads, Row(*integers), window, config, numerics, **options)
         return joined(out, config.sharding, SEQ)
 
     @jax.jit
@@ -106,7 +105,6 @@ def test_positions_are_sampled_as_of_whole_rows(seq, strides):
 
 
 def test_rows_shorter_than_their_blocks_are_refused():
-    with pytest.raises(
-        NaloraError, match="--mesh.context: expected at most 3 for rows of 7 tokens.*found 4"
-    ):
+    message = "--mesh.context: expected at most 3 for rows of 7 tokens.*found 4"
+    with pytest.raises(NaloraError, match=message):
         block_length(7, 4)

@@ -14,11 +14,7 @@ RECORDS = [
     {"step": 10, "loss": 2.0, "seconds": 4.0, "layers": {"limit": [0.1, None], "feature": None}},
     {"step": 20, "loss": None, "seconds": 3.0},
     {"resumed": {"step": 20}},
-    {
-        "step": 30,
-        "seconds": 5.0,
-        "layers": {"limit": [0.3, 0.4], "occupancy": [[1, 0, 0, 0], [0, 1, 0, 0]]},
-    },
+    {"step": 30, "seconds": 5.0, "layers": {"limit": [0.3, 0.4], "occupancy": [[1, 0, 0, 0]] * 2}},
     {"step": 30, "eval": {"accuracy": 0.6, "loss": 3.0}},
     {"step": 10, "final": True, "eval": {"accuracy": 0.7, "loss": 2.5}},
     {"done": {"step": 30, "best_step": 10}},

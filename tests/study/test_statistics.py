@@ -32,11 +32,8 @@ def enumerated(difference: np.ndarray) -> float:
 
 
 def test_the_signed_rank_test_counts_every_way_the_signs_can_fall_with_ties_too() -> None:
-    for difference in (
-        DIFFERENCES,
-        np.array([1.0, 1.0, -1.0, 2.0]),
-        np.array([3.0, -3.0, 3.0, 3.0, -1.0, -1.0, 2.0, 2.0, 5.0, 1.0]),
-    ):
+    tied = [1.0, 1.0, -1.0, 2.0], [3.0, -3.0, 3.0, 3.0, -1.0, -1.0, 2.0, 2.0, 5.0, 1.0]
+    for difference in (DIFFERENCES, *map(np.array, tied)):
         assert signed_rank_test(difference) == pytest.approx(enumerated(difference))
         assert signed_rank_test(np.append(difference, 0.0)) == pytest.approx(enumerated(difference))
 

@@ -93,34 +93,24 @@ def sides(data):
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def plain_loss(lora, model, params, data, preference, which):
-    """DPO of the pairs ``which``, one unpacked text at a time, padded at its end so that one program serves all."""
-    longest = max(len(ids) for pair in sides(data) for ids, _ in pair)
+def plain_loss(lora, model, params, texts, preference):
+    """DPO of texts, each in a row of its own, padded at its end: chosen and rejected in turn."""
+    longest = max(len(ids) for ids, _ in texts)
+    ids = np.stack([np.pad(ids, (0, longest - len(ids))) for ids, _ in texts])
+    ends, counts = np.array([[len(ids) - 1, count] for ids, count in texts]).T[:, :, None]
+    place = np.arange(longest - 1)
+    answer = ((place >= ends - counts) & (place < ends)).astype(np.float32)
 
-    def log_prob(variables, decoder, text):
-        ids, count = text
-        answer = np.zeros(longest - 1, np.float32)
-        answer[len(ids) - 1 - count : len(ids) - 1] = 1
-        return of_padded(variables, decoder, np.pad(ids, (0, longest - len(ids))), answer)
+    def log_probs(decoder, **adapters):
+        variables = {"params": params, **adapters}
+        hidden = decoder.apply(variables, ids[:, :-1])
+        table = jax.nn.log_softmax(decoder.apply(variables, hidden, method="unembed"))
+        picked = jnp.take_along_axis(table, ids[:, 1:, None], axis=2)[..., 0] * answer
+        return jnp.sum(picked, axis=1) / (answer.sum(axis=1) if preference.per_token else 1)
 
-    @partial(jax.jit, static_argnums=1)
-    def of_padded(variables, decoder, ids, answer):
-        hidden = decoder.apply(variables, ids[None, :-1])
-        table = jax.nn.log_softmax(decoder.apply(variables, hidden, method="unembed")[0])
-        picked = jnp.take_along_axis(table, ids[1:, None], axis=1)[:, 0] * answer
-        return jnp.sum(picked) / (jnp.sum(answer) if preference.per_token else 1)
-
-    total = 0.0
-    for index in which:
-        ratios = [
-            log_prob({"params": params, "lora": lora}, model, text)
-            - log_prob({"params": params}, Decoder(BASE), text)
-            for text in sides(data)[index]
-        ]
-        margin = preference.beta * (ratios[0] - ratios[1])
-        s = preference.label_smoothing
-        total += -(1 - s) * jax.nn.log_sigmoid(margin) - s * jax.nn.log_sigmoid(-margin)
-    return total / len(which)
+    ratios = (log_probs(model, lora=lora) - log_probs(Decoder(BASE))).reshape(-1, 2)
+    margin, s = preference.beta * (ratios[:, 0] - ratios[:, 1]), preference.label_smoothing
+    return jnp.mean(-(1 - s) * jax.nn.log_sigmoid(margin) - s * jax.nn.log_sigmoid(-margin))
 
 
 def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(tokenizer):
@@ -131,9 +121,11 @@ def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(toke
     batch = data.batch_at(0)
     which = np.concatenate([data.records_of(i) for i in range(2)])
     assert batch["pairs"].sum() == len(which) > 2
-    value, grads = jax.value_and_grad(plain_loss)(
-        state.lora, made.eval_model, made.params, data, preference, which
+    texts = [text for index in which for text in sides(data)[index]]
+    formula = partial(
+        plain_loss, model=made.eval_model, params=made.params, texts=texts, preference=preference
     )
+    value, grads = jax.jit(jax.value_and_grad(formula))(state.lora)
     expected_norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
     _, metrics = made.step(made.view(made.params), state, batch)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)

@@ -134,8 +134,7 @@ def test_a_split_into_micro_batches_is_the_same_step_and_moves_every_adapter_and
     before = jax.device_get((params, assembly.state.lora))
     state, history = _train(assembly, params, accumulate=4)
     _assert_as_alone(state, history)
-    for path, value in trees.flatten(params).items():
-        np.testing.assert_array_equal(value, trees.flatten(before[0])[path], err_msg=path)
+    jax.tree.map(np.testing.assert_array_equal, params, before[0])
     for path, value in trees.flatten(state.lora).items():
         moved = np.abs(value - trees.flatten(before[1])[path])
         assert np.all(moved.reshape(BASE.n_layers, -1).max(axis=1) > 0), path
@@ -157,14 +156,10 @@ def test_a_mesh_is_one_device(capfd: pytest.CaptureFixture[str]) -> None:
         assert max(per_device.values()) < (1 / parts + 0.05) * trees.size_bytes(tree)
 
 
-CHECKED = replace(CONFIG, lora=FFN_ONLY, debug=DebugConfig(check_gates=True))
-
-
-def _run_checked(
-    mechanisms: tuple[str, ...] = ("squared:warmup=1",), steps: int = 3, **compute: Any
-) -> None:
+def _run_checked(mechanisms=("squared:warmup=1",), steps: int = 3, **compute: Any) -> None:
     """Takes steps with checks; the masks of the last two of three differ between layers."""
-    checked = replace(CHECKED, mechanisms=mechanisms, compute=replace(CONFIG.compute, **compute))
+    changes = {"mechanisms": mechanisms, "compute": replace(CONFIG.compute, **compute)}
+    checked = replace(CONFIG, lora=FFN_ONLY, debug=DebugConfig(check_gates=True), **changes)
     _train(*tiny.assembled(checked, BASE), steps=steps)
 
 

@@ -17,6 +17,7 @@ from nalora_jax.common.trees import unflatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
+from tests.models.family_fields import GRANITE
 from tests.param_trees import params_from_tensors
 
 COMMON = {
@@ -61,12 +62,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "olmo3": WINDOW | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "ministral3": {"rope_parameters": YARN},
     "smollm3": {"no_rope_layer_interval": 2},
-    "granite": {
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.5,
-        "attention_multiplier": 0.3,
-        "logits_scaling": 2.0,
-    },
+    "granite": GRANITE,
     "granite_swa": WINDOW | {"layer_rope_theta": [1e4, 0.0, 1e3], "attention_multiplier": 0.3},
     "lfm2": CONVOLUTIONS | {"block_auto_adjust_ff_dim": False},
     "lfm2_moe": CONVOLUTIONS | EXPERTS | {"num_dense_layers": 1},

@@ -8,7 +8,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from nalora_jax.common.trees import unflatten
 from nalora_jax.models.config import ModelConfig
@@ -70,25 +69,6 @@ def random_params(raw: dict[str, Any]) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     shapes = param_shapes(ModelConfig.from_hf(raw))
     return unflatten({path: rng.standard_normal(shape, np.float32) * 0.3 for path, shape in shapes.items()})
-
-
-def random_blocks(
-    kind: GGMLQuantizationType, rows: int, columns: int, largest: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Returns random codes of a K-quant or an I-quant with scales up to ``largest``, ``[rows, bytes of a row]``."""
-    block, size = GGML_QUANT_SIZES[kind]
-    raw = rng.integers(0, 256, (rows, columns // block, size), np.uint8)
-    scale = rng.uniform(-largest, largest, (rows, columns // block, 1)).astype(np.float16)
-    if kind.name == "IQ1_M":  # its scale lies in the highest four bits of the last four 16-bit words
-        words = raw[..., -8:].copy().view(np.uint16)
-        bits = scale.view(np.uint16) >> np.array([0, 4, 8, 12], np.uint16)
-        raw[..., -8:] = ((words & 0x0FFF) | ((bits & 0xF) << 12)).view(np.uint8)
-        return raw.reshape(rows, -1)
-    places = {"Q6_K": [size - 2], "Q3_K": [size - 2], "Q2_K": [size - 4, size - 2]}
-    places |= {"Q4_K": [0, 2], "Q5_K": [0, 2]}
-    for place in places.get(kind.name, [0]):
-        raw[..., place : place + 2] = scale.view(np.uint8)
-    return raw.reshape(rows, -1)
 
 
 def finish(writer: gguf.GGUFWriter, path: Path) -> Path:

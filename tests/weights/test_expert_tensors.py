@@ -22,8 +22,7 @@ from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.ops import mxfp4
-from nalora_jax.ops.quantize import dequantize, quantize
+from nalora_jax.ops.quantize import MXFP4_LEVELS, dequantize, quantize
 from nalora_jax.weights import tensors
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import SafetensorsFolder
@@ -138,7 +137,7 @@ def test_scales_of_all_sizes_are_exact():
 
 
 def test_rounding_is_to_the_nearest_level_and_to_even_codes():
-    levels = np.asarray(mxfp4.LEVELS[:8])
+    levels = np.asarray(MXFP4_LEVELS[:8])
     middles = (levels[1:] + levels[:-1]) / 2
     numbers = np.concatenate([[4.0], middles, -middles, np.linspace(-7.9, 7.9, 17)]).astype(np.float32)
     column = np.resize(numbers, 32)[:, None]

@@ -57,13 +57,9 @@ def byte_level(rule: Any = None) -> tuple[list[str], list[str]]:
 def write(path: Path, architecture: str = "llama", **metadata: Any) -> Path:
     """A GGUF file with a tokenizer and one small tensor."""
     writer = gguf.GGUFWriter(path, architecture)
-    for name in ("context_length", "embedding_length", "feed_forward_length"):
-        writer.add_uint32(f"{architecture}.{name}", 8)
-    writer.add_block_count(1)
-    writer.add_head_count(1)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    for name, value in metadata.items():
+    sizes = dict.fromkeys(("context_length", "embedding_length", "feed_forward_length"), 8)
+    sizes |= dict.fromkeys(("block_count", "head_count", "head_count_kv"), 1)
+    for name, value in {**sizes, "layer_norm_rms_eps": 1e-5, **metadata}.items():
         getattr(writer, f"add_{name}")(value)
     writer.add_tensor("token_embd.weight", np.ones((len(metadata["token_list"]), 8), np.float32))
     return finish(writer, path)

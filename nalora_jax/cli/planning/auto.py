@@ -11,7 +11,7 @@ import jax
 
 from nalora_jax.config import RunConfig
 from nalora_jax.layout import distributed
-from nalora_jax.layout.decide import Compiled, Search, decide
+from nalora_jax.layout.decide import Compiled, decide
 from nalora_jax.layout.estimates import Layout
 from nalora_jax.layout.figures import of_compiled, roofline
 from nalora_jax.layout.layouts import fitting
@@ -76,9 +76,8 @@ def accepted(
         jobs.append(job)
         return result
 
-    search = Search(candidates, where.chip.memory)
-    layout, _ = decide(search, attempt)
-    if layout is not search.tried[-1][0]:
+    layout, _, tried = decide(candidates, where.chip.memory, attempt)
+    if layout is not tried[-1][0]:
         attempt(layout)
     log.info("mesh: %s", layout)
     return jobs[0]

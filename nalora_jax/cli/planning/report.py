@@ -18,7 +18,7 @@ from nalora_jax.cli.planning.program import (
 from nalora_jax.config import RunConfig
 from nalora_jax.evaluate.generate.programs import prompt_shards
 from nalora_jax.layout import accounting, distributed, estimates, machines
-from nalora_jax.layout.decide import Compiled, Search, decide
+from nalora_jax.layout.decide import Compiled, decide
 from nalora_jax.layout.figures import Figures, Roofline, bounded, figures, kernel_flops, roofline
 from nalora_jax.layout.layouts import fastest, fitting, fitting_sweep
 from nalora_jax.method.transform import with_gate_state
@@ -161,8 +161,8 @@ def plan(config: RunConfig, base: ModelConfig, where: machines.Topology, images:
     Raises:
       NaloraError: no layout fits, or the compiler is missing.
     """
-    search = Search(fitting(config, base, where), where.chip.memory)
-    layout, result = decide(search, _compiler(config, base, where, images=images), must_fit=False)
+    layouts, compiled = fitting(config, base, where), _compiler(config, base, where, images=images)
+    layout, result, _ = decide(layouts, where.chip.memory, compiled, must_fit=False)
     placed = layout.into(config)
     concrete = placed.without_mechanisms()
     mesh = distributed.make_mesh(concrete.mesh, devices(where))
@@ -214,8 +214,7 @@ def plan_sweep(
         layout = fastest(layouts)
         seconds = layout.seconds / math.ceil(runs / layout.together)
         return SweepPlan(config, where, runs, layout, layout.memory, seconds, layout.mfu, None)
-    search = Search(layouts, where.chip.memory)
-    layout, result = decide(search, _compiler(config, base, where, runs=runs))
+    layout, result, _ = decide(layouts, where.chip.memory, _compiler(config, base, where, runs=runs))
     measured, bound = result.program
     resources = measured.memory, bound.seconds, bound.mfu, measured.collectives
     return SweepPlan(config, where, runs, layout, *resources)
@@ -269,39 +268,31 @@ def plan_lines(plan: Plan, *, steps: int = 0, price: float | None = None) -> Ite
     yield f"  layout      {plan.layout}"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     yield f"  memory      {nalora.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}: {verdict}"
-    yield (
-        f"              arguments {nalora.arguments / 1e9:.2f} GB (weights "
-        f"{plan.layout.weights / 1e9:.2f}), temporary {nalora.temporary / 1e9:.2f}"
-    )
+    weights, temporary = (f"{size / 1e9:.2f}" for size in (plan.layout.weights, nalora.temporary))
+    yield f"              arguments {nalora.arguments / 1e9:.2f} GB (weights {weights}), temporary {temporary}"
     for kind in sorted({c.kind for c in nalora.collectives}):
         same = [c for c in nalora.collectives if c.kind == kind]
-        received, hidden = (
-            sum(c.total for c in same if c.overlapped or every) / 1e9 for every in (True, False)
-        )
-        yield f"  {kind:<11} {received:.2f} GB received a chip and step, {hidden:.2f} of them behind products"
+        received = sum(c.total for c in same) / 1e9
+        behind = sum(c.total for c in same if c.overlapped) / 1e9
+        yield f"  {kind:<11} {received:.2f} GB received a chip and step, {behind:.2f} of them behind products"
     if nalora.custom_calls:
         calls = (f"{name} x {times:g}" for name, times in sorted(nalora.custom_calls.items()))
         yield "  kernels     " + ", ".join(calls)
-    yield f"  matrix unit {bound.matrix * 1e3:.0f} ms, at 75% of {chip.flops / 1e12:.0f} TFLOP/s ({chip.source})"
-    yield f"  HBM         {bound.hbm * 1e3:.0f} ms, at {chip.bandwidth / 1e9:,.0f} GB/s"
+    yield f"  matrix unit {_milliseconds(bound.matrix)}, at 75% of {chip.flops / 1e12:.0f} TFLOP/s ({chip.source})"
+    yield f"  HBM         {_milliseconds(bound.hbm)}, at {chip.bandwidth / 1e9:,.0f} GB/s"
     for scope, work in nalora.scopes.items():
-        matrix, hbm = work.flops / chip.matrix_rate, work.memory_bytes / chip.bandwidth
-        yield f"  {scope:<11} {matrix * 1e3:.0f} ms of the matrix unit's and {hbm * 1e3:.0f} ms of HBM's time"
-    yield (
-        f"  interconn.  {bound.hidden * 1e3:.0f} ms behind products, {bound.exposed * 1e3:.0f} ms "
-        f"not, at {chip.interconnect / 1e9:.0f} GB/s inbound"
-    )
+        matrix = _milliseconds(work.flops / chip.matrix_rate)
+        hbm = _milliseconds(work.memory_bytes / chip.bandwidth)
+        yield f"  {scope:<11} {matrix} of the matrix unit's and {hbm} of HBM's time"
+    hidden, exposed = _milliseconds(bound.hidden), _milliseconds(bound.exposed)
+    yield f"  interconn.  {hidden} behind products, {exposed} not, at {chip.interconnect / 1e9:.0f} GB/s inbound"
     if nalora.host:
         there, back = (sum(t.total for t in nalora.transfers if t.to_host == out) for out in (True, False))
-        yield (
-            f"  host        {nalora.host / 1e9:.2f} GB a chip of {chip.host_memory / 1e9:.0f} "
-            f"({there / 1e9:.2f} GB out and {back / 1e9:.2f} back a step)"
-        )
-        yield (
-            f"  host link   {bound.host * 1e3:.0f} ms behind products, "
-            f"{bound.host_exposed * 1e3:.0f} ms not, at {chip.host_link / 1e9:.0f} GB/s "
-            f"({chip.host_source})"
-        )
+        moved = f"({there / 1e9:.2f} GB out and {back / 1e9:.2f} back a step)"
+        yield f"  host        {nalora.host / 1e9:.2f} GB a chip of {chip.host_memory / 1e9:.0f} {moved}"
+        hidden, exposed = _milliseconds(bound.host), _milliseconds(bound.host_exposed)
+        speed = f"{chip.host_link / 1e9:.0f} GB/s ({chip.host_source})"
+        yield f"  host link   {hidden} behind products, {exposed} not, at {speed}"
     if plan.rollout is not None:
         yield from _describe_rollout(plan, plan.rollout)
     rate = plan.tokens_per_second
@@ -309,6 +300,10 @@ def plan_lines(plan: Plan, *, steps: int = 0, price: float | None = None) -> Ite
     yield f"  implied MFU {bound.mfu:.1%}"
     yield "  over LoRA   " + ", ".join(f"{name} {ratio:.4f}" for name, ratio in plan.ratios().items())
     yield from cost_lines(where, plan.seconds, rate, steps, price)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms"
 
 
 def _describe_rollout(plan: Plan, rollout: RolloutPlan) -> Iterator[str]:

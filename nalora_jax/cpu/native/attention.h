@@ -236,7 +236,7 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
   }
   std::fill_n(dk, rows * width, 0.0f);
   std::fill_n(dv, rows * width, 0.0f);
-  alignas(64) float scores[kSide * kSide], back[kSide * kSide];
+  alignas(64) float scores[kSide * kSide], back[kSide * kSide], bends[kSide * kSide];  // of a cap
 
   for (int64_t head = kv * shape.groups(); head < (kv + 1) * shape.groups(); head++) {
     for (int64_t start = 0; start < seq; start += size) {
@@ -268,27 +268,34 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
         total[i] = i < n ? of.logsumexp[(b * shape.heads + head) * seq + start + i] : 0.0f;
         inner[i] = sum_of(lanes);
       }
-      const auto multiply = [&](int64_t kb, int64_t p, float* to_scores, float* to_back) {
+      // The weights of a block of keys and one of queries, [32, 32], and the products of values and cotangents.
+      const auto weigh = [&](int64_t kb, int64_t p, float* weight, float* back) {
         block.hold({keys + kb * kSide * width, width, width});
-        block.multiply(q_panels + p * panel, to_scores, kSide);
+        block.multiply(q_panels + p * panel, weight, kSide);
         block.hold({values + kb * kSide * width, width, width});
-        block.multiply(g_panels + p * panel, to_back, kSide);
+        block.multiply(g_panels + p * panel, back, kSide);
+        const int32_t *positions = at.positions + start + p * kSide, *segments = at.segments + start + p * kSide;
+        for (int64_t i = 0; i < kSide; i++) {
+          const int32_t position = at.positions[kb * kSide + i], segment = at.segments[kb * kSide + i];
+          for (int64_t j = 0; j < kSide; j++) {
+            float score = weight[i * kSide + j];
+            if constexpr (kCapped) {
+              score = capped(score, in.cap);
+              bends[i * kSide + j] = 1.0f - (score / in.cap) * (score / in.cap);
+            }
+            const float e = exponential(score - total[p * kSide + j]);
+            weight[i * kSide + j] = sees(positions[j], segments[j], position, segment, at.window) ? e : 0.0f;
+          }
+        }
       };
       const auto block_at = [=](float* all, int64_t kb, int64_t p) { return all + (kb * panels + p) * kSide * kSide; };
       for (int64_t kb = first; kWhole && kb < end_block; kb++) {
         for (int64_t p = in.ordered ? kb : 0; p < panels; p++) {
           if (!at.meet(p, kb)) continue;
           float *weight = block_at(all_weights, kb, p), *back_of = block_at(all_back, kb, p);
-          multiply(kb, p, weight, back_of);
-          const int32_t *positions = at.positions + p * kSide, *segments = at.segments + p * kSide;
+          weigh(kb, p, weight, back_of);
           for (int64_t i = 0; i < kSide; i++) {
-            const int32_t position = at.positions[kb * kSide + i], segment = at.segments[kb * kSide + i];
-            for (int64_t j = 0; j < kSide; j++) {
-              const float e = exponential(weight[i * kSide + j] - total[p * kSide + j]);
-              const float w = sees(positions[j], segments[j], position, segment, at.window) ? e : 0.0f;
-              weight[i * kSide + j] = w;
-              inner[p * kSide + j] += w * back_of[i * kSide + j];
-            }
+            for (int64_t j = 0; j < kSide; j++) inner[p * kSide + j] += weight[i * kSide + j] * back_of[i * kSide + j];
           }
         }
       }
@@ -297,35 +304,23 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
         for (int64_t p = skipped; p < panels; p++) {
           Bits* packed = slopes_packed + p * deep + kb * kPanelStep;
           const bool met = at.meet(first_block + p, kb);
-          if (met && !kWhole) multiply(kb, p, scores, back);
+          if (met && !kWhole) weigh(kb, p, scores, back);
           const float* made = kWhole ? block_at(all_weights, kb, p) : scores;
           const float* back_of = kWhole ? block_at(all_back, kb, p) : back;
-          const int32_t *positions = at.positions + start + p * kSide, *segments = at.segments + start + p * kSide;
           for (int64_t i = 0; i < kSide; i++) {
             Bits *w = weights + i * size + p * kSide, *d = slopes + i * size + p * kSide;
-            if (!met) {
+            float slope[kSide];
+            for (int64_t j = 0; met && j < kSide; j++) {
+              slope[j] = made[i * kSide + j] * (back_of[i * kSide + j] - inner[p * kSide + j]);
+              if constexpr (kCapped) slope[j] *= bends[i * kSide + j];
+            }
+            if (met) {
+              round_row(made + i * kSide, kSide, w);
+              round_row(slope, kSide, d);
+            } else {
               std::memset(w, 0, kSide * sizeof(Bits));
               std::memset(d, 0, kSide * sizeof(Bits));
-              continue;
             }
-            const int32_t position = at.positions[kb * kSide + i], segment = at.segments[kb * kSide + i];
-            float weight[kSide], slope[kSide];
-            for (int64_t j = 0; kWhole && j < kSide; j++) {
-              weight[j] = made[i * kSide + j];
-              slope[j] = weight[j] * (back_of[i * kSide + j] - inner[p * kSide + j]);
-            }
-            for (int64_t j = 0; !kWhole && j < kSide; j++) {
-              float score = made[i * kSide + j], bend = 1.0f;
-              if constexpr (kCapped) {
-                score = capped(score, in.cap);
-                bend = 1.0f - (score / in.cap) * (score / in.cap);
-              }
-              const float e = exponential(score - total[p * kSide + j]);
-              weight[j] = sees(positions[j], segments[j], position, segment, at.window) ? e : 0.0f;
-              slope[j] = weight[j] * (back_of[i * kSide + j] - inner[p * kSide + j]) * bend;
-            }
-            round_row(weight, kSide, w);
-            round_row(slope, kSide, d);
           }
           for (int64_t i = 0; i < kSide; i += 2) {
             const Bits* even = slopes + i * size + p * kSide;

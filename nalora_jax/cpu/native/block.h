@@ -24,7 +24,6 @@ namespace nalora {
 namespace ffi = xla::ffi;
 
 // Arguments from XLA, whose shapes Python has checked.
-using Bits1 = ffi::Buffer<ffi::U16, 1>;
 using Matrix = ffi::Buffer<ffi::U16, 2>;
 using Numbers = ffi::Buffer<ffi::U16, 4>;
 using Row = ffi::Buffer<ffi::F32, 1>;
@@ -69,9 +68,9 @@ class Block : Sums {
   // out[32, 32] = the held operand times the panel.
   void multiply(const Bits* panel, float* out, int64_t stride) { multiply(panel, {out, stride, kSide, kSide, false}); }
 
-  // out[32, 32] += the same; with fewer than 32 rows, the others are undefined.
-  void add(const Bits* panel, float* out, int64_t stride, int64_t rows = kSide) {
-    run<true>(parts_, count_, panel, {out, stride, rows, kSide, false}, {});
+  // out[32, 32] += the same.
+  void add(const Bits* panel, float* out, int64_t stride) {
+    run<true>(parts_, count_, panel, {out, stride, kSide, kSide, false}, {});
   }
 
  private:

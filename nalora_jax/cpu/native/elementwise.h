@@ -29,10 +29,11 @@ INLINED Value power_parts(Value t, Value& shifted) {
   return p * f + 1.0f;
 }
 
-// 2^t, with t clipped to -125 and `most`; NaN stays NaN.
-INLINED float power_of_two(float t, float most = 127.0f) {
+// exp(x) = 2^t, with t clipped to -125 and 127; NaN stays NaN. Rounding x log2 e adds 6e-8 |x| to the relative error.
+INLINED float exponential(float x) {
+  float t = x * kLog2E;
   t = t < -125.0f ? -125.0f : t;
-  t = t > most ? most : t;
+  t = t > 127.0f ? 127.0f : t;
   float shifted, p = power_parts(t, shifted);
   int32_t bits, power;
   std::memcpy(&bits, &p, sizeof(bits));
@@ -42,35 +43,8 @@ INLINED float power_of_two(float t, float most = 127.0f) {
   return p;
 }
 
-// exp(x); rounding x log2 e adds 6e-8 |x| to the relative error.
-INLINED float exponential(float x) { return power_of_two(x * kLog2E); }
-
-// The first n of 32 bfloat16 numbers as floats, followed by zeros.
-INLINED void widen_row(const Bits* from, int64_t n, float* to) {
-  alignas(64) Bits bits[kSide] = {};
-  const Bits* source = from;
-  if (n < kSide) {
-    std::copy_n(from, n, bits);
-    source = bits;
-  }
-  for (int64_t j = 0; j < kSide; j++) to[j] = widened(source[j]);
-}
-
 INLINED float capped(float score, float cap) {
   return cap * (1.0f - 2.0f / (exponential(2.0f * (score / cap)) + 1.0f));
-}
-
-// 1 / x for x between 1 and 2^120: a first guess from the exponent, then three Newton steps. It takes a fifth of the time
-// of a division, which would dominate a pass.
-INLINED float reciprocal(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  bits = 0x7ef311c7 - bits;
-  float r;
-  std::memcpy(&r, &bits, sizeof(r));
-  r = r * (2.0f - x * r);
-  r = r * (2.0f - x * r);
-  return r * (2.0f - x * r);
 }
 
 // The floats that are processed at a time.
@@ -81,20 +55,13 @@ INLINED Lanes lanes(const float* from) { return _mm512_loadu_ps(from); }
 INLINED void put(float* to, Lanes values) { _mm512_storeu_ps(to, values); }
 INLINED Lanes larger(Lanes x, Lanes y) { return _mm512_max_ps(x, y); }
 
-INLINED Lanes power_of_two(Lanes t, float most = 127.0f) {
+INLINED Lanes exponential(Lanes x) {
   // Of a NaN and a number both instructions return the second operand.
-  t = _mm512_min_ps(_mm512_set1_ps(most), _mm512_max_ps(_mm512_set1_ps(-125.0f), t));
+  const Lanes t = _mm512_min_ps(_mm512_set1_ps(127.0f), _mm512_max_ps(_mm512_set1_ps(-125.0f), x * kLog2E));
   Lanes shifted;
   const Lanes p = power_parts(t, shifted);
   const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), power));
-}
-
-INLINED Lanes exponential(Lanes x) { return power_of_two(x * kLog2E); }
-
-INLINED Lanes reciprocal(Lanes x) {
-  const Lanes r = _mm512_rcp14_ps(x);
-  return r * (2.0f - x * r);
 }
 #else
 using Lanes = float;

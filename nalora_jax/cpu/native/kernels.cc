@@ -1,7 +1,6 @@
 // The functions that XLA calls (__init__.py). Operands are bound by the types of the parameters, attributes by name.
 
 #include "attention.h"
-#include "gates.h"
 #include "products.h"
 #include "vocabulary.h"
 
@@ -19,7 +18,6 @@ using xla::ffi::StructMember;
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(nalora::Seen, StructMember<float>("cap"), StructMember<bool>("ordered"));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(nalora::Logits, StructMember<bool>("transposed"), StructMember<float>("scale"),
                                       StructMember<float>("cap"));
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(nalora::Logistic, StructMember<float>("a"), StructMember<float>("b"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_products, nalora::products,
                               xla::ffi::Ffi::Bind()
@@ -32,8 +30,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_products, nalora::products,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_attention, nalora::attention);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_attention_gradient, nalora::attention_gradient);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_over_vocabulary, nalora::over_vocabulary);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_gate, nalora::gate);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_gate_gradient, nalora::gate_gradient);
 
 // Asks the operating system for the tiles, once per process; returns 0 if this process may use them.
 extern "C" int nalora_prepare() {

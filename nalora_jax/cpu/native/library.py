@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib.version
@@ -18,6 +20,7 @@ from nalora_jax.common import processor
 from nalora_jax.common.digests import digest_of, file_digest
 from nalora_jax.common.downloads import cache_dir, private_dir
 from nalora_jax.errors import NaloraError
+from nalora_jax.ops.dispatch import Numerics, native_kind
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +29,12 @@ _SOURCES = (_MAIN, *sorted(_MAIN.parent.glob("*.h")))
 # -fno-trapping-math: otherwise loops with comparisons are vectorized only on targets with masks.
 _COMMON = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fno-trapping-math", "-fPIC", "-shared", "-w")
 _VECTORS = (
-    *(f"-m{feature}" for feature in ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "avx2", "fma")),
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512bf16",
+    "-mavx2",
+    "-mfma",
     "-mprefer-vector-width=512",
 )
 # The ways to compute matmuls, fastest first, with their compiler flags.
@@ -35,17 +43,14 @@ _FLAGS = {
     "vectors": ("-DNALORA_DOTS", *_VECTORS),
     "floats": ("-mavx2", "-mfma"),
 }
-_FUNCTIONS = ("products", "attention", "attention_gradient", "over_vocabulary", "gate", "gate_gradient")
+_FUNCTIONS = ("products", "attention", "attention_gradient", "over_vocabulary")
 
 
 def chosen() -> str | None:
     """Returns the kind of kernels that ``NALORA_NATIVE`` selects; None for XLA.
 
     AVX2 kernels are used on request only if the CPU has AVX-512, on which XLA multiplies twice as
-    many values at a time.
-
-    Raises:
-      NaloraError: the choice does not exist, or this CPU cannot run it.
+    many values at a time. Raises a NaloraError if this CPU does not have the choice.
     """
     choice, kinds = os.environ.get("NALORA_NATIVE", ""), processor.kinds()
     if choice == "0":
@@ -63,36 +68,45 @@ def kind(devices: int = 1) -> str | None:
     """Returns the kind of kernels that programs on this number of devices call; None for XLA.
 
     If a compiler is missing, the reason is logged once. On several devices XLA would gather the
-    operands of a foreign function.
-
-    Raises:
-      NaloraError: ``NALORA_NATIVE`` has an invalid value.
+    operands of a foreign function. Raises what `chosen` raises.
     """
     name = chosen()
-    if name is None or devices > 1 or not _registered(name):
-        return None
-    return name
+    return name if name is not None and devices == 1 and _registered(name) else None
+
+
+@native_kind.implements("cpu")
+def kind_for(numerics: Numerics) -> str:
+    """Returns the kind of kernels for bf16 operands."""
+    return (numerics.operand == "bfloat16" and kind(numerics.platform.devices)) or ""
+
+
+def call(function: str, shapes: Sequence[Any], **attributes: Any) -> Callable[..., list[jax.Array]]:
+    """Returns a call of the library with results of these shapes; `jax.vmap` makes it a loop."""
+    called = jax.ffi.ffi_call(f"nalora_{function}_{kind()}", shapes, vmap_method="sequential")
+    return lambda *operands: list(called(*operands, **attributes))
 
 
 @cache
 def _registered(kind: str) -> bool:
-    """Registers the functions of a kind, once in a process: XLA rejects a second copy of the library.
+    """Registers the functions of a kind with XLA, once in a process: XLA rejects a second copy of the library.
 
     The file may be another copy by then, of a process that compiled at the same time.
     """
     try:
-        return register(build(find_compiler(), kind), kind)
+        library = ctypes.CDLL(str(build(find_compiler(), kind)))
     except (OSError, RuntimeError) as error:
         _log.warning("products and attention are XLA's, slower than this CPU's own instructions: %s", error)
         return False
+    if library.nalora_prepare() != 0:  # this process may not use tiles
+        return False
+    for name in _FUNCTIONS:
+        function = jax.ffi.pycapsule(getattr(library, f"nalora_{name}"))
+        jax.ffi.register_ffi_target(f"nalora_{name}_{kind}", function, platform="cpu")
+    return True
 
 
 def find_compiler() -> str:
-    """Returns ``$CXX``, or the first C++ compiler on the path.
-
-    Raises:
-      RuntimeError: there is no compiler.
-    """
+    """Returns ``$CXX``, or the first C++ compiler on the path; raises a RuntimeError if there is none."""
     for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
         if path := shutil.which(name):
             return path
@@ -100,13 +114,9 @@ def find_compiler() -> str:
 
 
 def build(compiler: str, kind: str) -> Path:
-    """Returns the path of the compiled library, from the cache if it has a valid copy.
+    """Returns the path of the library of a kind, from the cache if it has a valid copy.
 
     Its name ends with the digest of its content, which is verified before use.
-
-    Args:
-      compiler: a C++17 compiler.
-      kind: one of `nalora_jax.common.processor.kinds`.
 
     Raises:
       OSError: other users could write into the cache folder, whose content is executed.
@@ -118,7 +128,7 @@ def build(compiler: str, kind: str) -> Path:
     name = f"kernels-{digest_of(chr(0).join(parts))[:16]}"
     folder = private_dir(cache_dir() / "native")
     for existing in folder.glob(f"{name}-*.so"):
-        if _digest(existing) == existing.stem.rpartition("-")[2]:
+        if file_digest(existing)[:32] == existing.stem.rpartition("-")[2]:
             return existing
         existing.unlink(missing_ok=True)  # truncated or modified
     with tempfile.TemporaryDirectory(prefix="making-", dir=folder) as making:
@@ -129,32 +139,6 @@ def build(compiler: str, kind: str) -> Path:
         if done.returncode:
             output = " ".join((done.stdout + done.stderr).decode(errors="replace").split())
             raise RuntimeError(f"{compiler} could not compile {_MAIN}: {output[-500:]}")
-        target = folder / f"{name}-{_digest(built)}.so"
+        target = folder / f"{name}-{file_digest(built)[:32]}.so"
         built.replace(target)
     return target
-
-
-def _digest(path: Path) -> str:
-    return file_digest(path)[:32]
-
-
-def register(library: Path, kind: str) -> bool:
-    """Registers a library's functions with XLA.
-
-    Returns False if this process may not use them.
-
-    Raises:
-      OSError: the library cannot be loaded.
-      RuntimeError: a function is missing; then none is registered.
-    """
-    handle = ctypes.CDLL(str(library))
-    try:
-        prepare = handle.nalora_prepare
-        functions = {name: getattr(handle, f"nalora_{name}") for name in _FUNCTIONS}
-    except AttributeError as error:
-        raise RuntimeError(f"{library} is not of this version: {error}; remove it") from None
-    if prepare() != 0:
-        return False
-    for name, function in functions.items():
-        jax.ffi.register_ffi_target(f"nalora_{name}_{kind}", jax.ffi.pycapsule(function), platform="cpu")
-    return True

@@ -12,13 +12,30 @@
 
 #include <deque>
 
-#include "narrow.h"
+#include "block.h"
 
 namespace nalora {
 
 constexpr int64_t kGroupBytes = 832 << 10;  // most bytes that a group packs, unless it is a single panel
 constexpr int64_t kRowsAtOnce = 4 * kSide;  // that a thread processes of a group at a time
 constexpr int64_t kPacking = 4 * kSide;     // rows that are multiplied with a panel while one is packed
+
+struct Term {
+  const Bits* x;
+  const Bits* y;
+  int64_t depth;
+  bool transposed;
+};
+
+struct Sum {
+  std::vector<Term> terms;
+  char* out;
+  bool rounded;  // to bfloat16
+  int64_t rows, columns;
+  int64_t steps = 0;  // of all terms
+  int64_t panel() const { return steps * kPanelStep; }
+  int64_t bytes() const { return rounded ? sizeof(Bits) : sizeof(float); }
+};
 
 struct Group {
   Group(const Sum& sum, int64_t column, int64_t columns) : sum(sum), column(column), columns(columns) {}
@@ -96,14 +113,14 @@ inline void multiply_rows(const Group& group, int64_t first, int64_t count, Bloc
     edge += up(count, kSide) * width;
   }
   const Term& main = sum.terms.front();
-  const int64_t bytes = sum.rounded ? sizeof(Bits) : sizeof(float), panels = group.panels();
+  const int64_t panels = group.panels();
   for (int64_t row = first; row < first + count; row += kSide) {
     const int64_t rows = std::min(kSide, first + count - row), next = row + kSide;
     const int64_t coming = std::clamp<int64_t>(sum.rows - next, 0, kSide);
     block.hold(stretches, rows);
     for (int64_t i = 0; i < panels; i++) {
       const int64_t column = group.column + i * kSide, columns = std::min(kSide, group.columns - i * kSide);
-      char* out = static_cast<char*>(sum.out) + (row * sum.columns + column) * bytes;
+      char* out = sum.out + (row * sum.columns + column) * sum.bytes();
       const int64_t from = coming * i / panels, to = coming * (i + 1) / panels;
       const Ahead ahead{true, main.x + (next + from) * main.depth, main.depth, to - from};
       block.multiply(group.packed + i * sum.panel(), {out, sum.columns, rows, columns, sum.rounded}, ahead);
@@ -147,35 +164,45 @@ inline void take(Work& work, Block& block, Scratch& scratch) {
   }
 }
 
+// With runs, all x and results have their axis first, and a y has it if it differs between them.
 inline ffi::Error products(Pool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, Counts terms,
                            Counts transposed, Counts stacked) {
   const auto work = std::make_shared<Work>();
   size_t next = 0, next_index = 2 * transposed.size();
   for (size_t p = 0; p < rets.size(); p++) {
     auto out = *rets.get<ffi::AnyBuffer>(p);
-    Sum sum;
-    sum.rows = out->dimensions()[0];
-    sum.columns = out->dimensions()[1];
-    sum.out = out->untyped_data();
-    sum.rounded = out->element_type() != ffi::F32;
+    const auto shape = out->dimensions();
+    const auto own = [&](size_t t) { return !stacked[t] && args.get<ffi::AnyBuffer>(2 * t + 1)->dimensions().size() == 3; };
+    bool shared = true;  // runs that share every y are rows of one product
+    for (size_t t = next; t < next + terms[p]; t++) shared &= !own(t);
+    int64_t runs = shape.size() == 3 ? shape.front() : 1, rows = shape[shape.size() - 2];
+    if (shared) rows *= std::exchange(runs, 1);
+    std::vector<Sum> sums(runs);
+    for (int64_t run = 0; run < runs; run++) {
+      Sum& sum = sums[run];
+      sum.rows = rows;
+      sum.columns = shape.back();
+      sum.rounded = out->element_type() != ffi::F32;
+      sum.out = static_cast<char*>(out->untyped_data()) + run * rows * sum.columns * sum.bytes();
+    }
     for (int64_t t = 0; t < terms[p]; t++, next++) {
       const auto x = *args.get<ffi::AnyBuffer>(2 * next), y = *args.get<ffi::AnyBuffer>(2 * next + 1);
-      const int64_t depth = x.dimensions()[1];
-      const Bits* of_y = static_cast<const Bits*>(y.untyped_data());
-      if (stacked[next] != 0) {
-        const int64_t which = *args.get<Integer>(next_index++)->typed_data();
-        if (which < 0 || which >= y.dimensions()[0]) {
+      const int64_t depth = x.dimensions().back(), size = depth * shape.back();
+      int64_t which = 0;
+      if (stacked[next]) {
+        which = *args.get<Integer>(next_index++)->typed_data();
+        if (which < 0 || which >= y.dimensions().front()) {
           return ffi::Error::InvalidArgument("nalora_products: an index is outside of its stack");
         }
-        of_y += which * depth * sum.columns;
       }
-      sum.terms.push_back({static_cast<const Bits*>(x.untyped_data()), of_y, depth, transposed[next] != 0});
-      sum.steps += ceil_div(depth, kStep);
+      for (int64_t run = 0; run < runs; run++) {
+        const Bits* of_x = static_cast<const Bits*>(x.untyped_data()) + run * rows * depth;
+        const Bits* of_y = static_cast<const Bits*>(y.untyped_data()) + (own(next) ? run : which) * size;
+        sums[run].terms.push_back({of_x, of_y, depth, transposed[next] != 0});
+        sums[run].steps += ceil_div(depth, kStep);
+      }
     }
-    work->sums.push_back(std::move(sum));
-  }
-  if (std::all_of(work->sums.begin(), work->sums.end(), [](const Sum& sum) { return sum.rows <= kSide; })) {
-    return result(multiply_narrow(pool, std::shared_ptr<const std::vector<Sum>>(work, &work->sums)));
+    std::move(sums.begin(), sums.end(), std::back_inserter(work->sums));
   }
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   cut(*work, threads);

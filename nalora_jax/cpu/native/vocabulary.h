@@ -22,12 +22,10 @@ struct Logits {
   float scale, cap;
 };
 
-struct Vocabulary {
+struct Vocabulary : Logits {
   const Bits* hidden;  // [rows, d_model]
   const Bits* table;   // [vocab, d_model], or [d_model, vocab]
   int64_t rows, d_model, vocab;
-  bool transposed;         // true for [vocab, d_model]
-  float scale, cap;
   bool gradient;       // true if `attended` is computed
   int64_t row_blocks() const { return ceil_div(rows, kSide); }
   int64_t width() const { return up(d_model, kStep); }
@@ -137,7 +135,6 @@ void add_entries(const Vocabulary& of, int64_t start, Partial& sums, Block& bloc
 
 inline ffi::Error over_vocabulary(Pool pool, Matrix hidden, Matrix table, Integer count, ffi::Result<Row> top,
                                   ffi::Result<Row> total, ffi::Result<Rows> attended, Logits logits) {
-  const auto [transposed, scale, cap] = logits;
   const int64_t rows = hidden.dimensions()[0], d_model = hidden.dimensions()[1];
   const bool gradient = attended->dimensions()[1] > 0;
   const int64_t wanted = std::clamp<int64_t>(*count.typed_data(), 0, rows);
@@ -148,12 +145,12 @@ inline ffi::Error over_vocabulary(Pool pool, Matrix hidden, Matrix table, Intege
   const int64_t group = gradient ? up(std::max(kLeastRows, kSumBytes / row_bytes), kSide) : std::max(rows, kSide);
   bool done = true;
   for (int64_t start = 0; start < wanted && done; start += group) {
-    const Vocabulary of{hidden.typed_data() + start * d_model, table.typed_data(), std::min(group, wanted - start),
-                        d_model, table.dimensions()[transposed ? 0 : 1], transposed, scale, cap, gradient};
+    const Vocabulary of{logits, hidden.typed_data() + start * d_model, table.typed_data(),
+                        std::min(group, wanted - start), d_model, table.dimensions()[logits.transposed ? 0 : 1], gradient};
     // The entries of each part do not depend on the thread that computes it, so results are equal in every run.
     const int64_t parts = std::clamp<int64_t>(pool.num_threads(), 1, ceil_div(of.vocab, kEntries));
     auto partials = std::make_shared<std::vector<Partial>>(parts);
-    const auto add = cap > 0 ? add_entries<true> : add_entries<false>;
+    const auto add = logits.cap > 0 ? add_entries<true> : add_entries<false>;
     done = share(pool, parts, [=](int64_t i, Block& block, Scratch& scratch) {
       Partial& sums = (*partials)[i];
       sums.start(of);

@@ -9,7 +9,7 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.config.rope_scaling import ORIGINAL, WITH_ORIGINAL
 from nalora_jax.models import readers
 from nalora_jax.models import tensor_rows as rows
-from nalora_jax.models.family import GGUF, Family, Features, Metadata
+from nalora_jax.models.family import GGUF, Family, Features, Metadata, hf_defaults
 from nalora_jax.models.readers import FULL, SLIDING, attention_bias
 from nalora_jax.models.ropes import RopeRules, RopeSpec, read_ropes, rope_fields
 
@@ -45,12 +45,7 @@ SMOLLM3 = Family(
     "SmolLM3ForCausalLM",
     _smollm3,
     rows.HF_LLAMA,
-    {
-        "tie_word_embeddings": True,
-        "rope_theta": 2e6,
-        "no_rope_layer_interval": 4,
-        "max_position_embeddings": 32_768,
-    },
+    hf_defaults(tie_embeddings=True, rope_theta=2e6, no_rope_layer_interval=4, max_positions=32_768),
     GGUF("smollm3", rows.GGUF_LLAMA),
 )
 
@@ -107,13 +102,13 @@ SEED_OSS = Family(
     "SeedOssForCausalLM",
     _seed_oss,
     rows.HF_LLAMA,
-    {
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 524_288,
-        "attention_bias": True,
-        "attention_dropout": 0.1,
-        "residual_dropout": 0.1,
-    },
+    hf_defaults(
+        n_kv_heads=8,
+        max_positions=524_288,
+        attention_bias=True,
+        attention_dropout=0.1,
+        residual_dropout=0.1,
+    ),
 )
 
 
@@ -128,13 +123,9 @@ ERNIE4_5 = Family(
     "Ernie4_5ForCausalLM",
     _ernie4_5,
     rows.HF_LLAMA,
-    {
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 131_072,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-        "rope_theta": 500_000.0,
-    },
+    hf_defaults(
+        n_kv_heads=2, max_positions=131_072, norm_eps=1e-5, tie_embeddings=True, rope_theta=500_000.0
+    ),
 )
 
 _POST_NORMS = {"pre_norm": False, "post_norm": True}
@@ -157,12 +148,7 @@ EXAONE4 = Family(
     "Exaone4ForCausalLM",
     _exaone4,
     rows.HF_OLMO2,
-    {
-        "num_key_value_heads": 32,
-        "rms_norm_eps": 1e-5,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 4,
-    },
+    hf_defaults(n_kv_heads=32, norm_eps=1e-5, sliding_window=4096, sliding_window_pattern=4),
 )
 
 
@@ -248,13 +234,7 @@ MINISTRAL3 = Family(
     "Ministral3ForCausalLM",
     _ministral3,
     rows.HF_LLAMA,
-    {
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 262_144,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": _YARN,
-    },
+    hf_defaults(n_kv_heads=8, head_dim=128, max_positions=262_144, norm_eps=1e-5, rope_parameters=_YARN),
     GGUF("mistral3", rows.GGUF_LLAMA, _ministral3_settings),
 )
 
@@ -349,13 +329,7 @@ GRANITE_SWA = Family(
     _granite_swa,
     (*rows.HF_LLAMA, rows.HF_SINKS),
     _GRANITE
-    | {
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-        "sliding_window": 128,
-    },
+    | hf_defaults(n_kv_heads=4, max_positions=8192, norm_eps=1e-5, tie_embeddings=True, sliding_window=128),
 )
 
 

@@ -16,19 +16,14 @@ from nalora_jax.models import readers
 from nalora_jax.models import tensor_rows as rows
 from nalora_jax.models.attention import NormedAttention
 from nalora_jax.models.embedding import LayerEmbeddings
-from nalora_jax.models.family import GGUF, Family, Features, Metadata
+from nalora_jax.models.family import GGUF, Family, Features, Metadata, hf_defaults
 from nalora_jax.models.moe import DenseAndExperts
 from nalora_jax.models.parts import ScaledTail
 from nalora_jax.models.readers import FULL, SLIDING, Overrides, activation_name, attention_bias
 from nalora_jax.models.ropes import RopeSpec, read_ropes
 
 _GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
-_DEFAULTS = {
-    "head_dim": 256,
-    "tie_word_embeddings": True,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-}
+_DEFAULTS = hf_defaults(head_dim=256, tie_embeddings=True, query_pre_attn_scalar=256, sliding_window=4096)
 
 
 def _gguf(*norms: rows.Modules) -> rows.Rows:
@@ -92,11 +87,7 @@ GEMMA2 = Family(
     rows.hf(rows.FOUR_NORMS, rows.ATTENTION, rows.FFN),
     _DEFAULTS
     | _GELU
-    | {
-        "max_position_embeddings": 8192,
-        "final_logit_softcapping": 30.0,
-        "attn_logit_softcapping": 50.0,
-    },
+    | hf_defaults(max_positions=8192, final_logit_softcapping=30.0, attn_logit_softcapping=50.0),
     GGUF(
         "gemma2",
         _gguf(rows.GGUF_PRE, rows.GGUF_POST),
@@ -130,15 +121,15 @@ GEMMA3 = Family(
     # Nested text configs list only the differences from these defaults.
     _DEFAULTS
     | _GELU
-    | {
-        "vocab_size": 262_208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 131_072,
-    },
+    | hf_defaults(
+        vocab_size=262_208,
+        d_model=2304,
+        d_ff=9216,
+        n_layers=26,
+        n_heads=8,
+        n_kv_heads=4,
+        max_positions=131_072,
+    ),
     GGUF(
         "gemma3",
         _gguf(rows.GGUF_PRE, rows.GGUF_POST, rows.GGUF_QK),
@@ -153,26 +144,26 @@ GEMMA3 = Family(
 
 # ---------------------------------------------------------------- Gemma 4
 
-_UNIFIED: dict[str, Any] = {
-    "vocab_size": 262_144,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "global_head_dim": 512,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "max_position_embeddings": 262_144,
-    "tie_word_embeddings": True,
-    "sliding_window": 1024,
-}
-_GEMMA4 = _UNIFIED | {
-    "max_position_embeddings": 131_072,
-    "sliding_window": 512,
-    "hidden_size_per_layer_input": 256,
-    "vocab_size_per_layer_input": 262_144,
-}
+_UNIFIED: dict[str, Any] = hf_defaults(
+    vocab_size=262_144,
+    d_model=2304,
+    d_ff=9216,
+    n_layers=30,
+    n_heads=8,
+    n_kv_heads=4,
+    head_dim=256,
+    global_head_dim=512,
+    hidden_activation="gelu_pytorch_tanh",
+    max_positions=262_144,
+    tie_embeddings=True,
+    sliding_window=1024,
+)
+_GEMMA4 = _UNIFIED | hf_defaults(
+    max_positions=131_072,
+    sliding_window=512,
+    hidden_size_per_layer_input=256,
+    vocab_size_per_layer_input=262_144,
+)
 _ROPES: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},

@@ -8,7 +8,7 @@ from nalora_jax.common.fields import Fields
 from nalora_jax.models import readers
 from nalora_jax.models import tensor_rows as rows
 from nalora_jax.models.families import mixtures
-from nalora_jax.models.family import Family, Features
+from nalora_jax.models.family import Family, Features, hf_defaults
 from nalora_jax.models.moe import Mixture
 from nalora_jax.models.readers import FULL, Overrides, attention_bias
 from nalora_jax.models.recurrent import GatedDeltaNet, ShortConvolution
@@ -74,26 +74,21 @@ def _rows(*inputs: str) -> rows.Rows:
 _QWEN3_5_ROWS = _rows("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 # The image tower, and heads that predict several tokens.
 _UNUSED = (r"^(model\.)?visual\.", r"^mtp\.")
-_HYBRID: dict[str, Any] = {
-    "head_dim": 256,
-    "max_position_embeddings": 32_768,
-    "partial_rotary_factor": 0.25,
-    "full_attention_interval": 4,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4,
-}
+_HYBRID: dict[str, Any] = hf_defaults(
+    head_dim=256,
+    max_positions=32_768,
+    partial_rotary_factor=0.25,
+    full_attention_interval=4,
+    linear_num_key_heads=16,
+    linear_num_value_heads=32,
+    linear_key_head_dim=128,
+    linear_value_head_dim=128,
+    linear_conv_kernel_dim=4,
+)
 # Nested text configs list only the differences from these defaults.
-_QWEN3_5_DEFAULTS = _HYBRID | {
-    "vocab_size": 248_320,
-    "hidden_size": 4096,
-    "intermediate_size": 12_288,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-}
+_QWEN3_5_DEFAULTS = _HYBRID | hf_defaults(
+    vocab_size=248_320, d_model=4096, d_ff=12_288, n_layers=32, n_heads=16, n_kv_heads=4
+)
 _MOE = {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "decoder_sparse_step": 1}
 QWEN3_5 = Family(
     "qwen3_5_text",
@@ -111,13 +106,7 @@ QWEN3_5_MOE = Family(
     (*_QWEN3_5_ROWS, *mixtures.QWEN_SHARED),
     _QWEN3_5_DEFAULTS
     | _MOE
-    | {
-        "hidden_size": 2048,
-        "num_hidden_layers": 40,
-        "num_key_value_heads": 2,
-        "num_experts": 256,
-        "num_experts_per_tok": 8,
-    },
+    | hf_defaults(d_model=2048, n_layers=40, n_kv_heads=2, n_experts=256, experts_per_token=8),
     ignored=_UNUSED,
     multimodal="qwen3_5_moe",
     stacks_in_vllm=True,
@@ -151,14 +140,9 @@ _LFM2_ROWS = (
     rows.hf_row("conv.conv.weight", "conv/taps"),
     rows.hf_row("conv.conv.bias", "conv/taps_bias"),
 )
-_LFM2: dict[str, Any] = {
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 128_000,
-    "norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "rope_theta": 1e6,
-    "conv_L_cache": 3,
-}
+_LFM2: dict[str, Any] = {"norm_eps": 1e-5} | hf_defaults(
+    n_kv_heads=8, max_positions=128_000, tie_embeddings=True, rope_theta=1e6, conv_L_cache=3
+)
 
 
 def _base(f: Fields) -> Features:
@@ -208,12 +192,7 @@ LFM2 = Family(
     "Lfm2ForCausalLM",
     _lfm2,
     (*_LFM2_ROWS, *rows.hf_modules(_FFN)),
-    _LFM2
-    | {
-        "block_multiple_of": 256,
-        "block_ffn_dim_multiplier": 1.0,
-        "block_auto_adjust_ff_dim": True,
-    },
+    _LFM2 | {"block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": True},
 )
 
 
@@ -241,14 +220,14 @@ LFM2_MOE = Family(
         rows.hf_row("feed_forward.expert_bias", "ffn/router/correction"),
     ),
     _LFM2
-    | {
-        "moe_intermediate_size": 1792,
-        "num_experts": 32,
-        "num_experts_per_tok": 4,
-        "num_dense_layers": 2,
-        "use_expert_bias": True,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0,
-    },
+    | hf_defaults(
+        moe_intermediate_size=1792,
+        n_experts=32,
+        experts_per_token=4,
+        num_dense_layers=2,
+        use_expert_bias=True,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+    ),
     experts="feed_forward.experts",
 )

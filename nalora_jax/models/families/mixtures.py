@@ -9,7 +9,7 @@ from nalora_jax.method.activations import clamped_swish
 from nalora_jax.models import readers
 from nalora_jax.models import tensor_rows as rows
 from nalora_jax.models.families.dense import QWEN
-from nalora_jax.models.family import GGUF, Family, Features
+from nalora_jax.models.family import GGUF, Family, Features, hf_defaults
 from nalora_jax.models.moe import Mixture, SharedExperts
 from nalora_jax.models.readers import Overrides, attention_bias
 from nalora_jax.models.routing import RouterSpec
@@ -32,12 +32,8 @@ def expert_counts(f: Fields, *names: str, default: int | None = None) -> Feature
 
 def dense_layer(f: Fields) -> Overrides:
     """Returns the fields of a dense layer in a model with experts."""
-    return (
-        ("d_ff", f.integer("intermediate_size")),
-        ("n_experts", 0),
-        ("experts_per_token", 0),
-        ("ffn", None),
-    )
+    fields = {"d_ff": f.integer("intermediate_size"), "n_experts": 0, "experts_per_token": 0, "ffn": None}
+    return tuple(fields.items())
 
 
 def expert_fields(
@@ -76,18 +72,15 @@ MIXTRAL = Family(
     "mixtral",
     "MixtralForCausalLM",
     _mixtral,
-    (
-        *rows.hf(rows.PRE_NORMS, rows.ATTENTION),
-        *rows.hf_experts("block_sparse_moe", ("w1", "w3", "w2")),
+    (*rows.hf(rows.PRE_NORMS, rows.ATTENTION), *rows.hf_experts("block_sparse_moe", ("w1", "w3", "w2"))),
+    hf_defaults(
+        n_kv_heads=8,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        max_positions=131_072,
+        num_local_experts=8,
+        experts_per_token=2,
     ),
-    {
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "max_position_embeddings": 131_072,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
     GGUF(
         "llama",
         rows.gguf(rows.GGUF_PRE, rows.GGUF_ATTENTION, rows.GGUF_EXPERTS, paired=True),
@@ -119,12 +112,7 @@ OLMOE = Family(
     "OlmoeForCausalLM",
     _olmoe,
     (*rows.hf(rows.PRE_NORMS, rows.ATTENTION, rows.QK_NORMS), *rows.hf_experts("mlp")),
-    {
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-    },
+    hf_defaults(max_positions=4096, norm_eps=1e-5, n_experts=64, experts_per_token=8),
 )
 
 
@@ -150,13 +138,7 @@ QWEN3_MOE = Family(
         *rows.hf_experts("mlp"),
         *rows.HF_DENSE_LAYERS,
     ),
-    QWEN
-    | {
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 768,
-        "num_experts_per_tok": 8,
-        "decoder_sparse_step": 1,
-    },
+    QWEN | hf_defaults(n_kv_heads=4, moe_intermediate_size=768, experts_per_token=8, decoder_sparse_step=1),
     GGUF(
         "qwen3moe",
         rows.gguf(rows.GGUF_PRE, rows.GGUF_QK, rows.GGUF_ATTENTION, rows.GGUF_EXPERTS),
@@ -192,14 +174,14 @@ QWEN2_MOE = Family(
     _qwen2_moe,
     (*rows.hf(rows.PRE_NORMS, rows.ATTENTION), *QWEN_SHARED),
     QWEN
-    | {
-        "num_key_value_heads": 16,
-        "moe_intermediate_size": 1408,
-        "shared_expert_intermediate_size": 5632,
-        "num_experts_per_tok": 4,
-        "decoder_sparse_step": 1,
-        "qkv_bias": True,
-    },
+    | hf_defaults(
+        n_kv_heads=16,
+        moe_intermediate_size=1408,
+        shared_expert_intermediate_size=5632,
+        experts_per_token=4,
+        decoder_sparse_step=1,
+        qkv_bias=True,
+    ),
 )
 
 
@@ -207,9 +189,8 @@ QWEN2_MOE = Family(
 
 
 def _glm4_moe(f: Fields) -> Features:
-    mtp = f.integer(
-        readers.first_present(f, "num_nextn_predict_layers", "num_mtp_layers"), low=0, default=1
-    )
+    names = ("num_nextn_predict_layers", "num_mtp_layers")
+    mtp = f.integer(readers.first_present(f, *names), low=0, default=1)
     if mtp > 1:  # `ignored` leaves out one layer
         expected = "0 or 1: a layer that predicts further tokens is not loaded"
         raise f.error("num_nextn_predict_layers", expected, mtp)
@@ -218,10 +199,7 @@ def _glm4_moe(f: Fields) -> Features:
     d_shared = f.integer("n_shared_experts", high=2**10) * f.integer("moe_intermediate_size")
     ffn = SharedExperts(d_shared, _sigmoid_router(f, **counts))
     experts, layers = expert_fields(f, counts, ffn, [i < first for i in range(readers.layer_count(f))])
-    features = {
-        "qkv_bias": f.flag("attention_bias"),
-        "qk_norm": "head" if f.flag("use_qk_norm") else "",
-    }
+    features = {"qkv_bias": f.flag("attention_bias"), "qk_norm": "head" if f.flag("use_qk_norm") else ""}
     return features | experts | readers.fields_of_layers(layers)
 
 
@@ -248,20 +226,20 @@ GLM4_MOE = Family(
         *rows.hf_modules({f"ffn/shared_ffn/{name}": f"mlp.shared_experts.{name}" for name in rows.GATED}),
         *rows.HF_DENSE_LAYERS,
     ),
-    {
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131_072,
-        "rms_norm_eps": 1e-5,
-        "partial_rotary_factor": 0.5,
-        "moe_intermediate_size": 1408,
-        "num_experts_per_tok": 8,
-        "n_shared_experts": 1,
-        "routed_scaling_factor": 1.0,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "norm_topk_prob": True,
-    },
+    hf_defaults(
+        n_kv_heads=8,
+        max_positions=131_072,
+        norm_eps=1e-5,
+        partial_rotary_factor=0.5,
+        moe_intermediate_size=1408,
+        experts_per_token=8,
+        n_shared_experts=1,
+        routed_scaling_factor=1.0,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        norm_topk_prob=True,
+    ),
     ignored=(r"^model\.layers\.{n_layers}\.",),  # the layer that predicts further tokens
 )
 
@@ -328,18 +306,18 @@ GPT_OSS = Family(
         rows.hf_row("mlp.experts.down_proj", "ffn/down_proj/kernel"),
         rows.hf_row("mlp.experts.down_proj_bias", "ffn/down_proj/bias"),
     ),
-    {
-        "head_dim": 64,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131_072,
-        "rms_norm_eps": 1e-5,
-        "sliding_window": 128,
-        "num_experts_per_tok": 4,
-        "swiglu_alpha": 1.702,
-        "swiglu_limit": 7.0,
-        "attention_bias": True,
-        "rope_theta": 150_000.0,
-        "rope_parameters": {
+    hf_defaults(
+        head_dim=64,
+        n_kv_heads=8,
+        max_positions=131_072,
+        norm_eps=1e-5,
+        sliding_window=128,
+        experts_per_token=4,
+        swiglu_alpha=1.702,
+        swiglu_limit=7.0,
+        attention_bias=True,
+        rope_theta=150_000.0,
+        rope_parameters={
             "rope_type": "yarn",
             "factor": 32.0,
             "beta_fast": 32.0,
@@ -347,6 +325,6 @@ GPT_OSS = Family(
             "truncate": False,
             "original_max_position_embeddings": 4096,
         },
-    },
+    ),
     checks=("quantization_config",),
 )

@@ -59,9 +59,7 @@ class EncoderConfig:
     @property
     def kind(self) -> str:
         """The kind of input, "text" or "image"."""
-        if self.vocab_size:
-            return "text"
-        return "image"
+        return "text" if self.vocab_size else "image"
 
     @property
     def features(self) -> int:

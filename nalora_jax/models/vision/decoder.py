@@ -60,9 +60,7 @@ class SeeingDecoder(Decoder):
             real = (jnp.arange(images)[None] < counts[:, None]).reshape(-1)
 
         def weights(seq: int) -> jax.Array | None:
-            if real is None:
-                return None
-            return jnp.broadcast_to(real[:, None], (batch * images, seq))
+            return None if real is None else jnp.broadcast_to(real[:, None], (batch * images, seq))
 
         tower = sight.tower
         x = self.image(

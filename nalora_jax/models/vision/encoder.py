@@ -158,9 +158,7 @@ class Encoder(nn.Module):
             return x[:, -1]
         if c.pooling == "eos":
             # CLIP's end token is the largest id; early config files have the value 2.
-            ends = inputs
-            if c.eos_id != 2:
-                ends = inputs == c.eos_id
+            ends = inputs if c.eos_id == 2 else inputs == c.eos_id
             return jnp.take_along_axis(x, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]
         if c.pooling == "mean":
             weights = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
@@ -329,16 +327,9 @@ class EncoderBlock(nn.Module):
 
     def _ffn(self) -> GatedFFN | SelfGatedFFN:
         c = self.config
-        return (GatedFFN if c.gated else SelfGatedFFN)(
-            d_model=c.d_model,
-            d_ff=c.d_ff,
-            activation=c.activation,
-            adapters=part_adapters(self.adapters, "layers/ffn"),
-            use_bias=True,
-            numerics=self.numerics,
-            stats=self.stats,
-            name="ffn",
-        )
+        kind = GatedFFN if c.gated else SelfGatedFFN
+        sizes, adapters = (c.d_model, c.d_ff, c.activation), part_adapters(self.adapters, "layers/ffn")
+        return kind(*sizes, adapters, use_bias=True, numerics=self.numerics, stats=self.stats, name="ffn")
 
 
 # ---------------------------------------------------------------- position embeddings
@@ -361,9 +352,8 @@ def cubic_weights(old: int, new: int) -> np.ndarray:
         distance = np.abs(centres - (first + tap))
         near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance**2 + 1
         far = ((_CUBIC * distance - 5 * _CUBIC) * distance + 8 * _CUBIC) * distance - 4 * _CUBIC
-        np.add.at(
-            weights, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(distance <= 1, near, far)
-        )
+        places = np.arange(new), np.clip(first + tap, 0, old - 1)
+        np.add.at(weights, places, np.where(distance <= 1, near, far))
     return weights.astype(np.float32)
 
 
@@ -410,9 +400,8 @@ def resized_each(table: jax.Array, shapes: jax.Array, length: int) -> jax.Array:
     centre = (index + 0.5) * scale - 0.5
     source = jnp.arange(side, dtype=jnp.float32)[None, None, None, :]
     reach = jnp.maximum(scale, 1.0)[..., None]
-    weights = jnp.maximum(
-        1.0 - jnp.abs(source - centre[..., None]) / reach, 0.0
-    )  # [batch, length, 2, side]
+    # [batch, length, 2, side]
+    weights = jnp.maximum(1.0 - jnp.abs(source - centre[..., None]) / reach, 0.0)
     weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     square = table.astype(jnp.float32).reshape(side, side, -1)
     return jnp.einsum("bns,bnt,std->bnd", weights[:, :, 0], weights[:, :, 1], square, precision="highest")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nalora_jax.common.fields import Fields
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.family import hf_defaults
 from nalora_jax.models.readers import activation_name
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig, Loss, Sight
 
@@ -180,12 +181,7 @@ def _bert(f: Fields) -> dict[str, Any]:
 _SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _PIXELS = {"num_channels": 3, "image_size": 224, "patch_size": 16}
 _CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-_CLIP_TEXT = {
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-}
+_CLIP_TEXT = hf_defaults(d_model=512, d_ff=2048, n_heads=8, max_positions=77)
 _CLIP_IDS = {"vocab_size": 49408, "pad_token_id": 1, "eos_token_id": 49407}
 _SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 _SIGLIP_TEXT = {"vocab_size": 32000, "max_position_embeddings": 64, "pad_token_id": 1}
@@ -228,10 +224,8 @@ def _tower(f: Fields, defaults: Mapping[str, Any]) -> EncoderConfig:
 
 
 def _image_token(f: Fields) -> int:
-    name = "image_token_index"
-    if f.raw.get("image_token_id") is not None:
-        name = "image_token_id"
-    return f.integer(name, low=0)
+    stated = f.raw.get("image_token_id") is not None
+    return f.integer("image_token_id" if stated else "image_token_index", low=0)
 
 
 def _llava(f: Fields, d_model: int) -> Sight:
@@ -293,25 +287,25 @@ def _gemma3(f: Fields, d_model: int) -> Sight:
     )
 
 
-_CLIP_LARGE: dict[str, Any] = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
+_CLIP_LARGE: dict[str, Any] = hf_defaults(
+    model_type="clip_vision_model",
+    d_model=1024,
+    d_ff=4096,
+    n_layers=24,
+    n_heads=16,
+    image_size=336,
+    patch_size=14,
+)
 _SIGLIP_SO400M: dict[str, Any] = {"model_type": "siglip_vision_model"}
-_LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "tie_word_embeddings": False,
-}
+_LLAMA: dict[str, Any] = hf_defaults(
+    model_type="llama",
+    vocab_size=32_000,
+    d_model=4096,
+    d_ff=11_008,
+    n_layers=32,
+    n_heads=32,
+    tie_embeddings=False,
+)
 _LLAVA = {
     "image_token_index": 32_000,
     "projector_hidden_act": "gelu",

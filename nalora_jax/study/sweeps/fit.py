@@ -63,10 +63,8 @@ class Fitting:
             expected = f"at most {fits} runs, which fit in {limit / 1e9:.1f} GB with the base"
             raise NaloraError("--mesh.runs-per-device", expected=expected, found=requested)
         per_group = requested or min(fits, math.ceil(count / groups))
-        policies, sizes = (
-            (config.compute.remat, config.compute.experts),
-            (mesh.data, mesh.fsdp, mesh.tensor),
-        )
+        policies = (config.compute.remat, config.compute.experts)
+        sizes = (mesh.data, mesh.fsdp, mesh.tensor)
         layout = estimates.Layout(*sizes, *policies, run=mesh.run, runs_per_device=per_group)
         return cls(layout, groups * per_group, width)
 

@@ -40,9 +40,8 @@ Shapes = dict[str, tuple[int, ...]]  # by path
 def common_shapes(runs: Sequence[Any]) -> Shapes:
     """Returns the largest size of every axis by path, over trees of equal structure."""
     flat = [trees.flatten(run) for run in runs]
-    return {
-        path: tuple(map(max, zip(*(tree[path].shape for tree in flat), strict=True))) for path in flat[0]
-    }
+    sizes = {path: zip(*(tree[path].shape for tree in flat), strict=True) for path in flat[0]}
+    return {path: tuple(map(max, of_axes)) for path, of_axes in sizes.items()}
 
 
 def stacked_sharding(mesh: Mesh, solo: NamedSharding) -> NamedSharding:
@@ -113,9 +112,8 @@ class SweepProgram:
         self.runs, self.mesh = tuple(runs), first.mesh
         self._spec = widest([run.spec for run in runs])
         self._shapes = common_shapes([run.state for run in runs])
-        padded = trees.map_named(
-            lambda path, x: jax.ShapeDtypeStruct(self._shapes[path], x.dtype), first.state
-        )
+        shape_of = lambda path, x: jax.ShapeDtypeStruct(self._shapes[path], x.dtype)  # noqa: E731
+        padded = trees.map_named(shape_of, first.state)
         self._solo = distributed.shardings(padded, self.mesh, distributed.STATE_RULES)
         self._places = jax.tree.map(lambda place: stacked_sharding(self.mesh, place), self._solo)
         self._by_run = stacked_sharding(self.mesh, NamedSharding(self.mesh, P()))
@@ -129,22 +127,17 @@ class SweepProgram:
         self._compiled = step_of_runs(self._one, self.mesh, self._places, of_params)
         self._trains = lru_cache(maxsize=2)(self._trained)  # changes when a run ends
         taken = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
-        self._take: Any = jax.jit(
-            lambda states, index: jax.tree.map(lambda leaf: taken(leaf, index), states),
-            out_shardings=self._solo,
-        )
+        take = lambda states, index: jax.tree.map(lambda leaf: taken(leaf, index), states)  # noqa: E731
+        self._take: Any = jax.jit(take, out_shardings=self._solo)
         self._measure: Any = jax.jit(jax.vmap(self._metrics_of_one), out_shardings=self._by_run)
 
     def begin(self, states: Sequence[TrainState]) -> TrainState:
         """Returns the states of all runs as one state with an axis ``[runs]``; all processes must call it."""
         filled = [*states, *[states[-1]] * (len(self.runs) - len(states))]
-        flat = [
-            {path: np.asarray(distributed.fetch(leaf)) for path, leaf in trees.flatten(state).items()}
-            for state in filled
-        ]
+        flat = [trees.flatten(jax.tree.map(distributed.fetch, state)) for state in filled]
 
         def join(path: str, place: NamedSharding) -> jax.Array:
-            stacked = np.stack([_padded(np, tree[path], self._shapes[path]) for tree in flat])
+            stacked = np.stack([_padded(np, np.asarray(tree[path]), self._shapes[path]) for tree in flat])
             return jax.make_array_from_callback(stacked.shape, place, stacked.__getitem__)
 
         joined: TrainState = trees.map_named(join, self._places)
@@ -181,10 +174,8 @@ class SweepProgram:
     def measure(self, states: TrainState) -> list[dict[str, Any]]:
         """Returns `nalora_jax.train.state_metrics.StateMetrics.measure` of every run."""
         measured = jax.tree.map(distributed.fetch, self._measure(states, self.values))
-        return [
-            run.state_metrics.record(*jax.tree.map(lambda leaf, i=index: leaf[i], measured))
-            for index, run in enumerate(self.runs)
-        ]
+        of_runs = (jax.tree.map(lambda leaf, i=i: leaf[i], measured) for i in range(len(self.runs)))
+        return [run.state_metrics.record(*each) for run, each in zip(self.runs, of_runs, strict=True)]
 
     def _metrics_of_one(self, state: TrainState, values: Mapping[str, Any]) -> Any:
         mechanisms = mechanisms_with(self.runs[0].mechanisms, values)
@@ -242,12 +233,8 @@ def step_of_runs(step: Callable[..., Any], mesh: Mesh, places: Any, params_axes:
         of_params = by_axis(lambda axis: P() if axis is None else P(RUN))
         in_specs = (of_params, P(RUN), P(RUN), P(RUN), P(RUN))
         of_runs = jax.shard_map(together, mesh=mesh, in_specs=in_specs, out_specs=P(RUN), check_vma=False)
-    return jax.jit(
-        of_runs,
-        donate_argnums=1,
-        out_shardings=(places, stacked_sharding(mesh, NamedSharding(mesh, P()))),
-        compiler_options=distributed.compiler_options(mesh),
-    )
+    out, options = stacked_sharding(mesh, NamedSharding(mesh, P())), distributed.compiler_options(mesh)
+    return jax.jit(of_runs, donate_argnums=1, out_shardings=(places, out), compiler_options=options)
 
 
 # ---------------------------------------------------------------- loop

@@ -123,9 +123,8 @@ def sweep(
         distributed.on_first_process(locked)
         groups = values.grouped(runs, _key)
         log.info("%d runs in %d group(s), each of one program", len(runs), len(groups))
-        fitting = [
-            fit.Fitting.of(group[0].inputs.config, group[0].inputs.base, len(group)) for group in groups
-        ]
+        firsts = [(group[0].inputs, len(group)) for group in groups]
+        fitting = [fit.Fitting.of(inputs.config, inputs.base, count) for inputs, count in firsts]
         try:
             for group, fits in zip(groups, fitting, strict=True):
                 results |= _train_group(group, fits, stop)
@@ -208,9 +207,8 @@ def _train_together(
                 continue
             result = loop.follower.result
             best = best_state(job, result, session)
-            results[inputs.config.output] = finish(
-                job, best, result.step, session, spent, cards.write_run_card, html.write_report
-            )
+            writers = cards.write_run_card, html.write_report
+            results[inputs.config.output] = finish(job, best, result.step, session, spent, *writers)
     return like or jobs[0], results
 
 

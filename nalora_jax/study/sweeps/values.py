@@ -127,14 +127,12 @@ def values_of(runs: Sequence[Assembly], width: int) -> Values:
         {(label, name): getattr(m, name) for label, m in each.entries for name in numeric_settings(m)}
         for each in mechanisms
     ]
-    numbers = [
-        {name: getattr(config.optimizer, name) for name in NUMBERS if hasattr(config.optimizer, name)}
-        | {"plus_ratio": config.lora.plus_ratio}
-        for config in configs
-    ]
+    names = [name for name in NUMBERS if hasattr(configs[0].optimizer, name)]
+    numbers = [{name: getattr(config.optimizer, name) for name in names} for config in configs]
+    ratios = [{"plus_ratio": config.lora.plus_ratio} for config in configs]
     scales = [{path: run.spec.scales(path) for path, _ in run.spec.targets} for run in runs]
     return {
-        "numbers": _differing(numbers) | _rates(configs),
+        "numbers": _differing(numbers) | _differing(ratios) | _rates(configs),
         "scales": _differing(scales),
         "settings": _differing(settings),
         "orders": _orders(runs),
@@ -144,9 +142,8 @@ def values_of(runs: Sequence[Assembly], width: int) -> Values:
 
 def mechanisms_with(mechanisms: Mechanisms, values: Mapping[str, Mapping[Any, Any]]) -> Mechanisms:
     """Returns mechanisms with one run's values in place of their settings."""
-    entries = tuple(
-        (label, _with_settings(label, m, values["settings"])) for label, m in mechanisms.entries
-    )
+    settings = values["settings"]
+    entries = tuple((label, _with_settings(label, m, settings)) for label, m in mechanisms.entries)
     facts: dict[str, Any] = dict(values["facts"])
     return replace(mechanisms, entries=entries, orders=values["orders"], **facts)
 

@@ -11,10 +11,7 @@ from nalora_jax.cpu.native import library
 
 EMULATED = Path(__file__).with_name("emulated_tiles.h")
 QUICK = "-O0"  # -O3 takes 13 s more; tiles are emulated with -O1, which is 3 s more
-KINDS = [
-    *processor.kinds(),
-    *(["emulated"] if processor.kinds()[:1] == ("vectors",) else []),
-]
+KINDS = [*processor.kinds(), *(["emulated"] if processor.kinds()[:1] == ("vectors",) else [])]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import os
@@ -16,6 +15,8 @@ import pytest
 from nalora_jax.common import downloads, processor
 from nalora_jax.cpu.native import library
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.remat import chosen_remat
+from nalora_jax.ops.dispatch import numerics_for
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("decided_anew")
@@ -40,59 +41,56 @@ def test_another_copy_of_the_library_is_not_registered_again(tmp_path, monkeypat
     assert library.kind()
 
 
-@pytest.fixture
-def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on one CPU with tiles."""
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        (None, "no C++ compiler was found; install g++ or name one in CXX"),
+        ("#!/bin/sh\necho 'unknown option -mamx-tile' >&2\nexit 1\n", "unknown option -mamx-tile"),
+    ],
+)
+def test_without_a_working_compiler_one_line_names_the_reason(
+    compiler, message, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr(processor, "kinds", lambda: ("tiles", "vectors"))
-
-
-@pytest.mark.usefixtures("tiles")
-def test_a_missing_compiler_is_named_once_and_xla_goes_on(monkeypatch, caplog):
-    monkeypatch.setenv("NALORA_NATIVE", "")
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    with caplog.at_level(logging.WARNING):
-        assert not library.kind()
-        assert not library.kind()
-    assert len(caplog.messages) == 1
-    assert "no C++ compiler was found; install g++ or name one in CXX" in caplog.text
-
-
-@pytest.mark.usefixtures("tiles")
-def test_a_failing_compiler_is_quoted_and_leaves_nothing(tmp_path, monkeypatch, caplog):
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho 'unknown option -mamx-tile' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    for name, value in (("CXX", compiler), ("NALORA_NATIVE", "1"), ("NALORA_CACHE", tmp_path / "cache")):
+    for name, value in (("NALORA_NATIVE", ""), ("NALORA_CACHE", tmp_path / "cache"), ("CXX", "")):
         monkeypatch.setenv(name, str(value))
+    if compiler is None:
+        monkeypatch.setenv("PATH", "")
+    else:
+        (tmp_path / "c++").write_text(compiler)
+        (tmp_path / "c++").chmod(0o755)
+        monkeypatch.setenv("CXX", str(tmp_path / "c++"))
     with caplog.at_level(logging.WARNING):
         assert not library.kind()
-    assert "unknown option -mamx-tile" in caplog.text
-    assert list((tmp_path / "cache" / "native").iterdir()) == []
+        assert not library.kind()
+    assert [message in line for line in caplog.messages] == [True]
+    assert not list((tmp_path / "cache").glob("native/*"))
 
 
 AVX512 = "fma avx512f avx512bw avx512vl"
 
 
 @pytest.mark.parametrize(
-    ("machine", "flags", "expected"),
+    ("machine", "flags", "kinds", "named"),
     [
-        ("x86_64", f"{AVX512} avx512_bf16 amx_tile amx_bf16", ("tiles", "vectors")),
-        ("x86_64", f"{AVX512} avx512_bf16", ("vectors",)),
-        ("x86_64", f"{AVX512} avx2", ("floats",)),
-        ("x86_64", "fma avx2", ("floats",)),
-        ("x86_64", "avx2", ()),
-        ("x86_64", None, ()),
-        ("aarch64", f"{AVX512} avx512_bf16", ()),
+        ("x86_64", f"{AVX512} avx512_bf16 amx_tile amx_bf16", ("tiles", "vectors"), "Xeon with AMX, "),
+        ("x86_64", f"{AVX512} avx512_bf16", ("vectors",), "Xeon with AVX512-BF16, "),
+        ("x86_64", f"{AVX512} avx2", ("floats",), "Xeon with AVX2, "),
+        ("x86_64", "avx2", (), "Xeon, "),
+        ("x86_64", None, (), ""),
+        ("aarch64", f"{AVX512} avx512_bf16", (), "Xeon, "),
     ],
 )
-def test_kinds_are_those_that_the_cpu_has(machine, flags, expected, tmp_path, monkeypatch):
+def test_kinds_are_those_that_the_cpu_has(machine, flags, kinds, named, tmp_path, monkeypatch):
     about = tmp_path / "cpuinfo"
     if flags is not None:
-        about.write_text(f"processor\t: 0\nvmx flags\t: none\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
+        core = f"processor\t: 0\nmodel name\t: Xeon\nvmx flags\t: none\nflags\t\t: {flags}\n"
+        about.write_text(f"{core}\nprocessor\t: 1\n")
     monkeypatch.setattr(processor, "_DESCRIPTION", about)
     monkeypatch.setattr(processor.platform, "machine", lambda: machine)
-    assert processor.kinds.__wrapped__() == expected
+    monkeypatch.setattr(processor, "kinds", processor.kinds.__wrapped__)
+    assert processor.kinds() == kinds
+    assert processor.processor_name().startswith(named)
 
 
 @pytest.mark.parametrize(
@@ -114,28 +112,33 @@ def test_the_fastest_kind_is_taken_unless_xla_is_faster(kinds, features, expecte
     monkeypatch.setenv("NALORA_NATIVE", "0")
     assert library.kind() is None
     assert caplog.messages == []
-
-
-def test_a_kind_that_this_cpu_has_not_is_refused(monkeypatch):
-    monkeypatch.setattr(processor, "kinds", lambda: ("vectors",))
-    monkeypatch.setenv("NALORA_NATIVE", "tiles")
-    with pytest.raises(NaloraError, match="expected 0, 1 or, on this CPU, vectors, found tiles"):
+    monkeypatch.setenv("NALORA_NATIVE", "magic")
+    with pytest.raises(NaloraError, match="NALORA_NATIVE: expected 0, 1 or, on this CPU, .*found magic"):
         library.kind()
+
+
+@pytest.mark.parametrize(
+    ("kind", "d_model", "gated", "expected"),
+    [
+        ("tiles", 768, True, "attention"),
+        ("tiles", 768, False, "dots"),  # one wide product to save, in place of two
+        ("tiles", 2048, True, "dots"),
+        ("vectors", 768, True, "dots"),
+    ],
+)
+def test_matmuls_are_recomputed_where_that_is_faster(kind, d_model, gated, expected, monkeypatch):
+    monkeypatch.setattr(library, "kind", lambda devices=1: kind)
+    assert chosen_remat("auto", d_model, numerics_for("bfloat16", "cpu"), gated=gated) == expected
 
 
 # ---------------------------------------------------------------- what is in the cache is run, so it is checked
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "native"
-
-
-@pytest.fixture
-def compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A library in the cache, which the compiler stub has "compiled": a copy of a small real one."""
-    stub = cache.parent.parent / "c++"
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    stub = tmp_path / "c++"
     (source := stub.with_suffix(".cc")).write_text('extern "C" int nalora_prepare() { return 0; }\n')
     small = stub.with_suffix(".so")
     subprocess.run([library.find_compiler(), "-shared", "-fPIC", str(source), "-o", str(small)], check=True)
@@ -145,25 +148,20 @@ def compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return library.build(str(stub), "floats")
 
 
-def test_what_was_compiled_is_taken_from_the_cache(compiled):
-    written = compiled.stat().st_mtime_ns
+def test_the_cache_is_used_unless_it_was_cut_off_or_changed(compiled):
+    written, whole = compiled.stat().st_mtime_ns, compiled.read_bytes()
     assert library.build(os.environ["CXX"], "floats") == compiled
     assert compiled.stat().st_mtime_ns == written
     assert [path.name for path in compiled.parent.iterdir()] == [compiled.name]
     assert compiled.parent.stat().st_mode & 0o777 == 0o700
-
-
-def test_a_library_that_was_cut_off_or_changed_is_compiled_again(compiled):
-    whole = compiled.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
         compiled.write_bytes(damaged)
         assert library.build(os.environ["CXX"], "floats") == compiled
         assert compiled.read_bytes() == whole
 
 
-def test_a_library_that_others_could_exchange_is_not_loaded(compiled, tmp_path, monkeypatch):
-    loaded, folder = [], compiled.parent
-    monkeypatch.setattr(ctypes, "CDLL", loaded.append)
+def test_a_library_that_others_could_exchange_is_refused(compiled, tmp_path, monkeypatch):
+    folder = compiled.parent
 
     def refused(reason: str | None = None) -> None:
         with pytest.raises(PermissionError, match=reason):
@@ -182,14 +180,3 @@ def test_a_library_that_others_could_exchange_is_not_loaded(compiled, tmp_path, 
     folder.mkdir(mode=0o700)
     monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
     refused()
-    assert loaded == []
-
-
-@pytest.mark.usefixtures("compiled")
-def test_a_library_without_a_function_falls_back_with_one_line(monkeypatch, caplog):
-    monkeypatch.setattr(processor, "kinds", lambda: ("floats",))
-    monkeypatch.setenv("NALORA_NATIVE", "floats")
-    with caplog.at_level(logging.WARNING):
-        assert not library.kind()
-    assert len(caplog.messages) == 1
-    assert "is not of this version" in caplog.text

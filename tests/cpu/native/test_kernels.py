@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax.cpu import native
-from nalora_jax.cpu.native import Heads, Slice, Sum, Term
-from tests.ops.in_float64 import attention64, visible
+from nalora_jax.cpu.attention import Heads, native_attention, native_gradient, needs_result
+from nalora_jax.cpu.cross_entropy import over_vocabulary
+from nalora_jax.cpu.matmul import Sum, Term, products
+from nalora_jax.ops.losses import Head
+from nalora_jax.ops.storage import Bits
+from tests.ops.in_float64 import attention64, packed_rows, visible
 
 pytestmark = pytest.mark.usefixtures("kernels")
 EVERY_KIND = True
@@ -33,12 +36,12 @@ def worst(got: jax.Array, want: np.ndarray) -> float:
     return float(np.abs(exact(got) - want).max() / np.abs(want).max())
 
 
-def in_stack(rng: np.random.Generator, y: jax.Array) -> Slice:
+def in_stack(rng: np.random.Generator, y: jax.Array) -> Bits:
     """``y`` among two other matrices."""
     at = int(rng.integers(3))
     stack = np.array(draw(rng, 3, *y.shape))
     stack[at] = y
-    return Slice(jax.device_put(stack.view(np.uint16)), jax.device_put(np.int32(at)))
+    return Bits(jax.device_put(stack.view(np.uint16)), jax.device_put(np.int32(at)))
 
 
 def compiled(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
@@ -55,46 +58,25 @@ def compiled(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
     return run(*(leaves[i] for i in places))
 
 
-def products(
-    rng: np.random.Generator, rows: int, columns: int, depths: list[int], transposed: list[bool]
-) -> Any:
-    """Terms with half of their kernels in stacks, and their sum in float64."""
-    terms, want = [], np.zeros((rows, columns))
-    for depth, turned in zip(depths, transposed, strict=True):
-        x, y = draw(rng, rows, depth), draw(rng, *((columns, depth) if turned else (depth, columns)))
-        terms.append(Term(x, in_stack(rng, y) if rng.integers(2) else y, turned))
-        want += exact(x) @ (exact(y).T if turned else exact(y))
-    return terms, want
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_sums_of_products(seed):
+    """Of terms with half of their kernels in stacks."""
     rng = np.random.default_rng(seed)
     sums, wanted = [], []
-    for _ in range(rng.integers(1, 4)):
-        rows, columns = (int(n) for n in rng.integers(1, 200, 2))
-        depths = [int(depth) for depth in rng.choice([1, 8, 31, 32, 64, 100, 300], rng.integers(1, 4))]
-        terms, want = products(rng, rows, columns, depths, [bool(rng.integers(2)) for _ in depths])
+    for most in (4, 200, 200):
+        rows, columns = (int(n) for n in rng.integers(1, most, 2))
+        terms, want = [], np.zeros((rows, columns))
+        for depth in rng.choice([1, 8, 31, 32, 64, 100, 300], rng.integers(1, 4)):
+            turned = bool(rng.integers(2))
+            x, y = draw(rng, rows, depth), draw(rng, *((columns, depth) if turned else (depth, columns)))
+            terms.append(Term(x, in_stack(rng, y) if rng.integers(2) else y, turned))
+            want += exact(x) @ (exact(y).T if turned else exact(y))
         sums.append(Sum(terms, ["float32", "bfloat16"][rng.integers(2)]))
         wanted.append(want)
-    for got, want, asked in zip(compiled(native.products, *sums), wanted, sums, strict=True):
+    for got, want, asked in zip(compiled(products, *sums), wanted, sums, strict=True):
         assert got.dtype == asked.dtype
         # Sums in float32, or rounded once to 8 bits.
         assert worst(got, want) < (1e-6 if asked.dtype == "float32" else 2**-8)
-
-
-@pytest.mark.parametrize(("rows", "transposed"), [(1, True), (3, False), (8, False), (32, True)])
-def test_sums_of_few_rows(transposed, rows):
-    """Several sums, two terms, edges everywhere, and depths and widths beyond what is packed at a time."""
-    rng = np.random.default_rng(rows)
-    sums, wanted, bounds = [], [], []
-    for depths, columns, bound in (([577, 3], 1100, 1e-6), ([70], 45, 1e-6), ([2_070], 45, 2.5e-6)):
-        terms, want = products(rng, rows, columns, depths, [transposed] * len(depths))
-        sums += [Sum(terms, dtype) for dtype in ("float32", "bfloat16")]
-        wanted += [want, want]
-        bounds += [bound, 2**-8]
-    for got, want, bound in zip(compiled(native.products, *sums), wanted, bounds, strict=True):
-        assert worst(got, want) < bound
 
 
 @pytest.mark.parametrize(("rows", "depth", "columns"), [(1000, 40, 33), (300, 1100, 700), (33, 20_000, 70)])
@@ -102,60 +84,28 @@ def test_groups_of_columns_are_shared_by_rows(rows, depth, columns):
     """Several groups, and rows that are no whole number of what a thread takes; a panel beyond a group's size."""
     rng = np.random.default_rng(0)
     x, y = draw(rng, rows, depth), draw(rng, depth, columns)
-    assert worst(native.products(Sum([Term(x, y)]))[0], exact(x) @ exact(y)) < 1e-5
+    assert worst(products(Sum([Term(x, y)]))[0], exact(x) @ exact(y)) < 1e-5
 
 
-def test_products_pass_on_what_is_not_a_number():
+def test_what_is_not_a_number_is_passed_on():
     x = jnp.ones((40, 40), jnp.bfloat16).at[3, 5].set(jnp.nan)
     for dtype in ("float32", "bfloat16"):
-        (y,) = native.products(Sum([Term(x, jnp.ones((40, 50), jnp.bfloat16))], dtype))
-        assert bool(jnp.isnan(y[3]).all())
-        assert not bool(jnp.isnan(y[4]).any())
+        (y,) = products(Sum([Term(x, jnp.ones((40, 50), jnp.bfloat16))], dtype))
+        np.testing.assert_array_equal(jnp.isnan(y).all(1), np.arange(40) == 3)
+        np.testing.assert_array_equal(jnp.isnan(y).any(1), np.arange(40) == 3)
+    # A score is seen by who sees its key.
+    rng = np.random.default_rng(0)
+    q, k, v = (draw(rng, 1, 40, 1, 32) for _ in "qkv")
+    given = Heads(q, k.at[0, 20].set(jnp.nan), v, jnp.arange(40)[None], jnp.ones((1, 40), jnp.int32), 2**30)
+    out, _ = native_attention(given)
+    np.testing.assert_array_equal(jnp.isnan(out[0]).any((1, 2)), np.arange(40) >= 20)
 
 
 @pytest.mark.parametrize("at", [-1, 1])
 def test_an_index_outside_of_its_stack_is_refused(at):
-    x, stack = jnp.zeros((4, 8), jnp.bfloat16), Slice(jnp.zeros((1, 8, 4), jnp.uint16), jnp.asarray(at))
+    x, stack = jnp.zeros((4, 8), jnp.bfloat16), Bits(jnp.zeros((1, 8, 4), jnp.uint16), jnp.asarray(at))
     with pytest.raises(Exception, match="an index is outside of its stack"):
-        jax.block_until_ready(native.products(Sum([Term(x, stack)])))
-
-
-@pytest.mark.parametrize("coefficients", [(1.0, 0.0), (1.5957691, 0.0713548)])
-@pytest.mark.parametrize("factor", [True, False])
-def test_gates_and_their_gradients(coefficients, factor):
-    rng = np.random.default_rng(0)
-    (a, b), logistic = coefficients, native.Logistic(*coefficients)
-    z, g = draw(rng, 50, 70, scale=4), draw(rng, 50, 70)
-    u = draw(rng, 50, 70) if factor else None
-    z64, u64 = exact(z), exact(u) if factor else 1.0
-    rho = 1 / (1 + np.exp(-(a * z64 + b * z64**3)))
-    slope = rho * (1 - rho) * (a + 3 * b * z64**2)
-    assert worst(compiled(native.gate, z, u, logistic), z64 * rho * u64) < 2**-8
-    dz, du = compiled(native.gate_gradient, z, u, g, logistic)
-    assert worst(dz, exact(g) * u64 * (rho + z64 * slope)) < 2**-8
-    assert du is None if not factor else worst(du, exact(g) * z64 * rho) < 2**-8
-
-
-def test_gates_far_from_zero_are_steps():
-    z = jnp.asarray([[-3e38, -1e4, -200, 200, 1e4, 3e38, jnp.inf, jnp.nan]], jnp.bfloat16)
-    for logistic in (native.Logistic(1.0, 0.0), native.Logistic(1.6, 0.07)):
-        out = np.asarray(native.gate(z, jnp.ones_like(z), logistic), np.float32)
-        np.testing.assert_allclose(out[0, 1:3], 0, atol=1e-25)
-        np.testing.assert_array_equal(out[0, 3:7], np.asarray(z, np.float32)[0, 3:7])
-        assert np.isnan(out[0, 7])
-
-
-def places(rng: np.random.Generator, batch: int, seq: int, packed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and segments of rows of three segments, the first row with padding; or of plain rows."""
-    if not packed:
-        return np.arange(seq)[None], np.ones((1, seq), int)
-    segments, positions = np.zeros((batch, seq), int), np.zeros((batch, seq), int)
-    for row in range(batch):
-        starts = np.array([0, *np.sort(rng.choice(np.arange(1, seq), 2, replace=False))])
-        segments[row] = np.searchsorted(starts, np.arange(seq), side="right")
-        positions[row] = np.arange(seq) - starts[segments[row] - 1]
-    segments[0, -3:] = 0
-    return positions, segments
+        jax.block_until_ready(products(Sum([Term(x, stack)])))
 
 
 @pytest.mark.parametrize(
@@ -175,26 +125,18 @@ def test_attention_and_its_gradient(batch, seq, heads, kv_heads, dim, window, so
         draw(rng, batch, seq, heads, dim, scale=dim**-0.5),
         *(draw(rng, batch, seq, kv_heads, dim) for _ in "kv"),
     )
-    given = Heads(q, k, v, *map(jax.device_put, places(rng, batch, seq, packed)), window)
+    places = packed_rows(batch, seq) if packed else (np.arange(seq)[None], np.ones((1, seq), int))
+    given = Heads(q, k, v, *map(jax.device_put, places), window)
     g = draw(rng, *q.shape)
-    out, logsumexp = compiled(native.attention, given, softcap)
+    out, logsumexp = compiled(native_attention, given, softcap)
     want = attention64(q, k, v, g, visible(*given[3:5], window), softcap=softcap)
     assert worst(logsumexp, want[1]) < 1e-6
     # Weights and slopes are rounded to 8 bits before they are summed, the result afterwards.
     assert worst(out, want[0]) < 2**-7
-    for held in (out,) if native.needs_result(seq, softcap) else (out, None):
-        gradients = compiled(native.attention_gradient, given, held, logsumexp, g, softcap)
+    for held in (out,) if needs_result(seq, softcap) else (out, None):
+        gradients = compiled(native_gradient, given, held, logsumexp, g, softcap)
         for got, expected in zip(gradients, want[2:], strict=True):
             assert worst(got, expected) < 2**-7
-
-
-def test_a_score_that_is_not_a_number_is_seen_by_who_sees_it():
-    rng = np.random.default_rng(0)
-    q, k, v = (draw(rng, 1, 40, 1, 32) for _ in "qkv")
-    given = Heads(q, k.at[0, 20].set(jnp.nan), v, jnp.arange(40)[None], jnp.ones((1, 40), jnp.int32), 2**30)
-    out, _ = native.attention(given)
-    assert not bool(jnp.isnan(out[0, :20]).any())
-    assert bool(jnp.isnan(out[0, 20:]).all())
 
 
 @pytest.mark.parametrize(
@@ -212,8 +154,8 @@ def test_sums_over_a_vocabulary(rows, d_model, vocab, transposed, scale, softcap
     rng = np.random.default_rng(rows)
     hidden, table = draw(rng, rows, d_model, scale=d_model**-0.5), draw(rng, vocab, d_model)
     given = table if transposed else table.T
-    options = {"transposed": transposed, "scale": scale, "softcap": softcap, "gradient": gradient}
-    top, total, attended = compiled(native.over_vocabulary, hidden, given, count, **options)
+    head = Head(transposed, softcap, scale)
+    top, total, attended = compiled(over_vocabulary, hidden, given, count, head, gradient)
     logits, slope = scale * exact(hidden) @ exact(table).T, scale * np.ones((rows, vocab))
     if softcap:
         logits = softcap * np.tanh(logits / softcap)

@@ -12,12 +12,14 @@ import pytest
 
 from nalora_jax.common import trees
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig
-from nalora_jax.cpu import native
+from nalora_jax.cpu import attention, cross_entropy, matmul
+from nalora_jax.cpu.matmul import Sum, Term, products
+from nalora_jax.cpu.native import library
 from nalora_jax.layout import distributed
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.ops.dispatch import numerics_for
-from nalora_jax.ops.storage import STACKS, prepare
+from nalora_jax.ops.storage import Bits
 from nalora_jax.train.program import assemble
 from tests import tiny
 from tests.param_trees import init_params
@@ -34,49 +36,28 @@ CONFIG = RunConfig(
 
 
 @functools.cache
-@jax.jit
-def initial() -> Any:
-    """The small decoder's weights, matrices in bf16."""
-    params = init_params(BASE, jax.random.key(1))
-    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, params)
-
-
-@functools.cache
 def assembled(native: bool) -> tuple[Any, Any, Any]:
-    """A small decoder's program, its weights as the program reads them, and its batches."""
+    """A small decoder's program, its weights, matrices in bf16, as the program reads them, and its batches."""
     mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
-    params = initial()
+    params = init_params(BASE, jax.random.key(1))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, params)
     params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
     assembly = assemble(CONFIG, BASE, params, mesh)
     rows = [{name: x[None] for name, x in tiny.packed_batch(seed, 8, 16).items()} for seed in range(3)]
-    return (
-        assembly,
-        assembly.view(params),
-        [distributed.make_global_batch(b, mesh, rows_axis=1) for b in rows],
-    )
-
-
-def test_kernels_stay_in_their_stacks():
-    params = initial()
-    prepared = prepare({"params": params}, numerics_for("bfloat16", "cpu"))
-    scanned, stacks = prepared["params"], prepared[STACKS]
-    paths = {f"{path}/kernel" for path in projection_shapes(BASE)}
-    assert {path.removesuffix("/bits") for path in trees.flatten(stacks)} == paths
-    for path, leaf in trees.flatten(scanned).items():
-        path = path.removesuffix("/bits")
-        assert leaf.shape == ((BASE.n_layers,) if path in paths else trees.flatten(params)[path].shape)
+    batches = [distributed.make_global_batch(batch, mesh, rows_axis=1) for batch in rows]
+    return assembly, assembly.view(params), batches
 
 
 def test_three_steps_copy_no_kernel_and_are_those_of_xla_and_the_same_bits_twice(monkeypatch):
-    called, call = set(), native.call
-    monkeypatch.setattr(
-        native, "call", lambda name, *x, **options: called.add(name) or call(name, *x, **options)
-    )
+    called, call = set(), library.call
+    for module in (attention, cross_entropy, matmul):
+        monkeypatch.setattr(
+            module, "call", lambda name, *x, **options: called.add(name) or call(name, *x, **options)
+        )
     assert numerics_for("bfloat16", "cpu").inner == "bfloat16"
     assembly, view, batches = assembled(True)
     text = assembly.step.lower(view, assembly.state, batches[0]).as_text()
-    gradients = {"attention_gradient", "gate_gradient"}
-    assert called == {"products", "attention", "gate", "over_vocabulary"} | gradients
+    assert called == {"products", "attention", "attention_gradient", "over_vocabulary"}
     for path, (d_in, d_out) in projection_shapes(BASE).items():
         assert f"tensor<{BASE.n_layers}x{d_in}x{d_out}xui16>" in text, path
         assert f"-> tensor<1x{d_in}x{d_out}xui16>" not in text, path
@@ -112,3 +93,30 @@ def test_three_steps_copy_no_kernel_and_are_those_of_xla_and_the_same_bits_twice
         want = trees.flatten(jax.tree.map(np.subtract, lora_xla, start))[path]
         # Masks choose channels by thresholds, which roundings may cross: in norm, not element by element.
         assert np.linalg.norm(moved - want) < 0.1 * np.linalg.norm(want), path
+
+
+def test_runs_under_vmap_are_one_call_whose_results_equal_those_of_single_runs():
+    """With kernels that the runs share, some in stacks, and with kernels of each run."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
+    kernel, stack = draw(48, 70), Bits(draw(3, 70, 48).view(jnp.uint16), jnp.int32(1))
+
+    def sums(x: jax.Array, hidden: jax.Array, b: jax.Array) -> list[jax.Array]:
+        return products(
+            Sum([Term(x, kernel), Term(hidden, b)], "bfloat16"),
+            Sum([Term(x, stack, True), Term(hidden, b.T, True)]),
+            Sum([Term(x, kernel)]),
+            Sum([Term(hidden.T, x)]),
+        )
+
+    of_runs = draw(5, 20, 48), draw(5, 20, 8), draw(5, 8, 70)
+    together, alone = jax.jit(jax.vmap(sums)), jax.jit(sums)
+    program = together.lower(*of_runs).as_text()
+    assert program.count("stablehlo.custom_call @nalora") == 1
+    assert "stablehlo.while" not in program
+    singles = [alone(*(x[run] for x in of_runs)) for run in range(5)]
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        together(*of_runs),
+        [jnp.stack(x) for x in zip(*singles, strict=True)],
+    )

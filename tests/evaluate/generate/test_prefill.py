@@ -49,8 +49,10 @@ def complete(case: Case, prompts: list[list[int]], chunk: int, count: int) -> li
 
 @pytest.mark.parametrize("case", KINDS, ids=by_name)
 def test_greedy_tokens_do_not_depend_on_chunks(case, short_blocks):
-    """Rows end in the first, a middle and the last chunk, and at the end of one. Both caches have 96 slots."""
-    longest, count = 60, 20
+    """Rows end in the first, a middle and the last chunk, and at the end of one."""
+    longest, count = 60, NEW_TOKENS
+    if case is not PHI3:  # whose shortest row would cross the switch
+        count = 20  # both caches have 96 slots, and one program decodes
     rng = np.random.default_rng(4)
     prompts = [rng.integers(1, 128, length).tolist() for length in (longest, 7, 32, 33)]
     whole = complete(case, prompts, 2048, count)

@@ -46,9 +46,7 @@ EXPERTS = ModelConfig.from_hf(CONFIGS["mixtral-8x7b"])
 @pytest.mark.parametrize("mesh", [MeshConfig(run=4), MeshConfig(run=4, fsdp=2, data=1, tensor=1)])
 def test_experts_need_one_device_a_run(mesh: MeshConfig) -> None:
     """Also if the other axes are open: two devices of each of four groups would compute one run."""
-    message = (
-        "--mesh.run: expected one device a run for mixtures of experts.*on 8 devices.*use --mesh.run 8"
-    )
+    message = "--mesh.run: expected one device a run for mixtures.*on 8 devices.*use --mesh.run 8"
     with pytest.raises(NaloraError, match=message):
         Fitting.of(replace(CONFIG, mesh=mesh), EXPERTS, count=4)
 

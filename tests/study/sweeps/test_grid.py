@@ -15,12 +15,8 @@ from nalora_jax.study.sweeps.grid import axes_of, grid, recorded_sweep
 
 def test_all_combinations_become_runs_with_folders_named_by_their_values() -> None:
     runs = grid(RunConfig(output="out/"), axes_of(["optimizer.learning-rate=1e-3,2e-3", "--seed=0,1"]))
-    assert [(run.optimizer.learning_rate, run.seed) for run in runs] == [
-        (1e-3, 0),
-        (1e-3, 1),
-        (2e-3, 0),
-        (2e-3, 1),
-    ]
+    found = [(run.optimizer.learning_rate, run.seed) for run in runs]
+    assert found == [(1e-3, 0), (1e-3, 1), (2e-3, 0), (2e-3, 1)]
     assert runs[2].output == "out/learning-rate-0.002_seed-0"
 
 
@@ -36,10 +32,7 @@ def test_values_have_the_type_of_their_setting() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            "optimizer.learning-rat=1",
-            r"optimizer.learning_rat: expected a field of .* did you mean learning_rate\?",
-        ),
+        ("optimizer.learning-rat=1", r"learning_rat: expected a field of .* did you mean learning_rate\?"),
         ("mesh.tensor=1,2", "expected a setting that may differ between runs, found mesh.tensor"),
         ("seed=", "expected SETTING=VALUE,VALUE,..., found no values"),
         ("seed=one", "seed: expected a whole number, found 'one'"),

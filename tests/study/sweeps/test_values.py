@@ -54,11 +54,8 @@ def test_other_programs_are_other_groups() -> None:
 
 def test_a_setting_that_a_rule_cannot_trace_is_a_group() -> None:
     """The hard mask rounds its share to a number of channels, with which it calls `top_k`."""
-    keeps = [
-        replace(CONFIG, mechanisms=(f"hard:keep={keep},decay={decay}",))
-        for keep in (0.5, 0.25)
-        for decay in (0.9, 0.8)
-    ]
+    rules = [f"hard:keep={keep},decay={decay}" for keep in (0.5, 0.25) for decay in (0.9, 0.8)]
+    keeps = [replace(CONFIG, mechanisms=(rule,)) for rule in rules]
     assert [len(group) for group in grouped(keeps, _key)] == [2, 2]
 
 
