@@ -457,7 +457,5 @@ def _row_weights(routing: Routing, sampled: SampledRows) -> jax.Array:
 
 def _of_all(value: jax.Array, first: jax.Array, local: int, devices: int) -> jax.Array:
     """Returns a statistic ``[local, ...]`` among zeros of other experts; a check is a scalar and stays."""
-    if value.ndim == 0:
-        return value
     zeros = jnp.zeros((devices * local, *value.shape[1:]), value.dtype)
-    return lax.dynamic_update_slice_in_dim(zeros, value, first, axis=0)
+    return lax.dynamic_update_slice_in_dim(zeros, value, first, axis=0) if value.ndim else value

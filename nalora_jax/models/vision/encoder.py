@@ -158,9 +158,7 @@ class Encoder(nn.Module):
             return x[:, -1]
         if c.pooling == "eos":
             # CLIP's end token is the largest id; early config files have the value 2.
-            ends = inputs
-            if c.eos_id != 2:
-                ends = inputs == c.eos_id
+            ends = inputs if c.eos_id == 2 else inputs == c.eos_id
             return jnp.take_along_axis(x, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]
         if c.pooling == "mean":
             weights = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
