@@ -19,10 +19,9 @@ from nalora_jax.config import RunConfig
 from nalora_jax.config.structured import dotted
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.tokenizer import AddedTokens
-from nalora_jax.evaluate.generate.programs import prompt_shards
 from nalora_jax.evaluate.run_log import recorded_settings
 from nalora_jax.layout import distributed, estimates, layouts
-from nalora_jax.layout.distributed import platform_of
+from nalora_jax.layout.distributed import platform_of, prompt_shards
 from nalora_jax.layout.machines import MATRIX_SHARE, Topology, of_devices, topology
 from nalora_jax.method.low_rank import find_gates
 from nalora_jax.method.rules import make

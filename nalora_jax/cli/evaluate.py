@@ -188,7 +188,7 @@ def _task_results(
             items = questions.eval_examples(data, tokenizer, split=data.eval_split)
         else:  # the examples of the run's reported results
             items, _ = questions.held_out(sources.open_pair(data)[1], data, tokenizer)
-        evaluator = text.TextEvaluator(module, tokenizer, items, mesh=mesh_of(args.mesh))
+        evaluator = text.TextEvaluator(module, None, items, mesh=mesh_of(args.mesh))
         answers.append(evaluator.records(variables["params"], variables.get("lora")))
         summaries.append(evaluator.summary(answers[-1]))
         print(f"{labelled(name, label)}: {metrics.describe(summaries[-1])}", flush=True)

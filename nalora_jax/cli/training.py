@@ -10,6 +10,7 @@ from nalora_jax.cli.planning.auto import accepted
 from nalora_jax.config import RunConfig
 from nalora_jax.data.given import Data, Format
 from nalora_jax.data.source import Source
+from nalora_jax.evaluate.generate.generator import answering
 from nalora_jax.train import cards, kinds, start
 from nalora_jax.train.callbacks import Callback
 from nalora_jax.train.run import RunResult, fine_tune
@@ -50,6 +51,7 @@ def run(
         config,
         kinds.run_kind(config),
         start,
+        answering=answering,
         choose_layout=accepted,
         write_card=cards.write_run_card,
         write_report=lambda folder: html.write_report(folder),

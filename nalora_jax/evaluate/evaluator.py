@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
+from jax.sharding import Mesh
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.statistics import compare, difference_of_means
@@ -21,6 +22,24 @@ def variables_of(params: Any, lora: Any | None) -> dict[str, Any]:
     if lora is None:
         return {"params": params}
     return {"params": params, "lora": lora}
+
+
+class Answer(Protocol):
+    """A completion of a prompt."""
+
+    @property
+    def text(self) -> str:
+        """The completion's text."""
+
+    @property
+    def reason(self) -> str:
+        """Why it ended: "stop", or "length" if it was cut."""
+
+
+# Completes prompts of token ids, with the images of each if there are any, given a model's variables.
+Answers = Callable[[Mapping[str, Any], Sequence[Sequence[int]], Sequence[Any] | None], Sequence[Answer]]
+# Makes it for a decoder, given the tokenizer, and the mesh of the weights if they are sharded.
+Answering = Callable[[Any, Any, Mesh | None], Answers]
 
 
 class Evaluator:

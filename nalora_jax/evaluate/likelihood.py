@@ -30,8 +30,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.common.notes import counting
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.generate.programs import place_batch, prompt_shards
-from nalora_jax.layout.distributed import context_size, fetch, row_sharding
+from nalora_jax.layout.distributed import context_size, fetch, place_batch, prompt_shards, row_sharding
 from nalora_jax.models.cache import grow, repeat
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_cache

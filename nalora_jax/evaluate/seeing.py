@@ -14,10 +14,11 @@ from nalora_jax.data.images.chat import opened
 from nalora_jax.data.images.files import MAX_PIXELS, ImageProcessor
 from nalora_jax.data.items import CompletionItem, Item, SeenItem
 from nalora_jax.data.tokenizer import Tokenizer
-from nalora_jax.evaluate.generate.programs import bucket, place_batch, prompt_shards
+from nalora_jax.evaluate.generate.generator import answering
+from nalora_jax.evaluate.generate.programs import bucket
 from nalora_jax.evaluate.likelihood import Score, target_log_probs
 from nalora_jax.evaluate.text import TextEvaluator
-from nalora_jax.layout.distributed import fetch
+from nalora_jax.layout.distributed import fetch, place_batch, prompt_shards
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.storage import prepare
 
@@ -39,8 +40,10 @@ class SeeingEvaluator(TextEvaluator):
         *,
         mesh: Mesh | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, items, mesh=mesh)
-        self._processor = processor
+        super().__init__(model, answering(model, tokenizer, mesh, processor), items, mesh=mesh)
+        assert tokenizer.images is not None
+        self._processor: Any = processor
+        self._image = tokenizer.images.expansion
         self._pixels = {
             id(item): [processor(opened(i, "image", MAX_PIXELS))["pixels"] for i in item.images]
             for item in items
@@ -87,7 +90,7 @@ def evaluator_of(
 ) -> TextEvaluator:
     """Returns the evaluator of a loaded model: with images if it has an image processor."""
     if loaded.processor is None:
-        return TextEvaluator(model, loaded.tokenizer, items, mesh=mesh)
+        return TextEvaluator(model, answering(model, loaded.tokenizer, mesh), items, mesh=mesh)
     return SeeingEvaluator(model, loaded.tokenizer, items, loaded.processor, mesh=mesh)  # type: ignore[arg-type]
 
 

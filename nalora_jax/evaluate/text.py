@@ -10,10 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
-from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.evaluator import SAMPLE_TOKENS, SAMPLES, Evaluator, ItemRecord, variables_of
-from nalora_jax.evaluate.generate import Generator
+from nalora_jax.evaluate.evaluator import SAMPLES, Answers, Evaluator, ItemRecord, variables_of
 from nalora_jax.evaluate.likelihood import Pair, Score, score_groups
 from nalora_jax.evaluate.statistics import bootstrap, wilson
 from nalora_jax.models.decoder import Decoder
@@ -26,7 +24,7 @@ class TextEvaluator(Evaluator):
 
     Args:
       model: the decoder, with the adapters' spec.
-      tokenizer: tokenizer of the base model; None: no samples.
+      answers: completes prompts for the samples; None: no samples of completions.
       items: examples of one kind: multiple choice (metric: accuracy) or completions (metric: loss
         per token).
       mesh: mesh of the weights, if they are sharded.
@@ -39,7 +37,7 @@ class TextEvaluator(Evaluator):
     def __init__(
         self,
         model: Decoder,
-        tokenizer: Tokenizer | None,
+        answers: Answers | None,
         items: Sequence[Item],
         *,
         mesh: Mesh | None = None,
@@ -52,11 +50,9 @@ class TextEvaluator(Evaluator):
             raise NaloraError(
                 "evaluation data", expected="questions with choices, or all without", found=actual
             )
-        self._model, self._mesh = model, mesh
-        self._tokenizer: Any = tokenizer
-        # Of `nalora_jax.evaluate.seeing`: the image processor, and its pixels by the id of an item.
-        self._processor: Any = None
-        self._pixels: dict[int, list[np.ndarray]] = {}
+        self._model, self._mesh, self._answers = model, mesh, answers
+        # Of `nalora_jax.evaluate.seeing`: an image in a prompt's text, and pixels by the id of an item.
+        self._image, self._pixels = "", dict[int, list[np.ndarray]]()
         self._fitting = [item for item in fitting if isinstance(item, ChoiceItem) == bool(self.choices)]
         self.metric, self.mode = ("accuracy", "max") if self.choices else ("loss", "min")
 
@@ -147,16 +143,11 @@ class TextEvaluator(Evaluator):
                 for record in records[:_CHOICES]
             ]
             return {"samples": samples, "right": [record["correct"] for record in records]}
-        sampled, pixels, processor = self.completions[:SAMPLES], self._pixels, self._processor
-        generator = Generator(
-            self._model, variables_of(params, lora), self._tokenizer, mesh=self._mesh, processor=processor
-        )
-        answers = generator.complete(
-            [item.prompt_ids for item in sampled],
-            images=[pixels[id(item)] for item in sampled] if pixels else None,
-            max_new_tokens=SAMPLE_TOKENS,
-        )
-        image = self._tokenizer.images.expansion if pixels else ""
+        if self._answers is None:
+            return {}
+        sampled, pixels, image = self.completions[:SAMPLES], self._pixels, self._image
+        images = [pixels[id(item)] for item in sampled] if pixels else None
+        answers = self._answers(variables_of(params, lora), [item.prompt_ids for item in sampled], images)
         return {
             "samples": [
                 {

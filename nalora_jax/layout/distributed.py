@@ -415,3 +415,21 @@ def _is_known(name: str, value: Any) -> bool:
             return False
         raise
     return True
+
+
+def prompt_shards(mesh: Mesh | None) -> int:
+    """Returns the number of parts into which the mesh splits a batch of evaluation or generation."""
+    if mesh is None:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in _batch_axes(mesh))
+
+
+def place_batch(tree: Any, mesh: Mesh | None) -> Any:
+    """Returns host arrays ``[batch, ...]`` placed on the mesh; without a mesh, unchanged."""
+    if mesh is None:
+        return tree
+    return jax.device_put(tree, NamedSharding(mesh, P(_batch_axes(mesh))))
+
+
+def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)

@@ -20,7 +20,7 @@ from nalora_jax.method.step import Step
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train import initial_adapter, inputs, kinds, start
-from nalora_jax.train.program import Assembly, assemble, starting_at
+from nalora_jax.train.program import Assembly, assemble
 from nalora_jax.weights import hf, hub, model_files, new_tokens
 from nalora_jax.weights.base import load_model
 
@@ -125,7 +125,8 @@ class Language(Subject):
         """Returns adapters, optimizer and step for the result of `program` for ``config``."""
         model = self.model(config)
         mesh, parts = distributed.smallest_mesh(config.mesh), kinds.decoder_parts(general, model.config)
-        return assemble(general, model.config, model.params, mesh, last=last, **parts)
+        made = assemble(general, model.config, model.params, mesh, last=last, **parts)
+        return start.in_components(made) if general.lora.init == "pissa" else made
 
     def params(self, config: RunConfig, assembly: Assembly) -> Any:
         """Returns the frozen weights of a run: the base minus the initial adapters.
@@ -171,7 +172,7 @@ class Language(Subject):
         if self._started is None or self._started[0] is not assembly or self._started[1] != rows:
             self._started = None  # frees its kernels before new ones are allocated
             lora = start.first_adapters(assembly, self.model(config).config, self.data(config), config.seed)
-            self._started = assembly, rows, starting_at(assembly, lora)
+            self._started = assembly, rows, start.starting_at(assembly, lora)
         return self._started[2]
 
     def items(self, config: RunConfig, data: DataConfig) -> Any:

@@ -12,7 +12,7 @@ from nalora_jax.method.step import TrainState
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.train.job import Job, original
 from nalora_jax.train.machine import describe_device, versions
-from nalora_jax.train.program import exportable_adapter
+from nalora_jax.train.start import exportable_adapter
 from nalora_jax.weights.card import Card, write_card
 from nalora_jax.weights.hub import alias_of
 from nalora_jax.weights.model_files import LoadedModel, rope_of

@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 from nalora_jax.config import RunConfig
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.data.source import Source
+from nalora_jax.evaluate.evaluator import Answering
 
 if TYPE_CHECKING:
     from nalora_jax.method.step import TrainState
     from nalora_jax.models.config import ModelConfig
+    from nalora_jax.models.targets import AdapterSpec
     from nalora_jax.train.output import Output
     from nalora_jax.train.program import Assembly
     from nalora_jax.weights.dual import LoadedDual
@@ -51,6 +53,7 @@ class Inputs:
     questions: Mapping[str, str]  # digests of both
     in_turns: bool | None = None  # True if the training texts are formatted by a chat template
     start: Start | None = None  # makes the initial adapters
+    answering: Answering | None = None  # completes held-out prompts for the report
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Job:
 
 
 class Start(Protocol):
-    """The adapters that a run starts from: a module with these two functions."""
+    """The adapters that a run starts from: a module with these three functions."""
 
     def with_adapter(self, config: RunConfig, recorded: Mapping[str, Any] | None, /) -> RunConfig:
         """Takes settings over from the adapter on disk that a run continues."""
@@ -81,6 +84,9 @@ class Start(Protocol):
         self, assembly: Assembly, loaded: Any, data: TrainingRows, output: Output, /
     ) -> Assembly:
         """Returns the assembly with the initial adapters that its settings ask for, before the first step."""
+
+    def exportable_adapter(self, assembly: Assembly, lora: Any, /) -> tuple[Any, AdapterSpec]:
+        """Returns trained adapters as plain LoRA of the original base, in host memory."""
 
 
 class Kind(Protocol):

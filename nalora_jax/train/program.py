@@ -15,12 +15,10 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common import trees
 from nalora_jax.common.devices import RUN, WEIGHT_AXES
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.errors import NaloraError
@@ -45,7 +43,6 @@ from nalora_jax.train.mechanisms import layer_metrics, mechanisms_of
 from nalora_jax.train.objectives import NextToken
 from nalora_jax.train.optimizers import make_optimizer, with_learning_rate
 from nalora_jax.train.state_metrics import StateMetrics
-from nalora_jax.weights.adapter_forms import difference_as_lora, lower_kernels, pissa_split, remaining_ranks
 
 _STEPS = itertools.count()
 
@@ -386,7 +383,7 @@ def assemble(
     module: type[Decoder] = Decoder,
     like: Assembly | None = None,
 ) -> Assembly:
-    """Builds adapters, optimizer and step of a run on a decoder.
+    """Builds adapters, optimizer and step of a run on a decoder; the adapters start at zero (`nalora_jax.train.start`).
 
     Args:
       config: the run's settings, checked.
@@ -406,26 +403,18 @@ def assemble(
     """
     check_decoder(config, base, mesh)
     spec = adapter_spec(config, base)
-    initial = None
-    if config.lora.init == "pissa":
-        params, lora = pissa_split(params, spec)
-        params, initial = _with_starts(params, lora, mesh), jax.tree.map(distributed.fetch, lora)
-    else:
-        lora = init_lora(base, spec, jax.random.key(config.seed), params)
-    if like is None or like.spec != spec or initial is not None:
+    lora = init_lora(base, spec, jax.random.key(config.seed), params)
+    if like is None or like.spec != spec:
         program = decoder_program(config, base, spec, mesh, last=last, objective=objective, module=module)
-        return assembled(program, params, lora, initial)
+        return assembled(program, params, lora)
     program = decoder_program(config, base, spec, mesh, last=last, objective=objective, model=like.model)
     changes: dict[str, Any] = {"state": like.begin(lora, config.seed), "params": params}
     changes |= {"mechanisms": program.mechanisms, "pure": program.pure, "initial": None}
     return replace(like, config=config, **changes)
 
 
-def assembled(program: RunProgram, params: Any, lora: Any, initial: Any = None) -> Assembly:
-    """Returns the assembly of a program with weights and initial adapters.
-
-    ``initial`` are the adapters in host memory if their B is not 0.
-    """
+def assembled(program: RunProgram, params: Any, lora: Any) -> Assembly:
+    """Returns the assembly of a program with weights and initial adapters, whose B is 0."""
     places, seed = program.places(lora), program.config.seed
     compiled = jax.jit(program.fresh, out_shardings=places)
 
@@ -440,46 +429,4 @@ def assembled(program: RunProgram, params: Any, lora: Any, initial: Any = None) 
         step=program.compiled_step(places),
         begin=begin,
         state_metrics=StateMetrics(program.mechanisms, program.spec, program.mesh),
-        initial=initial,
     )
-
-
-def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
-    """Adds the gates' initial adapters to ``params``; the probe measures updates from them."""
-    leaves, adapters = trees.flatten(params), trees.flatten(lora)
-    starts = {
-        f"{gate}/start_{name}": adapters[f"{gate}/{name}"] for gate in find_gates(lora) for name in "ab"
-    }
-    starts = {
-        path: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf for path, leaf in starts.items()
-    }
-    start_shardings = distributed.shardings(starts, mesh, distributed.PARAM_RULES)
-    return trees.unflatten(leaves | jax.device_put(starts, start_shardings))
-
-
-def starting_at(assembly: Assembly, lora: Any) -> Assembly:
-    """Returns the assembly with initial adapters ``lora``, non-zero B, on lowered kernels.
-
-    The kernels are lowered by the initial update of ``lora``, so the model's outputs stay the same.
-    The step function is shared, and must not be compiled yet: its params now include the initial
-    adapters of the gates.
-    """
-    initial = jax.tree.map(distributed.fetch, lora)  # a resumed run must start from the same bits
-    params = _with_starts(lower_kernels(assembly.params, initial, assembly.spec), initial, assembly.mesh)
-    return replace(
-        assembly, params=params, state=assembly.begin(initial, assembly.config.seed), initial=initial
-    )
-
-
-def exportable_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:
-    """Returns the trained adapter as plain LoRA of the original base, in host memory.
-
-    It is the adapter, its difference from its non-zero initialization, or the components that
-    AdaLoRA kept.
-    """
-    lora = jax.tree.map(distributed.fetch, lora)
-    if assembly.spec.adalora:
-        return remaining_ranks(lora, assembly.spec)
-    if assembly.initial is None:
-        return lora, assembly.spec
-    return difference_as_lora(lora, assembly.initial, assembly.spec)

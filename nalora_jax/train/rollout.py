@@ -35,13 +35,11 @@ from nalora_jax.evaluate.generate.programs import (
     Prompts,
     bucket,
     padded_rows,
-    place_batch,
-    prompt_shards,
     sample_groups,
     view_weights,
 )
 from nalora_jax.evaluate.generate.sampling import make_sampling
-from nalora_jax.layout.distributed import fetch
+from nalora_jax.layout.distributed import fetch, place_batch, prompt_shards
 from nalora_jax.layout.estimates import ROWS, program_shape
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length

@@ -26,7 +26,7 @@ from nalora_jax.data.given import Data, Format, given_sources
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.source import Source
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.evaluator import describe
+from nalora_jax.evaluate.evaluator import Answering, describe
 from nalora_jax.evaluate.run_log import ADAPTER, read_evaluation
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.layout import distributed
@@ -83,6 +83,7 @@ def fine_tune(
     kind: Kind,
     start: Start,
     *,
+    answering: Answering,
     choose_layout: ChooseLayout,
     write_card: WriteCard,
     write_report: Callable[[Path], Path],
@@ -97,6 +98,7 @@ def fine_tune(
       config: the run's settings.
       kind: reads the data, builds the program and exports the adapter.
       start: makes the initial adapters.
+      answering: completes held-out prompts for the report.
       choose_layout: chooses the mesh and the rematerialization policy of a decoder.
       write_card: writes the adapter's README.md.
       write_report: writes the report into a run's folder and returns its path.
@@ -114,7 +116,7 @@ def fine_tune(
         session.closing,
     ):
         spent = Stages()
-        inputs = read_inputs(config, kind, start, session, source)
+        inputs = read_inputs(config, kind, start, answering, session, source)
         job = prepare_job(inputs, kind, session, choose_layout)
         state = restore(job, session)
         spent.end("preparing")
@@ -159,7 +161,12 @@ def attended() -> Iterator[StopSignals]:
 
 
 def read_inputs(
-    config: RunConfig, kind: Kind, start: Start, session: Session, source: Mapping[str, Source] | None
+    config: RunConfig,
+    kind: Kind,
+    start: Start,
+    answering: Answering,
+    session: Session,
+    source: Mapping[str, Source] | None,
 ) -> Inputs:
     """Reads all that a run needs before its weights; each file is session once.
 
@@ -170,7 +177,7 @@ def read_inputs(
         use_compilation_cache()
     inputs = kind.open_inputs(start.with_adapter(config, session.recorded or None), source)
     session.check_continues(inputs.config)
-    return replace(inputs, start=start)
+    return replace(inputs, start=start, answering=answering)
 
 
 # ---------------------------------------------------------------- layout, weights, adapters, step

@@ -1,4 +1,4 @@
-"""Initial adapters of a run: read from disk, or computed from the gradient of its first batches.
+"""Initial adapters of a run: read from disk, or computed from its kernels or the gradient of its first batches.
 
 LoRA-GA's kernels are the base's kernels minus the initial update of its adapters. Another machine,
 or another number of devices, would compute singular vectors with other signs, and so other kernels.
@@ -18,7 +18,7 @@ are not lowered, and the trained adapter is plain LoRA.
 LoRA-GA (arXiv 2407.05000) uses both sides of the decomposition ``G = U S V^T``: ``A = c U[:, :r]``
 of the first r triplets and ``B = c V[:, r:2r]^T`` of the next r, ``c = d_out^(1/4) / gamma^(1/2)``.
 Up to its length, the first gradient step then changes ``A B`` by the best approximation of rank 2r
-to G. The kernel is lowered by ``s A B`` (`nalora_jax.train.program.starting_at`), so that this
+to G. The kernel is lowered by ``s A B`` (`starting_at`), so that this
 model, too, starts as the base.
 
 G is never formed. An adapter (A, B) at scale 1 has the gradients ``dB = A^T G`` and ``dA = G B^T``,
@@ -48,6 +48,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -67,7 +68,8 @@ from nalora_jax.train.initial_adapter import read_initial, warn_if_changed
 from nalora_jax.train.initial_adapter import with_adapter as with_adapter
 from nalora_jax.train.job import TrainingRows
 from nalora_jax.train.output import START, Output
-from nalora_jax.train.program import Assembly, measured_blocks, next_token, starting_at
+from nalora_jax.train.program import Assembly, measured_blocks, next_token
+from nalora_jax.weights.adapter_forms import difference_as_lora, lower_kernels, pissa_split, remaining_ranks
 from nalora_jax.weights.model_files import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -78,9 +80,9 @@ GRADIENT = ("gradient", "lora_ga")  # the values of --lora.init that read batche
 def with_start(assembly: Assembly, loaded: LoadedModel, data: TrainingRows, output: Output) -> Assembly:
     """Returns the assembly with the initial adapters that the run's settings ask for.
 
-    They are initialised in the gradient of the run's first batches, read from the adapter that the run
-    continues, or those of the assembly. A resumed run gets its adapters from its checkpoint later;
-    LoRA-GA's kernels are lowered by the stored initial adapters.
+    They are the principal components of the kernels, initialised in the gradient of the run's first
+    batches, read from the adapter that the run continues, or those of the assembly. A resumed run gets
+    its adapters from its checkpoint later; LoRA-GA's kernels are lowered by the stored initial adapters.
 
     Args:
       assembly: the run's program and weights.
@@ -93,6 +95,8 @@ def with_start(assembly: Assembly, loaded: LoadedModel, data: TrainingRows, outp
         `nalora_jax.train.initial_adapter.read_initial`.
     """
     config, folder = assembly.config, output.folder / START
+    if config.lora.init == "pissa":
+        return in_components(assembly)
     if config.lora.init in GRADIENT:
         if output.resumes:
             if config.lora.init == "gradient":
@@ -115,6 +119,54 @@ def with_start(assembly: Assembly, loaded: LoadedModel, data: TrainingRows, outp
         log.info("adapters start from %s (SHA-256 %s...)", config.adapter, config.adapter_sha256[:16])
         return replace(assembly, state=assembly.begin(lora, config.seed))
     return assembly
+
+
+def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
+    """Adds the gates' initial adapters to ``params``; the probe measures updates from them."""
+    leaves, adapters = trees.flatten(params), trees.flatten(lora)
+    starts = {
+        f"{gate}/start_{name}": adapters[f"{gate}/{name}"] for gate in find_gates(lora) for name in "ab"
+    }
+    start_shardings = distributed.shardings(starts, mesh, distributed.PARAM_RULES)
+    return trees.unflatten(leaves | jax.device_put(starts, start_shardings))
+
+
+def starting_at(assembly: Assembly, lora: Any) -> Assembly:
+    """Returns the assembly with initial adapters ``lora``, non-zero B, on lowered kernels.
+
+    The kernels are lowered by the initial update of ``lora``, so the model's outputs stay the same.
+    The step function is shared, and must not be compiled yet: its params now include the initial
+    adapters of the gates.
+    """
+    initial = jax.tree.map(distributed.fetch, lora)  # a resumed run must start from the same bits
+    return _lowered(assembly, lower_kernels(assembly.params, initial, assembly.spec), initial)
+
+
+def in_components(assembly: Assembly) -> Assembly:
+    """Returns the assembly with PiSSA's initial adapters, the principal components of its kernels; as `starting_at`."""
+    params, lora = pissa_split(assembly.params, assembly.spec)
+    return _lowered(assembly, params, jax.tree.map(distributed.fetch, lora))
+
+
+def _lowered(assembly: Assembly, params: Any, initial: Any) -> Assembly:
+    """Returns the assembly with initial adapters in host memory on kernels that were lowered by them."""
+    params = _with_starts(params, initial, assembly.mesh)
+    state = assembly.begin(initial, assembly.config.seed)
+    return replace(assembly, params=params, state=state, initial=initial)
+
+
+def exportable_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:
+    """Returns the trained adapter as plain LoRA of the original base, in host memory.
+
+    It is the adapter, its difference from its non-zero initialization, or the components that
+    AdaLoRA kept.
+    """
+    lora = jax.tree.map(distributed.fetch, lora)
+    if assembly.spec.adalora:
+        return remaining_ranks(lora, assembly.spec)
+    if assembly.initial is None:
+        return lora, assembly.spec
+    return difference_as_lora(lora, assembly.initial, assembly.spec)
 
 
 def first_adapters(assembly: Assembly, base: ModelConfig, data: TrainingRows, seed: int) -> dict[str, Any]:
@@ -173,7 +225,7 @@ def gradient_adapters(
 
     With ``--lora.init gradient``, the columns have the mean length of LoRA's columns, and B is
     zero. With ``lora_ga``, B holds right singular vectors, and the caller has to lower the kernels
-    (`nalora_jax.train.program.starting_at`).
+    (`starting_at`).
 
     Args:
       assembly: the run's assembly.

@@ -58,7 +58,7 @@ def test_several_tasks_are_measured_as_each_alone_and_every_item_is_written(plac
     ):
         config = replace(data, dataset=name.partition("[")[0], train_split=split, eval_limit=20)
         items = eval_examples(config, tokenizer, split=split)
-        alone = TextEvaluator(model.module, tokenizer, items).measure(model.base.params, model.lora)
+        alone = TextEvaluator(model.module, None, items).measure(model.base.params, model.lora)
         assert {key: pytest.approx(value, rel=1e-6) for key, value in numbers.items()} == {
             key: value for key, value in alone.items() if key in numbers
         }

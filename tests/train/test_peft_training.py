@@ -15,8 +15,8 @@ import pytest
 from nalora_jax.common import trees
 from nalora_jax.config import AdaLoRAConfig, ComputeConfig, LoRAConfig, LoRARule, OptimizerConfig, RunConfig
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.program import Assembly, assemble, starting_at
-from nalora_jax.train.start import gradient_adapters
+from nalora_jax.train.program import Assembly, assemble
+from nalora_jax.train.start import gradient_adapters, in_components, starting_at
 from tests import tiny
 from tests.param_trees import params_from_tensors
 
@@ -82,7 +82,9 @@ def our_start(
         **more,
     )
     made = assemble(config, *base[1:], tiny.one_device())
-    return starting_at(made, gradient_adapters(made, base[1], [first], 0)) if method == "LoRA-GA" else made
+    if method == "LoRA-GA":
+        return starting_at(made, gradient_adapters(made, base[1], [first], 0))
+    return in_components(made) if method == "PiSSA" else made
 
 
 def their_start(base: tuple[Any, ModelConfig, Any], first: dict[str, np.ndarray], method: str) -> Any:

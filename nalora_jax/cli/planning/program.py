@@ -179,7 +179,7 @@ def rollout_and_arguments(
     rl = config.rl
     program, params, state, _ = _program_and_state(config, base, mesh)
     prompts = config.train.batch_size // rl.samples
-    _, count, samples = estimates.program_shape(prompts, rl.samples, programs.prompt_shards(mesh))
+    _, count, samples = estimates.program_shape(prompts, rl.samples, distributed.prompt_shards(mesh))
     longest = programs.padded_length(config.data.max_length - rl.max_new_tokens, minimum=16)
 
     def of(shape: tuple[int, ...], dtype: Any, spec: P = P(BATCH_AXES)) -> Any:  # noqa: B008

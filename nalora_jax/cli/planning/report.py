@@ -16,9 +16,9 @@ from nalora_jax.cli.planning.program import (
     step_and_arguments,
 )
 from nalora_jax.config import RunConfig
-from nalora_jax.evaluate.generate.programs import prompt_shards
 from nalora_jax.layout import accounting, distributed, estimates, machines
 from nalora_jax.layout.decide import Compiled, decide
+from nalora_jax.layout.distributed import prompt_shards
 from nalora_jax.layout.figures import Figures, Roofline, bounded, figures, kernel_flops, roofline
 from nalora_jax.layout.layouts import fastest, fitting, fitting_sweep
 from nalora_jax.method.transform import with_gate_state

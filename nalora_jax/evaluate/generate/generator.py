@@ -16,6 +16,7 @@ from nalora_jax.config.settings import GenerationConfig
 from nalora_jax.config.structured import ranges
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.evaluator import SAMPLE_TOKENS, Answers
 from nalora_jax.evaluate.generate.programs import (
     NO_TOKEN,
     Prompts,
@@ -24,14 +25,12 @@ from nalora_jax.evaluate.generate.programs import (
     decode,
     padded_length,
     padded_rows,
-    place_batch,
     prefill,
-    prompt_shards,
     see,
     view_weights,
 )
 from nalora_jax.evaluate.generate.sampling import make_sampling
-from nalora_jax.layout.distributed import fetch
+from nalora_jax.layout.distributed import fetch, place_batch, prompt_shards
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
 
@@ -200,6 +199,20 @@ class Completion:
     # without a token that extends into the stop text.
     ids: tuple[int, ...]
     reason: Literal["stop", "length"]  # a stop token or text, or the maximum number of tokens
+
+
+def answering(
+    model: Decoder, tokenizer: Tokenizer, mesh: Mesh | None = None, processor: ImageProcessor | None = None
+) -> Answers:
+    """Returns a function that completes prompts for the samples of an evaluator; `Generator` has the arguments."""
+
+    def answers(
+        variables: Mapping[str, Any], prompts: Sequence[Sequence[int]], images: Sequence[Any] | None
+    ) -> list[Completion]:
+        generator = Generator(model, variables, tokenizer, mesh=mesh, processor=processor)
+        return generator.complete(prompts, images=images, max_new_tokens=SAMPLE_TOKENS)
+
+    return answers
 
 
 class Generator:

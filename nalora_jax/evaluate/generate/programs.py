@@ -7,7 +7,6 @@ their number small.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,10 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.sampling import Array, Sampling, next_tokens, seen_tokens, with_token
 from nalora_jax.models.cache import Cache, grow, repeat
@@ -364,21 +360,3 @@ def _with_uncut_runs(ids: Sequence[int], token: int, chunk: int) -> list[int]:
             row += [GAP] * left
         row += run
     return row
-
-
-def prompt_shards(mesh: Mesh | None) -> int:
-    """Returns the number of parts into which the mesh splits a batch."""
-    if mesh is None:
-        return 1
-    return math.prod(mesh.shape[axis] for axis in _batch_axes(mesh))
-
-
-def place_batch(tree: Any, mesh: Mesh | None) -> Any:
-    """Returns host arrays ``[batch, ...]`` placed on the mesh; without a mesh, unchanged."""
-    if mesh is None:
-        return tree
-    return jax.device_put(tree, NamedSharding(mesh, P(_batch_axes(mesh))))
-
-
-def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    return tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)

@@ -23,6 +23,7 @@ from nalora_jax.config import RunConfig, check
 from nalora_jax.data.given import Data, Format
 from nalora_jax.errors import Interrupted, NaloraError, TrainingDivergedError
 from nalora_jax.evaluate import evaluator, run_log
+from nalora_jax.evaluate.generate.generator import answering
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import TrainState
 from nalora_jax.models.adapters import adapter_spec
@@ -155,7 +156,7 @@ def _opened(
     resume: bool | Literal["auto"] = "auto" if config.resume else False
     console, callbacks = _Named(Path(config.output).name), make_callbacks(config.callbacks)
     session = stack.enter_context(open_session(replace(config, resume=resume), stop, callbacks, console))
-    return _Run(read_inputs(config, kinds.run_kind(config), start, session, source), session)
+    return _Run(read_inputs(config, kinds.run_kind(config), start, answering, session, source), session)
 
 
 def _key(run: _Run) -> str:

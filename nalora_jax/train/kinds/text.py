@@ -30,7 +30,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.train.inputs import check_layout, check_longest, open_records, settled, stream_shape
 from nalora_jax.train.job import Inputs, Job, original
-from nalora_jax.train.program import Assembly, assemble, exportable_adapter
+from nalora_jax.train.program import Assembly, assemble
 from nalora_jax.weights.hub import resolve_source
 from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
 from nalora_jax.weights.new_tokens import tokenizer_writer, with_added
@@ -126,7 +126,8 @@ def evaluator(inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: An
     """Returns the evaluator of some held-out examples."""
     model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
     every = [*inputs.held_out[0], *inputs.held_out[1]]
-    return TextEvaluator(model, loaded.tokenizer, items, mesh=mesh, fitting=every)
+    answers = inputs.answering(model, loaded.tokenizer, mesh) if inputs.answering else None
+    return TextEvaluator(model, answers, items, mesh=mesh, fitting=every)
 
 
 def export_run(job: Job, folder: Path, state: TrainState, share: Callable[[str], None]) -> None:
@@ -142,7 +143,8 @@ def export_run(job: Job, folder: Path, state: TrainState, share: Callable[[str],
       NaloraError: the files cannot be written, or differ from the trained adapter.
     """
     loaded, assembly = cast(LoadedModel, job.loaded), job.assembly
-    lora, spec = exportable_adapter(assembly, state.lora)
+    assert job.inputs.start is not None
+    lora, spec = job.inputs.start.exportable_adapter(assembly, state.lora)
     distributed.on_first_process(lambda: write_adapter(folder, loaded, lora, spec, overwrite=True))
     share(folder.name)
     difference = _difference(loaded, assembly, state.lora, folder, job.data.batches())

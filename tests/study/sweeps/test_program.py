@@ -29,7 +29,8 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.study.sweeps.program import SweepProgram, batch_of
 from nalora_jax.study.sweeps.values import program_key
 from nalora_jax.train.kinds import decoder_parts
-from nalora_jax.train.program import Assembly, assemble, starting_at
+from nalora_jax.train.program import Assembly, assemble
+from nalora_jax.train.start import starting_at
 from tests import tiny
 from tests.param_trees import init_params
 
