@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gguf
 import numpy as np
 import pyarrow as pa
 import tokenizers
@@ -154,7 +155,7 @@ def _use_adapter(folder):
 
 def _gguf(folder):
     def more(writer):
-        blocks = gguf_files.GGMLQuantizationType.Q8_0
+        blocks = gguf.GGMLQuantizationType.Q8_0
         writer.add_chat_template(CHATML)
         writer.add_tensor("blk.0.more.weight", np.ones((32, 34), np.uint8), raw_dtype=blocks)
 

@@ -1,4 +1,4 @@
-"""Losses and advantages of policy gradients equal those of TRL's trainers, as recorded from their methods."""
+"""Losses and advantages of policy gradients equal those of TRL's trainers; see trl_policy_losses.py."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from nalora_jax import run
 from nalora_jax.data import store
 from nalora_jax.data.sources import FileSource
 from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.train import inputs, optimizers
-from nalora_jax.weights import model_files
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -37,7 +37,8 @@ def test_a_run_opens_sources_tokenizer_and_model_config_once(tmp_path, monkeypat
     monkeypatch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path / "cache"))
     from_folder = _counted(counts, "tokenizer", Tokenizer.from_folder)
     monkeypatch.setattr(Tokenizer, "from_folder", staticmethod(from_folder))
-    monkeypatch.setattr(model_files, "read", _counted(counts, "config", model_files.read))
+    from_hf = _counted(counts, "config", ModelConfig.from_hf)
+    monkeypatch.setattr(ModelConfig, "from_hf", staticmethod(from_hf))
     monkeypatch.setattr(FileSource, "__init__", _counted(counts, "source", FileSource.__init__))
     monkeypatch.setattr(store, "render_record", _counted(counts, "rendered", store.render_record))
     resolve = _counted(counts, "rate", optimizers.with_learning_rate)
