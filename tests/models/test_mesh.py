@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -203,7 +202,7 @@ def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
     trained = build_model(RunConfig(compute=ComputeConfig(dtype="float32")), base, AdapterSpec(), mesh)
     evaluated = Assembly.eval_model.fget(SimpleNamespace(model=trained))
     loaded = SimpleNamespace(config=base, params=jax.eval_shape(init_params, base, jax.random.key(0)))
-    monkeypatch.setattr(import_module("nalora_jax.train.adapted"), "load_model", lambda *_, **__: loaded)
+    monkeypatch.setattr("nalora_jax.train.adapted.load_model", lambda *_, **__: loaded)
     for model in (evaluated, load("some", mesh=mesh, resolved=loaded).module):
         assert model.activation_sharding is None
         assert model.routing_sharding.spec[0] == BATCH_AXES
