@@ -13,6 +13,7 @@ from tests import tiny
 
 # The second process stops before its eighth step, so that the first waits for it.
 STALLED = """
+import time
 import jax
 from nalora_jax.train import loop
 
