@@ -131,6 +131,13 @@ def test_repetitions_are_penalised_as_in_transformers(generator):
     assert drawn != generator.complete(prompts, **options)
 
 
+def test_a_seen_token_becomes_less_likely_whatever_the_sign_of_its_logit():
+    logits = np.array([[-1.0, -1.2, -9.0], [1.0, 0.9, -9.0]], np.float32)
+    sampling, seen = make_sampling(2, repetition_penalty=1.3), jnp.array([[True, False, False]] * 2)
+    drawn = next_tokens(jnp.asarray(logits), sampling, jnp.int32(0), seen)
+    assert drawn.tolist() == [1, 1]
+
+
 def test_tokens_are_drawn_as_often_as_the_tempered_softmax_says():
     logits = np.array([2.0, 1.0, 0.0, -1.0, -30.0], np.float32)
     rows = 4000
