@@ -129,9 +129,6 @@ def test_users_own_tfds_data_set(tmp_path, monkeypatch):
             read()
 
 
-# ---------------------------------------------------------------- mixtures and held-out records
-
-
 def test_weights_say_how_often_a_record_is_seen(write_jsonl):
     a, b, held = (
         write_jsonl(*records(name, count), name=f"{name}.jsonl")
@@ -179,9 +176,6 @@ def test_a_split_of_its_own_is_taken(tmp_path):
     assert [len(source) for source in open_pair(config)] == [9, 5]
     assert split_to_measure(config) == "validation"
     assert split_to_measure(DataConfig(dataset=str(tmp_path / "train.jsonl"))) == "train"
-
-
-# ---------------------------------------------------------------- records of a program
 
 
 def test_records_of_a_program():

@@ -100,8 +100,6 @@ def test_what_is_missing_is_named(picture_folder):
             read()
 
 
-# ---------------------------------------------------------------- what a run trains on
-
 PROCESSOR = ImageProcessor(resize=(12, 12))
 
 
