@@ -1,5 +1,7 @@
-"""Files that are written whole, and symbolic links of strangers, which are refused or replaced."""
+"""Files that are written whole, and links of strangers, which are refused or replaced."""
 
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -88,3 +90,18 @@ def test_a_file_of_a_model_may_be_a_link_within_its_folder_and_the_hub_s_cache(t
     message = r"merges.txt: expected a file of that folder, found a link to"
     with nullcontext() if accepted else pytest.raises(NaloraError, match=message):
         refuse_link_out(folder, "merges.txt")
+
+
+PRINTS = """
+import os, sys
+from nalora_jax.common import terminal
+terminal.open_closed_streams()
+with open(sys.argv[1], "w") as file:
+    os.write(2, b"error")
+"""
+
+
+def test_errors_of_a_process_without_standard_error_are_not_written_into_its_files(tmp_path):
+    command = ["/bin/sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", PRINTS]
+    subprocess.run([*command, str(tmp_path / "file")], check=True)
+    assert (tmp_path / "file").read_text() == ""
