@@ -1,4 +1,4 @@
-"""Callbacks: settings as typed, one that fails, and what the trackers are told; tests/test_run_data.py has the order."""
+"""Callbacks: settings, failures, and the numbers that trackers get; tests/test_run_data.py shows the order of calls."""
 
 from __future__ import annotations
 

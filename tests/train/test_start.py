@@ -16,7 +16,6 @@ import pytest
 from nalora_jax.common import trees
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train import start
 from nalora_jax.train.output import START, Output
@@ -102,9 +101,6 @@ def test_a_holds_the_gradients_left_singular_vectors_and_b_is_zero(made, found) 
             u = np.linalg.svd(gradients[path][layer], full_matrices=False)[0]
             same_directions(a[:, :rank], u[:, :rank])
             assert not np.any(a[:, rank:])  # of a layer whose rank is below the stack's
-    fresh = trees.flatten(made.begin(init_lora(BASE, made.spec, jax.random.key(0)), 0).lora)
-    shapes = ({path: leaf.shape for path, leaf in tree.items()} for tree in (lora, fresh))
-    assert next(shapes) == next(shapes)
 
 
 def test_slope_weights_the_gates_columns_and_the_placebo_permutes_them(made, found) -> None:
@@ -175,7 +171,6 @@ def test_a_plain_gradient_start_is_in_the_checkpoint(made: Assembly, tmp_path: P
     [
         ("No such file", lambda folder: shutil.rmtree(folder)),
         ("not what was written", lambda folder: (folder / "adapter.safetensors").write_bytes(b"other")),
-        ("is missing", lambda folder: (folder / "adapter.safetensors").unlink()),
     ],
 )
 def test_a_start_that_is_not_there_or_damaged_is_refused(lowering, tmp_path, found, harm) -> None:
