@@ -85,11 +85,6 @@ def test_the_reward_of_the_page_is_registered_by_its_file(monkeypatch: pytest.Mo
     assert reward("a prompt", "x" * 50, {"answer": "y"}) == -0.5
 
 
-def _slow(prompt: str, completion: str, record: Any) -> float:
-    time.sleep(5)
-    return 0.0
-
-
 def _raises(prompt: str, completion: str, record: Any) -> float:
     return record["missing"]
 
@@ -98,7 +93,7 @@ def _raises(prompt: str, completion: str, record: Any) -> float:
     ("reward", "found"),
     [
         (_raises, "missing"),
-        (_slow, "no value after 0.05 s"),
+        (lambda *_: time.sleep(5), "no value after 0.05 s"),
         (lambda *_: float("nan"), "the value nan"),
         (lambda *_: "x", "x"),
     ],
