@@ -60,7 +60,6 @@ def test_settings_are_typed_as_their_defaults() -> None:
 
 
 def raising(event: str, error: Exception) -> mock.Mock:
-    """A callback that raises an error."""
     return mock.Mock(spec=Callback, **{f"{event}.side_effect": error})
 
 
@@ -84,48 +83,42 @@ def test_one_that_fails_is_left_out_and_the_others_go_on(tmp_path, caplog) -> No
         Callbacks(own, [no_server]).start(Started(tmp_path, {}))
 
 
-def test_tensorboard_events_hold_the_scalars(tmp_path: Path) -> None:
-    from tensorboardX.proto.event_pb2 import Event
-
+def test_tensorboard_is_told_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/test_run_data.py has its files."""
+    writer = mock.MagicMock()
+    monkeypatch.setattr("tensorboardX.SummaryWriter", writer)
     tell(TensorBoard(), tmp_path)
-    data = next((tmp_path / "tensorboard").iterdir()).read_bytes()
-    found: dict[tuple[str, int], float] = {}
-    at = 0
-    while at < len(data):  # TFRecord: length (8 bytes), crc (4), the event, crc (4)
-        size = int.from_bytes(data[at : at + 8], "little")
-        event = Event.FromString(data[at + 12 : at + 12 + size])
-        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-        at += 16 + size
-    assert found == {
-        ("before/loss", 0): 2.0,
-        ("before/n", 0): 4.0,
-        ("train/loss", 7): 1.5,
-        ("limit/layer_00", 7): 0.25,
-        ("eval/loss", 7): 2.0,
-        ("eval/n", 7): 4.0,
-    }
+    writer.assert_called_with(str(tmp_path / "tensorboard"), purge_step=None)
+    assert [call.args for call in writer.return_value.add_scalar.call_args_list] == [
+        ("before/loss", 2.0, 0),
+        ("before/n", 4.0, 0),
+        ("train/loss", 1.5, 7),
+        ("limit/layer_00", 0.25, 7),
+        ("eval/loss", 2.0, 7),
+        ("eval/n", 4.0, 7),
+    ]
+    writer.return_value.close.assert_called_with()
+    tell(TensorBoard(), tmp_path, step=3)
+    writer.assert_called_with(str(tmp_path / "tensorboard"), purge_step=4)
 
 
 def test_weights_and_biases_is_told_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = mock.MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run, ids = wandb.init.return_value, []
-    for name, folder, step, message in (
-        ("wandb:project=gates,mode=offline", tmp_path, 0, ""),
-        ("wandb", tmp_path, 3, "stopped"),
-        ("wandb", tmp_path / "other", 0, ""),
-    ):
-        tell(*make_callbacks([name]), folder, step=step, message=message)
-        ids.append(wandb.init.call_args.kwargs["id"])
-        run.finish.assert_called_with(exit_code=int(bool(message)))
-    assert ids[0] == ids[1] != ids[2]
-    settings = wandb.init.call_args_list[0].kwargs
-    assert (settings["project"], settings["mode"], settings["name"]) == ("gates", "offline", tmp_path.name)
-    assert settings["config"]["lora"] == {"rules": [{"rank": 4}]}
+    run = wandb.init.return_value
+    tell(*make_callbacks(["wandb:project=gates,mode=offline"]), tmp_path)
+    run.finish.assert_called_with(exit_code=0)
     run.define_metric.assert_any_call("*", step_metric="step")
     run.log.assert_any_call({"step": 7, "train/loss": 1.5, "limit/layer_00": 0.25})
     run.log.assert_any_call({"step": 0, "before/loss": 2.0, "before/n": 4})
     run.summary.__setitem__.assert_called_with("best_step", 7)
+    tell(*make_callbacks(["wandb"]), tmp_path, step=3, message="stopped")
+    run.finish.assert_called_with(exit_code=1)
+    tell(*make_callbacks(["wandb"]), tmp_path / "other")
+    first, resumed, other = (call.kwargs for call in wandb.init.call_args_list)
+    assert first["id"] == resumed["id"] != other["id"]
+    assert (first["project"], first["mode"], first["name"]) == ("gates", "offline", tmp_path.name)
+    assert first["config"]["lora"] == {"rules": [{"rank": 4}]}
 
 
 def test_a_missing_tracker_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

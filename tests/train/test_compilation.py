@@ -10,12 +10,10 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from nalora_jax.train.compilation import use_compilation_cache
 
-pytestmark = pytest.mark.usefixtures("as_before")
-
 SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     yield

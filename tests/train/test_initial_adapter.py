@@ -29,13 +29,8 @@ TENSORS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_model(tmp_path_factory.mktemp("base") / "model")
-
-
-@pytest.fixture(scope="module")
-def loaded(model: Path) -> LoadedModel:
-    return load_model(str(model), dtype="float32")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_model(str(tiny.make_model(tmp_path_factory.mktemp("base") / "model")), dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +45,10 @@ def adapter(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def test_a_run_has_the_adapter_s_base_settings_digest_and_values(model, loaded, adapter) -> None:
+def test_a_run_has_the_adapter_s_base_settings_digest_and_values(loaded, adapter) -> None:
     """Here rsLoRA and a trained table; DoRA and trained rows are in tests/test_run_adapter.py."""
     config = with_adapter(RunConfig(adapter=str(adapter)))
-    assert config.model == str(model)
+    assert config.model == loaded.source
     assert config.adapter_sha256 == hashlib.sha256((adapter / TENSORS).read_bytes()).hexdigest()
     assert replace(config.lora, rules=RULES) == LORA
     spec = adapter_spec(config, loaded.config)
@@ -76,7 +71,6 @@ def test_named_settings_stay(adapter: Path) -> None:
     ("changes", "match"),
     [
         ({"lora": LoRAConfig(rules=(LoRARule("1/ffn/up_proj", 3, 6.0), *RULES[1:]))}, r"alpha 5 at .*1\],.*alpha 6"),
-        ({"lora": LoRAConfig(dora=True)}, r"--lora\.dora: expected False, as in the adapter"),
         ({"lora": LoRAConfig(init="pissa")}, r"--lora\.init: expected default with --adapter"),
         ({"adalora": AdaLoRAConfig(target_rank=4)}, r"--adalora\.target-rank: expected 0 with --adapter"),
         ({"preference": PreferenceConfig(loss="dpo")}, "--preference.loss: expected none .*nalora merge"),

@@ -14,8 +14,8 @@ from nalora_jax.train.log import MetricsLog
 MACHINE = {"versions": {"jax": "0.10"}, "device": "cpu"}
 
 
-def write_steps(folder, steps, **options):
-    with MetricsLog(folder, **options) as log:
+def write_steps(folder, steps):
+    with MetricsLog(folder) as log:
         log.start({"steps": 100}, **MACHINE)
         for step in steps:
             log.write({"step": step, "loss": np.float32(1.0 / step)})

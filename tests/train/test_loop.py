@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,34 +16,16 @@ from nalora_jax.method.step import TrainState
 from nalora_jax.train.loop import FitResult, Follower, LoopEvaluation, Schedule, run_steps
 
 
-class Hooks:
-    """Notes what it is asked for; held-out scores are ``scores`` of the steps, or the steps themselves."""
+def make_hooks(scores: Sequence[float] = range(1, 100)) -> mock.Mock:
+    """Hooks that measure these held-out scores, by step."""
 
-    def __init__(self, scores: Any = range(1, 100)) -> None:
-        self.saved: list[tuple[int, float | None]] = []
-        self.evaluated: list[int] = []
-        self.logged: list[float] = []
-        self.scores = scores
+    def evaluate(step: int, state: TrainState) -> LoopEvaluation:
+        return LoopEvaluation(scores[step - 1], {"loss": -scores[step - 1]})
 
-    def log(self, step: int, record: Any, state: TrainState) -> None:
-        self.logged.append(record["loss"])
-
-    def advance(self, step: int) -> None:
-        pass
-
-    def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
-        self.evaluated.append(step)
-        score = float(self.scores[step - 1])
-        return LoopEvaluation(score, {"loss": -score})
-
-    def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
-        self.saved.append((step, measured and measured.metrics["loss"]))
-
-    def asked_to_stop(self, step: int) -> bool:
-        return False
+    return mock.Mock(**{"evaluate.side_effect": evaluate, "asked_to_stop.return_value": False})
 
 
-def run(hooks: Hooks, schedule: Schedule, *, diverges_at: int = 0, params: Any = None) -> FitResult:
+def run(hooks: mock.Mock, schedule: Schedule, *, diverges_at: int = 0, params: Any = None) -> FitResult:
     """Steps whose loss is finite, also after a moment of the optimizer has become infinite."""
 
     @jax.jit
@@ -59,18 +43,20 @@ def run(hooks: Hooks, schedule: Schedule, *, diverges_at: int = 0, params: Any =
 
 
 def test_it_evaluates_and_saves_at_its_intervals_and_after_the_last_step() -> None:
-    hooks = Hooks()
+    hooks = make_hooks()
     result = run(hooks, Schedule(steps=7, log_every=2, eval_every=4, save_every=3))
     assert (result.step, result.interrupted, result.stopped_early) == (7, False, False)
-    assert hooks.evaluated == [4, 7]
-    assert hooks.saved == [(3, None), (4, -4.0), (6, None), (7, -7.0)]
+    assert [call.args[0] for call in hooks.evaluate.call_args_list] == [4, 7]
+    saved = [(step, measured and measured.score) for (step, _, measured), _ in hooks.save.call_args_list]
+    assert saved == [(3, None), (4, 4), (6, None), (7, 7)]
 
 
 def test_the_logged_loss_is_the_mean_over_loss_tokens() -> None:
     """Here the loss of step n is n, of n tokens."""
-    hooks = Hooks()
+    hooks = make_hooks()
     run(hooks, Schedule(steps=5, log_every=3, eval_every=0, save_every=0))
-    assert hooks.logged == pytest.approx([(1 + 4 + 9) / 6, (16 + 25) / 9])
+    losses = [call.args[1]["loss"] for call in hooks.log.call_args_list]
+    assert losses == pytest.approx([(1 + 4 + 9) / 6, (16 + 25) / 9])
 
 
 @pytest.mark.parametrize(
@@ -84,16 +70,16 @@ def test_the_logged_loss_is_the_mean_over_loss_tokens() -> None:
 )
 def test_a_run_stops_after_evaluations_without_a_better_metric(patience, scores, last) -> None:
     schedule = Schedule(steps=4, log_every=1, eval_every=1, save_every=0, patience=patience)
-    result = run(Hooks(scores), schedule)
+    result = run(make_hooks(scores), schedule)
     assert (result.step, result.stopped_early) == (last, last < 4)
 
 
 def test_a_state_that_has_diverged_is_not_saved_though_its_loss_is_finite() -> None:
-    hooks, schedule = Hooks(), Schedule(steps=8, log_every=1, eval_every=0, save_every=2)
+    hooks, schedule = make_hooks(), Schedule(steps=8, log_every=1, eval_every=0, save_every=2)
     message = r"step 4: opt_state/mu: expected finite numbers, .*are kept"
     with pytest.raises(TrainingDivergedError, match=message):
         run(hooks, schedule, diverges_at=3)
-    assert [step for step, _ in hooks.saved] == [2]
+    assert [call.args[0] for call in hooks.save.call_args_list] == [2]
     kernels = jnp.ones((4, 2, 2)).at[2, 1, 0].set(jnp.nan)
     message = (
         r"the base model: layers/kernel\[2\]: expected finite numbers, found NaN .* in 1 of its arrays"

@@ -47,16 +47,13 @@ def test_a_factor_is_a_learning_rate_of_its_own() -> None:
     assert not np.allclose(found["layers/ffn/gate_proj/a"], found["layers/ffn/up_proj/a"], atol=1e-3)
 
 
-def test_a_pattern_without_an_adapter_is_refused() -> None:
+def test_a_negative_factor_and_a_pattern_without_an_adapter_are_refused() -> None:
+    with pytest.raises(NaloraError, match="--optimizer.rates"):
+        check(RunConfig(optimizer=OptimizerConfig(rates=(("gate", -1.0),))))
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, rates=(("attn", 2.0),)), 3)
     message = "--optimizer.rates.*'attn', which matches nothing.*layers/ffn/gate_proj"
     with pytest.raises(NaloraError, match=message):
         optimizer.init(LORA)
-
-
-def test_a_negative_factor_is_refused() -> None:
-    with pytest.raises(NaloraError, match="--optimizer.rates"):
-        check(RunConfig(optimizer=OptimizerConfig(rates=(("gate", -1.0),))))
 
 
 LEFT = RunConfig(optimizer=OptimizerConfig(learning_rate=0.0))

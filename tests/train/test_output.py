@@ -49,9 +49,6 @@ def test_output_must_be_new_or_resumed(tmp_path: Path) -> None:
         assert list(new.iterdir()) == []
     with pytest.raises(NaloraError, match=r"--resume: expected a checkpoint in .*checkpoints, found none"):
         opened(new, True)
-    with pytest.raises(NaloraError, match="--resume"):
-        opened(tmp_path / "never", True)
-    assert not (tmp_path / "never").exists()
     save(new, 1)
     assert opened(new, True)
     assert opened(new, "auto")
@@ -116,8 +113,6 @@ URL = "s3://bucket/run"
 
 
 class Store(MemoryFileSystem):
-    """A store, as far as paths and files go."""
-
     protocol = ("s3", "s3a")
     store: dict[str, Any] = {}  # noqa: RUF012
     pseudo_dirs = [""]  # noqa: RUF012
@@ -143,10 +138,6 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
     clear()
 
 
-def names(store: dict[str, Any]) -> set[str]:
-    return {path.removeprefix("/bucket/run/") for path in store}
-
-
 def test_what_is_finished_is_in_the_store_and_another_machine_goes_on_from_it(store, monkeypatch):
     with open_output(URL, False) as output:
         assert not output.resumes
@@ -156,14 +147,13 @@ def test_what_is_finished_is_in_the_store_and_another_machine_goes_on_from_it(st
         unfinished = output.folder / FOLDER / f"3{ocp_path.atomicity_types.TMP_DIR_SUFFIX}"
         unfinished.mkdir()
         (unfinished / "part").write_text("half")
-        assert HOLDER in names(store)
-    there = names(store)
-    assert "metrics.jsonl" in there
-    assert not [name for name in there for part in ("half", "tmp", "lock", ".scratch") if part in name]
+        assert f"/bucket/run/{HOLDER}" in store
+    assert "/bucket/run/metrics.jsonl" in store
+    assert not [name for name in store for part in ("half", "tmp", "lock", ".scratch") if part in name]
     # The copy of the newest checkpoint is cut off after its digests: it is damaged, and the one before it taken.
     order = [path for path in store if f"{FOLDER}/2/" in path]
     digests = [path for path in order if path.endswith("digests.json")]
-    assert order[: len(digests)] == digests
+    assert order[: len(digests)] == digests != []
     for path in order[len(digests) + 1 :]:
         del store[path]
     monkeypatch.setenv("NALORA_CACHE", str(output.folder.parents[2] / "another machine"))
@@ -175,7 +165,7 @@ def test_what_is_finished_is_in_the_store_and_another_machine_goes_on_from_it(st
             state, data = checkpoints.restore("latest", {"x": jnp.zeros(3)})
         assert (float(state["x"][0]), data) == (1.0, {"row": 1})
         save(again.folder, 5, 6)  # two are kept
-    assert not [name for name in names(store) if name.startswith(f"{FOLDER}/1/")]
+    assert not [name for name in store if f"{FOLDER}/1/" in name]
 
 
 def test_a_store_that_holds_a_run_or_that_another_machine_writes_to_is_refused(store):

@@ -134,9 +134,6 @@ def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(toke
     assert abs(float(value) - np.log(2)) > 0.005
 
 
-# ---------------------------------------------------------------- data
-
-
 USER = [{"role": "user", "content": "x"}]
 CHOSEN, REJECTED = ([{"role": "assistant", "content": text}] for text in "yz")
 
@@ -181,9 +178,6 @@ def test_long_pairs_are_dropped_cut_or_refused(tokenizer, caplog):
 def test_records_that_are_no_pairs_name_themselves(tokenizer, record, said):
     with pytest.raises(NaloraError, match=f"pairs, record 1.*{said}"):
         pairs(tokenizer, records=[RECORDS[0], record])
-
-
-# ---------------------------------------------------------------- a whole run
 
 
 @pytest.mark.usefixtures("one_device")

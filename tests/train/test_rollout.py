@@ -49,22 +49,26 @@ def rewarded(reward: Counting) -> tuple[str]:
 
 
 @pytest.fixture(scope="module")
-def sampler(tokenizer) -> Sampler:
-    made, _ = assembled(PreferenceConfig("none"))
+def assembly():
+    return assembled(PreferenceConfig("none"))
+
+
+@pytest.fixture(scope="module")
+def lora(assembly):
+    return assembly[1].lora
+
+
+@pytest.fixture(scope="module")
+def sampler(assembly, tokenizer) -> Sampler:
+    made, _ = assembly
     rl = RLConfig(samples=SAMPLES, max_new_tokens=LIMIT, temperature=0.9, rewards=rewarded(Counting()))
-    model, params, mesh = made.eval_model, made.params, made.mesh
-    return Sampler(rl, model, params, tokenizer, mesh, prompts=len(TEXTS), seed=3, longest=6, rows=8)
+    options = {"prompts": len(TEXTS), "seed": 3, "longest": 6, "rows": 8}
+    return Sampler(rl, made.eval_model, made.params, tokenizer, made.mesh, **options)
 
 
 @pytest.fixture(scope="module")
 def asked(tokenizer) -> list[Prompt]:
-    texts = enumerate(TEXTS)
-    return [Prompt(tokenizer.encode(text), text, {"answer": i}, f"file:{i}") for i, text in texts]
-
-
-@pytest.fixture(scope="module")
-def lora():
-    return assembled(PreferenceConfig("none"))[1].lora
+    return [Prompt(tokenizer.encode(t), t, {"answer": i}, f"file:{i}") for i, t in enumerate(TEXTS)]
 
 
 def test_log_probabilities_of_generator_and_training_agree(sampler, asked, lora) -> None:

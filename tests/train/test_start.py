@@ -102,8 +102,6 @@ def test_a_holds_the_left_singular_vectors_of_the_weighted_gradient_and_b_is_zer
     assert np.abs(weights - placebo).max(axis=1).min() > 1e-2
 
 
-# ---------------------------------------------------------------- a start that was kept
-
 LOADED: Any = SimpleNamespace(config=BASE)
 
 
@@ -128,17 +126,14 @@ def started(assembly: Assembly, folder: Path, *, resumes: bool = True) -> Assemb
     return start.with_start(assembly, LOADED, rows, Output(folder, resumes=resumes))
 
 
-def test_a_continuation_has_the_start_to_the_bit(lowering, begun, tmp_path) -> None:
+def test_a_continuation_has_the_start_to_the_bit(made, lowering, begun, tmp_path) -> None:
+    assert started(made, tmp_path) is made  # nothing is lowered: its start is in the checkpoint
     again = started(lowering, tmp_path)
     kernels = (trees.flatten(one.params)["layers/ffn/gate_proj/kernel"] for one in (lowering, begun))
     assert not np.array_equal(*kernels)
     for ours, theirs in ((again.params, begun.params), (again.initial, begun.initial)):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     assert sorted(path.name for path in tmp_path.iterdir()) == [START]  # no scratch files
-
-
-def test_a_plain_gradient_start_is_in_the_checkpoint(made: Assembly, tmp_path: Path) -> None:
-    assert started(made, tmp_path) is made
 
 
 @pytest.mark.usefixtures("begun")

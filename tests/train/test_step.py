@@ -47,6 +47,7 @@ CONFIG = RunConfig(
     compute=ComputeConfig(dtype="float32", probe_stride=1),
 )
 ROWS, SEQ = 8, 16
+SOUND = Decoder.apply
 
 
 def _batch(seed: int, accumulate: int = 1) -> dict[str, np.ndarray]:
@@ -126,18 +127,16 @@ def _wrong_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
 def _unmasked_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     def apply(self: Any, variables: Any, tokens: Any, **options: Any) -> Any:
         options["token_weights"] = jnp.ones(options["segment_ids"].shape, bool)
-        return sound(self, variables, tokens, **options)
+        return SOUND(self, variables, tokens, **options)
 
-    sound = Decoder.apply
     monkeypatch.setattr(Decoder, "apply", apply)
 
 
 def _mask_of_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     def apply(self: Any, variables: Any, tokens: Any, **options: Any) -> Any:
         masks = jax.tree.map(lambda mask: jnp.roll(mask, 1, axis=0), variables.get("gate_mask", {}))
-        return sound(self, variables | {"gate_mask": masks}, tokens, **options)
+        return SOUND(self, variables | {"gate_mask": masks}, tokens, **options)
 
-    sound = Decoder.apply
     monkeypatch.setattr(Decoder, "apply", apply)
 
 
