@@ -72,6 +72,7 @@ def test_the_compilers_are_asked_for_the_slice_or_for_nodes_and_gpus(monkeypatch
         ("v5p-2048", "v5p", (8, 8, 16), 1),
         ("2 x v6e-16", "v6e", (4, 4, 1), 2),
         ("2 x 8 H100, a process a GPU", "h100", (2, 8), 1),
+        ("2 x 8 H100, old client", "h100", (2, 8), 1),
         ("2 x 8 A100", "a100-40", (2, 8), 1),
         ("8 A100 80GB", "a100-80", (1, 8), 1),
         ("GB200 NVL72", "gb200", (1, 72), 1),
@@ -81,3 +82,5 @@ def test_a_machine_is_recognised_by_its_devices(name, chip, dims, slices):
     where = of_devices(devices_of(name))
     assert where is not None
     assert (where.kind, where.dims, where.slices) == (chip, dims, slices)
+    if chip == "v5e":
+        assert of_devices(devices_of(name)[:3]) is None  # a torus has no holes
