@@ -58,13 +58,9 @@ def test_a_cached_file_with_a_flipped_bit_is_refused(pinned):
     file, cache = replace(pinned[0], sha256=digest_of(b"weights")), pinned[1]
     path = fetch_file(file, cache=cache)
     assert fetch_file(file, cache=cache) == path
-    about = path.stat()
     path.write_bytes(b"weighus")  # of the same size
     with pytest.raises(NaloraError, match=rf"model.bin: expected sha256 {file.sha256}.*delete it"):
         fetch_file(file, cache=cache)
-    path.write_bytes(b"weights")
-    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns + 1))
-    assert fetch_file(file, cache=cache) == path
 
 
 def test_another_file_under_the_pinned_name_is_refused(pinned, tmp_path):
@@ -103,8 +99,7 @@ REFUSED = pytest.raises(PermissionError, match="exchange what is in")
     [
         (0o2775, None, REFUSED),  # a group of others
         (0o3775, None, nullcontext()),  # who cannot exchange what is not theirs
-        # the user's own group
-        (0o775, ["me"], nullcontext()),
+        (0o775, ["me"], nullcontext()),  # the user's own group
         (0o775, ["me", "another"], REFUSED),
     ],
 )

@@ -30,7 +30,6 @@ def registries(monkeypatch):
 
 
 def written(path, name):
-    path.parent.mkdir(exist_ok=True)
     path.write_text(RULE.format(name=name), encoding="utf-8")
     return path
 
@@ -54,12 +53,11 @@ def test_a_file_that_changed_is_refused(tmp_path):
             import_file(name)
 
 
-def test_the_command_line_imports_files_and_records_them(tmp_path):
+def test_any_subcommand_imports_files(tmp_path):
     path = written(tmp_path / "mine.py", "flag")
-    _, args = command.parse(["train", "--import", str(path), "--mechanisms", "plain_of_flag"])
-    assert args.run.imports == (str(imports.imported()[0]),)
     _, args = command.parse(["report", f"--import={path}", "runs/a"])
     assert args.run == (Path("runs/a"),)
+    assert rules.make("plain_of_flag").share == 0.5
     with pytest.raises(NaloraError, match="--import: expected Python files"):
         command.parse(["train", "--import", "--steps", "5"])
 

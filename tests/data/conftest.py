@@ -1,6 +1,7 @@
 """A small real tokenizer and small real files."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -9,10 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from nalora_jax.common.downloads import cache_dir
 from nalora_jax.data.tokenizer import Tokenizer
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+CHATML = (Path(__file__).parent / "templates" / "chatml.jinja").read_text()
 _CORPUS = [
     "Question: What is the capital of France?\nAnswer: Paris, the city of light.",
     "Question: Which way is up?\nAnswer: the way that is not down.\n\n\nYes\n\n\nNo",

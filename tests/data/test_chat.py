@@ -76,18 +76,14 @@ REFUSED = [
     ({"prompt": "x"}, "expected a field 'completion', found 'prompt'; .*--data.completion-field"),
     ({"prompt": "x", "completion": ""}, "here: completion: expected an answer, found an empty text"),
     ({"prompt": "\udfff", "completion": "x"}, "prompt: expected Unicode text, found half a character"),
-    ({"instruction": ["x"], "output": "y"}, "instruction: expected a text, found a list"),
     ({"messages": []}, "here: messages: expected a list of chat messages, found none"),
-    ({"messages": "hi"}, "found a str"),
     ({"messages": ["hi"]}, r"here: messages\[0\]: expected \{\"role\""),
     ({"messages": [{"role": "user"}]}, r"messages\[0\]: expected a field 'content', found 'role'"),
     (said("user", [{"type": "image", "url": "x"}]), "content: expected a text, or"),
-    (said("usr", "x"), r"here: messages\[0\]: role: .*found 'usr'; write 'user'"),
     (said("gpt", "x"), r"here: messages\[0\]: role: .*found 'gpt'; write 'assistant'"),
     ({"messages": TALK[:2]}, "expected an assistant's turn"),
     ({"messages": TALK[2:3]}, "expected a user's or system's message first"),
     ({"messages": [*TALK[:2], {"role": "assistant", "content": " \n"}]}, "message 3 of 3: .*empty text; the model"),
-    ({"messages": TALK, "tools": "no json"}, "tools: expected a JSON list of tools"),
     ({"messages": TALK, "tools": "[" * 100_000}, "tools: expected a JSON list of tools"),
     (calling({"name": 1}), r"messages\[3\]: tool_calls\[0\]: expected"),
     (calling({"name": "f", "arguments": "{"}), "arguments: expected a JSON object"),
@@ -101,22 +97,12 @@ def test_bad_records_name_the_field(tokenizer, record, message):
         render_record(record, CONFIG, tokenizer, "here")
 
 
-def test_an_end_of_sequence_token_is_part_of_the_answer_only_if_it_ends_every_turn(tokenizer):
-    """Phi-3's template writes one after the conversation."""
-    eos, words = {"eos_token": "<|endoftext|>"}, ["the sky", "\n\nYes, the green hills"]
-    template = (FOLDER / "phi_3.jinja").read_text()
-    phi = dataclasses.replace(tokenizer, chat_template=template, special_tokens=eos)
-    rendered = render_record({"messages": TALK}, DataConfig(loss_on="assistant"), phi, "here")
-    answers = [rendered.text[start:stop] for start, stop in rendered.answers]
-    assert answers == [f"{text}<|end|>" for text in words]
-    assert phi.render_chat(TALK) == rendered.text + "\n<|endoftext|>"
+def test_an_end_of_sequence_token_that_ends_every_turn_is_part_of_the_answer(tokenizer):
     end = "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
-    template, eos = (
-        "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}",
-        {"eos_token": "<|im_end|>"},
-    )
-    mistral = dataclasses.replace(tokenizer, chat_template=template, special_tokens=eos)
-    expected = [f"{text}<|im_end|>" for text in words]
+    template = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
+    special = {"eos_token": "<|im_end|>"}
+    mistral = dataclasses.replace(tokenizer, chat_template=template, special_tokens=special)
+    expected = ["the sky<|im_end|>", "\n\nYes, the green hills<|im_end|>"]
     assert learned({"messages": TALK}, mistral, loss_on="assistant") == expected
     assert learned({"messages": TALK}, mistral) == expected[-1:]
 
@@ -132,6 +118,7 @@ MODELS = {
         ("[gMASK]", "<sop>", "<|system|>", "<|assistant|>"), ("<|endoftext|>", "<|user|>", "<|observation|>")),
     "gpt_oss": (
         ("<|start|>", "<|channel|>", "<|message|>", "<|end|>"), ("<|return|>", "<|endoftext|>", "<|call|>")),
+    "phi_3": (("<s>", "<|user|>"), ("<|endoftext|>", "<|assistant|>", "<|end|>")),
     "qwen3_5": (("<|im_start|>",), ("<|im_end|>", "<|endoftext|>")),
 }  # fmt: skip
 CALL = {"type": "function", "function": {"name": "sky", "arguments": {"city": "Oslo"}}}
@@ -199,6 +186,7 @@ MASKS = {
          "<|channel|>analysis<|message|>ho<|end|><|start|>assistant<|channel|>final<|message|>hills<|return|>"]),
     "gpt-oss after a call": (
         "gpt_oss", [*called(), turn("warm")], [WEATHER, "<|channel|>final<|message|>warm<|return|>"]),
+    "Phi-3, whose end of text is that of the conversation": ("phi_3", PLAIN, ["the sky<|end|>", "<b>hills<|end|>"]),
     "Qwen3.5 with calls in two rounds": (
         "qwen3_5", [*called(), turn("warm"), user("more"), turn("hills")],
         [QWEN_CALL, "warm<|im_end|>", "hills<|im_end|>"]),
@@ -265,9 +253,6 @@ def test_a_turn_without_its_generation_prompt_is_refused_with_a_way_that_works(t
             learned({"messages": PLAIN}, other, loss_on=loss_on)
     expected = "[user]Up?[assistant]the sky[user]more[assistant]<b>hills<|im_end|>"
     assert learned({"messages": PLAIN}, other, loss_on="all") == [expected]
-
-
-# ---------------------------------------------------------------- long chats
 
 
 def long_talk(thought):

@@ -13,7 +13,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import render_record
 from nalora_jax.data.forms import form_of
-from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.sources import open_source
 from tests.data.loss_tokens import learned
 
@@ -98,23 +97,24 @@ def test_alpaca_is_written_by_its_own_prompt_or_by_the_chat_template(tokenizer):
 
 
 def test_tool_calls_are_rendered_as_transformers_renders_them(with_tools):
-    objects = copy.deepcopy(TOOL_TALK)
-    objects[1]["tool_calls"][0]["function"]["arguments"] = {"city": "Paris"}
-    objects[1]["content"] = ""
-    expected = by_transformers(with_tools, objects, TOOLS)
-    assert "<tool_call>" in expected
-    for tools in (TOOLS, json.dumps(TOOLS), [json.dumps(tool) for tool in TOOLS]):
-        assert text_of({"messages": TOOL_TALK, "tools": tools}, with_tools, loss_on="all") == expected
+    """Arguments and tools as objects or as JSON, with the nulls in them."""
+    talk, tools = copy.deepcopy(TOOL_TALK), copy.deepcopy(TOOLS)
+    arguments = {"city": "Paris", "day": None, "hours": [1, None]}
+    talk[1] |= {"content": "", "tool_calls": [{"function": {"name": "weather", "arguments": arguments}}]}
+    tools[0]["function"]["parameters"]["properties"]["day"] = {"default": None, "enum": ["today", None]}
+    expected = by_transformers(with_tools, talk, tools)
+    assert '"day": null' in expected
+    assert '"default": null' in expected
+    written = copy.deepcopy(talk)
+    written[1]["content"] = None
+    written[1]["tool_calls"][0]["function"]["arguments"] = json.dumps(arguments)
+    for messages in (talk, written):
+        for given in (tools, json.dumps(tools), [json.dumps(tool) for tool in tools]):
+            record = {"messages": messages, "tools": given}
+            assert text_of(record, with_tools, loss_on="all") == expected
     call, answer = learned(WITH_TOOLS, with_tools, loss_on="assistant")
     assert '{"name": "weather", "arguments": {"city": "Paris"}}' in call
     assert answer == "It is: 21 degrees.<|im_end|>"
-
-
-def test_a_call_can_be_the_answer_that_is_scored(with_tools, write_jsonl):
-    path = write_jsonl(*[{"messages": TOOL_TALK[:2], "tools": TOOLS}] * 3)
-    item = eval_examples(DataConfig(dataset="unread.jsonl", eval_split=path), with_tools, split=path)[0]
-    assert item.completion.startswith("<tool_call>")
-    assert item.completion.endswith("</tool_call>")
 
 
 def test_what_arrow_fills_up_with_nulls_is_left_out(with_tools, tmp_path):
@@ -131,22 +131,6 @@ def test_what_arrow_fills_up_with_nulls_is_left_out(with_tools, tmp_path):
     assert record["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris", "now": None}
     same = render_record(WITH_TOOLS, CONFIG, with_tools, "x")
     assert render_record(record, CONFIG, with_tools, "x") == same
-
-
-def test_nulls_in_arguments_and_schemas_are_rendered_as_in_transformers(with_tools):
-    function = {"name": "weather", "arguments": {"day": None, "hours": [1, None]}}
-    parameters = {"type": "object", "properties": {"day": {"default": None, "enum": ["today", None]}}}
-    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
-    turn = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-    messages = [*TOOL_TALK[:1], turn, *TOOL_TALK[2:]]
-    expected = by_transformers(with_tools, messages, tools)
-    assert '"day": null' in expected
-    assert '"default": null' in expected
-    assert text_of({"messages": messages, "tools": tools}, with_tools, loss_on="all") == expected
-    function["arguments"] = json.dumps(function["arguments"])
-    assert (
-        text_of({"messages": messages, "tools": json.dumps(tools)}, with_tools, loss_on="all") == expected
-    )
 
 
 REASONING_TEMPLATE = (

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nalora_jax.config import DataConfig, PreferenceConfig, RunConfig, check
+from nalora_jax.config import DataConfig, PreferenceConfig
 from nalora_jax.data import packing, tokenize
 from nalora_jax.data.pipeline import train_data, with_length
 from nalora_jax.data.preference import pair_data
@@ -18,8 +18,6 @@ from nalora_jax.data.tokenize import Example, fit_example, rows_of
 from nalora_jax.errors import NaloraError
 
 COUNT, BOS = 37, 1
-
-# ---------------------------------------------------------------- packing
 
 lengths_in_rows = st.integers(1, 40).flatmap(
     lambda capacity: st.tuples(
@@ -116,10 +114,6 @@ def take(data, count, state=None):
     return taken, batches.get_state()
 
 
-def epoch_of(data):
-    return [data.batch_at(row) for row in range(data.rows_per_epoch)]
-
-
 def assert_same(one, other):
     assert len(one) == len(other)
     for left, right in zip(one, other, strict=True):
@@ -129,15 +123,13 @@ def assert_same(one, other):
 
 
 def answers_of(batches, tokenizer):
-    """Text of the target tokens of each example in the batches."""
+    """Text of the target tokens of each example in batches of one row."""
     texts = []
     for batch in batches:
-        names = ("targets", "loss_weights", "segment_ids")
-        rows = (batch[name].reshape(-1, batch[name].shape[-1]) for name in names)
-        for targets, weights, segments in zip(*rows, strict=True):
-            for segment in range(1, segments.max() + 1):
-                chosen = targets[(segments == segment) & (weights > 0)]
-                texts.append(tokenizer.decode(chosen, skip_special=False))
+        segments, counts = batch["segment_ids"], batch["loss_weights"] > 0
+        for segment in range(1, segments.max() + 1):
+            targets = batch["targets"][(segments == segment) & counts]
+            texts.append(tokenizer.decode(targets, skip_special=False))
     return texts
 
 
@@ -222,17 +214,15 @@ def test_long_records_are_left_out_or_cut(open_records, tokenizer, caplog):
     assert "left out 1 of 4 records (25%), longer than --data.max-length 8; --data.max" in caplog.text
     data = open_records(*records, max_length=8, too_long="truncate")
     assert (data.describe()["examples"], data.describe()["truncated"]) == (4, 1)
-    assert answers_of(epoch_of(data), tokenizer) == ["blue<|im_end|>"] * 4
+    assert answers_of(map(data.batch_at, range(data.rows_per_epoch)), tokenizer) == ["blue<|im_end|>"] * 4
+    rows = open_records(*records, {"text": "sky " * 9}, max_length=8, too_long="split").describe()
+    assert (rows["split"], rows["dropped"], rows["truncated"]) == (2, 0, 0)
 
 
-CHAT = {
-    "messages": [
-        {"role": r, "content": c} for r, c in (("user", "up"), ("assistant", "sky"), ("user", "ok"))
-    ]
-}
+TURNS = (("user", "up"), ("assistant", "sky"), ("user", "ok"))
+CHAT = {"messages": [{"role": role, "content": content} for role, content in TURNS]}
 REFUSED = [
     (sky(1, 9), {"too_long": "error"}, {}, "record 1: expected at most --data.max-length 8 .*found 1. tokens"),
-    (sky(9), {"too_long": "error"}, {"context": 9}, "; choose --data.too-long .*: the model has 9 positions"),
     (sky(1, 9, 9, 1, 9), {}, {}, r"3 of 5 records \(60%\).*, longer than .* 8; .*keeps all.*truncate"),
     ([{"prompt": "", "completion": "<|im_end|>"}], {}, {}, "record 0: expected a token to learn, found none in 1"),
     (sky(1), {}, {"batch_size": 8, "accumulate": 3}, "batch-size: expected a multiple of the 3 micro-batches, found 8"),
@@ -294,40 +284,6 @@ def test_loss_on_the_last_part(last, counted):
     assert targets(rows_of(example, DataConfig(loss_last=last), BOS)) == list(range(10 - counted, 10))
 
 
-def test_the_last_part_is_of_the_loss_tokens(open_records):
-    record = {"prompt": "up and down " * 3, "completion": " the sky and the green hills"}
-    whole, last = open_records(record), open_records(record, loss_last=2)
-    assert whole.store.counts.targets > last.store.counts.targets == 2
-    assert last.fingerprint != whole.fingerprint
-
-
-def test_split_documents_are_rows_with_positions_from_0(open_records, tokenizer, caplog):
-    caplog.set_level(logging.INFO)
-    texts = "up and down " * 30, "short"
-    data = open_records(*({"text": text} for text in texts), too_long="split", loss_on="all")
-    figures, batches = data.describe(), epoch_of(data)
-    assert (figures["split"], figures["dropped"], figures["truncated"]) == (1, 0, 0)
-    message = "1 records longer than a row of 24 tokens are split; rows of examples: "
-    assert f"{message}{figures['examples']}" in caplog.text
-    for batch in batches:
-        segments, positions = batch["segment_ids"][0, 0], batch["positions"][0, 0]
-        for segment in range(1, segments.max() + 1):
-            assert positions[segments == segment].tolist() == list(range((segments == segment).sum()))
-    counted = [token for batch in batches for token in batch["targets"][batch["loss_weights"] > 0].tolist()]
-    expected = [token for text in texts for token in (*tokenizer.encode(text)[1:], tokenizer.eos_id)]
-    assert sorted(counted) == sorted(expected)
-
-
-def test_pairs_are_not_divided():
-    for name, value, expected in (
-        ("loss_last", 4.0, "0"),
-        ("too_long", "split", "drop or truncate or error"),
-    ):
-        message = f"--data.{name.replace('_', '-')}: expected {expected} with --preference.loss"
-        with pytest.raises(NaloraError, match=message):
-            check(RunConfig(data=DataConfig(**{name: value}), preference=PreferenceConfig("dpo")))
-
-
 # ---------------------------------------------------------------- the cache of tokens
 
 
@@ -344,9 +300,10 @@ def test_tokens_are_made_once(open_data, config, tokenizer, cache, monkeypatch):
         np.testing.assert_array_equal(first.offsets, again.offsets)
         for change in ({"max_length": 32}, {"max_length": 32, "too_long": "truncate"}):
             assert open_data(replace(config, **change)).pattern.capacity == 32
-        others = [
-            (replace(config, **change), tokenizer) for change in ({"loss_on": "all"}, {"train_limit": 3})
-        ]
+        for last in (1, 2):
+            assert open_data(replace(config, loss_last=last)).store.counts.targets == last * COUNT
+        changes = ({"loss_on": "all"}, {"train_limit": 3})
+        others = [(replace(config, **change), tokenizer) for change in changes]
         for other in (*others, (config, replace(tokenizer, add_bos=True))):
             with pytest.raises(AssertionError, match="tokenized again"):
                 train_data(*other, batch_size=4)
@@ -372,17 +329,12 @@ def test_a_cache_that_something_wrote_over_is_made_again(open_data, config, cach
     assert not caplog.records
 
 
-# ---------------------------------------------------------------- lengths of rows
-
-
 @pytest.mark.parametrize(
     ("sizes", "pack", "context", "length"),
     [
         ([6] * 99 + [54], True, 4096, 128),
         ([6] * 99 + [54], False, 4096, 8),
-        ([402] * 99 + [3602], True, 4096, 408),
         ([402] * 99 + [3602], True, 256, 256),
-        ([3002] * 99 + [27002], True, 2**24, 3008),
         # Rows become longer if short ones stay empty.
         ([80] * 50, True, 4096, 160),  # 128 would be 62.5% full
         ([80] * 50, True, 150, 128),  # no room for two

@@ -92,9 +92,7 @@ def test_draw_depends_on_nothing_but_the_data(ask):
     [
         ({"gold": 2}, "eval.jsonl:1: gold: expected the index of one of 2 choices, found 2"),
         ({"choices": ["up", ""]}, "choices: expected a list of texts, none empty"),
-        ({"choices": ["up", "\ud800"]}, "choices: expected Unicode text, found half a character"),
         ({"choice_prompts": ["a"]}, "choice_prompts: expected 2, one a choice, found 1"),
-        ({"choices": [], "completion": " "}, "completion: expected an answer, found an empty text"),
     ],
 )
 def test_bad_questions_name_the_field(ask, change, message):
@@ -103,7 +101,7 @@ def test_bad_questions_name_the_field(ask, change, message):
 
 
 def test_template_that_changes_answers(ask, tokenizer):
-    template = tokenizer.chat_template.replace("nt'] }}", "nt']|upper }}")
+    template = tokenizer.chat_template.replace("['content']", "['content'] | upper")
     with pytest.raises(NaloraError, match="an answer that the chat template writes as it is"):
         ask(choice(0), chat=True, tokenizer=replace(tokenizer, chat_template=template))
 

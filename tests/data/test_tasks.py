@@ -74,9 +74,6 @@ def test_records_depend_on_length_depth_and_number_alone():
     records = [needle_record(HAYSTACK, *key) for key in keys]
     assert records[0] == records[1]
     assert len({record["completion"] for record in records}) == 4
-    shorter = needle_record(HAYSTACK, 400, 50, 7, room=0)
-    assert shorter["completion"] == records[0]["completion"]
-    assert "Sentence" not in shorter["prompt"]
     # The same in every release of NumPy and Python.
     digest = hashlib.sha256(json.dumps(records[0], sort_keys=True).encode()).hexdigest()
     assert digest[:16] == "1e8595dcc19bf779"

@@ -90,8 +90,6 @@ def test_tokens_before_a_completion_are_those_of_the_preceding_text(name, texts)
     assert (tokenizer.backend.post_processor is None) == ("space" not in name)  # files are written with it
 
 
-# ---------------------------------------------------------------- broken records
-
 GOOD = {"messages": [{"role": "user", "content": "up"}, {"role": "assistant", "content": "the sky"}]}
 EMPTY = {"messages": [{"role": "user", "content": "up"}, {"role": "assistant", "content": ""}]}
 ODD = {"question": "up", "answer": "the sky"}

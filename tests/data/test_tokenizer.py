@@ -1,6 +1,5 @@
 """Tokenizers of Hugging Face folders, against transformers reading the same folder."""
 
-import base64
 import json
 from pathlib import Path
 
@@ -58,10 +57,13 @@ def edit(path, **changes):
 @pytest.mark.parametrize("begins", [False, True])
 def test_ids_and_text_equal_transformers(tmp_path, backend, begins):
     if begins:
-        begin = "<|im_start|>"
-        special = [(begin, backend.token_to_id(begin))]
-        backend.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=special)
+        special = [("<|im_start|>", backend.token_to_id("<|im_start|>"))]
+        single = "<|im_start|> $A"
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
     save(tmp_path, backend)
+    backend.enable_truncation(4)  # which the saver used, and no reader shall
+    backend.enable_padding(length=64)
+    backend.save(str(tmp_path / "tokenizer.json"))
     ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
         ids = theirs.encode(text)
@@ -81,14 +83,6 @@ def test_a_file_larger_than_any_tokenizer_is_refused_unread(tmp_path, monkeypatc
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it was read"))
     with pytest.raises(NaloraError, match="json: expected a tokenizer of up to 256 MB, found 1024 MB"):
         Tokenizer.from_folder(tmp_path)
-
-
-def test_truncation_and_padding_of_the_saver_are_dropped(folder, backend):
-    ids = backend.encode(CORPUS[0]).ids
-    backend.enable_truncation(4)
-    backend.enable_padding(length=64)
-    backend.save(str(folder / "tokenizer.json"))
-    assert Tokenizer.from_folder(folder).encode(CORPUS[0]) == ids
 
 
 OBJECT = {"content": "<|im_end|>", "lstrip": False}
@@ -136,8 +130,6 @@ def test_tokens_beyond_the_embedding_are_refused_only_where_they_are_used(folder
         free.for_embedding(2, "here")
 
 
-# ---------------------------------------------------------------- chat templates
-
 TOOL_USE = "tools{{ tools | length }}{{ messages[0].role }}"
 PLAIN = "plain{{ messages[0].role }}"
 
@@ -168,8 +160,6 @@ def test_a_template_for_tools_is_used_as_transformers_uses_it(folder, in_files, 
     assert Tokenizer.from_folder(folder / "copy").tool_template == TOOL_USE
 
 
-# ---------------------------------------------------------------- bad folders
-
 PANIC = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
 
 
@@ -180,10 +170,7 @@ PANIC = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
         ("tokenizer.json", b'{"model": 3}', r"tokenizer\.json"),
         ("tokenizer.json", PANIC, r"tokenizer\.json"),  # the library panics
         ("tokenizer_config.json", b'{"eos_token": "<nowhere>"}', "eos_token"),
-        ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', "eos_token"),
         ("config.json", b"[]", r"config\.json: .*list"),
-        ("config.json", b"{", r"config\.json: .*Expecting"),
-        ("config.json", b"\xff\xfe", r"config\.json: .*decode"),
         ("config.json", b"[" * 100_000, r"config\.json: .*recursion"),
     ],
 )
@@ -214,15 +201,12 @@ def test_added_tokens_are_those_of_transformers(folder):
         ours.with_tokens(AddedTokens(("",)))
 
 
-# ---------------------------------------------------------------- tokenizers that lengthen texts without end
-
 TABLE = (8).to_bytes(4, "little") + bytes(8) + b"x" * 1100 + b"\0"
-PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(TABLE).decode()}
 MANY = processors.TemplateProcessing(single="</s> " * 5000 + "$A", special_tokens=[("</s>", 1)])
 ENDLESS = {
     "a match of nothing": ("normalizer", normalizers.Replace(Regex("x*"), "long text" * 120)),
     "eleven doublings": ("normalizer", normalizers.Sequence([normalizers.Replace("a", "aa")] * 11)),
-    "a table of SentencePiece": ("normalizer", PRECOMPILED),
+    "a table of SentencePiece": ("normalizer", normalizers.Precompiled(TABLE)),
     "a decoder": ("decoder", decoders.Sequence([decoders.Replace("a", "aaa")] * 7)),
     "5,000 tokens added": ("post_processor", MANY),
 }
@@ -230,10 +214,8 @@ ENDLESS = {
 
 def with_part(folder, name, part):
     backend = Backend(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
-    if not isinstance(part, dict):
-        setattr(backend, name, part)
-    raw = json.loads(backend.to_str()) | ({name: part} if isinstance(part, dict) else {})
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    setattr(backend, name, part)
+    backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     return folder
 

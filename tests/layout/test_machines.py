@@ -53,7 +53,20 @@ def test_the_compilers_are_asked_for_the_slice_or_for_nodes_and_gpus():
     assert arguments == {"platform": "cuda", "topology_name": "h100", "topology": "8x1x8"}
 
 
-def test_a_gpu_is_recognised_by_its_kind_and_memory():
-    """tests/doubles/test_launches.py recognises TPUs and H100."""
-    kinds = {"2 x 8 A100": "a100-40", "8 A100 80GB": "a100-80", "GB200 NVL72": "gb200"}
-    assert {name: of_devices(devices_of(name)).kind for name in kinds} == kinds
+@pytest.mark.parametrize(
+    ("name", "chip", "dims"),
+    [
+        ("v5litepod-16", "v5e", (4, 4, 1)),
+        ("2 x 8 H100, old client", "h100", (2, 8)),
+        ("2 x 8 A100", "a100-40", (2, 8)),
+        ("8 A100 80GB", "a100-80", (1, 8)),
+        ("GB200 NVL72", "gb200", (1, 72)),
+    ],
+)
+def test_a_machine_is_recognised_by_its_devices(name, chip, dims):
+    """tests/doubles/test_launches.py has several slices, and processes in cyclic order."""
+    where = of_devices(devices_of(name))
+    assert where is not None
+    assert (where.kind, where.dims, where.slices) == (chip, dims, 1)
+    if chip == "v5e":
+        assert of_devices(devices_of(name)[:3]) is None  # a torus has no holes

@@ -1,4 +1,4 @@
-"""Who listens to a run: the protocol, settings as typed, and what the trackers are told."""
+"""Callbacks: settings, failures, and the numbers that trackers get; tests/test_run_data.py shows the order of calls."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -34,40 +33,16 @@ def tell(callback: Callback, folder: Path, *, step: int = 0, message: str = "") 
         told.tell("on_eval", step, EVAL, "initial")
         told.tell("on_log", step + 7, RECORD)
         told.tell("on_eval", step + 7, EVAL, "")
-        told.tell("on_save", step + 7, folder / "checkpoints" / "7")
         told.tell("on_end", Ended(message=message) if message else Ended(step + 9, step + 7))
 
 
 @register_callback("loudest")
 @dataclass
 class Loudest(Callback):
-    """Notes what it is told."""
-
     times: int = 1
     share: float = 0.5
     name: str = ""
     on: bool = False
-
-    def __post_init__(self) -> None:
-        self.told: list[tuple[Any, ...]] = []
-
-    def on_log(self, step: int, record: Any) -> None:
-        self.told.append((step, float(record["loss"])))
-
-    def on_save(self, step: int, folder: Path) -> None:
-        self.told.append((step, folder.name))
-
-    def on_eval(self, step: int, values: Any, kind: str) -> None:
-        self.told.append((step, kind, values["loss"]))
-
-    def on_end(self, ended: Ended) -> None:
-        self.told.append((ended.step, ended.best_step, ended.message))
-
-
-def test_a_callback_is_told_what_happens_in_order(tmp_path: Path) -> None:
-    callback = Loudest()
-    tell(callback, tmp_path)
-    assert callback.told == [(0, "initial", 2.0), (7, 1.5), (7, "", 2.0), (7, "7"), (9, 7, "")]
 
 
 def test_settings_are_typed_as_their_defaults() -> None:
@@ -84,80 +59,73 @@ def test_settings_are_typed_as_their_defaults() -> None:
             make_callbacks([text])
 
 
-def test_one_that_fails_is_left_out_and_the_others_go_on(tmp_path, caplog) -> None:
-    def raising(event: str, error: Exception) -> Loudest:
-        callback = Loudest()
-        setattr(callback, event, mock.Mock(side_effect=error))
-        return callback
+def raising(event: str, error: Exception) -> mock.Mock:
+    return mock.Mock(spec=Callback, **{f"{event}.side_effect": error})
 
-    broken, well, own = raising("on_log", OSError("no route to host")), Loudest(), Loudest()
+
+def test_one_that_fails_is_left_out_and_the_others_go_on(tmp_path, caplog) -> None:
+    own, well = mock.Mock(spec=Callback), mock.Mock(spec=Callback)
+    broken = raising("on_log", OSError("no route to host"))
     told = Callbacks(own, [broken, well])
     with caplog.at_level(logging.WARNING, "nalora_jax"):
         told.tell("on_log", 1, RECORD)
         told.tell("on_end", Ended(2, 1))
-    assert (len(broken.told), len(well.told), len(own.told)) == (0, 2, 2)
-    assert caplog.messages == ["Loudest is left out from here on: OSError: no route to host"]
+    assert [one.on_end.call_count for one in (broken, well, own)] == [0, 1, 1]
+    assert caplog.messages == ["Mock is left out from here on: OSError: no route to host"]
     with pytest.raises(OSError, match="no route"):
         Callbacks(broken).tell("on_log", 1, RECORD)  # the run's own log has to be kept
     stops = raising("on_log", NaloraError("here", expected="less", found="more"))
     with pytest.raises(NaloraError, match="here"):
         Callbacks(None, [stops]).tell("on_log", 1, RECORD)
     no_server = raising("on_start", ConnectionError("refused\nby the server"))
-    message = "--callbacks, Loudest: expected a callback that can begin, found Connection"
+    message = "--callbacks, Mock: expected a callback that can begin, found Connection"
     with pytest.raises(NaloraError, match=message):
         Callbacks(own, [no_server]).start(Started(tmp_path, {}))
 
 
-def test_tensorboard_events_hold_the_scalars(tmp_path: Path) -> None:
-    from tensorboardX.proto.event_pb2 import Event
-
+def test_tensorboard_is_told_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/test_run_data.py has its files."""
+    writer = mock.MagicMock()
+    monkeypatch.setattr("tensorboardX.SummaryWriter", writer)
     tell(TensorBoard(), tmp_path)
-    data = next((tmp_path / "tensorboard").iterdir()).read_bytes()
-    found: dict[tuple[str, int], float] = {}
-    at = 0
-    while at < len(data):  # TFRecord: length (8 bytes), crc (4), the event, crc (4)
-        size = int.from_bytes(data[at : at + 8], "little")
-        event = Event.FromString(data[at + 12 : at + 12 + size])
-        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-        at += 16 + size
-    assert found == {
-        ("before/loss", 0): 2.0,
-        ("before/n", 0): 4.0,
-        ("train/loss", 7): 1.5,
-        ("limit/layer_00", 7): 0.25,
-        ("eval/loss", 7): 2.0,
-        ("eval/n", 7): 4.0,
-    }
+    writer.assert_called_with(str(tmp_path / "tensorboard"), purge_step=None)
+    assert [call.args for call in writer.return_value.add_scalar.call_args_list] == [
+        ("before/loss", 2.0, 0),
+        ("before/n", 4.0, 0),
+        ("train/loss", 1.5, 7),
+        ("limit/layer_00", 0.25, 7),
+        ("eval/loss", 2.0, 7),
+        ("eval/n", 4.0, 7),
+    ]
+    writer.return_value.close.assert_called_with()
+    tell(TensorBoard(), tmp_path, step=3)
+    writer.assert_called_with(str(tmp_path / "tensorboard"), purge_step=4)
 
 
 def test_weights_and_biases_is_told_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = mock.MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run, ids = wandb.init.return_value, []
-    for name, folder, step, message in (
-        ("wandb:project=gates,mode=offline", tmp_path, 0, ""),
-        ("wandb", tmp_path, 3, "stopped"),
-        ("wandb", tmp_path / "other", 0, ""),
-    ):
-        tell(*make_callbacks([name]), folder, step=step, message=message)
-        ids.append(wandb.init.call_args.kwargs["id"])
-        run.finish.assert_called_with(exit_code=int(bool(message)))
-    assert ids[0] == ids[1] != ids[2]
-    settings = wandb.init.call_args_list[0].kwargs
-    assert (settings["project"], settings["mode"], settings["name"]) == ("gates", "offline", tmp_path.name)
-    assert settings["config"]["lora"] == {"rules": [{"rank": 4}]}
+    run = wandb.init.return_value
+    tell(*make_callbacks(["wandb:project=gates,mode=offline"]), tmp_path)
+    run.finish.assert_called_with(exit_code=0)
     run.define_metric.assert_any_call("*", step_metric="step")
     run.log.assert_any_call({"step": 7, "train/loss": 1.5, "limit/layer_00": 0.25})
     run.log.assert_any_call({"step": 0, "before/loss": 2.0, "before/n": 4})
     run.summary.__setitem__.assert_called_with("best_step", 7)
+    tell(*make_callbacks(["wandb"]), tmp_path, step=3, message="stopped")
+    run.finish.assert_called_with(exit_code=1)
+    tell(*make_callbacks(["wandb"]), tmp_path / "other")
+    first, resumed, other = (call.kwargs for call in wandb.init.call_args_list)
+    assert first["id"] == resumed["id"] != other["id"]
+    assert (first["project"], first["mode"], first["name"]) == ("gates", "offline", tmp_path.name)
+    assert first["config"]["lora"] == {"rules": [{"rank": 4}]}
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_missing_tracker_is_said_before_the_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, name, None)
-    message = f"--callbacks {name}: expected the library {name}.*pip install {name}"
+def test_a_missing_tracker_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    message = "--callbacks mlflow: expected the library mlflow.*pip install mlflow"
     with pytest.raises(NaloraError, match=message):
-        make_callbacks([name])
+        make_callbacks(["mlflow"])
 
 
 def test_mlflow_is_told_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

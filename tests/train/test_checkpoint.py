@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import shutil
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +16,11 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import STATE_RULES, make_mesh, shardings
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.output import CHECKPOINTS as FOLDER
-from tests.param_trees import bytes_per_device
-
-
-class State(NamedTuple):
-    step: jax.Array
-    lora: dict
-    opt_state: optax.OptState
-    gate: dict
-    rng: jax.Array
-
 
 CHAIN = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-DATA = {"epoch": 1, "row": 48, "seed": 7, "sources": ["socialiqa"]}
 
 
-def make_state(seed: int, width: int = 64) -> State:
+def make_state(seed: int, width: int = 64) -> dict[str, Any]:
     """A small train state with every kind of leaf: float32, integers, bfloat16, an empty array, typed keys."""
     keys = jax.random.split(jax.random.key(seed), 4)
     adapter = {"a": jax.random.normal(keys[0], (3, width, 8)), "b": jax.random.normal(keys[1], (3, 8, 128))}
@@ -42,7 +31,8 @@ def make_state(seed: int, width: int = 64) -> State:
         "half": jnp.full((4,), 1 / 3, jnp.bfloat16),
         "none": jnp.zeros((0, 4)),
     }
-    return State(jnp.int32(seed), lora, opt_state, gate, jax.random.split(keys[3], 2))
+    rng = jax.random.split(keys[3], 2)
+    return {"step": jnp.int32(seed), "lora": lora, "opt_state": opt_state, "gate": gate, "rng": rng}
 
 
 def assert_same_bits(left, right):
@@ -70,60 +60,30 @@ def place(state, sizes):
 def test_any_topology_restores_the_same_bits_where_it_wants_them(tmp_path):
     before, after = (2, 4, 1), (1, 2, 4)
     state, target = place(make_state(3), before), place(make_state(0), after)
+    data = {"epoch": 1, "row": 48, "seed": 7, "sources": ["socialiqa"]}
     with opened(tmp_path, RunConfig(mesh=MeshConfig(*before))) as checkpoints:
-        checkpoints.save(3, state, DATA)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
+        checkpoints.save(3, state, data)
     with opened(tmp_path, RunConfig(mesh=MeshConfig(*after))) as checkpoints:
-        for plain in (jax.eval_shape(lambda: make_state(0)), make_state(0), like):
-            restored, data = checkpoints.restore("latest", plain)
+        for like in (jax.eval_shape(lambda: make_state(0)), target):
+            restored, position = checkpoints.restore("latest", like)
             assert_same_bits(restored, state)
-            assert data == DATA
+            assert position == data
     for path, leaf in trees.flatten(restored).items():
         assert leaf.sharding == trees.flatten(target)[path].sharding or not leaf.size, path
-    sizes = bytes_per_device(restored.lora)
-    assert len(sizes) == np.prod(after)
-    a, b = state.lora["layers"]["ffn"]["gate_proj"].values()
-    assert set(sizes.values()) == {a.nbytes // after[1] + b.nbytes // (after[1] * after[2])}
-
-
-def test_donating_the_state_right_after_save_changes_nothing_that_is_written(tmp_path):
-    advance = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
-    state = {"lora": {f"layer_{i}": jnp.full((256, 1024), float(i)) for i in range(8)}}
-    expected = jax.tree.map(np.array, state)
-    with opened(tmp_path) as checkpoints:
-        checkpoints.save(1, state, {})
-        for _ in range(3):
-            state = advance(state)
-        restored, _ = checkpoints.restore(1, expected)
-    assert_same_bits(restored, expected)
 
 
 def test_the_best_is_kept_beside_the_latest(tmp_path):
-    with opened(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.latest_step() is None
-        assert checkpoints.best_step() is None
-        for step, accuracy in enumerate([0.2, 0.9, float("nan"), 0.3, 0.4], start=1):
-            checkpoints.save(step, make_state(step), {"row": step}, {"accuracy": accuracy, "loss": 1.0})
+    """Of losses; below the default, accuracy, whose best is the largest."""
+    with opened(tmp_path, keep=2, best_metric="loss", best_mode="min") as checkpoints:
+        for step, loss in enumerate([3.0, 1.0, float("nan"), 2.0, 4.0], start=1):
+            checkpoints.save(step, make_state(step), {"row": step}, {"accuracy": 0.5, "loss": loss})
         checkpoints.save(6, make_state(6), {"row": 6})
-        checkpoints.wait()
-        kept = sorted(entry.name for entry in tmp_path.iterdir())
-        assert kept == ["2", "5", "6"]
-        assert (checkpoints.best_step(), checkpoints.latest_step()) == (2, 6)
-    with opened(tmp_path) as checkpoints:
-        assert checkpoints.metrics(2) == {"accuracy": 0.9, "loss": 1.0}
-        best, data = checkpoints.restore("best", make_state(0))
-        assert (int(best.step), data) == (2, {"row": 2})
-        assert int(checkpoints.restore("latest", make_state(0))[0].step) == 6
-        assert int(checkpoints.restore(5, make_state(0))[0].step) == 5
-
-
-def test_smaller_is_better_where_asked(tmp_path):
-    with opened(tmp_path, keep=1, best_metric="loss", best_mode="min") as checkpoints:
-        for step, loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 4.0)]:
-            checkpoints.save(step, {"x": jnp.ones(3)}, {}, {"loss": loss})
-        checkpoints.wait()
-        assert checkpoints.best_step() == 2
-        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "4"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "5", "6"]
+    with opened(tmp_path, best_metric="loss", best_mode="min") as checkpoints:
+        assert checkpoints.metrics(2) == {"accuracy": 0.5, "loss": 1.0}
+        for which, step in (("best", 2), ("latest", 6), (5, 5)):
+            state, data = checkpoints.restore(which, make_state(0))
+            assert (int(state["step"]), data) == (step, {"row": step})
 
 
 X = {"x": np.ones(3, np.float32)}
@@ -143,8 +103,7 @@ REFUSED = {
         ("latest", X),
         ("mechanisms.0 = 'curvature_cap'", "mechanisms.0 = 'soft:power=2'", "seed = 0", "seed = 1", "lora.rules"),
     ),
-    "another_step": ({}, (7, X), ("expected a checkpoint of step 7, found steps [1]",)),
-    "no_best": ({}, ("best", X), ("expected a best checkpoint",)),
+    "no_best": ({}, ("best", X), ("expected a best checkpoint, found steps [1]",)),
     "other_arrays": (
         {}, ("latest", OTHER), ("float32[3]", "float32[4]", "more absent", "written by another version"),
     ),
@@ -223,7 +182,7 @@ def test_one_flipped_bit_anywhere_in_the_newest_is_found_and_the_one_before_take
         with opened(folder) as checkpoints:
             restored, data = checkpoints.restore(("latest", "best")[number % 2], make_state(0, width=8))
             assert checkpoints.latest_step() == (2 if name.name in NOTES else 1), name
-        step = int(restored.step)
+        step = int(restored["step"])
         assert_same_bits(restored, make_state(step, width=8))
         assert data == {"row": 8 * step}
         if name.name not in NOTES:
@@ -236,9 +195,8 @@ def test_without_a_whole_checkpoint_the_last_one_is_named_and_kept(tmp_path):
     saved_twice(tmp_path / FOLDER)
     for step in (1, 2):
         (tmp_path / FOLDER / str(step) / "data" / "metadata").unlink()
+    message = r"1: .*found a damaged one \(data: metadata is missing\); start a new run"
     with opened(tmp_path / FOLDER) as checkpoints:
-        with pytest.raises(
-            NaloraError, match=r"1: .*found a damaged one \(data: metadata is missing\); start a new run"
-        ):
+        with pytest.raises(NaloraError, match=message):
             checkpoints.restore("latest", make_state(0, width=8))
         assert checkpoints.latest_step() == 1

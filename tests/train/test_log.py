@@ -14,8 +14,8 @@ from nalora_jax.train.log import MetricsLog
 MACHINE = {"versions": {"jax": "0.10"}, "device": "cpu"}
 
 
-def write_steps(folder, steps, **options):
-    with MetricsLog(folder, **options) as log:
+def write_steps(folder, steps):
+    with MetricsLog(folder) as log:
         log.start({"steps": 100}, **MACHINE)
         for step in steps:
             log.write({"step": step, "loss": np.float32(1.0 / step)})
@@ -25,10 +25,9 @@ def steps_of(folder):
     return [record["step"] for record in read_metrics(folder / "metrics.jsonl") if "step" in record]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan"), np.array(-np.inf)])
-def test_what_json_lacks_becomes_null(tmp_path, value):
+def test_what_json_lacks_becomes_null(tmp_path):
     with MetricsLog(tmp_path) as log:
-        log.write({"step": 1, "loss": value, "list": [value, 1]})
+        log.write({"step": 1, "loss": np.float32("nan"), "list": [np.array(-np.inf), 1]})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text.startswith('{"step": 1, "loss": null, "list": [null, 1], "sha256')
 
@@ -66,23 +65,6 @@ def test_resume_drops_what_comes_after_the_restored_step(tmp_path):
     assert records[4]["loss"] == 9.0
 
 
-def test_the_line_where_a_run_was_stopped_is_kept_for_the_next_log_step(tmp_path):
-    write_steps(tmp_path, [10])
-    with MetricsLog(tmp_path, resume=10) as log:
-        log.on_log(15, {"loss": 2.0, "grad_norm": None, "target_tokens": 30.0, "layers": {"limit": [1.0]}})
-    with MetricsLog(tmp_path, resume=15, goes_on=False) as log:
-        assert log.begun == {}
-    assert steps_of(tmp_path) == [10, 15]  # nothing follows
-    for _ in range(2):  # the second one after a crash before the next line
-        with MetricsLog(tmp_path, resume=15) as log:
-            log.start({}, **MACHINE)
-            assert log.begun == {"step": 15, "loss": 2.0, "target_tokens": 30.0}
-            assert steps_of(tmp_path) == [10]
-            log.write({"step": 20, "loss": 3.0})
-    with MetricsLog(tmp_path, resume=20) as log:
-        assert log.begun == {}
-
-
 def test_a_line_that_a_crash_tore_is_dropped(tmp_path):
     write_steps(tmp_path, [10, 20])
     path = tmp_path / "metrics.jsonl"
@@ -93,11 +75,9 @@ def test_a_line_that_a_crash_tore_is_dropped(tmp_path):
     assert steps_of(tmp_path) == [10, 30]
 
 
-@pytest.mark.parametrize("line", [b'{"step": 1', b"[1]", b"\xff\xfe", b"NaN {"])
-def test_a_broken_line_before_the_last_is_named_and_nothing_is_changed(tmp_path, line):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
-    before = path.read_bytes()
+def test_a_broken_line_before_the_last_is_named_and_nothing_is_changed(tmp_path):
+    path, content = tmp_path / "metrics.jsonl", b'{"step": 1}\n\xff\xfe\n{"step": 2}\n'
+    path.write_bytes(content)
     with pytest.raises(NaloraError, match="line 2: expected one JSON object"):
         MetricsLog(tmp_path, resume=1)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == content

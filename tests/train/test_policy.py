@@ -54,8 +54,8 @@ def table(model, variables, batch) -> jax.Array:
 
 @pytest.mark.parametrize(("name", "updates"), [("grpo", "first"), ("dapo", "later")])
 def test_loss_and_gradient_are_those_of_the_formula(assembly, name: Name, updates: str) -> None:
-    made, state = assembly
     """Of a new rollout, and of one that served updates; tests/ops/test_policy_losses.py has the other losses."""
+    made, state = assembly
     settings = PolicyLoss(name, *CLIPS[name], length=8, beta=0.1)
     text = next_token(BASE, made.eval_model, ComputeConfig(dtype="float32"), made.mesh)
     objective = Policy(text, settings, T)

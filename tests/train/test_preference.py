@@ -132,34 +132,6 @@ def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(toke
     np.testing.assert_allclose(metrics["grad_norm"], expected_norm, rtol=1e-4)
     assert float(metrics["target_tokens"]) == len(which)
     assert abs(float(value) - np.log(2)) > 0.005
-    # A fresh adapter: rewards of zero, to the rounding of two programs, and the loss of a coin.
-    _, metrics = made.step(made.view(made.params), made.state, batch)
-    np.testing.assert_allclose(metrics["loss"], np.log(2), rtol=1e-5)
-    for name in ("rewards_chosen", "rewards_rejected", "rewards_margin"):
-        np.testing.assert_allclose(metrics["measured"][name], 0.0, atol=1e-5)
-
-
-# ---------------------------------------------------------------- data
-
-
-def test_rows_hold_every_pair_once_and_as_two_segments(tokenizer):
-    data = pairs(tokenizer, batch_size=1)
-    seen = []
-    for row in range(data.rows_per_epoch):
-        batch = {name: value[0, 0] for name, value in data.batch_at(row).items()}
-        count = int(batch["pairs"].sum())
-        assert batch["segment_ids"].max() == 2 * count
-        for pair in range(count):
-            texts = []
-            for segment in (2 * pair + 1, 2 * pair + 2):
-                at = batch["segment_ids"] == segment
-                ids = [*batch["tokens"][at].tolist(), int(batch["targets"][at][-1])]
-                answer = batch["targets"][at][batch["loss_weights"][at] > 0].tolist()
-                assert ids[-len(answer) :] == answer
-                assert answer[-1] == 0  # the end of the text is part of an answer
-                texts.append(tokenizer.decode(ids[:-1]))
-            seen.append(tuple(texts))
-    assert sorted(seen) == sorted((r["prompt"] + r["chosen"], r["prompt"] + r["rejected"]) for r in RECORDS)
 
 
 USER = [{"role": "user", "content": "x"}]
@@ -167,17 +139,18 @@ CHOSEN, REJECTED = ([{"role": "assistant", "content": text}] for text in "yz")
 
 
 @pytest.mark.parametrize(
-    "record",
+    ("record", "texts"),
     [
-        {"prompt": USER, "chosen": CHOSEN, "rejected": "z"},
-        {"chosen": USER + CHOSEN, "rejected": USER + REJECTED},
-        {"prompt": "x", "chosen": "y", "rejected": "z"},
+        ({"prompt": USER, "chosen": CHOSEN, "rejected": "z"}, ("u x a y", "u x a z")),
+        ({"chosen": USER + CHOSEN, "rejected": USER + REJECTED}, ("u x a y", "u x a z")),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, ("u x a y", "u x a z")),
+        ({"prompt": "x", "chosen": " y", "rejected": " z"}, ("x y", "x z")),
     ],
-    ids=["messages", "whole conversations", "text through the template"],
+    ids=["messages", "whole conversations", "text through the template", "text"],
 )
-def test_chat_pairs_go_through_the_template(tokenizer, record):
-    (pair,) = sides(pairs(tokenizer, replace(DATA, chat=True), records=[record]))
-    assert [tokenizer.decode(ids) for ids, _ in pair] == ["u x a y", "u x a z"]
+def test_the_tokens_of_a_pair(tokenizer, record, texts):
+    (pair,) = sides(pairs(tokenizer, replace(DATA, chat=len(texts[0]) > 3), records=[record]))
+    assert tuple(tokenizer.decode(ids) for ids, _ in pair) == texts
     assert [count for _, count in pair] == [2, 2]  # the answer and the end
 
 
@@ -207,9 +180,6 @@ def test_records_that_are_no_pairs_name_themselves(tokenizer, record, said):
         pairs(tokenizer, records=[RECORDS[0], record])
 
 
-# ---------------------------------------------------------------- a whole run
-
-
 @pytest.mark.usefixtures("one_device")
 def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
     """Answers z over y, whatever the prompt: rewards rise, are logged, and the exported adapter has them."""
@@ -233,15 +203,14 @@ def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
     assert last["rewards_accuracy"] > 0.9
     assert last["layers"]["mask_mean"]  # mechanisms act as in any run
     assert result.before["loss"] == pytest.approx(np.log(2))
-    assert result.before["rewards_accuracy"] == 0
     for values in (last, result.after):
         assert values["rewards_margin"] > 0.5
         assert values["loss"] < 0.6
     out = tmp_path / "eval.json"
     assert main(["eval", str(result.folder), "--output", str(out)]) == 0
+    assert "held-out preference loss" in capsys.readouterr().out
     found = json.loads(out.read_text())
     for name in ("loss", "rewards_margin", "rewards_accuracy", "n"):
         assert found[name] == pytest.approx(result.after[name], rel=1e-6)
-    assert "held-out preference loss" in capsys.readouterr().out
     assert main(["eval", str(result.folder), "--against", "base"]) == 2
     assert "--against: expected --tasks or --dataset beside it" in capsys.readouterr().err

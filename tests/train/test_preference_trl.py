@@ -8,18 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, PreferenceConfig
+from nalora_jax.config import DataConfig, LoRARule, PreferenceConfig
 from nalora_jax.data.preference import pair_data
 from nalora_jax.data.source import RecordsSource
-from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.stacks import projection_shapes
-from nalora_jax.models.targets import resolve
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import Head
 from nalora_jax.train.adapted import load
 from nalora_jax.train.kinds.preference import Preference
 from nalora_jax.train.objectives import NextToken
-from nalora_jax.weights.peft import export_adapter
 from tests import tiny
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (it is in the extra `bench`)")
@@ -45,11 +41,8 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = tiny.make_model(tmp_path / "base")
-    model = load(base, dtype="float32")
-    spec = resolve(LoRAConfig(rules=(LoRARule("", 4),)), projection_shapes(model.base.config), 2)
-    lora = jax.tree.map(lambda leaf: leaf + 0.05, init_lora(model.base.config, spec, jax.random.key(1)))
-    adapter = tmp_path / "adapter"
-    export_adapter(jax.device_get(lora), spec, model.base.config, adapter, base_model_name=str(base))
+    adapter = tiny.make_adapter(tmp_path / "adapter", base, [LoRARule("", 4)], shift=0.4)
+    model = load(base, adapter=adapter, dtype="float32")
 
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -84,10 +77,8 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
         name: np.concatenate([each[name] for each in batches], axis=1)[0][:rows] for name in batches[0]
     }
     assert batch["pairs"].sum() == 8
-    head = Head(transposed=True)
-    objective = Preference(NextToken(model.module.clone(adapters=spec), head, Numerics()), config)
-    variables = {"params": model.base.params, "lora": lora}
-    found = objective.loss(variables, model.base.params, batch, jax.random.key(0))
+    objective = Preference(NextToken(model.module, Head(transposed=True), Numerics()), config)
+    found = objective.loss(model.variables, model.base.params, batch, jax.random.key(0))
     np.testing.assert_allclose(float(found.loss) / 8, expected, rtol=1e-5)
     if kind == "sigmoid":
         for name in ("chosen", "rejected"):

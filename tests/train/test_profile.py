@@ -6,7 +6,6 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
@@ -15,31 +14,25 @@ from nalora_jax.config import DebugConfig, RunConfig, check
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.profile import Profile
 
-step_fn = jax.jit(lambda state: state + 1)
-
-
-def run_steps(profile: Profile, first: int, last: int) -> None:
-    with profile:
-        state = jnp.zeros(3)
-        for step in range(first, last + 1):
-            with profile.step(step, state):
-                state = step_fn(state)
-            profile.end(step, state)
-
 
 def traced_steps(file: Path) -> set[int]:
     """Returns the numbers of the steps in a trace, read by JAX."""
-    planes = ProfileData.from_file(str(file)).planes
-    events = (event for plane in planes for line in plane.lines for event in line.events)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python 3.12 warns of the types of JAX's reader
-        return {int(dict(event.stats)["step_num"]) for event in events if event.name == "train"}
+        lines = [line for plane in ProfileData.from_file(str(file)).planes for line in plane.lines]
+        events = [event for line in lines for event in line.events if event.name == "train"]
+        return {int(dict(event.stats)["step_num"]) for event in events}
 
 
 def test_a_trace_holds_the_steps_that_were_asked_for_as_far_as_the_run_goes(tmp_path: Path) -> None:
+    state = jnp.zeros(3)
     for steps, first, last, traced in ((range(3, 5), 1, 8, {3, 4}), (range(3, 100), 6, 7, {6, 7})):
         folder = tmp_path / str(first)
-        run_steps(Profile(steps, folder), first, last)
+        with Profile(steps, folder) as profile:
+            for step in range(first, last + 1):
+                with profile.step(step, state):
+                    state = state + 1
+                profile.end(step, state)
         (file,) = folder.rglob("*.pb")
         name = f"steps_{min(traced)}-{max(traced)}"
         assert file.relative_to(folder).as_posix() == f"profile/plugins/profile/{name}/process_0.xplane.pb"

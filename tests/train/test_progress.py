@@ -12,18 +12,11 @@ from nalora_jax.train.progress import Progress
 VALUES = {"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0, "misalignment": 0.26}
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
 def test_without_a_terminal_each_log_step_is_one_plain_line():
-    console, clock = Console(file=io.StringIO(), force_terminal=False, width=200), Clock()
-    with Progress(100, console=console, clock=clock) as progress:
+    console, now = Console(file=io.StringIO(), force_terminal=False, width=200), [100.0]
+    with Progress(100, console=console, clock=lambda: now[0]) as progress:
         for step in range(1, 31):
-            clock.now += 2.0
+            now[0] += 2.0
             progress.advance(step)
             if step % 10 == 0:
                 progress.log(step, VALUES)
@@ -48,16 +41,15 @@ def test_the_bar_shows_the_numbers_and_lines_go_above_it():
 
 def test_as_json_every_line_is_an_object(monkeypatch):
     monkeypatch.setenv("NALORA_LOG_FORMAT", "json")
-    console, clock = Console(file=io.StringIO(), force_terminal=True, width=40), Clock()
-    with Progress(30, console=console, clock=clock) as progress:
+    console, now = Console(file=io.StringIO(), force_terminal=True, width=40), [100.0]
+    with Progress(30, console=console, clock=lambda: now[0]) as progress:
         for step in (10, 20):
-            clock.now += 5.0
+            now[0] += 5.0
             progress.advance(step)
             progress.log(step, VALUES | {"tokens_per_second": None, "layers": [1, 2]})
         progress.say("[before] held-out accuracy 0.5")
     first, second, third = map(json.loads, console.file.getvalue().splitlines())
-    assert first == {"step": 10, "total": 30, "loss": 3.21, "learning_rate": 1e-3, "misalignment": 0.26} | {
-        "seconds_left": None
-    }
+    numbers = {"loss": 3.21, "learning_rate": 1e-3, "misalignment": 0.26}
+    assert first == {"step": 10, "total": 30, "seconds_left": None} | numbers
     assert second["seconds_left"] == 5.0
     assert third == {"message": "[before] held-out accuracy 0.5"}

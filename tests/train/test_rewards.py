@@ -27,12 +27,12 @@ CHOICES = {"choices": ["a red fox", "no one", "an owl"], "gold": 2, "answer": "a
         ("exact", " The Owl.\n", {"answer": "owl"}, 1),
         ("exact", "owls", {"answer": "owl"}, 0),
         ("number", "3 + 4 is 7, so 1,007.50", {"answer": "#### 1007.5"}, 1),
+        ("number", "42", {"answer": "#### -42"}, 0),
         ("number", "no number", {"answer": "none"}, 0),
         ("number", "7 or 8", {"answer": "7"}, 0),
         ("choice", "The answer is C.", CHOICES, 1),
         ("choice", "an owl, not a red fox", CHOICES, 1),
         ("choice", "a red fox, not an owl", CHOICES, 0),
-        ("choice", "Bats", CHOICES, 0),
         ("choice", "A bird: an owl", CHOICES, 1),
         ("choice", "(B)", {"answer": "b"}, 1),
         ("regex:pattern=^\\d+$", "42", {}, 1),
@@ -85,11 +85,6 @@ def test_the_reward_of_the_page_is_registered_by_its_file(monkeypatch: pytest.Mo
     assert reward("a prompt", "x" * 50, {"answer": "y"}) == -0.5
 
 
-def _slow(prompt: str, completion: str, record: Any) -> float:
-    time.sleep(5)
-    return 0.0
-
-
 def _raises(prompt: str, completion: str, record: Any) -> float:
     return record["missing"]
 
@@ -98,7 +93,7 @@ def _raises(prompt: str, completion: str, record: Any) -> float:
     ("reward", "found"),
     [
         (_raises, "missing"),
-        (_slow, "no value after 0.05 s"),
+        (lambda *_: time.sleep(5), "no value after 0.05 s"),
         (lambda *_: float("nan"), "the value nan"),
         (lambda *_: "x", "x"),
     ],

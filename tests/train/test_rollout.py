@@ -13,7 +13,6 @@ from nalora_jax.config import ComputeConfig, PreferenceConfig, RLConfig
 from nalora_jax.data.prompts import Prompt
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.evaluate.generate.programs import NO_TOKEN
-from nalora_jax.layout.estimates import program_shape
 from nalora_jax.ops.policy_losses import PolicyLoss
 from nalora_jax.train.policy import Policy
 from nalora_jax.train.program import next_token
@@ -50,22 +49,26 @@ def rewarded(reward: Counting) -> tuple[str]:
 
 
 @pytest.fixture(scope="module")
-def sampler(tokenizer) -> Sampler:
-    made, _ = assembled(PreferenceConfig("none"))
+def assembly():
+    return assembled(PreferenceConfig("none"))
+
+
+@pytest.fixture(scope="module")
+def lora(assembly):
+    return assembly[1].lora
+
+
+@pytest.fixture(scope="module")
+def sampler(assembly, tokenizer) -> Sampler:
+    made, _ = assembly
     rl = RLConfig(samples=SAMPLES, max_new_tokens=LIMIT, temperature=0.9, rewards=rewarded(Counting()))
-    model, params, mesh = made.eval_model, made.params, made.mesh
-    return Sampler(rl, model, params, tokenizer, mesh, prompts=len(TEXTS), seed=3, longest=6, rows=8)
+    options = {"prompts": len(TEXTS), "seed": 3, "longest": 6, "rows": 8}
+    return Sampler(rl, made.eval_model, made.params, tokenizer, made.mesh, **options)
 
 
 @pytest.fixture(scope="module")
 def asked(tokenizer) -> list[Prompt]:
-    texts = enumerate(TEXTS)
-    return [Prompt(tokenizer.encode(text), text, {"answer": i}, f"file:{i}") for i, text in texts]
-
-
-@pytest.fixture(scope="module")
-def lora():
-    return assembled(PreferenceConfig("none"))[1].lora
+    return [Prompt(tokenizer.encode(t), t, {"answer": i}, f"file:{i}") for i, t in enumerate(TEXTS)]
 
 
 def test_log_probabilities_of_generator_and_training_agree(sampler, asked, lora) -> None:
@@ -92,11 +95,6 @@ def test_a_rollout_is_a_function_of_seed_step_and_adapter(sampler, tokenizer, as
     texts = [tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in first.tokens]
     expected = [len(text) + row // SAMPLES / 100 for row, text in enumerate(texts)]
     np.testing.assert_allclose(first.rewards[:, 0], expected)
-
-
-def test_groups_are_divided_among_the_shards_of_a_mesh() -> None:
-    shapes = [program_shape(*shape) for shape in ((8, 8, 1), (64, 16, 8), (64, 16, 256), (3, 6, 8))]
-    assert shapes == [(8, 8, 8), (32, 32, 16), (64, 256, 4), (5, 16, 2)]
 
 
 def test_groups_that_are_complete_are_not_sampled_again(sampler, asked, lora, tmp_path) -> None:

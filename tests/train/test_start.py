@@ -16,7 +16,6 @@ import pytest
 from nalora_jax.common import trees
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train import start
 from nalora_jax.train.output import START, Output
@@ -34,7 +33,6 @@ PARAMS = jax.tree.map(
     jnp.asarray, params_from_tensors(BASE, lambda name: TORCH.get_parameter(name).detach().float().numpy())
 )
 RULES = (LoRARule("layers/1/ffn/gate_proj", 2), LoRARule("ffn", 3), LoRARule("q_proj", 2))
-
 
 BATCHES = [tiny.whole_batch(seed, (1, 4, 12), share=0.5) for seed in range(2)]
 
@@ -73,28 +71,22 @@ def same_directions(a: np.ndarray, expected: np.ndarray) -> None:
 @pytest.fixture(scope="module")
 def made() -> Assembly:
     config = RunConfig(
-        lora=LoRAConfig(rules=RULES, init="gradient"),
+        lora=LoRAConfig(rules=RULES, init="gradient", gradient_weights="slope"),
         mechanisms=(),
         compute=ComputeConfig(dtype="float32", stats_stride=1),
     )
     return assemble(config, BASE, PARAMS, tiny.one_device())
 
 
-@pytest.fixture(scope="module")
-def found(made: Assembly) -> dict[str, dict[str, np.ndarray]]:
-    """Adapters by path, for each kind of weights."""
-
-    def adapters(kind: str) -> dict[str, np.ndarray]:
-        changed = replace(
-            made, config=replace(made.config, lora=replace(made.config.lora, gradient_weights=kind))
-        )
-        return trees.flatten(jax.device_get(gradient_adapters(changed, BASE, BATCHES, seed=0)))
-
-    return {kind: adapters(kind) for kind in ("ones", "slope")}
-
-
-def test_a_holds_the_gradients_left_singular_vectors_and_b_is_zero(made, found) -> None:
-    lora, (gradients, _) = found["ones"], kernel_gradients(BATCHES)
+def test_a_holds_the_left_singular_vectors_of_the_weighted_gradient_and_b_is_zero(made) -> None:
+    """A gate's columns are weighted by its slopes, and the placebo permutes them; other projections have none."""
+    lora = trees.flatten(jax.device_get(gradient_adapters(made, BASE, BATCHES, seed=0)))
+    (gradients, z), gate = kernel_gradients(BATCHES), "layers/ffn/gate_proj"
+    sigmoid = 1 / (1 + np.exp(-z))
+    slope = np.mean(np.abs(sigmoid * (1 + z * (1 - sigmoid))), axis=1)  # [layers, d_ff]
+    relative = slope / slope.mean(axis=1, keepdims=True)
+    assert relative.std() > 0.1
+    gradients[gate] = gradients[gate] * relative[:, None, :]
     for path, target in made.spec.targets:
         assert not np.any(lora[f"{path}/b"])
         for layer, rank in enumerate(target.ranks):
@@ -102,21 +94,6 @@ def test_a_holds_the_gradients_left_singular_vectors_and_b_is_zero(made, found) 
             u = np.linalg.svd(gradients[path][layer], full_matrices=False)[0]
             same_directions(a[:, :rank], u[:, :rank])
             assert not np.any(a[:, rank:])  # of a layer whose rank is below the stack's
-    fresh = trees.flatten(made.begin(init_lora(BASE, made.spec, jax.random.key(0)), 0).lora)
-    shapes = ({path: leaf.shape for path, leaf in tree.items()} for tree in (lora, fresh))
-    assert next(shapes) == next(shapes)
-
-
-def test_slope_weights_the_gates_columns_and_the_placebo_permutes_them(made, found) -> None:
-    gradients, z = kernel_gradients(BATCHES)
-    gate, up = "layers/ffn/gate_proj", "layers/ffn/up_proj/a"
-    slope = np.mean(np.abs(silu_slope(z)), axis=1)  # [layers, d_ff]
-    weighted = gradients[gate] * (slope / slope.mean(axis=1, keepdims=True))[:, None, :]
-    for layer in range(2):
-        expected = np.linalg.svd(weighted[layer], full_matrices=False)[0]
-        same_directions(found["slope"][f"{gate}/a"][layer][:, :2], expected[:, :2])
-    np.testing.assert_allclose(np.abs(found["slope"][up]), np.abs(found["ones"][up]), atol=1e-3)
-    assert np.abs(np.abs(found["ones"][f"{gate}/a"]) - np.abs(found["slope"][f"{gate}/a"])).max() > 1e-2
     slopes, key = {"layers/ffn": jnp.asarray(slope)}, jax.random.key(0)
     weights, placebo = (
         start._weights(kind, slopes, made.spec, key)[gate] for kind in ("slope", "permuted")
@@ -124,13 +101,6 @@ def test_slope_weights_the_gates_columns_and_the_placebo_permutes_them(made, fou
     np.testing.assert_array_equal(np.sort(weights), np.sort(placebo))
     assert np.abs(weights - placebo).max(axis=1).min() > 1e-2
 
-
-def silu_slope(z: np.ndarray) -> np.ndarray:
-    sigmoid = 1 / (1 + np.exp(-z))
-    return sigmoid * (1 + z * (1 - sigmoid))
-
-
-# ---------------------------------------------------------------- a start that was kept
 
 LOADED: Any = SimpleNamespace(config=BASE)
 
@@ -156,7 +126,8 @@ def started(assembly: Assembly, folder: Path, *, resumes: bool = True) -> Assemb
     return start.with_start(assembly, LOADED, rows, Output(folder, resumes=resumes))
 
 
-def test_a_continuation_has_the_start_to_the_bit(lowering, begun, tmp_path) -> None:
+def test_a_continuation_has_the_start_to_the_bit(made, lowering, begun, tmp_path) -> None:
+    assert started(made, tmp_path) is made  # nothing is lowered: its start is in the checkpoint
     again = started(lowering, tmp_path)
     kernels = (trees.flatten(one.params)["layers/ffn/gate_proj/kernel"] for one in (lowering, begun))
     assert not np.array_equal(*kernels)
@@ -165,17 +136,12 @@ def test_a_continuation_has_the_start_to_the_bit(lowering, begun, tmp_path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == [START]  # no scratch files
 
 
-def test_a_plain_gradient_start_is_in_the_checkpoint(made: Assembly, tmp_path: Path) -> None:
-    assert started(made, tmp_path) is made
-
-
 @pytest.mark.usefixtures("begun")
 @pytest.mark.parametrize(
     ("found", "harm"),
     [
         ("No such file", lambda folder: shutil.rmtree(folder)),
         ("not what was written", lambda folder: (folder / "adapter.safetensors").write_bytes(b"other")),
-        ("is missing", lambda folder: (folder / "adapter.safetensors").unlink()),
     ],
 )
 def test_a_start_that_is_not_there_or_damaged_is_refused(lowering, tmp_path, found, harm) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import jax
@@ -35,15 +35,19 @@ from nalora_jax.train.program import Assembly
 from tests import tiny
 from tests.param_trees import bytes_per_device
 
-BASE = ModelConfig.from_hf(tiny.GROUPED | {"num_hidden_layers": 3})
+# Each key head has one query head, so that tensor divides both. SGD makes the adapters' movement proportional to the
+# gradient, so that comparing them compares gradients (of size 0.01 to 1); Adam would divide rounding noise by itself
+# where a gradient is tiny.
+BASE = ModelConfig.from_hf(tiny.GROUPED | {"num_hidden_layers": 3, "num_key_value_heads": 4})
 CONFIG = RunConfig(
     steps=8,
     lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),
     mechanisms=("soft:power=2,warmup=1", "homogeneity:warmup=1"),
-    optimizer=OptimizerConfig(learning_rate=1e-2),
+    optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant"),
     compute=ComputeConfig(dtype="float32", probe_stride=1),
 )
 ROWS, SEQ = 8, 16
+SOUND = Decoder.apply
 
 
 def _batch(seed: int, accumulate: int = 1) -> dict[str, np.ndarray]:
@@ -52,21 +56,14 @@ def _batch(seed: int, accumulate: int = 1) -> dict[str, np.ndarray]:
     return {name: value.reshape(accumulate, ROWS // accumulate, SEQ) for name, value in flat.items()}
 
 
-def _train(assembly: Assembly, params: Any, steps: int = 3, accumulate: int = 1) -> tuple[Any, list[Any]]:
+def _train(assembly: Assembly, params: Any, accumulate: int = 1) -> tuple[Any, list[Any]]:
+    """Takes three steps."""
     state, history = assembly.state, []
-    for i in range(steps):
+    for i in range(3):
         batch = distributed.make_global_batch(_batch(i, accumulate), assembly.mesh, rows_axis=1)
         state, metrics = assembly.step(params, state, batch)
         history.append(jax.device_get(metrics))
     return state, history
-
-
-@cache
-def _alone() -> Any:
-    """Three whole steps on one device: what splits, meshes and repetitions are compared with."""
-    assembly, params = tiny.assembled(SGD, FOUR_HEADS)
-    state, history = _train(assembly, params)
-    return jax.device_get(state), history
 
 
 def _assert_close(one: Any, other: Any, *, atol: float) -> None:
@@ -76,32 +73,25 @@ def _assert_close(one: Any, other: Any, *, atol: float) -> None:
         np.testing.assert_allclose(value, second[path], rtol=1e-4, atol=atol, err_msg=path)
 
 
-# SGD makes the adapters' movement proportional to the gradient, so that comparing them compares gradients; Adam would
-# divide rounding noise by itself where a gradient is tiny. Gradients here are of size 0.01 to 1.
-SGD = replace(
-    CONFIG,
-    mechanisms=(*CONFIG.mechanisms, "delta"),  # statistics of both passes
-    optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant"),
-)
-FOUR_HEADS = replace(BASE, n_kv_heads=4)
-FFN_ONLY = LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4),))
-
-
-def test_a_step_holds_one_forward_and_backward_pass_however_many_micro_batches_it_takes() -> None:
-    def products(accumulate: int) -> int:
-        assembly, params = tiny.assembled(replace(CONFIG, lora=FFN_ONLY, mechanisms=("soft",)), BASE)
-        text = assembly.step.lower(params, assembly.state, _batch(0, accumulate)).as_text()
-        return text.count("stablehlo.dot_general")
-
-    assert products(1) == products(4) > 0
-
-
-def _assert_as_alone(state: Any, history: Sequence[Any]) -> None:
-    alone, metrics = _alone()
-    _assert_close(alone.lora, state.lora, atol=2e-6)
-    _assert_close(alone.gate, state.gate, atol=1e-6)
-    for one, other in zip(metrics, history, strict=True):
+def test_a_mesh_and_micro_batches_are_one_device_and_one_batch(capfd: pytest.CaptureFixture[str]) -> None:
+    """Also weights and state are split: over fsdp and tensor, and the adapters over the axis of their wide side."""
+    config = replace(CONFIG, mechanisms=(*CONFIG.mechanisms, "delta"))  # statistics of both passes
+    alone, expected = _train(*tiny.assembled(config, BASE))
+    mesh = MeshConfig(2, 2, 2)
+    assembly, params = tiny.assembled(config, BASE, mesh)
+    state, history = _train(assembly, params, accumulate=2)
+    # What XLA's partitioner says where it makes an array whole on every device to lay it out anew.
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    _assert_close(alone.lora, jax.device_get(state.lora), atol=2e-6)
+    _assert_close(alone.gate, jax.device_get(state.gate), atol=1e-6)
+    for one, other in zip(expected, history, strict=True):
         _assert_close(one, other, atol=1e-5)
+    # Norms are replicated.
+    sizes = mesh.fsdp * mesh.tensor, min(mesh.fsdp, mesh.tensor)
+    for tree, parts in zip((params, {"lora": state.lora, "opt": state.opt_state}), sizes, strict=True):
+        per_device = bytes_per_device(tree)
+        assert len(per_device) == 8
+        assert max(per_device.values()) < (1 / parts + 0.05) * trees.size_bytes(tree)
 
 
 def test_every_step_and_every_micro_batch_has_its_own_key_for_dropout() -> None:
@@ -128,81 +118,51 @@ def test_every_step_and_every_micro_batch_has_its_own_key_for_dropout() -> None:
     assert len(set(means)) == 5
 
 
-def test_a_split_into_micro_batches_is_the_same_step_and_moves_every_adapter_and_no_base_weight() -> None:
-    """In four; `test_a_mesh_is_one_device` splits in two."""
-    assembly, params = tiny.assembled(SGD, FOUR_HEADS)
-    before = jax.device_get((params, assembly.state.lora))
-    state, history = _train(assembly, params, accumulate=4)
-    _assert_as_alone(state, history)
-    jax.tree.map(np.testing.assert_array_equal, params, before[0])
-    for path, value in trees.flatten(state.lora).items():
-        moved = np.abs(value - trees.flatten(before[1])[path])
-        assert np.all(moved.reshape(BASE.n_layers, -1).max(axis=1) > 0), path
-
-
-def test_a_mesh_is_one_device(capfd: pytest.CaptureFixture[str]) -> None:
-    """Also weights and state are split: over fsdp and tensor, and the adapters over the axis of their wide side."""
-    mesh = MeshConfig(2, 2, 2)
-    assembly, params = tiny.assembled(SGD, FOUR_HEADS, mesh)
-    state, history = _train(assembly, params, accumulate=2)
-    # What XLA's partitioner says where it makes an array whole on every device to lay it out anew.
-    assert "Involuntary full rematerialization" not in capfd.readouterr().err
-    _assert_as_alone(jax.device_get(state), history)
-    # Norms are replicated.
-    sizes = mesh.fsdp * mesh.tensor, min(mesh.fsdp, mesh.tensor)
-    for tree, parts in zip((params, {"lora": state.lora, "opt": state.opt_state}), sizes, strict=True):
-        per_device = bytes_per_device(tree)
-        assert len(per_device) == 8
-        assert max(per_device.values()) < (1 / parts + 0.05) * trees.size_bytes(tree)
-
-
-def _run_checked(mechanisms=("squared:warmup=1",), steps: int = 3, **compute: Any) -> None:
-    """Takes steps with checks; the masks of the last two of three differ between layers."""
-    changes = {"mechanisms": mechanisms, "compute": replace(CONFIG.compute, **compute)}
-    checked = replace(CONFIG, lora=FFN_ONLY, debug=DebugConfig(check_gates=True), **changes)
-    _train(*tiny.assembled(checked, BASE), steps=steps)
-
-
-def test_the_debug_check_passes_masks_and_samples_without_padding() -> None:
-    _run_checked(stats_stride=2, probe_stride=2)
-
-
-def test_the_debug_check_catches_a_wrong_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+def _wrong_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     silu = activations.get("silu")
     wrong = replace(silu, gate=lambda z: (silu.gate(z)[0], 1.05 * silu.gate(z)[1]))
     monkeypatch.setitem(activations.ACTIVATIONS._values, "silu", wrong)
-    with pytest.raises(NaloraError, match=r"check-gates.*gate check failed in layers/ffn"):
-        _run_checked(mechanisms=(), steps=1)
 
 
-def _unmasked_padding(variables: Any, options: Any) -> tuple[Any, Any]:
-    return variables, options | {"token_weights": jnp.ones(options["segment_ids"].shape, bool)}
+def _unmasked_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def apply(self: Any, variables: Any, tokens: Any, **options: Any) -> Any:
+        options["token_weights"] = jnp.ones(options["segment_ids"].shape, bool)
+        return SOUND(self, variables, tokens, **options)
+
+    monkeypatch.setattr(Decoder, "apply", apply)
 
 
-def _mask_of_another(variables: Any, options: Any) -> tuple[Any, Any]:
-    masks = jax.tree.map(lambda mask: jnp.roll(mask, 1, axis=0), variables.get("gate_mask", {}))
-    return variables | {"gate_mask": masks}, options
+def _mask_of_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def apply(self: Any, variables: Any, tokens: Any, **options: Any) -> Any:
+        masks = jax.tree.map(lambda mask: jnp.roll(mask, 1, axis=0), variables.get("gate_mask", {}))
+        return SOUND(self, variables | {"gate_mask": masks}, tokens, **options)
+
+    monkeypatch.setattr(Decoder, "apply", apply)
 
 
 @pytest.mark.parametrize(
-    ("planted", "dtype", "meaning"),
+    ("plant", "compute", "meaning"),
     [
-        (_unmasked_padding, "float32", "sums over the sampled tokens"),
-        (_mask_of_another, "bfloat16", "gated by this block's mask"),
+        (None, {"stats_stride": 2, "probe_stride": 2}, ""),
+        (_wrong_derivative, {}, ""),
+        (_unmasked_padding, {}, ": .*sums over the sampled tokens"),
+        (_mask_of_another_layer, {"dtype": "bfloat16"}, ": .*gated by this block's mask"),
     ],
 )
-def test_the_debug_check_catches_padding_and_the_mask_of_another_layer(
-    planted: Callable[..., Any], dtype: str, meaning: str, monkeypatch: pytest.MonkeyPatch
+def test_the_debug_check_passes_what_is_right_and_names_what_is_wrong(
+    plant: Callable[[pytest.MonkeyPatch], None] | None,
+    compute: dict[str, Any],
+    meaning: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sound = Decoder.apply
-
-    def apply(self: Any, variables: Any, tokens: Any, **options: Any) -> Any:
-        variables, options = planted(variables, options)
-        return sound(self, variables, tokens, **options)
-
-    monkeypatch.setattr(Decoder, "apply", apply)
-    with pytest.raises(NaloraError, match=f"check-gates.*in layers/ffn: .*{meaning}"):
-        _run_checked(dtype=dtype)
+    """The masks of the last two steps differ between layers."""
+    config = replace(CONFIG, mechanisms=("squared:warmup=1",), debug=DebugConfig(check_gates=True))
+    config = replace(config, compute=replace(CONFIG.compute, **compute))
+    fails = pytest.raises(NaloraError, match=f"check-gates.*in layers/ffn{meaning}")
+    if plant is not None:
+        plant(monkeypatch)
+    with contextlib.nullcontext() if plant is None else fails:
+        _train(*tiny.assembled(config, BASE))
 
 
 def test_what_was_not_measured_is_not_a_number_and_stops_the_run() -> None:

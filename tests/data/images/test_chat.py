@@ -85,11 +85,9 @@ def test_a_caption_answers_the_prompt_of_the_settings(tmp_path):
         (openai({"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}), "download it"),
         (openai({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}), "a file below"),
         (openai({"type": "image_url", "image_url": {"url": "data:image/png,xx"}}), "base64"),
-        (openai({"type": "video"}), "image_url"),
         (openai(IMAGE, TEXT), "fewer images"),
         ({"image": ["a.png", "b.png"], **openai(IMAGE, TEXT)}, "more than places"),
         (openai({"type": "text", "text": "a <img> b"}), "no <img>"),
-        ({"image": "a.png", "conversations": [{"from": "robot", "value": "x"}]}, "human"),
         ({"messages": [{"role": "assistant", "content": [IMAGE]}], "image": "a.png"}, "texts from the"),
         ({"image": "a.png", "text": "x"}, "--vision.caption-field"),
     ],
@@ -99,22 +97,6 @@ def test_what_no_model_could_read_is_refused_by_line(tmp_path, record, message):
     with pytest.raises(NaloraError, match=message) as error:
         source[0]
     assert "chats.jsonl:1" in error.value.where
-
-
-def test_broken_images_are_left_out_or_refused(tmp_path, caplog):
-    records = [openai({"type": "image", "path": name}, TEXT) for name in ("a.png", "broken.png", "b.png")]
-    source = opened(tmp_path, *records)
-    (tmp_path / "broken.png").write_bytes(png()[:40])
-    kept = source.readable()
-    assert len(kept) == 2
-    assert [kept.where(i).rpartition(":")[2] for i in range(2)] == ["1", "3"]
-    assert "broken.png" in caplog.text
-    assert kept.fingerprint != source.fingerprint
-    with pytest.raises(NaloraError, match=r"broken\.png"):
-        opened(tmp_path, *records, broken="error").readable()
-    (tmp_path / "a.png").unlink()
-    with pytest.raises(NaloraError, match="at least one"):
-        opened(tmp_path, records[1]).readable()
 
 
 def test_no_epoch_has_a_row_with_more_images_than_places():

@@ -2,8 +2,7 @@
 
 import io
 import json
-import struct
-import zlib
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -55,43 +54,20 @@ def test_photos_are_turned_upright_as_transformers_turns_them(tmp_path, kind, or
     np.testing.assert_array_equal(pixels_of(tmp_path / "photo"), np.asarray(upright))
 
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_keep_their_upper_eight(kind):
+    values = np.random.default_rng(0).integers(0, 2**16, (4, 6), dtype=np.uint16)
+    found = pixels_of(encoded(Image.fromarray(values), kind))
+    np.testing.assert_array_equal(found, np.repeat((values >> 8)[..., None], 3, axis=2))
 
 
-def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def deep_png(color, values, clear=b""):
-    """A PNG of 16 bits per channel: uint16 ``[height, width, channels]``."""
-    height, width, _ = values.shape
-    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0))
-    middle = chunk(b"tRNS", clear) if clear else b""
-    return SIGNATURE + header + middle + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
-
-
-def test_sixteen_bits_keep_their_upper_eight_in_grey_as_in_colour():
-    values = np.random.default_rng(0).integers(0, 2**16, (4, 6, 1), dtype=np.uint16)
-    grey = np.repeat(values >> 8, 3, axis=2)
-    kinds = (encoded(Image.fromarray(values[..., 0]), kind) for kind in ("TIFF", "PPM"))
-    for image in (deep_png(0, values), deep_png(2, np.repeat(values, 3, axis=2)), *kinds):
-        np.testing.assert_array_equal(pixels_of(image), grey)
-    clear = deep_png(0, np.array([[[1000], [1001]]], np.uint16), struct.pack(">H", 1000))
-    assert pixels_of(clear)[0, :, 0].tolist() == [255, 1001 >> 8]
-
-
-HALF = slice(0, 1000)  # of images with more bytes
-BOMB_HEADER = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
-BOMB = BOMB_HEADER + chunk(b"IDAT", zlib.compress(b"\0" * 10_000)) + chunk(b"IEND", b"")
+GIF = encoded(noise(), "GIF")
 MOVING = encoded(noise(), "GIF", save_all=True, append_images=[noise().rotate(180)])
 REFUSED = {
     "whole numbers of 32 bits": (encoded(Image.new("I", (4, 4)), "TIFF"), "expected 8 or 16 bits per channel"),
     "floats": (encoded(Image.new("F", (4, 4)), "TIFF"), "expected 8 or 16 bits per channel"),
-    "a decompression bomb, by its header": (SIGNATURE + BOMB, "expected at most 50,000,000 pixels"),
-    "half a PNG": (encoded(noise(200, 100))[HALF], "expected a whole image"),
-    "half a JPEG": (encoded(noise(200, 100), "JPEG")[HALF], "expected a whole image"),
-    "half a WebP": (encoded(noise(200, 100), "WEBP")[HALF], "expected a whole image"),
+    "a decompression bomb, by its header": (GIF[:6] + b"\xff" * 4 + GIF[10:], "expected at most 50,000,000 pixels"),
+    "half a JPEG": (encoded(noise(200, 100), "JPEG")[:1000], "expected a whole image"),
     "a text": (b"not an image at all", "expected a whole image"),
     "a moving image": (MOVING, "expected a still image, found 2 frames"),
     "a line": (encoded(Image.new("RGB", (1000, 2))), "sides that differ by at most 100 times"),
@@ -106,13 +82,15 @@ def test_images_that_cannot_be_read_are_refused_by_name(case):
         open_image(image, "photo.img")
 
 
-# ---------------------------------------------------------------- processors
-
 CROP, CHANNELS = {"height": 61, "width": 50}, {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+CLIP = {"size": {"shortest_edge": 24}, "crop_size": {"height": 20, "width": 20}}
+CLIP_OF_10 = {"size": {"shortest_edge": 12}, "crop_size": {"height": 10, "width": 10}}
 CASES = {
-    "CLIP": ("CLIP", {"size": {"shortest_edge": 24}, "crop_size": {"height": 20, "width": 20}}),
+    "CLIP": ("CLIP", CLIP),
     "CLIP's defaults": ("CLIP", {}),
     "crop larger than the image": ("CLIP", {"do_resize": False, "crop_size": CROP}),
+    "CLIP of another size": ("CLIP", CLIP, 10, CLIP_OF_10),
+    "ViT of another size": ("ViT", {"size": 33}, 21, {"size": 21}),
     "SigLIP": ("Siglip", {"size": {"height": 17, "width": 31}, "resample": 1}),
     "ViT": ("ViT", {"size": 33, "do_normalize": False}),
     "DINOv2": ("Bit", {"size": 40, **CHANNELS}),
@@ -133,29 +111,13 @@ def picture(width, height):
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-SCALED = {
-    "CLIP": (10, {"size": {"shortest_edge": 12}, "crop_size": {"height": 10, "width": 10}}),
-    "ViT": (21, {"size": 21}),
-}
-
-
-@pytest.mark.parametrize("case", SCALED)
-def test_another_size_is_another_size_in_the_file(tmp_path, case):
-    """The same share is cut off; pixels are those of transformers with the numbers that the file would have."""
-    (kind, settings), (side, scaled), image = CASES[case], SCALED[case], picture(301, 207)
-    _, ours = saved(tmp_path, kind, **settings)
-    theirs, _ = saved(tmp_path, kind, **(settings | scaled), do_rescale=False)
-    theirs.do_normalize = False
-    expected = theirs(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    found = ours.of_side(side)(image)["pixels"]
-    assert found.shape == (side, side, 3)
-    assert np.abs(found.astype(int) - expected).max() <= 1
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_pixels_are_those_of_transformers(tmp_path, case):
-    kind, settings = CASES[case]
+    kind, settings, *other = CASES[case]
     theirs, ours = saved(tmp_path, kind, **settings)
+    if other:  # the numbers that the file of this size would have
+        theirs, _ = saved(tmp_path, kind, **(settings | other[1]))
+        ours = ours.of_side(other[0])
     for size in SIZES:
         image = picture(*size)
         expected = theirs(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
@@ -184,10 +146,7 @@ def test_bad_processor_files_are_named(tmp_path):
     good = {"image_processor_type": "CLIPImageProcessor"}
     for change, message in (
         ({"image_processor_type": "FuyuImageProcessor"}, "image_processor_type"),
-        ({"size": {"longest": 3}}, "size"),
         ({"image_std": [0.0, 1.0, 1.0]}, "image_std"),
-        ({"image_mean": [10**400, 0.5, 0.5]}, "image_mean"),
-        ({"resample": 9}, "resample"),
         ({"crop_size": {"height": -3, "width": 4}}, "height"),
     ):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(good | change))
@@ -199,64 +158,42 @@ def test_bad_processor_files_are_named(tmp_path):
     assert read_processor(tmp_path).output == (224, 224)
 
 
-# ---------------------------------------------------------------- texts
-
-
-def assert_same(ours, theirs, texts, **options):
-    expected = theirs(texts, truncation=True, return_tensors="np", **options)
+def assert_same(folder, texts, *, length, padding=True, **options):
+    """Returns our tokenizer of a folder, whose tokens are those of transformers."""
+    ours = read_text_tokenizer(folder, max_length=length, **options)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = theirs(texts, truncation=True, return_tensors="np", padding=padding, max_length=length)
     found = ours(texts, length=expected["input_ids"].shape[1])
     np.testing.assert_array_equal(found["tokens"], expected["input_ids"])
     np.testing.assert_array_equal(found["token_weights"], expected["attention_mask"])
+    return ours
 
 
 def test_texts_become_the_tokens_of_transformers(dual_folder, tmp_path):
     """Random words, and byte-level BPE that ends words and WordPiece with its normaliser, from their files."""
-    for family, padding in (("clip", True), ("siglip", "max_length")):
-        folder, texts = (
-            dual_folder(family),
-            ["a photo of a red square", "A Green circle", "", "dress " * 30],
-        )
-        ours = read_text_tokenizer(folder, max_length=12, vocab_size=40, fixed=family == "siglip")
-        theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        assert_same(ours, theirs, texts, padding=padding, max_length=12)
-        assert ours(texts)["tokens"].shape == (4, 12)
-        assert ours(["a"], length=8)["tokens"].shape == (1, 8)
+    texts = ["a photo of a red square", "A Green circle", "", "dress " * 30]
+    assert_same(dual_folder("clip"), texts, length=12, vocab_size=40)
+    ours = assert_same(
+        dual_folder("siglip"), texts, length=12, vocab_size=40, fixed=True, padding="max_length"
+    )
+    assert ours(texts)["tokens"].shape == (4, 12)
     letters = "abcdefghijklmnopqrstuvwxyz!,"
     words = [*letters, *(f"{c}</w>" for c in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
-    pieces = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *letters,
-        *(f"##{c}" for c in letters),
-        "cat",
-        "##ty",
-    ]
-    vocabularies = ({word: i for i, word in enumerate(listed)} for listed in (words, pieces))
-    clip = transformers.CLIPTokenizer(vocab=next(vocabularies), merges=[("c", "a"), ("ca", "t</w>")])
-    for name, theirs in (("clip", clip), ("bert", transformers.BertTokenizer(vocab=next(vocabularies)))):
+    special = [f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")]
+    pieces = [*special, *letters, *(f"##{c}" for c in letters), "cat", "##ty"]
+    words, pieces = ({word: i for i, word in enumerate(listed)} for listed in (words, pieces))
+    clip = transformers.CLIPTokenizer(vocab=words, merges=[("c", "a"), ("ca", "t</w>")])
+    for name, theirs in (("clip", clip), ("bert", transformers.BertTokenizer(vocab=pieces))):
         theirs.save_pretrained(tmp_path / name)
-        ours = read_text_tokenizer(tmp_path / name, max_length=16, vocab_size=100)
-        assert_same(ours, theirs, ["Cat, catty!", "a CAT sat", "é cat"], padding=True, max_length=16)
+        texts = ["Cat, catty!", "a CAT sat", "é cat"]
+        assert_same(tmp_path / name, texts, length=16, vocab_size=100)
 
 
 def test_bad_folders_of_text_encoders_are_named(dual_folder, tmp_path):
-    files = {
-        name: (dual_folder("clip") / name).read_text()
-        for name in ("tokenizer.json", "tokenizer_config.json")
-    }
-    no_padding = json.dumps(json.loads(files["tokenizer_config.json"]) | {"pad_token": "[NONE]"})
-    for change, rows, message in (
-        ({"tokenizer.json": None}, 40, r"tokenizer\.json"),
-        ({}, 5, "rows of the embedding"),
-        ({"tokenizer_config.json": no_padding}, 40, "pad_token"),
-        ({"tokenizer.json": "{}"}, 40, "a tokenizer"),
-    ):
-        for name, text in (files | change).items():
-            (tmp_path / name).unlink(missing_ok=True)
-            if text is not None:
-                (tmp_path / name).write_text(text)
-        with pytest.raises(NaloraError, match=message):
-            read_text_tokenizer(tmp_path, max_length=8, vocab_size=rows)
+    with pytest.raises(NaloraError, match="rows of the embedding"):
+        read_text_tokenizer(dual_folder("clip"), max_length=8, vocab_size=5)
+    shutil.copy(dual_folder("clip") / "tokenizer.json", tmp_path)
+    settings = json.loads((dual_folder("clip") / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "[NONE]"}))
+    with pytest.raises(NaloraError, match="pad_token"):
+        read_text_tokenizer(tmp_path, max_length=8, vocab_size=40)
