@@ -68,7 +68,6 @@ STATE = {
     "layers/ffn/down_proj/a": ((L, F, RANK), P(None, BOTH)),
     "layers/ffn/down_proj/b": ((L, RANK, D), P(None, None, "fsdp")),
     "layers/group0/block0/ffn/down_proj/a": ((L, 8, F, RANK), P(None, None, BOTH)),
-    "layers/group0/block0/ffn/down_proj/b": ((L, 8, RANK, D), P(None, None, None, "fsdp")),
     "gate/memory/mask/layers/ffn/slope": ((L, F), P(None, BOTH)),
     "gate/memory/step_scale/layers/ffn/occupancy": ((L, 4, F), P(None, None, BOTH)),
     "gate/memory/step_scale/layers/group0/block0/ffn/occupancy": ((L, 8, 4, F), P(None, None, None, BOTH)),
@@ -110,7 +109,6 @@ def test_a_dimension_that_does_not_divide_is_replicated_alone():
     mesh = distributed.make_mesh(MeshConfig(1, 2, 4))
     for spec, shape, fitted in (
         (P("fsdp", "tensor"), (3, 64, 126), P(None, "fsdp")),
-        (P("fsdp", "tensor"), (3, 63, 128), P(None, None, "tensor")),
         (P(("data", "fsdp"), None), (6, 5), P(("data", "fsdp"))),
         (P(BOTH), (12,), P("tensor")),
         (P(None, "tensor"), (128,), P()),

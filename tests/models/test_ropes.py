@@ -93,6 +93,7 @@ def test_settings_for_other_tools_are_the_changed_fields():
     assert rope_settings(seeing)["rope_parameters"] == expected
 
 
+PHI3 = {**SHORT, "model_type": "phi3"}
 UNROTATED = {**SHORT, "model_type": "smollm3", "no_rope_layers": [0] * 4}
 
 
@@ -104,11 +105,7 @@ UNROTATED = {**SHORT, "model_type": "smollm3", "no_rope_layers": [0] * 4}
         (SHORT, "yarn:factor=2,truncate=1", "true or false as truncate"),
         (SHORT, "llama3:factor=2", "low_freq_factor"),
         (SCALED, "yarn:factor=2", "a context of at least 64 tokens, the model's, found 32"),
-        (
-            SHORT | {"model_type": "phi3"},
-            "yarn:factor=2",
-            "phi3, whose files have no scaling except longrope",
-        ),
+        (PHI3, "yarn:factor=2", "phi3, whose files have no scaling except longrope"),
         (UNROTATED, "yarn:factor=2", "no layer with RoPE"),
     ],
 )
