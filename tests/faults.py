@@ -34,7 +34,7 @@ BEGIN, END = "<!-- faults: python -m tests.faults -->", "<!-- end of faults -->"
 STEPS = 40
 # Imported by a run with rewards: ends the process a given time after a given call of a phase has begun.
 KILLER = """
-import os, signal, threading
+import itertools, os, signal, threading
 from functools import partial
 
 from nalora_jax.train import checkpoint, rollout
@@ -42,14 +42,12 @@ from nalora_jax.train.kinds import rl
 from nalora_jax.train.rewards import register_reward
 
 phase, at, delay = os.environ.get("NALORA_FAULT", "none 0 0").split()
-calls = 0
+calls = itertools.count(1)
 
 
 def dying(function, name):
     def wrapped(*arguments, **options):
-        global calls
-        calls += name == phase
-        if name == phase and calls == int(at):
+        if name == phase and next(calls) == int(at):
             threading.Timer(float(delay), os.kill, (os.getpid(), signal.SIGKILL)).start()
         return function(*arguments, **options)
     return wrapped

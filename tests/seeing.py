@@ -24,18 +24,7 @@ SPECIAL += ["<end_of_turn>", "<start_of_turn>"]
 CHAT_WORDS = [*SPECIAL, " ", "\n", "\n\n", "\n\n\n", ":", ".", "?", "USER", "ASSISTANT", "user", "model"]
 CHAT_WORDS += [*WORDS[4:13], "What", "colour", "is", "this", "Describe", "image"]
 # The chat templates of llava-hf/llava-1.5-7b-hf and, without its system turn, google/gemma-3-4b-it.
-TEMPLATES = {
-    "llava": "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}"
-    "{% endif %}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}"
-    "{% endfor %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ content['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
-    "gemma3": "{{ bos_token }}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' "
-    "else message['role'] %}{{ '<start_of_turn>' + role + '\n' }}{% if message['content'] is string %}"
-    "{{ message['content'] | trim }}{% else %}{% for item in message['content'] %}{% if item['type'] == 'image' %}"
-    "{{ '<start_of_image>' }}{% elif item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor %}"
-    "{% endif %}{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}"
-    "{% endif %}",
-}
+TEMPLATES = Path(__file__).parent / "data" / "images" / "templates"
 PROCESSORS = {
     "clip": ("CLIPImageProcessor", {"size": {"shortest_edge": 16}, "crop_size": SQUARE}),
     "siglip": ("SiglipImageProcessor", {"size": SQUARE}),
@@ -145,7 +134,7 @@ def make_seeing(
             patch_size=4,
             vision_feature_select_strategy=top.get("vision_feature_select_strategy", "default"),
             num_additional_image_tokens=1,
-            chat_template=TEMPLATES[family],
+            chat_template=(TEMPLATES / f"{family}.jinja").read_text(),
         )
     else:
         words |= {
@@ -161,7 +150,7 @@ def make_seeing(
         processor = transformers.Gemma3Processor(
             transformers.models.gemma3.image_processing_pil_gemma3.Gemma3ImageProcessorPil(size=SQUARE),
             own,
-            chat_template=TEMPLATES[family],
+            chat_template=(TEMPLATES / f"{family}.jinja").read_text(),
             image_seq_length=4,
         )
     processor.save_pretrained(folder)

@@ -70,10 +70,6 @@ def train(base: ModelConfig, *mechanisms: str, steps: int = 3) -> tuple[Any, dic
     return state, metrics
 
 
-def test_the_page_has_the_five_changes() -> None:
-    assert list(FILES) == ["softer", "loud", "early", "my_llama", "sums"]
-
-
 def test_an_activation(use: Any) -> None:
     use("softer")
     softer, z = activations.get("softer"), np.linspace(-8, 8, 101)
@@ -88,15 +84,16 @@ def test_an_activation(use: Any) -> None:
     assert np.all(metrics["layers"]["layers/ffn"]["misalignment"] > 0.01)
 
 
-def test_an_activation_whose_derivative_is_wrong_is_refused(use: Any) -> None:
-    for name, message in {
-        "bad": r"activation 'bad': expected a function that returns rho\(z\) and its deriv",
-        "silu": "'silu': expected a name that is free",
-    }.items():
-        with pytest.raises(NaloraError, match=message):
-            activations.register_activation(name)(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
-    with pytest.raises(NaloraError, match="one of .*gelu.*'bad'"):
-        activations.get("bad")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bad", r"'bad': expected a function that returns rho\(z\) and its deriv"),
+        ("silu", "a name that is free"),
+    ],
+)
+def test_an_activation_whose_derivative_is_wrong_is_refused(use: Any, name: str, message: str) -> None:
+    with pytest.raises(NaloraError, match=message):
+        activations.register_activation(name)(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
 
 
 def test_a_mask_rule(use: Any) -> None:
@@ -153,8 +150,6 @@ def test_a_family(use: Any) -> None:
     assert family.family_of("my_llama").tensors == family.family_of("llama").tensors
     _, metrics = train(base)
     assert np.isfinite(metrics["loss"])
-    with pytest.raises(NaloraError, match="'llama': expected a name that is free"):
-        family.register_family("llama")(lambda fields, name: base)
 
 
 def test_a_data_source(use: Any) -> None:

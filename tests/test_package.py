@@ -50,7 +50,3 @@ def test_every_name_of_the_package_can_be_imported_and_generate_names_its_option
     for name in ("generate", "complete", "stream"):
         method = getattr(nalora_jax.Generator, name)
         assert list(inspect.signature(method).parameters)[-len(options) :] == options
-
-
-def test_type_checkers_are_told_that_the_package_has_types():
-    assert (ROOT / "nalora_jax" / "py.typed").exists()

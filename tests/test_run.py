@@ -89,13 +89,15 @@ def copied(config: cfg.RunConfig, folder: Path) -> cfg.RunConfig:
 def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[cfg.RunConfig, Any]) -> None:
     config, result = finished
     assert result.after["loss"] < 0.8 * result.before["loss"]
-    assert result.report.read_text().startswith("<!doctype html>")
     modes = {path.name: path.stat().st_mode & 0o777 for path in result.adapter.iterdir()}
     names = ("adapter_config.json", "adapter_model.safetensors", "README.md")
     assert modes == dict.fromkeys(names, 0o644)
     lines = tiny.lines(config.output)
     assert lines[0]["run"]["steps"] == STEPS
     assert lines[0]["mechanisms_from"] == 4  # after a warm-up of 3 steps
+    base, pages = lines[0]["base"], [result.report, result.adapter / "README.md"]
+    assert (base["name"], base["numbers"]) == (config.model, "F32")
+    assert all(base["fingerprint"][:20] in page.read_text() for page in pages)
     initial, final = (next(line for line in lines if name in line) for name in ("initial", "final"))
     assert initial["eval"]["loss"] == pytest.approx(result.before["loss"])
     assert final["eval"]["n"] == 4
@@ -107,21 +109,6 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[c
     assert min(last["mask_mean"]) != 1
     assert lines[-1]["done"]["step"] == STEPS
     assert list(lines[-1]["done"]["seconds"])[::2] == ["preparing", "training", "exporting"]
-
-
-def test_every_file_names_the_very_weights_that_were_trained_on(finished):
-    config, result = finished
-    noted = tiny.lines(config.output)[0]["base"]
-    loaded = load(config.output, dtype="float32").base
-    assert loaded.origin is not None
-    assert noted == loaded.origin.to_dict()
-    assert (noted["name"], noted["numbers"]) == (config.model, "F32")
-    settings = json.loads((result.adapter / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == noted["name"]
-    for page in ((result.adapter / "README.md").read_text(), result.report.read_text()):
-        assert all(
-            fact in page for fact in (noted["file"], "safetensors", "F32", noted["fingerprint"][:20])
-        )
 
 
 def test_eval_gives_the_numbers_of_the_run_to_the_bit(finished, tmp_path):
@@ -163,7 +150,7 @@ def test_an_evaluation_file_that_was_edited_is_found_when_the_run_goes_on(stoppe
         questions.write_text(text)
 
 
-def test_resume_takes_the_run_s_own_settings_and_names_what_disagrees(stopped, capsys, monkeypatch):
+def test_resume_takes_the_run_s_own_settings_and_names_what_disagrees(stopped, capsys):
     asked = ["train", "--output", stopped.output, "--resume"]
     _, args = parse(asked)
     assert args.run == replace(stopped, resume=True)  # type: ignore[union-attr]
@@ -175,9 +162,6 @@ def test_resume_takes_the_run_s_own_settings_and_names_what_disagrees(stopped, c
     error = capsys.readouterr().err
     for part in ("seed = 0", "seed = 3", "train.batch_size = 8", "train.batch_size = 4"):
         assert part in error
-    monkeypatch.setattr(text, "load_weights", None)
-    with pytest.raises(NaloraError, match=r"--resume .*seed = 0, found seed = 3"):
-        nalora_run.run(replace(stopped, resume=True, seed=3))
     with pytest.raises(NaloraError, match=r"--steps: expected 3 or more, .*found 2; leave --steps out"):
         nalora_run.run(replace(stopped, resume=True, steps=2))
 
@@ -240,11 +224,10 @@ def test_two_processes_run_like_one_with_model_data_and_output_in_a_bucket(confi
 
 def test_adalora_leaves_the_ranks_that_were_asked_for(config: cfg.RunConfig) -> None:
     """Of the last allocation on: no earlier state is exported, however good it was."""
-    rules = (cfg.LoRARule("ffn", 6),)
     config = replace(
         config,
         steps=20,
-        lora=cfg.LoRAConfig(rules=rules),
+        lora=cfg.LoRAConfig(rules=(cfg.LoRARule("ffn", 6),)),
         adalora=cfg.AdaLoRAConfig(target_rank=2, interval=2),
         optimizer=cfg.OptimizerConfig(learning_rate=5e-2),
         train=replace(config.train, eval_every=5, save_every=5),
@@ -256,9 +239,7 @@ def test_adalora_leaves_the_ranks_that_were_asked_for(config: cfg.RunConfig) -> 
     ranks = {path: target.ranks for path, target in model.spec.targets}
     assert sum(map(sum, ranks.values())) == 2 * 3 * 2  # a mean of 2 on 3 projections of 2 layers
     logged = [line["ranks"] for line in tiny.lines(config.output) if line.get("ranks")]
-    assert sum(map(sum, logged[0].values())) == 25  # 12 + 24 (10 / 12)^3, rounded down
     assert {path: tuple(rows) for path, rows in logged[-1].items() if any(rows)} == ranks
-    assert "AdaLoRA" in (result.adapter / "README.md").read_text()
 
 
 # ---------------------------------------------------------------- refusals
@@ -270,23 +251,15 @@ def _without_gate(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def _unknown_activation(folder: Path) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "frobnicate"}))
-
-
 EXAMPLE = {"prompt": "a more", "completion": " z"}
 # A part of the message, and its cause: flags, damage to the model, or the ninth example of the data.
 REFUSED: dict[str, Any] = {
     "'nothing', which matches nothing": "--lora.rules nothing:4",
     "missing.jsonl": "--data.dataset missing.jsonl",
-    "--mesh": "--mesh.data 3",
     "--mesh.tensor: expected a divisor of the model": "--mesh.tensor 4",
     "--train.batch-size": "--mesh.data 4",
-    "expected a field 'ask'": "--data.prompt-field ask",
     "chat template": "--data.chat",
     "--resume: expected a checkpoint": "--resume",
-    "'frobnicate'": _unknown_activation,
     "found no model.layers.0.mlp.gate_proj.weight": _without_gate,
     "data.jsonl:9: completion: expected an answer": {"prompt": "a", "completion": ""},
     "the model's context": {"prompt": "a " * 80, "completion": " z"},
@@ -296,16 +269,11 @@ REFUSED: dict[str, Any] = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_run_is_one_line_and_exit_code_2(settings, tmp_path, monkeypatch, message, capsys):
     """Before weights are read, unless the weights are damaged."""
-    cause, model, output, data = (
-        REFUSED[message],
-        Path(settings.model),
-        tmp_path / "out",
-        tmp_path / "data.jsonl",
-    )
-    if callable(cause):
+    cause, model, output, data = REFUSED[message], settings.model, tmp_path / "out", tmp_path / "data.jsonl"
+    if cause is _without_gate:
         model = shutil.copytree(model, tmp_path / "model")
-        cause(model)
-    if cause is not _without_gate:
+        _without_gate(model)
+    else:
         monkeypatch.setattr(text, "load_weights", None)
     examples = [EXAMPLE] * 8 + [cause if isinstance(cause, dict) else EXAMPLE] + [EXAMPLE] * 13
     data.write_text("".join(json.dumps(line) + "\n" for line in examples))

@@ -1,8 +1,7 @@
-"""Runs that continue an adapter on disk: PEFT trains, this library continues, PEFT continues."""
+"""Runs that continue an adapter on disk, of PEFT or of an earlier run."""
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from dataclasses import replace
@@ -51,27 +50,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
         )
 
 
-def their_steps(model: Any, config: RunConfig, rate: float) -> list[float]:
-    """Trains PEFT's model for five steps on the training questions; returns the loss before each and at the end."""
-    import torch
-
-    lines = Path(config.data.dataset).read_text().splitlines()[:48]
-    words = [[*(json.loads(line)["prompt"] + " z").split(), "<end>"] for line in lines]
-    tokens = torch.tensor([[tiny.WORDS.index(word) for word in row] for row in words])
-    labels = tokens.clone()
-    labels[:, :2] = -100
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
-    losses = []
-    for step in range(6):
-        loss = model(tokens, labels=labels).loss
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        if step < 5:
-            optimizer.step()
-    return losses
-
-
 def test_an_adapter_goes_from_peft_to_a_run_and_back(config: RunConfig, tmp_path: Path) -> None:
     torch, transformers, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
 
@@ -86,13 +64,13 @@ def test_an_adapter_goes_from_peft_to_a_run_and_back(config: RunConfig, tmp_path
         np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-4)
 
     torch.manual_seed(0)
-    settings = peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **ADAPTER)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **ADAPTER)
     theirs = peft.get_peft_model(their_base(), settings)
-    first = their_steps(theirs, config, 5e-3)
     theirs.save_pretrained(tmp_path / "theirs")
     run = replace(config, adapter=str(tmp_path / "theirs"), output=str(tmp_path / "run"))
     assert_equal_logits(run.adapter, theirs)
     result = training.run(run)
+    assert result.after["loss"] < result.before["loss"]
     back = peft.PeftModel.from_pretrained(their_base(), str(result.adapter), is_trainable=True)
     assert_equal_logits(run.output, back)
     shapes = [
@@ -100,8 +78,6 @@ def test_an_adapter_goes_from_peft_to_a_run_and_back(config: RunConfig, tmp_path
         for folder in (tmp_path / "theirs", result.adapter)
     ]
     assert shapes[0] == shapes[1]
-    then = their_steps(back, config, 1e-3)
-    assert first[0] > first[-1] > then[0] > then[-1]
 
 
 @pytest.fixture(scope="module")

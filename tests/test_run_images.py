@@ -94,30 +94,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, pictures, tmp_path) -> 
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_captions_of_two_towers_that_never_met(tower_folders, pictures, tmp_path, one_device) -> None:
-    image, text = tower_folders
-    settings = few_shot(
-        f"{image}+{text}",
-        pictures,
-        tmp_path / "run",
-        lora=cfg.LoRAConfig(rules=(cfg.LoRARule("ffn", 2),)),
-        mesh=cfg.MeshConfig(data=1),
-        steps=3,
-        epochs=0.0,
-        vision=cfg.VisionConfig("contrast", features=16, loss="sigmoid"),
-    )
-    result = run(settings)
-    assert result.before["n"] == result.after["n"] == 9
-    assert set(result.after) >= {"recall", "image_to_text_recall_1", "text_to_image_recall_5"}
-    towers = [line["towers"] for line in tiny.lines(result.folder) if "towers" in line]
-    assert towers[-1] == {"image": 3, "text": 2}
-    assert (result.adapter / "trained.safetensors").is_file()
-    page = result.report.read_text()
-    assert "image 2" in page
-    assert "recall at 1" in page.lower()
-    assert load_adapted_dual(str(result.folder)).base.config.image.d_out == 16
-
-
 def test_the_page_classifies_and_retrieves(trained, pictures) -> None:
     page = (Path(__file__).parent.parent / "docs" / "images.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
@@ -157,12 +133,9 @@ def test_the_verbs_that_take_every_run_take_these(trained, tmp_path, capsys) -> 
 
 def test_settings_that_do_not_fit_are_refused(trained, pictures, tmp_path) -> None:
     settings = few_shot(trained[0], pictures, tmp_path / "run", steps=6, epochs=0.0)
-    vision = cfg.VisionConfig
     for message, changes in {
-        "--vision.templates": {"vision": vision("classify", templates=("no name",))},
-        "one of 2 classes": {"vision": vision("classify", classes=("red", "green"))},
-        "--vision.caption-field": {"vision": vision("contrast", caption_field="title")},
-        "green1.png": {"vision": vision("classify", broken="error", shots=0)},
+        "--vision.templates": {"vision": cfg.VisionConfig("classify", templates=("no name",))},
+        "one of 2 classes": {"vision": cfg.VisionConfig("classify", classes=("red", "green"))},
         "--data.eval-split": {"data": replace(settings.data, eval_split="train[50%:]")},
         "--lora.init": {"lora": cfg.LoRAConfig(init="pissa")},
         "--compute.quantize": {"compute": cfg.ComputeConfig(quantize="int8")},

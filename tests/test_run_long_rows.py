@@ -63,9 +63,6 @@ def test_needles_before_and_after_are_printed_and_in_the_report(run, monkeypatch
     assert main(["report", run.output]) == 2
     assert "needle.json: expected results of nalora eval --needle" in capsys.readouterr().err
     (folder / "needle.json").unlink()
-    assert main(["eval", run.output, "--needle", "1x"]) == 2
-    said = "--needle: expected lengths of 1 to 8 digits in tokens, separated by commas, found '1x'"
-    assert said in capsys.readouterr().err
 
 
 def test_a_merged_run_is_the_same_model_in_transformers(run: RunConfig, tmp_path: Path) -> None:

@@ -23,19 +23,15 @@ from nalora_jax.train.adapted import load
 from tests import seeing, tiny
 from tests.seeing import QUESTION
 
+torch, transformers, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
 TOWERS = {"image": 3, "layers": 2}
+AutoModel = transformers.AutoModelForImageTextToText
 
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Conversations, one of whose images is damaged."""
     return seeing.make_chats(tmp_path_factory.mktemp("chats"), damaged="green1.png")
-
-
-@pytest.fixture(scope="module")
-def libraries() -> Any:
-    """torch, transformers and PEFT."""
-    return [pytest.importorskip(name) for name in ("torch", "transformers", "peft")]
 
 
 def settings(model: Path, chats: Path, output: Path, **changes: Any) -> cfg.RunConfig:
@@ -79,9 +75,7 @@ def test_a_run_lowers_the_loss_and_leaves_its_adapter(trained) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_peft_loads_the_adapter_and_transformers_sees_the_same(trained, chats, libraries) -> None:
-    """Logits of the trained model in transformers with PEFT, on an image of its own, against ours."""
-    torch, transformers, peft = libraries
+def test_peft_loads_the_adapter_and_transformers_sees_the_same(trained, chats) -> None:
     model, folder = trained
     adapted = load(str(folder), dtype="float32")
     tokenizer, processor = adapted.base.tokenizer, adapted.base.processor
@@ -96,19 +90,16 @@ def test_peft_loads_the_adapter_and_transformers_sees_the_same(trained, chats, l
         return adapted.module.apply(variables, hidden, method="unembed")
 
     ours = np.asarray(logits(adapted.variables, pixels))
-    base = transformers.AutoModelForImageTextToText.from_pretrained(model)
-    theirs = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
+    theirs = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(model), folder / "adapter").eval()
     seen = torch.tensor(np.asarray(pixels[0]).transpose(0, 3, 1, 2))
     inputs = {"input_ids": torch.tensor(ids, dtype=torch.long), "pixel_values": seen}
-    if adapted.base.config.sight.mutual:
-        inputs["token_type_ids"] = (inputs["input_ids"] == tokenizer.images.token_id).long()
+    inputs["token_type_ids"] = (inputs["input_ids"] == tokenizer.images.token_id).long()
     with torch.no_grad():
         expected = theirs(**inputs).logits.numpy()
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
-def test_the_verbs_see(trained, chats, tmp_path, capsys, libraries) -> None:
-    torch, transformers, _ = libraries
+def test_the_verbs_see(trained, chats, tmp_path, capsys) -> None:
     model, folder = trained
     more = ["--prompt", QUESTION, "--image", str(chats.parent / "green0.png"), "--max-new-tokens", "4"]
     assert main(["generate", str(folder), *more]) == 0
@@ -118,22 +109,16 @@ def test_the_verbs_see(trained, chats, tmp_path, capsys, libraries) -> None:
     assert f"held-out loss {final['loss']:.3f}" in capsys.readouterr().out
     merged = tmp_path / "merged"
     assert main(["merge", str(folder), "--output", str(merged), "--dtype", "float32"]) == 0
-    whole, base = (
-        dict(transformers.AutoModelForImageTextToText.from_pretrained(one).named_parameters())
-        for one in (merged, model)
-    )
-    assert {name: leaf.shape for name, leaf in whole.items()} == {
-        name: leaf.shape for name, leaf in base.items()
-    }
+    whole, base = (dict(AutoModel.from_pretrained(of).named_parameters()) for of in (merged, model))
+    assert whole.keys() == base.keys()
     last = "model.vision_tower.encoder.layers.2.mlp.fc1.weight"
     assert not torch.equal(whole[last], base[last])
     assert main(["export", str(folder), "--output", str(tmp_path / "vllm"), "--for", "vllm"]) == 2
     assert "language model alone" in capsys.readouterr().err
 
 
-def test_a_conversation_shows_images(seeing_folder, chats, monkeypatch, capsys, libraries) -> None:
+def test_a_conversation_shows_images(seeing_folder, chats, monkeypatch, capsys) -> None:
     """Two turns, the second with two images more, as transformers answers them; what is wrong is said in between."""
-    torch, transformers, _ = libraries
     model, folder = seeing_folder("llava"), chats.parent
     typed = f"""/image {folder}/green0.png
 {QUESTION}
@@ -152,11 +137,9 @@ Describe this
     assert "error: nowhere.png: expected" in err
     assert "green1.png" in err.split("error: ")[2]  # damaged
     assert "error: message: expected no <image> in it" in err
-    assert err.count("with the next message: 1 image\n") == 2
-    assert "with the next message: 2 images" in err
 
     processor = transformers.AutoProcessor.from_pretrained(model, backend="pil")
-    whole = transformers.AutoModelForImageTextToText.from_pretrained(model).eval()
+    whole = AutoModel.from_pretrained(model).eval()
     turns: list[dict] = []
     form = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     for names, text, answer in (("green0", QUESTION, said[0]), ("blue0 red1", "Describe this", said[1])):
@@ -176,10 +159,7 @@ def test_settings_that_do_not_fit_are_refused(seeing_folder, chats, tmp_path) ->
     for message, changes in {
         "--data.too-long": {"data": replace(base.data, too_long="truncate")},
         "green1.png": {"vision": cfg.VisionConfig("chat", broken="error")},
-        "--data.max-length": {"data": replace(base.data, max_length=12)},
-        "matches nothing": {
-            "vision": cfg.VisionConfig()
-        },  # read as its text model, which has no image tower
+        "matches nothing": {"vision": cfg.VisionConfig()},  # its text model has no image tower
     }.items():
         with pytest.raises(NaloraError, match=message):
             run(replace(base, **changes))
