@@ -15,6 +15,7 @@ from nalora_jax.errors import NaloraError, TrainingDivergedError
 
 LONG: list[Any] = ["語" * 10**5, list(range(10**5)), 10**5000, "\ud800" * 10**4]
 PARTS = {"where": "tokenizer.json", "expected": "a token", "found": "none", "remedy": "change it"}
+CONTROLS = "\x00 \x07 \x1b[31m \x7f \x9b2J \r \u202e \u2028"
 
 
 def test_messages_are_bounded() -> None:
@@ -22,9 +23,6 @@ def test_messages_are_bounded() -> None:
         message = str(TrainingDivergedError(**{**PARTS, place: long}))
         assert len(message.encode("utf-8")) <= 2000
         assert all(text in message for name, text in PARTS.items() if name != place)
-
-
-CONTROLS = "\x00 \x07 \x1b[31m \x7f \x9b2J \r \u202e \u2028"
 
 
 def test_control_characters_of_a_message_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,16 +42,10 @@ def library_adapters(page: Any, rule: str, params: Any, lora: Any, batches: list
         compute=cfg.ComputeConfig(dtype="float32", implementation="xla", stats_stride=1, probe_stride=1),
         mechanisms=(f"{rule}:warmup={WARMUP}",),
     )
-    fields = tiny.HF | {
-        "vocab_size": page.vocab,
-        "hidden_size": page.d_model,
-        "intermediate_size": page.d_ff,
-        "num_hidden_layers": page.layers,
-        "num_attention_heads": page.heads,
-        "num_key_value_heads": page.heads,
-        "rope_theta": page.rope_theta,
-        "rms_norm_eps": page.eps,
-    }
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = (page.vocab, page.d_model, page.d_ff, page.layers, page.heads)
+    fields = tiny.HF | dict(zip(names, sizes, strict=True))
+    fields |= {"num_key_value_heads": page.heads, "rope_theta": page.rope_theta, "rms_norm_eps": page.eps}
     assembly = assemble(config, ModelConfig.from_hf(fields), params, tiny.one_device())
     state = assembly.begin(jax.tree.map(jnp.array, lora), 0)
     for tokens in batches:

@@ -120,9 +120,6 @@ def test_eval_gives_the_numbers_of_the_run_to_the_bit(finished, tmp_path):
     assert {name: found[name] for name in reported} == reported
 
 
-# ---------------------------------------------------------------- stops
-
-
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(finished, stopped, tmp_path):
     resumed = nalora_run.run(replace(copied(stopped, tmp_path / "run"), resume="auto"))
     whole = finished[1]
@@ -152,12 +149,8 @@ def test_an_evaluation_file_that_was_edited_is_found_when_the_run_goes_on(stoppe
 
 def test_resume_takes_the_run_s_own_settings_and_names_what_disagrees(stopped, capsys):
     asked = ["train", "--output", stopped.output, "--resume"]
-    _, args = parse(asked)
-    assert args.run == replace(stopped, resume=True)  # type: ignore[union-attr]
-    _, args = parse(["train", "--output", stopped.output, "--resume", "auto", "--train.keep", "5"])
+    _, args = parse([*asked, "auto", "--train.keep", "5"])
     assert args.run == replace(stopped, resume="auto", train=replace(stopped.train, keep=5))  # type: ignore[union-attr]
-    _, args = parse(["train", "--output", stopped.output])
-    assert args.run == cfg.RunConfig(output=stopped.output)  # type: ignore[union-attr]
     assert main([*asked, "--train.batch-size", "4", "--seed", "3"]) == 2
     error = capsys.readouterr().err
     for part in ("seed = 0", "seed = 3", "train.batch_size = 8", "train.batch_size = 4"):
@@ -180,9 +173,6 @@ def test_more_steps_are_taken_with_a_warning_and_a_stop_after_the_last_says_how_
     assert [line["resumed"]["settings"]["steps"] for line in lines if "resumed" in line] == [18]
     _, args = parse(["train", "--output", output, "--resume"])
     assert args.run.steps == 18  # type: ignore[union-attr]
-
-
-# ---------------------------------------------------------------- processes, ranks
 
 
 def test_two_processes_run_like_one_with_model_data_and_output_in_a_bucket(config, tmp_path):
@@ -240,9 +230,6 @@ def test_adalora_leaves_the_ranks_that_were_asked_for(config: cfg.RunConfig) -> 
     assert sum(map(sum, ranks.values())) == 2 * 3 * 2  # a mean of 2 on 3 projections of 2 layers
     logged = [line["ranks"] for line in tiny.lines(config.output) if line.get("ranks")]
     assert {path: tuple(rows) for path, rows in logged[-1].items() if any(rows)} == ranks
-
-
-# ---------------------------------------------------------------- refusals
 
 
 def _without_gate(folder: Path) -> None:

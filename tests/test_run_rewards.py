@@ -60,7 +60,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def rewards(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Replaces the reward."""
-    return lambda reward: monkeypatch.setattr(sys.modules["rewards_of_a_run"], "letters", reward)
+    return lambda reward: monkeypatch.setattr("rewards_of_a_run.letters", reward)
 
 
 @pytest.fixture(scope="module")
