@@ -91,20 +91,15 @@ def make_dual(
     return folder
 
 
-def make_towers(folder: Path, donor: Path) -> tuple[Path, Path]:
+def make_towers(folder: Path) -> tuple[Path, Path]:
     """A ViT (32 wide, 3 layers) and a BERT (48 wide, 2 layers) that were never trained together."""
-    import torch
     import transformers
 
-    sizes = {"num_attention_heads": 4, "intermediate_size": 64}
-    vit = transformers.ViTConfig(hidden_size=32, num_hidden_layers=3, image_size=16, patch_size=4, **sizes)
-    sizes |= {"vocab_size": 40, "max_position_embeddings": 12}
-    bert = transformers.BertConfig(hidden_size=48, num_hidden_layers=2, **sizes)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        towers = {"image": transformers.ViTModel(vit), "text": transformers.BertModel(bert)}
-    for name, model in towers.items():
-        model.save_pretrained(folder / name)
+    sizes = {"vision": {"num_hidden_layers": 3}, "text": {"hidden_size": 48}}
+    donor = make_dual(folder / "donor", "vision-text-dual-encoder", **sizes)
+    model = transformers.AutoModel.from_pretrained(donor)
+    for name, tower in (("image", model.vision_model), ("text", model.text_model)):
+        tower.save_pretrained(folder / name)
         for file in (*donor.glob("*token*"), donor / "preprocessor_config.json"):
             shutil.copy(file, folder / name)
     return folder / "image", folder / "text"

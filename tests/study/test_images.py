@@ -82,7 +82,7 @@ def pairs(
 ) -> Resources:
     """A finished study of images and captions."""
     folder = tmp_path_factory.mktemp("pairs")
-    tasks = {"pairs": 'task = "contrast", augment = "flip", image_size = 12, loss = "sigmoid"'}
+    tasks = {"pairs": 'task = "contrast", augment = "flip", image_size = 12'}
     resources = Resources(write_protocol(folder, tower_folders, colours, tasks, ""))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(execution, "Resources", lambda *_: resources)
@@ -137,7 +137,7 @@ def test_pairs_share_rows_items_and_projections_and_programs_serve_all_seeds(
     for method in ("again", "projections"):
         np.testing.assert_array_equal(starts["lora", 1][path], starts[method, 1][path])
     assert not np.allclose(starts["lora", 1][a], starts["again", 1][a])
-    assert set(starts["projections", 1]) == {path, "text/projection/kernel", "logit_scale", "logit_bias"}
+    assert set(starts["projections", 1]) == {path, "text/projection/kernel", "logit_scale"}
     counts = [one["compilations"] for one in records if one["stage"] == "tune"]
     assert counts[0] > 0
     assert counts[1:] == [0]
