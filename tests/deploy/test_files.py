@@ -130,14 +130,21 @@ def test_slurm_requeues_interrupted_jobs_only(
     assert (done.returncode, found.read_text().strip() if found.exists() else "") == (status, requeued)
 
 
-@pytest.mark.parametrize("kind", ["tpu", "cuda"])
-def test_a_container_copies_what_pip_needs_and_installs_extras_that_exist(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "copies", "installer"),
+    [
+        ("Dockerfile.tpu", "^COPY (.*) .*$", "Dockerfile.tpu"),
+        ("Dockerfile.cuda", "^COPY (.*) .*$", "Dockerfile.cuda"),
+        ("tpu_pod.sh", r'-C "\$here/\.\." (.*)$', "tpu_worker.sh"),
+    ],
+)
+def test_what_pip_needs_is_copied_and_extras_exist(file: str, copies: str, installer: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    text = (DEPLOY / f"Dockerfile.{kind}").read_text()
-    copied = {name for line in re.findall("^COPY (.*) .*$", text, re.MULTILINE) for name in line.split()}
-    needed = {"pyproject.toml", "nalora_jax", project["readme"], *project["license-files"]}
-    assert needed <= copied
+    lines = re.findall(copies, (DEPLOY / file).read_text(), re.MULTILINE)
+    copied = {name for line in lines for name in line.split()}
+    assert {"pyproject.toml", "nalora_jax", project["readme"], *project["license-files"]} <= copied
     assert all((ROOT / name).exists() for name in copied)
-    pinned, package_extra = re.search(r'"(jax\[\w+\])==.*" "\.\[(\w+),gcs,datasets\]"', text).groups()
-    assert project["optional-dependencies"][package_extra][0].startswith(pinned)
+    installs = r"""["'](jax\[\w+\])==.*["'] ["'].*\[(\w+),gcs,datasets\]["']"""
+    pinned, extra = re.search(installs, (DEPLOY / installer).read_text()).groups()
+    assert project["optional-dependencies"][extra][0].startswith(pinned)
     assert {"gcs", "datasets"} <= set(project["optional-dependencies"])

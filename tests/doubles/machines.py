@@ -17,8 +17,6 @@ Sources of the attributes; some machines name more:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from functools import cache, partial
 from itertools import product
 from types import SimpleNamespace
@@ -48,54 +46,40 @@ class Device:
         return f"{self.platform}:{self.id}"
 
 
-def tpu(
-    kind: str, memory: int, shape: tuple[int, ...], host: tuple[int, ...] = (2, 2, 1), slices: int = 1
-) -> Any:
+def tpu(kind: str, memory: int, shape: Any, host: Any = (2, 2, 1), slices: int = 1) -> list[Device]:
     """Chips of ``slices`` slices of ``shape``, with ``host`` chips on each host."""
-    return [
-        device for index in range(slices) for device in _slice(kind, memory, shape, host, slices, index)
-    ]
-
-
-def _slice(
-    kind: str, memory: int, shape: tuple[int, ...], host: tuple[int, ...], slices: int, index: int
-) -> Iterator[Device]:
+    devices = []
     hosts = [size // chips for size, chips in zip(shape, host, strict=True)]
-    of_slice = {"slice_index": index} if slices > 1 else {}
-    first = 100_000 * (index + 1) if slices > 1 else 0
-    for process, (hz, hy, hx) in enumerate(product(*map(range, reversed(hosts)))):
+    places = product(range(slices), *map(range, reversed(hosts)))  # the first coordinate runs fastest
+    for process, (index, hz, hy, hx) in enumerate(places):
         for local, (z, y, x) in enumerate(product(*map(range, reversed(host)))):
             coords = [hx * host[0] + x, hy * host[1] + y, hz * host[2] + z]
+            number = coords[0] + shape[0] * (coords[1] + shape[1] * coords[2])
             attributes = {"platform": "tpu", "device_kind": kind, "core_on_chip": 0, "num_cores": 1}
-            attributes |= {"id": first + coords[0] + shape[0] * (coords[1] + shape[1] * coords[2])}
-            attributes |= {"process_index": index * math.prod(hosts) + process, "local_hardware_id": local}
-            yield Device(memory, index, coords=coords, **attributes, **of_slice)
+            attributes |= {"process_index": process, "local_hardware_id": local, "coords": coords}
+            if slices > 1:
+                attributes |= {"slice_index": index}
+                number += 100_000 * (index + 1)
+            devices.append(Device(memory, index, id=number, **attributes))
+    return devices
 
 
 def gpu(
-    kind: str,
-    memory: int,
-    domains: int,
-    hosts: int,
-    gpus: int,
-    *,
-    process_a_gpu: bool = False,
-    cyclic: bool = False,
-    old_client: bool = False,
-) -> Any:
-    """GPUs of ``domains`` nodes or racks of ``hosts`` hosts of ``gpus`` GPUs, in the order of `jax.devices`.
+    kind: str, memory: int, shape: Any, process_a_gpu: bool = False, cyclic: bool = False, old: bool = False
+) -> list[Device]:
+    """GPUs of nodes or racks, of hosts in each, of GPUs in each (``shape``), in the order of `jax.devices`.
 
     Each host has a process, or each GPU as in deploy/slurm.sbatch; with ``cyclic`` processes go round the nodes (``srun
     --distribution=cyclic``). An old client has the attributes of XLA before partition_index.
     """
-    devices = []
-    for domain, host, local in product(range(domains), range(hosts), range(gpus)):
+    devices, (domains, hosts, gpus) = [], shape
+    for domain, host, local in product(*map(range, shape)):
         process, coords = domain * hosts + host, [domain, host, local]
         if process_a_gpu:
             process = local * domains * hosts + process if cyclic else process * gpus + local
             coords = [domain, host * gpus + local, 0]
         attributes: dict[str, Any] = {"coords": [local], "slice_index": domain}
-        if not old_client:
+        if not old:
             attributes |= {"coords": coords, "partition_index": domain, "fabric_uuid": ""}
         attributes |= {"platform": "gpu", "device_kind": kind, "device_vendor": "NVIDIA Corporation"}
         attributes |= {"id": len(devices), "process_index": process, "local_hardware_id": local}
@@ -111,7 +95,6 @@ A100 = ("NVIDIA A100-SXM4-40GB", 40_960 * _MIB)
 A100_80 = ("NVIDIA A100-SXM4-80GB", 81_920 * _MIB)
 T4 = ("Tesla T4", 15_360 * _MIB)
 GB200 = ("NVIDIA GB200", 189_471 * _MIB)  # 4 a host, 18 hosts a rack: NVIDIA/k8s-test-infra#727
-_ONE = (1, 1, 1)
 _MACHINES = {
     "v5e-8, one host": partial(tpu, *V5E, (2, 4, 1), (2, 4, 1)),  # ct5lp-hightpu-8t
     "v5e-8, two hosts": partial(tpu, *V5E, (2, 4, 1)),  # ct5lp-hightpu-4t, apple/axlearn#994
@@ -122,15 +105,15 @@ _MACHINES = {
     # Two cores a chip in the name, one device: jax-ml/jax#19493.
     "v5p-2048": partial(tpu, *V5P, (8, 8, 16)),
     "2 x v6e-16": partial(tpu, *V6E, (4, 4, 1), slices=2),
-    "1 x 8 H100": partial(gpu, *H100, 1, 1, 8),
-    "2 x 8 H100": partial(gpu, *H100, 2, 1, 8),
-    "2 x 8 H100, a process a GPU": partial(gpu, *H100, 2, 1, 8, process_a_gpu=True),
-    "2 x 8 H100, cyclic": partial(gpu, *H100, 2, 1, 8, process_a_gpu=True, cyclic=True),
-    "2 x 8 H100, old client": partial(gpu, *H100, 2, 1, 8, process_a_gpu=True, old_client=True),
-    "2 x 8 A100": partial(gpu, *A100, 2, 1, 8, process_a_gpu=True),
-    "8 A100 80GB": partial(gpu, *A100_80, 1, 1, 8),
-    "T4": partial(gpu, *T4, 1, 1, 1),
-    "GB200 NVL72": partial(gpu, *GB200, 1, 18, 4),
+    "1 x 8 H100": partial(gpu, *H100, (1, 1, 8)),
+    "2 x 8 H100": partial(gpu, *H100, (2, 1, 8)),
+    "2 x 8 H100, a process a GPU": partial(gpu, *H100, (2, 1, 8), process_a_gpu=True),
+    "2 x 8 H100, cyclic": partial(gpu, *H100, (2, 1, 8), process_a_gpu=True, cyclic=True),
+    "2 x 8 H100, old client": partial(gpu, *H100, (2, 1, 8), process_a_gpu=True, old=True),
+    "2 x 8 A100": partial(gpu, *A100, (2, 1, 8), process_a_gpu=True),
+    "8 A100 80GB": partial(gpu, *A100_80, (1, 1, 8)),
+    "T4": partial(gpu, *T4, (1, 1, 1)),
+    "GB200 NVL72": partial(gpu, *GB200, (1, 18, 4)),
 }
 NAMES = tuple(_MACHINES)
 

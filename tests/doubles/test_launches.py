@@ -1,19 +1,14 @@
-"""Every documented launch, on the double of every machine: mesh, rows of each process and plan."""
+"""Meshes of a run on the double of every machine: their devices, rows of each process, and `nalora plan`."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
-from nalora_jax.cli.planning.program import architecture
 from nalora_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
@@ -21,54 +16,18 @@ from nalora_jax.layout.layouts import fastest, fitting, laid_out
 from nalora_jax.layout.machines import of_devices, topology
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.machine import peak_memory
+from tests import tiny
 from tests.doubles.describe import FILE, digest
 from tests.doubles.machines import NAMES, machine
 
-ROOT = Path(__file__).parents[2]
 DESCRIPTIONS = json.loads(FILE.read_text())
-_FLAG = re.compile(r"--mesh(?:\.(data|fsdp|tensor)(?:\s+|=)(-?\d+)|\s+(auto))")
-# Names by which `nalora plan` knows the machines, and the dimensions that training finds.
-PLANNED = {
-    "v5e-8, one host": "v5e:2x4",
-    "v5e-8, two hosts": "v5e:2x4",
-    "v5litepod-16": "v5e:4x4",
-    "v6e-8": "v6e:2x4",
-    "v6e-16": "v6e:4x4",
-    "v6e-256": "v6e:16x16",
-    "v5p-2048": "v5p:8x8x16",
-    "2 x v6e-16": "2xv6e:4x4",
-} | {name: f"{len(machine(name))}xh100" for name in NAMES if "H100" in name}
-SMALL = ModelConfig.from_hf({
-    "model_type": "llama", "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-    "rope_theta": 1e4, "hidden_act": "silu", "tie_word_embeddings": False,
-})  # fmt: skip
-
-
-def _mesh(text: str) -> MeshConfig:
-    return MeshConfig(**{axis: int(size) for axis, size, _ in _FLAG.findall(text) if axis})
-
-
-def _documented() -> Iterator[MeshConfig]:
-    """Meshes of README, docs and deploy files: of a line of a page, of all lines of a deploy file."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    texts = [line for page in pages for line in page.read_text().replace("\\\n", " ").splitlines()]
-    texts += [path.read_text() for path in sorted((ROOT / "deploy").rglob("*")) if path.is_file()]
-    return (_mesh(text) for text in texts if _FLAG.search(text))
-
-
-FORMS = sorted({*_documented(), MeshConfig(1, -1), MeshConfig(tensor=2)}, key=str)
+SMALL = ModelConfig.from_hf(tiny.GROUPED)
+# Those of the pages, and an axis that takes what is left or stays within a node.
+FORMS = (MeshConfig(), MeshConfig(fsdp=8), MeshConfig(2, -1), MeshConfig(1, -1), MeshConfig(tensor=2))
 
 
 def run(mesh: MeshConfig, rows: int) -> RunConfig:
     return RunConfig(mesh=mesh, train=TrainConfig(batch_size=rows), data=DataConfig(max_length=1024))
-
-
-def laid(name: str, form: MeshConfig) -> Mesh:
-    """The mesh of a training run with the flags ``form``."""
-    devices = machine(name)
-    config = laid_out(run(form, 2 * len(devices)), SMALL, devices)
-    return distributed.make_mesh(config.mesh, devices)
 
 
 def fits(name: str, form: MeshConfig) -> bool:
@@ -82,14 +41,15 @@ def fits(name: str, form: MeshConfig) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_documented_mesh_holds_every_device_or_names_the_axis(name):
+def test_every_mesh_holds_every_device_or_names_the_axis(name):
     devices = machine(name)
     for form in FORMS:
+        config = run(form, 2 * len(devices))
         if not fits(name, form):
             with pytest.raises(NaloraError, match=r"--mesh"):
-                laid(name, form)
+                distributed.make_mesh(laid_out(config, SMALL, devices).mesh, devices)
             continue
-        mesh = laid(name, form)
+        mesh = distributed.make_mesh(laid_out(config, SMALL, devices).mesh, devices)
         assert set(mesh.devices.flat) == set(devices)
         data, fsdp, tensor = mesh.devices.shape
         assert all(getattr(form, axis) in (0, -1, size) for axis, size in mesh.shape.items())
@@ -106,31 +66,11 @@ def test_every_documented_mesh_holds_every_device_or_names_the_axis(name):
 
 
 @pytest.mark.parametrize(
-    ("file", "name"),
-    [
-        ("slurm.sbatch", "2 x 8 H100, a process a GPU"),
-        ("slurm.sbatch", "2 x 8 H100, cyclic"),
-        ("slurm.sbatch", "2 x 8 A100"),
-        ("jobset.yaml", "v6e-16"),
-        ("tpu_pod.sh", "v5litepod-16"),
-        ("tpu_pod.sh", "v6e-256"),
-    ],
+    ("name", "planned"),
+    [("v5p-2048", "v5p:8x8x16"), ("2 x v6e-16", "2xv6e:4x4"), ("2 x 8 H100, cyclic", "16xh100")],
 )
-def test_deploy_files_start_on_their_machines(file, name):
-    """Llama-3.1-8B with the flags of the file, and the default batch size of a row per device if it has none."""
-    text, devices = (ROOT / "deploy" / file).read_text(), machine(name)
-    batch = re.search(r"--train\.batch-size[ =](\d+)", text)
-    config = run(_mesh(text), int(batch[1]) if batch else len(devices))
-    placed = laid_out(config, architecture("llama-3.1-8b"), devices)
-    rows = distributed.rows_of_processes(
-        distributed.make_mesh(placed.mesh, devices), config.train.batch_size
-    )
-    assert set(rows) == {device.process_index for device in devices}
-
-
-@pytest.mark.parametrize("name", PLANNED)
-def test_nalora_plan_and_training_choose_the_same_layout(name):
-    where, planned = of_devices(machine(name)), topology(PLANNED[name])
+def test_nalora_plan_and_training_choose_the_same_layout(name, planned):
+    where, planned = of_devices(machine(name)), topology(planned)
     assert where is not None
     assert (where.chip, where.size, where.slices) == (planned.chip, planned.size, planned.slices)
     config = run(MeshConfig(), 2 * where.size)
