@@ -1,8 +1,4 @@
-"""Losses and advantages of policy gradients equal those of TRL's trainers.
-
-trl_policy_losses.json has the results of TRL 1.16.0 in float64. `GRPOTrainer` and `RLOOTrainer` scored drawn rewards
-(`_generate_and_score_completions`) and computed the losses of drawn log-probabilities (`_compute_loss`).
-"""
+"""Losses and advantages of policy gradients equal those of TRL's trainers; see trl_policy_losses.py."""
 
 from __future__ import annotations
 
