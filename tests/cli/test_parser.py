@@ -35,21 +35,6 @@ def help_of(capsys, monkeypatch, *argv, flag="--help-all"):
     return capsys.readouterr().out
 
 
-def entries(text):
-    """What the help says, by flag or positional: {"--steps": "Optimizer steps. (default: 100)"}."""
-    found = {}
-    for line in re.findall(
-        r"^(?:│ |  )(.*?) *│?$", text, flags=re.MULTILINE
-    ):  # boxes only where the output has them
-        if line[:1].strip():
-            signature, _, said = line.partition("  ")
-            name = re.split(r"[ ,]", signature)[0]
-            found[name] = said.strip()
-        elif line:
-            found[name] = f"{found[name]} {line.strip()}".strip()
-    return found
-
-
 def refused(capsys, *argv):
     """The one line that a command says which is refused."""
     assert main(list(argv)) == 2
@@ -58,9 +43,6 @@ def refused(capsys, *argv):
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     return error.removeprefix("error: ").rstrip("\n")
-
-
-# ---------------------------------------------------------------- help
 
 
 def test_help_names_every_verb_and_needs_no_jax():
@@ -77,19 +59,15 @@ def test_help_names_every_verb_and_needs_no_jax():
     assert all(verb in said.partition("--import FILE")[0] for verb in KINDS)
 
 
-HELP = r".*[a-z]{2,}.{6,} \((default: .*|required)\)"
-
-
 @pytest.mark.parametrize("verb", KINDS)
 def test_every_flag_of_a_verb_has_help_and_a_default(capsys, monkeypatch, verb):
-    shown = entries(help_of(capsys, monkeypatch, verb))
-    found = [flag.name for flag in usage.flags(KINDS[verb])]
-    assert len(found) > 60 or verb not in ("train", "plan")
-    for name in [*found, *(name for name in shown if name.isupper() or name.startswith("["))]:
-        assert re.fullmatch(HELP, shown[name]), name
-
-
-# ---------------------------------------------------------------- flags
+    shown = " ".join(re.sub("[│─╭╮╰╯]", " ", help_of(capsys, monkeypatch, verb)).split())
+    flags = list(usage.flags(KINDS[verb]))
+    assert len(flags) > 60 or verb not in ("train", "plan")
+    for flag in flags:
+        text = re.escape(" ".join(flag.text.split()))
+        assert len(text) > 8, flag.name
+        assert re.search(rf"{flag.name}\b[^(]*{text} \((default: |required)", shown), flag.name
 
 
 OF_TRAIN = "expected a flag of nalora train, found none of that name"
@@ -103,7 +81,6 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
             "train --lora.rank 16",
             f"--lora.rank: {OF_TRAIN}; did you mean --lora.rules PATTERN:RANK[:ALPHA]",
         ),
-        ("train --xyzzy", f"--xyzzy: {OF_TRAIN}; see nalora train --help-all"),
         ("train --steps many", "--steps: expected INT, found 'many'"),
         ("train --steps", "--steps: expected a value, found none"),
         (
@@ -117,9 +94,7 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
         (f"train --data.dataset {'a' * 300}", "--data.dataset: expected a path whose parts have 1 to 255"),
         (f"export m --output {ROOT}", f"--output: expected a new or empty folder, found {ROOT}"),
         ("eval m --output /etc/passwd/x", "--output: expected a path in a folder, found /etc/passwd/x"),
-        ("eval m --dataset socialqia", "--dataset: expected a task of this library"),
         ("train --optimizer.eps inf", "--optimizer.eps: expected a "),
-        (f"inspect m --max-length 1{20 * '0'}", "--max-length: expected a "),
     ],
 )
 def test_what_is_typed_wrongly_is_one_line_with_what_was_meant(capsys, argv, said):
@@ -148,9 +123,6 @@ def test_adapter_rules_are_typed_as_text():
     assert [LoRARule.from_text(rule.text) for rule in rules.values()] == [*rules.values()]
     _, args = command.parse(["train", "--lora.rules", *rules, "--steps", "5"])
     assert (args.run.lora.rules, args.run.steps) == (tuple(rules.values()), 5)
-
-
-# ---------------------------------------------------------------- config files
 
 
 def write_config(tmp_path, body):
@@ -203,9 +175,6 @@ def test_the_main_job_is_the_defaults():
     config = cli.load_config(ROOT / "configs" / "socialiqa_smollm2.py")
     assert config.data.max_length == pipeline.SHORTEST  # which rows of short questions come to
     assert dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=0)) == RunConfig()
-
-
-# ---------------------------------------------------------------- how a command ends
 
 
 def raising(error):

@@ -12,7 +12,7 @@ import tokenizers
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate import Generator
-from nalora_jax.evaluate.harness import Requests, generation_settings, harness_model
+from nalora_jax.evaluate.harness import Requests, harness_model
 
 END = 256  # the tokenizer's end-of-text token, which begins texts here
 
@@ -38,32 +38,27 @@ def requests(model, variables, tokenizer) -> Requests:
     return Requests(Generator(model, variables, tokenizer))
 
 
-def test_log_likelihoods_equal_transformers(requests, torch_log_probs):
+def test_log_likelihoods_equal_transformers(requests, tokenizer, torch_log_probs):
     scores = requests.loglikelihood([request(*pair) for pair in PAIRS])
-    up = byte_ids(b"Which way is up?")
-    whole = byte_ids(LONG.encode() + b" end")[-65:]
-    texts = [(up, byte_ids(b" up")), (up, byte_ids(b" down"))]
-    texts += [(byte_ids(b"spaces move to what follows"), byte_ids(b"  x"))]
-    texts += [([END], byte_ids(text)) for text in (b"without a context", b"begins with the start token")]
+    ids = tokenizer.encode
+    up, whole = ids("Which way is up?"), ids(LONG + " end")[-65:]
+    texts = [(up, ids(" up")), (up, ids(" down")), (ids("spaces move to what follows"), ids("  x"))]
+    texts += [([END], ids(text)) for text in ("without a context", "begins with the start token")]
     expected = [torch_log_probs(*pair) for pair in (*texts, (whole[:-4], whole[-4:]))]
     np.testing.assert_allclose([s for s, _ in scores], [table.sum() for table, _ in expected], rtol=1e-5)
     assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
 
 
-def byte_ids(text: bytes) -> list[int]:
-    """Ids of printable ASCII in the byte-level alphabet, sorted by character: "!" is the first, " " among the last."""
-    from tokenizers import pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    return [alphabet.index("Ġ" if byte == 32 else chr(byte)) for byte in text]
-
-
 def test_rolling_windows_cover_every_token_once_with_the_longest_context_that_fits(
-    requests, torch_log_probs
+    requests, tokenizer, torch_log_probs
 ):
     scores = requests.loglikelihood_rolling([request("a short text"), request(LONG)])
-    ids = byte_ids(LONG.encode())
-    texts = [([END], byte_ids(b"a short text")), ([END], ids[:64]), (ids[len(ids) - 65 : 64], ids[64:])]
+    ids = tokenizer.encode(LONG)
+    texts = [
+        ([END], tokenizer.encode("a short text")),
+        ([END], ids[:64]),
+        (ids[len(ids) - 65 : 64], ids[64:]),
+    ]
     short, first, second = (torch_log_probs(*text)[0].sum() for text in texts)
     np.testing.assert_allclose(scores, [short, first + second], rtol=1e-5)
 
@@ -83,32 +78,25 @@ def test_special_tokens_in_until_end_a_text(model, variables, tokenizer):
     assert (stopped.ids, stopped.reason) == (ids[:place], "stop")
 
 
-def test_texts_are_generated_up_to_each_requests_own_end(requests):
+def test_texts_are_generated_with_the_settings_of_each_request_up_to_its_end(requests, tokenizer):
     generator = requests._generator
     whole = generator.generate(["one"], max_new_tokens=12)[0]
     stop = whole[4]
-    greedy, likeliest = (
-        {"do_sample": False, "temperature": 0.0},
-        {"do_sample": True, "temperature": 0.7, "top_k": 1},
-    )
+    greedy = {"do_sample": False, "temperature": 0.0}
+    likeliest = {"do_sample": True, "top_k": 1, "min_p": None}
     wanted = [
         request("one", {"until": [stop], "max_gen_toks": 12}),
         request("two", {"until": [], "max_gen_toks": 5}),
         request("one", {"until": [], "max_gen_toks": 12, **greedy}),
         request("one", {"max_gen_toks": 12, **likeliest}),
         request(LONG, {"max_gen_toks": 8}),
+        request("one", {"max_gen_toks": 12, "repetition_penalty": 1.3}),
     ]
     two = generator.generate(["two"], max_new_tokens=5)[0]
-    long = generator.generate([byte_ids(LONG.encode())[-56:]], max_new_tokens=8)[0]
-    assert requests.generate_until(wanted) == [whole[: whole.index(stop)], two, whole, whole, long]
-
-
-def test_settings_of_generation_reach_the_model(requests):
-    options = {"max_gen_toks": 12, "repetition_penalty": 1.3}
-    expected = requests._generator.generate(["one"], max_new_tokens=12, repetition_penalty=1.3)
-    assert requests.generate_until([request("one", options)]) == expected
-    sampled = generation_settings({"do_sample": True, "min_p": 0.1, "top_k": None})
-    assert sampled == {"max_new_tokens": 256, "stop": (), "temperature": 1.0, "min_p": 0.1}
+    long = generator.generate([tokenizer.encode(LONG)[-56:]], max_new_tokens=8)[0]
+    penalised = generator.generate(["one"], max_new_tokens=12, repetition_penalty=1.3)[0]
+    expected = [whole[: whole.index(stop)], two, whole, whole, long, penalised]
+    assert requests.generate_until(wanted) == expected
 
 
 def test_a_missing_harness_says_what_to_install(monkeypatch, model, variables, tokenizer):
@@ -120,14 +108,12 @@ def test_a_missing_harness_says_what_to_install(monkeypatch, model, variables, t
 @pytest.mark.lm_eval
 def test_the_harness_gets_the_same_from_this_model_as_from_its_own(llama, model, variables, tokenizer):
     from lm_eval.api.instance import Instance
-    from lm_eval.api.model import LM
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
 
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, eos_token="<end>", pad_token="<end>")
     theirs = HFLM(pretrained=llama, tokenizer=fast, batch_size=2, device="cpu")
     ours = harness_model(model, variables, tokenizer)
-    assert isinstance(ours, LM)
 
     def instances(kind, arguments):
         return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]

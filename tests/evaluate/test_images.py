@@ -8,7 +8,6 @@ from PIL import Image
 
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.images.opened import open_images
-from nalora_jax.evaluate.evaluator import describe
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator, own_ranks
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.weights.dual import load_dual
@@ -53,9 +52,7 @@ def test_accuracy_and_confusion_are_counts(scene) -> None:
     np.add.at(matrix, (labels, predicted), 1)
     assert found["confusion"] == matrix.tolist()
     assert found["right"] == (predicted == labels).tolist()
-    assert found["low"] < found["accuracy"] < found["high"]
     assert len(found["samples"]) == 8
-    assert "held-out accuracy" in describe(found)
 
 
 def test_recall_is_of_the_own_caption_both_ways(scene) -> None:
@@ -73,4 +70,3 @@ def test_recall_is_of_the_own_caption_both_ways(scene) -> None:
             assert least.mean() - 1e-6 <= found[f"{way}_recall_{count}"] <= most.mean() + 1e-6
     both = [found[f"{way}_recall_1"] for way in ("image_to_text", "text_to_image")]
     np.testing.assert_allclose(found["recall"], np.mean(both))
-    assert "image to text recall 5" in describe(found)

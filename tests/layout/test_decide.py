@@ -34,51 +34,40 @@ def test_a_layout_that_does_not_fit_leads_to_a_smaller_one_in_one_line_of_the_lo
     """The ratio of compiled to estimated memory applies to the others: 15 GB more of them would not fit either."""
     candidates = [layout(14, 1.0), layout(13.9, 1.1, fsdp=2), layout(10, 1.3, fsdp=8)]
     with caplog.at_level(logging.INFO, logger="nalora_jax.layout.decide"):
-        taken, tried = searched(candidates, lambda one: compiled(1.2 * one.memory / 1e9, one.seconds))
-    assert taken is candidates[2]
-    assert tried == [candidates[0], candidates[2]]
-    (line,) = caplog.messages
-    assert line == (
+        found = searched(candidates, lambda one: compiled(1.2 * one.memory / 1e9, one.seconds))
+    assert found == (candidates[2], [candidates[0], candidates[2]])
+    assert caplog.messages == [
         "mesh: data 1 x fsdp 8 x tensor 1, remat dots (compiled: 12.0 GB, 1.3 s) instead of "
         "data 8 x fsdp 1 x tensor 1, remat dots (compiled: 16.8 GB, 1 s)"
-    )
+    ]
 
 
 def test_a_slow_program_is_compared_with_the_next_layouts_and_kept_if_they_are_slower():
-    candidates = [
-        layout(10, 1.0, fsdp=8),
-        layout(8, 1.1, fsdp=8, remat="full"),
-        layout(12, 1.5),
-        layout(9, 2.5),
-    ]
-    slow = {8: 3.0, 1: 1.0}
-    taken, tried = searched(candidates, lambda one: compiled(9, slow[one.fsdp] * one.seconds))
+    fast, slow = layout(12, 1.5), layout(9, 2.5)
+    candidates = [layout(10, 1.0, fsdp=8), layout(8, 1.1, fsdp=8, remat="full")]
+    factors = {8: 3.0, 1: 1.0}
+    found = searched([*candidates, fast, slow], lambda one: compiled(9, factors[one.fsdp] * one.seconds))
     # Of the same mesh the other policy is taken to be as slow, so that it is not compiled.
-    assert tried == [candidates[0], candidates[2]]
-    assert taken is candidates[2]
-    taken, tried = searched(candidates[:2] + candidates[3:], lambda one: compiled(9, 1.4 * one.seconds))
-    assert (taken, tried) == (candidates[0], candidates[:1])  # 2.5 s is more than 1.4
-
-
-def without_routes(one: Layout) -> Compiled:
-    """A compiler like libtpu, which has no route for some replica groups of v5e."""
-    if one.fsdp == 8:
-        raise jax.errors.JaxRuntimeError(
-            "INTERNAL: RET_CHECK failure (net_util.cc:2295)\nError encountered while compiling %a"
-        )
-    return compiled(one.memory / 1e9, one.seconds)
+    assert found == (fast, [candidates[0], fast])
+    found = searched([*candidates, slow], lambda one: compiled(9, 1.4 * one.seconds))
+    assert found == (candidates[0], candidates[:1])  # 2.5 s is more than 1.4
 
 
 def test_an_internal_error_of_the_compiler_excludes_its_mesh(caplog):
+    """libtpu has no route for some replica groups of v5e."""
+
+    def without_routes(one: Layout) -> Compiled:
+        if one.fsdp == 8:
+            text = "INTERNAL: RET_CHECK failure (net_util.cc:2295)\nError encountered while compiling %a"
+            raise jax.errors.JaxRuntimeError(text)
+        return compiled(one.memory / 1e9, one.seconds)
+
     candidates = [layout(14, 1.0, fsdp=8), layout(12, 1.1, fsdp=8, remat="full"), layout(15, 1.3)]
     with caplog.at_level(logging.INFO, logger="nalora_jax.layout.decide"):
-        taken, tried = searched(candidates, without_routes)
-    assert taken is candidates[2]
-    assert tried == [candidates[0], candidates[2]]
+        found = searched(candidates, without_routes)
+    assert found == (candidates[2], [candidates[0], candidates[2]])
     warning, line = caplog.messages
-    assert warning.endswith(
-        "data 1 x fsdp 8 x tensor 1, remat dots: INTERNAL: RET_CHECK failure (net_util.cc:2295)"
-    )
+    assert warning.endswith("tensor 1, remat dots: INTERNAL: RET_CHECK failure (net_util.cc:2295)")
     assert line.endswith("instead of data 1 x fsdp 8 x tensor 1, remat dots (the compiler failed)")
 
 

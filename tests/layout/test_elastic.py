@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from dataclasses import replace
 
 import pytest
@@ -52,9 +51,7 @@ def test_a_run_that_loses_one_of_two_processes_continues_on_eight_devices(tmp_pa
     second.stderr.close()
     tiny.wait_for_line(first, "step 6/")
     second.send_signal(signal.SIGKILL)
-    began = time.monotonic()
     (status, _, error), _ = tiny.finish([first, second], timeout=120)
-    assert time.monotonic() - began < 120
     assert status not in (0, -signal.SIGKILL)
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     # A collective fails, or JAX's coordination service ends the process from C++.

@@ -1,4 +1,4 @@
-"""Policies that save in the host's memory: what goes there, and where they are refused."""
+"""Rematerialization policies: what a layer saves, in which memory, and where a policy is refused."""
 
 from __future__ import annotations
 
@@ -6,41 +6,38 @@ import re
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.estimates import saved_values, values_for_backward
+from nalora_jax.layout.estimates import values_for_backward
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.remat import OFFLOAD, REMAT, check_remat, chosen_experts
+from nalora_jax.models.remat import OFFLOAD, REMAT, _policy, check_remat, chosen_experts
 from nalora_jax.models.stacks import layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
-from nalora_jax.ops import attention_gpu
-from nalora_jax.ops.attention_gpu import CUDNN
+from nalora_jax.ops.attention_tpu import SPLASH
 from nalora_jax.ops.dispatch import Platform, numerics_for
 from tests.models.family_fields import tiny_config
 from tests.param_trees import init_params
 
-ROWS, SEQ, D, F, HEADS, KV_HEADS, LAYERS = 2, 8, 64, 48, 4, 2, 3
+ROWS, SEQ, D, F, HEAD_DIM = 3, 256, 64, 48, 128  # splash attention takes whole blocks of tokens and heads
 
 
 def small(model_type: str, **fields: Any) -> ModelConfig:
-    sizes = {"hidden_size": D, "intermediate_size": F, "head_dim": D // HEADS}
+    sizes = {"hidden_size": D, "intermediate_size": F, "head_dim": HEAD_DIM}
     return tiny_config(model_type, **(sizes | fields))
 
 
-def traced(
-    remat: str, platform: Platform, implementation: str, base: ModelConfig, adapted: str
-) -> jax.stages.Traced:
-    """The gradient of a decoder's loss, traced for a platform that is not there."""
+def traced(remat: str, implementation: str, base: ModelConfig, adapted: str) -> jax.stages.Traced:
+    """The gradient of a decoder's loss, traced for a TPU that is not there."""
     spec = resolve(LoRAConfig(rules=(LoRARule(adapted, 2),)), projection_shapes(base), layer_numbers(base))
     params = jax.eval_shape(lambda: init_params(base, jax.random.key(0)))
     lora = jax.eval_shape(lambda: init_lora(base, spec, jax.random.key(0)))
+    platform = Platform("tpu", "TPU v6 lite", 1)
     model = Decoder(base, spec, numerics_for("bfloat16", platform, implementation), remat=remat)
 
     def loss(lora, params, tokens):
@@ -60,8 +57,7 @@ def moved(text: str, memory: str) -> list[str]:
 
 @pytest.mark.parametrize("remat", [name for name in REMAT if name.endswith(OFFLOAD)])
 def test_what_a_policy_saves_goes_to_the_host_and_comes_back(remat):
-    program = traced(remat, Platform("tpu"), "xla", small("llama"), "ffn/")
-    text = program.lower(lowering_platforms=("tpu",)).as_text()
+    text = traced(remat, "xla", small("llama"), "ffn/").lower(lowering_platforms=("tpu",)).as_text()
     out, back = moved(text, "pinned_host"), moved(text, "device")
     of_input, wide = f"{ROWS}x{SEQ}x{D}xbf16", f"{ROWS}x{SEQ}x{F}xbf16"
     assert of_input in out
@@ -71,109 +67,58 @@ def test_what_a_policy_saves_goes_to_the_host_and_comes_back(remat):
         assert out == [of_input]
 
 
-FORWARD, BACKWARD = (
-    jax.extend.core.Primitive(fused._dot_product_attention_fwd_p_wrapper.name),
-    jax.extend.core.Primitive(fused._dot_product_attention_bwd_p_wrapper.name),
-)
-
-
-@FORWARD.def_abstract_eval
-def _(q, k, v, visible):
-    return q
-
-
-@BACKWARD.def_abstract_eval
-def _(q, k, v, visible, result, cotangent):
-    return q, k, v
-
-
-BACKWARD.multiple_results = True
-
-
-@jax.custom_vjp
-def cudnn(q, k, v, visible):
-    """cuDNN's attention, as a trace without a GPU shows it: `jax.nn.dot_product_attention` needs one to be traced."""
-    return FORWARD.bind(q, k, v, visible)
-
-
-def cudnn_forward(q, k, v, visible):
-    result = FORWARD.bind(q, k, v, visible)
-    return result, (q, k, v, visible, result)
-
-
-cudnn.defvjp(cudnn_forward, lambda saved, cotangent: (*BACKWARD.bind(*saved, cotangent), None))
-
-
-def traced_cudnn(q, k, v, visible, scale):
-    return cudnn(*(x.astype(jnp.bfloat16) for x in (q, k, v)), visible).astype(jnp.float32)
-
-
-def saved_by_layer(jaxpr: Any) -> float:
-    """Returns the bf16 values per token and layer that forward scans save, without ranks and norms' factors."""
+def saved_by_layers(jaxpr: Any) -> float:
+    """Returns the bf16 values per token that forward scans save, without ranks and norms' factors."""
     widths = 0.0
     for equation in jaxpr.eqns:
         inner = [value.jaxpr for value in equation.params.values() if hasattr(value, "jaxpr")]
         if equation.primitive.name != "scan" or equation.params["reverse"]:
-            widths += sum(map(saved_by_layer, inner))
+            widths += sum(map(saved_by_layers, inner))
             continue
         body = equation.params["jaxpr"].jaxpr.outvars
-        stacked = [
-            o.aval for o, i in zip(equation.outvars, body, strict=True) if o.aval.shape != i.aval.shape
-        ]
-        floats = [aval for aval in stacked if jnp.issubdtype(aval.dtype, jnp.floating)]
-        of_tokens = [aval for aval in floats if aval.shape[1:3] == (ROWS, SEQ) and aval.ndim > 3]
-        wide = [aval for aval in of_tokens if aval.shape[-1] > 4]
-        widths += sum(aval.size * aval.dtype.itemsize / 2 for aval in wide) / (LAYERS * ROWS * SEQ)
+        pairs = zip(equation.outvars, body, strict=True)
+        stacked = [out.aval for out, of_layer in pairs if out.aval.shape != of_layer.aval.shape]
+        of_tokens = [x for x in stacked if ROWS in x.shape[1:] and SEQ in x.shape[1:-1]]
+        wide = [x for x in of_tokens if jnp.issubdtype(x.dtype, jnp.floating) and x.shape[-1] > 4]
+        widths += sum(x.size * x.dtype.itemsize / 2 for x in wide) / (ROWS * SEQ)
     return widths
 
 
-@pytest.fixture
-def saved_on_a_gpu(monkeypatch):
-    """The values that a layer of a model saves there, with adapters on all projections."""
-    monkeypatch.setattr(attention_gpu, "dot_product", traced_cudnn)
-    monkeypatch.setattr(attention_gpu, "compiles", lambda *_: True)
-    gpu = Platform("gpu", "NVIDIA H100 80GB HBM3", 1)
-    return lambda base, remat: saved_by_layer(traced(remat, gpu, "auto", base, "_proj").jaxpr)
-
-
-FULL_LAYERS = {"layer_types": ["full_attention"] * LAYERS}
+FULL_LAYERS = {"layer_types": ["full_attention"] * 3}
+PERIODS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+PERIODS |= {"sliding_window": 4, "hidden_size_per_layer_input": 0, "global_head_dim": HEAD_DIM}
 
 
 @pytest.mark.parametrize(
-    ("base", "remat"),
+    ("base", "policies"),
     [
-        (small("llama"), "full"),
-        (small("llama"), "attention"),
-        (small("llama"), "dots"),
-        # Norms of queries and keys as well as of the parts' results, not of their inputs.
-        (small("olmo2"), "attention"),
-        (small("olmo2"), "dots"),
-        # Norms of all of these.
-        (small("gemma3_text", **FULL_LAYERS), "full"),
-        (small("gemma3_text", **FULL_LAYERS), "dots"),
+        (small("llama"), ("full", "attention", "dots")),
+        (
+            small("olmo2"),
+            ("dots",),
+        ),  # norms of queries and keys and of the parts' results, not of their inputs
+        (small("gemma3_text", **FULL_LAYERS), ("full", "dots")),  # norms of all of these
+        (small("gemma4_text", **PERIODS), ("dots_last", "attention")),
     ],
-    ids=lambda value: getattr(value, "model_type", value),
+    ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_estimated_values_are_those_that_a_layer_saves(saved_on_a_gpu, base, remat):
-    assert saved_on_a_gpu(base, remat) == saved_values(base, remat, 1, CUDNN)
+def test_estimated_values_are_those_that_layers_save(base, policies):
+    for remat in policies:
+        saved = saved_by_layers(traced(remat, "auto", base, "_proj").jaxpr)
+        assert saved == values_for_backward(base, remat, 1, SPLASH)[0], remat
 
 
-def test_the_last_layer_of_a_period_may_save_more_than_the_others(saved_on_a_gpu):
-    period = ["sliding_attention", "full_attention"]
-    layers = {"num_hidden_layers": 2 * LAYERS, "layer_types": period * LAYERS, "sliding_window": 4}
-    base = small("gemma4_text", hidden_size_per_layer_input=0, **layers)
-    attention, last, dots = (saved_on_a_gpu(base, remat) for remat in ("attention", "dots_last", "dots"))
-    assert last - attention == dots - last == 2 * F
-    estimated = [values_for_backward(base, remat, 1, CUDNN)[0] for remat in ("dots_last", "attention")]
-    assert estimated[0] - estimated[1] == 2 * F * LAYERS
+def test_the_result_of_cudnn_is_saved_with_the_projections():
+    """JAX gives it no name."""
+    forward = fused._dot_product_attention_fwd_p_wrapper
+    assert [_policy(remat)(forward) for remat in ("full", "attention", "dots")] == [False, True, True]
+    assert not _policy("dots")(fused._dot_product_attention_bwd_p_wrapper)
 
 
-@pytest.mark.parametrize(
-    ("asked", "remat", "way"),
-    [("auto", "full_offload", "gather"), ("auto", "full", "auto"), ("send", "full_offload", "send")],
-)
-def test_experts_are_gathered_if_inputs_are_offloaded(asked, remat, way):
-    assert chosen_experts(asked, remat) == way
+def test_experts_are_gathered_if_inputs_are_offloaded():
+    assert chosen_experts("auto", "full_offload") == "gather"
+    assert chosen_experts("auto", "full") == "auto"
+    assert chosen_experts("send", "full_offload") == "send"
 
 
 def test_a_cpu_has_no_other_memory():
@@ -182,5 +127,4 @@ def test_a_cpu_has_no_other_memory():
     ):
         check_remat("dots_offload", "cpu")
     check_remat("dots_offload", "tpu")
-    check_remat("dots_offload", "gpu")
     check_remat("dots", "cpu")

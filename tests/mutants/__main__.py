@@ -206,14 +206,6 @@ def judge_all(
                 yield from done.result()
 
 
-def chosen(mutants: Sequence[Mutant], names: Sequence[str]) -> list[Mutant]:
-    """Returns the mutants with these names or of these rooms; all without names."""
-    known = {name for mutant in mutants for name in (mutant.name, mutant.room)}
-    if unknown := [name for name in names if name not in known]:
-        raise SystemExit(f"error: NAME: expected a room or a mutant of --list, found {', '.join(unknown)}")
-    return [mutant for mutant in mutants if not names or {mutant.name, mutant.room} & set(names)]
-
-
 def main() -> int:
     """Judges mutants and prints a line for each."""
     parser = argparse.ArgumentParser(
@@ -223,7 +215,10 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print them and their places, and run no test")
     parser.add_argument("--jobs", type=int, default=2, help="copies of the package that work side by side")
     args = parser.parse_args()
-    mutants = chosen(read_mutants(), args.names)
+    mutants = read_mutants()
+    if unknown := set(args.names) - {name for mutant in mutants for name in (mutant.name, mutant.room)}:
+        raise SystemExit(f"error: NAME: expected a room or a mutant of --list, found {', '.join(unknown)}")
+    mutants = [one for one in mutants if not args.names or {one.name, one.room} & set(args.names)]
     if args.list:
         stale = 0
         for mutant in mutants:

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 # In a process of its own, which forks: here JAX may have started.
 RUN = """
 import sys
@@ -65,16 +63,13 @@ def test_a_fault_is_caught_missed_stale_or_broken_and_taken_out_again(tmp_path: 
 
 
 def test_every_mutant_has_a_reason_and_tests_that_exist() -> None:
-    from tests.mutants.__main__ import ROOT, chosen, read_mutants
+    from tests.mutants.__main__ import ROOT, read_mutants
 
     mutants = read_mutants()
-    assert len(mutants) >= 80
+    assert len(mutants) >= 120
     for mutant in mutants:
         assert mutant.reason
         assert mutant.old != mutant.new
         files = [word for word in mutant.tests.split() if word.endswith(".py")]
         assert files
         assert all((ROOT / file).is_file() for file in files), mutant.name
-    assert [mutant.name for mutant in chosen(mutants, ["cap_inverted"])] == ["cap_inverted"]
-    with pytest.raises(SystemExit, match="found nowhere"):
-        chosen(mutants, ["nowhere"])

@@ -18,62 +18,50 @@ QUESTIONS = (
 )
 
 
+# The least mean of each per-layer number.
+LAYERS = {"misalignment": 0.25, "limit": 0.2, "importance": 0.4, "favoured": 0.5, "feature": 0.01}
+LAYERS |= {"step_scale_min": 0.7, "step_scale_max": 1.15, "mask_mean": 1.0}
+
+
 def fake_records(steps=200, layers=30, every=2, seed=0):
     """The log of a run of ``steps`` steps after its first line, in order, as a run writes it."""
     rng = np.random.default_rng(seed)
-    depth = np.linspace(0, 1, layers)
-    slope = 0.36 + 0.2 * np.sin(2.5 * depth) + 0.02 * rng.standard_normal(layers)
-    shares = np.array([[0.30, 0.38, 0.30, 0.02]]) + depth[:, None] * [[-0.2, 0.02, 0.08, 0.10]]
-    limit = 0.22 + 0.09 * np.cos(4 * depth)
     yield evaluation(0, 0.401, 5.1, samples=[(q, gold, before) for q, gold, before, _ in QUESTIONS])
     for step in range(every, steps + 1, every):
-        yield log_step(step, steps, rng, slope, shares, limit)
+        yield log_step(step, rng, layers)
         if step % 50 == 0 and step < steps:
-            yield evaluation(step, 0.46 + 0.05 * step / steps, 3.5)
+            yield evaluation(step, 0.5, 3.5)
     yield evaluation(steps, 0.523, 3.31)
     samples = [(q, gold, after) for q, gold, _, after in QUESTIONS]
     yield evaluation(steps, 0.523, 3.31, samples=samples) | {"final": True}
     yield {"done": {"step": steps, "best_step": steps, "seconds": {"preparing": 20.0, "training": 300.0}}}
 
 
-def log_step(step, steps, rng, slope, shares, limit):
-    progress, count = step / steps, len(slope)
-    excess = 0.05 * (1 - math.exp(-5 * progress)) * (1 + 0.3 * rng.standard_normal(count))
-    importance = slope * (1 + 0.08 * progress) + 0.004 * rng.standard_normal(count)
-    occupancy = shares * (1 + 0.2 * progress * np.array([-1, 0, 0.5, 1.0]))
-    layers = {
-        "misalignment": limit + np.abs(excess),
-        "limit": limit,
-        "importance": importance,
-        "favoured": 0.55 + 0.1 * np.tanh(importance - 0.4),
-        "occupancy": occupancy / occupancy.sum(-1, keepdims=True),
-        "step_scale_min": np.full(count, 0.72),
-        "step_scale_max": 1.15 + 0.1 * slope,
-        "mask_mean": np.full(count, 1.0 if step < 10 else 1.12) + 0.1 * slope,
-        "feature": 0.012 * progress * (1 + slope),
-    }
+def log_step(step, rng, count):
+    layers = {name: least * rng.uniform(1, 1.2, count) for name, least in LAYERS.items()}
+    layers["occupancy"] = rng.dirichlet([3, 4, 3, 1], count)
     acting = [0, 0.1, 0.2, 0.3, 0.3, 0.1, 0] if step > 9 else [0, 0, 0, 0, 1, 0, 0]
     spread = {"edges": [0.125, 0.25, 0.5, 1.0, 2.0, 4.0], "counts": rng.multinomial(1000, acting, count)}
     return {
         "step": step,
         "histograms": {"mask": spread, "step_scale": spread},
-        "adapters": {f"layers/ffn/{name}_proj": 0.5 * progress + 0.1 * slope for name in ("gate", "up")},
+        "adapters": {f"layers/ffn/{name}_proj": rng.uniform(0, 1, count) for name in ("gate", "up")},
         "peak_memory": 1_234_000_000,
-        "loss": 3.3 + 1.8 * math.exp(-6 * progress) + 0.12 * rng.standard_normal(),
-        "learning_rate": 1e-3 * min(1, step / (0.05 * steps)) * math.cos(math.pi * progress / 2),
+        "loss": 3.3 + 1.8 / step + 0.12 * rng.standard_normal(),
+        "learning_rate": 1e-3 / step,
         "grad_norm": 0.6 + 0.2 * rng.random(),
         "tokens": 2000,
-        "tokens_per_second": 900 + 40 * rng.standard_normal(),
+        "tokens_per_second": 900.0,
         "misalignment": layers["misalignment"].mean(),
-        "misalignment_limit": limit.mean(),
+        "misalignment_limit": layers["limit"].mean(),
         "seconds": 2.2,
         "layers": layers,
     }
 
 
-def evaluation(step, accuracy, loss, n=400, samples=()):
-    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / n)
-    found = {"accuracy": accuracy, "low": accuracy - half, "high": accuracy + half, "loss": loss, "n": n}
+def evaluation(step, accuracy, loss, samples=()):
+    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / 400)
+    found = {"accuracy": accuracy, "low": accuracy - half, "high": accuracy + half, "loss": loss, "n": 400}
     if samples:
         names = "prompt", "expected", "answer", "correct"
         rows = [(*sample, sample[1] == sample[2]) for sample in samples]

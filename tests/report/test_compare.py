@@ -40,17 +40,15 @@ def test_seeds_are_one_group_and_methods_have_their_names(folders: list[Path]) -
     faster = replace(LORA, optimizer=replace(LORA.optimizer, learning_rate=2e-3), seed=5)
     other = write_run(folders[0].parent / "faster", list(fake_records(40, layers=4)), faster)
     labels = [group.label for group in group_runs([*runs, read_history(other)])]
-    assert labels[0] == "NA-LoRA, learning_rate 0.001"
-    assert labels[2] == "LoRA, mechanisms none, learning_rate 0.002"
+    assert labels[::2] == ["NA-LoRA, learning_rate 0.001", "LoRA, mechanisms none, learning_rate 0.002"]
 
 
 def test_the_page_holds_every_group_and_loads_nothing(folders: list[Path]) -> None:
     page = render_comparison([read_history(folder) for folder in folders])
     assert page.count("<svg") == 5
     assert not re.search(r'(src|href)="(?!#|data:)|https?://(?!www\.w3\.org)', page)
-    cells = dict(re.findall(r'<td data-head="(\w+)">([^<]*)</td>', page))
-    of_both_seeds = [cells[name] for name in ("before", "after", "difference")]
-    assert of_both_seeds == ["0.401", "0.523", "+0.122"]
+    cells = re.findall(r'<td data-head="(?:before|after|difference)">([^<]*)</td>', page)
+    assert cells[:3] == ["0.401", "0.523", "+0.122"]
     assert '<th scope="row">mechanisms</th><td>soft:power=2  homogeneity</td><td>none</td>' in page
     last = [read_history(folder).column("misalignment")[1][-1] for folder in folders[:2]]
     assert f"{sum(last) / 2:.3f} ({min(last):.3f} to {max(last):.3f})" in page

@@ -14,14 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from nalora_jax.config import RunConfig
 from nalora_jax.layout.distributed import make_mesh
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Run
 from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.records import Record
 from nalora_jax.study.resources import Resources
-from nalora_jax.train.job import Job
 from nalora_jax.train.run import built
 from tests import tiny
 
@@ -106,17 +104,13 @@ def study(base: Path, questions: Path, tmp_path: Path) -> Path:
     return write_study(tmp_path, base, questions)
 
 
-def job_of(kind: Any, config: RunConfig) -> Job:
-    """The run that the settings alone make, without a study's programs."""
-    start = SimpleNamespace(with_start=lambda assembly, *_: assembly)
-    inputs = replace(kind.open_inputs(config, None), start=start)
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    return built(inputs, kind, config, mesh, cast(Any, SimpleNamespace(folder=None)))
-
-
 def assert_starts_alone(kind: Any, run: Run, resources: Resources) -> None:
     """Asserts that rows and adapters of a study's run are those that its settings alone make."""
-    job, data = job_of(kind, run.config), resources.subject(run.config).data(run.config)
+    start = SimpleNamespace(with_start=lambda assembly, *_: assembly)
+    inputs = replace(kind.open_inputs(run.config, None), start=start)
+    mesh = make_mesh(run.config.mesh, jax.devices()[:1])
+    job = built(inputs, kind, run.config, mesh, cast(Any, SimpleNamespace(folder=None)))
+    data = resources.subject(run.config).data(run.config)
     with contextlib.closing(job.data.batches()) as theirs, contextlib.closing(data.batches()) as ours:
         for _ in range(2):
             jax.tree.map(np.testing.assert_array_equal, next(ours), next(theirs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,12 @@ from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Cell, Run
-from nalora_jax.study.protocol import Method, Protocol, read_protocol
-from nalora_jax.study.records import Record, Records
+from nalora_jax.study.protocol import read_protocol
+from nalora_jax.study.records import Records
 from nalora_jax.study.resources import Resources
 from nalora_jax.train.kinds import dual
 from tests import tiny
-from tests.study.conftest import assert_starts_alone
+from tests.study.conftest import assert_starts_alone, write_study
 
 PROTOCOL = """
 question = "Which method learns colours?"
@@ -31,7 +30,6 @@ extend = 0
 tuning_seeds = [0]
 test_seeds = [1]
 evaluate_every = 2
-METRIC
 
 [run]
 steps = 4
@@ -39,7 +37,6 @@ lora.rules = [{pattern = "ffn", rank = 2}]
 train = {batch_size = 8, log_every = 2}
 compute = {dtype = "float32", compilation_cache = false}
 mesh = {data = 1}
-TASKS
 
 [methods.lora]
 
@@ -48,7 +45,7 @@ reseed = 1000
 """
 TASK = """
 [tasks.NAME]
-dataset = DATA
+dataset = QUESTIONS
 train = "train[:50%]"
 validation = "train[50%:75%]"
 test = "train[75%:]"
@@ -63,88 +60,52 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_pictures(tmp_path_factory.mktemp("colours"), COLOURS, count=16, size=(18, 18))
 
 
-def write_protocol(
-    folder: Path, towers: tuple[Path, Path], data: Path, tasks: dict[str, str], metric: str
-) -> Protocol:
+def resources_of(folder: Path, towers: tuple[Path, Path], data: Path, **tasks: str) -> Resources:
+    """The study of these tasks' settings for images."""
     written = "".join(TASK.replace("NAME", name).replace("VISION", of) for name, of in tasks.items())
-    texts = {"TASKS": written, "METRIC": metric, "DATA": json.dumps(str(data))}
-    texts["BASE"] = json.dumps("+".join(map(str, towers)))
-    text = PROTOCOL
-    for name, value in texts.items():
-        text = text.replace(name, value)
-    (folder / "protocol.toml").write_text(text)
-    return read_protocol(folder)
-
-
-@pytest.fixture(scope="module")
-def pairs(
-    tmp_path_factory: pytest.TempPathFactory, tower_folders: tuple[Path, Path], colours: Path
-) -> Resources:
-    """A finished study of images and captions."""
-    folder = tmp_path_factory.mktemp("pairs")
-    tasks = {"pairs": 'task = "contrast", augment = "flip", image_size = 12'}
-    resources = Resources(write_protocol(folder, tower_folders, colours, tasks, ""))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "Resources", lambda *_: resources)
-        assert execution.run_study(resources.protocol) == 4
-    return resources
-
-
-@pytest.fixture(scope="module")
-def shots(
-    tmp_path_factory: pytest.TempPathFactory, tower_folders: tuple[Path, Path], colours: Path
-) -> Resources:
-    """Two tasks of few pictures, whose classes have the same names in another order; nothing is run."""
-    tasks = {
-        "two": 'task = "classify", shots = 2, classes = ["red", "green", "blue"]',
-        "four": 'task = "classify", shots = 4, classes = ["blue", "green", "red"]',
-    }
-    folder = tmp_path_factory.mktemp("shots")
-    return Resources(write_protocol(folder, tower_folders, colours, tasks, 'metric = "accuracy"'))
-
-
-def records_of(resources: Resources) -> list[Record]:
-    return list(Records(resources.protocol.folder).read().values())
+    base = Path("+".join(map(str, towers)))
+    return Resources(read_protocol(write_study(folder, base, data, PROTOCOL + written)))
 
 
 def run_of(resources: Resources, task: str, method: str = "lora", seed: int = 1) -> Run:
     return Run(resources.protocol, "test", Cell(resources.protocol.models[0], task, method), 1e-2, seed)
 
 
-def test_a_run_is_the_run_that_its_settings_alone_make(pairs: Resources) -> None:
-    """Its rows, projections and adapters are those of ``nalora train``."""
-    assert_starts_alone(dual, run_of(pairs, "pairs"), pairs)
-    (record,) = [one for one in records_of(pairs) if (one["stage"], one["method"]) == ("test", "lora")]
-    assert set(record["test"]) >= {"loss", "recall", "image_to_text_recall_5", "text_to_image_recall_1"}
-
-
 def test_pairs_share_rows_items_and_projections_and_programs_serve_all_seeds(
-    pairs: Resources, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tower_folders: tuple[Path, Path], colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records = records_of(pairs)
+    vision = 'task = "contrast", augment = "flip", image_size = 12'
+    pairs = resources_of(tmp_path, tower_folders, colours, pairs=vision)
+    monkeypatch.setattr(execution, "Resources", lambda *_: pairs)
+    assert execution.run_study(pairs.protocol) == 4
+    records = list(Records(tmp_path).read().values())
     assert len({one["data"] for one in records}) == 2  # one order per seed
-    assert len({json.dumps(one["items"]) for one in records if one["stage"] == "test"}) == 1
-    alone = Method(settings={"lora": {"rules": [{"pattern": "ffn", "rank": 0}]}})
-    changed = replace(pairs.protocol, methods=dict(pairs.protocol.methods) | {"projections": alone})
-    monkeypatch.setattr(pairs, "protocol", changed)
+    tests = [one for one in records if one["stage"] == "test"]
+    assert len({json.dumps(one["items"]) for one in tests}) == 1
+    measured = {"loss", "recall", "image_to_text_recall_5", "text_to_image_recall_1"}
+    assert all(set(one["test"]) >= measured for one in tests)
+    assert all(one["curve"][-1]["loss"] < one["curve"][0]["loss"] for one in records)
+    counts = [one["compilations"] for one in records if one["stage"] == "tune"]
+    assert counts[0] > 0
+    assert counts[1:] == [0]
+    assert_starts_alone(dual, run_of(pairs, "pairs"), pairs)
     starts = {}
-    for method, seed in (("lora", 0), ("lora", 1), ("again", 1), ("projections", 1)):
+    for method, seed in (("lora", 0), ("lora", 1), ("again", 1)):
         run = run_of(pairs, "pairs", method, seed)
         data = pairs.subject(run.config).data(run.config)
         starts[method, seed] = trees.flatten(pairs.start(run, data).lora)
     path, a = "image/projection/kernel", "image/layers/ffn/in_proj/a"
     assert not np.allclose(starts["lora", 0][path], starts["lora", 1][path])
-    for method in ("again", "projections"):
-        np.testing.assert_array_equal(starts["lora", 1][path], starts[method, 1][path])
+    np.testing.assert_array_equal(starts["lora", 1][path], starts["again", 1][path])
     assert not np.allclose(starts["lora", 1][a], starts["again", 1][a])
-    assert set(starts["projections", 1]) == {path, "text/projection/kernel", "logit_scale"}
-    counts = [one["compilations"] for one in records if one["stage"] == "tune"]
-    assert counts[0] > 0
-    assert counts[1:] == [0]
-    assert all(one["curve"][-1]["loss"] < one["curve"][0]["loss"] for one in records)
 
 
-def test_tasks_of_one_shape_share_programs_but_not_their_classes(shots: Resources) -> None:
+def test_tasks_of_one_shape_share_programs_but_not_their_classes(
+    tmp_path: Path, tower_folders: tuple[Path, Path], colours: Path
+) -> None:
+    two = 'task = "classify", shots = 2, classes = ["red", "green", "blue"]'
+    four = 'task = "classify", shots = 4, classes = ["blue", "green", "red"]'
+    shots = resources_of(tmp_path, tower_folders, colours, two=two, four=four)
     first, second = run_of(shots, "two"), run_of(shots, "four")
     assert shots.assembly(first) is shots.assembly(second)
     subject = shots.subject(first.config)

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from nalora_jax.config import LoRARule
+from nalora_jax.config import DataConfig, LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import resolve
+from nalora_jax.study.locations import located
+from nalora_jax.study.plan import pending
 from nalora_jax.study.protocol import read_protocol
+from tests.study.conftest import write_study
 
 
 def changed(study: Path, pattern: str, text: str) -> Path:
@@ -64,6 +67,11 @@ WRONG = [
     ("^test_seeds.*", "test_seeds = [0, 1]", "test_seeds: expected no seed that tunes"),
     ("^validation =", "valid =", r"tasks.z.valid: expected a field of Task, .*; did you mean validation\?"),
     ("^question =", "question", "expected a TOML file"),
+    (
+        "^steps = 8",
+        'steps = 8\nrl = {rewards = ["number"], samples = 2, updates = 3}',
+        "expected a multiple of rl.updates, 3",
+    ),
 ]
 
 
@@ -73,3 +81,33 @@ def test_what_is_wrong_is_named(study: Path) -> None:
         (study / "protocol.toml").write_text(text)
         with pytest.raises(NaloraError, match=f"protocol.toml: .*{message}"):
             read_protocol(changed(study, pattern, replacement))
+
+
+def test_paths_are_relative_to_the_study_and_names_are_no_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "study"
+    for name in ("socialiqa", "train", "photos", "org/model"):
+        (folder / name).mkdir(parents=True)
+    (folder / "b.csv").write_text("x")
+    monkeypatch.chdir(tmp_path)
+
+    def paths(**data: str) -> list[str]:
+        config = located(RunConfig(model="org/model", data=DataConfig(**data)), Path("study"))
+        return [config.model, config.data.dataset, config.data.train_split, config.data.eval_split]
+
+    named = paths(dataset="socialiqa", train_split="train[:5]", eval_split="train")
+    assert named == ["study/org/model", "socialiqa", "train[:5]", "train"]
+    assert paths(dataset="hf:a/b", eval_split="b.csv")[1::2] == ["hf:a/b", "study/b.csv"]
+    mixed = paths(dataset="missing.jsonl*3,gs://x/y.jsonl,./photos,/abs/z.jsonl")
+    assert mixed[1] == "study/missing.jsonl*3,gs://x/y.jsonl*1,study/photos*1,/abs/z.jsonl*1"
+    (tmp_path / "here.jsonl").write_text("{}")
+    with pytest.raises(
+        NaloraError, match="study: here.jsonl: expected a path relative to the study's folder"
+    ):
+        paths(dataset="here.jsonl")
+    write_study(folder, Path("org/model"), Path("z.jsonl"))
+    run = pending(read_protocol("study"), {})[0]
+    assert (run.config.model, run.config.data.dataset) == ("study/org/model", "study/z.jsonl")
+    monkeypatch.chdir(folder)
+    assert pending(read_protocol("."), {})[0].id == run.id

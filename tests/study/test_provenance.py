@@ -1,14 +1,11 @@
-"""Studies whose protocol, records, data, base or rules were changed between their runs."""
+"""Studies whose protocol, records, data, base or rules were changed, and those of this repository."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from nalora_jax.method.rules import MECHANISMS
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Run, wanted
 from nalora_jax.study.progress import RunInProgress
-from nalora_jax.study.protocol import Method, Protocol, read_protocol
+from nalora_jax.study.protocol import Protocol, read_protocol
 from nalora_jax.study.provenance import (
     check_committed,
     check_records,
@@ -29,9 +26,11 @@ from nalora_jax.study.provenance import (
     record_digest,
 )
 from nalora_jax.study.records import Record, Records
-from nalora_jax.study.report import status, write_tables
+from nalora_jax.study.report import render_results, status, write_tables
 from nalora_jax.study.resources import Resources
 
+STUDIES = Path(__file__).parents[2] / "studies"
+COMMITTED = sorted(path.parent for path in STUDIES.glob("*/protocol.toml"))
 OTHER_PROTOCOL = "expected the protocol that test items were read under"
 
 
@@ -135,20 +134,11 @@ def test_a_finished_test_that_was_altered_is_refused(quick: Protocol) -> None:
             use(quick)
 
 
-ANOTHER = {"method": "b", "seed": 9}
-
-
-@pytest.mark.parametrize(
-    ("field", "other"),
-    [
-        *((field, ANOTHER) for field in ("base", "source", "items")),
-        ("data", {"method": "b"}),
-        *((field, {"seed": 9}) for field in ("rules", "parameters")),
-    ],
-)
-def test_records_that_differ_where_they_must_agree_are_refused(field: str, other: dict[str, Any]) -> None:
+@pytest.mark.parametrize("field", ["base", "source", "items", "data", "rules", "parameters"])
+def test_records_that_differ_where_they_must_agree_are_refused(field: str) -> None:
     """Tuning runs too: these choose a rate together."""
     common = {"stage": "tune", "model": "m", "task": "t", "method": "a", "seed": 1}
+    other = {"seed": 9} if field in ("rules", "parameters") else {"method": "b"}
     value = {"items": {"validation": "v"}, "rules": {"r.py": "1"}}.get(field, "1")
     changed = {"items": {"validation": "w"}, "rules": {"r.py": "2"}}.get(field, "2")
     first, second = common | {field: value}, common | other | {field: changed}
@@ -167,30 +157,31 @@ def of_a_user(averages, context):
 """
 
 
-@pytest.fixture
-def rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A user's file that defines a rule."""
-    path = tmp_path / "my_rule.py"
-    path.write_text(RULE.replace("{factor}", "1.0"))
+def test_a_rule_whose_file_changed_does_not_count_as_done(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(MECHANISMS, "_values", dict(MECHANISMS._values))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.import_module("my_rule")
-    yield path
-    del sys.modules["my_rule"]
-
-
-def test_a_rule_whose_file_changed_does_not_count_as_done(rule: Path, study: Path) -> None:
+    rule = study / "my_rule.py"
+    rule.write_text(RULE.replace("{factor}", "1.0"))
+    text = (study / "protocol.toml").read_text()
+    method = '\n[methods.mine]\nsettings.mechanisms = ["of_a_user"]\n'
+    (study / "protocol.toml").write_text('imports = ["my_rule.py"]' + text + method)
     protocol = read_protocol(study)
-    method = Method(settings={"mechanisms": ["of_a_user"]})
-    changed = replace(protocol, methods=dict(protocol.methods) | {"mine": method})
-    resources = Resources(changed)
-    run = next(run for run in wanted(changed, {}) if run.cell.method == "mine")
-    identity = RunInProgress(run, resources, study / "x.npz").identity
+    run = next(run for run in wanted(protocol, {}) if run.cell.method == "mine")
+    identity = RunInProgress(run, Resources(protocol), study / "x.npz").identity
     assert list(identity["rules"]) == ["my_rule.py"]
     record = {"id": run.id, "stage": "tune", "seed": 0, **run.cell._asdict(), **identity}
-    check_rules(changed, {run.id: record})
+    check_rules(protocol, {run.id: record})
     rule.write_text(RULE.replace("{factor}", "2.0"))
     with pytest.raises(NaloraError, match=r"\[methods.mine\]: my_rule.py: expected the file of its runs"):
-        check_rules(changed, {run.id: record})
+        check_rules(protocol, {run.id: record})
     del record["rules"]  # a record of an earlier version
-    check_rules(changed, {run.id: record})
+    check_rules(protocol, {run.id: record})
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_the_tables_and_records_of_a_committed_study_are_its_own(folder: Path) -> None:
+    protocol = read_protocol(folder)
+    records = checked_records(protocol, Records(folder))  # records of earlier versions stay valid
+    assert (folder / "results.md").read_text().startswith(render_results(protocol, records))
+    assert records.keys() <= {run.id for run in wanted(protocol, records)}

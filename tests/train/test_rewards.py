@@ -27,6 +27,7 @@ CHOICES = {"choices": ["a red fox", "no one", "an owl"], "gold": 2, "answer": "a
         ("exact", " The Owl.\n", {"answer": "owl"}, 1),
         ("exact", "owls", {"answer": "owl"}, 0),
         ("number", "3 + 4 is 7, so 1,007.50", {"answer": "#### 1007.5"}, 1),
+        ("number", "42", {"answer": "#### -42"}, 0),
         ("number", "no number", {"answer": "none"}, 0),
         ("number", "7 or 8", {"answer": "7"}, 0),
         ("choice", "The answer is C.", CHOICES, 1),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -79,25 +78,18 @@ def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch
         found.append(figures(step, arguments, cache=tmp_path))
     ours, plain = found
     assert plain.flops < ours.flops
-    loops, behind = ([_moved(one, inner) for one in found] for inner in (True, False))
-    # In the loops over layers nothing is reduced for the statistics; B of the gate travels again, for what it moves ...
-    assert {kind: loops[0][kind] for kind in REDUCTIONS} == {kind: loops[1][kind] for kind in REDUCTIONS}
-    assert 0 < loops[1].total() <= loops[0].total() <= loops[1].total() + 3 * (2 * LAYERS) * RANK * D_FF * 4
-    # ... and once behind them slope and three of four occupancies, besides a layer's figures for the log.
-    reduced = LAYERS * 4 * D_FF * 4
-    assert 1.5 * reduced < behind[0].total() - behind[1].total() < 2 * reduced + 3000
-
-
-REDUCTIONS = ("all-reduce", "reduce-scatter")
-
-
-def _moved(found, inner):
-    """Bytes by kind of collective, of those within the loops over layers or of the others."""
-    moved = Counter()
-    for one in found.collectives:
-        if (one.times >= LAYERS) == inner:
-            moved[one.kind] += one.received * one.times
-    return moved
+    # In the loops over layers nothing is reduced for the statistics.
+    reduced = [
+        {
+            kind: sum(c.total for c in one.collectives if c.kind == kind and c.times >= LAYERS)
+            for kind in ("all-reduce", "reduce-scatter")
+        }
+        for one in found
+    ]
+    assert reduced[0] == pytest.approx(reduced[1])
+    # Once behind them slope and three of four occupancies are, besides a layer's figures for the log.
+    once = [sum(c.total for c in one.collectives if c.times < LAYERS) for one in found]
+    assert 1.5 < (once[0] - once[1]) / (LAYERS * 4 * D_FF * 4) < 2.5
 
 
 def test_update_and_rollout_read_the_weights_in_the_same_places(tmp_path, monkeypatch):

@@ -70,8 +70,10 @@ def test_greedy_tokens_across_the_switch_of_longrope_equal_transformers():
         assert list(ids) == whole[0, len(prompt) :].tolist()
 
 
-def test_choices_that_cross_the_switch_score_as_transformers_scores_them():
-    rng, pair = np.random.default_rng(4), build(PHI3)
+@pytest.mark.parametrize("case", KINDS[1:], ids=by_name)
+def test_choices_with_a_common_context_score_as_transformers_scores_them(case):
+    """They continue a recurrent state, and cross the switch of LongRoPE."""
+    rng, pair = np.random.default_rng(4), build(case)
     context = rng.integers(1, 128, ORIGINAL - 2).tolist()
     choices = [rng.integers(1, 128, length).tolist() for length in (2, 4, 9)]
     (scores,) = score_groups(pair.model, {"params": pair.params}, [[(context, one) for one in choices]])

@@ -72,17 +72,14 @@ def _assert_equal(one: Path, other: Path) -> None:
 def test_each_run_leaves_what_its_solo_run_leaves(
     swept: SweepResult, base: RunConfig, tmp_path: Path
 ) -> None:
-    folder, result = next(iter(swept.runs.items()))
+    folder = next(iter(swept.runs))
     alone = training.run(replace(base, output=str(tmp_path / "alone")))
     _assert_equal(Path(folder), alone.folder)
     assert tiny.logged(folder) == pytest.approx(tiny.logged(alone.folder), rel=1e-5)
-    assert result.after["n"] == alone.after["n"]
     listings = [
         sorted(p.relative_to(f).as_posix() for p in Path(f).glob("*")) for f in (folder, alone.folder)
     ]
     assert listings[0] == listings[1]
-    first, second = (tiny.lines(f)[1] for f in (folder, alone.folder))
-    assert first.keys() == second.keys()
 
 
 def test_a_run_that_diverges_is_frozen_and_reported(swept: SweepResult) -> None:
