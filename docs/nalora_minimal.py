@@ -2,7 +2,7 @@
 
 This file needs only jax and optax and is not used by the library. Its functions have the
 same names as in `nalora_jax.method`, and its rules the same names as in `--mechanisms`. Over 12 steps in
-float32 its updates equal the library's (tests/test_minimal.py).
+float32 its updates equal the library's (tests/test_change_one_thing.py).
 Run it: python docs/nalora_minimal.py
 
 Shapes: B rows, T tokens, D model width, F feed-forward width, L layers, R rank, V vocabulary.

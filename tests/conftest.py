@@ -6,10 +6,7 @@ import gc
 import importlib
 import importlib.util
 import os
-import resource
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -67,8 +64,8 @@ collect_ignore = [file for package, file in FILES_OF.items() if package in MISSI
 # Files that take longest begin first, the longest of all at once: for whichever comes last, the other processes wait.
 LONGEST = (
     "test_families.py", "test_mesh.py", "test_run.py", "test_run_rewards.py", "test_context.py", "test_docs_code.py",
-    "test_run_seeing.py", "test_program.py", "test_run_images.py", "test_prefill.py", "test_step.py", "test_decoder.py",
-    "test_real_models.py", "test_dual.py", "test_run_adapter.py", "test_attention.py", "test_elastic.py",
+    "test_run_images.py", "test_program.py", "test_prefill.py", "test_step.py", "test_decoder.py",
+    "test_real_models.py", "test_dual.py", "test_attention.py", "test_elastic.py",
     "test_resume.py", "test_config_fields.py", "test_preference.py", "test_kinds.py", "test_peft_training.py",
 )  # fmt: skip
 
@@ -168,24 +165,6 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder in which 192 kB fit: a file system of that size; without the right to mount one, files of that size."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode == 0:
-        yield folder
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (192_000, hard))
-    yield folder
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, previous)
-
-
-@pytest.fixture
 def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[tuple[str, str]]]]:
     """An emulator that gcsfs takes for Google's store: its objects, and the path and range of each request."""
     from nalora_jax.common import buckets
@@ -201,29 +180,29 @@ def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[An
         buckets._filesystem_of.cache_clear()
 
 
-@pytest.fixture(scope="session")
-def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes folders of tiny dual encoders: ``dual_folder("clip", vision={...}, text={...}, ...)``."""
+def make_in_session(name: str, factory: pytest.TempPathFactory) -> Callable[..., Path]:
     pytest.importorskip("transformers")
     from tests import seeing
 
-    return lambda family, **changes: seeing.make_dual(tmp_path_factory.mktemp(family), family, **changes)
+    return lambda family, **changes: getattr(seeing, name)(factory.mktemp(family), family, **changes)
 
 
 @pytest.fixture(scope="session")
-def tower_folders(
-    dual_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path]:
+def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes folders of tiny dual encoders: ``dual_folder("clip", vision={...}, text={...}, ...)``."""
+    return make_in_session("make_dual", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tower_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a ViT and of a BERT that were never trained together."""
+    pytest.importorskip("transformers")
     from tests import seeing
 
-    return seeing.make_towers(tmp_path_factory.mktemp("towers"), dual_folder("vision-text-dual-encoder"))
+    return seeing.make_towers(tmp_path_factory.mktemp("towers"))
 
 
 @pytest.fixture(scope="session")
 def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes folders of tiny decoders that see: ``seeing_folder("llava", vision={...}, text={...}, ...)``."""
-    pytest.importorskip("transformers")
-    from tests import seeing
-
-    return lambda family, **changes: seeing.make_seeing(tmp_path_factory.mktemp(family), family, **changes)
+    return make_in_session("make_seeing", tmp_path_factory)

@@ -78,19 +78,14 @@ def write_inputs(folder: Path) -> None:
     seeing.make_chats(folder / "pictures")
 
 
-def make_cache(cache: Path) -> None:
-    """Makes a folder to be NALORA_CACHE, with copies of the compiled kernels and links to the downloads."""
-    tiny.new_cache(cache)
-    for name in ("packages", "wheels"):
-        (cache_dir() / name).mkdir(parents=True, exist_ok=True)
-        (cache / name).symlink_to(cache_dir() / name)
-
-
 def train(checkout: Path, name: str, inputs: Path, scratch: Path, devices: int) -> dict[str, Path]:
     """Executes a run in a checkout and returns the folders of its adapters by name."""
     cache = scratch / "cache"
-    if not cache.exists():
-        make_cache(cache)
+    if not cache.exists():  # with copies of the compiled kernels and links to the downloads
+        tiny.new_cache(cache)
+        for folder in ("packages", "wheels"):
+            (cache_dir() / folder).mkdir(parents=True, exist_ok=True)
+            (cache / folder).symlink_to(cache_dir() / folder)
     output = Path(tempfile.mkdtemp(dir=scratch)) / "run"
     flags, on_eight = RUNS[name]
     command = [str(checkout / "train.py"), *flags.format(inputs=inputs).split(), "--output", str(output)]
@@ -104,15 +99,10 @@ def train(checkout: Path, name: str, inputs: Path, scratch: Path, devices: int) 
     return {str(folder.parent.relative_to(output)): folder for folder in folders}
 
 
-def tensors_of(adapter: Path) -> dict[str, np.ndarray]:
-    """Returns an adapter's tensors by name."""
-    return dict(sorted(load_file(adapter / "adapter_model.safetensors").items()))
-
-
 def digest(adapter: Path) -> str:
     """Returns a digest of an adapter's tensors: names, dtypes, shapes and bytes."""
     whole = hashlib.sha256()
-    for name, tensor in tensors_of(adapter).items():
+    for name, tensor in sorted(load_file(adapter / "adapter_model.safetensors").items()):
         whole.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
         whole.update(np.ascontiguousarray(tensor).tobytes())
     return whole.hexdigest()[:16]
@@ -120,31 +110,24 @@ def digest(adapter: Path) -> str:
 
 def updates(adapter: Path) -> dict[str, np.ndarray]:
     """Returns the product B A of each module, and other tensors as they are."""
-    tensors = {name: tensor.astype(np.float64) for name, tensor in tensors_of(adapter).items()}
-    products = {
-        name: tensors[name.replace("lora_A", "lora_B")] @ tensor
-        for name, tensor in tensors.items()
-        if "lora_A" in name and tensor.ndim == 2
-    }
-    others = {name: one for name, one in tensors.items() if not {"lora_A", "lora_B"} & set(name.split("."))}
-    return products | others
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    arrays = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+    for name in [name for name, array in arrays.items() if "lora_A" in name and array.ndim == 2]:
+        arrays[name] = arrays.pop(name.replace("lora_A", "lora_B")) @ arrays[name]
+    return arrays
 
 
 def difference(adapter: Path, other: Path) -> str:
     """Returns "equal", or what differs: settings, tensors, or the largest relative difference of an update."""
-    settings = [json.loads((one / "adapter_config.json").read_text()) for one in (adapter, other)]
-    names = sorted({*settings[0], *settings[1]})
-    notes = [f"{name} differs" for name in names if settings[0].get(name) != settings[1].get(name)]
-    first, second = updates(adapter), updates(other)
-    if {name: one.shape for name, one in first.items()} != {
-        name: one.shape for name, one in second.items()
-    }:
-        notes.append("other tensors")
-    elif digest(adapter) != digest(other):
+    settings, others = (json.loads((one / "adapter_config.json").read_text()) for one in (adapter, other))
+    names = sorted({*settings, *others})
+    notes = [f"{name} differs" for name in names if settings.get(name) != others.get(name)]
+    if digest(adapter) != digest(other):
+        first, second = updates(adapter), updates(other)
+        if {name: x.shape for name, x in first.items()} != {name: x.shape for name, x in second.items()}:
+            return "; ".join([*notes, "other tensors"])
         norm = np.linalg.norm
-        far = {
-            name: norm(one - second[name]) / max(norm(second[name]), 1e-30) for name, one in first.items()
-        }
+        far = {name: norm(x - second[name]) / max(norm(second[name]), 1e-30) for name, x in first.items()}
         name = max(far, key=far.__getitem__)
         notes.append(f"updates differ by up to {far[name]:.2e} ({name})")
     return "; ".join(notes) or "equal"
@@ -172,15 +155,16 @@ def main() -> int:
         write_inputs(inputs)
         for name in args.runs or RUNS:
             for devices in args.devices:
-                sides = [
+                here, *there = (
                     train(checkout, name, inputs, place, devices)
                     for checkout, place in zip(checkouts, places, strict=True)
-                ]
-                for part, adapter in sides[0].items():
+                )
+                for part, adapter in here.items():
                     line = f"{name:6} {devices} device{'s'[: devices > 1]:1}  {digest(adapter)}"
-                    if args.against:
-                        other = sides[1].get(part)
-                        verdict = difference(adapter, other) if other else "missing there"
+                    for adapters in there:
+                        verdict = (
+                            difference(adapter, adapters[part]) if part in adapters else "missing there"
+                        )
                         differ |= verdict != "equal"
                         line += f"  {verdict}"
                     print(line + (f"  {part}" if part != "." else ""), flush=True)

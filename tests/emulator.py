@@ -19,6 +19,10 @@ from gcp_storage_emulator.handlers import buckets, objects
 from gcp_storage_emulator.server import Request, RequestHandler, Response, Router
 from gcp_storage_emulator.storage import Storage
 
+# As Google answers whoever has no credentials.
+MESSAGE = "Anonymous caller does not have storage.objects.get access to the Google Cloud Storage object."
+REFUSAL = json.dumps({"error": {"code": HTTPStatus.UNAUTHORIZED, "message": MESSAGE}}).encode()
+
 
 def variables(address: str) -> dict[str, str]:
     """The environment of a process that shall find the emulator in place of Google."""
@@ -92,18 +96,6 @@ def stored(held: Storage, folder: str) -> dict[str, bytes]:
     return {name.removeprefix(f"{folder}/"): held.get_file("bucket", name) for name in names}
 
 
-def refuse(handler: RequestHandler) -> None:
-    """Answers as Google does to whoever has no credentials."""
-    message = (
-        "Anonymous caller does not have storage.objects.get access to the Google Cloud Storage object."
-    )
-    body = json.dumps({"error": {"code": HTTPStatus.UNAUTHORIZED, "message": message}}).encode()
-    handler.send_response(HTTPStatus.UNAUTHORIZED)
-    handler.send_header("Content-Length", str(len(body)))
-    handler.end_headers()
-    handler.wfile.write(body)
-
-
 @contextmanager
 def emulator(folder: Path, requests: list[tuple[str, str]] | None = None) -> Iterator[tuple[Storage, str]]:
     """The objects of the emulator, with an empty bucket "bucket", and its address.
@@ -112,18 +104,18 @@ def emulator(folder: Path, requests: list[tuple[str, str]] | None = None) -> Ite
       folder: scratch of the emulator.
       requests: receives the path and the range ("" without one) of every request.
     """
-    held, one_by_one, handle = (
-        Storage(use_memory_fs=True, data_dir=str(folder)),
-        threading.Lock(),
-        Router.handle,
-    )
+    held = Storage(use_memory_fs=True, data_dir=str(folder))
+    one_by_one, handle = threading.Lock(), Router.handle
 
     def handled(self: Router, method: str) -> None:
         handler = self._request_handler
         if requests is not None:
             requests.append((handler.path, handler.headers.get("Range", "")))
         if "/private/" in handler.path or handler.path.endswith("/private"):
-            refuse(handler)
+            handler.send_response(HTTPStatus.UNAUTHORIZED)
+            handler.send_header("Content-Length", str(len(REFUSAL)))
+            handler.end_headers()
+            handler.wfile.write(REFUSAL)
             return
         with one_by_one:
             handle(self, method)

@@ -34,7 +34,7 @@ BEGIN, END = "<!-- faults: python -m tests.faults -->", "<!-- end of faults -->"
 STEPS = 40
 # Imported by a run with rewards: ends the process a given time after a given call of a phase has begun.
 KILLER = """
-import os, signal, threading
+import itertools, os, signal, threading
 from functools import partial
 
 from nalora_jax.train import checkpoint, rollout
@@ -42,14 +42,12 @@ from nalora_jax.train.kinds import rl
 from nalora_jax.train.rewards import register_reward
 
 phase, at, delay = os.environ.get("NALORA_FAULT", "none 0 0").split()
-calls = 0
+calls = itertools.count(1)
 
 
 def dying(function, name):
     def wrapped(*arguments, **options):
-        global calls
-        calls += name == phase
-        if name == phase and calls == int(at):
+        if name == phase and next(calls) == int(at):
             threading.Timer(float(delay), os.kill, (os.getpid(), signal.SIGKILL)).start()
         return function(*arguments, **options)
     return wrapped
@@ -108,21 +106,15 @@ class Place:
         """Continues the run and compares ``files`` with those of a run of its kind that was left alone."""
         if kind not in self.alone:
             whole = replace(config, output=str(self.folder / kind))
-            assert ended(self.start(whole))[0] == 0
+            assert tiny.finish([self.start(whole)])[0][0] == 0
             self.alone[kind] = Path(whole.output)
-        status, error = ended(self.start(config))
+        ((status, _, error),) = tiny.finish([self.start(config)])
         if status:
             return f"FAILED to resume: {error.splitlines()[-1]}"
         for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", *files):
             if (Path(config.output) / name).read_bytes() != (self.alone[kind] / name).read_bytes():
                 return "resumed, DIFFERENT"
         return "resumed, identical"
-
-
-def ended(process: subprocess.Popen) -> tuple[int, str]:
-    """Exit status and standard error of a process."""
-    ((status, _, error),) = tiny.finish([process])
-    return status, error
 
 
 def killed(place: Place, rng: random.Random) -> str:
@@ -132,7 +124,7 @@ def killed(place: Place, rng: random.Random) -> str:
     tiny.wait_for_line(process, f"step {rng.randrange(2, STEPS - 4)}/")
     time.sleep(rng.random() / 20)
     process.send_signal(signal.SIGKILL)
-    ended(process)
+    tiny.finish([process])
     return place.verdict("text", config)
 
 
@@ -145,7 +137,7 @@ def terminated(place: Place, rng: random.Random) -> str:
     time.sleep(rng.random())
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-    status, error = ended(process)
+    ((status, _, error),) = tiny.finish([process])
     said = re.search(r"interrupted by SIGTERM; saved step \d+; continue with", error)
     printed = "printed the command to resume" if said else "SILENT"
     return f"status {status}, {printed}, {place.verdict('text', config)}"
@@ -156,7 +148,7 @@ def rewards(place: Place, rng: random.Random) -> str:
     config = place.new_run(**REWARDED, data=replace(place.config.data, max_length=0))
     phase = rng.choice(list(CALLS))
     fault = f"{phase} {rng.randrange(1, CALLS[phase])} {rng.random() / 50}"
-    status, _ = ended(place.start(config, NALORA_FAULT=fault))
+    ((status, _, _),) = tiny.finish([place.start(config, NALORA_FAULT=fault)])
     killed = "killed" if status == -signal.SIGKILL else "NOT KILLED"
     return f"{killed} in {phase}, {place.verdict('rewards', config, 'rollouts.jsonl')}"
 

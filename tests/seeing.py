@@ -24,18 +24,7 @@ SPECIAL += ["<end_of_turn>", "<start_of_turn>"]
 CHAT_WORDS = [*SPECIAL, " ", "\n", "\n\n", "\n\n\n", ":", ".", "?", "USER", "ASSISTANT", "user", "model"]
 CHAT_WORDS += [*WORDS[4:13], "What", "colour", "is", "this", "Describe", "image"]
 # The chat templates of llava-hf/llava-1.5-7b-hf and, without its system turn, google/gemma-3-4b-it.
-TEMPLATES = {
-    "llava": "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}"
-    "{% endif %}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}"
-    "{% endfor %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ content['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
-    "gemma3": "{{ bos_token }}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' "
-    "else message['role'] %}{{ '<start_of_turn>' + role + '\n' }}{% if message['content'] is string %}"
-    "{{ message['content'] | trim }}{% else %}{% for item in message['content'] %}{% if item['type'] == 'image' %}"
-    "{{ '<start_of_image>' }}{% elif item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor %}"
-    "{% endif %}{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}"
-    "{% endif %}",
-}
+TEMPLATES = Path(__file__).parent / "data" / "images" / "templates"
 PROCESSORS = {
     "clip": ("CLIPImageProcessor", {"size": {"shortest_edge": 16}, "crop_size": SQUARE}),
     "siglip": ("SiglipImageProcessor", {"size": SQUARE}),
@@ -102,20 +91,15 @@ def make_dual(
     return folder
 
 
-def make_towers(folder: Path, donor: Path) -> tuple[Path, Path]:
+def make_towers(folder: Path) -> tuple[Path, Path]:
     """A ViT (32 wide, 3 layers) and a BERT (48 wide, 2 layers) that were never trained together."""
-    import torch
     import transformers
 
-    sizes = {"num_attention_heads": 4, "intermediate_size": 64}
-    vit = transformers.ViTConfig(hidden_size=32, num_hidden_layers=3, image_size=16, patch_size=4, **sizes)
-    sizes |= {"vocab_size": 40, "max_position_embeddings": 12}
-    bert = transformers.BertConfig(hidden_size=48, num_hidden_layers=2, **sizes)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        towers = {"image": transformers.ViTModel(vit), "text": transformers.BertModel(bert)}
-    for name, model in towers.items():
-        model.save_pretrained(folder / name)
+    sizes = {"vision": {"num_hidden_layers": 3}, "text": {"hidden_size": 48}}
+    donor = make_dual(folder / "donor", "vision-text-dual-encoder", **sizes)
+    model = transformers.AutoModel.from_pretrained(donor)
+    for name, tower in (("image", model.vision_model), ("text", model.text_model)):
+        tower.save_pretrained(folder / name)
         for file in (*donor.glob("*token*"), donor / "preprocessor_config.json"):
             shutil.copy(file, folder / name)
     return folder / "image", folder / "text"
@@ -145,7 +129,7 @@ def make_seeing(
             patch_size=4,
             vision_feature_select_strategy=top.get("vision_feature_select_strategy", "default"),
             num_additional_image_tokens=1,
-            chat_template=TEMPLATES[family],
+            chat_template=(TEMPLATES / f"{family}.jinja").read_text(),
         )
     else:
         words |= {
@@ -161,7 +145,7 @@ def make_seeing(
         processor = transformers.Gemma3Processor(
             transformers.models.gemma3.image_processing_pil_gemma3.Gemma3ImageProcessorPil(size=SQUARE),
             own,
-            chat_template=TEMPLATES[family],
+            chat_template=(TEMPLATES / f"{family}.jinja").read_text(),
             image_seq_length=4,
         )
     processor.save_pretrained(folder)

@@ -4,23 +4,23 @@ commands parsed and their settings checked; data read; configs loaded. Pages are
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import re
 import shlex
-import shutil
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import create_autospec
 
 import jax.numpy as jnp
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import tensorflow_datasets
 import yaml
 
 import nalora_jax
@@ -58,9 +58,8 @@ def test_links_and_paths_of_pages_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([\w./-]+\.md)(?:#[\w-]+)?\)", text):
         assert (ROOT / "docs" / target).exists(), target
     for path in re.findall(r"`((?:nalora_jax|configs|benchmarks|studies|tests|deploy)/[\w./-]*\w)`", text):
-        if path.startswith(("nalora_jax/cpu", "tests/cpu")) and not (ROOT / "nalora_jax" / "cpu").exists():
-            continue  # it may be deleted
-        assert (ROOT / path).exists() or (ROOT / f"{path}.py").exists(), path
+        deleted = path.startswith(("nalora_jax/cpu", "tests/cpu")) and not tiny.HAS_CPU  # it may be
+        assert deleted or (ROOT / path).exists() or (ROOT / f"{path}.py").exists(), path
 
 
 def test_the_reference_has_all_that_packages_export() -> None:
@@ -80,9 +79,6 @@ def test_errors_of_the_troubleshooting_page_are_errors_of_this_library() -> None
     assert len(headings) > 8
     for heading in headings:
         assert heading in source, heading
-
-
-# -------------------------------------------------------------------- blocks of code
 
 
 class Block(NamedTuple):
@@ -113,10 +109,6 @@ def read_blocks(path: Path) -> Iterator[Block]:
 BLOCKS = [block for path in (*PAGES, *NOTEBOOKS) for block in read_blocks(path)]
 
 
-def blocks(language: str) -> Iterator[tuple[str, Block]]:
-    return ((f"{one.page}:{one.line}", one) for one in BLOCKS if one.language == language)
-
-
 def test_every_block_is_of_a_kind_that_is_executed() -> None:
     fences = sum(path.read_text(encoding="utf-8").count("\n```") for path in PAGES)
     fenced = [block for block in BLOCKS if block.text.endswith("\n") and not block.page.endswith(".ipynb")]
@@ -129,9 +121,6 @@ def test_every_block_is_of_a_kind_that_is_executed() -> None:
         "own_models.md",
         "rl.md",
     }
-
-
-# -------------------------------------------------------------------- commands
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -192,57 +181,36 @@ def check_command(words: list[str]) -> None:
         assert name in OTHERS, words
 
 
-# -------------------------------------------------------------------- data and settings
-
-
-def test_records_of_pages_are_read() -> None:
-    for where, block in blocks("json"):
+@pytest.mark.parametrize(
+    "block", [one for one in BLOCKS if one.language in ("json", "yaml", "toml")], ids=lambda one: one.page
+)
+def test_records_settings_and_entry_points_of_pages_are_read(block: Block, tmp_path: Path) -> None:
+    if block.language == "json":
         for record in map(json.loads, block.text.splitlines()):
             if "chosen" in record:
-                assert "rejected" in record, where
+                assert "rejected" in record
                 continue
-            found = canonical(record, DataConfig(), where)
+            found = canonical(record, DataConfig(), block.page)
             if "messages" in found:
-                assert messages_of(found, DataConfig(), where)[-1]["role"] == "assistant", where
+                assert messages_of(found, DataConfig(), block.page)[-1]["role"] == "assistant"
             else:
-                assert found["prompt"] or "text" in record, where
-                assert found["completion"], where
-
-
-def test_settings_of_pages_are_settings(tmp_path: Path) -> None:
-    for where, block in blocks("yaml"):
+                assert found["prompt"] or "text" in record
+                assert found["completion"]
+    elif block.language == "yaml":
         keys = set(yaml.safe_load(block.text))
         if keys <= {one.name for one in fields(RunConfig)}:
             (tmp_path / "page.yaml").write_text(block.text)
             check(config_files.load_config(tmp_path / "page.yaml"))
         else:  # a task of the evaluation harness
-            assert {"task", "doc_to_text", "doc_to_target", "metric_list"} <= keys, where
+            assert {"task", "doc_to_text", "doc_to_target", "metric_list"} <= keys
+    else:
+        activations.get("silu")  # registers the built-in activations
+        registries = (rules.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, family.REGISTERED)
+        known = {registry._group for registry in (*registries, sources._OPENERS)}
+        assert set(tomllib.loads(block.text)["project"]["entry-points"]) <= known
 
 
-def test_entry_points_of_pages_are_groups_of_this_library() -> None:
-    activations.get("silu")  # registers the built-in activations
-    registries = (rules.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, family.REGISTERED)
-    known = {registry._group for registry in (*registries, sources._OPENERS)}
-    for where, block in blocks("toml"):
-        assert set(tomllib.loads(block.text)["project"]["entry-points"]) <= known, where
-
-
-# -------------------------------------------------------------------- Python
-
-
-class Builder:
-    """Takes what a TFDS builder takes; tests/data/test_sources.py prepares and reads a real one."""
-
-    def __init__(self, **options: Any) -> None:
-        import tensorflow_datasets as tfds
-
-        inspect.signature(tfds.core.GeneratorBasedBuilder).bind(**options)
-
-    def download_and_prepare(self) -> None:
-        """Nothing."""
-
-
-# What a page's code takes from the reader, by page.
+# What a page's code takes from the reader, by page; tests/data/test_sources.py prepares a real TFDS data set.
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "checkpoints.md": lambda: {
         "model": SimpleNamespace(fingerprint="0" * 8),
@@ -251,7 +219,7 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
         "state": {"b": jnp.ones(3)},
         "data_state": {"row": 5},
     },
-    "data.md": lambda: {"Builder": Builder},
+    "data.md": lambda: {"Builder": create_autospec(tensorflow_datasets.core.GeneratorBasedBuilder)},
     "quick_start.md": lambda: {
         "my_records": [{"prompt": f"{a} {b}", "completion": " z"} for a in "abcdefgh" for b in "ijklmnop"]
     },
@@ -267,36 +235,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture(scope="module")
-def small_run(folder: Path) -> Callable[..., Any]:
-    """`nalora_jax.run` with everything small; a run with the settings and data of another is its copy."""
+@pytest.fixture
+def execute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Execute:
+    """Executes all Python of a page in one namespace, in order, in a folder of its own, with everything small."""
     small, whole = tiny.make_config(folder), nalora_jax.run
-    finished: list[tuple[RunConfig, Any, Any]] = []  # settings, data, result
 
-    def run(config: RunConfig, *, data: Any = None, **more: Any) -> Any:
+    def small_run(config: RunConfig, *, data: Any = None, **more: Any) -> Any:
         check(config)
         lora = replace(small.lora, modules_to_save=config.lora.modules_to_save)
         given = {"output": config.output, "epochs": config.epochs, "lora": lora}
-        chosen = replace(small, steps=min(config.steps, 2), **given)
         if data is not None:
-            chosen = replace(chosen, data=replace(config.data, max_length=16, eval_limit=4, select_limit=2))
-        for other, records, result in finished:
-            if not more and replace(other, output=chosen.output) == chosen and records == data:
-                target = shutil.copytree(result.folder, Path(chosen.output))
-                moved = {name: target / getattr(result, name).name for name in ("adapter", "report")}
-                return replace(result, folder=target, **moved)
-        result = whole(chosen, data=data, **more)
-        if not more:
-            finished.append((chosen, data, replace(result, folder=result.folder.absolute())))
-        return result
-
-    return run
-
-
-@pytest.fixture
-def execute(folder: Path, small_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Execute:
-    """Executes all Python of a page in one namespace, in order, in a folder of its own; returns the namespace."""
-    monkeypatch.setattr(nalora_jax, "run", small_run)
+            given["data"] = replace(config.data, max_length=16, eval_limit=4, select_limit=2)
+        return whole(replace(small, steps=min(config.steps, 2), **given), data=data, **more)
 
     def execute(page: str, place: str = "") -> dict[str, Any]:
         (folder / (place or Path(page).stem)).mkdir(exist_ok=True)
@@ -307,6 +257,7 @@ def execute(folder: Path, small_run: Callable[..., Any], monkeypatch: pytest.Mon
                 exec(compile("\n" * block.line + block.text, page, "exec"), space)
         return space
 
+    monkeypatch.setattr(nalora_jax, "run", small_run)
     return execute
 
 
@@ -327,8 +278,7 @@ def test_data_from_python_and_new_tokens_in_transformers(execute: Execute) -> No
     for name in ("transformers", "peft"):
         pytest.importorskip(name)
     space = execute("data.md")
-    (line, *_) = Path("runs/mail/metrics.jsonl").read_text().splitlines()
-    assert json.loads(line)["data"]["examples"] == 280  # 20 are held out
+    assert tiny.lines("runs/mail")[0]["data"]["examples"] == 280  # 20 are held out
     assert space["tokenizer"].tokenize("1<|call|>2")[1] == "<|call|>"
     rows = space["model"].get_input_embeddings().weight.shape[0]
     assert rows == len(space["tokenizer"]) == len(tiny.WORDS) + 1

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -23,15 +27,25 @@ from nalora_jax.weights.peft import export_adapter
 from tests import tiny
 
 FULL = r"No space left on device|File too large"
+WIDE = tiny.HF | {"hidden_size": 64, "intermediate_size": 256}  # a model of some 300 kB
 
 
-# A model of some 300 kB.
-WIDE = tiny.HF | {"hidden_size": 64, "intermediate_size": 256}
-CONFIG = ModelConfig.from_hf(WIDE)
-
-
-def files(folder: Path) -> list[str]:
-    return [path.name for path in folder.rglob("*") if path.is_file()]
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder in which 192 kB fit: a file system of that size; without the right to mount one, files of that size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode == 0:
+        yield folder
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (192_000, hard))
+    yield folder
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, previous)
 
 
 def test_checkpoint(small_disk: Path) -> None:
@@ -47,18 +61,14 @@ def test_checkpoint(small_disk: Path) -> None:
         np.testing.assert_array_equal(checkpoints.restore("latest", small)[0]["x"], small["x"])
 
 
-def test_adapter(small_disk: Path) -> None:
-    rules = LoRAConfig(rules=(LoRARule("ffn", 48),))
-    spec = resolve(rules, projection_shapes(CONFIG), CONFIG.n_layers)
-    lora = init_lora(CONFIG, spec, jax.random.key(0), None)
-    with pytest.raises(NaloraError, match=rf"{small_disk}/adapter: .*({FULL})"):
-        export_adapter(lora, spec, CONFIG, small_disk / "adapter", base_model_name="b")
-    assert list(small_disk.iterdir()) == []
-
-
-def test_merged_model(small_disk: Path) -> None:
+def test_merged_model_and_adapter(small_disk: Path) -> None:
     with pytest.raises(NaloraError, match=rf"{small_disk}/merged: .*({FULL})"):
         tiny.make_model(small_disk / "merged", WIDE)
+    config = ModelConfig.from_hf(WIDE)
+    spec = resolve(LoRAConfig((LoRARule("ffn", 48),)), projection_shapes(config), config.n_layers)
+    lora = init_lora(config, spec, jax.random.key(0), None)
+    with pytest.raises(NaloraError, match=rf"{small_disk}/adapter: .*({FULL})"):
+        export_adapter(lora, spec, config, small_disk / "adapter", base_model_name="b")
     assert list(small_disk.iterdir()) == []
 
 
@@ -68,7 +78,7 @@ def test_token_cache(small_disk: Path, tmp_path: Path, monkeypatch: pytest.Monke
     wanted = rf"{small_disk}/cache/tokens/\w+: .*({FULL}); free space, or set NALORA_CACHE"
     with pytest.raises(NaloraError, match=wanted):
         train_data(DataConfig(dataset=str(questions)), tiny.word_tokenizer(), batch_size=8)
-    assert files(small_disk) == []
+    assert not [path for path in small_disk.rglob("*") if path.is_file()]
 
 
 def test_log_and_report(small_disk: Path) -> None:
@@ -81,4 +91,4 @@ def test_log_and_report(small_disk: Path) -> None:
                 metrics.write(line | {"step": step})
         with pytest.raises(NaloraError, match=rf"{small_disk}/report.html: .*({FULL}); make room"):
             write_report(small_disk)
-    assert files(small_disk) == ["metrics.jsonl"]
+    assert [path.name for path in small_disk.iterdir()] == ["metrics.jsonl"]

@@ -1,18 +1,23 @@
-"""The package's front door: what `import nalora_jax` offers, whatever was imported before."""
+"""The package's front door: what `import nalora_jax` offers, and errors: complete, bounded and of one line."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
+import os
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import nalora_jax
 from nalora_jax import config
+from nalora_jax.__main__ import guarded
+from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.evaluate.generate import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -52,5 +57,49 @@ def test_every_name_of_the_package_can_be_imported_and_generate_names_its_option
         assert list(inspect.signature(method).parameters)[-len(options) :] == options
 
 
-def test_type_checkers_are_told_that_the_package_has_types():
-    assert (ROOT / "nalora_jax" / "py.typed").exists()
+LONG: list[Any] = ["語" * 10**5, list(range(10**5)), 10**5000, "\ud800" * 10**4]
+PARTS = {"where": "tokenizer.json", "expected": "a token", "found": "none", "remedy": "change it"}
+CONTROLS = "\x00 \x07 \x1b[31m \x7f \x9b2J \r \u202e \u2028"
+
+
+def test_messages_are_bounded() -> None:
+    for place, long in itertools.product(PARTS, LONG):
+        message = str(TrainingDivergedError(**{**PARTS, place: long}))
+        assert len(message.encode("utf-8")) <= 2000
+        assert all(text in message for name, text in PARTS.items() if name != place)
+
+
+def test_control_characters_of_a_message_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    for place in PARTS:
+        message = str(NaloraError(**{**PARTS, place: CONTROLS}))
+        assert r"\x00 \x07 \x1b[31m \x7f \x9b2J \r \u202e \u2028" in message
+        assert message.isprintable()
+
+    def missing() -> None:
+        raise FileNotFoundError(20, "Not a directory\x1b[2J", "a\x1b]0;title\x07")
+
+    assert guarded(missing) == 2
+    assert capsys.readouterr().err == "error: a\\x1b]0;title\\x07: Not a directory\\x1b[2J\n"
+
+
+DEVICES = """
+import sys
+from nalora_jax.__main__ import guarded
+sys.exit(guarded(lambda: __import__("jax").devices()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "line"),
+    [
+        ("JAX_PLATFORMS", "cpx", "JAX_PLATFORMS: expected a platform with a device on this machine, found cpx ("),
+        ("JAX_ENABLE_X64", "maybe", "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
+    ],
+)  # fmt: skip
+def test_what_jax_cannot_start_with_is_one_line(variable: str, value: str, line: str) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), variable: value}
+    command = [sys.executable, "-c", DEVICES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {line}")
+    assert "Traceback" not in done.stderr

@@ -19,19 +19,19 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 class Told(Callback):
-    """Notes what it is told, except of saves."""
+    """Notes what it is told."""
 
     def __init__(self) -> None:
-        self.events, self.saved = list[tuple[Any, ...]](), list[tuple[int, str]]()
+        self.events, self.saved = list[tuple[Any, ...]](), list[int]()
 
     def on_eval(self, step: int, values: Any, kind: str) -> None:
-        self.events.append(("eval", step, kind))
+        self.events.append((step, kind))
 
     def on_save(self, step: int, folder: Path) -> None:
-        self.saved.append((step, folder.name))
+        self.saved.append(int(folder.name))
 
     def on_end(self, ended: Any) -> None:
-        self.events.append(("end", ended.step, ended.best_step))
+        self.events.append((ended.step, ended.best_step))
 
 
 def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +39,8 @@ def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("nalora_jax.data.pipeline.SHORTEST", 1)
     monkeypatch.setattr("nalora_jax.data.pipeline.FULL", 0.7)
     config = tiny.make_config(tmp_path)
-    records = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "questions.jsonl").read_text().splitlines()
+    records = [{"inner": json.loads(line)} for line in lines]
     config = replace(
         config,
         epochs=2.0,
@@ -54,8 +55,7 @@ def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.Monke
         return {**record["inner"], "completion": " z"}
 
     told = Told()
-    wrapped = ({"inner": one} for one in records)
-    result = run(config, data=wrapped, format=example, callbacks=[told])
+    result = run(config, data=iter(records), format=example, callbacks=[told])
     header = tiny.lines(result.folder)[0]
     settings = header["run"]
     # 48 of 60 records are trained on: 3 positions each, two in a row of 8, 24 rows, 8 a step.
@@ -63,19 +63,13 @@ def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.Monke
     assert (settings["steps"], settings["epochs"], settings["data"]["max_length"]) == (6, 2.0, 8)
     assert (settings["train"]["eval_every"], settings["data"]["dataset"]) == (3, "in memory")
     assert (result.before["n"], result.after["n"]) == (8, 8)
-    assert told.events == [
-        ("eval", 0, "initial"),
-        ("eval", 0, ""),
-        ("eval", 3, ""),
-        ("eval", 6, ""),
-        ("eval", result.best_step, "final"),
-        ("end", 6, result.best_step),
-    ]
-    assert told.saved == [(3, "3"), (6, "6")]
+    best = result.best_step
+    assert told.events == [(0, "initial"), (0, ""), (3, ""), (6, ""), (best, "final"), (6, best)]
+    assert told.saved == [3, 6]
     assert list((result.folder / "tensorboard").iterdir())
 
     again = replace(config, resume=True, epochs=3.0)
-    longer = run(again, data=[{"inner": one} for one in records], format=example)
+    longer = run(again, data=records, format=example)
     assert tiny.lines(longer.folder)[-1]["done"]["step"] == 9
     other = {"prompt": "a b", "completion": " y", "choices": ["c", "y"], "gold": 1}
     with pytest.raises(NaloraError, match="data position"):

@@ -43,7 +43,7 @@ from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter
 from nalora_jax.weights.tokenizer_files import write_tokenizer
 from tests import xla_options
-from tests.param_trees import init_params, tensors_from_params
+from tests.param_trees import init_params
 
 HAS_CPU = importlib.util.find_spec("nalora_jax.cpu") is not None  # it may be deleted
 WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
@@ -134,18 +134,6 @@ def logits_of(module: Any, variables: Any, tokens: Any) -> jax.Array:
     """Logits of a decoder's whole rows, in one program for all weights and adapters of a shape."""
     logits: jax.Array = module.apply(variables, module.apply(variables, tokens), method="unembed")
     return logits
-
-
-def write_gguf(writer: Any, config: ModelConfig, params: Any, **more: np.ndarray) -> None:
-    """Ends a GGUF file: the model's tensors in float32 and ``more`` of them, behind what the writer was told."""
-    for name, tensor in tensors_from_params(config, params, "gguf"):
-        writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
-    for name, tensor in more.items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def make_adapter(

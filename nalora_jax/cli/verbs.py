@@ -245,8 +245,8 @@ def from_peft(args: cli.FromPeftArgs) -> None:
     elif path.is_dir():
         path /= "adapter_config.json"
     values = config_files.read_values(path)
-    fields = set(values) if isinstance(values, Mapping) else set()
-    if not fields & set(peft_settings.PEFT):
+    fields = values if isinstance(values, Mapping) else {}
+    if not set(fields) & set(peft_settings.PEFT):
         found = ", ".join(map(str, fields)) or "none"
         remedy = "settings of TRL have a table in docs/from_peft.md"
         raise NaloraError(str(path), expected="settings of PEFT", found=found, remedy=remedy)

@@ -1,69 +1,103 @@
-"""One function reads all settings: every table of the repository's protocols against tyro, and what it refuses."""
+"""Settings: their ranges and types, by the name of the flag, and how plain data become them."""
 
+from __future__ import annotations
+
+import dataclasses
 import json
-import tomllib
+import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
-import tyro
-import yaml
 
-from nalora_jax.cli.config_files import settings_of
-from nalora_jax.cli.parser import registry
-from nalora_jax.config import LoRAConfig, LoRARule, RunConfig, config_from_dict
+from nalora_jax.config import LoRAConfig, LoRARule, RunConfig, check, config_from_dict
 from nalora_jax.config.structured import INTERNAL, dotted, ranges, structured
 from nalora_jax.errors import NaloraError
 
-STUDIES = Path(__file__).parents[2] / "studies"
+RULE = LoRARule("x", 1)
+# Values that are refused, and values at the edge that are accepted.
+RANGES: dict[str, tuple[list, list]] = {
+    "steps": ([0, -1], [1]),
+    "epochs": ([-1.0, math.nan, math.inf], [0.0, 0.5]),
+    "train.eval_every": ([-2], [-1, 0]),
+    "optimizer.b1": ([-0.1, 1.0], [0.0]),
+    "optimizer.warmup_share": ([-0.1, 1.1], [0.0, 1.0]),
+    "optimizer.eps": ([0.0, math.nan], [1e-12]),
+    "lora.rules": (
+        [(), (RULE, LoRARule("x", -1)), (LoRARule("x", 4, math.nan),), (LoRARule("x", 4, 0.0),)],
+        [(RULE,)],
+    ),
+}
 
 
-def tables():
-    """Every table of settings in the protocols, as settings of a run; each once."""
-    found = []
-    for path in STUDIES.glob("*/protocol.toml"):
-        protocol = tomllib.loads(path.read_text(encoding="utf-8"))
-        found.append(protocol["run"])
-        found += [method.get("settings", {}) for method in protocol["methods"].values()]
-        for task in protocol["tasks"].values():
-            found += [{"data": task.get("data", {})}, {"vision": task.get("vision", {})}]
-    return [json.loads(text) for text in dict.fromkeys(map(json.dumps, found))]
+def with_field(name: str, value: Any) -> RunConfig:
+    """The default config with one (dotted) field replaced."""
+    config = RunConfig()
+    *groups, last = name.split(".")
+    if not groups:
+        return dataclasses.replace(config, **{last: value})
+    group = dataclasses.replace(getattr(config, groups[0]), **{last: value})
+    return dataclasses.replace(config, **{groups[0]: group})
 
 
-def words(value):
-    """A value as it is typed."""
-    if isinstance(value, dict):
-        return [":".join(str(value[name]) for name in ("pattern", "rank", "alpha") if name in value)]
-    if isinstance(value, list):
-        return [word for item in value for word in words(item)]
-    return [str(value)]
+@pytest.mark.parametrize("name", RANGES)
+def test_what_is_out_of_range_is_refused_by_the_name_of_its_flag(name: str) -> None:
+    refused, accepted = RANGES[name]
+    for value in refused:
+        with pytest.raises(NaloraError) as caught:
+            check(with_field(name, value))
+        assert caught.value.where == f"--{name.replace('_', '-')}"
+    for value in accepted:
+        check(with_field(name, value))
 
 
-def flags(table):
-    argv = []
-    for name, value in dotted(table):
+def test_every_number_of_a_run_has_a_range_at_its_field() -> None:
+    numbers = {
+        name
+        for name, value in dotted(RunConfig().to_dict())
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    assert numbers <= ranges(RunConfig).keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("train.accumulate", 3, r"--train\.batch-size: expected a multiple of --train\.accumulate \(3\)"),
+        ("data", None, "RunConfig.data: expected a DataConfig, found None, a NoneType"),
+        ("lora.rules", ("ffn:8",), "RunConfig.lora.rules: expected a .*LoRARule, .*, found .*'ffn:8'"),
+        ("model", 5, "RunConfig.model: expected a str, found 5, a int"),
+        ("resume", "maybe", "RunConfig.resume"),
+    ],
+)
+def test_a_value_of_another_type_and_one_that_does_not_divide_are_named(
+    name: str, value: Any, message: str
+) -> None:
+    with pytest.raises(NaloraError, match=message):
+        check(with_field(name, value))
+
+
+def test_every_setting_comes_back_from_json() -> None:
+    def changed(value, hint):
+        if dataclasses.is_dataclass(value):
+            hints = get_type_hints(type(value))
+            fields = {name: changed(getattr(value, name), hint) for name, hint in hints.items()}
+            return dataclasses.replace(value, **fields)
         if isinstance(value, bool):
-            group, _, last = name.rpartition(".")
-            name = name if value else f"{group}.no_{last}"
-            value = []
-        argv += [f"--{name}".replace("_", "-"), *words(value)]
-    return argv
+            return not value
+        if isinstance(value, int | float):
+            return value + 1
+        if get_origin(hint) is Literal:
+            return next(choice for choice in get_args(hint) if choice != value)
+        return f"{value}x" if isinstance(value, str) else value
+
+    config = changed(RunConfig(), RunConfig)
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_every_table_of_the_protocols_is_read_as_tyro_reads_its_flags():
-    """Tyro, which takes 0.1 s, reads tables with a setting that those before it lack."""
-    every, seen = tables(), set[str]()
-    assert len(every) > 50
-    for table in every:
-        config = structured(RunConfig, table)
-        names = {name for name, _ in dotted(table)}
-        if not names <= seen:
-            assert config == tyro.cli(RunConfig, args=flags(table), registry=registry()), table
-        seen |= names
-        assert config == settings_of(yaml.safe_load(yaml.safe_dump(table)), Path("a.yaml"))
-        assert config == config_from_dict(json.loads(json.dumps(config.to_dict())))
-        assert config == structured(RunConfig, table, base=RunConfig())
+def test_logs_of_other_versions_can_be_read() -> None:
+    logged = {"steps": 7, "gone": 1, "lora": {"dora": True, "gone": 1}}
+    assert config_from_dict(logged) == RunConfig(steps=7, lora=LoRAConfig(dora=True))
 
 
 def test_settings_that_are_not_in_the_table_are_those_of_the_base():
@@ -106,12 +140,3 @@ def test_tables_by_name_are_dataclasses():
 def test_what_does_not_fit_is_named_with_its_place(table, said):
     with pytest.raises(NaloraError, match=said):
         structured(Shelf, table, "file: ")
-
-
-def test_every_number_of_a_run_has_a_range_at_its_field():
-    numbers = {
-        name
-        for name, value in dotted(RunConfig().to_dict())
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    assert numbers <= ranges(RunConfig).keys()

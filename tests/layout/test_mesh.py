@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,6 +18,9 @@ from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import compiler_options
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.families import supported
+from nalora_jax.models.stacks import param_shapes
 
 
 def specs(shapes, rules):
@@ -98,6 +103,18 @@ WITHIN = {
 def test_specs_by_path(rules, table):
     expected = {path: spec for path, (_, spec) in table.items()}
     assert specs({path: shape for path, (shape, _) in table.items()}, rules) == expected
+
+
+# Defaults of transformers that no model has: 96 heads do not divide the width.
+SIZES = {"glm4_moe": {"head_dim": 128}}
+
+
+@pytest.mark.parametrize("family", supported())
+def test_every_weight_of_every_family_has_a_rule_and_every_large_one_is_split(family):
+    raw = transformers.AutoConfig.for_model(family, **SIZES.get(family, {})).to_dict()
+    shapes = param_shapes(ModelConfig.from_hf(raw))
+    whole = [path for path, spec in specs(shapes, distributed.PARAM_RULES).items() if spec == P()]
+    assert all(math.prod(shapes[path][1:]) < 2**16 for path in whole), whole  # values per layer
 
 
 def test_an_array_without_a_rule_is_refused_by_name():

@@ -284,27 +284,22 @@ class Shared(nnx.Module):
         ({"": 2}, {"gate": "swosh"}, {}, "activation: expected one of .*silu.*swosh"),
         ({"": 99}, {"gate": "silu"}, {}, "rank from 0 to 8, the smaller side of"),
         ({"": 2}, {"gate": "silu"}, {"alpha": 0.0}, "alpha: expected a number above 0, found 0.0"),
-        ({"": 2}, {"gate": "silu"}, {"rules": ("cap",)}, "--mechanisms: expected one of curvature_cap.*'cap'"),
         ({"": 2}, {"gate": "silu"}, {"classes": {nn.Dense: "...i,io"}}, "expected an einsum of the input and"),
         ({"": 2}, {"gate": "silu"}, {"variables": None}, "variables=.*expected the variables of the Linen module"),
+        ({"": 2}, {"gate": "silu"}, {"model": Fused()}, "gates: gate_up: expected a layer with 12 outputs.*found 24"),
+        ({"": 2}, {"first": "silu"}, {"model": Shared(nnx.Rngs(0))}, "first: expected a layer with one place"),
+        ({"": 2}, {"": "silu"}, {"model": {}}, "adapt: expected a module of flax.linen or flax.nnx, found dict"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_adapted_is_named(layers: Any, gates: Any, options: Any, message: str) -> None:
-    given = {"variables": linen(Block())[1], "example": (X,)} | options
+    model = options.get("model", Block())
+    given: dict[str, Any] = {}
+    if isinstance(model, nn.Module):
+        variables = jax.eval_shape(model.init, jax.random.key(1), X)
+        given = {"variables": variables, "example": (X,)}
+    given |= {name: value for name, value in options.items() if name != "model"}
     with pytest.raises(NaloraError, match=message):
-        adapt(Block(), layers, gates, **given)
-
-
-def test_a_fused_gate_a_shared_layer_and_another_module_are_refused() -> None:
-    variables = jax.eval_shape(Fused().init, jax.random.key(1), X)
-    given = {"variables": variables, "example": (X,)}
-    for model, options, message in (
-        (Fused(), given, "gates: gate_up: expected a layer with 12 outputs.*found 24"),
-        (Shared(nnx.Rngs(0)), {}, "first: expected a layer with one place in the model, found two"),
-        ({}, {}, "adapt: expected a module of flax.linen or flax.nnx, found dict"),
-    ):
-        with pytest.raises(NaloraError, match=message):
-            adapt(model, {"": 2}, {"gate_up|first": "silu"}, **options)
+        adapt(model, layers, gates, **given)
 
 
 def test_a_call_that_misses_a_layer_and_weights_of_another_shape_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""An adapted layer against float64, and the gated gradient against its definition, in every implementation."""
+"""Adapted layers and the gated gradient against their formulas in float64, in every implementation."""
 
 from __future__ import annotations
 
@@ -13,70 +13,76 @@ from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense, parallel_d
 from nalora_jax.ops.dispatch import Numerics, Platform
 
 
-def _draw(d_in: int, d_out: int, rank: int = 4) -> tuple[jax.Array, ...]:
+def draw(
+    d_in: int, d_out: int, masked: bool, several: bool
+) -> tuple[jax.Array, list[Dense], list[jax.Array]]:
+    """Returns an input, layers that read it, and cotangents of their outputs."""
     rng = np.random.default_rng(d_in)
-    shapes = ((2, 40, d_in), (d_in, d_out), (d_in, rank), (rank, d_out), (d_out,), (d_out,), (2, 40, d_out))
-    x, kernel, a, b, mask, bias, g = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
-    return x, kernel, a, b, jnp.abs(mask), bias, g
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    mask = jnp.abs(normal(d_out)) if masked else None
+    layers = [
+        Dense(normal(d_in, d_out), Adapter(normal(d_in, 4), normal(4, d_out), 0.7, mask), normal(d_out))
+    ]
+    if several:
+        layers.append(Dense(normal(d_in, 32), Adapter(normal(d_in, 4), normal(4, 32), 2.0)))
+        layers.append(Dense(normal(d_in, 64)))
+    return normal(2, 40, d_in), layers, [normal(2, 40, layer.kernel.shape[1]) for layer in layers]
 
 
-def _exact(*arrays: Any, scale: float) -> tuple[np.ndarray, ...]:
-    """Value and gradients of x, A and B by the formulas, in float64."""
-    x, kernel, a, b, mask, bias, g = (np.asarray(v, np.float64) for v in arrays)
-    flat, back = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    dx = back @ kernel.T + scale * back @ b.T @ a.T
-    da, db = scale * flat.T @ (back @ (b * mask).T), scale * (flat @ a).T @ back
-    return x @ kernel + scale * (x @ a) @ b + bias, dx.reshape(x.shape), da, db
+def exact(x: Any, layers: list[Dense], cotangents: list[jax.Array]) -> list[np.ndarray]:
+    """Returns values and the gradients of x and of each A and B by the formulas, in float64."""
+    x, dx, values, gradients = np.asarray(x, np.float64), 0.0, [], []
+    for layer, g in zip(layers, jax.tree.map(np.float64, cotangents), strict=True):
+        kernel = np.asarray(layer.kernel, np.float64)
+        y, dx = x @ kernel, dx + g @ kernel.T
+        if layer.bias is not None:
+            y = y + np.asarray(layer.bias)
+        if layer.adapter is not None:
+            a, b = (np.asarray(v, np.float64) for v in layer.adapter[:2])
+            mask = 1.0 if layer.adapter.mask is None else np.asarray(layer.adapter.mask)
+            s, flat, back = layer.adapter.scale, x.reshape(-1, len(a)), g.reshape(-1, b.shape[1])
+            y, dx = y + s * (x @ a) @ b, dx + s * g @ b.T @ a.T
+            gradients += [s * flat.T @ (back @ (b * mask).T), s * (flat @ a).T @ back]
+        values.append(y)
+    return [*values, dx, *gradients]
 
 
-# Every pair of two values.
-CASES = [(True, (64, 128), "float32"), (False, (64, 128), "bfloat16"), (False, (128, 64), "float32")]
-
-
-@pytest.mark.parametrize(("masked", "widths", "dtype"), [*CASES, (True, (128, 64), "bfloat16")])
+@pytest.mark.parametrize(
+    ("widths", "masked", "dtype", "several"),
+    [
+        ((64, 128), True, "float32", True),
+        ((64, 128), False, "bfloat16", False),
+        ((128, 64), False, "float32", False),
+        ((128, 64), True, "bfloat16", False),
+        ((64, 128), True, "bfloat16", True),
+    ],
+)
 def test_value_and_gradients_are_the_formulas(
-    widths: tuple[int, int], masked: bool, dtype: str, numerics: Any
+    widths: tuple[int, int], masked: bool, dtype: str, several: bool, numerics: Any
 ) -> None:
-    x, kernel, a, b, mask, bias, g = _draw(*widths)
+    """Of one layer, or of three that read one input: with an adapter and a mask, an adapter, and neither."""
+    x, layers, cotangents = draw(*widths, masked, several)
     chosen = numerics(dtype, result="float32")
 
     @jax.jit
-    def run(x: jax.Array, a: jax.Array, b: jax.Array) -> Any:
-        def layer(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-            dense = Dense(kernel.astype(dtype), Adapter(a, b, 0.7, mask if masked else None), bias)
-            return adapted_dense(x, dense, chosen).y
+    def run(x: jax.Array, factors: list[Any]) -> Any:
+        def values(x: jax.Array, factors: list[Any]) -> list[jax.Array]:
+            given = [layer._replace(kernel=layer.kernel.astype(dtype)) for layer in layers]
+            for i, (a, b) in enumerate(factors):
+                given[i] = given[i]._replace(adapter=layers[i].adapter._replace(a=a, b=b))
+            if several:
+                return [output.y for output in parallel_dense(x, given, chosen)]
+            return [adapted_dense(x, given[0], chosen).y]
 
-        y, back = jax.vjp(layer, x, a, b)
-        return y, *back(g)
+        ys, back = jax.vjp(values, x, factors)
+        return ys, back(cotangents)
 
-    wanted = _exact(x, kernel, a, b, mask if masked else jnp.ones_like(mask), bias, g, scale=0.7)
-    for got, want in zip(run(x, a, b), wanted, strict=True):
+    factors = [layer.adapter[:2] for layer in layers if layer.adapter is not None]
+    for got, want in zip(jax.tree.leaves(run(x, factors)), exact(x, layers, cotangents), strict=True):
         assert np.abs(got - want).max() <= (1e-5 if dtype == "float32" else 2**-6) * np.abs(want).max()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_parallel_layers_are_each_layer_alone(dtype: str, numerics: Any) -> None:
-    """Of three: with an adapter and a mask, with an adapter, and with none."""
-    x, kernel, a, b, mask, bias, _ = _draw(64, 128)
-    chosen = numerics(dtype, result="float32")
-
-    def run(together: bool) -> Any:
-        def ys(x: jax.Array, a: jax.Array, b: jax.Array) -> list[jax.Array]:
-            layers = [
-                Dense(kernel, Adapter(a, b, 0.5, mask), bias),
-                Dense(kernel[:, :32], Adapter(a, b[:, :32], 2.0)),
-                Dense(kernel[:, :64]),
-            ]
-            if together:
-                return [one.y for one in parallel_dense(x, layers, chosen)]
-            return [adapted_dense(x, layer, chosen).y for layer in layers]
-
-        values, back = jax.vjp(ys, x, a, b)
-        return values, back([jnp.sin(y) for y in values])
-
-    results = (jax.tree.leaves(jax.jit(run, static_argnums=0)(together)) for together in (True, False))
-    for one, other in zip(*results, strict=True):
-        assert np.abs(one - other).max() <= (1e-5 if dtype == "float32" else 2**-6) * np.abs(other).max()
 
 
 def test_frozen_gradients_of_split_outputs_are_added_before_they_are_rounded() -> None:

@@ -1,74 +1,134 @@
-"""Accelerator kernels against the plain path: the TPU kernel interpreted, the GPU one by what it is given."""
+"""Attention kernels of accelerators and attention of split rows, against the plain function on whole rows.
+
+The TPU kernel and Triton's are interpreted, cuDNN's is tested by what it is given.
+"""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
+from nalora_jax.config import MeshConfig
+from nalora_jax.layout import distributed
+from nalora_jax.method.measurement import GateStatsConfig
 from nalora_jax.models.config import GLOBAL_WINDOW
+from nalora_jax.models.decoder import run_starts, sampled_as_whole
 from nalora_jax.ops import attention_gpu
-from nalora_jax.ops.attention import AttentionConfig, Keys, attention
+from nalora_jax.ops.attention import AttentionConfig, Keys, attention, self_attention
 from nalora_jax.ops.attention_gpu import compiles
 from nalora_jax.ops.attention_tpu import block_sizes, computed_pairs
-from nalora_jax.ops.dispatch import Numerics, Platform, numerics_for
+from nalora_jax.ops.dispatch import Numerics, Platform, numerics_for, register_all
+from nalora_jax.ops.reductions import sampled, sampled_weights
+from nalora_jax.ops.split_attention import split_attention
+from nalora_jax.ops.split_rows import Row, block_length, joined, padded, shards_of, split
 from nalora_jax.ops.storage import SAVED
 from tests.ops.in_float64 import packed_rows
 
-FAR = 2**30
-SEQ, HEADS, KV_HEADS, DIM = 256, 4, 2, 64
+FAR, PLAIN = 2**30, Numerics(implementation="xla")
+HEADS, KV_HEADS, DIM = 4, 2, 64
+WHOLE, SPLIT = (
+    distributed.row_sharding(distributed.make_mesh(mesh))
+    for mesh in (MeshConfig(2, 2, 2), MeshConfig(2, 1, 2, 2))
+)
 
 
-def operands(batch: int):
+def operands(batch: int, seq: int) -> tuple[Any, ...]:
     rng = np.random.default_rng(0)
-    q, g = rng.normal(size=(2, batch, SEQ, HEADS, DIM)).astype(np.float32)
-    k, v = rng.normal(size=(2, batch, SEQ, KV_HEADS, DIM)).astype(np.float32)
-    return q, k, v, g, *packed_rows(batch, SEQ)
+    q, g = rng.normal(size=(2, batch, seq, HEADS, DIM)).astype(np.float32)
+    k, v = rng.normal(size=(2, batch, seq, KV_HEADS, DIM)).astype(np.float32)
+    return q, k, v, g, *packed_rows(batch, seq)
 
 
-def values_and_gradients(
-    implementation: str, window: int, config: AttentionConfig, batch: int = 2, sinks=None, **dtypes: str
-):
-    q, k, v, g, *places = operands(batch)
-    numerics = Numerics(**dtypes, implementation=implementation)
+def results(
+    numerics: Numerics, window: int, config: AttentionConfig, *, batch=2, seq=256, starts=None, sinks=None
+) -> tuple[jax.Array, ...]:
+    """Returns the result of real tokens and the gradients, of whole rows or of rows that the sharding splits."""
+    q, k, v, g, *places = operands(batch, seq)
+    real = (places[1] > 0)[..., None, None]
+
+    def whole(window, *heads):
+        return attention(heads[0], Keys(*heads[1:], *places, starts, sinks), window, config, numerics)
+
+    def in_parts(window, *heads):
+        row = Row(*(None if x is None else padded(x, config.sharding) for x in (*places, starts)))
+        parts = tuple(split(x, config.sharding) for x in heads)
+        out = split_attention(parts, row, window, config, numerics, sinks=sinks)
+        return joined(out, config.sharding, seq)
 
     @jax.jit
-    def run(q, k, v, window):
-        def attend(q, k, v):
-            return attention(q, Keys(k, v, *places, None, sinks), window, config, numerics)
+    def run(window, *heads):
+        attend = partial(whole if shards_of(config.sharding) == 1 else in_parts, window)
+        out, back = jax.vjp(attend, *heads)
+        return jnp.where(real, out, 0), *back((g * real).astype(out.dtype))
 
-        out, back = jax.vjp(attend, q, k, v)
-        return out, *back(g.astype(out.dtype))
-
-    return run(q, k, v, jnp.int32(window))
-
-
-MESH = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-SHARDING = NamedSharding(MESH, P(("data", "fsdp"), None, None))
+    return run(jnp.int32(window), q, k, v)
 
 
 @pytest.mark.parametrize(
-    ("name", "window", "windows", "softcap", "sharding"),
+    ("name", "sharding", "window", "windows"),
     [
-        ("splash", FAR, (FAR,), 0.0, None),
-        ("splash", 40, (40, FAR), 1.5, SHARDING),
-        ("triton", FAR, (FAR,), 0.0, SHARDING),
+        ("splash", None, FAR, (FAR,)),
+        ("splash", WHOLE, 40, (40, FAR)),
+        ("triton", WHOLE, FAR, (FAR,)),
+        ("xla", SPLIT, 40, (40, FAR)),
+        ("splash", SPLIT, 150, (40, 150)),
+        ("triton", SPLIT, 40, (40, FAR)),
     ],
 )
-def test_kernels_equal_the_plain_function(name, window, windows, softcap, sharding):
-    config = AttentionConfig(0.125, softcap, windows=windows, sharding=sharding, interpret=True)
-    sinks = jnp.linspace(-2.0, 3.0, HEADS) if len(windows) > 1 else None
-    ours, plain = (values_and_gradients(of, window, config, 4, sinks) for of in (name, "xla"))
+def test_kernels_and_split_rows_equal_the_plain_function(name, sharding, window, windows, monkeypatch):
+    """With several windows also with a soft cap and sinks."""
+    softcap, sinks = (1.5, jnp.linspace(-2.0, 3.0, HEADS)) if len(windows) > 1 else (0.0, None)
+    config = partial(AttentionConfig, 0.125, softcap, windows=windows, interpret=True)
+    # Split rows are padded to 512: blocks of 128 on two shards.
+    given = {"batch": 4, "seq": 510 if sharding is SPLIT else 256, "sinks": sinks}
+    plain = results(PLAIN, window, config(), **given)
+    if name != "xla":
+        register_all()
+        for operation in (self_attention, split_attention):
+            monkeypatch.setattr(operation, "plain", None)  # the kernel supports the arguments
+    # Of these chips split gradients are summed differently.
+    platform = Platform("tpu", "TPU v5 lite", 8) if window == 150 else Platform()
+    numerics = Numerics(implementation=name, platform=platform)
+    ours = results(numerics, window, config(sharding=sharding), **given)
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+def test_tokens_of_an_image_that_shards_divide_see_each_other():
+    positions, segments = packed_rows(2, 510)
+    places = (np.arange(510) // 60 % 2 == 1)[None] & (segments > 0)
+    starts = np.asarray(run_starts(*map(jnp.asarray, (places, positions, segments))))
+    ours, whole = (
+        results(PLAIN, FAR, AttentionConfig(0.125, windows=(FAR,), sharding=of), seq=510, starts=starts)
+        for of in (SPLIT, None)
+    )
+    for one, other in zip(ours, whole, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize(("seq", "strides"), [(1024, (16, 64)), (500, (4, 5))])
+def test_positions_are_sampled_as_of_whole_rows(seq, strides):
+    """The positions with weight in samples of the parts; strides may exceed a block's positions."""
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray(rng.uniform(size=(2, seq)) < 0.7, jnp.float32)
+    places = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.float32), weights.shape)
+    parts, config = partial(split, sharding=SPLIT), GateStatsConfig(*strides)
+    taken = jax.jit(lambda w: sampled_as_whole(w, config, block_length(seq, 2), parts))(weights)
+    for own, stride, inner in zip((taken.gate, taken.probe), strides, taken.strides, strict=True):
+        values = (sampled(x[..., None], own, inner)[..., 0] for x in (parts(places) + 1, own))
+        ours = np.sort(np.asarray(jnp.prod(jnp.stack(list(values)), axis=0)).ravel())
+        expected = np.sort(np.asarray(sampled_weights(weights, stride) * (places + 1)).ravel())
+        np.testing.assert_array_equal(ours[ours > 0], expected[expected > 0])
+
+
 def test_a_layer_that_saves_products_does_not_run_splash_again():
-    config = AttentionConfig(0.125, windows=(FAR,), sharding=SHARDING, interpret=True)
-    q, k, v, _, *places = operands(4)
+    config = AttentionConfig(0.125, windows=(FAR,), sharding=WHOLE, interpret=True)
+    q, k, v, _, *places = operands(4, 256)
 
     def layer(q, k, v):
         return jnp.sin(attention(q, Keys(k, v, *places), FAR, config, Numerics(implementation="splash")))
@@ -113,13 +173,10 @@ def test_cudnn_with_sinks_equals_the_plain_function(monkeypatch):
 
     monkeypatch.setattr(attention_gpu, "dot_product", in_float32)
     sinks = jnp.array([-2.0, 0.5, 3.0, 20.0])  # the last one takes all
-    half = {"operand": "bfloat16", "residual": "float32"}
-    ours, plain = (
-        values_and_gradients(name, 40, AttentionConfig(0.125), sinks=sinks, **options)
-        for name, options in (("cudnn", half), ("xla", {}))
-    )
-    assert shapes == [((2, SEQ + 2, HEADS, DIM + 8), (2, SEQ + 2, KV_HEADS, DIM + 8))]
-    without = values_and_gradients("xla", 40, AttentionConfig(0.125))
+    cudnn, config = Numerics("bfloat16", residual="float32", implementation="cudnn"), AttentionConfig(0.125)
+    ours, plain = (results(numerics, 40, config, sinks=sinks) for numerics in (cudnn, PLAIN))
+    assert shapes == [((2, 258, HEADS, DIM + 8), (2, 258, KV_HEADS, DIM + 8))]
+    without = results(PLAIN, 40, config)
     for array, expected, other in zip(ours, plain, without, strict=True):
         np.testing.assert_allclose(array, expected, atol=2e-4)
         assert np.max(np.abs(expected - other)) > 0.1
@@ -181,9 +238,9 @@ def test_a_gpu_whose_cudnn_refuses_gets_xla(caplog):
 @pytest.mark.accelerator
 @pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="needs a GPU with cuDNN")
 def test_cudnn_equals_the_plain_function():
-    half = {"operand": "bfloat16", "residual": "bfloat16"}
+    half = partial(Numerics, operand="bfloat16", residual="bfloat16")
     ours, plain = (
-        values_and_gradients(name, 40, AttentionConfig(0.125), **half) for name in ("cudnn", "xla")
+        results(half(implementation=name), 40, AttentionConfig(0.125)) for name in ("cudnn", "xla")
     )
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=0.1)

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from nalora_jax.common import trees
+from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.stacks import projection_shapes
-from nalora_jax.models.targets import AdapterSpec, TargetSpec
+from nalora_jax.models.stacks import layer_numbers, projection_shapes
+from nalora_jax.models.targets import resolve
 from nalora_jax.ops import quantize as module
 from nalora_jax.ops.quantize import NF4_LEVELS, Quantized
 from nalora_jax.ops.storage import expand
-from tests import tiny
+from tests.models.family_fields import tiny_config
 from tests.param_trees import init_params, quantize_params
 
 quantize, dequantize = jax.jit(module.quantize, static_argnums=1), jax.jit(module.dequantize)
@@ -49,12 +49,10 @@ def test_nf4_takes_the_nearest_level_of_every_block():
 
 def test_a_quantized_decoder_trains_its_adapters():
     """Of experts, with DoRA, whose norms are those of the expanded kernel, and rematerialized."""
-    raw = tiny.GROUPED | {"model_type": "mixtral", "hidden_size": 64, "intermediate_size": 128}
-    config = ModelConfig.from_hf(
-        raw | {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
-    )
-    target = TargetSpec((4,), (8.0,))
-    spec = AdapterSpec(tuple((path, target) for path in sorted(projection_shapes(config))), dora=True)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    config = tiny_config("mixtral", num_local_experts=4, num_experts_per_tok=2, **sizes)
+    adapters = LoRAConfig(rules=(LoRARule("", 4),), dora=True)
+    spec = resolve(adapters, projection_shapes(config), layer_numbers(config))
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     small = jax.jit(quantize_params, static_argnums=1)(params, "nf4")
     assert trees.size_bytes(small) < trees.size_bytes(params) * 0.25

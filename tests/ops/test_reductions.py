@@ -13,7 +13,7 @@ from nalora_jax.common.devices import BATCH_AXES
 from nalora_jax.config import MeshConfig
 from nalora_jax.layout import distributed
 from nalora_jax.method import statistics
-from nalora_jax.ops.reductions import by_shard, count, first_alone
+from nalora_jax.ops.reductions import by_shard
 
 SEQ, D_FF = 3, 6
 
@@ -40,18 +40,6 @@ def test_shards_together_have_the_sums_of_the_batch(rows, batch):
         expected = np.einsum("bsd,bs->d", z[own], weights[own])
         np.testing.assert_allclose(found["total"][shard], expected, rtol=1e-5, atol=1e-5)
         assert found["tokens"][shard] == weights[own].sum()
-
-
-def test_one_shard_has_no_axis(rows):
-    z, weights = jnp.ones((2, SEQ, D_FF)), jnp.ones((2, SEQ))
-    by_tensor = NamedSharding(distributed.make_mesh(MeshConfig(1, 1, 8)), P(BATCH_AXES))
-    assert (count(None), count(by_tensor), count(rows)) == (1, 1, 4)
-    plain = str(jax.make_jaxpr(sums)(z, weights))
-    for sharding in (None, by_tensor):
-        assert str(jax.make_jaxpr(lambda *x, s=sharding: by_shard(sums, s, *x))(z, weights)) == plain
-    assert first_alone(z, None) is z
-    alone = jax.jit(lambda x: first_alone(x, rows))(jnp.arange(3.0))  # sums that are no shard's own
-    np.testing.assert_array_equal(alone, [[0, 1, 2], [0] * 3, [0] * 3, [0] * 3])
 
 
 def test_over_the_shards_only_what_is_asked_for_is_summed():

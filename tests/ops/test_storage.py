@@ -76,9 +76,6 @@ def test_rounding_is_the_conversion_to_bf16_and_differentiable(numerics):
     np.testing.assert_array_equal(round_and_save(x, numerics()), x)
 
 
-# ---------------------------------------------------------------- bits
-
-
 def bf16_params() -> dict:
     draw = lambda *shape: jnp.asarray(RNG.normal(size=shape), jnp.bfloat16)  # noqa: E731
     ffn = {
@@ -95,28 +92,22 @@ def pointers(array: jax.Array) -> list[int]:
 @pytest.mark.parametrize("tables", [True, False])
 def test_views_share_memory_and_stand_for_the_same_numbers(tables):
     params = bf16_params()
+    ffn = params["layers"]["ffn"]
+    place = NamedSharding(jax.make_mesh((8,), ("fsdp",)), P(None, "fsdp"))
+    stored = ffn["up_proj"]["kernel"] = jax.device_put(ffn["up_proj"]["kernel"], place)
     prepared = prepare({"params": params, "lora": {}}, SEVERAL, tables=tables)
     assert prepared.keys() == {"params", "lora"}
-    found, given = prepared["params"]["layers"]["ffn"], params["layers"]["ffn"]
-    kernel = found["up_proj"]["kernel"]
+    kernel = prepared["params"]["layers"]["ffn"]["up_proj"]["kernel"]
     assert isinstance(kernel, Bits)
-    assert pointers(kernel.bits) == pointers(given["up_proj"]["kernel"])
-    np.testing.assert_array_equal(kernel.expand(), given["up_proj"]["kernel"])
-    assert found["router"]["kernel"] is given["router"]["kernel"]
+    assert (kernel.bits.sharding, pointers(kernel.bits)) == (stored.sharding, pointers(stored))
+    np.testing.assert_array_equal(jax.jit(Bits.expand)(kernel), stored)
+    assert prepared["params"]["layers"]["ffn"]["router"]["kernel"] is ffn["router"]["kernel"]
     assert isinstance(prepared["params"]["embed"]["embedding"], Bits) == tables
     # What is prepared, and floats, are left alone.
     floats = {"params": jax.tree.map(lambda x: x.astype(jnp.float32), params)}
     for held in (prepared, floats) if tables else (floats,):
         for one, other in zip(*map(jax.tree.leaves, (held, prepare(held, SEVERAL))), strict=True):
             assert one is other
-
-
-def test_views_of_sharded_arrays_are_sharded_alike():
-    place = NamedSharding(jax.make_mesh((8,), ("fsdp",)), P(None, "fsdp"))
-    array = jax.device_put(bf16_params()["layers"]["ffn"]["up_proj"]["kernel"], place)
-    view = view_bits(array)
-    assert (view.bits.sharding, pointers(view.bits)) == (array.sharding, pointers(array))
-    np.testing.assert_array_equal(jax.jit(Bits.expand)(view), array)
 
 
 def test_scanned_kernels_and_rows_of_tables_are_the_same_bits():

@@ -28,7 +28,6 @@ from nalora_jax.ops.dispatch import Numerics, Platform
 STUDIES = Path(__file__).parents[2] / "studies"
 BLOCK, GATES, LAYERS, RANK, CHANNELS = "layers/ffn", {"gate": "layers/ffn"}, 3, 4, 48
 CPU = Numerics(platform=Platform("cpu"))
-BF16 = Numerics("bfloat16", "bfloat16", "bfloat16", "bfloat16", platform=CPU.platform)
 
 
 @pytest.fixture
@@ -105,7 +104,7 @@ def block(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     return (x, *(rng.standard_normal(shape) / np.sqrt(shape[0]) for shape in (into, into, *shapes)))
 
 
-def gradients(rule: str, arrays: tuple[np.ndarray, ...], numerics: Numerics = CPU) -> tuple[Any, Any]:
+def gradients(rule: str, arrays: tuple[np.ndarray, ...]) -> tuple[Any, Any]:
     """The block's output and the gradients of x, A and B of its sum of squares."""
     x, gate, up, down, a, b = (jnp.asarray(array, jnp.float32) for array in arrays)
     taps = statistics.taps(dict.fromkeys((*statistics.STANDARD, *([rule] if rule else []))), (CHANNELS,))
@@ -113,7 +112,7 @@ def gradients(rule: str, arrays: tuple[np.ndarray, ...], numerics: Numerics = CP
 
     def loss(x, a, b):
         layer = Dense(gate, Adapter(a, b, jnp.float32(0.5)))
-        y, _ = ffn.gated_mlp(x, layer, Dense(up), Dense(down), silu, numerics, measured)
+        y, _ = ffn.gated_mlp(x, layer, Dense(up), Dense(down), silu, CPU, measured)
         return jnp.sum(y**2), y
 
     (_, y), of = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(x, a, b)
@@ -145,6 +144,3 @@ def test_the_adapter_of_a_gate_follows_the_feature(rules, rule) -> None:
     for actual, expected in zip(ours, want, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-4 * np.abs(expected).max())
     assert np.linalg.norm(ours[0] - plain_a) > 0.05 * np.linalg.norm(plain_a)
-    _, (_, *of_bf16) = gradients(f"feature_gradient{rule}", arrays, BF16)
-    for actual, expected in zip(of_bf16, want, strict=True):  # the factor's pole makes rounding visible
-        assert np.linalg.norm(actual - expected) < 0.1 * np.linalg.norm(expected)

@@ -86,7 +86,7 @@ def test_a_frozen_text_tower_is_encoded_once_and_gives_the_loss_of_an_adapted_on
 
 
 def test_both_towers_learn_with_the_mechanisms_on_and_eight_devices_are_one(dual_folder, colours) -> None:
-    vision = VisionConfig("contrast", shots=4, augment="none")
+    vision = VisionConfig("contrast", shots=4, augment="none", loss="sigmoid")  # softmax: tests/study
     settings = config(dual_folder("clip"), colours, "ffn|attn/q_proj", vision)
     checked = replace(settings, debug=DebugConfig(check_gates=True))
     _, alone, losses = steps(checked, tiny.one_device(), 3)

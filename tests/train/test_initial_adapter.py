@@ -46,7 +46,7 @@ def adapter(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_a_run_has_the_adapter_s_base_settings_digest_and_values(loaded, adapter) -> None:
-    """Here rsLoRA and a trained table; DoRA and trained rows are in tests/test_run_adapter.py."""
+    """Here rsLoRA and a trained table; DoRA and trained rows are in tests/test_run.py."""
     config = with_adapter(RunConfig(adapter=str(adapter)))
     assert config.model == loaded.source
     assert config.adapter_sha256 == hashlib.sha256((adapter / TENSORS).read_bytes()).hexdigest()

@@ -12,7 +12,7 @@ import numpy as np
 from nalora_jax.common.trees import unflatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
-from tests import tiny
+from tests.param_trees import tensors_from_params
 from tests.weights.folders import RAW
 
 WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab", "Ġa"]
@@ -27,8 +27,14 @@ def write_model(
     writer = gguf.GGUFWriter(path, architecture)
     add_shape(writer, raw)
     more(writer)
-    tiny.write_gguf(writer, ModelConfig.from_hf(raw), params)
-    return path
+    return write_tensors(writer, ModelConfig.from_hf(raw), params, path)
+
+
+def write_tensors(writer: gguf.GGUFWriter, config: ModelConfig, params: Any, path: Path) -> Path:
+    """Ends a GGUF file with the model's tensors in float32."""
+    for name, tensor in tensors_from_params(config, params, "gguf"):
+        writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
+    return finish(writer, path)
 
 
 def add_shape(writer: gguf.GGUFWriter, raw: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from nalora_jax.train.adapted import load
 from nalora_jax.weights.gguf_export import write_adapter_gguf
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
-from tests.weights.gguf_files import MODEL, WORDS, add_shape, random_params
+from tests.weights.gguf_files import MODEL, WORDS, add_shape, random_params, write_tensors
 
 HF = MODEL | {"vocab_size": len(WORDS), "hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
 IDS = list(range(3, 23))
@@ -41,8 +41,7 @@ def write_base(path: Path) -> Path:
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_add_bos_token(False)
     params = map_named(lambda path, leaf: 0.3 * leaf + path.endswith("/scale"), random_params(HF))
-    tiny.write_gguf(writer, config, params)
-    return path
+    return write_tensors(writer, config, params, path)
 
 
 def server_params(path: Path) -> Any:

@@ -53,8 +53,13 @@ def modules_of(tensors: dict[str, np.ndarray]) -> set[str]:
     return {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors}
 
 
-@pytest.mark.parametrize(("family", "rank"), [("llama", 5), ("phi3", 9), ("mixtral", 5), ("glm4_moe", 4)])
-def test_vllm_export(family, rank, tiny_model, params_of, random_lora, tmp_path):
+# The common rank, and modules of experts: vLLM packs gate, up and down of every expert, all or none, and
+# reads gpt-oss's as PEFT writes them, if both parameters of every layer are there.
+@pytest.mark.parametrize(
+    ("family", "rank", "experts"),
+    [("llama", 5, 0), ("phi3", 9, 0), ("mixtral", 5, 36), ("glm4_moe", 4, 24), ("gpt_oss", 7, 6)],
+)
+def test_vllm_export(family, rank, experts, tiny_model, params_of, random_lora, tmp_path):
     """The rules of vllm/lora/peft_helper.py and lora_model.py."""
     model, config = tiny_model(family)
     params = params_of(model, config)
@@ -68,63 +73,45 @@ def test_vllm_export(family, rank, tiny_model, params_of, random_lora, tmp_path)
         assert not settings[name]
     modules = modules_of(tensors)
     assert all(name.startswith("model.layers.") for name in modules)
-    assert {name.rpartition(".")[2] for name in modules} <= set(settings["target_modules"])
+    assert sum(".experts" in name for name in modules) == experts
+    if family != "gpt_oss":
+        assert {name.rpartition(".")[2] for name in modules} <= set(settings["target_modules"])
     for name, tensor in tensors.items():
-        assert tensor.shape[0 if "lora_A" in name else 1] == rank
+        stacked = config.n_experts if family == "gpt_oss" and ".experts" in name else 1
+        assert tensor.shape[0 if "lora_A" in name else 1] == rank * stacked
     if family != "glm4_moe":  # PEFT would take the shared expert's modules for experts
         with warnings.catch_warnings():
             # PEFT warns of its own patterns for fused experts.
             warnings.filterwarnings("ignore", r".*gate_up_proj'\]", RuntimeWarning)
             wrapped = load(model, tmp_path / "a")
         merge_equally(params, lora, spec, config, wrapped, params_of)
-    if config.n_experts:  # vLLM packs gate, up and down of every expert: all or none
-        mixtures = config.n_layers - (family == "glm4_moe")
-        assert sum(".experts." in name for name in modules) == 3 * mixtures * config.n_experts
 
 
-def test_vllm_export_of_stacked_experts(tiny_model, params_of, random_lora, tmp_path):
-    """vLLM reads gpt-oss's experts as PEFT writes them, if both parameters of every layer are there."""
-    model, config = tiny_model("gpt_oss")
-    params = params_of(model, config)
-    targets = {"ffn/up_proj": ((0, 4, 2), (1.0, 8.0, 6.0)), "attn/q_proj": ((3, 0, 3), (3.0, 1.0, 3.0))}
-    lora, spec = random_lora(config, targets)
-    tensors = tensors_for(tmp_path / "a", config, (lora, spec))
-
-    settings = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    assert (settings["r"], settings["rank_pattern"], settings["alpha_pattern"]) == (4, {}, {})
-    for layer in range(config.n_layers):
-        stem = f"{PREFIX}model.layers.{layer}.mlp.experts"
-        assert tensors[f"{stem}.base_layer.lora_A.weight"].shape == (4 * config.n_experts, config.d_model)
-        assert tensors[f"{stem}.lora_A.weight"].shape == (4 * config.n_experts, config.d_ff)
-    merge_equally(params, lora, spec, config, load(model, tmp_path / "a"), params_of)
+STACKS = ["experts", "experts.base_layer"]
+EACH = [f"experts.{e}.{name}" for e in range(4) for name in ("gate_proj", "up_proj", "down_proj")]
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_5_moe", "qwen3_5_moe_text"])
-@pytest.mark.parametrize("adapted", ["experts_ffn/down_proj", "ffn"])
-def test_adapters_of_qwen3_5_moe_are_read_back(model_type, adapted, random_lora, tmp_path):
-    """vLLM's class of the released, multimodal folders reads both stacks of experts (its is_3d_moe_weight)."""
-    config = ModelConfig.from_hf(QWEN3_5)
-    chosen = {path: depth for path, depth in depths(config).items() if adapted in path}
+@pytest.mark.parametrize(
+    ("raw", "model_type", "stem", "expected"),
+    [
+        # The class of the released, multimodal folders reads both stacks of experts (its is_3d_moe_weight).
+        (QWEN3_5, "qwen3_5_moe", "model.language_model.layers.0.mlp.", STACKS),
+        (QWEN3_5, "qwen3_5_moe_text", "model.layers.0.mlp.", [*EACH, "shared_expert.down_proj"]),
+        # The class of Gemma 4 refuses the stacks of its files (lora/model_manager.py).
+        (GEMMA4, "gemma4_text", "model.layers.0.", [*EACH, "mlp.down_proj"]),
+    ],
+    ids=["Qwen3.5", "Qwen3.5 text", "Gemma 4"],
+)
+def test_an_adapter_of_one_matrix_of_experts_has_them_all(
+    raw, model_type, stem, expected, random_lora, tmp_path
+):
+    """In the form that vLLM's class of the model reads."""
+    config = ModelConfig.from_hf(raw)
+    chosen = {path: depth for path, depth in depths(config).items() if "experts_ffn/down_proj" in path}
     targets = {path.removeprefix("layers/"): ((2,) * n, (4.0,) * n) for path, n in chosen.items()}
-    tensors = tensors_for(
-        tmp_path / "a", config, random_lora(config, targets), raw={"model_type": model_type}
-    )
-    layers = ("mlp.experts", "mlp.experts.base_layer")
-    if model_type == "qwen3_5_moe_text":
-        layers = tuple(f"mlp.experts.{e}.{n}_proj" for e in range(4) for n in ("gate", "up", "down"))
-    prefix = {"qwen3_5_moe": "model.language_model"}.get(model_type, "model")
-    assert {f"{prefix}.layers.{i}.{name}" for i in range(3) for name in layers} <= modules_of(tensors)
-
-
-def test_gemma_4_gets_one_module_for_each_expert(random_lora, tmp_path):
-    """vLLM's class of Gemma 4 refuses the stacks of its files (lora/model_manager.py)."""
-    config = ModelConfig.from_hf(GEMMA4)
-    names = ("attn/q_proj", "ffn/experts_ffn/up_proj", "ffn/dense_ffn/up_proj")
-    targets = dict.fromkeys((f"{kind}/{name}" for kind in KINDS for name in names), ((2,), (4.0,)))
-    modules = modules_of(tensors_for(tmp_path / "a", config, random_lora(config, targets)))
-    parts = [f"experts.{e}.{name}" for e in range(4) for name in ("gate_proj", "up_proj", "down_proj")]
-    found = {name.removeprefix("model.layers.0.") for name in modules if ".layers.0." in name}
-    assert found == {*parts, "self_attn.q_proj", "mlp.up_proj"}
+    adapter = random_lora(config, targets)
+    modules = modules_of(tensors_for(tmp_path / "a", config, adapter, raw={"model_type": model_type}))
+    assert {name.removeprefix(stem) for name in modules if ".layers.0." in name} == set(expected)
 
 
 def test_vllm_gets_the_adapter_of_keys_for_values_too(random_lora, tmp_path):
