@@ -4,9 +4,7 @@ import json
 import string
 import tracemalloc
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -17,11 +15,10 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from nalora_jax.common.trees import flatten, size_bytes, unflatten
+from nalora_jax.common.trees import flatten, size_bytes
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.merge import merged_tensors, write_merged
 from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
@@ -29,6 +26,7 @@ from nalora_jax.weights.shards import parse_size
 from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
 from tests.weights import in_peft
 from tests.weights.conftest import COMMON, FEATURES, mixed
+from tests.weights.gguf_files import random_params
 from tests.weights.in_peft import TOKENS, load_merged, merged_params
 from tests.weights.in_peft import logits as torch_logits
 
@@ -40,15 +38,12 @@ TARGETS = {
     "attn/v_proj": ((4, 4, 4), (8.0, 8.0, 8.0)),
     "attn/o_proj": ((4, 4, 4), (8.0, 8.0, 8.0)),
 }
-NO_ADAPTERS = AdapterSpec()
 
 
 def tokenizer() -> Tokenizer:
     special = ["<pad>", "<s>", "</s>", "<|im_start|>"]
-    words = [*special, "<unk>", *string.ascii_lowercase, *" .,", "th", "the", "in"]
-    merges = [("t", "h"), ("th", "e"), ("i", "n")]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>"))
+    words = {word: i for i, word in enumerate([*special, "<unk>", *string.ascii_lowercase, *" .,", "th"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(words, [("t", "h")], unk_token="<unk>"))
     backend.decoder = tokenizers.decoders.Fuse()
     backend.add_special_tokens(special)
     turn = "<|im_start|>{{ m.role }}: {{ m.content }}{{ eos_token }}"
@@ -57,21 +52,14 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(backend, 1, 2, 0, (2, 3), template, add_bos=True, special_tokens=names)
 
 
-WRITTEN = partial(write_tokenizer, tokenizer(), max_length=64)
-
-
-def write(
-    folder: Path, config: ModelConfig, params: Any, lora: Any, spec: AdapterSpec, raw: Any, **options: Any
-) -> Path:
-    options = {"tokenizer": WRITTEN} | options
-    return write_merged(folder, config, params, lora, spec, hf_config=raw, **options)
+write = partial(write_merged, tokenizer=partial(write_tokenizer, tokenizer(), max_length=64))
 
 
 @pytest.mark.parametrize("variant", [{"rslora": True}, {"dora": True}], ids=str)
 def test_merge_is_the_formula(variant, random_lora):
     """Of attention and of experts, whose DoRA PEFT does not have."""
-    config = ModelConfig.from_hf(COMMON | FEATURES["mixtral"] | {"model_type": "mixtral"})
-    params = random_params(config)
+    raw = COMMON | FEATURES["mixtral"] | {"model_type": "mixtral"}
+    config, params = ModelConfig.from_hf(raw), random_params(raw)
     lora, spec = random_lora(config, TARGETS, **variant)
 
     merged, leaves, adapters = map(flatten, (merged_params(config, params, lora, spec), params, lora))
@@ -94,9 +82,10 @@ def test_merge_is_the_formula(variant, random_lora):
 
 def test_merge_rounds_once(random_lora):
     """bfloat16 weights: the sum is formed in float32 and rounded to nearest, not product and sum each."""
-    config = ModelConfig.from_hf(COMMON | {"model_type": "llama"})
+    raw = COMMON | {"model_type": "llama"}
+    config = ModelConfig.from_hf(raw)
     lora, spec = random_lora(config, {"ffn/gate_proj": ((4, 2, 1), (8.0, 3.0, 8.0))})
-    params = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), random_params(config))
+    params = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), random_params(raw))
     exact = dict(merged_tensors(config, params, lora, spec, dtype=np.dtype("float32")))
     for name, tensor in merged_tensors(config, params, lora, spec):
         np.testing.assert_array_equal(tensor, exact[name].astype(ml_dtypes.bfloat16), strict=True)
@@ -125,7 +114,7 @@ def test_adapter_and_merged_folder_agree(
     raw = model.config.to_dict() | {"architectures": [type(model).__name__]}
 
     export_adapter(lora, spec, config, tmp_path / "adapter", base_model_name="org/base")
-    write(tmp_path / "merged", config, params, lora, spec, raw, shard_bytes=20_000)
+    write(tmp_path / "merged", config, params, lora, spec, hf_config=raw, shard_bytes=20_000)
 
     adapted = torch_logits(in_peft.load(model, tmp_path / "adapter"))
     merged = torch_logits(load_merged(tmp_path / "merged"))
@@ -139,23 +128,14 @@ def test_adapter_and_merged_folder_agree(
 # ---------------------------------------------------------------- the folder
 
 
-def random_params(config: ModelConfig) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    shapes = param_shapes(config)
-    return unflatten({path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()})
-
-
 @pytest.fixture
 def small(tiny_model, random_lora):
     model, config = tiny_model("llama")
-    raw, params = model.config.to_dict(), random_params(config)
+    raw = model.config.to_dict()
+    params = random_params(raw)
     lora, spec = random_lora(config, TARGETS)
-    options = {"hf_config": raw, "tokenizer": WRITTEN}
-
-    def written(folder: Path, **changes: Any) -> Path:
-        return write_merged(folder, config, params, lora, spec, **(options | changes))
-
-    return SimpleNamespace(config=config, params=params, lora=lora, spec=spec, raw=raw, write=written)
+    arguments = {"config": config, "params": params, "lora": lora, "spec": spec}
+    return SimpleNamespace(**arguments, raw=raw, write=partial(write, **arguments, hf_config=raw))
 
 
 def test_folder_holds_what_tools_expect(small, tmp_path):
@@ -216,8 +196,8 @@ def test_tokenizer_files_of_the_base_are_copied_and_no_links_out_of_it(small, tm
 def test_multimodal_base_becomes_its_text_model(family, text, name, tiny_model, tmp_path):
     model, config = tiny_model(text, tie_word_embeddings=True)
     raw = {"model_type": family, "text_config": model.config.to_dict(), "tie_word_embeddings": True}
-    params = random_params(config)
-    write(tmp_path / "m", config, params, None, NO_ADAPTERS, raw)
+    params = random_params(model.config.to_dict())
+    write(tmp_path / "m", config, params, None, AdapterSpec(), hf_config=raw)
     loaded = load_merged(tmp_path / "m")
     assert type(loaded).__name__ == name
     np.testing.assert_array_equal(loaded.model.embed_tokens.weight.detach(), params["embed"]["embedding"])
@@ -226,12 +206,11 @@ def test_multimodal_base_becomes_its_text_model(family, text, name, tiny_model, 
 def test_one_tensor_in_memory_at_a_time(tiny_model, random_lora, tmp_path):
     raw = tiny_model("llama")[0].config.to_dict()
     raw |= {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 64}
-    config = ModelConfig.from_hf(raw)
-    params = random_params(config)
+    config, params = ModelConfig.from_hf(raw), random_params(raw)
     lora, spec = random_lora(config, {"ffn/gate_proj": ((8,) * 8, (8.0,) * 8)})
     total, largest = size_bytes(params), 256 * 512 * 4
     tracemalloc.start()
-    write(tmp_path / "m", config, params, lora, spec, raw)
+    write(tmp_path / "m", config, params, lora, spec, hf_config=raw)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert total > 20 * largest
