@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images
 from nalora_jax.models.vision.dual import DualEncoder
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Cell, Run
-from nalora_jax.study.protocol import read_protocol
+from nalora_jax.study.protocol import Method, read_protocol
 from nalora_jax.study.records import Records
 from nalora_jax.study.resources import Resources
 from nalora_jax.train.kinds import dual
@@ -89,14 +90,19 @@ def test_pairs_share_rows_items_and_projections_and_programs_serve_all_seeds(
     assert counts[0] > 0
     assert counts[1:] == [0]
     assert_starts_alone(dual, run_of(pairs, "pairs"), pairs)
+    alone = Method(settings={"lora": {"rules": [{"pattern": "ffn", "rank": 0}]}})
+    changed = replace(pairs.protocol, methods=dict(pairs.protocol.methods) | {"projections": alone})
+    monkeypatch.setattr(pairs, "protocol", changed)
     starts = {}
-    for method, seed in (("lora", 0), ("lora", 1), ("again", 1)):
+    for method, seed in (("lora", 0), ("lora", 1), ("again", 1), ("projections", 1)):
         run = run_of(pairs, "pairs", method, seed)
         data = pairs.subject(run.config).data(run.config)
         starts[method, seed] = trees.flatten(pairs.start(run, data).lora)
     path, a = "image/projection/kernel", "image/layers/ffn/in_proj/a"
     assert not np.allclose(starts["lora", 0][path], starts["lora", 1][path])
-    np.testing.assert_array_equal(starts["lora", 1][path], starts["again", 1][path])
+    for method in ("again", "projections"):
+        np.testing.assert_array_equal(starts["lora", 1][path], starts[method, 1][path])
+    assert set(starts["projections", 1]) == {path, "text/projection/kernel", "logit_scale"}
     assert not np.allclose(starts["lora", 1][a], starts["again", 1][a])
 
 

@@ -13,21 +13,10 @@ from nalora_jax.common.trees import unflatten
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
 from tests.param_trees import tensors_from_params
+from tests.weights.folders import RAW
 
 WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab", "Ġa"]
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": 48,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
+MODEL = RAW | {"intermediate_size": 24, "num_hidden_layers": 2, "tie_word_embeddings": True}
 Write = Callable[[gguf.GGUFWriter], Any]
 
 

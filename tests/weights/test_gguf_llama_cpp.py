@@ -75,8 +75,10 @@ def ours(model: Any) -> np.ndarray:
     return np.asarray(jax.nn.log_softmax(logits[0, -1]), np.float64)
 
 
-def adapted(folder: Path) -> tuple[Path, Path]:
-    """A base in a GGUF file, and a PEFT adapter of it with ranks and scales of every kind."""
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Any]:
+    """A base in a GGUF file, a PEFT adapter of it with ranks and scales of every kind, and both as one model."""
+    folder = tmp_path_factory.mktemp("adapted")
     base = write_base(folder / "base.gguf")
     model = load(str(base), dtype="float32")
     rules = (LoRARule("layers/0/ffn/gate", 0), LoRARule("ffn", 4, 3.0), LoRARule("", 2))
@@ -86,15 +88,16 @@ def adapted(folder: Path) -> tuple[Path, Path]:
     lora = map_named(lambda path, leaf: (leaf + 0.05) * (0.3 if "gate_proj" in path else 1.0), lora)
     lora = jax.device_get(lora)
     settings = {"base_model_name": str(base), "fingerprint": model.base.fingerprint}
-    return base, export_adapter(lora, spec, model.base.config, folder / "adapter", **settings)
+    adapter = export_adapter(lora, spec, model.base.config, folder / "adapter", **settings)
+    return base, adapter, load(str(base), adapter=adapter, dtype="float32")
 
 
-def test_an_exported_adapter_gives_the_same_probabilities_there(tmp_path):
-    base, adapter = adapted(tmp_path)
+def test_an_exported_adapter_gives_the_same_probabilities_there(adapted, tmp_path, capsys):
+    base, adapter, model = adapted
     lora = tmp_path / "lora.gguf"
     assert main(["export", str(adapter), "--for", "gguf", "--output", str(lora)]) == 0
-    expected = ours(load(str(base), adapter=adapter, dtype="float32"))
-    plain = ours(load(str(base), dtype="float32"))
+    assert "adapter for llama.cpp, read back and compared" in capsys.readouterr().out
+    expected, plain = ours(model), ours(load(str(base), dtype="float32"))
     assert np.abs(expected - plain).max() > 0.1
     np.testing.assert_allclose(llama_cpp(base), plain, atol=2e-3)
     np.testing.assert_allclose(llama_cpp(base, lora), expected, atol=2e-3)
@@ -110,11 +113,10 @@ def test_an_exported_adapter_gives_the_same_probabilities_there(tmp_path):
         ("without gate_proj", 1.0, "served wrongly: without gate_proj"),
     ],
 )
-def test_a_server_is_asked_what_it_does_with_an_adapter(served, scale, verdict, tmp_path, capsys):
-    base, adapter = adapted(tmp_path)
+def test_a_server_is_asked_what_it_does_with_an_adapter(served, scale, verdict, adapted, tmp_path, capsys):
+    base, adapter, model = adapted
     params = server_params(base)
     if served:
-        model = load(str(base), adapter=adapter, dtype="float32")
         left_out = served.removeprefix("without ")
         lora = map_named(lambda path, leaf: leaf * (left_out not in path), model.lora)
         file = write_adapter_gguf(tmp_path / "served.gguf", model.base.config, lora, model.spec)

