@@ -220,30 +220,17 @@ def test_settings_are_read_by_type_and_refused_by_name() -> None:
     assert [label for label, _ in entries] == ["step_scale", "delta", "delta_2", "homogeneity", "mask"]
 
 
-@pytest.fixture
-def scratch_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("squared", "mechanism 'squared': expected a name that is free"), ("no name", "a name of letters")],
+)
+def test_names_of_rules_are_free_and_of_letters(name: str, message: str) -> None:
+    with pytest.raises(NaloraError, match=message):
+        rules.register_mechanism(name, statistics=("slope",))(lambda averages, context: averages["slope"])
+
+
+def test_an_entry_point_is_loaded_when_it_is_asked_for(tmp_path: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(MECHANISMS, "_values", dict(MECHANISMS._values))
-
-
-def test_a_rule_from_outside_is_one_function(scratch_registry: None) -> None:
-    @rules.register_mechanism("flat", statistics=("slope",), places=("gradient_a",))
-    def flat(averages: Any, context: Any) -> jax.Array:
-        return 1 / (1 + averages["slope"])
-
-    mechanisms = only("flat:warmup=0,decay=0.5")
-    state = state_after(mechanisms)
-    want = 1 / (1 + np.asarray(state.memory["flat"][PATH]["slope"], np.float64))
-    want /= np.sqrt((want**2).mean(-1, keepdims=True))
-    np.testing.assert_allclose(channel_factors(state, mechanisms)["gradient_a"][PATH], want, rtol=1e-5)
-    with pytest.raises(NaloraError, match="mechanism 'flat': expected a name that is free"):
-        rules.register_mechanism("flat", statistics=("slope",))(lambda averages, context: averages["slope"])
-    with pytest.raises(NaloraError, match="a name of letters"):
-        rules.register_mechanism("no name")
-
-
-def test_an_entry_point_is_loaded_when_it_is_asked_for(
-    scratch_registry: None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
     (tmp_path / "my_rules.py").write_text(
         "from nalora_jax.method.rules import register_mechanism\n"
         "@register_mechanism('from_a_package', statistics=('slope',))\n"

@@ -61,20 +61,6 @@ def test_cut_points_belong_to_the_region_above():
         np.testing.assert_array_equal(stats["occupancy"][:, 0], [1, 1, 2, 2])
 
 
-def test_padding_does_not_count():
-    z, dz = normal(11, 2, 6, 4), normal(12, 2, 6, 4)
-    mask = jnp.array([[True] * 6, [True] * 2 + [False] * 4])
-    poisoned = jnp.where(mask[..., None], z, 7.0)
-    for weights in (mask, mask.astype(jnp.float32)):
-        clean = channel_statistics(z, weights, SILU, PARTITION)
-        dirty = channel_statistics(poisoned, weights, SILU, PARTITION)
-        jax.tree.map(np.testing.assert_array_equal, clean, dirty)
-        clean = probe_statistics(z, dz, weights, SILU)
-        dirty = probe_statistics(poisoned, dz, weights, SILU)
-        jax.tree.map(np.testing.assert_array_equal, clean, dirty)
-        assert clean["probe_tokens"] == 8
-
-
 def test_cotangents_are_those_of_the_mean_loss():
     delta, weights, names = normal(22, 12, 4), jnp.ones(12), ("delta", "delta_squared")
     of_sum = statistics.cotangent_statistics(delta, weights, names)

@@ -13,7 +13,7 @@ from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import MeshConfig
 from nalora_jax.layout import distributed
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.weights.adapter_forms import difference_as_lora, lower_kernels, pissa_init
+from nalora_jax.weights.adapter_forms import difference_as_lora, lower_kernels, pissa_init, pissa_split
 
 
 def kernel(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -54,21 +54,14 @@ def test_trained_adapter_becomes_plain_lora_of_the_original_base(variant):
     path, ranks, alphas = "layers/ffn/gate_proj", (4, 0, 2), (8.0, 1.0, 3.0)
     spec = AdapterSpec(((path, TargetSpec(ranks, alphas)),), **variant)
     w = kernel((3, 16, 24))
-    a0, b0 = np.zeros((3, 16, 4), np.float32), np.zeros((3, 4, 24), np.float32)
-    residual = w.copy()
-    for layer, rank in enumerate(ranks):
-        if rank:
-            a0[layer, :, :rank], b0[layer, :rank], residual[layer] = pissa_init(
-                jnp.asarray(w[layer]), rank, float(spec.scales(path)[layer])
-            )
+    lowered, start = pissa_split(unflatten({f"{path}/kernel": jnp.asarray(w)}), spec)
+    residual, initial = lowered["layers"]["ffn"]["gate_proj"]["kernel"], flatten(start)
     used = (np.arange(4) < np.array(ranks)[:, None])[:, None, :]
-    a = a0 + used * kernel(a0.shape, 1)
-    b = b0 + used.swapaxes(1, 2) * kernel(b0.shape, 2)
-    magnitude = {f"{path}/magnitude": np.ones((3, 24), np.float32)} if spec.dora else {}
-    trained = unflatten({f"{path}/a": a, f"{path}/b": b} | magnitude)
-    initial = unflatten({f"{path}/a": a0, f"{path}/b": b0})
+    a = initial[f"{path}/a"] + used * kernel((3, 16, 4), 1)
+    b = initial[f"{path}/b"] + used.swapaxes(1, 2) * kernel((3, 4, 24), 2)
+    trained = unflatten(initial | {f"{path}/a": a, f"{path}/b": b})
 
-    lora, plain = difference_as_lora(trained, initial, spec)
+    lora, plain = difference_as_lora(trained, start, spec)
 
     assert plain.target(path).ranks == (8, 0, 4)
     np.testing.assert_allclose(plain.scales(path), spec.scales(path), rtol=1e-6)

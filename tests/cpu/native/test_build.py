@@ -163,20 +163,21 @@ def test_the_cache_is_used_unless_it_was_cut_off_or_changed(compiled):
 def test_a_library_that_others_could_exchange_is_refused(compiled, tmp_path, monkeypatch):
     folder = compiled.parent
 
-    def refused(reason: str | None = None) -> None:
+    def refused(reason: str) -> None:
         with pytest.raises(PermissionError, match=reason):
             library.build(os.environ["CXX"], "floats")
 
-    folder.chmod(0o777)
-    refused("only this user can write into")
-    folder.chmod(0o700)
-    folder.parent.chmod(0o777)
-    refused("others can exchange what is in")
-    folder.parent.chmod(0o700)
+    for place, reason in (
+        (folder, "only this user can write into"),
+        (folder.parent, "others can exchange what"),
+    ):
+        place.chmod(0o777)
+        refused(reason)
+        place.chmod(0o700)
     folder.rename(tmp_path / "theirs")
     folder.symlink_to(tmp_path / "theirs")
-    refused()
+    refused("is not a folder of this user's")
     folder.unlink()
     folder.mkdir(mode=0o700)
     monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
-    refused()
+    refused("is not a folder of this user's")

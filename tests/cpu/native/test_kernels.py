@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,20 +41,6 @@ def in_stack(rng: np.random.Generator, y: jax.Array) -> Bits:
     return Bits(jax.device_put(stack.view(np.uint16)), jax.device_put(np.int32(at)))
 
 
-def compiled(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
-    """What a function makes of arrays, as one program; its operations one by one would be many."""
-    leaves, structure = jax.tree.flatten((given, options))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
-
-    @jax.jit
-    def run(*arrays: jax.Array) -> Any:
-        filled = dict(enumerate(leaves)) | dict(zip(places, arrays, strict=True))
-        given, options = jax.tree.unflatten(structure, filled.values())
-        return function(*given, **options)
-
-    return run(*(leaves[i] for i in places))
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_sums_of_products(seed):
     """Of terms with half of their kernels in stacks."""
@@ -73,7 +56,10 @@ def test_sums_of_products(seed):
             want += exact(x) @ (exact(y).T if turned else exact(y))
         sums.append(Sum(terms, ["float32", "bfloat16"][rng.integers(2)]))
         wanted.append(want)
-    for got, want, asked in zip(compiled(products, *sums), wanted, sums, strict=True):
+    run = jax.jit(
+        lambda *sums: products(*sums)
+    )  # a new function: JAX would take the program of another kind
+    for got, want, asked in zip(run(*sums), wanted, sums, strict=True):
         assert got.dtype == asked.dtype
         # Sums in float32, or rounded once to 8 bits.
         assert worst(got, want) < (1e-6 if asked.dtype == "float32" else 2**-8)
@@ -128,13 +114,15 @@ def test_attention_and_its_gradient(batch, seq, heads, kv_heads, dim, window, so
     places = packed_rows(batch, seq) if packed else (np.arange(seq)[None], np.ones((1, seq), int))
     given = Heads(q, k, v, *map(jax.device_put, places), window)
     g = draw(rng, *q.shape)
-    out, logsumexp = compiled(native_attention, given, softcap)
+    attend = jax.jit(lambda *arrays: native_attention(Heads(*arrays, window), softcap))
+    out, logsumexp = attend(*given[:5])
     want = attention64(q, k, v, g, visible(*given[3:5], window), softcap=softcap)
     assert worst(logsumexp, want[1]) < 1e-6
     # Weights and slopes are rounded to 8 bits before they are summed, the result afterwards.
     assert worst(out, want[0]) < 2**-7
+    gradient = jax.jit(lambda arrays, *others: native_gradient(Heads(*arrays, window), *others, softcap))
     for held in (out,) if needs_result(seq, softcap) else (out, None):
-        gradients = compiled(native_gradient, given, held, logsumexp, g, softcap)
+        gradients = gradient(given[:5], held, logsumexp, g)
         for got, expected in zip(gradients, want[2:], strict=True):
             assert worst(got, expected) < 2**-7
 
@@ -155,7 +143,8 @@ def test_sums_over_a_vocabulary(rows, d_model, vocab, transposed, scale, softcap
     hidden, table = draw(rng, rows, d_model, scale=d_model**-0.5), draw(rng, vocab, d_model)
     given = table if transposed else table.T
     head = Head(transposed, softcap, scale)
-    top, total, attended = compiled(over_vocabulary, hidden, given, count, head, gradient)
+    run = jax.jit(lambda *arrays: over_vocabulary(*arrays, count, head, gradient))
+    top, total, attended = run(hidden, given)
     logits, slope = scale * exact(hidden) @ exact(table).T, scale * np.ones((rows, vocab))
     if softcap:
         logits = softcap * np.tanh(logits / softcap)
