@@ -66,7 +66,7 @@ LONGEST = (
     "test_families.py", "test_mesh.py", "test_run.py", "test_run_rewards.py", "test_context.py", "test_docs_code.py",
     "test_run_images.py", "test_program.py", "test_prefill.py", "test_step.py", "test_decoder.py",
     "test_real_models.py", "test_dual.py", "test_attention.py", "test_elastic.py",
-    "test_resume.py", "test_config_fields.py", "test_preference.py", "test_kinds.py", "test_peft_training.py",
+    "test_preemption.py", "test_config_fields.py", "test_preference.py", "test_kinds.py", "test_peft_training.py",
 )  # fmt: skip
 
 
