@@ -1,21 +1,22 @@
 """Training on your accelerators: tokens/s, MFU and memory, compared with PEFT on a GPU.
 
-    pip install '.[cuda]' torch transformers peft && python benchmarks/accelerator.py        # GPUs of one machine
-    pip install '.[tpu]' && python benchmarks/accelerator.py               # TPU chips of one host
-    python benchmarks/accelerator.py --model qwen3-32b --seq 8192
-    python benchmarks/accelerator.py --tiny                                                  # on any device, one minute
-    python benchmarks/accelerator.py --report                                                # a block for an issue
+    pip install '.[cuda]' torch transformers peft && python benchmarks/accelerator.py        # GPUs
+    of one machine pip install '.[tpu]' && python benchmarks/accelerator.py               # TPU
+    chips of one host python benchmarks/accelerator.py --model qwen3-32b --seq 8192
+    python benchmarks/accelerator.py --tiny                                                  # on
+    any device, one minute python benchmarks/accelerator.py --report
+    # a block for an issue
 
 Random weights of a published shape, rank 8 on gate, up and down, AdamW, loss on all tokens, full
 sequences, bfloat16. This library runs as `python train.py` does, with automatic mesh and
-rematerialization, on all chips, as NA-LoRA and as plain LoRA. PEFT runs on one GPU and rematerializes
-every layer; speeds are per chip. Each run is a separate process. The record names
+rematerialization, on all chips, as NA-LoRA and as plain LoRA. PEFT runs on one GPU and
+rematerializes every layer; speeds are per chip. Each run is a separate process. The record names
 every comparison that was not possible, with the reason. MFU is useful flops (4 per frozen weight
 and token, 6 per adapter weight, attention with causality used) over the data sheet's peak.
 
 --peer-python names a Python that has PEFT, if it is not this one. --report prints, in place of the
-table, a Markdown block to paste into an issue about docs/hardware_status.md: hardware, versions and figures,
-without host names and paths.
+table, a Markdown block to paste into an issue about docs/hardware_status.md: hardware, versions and
+figures, without host names and paths.
 """
 
 from __future__ import annotations
@@ -31,12 +32,30 @@ from typing import Any
 import common
 import machines
 import numpy as np
-from common import markdown, parser_of, peak_rss_mb, random_tokens, script, spread, timed_steps, values
+from common import (
+    markdown,
+    parser_of,
+    peak_rss_mb,
+    random_tokens,
+    script,
+    spread,
+    timed_steps,
+    values,
+)
 from machines import versions
 
 OURS, LORA = "nalora_jax", "nalora_jax, plain LoRA"
-TINY = common.ARCHITECTURES["smollm2"] | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
-TINY |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+TINY = common.ARCHITECTURES["smollm2"] | {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+}
+TINY |= {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 RANK = 8
 
 
@@ -66,18 +85,27 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
     from nalora_jax.models.targets import resolve
     from nalora_jax.train.program import assemble
 
-    devices, base = jax.devices(), ModelConfig.from_hf(shape_of(options.model), options.model)
+    devices, base = (
+        jax.devices(),
+        ModelConfig.from_hf(shape_of(options.model), options.model),
+    )
     rows = options.rows * len(devices)
     fixed = {"rank": RANK, "learning_rate": 1e-3, "remat": "auto", "seed": 0}
     work = argparse.Namespace(**fixed, dtype=options.dtype, method=method)
-    parts = {"train": c.TrainConfig(batch_size=rows), "data": c.DataConfig(max_length=options.seq)}
+    parts = {
+        "train": c.TrainConfig(batch_size=rows),
+        "data": c.DataConfig(max_length=options.seq),
+    }
     config = laid_out(training.run_config(work, warmup=None, **parts), base, devices)
     mesh = distributed.make_mesh(config.mesh, devices)
-    shapes = jax.eval_shape(lambda key: training.random_params(base, key, options.dtype), jax.random.key(0))
-    places = distributed.shardings(shapes, mesh, distributed.PARAM_RULES)
-    params = jax.jit(lambda key: training.random_params(base, key, options.dtype), out_shardings=places)(
-        jax.random.key(0)
+    shapes = jax.eval_shape(
+        lambda key: training.random_params(base, key, options.dtype), jax.random.key(0)
     )
+    places = distributed.shardings(shapes, mesh, distributed.PARAM_RULES)
+    params = jax.jit(
+        lambda key: training.random_params(base, key, options.dtype),
+        out_shardings=places,
+    )(jax.random.key(0))
     assembly = assemble(config, base, params, mesh)
     held, view = [assembly.state], assembly.view(assembly.params)
 
@@ -86,16 +114,23 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
         return float(metrics["loss"])
 
     record = timed(step, options, rows, base.vocab_size)
-    spec, where = resolve(config.lora, projection_shapes(base), base.n_layers), of_devices(devices)
+    spec, where = (
+        resolve(config.lora, projection_shapes(base), base.n_layers),
+        of_devices(devices),
+    )
     flops = useful_flops(base, spec, options.rows, options.seq)
     return {
         **record,
-        "tokens_per_second": [speed / len(devices) for speed in record["tokens_per_second"]],
+        "tokens_per_second": [
+            speed / len(devices) for speed in record["tokens_per_second"]
+        ],
         "chips": len(devices),
         "mesh": dict(mesh.shape),
         "remat": assembly.model.remat,
         "flops": flops,
-        "mfu": None if where is None else flops / statistics.median(record["seconds"]) / where.chip.flops,
+        "mfu": None
+        if where is None
+        else flops / statistics.median(record["seconds"]) / where.chip.flops,
         **jax_memory(),
     }
 
@@ -116,7 +151,12 @@ def train_peft(options: argparse.Namespace) -> dict[str, Any]:
         base = transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="sdpa"
         )
-    work = {"rank": RANK, "dtype": options.dtype, "bf16_mode": "mixed", "learning_rate": 1e-3}
+    work = {
+        "rank": RANK,
+        "dtype": options.dtype,
+        "bf16_mode": "mixed",
+        "learning_rate": 1e-3,
+    }
     work |= {"checkpointing": True, "compile": False}
     train = stepper(adapt(base, argparse.Namespace(**work)), argparse.Namespace(**work))
 
@@ -126,22 +166,35 @@ def train_peft(options: argparse.Namespace) -> dict[str, Any]:
 
     record = timed(step, options, options.rows, config.vocab_size)
     peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else peak_rss_mb() / 1e3
-    return {**record, "chips": 1, "memory_gb": peak, "memory_of": "the GPU" if cuda else "the process"}
+    return {
+        **record,
+        "chips": 1,
+        "memory_gb": peak,
+        "memory_of": "the GPU" if cuda else "the process",
+    }
 
 
 def timed(
-    step: Callable[[np.ndarray], float], options: argparse.Namespace, rows: int, vocab: int
+    step: Callable[[np.ndarray], float],
+    options: argparse.Namespace,
+    rows: int,
+    vocab: int,
 ) -> dict[str, Any]:
     """Returns seconds and speeds of the steps after two warm-up steps, with versions."""
     tokens = random_tokens(options.steps + 2, rows, options.seq, vocab)
-    return timed_steps(step, tokens, warmup=2, tokens=rows * options.seq) | {"versions": versions()}
+    return timed_steps(step, tokens, warmup=2, tokens=rows * options.seq) | {
+        "versions": versions()
+    }
 
 
 def jax_memory() -> dict[str, Any]:
     """Returns the peak memory of the fullest device, or the process's if devices report none."""
     import jax
 
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    peaks = [
+        (device.memory_stats() or {}).get("peak_bytes_in_use")
+        for device in jax.local_devices()
+    ]
     if None in peaks:
         return {"memory_gb": peak_rss_mb() / 1e3, "memory_of": "the process"}
     return {"memory_gb": max(peaks) / 1e9, "memory_of": "a chip"}
@@ -152,7 +205,11 @@ def describe() -> dict[str, Any]:
     import jax
 
     devices = jax.devices()
-    return {"platform": devices[0].platform, "kind": devices[0].device_kind, "chips": len(devices)}
+    return {
+        "platform": devices[0].platform,
+        "kind": devices[0].device_kind,
+        "chips": len(devices),
+    }
 
 
 def one(options: argparse.Namespace) -> dict[str, Any]:
@@ -176,30 +233,55 @@ def table(record: dict[str, Any]) -> str:
     for case, result in record["cases"].items():
         for name, runs in result["runs"].items():
             mfu = [run["mfu"] for run in runs if run.get("mfu") is not None]
-            layout = " x ".join(map(str, runs[-1]["mesh"].values())) if "mesh" in runs[-1] else "1"
+            layout = (
+                " x ".join(map(str, runs[-1]["mesh"].values()))
+                if "mesh" in runs[-1]
+                else "1"
+            )
             speed = spread(values(runs, "tokens_per_second"))
             memory = f"{max(values(runs, 'memory_gb')):.1f} ({runs[-1]['memory_of']})"
             lines.append(
-                (case, name, layout, speed, f"{statistics.median(mfu):.0%}" if mfu else "", memory)
+                (
+                    case,
+                    name,
+                    layout,
+                    speed,
+                    f"{statistics.median(mfu):.0%}" if mfu else "",
+                    memory,
+                )
             )
         notes += [
-            f"{case}: {what} was not compared: {why}." for what, why in result["not_compared"].items()
+            f"{case}: {what} was not compared: {why}."
+            for what, why in result["not_compared"].items()
         ]
-    header = ("work", "library", "data x fsdp x tensor", "tokens/s a chip", "MFU", "GB, at most")
+    header = (
+        "work",
+        "library",
+        "data x fsdp x tensor",
+        "tokens/s a chip",
+        "MFU",
+        "GB, at most",
+    )
     return "\n\n".join([markdown(header, lines), *notes])
 
 
 def report(record: dict[str, Any], case: str) -> str:
     """Returns a Markdown block about one case, for users who measured it and open an issue."""
     measured = record["cases"][case]
-    machine, here, run = measured["machine"], measured["accelerator"], measured["runs"][OURS][-1]
+    machine, here, run = (
+        measured["machine"],
+        measured["accelerator"],
+        measured["runs"][OURS][-1],
+    )
     losses = run["losses"]
     items = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "command": measured["command"],
         "accelerators": f"{here['chips']} x {here['kind']} ({here['platform']})",
         "host": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}",
-        "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+        "versions": ", ".join(
+            f"{name} {version}" for name, version in run["versions"].items()
+        ),
         "python": machine["python"],
         "losses": f"{losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps",
     }
@@ -216,7 +298,9 @@ def not_measured(platform: str, kind: str, mfu: object) -> dict[str, str]:
     notes = {"PEFT": "it is for GPUs"} if platform == "tpu" else {}
     if mfu is None:
         no_peak = (
-            "a CPU's peak is not known" if platform == "cpu" else f"no data sheet of {kind} is known here"
+            "a CPU's peak is not known"
+            if platform == "cpu"
+            else f"no data sheet of {kind} is known here"
         )
         notes["MFU"] = no_peak
     return notes
@@ -238,10 +322,14 @@ def main() -> None:
         setattr(options, name, getattr(options, name) or value)
     names = ("model", "rows", "seq", "steps", "dtype")
     work = [word for name in names for word in (f"--{name}", getattr(options, name))]
-    commands = {name: script("accelerator.py", "--one", name, *work) for name in (OURS, LORA)}
+    commands = {
+        name: script("accelerator.py", "--one", name, *work) for name in (OURS, LORA)
+    }
     reasons: dict[str, str] = {}
     if here["platform"] != "tpu":
-        commands["PEFT"] = script("accelerator.py", "--one", "PEFT", *work, python=options.peer_python)
+        commands["PEFT"] = script(
+            "accelerator.py", "--one", "PEFT", *work, python=options.peer_python
+        )
     runs: dict[str, list[dict[str, Any]]] = {}
     for name, command in commands.items():
         print(f"running {name} ...", flush=True)
@@ -253,8 +341,17 @@ def main() -> None:
             reasons[name] = f"it failed ({str(error).strip().splitlines()[-1][:200]})"
     reasons |= not_measured(here["platform"], here["kind"], runs[OURS][0]["mfu"])
     case = f"{options.model} {options.dtype}, {options.rows} x {options.seq} a chip"
-    settings = {name: value for name, value in vars(options).items() if name not in ("one", "report")}
-    result = {"settings": settings, "accelerator": here, "runs": runs, "not_compared": reasons}
+    settings = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("one", "report")
+    }
+    result = {
+        "settings": settings,
+        "accelerator": here,
+        "runs": runs,
+        "not_compared": reasons,
+    }
     record = save(case, result, here)
     print(report(record, case) if options.report else table(record))
 
@@ -271,16 +368,29 @@ def save(case: str, result: dict[str, Any], here: Mapping[str, Any]) -> dict[str
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument(
-        "--model", help="a model that `nalora plan` knows by name; llama-3.1-8b, on a CPU a tiny one"
+        "--model",
+        help="a model that `nalora plan` knows by name; llama-3.1-8b, on a CPU a tiny one",
     )
     parser.add_argument("--rows", type=int, default=1, help="rows a chip and step")
-    parser.add_argument("--seq", type=int, default=0, help="tokens of a row; 4,096 by default")
-    parser.add_argument("--steps", type=int, default=0, help="timed steps; 10 by default")
-    parser.add_argument("--rounds", type=int, default=1, help="processes of each library")
+    parser.add_argument(
+        "--seq", type=int, default=0, help="tokens of a row; 4,096 by default"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=0, help="timed steps; 10 by default"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="processes of each library"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--tiny", action="store_true", help="a model of two narrow layers")
-    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has PEFT")
-    parser.add_argument("--report", action="store_true", help="print a block to paste into an issue")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a model of two narrow layers"
+    )
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="a Python that has PEFT"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="print a block to paste into an issue"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

@@ -74,20 +74,27 @@ RESULTS = OWN / machine_name(processor())
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
     """Returns the parser of a script with its docstring as the help."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def add_work(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of a training process, which are the same for every library in a comparison."""
+    """Adds the options of a training process, which are the same for every library in a
+    comparison."""
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=8, help="timed steps, after --warmup")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="timed steps, after --warmup"
+    )
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), default="smollm2")
+    parser.add_argument(
+        "--architecture", choices=tuple(ARCHITECTURES), default="smollm2"
+    )
     parser.add_argument("--layers", type=int, help="default: the architecture's")
 
 
@@ -97,7 +104,9 @@ def architecture(options: argparse.Namespace) -> dict[str, Any]:
     return {**raw, "num_hidden_layers": options.layers or raw["num_hidden_layers"]}
 
 
-def random_tokens(steps: int, batch: int, seq: int, vocab: int, seed: int = 0) -> np.ndarray:
+def random_tokens(
+    steps: int, batch: int, seq: int, vocab: int, seed: int = 0
+) -> np.ndarray:
     """Returns ``[steps, batch, seq]`` int64 tokens, equal for every library in a comparison."""
     return np.random.default_rng(seed).integers(0, vocab, (steps, batch, seq))
 
@@ -124,7 +133,8 @@ def timed_steps(
         "seconds": seconds,
         "cpu_seconds_per_step": busy,
         "tokens_per_second": [tokens / second for second in seconds],
-        # Well below the number of threads: another program used the processor, and the rates are not reliable.
+        # Well below the number of threads: another program used the processor, and the rates are
+        #   not reliable.
         "cores_busy": sum(busy) / sum(seconds) if seconds else None,
         "losses": losses,
     }
@@ -132,11 +142,21 @@ def timed_steps(
 
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Returns minimum, median, maximum and number of repeated measurements."""
-    return {"min": min(values), "median": statistics.median(values), "max": max(values), "n": len(values)}
+    return {
+        "min": min(values),
+        "median": statistics.median(values),
+        "max": max(values),
+        "n": len(values),
+    }
 
 
 def alternate(
-    first: Callable[[], Any], second: Callable[[], Any], *, pairs: int = 40, warmup: int = 2, seed: int = 0
+    first: Callable[[], Any],
+    second: Callable[[], Any],
+    *,
+    pairs: int = 40,
+    warmup: int = 2,
+    seed: int = 0,
 ) -> tuple[list[float], list[float]]:
     """Returns seconds of two callables pair by pair, in random order, waiting for their results.
 
@@ -162,15 +182,25 @@ def alternate(
 
 
 def ratio(
-    numerators: Sequence[float], denominators: Sequence[float], *, confidence: float = 0.95
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    *,
+    confidence: float = 0.95,
 ) -> dict[str, float]:
     """Returns the median of the paired ratios, with its percentile bootstrap interval."""
     from scipy.stats import bootstrap
 
     ratios = np.asarray(numerators, float) / np.asarray(denominators, float)
     if len(ratios) < 2:
-        return {"median": float(ratios[0]), "low": float("nan"), "high": float("nan"), "pairs": len(ratios)}
-    interval = bootstrap((ratios,), np.median, confidence_level=confidence, method="percentile", rng=0)
+        return {
+            "median": float(ratios[0]),
+            "low": float("nan"),
+            "high": float("nan"),
+            "pairs": len(ratios),
+        }
+    interval = bootstrap(
+        (ratios,), np.median, confidence_level=confidence, method="percentile", rng=0
+    )
     low, high = interval.confidence_interval
     return {
         "median": float(np.median(ratios)),
@@ -201,10 +231,14 @@ def run_process(command: Sequence[str]) -> dict[str, Any]:
         output.
     """
     environment = dict(os.environ) | ENVIRONMENT
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False
+    )
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines or not lines[-1].startswith("{"):
-        raise RuntimeError(f"{' '.join(command)} (exit {done.returncode}): {done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)} (exit {done.returncode}): {done.stderr[-2000:]}"
+        )
     record: dict[str, Any] = json.loads(lines[-1])
     return record
 
@@ -235,7 +269,9 @@ def load(benchmark: str, folder: Path = RESULTS) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"cases": {}}
 
 
-def save(benchmark: str, case: str, result: Mapping[str, Any], folder: Path = RESULTS) -> dict[str, Any]:
+def save(
+    benchmark: str, case: str, result: Mapping[str, Any], folder: Path = RESULTS
+) -> dict[str, Any]:
     """Adds ``found``, the machine and the command as a case to ``<folder>/<part>.json``.
 
     Returns:
@@ -243,7 +279,9 @@ def save(benchmark: str, case: str, result: Mapping[str, Any], folder: Path = RE
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = load(benchmark, folder)
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_public, sys.argv[1:])])
+    command = shlex.join(
+        ["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_public, sys.argv[1:])]
+    )
     entry = {"machine": machine(), "command": command, **result}
     record["cases"][case] = _public(json.loads(json.dumps(entry, default=str)))
     write(folder / f"{benchmark}.json", record)
@@ -263,14 +301,22 @@ def _public(value: Any) -> Any:
         return {key: _public(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_public(item) for item in value]
-    return f".../{Path(value).name}" if isinstance(value, str) and Path(value).is_absolute() else value
+    return (
+        f".../{Path(value).name}"
+        if isinstance(value, str) and Path(value).is_absolute()
+        else value
+    )
 
 
 def add_rounds(parser: argparse.ArgumentParser, rounds: int) -> None:
     """Adds the options of a part that compares processes."""
-    parser.add_argument("--rounds", type=int, default=rounds, help="each process runs once in a round")
     parser.add_argument(
-        "--add", action="store_true", help="keep the recorded rounds of this case and add these"
+        "--rounds", type=int, default=rounds, help="each process runs once in a round"
+    )
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="keep the recorded rounds of this case and add these",
     )
 
 
@@ -287,10 +333,14 @@ def compare(
     in several calls. Returns the same as `save`.
     """
     runs = load(benchmark)["cases"].get(case, {}).get("runs", {}) if options.add else {}
-    measured = alternate_processes(commands, rounds=options.rounds, seed=len(next(iter(runs.values()), [])))
+    measured = alternate_processes(
+        commands, rounds=options.rounds, seed=len(next(iter(runs.values()), []))
+    )
     for name, items in measured.items():
         runs[name] = [*runs.get(name, []), *items]
-    return save(benchmark, case, {"settings": vars(options), "runs": runs, **(more or {})})
+    return save(
+        benchmark, case, {"settings": vars(options), "runs": runs, **(more or {})}
+    )
 
 
 def values(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
@@ -304,13 +354,19 @@ def values(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
 
 def spread(measured: Sequence[float], digits: int = 0, unit: str = "") -> str:
     """Returns the median with minimum and maximum, "630 (612 to 655)"; a single value alone."""
-    middle, low, high = (f"{f(measured):,.{digits}f}" for f in (statistics.median, min, max))
+    middle, low, high = (
+        f"{f(measured):,.{digits}f}" for f in (statistics.median, min, max)
+    )
     unit = f" {unit}" if unit else ""
     return f"{middle}{unit}" if low == high else f"{middle}{unit} ({low} to {high})"
 
 
 def compared(
-    what: str, ours: Sequence[float], other: Sequence[float], digits: int = 0, unit: str = ""
+    what: str,
+    ours: Sequence[float],
+    other: Sequence[float],
+    digits: int = 0,
+    unit: str = "",
 ) -> tuple[str, ...]:
     """Returns the cells of two sets of repeated measurements, with the ratio of their medians."""
     ratio = statistics.median(ours) / statistics.median(other)

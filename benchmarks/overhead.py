@@ -34,12 +34,16 @@ def main() -> None:
     chosen = options()
     mesh = distributed.make_mesh(MeshConfig())
     base, params = base_model(chosen, mesh)
-    batch = batch_of(random_tokens(1, chosen.batch, chosen.seq, base.vocab_size)[0], mesh)
+    batch = batch_of(
+        random_tokens(1, chosen.batch, chosen.seq, base.vocab_size)[0], mesh
+    )
 
     def stepper(method: str) -> object:
         assembly = assemble(run_config(chosen, method=method), base, params, mesh)
         view = assembly.view(params)
-        compiled = without_statistics(assembly.step) if method == "lora" else assembly.step
+        compiled = (
+            without_statistics(assembly.step) if method == "lora" else assembly.step
+        )
         held = [assembly.state]
 
         def step() -> object:
@@ -48,14 +52,28 @@ def main() -> None:
 
         return step
 
-    first, second = alternate(stepper(chosen.method), stepper("lora"), pairs=chosen.pairs)
+    first, second = alternate(
+        stepper(chosen.method), stepper("lora"), pairs=chosen.pairs
+    )
     case = f"{chosen.dtype} {chosen.batch}x{chosen.seq}" + (
         "" if chosen.method == "nalora" else f", {chosen.method}"
     )
     interval = ratio(first, second)
-    record = {"settings": vars(chosen), "first": summary(first), "second": summary(second)}
-    save("overhead", case, record | {"ratio": interval, "seconds": {"first": first, "second": second}})
-    print("{case}: {median:.3f} ({low:.3f} to {high:.3f}, {pairs} pairs)".format(case=case, **interval))
+    record = {
+        "settings": vars(chosen),
+        "first": summary(first),
+        "second": summary(second),
+    }
+    save(
+        "overhead",
+        case,
+        record | {"ratio": interval, "seconds": {"first": first, "second": second}},
+    )
+    print(
+        "{case}: {median:.3f} ({low:.3f} to {high:.3f}, {pairs} pairs)".format(
+            case=case, **interval
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from common import add_work, architecture, parser_of, peak_rss_mb, random_tokens, timed_steps
+from common import (
+    add_work,
+    architecture,
+    parser_of,
+    peak_rss_mb,
+    random_tokens,
+    timed_steps,
+)
 
 # Modes of bfloat16: "pure" stores base and adapters in bfloat16; "mixed" is PEFT's default for a
 # bfloat16 base (float32 adapters, casts around them); "autocast" adds torch.autocast to it;
@@ -33,7 +40,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add_work(parser)
     parser.add_argument("--bf16-mode", choices=BF16_MODES, default="pure")
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="gradient checkpointing"
+    )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -42,7 +51,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     half = options.dtype == "bfloat16"
     # Checkpointed layers are recomputed outside the compiled graph: no default for the combination.
-    options.compile = (half and not options.checkpointing) if options.compile is None else options.compile
+    options.compile = (
+        (half and not options.checkpointing)
+        if options.compile is None
+        else options.compile
+    )
     return options
 
 
@@ -53,9 +66,14 @@ def load_base(options: argparse.Namespace) -> Any:
 
     full = options.dtype == "float32" or options.bf16_mode == "autocast32"
     attention = "eager" if options.dtype == "bfloat16" else "sdpa"
-    choices = {"dtype": torch.float32 if full else torch.bfloat16, "attn_implementation": attention}
+    choices = {
+        "dtype": torch.float32 if full else torch.bfloat16,
+        "attn_implementation": attention,
+    }
     torch.manual_seed(options.seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture(options)), **choices)
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**architecture(options)), **choices
+    )
 
 
 def adapt(base: Any, options: argparse.Namespace) -> Any:
@@ -84,20 +102,28 @@ def inputs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
     shape = (options.warmup + options.steps, options.batch, options.seq)
-    random = torch.from_numpy(random_tokens(*shape, architecture(options)["vocab_size"], options.seed))
+    random = torch.from_numpy(
+        random_tokens(*shape, architecture(options)["vocab_size"], options.seed)
+    )
     return [{"input_ids": tokens, "labels": tokens} for tokens in random]
 
 
-def stepper(model: Any, options: argparse.Namespace) -> Callable[[dict[str, Any]], float]:
+def stepper(
+    model: Any, options: argparse.Namespace
+) -> Callable[[dict[str, Any]], float]:
     """Returns the function that trains on a batch and returns the loss."""
     import torch
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        trained, lr=options.learning_rate, weight_decay=0.0, fused=True
+    )
     mixed = options.dtype == "bfloat16" and options.bf16_mode.startswith("autocast")
 
     def step(batch: dict[str, Any]) -> float:
-        with torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext():
+        with (
+            torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext()
+        ):
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()

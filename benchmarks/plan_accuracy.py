@@ -1,9 +1,11 @@
-"""Accuracy of `nalora plan`: layouts of `--mesh auto` for random pairs, accepted by the real compiler.
+"""Accuracy of `nalora plan`: layouts of `--mesh auto` for random pairs, accepted by the real
+compiler.
 
-    pip install '.[tpu]' && python benchmarks/plan_accuracy.py                    # in a separate environment
-    pip install '.[cuda]' && python benchmarks/plan_accuracy.py --platform gpu    # in another one
-    python benchmarks/plan_accuracy.py --recorded                 # the table from the record, without compiling
-    python benchmarks/plan_accuracy.py --seed 7 --pairs 10        # other pairs, to calibrate estimates with
+    pip install '.[tpu]' && python benchmarks/plan_accuracy.py                    # in a separate
+    environment pip install '.[cuda]' && python benchmarks/plan_accuracy.py --platform gpu    # in
+    another one python benchmarks/plan_accuracy.py --recorded                 # the table from the
+    record, without compiling python benchmarks/plan_accuracy.py --seed 7 --pairs 10        # other
+    pairs, to calibrate estimates with
 
 Each pair is decided as `nalora plan` does it: estimates rank the layouts, and
 `nalora_jax.layout.decide` compiles them until one is accepted. A program is compiled once for each
@@ -51,7 +53,9 @@ def recorded() -> dict[tuple[str, str, str], dict[str, Any]]:
     """Returns the compiled programs by pair, layout and compiler options."""
     lines = RECORD.read_text().splitlines() if RECORD.exists() else []
     entries = [json.loads(line) for line in lines]
-    return {(entry["pair"], entry["layout"], entry["options"]): entry for entry in entries}
+    return {
+        (entry["pair"], entry["layout"], entry["options"]): entry for entry in entries
+    }
 
 
 def options_of(pair: Pair, layout: Layout) -> str:
@@ -125,7 +129,9 @@ def _compile_apart(pair: Pair, layout: Layout) -> None:
     """Adds a program to the record in a process, which returns its memory at exit."""
     request = json.dumps({"pair": asdict(pair), "layout": layout.short})
     platform = topology(pair.machine).chip.platform
-    subprocess.run([sys.executable, __file__, "--platform", platform, "--one", request], check=True)
+    subprocess.run(
+        [sys.executable, __file__, "--platform", platform, "--one", request], check=True
+    )
 
 
 def _one(request: str) -> None:
@@ -133,7 +139,9 @@ def _one(request: str) -> None:
     what = json.loads(request)
     pair, where = Pair(**what["pair"]), topology(what["pair"]["machine"])
     layouts = fitting(pair.config, pair.base, where)
-    (layout,) = (candidate for candidate in layouts if candidate.short == what["layout"])
+    (layout,) = (
+        candidate for candidate in layouts if candidate.short == what["layout"]
+    )
     record = compile_one(pair, layout)
     RECORD.parent.mkdir(exist_ok=True)
     with RECORD.open("a") as file:
@@ -155,7 +163,15 @@ def rows(pairs: list[Pair]) -> list[dict[str, Any]]:
         except NotRecorded:
             continue
         limit = topology(pair.machine).chip.memory
-        cells.append({"pair": pair, "tried": tried, "layout": layout, "entry": entry, "limit": limit})
+        cells.append(
+            {
+                "pair": pair,
+                "tried": tried,
+                "layout": layout,
+                "entry": entry,
+                "limit": limit,
+            }
+        )
     return cells
 
 
@@ -195,7 +211,12 @@ def summary(cells: list[dict[str, Any]]) -> str:
     if not cells:
         return ""
     accepted = [(row["layout"], row["entry"]["memory"]) for row in cells]
-    tried = [(layout, result.memory) for row in cells for layout, result in row["tried"] if result.memory]
+    tried = [
+        (layout, result.memory)
+        for row in cells
+        for layout, result in row["tried"]
+        if result.memory
+    ]
     first = sum(len(row["tried"]) == 1 for row in cells)
     return (
         f"{len(cells)} of {PAIRS} pairs (seed {SEED}) are compiled; for {first} the first layout was accepted. "
@@ -214,7 +235,12 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument("--platform", choices=("tpu", "gpu"), default="tpu", help="of the pairs to compile")
+    parser.add_argument(
+        "--platform",
+        choices=("tpu", "gpu"),
+        default="tpu",
+        help="of the pairs to compile",
+    )
     parser.add_argument("--recorded", action="store_true", help="compile no program")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -224,7 +250,11 @@ def main() -> None:
     pairs = pairs_of(options.seed, options.pairs)
     # Dense models compile faster.
     order = sorted(pairs, key=lambda pair: (pair.base.n_experts > 0, pair not in KNOWN))
-    here = [pair for pair in order if topology(pair.machine).chip.platform == options.platform]
+    here = [
+        pair
+        for pair in order
+        if topology(pair.machine).chip.platform == options.platform
+    ]
     for pair in () if options.recorded else here:
         decided(pair, compiles=True)
     print(table(rows(pairs)))

@@ -52,7 +52,11 @@ _SIZES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "mixtral-8x7b": ("mixtral", (4096, 14336, 32, 32, 8, 128, 32000, False)),
 }
 _MORE: dict[str, dict[str, Any]] = {
-    "qwen3-30b-a3b": {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    "qwen3-30b-a3b": {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
     "gemma-2-9b": {"query_pre_attn_scalar": 256},
     "gemma-3-27b": {"query_pre_attn_scalar": 168, "sliding_window": 1024},
     "gemma-3-4b": {"sliding_window": 1024},
@@ -88,17 +92,33 @@ class Pair:
     def base(self) -> ModelConfig:
         """Returns the architecture."""
         family, sizes = _SIZES[self.model]
-        raw = {"model_type": family} | dict(zip(_FIELDS, sizes, strict=True)) | _MORE.get(self.model, {})
-        raw |= {"num_hidden_layers": self.layers, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6}
-        raw |= {"sliding_window": None} if family in ("mixtral", "qwen2", "qwen3", "qwen3_moe") else {}
+        raw = (
+            {"model_type": family}
+            | dict(zip(_FIELDS, sizes, strict=True))
+            | _MORE.get(self.model, {})
+        )
+        raw |= {
+            "num_hidden_layers": self.layers,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-6,
+        }
+        raw |= (
+            {"sliding_window": None}
+            if family in ("mixtral", "qwen2", "qwen3", "qwen3_moe")
+            else {}
+        )
         activation = _ACTIVATIONS.get(family)
-        return ModelConfig.from_hf(raw | ({"hidden_activation": activation} if activation else {}))
+        return ModelConfig.from_hf(
+            raw | ({"hidden_activation": activation} if activation else {})
+        )
 
     @property
     def config(self) -> RunConfig:
         """Returns the run, with the paper's two mechanisms, as in `benchmarks/pods.py`."""
         train, data = TrainConfig(batch_size=self.rows), DataConfig(max_length=self.seq)
-        return RunConfig(train=train, data=data, mechanisms=("soft:power=2", "homogeneity"))
+        return RunConfig(
+            train=train, data=data, mechanisms=("soft:power=2", "homogeneity")
+        )
 
 
 # Pairs for which earlier estimates accepted a layout that did not fit.
@@ -120,14 +140,25 @@ def drawn(seed: int) -> Iterator[Pair]:
 def _draw(random_: random.Random) -> Pair | None:
     """Returns a pair, or None if its model or its rows are out of range."""
     mixture = random_.random() < _MIXTURES
-    models = sorted(name for name, (family, _) in _SIZES.items() if (family in _OF_EXPERTS) == mixture)
+    models = sorted(
+        name
+        for name, (family, _) in _SIZES.items()
+        if (family in _OF_EXPERTS) == mixture
+    )
     model, machine = random_.choice(models), random_.choice(_MACHINES)
     layers = round(_SIZES[model][1][2] * random_.choice(_DEPTHS))
-    seq, rows_a_chip = random_.choice(_LENGTHS), random_.choice((0.25, 0.5, 1, 2, 4, 8, 16))
+    seq, rows_a_chip = (
+        random_.choice(_LENGTHS),
+        random_.choice((0.25, 0.5, 1, 2, 4, 8, 16)),
+    )
     rows = rows_a_chip * topology(machine).size
     pair = Pair(model, layers, machine, int(rows), seq)
     tokens, low, high = rows_a_chip * seq, *_PARAMETERS
-    if rows < 1 or not _TOKENS[0] <= tokens <= _TOKENS[1] or not low <= _parameters(pair.base) <= high:
+    if (
+        rows < 1
+        or not _TOKENS[0] <= tokens <= _TOKENS[1]
+        or not low <= _parameters(pair.base) <= high
+    ):
         return None
     return pair
 

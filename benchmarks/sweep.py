@@ -3,10 +3,11 @@
     python benchmarks/sweep.py --runs 8 --batch 1 --seq 64
     python benchmarks/sweep.py --runs 8 --batch 4 --seq 128
 
-Rank 8 on gate, up and down, AdamW, SmolLM2-135M with random weights; the runs differ in their learning
-rates and seeds. A solo run is compiled once and takes the platform's fastest implementation. The last line
-printed is a JSON object: the ratio of both times for one step of every run, tokens per second, and the
-compiler's bytes of both programs.
+Rank 8 on gate, up and down, AdamW, SmolLM2-135M with random weights; the runs differ in their
+learning rates and seeds. A solo run is compiled once and takes the platform's fastest
+implementation. The last line
+printed is a JSON object: the ratio of both times for one step of every run, tokens per second, and
+the compiler's bytes of both programs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from common import add_work, alternate, parser_of, peak_rss_mb, random_tokens, ratio, save
+from common import (
+    add_work,
+    alternate,
+    parser_of,
+    peak_rss_mb,
+    random_tokens,
+    ratio,
+    save,
+)
 from training import base_model, batch_of, run_config
 
 
@@ -26,8 +35,14 @@ def parse() -> argparse.Namespace:
     add_work(parser)
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--model", help="real weights by name; default: random ones of the same shape")
-    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results/own")
+    parser.add_argument(
+        "--model", help="real weights by name; default: random ones of the same shape"
+    )
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help="write the figures to benchmarks/results/own",
+    )
     parser.set_defaults(batch=1, seq=64, dtype="bfloat16", method="lora", remat="auto")
     return parser.parse_args()
 
@@ -48,7 +63,9 @@ def main() -> None:
     config = run_config(options)
     configs = [
         replace(
-            config, seed=seed, optimizer=replace(config.optimizer, learning_rate=1e-3 * (1 + seed / 10))
+            config,
+            seed=seed,
+            optimizer=replace(config.optimizer, learning_rate=1e-3 * (1 + seed / 10)),
         )
         for seed in range(options.runs)
     ]
@@ -56,7 +73,10 @@ def main() -> None:
     first = assemble(configs[0], base, params, mesh)
     solo = [first, *[assemble(c, base, params, mesh, like=first) for c in configs[1:]]]
     step, view = solo[0].step, solo[0].view(params)
-    states, batches = [run.state for run in solo], [batch_of(rows, mesh) for rows in tokens]
+    states, batches = (
+        [run.state for run in solo],
+        [batch_of(rows, mesh) for rows in tokens],
+    )
     alone = step.lower(view, states[0], batches[0]).compile().memory_analysis()
 
     def one_by_one() -> Any:
@@ -66,7 +86,10 @@ def main() -> None:
 
     program = SweepProgram(solo, base.d_model)
     joined = program.begin(states)
-    stacked = {name: np.stack([np.asarray(batch[name]) for batch in batches]) for name in batches[0]}
+    stacked = {
+        name: np.stack([np.asarray(batch[name]) for batch in batches])
+        for name in batches[0]
+    }
     batch = distributed.make_global_batch(stacked, mesh, rows_axis=2)
     together_bytes = program.lower(joined, batch).compile().memory_analysis()
 
@@ -81,7 +104,9 @@ def main() -> None:
     medians = [float(np.median(seconds)) for seconds in pairs]
     record = {
         "ratio": ratio(*pairs),
-        "tokens_per_second": {name: count / s for name, s in zip(("solo", "sweep"), medians, strict=True)},
+        "tokens_per_second": {
+            name: count / s for name, s in zip(("solo", "sweep"), medians, strict=True)
+        },
         "bytes": {
             "solo_temporary": alone.temp_size_in_bytes,
             "sweep_temporary": together_bytes.temp_size_in_bytes,

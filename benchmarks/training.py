@@ -15,7 +15,14 @@ import json
 from typing import Any
 
 import numpy as np
-from common import add_work, architecture, parser_of, peak_rss_mb, random_tokens, timed_steps
+from common import (
+    add_work,
+    architecture,
+    parser_of,
+    peak_rss_mb,
+    random_tokens,
+    timed_steps,
+)
 
 # Plain LoRA, mask and step scale by homogeneity, the library's default.
 METHODS = ("lora", "nalora", "default")
@@ -25,38 +32,58 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add_work(parser)
     parser.add_argument("--method", choices=METHODS, default="lora")
-    parser.add_argument("--remat", choices=("auto", "none", "full", "attention", "dots"), default="auto")
-    parser.add_argument("--model", help="real weights by name; default: random ones of the same shape")
     parser.add_argument(
-        "--compilation-cache", action="store_true", help="keep compiled programs, as a run does"
+        "--remat", choices=("auto", "none", "full", "attention", "dots"), default="auto"
+    )
+    parser.add_argument(
+        "--model", help="real weights by name; default: random ones of the same shape"
+    )
+    parser.add_argument(
+        "--compilation-cache",
+        action="store_true",
+        help="keep compiled programs, as a run does",
     )
     return parser.parse_args(arguments)
 
 
 def run_config(
-    options: argparse.Namespace, *, method: str | None = None, warmup: int | None = 0, **parts: Any
+    options: argparse.Namespace,
+    *,
+    method: str | None = None,
+    warmup: int | None = 0,
+    **parts: Any,
 ) -> Any:
     """Returns the settings of this work.
 
     Args:
       options: of `parse`.
       method: one of `METHODS`; by default the method of the options.
-      warmup: steps before the mechanisms act: 0 for timed steps, which are few; None for the default.
+      warmup: steps before the mechanisms act: 0 for timed steps, which are few; None for the
+        default.
       parts: other parts of the configuration.
     """
     from nalora_jax import config as c
 
-    rules = {"lora": (), "nalora": ("soft:power=2", "homogeneity"), "default": c.RunConfig.mechanisms}
+    rules = {
+        "lora": (),
+        "nalora": ("soft:power=2", "homogeneity"),
+        "default": c.RunConfig.mechanisms,
+    }
     chosen = rules[method or options.method]
     if warmup is not None:
-        chosen = tuple(f"{rule}{',' if ':' in rule else ':'}warmup={warmup}" for rule in chosen)
+        chosen = tuple(
+            f"{rule}{',' if ':' in rule else ':'}warmup={warmup}" for rule in chosen
+        )
     return c.RunConfig(
         steps=10_000,
         seed=options.seed,
         mechanisms=chosen,
         lora=c.LoRAConfig(rules=(c.LoRARule("ffn/(gate|up|down)_proj", options.rank),)),
         optimizer=c.OptimizerConfig(
-            learning_rate=options.learning_rate, schedule="constant", warmup_share=0.0, clip_norm=0.0
+            learning_rate=options.learning_rate,
+            schedule="constant",
+            warmup_share=0.0,
+            clip_norm=0.0,
         ),
         compute=c.ComputeConfig(dtype=options.dtype, remat=options.remat),
         **parts,
@@ -96,7 +123,8 @@ def base_model(options: argparse.Namespace, mesh: Any) -> tuple[Any, Any]:
 
 
 def random_params(base: Any, key: Any, dtype: Any) -> Any:
-    """Returns random base weights, each from a draw of its own: one of all would be the peak of the memory."""
+    """Returns random base weights, each from a draw of its own: one of all would be the peak of the
+    memory."""
     import jax
 
     from nalora_jax.common.trees import unflatten
@@ -104,7 +132,9 @@ def random_params(base: Any, key: Any, dtype: Any) -> Any:
     from nalora_jax.models.targets import leaf_dtype
 
     # Threefry takes seconds to compile.
-    key = jax.random.wrap_key_data(jax.numpy.resize(jax.random.key_data(key), (4,)), impl="rbg")
+    key = jax.random.wrap_key_data(
+        jax.numpy.resize(jax.random.key_data(key), (4,)), impl="rbg"
+    )
     leaves = {}
     for i, (path, shape) in enumerate(param_shapes(base).items()):
         noise = jax.random.normal(jax.random.fold_in(key, i), shape, "float32")
@@ -125,11 +155,15 @@ def batch_of(tokens: np.ndarray, mesh: Any) -> Any:
         "targets": np.roll(tokens, -1, axis=1).astype(np.int32),
         "loss_weights": weights,
         "segment_ids": np.ones((rows, seq), np.int32),
-        "positions": np.broadcast_to(np.arange(seq, dtype=np.int32), (rows, seq)).copy(),
+        "positions": np.broadcast_to(
+            np.arange(seq, dtype=np.int32), (rows, seq)
+        ).copy(),
     }
     from nalora_jax.layout import distributed
 
-    batch = {name: value[None] for name, value in flat.items()}  # [micro-batches, rows, seq]
+    batch = {
+        name: value[None] for name, value in flat.items()
+    }  # [micro-batches, rows, seq]
     return distributed.make_global_batch(batch, mesh, rows_axis=1)
 
 
@@ -138,7 +172,9 @@ def batches_of(options: argparse.Namespace, vocab: int, mesh: Any) -> list[Any]:
     steps = options.warmup + options.steps
     return [
         batch_of(rows, mesh)
-        for rows in random_tokens(steps, options.batch, options.seq, vocab, options.seed)
+        for rows in random_tokens(
+            steps, options.batch, options.seq, vocab, options.seed
+        )
     ]
 
 
@@ -165,8 +201,12 @@ def main() -> None:
         held[0], metrics = step(params, held[0], batch)
         return float(metrics["loss"])
 
-    record = timed_steps(train, batches, warmup=options.warmup, tokens=options.batch * options.seq)
-    print(json.dumps(record | {"peak_rss_mb": peak_rss_mb(), "settings": vars(options)}))
+    record = timed_steps(
+        train, batches, warmup=options.warmup, tokens=options.batch * options.seq
+    )
+    print(
+        json.dumps(record | {"peak_rss_mb": peak_rss_mb(), "settings": vars(options)})
+    )
 
 
 if __name__ == "__main__":

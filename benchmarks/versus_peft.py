@@ -1,11 +1,12 @@
 """Training speed and memory against transformers + PEFT on torch: same model, shapes and work.
 
     python benchmarks/versus_peft.py --dtype bfloat16 --shape 8x128 --rounds 2
-    python benchmarks/versus_peft.py --dtype float32 --shape 8x128 --add            # additional rounds
-    python benchmarks/versus_peft.py --dtype bfloat16 --shape 8x256 --checkpointing
-    python benchmarks/versus_peft.py --dtype float32 --peft-compile                # the faster way on a CPU with AMX
-    python benchmarks/versus_peft.py --dtype float32 --architecture qwen3.5 --peft-compile
-    python benchmarks/versus_peft.py --dtype bfloat16 --architecture qwen3.5 --bf16-mode autocast32
+    python benchmarks/versus_peft.py --dtype float32 --shape 8x128 --add            # additional
+    rounds python benchmarks/versus_peft.py --dtype bfloat16 --shape 8x256 --checkpointing
+    python benchmarks/versus_peft.py --dtype float32 --peft-compile                # the faster way
+    on a CPU with AMX python benchmarks/versus_peft.py --dtype float32 --architecture qwen3.5
+    --peft-compile python benchmarks/versus_peft.py --dtype bfloat16 --architecture qwen3.5
+    --bf16-mode autocast32
 
 Processes alternate in random order; each runs --steps timed steps. PEFT runs at the best settings
 that peft_baseline.py knows for the dtype; with --checkpointing both rematerialize whole layers, for
@@ -32,15 +33,24 @@ from common import (
 )
 
 # How bfloat16 is used by PEFT, and the words for it in a case's name (see peft_baseline.py).
-PEFT_MODES = {"pure": "", "mixed": ", PEFT's float32 adapters", "autocast32": ", PEFT's autocast"}
+PEFT_MODES = {
+    "pure": "",
+    "mixed": ", PEFT's float32 adapters",
+    "autocast32": ", PEFT's autocast",
+}
 
 
 def table(record: dict[str, Any]) -> str:
     """Returns Markdown with speed and memory of each case."""
     rows = []
     for case, result in record["cases"].items():
-        for what, key, unit in (("tokens/s", "tokens_per_second", ""), ("memory", "peak_rss_mb", "MB")):
-            measured = [values(result["runs"][name], key) for name in ("nalora_jax", "peft")]
+        for what, key, unit in (
+            ("tokens/s", "tokens_per_second", ""),
+            ("memory", "peak_rss_mb", "MB"),
+        ):
+            measured = [
+                values(result["runs"][name], key) for name in ("nalora_jax", "peft")
+            ]
             rows.append(compared(f"{what}, {case}", *measured, unit=unit))
     return markdown(("what", "nalora_jax", "PEFT", "ratio"), rows)
 
@@ -50,7 +60,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--shape", default="8x128", help="batch x sequence")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--checkpointing", action="store_true", help="PEFT with gradient checkpointing")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="PEFT with gradient checkpointing"
+    )
     parser.add_argument(
         "--bf16-mode",
         choices=tuple(PEFT_MODES),
@@ -63,16 +75,24 @@ def main() -> None:
         help="torch.compile; default: peft_baseline.py's",
     )
     add_rounds(parser, 2)
-    parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), default="smollm2")
+    parser.add_argument(
+        "--architecture", choices=tuple(ARCHITECTURES), default="smollm2"
+    )
     options = parser.parse_args()
     batch, seq = options.shape.split("x")
     work = ["--dtype", options.dtype, "--batch", batch, "--seq", seq]
     work += ["--architecture", options.architecture]
-    extra = ["--bf16-mode", options.bf16_mode, *(["--checkpointing"] if options.checkpointing else [])]
+    extra = [
+        "--bf16-mode",
+        options.bf16_mode,
+        *(["--checkpointing"] if options.checkpointing else []),
+    ]
     if options.peft_compile is not None:
         extra.append("--compile" if options.peft_compile else "--no-compile")
     ours = ["--method", "nalora", "--compilation-cache"]
-    ours += ["--remat", "full"] if options.checkpointing else []  # both rematerialize layers
+    ours += (
+        ["--remat", "full"] if options.checkpointing else []
+    )  # both rematerialize layers
 
     def commands(steps: int) -> dict[str, list[str]]:
         return {

@@ -1,12 +1,16 @@
-"""A GRPO step against TRL's GRPOTrainer on torch: same random weights, prompts, samples and rewards.
+"""A GRPO step against TRL's GRPOTrainer on torch: same random weights, prompts, samples and
+rewards.
 
     python benchmarks/versus_trl.py --rounds 2 --steps 4          # needs the extra "bench"
-    python benchmarks/versus_trl.py --trl-dtype float32 --add      # additional rounds, TRL in float32
+    python benchmarks/versus_trl.py --trl-dtype float32 --add      # additional rounds, TRL in
+    float32
 
-Processes alternate in random order. TRL runs --steps timed steps of 8 prompts x 8 samples x 24 new tokens, this library
-ten, one of which is logged (the default), with the divergence from the base. tokens/s
-counts the sampled tokens of a whole step: rollout, rewards and update. CPU seconds are comparable on a busy machine,
-wall seconds only by the ratio of alternating processes. Memory is the peak of the whole process.
+Processes alternate in random order. TRL runs --steps timed steps of 8 prompts x 8 samples x 24 new
+tokens, this library ten, one of which is logged (the default), with the divergence from the base.
+tokens/s
+counts the sampled tokens of a whole step: rollout, rewards and update. CPU seconds are comparable
+on a busy machine, wall seconds only by the ratio of alternating processes. Memory is the peak of
+the whole process.
 """
 
 from __future__ import annotations
@@ -40,7 +44,10 @@ SIDES = ("nalora_jax", "trl")
 def prompts(count: int) -> list[str]:
     """Returns prompts of ``LENGTH`` words, each of which is a token."""
     vocab = ARCHITECTURES["smollm2"]["vocab_size"]
-    return [" ".join(f"w{7919 * (LENGTH * i + j) % vocab}" for j in range(LENGTH)) for i in range(count)]
+    return [
+        " ".join(f"w{7919 * (LENGTH * i + j) % vocab}" for j in range(LENGTH))
+        for i in range(count)
+    ]
 
 
 def write_model(folder: Path) -> None:
@@ -69,7 +76,10 @@ class Clock:
 
     def record(self, steps: int, **more: Any) -> dict[str, Any]:
         """Returns the figures of the last ``steps`` steps."""
-        wall, busy = ([b - a for a, b in itertools.pairwise(x)][-steps:] for x in (self.wall, self.busy))
+        wall, busy = (
+            [b - a for a, b in itertools.pairwise(x)][-steps:]
+            for x in (self.wall, self.busy)
+        )
         tokens = PROMPTS * SAMPLES * LIMIT
         return {
             "seconds": wall,
@@ -81,7 +91,8 @@ class Clock:
 
 
 def ours(folder: Path) -> dict[str, Any]:
-    """Returns the figures of a run of this library, with each step's share of time outside of its two programs."""
+    """Returns the figures of a run of this library, with each step's share of time outside of its
+    two programs."""
     import jax
 
     from nalora_jax import RunConfig, run
@@ -90,7 +101,9 @@ def ours(folder: Path) -> dict[str, Any]:
     from nalora_jax.train.kinds.rl import RolloutStep
     from nalora_jax.train.rewards import register_reward
 
-    register_reward("remainder")(lambda prompt, completion, record: float(len(completion) % 5))
+    register_reward("remainder")(
+        lambda prompt, completion, record: float(len(completion) % 5)
+    )
     clock, sampling, inside = Clock(), [0.0], []
     plain, plain_step = rollout.sample_groups, RolloutStep.__call__
 
@@ -108,7 +121,11 @@ def ours(folder: Path) -> dict[str, Any]:
 
     rollout.sample_groups, RolloutStep.__call__ = sample_groups, step  # type: ignore[method-assign]
     data = folder / "prompts.jsonl"
-    data.write_text("".join(json.dumps({"prompt": p, "completion": " w2"}) + "\n" for p in prompts(400)))
+    data.write_text(
+        "".join(
+            json.dumps({"prompt": p, "completion": " w2"}) + "\n" for p in prompts(400)
+        )
+    )
     config = RunConfig(
         model=str(folder),
         output=str(Path(tempfile.mkdtemp()) / "run"),
@@ -118,7 +135,9 @@ def ours(folder: Path) -> dict[str, Any]:
         optimizer=c.OptimizerConfig(learning_rate=1e-5),
         data=c.DataConfig(dataset=str(data), eval_limit=2),
         rl=c.RLConfig(rewards=("remainder",), samples=SAMPLES, max_new_tokens=LIMIT),
-        train=c.TrainConfig(batch_size=PROMPTS * SAMPLES, log_every=LOGGED, eval_every=0, save_every=0),
+        train=c.TrainConfig(
+            batch_size=PROMPTS * SAMPLES, log_every=LOGGED, eval_every=0, save_every=0
+        ),
         compute=c.ComputeConfig(dtype="bfloat16"),
     )
     run(config)
@@ -158,10 +177,14 @@ def theirs(folder: Path, steps: int, dtype: str) -> dict[str, Any]:
     targets = ["gate_proj", "up_proj", "down_proj"]
     trainer = GRPOTrainer(
         model=str(folder),
-        reward_funcs=lambda completions, **_: [float(len(text) % 5) for text in completions],
+        reward_funcs=lambda completions, **_: [
+            float(len(text) % 5) for text in completions
+        ],
         args=settings,
         train_dataset=Dataset.from_dict({"prompt": prompts(400)}),
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"
+        ),
         callbacks=[Listener()],
     )
     trainer.train()
@@ -171,9 +194,15 @@ def theirs(folder: Path, steps: int, dtype: str) -> dict[str, Any]:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--side", choices=SIDES, help="run one process on --model")
-    parser.add_argument("--model", type=Path, help="folder of random weights; default: a new one")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of TRL, after one")
-    parser.add_argument("--trl-dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--model", type=Path, help="folder of random weights; default: a new one"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=4, help="timed steps of TRL, after one"
+    )
+    parser.add_argument(
+        "--trl-dtype", choices=("bfloat16", "float32"), default="bfloat16"
+    )
     add_rounds(parser, 2)
     options = parser.parse_args()
     if options.side:
@@ -184,7 +213,14 @@ def main() -> None:
     folder = options.model or Path(tempfile.mkdtemp()) / "model"
     if not folder.exists():
         write_model(folder)
-    more = ("--model", folder, "--steps", options.steps, "--trl-dtype", options.trl_dtype)
+    more = (
+        "--model",
+        folder,
+        "--steps",
+        options.steps,
+        "--trl-dtype",
+        options.trl_dtype,
+    )
     commands = {side: script("versus_trl.py", "--side", side, *more) for side in SIDES}
     case = f"{PROMPTS} prompts x {SAMPLES} samples x {LIMIT} tokens, TRL in {options.trl_dtype}"
     (result,) = compare("versus_trl", case, commands, options)["cases"].values()
@@ -194,7 +230,9 @@ def main() -> None:
         "memory, MB": ("peak_rss_mb", 0),
     }
     rows = [
-        compared(what, *(values(result["runs"][side], key) for side in SIDES), digits=digits)
+        compared(
+            what, *(values(result["runs"][side], key) for side in SIDES), digits=digits
+        )
         for what, (key, digits) in columns.items()
     ]
     print(markdown((case, *SIDES, "ratio"), rows))

@@ -7,7 +7,8 @@ Cost: about 600 MB of weights; with the text tower frozen a step of 32 images is
 the image tower.
 
     nalora train --config configs/clip_few_shot.py --output runs/eurosat
-    nalora train --config configs/clip_few_shot.py --output runs/dtd --data.dataset tfds:dtd --data.eval-split test
+    nalora train --config configs/clip_few_shot.py --output runs/dtd --data.dataset tfds:dtd
+    --data.eval-split test
 
 Needs `pip install 'nalora_jax[vision]'`. To train both towers: --lora.rules "ffn:8" "attn:8".
 """
@@ -43,5 +44,7 @@ def config() -> RunConfig:
             workers=4,
         ),
         train=TrainConfig(batch_size=32, eval_every=100, save_every=100, log_every=10),
-        vision=VisionConfig("classify", shots=16, templates=("a centered satellite photo of {}.",)),
+        vision=VisionConfig(
+            "classify", shots=16, templates=("a centered satellite photo of {}.",)
+        ),
     )

@@ -12,12 +12,20 @@ Command: python train.py --config configs/commonsense_llama_8b.py
 
 It needs the extras cuda and datasets. To evaluate each task:
 
-    nalora eval runs/commonsense_llama --tasks boolq,piqa,socialiqa,hellaswag,winogrande,arc_easy,arc_challenge
+    nalora eval runs/commonsense_llama --tasks
+    boolq,piqa,socialiqa,hellaswag,winogrande,arc_easy,arc_challenge
 """
 
 from __future__ import annotations
 
-from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, OptimizerConfig, RunConfig, TrainConfig
+from nalora_jax.config import (
+    DataConfig,
+    LoRAConfig,
+    LoRARule,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 
 def config() -> RunConfig:
@@ -26,7 +34,9 @@ def config() -> RunConfig:
         model="meta-llama/Llama-3.1-8B",
         output="runs/commonsense_llama",
         epochs=3.0,
-        lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", rank=32, alpha=64.0),)),
+        lora=LoRAConfig(
+            rules=(LoRARule("ffn/(gate|up|down)_proj", rank=32, alpha=64.0),)
+        ),
         optimizer=OptimizerConfig(learning_rate=3e-4),
         data=DataConfig(dataset="hf:zwhe99/commonsense_170k", max_length=512),
         train=TrainConfig(batch_size=16, eval_every=1000, save_every=1000),

@@ -9,7 +9,8 @@ Other tasks: boolq, piqa, socialiqa, hellaswag, arc_challenge, openbookqa, winog
 also as <task>_mc, which lists the choices in the prompt and expects a letter. Long prompts (boolq)
 need longer rows:
 
-    python train.py --config configs/commonsense_smollm2.py --data.dataset boolq --data.max-length 384 \
+    python train.py --config configs/commonsense_smollm2.py --data.dataset boolq --data.max-length
+    384 \
         --output runs/boolq
 """
 
@@ -21,5 +22,7 @@ from nalora_jax.config import DataConfig, RunConfig
 def config() -> RunConfig:
     """Returns the settings for ARC-Easy, whose test split is not used."""
     return RunConfig(
-        output="runs/arc_easy", steps=200, data=DataConfig(dataset="arc_easy", eval_limit=0, max_length=128)
+        output="runs/arc_easy",
+        steps=200,
+        data=DataConfig(dataset="arc_easy", eval_limit=0, max_length=128),
     )

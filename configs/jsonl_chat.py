@@ -7,7 +7,8 @@ Command: python train.py --config configs/jsonl_chat.py --data.dataset chats.jso
 
 Each line of the file is one conversation:
 
-    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello! How can I help?"}]}
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello! How
+    can I help?"}]}
 
 The last twentieth of the file is held out.
 """
@@ -19,7 +20,10 @@ from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, RunConfig
 
 def config() -> RunConfig:
     """Returns the settings: adapters on feed-forward and attention, 300 steps."""
-    rules = (LoRARule("ffn/(gate|up|down)_proj", rank=16), LoRARule("attn/(q|v)_proj", rank=8))
+    rules = (
+        LoRARule("ffn/(gate|up|down)_proj", rank=16),
+        LoRARule("attn/(q|v)_proj", rank=8),
+    )
     data = DataConfig(
         dataset="chats.jsonl",
         train_split="train[:95%]",
@@ -29,4 +33,6 @@ def config() -> RunConfig:
         too_long="truncate",
         chat=True,
     )
-    return RunConfig(output="runs/chat", steps=300, lora=LoRAConfig(rules=rules), data=data)
+    return RunConfig(
+        output="runs/chat", steps=300, lora=LoRAConfig(rules=rules), data=data
+    )

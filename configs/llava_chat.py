@@ -46,7 +46,9 @@ def config() -> RunConfig:
             chat=True,
             workers=4,
         ),
-        train=TrainConfig(batch_size=16, accumulate=4, eval_every=100, save_every=100, log_every=10),
+        train=TrainConfig(
+            batch_size=16, accumulate=4, eval_every=100, save_every=100, log_every=10
+        ),
         compute=ComputeConfig(remat="full"),
         vision=VisionConfig("chat"),
     )

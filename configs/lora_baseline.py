@@ -13,4 +13,6 @@ from nalora_jax.config import DataConfig, RunConfig
 
 def config() -> RunConfig:
     """Returns the main job without mechanisms."""
-    return RunConfig(output="runs/lora", data=DataConfig(max_length=128)).without_mechanisms()
+    return RunConfig(
+        output="runs/lora", data=DataConfig(max_length=128)
+    ).without_mechanisms()

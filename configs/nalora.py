@@ -14,4 +14,6 @@ from nalora_jax.config import DataConfig, RunConfig
 def config() -> RunConfig:
     """Returns the main job with a soft squared slope mask and the step scale by homogeneity."""
     data = DataConfig(max_length=128)
-    return RunConfig(output="runs/nalora", data=data, mechanisms=("soft:power=2", "homogeneity"))
+    return RunConfig(
+        output="runs/nalora", data=data, mechanisms=("soft:power=2", "homogeneity")
+    )

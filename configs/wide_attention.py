@@ -13,8 +13,14 @@ from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, RunConfig
 
 def config() -> RunConfig:
     """Returns the settings: rank 16 on gates, 8 on the block's other modules, 4 on attention."""
-    rules = (LoRARule("gate_proj", rank=16), LoRARule("ffn/", rank=8), LoRARule("attn/", rank=4))
+    rules = (
+        LoRARule("gate_proj", rank=16),
+        LoRARule("ffn/", rank=8),
+        LoRARule("attn/", rank=4),
+    )
     data = DataConfig(max_length=128)
     return RunConfig(
-        output="runs/wide", lora=LoRAConfig(rules=rules, rslora=True, plus_ratio=4.0), data=data
+        output="runs/wide",
+        lora=LoRAConfig(rules=rules, rslora=True, plus_ratio=4.0),
+        data=data,
     )

@@ -1,7 +1,9 @@
-"""Writes docs/parity.md: every family against transformers, by the measurements of tests/models/test_families.py.
+"""Writes docs/parity.md: every family against transformers, by the measurements of
+tests/models/test_families.py.
 
 python docs/make_parity.py            # minutes; needs the extra `test`
-python docs/make_parity.py --missing  # measures only models that the page, of the same versions, does not have
+python docs/make_parity.py --missing  # measures only models that the page, of the same versions,
+does not have
 """
 
 from __future__ import annotations
@@ -95,17 +97,26 @@ def main() -> None:
     import torch
     import transformers
 
-    versions = {module.__name__: module.__version__ for module in (jax, torch, transformers)}
-    page, path = HEAD.format(tolerance=tests.TOLERANCE, **versions), ROOT / "docs/parity.md"
+    versions = {
+        module.__name__: module.__version__ for module in (jax, torch, transformers)
+    }
+    page, path = (
+        HEAD.format(tolerance=tests.TOLERANCE, **versions),
+        ROOT / "docs/parity.md",
+    )
     measured = []
     if sys.argv[1:] == ["--missing"]:
         former = path.read_text(encoding="utf-8")
         if not former.startswith(page):
-            raise SystemExit(f"{path} was measured with other versions: measure all models")
+            raise SystemExit(
+                f"{path} was measured with other versions: measure all models"
+            )
         measured = former.splitlines(keepends=True)
     for case in tests.CASES:
         start = f"| {case.family} | {case.features} |"
-        page += next((line for line in measured if line.startswith(start)), "") or row(tests, case)
+        page += next((line for line in measured if line.startswith(start)), "") or row(
+            tests, case
+        )
         print(page.rsplit("\n", 2)[1], flush=True)
     path.write_text(page + names() + TAIL, encoding="utf-8")
 

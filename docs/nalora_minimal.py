@@ -1,8 +1,9 @@
-"""NA-LoRA on one page: a tiny gated Transformer, LoRA, the channel statistics, three rules, training.
+"""NA-LoRA on one page: a tiny gated Transformer, LoRA, the channel statistics, three rules,
+training.
 
 This file needs only jax and optax and is not used by the library. Its functions have the
-same names as in `nalora_jax.method`, and its rules the same names as in `--mechanisms`. Over 12 steps in
-float32 its updates equal the library's (tests/test_change_one_thing.py).
+same names as in `nalora_jax.method`, and its rules the same names as in `--mechanisms`. Over 12
+steps in float32 its updates equal the library's (tests/test_change_one_thing.py).
 Run it: python docs/nalora_minimal.py
 
 Shapes: B rows, T tokens, D model width, F feed-forward width, L layers, R rank, V vocabulary.
@@ -39,8 +40,8 @@ drho = lambda z: rho(z) * (1 - rho(z))  # noqa: E731
 phi = lambda z: rho(z) * z  # noqa: E731
 dphi = lambda z: rho(z) + z * drho(z)  # noqa: E731
 
-# phi'(z0) = 0, and h(z) = z phi'(z) / phi(z) is within 0.05 of 1 above z1. They cut the line into the
-# regions inverted, contracting, expanding and linear.
+# phi'(z0) = 0, and h(z) = z phi'(z) / phi(z) is within 0.05 of 1 above z1. They cut the line into
+# the regions inverted, contracting, expanding and linear.
 Z0, Z1 = -1.2784645, 4.4853354
 
 
@@ -84,7 +85,8 @@ def gated_mlp(p, lora, x, scale, mask):
 def channel_statistics(z, z_base, dz):
     """Returns means over tokens, [F] each and [4, F] for the occupancy of the regions."""
     mean = functools.partial(jnp.mean, axis=(0, 1))
-    # phi(z + dz) - phi(z) = F + S. The excess X = S - z rho'(z) dz is what the gradient does not see.
+    # phi(z + dz) - phi(z) = F + S. The excess X = S - z rho'(z) dz is what the gradient does not
+    # see.
     selection = (rho(z_base + dz) - rho(z_base)) * (z_base + dz)
     excess = selection - z_base * drho(z_base) * dz
     regions = (z < Z0, (z >= Z0) & (z < 0), (z >= 0) & (z < Z1), z >= Z1)
@@ -93,7 +95,9 @@ def channel_statistics(z, z_base, dz):
         "occupancy": jnp.stack([mean(region.astype(z.dtype)) for region in regions]),
         "excess": mean(jnp.abs(excess)),
         "response": mean(jnp.abs(dphi(z_base) * dz)),
-        "feature": mean(jnp.abs(rho(z_base) * dz)),  # misalignment of a channel: E|S| / E|F|
+        "feature": mean(
+            jnp.abs(rho(z_base) * dz)
+        ),  # misalignment of a channel: E|S| / E|F|
         "selection": mean(jnp.abs(selection)),
     }
 
@@ -119,7 +123,9 @@ def homogeneity_scale(occupancy, gains=(0.5, 0.75, 1.0, 1.0)):
 def curvature_cap(excess, response, tau=0.1):
     """The default: shorter steps where the response of the update is no longer linear."""
     responds = (excess > 0) & (response > 0)
-    return jnp.where(responds, jnp.minimum(1, tau * response / jnp.where(responds, excess, 1)), 1)
+    return jnp.where(
+        responds, jnp.minimum(1, tau * response / jnp.where(responds, excess, 1)), 1
+    )
 
 
 def equalized(factor):
@@ -171,9 +177,13 @@ def loss_and_statistics(lora, params, tokens, masks, config):
 
     def layer(x, inputs):
         p, adapters, mask = inputs
-        x = x + attention(p["attn"], rms_norm(x, p["attn_norm"]["scale"], config.eps), config)
+        x = x + attention(
+            p["attn"], rms_norm(x, p["attn_norm"]["scale"], config.eps), config
+        )
         normed = rms_norm(x, p["ffn_norm"]["scale"], config.eps)
-        y, stats = gated_mlp(p["ffn"], adapters["ffn"], normed, config.alpha / config.rank, mask)
+        y, stats = gated_mlp(
+            p["ffn"], adapters["ffn"], normed, config.alpha / config.rank, mask
+        )
         return x + y, stats
 
     embedding = params["embed"]["embedding"]
@@ -202,7 +212,8 @@ def init_state(lora, optimizer, config):
 
 
 def train_step(params, state, tokens, optimizer, config):
-    """Returns the next state and the loss; the factors come from the averages of the steps before."""
+    """Returns the next state and the loss; the factors come from the averages of the steps
+    before."""
     factor, mask = channel_factors(state.averages, state.step, config)
     gradient = jax.value_and_grad(loss_and_statistics, has_aux=True)
     (loss, stats), grads = gradient(state.lora, params, tokens, mask, config)
@@ -213,7 +224,9 @@ def train_step(params, state, tokens, optimizer, config):
     lora = optax.apply_updates(state.lora, updates)
     # Bias-corrected exponential moving averages.
     rate = (1 - config.decay) / (1 - config.decay ** (state.step + 1))
-    averages = jax.tree.map(lambda old, new: old + rate * (new - old), state.averages, stats)
+    averages = jax.tree.map(
+        lambda old, new: old + rate * (new - old), state.averages, stats
+    )
     return State(state.step + 1, lora, opt_state, averages), loss
 
 
@@ -237,7 +250,10 @@ def init(key, config):
         "final_norm": {"scale": jnp.ones(c.d_model)},
     }
     adapters = {
-        name: {"a": normal(c.layers, d_in, c.rank), "b": jnp.zeros((c.layers, c.rank, d_out))}
+        name: {
+            "a": normal(c.layers, d_in, c.rank),
+            "b": jnp.zeros((c.layers, c.rank, d_out)),
+        }
         for name, (d_in, d_out) in widths.items()
     }
     return params, {"layers": {"ffn": adapters}}
@@ -252,5 +268,7 @@ if __name__ == "__main__":
     tokens = jax.random.randint(jax.random.key(1), (8, 33), 0, config.vocab)
     for i in range(60):
         state, loss = step(params, state, tokens)
-        misalignment = state.averages["selection"].sum(-1) / state.averages["feature"].sum(-1)
+        misalignment = state.averages["selection"].sum(-1) / state.averages[
+            "feature"
+        ].sum(-1)
         print(f"step {i:3}: loss {loss:.3f}, misalignment of each layer {misalignment}")

@@ -30,9 +30,21 @@ with epy.lazy_api_imports(globals()):
     from nalora_jax.method.adapt import adapt, merge_nnx
     from nalora_jax.method.ffn import GatedFFN
     from nalora_jax.method.low_rank import low_rank
-    from nalora_jax.method.rules import CurvatureCap, HardMask, HomogeneityStep, SoftMask, SquaredMask
+    from nalora_jax.method.rules import (
+        CurvatureCap,
+        HardMask,
+        HomogeneityStep,
+        SoftMask,
+        SquaredMask,
+    )
     from nalora_jax.method.statistics import observe, token_weights
-    from nalora_jax.method.transform import gate_leaves, make_mechanisms, masks, nalora, scale_by_gates
+    from nalora_jax.method.transform import (
+        gate_leaves,
+        make_mechanisms,
+        masks,
+        nalora,
+        scale_by_gates,
+    )
     from nalora_jax.study.sweeps.run import SweepResult, sweep
     from nalora_jax.train.adapted import AdaptedModel, load
     from nalora_jax.train.run import RunResult

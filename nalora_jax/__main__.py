@@ -17,7 +17,13 @@ from collections.abc import Callable, Sequence
 
 from nalora_jax.common import notes, terminal
 from nalora_jax.common.redaction import redacted
-from nalora_jax.errors import Interrupted, ListedError, LostPeerError, NaloraError, visible
+from nalora_jax.errors import (
+    Interrupted,
+    ListedError,
+    LostPeerError,
+    NaloraError,
+    visible,
+)
 
 # Error codes that are caused by the machine or a path, not by the library.
 _MACHINE = (
@@ -41,11 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words is None:
         words = sys.argv[1:]
     terminal.open_closed_streams()
-    # Imports and tracing make millions of objects and little garbage: a seventh of the time to a first step.
+    # Imports and tracing make millions of objects and little garbage: a seventh of the time to a
+    # first step.
     gc.set_threshold(100_000, 10, 10)
 
     def run() -> None:
-        from nalora_jax.cli.command import execute  # after the terminal's streams are open
+        from nalora_jax.cli.command import (
+            execute,
+        )  # after the terminal's streams are open
 
         execute(_take_log_format(words))
 
@@ -67,7 +76,9 @@ def guarded(run: Callable[[], None]) -> int:
     except LostPeerError as error:
         _fail(str(error))
         sys.stdout.flush()
-        os._exit(error.status)  # a normal exit from JAX's group would wait for the lost processes
+        os._exit(
+            error.status
+        )  # a normal exit from JAX's group would wait for the lost processes
     except ListedError as error:
         return _fail(*str(error).splitlines())
     except NaloraError as error:
@@ -103,12 +114,18 @@ def _jax_complaint(error: Exception) -> str | None:
         return str(error)  # it names the variable
     if module != "jax._src.xla_bridge":
         return None
-    reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "its plugin is not installed"
+    reason = (
+        str(error).partition(" (set JAX_PLATFORMS")[0] or "its plugin is not installed"
+    )
     platforms = os.environ.get("JAX_PLATFORMS", "any platform")
-    where, expected = "JAX_PLATFORMS", "a platform with a device on this machine"
+    where = "JAX_PLATFORMS"
+    expected = "a platform with a device on this machine"
     return str(
         NaloraError(
-            where, expected=expected, found=f"{platforms} ({reason})", remedy="unset it, or use cpu"
+            where,
+            expected=expected,
+            found=f"{platforms} ({reason})",
+            remedy="unset it, or use cpu",
         )
     )
 
@@ -116,7 +133,9 @@ def _jax_complaint(error: Exception) -> str | None:
 def _fail(*lines: str) -> int:
     message = redacted(visible("\n  ".join(" ".join(line.split()) for line in lines)))
     print(
-        json.dumps({"level": "ERROR", "message": message}) if notes.as_json() else f"error: {message}",
+        json.dumps({"level": "ERROR", "message": message})
+        if notes.as_json()
+        else f"error: {message}",
         file=sys.stderr,
     )
     return 2
@@ -133,7 +152,10 @@ def _take_log_format(argv: Sequence[str]) -> list[str]:
         if word != "--log-format" and not word.startswith("--log-format="):
             remaining.append(word)
             continue
-        log_format = word.partition("=")[2] if "=" in word else next(words, "nothing")
+        if "=" in word:
+            log_format = word.partition("=")[2]
+        else:
+            log_format = next(words, "nothing")
         if log_format not in ("text", "json"):
             raise NaloraError("--log-format", expected="text or json", found=log_format)
         os.environ[notes.LOG_FORMAT] = log_format

@@ -7,9 +7,11 @@ from signal import Signals
 
 # Limit of a message in bytes; it may quote a file of any size.
 MAX_MESSAGE = 2000
-# Characters that act on a terminal instead of being shown: controls (ESC, BEL, NUL), line separators, and marks that
-# change the direction of the text after them. Newlines and tabs stay.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# Characters that act on a terminal instead of being shown: controls (ESC, BEL, NUL), line
+# separators, and marks that change the direction of the text after them. Newlines and tabs stay.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
 
 
 class NaloraError(ValueError):
@@ -22,15 +24,21 @@ class NaloraError(ValueError):
       remedy: advice.
 
     Example:
-      >>> raise NaloraError("--lora.dropout", expected="a number in [0, 1)", found=1, remedy="use e.g. 0.5")
+      >>> raise NaloraError("--lora.dropout", expected="a number in [0, 1)", found=1, remedy="use
+      e.g. 0.5")
       NaloraError: --lora.dropout: expected a number in [0, 1), found 1; use e.g. 0.5
 
-    A message has at most 2 kB: longer parts lose their middle. Control characters are escaped. The command line prints
-    it without a traceback and exits with status 2.
+    A message has at most 2 kB: longer parts lose their middle. Control characters are escaped. The
+    command line prints it without a traceback and exits with status 2.
     """
 
-    def __init__(self, where: str, *, expected: object, found: object, remedy: str = "") -> None:
-        self.where, self.expected, self.found, self.remedy = where, expected, found, remedy
+    def __init__(
+        self, where: str, *, expected: object, found: object, remedy: str = ""
+    ) -> None:
+        self.where = where
+        self.expected = expected
+        self.found = found
+        self.remedy = remedy
         place, expectation, actual, advice = _bounded(
             [_text(text) for text in (where, expected, found, remedy)]
         )
@@ -43,11 +51,13 @@ class ListedError(NaloraError):
 
 
 class TrainingDivergedError(NaloraError):
-    """The loss, an adapter or a moment became NaN or infinite; the checkpoints of earlier steps are kept."""
+    """The loss, an adapter or a moment became NaN or infinite; the checkpoints of earlier steps are
+    kept."""
 
 
 class LostPeerError(NaloraError):
-    """Another process of a multi-host run ended; the command line exits with `status`, which schedulers restart."""
+    """Another process of a multi-host run ended; the command line exits with `status`, which
+    schedulers restart."""
 
     status = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
@@ -61,11 +71,13 @@ class Interrupted(KeyboardInterrupt):
       resume: advice on resuming, for the message.
 
     Attributes:
-      status: the process's exit status, 128 + the signal's number by convention (130, 143), after which schedulers
-        restart a process.
+      status: the process's exit status, 128 + the signal's number by convention (130, 143), after
+        which schedulers restart a process.
     """
 
-    def __init__(self, signal: Signals, saved: int | None = None, resume: str = "") -> None:
+    def __init__(
+        self, signal: Signals, saved: int | None = None, resume: str = ""
+    ) -> None:
         self.signal, self.saved, self.status = signal, saved, 128 + int(signal)
         parts = [f"interrupted by {signal.name}"]
         if saved is not None:
@@ -87,13 +99,16 @@ def shorten(text: str, limit: int) -> str:
 
 
 def visible(text: str) -> str:
-    """Returns ``text`` with an escape for each character that a terminal acts on and for each lone surrogate.
+    """Returns ``text`` with an escape for each character that a terminal acts on and for each lone
+    surrogate.
 
     Example:
       >>> visible("\x1b[31mred")
       '\\x1b[31mred'
     """
-    escaped = _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    escaped = _UNSAFE.sub(
+        lambda match: match[0].encode("unicode_escape").decode(), text
+    )
     return escaped.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -110,7 +125,8 @@ def described(error: BaseException) -> str:
 
 
 def bounded_text(text: object) -> str:
-    """Returns ``text`` with at most `MAX_MESSAGE` bytes, safe to print; a longer text loses its middle."""
+    """Returns ``text`` with at most `MAX_MESSAGE` bytes, safe to print; a longer text loses its
+    middle."""
     (line,) = _bounded([_text(text)])
     return line
 
@@ -119,7 +135,9 @@ def _text(value: object) -> str:
     """Returns ``value`` as text that is safe to print."""
     try:
         text = str(value)
-    except Exception as error:  # e.g. an integer of 5,000 digits, or an error of the user's code
+    except (
+        Exception
+    ) as error:  # e.g. an integer of 5,000 digits, or an error of the user's code
         text = f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
     return visible(shorten(text, MAX_MESSAGE))
 

@@ -20,14 +20,17 @@ from tests import xla_options
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_options.flags(8)}"
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
-    # Threads of XLA's CPU client. By default one per device: where two collectives of one program do not depend on
-    # each other, devices may wait in different ones until no thread is left to finish either.
+    # Threads of XLA's CPU client. By default one per device: where two collectives of one program
+    # do not depend on each other, devices may wait in different ones until no thread is left to
+    # finish either.
     "NPROC": "32",
-    # A program that one test has compiled is read by the others, in whichever process they run. Not a small one: its
-    # compression takes 3 ms, and on average it is read no faster than it is compiled.
+    # A program that one test has compiled is read by the others, in whichever process they run. Not
+    # a small one: its compression takes 3 ms, and on average it is read no faster than it is
+    #   compiled.
     "JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/nalora-tests-{os.getpid()}",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
-    # Lines of source for each operation of a program would take 6% of the time of a test that compiles.
+    # Lines of source for each operation of a program would take 6% of the time of a test that
+    # compiles.
     "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
 } | os.environ
 
@@ -39,15 +42,18 @@ if TYPE_CHECKING:
     from nalora_jax.ops.dispatch import Numerics
 
 gc.disable()  # until all tests are imported
-# Without bytecode each process compiles the package and the asserts of all tests anew: 6 CPU seconds.
+# Without bytecode each process compiles the package and the asserts of all tests anew: 6 CPU
+# seconds.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# Before a test replaces the table of implementations; others find it when their first operation runs.
+# Before a test replaces the table of implementations; others find it when their first operation
+# runs.
 HAS_CPU = importlib.util.find_spec("nalora_jax.cpu") is not None
 if HAS_CPU:
     importlib.import_module("nalora_jax.cpu")
 
-# By default an example of 200 ms fails, and ten that take a second to draw: on a busy machine any does.
+# By default an example of 200 ms fails, and ten that take a second to draw: on a busy machine any
+# does.
 BUSY = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("shared machine", **BUSY)
 hypothesis.settings.load_profile("shared machine")
@@ -58,10 +64,13 @@ jax.config.update("jax_disable_most_optimizations", True)  # also while tests ar
 # Files and markers about packages that are no part of the extra `test`.
 FILES_OF = {"trl": "train/test_preference_trl.py"}
 MISSING = {
-    package for package in (*FILES_OF, "lm_eval", "tunix") if importlib.util.find_spec(package) is None
+    package
+    for package in (*FILES_OF, "lm_eval", "tunix")
+    if importlib.util.find_spec(package) is None
 }
 collect_ignore = [file for package, file in FILES_OF.items() if package in MISSING]
-# Files that take longest begin first, the longest of all at once: for whichever comes last, the other processes wait.
+# Files that take longest begin first, the longest of all at once: for whichever comes last, the
+# other processes wait.
 LONGEST = (
     "test_families.py", "test_mesh.py", "test_run.py", "test_run_rewards.py", "test_context.py", "test_docs_code.py",
     "test_run_images.py", "test_program.py", "test_prefill.py", "test_step.py", "test_decoder.py",
@@ -76,7 +85,8 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Files in the order above: by itself pytest-xdist begins with those of most tests, and the longest have few."""
+    """Files in the order above: by itself pytest-xdist begins with those of most tests, and the
+    longest have few."""
     config.option.loadscopereorder = False
 
 
@@ -87,10 +97,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out (visibly, as deselected) what has no package here or was not asked for; orders the others."""
+    """Leaves out (visibly, as deselected) what has no package here or was not asked for; orders the
+    others."""
     wanted = [item for item in items if not MISSING & {mark.name for mark in item.iter_markers()}]
     if config.getoption("first_of_each"):
-        wanted = list({item.nodeid.partition("[")[0]: item for item in reversed(wanted)}.values())[::-1]
+        wanted = list({item.nodeid.partition("[")[0]: item for item in reversed(wanted)}.values())[
+            ::-1
+        ]
     if left_out := set(items) - set(wanted):
         config.hook.pytest_deselected(items=list(left_out))
     place = {name: i for i, name in enumerate(LONGEST)}
@@ -98,7 +111,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Collects garbage seldom: what is imported by now stays, and JAX's traces are many objects of a short life."""
+    """Collects garbage seldom: what is imported by now stays, and JAX's traces are many objects of
+    a short life."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
@@ -114,7 +128,8 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _seconds() -> Iterator[None]:
-    """Runs need not collect garbage after they compiled (0.5 s), nor a new NALORA_CACHE the CPU kernels (15 s)."""
+    """Runs need not collect garbage after they compiled (0.5 s), nor a new NALORA_CACHE the CPU
+    kernels (15 s)."""
     from nalora_jax.common.downloads import cache_dir
 
     folder = cache_dir()
@@ -127,7 +142,8 @@ def _seconds() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _module(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A module's programs are optimised only if it is marked; reports have pictures only in the tests of reports.
+    """A module's programs are optimised only if it is marked; reports have pictures only in the
+    tests of reports.
 
     Programs are freed at its end: each holds maps of memory, of which a process may have 65,530.
     """
@@ -141,8 +157,11 @@ def _module(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(params=["xla", *(["cpu", "cpu without kernels"] if HAS_CPU else [])])
-def numerics(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Numerics]:
-    """Makes the numerics of a dtype, in every implementation that the machine has, for a program on one device."""
+def numerics(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Numerics]:
+    """Makes the numerics of a dtype, in every implementation that the machine has, for a program on
+    one device."""
     from nalora_jax.ops.dispatch import numerics_for
 
     name, _, without = request.param.partition(" without ")
@@ -161,12 +180,17 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from nalora_jax.layout import distributed
 
     make = distributed.make_mesh
-    monkeypatch.setattr(distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:1]))
+    monkeypatch.setattr(
+        distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:1])
+    )
 
 
 @pytest.fixture
-def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[tuple[str, str]]]]:
-    """An emulator that gcsfs takes for Google's store: its objects, and the path and range of each request."""
+def google(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Any, list[tuple[str, str]]]]:
+    """An emulator that gcsfs takes for Google's store: its objects, and the path and range of each
+    request."""
     from nalora_jax.common import buckets
     from tests import emulator
 
@@ -184,12 +208,15 @@ def make_in_session(name: str, factory: pytest.TempPathFactory) -> Callable[...,
     pytest.importorskip("transformers")
     from tests import seeing
 
-    return lambda family, **changes: getattr(seeing, name)(factory.mktemp(family), family, **changes)
+    return lambda family, **changes: getattr(seeing, name)(
+        factory.mktemp(family), family, **changes
+    )
 
 
 @pytest.fixture(scope="session")
 def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes folders of tiny dual encoders: ``dual_folder("clip", vision={...}, text={...}, ...)``."""
+    """Makes folders of tiny dual encoders: ``dual_folder("clip", vision={...}, text={...},
+    ...)``."""
     return make_in_session("make_dual", tmp_path_factory)
 
 
@@ -204,5 +231,6 @@ def tower_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 
 @pytest.fixture(scope="session")
 def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes folders of tiny decoders that see: ``seeing_folder("llava", vision={...}, text={...}, ...)``."""
+    """Makes folders of tiny decoders that see: ``seeing_folder("llava", vision={...}, text={...},
+    ...)``."""
     return make_in_session("make_seeing", tmp_path_factory)

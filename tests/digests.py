@@ -1,13 +1,15 @@
-"""Digests of the adapters of fixed runs, and their comparison with another checkout on the same machine.
+"""Digests of the adapters of fixed runs, and their comparison with another checkout on the same
+machine.
 
     python -m tests.digests                            # a line for each run
-    python -m tests.digests --against ../other         # the same runs in both; exits with 1 if an adapter differs
-    python -m tests.digests text dpo --devices 8       # some of them
+    python -m tests.digests --against ../other         # the same runs in both; exits with 1 if an
+    adapter differs python -m tests.digests text dpo --devices 8       # some of them
 
-A change that moves code must leave every adapter equal. One that reorders additions may change the last bits: then the
-largest relative difference of an update, ||dW - dW'|| / ||dW'||, is printed. Runs are started by command line, on
-models and data that are written once for both checkouts, so modules may move between them. Each checkout has its own
-cache, in which only downloads are shared. Digests depend on the machine: compare checkouts, not machines.
+A change that moves code must leave every adapter equal. One that reorders additions may change the
+last bits: then the largest relative difference of an update, ||dW - dW'|| / ||dW'||, is printed.
+Runs are started by command line, on models and data that are written once for both checkouts, so
+modules may move between them. Each checkout has its own cache, in which only downloads are shared.
+Digests depend on the machine: compare checkouts, not machines.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ RUNS = {
 def write_inputs(folder: Path) -> None:
     """Writes tiny random models as transformers saves them, and data for each kind of run."""
     tiny.make_model(folder / "llama")
-    questions = map(json.loads, tiny.make_questions(folder / "questions.jsonl").read_text().splitlines())
+    questions = map(
+        json.loads, tiny.make_questions(folder / "questions.jsonl").read_text().splitlines()
+    )
     pairs = [
         json.dumps({"prompt": one["prompt"], "chosen": " z", "rejected": f" {one['choices'][0]}"})
         for one in questions
@@ -88,11 +92,18 @@ def train(checkout: Path, name: str, inputs: Path, scratch: Path, devices: int) 
             (cache / folder).symlink_to(cache_dir() / folder)
     output = Path(tempfile.mkdtemp(dir=scratch)) / "run"
     flags, on_eight = RUNS[name]
-    command = [str(checkout / "train.py"), *flags.format(inputs=inputs).split(), "--output", str(output)]
+    command = [
+        str(checkout / "train.py"),
+        *flags.format(inputs=inputs).split(),
+        "--output",
+        str(output),
+    ]
     command += on_eight.split() if devices == 8 else ["--mesh.data", "1"]
     variables = {"NALORA_CACHE": str(cache), "PYTHONPATH": str(checkout), "NPROC": "32"}
     variables["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(name != "main"))
-    ((status, _, error),) = tiny.finish(tiny.start(command, devices=devices, **variables), timeout=3600)
+    ((status, _, error),) = tiny.finish(
+        tiny.start(command, devices=devices, **variables), timeout=3600
+    )
     if status:
         raise SystemExit(f"{' '.join(command)}\nended with {status}:\n{error[-4000:]}")
     folders = sorted(path.parent for path in output.rglob("adapter/adapter_model.safetensors"))
@@ -118,16 +129,24 @@ def updates(adapter: Path) -> dict[str, np.ndarray]:
 
 
 def difference(adapter: Path, other: Path) -> str:
-    """Returns "equal", or what differs: settings, tensors, or the largest relative difference of an update."""
-    settings, others = (json.loads((one / "adapter_config.json").read_text()) for one in (adapter, other))
+    """Returns "equal", or what differs: settings, tensors, or the largest relative difference of an
+    update."""
+    settings, others = (
+        json.loads((one / "adapter_config.json").read_text()) for one in (adapter, other)
+    )
     names = sorted({*settings, *others})
     notes = [f"{name} differs" for name in names if settings.get(name) != others.get(name)]
     if digest(adapter) != digest(other):
         first, second = updates(adapter), updates(other)
-        if {name: x.shape for name, x in first.items()} != {name: x.shape for name, x in second.items()}:
+        if {name: x.shape for name, x in first.items()} != {
+            name: x.shape for name, x in second.items()
+        }:
             return "; ".join([*notes, "other tensors"])
         norm = np.linalg.norm
-        far = {name: norm(x - second[name]) / max(norm(second[name]), 1e-30) for name, x in first.items()}
+        far = {
+            name: norm(x - second[name]) / max(norm(second[name]), 1e-30)
+            for name, x in first.items()
+        }
         name = max(far, key=far.__getitem__)
         notes.append(f"updates differ by up to {far[name]:.2e} ({name})")
     return "; ".join(notes) or "equal"
@@ -149,7 +168,9 @@ def main() -> int:
         parser.error(f"{checkouts[-1]}: expected a checkout of this repository, found no train.py")
     differ = False
     with tempfile.TemporaryDirectory(prefix="nalora-digests-") as root:
-        inputs, *places = (Path(root) / name for name in ("inputs", "here", "there")[: 1 + len(checkouts)])
+        inputs, *places = (
+            Path(root) / name for name in ("inputs", "here", "there")[: 1 + len(checkouts)]
+        )
         for folder in (inputs, *places):
             folder.mkdir()
         write_inputs(inputs)
@@ -163,7 +184,9 @@ def main() -> int:
                     line = f"{name:6} {devices} device{'s'[: devices > 1]:1}  {digest(adapter)}"
                     for adapters in there:
                         verdict = (
-                            difference(adapter, adapters[part]) if part in adapters else "missing there"
+                            difference(adapter, adapters[part])
+                            if part in adapters
+                            else "missing there"
                         )
                         differ |= verdict != "equal"
                         line += f"  {verdict}"

@@ -20,7 +20,9 @@ from gcp_storage_emulator.server import Request, RequestHandler, Response, Route
 from gcp_storage_emulator.storage import Storage
 
 # As Google answers whoever has no credentials.
-MESSAGE = "Anonymous caller does not have storage.objects.get access to the Google Cloud Storage object."
+MESSAGE = (
+    "Anonymous caller does not have storage.objects.get access to the Google Cloud Storage object."
+)
 REFUSAL = json.dumps({"error": {"code": HTTPStatus.UNAUTHORIZED, "message": MESSAGE}}).encode()
 
 
@@ -47,9 +49,10 @@ class Server(ThreadingHTTPServer):
 def honour_generations(monkeypatch: pytest.MonkeyPatch) -> None:
     """The store answers with generations, and refuses by them, as Google's does.
 
-    TensorStore's manifests are written with ``ifGenerationMatch`` and read again with ``ifGenerationNotMatch``. The
-    emulator knows neither: a manifest that had not changed was sent whole, without a generation, and now and then the
-    writer waited for ever.
+    TensorStore's manifests are written with ``ifGenerationMatch`` and read again with
+    ``ifGenerationNotMatch``. The
+    emulator knows neither: a manifest that had not changed was sent whole, without a generation,
+    and now and then the writer waited for ever.
     """
     download = objects.download
 
@@ -97,7 +100,9 @@ def stored(held: Storage, folder: str) -> dict[str, bytes]:
 
 
 @contextmanager
-def emulator(folder: Path, requests: list[tuple[str, str]] | None = None) -> Iterator[tuple[Storage, str]]:
+def emulator(
+    folder: Path, requests: list[tuple[str, str]] | None = None
+) -> Iterator[tuple[Storage, str]]:
     """The objects of the emulator, with an empty bucket "bucket", and its address.
 
     Args:

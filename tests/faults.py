@@ -1,9 +1,10 @@
-"""What happens to a run when something breaks: each fault is made many times; docs/checkpoints.md gets the outcomes.
+"""What happens to a run when something breaks: each fault is made many times; docs/checkpoints.md
+gets the outcomes.
 
     python -m tests.faults --times 5        # some 10 minutes on two cores
 
-A run that was interrupted and continued is "identical" where its adapter files have the bytes of a run left alone.
-What should not be is said in capitals; exits with status 1 where something was.
+A run that was interrupted and continued is "identical" where its adapter files have the bytes of a
+run left alone. What should not be is said in capitals; exits with status 1 where something was.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from tests import tiny
 PAGE = Path(__file__).parent.parent / "docs" / "checkpoints.md"
 BEGIN, END = "<!-- faults: python -m tests.faults -->", "<!-- end of faults -->"
 STEPS = 40
-# Imported by a run with rewards: ends the process a given time after a given call of a phase has begun.
+# Imported by a run with rewards: ends the process a given time after a given call of a phase has
+#   begun.
 KILLER = """
 import itertools, os, signal, threading
 from functools import partial
@@ -69,7 +71,8 @@ rl.RolloutStep, rl.Sampler = Step, partial(rl.Sampler, rows=4)  # a prompt in ea
 rollout.sample_groups = dying(rollout.sample_groups, "rollout")
 checkpoint.Checkpointer.save = dying(checkpoint.Checkpointer.save, "save")
 """
-# Calls of each phase in such a run of 12 steps, 6 rollouts of 4 prompts with 4 samples, and 4 checkpoints.
+# Calls of each phase in such a run of 12 steps, 6 rollouts of 4 prompts with 4 samples, and 4
+# checkpoints.
 CALLS = {"rollout": 24, "reward": 100, "update": 12, "save": 4}
 REWARDED: dict[str, Any] = {
     "rl": RLConfig(rewards=("letters",), samples=4, max_new_tokens=6, updates=2),
@@ -97,13 +100,15 @@ class Place:
         return process
 
     def new_run(self, **changes: Any) -> RunConfig:
-        """The settings of another run, which takes itself up where there is something to take up."""
+        """The settings of another run, which takes itself up where there is something to take
+        up."""
         self.count += 1
         output = str(self.folder / f"run-{self.count}")
         return replace(self.config, output=output, resume="auto", **changes)
 
     def verdict(self, kind: str, config: RunConfig, *files: str) -> str:
-        """Continues the run and compares ``files`` with those of a run of its kind that was left alone."""
+        """Continues the run and compares ``files`` with those of a run of its kind that was left
+        alone."""
         if kind not in self.alone:
             whole = replace(config, output=str(self.folder / kind))
             assert tiny.finish([self.start(whole)])[0][0] == 0
@@ -144,7 +149,8 @@ def terminated(place: Place, rng: random.Random) -> str:
 
 
 def rewards(place: Place, rng: random.Random) -> str:
-    """SIGKILL in a rollout, reward, update or save of a run with rewards, then the same command again"""
+    """SIGKILL in a rollout, reward, update or save of a run with rewards, then the same command
+    again"""
     config = place.new_run(**REWARDED, data=replace(place.config.data, max_length=0))
     phase = rng.choice(list(CALLS))
     fault = f"{phase} {rng.randrange(1, CALLS[phase])} {rng.random() / 50}"
@@ -173,7 +179,9 @@ def main() -> int:
             if fault.__name__ not in given.only:
                 continue
             rng = random.Random(0)
-            outcomes = Counter(" ".join(fault(place, rng).split()) for _ in range(given.times * factor))
+            outcomes = Counter(
+                " ".join(fault(place, rng).split()) for _ in range(given.times * factor)
+            )
             told = "; ".join(f"{count}: {outcome}" for outcome, count in outcomes.most_common())
             key = f"| {fault.__doc__}"
             rows[key] = f"{key} | {given.times * factor} | {told} |"

@@ -35,7 +35,11 @@ def taps_of(module: Any, names: tuple[str, ...] = statistics.STANDARD) -> dict[s
 
 
 def observed(
-    module: Any, variables: Any, *args: Any, names: tuple[str, ...] = statistics.STANDARD, **options: Any
+    module: Any,
+    variables: Any,
+    *args: Any,
+    names: tuple[str, ...] = statistics.STANDARD,
+    **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Returns the output of a call and the statistics of its blocks; the output has no gradient."""
 

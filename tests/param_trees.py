@@ -1,4 +1,5 @@
-"""Complete parameter trees of small models from tensors in memory, and back, by the library's key maps; their sizes."""
+"""Complete parameter trees of small models from tensors in memory, and back, by the library's key
+maps; their sizes."""
 
 from __future__ import annotations
 
@@ -48,7 +49,10 @@ def scaled_noise(config: ModelConfig, path: str, noise: jax.Array) -> jax.Array:
 
 
 def params_from_tensors(
-    config: ModelConfig, get_tensor: Callable[[str], Any], source: Source = "hf", dtype: Any = np.float32
+    config: ModelConfig,
+    get_tensor: Callable[[str], Any],
+    source: Source = "hf",
+    dtype: Any = np.float32,
 ) -> dict[str, Any]:
     """A model's parameter tree; ``get_tensor`` returns tensors by canonical name."""
     return _tree(keymap_for(config, source), param_shapes(config), get_tensor, dtype)
@@ -64,7 +68,9 @@ def tensors_from_params(
         yield tensor.name, joined.reshape(tensor.shape)
 
 
-def encoder_params(config: DualConfig | EncoderConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def encoder_params(
+    config: DualConfig | EncoderConfig, tensors: Mapping[str, Any]
+) -> dict[str, Any]:
     """An encoder's parameter tree, of tensors by the file's names."""
     keymap = keymap_for(config)
     shapes = {name: tuple(np.shape(value)) for name, value in tensors.items()}
@@ -73,7 +79,10 @@ def encoder_params(config: DualConfig | EncoderConfig, tensors: Mapping[str, Any
 
 
 def _tree(
-    keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]], get_tensor: Callable[[str], Any], dtype: Any
+    keymap: KeyMap,
+    shapes: Mapping[str, tuple[int, ...]],
+    get_tensor: Callable[[str], Any],
+    dtype: Any,
 ) -> dict[str, Any]:
     leaves = {path: np.zeros(shape, dtype) for path, shape in shapes.items()}
     for tensor in keymap.tensors:
@@ -110,6 +119,8 @@ def quantize_params(params: Any, kind: Kind, pattern: str | None = None) -> dict
     def of_leaf(path: str, leaf: jax.Array) -> Any:
         if not re.search(pattern or kernels(kind), path):
             return leaf
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *(quantized(layer, kind) for layer in leaf))
+        return jax.tree.map(
+            lambda *parts: jnp.stack(parts), *(quantized(layer, kind) for layer in leaf)
+        )
 
     return map_named(of_leaf, params)

@@ -1,4 +1,5 @@
-"""Tiny models that see, with random weights, as transformers saves them, and conversations about coloured squares."""
+"""Tiny models that see, with random weights, as transformers saves them, and conversations about
+coloured squares."""
 
 from __future__ import annotations
 
@@ -16,12 +17,43 @@ from tests import tiny
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 QUESTION = "What colour is this?"
 SQUARE = {"height": 16, "width": 16}
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-WORDS = ["[PAD]", "[UNK]", "[EOS]", "[CLS]", "a", "photo", "of", "the", "red", "green", "blue", "square"]
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[EOS]",
+    "[CLS]",
+    "a",
+    "photo",
+    "of",
+    "the",
+    "red",
+    "green",
+    "blue",
+    "square",
+]
 WORDS += ["circle", "cross", "dress", "bag", "boot"]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<start_of_image>", "<end_of_image>"]
 SPECIAL += ["<end_of_turn>", "<start_of_turn>"]
-CHAT_WORDS = [*SPECIAL, " ", "\n", "\n\n", "\n\n\n", ":", ".", "?", "USER", "ASSISTANT", "user", "model"]
+CHAT_WORDS = [
+    *SPECIAL,
+    " ",
+    "\n",
+    "\n\n",
+    "\n\n\n",
+    ":",
+    ".",
+    "?",
+    "USER",
+    "ASSISTANT",
+    "user",
+    "model",
+]
 CHAT_WORDS += [*WORDS[4:13], "What", "colour", "is", "this", "Describe", "image"]
 # The chat templates of llava-hf/llava-1.5-7b-hf and, without its system turn, google/gemma-3-4b-it.
 TEMPLATES = Path(__file__).parent / "data" / "images" / "templates"
@@ -37,9 +69,14 @@ def _tokenizer(words: list[str], template: str, split: str | None = None, **sett
     import transformers
 
     vocabulary = {word: i for i, word in enumerate(words)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=settings["unk_token"]))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(vocabulary, unk_token=settings["unk_token"])
+    )
     if split is None:
-        backend.normalizer, backend.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+        backend.normalizer, backend.pre_tokenizer = (
+            normalizers.Lowercase(),
+            pre_tokenizers.Whitespace(),
+        )
     else:
         backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(split), "isolated")
         backend.decoder = decoders.Fuse()
@@ -66,7 +103,8 @@ def _save(make: Callable[[], Any], folder: Path) -> Path:
 def make_dual(
     folder: Path, family: str, *, vision: dict | None = None, text: dict | None = None, **top: Any
 ) -> Path:
-    """A dual encoder: model, tokenizer, processor. ``make_dual(folder, "clip", vision={"hidden_act": "gelu"})``."""
+    """A dual encoder: model, tokenizer, processor. ``make_dual(folder, "clip",
+    vision={"hidden_act": "gelu"})``."""
     import transformers
 
     ids = {"pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 2}
@@ -108,14 +146,29 @@ def make_towers(folder: Path) -> tuple[Path, Path]:
 def make_seeing(
     folder: Path, family: str, *, vision: dict | None = None, text: dict | None = None, **top: Any
 ) -> Path:
-    """A decoder that sees: model, tokenizer, chat template, image processor. Tokens are words and white space."""
+    """A decoder that sees: model, tokenizer, chat template, image processor. Tokens are words and
+    white space."""
     import transformers
 
     image = SIZES | {"num_hidden_layers": 3, "image_size": 16, "patch_size": 4, **(vision or {})}
-    words = SIZES | {"hidden_size": 24, "intermediate_size": 40, "num_key_value_heads": 2, "vocab_size": 48}
-    words |= {"max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    words = SIZES | {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_key_value_heads": 2,
+        "vocab_size": 48,
+    }
+    words |= {
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     top = {"image_token_index": SPECIAL.index("<image>"), **top}
-    names = {"image_token": "<image>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    names = {
+        "image_token": "<image>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+    }
     tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokens |= {"additional_special_tokens": SPECIAL[4:], "extra_special_tokens": names}
     own = _tokenizer(CHAT_WORDS, "<s> $A", r"\w+|\n+|[^\w\n]", model_max_length=256, **tokens)
@@ -143,7 +196,9 @@ def make_seeing(
         indices |= {"eoi_token_index": SPECIAL.index("<end_of_image>"), "mm_tokens_per_image": 4}
         config = transformers.Gemma3Config(vision_config=seen, text_config=read, **indices | top)
         processor = transformers.Gemma3Processor(
-            transformers.models.gemma3.image_processing_pil_gemma3.Gemma3ImageProcessorPil(size=SQUARE),
+            transformers.models.gemma3.image_processing_pil_gemma3.Gemma3ImageProcessorPil(
+                size=SQUARE
+            ),
             own,
             chat_template=(TEMPLATES / f"{family}.jinja").read_text(),
             image_seq_length=4,
@@ -159,10 +214,16 @@ def make_chats(folder: Path, damaged: str = "") -> Path:
     for name in [f"{colour}{i}" for i in range(16) for colour in COLOURS]:
         image, answer = f"{name}.png", f"{name.rstrip('0123456789')} square."
         if len(lines) % 2:
-            turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answer}]
+            turns = [
+                {"from": "human", "value": f"<image>\n{QUESTION}"},
+                {"from": "gpt", "value": answer},
+            ]
             lines.append({"image": image, "conversations": turns})
         else:
-            parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": QUESTION}]
+            parts = [
+                {"type": "image_url", "image_url": {"url": image}},
+                {"type": "text", "text": QUESTION},
+            ]
             turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
             lines.append({"messages": turns})
     path = folder / "chats.jsonl"

@@ -1,4 +1,5 @@
-"""Pages of code that trains: each worked change is a whole file outside the package, and the library on one page."""
+"""Pages of code that trains: each worked change is a whole file outside the package, and the
+library on one page."""
 
 from __future__ import annotations
 
@@ -76,7 +77,9 @@ def train(base: ModelConfig, *mechanisms: str, steps: int = 3) -> tuple[Any, dic
 def test_an_activation(use: Any) -> None:
     use("softer")
     softer, z = activations.get("softer"), np.linspace(-8, 8, 101)
-    np.testing.assert_allclose(softer.phi(jnp.float32(z)), z * special.expit(z / 2), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        softer.phi(jnp.float32(z)), z * special.expit(z / 2), rtol=1e-5, atol=1e-6
+    )
     part = activations.partition("softer")
     # phi(z) = 2 silu(z / 2), so that the cuts are twice those of SiLU.
     np.testing.assert_allclose([part.z0, part.z1], [2 * -1.2785, 2 * 4.485], rtol=1e-3)
@@ -94,7 +97,9 @@ def test_an_activation(use: Any) -> None:
         ("silu", "a name that is free"),
     ],
 )
-def test_an_activation_whose_derivative_is_wrong_is_refused(use: Any, name: str, message: str) -> None:
+def test_an_activation_whose_derivative_is_wrong_is_refused(
+    use: Any, name: str, message: str
+) -> None:
     with pytest.raises(NaloraError, match=message):
         activations.register_activation(name)(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
 
@@ -124,13 +129,17 @@ def test_the_command_of_the_page_trains_with_the_rule(use, tmp_path, monkeypatch
     (tmp_path / "loud.py").write_text(FILES["loud"] + "# changed\n")
     monkeypatch.setattr(imports, "_IMPORTED", {})
     rules.MECHANISMS._values.pop("loud")
-    with pytest.raises(NaloraError, match=r"expected the settings that it was made with: imports.0 = "):
+    with pytest.raises(
+        NaloraError, match=r"expected the settings that it was made with: imports.0 = "
+    ):
         command.execute(["train", "--import", "loud.py", "--resume", "runs/loud", "--steps", "3"])
 
 
 def test_a_mechanism_with_a_cotangent_statistic(use: Any) -> None:
     use("early")
-    state, metrics = train(ModelConfig.from_hf(LLAMA), "early:share=0.5,warmup=1", "delta:q=1,warmup=1")
+    state, metrics = train(
+        ModelConfig.from_hf(LLAMA), "early:share=0.5,warmup=1", "delta:q=1,warmup=1"
+    )
     memory = state.gate.memory["early"]["layers/ffn"]["early"]
     assert memory.shape == (2, 24)
     assert np.all(np.asarray(memory) > 0)
@@ -160,27 +169,44 @@ def test_a_data_source(use: Any) -> None:
     held_out = sources.open_source(cfg.DataConfig(dataset="sums"), "validation")
     sources.check_disjoint(opened, held_out)
     assert (len(held_out), held_out[0]["prompt"]) == (100, "10000 + 0 =")
-    assert opened.fingerprint != sources.open_source(cfg.DataConfig(dataset="sums:41"), "train").fingerprint
+    assert (
+        opened.fingerprint
+        != sources.open_source(cfg.DataConfig(dataset="sums:41"), "train").fingerprint
+    )
 
 
 # docs/nalora_minimal.py trains as the library does.
 STEPS, ROWS, TOKENS, RATE, WARMUP = 12, 4, 17, 4e-3, 3
 
 
-def library_adapters(page: Any, rule: str, params: Any, lora: Any, batches: list[np.ndarray]) -> Any:
+def library_adapters(
+    page: Any, rule: str, params: Any, lora: Any, batches: list[np.ndarray]
+) -> Any:
     """Returns the adapters after training with the library, in float32 with plain XLA."""
     config = cfg.RunConfig(
         lora=cfg.LoRAConfig(rules=(cfg.LoRARule("ffn/", page.rank, page.alpha),)),
         optimizer=cfg.OptimizerConfig(learning_rate=RATE, schedule="constant", warmup_share=0.0),
         train=cfg.TrainConfig(batch_size=ROWS),
         steps=STEPS,
-        compute=cfg.ComputeConfig(dtype="float32", implementation="xla", stats_stride=1, probe_stride=1),
+        compute=cfg.ComputeConfig(
+            dtype="float32", implementation="xla", stats_stride=1, probe_stride=1
+        ),
         mechanisms=(f"{rule}:warmup={WARMUP}",),
     )
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
     sizes = (page.vocab, page.d_model, page.d_ff, page.layers, page.heads)
     fields = tiny.HF | dict(zip(names, sizes, strict=True))
-    fields |= {"num_key_value_heads": page.heads, "rope_theta": page.rope_theta, "rms_norm_eps": page.eps}
+    fields |= {
+        "num_key_value_heads": page.heads,
+        "rope_theta": page.rope_theta,
+        "rms_norm_eps": page.eps,
+    }
     assembly = assemble(config, ModelConfig.from_hf(fields), params, tiny.one_device())
     state = assembly.begin(jax.tree.map(jnp.array, lora), 0)
     for tokens in batches:
@@ -191,7 +217,9 @@ def library_adapters(page: Any, rule: str, params: Any, lora: Any, batches: list
 
 
 @pytest.mark.parametrize("rule", ["squared", "homogeneity", "curvature_cap"])
-def test_the_page_makes_the_updates_of_the_library(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+def test_the_page_makes_the_updates_of_the_library(
+    monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
     monkeypatch.syspath_prepend(str(DOCS))
     minimal = importlib.import_module("nalora_minimal")
     page = minimal.Config(rule=rule, warmup=WARMUP)

@@ -1,5 +1,6 @@
-"""Every block of code on every page, executed: Python as it stands, on a tiny model where a page says a large one;
-commands parsed and their settings checked; data read; configs loaded. Pages are listed, and links lead somewhere."""
+"""Every block of code on every page, executed: Python as it stands, on a tiny model where a page
+says a large one; commands parsed and their settings checked; data read; configs loaded. Pages are
+listed, and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -35,10 +36,13 @@ from nalora_jax.models import family
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
-DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+DOCS = {
+    path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
+}
 PAGES = [*(ROOT / "docs" / name for name in DOCS), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
-# What else than commands of this library the pages tell people to type; the second half is executed in tests/deploy.
+# What else than commands of this library the pages tell people to type; the second half is executed
+# in tests/deploy.
 OTHERS = {
     "pip", "hf", "export", "gcloud", "printf", "pre-commit", ".ci/run", "python3", ".", "jupyter", "git",
     "deploy/tpu_pod.sh", "sbatch", "kubectl", "docker", "python3.11", "~/nalora/bin/pip", "ssh-keygen", "ssh-add",
@@ -57,7 +61,9 @@ def test_links_and_paths_of_pages_lead_somewhere() -> None:
     text = "\n".join(DOCS.values())
     for target in re.findall(r"\]\(([\w./-]+\.md)(?:#[\w-]+)?\)", text):
         assert (ROOT / "docs" / target).exists(), target
-    for path in re.findall(r"`((?:nalora_jax|configs|benchmarks|studies|tests|deploy)/[\w./-]*\w)`", text):
+    for path in re.findall(
+        r"`((?:nalora_jax|configs|benchmarks|studies|tests|deploy)/[\w./-]*\w)`", text
+    ):
         deleted = path.startswith(("nalora_jax/cpu", "tests/cpu")) and not tiny.HAS_CPU  # it may be
         assert deleted or (ROOT / path).exists() or (ROOT / f"{path}.py").exists(), path
 
@@ -68,12 +74,16 @@ def test_the_reference_has_all_that_packages_export() -> None:
     for package in map(importlib.import_module, ("nalora_jax", "nalora_jax.evaluate.generate")):
         for name in package.__all__:
             value = getattr(package, name)
-            assert value in sources or any(getattr(one, name, None) is value for one in sources), name
+            assert value in sources or any(getattr(one, name, None) is value for one in sources), (
+                name
+            )
 
 
 def test_errors_of_the_troubleshooting_page_are_errors_of_this_library() -> None:
     """Each heading is a part of a message that some module really raises."""
-    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "nalora_jax").rglob("*.py"))
+    source = "\n".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "nalora_jax").rglob("*.py")
+    )
     source = re.sub(r'"\s*\n\s*f?"', "", source)
     headings = re.findall(r"^## `(.+)`$", DOCS["troubleshooting.md"], re.MULTILINE)
     assert len(headings) > 8
@@ -101,7 +111,9 @@ def read_blocks(path: Path) -> Iterator[Block]:
         return
     fences = r"^```(\w*)(?: title=\"([^\"]*)\")?\n(.*?)^```$"
     for found in re.finditer(fences, text, re.MULTILINE | re.DOTALL):
-        yield Block(path.name, text[: found.start()].count("\n") + 1, found[1], found[2] or "", found[3])
+        yield Block(
+            path.name, text[: found.start()].count("\n") + 1, found[1], found[2] or "", found[3]
+        )
     for found in re.finditer(r"^    (?:nalora|pip|python) .*\n", text, re.MULTILINE):
         yield Block(path.name, text[: found.start()].count("\n") + 1, "sh", "", found[0].strip())
 
@@ -111,11 +123,18 @@ BLOCKS = [block for path in (*PAGES, *NOTEBOOKS) for block in read_blocks(path)]
 
 def test_every_block_is_of_a_kind_that_is_executed() -> None:
     fences = sum(path.read_text(encoding="utf-8").count("\n```") for path in PAGES)
-    fenced = [block for block in BLOCKS if block.text.endswith("\n") and not block.page.endswith(".ipynb")]
+    fenced = [
+        block for block in BLOCKS if block.text.endswith("\n") and not block.page.endswith(".ipynb")
+    ]
     assert fences == 2 * len(fenced), "a fence that is not understood"
-    unknown = [block for block in BLOCKS if block.language not in ("python", "sh", "json", "yaml", "toml")]
-    assert [block.text.split("  =")[0] for block in unknown] == ["phi(z + dz) - phi(z)"]  # a formula
-    # These have tests of their own, in test_change_one_thing.py, method/test_adapt.py and train/test_rewards.py.
+    unknown = [
+        block for block in BLOCKS if block.language not in ("python", "sh", "json", "yaml", "toml")
+    ]
+    assert [block.text.split("  =")[0] for block in unknown] == [
+        "phi(z + dz) - phi(z)"
+    ]  # a formula
+    # These have tests of their own, in test_change_one_thing.py, method/test_adapt.py and
+    # train/test_rewards.py.
     assert {block.page for block in BLOCKS if block.title} == {
         "change_one_thing.md",
         "own_models.md",
@@ -182,7 +201,9 @@ def check_command(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "block", [one for one in BLOCKS if one.language in ("json", "yaml", "toml")], ids=lambda one: one.page
+    "block",
+    [one for one in BLOCKS if one.language in ("json", "yaml", "toml")],
+    ids=lambda one: one.page,
 )
 def test_records_settings_and_entry_points_of_pages_are_read(block: Block, tmp_path: Path) -> None:
     if block.language == "json":
@@ -205,12 +226,18 @@ def test_records_settings_and_entry_points_of_pages_are_read(block: Block, tmp_p
             assert {"task", "doc_to_text", "doc_to_target", "metric_list"} <= keys
     else:
         activations.get("silu")  # registers the built-in activations
-        registries = (rules.MECHANISMS, statistics.TABLE, activations.ACTIVATIONS, family.REGISTERED)
+        registries = (
+            rules.MECHANISMS,
+            statistics.TABLE,
+            activations.ACTIVATIONS,
+            family.REGISTERED,
+        )
         known = {registry._group for registry in (*registries, sources._OPENERS)}
         assert set(tomllib.loads(block.text)["project"]["entry-points"]) <= known
 
 
-# What a page's code takes from the reader, by page; tests/data/test_sources.py prepares a real TFDS data set.
+# What a page's code takes from the reader, by page; tests/data/test_sources.py prepares a real TFDS
+# data set.
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "checkpoints.md": lambda: {
         "model": SimpleNamespace(fingerprint="0" * 8),
@@ -221,7 +248,9 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "data.md": lambda: {"Builder": create_autospec(tensorflow_datasets.core.GeneratorBasedBuilder)},
     "quick_start.md": lambda: {
-        "my_records": [{"prompt": f"{a} {b}", "completion": " z"} for a in "abcdefgh" for b in "ijklmnop"]
+        "my_records": [
+            {"prompt": f"{a} {b}", "completion": " z"} for a in "abcdefgh" for b in "ijklmnop"
+        ]
     },
 }
 Execute = Callable[..., dict[str, Any]]
@@ -237,7 +266,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def execute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Execute:
-    """Executes all Python of a page in one namespace, in order, in a folder of its own, with everything small."""
+    """Executes all Python of a page in one namespace, in order, in a folder of its own, with
+    everything small."""
     small, whole = tiny.make_config(folder), nalora_jax.run
 
     def small_run(config: RunConfig, *, data: Any = None, **more: Any) -> Any:
@@ -261,7 +291,9 @@ def execute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Execute:
     return execute
 
 
-def test_the_callback_of_the_page_listens(execute: Execute, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_callback_of_the_page_listens(
+    execute: Execute, capsys: pytest.CaptureFixture[str]
+) -> None:
     best = execute("change_one_thing.md")["Best"]
     assert re.search(r"step \d: \d\.\d{3} is the best so far", capsys.readouterr().out)
     assert best.lowest == float("inf")
@@ -285,7 +317,9 @@ def test_data_from_python_and_new_tokens_in_transformers(execute: Execute) -> No
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT
-def test_the_quick_start_generates_and_its_adapter_is_served_by_peft(execute, folder, monkeypatch, capsys):
+def test_the_quick_start_generates_and_its_adapter_is_served_by_peft(
+    execute, folder, monkeypatch, capsys
+):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     assert execute("quick_start.md")["result"].adapter == Path("runs/mine/adapter")
     assert re.search(r"^\['.*'\]$", capsys.readouterr().out, re.MULTILINE)
@@ -294,7 +328,9 @@ def test_the_quick_start_generates_and_its_adapter_is_served_by_peft(execute, fo
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", local)
     served = execute("serving.md", place="quick_start")["peft_model"]
     assert isinstance(served, peft.PeftModel)
-    assert any(float(p.abs().max()) > 0 for name, p in served.named_parameters() if "lora_B" in name)
+    assert any(
+        float(p.abs().max()) > 0 for name, p in served.named_parameters() if "lora_B" in name
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,4 +1,5 @@
-"""A disk that is really full, under all that is written: one error that names the file, nothing half-written."""
+"""A disk that is really full, under all that is written: one error that names the file, nothing
+half-written."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ WIDE = tiny.HF | {"hidden_size": 64, "intermediate_size": 256}  # a model of som
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder in which 192 kB fit: a file system of that size; without the right to mount one, files of that size."""
+    """A folder in which 192 kB fit: a file system of that size; without the right to mount one,
+    files of that size."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", str(folder)]

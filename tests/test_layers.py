@@ -45,11 +45,13 @@ def modules() -> dict[str, Module]:
     """The modules by dotted name, packages with ``.__init__``, without builders of data sets."""
     paths = [path for path in ROOT.rglob("*.py") if "builders" not in path.parts]
     return {
-        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts): _read(path) for path in sorted(paths)
+        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts): _read(path)
+        for path in sorted(paths)
     }
 
 
-# From the top to the bottom: a module imports its own room and rooms after it. Only `cli` knows that there is a room
+# From the top to the bottom: a module imports its own room and rooms after it. Only `cli` knows
+#   that there is a room
 # for CPUs: what it implements is registered.
 ORDER = (
     "cli", "cpu", "study", "report", "train", "evaluate", "weights", "layout", "data", "models", "method", "ops",
@@ -69,8 +71,8 @@ def test_imports_point_downwards(modules: dict[str, Module]) -> None:
     assert upward == set()
 
 
-# Names in two rooms: `cpu` implements operations under their names, and a subcommand's function has the
-# subcommand's name.
+# Names in two rooms: `cpu` implements operations under their names, and a subcommand's function has
+# the subcommand's name.
 SUBCOMMANDS = {"from_peft", "merge"}
 
 
@@ -88,7 +90,8 @@ def test_no_name_is_defined_in_two_rooms(modules: dict[str, Module]) -> None:
     assert several == {}
 
 
-# Attributes of devices, which mean different things on different platforms: read in one module alone.
+# Attributes of devices, which mean different things on different platforms: read in one module
+# alone.
 DEVICE_READS = re.compile(
     r"\.(coords|core_on_chip|device_kind|fabric_uuid|local_hardware_id|memory_stats|partition_index|slice_index)\b"
     r"|(?<!jax)\.process_index\b|device\w*(\[\d+\])?\.platform\b"
@@ -100,13 +103,21 @@ def test_devices_are_read_in_one_module(modules: dict[str, Module]) -> None:
     assert [name for name, one in modules.items() if DEVICE_READS.search(one.source)] == [
         "nalora_jax.common.devices"
     ]
-    for example in ("d.slice_index", "devices[0].platform", 'getattr(x, "coords", 0)', "d.process_index"):
+    for example in (
+        "d.slice_index",
+        "devices[0].platform",
+        'getattr(x, "coords", 0)',
+        "d.process_index",
+    ):
         assert DEVICE_READS.search(example), example
     assert not DEVICE_READS.search("jax.process_index()")
 
 
 # Modules, lines and longest chain of imports: of the way alone, and with the kind for text.
-BOUNDS = {"nalora_jax.train.run": (76, 17_800, 15), "nalora_jax.train.kinds.text": (122, 28_500, 15)}
+BOUNDS = {
+    "nalora_jax.train.run": (76, 17_800, 15),
+    "nalora_jax.train.kinds.text": (122, 28_500, 15),
+}
 AROUND = re.compile(
     r"^nalora_jax\.(cli|study|report|cpu|data\.images|models\.(families|vision|moe|experts|routing)|weights\.(base|gguf|card)"
     r"|evaluate\.(generate|images|preference)|train\.(start|initial_adapter|cards|dual|kinds\.(images|preference|dual|rl)))\b"

@@ -1,4 +1,5 @@
-"""The package's front door: what `import nalora_jax` offers, and errors: complete, bounded and of one line."""
+"""The package's front door: what `import nalora_jax` offers, and errors: complete, bounded and of
+one line."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ def test_what_is_imported_brings_nothing_heavy_along_and_hides_no_name():
 def test_every_name_of_the_package_can_be_imported_and_generate_names_its_options():
     for name in nalora_jax.__all__:
         assert getattr(nalora_jax, name).__name__ == name
-    assert {name for name in config.__all__ if name.endswith(("Config", "Rule"))} <= set(nalora_jax.__all__)
+    assert {name for name in config.__all__ if name.endswith(("Config", "Rule"))} <= set(
+        nalora_jax.__all__
+    )
     options = [field.name for field in dataclasses.fields(Settings)]
     for name in ("generate", "complete", "stream"):
         method = getattr(nalora_jax.Generator, name)

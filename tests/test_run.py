@@ -1,4 +1,5 @@
-"""Whole runs on a tiny model: what they leave, how they stop and resume, adapters, long rows, and what is refused."""
+"""Whole runs on a tiny model: what they leave, how they stop and resume, adapters, long rows, and
+what is refused."""
 
 from __future__ import annotations
 
@@ -90,7 +91,9 @@ def copied(config: cfg.RunConfig, folder: Path) -> cfg.RunConfig:
     return replace(config, output=str(shutil.copytree(config.output, folder)), resume=True)
 
 
-def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[cfg.RunConfig, Any]) -> None:
+def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(
+    finished: tuple[cfg.RunConfig, Any],
+) -> None:
     config, result = finished
     assert result.after["loss"] < 0.8 * result.before["loss"]
     modes = {path.name: path.stat().st_mode & 0o777 for path in result.adapter.iterdir()}
@@ -141,10 +144,13 @@ def test_an_evaluation_file_that_was_edited_is_found_when_the_run_goes_on(stoppe
     text = questions.read_text()
     lines = text.splitlines(keepends=True)
     cut = len(lines) * 8 // 10  # of them are trained on
-    questions.write_text("".join(lines[:cut]) + "".join(lines[cut:]).replace('"gold": 1', '"gold": 0'))
+    questions.write_text(
+        "".join(lines[:cut]) + "".join(lines[cut:]).replace('"gold": 1', '"gold": 0')
+    )
     try:
         with pytest.raises(
-            NaloraError, match="--data.eval-split: expected the questions .*evaluation data has changed"
+            NaloraError,
+            match="--data.eval-split: expected the questions .*evaluation data has changed",
         ):
             nalora_run.run(copied(stopped, tmp_path / "run"))
     finally:
@@ -159,7 +165,9 @@ def test_resume_takes_the_run_s_own_settings_and_names_what_disagrees(stopped, c
     error = capsys.readouterr().err
     for part in ("seed = 0", "seed = 3", "train.batch_size = 8", "train.batch_size = 4"):
         assert part in error
-    with pytest.raises(NaloraError, match=r"--steps: expected 3 or more, .*found 2; leave --steps out"):
+    with pytest.raises(
+        NaloraError, match=r"--steps: expected 3 or more, .*found 2; leave --steps out"
+    ):
         nalora_run.run(replace(stopped, resume=True, steps=2))
 
 
@@ -190,9 +198,15 @@ def test_two_processes_run_like_one_with_model_data_and_output_in_a_bucket(confi
         for file in Path(config.model).iterdir():
             emulator.put(address, f"llama/{file.name}", file.read_bytes())
         dataset = emulator.put(address, "questions.jsonl", Path(config.data.dataset).read_bytes())
-        remote = replace(config, model="gs://bucket/llama", data=replace(config.data, dataset=dataset))
-        settings = tiny.write_settings(replace(remote, output="gs://bucket/run"), tmp_path / "settings.py")
-        variables = emulator.variables(address) | {"NALORA_CACHE": tiny.new_cache(tmp_path / "cache")}
+        remote = replace(
+            config, model="gs://bucket/llama", data=replace(config.data, dataset=dataset)
+        )
+        settings = tiny.write_settings(
+            replace(remote, output="gs://bucket/run"), tmp_path / "settings.py"
+        )
+        variables = emulator.variables(address) | {
+            "NALORA_CACHE": tiny.new_cache(tmp_path / "cache")
+        }
         variables["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
         command = ["-m", "nalora_jax", "train", "--config", str(settings)]
         ended = tiny.finish(tiny.start(command, count=2, **variables))
@@ -204,13 +218,17 @@ def test_two_processes_run_like_one_with_model_data_and_output_in_a_bucket(confi
     assert [line for line in silence[0].splitlines() if not line.startswith("[Gloo]")] == []
     assert "parameters in float32" not in silence[1]
     expected = load_file(alone.adapter / "adapter_model.safetensors")
-    for name, tensor in safetensors.numpy.load(written["adapter/adapter_model.safetensors"]).items():
+    for name, tensor in safetensors.numpy.load(
+        written["adapter/adapter_model.safetensors"]
+    ).items():
         np.testing.assert_allclose(tensor, expected[name], rtol=1e-3, atol=1e-5, err_msg=name)
     ours = [json.loads(line) for line in written["metrics.jsonl"].splitlines()]
     theirs = tiny.lines(alone.folder)
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     assert [lines[-1]["done"]["best_step"] for lines in (ours, theirs)] == [alone.best_step] * 2
-    assert {name.partition("/")[0] for name in written} == {path.name for path in alone.folder.iterdir()}
+    assert {name.partition("/")[0] for name in written} == {
+        path.name for path in alone.folder.iterdir()
+    }
     traces = {name.rpartition("/")[2] for name in written if "/steps_2-2/" in name}
     assert traces == {"process_0.xplane.pb", "process_1.xplane.pb"}
     assert not list((tmp_path / "cache" / "buckets").rglob("*.safetensors"))  # weights are streamed
@@ -262,7 +280,9 @@ def assert_equal_logits(ours: Path | str, theirs: Any, tokens: Any) -> None:
 def test_an_adapter_goes_from_peft_to_a_run_and_back(config: cfg.RunConfig, tmp_path: Path) -> None:
     torch, transformers, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
     torch.manual_seed(0)
-    theirs, base = (transformers.AutoModelForCausalLM.from_pretrained(config.model) for _ in range(2))
+    theirs, base = (
+        transformers.AutoModelForCausalLM.from_pretrained(config.model) for _ in range(2)
+    )
     peft_settings = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **ADAPTER)
     theirs = peft.get_peft_model(theirs, peft_settings)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -276,7 +296,10 @@ def test_an_adapter_goes_from_peft_to_a_run_and_back(config: cfg.RunConfig, tmp_
     back = peft.PeftModel.from_pretrained(base, str(result.adapter), is_trainable=True)
     assert_equal_logits(config.output, back, [[2, 9, 27, 0, 4, 8, 27, 0]])
     shapes = [
-        {name: tensor.shape for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+        {
+            name: tensor.shape
+            for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+        }
         for folder in (tmp_path / "theirs", result.adapter)
     ]
     assert shapes[0] == shapes[1]
@@ -288,7 +311,9 @@ def test_a_run_resumes_from_its_checkpoint_though_its_adapter_has_changed(
     caplog.set_level(logging.INFO, "nalora_jax")
     shutil.copytree(finished[0].output, tmp_path / "earlier")
     train = cfg.TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=3)
-    config = replace(config, steps=6, train=train, lora=cfg.LoRAConfig(), adapter=str(tmp_path / "earlier"))
+    config = replace(
+        config, steps=6, train=train, lora=cfg.LoRAConfig(), adapter=str(tmp_path / "earlier")
+    )
     whole = nalora_run.run(config)
     np.testing.assert_allclose(whole.before["loss"], finished[1].after["loss"], rtol=1e-6)
     trained = (whole.adapter / "adapter_model.safetensors").read_bytes()
@@ -324,7 +349,9 @@ def long_rows(settings: cfg.RunConfig, tmp_path_factory: pytest.TempPathFactory)
     """A run on rows of 112 tokens, on a model whose context has 64."""
     folder = tmp_path_factory.mktemp("long")
     rng, letters = np.random.default_rng(0), list(string.ascii_lowercase)
-    records = [{"prompt": " ".join(rng.choice(letters, 100)), "completion": " z"} for _ in range(40)]
+    records = [
+        {"prompt": " ".join(rng.choice(letters, 100)), "completion": " z"} for _ in range(40)
+    ]
     (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
     data = replace(settings.data, dataset=str(folder / "texts.jsonl"), max_length=112)
     config = replace(settings, output=str(folder / "run"), data=data, rope_scaling=SCALING, steps=2)
@@ -360,14 +387,18 @@ def test_needles_before_and_after_are_printed_and_in_the_report(long_rows, monke
     (folder / "needle.json").unlink()
 
 
-def test_a_merged_run_is_the_same_model_in_transformers(long_rows: cfg.RunConfig, tmp_path: Path) -> None:
+def test_a_merged_run_is_the_same_model_in_transformers(
+    long_rows: cfg.RunConfig, tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers")
     merged = tmp_path / "merged"
     assert main(["merge", long_rows.output, "--output", str(merged), "--dtype", "float32"]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(merged)
     assert theirs.config.max_position_embeddings == 128
     for source in (long_rows.output, merged):
-        assert_equal_logits(source, theirs, np.random.default_rng(1).integers(2, len(tiny.WORDS), (1, 120)))
+        assert_equal_logits(
+            source, theirs, np.random.default_rng(1).integers(2, len(tiny.WORDS), (1, 120))
+        )
 
 
 def test_a_scaling_that_shortens_the_context_is_refused(long_rows, capsys):
@@ -392,7 +423,9 @@ REFUSED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_cannot_run_is_one_line_and_exit_code_2(settings, tmp_path, monkeypatch, message, capsys):
+def test_what_cannot_run_is_one_line_and_exit_code_2(
+    settings, tmp_path, monkeypatch, message, capsys
+):
     """Before weights are read."""
     cause, output, data = REFUSED[message], tmp_path / "out", tmp_path / "data.jsonl"
     monkeypatch.setattr(text, "load_weights", None)

@@ -1,4 +1,5 @@
-"""A whole run on records that a program hands in, with what it leaves to them and who listens to it."""
+"""A whole run on records that a program hands in, with what it leaves to them and who listens to
+it."""
 
 from __future__ import annotations
 
@@ -73,4 +74,8 @@ def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.Monke
     assert tiny.lines(longer.folder)[-1]["done"]["step"] == 9
     other = {"prompt": "a b", "completion": " y", "choices": ["c", "y"], "gold": 1}
     with pytest.raises(NaloraError, match="data position"):
-        run(replace(again, epochs=0.0, steps=12), data=[{"inner": other} for _ in records], format=example)
+        run(
+            replace(again, epochs=0.0, steps=12),
+            data=[{"inner": other} for _ in records],
+            format=example,
+        )

@@ -1,4 +1,5 @@
-"""Whole runs on images: dual encoders on pictures of classes, decoders on conversations, and the verbs after them."""
+"""Whole runs on images: dual encoders on pictures of classes, decoders on conversations, and the
+verbs after them."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ from tests.seeing import COLOURS, QUESTION
 
 torch, transformers, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
 AutoModel = transformers.AutoModelForImageTextToText
-checkpointing = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+checkpointing = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
 TOWERS = {"image": 3, "layers": 2}
 DATA: dict[str, Any] = {"train_split": "train[:60%]", "eval_split": "train[60%:]", "workers": 1}
 DATA |= {"eval_limit": 9, "select_limit": 4}
@@ -38,7 +41,8 @@ DATA |= {"eval_limit": 9, "select_limit": 4}
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Conversations about pictures of three colours, which have captions as well; one picture is damaged."""
+    """Conversations about pictures of three colours, which have captions as well; one picture is
+    damaged."""
     return seeing.make_chats(tmp_path_factory.mktemp("chats"), damaged="green1.png")
 
 
@@ -53,7 +57,9 @@ def few_shot(model: Path, chats: Path, output: Path, **changes: Any) -> cfg.RunC
         "train": cfg.TrainConfig(batch_size=8, log_every=2, eval_every=3, save_every=3),
         "compute": cfg.ComputeConfig("float32", stats_stride=1, compilation_cache=False),
         "mesh": cfg.MeshConfig(data=4, fsdp=2),
-        "vision": cfg.VisionConfig("classify", shots=4, templates=("a photo of a {}.", "the {} square")),
+        "vision": cfg.VisionConfig(
+            "classify", shots=4, templates=("a photo of a {}.", "the {} square")
+        ),
     }
     return replace(load_config("configs/clip_few_shot.py"), **(settings | changes))
 
@@ -113,26 +119,34 @@ def test_a_run_leaves_an_adapter_metrics_and_a_report(trained) -> None:
     )  # the image tower's alone
     base = load_adapted_dual(str(folder)).base
     lora, spec = import_adapter(folder / "adapter", base.config, fingerprint=base.fingerprint)
-    assert {path for path, _ in spec.targets} == {"image/layers/ffn/in_proj", "image/layers/ffn/out_proj"}
+    assert {path for path, _ in spec.targets} == {
+        "image/layers/ffn/in_proj",
+        "image/layers/ffn/out_proj",
+    }
     assert max(np.abs(leaf["b"]).max() for leaf in lora["image"]["layers"]["ffn"].values()) > 0
     settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(model)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(trained, chats, tmp_path) -> None:
-    """From its third step, as if it had been killed before the checkpoint of the sixth was written."""
+    """From its third step, as if it had been killed before the checkpoint of the sixth was
+    written."""
     model, whole = trained
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     run(few_shot(model, chats, tmp_path / "run", resume=True))
-    files = [folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "run", whole)]
+    files = [
+        folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "run", whole)
+    ]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_the_page_classifies_and_retrieves(trained, chats) -> None:
     page = (Path(__file__).parent.parent / "docs" / "images.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    code = code.replace("runs/eurosat", str(trained[1])).replace('Path("pictures").glob("*.png")', "chosen")
+    code = code.replace("runs/eurosat", str(trained[1])).replace(
+        'Path("pictures").glob("*.png")', "chosen"
+    )
     space = {"chosen": [chats.parent / f"{colour}0.png" for colour in COLOURS]}
     exec(code, space)
     np.testing.assert_allclose(space["shares"].sum(axis=-1), 1.0, rtol=1e-5)
@@ -144,14 +158,18 @@ def test_the_page_classifies_and_retrieves(trained, chats) -> None:
 
 @checkpointing
 def test_the_verbs_that_take_every_run_take_these(trained, tmp_path, capsys) -> None:
-    """`eval` measures what the run reported; `export` and `merge` write what PEFT and transformers load."""
+    """`eval` measures what the run reported; `export` and `merge` write what PEFT and transformers
+    load."""
     model, folder = trained
     assert main(["eval", str(folder), "--output", str(tmp_path / "numbers.json")]) == 0
     final = evaluated(folder, "final")
     assert f"held-out accuracy {final['accuracy']:.3f}" in capsys.readouterr().out
     assert json.loads((tmp_path / "numbers.json").read_text())["confusion"] == final["confusion"]
     assert main(["export", str(folder), "--output", str(tmp_path / "adapter")]) == 0
-    assert main(["merge", str(folder), "--output", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    assert (
+        main(["merge", str(folder), "--output", str(tmp_path / "merged"), "--dtype", "float32"])
+        == 0
+    )
     base = transformers.CLIPModel.from_pretrained(model)
     merged = transformers.CLIPModel.from_pretrained(tmp_path / "merged").eval()
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -195,7 +213,9 @@ def test_peft_loads_the_adapter_and_transformers_sees_the_same(chatting, chats) 
         return adapted.module.apply(variables, hidden, method="unembed")
 
     ours = np.asarray(logits(adapted.variables, pixels))
-    theirs = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(model), folder / "adapter").eval()
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModel.from_pretrained(model), folder / "adapter"
+    ).eval()
     seen = torch.tensor(np.asarray(pixels[0]).transpose(0, 3, 1, 2))
     inputs = {"input_ids": torch.tensor(ids, dtype=torch.long), "pixel_values": seen}
     inputs["token_type_ids"] = (inputs["input_ids"] == tokenizer.images.token_id).long()
@@ -206,7 +226,14 @@ def test_peft_loads_the_adapter_and_transformers_sees_the_same(chatting, chats) 
 
 def test_the_verbs_see(chatting, chats, tmp_path, capsys) -> None:
     model, folder = chatting
-    more = ["--prompt", QUESTION, "--image", str(chats.parent / "green0.png"), "--max-new-tokens", "4"]
+    more = [
+        "--prompt",
+        QUESTION,
+        "--image",
+        str(chats.parent / "green0.png"),
+        "--max-new-tokens",
+        "4",
+    ]
     assert main(["generate", str(folder), *more]) == 0
     assert capsys.readouterr().out.strip()
     assert main(["eval", str(folder)]) == 0
@@ -222,7 +249,8 @@ def test_the_verbs_see(chatting, chats, tmp_path, capsys) -> None:
 
 
 def test_a_conversation_shows_images(seeing_folder, chats, monkeypatch, capsys) -> None:
-    """Two turns, the second with two images more, as transformers answers them; what is wrong is said in between."""
+    """Two turns, the second with two images more, as transformers answers them; what is wrong is
+    said in between."""
     model, folder = seeing_folder("llava"), chats.parent
     typed = f"""/image {folder}/green0.png
 {QUESTION}
@@ -245,8 +273,16 @@ Describe this
     processor = transformers.AutoProcessor.from_pretrained(model, backend="pil")
     whole = AutoModel.from_pretrained(model).eval()
     turns: list[dict] = []
-    form = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    for names, text, answer in (("green0", QUESTION, said[0]), ("blue0 red1", "Describe this", said[1])):
+    form = {
+        "add_generation_prompt": True,
+        "tokenize": True,
+        "return_dict": True,
+        "return_tensors": "pt",
+    }
+    for names, text, answer in (
+        ("green0", QUESTION, said[0]),
+        ("blue0 red1", "Describe this", said[1]),
+    ):
         images = [Image.open(folder / f"{name}.png").convert("RGB") for name in names.split()]
         shown = [{"type": "image", "image": image} for image in images]
         turns.append({"role": "user", "content": [*shown, {"type": "text", "text": text}]})
@@ -262,14 +298,26 @@ def test_settings_that_do_not_fit_are_refused(dual_folder, seeing_folder, chats,
     shots = few_shot(dual_folder("clip"), chats, tmp_path / "run", steps=6, epochs=0.0)
     chatted = chat(seeing_folder("llava"), chats, tmp_path / "run")
     for message, settings, changes in (
-        ("--vision.templates", shots, {"vision": cfg.VisionConfig("classify", templates=("no name",))}),
-        ("one of 2 classes", shots, {"vision": cfg.VisionConfig("classify", classes=("red", "green"))}),
+        (
+            "--vision.templates",
+            shots,
+            {"vision": cfg.VisionConfig("classify", templates=("no name",))},
+        ),
+        (
+            "one of 2 classes",
+            shots,
+            {"vision": cfg.VisionConfig("classify", classes=("red", "green"))},
+        ),
         ("--data.eval-split", shots, {"data": replace(shots.data, eval_split="train[50%:]")}),
         ("--lora.init", shots, {"lora": cfg.LoRAConfig(init="pissa")}),
         ("--compute.quantize", shots, {"compute": cfg.ComputeConfig(quantize="int8")}),
         ("--data.too-long", chatted, {"data": replace(chatted.data, too_long="truncate")}),
         ("green1.png", chatted, {"vision": cfg.VisionConfig("chat", broken="error")}),
-        ("matches nothing", chatted, {"vision": cfg.VisionConfig()}),  # its text model has no image tower
+        (
+            "matches nothing",
+            chatted,
+            {"vision": cfg.VisionConfig()},
+        ),  # its text model has no image tower
     ):
         with pytest.raises(NaloraError, match=message):
             run(replace(settings, **changes))

@@ -1,4 +1,5 @@
-"""A whole run with rewards: it learns, resumes to the bit within a rollout, and names rewards that fail."""
+"""A whole run with rewards: it learns, resumes to the bit within a rollout, and names rewards that
+fail."""
 
 from __future__ import annotations
 
@@ -67,7 +68,9 @@ def rewards(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run that was left alone."""
     folder = tmp_path_factory.mktemp("whole")
-    config = tiny.make_config(folder, rl=RL, train=TRAIN, steps=8, mechanisms=("curvature_cap:warmup=2",))
+    config = tiny.make_config(
+        folder, rl=RL, train=TRAIN, steps=8, mechanisms=("curvature_cap:warmup=2",)
+    )
     config = replace(config, data=replace(config.data, max_length=0))
     run(config)
     return config
@@ -102,7 +105,9 @@ def test_a_run_with_rewards_learns_and_shows_its_samples(config: RunConfig) -> N
     figures += " rollout_seconds rollout_tokens_per_second update_seconds update_tokens_per_second"
     assert all(logged[-1][name] >= 0 for name in figures.split())
     assert logged[-1]["divergence"] > logged[0]["divergence"]
-    shown = [json.loads(line) for line in (result.folder / "rollouts.jsonl").read_text().splitlines()]
+    shown = [
+        json.loads(line) for line in (result.folder / "rollouts.jsonl").read_text().splitlines()
+    ]
     assert {line["step"] for line in shown} == set(range(3, 25, 3))
     assert shown[0]["rewards"].keys() == {RL.rewards[0]}
     report = (result.folder / "report.html").read_text()
@@ -118,7 +123,8 @@ class EndsInUpdate(Callback):
 
 
 def test_a_run_that_was_killed_twice_is_the_uninterrupted_run_to_the_bit(config, whole, rewards):
-    """Before its first checkpoint, and in a reward; the checkpoint of step 3 is between two updates on a rollout."""
+    """Before its first checkpoint, and in a reward; the checkpoint of step 3 is between two updates
+    on a rollout."""
     config = replace(config, resume="auto")
     with pytest.raises(KeyboardInterrupt):
         run(config, callbacks=[EndsInUpdate()])
@@ -144,7 +150,9 @@ def test_a_run_resumes_on_another_mesh_within_float_noise(whole: RunConfig, tmp_
     same_samples(moved, whole, atol=1e-4)
 
 
-def test_early_warnings_are_in_plain_words_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_early_warnings_are_in_plain_words_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     warn = EarlyWarnings(100)
     usual = {"groups_alike": 0.5, "length": 20.0, "entropy": 2.0, "mismatch_bound": 0.01}
     for figures in [usual] * 12 + [usual | {"groups_alike": 1.0}] * 9 + [usual]:
@@ -202,5 +210,6 @@ def test_a_dry_run_prints_the_rollouts(config, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "4 samples of each of 2 prompts, at most 6 tokens, 8 rows at once with 0.00 GB" in out
     assert re.search(
-        r"# memory of a device, estimated: .*\n# time of a step, estimated: \S+ s for a rollout", out
+        r"# memory of a device, estimated: .*\n# time of a step, estimated: \S+ s for a rollout",
+        out,
     )

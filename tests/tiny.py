@@ -1,6 +1,8 @@
-"""A run that takes seconds: a random Llama of two layers whose words are letters, and questions that it learns.
+"""A run that takes seconds: a random Llama of two layers whose words are letters, and questions
+that it learns.
 
-Used by tests that start whole runs, in this process or in others, and by ``python -m tests.faults``.
+Used by tests that start whole runs, in this process or in others, and by ``python -m
+tests.faults``.
 """
 
 from __future__ import annotations
@@ -63,17 +65,25 @@ HF = {
     "tie_word_embeddings": True,
 }
 # A wider model, each of whose key heads serves two query heads.
-GROUPED = HF | {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+GROUPED = HF | {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 
 
 def new_cache(folder: Path) -> str:
-    """A folder to be NALORA_CACHE: new, but for the CPU kernels, whose compilation takes half a minute."""
+    """A folder to be NALORA_CACHE: new, but for the CPU kernels, whose compilation takes half a
+    minute."""
     target = folder / "native"
     if HAS_CPU:
         from nalora_jax.cpu.native import library
 
         if library.kind():
-            shutil.copytree(cache_dir() / "native", target, ignore=shutil.ignore_patterns("making-*"))
+            shutil.copytree(
+                cache_dir() / "native", target, ignore=shutil.ignore_patterns("making-*")
+            )
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
 
@@ -85,7 +95,8 @@ def one_device() -> Mesh:
 
 @contextlib.contextmanager
 def on_named_devices(folder: Path) -> Iterator[None]:
-    """Runs have the new cache ``folder``, and as many of the simulated devices as their mesh names."""
+    """Runs have the new cache ``folder``, and as many of the simulated devices as their mesh
+    names."""
     make = distributed.make_mesh
 
     def make_mesh(mesh: cfg.MeshConfig, devices: Any = None) -> Mesh:
@@ -109,8 +120,11 @@ def word_tokenizer(words: Sequence[str] = WORDS, chat_template: str | None = Non
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token per byte, so that most characters beyond ASCII take several; the last, 256, ends a text."""
-    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    """One token per byte, so that most characters beyond ASCII take several; the last, 256, ends a
+    text."""
+    vocab = {
+        character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab | {"<end>": 256}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -119,12 +133,17 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def make_model(
-    folder: Path, hf: Mapping[str, Any] = HF, tokenizer: Tokenizer | None = None, spread: float = 2.0
+    folder: Path,
+    hf: Mapping[str, Any] = HF,
+    tokenizer: Tokenizer | None = None,
+    spread: float = 2.0,
 ) -> Path:
     """A model as a Hugging Face folder; its weights are ``spread`` times as large as new ones."""
     config = ModelConfig.from_hf(hf)
     params = jax.tree.map(lambda leaf: spread * leaf, init_params(config, jax.random.key(0)))
-    written = partial(write_tokenizer, tokenizer or word_tokenizer(), max_length=config.max_positions)
+    written = partial(
+        write_tokenizer, tokenizer or word_tokenizer(), max_length=config.max_positions
+    )
     options: dict[str, Any] = {"hf_config": hf, "tokenizer": written}
     return write_merged(folder, config, params, None, AdapterSpec(), **options)
 
@@ -153,7 +172,9 @@ def make_adapter(
 def make_questions(path: Path, count: int = 60) -> Path:
     """Prompts of two letters; the answer is always z."""
     rng = np.random.default_rng(0)
-    records = (rng.choice(list(string.ascii_lowercase[:-1]), 3, replace=False) for _ in range(count))
+    records = (
+        rng.choice(list(string.ascii_lowercase[:-1]), 3, replace=False) for _ in range(count)
+    )
     lines = [
         json.dumps({"prompt": f"{a} {b}", "completion": " z", "choices": [str(c), "z"], "gold": 1})
         for a, b, c in records
@@ -163,7 +184,8 @@ def make_questions(path: Path, count: int = 60) -> Path:
 
 
 def packed_batch(seed: int, rows: int, seq: int, shares: Any = 0.7) -> dict[str, np.ndarray]:
-    """Two packed examples and padding in every row ``[rows, seq]``, with ``shares`` of the tokens as loss tokens."""
+    """Two packed examples and padding in every row ``[rows, seq]``, with ``shares`` of the tokens
+    as loss tokens."""
     rng = np.random.default_rng(seed)
     cut, end = rng.integers(2, 7, (rows, 1)), rng.integers(9, seq + 1, (rows, 1))
     place = np.arange(seq)[None, :]
@@ -181,7 +203,8 @@ def packed_batch(seed: int, rows: int, seq: int, shares: Any = 0.7) -> dict[str,
 def whole_batch(
     seed: int, shape: tuple[int, ...], share: float = 1.0, vocab: int = 40
 ) -> dict[str, np.ndarray]:
-    """Random rows ``[..., rows, seq]`` without padding, with a share of the tokens as loss tokens."""
+    """Random rows ``[..., rows, seq]`` without padding, with a share of the tokens as loss
+    tokens."""
     rng, ones = np.random.default_rng(seed), np.ones(shape, np.int32)
     tokens, targets = rng.integers(0, vocab, (2, *shape)).astype(np.int32)
     weights = (rng.random(shape) < share).astype(np.float32)
@@ -214,7 +237,8 @@ def assembled(
 
 
 def torch_llama() -> Any:
-    """A random Llama of two layers as transformers has it, in float32; its logits are not near zero."""
+    """A random Llama of two layers as transformers has it, in float32; its logits are not near
+    zero."""
     import torch
     import transformers
 
@@ -258,15 +282,22 @@ def make_config(folder: Path, **changes: Any) -> cfg.RunConfig:
 
 
 def make_pictures(
-    folder: Path, colours: Mapping[str, Sequence[int]], count: int, size: tuple[int, int], damaged: str = ""
+    folder: Path,
+    colours: Mapping[str, Sequence[int]],
+    count: int,
+    size: tuple[int, int],
+    damaged: str = "",
 ) -> Path:
-    """``count`` noisy PNGs of ``size`` (height, width) of each colour, with captions and labels beside them."""
+    """``count`` noisy PNGs of ``size`` (height, width) of each colour, with captions and labels
+    beside them."""
     from PIL import Image
 
     rng, rows = np.random.default_rng(0), ["file_name,caption,label"]
     for i in range(count):
         for name, colour in colours.items():
-            pixels = np.clip(np.asarray(colour) + rng.normal(0, 25, (*size, 3)), 0, 255).astype(np.uint8)
+            pixels = np.clip(np.asarray(colour) + rng.normal(0, 25, (*size, 3)), 0, 255).astype(
+                np.uint8
+            )
             Image.fromarray(pixels).save(folder / f"{name}{i}.png")
             rows.append(f"{name}{i}.png,a photo of the {name} square,{name}")
     (folder / "captions.csv").write_text("\n".join(rows) + "\n")
@@ -276,7 +307,8 @@ def make_pictures(
 
 
 def write_settings(config: cfg.RunConfig, path: Path) -> Path:
-    """``config`` as a file for ``--config``; reports of other processes have no pictures, which take seconds."""
+    """``config`` as a file for ``--config``; reports of other processes have no pictures, which
+    take seconds."""
     path.write_text(
         "import sys\n\n"
         "from nalora_jax.config import config_from_dict\n"
@@ -291,10 +323,15 @@ def write_settings(config: cfg.RunConfig, path: Path) -> Path:
 def start(
     arguments: Sequence[str], *, count: int = 1, devices: int = 1, **variables: str
 ) -> list[subprocess.Popen]:
-    """Starts ``python ARGUMENTS`` as ``count`` processes of one run, each with simulated devices of its own."""
+    """Starts ``python ARGUMENTS`` as ``count`` processes of one run, each with simulated devices of
+    its own."""
     # JAX warns about, and may stall on, proxies in a distributed run's environment.
     clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    clean |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
+    clean |= {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONUNBUFFERED": "1",
+    }
     clean |= {"XLA_FLAGS": xla_options.flags(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     clean |= variables
     if count > 1:
@@ -304,14 +341,21 @@ def start(
         clean |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
     own = [clean | ({"JAX_PROCESS_ID": str(index)} if count > 1 else {}) for index in range(count)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen([sys.executable, *arguments], env=variables, **pipes) for variables in own]
+    return [
+        subprocess.Popen([sys.executable, *arguments], env=variables, **pipes) for variables in own
+    ]
 
 
-def finish(processes: Sequence[subprocess.Popen], timeout: float = 600) -> list[tuple[int, str, str]]:
-    """Exit status, standard output and error of each; what does not end in time is killed, which is an error."""
+def finish(
+    processes: Sequence[subprocess.Popen], timeout: float = 600
+) -> list[tuple[int, str, str]]:
+    """Exit status, standard output and error of each; what does not end in time is killed, which is
+    an error."""
     until = time.monotonic() + timeout
     try:
-        found = [(one, *one.communicate(timeout=max(until - time.monotonic(), 1))) for one in processes]
+        found = [
+            (one, *one.communicate(timeout=max(until - time.monotonic(), 1))) for one in processes
+        ]
     finally:
         for one in processes:
             if one.poll() is None:
@@ -326,7 +370,9 @@ def wait_for_line(process: subprocess.Popen, text: str) -> str:
     for line in process.stdout:
         if text in line:
             return line
-    raise AssertionError(f"the process ended without {text!r}: {process.stderr and process.stderr.read()}")
+    raise AssertionError(
+        f"the process ended without {text!r}: {process.stderr and process.stderr.read()}"
+    )
 
 
 def lines(folder: Path | str) -> list[dict[str, Any]]:

@@ -64,18 +64,28 @@ class ChatArgs:
     # Quantize the adapted model's projections. By default as in the run, else not.
     quantize: Literal["none", "int8", "nf4", "mxfp4"] | None = None
     # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
-    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
+    mesh: MeshConfig = field(
+        default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1)
+    )
 
 
 def chat(args: ChatArgs) -> None:
     """Reads lines until end of input; streams responses to stdout and messages to stderr."""
     mesh = mesh_of(args.mesh)
-    options: dict[str, Any] = {"dtype": args.dtype, "quantize": args.quantize or "run", "mesh": mesh}
-    model = adapted.load(args.model, adapter=args.adapter, images=_sees(args), **options)
+    options: dict[str, Any] = {
+        "dtype": args.dtype,
+        "quantize": args.quantize or "run",
+        "mesh": mesh,
+    }
+    model = adapted.load(
+        args.model, adapter=args.adapter, images=_sees(args), **options
+    )
     if model.base.tokenizer.chat_template is None:
         expected = "a model with a chat template"
         remedy = "use an instruction-tuned model, or nalora generate"
-        raise NaloraError(args.model, expected=expected, found="none in its tokenizer", remedy=remedy)
+        raise NaloraError(
+            args.model, expected=expected, found="none in its tokenizer", remedy=remedy
+        )
     talk = _Talk(args, model, mesh)
     _say(f"{talk.name} · /help lists commands")
     for line in _lines():
@@ -87,34 +97,49 @@ def _sees(args: ChatArgs) -> bool:
     """Returns True if the model has an image encoder, unless the adapter's run did not use it."""
     place = located.locate(args.model, args.adapter)
     if place.run:
-        return bool(place.run.get("vision", {}).get("task", VisionConfig().task) == "chat")
-    with contextlib.suppress(NaloraError):  # language model, or loading will report the error
+        return bool(
+            place.run.get("vision", {}).get("task", VisionConfig().task) == "chat"
+        )
+    with contextlib.suppress(
+        NaloraError
+    ):  # language model, or loading will report the error
         files = model_files.open_files(hub.resolve_source(place.base), images=True)
         return files.config.sight is not None
     return False
 
 
 class _Talk:
-    """A conversation with a model and its current adapter, and the effects of typed lines on both."""
+    """A conversation with a model and its current adapter, and the effects of typed lines on
+    both."""
 
     def __init__(self, args: ChatArgs, model: adapted.AdaptedModel, mesh: Any) -> None:
-        self.args, self.model, self.mesh = args, model, mesh
-        self.conversation, self.answers = conversation.Conversation(args.system), 0
+        self.args = args
+        self.model = model
+        self.mesh = mesh
+        self.conversation = conversation.Conversation(args.system)
+        self.answers = 0
         self.pictures: list[Any] = []  # prepared for the next message
         self.slot: slots.AdapterSlot | None = None
         self._use(model.lora, model.spec, model.located.adapter)
 
     def _use(self, lora: Any, spec: Any, adapter: Path | None) -> None:
         """Responds with an adapter from now on, in the compiled slot if it takes the adapter."""
-        base, kind = self.model.base, slots.AdapterSlot
+        base = self.model.base
+        kind = slots.AdapterSlot
         if kind.takes(spec):
             rank = kind.rank_of(spec)
             if self.slot is None or rank > kind.rank_of(self.slot.spec):
-                self.slot = kind.on(base.config, rank=max(rank, self.args.max_lora_rank))
-            lora, spec = self.slot.fill(lora, spec), self.slot.spec
+                self.slot = kind.on(
+                    base.config, rank=max(rank, self.args.max_lora_rank)
+                )
+            lora = self.slot.fill(lora, spec)
+            spec = self.slot.spec
         if self.mesh is not None:
-            lora = jax.device_put(lora, distributed.shardings(lora, self.mesh, distributed.STATE_RULES))
-        module, variables = self.model.module.clone(adapters=spec), {"params": base.params, "lora": lora}
+            lora = jax.device_put(
+                lora, distributed.shardings(lora, self.mesh, distributed.STATE_RULES)
+            )
+        module = self.model.module.clone(adapters=spec)
+        variables = {"params": base.params, "lora": lora}
         self.generator = generate.Generator(
             module, variables, base.tokenizer, mesh=self.mesh, processor=base.processor
         )
@@ -159,22 +184,32 @@ class _Talk:
                 _say("a new conversation")
             case _:
                 expected = "/help, /adapter, /image, /system, /reset, /exit"
-                raise NaloraError(name, expected=expected, found="none of them", remedy="see /help")
+                raise NaloraError(
+                    name, expected=expected, found="none of them", remedy="see /help"
+                )
 
     def _add_image(self, path: str) -> None:
         processor = self.model.base.processor
         if processor is None:
             loaded_as = f"{self.name}, which was loaded as a language model"
-            raise NaloraError("/image", expected="a model that sees images", found=loaded_as)
+            raise NaloraError(
+                "/image", expected="a model that sees images", found=loaded_as
+            )
         if not path:
             raise NaloraError("/image", expected="an image file", found="none")
-        self.pictures.append(processor(image_files.open_image(expand_user(path)))["pixels"])
-        _say(f"with the next message: {len(self.pictures)} image{'s' * (len(self.pictures) > 1)}")
+        self.pictures.append(
+            processor(image_files.open_image(expand_user(path)))["pixels"]
+        )
+        _say(
+            f"with the next message: {len(self.pictures)} image{'s' * (len(self.pictures) > 1)}"
+        )
 
     def _answer(self, text: str) -> None:
         seed = (self.args.seed + self.answers) % 2**32
         settings = asdict(self.args.sampling)
-        pieces = self.conversation.ask(text, self.generator, images=self.pictures, seed=seed, **settings)
+        pieces = self.conversation.ask(
+            text, self.generator, images=self.pictures, seed=seed, **settings
+        )
         self.answers += 1
         self.pictures = []
         try:
@@ -198,7 +233,9 @@ def _lines() -> Iterator[str]:
         except (EOFError, KeyboardInterrupt):
             return
         except UnicodeDecodeError as error:
-            raise NaloraError("standard input", expected="text in UTF-8", found=error) from error
+            raise NaloraError(
+                "standard input", expected="text in UTF-8", found=error
+            ) from error
 
 
 def _say(text: str) -> None:

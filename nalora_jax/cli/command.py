@@ -62,7 +62,11 @@ VERBS = {
 
 
 # Paths that may be in a bucket, besides those of `--adapter`.
-_IN_BUCKETS = {"export": ("run", "output"), "merge": ("output",), "from-peft": ("file",)}
+_IN_BUCKETS = {
+    "export": ("run", "output"),
+    "merge": ("output",),
+    "from-peft": ("file",),
+}
 _RESUME = ("yes", "no", "auto")
 
 
@@ -94,7 +98,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         print(f"nalora_jax {installed_version('nalora_jax')}")
         raise SystemExit(0)
     if name not in VERBS:
-        raise unknown(name, name, VERBS, f"a verb: {', '.join(VERBS)}", "see nalora --help")
+        raise unknown(
+            name, name, VERBS, f"a verb: {', '.join(VERBS)}", "see nalora --help"
+        )
     return name, _arguments(name, VERBS[name], words)
 
 
@@ -106,8 +112,12 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
     imports = _IMPORT in words
     files, words = parser.taken(words, _IMPORT, ".py")
     if imports and not files:
-        raise NaloraError(_IMPORT, expected="Python files, with names that end in .py", found="none")
-    asked = next((word for word in words if word in ("-h", "--help", "--help-all")), None)
+        raise NaloraError(
+            _IMPORT, expected="Python files, with names that end in .py", found="none"
+        )
+    asked = next(
+        (word for word in words if word in ("-h", "--help", "--help-all")), None
+    )
     if asked in ("-h", "--help") and verb.shown:
         print(usage.short_help(name, verb.arguments, verb.shown))
         raise SystemExit(0)
@@ -117,7 +127,10 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
         if names and trains:
             words = [*words, "--imports", *names]
         usage.check_flags(name, verb.arguments, words)
-    start: dict[str, Any] = {"default": parser.defaults(words)} if trains else {}
+    if trains:
+        start: dict[str, Any] = {"default": parser.defaults(words)}
+    else:
+        start = {}
     with contextlib.nullcontext() if asked else usage.one_line_errors(name):
         args: Any = tyro.cli(
             verb.arguments,
@@ -130,7 +143,9 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
         )
     if trains and args.run.epochs and parser.taken(words, "--steps")[0]:
         remedy = "leave one of them out"
-        raise NaloraError("--steps", expected="steps or epochs", found="both", remedy=remedy)
+        raise NaloraError(
+            "--steps", expected="steps or epochs", found="both", remedy=remedy
+        )
     check_ranges(args)
     if name in ("generate", "chat"):
         check_ranges(args.sampling)  # a group without a prefix
@@ -139,8 +154,13 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
 
 
 def _check_paths(name: str, args: Any) -> None:
-    """Raises a NaloraError for a path that cannot exist, or that is in a bucket and must be on this machine."""
-    flags = {flag.field.name: flag.name for flag in usage.flags(type(args)) if flag.owner is type(args)}
+    """Raises a NaloraError for a path that cannot exist, or that is in a bucket and must be on this
+    machine."""
+    flags = {
+        flag.field.name: flag.name
+        for flag in usage.flags(type(args))
+        if flag.owner is type(args)
+    }
     for argument in fields(args):
         value = getattr(args, argument.name)
         # Positional arguments have their name in the help.
@@ -149,21 +169,33 @@ def _check_paths(name: str, args: Any) -> None:
             if isinstance(path, Path):
                 check_path(flag, path)
                 where = buckets.bucket_url(path)
-                if where and argument.name not in ("adapter", *_IN_BUCKETS.get(name, ())):
-                    expected, remedy = "a path on this machine", "copy it from or to the bucket"
-                    raise NaloraError(flag, expected=expected, found=where, remedy=remedy)
+                if where and argument.name not in (
+                    "adapter",
+                    *_IN_BUCKETS.get(name, ()),
+                ):
+                    expected = "a path on this machine"
+                    remedy = "copy it from or to the bucket"
+                    raise NaloraError(
+                        flag, expected=expected, found=where, remedy=remedy
+                    )
 
 
 def _named(argv: Sequence[str]) -> set[str]:
     """Returns the settings of a run that a command line names, by dotted name."""
-    flags = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
+    flags = {
+        word.partition("=")[0].removeprefix("--")
+        for word in argv
+        if word.startswith("--")
+    }
     names = {flag.replace("-", "_").replace(".no_", ".") for flag in flags}
     return {{"model.rope_scaling": "rope_scaling"}.get(name, name) for name in names}
 
 
 # Accepted spellings, and the flags that replace them.
 _SHORT = {
-    ("--mesh", "auto"): tuple(f"--mesh.{axis}=0" for axis in ("data", "fsdp", "context", "tensor")),
+    ("--mesh", "auto"): tuple(
+        f"--mesh.{axis}=0" for axis in ("data", "fsdp", "context", "tensor")
+    ),
     ("--data.max-length", "auto"): ("--data.max-length=0",),
     ("--optimizer.learning-rate", "auto"): ("--optimizer.learning-rate=0",),
     ("--mechanisms", "none"): ("--mechanisms",),
@@ -173,21 +205,29 @@ _IMPORT = "--import"
 
 
 def _spelled_out(words: list[str]) -> list[str]:
-    """Replaces ``auto``, ``--mechanisms none``, ``--resume`` and ``--resume FOLDER`` by flags of the parser."""
+    """Replaces ``auto``, ``--mechanisms none``, ``--resume`` and ``--resume FOLDER`` by flags of
+    the parser."""
     spelled: list[str] = []
     remaining = [
-        piece for word in words for piece in (word.split("=", 1) if word.startswith(_ASSIGNED) else (word,))
+        piece
+        for word in words
+        for piece in (word.split("=", 1) if word.startswith(_ASSIGNED) else (word,))
     ]
     while remaining:
         pair = tuple(remaining[:2])
         if pair in _SHORT:
             spelled += _SHORT[pair]
         elif pair[0] == "--resume" and not pair[-1].startswith("-"):
-            spelled += [*pair] if pair[1] in _RESUME else ["--output", pair[1], "--resume", "yes"]
+            spelled += (
+                [*pair]
+                if pair[1] in _RESUME
+                else ["--output", pair[1], "--resume", "yes"]
+            )
         else:
             pair = pair[:1]
-            spelled += {"--resume": ["--resume", "yes"], "--no-resume": ["--resume", "no"]}.get(
-                pair[0], pair
-            )
+            spelled += {
+                "--resume": ["--resume", "yes"],
+                "--no-resume": ["--resume", "no"],
+            }.get(pair[0], pair)
         remaining = remaining[len(pair) :]
     return spelled

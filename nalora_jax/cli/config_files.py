@@ -41,16 +41,24 @@ def load_config(path: str | Path) -> RunConfig:
     if path.suffix in ENDINGS:
         return settings_of(read_values(path), path)
     if not path.is_file():
-        raise _bad_config(path, "a Python file", "a folder" if path.is_dir() else "no such file")
-    function = getattr(execute_file(path, "nalora_config", f"--config {path}"), "config", None)
+        raise _bad_config(
+            path, "a Python file", "a folder" if path.is_dir() else "no such file"
+        )
+    function = getattr(
+        execute_file(path, "nalora_config", f"--config {path}"), "config", None
+    )
     if not callable(function):
-        raise _bad_config(path, "a function config() that returns a RunConfig", "none of that name")
+        raise _bad_config(
+            path, "a function config() that returns a RunConfig", "none of that name"
+        )
     try:
         config = function()
     except (NaloraError, KeyboardInterrupt):
         raise
     except BaseException as error:  # includes errors that the file raises
-        raise _bad_config(path, "config() to return a RunConfig", described(error)) from error
+        raise _bad_config(
+            path, "config() to return a RunConfig", described(error)
+        ) from error
     if not isinstance(config, RunConfig):
         raise _bad_config(path, "config() to return a RunConfig", type(config).__name__)
     if (wrong := first_wrong(config)) is not None:
@@ -66,13 +74,20 @@ def read_values(path: Path) -> Any:
       NaloraError: the file cannot be read or parsed.
     """
     where = f"--config {path}"
-    kind, parse = ("JSON", json.loads) if path.suffix == ".json" else ("YAML", yaml.safe_load)
+    if path.suffix == ".json":
+        kind, parse = ("JSON", json.loads)
+    else:
+        kind, parse = ("YAML", yaml.safe_load)
     try:
         return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise NaloraError(where, expected="a readable file", found=error.strerror or error) from error
+        raise NaloraError(
+            where, expected="a readable file", found=error.strerror or error
+        ) from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise NaloraError(where, expected=f"a {kind} file", found=" ".join(str(error).split())) from error
+        raise NaloraError(
+            where, expected=f"a {kind} file", found=" ".join(str(error).split())
+        ) from error
 
 
 def settings_of(values: Any, path: Path) -> RunConfig:
@@ -81,11 +96,16 @@ def settings_of(values: Any, path: Path) -> RunConfig:
     Raises:
       NaloraError: an unknown field, or a value of the wrong type.
     """
-    config = structured(RunConfig, {} if values is None else values, f"--config {path}: ")
+    config = structured(
+        RunConfig, {} if values is None else values, f"--config {path}: "
+    )
     if config.imports:
         remedy = f"give --import {' '.join(config.imports)}"
         raise NaloraError(
-            f"--config {path}", expected="no imports, which execute files", found="some", remedy=remedy
+            f"--config {path}",
+            expected="no imports, which execute files",
+            found="some",
+            remedy=remedy,
         )
     return config
 
@@ -97,22 +117,28 @@ def as_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
       config: the settings; without ``imports``, which only the command line executes.
       changed_only: leave out settings with their default values.
     """
-    values = plain_settings(replace(config, imports=()), RunConfig() if changed_only else None)
+    values = plain_settings(
+        replace(config, imports=()), RunConfig() if changed_only else None
+    )
     if not values:
         return "{}\n"
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
 def plain_settings(value: Any, default: Any = None) -> Any:
-    """Returns settings as nested dicts, lists and texts, without those of ``default``; rules as on the command line."""
+    """Returns settings as nested dicts, lists and texts, without those of ``default``; rules as on
+    the command line."""
     if isinstance(value, LoRARule):
         return value.text
     if is_dataclass(value):
         plain = {}
         for entry in fields(value):
-            value_of, usual = getattr(value, entry.name), getattr(default, entry.name, None)
+            value_of = getattr(value, entry.name)
+            usual = getattr(default, entry.name, None)
             if default is None or value_of != usual:
-                plain[entry.name] = plain_settings(value_of, usual if is_dataclass(value_of) else None)
+                plain[entry.name] = plain_settings(
+                    value_of, usual if is_dataclass(value_of) else None
+                )
         return plain
     if not isinstance(value, tuple):
         return value
@@ -121,4 +147,6 @@ def plain_settings(value: Any, default: Any = None) -> Any:
 
 def _bad_config(path: Path, expected: str, actual: str) -> NaloraError:
     remedy = "see the files in configs/ for examples"
-    return NaloraError(f"--config {path}", expected=expected, found=actual, remedy=remedy)
+    return NaloraError(
+        f"--config {path}", expected=expected, found=actual, remedy=remedy
+    )

@@ -25,10 +25,27 @@ with epy.lazy_imports():  # on first use: versions come first
     from nalora_jax.train import machine
 
 PACKAGES = (
-    *("nalora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
+    *(
+        "nalora_jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "numpy",
+    ),
     *("tokenizers", "huggingface_hub"),
 )
-OPTIONAL = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "transformers", "peft", "lm_eval")
+OPTIONAL = (
+    "libtpu",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "torch",
+    "transformers",
+    "peft",
+    "lm_eval",
+)
 CACHES = {
     "native": "compiled CPU kernels",
     "compiled": "compiled programs",
@@ -45,10 +62,16 @@ _WAIT = 120  # seconds for the other processes of a pod
 def doctor(args: Any) -> None:
     """Prints the report of this machine; exits with status 1 on problems.
 
-    Versions come first, because JAX ends a process from C++ if another process of a pod does not connect.
+    Versions come first, because JAX ends a process from C++ if another process of a pod does not
+    connect.
     """
     problems: list[str] = []
-    parts = {"Versions": _versions, "CPU": _kernels, "Caches": _caches, "Devices": _devices}
+    parts = {
+        "Versions": _versions,
+        "CPU": _kernels,
+        "Caches": _caches,
+        "Devices": _devices,
+    }
     for title, rows in parts.items():
         print(title)
         for name, value in rows(problems):
@@ -69,20 +92,35 @@ def _versions(_: list[str]) -> Iterator[tuple[str, str]]:
 def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
     try:
         distributed.initialize_distributed(within=_WAIT)
-        every, local = jax.devices(), jax.local_devices()
-    except (NaloraError, RuntimeError, AssertionError) as error:  # JAX asserts if a plugin is missing
-        reason = " ".join(str(error).split())[:300] or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
+        every = jax.devices()
+        local = jax.local_devices()
+    except (
+        NaloraError,
+        RuntimeError,
+        AssertionError,
+    ) as error:  # JAX asserts if a plugin is missing
+        reason = (
+            " ".join(str(error).split())[:300]
+            or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
+        )
         problems.append(f"JAX finds no device: {reason}")
         return
-    used, limit = devices.platform_name(every[0]), devices.memory_statistics(local[0]).get("bytes_limit", 0)
+    used = devices.platform_name(every[0])
+    limit = devices.memory_statistics(local[0]).get("bytes_limit", 0)
     if used == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
-        for path, name, extra in (("/dev/nvidia0", "GPU", "cuda"), ("/dev/accel0", "TPU", "tpu")):
+        for path, name, extra in (
+            ("/dev/nvidia0", "GPU", "cuda"),
+            ("/dev/accel0", "TPU", "tpu"),
+        ):
             if Path(path).exists():
                 problems.append(
                     f"there is a {name} ({path}), and JAX uses the CPU: install the extra [{extra}]"
                 )
     yield "platform", used
-    yield "devices", f"{len(every)} ({', '.join(sorted(set(map(devices.kind_of, every))))})"
+    yield (
+        "devices",
+        f"{len(every)} ({', '.join(sorted(set(map(devices.kind_of, every))))})",
+    )
     yield "processes", str(jax.process_count())
     of_each = f" of {_size(limit)}" if limit else ""
     yield "of this process", f"{len(local)} x {devices.kind_of(local[0])}{of_each}"
@@ -111,10 +149,15 @@ def _kernels(problems: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _huge_pages() -> str:
-    """Returns whether the C library's heap uses huge pages, with the variable that requests them."""
+    """Returns whether the C library's heap uses huge pages, with the variable that requests
+    them."""
     name, version = platform.libc_ver()
     supported = name == "glibc" and [*map(int, re.findall(r"\d+", version))] >= [2, 35]
-    kernel = HUGE_PAGES.read_text() if HUGE_PAGES.exists() else ""  # e.g. "always [madvise] never"
+    # e.g. "always [madvise] never"
+    if HUGE_PAGES.exists():
+        kernel = HUGE_PAGES.read_text()
+    else:
+        kernel = ""
     if not supported or not kernel or "[never]" in kernel:
         return "not available: they need glibc 2.35 and transparent huge pages of the kernel"
     if f"{_HUGE}=1" in os.environ.get("GLIBC_TUNABLES", ""):
@@ -128,7 +171,16 @@ def _caches(problems: list[str]) -> Iterator[tuple[str, str]]:
     for name, what in CACHES.items():
         folder = root / name
         if folder.is_dir():
-            yield what, _size(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+            yield (
+                what,
+                _size(
+                    sum(
+                        path.stat().st_size
+                        for path in folder.rglob("*")
+                        if path.is_file()
+                    )
+                ),
+            )
             if name in _RUN:
                 try:
                     downloads.private_dir(folder)
@@ -137,7 +189,9 @@ def _caches(problems: list[str]) -> Iterator[tuple[str, str]]:
     existing = next(path for path in (root, *root.parents) if path.exists())
     yield "free", _size(shutil.disk_usage(existing).free)
     if not os.access(existing, os.W_OK):
-        problems.append(f"{existing} cannot be written; set NALORA_CACHE to a folder that can")
+        problems.append(
+            f"{existing} cannot be written; set NALORA_CACHE to a folder that can"
+        )
 
 
 def _size(count: int) -> str:

@@ -49,30 +49,45 @@ def dry_run(runs: Sequence[RunConfig], *, every_setting: bool = False) -> None:
         for text in run.mechanisms:
             make(text)
     runs = [
-        initial_adapter.with_adapter(run, recorded_settings(run.output) if run.resume else None)
+        initial_adapter.with_adapter(
+            run, recorded_settings(run.output) if run.resume else None
+        )
         for run in runs
     ]
     inputs = kinds.run_kind(runs[0]).open_inputs(runs[0], None)
-    lines = (
-        _describe_images(inputs) + _differences(runs) if inputs.base is None else _describe(inputs, runs)
-    )
+    if inputs.base is None:
+        lines = _describe_images(inputs) + _differences(runs)
+    else:
+        lines = _describe(inputs, runs)
     print(config_files.as_yaml(inputs.config, changed_only=not every_setting), end="")
     print("\n".join(f"# {line}" for line in lines))
 
 
 def _describe_images(inputs: job.Inputs) -> list[str]:
     """Returns lines that describe a run on image and text encoders."""
-    from nalora_jax.models.vision.dual import init_lora as init_dual  # Pillow is an extra
+    from nalora_jax.models.vision.dual import (
+        init_lora as init_dual,
+    )  # Pillow is an extra
     from nalora_jax.train.kinds.dual import resolve_dual
     from nalora_jax.weights.dual import described_dual
 
-    config, records = inputs.config, inputs.data
-    base = described_dual(config.model, d_out=config.vision.features, loss=config.vision.loss)
+    config = inputs.config
+    records = inputs.data
+    base = described_dual(
+        config.model, d_out=config.vision.features, loss=config.vision.loss
+    )
     spec = resolve_dual(config, base)
-    shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in base.param_shapes().items()}
-    lora = jax.eval_shape(partial(init_dual, base, spec), jax.random.key(0), trees.unflatten(shapes))
-    total, trained = sum(map(math.prod, base.param_shapes().values())), trees.count_elements(lora)
-    weights, of = config.compute.itemsize * total / 1e9, ""
+    shapes = {
+        path: jax.ShapeDtypeStruct(shape, "float32")
+        for path, shape in base.param_shapes().items()
+    }
+    lora = jax.eval_shape(
+        partial(init_dual, base, spec), jax.random.key(0), trees.unflatten(shapes)
+    )
+    total = sum(map(math.prod, base.param_shapes().values()))
+    trained = trees.count_elements(lora)
+    weights = config.compute.itemsize * total / 1e9
+    of = ""
     if records.classes:
         of = f"{len(records.classes)} classes, "
     held = f"{4 * trained / 1e9:.2f} GB each for trained parameters, their gradients and what the optimizer remembers"
@@ -87,8 +102,12 @@ def _describe_images(inputs: job.Inputs) -> list[str]:
 
 
 def _describe(inputs: job.Inputs, runs: Sequence[RunConfig]) -> list[str]:
-    """Returns lines that describe the first of several runs on a decoder, and how the others differ."""
-    config, base, files, data = inputs.config, inputs.base, inputs.files, inputs.data
+    """Returns lines that describe the first of several runs on a decoder, and how the others
+    differ."""
+    config = inputs.config
+    base = inputs.base
+    files = inputs.files
+    data = inputs.data
     assert base is not None
     assert files is not None
     concrete = layouts.laid_out(config, base)
@@ -106,9 +125,14 @@ def _describe(inputs: job.Inputs, runs: Sequence[RunConfig]) -> list[str]:
     ]
     if added := AddedTokens.of(config.data):
         tokenizer = files.tokenizer_with(added).backend
-        ids = ", ".join(f"{text!r} {tokenizer.token_to_id(text)}" for text in added.texts)
+        ids = ", ".join(
+            f"{text!r} {tokenizer.token_to_id(text)}" for text in added.texts
+        )
         lines.append(f"added tokens: {ids}; the embedding has {base.vocab_size:,} rows")
-    scaling = f", with RoPE scaling {config.rope_scaling}" if config.rope_scaling else ""
+    if config.rope_scaling:
+        scaling = f", with RoPE scaling {config.rope_scaling}"
+    else:
+        scaling = ""
     trained = trees.count_elements(adapters.adapter_shapes(base, spec))
     return [
         *lines,
@@ -124,8 +148,10 @@ def _describe(inputs: job.Inputs, runs: Sequence[RunConfig]) -> list[str]:
 
 
 def _sizes(inputs: job.Inputs, of_epoch: int, held: str, rows: str) -> list[str]:
-    """Returns lines on the held-out examples and the steps; logs warnings about their number, as the run does."""
-    config, (reported, selecting) = inputs.config, map(len, inputs.held_out)
+    """Returns lines on the held-out examples and the steps; logs warnings about their number, as
+    the run does."""
+    config = inputs.config
+    (reported, selecting) = map(len, inputs.held_out)
     session.say_counts(reported, selecting, chosen=config.train.eval_every > 0)
     batch = config.train.batch_size
     return [
@@ -135,14 +161,20 @@ def _sizes(inputs: job.Inputs, of_epoch: int, held: str, rows: str) -> list[str]
 
 
 def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
-    """Returns a line on the samples of a step and on the cache that draws them; none without rewards."""
-    rl, shards = config.rl, prompt_shards(mesh)
+    """Returns a line on the samples of a step and on the cache that draws them; none without
+    rewards."""
+    rl = config.rl
+    shards = prompt_shards(mesh)
     if not rl.rewards:
         return []
     prompts = config.train.batch_size // rl.samples
     _, count, samples = estimates.program_shape(prompts, rl.samples, shards)
-    numerics = dispatch.numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
-    make = partial(decoder.init_cache, base, count * samples, config.data.max_length, numerics)
+    numerics = dispatch.numerics_for(
+        config.compute.dtype, platform_of(mesh), config.compute.implementation
+    )
+    make = partial(
+        decoder.init_cache, base, count * samples, config.data.max_length, numerics
+    )
     cache = trees.size_bytes(jax.eval_shape(make)) / shards
     return [
         f"rollouts: {rl.samples} samples of each of {prompts} prompts, at most {rl.max_new_tokens} tokens, "
@@ -151,13 +183,20 @@ def _rollouts(config: RunConfig, base: ModelConfig, mesh: Mesh) -> list[str]:
 
 
 def _this_machine(config: RunConfig, mesh: Mesh) -> Topology:
-    """Returns a machine with the measured speeds of a matmul and of reading weights on a device of the mesh."""
-    numerics = dispatch.numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
+    """Returns a machine with the measured speeds of a matmul and of reading weights on a device of
+    the mesh."""
+    numerics = dispatch.numerics_for(
+        config.compute.dtype, platform_of(mesh), config.compute.implementation
+    )
 
     def seconds(rows: int, columns: int) -> float:
-        x, kernel = jnp.ones((rows, 2048), numerics.result), jnp.ones((2048, columns), config.compute.dtype)
-        kernel = storage.prepare({"params": {"kernel": kernel}}, numerics)["params"]["kernel"]
-        product, times = jax.jit(partial(storage.matmul, numerics=numerics)), []
+        x = jnp.ones((rows, 2048), numerics.result)
+        kernel = jnp.ones((2048, columns), config.compute.dtype)
+        kernel = storage.prepare({"params": {"kernel": kernel}}, numerics)["params"][
+            "kernel"
+        ]
+        product = jax.jit(partial(storage.matmul, numerics=numerics))
+        times = []
         for _ in range(4):  # the first one compiles
             started = time.perf_counter()
             jax.block_until_ready(product(x, kernel))
@@ -167,21 +206,35 @@ def _this_machine(config: RunConfig, mesh: Mesh) -> Topology:
     flops = 2.0 * 1024 * 2048**2 / seconds(1024, 2048)
     bandwidth = 2048 * 16384 * config.compute.itemsize / seconds(1, 16384)
     sheet = topology("v5e:1x1")
-    return replace(sheet, chip=replace(sheet.chip, flops=flops / MATRIX_SHARE, bandwidth=bandwidth))
+    return replace(
+        sheet, chip=replace(sheet.chip, flops=flops / MATRIX_SHARE, bandwidth=bandwidth)
+    )
 
 
 def _differences(runs: Sequence[RunConfig]) -> list[str]:
-    """Returns a line on each run of a sweep: its folder, and the settings that differ between runs."""
+    """Returns a line on each run of a sweep: its folder, and the settings that differ between
+    runs."""
     if len(runs) == 1:
         return []
 
     def text(value: Any) -> str:
-        return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+        if isinstance(value, list):
+            return " ".join(map(str, value)) or "none"
+        return str(value)
 
     rows = [dict(dotted(config_files.plain_settings(run))) for run in runs]
-    names = [n for n in rows[0] if n != "output" and any(row[n] != rows[0][n] for row in rows)]
-    settings = (", ".join(f"{name} {text(row[name])}" for name in names) for row in rows)
-    lines = [f"  {run.output}: {differing}" for run, differing in zip(runs, settings, strict=True)]
+    names = [
+        n
+        for n in rows[0]
+        if n != "output" and any(row[n] != rows[0][n] for row in rows)
+    ]
+    settings = (
+        ", ".join(f"{name} {text(row[name])}" for name in names) for row in rows
+    )
+    lines = [
+        f"  {run.output}: {differing}"
+        for run, differing in zip(runs, settings, strict=True)
+    ]
     return [f"{len(runs)} runs, the first one as above:", *lines]
 
 
@@ -195,21 +248,33 @@ def _mechanisms(config: RunConfig, activation: str, spec: targets.AdapterSpec) -
     return f"{' '.join(config.mechanisms)}, from step {first_step(mechanisms)}"
 
 
-def _memory(config: RunConfig, base: ModelConfig, spec: targets.AdapterSpec, mesh: Any) -> list[str]:
+def _memory(
+    config: RunConfig, base: ModelConfig, spec: targets.AdapterSpec, mesh: Any
+) -> list[str]:
     """Returns lines with an estimate of memory per device during training."""
     sizes = {axis: mesh.shape.get(axis, 1) for axis in devices.AXES}
-    numerics = dispatch.numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
+    numerics = dispatch.numerics_for(
+        config.compute.dtype, platform_of(mesh), config.compute.implementation
+    )
     remat = chosen_remat(config.compute.remat, base.d_model, numerics)
     data, fsdp, context, tensor = sizes.values()
-    placed = estimates.Layout(data, fsdp, tensor, remat, config.compute.experts, context=context)
-    # Bytes do not depend on the machine; times of an unknown machine are measured, for rewards only.
+    placed = estimates.Layout(
+        data, fsdp, tensor, remat, config.compute.experts, context=context
+    )
+    # Bytes do not depend on the machine; times of an unknown machine are measured, for rewards
+    # only.
     where = of_devices(list(mesh.devices.flat))
     if where is None:
-        where = _this_machine(config, mesh) if config.rl.rewards else topology("v5e:1x1")
+        if config.rl.rewards:
+            where = _this_machine(config, mesh)
+        else:
+            where = topology("v5e:1x1")
     layout = estimates.estimate(placed, config, base, spec, where)
     sizes_of = layout.weights, layout.state, layout.activations, layout.working
     named = zip(
-        ("weights", "adapters and optimizer", "activations", "working space"), sizes_of, strict=True
+        ("weights", "adapters and optimizer", "activations", "working space"),
+        sizes_of,
+        strict=True,
     )
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in named)
     lines = [

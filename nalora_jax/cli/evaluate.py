@@ -12,7 +12,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 from etils import epy
 from tyro.conf import Positional
 
-from nalora_jax.cli.outputs import check_new_file, data_settings, flags_of_verb, is_dual, labelled, mesh_of
+from nalora_jax.cli.outputs import (
+    check_new_file,
+    data_settings,
+    flags_of_verb,
+    is_dual,
+    labelled,
+    mesh_of,
+)
 from nalora_jax.common.files import write_atomically
 from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
 from nalora_jax.config.structured import COUNT
@@ -56,8 +63,9 @@ class EvalArgs:
     harness: str = ""
     # Folder of additional harness tasks (YAML files).
     harness_tasks: Path | None = None
-    # Needle retrieval: lengths of prompts in tokens, separated by commas, e.g. "1024,8192". Each has --limit questions
-    # (10 by default) at depths of 0, 25, 50, 75 and 100%. An adapter is compared with its base.
+    # Needle retrieval: lengths of prompts in tokens, separated by commas, e.g. "1024,8192". Each
+    # has --limit questions (10 by default) at depths of 0, 25, 50, 75 and 100%. An adapter is
+    # compared with its base.
     needle: str = ""
     # Worked examples before each question of the harness. By default as defined by the task.
     shots: Annotated[int | None, COUNT] = None
@@ -73,7 +81,9 @@ class EvalArgs:
     # Quantize the adapted model's projections. By default as in the run, else not.
     quantize: Literal["none", "int8", "nf4", "mxfp4"] | None = None
     # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
-    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
+    mesh: MeshConfig = field(
+        default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1)
+    )
 
 
 class Side(NamedTuple):
@@ -101,7 +111,8 @@ def evaluate(args: EvalArgs) -> None:
     if args.needle:
         return _needle(args)
     place = located.locate(args.model, args.adapter)
-    named, pairs = args.tasks or args.dataset, config_from_dict(place.run).preference.loss != "none"
+    named = args.tasks or args.dataset
+    pairs = config_from_dict(place.run).preference.loss != "none"
     if pairs and not (named or args.harness):
         return _preference(args, place.run)
     sets = _data_sets(args, place.run) if named or not args.harness else []
@@ -116,12 +127,18 @@ def evaluate(args: EvalArgs) -> None:
     sides = _sides(args, args.against)
     if not (args.tasks or args.harness or args.against or args.records):
         return _held_out(args, sides[0].model, sets[0])
-    results: dict[str, Any] = {"model": place.base, "adapter": place.adapter, "against": args.against}
+    results: dict[str, Any] = {
+        "model": place.base,
+        "adapter": place.adapter,
+        "against": args.against,
+    }
     records: list[dict[str, Any]] = []
     if sets:
         results["tasks"] = {}
     for data in sets:
-        results["tasks"][f"{data.dataset}[{data.eval_split}]"] = _task_results(args, data, sides, records)
+        results["tasks"][f"{data.dataset}[{data.eval_split}]"] = _task_results(
+            args, data, sides, records
+        )
     if args.harness:
         results["harness"] = _harness(args, sides, records)
     _write(args, results, records)
@@ -129,7 +146,12 @@ def evaluate(args: EvalArgs) -> None:
 
 def _asked(args: EvalArgs) -> dict[str, Any]:
     """Returns the settings that the user changed from the run's."""
-    asked = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit, "chat": args.chat}
+    asked = {
+        "dataset": args.dataset,
+        "eval_split": args.split,
+        "eval_limit": args.limit,
+        "chat": args.chat,
+    }
     return {name: value for name, value in asked.items() if value is not None}
 
 
@@ -141,13 +163,17 @@ def _data_sets(args: EvalArgs, run: Mapping[str, Any]) -> list[DataConfig]:
     flag = "--tasks" if args.tasks else "--dataset"
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if args.tasks and not names:
-        raise NaloraError(flag, expected="names, separated by commas", found=repr(args.tasks))
+        raise NaloraError(
+            flag, expected="names, separated by commas", found=repr(args.tasks)
+        )
     with flags_of_verb(flag):
         if args.dataset is not None and args.split is None:
             data = replace(data, eval_split=sources.split_to_measure(data))
         sets = [_task(name, args, data) for name in names] or [data]
         for dataset in sets:
-            sources.open_held_out(dataset, dataset.eval_split).read([0])  # fails before a model is loaded
+            sources.open_held_out(dataset, dataset.eval_split).read(
+                [0]
+            )  # fails before a model is loaded
     return sets
 
 
@@ -156,16 +182,24 @@ def _task(text: str, args: EvalArgs, like: DataConfig) -> DataConfig:
     name, bracket, split = text.partition("[")
     limit = like.eval_limit if args.limit is None else args.limit
     data = replace(like, dataset=name, eval_limit=limit)
-    chosen = split.removesuffix("]") if bracket else args.split or sources.split_to_measure(data)
+    if bracket:
+        chosen = split.removesuffix("]")
+    else:
+        chosen = args.split or sources.split_to_measure(data)
     if bracket and not chosen[:1].isalpha():
         chosen = f"{sources.split_to_measure(data)}[{chosen}]"
     return replace(data, eval_split=chosen, train_split=chosen)
 
 
 def _sides(args: EvalArgs, against: str | None) -> list[Side]:
-    """Loads the model, and the one to compare with: on the same base weights if it is an adapter or "base"."""
+    """Loads the model, and the one to compare with: on the same base weights if it is an adapter or
+    "base"."""
     mesh = mesh_of(args.mesh)
-    options: dict[str, Any] = {"dtype": args.dtype, "quantize": args.quantize or "run", "mesh": mesh}
+    options: dict[str, Any] = {
+        "dtype": args.dtype,
+        "quantize": args.quantize or "run",
+        "mesh": mesh,
+    }
     model = adapted.load(args.model, adapter=args.adapter, **options)
     sides = [Side("", model, model.module, model.variables)]
     if against == "base":
@@ -178,10 +212,15 @@ def _sides(args: EvalArgs, against: str | None) -> list[Side]:
 
 
 def _task_results(
-    args: EvalArgs, data: DataConfig, sides: Sequence[Side], records: list[dict[str, Any]]
+    args: EvalArgs,
+    data: DataConfig,
+    sides: Sequence[Side],
+    records: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Prints and returns the metrics on a data set, with the comparison if there are two sides."""
-    name, answers, summaries = f"{data.dataset}[{data.eval_split}]", [], []
+    name = f"{data.dataset}[{data.eval_split}]"
+    answers = []
+    summaries = []
     for label, model, module, variables in sides:
         tokenizer = model.base.tokenizer
         if args.tasks or _asked(args):
@@ -200,20 +239,31 @@ def _task_results(
     return dict(summaries[0]) | {"against": summaries[1], "comparison": compared}
 
 
-def _harness(args: EvalArgs, sides: Sequence[Side], records: list[dict[str, Any]]) -> dict[str, Any]:
+def _harness(
+    args: EvalArgs, sides: Sequence[Side], records: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Prints and returns the harness's results, with the comparison if there are two sides."""
     tasks = [name.strip() for name in args.harness.split(",") if name.strip()]
-    options: dict[str, Any] = {"folder": args.harness_tasks, "limit": args.limit or 0, "shots": args.shots}
+    options: dict[str, Any] = {
+        "folder": args.harness_tasks,
+        "limit": args.limit or 0,
+        "shots": args.shots,
+    }
     results = []
     for label, model, module, variables in sides:
-        tokenizer, mesh = model.base.tokenizer, mesh_of(args.mesh)
+        tokenizer = model.base.tokenizer
+        mesh = mesh_of(args.mesh)
         wrapped = harness.harness_model(module, variables, tokenizer, mesh=mesh)
-        results.append(harness.run_harness(wrapped, tasks, chat=bool(args.chat), **options))
+        results.append(
+            harness.run_harness(wrapped, tasks, chat=bool(args.chat), **options)
+        )
         for task, measured in results[-1]["results"].items():
             numbers = ", ".join(
                 f"{name.partition(',')[0]} {value:.4f}"
                 for name, value in measured.items()
-                if "," in name and "stderr" not in name and isinstance(value, int | float)
+                if "," in name
+                and "stderr" not in name
+                and isinstance(value, int | float)
             )
             print(f"{labelled(task, label)}: {numbers}", flush=True)
         for task, rows in results[-1]["samples"].items():
@@ -222,12 +272,22 @@ def _harness(args: EvalArgs, sides: Sequence[Side], records: list[dict[str, Any]
     if len(results) == 1:
         return summary
     samples, others = (result["samples"] for result in results)
-    compared = {task: harness.compare_samples(others[task], rows) for task, rows in samples.items() if rows}
+    compared = {
+        task: harness.compare_samples(others[task], rows)
+        for task, rows in samples.items()
+        if rows
+    }
     for task, measured in compared.items():
         for metric, number in measured.items():
-            p = f", McNemar p = {number['p_value']:.2g}" if "p_value" in number else ""
+            if "p_value" in number:
+                p = f", McNemar p = {number['p_value']:.2g}"
+            else:
+                p = ""
             interval = f"95% interval {number['low']:+.4f} to {number['high']:+.4f}"
-            print(f"{task}, difference: {metric} {number['difference']:+.4f} ({interval}{p})", flush=True)
+            print(
+                f"{task}, difference: {metric} {number['difference']:+.4f} ({interval}{p})",
+                flush=True,
+            )
     return summary | {"against": results[1]["results"], "comparison": compared}
 
 
@@ -236,31 +296,55 @@ def _harness(args: EvalArgs, sides: Sequence[Side], records: list[dict[str, Any]
 
 def _held_out(args: EvalArgs, model: adapted.AdaptedModel, data: DataConfig) -> None:
     """Prints the held-out metric as a run computes it."""
-    tokenizer, source = model.base.tokenizer, None
+    tokenizer = model.base.tokenizer
+    source = None
     if model.base.processor is not None:
         vision = config_from_dict(model.located.run).vision
-        splits = (data.eval_split,) if _asked(args) else (data.train_split, data.eval_split)
+        splits: tuple[str, ...] = (data.train_split, data.eval_split)
+        if _asked(args):
+            splits = (data.eval_split,)
         with flags_of_verb("--dataset"):
             source = images.seen_sources(data, vision, tokenizer.images, splits=splits)
     if _asked(args):
-        items = questions.eval_examples(data, tokenizer, split=data.eval_split, source=source)
+        items = questions.eval_examples(
+            data, tokenizer, split=data.eval_split, source=source
+        )
     else:  # the examples of the run's reported results
-        items, _ = questions.held_out(sources.open_pair(data, source=source)[1], data, tokenizer)
-    _report(args, model, data, seeing.evaluator_of(model.base, model.module, items, mesh_of(args.mesh)))
+        items, _ = questions.held_out(
+            sources.open_pair(data, source=source)[1], data, tokenizer
+        )
+    _report(
+        args,
+        model,
+        data,
+        seeing.evaluator_of(model.base, model.module, items, mesh_of(args.mesh)),
+    )
 
 
 def _images(args: EvalArgs) -> None:
     """Prints the held-out metric of a run on images, by default on the run's reported images."""
     if args.quantize not in (None, "none"):
-        raise NaloraError("--quantize", expected="none for image and text encoders", found=args.quantize)
-    model = adapted_dual.load_adapted_dual(args.model, adapter=args.adapter, dtype=args.dtype)
-    run, data = config_from_dict(model.located.run), data_settings(model.located.run, _asked(args))
+        raise NaloraError(
+            "--quantize",
+            expected="none for image and text encoders",
+            found=args.quantize,
+        )
+    model = adapted_dual.load_adapted_dual(
+        args.model, adapter=args.adapter, dtype=args.dtype
+    )
+    run = config_from_dict(model.located.run)
+    data = data_settings(model.located.run, _asked(args))
     classes: tuple[str, ...] = ()
     if run.vision.task == "classify":
         classes = opened.open_images(data, run.vision, data.train_split).classes()
     held = opened.open_images(data, run.vision, data.eval_split)
     shown = of_images.Images(held, dual.image_indices(replace(run, data=data), held)[0])
-    _report(args, model, data, dual.image_evaluator(model.encoders, shown, classes, run.vision))
+    _report(
+        args,
+        model,
+        data,
+        dual.image_evaluator(model.encoders, shown, classes, run.vision),
+    )
 
 
 def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
@@ -270,33 +354,54 @@ def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
             expected = "--tasks or --dataset beside it"
             remedy = "a run on pairs is compared with its base by itself: that is what its rewards are"
             raise NaloraError(flag, expected=expected, found="neither", remedy=remedy)
-    data, settings = data_settings(run, _asked(args)), config_from_dict(run).preference
+    data = data_settings(run, _asked(args))
+    settings = config_from_dict(run).preference
     model = _sides(args, None)[0].model
-    records, tokenizer = sources.open_held_out(data, data.eval_split), model.base.tokenizer
+    records = sources.open_held_out(data, data.eval_split)
+    tokenizer = model.base.tokenizer
     pairs, _ = preference.held_out_pairs(
         records, data, settings, tokenizer, model.base.config.max_positions
     )
     mesh = mesh_of(args.mesh)
     _report(
-        args, model, data, of_pairs.PreferenceEvaluator(model.module, tokenizer, pairs, settings, mesh=mesh)
+        args,
+        model,
+        data,
+        of_pairs.PreferenceEvaluator(
+            model.module, tokenizer, pairs, settings, mesh=mesh
+        ),
     )
 
 
 def _report(
-    args: EvalArgs, model: adapted.AdaptedModel | adapted_dual.AdaptedDual, data: DataConfig, evaluator: Any
+    args: EvalArgs,
+    model: adapted.AdaptedModel | adapted_dual.AdaptedDual,
+    data: DataConfig,
+    evaluator: Any,
 ) -> None:
     """Prints the metric of an evaluator, and writes it if requested."""
-    values = evaluator.measure(model.base.params, model.lora, samples=args.output is not None)
+    values = evaluator.measure(
+        model.base.params, model.lora, samples=args.output is not None
+    )
     print(f"{data.dataset}[{data.eval_split}]: {metrics.describe(values)}")
-    origin = {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)}
+    origin = {
+        "model": model.located.base,
+        "adapter": model.located.adapter,
+        "data": vars(data),
+    }
     _write(args, origin | values, [])
 
 
-def _write(args: EvalArgs, results: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+def _write(
+    args: EvalArgs, results: dict[str, Any], records: Sequence[Mapping[str, Any]]
+) -> None:
     """Writes the files that the user requested."""
     for path, content in (
         (args.output, json.dumps(run_log.to_json(results), indent=2) + "\n"),
-        (args.records, "".join(json.dumps(run_log.to_json(record)) + "\n" for record in records)),
+        (
+            args.records,
+            "".join(json.dumps(run_log.to_json(record)) + "\n" for record in records),
+        ),
     ):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -316,19 +421,31 @@ def _needle(args: EvalArgs) -> None:
     lengths = _needle_lengths(args)
     place = located.locate(args.model, args.adapter)
     against = args.against or (None if place.adapter is None else "base")
-    chat = config_from_dict(place.run).data.chat if args.chat is None else args.chat
+    if args.chat is None:
+        chat = config_from_dict(place.run).data.chat
+    else:
+        chat = args.chat
     sides = _sides(args, against)
     answers: list[list[dict[str, Any]]] = []
-    summaries, records = [], []
+    summaries = []
+    records = []
     for label, model, module, variables in sides:
         tokenizer = model.base.tokenizer
-        items = needle.needle_items(tokenizer, lengths, per_cell=args.limit or _PER_CELL, chat=chat)
-        generator = generate.Generator(module, variables, tokenizer, mesh=mesh_of(args.mesh))
+        items = needle.needle_items(
+            tokenizer, lengths, per_cell=args.limit or _PER_CELL, chat=chat
+        )
+        generator = generate.Generator(
+            module, variables, tokenizer, mesh=mesh_of(args.mesh)
+        )
         answers.append(needle.needle_answers(generator, items))
         grid = needle.needle_summary(answers[-1])
         summaries.append(grid)
-        interval = f"95% interval {grid['low']:.3f} to {grid['high']:.3f}, n {grid['n']}"
-        print(f"{labelled('needle retrieval', label)}: exact match {grid['accuracy']:.3f} ({interval})")
+        interval = (
+            f"95% interval {grid['low']:.3f} to {grid['high']:.3f}, n {grid['n']}"
+        )
+        print(
+            f"{labelled('needle retrieval', label)}: exact match {grid['accuracy']:.3f} ({interval})"
+        )
         print(tables.text_table(*sections.needle_cells(grid)), flush=True)
         records += [{"model": label, **record} for record in answers[-1]]
     grids: dict[str, Any] = {"after" if against else "before": summaries[0]}
@@ -336,15 +453,26 @@ def _needle(args: EvalArgs) -> None:
         compared = metrics.compare_records(*answers[::-1])["accuracy"]
         grids |= {"before": summaries[1], "comparison": compared}
         print(f"difference: {metrics.describe_paired(compared)}", flush=True)
-    _write(args, {"model": place.base, "adapter": place.adapter, "against": against, **grids}, records)
+    _write(
+        args,
+        {"model": place.base, "adapter": place.adapter, "against": against, **grids},
+        records,
+    )
     if against == "base" and place.run and place.adapter is not None:
         folder = place.adapter.parent
-        write_atomically(folder / sections.NEEDLE_FILE, json.dumps(run_log.to_json(grids), indent=2) + "\n")
+        write_atomically(
+            folder / sections.NEEDLE_FILE,
+            json.dumps(run_log.to_json(grids), indent=2) + "\n",
+        )
         print(f"{html.write_report(folder)}: with these results")
 
 
 def _needle_lengths(args: EvalArgs) -> list[int]:
-    for flag, value in (("--tasks", args.tasks), ("--dataset", args.dataset), ("--harness", args.harness)):
+    for flag, value in (
+        ("--tasks", args.tasks),
+        ("--dataset", args.dataset),
+        ("--harness", args.harness),
+    ):
         if value:
             raise NaloraError("--needle", expected=f"--needle or {flag}", found="both")
     texts = [text.strip() for text in args.needle.split(",")]

@@ -66,7 +66,9 @@ def removed_if_stopped() -> Iterator[None]:
         with preemption.stop_signals():
             yield
     except Interrupted as stopped:
-        raise Interrupted(stopped.signal, resume="no unfinished output was left") from None
+        raise Interrupted(
+            stopped.signal, resume="no unfinished output was left"
+        ) from None
 
 
 def refuse_existing(folder: Path) -> None:
@@ -82,7 +84,12 @@ def refuse_existing(folder: Path) -> None:
     refuse_claimed(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         remedy = "choose another --output; nothing was changed"
-        raise NaloraError("--output", expected="a new or empty folder", found=f"{folder}", remedy=remedy)
+        raise NaloraError(
+            "--output",
+            expected="a new or empty folder",
+            found=f"{folder}",
+            remedy=remedy,
+        )
 
 
 def check_new_path(flag: str, path: Path) -> None:
@@ -91,11 +98,19 @@ def check_new_path(flag: str, path: Path) -> None:
     Raises:
       NaloraError: names the flag.
     """
-    above = next((folder for folder in path.absolute().parents if folder.exists()), None)
+    above = next(
+        (folder for folder in path.absolute().parents if folder.exists()), None
+    )
     if above is not None and not above.is_dir():
-        raise NaloraError(flag, expected="a path in a folder", found=f"{path}, and {above} is a file")
+        raise NaloraError(
+            flag, expected="a path in a folder", found=f"{path}, and {above} is a file"
+        )
     if above is not None and not path.exists() and not os.access(above, os.W_OK):
-        raise NaloraError(flag, expected="a folder that can be written", found=f"{above}, which cannot")
+        raise NaloraError(
+            flag,
+            expected="a folder that can be written",
+            found=f"{above}, which cannot",
+        )
 
 
 def check_new_file(flag: str, path: Path | None) -> None:
@@ -109,7 +124,9 @@ def check_new_file(flag: str, path: Path | None) -> None:
     check_new_path(flag, path)
     if path.exists():
         remedy = "choose another name"
-        raise NaloraError(flag, expected="a new file", found=f"{path}, which exists", remedy=remedy)
+        raise NaloraError(
+            flag, expected="a new file", found=f"{path}, which exists", remedy=remedy
+        )
 
 
 @contextlib.contextmanager
@@ -118,11 +135,17 @@ def flags_of_verb(dataset: str) -> Iterator[None]:
 
     ``dataset`` is the flag of the data set.
     """
-    names = {"--data.dataset": dataset, "--data.eval-split": "--split", "--data.eval-limit": "--limit"}
+    names = {
+        "--data.dataset": dataset,
+        "--data.eval-split": "--split",
+        "--data.eval-limit": "--limit",
+    }
     try:
         yield
     except NaloraError as error:
         if error.where not in names:
             raise
         flag = names[error.where]
-        raise NaloraError(flag, expected=error.expected, found=error.found, remedy=error.remedy) from error
+        raise NaloraError(
+            flag, expected=error.expected, found=error.found, remedy=error.remedy
+        ) from error

@@ -13,7 +13,11 @@ from typing import Annotated, Literal
 
 from etils import epy
 from tyro.conf import Positional, arg
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+)
 
 from nalora_jax.cli.config_files import load_config
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
@@ -40,8 +44,9 @@ class TrainArgs:
     dry_run: bool = False
     # With --dry-run: also print settings that have their default values.
     all: bool = False
-    # Train one run for each of these values, in as few programs as possible: SETTING=VALUE,VALUE,...; the
-    # option may be repeated, for all combinations. Each run gets a folder below --output.
+    # Train one run for each of these values, in as few programs as possible:
+    # SETTING=VALUE,VALUE,...; the option may be repeated, for all combinations. Each run gets a
+    # folder below --output.
     sweep: tuple[str, ...] = ()
     run: Annotated[RunConfig, arg(name="")] = field(default_factory=RunConfig)
 
@@ -58,7 +63,9 @@ class GenerateArgs:
     messages: Path | None = None
     # Adapter folder in PEFT's format, or the folder of a run.
     adapter: Path | None = None
-    sampling: Annotated[GenerationConfig, arg(name="")] = field(default_factory=GenerationConfig)
+    sampling: Annotated[GenerationConfig, arg(name="")] = field(
+        default_factory=GenerationConfig
+    )
     # Seed of the sampling.
     seed: Annotated[int, SEED] = 0
     # Wrap the prompt in the model's chat template. By default as in the run, else not; with images,
@@ -69,7 +76,9 @@ class GenerateArgs:
     # Dtype of the base weights. By default the run's, else bfloat16.
     dtype: Dtype | None = None
     # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
-    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
+    mesh: MeshConfig = field(
+        default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1)
+    )
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,9 @@ def registry() -> ConstructorRegistry:
     rules = ConstructorRegistry()
 
     @rules.primitive_rule
-    def adapter_rules(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[tuple[LoRARule, ...]] | None:
+    def adapter_rules(
+        info: PrimitiveTypeInfo,
+    ) -> PrimitiveConstructorSpec[tuple[LoRARule, ...]] | None:
         if info.type != tuple[LoRARule, ...]:
             return None
         return PrimitiveConstructorSpec(
@@ -193,15 +204,21 @@ def registry() -> ConstructorRegistry:
         )
 
     @rules.primitive_rule
-    def resume(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool | Literal["auto"]] | None:
+    def resume(
+        info: PrimitiveTypeInfo,
+    ) -> PrimitiveConstructorSpec[bool | Literal["auto"]] | None:
         if info.type != bool | Literal["auto"]:
             return None
         return PrimitiveConstructorSpec(
             nargs=1,
             metavar="[yes|no|auto]",
-            instance_from_str=lambda texts: {"yes": True, "no": False}.get(texts[0], "auto"),
+            instance_from_str=lambda texts: {"yes": True, "no": False}.get(
+                texts[0], "auto"
+            ),
             is_instance=lambda value: isinstance(value, bool) or value == "auto",
-            str_from_instance=lambda value: [{"True": "yes", "False": "no"}.get(str(value), "auto")],
+            str_from_instance=lambda value: [
+                {"True": "yes", "False": "no"}.get(str(value), "auto")
+            ],
         )
 
     return rules
@@ -215,28 +232,37 @@ def defaults(argv: Sequence[str]) -> TrainArgs:
     """
     config, _ = taken(argv, "--config")
     if not config:
-        resume, output = taken(argv, "--resume")[0], taken(argv, "--output")[0]
+        resume = taken(argv, "--resume")[0]
+        output = taken(argv, "--output")[0]
         if resume in ([], ["no"]):
             return TrainArgs()
         folder = (output or [RunConfig.output])[-1]
         check_path("--output", folder)
         swept = recorded_sweep(folder)
         if swept is not None:
-            return TrainArgs(sweep=swept[0], run=replace(swept[1], output=folder, imports=()))
+            return TrainArgs(
+                sweep=swept[0], run=replace(swept[1], output=folder, imports=())
+            )
         run = config_from_dict(run_log.recorded_settings(folder))
         # Epochs have become the recorded number of steps, which --steps may now change. Files are
         # executed only if they are named again: a folder may come from somebody else.
-        return TrainArgs(run=replace(run, output=folder, resume=False, epochs=0.0, imports=()))
+        return TrainArgs(
+            run=replace(run, output=folder, resume=False, epochs=0.0, imports=())
+        )
     check_path("--config", config[-1])
     return TrainArgs(Path(config[-1]), run=load_config(config[-1]))
 
 
-def taken(words: Sequence[str], flag: str, ending: str = "") -> tuple[list[str], list[str]]:
+def taken(
+    words: Sequence[str], flag: str, ending: str = ""
+) -> tuple[list[str], list[str]]:
     """Returns the values of a flag, which may be repeated, and the other words.
 
     Values are the words up to the next flag, or up to a word without ``ending``.
     """
-    values, others, taking = [], [], False
+    values = []
+    others = []
+    taking = False
     for word in words:
         name, assigned, value = word.partition("=")
         if name == flag:

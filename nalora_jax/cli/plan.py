@@ -22,7 +22,9 @@ from nalora_jax.config.settings import DUAL
 from nalora_jax.config.structured import AMOUNT, COUNT, TOKENS, check_ranges
 from nalora_jax.errors import NaloraError
 
-with epy.lazy_imports():  # on first use: help needs no JAX, and `_prepare` comes before it
+with (
+    epy.lazy_imports()
+):  # on first use: help needs no JAX, and `_prepare` comes before it
     from nalora_jax.cli.planning import program, report
     from nalora_jax.layout import layouts, machines
 
@@ -31,14 +33,18 @@ log = logging.getLogger(__name__)
 
 
 # The defaults of the run's flags: those of ``nalora train``, without its model and rows.
-_RUN = RunConfig(model="", data=DataConfig(max_length=4096), train=TrainConfig(batch_size=0))
+_RUN = RunConfig(
+    model="", data=DataConfig(max_length=4096), train=TrainConfig(batch_size=0)
+)
 
 
 @dataclass(frozen=True)
 class PlanArgs:
-    """Compile a run's training step for TPUs or GPUs that are not attached: memory and maximum speed."""
+    """Compile a run's training step for TPUs or GPUs that are not attached: memory and maximum
+    speed."""
 
-    # One or more: v5e:16x16 or v5litepod-256, v6e:16x16, v5p:8x8x16, 2xv6e:16x16 (two slices), 8xh100, 64xh100.
+    # One or more: v5e:16x16 or v5litepod-256, v6e:16x16, v5p:8x8x16, 2xv6e:16x16 (two slices),
+    #   8xh100, 64xh100.
     topology: tuple[str, ...] = ()
     # Short for --train.batch-size: rows per step over all chips. By default one per chip and
     # micro-batch.
@@ -56,33 +62,41 @@ class PlanArgs:
     json: Path | None = None
     # Print the layout that would be chosen, without compiling.
     estimate: bool = False
-    # Plan a sweep of this number of runs, each with --batch rows a step; 0: one run. Hours and, with
-    # --price, the price of all runs are those of --steps.
+    # Plan a sweep of this number of runs, each with --batch rows a step; 0: one run. Hours and,
+    # with --price, the price of all runs are those of --steps.
     sweep: Annotated[int, COUNT] = 0
     run: Annotated[RunConfig, arg(name="")] = _RUN
 
     def config(self, chips: int) -> RunConfig:
-        """Returns the settings of the planned run, by default with a row for each chip and micro-batch.
+        """Returns the settings of the planned run, by default with a row for each chip and
+        micro-batch.
 
         Its ``data.max_length`` is the length of the planned rows.
 
         Raises:
           NaloraError: a setting of the run is out of range, or its model is a dual encoder.
         """
-        train, task = self.run.train, self.run.vision.task
+        train = self.run.train
+        task = self.run.vision.task
         if task in DUAL:
             expected = "a language model: dual encoders are not planned"
             raise NaloraError("--vision.task", expected=expected, found=task)
-        check_ranges(replace(self.run, train=replace(train, batch_size=1)))  # before rows are counted
+        check_ranges(
+            replace(self.run, train=replace(train, batch_size=1))
+        )  # before rows are counted
         rows = self.batch or train.batch_size or chips * train.accumulate
         data = replace(self.run.data, max_length=self.seq or self.run.data.max_length)
-        return check(replace(self.run, data=data, train=replace(train, batch_size=rows)))
+        return check(
+            replace(self.run, data=data, train=replace(train, batch_size=rows))
+        )
 
 
 def plan(args: PlanArgs) -> None:
     """Prints the plan of each topology."""
     if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
-        raise NaloraError("--json", expected="a file in an existing folder", found=args.json)
+        raise NaloraError(
+            "--json", expected="a file in an existing folder", found=args.json
+        )
     topologies = [machines.topology(name) for name in args.topology]
     if not topologies:
         raise NaloraError("--topology", expected="at least one machine", found="none")
@@ -109,9 +123,13 @@ def compiler_messages_in(file: Path) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         messages = file.open("w")
     except OSError as error:
-        expected, remedy = "a file that can be written", "set NALORA_CACHE to another folder"
-        raise NaloraError(str(file), expected=expected, found=error, remedy=remedy) from error
-    shown, terminal = sys.stderr, os.dup(2)
+        expected = "a file that can be written"
+        remedy = "set NALORA_CACHE to another folder"
+        raise NaloraError(
+            str(file), expected=expected, found=error, remedy=remedy
+        ) from error
+    shown = sys.stderr
+    terminal = os.dup(2)
     with messages, os.fdopen(terminal, "w", buffering=1) as python:
         os.dup2(messages.fileno(), 2)
         if shown is sys.__stderr__:
@@ -124,10 +142,13 @@ def compiler_messages_in(file: Path) -> Iterator[None]:
 
 
 def _print_plans(args: PlanArgs, topologies: Sequence[machines.Topology]) -> None:
-    run, seq = args.run, args.seq or args.run.data.max_length
+    run = args.run
+    seq = args.seq or args.run.data.max_length
     if not run.model:
         raise NaloraError("--model", expected="a model", found="none")
-    base = program.architecture(run.model, images=args.images > 0, rope_scaling=run.rope_scaling)
+    base = program.architecture(
+        run.model, images=args.images > 0, rope_scaling=run.rope_scaling
+    )
     base = replace(base, vocab_size=base.vocab_size + args.added_tokens)
     if seq == 0:
         expected = "the tokens of a row: a plan reads no data"
@@ -140,13 +161,18 @@ def _print_plans(args: PlanArgs, topologies: Sequence[machines.Topology]) -> Non
     for machine in topologies:
         config = args.config(1 if args.sweep else machine.size)
         if args.sweep:
-            sweep = report.plan_sweep(config, base, machine, args.sweep, compiles=not args.estimate)
-            record, lines = sweep.to_dict(), report.describe_sweep(sweep, **shown)
+            sweep = report.plan_sweep(
+                config, base, machine, args.sweep, compiles=not args.estimate
+            )
+            record = sweep.to_dict()
+            lines = report.describe_sweep(sweep, **shown)
         elif args.estimate:
             layout = layouts.fastest(layouts.fitting(config, base, machine))
             rate = config.train.batch_size * config.data.max_length / layout.seconds
             record = report.common_fields(config, machine) | {
-                **{name: getattr(layout, name) for name in ("memory", "seconds", "mfu")},
+                **{
+                    name: getattr(layout, name) for name in ("memory", "seconds", "mfu")
+                },
                 **{"layout": layout.record(), "estimate": True},
                 **{"limit": machine.chip.memory, "tokens_per_second": rate},
             }
@@ -154,7 +180,8 @@ def _print_plans(args: PlanArgs, topologies: Sequence[machines.Topology]) -> Non
             lines = report.cost_lines(machine, layout.seconds, rate, **shown)
         else:
             planned = report.plan(config, base, machine, args.images)
-            record, lines = planned.to_dict(), report.plan_lines(planned, **shown)
+            record = planned.to_dict()
+            lines = report.plan_lines(planned, **shown)
         for line in lines:
             print(line, flush=True)
         if args.json is not None:
@@ -177,5 +204,9 @@ def _prepare(*, gpus: bool) -> None:
     with suppress(ModuleNotFoundError):
         tools = importlib.util.find_spec("nvidia.cuda_nvcc")
     if tools is not None and tools.submodule_search_locations:
-        flags.append(f"--xla_gpu_cuda_data_dir={next(iter(tools.submodule_search_locations))}")
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+        flags.append(
+            f"--xla_gpu_cuda_data_dir={next(iter(tools.submodule_search_locations))}"
+        )
+    os.environ["XLA_FLAGS"] = " ".join(
+        [os.environ.get("XLA_FLAGS", ""), *flags]
+    ).strip()

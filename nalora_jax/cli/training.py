@@ -1,4 +1,5 @@
-"""Fine-tuning as ``nalora train`` and `nalora_jax.run` start it: with automatic layouts and a report."""
+"""Fine-tuning as ``nalora train`` and `nalora_jax.run` start it: with automatic layouts and a
+report."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def run(
     callbacks: Sequence[Callback] = (),
     source: Mapping[str, Source] | None = None,
 ) -> RunResult:
-    """Fine-tunes a model: settings -> data -> layout -> evaluate -> train -> evaluate -> export -> report.
+    """Fine-tunes a model: settings -> data -> layout -> evaluate -> train -> evaluate -> export ->
+    report.
 
     All processes of a multi-host run call it; the first one logs and writes.
 

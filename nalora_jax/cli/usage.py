@@ -46,14 +46,19 @@ def flags(kind: type, prefix: str = "", values: Any = None) -> Iterator[Flag]:
         bare = get_args(declared)[0] if extras else declared
         if any("Positional" in str(extra) for extra in extras):
             continue
-        named = (extra.name for extra in extras if getattr(extra, "name", None) is not None)
-        explicit, default = next(named, entry.name), entry.default
+        named = (
+            extra.name for extra in extras if getattr(extra, "name", None) is not None
+        )
+        explicit = next(named, entry.name)
+        default = entry.default
         if values is not None:
             default = getattr(values, entry.name)
         elif entry.default_factory is not MISSING:
             default = entry.default_factory()
         if isinstance(bare, type) and is_dataclass(bare):
-            yield from flags(bare, f"{prefix}{explicit}." if explicit else prefix, default)
+            yield from flags(
+                bare, f"{prefix}{explicit}." if explicit else prefix, default
+            )
         else:
             name = f"--{prefix}{explicit}".replace("_", "-")
             yield Flag(name, _without_none(bare), entry, kind, default)
@@ -61,7 +66,9 @@ def flags(kind: type, prefix: str = "", values: Any = None) -> Iterator[Flag]:
 
 def _without_none(hint: Any) -> Any:
     inner = [member for member in get_args(hint) if member is not types.NoneType]
-    return inner[0] if get_origin(hint) in (Union, types.UnionType) and len(inner) == 1 else hint
+    if get_origin(hint) in (Union, types.UnionType) and len(inner) == 1:
+        return inner[0]
+    return hint
 
 
 def check_flags(verb: str, kind: type, argv: Sequence[str]) -> None:
@@ -71,19 +78,30 @@ def check_flags(verb: str, kind: type, argv: Sequence[str]) -> None:
       NaloraError: names the flag as it was typed, and a similar flag if there is one.
     """
     by_name = {flag.name: flag for flag in flags(kind)}
-    switches = {name for name, flag in by_name.items() if flag.type is bool or bool in get_args(flag.type)}
+    switches = {
+        name
+        for name, flag in by_name.items()
+        if flag.type is bool or bool in get_args(flag.type)
+    }
     off = {re.sub(r"^(--(?:.*\.)?)", r"\1no-", name) for name in switches}
     for word in argv:
         name = word.partition("=")[0].replace("_", "-")
-        if name.startswith("--") and name != "--" and name not in by_name and name not in off:
-            expected, remedy = f"a flag of nalora {verb}", f"see nalora {verb} --help-all"
+        if (
+            name.startswith("--")
+            and name != "--"
+            and name not in by_name
+            and name not in off
+        ):
+            expected = f"a flag of nalora {verb}"
+            remedy = f"see nalora {verb} --help-all"
             raise unknown(name, name, [*by_name, *off], expected, remedy)
 
 
 @contextlib.contextmanager
 def one_line_errors(verb: str) -> Iterator[None]:
     """Turns tyro's output about wrong arguments, boxes of many lines, into a NaloraError."""
-    said, before = io.StringIO(), os.environ.get("COLUMNS")
+    said = io.StringIO()
+    before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100000"
     try:
         with contextlib.redirect_stderr(said):
@@ -99,22 +117,38 @@ def one_line_errors(verb: str) -> Iterator[None]:
 
 
 def _as_error(verb: str, box: str) -> NaloraError:
-    """Returns the error in a box of tyro, whose first paragraph names the flag and the bad value."""
-    plain = (line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines())
+    """Returns the error in a box of tyro, whose first paragraph names the flag and the bad
+    value."""
+    plain = (
+        line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
+    )
     lines = [line for line in plain if line][1:]  # after the title
     rules = [index for index, line in enumerate(lines) if set(line) <= {"─", "-"}]
     start = int(rules[:1] == [0])
-    text = " ".join(lines[start : next((index for index in rules if index > 0), len(lines))])
-    where, remedy = f"nalora {verb}", f"see nalora {verb} --help-all"
-    if match := re.match(r"Error parsing (\S+?): (?:.*: )?expected (.*), found (.*)", text):
+    text = " ".join(
+        lines[start : next((index for index in rules if index > 0), len(lines))]
+    )
+    where = f"nalora {verb}"
+    remedy = f"see nalora {verb} --help-all"
+    if match := re.match(
+        r"Error parsing (\S+?): (?:.*: )?expected (.*), found (.*)", text
+    ):
         return NaloraError(match[1], expected=match[2], found=match[3])
     if match := re.match(r"Error parsing (\S+?): (.*)", text):
-        form = next((line for line in lines if line.startswith(f"{match[1]} ")), "a value of its type")
+        form = next(
+            (line for line in lines if line.startswith(f"{match[1]} ")),
+            "a value of its type",
+        )
         value = re.search(r"'.*'", match[2])
-        expected, found = form.removeprefix(f"{match[1]} "), value[0] if value else match[2]
+        expected = form.removeprefix(f"{match[1]} ")
+        found = value[0] if value else match[2]
         return NaloraError(match[1], expected=expected, found=found)
-    if match := re.match(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)", text):
-        return NaloraError(match[2], expected=f"one of {match[3].replace(chr(39), '')}", found=match[1])
+    if match := re.match(
+        r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)", text
+    ):
+        return NaloraError(
+            match[2], expected=f"one of {match[3].replace(chr(39), '')}", found=match[1]
+        )
     if match := re.match(r"Missing value for argument '(\S+)'\. Expected (\d+)", text):
         return NaloraError(match[1], expected="a value", found="none")
     if match := re.match(r"Missing from .*?: (\S+)", text):
@@ -135,7 +169,9 @@ def check_text(argv: Sequence[str]) -> None:
             near = [*re.findall(r"^(--[^=]*)=", word), *argv[max(index - 1, 0) : index]]
             flag = next((name for name in near if name.startswith("--")), "argument")
             shown = repr(word.encode(errors="surrogateescape"))
-            raise NaloraError(flag, expected="text in UTF-8", found=shown[:80]) from None
+            raise NaloraError(
+                flag, expected="text in UTF-8", found=shown[:80]
+            ) from None
 
 
 # ---------------------------------------------------------------- help
@@ -148,7 +184,12 @@ def width() -> int:
 
 def _entry(name: str, text: str, *, indent: int) -> str:
     """Returns a name and its wrapped text, which starts at column ``indent``."""
-    return fill(text, width(), initial_indent=f"  {name}".ljust(indent), subsequent_indent=" " * indent)
+    return fill(
+        text,
+        width(),
+        initial_indent=f"  {name}".ljust(indent),
+        subsequent_indent=" " * indent,
+    )
 
 
 def overview(verbs: Mapping[str, type]) -> str:
@@ -161,9 +202,15 @@ def overview(verbs: Mapping[str, type]) -> str:
         "",
         "  nalora VERB --help   the flags of a verb (--help-all: all of them)",
         "  nalora --version     the version",
-        _entry("--log-format json", f"{also} notes, steps and errors as one JSON object a line", indent=23),
         _entry(
-            "--import FILE ...", f"{also} execute Python files that register rules of your own", indent=23
+            "--log-format json",
+            f"{also} notes, steps and errors as one JSON object a line",
+            indent=23,
+        ),
+        _entry(
+            "--import FILE ...",
+            f"{also} execute Python files that register rules of your own",
+            indent=23,
         ),
     ]
     return "\n".join(lines)
@@ -192,9 +239,11 @@ def short_help(verb: str, kind: type, common: Mapping[str, str]) -> str:
         if "." in flag.name:
             groups.setdefault(flag.owner, []).append(flag)
     for owner, members in groups.items():
-        name, text = f"{members[0].name.partition('.')[0]}.*", f"{first_line(owner)} ({len(members)} flags)"
+        name = f"{members[0].name.partition('.')[0]}.*"
+        text = f"{first_line(owner)} ({len(members)} flags)"
         if len(members) == 1:
-            name, text = members[0].name, members[0].text
+            name = members[0].name
+            text = members[0].text
         lines.append(_entry(name, text, indent=max(17, len(name) + 4)))
     return "\n".join(lines)
 

@@ -53,7 +53,10 @@ def train(args: cli.TrainArgs) -> None:
     check(args.run)  # before heavy imports
     outputs.check_new_path("--output", Path(args.run.output))
     if args.dry_run:
-        runs = grid.grid(args.run, grid.axes_of(args.sweep)) if args.sweep else [args.run]
+        if args.sweep:
+            runs = grid.grid(args.run, grid.axes_of(args.sweep))
+        else:
+            runs = [args.run]
         dry_run.dry_run(runs, every_setting=args.all)
     elif args.sweep:
         sweeps.sweep_grid(args.run, args.sweep)
@@ -65,31 +68,53 @@ def generate(args: cli.GenerateArgs) -> None:
     """Prints the response while it is generated."""
     if (args.prompt is None) == (args.messages is None):
         prompts = "neither" if args.prompt is None else "both"
-        raise NaloraError("nalora generate", expected="--prompt or --messages", found=prompts)
-    messages = None if args.messages is None else conversation.read_messages(args.messages)
+        raise NaloraError(
+            "nalora generate", expected="--prompt or --messages", found=prompts
+        )
+    if args.messages is None:
+        messages = None
+    else:
+        messages = conversation.read_messages(args.messages)
     prompt = _standard_input() if args.prompt == "-" else args.prompt or ""
     asked = [{"role": "user", "content": prompt}]
     mesh = outputs.mesh_of(args.mesh)
-    pictures = [image_files.open_image(path) for path in args.image]  # fails before a model is loaded
+    pictures = [
+        image_files.open_image(path) for path in args.image
+    ]  # fails before a model is loaded
     if args.chat and not pictures:
         _require_template(args.model, args.adapter, messages or asked)
-    options: dict[str, Any] = {"dtype": args.dtype, "mesh": mesh, "images": bool(pictures) or None}
+    options: dict[str, Any] = {
+        "dtype": args.dtype,
+        "mesh": mesh,
+        "images": bool(pictures) or None,
+    }
     model = adapted.load(args.model, adapter=args.adapter, **options)
-    tokenizer, processor, adapter = model.base.tokenizer, model.base.processor, model.located.adapter
+    tokenizer = model.base.tokenizer
+    processor = model.base.processor
+    adapter = model.located.adapter
     tokens: str | list[int] = prompt
     if pictures:
         in_turns = tokenizer.chat_template is not None and args.chat is not False
         tokens = image_chat.asked(prompt, len(pictures), tokenizer, chat=in_turns)
     else:
-        if args.chat or (args.chat is None and adapter is not None and located.trained_in_turns(adapter)):
+        if args.chat or (
+            args.chat is None
+            and adapter is not None
+            and located.trained_in_turns(adapter)
+        ):
             messages = messages or asked
         if messages is not None:
             tokens = conversation.chat_tokens(tokenizer, messages)
     generator = generation.Generator(
         model.module, model.variables, tokenizer, mesh=mesh, processor=processor
     )
-    pixels = [] if processor is None else [processor(picture)["pixels"] for picture in pictures]
-    for piece in generator.stream(tokens, images=pixels, seed=args.seed, **asdict(args.sampling)):
+    if processor is None:
+        pixels = []
+    else:
+        pixels = [processor(picture)["pixels"] for picture in pictures]
+    for piece in generator.stream(
+        tokens, images=pixels, seed=args.seed, **asdict(args.sampling)
+    ):
         print(piece, end="", flush=True)
     print()
 
@@ -108,36 +133,54 @@ def export(args: cli.ExportArgs) -> None:
         if args.output.suffix != ".gguf":
             expected = "a name that ends in .gguf"
             raise NaloraError("--output", expected=expected, found=str(args.output))
-    name, adapter = (args.model, args.run) if args.model else (str(args.run), None)
+    if args.model:
+        name, adapter = (args.model, args.run)
+    else:
+        name, adapter = (str(args.run), None)
     output = outputs.shown_output(args.output)
     if outputs.is_dual(name, adapter):
         if args.target != "peft":
-            raise NaloraError("--for", expected="peft for image and text encoders", found=args.target)
+            raise NaloraError(
+                "--for", expected="peft for image and text encoders", found=args.target
+            )
         encoders = adapted_dual.load_adapted_dual(name, adapter=adapter)
         assert encoders.lora is not None
         with folders.new_folder(args.output) as folder:
             dual.write_dual_adapter(folder, encoders.base, encoders.lora, encoders.spec)
             files.write_atomically(folder / "README.md", card(encoders, "adapter"))
-        print(f"{output}: adapter for peft, read back and compared (every number is equal)")
+        print(
+            f"{output}: adapter for peft, read back and compared (every number is equal)"
+        )
         return
     _require_adapter(located.locate(name, adapter))
     model = adapted.load(name, adapter=adapter)
-    base, lora = model.base, model.lora
+    base = model.base
+    lora = model.lora
     assert lora is not None
     tool = "llama.cpp" if args.target == "gguf" else args.target
     if args.target == "gguf":
         with folders.new_file(args.output) as path:
             gguf_export.write_adapter_gguf(path, base.config, lora, model.spec)
-            difference = gguf_export.verify_adapter_gguf(path, base.config, lora, model.spec)
+            difference = gguf_export.verify_adapter_gguf(
+                path, base.config, lora, model.spec
+            )
     else:
         layout = peft_modules.layout_for(args.target, base.config, base.hf_config)
-        options = {"target": args.target, "max_lora_rank": args.max_lora_rank, "layout": layout}
+        options = {
+            "target": args.target,
+            "max_lora_rank": args.max_lora_rank,
+            "layout": layout,
+        }
         with folders.new_folder(args.output) as folder:
             difference = text.write_adapter(folder, base, lora, model.spec, **options)
             files.write_atomically(folder / "README.md", card(model, "adapter"))
-    print(f"{output}: adapter for {tool}, read back and compared (largest difference {difference:.1e})")
+    print(
+        f"{output}: adapter for {tool}, read back and compared (largest difference {difference:.1e})"
+    )
     if args.target == "gguf" and base.rope_scaling:
-        scaling = f"RoPE scaling {base.rope_scaling}: set it in llama.cpp (--rope-scaling)"
+        scaling = (
+            f"RoPE scaling {base.rope_scaling}: set it in llama.cpp (--rope-scaling)"
+        )
         print(f"{output}: trained with {scaling}")
 
 
@@ -151,8 +194,12 @@ def merge(args: cli.MergeArgs) -> None:
     tokenizer: Any = None
     # Merged in float32 and rounded once: values in the files must not be rounded again on loading.
     if outputs.is_dual(args.model, args.adapter):
-        model = adapted_dual.load_adapted_dual(args.model, adapter=args.adapter, dtype="float32")
-        config, params, spec = model.base.config, model.base.params, model.spec
+        model = adapted_dual.load_adapted_dual(
+            args.model, adapter=args.adapter, dtype="float32"
+        )
+        config = model.base.config
+        params = model.base.params
+        spec = model.spec
         if not config.trained:
             folder = hub.resolve_encoder(model.located.base).path
             hf_config = tokenizers.read_json(folder / "config.json")
@@ -160,21 +207,33 @@ def merge(args: cli.MergeArgs) -> None:
     else:
         place = located.locate(args.model, args.adapter)
         _require_adapter(place)
-        resolved, dtype = hub.resolve_source(place.base), "float32"
+        resolved = hub.resolve_source(place.base)
+        dtype = "float32"
         if resolved.kind == "hf":
             stored = tokenizers.read_json(resolved.path / "config.json")
             if (stored.get("dtype") or stored.get("torch_dtype")) == "bfloat16":
                 dtype = "bfloat16"
-        model = adapted.load(args.model, adapter=args.adapter, dtype=dtype, resolved=resolved)
+        model = adapted.load(
+            args.model, adapter=args.adapter, dtype=dtype, resolved=resolved
+        )
         base = model.base
-        config, params, spec = peft_tables.fold_saved(base.config, base.params, model.lora, model.spec)
+        config, params, spec = peft_tables.fold_saved(
+            base.config, base.params, model.lora, model.spec
+        )
         if base.hf_config is None:
-            raise NaloraError(place.base, expected="a model with a config.json", found="none")
-        hf_config, tokenizer = base.hf_config, new_tokens.tokenizer_writer(base, files=resolved.path)
+            raise NaloraError(
+                place.base, expected="a model with a config.json", found="none"
+            )
+        hf_config = base.hf_config
+        tokenizer = new_tokens.tokenizer_writer(base, files=resolved.path)
         if base.config.tie_embeddings and not config.tie_embeddings:
             hf_config = {**hf_config, "tie_word_embeddings": False}
     options: dict[str, Any] = {"dtype": args.dtype, "shard_bytes": shard_bytes}
-    options |= {"hf_config": hf_config, "tokenizer": tokenizer, "card": card(model, "merged")}
+    options |= {
+        "hf_config": hf_config,
+        "tokenizer": tokenizer,
+        "card": card(model, "merged"),
+    }
     merging.write_merged(args.output, config, params, model.lora, spec, **options)
     print(f"{outputs.shown_output(args.output)}: merged model in {args.dtype}")
 
@@ -186,11 +245,19 @@ def inspect(args: cli.InspectArgs) -> None:
         outputs.check_new_path("--picture", args.picture)
     if args.texts and not any(text.strip() for text in args.texts):
         expected = "at least one text with a token in it"
-        raise NaloraError("--texts", expected=expected, found=f"{len(args.texts)} texts")
+        raise NaloraError(
+            "--texts", expected=expected, found=f"{len(args.texts)} texts"
+        )
     source = None
     if args.dataset is not None:
-        changes = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit}
-        data = outputs.data_settings(located.locate(args.model, args.adapter).run, changes)
+        changes = {
+            "dataset": args.dataset,
+            "eval_split": args.split,
+            "eval_limit": args.limit,
+        }
+        data = outputs.data_settings(
+            located.locate(args.model, args.adapter).run, changes
+        )
         with outputs.flags_of_verb("--dataset"):
             source = sources.open_held_out(data, data.eval_split)
             source.read([0])
@@ -199,10 +266,14 @@ def inspect(args: cli.InspectArgs) -> None:
     if source is not None:  # its first records, as in training
         records = source.read(range(min(len(source), data.eval_limit or len(source))))
         texts = [
-            chat.render_record(record, data, model.base.tokenizer, source.where(index)).text
+            chat.render_record(
+                record, data, model.base.tokenizer, source.where(index)
+            ).text
             for index, record in enumerate(records)
         ]
-    summary = inspection.inspect_texts(model, texts, max_length=args.max_length, seed=args.seed)
+    summary = inspection.inspect_texts(
+        model, texts, max_length=args.max_length, seed=args.seed
+    )
     name = outputs.shown_model(model.located.base, model.located.adapter)
     title = f"{name}: {model.base.config.activation} gates on {len(texts)} texts"
     print(inspection.layer_table(summary, title))
@@ -215,14 +286,20 @@ def report(args: cli.ReportArgs) -> None:
     if not args.run:
         raise NaloraError("nalora report", expected="the folder of a run", found="none")
     several = len(args.run) > 1
-    print(compare.write_comparison(args.run, args.output) if several else html.write_report(args.run[0]))
+    print(
+        compare.write_comparison(args.run, args.output)
+        if several
+        else html.write_report(args.run[0])
+    )
 
 
 def study(args: cli.StudyArgs) -> None:
     """Executes, shows, reports or verifies a study."""
     read = protocol.read_protocol(args.study)
     if args.action == "run":
-        execution.run_study(read, limit=args.limit, methods=args.methods, together=args.together)
+        execution.run_study(
+            read, limit=args.limit, methods=args.methods, together=args.together
+        )
     elif args.action == "verify":
         print(verification.verify_records(read, count=args.limit or 3))
     elif args.action == "status":
@@ -235,7 +312,8 @@ def from_peft(args: cli.FromPeftArgs) -> None:
     """Converts a file; comments in the output name every setting that is not carried over.
 
     Raises:
-      NaloraError: the file has no settings of PEFT, or unsupported settings, all of which are listed.
+      NaloraError: the file has no settings of PEFT, or unsupported settings, all of which are
+        listed.
     """
     path = args.file
     where = buckets.bucket_url(path)
@@ -249,20 +327,29 @@ def from_peft(args: cli.FromPeftArgs) -> None:
     if not set(fields) & set(peft_settings.PEFT):
         found = ", ".join(map(str, fields)) or "none"
         remedy = "settings of TRL have a table in docs/from_peft.md"
-        raise NaloraError(str(path), expected="settings of PEFT", found=found, remedy=remedy)
+        raise NaloraError(
+            str(path), expected="settings of PEFT", found=found, remedy=remedy
+        )
     settings, notes = peft_settings.from_peft(values)
     config = check(config_files.settings_of(settings, path))
-    content = "".join(f"# {note}\n" for note in notes) + config_files.as_yaml(config, changed_only=True)
+    content = "".join(f"# {note}\n" for note in notes) + config_files.as_yaml(
+        config, changed_only=True
+    )
     if args.output is None:
         sys.stdout.write(content)
         return
     if args.output.exists():
-        raise NaloraError("--output", expected="a new file", found=f"{args.output}, which exists")
+        raise NaloraError(
+            "--output", expected="a new file", found=f"{args.output}, which exists"
+        )
     files.write_atomically(args.output, content)
     print(f"{args.output}: nalora train --config {args.output}")
 
 
-def card(model: adapted.AdaptedModel | adapted_dual.AdaptedDual, kind: Literal["adapter", "merged"]) -> str:
+def card(
+    model: adapted.AdaptedModel | adapted_dual.AdaptedDual,
+    kind: Literal["adapter", "merged"],
+) -> str:
     """Returns a model card's README.md, with settings and results if ``model`` is from a run."""
     written = cards.base_card(kind, model.located.base, model.base, model.spec)
     if model.located.run and model.located.adapter is not None:
@@ -279,7 +366,9 @@ def card(model: adapted.AdaptedModel | adapted_dual.AdaptedDual, kind: Literal["
     return model_card.render_card(written)
 
 
-def _require_template(model: str, adapter: Path | None, messages: Sequence[dict[str, Any]]) -> None:
+def _require_template(
+    model: str, adapter: Path | None, messages: Sequence[dict[str, Any]]
+) -> None:
     """Refuses messages that the base's chat template does not support, before weights are read.
 
     A base without a template is refused too.
@@ -287,18 +376,25 @@ def _require_template(model: str, adapter: Path | None, messages: Sequence[dict[
     place = located.locate(model, adapter)
     if place.adapter is None:  # an adapter with added tokens has its tokenizer
         base = hub.resolve_source(place.base)
-        conversation.chat_tokens(model_files.open_files(base).tokenizer_with(), messages)
+        conversation.chat_tokens(
+            model_files.open_files(base).tokenizer_with(), messages
+        )
 
 
 def _require_adapter(place: located.Located) -> None:
     """Refuses a base without adapter before its weights are read."""
     if place.adapter is None:
-        found, remedy = "a base model", "give a run's folder"
+        found = "a base model"
+        remedy = "give a run's folder"
         raise NaloraError(place.base, expected="an adapter", found=found, remedy=remedy)
 
 
 def _standard_input() -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8")  # strict, independent of the locale
+        return sys.stdin.buffer.read().decode(
+            "utf-8"
+        )  # strict, independent of the locale
     except UnicodeDecodeError as error:
-        raise NaloraError("--prompt -", expected="text in UTF-8 on standard input", found=error) from error
+        raise NaloraError(
+            "--prompt -", expected="text in UTF-8 on standard input", found=error
+        ) from error

@@ -32,7 +32,16 @@ _REFUSALS = re.compile(
     r"\b40[13]\b|Forbidden|Unauthorized|Access ?Denied|[Cc]redentials|Anonymous caller|PermissionError"
 )
 # Fields of a store's listing that change with a file's content, the best one first.
-_VERSIONS = ("md5Hash", "crc32c", "etag", "ETag", "generation", "LastModified", "mtime", "created")
+_VERSIONS = (
+    "md5Hash",
+    "crc32c",
+    "etag",
+    "ETag",
+    "generation",
+    "LastModified",
+    "mtime",
+    "created",
+)
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -47,7 +56,9 @@ def url(name: str) -> str | None:
 
 def is_url(name: object) -> bool:
     """Returns True if ``name`` is the URL of a file or folder in a bucket."""
-    return isinstance(name, str) and name.partition("://")[0] in _STORES and "://" in name
+    return (
+        isinstance(name, str) and name.partition("://")[0] in _STORES and "://" in name
+    )
 
 
 def bucket_url(name: str | Path) -> str | None:
@@ -110,7 +121,9 @@ def names(folder: str) -> list[str]:
     """Returns the names of a folder's files, without subfolders; raises as `files` does."""
     with store_errors(folder):
         entries = filesystem(folder).ls(folder, detail=True)
-    return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
+    return sorted(
+        entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"
+    )
 
 
 def exists(name: str) -> bool:
@@ -140,7 +153,8 @@ def open_ranges(name: str) -> Any:
 
 
 def local_file(name: str) -> Path | None:
-    """Returns the path of a file, or of its cached copy if ``name`` is a URL; None if there is no such file.
+    """Returns the path of a file, or of its cached copy if ``name`` is a URL; None if there is no
+    such file.
 
     Raises:
       NaloraError: the bucket refuses or cannot be reached, or the disk is full.
@@ -158,7 +172,8 @@ def local_copy(name: str) -> Path:
 
 
 def local_path(folder: str | Path) -> Path:
-    """Returns a folder's path, or of a folder in a bucket a cached copy of its files (not of its subfolders).
+    """Returns a folder's path, or of a folder in a bucket a cached copy of its files (not of its
+    subfolders).
 
     Raises as `bucket_url`, `names` and `local_folder` do.
     """
@@ -225,17 +240,23 @@ def store_errors(name: str, access: str = "read") -> Iterator[None]:
     except NaloraError:
         raise
     except FileNotFoundError as error:
-        expected, remedy = "a file or a folder with files", "check the bucket and the name"
-        raise NaloraError(name, expected=expected, found="none of that name", remedy=remedy) from error
+        expected = "a file or a folder with files"
+        remedy = "check the bucket and the name"
+        raise NaloraError(
+            name, expected=expected, found="none of that name", remedy=remedy
+        ) from error
     except Exception as error:
         found = " ".join((str(error).strip() or type(error).__name__).split())[:200]
-        expected, remedy = "the bucket to answer", "check the network"
+        expected = "the bucket to answer"
+        remedy = "check the network"
         if isinstance(error, OSError) and error.errno in _LOCAL:
-            expected, found = "room for a copy in the cache", str(error.strerror)
+            expected = "room for a copy in the cache"
+            found = str(error.strerror)
             remedy = "free space, or set NALORA_CACHE to another folder"
         elif _REFUSALS.search(f"{type(error).__name__} {found}"):
-            expected, login = f"credentials that may {access} it", _STORES[name.partition("://")[0]][2]
-            remedy = (
-                f"log in with `{login}`, or give the machine's account the right to {access} the bucket"
-            )
-        raise NaloraError(name, expected=expected, found=found, remedy=remedy) from error
+            expected = f"credentials that may {access} it"
+            login = _STORES[name.partition("://")[0]][2]
+            remedy = f"log in with `{login}`, or give the machine's account the right to {access} the bucket"
+        raise NaloraError(
+            name, expected=expected, found=found, remedy=remedy
+        ) from error

@@ -1,7 +1,7 @@
 """Attributes of JAX devices. Only this module reads them: their meaning depends on the platform.
 
-- ``slice_index``: on TPUs the slice, absent if a compiler describes a single slice. On GPUs the NVLink domain: a host
-  by its boot id, or an NVL72 rack. Absent on CPUs.
+- ``slice_index``: on TPUs the slice, absent if a compiler describes a single slice. On GPUs the
+  NVLink domain: a host by its boot id, or an NVL72 rack. Absent on CPUs.
 - ``partition_index``: on GPUs the NVLink domain; ``slice_index`` is its deprecated alias.
 - ``coords``: on TPUs the chip's coordinates in the slice's torus (x, y, z). On GPUs the local
   device; in newer clients domain, process and local device.
@@ -25,7 +25,10 @@ import jax
 AXES = ("data", "fsdp", "context", "tensor")
 RUN = "run"
 CONTEXT = "context"
-BATCH_AXES = ("data", "fsdp")  # both split the rows of a batch; fsdp also splits weights
+BATCH_AXES = (
+    "data",
+    "fsdp",
+)  # both split the rows of a batch; fsdp also splits weights
 WEIGHT_AXES = ("fsdp", CONTEXT)  # both split weights, which are gathered layer by layer
 
 
@@ -64,7 +67,10 @@ def domains(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
     for device in devices:
         groups[_domain(device)].append(device)
     if platform_name(devices[0]) == "gpu":
-        groups = {index: sorted(group, key=lambda device: device.id) for index, group in groups.items()}
+        groups = {
+            index: sorted(group, key=lambda device: device.id)
+            for index, group in groups.items()
+        }
     return [groups[index] for index in sorted(groups)]
 
 
@@ -88,7 +94,9 @@ def torus(devices: Sequence[jax.Device]) -> tuple[int, ...] | None:
 def _domain(device: jax.Device) -> int:
     names = {"tpu": ("slice_index",), "gpu": ("partition_index", "slice_index")}
     for name in names.get(platform_name(device), ()):
-        index: Any = getattr(device, name, None)  # a client may have the attribute without a value
+        index: Any = getattr(
+            device, name, None
+        )  # a client may have the attribute without a value
         if index is not None:
             return int(index)
     if platform_name(device) == "gpu":

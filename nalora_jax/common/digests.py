@@ -1,7 +1,7 @@
 """Digests of bytes, JSON values, files and folders, which detect damage and edits.
 
-A JSON object of a run's log, of ``sweep.json``, of ``before.json`` or of a kept plan ends with the digest of its
-other fields, as `json.dumps` writes them:
+A JSON object of a run's log, of ``sweep.json``, of ``before.json`` or of a kept plan ends with the
+digest of its other fields, as `json.dumps` writes them:
 
     {"step": 10, "loss": 3.2, "sha256": "9f86d081884c7d65"}
 
@@ -55,7 +55,9 @@ def unseal(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def digest_of(content: bytes | str) -> str:
     """Returns the SHA-256, in hexadecimal, of bytes or of a text in UTF-8."""
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+    return hashlib.sha256(
+        content.encode() if isinstance(content, str) else content
+    ).hexdigest()
 
 
 def json_digest(value: Any, **options: Any) -> str:
@@ -73,7 +75,11 @@ def file_digest(path: Any, start: int = 0) -> str:
 def write_digests(folder: Any) -> None:
     """Writes ``folder/digests.json`` for all files in ``folder`` and its subfolders."""
     root = epath.Path(folder)
-    listed = {name: file_digest(root / name) for name in sorted(names_below(root)) if name != DIGESTS}
+    listed = {
+        name: file_digest(root / name)
+        for name in sorted(names_below(root))
+        if name != DIGESTS
+    }
     (root / DIGESTS).write_text(json.dumps(listed, indent=0))
 
 

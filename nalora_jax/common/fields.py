@@ -26,8 +26,12 @@ class Fields:
       where: the file's name, for messages.
     """
 
-    def __init__(self, raw: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
-        self.raw, self.defaults, self.where = raw, defaults, where
+    def __init__(
+        self, raw: Mapping[str, Any], defaults: Mapping[str, Any], where: str
+    ) -> None:
+        self.raw = raw
+        self.defaults = defaults
+        self.where = where
 
     def get(self, name: str) -> Any:
         """Returns the value, the default, or None.
@@ -46,22 +50,34 @@ class Fields:
         remedy = f"leave the field out for the family's default, {default!r}"
         raise self.error(name, "a value", "null", remedy)
 
-    def error(self, name: str, expected: object, found: object, remedy: str = "") -> NaloraError:
+    def error(
+        self, name: str, expected: object, found: object, remedy: str = ""
+    ) -> NaloraError:
         """Returns an error that names the field."""
-        return NaloraError(f"{self.where}: {name}", expected=expected, found=found, remedy=remedy)
+        return NaloraError(
+            f"{self.where}: {name}", expected=expected, found=found, remedy=remedy
+        )
 
-    def integer(self, name: str, *, low: int = 1, high: int = 2**24, default: int | None = None) -> int:
+    def integer(
+        self, name: str, *, low: int = 1, high: int = 2**24, default: int | None = None
+    ) -> int:
         """Returns a whole number between ``low`` and ``high``."""
         value = self.get(name)
         if value is None:
             value = default
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int)
+            or not low <= value <= high
+        ):
             raise self.error(name, f"a whole number from {low} to {high}", shown(value))
         return value
 
-    def number(self, name: str, *, default: float | None = None, zero: bool = False) -> float:
+    def number(
+        self, name: str, *, default: float | None = None, zero: bool = False
+    ) -> float:
         """Returns a finite number above 0 (with ``zero``, 0 or more)."""
         value = self.get(name)
         if value is None:
@@ -87,7 +103,12 @@ class Fields:
         return value
 
     def items(
-        self, name: str, length: int, kinds: type | tuple[type, ...], *, longer: bool = False
+        self,
+        name: str,
+        length: int,
+        kinds: type | tuple[type, ...],
+        *,
+        longer: bool = False,
     ) -> list[Any] | None:
         """Returns a list of ``length`` items of ``kinds``, or None if absent.
 
@@ -96,7 +117,9 @@ class Fields:
         value = self.get(name)
         if value is None:
             return None
-        right = isinstance(value, list) and (len(value) == length or (longer and len(value) > length))
+        right = isinstance(value, list) and (
+            len(value) == length or (longer and len(value) > length)
+        )
         if not right or not all(isinstance(item, kinds) for item in value):
             found = f"{type(value).__name__} {str(value)[:60]}"
             raise self.error(name, f"a list of {length} entries", found)
@@ -113,4 +136,6 @@ class Fields:
         """Raises an error if the file asks for the feature ``name``, which is not implemented."""
         value = self.get(name)
         if value not in (None, False, 0, [], {}, ""):
-            raise self.error(name, "nothing: this is not implemented", repr(value)[:60], remedy)
+            raise self.error(
+                name, "nothing: this is not implemented", repr(value)[:60], remedy
+            )

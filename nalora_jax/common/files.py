@@ -19,7 +19,10 @@ from etils import epath
 
 from nalora_jax.errors import NaloraError
 
-_LINKED = (errno.ELOOP, errno.EMLINK)  # of open(2) with O_NOFOLLOW: Linux and macOS, FreeBSD
+_LINKED = (
+    errno.ELOOP,
+    errno.EMLINK,
+)  # of open(2) with O_NOFOLLOW: Linux and macOS, FreeBSD
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +31,8 @@ if TYPE_CHECKING:
 def open_unlinked(path: str | Path, mode: str, encoding: str | None = None) -> IO[Any]:
     """Opens a file of an output folder, as `open` does, unless its name is a symbolic link.
 
-    Other users may be able to write to the folder; through a planted link we would overwrite a file of our user.
+    Other users may be able to write to the folder; through a planted link we would overwrite a file
+    of our user.
 
     Raises:
       NaloraError: the name is a symbolic link.
@@ -51,11 +55,14 @@ def refuse_link(path: Path, expected: str) -> None:
     """Raises a NaloraError if ``path``, of an output folder, is a symbolic link."""
     if path.is_symlink():
         remedy = "links in an output folder are not followed: remove it, or choose another folder"
-        raise NaloraError(str(path), expected=expected, found="a symbolic link", remedy=remedy)
+        raise NaloraError(
+            str(path), expected=expected, found="a symbolic link", remedy=remedy
+        )
 
 
 def refuse_linked_folders(folder: Path) -> None:
-    """Raises an error if an entry of an output folder is a symbolic link, unless it leads to a file.
+    """Raises an error if an entry of an output folder is a symbolic link, unless it leads to a
+    file.
 
     Example: through a planted link ``checkpoints``, we would delete old checkpoints of another run.
 
@@ -75,10 +82,12 @@ def make_unlinked_folder(folder: Path) -> Path:
 
 
 def refuse_link_out(folder: Path, name: str | Path) -> None:
-    """Raises an error if a file of a model's folder, which may be a stranger's, is a link that leaves the folder.
+    """Raises an error if a file of a model's folder, which may be a stranger's, is a link that
+    leaves the folder.
 
-    Example: through a link ``merges.txt -> ../id_rsa``, the key would become a file of the merged model. In the hub's
-    cache, files of ``snapshots/REVISION`` are links to ``blobs`` of the same repository.
+    Example: through a link ``merges.txt -> ../id_rsa``, the key would become a file of the merged
+    model. In the hub's cache, files of ``snapshots/REVISION`` are links to ``blobs`` of the same
+    repository.
 
     Args:
       folder: of the model.
@@ -89,15 +98,24 @@ def refuse_link_out(folder: Path, name: str | Path) -> None:
     """
     # Not Path.resolve, which raises an error for a link to itself.
     home, target = (Path(os.path.realpath(path)) for path in (folder, folder / name))
-    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    if home.parent.name == "snapshots":
+        blobs = home.parents[1] / "blobs"
+    else:
+        blobs = home
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
         found = f"a link to {target}"
         remedy = "if the folder is your own, replace the link by a copy of its file"
-        raise NaloraError(str(folder / name), expected="a file of that folder", found=found, remedy=remedy)
+        raise NaloraError(
+            str(folder / name),
+            expected="a file of that folder",
+            found=found,
+            remedy=remedy,
+        )
 
 
 def expand_user(path: str | Path) -> Path:
-    """Returns ``path`` with a leading ``~`` expanded, and ``~name`` of an unknown user unchanged."""
+    """Returns ``path`` with a leading ``~`` expanded, and ``~name`` of an unknown user
+    unchanged."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -106,7 +124,8 @@ def expand_user(path: str | Path) -> Path:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Adds ``path`` to an `OSError` of the block that names no file, such as a write's on a full disk."""
+    """Adds ``path`` to an `OSError` of the block that names no file, such as a write's on a full
+    disk."""
     try:
         yield
     except OSError as error:
@@ -116,8 +135,10 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def move_tree(folder: Any, target: Any) -> None:
-    """Moves a folder within its file system or bucket, and replaces ``target``; in a bucket file by file."""
-    source, sink = epath.Path(folder), epath.Path(target)
+    """Moves a folder within its file system or bucket, and replaces ``target``; in a bucket file by
+    file."""
+    source = epath.Path(folder)
+    sink = epath.Path(target)
     sink.rmtree(missing_ok=True)
     if "://" not in str(sink):
         sink.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +164,8 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces ``path`` by ``content`` (text in UTF-8) in one step: readers see the old file or the new one.
+    """Replaces ``path`` by ``content`` (text in UTF-8) in one step: readers see the old file or the
+    new one.
 
     A symbolic link at ``path`` is itself replaced.
 
@@ -157,15 +179,24 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with scratch_file(path) as file:
             file.write(content)
     except OSError as error:
-        expected, actual = "a file that can be written", error.strerror or error
+        expected = "a file that can be written"
+        actual = error.strerror or error
         remedy = "make room or choose another place; nothing of it was written"
-        raise NaloraError(str(path), expected=expected, found=actual, remedy=remedy) from error
+        raise NaloraError(
+            str(path), expected=expected, found=actual, remedy=remedy
+        ) from error
 
 
 @contextmanager
 def scratch_file(target: Path) -> Iterator[IO[bytes]]:
-    """Opens a temporary file that becomes ``target`` at the end of the block, or is removed after an error."""
-    with naming(target), tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
+    """Opens a temporary file that becomes ``target`` at the end of the block, or is removed after
+    an error."""
+    with (
+        naming(target),
+        tempfile.NamedTemporaryFile(
+            dir=target.parent, prefix=".", delete=False
+        ) as file,
+    ):
         scratch = Path(file.name)
         try:
             yield file

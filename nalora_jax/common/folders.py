@@ -58,8 +58,12 @@ def new_folder(
         yield scratch
         for path in scratch.iterdir():
             if path.is_file():
-                path.chmod(0o644)  # safetensors makes private files; others may need access
-        check_free(target, replaces, overwrite=overwrite)  # another process may have been first
+                path.chmod(
+                    0o644
+                )  # safetensors makes private files; others may need access
+        check_free(
+            target, replaces, overwrite=overwrite
+        )  # another process may have been first
         _move(scratch, target)
 
 
@@ -89,13 +93,17 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 def _check_new(target: Path) -> None:
     if os.path.lexists(target):
-        expected, remedy = "a new file", "choose another name"
-        raise NaloraError(str(target), expected=expected, found="an existing one", remedy=remedy)
+        expected = "a new file"
+        remedy = "choose another name"
+        raise NaloraError(
+            str(target), expected=expected, found="an existing one", remedy=remedy
+        )
 
 
 @contextmanager
 def _hidden(target: Path, where: str | None) -> Iterator[Path]:
-    """Yields a hidden folder next to ``target``, which no other process has, and removes it at the end.
+    """Yields a hidden folder next to ``target``, which no other process has, and removes it at the
+    end.
 
     File system errors become a `NaloraError`.
     """
@@ -105,12 +113,20 @@ def _hidden(target: Path, where: str | None) -> Iterator[Path]:
         remove_abandoned(target.parent, _PARTIAL)
         with owned_folder(hidden, where or str(target)):
             yield hidden
-    except (OSError, SafetensorError) as error:  # safetensors' writer wraps the system's errors
-        way = " or choose another folder" if where is None else ", or set NALORA_CACHE to another folder"
+    except (
+        OSError,
+        SafetensorError,
+    ) as error:  # safetensors' writer wraps the system's errors
+        if where is None:
+            way = " or choose another folder"
+        else:
+            way = ", or set NALORA_CACHE to another folder"
         expected = "a place that can be written"
         found = getattr(error, "strerror", None) or str(error)
         remedy = f"free some space{way}; nothing was left behind"
-        raise NaloraError(str(target), expected=expected, found=found, remedy=remedy) from error
+        raise NaloraError(
+            str(target), expected=expected, found=found, remedy=remedy
+        ) from error
 
 
 def _hidden_name(target: Path) -> Path:
@@ -118,7 +134,8 @@ def _hidden_name(target: Path) -> Path:
 
 
 def refuse_claimed(target: Path) -> None:
-    """Raises an error if a living process writes to ``target``; `new_folder` and `new_file` do so too."""
+    """Raises an error if a living process writes to ``target``; `new_folder` and `new_file` do so
+    too."""
     hidden = _hidden_name(target)
     if hidden.exists():
         with owned_folder(hidden, str(target)):
@@ -137,22 +154,34 @@ def can_exist(path: Path) -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON with sorted keys, like PEFT and transformers."""
     path.write_text(
-        json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+        encoding="utf-8",
     )
 
 
-def check_free(target: Path, replaces: Collection[str] = (), *, overwrite: bool = False) -> None:
+def check_free(
+    target: Path, replaces: Collection[str] = (), *, overwrite: bool = False
+) -> None:
     """Raises an error unless ``target`` is new, empty, or has only files that may be replaced."""
     if not os.path.lexists(target):
         return
     if target.is_symlink() or not target.is_dir():
         remedy = "choose another name"
-        raise NaloraError(str(target), expected="a new folder", found="a file or a link", remedy=remedy)
-    foreign = sorted(name for name in _entries(target) if name not in replaces or not overwrite)
+        raise NaloraError(
+            str(target),
+            expected="a new folder",
+            found="a file or a link",
+            remedy=remedy,
+        )
+    foreign = sorted(
+        name for name in _entries(target) if name not in replaces or not overwrite
+    )
     if foreign:
         found = f"one that holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}"
         remedy = "choose another folder, or empty this one yourself"
-        raise NaloraError(str(target), expected="a new or empty folder", found=found, remedy=remedy)
+        raise NaloraError(
+            str(target), expected="a new or empty folder", found=found, remedy=remedy
+        )
 
 
 def _entries(folder: Path) -> Iterator[str]:
@@ -161,7 +190,10 @@ def _entries(folder: Path) -> Iterator[str]:
     Empty folders and deeper folders are listed with a slash at the end.
     """
     for path in folder.iterdir():
-        below = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
+        if path.is_dir() and not path.is_symlink():
+            below = list(path.iterdir())
+        else:
+            below = []
         for each in below or [path]:
             yield each.relative_to(folder).as_posix() + ("/" if each.is_dir() else "")
 

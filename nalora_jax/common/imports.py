@@ -42,7 +42,9 @@ def installed_version(name: str) -> str:
     """Returns the version of an installed distribution, or ``not installed``."""
     try:
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # also this library, if it is a checkout
+    except (
+        importlib.metadata.PackageNotFoundError
+    ):  # also this library, if it is a checkout
         return "not installed"
 
 
@@ -66,20 +68,25 @@ def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
       NaloraError: there is no such file, it fails, its content differs from the recorded digest,
         or it changed after this process imported it.
     """
-    where, (path_text, _, recorded_digest) = f"--import {name}", name.partition("@")
+    where = f"--import {name}"
+    (path_text, _, recorded_digest) = name.partition("@")
     # Not Path.resolve, which raises an error for a link to itself.
     path = Path(os.path.realpath(expand_user(folder) / expand_user(path_text)))
     try:
         digest = digest_of(path.read_bytes())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise NaloraError(where, expected="a Python file that can be read", found=reason) from error
+        raise NaloraError(
+            where, expected="a Python file that can be read", found=reason
+        ) from error
     imported_file = _IMPORTED.get(path)
     expected = recorded_digest or (imported_file.digest if imported_file else digest)
     if not digest.startswith(expected):
         remedy = "restore the file, or start a new run"
         content = f"content with SHA-256 {expected[:_DIGITS]}"
-        raise NaloraError(where, expected=content, found=digest[:_DIGITS], remedy=remedy)
+        raise NaloraError(
+            where, expected=content, found=digest[:_DIGITS], remedy=remedy
+        )
     if imported_file is None:
         imported_file = ImportedFile(path_text, digest)
         execute_file(path, f"nalora_import_{path.stem}_{digest[:_DIGITS]}", where)
@@ -88,7 +95,8 @@ def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
 
 
 def import_files(names: Sequence[str], folder: str | Path = ".") -> tuple[str, ...]:
-    """Executes Python files in their order; returns them as they are recorded (see `import_file`)."""
+    """Executes Python files in their order; returns them as they are recorded (see
+    `import_file`)."""
     return tuple(str(import_file(name, folder)) for name in names)
 
 
@@ -100,11 +108,16 @@ def execute_file(path: Path, name: str, where: str) -> ModuleType:
     """
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise NaloraError(where, expected="a Python file, with a name that ends in .py", found=path.name)
+        raise NaloraError(
+            where,
+            expected="a Python file, with a name that ends in .py",
+            found=path.name,
+        )
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     # Leave no cache next to the user's file.
-    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    write_bytecode = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
@@ -112,7 +125,9 @@ def execute_file(path: Path, name: str, where: str) -> ModuleType:
         if isinstance(error, NaloraError | KeyboardInterrupt):
             raise
         reason = described(error)  # also of a file that ends the program
-        raise NaloraError(where, expected="a Python file that can be executed", found=reason) from error
+        raise NaloraError(
+            where, expected="a Python file that can be executed", found=reason
+        ) from error
     finally:
         sys.dont_write_bytecode = write_bytecode
     return module

@@ -1,4 +1,5 @@
-"""Locks between processes, by `filelock`: of a run, of a study's files and of folders that are being written.
+"""Locks between processes, by `filelock`: of a run, of a study's files and of folders that are
+being written.
 
 The kernel releases a process's locks when the process ends for any reason, so that no stale lock
 remains on one host. On storage shared between hosts, the kernel may not see locks of other hosts.
@@ -31,14 +32,22 @@ from nalora_jax.errors import NaloraError
 RUN_LOCK = "run.lock"
 _OWNER = "owner.json"  # in a folder of `owned_folder`
 _BEAT = 5.0  # seconds between two touches
-_STALE = 20.0  # seconds without a touch after which a holder on another host counts as gone
+_STALE = (
+    20.0  # seconds without a touch after which a holder on another host counts as gone
+)
 # Seconds without a touch after which a holder on another host counts as gone at once.
 _ABANDONED = 86_400.0
-_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)  # of file systems without locks
+_UNSUPPORTED = (
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.ENOLCK,
+    errno.EINVAL,
+)  # of file systems without locks
 
 
 def _acquire(path: Path, lock: FileLock) -> bool | None:
-    """Returns True with the lock, False if another process holds it, None on a file system without locks.
+    """Returns True with the lock, False if another process holds it, None on a file system without
+    locks.
 
     Raises:
       NaloraError: ``path`` is a symbolic link.
@@ -76,7 +85,8 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool | None]:
 
 
 class RunLock:
-    """The lock of a folder, held by this process; its file names the process and is touched while it lives.
+    """The lock of a folder, held by this process; its file names the process and is touched while
+    it lives.
 
     Args:
       path: the file, in the folder.
@@ -101,13 +111,21 @@ class RunLock:
         threading.Thread(target=self._beat, name="output lock", daemon=True).start()
 
     def _claimed(self, where: str, expected: str, remedy: str) -> bool:
-        """Returns True with the lock of the file at the path, False if its holder removed it meanwhile."""
-        held, holder = _acquire(self.path, self._lock), _process_of(self.path)
+        """Returns True with the lock of the file at the path, False if its holder removed it
+        meanwhile."""
+        held = _acquire(self.path, self._lock)
+        holder = _process_of(self.path)
         with ExitStack() as failure:
             failure.callback(self._lock.release)
-            if self.path.exists() if held is False else _is_touched(self.path, holder, held):
+            if (
+                self.path.exists()
+                if held is False
+                else _is_touched(self.path, holder, held)
+            ):
                 names = dict.fromkeys(("pid", "host", "since", "command"), "?") | holder
-                found = "process {pid} on {host} since {since} ({command})".format_map(names)
+                found = "process {pid} on {host} since {since} ({command})".format_map(
+                    names
+                )
                 raise NaloraError(where, expected=expected, found=found, remedy=remedy)
             if held is False or not self.path.exists():
                 return False
@@ -132,7 +150,9 @@ class RunLock:
         while not self._stop.wait(_BEAT):
             try:
                 os.utime(self.path)
-            except OSError:  # the folder is gone or unreachable: the run's writes will raise
+            except (
+                OSError
+            ):  # the folder is gone or unreachable: the run's writes will raise
                 return
 
 
@@ -184,7 +204,9 @@ def owned_folder(folder: Path, where: str = "") -> Iterator[None]:
     owner = folder / _OWNER
     folder.mkdir(exist_ok=True)
     if not owner.exists() and any(folder.iterdir()):
-        raise FileExistsError(errno.EEXIST, "it has files of another program", str(folder))
+        raise FileExistsError(
+            errno.EEXIST, "it has files of another program", str(folder)
+        )
     remedy = f"wait for it, or choose another name; if it has ended, remove {folder}"
     lock = RunLock(owner, where, "a name that no other process writes", remedy)
     try:
@@ -220,7 +242,8 @@ def remove_abandoned(parent: Path, suffix: str) -> None:
 
 @contextmanager
 def scratch_folder(parent: Path, suffix: str) -> Iterator[Path]:
-    """Makes a temporary folder in ``parent`` and removes it at the end; also removes those of killed processes."""
+    """Makes a temporary folder in ``parent`` and removes it at the end; also removes those of
+    killed processes."""
     remove_abandoned(parent, suffix)
     folder = parent / f".{secrets.token_hex(8)}{suffix}"
     with owned_folder(folder):

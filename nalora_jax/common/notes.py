@@ -33,7 +33,8 @@ def as_json() -> bool:
 
 
 class _Bounded(logging.Formatter):
-    """Limits messages to 2 kB, like errors, since they quote files, without secrets; tracebacks are not cut."""
+    """Limits messages to 2 kB, like errors, since they quote files, without secrets; tracebacks are
+    not cut."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return bounded_text(redacted(super().formatMessage(record)))
@@ -50,7 +51,9 @@ class StderrHandler(logging.Handler):
         """Prints one line for a record."""
         line = self.format(record)
         if as_json():
-            line = json.dumps({"time": record.created, "level": record.levelname, "message": line})
+            line = json.dumps(
+                {"time": record.created, "level": record.levelname, "message": line}
+            )
         print(line, file=sys.stderr)
 
 

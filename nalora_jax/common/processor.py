@@ -10,8 +10,16 @@ from pathlib import Path
 _DESCRIPTION = Path("/proc/cpuinfo")
 # The ways to compute bf16 matmuls, fastest first: CPU features that each needs, named as in Linux.
 _VECTORS = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "fma"}
-_FEATURES = {"tiles": {"amx_tile", "amx_bf16", *_VECTORS}, "vectors": _VECTORS, "floats": {"avx2", "fma"}}
-_INSTRUCTIONS = {"tiles": " with AMX", "vectors": " with AVX512-BF16", "floats": " with AVX2"}
+_FEATURES = {
+    "tiles": {"amx_tile", "amx_bf16", *_VECTORS},
+    "vectors": _VECTORS,
+    "floats": {"avx2", "fma"},
+}
+_INSTRUCTIONS = {
+    "tiles": " with AMX",
+    "vectors": " with AVX512-BF16",
+    "floats": " with AVX2",
+}
 
 
 def name() -> str:

@@ -1,8 +1,8 @@
 """Redacts passwords and private paths of a run, and escapes names in Markdown.
 
-`redacted` is for error lines and all files of a run (log, checkpoints, report, trackers), `published` for model
-cards, which others read, and `markdown` and `code` for texts in Markdown, which would otherwise
-pass HTML through.
+`redacted` is for error lines and all files of a run (log, checkpoints, report, trackers),
+`published` for model cards, which others read, and `markdown` and `code` for texts in Markdown,
+which would otherwise pass HTML through.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _ASSIGNED = re.compile(
     r"(?:\"[^\"]*\"|'[^']*'|[^\s,;&\"']+)"
 )
 # scheme://user:password@host; the user may be a token, and a secret of AWS may contain slashes.
-_USER = re.compile(r"(?<=://)(?:[^/\s\"',]*|[^/\s\"',@]{1,200}:(?!\d+/)[^\s\"',@]{1,200})@")
+_USER = re.compile(
+    r"(?<=://)(?:[^/\s\"',]*|[^/\s\"',@]{1,200}:(?!\d+/)[^\s\"',@]{1,200})@"
+)
 # Tokens by their form: Hugging Face, GitHub, GitLab, AWS, Google, OpenAI, Slack, JSON Web Tokens.
 _TOKEN = re.compile(
     r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|gl[a-z]{2,6}-[\w-]{20,}|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{35}"
@@ -36,12 +38,24 @@ _FOLDERS = re.compile(
     rf"(?<![\w:/\\.)])(?:[a-z+]{{1,20}}:/{{2,3}}(?=/)|~[\w.-]*|\.{{1,2}}|[A-Z]:(?=\\))?(?:[/\\]{_PART}+)*[/\\](?={_PART})"
 )
 # Folders with spaces.
-_QUOTED = re.compile(r"(?<=[\"'])(?:~[\w.-]*|\.{1,2})?[/\\][^\"']*[/\\](?=[^\"'/\\]+[\"'])")
+_QUOTED = re.compile(
+    r"(?<=[\"'])(?:~[\w.-]*|\.{1,2})?[/\\][^\"']*[/\\](?=[^\"'/\\]+[\"'])"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Settings that may be paths.
-_PATHS = ("model", "adapter", "output", "dataset", "data_dir", "train_split", "eval_split")
+_PATHS = (
+    "model",
+    "adapter",
+    "output",
+    "dataset",
+    "data_dir",
+    "train_split",
+    "eval_split",
+)
 _PATTERNS = ("rules", "rates", "mechanisms")  # settings with slashes that are not paths
-_SPECIAL = re.compile(r"([\\`*\[\]<>#~&]|(?<![^\W_])_|_(?![^\W_]))")  # not the underscore in a word
+_SPECIAL = re.compile(
+    r"([\\`*\[\]<>#~&]|(?<![^\W_])_|_(?![^\W_]))"
+)  # not the underscore in a word
 
 
 def redacted(value: Any) -> Any:
@@ -52,12 +66,17 @@ def redacted(value: Any) -> Any:
       {'callbacks': ('mlflow:uri=https://***@host/x',)}
     """
     if isinstance(value, Mapping):
-        return {name: _redacted_setting(str(name), field_value) for name, field_value in value.items()}
+        return {
+            name: _redacted_setting(str(name), field_value)
+            for name, field_value in value.items()
+        }
     if isinstance(value, list | tuple):
         return type(value)(map(redacted, value))
     if not isinstance(value, str):
         return value
-    return _TOKEN.sub(MARK, _ASSIGNED.sub(rf"\g<1>{MARK}", _USER.sub(f"{MARK}@", value)))
+    return _TOKEN.sub(
+        MARK, _ASSIGNED.sub(rf"\g<1>{MARK}", _USER.sub(f"{MARK}@", value))
+    )
 
 
 def _redacted_setting(name: str, value: Any) -> Any:
@@ -67,7 +86,8 @@ def _redacted_setting(name: str, value: Any) -> Any:
 
 
 def published(value: Any, name: str = "") -> Any:
-    """Returns settings or a text without passwords, tokens and private folders; a path keeps its last part.
+    """Returns settings or a text without passwords, tokens and private folders; a path keeps its
+    last part.
 
     Args:
       value: nested settings, or a text such as a command.
@@ -107,7 +127,8 @@ def is_hub_id(name: str) -> bool:
 
 
 def markdown(text: object) -> str:
-    """Returns a text for a line of Markdown in which every character with a meaning in Markdown or HTML is escaped."""
+    """Returns a text for a line of Markdown in which every character with a meaning in Markdown or
+    HTML is escaped."""
     return _SPECIAL.sub(r"\\\1", _line(text))
 
 

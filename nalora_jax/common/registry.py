@@ -1,11 +1,12 @@
-"""Names that can be added to from outside: by a decorator in an imported file, or by an entry point in a pyproject.
+"""Names that can be added to from outside: by a decorator in an imported file, or by an entry point
+in a pyproject.
 
     [project.entry-points."nalora_jax.mechanisms"]
     my_rule = "my_package.my_module"
 
-A file is imported by ``--import`` (`nalora_jax.common.imports`). An entry point is loaded when its name is asked for
-and no value of that name has been registered. Loading it registers the name, because the module that it points to
-carries the decorator.
+A file is imported by ``--import`` (`nalora_jax.common.imports`). An entry point is loaded when its
+name is asked for and no value of that name has been registered. Loading it registers the name,
+because the module that it points to carries the decorator.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, kind: str, group: str, flag: str = "") -> None:
-        self._kind, self._group, self.flag = kind, group, flag
+        self._kind = kind
+        self._group = group
+        self.flag = flag
         self._values: dict[str, T] = {}
 
     def add(self, name: str, value: T, *, replace: bool = False) -> T:
@@ -42,8 +45,14 @@ class Registry(Generic[T]):
         """
         existing = self._values.get(name, value)
         if not replace and existing is not value and not _again(existing, value):
-            where, remedy = f"{self._kind} {name!r}", "choose another name, or pass replace=True"
-            raise NaloraError(where, expected="a name that is free", found=repr(existing), remedy=remedy)
+            where = f"{self._kind} {name!r}"
+            remedy = "choose another name, or pass replace=True"
+            raise NaloraError(
+                where,
+                expected="a name that is free",
+                found=repr(existing),
+                remedy=remedy,
+            )
         self._values[name] = value
         return value
 
@@ -55,15 +64,22 @@ class Registry(Generic[T]):
         """Returns the value of ``name``, from an entry point if it is not registered.
 
         Raises:
-          NaloraError: the name is unknown (the message lists those that are known), or its entry point fails or
-            registers something else.
+          NaloraError: the name is unknown (the message lists those that are known), or its entry
+            point fails or registers something else.
         """
         if name not in self._values and not self._load(name):
-            imports = sys.modules.get("nalora_jax.common.imports")  # loaded if files were imported
+            imports = sys.modules.get(
+                "nalora_jax.common.imports"
+            )  # loaded if files were imported
             files = ", ".join(map(str, imports.imported() if imports else ())) or "none"
             remedy = f"--import FILE registers a {self._kind} of your own (imported: {files}), or an entry point does"
             expected = f"one of {', '.join(self.names())}"
-            raise NaloraError(self.flag or self._kind, expected=expected, found=repr(name), remedy=remedy)
+            raise NaloraError(
+                self.flag or self._kind,
+                expected=expected,
+                found=repr(name),
+                remedy=remedy,
+            )
         return self._values[name]
 
     def names(self) -> list[str]:
@@ -78,18 +94,28 @@ class Registry(Generic[T]):
             where = f"entry point {name} = {point.value!r} of {self._group}"
             try:
                 point.load()
-            except (Exception, SystemExit) as error:  # an exit must not look like a finished run
+            except (
+                Exception,
+                SystemExit,
+            ) as error:  # an exit must not look like a finished run
                 expected = "a module that can be imported"
-                raise NaloraError(where, expected=expected, found=described(error)) from error
+                raise NaloraError(
+                    where, expected=expected, found=described(error)
+                ) from error
             if name not in self._values:
                 expected = f"to register a {self._kind} of that name"
-                raise NaloraError(where, expected=expected, found="no such registration")
+                raise NaloraError(
+                    where, expected=expected, found="no such registration"
+                )
         return name in self._values
 
 
 def _again(existing: object, value: object) -> bool:
     """Returns True if a module was executed again, as by an edited notebook cell."""
-    name, other = ([getattr(v, n, None) for n in ("__module__", "__qualname__")] for v in (existing, value))
+    name, other = (
+        [getattr(v, n, None) for n in ("__module__", "__qualname__")]
+        for v in (existing, value)
+    )
     return None not in name and name == other
 
 
@@ -112,18 +138,25 @@ def from_text(registry: Registry[Any], text: str) -> Any:
     name, _, options = text.partition(":")
     kind: Any = registry.get(name)
     fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
-    defaults, settings = {field.name: field.default for field in fields}, dict[str, Any]()
+    defaults = {field.name: field.default for field in fields}
+    settings = dict[str, Any]()
     for option in filter(None, options.split(",")):
         key, equals, value = option.partition("=")
         if key not in defaults or not equals:
-            expected = f"NAME:setting=value, with a setting of {', '.join(defaults) or 'none'}"
-            raise NaloraError(f"{registry.flag} {text}", expected=expected, found=option)
+            expected = (
+                f"NAME:setting=value, with a setting of {', '.join(defaults) or 'none'}"
+            )
+            raise NaloraError(
+                f"{registry.flag} {text}", expected=expected, found=option
+            )
         default = defaults[key]
         try:
             settings[key] = _typed(value, default)
         except (KeyError, ValueError):
             expected = f"{key} of type {type(default).__name__}"
-            raise NaloraError(f"{registry.flag} {text}", expected=expected, found=repr(value)) from None
+            raise NaloraError(
+                f"{registry.flag} {text}", expected=expected, found=repr(value)
+            ) from None
     return kind(**settings)
 
 

@@ -31,8 +31,12 @@ def open_closed_streams() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number: this one
-        if getattr(sys, name) is None:  # Python's mark of a stream that was closed when it started
+            os.set_inheritable(
+                os.open(os.devnull, os.O_RDWR), True
+            )  # the lowest free number: this one
+        if (
+            getattr(sys, name) is None
+        ):  # Python's mark of a stream that was closed when it started
             mode = "r" if name == "stdin" else "w"
             stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
@@ -48,7 +52,8 @@ def silence(stream: TextIO) -> None:
 
 
 class LastingStream:
-    """A text stream whose writes cannot fail: once the other end is gone, they go to the null device."""
+    """A text stream whose writes cannot fail: once the other end is gone, they go to the null
+    device."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -94,12 +99,16 @@ def lasting(*names: str) -> Iterator[None]:
         for name, stream in within.items():
             if stream is not None:
                 stream.flush()  # here a failure is no error; at the end of the process it would set the exit status
-            if getattr(sys, name) is stream:  # unless a program has replaced it meanwhile
+            if (
+                getattr(sys, name) is stream
+            ):  # unless a program has replaced it meanwhile
                 setattr(sys, name, before[name])
 
 
 def _lasting(stream: Any) -> Any:
-    return stream if isinstance(stream, LastingStream | None) else LastingStream(stream)
+    if isinstance(stream, LastingStream | None):
+        return stream
+    return LastingStream(stream)
 
 
 @contextmanager
@@ -108,7 +117,10 @@ def outliving_terminal() -> Iterator[None]:
 
     A handler that a program has set for SIGHUP stays.
     """
-    usable = hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
+    usable = (
+        hasattr(signal, "SIGHUP")
+        and threading.current_thread() is threading.main_thread()
+    )
     ignores = usable and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
     if ignores:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

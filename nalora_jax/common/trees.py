@@ -38,7 +38,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 def path_name(path: Sequence[Any]) -> str:
     """Returns a key path as text: dict keys, indices and attribute names joined by slashes."""
     return "/".join(
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+        for key in path
     )
 
 
@@ -51,7 +52,9 @@ def map_named(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 def size_bytes(tree: Any) -> int:
     """Returns the bytes of all leaves, arrays or ``ShapeDtypeStruct``."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
 
 
 def count_elements(tree: Any) -> int:
@@ -65,31 +68,38 @@ T = TypeVar("T")
 
 
 def first_match(rules: Iterable[tuple[str, T]], path: str) -> tuple[int, T] | None:
-    """Index and value of the first (regex, value) rule found in ``path`` by `re.search`, or None."""
+    """Index and value of the first (regex, value) rule found in ``path`` by `re.search`, or
+    None."""
     for index, (pattern, value) in enumerate(rules):
         if re.search(pattern, path):
             return index, value
     return None
 
 
-def match_rules(rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: str) -> dict[str, T]:
+def match_rules(
+    rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: str
+) -> dict[str, T]:
     """The value of each path by the first rule that matches it; paths without a rule are left out.
 
     Raises:
       NaloraError: a pattern is not a regular expression, or matched no path at all (a rule shadowed
         by earlier ones, but matching, is fine). The message lists what exists.
     """
-    names, matched = list(paths), dict[str, T]()
+    names = list(paths)
+    matched = dict[str, T]()
     for pattern, value in rules:
         try:
             search = re.compile(pattern).search
         except (re.error, OverflowError, RecursionError) as error:
             found = f"{pattern!r} ({error})"
-            raise NaloraError(where, expected="a regular expression", found=found) from error
+            raise NaloraError(
+                where, expected="a regular expression", found=found
+            ) from error
         fitting = [name for name in names if search(name)]
         if not fitting:
             kinds = sorted({re.sub(r"/\d+/", "/*/", name) for name in names})
-            expected, found = "every pattern to match something", f"{pattern!r}, which matches nothing"
+            expected = "every pattern to match something"
+            found = f"{pattern!r}, which matches nothing"
             remedy = "these exist: " + ", ".join(kinds)
             raise NaloraError(where, expected=expected, found=found, remedy=remedy)
         for name in fitting:

@@ -34,7 +34,9 @@ MARK = ".nalora-upload"
 # Files without which a folder is neither a model nor an adapter.
 _LAST = ("adapter_config.json", "config.json")
 _BEAT = 30.0  # seconds between two writes of a mark
-_STALE = 4 * _BEAT  # age after which a mark of another machine belongs to a process that has ended
+_STALE = (
+    4 * _BEAT
+)  # age after which a mark of another machine belongs to a process that has ended
 _store_errors = partial(buckets.store_errors, access="write")
 
 
@@ -79,8 +81,14 @@ def new_tree(where: str, folder: Path) -> Iterator[None]:
       NaloraError: the folder has files, another machine writes to it, the bucket cannot be reached,
         or it refuses.
     """
-    where, names, stop = where.rstrip("/"), list[str](), threading.Event()
-    owner = {"host": socket.gethostname(), "stage": str(stage(where)), "token": secrets.token_hex(8)}
+    where = where.rstrip("/")
+    names = list[str]()
+    stop = threading.Event()
+    owner = {
+        "host": socket.gethostname(),
+        "stage": str(stage(where)),
+        "token": secrets.token_hex(8),
+    }
     store = buckets.filesystem(where)
 
     def write_mark(**options: Any) -> None:
@@ -93,14 +101,19 @@ def new_tree(where: str, folder: Path) -> Iterator[None]:
     def sign() -> None:
         """Writes the mark again, unless another process has taken the folder over."""
         if not owns():
-            expected, found = "the uploaded files", "those of another process"
-            raise NaloraError(where, expected=expected, found=found, remedy="start again")
+            expected = "the uploaded files"
+            found = "those of another process"
+            raise NaloraError(
+                where, expected=expected, found=found, remedy="start again"
+            )
         write_mark()
 
     def keep_signing() -> None:
         """Signs at intervals, so that other machines see that this process lives."""
         while not stop.wait(_BEAT):
-            with suppress(Exception):  # of any type; the next write, or the upload, may succeed
+            with suppress(
+                Exception
+            ):  # of any type; the next write, or the upload, may succeed
                 sign()
 
     with _store_errors(where):
@@ -114,7 +127,11 @@ def new_tree(where: str, folder: Path) -> Iterator[None]:
     complete = False
     try:
         yield
-        paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        paths = {
+            path.relative_to(folder).as_posix(): path
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
         names += sorted(paths, key=lambda name: (name in _LAST, name))
         with _store_errors(where):
             sign()
@@ -134,7 +151,10 @@ def new_tree(where: str, folder: Path) -> Iterator[None]:
 def _remove(where: str, names: Sequence[str]) -> None:
     """Removes ``names``, from the last one on, and then the mark."""
     with _store_errors(where):
-        for removed in (names, [MARK, *names]):  # again: a cancelled request may have arrived meanwhile
+        for removed in (
+            names,
+            [MARK, *names],
+        ):  # again: a cancelled request may have arrived meanwhile
             present = _names(where)
             for name in removed[::-1]:
                 if name in present:
@@ -146,7 +166,9 @@ def _put(store: Any, path: Path, where: str, **options: Any) -> None:
     if not store.async_impl:
         store.put_file(str(path), where, **options)
         return
-    upload = asyncio.run_coroutine_threadsafe(store._put_file(str(path), where, **options), store.loop)
+    upload = asyncio.run_coroutine_threadsafe(
+        store._put_file(str(path), where, **options), store.loop
+    )
     try:
         upload.result()
     finally:
@@ -159,19 +181,28 @@ def _leftovers(where: str) -> list[str]:
     Raises:
       NaloraError: there are other files, or a living process writes to the folder.
     """
-    where, names = where.rstrip("/"), list[str]()
+    where = where.rstrip("/")
+    names = list[str]()
     present = _names(where)
     if MARK in present and not present.intersection(_LAST):
         mark = _read_mark(where)
         age = time.time() - mark["time"]
-        here = (mark["host"], mark["stage"]) == (socket.gethostname(), str(stage(where)))
+        here = (mark["host"], mark["stage"]) == (
+            socket.gethostname(),
+            str(stage(where)),
+        )
         if not here and age < _STALE:
-            raise _busy(where, f"{mark['host']}, which wrote to it {age:.0f} seconds ago")
+            raise _busy(
+                where, f"{mark['host']}, which wrote to it {age:.0f} seconds ago"
+            )
         names = mark["names"]
     if "" in present:
         raise _taken(where, "an existing file")
     if others := sorted(present - {MARK, *names}):
-        raise _taken(where, f"one that holds {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}")
+        raise _taken(
+            where,
+            f"one that holds {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}",
+        )
     return names
 
 
@@ -185,19 +216,36 @@ def _names(where: str) -> set[str]:
 
 def _read_mark(where: str) -> dict[str, Any]:
     """Returns a folder's mark; one without an owner if it is missing or damaged."""
-    invalid = (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError, OverflowError)
+    invalid = (
+        FileNotFoundError,
+        ValueError,
+        TypeError,
+        KeyError,
+        RecursionError,
+        OverflowError,
+    )
     with _store_errors(where), suppress(*invalid):
         mark = json.loads(buckets.filesystem(where).cat_file(f"{where}/{MARK}"))
         texts = {name: str(mark[name]) for name in ("host", "stage", "token")}
-        return texts | {"time": float(mark["time"]), "names": [str(name) for name in mark["names"]]}
+        return texts | {
+            "time": float(mark["time"]),
+            "names": [str(name) for name in mark["names"]],
+        }
     return {"host": "", "stage": "", "token": "", "time": 0.0, "names": []}
 
 
 def _taken(where: str, found: str) -> NaloraError:
     remedy = "choose another name, or empty it yourself"
-    return NaloraError(where, expected="a new name in the bucket", found=found, remedy=remedy)
+    return NaloraError(
+        where, expected="a new name in the bucket", found=found, remedy=remedy
+    )
 
 
 def _busy(where: str, who: str) -> NaloraError:
     remedy = f"wait for it; if it has ended, start again in {_STALE:.0f} seconds"
-    return NaloraError(where, expected="a folder that no other process writes to", found=who, remedy=remedy)
+    return NaloraError(
+        where,
+        expected="a folder that no other process writes to",
+        found=who,
+        remedy=remedy,
+    )

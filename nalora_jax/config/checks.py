@@ -1,4 +1,5 @@
-"""Checks of a run's settings that need no data: ranges, types, and settings that exclude each other."""
+"""Checks of a run's settings that need no data: ranges, types, and settings that exclude each
+other."""
 
 from __future__ import annotations
 
@@ -13,7 +14,15 @@ from nalora_jax.common import buckets
 from nalora_jax.config.rope_scaling import FLAG as ROPE_SCALING
 from nalora_jax.config.rope_scaling import parse_rope_scaling
 from nalora_jax.config.settings import DUAL, UNCHANGED, LoRARule, RunConfig
-from nalora_jax.config.structured import AMOUNT, COUNT, POSITIVE, RANK, check_ranges, first_wrong, type_name
+from nalora_jax.config.structured import (
+    AMOUNT,
+    COUNT,
+    POSITIVE,
+    RANK,
+    check_ranges,
+    first_wrong,
+    type_name,
+)
 from nalora_jax.errors import NaloraError
 
 
@@ -29,7 +38,11 @@ def check(config: RunConfig) -> RunConfig:
         raise NaloraError("config", expected="a RunConfig", found=found, remedy=remedy)
     if (wrong := first_wrong(config, lenient=True)) is not None:
         actual = f"{reprlib.repr(wrong.value)}, a {type(wrong.value).__name__}"
-        raise NaloraError(f"RunConfig.{wrong.field}", expected=f"a {type_name(wrong.hint)}", found=actual)
+        raise NaloraError(
+            f"RunConfig.{wrong.field}",
+            expected=f"a {type_name(wrong.hint)}",
+            found=actual,
+        )
     check_ranges(config)
     _check_rules(config.lora.rules)
     _check_run(config)
@@ -41,7 +54,9 @@ def check(config: RunConfig) -> RunConfig:
                 expected = " or ".join(map(_shown, values))
                 flag = f"--{name.replace('_', '-')}"
                 expected = f"{expected} with {limits.cause}"
-                raise NaloraError(flag, expected=expected, found=value, remedy=limits.remedy)
+                raise NaloraError(
+                    flag, expected=expected, found=value, remedy=limits.remedy
+                )
     return config
 
 
@@ -55,17 +70,26 @@ class _Limits(NamedTuple):
 
 def _limits(config: RunConfig) -> Iterator[_Limits]:
     """Yields the limits that the settings of a run set each other."""
-    lora, task = config.lora, config.vision.task
-    decoders, plain = {"vision.task": ("", "chat")}, {"vision.task": ("",), "preference.loss": ("none",)}
+    lora = config.lora
+    task = config.vision.task
+    decoders = {"vision.task": ("", "chat")}
+    plain = {"vision.task": ("",), "preference.loss": ("none",)}
     if config.rl.rewards:
         inits = UNCHANGED if config.rl.beta else (*UNCHANGED, "pissa")
-        others = {"adalora.target_rank": (0,), "lora.dropout": (0.0,), "data.loss_last": (0.0,)}
+        others = {
+            "adalora.target_rank": (0,),
+            "lora.dropout": (0.0,),
+            "data.loss_last": (0.0,),
+        }
         yield _Limits("--rl.rewards", plain | others | {"lora.init": inits})
     if config.preference.loss != "none":
         remedy = "the reference is the base with the adapter off, which these adapters change"
         yield _Limits("--preference.loss", {"lora.init": UNCHANGED}, remedy)
         rows = {"data.loss_last": (0,), "data.too_long": ("drop", "truncate", "error")}
-        yield _Limits("--preference.loss, which compares entire answers", {"vision.task": ("",)} | rows)
+        yield _Limits(
+            "--preference.loss, which compares entire answers",
+            {"vision.task": ("",)} | rows,
+        )
     if config.adapter:
         kept = {"lora.init": ("default",), "adalora.target_rank": (0,)}
         yield _Limits("--adapter, whose values the run starts from", kept | decoders)
@@ -75,11 +99,17 @@ def _limits(config: RunConfig) -> Iterator[_Limits]:
         remedy = "the reference is the base without an adapter: merge this one first (nalora merge)"
         yield _Limits("--adapter", references, remedy)
     if config.adalora.target_rank:
-        fits = {"lora.init": ("default",), "lora.dora": (False,), "train.patience": (0,)}
+        fits = {
+            "lora.init": ("default",),
+            "lora.dora": (False,),
+            "train.patience": (0,),
+        }
         yield _Limits("--adalora.target-rank", fits | decoders)
     for name in ("modules_to_save", "trainable_token_indices"):
         if getattr(lora, name):
-            yield _Limits(f"--lora.{name.replace('_', '-')}", plain | {"lora.init": UNCHANGED})
+            yield _Limits(
+                f"--lora.{name.replace('_', '-')}", plain | {"lora.init": UNCHANGED}
+            )
     if lora.init in ("pissa", "lora_ga"):
         yield _Limits(f'--lora.init "{lora.init}"', {"compute.quantize": ("none",)})
     if lora.init == "lora_ga":
@@ -89,7 +119,9 @@ def _limits(config: RunConfig) -> Iterator[_Limits]:
     if task in DUAL:
         yield _Limits(f"--vision.task {task}", {"compute.quantize": ("none",)})
     else:
-        yield _Limits(f"any --vision.task but {' and '.join(DUAL)}", {"vision.image_size": (0,)})
+        yield _Limits(
+            f"any --vision.task but {' and '.join(DUAL)}", {"vision.image_size": (0,)}
+        )
     if task == "contrast":
         remedy = "use a smaller batch, more devices, or --compute.remat full"
         cause = '--vision.task "contrast": pairs are told apart from those of their micro-batch only'
@@ -101,7 +133,8 @@ def _shown(value: Any) -> str:
 
 
 def _check_run(config: RunConfig) -> None:
-    """Checks the steps, the rows of a batch, and the settings of optimizer, images, rewards and AdaLoRA."""
+    """Checks the steps, the rows of a batch, and the settings of optimizer, images, rewards and
+    AdaLoRA."""
     check_path("--output", config.output)
     if config.adapter:
         check_path("--adapter", config.adapter)
@@ -110,31 +143,72 @@ def _check_run(config: RunConfig) -> None:
     if config.rope_scaling:
         parse_rope_scaling(config.rope_scaling)
     last = config.data.loss_last
-    require("--data.loss-last", last < 1 or last == int(last), "whole tokens, or a share below 1", last)
-    profile, rl, adalora = config.debug.profile, config.rl, config.adalora
-    fine = not profile or re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,3}", profile) is not None
+    require(
+        "--data.loss-last",
+        last < 1 or last == int(last),
+        "whole tokens, or a share below 1",
+        last,
+    )
+    profile = config.debug.profile
+    rl = config.rl
+    adalora = config.adalora
+    fine = (
+        not profile or re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,3}", profile) is not None
+    )
     require("--debug.profile", fine, "START:STEPS, as 10:5", profile)
-    late = bool(profile) and not config.epochs and config.debug.profiled.start > config.steps
-    require("--debug.profile", not late, f"a step of the run, which has {config.steps}", profile)
-    batch, parts = config.train.batch_size, {"train.accumulate": config.train.accumulate}
+    late = (
+        bool(profile)
+        and not config.epochs
+        and config.debug.profiled.start > config.steps
+    )
+    require(
+        "--debug.profile",
+        not late,
+        f"a step of the run, which has {config.steps}",
+        profile,
+    )
+    batch = config.train.batch_size
+    parts = {"train.accumulate": config.train.accumulate}
     if rl.rewards:
         parts["rl.samples"] = rl.samples
         weights = len(rl.reward_weights)
         fits = weights in (0, len(rl.rewards))
-        require("--rl.reward-weights", fits, f"{len(rl.rewards)}, one a reward", weights)
+        require(
+            "--rl.reward-weights", fits, f"{len(rl.rewards)}, one a reward", weights
+        )
     for name, part in parts.items():
-        require("--train.batch-size", batch % part == 0, f"a multiple of --{name} ({part})", batch)
+        require(
+            "--train.batch-size",
+            batch % part == 0,
+            f"a multiple of --{name} ({part})",
+            batch,
+        )
     rates = config.optimizer.rates
     fine = all(AMOUNT.holds(factor) for _, factor in rates)
     require("--optimizer.rates", fine, f"factors, each {AMOUNT}", rates)
-    require("--vision.templates", bool(config.vision.templates), "at least one prompt", "none")
+    require(
+        "--vision.templates",
+        bool(config.vision.templates),
+        "at least one prompt",
+        "none",
+    )
     for template in config.vision.templates:
         once = template.count("{}") == 1
-        require("--vision.templates", once, "one {} for the class's name in each prompt", repr(template))
+        require(
+            "--vision.templates",
+            once,
+            "one {} for the class's name in each prompt",
+            repr(template),
+        )
     if adalora.target_rank:
         highest = max(rule.rank for rule in config.lora.rules)
         below = f"less than the ranks that the adapters begin with (--lora.rules, at most {highest})"
-        require("--adalora.target-rank", adalora.target_rank < highest, below, adalora.target_rank)
+        require(
+            "--adalora.target-rank",
+            adalora.target_rank < highest,
+            below,
+            adalora.target_rank,
+        )
         share = adalora.warmup_share + adalora.final_share
         expected = "shares that leave steps between them, in which ranks are taken"
         flags = "--adalora.warmup-share, --adalora.final-share"
@@ -142,32 +216,52 @@ def _check_run(config: RunConfig) -> None:
 
 
 def _check_tokens(config: RunConfig) -> None:
-    """Checks that tables with trained rows are named once, and that the rows of added tokens are trained.
+    """Checks that tables with trained rows are named once, and that the rows of added tokens are
+    trained.
 
-    Both tables train them, since both are new to the base. The tokenizer decides which ids they get,
-    and so whether `trainable_token_indices` contains all of them: see
+    Both tables train them, since both are new to the base. The tokenizer decides which ids they
+    get, and so whether `trainable_token_indices` contains all of them: see
     `nalora_jax.train.inputs.check_layout`.
     """
-    data, lora = config.data, config.lora
-    ids, saved = lora.trainable_token_indices, set(lora.modules_to_save)
+    data = config.data
+    lora = config.lora
+    ids = lora.trainable_token_indices
+    saved = set(lora.modules_to_save)
     fine = len(set(ids)) == len(ids) and all(map(COUNT.holds, ids))
-    require("--lora.trainable-token-indices", fine, f"token ids, each {COUNT}, none named twice", ids)
+    require(
+        "--lora.trainable-token-indices",
+        fine,
+        f"token ids, each {COUNT}, none named twice",
+        ids,
+    )
     tables = set(lora.trainable_token_modules)
     flag = "--lora.trainable-token-modules"
     require(flag, bool(tables) or not ids, "embed_tokens, lm_head or both", "none")
     expected = "tables that --lora.modules-to-save does not train as a whole"
-    require(flag, not ids or not saved & tables, expected, " ".join(sorted(saved & tables)))
-    added = {"--data.add-tokens": data.add_tokens, "--data.add-special-tokens": data.add_special_tokens}
+    require(
+        flag, not ids or not saved & tables, expected, " ".join(sorted(saved & tables))
+    )
+    added = {
+        "--data.add-tokens": data.add_tokens,
+        "--data.add-special-tokens": data.add_special_tokens,
+    }
     for flag, texts in added.items():
         fine = all(text.strip() for text in texts) and len(set(texts)) == len(texts)
-        require(flag, fine, "texts, none empty or named twice", ", ".join(map(repr, texts)))
+        require(
+            flag, fine, "texts, none empty or named twice", ", ".join(map(repr, texts))
+        )
     both = sorted(set(data.add_tokens) & set(data.add_special_tokens))
     expected = "no token of --data.add-special-tokens"
     require("--data.add-tokens", not both, expected, ", ".join(map(repr, both)))
     if data.add_tokens or data.add_special_tokens:
         trained = saved == {"embed_tokens", "lm_head"} or bool(ids)
         expected = "embed_tokens lm_head beside added tokens, whose rows are new (or --lora.trainable-token-indices)"
-        require("--lora.modules-to-save", trained, expected, " ".join(lora.modules_to_save) or "none")
+        require(
+            "--lora.modules-to-save",
+            trained,
+            expected,
+            " ".join(lora.modules_to_save) or "none",
+        )
 
 
 def _check_rules(rules: tuple[LoRARule, ...]) -> None:
@@ -176,13 +270,20 @@ def _check_rules(rules: tuple[LoRARule, ...]) -> None:
         name = f"{rule.pattern}:{rule.rank}"
         require("--lora.rules", RANK.holds(rule.rank), f"a rank that is {RANK}", name)
         scale = rule.alpha is None or POSITIVE.holds(rule.alpha)
-        require("--lora.rules", scale, f"an alpha that is {POSITIVE}", f"{name}:{rule.alpha}")
+        require(
+            "--lora.rules",
+            scale,
+            f"an alpha that is {POSITIVE}",
+            f"{name}:{rule.alpha}",
+        )
         try:
             re.compile(rule.pattern)
         except (re.error, OverflowError, RecursionError) as error:
             remedy = f"it is no regular expression: {error}"
             found = repr(rule.pattern)
-            raise NaloraError("--lora.rules", expected="a pattern", found=found, remedy=remedy) from None
+            raise NaloraError(
+                "--lora.rules", expected="a pattern", found=found, remedy=remedy
+            ) from None
 
 
 def check_path(flag: str, path: object) -> None:
@@ -203,7 +304,9 @@ def check_path(flag: str, path: object) -> None:
 
 def is_valid_path(text: str) -> bool:
     """Returns True if a file system accepts ``text`` as a path."""
-    longest = max((len(name.encode(errors="replace")) for name in Path(text).parts), default=0)
+    longest = max(
+        (len(name.encode(errors="replace")) for name in Path(text).parts), default=0
+    )
     return (
         bool(text.strip())
         and "\0" not in text

@@ -10,7 +10,14 @@ from nalora_jax.errors import NaloraError
 FLAG = "--model.rope-scaling"
 ORIGINAL = "original_max_position_embeddings"
 # Fields of each type in ``rope_parameters``, besides `ORIGINAL`.
-_OF_YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+_OF_YARN = (
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+)
 FIELDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -34,7 +41,11 @@ def parse_rope_scaling(text: str) -> dict[str, Any]:
     kind, _, listed = text.partition(":")
     if kind not in FIELDS:
         found = repr(text)
-        raise NaloraError(FLAG, expected=f"TYPE:factor=N, with a type of {', '.join(FIELDS)}", found=found)
+        raise NaloraError(
+            FLAG,
+            expected=f"TYPE:factor=N, with a type of {', '.join(FIELDS)}",
+            found=found,
+        )
     names = [*FIELDS[kind]]
     if kind in WITH_ORIGINAL:
         names.append(ORIGINAL)
@@ -42,10 +53,16 @@ def parse_rope_scaling(text: str) -> dict[str, Any]:
     for field in filter(None, listed.split(",")):
         name, _, value = field.partition("=")
         if name not in names:
-            raise NaloraError(f"{FLAG} {text}", expected=f"fields of {', '.join(names)}", found=repr(field))
+            raise NaloraError(
+                f"{FLAG} {text}",
+                expected=f"fields of {', '.join(names)}",
+                found=repr(field),
+            )
         values[name] = _value(name, value, text)
     if "factor" not in values:
-        raise NaloraError(f"{FLAG} {text}", expected=f"a factor, as in {kind}:factor=4", found="none")
+        raise NaloraError(
+            f"{FLAG} {text}", expected=f"a factor, as in {kind}:factor=4", found="none"
+        )
     return {"rope_type": kind, **values}
 
 
@@ -57,7 +74,9 @@ def _value(name: str, text: str, where: str) -> bool | int | float:
         value = None
     if name == "truncate" and isinstance(value, bool):
         return value
-    fits = isinstance(value, int if name == ORIGINAL else int | float) and not isinstance(value, bool)
+    fits = isinstance(
+        value, int if name == ORIGINAL else int | float
+    ) and not isinstance(value, bool)
     if name == "truncate" or not fits or not 0 <= value < 2**30:
         special = {"truncate": "true or false", ORIGINAL: "a whole number of tokens"}
         expected = f"{special.get(name, 'a number of 0 or more')} as {name}"

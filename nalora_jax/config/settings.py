@@ -65,12 +65,18 @@ class LoRARule:
         Raises:
           NaloraError: not of the form PATTERN:RANK[:ALPHA].
         """
-        match = re.fullmatch(r"(?P<pattern>.+?):(?P<rank>\d+)(?::(?P<alpha>[^:]+))?", text)
+        match = re.fullmatch(
+            r"(?P<pattern>.+?):(?P<rank>\d+)(?::(?P<alpha>[^:]+))?", text
+        )
         try:
             if match is None:
                 raise ValueError
             alpha = match["alpha"]
-            return cls(match["pattern"], int(match["rank"]), None if alpha is None else float(alpha))
+            return cls(
+                match["pattern"],
+                int(match["rank"]),
+                None if alpha is None else float(alpha),
+            )
         except ValueError:
             expected = "PATTERN:RANK[:ALPHA], e.g. 'ffn/gate_proj:16'"
             raise NaloraError("rule", expected=expected, found=repr(text)) from None
@@ -88,7 +94,8 @@ class LoRARule:
 class LoRAConfig:
     """The projections that get adapters, and the kind of adapter."""
 
-    # Ordered rules: the first match wins, unmatched projections stay frozen, unused rules are errors.
+    # Ordered rules: the first match wins, unmatched projections stay frozen, unused rules are
+    #   errors.
     rules: tuple[LoRARule, ...] = (LoRARule("ffn/(gate|up|down|in|out)_proj"),)
     # Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732) instead of alpha / rank.
     rslora: bool = False
@@ -114,7 +121,9 @@ class LoRAConfig:
     trainable_token_indices: tuple[int, ...] = ()
     # Tables with trained rows. In a model with tied embeddings the head shares the embedding's
     # rows; otherwise it stays frozen unless it is named too.
-    trainable_token_modules: tuple[Literal["embed_tokens", "lm_head"], ...] = ("embed_tokens",)
+    trainable_token_modules: tuple[Literal["embed_tokens", "lm_head"], ...] = (
+        "embed_tokens",
+    )
     # Dropout rate on the adapters' input, in training only.
     dropout: Annotated[float, BELOW_ONE] = 0.0
     # LoRA+ (arXiv 2402.12354): ratio of the learning rates of B and A.
@@ -195,8 +204,9 @@ class OptimizerConfig:
 class DataConfig:
     """The training and evaluation data, and the conversion of text to packed sequences."""
 
-    # A task of this library ("socialiqa", ...), "tfds:<name>", "hf:<org>/<name>", the path or gs:// or s3:// URL of a
-    # file (JSONL, JSON, CSV, TSV, Parquet, Arrow, ArrayRecord) or folder; or several: "a.jsonl*3,b.parquet".
+    # A task of this library ("socialiqa", ...), "tfds:<name>", "hf:<org>/<name>", the path or gs://
+    # or s3:// URL of a file (JSONL, JSON, CSV, TSV, Parquet, Arrow, ArrayRecord) or folder; or
+    # several: "a.jsonl*3,b.parquet".
     dataset: str = "socialiqa"
     # TFDS folder that contains (or receives) a "tfds:" data set; empty means TFDS's default.
     data_dir: str = ""
@@ -434,14 +444,15 @@ class PreferenceConfig:
 
 @dataclass(frozen=True)
 class RLConfig:
-    """Reinforcement learning with verifiable rewards: the policy samples, rewards are computed, and it is updated.
+    """Reinforcement learning with verifiable rewards: the policy samples, rewards are computed, and
+    it is updated.
 
     ``train.batch_size`` counts samples, and ``data.max_length`` is the limit of prompt plus sample.
     """
 
     # Rewards of a sample, NAME, NAME:setting=value,... or MODULE:FUNCTION; of "exact", "number",
-    # "choice", "regex", "format", "length" and those that --import files register; none: training on
-    # the data set's responses.
+    # "choice", "regex", "format", "length" and those that --import files register; none: training
+    # on the data set's responses.
     rewards: tuple[str, ...] = ()
     # Weight of each reward in the sum; 1 without.
     reward_weights: tuple[float, ...] = ()
@@ -499,11 +510,13 @@ class RunConfig:
     # An alias ("smollm2-135m-instruct"), a Hugging Face id, a folder with safetensors, or a .gguf
     # file; also their URL.
     model: str = "smollm2-135m-instruct"
-    # RoPE scaling in place of the model's, for rows beyond its context, as TYPE:field=value,... with the types and
-    # fields of transformers: "yarn:factor=4", "linear:factor=2", "dynamic:factor=2", "llama3:factor=16".
+    # RoPE scaling in place of the model's, for rows beyond its context, as TYPE:field=value,...
+    # with the types and
+    # fields of transformers: "yarn:factor=4", "linear:factor=2", "dynamic:factor=2",
+    #   "llama3:factor=16".
     rope_scaling: Annotated[str, arg(name="model.rope-scaling")] = ""
-    # Adapter to continue: the folder of a run, or of an adapter in PEFT's format. The run starts from
-    # its values and has its base model, ranks, alphas, variant and trained tables.
+    # Adapter to continue: the folder of a run, or of an adapter in PEFT's format. The run starts
+    # from its values and has its base model, ranks, alphas, variant and trained tables.
     adapter: str = ""
     # SHA-256 of that adapter's tensors; recorded with the run, and checked if it is set.
     adapter_sha256: str = ""
@@ -569,4 +582,6 @@ def config_from_dict(values: Mapping[str, Any], where: str = "settings") -> RunC
         return structured(RunConfig, values, f"{where}: ", ignore_unknown=True)
     except NaloraError as error:
         remedy = "the file was edited or damaged: restore that line"
-        raise NaloraError(error.where, expected=error.expected, found=error.found, remedy=remedy) from None
+        raise NaloraError(
+            error.where, expected=error.expected, found=error.found, remedy=remedy
+        ) from None

@@ -23,7 +23,16 @@ from functools import cache, partial, reduce
 from numbers import Integral, Real
 from pathlib import PurePath
 from types import UnionType
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
@@ -59,15 +68,21 @@ class Range:
 
 
 _INDEX = 2**31 - 1  # the largest int32, JAX's integer type
-COUNT, SIZE = Range("a whole number", f"[0, {_INDEX}]"), Range("a whole number", f"[1, {_INDEX}]")
-SEED, TOKENS = Range("a whole number", f"[0, {2**32 - 1}]"), Range("a whole number", f"[1, {2**24}]")
+COUNT = Range("a whole number", f"[0, {_INDEX}]")
+SIZE = Range("a whole number", f"[1, {_INDEX}]")
+SEED = Range("a whole number", f"[0, {2**32 - 1}]")
+TOKENS = Range("a whole number", f"[1, {2**24}]")
 LENGTH = Range("a whole number", f"[0, {2**24}]")  # 0: the library chooses
 INTERVAL = Range("a whole number", f"[0, {_INDEX}]", also=-1)  # -1: the library chooses
-ROWS, AXIS = Range("a whole number", "[1, 1000000]"), Range("a whole number", "[0, 1000000]", also=-1)
-BELOW_ONE, SHARE = Range("a number", "[0, 1)"), Range("a share", "[0, 1]")
+ROWS = Range("a whole number", "[1, 1000000]")
+AXIS = Range("a whole number", "[0, 1000000]", also=-1)
+BELOW_ONE = Range("a number", "[0, 1)")
+SHARE = Range("a share", "[0, 1]")
 POSITIVE_SHARE = Range("a share", "(0, 1]")
-RANK, MAX_RANK = Range("a whole number", "[0, 65536]"), Range("a whole number", "[1, 65536]")
-AMOUNT, POSITIVE = Range("a number", "[0, 1e6]"), Range("a number", "(0, 1e6]")
+RANK = Range("a whole number", "[0, 65536]")
+MAX_RANK = Range("a whole number", "[1, 65536]")
+AMOUNT = Range("a number", "[0, 1e6]")
+POSITIVE = Range("a number", "(0, 1e6]")
 
 AUTO = "auto"  # marks a field that this text sets to 0: the library chooses
 
@@ -81,7 +96,9 @@ def ranges(kind: type) -> Mapping[str, Range]:
     named: dict[str, Range] = {}
     for name, hint in _hints(kind).items():
         if is_dataclass(hint):
-            named |= {f"{name}.{inner}": allowed for inner, allowed in ranges(hint).items()}  # type: ignore[arg-type]
+            inner_ranges = ranges(hint)  # type: ignore[arg-type]
+            for inner, allowed in inner_ranges.items():
+                named[f"{name}.{inner}"] = allowed
         for extra in getattr(hint, "__metadata__", ()):
             if isinstance(extra, Range):
                 named[name] = extra
@@ -89,11 +106,13 @@ def ranges(kind: type) -> Mapping[str, Range]:
 
 
 def check_ranges(values: object, where: str = "--") -> None:
-    """Raises an error for the first number of a dataclass that is out of its range; None is not set.
+    """Raises an error for the first number of a dataclass that is out of its range; None is not
+    set.
 
     Args:
       values: the dataclass.
-      where: prefix of a field's name in messages; ``--`` for flags, which have dashes in their names.
+      where: prefix of a field's name in messages; ``--`` for flags, which have dashes in their
+        names.
 
     Raises:
       NaloraError: names the flag or field, the range and the value.
@@ -121,7 +140,9 @@ def _hints(kind: type) -> Mapping[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def first_wrong(config: Any, prefix: str = "", *, lenient: bool = False) -> WrongType | None:
+def first_wrong(
+    config: Any, prefix: str = "", *, lenient: bool = False
+) -> WrongType | None:
     """Returns the first field of the nested dataclasses whose value is not of its declared type.
 
     Args:
@@ -131,13 +152,22 @@ def first_wrong(config: Any, prefix: str = "", *, lenient: bool = False) -> Wron
     """
     hints = get_type_hints(type(config))
     for entry in fields(config):
-        name, value = f"{prefix}{entry.name}", getattr(config, entry.name)
+        name = f"{prefix}{entry.name}"
+        value = getattr(config, entry.name)
         hint = hints[entry.name]
-        if not has_type(value, hint) and not (lenient and has_type(_plain(value), hint)):
+        if not has_type(value, hint) and not (
+            lenient and has_type(_plain(value), hint)
+        ):
             return WrongType(name, hint, value)
         parts = enumerate(value) if isinstance(value, tuple) else ()
-        for place, item in ((f"{name}.", value), *((f"{name}[{index}].", item) for index, item in parts)):
-            if is_dataclass(item) and (wrong := first_wrong(item, place, lenient=lenient)) is not None:
+        for place, item in (
+            (f"{name}.", value),
+            *((f"{name}[{index}].", item) for index, item in parts),
+        ):
+            if (
+                is_dataclass(item)
+                and (wrong := first_wrong(item, place, lenient=lenient)) is not None
+            ):
                 return wrong
     return None
 
@@ -155,7 +185,9 @@ def _plain(value: Any) -> Any:
 def has_type(value: Any, hint: Any) -> bool:
     """Returns True if ``value`` and all its items are of the type that ``hint`` declares."""
     try:
-        check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        check_type(
+            value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS
+        )
     except TypeCheckError:
         return False
     return True
@@ -163,7 +195,9 @@ def has_type(value: Any, hint: Any) -> bool:
 
 def type_name(hint: Any) -> str:
     """Returns the name of a type for messages."""
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    if isinstance(hint, type):
+        return hint.__name__
+    return str(hint).replace("typing.", "")
 
 
 def dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -181,7 +215,12 @@ INTERNAL = {"internal": True}  # metadata of fields that `structured` does not r
 
 
 def structured(
-    kind: type[T], table: Any, where: str = "", *, base: T | None = None, ignore_unknown: bool = False
+    kind: type[T],
+    table: Any,
+    where: str = "",
+    *,
+    base: T | None = None,
+    ignore_unknown: bool = False,
 ) -> T:
     """Returns a dataclass with the settings of a table, as YAML, JSON and TOML files hold them.
 
@@ -200,14 +239,19 @@ def structured(
       (LoRARule(pattern='gate', rank=2, alpha=None),)
 
     Raises:
-      NaloraError: an unknown name, a value of another type, or no value for a field without default;
-        it names the place.
+      NaloraError: an unknown name, a value of another type, or no value for a field without
+        default; it names the place.
     """
     if not isinstance(table, Mapping):
         place = where.rstrip(" .:") or "settings"
         raise NaloraError(place, expected="settings by name", found=_shown(table))
-    entries = {entry.name: entry for entry in fields(kind) if entry.init and entry.metadata != INTERNAL}  # type: ignore[arg-type]
-    hints, values = _hints(kind), {}
+    entries = {
+        entry.name: entry
+        for entry in fields(kind)  # type: ignore[arg-type]
+        if entry.init and entry.metadata != INTERNAL
+    }
+    hints = _hints(kind)
+    values = {}
     for name, value in table.items():
         place = f"{where}{name}"
         if name in entries:
@@ -218,7 +262,11 @@ def structured(
     if base is not None:
         return dataclasses.replace(base, **values)  # type: ignore[type-var]
     for name, entry in entries.items():
-        if name not in values and entry.default is MISSING and entry.default_factory is MISSING:
+        if (
+            name not in values
+            and entry.default is MISSING
+            and entry.default_factory is MISSING
+        ):
             raise NaloraError(f"{where}{name}", expected="a value", found="none")
     return kind(**values)
 
@@ -227,7 +275,8 @@ def _read(hint: Any, value: Any, place: str, base: Any, ignore_unknown: bool) ->
     """Returns a value of a table with the type of its field."""
     extras = getattr(hint, "__metadata__", ())
     kind = get_args(hint)[0] if extras else hint
-    origin, inner = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    inner = get_args(kind)
     if is_dataclass(kind):
         if isinstance(value, kind):  # type: ignore[arg-type]
             return value
@@ -235,8 +284,16 @@ def _read(hint: Any, value: Any, place: str, base: Any, ignore_unknown: bool) ->
             try:
                 return kind.from_text(value)
             except NaloraError as error:
-                raise NaloraError(place, expected=error.expected, found=error.found) from None
-        return structured(kind, value, f"{place}.", base=base, ignore_unknown=ignore_unknown)  # type: ignore[arg-type]
+                raise NaloraError(
+                    place, expected=error.expected, found=error.found
+                ) from None
+        return structured(
+            kind,  # type: ignore[arg-type]
+            value,
+            f"{place}.",
+            base=base,
+            ignore_unknown=ignore_unknown,
+        )
     if AUTO in extras and value == AUTO:
         return kind(0)
     read = partial(_read, base=None, ignore_unknown=ignore_unknown)
@@ -244,15 +301,24 @@ def _read(hint: Any, value: Any, place: str, base: Any, ignore_unknown: bool) ->
         hints = [inner[0]] * len(value) if inner[1:] == (...,) else inner
         if len(hints) == len(value):
             pairs = enumerate(zip(hints, value, strict=True))
-            return tuple(read(item_hint, item, f"{place}[{index}]") for index, (item_hint, item) in pairs)
+            return tuple(
+                read(item_hint, item, f"{place}[{index}]")
+                for index, (item_hint, item) in pairs
+            )
     if origin is dict and is_dataclass(inner[1]) and isinstance(value, Mapping):
-        return {name: read(inner[1], item, f"{place}.{name}") for name, item in value.items()}
+        return {
+            name: read(inner[1], item, f"{place}.{name}")
+            for name, item in value.items()
+        }
     kinds = inner if origin in (Union, UnionType) else (kind,)
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
             value = float(value)
     # typeguard takes True for 1, and whole numbers of any size for floats.
-    mistaken = bool not in kinds if isinstance(value, bool) else type(value) is int and float in kinds
+    if isinstance(value, bool):
+        mistaken = bool not in kinds
+    else:
+        mistaken = type(value) is int and float in kinds
     if mistaken or not has_type(value, kind):
         raise NaloraError(place, expected=_expected(kind), found=_shown(value))
     return value
@@ -264,8 +330,15 @@ def _expected(hint: Any) -> str:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if get_origin(hint) is tuple:
         items = get_args(hint)
-        return "a list" if items[1:] == (...,) else f"a list of {len(items)} values"
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+        if items[1:] == (...,):
+            return "a list"
+        return f"a list of {len(items)} values"
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+    }
     return names.get(hint, f"a value of type {type_name(hint)}")
 
 
@@ -278,19 +351,32 @@ def _shown(value: Any) -> str:
 
 
 def unknown(
-    where: str, name: str, names: Iterable[str], expected: str, otherwise: str | None = None
+    where: str,
+    name: str,
+    names: Iterable[str],
+    expected: str,
+    otherwise: str | None = None,
 ) -> NaloraError:
     """Returns the error for a name that is not in ``names``, with a similar name as suggestion."""
     meant = did_you_mean(name, names)
-    remedy = f"did you mean {meant}?" if meant else otherwise or f"there are {', '.join(names)}"
-    return NaloraError(where, expected=expected, found="none of that name", remedy=remedy)
+    if meant:
+        remedy = f"did you mean {meant}?"
+    else:
+        remedy = otherwise or f"there are {', '.join(names)}"
+    return NaloraError(
+        where, expected=expected, found="none of that name", remedy=remedy
+    )
 
 
 # PEFT's names of settings that `--lora.rules` sets by pattern.
 _OF_RULES = ("rank", "r", "lora_rank", "lora_r", "alpha", "lora_alpha")
 _RULES = "--lora.rules PATTERN:RANK[:ALPHA], e.g. --lora.rules ffn:16:32"
 # What a group's name alone most likely means.
-_OF_GROUPS = {"--data": "--data.dataset", "--lora": "--lora.rules", "--optimizer": "--optimizer.name"}
+_OF_GROUPS = {
+    "--data": "--data.dataset",
+    "--lora": "--lora.rules",
+    "--optimizer": "--optimizer.name",
+}
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str | None:
@@ -301,16 +387,19 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str | None:
     similar.
     """
     last = name.lstrip("-").rpartition(".")[2]
-    if last.replace("-", "_") in _OF_RULES and {"--lora.rules", "rules"} & {*candidates}:
-        return (
-            _RULES
-            if "--lora.rules" in candidates
-            else 'rules: ["PATTERN:RANK[:ALPHA]"], e.g. rules: ["ffn:16:32"]'
-        )
+    if last.replace("-", "_") in _OF_RULES and {"--lora.rules", "rules"} & {
+        *candidates
+    }:
+        if "--lora.rules" in candidates:
+            return _RULES
+        return 'rules: ["PATTERN:RANK[:ALPHA]"], e.g. rules: ["ffn:16:32"]'
     names = sorted(candidates, key=lambda candidate: (len(candidate), candidate))
     if _OF_GROUPS.get(name) in names:
         return _OF_GROUPS[name]
-    parts = {candidate.lstrip("-").rpartition(".")[2]: candidate for candidate in reversed(names)}
+    parts = {
+        candidate.lstrip("-").rpartition(".")[2]: candidate
+        for candidate in reversed(names)
+    }
     return next(
         iter(
             [candidate for candidate in names if candidate.startswith(name)]
@@ -331,8 +420,17 @@ def field_comments(kind: type) -> Mapping[str, str]:
     lines = inspect.getsource(kind).splitlines()
     comments = {}
     for field in fields(kind):
-        at = start = next((i for i, line in enumerate(lines) if line.startswith(f"    {field.name}:")), 0)
+        at = start = next(
+            (
+                i
+                for i, line in enumerate(lines)
+                if line.startswith(f"    {field.name}:")
+            ),
+            0,
+        )
         while start and lines[start - 1].startswith("    #"):
             start -= 1
-        comments[field.name] = " ".join(line.strip().removeprefix("#").strip() for line in lines[start:at])
+        comments[field.name] = " ".join(
+            line.strip().removeprefix("#").strip() for line in lines[start:at]
+        )
     return comments

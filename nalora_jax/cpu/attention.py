@@ -15,7 +15,13 @@ from nalora_jax.cpu.native.library import call
 from nalora_jax.ops import attention as ops
 from nalora_jax.ops.attention import QKV, AttentionConfig, Keys, with_sinks
 from nalora_jax.ops.dispatch import Numerics, native_kind
-from nalora_jax.ops.storage import bf16_bits, from_bits, read_residual, rounded, save_residual
+from nalora_jax.ops.storage import (
+    bf16_bits,
+    from_bits,
+    read_residual,
+    rounded,
+    save_residual,
+)
 
 # Queries whose weights the gradient of attention stores at once, kQueries in the sources.
 _AT_ONCE = 256
@@ -23,12 +29,18 @@ _AT_ONCE = 256
 
 @ops.self_attention.implements("cpu")
 def self_attention(
-    q: Array, keys: Keys, window: Array | int, config: AttentionConfig, numerics: Numerics
+    q: Array,
+    keys: Keys,
+    window: Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
 ) -> Array:
     """Computes `self_attention` of bf16 operands."""
     if not _is_native(numerics):
         return NotImplemented
-    return _attention((q, *keys[:2]), (*keys[2:4], window), keys.sinks, config, numerics)
+    return _attention(
+        (q, *keys[:2]), (*keys[2:4], window), keys.sinks, config, numerics
+    )
 
 
 @ops.full_attention.implements("cpu")
@@ -42,13 +54,19 @@ def full_attention(
     mask: Array | None = None,
     causal: bool = False,
 ) -> Array:
-    """Computes attention of a row over itself; all its tokens have one position unless it is ``causal``."""
+    """Computes attention of a row over itself; all its tokens have one position unless it is
+    ``causal``."""
     if mask is not None or q.shape != k.shape or not _is_native(numerics):
         return NotImplemented
     seq = q.shape[1]
-    positions = np.arange(seq, dtype=np.int32) if causal else np.zeros(seq, np.int32)
+    if causal:
+        positions = np.arange(seq, dtype=np.int32)
+    else:
+        positions = np.zeros(seq, np.int32)
     places = jnp.asarray(positions[None]), jnp.ones((1, seq), jnp.int32), seq
-    return _attention((q, k, v), places, None, AttentionConfig(scale), numerics, causal).astype(jnp.float32)
+    return _attention(
+        (q, k, v), places, None, AttentionConfig(scale), numerics, causal
+    ).astype(jnp.float32)
 
 
 def _is_native(numerics: Numerics) -> bool:
@@ -81,9 +99,12 @@ def _fwd(
     out, logsumexp = native_attention(_heads(arrays, places, ordered), config.softcap)
     if sinks is not None:
         # [batch, heads, seq] as out is: [batch, seq, heads, 1]
-        out, summed = with_sinks(out, logsumexp.swapaxes(1, 2)[..., None], sinks[None, None, :, None])
+        out, summed = with_sinks(
+            out, logsumexp.swapaxes(1, 2)[..., None], sinks[None, None, :, None]
+        )
         logsumexp = summed[..., 0].swapaxes(1, 2)
-    saved, total = save(out), save_residual(logsumexp, "float32", numerics)
+    saved = save(out)
+    total = save_residual(logsumexp, "float32", numerics)
     like = tuple(jnp.zeros((0,), x.dtype) for x in heads)
     needed = saved if needs_result(q.shape[1], config.softcap) else None
     return read_residual(saved, numerics.result), (arrays, places, needed, total, like)
@@ -121,7 +142,11 @@ class Heads(NamedTuple):
         chex.assert_equal_shape([self.k, self.v])
         chex.assert_equal_shape_prefix([self.q, self.k], 2)
         positions, segments, window = (jnp.asarray(x, jnp.int32) for x in self[3:6])
-        return (*map(bf16_bits, self[:3]), *jnp.broadcast_arrays(positions, segments), window)
+        return (
+            *map(bf16_bits, self[:3]),
+            *jnp.broadcast_arrays(positions, segments),
+            window,
+        )
 
 
 def _heads(arrays: Any, places: tuple[Any, ...], ordered: bool) -> Heads:
@@ -150,11 +175,14 @@ def needs_result(seq: int, softcap: float) -> bool:
 def native_gradient(
     heads: Heads, out: Array | None, logsumexp: Array, g: Array, softcap: float = 0.0
 ) -> list[Array]:
-    """Returns float32 gradients of q, k and v for the cotangent g; out may be None unless `needs_result`."""
+    """Returns float32 gradients of q, k and v for the cotangent g; out may be None unless
+    `needs_result`."""
     chex.assert_equal_shape([heads.q, g])
     if out is None:
         assert not needs_result(heads.q.shape[1], softcap)
         out = jnp.zeros((*heads.q.shape[:3], 0), jnp.uint16)
     shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in heads[:3]]
-    gradient = call("attention_gradient", shapes, cap=np.float32(softcap), ordered=heads.ordered)
+    gradient = call(
+        "attention_gradient", shapes, cap=np.float32(softcap), ordered=heads.ordered
+    )
     return gradient(*heads.operands(), bf16_bits(out), logsumexp, bf16_bits(g))

@@ -1,7 +1,8 @@
 """Cross-entropy on a CPU in blocks of the vocabulary, natively (`nalora_jax.cpu.native`) or by XLA.
 
 A block of logits stays in the caches. The gradient of the hidden states is an attention over the
-vocabulary, ``softmax(h E^T) E``, whose blocks are summed with a running maximum, as in flash attention.
+vocabulary, ``softmax(h E^T) E``, whose blocks are summed with a running maximum, as in flash
+attention.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from nalora_jax.cpu.native.library import call
 from nalora_jax.ops import losses as ops
 from nalora_jax.ops.dispatch import Numerics, native_kind
 from nalora_jax.ops.losses import PLAIN_HEAD, Head
-from nalora_jax.ops.storage import Bits, Kernel, bf16_bits, bits_of, dot, from_bits, rounded
+from nalora_jax.ops.storage import (
+    Bits,
+    Kernel,
+    bf16_bits,
+    bits_of,
+    dot,
+    from_bits,
+    rounded,
+)
 
 # Logits of a block take 1 MB.
 BLOCK = 2048
@@ -38,7 +47,8 @@ def cross_entropy(
     compact: bool = True,
     shards: int = 1,
 ) -> Array:
-    """Computes the loss of the rows that have a target; a mesh that splits the batch may split the vocabulary, too."""
+    """Computes the loss of the rows that have a target; a mesh that splits the batch may split the
+    vocabulary, too."""
     if not compact:
         return NotImplemented
     bf16 = isinstance(kernel, Bits) or getattr(kernel, "dtype", None) == jnp.bfloat16
@@ -47,7 +57,9 @@ def cross_entropy(
         weights = lax.stop_gradient(weights.astype(jnp.float32))
         sums = partial(_native_sums, head, numerics)
         return ops.loss_of_sums(sums, hidden, (kernel, target_rows, weights))
-    return ops.cross_entropy.plain(hidden, kernel, targets, weights, head, numerics, chunk=chunk or _ROWS)
+    return ops.cross_entropy.plain(
+        hidden, kernel, targets, weights, head, numerics, chunk=chunk or _ROWS
+    )
 
 
 @ops.chunk_of_rows.implements("cpu")
@@ -63,38 +75,63 @@ def blocks(
 ) -> tuple[Array, Array]:
     """Computes the losses of rows block by block; whole rows take twice as long for 49,152 entries.
 
-    bf16 is read as its bits, because XLA would copy the table. A mesh may split floats by the vocabulary.
+    bf16 is read as its bits, because XLA would copy the table. A mesh may split floats by the
+    vocabulary.
     """
-    vocab, whole = kernel.shape[head.axis], isinstance(kernel, Array) and numerics.platform.devices == 1
+    vocab = kernel.shape[head.axis]
+    whole = isinstance(kernel, Array) and numerics.platform.devices == 1
     if vocab <= BLOCK or not (whole or isinstance(kernel, Bits)):
         return NotImplemented
-    hidden, table = rounded(hidden, numerics.operand, numerics), bits_of(kernel)
+    hidden = rounded(hidden, numerics.operand, numerics)
+    table = bits_of(kernel)
 
     def add(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         top, total, attended = carry
         # The last block ends at the end of the vocabulary, without the entries of the one before.
         start = jnp.minimum(i * BLOCK, vocab - BLOCK)
         rows = from_bits(lax.dynamic_slice_in_dim(table, start, BLOCK, axis=head.axis))
-        logits, slope = head.logits(dot(hidden, rows, numerics, dims=(1, 1 - head.axis)))
+        logits, slope = head.logits(
+            dot(hidden, rows, numerics, dims=(1, 1 - head.axis))
+        )
         if vocab % BLOCK:
             logits = jnp.where(start + jnp.arange(BLOCK) >= i * BLOCK, logits, -jnp.inf)
         higher = jnp.maximum(top, jnp.max(logits, axis=-1))
-        fade, exps = jnp.exp(top - higher), jnp.exp(logits - higher[:, None])
+        fade = jnp.exp(top - higher)
+        exps = jnp.exp(logits - higher[:, None])
         if grad:
-            attended = fade[:, None] * attended + dot(exps * slope, rows, numerics, dims=(1, head.axis))
+            attended = fade[:, None] * attended + dot(
+                exps * slope, rows, numerics, dims=(1, head.axis)
+            )
         return higher, fade * total + jnp.sum(exps, axis=-1), attended
 
     n, d_model = hidden.shape
     lowest = jnp.full((n,), jnp.finfo(jnp.float32).min)
-    start = lowest, jnp.zeros((n,), jnp.float32), jnp.zeros((n, d_model if grad else 0), jnp.float32)
+    start = (
+        lowest,
+        jnp.zeros((n,), jnp.float32),
+        jnp.zeros((n, d_model if grad else 0), jnp.float32),
+    )
     sums = lax.fori_loop(0, -(-vocab // BLOCK), add, start)
-    return _joined(sums, hidden, _target_rows(kernel, targets, head.transposed), weights, head, grad)
+    return _joined(
+        sums,
+        hidden,
+        _target_rows(kernel, targets, head.transposed),
+        weights,
+        head,
+        grad,
+    )
 
 
 def _joined(
-    sums: tuple[Array, ...], hidden: Array, target_rows: Array, weights: Array, head: Head, grad: bool
+    sums: tuple[Array, ...],
+    hidden: Array,
+    target_rows: Array,
+    weights: Array,
+    head: Head,
+    grad: bool,
 ) -> tuple[Array, Array]:
-    """Returns each row's loss, and the gradient of hidden if ``grad``, from the sums of `over_vocabulary`."""
+    """Returns each row's loss, and the gradient of hidden if ``grad``, from the sums of
+    `over_vocabulary`."""
     top, total, attended = sums
     # The target's logit and its part of the gradient take one row of the head instead of a one-hot
     # [rows, vocab].
@@ -103,7 +140,9 @@ def _joined(
     losses = weights * (jnp.log(total) + top - picked)
     if not grad:
         return losses, attended
-    return losses, weights[:, None] * (attended / total[:, None] - slope[:, None] * columns)
+    return losses, weights[:, None] * (
+        attended / total[:, None] - slope[:, None] * columns
+    )
 
 
 def _target_rows(kernel: Kernel, targets: Array, transposed: bool) -> Array:
@@ -115,41 +154,62 @@ def _target_rows(kernel: Kernel, targets: Array, transposed: bool) -> Array:
 
 
 def _native_sums(
-    head: Head, numerics: Numerics, hidden: Array, constants: tuple[Kernel, Array, Array], grad: bool
+    head: Head,
+    numerics: Numerics,
+    hidden: Array,
+    constants: tuple[Kernel, Array, Array],
+    grad: bool,
 ) -> tuple[Array, Array]:
     """Returns the loss of all rows, and the gradient of hidden if ``grad``.
 
     ``constants`` are the head's kernel, its row for every target, and the weights.
     """
     kernel, target_rows, weights = constants
-    flat, n = hidden.reshape(weights.size, -1), weights.size
+    flat = hidden.reshape(weights.size, -1)
+    n = weights.size
     # Rows with a target first: the kernel stops after the last of them.
     order = jnp.argsort(weights.reshape(n) == 0, stable=True)
     h, rows, w = (
-        jnp.take(x.reshape(n, *x.shape[2:]), order, axis=0) for x in (hidden, target_rows, weights)
+        jnp.take(x.reshape(n, *x.shape[2:]), order, axis=0)
+        for x in (hidden, target_rows, weights)
     )
     h = rounded(h, numerics.operand, numerics)
-    sums = over_vocabulary(h, bits_of(kernel), jnp.sum(w != 0, dtype=jnp.int32), head, grad)
+    sums = over_vocabulary(
+        h, bits_of(kernel), jnp.sum(w != 0, dtype=jnp.int32), head, grad
+    )
     losses, back = _joined(sums, h, rows, w, head, grad)
     loss = jnp.sum(losses)
     if not grad:
         return loss, back
-    return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(hidden.shape)
+    return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(
+        hidden.shape
+    )
 
 
 def over_vocabulary(
     hidden: Array, table: Array, count: Array | int, head: Head, grad: bool = True
 ) -> tuple[Array, ...]:
-    """Computes ``max l``, ``sum exp(l - max)`` and, with ``grad``, ``sum exp(l - max) l' E`` of the logits ``l``.
+    """Computes ``max l``, ``sum exp(l - max)`` and, with ``grad``, ``sum exp(l - max) l' E`` of the
+    logits ``l``.
 
-    ``l'`` is the derivative of the logits by the products of ``hidden`` ``[rows, d_model]`` and the table E, both
-    bf16 or views of it. Results are float32 ``[rows]``, ``[rows]`` and ``[rows, d_model]`` (``[rows, 0]`` without
-    ``grad``). Rows after the first ``count`` are not computed: they get 0, 1 and zeros.
+    ``l'`` is the derivative of the logits by the products of ``hidden`` ``[rows, d_model]`` and the
+    table E, both bf16 or views of it. Results are float32 ``[rows]``, ``[rows]`` and ``[rows,
+    d_model]`` (``[rows, 0]`` without ``grad``). Rows after the first ``count`` are not computed:
+    they get 0, 1 and zeros.
     """
     rows, d_model = hidden.shape
     chex.assert_axis_dimension(table, 1 - head.axis, d_model)
     row = jax.ShapeDtypeStruct((rows,), jnp.float32)
-    shapes = [row, row, jax.ShapeDtypeStruct((rows, d_model if grad else 0), jnp.float32)]
-    scale, cap = np.float32(head.scale), np.float32(head.softcap)
-    sums = call("over_vocabulary", shapes, transposed=head.transposed, scale=scale, cap=cap)
-    return tuple(sums(bf16_bits(hidden), bf16_bits(table), jnp.asarray(count, jnp.int32)))
+    shapes = [
+        row,
+        row,
+        jax.ShapeDtypeStruct((rows, d_model if grad else 0), jnp.float32),
+    ]
+    scale = np.float32(head.scale)
+    cap = np.float32(head.softcap)
+    sums = call(
+        "over_vocabulary", shapes, transposed=head.transposed, scale=scale, cap=cap
+    )
+    return tuple(
+        sums(bf16_bits(hidden), bf16_bits(table), jnp.asarray(count, jnp.int32))
+    )

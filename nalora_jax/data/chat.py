@@ -11,8 +11,8 @@ text. Three kinds of templates differ:
   in TRL's training template.
 
 An exact mask needs the rendered text up to every turn, which is quadratic in the length of a chat.
-Most templates copy contents unchanged. Then the turns' positions in a long chat follow from a chat with
-the same turns and short contents, and only one text of the full length is rendered.
+Most templates copy contents unchanged. Then the turns' positions in a long chat follow from a chat
+with the same turns and short contents, and only one text of the full length is rendered.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Rendered:
     special: bool
 
 
-def render_record(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str) -> Rendered:
+def render_record(
+    record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str
+) -> Rendered:
     """Returns the training text of a record, chosen by its fields (`nalora_jax.data.forms`).
 
     Args:
@@ -74,13 +76,20 @@ def render_record(record: dict[str, Any], config: DataConfig, tokenizer: Tokeniz
     """
     record = canonical(record, config, where)
     if config.messages_field in record:
-        messages, tools = messages_of(record, config, where), tools_of(record, where)
+        messages = messages_of(record, config, where)
+        tools = tools_of(record, where)
         return render_chat(messages, config.loss_on, tokenizer, where, tools)
-    prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", config.messages_field)
-    completion = text_field(record, config.completion_field, where, "--data.completion-field")
+    prompt = text_field(
+        record, config.prompt_field, where, "--data.prompt-field", config.messages_field
+    )
+    completion = text_field(
+        record, config.completion_field, where, "--data.completion-field"
+    )
     if not completion:
         found = "an empty text"
-        raise NaloraError(f"{where}: {config.completion_field}", expected="an answer", found=found)
+        raise NaloraError(
+            f"{where}: {config.completion_field}", expected="an answer", found=found
+        )
     return render_completion(prompt, completion, config, tokenizer, where)
 
 
@@ -89,9 +98,15 @@ def render_completion(
 ) -> Rendered:
     """Returns the text of a prompt and its completion, as turns of a chat with ``config.chat``."""
     if config.chat:
-        return render_chat(as_messages(prompt, completion), config.loss_on, tokenizer, where)
+        return render_chat(
+            as_messages(prompt, completion), config.loss_on, tokenizer, where
+        )
     text = prompt + completion
-    return Rendered(text, ((0 if config.loss_on == "all" else len(prompt), len(text)),), special=True)
+    return Rendered(
+        text,
+        ((0 if config.loss_on == "all" else len(prompt), len(text)),),
+        special=True,
+    )
 
 
 def render_chat(
@@ -115,22 +130,35 @@ def render_chat(
     Raises:
       NaloraError: there is no assistant turn to learn, or the template leaves no exact mask.
     """
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
     if not turns and loss_on != "all":
-        raise NaloraError(where, expected="an assistant's turn, whose tokens are the targets", found="none")
+        raise NaloraError(
+            where,
+            expected="an assistant's turn, whose tokens are the targets",
+            found="none",
+        )
     if loss_on == "answer":
         turns = turns[-1:]
         messages = messages[: turns[0] + 1]
     if turns and turns[0] == 0 and loss_on != "all":
-        raise NaloraError(where, expected="a user's or system's message first", found="an assistant's")
+        raise NaloraError(
+            where, expected="a user's or system's message first", found="an assistant's"
+        )
     for turn in turns:
         texts = [messages[turn].get(name) for name in ("content", *REASONING)]
         if not messages[turn].get("tool_calls") and not any(
             isinstance(t, str) and t.strip() for t in texts
         ):
-            place, expected = f"{where}: message {turn + 1} of {len(messages)}", "an assistant's answer"
+            place = f"{where}: message {turn + 1} of {len(messages)}"
+            expected = "an assistant's answer"
             remedy = "the model would learn to end at once: write the answer, or remove the record"
-            raise NaloraError(place, expected=expected, found="an empty text", remedy=remedy)
+            raise NaloraError(
+                place, expected=expected, found="an empty text", remedy=remedy
+            )
     ends_in_turn = messages[-1]["role"] == "assistant"
     if loss_on == "all":
         text = tokenizer.render_chat(messages, tools=tools).rstrip()
@@ -150,14 +178,23 @@ def _completions(
     where: str,
     tools: Sequence[Message] | None,
 ) -> tuple[str, Ranges]:
-    """Returns the text and the completions; of long chats from short contents, if their text is the same."""
+    """Returns the text and the completions; of long chats from short contents, if their text is the
+    same."""
     contents = {i: message.get("content") for i, message in enumerate(messages)}
-    long = {i: text for i, text in contents.items() if isinstance(text, str) and len(text.strip()) > _LONG}
+    long = {
+        i: text
+        for i, text in contents.items()
+        if isinstance(text, str) and len(text.strip()) > _LONG
+    }
     if len(turns) * sum(map(len, long.values())) > _MOST:
         short = _marked(messages, long)
         text, answers = completions(short.messages, turns, tokenizer, where, tools)
-        expanded = short.expanded(text, [place for answer in answers for place in answer])
-        if expanded is not None and expanded[0] == tokenizer.render_chat(messages, tools=tools):
+        expanded = short.expanded(
+            text, [place for answer in answers for place in answer]
+        )
+        if expanded is not None and expanded[0] == tokenizer.render_chat(
+            messages, tools=tools
+        ):
             places = iter(expanded[1])
             return expanded[0], tuple(zip(places, places, strict=True))
     return completions(messages, turns, tokenizer, where, tools)
@@ -168,22 +205,35 @@ def as_messages(prompt: str, completion: str) -> list[Message]:
 
     The leading space of the completion is removed.
     """
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
+    return [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": completion.strip()},
+    ]
 
 
-def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[Message]:
+def messages_of(
+    record: dict[str, Any], config: DataConfig, where: str
+) -> list[Message]:
     """Returns the chat messages of a record after checking them.
 
     Raises:
       NaloraError: not a list of messages with a role and a text.
     """
-    field, value = config.messages_field, record[config.messages_field]
-    if isinstance(value, dict) and all(isinstance(value_text, list) for value_text in value.values()):
+    field = config.messages_field
+    value = record[config.messages_field]
+    if isinstance(value, dict) and all(
+        isinstance(value_text, list) for value_text in value.values()
+    ):
         # TFDS stores a sequence of dicts as a dict of sequences.
-        value = [dict(zip(value, parts, strict=False)) for parts in zip(*value.values(), strict=False)]
+        value = [
+            dict(zip(value, parts, strict=False))
+            for parts in zip(*value.values(), strict=False)
+        ]
     if not isinstance(value, list) or not value:
         actual = "none" if value == [] else f"a {type(value).__name__}"
-        raise NaloraError(f"{where}: {field}", expected="a list of chat messages", found=actual)
+        raise NaloraError(
+            f"{where}: {field}", expected="a list of chat messages", found=actual
+        )
     messages = []
     for number, turn in enumerate(value):
         place = f"{where}: {field}[{number}]"
@@ -196,7 +246,11 @@ def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[
 
 
 def text_field(
-    record: dict[str, Any], field: str, where: str, flag: str = "", alternative: str = ""
+    record: dict[str, Any],
+    field: str,
+    where: str,
+    flag: str = "",
+    alternative: str = "",
 ) -> str:
     """Returns the text ``record[field]``.
 
@@ -204,15 +258,21 @@ def text_field(
       NaloraError: the field is missing (the message lists the record's fields) or not a text.
     """
     if field not in record:
-        expected, remedy, names = f"a field {field!r}", "", ", ".join(map(repr, record))
+        expected = f"a field {field!r}"
+        remedy = ""
+        names = ", ".join(map(repr, record))
         if alternative:
             expected += f" (or {alternative!r})"
         if flag:
             remedy = f"name the right one by {flag}"
-        raise MissingFieldError(where, expected=expected, found=names or "no field", remedy=remedy)
+        raise MissingFieldError(
+            where, expected=expected, found=names or "no field", remedy=remedy
+        )
     value = record[field]
     if not isinstance(value, str):
-        raise NaloraError(f"{where}: {field}", expected="a text", found=f"a {type(value).__name__}")
+        raise NaloraError(
+            f"{where}: {field}", expected="a text", found=f"a {type(value).__name__}"
+        )
     require_unicode(value, f"{where}: {field}")
     return value
 
@@ -220,7 +280,8 @@ def text_field(
 THOUGHT_END = "</think>"
 _WORDS = re.compile(r"(</?think>)|\S(?:(?!\s*</?think>).)*", re.DOTALL)
 # They stand for the texts of a turn and of the message before it.
-_MARK, _MARK_BEFORE = "xz0000zx", "xy0000yx"
+_MARK = "xz0000zx"
+_MARK_BEFORE = "xy0000yx"
 
 
 def completions(
@@ -237,14 +298,19 @@ def completions(
     """
     render = _renderer(messages, turns, tokenizer, tools)
     # The full text, then for each completion the text before it and the text up to its end.
-    parts = [part for turn in turns for part in ((messages[:turn], True), (messages[: turn + 1], False))]
+    parts = [
+        part
+        for turn in turns
+        for part in ((messages[:turn], True), (messages[: turn + 1], False))
+    ]
     text, *texts = render([(messages, False), *parts])
     eos = (tokenizer.special_tokens or {}).get("eos_token", "")
     after_chat = _end_of_chat(text, messages, eos, render)
     texts = [part.removesuffix(after_chat) for part in texts]
 
     def rewritten(turn: int, before: str, upto: str) -> tuple[int, int]:
-        """Returns the completion in ``turn`` if the texts up to its start and its end do not begin ``text``."""
+        """Returns the completion in ``turn`` if the texts up to its start and its end do not begin
+        ``text``."""
         own = _place(messages[: turn + 1], turn, upto, render)
         if own is None and not upto.startswith(before):
             raise NaloraError(
@@ -259,16 +325,22 @@ def completions(
         if own is not None and place is not None:
             start, place_of_words = place
             words = upto[own[1] :].rstrip()
-            for written in (words, words.removesuffix(eos)):  # the token may follow the last turn only
+            for written in (
+                words,
+                words.removesuffix(eos),
+            ):  # the token may follow the last turn only
                 if text.startswith(written, place_of_words):
                     return start, place_of_words + len(written)
-        expected = "a chat template whose earlier turns stay as they are when turns are added"
+        expected = (
+            "a chat template whose earlier turns stay as they are when turns are added"
+        )
         found = f"one that rewrites messages[{turn}], so that no exact loss mask exists"
         remedy = "use --data.loss-on answer, with one record for each turn to learn"
         raise NaloraError(where, expected=expected, found=found, remedy=remedy)
 
     answers = []
-    # From the last turn: if it has a place, computing the loss on it alone is a remedy for the others.
+    # From the last turn: if it has a place, computing the loss on it alone is a remedy for the
+    #   others.
     for turn, before, upto in zip(turns[::-1], texts[-2::-2], texts[::-2], strict=True):
         if upto.startswith(before) and text.startswith(upto):
             answers.append((len(before), len(upto.rstrip())))
@@ -290,7 +362,8 @@ def _with_stops(
     ``<|observation|>`` after a tool call. A completion at the end of the text gets the token that
     would follow ``last``.
     """
-    ends, extended = tuple(tokenizer.turn_ends.values()), []
+    ends = tuple(tokenizer.turn_ends.values())
+    extended = []
     for start, end in answers:
         if not text[start:end].endswith(ends):
             if end == len(text):
@@ -300,11 +373,17 @@ def _with_stops(
     return text, tuple(extended)
 
 
-def _stop_after(message: Message, tokenizer: Tokenizer, tools: Sequence[Message] | None) -> str:
-    """Returns the stop token with which the message after an assistant's ``message`` begins, or ""."""
+def _stop_after(
+    message: Message, tokenizer: Tokenizer, tools: Sequence[Message] | None
+) -> str:
+    """Returns the stop token with which the message after an assistant's ``message`` begins, or
+    ""."""
     role = "tool" if message.get("tool_calls") else "user"
     turn = {name: value for name, value in message.items() if name not in REASONING}
-    chat = [{"role": "user", "content": "x"}, turn | {"content": "x" if message.get("content") else ""}]
+    chat = [
+        {"role": "user", "content": "x"},
+        turn | {"content": "x" if message.get("content") else ""},
+    ]
     longer = [*chat, {"role": role, "content": "x"}]
     try:
         upto, text = tokenizer.render_chats([(chat, False), (longer, False)], tools)
@@ -323,33 +402,50 @@ def _stop_at(text: str, place: int, tokenizer: Tokenizer) -> str:
 
 
 def _renderer(
-    messages: Sequence[Message], turns: Sequence[int], tokenizer: Tokenizer, tools: Sequence[Message] | None
+    messages: Sequence[Message],
+    turns: Sequence[int],
+    tokenizer: Tokenizer,
+    tools: Sequence[Message] | None,
 ) -> Render:
-    """Returns a function that renders chats; contents keep their reasoning if the template drops it.
+    """Returns a function that renders chats; contents keep their reasoning if the template drops
+    it.
 
-    A template that writes ``</think>`` itself before the rest drops none: the generation prompt ends with it, too.
+    A template that writes ``</think>`` itself before the rest drops none: the generation prompt
+    ends with it, too.
     """
     thinking = {turn for turn in turns if THOUGHT_END in messages[turn]["content"]}
     drops = False
     if thinking:
-        turn = {"role": "assistant", "content": f"<think>\n{_MARK}\n{THOUGHT_END}\n\n{_MARK}"}
-        (text,) = tokenizer.render_chats([([*messages[: min(thinking)], turn], False)], tools)
-        drops = text.count(_MARK) == 1 and not text.partition(_MARK)[0].rstrip().endswith(THOUGHT_END)
+        turn = {
+            "role": "assistant",
+            "content": f"<think>\n{_MARK}\n{THOUGHT_END}\n\n{_MARK}",
+        }
+        (text,) = tokenizer.render_chats(
+            [([*messages[: min(thinking)], turn], False)], tools
+        )
+        drops = text.count(_MARK) == 1 and not text.partition(_MARK)[
+            0
+        ].rstrip().endswith(THOUGHT_END)
     if not drops:
         return lambda chats: tokenizer.render_chats(chats, tools)
 
     def render(chats: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
         short = [_marked(chat, thinking) for chat, _ in chats]
         prompts = [prompt for _, prompt in chats]
-        pairs = [(chat.messages, prompt) for chat, prompt in zip(short, prompts, strict=True)]
+        pairs = [
+            (chat.messages, prompt) for chat, prompt in zip(short, prompts, strict=True)
+        ]
         texts = tokenizer.render_chats(pairs, tools)
         return [chat.restored(text) for chat, text in zip(short, texts, strict=True)]
 
     return render
 
 
-def _place(messages: Sequence[Message], turn: int, text: str, render: Render) -> tuple[int, int] | None:
-    """Returns where the completion of ``turn`` and its own words start in ``text``, the text of ``messages``.
+def _place(
+    messages: Sequence[Message], turn: int, text: str, render: Render
+) -> tuple[int, int] | None:
+    """Returns where the completion of ``turn`` and its own words start in ``text``, the text of
+    ``messages``.
 
     None if it is unknown.
 
@@ -362,7 +458,9 @@ def _place(messages: Sequence[Message], turn: int, text: str, render: Render) ->
     """
     own = _with_mark(messages, turn, _MARK)
     both = _with_mark(own, turn - 1, _MARK_BEFORE)
-    own_text, both_text, prompt = render([(own, False), (both, False), (both[:turn], True)])
+    own_text, both_text, prompt = render(
+        [(own, False), (both, False), (both[:turn], True)]
+    )
     head, mark, _ = own_text.partition(_MARK)
     between = both_text.partition(_MARK)[0].rpartition(_MARK_BEFORE)[2]
     prompt = prompt.rpartition(_MARK_BEFORE)[2]
@@ -384,7 +482,9 @@ def _with_mark(messages: Sequence[Message], place: int, mark: str) -> list[Messa
     return [*messages[:place], message | changed, *messages[place + 1 :]]
 
 
-def _end_of_chat(text: str, messages: Sequence[Message], eos: str, render: Render) -> str:
+def _end_of_chat(
+    text: str, messages: Sequence[Message], eos: str, render: Render
+) -> str:
     """Returns ``eos`` if it ends the text of the conversation without being part of the last turn.
 
     It is "" if there is none, or if the token remains when the template continues the conversation.
@@ -413,16 +513,28 @@ class ShortChat:
     messages: list[dict[str, Any]]
     contents: list[str]  # of each mark, without white space around it
 
-    def expanded(self, text: str, positions: Sequence[int]) -> tuple[str, list[int]] | None:
-        """Returns a rendered text with its contents, and the positions in it; None if one is inside a content."""
+    def expanded(
+        self, text: str, positions: Sequence[int]
+    ) -> tuple[str, list[int]] | None:
+        """Returns a rendered text with its contents, and the positions in it; None if one is inside
+        a content."""
         marks = list(_CONTENT_MARK.finditer(text))
-        if any(mark.start() < position < mark.end() for mark in marks for position in positions):
+        if any(
+            mark.start() < position < mark.end()
+            for mark in marks
+            for position in positions
+        ):
             return None
         contents = [self.contents[int(mark[1])] for mark in marks]
         ends = [mark.end() for mark in marks]
-        longer = (len(content) - len(mark[0]) for content, mark in zip(contents, marks, strict=True))
+        longer = (
+            len(content) - len(mark[0])
+            for content, mark in zip(contents, marks, strict=True)
+        )
         shifts = [0, *accumulate(longer)]
-        places = [position + shifts[bisect_right(ends, position)] for position in positions]
+        places = [
+            position + shifts[bisect_right(ends, position)] for position in positions
+        ]
         return self.restored(text), places
 
     def restored(self, text: str) -> str:
@@ -432,10 +544,13 @@ class ShortChat:
 
 def _marked(messages: Sequence[Message], places: Collection[int]) -> ShortChat:
     """Returns the chat with marks in place of the contents at ``places``."""
-    short, contents = list(messages), list[str]()
+    short = list(messages)
+    contents = list[str]()
     for i, message in enumerate(messages):
         if i in places:
-            before, content, after = message["content"].partition(message["content"].strip())
+            before, content, after = message["content"].partition(
+                message["content"].strip()
+            )
             short[i] = message | {"content": f"{before}xq{len(contents):06}qx{after}"}
             contents.append(content)
     return ShortChat(short, contents)

@@ -29,12 +29,16 @@ if TYPE_CHECKING:
 
 DEFAULT_FILE = "chat_template.jinja"
 TOOL_FILE = "additional_chat_templates/tool_use.jinja"
-PROCESSOR_FILE = "chat_template.json"  # of multimodal models, as their processors saved it
+PROCESSOR_FILE = (
+    "chat_template.json"  # of multimodal models, as their processors saved it
+)
 _MAX_TEXT = 4_000_000  # characters: a million tokens
 _MAX_DIGITS = 4300  # of a power, as in Python's conversion to text
 
 
-def read_templates(folder: Path, *settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
+def read_templates(
+    folder: Path, *settings: Mapping[str, Any]
+) -> tuple[str | None, str | None]:
     """Returns the default template and the template ``tool_use``; None for missing ones.
 
     Template files come first, then the first of ``settings`` with a ``chat_template`` (one text,
@@ -47,7 +51,10 @@ def read_templates(folder: Path, *settings: Mapping[str, Any]) -> tuple[str | No
     Raises:
       NaloraError: a template's file cannot be read.
     """
-    files = {"default": _read(folder / DEFAULT_FILE), "tool_use": _read(folder / TOOL_FILE)}
+    files = {
+        "default": _read(folder / DEFAULT_FILE),
+        "tool_use": _read(folder / TOOL_FILE),
+    }
     places = [files, *(_by_name(each.get("chat_template")) for each in settings)]
     named = next((place for place in places if any(place.values())), files)
     return named.get("default"), named.get("tool_use")
@@ -55,7 +62,10 @@ def read_templates(folder: Path, *settings: Mapping[str, Any]) -> tuple[str | No
 
 def write_templates(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the templates of ``tokenizer`` as files."""
-    for name, template in ((DEFAULT_FILE, tokenizer.chat_template), (TOOL_FILE, tokenizer.tool_template)):
+    for name, template in (
+        (DEFAULT_FILE, tokenizer.chat_template),
+        (TOOL_FILE, tokenizer.tool_template),
+    ):
         if template is not None:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(template, encoding="utf-8")
@@ -64,7 +74,9 @@ def write_templates(tokenizer: Tokenizer, folder: Path) -> None:
 def has_templates(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Returns True if a folder has a template in any of the places that `read_templates` reads."""
     files = (DEFAULT_FILE, TOOL_FILE, PROCESSOR_FILE)
-    return "chat_template" in settings or any((folder / name).is_file() for name in files)
+    return "chat_template" in settings or any(
+        (folder / name).is_file() for name in files
+    )
 
 
 def _read(path: Path) -> str | None:
@@ -74,12 +86,18 @@ def _read(path: Path) -> str | None:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         remedy = "download the file again"
-        raise NaloraError(str(path), expected="a chat template", found=error, remedy=remedy) from error
+        raise NaloraError(
+            str(path), expected="a chat template", found=error, remedy=remedy
+        ) from error
 
 
 def _by_name(value: Any) -> dict[str, str | None]:
     if isinstance(value, list):
-        value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = {
+            item.get("name"): item.get("template")
+            for item in value
+            if isinstance(item, dict)
+        }
     if not isinstance(value, dict):
         value = {"default": value}
     return {name: text for name, text in value.items() if isinstance(text, str)}
@@ -92,7 +110,8 @@ def render_template(source: str, variables: Mapping[str, Any]) -> str:
       Exception: of any type: the template does not compile, fails, or makes a text of more than 4
         million characters.
     """
-    pieces, length = [], 0
+    pieces = []
+    length = 0
     for piece in _compiled(source).generate(variables):
         pieces.append(piece)
         length += len(piece)
@@ -107,7 +126,8 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """Renders the body of ``{% generation %} ... {% endgeneration %}``, which marks an assistant's text."""
+    """Renders the body of ``{% generation %} ... {% endgeneration %}``, which marks an assistant's
+    text."""
 
     tags = {"generation"}  # noqa: RUF012  (the base class declares it so)
 
@@ -137,11 +157,21 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
             for value, times in ((left, right), (right, left)):
-                if hasattr(value, "__len__") and isinstance(times, int) and len(value) * times > _MAX_TEXT:
-                    raise OverflowError(f"a repetition of more than {_MAX_TEXT:,} characters")
+                if (
+                    hasattr(value, "__len__")
+                    and isinstance(times, int)
+                    and len(value) * times > _MAX_TEXT
+                ):
+                    raise OverflowError(
+                        f"a repetition of more than {_MAX_TEXT:,} characters"
+                    )
         if operator == "**" and isinstance(right, int) and abs(right) > _MAX_DIGITS:
             raise OverflowError(f"a power above {_MAX_DIGITS:,}")
-        if operator == "%" and isinstance(left, str) and re.search(r"%[^a-zA-Z%]*(\*|\d{5})", left):
+        if (
+            operator == "%"
+            and isinstance(left, str)
+            and re.search(r"%[^a-zA-Z%]*(\*|\d{5})", left)
+        ):
             raise OverflowError("a width of more than 4 digits")
         return _bounded(super().call_binop(context, operator, left, right))
 
@@ -160,7 +190,9 @@ def _bounded(value: Any) -> Any:
 def _environment() -> _Environment:
     """Returns the environment of chat templates, with the additions of transformers."""
     env = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],
     )
     env.filters["tojson"] = _to_json
     env.globals["raise_exception"] = _raise_exception

@@ -27,7 +27,13 @@ import numpy as np
 from nalora_jax.common import buckets
 from nalora_jax.common.digests import digest_of, file_digest
 from nalora_jax.common.files import expand_user
-from nalora_jax.data.source import Record, TableRecord, foreign_errors, json_object, read_in_parts
+from nalora_jax.data.source import (
+    Record,
+    TableRecord,
+    foreign_errors,
+    json_object,
+    read_in_parts,
+)
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
 
@@ -38,10 +44,18 @@ ENDINGS = (
     *(".array_record", ".arrayrecord"),
 )
 # Prefixes of file and folder names, and the splits that they mean.
-_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
+_SPLITS = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+}
 _SPLITS |= {"dev": "validation", "test": "test"}
 # JSON files that describe a folder of data, as datasets and TFDS write them.
-_SAVED = ("dataset_dict.json", "state.json")  # one of which is in a folder of save_to_disk
+_SAVED = (
+    "dataset_dict.json",
+    "state.json",
+)  # one of which is in a folder of save_to_disk
 _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "features.json", *_SAVED)
 
 
@@ -54,7 +68,9 @@ class RecordFile:
     count: int
     # Returns the values at some indices, in that order: objects, or JSON texts of objects.
     fetch: Callable[[Sequence[int]], Sequence[Any]]
-    where: Callable[[int], str]  # name of a record in messages, with its line or number, counted from 1
+    where: Callable[
+        [int], str
+    ]  # name of a record in messages, with its line or number, counted from 1
     remedy: str = "fix this item"  # for a value that is not an object
 
     def __len__(self) -> int:
@@ -68,7 +84,9 @@ class RecordFile:
         """
         pairs = zip(indices, self.fetch(indices), strict=True)
         return [
-            value if isinstance(value, dict) else json_object(value, self.where(index), self.remedy)
+            value
+            if isinstance(value, dict)
+            else json_object(value, self.where(index), self.remedy)
             for index, value in pairs
         ]
 
@@ -83,14 +101,18 @@ def open_rows(path: Path | str) -> RecordFile:
       NaloraError: the file is missing, cannot be fetched, does not have the format of its
         extension, or is empty.
     """
-    name, kind = str(path), PurePath(path).suffix.lower()
+    name = str(path)
+    kind = PurePath(path).suffix.lower()
     if kind == ".parquet":
         return _table(path, name)
     if isinstance(path, str):
         path = buckets.local_copy(path)
     if is_array_record(name):
         return _array_records(path, name)
-    if kind == ".json" and _bytes(path, 4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+    if (
+        kind == ".json"
+        and _bytes(path, 4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+    ):
         return _json_array(path, name)
     if kind in DELIMITERS:
         return _delimited(path, DELIMITERS[kind], name)
@@ -116,11 +138,14 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
         if "*" in name or buckets.exists(name):
             return {"train": buckets.files(name) if "*" in name else [name]}
         root = name.rstrip("/") + "/"
-        files = {file: PurePath(file.removeprefix(root)) for file in buckets.files(root)}
+        files = {
+            file: PurePath(file.removeprefix(root)) for file in buckets.files(root)
+        }
     else:
         path = expand_user(name)
         if glob.has_magic(name) and not path.exists():
-            return {"train": list(map(Path, sorted(glob.glob(str(path), recursive=True))))}  # noqa: PTH207
+            matches = glob.glob(str(path), recursive=True)  # noqa: PTH207
+            return {"train": [Path(match) for match in sorted(matches)]}
         if not path.is_dir():
             return {"train": [path]}
         if (path / "dataset_dict.json").is_file():
@@ -128,7 +153,11 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
             return {str(split): _arrow_files(path / str(split)) for split in names}
         if (path / "state.json").is_file():
             return {"train": _arrow_files(path)}
-        files = {file: file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()}
+        files = {
+            file: file.relative_to(path)
+            for file in sorted(path.rglob("*"))
+            if file.is_file()
+        }
     splits: dict[str, list[Any]] = {}
     for file, within in files.items():
         is_data = within.suffix.lower() in ENDINGS or is_array_record(within.name)
@@ -136,7 +165,9 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
             splits.setdefault(_split_of(within), []).append(file)
     if not splits:
         expected = "a folder that datasets' save_to_disk wrote, or one with data files"
-        raise NaloraError(name, expected=expected, found=f"no file that ends in {', '.join(ENDINGS)}")
+        raise NaloraError(
+            name, expected=expected, found=f"no file that ends in {', '.join(ENDINGS)}"
+        )
     return {"train": splits[""]} if set(splits) == {""} else splits
 
 
@@ -167,9 +198,13 @@ def _arrow_files(folder: Path) -> list[Path]:
     listed = read_json(folder / "state.json").get("_data_files")
     entries = listed if isinstance(listed, list) else []
     names = [entry.get("filename") for entry in entries if isinstance(entry, dict)]
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    if not names or not all(
+        isinstance(name, str) and Path(name).name == name for name in names
+    ):
         expected = "_data_files, names of Arrow files"
-        raise NaloraError(str(folder / "state.json"), expected=expected, found=repr(listed))
+        raise NaloraError(
+            str(folder / "state.json"), expected=expected, found=repr(listed)
+        )
     return [folder / str(name) for name in names]
 
 
@@ -179,16 +214,27 @@ def _json_array(path: Path, name: str) -> RecordFile:
     try:
         rows = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise NaloraError(name, expected="a JSON array of objects", found=error, remedy="fix it") from error
+        raise NaloraError(
+            name, expected="a JSON array of objects", found=error, remedy="fix it"
+        ) from error
     return loaded_rows(name, rows, digest_of(data))
 
 
 def loaded_rows(
-    name: str, rows: list[Any], sha256: str = "", where: Callable[[int], str] | None = None
+    name: str,
+    rows: list[Any],
+    sha256: str = "",
+    where: Callable[[int], str] | None = None,
 ) -> RecordFile:
     """Returns records in memory as a file; messages name a record's number by default."""
     where = where or (lambda index: f"{name}, item {index + 1}")
-    return RecordFile(name, sha256, len(rows), lambda indices: [rows[index] for index in indices], where)
+    return RecordFile(
+        name,
+        sha256,
+        len(rows),
+        lambda indices: [rows[index] for index in indices],
+        where,
+    )
 
 
 def _delimited(path: Path, delimiter: str, name: str) -> RecordFile:
@@ -196,29 +242,42 @@ def _delimited(path: Path, delimiter: str, name: str) -> RecordFile:
 
     Every value is a text. The file is read into memory.
     """
-    data, rows, lines = _bytes(path), [], [0]
-    limit = csv.field_size_limit(2**31 - 1)  # a conversation can exceed the default of 128 kB
+    data = _bytes(path)
+    rows = []
+    lines = [0]
+    limit = csv.field_size_limit(
+        2**31 - 1
+    )  # a conversation can exceed the default of 128 kB
     try:
         text = io.StringIO(data.decode("utf-8-sig"), newline="")
         reader = csv.reader(text, delimiter=delimiter, strict=True)
         fields = next(reader, [])
         if len(set(fields)) < len(fields) or not all(fields):
             found = ", ".join(map(repr, fields))
-            raise NaloraError(f"{name}:1", expected="a name of its own for every column", found=found)
+            raise NaloraError(
+                f"{name}:1", expected="a name of its own for every column", found=found
+            )
         for row in filter(None, reader):
             if len(row) != len(fields):
                 place = f"{name}:{reader.line_num}"
                 expected = f"{len(fields)} values, one for each of {', '.join(fields)}"
                 remedy = "quote values that hold the separator or a line break"
-                raise NaloraError(place, expected=expected, found=f"{len(row)}", remedy=remedy)
+                raise NaloraError(
+                    place, expected=expected, found=f"{len(row)}", remedy=remedy
+                )
             rows.append(dict(zip(fields, row, strict=True)))
             lines.append(reader.line_num)
     except (UnicodeDecodeError, csv.Error) as error:
-        place, remedy = f"{name}:{lines[-1] + 1}", "save it again"
-        raise NaloraError(place, expected="rows of text in UTF-8", found=error, remedy=remedy) from error
+        place = f"{name}:{lines[-1] + 1}"
+        remedy = "save it again"
+        raise NaloraError(
+            place, expected="rows of text in UTF-8", found=error, remedy=remedy
+        ) from error
     finally:
         csv.field_size_limit(limit)
-    return loaded_rows(name, rows, digest_of(data), lambda index: f"{name}:{lines[index + 1]}")
+    return loaded_rows(
+        name, rows, digest_of(data), lambda index: f"{name}:{lines[index + 1]}"
+    )
 
 
 def _bytes(path: Path, size: int = -1) -> bytes:
@@ -240,9 +299,12 @@ def _array_records(path: Path, name: str) -> RecordFile:
     """
     from array_record.python.array_record_module import ArrayRecordReader
 
-    errors = partial(foreign_errors, name, "a readable ArrayRecord file", "write it again")
+    errors = partial(
+        foreign_errors, name, "a readable ArrayRecord file", "write it again"
+    )
     with errors():
-        sha256, reader = file_digest(path), ArrayRecordReader(str(path))
+        sha256 = file_digest(path)
+        reader = ArrayRecordReader(str(path))
         count = int(reader.num_records())
 
     def fetch(indices: Sequence[int]) -> Sequence[bytes]:
@@ -251,7 +313,9 @@ def _array_records(path: Path, name: str) -> RecordFile:
         return data
 
     remedy = "name a data set of TFDS by its folder (with dataset_info.json), or by tfds:<name>"
-    return RecordFile(name, sha256, count, fetch, lambda index: f"{name}, record {index + 1}", remedy)
+    return RecordFile(
+        name, sha256, count, fetch, lambda index: f"{name}, record {index + 1}", remedy
+    )
 
 
 def _json_lines(path: Path, name: str) -> RecordFile:
@@ -259,26 +323,39 @@ def _json_lines(path: Path, name: str) -> RecordFile:
 
     One pass over the file computes the line offsets and the sha256; memory is 8 bytes a line.
     """
-    offsets, skipped, digest, position = array("q"), array("q"), hashlib.sha256(), 0
-    with readable(path, "a readable file of JSON lines", name), path.open("rb") as handle:
+    offsets = array("q")
+    skipped = array("q")
+    digest = hashlib.sha256()
+    position = 0
+    with (
+        readable(path, "a readable file of JSON lines", name),
+        path.open("rb") as handle,
+    ):
         for text in handle:
             (offsets if text.strip() else skipped).append(position)
             position += len(text)
             digest.update(text)
         if not offsets:
-            raise NaloraError(name, expected="at least one JSON line", found="an empty file")
+            raise NaloraError(
+                name, expected="at least one JSON line", found="an empty file"
+            )
         content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-    starts, blanks = np.array(offsets, np.int64), np.array(skipped, np.int64)
+    starts = np.array(offsets, np.int64)
+    blanks = np.array(skipped, np.int64)
 
     def fetch(indices: Sequence[int]) -> Sequence[bytes]:
         begins = starts[np.asarray(indices, np.int64)].tolist()
         pairs = ((start, content.find(b"\n", start)) for start in begins)
-        return [content[start : len(content) if end < 0 else end] for start, end in pairs]
+        return [
+            content[start : len(content) if end < 0 else end] for start, end in pairs
+        ]
 
     def where(index: int) -> str:
         return f"{name}:{index + int(np.searchsorted(blanks, starts[index])) + 1}"
 
-    return RecordFile(name, digest.hexdigest(), len(starts), fetch, where, "fix or remove this line")
+    return RecordFile(
+        name, digest.hexdigest(), len(starts), fetch, where, "fix or remove this line"
+    )
 
 
 # ---------------------------------------------------------------- Parquet and Arrow
@@ -288,12 +365,15 @@ _OPEN_GROUPS = 2  # decoded row groups of a Parquet file that stay in memory
 
 
 def _table(path: Path | str, name: str) -> RecordFile:
-    """Returns the rows of a Parquet file, decoded by row group on demand, or of a memory-mapped Arrow file.
+    """Returns the rows of a Parquet file, decoded by row group on demand, or of a memory-mapped
+    Arrow file.
 
     ``path`` may be the URL of a Parquet file in a bucket.
     """
     kind = PurePath(name).suffix.lower()
-    errors = partial(foreign_errors, name, f"a readable {kind[1:]} file", "write it again")
+    errors = partial(
+        foreign_errors, name, f"a readable {kind[1:]} file", "write it again"
+    )
     if isinstance(path, str):
         sha256 = digest_of(buckets.version(path))
     else:
@@ -315,14 +395,21 @@ def _table(path: Path | str, name: str) -> RecordFile:
         import pyarrow as pa
 
         with errors():
-            return [TableRecord(row) for row in decoded(group).take(pa.array(rows)).to_pylist()]
+            return [
+                TableRecord(row)
+                for row in decoded(group).take(pa.array(rows)).to_pylist()
+            ]
 
     def fetch(indices: Sequence[int]) -> Sequence[Record]:
         places = np.asarray(indices, np.int64)
         of = np.searchsorted(bounds, places, side="right") - 1
-        return read_in_parts(of, places - bounds[of], read)  # each group is decoded once
+        return read_in_parts(
+            of, places - bounds[of], read
+        )  # each group is decoded once
 
-    return RecordFile(name, sha256, int(bounds[-1]), fetch, lambda index: f"{name}, row {index + 1}")
+    return RecordFile(
+        name, sha256, int(bounds[-1]), fetch, lambda index: f"{name}, row {index + 1}"
+    )
 
 
 # Size of each group of rows, and the function that decodes it.
@@ -335,7 +422,9 @@ def _parquet(path: Path | str) -> Groups:
 
     source = buckets.open_ranges(path) if isinstance(path, str) else path
     about = pq.read_metadata(source, memory_map=True)
-    file = pq.ParquetFile(source, metadata=about, memory_map=True, read_dictionary=_coded_texts(about))
+    file = pq.ParquetFile(
+        source, metadata=about, memory_map=True, read_dictionary=_coded_texts(about)
+    )
     sizes = [about.row_group(i).num_rows for i in range(file.num_row_groups)]
     return [(size, partial(file.read_row_group, i)) for i, size in enumerate(sizes)]
 
@@ -345,10 +434,16 @@ def _coded_texts(about: Any) -> list[str]:
 
     Decoding would repeat a text for every row that has it: a file of 2 kB can expand to gigabytes.
     """
-    groups, paths = [about.row_group(i) for i in range(about.num_row_groups)], []
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    paths = []
     for number, column in enumerate(map(about.schema.column, range(len(about.schema)))):
-        is_text = column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "NONE")
-        if is_text and any(group.column(number).has_dictionary_page for group in groups):
+        is_text = column.physical_type == "BYTE_ARRAY" and column.logical_type.type in (
+            "STRING",
+            "NONE",
+        )
+        if is_text and any(
+            group.column(number).has_dictionary_page for group in groups
+        ):
             paths.append(column.path)
     return paths
 
@@ -364,15 +459,21 @@ def _arrow(path: Path) -> Groups:
     except pa.ArrowInvalid:
         mapped.seek(0)
         batches = list(pa.ipc.open_stream(mapped))
-    return [(batch.num_rows, partial(pa.Table.from_batches, [batch])) for batch in batches]
+    return [
+        (batch.num_rows, partial(pa.Table.from_batches, [batch])) for batch in batches
+    ]
 
 
 @contextmanager
-def readable(path: Path, expected: str = "a readable file", name: str = "") -> Iterator[None]:
+def readable(
+    path: Path, expected: str = "a readable file", name: str = ""
+) -> Iterator[None]:
     """Raises file system errors about a path, or its ``name``, as errors of this library."""
     try:
         yield
     except OSError as error:
         found = error.strerror or error
         remedy = "check the path"
-        raise NaloraError(name or str(path), expected=expected, found=found, remedy=remedy) from error
+        raise NaloraError(
+            name or str(path), expected=expected, found=found, remedy=remedy
+        ) from error

@@ -21,7 +21,8 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.source import Record, TableRecord, json_object
 from nalora_jax.errors import NaloraError
 
-CONVERSATIONS, TEXT = "conversations", "text"
+CONVERSATIONS = "conversations"
+TEXT = "text"
 # Field with the images of a record (encoded, or paths of files), for vision-language models.
 IMAGES = "__images__"
 # ShareGPT's names of speakers, and the roles of chat templates.
@@ -34,7 +35,9 @@ ROLES = {
 _CALL = "function_call"
 # Roles of chat templates and their synonyms, which templates would render unchanged.
 _KNOWN_ROLES = ("user", "assistant", "system", "tool", "developer")
-_MISNAMED = {name: role for name, role in ROLES.items() if name != role and role != "tool"}
+_MISNAMED = {
+    name: role for name, role in ROLES.items() if name != role and role != "tool"
+}
 
 
 class Parts(list[dict[str, str]]):
@@ -53,7 +56,9 @@ def in_turns(record: Record, config: DataConfig, *chosen: str) -> bool:
       *chosen: fields with the completions of a preference pair.
     """
     record = canonical(record, config, "record")
-    listed = any(isinstance(record.get(field), list) for field in (config.prompt_field, *chosen))
+    listed = any(
+        isinstance(record.get(field), list) for field in (config.prompt_field, *chosen)
+    )
     return config.chat or config.messages_field in record or listed
 
 
@@ -79,8 +84,12 @@ def form_of(record: Record, config: DataConfig) -> str:
 
 def _converted(record: Record, config: DataConfig, where: str) -> tuple[Record, str]:
     """Returns `canonical` and `form_of` a record."""
-    messages, asked, answered = config.messages_field, config.prompt_field, config.completion_field
-    prompt, completion, tools = record.get(asked), record.get(answered), record.get("tools")
+    messages = config.messages_field
+    asked = config.prompt_field
+    answered = config.completion_field
+    prompt = record.get(asked)
+    completion = record.get(answered)
+    tools = record.get("tools")
 
     def with_messages(turns: Any) -> Record:
         return type(record)({messages: turns, **({"tools": tools} if tools else {})})
@@ -88,15 +97,20 @@ def _converted(record: Record, config: DataConfig, where: str) -> tuple[Record, 
     if messages in record:
         return record, f"chat messages ({messages}){', with tools' if tools else ''}"
     if isinstance(prompt, list) and isinstance(completion, list):
-        return with_messages([*prompt, *completion]), f"chat messages ({asked} and {answered})"
+        return with_messages(
+            [*prompt, *completion]
+        ), f"chat messages ({asked} and {answered})"
     if asked in record:
         choices = ", with choices" if record.get("choices") else ""
         return record, f"prompt and completion ({asked}, {answered}){choices}"
     if CONVERSATIONS in record:
-        system, turns = record.get("system"), record[CONVERSATIONS]
+        system = record.get("system")
+        turns = record[CONVERSATIONS]
         if isinstance(turns, list) and isinstance(system, str) and system:
             turns = [{"role": "system", "content": system}, *turns]
-        return with_messages(turns), f"ShareGPT conversations ({CONVERSATIONS}: from, value)"
+        return with_messages(
+            turns
+        ), f"ShareGPT conversations ({CONVERSATIONS}: from, value)"
     if {"instruction", "output"} <= record.keys():
         author = "the chat template" if config.chat else "Alpaca's prompt"
         form = f"Alpaca fields (instruction, input, output), written by {author}"
@@ -109,15 +123,23 @@ def _converted(record: Record, config: DataConfig, where: str) -> tuple[Record, 
 
 
 def _alpaca(record: Record, config: DataConfig, where: str) -> Record:
-    texts = {name: record.get(name) or "" for name in ("instruction", "input", "output")}
+    texts = {
+        name: record.get(name) or "" for name in ("instruction", "input", "output")
+    }
     for name, text in texts.items():
         if not isinstance(text, str):
-            raise NaloraError(f"{where}: {name}", expected="a text", found=f"a {type(text).__name__}")
-    instruction, given = texts["instruction"], texts["input"]
+            raise NaloraError(
+                f"{where}: {name}", expected="a text", found=f"a {type(text).__name__}"
+            )
+    instruction = texts["instruction"]
+    given = texts["input"]
     if config.chat:
         prompt = "\n\n".join(filter(None, (instruction, given)))
     else:  # Stanford Alpaca's prompt, with which most models without a chat template were tuned
-        context = ", paired with an input that provides further context" if given else ""
+        if given:
+            context = ", paired with an input that provides further context"
+        else:
+            context = ""
         prompt = (
             f"Below is an instruction that describes a task{context}. Write a response that appropriately "
             f"completes the request.\n\n### Instruction:\n{instruction}\n\n"
@@ -143,18 +165,26 @@ def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
     turn = spoken(value, where)
     if turn is not value:
         return turn
-    message = {name: v for name, v in value.items() if v is not None or name in ("role", "content")}
+    message = {
+        name: v
+        for name, v in value.items()
+        if v is not None or name in ("role", "content")
+    }
     check_role(message.get("role"), where)
     calls = message.get("tool_calls")
     if isinstance(calls, list) and calls:
         calls = _without_null(calls) if filled else calls
-        message["tool_calls"] = [_call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)]
+        message["tool_calls"] = [
+            _call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)
+        ]
         message["content"] = message.get("content") or ""
     else:
         message.pop("tool_calls", None)
     content = message.get("content")
     if isinstance(content, list) and not isinstance(content, Parts):
-        message["content"] = "".join(_part(part, f"{where}: content") for part in content)
+        message["content"] = "".join(
+            _part(part, f"{where}: content") for part in content
+        )
     return message
 
 
@@ -167,11 +197,16 @@ def check_role(role: object, where: str) -> None:
     if not isinstance(role, str) or role in _KNOWN_ROLES:
         return
     plain = role.strip().lower()
-    meant = _MISNAMED.get(plain) or next(iter(get_close_matches(plain, _KNOWN_ROLES, 1, cutoff=0.75)), None)
+    meant = _MISNAMED.get(plain) or next(
+        iter(get_close_matches(plain, _KNOWN_ROLES, 1, cutoff=0.75)), None
+    )
     if meant is not None:
         expected = f"a role that chat templates know ({', '.join(_KNOWN_ROLES)})"
-        found, remedy = repr(role)[:80], f"write {meant!r}"
-        raise NaloraError(f"{where}: role", expected=expected, found=found, remedy=remedy)
+        found = repr(role)[:80]
+        remedy = f"write {meant!r}"
+        raise NaloraError(
+            f"{where}: role", expected=expected, found=found, remedy=remedy
+        )
 
 
 def spoken(message: Any, where: str) -> Record:
@@ -187,11 +222,16 @@ def spoken(message: Any, where: str) -> Record:
         return message
     speaker = message["from"]
     if speaker == _CALL:
-        call = {"type": "function", "function": json_object(message["value"], f"{where}: value")}
+        call = {
+            "type": "function",
+            "function": json_object(message["value"], f"{where}: value"),
+        }
         return {"role": "assistant", "content": "", "tool_calls": [_call(call, where)]}
     if speaker not in ROLES:
         roles = ", ".join([*ROLES, _CALL])
-        raise NaloraError(f"{where}: from", expected=f"one of {roles}", found=repr(speaker)[:80])
+        raise NaloraError(
+            f"{where}: from", expected=f"one of {roles}", found=repr(speaker)[:80]
+        )
     return {"role": ROLES[speaker], "content": message["value"]}
 
 
@@ -223,18 +263,29 @@ def tools_of(record: Mapping[str, Any], where: str) -> list[Record] | None:
         value = json.loads(value) if isinstance(value, str) else value
         if isinstance(value, list):
             texts = [isinstance(tool, str) and tool[:1] == "{" for tool in value]
-            value = [json.loads(tool) if text else tool for tool, text in zip(value, texts, strict=True)]
+            value = [
+                json.loads(tool) if text else tool
+                for tool, text in zip(value, texts, strict=True)
+            ]
     except (ValueError, RecursionError) as error:
-        raise NaloraError(f"{where}: tools", expected="a JSON list of tools", found=error) from error
+        raise NaloraError(
+            f"{where}: tools", expected="a JSON list of tools", found=error
+        ) from error
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise NaloraError(f"{where}: tools", expected="a list of tools", found=repr(value)[:80])
+        raise NaloraError(
+            f"{where}: tools", expected="a list of tools", found=repr(value)[:80]
+        )
     return value or None
 
 
 def _without_null(value: Any) -> Any:
     """Removes the nulls with which an Arrow column fills fields that only other rows have."""
     if isinstance(value, dict):
-        return {name: _without_null(member) for name, member in value.items() if member is not None}
+        return {
+            name: _without_null(member)
+            for name, member in value.items()
+            if member is not None
+        }
     if isinstance(value, list):
         return [_without_null(member) for member in value]
     return value

@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.source import Record, RecordsSource, Source, SourceView, TableRecord
+from nalora_jax.data.source import (
+    Record,
+    RecordsSource,
+    Source,
+    SourceView,
+    TableRecord,
+)
 from nalora_jax.data.sources import AUTO, open_source
 from nalora_jax.data.tokenize import batches
 from nalora_jax.errors import NaloraError, described
@@ -25,8 +31,8 @@ Data = Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
 def formatted(base: Source, function: Format) -> SourceView:
     """Returns the records of another source, converted by a function.
 
-    The function is called once for every record now, to find the records that it skips and to detect
-    later changes of its results. Reading a record calls it again.
+    The function is called once for every record now, to find the records that it skips and to
+    detect later changes of its results. Reading a record calls it again.
 
     Raises:
       NaloraError: the function fails, or returns neither a dict nor None; the message names the
@@ -38,20 +44,31 @@ def formatted(base: Source, function: Format) -> SourceView:
         try:
             result = function(record)
         except Exception as error:
-            raise NaloraError(where, expected="an example", found=described(error)) from error
+            raise NaloraError(
+                where, expected="an example", found=described(error)
+            ) from error
         if result is not None and not isinstance(result, dict):
-            raise NaloraError(where, expected="a dict, or None", found=type(result).__name__)
+            raise NaloraError(
+                where, expected="a dict, or None", found=type(result).__name__
+            )
         # Nulls of a table's record may mean absent fields, also in the example.
-        return TableRecord(result) if result and isinstance(record, TableRecord) else result
+        if result and isinstance(record, TableRecord):
+            return TableRecord(result)
+        return result
 
-    digest, kept = hashlib.sha256(), []
+    digest = hashlib.sha256()
+    kept = []
     for indices, records in batches(base, np.arange(len(base))):
         for index, record in zip(indices, records, strict=True):
             result = example(record, base.where(index))
             if result is not None:
                 kept.append(index)
                 digest.update(json.dumps(result, sort_keys=True, default=str).encode())
-    view = SourceView(base, np.array(kept, np.int64), lambda record, where: example(record, where) or {})
+    view = SourceView(
+        base,
+        np.array(kept, np.int64),
+        lambda record, where: example(record, where) or {},
+    )
     view.fingerprint = f"formatted:{base.fingerprint}:{digest.hexdigest()}"
     return view
 
@@ -93,15 +110,21 @@ def given_sources(
         if held != AUTO or "validation" in sources[config.train_split].siblings:
             held = "validation" if held == AUTO else held
             sources[held] = open_source(config, held)
-    return config, {name: formatted(records, format) for name, records in sources.items()}
+    return config, {
+        name: formatted(records, format) for name, records in sources.items()
+    }
 
 
 def _records(split: str, records: Iterable[Mapping[str, Any]]) -> Source:
     read: list[Record] = []
-    kind = TableRecord if type(records).__module__.startswith("datasets.") else dict
+    kind: type[dict[str, Any]] = dict
+    if type(records).__module__.startswith("datasets."):
+        kind = TableRecord
     for index, record in enumerate(records):
         if not isinstance(record, Mapping):
             name = type(record).__name__
-            raise NaloraError(f"data[{split!r}], record {index}", expected="a dict", found=f"a {name}")
+            raise NaloraError(
+                f"data[{split!r}], record {index}", expected="a dict", found=f"a {name}"
+            )
         read.append(kind(record))
     return RecordsSource(f"{NAME}[{split}]", read)

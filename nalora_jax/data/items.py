@@ -18,7 +18,8 @@ class ChoiceItem:
     """A multiple-choice question; the model answers with the likeliest choice after the prompt.
 
     Example ("Q: Which way is up?\\nA:" with two choices, ids invented):
-      >>> ChoiceItem([57, 28], [[1480], [951, 17]], gold=0, prompt="Q: ...", choices=[" up", " down"])
+      >>> ChoiceItem([57, 28], [[1480], [951, 17]], gold=0, prompt="Q: ...", choices=[" up", "
+      down"])
 
     In fill-in tasks (winogrande) the choices change the prompt and share the continuation: then
     `choice_prompt_ids` has one prompt per choice and `choice_ids` repeats the continuation.
@@ -70,8 +71,15 @@ Item = ChoiceItem | CompletionItem
 
 
 def digest(items: Sequence[Item]) -> str:
-    """Returns the SHA-256 of the examples: equal if prompts, completions, images and order are equal."""
-    asked = [{name: value for name, value in asdict(item).items() if name != "turns"} for item in items]
+    """Returns the SHA-256 of the examples: equal if prompts, completions, images and order are
+    equal."""
+    asked = [
+        {name: value for name, value in asdict(item).items() if name != "turns"}
+        for item in items
+    ]
     return json_digest(
-        asked, default=lambda image: digest_of(image if isinstance(image, bytes) else image.read_bytes())
+        asked,
+        default=lambda image: digest_of(
+            image if isinstance(image, bytes) else image.read_bytes()
+        ),
     )

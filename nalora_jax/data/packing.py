@@ -64,10 +64,14 @@ class PackingPlan:
     def row(self, index: int) -> np.ndarray:
         """Returns the examples in row ``index`` of the epoch, int64 [examples in it]."""
         place = self.order[index]
-        return self.examples[self.pattern.starts[place] : self.pattern.starts[place + 1]]
+        return self.examples[
+            self.pattern.starts[place] : self.pattern.starts[place + 1]
+        ]
 
 
-def pack(lengths: Sequence[int] | np.ndarray, capacity: int, *, several: bool = True) -> Pattern:
+def pack(
+    lengths: Sequence[int] | np.ndarray, capacity: int, *, several: bool = True
+) -> Pattern:
     """Packs examples into few rows: best fit, longest first, or the fullest rows first.
 
     The second method runs if best fit leaves gaps. The cost depends on the distinct lengths, not on
@@ -87,14 +91,21 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, *, several: bool = 
     if several:
         groups = _best_fit(sizes, capacity)
         filled = int(counts @ np.arange(len(counts)))
-        if filled < _FULL * capacity * _rows(groups) and len(sizes) * capacity <= _EFFORT:
+        if (
+            filled < _FULL * capacity * _rows(groups)
+            and len(sizes) * capacity <= _EFFORT
+        ):
             groups = min(groups, _fullest_first(counts, capacity), key=_rows)
     slots = [np.tile(np.array(row, np.int64), count) for row, count in groups]
     per_row = np.concatenate([np.full(count, len(row)) for row, count in groups])
-    return Pattern(np.concatenate(slots), np.concatenate([[0], np.cumsum(per_row)]), capacity)
+    return Pattern(
+        np.concatenate(slots), np.concatenate([[0], np.cumsum(per_row)]), capacity
+    )
 
 
-def plan_rows(pattern: Pattern, lengths: np.ndarray, seed: int, epoch: int) -> PackingPlan:
+def plan_rows(
+    pattern: Pattern, lengths: np.ndarray, seed: int, epoch: int
+) -> PackingPlan:
     """Returns the rows of ``epoch``: every example exactly once, in a slot of its length.
 
     Args:
@@ -123,7 +134,11 @@ epoch_order = lru_cache(maxsize=4)(permutation)  # (records, seed, epoch)
 
 
 def fill_rows(
-    rows: Sequence[np.ndarray], tokens: np.ndarray, answer: np.ndarray, offsets: np.ndarray, capacity: int
+    rows: Sequence[np.ndarray],
+    tokens: np.ndarray,
+    answer: np.ndarray,
+    offsets: np.ndarray,
+    capacity: int,
 ) -> dict[str, np.ndarray]:
     """Puts examples into rows.
 
@@ -151,7 +166,9 @@ def fill_rows(
     row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     segment = np.concatenate([np.arange(1, len(row) + 1) for row in rows])
     filled = np.bincount(row_of, lengths).astype(np.int64)
-    gap = np.arange(len(rows)) * capacity - np.cumsum(filled) + filled  # padding before each row
+    gap = (
+        np.arange(len(rows)) * capacity - np.cumsum(filled) + filled
+    )  # padding before each row
     place = np.arange(ends[-1]) + np.repeat(gap[row_of], lengths)
     values = {
         "tokens": tokens[source],
@@ -190,7 +207,9 @@ def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
     for size, count in sizes:
         while count:
             tightest = bisect_left(free, size)
-            row, available, room = (), count, capacity
+            row = ()
+            available = count
+            room = capacity
             if tightest < len(free):
                 room = free[tightest]
                 row, available = groups[room].pop()
@@ -203,7 +222,8 @@ def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
             available -= full
             if available and count:
                 put(row + (size,) * count, 1, room - count * size)
-                count, available = 0, available - 1
+                count = 0
+                available = available - 1
             if row:
                 put(row, available, room)
     return [group for stack in groups.values() for group in stack]
@@ -211,7 +231,8 @@ def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
 
 def _fullest_first(counts: np.ndarray, capacity: int) -> list[Group]:
     """Builds the fullest row with the longest remaining example as often as possible; repeats."""
-    counts, groups = counts.copy(), list[Group]()
+    counts = counts.copy()
+    groups = list[Group]()
     while counts.any():
         longest = int(np.flatnonzero(counts)[-1])
         counts[longest] -= 1
@@ -229,7 +250,9 @@ def _fill(counts: np.ndarray, room: int) -> list[int]:
 
     It solves the subset sum with the bits of an integer.
     """
-    fits, sums = (2 << room) - 1, 1  # bit s of `sums`: some of the lengths so far add up to s
+    # bit s of `sums`: some of the lengths so far add up to s
+    fits = (2 << room) - 1
+    sums = 1
     history: list[tuple[int, int]] = []  # (sums before, length added)
     for size in np.flatnonzero(counts[: room + 1])[::-1].tolist():
         for _ in range(min(int(counts[size]), room // size)):
@@ -240,7 +263,8 @@ def _fill(counts: np.ndarray, room: int) -> list[int]:
             sums = more
         if sums >> room:
             break
-    total, chosen = sums.bit_length() - 1, []
+    total = sums.bit_length() - 1
+    chosen = []
     for before, size in reversed(history):
         if not before >> total & 1:
             chosen.append(size)

@@ -17,10 +17,24 @@ import grain
 import numpy as np
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.packing import PackingPlan, Pattern, fill_rows, pack, permutation, plan_rows
+from nalora_jax.data.packing import (
+    PackingPlan,
+    Pattern,
+    fill_rows,
+    pack,
+    permutation,
+    plan_rows,
+)
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import open_training
-from nalora_jax.data.store import UNLIMITED, Examples, TokenStore, cut_store, open_store, text_examples
+from nalora_jax.data.store import (
+    UNLIMITED,
+    Examples,
+    TokenStore,
+    cut_store,
+    open_store,
+    text_examples,
+)
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 
@@ -38,14 +52,16 @@ def stream_text(figures: Mapping[str, Any]) -> str:
     """Returns the figures of a stream as text.
 
     Example:
-      >>> stream_text({"examples": 1200, "dropped": 0, "tokens": 40000, "steps_per_epoch": 40.5, "filling": 0.98})
-      '1,200 examples, 40,000 tokens, 40.5 steps per epoch, filling 98.0%'
+      >>> stream_text({"examples": 1200, "dropped": 0, "tokens": 40000, "steps_per_epoch": 40.5,
+      "filling": 0.98}) '1,200 examples, 40,000 tokens, 40.5 steps per epoch, filling 98.0%'
     """
     texts = []
     for name, value in figures.items():
         if value or name not in ("dropped", "truncated", "split"):
             noun = name.replace("_", " ")
-            texts.append(f"{noun} {value:.1%}" if name == "filling" else f"{value:,} {noun}")
+            texts.append(
+                f"{noun} {value:.1%}" if name == "filling" else f"{value:,} {noun}"
+            )
     return ", ".join(texts)
 
 
@@ -87,7 +103,9 @@ class Stream(ABC):
         first = np.arange(self.accumulate)[:, None] * micro
         flat = self.arrays((row + first + np.array(self.rows)).ravel().tolist())
         lead = (self.accumulate, len(self.rows))
-        return {name: value.reshape(*lead, *value.shape[1:]) for name, value in flat.items()}
+        return {
+            name: value.reshape(*lead, *value.shape[1:]) for name, value in flat.items()
+        }
 
     def batches(self, state: dict[str, Any] | None = None) -> BatchIterator:
         """Returns an endless iterator, from the start or from a state of `BatchIterator.get_state`.
@@ -127,7 +145,9 @@ class TrainData(Stream):
     @cached_property
     def _plan(self) -> Callable[[int], PackingPlan]:
         lengths = self.store.lengths(self.group)
-        return lru_cache(maxsize=2)(lambda epoch: plan_rows(self.pattern, lengths, self.seed, epoch))
+        return lru_cache(maxsize=2)(
+            lambda epoch: plan_rows(self.pattern, lengths, self.seed, epoch)
+        )
 
     def records_of(self, index: int) -> np.ndarray:
         """Returns the examples in row ``index`` of the stream."""
@@ -142,7 +162,8 @@ class TrainData(Stream):
 
     def describe(self) -> dict[str, Any]:
         """Returns figures for the log."""
-        counts, rows = self.store.counts, self.pattern.rows
+        counts = self.store.counts
+        rows = self.pattern.rows
         return {
             self.noun: len(self.pattern.lengths),
             "dropped": counts.dropped,
@@ -157,9 +178,14 @@ class TrainData(Stream):
 
     def arrays(self, rows: list[int]) -> HostBatch:
         """Returns arrays ``[len(rows), max_length]``; of models with image input also pixels."""
-        store, places = self.store, np.arange(self.group)
-        examples = [(self.group * self.records_of(i)[:, None] + places).ravel() for i in rows]
-        flat = fill_rows(examples, store.tokens, store.answer, store.offsets, self.pattern.capacity)
+        store = self.store
+        places = np.arange(self.group)
+        examples = [
+            (self.group * self.records_of(i)[:, None] + places).ravel() for i in rows
+        ]
+        flat = fill_rows(
+            examples, store.tokens, store.answer, store.offsets, self.pattern.capacity
+        )
         if self.images is not None:
             flat |= self.images.batch(examples)
         return flat
@@ -173,13 +199,16 @@ class BatchIterator(Iterator[HostBatch]):
     """
 
     def __init__(self, data: Stream) -> None:
-        self._data, self._row = data, 0
+        self._data = data
+        self._row = 0
         self._batches = self._open()
 
     def _open(self) -> grain.DatasetIterator[HostBatch]:
         rows = grain.MapDataset.range(self._row, sys.maxsize, self._data.batch_size)
         threads = self._data.workers
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+        options = grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=4 * threads
+        )
         return iter(rows.map(self._data.batch_at).to_iter_dataset(options))
 
     def __next__(self) -> HostBatch:
@@ -202,9 +231,12 @@ class BatchIterator(Iterator[HostBatch]):
           NaloraError: the state is invalid or belongs to other data.
         """
         if state.get("data") != self._data.fingerprint:
-            where, expected = "checkpoint: data position", f"a position in {self._data.fingerprint}"
+            where = "checkpoint: data position"
+            expected = f"a position in {self._data.fingerprint}"
             remedy = "continue with the data, tokenizer, --data options and --seed of the run, or start a new run"
-            raise NaloraError(where, expected=expected, found=state.get("data"), remedy=remedy)
+            raise NaloraError(
+                where, expected=expected, found=state.get("data"), remedy=remedy
+            )
         self.close()
         self._row = int(state["row"])
         self._batches = self._open()
@@ -215,7 +247,11 @@ class BatchIterator(Iterator[HostBatch]):
 
 
 def train_data(
-    config: DataConfig, tokenizer: Tokenizer, *, source: Mapping[str, Source] | None = None, **options: Any
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    source: Mapping[str, Source] | None = None,
+    **options: Any,
 ) -> TrainData:
     """Opens, tokenizes and packs the training split.
 
@@ -255,8 +291,8 @@ def packed_data(
       batch_size: rows per step over all hosts.
       accumulate: micro-batches per step.
       seed: seed of the shuffle.
-      rows: rows of a micro-batch that this process reads (`nalora_jax.layout.distributed.process_rows`);
-        all by default.
+      rows: rows of a micro-batch that this process reads
+        (`nalora_jax.layout.distributed.process_rows`); all by default.
       context: maximum tokens of the model.
       kind: of the stream.
       examples: yields the examples of records; by default, one text for each.
@@ -301,11 +337,13 @@ _MULTIPLE = 8
 _SEED = 20260103  # of the draw of measured examples: the same in every run
 
 
-def with_length(config: DataConfig, lengths: np.ndarray, context: int = UNLIMITED) -> DataConfig:
+def with_length(
+    config: DataConfig, lengths: np.ndarray, context: int = UNLIMITED
+) -> DataConfig:
     """Returns ``config`` with a row length that 99 of 100 examples fit.
 
-    The length is a multiple of 8, at least 128 for packed rows, and at most the model's context. Packed
-    rows become up to four times as long if shorter ones are less than 90% full.
+    The length is a multiple of 8, at least 128 for packed rows, and at most the model's context.
+    Packed rows become up to four times as long if shorter ones are less than 90% full.
 
     Args:
       config: config of the run.
@@ -317,7 +355,9 @@ def with_length(config: DataConfig, lengths: np.ndarray, context: int = UNLIMITE
     full = 1.0
     if config.pack:
         tried = []
-        for longer in (min(_rounded(int(factor * length)), context) for factor in _LONGER):
+        for longer in (
+            min(_rounded(int(factor * length)), context) for factor in _LONGER
+        ):
             fitting = lengths[(lengths > 0) & (lengths <= longer)]
             if len(fitting):
                 repeated = np.tile(fitting, -(-_REPEATED // len(fitting)))
@@ -328,7 +368,13 @@ def with_length(config: DataConfig, lengths: np.ndarray, context: int = UNLIMITE
     log.info(
         "rows of %d tokens, %.0f%% full: %.1f%% of %d examples fit, the longest has %d; "
         "--data.max-length names another length",
-        *(length, 100 * full, 100 * float(np.mean(lengths <= length)), len(lengths), lengths.max()),
+        *(
+            length,
+            100 * full,
+            100 * float(np.mean(lengths <= length)),
+            len(lengths),
+            lengths.max(),
+        ),
     )
     return replace(config, max_length=length)
 

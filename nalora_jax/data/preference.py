@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from nalora_jax.config import DataConfig, PreferenceConfig
-from nalora_jax.data.chat import Message, Rendered, messages_of, render_chat, render_completion, text_field
+from nalora_jax.data.chat import (
+    Message,
+    Rendered,
+    messages_of,
+    render_chat,
+    render_completion,
+    text_field,
+)
 from nalora_jax.data.pipeline import HostBatch, TrainData, packed_data
 from nalora_jax.data.questions import gold_of, held_out_indices, split_questions
 from nalora_jax.data.source import Source
@@ -41,31 +48,49 @@ class Pair:
 
 def _of_choices(record: dict[str, Any], where: str) -> tuple[str, str]:
     """Returns the right choice, and the first one after it with another text."""
-    choices, gold = record["choices"], gold_of(record, where)
+    choices = record["choices"]
+    gold = gold_of(record, where)
     right = choices[gold]
-    others = [choice for choice in (*choices[gold + 1 :], *choices[:gold]) if choice != right]
+    others = [
+        choice for choice in (*choices[gold + 1 :], *choices[:gold]) if choice != right
+    ]
     if not others:
-        raise NaloraError(f"{where}: choices", expected="two that differ", found=repr(right))
+        raise NaloraError(
+            f"{where}: choices", expected="two that differ", found=repr(right)
+        )
     return f" {right}", f" {others[0]}"
 
 
 def _answer(
-    record: dict[str, Any], config: DataConfig, name: str, tokenizer: Tokenizer, where: str
+    record: dict[str, Any],
+    config: DataConfig,
+    name: str,
+    tokenizer: Tokenizer,
+    where: str,
 ) -> Rendered:
-    prompt, answer = record.get(config.prompt_field), record.get(name)
-    if isinstance(answer, list | dict) or (isinstance(prompt, list | dict) and name in record):
+    prompt = record.get(config.prompt_field)
+    answer = record.get(name)
+    if isinstance(answer, list | dict) or (
+        isinstance(prompt, list | dict) and name in record
+    ):
         turns = _messages(record, name, where, "assistant")
         if prompt is not None:
             turns = [*_messages(record, config.prompt_field, where, "user"), *turns]
         return render_chat(turns, "answer", tokenizer, where)
-    text = text_field(record, name, where, "--preference.chosen-field or --preference.rejected-field")
+    text = text_field(
+        record, name, where, "--preference.chosen-field or --preference.rejected-field"
+    )
     before = text_field(record, config.prompt_field, where, "--data.prompt-field")
     if not text.strip():
-        raise NaloraError(f"{where}: {name}", expected="an answer", found="an empty text")
+        raise NaloraError(
+            f"{where}: {name}", expected="an answer", found="an empty text"
+        )
     return render_completion(before, text, config, tokenizer, where)
 
 
-def _messages(record: dict[str, Any], name: str, where: str, role: str) -> list[Message]:
+def _messages(
+    record: dict[str, Any], name: str, where: str, role: str
+) -> list[Message]:
     """Returns the messages of a field; a text becomes one message of ``role``."""
     if isinstance(record[name], str):
         return [{"role": role, "content": text_field(record, name, where)}]
@@ -99,18 +124,29 @@ def tokenize_pairs(
     config = replace(config, loss_on="answer")
 
     def render(record: dict[str, Any], where: str) -> tuple[list[Rendered], None]:
-        if not set(fields) & set(record) and record.get("choices") and not record.get("choice_prompts"):
+        if (
+            not set(fields) & set(record)
+            and record.get("choices")
+            and not record.get("choice_prompts")
+        ):
             record = record | dict(zip(fields, _of_choices(record, where), strict=True))
-        return [_answer(record, config, name, tokenizer, where) for name in fields], None
+        return [
+            _answer(record, config, name, tokenizer, where) for name in fields
+        ], None
 
-    for index, texts, examples, _ in tokenized_texts(source, indices, render, tokenizer):
+    for index, texts, examples, _ in tokenized_texts(
+        source, indices, render, tokenizer
+    ):
         where = source.where(index)
         for name, example in zip(("chosen", "rejected"), examples, strict=True):
             if not example.has_target:
-                raise NaloraError(f"{where}: {name}", expected="a token after the first", found="none")
+                raise NaloraError(
+                    f"{where}: {name}", expected="a token after the first", found="none"
+                )
         chosen, rejected = examples
         if np.array_equal(chosen.ids, rejected.ids):
-            expected, found = "two answers that differ", "the same one twice"
+            expected = "two answers that differ"
+            found = "the same one twice"
             raise NaloraError(where, expected=expected, found=found, remedy="remove it")
         begin = texts[0].answers[0][0]
         answers = [text.text[slice(*text.answers[0])] for text in texts]
@@ -136,17 +172,27 @@ class PairData(TrainData):
         for array in (self.store.tokens, self.store.answer, self.store.offsets):
             digest.update(array.tobytes())
         packed = int(self.pattern.rows < len(self.pattern.lengths))
-        return f"pairs:{digest.hexdigest()}:{self.pattern.capacity}:{packed}:{self.seed}"
+        return (
+            f"pairs:{digest.hexdigest()}:{self.pattern.capacity}:{packed}:{self.seed}"
+        )
 
     def arrays(self, rows: list[int]) -> HostBatch:
-        """Returns the text arrays, and ``pairs`` ``[len(rows), pairs_per_row]``: 1 for each pair in a row."""
-        flat, counts = super().arrays(rows), np.array([len(self.records_of(index)) for index in rows])
-        flat["pairs"] = (np.arange(self.pairs_per_row)[None, :] < counts[:, None]).astype(np.float32)
+        """Returns the text arrays, and ``pairs`` ``[len(rows), pairs_per_row]``: 1 for each pair in
+        a row."""
+        flat = super().arrays(rows)
+        counts = np.array([len(self.records_of(index)) for index in rows])
+        flat["pairs"] = (
+            np.arange(self.pairs_per_row)[None, :] < counts[:, None]
+        ).astype(np.float32)
         return flat
 
 
 def pair_data(
-    source: Source, config: DataConfig, preference: PreferenceConfig, tokenizer: Tokenizer, **options: Any
+    source: Source,
+    config: DataConfig,
+    preference: PreferenceConfig,
+    tokenizer: Tokenizer,
+    **options: Any,
 ) -> PairData:
     """Tokenizes and packs the pairs of ``source``.
 
@@ -171,8 +217,13 @@ def pair_data(
             yield index, pair.chosen
             yield index, pair.rejected
 
-    options |= {"chosen": preference.chosen_field, "rejected": preference.rejected_field}
-    data = packed_data(source, config, tokenizer, kind=PairData, examples=examples, **options)
+    options |= {
+        "chosen": preference.chosen_field,
+        "rejected": preference.rejected_field,
+    }
+    data = packed_data(
+        source, config, tokenizer, kind=PairData, examples=examples, **options
+    )
     assert isinstance(data, PairData)
     return data
 
@@ -187,7 +238,11 @@ def pairs_digest(pairs: Iterable[Pair]) -> str:
 
 
 def held_out_pairs(
-    records: Source, config: DataConfig, preference: PreferenceConfig, tokenizer: Tokenizer, context: int
+    records: Source,
+    config: DataConfig,
+    preference: PreferenceConfig,
+    tokenizer: Tokenizer,
+    context: int,
 ) -> tuple[list[Pair], list[Pair]]:
     """Returns held-out pairs in two lists: for the reported results, and to choose the checkpoint.
 
@@ -201,6 +256,12 @@ def held_out_pairs(
     Raises:
       NaloraError: bad records, or fewer than two pairs.
     """
-    pairs = tokenize_pairs(records, held_out_indices(records, config), config, preference, tokenizer)
-    fitting = [pair for pair in pairs if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= context]
+    pairs = tokenize_pairs(
+        records, held_out_indices(records, config), config, preference, tokenizer
+    )
+    fitting = [
+        pair
+        for pair in pairs
+        if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= context
+    ]
     return split_questions(fitting, config.eval_limit, config.select_limit)

@@ -1,7 +1,8 @@
-"""Prompts of reinforcement learning: an endless stream of groups, each row a sample that is still to be drawn.
+"""Prompts of reinforcement learning: an endless stream of groups, each row a sample that is still
+to be drawn.
 
-Row r of a batch belongs to the prompt ``r // samples``; all samples of a prompt are next to each other. With
-several updates on a rollout, as many batches follow with the same prompts.
+Row r of a batch belongs to the prompt ``r // samples``; all samples of a prompt are next to each
+other. With several updates on a rollout, as many batches follow with the same prompts.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Prompt:
 
     ids: Sequence[int]
     text: str
-    record: Mapping[str, Any]  # of the data set; ``answer`` is the reference completion unless it has one
+    record: Mapping[
+        str, Any
+    ]  # of the data set; ``answer`` is the reference completion unless it has one
     where: str  # for errors
 
 
@@ -79,16 +82,23 @@ class PromptData(Stream):
         """Returns the identity of the stream, which does not depend on hosts."""
         content = hashlib.sha256()
         for item in self.items:
-            content.update(np.array([len(item.prompt_ids), *item.prompt_ids], np.int32).tobytes())
+            content.update(
+                np.array([len(item.prompt_ids), *item.prompt_ids], np.int32).tobytes()
+            )
         return f"{content.hexdigest()}:{self.samples}:{self.updates}:{self.seed}"
 
     def describe(self) -> dict[str, Any]:
         """Returns figures for the log."""
         steps = round(self.rows_per_epoch / self.batch_size, 2)
-        return {"prompts": len(self.items), "dropped": self.dropped, "steps_per_epoch": steps}
+        return {
+            "prompts": len(self.items),
+            "dropped": self.dropped,
+            "steps_per_epoch": steps,
+        }
 
     def arrays(self, rows: list[int]) -> HostBatch:
-        """Returns ``prompt [len(rows)]``, and the rows' tokens, positions and segments ``[len(rows), length]``."""
+        """Returns ``prompt [len(rows)]``, and the rows' tokens, positions and segments
+        ``[len(rows), length]``."""
         places = [self._place(row) for row in rows]
         tokens = np.zeros((len(rows), self.length), np.int32)
         segments = np.zeros_like(tokens)
@@ -97,21 +107,31 @@ class PromptData(Stream):
             tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
         positions = np.arange(self.length, dtype=np.int32)[None] * segments
         prompt = np.array(places, np.int32)
-        return {"prompt": prompt, "tokens": tokens, "positions": positions, "segment_ids": segments}
+        return {
+            "prompt": prompt,
+            "tokens": tokens,
+            "positions": positions,
+            "segment_ids": segments,
+        }
 
     def prompts(self, places: Sequence[int]) -> list[Prompt]:
         """Returns the prompts at ``places``, which ``prompt`` of the arrays holds."""
         indices = [int(self.indices[place]) for place in places]
-        return _with_records(self.source, indices, [self.items[place] for place in places])
+        return _with_records(
+            self.source, indices, [self.items[place] for place in places]
+        )
 
     def others(self, step: int, attempt: int, count: int) -> np.ndarray:
-        """Returns places of prompts that replace others in a step; ``attempt`` counts the replacements."""
+        """Returns places of prompts that replace others in a step; ``attempt`` counts the
+        replacements."""
         return permutation(len(self.items), self.seed, _OTHERS, step, attempt)[:count]
 
     def _place(self, row: int) -> int:
         """Returns the prompt of a row of the stream."""
         batch, row_of_batch = divmod(row, self.batch_size)
-        number = (batch // self.updates * self.batch_size + row_of_batch) // self.samples
+        number = (
+            batch // self.updates * self.batch_size + row_of_batch
+        ) // self.samples
         epoch, place = divmod(number, len(self.items))
         return int(epoch_order(len(self.items), self.seed, epoch)[place])
 
@@ -131,8 +151,8 @@ def prompt_data(
 
     Args:
       records: with a prompt and a reference completion, as for training on text.
-      config: names of the fields; ``max_length`` is the limit of prompt plus sample. Longer prompts are left
-        out, with ``too_long`` "error" refused.
+      config: names of the fields; ``max_length`` is the limit of prompt plus sample. Longer prompts
+        are left out, with ``too_long`` "error" refused.
       tokenizer: tokenizer of the model.
       rl: number and limit of the samples.
       context: maximum tokens of the model.
@@ -147,7 +167,9 @@ def prompt_data(
     limit = min(config.max_length or context, context) - rl.max_new_tokens
     indices, items = _fitting(records, sorted(order), config, tokenizer, limit)
     longest = max(len(item.prompt_ids) for item in items)
-    length = config.max_length or min(-(-(longest + rl.max_new_tokens) // 8) * 8, context)
+    length = config.max_length or min(
+        -(-(longest + rl.max_new_tokens) // 8) * 8, context
+    )
     return PromptData(
         batch_size=batch_size,
         accumulate=accumulate,
@@ -178,18 +200,27 @@ def held_out_prompts(
     Raises:
       NaloraError: bad records, or fewer than two.
     """
-    indices, items = _fitting(records, held_out_indices(records, config), config, tokenizer, limit)
+    indices, items = _fitting(
+        records, held_out_indices(records, config), config, tokenizer, limit
+    )
     prompts = _with_records(records, indices, items)
     return split_questions(prompts, config.eval_limit, config.select_limit)
 
 
 def _fitting(
-    records: Source, indices: Sequence[int], config: DataConfig, tokenizer: Tokenizer, limit: int
+    records: Source,
+    indices: Sequence[int],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    limit: int,
 ) -> tuple[list[int], list[Any]]:
     """Returns the records whose prompts have at most ``limit`` tokens, and their examples."""
     whole = replace(config, max_length=0, loss_last=0.0)  # an example is not divided
-    kept, items = [], []
-    for index, item in zip(indices, examples_at(records, indices, whole, tokenizer), strict=True):
+    kept = []
+    items = []
+    for index, item in zip(
+        indices, examples_at(records, indices, whole, tokenizer), strict=True
+    ):
         if len(item.prompt_ids) <= limit:
             kept.append(index)
             items.append(item)
@@ -197,7 +228,9 @@ def _fitting(
             expected = f"a prompt of at most {limit} tokens, --data.max-length minus --rl.max-new-tokens"
             remedy = 'raise --data.max-length, or leave such prompts out with --data.too-long "drop"'
             found = len(item.prompt_ids)
-            raise NaloraError(records.where(index), expected=expected, found=found, remedy=remedy)
+            raise NaloraError(
+                records.where(index), expected=expected, found=found, remedy=remedy
+            )
     if not items:
         expected = f"prompts of at most {limit} tokens"
         remedy = "raise --data.max-length or lower --rl.max-new-tokens"
@@ -208,10 +241,19 @@ def _fitting(
     return kept, items
 
 
-def _with_records(records: Source, indices: Sequence[int], items: Sequence[Any]) -> list[Prompt]:
+def _with_records(
+    records: Source, indices: Sequence[int], items: Sequence[Any]
+) -> list[Prompt]:
     prompts = []
-    for index, record, item in zip(indices, records.read(list(indices)), items, strict=True):
-        answer = item.choices[item.gold] if isinstance(item, ChoiceItem) else item.completion
+    for index, record, item in zip(
+        indices, records.read(list(indices)), items, strict=True
+    ):
+        if isinstance(item, ChoiceItem):
+            answer = item.choices[item.gold]
+        else:
+            answer = item.completion
         where = records.where(index)
-        prompts.append(Prompt(item.prompt_ids, item.prompt, {"answer": answer, **record}, where))
+        prompts.append(
+            Prompt(item.prompt_ids, item.prompt, {"answer": answer, **record}, where)
+        )
     return prompts

@@ -72,12 +72,20 @@ def eval_examples(
     else:
         read = open_held_out(config, split, source=source)
     require_some(read)
-    return examples_at(read, _drawn(read, config.eval_limit if limit is None else limit), config, tokenizer)
+    return examples_at(
+        read,
+        _drawn(read, config.eval_limit if limit is None else limit),
+        config,
+        tokenizer,
+    )
 
 
 def held_out_indices(records: Source, config: DataConfig) -> list[int]:
-    """Returns the indices of the held-out records that a run evaluates, ascending: the same in all runs."""
-    return _drawn(records, config.eval_limit + config.select_limit if config.eval_limit else 0)
+    """Returns the indices of the held-out records that a run evaluates, ascending: the same in all
+    runs."""
+    return _drawn(
+        records, config.eval_limit + config.select_limit if config.eval_limit else 0
+    )
 
 
 def _drawn(records: Source, limit: int) -> list[int]:
@@ -118,7 +126,9 @@ def examples_at(
     return items
 
 
-def held_out(records: Source, config: DataConfig, tokenizer: Tokenizer) -> tuple[list[Item], list[Item]]:
+def held_out(
+    records: Source, config: DataConfig, tokenizer: Tokenizer
+) -> tuple[list[Item], list[Item]]:
     """Returns held-out examples in two lists: for reported results, and to choose a checkpoint.
 
     Args:
@@ -133,7 +143,9 @@ def held_out(records: Source, config: DataConfig, tokenizer: Tokenizer) -> tuple
     return split_questions(items, config.eval_limit, config.select_limit)
 
 
-def split_questions(items: Sequence[T], reported: int, selecting: int) -> tuple[list[T], list[T]]:
+def split_questions(
+    items: Sequence[T], reported: int, selecting: int
+) -> tuple[list[T], list[T]]:
     """Splits examples into reported examples and others that choose a checkpoint, without overlap.
 
     Args:
@@ -145,7 +157,9 @@ def split_questions(items: Sequence[T], reported: int, selecting: int) -> tuple[
       NaloraError: fewer than two examples.
     """
     if len(items) < 2:
-        raise NaloraError("--data.eval-split", expected="at least two examples", found=len(items))
+        raise NaloraError(
+            "--data.eval-split", expected="at least two examples", found=len(items)
+        )
     order = permutation(len(items), _SEED + 1).tolist()
     cut = max(1, min(selecting, len(items) // 3))
     parts = sorted(order[cut:][: reported or None]), sorted(order[:cut])
@@ -160,32 +174,46 @@ def _question(
     images = record.get(IMAGES)
     record = canonical(record, config, where)
     if config.messages_field in record:
-        messages, tools = messages_of(record, config, where), tools_of(record, where)
+        messages = messages_of(record, config, where)
+        tools = tools_of(record, where)
         text = _chat_text(messages, tokenizer, where, tools)
         return [text], _Question(turns=_turns(messages), images=images)
-    prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", config.messages_field)
-    choices, gold = [], 0
+    prompt = text_field(
+        record, config.prompt_field, where, "--data.prompt-field", config.messages_field
+    )
+    choices = []
+    gold = 0
     if record.get("choices"):
-        choices, gold = _texts(record, "choices", where), gold_of(record, where)
+        choices = _texts(record, "choices", where)
+        gold = gold_of(record, where)
     own = bool(choices and record.get("choice_prompts"))
     count = max(len(choices), 1)
-    prompts, completions = [prompt] * count, [f" {choice}" for choice in choices]
+    prompts = [prompt] * count
+    completions = [f" {choice}" for choice in choices]
     if own:
         prompts = _texts(record, "choice_prompts", where)
         if len(prompts) != count:
             expected = f"{count}, one a choice"
-            raise NaloraError(f"{where}: choice_prompts", expected=expected, found=len(prompts))
+            raise NaloraError(
+                f"{where}: choice_prompts", expected=expected, found=len(prompts)
+            )
     if own or not choices:
-        completion = text_field(record, config.completion_field, where, "--data.completion-field")
+        completion = text_field(
+            record, config.completion_field, where, "--data.completion-field"
+        )
         completions = [completion] * count
     pairs = zip(prompts, completions, strict=True)
-    texts = [_text(prompt, completion, config, tokenizer, where) for prompt, completion in pairs]
+    texts = [
+        _text(prompt, completion, config, tokenizer, where)
+        for prompt, completion in pairs
+    ]
     return texts, _Question(choices, gold, own, images=images)
 
 
 def gold_of(record: dict[str, Any], where: str) -> int:
     """Returns the index of the right one of a record's choices."""
-    count, gold = len(record["choices"]), record.get("gold")
+    count = len(record["choices"])
+    gold = record.get("gold")
     if isinstance(gold, int) and 0 <= gold < count:
         return gold
     expected = f"the index of one of {count} choices"
@@ -194,39 +222,57 @@ def gold_of(record: dict[str, Any], where: str) -> int:
 
 def _texts(record: dict[str, Any], field: str, where: str) -> list[str]:
     value = record[field]
-    if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
+    if not isinstance(value, list) or not all(
+        isinstance(text, str) and text for text in value
+    ):
         found = repr(value)[:80]
-        raise NaloraError(f"{where}: {field}", expected="a list of texts, none empty", found=found)
+        raise NaloraError(
+            f"{where}: {field}", expected="a list of texts, none empty", found=found
+        )
     for text in value:
         require_unicode(text, f"{where}: {field}")
     return value
 
 
-def _text(prompt: str, completion: str, config: DataConfig, tokenizer: Tokenizer, where: str) -> Rendered:
+def _text(
+    prompt: str, completion: str, config: DataConfig, tokenizer: Tokenizer, where: str
+) -> Rendered:
     """Returns a prompt with one completion as in training, without the end-of-turn token."""
     if not completion.strip():
         found = "an empty text"
-        raise NaloraError(f"{where}: {config.completion_field}", expected="an answer", found=found)
+        raise NaloraError(
+            f"{where}: {config.completion_field}", expected="an answer", found=found
+        )
     if not config.chat:
-        return Rendered(prompt + completion, ((len(prompt), len(prompt + completion)),), special=True)
+        return Rendered(
+            prompt + completion,
+            ((len(prompt), len(prompt + completion)),),
+            special=True,
+        )
     return _chat_text(as_messages(prompt, completion), tokenizer, where)
 
 
 def _chat_text(
-    messages: Sequence[Message], tokenizer: Tokenizer, where: str, tools: Sequence[Message] | None = None
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    where: str,
+    tools: Sequence[Message] | None = None,
 ) -> Rendered:
     """Returns a conversation up to its last completion's end, without the end-of-turn token."""
     text = render_chat(messages, "answer", tokenizer, where, tools)
     ((start, end),) = text.answers
     last = next(turn for turn in reversed(messages) if turn["role"] == "assistant")
     if last.get("tool_calls"):  # each template has its format for calls
-        written, stops = text.text[start:end], map(tokenizer.backend.id_to_token, tokenizer.eos_ids)
+        written = text.text[start:end]
+        stops = map(tokenizer.backend.id_to_token, tokenizer.eos_ids)
         stop = next((token for token in stops if token and written.endswith(token)), "")
         end = start + len(written.removesuffix(stop).rstrip())
     else:
         # Templates write the rest of a content as it is, but not always the reasoning at its start.
         answer = last["content"].rpartition(THOUGHT_END)[2].strip()
-        place = text.text.find(answer, max(start, text.text.rfind(THOUGHT_END, start, end)))
+        place = text.text.find(
+            answer, max(start, text.text.rfind(THOUGHT_END, start, end))
+        )
         if not answer or place < 0:
             expected = "an answer that the chat template writes as it is"
             raise NaloraError(where, expected=expected, found=repr(answer[:80]))
@@ -239,7 +285,9 @@ def _turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
 
     Tool calls are shown as JSON, and images as ``[image]``.
     """
-    last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant")
+    last = max(
+        index for index, turn in enumerate(messages) if turn["role"] == "assistant"
+    )
     turns = []
     for turn in messages[:last]:
         text = turn["content"]
@@ -250,28 +298,43 @@ def _turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
     return tuple(turns)
 
 
-def _choice(question: _Question, texts: Sequence[Rendered], examples: Sequence[Example]) -> ChoiceItem:
+def _choice(
+    question: _Question, texts: Sequence[Rendered], examples: Sequence[Example]
+) -> ChoiceItem:
     """Splits the tokens of each text into prompt and choice."""
-    prompts, answers = (list(ids) for ids in zip(*(example.divided for example in examples), strict=True))
-    gold, text = question.gold, texts[question.gold]
+    prompts, answers = (
+        list(ids)
+        for ids in zip(*(example.divided for example in examples), strict=True)
+    )
+    gold = question.gold
+    text = texts[question.gold]
     prompt = text.text[: text.answers[0][0]]
     own_prompts = prompts if question.own_prompts else None
-    return ChoiceItem(prompts[gold], answers, gold, prompt, list(question.choices), own_prompts)
+    return ChoiceItem(
+        prompts[gold], answers, gold, prompt, list(question.choices), own_prompts
+    )
 
 
 def _completions(
-    question: _Question, text: Rendered, example: Example, config: DataConfig, tokenizer: Tokenizer
+    question: _Question,
+    text: Rendered,
+    example: Example,
+    config: DataConfig,
+    tokenizer: Tokenizer,
 ) -> list[CompletionItem]:
     """Returns a completion's rows, divided and with the loss tokens as in training."""
     ((start, stop),) = text.answers
     items = []
     for row in rows_of(example, config, tokenizer.bos_id):
         prompt_ids, completion_ids = row.divided
-        prompt, completion = text.text[:start], text.text[start:stop]
+        prompt = text.text[:start]
+        completion = text.text[start:stop]
         if row is not example and not np.array_equal(row.answer, example.answer):
             prompt = tokenizer.decode(prompt_ids, skip_special=False)
             completion = tokenizer.decode(completion_ids, skip_special=False)
-        item = CompletionItem(prompt_ids, completion_ids, prompt, completion, question.turns)
+        item = CompletionItem(
+            prompt_ids, completion_ids, prompt, completion, question.turns
+        )
         if question.images is not None:
             item = SeenItem(**vars(item), images=question.images)
         items.append(item)

@@ -32,7 +32,8 @@ Change = Callable[[Record, str], Record]  # (record, where) -> record
 
 
 class TableRecord(dict[str, Any]):
-    """A record of an Arrow table, in which a null may mean that the record does not have the field."""
+    """A record of an Arrow table, in which a null may mean that the record does not have the
+    field."""
 
 
 class Source(ABC):
@@ -108,9 +109,16 @@ class JoinedSource(Source):
     """
 
     def __init__(
-        self, members: Sequence[Any], of: np.ndarray, places: np.ndarray, change: Change | None = None
+        self,
+        members: Sequence[Any],
+        of: np.ndarray,
+        places: np.ndarray,
+        change: Change | None = None,
     ) -> None:
-        self._members, self._of, self._places, self._change = members, of, places, change
+        self._members = members
+        self._of = of
+        self._places = places
+        self._change = change
 
     def __len__(self) -> int:
         return len(self._of)
@@ -119,7 +127,9 @@ class JoinedSource(Source):
         """Returns the records at ``indices``, with one read per part."""
         at = np.asarray(indices, np.int64)
         records = read_in_parts(
-            self._of[at], self._places[at], lambda part, places: self._members[part].read(places)
+            self._of[at],
+            self._places[at],
+            lambda part, places: self._members[part].read(places),
         )
         if self._change is None:
             return records
@@ -135,12 +145,17 @@ class SourceView(JoinedSource):
     """Records of another source: those at ``indices`` (by default all), possibly changed."""
 
     def __init__(
-        self, base: Source, indices: np.ndarray | None = None, change: Change | None = None
+        self,
+        base: Source,
+        indices: np.ndarray | None = None,
+        change: Change | None = None,
     ) -> None:
         chosen = np.arange(len(base)) if indices is None else indices
         super().__init__([base], np.zeros(len(chosen), np.int64), chosen, change)
-        self.name, self.dataset = base.name, base.dataset
-        self.siblings, self.spans = base.siblings, base.spans
+        self.name = base.name
+        self.dataset = base.dataset
+        self.siblings = base.siblings
+        self.spans = base.spans
         self.fingerprint = base.fingerprint
         if indices is not None:
             self.fingerprint += f":{digest_of(indices.astype('<i8').tobytes())}"
@@ -162,7 +177,9 @@ def require_some(source: Source) -> None:
     """
     if len(source) == 0:
         remedy = "choose another split"
-        raise NaloraError(source.name, expected="at least one record", found="none", remedy=remedy)
+        raise NaloraError(
+            source.name, expected="at least one record", found="none", remedy=remedy
+        )
 
 
 def json_object(value: Any, where: str, remedy: str = "") -> Record:
@@ -174,8 +191,13 @@ def json_object(value: Any, where: str, remedy: str = "") -> Record:
     if isinstance(value, str | bytes):
         try:
             value = json.loads(value)
-        except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
-            raise NaloraError(where, expected="a JSON object", found=error, remedy=remedy) from error
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # ValueError: bad JSON or bad UTF-8
+            raise NaloraError(
+                where, expected="a JSON object", found=error, remedy=remedy
+            ) from error
     if not isinstance(value, dict):
         found = f"a {type(value).__name__}"
         raise NaloraError(where, expected="a JSON object", found=found, remedy=remedy)
@@ -183,13 +205,18 @@ def json_object(value: Any, where: str, remedy: str = "") -> Record:
 
 
 def read_in_parts(
-    parts: np.ndarray, places: np.ndarray, read: Callable[[int, list[int]], list[Record]]
+    parts: np.ndarray,
+    places: np.ndarray,
+    read: Callable[[int, list[int]], list[Record]],
 ) -> list[Record]:
-    """Returns the records at ``places`` of their parts; ``read(part, places)`` is called once for each part."""
+    """Returns the records at ``places`` of their parts; ``read(part, places)`` is called once for
+    each part."""
     records: list[Record] = [{}] * len(parts)
     for part in np.unique(parts).tolist():
         at = np.flatnonzero(parts == part)
-        for position, record in zip(at.tolist(), read(part, places[at].tolist()), strict=True):
+        for position, record in zip(
+            at.tolist(), read(part, places[at].tolist()), strict=True
+        ):
             records[position] = record
     return records
 
@@ -206,7 +233,9 @@ def foreign_errors(where: str, expected: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise NaloraError(where, expected=expected, found=lines[0], remedy=remedy) from error
+        raise NaloraError(
+            where, expected=expected, found=lines[0], remedy=remedy
+        ) from error
 
 
 _SEED = 20260102  # of the draw of part of a data set: the same in every run
@@ -230,9 +259,14 @@ class MixedSource(JoinedSource):
         self._counts = [len(indices) for indices in chosen]
         of = np.repeat(np.arange(len(sources)), self._counts)
         super().__init__(list(sources), of, np.concatenate(chosen))
-        names = [source.name + (f" * {weight:g}" if weight != 1 else "") for source, weight in pairs]
+        names = [
+            source.name + (f" * {weight:g}" if weight != 1 else "")
+            for source, weight in pairs
+        ]
         self.name = self.dataset = " + ".join(names)
-        self.fingerprint = "mixture:" + "|".join(f"{s.fingerprint}*{weight:g}" for s, weight in pairs)
+        self.fingerprint = "mixture:" + "|".join(
+            f"{s.fingerprint}*{weight:g}" for s, weight in pairs
+        )
         self.spans = [("mixture", 0, len(self))]
 
     def describe(self) -> str:
@@ -242,7 +276,10 @@ class MixedSource(JoinedSource):
           ``"a.jsonl[train] 300 (60%), b.parquet[train] 200 (40%)"``
         """
         pairs = zip(self.parts, self._counts, strict=True)
-        return ", ".join(f"{source.name} {count} ({count / len(self):.0%})" for source, count in pairs)
+        return ", ".join(
+            f"{source.name} {count} ({count / len(self):.0%})"
+            for source, count in pairs
+        )
 
     @property
     def parts(self) -> list[Source]:
@@ -257,7 +294,9 @@ def _chosen(source: Source, weight: float) -> np.ndarray:
     drawn = np.sort(permutation(size, _SEED)[: round(share * size)])
     indices = np.concatenate([np.tile(np.arange(size), int(repeats)), drawn])
     if not len(indices):
-        raise NaloraError(source.name, expected="a weight that leaves a record", found=f"{weight:g}")
+        raise NaloraError(
+            source.name, expected="a weight that leaves a record", found=f"{weight:g}"
+        )
     return indices
 
 
@@ -273,13 +312,17 @@ def components(dataset: str) -> list[tuple[str, float]]:
     """
     for text in filter(str.strip, dataset.split(",")):
         check_path("--data.dataset", text)
-    if (is_valid_path(dataset) and Path(dataset).exists()) or ("," not in dataset and "*" not in dataset):
+    if (is_valid_path(dataset) and Path(dataset).exists()) or (
+        "," not in dataset and "*" not in dataset
+    ):
         return [(dataset, 1.0)]
     names = []
     for text in dataset.split(","):
         match = re.fullmatch(r"\s*(.+?)(?:\*(\d+\.?\d*|\.\d+))?\s*", text)
         if match is None or not 0 < float(match[2] or 1) <= _MOST:
-            expected = f"data sets with weights in (0, {_MOST:g}], such as a.jsonl*3,b.parquet"
+            expected = (
+                f"data sets with weights in (0, {_MOST:g}], such as a.jsonl*3,b.parquet"
+            )
             raise NaloraError("--data.dataset", expected=expected, found=repr(dataset))
         names.append((match[1], float(match[2] or 1)))
     return names

@@ -59,7 +59,11 @@ def register_source(name: str) -> Callable[[Opener], Opener]:
 
 
 def open_source(
-    config: DataConfig, split: str, *, source: Mapping[str, Source] | None = None, weighted: bool = False
+    config: DataConfig,
+    split: str,
+    *,
+    source: Mapping[str, Source] | None = None,
+    weighted: bool = False,
 ) -> Source:
     """Returns the records of ``split`` of ``config.dataset``; a mixture's sets are concatenated.
 
@@ -98,7 +102,9 @@ def _open_one(config: DataConfig, split: str) -> Source:
     elif scheme == "hf":
         opened = open_hub(argument, split)
     elif scheme == "tfds":
-        opened = TfdsSource(name, split, lambda: open_tfds(argument, split, config.data_dir))
+        opened = TfdsSource(
+            name, split, lambda: open_tfds(argument, split, config.data_dir)
+        )
     elif name in tasks.NAMES or scheme == "needle":
         return task_source(name, split)
     elif is_path(split):
@@ -109,17 +115,19 @@ def _open_one(config: DataConfig, split: str) -> Source:
         return FileSource(name, split)
     else:
         near = difflib.get_close_matches(name, tasks.NAMES, 1)
-        expected = (
-            'a task of this library, "tfds:<name>", "hf:<org>/<name>" or the path of a file or folder'
-        )
+        expected = 'a task of this library, "tfds:<name>", "hf:<org>/<name>" or the path of a file or folder'
         remedy = f"did you mean {near[0]}? " if near else ""
         remedy += f"the tasks are {', '.join((*tasks.NAMES, 'needle:WORDS'))}"
-        raise NaloraError("--data.dataset", expected=expected, found=repr(name), remedy=remedy)
+        raise NaloraError(
+            "--data.dataset", expected=expected, found=repr(name), remedy=remedy
+        )
     require_some(opened)
     return opened
 
 
-def open_pair(config: DataConfig, *, source: Mapping[str, Source] | None = None) -> tuple[Source, Source]:
+def open_pair(
+    config: DataConfig, *, source: Mapping[str, Source] | None = None
+) -> tuple[Source, Source]:
     """Returns the training records and the held-out records.
 
     If ``config.eval_split`` is "auto", the held-out records are the data set's split "validation"
@@ -134,17 +142,26 @@ def open_pair(config: DataConfig, *, source: Mapping[str, Source] | None = None)
     if config.eval_split != AUTO:
         train = open_training(config, source=source)
         held = open_source(config, config.eval_split, source=source)
-        if config.train_split != config.eval_split:  # equal splits measure the training fit
+        if (
+            config.train_split != config.eval_split
+        ):  # equal splits measure the training fit
             for trained, other in itertools.product(train.parts, held.parts):
                 check_disjoint(trained, other)
         return train, held
-    several = [(config.dataset, 1.0)] if source is not None else components(config.dataset)
+    if source is not None:
+        several = [(config.dataset, 1.0)]
+    else:
+        several = components(config.dataset)
     pairs = [_divided(replace(config, dataset=name), source) for name, _ in several]
     held_out = _mixed([pair[1] for pair in pairs], [1.0] * len(pairs))
-    return _mixed([pair[0] for pair in pairs], [weight for _, weight in several]), held_out
+    return _mixed(
+        [pair[0] for pair in pairs], [weight for _, weight in several]
+    ), held_out
 
 
-def open_training(config: DataConfig, *, source: Mapping[str, Source] | None = None) -> Source:
+def open_training(
+    config: DataConfig, *, source: Mapping[str, Source] | None = None
+) -> Source:
     """Returns the training records; of "auto" without the held-out ones, others are not opened."""
     if config.eval_split == AUTO:
         return open_pair(config, source=source)[0]
@@ -155,7 +172,9 @@ def _mixed(sources: Sequence[Source], weights: list[float]) -> Source:
     return sources[0] if weights == [1.0] else MixedSource(sources, weights)
 
 
-def open_held_out(config: DataConfig, split: str, *, source: Mapping[str, Source] | None = None) -> Source:
+def open_held_out(
+    config: DataConfig, split: str, *, source: Mapping[str, Source] | None = None
+) -> Source:
     """Returns the records of an evaluation split, which may be "auto"."""
     if split != AUTO:
         return open_source(config, split, source=source)
@@ -165,16 +184,24 @@ def open_held_out(config: DataConfig, split: str, *, source: Mapping[str, Source
 def split_to_measure(config: DataConfig) -> str:
     """Returns the split to evaluate of data not trained on: "validation", else all of "train"."""
     train = open_source(config, "train")
-    return "validation" if all("validation" in part.siblings for part in train.parts) else "train"
+    if all("validation" in part.siblings for part in train.parts):
+        return "validation"
+    return "train"
 
 
-def _divided(config: DataConfig, source: Mapping[str, Source] | None) -> tuple[Source, Source]:
-    """Returns training and held-out records of one data set: its split "validation", or some by a draw."""
-    train, name = open_source(config, config.train_split, source=source), "validation"
+def _divided(
+    config: DataConfig, source: Mapping[str, Source] | None
+) -> tuple[Source, Source]:
+    """Returns training and held-out records of one data set: its split "validation", or some by a
+    draw."""
+    train = open_source(config, config.train_split, source=source)
+    name = "validation"
     if source is not None:
         return (train, source[name]) if name in source else draw_held_out(train)
     if config.dataset.partition(":")[0] not in _OPENERS:
-        return (train, open_source(config, name)) if name in train.siblings else draw_held_out(train)
+        if name in train.siblings:
+            return (train, open_source(config, name))
+        return draw_held_out(train)
     try:  # a registered source may refuse a split, or return the same records for all
         validation = open_source(config, name)
         check_disjoint(train, validation)
@@ -207,7 +234,9 @@ def have_same_records(train: Source, held_out: Source) -> bool:
     """Returns True if both sources have as many records, and equal records at 16 positions."""
     if len(train) != len(held_out):
         return False
-    places = np.unique(np.linspace(0, len(train) - 1, _COMPARED).round().astype(int)).tolist()
+    places = np.unique(
+        np.linspace(0, len(train) - 1, _COMPARED).round().astype(int)
+    ).tolist()
     return repr(train.read(places)) == repr(held_out.read(places))
 
 
@@ -221,11 +250,19 @@ class HubSource(Source):
       siblings: splits of the data set.
     """
 
-    def __init__(self, name: str, split: str, data: Any, siblings: Sequence[str]) -> None:
+    def __init__(
+        self, name: str, split: str, data: Any, siblings: Sequence[str]
+    ) -> None:
         self._data = data
-        self.dataset, self.name, self.siblings = name, f"{name}[{split}]", tuple(siblings)
+        self.dataset, self.name, self.siblings = (
+            name,
+            f"{name}[{split}]",
+            tuple(siblings),
+        )
         self.fingerprint = f"hf:{data._fingerprint}"  # covers files and transformations
-        sizes = {each: about.num_examples for each, about in (data.info.splits or {}).items()}
+        sizes = {
+            each: about.num_examples for each, about in (data.info.splits or {}).items()
+        }
         self.spans = absolute_of(split, sizes or {split: len(data)})
 
     def __len__(self) -> int:
@@ -234,7 +271,10 @@ class HubSource(Source):
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Returns the records at ``indices``."""
         columns = self._data[list(map(int, indices))]
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
+        ]
 
 
 def open_hub(argument: str, split: str) -> Source:
@@ -251,12 +291,14 @@ def open_hub(argument: str, split: str) -> Source:
     except ImportError as error:
         remedy = "pip install datasets (or nalora_jax with its extra `datasets`)"
         expected = "the library datasets"
-        raise NaloraError(dataset, expected=expected, found="none", remedy=remedy) from error
+        raise NaloraError(
+            dataset, expected=expected, found="none", remedy=remedy
+        ) from error
     name, _, config = argument.partition(":")
-    remedy = (
-        "check the id, its config (hf:ORG/NAME:CONFIG) and the split; a private data set needs HF_TOKEN"
-    )
-    with foreign_errors(f"{dataset}[{split}]", "a data set that can be loaded from the hub", remedy):
+    remedy = "check the id, its config (hf:ORG/NAME:CONFIG) and the split; a private data set needs HF_TOKEN"
+    with foreign_errors(
+        f"{dataset}[{split}]", "a data set that can be loaded from the hub", remedy
+    ):
         names = datasets.get_dataset_split_names(name, config or None)
         data = datasets.load_dataset(name, config or None, split=split)
     return HubSource(dataset, split, data, names)
@@ -288,8 +330,13 @@ class FileSource(JoinedSource):
             self.siblings = tuple(files)
             asked = splits_in(split)
             chosen = [name for name in files if {name, "all"} & asked]
-            opened = {name: [open_rows(file) for file in files[name]] for name in chosen}
-        self.dataset = str(path) if is_url(path) else str(expand_user(path).resolve())
+            opened = {
+                name: [open_rows(file) for file in files[name]] for name in chosen
+            }
+        if is_url(path):
+            self.dataset = str(path)
+        else:
+            self.dataset = str(expand_user(path).resolve())
         self.name = f"{path}[{split}]"
         names = ", ".join(self.siblings)
         only = 'one split, "train", or' if names == "train" else f"{names}, or"
@@ -298,27 +345,38 @@ class FileSource(JoinedSource):
             sizes = {name: sum(map(len, rows)) for name, rows in opened.items()}
             self.spans = absolute_of(split, sizes)
         members = [file for rows in opened.values() for file in rows]
-        first = dict(zip(opened, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
-        index = np.concatenate([first[name] + np.arange(start, stop) for name, start, stop in self.spans])
+        first = dict(
+            zip(opened, np.cumsum([0, *sizes.values()]).tolist(), strict=False)
+        )
+        index = np.concatenate(
+            [first[name] + np.arange(start, stop) for name, start, stop in self.spans]
+        )
         ends = np.cumsum([0, *map(len, members)])
         of = np.searchsorted(ends, index, side="right") - 1
         super().__init__(members, of, index - ends[of])
-        self.fingerprint = f"files:{':'.join(member.sha256 for member in members)}:{split}"
+        self.fingerprint = (
+            f"files:{':'.join(member.sha256 for member in members)}:{split}"
+        )
         require_some(self)
 
 
 # ---------------------------------------------------------------- held-out records
 
 
-SHARE, MOST = 0.05, 500  # share and maximum of held-out records without a split
-ENOUGH, LARGEST_SHARE = 20, 0.2  # few records: at least 20, at most a fifth of them
+# share and maximum of held-out records without a split
+SHARE = 0.05
+MOST = 500
+# few records: at least 20, at most a fifth of them
+ENOUGH = 20
+LARGEST_SHARE = 0.2
 _FEWEST = 4
 # The same draw in every run, so that runs with different seeds are evaluated on the same records.
 _SEED = 20260101
 
 
 def draw_held_out(source: Source) -> tuple[Source, Source]:
-    """Divides records into training and evaluation records: 5%, at most 500; at least 20, but at most a fifth.
+    """Divides records into training and evaluation records: 5%, at most 500; at least 20, but at
+    most a fifth.
 
     Example: 12 of 60, 20 of 100 and of 400, 50 of 1,000, 500 of 10,000 and more; at least two.
 
@@ -328,12 +386,17 @@ def draw_held_out(source: Source) -> tuple[Source, Source]:
     if len(source) < _FEWEST:
         expected = f"at least {_FEWEST} records, of which two are held out"
         remedy = "add records, or name others to measure on by --data.eval-split"
-        raise NaloraError(source.name, expected=expected, found=len(source), remedy=remedy)
+        raise NaloraError(
+            source.name, expected=expected, found=len(source), remedy=remedy
+        )
     size = len(source)
-    count = min(max(round(SHARE * size), min(ENOUGH, round(LARGEST_SHARE * size)), 2), MOST)
+    count = min(
+        max(round(SHARE * size), min(ENOUGH, round(LARGEST_SHARE * size)), 2), MOST
+    )
     order = permutation(size, _SEED)
     parts = np.sort(order[count:]), np.sort(order[:count])
     remaining, held = (
-        SelectedSource(source, indices, f"{len(indices)} of {len(source)} records") for indices in parts
+        SelectedSource(source, indices, f"{len(indices)} of {len(source)} records")
+        for indices in parts
     )
     return remaining, held

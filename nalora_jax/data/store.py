@@ -92,7 +92,12 @@ class TokenStore:
 
 
 def open_store(
-    source: Source, config: DataConfig, tokenizer: Tokenizer, seed: int, examples: Examples, **options: Any
+    source: Source,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    examples: Examples,
+    **options: Any,
 ) -> TokenStore:
     """Returns the tokens of ``source``, uncut, from the cache or tokenized now.
 
@@ -123,7 +128,9 @@ def open_store(
         began = time.perf_counter()
         write_store(folder, examples(source, indices))
         seconds = time.perf_counter() - began
-        log.info("tokenized %s: %d examples in %.1f s", source.name, len(indices), seconds)
+        log.info(
+            "tokenized %s: %d examples in %.1f s", source.name, len(indices), seconds
+        )
     return load_store(folder)
 
 
@@ -135,24 +142,40 @@ def text_examples(
     tokens = tokenizer.images
 
     def render(record: Record, where: str) -> tuple[list[Rendered], int]:
-        return [render_record(record, config, tokenizer, where)], len(record.get(IMAGES, ()))
+        return [render_record(record, config, tokenizer, where)], len(
+            record.get(IMAGES, ())
+        )
 
-    for index, _, (example,), images in tokenized_texts(source, indices, render, tokenizer, config):
+    for index, _, (example,), images in tokenized_texts(
+        source, indices, render, tokenizer, config
+    ):
         if not example.has_target:
-            expected, found = "a token to learn", f"none in {len(example.ids)} tokens"
+            expected = "a token to learn"
+            found = f"none in {len(example.ids)} tokens"
             remedy = "remove the record, or see --data.loss-on"
-            raise NaloraError(source.where(index), expected=expected, found=found, remedy=remedy)
+            raise NaloraError(
+                source.where(index), expected=expected, found=found, remedy=remedy
+            )
         # A template may have dropped or doubled the placeholder of an image.
-        count = 0 if tokens is None else int(np.sum(example.ids == tokens.token_id))
+        if tokens is None:
+            count = 0
+        else:
+            count = int(np.sum(example.ids == tokens.token_id))
         if tokens is not None and count != images * tokens.count:
             expected = f"{images} images of {tokens.count} tokens {tokens.token!r}"
-            remedy = "the model's chat template must write one placeholder for every image"
+            remedy = (
+                "the model's chat template must write one placeholder for every image"
+            )
             found = f"{count} such tokens"
-            raise NaloraError(source.where(index), expected=expected, found=found, remedy=remedy)
+            raise NaloraError(
+                source.where(index), expected=expected, found=found, remedy=remedy
+            )
         yield index, example
 
 
-def write_store(folder: Path, examples: Iterator[tuple[int, Example]], **cut: int) -> None:
+def write_store(
+    folder: Path, examples: Iterator[tuple[int, Example]], **cut: int
+) -> None:
     """Writes a store and renames it when it is complete: a partial store never has the final name.
 
     Args:
@@ -163,7 +186,9 @@ def write_store(folder: Path, examples: Iterator[tuple[int, Example]], **cut: in
     Raises:
       NaloraError: the disk is full; errors of ``examples`` pass through.
     """
-    offsets, records, digest = [0], [], hashlib.sha256()
+    offsets = [0]
+    records = []
+    digest = hashlib.sha256()
     targets = 0
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +197,10 @@ def write_store(folder: Path, examples: Iterator[tuple[int, Example]], **cut: in
                 (scratch / "tokens.bin").open("wb") as tokens,
                 (scratch / "answer.bin").open("wb") as answer,
             ):
-                for record, example in examples:  # memory grows by only 16 bytes per example
+                for (
+                    record,
+                    example,
+                ) in examples:  # memory grows by only 16 bytes per example
                     size = len(example.ids)
                     ids = example.ids.astype("<i4").tobytes()
                     mask = example.answer.astype(np.uint8).tobytes()
@@ -194,9 +222,12 @@ def write_store(folder: Path, examples: Iterator[tuple[int, Example]], **cut: in
                 if not (folder / "meta.json").exists():
                     raise  # otherwise another process was first, with the same content
     except OSError as error:
-        expected, actual = "room for the tokenized data", error.strerror or error
+        expected = "room for the tokenized data"
+        actual = error.strerror or error
         remedy = "free space, or set NALORA_CACHE to another folder"
-        raise NaloraError(str(folder), expected=expected, found=actual, remedy=remedy) from error
+        raise NaloraError(
+            str(folder), expected=expected, found=actual, remedy=remedy
+        ) from error
 
 
 def is_whole(folder: Path) -> bool:
@@ -209,7 +240,9 @@ def is_whole(folder: Path) -> bool:
         damage = "it has no digests"
     if damage is None:
         return True
-    log.warning("the cached tokens in %s are damaged (%s): making them again", folder, damage)
+    log.warning(
+        "the cached tokens in %s are damaged (%s): making them again", folder, damage
+    )
     shutil.rmtree(folder, ignore_errors=True)
     return False
 
@@ -217,7 +250,9 @@ def is_whole(folder: Path) -> bool:
 def load_store(folder: Path) -> TokenStore:
     """Returns the store in ``folder`` with memory-mapped arrays."""
     meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
-    counts = {name: count for name, count in meta["counts"].items() if name != "longest"}  # of early stores
+    counts = {
+        name: count for name, count in meta["counts"].items() if name != "longest"
+    }  # of early stores
     return TokenStore(
         tokens=np.memmap(folder / "tokens.bin", "<i4", mode="r"),
         answer=np.memmap(folder / "answer.bin", np.uint8, mode="r"),
@@ -246,7 +281,8 @@ def cut_store(
     context: int = UNLIMITED,
     group: int = 1,
 ) -> TokenStore:
-    """Returns examples of at most ``config.max_length`` positions with the loss on ``config.loss_last``.
+    """Returns examples of at most ``config.max_length`` positions with the loss on
+    ``config.loss_last``.
 
     It is ``store`` itself if no example changes. Changed examples are cached next to the store.
 
@@ -256,8 +292,8 @@ def cut_store(
       config: gives ``max_length``, ``too_long`` and ``loss_last``.
       bos_id: id that stays at the beginning of a truncated example.
       context: maximum tokens of a row, for advice.
-      group: examples of a record. Together they have at most ``max_length`` positions; if a record is
-        truncated, each has at most an equal share.
+      group: examples of a record. Together they have at most ``max_length`` positions; if a record
+        is truncated, each has at most an equal share.
 
     Raises:
       NaloraError: a record is too long and ``too_long`` is an error; fewer than half of the records
@@ -267,7 +303,8 @@ def cut_store(
     long = positions > config.max_length
     if not long.any() and not config.loss_last:
         return store
-    count, drop = int(long.sum()), config.too_long == "drop"
+    count = int(long.sum())
+    drop = config.too_long == "drop"
     if count and config.too_long == "error":
         first = int(np.argmax(long))
         where = source.where(int(store.records[group * first]))
@@ -275,7 +312,9 @@ def cut_store(
     if count and drop:
         _report_dropped(source.name, positions, config, context, group)
     last = f"-last-{config.loss_last:g}" if config.loss_last else ""
-    folder = store.folder.with_name(f"{store.folder.name}-{config.max_length}-{config.too_long}{last}")
+    folder = store.folder.with_name(
+        f"{store.folder.name}-{config.max_length}-{config.too_long}{last}"
+    )
     if not is_whole(folder):
         kept = np.flatnonzero(np.repeat(~(long & drop), group))
         names = {"drop": "dropped", "truncate": "truncated", "split": "split"}
@@ -284,8 +323,10 @@ def cut_store(
 
         def cut_examples() -> Iterator[tuple[int, Example]]:
             for i in kept:
-                place, record = slice(store.offsets[i], store.offsets[i + 1]), int(store.records[i])
-                ids, answer = np.asarray(store.tokens[place]), np.asarray(store.answer[place])
+                place = slice(store.offsets[i], store.offsets[i + 1])
+                record = int(store.records[i])
+                ids = np.asarray(store.tokens[place])
+                answer = np.asarray(store.answer[place])
                 example = Example(ids, answer.astype(bool))
                 shape = short if long[i // group] else config
                 if config.too_long != "split":
@@ -295,7 +336,12 @@ def cut_store(
                     expected = f"a token to learn in the last part (--data.loss-last {config.loss_last:g})"
                     found = f"none in {len(example.ids)} tokens"
                     remedy = "raise --data.loss-last, or see --data.loss-on"
-                    raise NaloraError(source.where(record), expected=expected, found=found, remedy=remedy)
+                    raise NaloraError(
+                        source.where(record),
+                        expected=expected,
+                        found=found,
+                        remedy=remedy,
+                    )
                 for row in rows:
                     yield record, row
 
@@ -308,27 +354,39 @@ def cut_store(
     return replace(cut, counts=counts_cut)
 
 
-def _report_dropped(name: str, positions: np.ndarray, config: DataConfig, context: int, group: int) -> None:
+def _report_dropped(
+    name: str, positions: np.ndarray, config: DataConfig, context: int, group: int
+) -> None:
     """Logs the number of records dropped as too long; refuses data if most are dropped.
 
     Training on only the short half of a data set is not the task that its user specified.
     """
-    count, total, longest = int(np.sum(positions > config.max_length)), len(positions), int(positions.max())
+    count = int(np.sum(positions > config.max_length))
+    total = len(positions)
+    longest = int(positions.max())
     found = f"{count} of {total} records ({count / total:.0%}), longer than --data.max-length {config.max_length}"
     keeps = f"--data.max-length {longest} keeps all"
     if longest > context:
         keeps = f"some are longer than the {context:,} tokens that a row may have with this model"
     remedy = f"{keeps}, --data.too-long {'split or truncate' if group == 1 else 'truncate'} shortens them"
     if 2 * count > total:
-        raise NaloraError(name, expected="records most of which fit", found=found, remedy=remedy)
+        raise NaloraError(
+            name, expected="records most of which fit", found=found, remedy=remedy
+        )
     log.warning("%s: left out %s; %s", name, found, remedy)
 
 
-def _too_long(where: str, length: int, config: DataConfig, context: int, group: int) -> NaloraError:
+def _too_long(
+    where: str, length: int, config: DataConfig, context: int, group: int
+) -> NaloraError:
     """Returns the error for a record with ``length`` positions, which does not fit a row."""
-    ways, tokens, of = "drop, split or truncate", f"{length + 1} tokens", "and the one after them"
+    ways = "drop, split or truncate"
+    tokens = f"{length + 1} tokens"
+    of = "and the one after them"
     if group > 1:
-        ways, tokens, of = "drop or truncate", f"{length} tokens", "in both answers with their prompts"
+        ways = "drop or truncate"
+        tokens = f"{length} tokens"
+        of = "in both answers with their prompts"
     remedy = f"raise --data.max-length, or choose --data.too-long {ways}"
     if length > context:
         remedy = f"choose --data.too-long {ways}: the model has {context:,} positions"

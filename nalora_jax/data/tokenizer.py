@@ -101,14 +101,23 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Returns the number of rows that an embedding needs: the largest id plus one."""
         return max(
-            self.backend.get_vocab_size(with_added_tokens=False), max(self._added_tokens, default=-1) + 1
+            self.backend.get_vocab_size(with_added_tokens=False),
+            max(self._added_tokens, default=-1) + 1,
         )
 
     @cached_property
     def turn_ends(self) -> dict[int, str]:
-        """Returns the ids and texts of the tokens that can end a turn: stop ids and every special token."""
-        ids = {*self.eos_ids, *(index for index, token in self._added_tokens.items() if token.special)}
-        return {index: text for index in ids if (text := self.backend.id_to_token(index)) is not None}
+        """Returns the ids and texts of the tokens that can end a turn: stop ids and every special
+        token."""
+        ids = {
+            *self.eos_ids,
+            *(index for index, token in self._added_tokens.items() if token.special),
+        }
+        return {
+            index: text
+            for index in ids
+            if (text := self.backend.id_to_token(index)) is not None
+        }
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Returns the ids of ``text``; with ``special``, after the begin id if the model uses it.
@@ -127,7 +136,8 @@ class Tokenizer:
         return ids
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        """Returns the ids of each text without the begin id, and their characters, computed on all cores.
+        """Returns the ids of each text without the begin id, and their characters, computed on all
+        cores.
 
         Raises:
           NaloraError: as of `encode`.
@@ -136,7 +146,9 @@ class Tokenizer:
         self.backend.post_processor = None  # it may leave white space out of offsets
         try:
             with tokenizer_errors("texts", *texts):
-                encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+                encodings = self.backend.encode_batch(
+                    list(texts), add_special_tokens=False
+                )
         finally:
             self.backend.post_processor = processor
         if self.rows is not None and self.vocab_size > self.rows:
@@ -147,7 +159,9 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Returns the text of ``ids``."""
         with tokenizer_errors("token ids"):
-            text: str = self.backend.decode(list(map(int, ids)), skip_special_tokens=skip_special)
+            text: str = self.backend.decode(
+                list(map(int, ids)), skip_special_tokens=skip_special
+            )
         return text
 
     def with_tokens(self, added: AddedTokens) -> Tokenizer:
@@ -168,9 +182,13 @@ class Tokenizer:
         options = {"normalized": False}
         with tokenizer_errors("added tokens", *added.texts):
             special = [text for text in added.special if text not in known]
-            backend.add_special_tokens([tokenizers.AddedToken(t, special=True, **options) for t in special])
+            backend.add_special_tokens(
+                [tokenizers.AddedToken(t, special=True, **options) for t in special]
+            )
             plain = [text for text in added.plain if text not in known]
-            backend.add_tokens([tokenizers.AddedToken(text, **options) for text in plain])
+            backend.add_tokens(
+                [tokenizers.AddedToken(text, **options) for text in plain]
+            )
         for text in added.texts:
             ids = backend.encode(f"a{text}a", add_special_tokens=False).ids
             if backend.token_to_id(text) not in ids:
@@ -200,7 +218,9 @@ class Tokenizer:
         if self.eos_id >= rows:
             expected = f"an end-of-sequence id below {rows}, the rows of the embedding"
             remedy = "use the tokenizer that belongs to the model"
-            raise NaloraError(where, expected=expected, found=self.eos_id, remedy=remedy)
+            raise NaloraError(
+                where, expected=expected, found=self.eos_id, remedy=remedy
+            )
         stops = tuple(token_id for token_id in self.eos_ids if token_id < rows)
         pad_id = self.pad_id if self.pad_id < rows else self.eos_id
         return replace(self, rows=rows, eos_ids=stops, pad_id=pad_id)
@@ -247,11 +267,14 @@ class Tokenizer:
         if tools is not None:
             template = self.tool_template or template
         if template is None:
-            expected, actual = "a model with a chat template", "none in its tokenizer"
+            expected = "a model with a chat template"
+            actual = "none in its tokenizer"
             if self.tool_template is not None:
                 actual = "only one for chats with tools"
             remedy = "use an instruction-tuned model, or prompt/completion data"
-            raise NaloraError("chat template", expected=expected, found=actual, remedy=remedy)
+            raise NaloraError(
+                "chat template", expected=expected, found=actual, remedy=remedy
+            )
         common = {"tools": tools, "documents": None, **(self.special_tokens or {})}
         texts = []
         try:
@@ -259,7 +282,11 @@ class Tokenizer:
                 messages = [_for_template(message) for message in messages]
                 if self.images is not None:
                     messages = as_parts(messages)
-                values = {"messages": messages, "add_generation_prompt": prompt, **common}
+                values = {
+                    "messages": messages,
+                    "add_generation_prompt": prompt,
+                    **common,
+                }
                 texts.append(render_template(template, values))
         except Exception as error:  # a template may raise any
             roles = [message.get("role") for message in chats[0][0]]
@@ -272,8 +299,13 @@ class Tokenizer:
             ) from error
         if self.images is None:
             return texts
-        begin = (self.special_tokens or {}).get("bos_token", "") if self.add_bos else ""
-        return [begin + self.images.expanded(text.removeprefix(begin)) for text in texts]
+        if self.add_bos:
+            begin = (self.special_tokens or {}).get("bos_token", "")
+        else:
+            begin = ""
+        return [
+            begin + self.images.expanded(text.removeprefix(begin)) for text in texts
+        ]
 
     @staticmethod
     def from_folder(path: str | Path, base: Tokenizer | None = None) -> Tokenizer:
@@ -289,10 +321,15 @@ class Tokenizer:
         folder = Path(path)
         backend = read_backend(folder / "tokenizer.json")
         settings = read_settings(folder)
-        special = {name: token_text(value) for name, value in settings.items() if name.endswith("_token")}
+        special = {
+            name: token_text(value)
+            for name, value in settings.items()
+            if name.endswith("_token")
+        }
         special = {name: text for name, text in special.items() if text}
         bos_id, eos_id, pad_id = (
-            backend.token_to_id(special.get(f"{n}_token", "")) for n in ("bos", "eos", "pad")
+            backend.token_to_id(special.get(f"{n}_token", ""))
+            for n in ("bos", "eos", "pad")
         )
         listed = _listed_stop_ids(folder, backend)
         if base is not None:
@@ -301,13 +338,21 @@ class Tokenizer:
             eos_id = listed[0]
         if eos_id is None:
             place = str(folder / "tokenizer_config.json")
-            expected = "eos_token, a token of the vocabulary, or eos_token_id in config.json"
+            expected = (
+                "eos_token, a token of the vocabulary, or eos_token_id in config.json"
+            )
             remedy = "set eos_token to the token that ends a text"
-            raise NaloraError(place, expected=expected, found=repr(special.get("eos_token")), remedy=remedy)
+            raise NaloraError(
+                place,
+                expected=expected,
+                found=repr(special.get("eos_token")),
+                remedy=remedy,
+            )
         processor = read_json(folder / PROCESSOR_FILE, missing={})
         template, tool_template = read_templates(folder, settings, processor)
         if template is None and tool_template is None and base is not None:
-            template, tool_template = base.chat_template, base.tool_template
+            template = base.chat_template
+            tool_template = base.tool_template
         adds_bos = settings.get("add_bos_token")
         if not isinstance(adds_bos, bool):  # then the post-processor decides
             adds_bos = backend.encode("a").ids[:1] == [bos_id]
@@ -351,12 +396,22 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
     except FileNotFoundError as error:
         if missing is not None:
             return dict(missing)
-        raise NaloraError(str(path), expected="the file", found="nothing of that name") from error
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
+        raise NaloraError(
+            str(path), expected="the file", found="nothing of that name"
+        ) from error
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: bad JSON or bad UTF-8
         remedy = "download the file again"
-        raise NaloraError(str(path), expected="a JSON file", found=error, remedy=remedy) from error
+        raise NaloraError(
+            str(path), expected="a JSON file", found=error, remedy=remedy
+        ) from error
     if not isinstance(value, dict):
-        raise NaloraError(str(path), expected="a JSON object", found=type(value).__name__)
+        raise NaloraError(
+            str(path), expected="a JSON object", found=type(value).__name__
+        )
     return value
 
 
@@ -378,19 +433,35 @@ def token_text(value: object) -> str:
 def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
     """Returns the stop ids in generation_config.json and config.json (or its ``text_config``)."""
     config = read_json(folder / "config.json", missing={})
-    files = [read_json(folder / "generation_config.json", missing={}), config, config.get("text_config")]
+    files = [
+        read_json(folder / "generation_config.json", missing={}),
+        config,
+        config.get("text_config"),
+    ]
     values = [file.get("eos_token_id") for file in files if isinstance(file, dict)]
-    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    items = [
+        item
+        for value in values
+        for item in (value if isinstance(value, list) else [value])
+    ]
     numbers = [item for item in items if type(item) is int and 0 <= item < 2**31]
     return [number for number in numbers if backend.id_to_token(number) is not None]
 
 
-# A tokenizer.json is a program: a list of replacements, each of which may double the text, and which
-# the tokenizers library runs without a limit.
+# A tokenizer.json is a program: a list of replacements, each of which may double the text, and
+# which the tokenizers library runs without a limit.
 # A space becomes three bytes, a ligature eighteen letters; ALBERT's rules in sequence reach about
 # 970.
-LONGEST, TOKENS = 1024.0, 4096
-_UNICODE = {"NFKC": 18.0, "NFKD": 18.0, "NFC": 3.0, "NFD": 4.0, "Lowercase": 3.0, "ByteLevel": 2.0}
+LONGEST = 1024.0
+TOKENS = 4096
+_UNICODE = {
+    "NFKC": 18.0,
+    "NFKD": 18.0,
+    "NFC": 3.0,
+    "NFD": 4.0,
+    "Lowercase": 3.0,
+    "ByteLevel": 2.0,
+}
 _MAX_BYTES = 256 << 20  # Gemma's, among the largest, has 33 MB
 
 
@@ -403,17 +474,27 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         expected = "the file"
         remedy = "save it with transformers: AutoTokenizer.from_pretrained(model).save_pretrained(folder)"
-        raise NaloraError(str(path), expected=expected, found="nothing of that name", remedy=remedy)
+        raise NaloraError(
+            str(path), expected=expected, found="nothing of that name", remedy=remedy
+        )
     if path.stat().st_size > _MAX_BYTES:
         size = f"{path.stat().st_size >> 20} MB"
-        raise NaloraError(str(path), expected=f"a tokenizer of up to {_MAX_BYTES >> 20} MB", found=size)
+        raise NaloraError(
+            str(path),
+            expected=f"a tokenizer of up to {_MAX_BYTES >> 20} MB",
+            found=size,
+        )
     try:
         backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-    except BaseException as error:  # the binding raises Exceptions, and panics (BaseException)
+    except (
+        BaseException
+    ) as error:  # the binding raises Exceptions, and panics (BaseException)
         if not is_foreign(error):
             raise
         remedy = "download the file again"
-        raise NaloraError(str(path), expected="a tokenizer", found=error, remedy=remedy) from error
+        raise NaloraError(
+            str(path), expected="a tokenizer", found=error, remedy=remedy
+        ) from error
     _check_growth(backend, str(path))
     backend.no_truncation()  # stored by the program that saved the file last; not part of the model
     backend.no_padding()
@@ -438,7 +519,9 @@ def tokenizer_errors(what: str, *texts: str) -> Iterator[None]:
             raise
         for text in texts:
             require_unicode(text, what)
-        raise NaloraError(what, expected="what the model's tokenizer can take", found=error) from error
+        raise NaloraError(
+            what, expected="what the model's tokenizer can take", found=error
+        ) from error
 
 
 def require_unicode(text: str, where: str) -> None:
@@ -469,32 +552,47 @@ def _check_growth(backend: tokenizers.Tokenizer, where: str) -> None:
       NaloraError: normalizer or decoder can make a text more than 1,024 times as long, or the
         post-processor adds more than 4,096 tokens to each text.
     """
-    parts = {name: getattr(backend, name) for name in ("normalizer", "decoder", "post_processor")}
+    parts = {
+        name: getattr(backend, name)
+        for name in ("normalizer", "decoder", "post_processor")
+    }
     # As the library writes them to a file.
-    rules = {name: json.loads(part.__getstate__()) for name, part in parts.items() if part is not None}
+    rules = {
+        name: json.loads(part.__getstate__())
+        for name, part in parts.items()
+        if part is not None
+    }
     added = _added(rules.pop("post_processor", {}))
     if added > TOKENS:
         expected = f"at most {TOKENS} tokens added to a text"
-        raise NaloraError(f"{where}: post_processor", expected=expected, found=f"{added}")
+        raise NaloraError(
+            f"{where}: post_processor", expected=expected, found=f"{added}"
+        )
     for name, rule in rules.items():
         if (growth := _growth(rule)) > LONGEST:
             expected = f"rules that make a text at most {LONGEST:.0f} times as long"
             found = f"rules that can make it {growth:.3g} times as long"
             remedy = "use the tokenizer that the model's authors published"
-            raise NaloraError(f"{where}: {name}", expected=expected, found=found, remedy=remedy)
+            raise NaloraError(
+                f"{where}: {name}", expected=expected, found=found, remedy=remedy
+            )
 
 
 def _growth(rule: dict[str, Any]) -> float:
     """Returns the largest ratio of bytes after ``rule`` to bytes before it."""
     kind = rule.get("type", "")
     if kind == "Sequence":
-        return math.prod(map(_growth, rule.get("normalizers") or rule.get("decoders", ())))
+        return math.prod(
+            map(_growth, rule.get("normalizers") or rule.get("decoders", ()))
+        )
     if kind == "Replace":
-        size, text = len(rule["content"].encode()), rule["pattern"].get("String")
+        size = len(rule["content"].encode())
+        text = rule["pattern"].get("String")
         # A regular expression may match the empty text between any two bytes.
         return max(1.0, size / len(text.encode())) if text else 1.0 + size
     if kind == "Precompiled":
-        # SentencePiece's table: the size of a trie, the trie, and replacements that each end with a zero.
+        # SentencePiece's table: the size of a trie, the trie, and replacements that each end with a
+        # zero.
         table = base64.b64decode(rule["precompiled_charsmap"])
         replacements = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
         return float(max(1, *map(len, replacements)))
@@ -503,6 +601,10 @@ def _growth(rule: dict[str, Any]) -> float:
 
 def _added(rule: dict[str, Any]) -> int:
     """Returns the number of tokens that a post-processor adds to a text."""
-    pieces = [piece["SpecialToken"]["id"] for piece in rule.get("single", ()) if "SpecialToken" in piece]
+    pieces = [
+        piece["SpecialToken"]["id"]
+        for piece in rule.get("single", ())
+        if "SpecialToken" in piece
+    ]
     total = sum(len(rule["special_tokens"][name]["ids"]) for name in pieces)
     return total + sum(map(_added, rule.get("processors", ())))

@@ -13,7 +13,9 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 # A sign belongs to the number unless it is a subtraction ("10-5" contains 5); a comma only between
 # groups of three digits.
-_NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+_NUMBER = re.compile(
+    r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+)
 
 
 def matches(answer: str, reference: str, normalise: Normalise) -> bool:
@@ -23,7 +25,9 @@ def matches(answer: str, reference: str, normalise: Normalise) -> bool:
     """
     expected = normalise(reference)
     normalised = normalise(answer)
-    return normalised == expected and (bool(normalised) or answer.strip() == reference.strip())
+    return normalised == expected and (
+        bool(normalised) or answer.strip() == reference.strip()
+    )
 
 
 def normalised_text(text: str) -> str:

@@ -28,7 +28,11 @@ from nalora_jax.models.decoder import Decoder
 
 
 def harness_model(
-    model: Decoder, variables: Mapping[str, Any], tokenizer: Tokenizer, *, mesh: Mesh | None = None
+    model: Decoder,
+    variables: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    mesh: Mesh | None = None,
 ) -> Any:
     """Returns an ``lm_eval.api.model.LM`` for a model of this library.
 
@@ -71,10 +75,14 @@ class Requests:
     """The three kinds of requests of the harness; a request's ``args`` hold its texts."""
 
     def __init__(self, generator: Generator) -> None:
-        self._generator, self._longest = generator, generator.max_length
+        self._generator = generator
+        self._longest = generator.max_length
         # The context of texts without one: begin-of-text, or else end-of-text.
         tokenizer = generator.tokenizer
-        self._start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        if tokenizer.bos_id is None:
+            self._start = tokenizer.eos_id
+        else:
+            self._start = tokenizer.bos_id
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Returns log-likelihoods of continuations, and True if greedy decoding yields them."""
@@ -84,7 +92,8 @@ class Requests:
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Returns log-likelihoods of whole texts, in windows of the context's length."""
         windows = [
-            _windows(self._encode(request.args[0]), self._start, self._longest) for request in requests
+            _windows(self._encode(request.args[0]), self._start, self._longest)
+            for request in requests
         ]
         scores = iter(self._scores([pair for text in windows for pair in text]))
         return [sum((next(scores).log_prob for _ in text), 0.0) for text in windows]
@@ -99,15 +108,24 @@ class Requests:
             room = self._longest - options["max_new_tokens"]
             if room < 1:
                 raise NaloraError(
-                    "max_gen_toks", expected=f"below {self._longest}", found=options["max_new_tokens"]
+                    "max_gen_toks",
+                    expected=f"below {self._longest}",
+                    found=options["max_new_tokens"],
                 )
-            prompts = [self._encode(request.args[0])[-room:] or [self._start] for _, request in batch]
+            prompts = [
+                self._encode(request.args[0])[-room:] or [self._start]
+                for _, request in batch
+            ]
             completions = self._generator.generate(prompts, **options)
-            texts |= {index: text for (index, _), text in zip(batch, completions, strict=True)}
+            texts |= {
+                index: text for (index, _), text in zip(batch, completions, strict=True)
+            }
         return [texts[i] for i in range(len(requests))]
 
     def apply_chat_template(
-        self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        chat_history: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
     ) -> str:
         """Formats a conversation with the model's chat template."""
         return self._generator.tokenizer.render_chat(
@@ -136,16 +154,20 @@ class Requests:
         Trailing spaces of the context belong to the continuation.
         """
         if not context:
-            ids = self._generator.tokenizer.encode(continuation, special=False)[-self._longest :]
+            ids = self._generator.tokenizer.encode(continuation, special=False)[
+                -self._longest :
+            ]
             # A text that starts with the start token has its context already.
             if ids[:1] == [self._start] and len(ids) > 1:
                 return (ids[:1], ids[1:])
             return ([self._start], ids)
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
-        joined, before = self._encode(bare + continuation), self._encode(bare)
+        joined = self._encode(bare + continuation)
+        before = self._encode(bare)
         room = self._longest + 1  # the last token is only predicted
-        context_ids, ids = joined[: len(before)], joined[len(before) :]
+        context_ids = joined[: len(before)]
+        ids = joined[len(before) :]
         ids = ids[-self._longest :]
         return context_ids[-(room - len(ids)) :], ids
 
@@ -153,11 +175,15 @@ class Requests:
         """Returns scores in order; adjacent pairs with equal contexts are scored together."""
         groups = [list(group) for _, group in groupby(pairs, key=lambda pair: pair[0])]
         generator = self._generator
-        scored = score_groups(generator.model, generator.variables, groups, mesh=generator.mesh)
+        scored = score_groups(
+            generator.model, generator.variables, groups, mesh=generator.mesh
+        )
         return [score for group in scored for score in group]
 
 
-def _windows(ids: list[int], start: int, longest: int) -> list[tuple[list[int], list[int]]]:
+def _windows(
+    ids: list[int], start: int, longest: int
+) -> list[tuple[list[int], list[int]]]:
     """Splits ``ids`` into disjoint windows, each after one token of context.
 
     The last window has as much context as fits before it.
@@ -181,12 +207,17 @@ def generation_settings(options: Mapping[str, Any]) -> dict[str, Any]:
       NaloraError: they are not settings by name, or a value has another type.
     """
     if not isinstance(options, Mapping):
-        raise NaloraError("generation_kwargs", expected="settings by name", found=repr(options)[:80])
+        raise NaloraError(
+            "generation_kwargs", expected="settings by name", found=repr(options)[:80]
+        )
     until = options.get("until") or ()
     settings = {
-        "max_new_tokens": options.get("max_gen_toks", options.get("max_new_tokens", 256)),
+        "max_new_tokens": options.get(
+            "max_gen_toks", options.get("max_new_tokens", 256)
+        ),
         "stop": (until,) if isinstance(until, str) else until,
-        "temperature": options.get("temperature") or float(bool(options.get("do_sample"))),
+        "temperature": options.get("temperature")
+        or float(bool(options.get("do_sample"))),
     }
     names = ["repetition_penalty"]
     if settings["temperature"]:
@@ -196,7 +227,9 @@ def generation_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         Settings(**settings)
     except NaloraError as error:
         where = f"generation_kwargs: {error.where}"
-        raise NaloraError(where, expected=error.expected, found=error.found, remedy=error.remedy) from error
+        raise NaloraError(
+            where, expected=error.expected, found=error.found, remedy=error.remedy
+        ) from error
     return settings
 
 
@@ -266,7 +299,10 @@ def run_harness(
             remedy="tasks come from the hub unless their YAML names local files; see docs/serving.md",
         ) from error
     assert results is not None, "the harness returns None on other processes only"
-    samples = {task: [_record(sample) for sample in rows] for task, rows in results["samples"].items()}
+    samples = {
+        task: [_record(sample) for sample in rows]
+        for task, rows in results["samples"].items()
+    }
     return {
         "results": _plain(results["results"]),
         "versions": _plain(results.get("versions", {})),
@@ -279,8 +315,13 @@ def _through_this_package(error: BaseException) -> bool:
 
     Other errors are of the harness, `datasets` and Jinja: of a task's YAML, data or templates.
     """
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return any(name.startswith("nalora_jax.") for name in modules[1:])  # the first is `run_harness`
+    modules = [
+        frame.f_globals.get("__name__", "")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    return any(
+        name.startswith("nalora_jax.") for name in modules[1:]
+    )  # the first is `run_harness`
 
 
 def compare_samples(
@@ -296,14 +337,20 @@ def compare_samples(
     Raises:
       NaloraError: the samples are not of the same items.
     """
-    ids = [[(sample["doc_id"], sample.get("filter")) for sample in rows] for rows in (other, model)]
+    ids = [
+        [(sample["doc_id"], sample.get("filter")) for sample in rows]
+        for rows in (other, model)
+    ]
     if ids[0] != ids[1] or not model:
         items = "other items" if model else "no item"
-        raise NaloraError("--against", expected="answers to the same items", found=items)
+        raise NaloraError(
+            "--against", expected="answers to the same items", found=items
+        )
     differences: dict[str, Any] = {}
     for metric in model[0]["metrics"]:
         before, after = (
-            np.array([row["metrics"].get(metric, np.nan) for row in rows]) for rows in (other, model)
+            np.array([row["metrics"].get(metric, np.nan) for row in rows])
+            for rows in (other, model)
         )
         ones = np.ones_like(before)
         if set(np.unique([before, after])) <= {0.0, 1.0}:
@@ -316,9 +363,14 @@ def compare_samples(
 def _record(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields and numeric metrics of one of the harness's samples."""
     metrics = ((name, sample[name]) for name in sample["metrics"])
-    numbers = {name: float(x) for name, x in metrics if isinstance(x, int | float | np.number)}
+    numbers = {
+        name: float(x) for name, x in metrics if isinstance(x, int | float | np.number)
+    }
     names = ("doc_id", "filter", "doc", "target", "arguments", "filtered_resps")
-    return {**{name: _plain(sample[name]) for name in names if name in sample}, "metrics": numbers}
+    return {
+        **{name: _plain(sample[name]) for name in names if name in sample},
+        "metrics": numbers,
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -53,11 +53,15 @@ class Images:
         """Returns the RGB images at some positions of the indices."""
         indices = self.indices[places].tolist()
         with ThreadPoolExecutor(_THREADS) as pool:
-            return list(pool.map(self.source.opened, indices, self.source.read(indices)))
+            return list(
+                pool.map(self.source.opened, indices, self.source.read(indices))
+            )
 
 
 @partial(jax.jit, static_argnames=("model", "processor"))
-def _image_features(model: DualEncoder, processor: ImageProcessor, variables: Any, batch: Any) -> jax.Array:
+def _image_features(
+    model: DualEncoder, processor: ImageProcessor, variables: Any, batch: Any
+) -> jax.Array:
     batch = batch | {"pixels": processor.normalise(batch["pixels"])}
     return normalised(model.apply(variables, batch, method="encode_image"))
 
@@ -81,31 +85,48 @@ class Encoders:
     processor: ImageProcessor
     tokenizer: TextTokenizer
 
-    def images(self, variables: Mapping[str, Any], pictures: Images | Sequence[Any]) -> np.ndarray:
-        """Returns normalised features ``[pictures, features]`` of RGB images, or of records batch by batch."""
+    def images(
+        self, variables: Mapping[str, Any], pictures: Images | Sequence[Any]
+    ) -> np.ndarray:
+        """Returns normalised features ``[pictures, features]`` of RGB images, or of records batch
+        by batch."""
         encode = partial(_image_features, self.model, self.processor, variables)
-        return _in_batches(encode, len(pictures), lambda places: self.processor.batch(pictures[places]))
+        return _in_batches(
+            encode, len(pictures), lambda places: self.processor.batch(pictures[places])
+        )
 
     def texts(self, variables: Mapping[str, Any], texts: Sequence[str]) -> np.ndarray:
         """Returns normalised features ``[texts, features]``."""
-        encode, tokens = partial(_text_features, self.model, variables), self.tokenizer(texts)
-        return _in_batches(encode, len(texts), lambda places: {n: v[places] for n, v in tokens.items()})
+        encode = partial(_text_features, self.model, variables)
+        tokens = self.tokenizer(texts)
+        return _in_batches(
+            encode, len(texts), lambda places: {n: v[places] for n, v in tokens.items()}
+        )
 
     def classes(
-        self, variables: Mapping[str, Any], names: Sequence[str], templates: Sequence[str]
+        self,
+        variables: Mapping[str, Any],
+        names: Sequence[str],
+        templates: Sequence[str],
     ) -> np.ndarray:
         """Returns normalised features ``[names, features]`` of class prompts.
 
         The features of several templates are averaged and normalised again.
         """
         prompts = [template.format(name) for name in names for template in templates]
-        features = self.texts(variables, prompts).reshape(len(names), len(templates), -1)
+        features = self.texts(variables, prompts).reshape(
+            len(names), len(templates), -1
+        )
         return np.asarray(normalised(jnp.asarray(features.mean(axis=1))))
 
-    def logits(self, variables: Mapping[str, Any], images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    def logits(
+        self, variables: Mapping[str, Any], images: np.ndarray, texts: np.ndarray
+    ) -> np.ndarray:
         """Returns scaled cosine similarities ``[images, texts]`` of normalised features."""
         scale, bias = self.model.apply(variables, method="temperature")
-        return images @ texts.T * float(distributed.fetch(scale)) + float(distributed.fetch(bias))
+        return images @ texts.T * float(distributed.fetch(scale)) + float(
+            distributed.fetch(bias)
+        )
 
 
 def _in_batches(
@@ -116,7 +137,10 @@ def _in_batches(
     for start in range(0, count, _BATCH):
         size = min(_BATCH, count - start)
         batch = batch_of(slice(start, start + size))
-        wide = {n: np.concatenate([v, np.repeat(v[:1], _BATCH - size, axis=0)]) for n, v in batch.items()}
+        wide = {
+            n: np.concatenate([v, np.repeat(v[:1], _BATCH - size, axis=0)])
+            for n, v in batch.items()
+        }
         features.append(distributed.fetch(encode(wide))[:size])
     return np.concatenate(features)
 
@@ -132,7 +156,8 @@ class ClassEvaluator(Evaluator):
       templates: prompt templates of a class.
     """
 
-    metric, mode = "accuracy", "max"
+    metric = "accuracy"
+    mode = "max"
 
     def __init__(
         self,
@@ -142,40 +167,66 @@ class ClassEvaluator(Evaluator):
         classes: Sequence[str],
         templates: Sequence[str],
     ) -> None:
-        self._encoders, self._images, self._labels = encoders, images, labels
+        self._encoders = encoders
+        self._images = images
+        self._labels = labels
         self._classes, self._templates = tuple(classes), tuple(templates)
         self.digest = images.digest
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
-        """Returns ``prompt`` (the image's place), ``label``, ``answer``, ``correct`` and ``loss`` (cross-entropy)."""
+        """Returns ``prompt`` (the image's place), ``label``, ``answer``, ``correct`` and ``loss``
+        (cross-entropy)."""
         variables = variables_of(params, lora)
         features = self._encoders.images(variables, self._images)
         classes = self._encoders.classes(variables, self._classes, self._templates)
         logits = self._encoders.logits(variables, features, classes)
-        labels, predicted = self._labels.tolist(), logits.argmax(axis=1).tolist()
+        labels = self._labels.tolist()
+        predicted = logits.argmax(axis=1).tolist()
         return [
-            {"prompt": place, "label": label, "answer": answer, "correct": label == answer, "loss": loss}
+            {
+                "prompt": place,
+                "label": label,
+                "answer": answer,
+                "correct": label == answer,
+                "loss": loss,
+            }
             for place, label, answer, loss in zip(
-                self._images.places(), labels, predicted, _losses(logits, self._labels), strict=True
+                self._images.places(),
+                labels,
+                predicted,
+                _losses(logits, self._labels),
+                strict=True,
             )
         ]
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
         """Returns ``accuracy`` with ``low`` and ``high`` (95%), ``loss``, ``n`` and ``chance``."""
-        right, count = sum(record["correct"] for record in records), len(records)
+        right = sum(record["correct"] for record in records)
+        count = len(records)
         low, high = wilson(right, count)
         loss = float(np.mean([record["loss"] for record in records]))
-        values = {"accuracy": right / count, "low": low, "high": high, "loss": loss, "n": count}
+        values = {
+            "accuracy": right / count,
+            "low": low,
+            "high": high,
+            "loss": loss,
+            "n": count,
+        }
         return values | {"chance": 1 / len(self._classes)}
 
-    def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
+    def samples(
+        self, params: Any, lora: Any | None, records: Sequence[ItemRecord]
+    ) -> dict[str, Any]:
         """Returns a few images with their predictions, and ``right`` of every image.
 
         For up to 60 classes also ``classes`` with the ``confusion`` matrix ``[true, predicted]``.
         """
         shown = [
             dict(record)
-            | {"answer": self._classes[record["answer"]], "expected": self._classes[record["label"]]}
+            | {
+                "answer": self._classes[record["answer"]],
+                "expected": self._classes[record["label"]],
+            }
             for record in records
         ]
         values = {
@@ -184,7 +235,11 @@ class ClassEvaluator(Evaluator):
         }
         if (count := len(self._classes)) <= _MOST_CLASSES:
             matrix = np.zeros((count, count), int)
-            np.add.at(matrix, ([r["label"] for r in records], [r["answer"] for r in records]), 1)
+            np.add.at(
+                matrix,
+                ([r["label"] for r in records], [r["answer"] for r in records]),
+                1,
+            )
             values |= {"classes": list(self._classes), "confusion": matrix.tolist()}
         return values
 
@@ -192,17 +247,21 @@ class ClassEvaluator(Evaluator):
 class RetrievalEvaluator(Evaluator):
     """Recall of an image's caption and of a caption's image."""
 
-    metric, mode = "recall", "max"
+    metric = "recall"
+    mode = "max"
 
-    def __init__(self, encoders: Encoders, images: Images, captions: Sequence[str]) -> None:
+    def __init__(
+        self, encoders: Encoders, images: Images, captions: Sequence[str]
+    ) -> None:
         self._encoders, self._images, self._captions = encoders, images, list(captions)
         self.digest = images.digest
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
-        """Returns, for every image, its place (``prompt``), its caption (``expected``) and the best one (``answer``).
+        """Returns, for every image, its place (``prompt``), its caption (``expected``) and the best
+        one (``answer``).
 
-        Also ``image_to_text`` and ``text_to_image``, the number of others that are ranked before the
-        matching one, ``correct`` (the first of them is 0), and ``loss``, the mean of both ways.
+        Also ``image_to_text`` and ``text_to_image``, the number of others that are ranked before
+        the matching one, ``correct`` (the first of them is 0), and ``loss``, the mean of both ways.
         """
         variables = variables_of(params, lora)
         images = self._encoders.images(variables, self._images)
@@ -240,14 +299,24 @@ class RetrievalEvaluator(Evaluator):
         """
         ranks = {way: np.array([record[way] for record in records]) for way in _WAYS}
         recalls = {
-            f"{way}_recall_{k}": float((of_way < k).mean()) for way, of_way in ranks.items() for k in (1, 5)
+            f"{way}_recall_{k}": float((of_way < k).mean())
+            for way, of_way in ranks.items()
+            for k in (1, 5)
         }
         hits = np.mean([of_way < 1 for of_way in ranks.values()], axis=0)
         low, high = bootstrap(hits)
-        values = {"recall": float(hits.mean()), "low": low, "high": high, **recalls, "n": len(hits)}
+        values = {
+            "recall": float(hits.mean()),
+            "low": low,
+            "high": high,
+            **recalls,
+            "n": len(hits),
+        }
         return values | {"loss": float(np.mean([record["loss"] for record in records]))}
 
-    def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
+    def samples(
+        self, params: Any, lora: Any | None, records: Sequence[ItemRecord]
+    ) -> dict[str, Any]:
         """Returns a few images with their best captions."""
         return {"samples": _shown(self._images, records)}
 
@@ -255,18 +324,26 @@ class RetrievalEvaluator(Evaluator):
 def _losses(logits: np.ndarray, targets: np.ndarray) -> list[float]:
     """Returns the cross-entropy of every row of ``logits`` with its target column."""
     chosen = np.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    losses: list[float] = (np.asarray(jax.nn.logsumexp(jnp.asarray(logits), axis=1)) - chosen).tolist()
+    losses: list[float] = (
+        np.asarray(jax.nn.logsumexp(jnp.asarray(logits), axis=1)) - chosen
+    ).tolist()
     return losses
 
 
 def _shown(images: Images, records: Sequence[ItemRecord]) -> list[dict[str, Any]]:
     """Returns a few images, evenly spaced, with their answers as an evaluation reports them."""
-    places = np.linspace(0, len(records) - 1, min(_SAMPLES, len(records))).astype(int).tolist()
+    places = (
+        np.linspace(0, len(records) - 1, min(_SAMPLES, len(records)))
+        .astype(int)
+        .tolist()
+    )
     return [
         {
             "prompt": records[place]["prompt"],
             "image": thumbnail(image),
-            **{name: records[place][name] for name in ("answer", "expected", "correct")},
+            **{
+                name: records[place][name] for name in ("answer", "expected", "correct")
+            },
         }
         for place, image in zip(places, images[places], strict=True)
     ]

@@ -1,10 +1,11 @@
 """Log-likelihoods of continuations, for multiple choice, perplexity and the harness.
 
-Shared contexts are computed once for all continuations. A group is a list of (context, continuation)
-pairs whose texts share a prefix: the choices of a question. Its *stem* is the shared prefix, computed
-once. Its *tails* are the remaining tokens of each text; a tail attends to the stem, but not to other
-tails. Stems of several groups are packed into one row, and their tails into rows called lanes, as
-many as the largest number of tails of a group:
+Shared contexts are computed once for all continuations. A group is a list of (context,
+continuation)
+pairs whose texts share a prefix: the choices of a question. Its *stem* is the shared prefix,
+computed once. Its *tails* are the remaining tokens of each text; a tail attends to the stem, but
+not to other tails. Stems of several groups are packed into one row, and their tails into rows
+called lanes, as many as the largest number of tails of a group:
 
     stem row      s s s s s t t t t u u u .          three groups s, t, u; "." is padding
     lane 0        s s t u u .                        first tails
@@ -30,7 +31,13 @@ from jax.sharding import Mesh
 
 from nalora_jax.common.notes import counting
 from nalora_jax.errors import NaloraError
-from nalora_jax.layout.distributed import context_size, fetch, place_batch, prompt_shards, row_sharding
+from nalora_jax.layout.distributed import (
+    context_size,
+    fetch,
+    place_batch,
+    prompt_shards,
+    row_sharding,
+)
 from nalora_jax.models.cache import grow, repeat
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_cache
@@ -70,8 +77,8 @@ def score_groups(
       model: the decoder.
       variables: ``params``, and ``lora`` if there are adapters.
       groups: lists of (context ids, continuation ids), neither empty.
-      fitting: groups that fit into the shapes of the batches, ``groups`` among them; by default ``groups``.
-        Calls with the same ``fitting`` share one program.
+      fitting: groups that fit into the shapes of the batches, ``groups`` among them; by default
+        ``groups``. Calls with the same ``fitting`` share one program.
       batch_tokens: approximate number of shared tokens per batch.
       mesh: mesh of the weights, if they are sharded; the batch is split over its data axes.
 
@@ -79,11 +86,13 @@ def score_groups(
       Scores in the order of ``groups``.
 
     Raises:
-      NaloraError: a group, a context or a continuation is empty, or a text is longer than the model's context.
+      NaloraError: a group, a context or a continuation is empty, or a text is longer than the
+        model's context.
     """
     if not groups:
         return []
-    switch, context = _longest_sharing(model.config), model.config.max_positions
+    switch = _longest_sharing(model.config)
+    context = model.config.max_positions
     splits = [split_group(index, pairs, switch) for index, pairs in enumerate(groups)]
     for split in splits:
         length = len(split.stem) + max(map(len, split.tails))
@@ -94,7 +103,9 @@ def score_groups(
                 found=length,
                 remedy="drop or shorten long items",
             )
-    sized = [split_group(index, pairs, switch) for index, pairs in enumerate(fitting)] or splits
+    sized = [
+        split_group(index, pairs, switch) for index, pairs in enumerate(fitting)
+    ] or splits
     layout = choose_layout(sized, tokens=batch_tokens, shards=prompt_shards(mesh))
     variables = prepare(variables, model.numerics, tables=False)
     model = for_rows(model, mesh, 0 if layout.stem else layout.tail)
@@ -106,11 +117,15 @@ def score_groups(
             placed = place_batch((batch.stem, batch.tails, batch.targets, scored), mesh)
             log_probs, greedy = map(fetch, _stems_and_tails(model, variables, *placed))
             who = batch.owner[scored]
-            sums += np.bincount(who, log_probs[scored].astype(np.float64), minlength=count)
+            sums += np.bincount(
+                who, log_probs[scored].astype(np.float64), minlength=count
+            )
             tokens += np.bincount(who, minlength=count)
             hits += np.bincount(who, greedy[scored], minlength=count)
             done(len(np.unique(who)))
-    scores = map(Score, sums.tolist(), tokens.astype(int).tolist(), (hits == tokens).tolist())
+    scores = map(
+        Score, sums.tolist(), tokens.astype(int).tolist(), (hits == tokens).tolist()
+    )
     return [list(itertools.islice(scores, len(pairs))) for pairs in groups]
 
 
@@ -138,7 +153,9 @@ def _stems_and_tails(
     tokens, positions, segments = (
         tails[name].reshape(-1, tail) for name in ("tokens", "positions", "segments")
     )
-    call = partial(model.apply, variables, tokens, positions=positions, segment_ids=segments)
+    call = partial(
+        model.apply, variables, tokens, positions=positions, segment_ids=segments
+    )
     rows, size = stem["tokens"].shape
     if size == 0:
         hidden = joined(call(), model.activation_sharding, tail)
@@ -152,11 +169,17 @@ def _stems_and_tails(
             cache=init_cache(model.config, rows, 0, model.numerics),
         )
         hidden, _ = call(cache=repeat(grow(cache, max(size, tail)), lanes))
-    return target_log_probs(model, variables, hidden.reshape(*targets.shape, -1), targets, scored)
+    return target_log_probs(
+        model, variables, hidden.reshape(*targets.shape, -1), targets, scored
+    )
 
 
 def target_log_probs(
-    model: Decoder, variables: Any, hidden: jax.Array, targets: jax.Array, scored: jax.Array
+    model: Decoder,
+    variables: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    scored: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the log-probability of each scored target, computing logits in chunks.
 
@@ -171,20 +194,31 @@ def target_log_probs(
       float32 ``[...]``, 0 if not scored; bool ``[...]``, True if scored and no other token is more
       likely.
     """
-    shape, n = targets.shape, targets.size
+    shape = targets.shape
+    n = targets.size
     rows = min(n, max(16, _CHUNK_FLOATS // model.config.vocab_size))
-    flat, targets, scored = hidden.reshape(n, -1), targets.reshape(n), scored.reshape(n)
+    flat = hidden.reshape(n, -1)
+    targets = targets.reshape(n)
+    scored = scored.reshape(n)
     # Scored positions first, so that only the chunks with scored positions are computed.
-    order = jnp.pad(jnp.argsort(~scored, stable=True), (0, -n % rows), constant_values=n)
+    order = jnp.pad(
+        jnp.argsort(~scored, stable=True), (0, -n % rows), constant_values=n
+    )
     chunks = (jnp.sum(scored) + rows - 1) // rows
 
-    def body(i: jax.Array, results: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def body(
+        i: jax.Array, results: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         index = lax.dynamic_slice(order, (i * rows,), (rows,))
-        logits = model.apply(variables, jnp.take(flat, index, axis=0, mode="clip"), method="unembed")
+        logits = model.apply(
+            variables, jnp.take(flat, index, axis=0, mode="clip"), method="unembed"
+        )
         chosen = jnp.take(targets, index, mode="clip")
         picked = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
         top = jnp.max(logits, axis=-1)
-        log_prob = picked - top - jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
+        log_prob = (
+            picked - top - jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
+        )
         log_probs, greedy = results
         return log_probs.at[index].set(log_prob, mode="drop"), greedy.at[index].set(
             picked >= top, mode="drop"
@@ -192,7 +226,9 @@ def target_log_probs(
 
     start = jnp.zeros((n,), jnp.float32), jnp.zeros((n,), bool)
     log_probs, greedy = lax.fori_loop(0, chunks, body, start)
-    return jnp.where(scored, log_probs, 0.0).reshape(shape), (scored & greedy).reshape(shape)
+    return jnp.where(scored, log_probs, 0.0).reshape(shape), (scored & greedy).reshape(
+        shape
+    )
 
 
 # ---------------------------------------------------------------- packing
@@ -228,11 +264,11 @@ class ScoringBatch(NamedTuple):
     """Arrays of one call. Integer segments separate groups, 0 is padding."""
 
     stem: dict[str, np.ndarray]  # tokens, positions, segments: int32 [rows, stem]
-    tails: dict[str, np.ndarray]  # tokens, positions, segments: int32 [rows, lanes, tail]
+    tails: dict[
+        str, np.ndarray
+    ]  # tokens, positions, segments: int32 [rows, lanes, tail]
     targets: np.ndarray  # int32 [rows, lanes, tail]
-    owner: (
-        np.ndarray
-    )  # int32 [rows, lanes, tail]: number of a scored target's pair in all groups, -1 elsewhere
+    owner: np.ndarray  # int32 [rows, lanes, tail]: number of a scored target's pair in all groups, -1 elsewhere
 
 
 class ScoringRow:
@@ -240,12 +276,16 @@ class ScoringRow:
 
     def __init__(self, layout: ScoringLayout) -> None:
         shape = (layout.lanes, layout.tail)
-        targets, owner = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        targets = np.zeros(shape, np.int32)
+        owner = np.full(shape, -1, np.int32)
         self.arrays = ScoringBatch(_empty(layout.stem), _empty(*shape), targets, owner)
-        self._groups, self._filled, self._used = 0, 0, [0] * layout.lanes
+        self._groups = 0
+        self._filled = 0
+        self._used = [0] * layout.lanes
 
     def add(self, group: Split, number: int) -> bool:
-        """Adds ``group`` if it fits, assigning longer tails to emptier lanes; ``number`` is its first pair's."""
+        """Adds ``group`` if it fits, assigning longer tails to emptier lanes; ``number`` is its
+        first pair's."""
         stem, tails, targets, owner = self.arrays
         order = sorted(range(len(group.tails)), key=lambda i: -len(group.tails[i]))
         emptiest = sorted(range(len(self._used)), key=lambda lane: self._used[lane])
@@ -254,7 +294,9 @@ class ScoringRow:
             for i, lane in zip(order, emptiest, strict=False)
         ]
         filled = self._filled + len(group.stem)
-        if filled > stem["tokens"].shape[0] or any(end > targets.shape[1] for _, _, end in ends):
+        if filled > stem["tokens"].shape[0] or any(
+            end > targets.shape[1] for _, _, end in ends
+        ):
             return False
         self._groups += 1
         _write(stem, (slice(self._filled, filled),), group.stem, 0, self._groups)
@@ -277,13 +319,15 @@ def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) ->
     Args:
       index: number of the group.
       pairs: contexts and continuations.
-      switch: length beyond which a text cannot share a prefix: a group with a longer text has no stem,
-        nor has a single text.
+      switch: length beyond which a text cannot share a prefix: a group with a longer text has no
+        stem, nor has a single text.
 
     Raises:
       NaloraError: there is no pair, or a context or a continuation is empty.
     """
-    if not pairs or not all(len(context) and len(continuation) for context, continuation in pairs):
+    if not pairs or not all(
+        len(context) and len(continuation) for context, continuation in pairs
+    ):
         raise NaloraError(
             f"evaluation item {index}",
             expected="at least one token of context and one to score",
@@ -307,13 +351,18 @@ def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) ->
 
 
 def _common_prefix(texts: Sequence[list[int]]) -> int:
-    first, last = min(texts), max(texts)  # their common prefix equals the prefix shared by all
+    # their common prefix equals the prefix shared by all
+    first = min(texts)
+    last = max(texts)
     return next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
+        min(len(first), len(last)),
     )
 
 
-def choose_layout(splits: Sequence[Split], *, tokens: int, shards: int = 1) -> ScoringLayout:
+def choose_layout(
+    splits: Sequence[Split], *, tokens: int, shards: int = 1
+) -> ScoringLayout:
     """Returns shapes that fit all groups with little padding.
 
     Args:
@@ -328,7 +377,9 @@ def choose_layout(splits: Sequence[Split], *, tokens: int, shards: int = 1) -> S
     tails = sum(len(tail) for split in splits for tail in split.tails) / lanes
     # Longer rows have less padding, but their attention costs more: 256 and 512 are a compromise.
     stem = _rounded(max(longest_stem, min(256, stems)))  # 0 without shared prefixes
-    tail = _rounded(max(longest_tail, min(1.05 * tails * (stem / stems if stems else 1), 512)))
+    tail = _rounded(
+        max(longest_tail, min(1.05 * tails * (stem / stems if stems else 1), 512))
+    )
     needed = max(-(-stems // max(stem, 1)), int(-(-tails // tail)))
     rows = min(max(1, tokens // max(stem, tail)), needed)
     return ScoringLayout(-(-rows // shards) * shards, stem, lanes, tail)
@@ -340,7 +391,9 @@ def _rounded(size: float) -> int:
     return int(-(-size // step) * step)
 
 
-def make_batches(splits: Sequence[Split], layout: ScoringLayout) -> Iterator[ScoringBatch]:
+def make_batches(
+    splits: Sequence[Split], layout: ScoringLayout
+) -> Iterator[ScoringBatch]:
     """Yields batches of all groups: longest first, each in the first open row with room."""
     rows: list[ScoringRow] = []
     open_rows: list[ScoringRow] = []
@@ -361,11 +414,17 @@ def make_batches(splits: Sequence[Split], layout: ScoringLayout) -> Iterator[Sco
 
 
 def _empty(*shape: int) -> dict[str, np.ndarray]:
-    return {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segments")}
+    return {
+        name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segments")
+    }
 
 
 def _write(
-    arrays: dict[str, np.ndarray], at: tuple[int | slice, ...], tokens: list[int], first: int, segment: int
+    arrays: dict[str, np.ndarray],
+    at: tuple[int | slice, ...],
+    tokens: list[int],
+    first: int,
+    segment: int,
 ) -> None:
     arrays["tokens"][at] = tokens
     arrays["positions"][at] = np.arange(first, first + len(tokens))
@@ -376,10 +435,16 @@ _LEAST_BLOCK = 128  # tokens; shorter rows are computed on every device
 
 
 def for_rows(model: Decoder, mesh: Mesh | None, seq: int) -> Decoder:
-    """Returns ``model`` for rows of ``seq`` tokens without a cache; its result has parts of long rows."""
+    """Returns ``model`` for rows of ``seq`` tokens without a cache; its result has parts of long
+    rows."""
     splits = all(
-        stack.config.mixer is None or stack.config.mixer.splits_rows for stack in stacks(model.config)
+        stack.config.mixer is None or stack.config.mixer.splits_rows
+        for stack in stacks(model.config)
     )
-    if context_size(mesh) == 1 or not splits or seq < 2 * context_size(mesh) * _LEAST_BLOCK:
+    if (
+        context_size(mesh) == 1
+        or not splits
+        or seq < 2 * context_size(mesh) * _LEAST_BLOCK
+    ):
         return model
     return model.clone(activation_sharding=row_sharding(mesh))

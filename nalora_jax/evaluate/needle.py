@@ -1,7 +1,8 @@
-"""Exact match of generated completions with references, and accuracy of needle retrieval by length and depth.
+"""Exact match of generated completions with references, and accuracy of needle retrieval by length
+and depth.
 
-The texts of needle retrieval come from `nalora_jax.data.tasks`, with lengths in tokens of the model, the
-question included. Every model with the same tokenizer gets the same texts.
+The texts of needle retrieval come from `nalora_jax.data.tasks`, with lengths in tokens of the
+model, the question included. Every model with the same tokenizer gets the same texts.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def exact_match(
     Args:
       generator: the model.
       items: prompts with reference completions.
-      normalise: applied to both before the comparison, such as `nalora_jax.evaluate.answers.normalised_text`.
+      normalise: applied to both before the comparison, such as
+        `nalora_jax.evaluate.answers.normalised_text`.
       batch_size: prompts per batch.
       **settings: generation settings, the fields of `nalora_jax.evaluate.generate.Settings`.
 
@@ -50,8 +52,12 @@ def exact_match(
       NaloraError: there are no items, or a prompt cannot be continued.
     """
     if not items:
-        raise NaloraError("evaluation data", expected="at least one question", found="none")
-    answers = generator.generate([item.prompt_ids for item in items], batch_size=batch_size, **settings)
+        raise NaloraError(
+            "evaluation data", expected="at least one question", found="none"
+        )
+    answers = generator.generate(
+        [item.prompt_ids for item in items], batch_size=batch_size, **settings
+    )
     return [
         {
             "prompt": item.prompt,
@@ -96,7 +102,9 @@ def needle_items(
     def size(sentence: str) -> int:
         return len(tokenizer.encode(sentence, special=False))
 
-    def sized(length: int, depth: int, number: int, room: int) -> tuple[CompletionItem, int]:
+    def sized(
+        length: int, depth: int, number: int, room: int
+    ) -> tuple[CompletionItem, int]:
         """Returns a question in a text of about ``room`` tokens, and its number of tokens."""
         records = [needle_record(haystack, length, depth, number, size, room)]
         source = {"needle": RecordsSource("needle", records)}
@@ -143,7 +151,9 @@ def needle_answers(
     for length, items in questions.items():
         options: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS, "stop": ("\n",)}
         options["batch_size"] = max(1, min(16, _BATCH_TOKENS // length))
-        for number, record in enumerate(exact_match(generator, items, normalise=first_number, **options)):
+        for number, record in enumerate(
+            exact_match(generator, items, normalise=first_number, **options)
+        ):
             del record["prompt"]  # as long as the context
             depth = DEPTHS[number * len(DEPTHS) // len(items)]
             records.append({"length": length, "depth": depth, **record})
@@ -151,16 +161,29 @@ def needle_answers(
 
 
 def needle_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the accuracies as JSON values: by cell, by length and of all with their 95% intervals."""
+    """Returns the accuracies as JSON values: by cell, by length and of all with their 95%
+    intervals."""
     rows = []
     for length in dict.fromkeys(record["length"] for record in records):
         of_length = [record for record in records if record["length"] == length]
         cells = [
-            float(np.mean([record["correct"] for record in of_length if record["depth"] == depth]))
+            float(
+                np.mean(
+                    [
+                        record["correct"]
+                        for record in of_length
+                        if record["depth"] == depth
+                    ]
+                )
+            )
             for depth in DEPTHS
         ]
         rows.append({"length": length, "cells": cells} | _accuracy(of_length))
-    return {"depths": list(DEPTHS), "rows": rows} | _accuracy(records) | {"n": len(records)}
+    return (
+        {"depths": list(DEPTHS), "rows": rows}
+        | _accuracy(records)
+        | {"n": len(records)}
+    )
 
 
 def _accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

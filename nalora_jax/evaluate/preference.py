@@ -12,7 +12,13 @@ from nalora_jax.config import PreferenceConfig
 from nalora_jax.data.preference import Pair
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.evaluator import SAMPLE_TOKENS, SAMPLES, Evaluator, ItemRecord, variables_of
+from nalora_jax.evaluate.evaluator import (
+    SAMPLE_TOKENS,
+    SAMPLES,
+    Evaluator,
+    ItemRecord,
+    variables_of,
+)
 from nalora_jax.evaluate.generate import Generator
 from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.evaluate.statistics import bootstrap
@@ -31,7 +37,8 @@ class PreferenceEvaluator(Evaluator):
       mesh: mesh of the weights, if they are sharded.
     """
 
-    metric, mode = "loss", "min"
+    metric = "loss"
+    mode = "min"
 
     def __init__(
         self,
@@ -43,28 +50,49 @@ class PreferenceEvaluator(Evaluator):
         mesh: Mesh | None = None,
     ) -> None:
         if not pairs:
-            raise NaloraError("evaluation data", expected="at least one pair", found="none")
-        self._model, self._tokenizer, self._pairs, self._config = model, tokenizer, pairs, config
+            raise NaloraError(
+                "evaluation data", expected="at least one pair", found="none"
+            )
+        self._model = model
+        self._tokenizer = tokenizer
+        self._pairs = pairs
+        self._config = config
         self._mesh = mesh
         self._reference: np.ndarray | None = None
         self._tokens = np.array(
-            [[len(example.divided[1]) for example in (p.chosen, p.rejected)] for p in pairs]
+            [
+                [len(example.divided[1]) for example in (p.chosen, p.rejected)]
+                for p in pairs
+            ]
         )
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
-        """Returns ``prompt``, ``loss``, ``rewards_chosen`` and ``rewards_rejected`` of every pair."""
+        """Returns ``prompt``, ``loss``, ``rewards_chosen`` and ``rewards_rejected`` of every
+        pair."""
         if self._reference is None:
-            self._reference = self._scores(self._model.clone(adapters=AdapterSpec()), {"params": params})
-        scores = self._reference if lora is None else self._scores(self._model, variables_of(params, lora))
+            self._reference = self._scores(
+                self._model.clone(adapters=AdapterSpec()), {"params": params}
+            )
+        if lora is None:
+            scores = self._reference
+        else:
+            scores = self._scores(self._model, variables_of(params, lora))
         ratios = scores - self._reference
         if self._config.per_token:
             ratios = ratios / self._tokens
         rewards = self._config.beta * ratios
         margin = rewards[:, 0] - rewards[:, 1]
         smoothing = self._config.label_smoothing
-        losses = (1 - smoothing) * np.logaddexp(0.0, -margin) + smoothing * np.logaddexp(0.0, margin)
+        losses = (1 - smoothing) * np.logaddexp(
+            0.0, -margin
+        ) + smoothing * np.logaddexp(0.0, margin)
         return [
-            {"prompt": pair.prompt, "loss": loss, "rewards_chosen": chosen, "rewards_rejected": rejected}
+            {
+                "prompt": pair.prompt,
+                "loss": loss,
+                "rewards_chosen": chosen,
+                "rewards_rejected": rejected,
+            }
             for pair, loss, (chosen, rejected) in zip(
                 self._pairs, losses.tolist(), rewards.tolist(), strict=True
             )
@@ -75,8 +103,8 @@ class PreferenceEvaluator(Evaluator):
 
         Returns:
           ``loss`` per pair with its 95% interval ``low`` and ``high``, ``n``, ``rewards_chosen``,
-          ``rewards_rejected``, ``rewards_margin``, and ``rewards_accuracy``, the share of pairs whose
-          chosen completion has the larger reward.
+          ``rewards_rejected``, ``rewards_margin``, and ``rewards_accuracy``, the share of pairs
+          whose chosen completion has the larger reward.
         """
         losses, chosen, rejected = (
             np.array([record[name] for record in records])
@@ -94,15 +122,23 @@ class PreferenceEvaluator(Evaluator):
             "rewards_accuracy": float((chosen > rejected).mean()),
         }
 
-    def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
+    def samples(
+        self, params: Any, lora: Any | None, records: Sequence[ItemRecord]
+    ) -> dict[str, Any]:
         """Returns a few prompts with the model's completion and the chosen one."""
         sampled = self._pairs[:SAMPLES]
-        generator = Generator(self._model, variables_of(params, lora), self._tokenizer, mesh=self._mesh)
+        generator = Generator(
+            self._model, variables_of(params, lora), self._tokenizer, mesh=self._mesh
+        )
         prompts = [pair.chosen.divided[0] for pair in sampled]
         answers = generator.generate(prompts, max_new_tokens=SAMPLE_TOKENS)
         return {
             "samples": [
-                {"prompt": pair.prompt, "answer": answer.strip(), "expected": pair.texts[0].strip()}
+                {
+                    "prompt": pair.prompt,
+                    "answer": answer.strip(),
+                    "expected": pair.texts[0].strip(),
+                }
                 for pair, answer in zip(sampled, answers, strict=True)
             ]
         }

@@ -4,21 +4,22 @@ The key distinguishes the kinds of lines:
 
     {"run": {...config...}, "versions": {...}, "device": "...", "base": {...}}      the first line
     {"resumed": {"step": 50, "settings": {...config...}, "versions": {...}, ...}}   once per resume
-    {"step": 10, "loss": 3.2, "learning_rate": 1e-3, "layers": {...}, ...}          a log step, with `StateMetrics`
-    {"step": 15, ..., "target_tokens": 900}    beyond the log steps, where a signal stopped the run
-    {"step": 50, "eval": {"accuracy": 0.5, "low": 0.45, "high": 0.55, ...}}         an evaluation
-    {"step": 50, "final": true, "eval": {...}}                                      exported adapter
-    {"done": {"step": 100, "best_step": 50, "seconds": {"training": 90.0, ...}}}    the run's end
+    {"step": 10, "loss": 3.2, "learning_rate": 1e-3, "layers": {...}, ...}          a log step, with
+    `StateMetrics` {"step": 15, ..., "target_tokens": 900}    beyond the log steps, where a signal
+    stopped the run {"step": 50, "eval": {"accuracy": 0.5, "low": 0.45, "high": 0.55, ...}}
+    an evaluation {"step": 50, "final": true, "eval": {...}}
+    exported adapter {"done": {"step": 100, "best_step": 50, "seconds": {"training": 90.0, ...}}}
+    the run's end
 
 Means are weighted by target tokens. The resumed run takes the line of the step where it was stopped
-into the mean of its next log step: it removes the line, whose numbers stay in ``"resumed": {"begun":
-{...}}``.
+into the mean of its next log step: it removes the line, whose numbers stay in ``"resumed":
+{"begun": {...}}``.
 
 The evaluations before training and of the exported adapter may contain ``"samples": [{"prompt",
 "answer", "expected", "correct"}]``, the last two optional.
 
-Every line ends with a digest of its content (`nalora_jax.common.digests`), which `read_metrics` checks and
-removes.
+Every line ends with a digest of its content (`nalora_jax.common.digests`), which `read_metrics`
+checks and removes.
 
 Every value is a host number: the loop fetches from the device at log steps only. NaN and infinity
 are written as null, since JSON does not have them.
@@ -83,7 +84,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
                 raise ValueError("not an object")
         except (ValueError, RecursionError) as error:
             # A line without a newline is a truncated object, unless only its newline is damaged.
-            is_torn = isinstance(error, json.JSONDecodeError) and error.msg != "Extra data"
+            is_torn = (
+                isinstance(error, json.JSONDecodeError) and error.msg != "Extra data"
+            )
             if number == len(lines) and is_torn:
                 break
             raise NaloraError(
@@ -114,9 +117,13 @@ def recorded_settings(folder: Path | str) -> dict[str, Any]:
     where = ""
     for record in read_metrics(path):
         resumed = record.get("resumed", {}).get("settings")
-        for name, newest in (("resumed: settings", resumed), ("run", record.get("run"))):
+        for name, newest in (
+            ("resumed: settings", resumed),
+            ("run", record.get("run")),
+        ):
             if newest:
-                settings, where = newest, f"{path}: {name}"
+                settings = newest
+                where = f"{path}: {name}"
     if settings:
         config_from_dict(settings, where)
     return settings
@@ -136,8 +143,9 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 def to_json(value: Any, digits: int = 9) -> Any:
     """Returns ``value`` as plain JSON types.
 
-    Numpy scalars and arrays become numbers and nested lists; floats keep ``digits`` significant digits
-    (nine are enough to tell any two float32 apart, 17 keep all); NaN and infinity become None.
+    Numpy scalars and arrays become numbers and nested lists; floats keep ``digits`` significant
+    digits (nine are enough to tell any two float32 apart, 17 keep all); NaN and infinity become
+    None.
 
     Example:
       >>> to_json({"loss": np.float32(0.1), "mask": np.array([1.0, np.nan])})
@@ -173,25 +181,34 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
         record = {name: value for name, value in record.items() if name != "base"}
     _fields(_LINE, other=_NUMBER if is_log_step else _anything)(record, where)
     if "eval" in record and "step" not in record:
-        raise NaloraError(f"{where}: eval", expected="the step of the evaluation beside it", found="none")
+        raise NaloraError(
+            f"{where}: eval",
+            expected="the step of the evaluation beside it",
+            found="none",
+        )
 
 
 def check_evaluation(values: Any, where: str) -> None:
     """Raises an error if a metric of an evaluation is not a number or its samples are malformed."""
     _fields(_EVALUATION, other=_NUMBER, null=False)(values, where)
-    names, rows = values.get("classes") or [], values.get("confusion") or []
+    names = values.get("classes") or []
+    rows = values.get("confusion") or []
     square = isinstance(rows, list) and all(
         isinstance(row, list) and len(row) == len(names) for row in rows
     )
     if not square:
-        raise _error(f"{where}: confusion", "a row of counts for each of the classes", rows)
+        raise _error(
+            f"{where}: confusion", "a row of counts for each of the classes", rows
+        )
     for count in itertools.chain(*rows):
         _COUNT(count, f"{where}: confusion")
 
 
 # ---------------------------------------------------------------- types of fields
 
-Check = Callable[[Any, str], None]  # raises an error about a value at a place; all but `_COUNT` accept null
+Check = Callable[
+    [Any, str], None
+]  # raises an error about a value at a place; all but `_COUNT` accept null
 
 
 def _error(where: str, expected: str, value: object) -> NaloraError:
@@ -211,12 +228,16 @@ def _that(expected: str, holds: Callable[[Any], bool], *, null: bool = True) -> 
 
 def _list_of(kind: type, expected: str) -> Check:
     return _that(
-        expected, lambda value: isinstance(value, list) and all(isinstance(x, kind) for x in value)
+        expected,
+        lambda value: (
+            isinstance(value, list) and all(isinstance(x, kind) for x in value)
+        ),
     )
 
 
 def _is_number(value: Any) -> bool:
-    """Returns True for a boolean or a finite number, also for integers within the range of a float."""
+    """Returns True for a boolean or a finite number, also for integers within the range of a
+    float."""
     return isinstance(value, int | float) and abs(value) < 1e300
 
 
@@ -241,7 +262,11 @@ _TEXT = _that("a text", lambda value: isinstance(value, str))
 
 
 def _fields(
-    checks: Mapping[str, Check], *, other: Check = _anything, needed: Sequence[str] = (), null: bool = True
+    checks: Mapping[str, Check],
+    *,
+    other: Check = _anything,
+    needed: Sequence[str] = (),
+    null: bool = True,
 ) -> Check:
     """Returns the check of an object: ``checks`` by name, and ``other`` for the remaining fields.
 
@@ -261,14 +286,24 @@ def _fields(
 
 def _settings(value: Any, where: str) -> None:
     """Checks a run's settings and their nesting depth, without recursion."""
-    depth, level = 0, [value]
+    depth = 0
+    level = [value]
     while level:
         depth += 1
         if depth > _MAX_DEPTH:
-            raise NaloraError(where, expected="a run's settings", found="objects nested too deeply")
-        inner = [list(member.values()) if isinstance(member, Mapping) else member for member in level]
-        level = [item for member in inner if isinstance(member, list) for item in member]
-    _fields({"steps": _COUNT, **dict.fromkeys(_GROUPS, _fields({}, null=False))}, null=False)(value, where)
+            raise NaloraError(
+                where, expected="a run's settings", found="objects nested too deeply"
+            )
+        inner = [
+            list(member.values()) if isinstance(member, Mapping) else member
+            for member in level
+        ]
+        level = [
+            item for member in inner if isinstance(member, list) for item in member
+        ]
+    _fields(
+        {"steps": _COUNT, **dict.fromkeys(_GROUPS, _fields({}, null=False))}, null=False
+    )(value, where)
 
 
 def _samples(value: Any, where: str) -> None:
@@ -276,7 +311,9 @@ def _samples(value: Any, where: str) -> None:
     for sample in value or ():
         if "prompt" not in sample:
             raise _error(where, "a list of prompts with their answers", value)
-        _list_of(Mapping, "a list of roles with their texts")(sample.get("turns") or [], f"{where}: turns")
+        _list_of(Mapping, "a list of roles with their texts")(
+            sample.get("turns") or [], f"{where}: turns"
+        )
 
 
 def _towers(value: Any, where: str) -> None:
@@ -291,7 +328,9 @@ def _rows(rows: Any, where: str) -> None:
     if rows is None:
         return
     if not isinstance(rows, list) or not 0 < len(rows) <= _MAX_LAYERS:
-        raise _error(where, f"a list with an entry for every layer, at most {_MAX_LAYERS}", rows)
+        raise _error(
+            where, f"a list with an entry for every layer, at most {_MAX_LAYERS}", rows
+        )
     nested = [row for row in rows if isinstance(row, list)]
     if nested and (len(nested) < len(rows) or len({len(row) for row in nested}) > 1):
         raise _error(where, "rows of one length", rows)
@@ -302,7 +341,8 @@ def _rows(rows: Any, where: str) -> None:
 def _histogram(value: Any, where: str) -> None:
     """Checks for increasing edges and one row of counts per layer, with one bin more than edges."""
     _fields({}, null=False)(value, where)
-    edges, counts = value.get("edges"), value.get("counts")
+    edges = value.get("edges")
+    counts = value.get("counts")
     if not isinstance(edges, list) or not 1 < len(edges) <= _MAX_EDGES:
         raise _error(f"{where}: edges", "a list of at least two numbers", edges)
     for edge in edges:
@@ -310,7 +350,11 @@ def _histogram(value: Any, where: str) -> None:
     if any(low >= high for low, high in itertools.pairwise(edges)):
         raise _error(f"{where}: edges", "rising numbers", edges)
     bins = len(edges) + 1
-    is_table = isinstance(counts, list) and counts and all(isinstance(row, list) for row in counts)
+    is_table = (
+        isinstance(counts, list)
+        and counts
+        and all(isinstance(row, list) for row in counts)
+    )
     if not is_table or any(len(row) != bins for row in counts):
         raise _error(f"{where}: counts", f"rows of {bins} counts, one a layer", counts)
     for count in itertools.chain(*counts):
@@ -320,7 +364,9 @@ def _histogram(value: Any, where: str) -> None:
 def _histograms(value: Any, where: str) -> None:
     _fields({}, other=_histogram)(value, where)
     if len(value or ()) > _MAX_HISTOGRAMS:
-        raise _error(where, f"those of at most {_MAX_HISTOGRAMS} mechanisms", list(value))
+        raise _error(
+            where, f"those of at most {_MAX_HISTOGRAMS} mechanisms", list(value)
+        )
 
 
 _NUMBERS = _fields({}, other=_NUMBER)
@@ -340,8 +386,12 @@ _LINE: Mapping[str, Check] = {
     "mechanisms_from": _OR_COUNT,
     "versions": _fields({}),
     "base": _fields({}, other=_TEXT),
-    "resumed": _fields({"step": _COUNT, "begun": _NUMBERS}, needed=("step",), null=False),
-    "done": _fields({"step": _OR_COUNT, "best_step": _OR_COUNT, "seconds": _NUMBERS}, null=False),
+    "resumed": _fields(
+        {"step": _COUNT, "begun": _NUMBERS}, needed=("step",), null=False
+    ),
+    "done": _fields(
+        {"step": _OR_COUNT, "best_step": _OR_COUNT, "seconds": _NUMBERS}, null=False
+    ),
     "step": _COUNT,
     "eval": check_evaluation,
     "towers": _towers,

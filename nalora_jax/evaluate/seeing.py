@@ -40,30 +40,43 @@ class SeeingEvaluator(TextEvaluator):
         *,
         mesh: Mesh | None = None,
     ) -> None:
-        super().__init__(model, answering(model, tokenizer, mesh, processor), items, mesh=mesh)
+        super().__init__(
+            model, answering(model, tokenizer, mesh, processor), items, mesh=mesh
+        )
         assert tokenizer.images is not None
         self._processor: Any = processor
         self._image = tokenizer.images.expansion
         self._pixels = {
-            id(item): [processor(opened(i, "image", MAX_PIXELS))["pixels"] for i in item.images]
+            id(item): [
+                processor(opened(i, "image", MAX_PIXELS))["pixels"] for i in item.images
+            ]
             for item in items
         }
 
     def _scores(self, variables: Mapping[str, Any]) -> list[list[Score]]:
         items = self.completions
         rows = bucket(min(_BATCH, len(items)), multiple=prompt_shards(self._mesh))
-        seq = bucket(max(len(item.prompt_ids) + len(item.completion_ids) for item in items) - 1, minimum=16)
+        seq = bucket(
+            max(len(item.prompt_ids) + len(item.completion_ids) for item in items) - 1,
+            minimum=16,
+        )
         images = max(1, *map(len, self._pixels.values()))
         variables = prepare(variables, self._model.numerics, tables=False)
         scores: list[list[Score]] = []
         for start in range(0, len(items), rows):
             batch = self._batch(items[start : start + rows], rows, seq, images)
             placed = place_batch(batch, self._mesh)
-            log_probs, greedy = _log_probs(self._model, self._processor, variables, placed)
-            sums, counts = fetch(log_probs).astype(np.float64).sum(axis=1), batch["scored"].sum(axis=1)
+            log_probs, greedy = _log_probs(
+                self._model, self._processor, variables, placed
+            )
+            sums = fetch(log_probs).astype(np.float64).sum(axis=1)
+            counts = batch["scored"].sum(axis=1)
             hits = fetch(greedy).sum(axis=1) == counts
             scores += [
-                [Score(*row)] for row in zip(sums.tolist(), counts.tolist(), hits.tolist(), strict=True)
+                [Score(*row)]
+                for row in zip(
+                    sums.tolist(), counts.tolist(), hits.tolist(), strict=True
+                )
             ]
         return scores[: len(items)]
 
@@ -72,14 +85,21 @@ class SeeingEvaluator(TextEvaluator):
     ) -> dict[str, np.ndarray]:
         """Returns arrays ``[rows, seq]``, and ``pixels`` of up to ``images`` images of each row."""
         batch = {
-            name: np.zeros((rows, seq), np.int32) for name in ("tokens", "targets", "segments", "scored")
+            name: np.zeros((rows, seq), np.int32)
+            for name in ("tokens", "targets", "segments", "scored")
         }
         batch["pixels"] = np.zeros((rows, images, *self._processor.output, 3), np.uint8)
         for row, item in enumerate(items):
             ids = [*item.prompt_ids, *item.completion_ids]
             last = len(ids) - 1
-            batch["tokens"][row, :last], batch["targets"][row, :last] = ids[:-1], ids[1:]
-            batch["segments"][row, :last], batch["scored"][row, len(item.prompt_ids) - 1 : last] = 1, 1
+            batch["tokens"][row, :last], batch["targets"][row, :last] = (
+                ids[:-1],
+                ids[1:],
+            )
+            (
+                batch["segments"][row, :last],
+                batch["scored"][row, len(item.prompt_ids) - 1 : last],
+            ) = 1, 1
             for place, image in enumerate(self._pixels[id(item)]):
                 batch["pixels"][row, place] = image
         return batch | {"scored": batch["scored"] > 0}
@@ -90,14 +110,23 @@ def evaluator_of(
 ) -> TextEvaluator:
     """Returns the evaluator of a loaded model: with images if it has an image processor."""
     if loaded.processor is None:
-        return TextEvaluator(model, answering(model, loaded.tokenizer, mesh), items, mesh=mesh)
+        return TextEvaluator(
+            model, answering(model, loaded.tokenizer, mesh), items, mesh=mesh
+        )
     return SeeingEvaluator(model, loaded.tokenizer, items, loaded.processor, mesh=mesh)  # type: ignore[arg-type]
 
 
 @partial(jax.jit, static_argnames=("model", "processor"))
 def _log_probs(
-    model: Decoder, processor: ImageProcessor, variables: Any, batch: Mapping[str, jax.Array]
+    model: Decoder,
+    processor: ImageProcessor,
+    variables: Any,
+    batch: Mapping[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    features = model.apply(variables, processor.normalise(batch["pixels"]), method="see")
-    hidden = model.apply(variables, batch["tokens"], segment_ids=batch["segments"], features=features)
+    features = model.apply(
+        variables, processor.normalise(batch["pixels"]), method="see"
+    )
+    hidden = model.apply(
+        variables, batch["tokens"], segment_ids=batch["segments"], features=features
+    )
     return target_log_probs(model, variables, hidden, batch["targets"], batch["scored"])

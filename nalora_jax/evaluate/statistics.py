@@ -1,7 +1,7 @@
 """Confidence intervals and paired comparisons of held-out metrics.
 
-`scipy.stats` takes 0.7 s to import, so the functions that need it import it. Wilson's interval is computed here,
-because every run with choices reports it before its first step.
+`scipy.stats` takes 0.7 s to import, so the functions that need it import it. Wilson's interval is
+computed here, because every run with choices reports it before its first step.
 """
 
 from __future__ import annotations
@@ -53,13 +53,19 @@ def bootstrap(
       resamples: number of bootstrap samples.
     """
     counts = np.ones(len(values)) if weights is None else weights
-    return _interval(resamples, lambda values, weights: values / weights, values, counts)
+    return _interval(
+        resamples, lambda values, weights: values / weights, values, counts
+    )
 
 
 def difference_of_means(
-    values: np.ndarray, weights: np.ndarray, other_values: np.ndarray, other_weights: np.ndarray
+    values: np.ndarray,
+    weights: np.ndarray,
+    other_values: np.ndarray,
+    other_weights: np.ndarray,
 ) -> dict[str, float]:
-    """Returns the ``difference`` of two weighted means, with ``low`` and ``high`` of its 95% interval.
+    """Returns the ``difference`` of two weighted means, with ``low`` and ``high`` of its 95%
+    interval.
 
     It is ``sum(other_values) / sum(other_weights) - sum(values) / sum(weights)``. Both models'
     results of a unit are resampled together, for a percentile interval.
@@ -69,15 +75,23 @@ def difference_of_means(
       other_values, other_weights: ``[n]``, of the second model on the same units.
     """
 
-    def difference(first: Any, first_weight: Any, second: Any, second_weight: Any) -> Any:
+    def difference(
+        first: Any, first_weight: Any, second: Any, second_weight: Any
+    ) -> Any:
         return second / second_weight - first / first_weight
 
     units = (values, weights, other_values, other_weights)
     low, high = _interval(_PAIRED, difference, *units)
-    return {"difference": float(difference(*(unit.sum() for unit in units))), "low": low, "high": high}
+    return {
+        "difference": float(difference(*(unit.sum() for unit in units))),
+        "low": low,
+        "high": high,
+    }
 
 
-def _interval(resamples: int, statistic: Callable[..., Any], *units: Any) -> tuple[float, float]:
+def _interval(
+    resamples: int, statistic: Callable[..., Any], *units: Any
+) -> tuple[float, float]:
     """Returns the interval of a statistic of sums over units, arrays ``[n]``; the seed is fixed."""
     from scipy import stats
 
@@ -85,11 +99,16 @@ def _interval(resamples: int, statistic: Callable[..., Any], *units: Any) -> tup
     n = arrays[0].size
     assert {array.shape for array in arrays} == {(n,)}
     if n < 2:
-        only = float(statistic(*(array[0] for array in arrays))) if n else math.nan
+        if n:
+            only = float(statistic(*(array[0] for array in arrays)))
+        else:
+            only = math.nan
         return only, only
     interval = stats.bootstrap(
         arrays,
-        lambda *samples, axis: statistic(*(sample.sum(axis=axis) for sample in samples)),
+        lambda *samples, axis: statistic(
+            *(sample.sum(axis=axis) for sample in samples)
+        ),
         paired=True,
         vectorized=True,
         n_resamples=resamples,
@@ -107,23 +126,33 @@ def compare(before: Any, after: Any) -> dict[str, Any]:
     answer correctly, or both incorrectly, cancel out.
 
     Returns:
-      ``difference``, accuracy of the second minus accuracy of the first, with its interval ``low`` and
-      ``high``; ``p_value``, the exact McNemar test of equal accuracy; ``gained`` (incorrect before,
-      correct after), ``lost`` (the reverse) and ``n``, numbers of questions.
+      ``difference``, accuracy of the second minus accuracy of the first, with its interval ``low``
+      and ``high``; ``p_value``, the exact McNemar test of equal accuracy; ``gained`` (incorrect
+      before, correct after), ``lost`` (the reverse) and ``n``, numbers of questions.
     """
-    first, second = np.asarray(before, bool), np.asarray(after, bool)
+    first = np.asarray(before, bool)
+    second = np.asarray(after, bool)
     assert first.shape == second.shape
     assert first.ndim == 1
     n = first.size
-    gained, lost = int(np.sum(second & ~first)), int(np.sum(first & ~second))
-    low, high = math.nan, math.nan
+    gained = int(np.sum(second & ~first))
+    lost = int(np.sum(first & ~second))
+    low = math.nan
+    high = math.nan
     if n:
         # Resampling questions is equivalent to a multinomial draw of the three counts.
         shares = np.array([gained, lost, n - gained - lost]) / n
         counts = np.random.default_rng(0).multinomial(n, shares, size=_PAIRED)
-        low, high = np.percentile((counts[:, 0] - counts[:, 1]) / n, [2.5, 97.5]).tolist()
+        low, high = np.percentile(
+            (counts[:, 0] - counts[:, 1]) / n, [2.5, 97.5]
+        ).tolist()
     values = {"difference": (gained - lost) / max(n, 1), "low": low, "high": high}
-    return values | {"p_value": mcnemar(gained, lost), "gained": gained, "lost": lost, "n": n}
+    return values | {
+        "p_value": mcnemar(gained, lost),
+        "gained": gained,
+        "lost": lost,
+        "n": n,
+    }
 
 
 def mcnemar(gained: int, lost: int) -> float:

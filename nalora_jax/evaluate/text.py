@@ -1,4 +1,5 @@
-"""Evaluation of language models: multiple choice by log-likelihood, and the loss of reference completions."""
+"""Evaluation of language models: multiple choice by log-likelihood, and the loss of reference
+completions."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ from jax.sharding import Mesh
 
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.evaluator import SAMPLES, Answers, Evaluator, ItemRecord, variables_of
+from nalora_jax.evaluate.evaluator import (
+    SAMPLES,
+    Answers,
+    Evaluator,
+    ItemRecord,
+    variables_of,
+)
 from nalora_jax.evaluate.likelihood import Pair, Score, score_groups
 from nalora_jax.evaluate.statistics import bootstrap, wilson
 from nalora_jax.models.decoder import Decoder
@@ -48,24 +55,36 @@ class TextEvaluator(Evaluator):
         if bool(self.choices) == bool(self.completions):
             actual = "both" if self.choices else "no questions"
             raise NaloraError(
-                "evaluation data", expected="questions with choices, or all without", found=actual
+                "evaluation data",
+                expected="questions with choices, or all without",
+                found=actual,
             )
-        self._model, self._mesh, self._answers = model, mesh, answers
-        # Of `nalora_jax.evaluate.seeing`: an image in a prompt's text, and pixels by the id of an item.
+        self._model = model
+        self._mesh = mesh
+        self._answers = answers
+        # Of `nalora_jax.evaluate.seeing`: an image in a prompt's text, and pixels by the id of an
+        #   item.
         self._image, self._pixels = "", dict[int, list[np.ndarray]]()
-        self._fitting = [item for item in fitting if isinstance(item, ChoiceItem) == bool(self.choices)]
-        self.metric, self.mode = ("accuracy", "max") if self.choices else ("loss", "min")
+        self._fitting = [
+            item
+            for item in fitting
+            if isinstance(item, ChoiceItem) == bool(self.choices)
+        ]
+        if self.choices:
+            self.metric, self.mode = ("accuracy", "max")
+        else:
+            self.metric, self.mode = ("loss", "min")
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
         """Scores the choices or the reference completions after their prompts.
 
-        The answer is the choice with the largest log-likelihood per character: the summed log-likelihood
-        favours short choices.
+        The answer is the choice with the largest log-likelihood per character: the summed
+        log-likelihood favours short choices.
 
         Returns:
-          Records with ``item`` (its number), ``prompt``, and the ``loss``, summed over the ``tokens`` of the
-          correct choice or of the ``completion``. Of multiple choice also ``choices``, their ``log_probs``,
-          ``gold`` and ``answer`` (indices), and ``correct``.
+          Records with ``item`` (its number), ``prompt``, and the ``loss``, summed over the
+          ``tokens`` of the correct choice or of the ``completion``. Of multiple choice also
+          ``choices``, their ``log_probs``, ``gold`` and ``answer`` (indices), and ``correct``.
 
         Raises:
           NaloraError: a question has an empty prompt or choice.
@@ -80,7 +99,9 @@ class TextEvaluator(Evaluator):
                     "loss": -score.log_prob,
                     "tokens": score.tokens,
                 }
-                for number, (item, (score,)) in enumerate(zip(self.completions, scores, strict=True))
+                for number, (item, (score,)) in enumerate(
+                    zip(self.completions, scores, strict=True)
+                )
             ]
         records = []
         for number, (item, row) in enumerate(zip(self.choices, scores, strict=True)):
@@ -93,8 +114,15 @@ class TextEvaluator(Evaluator):
                 "choices": item.choices,
                 "log_probs": log_probs,
             }
-            values |= {"gold": item.gold, "answer": answer, "correct": answer == item.gold}
-            values |= {"loss": -row[item.gold].log_prob, "tokens": row[item.gold].tokens}
+            values |= {
+                "gold": item.gold,
+                "answer": answer,
+                "correct": answer == item.gold,
+            }
+            values |= {
+                "loss": -row[item.gold].log_prob,
+                "tokens": row[item.gold].tokens,
+            }
             records.append(values)
         return records
 
@@ -102,24 +130,36 @@ class TextEvaluator(Evaluator):
         """Returns the metrics of `records`.
 
         Returns:
-          ``accuracy`` of multiple choice, also by the summed log-likelihood (``accuracy_per_choice``),
-          and its ``chance`` level; ``loss`` per token of the correct choice or the reference (for
-          completions also ``perplexity``); ``low`` and ``high``, the 95% interval of the accuracy or of
-          the loss, over items; ``n``, items.
+          ``accuracy`` of multiple choice, also by the summed log-likelihood
+          (``accuracy_per_choice``), and its ``chance`` level; ``loss`` per token of the correct
+          choice or the reference (for completions also ``perplexity``); ``low`` and ``high``, the
+          95% interval of the accuracy or of the loss, over items; ``n``, items.
         """
         losses, tokens = (
-            np.array([record[name] for record in records], np.float64) for name in ("loss", "tokens")
+            np.array([record[name] for record in records], np.float64)
+            for name in ("loss", "tokens")
         )
         if not tokens.sum():
-            raise NaloraError("evaluation data", expected="at least one target token", found="none")
-        loss, count = float(losses.sum() / tokens.sum()), len(records)
+            raise NaloraError(
+                "evaluation data", expected="at least one target token", found="none"
+            )
+        loss = float(losses.sum() / tokens.sum())
+        count = len(records)
         if not self.choices:
             low, high = bootstrap(losses, tokens)
             perplexity = math.exp(min(loss, 700.0))
-            return {"loss": loss, "low": low, "high": high, "perplexity": perplexity, "n": count}
+            return {
+                "loss": loss,
+                "low": low,
+                "high": high,
+                "perplexity": perplexity,
+                "n": count,
+            }
         right = sum(record["correct"] for record in records)
         low, high = wilson(right, count)
-        most_likely = [int(np.argmax(record["log_probs"])) == record["gold"] for record in records]
+        most_likely = [
+            int(np.argmax(record["log_probs"])) == record["gold"] for record in records
+        ]
         return {
             "accuracy": right / count,
             "low": low,
@@ -130,8 +170,11 @@ class TextEvaluator(Evaluator):
             "chance": sum(1 / len(record["choices"]) for record in records) / count,
         }
 
-    def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
-        """Returns answers to some items; of multiple choice also ``right``, a bool for every item."""
+    def samples(
+        self, params: Any, lora: Any | None, records: Sequence[ItemRecord]
+    ) -> dict[str, Any]:
+        """Returns answers to some items; of multiple choice also ``right``, a bool for every
+        item."""
         if self.choices:
             samples = [
                 {
@@ -142,17 +185,28 @@ class TextEvaluator(Evaluator):
                 }
                 for record in records[:_CHOICES]
             ]
-            return {"samples": samples, "right": [record["correct"] for record in records]}
+            return {
+                "samples": samples,
+                "right": [record["correct"] for record in records],
+            }
         if self._answers is None:
             return {}
-        sampled, pixels, image = self.completions[:SAMPLES], self._pixels, self._image
+        sampled = self.completions[:SAMPLES]
+        pixels = self._pixels
+        image = self._image
         images = [pixels[id(item)] for item in sampled] if pixels else None
-        answers = self._answers(variables_of(params, lora), [item.prompt_ids for item in sampled], images)
+        answers = self._answers(
+            variables_of(params, lora), [item.prompt_ids for item in sampled], images
+        )
         return {
             "samples": [
                 {
-                    "prompt": item.prompt.replace(image, "[image]") if image else item.prompt,
-                    "turns": [{"role": role, "text": text} for role, text in item.turns],
+                    "prompt": item.prompt.replace(image, "[image]")
+                    if image
+                    else item.prompt,
+                    "turns": [
+                        {"role": role, "text": text} for role, text in item.turns
+                    ],
                     "answer": answer.text.strip(),
                     "cut": answer.reason == "length",
                     "expected": item.completion.strip(),
@@ -164,9 +218,12 @@ class TextEvaluator(Evaluator):
     def _scores(self, variables: Mapping[str, Any]) -> list[list[Score]]:
         """Returns the scores of every item's choices, or of its completion alone."""
         groups, fits = (
-            list(map(_pairs, items)) for items in (self.choices or self.completions, self._fitting)
+            list(map(_pairs, items))
+            for items in (self.choices or self.completions, self._fitting)
         )
-        return score_groups(self._model, variables, groups, fitting=fits, mesh=self._mesh)
+        return score_groups(
+            self._model, variables, groups, fitting=fits, mesh=self._mesh
+        )
 
 
 def _pairs(item: Any) -> list[Pair]:

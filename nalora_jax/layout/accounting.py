@@ -32,8 +32,12 @@ BETWEEN = " between slices"  # suffix of the kind of a collective between slices
 # "fusion-start" runs overlapped with later instructions, until its "fusion-done".
 _FUSIONS = ("fusion", "fusion-start")
 # Custom calls that are not kernels: markers of the TPU compiler.
-_MARKS = re.compile(r'custom_call_target="(AsyncCollective\w+|PrepareAsyncCall\w+|AllocateBuffer)"')
-_VIEWS = re.compile("AllocateBuffer|ConcatBitcast")  # custom calls without memory traffic
+_MARKS = re.compile(
+    r'custom_call_target="(AsyncCollective\w+|PrepareAsyncCall\w+|AllocateBuffer)"'
+)
+_VIEWS = re.compile(
+    "AllocateBuffer|ConcatBitcast"
+)  # custom calls without memory traffic
 _COUNTERS = ("s32", "s64", "u32")  # dtypes of loop counters
 # Instructions that run other computations in sequence.
 _BLOCKS = ("while", "conditional", "call")
@@ -112,7 +116,9 @@ class Program:
             computation, times = pending.pop()
             counts[computation.name] += times
             for instruction in computation.instructions.values():
-                inside = times * (_trips(instruction) if instruction.opcode == "while" else 1)
+                inside = times * (
+                    _trips(instruction) if instruction.opcode == "while" else 1
+                )
                 for called in instruction.calls:
                     if instruction.opcode != "conditional" or not _is_uneven(called):
                         pending.append((called, inside))
@@ -122,14 +128,21 @@ class Program:
     def executed(self) -> tuple[tuple[Instruction, float], ...]:
         """All executed instructions, each with the number of its executions."""
         every = ((c, self.times[c.name]) for c in self.computations.values())
-        return tuple((i, times) for c, times in every if times for i in c.instructions.values())
+        return tuple(
+            (i, times) for c, times in every if times for i in c.instructions.values()
+        )
 
     @cached_property
     def scheduled(self) -> tuple[tuple[Instruction, float], ...]:
-        """The part of `executed` in computations that run in sequence: the entry, bodies of loops, branches."""
-        instructions = (i for c in self.computations.values() for i in c.instructions.values())
+        """The part of `executed` in computations that run in sequence: the entry, bodies of loops,
+        branches."""
+        instructions = (
+            i for c in self.computations.values() for i in c.instructions.values()
+        )
         fused = {inner.name for i in instructions for inner in _inner(i)}
-        return tuple((i, times) for i, times in self.executed if i.holder.name not in fused)
+        return tuple(
+            (i, times) for i, times in self.executed if i.holder.name not in fused
+        )
 
     @cached_property
     def flops(self) -> float:
@@ -141,7 +154,9 @@ class Program:
         """Executions of each kernel that XLA did not generate, by its name."""
         calls: dict[str, float] = {}
         for instruction, times in self.executed:
-            if instruction.opcode == "custom-call" and not _MARKS.search(instruction.attributes):
+            if instruction.opcode == "custom-call" and not _MARKS.search(
+                instruction.attributes
+            ):
                 name = kernel_name(instruction)
                 calls[name] = calls.get(name, 0.0) + times
         return calls
@@ -153,7 +168,8 @@ class Program:
 
     @cached_property
     def transfers(self) -> tuple[Transfer, ...]:
-        """All transfers between device and host, for offloaded activations, in the order of the text."""
+        """All transfers between device and host, for offloaded activations, in the order of the
+        text."""
         return tuple(
             Transfer(i.to_host, i.host_bytes, times, _is_overlapped([i]))
             for i, times in self.scheduled
@@ -177,13 +193,21 @@ class Program:
         while pending:
             if (computation := pending.pop()).name not in inside:
                 inside.add(computation.name)
-                pending += [called for i in computation.instructions.values() for called in i.calls]
+                pending += [
+                    called
+                    for i in computation.instructions.values()
+                    for called in i.calls
+                ]
 
         def belongs(instruction: Instruction) -> bool:
-            return instruction.holder.name in inside or bool(name.search(instruction.attributes))
+            return instruction.holder.name in inside or bool(
+                name.search(instruction.attributes)
+            )
 
         flops = sum(times * flops_of(i) for i, times in self.executed if belongs(i))
-        return Work(flops, sum(times * bytes_of(i) for i, times in self.scheduled if belongs(i)))
+        return Work(
+            flops, sum(times * bytes_of(i) for i, times in self.scheduled if belongs(i))
+        )
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
@@ -207,18 +231,24 @@ class Program:
                     devices = group_size(instruction.attributes)
                     overlapped = _is_overlapped([caller for caller, _ in parts])
                     moved = received(kind, instruction, devices)
-                    collectives.append(Collective(kind, moved, devices, self.times[name], overlapped))
+                    collectives.append(
+                        Collective(kind, moved, devices, self.times[name], overlapped)
+                    )
             collectives += [
                 _between(instruction, self.times[name])
                 for instruction in holder.instructions.values()
-                if instruction.opcode == "send" and "megascale" in instruction.attributes
+                if instruction.opcode == "send"
+                and "megascale" in instruction.attributes
             ]
         return tuple(collectives)
 
 
 def _is_uneven(branch: Computation) -> bool:
     """Returns True for a branch that even routing does not take."""
-    return any(f"/{UNEVEN}/" in instruction.attributes for instruction in branch.instructions.values())
+    return any(
+        f"/{UNEVEN}/" in instruction.attributes
+        for instruction in branch.instructions.values()
+    )
 
 
 def _trips(loop: Instruction) -> int:
@@ -227,13 +257,21 @@ def _trips(loop: Instruction) -> int:
     if trip_count:
         return int(trip_count.group(1))
     condition = re.findall(r"condition=%?([\w.\-]+)", loop.attributes)[:1]
-    pending = [computation for computation in loop.calls if computation.name in condition]
+    pending = [
+        computation for computation in loop.calls if computation.name in condition
+    ]
     limits: list[int] = []
     while pending:
         for instruction in pending.pop().instructions.values():
             pending += instruction.calls
-            if instruction.opcode == "constant" and instruction.shapes[0].dtype in _COUNTERS:
-                limits += [int(value) for value in re.findall(r"^(-?\d+)\)", instruction.attributes)]
+            if (
+                instruction.opcode == "constant"
+                and instruction.shapes[0].dtype in _COUNTERS
+            ):
+                limits += [
+                    int(value)
+                    for value in re.findall(r"^(-?\d+)\)", instruction.attributes)
+                ]
     return max([limit for limit in limits if limit > 0], default=1) - first_count(loop)
 
 
@@ -254,7 +292,8 @@ def _inside(instruction: Instruction) -> Iterator[Instruction]:
 
 
 def _parts(holder: Computation) -> dict[str, list[tuple[Instruction, Instruction]]]:
-    """Returns the parts of each collective of a scheduled computation: the scheduled instruction, the collective.
+    """Returns the parts of each collective of a scheduled computation: the scheduled instruction,
+    the collective.
 
     The TPU compiler splits a collective into parts that share its channel and its chain. All
     collectives of `jax.shard_map` share a channel.
@@ -263,7 +302,9 @@ def _parts(holder: Computation) -> dict[str, list[tuple[Instruction, Instruction
     for caller in holder.instructions.values():
         for instruction in _inside(caller):
             if instruction.opcode.removesuffix("-start") in COLLECTIVES:
-                names = re.findall(r'(?:channel_id=|chain_id=")\d+', instruction.attributes)
+                names = re.findall(
+                    r'(?:channel_id=|chain_id=")\d+', instruction.attributes
+                )
                 in_parts = names and instruction is not caller
                 key = " ".join(names) if in_parts else instruction.name
                 parts.setdefault(key, []).append((caller, instruction))
@@ -278,24 +319,41 @@ def _between(send: Instruction, times: float) -> Collective:
     kinds = re.findall(r'megascale_transfer_type="(\w+)"', send.attributes)
     name = re.search(r'transfer_rendezvous="[^"]*"', send.attributes)
     every = list(send.holder.instructions.values())
-    back = [i for i in every if i.opcode == "recv" and name is not None and name[0] in i.attributes]
-    ends = [every.index(user) for i in back for user in i.users if user.opcode == "recv-done"]
+    back = [
+        i
+        for i in every
+        if i.opcode == "recv" and name is not None and name[0] in i.attributes
+    ]
+    ends = [
+        every.index(user)
+        for i in back
+        for user in i.users
+        if user.opcode == "recv-done"
+    ]
     return Collective(
         next(iter(kinds), "transfer").lower().replace("_", "-") + BETWEEN,
         sum(i.shapes[0].size for i in back),
         0,
         times,
-        any(_multiplies(i) for i in every[every.index(send) + 1 : max(ends, default=0)]),
+        any(
+            _multiplies(i) for i in every[every.index(send) + 1 : max(ends, default=0)]
+        ),
     )
 
 
 def _is_overlapped(callers: list[Instruction]) -> bool:
     """Returns True if matmuls are scheduled between a collective's start and its end."""
-    begun, every = callers[0], list(callers[0].holder.instructions.values())
+    begun = callers[0]
+    every = list(callers[0].holder.instructions.values())
     if begun.opcode.endswith("-start"):
         # Starting with libtpu 0.0.50, a SparseCore starts at the update that passes it the operand.
-        update = next((user for user in begun.users if user.opcode.endswith("-update")), begun)
-        callers = [update, *(user for user in update.users if user.opcode.endswith("-done"))]
+        update = next(
+            (user for user in begun.users if user.opcode.endswith("-update")), begun
+        )
+        callers = [
+            update,
+            *(user for user in update.users if user.opcode.endswith("-done")),
+        ]
     places = [every.index(caller) for caller in callers]
     return any(map(_multiplies, every[min(places) + 1 : max(places)]))
 
@@ -305,8 +363,15 @@ def _multiplies(instruction: Instruction) -> bool:
     if instruction.opcode in ("convolution", "dot"):
         return True
     if instruction.opcode == "custom-call":
-        return not _MARKS.search(instruction.attributes) and "Bitcast" not in instruction.attributes
-    return any(_multiplies(i) for called in _inner(instruction) for i in called.instructions.values())
+        return (
+            not _MARKS.search(instruction.attributes)
+            and "Bitcast" not in instruction.attributes
+        )
+    return any(
+        _multiplies(i)
+        for called in _inner(instruction)
+        for i in called.instructions.values()
+    )
 
 
 # ---------------------------------------------------------------- bytes
@@ -317,15 +382,24 @@ def bytes_of(instruction: Instruction) -> float:
     opcode = instruction.opcode
     if host_bytes := instruction.host_bytes:
         return host_bytes
-    if opcode in _FREE or opcode.endswith("-done") or _VIEWS.search(instruction.attributes):
+    if (
+        opcode in _FREE
+        or opcode.endswith("-done")
+        or _VIEWS.search(instruction.attributes)
+    ):
         return 0.0
     if opcode in _FUSIONS and instruction.calls:
         inner = instruction.calls[0]
-        read = sum(min(x.in_hbm, _read(inner, index)) for index, x in enumerate(instruction.inputs))
+        read = sum(
+            min(x.in_hbm, _read(inner, index))
+            for index, x in enumerate(instruction.inputs)
+        )
         return read + min(instruction.in_hbm, _written_by(inner.root))
     read = sum(_used(instruction, index) for index in range(len(instruction.inputs)))
     if opcode.endswith("-start"):  # its result lists the operand again
-        return read + sum(shape.size for shape in instruction.shapes[1:2] if shape.space == 0)
+        return read + sum(
+            shape.size for shape in instruction.shapes[1:2] if shape.space == 0
+        )
     if opcode == "dynamic-update-slice":
         return read + instruction.inputs[1].size
     return read + instruction.in_hbm
@@ -333,7 +407,8 @@ def bytes_of(instruction: Instruction) -> float:
 
 def _used(instruction: Instruction, index: int) -> float:
     """Returns the bytes that an instruction reads of an operand."""
-    held, shapes = instruction.inputs[index].in_hbm, instruction.shapes
+    held = instruction.inputs[index].in_hbm
+    shapes = instruction.shapes
     if index == 0 and instruction.opcode in ("dynamic-slice", "slice", "gather"):
         return min(held, shapes[-1].size)
     if index == 0 and instruction.opcode == "slice-start":
@@ -355,16 +430,26 @@ def _read_of(source: Instruction) -> float:
         if user.opcode == "bitcast" and not user.is_root:
             total += _read_of(user)
         elif user.opcode in _ELEMENTWISE and not user.is_root:  # only for used elements
-            total += _read_of(user) * source.shapes[0].size / max(user.shapes[0].size, 1.0)
-        elif user.opcode in ("dynamic-slice", "slice", "gather") and user.inputs[0] is source:
+            total += (
+                _read_of(user) * source.shapes[0].size / max(user.shapes[0].size, 1.0)
+            )
+        elif (
+            user.opcode in ("dynamic-slice", "slice", "gather")
+            and user.inputs[0] is source
+        ):
             # The slice may be used only in part, like the array itself: rows of rows.
             total += user.size if user.is_root else min(user.size, _read_of(user))
         elif user.opcode == "fusion" and user.calls and not _hands_on(user, source):
             inner = user.calls[0]
-            for index in (i for i, operand in enumerate(user.inputs) if operand is source):
+            for index in (
+                i for i, operand in enumerate(user.inputs) if operand is source
+            ):
                 total += _read(inner, index)
-                # If a nested fusion only changes the shape, the reads of its users are counted, too.
-                if not user.is_root and inner.root.without_bitcasts is inner.parameter(index):
+                # If a nested fusion only changes the shape, the reads of its users are counted,
+                # too.
+                if not user.is_root and inner.root.without_bitcasts is inner.parameter(
+                    index
+                ):
                     total += _read_of(user)
         elif not _hands_on(user, source):
             return math.inf
@@ -389,7 +474,11 @@ def _written_by(result: Instruction) -> float:
     if result.opcode == "bitcast":
         return _written_by(result.inputs[0])
     if result.opcode == "tuple":
-        return sum(_written_by(output) for output in result.inputs if output.shapes[0].space == 0)
+        return sum(
+            _written_by(output)
+            for output in result.inputs
+            if output.shapes[0].space == 0
+        )
     if result.opcode == "parameter" or result.is_continued:  # returned in place
         return 0.0
     # The gathered array, without the operand, which is returned in place.

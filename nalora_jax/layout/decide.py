@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 
 SLOWER = 1.3  # largest accepted ratio of compiled to estimated seconds
 MOST = 4  # largest number of layouts to compile
-_EXHAUSTED = 1.1  # of the limit: assumed memory of a program that was rejected without a figure
+_EXHAUSTED = (
+    1.1  # of the limit: assumed memory of a program that was rejected without a figure
+)
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,22 @@ def _next(candidates: Sequence[Layout], limit: float, tried: Tried) -> Layout | 
     def memory(layout: Layout) -> float:
         """Returns estimated bytes times the largest ratio of compiled to estimated bytes so far."""
         known = ((other, result) for other, result in tried if result is not FAILED)
-        ratios = ((result.memory or _EXHAUSTED * limit) / other.memory for other, result in known)
+        ratios = (
+            (result.memory or _EXHAUSTED * limit) / other.memory
+            for other, result in known
+        )
         return layout.memory * max((1.0, *ratios))
 
     def seconds(layout: Layout) -> float:
         """Returns estimated seconds times the largest such ratio of seconds of the same mesh."""
-        same = ((other, result) for other, result in tried if other.mesh == layout.mesh and result.memory)
-        return layout.seconds * max((result.seconds / other.seconds for other, result in same), default=1.0)
+        same = (
+            (other, result)
+            for other, result in tried
+            if other.mesh == layout.mesh and result.memory
+        )
+        return layout.seconds * max(
+            (result.seconds / other.seconds for other, result in same), default=1.0
+        )
 
     best = min((result.seconds for _, result in tried if result.fits), default=math.inf)
     failed = [other.mesh for other, result in tried if result is FAILED]
@@ -86,7 +97,9 @@ def _next(candidates: Sequence[Layout], limit: float, tried: Tried) -> Layout | 
         for layout in candidates
         if layout.mesh not in failed and all(layout is not other for other, _ in tried)
     ]
-    fitting = [layout for layout in left if memory(layout) <= limit and seconds(layout) < best]
+    fitting = [
+        layout for layout in left if memory(layout) <= limit and seconds(layout) < best
+    ]
     if fitting:
         return fastest(fitting, seconds)
     if best == math.inf:
@@ -108,8 +121,8 @@ def decide(
     Args:
       candidates: layouts that are estimated to fit.
       limit: bytes of a chip's memory that a program may use.
-      compiled: compiles the step of a layout; may raise that the compiler or a device ran out of memory, or
-        an internal error of the compiler, which excludes the layout's mesh.
+      compiled: compiles the step of a layout; may raise that the compiler or a device ran out of
+        memory, or an internal error of the compiler, which excludes the layout's mesh.
       must_fit: if False, a program that does not fit is enough.
 
     Raises:
@@ -126,7 +139,9 @@ def decide(
             elif str(error).startswith("INTERNAL") and "while compiling" in str(error):
                 log.warning("mesh: %s: %s", layout.short, str(error).splitlines()[0])
                 tried.append((layout, FAILED))
-                if _next(candidates, limit, tried) is None and all(result is FAILED for _, result in tried):
+                if _next(candidates, limit, tried) is None and all(
+                    result is FAILED for _, result in tried
+                ):
                     raise
             else:
                 raise
@@ -145,7 +160,9 @@ def decide(
             found="; ".join(f"{layout.short} ({result})" for layout, result in tried),
             remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
         )
-    others = [f"{other.short} ({program})" for other, program in tried if other is not layout]
+    others = [
+        f"{other.short} ({program})" for other, program in tried if other is not layout
+    ]
     if others:
         log.info("mesh: %s (%s) instead of %s", layout.short, result, "; ".join(others))
     return layout, result, tried

@@ -1,4 +1,5 @@
-"""The mesh of a run and its global batches: axes "data", "fsdp", "context", "tensor" over all processes' devices.
+"""The mesh of a run and its global batches: axes "data", "fsdp", "context", "tensor" over all
+processes' devices.
 
 A mesh has the axis "context" only if it splits the tokens of rows (`nalora_jax.ops.split_rows`). A
 sweep's mesh has an outermost axis "run": its groups of devices train different adapters.
@@ -52,7 +53,9 @@ def platform_of(mesh: Mesh | None = None) -> Platform:
     """Returns the platform of a mesh; by default of this process's devices."""
     devices = jax.devices() if mesh is None else list(mesh.devices.flat)
     tensor = 1 if mesh is None else int(mesh.shape.get("tensor", 1))
-    return Platform(platform_name(devices[0]), kind_of(devices[0]), len(devices), tensor)
+    return Platform(
+        platform_name(devices[0]), kind_of(devices[0]), len(devices), tensor
+    )
 
 
 def platform_of_step(mesh: Mesh) -> Platform:
@@ -69,11 +72,13 @@ def platform_of_step(mesh: Mesh) -> Platform:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the run's mesh over ``devices`` (default: all devices of all processes).
 
-    Neighbours on an axis are neighbours on a TPU's torus; an axis takes part of a torus dimension if the sizes require
-    it. On GPUs the axis "tensor" stays within a node as long as its size divides the node's. Open axes (0) get the
-    simplest sizes that work, all devices on "data" and one on the others; a run asks `nalora_jax.layout.layouts` first.
-    TPU slices, joined by a data-centre network, split the axis "data" and no other: only gradients of the adapters
-    travel between them. Axis types are Auto; JAX's default may be Explicit, which these programs do not support.
+    Neighbours on an axis are neighbours on a TPU's torus; an axis takes part of a torus dimension
+    if the sizes require it. On GPUs the axis "tensor" stays within a node as long as its size
+    divides the node's. Open axes (0) get the simplest sizes that work, all devices on "data" and
+    one on the others; a run asks `nalora_jax.layout.layouts` first. TPU slices, joined by a
+    data-centre network, split the axis "data" and no other: only gradients of the adapters travel
+    between them. Axis types are Auto; JAX's default may be Explicit, which these programs do not
+    support.
 
     With ``config.run`` above 1 the other axes describe one group of devices.
 
@@ -90,7 +95,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     axes: tuple[str, ...] = tuple(sizes)
     grid = _placed(available, (groups * data, *inner_sizes))
     if groups > 1:
-        grid, axes = grid.reshape(groups, data, *inner_sizes), (RUN, *axes)
+        grid = grid.reshape(groups, data, *inner_sizes)
+        axes = (RUN, *axes)
     return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
@@ -106,16 +112,22 @@ def _placed(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
         grid[:] = [device for group in groups for device in group]
         return grid.reshape(sizes)
     if len(groups) == 1:
-        return mesh_utils.create_device_mesh(sizes, available, allow_split_physical_axes=True)
+        return mesh_utils.create_device_mesh(
+            sizes, available, allow_split_physical_axes=True
+        )
     data, *inner_sizes = sizes
     per_slice = (data // len(groups), *inner_sizes)
     return mesh_utils.create_hybrid_device_mesh(
-        per_slice, (len(groups), *[1] * len(inner_sizes)), available, allow_split_physical_axes=True
+        per_slice,
+        (len(groups), *[1] * len(inner_sizes)),
+        available,
+        allow_split_physical_axes=True,
     )
 
 
 def smallest_mesh(config: MeshConfig) -> Mesh:
-    """Returns the mesh over the devices that its axes need: all if "data" is open or an axis is -1."""
+    """Returns the mesh over the devices that its axes need: all if "data" is open or an axis is
+    -1."""
     sizes = [int(getattr(config, name)) for name in AXES]
     required = None
     if min(sizes) >= 0 and config.data > 0:
@@ -133,10 +145,11 @@ def unless_single(mesh: Mesh) -> Mesh | None:
 def axis_sizes(
     config: MeshConfig, n_devices: int, slices: int, *, keep_open: bool = False
 ) -> dict[str, int]:
-    """Returns the axes' sizes within a group of "run", -1 replaced by what remains of ``n_devices``.
+    """Returns the axes' sizes within a group of "run", -1 replaced by what remains of
+    ``n_devices``.
 
-    Without an axis of -1, "data" takes what remains if it is open (0), and other open axes are 1; or they
-    stay 0 if ``keep_open``, except "context" next to sized axes.
+    Without an axis of -1, "data" takes what remains if it is open (0), and other open axes are 1;
+    or they stay 0 if ``keep_open``, except "context" next to sized axes.
 
     Raises:
       NaloraError: see `make_mesh`.
@@ -144,7 +157,9 @@ def axis_sizes(
     groups = max(config.run, 1)
     if n_devices % groups:
         fits = [n for n in range(1, n_devices + 1) if n_devices % n == 0]
-        expected = f"a divisor of the {n_devices} device(s): {', '.join(map(str, fits))}"
+        expected = (
+            f"a divisor of the {n_devices} device(s): {', '.join(map(str, fits))}"
+        )
         raise NaloraError("--mesh.run", expected=expected, found=groups)
     n_devices //= groups
     sizes = {name: int(getattr(config, name)) for name in AXES}
@@ -154,21 +169,29 @@ def axis_sizes(
         sizes = {name: size or 1 for name, size in sizes.items()}
     elif min(size for name, size in sizes.items() if name != CONTEXT) > 0:
         sizes[CONTEXT] = sizes[CONTEXT] or 1
-    axes, free = shown_axes(sizes), [name for name, size in sizes.items() if size == -1]
+    axes = shown_axes(sizes)
+    free = [name for name, size in sizes.items() if size == -1]
     if any(size < -1 for size in sizes.values()):
         raise NaloraError(
-            "--mesh", expected="axis sizes of 1 or more, 0 (chosen), or -1 (what is left)", found=axes
+            "--mesh",
+            expected="axis sizes of 1 or more, 0 (chosen), or -1 (what is left)",
+            found=axes,
         )
     if len(free) > 1:
         raise NaloraError(
-            "--mesh", expected="at most one axis of -1", found=axes, remedy="give the others a size"
+            "--mesh",
+            expected="at most one axis of -1",
+            found=axes,
+            remedy="give the others a size",
         )
     fixed = math.prod(size for size in sizes.values() if size > 0)
     is_open = min(sizes.values()) < 1
     if n_devices % fixed or (not is_open and fixed != n_devices):
-        relation, remedy = "equals", "set one axis to -1 to take what is left"
+        relation = "equals"
+        remedy = "set one axis to -1 to take what is left"
         if is_open:
-            relation, remedy = "divides", "change the sizes of the other axes"
+            relation = "divides"
+            remedy = "change the sizes of the other axes"
         raise NaloraError(
             "--mesh",
             expected=f"a product that {relation} the {n_devices} device(s)",
@@ -190,7 +213,9 @@ def axis_sizes(
 def shown_axes(sizes: Mapping[str, int]) -> str:
     """Returns the axes with a size, e.g. ``data 2 x fsdp 4 x tensor 1``; "context" only above 1."""
     return " x ".join(
-        f"{name} {size}" for name, size in sizes.items() if size and (name, size) != (CONTEXT, 1)
+        f"{name} {size}"
+        for name, size in sizes.items()
+        if size and (name, size) != (CONTEXT, 1)
     )
 
 
@@ -234,7 +259,11 @@ def check_heads(tensor: int, *, n_heads: int, n_kv_heads: int) -> None:
       NaloraError: ``tensor`` does not divide the query heads or the key/value heads.
     """
     if n_heads % tensor or n_kv_heads % tensor:
-        fits = [n for n in range(1, n_kv_heads + 1) if n_heads % n == 0 and n_kv_heads % n == 0]
+        fits = [
+            n
+            for n in range(1, n_kv_heads + 1)
+            if n_heads % n == 0 and n_kv_heads % n == 0
+        ]
         raise NaloraError(
             "--mesh.tensor",
             expected=f"a divisor of the model's {n_heads} query heads and {n_kv_heads} key/value heads",
@@ -260,13 +289,16 @@ def rows_of_processes(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
     data, fsdp = (mesh.shape[axis] for axis in BATCH_AXES)
     groups = mesh.shape.get(RUN, 1)
     # [run, data, fsdp, others] -> [data, fsdp, others x run]: a process reads one set of rows.
-    processes = np.moveaxis(processes.reshape(groups, data, fsdp, -1), 0, -1).reshape(data, fsdp, -1)
+    processes = np.moveaxis(processes.reshape(groups, data, fsdp, -1), 0, -1).reshape(
+        data, fsdp, -1
+    )
     _check_rows(rows, data * fsdp)
     # [data x fsdp, rows of one part]: parts of a batch are in the order of the axes that split it.
     parts = np.arange(rows).reshape(data * fsdp, -1)
     of_part = processes.reshape(data * fsdp, -1)
     return {
-        int(process): parts[(of_part == process).any(axis=1)].ravel() for process in np.unique(processes)
+        int(process): parts[(of_part == process).any(axis=1)].ravel()
+        for process in np.unique(processes)
     }
 
 
@@ -289,8 +321,9 @@ def make_global_batch(
 
     Args:
       batch: numpy arrays whose axis ``rows_axis`` has the rows of `process_rows`, in that order.
-      rows_axis: 0 for ``[rows, seq]``, 1 for micro-batches ``[accumulate, rows, seq]``, 2 for a sweep's
-        ``[runs, accumulate, rows, seq]``, whose first axis is split over the mesh's axis "run".
+      rows_axis: 0 for ``[rows, seq]``, 1 for micro-batches ``[accumulate, rows, seq]``, 2 for a
+        sweep's ``[runs, accumulate, rows, seq]``, whose first axis is split over the mesh's axis
+        "run".
 
     Raises:
       NaloraError: the rows cannot be split evenly.
@@ -313,7 +346,13 @@ def make_global_batch(
             # A device's rows are contiguous in the global batch, and so in this process's rows.
             start, stop, _ = index[rows_axis].indices(rows)
             first = int(np.searchsorted(held, start))
-            return value[(*index[:rows_axis], slice(first, first + stop - start), *index[rows_axis + 1 :])]
+            return value[
+                (
+                    *index[:rows_axis],
+                    slice(first, first + stop - start),
+                    *index[rows_axis + 1 :],
+                )
+            ]
 
         return jax.make_array_from_callback(shape, sharding, shard)
 
@@ -323,7 +362,8 @@ def make_global_batch(
 def global_batches(
     batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields the global arrays of micro-batches ``[accumulate, rows, ...]``; see `make_global_batch`."""
+    """Yields the global arrays of micro-batches ``[accumulate, rows, ...]``; see
+    `make_global_batch`."""
     for batch in batches:
         yield make_global_batch(batch, mesh, rows_axis=1)
 
@@ -355,13 +395,16 @@ _WHOLE_KERNELS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 # Overlap gathers of kernels with matmuls: without these options, v5e's compiler overlaps only some
 # of them. On other TPUs, libtpu rejects the first option starting at version 0.0.50, because of
 # wrong results and hangs.
-_V5E = _WHOLE_KERNELS | {
-    "xla_tpu_enable_async_collective_fusion": "true",  # fuse steps of a collective into matmuls
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",  # also of gathers
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",  # over several matmuls
-    "xla_tpu_overlap_compute_collective_tc": "true",  # on the same core
-    "xla_enable_async_all_gather": "true",
-}
+_V5E = (
+    _WHOLE_KERNELS
+    | {
+        "xla_tpu_enable_async_collective_fusion": "true",  # fuse steps of a collective into matmuls
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",  # also of gathers
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",  # over several matmuls
+        "xla_tpu_overlap_compute_collective_tc": "true",  # on the same core
+        "xla_enable_async_all_gather": "true",
+    }
+)
 # The same on v5p and v6e, whose SparseCores gather while the TensorCore computes.
 _SPARSE_CORES = (
     _WHOLE_KERNELS
@@ -394,11 +437,14 @@ _PIPELINED: dict[str, Any] = {
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:
     """Returns the ``compiler_options`` of `jax.jit` for a step on ``mesh``."""
-    device, gathers = mesh.devices.flat[0], any(mesh.shape.get(axis, 1) > 1 for axis in WEIGHT_AXES)
+    device = mesh.devices.flat[0]
+    gathers = any(mesh.shape.get(axis, 1) > 1 for axis in WEIGHT_AXES)
     if platform_name(device) == "gpu":
         if not gathers:
             return dict(_GPU_ALWAYS)
-        pipelined = {name: value for name, value in _PIPELINED.items() if _is_known(name, value)}
+        pipelined = {
+            name: value for name, value in _PIPELINED.items() if _is_known(name, value)
+        }
         return _GPU_ALWAYS | _GPU | pipelined
     if platform_name(device) != "tpu" or not gathers:
         return {}
@@ -418,7 +464,8 @@ def _is_known(name: str, value: Any) -> bool:
 
 
 def prompt_shards(mesh: Mesh | None) -> int:
-    """Returns the number of parts into which the mesh splits a batch of evaluation or generation."""
+    """Returns the number of parts into which the mesh splits a batch of evaluation or
+    generation."""
     if mesh is None:
         return 1
     return math.prod(mesh.shape[axis] for axis in _batch_axes(mesh))

@@ -24,7 +24,13 @@ from nalora_jax.common.imports import installed_version
 from nalora_jax.config import RunConfig
 from nalora_jax.config.structured import structured
 from nalora_jax.layout.accounting import Collective, Program, Transfer, Work
-from nalora_jax.layout.estimates import attending, causal_flops, decoder_alone, splash_flops, useful_flops
+from nalora_jax.layout.estimates import (
+    attending,
+    causal_flops,
+    decoder_alone,
+    splash_flops,
+    useful_flops,
+)
 from nalora_jax.layout.machines import Chip, Topology
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.ops import attention_gpu
@@ -32,7 +38,9 @@ from nalora_jax.ops.delta_rule import SCOPE as DELTA_RULE
 
 log = logging.getLogger(__name__)
 SCOPES = (DELTA_RULE,)  # of which `nalora plan` prints a roofline
-_ACCOUNTING = "21"  # version of the accounting; cached figures of other versions are ignored
+_ACCOUNTING = (
+    "21"  # version of the accounting; cached figures of other versions are ignored
+)
 
 # Matmuls of attention kernels on GPUs, in one layer. The backward pass recomputes the scores;
 # Triton's does so twice. cuDNN's tiles are assumed to be as large as Triton's; it skips blocks by
@@ -59,7 +67,9 @@ class Figures:
     host: float = 0.0  # bytes of the host's memory
     transfers: tuple[Transfer, ...] = ()  # between the host's and the device's memory
     scopes: dict[str, Work] = field(default_factory=dict)  # by name
-    inputs: tuple[str, ...] = ()  # shardings of the arguments' arrays, as compiled; "None" of unused ones
+    inputs: tuple[
+        str, ...
+    ] = ()  # shardings of the arguments' arrays, as compiled; "None" of unused ones
 
     @property
     def memory(self) -> float:
@@ -77,10 +87,14 @@ class Figures:
           overlapped: count only collectives that matmuls do (True) or do not (False) hide; None:
             all.
         """
-        return sum(c.total for c in self.collectives if overlapped in (None, c.overlapped))
+        return sum(
+            c.total for c in self.collectives if overlapped in (None, c.overlapped)
+        )
 
 
-def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None) -> Figures:
+def figures(
+    step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None
+) -> Figures:
     """Returns the figures of ``step`` for shapes of its arguments, from the cache or the compiler.
 
     A damaged file of the cache is replaced.
@@ -94,7 +108,9 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
     device = jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0]
     versions = [f"{name} {installed_version(name)}" for name in ("jaxlib", "libtpu")]
     text = "\n".join([_ACCOUNTING, lowered.as_text(), kind_of(device), *versions])
-    text += repr(sorted((lowered._lowering.compile_args or {}).get("compiler_options_kvs", ())))
+    text += repr(
+        sorted((lowered._lowering.compile_args or {}).get("compiler_options_kvs", ()))
+    )
     digest = digest_of(text)
     file = (cache or downloads.cache_dir()) / "plans" / f"{digest[:32]}.json"
     if file.exists():
@@ -113,13 +129,17 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
 
 def of_compiled(compiled: Any) -> Figures:
     """Returns the figures of a ``jax.stages.Compiled``."""
-    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
-    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    program = Program(compiled.as_text())
+    arguments = memory.argument_size_in_bytes
+    temporary = memory.temp_size_in_bytes
     if memory.peak_memory_in_bytes:
         # libtpu 0.0.42 adds up temporary arrays of which some are never live together.
         temporary = min(temporary, memory.peak_memory_in_bytes - arguments)
     scopes = {scope: program.work_of(scope) for scope in SCOPES}
-    inputs = jax.tree.leaves(compiled.input_shardings, is_leaf=lambda sharding: sharding is None)
+    inputs = jax.tree.leaves(
+        compiled.input_shardings, is_leaf=lambda sharding: sharding is None
+    )
     return Figures(
         arguments,
         temporary,
@@ -150,7 +170,11 @@ class Roofline:
     @property
     def seconds(self) -> float:
         """The lower bound of the step's time."""
-        return max(self.matrix, self.hbm, self.hidden, self.host) + self.exposed + self.host_exposed
+        return (
+            max(self.matrix, self.hbm, self.hidden, self.host)
+            + self.exposed
+            + self.host_exposed
+        )
 
     @property
     def mfu(self) -> float:
@@ -159,28 +183,44 @@ class Roofline:
 
 
 def kernel_flops(
-    program: Figures, base: ModelConfig, rows: float, seq: int, n_tensor: int, accumulate: int = 1
+    program: Figures,
+    base: ModelConfig,
+    rows: float,
+    seq: int,
+    n_tensor: int,
+    accumulate: int = 1,
 ) -> float:
     """Returns the flops of attention kernels in a step, which XLA does not count."""
     calls = program.custom_calls
     if any(name in calls for name in _ON_GPUS):
         layers = sum(config.n_layers for config in attending(base))
-        products = sum(count * calls.get(name, 0.0) for name, count in _ON_GPUS.items()) / layers
+        products = (
+            sum(count * calls.get(name, 0.0) for name, count in _ON_GPUS.items())
+            / layers
+        )
         return rows / accumulate * causal_flops(base, seq, products) / n_tensor
     forward, backward = (
-        sum(times for name, times in calls.items() if "splash" in name and f"_{direction}" in name)
+        sum(
+            times
+            for name, times in calls.items()
+            if "splash" in name and f"_{direction}" in name
+        )
         for direction in ("fwd", "dkv")
     )
     if not forward:
         return 0.0
     # Every window is a branch, and each layer runs one of them.
-    windows = sum(len(set(config.layer_windows)) * config.n_layers for config in attending(base))
+    windows = sum(
+        len(set(config.layer_windows)) * config.n_layers for config in attending(base)
+    )
     layers = accumulate * windows
     each = splash_flops(base, seq, forward=forward / layers, backward=backward / layers)
     return rows * each / n_tensor
 
 
-def roofline(program: Figures, config: RunConfig, base: ModelConfig, where: Topology) -> Roofline:
+def roofline(
+    program: Figures, config: RunConfig, base: ModelConfig, where: Topology
+) -> Roofline:
     """Returns the bound of a compiled training step.
 
     Args:
@@ -190,24 +230,35 @@ def roofline(program: Figures, config: RunConfig, base: ModelConfig, where: Topo
       where: the machine.
     """
     base, spec = decoder_alone(config, base)
-    mesh, seq = config.mesh, config.data.max_length
+    mesh = config.mesh
+    seq = config.data.max_length
     rows = config.train.batch_size * max(mesh.run, 1) * max(mesh.runs_per_device, 1)
     n_tensor = max(mesh.tensor, 1)
     share = rows / where.size * n_tensor
-    flops = program.flops + kernel_flops(program, base, share, seq, n_tensor, config.train.accumulate)
-    return bounded(program, flops, useful_flops(base, spec, rows, seq) / where.size, where)
+    flops = program.flops + kernel_flops(
+        program, base, share, seq, n_tensor, config.train.accumulate
+    )
+    return bounded(
+        program, flops, useful_flops(base, spec, rows, seq) / where.size, where
+    )
 
 
 def bounded(program: Figures, flops: float, useful: float, where: Topology) -> Roofline:
-    """Returns the bound of a compiled program with ``flops`` on each chip, of which ``useful`` count for the MFU."""
+    """Returns the bound of a compiled program with ``flops`` on each chip, of which ``useful``
+    count for the MFU."""
     chip = where.chip
 
     def rate(collective: Collective) -> float:
         """Returns the bytes per second that reach a chip."""
-        return chip.network if collective.between_slices else where.inbound(collective.devices)
+        if collective.between_slices:
+            return chip.network
+        return where.inbound(collective.devices)
 
     (hidden, exposed), (host, host_exposed) = (
-        [sum(seconds for seconds, overlapped in times if overlapped == which) for which in (True, False)]
+        [
+            sum(seconds for seconds, overlapped in times if overlapped == which)
+            for which in (True, False)
+        ]
         for times in (
             [(c.total / rate(c), c.overlapped) for c in program.collectives],
             [(t.total / chip.host_link, t.overlapped) for t in program.transfers],

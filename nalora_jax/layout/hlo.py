@@ -1,4 +1,5 @@
-"""Scheduled HLO, the text of a compiled program: its computations, and flops and bytes of instructions."""
+"""Scheduled HLO, the text of a compiled program: its computations, and flops and bytes of
+instructions."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from nalora_jax.ops.grouped_matmul import NAME as GROUPED_MATMUL
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
 )  # fmt: skip
-STARTS = 'custom_call_target="AsyncCollectiveStart"'  # ends the first part of a collective
+STARTS = (
+    'custom_call_target="AsyncCollectiveStart"'  # ends the first part of a collective
+)
 _DTYPE_BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
     "u64": 8, "f64": 8, "s4": 0.5, "u4": 0.5, "token": 0, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8,
@@ -72,7 +75,9 @@ class Instruction:
             for several, single in _CALLED.findall(self.attributes)
             for name in (several or single).split(",")
         )
-        return tuple(self.holder.program[name] for name in names if name in self.holder.program)
+        return tuple(
+            self.holder.program[name] for name in names if name in self.holder.program
+        )
 
     @property
     def size(self) -> float:
@@ -87,11 +92,15 @@ class Instruction:
     @property
     def host_bytes(self) -> float:
         """The bytes that it moves between device and host memory; 0 if it moves none."""
-        if not self.opcode.endswith("-start") or all(shape.space != HOST for shape in self.shapes):
+        if not self.opcode.endswith("-start") or all(
+            shape.space != HOST for shape in self.shapes
+        ):
             return 0.0
         # One side is a stack of all layers, the other the slice that is written or read; the rest
         # are indices.
-        return sum(shape.size for shape in self.shapes if shape.dims and shape.space != HOST)
+        return sum(
+            shape.size for shape in self.shapes if shape.dims and shape.space != HOST
+        )
 
     @property
     def to_host(self) -> bool:
@@ -114,7 +123,9 @@ class Instruction:
     @property
     def without_bitcasts(self) -> Instruction:
         """The instruction that its value comes from."""
-        return self.inputs[0].without_bitcasts if self.opcode == "bitcast" else self
+        if self.opcode == "bitcast":
+            return self.inputs[0].without_bitcasts
+        return self
 
 
 @dataclass
@@ -142,13 +153,16 @@ class Computation:
     def parameter(self, index: int) -> Instruction | None:
         """Returns the parameter with a number."""
         parameters = (i for i in self.instructions.values() if i.opcode == "parameter")
-        return next((i for i in parameters if i.attributes.startswith(f"{index})")), None)
+        return next(
+            (i for i in parameters if i.attributes.startswith(f"{index})")), None
+        )
 
 
 def parse_program(text: str) -> tuple[dict[str, Computation], str]:
     """Returns computations by name, and the name of the entry computation."""
     computations: dict[str, Computation] = {}
-    entry, current = "", None
+    entry = ""
+    current = None
     for line in text.splitlines():
         header = _HEADER.match(line)
         if header and " = " not in line.split("(", 1)[0]:
@@ -186,17 +200,22 @@ def _add_instruction(holder: Computation, named: re.Match[str], line: str) -> No
     if opcode is None:
         return
     closing = _closing(line, opcode.end() - 1)
-    inside, attributes = line[opcode.end() : closing], line[closing + 1 :]
+    inside = line[opcode.end() : closing]
+    attributes = line[closing + 1 :]
     operands = tuple(_OPERAND.findall(inside))
     # For parameters and constants the attributes include the text in their parentheses.
     if opcode[1] in ("parameter", "constant"):
-        operands, attributes = (), f"{inside}){attributes}"
+        operands = ()
+        attributes = f"{inside}){attributes}"
     shapes = tuple(
         Shape(dtype, tuple(int(n) for n in dims.split(",") if n), int(space or 0))
         for dtype, dims, space in _SHAPE.findall(line[:end])
     )
-    is_root, name = bool(named[1]), named[2]
-    holder.instructions[name] = Instruction(name, opcode[1], shapes, operands, attributes, is_root, holder)
+    is_root = bool(named[1])
+    name = named[2]
+    holder.instructions[name] = Instruction(
+        name, opcode[1], shapes, operands, attributes, is_root, holder
+    )
 
 
 def _closing(text: str, opening: int) -> int:
@@ -219,7 +238,9 @@ def flops_of(instruction: Instruction) -> float:
     if instruction.opcode == "custom-call":
         name = kernel_name(instruction)
         # XLA's on a TPU, or this library's kernel on a GPU.
-        if name == GROUPED_MATMUL or (name.startswith("ragged-dot") and "metadata" not in name):
+        if name == GROUPED_MATMUL or (
+            name.startswith("ragged-dot") and "metadata" not in name
+        ):
             return _grouped_flops(instruction)
     return 0.0
 
@@ -230,11 +251,17 @@ def kernel_name(instruction: Instruction) -> str:
     It is the direction of cuDNN's attention, the name of a Pallas kernel on a GPU, or the
     instruction's name without its number.
     """
-    attention = re.search(r'custom_call_target="__cudnn\$fmha(\w*)"', instruction.attributes)
+    attention = re.search(
+        r'custom_call_target="__cudnn\$fmha(\w*)"', instruction.attributes
+    )
     if attention:
-        return f"cudnn_attention_{'backward' if 'Backward' in attention[1] else 'forward'}"
+        return (
+            f"cudnn_attention_{'backward' if 'Backward' in attention[1] else 'forward'}"
+        )
     name = re.sub(r"[.\d]+$", "", instruction.name)
-    pallas_name = re.search(r'op_name="(?:[^"]*/)?(\w+)/pallas_call"', instruction.attributes)
+    pallas_name = re.search(
+        r'op_name="(?:[^"]*/)?(\w+)/pallas_call"', instruction.attributes
+    )
     if pallas_name and name.startswith("pallas_call"):
         return pallas_name[1]
     return name
@@ -258,28 +285,47 @@ def _product_flops(instruction: Instruction) -> float:
     """Returns twice the multiply-adds of a ``dot`` or ``convolution``."""
     first, second = (operand.shapes[0].dims for operand in instruction.inputs[:2])
     if instruction.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", instruction.attributes)
+        contracted = re.search(
+            r"lhs_contracting_dims=\{([\d,]+)\}", instruction.attributes
+        )
         axes = map(int, contracted[1].split(",")) if contracted else ()
-        return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(first[axis] for axis in axes)
+        return (
+            2.0
+            * math.prod(instruction.shapes[0].dims)
+            * math.prod(first[axis] for axis in axes)
+        )
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels is not None
     dims = (first, second, instruction.shapes[0].dims)
     data, kernel, out = (
-        dict(zip(names, sizes, strict=True)) for names, sizes in zip(labels.groups(), dims, strict=True)
+        dict(zip(names, sizes, strict=True))
+        for names, sizes in zip(labels.groups(), dims, strict=True)
     )
     window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
-    fields = dict(entry.split("=") for entry in window[1].split()) if window else {}
+    if window:
+        fields = dict(entry.split("=") for entry in window[1].split())
+    else:
+        fields = {}
     met = 1  # multiply-adds of a kernel's element along all axes of its window, without padding
     for axis in sorted(kernel.keys() - {"i", "o"}):
-        sizes = {name: int(text.split("x")[int(axis)].split("_")[0]) for name, text in fields.items()}
-        stride, first_tap = sizes.get("stride", 1), -sizes.get("pad", 0)
-        spread, step = sizes.get("lhs_dilate", 1), sizes.get("rhs_dilate", 1)
-        # The TPU compiler writes a matmul whose columns have two axes as a convolution that slides the
-        # kernel over a single element. All but one in ``kernel`` of its multiply-adds are with padding
-        # and are not executed.
+        sizes = {
+            name: int(text.split("x")[int(axis)].split("_")[0])
+            for name, text in fields.items()
+        }
+        stride = sizes.get("stride", 1)
+        first_tap = -sizes.get("pad", 0)
+        spread = sizes.get("lhs_dilate", 1)
+        step = sizes.get("rhs_dilate", 1)
+        # The TPU compiler writes a matmul whose columns have two axes as a convolution that slides
+        # the kernel over a single element. All but one in ``kernel`` of its multiply-adds are with
+        # padding and are not executed.
         places = range(first_tap, first_tap + out[axis] * stride, stride)
         inside = range(0, (data[axis] - 1) * spread + 1, spread)
-        met *= sum(place + tap * step in inside for place in places for tap in range(kernel[axis]))
+        met *= sum(
+            place + tap * step in inside
+            for place in places
+            for tap in range(kernel[axis])
+        )
     return 2.0 * out["b"] * out["f"] * kernel["i"] * met
 
 
@@ -293,7 +339,10 @@ def received(kind: str, instruction: Instruction, devices: int) -> float:
     """
     shapes = instruction.shapes
     if instruction.opcode.endswith("-start") and len(shapes) > 1:
-        shapes = shapes[len(shapes) // 2 :] if kind != "collective-permute" else shapes[1:2]
+        if kind != "collective-permute":
+            shapes = shapes[len(shapes) // 2 :]
+        else:
+            shapes = shapes[1:2]
     size = sum(shape.size for shape in shapes)
     share = (devices - 1) / devices if devices else 1.0
     if kind == "all-reduce":
@@ -307,7 +356,10 @@ def received(kind: str, instruction: Instruction, devices: int) -> float:
 
 def group_size(attributes: str) -> int:
     """Returns the devices in one group of a collective, from any of HLO's notations for groups."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[[^{]*)? \{([^}]*)\}", attributes)
+    mesh = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[[^{]*)? \{([^}]*)\}",
+        attributes,
+    )
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))

@@ -22,7 +22,13 @@ import jax
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
-from nalora_jax.layout.estimates import Layout, attending, attention_kernel, decoder_alone, estimate
+from nalora_jax.layout.estimates import (
+    Layout,
+    attending,
+    attention_kernel,
+    decoder_alone,
+    estimate,
+)
 from nalora_jax.layout.machines import Topology, of_devices
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import DOTS_LAST, OFFLOAD
@@ -31,12 +37,16 @@ from nalora_jax.models.stacks import groups, key_heads, stacks
 log = logging.getLogger(__name__)
 
 # Policies ordered by the amount that they save, most first; on the chip, then in the host's memory.
-_POLICIES = tuple(name + where for where in ("", OFFLOAD) for name in ("dots", "attention", "full"))
+_POLICIES = tuple(
+    name + where for where in ("", OFFLOAD) for name in ("dots", "attention", "full")
+)
 # With more, sums of activations cost more than gathers of weights on every machine of the table.
 _MOST_TENSOR = 8
 # Usable share of the memory, a margin for the error of the estimates (docs/pods.md).
 _USABLE = {"tpu": 0.97, "gpu": 0.9}
-_USABLE_OF_HOST = 0.5  # the rest is for processes that read data, for loading, and for the system
+_USABLE_OF_HOST = (
+    0.5  # the rest is for processes that read data, for loading, and for the system
+)
 # Tokens of a block of a split row (`nalora_jax.ops.split_rows`), if --mesh auto splits it.
 _LEAST_BLOCK = 1024
 
@@ -88,10 +98,14 @@ def fitting(config: RunConfig, base: ModelConfig, where: Topology) -> list[Layou
         hosted = [layout for layout in layouts if layout.host <= usable_host(where)]
         if hosted:
             smallest = min(hosted, key=lambda layout: layout.memory)
-            needed, room, of = smallest.memory, usable_memory(where), "a chip"
+            needed = smallest.memory
+            room = usable_memory(where)
+            of = "a chip"
         else:
             smallest = min(layouts, key=lambda layout: layout.host)
-            needed, room, of = smallest.host, usable_host(where), "of the host's memory for each chip"
+            needed = smallest.host
+            room = usable_host(where)
+            of = "of the host's memory for each chip"
         raise NaloraError(
             where.name,
             expected=f"{base.model_type} with {config.data.max_length} tokens a row to fit in "
@@ -104,8 +118,13 @@ def fitting(config: RunConfig, base: ModelConfig, where: Topology) -> list[Layou
 
 def usable_layouts(layouts: Sequence[Layout], where: Topology) -> list[Layout]:
     """Returns the layouts that are estimated to fit in the memory of a chip and of its host."""
-    limit, of_host = usable_memory(where), usable_host(where)
-    return [layout for layout in layouts if layout.memory <= limit and layout.host <= of_host]
+    limit = usable_memory(where)
+    of_host = usable_host(where)
+    return [
+        layout
+        for layout in layouts
+        if layout.memory <= limit and layout.host <= of_host
+    ]
 
 
 def usable_memory(where: Topology) -> float:
@@ -119,7 +138,8 @@ def usable_host(where: Topology) -> float:
 
 
 def fastest(
-    layouts: Sequence[Layout], seconds: Callable[[Layout], float] = lambda layout: layout.seconds
+    layouts: Sequence[Layout],
+    seconds: Callable[[Layout], float] = lambda layout: layout.seconds,
 ) -> Layout:
     """Returns the fastest layout.
 
@@ -130,18 +150,29 @@ def fastest(
     equal = [layout for layout in layouts if seconds(layout) <= 1.01 * fastest]
     return min(
         equal,
-        key=lambda layout: (round(layout.gathers + layout.transfers, 3), layout.tensor, layout.memory),
+        key=lambda layout: (
+            round(layout.gathers + layout.transfers, 3),
+            layout.tensor,
+            layout.memory,
+        ),
     )
 
 
-def candidates(config: RunConfig, base: ModelConfig, where: Topology) -> Iterator[Layout]:
+def candidates(
+    config: RunConfig, base: ModelConfig, where: Topology
+) -> Iterator[Layout]:
     """Yields every layout that divides the devices, the batch and the heads."""
     base, spec = decoder_alone(config, base)
-    micro, size, heads = config.train.batch_size // config.train.accumulate, where.size, key_heads(base)
-    # libtpu 0.0.42 aborts with both on most meshes of one slice (`nalora_jax.models.remat.chosen_experts`).
+    micro = config.train.batch_size // config.train.accumulate
+    size = where.size
+    heads = key_heads(base)
+    # libtpu 0.0.42 aborts with both on most meshes of one slice
+    # (`nalora_jax.models.remat.chosen_experts`).
     asked_for_both = "auto" not in (config.compute.remat, config.compute.experts)
     fixed = distributed.axis_sizes(config.mesh, size, where.slices, keep_open=True)
-    distributed.check_heads(max(fixed["tensor"], 1), n_heads=base.n_heads, n_kv_heads=heads)
+    distributed.check_heads(
+        max(fixed["tensor"], 1), n_heads=base.n_heads, n_kv_heads=heads
+    )
     divisors = [n for n in range(1, size + 1) if size % n == 0]
     for tensor, fsdp, context in itertools.product(divisors, repeat=3):
         data, rest = divmod(size, tensor * fsdp * context)
@@ -152,11 +183,18 @@ def candidates(config: RunConfig, base: ModelConfig, where: Topology) -> Iterato
             continue
         if not fixed["tensor"]:
             in_a_node = where.chip.platform != "gpu" or where.dims[-1] % tensor == 0
-            if tensor > _MOST_TENSOR or base.n_heads % tensor or heads % tensor or not in_a_node:
+            if (
+                tensor > _MOST_TENSOR
+                or base.n_heads % tensor
+                or heads % tensor
+                or not in_a_node
+            ):
                 continue
         if context > 1 and not fixed["context"]:
             whole_rows = micro != data * fsdp
-            if whole_rows or not _splits_well(base, where, config.data.max_length, context):
+            if whole_rows or not _splits_well(
+                base, where, config.data.max_length, context
+            ):
                 continue
         for remat, experts in itertools.product(
             policies_of(config, base), _ways(config, base, where, fsdp)
@@ -177,16 +215,22 @@ def policies_of(config: RunConfig, base: ModelConfig) -> tuple[str, ...]:
 
 
 def _splits_well(base: ModelConfig, where: Topology, seq: int, context: int) -> bool:
-    """Returns True if ``--mesh auto`` may split rows: long rows whose parts the platform's kernels take."""
+    """Returns True if ``--mesh auto`` may split rows: long rows whose parts the platform's kernels
+    take."""
     mixers = (stack.config.mixer for stack in stacks(base))
-    can_split = not base.attn_dropout and all(mixer is None or mixer.splits_rows for mixer in mixers)
+    can_split = not base.attn_dropout and all(
+        mixer is None or mixer.splits_rows for mixer in mixers
+    )
     has_kernel = where.chip.platform == "tpu" or all(
-        attention_kernel(where, of_stack, 1, seq, context) for of_stack in attending(base)
+        attention_kernel(where, of_stack, 1, seq, context)
+        for of_stack in attending(base)
     )
     return can_split and has_kernel and seq >= 2 * context * _LEAST_BLOCK
 
 
-def _ways(config: RunConfig, base: ModelConfig, where: Topology, fsdp: int) -> tuple[str, ...]:
+def _ways(
+    config: RunConfig, base: ModelConfig, where: Topology, fsdp: int
+) -> tuple[str, ...]:
     """Returns the values of ``--compute.experts`` to choose from."""
     if fsdp == 1 or not base.n_experts or base.n_experts % fsdp or config.lora.dropout:
         return ("gather",)
@@ -201,7 +245,9 @@ def _ways(config: RunConfig, base: ModelConfig, where: Topology, fsdp: int) -> t
 # ---------------------------------------------------------------- sweeps
 
 
-def fitting_sweep(config: RunConfig, base: ModelConfig, where: Topology, runs: int) -> list[Layout]:
+def fitting_sweep(
+    config: RunConfig, base: ModelConfig, where: Topology, runs: int
+) -> list[Layout]:
     """Returns the layouts of a sweep that are estimated to fit.
 
     Their seconds are of a step of all runs, in programs after each other.
@@ -235,15 +281,20 @@ def fitting_sweep(config: RunConfig, base: ModelConfig, where: Topology, runs: i
     return fits
 
 
-def sweep_candidates(config: RunConfig, base: ModelConfig, where: Topology, runs: int) -> Iterator[Layout]:
+def sweep_candidates(
+    config: RunConfig, base: ModelConfig, where: Topology, runs: int
+) -> Iterator[Layout]:
     """Yields layouts from the smallest group of devices to all, each with fewer and fewer runs.
 
     Within a group, "fsdp" splits as many rows as there are, and "tensor" takes the other devices.
     Mixtures of experts need one device a run, or all devices for one. A run stays within a slice.
     """
     decoder, spec = decoder_alone(config, base)
-    rows, size = config.train.batch_size // config.train.accumulate, where.size
-    groups = [size // n for n in range(1, size + 1) if size % n == 0 and size // n <= runs]
+    rows = config.train.batch_size // config.train.accumulate
+    size = where.size
+    groups = [
+        size // n for n in range(1, size + 1) if size % n == 0 and size // n <= runs
+    ]
     if config.mesh.run:
         groups = [config.mesh.run]
     for run in groups:
@@ -257,10 +308,18 @@ def sweep_candidates(config: RunConfig, base: ModelConfig, where: Topology, runs
         while shared >= 1:
             for remat in policies_of(config, base):
                 layout = Layout(
-                    1, fsdp, tensor, remat, config.compute.experts, run=run, runs_per_device=shared
+                    1,
+                    fsdp,
+                    tensor,
+                    remat,
+                    config.compute.experts,
+                    run=run,
+                    runs_per_device=shared,
                 )
                 layout = estimate(layout, config, decoder, spec, where)
-                yield replace(layout, seconds=layout.seconds * math.ceil(runs / layout.together))
+                yield replace(
+                    layout, seconds=layout.seconds * math.ceil(runs / layout.together)
+                )
             if config.mesh.runs_per_device:
                 break
             shared //= 2

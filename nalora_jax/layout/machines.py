@@ -131,10 +131,12 @@ class Topology:
             return self.chip.interconnect
         if devices > math.prod(self.dims):
             return self.chip.network
-        spanned, reached = 0, 1
+        spanned = 0
+        reached = 1
         for size in sorted(self.dims, reverse=True):
             if reached < devices:
-                reached, spanned = reached * size, spanned + 1
+                reached = reached * size
+                spanned = spanned + 1
         wide = sum(size > 1 for size in self.dims)
         return self.chip.interconnect * max(spanned, 1) / max(wide, 1)
 
@@ -195,17 +197,38 @@ def topology(name: str) -> Topology:
     if tpus:
         slices, kind, dims, generation, number = tpus.groups()
         if dims:
-            fitting = [shape for shape in shapes(kind) if "x".join(map(str, shape)) == dims]
+            fitting = [
+                shape for shape in shapes(kind) if "x".join(map(str, shape)) == dims
+            ]
         else:
             kind = "v5e" if generation == "v5litepod" else generation
-            cores = 2 if kind == "v5p" else 1  # that the type counts for each chip
-            fitting = [shape for shape in shapes(kind) if cores * math.prod(shape) == int(number)]
+            # that the type counts for each chip
+            if kind == "v5p":
+                cores = 2
+            else:
+                cores = 1
+            fitting = [
+                shape
+                for shape in shapes(kind)
+                if cores * math.prod(shape) == int(number)
+            ]
         if fitting:
-            return Topology(name, CHIPS[kind], kind, min(fitting, key=sum), int(slices or 1))
-        names = ["x".join(map(str, shape)) for shape in shapes(kind) if math.prod(shape) <= 256]
-        more = ", and 4a x 4b x 4c with a <= b <= c up to 16x16x24" if kind == "v5p" else ""
+            return Topology(
+                name, CHIPS[kind], kind, min(fitting, key=sum), int(slices or 1)
+            )
+        names = [
+            "x".join(map(str, shape))
+            for shape in shapes(kind)
+            if math.prod(shape) <= 256
+        ]
+        if kind == "v5p":
+            more = ", and 4a x 4b x 4c with a <= b <= c up to 16x16x24"
+        else:
+            more = ""
         raise NaloraError(
-            "--topology", expected=f"a slice of {kind}: {', '.join(names)}{more}", found=repr(name)
+            "--topology",
+            expected=f"a slice of {kind}: {', '.join(names)}{more}",
+            found=repr(name),
         )
     raise NaloraError(
         "--topology",
@@ -223,13 +246,21 @@ def of_devices(devices: Sequence[jax.Device]) -> Topology | None:
     GPU nodes of different sizes count as smaller nodes of equal sizes.
     """
     name = kind_of(devices[0]).lower()
-    kind = next((key for key, pattern in _KINDS.items() if re.search(pattern, name)), None)
+    kind = next(
+        (key for key, pattern in _KINDS.items() if re.search(pattern, name)), None
+    )
     if kind is None:
         return None
-    chip, groups = CHIPS[kind], domains(devices)
+    chip = CHIPS[kind]
+    groups = domains(devices)
     if chip.platform == "gpu":
         a_node = math.gcd(*map(len, groups))
-        return Topology(f"{len(devices)} x {chip.name}", chip, kind, (len(devices) // a_node, a_node))
+        return Topology(
+            f"{len(devices)} x {chip.name}",
+            chip,
+            kind,
+            (len(devices) // a_node, a_node),
+        )
     shape = torus(groups[0])
     if shape is None or math.prod(shape) * len(groups) != len(devices):
         return None

@@ -55,12 +55,15 @@ def initialize_distributed(within: int = 300) -> bool:
         jax.distributed.initialize(
             num_processes=_env_int("JAX_NUM_PROCESSES"),
             process_id=_env_int("JAX_PROCESS_ID"),
-            heartbeat_timeout_seconds=_env_int("NALORA_HEARTBEAT_TIMEOUT") or _HEARTBEAT_TIMEOUT,
+            heartbeat_timeout_seconds=_env_int("NALORA_HEARTBEAT_TIMEOUT")
+            or _HEARTBEAT_TIMEOUT,
             shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
             initialization_timeout=within,
         )
     except ValueError as error:
-        if not explicit:  # a TPU host without Google Cloud's images: JAX detects no other process
+        if (
+            not explicit
+        ):  # a TPU host without Google Cloud's images: JAX detects no other process
             return False
         raise NaloraError(
             "JAX_COORDINATOR_ADDRESS",
@@ -75,15 +78,17 @@ def initialize_distributed(within: int = 300) -> bool:
 
 def has_peers() -> bool:
     """Returns True if the environment has several processes; see `initialize_distributed`."""
-    return "JAX_COORDINATOR_ADDRESS" in os.environ or _cluster_tasks() > 1 or _on_tpu_vm()
+    return (
+        "JAX_COORDINATOR_ADDRESS" in os.environ or _cluster_tasks() > 1 or _on_tpu_vm()
+    )
 
 
 @contextmanager
 def lost_peers_named() -> Iterator[None]:
     """Ends this process within two minutes after another process has ended.
 
-    Either a collective fails, which raises a `LostPeerError`, or JAX's coordination service misses the
-    process's heartbeat and ends this process from C++ with SIGABRT and a stack trace.
+    Either a collective fails, which raises a `LostPeerError`, or JAX's coordination service misses
+    the process's heartbeat and ends this process from C++ with SIGABRT and a stack trace.
 
     Raises:
       LostPeerError: a collective failed.
@@ -136,13 +141,16 @@ def on_first_process(action: Callable[[], T]) -> T | None:
     Raises:
       NaloraError: in the other processes, if ``action`` raised in process 0.
     """
-    result, failure = None, None
+    result = None
+    failure = None
     if jax.process_index() == 0:
         try:
             result = action()
         except Exception as error:
             failure = error
-    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(failure is not None)):
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(
+        np.int32(failure is not None)
+    ):
         failure = failure or NaloraError(
             "process 0", expected="to go on", found="that it stopped; it says why"
         )
@@ -163,7 +171,10 @@ def tell_all(action: Callable[[], str | None]) -> str | None:
     text = (answer or "").encode()[:_LONGEST_ANSWER]
     padded = np.frombuffer(text.ljust(_LONGEST_ANSWER, b"\0"), np.uint8)
     received = multihost_utils.broadcast_one_to_all(padded)
-    return np.asarray(received, np.uint8).tobytes().rstrip(b"\0").decode(errors="replace") or None
+    return (
+        np.asarray(received, np.uint8).tobytes().rstrip(b"\0").decode(errors="replace")
+        or None
+    )
 
 
 def _env_int(name: str) -> int | None:
@@ -181,7 +192,11 @@ def _cluster_tasks() -> int:
     hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
     # GKE names the hosts of a process's slice only, and turns off the query of metadata.
     hosts *= _env_int("MEGASCALE_NUM_SLICES") or 1
-    return max(hosts, _env_int("SLURM_STEP_NUM_TASKS") or 1, _env_int("OMPI_COMM_WORLD_SIZE") or 1)
+    return max(
+        hosts,
+        _env_int("SLURM_STEP_NUM_TASKS") or 1,
+        _env_int("OMPI_COMM_WORLD_SIZE") or 1,
+    )
 
 
 def _on_tpu_vm() -> bool:

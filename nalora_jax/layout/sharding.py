@@ -5,8 +5,9 @@ stack ``[L, in, out]`` and a stack of experts ``[L, E, in, out]``. Leading axes 
 except the experts of a kernel or bias, which "fsdp" splits if it divides their number.
 
     layers/ffn/gate_proj/kernel [L, in, out]   P("fsdp", "tensor")  ->  P(None, "fsdp", "tensor")
-    layers/ffn/gate_proj/a      [L, in, r]     P("fsdp", None)      ->  P(None, "fsdp")            in as the kernel's in
-    layers/ffn/gate_proj/b      [L, r, out]    P(None, ("tensor", "fsdp"))                         out over both
+    layers/ffn/gate_proj/a      [L, in, r]     P("fsdp", None)      ->  P(None, "fsdp")
+    in as the kernel's in layers/ffn/gate_proj/b      [L, r, out]    P(None, ("tensor", "fsdp"))
+    out over both
 
 On a mesh with the axis "context", that axis and "fsdp" split the same dimensions.
 The path of an optimizer's moment ends in the path of its parameter, so the same rules apply to it.
@@ -43,7 +44,10 @@ _PROJECTIONS: tuple[tuple[str, str, str | None], ...] = (
     ("in_proj_(a|b|ba)", "fsdp", None),
 )
 # Frozen weights of experts and the number of their axes: [L, E, in, out] and [L, E, out].
-_WEIGHTS = ((re.compile(r"_proj/kernel(/codes|/scales)?$"), 4), (re.compile(r"_proj/bias$"), 3))
+_WEIGHTS = (
+    (re.compile(r"_proj/kernel(/codes|/scales)?$"), 4),
+    (re.compile(r"_proj/bias$"), 3),
+)
 _WHOLE = ("tensor", "fsdp")  # for axes that the train state splits over both
 
 
@@ -53,13 +57,16 @@ def _kernel_rules() -> Rules:
     for name, inner, outer in _PROJECTIONS:
         rules.append((rf"(^|/){name}/kernel(/codes|/scales)?$", P(inner, outer)))
         rules.append((rf"(^|/){name}/bias$", P(outer)))
-        rules.append((rf"(^|/){name}/start_a$", P(inner, None)))  # initial adapters, if B != 0
+        rules.append(
+            (rf"(^|/){name}/start_a$", P(inner, None))
+        )  # initial adapters, if B != 0
         rules.append((rf"(^|/){name}/start_b$", P(None, outer)))
     return rules
 
 
 def _adapter_rules(places: Mapping[str | None, Any]) -> Rules:
-    """Returns the rules of every projection's adapters, which are split over ``places`` of the kernel's axes."""
+    """Returns the rules of every projection's adapters, which are split over ``places`` of the
+    kernel's axes."""
     rules: list[tuple[str, P]] = []
     for name, inner, outer in _PROJECTIONS:
         rules.append((rf"(^|/){name}/a$", P(places.get(inner), None)))
@@ -86,7 +93,10 @@ PARAM_RULES: Rules = (
     (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
     (r"(^|/)(positions|types)/embedding$", P()),
     (r"(^|/)(patches|pooler|projection)/(kernel|bias)$", P()),
-    (r"(^|/)(class_token|probe|sinks|taps|taps_bias|attn_scale|ffn_scale|logit_scale|logit_bias)$", P()),
+    (
+        r"(^|/)(class_token|probe|sinks|taps|taps_bias|attn_scale|ffn_scale|logit_scale|logit_bias)$",
+        P(),
+    ),
     (r"(^|/)tail/scale$", P()),
 )
 
@@ -130,7 +140,9 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     Raises:
       NaloraError: a leaf that no rule matches.
     """
-    uncovered = [path for path in trees.flatten(tree) if trees.first_match(rules, path) is None]
+    uncovered = [
+        path for path in trees.flatten(tree) if trees.first_match(rules, path) is None
+    ]
     if uncovered:
         raise NaloraError(
             "sharding rules",
@@ -154,23 +166,32 @@ def _over_context(spec: P, mesh: Mesh) -> P:
         return spec
 
     def widened(axis: Any) -> Any:
-        names = (name for old in _names(axis) for name in (WEIGHT_AXES if old == "fsdp" else (old,)))
+        names = (
+            name
+            for old in _names(axis)
+            for name in (WEIGHT_AXES if old == "fsdp" else (old,))
+        )
         return tuple(names) or None
 
     return P(*map(widened, spec))
 
 
 def _by_expert(path: str, spec: P, shape: Sequence[int], mesh: Mesh) -> P:
-    """Returns the spec of a leaf; "fsdp" splits experts of ``[L, E, (in,) out]`` if it divides them.
+    """Returns the spec of a leaf; "fsdp" splits experts of ``[L, E, (in,) out]`` if it divides
+    them.
 
     The axis "context" splits the experts as well, or what "fsdp" splits in other kernels.
     """
-    if not any(len(shape) == rank and pattern.search(path) for pattern, rank in _WEIGHTS):
+    if not any(
+        len(shape) == rank and pattern.search(path) for pattern, rank in _WEIGHTS
+    ):
         return spec
     axes = tuple(name for name in WEIGHT_AXES if name in mesh.shape)
     for experts, inner in ((axes, None), (axes[:1], axes[1:] or None)):
         if shape[1] % math.prod(mesh.shape[name] for name in experts) == 0:
-            return P(experts, *(inner if axis in ("fsdp", axes) else axis for axis in spec))
+            return P(
+                experts, *(inner if axis in ("fsdp", axes) else axis for axis in spec)
+            )
     return spec
 
 
@@ -187,7 +208,8 @@ def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
     if lead < 0:
         return P()
     entries = [None] * lead + [
-        _fit_axis(axis, size, mesh) for axis, size in zip(spec, shape[lead:], strict=True)
+        _fit_axis(axis, size, mesh)
+        for axis, size in zip(spec, shape[lead:], strict=True)
     ]
     while entries and entries[-1] is None:
         entries.pop()
@@ -214,7 +236,9 @@ def _names(axis: Any) -> tuple[str, ...]:
 
 
 @parallel_dense.implements("split_outputs")
-def split_outputs(x: jax.Array, layers: Sequence[Dense], numerics: Numerics) -> list[Adapted]:
+def split_outputs(
+    x: jax.Array, layers: Sequence[Dense], numerics: Numerics
+) -> list[Adapted]:
     """Computes `parallel_dense` on a mesh with "tensor": one sum over devices in the backward pass.
 
     Devices split the outputs of the layers, which have one input.
@@ -227,10 +251,12 @@ def split_outputs(x: jax.Array, layers: Sequence[Dense], numerics: Numerics) -> 
 
 @jax.custom_vjp
 def _forked(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns x for frozen matmuls, in float32, and for adapters; their gradients are summed separately.
+    """Returns x for frozen matmuls, in float32, and for adapters; their gradients are summed
+    separately.
 
-    If devices split outputs, the gradients of the frozen matmuls are partial sums. The compiler adds
-    them before it reduces them over devices only without roundings and other summands in between.
+    If devices split outputs, the gradients of the frozen matmuls are partial sums. The compiler
+    adds them before it reduces them over devices only without roundings and other summands in
+    between.
     """
     return x.astype(jnp.float32), x
 

@@ -1,8 +1,8 @@
 """Self-gated activations phi(z) = rho(z) z: derivatives, local homogeneity and its partition.
 
-Every function is elementwise, finite for |z| up to 1e7, and computed in float32 for narrower inputs;
-the result has the input's dtype. phi and rho have closed-form derivatives, so ``jax.grad`` never
-differentiates their formulas.
+Every function is elementwise, finite for |z| up to 1e7, and computed in float32 for narrower
+inputs; the result has the input's dtype. phi and rho have closed-form derivatives, so ``jax.grad``
+never differentiates their formulas.
 
 Accuracy in float32 against float64: phi' within 2e-5 |phi'| + 2^-21 |rho| (the second term is the
 rounding of a sum that vanishes at z0).
@@ -42,7 +42,9 @@ class Activation:
     phi: Elementwise
     rho: Elementwise
     gate: Selection
-    self_gated: bool = True  # rho is a smooth selection weight; otherwise the partition has no meaning
+    self_gated: bool = (
+        True  # rho is a smooth selection weight; otherwise the partition has no meaning
+    )
     flat_above: float = math.inf  # phi is constant above it
     degree: float = 1.0  # the only homogeneity of an activation that is not self-gated
 
@@ -61,7 +63,9 @@ def activation_of(name: str, gate: Selection, **options: Any) -> Activation:
         rho, drho = gate(z)
         return rho + z * drho
 
-    functools.update_wrapper(gate_in_float32, gate, assigned=())  # records of studies name its file
+    functools.update_wrapper(
+        gate_in_float32, gate, assigned=()
+    )  # records of studies name its file
     phi = _with_derivative(lambda z: z * gate(z)[0], derivative)
     rho = _with_derivative(lambda z: gate(z)[0], lambda z: gate(z)[1])
     return Activation(name, phi, rho, gate_in_float32, **options)
@@ -73,12 +77,14 @@ def _at_least_float32(z: Array) -> Array:
 
 
 def _with_derivative(f: Elementwise, derivative: Elementwise) -> Elementwise:
-    """Returns ``f``, evaluated with its derivative in float32 or wider; results have the input's dtype."""
+    """Returns ``f``, evaluated with its derivative in float32 or wider; results have the input's
+    dtype."""
 
     def in_float32(f: Elementwise) -> Elementwise:
         return lambda z: f(_at_least_float32(z)).astype(jnp.result_type(z))
 
-    slope, differentiable = in_float32(derivative), jax.custom_jvp(in_float32(f))
+    slope = in_float32(derivative)
+    differentiable = jax.custom_jvp(in_float32(f))
     differentiable.defjvps(lambda tangent, value, z: slope(z) * tangent)
     return differentiable
 
@@ -89,19 +95,25 @@ _LINEAR = 1.05  # h at which the linear region starts
 
 
 class Partition(NamedTuple):
-    """Coarse partition of the line by effective homogeneity: inverted, contracting, expanding, linear.
+    """Coarse partition of the line by effective homogeneity: inverted, contracting, expanding,
+    linear.
 
     Example:
       >>> partition("silu")
-      Partition(activation='silu', z0=-1.278, z1=4.485, degrees=(-0.499, 0.619, 1.192, 1.043), meaningful=True)
+      Partition(activation='silu', z0=-1.278, z1=4.485, degrees=(-0.499, 0.619, 1.192, 1.043),
+      meaningful=True)
     """
 
     activation: str
     z0: float
     z1: float
-    degrees: tuple[float, float, float, float]  # means of h over each region for z ~ N(0, 1)
+    degrees: tuple[
+        float, float, float, float
+    ]  # means of h over each region for z ~ N(0, 1)
     meaningful: bool
-    flat_above: float = math.inf  # phi is constant above it: h is 0, so the region is contracting
+    flat_above: float = (
+        math.inf
+    )  # phi is constant above it: h is 0, so the region is contracting
 
 
 class Regions(NamedTuple):
@@ -116,13 +128,18 @@ class Regions(NamedTuple):
 def regions(z: Array, partition: Partition) -> Regions:
     """Returns the region of each element of z; NaN counts as linear."""
     z = _at_least_float32(z)
-    below0, below, below1 = z < partition.z0, z < 0, z < partition.z1
+    below0 = z < partition.z0
+    below = z < 0
+    below1 = z < partition.z1
     flat = z > partition.flat_above
-    return Regions(below0, (below & ~below0) | flat, below1 & ~below & ~flat, ~below1 & ~flat)
+    return Regions(
+        below0, (below & ~below0) | flat, below1 & ~below & ~flat, ~below1 & ~flat
+    )
 
 
 def homogeneity(z: Array, activation: Activation) -> Array:
-    """Returns ``h = z phi'(z) / phi(z) = 1 + z rho'(z) / rho(z)``; by convention 1 where rho is 0."""
+    """Returns ``h = z phi'(z) / phi(z) = 1 + z rho'(z) / rho(z)``; by convention 1 where rho is
+    0."""
     rho, drho = activation.gate(_at_least_float32(z))
     return 1 + jnp.where(rho == 0, 0.0, z * drho / jnp.where(rho == 0, 1.0, rho))
 
@@ -139,7 +156,9 @@ def partition(name: str) -> Partition:
     """
     activation = get(name)
     if not activation.self_gated:
-        return Partition(activation.name, -math.inf, 0.0, (activation.degree,) * 4, meaningful=False)
+        return Partition(
+            activation.name, -math.inf, 0.0, (activation.degree,) * 4, meaningful=False
+        )
 
     compiled = jax.jit(functools.partial(homogeneity, activation=activation))
 
@@ -147,36 +166,57 @@ def partition(name: str) -> Partition:
         with jax.ensure_compile_time_eval():
             return np.asarray(compiled(z.astype(np.float32)), np.float64)
 
-    below, z1 = _grid(-20.0, 0.0), 0.0
+    below = _grid(-20.0, 0.0)
+    z1 = 0.0
     if not (falling := below[degree(below) < 0]).size:
-        actual, remedy = "no such place above -20", "register it with self_gated=False"
-        expected = "phi to fall somewhere below 0, as that of a self-gated activation does"
-        raise NaloraError(f"activation {name!r}", expected=expected, found=actual, remedy=remedy)
+        actual = "no such place above -20"
+        remedy = "register it with self_gated=False"
+        expected = (
+            "phi to fall somewhere below 0, as that of a self-gated activation does"
+        )
+        raise NaloraError(
+            f"activation {name!r}", expected=expected, found=actual, remedy=remedy
+        )
     z0 = _crossing(degree, falling[-1], 0.0)
     above = _grid(0.0, 10.0)
     if degree(above).max() > _LINEAR:
         peak = above[np.argmax(degree(above))]
         z1 = _crossing(lambda z: _LINEAR - degree(z), peak, 700.0)
     bounds = ((z0 - 8, z0), (z0, 0.0), (0.0, z1), (z1, z1 + 8))
-    inverted, contracting, expanding, linear = (_normal_mean(degree, *b) for b in bounds)
+    inverted, contracting, expanding, linear = (
+        _normal_mean(degree, *b) for b in bounds
+    )
     degrees = (inverted, contracting, expanding, linear)
-    return Partition(activation.name, z0, z1, degrees, meaningful=True, flat_above=activation.flat_above)
+    return Partition(
+        activation.name,
+        z0,
+        z1,
+        degrees,
+        meaningful=True,
+        flat_above=activation.flat_above,
+    )
 
 
 def _grid(low: float, high: float) -> np.ndarray:
-    return np.linspace(low, high, 1001)  # always so many points, so that one program evaluates them
+    return np.linspace(
+        low, high, 1001
+    )  # always so many points, so that one program evaluates them
 
 
 def _crossing(f: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> float:
-    """Returns the root of an f that is negative at ``low`` and positive at ``high``, to float32's precision."""
+    """Returns the root of an f that is negative at ``low`` and positive at ``high``, to float32's
+    precision."""
     for _ in range(4):  # each takes a thousandth of the interval
         grid = _grid(low, high)
         above = max(1, int(np.argmax(f(grid) > 0)))
-        low, high = grid[above - 1], grid[above]
+        low = grid[above - 1]
+        high = grid[above]
     return float(high)
 
 
-def _normal_mean(f: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> float:
+def _normal_mean(
+    f: Callable[[np.ndarray], np.ndarray], low: float, high: float
+) -> float:
     """Returns the mean of f over [low, high] under N(0, 1) by the midpoint rule; 1 if empty."""
     if high <= low:
         return 1.0
@@ -215,14 +255,18 @@ def _quick_gelu(z: Array) -> tuple[Array, Array]:
 def clamped_swish(slope: float, limit: float) -> Activation:
     """Returns ``y sigmoid(slope y)`` with ``y = min(z, limit)``, the gate of gpt-oss.
 
-    Its name, e.g. "clamped_swish(1.702,7.0)", contains both numbers; they are above 0. Above the limit
-    phi is constant, so that ``rho = phi(limit) / z``.
+    Its name, e.g. "clamped_swish(1.702,7.0)", contains both numbers; they are above 0. Above the
+    limit phi is constant, so that ``rho = phi(limit) / z``.
     """
     top = limit / (1 + math.exp(-slope * limit))
 
     def gate(z: Array) -> tuple[Array, Array]:
-        s, flat, high = lax.logistic(slope * z), z > limit, jnp.maximum(z, limit)
-        return jnp.where(flat, top / high, s), jnp.where(flat, -top / (high * high), slope * (s * (1 - s)))
+        s = lax.logistic(slope * z)
+        flat = z > limit
+        high = jnp.maximum(z, limit)
+        return jnp.where(flat, top / high, s), jnp.where(
+            flat, -top / (high * high), slope * (s * (1 - s))
+        )
 
     return activation_of(f"clamped_swish({slope!r},{limit!r})", gate, flat_above=limit)
 
@@ -249,13 +293,16 @@ def _tail_ratio(z: Array) -> Array:
 
 def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
     return functools.reduce(
-        lambda total, c: total * x + c, coefficients[-2::-1], jnp.full_like(x, coefficients[-1])
+        lambda total, c: total * x + c,
+        coefficients[-2::-1],
+        jnp.full_like(x, coefficients[-1]),
     )
 
 
 def _mish(z: Array) -> tuple[Array, Array]:
     """Returns (rho, rho') of Mish."""
-    # tanh(softplus(z)) = n / (n + 2) with n = e^2 + 2 e and e = exp(z); above 20 it is 1 in float32.
+    # tanh(softplus(z)) = n / (n + 2) with n = e^2 + 2 e and e = exp(z); above 20 it is 1 in
+    # float32.
     e = jnp.exp(jnp.minimum(z, 20.0))
     n = e * (e + 2)
     inverse = 1 / (n + 2)
@@ -279,7 +326,8 @@ def _identity(z: Array) -> tuple[Array, Array]:
 
 # ---------------------------------------------------------------- registry
 
-# Names in transformers' ACT2FN of the same functions up to rounding; "gelu_10" clips and is different.
+# Names in transformers' ACT2FN of the same functions up to rounding; "gelu_10" clips and is
+# different.
 ALIASES = {
     "swish": "silu",
     "gelu_python": "gelu",
@@ -315,12 +363,16 @@ def get(name: str) -> Activation:
     """
     clamped = _CLAMPED.fullmatch(str(name))
     if clamped is not None:
-        slope, limit = clamped[1] or _QUICK_SLOPE, clamped[2] or 7.0  # without numbers: gpt-oss's
+        # without numbers: gpt-oss's
+        slope = clamped[1] or _QUICK_SLOPE
+        limit = clamped[2] or 7.0
         return clamped_swish(float(slope), float(limit))
     canonical = ALIASES.get(str(name), str(name))
     if canonical in ACTIVATIONS:
         return ACTIVATIONS.get(canonical)
-    names = ", ".join(sorted({*ALIASES, *ACTIVATIONS.names(), "clamped_swish(slope,limit)"}))
+    names = ", ".join(
+        sorted({*ALIASES, *ACTIVATIONS.names(), "clamped_swish(slope,limit)"})
+    )
     raise NaloraError("activation", expected=f"one of {names}", found=repr(name))
 
 
@@ -342,9 +394,14 @@ def register_activation(
     """
 
     def register(gate: Selection) -> Selection:
-        if name in (*ALIASES, *(activation.name for activation in _BUILT_IN)) or _CLAMPED.fullmatch(name):
+        if name in (
+            *ALIASES,
+            *(activation.name for activation in _BUILT_IN),
+        ) or _CLAMPED.fullmatch(name):
             actual = "a built-in activation"
-            raise NaloraError(f"activation {name!r}", expected="a name that is free", found=actual)
+            raise NaloraError(
+                f"activation {name!r}", expected="a name that is free", found=actual
+            )
         if self_gated:
             _require_derivative(name, gate)
         activation = activation_of(name, gate, self_gated=self_gated, degree=degree)
@@ -358,7 +415,8 @@ def register_activation(
 def _require_derivative(name: str, gate: Selection) -> None:
     """Raises a NaloraError unless ``gate`` returns rho and its derivative between -6 and 6."""
     with jax.ensure_compile_time_eval():
-        z, step = jnp.linspace(-6.0, 6.0, 97), 1e-2
+        z = jnp.linspace(-6.0, 6.0, 97)
+        step = 1e-2
         difference = (gate(z + step)[0] - gate(z - step)[0]) / (2 * step)
         worst = float(jnp.max(jnp.abs(gate(z)[1] - difference)))
     if not worst < 1e-2:

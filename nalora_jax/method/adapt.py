@@ -1,16 +1,16 @@
 """Adapters around a Flax model that knows nothing of them: one call for Linen and NNX.
 
-    adapted, mechanisms = adapt(model, {"mlp/": 8}, {"mlp/gate": "silu"}, variables=variables, example=(x,))
-    model, mechanisms = adapt(model, {"mlp/": 8}, {"mlp/gate": "silu"})        # NNX
+    adapted, mechanisms = adapt(model, {"mlp/": 8}, {"mlp/gate": "silu"}, variables=variables,
+    example=(x,)) model, mechanisms = adapt(model, {"mlp/": 8}, {"mlp/gate": "silu"})        # NNX
 
-A layer is an einsum of its input and its kernel, which its class states: ``...i,io->...o`` for a dense
-layer. Its output becomes ``y + s (x A) B``. Adapters of gates also have the leaves with which the rules
-work (`nalora_jax.method.transform.gate_leaves`), so a training loop is that of plain LoRA with the
-optimizer `nalora_jax.method.transform.nalora`.
+A layer is an einsum of its input and its kernel, which its class states: ``...i,io->...o`` for a
+dense layer. Its output becomes ``y + s (x A) B``. Adapters of gates also have the leaves with which
+the rules work (`nalora_jax.method.transform.gate_leaves`), so a training loop is that of plain LoRA
+with the optimizer `nalora_jax.method.transform.nalora`.
 
-Linen adapters are a tree next to the variables. During a call they are placed next to their kernels,
-so that they pass through all transformations of parameters (``nn.scan``, ``nn.remat``, ``nn.vmap``).
-NNX adapters are `nnx.LoRAParam` variables of the layers.
+Linen adapters are a tree next to the variables. During a call they are placed next to their
+kernels, so that they pass through all transformations of parameters (``nn.scan``, ``nn.remat``,
+``nn.vmap``). NNX adapters are `nnx.LoRAParam` variables of the layers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,14 @@ from nalora_jax.method import activations
 from nalora_jax.method.low_rank import init_a, low_rank
 from nalora_jax.method.rules import Mechanism
 from nalora_jax.method.statistics import observe
-from nalora_jax.method.transform import DEFAULT, MASK, TAPS, Mechanisms, gate_leaves, make_mechanisms
+from nalora_jax.method.transform import (
+    DEFAULT,
+    MASK,
+    TAPS,
+    Mechanisms,
+    gate_leaves,
+    make_mechanisms,
+)
 
 _DENSE = "...i,io->...o"
 # An einsum, the name of the layer's attribute with it, or a function of the layer.
@@ -62,12 +69,25 @@ class Contraction(NamedTuple):
           NaloraError: not an einsum of two operands, or an axis that all three have.
         """
         match = re.fullmatch(r"([\w.]+),(\w+)->([\w.]+)", text.replace(" ", ""))
-        expected = "an einsum of the input and the kernel without a label that all three have"
+        expected = (
+            "an einsum of the input and the kernel without a label that all three have"
+        )
         if match is None or set(match[1]) & set(match[2]) & set(match[3]):
-            raise NaloraError(where, expected=expected, found=text, remedy="leave the layer out")
+            raise NaloraError(
+                where, expected=expected, found=text, remedy="leave the layer out"
+            )
         x, kernel, out = match.groups()
-        inner, outer = ("".join(label for label in labels if label in kernel) for labels in (x, out))
-        return cls(x, kernel, out, inner, outer, "".join(label for label in x if label not in kernel))
+        inner, outer = (
+            "".join(label for label in labels if label in kernel) for labels in (x, out)
+        )
+        return cls(
+            x,
+            kernel,
+            out,
+            inner,
+            outer,
+            "".join(label for label in x if label not in kernel),
+        )
 
 
 @dataclass(frozen=True)
@@ -89,13 +109,17 @@ class Projection:
 
     def sizes(self, labels: str) -> tuple[int, ...]:
         """Returns the sizes of some of the kernel's labels."""
-        of_label = dict(zip(self.contraction.kernel, self.shape[len(self.lead) :], strict=True))
+        of_label = dict(
+            zip(self.contraction.kernel, self.shape[len(self.lead) :], strict=True)
+        )
         return tuple(of_label[label] for label in labels)
 
     @property
     def widths(self) -> tuple[int, int]:
         """``d_in`` and ``d_out`` of the flattened kernel."""
-        return math.prod(self.sizes(self.contraction.inner)), math.prod(self.sizes(self.contraction.outer))
+        return math.prod(self.sizes(self.contraction.inner)), math.prod(
+            self.sizes(self.contraction.outer)
+        )
 
     def init(self, key: jax.Array, mechanisms: Mechanisms) -> dict[str, Any]:
         """Returns a fresh adapter: A random, B zero, float32, and the leaves of a gate."""
@@ -106,13 +130,19 @@ class Projection:
             leaves |= gate_leaves(mechanisms, (*self.lead, d_out))
         return leaves
 
-    def output(self, x: jax.Array, y: jax.Array, leaves: Mapping[str, Any]) -> jax.Array:
+    def output(
+        self, x: jax.Array, y: jax.Array, leaves: Mapping[str, Any]
+    ) -> jax.Array:
         """Returns the layer's output ``y`` for ``x``, with the adapter's output added."""
         x_labels, _, out, inner, outer, batch = self.contraction
         rows = jnp.einsum(f"{x_labels}->{batch}{inner}", x)
         rows = rows.reshape(*rows.shape[: rows.ndim - len(inner)], -1)  # [..., d_in]
-        dz = low_rank(rows, leaves["a"], leaves["b"], self.scale, leaves.get(MASK)).astype(y.dtype)
-        z = jnp.einsum(f"{out}->{batch}{outer}", y).reshape(dz.shape) + dz  # [..., d_out]
+        dz = low_rank(
+            rows, leaves["a"], leaves["b"], self.scale, leaves.get(MASK)
+        ).astype(y.dtype)
+        z = (
+            jnp.einsum(f"{out}->{batch}{outer}", y).reshape(dz.shape) + dz
+        )  # [..., d_out]
         if leaves.get(TAPS):
             z = observe(z, dz, leaves[TAPS], self.activation)
         z = z.reshape(*z.shape[:-1], *self.sizes(outer))
@@ -121,7 +151,9 @@ class Projection:
     def merged(self, kernel: jax.Array, leaves: Mapping[str, Any]) -> jax.Array:
         """Returns the kernel with its adapter added, computed in float32."""
         _, labels, _, inner, outer, _ = self.contraction
-        delta = self.scale * jnp.matmul(leaves["a"], leaves["b"], precision=jax.lax.Precision.HIGHEST)
+        delta = self.scale * jnp.matmul(
+            leaves["a"], leaves["b"], precision=jax.lax.Precision.HIGHEST
+        )
         delta = delta.reshape(*self.lead, *self.sizes(inner), *self.sizes(outer))
         delta = jnp.einsum(f"...{inner}{outer}->...{labels}", delta)
         return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
@@ -142,18 +174,18 @@ def adapt(
 ) -> tuple[Any, Mechanisms]:
     """Returns a model with low-rank adapters, and its rules for the optimizer.
 
-    Layers are `Dense`, `DenseGeneral` and `Einsum` of Linen, `Linear`, `LinearGeneral` and `Einsum` of
-    NNX, their subclasses, and ``classes``.
+    Layers are `Dense`, `DenseGeneral` and `Einsum` of Linen, `Linear`, `LinearGeneral` and `Einsum`
+    of NNX, their subclasses, and ``classes``.
 
     Args:
       model: a Linen module, which stays unmodified, or an NNX module, of which a copy is adapted.
-      layers: ordered pairs of a regular expression and a rank. The expression is searched in a layer's
-        path in the model, the first match applies; rank 0 leaves a layer out.
+      layers: ordered pairs of a regular expression and a rank. The expression is searched in a
+        layer's path in the model, the first match applies; rank 0 leaves a layer out.
       gates: pairs of a regular expression and the activation after the layer, ``{"wi_0": "silu"}``.
       rules: of the gates, as in ``RunConfig.mechanisms``; ``()`` for plain LoRA.
       alpha: the adapters' scale times their rank; by default twice the rank.
-      classes: further classes of layers: ``{MyDense: "...i,io->...o", MyEinsum: "einsum_str"}`` maps a
-        class to its einsum of input and kernel, or to the attribute with it.
+      classes: further classes of layers: ``{MyDense: "...i,io->...o", MyEinsum: "einsum_str"}``
+        maps a class to its einsum of input and kernel, or to the attribute with it.
       variables: of a Linen module: arrays or shapes.
       example: arguments of a call of a Linen module; the call is traced to find the layers.
       total_steps: of the run, for rules that depend on its progress.
@@ -167,8 +199,9 @@ def adapt(
         rule, or a layer whose einsum cannot have an adapter.
 
     Example:
-      >>> adapted, mechanisms = adapt(model, {"mlp": 8}, {"wi_0": "silu"}, variables=v, example=(x,))
-      >>> lora, optimizer = adapted.init(jax.random.key(0)), nalora(optax.adamw(1e-3), mechanisms)
+      >>> adapted, mechanisms = adapt(model, {"mlp": 8}, {"wi_0": "silu"}, variables=v,
+      example=(x,)) >>> lora, optimizer = adapted.init(jax.random.key(0)), nalora(optax.adamw(1e-3),
+      mechanisms)
     """
     chosen = functools.partial(_chosen, layers=layers, gates=gates, alpha=alpha)
     settings = {"total_steps": total_steps, "seed": seed}
@@ -195,12 +228,16 @@ def adapt(
 
 
 def _mechanisms(
-    rules: Sequence[str | Mechanism], gates: Mapping[str, str], settings: Mapping[str, int]
+    rules: Sequence[str | Mechanism],
+    gates: Mapping[str, str],
+    settings: Mapping[str, int],
 ) -> Mechanisms:
     """Returns the rules for gates with these activations."""
     activation = next(iter(gates.values()))
     others = tuple((path, name) for path, name in gates.items() if name != activation)
-    return replace(make_mechanisms(rules, activation=activation, **settings), others=others)
+    return replace(
+        make_mechanisms(rules, activation=activation, **settings), others=others
+    )
 
 
 # ---------------------------------------------------------------- the choice of layers
@@ -217,10 +254,13 @@ def _chosen(
     _require_matches("layers", layers, found)
     adapted: dict[str, Projection] = {}
     for path, layer in found.items():
-        pattern = next((pattern for pattern in layers if re.search(pattern, path)), None)
+        pattern = next(
+            (pattern for pattern in layers if re.search(pattern, path)), None
+        )
         if pattern is None or layers[pattern] == 0:
             continue
-        rank, most = layers[pattern], min(layer.widths)
+        rank = layers[pattern]
+        most = min(layer.widths)
         scaled = 2.0 * rank if alpha is None else alpha
         if not 0 < rank <= most:
             expected = f"a rank from 0 to {most}, the smaller side of {path}"
@@ -241,29 +281,44 @@ def _chosen(
     return tuple(adapted[path] for path in sorted(adapted))
 
 
-def _require_matches(where: str, patterns: Mapping[str, Any], found: Mapping[str, Projection]) -> None:
+def _require_matches(
+    where: str, patterns: Mapping[str, Any], found: Mapping[str, Projection]
+) -> None:
     expected = f"a part of one of the paths {', '.join(sorted(found)) or '(none)'}"
-    remedy = "a layer of another class needs its einsum: classes={MyDense: '...i,io->...o'}"
+    remedy = (
+        "a layer of another class needs its einsum: classes={MyDense: '...i,io->...o'}"
+    )
     for pattern in patterns:
         if not any(re.search(pattern, path) for path in found):
-            raise NaloraError(f"{where}: {pattern!r}", expected=expected, found="no match", remedy=remedy)
+            raise NaloraError(
+                f"{where}: {pattern!r}",
+                expected=expected,
+                found="no match",
+                remedy=remedy,
+            )
 
 
 def _require_whole_gate(gate: Projection, layers: Iterable[Projection]) -> None:
     """Raises an error if a gate's output has two halves, gate and up: only one half is a gate.
 
-    It is recognized by its neighbor that leads back to the gate's input, which has half as many inputs.
+    It is recognized by its neighbor that leads back to the gate's input, which has half as many
+    inputs.
     """
-    parent, (d_model, width) = gate.path.rpartition("/")[0], gate.widths
+    parent = gate.path.rpartition("/")[0]
+    (d_model, width) = gate.widths
     near = [
-        layer for layer in layers if layer.path != gate.path and layer.path.rpartition("/")[0] == parent
+        layer
+        for layer in layers
+        if layer.path != gate.path and layer.path.rpartition("/")[0] == parent
     ]
     back = [layer.widths[0] for layer in near if layer.widths[1] == d_model]
     if width not in back and width in [2 * d_in for d_in in back]:
         expected = f"a layer with {width // 2} outputs, the inputs of the layer after the product"
         actual = f"{width} outputs: gate and up projection in one layer"
         remedy = "split the layer in two, or leave it out of the gates"
-        raise NaloraError(f"gates: {gate.path}", expected=expected, found=actual, remedy=remedy)
+        raise NaloraError(
+            f"gates: {gate.path}", expected=expected, found=actual, remedy=remedy
+        )
 
 
 def _contraction(layer: Any, path: str, classes: Classes) -> Contraction | None:
@@ -278,10 +333,12 @@ def _contraction(layer: Any, path: str, classes: Classes) -> Contraction | None:
 def _general(outputs: Any, axis: Any, batch: Any) -> str:
     """Returns the einsum of a dense layer with several axes, which must be the last ones."""
     as_tuple = lambda value: tuple(value) if isinstance(value, Sequence) else (value,)  # noqa: E731
-    axis, outputs = as_tuple(axis), as_tuple(outputs)
+    axis = as_tuple(axis)
+    outputs = as_tuple(outputs)
     if axis != tuple(range(-len(axis), 0)) or batch:
         return f"axis={axis}, batch axes {batch}"
-    inner, outer = "abcdef"[: len(axis)], "uvwxyz"[: len(outputs)]
+    inner = "abcdef"[: len(axis)]
+    outer = "uvwxyz"[: len(outputs)]
     return f"...{inner},{inner}{outer}->...{outer}"
 
 
@@ -298,7 +355,9 @@ _CLASSES: Classes = {
 def _kernel(params: Mapping[str, Any], contraction: Contraction, path: str) -> str:
     """Returns the name of a layer's kernel: ``kernel``, or its only parameter with enough axes."""
     axes = len(contraction.kernel)
-    names = [name for name, leaf in params.items() if len(getattr(leaf, "shape", ())) >= axes]
+    names = [
+        name for name, leaf in params.items() if len(getattr(leaf, "shape", ())) >= axes
+    ]
     if "kernel" in names:
         return "kernel"
     if len(names) != 1:
@@ -328,7 +387,9 @@ class LinenAdapters:
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Returns fresh adapters, nested by the layers' paths."""
-        leaves = zip(self.projections, jax.random.split(key, len(self.projections)), strict=True)
+        leaves = zip(
+            self.projections, jax.random.split(key, len(self.projections)), strict=True
+        )
         return trees.unflatten({p.path: p.init(k, self.mechanisms) for p, k in leaves})
 
     def apply(self, variables: Any, lora: Any, *args: Any, **options: Any) -> Any:
@@ -337,7 +398,8 @@ class LinenAdapters:
         Raises:
           NaloraError: the call does not reach a layer with an adapter.
         """
-        by_path, reached = {p.path: p for p in self.projections}, set()
+        by_path = {p.path: p for p in self.projections}
+        reached = set()
         params = unfreeze(variables["params"])
         for path in by_path:
             params = _with(params, f"{path}/{_NODE}", _node(lora, path))
@@ -349,9 +411,13 @@ class LinenAdapters:
             return by_path[path].output(x, y, module.get_variable("params", _NODE))
 
         with nn.intercept_methods(_on_calls(add)):
-            result = self.module.apply({**variables, "params": params}, *args, **options)
+            result = self.module.apply(
+                {**variables, "params": params}, *args, **options
+            )
         if missed := sorted(by_path.keys() - reached):
-            raise NaloraError(missed[0], expected="a call, as with the example", found="none")
+            raise NaloraError(
+                missed[0], expected="a call, as with the example", found="none"
+            )
         return result
 
     def merge(self, variables: Any, lora: Any) -> Any:
@@ -360,7 +426,9 @@ class LinenAdapters:
         for p in self.projections:
             boxed = _node(params, p.path)[p.parameter]
             kernel = p.merged(nn.meta.unbox(boxed), _node(lora, p.path))
-            params = _with(params, f"{p.path}/{p.parameter}", nn.meta.replace_boxed(boxed, kernel))
+            params = _with(
+                params, f"{p.path}/{p.parameter}", nn.meta.replace_boxed(boxed, kernel)
+            )
         return {**variables, "params": params}
 
 
@@ -369,15 +437,23 @@ def _linen_layers(
 ) -> list[Projection]:
     """Returns the layers that a call of the module reaches and that can have an adapter."""
     if variables is None:
-        where, expected = "adapt(..., variables=)", "the variables of the Linen module"
+        where = "adapt(..., variables=)"
+        expected = "the variables of the Linen module"
         raise NaloraError(where, expected=expected, found=None)
-    stored, found = nn.meta.unbox(unfreeze(variables["params"])), {}
+    stored = nn.meta.unbox(unfreeze(variables["params"]))
+    found = {}
 
     def record(layer: nn.Module, path: str, x: Any, y: Any) -> Any:
-        if path and path not in found and (contraction := _contraction(layer, path, classes)) is not None:
+        if (
+            path
+            and path not in found
+            and (contraction := _contraction(layer, path, classes)) is not None
+        ):
             seen = nn.meta.unbox(unfreeze(layer.variables)).get("params", {})
             name = _kernel(seen, contraction, path)
-            found[path] = Projection(path, contraction, name, _node(stored, path)[name].shape)
+            found[path] = Projection(
+                path, contraction, name, _node(stored, path)[name].shape
+            )
         return y
 
     def call(variables: Any, example: Any) -> Any:
@@ -412,7 +488,8 @@ def _node(tree: Mapping[str, Any], path: str) -> Any:
 
 
 def _with(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """Returns ``tree`` with another value at a path; nodes on the path are copied, others shared."""
+    """Returns ``tree`` with another value at a path; nodes on the path are copied, others
+    shared."""
     first, _, below = path.partition("/")
     return {**tree, first: _with(tree[first], below, value) if below else value}
 
@@ -437,7 +514,9 @@ class LoRA(nnx.Module):
         self.projection = projection
         self.a, self.b = LoRAFactor(leaves["a"]), LoRAFactor(leaves["b"])
         if TAPS in leaves:
-            self.taps = nnx.data({name: GateLeaf(tap) for name, tap in leaves[TAPS].items()})
+            self.taps = nnx.data(
+                {name: GateLeaf(tap) for name, tap in leaves[TAPS].items()}
+            )
         if MASK in leaves:
             self.mask = GateLeaf(leaves[MASK])
 
@@ -453,7 +532,8 @@ class LoRA(nnx.Module):
 
 
 def merge_nnx(model: Any) -> Any:
-    """Returns a copy of an adapted NNX model with every adapter folded into its kernel, for serving."""
+    """Returns a copy of an adapted NNX model with every adapter folded into its kernel, for
+    serving."""
     model = nnx.merge(*nnx.split(model), copy=True)
     for _, layer in list(nnx.iter_modules(model)):
         if isinstance(adapter := vars(layer).get(_LORA), LoRA):
@@ -472,21 +552,28 @@ def _nnx_layers(model: Any, classes: Classes) -> list[Projection]:
         contraction = _contraction(layer, path, classes)
         if not path or contraction is None:
             continue
-        params = {name: leaf for name, leaf in vars(layer).items() if isinstance(leaf, nnx.Param)}
+        params = {
+            name: leaf
+            for name, leaf in vars(layer).items()
+            if isinstance(leaf, nnx.Param)
+        }
         name = _kernel(params, contraction, path)
         found.append(Projection(path, contraction, name, params[name].shape))
     return found
 
 
 def _require_one_place(model: Any, projections: Sequence[Projection]) -> None:
-    """Raises an error for an adapted layer that the model uses at two places, or whose kernel it does."""
+    """Raises an error for an adapted layer that the model uses at two places, or whose kernel it
+    does."""
     places: Counter[int] = Counter()
     for _, module in nnx.iter_modules(model):
         places.update(id(child) for _, child in nnx.iter_children(module))
     for p in projections:
         layer = _child(model, p.path)
         if max(places[id(layer)], places[id(getattr(layer, p.parameter))]) > 1:
-            raise NaloraError(p.path, expected="a layer with one place in the model", found="two")
+            raise NaloraError(
+                p.path, expected="a layer with one place in the model", found="two"
+            )
 
 
 def _child(model: Any, path: str) -> Any:
@@ -506,4 +593,6 @@ def _adapted_class(kind: Any) -> Any:
         y = kind.__call__(self, x, *args, **options)
         return self.lora.projection.output(x, y, self.lora.leaves)
 
-    return types.new_class(f"LoRA{kind.__name__}", (kind,), {}, lambda body: body.update(__call__=call))
+    return types.new_class(
+        f"LoRA{kind.__name__}", (kind,), {}, lambda body: body.update(__call__=call)
+    )

@@ -1,13 +1,15 @@
 """Self-gated feed-forward blocks with adapters: `GatedFFN` and `SelfGatedFFN`.
 
     gated       z = x W_gate,  u = x W_up,  y = (phi(z) * u) W_down        (SwiGLU, GeGLU, ...)
-    factored    z = x W_gate,  u is given,  y = (phi(z) * u) W_down        (per-layer embeddings of Gemma 4)
-    self-gated  z = x W_in,                 y = phi(z) W_out               (MLPs of CLIP, ViT, BERT)
+    factored    z = x W_gate,  u is given,  y = (phi(z) * u) W_down        (per-layer embeddings of
+    Gemma 4) self-gated  z = x W_in,                 y = phi(z) W_out               (MLPs of CLIP,
+    ViT, BERT)
 
-Every matmul may have an adapter. An adapter on the gate changes the selection weight rho(z), not only
-the feature. A block therefore reads a channel mask (collection ``gate_mask``, training only), which
-weighs the gradient of the gate's A. The channel statistics from which the rules compute the next
-step's factors are the gradients of the zeros in ``gate_taps``. Neither changes the forward value.
+Every matmul may have an adapter. An adapter on the gate changes the selection weight rho(z), not
+only the feature. A block therefore reads a channel mask (collection ``gate_mask``, training only),
+which weighs the gradient of the gate's A. The channel statistics from which the rules compute the
+next step's factors are the gradients of the zeros in ``gate_taps``. Neither changes the forward
+value.
 """
 
 from __future__ import annotations
@@ -24,7 +26,13 @@ import jax.numpy as jnp
 
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.activations import Activation
-from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense, init_a, parallel_dense
+from nalora_jax.method.low_rank import (
+    Adapter,
+    Dense,
+    adapted_dense,
+    init_a,
+    parallel_dense,
+)
 from nalora_jax.method.measurement import (
     GateStatsConfig,
     Measurement,
@@ -72,10 +80,15 @@ def gated_mlp(
     h, _ = gated_product(z, u, activation, numerics)
     measured = None
     if measurement is not None:
-        measured = block_statistics(x, gate, z, delta, activation, numerics, measurement)
+        measured = block_statistics(
+            x, gate, z, delta, activation, numerics, measurement
+        )
         if (checks := measurement.config.checks) is not None:
-            sharding, live = measurement.config.sharding, (z, u, h)
-            measured |= checks.block(x, gate, live, delta, activation, numerics, sharding)
+            sharding = measurement.config.sharding
+            live = (z, u, h)
+            measured |= checks.block(
+                x, gate, live, delta, activation, numerics, sharding
+            )
     return adapted_dense(h, down, numerics).y, measured
 
 
@@ -84,12 +97,17 @@ def gated_mlp(
 
 @operation
 def gated_product(
-    z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics, up_limit: float = 0.0
+    z: jax.Array,
+    u: jax.Array | None,
+    activation: Activation,
+    numerics: Numerics,
+    up_limit: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns ``(a * factor, a)`` with ``a = phi(z)``; the factor is `up_factor` of u, 1 if u is None.
+    """Returns ``(a * factor, a)`` with ``a = phi(z)``; the factor is `up_factor` of u, 1 if u is
+    None.
 
-    Only z and u are saved for the backward pass, rounded to ``numerics.residual``; autodiff would also
-    save the sigmoid and phi(z).
+    Only z and u are saved for the backward pass, rounded to ``numerics.residual``; autodiff would
+    also save the sigmoid and phi(z).
 
     Args:
       z: ``[..., d_ff]``.
@@ -107,7 +125,8 @@ def gated_product(
 
 
 def up_factor(u: jax.Array, up_limit: float) -> jax.Array:
-    """Returns the factor of phi(z): u; with a limit, ``1 + clip(u, -up_limit, up_limit)`` (gpt-oss)."""
+    """Returns the factor of phi(z): u; with a limit, ``1 + clip(u, -up_limit, up_limit)``
+    (gpt-oss)."""
     if not up_limit:
         return u
     return 1 + jnp.clip(u, -up_limit, up_limit)
@@ -115,40 +134,65 @@ def up_factor(u: jax.Array, up_limit: float) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _gated_product(
-    z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics, up_limit: float
+    z: jax.Array,
+    u: jax.Array | None,
+    activation: Activation,
+    numerics: Numerics,
+    up_limit: float,
 ) -> Any:
     return _gated_product_fwd(z, u, activation, numerics, up_limit)[0]
 
 
 def _gated_product_fwd(
-    z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics, up_limit: float
+    z: jax.Array,
+    u: jax.Array | None,
+    activation: Activation,
+    numerics: Numerics,
+    up_limit: float,
 ) -> Any:
     save = partial(
-        storage.save_residual, dtype=numerics.residual, numerics=numerics, name=storage.SAVED_WIDE
+        storage.save_residual,
+        dtype=numerics.residual,
+        numerics=numerics,
+        name=storage.SAVED_WIDE,
     )
     saved = save(z), None if u is None else save(u)
     # Computed from the saved arrays, so that a rematerialized layer needs no matmul for the value.
     a = activation.phi(storage.read_residual(saved[0], numerics.result))
-    product = (
-        a if saved[1] is None else a * up_factor(storage.read_residual(saved[1], numerics.result), up_limit)
+    if saved[1] is None:
+        product = a
+    else:
+        product = a * up_factor(
+            storage.read_residual(saved[1], numerics.result), up_limit
+        )
+    return (storage.rounded(product, z.dtype, numerics), a), (
+        *saved,
+        jnp.zeros((0,), z.dtype),
     )
-    return (storage.rounded(product, z.dtype, numerics), a), (*saved, jnp.zeros((0,), z.dtype))
 
 
 def _gated_product_bwd(
-    activation: Activation, numerics: Numerics, up_limit: float, residuals: Any, cotangents: Any
+    activation: Activation,
+    numerics: Numerics,
+    up_limit: float,
+    residuals: Any,
+    cotangents: Any,
 ) -> Any:
     z, u, like_z = residuals
-    z, g = storage.read_residual(z, numerics.result), cotangents[0].astype(numerics.result)
+    z = storage.read_residual(z, numerics.result)
+    g = cotangents[0].astype(numerics.result)
     rho, drho = activation.gate(z)
     slope = rho + z * drho  # phi'(z)
     if u is None:
         return storage.rounded(g * slope, like_z.dtype, numerics), None
     u = storage.read_residual(u, numerics.result)
-    dz, du = g * up_factor(u, up_limit) * slope, g * (z * rho)
+    dz = g * up_factor(u, up_limit) * slope
+    du = g * (z * rho)
     if up_limit:
         du = jnp.where(jnp.abs(u) <= up_limit, du, 0.0)
-    return storage.rounded(dz, like_z.dtype, numerics), storage.rounded(du, like_z.dtype, numerics)
+    return storage.rounded(dz, like_z.dtype, numerics), storage.rounded(
+        du, like_z.dtype, numerics
+    )
 
 
 _gated_product.defvjp(_gated_product_fwd, _gated_product_bwd)
@@ -159,7 +203,8 @@ _gated_product.defvjp(_gated_product_fwd, _gated_product_bwd)
 # Adapters are in the collection ``lora``:
 #
 #     params: {"gate_proj": {"kernel": [d_in, d_out]}}
-#     lora:   {"gate_proj": {"a": [d_in, r], "b": [r, d_out]}}           # DoRA adds "magnitude": [d_out]
+#     lora:   {"gate_proj": {"a": [d_in, r], "b": [r, d_out]}}           # DoRA adds "magnitude":
+#       [d_out]
 
 
 class LoRADense(nn.Module):
@@ -170,7 +215,9 @@ class LoRADense(nn.Module):
     use_bias: bool = False  # True if the frozen layer adds a bias
     dora: bool = False  # True if the adapter is weight-decomposed
     dropout: float = 0.0  # rate on the adapter's input if not deterministic (needs the rng "dropout")
-    experts: int = 0  # the leading axis of all arrays, if the layer is one of each expert
+    experts: int = (
+        0  # the leading axis of all arrays, if the layer is one of each expert
+    )
 
     @nn.compact
     def dense(
@@ -191,26 +238,42 @@ class LoRADense(nn.Module):
         """
         lead = (self.experts,) if self.experts else ()
         init = nn.initializers.lecun_normal(batch_axis=tuple(range(len(lead))))
-        kernel, bias = frozen_kernel(self, (*lead, d_in, self.features), init), None
+        kernel = frozen_kernel(self, (*lead, d_in, self.features), init)
+        bias = None
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (*lead, self.features))
+            bias = self.param(
+                "bias", nn.initializers.zeros_init(), (*lead, self.features)
+            )
         name = self.name or "dense"
-        if not self.rank or not (self.is_initializing() or self.has_variable("lora", "a")):
+        if not self.rank or not (
+            self.is_initializing() or self.has_variable("lora", "a")
+        ):
             return Dense(kernel, None, bias, name=name)
         random = lambda: init_a(self.make_rng("params"), (*lead, d_in, self.rank))  # noqa: E731
         a = self.variable("lora", "a", random).value
-        b = self.variable("lora", "b", jnp.zeros, (*lead, self.rank, self.features), jnp.float32).value
+        b = self.variable(
+            "lora", "b", jnp.zeros, (*lead, self.rank, self.features), jnp.float32
+        ).value
         if self.has_variable("lora", "singular"):  # AdaLoRA, in training
             a = a * self.get_variable("lora", "singular")[..., None, :]
         start = magnitude = dropout = None
         if self.has_variable("params", "start_a"):
-            start = self.get_variable("params", "start_a"), self.get_variable("params", "start_b")
+            start = (
+                self.get_variable("params", "start_a"),
+                self.get_variable("params", "start_b"),
+            )
         if self.dora:
-            norms = lambda: jnp.linalg.norm(storage.expand(kernel).astype(jnp.float32), axis=-2)  # noqa: E731
+
+            def norms() -> jax.Array:
+                expanded = storage.expand(kernel).astype(jnp.float32)
+                return jnp.linalg.norm(expanded, axis=-2)
+
             magnitude = self.variable("lora", "magnitude", norms).value
         if self.dropout > 0 and not deterministic:
             dropout = nn.Dropout(self.dropout, deterministic=False)
-        return Dense(kernel, Adapter(a, b, scale, mask, magnitude, start), bias, dropout, name)
+        return Dense(
+            kernel, Adapter(a, b, scale, mask, magnitude, start), bias, dropout, name
+        )
 
 
 def frozen_kernel(
@@ -233,9 +296,13 @@ def frozen_kernel(
             stack: storage.Bits = module.get_variable(storage.STACKS, name)
             assert isinstance(stored, jax.Array)
             return storage.Bits(stack.bits, stored)
-        if isinstance(stored, storage.Stored):  # `param` would compare the shapes of its leaves
+        if isinstance(
+            stored, storage.Stored
+        ):  # `param` would compare the shapes of its leaves
             return stored
-    kernel: jax.Array = module.param(name, init or nn.initializers.lecun_normal(), shape)
+    kernel: jax.Array = module.param(
+        name, init or nn.initializers.lecun_normal(), shape
+    )
     return kernel
 
 
@@ -275,7 +342,9 @@ class Adapters:
           experts: of `LoRADense`.
           options: of `LoRADense.dense`.
         """
-        layer = LoRADense(d_out, self.rank(name), bias, self.dora, self.dropout, experts, name=name)
+        layer = LoRADense(
+            d_out, self.rank(name), bias, self.dora, self.dropout, experts, name=name
+        )
         dense: Dense = layer.dense(d_in, (scales or {}).get(name, 1.0), **options)
         return dense
 
@@ -291,7 +360,10 @@ class AdaptedBlock(nn.Module):
     numerics: Numerics = Numerics()
     stats: GateStatsConfig = GateStatsConfig()
 
-    names: ClassVar[tuple[str, ...]] = ("gate_proj", "down_proj")  # the gate first, the output last
+    names: ClassVar[tuple[str, ...]] = (
+        "gate_proj",
+        "down_proj",
+    )  # the gate first, the output last
 
     @nn.compact
     def __call__(
@@ -314,14 +386,23 @@ class AdaptedBlock(nn.Module):
         """
         gate_name, *up_name, down_name = self.names
 
-        def dense(name: str, d_in: int, d_out: int, mask: jax.Array | None = None) -> Dense:
-            options: dict[str, Any] = {"bias": self.use_bias, "mask": mask, "deterministic": deterministic}
+        def dense(
+            name: str, d_in: int, d_out: int, mask: jax.Array | None = None
+        ) -> Dense:
+            options: dict[str, Any] = {
+                "bias": self.use_bias,
+                "mask": mask,
+                "deterministic": deterministic,
+            }
             return self.adapters.dense(name, d_in, d_out, scales, **options)
 
-        gate = dense(gate_name, x.shape[-1], self.d_ff, self.get_variable("gate_mask", "mask"))
+        gate = dense(
+            gate_name, x.shape[-1], self.d_ff, self.get_variable("gate_mask", "mask")
+        )
         factor = dense(up_name[0], x.shape[-1], self.d_ff) if up_name else up
         down = dense(down_name, self.d_ff, self.d_model)
-        measurement, taps = None, self.variables.get("gate_taps", {})
+        measurement = None
+        taps = self.variables.get("gate_taps", {})
         if taps and not self.is_initializing():
             if token_weights is None:
                 token_weights = jnp.ones(x.shape[:-1], bool)
@@ -331,7 +412,9 @@ class AdaptedBlock(nn.Module):
         phi = activations.get(self.activation)
         y, measured = block(x, gate, factor, down, phi, self.numerics, measurement)
         # The gradients of the taps are the statistics.
-        return y if measured is None else statistics.emit_measured(y, taps, measured)
+        if measured is None:
+            return y
+        return statistics.emit_measured(y, taps, measured)
 
 
 class GatedFFN(AdaptedBlock):

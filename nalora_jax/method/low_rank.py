@@ -44,9 +44,13 @@ class Adapter(NamedTuple):
     a: jax.Array  # float32 [d_in, r]
     b: jax.Array  # float32 [r, d_out]
     scale: jax.Array | float = 1.0  # scalar s
-    mask: jax.Array | None = None  # [d_out], weights of the output channels in A's gradient
+    mask: jax.Array | None = (
+        None  # [d_out], weights of the output channels in A's gradient
+    )
     magnitude: jax.Array | None = None  # [d_out], of a weight-decomposed adapter (DoRA)
-    start: tuple[jax.Array, jax.Array] | None = None  # initial A and B if B is not 0 (PiSSA, LoRA-GA)
+    start: tuple[jax.Array, jax.Array] | None = (
+        None  # initial A and B if B is not 0 (PiSSA, LoRA-GA)
+    )
 
 
 class Dense(NamedTuple):
@@ -57,12 +61,16 @@ class Dense(NamedTuple):
     bias: jax.Array | None = None  # [d_out]
     dropout: Callable[[jax.Array], jax.Array] | None = None  # of the adapter's input
     name: str = "dense"  # in profiles
-    inner: jax.Array | None = None  # x for the adapter, if its gradient is summed separately
+    inner: jax.Array | None = (
+        None  # x for the adapter, if its gradient is summed separately
+    )
 
     @property
     def is_plain(self) -> bool:
         """True if the layer has no DoRA and no dropout of an adapter."""
-        return self.adapter is None or (self.adapter.magnitude is None and self.dropout is None)
+        return self.adapter is None or (
+            self.adapter.magnitude is None and self.dropout is None
+        )
 
 
 class LowRankHidden(NamedTuple):
@@ -108,12 +116,18 @@ class Products(ABC):
     """One way to compute the matmuls of layers that read the same x ``[rows, d_in]``; a pytree."""
 
     @abstractmethod
-    def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[Any]]:
+    def forward(
+        self, x: jax.Array, layers: Sequence[Factors]
+    ) -> tuple[list[jax.Array], list[Any]]:
         """Returns every layer's ``x W + h B`` and its ``h = s x A`` (None without an adapter)."""
 
     @abstractmethod
     def backward(
-        self, x: jax.Array, gs: Sequence[jax.Array], layers: Sequence[Factors], hidden: Sequence[Any]
+        self,
+        x: jax.Array,
+        gs: Sequence[jax.Array],
+        layers: Sequence[Factors],
+        hidden: Sequence[Any],
     ) -> tuple[jax.Array, list[Any], list[Any]]:
         """Returns ``dx``, and every layer's gradients of A and B (None without an adapter).
 
@@ -148,7 +162,14 @@ def _gated_bwd(
     gs, _ = cotangents
     dx, das, dbs = products.backward(x, gs, layers, hidden)
     zero = [jax.tree.map(jnp.zeros_like, (layer.scale, layer.mask)) for layer in layers]
-    return (None, dx, tuple(Factors(da, db, *zeros) for da, db, zeros in zip(das, dbs, zero, strict=True)))
+    return (
+        None,
+        dx,
+        tuple(
+            Factors(da, db, *zeros)
+            for da, db, zeros in zip(das, dbs, zero, strict=True)
+        ),
+    )
 
 
 gated.defvjp(_gated_fwd, _gated_bwd)
@@ -169,7 +190,8 @@ def rank_cotangents(layer: Factors, back: jax.Array) -> tuple[jax.Array, jax.Arr
 
     ``back`` is ``g with_masked(layer)^T``. The scale multiplies it, not ``[rows, d_out]``.
     """
-    scaled, rank = layer.scale * back, layer.b.shape[-2]
+    scaled = layer.scale * back
+    rank = layer.b.shape[-2]
     return scaled[:, :rank], scaled[:, -rank:]
 
 
@@ -180,10 +202,14 @@ class AdapterProducts(Products):
 
     numerics: Numerics = field(metadata={"static": True})
 
-    def _dot(self, x: jax.Array, y: jax.Array, dims: tuple[int, int] = (1, 0)) -> jax.Array:
+    def _dot(
+        self, x: jax.Array, y: jax.Array, dims: tuple[int, int] = (1, 0)
+    ) -> jax.Array:
         return dot(x, y, self.numerics, dims, operand=self.numerics.adapter)
 
-    def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[Any]]:
+    def forward(
+        self, x: jax.Array, layers: Sequence[Factors]
+    ) -> tuple[list[jax.Array], list[Any]]:
         """See `Products`."""
         (layer,) = layers
         # [rows, r]; saved by a rematerialized layer, which would multiply x by A again otherwise
@@ -191,17 +217,26 @@ class AdapterProducts(Products):
         return [self._dot(hidden, layer.b)], [hidden]
 
     def backward(
-        self, x: jax.Array, gs: Sequence[jax.Array], layers: Sequence[Factors], hidden: Sequence[Any]
+        self,
+        x: jax.Array,
+        gs: Sequence[jax.Array],
+        layers: Sequence[Factors],
+        hidden: Sequence[Any],
     ) -> tuple[jax.Array, list[Any], list[Any]]:
         """See `Products`."""
-        (layer,), (g,) = layers, gs
+        (layer,) = layers
+        (g,) = gs
         exact, masked = rank_cotangents(layer, self._dot(g, with_masked(layer), (1, 1)))
         dx = self._dot(exact, layer.a, (1, 1)).astype(x.dtype)
         return dx, [self._dot(x, masked, (0, 0))], [self._dot(hidden[0], g, (0, 0))]
 
 
 def low_rank(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float, mask: jax.Array | None = None
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scale: jax.Array | float,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the adapter's output ``s (x A) B``, with the gated gradient of A if there is a mask.
 
@@ -227,14 +262,18 @@ def init_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-def _residual(x: jax.Array, adapter: Adapter, numerics: Numerics) -> tuple[jax.Array, jax.Array]:
+def _residual(
+    x: jax.Array, adapter: Adapter, numerics: Numerics
+) -> tuple[jax.Array, jax.Array]:
     """Returns ``s (x A) B`` float32 ``[..., d_out]`` and ``s x A``."""
     factors = Factors.of(adapter)
     chex.assert_axis_dimension(factors.a, 0, x.shape[-1])
     flat = x.reshape(-1, x.shape[-1])  # [rows, d_in]
     (y,), (hidden,) = gated(AdapterProducts(numerics), flat, (factors,))
     lead = x.shape[:-1]
-    return y.reshape(*lead, factors.b.shape[1]), hidden.reshape(*lead, factors.b.shape[0])
+    return y.reshape(*lead, factors.b.shape[1]), hidden.reshape(
+        *lead, factors.b.shape[0]
+    )
 
 
 # ---------------------------------------------------------------- the layer
@@ -253,7 +292,8 @@ def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
       ``[..., d_out]`` in ``numerics.result``, and the adapter's part.
     """
     with jax.named_scope(dense.name):
-        base, adapter = matmul(x, dense.kernel, numerics), dense.adapter
+        base = matmul(x, dense.kernel, numerics)
+        adapter = dense.adapter
         if adapter is None:
             return Adapted(add_bias(base, dense.bias))
         inner = x if dense.inner is None else dense.inner
@@ -270,7 +310,9 @@ def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
 
 
 @operation
-def parallel_dense(x: jax.Array, layers: Sequence[Dense], numerics: Numerics) -> list[Adapted]:
+def parallel_dense(
+    x: jax.Array, layers: Sequence[Dense], numerics: Numerics
+) -> list[Adapted]:
     """Returns `adapted_dense` of several layers that read the same input."""
     return [adapted_dense(x, layer, numerics) for layer in layers]
 
@@ -292,24 +334,34 @@ def moved_from(delta: jax.Array, start: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------- variants
 
 
-def column_norm(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:
+def column_norm(
+    kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float
+) -> jax.Array:
     """Returns the norm of every output channel of ``W + s A B``, float32 ``[d_out]`` (DoRA).
 
     The sum is not formed: ``|w|^2 + 2 s w.(A b) + s^2 |A b|^2`` takes rank-wide matmuls only.
     """
-    w, s, exact = kernel.astype(jnp.float32), jnp.asarray(scale, jnp.float32), Numerics()
+    w = kernel.astype(jnp.float32)
+    s = jnp.asarray(scale, jnp.float32)
+    exact = Numerics()
     cross = jnp.sum(dot(a, w, exact, (0, 0)) * b, axis=0)
     gram = jnp.sum(dot(dot(a, a, exact, (0, 0)), b, exact) * b, axis=0)
-    return jnp.sqrt(jnp.maximum(jnp.sum(w * w, axis=0) + 2 * s * cross + s * s * gram, 0.0))
+    return jnp.sqrt(
+        jnp.maximum(jnp.sum(w * w, axis=0) + 2 * s * cross + s * s * gram, 0.0)
+    )
 
 
-def _dora(base: jax.Array, delta: jax.Array, kernel: Kernel, adapter: Adapter) -> jax.Array:
+def _dora(
+    base: jax.Array, delta: jax.Array, kernel: Kernel, adapter: Adapter
+) -> jax.Array:
     """Returns the residual for which ``base + residual`` is ``m (x W + s x A B) / |W + s A B|``."""
     frozen = lax.stop_gradient(expand(kernel))
     # The norm is a constant of the backward pass, as in the paper (section 4.3) and in PEFT.
     assert adapter.magnitude is not None
     ratio = adapter.magnitude / lax.stop_gradient(column_norm(frozen, *adapter[:3]))
-    ratio = jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)  # rank 0: the magnitude is unused
+    ratio = jnp.where(
+        jnp.asarray(adapter.scale) == 0, 1.0, ratio
+    )  # rank 0: the magnitude is unused
     ratio = jnp.broadcast_to(ratio, base.shape)
     return (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
 
@@ -322,6 +374,10 @@ def find_gates(lora: Any) -> dict[str, str]:
       >>> find_gates({"layers": {"ffn": {"gate_proj": adapter, "up_proj": adapter}}})
       {'layers/ffn/gate_proj': 'layers/ffn'}
     """
-    paths = (path.removesuffix("/b") for path in trees.flatten(lora) if path.endswith("/b"))
+    paths = (
+        path.removesuffix("/b") for path in trees.flatten(lora) if path.endswith("/b")
+    )
     split = {path: path.rpartition("/") for path in sorted(paths)}
-    return {path: block for path, (block, _, name) in split.items() if name in _GATE_NAMES}
+    return {
+        path: block for path, (block, _, name) in split.items() if name in _GATE_NAMES
+    }

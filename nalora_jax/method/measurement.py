@@ -1,19 +1,21 @@
-"""The measurement of a gated block in a live program: its channel statistics, and checks of its arrays.
+"""The measurement of a gated block in a live program: its channel statistics, and checks of its
+arrays.
 
 Statistics and checks read the arrays of the program that trains and change neither values nor
-gradients. Statistics are taken on a sample of positions (`GateStatsConfig`). The probe splits z into
-the frozen part and the adapter's part on a thinner sample.
+gradients. Statistics are taken on a sample of positions (`GateStatsConfig`). The probe splits z
+into the frozen part and the adapter's part on a thinner sample.
 
-The checks of ``--debug.check-gates`` are taken on all positions. Each is the ratio of an error to its
-allowance, both summed over tokens, at its largest over channels; a ratio above 1 is a fault:
+The checks of ``--debug.check-gates`` are taken on all positions. Each is the ratio of an error to
+its allowance, both summed over tokens, at its largest over channels; a ratio above 1 is a fault:
 
     check_preactivation   z = x W + s (x A) B, with both terms computed separately
     check_identity        phi(z) - phi(z - dz) = F + S, and phi(z) = rho(z) z
     check_gate            `Activation.gate` returns rho and its derivative
     check_product         the input of the down projection is phi(z) u
 
-Identity and gate are evaluated in float32 at the program's z, so rounding cannot hide a wrong function.
-`require_sound` asserts them, and compares the sums of a step with its batch and its masks.
+Identity and gate are evaluated in float32 at the program's z, so rounding cannot hide a wrong
+function. `require_sound` asserts them, and compares the sums of a step with its batch and its
+masks.
 """
 
 from __future__ import annotations
@@ -32,7 +34,13 @@ from jax.sharding import NamedSharding
 from nalora_jax.common import trees
 from nalora_jax.method import activations, statistics
 from nalora_jax.method.activations import Activation
-from nalora_jax.method.low_rank import Dense, LowRankHidden, adapted_dense, find_gates, moved_from
+from nalora_jax.method.low_rank import (
+    Dense,
+    LowRankHidden,
+    adapted_dense,
+    find_gates,
+    moved_from,
+)
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.reductions import by_shard, sampled, sampled_weights
 from nalora_jax.ops.storage import dot
@@ -42,9 +50,13 @@ from nalora_jax.ops.storage import dot
 class GateStatsConfig:
     """The measurements of a block."""
 
-    stride: int = 1  # gate statistics use one in n positions of a row (`reductions.sampled`)
+    stride: int = (
+        1  # gate statistics use one in n positions of a row (`reductions.sampled`)
+    )
     probe_stride: int = 8  # probe statistics use one in n positions
-    positions: int = 0  # most positions of a row: longer rows have larger strides; 0: no limit
+    positions: int = (
+        0  # most positions of a row: longer rows have larger strides; 0: no limit
+    )
     checks: GateChecks | None = None
     # Of [batch, seq, d_model]. If it splits the rows, sums have a leading axis [shards].
     sharding: NamedSharding | None = None
@@ -54,7 +66,8 @@ class GateStatsConfig:
         if not self.positions:
             return self
         factor = max(1, -(-length // (self.stride * self.positions)))
-        stride, probe_stride = factor * self.stride, factor * self.probe_stride
+        stride = factor * self.stride
+        probe_stride = factor * self.probe_stride
         return replace(self, stride=stride, probe_stride=probe_stride, positions=0)
 
 
@@ -63,8 +76,12 @@ class Measurement(NamedTuple):
 
     weights: Array  # [batch, seq], weights of the tokens
     config: GateStatsConfig
-    taps: Mapping[str, Array]  # zeros whose gradients are the statistics (`statistics.emit`)
-    probe_weights: Array | None = None  # [batch, seq], weights for the probe, if they differ
+    taps: Mapping[
+        str, Array
+    ]  # zeros whose gradients are the statistics (`statistics.emit`)
+    probe_weights: Array | None = (
+        None  # [batch, seq], weights for the probe, if they differ
+    )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,11 +89,18 @@ class Measurement(NamedTuple):
         return statistics.forward(self.taps)
 
     @classmethod
-    def of(cls, weights: Array | SampledWeights, config: GateStatsConfig, taps: Any) -> Measurement:
+    def of(
+        cls, weights: Array | SampledWeights, config: GateStatsConfig, taps: Any
+    ) -> Measurement:
         """Returns the request for rows with these weights ``[batch, seq]``."""
         if isinstance(weights, SampledWeights):
             gate, probe = weights.strides
-            return cls(weights.gate, replace(config, stride=gate, probe_stride=probe), taps, weights.probe)
+            return cls(
+                weights.gate,
+                replace(config, stride=gate, probe_stride=probe),
+                taps,
+                weights.probe,
+            )
         return cls(weights, config.of_rows(weights.shape[-1]), taps)
 
 
@@ -88,7 +112,9 @@ class SampledWeights:
     every: Array  # [batch, seq]
     gate: Array  # [batch, seq], 0 at positions that the sample of the whole row does not take
     probe: Array  # the same for the probe
-    strides: tuple[int, int] = field(metadata={"static": True})  # of samples that contain the rows' samples
+    strides: tuple[int, int] = field(
+        metadata={"static": True}
+    )  # of samples that contain the rows' samples
     length: int = field(metadata={"static": True})  # of the whole rows
 
 
@@ -115,26 +141,50 @@ def block_statistics(
       measurement: the request.
 
     Returns:
-      ``tokens []``, ``probe_tokens []``, ``slope [d_ff]``, ``occupancy [4, d_ff]``, ..., all float32
-      (see `nalora_jax.method.statistics`); by shard if the measurement's config has a sharding.
+      ``tokens []``, ``probe_tokens []``, ``slope [d_ff]``, ``occupancy [4, d_ff]``, ..., all
+      float32 (see `nalora_jax.method.statistics`); by shard if the measurement's config has a
+      sharding.
     """
-    config, names = measurement.config, measurement.names
+    config = measurement.config
+    names = measurement.names
     partition = activations.partition(activation.name)
 
-    def sums(z: Array, base: Array, moved: Array, weights: Array, of_probe: Array) -> dict[str, Array]:
-        z, of_gate = sampled(z, weights, config.stride), _taken(weights, config.stride)
+    def sums(
+        z: Array, base: Array, moved: Array, weights: Array, of_probe: Array
+    ) -> dict[str, Array]:
+        z = sampled(z, weights, config.stride)
+        of_gate = _taken(weights, config.stride)
         probed = _taken(of_probe, config.probe_stride)
-        of_channels = statistics.channel_statistics(z, of_gate, activation, partition, names)
-        return of_channels | statistics.probe_statistics(base, moved, probed, activation, names)
+        of_channels = statistics.channel_statistics(
+            z, of_gate, activation, partition, names
+        )
+        return of_channels | statistics.probe_statistics(
+            base, moved, probed, activation, names
+        )
 
     with jax.named_scope("statistics"):
         weights = measurement.weights
-        of_probe = weights if measurement.probe_weights is None else measurement.probe_weights
-        given = x, gate, z.astype(numerics.result), delta, of_probe, config.probe_stride, numerics
+        if measurement.probe_weights is None:
+            of_probe = weights
+        else:
+            of_probe = measurement.probe_weights
+        given = (
+            x,
+            gate,
+            z.astype(numerics.result),
+            delta,
+            of_probe,
+            config.probe_stride,
+            numerics,
+        )
         parts = _parts(*given, since_start=True)
         chex.assert_shape(weights, z.shape[:-1])
-        z, weights, of_probe = lax.stop_gradient((z, *(w.astype(jnp.float32) for w in (weights, of_probe))))
-        measured: dict[str, Array] = by_shard(sums, config.sharding, z, *parts, weights, of_probe)
+        z, weights, of_probe = lax.stop_gradient(
+            (z, *(w.astype(jnp.float32) for w in (weights, of_probe)))
+        )
+        measured: dict[str, Array] = by_shard(
+            sums, config.sharding, z, *parts, weights, of_probe
+        )
         return measured
 
 
@@ -144,15 +194,20 @@ def _taken(weights: Array, stride: int) -> Array:
 
 
 def tapped(z: Array, measurement: Measurement | None) -> Array:
-    """Returns ``z`` whose cotangent's statistics are the gradients of the measurement's taps for them."""
-    if measurement is None or not (of_cotangent := statistics.cotangent(measurement.taps)):
+    """Returns ``z`` whose cotangent's statistics are the gradients of the measurement's taps for
+    them."""
+    if measurement is None or not (
+        of_cotangent := statistics.cotangent(measurement.taps)
+    ):
         return z
     taps = {name: measurement.taps[name] for name in of_cotangent}
-    stride, sharding = measurement.config.stride, measurement.config.sharding
+    stride = measurement.config.stride
+    sharding = measurement.config.sharding
 
     def sums(delta: Array, weights: Array, names: Iterable[str]) -> dict[str, Array]:
         def of_rows(delta: Array, weights: Array) -> dict[str, Array]:
-            delta, weights = sampled(delta, weights, stride), _taken(weights, stride)
+            delta = sampled(delta, weights, stride)
+            weights = _taken(weights, stride)
             return statistics.cotangent_statistics(delta, weights, names)
 
         by: dict[str, Array] = by_shard(of_rows, sharding, delta, weights)
@@ -172,28 +227,37 @@ def _parts(
     *,
     since_start: bool,
 ) -> tuple[Array, Array]:
-    """Returns the frozen and the adapter's part of z on one in ``stride`` positions, without gradients.
+    """Returns the frozen and the adapter's part of z on one in ``stride`` positions, without
+    gradients.
 
     Args:
       x, gate, z, delta, numerics: see `block_statistics`; z is in the layer's dtype.
       weights: ``[batch, seq]``, 0 for padding.
       stride: 1 or more, see `reductions.sampled`.
-      since_start: the adapter's part is its output minus its initial output. That of a plain adapter is
-        ``s x (A B - A0 B0) = s (x (A - A0)) B + s (x A0) (B - B0)``, exactly 0 before the first update.
+      since_start: the adapter's part is its output minus its initial output. That of a plain
+        adapter is ``s x (A B - A0 B0) = s (x (A - A0)) B + s (x A0) (B - B0)``, exactly 0 before
+        the first update.
     """
     adapter: Any
-    x, z, delta, adapter, weights = lax.stop_gradient((x, z, delta, gate.adapter, weights))
-    z, project = sampled(z, weights, stride), partial(dot, numerics=numerics, operand=numerics.adapter)
+    x, z, delta, adapter, weights = lax.stop_gradient(
+        (x, z, delta, gate.adapter, weights)
+    )
+    z = sampled(z, weights, stride)
+    project = partial(dot, numerics=numerics, operand=numerics.adapter)
     if delta is None:
         return z, jnp.zeros_like(z)
     started = since_start and adapter.start is not None
     if started:
-        (a, b, scale), (a0, b0) = adapter[:3], adapter.start
+        (a, b, scale) = adapter[:3]
+        (a0, b0) = adapter.start
         rows = sampled(x, weights, stride).reshape(-1, x.shape[-1])
         start = scale * project(rows, a0)
     if isinstance(delta, LowRankHidden):
         # Sampled after A: the layer has multiplied all of x by A, so x is not read again.
-        factors = sampled(delta.value, weights, stride).reshape(-1, delta.b.shape[0]), delta.b
+        factors = (
+            sampled(delta.value, weights, stride).reshape(-1, delta.b.shape[0]),
+            delta.b,
+        )
         if started:
             left = jnp.concatenate([scale * project(rows, a - a0), start], 1)
             factors = left, jnp.concatenate([b, b - b0])
@@ -201,7 +265,9 @@ def _parts(
     else:
         moved = sampled(delta, weights, stride)
         if started:
-            moved = moved_from(moved, project(start, b0).astype(moved.dtype).reshape(moved.shape))
+            moved = moved_from(
+                moved, project(start, b0).astype(moved.dtype).reshape(moved.shape)
+            )
     return z - moved, moved
 
 
@@ -209,7 +275,8 @@ def _parts(
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
 _STEP = 1e-2  # of the finite difference that rho' is compared with
-# Largest relative error of A's gradient: bfloat16 rounds it by 0.006, a mask of another layer changes it by 0.5.
+# Largest relative error of A's gradient: bfloat16 rounds it by 0.006, a mask of another layer
+# changes it by 0.5.
 _GRADIENT = 0.1
 # Start of the message of a failed check.
 CHECK_FAILED = "gate check failed"
@@ -235,7 +302,8 @@ class Live(NamedTuple):
 
 @dataclass(frozen=True)
 class GateChecks:
-    """The checks with their tolerance, an error relative to ``|F| + |S|`` or to the compared value."""
+    """The checks with their tolerance, an error relative to ``|F| + |S|`` or to the compared
+    value."""
 
     tolerance: float
 
@@ -249,17 +317,31 @@ class GateChecks:
         numerics: Numerics,
         sharding: NamedSharding | None,
     ) -> dict[str, Array]:
-        """Returns the checks of a block's ``(z, u, phi(z) u)``, by shard if ``sharding`` splits rows."""
+        """Returns the checks of a block's ``(z, u, phi(z) u)``, by shard if ``sharding`` splits
+        rows."""
         z, u, product = live
         # Both parts are computed apart from z: in one matmul the same fault would cancel.
         base = adapted_dense(x, gate._replace(adapter=None), numerics.within()).y
         ones = jnp.ones(z.shape[:-1], bool)
-        _, dz = _parts(x, gate, z.astype(numerics.result), delta, ones, 1, numerics, since_start=False)
+        _, dz = _parts(
+            x,
+            gate,
+            z.astype(numerics.result),
+            delta,
+            ones,
+            1,
+            numerics,
+            since_start=False,
+        )
         check = partial(self.arrays, activation=activation, residual=numerics.residual)
-        ratios: dict[str, Array] = by_shard(check, sharding, Live(z, base, dz, u, product))
+        ratios: dict[str, Array] = by_shard(
+            check, sharding, Live(z, base, dz, u, product)
+        )
         return ratios
 
-    def arrays(self, live: Live, activation: Activation, residual: str) -> dict[str, Array]:
+    def arrays(
+        self, live: Live, activation: Activation, residual: str
+    ) -> dict[str, Array]:
         """Returns the checks of arrays: float32 scalars.
 
         Args:
@@ -267,17 +349,23 @@ class GateChecks:
           activation: the block's.
           residual: dtype that z and u are rounded to before the product.
         """
-        live, tolerance = jax.tree.map(lax.stop_gradient, live), self.tolerance
+        live = jax.tree.map(lax.stop_gradient, live)
+        tolerance = self.tolerance
         dtypes = (live.z.dtype, live.product.dtype, jnp.dtype(residual))
         rounding = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
         z = live.z.astype(residual).astype(jnp.float32)
         base = live.base.astype(jnp.float32)
-        dz = jnp.zeros_like(z) if live.dz is None else live.dz.astype(jnp.float32)
+        if live.dz is None:
+            dz = jnp.zeros_like(z)
+        else:
+            dz = live.dz.astype(jnp.float32)
         want = activation.phi(z)
         if live.u is not None:
             want = want * live.u.astype(residual).astype(jnp.float32)
         slack = max(rounding, 0.1 * tolerance)
-        allowed = tolerance * jnp.abs(dz) + slack * (jnp.abs(base) + jnp.abs(dz) + jnp.abs(z))
+        allowed = tolerance * jnp.abs(dz) + slack * (
+            jnp.abs(base) + jnp.abs(dz) + jnp.abs(z)
+        )
         error = live.product.astype(jnp.float32) - want
         return {
             "check_preactivation": _worst(z - base - dz, allowed),
@@ -300,17 +388,26 @@ def _identity(z: Array, dz: Array, activation: Activation, tolerance: float) -> 
 def _gate(z: Array, activation: Activation, tolerance: float) -> Array:
     (rho, drho), exact = activation.gate(z), activation.rho(z)
     smooth = jnp.ones_like(z)
-    if not activation.self_gated:  # an activation with a jump at 0 has no derivative there
+    if (
+        not activation.self_gated
+    ):  # an activation with a jump at 0 has no derivative there
         smooth = (jnp.abs(z) > 2 * _STEP).astype(jnp.float32)
-    smooth = smooth * (jnp.abs(z - activation.flat_above) > 2 * _STEP)  # rho has a kink there
+    smooth = smooth * (
+        jnp.abs(z - activation.flat_above) > 2 * _STEP
+    )  # rho has a kink there
     difference = (activation.rho(z + _STEP) - activation.rho(z - _STEP)) / (2 * _STEP)
     slopes = _worst(smooth * (drho - difference), 0.01 * jnp.abs(difference) + 2e-4)
-    return jnp.maximum(_worst(rho - exact, tolerance * jnp.abs(exact) + 16 * _EPS), slopes)
+    return jnp.maximum(
+        _worst(rho - exact, tolerance * jnp.abs(exact) + 16 * _EPS), slopes
+    )
 
 
 def _worst(error: Array, allowed: Array) -> Array:
-    """Returns the largest ratio over channels of the errors to the allowances, summed over tokens."""
-    sums = [jnp.sum(jnp.abs(x).reshape(-1, x.shape[-1]), axis=0) for x in (error, allowed)]
+    """Returns the largest ratio over channels of the errors to the allowances, summed over
+    tokens."""
+    sums = [
+        jnp.sum(jnp.abs(x).reshape(-1, x.shape[-1]), axis=0) for x in (error, allowed)
+    ]
     return jnp.max(sums[0] / (sums[1] + 1e-30))
 
 
@@ -332,29 +429,37 @@ def require_sound(
       masks: the weights of A's gradient by block, ``[..., d_ff]``; 1 by default.
       sums: the step's ``stats`` by block and its ``grads``, before any division.
       config: of the blocks.
-      readers: paths of the blocks that read every token of the batch, whose segment is 0 in padding.
+      readers: paths of the blocks that read every token of the batch, whose segment is 0 in
+        padding.
     """
     stats = sums["stats"]
     for path, measured in stats.items():
         for name, meaning in CHECKS.items():
             _require(measured[name] - 1.0, path, meaning)
     if readers:
-        require_real_tokens(batch["segment_ids"] > 0, {path: stats[path] for path in readers}, config)
+        require_real_tokens(
+            batch["segment_ids"] > 0, {path: stats[path] for path in readers}, config
+        )
     require_gated_gradients(lora, sums["grads"], masks)
 
 
 def require_real_tokens(
     real: Array, stats: Mapping[str, Mapping[str, Array]], config: GateStatsConfig
 ) -> None:
-    """Asserts that counts and occupancy sum over the sampled tokens of ``real [..., rows, seq]`` alone."""
+    """Asserts that counts and occupancy sum over the sampled tokens of ``real [..., rows, seq]``
+    alone."""
     config = config.of_rows(real.shape[-1])
     of_gate, of_probe = (
-        jnp.sum(sampled_weights(real, stride)) for stride in (config.stride, config.probe_stride)
+        jnp.sum(sampled_weights(real, stride))
+        for stride in (config.stride, config.probe_stride)
     )
     for path, sums in stats.items():
         layers, *_, d_ff = sums["occupancy"].shape
         occupied = jnp.sum(sums["occupancy"].reshape(layers, -1, d_ff), axis=1)
-        gate, probe = (jnp.sum(sums[name].reshape(layers, -1), axis=1) for name in statistics.COUNTS)
+        gate, probe = (
+            jnp.sum(sums[name].reshape(layers, -1), axis=1)
+            for name in statistics.COUNTS
+        )
         for counted, total in ((gate, of_gate), (probe, of_probe), (occupied, of_gate)):
             _require(jnp.abs(counted - total) - 1e-4 * total, path, _PADDING)
 
@@ -368,20 +473,29 @@ def require_gated_gradients(lora: Any, grads: Any, masks: Mapping[str, Array]) -
       grads: their gradients.
       masks: m by block, ``[..., d_ff]``; 1 by default.
     """
-    gates, lora, grads = find_gates(lora), trees.flatten(lora), trees.flatten(grads)
+    gates = find_gates(lora)
+    lora = trees.flatten(lora)
+    grads = trees.flatten(grads)
     exact = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     for gate, path in gates.items():
-        a, b = lora[f"{gate}/a"], lora[f"{gate}/b"]
+        a = lora[f"{gate}/a"]
+        b = lora[f"{gate}/b"]
         sigma = lora.get(f"{gate}/singular", jnp.ones((*a.shape[:-2], a.shape[-1])))
         masked = b * masks[path][..., None, :] if path in masks else b
         of_a = sigma[..., :, None] * exact(jnp.swapaxes(a, -1, -2), grads[f"{gate}/a"])
-        of_b = exact(grads[f"{gate}/b"], jnp.swapaxes(masked, -1, -2)) * sigma[..., None, :]
+        of_b = (
+            exact(grads[f"{gate}/b"], jnp.swapaxes(masked, -1, -2))
+            * sigma[..., None, :]
+        )
         error, size = (jnp.linalg.norm(x, axis=(-2, -1)) for x in (of_a - of_b, of_b))
         _require(error - _GRADIENT * size, path, _MASK)
 
 
 def _require(excess: Array, path: str, meaning: str) -> None:
     """Asserts that no ``excess`` is above 0."""
-    message, excess = f"{CHECK_FAILED} in {path}: {meaning}", jnp.maximum(excess, 0.0)
+    message = f"{CHECK_FAILED} in {path}: {meaning}"
+    excess = jnp.maximum(excess, 0.0)
     zeros = jnp.zeros_like(excess)
-    chex.assert_trees_all_close(excess, zeros, rtol=0.0, atol=0.0, custom_message=message)
+    chex.assert_trees_all_close(
+        excess, zeros, rtol=0.0, atol=0.0, custom_message=message
+    )

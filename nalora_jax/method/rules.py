@@ -1,7 +1,8 @@
 """The rules: factors of a gate's channels, from running averages of channel statistics.
 
 A rule gives every channel of a gate a factor, a function of averages over tokens
-(`nalora_jax.method.statistics`). Its entry names the statistics and the places where the factor acts:
+(`nalora_jax.method.statistics`). Its entry names the statistics and the places where the factor
+acts:
 
     gradient_a   the gradient of A through the gate (`nalora_jax.method.low_rank`)
     update_b     the update of B's columns, after the preconditioner and the weight decay
@@ -53,8 +54,8 @@ class Context(NamedTuple):
     partition: Partition  # of the gates' activation
     block: str  # path, e.g. "layers/ffn"
     seed: int  # of the run
-    # The gate's update of B after the preconditioner, [..., r, d_ff], where "update_b" multiplies it;
-    # None where factors are computed before it, for the gradient of A and for the log.
+    # The gate's update of B after the preconditioner, [..., r, d_ff], where "update_b" multiplies
+    # it; None where factors are computed before it, for the gradient of A and for the log.
     update: Array | None = None
 
 
@@ -70,7 +71,8 @@ class Mechanism:
     decay: float = 0.95
     # Optimizer steps before the rule acts.
     warmup: int = 10
-    # Permutation control: seed of a permutation of the factors over each layer's channels; -1: none.
+    # Permutation control: seed of a permutation of the factors over each layer's channels; -1:
+    #   none.
     permute: int = -1
 
     # Name in the registry.
@@ -84,14 +86,19 @@ class Mechanism:
     statistics: ClassVar[tuple[str, ...]] = ()
     # Edges of the histogram of its factors in the log; by default from 1/8 to 8, four per doubling.
     bins: ClassVar[tuple[float, ...]] = tuple(2.0 ** (k / 4) for k in range(-12, 13))
-    # True for a rule that redistributes steps: the product of such factors at a place is normalized to
-    # a root mean square of 1 over each layer's channels. False for one that shortens or stops steps.
+    # True for a rule that redistributes steps: the product of such factors at a place is normalized
+    # to a root mean square of 1 over each layer's channels. False for one that shortens or stops
+    # steps.
     reallocates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._require("decay", 0 <= self.decay < 1, "a number in [0, 1)")
-        self._require("warmup", 0 <= self.warmup < 2**31, "a whole number in [0, 2147483647]")
-        self._require("permute", -1 <= self.permute < 2**32, "a seed in [0, 4294967295], or -1")
+        self._require(
+            "warmup", 0 <= self.warmup < 2**31, "a whole number in [0, 2147483647]"
+        )
+        self._require(
+            "permute", -1 <= self.permute < 2**32, "a seed in [0, 4294967295], or -1"
+        )
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -111,10 +118,14 @@ class Mechanism:
 
     def init(self, channels: tuple[int, ...]) -> Memory:
         """Returns the memory of a block of ``channels`` (..., d_ff) before the first step."""
-        shapes = {name: statistics.get(name).shape(channels) for name in self.statistics}
+        shapes = {
+            name: statistics.get(name).shape(channels) for name in self.statistics
+        }
         return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
 
-    def advance(self, memory: Mapping[str, Array], sums: Mapping[str, Array], updates: Array) -> Memory:
+    def advance(
+        self, memory: Mapping[str, Array], sums: Mapping[str, Array], updates: Array
+    ) -> Memory:
         """Returns the memory after an optimizer step: bias-corrected exponential moving averages.
 
         Args:
@@ -122,19 +133,26 @@ class Mechanism:
           sums: the block's sums of this step and their counts (``tokens`` [...]).
           updates: [...] int32, measured steps of each layer or expert, this one included.
         """
-        return {name: self._average(name, memory[name], sums, updates) for name in memory}
+        return {
+            name: self._average(name, memory[name], sums, updates) for name in memory
+        }
 
     def metrics(self, factor: Array) -> dict[str, Array]:
         """Returns the log metrics of its factor ``[layers, channels]``, ``[layers]`` each."""
         mean, low, high = (f(factor, axis=1) for f in (jnp.mean, jnp.min, jnp.max))
         return {"mean": mean, "min": low, "max": high}
 
-    def permuted(self, factor: Array, context: Context, order: Array | None = None) -> Array:
-        """Returns ``factor`` with channels in ``order``; by default the permutation control's order."""
+    def permuted(
+        self, factor: Array, context: Context, order: Array | None = None
+    ) -> Array:
+        """Returns ``factor`` with channels in ``order``; by default the permutation control's
+        order."""
         if order is None:
             if self.permute < 0:
                 return factor
-            order = jnp.asarray(self.permutation(factor.shape, context.block, context.seed))
+            order = jnp.asarray(
+                self.permutation(factor.shape, context.block, context.seed)
+            )
         return jnp.take_along_axis(factor, order, axis=-1)
 
     def permutation(self, shape: tuple[int, ...], block: str, seed: int) -> np.ndarray:
@@ -145,18 +163,29 @@ class Mechanism:
         rng = np.random.default_rng([self.permute, seed, zlib.crc32(block.encode())])
         return rng.permuted(channels, axis=-1)
 
-    def _average(self, name: str, average: Array, sums: Mapping[str, Array], updates: Array) -> Array:
+    def _average(
+        self, name: str, average: Array, sums: Mapping[str, Array], updates: Array
+    ) -> Array:
         """Returns the next average of a statistic; unchanged without a token.
 
         With n updates the corrected average moves by (1 - decay) / (1 - decay^n) of the difference.
         """
-        count, value = sums[statistics.get(name).count], sums[name]
+        count = sums[statistics.get(name).count]
+        value = sums[name]
         n = jnp.maximum(updates, 1).astype(jnp.float32)
-        library: Any = jnp if isinstance(self.decay, Array) else math  # an array in a sweep
-        log_decay = library.log(self.decay) if library is jnp or self.decay > 0 else -math.inf
+        # an array in a sweep
+        if isinstance(self.decay, Array):
+            library: Any = jnp
+        else:
+            library = math
+        if library is jnp or self.decay > 0:
+            log_decay = library.log(self.decay)
+        else:
+            log_decay = -math.inf
         rate = library.expm1(log_decay) / jnp.expm1(log_decay * n)
         pad = lambda x: x.reshape(x.shape + (1,) * (average.ndim - x.ndim))  # noqa: E731
-        rate, count = pad(rate), pad(count)
+        rate = pad(rate)
+        count = pad(count)
         mean = value / jnp.where(count > 0, count, 1)
         return jnp.where(count > 0, average + rate * (mean - average), average)
 
@@ -168,7 +197,9 @@ class Mechanism:
 
 # ---------------------------------------------------------------- registry
 
-MECHANISMS: Registry[type[Mechanism]] = Registry("mechanism", "nalora_jax.mechanisms", "--mechanisms")
+MECHANISMS: Registry[type[Mechanism]] = Registry(
+    "mechanism", "nalora_jax.mechanisms", "--mechanisms"
+)
 Registered = TypeVar("Registered", bound=Any)
 
 
@@ -184,8 +215,8 @@ def register_mechanism(
 
     Args:
       name: for ``--mechanisms`` and ``RunConfig.mechanisms``.
-      statistics: of a function ``(averages, context) -> factor``; a class derived from `Mechanism` has
-        its own, like the next two arguments.
+      statistics: of a function ``(averages, context) -> factor``; a class derived from `Mechanism`
+        has its own, like the next two arguments.
       places: where the factor acts.
       reallocates: True to normalize the factors to a root mean square of 1 over channels.
       replace: True to allow a name that is taken.
@@ -209,7 +240,11 @@ def register_mechanism(
 
 
 def _from_function(
-    name: str, rule: Rule, names: tuple[str, ...], places: tuple[str, ...], reallocates: bool
+    name: str,
+    rule: Rule,
+    names: tuple[str, ...],
+    places: tuple[str, ...],
+    reallocates: bool,
 ) -> type[Mechanism]:
     members = {
         "__module__": rule.__module__,
@@ -255,7 +290,8 @@ def hard_mask(importance: Array, keep: float) -> Array:
     """
     k = max(1, round(keep * importance.shape[-1]))
     threshold = lax.top_k(importance, k)[0][..., -1:]
-    above, tied = importance > threshold, importance == threshold
+    above = importance > threshold
+    tied = importance == threshold
     vacancies = k - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
     chosen = tied & (jnp.cumsum(tied, axis=-1, dtype=jnp.int32) <= vacancies)
     return (above | chosen).astype(importance.dtype)
@@ -280,7 +316,9 @@ class _Mask(Mechanism):
     @property
     def places(self) -> tuple[str, ...]:
         """The update of B's columns and, with ``mask_gradient``, the gradient of A."""
-        return ("gradient_a", "update_b") if self.mask_gradient else ("update_b",)
+        if self.mask_gradient:
+            return ("gradient_a", "update_b")
+        return ("update_b",)
 
     def metrics(self, factor: Array) -> dict[str, Array]:
         """Returns its mean."""
@@ -367,7 +405,9 @@ def degrees_vary(occupancy: Array, partition: Partition, min_occupancy: float) -
     chex.assert_axis_dimension(occupancy, -2, 4)
     share = jnp.mean(occupancy, axis=-1)
     occupied = (share >= min_occupancy) & (share > 0)
-    degrees = jnp.broadcast_to(jnp.asarray(partition.degrees, jnp.float32), occupied.shape)
+    degrees = jnp.broadcast_to(
+        jnp.asarray(partition.degrees, jnp.float32), occupied.shape
+    )
     highest = jnp.max(jnp.where(occupied, degrees, -jnp.inf), axis=-1)
     lowest = jnp.min(jnp.where(occupied, degrees, jnp.inf), axis=-1)
     return highest > lowest
@@ -376,7 +416,8 @@ def degrees_vary(occupancy: Array, partition: Partition, min_occupancy: float) -
 @register_mechanism("homogeneity")
 @dataclass(frozen=True)
 class HomogeneityStep(Mechanism):
-    """`homogeneity_scale` where the partition has a meaning; 1 elsewhere, with one line in the log."""
+    """`homogeneity_scale` where the partition has a meaning; 1 elsewhere, with one line in the
+    log."""
 
     # Gain of the regions inverted, contracting, expanding, linear.
     gains: tuple[float, float, float, float] = (0.5, 0.75, 1.0, 1.0)
@@ -391,9 +432,15 @@ class HomogeneityStep(Mechanism):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        valid = len(self.gains) == 4 and all(0 <= gain <= 1e6 for gain in self.gains) and any(self.gains)
+        valid = (
+            len(self.gains) == 4
+            and all(0 <= gain <= 1e6 for gain in self.gains)
+            and any(self.gains)
+        )
         self._require("gains", valid, "four numbers in [0, 1e6], not all 0")
-        self._require("min_occupancy", 0 <= self.min_occupancy < 0.5, "a share in [0, 0.5)")
+        self._require(
+            "min_occupancy", 0 <= self.min_occupancy < 0.5, "a share in [0, 0.5)"
+        )
 
     def factor(self, memory: Mapping[str, Array], context: Context) -> Array:
         """Returns factors of mean 1; 1 in layers whose tokens occupy a single degree."""
@@ -418,13 +465,13 @@ def _log_constant_scale(activation: str) -> None:
 def curvature_cap(excess: Array, response: Array, tau: float) -> Array:
     """Returns ``min(1, tau / chi)`` with ``chi = E|X| / E|phi'(z) dz|``; 1 if dz is 0.
 
-    ``X = phi(z + dz) - phi(z) - phi'(z) dz`` is the nonlinear part of the accumulated adapter's effect
-    at the frozen z, so the cap is a trust region around the base model.
+    ``X = phi(z + dz) - phi(z) - phi'(z) dz`` is the nonlinear part of the accumulated adapter's
+    effect at the frozen z, so the cap is a trust region around the base model.
 
     Args:
       excess: E|X|, [..., d_ff], not negative.
-      response: E|phi'(z) dz|, the same. A channel with a response of 0 has not moved; its excess is 0
-        or rounding noise.
+      response: E|phi'(z) dz|, the same. A channel with a response of 0 has not moved; its excess is
+        0 or rounding noise.
       tau: chi above which steps are shortened.
     """
     responds = (excess > 0) & (response > 0)
@@ -473,7 +520,9 @@ def delta_importance(delta_squared: Array, q: float, limit: float) -> Array:
     """
     if q == 0:
         return jnp.ones_like(delta_squared)
-    widest = limit ** (2 / abs(q))  # clipped before the power, so 0 is never raised to a power
+    widest = limit ** (
+        2 / abs(q)
+    )  # clipped before the power, so 0 is never raised to a power
     return jnp.clip(relative(delta_squared), 1 / widest, widest) ** (q / 2)
 
 

@@ -14,8 +14,9 @@ float32, without gradients. Its entry in the table determines gate state, shardi
     cotangent   a function of delta, the cotangent of z, on the gate's sample
 
 Sums leave a model as the gradients of zeros, its taps (`observe`). The zeros pass through every
-transformation of parameters (scan, remat, vmap, shards), and micro-batches and devices add gradients
-up. Flax's float8 matmuls return their scales in the same way (``_overwrite_with_gradient``). Two
+transformation of parameters (scan, remat, vmap, shards), and micro-batches and devices add
+gradients up. Flax's float8 matmuls return their scales in the same way
+(``_overwrite_with_gradient``). Two
 counts turn sums into means: ``tokens`` and ``probe_tokens``, the summed weights of the sampled
 positions.
 """
@@ -44,7 +45,9 @@ from nalora_jax.ops.storage import SUMS
 Sums = dict[str, Array]
 
 
-def gate_decomposition(z: Array, dz: Array, activation: Activation) -> tuple[Array, Array]:
+def gate_decomposition(
+    z: Array, dz: Array, activation: Activation
+) -> tuple[Array, Array]:
     """Returns the feature and the selection term: ``F + S = phi(z + dz) - phi(z)`` up to rounding.
 
     Args:
@@ -93,9 +96,15 @@ class Statistic:
     # Function of a `Gate`, a `Move` or delta, per token and channel; a tuple has an axis of parts.
     values: Callable[[Any], Array | tuple[Array, ...]]
     parts: int = 0  # number of parts: a sum is [parts, d_ff], or [d_ff] for 0
-    complete: bool = False  # the parts of a token add up to 1: the last sum follows from the others
-    degree: float = 0  # of a cotangent: the power of delta, by which the sum scales with the loss
-    metric: str = ""  # name of its mean over tokens and channels in the log; "" leaves it out
+    complete: bool = (
+        False  # the parts of a token add up to 1: the last sum follows from the others
+    )
+    degree: float = (
+        0  # of a cotangent: the power of delta, by which the sum scales with the loss
+    )
+    metric: str = (
+        ""  # name of its mean over tokens and channels in the log; "" leaves it out
+    )
 
     @property
     def count(self) -> str:
@@ -104,7 +113,9 @@ class Statistic:
 
     def shape(self, channels: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of its sum in a block of ``channels`` ``(..., d_ff)``."""
-        return (*channels[:-1], self.parts, channels[-1]) if self.parts else channels
+        if self.parts:
+            return (*channels[:-1], self.parts, channels[-1])
+        return channels
 
 
 TABLE: Registry[Statistic] = Registry("statistic", "nalora_jax.statistics")
@@ -125,16 +136,23 @@ def get(name: str) -> Statistic:
 
 
 def _occupied(gate: Gate) -> tuple[Array, ...]:
-    return tuple(region.astype(jnp.float32) for region in regions(gate.z, gate.partition))
+    return tuple(
+        region.astype(jnp.float32) for region in regions(gate.z, gate.partition)
+    )
 
 
 for _entry in (
-    Statistic("slope", "gate", lambda g: jnp.abs(g.rho + g.z * g.drho), metric="importance"),
-    Statistic("occupancy", "gate", _occupied, parts=4, complete=True, metric="occupancy"),
+    Statistic(
+        "slope", "gate", lambda g: jnp.abs(g.rho + g.z * g.drho), metric="importance"
+    ),
+    Statistic(
+        "occupancy", "gate", _occupied, parts=4, complete=True, metric="occupancy"
+    ),
     Statistic("feature", "probe", lambda m: jnp.abs(m.rho * m.dz), metric="feature"),
     Statistic("selection", "probe", lambda m: jnp.abs(m.selection)),
     Statistic("linear", "probe", lambda m: jnp.abs(m.z * m.drho * m.dz)),
-    # X = phi(z + dz) - phi(z) - phi'(z) dz, the part of the response that the gradient does not see.
+    # X = phi(z + dz) - phi(z) - phi'(z) dz, the part of the response that the gradient does not
+    # see.
     Statistic("excess", "probe", lambda m: jnp.abs(m.selection - m.z * m.drho * m.dz)),
     Statistic("response", "probe", lambda m: jnp.abs((m.rho + m.z * m.drho) * m.dz)),
     Statistic("delta", "cotangent", jnp.abs, degree=1, metric="delta"),
@@ -153,7 +171,8 @@ CHECK = "check_"
 
 
 def forward(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the statistics of the forward pass among ``names``; counts and checks are left out."""
+    """Returns the statistics of the forward pass among ``names``; counts and checks are left
+    out."""
     return _of_sources(names, "gate", "probe")
 
 
@@ -163,7 +182,9 @@ def cotangent(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _of_sources(names: Iterable[str], *sources: str) -> tuple[str, ...]:
-    entries = (name for name in names if name not in COUNTS and not name.startswith(CHECK))
+    entries = (
+        name for name in names if name not in COUNTS and not name.startswith(CHECK)
+    )
     return tuple(name for name in entries if get(name).source in sources)
 
 
@@ -171,7 +192,11 @@ def _of_sources(names: Iterable[str], *sources: str) -> tuple[str, ...]:
 
 
 def channel_statistics(
-    z: Array, weights: Array, activation: Activation, partition: Partition, names: Iterable[str] = STANDARD
+    z: Array,
+    weights: Array,
+    activation: Activation,
+    partition: Partition,
+    names: Iterable[str] = STANDARD,
 ) -> Sums:
     """Returns ``tokens`` and the sums of the gate statistics in ``names``.
 
@@ -188,7 +213,11 @@ def channel_statistics(
 
 
 def probe_statistics(
-    z_base: Array, dz: Array, weights: Array, activation: Activation, names: Iterable[str] = STANDARD
+    z_base: Array,
+    dz: Array,
+    weights: Array,
+    activation: Activation,
+    names: Iterable[str] = STANDARD,
 ) -> Sums:
     """Returns ``probe_tokens`` and the sums of the probe statistics in ``names``.
 
@@ -198,7 +227,8 @@ def probe_statistics(
       weights, activation, names: as in `channel_statistics`.
     """
     chex.assert_equal_shape([z_base, dz])
-    z, dz = _float32(z_base, weights), _float32(dz, weights)
+    z = _float32(z_base, weights)
+    dz = _float32(dz, weights)
     values = Move(z, dz, *activation.gate(z), activation.gate(z + dz)[0])
     return {"probe_tokens": _tokens(weights)} | _sums("probe", values, weights, names)
 
@@ -221,7 +251,11 @@ def _sums(source: str, values: Any, weights: Array, names: Iterable[str]) -> Sum
         return total(values, weights)
 
     entries = [get(name) for name in dict.fromkeys(names)]
-    return {entry.name: summed(entry.values(values)) for entry in entries if entry.source == source}
+    return {
+        entry.name: summed(entry.values(values))
+        for entry in entries
+        if entry.source == source
+    }
 
 
 def _float32(z: Array, weights: Array) -> Array:
@@ -242,7 +276,9 @@ def total(values: Array, weights: Array) -> Array:
     weights = lax.stop_gradient(weights).astype(jnp.float32).reshape(1, -1)
     values = values.reshape(weights.shape[1], -1)
     contract = (((1,), (0,)), ((), ()))
-    return lax.dot_general(weights, values, contract, precision=lax.Precision.HIGHEST)[0]
+    return lax.dot_general(weights, values, contract, precision=lax.Precision.HIGHEST)[
+        0
+    ]
 
 
 # ---------------------------------------------------------------- the way out of a model
@@ -257,7 +293,11 @@ def taps(names: Iterable[str], channels: tuple[int, ...]) -> Sums:
     """
     names = tuple(names)
     shapes = {name: get(name).shape(channels) for name in names}
-    shapes |= {count: channels[:-1] for count in ("tokens", *(get(name).count for name in names)) if names}
+    shapes |= {
+        count: channels[:-1]
+        for count in ("tokens", *(get(name).count for name in names))
+        if names
+    }
     return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
 
 
@@ -266,10 +306,12 @@ _WEIGHTS: ContextVar[Array | None] = ContextVar("token_weights", default=None)
 
 @contextmanager
 def token_weights(weights: Array) -> Iterator[None]:
-    """Sets the weights of the tokens in the statistics of `observe`, 0 for padding, for calls inside.
+    """Sets the weights of the tokens in the statistics of `observe`, 0 for padding, for calls
+    inside.
 
     Args:
-      weights: shaped like the gates' pre-activations without their last axis, e.g. ``[batch, seq]``.
+      weights: shaped like the gates' pre-activations without their last axis, e.g. ``[batch,
+        seq]``.
     """
     token = _WEIGHTS.set(weights)
     try:
@@ -312,20 +354,37 @@ def observe(
     if weights.shape != z.shape[:-1]:
         expected = f"shape {z.shape[:-1]}, the tokens of the gate"
         raise NaloraError("token_weights", expected=expected, found=weights.shape)
-    rows, moved = (x.reshape(-1, x.shape[-1]).astype(jnp.float32) for x in lax.stop_gradient((z, dz)))
-    flat, partition, names = weights.reshape(-1), activations.partition(activation.name), forward(taps)
+    rows, moved = (
+        x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        for x in lax.stop_gradient((z, dz))
+    )
+    flat = weights.reshape(-1)
+    partition = activations.partition(activation.name)
+    names = forward(taps)
     sums = channel_statistics(rows, flat, activation, partition, names)
     sums |= probe_statistics(rows - moved, moved, flat, activation, names)
-    return emit(z, taps, {name: sums[name] for name in taps if name in sums}, weights, _of_tokens)
+    return emit(
+        z,
+        taps,
+        {name: sums[name] for name in taps if name in sums},
+        weights,
+        _of_tokens,
+    )
 
 
 def _of_tokens(delta: Array, weights: Array, names: Iterable[str]) -> Sums:
-    return cotangent_statistics(delta.reshape(-1, delta.shape[-1]), weights.reshape(-1), names)
+    return cotangent_statistics(
+        delta.reshape(-1, delta.shape[-1]), weights.reshape(-1), names
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def emit(
-    z: Array, taps: Mapping[str, Array], sums: Mapping[str, Array], weights: Any, of_cotangent: Any = None
+    z: Array,
+    taps: Mapping[str, Array],
+    sums: Mapping[str, Array],
+    weights: Any,
+    of_cotangent: Any = None,
 ) -> Array:
     """Returns ``z``; the gradients of ``taps`` are ``sums`` and the statistics of z's cotangent.
 
@@ -340,7 +399,11 @@ def emit(
 
 
 def _emit_fwd(
-    z: Array, taps: Mapping[str, Array], sums: Mapping[str, Array], weights: Any, of_cotangent: Any
+    z: Array,
+    taps: Mapping[str, Array],
+    sums: Mapping[str, Array],
+    weights: Any,
+    of_cotangent: Any,
 ) -> tuple[Array, Any]:
     # Saved by a rematerialized layer, which would compute the sums again otherwise.
     sums = {name: checkpoint_name(value, SUMS) for name, value in sums.items()}
@@ -351,13 +414,20 @@ def _emit_bwd(of_cotangent: Any, saved: Any, g: Array) -> tuple[Any, ...]:
     names, sums, weights = saved
     others = tuple(name for name in names if name not in sums)
     measured = dict(sums) | (of_cotangent(g, weights, others) if others else {})
-    return g, {name: measured[name] for name in names}, jax.tree.map(jnp.zeros_like, sums), None
+    return (
+        g,
+        {name: measured[name] for name in names},
+        jax.tree.map(jnp.zeros_like, sums),
+        None,
+    )
 
 
 emit.defvjp(_emit_fwd, _emit_bwd)
 
 
-def emit_measured(y: Array, taps: Mapping[str, Array], measured: Mapping[str, Array]) -> Array:
+def emit_measured(
+    y: Array, taps: Mapping[str, Array], measured: Mapping[str, Array]
+) -> Array:
     """Returns ``y``; the gradients of the taps that name a sum in ``measured`` are these sums."""
     of_forward = {name: tap for name, tap in taps.items() if name in measured}
     return emit(y, of_forward, {name: measured[name] for name in of_forward}, None)
@@ -385,12 +455,15 @@ def over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> Sums:
     """
     totals = {name: jnp.sum(sums[name], axis=1) for name in COUNTS if name in sums}
     for name in names:
-        entry, value = get(name), sums[name]
+        entry = get(name)
+        value = sums[name]
         if not entry.complete:
             totals[name] = jnp.sum(value, axis=1)
             continue
         first = jnp.sum(value[..., :-1, :], axis=1)
-        last = jnp.maximum(totals[entry.count][..., None] - jnp.sum(first, axis=-2), 0.0)
+        last = jnp.maximum(
+            totals[entry.count][..., None] - jnp.sum(first, axis=-2), 0.0
+        )
         totals[name] = jnp.concatenate([first, last[..., None, :]], axis=-2)
     return totals
 
@@ -403,7 +476,10 @@ def per_target(sums: Mapping[str, Array], target_tokens: Array) -> Sums:
     """
     scale = jnp.maximum(target_tokens, 1.0)
     degrees = {name: get(name).degree if name in TABLE else 0 for name in sums}
-    return {name: v / scale ** degrees[name] if degrees[name] else v for name, v in sums.items()}
+    return {
+        name: v / scale ** degrees[name] if degrees[name] else v
+        for name, v in sums.items()
+    }
 
 
 def mean(name: str, sums: Mapping[str, Array]) -> Array:
@@ -411,7 +487,8 @@ def mean(name: str, sums: Mapping[str, Array]) -> Array:
 
     Leading axes (layers, experts) are those of the count, e.g. [L] with ``slope`` [L, d_ff].
     """
-    value, count = sums[name], sums[get(name).count]
+    value = sums[name]
+    count = sums[get(name).count]
     count = count.reshape(count.shape + (1,) * (value.ndim - count.ndim))
     return jnp.where(count > 0, value / jnp.where(count > 0, count, 1), jnp.nan)
 

@@ -5,7 +5,8 @@ Step t:
 1. computes the masks of the rules from their averages after step t - 1;
 2. sums loss, gradients and statistics over the micro-batches of the global batch (on a mesh the
    statistics are summed by shard first, and over shards once);
-3. divides the gradients by the number of target tokens, so that any split of the batch is the same step;
+3. divides the gradients by the number of target tokens, so that any split of the batch is the same
+  step;
 4. updates the adapters, and the averages with the statistics (`nalora_jax.method.transform`).
 """
 
@@ -55,16 +56,21 @@ class TrainState(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """The value of an objective on one micro-batch; the gradients of the taps are the statistics."""
+    """The value of an objective on one micro-batch; the gradients of the taps are the
+    statistics."""
 
     loss: Array  # summed
-    measured: Mapping[str, Array] = MappingProxyType({})  # sums of further log metrics by name
+    measured: Mapping[str, Array] = MappingProxyType(
+        {}
+    )  # sums of further log metrics by name
 
 
 class Objective(Protocol):
     """A loss over one micro-batch; implementations are in `nalora_jax.train.objectives`."""
 
-    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: Array) -> Evaluated:
+    def loss(
+        self, variables: Mapping[str, Any], params: Any, batch: Batch, key: Array
+    ) -> Evaluated:
         """Returns the summed loss.
 
         Args:
@@ -75,7 +81,8 @@ class Objective(Protocol):
         """
 
     def counts(self, batch: Batch) -> tuple[Array, Array]:
-        """Returns float32 scalars: units read (tokens, rows), and units that the loss is a mean over."""
+        """Returns float32 scalars: units read (tokens, rows), and units that the loss is a mean
+        over."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +90,30 @@ class StepConfig:
     """The static settings of a step."""
 
     mechanisms: Mechanisms
-    blocks: Mapping[str, tuple[int, ...]]  # channel shape of each measured block, e.g. (L, d_ff)
+    blocks: Mapping[
+        str, tuple[int, ...]
+    ]  # channel shape of each measured block, e.g. (L, d_ff)
     # Of adapters and masks within the step, if the state is sharded further.
     lora_sharding: Any = None
     mask_sharding: NamedSharding | None = None
-    stats_sharding: NamedSharding | None = None  # the blocks' (`measurement.GateStatsConfig`)
+    stats_sharding: NamedSharding | None = (
+        None  # the blocks' (`measurement.GateStatsConfig`)
+    )
     # Log metrics from a block's statistics, the mechanisms' own factors and their products.
     metrics: Callable[[BlockStats, BlockStats, Factors], Any] | None = None
     checks: tuple[str, ...] = ()  # names of the blocks' checks
     # Asserts with chex: batch, adapters, masks by block, sums of the step.
-    verify: Callable[[Batch, Any, Mapping[str, Array], Mapping[str, Any]], None] | None = None
+    verify: (
+        Callable[[Batch, Any, Mapping[str, Array], Mapping[str, Any]], None] | None
+    ) = None
 
 
 Step = Callable[[Any, TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 
-def init_state(lora: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(
+    lora: Any, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
     """Returns the state before the first step.
 
     Args:
@@ -111,7 +126,9 @@ def init_state(lora: Any, optimizer: optax.GradientTransformation, seed: int) ->
 
 
 def make_train_step(
-    optimizer: optax.GradientTransformationExtraArgs, config: StepConfig, objective: Objective
+    optimizer: optax.GradientTransformationExtraArgs,
+    config: StepConfig,
+    objective: Objective,
 ) -> Step:
     """Returns the pure step ``(params, state, batch) -> (state, metrics)``, which the caller jits.
 
@@ -127,36 +144,55 @@ def make_train_step(
       ``layers`` (from ``config.metrics``), and ``idle``: by mechanism, True if it should have acted
       for 10 steps and has no measured token.
     """
-    mechanisms, evaluate = config.mechanisms, micro_gradients(objective, config)
+    mechanisms = config.mechanisms
+    evaluate = micro_gradients(objective, config)
 
-    def step(params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        factors_of_rules, factors = {}, {}
+    def step(
+        params: Any, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, Any]]:
+        factors_of_rules = {}
+        factors = {}
         if state.gate is not None:
             factors_of_rules = own_factors(state.gate, mechanisms)
             factors = channel_factors(state.gate, mechanisms, factors_of_rules)
-        masks = _nested({path: {"mask": mask} for path, mask in factors.get("gradient_a", {}).items()})
+        masks = _nested(
+            {
+                path: {"mask": mask}
+                for path, mask in factors.get("gradient_a", {}).items()
+            }
+        )
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         lora = state.lora
         if config.lora_sharding is not None:  # gathered once, not in every layer
             lora = lax.with_sharding_constraint(lora, config.lora_sharding)
-            place = lambda mask: lax.with_sharding_constraint(mask, config.mask_sharding)  # noqa: E731
-            masks = jax.tree.map(place, masks)
+            masks = jax.tree.map(
+                lambda mask: lax.with_sharding_constraint(mask, config.mask_sharding),
+                masks,
+            )
         sums = accumulate(lambda b, k: evaluate(params, lora, masks, b, k), batch, key)
         if config.verify is not None:
             config.verify(batch, lora, factors.get("gradient_a", {}), sums)
         targets = jnp.maximum(sums["target_tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / targets, sums["grads"])
-        stats = {path: statistics.per_target(s, targets) for path, s in sums["stats"].items()}
+        stats = {
+            path: statistics.per_target(s, targets) for path, s in sums["stats"].items()
+        }
         reduced = over_shards(stats, mechanisms.statistics, config.stats_sharding)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.lora, gate_stats=reduced)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.lora, gate_stats=reduced
+        )
         lora = optax.apply_updates(state.lora, updates)
         metrics = {
             "loss": sums["loss"] / targets,
-            "measured": {name: value / targets for name, value in sums["measured"].items()},
+            "measured": {
+                name: value / targets for name, value in sums["measured"].items()
+            },
             "grad_norm": optax.tree.norm(grads),
             "tokens": sums["tokens"],
             "target_tokens": sums["target_tokens"],
-            "layers": {} if config.metrics is None else config.metrics(stats, factors_of_rules, factors),
+            "layers": {}
+            if config.metrics is None
+            else config.metrics(stats, factors_of_rules, factors),
             "idle": idle(gate_state(opt_state), mechanisms),
         }
         return TrainState(state.step + 1, lora, opt_state, state.key), metrics
@@ -164,7 +200,9 @@ def make_train_step(
     return step
 
 
-def micro_gradients(objective: Objective, config: StepConfig) -> Callable[..., dict[str, Any]]:
+def micro_gradients(
+    objective: Objective, config: StepConfig
+) -> Callable[..., dict[str, Any]]:
     """Returns the function that sums loss, grads, statistics and counts of one micro-batch."""
 
     def loss_sum(
@@ -177,20 +215,30 @@ def micro_gradients(objective: Objective, config: StepConfig) -> Callable[..., d
         value = objective.loss(variables, frozen["params"], batch, key)
         return value.loss, dict(value.measured)
 
-    def sums(params: Any, lora: Any, masks: Any, batch: Batch, key: Array) -> dict[str, Any]:
+    def sums(
+        params: Any, lora: Any, masks: Any, batch: Batch, key: Array
+    ) -> dict[str, Any]:
         differentiate = jax.value_and_grad(loss_sum, argnums=(0, 1), has_aux=True)
-        (loss, measured), (grads, of_taps) = differentiate(lora, _taps(config), params, masks, batch, key)
+        (loss, measured), (grads, of_taps) = differentiate(
+            lora, _taps(config), params, masks, batch, key
+        )
         stats = pinned(_by_block(of_taps), config.stats_sharding, axis=1)
         tokens, targets = objective.counts(batch)
         counts = {"tokens": tokens, "target_tokens": targets}
-        return {"loss": loss, "grads": grads, "stats": stats, "measured": measured} | counts
+        return {
+            "loss": loss,
+            "grads": grads,
+            "stats": stats,
+            "measured": measured,
+        } | counts
 
     return sums
 
 
 def _taps(config: StepConfig) -> Any:
     """Returns zeros, nested by block, whose gradients are the statistics and checks, by shard."""
-    names, shards = (*statistics.STANDARD, *config.mechanisms.statistics), count(config.stats_sharding)
+    names = (*statistics.STANDARD, *config.mechanisms.statistics)
+    shards = count(config.stats_sharding)
     zeros: BlockStats = {}
     for path, (layers, *channels) in config.blocks.items():
         lead = (layers, shards) if shards > 1 else (layers,)
@@ -199,22 +247,30 @@ def _taps(config: StepConfig) -> Any:
     return _nested(pinned(zeros, config.stats_sharding, axis=1))
 
 
-def over_shards(stats: BlockStats, names: tuple[str, ...], sharding: NamedSharding | None) -> BlockStats:
+def over_shards(
+    stats: BlockStats, names: tuple[str, ...], sharding: NamedSharding | None
+) -> BlockStats:
     """Returns sums by block over the global batch: the only reduction of statistics in a step."""
     if count(sharding) == 1:
         return stats
     with jax.named_scope("statistics"):
-        return {path: statistics.over_shards(block, names) for path, block in stats.items()}
+        return {
+            path: statistics.over_shards(block, names) for path, block in stats.items()
+        }
 
 
-def accumulate(sums: Callable[[Batch, Array], dict[str, Any]], batch: Batch, key: Array) -> dict[str, Any]:
+def accumulate(
+    sums: Callable[[Batch, Array], dict[str, Any]], batch: Batch, key: Array
+) -> dict[str, Any]:
     """Returns ``sums`` added up over the leading axis of the batch; traced once."""
     micro_batches = next(iter(batch.values())).shape[0]
     first = {name: value[0] for name, value in batch.items()}
     if micro_batches == 1:
         return sums(first, jax.random.fold_in(key, 0))
 
-    def body(total: dict[str, Any], item: tuple[Batch, Array]) -> tuple[dict[str, Any], None]:
+    def body(
+        total: dict[str, Any], item: tuple[Batch, Array]
+    ) -> tuple[dict[str, Any], None]:
         micro, index = item
         addend = sums(micro, jax.random.fold_in(key, index))
         return trees.map_named(statistics.merged, total, addend), None
@@ -236,14 +292,24 @@ def _by_block(collection: Any) -> BlockStats:
 
 def _nested(blocks: BlockStats) -> Any:
     """Returns the inverse of `_by_block`."""
-    leaves = ((f"{path}/{name}", x) for path, block in blocks.items() for name, x in block.items())
+    leaves = (
+        (f"{path}/{name}", x)
+        for path, block in blocks.items()
+        for name, x in block.items()
+    )
     return trees.unflatten({path.removeprefix("/"): x for path, x in leaves})
 
 
-def idle(state: GateState | None, mechanisms: Mechanisms, patience: int = 10) -> dict[str, Array]:
-    """Returns True by label for a mechanism without a token ``patience`` steps after its warm-up."""
+def idle(
+    state: GateState | None, mechanisms: Mechanisms, patience: int = 10
+) -> dict[str, Array]:
+    """Returns True by label for a mechanism without a token ``patience`` steps after its
+    warm-up."""
     if state is None:
         return {}
     measured = [jnp.max(updates) > 0 for updates in state.updates.values()]
     none = ~jnp.any(jnp.stack(measured)) if measured else jnp.asarray(True)
-    return {label: none & (state.count >= m.warmup + patience) for label, m in mechanisms.entries}
+    return {
+        label: none & (state.count >= m.warmup + patience)
+        for label, m in mechanisms.entries
+    }

@@ -3,13 +3,14 @@
     inner (clip, preconditioner, weight decay, learning rate) -> `scale_by_gates`
 
 `scale_by_gates` multiplies the updates of every gate's B by the factors of the rules, one for each
-channel. It acts after the preconditioner, because Adam undoes a constant factor before it. Its state
+channel. It acts after the preconditioner, because Adam undoes a constant factor before it. Its
+state
 is a `GateState`: the averages of the statistics. A step reads the factors, which were computed from
 the averages after the step before, and then updates the averages with its own statistics.
 
-`nalora` wraps an inner optimizer for adapters with gate leaves (`gate_leaves`): the gradient of their
-``taps`` is the statistics (`nalora_jax.method.statistics.observe`), and their ``mask`` weighs the
-gradient of A in the next step. A training loop of plain LoRA then trains NA-LoRA.
+`nalora` wraps an inner optimizer for adapters with gate leaves (`gate_leaves`): the gradient of
+their ``taps`` is the statistics (`nalora_jax.method.statistics.observe`), and their ``mask`` weighs
+the gradient of A in the next step. A training loop of plain LoRA then trains NA-LoRA.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from nalora_jax.method.rules import PLACES, Context, Mechanism, Memory, make
 # By place (`nalora_jax.method.rules.PLACES`), then by block: [..., d_ff] float32.
 Factors = dict[str, dict[str, Array]]
 DEFAULT = ("curvature_cap",)
-TAPS, MASK = "taps", "mask"  # names of the leaves of a gate next to A and B
+# names of the leaves of a gate next to A and B
+TAPS = "taps"
+MASK = "mask"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Mechanisms:
     activation: str
     total_steps: int = 0  # of the run; 0 if unknown
     seed: int = 0  # of the run
-    others: tuple[tuple[str, str], ...] = ()  # blocks with another activation: (path, its name)
+    others: tuple[
+        tuple[str, str], ...
+    ] = ()  # blocks with another activation: (path, its name)
     # Orders of the channels by (label, path), in place of the mechanisms' own permutations.
     orders: Mapping[tuple[str, str], Array] = field(default_factory=dict, compare=False)
 
@@ -64,7 +69,9 @@ class Mechanisms:
     @property
     def places(self) -> tuple[str, ...]:
         """The places where at least one of them acts."""
-        return tuple(place for place in PLACES if any(place in m.places for _, m in self.entries))
+        return tuple(
+            place for place in PLACES if any(place in m.places for _, m in self.entries)
+        )
 
     def activation_of(self, block: str) -> str:
         """Returns the name of a block's activation."""
@@ -77,7 +84,11 @@ class Mechanisms:
 
 
 def make_mechanisms(
-    rules: Sequence[str | Mechanism], *, activation: str, total_steps: int = 0, seed: int = 0
+    rules: Sequence[str | Mechanism],
+    *,
+    activation: str,
+    total_steps: int = 0,
+    seed: int = 0,
 ) -> Mechanisms:
     """Returns the mechanisms of a run.
 
@@ -105,9 +116,11 @@ def labels(names: Sequence[tuple[str, str]]) -> list[str]:
     """
     distinct: list[str] = []
     for label, name in names:
-        chosen, number = name if label in ("", *distinct) else label, 2
+        chosen = name if label in ("", *distinct) else label
+        number = 2
         while chosen in distinct:
-            chosen, number = f"{name}_{number}", number + 1
+            chosen = f"{name}_{number}"
+            number = number + 1
         distinct.append(chosen)
     return distinct
 
@@ -128,7 +141,9 @@ class GateState(NamedTuple):
     count: Array  # type: ignore[assignment]  # shadows tuple.count, which is unused here
 
 
-def init_gate_state(shapes: Mapping[str, tuple[int, ...]], mechanisms: Mechanisms) -> GateState:
+def init_gate_state(
+    shapes: Mapping[str, tuple[int, ...]], mechanisms: Mechanisms
+) -> GateState:
     """Returns the averages before the first step.
 
     Args:
@@ -140,12 +155,16 @@ def init_gate_state(shapes: Mapping[str, tuple[int, ...]], mechanisms: Mechanism
             label: {path: mechanism.init(shape) for path, shape in shapes.items()}
             for label, mechanism in mechanisms.entries
         },
-        updates={path: jnp.zeros(shape[:-1], jnp.int32) for path, shape in shapes.items()},
+        updates={
+            path: jnp.zeros(shape[:-1], jnp.int32) for path, shape in shapes.items()
+        },
         count=jnp.zeros((), jnp.int32),
     )
 
 
-def update_gate_state(state: GateState, stats: Any, mechanisms: Mechanisms) -> GateState:
+def update_gate_state(
+    state: GateState, stats: Any, mechanisms: Mechanisms
+) -> GateState:
     """Returns the averages after one optimizer step.
 
     A layer or expert without a token keeps its averages and its number of updates.
@@ -160,14 +179,17 @@ def update_gate_state(state: GateState, stats: Any, mechanisms: Mechanisms) -> G
       NaloraError: a block's statistics are missing.
     """
     flat = trees.flatten(stats)
-    updates, memory = {}, {label: dict(blocks) for label, blocks in state.memory.items()}
+    updates = {}
+    memory = {label: dict(blocks) for label, blocks in state.memory.items()}
     for path, before in state.updates.items():
         updates[path] = before + (_leaf(flat, path, "tokens") > 0).astype(jnp.int32)
         for label, mechanism in mechanisms.entries:
             counts = (statistics.get(name).count for name in mechanism.statistics)
             names = sorted({*mechanism.statistics, *counts})
             sums = {name: _leaf(flat, path, name) for name in names}
-            memory[label][path] = mechanism.advance(memory[label][path], sums, updates[path])
+            memory[label][path] = mechanism.advance(
+                memory[label][path], sums, updates[path]
+            )
     return GateState(memory, updates, state.count + 1)
 
 
@@ -176,7 +198,9 @@ def _leaf(flat: Mapping[str, Array], path: str, name: str) -> Array:
     if key not in flat:
         paths = ", ".join(sorted(flat)) or "nothing"
         remedy = "measure with the rules of the optimizer (`taps`)"
-        raise NaloraError("gate_stats", expected=f"a leaf {key}", found=paths, remedy=remedy)
+        raise NaloraError(
+            "gate_stats", expected=f"a leaf {key}", found=paths, remedy=remedy
+        )
     return flat[key]
 
 
@@ -184,7 +208,9 @@ def _leaf(flat: Mapping[str, Array], path: str, name: str) -> Array:
 
 
 def own_factors(
-    state: GateState, mechanisms: Mechanisms, updates_of: Mapping[str, Array] = MappingProxyType({})
+    state: GateState,
+    mechanisms: Mechanisms,
+    updates_of: Mapping[str, Array] = MappingProxyType({}),
 ) -> dict[str, dict[str, Array]]:
     """Returns each mechanism's factors for the next step by label and block, not normalized.
 
@@ -199,21 +225,29 @@ def own_factors(
     for label, mechanism in mechanisms.entries:
         factors[label] = {}
         for path, updates in state.updates.items():
-            context = mechanisms.context(state.count, path)._replace(update=updates_of.get(path))
+            context = mechanisms.context(state.count, path)._replace(
+                update=updates_of.get(path)
+            )
             factor = mechanism.factor(state.memory[label][path], context)
-            factor = mechanism.permuted(factor, context, mechanisms.orders.get((label, path)))
+            factor = mechanism.permuted(
+                factor, context, mechanisms.orders.get((label, path))
+            )
             active = (state.count >= mechanism.warmup) & (updates > 0)
-            factors[label][path] = jnp.where(active[..., None], factor, 1).astype(jnp.float32)
+            factors[label][path] = jnp.where(active[..., None], factor, 1).astype(
+                jnp.float32
+            )
     return factors
 
 
 def channel_factors(
-    state: GateState, mechanisms: Mechanisms, own: Mapping[str, Mapping[str, Array]] | None = None
+    state: GateState,
+    mechanisms: Mechanisms,
+    own: Mapping[str, Mapping[str, Array]] | None = None,
 ) -> Factors:
     """Returns the factor of each channel in the next step by place and block, [..., d_ff] float32.
 
-    Factors that reallocate are multiplied and normalized to a root mean square of 1 over each layer's
-    channels (`equalized`); then the other factors are multiplied on.
+    Factors that reallocate are multiplied and normalized to a root mean square of 1 over each
+    layer's channels (`equalized`); then the other factors are multiplied on.
 
     Args:
       state: after the step before.
@@ -223,26 +257,36 @@ def channel_factors(
     factors = own_factors(state, mechanisms) if own is None else own
 
     def joint(place: str, path: str) -> Array:
-        acting = [(m, factors[label][path]) for label, m in mechanisms.entries if place in m.places]
+        acting = [
+            (m, factors[label][path])
+            for label, m in mechanisms.entries
+            if place in m.places
+        ]
         product = jnp.ones_like(acting[0][1])
         for factor in (factor for mechanism, factor in acting if mechanism.reallocates):
             product = product * factor
         product = equalized(product)
-        for factor in (factor for mechanism, factor in acting if not mechanism.reallocates):
+        for factor in (
+            factor for mechanism, factor in acting if not mechanism.reallocates
+        ):
             product = product * factor
         return product
 
-    return {place: {path: joint(place, path) for path in state.updates} for place in mechanisms.places}
+    return {
+        place: {path: joint(place, path) for path in state.updates}
+        for place in mechanisms.places
+    }
 
 
 def equalized(factor: Array) -> Array:
     """Returns ``factor`` [..., d_ff] over its root mean square in each layer.
 
-    The norm of a layer's update stays about the same, so the factor is not a hidden learning rate. A
-    layer whose channels all have one factor, 0 included, gets ones.
+    The norm of a layer's update stays about the same, so the factor is not a hidden learning rate.
+    A layer whose channels all have one factor, 0 included, gets ones.
     """
     low, high = (
-        jnp.broadcast_to(f(factor, axis=-1, keepdims=True), factor.shape) for f in (jnp.min, jnp.max)
+        jnp.broadcast_to(f(factor, axis=-1, keepdims=True), factor.shape)
+        for f in (jnp.min, jnp.max)
     )
     size = jnp.sqrt(jnp.mean(jnp.square(factor), axis=-1, keepdims=True))
     return jnp.where(low == high, 1.0, factor / jnp.where(size > 0, size, 1.0))
@@ -288,24 +332,45 @@ def scale_by_gates(
     """
 
     def init_fn(params: Any) -> GateState:
-        flat, chosen = _named(params), _gates_of(params) if gates is None else gates
+        flat = _named(params)
+        chosen = _gates_of(params) if gates is None else gates
         for gate in chosen:
             if f"{gate}/b" not in flat:
-                present = ", ".join(path for path in flat if path.endswith("/b")) or "no leaf named 'b'"
-                raise NaloraError("gates", expected=f"a parameter {gate}/b", found=present)
-        of_b = {block: flat[f"{gate}/b"].shape for gate, block in chosen.items()}  # (..., r, d_ff)
+                present = (
+                    ", ".join(path for path in flat if path.endswith("/b"))
+                    or "no leaf named 'b'"
+                )
+                raise NaloraError(
+                    "gates", expected=f"a parameter {gate}/b", found=present
+                )
+        of_b = {
+            block: flat[f"{gate}/b"].shape for gate, block in chosen.items()
+        }  # (..., r, d_ff)
         shapes = {block: (*shape[:-2], shape[-1]) for block, shape in of_b.items()}
         return init_gate_state(shapes, mechanisms)
 
     def update_fn(
-        updates: Any, state: GateState, params: Any = None, *, gate_stats: Any = None, **extra_args: Any
+        updates: Any,
+        state: GateState,
+        params: Any = None,
+        *,
+        gate_stats: Any = None,
+        **extra_args: Any,
     ) -> tuple[Any, GateState]:
         if gate_stats is None:
             expected = f"the statistics of {', '.join(state.updates)}"
-            raise NaloraError("optimizer.update(..., gate_stats=)", expected=expected, found="no argument")
+            raise NaloraError(
+                "optimizer.update(..., gate_stats=)",
+                expected=expected,
+                found="no argument",
+            )
         chosen = _gates_of(updates) if gates is None else gates
         flat = _named(updates)
-        own = own_factors(state, mechanisms, {block: flat[f"{gate}/b"] for gate, block in chosen.items()})
+        own = own_factors(
+            state,
+            mechanisms,
+            {block: flat[f"{gate}/b"] for gate, block in chosen.items()},
+        )
         factors = channel_factors(state, mechanisms, own).get("update_b", {})
         if factors:
             updates = multiply_columns(updates, factors, chosen)
@@ -314,25 +379,34 @@ def scale_by_gates(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def multiply_columns(updates: Any, factors: Mapping[str, Array], gates: Mapping[str, str]) -> Any:
+def multiply_columns(
+    updates: Any, factors: Mapping[str, Array], gates: Mapping[str, str]
+) -> Any:
     """Returns ``updates`` with the columns of every gate's B, and DoRA's magnitudes, times factors.
 
     Args:
-      updates: a tree with leaves ``<gate>/b [..., r, d_ff]`` and maybe ``<gate>/magnitude [..., d_ff]``.
+      updates: a tree with leaves ``<gate>/b [..., r, d_ff]`` and maybe ``<gate>/magnitude [...,
+        d_ff]``.
       factors: by block, [..., d_ff].
       gates: block of each gate.
     """
-    of_leaf = {f"{gate}/b": factors[block][..., None, :] for gate, block in gates.items()}
+    of_leaf = {
+        f"{gate}/b": factors[block][..., None, :] for gate, block in gates.items()
+    }
     of_leaf |= {f"{gate}/magnitude": factors[block] for gate, block in gates.items()}
 
     def scale(path: str, update: Array) -> Array:
-        return update * of_leaf[path].astype(update.dtype) if path in of_leaf else update
+        if path in of_leaf:
+            return update * of_leaf[path].astype(update.dtype)
+        return update
 
     return _map_named(scale, updates)
 
 
 def nalora(
-    inner: optax.GradientTransformation, mechanisms: Mechanisms, gates: Mapping[str, str] | None = None
+    inner: optax.GradientTransformation,
+    mechanisms: Mechanisms,
+    gates: Mapping[str, str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns ``inner`` with the rules' factors on the gates' B.
 
@@ -342,8 +416,8 @@ def nalora(
         ``inner``.
       gates: as in `scale_by_gates`, for adapters without gate leaves; ``update`` then takes
         ``gate_stats``. By default adapters have gate leaves (`gate_leaves`): ``inner`` does not see
-        them, the gradient of ``taps`` is the statistics, and ``mask`` is set to the mask of the next
-        step, as Flax's ``_overwrite_with_gradient`` sets the scales of float8 matmuls.
+        them, the gradient of ``taps`` is the statistics, and ``mask`` is set to the mask of the
+        next step, as Flax's ``_overwrite_with_gradient`` sets the scales of float8 matmuls.
 
     Example:
       >>> adapted, mechanisms = adapt(model, ...)
@@ -360,18 +434,30 @@ def nalora(
 
     def init_fn(params: Any) -> tuple[Any, GateState]:
         if mechanisms.entries and not _gates_of(params):
-            expected = "adapters with taps below the name of a gate, from adapt or gate_leaves"
+            expected = (
+                "adapters with taps below the name of a gate, from adapt or gate_leaves"
+            )
             found = ", ".join(_named(params)) or "nothing"
             raise NaloraError("optimizer.init", expected=expected, found=found)
         return adapters.init(params), scale.init(params)
 
-    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         if params is None:
-            raise NaloraError("optimizer.update(..., params)", expected="the adapters", found=None)
+            raise NaloraError(
+                "optimizer.update(..., params)", expected="the adapters", found=None
+            )
         inner_state, averages = state
         flat = _named(updates)
-        stats = {path.replace(f"/{TAPS}/", "/"): x for path, x in flat.items() if f"/{TAPS}/" in path}
-        updates, inner_state = adapters.update(updates, inner_state, params, **extra_args)
+        stats = {
+            path.replace(f"/{TAPS}/", "/"): x
+            for path, x in flat.items()
+            if f"/{TAPS}/" in path
+        }
+        updates, inner_state = adapters.update(
+            updates, inner_state, params, **extra_args
+        )
         updates, averages = scale.update(updates, averages, params, gate_stats=stats)
         weights = channel_factors(averages, mechanisms).get("gradient_a", {})
 
@@ -379,7 +465,9 @@ def nalora(
             gate, _, name = path.rpartition("/")
             if not _is_gate_leaf(path):
                 return update
-            return weights[gate] - param if name == MASK else jnp.zeros_like(update)
+            if name == MASK:
+                return weights[gate] - param
+            return jnp.zeros_like(update)
 
         return _map_named(set_leaf, updates, params), (inner_state, averages)
 
@@ -393,7 +481,9 @@ def gate_state(opt_state: Any) -> GateState | None:
 
 def with_gate_state(opt_state: Any, state: GateState | None) -> Any:
     """Returns the state of an optimizer with other averages."""
-    return jax.tree.map(lambda node: state if _is_state(node) else node, opt_state, is_leaf=_is_state)
+    return jax.tree.map(
+        lambda node: state if _is_state(node) else node, opt_state, is_leaf=_is_state
+    )
 
 
 def _is_state(node: Any) -> bool:
@@ -401,14 +491,19 @@ def _is_state(node: Any) -> bool:
 
 
 def masks(opt_state: Any, mechanisms: Mechanisms) -> dict[str, Array]:
-    """Returns the masks of the next step's gradient of A by block, [..., d_ff]; empty without masks."""
+    """Returns the masks of the next step's gradient of A by block, [..., d_ff]; empty without
+    masks."""
     state = gate_state(opt_state)
-    return {} if state is None else channel_factors(state, mechanisms).get("gradient_a", {})
+    if state is None:
+        return {}
+    return channel_factors(state, mechanisms).get("gradient_a", {})
 
 
 def _gates_of(tree: Any) -> dict[str, str]:
     """Returns the nodes of a tree that have taps, as gates that are their own blocks."""
-    nodes = {path.partition(f"/{TAPS}/")[0] for path in _named(tree) if f"/{TAPS}/" in path}
+    nodes = {
+        path.partition(f"/{TAPS}/")[0] for path in _named(tree) if f"/{TAPS}/" in path
+    }
     return {node: node for node in sorted(nodes)}
 
 
@@ -421,8 +516,12 @@ _VALUE = "/value"
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    return {path.removesuffix(_VALUE): leaf for path, leaf in trees.flatten(tree).items()}
+    return {
+        path.removesuffix(_VALUE): leaf for path, leaf in trees.flatten(tree).items()
+    }
 
 
 def _map_named(function: Callable[..., Any], *given: Any) -> Any:
-    return trees.map_named(lambda path, *leaves: function(path.removesuffix(_VALUE), *leaves), *given)
+    return trees.map_named(
+        lambda path, *leaves: function(path.removesuffix(_VALUE), *leaves), *given
+    )

@@ -17,7 +17,12 @@ from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.low_rank import init_a
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.stacks import depths, layer_numbers, param_shapes, projection_shapes
+from nalora_jax.models.stacks import (
+    depths,
+    layer_numbers,
+    param_shapes,
+    projection_shapes,
+)
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, TargetSpec, resolve
 
 _ADALORA_STD = 0.02  # standard deviation of AdaLoRA's A and B, as in PEFT
@@ -32,11 +37,18 @@ def adapter_spec(config: RunConfig, base: ModelConfig) -> AdapterSpec:
       NaloraError: a rule has no match, or asks for an impossible rank.
     """
     spec = resolve(config.lora, projection_shapes(base), layer_numbers(base))
-    return replace(spec, adalora=config.adalora.target_rank > 0, zero_a=config.lora.init == "zero_a")
+    return replace(
+        spec,
+        adalora=config.adalora.target_rank > 0,
+        zero_a=config.lora.init == "zero_a",
+    )
 
 
 def init_lora(
-    config: ModelConfig, spec: AdapterSpec, key: jax.Array, params: Mapping[str, Any] | None = None
+    config: ModelConfig,
+    spec: AdapterSpec,
+    key: jax.Array,
+    params: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns fresh adapters that leave the base model's output unchanged.
 
@@ -52,11 +64,15 @@ def init_lora(
       NaloraError: a token id without a row in the tables; see `check_token_indices`.
     """
     check_token_indices(spec, config)
-    base, shapes = flatten(params or {}), projection_shapes(config)
+    base = flatten(params or {})
+    shapes = projection_shapes(config)
     kernels = {path: (depth, *shapes[path]) for path, depth in depths(config).items()}
     leaves = fresh_adapters(spec, kernels, key, base)
     for name in spec.saved:
-        table = base[TABLES[name]] if TABLES[name] in base else base[TABLES["embed_tokens"]].T
+        if TABLES[name] in base:
+            table = base[TABLES[name]]
+        else:
+            table = base[TABLES["embed_tokens"]].T
         leaves[TABLES[name]] = table.astype(jnp.float32)
     for name, ids in spec.own_rows(tied=config.tie_embeddings).items():
         if name == "lm_head" and not config.tie_embeddings:
@@ -69,12 +85,20 @@ def init_lora(
 
 def adapter_shapes(config: ModelConfig, spec: AdapterSpec) -> Any:
     """Returns the shapes of `init_lora`, which needs no weights for them."""
-    weights = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(config).items()}
-    return jax.eval_shape(partial(init_lora, config, spec), jax.random.key(0), unflatten(weights))
+    weights = {
+        path: jax.ShapeDtypeStruct(shape, "float32")
+        for path, shape in param_shapes(config).items()
+    }
+    return jax.eval_shape(
+        partial(init_lora, config, spec), jax.random.key(0), unflatten(weights)
+    )
 
 
 def fresh_adapters(
-    spec: AdapterSpec, kernels: Mapping[str, tuple[int, ...]], key: jax.Array, base: Mapping[str, Any]
+    spec: AdapterSpec,
+    kernels: Mapping[str, tuple[int, ...]],
+    key: jax.Array,
+    base: Mapping[str, Any],
 ) -> dict[str, jax.Array]:
     """Returns the adapters of `init_lora` by path.
 
@@ -85,14 +109,21 @@ def fresh_adapters(
       base: base weights by path, for DoRA's magnitudes.
     """
     shapes = tuple(kernels[path] for path, _ in spec.targets)
-    leaves: dict[str, jax.Array] = _factors(spec.targets, shapes, key, spec.adalora, spec.zero_a)
+    leaves: dict[str, jax.Array] = _factors(
+        spec.targets, shapes, key, spec.adalora, spec.zero_a
+    )
     for path, _ in spec.targets if spec.dora else ():
-        leaves[f"{path}/magnitude"] = jnp.linalg.norm(base[f"{path}/kernel"].astype(jnp.float32), axis=-2)
+        leaves[f"{path}/magnitude"] = jnp.linalg.norm(
+            base[f"{path}/kernel"].astype(jnp.float32), axis=-2
+        )
     return leaves
 
 
 def check_token_indices(
-    spec: AdapterSpec, config: ModelConfig, where: str = "--lora.trainable-token-indices", remedy: str = ""
+    spec: AdapterSpec,
+    config: ModelConfig,
+    where: str = "--lora.trainable-token-indices",
+    remedy: str = "",
 ) -> None:
     """Raises an error for token ids without a table row, or with a table that is trained entirely.
 
@@ -115,13 +146,9 @@ def check_token_indices(
     if spec.head_rows(tied=config.tie_embeddings):
         both.add("lm_head")
     if both := both & set(spec.saved):
-        expected = (
-            "rows of tables that modules_to_save does not name (a tied head has the embedding's rows)"
-        )
-        found, remedy = (
-            f"rows of {' and '.join(sorted(both))}, trained as a whole",
-            "name a table in one of the two",
-        )
+        expected = "rows of tables that modules_to_save does not name (a tied head has the embedding's rows)"
+        found = f"rows of {' and '.join(sorted(both))}, trained as a whole"
+        remedy = "name a table in one of the two"
         raise NaloraError(where, expected=expected, found=found, remedy=remedy)
 
 
@@ -134,18 +161,23 @@ def _factors(
     zero_a: bool,
 ) -> dict[str, jax.Array]:
     leaves = {}
-    for i, ((path, target), (*lead, d_in, d_out)) in enumerate(zip(targets, shapes, strict=True)):
+    for i, ((path, target), (*lead, d_in, d_out)) in enumerate(
+        zip(targets, shapes, strict=True)
+    ):
         used = target.used((*lead, target.rank))
-        of_a, of_b = (*lead, d_in, target.rank), (*lead, target.rank, d_out)
-        a, b, key_a = jnp.zeros(of_a), jnp.zeros(of_b), jax.random.fold_in(key, i)
+        of_a = (*lead, d_in, target.rank)
+        of_b = (*lead, target.rank, d_out)
+        a = jnp.zeros(of_a)
+        b = jnp.zeros(of_b)
+        key_a = jax.random.fold_in(key, i)
         if adalora:
             key_a, key_b = jax.random.split(key_a)
-            a, b = (
-                _ADALORA_STD * jax.random.normal(key_a, of_a),
-                _ADALORA_STD * jax.random.normal(key_b, of_b),
-            )
+            a = _ADALORA_STD * jax.random.normal(key_a, of_a)
+            b = _ADALORA_STD * jax.random.normal(key_b, of_b)
             leaves[f"{path}/singular"] = jnp.zeros((*lead, target.rank), jnp.float32)
-        elif zero_a:  # the standard deviation of `init_a`, which is uniform in +-1/sqrt(d_in)
+        elif (
+            zero_a
+        ):  # the standard deviation of `init_a`, which is uniform in +-1/sqrt(d_in)
             b = jax.random.normal(key_a, of_b) / math.sqrt(3 * d_in)
         else:
             a = init_a(key_a, of_a)
@@ -154,7 +186,9 @@ def _factors(
     return leaves
 
 
-def merged_kernel(kernel: Any, a: Any, b: Any, scale: Any, magnitude: Any = None) -> Any:
+def merged_kernel(
+    kernel: Any, a: Any, b: Any, scale: Any, magnitude: Any = None
+) -> Any:
     """Returns ``W + s A B`` in float32; with DoRA's magnitude m, ``m (W + s A B) / |W + s A B|``.
 
     Arguments are arrays of NumPy or of JAX, and so is the result.
@@ -171,11 +205,16 @@ def merged_kernel(kernel: Any, a: Any, b: Any, scale: Any, magnitude: Any = None
     merged = kernel.astype(np.float32) + scale * product
     if magnitude is None:
         return merged
-    return merged * arrays.expand_dims(magnitude / arrays.linalg.norm(merged, axis=-2), -2)
+    return merged * arrays.expand_dims(
+        magnitude / arrays.linalg.norm(merged, axis=-2), -2
+    )
 
 
 def pad_rank(a: Any, b: Any, rank: int) -> tuple[Any, Any]:
     """Zero-pads ``a [..., d_in, r]`` and ``b [..., r, d_out]``, of NumPy or of JAX, to ``rank``."""
     arrays: Any = np if isinstance(a, np.ndarray) else jnp
-    lead, missing = [(0, 0)] * (a.ndim - 2), (0, rank - a.shape[-1])
-    return arrays.pad(a, [*lead, (0, 0), missing]), arrays.pad(b, [*lead, missing, (0, 0)])
+    lead = [(0, 0)] * (a.ndim - 2)
+    missing = (0, rank - a.shape[-1])
+    return arrays.pad(a, [*lead, (0, 0), missing]), arrays.pad(
+        b, [*lead, missing, (0, 0)]
+    )

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 
 from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.parts import LayerInputs, Mixer, PartOptions, RMSNorm, Shapes, SharedInputs
+from nalora_jax.models.parts import (
+    LayerInputs,
+    Mixer,
+    PartOptions,
+    RMSNorm,
+    Shapes,
+    SharedInputs,
+)
 from nalora_jax.models.ropes import apply_rope, halves_from_adjacent, query_scales
 from nalora_jax.ops.attention import AttentionConfig, CachedKeys, Keys, attention
 from nalora_jax.ops.dispatch import Numerics
@@ -31,10 +38,13 @@ class SoftmaxAttention(Mixer):
     attends: ClassVar[bool] = True
     splits_rows: ClassVar[bool] = True
     values_normed: ClassVar[bool] = False  # True: RMS norms of values, without a scale
-    keys_as_values: ClassVar[bool] = False  # True: there is no v_proj, values are k_proj's output
+    keys_as_values: ClassVar[bool] = (
+        False  # True: there is no v_proj, values are k_proj's output
+    )
 
     def heads(self, config: ModelConfig) -> dict[str, int]:
-        """Returns the number of heads of every projection of the input; a query's gate counts as a head."""
+        """Returns the number of heads of every projection of the input; a query's gate counts as a
+        head."""
         heads = {"q_proj": (1 + config.attn_gate) * config.n_heads}
         if not self.reads:
             heads["k_proj"] = config.n_kv_heads
@@ -51,15 +61,21 @@ class SoftmaxAttention(Mixer):
             heads.pop("k")
         shapes: Shapes = {}
         if config.qk_norm:
-            shapes = {f"{name}_norm/scale": (n * config.head_dim,) for name, n in heads.items()}
+            shapes = {
+                f"{name}_norm/scale": (n * config.head_dim,)
+                for name, n in heads.items()
+            }
         if config.attn_sinks:
             shapes["sinks"] = (config.n_heads,)
         return shapes
 
     def projections(self, config: ModelConfig) -> Shapes:
         """Returns the kernel shapes of the projections."""
-        d, width = config.d_model, config.head_dim
-        shapes: Shapes = {name: (d, n * width) for name, n in self.heads(config).items()}
+        d = config.d_model
+        width = config.head_dim
+        shapes: Shapes = {
+            name: (d, n * width) for name, n in self.heads(config).items()
+        }
         return shapes | {"o_proj": (config.n_heads * width, d)}
 
     def has_bias(self, config: ModelConfig, name: str) -> bool:
@@ -67,7 +83,8 @@ class SoftmaxAttention(Mixer):
         return config.o_bias if name == "o_proj" else config.qkv_bias
 
     def flops(self, config: ModelConfig, seq: int) -> float:
-        """Returns the flops of scores and weighted sums; only pairs within causality and windows count."""
+        """Returns the flops of scores and weighted sums; only pairs within causality and windows
+        count."""
         spans = [min(window, seq) for window in config.layer_windows]
         pairs = sum(seq * span - span * (span - 1) / 2 for span in spans)
         return 4.0 * pairs * config.n_heads * config.head_dim
@@ -76,12 +93,18 @@ class SoftmaxAttention(Mixer):
         """Returns 0: saved heads depend on the kernel (`nalora_jax.layout.estimates`)."""
         return 0.0
 
-    def init_state(self, config: ModelConfig, batch: int, length: int, numerics: Numerics) -> KeyValues:
+    def init_state(
+        self, config: ModelConfig, batch: int, length: int, numerics: Numerics
+    ) -> KeyValues:
         """Returns empty slots for keys and values."""
         lead = (config.n_layers, batch, config.n_kv_heads)
         return KeyValues(
-            store(jnp.zeros((*lead, config.head_dim, length), numerics.operand), numerics),
-            store(jnp.zeros((*lead, length, config.head_dim), numerics.operand), numerics),
+            store(
+                jnp.zeros((*lead, config.head_dim, length), numerics.operand), numerics
+            ),
+            store(
+                jnp.zeros((*lead, length, config.head_dim), numerics.operand), numerics
+            ),
         )
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
@@ -113,9 +136,12 @@ class Attention(nn.Module):
     part: SoftmaxAttention
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys]:
+    def __call__(
+        self, x: jax.Array, layer: LayerInputs, shared: SharedInputs
+    ) -> tuple[jax.Array, NewKeys]:
         """Returns ``[batch, seq, d_model]``, and this call's keys and values."""
-        c, numerics = self.config, self.options.numerics
+        c = self.config
+        numerics = self.options.numerics
         widths = {name: n * c.head_dim for name, n in self.part.heads(c).items()}
         q, *kv = self.options.projected(x, widths, layer, shared, bias=c.qkv_bias)
         gate = None
@@ -127,29 +153,44 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = round_and_save(q, numerics)
             last = len(kv) if self.part.values_normed else 1
-            kv = [round_and_save(y, numerics) if i < last else y for i, y in enumerate(kv)]
+            kv = [
+                round_and_save(y, numerics) if i < last else y for i, y in enumerate(kv)
+            ]
         if c.qk_norm == "projection":
-            q, kv[0] = self._norm("q_norm")(q), self._norm("k_norm")(kv[0])
+            q = self._norm("q_norm")(q)
+            kv[0] = self._norm("k_norm")(kv[0])
         # [batch, seq, heads, head_dim]
         q, *kv = (y.reshape(*y.shape[:-1], -1, c.head_dim) for y in (q, *kv))
-        table = shared.tables[self.options.prefix][0 if layer.rope is None else layer.rope]
+        table = shared.tables[self.options.prefix][
+            0 if layer.rope is None else layer.rope
+        ]
         if self.part.reads:
-            k, v = shared.handed[self.part.reads].k, shared.handed[self.part.reads].v
+            k = shared.handed[self.part.reads].k
+            v = shared.handed[self.part.reads].v
         else:
-            k, v = self._rotated("k_norm", kv[0], table), kv[-1]
+            k = self._rotated("k_norm", kv[0], table)
+            v = kv[-1]
             if self.part.values_normed:
                 v = rms_norm(v, jnp.ones((c.head_dim,), jnp.float32), c.norm_eps)
         q = self._rotated("q_norm", q, table)
         if c.query_growth:
-            q = q * query_scales(shared.positions, c.query_growth, c.growth_length)[..., None, None]
+            q = (
+                q
+                * query_scales(shared.positions, c.query_growth, c.growth_length)[
+                    ..., None, None
+                ]
+            )
         out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
         if gate is not None:
             out = out * jax.nn.sigmoid(round_and_save(gate, numerics)).astype(out.dtype)
-        (y,) = self.options.projected(out, {"o_proj": c.d_model}, layer, shared, bias=c.o_bias)
+        (y,) = self.options.projected(
+            out, {"o_proj": c.d_model}, layer, shared, bias=c.o_bias
+        )
         return y, (k, v)
 
     def _rotated(self, name: str, y: jax.Array, table: jax.Array) -> jax.Array:
-        """Returns rotated queries or keys ``[batch, seq, heads, head_dim]``, with their norm ``name`` per head."""
+        """Returns rotated queries or keys ``[batch, seq, heads, head_dim]``, with their norm
+        ``name`` per head."""
         c = self.config
         if c.qk_norm == "head":
             y = self._norm(name)(y)
@@ -162,27 +203,60 @@ class Attention(nn.Module):
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
 
     def _attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, layer: LayerInputs, shared: SharedInputs
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        layer: LayerInputs,
+        shared: SharedInputs,
     ) -> jax.Array:
-        c, sharding, numerics = self.config, self.options.sharding, self.options.numerics.within()
+        c = self.config
+        sharding = self.options.sharding
+        numerics = self.options.numerics.within()
         # Heads that follow from saved arrays, or are inputs of the layer.
-        recomputed = "qkv" if self.part.values_normed else "qk" if c.qk_norm else ""
-        scale, windows = c.query_scale or c.head_dim**-0.5, tuple(sorted(set(c.layer_windows)))
+        if self.part.values_normed:
+            recomputed = "qkv"
+        elif c.qk_norm:
+            recomputed = "qk"
+        else:
+            recomputed = ""
+        scale = c.query_scale or c.head_dim**-0.5
+        windows = tuple(sorted(set(c.layer_windows)))
         config = AttentionConfig(
-            scale, c.attn_softcap, c.attn_dropout, windows, sharding, recomputed=recomputed
+            scale,
+            c.attn_softcap,
+            c.attn_dropout,
+            windows,
+            sharding,
+            recomputed=recomputed,
         )
-        window, sinks = GLOBAL_WINDOW if layer.window is None else layer.window, None
+        window = GLOBAL_WINDOW if layer.window is None else layer.window
+        sinks = None
         if c.attn_sinks:
-            sinks = self.param("sinks", nn.initializers.zeros_init(), (c.n_heads,)).astype(jnp.float32)
+            sinks = self.param(
+                "sinks", nn.initializers.zeros_init(), (c.n_heads,)
+            ).astype(jnp.float32)
         if shards_of(sharding) > 1:
             assert shared.row is not None
-            return split_attention((q, k, v), shared.row, window, config, numerics, sinks)
-        before = shared.handed[self.part.reads].cached if self.part.reads else layer.cached
+            return split_attention(
+                (q, k, v), shared.row, window, config, numerics, sinks
+            )
+        if self.part.reads:
+            before = shared.handed[self.part.reads].cached
+        else:
+            before = layer.cached
         cached = None
         if before is not None:
             assert shared.cached_positions is not None
             assert shared.cached_segments is not None
-            cached = CachedKeys(before.k, before.v, shared.cached_positions, shared.cached_segments)
-        keys = Keys(k, v, shared.positions, shared.segments, shared.starts, sinks, cached)
-        rng = self.make_rng("dropout") if c.attn_dropout and not shared.deterministic else None
+            cached = CachedKeys(
+                before.k, before.v, shared.cached_positions, shared.cached_segments
+            )
+        keys = Keys(
+            k, v, shared.positions, shared.segments, shared.starts, sinks, cached
+        )
+        if c.attn_dropout and not shared.deterministic:
+            rng = self.make_rng("dropout")
+        else:
+            rng = None
         return attention(q, keys, window, config, numerics, dropout_rng=rng)

@@ -58,9 +58,13 @@ class Recurrent:
         """Returns the state itself."""
         return self
 
-    def extended(self, update: dict[str, jax.Array], index: jax.Array, numerics: Numerics) -> Recurrent:
+    def extended(
+        self, update: dict[str, jax.Array], index: jax.Array, numerics: Numerics
+    ) -> Recurrent:
         """Returns the new state."""
-        return Recurrent({name: new.astype(self.arrays[name].dtype) for name, new in update.items()})
+        return Recurrent(
+            {name: new.astype(self.arrays[name].dtype) for name, new in update.items()}
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +77,9 @@ class Cache:
     states: dict[str, Any]
     positions: jax.Array  # int32 [batch, slots]
     segments: jax.Array  # int32 [batch, slots]; 0: an empty or a padding slot
-    lengths: jax.Array  # int32 [batch]: real tokens so far, the position of the next one
+    lengths: (
+        jax.Array
+    )  # int32 [batch]: real tokens so far, the position of the next one
     index: jax.Array  # int32 []: slots used so far; index of the next write
 
 
@@ -97,7 +103,11 @@ def repeat(cache: Cache, count: int) -> Cache:
 
 
 def extend(
-    cache: Cache, updates: Mapping[str, Any], positions: jax.Array, segments: jax.Array, numerics: Numerics
+    cache: Cache,
+    updates: Mapping[str, Any],
+    positions: jax.Array,
+    segments: jax.Array,
+    numerics: Numerics,
 ) -> Cache:
     """Returns the cache extended by new tokens.
 
@@ -116,8 +126,12 @@ def extend(
             name: state.extended(updates[name], cache.index, numerics)
             for name, state in cache.states.items()
         },
-        positions=jax.lax.dynamic_update_slice(cache.positions, positions, (zero, cache.index)),
-        segments=jax.lax.dynamic_update_slice(cache.segments, segments, (zero, cache.index)),
+        positions=jax.lax.dynamic_update_slice(
+            cache.positions, positions, (zero, cache.index)
+        ),
+        segments=jax.lax.dynamic_update_slice(
+            cache.segments, segments, (zero, cache.index)
+        ),
         lengths=cache.lengths + jnp.sum(segments > 0, axis=1, dtype=jnp.int32),
         index=cache.index + positions.shape[1],
     )
@@ -130,13 +144,17 @@ def _padded(x: Any, axis: int, length: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.pad(leaf, more), x)
 
 
-def _written(stack: Kernel, new: jax.Array, axis: int, index: jax.Array, numerics: Numerics) -> Kernel:
+def _written(
+    stack: Kernel, new: jax.Array, axis: int, index: jax.Array, numerics: Numerics
+) -> Kernel:
     """Returns ``stack`` with ``new`` at ``index`` along ``axis``."""
     new = new.astype(numerics.operand if isinstance(stack, Stored) else stack.dtype)
     same = store(new, numerics) if isinstance(stack, Stored) else new
     start = [jnp.zeros((), jnp.int32)] * stack.ndim
     start[axis] = index
-    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), stack, same)
+    return jax.tree.map(
+        lambda x, y: jax.lax.dynamic_update_slice(x, y, start), stack, same
+    )
 
 
 def default_positions(segments: jax.Array) -> jax.Array:
@@ -145,10 +163,15 @@ def default_positions(segments: jax.Array) -> jax.Array:
     Example: segments ``[[0, 1, 1, 2, 2, 2]]`` -> ``[[0, 0, 1, 0, 1, 2]]``.
     """
     starts = jnp.ones_like(segments[:, :1], bool)
-    return since_last(jnp.concatenate([starts, segments[:, 1:] != segments[:, :-1]], axis=1))
+    return since_last(
+        jnp.concatenate([starts, segments[:, 1:] != segments[:, :-1]], axis=1)
+    )
 
 
 def since_last(starts: jax.Array) -> jax.Array:
-    """Returns the tokens since the last of ``starts`` (bool ``[batch, seq]``), itself included: int of its shape."""
-    index = jnp.broadcast_to(jnp.arange(starts.shape[1], dtype=jnp.int32)[None, :], starts.shape)
+    """Returns the tokens since the last of ``starts`` (bool ``[batch, seq]``), itself included: int
+    of its shape."""
+    index = jnp.broadcast_to(
+        jnp.arange(starts.shape[1], dtype=jnp.int32)[None, :], starts.shape
+    )
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

@@ -1,7 +1,7 @@
 """The architecture of a decoder as one frozen dataclass, read from a ``config.json``.
 
-`nalora_jax.models.family` reads it by the record of its ``model_type``; the records are entered when this
-package is imported.
+`nalora_jax.models.family` reads it by the record of its ``model_type``; the records are entered
+when this package is imported.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class ModelConfig:
     norm_eps: float
     ropes: tuple[RopeSpec, ...]  # the distinct rotary embeddings
     rope_index: tuple[int, ...] = ()  # per layer: its entry of `ropes`, -1: none; (): 0
-    rope_adjacent: bool = False  # dimension 2 i is rotated with 2 i + 1, not i with i + dim / 2
+    rope_adjacent: bool = (
+        False  # dimension 2 i is rotated with 2 i + 1, not i with i + dim / 2
+    )
     # Per layer: keys seen, the token included; () means GLOBAL_WINDOW everywhere.
     windows: tuple[int, ...] = ()
     tie_embeddings: bool = False  # the head is the transposed embedding
@@ -53,14 +55,19 @@ class ModelConfig:
     post_norm: bool = False  # norms of their outputs, before the residual sum
     norm_offset: float = 0.0  # 1 if the checkpoint stores w of the norm scale 1 + w
     query_scale: float = 0.0  # multiplies the scores; 0 means head_dim ** -0.5
-    # Queries are multiplied by 1 + query_growth * log(1 + position // growth_length); 0 means never.
+    # Queries are multiplied by 1 + query_growth * log(1 + position // growth_length); 0 means
+    # never.
     query_growth: float = 0.0
     growth_length: int = 0
     attn_softcap: float = 0.0  # scores become cap * tanh(scores / cap); 0 means none
     attn_gate: bool = False  # q_proj also computes gates: each head's output is multiplied by sigmoid(gate)
-    attn_sinks: bool = False  # a learned score per head that every query sees and that has no value
+    attn_sinks: bool = (
+        False  # a learned score per head that every query sees and that has no value
+    )
     attn_dropout: float = 0.0  # rate on attention probabilities, in training only
-    residual_dropout: float = 0.0  # rate on the outputs of attention and FFN, in training only
+    residual_dropout: float = (
+        0.0  # rate on the outputs of attention and FFN, in training only
+    )
     embed_scale: float = 1.0  # multiplies the embeddings
     residual_scale: float = 1.0  # multiplies the outputs of attention and FFN
     logit_scale: float = 1.0  # multiplies the logits
@@ -71,12 +78,18 @@ class ModelConfig:
     sight: Sight | None = None  # image tower and projector of a vision-language model
     mixer: Mixer | None = None  # in place of attention
     ffn: FeedForward | None = None  # in place of a gated block; of layers with experts
-    layer_embeddings: LayerEmbeddings | None = None  # vectors of tokens that every layer receives
-    tail: ScaledTail | None = None  # after the feed-forward block, on the residual stream
+    layer_embeddings: LayerEmbeddings | None = (
+        None  # vectors of tokens that every layer receives
+    )
+    tail: ScaledTail | None = (
+        None  # after the feed-forward block, on the residual stream
+    )
     # Kinds of layers: the fields that differ from this config's. `models.stacks` gives each kind's
     # config; `windows` and `rope_index` list all layers of the model in order.
     kinds: tuple[tuple[tuple[str, Any], ...], ...] = ()
-    layer_kinds: tuple[int, ...] = ()  # per layer: its entry of `kinds`; (): this config
+    layer_kinds: tuple[
+        int, ...
+    ] = ()  # per layer: its entry of `kinds`; (): this config
 
     @property
     def attends(self) -> bool:
@@ -108,7 +121,9 @@ class ModelConfig:
         return tuple(len(self.ropes) if index < 0 else index for index in indices)
 
     @staticmethod
-    def from_hf(raw: Mapping[str, Any], where: str = "config.json", *, images: bool = False) -> ModelConfig:
+    def from_hf(
+        raw: Mapping[str, Any], where: str = "config.json", *, images: bool = False
+    ) -> ModelConfig:
         """Returns the config described by a parsed ``config.json`` of transformers 4 or 5.
 
         Args:

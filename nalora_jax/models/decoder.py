@@ -42,7 +42,14 @@ from nalora_jax.models.stacks import Stack, groups, parts, stacks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.reductions import RUN, sampled_weights
-from nalora_jax.ops.split_rows import Row, block_length, padded, repeated, shards_of, split
+from nalora_jax.ops.split_rows import (
+    Row,
+    block_length,
+    padded,
+    repeated,
+    shards_of,
+    split,
+)
 from nalora_jax.ops.storage import LAYER_INPUT, dot, round_and_save
 
 
@@ -57,14 +64,19 @@ class Block(nn.Module):
     options: PartOptions  # of its parts; prefix, part and adapters are theirs
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, Any]:
-        """Returns ``[batch, seq, d_model]``, and the update of the mixer's state if there is a cache."""
+    def __call__(
+        self, x: jax.Array, layer: LayerInputs, shared: SharedInputs
+    ) -> tuple[jax.Array, Any]:
+        """Returns ``[batch, seq, d_model]``, and the update of the mixer's state if there is a
+        cache."""
         c = self.config
         x = checkpoint_name(x, LAYER_INPUT)
         x, normed = self._added("attn_norm", x, None)
         mixer, feed_forward = parts(c)
         y, update = self._module(mixer)(normed, layer, shared)
-        x, normed = self._added("ffn_norm", x, self._result("attn_post_norm", y, shared))
+        x, normed = self._added(
+            "ffn_norm", x, self._result("attn_post_norm", y, shared)
+        )
         stream = {"stream": x} if feed_forward.reads_stream else {}
         y = self._module(feed_forward)(
             normed,
@@ -82,7 +94,8 @@ class Block(nn.Module):
 
     def _result(self, norm: str, y: jax.Array, shared: SharedInputs) -> jax.Array:
         """Returns a part's output with the family's dropout and the norm ``norm``."""
-        c, numerics = self.config, self.options.numerics
+        c = self.config
+        numerics = self.options.numerics
         if c.residual_dropout and not shared.deterministic:
             y = nn.Dropout(c.residual_dropout, deterministic=False)(y)
         if not c.post_norm:
@@ -90,17 +103,24 @@ class Block(nn.Module):
         y = round_and_save(y, numerics)
         return RMSNorm(c.norm_eps, c.norm_offset, numerics.result, name=norm)(y)
 
-    def _added(self, name: str, x: jax.Array, y: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def _added(
+        self, name: str, x: jax.Array, y: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns ``x + y`` and the input of the next part.
 
         The input is the norm of the sum, if the family has a norm there.
         """
         c = self.config
-        recomputed = c.post_norm  # from the layer's input and the results that norms after parts read
+        recomputed = (
+            c.post_norm
+        )  # from the layer's input and the results that norms after parts read
         if y is not None and not (c.pre_norm and c.residual_scale == 1.0):
-            x, y = self._add(x, y), None
+            x = self._add(x, y)
+            y = None
         if c.pre_norm:
-            norm = ResidualNorm(c.norm_eps, c.norm_offset, self.options.numerics, recomputed, name=name)
+            norm = ResidualNorm(
+                c.norm_eps, c.norm_offset, self.options.numerics, recomputed, name=name
+            )
             return norm(x, y)
         if recomputed:
             return x, x
@@ -114,7 +134,9 @@ class Block(nn.Module):
 
     def _module(self, part: Part) -> Any:
         adapters = part_adapters(self.adapters, f"{self.options.prefix}/{part.name}")
-        return part.module(self.config, replace(self.options, part=part.name, adapters=adapters))
+        return part.module(
+            self.config, replace(self.options, part=part.name, adapters=adapters)
+        )
 
 
 class Decoder(nn.Module):
@@ -146,16 +168,25 @@ class Decoder(nn.Module):
     def setup(self) -> None:  # noqa: D102
         c = self.config
         trained = dict(self.adapters.token_indices).get("embed_tokens", ())
-        self.embed = Embedding(c.vocab_size, c.d_model, self.activation_sharding, trained)
+        self.embed = Embedding(
+            c.vocab_size, c.d_model, self.activation_sharding, trained
+        )
         if c.layer_embeddings is not None:
-            self.layer_embeddings = c.layer_embeddings.module(c, self.activation_sharding)
-        shardings = self.activation_sharding, self.routing_sharding or self.activation_sharding
+            self.layer_embeddings = c.layer_embeddings.module(
+                c, self.activation_sharding
+            )
+        shardings = (
+            self.activation_sharding,
+            self.routing_sharding or self.activation_sharding,
+        )
         given = self.numerics, self.stats or GateStatsConfig(), *shardings, self.experts
         options = PartOptions("layers", "", Adapters(), *given)
         if c.layer_kinds:
             self.layers = Groups(c, self.remat, self.adapters, options)
         else:
-            block = stacked(Block, self.remat, c.n_layers, drops=_drops(c, self.adapters))
+            block = stacked(
+                Block, self.remat, c.n_layers, drops=_drops(c, self.adapters)
+            )
             self.layers = block(c, self.adapters, options)
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, self.numerics.result)
         if not c.tie_embeddings:
@@ -198,15 +229,22 @@ class Decoder(nn.Module):
           ``[batch, seq, d_model]``; with a cache, a pair of that and the extended cache.
         """
         given = (positions, segment_ids, token_weights, cache, deterministic, lengths)
-        shared, sharding = self._shared_inputs(tokens, *given), self.activation_sharding
-        rows, tokens = tokens, split(tokens, sharding)
-        x = self.embed(tokens, self.numerics).astype(jnp.float32) * self.config.embed_scale
+        shared = self._shared_inputs(tokens, *given)
+        sharding = self.activation_sharding
+        rows = tokens
+        tokens = split(tokens, sharding)
+        x = (
+            self.embed(tokens, self.numerics).astype(jnp.float32)
+            * self.config.embed_scale
+        )
         embedded = None
         if self.config.layer_embeddings is not None:
             embedded = self.layer_embeddings(tokens, x, self.numerics)
         if features is not None:
             x, shared = self._with_images(x, shared, features, rows)
-        x, updates = self._through_layers(constrain(x, sharding), cache, shared, embedded)
+        x, updates = self._through_layers(
+            constrain(x, sharding), cache, shared, embedded
+        )
         hidden = self.final_norm(x)
         if self.is_initializing():
             self.unembed(hidden)
@@ -228,9 +266,12 @@ class Decoder(nn.Module):
     ) -> SharedInputs:
         """Returns the inputs that all layers share, of the parts of rows if the mesh splits them.
 
-        Without segments and positions their leading axis is 1, so that masks of whole rows stay small.
+        Without segments and positions their leading axis is 1, so that masks of whole rows stay
+        small.
         """
-        sharding, shape, row = self.activation_sharding, tokens.shape, None
+        sharding = self.activation_sharding
+        shape = tokens.shape
+        row = None
         segments = jnp.ones((1, shape[1]), jnp.int32)
         if segment_ids is not None:
             segments = segment_ids.astype(jnp.int32)
@@ -240,18 +281,29 @@ class Decoder(nn.Module):
             positions = default_positions(segments)
             if cache is not None:
                 positions = positions + cache.lengths[:, None]
-        shards, parts = shards_of(sharding), partial(split, sharding=sharding)
-        batch = shape[0] if shards > 1 else max(positions.shape[0], segments.shape[0])
-        positions, segments = (jnp.broadcast_to(x, (batch, shape[1])) for x in (positions, segments))
+        shards = shards_of(sharding)
+        parts = partial(split, sharding=sharding)
         if shards > 1:
-            weights = jnp.ones(shape, bool) if token_weights is None else token_weights
-            assert isinstance(weights, jax.Array)
-            stats, block = self.stats or GateStatsConfig(), block_length(shape[1], shards)
+            batch = shape[0]
+        else:
+            batch = max(positions.shape[0], segments.shape[0])
+        positions, segments = (
+            jnp.broadcast_to(x, (batch, shape[1])) for x in (positions, segments)
+        )
+        if shards > 1:
+            weights = jnp.ones(shape, bool)
+            if token_weights is not None:
+                assert isinstance(token_weights, jax.Array)
+                weights = token_weights
+            stats = self.stats or GateStatsConfig()
+            block = block_length(shape[1], shards)
             token_weights = sampled_as_whole(weights, stats, block, parts)
             row = Row(padded(positions, sharding), padded(segments, sharding))
         return SharedInputs(
             tables={
-                stack.prefix: rope_tables(stack.config, positions, segments, lengths, parts)
+                stack.prefix: rope_tables(
+                    stack.config, positions, segments, lengths, parts
+                )
                 for stack in stacks(self.config)
             },
             positions=parts(positions),
@@ -266,12 +318,15 @@ class Decoder(nn.Module):
     def _with_images(
         self, x: jax.Array, shared: SharedInputs, features: jax.Array, tokens: jax.Array
     ) -> tuple[jax.Array, SharedInputs]:
-        """Returns ``x [batch, seq, d]`` with the images' features at their tokens, in order, and the layers' inputs.
+        """Returns ``x [batch, seq, d]`` with the images' features at their tokens, in order, and
+        the layers' inputs.
 
-        In these, the tokens of an image see each other if the model wants it. Features and tokens are of
-        whole rows, x may have their parts.
+        In these, the tokens of an image see each other if the model wants it. Features and tokens
+        are of whole rows, x may have their parts.
         """
-        sight, sharding, row = self.config.sight, self.activation_sharding, shared.row
+        sight = self.config.sight
+        sharding = self.activation_sharding
+        row = shared.row
         assert sight is not None
         places = tokens == sight.image_token
         index = split(jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0), sharding)
@@ -282,12 +337,18 @@ class Decoder(nn.Module):
         if not sight.mutual:
             return x, shared
         if row is None:
-            return x, replace(shared, starts=run_starts(places, shared.positions, shared.segments))
+            return x, replace(
+                shared, starts=run_starts(places, shared.positions, shared.segments)
+            )
         starts = run_starts(padded(places, sharding), row.positions, row.segments)
         return x, replace(shared, row=row._replace(starts=starts))
 
     def _through_layers(
-        self, x: jax.Array, cache: Cache | None, shared: SharedInputs, embedded: jax.Array | None
+        self,
+        x: jax.Array,
+        cache: Cache | None,
+        shared: SharedInputs,
+        embedded: jax.Array | None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the output of the last layer, and the updates of the layers' states by stack."""
         inputs = {
@@ -345,9 +406,13 @@ class Period(nn.Module):
         """Returns ``[batch, seq, d_model]``, and the update of every layer's state."""
         updates = []
         for number, (stack, layer) in enumerate(zip(self.stacks, layers, strict=True)):
-            block = rematerialized(Block, of_position(self.remat, number, len(self.stacks)))
+            block = rematerialized(
+                Block, of_position(self.remat, number, len(self.stacks))
+            )
             options = replace(self.options, prefix=stack.prefix)
-            x, update = block(stack.config, self.adapters, options, name=f"block{number}")(x, layer, shared)
+            x, update = block(
+                stack.config, self.adapters, options, name=f"block{number}"
+            )(x, layer, shared)
             updates.append(update)
             shared = _with_keys(shared, stack, update, layer.cached)
         return x, tuple(updates)
@@ -368,14 +433,18 @@ class Groups(nn.Module):
         """Returns ``[batch, seq, d_model]``, and the updates of the layers' states by stack."""
         updates: dict[str, Any] = {}
         for number, group in enumerate(groups(self.config)):
-            period = scanned(Period, len(group[0].layers), drops=_drops(self.config, self.adapters))(
-                group, self.remat, self.adapters, self.options, name=f"group{number}"
-            )
+            period = scanned(
+                Period, len(group[0].layers), drops=_drops(self.config, self.adapters)
+            )(group, self.remat, self.adapters, self.options, name=f"group{number}")
             prefixes = [stack.prefix for stack in group]
-            x, of_group = period(x, tuple(inputs[prefix] for prefix in prefixes), shared)
+            x, of_group = period(
+                x, tuple(inputs[prefix] for prefix in prefixes), shared
+            )
             updates |= zip(prefixes, of_group, strict=True)
             for stack in (stack for stack in group if stack.config.hands):
-                first = jax.tree.map(lambda y: y[0], (updates[stack.prefix], inputs[stack.prefix].cached))
+                first = jax.tree.map(
+                    lambda y: y[0], (updates[stack.prefix], inputs[stack.prefix].cached)
+                )
                 shared = _with_keys(shared, stack, *first)
         return x, updates
 
@@ -383,10 +452,13 @@ class Groups(nn.Module):
 def _with_keys(
     shared: SharedInputs, stack: Stack, update: tuple[jax.Array, jax.Array], cached: Any
 ) -> SharedInputs:
-    """Returns the inputs of later layers, which may read the keys and values of a stack of one layer."""
+    """Returns the inputs of later layers, which may read the keys and values of a stack of one
+    layer."""
     if not stack.config.hands:
         return shared
-    return replace(shared, handed=shared.handed | {stack.config.hands: HandedKeys(*update, cached)})
+    return replace(
+        shared, handed=shared.handed | {stack.config.hands: HandedKeys(*update, cached)}
+    )
 
 
 def _drops(config: ModelConfig, adapters: AdapterSpec) -> bool:
@@ -396,11 +468,16 @@ def _drops(config: ModelConfig, adapters: AdapterSpec) -> bool:
 
 def _scanned(by_layer: tuple[int, ...], default: int) -> jax.Array | None:
     """Returns the values of a stack's layers; None if all of them are the default."""
-    return None if set(by_layer) == {default} else jnp.asarray(by_layer, jnp.int32)
+    if set(by_layer) == {default}:
+        return None
+    return jnp.asarray(by_layer, jnp.int32)
 
 
 def sampled_as_whole(
-    weights: jax.Array, config: GateStatsConfig, block: int, parts: Callable[[jax.Array], jax.Array]
+    weights: jax.Array,
+    config: GateStatsConfig,
+    block: int,
+    parts: Callable[[jax.Array], jax.Array],
 ) -> SampledWeights:
     """Returns the weights of parts of rows for the positions that are sampled of the whole rows.
 
@@ -416,9 +493,10 @@ def sampled_as_whole(
     of_gate, of_probe = (parts(sampled_weights(weights, stride)) for stride in strides)
 
     def within_blocks(stride: int) -> int:
-        # The largest stride at which samples of blocks contain the sample of their row. A group of the row consists
-        # of whole groups of a block, which take the group's run if the weights of all others are 0. If the row's
-        # positions are taken singly, or blocks divide runs, all are taken.
+        # The largest stride at which samples of blocks contain the sample of their row. A group of
+        # the row consists of whole groups of a block, which take the group's run if the weights of
+        # all others are 0. If the row's positions are taken singly, or blocks divide runs, all are
+        # taken.
         singly = length % (RUN * stride) or block % RUN
         return 1 if singly else math.gcd(stride, block // RUN)
 
@@ -429,7 +507,12 @@ def sampled_as_whole(
 # ---------------------------------------------------------------- cache
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics = Numerics()) -> Cache:  # noqa: B008
+def init_cache(
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    numerics: Numerics = Numerics(),  # noqa: B008
+) -> Cache:
     """Returns an empty cache of ``numerics.operand`` with ``length`` slots.
 
     The slots must hold the tokens of all calls, padding included. With ``length`` 0 the first call
@@ -441,7 +524,9 @@ def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics 
     slots = jnp.zeros((batch, length), jnp.int32)
     return Cache(
         states={
-            stack.prefix: parts(stack.config)[0].init_state(stack.config, batch, length, numerics)
+            stack.prefix: parts(stack.config)[0].init_state(
+                stack.config, batch, length, numerics
+            )
             for stack in stacks(config)
             if not stack.config.reads
         },
@@ -455,14 +540,18 @@ def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics 
 # ---------------------------------------------------------------- images in rows of tokens
 
 
-def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+def run_starts(
+    places: jax.Array, positions: jax.Array, segments: jax.Array
+) -> jax.Array:
     """Returns the position of the first token of each run of ``places``: int ``[batch, seq]``.
 
     A token outside of ``places`` keeps its own position.
 
     Example: places ``[[0, 1, 1, 1, 0]]``, positions ``[[0, 1, 2, 3, 4]]`` -> ``[[0, 1, 1, 1, 4]]``.
     """
-    positions, segments = (jnp.broadcast_to(x, places.shape) for x in (positions, segments))
+    positions, segments = (
+        jnp.broadcast_to(x, places.shape) for x in (positions, segments)
+    )
     goes_on = places[:, 1:] & places[:, :-1] & (segments[:, 1:] == segments[:, :-1])
     first = jnp.concatenate([jnp.ones_like(places[:, :1]), ~goes_on], axis=1)
     return positions - since_last(first)

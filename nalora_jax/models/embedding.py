@@ -40,16 +40,23 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:  # noqa: D102
         shape = (self.vocab_size, self.d_model)
-        self.embedding = frozen_kernel(self, shape, nn.initializers.normal(0.02), "embedding")
+        self.embedding = frozen_kernel(
+            self, shape, nn.initializers.normal(0.02), "embedding"
+        )
 
     def __call__(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
         """Returns ``[..., d_model]`` in the table's dtype for int tokens ``[...]``."""
         if self.has_variable("lora", "embedding"):
             return jnp.take(self.get_variable("lora", "embedding"), tokens, axis=0)
-        look_up = self._of_parts if shards_of(self.sharding) > 1 else self._of_rows
+        if shards_of(self.sharding) > 1:
+            look_up = self._of_parts
+        else:
+            look_up = self._of_rows
         rows = look_up(tokens, numerics)
         if self.has_variable("lora", "rows"):
-            return _with_rows(rows, tokens, self.get_variable("lora", "rows"), self.trained)
+            return _with_rows(
+                rows, tokens, self.get_variable("lora", "rows"), self.trained
+            )
         return rows
 
     def _of_rows(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
@@ -81,7 +88,9 @@ class Embedding(nn.Module):
         return lax.stop_gradient(self.embedding)
 
 
-def _with_rows(x: jax.Array, tokens: jax.Array, rows: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+def _with_rows(
+    x: jax.Array, tokens: jax.Array, rows: jax.Array, ids: tuple[int, ...]
+) -> jax.Array:
     """Replaces the embeddings of the tokens ``ids`` by trained rows.
 
     Args:
@@ -92,13 +101,17 @@ def _with_rows(x: jax.Array, tokens: jax.Array, rows: jax.Array, ids: tuple[int,
     """
     order = np.argsort(ids).astype(np.int32)
     ascending = np.array(ids, np.int32)[order]
-    place = jnp.searchsorted(ascending, tokens, method="scan_unrolled")  # len(ids) beyond the last
+    place = jnp.searchsorted(
+        ascending, tokens, method="scan_unrolled"
+    )  # len(ids) beyond the last
     is_trained = jnp.take(ascending, place, mode="clip") == tokens
     trained = jnp.take(rows, jnp.take(order, place, mode="clip"), axis=0)
     return jnp.where(is_trained[..., None], trained, x.astype(trained.dtype))
 
 
-def column_layouts(sharding: NamedSharding | None) -> tuple[NamedSharding | None, NamedSharding | None]:
+def column_layouts(
+    sharding: NamedSharding | None,
+) -> tuple[NamedSharding | None, NamedSharding | None]:
     """Returns the shardings of tokens ``[batch, seq]`` and of their embeddings before ``sharding``.
 
     If the mesh splits the batch further by "fsdp", a device holds some columns of the table. It
@@ -114,7 +127,9 @@ def column_layouts(sharding: NamedSharding | None) -> tuple[NamedSharding | None
     if min(batch, *sizes.values()) == 1:
         return None, None
     data, *fsdp = sharding.spec[0]
-    return NamedSharding(sharding.mesh, P(data)), NamedSharding(sharding.mesh, P(data, None, tuple(fsdp)))
+    return NamedSharding(sharding.mesh, P(data)), NamedSharding(
+        sharding.mesh, P(data, None, tuple(fsdp))
+    )
 
 
 class LMHead(nn.Module):
@@ -125,7 +140,11 @@ class LMHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, numerics: Numerics) -> jax.Array:
         """``[tokens, d_model]`` -> float32 ``[tokens, vocab]``."""
-        return dot(x, lax.stop_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))), numerics)
+        return dot(
+            x,
+            lax.stop_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))),
+            numerics,
+        )
 
 
 @dataclass(frozen=True)
@@ -152,7 +171,9 @@ class LayerEmbeddings:
     def module(self, config: ModelConfig, sharding: NamedSharding | None) -> nn.Module:
         """Returns the module; ``sharding`` applies to ``[batch, seq, d_model]``."""
         table = {"vocab_size": self.vocab_size, "d_model": config.n_layers * self.width}
-        return _LayerEmbeddings(**table, sharding=sharding, config=config, width=self.width)
+        return _LayerEmbeddings(
+            **table, sharding=sharding, config=config, width=self.width
+        )
 
 
 class _LayerEmbeddings(Embedding):
@@ -165,11 +186,18 @@ class _LayerEmbeddings(Embedding):
         self.projection = LMHead(self.d_model)
         self.norm = RMSNorm(self.config.norm_eps, self.config.norm_offset)
 
-    def __call__(self, tokens: jax.Array, x: jax.Array, numerics: Numerics) -> jax.Array:  # type: ignore[override]
-        """Returns ``[layers, batch, seq, width]`` of the scaled embeddings ``x [batch, seq, d_model]``."""
+    def __call__(  # type: ignore[override]
+        self, tokens: jax.Array, x: jax.Array, numerics: Numerics
+    ) -> jax.Array:
+        """Returns ``[layers, batch, seq, width]`` of the scaled embeddings ``x [batch, seq,
+        d_model]``."""
         table = super().__call__(tokens, numerics).astype(jnp.float32) * self.width**0.5
         flat = x.reshape(-1, x.shape[-1]).astype(numerics.result)
-        projected = self.projection(flat, numerics).reshape(table.shape) * x.shape[-1] ** -0.5
+        projected = (
+            self.projection(flat, numerics).reshape(table.shape) * x.shape[-1] ** -0.5
+        )
         by_layer = (*table.shape[:-1], -1, self.width)
-        both = (self.norm(projected.reshape(by_layer)) + table.reshape(by_layer)) * 0.5**0.5
+        both = (
+            self.norm(projected.reshape(by_layer)) + table.reshape(by_layer)
+        ) * 0.5**0.5
         return jnp.moveaxis(both, -2, 0).astype(numerics.result)

@@ -1,15 +1,16 @@
 """The arithmetic of a mixture of gated experts: pure functions of one device's tokens.
 
-Rows of tokens are sorted by expert, so every projection is one grouped matmul (`nalora_jax.models.routing`)
-over exactly the tokens of each expert. No token is dropped and there is no capacity limit. The
-mechanisms work per expert channel. `nalora_jax.models.moe` runs these functions on a mesh.
+Rows of tokens are sorted by expert, so every projection is one grouped matmul
+(`nalora_jax.models.routing`) over exactly the tokens of each expert. No token is dropped and there
+is no capacity limit. The mechanisms work per expert channel. `nalora_jax.models.moe` runs these
+functions on a mesh.
 
 Experts that are split over devices: every device of the mesh axis holds the same number of
-consecutive experts, with their adapters. A device sorts the rows of its tokens by expert, sends each
-block of rows to its device, and receives the experts' outputs in the same places. Statistics of an
-expert are computed on its device. The blocks have a fixed size, `SLACK` times an even share and at
-least `LEAST` rows. If a device has more rows for another, all devices of the axis gather the experts
-instead (`lax.cond`), so that no token is dropped.
+consecutive experts, with their adapters. A device sorts the rows of its tokens by expert, sends
+each block of rows to its device, and receives the experts' outputs in the same places. Statistics
+of an expert are computed on its device. The blocks have a fixed size, `SLACK` times an even share
+and at least `LEAST` rows. If a device has more rows for another, all devices of the axis gather the
+experts instead (`lax.cond`), so that no token is dropped.
 """
 
 from __future__ import annotations
@@ -66,14 +67,18 @@ class Layer(NamedTuple):
     gate: Experts
     up: Experts
     down: Experts
-    taps: Mapping[str, jax.Array]  # zeros whose gradients are statistics of z's cotangent
+    taps: Mapping[
+        str, jax.Array
+    ]  # zeros whose gradients are statistics of z's cotangent
     correction: jax.Array | None = None  # [experts], of the router's scores
     expert_scale: jax.Array | None = None  # [experts], of the router's weights
 
 
 def of_each(layer: Layer, change: Callable[[Experts], Experts]) -> Layer:
     """Returns the layer with all three projections changed."""
-    return layer._replace(gate=change(layer.gate), up=change(layer.up), down=change(layer.down))
+    return layer._replace(
+        gate=change(layer.gate), up=change(layer.up), down=change(layer.down)
+    )
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ class RoutedConfig:
     stats: GateStatsConfig
     names: tuple[str, ...] = ()  # statistics of the forward pass
     dropout: float = 0.0  # on the adapters' inputs
-    # Tokens of the whole rows if devices hold parts of them (`nalora_jax.ops.split_rows`); 0: whole rows.
+    # Tokens of the whole rows if devices hold parts of them (`nalora_jax.ops.split_rows`); 0: whole
+    # rows.
     split_length: int = 0
     # A mapped mesh axis whose devices each hold a part of every expert's channels, in order.
     axis: str | None = None
@@ -132,8 +138,8 @@ def routed_ffn(
       layer: arrays of the block.
       config: static options.
       routed_by: input of the router; default: ``x``.
-      over: the mapped mesh axis that splits the experts, if one does; ``layer`` then has the device's
-        experts, with taps of all experts.
+      over: the mapped mesh axis that splits the experts, if one does; ``layer`` then has the
+        device's experts, with taps of all experts.
       sends: send rows to their experts, without dropout, instead of gathering all experts.
 
     Returns:
@@ -144,7 +150,10 @@ def routed_ffn(
     if over is not None and sends:
         return _exchanged(x, layer, routing, samples, config, over)
     layer = layer if over is None else all_experts(layer, over)
-    drop = _unchanged if keys is None else partial(_dropped, keys, routing, config)
+    if keys is None:
+        drop = _unchanged
+    else:
+        drop = partial(_dropped, keys, routing, config)
     return routed_rows(x, layer, routing, samples, config, drop)
 
 
@@ -152,9 +161,12 @@ def samples_of(
     routing: Routing, token_weights: jax.Array, config: RoutedConfig
 ) -> tuple[SampledRows, SampledRows]:
     """Returns the rows for the gate's statistics and those for the probe."""
-    stride, probe_stride = config.stats.stride, config.stats.probe_stride
+    stride = config.stats.stride
+    probe_stride = config.stats.probe_stride
     if config.split_length:
-        return samples_of_parts(routing, token_weights, (stride, probe_stride), config.split_length)
+        return samples_of_parts(
+            routing, token_weights, (stride, probe_stride), config.split_length
+        )
     samples = sample(routing, token_weights, stride)
     if not config.names:
         return samples, samples
@@ -172,17 +184,23 @@ def routed_rows(
     """Computes `routed_ffn` with given experts and sampled rows of the tokens."""
     places = Places(routing.token, routing.back)
     rows = spread(x.reshape(-1, x.shape[-1]), places, config.top_k)
-    y, measured = expert_rows(rows, routing.weight, layer, routing.groups, samples, config, drop)
+    y, measured = expert_rows(
+        rows, routing.weight, layer, routing.groups, samples, config, drop
+    )
     return of_tokens(y, places, config, x.shape), measured
 
 
-def routed(x: jax.Array, layer: Layer, config: RoutedConfig, routed_by: jax.Array | None = None) -> Routing:
+def routed(
+    x: jax.Array, layer: Layer, config: RoutedConfig, routed_by: jax.Array | None = None
+) -> Routing:
     """Returns the experts of the tokens ``x [batch, seq, d_model]``; see `routed_ffn`."""
     if routed_by is not None:
         x = routed_by
     flat = x.reshape(-1, x.shape[-1])
     # Float32 for any model dtype: a rounding error here would choose another expert.
-    logits = lax.dot_general(flat.astype(jnp.float32), _frozen(layer.router), (((1,), (0,)), ((), ())))
+    logits = lax.dot_general(
+        flat.astype(jnp.float32), _frozen(layer.router), (((1,), (0,)), ((), ()))
+    )
     if layer.router_bias is not None:
         logits = logits + _frozen(layer.router_bias)[None]
     of_experts = jax.tree.map(_frozen, (layer.correction, layer.expert_scale))
@@ -193,7 +211,9 @@ def _frozen(array: jax.Array) -> jax.Array:
     return lax.stop_gradient(array).astype(jnp.float32)
 
 
-def of_tokens(y: jax.Array, places: Places, config: RoutedConfig, shape: tuple[int, ...]) -> jax.Array:
+def of_tokens(
+    y: jax.Array, places: Places, config: RoutedConfig, shape: tuple[int, ...]
+) -> jax.Array:
     """Returns the sums ``[batch, seq, d_model]`` over the experts of each token."""
     y = summed(y, places, config.top_k).reshape(shape)
     return y if config.axis is None else lax.psum(y, config.axis)
@@ -210,8 +230,8 @@ def expert_rows(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Passes rows that are sorted by expert through their experts, times the router's weights.
 
-    The inputs of the down projection are multiplied, ``(w h) W = w (h W)``: they are narrower than its
-    outputs, and the gradient of w does not need the outputs again.
+    The inputs of the down projection are multiplied, ``(w h) W = w (h W)``: they are narrower than
+    its outputs, and the gradient of w does not need the outputs again.
 
     Args:
       rows: ``[rows, d_model]``.
@@ -225,7 +245,9 @@ def expert_rows(
     Returns:
       ``[rows, d_model]``, partial sums over ``config.axis``; and the statistics.
     """
-    numerics, activation, axis = config.numerics, activations.get(config.base.activation), config.axis
+    numerics = config.numerics
+    activation = activations.get(config.base.activation)
+    axis = config.axis
     inner = drop(0, rows)
     base, delta = _projected(layer.gate, rows, inner, groups, numerics)
     z = combine(base, delta)
@@ -235,11 +257,19 @@ def expert_rows(
     hidden, _ = gated_product(z, u, activation, numerics, config.base.up_limit)
     measured: dict[str, jax.Array] = {}
     if config.names:
-        start, dz = _probed(layer.gate, rows, inner, z, delta, groups, samples[1], numerics)
-        measured = expert_statistics(samples[0].take(z), start, dz, samples, activation, config.names)
+        start, dz = _probed(
+            layer.gate, rows, inner, z, delta, groups, samples[1], numerics
+        )
+        measured = expert_statistics(
+            samples[0].take(z), start, dz, samples, activation, config.names
+        )
         if config.stats.checks is not None:
             live = Live(
-                z, base, delta, up_factor(u.astype(numerics.residual), config.base.up_limit), hidden
+                z,
+                base,
+                delta,
+                up_factor(u.astype(numerics.residual), config.base.up_limit),
+                hidden,
             )
             faults = config.stats.checks.arrays(live, activation, numerics.residual)
             if axis is not None:
@@ -247,7 +277,9 @@ def expert_rows(
             measured |= faults
     hidden = hidden * weight[:, None].astype(hidden.dtype)
     inner = drop(2, hidden)
-    return combine(*_projected(layer.down, hidden, inner, groups, numerics, axis, weight)), measured
+    return combine(
+        *_projected(layer.down, hidden, inner, groups, numerics, axis, weight)
+    ), measured
 
 
 def combine(base: jax.Array, delta: jax.Array | None) -> jax.Array:
@@ -272,7 +304,8 @@ def _projected(
     ``axis`` the inputs are split over it, so that the results are partial sums. With ``weight``, by
     which the inputs have been multiplied, the bias is multiplied too.
     """
-    base, adapter = frozen_grouped_matmul(x, experts.kernel, groups.sizes, numerics), experts.adapter
+    base = frozen_grouped_matmul(x, experts.kernel, groups.sizes, numerics)
+    adapter = experts.adapter
     bias = None
     if experts.bias is not None:
         bias = lax.stop_gradient(experts.bias)
@@ -315,18 +348,23 @@ def _probed(
     the initial value is computed as z minus the change. Arguments are as for `_projected`, with z
     and delta of all rows.
     """
-    probed_z, adapter = probe.take(z).astype(jnp.float32), gate.adapter
+    probed_z = probe.take(z).astype(jnp.float32)
+    adapter = gate.adapter
     if adapter is None or delta is None:
         return probed_z, jnp.zeros_like(probed_z)
     plain = adapter.magnitude is None and adapter.start is None
     if plain and recomputes_probe(adapter.a.shape[0], adapter.a.shape[-1], numerics):
         # Joined factors do not read the sizes.
         few = Groups(groups.sizes, probe.take(groups.expert))
-        dz = grouped_residual(probe.take(inner), *adapter[:3], few, numerics).astype(delta.dtype)
+        dz = grouped_residual(probe.take(inner), *adapter[:3], few, numerics).astype(
+            delta.dtype
+        )
     else:
         moved = delta
         if adapter.start is not None:
-            started = grouped_residual(x, *adapter.start, adapter.scale, groups, numerics)
+            started = grouped_residual(
+                x, *adapter.start, adapter.scale, groups, numerics
+            )
             moved = lax.stop_gradient(moved_from(delta, started.astype(delta.dtype)))
         dz = probe.take(moved)
     return probed_z - dz.astype(jnp.float32), dz
@@ -339,18 +377,27 @@ def _dropped(
 
     The mask is drawn by sequence, token and channel, so that it is the same on every mesh.
     """
-    size, first = 1, jnp.int32(0)
-    if config.axis is not None and place == 2:  # the channels of the hidden rows are split
-        size, first = lax.axis_size(config.axis), lax.axis_index(config.axis) * x.shape[1]
+    size = 1
+    first = jnp.int32(0)
+    if (
+        config.axis is not None and place == 2
+    ):  # the channels of the hidden rows are split
+        size = lax.axis_size(config.axis)
+        first = lax.axis_index(config.axis) * x.shape[1]
     shape = (x.shape[0] // keys.shape[0], size * x.shape[1])
-    draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1.0 - config.dropout, shape)  # noqa: E731
+
+    def draw(key: jax.Array) -> jax.Array:
+        folded = jax.random.fold_in(key, place)
+        return jax.random.bernoulli(folded, 1.0 - config.dropout, shape)
+
     # [batch, seq * top_k, d] in the tokens' own order
     mask = lax.dynamic_slice_in_dim(jax.vmap(draw)(keys), first, x.shape[1], axis=2)
     mask = jnp.take(mask.reshape(x.shape), routing.order, axis=0)
     return jnp.where(mask, x / (1.0 - config.dropout), 0.0)
 
 
-# ---------------------------------------------------------------- experts that are split over devices
+# ---------------------------------------------------------------- experts that are split over
+# devices
 
 SLACK = 1.5  # rows of a block over the rows of an even distribution
 LEAST = 64  # rows of a block, if there are as many: few rows, in generation, are never evenly distributed
@@ -359,7 +406,9 @@ UNEVEN = "uneven_experts"  # scope of the branch for more rows than a block hold
 _WAYS = 2
 
 
-def exchanges_less(rows: int, d_model: int, kernel_bytes: float, wide: float, devices: int) -> bool:
+def exchanges_less(
+    rows: int, d_model: int, kernel_bytes: float, wide: float, devices: int
+) -> bool:
     """Returns True if sending rows moves fewer bytes to a device than gathering the experts.
 
     Args:
@@ -369,7 +418,10 @@ def exchanges_less(rows: int, d_model: int, kernel_bytes: float, wide: float, de
       wide: bytes of a number in a row.
       devices: number of devices that share the experts.
     """
-    return devices > 1 and _WAYS * block_rows(rows, devices) * devices * d_model * wide < kernel_bytes
+    return (
+        devices > 1
+        and _WAYS * block_rows(rows, devices) * devices * d_model * wide < kernel_bytes
+    )
 
 
 def block_rows(rows: int, devices: int) -> int:
@@ -385,13 +437,17 @@ def _exchanged(
     config: RoutedConfig,
     over: str,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes `routed_ffn` by sending rows; statistics have zeros for the experts of other devices."""
-    devices, local = lax.axis_size(over), layer.gate.kernel.shape[0]
+    """Computes `routed_ffn` by sending rows; statistics have zeros for the experts of other
+    devices."""
+    devices = lax.axis_size(over)
+    local = layer.gate.kernel.shape[0]
     counts = jnp.sum(routing.sizes.reshape(devices, local), axis=1)
     block = block_rows(routing.token.shape[0], devices)
     fits = lax.pmax(jnp.max(counts), over) <= block
 
-    def exchanged(x: jax.Array, layer: Layer, routing: Routing) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def exchanged(
+        x: jax.Array, layer: Layer, routing: Routing
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         starts = jnp.cumsum(counts) - counts
         place = jnp.arange(block)
         # [devices * block]: the row in each place of the blocks
@@ -400,31 +456,51 @@ def _exchanged(
         target = routing.expert // local
         place_of_row = target * block + jnp.arange(target.shape[0]) - starts[target]
         places = Places(jnp.take(routing.token, row), place_of_row[routing.back], real)
-        received = _to_devices(spread(x.reshape(-1, x.shape[-1]), places, config.top_k), over)
+        received = _to_devices(
+            spread(x.reshape(-1, x.shape[-1]), places, config.top_k), over
+        )
         # Unused places count as zeros of the last expert, with weight 0 in statistics.
-        labels = jnp.where(real, jnp.take(routing.expert, row) % local, local - 1).astype(jnp.float32)
+        labels = jnp.where(
+            real, jnp.take(routing.expert, row) % local, local - 1
+        ).astype(jnp.float32)
         all_weights = routing.weight, *(_row_weights(routing, rows) for rows in samples)
-        weights = [jnp.where(real, jnp.take(weight, row), 0.0) for weight in all_weights]
+        weights = [
+            jnp.where(real, jnp.take(weight, row), 0.0) for weight in all_weights
+        ]
         labelled = jnp.stack([labels, *weights], axis=1)
         labelled = _to_devices(labelled, over)
         order = jnp.argsort(labelled[:, 0], stable=True)
-        expert, weight, *weights = jnp.unstack(jnp.take(labelled, order, axis=0), axis=1)
+        expert, weight, *weights = jnp.unstack(
+            jnp.take(labelled, order, axis=0), axis=1
+        )
         expert = expert.astype(jnp.int32)
         groups = Groups(jnp.bincount(expert, length=local).astype(jnp.int32), expert)
         reached = expert[None, :] == jnp.arange(local)[:, None]
-        of_gate, of_probe = (SampledRows(None, jnp.where(reached, w[None], 0.0)) for w in weights)
+        of_gate, of_probe = (
+            SampledRows(None, jnp.where(reached, w[None], 0.0)) for w in weights
+        )
         first = lax.axis_index(over) * local
-        taps = {name: lax.dynamic_slice_in_dim(tap, first, local) for name, tap in layer.taps.items()}
+        taps = {
+            name: lax.dynamic_slice_in_dim(tap, first, local)
+            for name, tap in layer.taps.items()
+        }
         layer = layer._replace(taps=taps)
         inverse = jnp.argsort(order)
         received = spread(received, Places(order, inverse), 1)
-        y, measured = expert_rows(received, weight, layer, groups, (of_gate, of_probe), config)
+        y, measured = expert_rows(
+            received, weight, layer, groups, (of_gate, of_probe), config
+        )
         y = _to_devices(spread(y, Places(inverse, order), 1), over)
         y = of_tokens(y, places, config, x.shape)
-        return y, {name: _of_all(value, first, local, devices) for name, value in measured.items()}
+        return y, {
+            name: _of_all(value, first, local, devices)
+            for name, value in measured.items()
+        }
 
     @jax.checkpoint  # saves no gathered kernel
-    def all_here(x: jax.Array, layer: Layer, routing: Routing) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def all_here(
+        x: jax.Array, layer: Layer, routing: Routing
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         with jax.named_scope(UNEVEN):
             return routed_rows(x, all_experts(layer, over), routing, samples, config)
 
@@ -443,12 +519,14 @@ def all_experts(layer: Layer, over: str) -> Layer:
 
 
 def _to_devices(blocks: jax.Array, over: str) -> jax.Array:
-    """Sends block i of ``[devices * block, n]`` to device i, and returns the received blocks in order."""
+    """Sends block i of ``[devices * block, n]`` to device i, and returns the received blocks in
+    order."""
     return lax.all_to_all(blocks, over, split_axis=0, concat_axis=0, tiled=True)
 
 
 def _row_weights(routing: Routing, sampled: SampledRows) -> jax.Array:
-    """Returns the weight of every sorted row in statistics, float32 ``[rows]``, 0 if it is not sampled."""
+    """Returns the weight of every sorted row in statistics, float32 ``[rows]``, 0 if it is not
+    sampled."""
     weights = jnp.sum(sampled.weights, axis=0)
     if sampled.rows is None:
         return weights
@@ -456,6 +534,9 @@ def _row_weights(routing: Routing, sampled: SampledRows) -> jax.Array:
 
 
 def _of_all(value: jax.Array, first: jax.Array, local: int, devices: int) -> jax.Array:
-    """Returns a statistic ``[local, ...]`` among zeros of other experts; a check is a scalar and stays."""
+    """Returns a statistic ``[local, ...]`` among zeros of other experts; a check is a scalar and
+    stays."""
     zeros = jnp.zeros((devices * local, *value.shape[1:]), value.dtype)
-    return lax.dynamic_update_slice_in_dim(zeros, value, first, axis=0) if value.ndim else value
+    if value.ndim:
+        return lax.dynamic_update_slice_in_dim(zeros, value, first, axis=0)
+    return value

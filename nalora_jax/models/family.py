@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 
 Features = dict[str, Any]  # fields of `ModelConfig`
 Reader = Callable[[Fields, str], "ModelConfig"]
-SightReader = Callable[[Fields, int], "Sight"]  # from the file's fields, and the width of the text model
+SightReader = Callable[
+    [Fields, int], "Sight"
+]  # from the file's fields, and the width of the text model
 
 
 class Metadata:
-    """Metadata of a GGUF file, by the part of a key after a prefix such as the name of the architecture.
+    """Metadata of a GGUF file, by the part of a key after a prefix such as the name of the
+    architecture.
 
     Args:
       values: numbers, strings, numpy arrays, or lists of strings by key.
@@ -41,12 +44,19 @@ class Metadata:
     """
 
     def __init__(self, values: Mapping[str, Any], prefix: str, where: str) -> None:
-        self.values, self.prefix, self.where = values, prefix, where
+        self.values = values
+        self.prefix = prefix
+        self.where = where
 
-    def error(self, key: str, expected: object, found: object, remedy: str = "") -> NaloraError:
+    def error(
+        self, key: str, expected: object, found: object, remedy: str = ""
+    ) -> NaloraError:
         """Returns an error that names the key."""
         return NaloraError(
-            f"{self.where}: {self.prefix}.{key}", expected=expected, found=found, remedy=remedy
+            f"{self.where}: {self.prefix}.{key}",
+            expected=expected,
+            found=found,
+            remedy=remedy,
         )
 
     def has(self, key: str) -> bool:
@@ -66,12 +76,17 @@ class Metadata:
         if isinstance(value, np.ndarray) and kind is not np.ndarray:
             if value.size == 0 or (value != value[0]).any():
                 remedy = "models whose layers differ in shape are not supported"
-                raise self.error(key, "the same value for every layer", value[:8].tolist(), remedy)
+                raise self.error(
+                    key, "the same value for every layer", value[:8].tolist(), remedy
+                )
             value = value[0].item()
         if kind is float and type(value) is int:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            actual = "no such key" if value is None else f"{type(value).__name__} {str(value)[:40]}"
+            if value is None:
+                actual = "no such key"
+            else:
+                actual = f"{type(value).__name__} {str(value)[:40]}"
             raise self.error(key, {np.ndarray: "list"}.get(kind, kind.__name__), actual)
         return value
 
@@ -93,7 +108,9 @@ class Metadata:
             for key in ("beta_fast", "beta_slow"):
                 if self.has(f"rope.scaling.yarn_{key}"):
                     scaling[key] = self.get(f"rope.scaling.yarn_{key}", float)
-            if self.has("rope.scaling.yarn_log_multiplier"):  # llama.cpp assumes mscale 1
+            if self.has(
+                "rope.scaling.yarn_log_multiplier"
+            ):  # llama.cpp assumes mscale 1
                 all_dim = self.get("rope.scaling.yarn_log_multiplier", float)
                 scaling |= {"mscale": 1.0, "mscale_all_dim": all_dim}
         return scaling
@@ -102,7 +119,8 @@ class Metadata:
 def without_window(r: Metadata) -> dict[str, Any]:
     """Returns no further settings; a sliding window is refused."""
     if window := r.get("attention.sliding_window", int, 0):
-        expected, remedy = "no sliding window for this architecture", "this variant is not supported"
+        expected = "no sliding window for this architecture"
+        remedy = "this variant is not supported"
         raise r.error("attention.sliding_window", expected, window, remedy)
     return {}
 
@@ -113,7 +131,8 @@ class GGUF:
 
     architecture: str
     tensors: Rows  # llama.cpp's names
-    # Returns fields of config.json that other architectures do not store, or that llama.cpp hard-codes.
+    # Returns fields of config.json that other architectures do not store, or that llama.cpp
+    # hard-codes.
     settings: Callable[[Metadata], dict[str, Any]] = without_window
     # True if a file of the architecture, which several families may share, is of this one.
     matches: Callable[[Metadata], bool] = lambda r: True
@@ -131,13 +150,21 @@ class Family:
     # transformers' defaults of fields that a file may omit.
     defaults: Mapping[str, Any] = field(default_factory=dict)
     gguf: GGUF | None = None  # None: llama.cpp's names are not known here
-    checks: tuple[str, ...] = ()  # fields that other families must not use and that `features` checks
-    ignored: tuple[str, ...] = ()  # expressions of further tensors; "{n_layers}" is the number of layers
+    checks: tuple[
+        str, ...
+    ] = ()  # fields that other families must not use and that `features` checks
+    ignored: tuple[
+        str, ...
+    ] = ()  # expressions of further tensors; "{n_layers}" is the number of layers
     ropes: RopeRules = field(default_factory=RopeRules)
     experts: str = "mlp.experts"  # transformers' module of all experts of a layer
     multimodal: str = ""  # ``model_type`` of multimodal models of which only this text model is supported
-    reader: Reader | None = None  # of a family from outside the package, in place of ``features``
-    stacks_in_vllm: bool = False  # vLLM reads adapters of such a model's experts as stacks, not one by one
+    reader: Reader | None = (
+        None  # of a family from outside the package, in place of ``features``
+    )
+    stacks_in_vllm: bool = (
+        False  # vLLM reads adapters of such a model's experts as stacks, not one by one
+    )
 
 
 # transformers' names of fields that `ModelConfig` names otherwise.
@@ -160,14 +187,18 @@ def hf_defaults(**fields: Any) -> dict[str, Any]:
     return {_THEIRS.get(name, name): value for name, value in fields.items()}
 
 
-# Families by ``model_type``: this library's, which `nalora_jax.models.families` enters, and those from outside the
-# package, added by `register_family` or by an entry point, whose module calls it.
+# Families by ``model_type``: this library's, which `nalora_jax.models.families` enters, and those
+# from outside the package, added by `register_family` or by an entry point, whose module calls it.
 BUILT_IN: dict[str, Family] = {}
 REGISTERED: Registry[Family] = Registry("family", "nalora_jax.families")
-# Multimodal models by ``model_type``: the reader of tower and projector, and defaults of fields of the file and of
-# its text model.
+# Multimodal models by ``model_type``: the reader of tower and projector, and defaults of fields of
+# the file and of its text model.
 MULTIMODAL: dict[str, tuple[SightReader, dict[str, Any], dict[str, Any]]] = {}
-_COMMON: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+_COMMON: dict[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+}
 # Features that no family has, except those that check the field; with the remedy.
 _REFUSED = {
     "use_bidirectional_attention": "",
@@ -192,17 +223,30 @@ def supported() -> tuple[str, ...]:
 def nearest(name: object, names: Mapping[str, Any] | tuple[str, ...]) -> str:
     """Returns the remedy of an error on a name that is not in a table: the three nearest names."""
     near = difflib.get_close_matches(str(name), list(names), 3, 0.0)
-    return f"no model is loaded as a similar one; the nearest names are {', '.join(near)}"
+    return (
+        f"no model is loaded as a similar one; the nearest names are {', '.join(near)}"
+    )
 
 
 def read(raw: Mapping[str, Any], where: str, images: bool = False) -> Features:
-    """Returns the fields of the `ModelConfig` of a parsed ``config.json``; see `ModelConfig.from_hf`."""
+    """Returns the fields of the `ModelConfig` of a parsed ``config.json``; see
+    `ModelConfig.from_hf`."""
     if not isinstance(raw, Mapping):
         raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
-    f, name = Fields(raw, {}, where), raw.get("model_type")
-    if not raw.get("is_causal", True):  # transformers then attends in both directions, also for null
-        expected = "true, or no such field: attention to later tokens is not implemented"
-        raise f.error("is_causal", expected, repr(raw["is_causal"])[:60], "use a causal language model")
+    f = Fields(raw, {}, where)
+    name = raw.get("model_type")
+    if not raw.get(
+        "is_causal", True
+    ):  # transformers then attends in both directions, also for null
+        expected = (
+            "true, or no such field: attention to later tokens is not implemented"
+        )
+        raise f.error(
+            "is_causal",
+            expected,
+            repr(raw["is_causal"])[:60],
+            "use a causal language model",
+        )
     if contains_text_model(name, images=images):  # the text model is one of its parts
         text = read(text_part(raw, where), f"{where}: text_config")
         return text | {"sight": _sight(raw, text, where)} if images else text
@@ -212,22 +256,33 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> Features:
         raise f.error("model_type", expected, repr(name), remedy)
     if not isinstance(name, str) or (name not in BUILT_IN and name not in REGISTERED):
         names = supported()
-        raise f.error("model_type", f"one of {', '.join(names)}", repr(name), nearest(name, names))
+        raise f.error(
+            "model_type", f"one of {', '.join(names)}", repr(name), nearest(name, names)
+        )
     family = family_of(name)
     f = Fields(raw, {**_COMMON, **family.defaults}, where)
     for feature, remedy in _REFUSED.items():
         if feature not in family.checks:
             f.refuse(feature, remedy)
-    values = vars(family.reader(f, name)) if family.reader else base_values(f, name, family.features(f))
+    if family.reader:
+        values = vars(family.reader(f, name))
+    else:
+        values = base_values(f, name, family.features(f))
     _check(values, f)
     return values
 
 
 def _check(values: Features, f: Fields) -> None:
-    heads, kv_heads = values["n_heads"], values["n_kv_heads"]
-    experts, chosen = values.get("n_experts", 0), values.get("experts_per_token", 0)
+    heads = values["n_heads"]
+    kv_heads = values["n_kv_heads"]
+    experts = values.get("n_experts", 0)
+    chosen = values.get("experts_per_token", 0)
     if heads % kv_heads:
-        raise f.error("num_key_value_heads", f"a divisor of num_attention_heads ({heads})", kv_heads)
+        raise f.error(
+            "num_key_value_heads",
+            f"a divisor of num_attention_heads ({heads})",
+            kv_heads,
+        )
     if values["attn_dropout"] >= 1:
         raise f.error("attention_dropout", "a rate in [0, 1)", values["attn_dropout"])
     if experts * values["n_layers"] > 2**16:
@@ -252,13 +307,19 @@ def _sight(raw: Mapping[str, Any], text: Features, where: str) -> Sight:
 
 
 def _text_only() -> dict[str, Family]:
-    """Returns the text model's family of multimodal models of which only the text model is supported."""
-    return {family.multimodal: family for family in BUILT_IN.values() if family.multimodal}
+    """Returns the text model's family of multimodal models of which only the text model is
+    supported."""
+    return {
+        family.multimodal: family for family in BUILT_IN.values() if family.multimodal
+    }
 
 
 def contains_text_model(name: object, *, images: bool) -> bool:
-    """Returns True for the ``model_type`` of a multimodal model, with ``images`` only if they are supported."""
-    return isinstance(name, str) and (name in MULTIMODAL or (name in _text_only() and not images))
+    """Returns True for the ``model_type`` of a multimodal model, with ``images`` only if they are
+    supported."""
+    return isinstance(name, str) and (
+        name in MULTIMODAL or (name in _text_only() and not images)
+    )
 
 
 def text_part(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -286,12 +347,16 @@ def text_part(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def register_family(
-    model_type: str, *, defaults: Mapping[str, Any] | None = None, tensors: str | Rows = "llama"
+    model_type: str,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    tensors: str | Rows = "llama",
 ) -> Callable[[Reader], Reader]:
     """Returns a decorator that registers a reader of configs for a ``model_type``.
 
     The reader receives the file's `nalora_jax.common.fields.Fields` and the name, and returns a
-    `ModelConfig`; `nalora_jax.models.families.base_config` reads the fields that all families share.
+    `ModelConfig`; `nalora_jax.models.families.base_config` reads the fields that all families
+    share.
 
     Args:
       model_type: the value in the ``config.json``.
@@ -304,14 +369,23 @@ def register_family(
 
     def register(reader: Reader) -> Reader:
         if model_type in BUILT_IN:
-            where, expected = f"family {model_type!r}", "a name that is free"
+            where = f"family {model_type!r}"
+            expected = "a name that is free"
             raise NaloraError(where, expected=expected, found="one of this library's")
-        rows, form = tensors, None
+        rows = tensors
+        form = None
         if isinstance(rows, str):
             like = family_of(rows)
-            rows, form = like.tensors, like.gguf
+            rows = like.tensors
+            form = like.gguf
         family = Family(
-            model_type, "", lambda _: {}, tuple(rows), dict(defaults or {}), form, reader=reader
+            model_type,
+            "",
+            lambda _: {},
+            tuple(rows),
+            dict(defaults or {}),
+            form,
+            reader=reader,
         )
         REGISTERED.add(model_type, family, replace=True)
         return reader

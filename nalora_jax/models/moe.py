@@ -1,19 +1,21 @@
-"""Mixtures of gated experts as parts of a layer: router, top-k, gated FFNs and blocks that every token passes.
+"""Mixtures of gated experts as parts of a layer: router, top-k, gated FFNs and blocks that every
+token passes.
 
     y = experts(x)                                   Mixtral, OLMoE, Qwen3-MoE, gpt-oss, LFM2-MoE
     y = experts(x) + shared(x)                       GLM-4.5, DeepSeek-V3
     y = experts(x) + sigmoid(x w) * shared(x)        Qwen2-MoE, Qwen3-Next
-    y = norm(dense(n(x))) + norm(experts(norm(x)))   Gemma 4; n: the layer's norm of the residual stream x
+    y = norm(dense(n(x))) + norm(experts(norm(x)))   Gemma 4; n: the layer's norm of the residual
+    stream x
 
 On a mesh every device routes its own tokens, in training and in evaluation. The axis "tensor"
 splits the channels of every expert, so that all devices have the same work for any routing. "fsdp"
 splits the experts: they are gathered for the layer, or rows are sent to them, whichever moves fewer
 bytes. The arithmetic is in `nalora_jax.models.experts`.
 
-A layer of experts with another block has two gates: ``ffn/experts_ffn`` (channels ``[experts, d_ff]``),
-and ``ffn/shared_ffn`` or ``ffn/dense_ffn`` (``[width]``), each with separate adapters, masks and
-statistics. Both names end in "ffn", so that the rule ``ffn/gate_proj`` matches both, and the gates of
-dense layers. Gemma 4's router reads a third norm of x.
+A layer of experts with another block has two gates: ``ffn/experts_ffn`` (channels ``[experts,
+d_ff]``), and ``ffn/shared_ffn`` or ``ffn/dense_ffn`` (``[width]``), each with separate adapters,
+masks and statistics. Both names end in "ffn", so that the rule ``ffn/gate_proj`` matches both, and
+the gates of dense layers. Gemma 4's router reads a third norm of x.
 """
 
 from __future__ import annotations
@@ -33,7 +35,14 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.method import statistics
 from nalora_jax.method.measurement import SampledWeights
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.experts import Experts, Layer, RoutedConfig, exchanges_less, of_each, routed_ffn
+from nalora_jax.models.experts import (
+    Experts,
+    Layer,
+    RoutedConfig,
+    exchanges_less,
+    of_each,
+    routed_ffn,
+)
 from nalora_jax.models.parts import (
     FeedForward,
     GatedBlock,
@@ -74,8 +83,13 @@ class MoEFFN(nn.Module):
 
         ``routed_by`` is the input of the router, ``x`` by default.
         """
-        c, options, keys = self.config, self.options, None
-        taps = {} if self.is_initializing() else self.variables.get("gate_taps", {})
+        c = self.config
+        options = self.options
+        keys = None
+        if self.is_initializing():
+            taps = {}
+        else:
+            taps = self.variables.get("gate_taps", {})
         router = Router(c.n_experts, c.router_bias, self.routing, name="router")
         kernel, bias, *of_experts = router(c.d_model)
         mask = self.get_variable("gate_mask", "mask")
@@ -88,7 +102,8 @@ class MoEFFN(nn.Module):
             {name: taps[name] for name in statistics.cotangent(taps)},
             *of_experts,
         )
-        length, split_length = x.shape[1], 0
+        length = x.shape[1]
+        split_length = 0
         if isinstance(token_weights, SampledWeights):
             length = split_length = token_weights.length
             token_weights = token_weights.every
@@ -107,7 +122,14 @@ class MoEFFN(nn.Module):
         if config.dropout > 0 and not deterministic:
             keys = jax.random.split(self.make_rng("dropout"), x.shape[0])
         y, measured = on_mesh(
-            options.routing, x, weights, keys, layer, config, routed_by, experts=options.experts
+            options.routing,
+            x,
+            weights,
+            keys,
+            layer,
+            config,
+            routed_by,
+            experts=options.experts,
         )
         return statistics.emit_measured(y, taps, measured) if measured else y
 
@@ -119,8 +141,11 @@ class MoEFFN(nn.Module):
         scales: Mapping[str, Any] | None,
         mask: jax.Array | None = None,
     ) -> Experts:
-        c, adapters = self.config, self.options.adapters
-        dense = adapters.dense(name, d_in, d_out, scales, bias=c.ffn_bias, experts=c.n_experts, mask=mask)
+        c = self.config
+        adapters = self.options.adapters
+        dense = adapters.dense(
+            name, d_in, d_out, scales, bias=c.ffn_bias, experts=c.n_experts, mask=mask
+        )
         adapter = dense.adapter
         if adapter is not None:
             adapter = adapter._replace(scale=jnp.asarray(adapter.scale, jnp.float32))
@@ -136,16 +161,21 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(self, d_model: int) -> tuple[jax.Array, *tuple[jax.Array | None, ...]]:
-        """Returns the kernel ``[d_model, experts]``; bias, correction and scale ``[experts]`` or None."""
-        kernel: jax.Array = self.param("kernel", nn.initializers.lecun_normal(), (d_model, self.n_experts))
-        zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
+        """Returns the kernel ``[d_model, experts]``; bias, correction and scale ``[experts]`` or
+        None."""
+        kernel: jax.Array = self.param(
+            "kernel", nn.initializers.lecun_normal(), (d_model, self.n_experts)
+        )
+        zeros = nn.initializers.zeros_init()
+        ones = nn.initializers.ones_init()
         optional = (
             ("bias", zeros, self.use_bias),
             ("correction", zeros, self.spec.correction),
             ("scale", ones, self.spec.expert_scale),
         )
         of_experts = (
-            self.param(name, init, (self.n_experts,)) if exists else None for name, init, exists in optional
+            self.param(name, init, (self.n_experts,)) if exists else None
+            for name, init, exists in optional
         )
         return (kernel, *of_experts)
 
@@ -177,9 +207,15 @@ def on_mesh(
     """
     by_shard = count(config.stats.sharding) > 1
     if sharding is None or sharding.mesh.size == 1 or x.shape[0] % count(sharding):
-        y, measured = routed_ffn(x, weights, keys, _of_shard(layer, config), config, routed_by=routed_by)
-        return y, {name: first_alone(value, config.stats.sharding) for name, value in measured.items()}
-    rows, mesh = sharding.spec[0], sharding.mesh
+        y, measured = routed_ffn(
+            x, weights, keys, _of_shard(layer, config), config, routed_by=routed_by
+        )
+        return y, {
+            name: first_alone(value, config.stats.sharding)
+            for name, value in measured.items()
+        }
+    rows = sharding.spec[0]
+    mesh = sharding.mesh
     axis = _AXIS if _splits(layer, mesh.shape.get(_AXIS, 1)) else None
     devices = mesh.shape.get(_OVER, 1)  # that hold the same number of experts each
     shares = devices > 1 and layer.gate.kernel.shape[0] % devices == 0 and _OVER in rows
@@ -187,19 +223,32 @@ def on_mesh(
     sends = shares and keys is None and _sends(sharding, x, layer, config, experts)
 
     def local(
-        x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer, routed_by: jax.Array | None
+        x: jax.Array,
+        weights: jax.Array,
+        keys: jax.Array | None,
+        layer: Layer,
+        routed_by: jax.Array | None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x, layer = in_stored_layout(x, config.numerics), _of_shard(layer, config)
+        x = in_stored_layout(x, config.numerics)
+        layer = _of_shard(layer, config)
         split = replace(config, axis=axis)
-        y, measured = routed_ffn(x, weights, keys, layer, split, routed_by, over=over, sends=sends)
-        return in_stored_layout(y, config.numerics), {name: value[None] for name, value in measured.items()}
+        y, measured = routed_ffn(
+            x, weights, keys, layer, split, routed_by, over=over, sends=sends
+        )
+        return in_stored_layout(y, config.numerics), {
+            name: value[None] for name, value in measured.items()
+        }
 
-    names, taps = config.measured, (rows,) if by_shard else ()
+    names = config.measured
+    taps = (rows,) if by_shard else ()
     y, parts = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(P(rows), P(rows), P(rows), _specs(layer, axis, taps, over), P(rows)),
-        out_specs=(P(rows), {name: P(rows, *_by_channel(name, axis)) for name in names}),
+        out_specs=(
+            P(rows),
+            {name: P(rows, *_by_channel(name, axis)) for name in names},
+        ),
         # An axis that splits no array is left to the compiler: mapping it would split cotangents
         # into partial sums, and their statistics are not linear.
         axis_names={*rows, axis} - {None},
@@ -207,25 +256,38 @@ def on_mesh(
     )(x, weights, keys, layer, routed_by)
     if by_shard:
         return y, parts
-    merge = {name: jnp.max if name.startswith(statistics.CHECK) else jnp.sum for name in names}
+    merge = {
+        name: jnp.max if name.startswith(statistics.CHECK) else jnp.sum
+        for name in names
+    }
     return y, {name: merge[name](arrays, axis=0) for name, arrays in parts.items()}
 
 
-def _sends(sharding: NamedSharding, x: jax.Array, layer: Layer, config: RoutedConfig, experts: str) -> bool:
+def _sends(
+    sharding: NamedSharding,
+    x: jax.Array,
+    layer: Layer,
+    config: RoutedConfig,
+    experts: str,
+) -> bool:
     """Returns True if rows are sent to experts, False if experts are gathered."""
     if experts != "auto":
         return experts == "send"
     rows = x.shape[0] // count(sharding) * x.shape[1] * config.top_k
     kernels = jax.tree.leaves([e.kernel for e in (layer.gate, layer.up, layer.down)])
     size = sum(leaf.nbytes for leaf in kernels) / sharding.mesh.shape.get(_AXIS, 1)
-    return exchanges_less(rows, x.shape[-1], size, x.dtype.itemsize, sharding.mesh.shape[_OVER])
+    return exchanges_less(
+        rows, x.shape[-1], size, x.dtype.itemsize, sharding.mesh.shape[_OVER]
+    )
 
 
 def _of_shard(layer: Layer, config: RoutedConfig) -> Layer:
     """Returns ``layer`` with one shard's taps and with kernels in the layout of their stack."""
 
     def stored(experts: Experts) -> Experts:
-        kernel = jax.tree.map(lambda x: in_stored_layout(x, config.numerics), experts.kernel)
+        kernel = jax.tree.map(
+            lambda x: in_stored_layout(x, config.numerics), experts.kernel
+        )
         return experts._replace(kernel=kernel)
 
     taps = layer.taps
@@ -244,10 +306,14 @@ def _splits(layer: Layer, parts: int) -> bool:
         return all(size % parts == 0 for size in sizes)
 
     places = (layer.gate, 2), (layer.up, 2), (layer.down, 1)
-    return parts > 1 and all(divides(experts.kernel, place) for experts, place in places)
+    return parts > 1 and all(
+        divides(experts.kernel, place) for experts, place in places
+    )
 
 
-def _specs(layer: Layer, axis: str | None, taps: tuple[Any, ...], over: str | None) -> Any:
+def _specs(
+    layer: Layer, axis: str | None, taps: tuple[Any, ...], over: str | None
+) -> Any:
     """Returns the partition specs of a layer's arrays.
 
     Channels are split over ``axis``, experts over ``over`` and taps by shard over ``taps``; all
@@ -269,7 +335,12 @@ def _specs(layer: Layer, axis: str | None, taps: tuple[Any, ...], over: str | No
         elif name != "down" and array != "a":
             names[-1] = axis
         # int8 has one scale for all inputs, which is not split.
-        return P(*(None if size == 1 else name for size, name in zip(leaf.shape, names, strict=True)))
+        return P(
+            *(
+                None if size == 1 else name
+                for size, name in zip(leaf.shape, names, strict=True)
+            )
+        )
 
     return jax.tree_util.tree_map_with_path(spec, layer)
 
@@ -300,11 +371,15 @@ class Mixture(FeedForward):
             "correction": self.router.correction,
             "scale": self.router.expert_scale,
         }
-        return shapes | {f"router/{name}": (config.n_experts,) for name in optional if optional[name]}
+        return shapes | {
+            f"router/{name}": (config.n_experts,) for name in optional if optional[name]
+        }
 
     def projections(self, config: ModelConfig) -> Shapes:
         """See `Part`."""
-        n, d, f = config.n_experts, config.d_model, config.d_ff
+        n = config.n_experts
+        d = config.d_model
+        f = config.d_ff
         return {"gate_proj": (n, d, f), "up_proj": (n, d, f), "down_proj": (n, f, d)}
 
     def saved(self, config: ModelConfig) -> float:
@@ -333,7 +408,9 @@ class WithExperts(FeedForward):
     block: ClassVar[str]  # name of the gated block
     kind: ClassVar[Any]  # of the module
 
-    def branches(self, config: ModelConfig) -> dict[str, tuple[FeedForward, ModelConfig]]:
+    def branches(
+        self, config: ModelConfig
+    ) -> dict[str, tuple[FeedForward, ModelConfig]]:
         """Returns both blocks with their configs, by name."""
         return {
             "experts_ffn": (Mixture(self.router), config),
@@ -355,7 +432,9 @@ class WithExperts(FeedForward):
 
     def saved(self, config: ModelConfig) -> float:
         """See `Part`."""
-        return sum(part.saved(of_part) for part, of_part in self.branches(config).values())
+        return sum(
+            part.saved(of_part) for part, of_part in self.branches(config).values()
+        )
 
     def gates(self, config: ModelConfig) -> Gates:
         """See `Part`."""
@@ -374,12 +453,16 @@ class _WithExpertsFFN(nn.Module):
     part: WithExperts
     options: PartOptions
 
-    def _branches(self, scales: Mapping[str, Any] | None) -> list[Callable[..., jax.Array]]:
+    def _branches(
+        self, scales: Mapping[str, Any] | None
+    ) -> list[Callable[..., jax.Array]]:
         """Returns the mixture and the gated block as functions of their input."""
         calls: list[Callable[..., jax.Array]] = []
         for name, (part, of_part) in self.part.branches(self.config).items():
             adapters = adapters_below(self.options.adapters, f"{name}/")
-            module: Any = part.module(of_part, replace(self.options, part=name, adapters=adapters))
+            module: Any = part.module(
+                of_part, replace(self.options, part=name, adapters=adapters)
+            )
             calls.append(partial(module, scales=scales_below(scales, f"{name}/")))
         return calls
 
@@ -389,7 +472,10 @@ class SharedExpertsFFN(_WithExpertsFFN):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, scales: Mapping[str, jax.Array | float] | None = None, **inputs: Any
+        self,
+        x: jax.Array,
+        scales: Mapping[str, jax.Array | float] | None = None,
+        **inputs: Any,
     ) -> jax.Array:
         """Returns ``[batch, seq, d_model]`` as ``x``; for ``inputs`` see `GatedFFN`."""
         experts, shared = self._branches(scales)
@@ -410,7 +496,10 @@ class SharedExperts(WithExperts):
 
     def arrays(self, config: ModelConfig) -> Shapes:
         """Returns the router, and the gate of the shared expert."""
-        gate: Shapes = {"shared_gate/kernel": (config.d_model, 1)} if self.gated else {}
+        if self.gated:
+            gate: Shapes = {"shared_gate/kernel": (config.d_model, 1)}
+        else:
+            gate = {}
         return super().arrays(config) | gate
 
 
@@ -422,7 +511,9 @@ class TokenGate(nn.Module):
         """``[..., d]`` -> float32 ``[..., 1]``, ``sigmoid(x w)``."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], 1))
         frozen = lax.stop_gradient(kernel).astype(jnp.float32)
-        return jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), frozen, precision=lax.Precision.HIGHEST))
+        return jax.nn.sigmoid(
+            jnp.dot(x.astype(jnp.float32), frozen, precision=lax.Precision.HIGHEST)
+        )
 
 
 class DenseAndExpertsFFN(_WithExpertsFFN):
@@ -440,14 +531,22 @@ class DenseAndExpertsFFN(_WithExpertsFFN):
         """Returns ``[batch, seq, d_model]`` of ``x``, the layer's norm of ``stream``."""
         experts, dense = self._branches(scales)
         stream = round_and_save(stream, self.options.numerics)
-        routed_by = self._norm("router_norm", stream, "float32") * self.config.d_model**-0.5
+        routed_by = (
+            self._norm("router_norm", stream, "float32") * self.config.d_model**-0.5
+        )
         of_dense = dense(x, **inputs)
-        of_experts = experts(self._norm("experts_norm", stream), routed_by=routed_by, **inputs)
-        return self._norm("dense_norm", of_dense) + self._norm("experts_post_norm", of_experts)
+        of_experts = experts(
+            self._norm("experts_norm", stream), routed_by=routed_by, **inputs
+        )
+        return self._norm("dense_norm", of_dense) + self._norm(
+            "experts_post_norm", of_experts
+        )
 
     def _norm(self, name: str, x: jax.Array, dtype: str | None = None) -> jax.Array:
         c = self.config
-        return RMSNorm(c.norm_eps, c.norm_offset, dtype or self.options.numerics.result, name=name)(x)
+        return RMSNorm(
+            c.norm_eps, c.norm_offset, dtype or self.options.numerics.result, name=name
+        )(x)
 
 
 _SCALED = RouterSpec(expert_scale=True)

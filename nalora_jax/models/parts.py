@@ -1,8 +1,10 @@
-"""The parts of a layer and their inputs: a mixer of tokens, a feed-forward block, norms and the layer's end.
+"""The parts of a layer and their inputs: a mixer of tokens, a feed-forward block, norms and the
+layer's end.
 
-A part is a frozen dataclass: it names its parameters and returns its Linen module. `ModelConfig.mixer`
-and `ModelConfig.ffn` hold parts with sizes of their own; without them the fields of the config
-describe attention, a gated block or a mixture of experts (`nalora_jax.models.stacks.parts`).
+A part is a frozen dataclass: it names its parameters and returns its Linen module.
+`ModelConfig.mixer` and `ModelConfig.ffn` hold parts with sizes of their own; without them the
+fields of the config describe attention, a gated block or a mixture of experts
+(`nalora_jax.models.stacks.parts`).
 """
 
 from __future__ import annotations
@@ -39,9 +41,15 @@ class LayerInputs:
     """Inputs that differ by layer; every leaf is stacked over the layers of a stack and scanned."""
 
     window: jax.Array | None  # int []; None if every layer attends globally
-    rope: jax.Array | None  # int [], index into the rotary tables; None if there is only one
-    scales: dict[str, dict[str, jax.Array]]  # adapters' scales by part ("attn", "ffn") and projection
-    embedded: jax.Array | None  # [batch, seq, width], `ModelConfig.layer_embeddings` of the layer
+    rope: (
+        jax.Array | None
+    )  # int [], index into the rotary tables; None if there is only one
+    scales: dict[
+        str, dict[str, jax.Array]
+    ]  # adapters' scales by part ("attn", "ffn") and projection
+    embedded: (
+        jax.Array | None
+    )  # [batch, seq, width], `ModelConfig.layer_embeddings` of the layer
     cached: Any  # the layer's state of earlier calls
 
 
@@ -68,19 +76,28 @@ class SharedInputs:
     cached_segments: jax.Array | None = None  # int [batch, slots]
     # int [batch or 1, seq], position from which a token is seen, if not its own
     starts: jax.Array | None = None
-    handed: dict[str, HandedKeys] = field(default_factory=dict)  # by name (`Mixer.hands`)
-    row: Row | None = None  # of whole rows, if the mesh splits them; all arrays above are of their parts
+    handed: dict[str, HandedKeys] = field(
+        default_factory=dict
+    )  # by name (`Mixer.hands`)
+    row: Row | None = (
+        None  # of whole rows, if the mesh splits them; all arrays above are of their parts
+    )
     deterministic: bool = field(default=True, metadata={"static": True})
 
 
 def part_adapters(spec: AdapterSpec, path: str) -> Adapters:
     """Returns the adapters of the part at a stacked path (``layers/attn``) by projection name."""
-    ranks = ((p.removeprefix(f"{path}/"), t.rank) for p, t in spec.targets if p.startswith(f"{path}/"))
+    ranks = (
+        (p.removeprefix(f"{path}/"), t.rank)
+        for p, t in spec.targets
+        if p.startswith(f"{path}/")
+    )
     return Adapters(tuple(ranks), dora=spec.dora, dropout=spec.dropout)
 
 
 def layer_scales(spec: AdapterSpec, prefix: str) -> dict[str, dict[str, jax.Array]]:
-    """Returns the adapters' scales below a prefix (``layers``) by part and projection, to be scanned over layers."""
+    """Returns the adapters' scales below a prefix (``layers``) by part and projection, to be
+    scanned over layers."""
     scales: dict[str, dict[str, jax.Array]] = {}
     for path, _ in spec.targets:
         if path.startswith(f"{prefix}/"):
@@ -91,13 +108,21 @@ def layer_scales(spec: AdapterSpec, prefix: str) -> dict[str, dict[str, jax.Arra
 
 def adapters_below(adapters: Adapters, prefix: str) -> Adapters:
     """Returns the adapters of a part's projections below ``prefix``."""
-    ranks = ((name.removeprefix(prefix), rank) for name, rank in adapters.ranks if name.startswith(prefix))
+    ranks = (
+        (name.removeprefix(prefix), rank)
+        for name, rank in adapters.ranks
+        if name.startswith(prefix)
+    )
     return replace(adapters, ranks=tuple(ranks))
 
 
 def scales_below(scales: Mapping[str, Any] | None, prefix: str) -> dict[str, Any]:
     """Returns the scales of a part's projections below ``prefix``."""
-    return {name.removeprefix(prefix): s for name, s in (scales or {}).items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): s
+        for name, s in (scales or {}).items()
+        if name.startswith(prefix)
+    }
 
 
 def constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
@@ -125,7 +150,11 @@ class PartOptions:
 
     def of_block(self, bias: bool) -> dict[str, Any]:
         """Returns the attributes of a part that is an `AdaptedBlock`, besides its sizes."""
-        given = {"adapters": self.adapters, "numerics": self.numerics, "stats": self.stats}
+        given = {
+            "adapters": self.adapters,
+            "numerics": self.numerics,
+            "stats": self.stats,
+        }
         return given | {"use_bias": bias, "name": self.part}
 
     def projected(
@@ -137,7 +166,8 @@ class PartOptions:
         *,
         bias: bool = False,
     ) -> list[jax.Array]:
-        """Returns the outputs ``[..., width]`` of adapted projections, in the module of the part that calls it.
+        """Returns the outputs ``[..., width]`` of adapted projections, in the module of the part
+        that calls it.
 
         Args:
           x: ``[..., d_in]``.
@@ -145,7 +175,8 @@ class PartOptions:
           layer, shared: inputs of the part.
           bias: True if the projections have one.
         """
-        scales, options = layer.scales.get(self.part), {"deterministic": shared.deterministic}
+        scales = layer.scales.get(self.part)
+        options = {"deterministic": shared.deterministic}
         layers = [
             self.adapters.dense(name, x.shape[-1], width, scales, bias=bias, **options)
             for name, width in widths.items()
@@ -161,7 +192,8 @@ class Part(ABC):
     name: ClassVar[str]  # of the module: parameters are at layers/<name>/...
 
     def param_shapes(self, config: ModelConfig) -> Shapes:
-        """Returns the shapes of a layer's parameters: of `arrays`, and of kernels and biases of `projections`."""
+        """Returns the shapes of a layer's parameters: of `arrays`, and of kernels and biases of
+        `projections`."""
         shapes = dict(self.arrays(config))
         for name, shape in self.projections(config).items():
             shapes[f"{name}/kernel"] = shape
@@ -182,7 +214,8 @@ class Part(ABC):
         return False
 
     def flops(self, config: ModelConfig, seq: int) -> float:
-        """Returns the forward flops of all layers for one row, without `projections` and routers."""
+        """Returns the forward flops of all layers for one row, without `projections` and
+        routers."""
         return 0.0
 
     @abstractmethod
@@ -204,14 +237,18 @@ class Mixer(Part):
     Its module is called as ``(x, LayerInputs, SharedInputs) -> (y, update of its state)``.
     """
 
-    attends: ClassVar[bool] = False  # True: softmax attention with the config's heads and windows
+    attends: ClassVar[bool] = (
+        False  # True: softmax attention with the config's heads and windows
+    )
     # True: the module also computes parts of rows (`nalora_jax.ops.split_rows`).
     splits_rows: ClassVar[bool] = False
     hands: str = ""  # name under which later layers read this layer's keys and values
     reads: str = ""  # name of an earlier layer's keys and values that this layer reads
 
     @abstractmethod
-    def init_state(self, config: ModelConfig, batch: int, length: int, numerics: Numerics) -> Any:
+    def init_state(
+        self, config: ModelConfig, batch: int, length: int, numerics: Numerics
+    ) -> Any:
         """Returns the state of ``config.n_layers`` layers before the first token (`models.cache`).
 
         ``length`` is the number of slots for tokens.
@@ -224,7 +261,9 @@ class FeedForward(Part):
     Its module has the call signature of `nalora_jax.method.ffn.GatedFFN`.
     """
 
-    reads_stream: ClassVar[bool] = False  # True: the module also gets ``stream``, the norm's input
+    reads_stream: ClassVar[bool] = (
+        False  # True: the module also gets ``stream``, the norm's input
+    )
 
     def has_bias(self, config: ModelConfig, name: str) -> bool:
         """See `Part`."""
@@ -233,13 +272,15 @@ class FeedForward(Part):
 
 @dataclass(frozen=True)
 class GatedBlock(FeedForward):
-    """The block that the config describes: ``(phi(x W_gate) * x W_up) W_down``, or ``phi(x W_in) W_out``."""
+    """The block that the config describes: ``(phi(x W_gate) * x W_up) W_down``, or ``phi(x W_in)
+    W_out``."""
 
     name: ClassVar[str] = "ffn"
 
     def projections(self, config: ModelConfig) -> Shapes:
         """See `Part`."""
-        d, f = config.d_model, config.d_ff
+        d = config.d_model
+        f = config.d_ff
         if config.gated:
             return {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
         return {"in_proj": (d, f), "out_proj": (f, d)}
@@ -255,7 +296,12 @@ class GatedBlock(FeedForward):
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """See `Part`."""
         block: Any = GatedFFN if config.gated else SelfGatedFFN
-        return block(config.d_model, config.d_ff, config.activation, **options.of_block(config.ffn_bias))
+        return block(
+            config.d_model,
+            config.d_ff,
+            config.activation,
+            **options.of_block(config.ffn_bias),
+        )
 
 
 # ---------------------------------------------------------------- norms
@@ -277,8 +323,12 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the norm of ``x``, ``[..., d]``."""
-        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
-        return rms_norm(x, scale.astype(jnp.float32) + self.offset, self.eps).astype(self.dtype)
+        scale = self.param(
+            "scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],)
+        )
+        return rms_norm(x, scale.astype(jnp.float32) + self.offset, self.eps).astype(
+            self.dtype
+        )
 
 
 class ResidualNorm(nn.Module):
@@ -297,11 +347,20 @@ class ResidualNorm(nn.Module):
     recomputed: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, y: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x: jax.Array, y: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns ``x + y`` (``x`` if y is None) and its norm, both ``[..., d]``."""
-        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
+        scale = self.param(
+            "scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],)
+        )
         return residual_norm(
-            x, y, scale.astype(jnp.float32) + self.offset, self.eps, self.numerics, self.recomputed
+            x,
+            y,
+            scale.astype(jnp.float32) + self.offset,
+            self.eps,
+            self.numerics,
+            self.recomputed,
         )
 
 
@@ -310,7 +369,8 @@ class ResidualNorm(nn.Module):
 
 @dataclass(frozen=True)
 class ScaledTail(Part):
-    """The end of a layer, on the residual stream: ``(x + norm((phi(x W_gate) * embedded) W_down)) * scale``.
+    """The end of a layer, on the residual stream: ``(x + norm((phi(x W_gate) * embedded) W_down)) *
+    scale``.
 
     Attributes:
       width: of the layer's embeddings; 0 leaves the block out.
@@ -328,7 +388,8 @@ class ScaledTail(Part):
 
     def projections(self, config: ModelConfig) -> Shapes:
         """Returns the kernel shapes of the projections."""
-        d, width = config.d_model, self.width
+        d = config.d_model
+        width = self.width
         if not width:
             return {}
         return {"gate_proj": (d, width), "down_proj": (width, d)}
@@ -353,7 +414,9 @@ class _ScaledTail(AdaptedBlock):
     eps: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, layer: LayerInputs, shared: SharedInputs
+    ) -> jax.Array:
         if self.d_ff:
             y = super().__call__(
                 round_and_save(x, self.numerics),
@@ -362,6 +425,8 @@ class _ScaledTail(AdaptedBlock):
                 deterministic=shared.deterministic,
                 up=layer.embedded,
             )
-            x = x + RMSNorm(self.eps, dtype=self.numerics.result, name="norm")(y).astype(x.dtype)
+            x = x + RMSNorm(self.eps, dtype=self.numerics.result, name="norm")(
+                y
+            ).astype(x.dtype)
         scale = self.param("scale", nn.initializers.ones_init(), (1,))
         return x * jax.lax.stop_gradient(scale).astype(x.dtype)[0]

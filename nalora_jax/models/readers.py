@@ -1,4 +1,5 @@
-"""Fields of a ``config.json`` that families share: sizes, activation, windows, and layers of several kinds.
+"""Fields of a ``config.json`` that families share: sizes, activation, windows, and layers of
+several kinds.
 
 The records of `nalora_jax.models.families` use them.
 """
@@ -13,7 +14,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.method import activations
 from nalora_jax.models.ropes import context_length, read_ropes
 
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING = "sliding_attention"
+FULL = "full_attention"
 # A window longer than any sequence: global attention as an integer that can be scanned over layers.
 GLOBAL_WINDOW = 2**30
 
@@ -22,9 +24,12 @@ Overrides = tuple[tuple[str, Any], ...]  # fields of `ModelConfig` of one kind o
 
 def base_values(f: Fields, name: str, features: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of `ModelConfig` that all families share, updated with ``features``."""
-    heads, d_model = f.integer("num_attention_heads", high=2**16), f.integer("hidden_size")
+    heads = f.integer("num_attention_heads", high=2**16)
+    d_model = f.integer("hidden_size")
     if f.get("head_dim") is None and "head_dim" not in features and d_model % heads:
-        raise f.error("hidden_size", f"a multiple of num_attention_heads ({heads})", d_model)
+        raise f.error(
+            "hidden_size", f"a multiple of num_attention_heads ({heads})", d_model
+        )
     values: dict[str, Any] = {
         "model_type": name,
         "vocab_size": f.integer("vocab_size"),
@@ -73,7 +78,8 @@ def layer_count(f: Fields) -> int:
 
 
 def layer_types(f: Fields, other: str = SLIDING) -> list[str] | None:
-    """Returns the kind of every layer, full attention or ``other``, or None if the file has no list."""
+    """Returns the kind of every layer, full attention or ``other``, or None if the file has no
+    list."""
     kinds = f.items("layer_types", layer_count(f), str)
     for kind in kinds or ():
         if kind not in (FULL, other):
@@ -95,7 +101,9 @@ def same_window(f: Fields) -> dict[str, Any]:
     kinds = layer_types(f) or [expected] * layer_count(f)
     if set(kinds) != {expected}:
         raise f.error(
-            "layer_types", f"{expected!r} in every layer, as sliding_window says", sorted(set(kinds))
+            "layer_types",
+            f"{expected!r} in every layer, as sliding_window says",
+            sorted(set(kinds)),
         )
     return {"windows": windows_of(f, kinds)}
 
@@ -110,13 +118,18 @@ def optional_windows(f: Fields, slides: Callable[[int], bool]) -> dict[str, Any]
     if kinds is None:
         kinds = [SLIDING if on and slides(i) else FULL for i in range(layer_count(f))]
     if SLIDING in kinds and not on:
-        raise f.error("layer_types", "no sliding layers, as use_sliding_window says", SLIDING)
+        raise f.error(
+            "layer_types", "no sliding layers, as use_sliding_window says", SLIDING
+        )
     return {"windows": windows_of(f, kinds)}
 
 
 def periodic(f: Fields, period: int) -> list[str]:
-    """Returns the layers' kinds; without a list, the last layer of every period attends globally."""
-    return layer_types(f) or [SLIDING if (i + 1) % period else FULL for i in range(layer_count(f))]
+    """Returns the layers' kinds; without a list, the last layer of every period attends
+    globally."""
+    return layer_types(f) or [
+        SLIDING if (i + 1) % period else FULL for i in range(layer_count(f))
+    ]
 
 
 def head_dim_of(f: Fields, absent: int | None = None) -> int:
@@ -141,8 +154,12 @@ def first_present(f: Fields, *names: str) -> str:
 
 
 def fields_of_layers(layers: Sequence[Overrides]) -> dict[str, Any]:
-    """Returns the fields of a config each of whose layers has the given fields; () is the first kind."""
+    """Returns the fields of a config each of whose layers has the given fields; () is the first
+    kind."""
     kinds = tuple(sorted(dict.fromkeys(layers), key=bool))
     if len(kinds) == 1:
         return dict(kinds[0])
-    return {"kinds": kinds, "layer_kinds": tuple(kinds.index(layer) for layer in layers)}
+    return {
+        "kinds": kinds,
+        "layer_kinds": tuple(kinds.index(layer) for layer in layers),
+    }

@@ -2,16 +2,16 @@
 
 Gated DeltaNet, the linear attention of Qwen3-Next and Qwen3.5 (arXiv 2412.06464)::
 
-    q, k, v = phi(conv(x W_qkv))      g = -exp(a_log) softplus(x W_a + dt_bias)      b = sigmoid(x W_b)
-    o = gated_delta_rule(q, k, v, g, b)
+    q, k, v = phi(conv(x W_qkv))      g = -exp(a_log) softplus(x W_a + dt_bias)      b = sigmoid(x
+    W_b) o = gated_delta_rule(q, k, v, g, b)
     y = (norm(o) * silu(x W_z)) W_out
 
 The gated short convolution of LFM2, a causal depthwise convolution between two gates::
 
     [B, C, u] = W_in x      y = W_out (C * conv(B * u))
 
-Taps do not read across segments, so packed sequences do not mix. In generation the state includes the
-last ``width - 1`` inputs of the convolution.
+Taps do not read across segments, so packed sequences do not mix. In generation the state includes
+the last ``width - 1`` inputs of the convolution.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ class GatedDeltaNet(Mixer):
     def inputs(self) -> dict[str, int]:
         """Returns the widths of the projections of a layer's input."""
         if self.fused:
-            return {"in_proj_qkvz": self.channels + self.values, "in_proj_ba": 2 * self.value_heads}
+            return {
+                "in_proj_qkvz": self.channels + self.values,
+                "in_proj_ba": 2 * self.value_heads,
+            }
         heads = self.value_heads
         return {
             "in_proj_qkv": self.channels,
@@ -92,7 +95,11 @@ class GatedDeltaNet(Mixer):
         heads = (self.value_heads,)
         # The convolution's weight has torch's shape.
         conv = {"conv/weight": (self.channels, 1, self.conv_width)}
-        return conv | {"a_log": heads, "dt_bias": heads, "norm/scale": (self.value_dim,)}
+        return conv | {
+            "a_log": heads,
+            "dt_bias": heads,
+            "norm/scale": (self.value_dim,),
+        }
 
     def projections(self, config: ModelConfig) -> Shapes:  # noqa: D102
         d = config.d_model
@@ -104,13 +111,19 @@ class GatedDeltaNet(Mixer):
         chunk = min(CHUNK, seq)
         of_key_head = 4.0 * chunk * self.key_dim  # scores of queries and of keys
         # The state is read twice and written once; corrections are solved for and summed.
-        of_value_head = 6.0 * self.key_dim * self.value_dim + 4.0 * chunk * self.value_dim
+        of_value_head = (
+            6.0 * self.key_dim * self.value_dim + 4.0 * chunk * self.value_dim
+        )
         of_conv = 2.0 * self.conv_width * self.channels
-        of_token = self.key_heads * of_key_head + self.value_heads * of_value_head + of_conv
+        of_token = (
+            self.key_heads * of_key_head + self.value_heads * of_value_head + of_conv
+        )
         return config.n_layers * seq * of_token
 
     def saved(self, config: ModelConfig) -> float:  # noqa: D102
-        states = self.value_heads * self.key_dim * self.value_dim / CHUNK  # float32, of one chunk each
+        states = (
+            self.value_heads * self.key_dim * self.value_dim / CHUNK
+        )  # float32, of one chunk each
         return sum(self.inputs().values()) + 2 * states
 
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:  # noqa: D102
@@ -119,10 +132,16 @@ class GatedDeltaNet(Mixer):
     def init_state(  # noqa: D102
         self, config: ModelConfig, batch: int, length: int, numerics: Numerics
     ) -> Recurrent:
-        lead, per_key = (config.n_layers, batch), self.value_heads // self.key_heads
+        lead = (config.n_layers, batch)
+        per_key = self.value_heads // self.key_heads
         state = (*lead, self.key_heads, per_key, self.key_dim, self.value_dim)
         conv = (*lead, self.conv_width - 1, self.channels)
-        return Recurrent({"conv": jnp.zeros(conv, numerics.result), "state": jnp.zeros(state, jnp.float32)})
+        return Recurrent(
+            {
+                "conv": jnp.zeros(conv, numerics.result),
+                "state": jnp.zeros(state, jnp.float32),
+            }
+        )
 
 
 class GatedDeltaNetLayer(nn.Module):
@@ -136,13 +155,24 @@ class GatedDeltaNetLayer(nn.Module):
     def __call__(
         self, x: jax.Array, layer: LayerInputs, shared: SharedInputs
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """Returns ``[batch, seq, d_model]``, and the new convolution inputs and state if there is a cache."""
-        sizes, numerics, sharding = self.sizes, self.options.numerics, self.options.sharding
+        """Returns ``[batch, seq, d_model]``, and the new convolution inputs and state if there is a
+        cache."""
+        sizes = self.sizes
+        numerics = self.options.numerics
+        sharding = self.options.sharding
         outputs = self.options.projected(x, sizes.inputs(), layer, shared)
         projected = [round_and_save(y, numerics) for y in outputs]
-        qkv, z, b, a = _by_key_head(projected, sizes) if sizes.fused else projected
-        before = layer.cached.arrays if isinstance(layer.cached, Recurrent) else {}
-        convolution = Convolution(sizes.channels, sizes.conv_width, sharding, name="conv")
+        if sizes.fused:
+            qkv, z, b, a = _by_key_head(projected, sizes)
+        else:
+            qkv, z, b, a = projected
+        if isinstance(layer.cached, Recurrent):
+            before = layer.cached.arrays
+        else:
+            before = {}
+        convolution = Convolution(
+            sizes.channels, sizes.conv_width, sharding, name="conv"
+        )
         out, convolved = convolution(qkv, shared, before.get("conv"))
         qkv = activations.get(self.config.activation).phi(out).astype(qkv.dtype)
         q, k, v = jnp.split(qkv, (sizes.keys, 2 * sizes.keys), axis=-1)
@@ -156,13 +186,20 @@ class GatedDeltaNetLayer(nn.Module):
             -jnp.exp(a_log) * jax.nn.softplus(a.astype(jnp.float32) + bias),
             jax.nn.sigmoid(b.astype(jnp.float32)),
         )
-        decay, beta = (self._heads(y, sizes.value_heads // sizes.key_heads) for y in rates)
-        inputs, state = DeltaInputs(q, k, v, decay, beta), None
+        decay, beta = (
+            self._heads(y, sizes.value_heads // sizes.key_heads) for y in rates
+        )
+        inputs = DeltaInputs(q, k, v, decay, beta)
+        state = None
         if sharding is None or shared.row is None:
-            out, state = gated_delta_rule(inputs, shared.segments, before.get("state"), numerics=numerics)
+            out, state = gated_delta_rule(
+                inputs, shared.segments, before.get("state"), numerics=numerics
+            )
         else:
             out = split_delta_rule(inputs, shared.row, sharding)
-        normed = RMSNorm(self.config.norm_eps, name="norm")(out.reshape(*x.shape[:-1], -1, sizes.value_dim))
+        normed = RMSNorm(self.config.norm_eps, name="norm")(
+            out.reshape(*x.shape[:-1], -1, sizes.value_dim)
+        )
         gate = jax.nn.silu(z.astype(jnp.float32)).reshape(normed.shape)
         y = (normed * gate).reshape(*x.shape[:-1], sizes.values).astype(numerics.result)
         (y,) = self.options.projected(y, {"out_proj": x.shape[-1]}, layer, shared)
@@ -176,10 +213,15 @@ class GatedDeltaNetLayer(nn.Module):
         return jax.lax.stop_gradient(values).astype(jnp.float32)[None, None]
 
     def _heads(self, x: jax.Array, *shape: int) -> jax.Array:
-        """Returns ``[batch, seq, key heads, *shape]``, its heads split over the mesh axis "tensor"."""
-        heads, sharding = self.sizes.key_heads, self.options.sharding
+        """Returns ``[batch, seq, key heads, *shape]``, its heads split over the mesh axis
+        "tensor"."""
+        heads = self.sizes.key_heads
+        sharding = self.options.sharding
         if sharding is not None:
-            axis = "tensor" if heads % sharding.mesh.shape.get("tensor", 1) == 0 else None
+            if heads % sharding.mesh.shape.get("tensor", 1) == 0:
+                axis = "tensor"
+            else:
+                axis = None
             sharding = NamedSharding(sharding.mesh, P(sharding.spec[0], None, axis))
         return constrain(x.reshape(*x.shape[:2], heads, *shape), sharding)
 
@@ -195,9 +237,14 @@ class Convolution(nn.Module):
     def __call__(
         self, x: jax.Array, shared: SharedInputs, before: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns float32 ``[batch, seq, channels]``, and the last inputs if there are earlier ones."""
-        weight = self.param("weight", nn.initializers.lecun_normal(), (self.channels, 1, self.width))
-        return _convolved(x, jax.lax.stop_gradient(weight), shared, before, self.sharding)
+        """Returns float32 ``[batch, seq, channels]``, and the last inputs if there are earlier
+        ones."""
+        weight = self.param(
+            "weight", nn.initializers.lecun_normal(), (self.channels, 1, self.width)
+        )
+        return _convolved(
+            x, jax.lax.stop_gradient(weight), shared, before, self.sharding
+        )
 
 
 def _convolved(
@@ -216,12 +263,16 @@ def _convolved(
     return causal_conv_after(x, kernel, shared.segments, before)
 
 
-def _by_key_head(projected: Sequence[jax.Array], sizes: GatedDeltaNet) -> tuple[jax.Array, ...]:
+def _by_key_head(
+    projected: Sequence[jax.Array], sizes: GatedDeltaNet
+) -> tuple[jax.Array, ...]:
     """Returns qkv, z, b and a of the fused projections, whose outputs are ordered by key head."""
     n = sizes.value_heads // sizes.key_heads
     qkvz, ba = (y.reshape(*y.shape[:-1], sizes.key_heads, -1) for y in projected)
     widths = sizes.key_dim, 2 * sizes.key_dim, 2 * sizes.key_dim + n * sizes.value_dim
-    q, k, v, z = (y.reshape(*y.shape[:-2], -1) for y in jnp.split(qkvz, widths, axis=-1))
+    q, k, v, z = (
+        y.reshape(*y.shape[:-2], -1) for y in jnp.split(qkvz, widths, axis=-1)
+    )
     b, a = (y.reshape(*y.shape[:-2], -1) for y in jnp.split(ba, 2, axis=-1))
     return jnp.concatenate([q, k, v], axis=-1), z, b, a
 
@@ -263,7 +314,9 @@ class ShortConvolution(Mixer):
         """Returns the Linen module."""
         return GatedConvolution(self, config.d_model, options, name=self.name)
 
-    def init_state(self, config: ModelConfig, batch: int, length: int, numerics: Numerics) -> Recurrent:
+    def init_state(
+        self, config: ModelConfig, batch: int, length: int, numerics: Numerics
+    ) -> Recurrent:
         """Returns zeros: the inputs of the convolution before the first token."""
         shape = (config.n_layers, batch, self.width - 1, config.d_model)
         return Recurrent({"inputs": jnp.zeros(shape, jnp.float32)})
@@ -282,15 +335,28 @@ class GatedConvolution(nn.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         """Returns ``[batch, seq, d_model]``, and with a cache the new state."""
         bias = self.part.bias
-        (bcx,) = self.options.projected(x, {"bcx_proj": 3 * self.d_model}, layer, shared, bias=bias)
+        (bcx,) = self.options.projected(
+            x, {"bcx_proj": 3 * self.d_model}, layer, shared, bias=bias
+        )
         bcx = round_and_save(bcx, self.options.numerics)
         before, after, u = jnp.split(bcx.astype(jnp.float32), 3, axis=-1)
-        taps = self.param("taps", nn.initializers.lecun_normal(), (self.d_model, 1, self.part.width))
-        earlier = None if layer.cached is None else layer.cached.arrays["inputs"]
-        mixed, inputs = _convolved(before * u, taps, shared, earlier, self.options.sharding)
+        taps = self.param(
+            "taps", nn.initializers.lecun_normal(), (self.d_model, 1, self.part.width)
+        )
+        if layer.cached is None:
+            earlier = None
+        else:
+            earlier = layer.cached.arrays["inputs"]
+        mixed, inputs = _convolved(
+            before * u, taps, shared, earlier, self.options.sharding
+        )
         if bias:
-            of_taps = self.param("taps_bias", nn.initializers.zeros_init(), (self.d_model,))
+            of_taps = self.param(
+                "taps_bias", nn.initializers.zeros_init(), (self.d_model,)
+            )
             mixed = mixed + jnp.broadcast_to(of_taps.astype(jnp.float32), mixed.shape)
         y = (after * mixed).astype(x.dtype)
-        (y,) = self.options.projected(y, {"o_proj": self.d_model}, layer, shared, bias=bias)
+        (y,) = self.options.projected(
+            y, {"o_proj": self.d_model}, layer, shared, bias=bias
+        )
         return y, None if inputs is None else {"inputs": inputs}

@@ -20,22 +20,32 @@ from nalora_jax.ops.storage import LAYER_INPUT, SAVED, SAVED_WIDE, STACKS, SUMS
 OFFLOAD = "_offload"
 # Activations saved for the backward pass: "none" saves all, "full" the layer's input only, "dots"
 # also the results of matmuls, and "attention" the same without arrays as wide as the FFN.
-_SAVES: dict[str, tuple[str, ...]] = {"full": (), "attention": (SAVED,), "dots": (SAVED, SAVED_WIDE)}
-# "dots" in the last layer of each period of layers (`nalora_jax.models.stacks`), "attention" in the others.
+_SAVES: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "attention": (SAVED,),
+    "dots": (SAVED, SAVED_WIDE),
+}
+# "dots" in the last layer of each period of layers (`nalora_jax.models.stacks`), "attention" in the
+# others.
 DOTS_LAST = "dots_last"
 REMAT = ("none", *_SAVES, DOTS_LAST, *(name + OFFLOAD for name in _SAVES))
-_WITH_HOST_MEMORY = ("tpu", "gpu")  # platforms whose devices have memory separate from the host's
-# Largest d_model at which recomputing matmuls on a CPU's tiles is faster than saving their results (measured
-# with benchmarks/versus_peft.py). The time of a matmul per byte of its result grows with d_model, the time to
-# save a byte does not.
+_WITH_HOST_MEMORY = (
+    "tpu",
+    "gpu",
+)  # platforms whose devices have memory separate from the host's
+# Largest d_model at which recomputing matmuls on a CPU's tiles is faster than saving their results
+# (measured with benchmarks/versus_peft.py). The time of a matmul per byte of its result grows with
+# d_model, the time to save a byte does not.
 _WIDEST_RECOMPUTED = 1024
 
 
-def chosen_remat(asked: str, d_model: int, numerics: Numerics, *, gated: bool = True) -> str:
+def chosen_remat(
+    asked: str, d_model: int, numerics: Numerics, *, gated: bool = True
+) -> str:
     """Returns ``asked``, or the platform's cheapest policy for "auto".
 
-    A block with one wide matmul (not ``gated``) has half as much to save: CLIP ViT-B/16 is 6% faster with
-    "dots" on a CPU.
+    A block with one wide matmul (not ``gated``) has half as much to save: CLIP ViT-B/16 is 6%
+    faster with "dots" on a CPU.
 
     Raises:
       NaloraError: see `check_remat`.
@@ -45,7 +55,9 @@ def chosen_remat(asked: str, d_model: int, numerics: Numerics, *, gated: bool = 
         return asked
     if numerics.facts_of != "cpu":
         return "full"
-    recomputes = gated and d_model <= _WIDEST_RECOMPUTED and native_kind(numerics) == "tiles"
+    recomputes = (
+        gated and d_model <= _WIDEST_RECOMPUTED and native_kind(numerics) == "tiles"
+    )
     return "attention" if recomputes else "dots"
 
 
@@ -53,7 +65,8 @@ def chosen_experts(asked: str, remat: str) -> str:
     """Returns ``asked``, but "gather" for "auto" if saved activations are offloaded.
 
     With rows that are sent and inputs that are saved on the host, libtpu 0.0.42 aborts the process
-    on most meshes of one slice, while it chooses layouts ("num_window_dims == normalized_rank - 1").
+    on most meshes of one slice, while it chooses layouts ("num_window_dims == normalized_rank -
+    1").
     """
     return "gather" if asked == "auto" and remat.endswith(OFFLOAD) else asked
 
@@ -65,23 +78,27 @@ def check_remat(asked: str, platform: str) -> None:
       NaloraError: the platform's devices compute in the host's own memory.
     """
     if asked.endswith(OFFLOAD) and platform not in _WITH_HOST_MEMORY:
-        expected = (
-            f"a policy without {OFFLOAD} on {platform or 'this platform'}, whose memory is the host's"
-        )
+        expected = f"a policy without {OFFLOAD} on {platform or 'this platform'}, whose memory is the host's"
         remedy = f"use {asked.removesuffix(OFFLOAD)}, or auto"
-        raise NaloraError("--compute.remat", expected=expected, found=asked, remedy=remedy)
+        raise NaloraError(
+            "--compute.remat", expected=expected, found=asked, remedy=remedy
+        )
 
 
 def of_position(remat: str, position: int, period: int) -> str:
-    """Returns the policy of the layers at one position of a period; uniform layers have a period of 1."""
+    """Returns the policy of the layers at one position of a period; uniform layers have a period of
+    1."""
     if remat != DOTS_LAST:
         return remat
     return "dots" if position == period - 1 else "attention"
 
 
 def stacked(block: Any, remat: str, n_layers: int, *, drops: bool = True) -> Any:
-    """Returns ``block``, a module of one layer, scanned over layers and rematerialized; see `scanned`."""
-    return scanned(rematerialized(block, of_position(remat, 0, 1)), n_layers, drops=drops)
+    """Returns ``block``, a module of one layer, scanned over layers and rematerialized; see
+    `scanned`."""
+    return scanned(
+        rematerialized(block, of_position(remat, 0, 1)), n_layers, drops=drops
+    )
 
 
 def rematerialized(block: Any, remat: str) -> Any:
@@ -100,7 +117,8 @@ def scanned(block: Any, n_layers: int, *, drops: bool = True) -> Any:
     """Returns ``block`` scanned over the leading axis of its variables and of its first input.
 
     Flax traces the block twice to check that broadcast variables are constant. Without dropout
-    (``drops`` False) it is traced once; with dropout, the second trace has keys that recorded runs have.
+    (``drops`` False) it is traced once; with dropout, the second trace has keys that recorded runs
+    have.
     """
     return nn.scan(
         block,
@@ -114,8 +132,10 @@ def scanned(block: Any, n_layers: int, *, drops: bool = True) -> Any:
 
 
 def _policy(remat: str) -> Callable[..., Any]:
-    """Returns the policy of `jax.checkpoint`; all save a layer's input and the sums of its statistics."""
-    saved, policies = _SAVES[remat.removesuffix(OFFLOAD)], jax.checkpoint_policies
+    """Returns the policy of `jax.checkpoint`; all save a layer's input and the sums of its
+    statistics."""
+    saved = _SAVES[remat.removesuffix(OFFLOAD)]
+    policies = jax.checkpoint_policies
     policy: Callable[..., Any]
     if remat.endswith(OFFLOAD):
         policy = policies.save_and_offload_only_these_names(
@@ -132,5 +152,6 @@ def _policy(remat: str) -> Callable[..., Any]:
 
 
 def _is_cudnn_forward_pass(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Returns True for the forward pass of cuDNN's attention, to whose results JAX gives no name."""
+    """Returns True for the forward pass of cuDNN's attention, to whose results JAX gives no
+    name."""
     return bool(primitive.name == "dot_product_attention_fwd_wrapper")

@@ -3,7 +3,8 @@
 The result is an ordinary ``config.json``: `ModelConfig.from_hf` reads it, a merged model is
 written with it, and transformers computes the same from it.
 
-    {"max_position_embeddings": 32768, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    {"max_position_embeddings": 32768, "rope_parameters": {"rope_type": "default", "rope_theta":
+    1e6}}
         yarn:factor=4 ->
     {"max_position_embeddings": 131072, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6,
      "factor": 4.0, "original_max_position_embeddings": 32768}}
@@ -14,7 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nalora_jax.config.rope_scaling import FIELDS, FLAG, ORIGINAL, WITH_ORIGINAL, parse_rope_scaling
+from nalora_jax.config.rope_scaling import (
+    FIELDS,
+    FLAG,
+    ORIGINAL,
+    WITH_ORIGINAL,
+    parse_rope_scaling,
+)
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.family import contains_text_model, family_of, text_part
@@ -22,14 +29,17 @@ from nalora_jax.models.ropes import ROPE_KINDS, RopeSpec
 from nalora_jax.models.stacks import stacks
 
 _FULL = "full_attention"
-_SCALING = {"type", "rope_type", ORIGINAL, "short_factor", "long_factor"}.union(*FIELDS.values())
+_SCALING = {"type", "rope_type", ORIGINAL, "short_factor", "long_factor"}.union(
+    *FIELDS.values()
+)
 _GROWTH = "llama_4_scaling_beta"
 # These follow from the factor if they are absent.
 _DERIVED = {"factor", "attention_factor"}
 
 
 def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str, Any]:
-    """Returns a ``config.json`` with another RoPE scaling and the context length that follows from it.
+    """Returns a ``config.json`` with another RoPE scaling and the context length that follows from
+    it.
 
     Fields that ``text`` leaves out keep their value if the type stays the same. The original
     context is the model's context without its present scaling. In a model with windowed layers that
@@ -50,43 +60,64 @@ def with_rope_scaling(raw: Mapping[str, Any], text: str, where: str) -> dict[str
     if contains_text_model(raw.get("model_type"), images=False):
         text_model = text_part(raw, where)
         changed = with_rope_scaling(text_model, text, f"{where}: text_config")
-        differing = {name: value for name, value in changed.items() if value != text_model.get(name)}
+        differing = {
+            name: value
+            for name, value in changed.items()
+            if value != text_model.get(name)
+        }
         return {**raw, "text_config": {**(raw.get("text_config") or {}), **differing}}
     base = ModelConfig.from_hf(raw, where)
     spec = _rescalable(base, text, where)
-    of_kind = {"linear": round(base.max_positions / spec.factor), "default": base.max_positions}
-    unscaled = of_kind.get(spec.kind, spec.max_positions)  # the context without its present scaling
+    of_kind = {
+        "linear": round(base.max_positions / spec.factor),
+        "default": base.max_positions,
+    }
+    unscaled = of_kind.get(
+        spec.kind, spec.max_positions
+    )  # the context without its present scaling
     if settings["rope_type"] in WITH_ORIGINAL:
         settings = {ORIGINAL: unscaled} | settings
-    factor, original = settings["factor"], settings.get(ORIGINAL, unscaled)
+    factor = settings["factor"]
+    original = settings.get(ORIGINAL, unscaled)
     context = int(original * factor)
     if context < base.max_positions:
         expected = f"a context of at least {base.max_positions} tokens, the model's"
         least = f"{base.max_positions / original:g}"
         remedy = f"a factor above {least}: it multiplies the context before any scaling"
         found = f"{context}, {factor:g} times {original}"
-        raise NaloraError(f"{FLAG} {text}", expected=expected, found=found, remedy=remedy)
+        raise NaloraError(
+            f"{FLAG} {text}", expected=expected, found=found, remedy=remedy
+        )
     changed = _changed(raw, settings)
     # transformers computes dynamic scaling from max_position_embeddings.
-    changed["max_position_embeddings"] = unscaled if settings["rope_type"] == "dynamic" else context
+    if settings["rope_type"] == "dynamic":
+        changed["max_position_embeddings"] = unscaled
+    else:
+        changed["max_position_embeddings"] = context
     ModelConfig.from_hf(changed, f"{FLAG} {text}")
     return changed
 
 
 def rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a ``config.json`` that hold its RoPE and its context length."""
-    text = raw["text_config"] if isinstance(raw.get("text_config"), Mapping) else raw
+    if isinstance(raw.get("text_config"), Mapping):
+        text = raw["text_config"]
+    else:
+        text = raw
     names = ("rope_scaling", "rope_parameters", "rope_theta", "max_position_embeddings")
     return {name: text[name] for name in names if text.get(name)}
 
 
 def _rescalable(base: ModelConfig, text: str, where: str) -> RopeSpec:
-    """Returns the RoPE of the layers with full attention, or of all layers if every layer has a window."""
+    """Returns the RoPE of the layers with full attention, or of all layers if every layer has a
+    window."""
     layers = [
         (window == GLOBAL_WINDOW, stack.config.ropes[rope])
         for stack in stacks(base)
         if stack.config.attends
-        for window, rope in zip(stack.config.layer_windows, stack.config.layer_ropes, strict=True)
+        for window, rope in zip(
+            stack.config.layer_windows, stack.config.layer_ropes, strict=True
+        )
         if rope < len(stack.config.ropes)
     ]
     full = {spec for is_full, spec in layers if is_full}
@@ -102,7 +133,9 @@ def _rescalable(base: ModelConfig, text: str, where: str) -> RopeSpec:
         problem = f"{base.model_type} with {len(specs)} RoPEs of {', '.join(kinds)}"
     expected = f"a model whose full-attention layers have one RoPE of {', '.join(('default', *FIELDS))}"
     remedy = "leave the flag out and keep --data.max-length within the model's context"
-    raise NaloraError(f"{FLAG} {text}", expected=expected, found=f"{problem} ({where})", remedy=remedy)
+    raise NaloraError(
+        f"{FLAG} {text}", expected=expected, found=f"{problem} ({where})", remedy=remedy
+    )
 
 
 def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,11 +145,14 @@ def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
     held = dict(raw.get(name) or {})
     nested = isinstance(held.get(_FULL), Mapping)
     rope = dict(held[_FULL] if nested else held)
-    scaling, kind = {field: rope.pop(field) for field in _SCALING & rope.keys()}, settings["rope_type"]
+    scaling = {field: rope.pop(field) for field in _SCALING & rope.keys()}
+    kind = settings["rope_type"]
     if (scaling.get("rope_type") or scaling.get("type")) == kind:
         same = [field for field in FIELDS[kind] if field in scaling.keys() - _DERIVED]
         rope |= {field: scaling[field] for field in same}
-    if ORIGINAL in scaling and _GROWTH in rope:  # Ministral 3's queries grow from the original context
+    if (
+        ORIGINAL in scaling and _GROWTH in rope
+    ):  # Ministral 3's queries grow from the original context
         rope[ORIGINAL] = scaling[ORIGINAL]
     rope |= settings
     if nested:

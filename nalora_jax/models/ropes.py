@@ -23,7 +23,15 @@ from nalora_jax.config.rope_scaling import FIELDS, ORIGINAL
 if TYPE_CHECKING:
     from nalora_jax.models.config import ModelConfig
 
-ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+ROPE_KINDS = (
+    "default",
+    "linear",
+    "dynamic",
+    "yarn",
+    "longrope",
+    "llama3",
+    "proportional",
+)
 
 
 @dataclass(frozen=True)
@@ -33,15 +41,21 @@ class RopeSpec:
     dim: int  # rotated dimensions of a head, even; the rest pass through
     theta: float = 10_000.0  # base wavelength
     kind: str = "default"  # one of ROPE_KINDS
-    factor: float = 1.0  # linear, dynamic, yarn, llama3, proportional: the scaling factor
-    max_positions: int = 0  # dynamic, yarn, longrope, llama3: the original context length
+    factor: float = (
+        1.0  # linear, dynamic, yarn, llama3, proportional: the scaling factor
+    )
+    max_positions: int = (
+        0  # dynamic, yarn, longrope, llama3: the original context length
+    )
     attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
-    short_factor: tuple[float, ...] = ()  # longrope: one divisor per frequency, up to max_positions
+    short_factor: tuple[
+        float, ...
+    ] = ()  # longrope: one divisor per frequency, up to max_positions
     long_factor: tuple[float, ...] = ()  # longrope: the same, for longer sequences
     pairs: int = 0  # proportional: the first pairs rotate, the others pass through
 
@@ -73,7 +87,9 @@ def inverse_frequencies(spec: RopeSpec) -> np.ndarray:
 def _llama3_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
     """Scales long wavelengths, keeps short ones and interpolates between them."""
     turns = spec.max_positions * plain / (2 * math.pi)
-    smooth = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    smooth = (turns - spec.low_freq_factor) / (
+        spec.high_freq_factor - spec.low_freq_factor
+    )
     smooth = np.clip(smooth, 0.0, 1.0)
     return (1 - smooth) * plain / spec.factor + smooth * plain
 
@@ -82,12 +98,19 @@ def _yarn_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
     """Keeps dimensions below the ramp and scales those above it."""
 
     def dimension(turns: float) -> float:
-        return spec.dim * math.log(spec.max_positions / (turns * 2 * math.pi)) / (2 * math.log(spec.theta))
+        return (
+            spec.dim
+            * math.log(spec.max_positions / (turns * 2 * math.pi))
+            / (2 * math.log(spec.theta))
+        )
 
-    low, high = dimension(spec.beta_fast), dimension(spec.beta_slow)
+    low = dimension(spec.beta_fast)
+    high = dimension(spec.beta_slow)
     if spec.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, spec.dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, spec.dim - 1)
     ramp = np.clip((np.arange(spec.dim // 2) - low) / (high - low or 0.001), 0.0, 1.0)
     return plain / spec.factor * ramp + plain * (1 - ramp)
 
@@ -107,7 +130,9 @@ def sequence_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
     return jax.vmap(row)(positions, segment_ids)
 
 
-def rope_table(spec: RopeSpec, positions: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+def rope_table(
+    spec: RopeSpec, positions: jax.Array, lengths: jax.Array | None = None
+) -> jax.Array:
     """Returns cosines and sines of one rotary embedding.
 
     Args:
@@ -126,14 +151,21 @@ def rope_table(spec: RopeSpec, positions: jax.Array, lengths: jax.Array | None =
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * spec.attention_factor
 
 
-def _frequencies_at_length(spec: RopeSpec, short: jax.Array, lengths: jax.Array) -> jax.Array:
+def _frequencies_at_length(
+    spec: RopeSpec, short: jax.Array, lengths: jax.Array
+) -> jax.Array:
     """Returns ``[batch, seq, dim / 2]`` for token-wise sequence lengths ``[batch, seq, 1]``."""
     exponent = (jnp.arange(0, spec.dim, 2, dtype=jnp.float32) / spec.dim)[None, None, :]
     if spec.kind == "longrope":
-        long = 1.0 / (jnp.asarray(spec.long_factor, jnp.float32)[None, None, :] * spec.theta**exponent)
+        long = 1.0 / (
+            jnp.asarray(spec.long_factor, jnp.float32)[None, None, :]
+            * spec.theta**exponent
+        )
         return jnp.where(lengths > spec.max_positions, long, short)
     stretch = jnp.maximum(lengths.astype(jnp.float32) / spec.max_positions, 1.0)
-    theta = spec.theta * (spec.factor * stretch - (spec.factor - 1.0)) ** (spec.dim / (spec.dim - 2))
+    theta = spec.theta * (spec.factor * stretch - (spec.factor - 1.0)) ** (
+        spec.dim / (spec.dim - 2)
+    )
     return jnp.where(lengths > spec.max_positions, theta**-exponent, short)
 
 
@@ -150,7 +182,10 @@ def rope_tables(
     """
     of_tokens = None
     if any(spec.depends_on_length for spec in config.ropes):
-        of_tokens = parts(sequence_lengths(positions, segments)) if lengths is None else lengths[:, None]
+        if lengths is None:
+            of_tokens = parts(sequence_lengths(positions, segments))
+        else:
+            of_tokens = lengths[:, None]
     positions = parts(positions)
     tables = [rope_table(spec, positions, of_tokens) for spec in config.ropes]
     if len(config.ropes) in config.layer_ropes:
@@ -160,7 +195,8 @@ def rope_tables(
 
 
 def halves_from_adjacent(x: jax.Array, table: jax.Array) -> jax.Array:
-    """Reorders the rotated dimensions of heads whose pairs are adjacent to the order of `apply_rope`.
+    """Reorders the rotated dimensions of heads whose pairs are adjacent to the order of
+    `apply_rope`.
 
     Example, ``dim`` of 4: ``[0, 1, 2, 3, 4] -> [0, 2, 1, 3, 4]``.
 
@@ -170,7 +206,9 @@ def halves_from_adjacent(x: jax.Array, table: jax.Array) -> jax.Array:
     """
     half = table.shape[-1]
     pairs = x[..., : 2 * half].reshape(*x.shape[:-1], half, 2).swapaxes(-1, -2)
-    return jnp.concatenate([pairs.reshape(*x.shape[:-1], 2 * half), x[..., 2 * half :]], axis=-1)
+    return jnp.concatenate(
+        [pairs.reshape(*x.shape[:-1], 2 * half), x[..., 2 * half :]], axis=-1
+    )
 
 
 def query_scales(positions: jax.Array, growth: float, length: int) -> jax.Array:
@@ -198,18 +236,27 @@ def apply_rope(x: jax.Array, table: jax.Array) -> jax.Array:
     Returns:
       ``x`` rotated, in float32.
     """
-    cos, sin = table[0][:, :, None, :], table[1][:, :, None, :]
+    cos = table[0][:, :, None, :]
+    sin = table[1][:, :, None, :]
     half = table.shape[-1]
     x = x.astype(jnp.float32)
-    first, second, unrotated = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, unrotated], axis=-1)
+    first = x[..., :half]
+    second = x[..., half : 2 * half]
+    unrotated = x[..., 2 * half :]
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin, unrotated], axis=-1
+    )
 
 
-def _apply_rope_fwd(x: jax.Array, table: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _apply_rope_fwd(
+    x: jax.Array, table: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return apply_rope(x, table), (table, jnp.zeros((0,), x.dtype))
 
 
-def _apply_rope_bwd(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+def _apply_rope_bwd(
+    saved: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, None]:
     # The inverse rotation. Autodiff's sums of padded halves take four times as long on a CPU.
     table, like_x = saved
     back = jnp.stack([table[0], -table[1]])
@@ -225,7 +272,8 @@ apply_rope.defvjp(_apply_rope_fwd, _apply_rope_bwd)
 #
 #   4:  {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}
 #   5:  {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}
-#       {"rope_parameters": {"full_attention": {...}, "sliding_attention": {...}}}  per kind of layer
+#       {"rope_parameters": {"full_attention": {...}, "sliding_attention": {...}}}  per kind of
+#       layer
 
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 _ALWAYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor", ORIGINAL}
@@ -274,7 +322,9 @@ def read_ropes(
       The specs, and indices into them (empty if there is one spec).
     """
     flat = rope_fields(f).raw
-    nested = {kind: flat.get(kind) for kind in _LAYER_KINDS if flat.get(kind) is not None}
+    nested = {
+        kind: flat.get(kind) for kind in _LAYER_KINDS if flat.get(kind) is not None
+    }
     if kinds is None and nested:
         actual = f"one per kind of layer ({', '.join(nested)})"
         raise f.error("rope_parameters", "one rotary embedding", actual)
@@ -286,10 +336,15 @@ def read_ropes(
         rope: Any = flat if full and not nested else nested.get(kind, {})
         if not isinstance(rope, Mapping):
             raise f.error(f"rope_parameters: {kind}", "a JSON object", repr(rope)[:60])
-        theta = {"rope_theta": f.get("rope_theta")} if full and f.get("rope_theta") else {}
+        if full and f.get("rope_theta"):
+            theta = {"rope_theta": f.get("rope_theta")}
+        else:
+            theta = {}
         stated = {name: value for name, value in rope.items() if value is not None}
         rope = {**(defaults or {}).get(kind, {}), **theta, **stated}
-        specs.append(_spec(f, f"rope_parameters: {kind}", rope, head_dim, further, rules))
+        specs.append(
+            _spec(f, f"rope_parameters: {kind}", rope, head_dim, further, rules)
+        )
     order = {kind: i for i, kind in enumerate(sorted(set(kinds)))}
     return tuple(specs), tuple(order[kind] for kind in kinds)
 
@@ -300,12 +355,16 @@ def switch_length(ropes: Sequence[RopeSpec]) -> int | None:
     Beyond it every token is rotated by other factors, so keys cached before are invalid. With
     dynamic scaling cached keys stay as they are while a text grows, as in transformers.
     """
-    return min((spec.max_positions for spec in ropes if spec.kind == "longrope"), default=None)
+    return min(
+        (spec.max_positions for spec in ropes if spec.kind == "longrope"), default=None
+    )
 
 
 def sharing_length(ropes: Sequence[RopeSpec]) -> int | None:
     """Returns the length up to which a prefix's keys do not depend on later text; None: any."""
-    return min((spec.max_positions for spec in ropes if spec.depends_on_length), default=None)
+    return min(
+        (spec.max_positions for spec in ropes if spec.depends_on_length), default=None
+    )
 
 
 def context_length(ropes: Sequence[RopeSpec], positions: int) -> int:
@@ -313,7 +372,10 @@ def context_length(ropes: Sequence[RopeSpec], positions: int) -> int:
 
     Dynamic scaling starts at ``positions`` and multiplies the context by its factor, as in vLLM.
     """
-    return int(positions * max((spec.factor for spec in ropes if spec.kind == "dynamic"), default=1.0))
+    return int(
+        positions
+        * max((spec.factor for spec in ropes if spec.kind == "dynamic"), default=1.0)
+    )
 
 
 def _spec(
@@ -330,14 +392,19 @@ def _spec(
     if isinstance(kind, str):
         kind = dict(rules.names).get(kind, kind)
     if not isinstance(kind, str) or kind not in rules.kinds:
-        expected, remedy = f"one of {', '.join(rules.kinds)}", "this scaling is not implemented"
+        expected = f"one of {', '.join(rules.kinds)}"
+        remedy = "this scaling is not implemented"
         raise rope.error("rope_type", expected, repr(kind), remedy)
     for key in sorted(raw_rope.keys() - _ALWAYS - _KEYS[kind] - set(further)):
         rope.refuse(key, f"rope_type {kind!r} has no such parameter here")
-    partial = rope.number("partial_rotary_factor", default=f.number("partial_rotary_factor", default=1.0))
+    partial = rope.number(
+        "partial_rotary_factor", default=f.number("partial_rotary_factor", default=1.0)
+    )
     allowed = kind == "proportional" or "partial_rotary_factor" in f.defaults
     if partial != 1.0 and not allowed:
-        raise rope.error("partial_rotary_factor", "1: this family rotates all dimensions", partial)
+        raise rope.error(
+            "partial_rotary_factor", "1: this family rotates all dimensions", partial
+        )
     dim = head_dim if kind == "proportional" else int(head_dim * partial)
     if dim % 2 or not 2 <= dim <= head_dim:
         expected = f"an even share of head_dim ({head_dim})"
@@ -358,9 +425,14 @@ def _scaling(f: Fields, rope: Fields, kind: str, dim: int) -> dict[str, Any]:
         share = rope.number("partial_rotary_factor", default=1.0, zero=True)
         if share > 1:
             raise rope.error("partial_rotary_factor", "a share from 0 to 1", share)
-        return {"factor": rope.number("factor", default=1.0), "pairs": int(share * dim // 2)}
+        return {
+            "factor": rope.number("factor", default=1.0),
+            "pairs": int(share * dim // 2),
+        }
     if kind == "dynamic" and dim == 2:
-        raise rope.error("rope_type", "a head of more than 2 dimensions for 'dynamic'", dim)
+        raise rope.error(
+            "rope_type", "a head of more than 2 dimensions for 'dynamic'", dim
+        )
     context = f.integer("max_position_embeddings", high=2**30)
     if kind == "dynamic":
         return {"factor": _stretch(rope), "max_positions": context}
@@ -368,20 +440,31 @@ def _scaling(f: Fields, rope: Fields, kind: str, dim: int) -> dict[str, Any]:
     original = rope.integer(ORIGINAL, low=2, high=2**30, default=context)
     original = f.integer(ORIGINAL, low=2, high=2**30, default=original)
     if kind == "llama3":
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        low = rope.number("low_freq_factor")
+        high = rope.number("high_freq_factor")
         if high <= low:
-            raise rope.error("high_freq_factor", f"more than low_freq_factor ({low})", high)
+            raise rope.error(
+                "high_freq_factor", f"more than low_freq_factor ({low})", high
+            )
         frequencies = {"low_freq_factor": low, "high_freq_factor": high}
-        return {"factor": rope.number("factor"), "max_positions": original, **frequencies}
+        return {
+            "factor": rope.number("factor"),
+            "max_positions": original,
+            **frequencies,
+        }
     if kind == "longrope":
         factor = rope.number("factor", default=context / original)
         derived = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(original))
         own: dict[str, Any] = {
-            key: _factors(rope, key, dim // 2) for key in ("short_factor", "long_factor")
+            key: _factors(rope, key, dim // 2)
+            for key in ("short_factor", "long_factor")
         }
     else:
         factor = _stretch(rope, context / original)
-        scale, all_dim = (rope.number(key, default=0.0, zero=True) for key in ("mscale", "mscale_all_dim"))
+        scale, all_dim = (
+            rope.number(key, default=0.0, zero=True)
+            for key in ("mscale", "mscale_all_dim")
+        )
         derived = _yarn_magnitude(factor, 1.0)
         if scale and all_dim:
             derived = _yarn_magnitude(factor, scale) / _yarn_magnitude(factor, all_dim)
@@ -391,7 +474,12 @@ def _scaling(f: Fields, rope: Fields, kind: str, dim: int) -> dict[str, Any]:
             "truncate": rope.get("truncate") is None or rope.flag("truncate"),
         }
     attention_factor = rope.number("attention_factor", default=derived)
-    return {"factor": factor, "max_positions": original, "attention_factor": attention_factor, **own}
+    return {
+        "factor": factor,
+        "max_positions": original,
+        "attention_factor": attention_factor,
+        **own,
+    }
 
 
 def _stretch(rope: Fields, default: float | None = None) -> float:

@@ -1,4 +1,5 @@
-"""Rows of tokens sorted by expert: the router's choice, the rows' way in and out, matmuls and statistics."""
+"""Rows of tokens sorted by expert: the router's choice, the rows' way in and out, matmuls and
+statistics."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax.method import activations, statistics
-from nalora_jax.method.low_rank import Adapter, Factors, Products, gated, rank_cotangents, with_masked
+from nalora_jax.method.low_rank import (
+    Adapter,
+    Factors,
+    Products,
+    gated,
+    rank_cotangents,
+    with_masked,
+)
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.grouped_matmul import (
     from_all,
@@ -34,7 +42,9 @@ class Places(NamedTuple):
     """Places for the rows of tokens; every row has one place, and a place at most one row."""
 
     token: jax.Array  # int [places], the token of each place
-    of_rows: jax.Array  # int [tokens * top_k], each row's place, top_k rows of token 0 first
+    of_rows: (
+        jax.Array
+    )  # int [tokens * top_k], each row's place, top_k rows of token 0 first
     used: jax.Array | None = None  # bool [places], places with a row; None: all
 
 
@@ -55,7 +65,8 @@ def spread(x: jax.Array, places: Places, top_k: int) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def summed(y: jax.Array, places: Places, top_k: int) -> jax.Array:
-    """Returns the sum of each token's rows, ``[tokens, d]``; arguments as for `spread`, ``y [places, d]``."""
+    """Returns the sum of each token's rows, ``[tokens, d]``; arguments as for `spread`, ``y
+    [places, d]``."""
     return jnp.sum(_taken(y, places.of_rows).reshape(-1, top_k, y.shape[-1]), axis=1)
 
 
@@ -70,7 +81,8 @@ summed.defvjp(
 
 
 def _taken(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """Returns ``x[rows]``; without a promise, XLA writes the rows again to mask those out of bounds."""
+    """Returns ``x[rows]``; without a promise, XLA writes the rows again to mask those out of
+    bounds."""
     return jnp.asarray(x).at[rows].get(mode="promise_in_bounds")
 
 
@@ -82,7 +94,9 @@ class Groups(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def frozen_grouped_matmul(x: jax.Array, kernels: Kernel, sizes: jax.Array, numerics: Numerics) -> jax.Array:
+def frozen_grouped_matmul(
+    x: jax.Array, kernels: Kernel, sizes: jax.Array, numerics: Numerics
+) -> jax.Array:
     """Multiplies every row by its expert's frozen kernel; the kernels receive no gradient.
 
     Args:
@@ -98,11 +112,19 @@ def frozen_grouped_matmul(x: jax.Array, kernels: Kernel, sizes: jax.Array, numer
     return grouped_matmul(x, expand(kernels, numerics.operand), sizes, numerics)
 
 
-def _frozen_fwd(x: jax.Array, kernels: Any, sizes: jax.Array, numerics: Numerics) -> tuple[jax.Array, Any]:
-    return frozen_grouped_matmul(x, kernels, sizes, numerics), (kernels, sizes, jnp.zeros((0,), x.dtype))
+def _frozen_fwd(
+    x: jax.Array, kernels: Any, sizes: jax.Array, numerics: Numerics
+) -> tuple[jax.Array, Any]:
+    return frozen_grouped_matmul(x, kernels, sizes, numerics), (
+        kernels,
+        sizes,
+        jnp.zeros((0,), x.dtype),
+    )
 
 
-def _frozen_bwd(numerics: Numerics, residuals: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
+def _frozen_bwd(
+    numerics: Numerics, residuals: Any, g: jax.Array
+) -> tuple[jax.Array, None, None]:
     kernels, sizes, like_x = residuals
     numerics = replace(numerics, result=like_x.dtype.name)
     floats = expand(kernels, numerics.operand)
@@ -152,8 +174,12 @@ class GroupedProducts(Products):
 
     groups: Groups
     operand: str = field(metadata={"static": True})
-    joined: bool = field(metadata={"static": True})  # the factors of all experts are concatenated
-    wide: str = field(metadata={"static": True})  # dtype of results ``[rows, d]`` that are not joined
+    joined: bool = field(
+        metadata={"static": True}
+    )  # the factors of all experts are concatenated
+    wide: str = field(
+        metadata={"static": True}
+    )  # dtype of results ``[rows, d]`` that are not joined
 
     def _to_rank(self, x: jax.Array, factors: jax.Array) -> jax.Array:
         """Returns ``[rows, r]`` of ``[rows, d]`` times ``[experts, d, r]``."""
@@ -173,21 +199,32 @@ class GroupedProducts(Products):
             return outer_of_all(x, g, self.groups.expert, like.shape[0], self.operand)
         return ragged_outer(x, g, self.groups.sizes, self.operand)
 
-    def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[jax.Array]]:
+    def forward(
+        self, x: jax.Array, layers: Sequence[Factors]
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
         """See `Products`."""
         (layer,) = layers
         hidden = layer.scale * self._to_rank(x, layer.a)
         return [self._from_rank(hidden, layer.b)], [hidden]
 
     def backward(
-        self, x: jax.Array, gs: Sequence[jax.Array], layers: Sequence[Factors], hidden: Sequence[Any]
+        self,
+        x: jax.Array,
+        gs: Sequence[jax.Array],
+        layers: Sequence[Factors],
+        hidden: Sequence[Any],
     ) -> tuple[jax.Array, list[Any], list[Any]]:
         """See `Products`."""
-        (layer,), (g,) = layers, gs
+        (layer,) = layers
+        (g,) = gs
         back = self._to_rank(g, with_masked(layer).swapaxes(1, 2))
         exact, masked = rank_cotangents(layer, back)
         dx = self._from_rank(exact, layer.a.swapaxes(1, 2)).astype(x.dtype)
-        return dx, [self._per_expert(x, masked, layer.a)], [self._per_expert(hidden[0], g, layer.b)]
+        return (
+            dx,
+            [self._per_expert(x, masked, layer.a)],
+            [self._per_expert(hidden[0], g, layer.b)],
+        )
 
 
 _GROUP_TOP = 2  # a group's score is the sum of its highest expert scores (DeepSeek-V3, arXiv 2412.19437)
@@ -223,7 +260,9 @@ class Routing(NamedTuple):
         return Groups(self.sizes, self.expert)
 
 
-def route(logits: jax.Array, top_k: int, spec: RouterSpec, *of_experts: jax.Array | None) -> Routing:
+def route(
+    logits: jax.Array, top_k: int, spec: RouterSpec, *of_experts: jax.Array | None
+) -> Routing:
     """Returns the ``top_k`` experts of every token and their weights.
 
     Args:
@@ -262,15 +301,23 @@ def choose(
       correction: float32 ``[experts]``, if ``spec.correction``.
       expert_scale: float32 ``[experts]``, if ``spec.expert_scale``.
     """
-    scores = jax.nn.softmax(logits, axis=-1) if spec.scores == "softmax" else jax.nn.sigmoid(logits)
-    ranked, limited = lax.stop_gradient(scores), spec.groups != spec.groups_kept
+    if spec.scores == "softmax":
+        scores = jax.nn.softmax(logits, axis=-1)
+    else:
+        scores = jax.nn.sigmoid(logits)
+    ranked = lax.stop_gradient(scores)
+    limited = spec.groups != spec.groups_kept
     if correction is not None:
         ranked = ranked + lax.stop_gradient(correction)[None]
     if limited:  # to each token's kept groups
         grouped = ranked.reshape(ranked.shape[0], spec.groups, -1)
         of_groups = jnp.sum(lax.top_k(grouped, _GROUP_TOP)[0], axis=-1)
-        inside = jax.nn.one_hot(lax.top_k(of_groups, spec.groups_kept)[1], spec.groups, dtype=bool)
-        ranked = jnp.where(jnp.any(inside, axis=1)[..., None], grouped, -jnp.inf).reshape(ranked.shape)
+        inside = jax.nn.one_hot(
+            lax.top_k(of_groups, spec.groups_kept)[1], spec.groups, dtype=bool
+        )
+        ranked = jnp.where(
+            jnp.any(inside, axis=1)[..., None], grouped, -jnp.inf
+        ).reshape(ranked.shape)
     if correction is None and not limited:
         weights, chosen = lax.top_k(scores, top_k)
     else:
@@ -311,18 +358,24 @@ def sample(routing: Routing, token_weights: jax.Array, stride: int) -> SampledRo
       stride: 1 or more.
     """
     token_weights = lax.stop_gradient(token_weights).astype(jnp.float32)
-    rows, expert = None, routing.expert
+    rows = None
+    expert = routing.expert
     weights = jnp.take(token_weights.reshape(-1), routing.token)
     if stride > 1:
         batch = token_weights.shape[0]
         experts = routing.expert[routing.back].reshape(batch, -1)
         # [batch, seq * top_k]: indices of a sequence's rows among all sorted rows, by expert
         places = jnp.take_along_axis(
-            routing.back.reshape(batch, -1), jnp.argsort(experts, axis=1, stable=True), axis=1
+            routing.back.reshape(batch, -1),
+            jnp.argsort(experts, axis=1, stable=True),
+            axis=1,
         )
-        positions = sampled_positions(places[..., None], jnp.take(weights, places), stride, run=1)
+        positions = sampled_positions(
+            places[..., None], jnp.take(weights, places), stride, run=1
+        )
         rows = positions.reshape(-1)
-        weights, expert = jnp.take(weights, rows), jnp.take(expert, rows)
+        weights = jnp.take(weights, rows)
+        expert = jnp.take(expert, rows)
     return SampledRows(rows, by_expert(weights, expert, routing))
 
 
@@ -357,7 +410,9 @@ def expert_statistics(
 
     def one(of_gate: jax.Array, of_probe: jax.Array) -> dict[str, jax.Array]:
         stats = statistics.channel_statistics(z, of_gate, activation, partition, names)
-        return stats | statistics.probe_statistics(start, dz, of_probe, activation, names)
+        return stats | statistics.probe_statistics(
+            start, dz, of_probe, activation, names
+        )
 
     return jax.vmap(one)(samples[0].weights, samples[1].weights)
 
@@ -370,20 +425,24 @@ def expert_cotangent_statistics(
     ``delta`` is ``[rows, d_ff]``; the results have a leading axis ``[experts]``.
     """
     sampled = of.take(delta)
-    return jax.vmap(lambda weights: statistics.cotangent_statistics(sampled, weights, names))(of.weights)
+    return jax.vmap(
+        lambda weights: statistics.cotangent_statistics(sampled, weights, names)
+    )(of.weights)
 
 
-# ---------------------------------------------------------------- samples of rows whose tokens are split over devices
+# ---------------------------------------------------------------- samples of rows whose tokens are
+# split over devices
 
 
 def samples_of_parts(
     routing: Routing, token_weights: jax.Array, strides: tuple[int, int], length: int
 ) -> tuple[SampledRows, SampledRows]:
-    """Samples rows of parts of sequences (`nalora_jax.ops.split_rows`) as `sample` does of whole ones.
+    """Samples rows of parts of sequences (`nalora_jax.ops.split_rows`) as `sample` does of whole
+    ones.
 
-    Within a shard. A place counts the rows of a whole sequence, sorted by expert and then by token. The rows
-    of an expert in a block have consecutive places, so the number of these rows and the last with weight, two
-    integers by block and expert, are all that shards exchange.
+    Within a shard. A place counts the rows of a whole sequence, sorted by expert and then by token.
+    The rows of an expert in a block have consecutive places, so the number of these rows and the
+    last with weight, two integers by block and expert, are all that shards exchange.
 
     Args:
       routing: of the shard's tokens.
@@ -392,22 +451,33 @@ def samples_of_parts(
       length: tokens of a whole sequence, without the padding to whole blocks.
     """
     weights = lax.stop_gradient(token_weights).astype(jnp.float32)
-    batch, block, experts = weights.shape[0], weights.shape[1] // 2, routing.sizes.shape[0]
+    batch = weights.shape[0]
+    block = weights.shape[1] // 2
+    experts = routing.sizes.shape[0]
     # The rows of the shard's blocks, sorted by expert: [blocks, rows].
     natural = routing.expert[routing.back].reshape(2 * batch, -1)
     order = jnp.argsort(natural, axis=1, stable=True)
     in_order = partial(jnp.take_along_axis, indices=order, axis=1)
-    index, expert = in_order(routing.back.reshape(order.shape)), in_order(natural)
+    index = in_order(routing.back.reshape(order.shape))
+    expert = in_order(natural)
     weight = jnp.take(weights.reshape(-1), jnp.take(routing.token, index))
     # Rows of the padding to whole blocks have no place.
     tokens = jnp.clip(length - jnp.stack(block_numbers()) * block, 0, block)
     exists = order // (order.shape[1] // block) < jnp.tile(tokens, batch)[:, None]
     reached = jax.nn.one_hot(expert, experts, dtype=bool)
-    number, sizes = jnp.arange(order.shape[1])[None], jnp.sum(reached, axis=1)
+    number = jnp.arange(order.shape[1])[None]
+    sizes = jnp.sum(reached, axis=1)
     first = jnp.cumsum(sizes, axis=1) - sizes  # [blocks, experts]
-    last = jnp.max(jnp.where(reached & (weight > 0)[..., None], number[..., None], -1), axis=1) - first
+    last = (
+        jnp.max(
+            jnp.where(reached & (weight > 0)[..., None], number[..., None], -1), axis=1
+        )
+        - first
+    )
     counts = jnp.sum(reached & exists[..., None], axis=1)
-    start, before = _of_sequence(counts.reshape(batch, 2, -1), last.reshape(batch, 2, -1))
+    start, before = _of_sequence(
+        counts.reshape(batch, 2, -1), last.reshape(batch, 2, -1)
+    )
     of_expert = partial(jnp.take_along_axis, indices=expert, axis=1)
     place = number + of_expert(start - first)
     # The place of the last row with weight before each row; -1 for none.
@@ -424,14 +494,17 @@ def samples_of_parts(
         most = min(chosen.shape[1], chosen.shape[1] // stride + 2 * experts)
         taken = jnp.argsort(~chosen, axis=1, stable=True)[:, :most]
         arrays = index, jnp.where(chosen, weight, 0.0), expert
-        rows, of_rows, to = (jnp.take_along_axis(x, taken, axis=1).reshape(-1) for x in arrays)
+        rows, of_rows, to = (
+            jnp.take_along_axis(x, taken, axis=1).reshape(-1) for x in arrays
+        )
         return SampledRows(rows, by_expert(of_rows, to, routing))
 
     return of_stride(strides[0]), of_stride(strides[1])
 
 
 def _of_sequence(counts: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the first place of every expert's rows in a shard's blocks, and the last before it with weight.
+    """Returns the first place of every expert's rows in a shard's blocks, and the last before it
+    with weight.
 
     Args:
       counts: int ``[batch, 2, experts]``, rows of every expert in the shard's two blocks.
@@ -442,10 +515,15 @@ def _of_sequence(counts: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Arr
     """
     batch, _, experts = counts.shape
     # [batch, experts, blocks of the sequence]
-    counts, last = jnp.moveaxis(gathered(jnp.stack([counts, last], axis=-1)), (3, 2), (0, 2))
+    counts, last = jnp.moveaxis(
+        gathered(jnp.stack([counts, last], axis=-1)), (3, 2), (0, 2)
+    )
     flat = counts.reshape(batch, -1)
     start = jnp.cumsum(flat, axis=1) - flat
-    ends = lax.cummax(jnp.where(last.reshape(batch, -1) >= 0, start + last.reshape(batch, -1), -1), axis=1)
+    ends = lax.cummax(
+        jnp.where(last.reshape(batch, -1) >= 0, start + last.reshape(batch, -1), -1),
+        axis=1,
+    )
     before = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
 
     def of_blocks(x: jax.Array) -> jax.Array:

@@ -9,8 +9,8 @@ compiles the fewest layers. Examples (D: dense, M: mixture, L: linear attention,
     L L L A L L L A    group0 repeats L L L A twice
                        layers/group0/block0: layers 0, 4;  ...; layers/group0/block3: layers 3, 7
 
-Paths of a uniform model name an array of any model together with a layer's number: `stacked_places` maps
-``("layers/ffn/gate_proj", 5)`` to the stack's path and the index on its leading axis.
+Paths of a uniform model name an array of any model together with a layer's number: `stacked_places`
+maps ``("layers/ffn/gate_proj", 5)`` to the stack's path and the index on its leading axis.
 """
 
 from __future__ import annotations
@@ -51,7 +51,13 @@ def groups(config: ModelConfig) -> tuple[tuple[Stack, ...], ...]:
         stacks = []
         for position in range(period):
             layers = tuple(range(start + position, end, period))
-            stacks.append(Stack(f"layers/group{number}/block{position}", _of_kind(config, layers), layers))
+            stacks.append(
+                Stack(
+                    f"layers/group{number}/block{position}",
+                    _of_kind(config, layers),
+                    layers,
+                )
+            )
         divided.append(tuple(stacks))
     return tuple(divided)
 
@@ -63,7 +69,9 @@ def stacks(config: ModelConfig) -> tuple[Stack, ...]:
 
 def key_heads(config: ModelConfig) -> int:
     """Returns the largest number that divides the key/value heads of every attention layer."""
-    return math.gcd(*(stack.config.n_kv_heads for stack in stacks(config) if stack.config.attends))
+    return math.gcd(
+        *(stack.config.n_kv_heads for stack in stacks(config) if stack.config.attends)
+    )
 
 
 def _of_kind(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
@@ -75,7 +83,9 @@ def _of_kind(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
         overrides["rope_index"] = tuple(config.rope_index[layer] for layer in layers)
     if overrides.get("n_experts") == 0:
         overrides.setdefault("ffn", None)
-    return replace(config, kinds=(), layer_kinds=(), n_layers=len(layers), sight=None, **overrides)
+    return replace(
+        config, kinds=(), layer_kinds=(), n_layers=len(layers), sight=None, **overrides
+    )
 
 
 def _divide(kinds: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -89,7 +99,9 @@ def _divide(kinds: Sequence[int]) -> list[tuple[int, int, int]]:
         for start in range(end):
             (cost, count), division = best[start]
             period = _period(kinds[start:end])
-            options.append(((cost + period, count + 1), [*division, (start, end, period)]))
+            options.append(
+                ((cost + period, count + 1), [*division, (start, end, period)])
+            )
         best.append(min(options))
     return best[-1][1]
 
@@ -111,7 +123,8 @@ def parts(config: ModelConfig) -> tuple[Mixer, FeedForward]:
 def _of_parts(
     config: ModelConfig, facts: Callable[[Part, ModelConfig], Mapping[str, T]]
 ) -> list[tuple[Stack, str, T]]:
-    """Returns the stack and the stacked path of every fact of the layers' parts, which ``facts`` names."""
+    """Returns the stack and the stacked path of every fact of the layers' parts, which ``facts``
+    names."""
     return [
         (stack, f"{stack.prefix}/{part.name}/{name}".removesuffix("/"), fact)
         for stack in stacks(config)
@@ -122,19 +135,27 @@ def _of_parts(
 
 
 @functools.cache
-def stacked_places(config: ModelConfig | DualConfig) -> Mapping[tuple[str, int], tuple[str, int]]:
+def stacked_places(
+    config: ModelConfig | DualConfig,
+) -> Mapping[tuple[str, int], tuple[str, int]]:
     """Returns stacked path and index of every projection by its uniform path and layer number."""
     numbers = layer_numbers(config)
-    return {(uniform_path(path), n): (path, i) for path in numbers for i, n in enumerate(numbers[path])}
+    return {
+        (uniform_path(path), n): (path, i)
+        for path in numbers
+        for i, n in enumerate(numbers[path])
+    }
 
 
 def param_shapes(config: ModelConfig) -> Shapes:
     """Returns the shape of every base parameter by path, layers stacked.
 
     Example (Llama, tied):
-      ``{"embed/embedding": (V, D), "layers/attn/q_proj/kernel": (L, D, H * hd), ..., "final_norm/scale": (D,)}``
+      ``{"embed/embedding": (V, D), "layers/attn/q_proj/kernel": (L, D, H * hd), ...,
+      "final_norm/scale": (D,)}``
     """
-    d, v = config.d_model, config.vocab_size
+    d = config.d_model
+    v = config.vocab_size
     shapes: Shapes = {"embed/embedding": (v, d)}
     norms = ["attn_norm", "ffn_norm"] * config.pre_norm + [
         "attn_post_norm",
@@ -165,8 +186,13 @@ def projection_shapes(config: ModelConfig | DualConfig) -> Shapes:
     """
     if not isinstance(config, ModelConfig):
         return config.projection_shapes()
-    shapes = {path: shape for _, path, shape in _of_parts(config, lambda part, c: part.projections(c))}
-    return shapes if config.sight is None else shapes | config.sight.projection_shapes()
+    shapes = {
+        path: shape
+        for _, path, shape in _of_parts(config, lambda part, c: part.projections(c))
+    }
+    if config.sight is None:
+        return shapes
+    return shapes | config.sight.projection_shapes()
 
 
 def layer_numbers(config: ModelConfig | DualConfig) -> dict[str, tuple[int, ...]]:
@@ -191,6 +217,10 @@ def gate_blocks(config: ModelConfig) -> Gates:
     """
     blocks: Gates = {
         path: ((len(stack.layers), *shape), activation)
-        for stack, path, (shape, activation) in _of_parts(config, lambda part, c: part.gates(c))
+        for stack, path, (shape, activation) in _of_parts(
+            config, lambda part, c: part.gates(c)
+        )
     }
-    return blocks if config.sight is None else blocks | config.sight.gate_blocks()
+    if config.sight is None:
+        return blocks
+    return blocks | config.sight.gate_blocks()

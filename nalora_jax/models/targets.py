@@ -37,7 +37,9 @@ class TargetSpec:
 
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
-    values: Any = field(default=None, compare=False)  # float32 [layers], scales given by a run in a sweep
+    values: Any = field(
+        default=None, compare=False
+    )  # float32 [layers], scales given by a run in a sweep
 
     @staticmethod
     def even(rank: int, layers: int) -> TargetSpec:
@@ -55,14 +57,19 @@ class TargetSpec:
     def used(self, shape: tuple[int, ...]) -> np.ndarray:
         """Returns which entries of ``[layers, ..., rank]`` are within a layer's rank, as bool."""
         used = np.arange(shape[-1]) < np.array(self.ranks)[:, None]
-        return np.broadcast_to(used.reshape(len(used), *(1,) * (len(shape) - 2), shape[-1]), shape)
+        return np.broadcast_to(
+            used.reshape(len(used), *(1,) * (len(shape) - 2), shape[-1]), shape
+        )
 
     def scales(self, *, rslora: bool) -> Any:
         """Returns ``s`` of each layer: float32 ``[layers]``, 0 without an adapter."""
         if self.values is not None:
             return self.values
         pairs = zip(self.alphas, self.ranks, strict=True)
-        return np.array([adapter_scale(alpha, rank, rslora=rslora) for alpha, rank in pairs], np.float32)
+        return np.array(
+            [adapter_scale(alpha, rank, rslora=rslora) for alpha, rank in pairs],
+            np.float32,
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,8 @@ class AdapterSpec:
     def describe(self) -> str:
         """Returns a summary of the trained arrays, e.g. ``ffn/gate_proj (8), ffn/up_proj (8)``."""
         names = [
-            f"{uniform_path(path).replace('layers/', '', 1)} ({spec.rank})" for path, spec in self.targets
+            f"{uniform_path(path).replace('layers/', '', 1)} ({spec.rank})"
+            for path, spec in self.targets
         ]
         names = list(dict.fromkeys(names))
         names += [f"{len(ids)} rows of {name}" for name, ids in self.token_indices]
@@ -129,30 +137,40 @@ def adapter_scale(alpha: float, rank: int, *, rslora: bool = False) -> float:
 
 
 def scale_divisor(rank: float, *, rslora: bool) -> float:
-    """Returns the divisor of alpha in an adapter's scale: the rank, or its square root with rsLoRA."""
+    """Returns the divisor of alpha in an adapter's scale: the rank, or its square root with
+    rsLoRA."""
     if rslora:
         return math.sqrt(rank)
     return rank
 
 
-def _checked_alpha(rule: LoRARule, path: str, shape: tuple[int, ...], config: LoRAConfig) -> float:
+def _checked_alpha(
+    rule: LoRARule, path: str, shape: tuple[int, ...], config: LoRAConfig
+) -> float:
     """Returns a rule's alpha, after checking its rank and alpha on a projection."""
-    limit, side = min(shape[-2:]), "the smaller side"
+    limit = min(shape[-2:])
+    side = "the smaller side"
     if config.init == "lora_ga":
         limit = limit // 2
-        side = "half the smaller side, for LoRA-GA takes twice as many singular vectors,"
+        side = (
+            "half the smaller side, for LoRA-GA takes twice as many singular vectors,"
+        )
     where = f"--lora.rules {rule.pattern!r}"
     if not 0 <= rule.rank <= limit:
         expected = f"0 to {limit} ({side} of {path} {shape})"
         raise NaloraError(f"{where}: rank", expected=expected, found=rule.rank)
     alpha = 2.0 * rule.rank if rule.alpha is None else rule.alpha
     if rule.rank and not (math.isfinite(alpha) and alpha > 0):
-        raise NaloraError(f"{where}: alpha", expected="a number above 0", found=rule.alpha)
+        raise NaloraError(
+            f"{where}: alpha", expected="a number above 0", found=rule.alpha
+        )
     return alpha
 
 
 def resolve(
-    config: LoRAConfig, shapes: Mapping[str, tuple[int, ...]], numbers: int | Mapping[str, Sequence[int]]
+    config: LoRAConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    numbers: int | Mapping[str, Sequence[int]],
 ) -> AdapterSpec:
     """Returns the adapters that the rules of ``config`` select on a model.
 
@@ -171,25 +189,42 @@ def resolve(
     if isinstance(numbers, int):
         numbers = dict.fromkeys(shapes, range(numbers))
     names = {
-        layer_path(path, number): (path, i) for path in shapes for i, number in enumerate(numbers[path])
+        layer_path(path, number): (path, i)
+        for path in shapes
+        for i, number in enumerate(numbers[path])
     }
-    matched = match_rules([(rule.pattern, rule) for rule in config.rules], names, where="--lora.rules")
+    matched = match_rules(
+        [(rule.pattern, rule) for rule in config.rules], names, where="--lora.rules"
+    )
     specs: dict[str, tuple[list[int], list[float]]] = {}
     for name, rule in matched.items():
         path, layer = names[name]
         alpha = _checked_alpha(rule, path, shapes[path], config)
-        ranks, alphas = specs.setdefault(path, ([0] * len(numbers[path]), [1.0] * len(numbers[path])))
+        ranks, alphas = specs.setdefault(
+            path, ([0] * len(numbers[path]), [1.0] * len(numbers[path]))
+        )
         ranks[layer], alphas[layer] = rule.rank, float(alpha or 1.0)
     targets = tuple(
-        (path, TargetSpec(tuple(r), tuple(a))) for path, (r, a) in sorted(specs.items()) if max(r) > 0
+        (path, TargetSpec(tuple(r), tuple(a)))
+        for path, (r, a) in sorted(specs.items())
+        if max(r) > 0
     )
     if not targets:
-        actual, remedy = "rank 0 everywhere", "give a rule a rank of 1 or more"
-        raise NaloraError("--lora.rules", expected="at least one adapter", found=actual, remedy=remedy)
+        actual = "rank 0 everywhere"
+        remedy = "give a rule a rank of 1 or more"
+        raise NaloraError(
+            "--lora.rules", expected="at least one adapter", found=actual, remedy=remedy
+        )
     saved = tuple(name for name in TABLES if name in config.modules_to_save)
     ids = config.trainable_token_indices
-    rows = tuple((name, ids) for name in ROWS if ids and name in config.trainable_token_modules)
-    variant: dict[str, Any] = {"rslora": config.rslora, "dora": config.dora, "dropout": config.dropout}
+    rows = tuple(
+        (name, ids) for name in ROWS if ids and name in config.trainable_token_modules
+    )
+    variant: dict[str, Any] = {
+        "rslora": config.rslora,
+        "dora": config.dora,
+        "dropout": config.dropout,
+    }
     return AdapterSpec(targets, **variant, saved=saved, token_indices=rows)
 
 

@@ -1,7 +1,7 @@
 """Names of a decoder's tensors in transformers' and in llama.cpp's files.
 
-Rows whose leaves a config does not have (biases, an untied head) are dropped, so one table serves every variant of
-its family. `nalora_jax.weights.keymaps` reads and writes files by these rows.
+Rows whose leaves a config does not have (biases, an untied head) are dropped, so one table serves
+every variant of its family. `nalora_jax.weights.keymaps` reads and writes files by these rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose", "columns", "patches", "lead"]
+Change = Literal[
+    "",
+    "transpose",
+    "minus_one",
+    "pairs",
+    "pairs_transpose",
+    "columns",
+    "patches",
+    "lead",
+]
 Source = Literal["hf", "gguf"]  # names of transformers or of llama.cpp
 
 
@@ -20,11 +29,13 @@ class TensorRow:
 
     name: str
     paths: tuple[str, ...]  # several if the file fuses them along its first axis
-    # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of rotated rows;
-    # "columns": the last axis of the paths' arrays alternates: first, second, first, ...; of encoders also
-    # "patches": kernel of a convolution, and "lead": axes of length 1.
+    # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of
+    # rotated rows; "columns": the last axis of the paths' arrays alternates: first, second, first,
+    # ...; of encoders also "patches": kernel of a convolution, and "lead": axes of length 1.
     change: Change = ""
-    experts: bool | None = None  # True: only in layers with a mixture of experts; False: only in the others
+    experts: bool | None = (
+        None  # True: only in layers with a mixture of experts; False: only in the others
+    )
 
 
 Rows = tuple[TensorRow, ...]
@@ -40,7 +51,8 @@ def module_rows(
     paired: tuple[str, ...] = (),
     experts: bool | None = None,
 ) -> Rows:
-    """Returns the rows of modules whose names follow ``stem``: scales of norms, kernels, and then biases.
+    """Returns the rows of modules whose names follow ``stem``: scales of norms, kernels, and then
+    biases.
 
     A path that ends in "norm" is a norm, any other a projection.
 
@@ -58,7 +70,10 @@ def module_rows(
         if not paths[0].endswith("norm"):
             leaves = {"weight": ("kernel", "transpose"), "bias": ("bias", "")}
         if ours in paired:
-            leaves = {"weight": ("kernel", "pairs_transpose"), "bias": ("bias", "pairs")}
+            leaves = {
+                "weight": ("kernel", "pairs_transpose"),
+                "bias": ("bias", "pairs"),
+            }
         for kind, (leaf, change) in leaves.items():
             stored = tuple(f"layers/{path}/{leaf}" for path in paths)
             rows.append(TensorRow(f"{stem}.{theirs}.{kind}", stored, change, experts))
@@ -72,8 +87,14 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 HF_LAYER = "model.layers.{layer}"
 ATTENTION: Modules = {f"attn/{name}_proj": f"self_attn.{name}_proj" for name in "qkvo"}
 FFN: Modules = {f"ffn/{name}": f"mlp.{name}" for name in GATED}
-QK_NORMS: Modules = {"attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm"}
-PRE_NORMS: Modules = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+QK_NORMS: Modules = {
+    "attn/q_norm": "self_attn.q_norm",
+    "attn/k_norm": "self_attn.k_norm",
+}
+PRE_NORMS: Modules = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
 POST_NORMS: Modules = {
     "attn_post_norm": "post_attention_layernorm",
     "ffn_post_norm": "post_feedforward_layernorm",
@@ -87,7 +108,9 @@ FOUR_NORMS: Modules = {
 
 def hf_row(name: str, *paths: str, change: Change = "") -> TensorRow:
     """Returns a tensor of a layer that is no module's."""
-    return TensorRow(f"{HF_LAYER}.{name}", tuple(f"layers/{path}" for path in paths), change)
+    return TensorRow(
+        f"{HF_LAYER}.{name}", tuple(f"layers/{path}" for path in paths), change
+    )
 
 
 def hf_modules(modules: Modules, *, experts: bool | None = None) -> Rows:
@@ -95,11 +118,18 @@ def hf_modules(modules: Modules, *, experts: bool | None = None) -> Rows:
     return module_rows(HF_LAYER, modules, experts=experts)
 
 
-def hf_experts(module: str, names: tuple[str, ...] = GATED, folder: str = "ffn") -> Rows:
+def hf_experts(
+    module: str, names: tuple[str, ...] = GATED, folder: str = "ffn"
+) -> Rows:
     """Returns router and experts; ``names`` are transformers' names of gate, up and down."""
     stem = f"{HF_LAYER}.{module}.experts.{{expert}}"
     experts = (
-        TensorRow(f"{stem}.{theirs}.weight", (f"layers/{folder}/{ours}/kernel",), "transpose", True)
+        TensorRow(
+            f"{stem}.{theirs}.weight",
+            (f"layers/{folder}/{ours}/kernel",),
+            "transpose",
+            True,
+        )
         for ours, theirs in zip(GATED, names, strict=True)
     )
     return (*hf_modules({f"{folder}/router": f"{module}.gate"}), *experts)
@@ -123,9 +153,14 @@ HF_DENSE_LAYERS = hf_modules(FFN, experts=False)
 # ---------------------------------------------------------------- llama.cpp
 
 GGUF_PRE: Modules = {"attn_norm": "attn_norm", "ffn_norm": "ffn_norm"}
-GGUF_POST: Modules = {"attn_post_norm": "post_attention_norm", "ffn_post_norm": "post_ffw_norm"}
+GGUF_POST: Modules = {
+    "attn_post_norm": "post_attention_norm",
+    "ffn_post_norm": "post_ffw_norm",
+}
 GGUF_QK: Modules = {"attn/q_norm": "attn_q_norm", "attn/k_norm": "attn_k_norm"}
-GGUF_FFN: Modules = {f"ffn/{name}": f"ffn_{name.removesuffix('_proj')}" for name in GATED}
+GGUF_FFN: Modules = {
+    f"ffn/{name}": f"ffn_{name.removesuffix('_proj')}" for name in GATED
+}
 GGUF_ATTENTION: Modules = {f"attn/{name}_proj": f"attn_{name}" for name in "qkv"}
 GGUF_ATTENTION = {**GGUF_ATTENTION, "attn/o_proj": "attn_output"}
 GGUF_EXPERTS: Modules = {
@@ -137,15 +172,19 @@ GGUF_EXPERTS: Modules = {
 def gguf(*modules: Modules, norm: Change = "", paired: bool = False) -> Rows:
     """Returns embedding, final norm, head, and the modules of a layer.
 
-    ``paired``: llama.cpp rotates adjacent pairs in this family; in others it pairs channels half a head
-    apart, like transformers.
+    ``paired``: llama.cpp rotates adjacent pairs in this family; in others it pairs channels half a
+    head apart, like transformers.
     """
     rotated = ("attn/q_proj", "attn/k_proj") if paired else ()
     return (
         TensorRow("token_embd.weight", ("embed/embedding",)),
         TensorRow("output_norm.weight", ("final_norm/scale",), norm),
         TensorRow("output.weight", ("lm_head/kernel",), "transpose"),
-        *(row for table in modules for row in module_rows("blk.{layer}", table, norm=norm, paired=rotated)),
+        *(
+            row
+            for table in modules
+            for row in module_rows("blk.{layer}", table, norm=norm, paired=rotated)
+        ),
     )
 
 

@@ -1,4 +1,5 @@
-"""Causal attention with grouped heads, segments, sliding windows, soft caps and caches, in plain XLA.
+"""Causal attention with grouped heads, segments, sliding windows, soft caps and caches, in plain
+XLA.
 
 Integers, not a stored mask, decide which keys a query sees: those with its segment, at positions up
 to its own and fewer than ``window`` before it. Packing, padding, windows by layer and cached keys
@@ -27,7 +28,14 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.reductions import in_tiles, of_tiles
-from nalora_jax.ops.storage import Kernel, expand, read_residual, round_and_save, rounded, save_residual
+from nalora_jax.ops.storage import (
+    Kernel,
+    expand,
+    read_residual,
+    round_and_save,
+    rounded,
+    save_residual,
+)
 
 # Queries whose scores are computed together: longer blocks are split, so that memory grows with the
 # number of keys only.
@@ -46,10 +54,14 @@ class AttentionConfig:
     scale: float  # multiplies q . k
     softcap: float = 0.0  # c tanh(score / c); 0: none
     dropout: float = 0.0  # rate on the probabilities
-    windows: tuple[int, ...] = ()  # all values of the window, ascending; () if no window is used
+    windows: tuple[
+        int, ...
+    ] = ()  # all values of the window, ascending; () if no window is used
     sharding: NamedSharding | None = None  # sharding of [batch, seq, d_model] on a mesh
     interpret: bool = False  # run Pallas kernels in Python, for tests
-    recomputed: str = ""  # letters of "qkv": arrays that follow from saved ones without a matmul
+    recomputed: str = (
+        ""  # letters of "qkv": arrays that follow from saved ones without a matmul
+    )
 
     @property
     def rows(self) -> P:
@@ -70,11 +82,11 @@ class Keys(NamedTuple):
     v: Array  # [batch, keys, kv_heads, head_dim]
     positions: Array  # int [batch or 1, keys]
     segments: Array  # int [batch or 1, keys]; 0: empty
-    # int [batch or 1, keys], the first position that sees a key, if not the key's own: tokens of one
-    # image that see each other all have the position of the image's first token.
+    # int [batch or 1, keys], the first position that sees a key, if not the key's own: tokens of
+    # one image that see each other all have the position of the image's first token.
     starts: Array | None = None
-    # float32 [heads], a score of each head that every query sees and that has no value (`with_sinks`);
-    # frozen, not scaled, not capped.
+    # float32 [heads], a score of each head that every query sees and that has no value
+    # (`with_sinks`); frozen, not scaled, not capped.
     sinks: Array | None = None
     cached: CachedKeys | None = None  # keys of earlier calls, seen under the same rule
 
@@ -84,7 +96,8 @@ QKV = tuple[Array, Array, Array]
 
 
 class CachedKeys(NamedTuple):
-    """Keys and values of earlier calls in any storage form, in the fastest layout for a single token."""
+    """Keys and values of earlier calls in any storage form, in the fastest layout for a single
+    token."""
 
     k: Kernel  # [batch, kv_heads, head_dim, slots]
     v: Kernel  # [batch, kv_heads, slots, head_dim]
@@ -130,11 +143,14 @@ def attention(
 
 
 def is_mapped(config: AttentionConfig, numerics: Numerics) -> bool:
-    """Returns True if a Pallas call can be mapped over the devices; the compiler does not partition it."""
+    """Returns True if a Pallas call can be mapped over the devices; the compiler does not partition
+    it."""
     return config.sharding is not None or numerics.platform.devices == 1
 
 
-def over_devices(attend: Callable[..., Array], config: AttentionConfig, *more: Any) -> Any:
+def over_devices(
+    attend: Callable[..., Array], config: AttentionConfig, *more: Any
+) -> Any:
     """Returns ``attend((q, k, v), *others)``, mapped over the mesh if there is one.
 
     Each device has its rows and heads of q, k and v. ``more`` are the specs of the other arguments.
@@ -144,7 +160,11 @@ def over_devices(attend: Callable[..., Array], config: AttentionConfig, *more: A
     heads = P(*config.rows, None, config.head_axis)
     specs = ((heads, heads, heads), *more)
     return jax.shard_map(
-        attend, mesh=config.sharding.mesh, in_specs=specs, out_specs=heads, check_vma=False
+        attend,
+        mesh=config.sharding.mesh,
+        in_specs=specs,
+        out_specs=heads,
+        check_vma=False,
     )
 
 
@@ -156,12 +176,16 @@ def visibility(
     window: Array | int,
     key_starts: Array | None = None,
 ) -> Array:
-    """Returns whether each query sees each key: bool ``[batch or 1, queries, keys]`` of int ``[batch or 1, ...]``.
+    """Returns whether each query sees each key: bool ``[batch or 1, queries, keys]`` of int
+    ``[batch or 1, ...]``.
 
     A key is seen by queries at its own position and later, or starting at ``key_starts``.
     """
     ahead = positions[:, :, None] - key_positions[:, None, :]
-    since = ahead if key_starts is None else positions[:, :, None] - key_starts[:, None, :]
+    if key_starts is None:
+        since = ahead
+    else:
+        since = positions[:, :, None] - key_starts[:, None, :]
     same = segments[:, :, None] == key_segments[:, None, :]
     return same & (since >= 0) & (ahead < window)
 
@@ -178,7 +202,9 @@ def with_sinks(out: Array, logsumexp: Array, sinks: Array) -> tuple[Array, Array
 
 def capped(scores: Array, config: AttentionConfig) -> Array:
     """Returns ``c tanh(score / c)``, or the scores if there is no soft cap."""
-    return config.softcap * jnp.tanh(scores / config.softcap) if config.softcap else scores
+    if config.softcap:
+        return config.softcap * jnp.tanh(scores / config.softcap)
+    return scores
 
 
 def by_key_head(x: Array, kv_heads: int) -> Array:
@@ -200,20 +226,25 @@ def product(equation: str, x: Array, y: Array, numerics: Numerics) -> Array:
 
 
 def saved_heads(heads: QKV, config: AttentionConfig, numerics: Numerics) -> list[Array]:
-    """Returns the arrays of a kernel, saved for the backward pass unless ``config`` recomputes them."""
+    """Returns the arrays of a kernel, saved for the backward pass unless ``config`` recomputes
+    them."""
     named = zip("qkv", heads, strict=True)
-    return [x if name in config.recomputed else round_and_save(x, numerics) for name, x in named]
+    return [
+        x if name in config.recomputed else round_and_save(x, numerics)
+        for name, x in named
+    ]
 
 
 def blocks(seq: int) -> Iterator[tuple[int, int]]:
     """Yields first and last position (exclusive) of every block of queries.
 
-    Blocks are small enough to skip most of the upper triangle; at most 8 are compiled. The length of a
-    long block is a multiple of `PIECE`.
+    Blocks are small enough to skip most of the upper triangle; at most 8 are compiled. The length
+    of a long block is a multiple of `PIECE`.
     """
     # Measured on a CPU: 32 makes a step with rows of 128 tokens 3% to 5% faster, and steps with
     # rows of 48 or 256 up to 3% slower.
-    size, start = max(32 if 128 <= seq < 256 else 64, -(-seq // 8)), 0
+    size = max(32 if 128 <= seq < 256 else 64, -(-seq // 8))
+    start = 0
     if size > PIECE:
         size = -(-size // PIECE) * PIECE
     while start < seq:
@@ -229,18 +260,29 @@ def blocks(seq: int) -> Iterator[tuple[int, int]]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _self_attention(
-    q: Array, keys: Keys, window: Array | int, config: AttentionConfig, numerics: Numerics
+    q: Array,
+    keys: Keys,
+    window: Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
 ) -> Array:
-    """Computes `attention` without cached keys, dropout and ``starts``; sinks receive no gradient."""
+    """Computes `attention` without cached keys, dropout and ``starts``; sinks receive no
+    gradient."""
     return _fwd(q, keys, window, config, numerics)[0]
 
 
 def _fwd(
-    q: Array, keys: Keys, window: Array | int, config: AttentionConfig, numerics: Numerics
+    q: Array,
+    keys: Keys,
+    window: Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
 ) -> tuple[Array, Any]:
     kv_heads = keys.k.shape[2]
     save = partial(save_residual, dtype=numerics.residual, numerics=numerics)
-    heads = tuple(save(by_key_head(x, kv_heads)) for x in (q * config.scale, keys.k, keys.v))
+    heads = tuple(
+        save(by_key_head(x, kv_heads)) for x in (q * config.scale, keys.k, keys.v)
+    )
     places = keys.positions, keys.segments
 
     def attended(start: int, end: int) -> Any:
@@ -249,18 +291,31 @@ def _fwd(
 
     outs, totals = zip(*(attended(*block) for block in blocks(q.shape[1])), strict=True)
     # [batch, kv_heads, groups, seq, head_dim or 1]
-    out, logsumexp = jnp.concatenate(outs, -2), jnp.concatenate(totals, -2)
+    out = jnp.concatenate(outs, -2)
+    logsumexp = jnp.concatenate(totals, -2)
     if keys.sinks is not None:
-        out, logsumexp = with_sinks(out, logsumexp, keys.sinks.reshape(1, kv_heads, -1, 1, 1))
+        out, logsumexp = with_sinks(
+            out, logsumexp, keys.sinks.reshape(1, kv_heads, -1, 1, 1)
+        )
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, keys.k, keys.v))
     saved = save(out)
     total = save_residual(logsumexp, "float32", numerics)
-    return by_token(read_residual(saved, numerics.result)), (heads, saved, total, places, window, like)
+    return by_token(read_residual(saved, numerics.result)), (
+        heads,
+        saved,
+        total,
+        places,
+        window,
+        like,
+    )
 
 
-def _bwd(config: AttentionConfig, numerics: Numerics, residuals: Any, g: Array) -> tuple[Any, ...]:
+def _bwd(
+    config: AttentionConfig, numerics: Numerics, residuals: Any, g: Array
+) -> tuple[Any, ...]:
     heads, out, logsumexp, places, window, like = residuals
-    kv_heads, seq = heads[1].shape[1], g.shape[1]
+    kv_heads = heads[1].shape[1]
+    seq = g.shape[1]
     g = by_key_head(g.astype(jnp.float32), kv_heads)
     inner = jnp.sum(g * read_residual(out, jnp.float32), axis=-1, keepdims=True)
     dq: list[Array] = []
@@ -268,15 +323,22 @@ def _bwd(config: AttentionConfig, numerics: Numerics, residuals: Any, g: Array) 
     # The last block first: only it adds to all keys, so that the other blocks add to parts of its
     # result in place.
     for start, end in reversed(list(blocks(seq))):
-        seen, sums = _Seen.of(heads, places, window, end, config, numerics), (dk[..., :end], dv[..., :end])
+        seen = _Seen.of(heads, places, window, end, config, numerics)
+        sums = (dk[..., :end], dv[..., :end])
         by_query = heads[0], *places, logsumexp, g, inner
         sums, dq_block = _by_pieces(seen.gradients, sums, by_query, start, end)
-        dk, dv = (x.at[..., :end].set(new) for x, new in zip((dk, dv), sums, strict=True))
+        dk, dv = (
+            x.at[..., :end].set(new) for x, new in zip((dk, dv), sums, strict=True)
+        )
         dq.append(dq_block)
     # The barrier keeps XLA:CPU from fusing the transpose into a matmul, which it cannot run in
     # bf16.
     dk, dv = (x.swapaxes(2, 3)[:, :, None] for x in lax.optimization_barrier((dk, dv)))
-    grads = (by_token(jnp.concatenate(dq[::-1], -2)) * config.scale, by_token(dk), by_token(dv))
+    grads = (
+        by_token(jnp.concatenate(dq[::-1], -2)) * config.scale,
+        by_token(dk),
+        by_token(dv),
+    )
     dq_all, dk, dv = (x.astype(y.dtype) for x, y in zip(grads, like, strict=True))
     return dq_all, Keys(dk, dv, None, None), None  # type: ignore[arg-type]
 
@@ -285,10 +347,13 @@ _self_attention.defvjp(_fwd, _bwd)
 self_attention = operation(_self_attention)
 
 
-def _by_pieces(step: Any, carry: Any, by_query: tuple[Any, ...], start: int, end: int) -> Any:
+def _by_pieces(
+    step: Any, carry: Any, by_query: tuple[Any, ...], start: int, end: int
+) -> Any:
     """Runs ``step(carry, rows)`` on pieces of a block of queries and joins the results, on axis -2.
 
-    ``by_query`` are arrays in any storage form, of which the second and third are integers ``[batch or 1, seq]``.
+    ``by_query`` are arrays in any storage form, of which the second and third are integers ``[batch
+    or 1, seq]``.
     """
     query, positions, segments, *others = by_query
     arrays = query, positions[..., None], segments[..., None], *others
@@ -298,7 +363,9 @@ def _by_pieces(step: Any, carry: Any, by_query: tuple[Any, ...], start: int, end
         return step(carry, rows)
 
     def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(*x.shape[:-2], length // PIECE, -1, x.shape[-1]), -3, 0)
+        return jnp.moveaxis(
+            x.reshape(*x.shape[:-2], length // PIECE, -1, x.shape[-1]), -3, 0
+        )
 
     def joined(x: Array) -> Array:
         return jnp.moveaxis(x, 0, -3).reshape(*x.shape[1:-2], length, x.shape[-1])
@@ -308,7 +375,8 @@ def _by_pieces(step: Any, carry: Any, by_query: tuple[Any, ...], start: int, end
 
 
 class _Seen(NamedTuple):
-    """The keys up to a block's end, which the block's queries may see, and the arithmetic of some of these."""
+    """The keys up to a block's end, which the block's queries may see, and the arithmetic of some
+    of these."""
 
     key: Array  # [batch, kv_heads, keys, head_dim]
     value: Array  # the same
@@ -319,14 +387,18 @@ class _Seen(NamedTuple):
     numerics: Numerics
 
     @classmethod
-    def of(cls, heads: Any, places: tuple[Array, ...], window: Any, end: int, *static: Any) -> _Seen:
+    def of(
+        cls, heads: Any, places: tuple[Array, ...], window: Any, end: int, *static: Any
+    ) -> _Seen:
         """Returns the first ``end`` of the saved ``[batch, kv_heads, 1, seq, head_dim]``."""
         saved = jax.tree.map(lambda leaf: leaf[:, :, 0, :end], heads[1:])
         key, value = (read_residual(x, jnp.float32) for x in saved)
         positions, segments = (x[:, :end] for x in places)
         return cls(key, value, positions, segments, window, *static)
 
-    def attended(self, carry: None, rows: tuple[Any, ...]) -> tuple[None, tuple[Array, Array]]:
+    def attended(
+        self, carry: None, rows: tuple[Any, ...]
+    ) -> tuple[None, tuple[Array, Array]]:
         """Returns the results and log-sum-exps of queries."""
         scores, unseen = self._scores(*rows)
         scores = scores + unseen
@@ -341,27 +413,44 @@ class _Seen(NamedTuple):
     def gradients(
         self, sums: tuple[Array, Array], rows: tuple[Any, ...]
     ) -> tuple[tuple[Array, Array], Array]:
-        """Adds contributions of queries to dk and dv ``[..., head_dim, keys]``, and returns their dq, too."""
+        """Adds contributions of queries to dk and dv ``[..., head_dim, keys]``, and returns their
+        dq, too."""
         query, positions, segments, logsumexp, g, inner = rows
         scores, unseen = self._scores(query, positions, segments)
         weights = jnp.exp(scores + (unseen - logsumexp))
-        slope = weights * (product("bkgqd,bktd->bkgqt", g, self.value, self.numerics) - inner)
+        slope = weights * (
+            product("bkgqd,bktd->bkgqt", g, self.value, self.numerics) - inner
+        )
         if cap := self.config.softcap:
             slope = slope * (1 - jnp.square(scores / cap))
-        # Queries on the left: a matmul transposes its left operand, and scores are wider than heads.
-        dk = product("bkgqd,bkgqt->bkdt", read_residual(query, jnp.float32), slope, self.numerics)
+        # Queries on the left: a matmul transposes its left operand, and scores are wider than
+        #   heads.
+        dk = product(
+            "bkgqd,bkgqt->bkdt", read_residual(query, jnp.float32), slope, self.numerics
+        )
         dv = product("bkgqd,bkgqt->bkdt", g, weights, self.numerics)
         dq = product("bkgqt,bktd->bkgqd", slope, self.key, self.numerics)
         return (sums[0] + dk, sums[1] + dv), dq
 
-    def _scores(self, query: Kernel, positions: Array, segments: Array) -> tuple[Array, Array]:
-        """Returns capped scores ``[batch, kv_heads, groups, rows, keys]``, and 0 for seen keys, `UNSEEN` for others."""
+    def _scores(
+        self, query: Kernel, positions: Array, segments: Array
+    ) -> tuple[Array, Array]:
+        """Returns capped scores ``[batch, kv_heads, groups, rows, keys]``, and 0 for seen keys,
+        `UNSEEN` for others."""
         # The barrier ties the mask to the queries. Without it XLA computes the masks of all layers
         # first: [batch, seq, seq] each.
-        floats, positions = lax.optimization_barrier((read_residual(query, jnp.float32), positions))
-        scores = capped(product("bkgqd,bktd->bkgqt", floats, self.key, self.numerics), self.config)
+        floats, positions = lax.optimization_barrier(
+            (read_residual(query, jnp.float32), positions)
+        )
+        scores = capped(
+            product("bkgqd,bktd->bkgqt", floats, self.key, self.numerics), self.config
+        )
         visible = visibility(
-            positions[..., 0], segments[..., 0], self.positions, self.segments, self.window
+            positions[..., 0],
+            segments[..., 0],
+            self.positions,
+            self.segments,
+            self.window,
         )
         return scores, jnp.where(visible[:, None, None], 0.0, UNSEEN)
 
@@ -378,23 +467,32 @@ def attend_in_tiles(
     numerics: Numerics,
     dropout_rng: Array | None = None,
 ) -> Array:
-    """Computes attention of queries to all given keys, at most `PIECE` queries at a time, in float32.
+    """Computes attention of queries to all given keys, at most `PIECE` queries at a time, in
+    float32.
 
-    ``here`` are the queries' positions and segments. The backward pass recomputes the scores of several tiles.
+    ``here`` are the queries' positions and segments. The backward pass recomputes the scores of
+    several tiles.
     """
     seq = q.shape[1]
     tiles = -(-seq // PIECE)
-    attend = partial(_attend, keys=keys, window=window, config=config, numerics=numerics)
+    attend = partial(
+        _attend, keys=keys, window=window, config=config, numerics=numerics
+    )
     if tiles == 1:
         return attend(q, here, rng=dropout_rng)
 
     @jax.checkpoint
     def tile(_: None, rows: tuple[Array, ...]) -> tuple[None, Array]:
         number, query, positions, segments = rows
-        rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, number)
+        if dropout_rng is None:
+            rng = None
+        else:
+            rng = jax.random.fold_in(dropout_rng, number)
         return None, attend(query, (positions, segments), rng=rng)
 
-    out = lax.scan(tile, None, (jnp.arange(tiles), *(in_tiles(x, tiles) for x in (q, *here))))[1]
+    out = lax.scan(
+        tile, None, (jnp.arange(tiles), *(in_tiles(x, tiles) for x in (q, *here)))
+    )[1]
     return of_tiles(out, seq)
 
 
@@ -417,9 +515,12 @@ def _attend(
     def masked_scores(source: Keys | CachedKeys) -> Array:
         """Returns masked scores ``[batch, kv_heads, groups, seq, keys]`` in float32."""
         if isinstance(source, CachedKeys):
-            scores, starts = product("bkqd,bkdt->bkqt", q, expand(source.k), numerics), None
+            scores = product("bkqd,bkdt->bkqt", q, expand(source.k), numerics)
+            starts = None
         else:
-            scores = product("bkqd,bktd->bkqt", q, source.k.transpose(0, 2, 1, 3), numerics)
+            scores = product(
+                "bkqd,bktd->bkqt", q, source.k.transpose(0, 2, 1, 3), numerics
+            )
             starts = source.starts
         scores = capped(scores * config.scale, config)
         visible = visibility(*here, source.positions, source.segments, window, starts)
@@ -441,11 +542,17 @@ def _attend(
     if rng is not None and config.dropout > 0:
         remaining = jax.random.bernoulli(rng, 1.0 - config.dropout, weights.shape)
         weights = jnp.where(remaining, weights / (1.0 - config.dropout), 0.0)
-    out, first = jnp.zeros((), jnp.float32), 0
+    out = jnp.zeros((), jnp.float32)
+    first = 0
     for source in sources:
         last = first + source.positions.shape[1]
-        weights_of_block = weights[..., first:last].reshape(batch, -1, groups * seq, last - first)
-        values = expand(source.v) if isinstance(source, CachedKeys) else source.v.transpose(0, 2, 1, 3)
+        weights_of_block = weights[..., first:last].reshape(
+            batch, -1, groups * seq, last - first
+        )
+        if isinstance(source, CachedKeys):
+            values = expand(source.v)
+        else:
+            values = source.v.transpose(0, 2, 1, 3)
         out = out + product("bkqt,bktd->bkqd", weights_of_block, values, numerics)
         first = last
     return by_token(out.reshape(batch, -1, groups, seq, dim) / total)
@@ -455,17 +562,24 @@ Sums = tuple[Array, Array, Array]  # largest score, sum of weights, weighted val
 
 
 def attention_over_cache(
-    q: Array, keys: Keys, window: Array | int, config: AttentionConfig, numerics: Numerics
+    q: Array,
+    keys: Keys,
+    window: Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
 ) -> Array:
-    """Computes `attention` without dropout, with at least `CACHE_BLOCK` cached keys; it has no gradient.
+    """Computes `attention` without dropout, with at least `CACHE_BLOCK` cached keys; it has no
+    gradient.
 
-    The softmax is summed while blocks are read (arXiv 1805.02867), so that memory does not grow with
-    the number of cached keys. Only blocks with keys are read.
+    The softmax is summed while blocks are read (arXiv 1805.02867), so that memory does not grow
+    with the number of cached keys. Only blocks with keys are read.
     """
     cached = keys.cached
     assert cached is not None
-    k, v = expand(cached.k), expand(cached.v)
-    slots, kv_heads = cached.positions.shape[1], keys.k.shape[2]
+    k = expand(cached.k)
+    v = expand(cached.v)
+    slots = cached.positions.shape[1]
+    kv_heads = keys.k.shape[2]
     index = jnp.arange(slots)
     used = jnp.max(jnp.where(jnp.any(cached.segments > 0, axis=0), index + 1, 0))
     block_of = partial(lax.dynamic_slice_in_dim, slice_size=CACHE_BLOCK)
@@ -476,38 +590,80 @@ def attention_over_cache(
         queries = by_key_head(q[:, start:end], kv_heads)
         here = keys.positions[:, start:end], keys.segments[:, start:end]
 
-        def add(sums: Sums, k: Array, v: Array, positions: Any, segments: Any, starts: Any = None) -> Sums:
+        def add(
+            sums: Sums,
+            k: Array,
+            v: Array,
+            positions: Any,
+            segments: Any,
+            starts: Any = None,
+        ) -> Sums:
             top, total, out = sums
-            scores = capped(product("bkgqd,bkdt->bkgqt", queries, k, numerics) * config.scale, config)
-            visible = visibility(*here, positions, segments, window, starts) & (segments > 0)[:, None, :]
+            scores = capped(
+                product("bkgqd,bkdt->bkgqt", queries, k, numerics) * config.scale,
+                config,
+            )
+            visible = (
+                visibility(*here, positions, segments, window, starts)
+                & (segments > 0)[:, None, :]
+            )
             visible = visible[:, None, None]
             scores = jnp.where(visible, scores, UNSEEN)
             higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
-            weights, faded = jnp.where(visible, jnp.exp(scores - higher), 0.0), jnp.exp(top - higher)
+            weights = jnp.where(visible, jnp.exp(scores - higher), 0.0)
+            faded = jnp.exp(top - higher)
             values = product("bkgqt,bktd->bkgqd", weights, v, numerics)
-            return higher, total * faded + jnp.sum(weights, axis=-1, keepdims=True), out * faded + values
+            return (
+                higher,
+                total * faded + jnp.sum(weights, axis=-1, keepdims=True),
+                out * faded + values,
+            )
 
         def step(i: Array, sums: Sums) -> Sums:
             first = jnp.minimum(i * CACHE_BLOCK, slots - CACHE_BLOCK)
             again = (
                 block_of(index, first, axis=0) < i * CACHE_BLOCK
             )  # the last block overlaps the one before it
-            segments = jnp.where(again[None], 0, block_of(cached.segments, first, axis=1))
+            segments = jnp.where(
+                again[None], 0, block_of(cached.segments, first, axis=1)
+            )
             positions = block_of(cached.positions, first, axis=1)
-            return add(sums, block_of(k, first, axis=3), block_of(v, first, axis=2), positions, segments)
+            return add(
+                sums,
+                block_of(k, first, axis=3),
+                block_of(v, first, axis=2),
+                positions,
+                segments,
+            )
 
         # The sums before any key; a sink is a score without a value.
         shape = (*queries.shape[:-1], 1)
-        top, total = jnp.full(shape, UNSEEN, jnp.float32), jnp.zeros(shape, jnp.float32)
+        top = jnp.full(shape, UNSEEN, jnp.float32)
+        total = jnp.zeros(shape, jnp.float32)
         if keys.sinks is not None:
             top = jnp.broadcast_to(keys.sinks.reshape(1, kv_heads, -1, 1, 1), shape)
             total = jnp.ones(shape, jnp.float32)
-        last = end if keys.starts is None else q.shape[1]  # later keys may be visible
-        new_k, new_v = keys.k[:, :last].transpose(0, 2, 3, 1), keys.v[:, :last].transpose(0, 2, 1, 3)
+        # later keys may be visible
+        if keys.starts is None:
+            last = end
+        else:
+            last = q.shape[1]
+        new_k = keys.k[:, :last].transpose(0, 2, 3, 1)
+        new_v = keys.v[:, :last].transpose(0, 2, 1, 3)
         sums = top, total, jnp.zeros(queries.shape, jnp.float32)
-        sums = add(sums, new_k, new_v, keys.positions[:, :last], keys.segments[:, :last], keys.starts)
-        _, total, out = lax.fori_loop(0, (used + CACHE_BLOCK - 1) // CACHE_BLOCK, step, sums)
-        # Padding sees no key; its result must be finite, because its values are multiplied by 0 later.
+        sums = add(
+            sums,
+            new_k,
+            new_v,
+            keys.positions[:, :last],
+            keys.segments[:, :last],
+            keys.starts,
+        )
+        _, total, out = lax.fori_loop(
+            0, (used + CACHE_BLOCK - 1) // CACHE_BLOCK, step, sums
+        )
+        # Padding sees no key; its result must be finite, because its values are multiplied by 0
+        # later.
         return by_token(out / jnp.where(total > 0, total, 1.0))
 
     return jnp.concatenate([attend(*block) for block in blocks(q.shape[1])], axis=1)
@@ -526,8 +682,9 @@ def full_attention(
 ) -> Array:
     """Computes softmax attention of an encoder: float32 ``[batch, queries, heads, head_dim]`` as q.
 
-    k and v are ``[batch, keys, heads, head_dim]``; ``scale`` multiplies the scores. A row of the mask, bool
-    ``[batch, keys]``, without any key averages all of them. With ``causal``, a query sees keys up to its position.
+    k and v are ``[batch, keys, heads, head_dim]``; ``scale`` multiplies the scores. A row of the
+    mask, bool ``[batch, keys]``, without any key averages all of them. With ``causal``, a query
+    sees keys up to its position.
     """
     chex.assert_rank([q, k, v], 4)
     chex.assert_equal_shape([k, v])

@@ -1,10 +1,11 @@
-"""Attention on a GPU: cuDNN's flash attention, and Pallas kernels for Triton for long and for split rows.
+"""Attention on a GPU: cuDNN's flash attention, and Pallas kernels for Triton for long and for split
+rows.
 
 cuDNN, through `jax.nn.dot_product_attention`, has priority. It stores no ``[seq, seq]``
-probabilities, but visibility is passed as a bf16 mask of that size: 2 GB for a row of 32,768 tokens.
-If the mask is larger than 256 MB, JAX's kernel for Triton is used, which compares segments while it
-computes scores. Cached keys, dropout, and shapes that neither supports use the plain function, which
-stores no such array either.
+probabilities, but visibility is passed as a bf16 mask of that size: 2 GB for a row of 32,768
+tokens. If the mask is larger than 256 MB, JAX's kernel for Triton is used, which compares segments
+while it computes scores. Cached keys, dropout, and shapes that neither supports use the plain
+function, which stores no such array either.
 
 Pallas is imported inside functions, because it costs every process 5 MB and a tenth of a second.
 """
@@ -36,44 +37,70 @@ from nalora_jax.ops.attention import (
     with_sinks,
 )
 from nalora_jax.ops.dispatch import AUTO, Numerics
-from nalora_jax.ops.split_attention import Integers, Spread, on_shard, on_shards, split_attention
+from nalora_jax.ops.split_attention import (
+    Integers,
+    Spread,
+    on_shard,
+    on_shards,
+    split_attention,
+)
 from nalora_jax.ops.split_rows import Row
 from nalora_jax.ops.storage import read_residual, save_residual
 
 log = logging.getLogger(__name__)
 
-CUDNN, TRITON = "cudnn", "triton"
+CUDNN = "cudnn"
+TRITON = "triton"
 # bytes of a mask; for longer rows a kernel that compares segments is faster
 _LARGEST_BIAS = 256 << 20
 # Positions and columns that hold a sink. cuDNN takes even lengths and widths that 8 divides.
-_SINK_POSITIONS, _SINK_COLUMNS = 2, 8
-# Queries and keys per block of JAX's kernel; the backward pass stores four gradients and uses half of it.
+_SINK_POSITIONS = 2
+_SINK_COLUMNS = 8
+# Queries and keys per block of JAX's kernel; the backward pass stores four gradients and uses half
+# of it.
 _BLOCK = 128
-# The names of the kernels for split rows, by which `nalora plan` recognises them, and their matmuls of a
-# pair of tiles.
-FORWARD, QUERIES, KEYS = "split_attention_forward", "split_attention_queries", "split_attention_keys"
+# The names of the kernels for split rows, by which `nalora plan` recognises them, and their matmuls
+# of a pair of tiles.
+FORWARD = "split_attention_forward"
+QUERIES = "split_attention_queries"
+KEYS = "split_attention_keys"
 PRODUCTS = {FORWARD: 2, QUERIES: 3, KEYS: 4}
 SPLIT_TRITON = "split_triton"  # the three kernels in estimates
 HEAD_DIMS = (32, 64, 128)
-_LARGEST, _LEAST = 64, 16  # tokens of a tile
+# tokens of a tile
+_LARGEST = 64
+_LEAST = 16
 
 
 @self_attention.implements(CUDNN)
 def cudnn_attention(
-    q: Array, keys: Keys, window: Array | int, config: AttentionConfig, numerics: Numerics
+    q: Array,
+    keys: Keys,
+    window: Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
 ) -> Array:
     """Computes `self_attention` if cuDNN supports the arguments."""
     rows, seq = q.shape[:2]
     if config.sharding is not None:  # on each device
         rows = config.sharding.shard_shape((rows, 1, 1))[0]
-    fits = numerics.operand == "bfloat16" and cudnn_takes(seq, q.shape[-1], config.softcap)
+    fits = numerics.operand == "bfloat16" and cudnn_takes(
+        seq, q.shape[-1], config.softcap
+    )
     if not fits or (numerics.implementation == AUTO and not fits_as_bias(rows, seq)):
         return NotImplemented
-    more = (0, 0, 0, 0) if keys.sinks is None else (0, _SINK_POSITIONS, 0, _SINK_COLUMNS)
-    shapes = (tuple(n + m for n, m in zip(x.shape, more, strict=True)) for x in (q, keys.k))
+    if keys.sinks is None:
+        more = (0, 0, 0, 0)
+    else:
+        more = (0, _SINK_POSITIONS, 0, _SINK_COLUMNS)
+    shapes = (
+        tuple(n + m for n, m in zip(x.shape, more, strict=True)) for x in (q, keys.k)
+    )
     if not compiles(*shapes, config.scale, numerics.platform.kind):
         return NotImplemented
-    visible = visibility(keys.positions, keys.segments, keys.positions, keys.segments, window)
+    visible = visibility(
+        keys.positions, keys.segments, keys.positions, keys.segments, window
+    )
     q, k, v = saved_heads((q, keys.k, keys.v), config, numerics)
     if keys.sinks is None:
         return dot_product(q, k, v, visible, config.scale).astype(numerics.result)
@@ -85,18 +112,22 @@ def cudnn_attention(
 def with_sink_key(
     q: Array, k: Array, v: Array, visible: Array, sinks: Array, scale: float
 ) -> tuple[Array, Array, Array, Array]:
-    """Returns the operands of `dot_product` with one more key, whose score is the sink and whose value is 0.
+    """Returns the operands of `dot_product` with one more key, whose score is the sink and whose
+    value is 0.
 
-    The key is the first position, which all queries see. The second position is hidden and makes the length
-    even. Sinks differ between the query heads that share a key head. Queries therefore hold the sink, as the
-    sum of two bf16 numbers, in columns in which only the new key is not 0. The arrays have ``seq + 2`` and
-    ``head_dim + 8``; the results of `dot_product` start at position 2.
+    The key is the first position, which all queries see. The second position is hidden and makes
+    the length even. Sinks differ between the query heads that share a key head. Queries therefore
+    hold the sink, as the sum of two bf16 numbers, in columns in which only the new key is not 0.
+    The arrays have ``seq + 2`` and ``head_dim + 8``; the results of `dot_product` start at position
+    2.
     """
     scores = lax.stop_gradient(sinks) / scale
     high = lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=7)
     columns = slice(q.shape[-1], q.shape[-1] + 2)
     before = (_SINK_POSITIONS, 0)
-    q, k, v = (jnp.pad(x, ((0, 0), before, (0, 0), (0, _SINK_COLUMNS))) for x in (q, k, v))
+    q, k, v = (
+        jnp.pad(x, ((0, 0), before, (0, 0), (0, _SINK_COLUMNS))) for x in (q, k, v)
+    )
     in_columns = jnp.stack([high, scores - high], axis=-1).astype(q.dtype)
     q = q.at[:, _SINK_POSITIONS:, :, columns].set(in_columns)
     k = k.at[:, 0, :, columns].set(1)
@@ -115,7 +146,9 @@ def fits_as_bias(rows: float, seq: int) -> bool:
 
 
 @lru_cache(maxsize=64)
-def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, kind: str) -> bool:
+def compiles(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, kind: str
+) -> bool:
     """Returns True if cuDNN, of its version, accepts these shapes on GPUs of a kind.
 
     The program is always lowered for a GPU, and compiled if this process has a GPU of the kind.
@@ -126,8 +159,13 @@ def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, k
         local = []
     device = next((device for device in local if kind_of(device) == kind), None)
     place = None if device is None else SingleDeviceSharding(device)
-    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in (q_shape, k_shape))
-    visible = jax.ShapeDtypeStruct((q_shape[0], q_shape[1], q_shape[1]), jnp.bool_, sharding=place)
+    q, k = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+        for shape in (q_shape, k_shape)
+    )
+    visible = jax.ShapeDtypeStruct(
+        (q_shape[0], q_shape[1], q_shape[1]), jnp.bool_, sharding=place
+    )
 
     def loss(q: Array, k: Array, v: Array, visible: Array) -> Array:
         return jnp.sum(dot_product(q, k, v, visible, scale))
@@ -138,13 +176,16 @@ def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, k
         if device is not None:
             lowered.compile()
     except Exception as error:  # cuDNN's refusals have no common type
-        log.warning("cuDNN attention does not apply to %s (%s); XLA's is used", q_shape, error)
+        log.warning(
+            "cuDNN attention does not apply to %s (%s); XLA's is used", q_shape, error
+        )
         return False
     return True
 
 
 def dot_product(q: Array, k: Array, v: Array, visible: Array, scale: float) -> Array:
-    """Calls cuDNN in bf16 with the conventions of `attention`; ``visible`` is bool ``[batch or 1, seq, seq]``."""
+    """Calls cuDNN in bf16 with the conventions of `attention`; ``visible`` is bool ``[batch or 1,
+    seq, seq]``."""
     q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
     attend = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
     # Causality is implied by `visible`, but only the flag lets the kernel skip the upper triangle.
@@ -153,10 +194,18 @@ def dot_product(q: Array, k: Array, v: Array, visible: Array, scale: float) -> A
 
 @self_attention.implements(TRITON)
 def triton_attention(
-    q: Array, keys: Keys, window: Array | int, config: AttentionConfig, numerics: Numerics
+    q: Array,
+    keys: Keys,
+    window: Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
 ) -> Array:
-    """Computes `self_attention` if positions grow by one along each segment and no window is shorter than the row."""
-    fits = triton_takes(q.shape[1], q.shape[-1], config.windows, config.softcap) and keys.sinks is None
+    """Computes `self_attention` if positions grow by one along each segment and no window is
+    shorter than the row."""
+    fits = (
+        triton_takes(q.shape[1], q.shape[-1], config.windows, config.softcap)
+        and keys.sinks is None
+    )
     if not fits or not is_mapped(config, numerics):
         return NotImplemented
     del window
@@ -167,8 +216,11 @@ def triton_attention(
     return out.astype(numerics.result)
 
 
-def triton_takes(seq: int, head_dim: int, windows: Sequence[int], softcap: float | None) -> bool:
-    """Returns True if the kernel supports rows of ``seq`` tokens: whole blocks, and no shorter window."""
+def triton_takes(
+    seq: int, head_dim: int, windows: Sequence[int], softcap: float | None
+) -> bool:
+    """Returns True if the kernel supports rows of ``seq`` tokens: whole blocks, and no shorter
+    window."""
     far = bool(windows) and min(windows) >= seq
     return far and seq % _BLOCK == 0 and head_dim in (32, 64, 128) and not softcap
 
@@ -191,7 +243,14 @@ def _one_device(heads: QKV, segments: Array, *, config: AttentionConfig) -> Arra
     # The kernel does not group heads: a key head is repeated for every query head that reads it.
     q, k, v = (jnp.repeat(x, heads[0].shape[2] // x.shape[2], axis=2) for x in heads)
     out: Array = mha(
-        q, k, v, segments, sm_scale=config.scale, causal=True, block_sizes=sizes, interpret=config.interpret
+        q,
+        k,
+        v,
+        segments,
+        sm_scale=config.scale,
+        causal=True,
+        block_sizes=sizes,
+        interpret=config.interpret,
     )
     return out
 
@@ -208,9 +267,12 @@ def triton_split_attention(
     numerics: Numerics,
     sinks: Array | None = None,
 ) -> Array:
-    """Computes `split_attention` if tiles divide the blocks and images have no tokens in the row."""
+    """Computes `split_attention` if tiles divide the blocks and images have no tokens in the
+    row."""
     block = heads[0].shape[1] // 2
-    tile = min(block & -block, _LARGEST)  # the largest power of two that divides a block
+    tile = min(
+        block & -block, _LARGEST
+    )  # the largest power of two that divides a block
     if tile < _LEAST or heads[0].shape[-1] not in HEAD_DIMS or row.starts is not None:
         return NotImplemented
 
@@ -231,25 +293,42 @@ class _Options(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attention(heads: QKV, integers: Integers, sinks: Array | None, options: _Options) -> Array:
+def _attention(
+    heads: QKV, integers: Integers, sinks: Array | None, options: _Options
+) -> Array:
     """Computes attention of a shard's queries to ``options.spread`` of its keys."""
     return _fwd(heads, integers, sinks, options)[0]
 
 
-def _fwd(heads: QKV, integers: Integers, sinks: Array | None, options: _Options) -> tuple[Array, Any]:
+def _fwd(
+    heads: QKV, integers: Integers, sinks: Array | None, options: _Options
+) -> tuple[Array, Any]:
     q, k, v = heads
-    save = partial(save_residual, dtype=options.numerics.residual, numerics=options.numerics)
+    save = partial(
+        save_residual, dtype=options.numerics.residual, numerics=options.numerics
+    )
     arrays = tuple(save(x) for x in (q * options.config.scale, k, v))
     shapes = q.shape, (q.shape[0], q.shape[2], q.shape[1])
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    out, logsumexp = _call(_forward_kernel, FORWARD, _operands(arrays, options), results, integers, options)
+    out, logsumexp = _call(
+        _forward_kernel, FORWARD, _operands(arrays, options), results, integers, options
+    )
     logsumexp = logsumexp.swapaxes(1, 2)
     if sinks is not None:
-        out, logsumexp = with_sinks(out, logsumexp[..., None], sinks[None, None, :, None])
+        out, logsumexp = with_sinks(
+            out, logsumexp[..., None], sinks[None, None, :, None]
+        )
         logsumexp = logsumexp[..., 0]
-    saved, total = save(out), save_residual(logsumexp, "float32", options.numerics)
+    saved = save(out)
+    total = save_residual(logsumexp, "float32", options.numerics)
     like = tuple(jnp.zeros((0,), x.dtype) for x in heads)
-    return read_residual(saved, options.numerics.result), (arrays, saved, total, integers, like)
+    return read_residual(saved, options.numerics.result), (
+        arrays,
+        saved,
+        total,
+        integers,
+        like,
+    )
 
 
 def _bwd(options: _Options, residuals: Any, g: Array) -> tuple[Any, ...]:
@@ -264,14 +343,19 @@ def _bwd(options: _Options, residuals: Any, g: Array) -> tuple[Any, ...]:
     part = jax.ShapeDtypeStruct(jax.tree.leaves(heads[1])[0].shape, dk.dtype)
     back = jax.linear_transpose(options.spread, part)
     grads = dq * options.config.scale, *back(dk), *back(dv)
-    return tuple(x.astype(y.dtype) for x, y in zip(grads, like, strict=True)), None, None
+    return (
+        tuple(x.astype(y.dtype) for x, y in zip(grads, like, strict=True)),
+        None,
+        None,
+    )
 
 
 _attention.defvjp(_fwd, _bwd)
 
 
 def _operands(heads: Any, options: _Options) -> list[Array]:
-    """Returns a shard's queries, and the keys and values that they may see, from the saved heads."""
+    """Returns a shard's queries, and the keys and values that they may see, from the saved
+    heads."""
     spread = [heads[0], *(jax.tree.map(options.spread, x) for x in heads[1:])]
     return [read_residual(x, options.numerics.operand) for x in spread]
 
@@ -279,10 +363,12 @@ def _operands(heads: Any, options: _Options) -> list[Array]:
 def _visits(integers: Integers, size: int) -> tuple[Array, Array, Array]:
     """Returns the pairs of tiles of ``size`` tokens that have visible keys.
 
-    Int ``[tiles]``, the index of a tile's first query among the keys; ``[batch, 2, tiles]``, its first tile of
-    keys and the end of the last one; ``[batch, 2, runs, tiles of keys]``, the same of queries, by run.
+    Int ``[tiles]``, the index of a tile's first query among the keys; ``[batch, 2, tiles]``, its
+    first tile of keys and the end of the last one; ``[batch, 2, runs, tiles of keys]``, the same of
+    queries, by run.
     """
-    queries, window = integers.queries, integers.window
+    queries = integers.queries
+    window = integers.window
     batch, of_keys = integers.keys.segments.shape
     runs = queries.first.shape[0]
     tiles = queries.positions.shape[1] // size // runs
@@ -292,10 +378,15 @@ def _visits(integers: Integers, size: int) -> tuple[Array, Array, Array]:
     earliest = jnp.maximum(first - queries.positions[:, ::size], first - window + 1)
     low = jnp.maximum(earliest, 0) // size
     end = jnp.broadcast_to((first + size - 1) // size + 1, low.shape)
-    visited = (low[..., None] <= tile) & (tile < end[..., None])  # [batch, tiles, tiles of keys]
+    visited = (low[..., None] <= tile) & (
+        tile < end[..., None]
+    )  # [batch, tiles, tiles of keys]
     visited = visited.reshape(batch, runs, -1, of_keys // size)
     # The queries that see a tile of keys are neighbours.
-    begin = jnp.argmax(visited, axis=2) + (visited.shape[2] * jnp.arange(runs))[None, :, None]
+    begin = (
+        jnp.argmax(visited, axis=2)
+        + (visited.shape[2] * jnp.arange(runs))[None, :, None]
+    )
     visitors = jnp.stack([begin, begin + jnp.sum(visited, axis=2)], axis=1)
     return first[0], jnp.stack([low, end], axis=1), visitors
 
@@ -304,43 +395,68 @@ def _visits(integers: Integers, size: int) -> tuple[Array, Array, Array]:
 
 
 def _call(
-    kernel: Any, name: str, arrays: list[Array], results: Any, integers: Integers, options: _Options
+    kernel: Any,
+    name: str,
+    arrays: list[Array],
+    results: Any,
+    integers: Integers,
+    options: _Options,
 ) -> Any:
     """Runs a kernel for each tile of queries, or of keys for `KEYS`, and each example and head.
 
-    A gradient's ``arrays`` also have the cotangent and two numbers of each query ``[batch, heads, queries]``.
+    A gradient's ``arrays`` also have the cotangent and two numbers of each query ``[batch, heads,
+    queries]``.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
     (batch, queries, heads, dim), (_, keys, kv_heads, _) = (x.shape for x in arrays[:2])
-    size, config, groups = options.size, options.config, heads // kv_heads
+    size = options.size
+    config = options.config
+    groups = heads // kv_heads
     first, of_queries, of_keys = _visits(integers, size)
     tile = pl.BlockSpec((None, size, None, dim), lambda i, b, h: (b, i, h, 0))
     if name == KEYS:
-        grid, visits = (keys // size, batch, kv_heads), of_keys
-        all_queries = pl.BlockSpec((None, queries, groups, dim), lambda i, b, h: (b, 0, h, 0))
+        grid = (keys // size, batch, kv_heads)
+        visits = of_keys
+        all_queries = pl.BlockSpec(
+            (None, queries, groups, dim), lambda i, b, h: (b, 0, h, 0)
+        )
         numbers = pl.BlockSpec((None, groups, queries), lambda i, b, h: (b, h, 0))
-        specs, out_specs = [all_queries, tile, tile, all_queries, numbers, numbers], [tile, tile]
+        specs = [all_queries, tile, tile, all_queries, numbers, numbers]
+        out_specs = [tile, tile]
     else:
-        grid, visits = (queries // size, batch, heads), of_queries
-        all_keys = pl.BlockSpec((None, keys, None, dim), lambda i, b, h: (b, 0, h // groups, 0))
+        grid = (queries // size, batch, heads)
+        visits = of_queries
+        all_keys = pl.BlockSpec(
+            (None, keys, None, dim), lambda i, b, h: (b, 0, h // groups, 0)
+        )
         number = pl.BlockSpec((None, None, size), lambda i, b, h: (b, h, i))
-        specs, out_specs = [tile, all_keys, all_keys, tile, number, number], [tile, number]
+        specs = [tile, all_keys, all_keys, tile, number, number]
+        out_specs = [tile, number]
 
     def of_example(x: Array) -> Any:
-        return pl.BlockSpec((None, *x.shape[1:]), lambda i, b, h: (b, *(0,) * (x.ndim - 1)))
+        return pl.BlockSpec(
+            (None, *x.shape[1:]), lambda i, b, h: (b, *(0,) * (x.ndim - 1))
+        )
 
     segments = [integers.queries.segments, integers.keys.segments]
     segment_specs = [of_example(x) for x in segments]
-    segment_specs[int(name == KEYS)] = pl.BlockSpec((None, size), lambda i, b, h: (b, i))
+    segment_specs[int(name == KEYS)] = pl.BlockSpec(
+        (None, size), lambda i, b, h: (b, i)
+    )
     shared = [first, integers.window[None]]
     shared_specs = [pl.BlockSpec(x.shape, lambda i, b, h: (0,)) for x in shared]
     kernel_options: dict[str, Any] = {"name": name, "interpret": config.interpret}
     return pl.pallas_call(
         partial(kernel, size=size, softcap=config.softcap),
         grid=grid,
-        in_specs=[*segment_specs, of_example(visits), *shared_specs, *specs[: len(arrays)]],
+        in_specs=[
+            *segment_specs,
+            of_example(visits),
+            *shared_specs,
+            *specs[: len(arrays)],
+        ],
         out_specs=out_specs[: len(results)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
@@ -348,10 +464,19 @@ def _call(
     )(*(x.astype(jnp.int32) for x in (*segments, visits, *shared)), *arrays)
 
 
-def _seen(places: Array, segments: Array, key_places: Array, key_segments: Array, window: Array) -> Array:
-    """Returns whether each query sees each key, bool ``[size, size]``; places are in the order of the keys."""
+def _seen(
+    places: Array,
+    segments: Array,
+    key_places: Array,
+    key_segments: Array,
+    window: Array,
+) -> Array:
+    """Returns whether each query sees each key, bool ``[size, size]``; places are in the order of
+    the keys."""
     ahead = places[:, None] - key_places[None, :]
-    return (segments[:, None] == key_segments[None, :]) & (ahead >= 0) & (ahead < window)
+    return (
+        (segments[:, None] == key_segments[None, :]) & (ahead >= 0) & (ahead < window)
+    )
 
 
 def _product(x: Array, y: Array) -> Array:
@@ -367,7 +492,8 @@ def _gradients(
     q: Array, k: Array, v: Array, g: Array, logsumexp: Array, inner: Array, seen: Any,
     softcap: float,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Returns the probabilities of a pair of tiles and the gradients of its scores, ``[size, size]``."""
+    """Returns the probabilities of a pair of tiles and the gradients of its scores, ``[size,
+    size]``."""
     scores = _scores(q, k, softcap)
     weights = jnp.where(seen, jnp.exp(scores - logsumexp[:, None]), 0.0)
     slope = weights * (_product(g, v.T) - inner[:, None])
@@ -383,17 +509,28 @@ def _forward_kernel(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    number, span = pl.program_id(0), jnp.arange(size)
-    query, places, segment = triton.load(q), first[number] + span, triton.load(segments)
+    number = pl.program_id(0)
+    span = jnp.arange(size)
+    query = triton.load(q)
+    places = first[number] + span
+    segment = triton.load(segments)
 
     def body(tile: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         top, total, mean = carry
         tokens = pl.ds(tile * size, size)
-        key, value = triton.load(k.at[tokens, :]), triton.load(v.at[tokens, :])
-        seen = _seen(places, segment, tile * size + span, triton.load(key_segments.at[tokens]), window[0])
+        key = triton.load(k.at[tokens, :])
+        value = triton.load(v.at[tokens, :])
+        seen = _seen(
+            places,
+            segment,
+            tile * size + span,
+            triton.load(key_segments.at[tokens]),
+            window[0],
+        )
         scores = jnp.where(seen, _scores(query, key, softcap), UNSEEN)
         new = jnp.maximum(top, jnp.max(scores, axis=1))
-        weights, before = jnp.exp(scores - new[:, None]), jnp.exp(top - new)
+        weights = jnp.exp(scores - new[:, None])
+        before = jnp.exp(top - new)
         mean = mean * before[:, None] + _product(weights.astype(value.dtype), value)
         return new, total * before + jnp.sum(weights, axis=1), mean
 
@@ -411,18 +548,29 @@ def _queries_kernel(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    number, span = pl.program_id(0), jnp.arange(size)
+    number = pl.program_id(0)
+    span = jnp.arange(size)
     query, gradient, total, mean = (triton.load(x) for x in (q, g, logsumexp, inner))
-    places, segment = first[number] + span, triton.load(segments)
+    places = first[number] + span
+    segment = triton.load(segments)
 
     def body(tile: Array, sums: Array) -> Array:
         tokens = pl.ds(tile * size, size)
-        key, value = triton.load(k.at[tokens, :]), triton.load(v.at[tokens, :])
-        seen = _seen(places, segment, tile * size + span, triton.load(key_segments.at[tokens]), window[0])
+        key = triton.load(k.at[tokens, :])
+        value = triton.load(v.at[tokens, :])
+        seen = _seen(
+            places,
+            segment,
+            tile * size + span,
+            triton.load(key_segments.at[tokens]),
+            window[0],
+        )
         _, slope = _gradients(query, key, value, gradient, total, mean, seen, softcap)
         return sums + _product(slope.astype(key.dtype), key)
 
-    sums = lax.fori_loop(visits[0, number], visits[1, number], body, jnp.zeros(query.shape, jnp.float32))
+    sums = lax.fori_loop(
+        visits[0, number], visits[1, number], body, jnp.zeros(query.shape, jnp.float32)
+    )
     triton.store(dq, sums.astype(dq.dtype))
 
 
@@ -433,24 +581,34 @@ def _keys_kernel(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    number, span = pl.program_id(0), jnp.arange(size)
-    key, value, of_keys = triton.load(k), triton.load(v), triton.load(key_segments)
+    number = pl.program_id(0)
+    span = jnp.arange(size)
+    key = triton.load(k)
+    value = triton.load(v)
+    of_keys = triton.load(key_segments)
 
     def body(step: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-        tile, head = lax.div(step, groups), lax.rem(step, groups)
+        tile = lax.div(step, groups)
+        head = lax.rem(step, groups)
         tokens = pl.ds(tile * size, size)
-        query, gradient = triton.load(q.at[tokens, head, :]), triton.load(g.at[tokens, head, :])
-        total, mean = triton.load(logsumexp.at[head, tokens]), triton.load(inner.at[head, tokens])
-        places, segment = first[tile] + span, triton.load(segments.at[tokens])
+        query = triton.load(q.at[tokens, head, :])
+        gradient = triton.load(g.at[tokens, head, :])
+        total = triton.load(logsumexp.at[head, tokens])
+        mean = triton.load(inner.at[head, tokens])
+        places = first[tile] + span
+        segment = triton.load(segments.at[tokens])
         seen = _seen(places, segment, number * size + span, of_keys, window[0])
-        weights, slope = _gradients(query, key, value, gradient, total, mean, seen, softcap)
+        weights, slope = _gradients(
+            query, key, value, gradient, total, mean, seen, softcap
+        )
         to_key = sums[0] + _product(slope.T.astype(query.dtype), query)
         return to_key, sums[1] + _product(weights.T.astype(gradient.dtype), gradient)
 
     groups = q.shape[1]
     sums = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
     for run in range(visits.shape[1]):
-        begin, end = visits[0, run, number], visits[1, run, number]
+        begin = visits[0, run, number]
+        end = visits[1, run, number]
         sums = lax.fori_loop(begin * groups, end * groups, body, sums)
     triton.store(dk, sums[0].astype(dk.dtype))
     triton.store(dv, sums[1].astype(dv.dtype))

@@ -1,4 +1,5 @@
-"""Attention on a TPU by JAX's Pallas kernel splash attention, of whole rows and of rows split over devices.
+"""Attention on a TPU by JAX's Pallas kernel splash attention, of whole rows and of rows split over
+devices.
 
 The kernel skips blocks by segment, causality and window, and stores no ``[seq, seq]``
 probabilities. Rematerialized layers that save the results of matmuls also save its result and
@@ -11,6 +12,7 @@ Pallas is imported inside functions, because it costs every process 5 MB and a t
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -49,8 +51,8 @@ LANES = 128  # width of a TPU register; block sizes must be multiples of it
 # Queries and keys per block. A block is computed entirely if any of its pairs is seen: large blocks
 # waste work along the diagonal, small blocks cost time between them.
 BLOCKS = (1024, 512, 256, LANES)
-# Most numbers in a block of queries, keys or values: the backward pass holds several blocks in a TPU's
-# vector memory, and with 1,024 queries and heads of 256 v5p has too little of it.
+# Most numbers in a block of queries, keys or values: the backward pass holds several blocks in a
+# TPU's vector memory, and with 1,024 queries and heads of 256 v5p has too little of it.
 LARGEST = 1024 * LANES
 # The fused kernel writes one partial gradient of the queries per block of keys. With more parts
 # they take gigabytes.
@@ -60,7 +62,11 @@ _SUMS_ENTIRE_ARRAYS = ("TPU v5 lite", "TPU v5e")  # see `gathered_exactly`
 
 @self_attention.implements(SPLASH)
 def splash_attention(
-    q: Array, keys: Keys, window: Array | int, config: AttentionConfig, numerics: Numerics
+    q: Array,
+    keys: Keys,
+    window: Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
 ) -> Array:
     """Computes `self_attention`; on a mesh, each device computes its own examples and heads.
 
@@ -90,50 +96,68 @@ def takes(seq: int, head_dim: int) -> bool:
 
 
 def _one_device(
-    heads: QKV, segments: Array, choice: Array, sinks: Array | None, *, config: AttentionConfig
+    heads: QKV,
+    segments: Array,
+    choice: Array,
+    sinks: Array | None,
+    *,
+    config: AttentionConfig,
 ) -> Array:
     """Computes one device's part: ``[batch, seq, heads, head_dim]``."""
     _, seq, n, head_dim = heads[0].shape
 
     def of_window(window: int) -> Any:
-        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+        from jax.experimental.pallas.ops.tpu.splash_attention import (
+            splash_attention_mask as masks,
+        )
 
         mask: Any = masks.CausalMask((seq, seq))
         if window < seq:
             mask = masks.LocalMask((seq, seq), window_size=(window - 1, 0), offset=0)
         kernel = _kernel(mask, n, 1, block_sizes(seq, window, head_dim), config)
-        return partial(_called, kernel, of_queries=segments, of_keys=segments, sinks=sinks)
+        return partial(
+            _called, kernel, of_queries=segments, of_keys=segments, sinks=sinks
+        )
 
-    out: Array = lax.switch(choice, [of_window(size) for size in config.windows or (seq,)], heads)
+    out: Array = lax.switch(
+        choice, [of_window(size) for size in config.windows or (seq,)], heads
+    )
     return out
 
 
 def block_sizes(seq: int, window: int, head_dim: int) -> dict[str, Any]:
     """Returns the kernels' block sizes for rows of ``seq`` tokens, a multiple of 128.
 
-    Blocks are at most a quarter of the row and half of the ``window``, and smaller for heads of more
-    than 128. One fused kernel computes all gradients with five matmuls instead of the seven of two
-    kernels. It is not used with more than `_MOST_PARTS` blocks of keys, or with windows, which leave
-    fewer matmuls but as many partial gradients to sum.
+    Blocks are at most a quarter of the row and half of the ``window``, and smaller for heads of
+    more than 128. One fused kernel computes all gradients with five matmuls instead of the seven of
+    two kernels. It is not used with more than `_MOST_PARTS` blocks of keys, or with windows, which
+    leave fewer matmuls but as many partial gradients to sum.
     """
     span = min(window, seq)
     most = min(seq // 4, LARGEST // head_dim)
     if span < seq:
         most = min(most, span // 2)
     block = largest_block(seq, most)
-    names = [f"block_{name}" for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")]
+    names = [
+        f"block_{name}"
+        for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")
+    ]
     if span == seq and seq // block <= _MOST_PARTS:
         return dict.fromkeys(names, block) | {"use_fused_bwd_kernel": True}
     return dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block)
 
 
 def largest_block(length: int, most: int) -> int:
-    """Returns the largest block size that divides ``length`` and is at most ``most``; at least 128."""
-    return max((size for size in BLOCKS if length % size == 0 and size <= most), default=LANES)
+    """Returns the largest block size that divides ``length`` and is at most ``most``; at least
+    128."""
+    return max(
+        (size for size in BLOCKS if length % size == 0 and size <= most), default=LANES
+    )
 
 
 def computed_pairs(seq: int, window: int, head_dim: int) -> float:
-    """Returns the query-key pairs that the kernels compute for a row: of every block of which any pair is seen."""
+    """Returns the query-key pairs that the kernels compute for a row: of every block of which any
+    pair is seen."""
     block = block_sizes(seq, window, head_dim)["block_q"]
     # Blocks of keys before the diagonal block that a block of queries sees.
     before = -(-(min(window, seq) - 1) // block)
@@ -154,17 +178,20 @@ def split_splash_attention(
 ) -> Array:
     """Computes `split_attention` if the kernels support the blocks.
 
-    Every shard has its queries' part of the causal mask of the row, so that it skips the blocks that
-    its early and its late queries do not see. Each window is compiled as a branch, as in `splash_attention`.
+    Every shard has its queries' part of the causal mask of the row, so that it skips the blocks
+    that its early and its late queries do not see. Each window is compiled as a branch, as in
+    `splash_attention`.
     """
     q, k, v = heads
-    sharding, block = config.sharding, q.shape[1] // 2
+    sharding = config.sharding
+    block = q.shape[1] // 2
     assert sharding is not None
     if not takes(block, q.shape[-1]) or row.starts is not None:
         return NotImplemented
     scaled = saved_heads((q * config.scale, k, v), config, numerics)
     q, k, v = (x.astype(numerics.operand) for x in scaled)
-    shards, of_device = shards_of(sharding), q.shape[2] // sharding.mesh.shape.get("tensor", 1)
+    shards = shards_of(sharding)
+    of_device = q.shape[2] // sharding.mesh.shape.get("tensor", 1)
     seq = 2 * shards * block
     windows = config.windows or (seq,)
     far = [size for size in windows if not reach((size,), block, row)]
@@ -172,9 +199,13 @@ def split_splash_attention(
     def of_row(window: int) -> Any:
         """Returns the kernel of all shards' queries."""
         mask = _parts_mask()(block, shards, window if window < seq else None)
-        return _kernel(mask, of_device, shards, _sizes(block, block, window, q.shape[3]), config)
+        return _kernel(
+            mask, of_device, shards, _sizes(block, block, window, q.shape[3]), config
+        )
 
-    def on_shard(heads: QKV, row: Row, window: Array, sinks: Any, *kernels: Any) -> Array:
+    def on_shard(
+        heads: QKV, row: Row, window: Array, sinks: Any, *kernels: Any
+    ) -> Array:
         """Computes a shard's part ``[batch, 2 * block, heads, head_dim]``."""
         by_size = dict(zip(far, kernels, strict=True))
 
@@ -182,7 +213,13 @@ def split_splash_attention(
             if size not in by_size:
                 return _attend_near(size, config, row, sinks, (q, k, v))
             of_queries = by_part(row.slices(0).segments)
-            return _called(by_size[size], (q, spread(k), spread(v)), of_queries, row.segments, sinks)
+            return _called(
+                by_size[size],
+                (q, spread(k), spread(v)),
+                of_queries,
+                row.segments,
+                sinks,
+            )
 
         branches = [partial(attend, size) for size in windows]
         out: Array = lax.switch(_index(window, windows), branches, *heads)
@@ -191,27 +228,43 @@ def split_splash_attention(
     kernels = tuple(of_row(size) for size in far)
     by_query = NamedSharding(sharding.mesh, P(None, CONTEXT))
     specs = tuple(kernel.manual_sharding_spec(by_query) for kernel in kernels)
-    spread = gathered_exactly if numerics.platform.kind in _SUMS_ENTIRE_ARRAYS else gathered
-    out = on_shards(on_shard, (q, k, v), row, window, config, sinks, *kernels, more_specs=specs)
+    spread: Callable[[jax.Array], jax.Array] = gathered
+    if numerics.platform.kind in _SUMS_ENTIRE_ARRAYS:
+        spread = gathered_exactly
+    out = on_shards(
+        on_shard, (q, k, v), row, window, config, sinks, *kernels, more_specs=specs
+    )
     return out.astype(jnp.float32).astype(numerics.result)
 
 
-def _attend_near(window: int, config: AttentionConfig, row: Row, sinks: Array | None, heads: QKV) -> Array:
+def _attend_near(
+    window: int, config: AttentionConfig, row: Row, sinks: Array | None, heads: QKV
+) -> Array:
     """Computes attention to the keys that a window within a block reaches."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
 
     q, k, v = heads
     block = q.shape[1] // 2
     ahead = -(-(window - 1) // LANES) * LANES
     segments = row.slices(ahead).segments
-    mask = masks.LocalMask((block, ahead + block), window_size=(window - 1, 0), offset=ahead)
-    kernel = _kernel(mask, q.shape[2], 1, _sizes(block, ahead + block, window, q.shape[3]), config)
+    mask = masks.LocalMask(
+        (block, ahead + block), window_size=(window - 1, 0), offset=ahead
+    )
+    kernel = _kernel(
+        mask, q.shape[2], 1, _sizes(block, ahead + block, window, q.shape[3]), config
+    )
     near = by_block(q), with_preceding(k, ahead), with_preceding(v, ahead)
     return by_part(_called(kernel, near, segments[:, ahead:], segments, sinks))
 
 
-def _called(kernel: Any, heads: QKV, of_queries: Array, of_keys: Array, sinks: Array | None) -> Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
+def _called(
+    kernel: Any, heads: QKV, of_queries: Array, of_keys: Array, sinks: Array | None
+) -> Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import (
+        SegmentIds,
+    )
 
     q, k, v = (x.swapaxes(1, 2) for x in heads)
     attend = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
@@ -222,37 +275,55 @@ def _called(kernel: Any, heads: QKV, of_queries: Array, of_keys: Array, sinks: A
 @functools.cache
 def _parts_mask() -> Any:
     """Returns a subclass of Pallas's mask, which is defined on first use."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
 
     class PartsMask(masks.LocalMask):
-        """Causal mask of the queries of all shards, in the order of the shards, and the keys of the row.
+        """Causal mask of the queries of all shards, in the order of the shards, and the keys of the
+        row.
 
-        The kernel computes the mask of a block from the queries' indices. On the host only two facts of
-        a block are used: whether it has a seen pair, and whether it has an unseen pair. They follow from
-        the ends of the block, so that its pairs need not be enumerated.
+        The kernel computes the mask of a block from the queries' indices. On the host only two
+        facts of
+        a block are used: whether it has a seen pair, and whether it has an unseen pair. They follow
+        from the ends of the block, so that its pairs need not be enumerated.
         """
 
         def __init__(self, block: int, shards: int, window: int | None) -> None:
-            """Creates the mask of rows of ``2 * shards`` blocks; ``window`` is None without a limit."""
+            """Creates the mask of rows of ``2 * shards`` blocks; ``window`` is None without a
+            limit."""
             seq = 2 * shards * block
             super().__init__((seq, seq), (None if window is None else window - 1, 0), 0)
             shard = np.arange(shards)
             blocks = np.stack([shard, 2 * shards - 1 - shard], axis=1).reshape(-1, 1)
-            self.q_sequence = (blocks * block + np.arange(block)).reshape(-1).astype(np.int32)
+            self.q_sequence = (
+                (blocks * block + np.arange(block)).reshape(-1).astype(np.int32)
+            )
 
         def __getitem__(self, index: Any) -> np.ndarray:
-            """Returns an array whose ``any()`` and ``all()`` are those of the mask of neighbouring tokens."""
-            queries, keys = self.q_sequence[index[0]], range(self.shape[1])[index[1]]
-            left = self.shape[1] if self.window_size[0] is None else self.window_size[0]
+            """Returns an array whose ``any()`` and ``all()`` are those of the mask of neighbouring
+            tokens."""
+            queries = self.q_sequence[index[0]]
+            keys = range(self.shape[1])[index[1]]
+            if self.window_size[0] is None:
+                left = self.shape[1]
+            else:
+                left = self.window_size[0]
             some = keys[0] <= queries[-1] and keys[-1] >= queries[0] - left
-            return np.array([[some, keys[-1] <= queries[0] and keys[0] >= queries[-1] - left]])
+            return np.array(
+                [[some, keys[-1] <= queries[0] and keys[0] >= queries[-1] - left]]
+            )
 
     return PartsMask
 
 
-def _kernel(mask: Any, heads: int, shards: int, sizes: dict[str, Any], config: AttentionConfig) -> Any:
+def _kernel(
+    mask: Any, heads: int, shards: int, sizes: dict[str, Any], config: AttentionConfig
+) -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
 
     return splash_attention_kernel.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
@@ -269,6 +340,12 @@ def _sizes(queries: int, keys: int, window: int, head_dim: int) -> dict[str, Any
     """Returns the kernels' block sizes, which divide the lengths; at most half of the window."""
     most = min(LARGEST // head_dim, max(window // 2, LANES))
     of_queries = ("block_q", "block_q_dkv", "block_q_dq")
-    of_keys = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
+    of_keys = (
+        "block_kv",
+        "block_kv_compute",
+        "block_kv_dkv",
+        "block_kv_dkv_compute",
+        "block_kv_dq",
+    )
     sizes = dict.fromkeys(of_queries, largest_block(queries, most))
     return sizes | dict.fromkeys(of_keys, largest_block(keys, most))

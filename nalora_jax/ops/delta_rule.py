@@ -2,11 +2,12 @@
 
 With keys ``k`` and queries ``q`` of unit norm, every head has a state ``S [d_k, d_v]``::
 
-    S_t = exp(g_t) S_{t-1} + k_t (b_t (v_t - exp(g_t) k_t^T S_{t-1}))^T        o_t = q_t^T S_t / sqrt(d_k)
+    S_t = exp(g_t) S_{t-1} + k_t (b_t (v_t - exp(g_t) k_t^T S_{t-1}))^T        o_t = q_t^T S_t /
+    sqrt(d_k)
 
-Within a chunk the corrections ``b_t (v_t - ...)`` of all tokens solve a unit triangular system. Only
-one state per chunk is saved for the backward pass, which recomputes the rest of a chunk. The state
-starts at zero in every segment of a packed row, and padding leaves it unchanged.
+Within a chunk the corrections ``b_t (v_t - ...)`` of all tokens solve a unit triangular system.
+Only one state per chunk is saved for the backward pass, which recomputes the rest of a chunk. The
+state starts at zero in every segment of a packed row, and padding leaves it unchanged.
 
 Sources: Gated DeltaNet, arXiv 2412.06464; the parallel form, 2406.06484.
 """
@@ -45,11 +46,12 @@ def gated_delta_rule(
     before: Array | None = None,
     numerics: Numerics = Numerics(),  # noqa: B008
 ) -> tuple[Array, Array]:
-    """Returns the outputs ``o``, float32 ``[batch, seq, groups, n, d_v]``, and the state after the last token.
+    """Returns the outputs ``o``, float32 ``[batch, seq, groups, n, d_v]``, and the state after the
+    last token.
 
-    Each of the ``segments``, int ``[batch or 1, seq]``, is one run of tokens, 0 is padding, whose outputs have no
-    meaning. ``state`` is float32 ``[batch, groups, n, d_k, d_v]`` before the first token, zero by default, and
-    ``before`` its segment, int ``[batch]``, 1 by default.
+    Each of the ``segments``, int ``[batch or 1, seq]``, is one run of tokens, 0 is padding, whose
+    outputs have no meaning. ``state`` is float32 ``[batch, groups, n, d_k, d_v]`` before the first
+    token, zero by default, and ``before`` its segment, int ``[batch]``, 1 by default.
     """
     batch, seq, groups, n, d_v = inputs.v.shape
     size = min(CHUNK, 1 << (seq - 1).bit_length())
@@ -64,7 +66,8 @@ def gated_delta_rule(
         state = jnp.zeros((batch, groups, n, inputs.k.shape[-1], d_v), jnp.float32)
     if before is None:
         before = jnp.ones((batch,), segments.dtype)
-    runs, start = segment_runs(segments, before[:, None]), (state.astype(jnp.float32), before)
+    runs = segment_runs(segments, before[:, None])
+    start = (state.astype(jnp.float32), before)
     # Under `checkpoint` the scan saves its carry, and recomputes the chunk in the backward pass.
     step = jax.checkpoint(partial(_chunk, numerics=numerics))
     (last, _), out = lax.scan(step, start, (*chunks, _chunks(runs, size, -1)))
@@ -76,13 +79,16 @@ def gated_delta_rule(
 def segment_runs(segments: Array, before: Array | int = 1) -> Array:
     """Returns the segment of the last real token at or before each token: int ``[batch, seq]``.
 
-    Padding at a row's start gets ``before`` (scalar or ``[batch, 1]``), the segment of an earlier state.
+    Padding at a row's start gets ``before`` (scalar or ``[batch, 1]``), the segment of an earlier
+    state.
 
     Example: ``[[0, 2, 2, 0, 3]]`` -> ``[[1, 2, 2, 2, 3]]``.
     """
     index = jnp.where(segments > 0, jnp.arange(segments.shape[1])[None], -1)
     last = lax.cummax(index, axis=1)
-    return jnp.where(last < 0, before, jnp.take_along_axis(segments, jnp.maximum(last, 0), axis=1))
+    return jnp.where(
+        last < 0, before, jnp.take_along_axis(segments, jnp.maximum(last, 0), axis=1)
+    )
 
 
 def _chunks(x: Array, size: int, axis: int) -> Array:
@@ -97,27 +103,36 @@ def _chunks(x: Array, size: int, axis: int) -> Array:
     return jnp.moveaxis(jnp.moveaxis(x, 2, axis), 1, 0)
 
 
-def _chunk(carry: tuple[Array, Array], chunk: tuple[Array, ...], numerics: Numerics) -> tuple[Any, Array]:
+def _chunk(
+    carry: tuple[Array, Array], chunk: tuple[Array, ...], numerics: Numerics
+) -> tuple[Any, Array]:
     """Returns the state after a chunk, with its segment, and the outputs of the chunk's tokens.
 
-    ``carry`` is a state ``[batch, groups, n, d_k, d_v]`` and its segment ``[batch]``; ``chunk`` are q and k
-    ``[batch, groups, size, d_k]``, v ``[batch, groups, n, size, d_v]``, decays and betas ``[batch, groups, n,
-    size]``, and segments ``[batch, size]``.
+    ``carry`` is a state ``[batch, groups, n, d_k, d_v]`` and its segment ``[batch]``; ``chunk`` are
+    q and k ``[batch, groups, size, d_k]``, v ``[batch, groups, n, size, d_v]``, decays and betas
+    ``[batch, groups, n, size]``, and segments ``[batch, size]``.
     """
-    (state, before), (q, k, v, decay, beta, runs) = carry, chunk
-    q, k = _unit(q) * q.shape[-1] ** -0.5, _unit(k)
+    (state, before) = carry
+    (q, k, v, decay, beta, runs) = chunk
+    q = _unit(q) * q.shape[-1] ** -0.5
+    k = _unit(k)
     total = jnp.cumsum(decay, axis=-1)
     last = total[..., -1:]
     causal = jnp.tril(runs[:, :, None] == runs[:, None, :])[:, None, None]
-    # Decay between two tokens of a segment, from the state before, and to the state after: [..., size].
-    pairs = jnp.exp(jnp.where(causal, total[..., :, None] - total[..., None, :], -jnp.inf))
+    # Decay between two tokens of a segment, from the state before, and to the state after: [...,
+    # size].
+    pairs = jnp.exp(
+        jnp.where(causal, total[..., :, None] - total[..., None, :], -jnp.inf)
+    )
     carried = _within(runs == before[:, None], jnp.exp(total))
     remaining = _within(runs == runs[:, -1:], jnp.exp(last - total))
     both = jnp.concatenate([q, k], axis=2)
     of_q, of_k = jnp.split(_product("bgcd,bgnde->bgnce", both, state), 2, axis=3)
     qk, kk = jnp.split(_product("bgcd,bgsd->bgcs", both, k)[:, :, None], 2, axis=3)
     system = jnp.tril(beta[..., None] * kk * pairs, -1)
-    delta = solve_unit(system, beta[..., None] * (v.astype(jnp.float32) - carried * of_k), numerics)
+    delta = solve_unit(
+        system, beta[..., None] * (v.astype(jnp.float32) - carried * of_k), numerics
+    )
     out = carried * of_q + _product("bgncs,bgnse->bgnce", qk * pairs, delta)
     decayed = _within(runs[:, -1:] == before[:, None], jnp.exp(last)) * state
     state = decayed + _product("bgcd,bgnce->bgnde", k, remaining * delta)
@@ -133,19 +148,23 @@ def _unit(x: Array) -> Array:
 
 
 def _within(mask: Array, decay: Array) -> Array:
-    """Returns ``decay [batch, groups, n, tokens]`` within ``mask [batch, tokens]``, with a last axis of 1."""
+    """Returns ``decay [batch, groups, n, tokens]`` within ``mask [batch, tokens]``, with a last
+    axis of 1."""
     return jnp.where(mask[:, None, None], decay, 0.0)[..., None]
 
 
 def solve_unit(lower: Array, target: Array, numerics: Numerics) -> Array:
-    """Returns ``(I + lower)^-1 target`` for strictly lower triangular matrices, in float32 products.
+    """Returns ``(I + lower)^-1 target`` for strictly lower triangular matrices, in float32
+    products.
 
-    ``lower`` is ``[..., size, size]``, the size a power of two; ``target`` is ``[..., size, columns]``. On one
-    CPU, LAPACK's substitution takes a tenth of the time of the inverse, whose matmuls suit matrix units.
-    Several devices would gather the systems for it.
+    ``lower`` is ``[..., size, size]``, the size a power of two; ``target`` is ``[..., size,
+    columns]``. On one CPU, LAPACK's substitution takes a tenth of the time of the inverse, whose
+    matmuls suit matrix units. Several devices would gather the systems for it.
     """
     if numerics.facts_of == "cpu" and numerics.platform.devices == 1:
-        return lax.linalg.triangular_solve(lower, target, left_side=True, lower=True, unit_diagonal=True)
+        return lax.linalg.triangular_solve(
+            lower, target, left_side=True, lower=True, unit_diagonal=True
+        )
     return _solve_unit(lower, target)
 
 
@@ -175,14 +194,23 @@ def _unit_inverse(lower: Array) -> Array:
     ``[[A, 0], [C, B]]^-1 = [[A', 0], [-B' C A', B']]``. A Neumann series would have the same
     products but overflows for equal keys, whose powers grow like binomial coefficients.
     """
-    index, highest = jnp.arange(lower.shape[-1]), partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    inverse = jnp.broadcast_to(jnp.eye(lower.shape[-1]), lower.shape) - _corners(lower, index)
+    index = jnp.arange(lower.shape[-1])
+    highest = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    inverse = jnp.broadcast_to(jnp.eye(lower.shape[-1]), lower.shape) - _corners(
+        lower, index
+    )
     for level in range(1, lower.shape[-1].bit_length() - 1):
-        inverse = inverse - highest(highest(inverse, _corners(lower, index >> level)), inverse)
+        inverse = inverse - highest(
+            highest(inverse, _corners(lower, index >> level)), inverse
+        )
     return inverse
 
 
 def _corners(lower: Array, block: Array) -> Array:
-    """Returns the entries of ``lower`` in blocks next to the diagonal whose row of blocks is odd."""
-    row, column = block[:, None], block[None, :]
-    return jnp.where(jnp.broadcast_to((row == column + 1) & (row % 2 == 1), lower.shape), lower, 0.0)
+    """Returns the entries of ``lower`` in blocks next to the diagonal whose row of blocks is
+    odd."""
+    row = block[:, None]
+    column = block[None, :]
+    return jnp.where(
+        jnp.broadcast_to((row == column + 1) & (row % 2 == 1), lower.shape), lower, 0.0
+    )

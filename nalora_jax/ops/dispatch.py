@@ -14,7 +14,8 @@ that it does not support::
 
 The `Numerics` among the arguments name the platform and the implementation: "auto" takes the
 implementations of the platform in the order of `IMPLEMENTATIONS`, "xla" the plain function.
-Nothing here asks JAX for its devices, so a program for a TPU can be compiled on a machine without one.
+Nothing here asks JAX for its devices, so a program for a TPU can be compiled on a machine without
+one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-AUTO, XLA = "auto", "xla"
+AUTO = "auto"
+XLA = "xla"
 # By platform, in the order of choice: names of implementations.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu",),
@@ -48,7 +50,9 @@ _REGISTERING = ("ops.attention_gpu", "ops.attention_tpu", "layout.sharding", "cp
 class Platform:
     """The devices that a program is compiled for; they need not exist on this machine."""
 
-    name: str = ""  # "cpu", "gpu" or "tpu"; "": unknown, every operation is its plain function
+    name: str = (
+        ""  # "cpu", "gpu" or "tpu"; "": unknown, every operation is its plain function
+    )
     kind: str = ""  # product name of the devices, e.g. "NVIDIA H100 80GB HBM3"
     devices: int = 1  # number of devices that share the program
     tensor: int = 1  # number of them that split the channels of every matmul
@@ -60,14 +64,19 @@ class Numerics:
 
     operand: str = "float32"  # of frozen kernels and their inputs
     result: str = "float32"  # of matmul results, and so of the residual stream
-    adapter: str = "float32"  # of the adapters' operands; the adapters themselves stay float32
+    adapter: str = (
+        "float32"  # of the adapters' operands; the adapters themselves stay float32
+    )
     residual: str = "float32"  # of activations that are saved for the backward pass
-    inner: str | None = None  # of arrays between two matmuls of a block; None: ``result``
+    inner: str | None = (
+        None  # of arrays between two matmuls of a block; None: ``result``
+    )
     platform: Platform = Platform()
     implementation: str = AUTO  # "auto", "xla" or one of `IMPLEMENTATIONS`
 
     def within(self) -> Self:
-        """Returns the numerics of matmuls whose results are operands again after elementwise functions."""
+        """Returns the numerics of matmuls whose results are operands again after elementwise
+        functions."""
         return self if self.inner is None else replace(self, result=self.inner)
 
     @property
@@ -116,7 +125,9 @@ class Implementation:
         if name not in IMPLEMENTATIONS[platform]:
             IMPLEMENTATIONS[platform] = (*IMPLEMENTATIONS[platform], name)
 
-    def implements(self, op: Operation[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    def implements(
+        self, op: Operation[P, R]
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Registers the decorated function, see `Operation.implements`."""
         return op.implements(self.name)
 
@@ -126,8 +137,9 @@ def _candidates(numerics: Numerics) -> tuple[str, ...]:
     if numerics.implementation == XLA:
         return ()
     register_all()
-    named = () if numerics.implementation == AUTO else (numerics.implementation,)
-    return named or IMPLEMENTATIONS.get(numerics.platform.name, ())
+    if numerics.implementation != AUTO:
+        return (numerics.implementation,)
+    return IMPLEMENTATIONS.get(numerics.platform.name, ())
 
 
 @functools.cache
@@ -141,12 +153,14 @@ def register_all() -> None:
 # ---------------------------------------------------------------- settings of a run
 
 
-def numerics_for(dtype: str, platform: Platform | str, implementation: str = AUTO) -> Numerics:
+def numerics_for(
+    dtype: str, platform: Platform | str, implementation: str = AUTO
+) -> Numerics:
     """Returns the numerics that measured fastest for base weights of ``dtype`` on a platform.
 
     On a CPU only bf16 x bf16 -> float32 reaches XLA's fast matmuls, so activations stay float32
-    between matmuls. On TPU and GPU results are rounded to bf16 after float32 accumulation. A platform
-    may be the name of one with a single device.
+    between matmuls. On TPU and GPU results are rounded to bf16 after float32 accumulation. A
+    platform may be the name of one with a single device.
 
     Raises:
       NaloraError: another dtype, or an implementation that is unknown or for another platform.
@@ -155,7 +169,9 @@ def numerics_for(dtype: str, platform: Platform | str, implementation: str = AUT
         platform = Platform(platform)
     check_implementation(implementation, platform.name)
     if dtype not in ("float32", "bfloat16"):
-        raise NaloraError("compute.dtype", expected="'float32' or 'bfloat16'", found=repr(dtype))
+        raise NaloraError(
+            "compute.dtype", expected="'float32' or 'bfloat16'", found=repr(dtype)
+        )
     if dtype == "float32":
         return Numerics(platform=platform, implementation=implementation)
     result = "float32" if platform.name == "cpu" else "bfloat16"
@@ -171,7 +187,8 @@ def native_kind(numerics: Numerics) -> str:
 
 
 def check_implementation(name: str, platform: str) -> None:
-    """Raises a NaloraError unless ``name`` is "auto", "xla" or an implementation for ``platform``."""
+    """Raises a NaloraError unless ``name`` is "auto", "xla" or an implementation for
+    ``platform``."""
     available = IMPLEMENTATIONS.get(platform, ())
     if name in (AUTO, XLA, *available):
         return

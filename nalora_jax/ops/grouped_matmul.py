@@ -1,12 +1,12 @@
 """Matmuls of rows that are sorted by group with their group's kernel, for mixtures of experts.
 
-Adapters of experts are low-rank. With the factors of all groups joined, every row is multiplied by all
-of them and keeps its group's columns (`joins_factors`). One dense matmul then replaces a grouped one with
-a few columns, which fills no matrix unit.
+Adapters of experts are low-rank. With the factors of all groups joined, every row is multiplied by
+all of them and keeps its group's columns (`joins_factors`). One dense matmul then replaces a
+grouped one with a few columns, which fills no matrix unit.
 
-XLA has no grouped kernel on GPUs and multiplies every row by every group's kernel. A Pallas kernel for
-Triton visits pairs of a tile of rows and a group with rows in the tile. A tile that several groups share
-is visited once per group, and each visit stores the rows of its group only.
+XLA has no grouped kernel on GPUs and multiplies every row by every group's kernel. A Pallas kernel
+for Triton visits pairs of a tile of rows and a group with rows in the tile. A tile that several
+groups share is visited once per group, and each visit stores the rows of its group only.
 """
 
 from __future__ import annotations
@@ -23,16 +23,28 @@ from jax.custom_batching import custom_vmap
 from nalora_jax.ops.dispatch import Numerics, operation
 
 LANES = 128  # columns of a TPU's matrix unit: fewer columns take the same time
-NAME = "grouped_matmul"  # the Triton kernel's name, by which `nalora plan` recognises it
-_ROWS, _COLUMNS, _INNER = 128, 128, 64  # tile sizes
-_WARPS, _STAGES = 8, 3
+NAME = (
+    "grouped_matmul"  # the Triton kernel's name, by which `nalora plan` recognises it
+)
+# tile sizes
+_ROWS = 128
+_COLUMNS = 128
+_INNER = 64
+_WARPS = 8
+_STAGES = 3
 
 
 @operation
 def grouped_matmul(
-    x: Array, kernels: Array, sizes: Array, numerics: Numerics, *, transposed: bool = False
+    x: Array,
+    kernels: Array,
+    sizes: Array,
+    numerics: Numerics,
+    *,
+    transposed: bool = False,
 ) -> Array:
-    """Multiplies every row by its group's kernel: ``[rows, d_out]`` in ``numerics.result``, summed in float32.
+    """Multiplies every row by its group's kernel: ``[rows, d_out]`` in ``numerics.result``, summed
+    in float32.
 
     No gradient is defined if an implementation replaces the plain function.
 
@@ -49,18 +61,23 @@ def grouped_matmul(
     return ragged(x, kernels, sizes, numerics.operand, stored).astype(numerics.result)
 
 
-def ragged(x: Array, kernels: Array, sizes: Array, operand: str, result: str = "float32") -> Array:
+def ragged(
+    x: Array, kernels: Array, sizes: Array, operand: str, result: str = "float32"
+) -> Array:
     """Computes `lax.ragged_dot` ``[rows, d_out]`` with given dtypes; has no gradient.
 
-    With an axis of runs (`jax.vmap`) it is one grouped matmul over the rows of all runs. Kernels that
-    differ by run are separate groups; kernels that all runs share are read once.
+    With an axis of runs (`jax.vmap`) it is one grouped matmul over the rows of all runs. Kernels
+    that differ by run are separate groups; kernels that all runs share are read once.
     """
-    product: Array = _ragged(x.astype(operand), kernels.astype(operand), sizes, jnp.zeros((0,), result))
+    product: Array = _ragged(
+        x.astype(operand), kernels.astype(operand), sizes, jnp.zeros((0,), result)
+    )
     return product
 
 
 def ragged_outer(x: Array, y: Array, sizes: Array, operand: str) -> Array:
-    """Computes ``x_g^T y_g`` over the rows of every group, float32 ``[groups, d, n]``; has no gradient.
+    """Computes ``x_g^T y_g`` over the rows of every group, float32 ``[groups, d, n]``; has no
+    gradient.
 
     ``x [rows, d]``, rounded to ``operand``, and ``y [rows, n]`` are sorted by group.
     """
@@ -75,24 +92,42 @@ def _ragged(x: Array, kernels: Array, sizes: Array, like: Array) -> Array:
 
 @_ragged.def_vmap
 def _ragged_of_runs(
-    runs: int, batched: Sequence[bool], x: Array, kernels: Array, sizes: Array, like: Array
+    runs: int,
+    batched: Sequence[bool],
+    x: Array,
+    kernels: Array,
+    sizes: Array,
+    like: Array,
 ) -> tuple[Array, bool]:
-    x, sizes = _with_runs(x, batched[0], runs), _with_runs(sizes, batched[2], runs)
+    x = _with_runs(x, batched[0], runs)
+    sizes = _with_runs(sizes, batched[2], runs)
     rows = x.reshape(-1, x.shape[-1])
     if batched[1]:
-        y = _ragged(rows, kernels.reshape(-1, *kernels.shape[2:]), sizes.reshape(-1), like)
+        y = _ragged(
+            rows, kernels.reshape(-1, *kernels.shape[2:]), sizes.reshape(-1), like
+        )
         return y.reshape(*x.shape[:2], -1), True
-    ends, places = jnp.cumsum(sizes, axis=1), jnp.arange(x.shape[1])
-    group = jax.vmap(lambda of_run: jnp.searchsorted(of_run, places, side="right"))(ends)
+    ends = jnp.cumsum(sizes, axis=1)
+    places = jnp.arange(x.shape[1])
+    group = jax.vmap(lambda of_run: jnp.searchsorted(of_run, places, side="right"))(
+        ends
+    )
     order = jnp.argsort(group.reshape(-1), stable=True)
-    y = _ragged(jnp.take(rows, order, axis=0), kernels, jnp.sum(sizes, axis=0, dtype=sizes.dtype), like)
+    y = _ragged(
+        jnp.take(rows, order, axis=0),
+        kernels,
+        jnp.sum(sizes, axis=0, dtype=sizes.dtype),
+        like,
+    )
     return jnp.take(y, jnp.argsort(order), axis=0).reshape(*x.shape[:2], -1), True
 
 
 @custom_vmap
 def _ragged_outer(x: Array, y: Array, sizes: Array) -> Array:
     like = jax.ShapeDtypeStruct((sizes.shape[0], x.shape[1], y.shape[1]), x.dtype)
-    product = partial(lax.ragged_dot, x, group_sizes=sizes, preferred_element_type=jnp.float32)
+    product = partial(
+        lax.ragged_dot, x, group_sizes=sizes, preferred_element_type=jnp.float32
+    )
     outer: Array = jax.linear_transpose(product, like)(y)[0]
     return outer.astype(jnp.float32)
 
@@ -101,20 +136,27 @@ def _ragged_outer(x: Array, y: Array, sizes: Array) -> Array:
 def _ragged_outer_of_runs(
     runs: int, batched: Sequence[bool], x: Array, y: Array, sizes: Array
 ) -> tuple[Array, bool]:
-    x, y, sizes = (_with_runs(*array, runs) for array in zip((x, y, sizes), batched, strict=True))
-    outer = _ragged_outer(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), sizes.reshape(-1))
+    x, y, sizes = (
+        _with_runs(*array, runs) for array in zip((x, y, sizes), batched, strict=True)
+    )
+    outer = _ragged_outer(
+        x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), sizes.reshape(-1)
+    )
     return outer.reshape(runs, -1, *outer.shape[1:]), True
 
 
 def _with_runs(array: Array, is_batched: bool, runs: int) -> Array:
     """Returns ``[runs, ...]``."""
-    return array if is_batched else jnp.broadcast_to(array, (runs, *array.shape))
+    if is_batched:
+        return array
+    return jnp.broadcast_to(array, (runs, *array.shape))
 
 
 def own_of_all(x: Array, factors: Array, group: Array, operand: str) -> Array:
     """Multiplies rows ``[rows, d]`` by the narrow factor of their group, of ``[groups, d, rank]``.
 
-    One matmul with the joined factors; ``group`` is int ``[rows]``. The result is float32 ``[rows, rank]``.
+    One matmul with the joined factors; ``group`` is int ``[rows]``. The result is float32 ``[rows,
+    rank]``.
     """
     groups, d, rank = factors.shape
     joined = factors.swapaxes(0, 1).reshape(d, groups * rank)
@@ -124,43 +166,57 @@ def own_of_all(x: Array, factors: Array, group: Array, operand: str) -> Array:
 
 
 def from_all(hidden: Array, factors: Array, group: Array, operand: str) -> Array:
-    """Multiplies rows ``[rows, rank]`` by their group's factor, of ``[groups, rank, d]``: float32 ``[rows, d]``."""
+    """Multiplies rows ``[rows, rank]`` by their group's factor, of ``[groups, rank, d]``: float32
+    ``[rows, d]``."""
     groups, rank, d = factors.shape
-    return _dot(_in_all(hidden, group, groups), factors.reshape(groups * rank, d), operand)
+    return _dot(
+        _in_all(hidden, group, groups), factors.reshape(groups * rank, d), operand
+    )
 
 
 def outer_of_all(x: Array, y: Array, group: Array, groups: int, operand: str) -> Array:
     """Computes ``x_g^T y_g`` of ``[rows, d]`` and ``[rows, n]`` over the rows of every group.
 
-    The narrower side is spread over the columns of all groups. The result is float32 ``[groups, d, n]``.
+    The narrower side is spread over the columns of all groups. The result is float32 ``[groups, d,
+    n]``.
     """
-    d, n = x.shape[1], y.shape[1]
+    d = x.shape[1]
+    n = y.shape[1]
     if n < d:
-        return _dot(x.T, _in_all(y, group, groups), operand).reshape(d, groups, n).swapaxes(0, 1)
+        return (
+            _dot(x.T, _in_all(y, group, groups), operand)
+            .reshape(d, groups, n)
+            .swapaxes(0, 1)
+        )
     return _dot(_in_all(x, group, groups).T, y, operand).reshape(groups, d, n)
 
 
 def _in_all(hidden: Array, group: Array, groups: int) -> Array:
     """Places each row ``[rank]`` in its group's columns of ``[groups * rank]``, 0 in the others."""
     own = jax.nn.one_hot(group, groups, dtype=bool)
-    return jnp.where(own[..., None], hidden[:, None, :], 0.0).reshape(hidden.shape[0], -1)
+    return jnp.where(own[..., None], hidden[:, None, :], 0.0).reshape(
+        hidden.shape[0], -1
+    )
 
 
 def _dot(x: Array, y: Array, operand: str) -> Array:
-    return jnp.dot(x.astype(operand), y.astype(operand), preferred_element_type=jnp.float32)
+    return jnp.dot(
+        x.astype(operand), y.astype(operand), preferred_element_type=jnp.float32
+    )
 
 
 def grouped_result(numerics: Numerics, result: str) -> str:
-    """Returns the dtype of a stored `lax.ragged_dot`: on a TPU XLA accumulates in float32 and rounds once."""
+    """Returns the dtype of a stored `lax.ragged_dot`: on a TPU XLA accumulates in float32 and
+    rounds once."""
     return result if numerics.facts_of == "tpu" else "float32"
 
 
 def joins_factors(groups: int, rank: int, numerics: Numerics) -> bool:
     """Returns True if rows are multiplied by the adapters of all groups in one matmul.
 
-    On a TPU this replaces one matmul per group if the factors of all groups fit into one tile, and its
-    result is not written in full. Mixtral-8x7B on v6e, four layers compiled: 22% less HBM traffic. On a
-    GPU XLA would otherwise copy the rows for every group.
+    On a TPU this replaces one matmul per group if the factors of all groups fit into one tile, and
+    its result is not written in full. Mixtral-8x7B on v6e, four layers compiled: 22% less HBM
+    traffic. On a GPU XLA would otherwise copy the rows for every group.
     """
     if numerics.facts_of == "tpu":
         return groups * rank <= LANES
@@ -168,7 +224,8 @@ def joins_factors(groups: int, rank: int, numerics: Numerics) -> bool:
 
 
 def recomputes_probe(groups: int, rank: int, numerics: Numerics) -> bool:
-    """Returns True if the adapters' output on probed rows is computed a second time: on a TPU, if factors are joined.
+    """Returns True if the adapters' output on probed rows is computed a second time: on a TPU, if
+    factors are joined.
 
     Mixtral-8x7B on v6e: NA-LoRA's HBM traffic is 1.007 of LoRA's instead of 1.028.
     """
@@ -192,7 +249,9 @@ def triton_grouped_matmul(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    rows, groups, d_out = x.shape[0], kernels.shape[0], kernels.shape[1 if transposed else 2]
+    rows = x.shape[0]
+    groups = kernels.shape[0]
+    d_out = kernels.shape[1 if transposed else 2]
     # Padding rows belong to no group, so no visit stores them.
     x = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))
     tiles = x.shape[0] // _ROWS
@@ -212,7 +271,8 @@ def triton_grouped_matmul(
 
 
 def _visits(sizes: Array, tiles: int) -> tuple[Array, Array, Array, Array]:
-    """Returns each visit's group, tile of rows, and the group's first row and end, int32 ``[tiles + groups - 1]``.
+    """Returns each visit's group, tile of rows, and the group's first row and end, int32 ``[tiles +
+    groups - 1]``.
 
     Groups without rows have no visit; surplus visits have no rows.
     """
@@ -222,35 +282,63 @@ def _visits(sizes: Array, tiles: int) -> tuple[Array, Array, Array, Array]:
     touched = jnp.where(sizes > 0, (ends - 1) // _ROWS - first + 1, 0)
     until = jnp.cumsum(touched)
     visit = jnp.arange(tiles + sizes.shape[0] - 1, dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(until, visit, side="right"), sizes.shape[0] - 1).astype(jnp.int32)
+    group = jnp.minimum(
+        jnp.searchsorted(until, visit, side="right"), sizes.shape[0] - 1
+    ).astype(jnp.int32)
     tile = first[group] + visit - (until - touched)[group]
     left_over = visit >= until[-1]
     tile = jnp.where(left_over, 0, tile).astype(jnp.int32)
-    return group, tile, jnp.where(left_over, 0, starts[group]), jnp.where(left_over, 0, ends[group])
+    return (
+        group,
+        tile,
+        jnp.where(left_over, 0, starts[group]),
+        jnp.where(left_over, 0, ends[group]),
+    )
 
 
 def _kernel(
-    x: Any, kernels: Any, group: Any, tile: Any, start: Any, end: Any, out: Any, *, transposed: bool
+    x: Any,
+    kernels: Any,
+    group: Any,
+    tile: Any,
+    start: Any,
+    end: Any,
+    out: Any,
+    *,
+    transposed: bool,
 ) -> None:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    d_in, d_out = x.shape[1], out.shape[1]
-    visit, columns = pl.program_id(0), pl.ds(pl.program_id(1) * _COLUMNS, _COLUMNS)
-    group_index, first = group[visit], tile[visit] * _ROWS
+    d_in = x.shape[1]
+    d_out = out.shape[1]
+    visit = pl.program_id(0)
+    columns = pl.ds(pl.program_id(1) * _COLUMNS, _COLUMNS)
+    group_index = group[visit]
+    first = tile[visit] * _ROWS
     rows = pl.ds(first, _ROWS)
 
     def add(step: Array, total: Array) -> Array:
         inner = pl.ds(step * _INNER, _INNER)
         left = _loaded(x.at[rows, inner], [None, (inner, d_in)])
         if transposed:
-            right = _loaded(kernels.at[group_index, columns, inner], [(columns, d_out), (inner, d_in)])
+            right = _loaded(
+                kernels.at[group_index, columns, inner],
+                [(columns, d_out), (inner, d_in)],
+            )
         else:
-            right = _loaded(kernels.at[group_index, inner, columns], [(inner, d_in), (columns, d_out)])
+            right = _loaded(
+                kernels.at[group_index, inner, columns],
+                [(inner, d_in), (columns, d_out)],
+            )
         over = (((1,), (int(transposed),)), ((), ()))
-        return total + lax.dot_general(left, right, over, preferred_element_type=jnp.float32)
+        return total + lax.dot_general(
+            left, right, over, preferred_element_type=jnp.float32
+        )
 
-    total = lax.fori_loop(0, pl.cdiv(d_in, _INNER), add, jnp.zeros((_ROWS, _COLUMNS), jnp.float32))
+    total = lax.fori_loop(
+        0, pl.cdiv(d_in, _INNER), add, jnp.zeros((_ROWS, _COLUMNS), jnp.float32)
+    )
     row = first + lax.broadcasted_iota(jnp.int32, (_ROWS, _COLUMNS), 0)
     mine = (row >= start[visit]) & (row < end[visit])
     inside = _inside([None, (columns, d_out)], (_ROWS, _COLUMNS))
@@ -259,7 +347,9 @@ def _kernel(
     triton.store(out.at[rows, columns], total.astype(out.dtype), mask=mine)
 
 
-Ranges = Sequence[tuple[Any, int] | None]  # by dimension: a tile's slice and the array's size
+Ranges = Sequence[
+    tuple[Any, int] | None
+]  # by dimension: a tile's slice and the array's size
 
 
 def _loaded(tile: Any, ranges: Ranges) -> Array:
@@ -267,7 +357,9 @@ def _loaded(tile: Any, ranges: Ranges) -> Array:
     from jax.experimental.pallas import triton
 
     mask = _inside(ranges, tile.shape)
-    return triton.load(tile) if mask is None else triton.load(tile, mask=mask, other=0)
+    if mask is None:
+        return triton.load(tile)
+    return triton.load(tile, mask=mask, other=0)
 
 
 def _inside(ranges: Ranges, shape: tuple[int, ...]) -> Array | None:

@@ -3,9 +3,10 @@
     loss = sum over tokens of  weight * (log sum exp l - l[target])
     l = cap tanh(scale h E^T / cap)
 
-Logits exist for one chunk of rows at a time. The gradients of the hidden states, and of a head that is
-trained (`trained_cross_entropy`), are computed in the same pass from the chunk's probabilities. Every
-value is computed once, and no array of size ``[tokens, vocab]`` is saved for the backward pass.
+Logits exist for one chunk of rows at a time. The gradients of the hidden states, and of a head that
+is trained (`trained_cross_entropy`), are computed in the same pass from the chunk's probabilities.
+Every value is computed once, and no array of size ``[tokens, vocab]`` is saved for the backward
+pass.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from nalora_jax.ops.storage import Kernel, dot
 
 # Floats of one chunk of logits on a device: 512 MB. Each chunk reads the whole head twice, so an
 # accelerator needs some thousand rows per chunk to be limited by its matrix unit.
-_CHUNK_FLOATS, _LEAST_ROWS = 1 << 27, 1024
+_CHUNK_FLOATS = 1 << 27
+_LEAST_ROWS = 1024
 # The same without a backward pass, and with a trained head, whose gradient each chunk adds to.
 _SMALL = 1 << 25, 128
 
@@ -94,28 +96,40 @@ def cross_entropy(
     def sums(hidden: Array, constants: Any, grad: bool) -> tuple[Array, Array | None]:
         kernel, targets, weights = constants
 
-        def summed(total: Callable[[Array], Array], h: Array, t: Array, w: Array) -> Any:
-            losses, back = chunk_of_rows(h, kernel, t, w, grad, head=head, numerics=numerics)
+        def summed(
+            total: Callable[[Array], Array], h: Array, t: Array, w: Array
+        ) -> Any:
+            losses, back = chunk_of_rows(
+                h, kernel, t, w, grad, head=head, numerics=numerics
+            )
             return total(losses), back.astype(h.dtype) if grad else None
 
         if compact:
             start = jnp.zeros((), jnp.float32), jnp.zeros_like(hidden) if grad else None
-            return _of_targets(partial(summed, jnp.sum), hidden, targets, weights, rows, start)
+            return _of_targets(
+                partial(summed, jnp.sum), hidden, targets, weights, rows, start
+            )
         # Sums per example, so that shards of the batch are reduced once, after the loop.
-        by_example = partial(summed, lambda losses: jnp.sum(losses.reshape(hidden.shape[0], -1), axis=1))
+        by_example = partial(
+            summed, lambda losses: jnp.sum(losses.reshape(hidden.shape[0], -1), axis=1)
+        )
         zeros = jnp.zeros(hidden.shape[:1], jnp.float32)
-        losses, gradient = _along_sequence(by_example, hidden, targets, weights, rows * shards, zeros)
+        losses, gradient = _along_sequence(
+            by_example, hidden, targets, weights, rows * shards, zeros
+        )
         return jnp.sum(losses), gradient
 
     return loss_of_sums(sums, hidden, (lax.stop_gradient(kernel), targets, weights))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def loss_of_sums(sums: Callable[..., tuple[Array, Any]], inputs: Any, constants: Any) -> Array:
+def loss_of_sums(
+    sums: Callable[..., tuple[Array, Any]], inputs: Any, constants: Any
+) -> Array:
     """Returns a loss whose gradient is computed in the same pass.
 
-    ``sums(inputs, constants, grad)`` returns the loss and the gradient of ``inputs``, unused without ``grad``;
-    ``constants`` have no gradient.
+    ``sums(inputs, constants, grad)`` returns the loss and the gradient of ``inputs``, unused
+    without ``grad``; ``constants`` have no gradient.
     """
     return sums(inputs, constants, False)[0]
 
@@ -124,10 +138,14 @@ def _loss_of_sums_bwd(_: Any, gradients: Any, g: Array) -> tuple[Any, None]:
     return jax.tree.map(lambda x: x * g.astype(x.dtype), gradients), None
 
 
-loss_of_sums.defvjp(lambda sums, inputs, constants: sums(inputs, constants, True), _loss_of_sums_bwd)
+loss_of_sums.defvjp(
+    lambda sums, inputs, constants: sums(inputs, constants, True), _loss_of_sums_bwd
+)
 
 
-def rows_of_chunk(vocab: int, floats: int = _CHUNK_FLOATS, least: int = _LEAST_ROWS) -> int:
+def rows_of_chunk(
+    vocab: int, floats: int = _CHUNK_FLOATS, least: int = _LEAST_ROWS
+) -> int:
     """Returns the default number of rows in a chunk of logits on each device."""
     # A multiple of 128, the rows that a TPU's matrix unit processes at once.
     return max(floats // vocab // 128 * 128, least)
@@ -144,7 +162,8 @@ def chunk_of_rows(
     head: Head,
     numerics: Numerics,
 ) -> tuple[Array, Array]:
-    """Returns each row's loss ``[rows]`` and the gradient of hidden, ``[rows, 0]`` unless ``grad``."""
+    """Returns each row's loss ``[rows]`` and the gradient of hidden, ``[rows, 0]`` unless
+    ``grad``."""
     logits, slope = head.logits(dot(hidden, kernel, numerics, dims=(1, 1 - head.axis)))
     # The comparison is fused into existing passes. A gather would cross devices that split the
     # vocabulary, and taking columns of an untied head would create a transposed copy of it: 1 GB
@@ -163,28 +182,40 @@ def chunk_of_rows(
     )
 
 
-# ``(hidden [rows, d_model], targets [rows, ...], weights [rows])`` -> sums over rows, arrays ``[rows, ...]``
+# ``(hidden [rows, d_model], targets [rows, ...], weights [rows])`` -> sums over rows, arrays
+# ``[rows, ...]``
 RowsChunk = Callable[[Array, Any, Array], tuple[Any, Any]]
 
 
 def _of_targets(
-    chunk: RowsChunk, hidden: Array, targets: Array, weights: Array, rows: int, start: Any
+    chunk: RowsChunk,
+    hidden: Array,
+    targets: Array,
+    weights: Array,
+    rows: int,
+    start: Any,
 ) -> Any:
     """Runs chunks of some ``rows`` that have a target, in as many iterations as those need.
 
     ``start`` are sums and arrays ``[batch, seq, ...]`` that the chunks add to and write into.
     """
     n = weights.size
-    flat, weights, targets = hidden.reshape(n, -1), weights.reshape(n), targets.reshape(n)
+    flat = hidden.reshape(n, -1)
+    weights = weights.reshape(n)
+    targets = targets.reshape(n)
     rows = min(rows, n)
     # Rows with a target first; the last chunk is padded with rows of weight zero.
-    order = jnp.pad(jnp.argsort(weights == 0, stable=True), (0, rows), constant_values=n)
+    order = jnp.pad(
+        jnp.argsort(weights == 0, stable=True), (0, rows), constant_values=n
+    )
 
     def body(i: Array, carry: Any) -> Any:
         sums, outputs = carry
         index = lax.dynamic_slice(order, (i * rows,), (rows,))
         take = partial(jnp.take, indices=index, axis=0, mode="clip")
-        h, w, t = take(flat), take(weights), take(targets)
+        h = take(flat)
+        w = take(weights)
+        t = take(targets)
         more, parts = chunk(h, t, jnp.where(index < n, w, 0.0))
         write = lambda whole, part: whole.at[index].set(part, mode="drop")  # noqa: E731
         return jax.tree.map(jnp.add, sums, more), jax.tree.map(write, outputs, parts)
@@ -192,14 +223,18 @@ def _of_targets(
     outputs = jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), start[1])
     count = -(-jnp.sum(weights != 0, dtype=jnp.int32) // rows)
     sums, outputs = _loop(count, -(-n // rows), body, (start[0], outputs))
-    return sums, jax.tree.map(lambda x: x.reshape(*hidden.shape[:2], *x.shape[1:]), outputs)
+    return sums, jax.tree.map(
+        lambda x: x.reshape(*hidden.shape[:2], *x.shape[1:]), outputs
+    )
 
 
-def _loop(count: Array, most: int, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+def _loop(
+    count: Array, most: int, body: Callable[[Array, Any], Any], carry: Any
+) -> Any:
     """Runs ``body(i, carry)`` ``count`` times.
 
-    The compiled condition contains ``most``, the largest count, so that `nalora_jax.layout` can count
-    the iterations of a full batch.
+    The compiled condition contains ``most``, the largest count, so that `nalora_jax.layout` can
+    count the iterations of a full batch.
     """
     more = lambda state: (state[0] < most) & (state[0] < count)  # noqa: E731
     step = lambda state: (state[0] + 1, body(*state))  # noqa: E731
@@ -209,7 +244,8 @@ def _loop(count: Array, most: int, body: Callable[[Array, Any], Any], carry: Any
 def _along_sequence(
     chunk: RowsChunk, hidden: Array, targets: Any, weights: Array, rows: int, start: Any
 ) -> Any:
-    """Runs chunks of columns of the batch, at most ``rows`` rows or one column: every shard has rows of each.
+    """Runs chunks of columns of the batch, at most ``rows`` rows or one column: every shard has
+    rows of each.
 
     Sums are added to ``start``.
     """
@@ -219,7 +255,9 @@ def _along_sequence(
     def body(sums: Any, columns_of: Any) -> tuple[Any, Any]:
         h, w, t = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), columns_of)
         more, parts = chunk(h, t, w)
-        of_columns = columns_of[1].shape  # [batch, positions of each example in a chunk]
+        of_columns = columns_of[
+            1
+        ].shape  # [batch, positions of each example in a chunk]
         parts = jax.tree.map(lambda x: x.reshape(*of_columns, *x.shape[1:]), parts)
         return jax.tree.map(jnp.add, sums, more), parts
 
@@ -240,15 +278,20 @@ def target_losses(
     compact: bool = True,
     shards: int = 1,
 ) -> Array:
-    """Returns ``weights * -log p(target)`` of every position, float32 ``[batch, seq]``, without a gradient.
+    """Returns ``weights * -log p(target)`` of every position, float32 ``[batch, seq]``, without a
+    gradient.
 
     The arguments are those of `cross_entropy`.
     """
-    hidden, kernel, weights = lax.stop_gradient((hidden, kernel, weights.astype(jnp.float32)))
+    hidden, kernel, weights = lax.stop_gradient(
+        (hidden, kernel, weights.astype(jnp.float32))
+    )
     rows = chunk or rows_of_chunk(kernel.shape[head.axis], *_SMALL)
 
     def losses(h: Array, t: Array, w: Array) -> tuple[None, Array]:
-        return None, chunk_of_rows(h, kernel, t, w, False, head=head, numerics=numerics)[0]
+        return None, chunk_of_rows(
+            h, kernel, t, w, False, head=head, numerics=numerics
+        )[0]
 
     if compact and shards == 1:
         start = None, jnp.zeros(weights.shape, jnp.float32)
@@ -279,8 +322,11 @@ class WholeHead:
         """Returns float32 ``[rows, vocab]`` of ``[rows, d_model]``."""
         return dot(hidden, self.kernel, numerics)
 
-    def pull(self, hidden: Array, delta: Array, numerics: Numerics) -> tuple[Array, WholeHead]:
-        """Returns the gradients of hidden states and head for ``delta [rows, vocab]``, the gradient of `products`."""
+    def pull(
+        self, hidden: Array, delta: Array, numerics: Numerics
+    ) -> tuple[Array, WholeHead]:
+        """Returns the gradients of hidden states and head for ``delta [rows, vocab]``, the gradient
+        of `products`."""
         back = dot(delta, self.kernel, numerics, dims=(1, 1))
         return back, WholeHead(dot(hidden, delta, numerics, dims=(0, 0)))
 
@@ -291,8 +337,12 @@ class HeadRows:
     """A frozen head with trained rows; its gradient has the same type, without a kernel."""
 
     rows: Array  # float32 [ids, d_model], which replace rows of the kernel
-    kernel: Kernel | None  # frozen, as it is stored: an embedding [vocab, d_model], or [d_model, vocab]
-    ids: tuple[int, ...] = field(metadata={"static": True})  # token ids of the rows, all different
+    kernel: (
+        Kernel | None
+    )  # frozen, as it is stored: an embedding [vocab, d_model], or [d_model, vocab]
+    ids: tuple[int, ...] = field(
+        metadata={"static": True}
+    )  # token ids of the rows, all different
     transposed: bool = field(metadata={"static": True})  # the kernel is an embedding
 
     @property
@@ -314,17 +364,26 @@ class HeadRows:
         """Returns float32 ``[rows, vocab]`` of ``[rows, d_model]``."""
         assert self.kernel is not None
         frozen = dot(hidden, self.kernel, numerics, dims=(1, 1 - self.axis))
-        return frozen.at[:, np.array(self.ids)].set(dot(hidden, self.rows, numerics, dims=(1, 1)))
+        return frozen.at[:, np.array(self.ids)].set(
+            dot(hidden, self.rows, numerics, dims=(1, 1))
+        )
 
-    def pull(self, hidden: Array, delta: Array, numerics: Numerics) -> tuple[Array, HeadRows]:
-        """Returns the gradients of hidden states and trained rows for the gradient of `products`."""
+    def pull(
+        self, hidden: Array, delta: Array, numerics: Numerics
+    ) -> tuple[Array, HeadRows]:
+        """Returns the gradients of hidden states and trained rows for the gradient of
+        `products`."""
         assert self.kernel is not None
         columns = np.array(self.ids)
         of_rows = delta[:, columns]
-        of_others = delta.at[:, columns].set(0.0)  # the kernel's rows of these tokens are not used
+        of_others = delta.at[:, columns].set(
+            0.0
+        )  # the kernel's rows of these tokens are not used
         back = dot(of_others, self.kernel, numerics, dims=(1, self.axis))
         back = back + dot(of_rows, self.rows, numerics)
-        return back, replace(self, rows=dot(of_rows, hidden, numerics, dims=(0, 0)), kernel=None)
+        return back, replace(
+            self, rows=dot(of_rows, hidden, numerics, dims=(0, 0)), kernel=None
+        )
 
 
 def trained_cross_entropy(
@@ -338,13 +397,16 @@ def trained_cross_entropy(
     chunk: int = 0,
     shards: int = 1,
 ) -> Array:
-    """Returns the loss of `cross_entropy`, differentiable by ``hidden`` and the trained part of the head."""
+    """Returns the loss of `cross_entropy`, differentiable by ``hidden`` and the trained part of the
+    head."""
     rows = (chunk or rows_of_chunk(trained.vocab_size, *_SMALL)) * shards
     weights = lax.stop_gradient(weights.astype(jnp.float32))
 
     def sums(inputs: Any, constants: Any, grad: bool) -> Any:
-        """Returns the loss, and the gradients of hidden states and head; chunks are whole columns of the batch."""
-        (hidden, trained), (targets, weights) = inputs, constants
+        """Returns the loss, and the gradients of hidden states and head; chunks are whole columns
+        of the batch."""
+        (hidden, trained) = inputs
+        (targets, weights) = constants
 
         def chunk(h: Array, t: Array, w: Array) -> tuple[tuple[Array, Any], Array]:
             logits, slope = head.logits(trained.products(h, numerics))
@@ -356,7 +418,9 @@ def trained_cross_entropy(
             return (jnp.sum(losses), of_head), back.astype(h.dtype)
 
         start = jnp.zeros((), jnp.float32), trained.zeros()
-        (loss, gradient), back = _along_sequence(chunk, hidden, targets, weights, rows, start)
+        (loss, gradient), back = _along_sequence(
+            chunk, hidden, targets, weights, rows, start
+        )
         return loss, (back, gradient)
 
     return loss_of_sums(sums, (hidden, trained), (targets, weights))

@@ -6,11 +6,12 @@ that one update does not move far from the policy that sampled (`policy_loss`):
 
 | name | advantage | ratio | clipped at | mean over |
 |---|---|---|---|---|
-| grpo (arXiv 2402.03300) | (r - mean) / std of the group | token | 0.8, 1.2 | tokens of a sample, then samples |
-| dr_grpo (2503.20783) | r - mean | token | 0.8, 1.2 | samples, tokens / limit of tokens |
-| dapo (2503.14476) | (r - mean) / std | token | 0.8, 1.28 | all tokens |
-| gspo (2507.18071) | (r - mean) / std | exp of the mean log-ratio of a sample | 0.9997, 1.0004 | samples |
-| rloo (2402.14740) | r - mean of the others | product over a sample | 0.8, 1.2 | samples |
+| grpo (arXiv 2402.03300) | (r - mean) / std of the group | token | 0.8, 1.2 | tokens of a sample,
+then samples | | dr_grpo (2503.20783) | r - mean | token | 0.8, 1.2 | samples, tokens / limit of
+tokens | | dapo (2503.14476) | (r - mean) / std | token | 0.8, 1.28 | all tokens |
+| gspo (2507.18071) | (r - mean) / std | exp of the mean log-ratio of a sample | 0.9997, 1.0004 |
+samples | | rloo (2402.14740) | r - mean of the others | product over a sample | 0.8, 1.2 | samples
+|
 """
 
 from __future__ import annotations
@@ -47,8 +48,12 @@ class Losses(NamedTuple):
     """Results for a batch, float32."""
 
     loss: Array  # [], summed
-    divergence: Array  # [samples, tokens], from the base; 0 without its log-probabilities
-    clipped: Array  # [samples, tokens], 1 for tokens without a gradient because of the clip
+    divergence: (
+        Array  # [samples, tokens], from the base; 0 without its log-probabilities
+    )
+    clipped: (
+        Array  # [samples, tokens], 1 for tokens without a gradient because of the clip
+    )
 
 
 def advantages(rewards: np.ndarray, name: Name) -> np.ndarray:
@@ -71,7 +76,8 @@ def advantages(rewards: np.ndarray, name: Name) -> np.ndarray:
 
 
 def denominator(mask: Array, real: Array, settings: PolicyLoss) -> Array:
-    """Returns what a batch's sum of losses is divided by: tokens with "dapo", otherwise samples; float32.
+    """Returns what a batch's sum of losses is divided by: tokens with "dapo", otherwise samples;
+    float32.
 
     ``mask [samples, tokens]`` is 1 for tokens in the loss, ``real [samples]`` 0 for padding only.
     """
@@ -79,17 +85,22 @@ def denominator(mask: Array, real: Array, settings: PolicyLoss) -> Array:
 
 
 def policy_loss(
-    log_probs: Array, old: Array, base: Array | None, mask: Array, advantage: Array, settings: PolicyLoss
+    log_probs: Array,
+    old: Array,
+    base: Array | None,
+    mask: Array,
+    advantage: Array,
+    settings: PolicyLoss,
 ) -> Losses:
     """Returns the sum of the losses of samples.
 
     The divergence is ``p_base / p - log(p_base / p) - 1``, an unbiased estimate that is never
-    negative (http://joschu.net/blog/kl-approx.html); times beta it is added to each token's loss. With
-    "rloo" it has its place in the rewards, see `divergence_penalty`.
+    negative (http://joschu.net/blog/kl-approx.html); times beta it is added to each token's loss.
+    With "rloo" it has its place in the rewards, see `divergence_penalty`.
 
-    Log-probabilities are ``[samples, tokens]``: by the policy, by which the loss is differentiable, by the ``old``
-    policy that sampled, and by the ``base`` without adapters (None, with a beta of 0, leaves out the
-    divergence). The mask is 0 for padding; the advantage is ``[samples]``.
+    Log-probabilities are ``[samples, tokens]``: by the policy, by which the loss is differentiable,
+    by the ``old`` policy that sampled, and by the ``base`` without adapters (None, with a beta of
+    0, leaves out the divergence). The mask is 0 for padding; the advantage is ``[samples]``.
     """
     tokens = jnp.sum(mask, axis=1, keepdims=True)
     log_ratio = (log_probs - old) * mask
@@ -97,12 +108,14 @@ def policy_loss(
         log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True) / jnp.maximum(tokens, 1.0)
     elif settings.name == "rloo":
         log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True)
-    ratio, gain = jnp.exp(log_ratio), advantage[:, None]
+    ratio = jnp.exp(log_ratio)
+    gain = advantage[:, None]
     bounded = jnp.clip(ratio, 1 - settings.low, 1 + settings.high)
     # [samples, tokens], or [samples, 1] if all tokens of a sample have one ratio.
     loss = -jnp.minimum(ratio * gain, bounded * gain)
     clipped = mask * (
-        ((ratio < 1 - settings.low) & (gain < 0)) | ((ratio > 1 + settings.high) & (gain > 0))
+        ((ratio < 1 - settings.low) & (gain < 0))
+        | ((ratio > 1 + settings.high) & (gain > 0))
     )
     divergence = jnp.zeros_like(mask)
     if base is not None:
@@ -120,6 +133,9 @@ def policy_loss(
     return Losses(jnp.sum(per_sample), divergence, clipped)
 
 
-def divergence_penalty(old: np.ndarray, base: np.ndarray, mask: np.ndarray, beta: float) -> np.ndarray:
-    """Returns what "rloo" subtracts from rewards: beta times the log-ratio of each sample, ``[samples]``."""
+def divergence_penalty(
+    old: np.ndarray, base: np.ndarray, mask: np.ndarray, beta: float
+) -> np.ndarray:
+    """Returns what "rloo" subtracts from rewards: beta times the log-ratio of each sample,
+    ``[samples]``."""
     return beta * ((old - base) * mask).sum(1)

@@ -7,9 +7,9 @@
                            mxfp4: the same with blocks of 32 inputs and scales uint8; feed-forward
                                  kernels only, as gpt-oss's files store experts
 
-In mxfp4 (OCP Microscaling Formats 1.0) a weight is ``MXFP4_LEVELS[code] * 2 ** (scale - 127)``. A kernel
-that was read from a file is stored again without loss: every level times a smaller power of two is a
-level as long as the largest of the block remains one.
+In mxfp4 (OCP Microscaling Formats 1.0) a weight is ``MXFP4_LEVELS[code] * 2 ** (scale - 127)``. A
+kernel that was read from a file is stored again without loss: every level times a smaller power of
+two is a level as long as the largest of the block remains one.
 
 A quantized kernel replaces the array in the ``params`` tree. Operations expand it one layer at a
 time, in the forward pass and again in the backward pass, so that the float kernel is never saved.
@@ -37,7 +37,8 @@ from nalora_jax.ops.storage import Stored
 Kind = Literal["int8", "nf4", "mxfp4"]
 _BLOCKS = {"nf4": 64, "mxfp4": 32}  # inputs that share a scale
 MXFP4_BLOCK = _BLOCKS["mxfp4"]
-_KERNELS, _FFN_KERNELS = r"layers/.*_proj(_[a-z]+)?/kernel$", r"layers/(.*/)?ffn/.*_proj/kernel$"
+_KERNELS = r"layers/.*_proj(_[a-z]+)?/kernel$"
+_FFN_KERNELS = r"layers/(.*/)?ffn/.*_proj/kernel$"
 # Quantiles of N(0, 1) with an exact zero, scaled to [-1, 1] (QLoRA, appendix E).
 # fmt: off
 NF4_LEVELS: tuple[float, ...] = (
@@ -64,7 +65,9 @@ class Quantized(Stored):
     kind: Kind = field(metadata={"static": True})
     # Shardings of one layer's codes and scales for matmuls, if a mesh splits the stored ones
     # further (`gathered`).
-    places: tuple[NamedSharding, NamedSharding] | None = field(default=None, metadata={"static": True})
+    places: tuple[NamedSharding, NamedSharding] | None = field(
+        default=None, metadata={"static": True}
+    )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,10 +76,13 @@ class Quantized(Stored):
         return (*lead, rows * (1 if self.kind == "int8" else 2), d_out)
 
     def expand(self, dtype: Any = None) -> Array:
-        """Returns the kernel in ``dtype``, by default float32; codes are gathered before they are expanded."""
-        codes, scales = self.codes, self.scales
+        """Returns the kernel in ``dtype``, by default float32; codes are gathered before they are
+        expanded."""
+        codes = self.codes
+        scales = self.scales
         if self.places is not None:
-            codes, scales = _at(codes, self.places[0]), _at(scales, self.places[1])
+            codes = _at(codes, self.places[0])
+            scales = _at(scales, self.places[1])
         return dequantize(Quantized(codes, scales, self.kind), dtype or jnp.float32)
 
 
@@ -103,14 +109,18 @@ def quantize(kernel: Array, kind: Kind) -> Quantized:
     block = _BLOCKS.get(kind, d_in)
     if d_in % block:
         raise NaloraError(
-            "compute.quantize", expected=f"inputs in multiples of {block} for {kind}", found=d_in
+            "compute.quantize",
+            expected=f"inputs in multiples of {block} for {kind}",
+            found=d_in,
         )
     w = kernel.astype(jnp.float32).reshape(*lead, d_in // block, block, d_out)
     largest = jnp.max(jnp.abs(w), axis=-2)
     if kind == "mxfp4":
         _, exponent = jnp.frexp(largest)  # largest = m 2^exponent with 1/2 <= m < 1
         scales = jnp.clip(exponent - 1 - _LARGEST + _BIAS, 1, 254).astype(jnp.uint8)
-        return Quantized(_packed(_mxfp4_codes(w / _powers(scales)[..., None, :])), scales, kind)
+        return Quantized(
+            _packed(_mxfp4_codes(w / _powers(scales)[..., None, :])), scales, kind
+        )
     unit = w / jnp.where(largest > 0, largest, 1.0)[..., None, :]
     if kind == "int8":
         codes = jnp.round(unit * 127).astype(jnp.int8).reshape(kernel.shape)
@@ -126,29 +136,39 @@ def _midpoints(levels: Sequence[float]) -> np.ndarray:
 def _nearest(unit: Array, thresholds: np.ndarray) -> Array:
     """Returns the number of thresholds below each number, uint8.
 
-    Compared with all at once, which XLA fuses; a search would store several integer copies of the kernel.
+    Compared with all at once, which XLA fuses; a search would store several integer copies of the
+    kernel.
     """
-    return jnp.searchsorted(jnp.asarray(thresholds), unit, method="compare_all").astype(jnp.uint8)
+    return jnp.searchsorted(jnp.asarray(thresholds), unit, method="compare_all").astype(
+        jnp.uint8
+    )
 
 
 def _mxfp4_codes(unit: Array) -> Array:
     """Returns the code uint8 of the nearest level of every number; beyond 6 it is 6."""
-    # A tie goes to the level with an even code: where this is the upper one, the threshold is the number below.
+    # A tie goes to the level with an even code: where this is the upper one, the threshold is the
+    #   number below.
     thresholds = _midpoints(_POSITIVE)
     thresholds[1::2] = np.nextafter(thresholds[1::2], np.float32(0))
-    return _nearest(jnp.abs(unit), thresholds) | (jnp.signbit(unit).astype(jnp.uint8) << 3)
+    return _nearest(jnp.abs(unit), thresholds) | (
+        jnp.signbit(unit).astype(jnp.uint8) << 3
+    )
 
 
 def _powers(scales: Array) -> Array:
-    """Returns ``2 ** (scale - 127)`` in float32; 0 for a scale of 0, which float32 cannot hold normally."""
+    """Returns ``2 ** (scale - 127)`` in float32; 0 for a scale of 0, which float32 cannot hold
+    normally."""
     return lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
 
 
 def _packed(codes: Array) -> Array:
-    """Returns 4-bit codes ``[..., blocks, block, d_out]`` as bytes ``[..., blocks * block / 2, d_out]``."""
+    """Returns 4-bit codes ``[..., blocks, block, d_out]`` as bytes ``[..., blocks * block / 2,
+    d_out]``."""
     *lead, blocks, block, d_out = codes.shape
     halves = codes.reshape(*lead, blocks, 2, block // 2, d_out)
-    return (halves[..., 0, :, :] | (halves[..., 1, :, :] << 4)).reshape(*lead, blocks * block // 2, d_out)
+    return (halves[..., 0, :, :] | (halves[..., 1, :, :] << 4)).reshape(
+        *lead, blocks * block // 2, d_out
+    )
 
 
 def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> Array:
@@ -156,25 +176,29 @@ def dequantize(kernel: Quantized, dtype: Any = jnp.float32) -> Array:
     *lead, d_in, d_out = kernel.shape
     if kernel.kind == "int8":
         return (kernel.codes.astype(jnp.float32) * kernel.scales).astype(dtype)
-    levels, scales = NF4_LEVELS, kernel.scales
+    levels = NF4_LEVELS
+    scales = kernel.scales
     if kernel.kind == "mxfp4":
-        levels, scales = MXFP4_LEVELS, _powers(kernel.scales)
+        levels = MXFP4_LEVELS
+        scales = _powers(kernel.scales)
     block = _BLOCKS[kernel.kind]
     pairs = kernel.codes.reshape(*lead, d_in // block, 1, block // 2, d_out)
     shifts = jnp.array([0, 4], jnp.uint8).reshape(*[1] * (len(lead) + 1), 2, 1, 1)
     codes = (pairs >> shifts) & 15
     blocks = (_of_levels(codes, levels) * scales[..., None, None, :]).astype(dtype)
-    # One pass over HBM: without the barrier, the TPU compiler multiplies in the final shape and stores the
-    # repeated codes and scales, three times the traffic.
+    # One pass over HBM: without the barrier, the TPU compiler multiplies in the final shape and
+    # stores the repeated codes and scales, three times the traffic.
     return lax.optimization_barrier(blocks).reshape(*lead, d_in, d_out)
 
 
 def _of_levels(codes: Array, levels: Sequence[float]) -> Array:
-    """Returns float32 ``levels[codes]``, selected bit by bit: a TPU has no fast gather from a small table."""
+    """Returns float32 ``levels[codes]``, selected bit by bit: a TPU has no fast gather from a small
+    table."""
     if len(levels) == 1:
         return jnp.float32(levels[0])
     half = len(levels) // 2
-    low, high = _of_levels(codes, levels[:half]), _of_levels(codes, levels[half:])
+    low = _of_levels(codes, levels[:half])
+    high = _of_levels(codes, levels[half:])
     return jnp.where((codes & half) > 0, high, low)
 
 
@@ -182,7 +206,8 @@ def gathered(params: Any, axes: Collection[str]) -> Any:
     """Returns ``params`` with quantized kernels marked to be gathered over mesh ``axes`` as codes.
 
     Without the mark the compiler expands each device's part and gathers float32: four times the
-    bytes of int8 and seven times the bytes of nf4. Leaves may be descriptions of arrays, with shardings.
+    bytes of int8 and seven times the bytes of nf4. Leaves may be descriptions of arrays, with
+    shardings.
     Experts are not marked: `nalora_jax.models.moe` gathers the arrays that it maps over the mesh.
     """
 
@@ -190,7 +215,8 @@ def gathered(params: Any, axes: Collection[str]) -> Any:
         if not isinstance(leaf, Quantized) or leaf.codes.ndim > 3:
             return leaf
         codes, scales = (
-            _without(array.sharding, leaf.codes.ndim, axes) for array in (leaf.codes, leaf.scales)
+            _without(array.sharding, leaf.codes.ndim, axes)
+            for array in (leaf.codes, leaf.scales)
         )
         if codes is None or scales is None:
             return leaf
@@ -200,9 +226,15 @@ def gathered(params: Any, axes: Collection[str]) -> Any:
 
 
 def _without(sharding: Any, ndim: int, axes: Collection[str]) -> NamedSharding | None:
-    """Returns the sharding of the last two axes without ``axes``; None if the mesh has none of them."""
-    if not isinstance(sharding, NamedSharding) or not set(axes) & set(sharding.mesh.shape):
+    """Returns the sharding of the last two axes without ``axes``; None if the mesh has none of
+    them."""
+    if not isinstance(sharding, NamedSharding) or not set(axes) & set(
+        sharding.mesh.shape
+    ):
         return None
     spec = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))[-2:]
-    remaining = [tuple(name for name in mesh_axes(entry) if name not in axes) or None for entry in spec]
+    remaining = [
+        tuple(name for name in mesh_axes(entry) if name not in axes) or None
+        for entry in spec
+    ]
     return NamedSharding(sharding.mesh, P(*remaining))

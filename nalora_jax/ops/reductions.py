@@ -43,10 +43,13 @@ def with_zeros(x: Array, count: int, axis: int) -> Array:
 
 
 def in_tiles(x: Array, tiles: int) -> Array:
-    """Returns ``[tiles, batch, tile, ...]`` of ``[batch, seq, ...]``; the last tile is padded with zeros."""
+    """Returns ``[tiles, batch, tile, ...]`` of ``[batch, seq, ...]``; the last tile is padded with
+    zeros."""
     batch, seq, *rest = x.shape
     tile = -(-seq // tiles)
-    return jnp.moveaxis(with_zeros(x, tiles * tile - seq, 1).reshape(batch, tiles, tile, *rest), 1, 0)
+    return jnp.moveaxis(
+        with_zeros(x, tiles * tile - seq, 1).reshape(batch, tiles, tile, *rest), 1, 0
+    )
 
 
 def of_tiles(x: Array, seq: int) -> Array:
@@ -56,10 +59,11 @@ def of_tiles(x: Array, seq: int) -> Array:
 
 
 def by_shard(sums: Callable[..., Any], rows: NamedSharding | None, *arrays: Any) -> Any:
-    """Returns ``sums(*arrays)`` for the rows of each shard of arrays ``[batch, ...]`` with the sharding ``rows``.
+    """Returns ``sums(*arrays)`` for the rows of each shard of arrays ``[batch, ...]`` with the
+    sharding ``rows``.
 
-    Rows of zeros, whose sums must be zeros, are appended if the shards do not divide the batch. The sums
-    have a leading axis ``[shards]`` unless there is one shard.
+    Rows of zeros, whose sums must be zeros, are appended if the shards do not divide the batch. The
+    sums have a leading axis ``[shards]`` unless there is one shard.
 
     Example: 8 rows over 4 shards, ``sums=lambda z: {"total": z.sum((0, 1))}``
       z [8, seq, d_ff] -> [4, 2, seq, d_ff] -> {"total": [4, d_ff]}
@@ -75,7 +79,8 @@ def by_shard(sums: Callable[..., Any], rows: NamedSharding | None, *arrays: Any)
 
 
 def pinned(tree: Any, rows: NamedSharding | None, axis: int = 0) -> Any:
-    """Returns ``tree`` with a sharding of the axis ``[shards]``; the compiler places all other axes."""
+    """Returns ``tree`` with a sharding of the axis ``[shards]``; the compiler places all other
+    axes."""
     if rows is None or count(rows) == 1:
         return tree
 
@@ -88,11 +93,14 @@ def pinned(tree: Any, rows: NamedSharding | None, axis: int = 0) -> Any:
 
 
 def first_alone(value: Array, rows: NamedSharding | None) -> Array:
-    """Returns the sums of a batch ``[...]`` as ``[shards, ...]`` with zeros after the first shard."""
+    """Returns the sums of a batch ``[...]`` as ``[shards, ...]`` with zeros after the first
+    shard."""
     shards = count(rows)
     if shards == 1:
         return value
-    alone: Array = pinned(jnp.zeros((shards, *value.shape), value.dtype).at[0].set(value), rows)
+    alone: Array = pinned(
+        jnp.zeros((shards, *value.shape), value.dtype).at[0].set(value), rows
+    )
     return alone
 
 
@@ -114,7 +122,8 @@ def sampled(x: Array, weights: Array, stride: int, run: int = RUN) -> Array:
         stride 2, 32 positions, the first 6 real       0 to 7 and 24 to 31 (whose weights are 0)
         stride 2, 6 real positions                     0, 2, 4
 
-    Returns ``[..., taken, n]`` of ``[..., positions, n]``; weights ``[..., positions]`` are 0 for padding.
+    Returns ``[..., taken, n]`` of ``[..., positions, n]``; weights ``[..., positions]`` are 0 for
+    padding.
     """
     chex.assert_equal_shape_prefix([x, weights], weights.ndim)
     if stride == 1:
@@ -125,22 +134,28 @@ def sampled(x: Array, weights: Array, stride: int, run: int = RUN) -> Array:
     x = with_zeros(x, missing, -2)
     # [..., groups, stride, run, n], of which one of every stride
     x = x.reshape(*x.shape[:-2], groups, stride, run, x.shape[-1])
-    runs = jnp.take_along_axis(x, chosen[..., None, None, None], axis=-3, mode="promise_in_bounds")
+    runs = jnp.take_along_axis(
+        x, chosen[..., None, None, None], axis=-3, mode="promise_in_bounds"
+    )
     return runs.reshape(*weights.shape[:-1], groups * run, x.shape[-1])
 
 
 def sampled_weights(weights: Array, stride: int) -> Array:
-    """Returns float32 ``weights`` ``[..., positions]``, 0 at positions that `sampled` does not take."""
+    """Returns float32 ``weights`` ``[..., positions]``, 0 at positions that `sampled` does not
+    take."""
     if stride == 1:
         return weights.astype(jnp.float32)
     run, groups = _grouping(weights.shape[-1], stride, RUN)
-    mask = jax.nn.one_hot(_chosen(weights, stride, run), stride, dtype=bool)  # [..., groups, stride]
+    mask = jax.nn.one_hot(
+        _chosen(weights, stride, run), stride, dtype=bool
+    )  # [..., groups, stride]
     mask = jnp.repeat(mask.reshape(*weights.shape[:-1], groups * stride), run, axis=-1)
     return jnp.where(mask[..., : weights.shape[-1]], weights.astype(jnp.float32), 0.0)
 
 
 def _grouping(length: int, stride: int, run: int) -> tuple[int, int]:
-    """Returns the positions in a run (1 if groups of ``stride`` runs do not divide the length) and groups."""
+    """Returns the positions in a run (1 if groups of ``stride`` runs do not divide the length) and
+    groups."""
     if length % (run * stride):
         run = 1
     return run, -(-length // (stride * run))
@@ -151,7 +166,9 @@ def _chosen(weights: Array, stride: int, run: int) -> Array:
     groups = -(-weights.shape[-1] // (stride * run))
     real = lax.stop_gradient(weights) > 0
     real = with_zeros(real, groups * stride * run - weights.shape[-1], -1)
-    counts = jnp.sum(real.reshape(*weights.shape[:-1], groups, stride, run), axis=-1, dtype=jnp.int32)
+    counts = jnp.sum(
+        real.reshape(*weights.shape[:-1], groups, stride, run), axis=-1, dtype=jnp.int32
+    )
     preferred = jnp.arange(stride, dtype=jnp.int32) == (stride // 2 if run > 1 else 0)
     ranks = 2 * counts + jnp.broadcast_to(preferred, counts.shape).astype(jnp.int32)
     return jnp.argmax(ranks, axis=-1).astype(jnp.int32)

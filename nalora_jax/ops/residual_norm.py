@@ -12,13 +12,19 @@ from nalora_jax.ops.storage import SAVED, round_and_save
 
 
 def residual_norm(
-    x: Array, y: Array | None, scale: Array, eps: float, numerics: Numerics, recomputed: bool = False
+    x: Array,
+    y: Array | None,
+    scale: Array,
+    eps: float,
+    numerics: Numerics,
+    recomputed: bool = False,
 ) -> tuple[Array, Array]:
-    """Returns ``x + y`` and its norm in ``numerics.result``; x, and y if it is not None, are ``[..., d]``.
+    """Returns ``x + y`` and its norm in ``numerics.result``; x, and y if it is not None, are
+    ``[..., d]``.
 
-    The norm reads the sum as it is saved for the backward pass; the sum itself is not rounded. ``scale`` is
-    frozen float32 ``[d]``. With ``recomputed``, x and y follow from saved arrays without a matmul, so that the
-    sum need not be saved.
+    The norm reads the sum as it is saved for the backward pass; the sum itself is not rounded.
+    ``scale`` is frozen float32 ``[d]``. With ``recomputed``, x and y follow from saved arrays
+    without a matmul, so that the sum need not be saved.
     """
     total = x
     if y is not None:
@@ -32,5 +38,7 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     x = x.astype(jnp.float32)
     # A rematerialized layer saves this one number per token; recomputing it would read all of x
     # again.
-    inverse = checkpoint_name(jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps), SAVED)
+    inverse = checkpoint_name(
+        jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps), SAVED
+    )
     return x * inverse * jnp.broadcast_to(scale, x.shape)

@@ -2,8 +2,8 @@
 
 A causal convolution reads the last tokens of the preceding block. The gated delta rule is linear in
 its state, so each block is computed once for a state of zero and for an identity. The results are a
-summary ``(D, M)`` of the block, with ``state after = D + M (state before)``. Every shard gathers the
-summaries of all blocks and applies them in order.
+summary ``(D, M)`` of the block, with ``state after = D + M (state before)``. Every shard gathers
+the summaries of all blocks and applies them in order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from nalora_jax.common.devices import BATCH_AXES, CONTEXT
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops.causal_conv import causal_conv
 from nalora_jax.ops.delta_rule import DeltaInputs, gated_delta_rule, segment_runs
-from nalora_jax.ops.split_rows import Row, block_numbers, by_block, by_part, gathered, with_preceding
+from nalora_jax.ops.split_rows import (
+    Row,
+    block_numbers,
+    by_block,
+    by_part,
+    gathered,
+    with_preceding,
+)
 
 
 def split_conv(x: Array, kernel: Array, row: Row, sharding: NamedSharding) -> Array:
@@ -32,34 +39,51 @@ def split_conv(x: Array, kernel: Array, row: Row, sharding: NamedSharding) -> Ar
     Raises:
       NaloraError: a block has fewer tokens than the convolution reads before it.
     """
-    ahead, block = kernel.shape[0] - 1, x.shape[1] // 2
+    ahead = kernel.shape[0] - 1
+    block = x.shape[1] // 2
     if ahead > block:
-        actual, remedy = f"blocks of {block}", "use a smaller --mesh.context, or longer rows"
+        actual = f"blocks of {block}"
+        remedy = "use a smaller --mesh.context, or longer rows"
         expected = f"blocks of at least {ahead} tokens, which a convolution reads"
-        raise NaloraError("--mesh.context", expected=expected, found=actual, remedy=remedy)
+        raise NaloraError(
+            "--mesh.context", expected=expected, found=actual, remedy=remedy
+        )
 
     def local(x: Array, kernel: Array, row: Row) -> Array:
         segments = row.slices(ahead).segments
-        return by_part(causal_conv(with_preceding(x, ahead), kernel, segments)[:, ahead:])
+        return by_part(
+            causal_conv(with_preceding(x, ahead), kernel, segments)[:, ahead:]
+        )
 
     channels = _over_tensor(sharding, x.shape[-1])
     by_channel = P(sharding.spec[0], None, channels)
     return _mapped(
-        local, sharding, (by_channel, P(None, channels), P(BATCH_AXES)), by_channel, x, kernel, row
+        local,
+        sharding,
+        (by_channel, P(None, channels), P(BATCH_AXES)),
+        by_channel,
+        x,
+        kernel,
+        row,
     )
 
 
 def split_delta_rule(inputs: DeltaInputs, row: Row, sharding: NamedSharding) -> Array:
-    """Computes the outputs of `nalora_jax.ops.delta_rule.gated_delta_rule` for rows from their parts, as above."""
+    """Computes the outputs of `nalora_jax.ops.delta_rule.gated_delta_rule` for rows from their
+    parts, as above."""
     by_head = P(sharding.spec[0], None, _over_tensor(sharding, inputs.k.shape[2]))
-    return _mapped(_delta_rule, sharding, (by_head, P(BATCH_AXES)), by_head, inputs, row)
+    return _mapped(
+        _delta_rule, sharding, (by_head, P(BATCH_AXES)), by_head, inputs, row
+    )
 
 
 def _delta_rule(inputs: DeltaInputs, row: Row) -> Array:
     """Computes a shard's outputs ``[batch, 2 * block, groups, n, d_v]``."""
-    inputs, segments = jax.tree.map(by_block, inputs), row.slices(0).segments
+    inputs = jax.tree.map(by_block, inputs)
+    segments = row.slices(0).segments
     before = row._replace(segments=segment_runs(row.segments)).slices(1).segments[:, 0]
-    d_k, d_v = inputs.k.shape[-1], inputs.v.shape[-1]
+    d_k = inputs.k.shape[-1]
+    d_v = inputs.v.shape[-1]
     v = jnp.pad(inputs.v, [(0, 0)] * (inputs.v.ndim - 1) + [(0, d_k)])
     heads = (v.shape[0], *v.shape[2:4])
     # Zeros for the values' columns, then an identity.
@@ -86,7 +110,8 @@ def _states_before(summary: Array, d_v: int) -> Array:
 
     states = lax.scan(after, jnp.zeros_like(summaries[0, ..., :d_v]), summaries)[1]
     local_states = [
-        lax.dynamic_index_in_dim(states, number, 0, keepdims=False) for number in block_numbers()
+        lax.dynamic_index_in_dim(states, number, 0, keepdims=False)
+        for number in block_numbers()
     ]
     return jnp.stack(local_states, axis=1).reshape(-1, *states.shape[2:])
 
@@ -98,9 +123,15 @@ def _over_tensor(sharding: NamedSharding, size: int) -> str | None:
 
 
 def _mapped(
-    local: Callable[..., Array], sharding: NamedSharding, specs: Any, out: P, *arguments: Any
+    local: Callable[..., Array],
+    sharding: NamedSharding,
+    specs: Any,
+    out: P,
+    *arguments: Any,
 ) -> Array:
     assert CONTEXT in sharding.mesh.shape
-    mapped = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=out, check_vma=False)
+    mapped = jax.shard_map(
+        local, mesh=sharding.mesh, in_specs=specs, out_specs=out, check_vma=False
+    )
     result: Array = mapped(*arguments)
     return result

@@ -1,9 +1,9 @@
 """Rows whose tokens are split over the mesh axis "context".
 
 A row is divided into two blocks of tokens per shard. Shard i of n has the blocks i and 2 n - 1 - i,
-an early and a late one, so that causal attention has the same work on every shard. The shards' parts
-are rows of an array whose first axis is split over all axes that split tokens, so that only functions
-along a row need to know of the split.
+an early and a late one, so that causal attention has the same work on every shard. The shards'
+parts are rows of an array whose first axis is split over all axes that split tokens, so that only
+functions along a row need to know of the split.
 
     row    [batch, seq]              blocks 0 1 2 3, for 2 shards
     parts  [2 * batch, 2 * block]    blocks 0 3 of every row, then blocks 1 2 of every row
@@ -34,7 +34,9 @@ class Row(NamedTuple):
 
     positions: Array  # int [batch, seq]
     segments: Array  # int [batch, seq]
-    starts: Array | None = None  # int [batch, seq], see `nalora_jax.ops.attention.attention`
+    starts: Array | None = (
+        None  # int [batch, seq], see `nalora_jax.ops.attention.attention`
+    )
 
     def slices(self, ahead: int) -> Row:
         """Returns the integers of this shard's blocks and of the ``ahead`` tokens before each.
@@ -45,8 +47,12 @@ class Row(NamedTuple):
         block = self.positions.shape[1] // (2 * lax.axis_size(CONTEXT))
 
         def of_blocks(x: Array, fill: int) -> Array:
-            padded, size = jnp.pad(x, ((0, 0), (ahead, 0)), constant_values=fill), ahead + block
-            slices = [lax.dynamic_slice_in_dim(padded, i * block, size, 1) for i in block_numbers()]
+            padded = jnp.pad(x, ((0, 0), (ahead, 0)), constant_values=fill)
+            size = ahead + block
+            slices = [
+                lax.dynamic_slice_in_dim(padded, i * block, size, 1)
+                for i in block_numbers()
+            ]
             return jnp.stack(slices, axis=1).reshape(-1, ahead + block)
 
         starts = None if self.starts is None else of_blocks(self.starts, 0)
@@ -75,7 +81,9 @@ def block_length(seq: int, shards: int) -> int:
     if seq < 2 * shards:
         expected = f"at most {max(seq // 2, 1)} for rows of {seq} tokens (two blocks of tokens a device)"
         remedy = "use longer rows (--data.max-length), or --mesh.fsdp for these devices"
-        raise NaloraError("--mesh.context", expected=expected, found=shards, remedy=remedy)
+        raise NaloraError(
+            "--mesh.context", expected=expected, found=shards, remedy=remedy
+        )
     block = -(-seq // (2 * shards))
     return block if block < _ALIGNED else -(-block // _ALIGNED) * _ALIGNED
 
@@ -96,17 +104,23 @@ def split(x: Array, sharding: NamedSharding | None) -> Array:
     shards = shards_of(sharding)
     if sharding is None or shards == 1:
         return x
-    batch, x = x.shape[0], padded(x, sharding)
+    batch = x.shape[0]
+    x = padded(x, sharding)
     order = np.stack([np.arange(shards), 2 * shards - 1 - np.arange(shards)], axis=1)
     # [batch, blocks, block] -> [batch, shards, 2, block] -> [shards, batch, 2 * block]
     x = x.reshape(batch, 2 * shards, -1, *x.shape[2:])[:, order]
     x = jnp.moveaxis(x, 1, 0).reshape(shards, batch, -1, *x.shape[4:])
-    x = lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, P(CONTEXT, BATCH_AXES)))
-    return lax.with_sharding_constraint(x.reshape(shards * batch, *x.shape[2:]), sharding)
+    x = lax.with_sharding_constraint(
+        x, NamedSharding(sharding.mesh, P(CONTEXT, BATCH_AXES))
+    )
+    return lax.with_sharding_constraint(
+        x.reshape(shards * batch, *x.shape[2:]), sharding
+    )
 
 
 def joined(x: Array, sharding: NamedSharding | None, seq: int) -> Array:
-    """Returns rows ``[batch, seq, ...]`` of their parts: the inverse of `split`, without padding."""
+    """Returns rows ``[batch, seq, ...]`` of their parts: the inverse of `split`, without
+    padding."""
     shards = shards_of(sharding)
     if sharding is None or shards == 1:
         return x
@@ -115,17 +129,21 @@ def joined(x: Array, sharding: NamedSharding | None, seq: int) -> Array:
 
 
 def repeated(x: Array, sharding: NamedSharding | None) -> Array:
-    """Returns ``[shards * batch, ...]``: the array ``[batch, ...]`` of whole rows for each part of them."""
+    """Returns ``[shards * batch, ...]``: the array ``[batch, ...]`` of whole rows for each part of
+    them."""
     shards = shards_of(sharding)
     if sharding is None or shards == 1:
         return x
     x = jnp.broadcast_to(x[None], (shards, *x.shape))
-    x = lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, P(CONTEXT, BATCH_AXES)))
+    x = lax.with_sharding_constraint(
+        x, NamedSharding(sharding.mesh, P(CONTEXT, BATCH_AXES))
+    )
     return lax.with_sharding_constraint(x.reshape(-1, *x.shape[2:]), sharding)
 
 
 def _natural(x: Array) -> Array:
-    """Returns rows ``[batch, seq, ...]`` of all shards' blocks ``[shards, batch, 2, block, ...]``."""
+    """Returns rows ``[batch, seq, ...]`` of all shards' blocks ``[shards, batch, 2, block,
+    ...]``."""
     blocks = jnp.concatenate([x[:, :, 0], x[::-1, :, 1]])
     blocks = jnp.moveaxis(blocks, 0, 1)
     return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])
@@ -159,14 +177,18 @@ def gathered(x: Array) -> Array:
 def gathered_exactly(x: Array) -> Array:
     """Computes `gathered`; the backward pass exchanges the gradients and sums them in float32.
 
-    For as many bytes as the sum of `gathered`, which v5e's compiler makes of the entire array on every shard.
+    For as many bytes as the sum of `gathered`, which v5e's compiler makes of the entire array on
+    every shard.
     """
     return gathered(x)
 
 
 def _exchanged(_: None, g: Array) -> tuple[Array]:
-    batch, shards = g.shape[0], lax.axis_size(CONTEXT)
-    blocks = jax.ShapeDtypeStruct((shards, batch, 2, g.shape[1] // (2 * shards), *g.shape[2:]), g.dtype)
+    batch = g.shape[0]
+    shards = lax.axis_size(CONTEXT)
+    blocks = jax.ShapeDtypeStruct(
+        (shards, batch, 2, g.shape[1] // (2 * shards), *g.shape[2:]), g.dtype
+    )
     (parts,) = jax.linear_transpose(_natural, blocks)(g)
     parts = lax.all_to_all(parts, CONTEXT, 0, 0, tiled=True)
     total = jnp.sum(parts.astype(jnp.float32), axis=0).astype(g.dtype)
@@ -177,18 +199,26 @@ gathered_exactly.defvjp(lambda x: (gathered(x), None), _exchanged)
 
 
 def with_preceding(x: Array, ahead: int) -> Array:
-    """Returns ``[2 * batch, ahead + block, ...]``: this shard's blocks, each after the last tokens before it.
+    """Returns ``[2 * batch, ahead + block, ...]``: this shard's blocks, each after the last tokens
+    before it.
 
-    ``x`` is ``[batch, 2 * block, ...]``; ``ahead`` is at most a block. Only these tokens are exchanged, between
-    neighbours. There are zeros before the start of a row.
+    ``x`` is ``[batch, 2 * block, ...]``; ``ahead`` is at most a block. Only these tokens are
+    exchanged, between neighbours. There are zeros before the start of a row.
     """
     shards = lax.axis_size(CONTEXT)
     early, late = jnp.unstack(x.reshape(x.shape[0], 2, -1, *x.shape[2:]), axis=1)
-    tail, late_tail = early[:, early.shape[1] - ahead :], late[:, late.shape[1] - ahead :]
-    # Block i follows i - 1 of the shard before; block 2 n - 1 - i follows 2 n - 2 - i of the shard after. The
-    # last shard has the two blocks in the middle of the row.
+    tail = early[:, early.shape[1] - ahead :]
+    late_tail = late[:, late.shape[1] - ahead :]
+    # Block i follows i - 1 of the shard before; block 2 n - 1 - i follows 2 n - 2 - i of the shard
+    # after. The last shard has the two blocks in the middle of the row.
     before = lax.ppermute(tail, CONTEXT, [(i, i + 1) for i in range(shards - 1)])
-    before_late = lax.ppermute(late_tail, CONTEXT, [(i + 1, i) for i in range(shards - 1)])
+    before_late = lax.ppermute(
+        late_tail, CONTEXT, [(i + 1, i) for i in range(shards - 1)]
+    )
     before_late = jnp.where(lax.axis_index(CONTEXT) == shards - 1, tail, before_late)
-    blocks = [jnp.concatenate(pair, axis=1) for pair in ((before, early), (before_late, late))]
-    return jnp.stack(blocks, axis=1).reshape(2 * x.shape[0], ahead + early.shape[1], *x.shape[2:])
+    blocks = [
+        jnp.concatenate(pair, axis=1) for pair in ((before, early), (before_late, late))
+    ]
+    return jnp.stack(blocks, axis=1).reshape(
+        2 * x.shape[0], ahead + early.shape[1], *x.shape[2:]
+    )

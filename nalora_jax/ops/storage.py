@@ -1,15 +1,16 @@
-"""Storage forms of frozen weights, matmuls with them, and activations that are saved for the backward pass.
+"""Storage forms of frozen weights, matmuls with them, and activations that are saved for the
+backward pass.
 
 A frozen array is stored as floats or in another form that expands to floats: quantized codes with
 scales (`nalora_jax.ops.quantize`), or the bits of bf16 on a CPU. The caller who compiles a program
 passes its variables to `prepare` once, outside of the program. Inside, code that reads a frozen
-array calls `expand`, `take_rows`, `dot`, `matmul` or an operation, which accept every form. Matmuls are
-accumulated in float32.
+array calls `expand`, `take_rows`, `dot`, `matmul` or an operation, which accept every form. Matmuls
+are accumulated in float32.
 
 In every iteration of a scan XLA:CPU widens the whole bf16 stack to float32, and it widens a whole
 bf16 table before it reads a row. It does not widen integers. Outside of a compiled program the bits
-are a view that shares the array's memory. On a CPU bf16 is rounded with integers, because XLA:CPU does
-not vectorize loops that contain a conversion: ``silu(z) * u`` takes twice as long with one.
+are a view that shares the array's memory. On a CPU bf16 is rounded with integers, because XLA:CPU
+does not vectorize loops that contain a conversion: ``silu(z) * u`` takes twice as long with one.
 
 A rematerialized layer saves the arrays with these names: `SAVED` for those that take a matmul to
 recompute, `SAVED_WIDE` for the ones among them that are as wide as the feed-forward block, and
@@ -37,13 +38,16 @@ from nalora_jax.ops.dispatch import Numerics, native_kind, operation
 # The collection of kernels that stay in the stack of all layers while layers are scanned. A
 # kernel's leaf in ``params`` then holds the number of the layer, `Bits.at`.
 STACKS = "stacks"
-SAVED, SAVED_WIDE, LAYER_INPUT = "saved", "saved_wide", "layer_input"
+SAVED = "saved"
+SAVED_WIDE = "saved_wide"
+LAYER_INPUT = "layer_input"
 SUMS = "sums"  # a block's statistics, which every policy saves
 _TABLES = ("embed/embedding", "lm_head/kernel")
 
 
 class Stored(ABC):
-    """A frozen array in another form than floats; a pytree that can be scanned, sharded and donated."""
+    """A frozen array in another form than floats; a pytree that can be scanned, sharded and
+    donated."""
 
     @property
     @abstractmethod
@@ -66,7 +70,8 @@ Kernel = Array | Stored  # a frozen kernel
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Bits(Stored):
-    """A bf16 array as its bits, or one of a stack, read in place: slicing would copy it every time."""
+    """A bf16 array as its bits, or one of a stack, read in place: slicing would copy it every
+    time."""
 
     bits: Array  # uint16; with ``at`` those of all arrays, [n, ...]
     at: Array | None = None  # int [], index in the stack
@@ -86,12 +91,16 @@ class Bits(Stored):
 
 def bf16_bits(x: Array) -> Array:
     """Returns the bits of bf16 ``x`` as uint16; other dtypes are unchanged."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+    if x.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(x, jnp.uint16)
+    return x
 
 
 def from_bits(x: Array) -> Array:
     """Computes the inverse of `bf16_bits`."""
-    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+    if x.dtype == jnp.uint16:
+        return lax.bitcast_convert_type(x, jnp.bfloat16)
+    return x
 
 
 def bits_of(table: Kernel) -> Array:
@@ -100,7 +109,8 @@ def bits_of(table: Kernel) -> Array:
 
 
 def expand(array: Kernel, dtype: Any = None) -> Array:
-    """Returns a frozen array as floats; forms other than floats are rounded to ``dtype`` if it is given."""
+    """Returns a frozen array as floats; forms other than floats are rounded to ``dtype`` if it is
+    given."""
     return array.expand(dtype) if isinstance(array, Stored) else array
 
 
@@ -111,13 +121,16 @@ def take_rows(table: Kernel, rows: Array, numerics: Numerics, axis: int = 0) -> 
     return jnp.take(expand(table), rows, axis=axis)
 
 
-def prepare(variables: Mapping[str, Any], numerics: Numerics, *, tables: bool = True) -> dict[str, Any]:
-    """Returns a model's variables in the form that compiled programs read fastest; memory is shared.
+def prepare(
+    variables: Mapping[str, Any], numerics: Numerics, *, tables: bool = True
+) -> dict[str, Any]:
+    """Returns a model's variables in the form that compiled programs read fastest; memory is
+    shared.
 
     Call it once, outside of the program. Programs accept unprepared variables, too. On a CPU, bf16
-    kernels of layers become views of their bits, and with ``tables`` the embedding and the head, unless logits
-    are computed in a loop. Kernels for native matmuls stay in stacks that are not scanned: native matmuls
-    read a layer's kernel in place, a scan over the stack would copy it.
+    kernels of layers become views of their bits, and with ``tables`` the embedding and the head,
+    unless logits are computed in a loop. Kernels for native matmuls stay in stacks that are not
+    scanned: native matmuls read a layer's kernel in place, a scan over the stack would copy it.
     """
     if numerics.facts_of != "cpu" or STACKS in variables:  # `STACKS`: already prepared
         return dict(variables)
@@ -128,7 +141,12 @@ def prepare(variables: Mapping[str, Any], numerics: Numerics, *, tables: bool = 
         if not layers and not (tables and path in _TABLES):
             return leaf
         bits = view_bits(leaf)
-        if not (layers and isinstance(bits, Bits) and bits.ndim == 3 and native_kind(numerics)):
+        if not (
+            layers
+            and isinstance(bits, Bits)
+            and bits.ndim == 3
+            and native_kind(numerics)
+        ):
             return bits
         stacks[path] = bits
         return jnp.arange(bits.shape[0], dtype=jnp.int32)
@@ -145,42 +163,57 @@ def view_bits(leaf: Any) -> Any:
     if getattr(leaf, "dtype", None) != jnp.bfloat16:
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return Bits(jax.ShapeDtypeStruct(leaf.shape, jnp.uint16, sharding=leaf.sharding))  # type: ignore[arg-type]
+        bits = jax.ShapeDtypeStruct(leaf.shape, jnp.uint16, sharding=leaf.sharding)
+        return Bits(bits)  # type: ignore[arg-type]
     if isinstance(leaf, jax.core.Tracer):
         return Bits(bf16_bits(leaf))
     shards = [
-        jax.device_put(np.asarray(shard.data).view(np.uint16), shard.device, may_alias=True)
+        jax.device_put(
+            np.asarray(shard.data).view(np.uint16), shard.device, may_alias=True
+        )
         for shard in leaf.addressable_shards
     ]
-    return Bits(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards))
+    return Bits(
+        jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+    )
 
 
 def store(x: Array, numerics: Numerics) -> Kernel:
     """Returns an array that a program carries from step to step in the platform's best form."""
-    return Bits(bf16_bits(x)) if numerics.facts_of == "cpu" and x.dtype == jnp.bfloat16 else x
+    if numerics.facts_of == "cpu" and x.dtype == jnp.bfloat16:
+        return Bits(bf16_bits(x))
+    return x
 
 
 def in_stored_layout(x: Any, numerics: Numerics) -> Any:
-    """Returns an array of one layer in the layout of the stack of all layers, if the compiler would change it.
+    """Returns an array of one layer in the layout of the stack of all layers, if the compiler would
+    change it.
 
-    This is row-major order on a TPU. Otherwise XLA chooses the layout that gathers, transposed matmuls or
-    the loss prefer, and copies the stack of all layers' kernels, or of their saved inputs. Qwen3-30B-A3B on
-    2 x v6e:4x4 (fsdp 8, one row a chip), compiled: 21.1 instead of 33.4 GB a chip.
+    This is row-major order on a TPU. Otherwise XLA chooses the layout that gathers, transposed
+    matmuls or the loss prefer, and copies the stack of all layers' kernels, or of their saved
+    inputs. Qwen3-30B-A3B on 2 x v6e:4x4 (fsdp 8, one row a chip), compiled: 21.1 instead of 33.4 GB
+    a chip.
     """
     on_tpu = numerics.facts_of == "tpu"
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if on_tpu else x
+    if on_tpu:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return x
 
 
 def rounded(x: Array, dtype: Any, numerics: Numerics) -> Array:
     """Returns ``x.astype(dtype)``."""
-    if numerics.facts_of == "cpu" and (jnp.dtype(dtype), x.dtype) == (jnp.bfloat16, jnp.float32):
+    if numerics.facts_of == "cpu" and (jnp.dtype(dtype), x.dtype) == (
+        jnp.bfloat16,
+        jnp.float32,
+    ):
         return _rounded(x)
     return x.astype(dtype)
 
 
 @jax.custom_vjp
 def _rounded(x: Array) -> Array:
-    """Returns float32 ``x`` in bf16, rounded to nearest even by integers; infinities and NaN are kept."""
+    """Returns float32 ``x`` in bf16, rounded to nearest even by integers; infinities and NaN are
+    kept."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     odd = (bits >> 16) & jnp.uint32(1)
     return from_bits(((bits + jnp.uint32(0x7FFF) + odd) >> 16).astype(jnp.uint16))
@@ -189,8 +222,11 @@ def _rounded(x: Array) -> Array:
 _rounded.defvjp(lambda x: (_rounded(x), None), lambda _, g: (g.astype(jnp.float32),))
 
 
-def save_residual(x: Array, dtype: str, numerics: Numerics, name: str = SAVED) -> Array | Stored:
-    """Returns ``x`` rounded to ``dtype`` and named for rematerialized layers; `read_residual` is the inverse."""
+def save_residual(
+    x: Array, dtype: str, numerics: Numerics, name: str = SAVED
+) -> Array | Stored:
+    """Returns ``x`` rounded to ``dtype`` and named for rematerialized layers; `read_residual` is
+    the inverse."""
     x = rounded(x, dtype, numerics)
     if numerics.facts_of == "cpu" and x.dtype == jnp.bfloat16:
         return Bits(checkpoint_name(bf16_bits(x), name))
@@ -204,7 +240,8 @@ def read_residual(x: Array | Stored, dtype: Any) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def round_and_save(x: Array, numerics: Numerics) -> Array:
-    """Returns ``x`` rounded to ``numerics.residual`` and saved in that dtype; its gradient is unchanged."""
+    """Returns ``x`` rounded to ``numerics.residual`` and saved in that dtype; its gradient is
+    unchanged."""
     return _rounded_and_saved(x, numerics)
 
 
@@ -214,7 +251,8 @@ def _rounded_and_saved(x: Array, numerics: Numerics) -> Array:
 
 # The rule itself calls no custom function: a rematerialization policy sees no names inside of one.
 round_and_save.defvjp(
-    lambda x, numerics: (_rounded_and_saved(x, numerics), None), lambda numerics, _, g: (g,)
+    lambda x, numerics: (_rounded_and_saved(x, numerics), None),
+    lambda numerics, _, g: (g,),
 )
 
 
@@ -230,19 +268,24 @@ def dot(
     operand: str = "",
     result: Any = "float32",
 ) -> Array:
-    """Multiplies two matrices over one dimension of each, with sums in float32; y has any storage form.
+    """Multiplies two matrices over one dimension of each, with sums in float32; y has any storage
+    form.
 
     Both are rounded to ``operand``, by default ``numerics.operand``.
     """
     operand = operand or numerics.operand
-    operands = rounded(x, operand, numerics), rounded(expand(y, operand), operand, numerics)
+    operands = (
+        rounded(x, operand, numerics),
+        rounded(expand(y, operand), operand, numerics),
+    )
     contract = (((dims[0],), (dims[1],)), ((), ()))
     product = lax.dot_general(*operands, contract, preferred_element_type=jnp.float32)
     return rounded(product, result, numerics)
 
 
 def matmul(x: Array, kernel: Kernel, numerics: Numerics) -> Array:
-    """Computes ``x @ kernel`` for ``[..., d_in]`` and a frozen kernel, which receives **no gradient**: zeros.
+    """Computes ``x @ kernel`` for ``[..., d_in]`` and a frozen kernel, which receives **no
+    gradient**: zeros.
 
     The result ``[..., d_out]`` is in ``numerics.result``.
     """
@@ -256,12 +299,16 @@ def _matmul(x: Array, kernel: Any, numerics: Numerics) -> Array:
     return dot(x, kernel, numerics, result=numerics.result)
 
 
-def _matmul_fwd(x: Array, kernel: Any, numerics: Numerics) -> tuple[Array, tuple[Any, ...]]:
+def _matmul_fwd(
+    x: Array, kernel: Any, numerics: Numerics
+) -> tuple[Array, tuple[Any, ...]]:
     # x is not saved, because a frozen kernel has no gradient. The kernel is saved as it is stored.
     return _matmul(x, kernel, numerics), (kernel, jnp.zeros((0,), x.dtype))
 
 
-def _matmul_bwd(numerics: Numerics, residuals: tuple[Any, ...], g: Array) -> tuple[Array, None]:
+def _matmul_bwd(
+    numerics: Numerics, residuals: tuple[Any, ...], g: Array
+) -> tuple[Array, None]:
     # Autodiff would mix a float32 cotangent with a bf16 kernel; here both are rounded to
     # the operands' dtype.
     kernel, like_x = residuals

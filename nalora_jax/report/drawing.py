@@ -39,9 +39,14 @@ _PAGE = {
     "text.parse_math": False,  # names come from the log, and a $ in a name is literal
     "font.size": 11,
     "axes.titlesize": 11,
-    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), COLOURS["muted"]),
+    **dict.fromkeys(
+        ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"),
+        COLOURS["muted"],
+    ),
     **dict.fromkeys(("axes.titlecolor", "text.color"), COLOURS["fg"]),
-    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(
+        ("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"
+    ),
     "axes.axisbelow": True,
     "grid.color": COLOURS["grid"],
     "grid.linewidth": 0.8,
@@ -57,11 +62,14 @@ def style() -> Any:
 
 
 def file_style() -> Any:
-    """Returns the context in which figures for files are made, on white, readable on light and dark pages."""
+    """Returns the context in which figures for files are made, on white, readable on light and dark
+    pages."""
     return mpl.rc_context(_FILE)
 
 
-def new_figure(height: float = 2.9, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+def new_figure(
+    height: float = 2.9, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Figure, Any]:
     """Returns a phone-wide figure and its axes; call it inside `style`."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, **options)
@@ -72,7 +80,13 @@ def new_figure(height: float = 2.9, rows: int = 1, columns: int = 1, **options: 
 
 def legend(axis: Any) -> None:
     """Draws the legend above the axes, so that no line runs through it."""
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, columnspacing=1, handlelength=1.4)
+    axis.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=2,
+        columnspacing=1,
+        handlelength=1.4,
+    )
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
@@ -97,19 +111,24 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
     text = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", text, count=1)
     text = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", text, count=1)
-    text = text.replace("<svg", f'<svg role="img" aria-label="{escape(label, quote=True)}"', 1)
+    text = text.replace(
+        "<svg", f'<svg role="img" aria-label="{escape(label, quote=True)}"', 1
+    )
     return re.sub(r"\n\s*", "\n", text)
 
 
 def to_svg_file(figure: Figure, name: str) -> str:
-    """Returns a figure of `file_style` as the text of an SVG file; equal figures give equal texts."""
+    """Returns a figure of `file_style` as the text of an SVG file; equal figures give equal
+    texts."""
     return _saved(figure, name, facecolor="white")
 
 
 def _saved(figure: Figure, name: str, **options: Any) -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name, "svg.id": None}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, **options)
+        figure.savefig(
+            buffer, format="svg", metadata={"Date": None, "Creator": None}, **options
+        )
     return buffer.getvalue()
 
 
@@ -120,7 +139,9 @@ def thin(*columns: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, ...]:
     return tuple(column[rows] for column in columns)
 
 
-def evenly(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+def evenly(
+    steps: np.ndarray, values: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns values at ``most`` or fewer evenly spaced steps.
 
     Each is taken from the nearest log step, because log steps need not be evenly spaced.

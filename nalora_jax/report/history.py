@@ -54,9 +54,15 @@ class History:
 
     header: Mapping[str, Any]  # the line with "run", "versions" and "device", or empty
     steps: tuple[Mapping[str, Any], ...]  # log steps
-    evals: tuple[Mapping[str, Any], ...]  # in training, on the examples that choose a checkpoint
-    initial: Mapping[str, Any]  # evaluation of the base, on the same examples as `final`, or empty
-    final: Mapping[str, Any]  # evaluation of the exported adapter (the best step), or empty
+    evals: tuple[
+        Mapping[str, Any], ...
+    ]  # in training, on the examples that choose a checkpoint
+    initial: Mapping[
+        str, Any
+    ]  # evaluation of the base, on the same examples as `final`, or empty
+    final: Mapping[
+        str, Any
+    ]  # evaluation of the exported adapter (the best step), or empty
     resumed: tuple[int, ...]  # steps from which the run was resumed
     done: Mapping[str, Any]  # how the run ended; empty while it is running
 
@@ -73,7 +79,9 @@ class History:
     @property
     def last_step(self) -> int:
         """Returns the last step in the log."""
-        return max((int(record["step"]) for record in (*self.steps, *self.evals)), default=0)
+        return max(
+            (int(record["step"]) for record in (*self.steps, *self.evals)), default=0
+        )
 
     @property
     def exported_step(self) -> int | None:
@@ -83,7 +91,8 @@ class History:
 
     @property
     def unreached_step(self) -> int | None:
-        """Returns the first step in which mechanisms act if the adapter was exported before it, else None."""
+        """Returns the first step in which mechanisms act if the adapter was exported before it,
+        else None."""
         first = self.header.get("mechanisms_from")
         if first is None or self.exported_step is None or self.exported_step >= first:
             return None
@@ -94,7 +103,9 @@ class History:
 
         null becomes NaN; lines without the scalar are left out.
         """
-        return _columns([(record["step"], record[name]) for record in self.steps if name in record])
+        return _columns(
+            [(record["step"], record[name]) for record in self.steps if name in record]
+        )
 
     def layers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [T], values [T, L] or [T, L, 4]) of a layer metric; null becomes NaN."""
@@ -104,20 +115,37 @@ class History:
     @property
     def mechanisms(self) -> list[str]:
         """Returns the labels of the mechanisms with histograms in the last log steps."""
-        return list(next((r["histograms"] for r in reversed(self.steps) if r.get("histograms")), {}))
+        return list(
+            next(
+                (r["histograms"] for r in reversed(self.steps) if r.get("histograms")),
+                {},
+            )
+        )
 
     def histograms(self, label: str) -> Histograms | None:
         """Returns a mechanism's histograms with the bins of its last log step, or None."""
-        logged = [(r["step"], (r.get("histograms") or {}).get(label)) for r in self.steps]
-        rows = [(step, of["edges"], np.array(of["counts"], float)) for step, of in logged if of]
+        logged = [
+            (r["step"], (r.get("histograms") or {}).get(label)) for r in self.steps
+        ]
+        rows = [
+            (step, of["edges"], np.array(of["counts"], float))
+            for step, of in logged
+            if of
+        ]
         if not rows:
             return None
         _, edges, last = rows[-1]
-        alike = [(step, n) for step, bins, n in rows if bins == edges and n.shape == last.shape]
+        alike = [
+            (step, n)
+            for step, bins, n in rows
+            if bins == edges and n.shape == last.shape
+        ]
         at, counts = zip(*alike, strict=True)
         return Histograms(np.array(at, float), np.array(edges, float), np.stack(counts))
 
-    def adapters(self, name: str = "adapters") -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def adapters(
+        self, name: str = "adapters"
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Returns (steps [T], values [T, L]) by adapter path; ``name`` selects norms or ``ranks``.
 
         null becomes NaN.
@@ -125,26 +153,39 @@ class History:
         curves: dict[str, list[tuple[float, list[float | None]]]] = {}
         for record in self.steps:
             for path, norms in (record.get(name) or {}).items():
-                if norms is not None and not any(isinstance(norm, list) for norm in norms):
+                if norms is not None and not any(
+                    isinstance(norm, list) for norm in norms
+                ):
                     curves.setdefault(path, []).append((record["step"], norms))
         alike = {
-            path: [row for row in rows if len(row[1]) == len(rows[-1][1])] for path, rows in curves.items()
+            path: [row for row in rows if len(row[1]) == len(rows[-1][1])]
+            for path, rows in curves.items()
         }
         return {path: _columns(rows) for path, rows in alike.items()}
 
     def last(self, name: str) -> float | None:
         """Returns a scalar of the last log step that has it."""
-        return next((float(r[name]) for r in reversed(self.steps) if r.get(name) is not None), None)
+        return next(
+            (float(r[name]) for r in reversed(self.steps) if r.get(name) is not None),
+            None,
+        )
 
     def eval_column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (steps [E], values [E]) of a scalar of the evaluations."""
-        return _columns([(e["step"], e["eval"][name]) for e in self.evals if name in e["eval"]])
+        return _columns(
+            [(e["step"], e["eval"][name]) for e in self.evals if name in e["eval"]]
+        )
 
     @property
     def metric(self) -> tuple[str, str, bool] | None:
         """Returns the evaluations' headline metric (key, name, more is better), or None."""
         return next(
-            (m for m in METRICS if any(e["eval"].get(m[0]) is not None for e in self.measured)), None
+            (
+                m
+                for m in METRICS
+                if any(e["eval"].get(m[0]) is not None for e in self.measured)
+            ),
+            None,
         )
 
     @property
@@ -180,10 +221,17 @@ class History:
         if self.metric is None:
             return []
         key = self.metric[0]
-        measured = [(int(r["step"]), r["eval"]) for r in records if r["eval"].get(key) is not None]
+        measured = [
+            (int(r["step"]), r["eval"])
+            for r in records
+            if r["eval"].get(key) is not None
+        ]
         # Low and high of an evaluation are the interval of its headline metric.
         bounds = ("low", "high", "n")
-        return [EvaluationScore(step, float(e[key]), *map(e.get, bounds)) for step, e in measured]
+        return [
+            EvaluationScore(step, float(e[key]), *map(e.get, bounds))
+            for step, e in measured
+        ]
 
     def total(self, name: str) -> float:
         """Returns the sum of a counter that each log step restarts (seconds, tokens), or 0."""
@@ -201,7 +249,9 @@ def read_history(folder: str | Path) -> History:
         _refuse_folder_of_runs(Path(folder))
     history = history_of(read_metrics(path))
     if not history.header and not history.steps and not history.measured:
-        raise NaloraError(str(path), expected="the lines of a run", found="none", remedy="train first")
+        raise NaloraError(
+            str(path), expected="the lines of a run", found="none", remedy="train first"
+        )
     _check_layers(history, path)
     return history
 
@@ -213,7 +263,9 @@ def _refuse_folder_of_runs(folder: Path) -> None:
         found = f"a folder of {len(runs)} run{'s' * (len(runs) > 1)}"
         listed = shlex.join(runs[:2]) + " ..." * (len(runs) > 2)
         remedy = f"give one of them, or several to compare: nalora report {listed}"
-        raise NaloraError(str(folder), expected="the folder of a run", found=found, remedy=remedy)
+        raise NaloraError(
+            str(folder), expected="the folder of a run", found=found, remedy=remedy
+        )
 
 
 def _check_layers(history: History, path: Path) -> None:
@@ -223,31 +275,45 @@ def _check_layers(history: History, path: Path) -> None:
         for name, rows in (record.get("layers") or {}).items():
             if rows is None:
                 continue
-            shape = (len(rows), len(rows[0])) if isinstance(rows[0], list) else (len(rows),)
+            shape: tuple[int, ...] = (len(rows),)
+            if isinstance(rows[0], list):
+                shape = (len(rows), len(rows[0]))
             if shapes.setdefault(name, shape) != shape:
                 place = f"{path}: step {record['step']}: layers: {name}"
                 expected = f"the shape of the lines before it, {shapes[name]}"
                 remedy = "the file was edited, or is of two runs"
                 raise NaloraError(place, expected=expected, found=shape, remedy=remedy)
     if len({shape[0] for shape in shapes.values()}) > 1:
-        raise NaloraError(f"{path}: layers", expected="as many layers for every number", found=shapes)
+        raise NaloraError(
+            f"{path}: layers", expected="as many layers for every number", found=shapes
+        )
 
 
 def history_of(records: Sequence[Mapping[str, Any]]) -> History:
     """Returns the records of a log, sorted by kind; unknown kinds are ignored."""
     return History(
         header=next((record for record in records if "run" in record), {}),
-        steps=tuple(record for record in records if "step" in record and "eval" not in record),
+        steps=tuple(
+            record for record in records if "step" in record and "eval" not in record
+        ),
         evals=tuple(
-            r for r in records if {"step", "eval"} <= r.keys() and not {"initial", "final"} & r.keys()
+            r
+            for r in records
+            if {"step", "eval"} <= r.keys() and not {"initial", "final"} & r.keys()
         ),
         initial=next((r for r in records if "eval" in r and "initial" in r), {}),
         final=next((r for r in reversed(records) if "eval" in r and "final" in r), {}),
-        resumed=tuple(record["resumed"]["step"] for record in records if "resumed" in record),
-        done=next((record["done"] for record in reversed(records) if "done" in record), {}),
+        resumed=tuple(
+            record["resumed"]["step"] for record in records if "resumed" in record
+        ),
+        done=next(
+            (record["done"] for record in reversed(records) if "done" in record), {}
+        ),
     )
 
 
 def _columns(rows: Sequence[tuple[float, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Returns pairs of step and value as two arrays."""
-    return np.array([step for step, _ in rows], float), np.array([v for _, v in rows], float)
+    return np.array([step for step, _ in rows], float), np.array(
+        [v for _, v in rows], float
+    )

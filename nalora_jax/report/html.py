@@ -27,7 +27,9 @@ from nalora_jax.report.tables import number
 from nalora_jax.weights.origin import Origin
 
 FILE = "report.html"
-HEADS = {"favoured": "share with mask ≥ 1"}  # column heads that differ from metric names
+HEADS = {
+    "favoured": "share with mask ≥ 1"
+}  # column heads that differ from metric names
 
 
 def write_report(folder: str | Path) -> Path:
@@ -38,8 +40,11 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     has_adapter = (folder / "adapter" / "adapter_config.json").exists()
-    needle, rollouts = sections.read_needle(folder), sections.read_rollouts(folder)
-    page = render(read_history(folder), has_adapter=has_adapter, needle=needle, rollouts=rollouts)
+    needle = sections.read_needle(folder)
+    rollouts = sections.read_rollouts(folder)
+    page = render(
+        read_history(folder), has_adapter=has_adapter, needle=needle, rollouts=rollouts
+    )
     write_atomically(folder / FILE, page)
     return folder / FILE
 
@@ -59,8 +64,10 @@ def render(
       needle: tables of `nalora_jax.report.sections.read_needle`.
       rollouts: samples by step of `nalora_jax.report.sections.read_rollouts`.
     """
-    config, base = history.config, history.header.get("base")
-    model, dataset = config.get("model", "a model"), config.get("data", {}).get("dataset", "a data set")
+    config = history.config
+    base = history.header.get("base")
+    model = config.get("model", "a model")
+    dataset = config.get("data", {}).get("dataset", "a data set")
     return template("page.html.j2").render(
         css=Markup(resource("style.css")),
         title=f"{model} on {dataset}",
@@ -85,26 +92,42 @@ def render(
 
 
 def _draw(history: History) -> list[tuple[str, list[tuple[str, Markup]]]]:
-    """Returns the plots by section; a mechanism's spread over channels is named ``histogram LABEL``."""
+    """Returns the plots by section; a mechanism's spread over channels is named ``histogram
+    LABEL``."""
     spreads = {
-        f"histogram {label}": partial(plots.histogram, mechanism=label) for label in history.mechanisms
+        f"histogram {label}": partial(plots.histogram, mechanism=label)
+        for label in history.mechanisms
     }
     # Plots escape their text; escaping in the template would show their markup.
     with style():
         return [
-            (title, [(name, Markup(svg)) for name, draw in group.items() if (svg := draw(history))])
-            for title, group in (("Training", plots.TRAINING), ("Gates", plots.GATES | spreads))
+            (
+                title,
+                [
+                    (name, Markup(svg))
+                    for name, draw in group.items()
+                    if (svg := draw(history))
+                ],
+            )
+            for title, group in (
+                ("Training", plots.TRAINING),
+                ("Gates", plots.GATES | spreads),
+            )
         ]
 
 
 def _status(history: History) -> str:
-    last, total, best = history.last_step, history.total_steps, history.done.get("best_step")
+    last = history.last_step
+    total = history.total_steps
+    best = history.done.get("best_step")
     if not history.done:
         return f"step {last} of {total}, not finished"
     ended = history.done.get("message") or (
         f"{total} steps" if last >= total else f"stopped early, step {last} of {total}"
     )
-    return f"{ended}, best at step {best}" if best not in (None, last) else str(ended)
+    if best not in (None, last):
+        return f"{ended}, best at step {best}"
+    return str(ended)
 
 
 def _config_rows(config: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
@@ -124,7 +147,9 @@ def plain_text(value: Any) -> str:
         alpha = value.get("alpha")
         if isinstance(alpha, int | float) and abs(alpha) < 1e300:
             alpha = f"{alpha:g}"
-        return f"{value['pattern']}:{value['rank']}" + ("" if alpha is None else f":{alpha}")
+        return f"{value['pattern']}:{value['rank']}" + (
+            "" if alpha is None else f":{alpha}"
+        )
     return str(value)
 
 
@@ -139,8 +164,14 @@ def _layer_rows(history: History) -> tuple[list[str], list[list[str]]]:
     if not columns:
         return [], []
     labels = sections.layer_labels(history, len(columns[0][1]))
-    rows = [[label, *(number(values[i]) for _, values in columns)] for i, label in enumerate(labels)]
-    return ["layer", *(HEADS.get(name, name.replace("_", " ")) for name, _ in columns)], rows
+    rows = [
+        [label, *(number(values[i]) for _, values in columns)]
+        for i, label in enumerate(labels)
+    ]
+    return [
+        "layer",
+        *(HEADS.get(name, name.replace("_", " ")) for name, _ in columns),
+    ], rows
 
 
 @cache

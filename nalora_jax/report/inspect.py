@@ -1,4 +1,5 @@
-"""Gate statistics of a model by layer, before or after training: the table and the plot of ``nalora inspect``.
+"""Gate statistics of a model by layer, before or after training: the table and the plot of ``nalora
+inspect``.
 
 The first part has pure functions of the statistics that the blocks write (`nalora_jax.method.ffn`),
 the second runs texts through a model.
@@ -53,13 +54,17 @@ class LayerSummary:
 
     slope: np.ndarray  # E|phi'|, mean over channels
     responsive: np.ndarray  # share of channels, see `responsive_share`
-    occupancy: np.ndarray  # [L, 4], shares of the regions inverted, contracting, expanding, linear
+    occupancy: (
+        np.ndarray
+    )  # [L, 4], shares of the regions inverted, contracting, expanding, linear
     misalignment: np.ndarray  # sum|S| / sum|F|; NaN for a gate that no adapter changes
     limit: np.ndarray  # its linear limit; NaN in a layer without a probe residual
     names: tuple[str, ...] = ()  # of the rows; () for the numbers of layers
 
 
-def by_layer(summaries: Mapping[str, LayerSummary], layers: Mapping[str, Sequence[int]]) -> LayerSummary:
+def by_layer(
+    summaries: Mapping[str, LayerSummary], layers: Mapping[str, Sequence[int]]
+) -> LayerSummary:
     """Returns one summary of several blocks, in the order of the model's layers.
 
     Args:
@@ -70,15 +75,23 @@ def by_layer(summaries: Mapping[str, LayerSummary], layers: Mapping[str, Sequenc
     for path, summary in summaries.items():
         prefix = next(prefix for prefix in layers if path.startswith(f"{prefix}/"))
         block = path.removeprefix(f"{prefix}/").removeprefix("ffn").removeprefix("/")
-        rows += [(number, block, summary, index) for index, number in enumerate(layers[prefix])]
+        rows += [
+            (number, block, summary, index)
+            for index, number in enumerate(layers[prefix])
+        ]
     rows.sort(key=lambda row: row[:2])
     names = tuple(f"{number} {block}".strip() for number, block, *_ in rows)
     columns = ("slope", "responsive", "occupancy", "misalignment", "limit")
-    values = {name: np.stack([getattr(summary, name)[i] for *_, summary, i in rows]) for name in columns}
+    values = {
+        name: np.stack([getattr(summary, name)[i] for *_, summary, i in rows])
+        for name in columns
+    }
     return LayerSummary(**values, names=names)
 
 
-def layer_summary(stats: Mapping[str, Any], probe: Mapping[str, Any] | None = None) -> LayerSummary:
+def layer_summary(
+    stats: Mapping[str, Any], probe: Mapping[str, Any] | None = None
+) -> LayerSummary:
     """Returns means per layer of one block's statistics.
 
     Args:
@@ -97,17 +110,25 @@ def layer_summary(stats: Mapping[str, Any], probe: Mapping[str, Any] | None = No
       NaloraError: no real token went through a layer.
     """
     sums = {name: np.asarray(value, np.float64) for name, value in stats.items()}
-    layers, channels = sums["slope"].shape[0], sums["slope"].shape[-1]
+    layers = sums["slope"].shape[0]
+    channels = sums["slope"].shape[-1]
     counts = sums["tokens"].reshape(layers, -1)
     if not (counts.sum(1) > 0).all():
-        expected, remedy = "real tokens in every layer", "give more text"
-        raise NaloraError("inspect: texts", expected=expected, found="none", remedy=remedy)
+        expected = "real tokens in every layer"
+        remedy = "give more text"
+        raise NaloraError(
+            "inspect: texts", expected=expected, found="none", remedy=remedy
+        )
     total = counts.sum(1) * channels
     occupancy = np.moveaxis(sums["occupancy"], -2, 1).reshape(layers, 4, -1).sum(-1)
     slope = sums["slope"].reshape(layers, -1, channels)
-    misalignment, limit = _ratio(sums, "selection"), _ratio(sums, "linear")
+    misalignment = _ratio(sums, "selection")
+    limit = _ratio(sums, "linear")
     if probe is not None:
-        probed = _ratio({name: np.asarray(value, np.float64) for name, value in probe.items()}, "linear")
+        probed = _ratio(
+            {name: np.asarray(value, np.float64) for name, value in probe.items()},
+            "linear",
+        )
         limit = np.where(np.isnan(limit), probed, limit)
     return LayerSummary(
         slope=slope.sum((1, 2)) / total,
@@ -142,9 +163,13 @@ def layer_table(summary: LayerSummary, title: str = "") -> str:
     columns = _columns(summary)
     rows = [
         [label, *(cell(values[layer], name) for name, values in columns.items())]
-        for layer, label in enumerate(summary.names or map(str, range(len(summary.slope))))
+        for layer, label in enumerate(
+            summary.names or map(str, range(len(summary.slope)))
+        )
     ]
-    rows.append(["mean", *(cell(np.nanmean(values), name) for name, values in columns.items())])
+    rows.append(
+        ["mean", *(cell(np.nanmean(values), name) for name, values in columns.items())]
+    )
     return "\n".join([title, text_table(["layer", *columns], rows), fill(CAPTION, 100)])
 
 
@@ -171,7 +196,9 @@ def save_picture(summary: LayerSummary, path: str | Path, title: str = "") -> Pa
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise NaloraError("--picture", expected="a file that can be written", found=error) from error
+        raise NaloraError(
+            "--picture", expected="a file that can be written", found=error
+        ) from error
     write_atomically(path, buffer.getvalue())
     return path
 
@@ -183,13 +210,19 @@ def check_picture(path: str | Path) -> Path:
       NaloraError: the suffix is not supported.
     """
     if Path(path).suffix not in (".png", ".svg", ".pdf"):
-        raise NaloraError("--picture", expected="a name that ends in .png, .svg or .pdf", found=str(path))
+        raise NaloraError(
+            "--picture",
+            expected="a name that ends in .png, .svg or .pdf",
+            found=str(path),
+        )
     return Path(path)
 
 
 def _ratio(sums: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """Returns sum of ``name`` over sum of |F| per layer; NaN for a gate that no adapter changes."""
-    total, feature = (sums[key].reshape(len(sums[key]), -1).sum(1) for key in (name, "feature"))
+    total, feature = (
+        sums[key].reshape(len(sums[key]), -1).sum(1) for key in (name, "feature")
+    )
     return total / np.where(feature > 0, feature, np.nan)
 
 
@@ -198,7 +231,9 @@ def _columns(summary: LayerSummary) -> dict[str, np.ndarray]:
     columns = {"slope": summary.slope, "responsive": summary.responsive}
     columns |= dict(zip(REGIONS, summary.occupancy.T, strict=True))
     columns |= {"limit": summary.limit, "misalignment": summary.misalignment}
-    return {name: values for name, values in columns.items() if not np.isnan(values).all()}
+    return {
+        name: values for name, values in columns.items() if not np.isnan(values).all()
+    }
 
 
 def _draw(summary: LayerSummary, title: str) -> Figure:
@@ -206,7 +241,10 @@ def _draw(summary: LayerSummary, title: str) -> Figure:
         {"mean slope E|φ′|": summary.slope, "responsive share": summary.responsive},
         {"misalignment": summary.misalignment, "its linear limit": summary.limit},
     ]
-    measured = [{n: values for n, values in panel.items() if np.isfinite(values).any()} for panel in lines]
+    measured = [
+        {n: values for n, values in panel.items() if np.isfinite(values).any()}
+        for panel in lines
+    ]
     panels = list(filter(None, measured))
     figure = Figure(figsize=(7.0, 2.6 * (1 + len(panels))), layout="constrained")
     axes = figure.subplots(1 + len(panels), 1, sharex=True)
@@ -245,7 +283,11 @@ TEXTS = (
 
 
 def inspect_texts(
-    model: AdaptedModel, texts: Sequence[str] = TEXTS, *, max_length: int = 256, seed: int = 0
+    model: AdaptedModel,
+    texts: Sequence[str] = TEXTS,
+    *,
+    max_length: int = 256,
+    seed: int = 0,
 ) -> LayerSummary:
     """Returns the gate statistics of ``model`` on ``texts``.
 
@@ -263,18 +305,32 @@ def inspect_texts(
     sums = _gate_sums(model.module, model.variables, batches)
     spec, lora = _probe(model, seed)
     probe = _gate_sums(
-        replace(model.module, adapters=spec), {"params": model.base.params, "lora": lora}, batches
+        replace(model.module, adapters=spec),
+        {"params": model.base.params, "lora": lora},
+        batches,
     )
     summaries = {block: layer_summary(sums[block], probe[block]) for block in sums}
-    return by_layer(summaries, {stack.prefix: stack.layers for stack in stacks(model.base.config)})
+    return by_layer(
+        summaries, {stack.prefix: stack.layers for stack in stacks(model.base.config)}
+    )
 
 
 def _probe(model: AdaptedModel, seed: int) -> tuple[AdapterSpec, dict[str, Any]]:
     """Returns a small random adapter on the gate of every layer."""
     config = model.base.config
-    gates = {f"{block}/{name}" for block in gate_blocks(config) for name in ("gate_proj", "in_proj")}
-    paths = [path for path in layer_numbers(config) if path in gates and path.startswith("layers/")]
-    targets = ((path, TargetSpec.even(PROBE_RANK, depths(config)[path])) for path in paths)
+    gates = {
+        f"{block}/{name}"
+        for block in gate_blocks(config)
+        for name in ("gate_proj", "in_proj")
+    }
+    paths = [
+        path
+        for path in layer_numbers(config)
+        if path in gates and path.startswith("layers/")
+    ]
+    targets = (
+        (path, TargetSpec.even(PROBE_RANK, depths(config)[path])) for path in paths
+    )
     spec = AdapterSpec(tuple(targets))
     a_key, b_key = jax.random.split(jax.random.key(seed))
 
@@ -287,7 +343,9 @@ def _probe(model: AdaptedModel, seed: int) -> tuple[AdapterSpec, dict[str, Any]]
 
 
 def _gate_sums(
-    module: Decoder, variables: dict[str, Any], batches: Sequence[tuple[np.ndarray, np.ndarray]]
+    module: Decoder,
+    variables: dict[str, Any],
+    batches: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> dict[str, dict[str, np.ndarray]]:
     """Returns the statistics of every gated block, summed over batches."""
     observed = replace(module, stats=GateStatsConfig(stride=1, probe_stride=1))
@@ -301,13 +359,19 @@ def _gate_sums(
     @jax.jit
     def run(variables: dict[str, Any], tokens: jax.Array, segments: jax.Array) -> Any:
         def output(taps: Any) -> jax.Array:
-            return jnp.sum(observed.apply({**variables, "gate_taps": taps}, tokens, segment_ids=segments))
+            return jnp.sum(
+                observed.apply(
+                    {**variables, "gate_taps": taps}, tokens, segment_ids=segments
+                )
+            )
 
         return jax.grad(output)(taps)
 
     total: dict[str, dict[str, Any]] = {}
     for batch in batches:
-        for path, value in trees.flatten(run(variables, *map(jnp.asarray, batch))).items():
+        for path, value in trees.flatten(
+            run(variables, *map(jnp.asarray, batch))
+        ).items():
             block, _, name = path.rpartition("/")
             sums = total.setdefault(block, {})
             sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
@@ -324,10 +388,14 @@ def _batches(
 
     All batches have one shape, so that one program is compiled.
     """
-    rows = [ids for ids in (tokenizer.encode(text)[:max_length] for text in texts) if ids]
+    rows = [
+        ids for ids in (tokenizer.encode(text)[:max_length] for text in texts) if ids
+    ]
     if not rows:
         expected = "at least one text with a token in it"
-        raise NaloraError("inspect: texts", expected=expected, found=f"{len(texts)} texts")
+        raise NaloraError(
+            "inspect: texts", expected=expected, found=f"{len(texts)} texts"
+        )
     longest = max(map(len, rows))
     for start in range(0, len(rows), ROWS):
         tokens = np.zeros((ROWS, longest), np.int32)

@@ -13,7 +13,15 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from nalora_jax.report import drawing
-from nalora_jax.report.drawing import COLOURS, evenly, legend, new_figure, smooth, thin, to_svg
+from nalora_jax.report.drawing import (
+    COLOURS,
+    evenly,
+    legend,
+    new_figure,
+    smooth,
+    thin,
+    to_svg,
+)
 from nalora_jax.report.history import REGIONS, Histograms, History
 
 Plot = Callable[[History], str | None]
@@ -25,7 +33,8 @@ _MOST_TICKS = 7
 def _plot(
     name: str, title: str, ylabel: str, *, xlabel: str = "step", zero: bool = False
 ) -> Callable[[Callable[[History, Any], str | None]], Plot]:
-    """Makes a plot of a function that draws on one pair of axes and returns the unit of y if it differs.
+    """Makes a plot of a function that draws on one pair of axes and returns the unit of y if it
+    differs.
 
     There is no plot if nothing was drawn, and no legend if no line has a label.
 
@@ -71,8 +80,18 @@ def metric(history: History, axis: Any) -> str | None:
         return None
     name = history.metric[1]
     before = "before training, same examples"  # not the headline metric's
-    axis.axhline(scores[0].value, color=COLOURS["muted"], linewidth=1.2, linestyle="--", label=before)
-    bounded = [(s.step, s.low, s.high) for s in scores if s.low is not None and s.high is not None]
+    axis.axhline(
+        scores[0].value,
+        color=COLOURS["muted"],
+        linewidth=1.2,
+        linestyle="--",
+        label=before,
+    )
+    bounded = [
+        (s.step, s.low, s.high)
+        for s in scores
+        if s.low is not None and s.high is not None
+    ]
     if bounded:
         ends = zip(*bounded, strict=True)
         axis.vlines(*ends, color=COLOURS["c2"], linewidth=1.4, label="95% interval")
@@ -91,29 +110,58 @@ def rewards(history: History, axis: Any) -> None:
     for name, colour in (("chosen", "c1"), ("rejected", "c3")):
         line = history.column(f"rewards_{name}")
         axis.plot(*line, color=COLOURS[colour], linewidth=1.4, label=name)
-    axis.plot(steps, margin, color=COLOURS["muted"], linewidth=1.2, linestyle="--", label="margin")
+    axis.plot(
+        steps,
+        margin,
+        color=COLOURS["muted"],
+        linewidth=1.2,
+        linestyle="--",
+        label="margin",
+    )
     if held_out.size:
-        axis.plot(eval_steps, held_out, "o-", color=COLOURS["c2"], markersize=4.5, label="held-out margin")
+        axis.plot(
+            eval_steps,
+            held_out,
+            "o-",
+            color=COLOURS["c2"],
+            markersize=4.5,
+            label="held-out margin",
+        )
 
 
 @_plot("sampled-rewards", "Rewards of samples over the steps", "reward")
 def sampled_rewards(history: History, axis: Any) -> None:
-    """Plots a run with rewards: mean and standard deviation of the sum, and the means of several rewards."""
+    """Plots a run with rewards: mean and standard deviation of the sum, and the means of several
+    rewards."""
     steps, total = history.column("reward")
     deviation = history.column("reward_std")[1]
     if not np.isfinite(total).any() or len(deviation) != len(total):
         return
-    logged = {name for record in history.steps for name in record if name.startswith("reward_")}
+    logged = {
+        name
+        for record in history.steps
+        for name in record
+        if name.startswith("reward_")
+    }
     several = sorted(name for name in logged if f"{name}_std" in logged)
     at, low, high, mean = thin(steps, total - deviation, total + deviation, total)
     axis.fill_between(at, low, high, color=COLOURS["c1"], alpha=0.2, linewidth=0)
     axis.plot(at, mean, color=COLOURS["c1"], label="reward")
-    for name, colour in zip(several if len(several) > 1 else [], _LINES[1:], strict=False):
+    for name, colour in zip(
+        several if len(several) > 1 else [], _LINES[1:], strict=False
+    ):
         label = name.removeprefix("reward_").replace("_", " ")
-        axis.plot(*thin(*history.column(name)), color=COLOURS[colour], linewidth=1.2, label=label)
+        axis.plot(
+            *thin(*history.column(name)),
+            color=COLOURS[colour],
+            linewidth=1.2,
+            label=label,
+        )
 
 
-@_plot("misalignment", "Misalignment and its linear limit over the steps", "whole model")
+@_plot(
+    "misalignment", "Misalignment and its linear limit over the steps", "whole model"
+)
 def misalignment(history: History, axis: Any) -> None:
     """Plots the model's misalignment and its linear limit, with their difference shaded."""
     steps, values = history.column("misalignment")
@@ -121,9 +169,24 @@ def misalignment(history: History, axis: Any) -> None:
     if not np.isfinite(values).any():
         return
     if np.array_equal(limit_steps, steps) and np.isfinite(limit).any():
-        axis.fill_between(steps, limit, values, color=COLOURS["c1"], alpha=0.2, linewidth=0, label="excess")
-        axis.plot(*thin(steps, limit), "--", color=COLOURS["c3"], label="linear limit (dz → 0)")
-    axis.plot(*thin(steps, values), color=COLOURS["c1"], label="misalignment E|S| / E|F|")
+        axis.fill_between(
+            steps,
+            limit,
+            values,
+            color=COLOURS["c1"],
+            alpha=0.2,
+            linewidth=0,
+            label="excess",
+        )
+        axis.plot(
+            *thin(steps, limit),
+            "--",
+            color=COLOURS["c3"],
+            label="linear limit (dz → 0)",
+        )
+    axis.plot(
+        *thin(steps, values), color=COLOURS["c1"], label="misalignment E|S| / E|F|"
+    )
 
 
 def misalignment_map(history: History) -> str | None:
@@ -132,15 +195,24 @@ def misalignment_map(history: History) -> str | None:
         ("misalignment", *history.layers("misalignment")),
         ("its linear limit", *history.layers("limit")),
     ]
-    maps = [panel for panel in maps if panel[2].ndim == 2 and np.isfinite(panel[2]).any()]
+    maps = [
+        panel for panel in maps if panel[2].ndim == 2 and np.isfinite(panel[2]).any()
+    ]
     title = "Misalignment of every layer over the steps, beside its linear limit"
     return _heat_maps(maps, "map", title) if maps else None
 
 
 def excess_map(history: History) -> str | None:
     """Plots misalignment minus its linear limit by layer and step, on a separate colour scale."""
-    (steps, values), (_, limit) = history.layers("misalignment"), history.layers("limit")
-    if values.ndim != 2 or values.shape != limit.shape or not np.isfinite(values - limit).any():
+    (steps, values), (_, limit) = (
+        history.layers("misalignment"),
+        history.layers("limit"),
+    )
+    if (
+        values.ndim != 2
+        or values.shape != limit.shape
+        or not np.isfinite(values - limit).any()
+    ):
         return None
     title = "Misalignment above its linear limit, of every layer"
     return _heat_maps([("", steps, values - limit)], "excess", title)
@@ -154,10 +226,15 @@ def feature(history: History, axis: Any) -> None:
         return
     finite = np.isfinite(values).any(axis=1)
     steps, values = thin(steps[finite], values[finite])
-    low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
+    low = np.nanmin(values, axis=1)
+    high = np.nanmax(values, axis=1)
     label = "lowest to highest layer"
-    axis.fill_between(steps, low, high, color=COLOURS["c3"], alpha=0.2, linewidth=0, label=label)
-    axis.plot(steps, np.nanmean(values, axis=1), color=COLOURS["c3"], label="mean over layers")
+    axis.fill_between(
+        steps, low, high, color=COLOURS["c3"], alpha=0.2, linewidth=0, label=label
+    )
+    axis.plot(
+        steps, np.nanmean(values, axis=1), color=COLOURS["c3"], label="mean over layers"
+    )
 
 
 def importance(history: History) -> str | None:
@@ -171,15 +248,34 @@ def importance(history: History) -> str | None:
         return None
     figure, (upper, lower) = new_figure(4.6, rows=2, sharex=True)
     layers = np.arange(slope.shape[1])
-    upper.plot(layers, slope[0], ":", color=COLOURS["muted"], label=f"step {steps[0]:.0f}")
-    upper.plot(layers, slope[-1], "o-", markersize=3, color=COLOURS["c1"], label=f"step {steps[-1]:.0f}")
+    upper.plot(
+        layers, slope[0], ":", color=COLOURS["muted"], label=f"step {steps[0]:.0f}"
+    )
+    upper.plot(
+        layers,
+        slope[-1],
+        "o-",
+        markersize=3,
+        color=COLOURS["c1"],
+        label=f"step {steps[-1]:.0f}",
+    )
     upper.set(ylabel="mean slope E|φ′|")
     legend(upper)
-    shares = ("mask_mean", "mean mask", "c2"), ("favoured", "share of channels with a factor ≥ 1", "c3")
+    shares = (
+        ("mask_mean", "mean mask", "c2"),
+        ("favoured", "share of channels with a factor ≥ 1", "c3"),
+    )
     for name, label, colour in shares:
         _, values = history.layers(name)
         if values.ndim == 2:
-            lower.plot(layers, values[-1], "o-", markersize=3, color=COLOURS[colour], label=label)
+            lower.plot(
+                layers,
+                values[-1],
+                "o-",
+                markersize=3,
+                color=COLOURS[colour],
+                label=label,
+            )
     lower.set(xlabel="layer", ylabel="at the last step")
     lower.set_ylim(bottom=0)
     if lower.lines:
@@ -193,14 +289,27 @@ def occupancy(history: History) -> str | None:
     if values.ndim != 3 or not np.isfinite(values).any():
         return None
     indices = [0, -1] if len(steps) > 1 else [0]
-    figure, axes = new_figure(2.3 * len(indices) + 0.5, rows=len(indices), sharex=True, squeeze=False)
+    figure, axes = new_figure(
+        2.3 * len(indices) + 0.5, rows=len(indices), sharex=True, squeeze=False
+    )
     for axis, index in zip(axes[:, 0], indices, strict=True):
         stacked_bars(axis, values[index])
         axis.set(title=f"step {steps[index]:.0f}", ylabel="share of tokens")
     axes[-1, 0].set_xlabel("layer")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, columnspacing=1, handlelength=1)
-    return to_svg(figure, "occupancy", "Region occupancy of every layer at the first and the last step")
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper center",
+        ncols=4,
+        columnspacing=1,
+        handlelength=1,
+    )
+    return to_svg(
+        figure,
+        "occupancy",
+        "Region occupancy of every layer at the first and the last step",
+    )
 
 
 @_plot("scale", "Range of the step scale of every layer", "step scale", xlabel="layer")
@@ -211,7 +320,9 @@ def step_scale(history: History, axis: Any) -> None:
     if low.ndim != 2 or low.shape != high.shape or not np.isfinite(low).any():
         return
     axis.axhline(1, color=COLOURS["muted"], linewidth=1.2, linestyle="--")
-    axis.vlines(np.arange(low.shape[1]), low[-1], high[-1], color=COLOURS["c2"], linewidth=4)
+    axis.vlines(
+        np.arange(low.shape[1]), low[-1], high[-1], color=COLOURS["c2"], linewidth=4
+    )
     axis.set_title(f"lowest to highest channel, step {steps[-1]:.0f}")
 
 
@@ -219,7 +330,8 @@ def stacked_bars(
     axis: Any, occupancy: np.ndarray, colours: tuple[str, ...] = drawing.REGION_COLOURS
 ) -> None:
     """Draws occupancy [L, 4] as one bar per layer, its regions stacked in order."""
-    layers, bottom = np.arange(len(occupancy)), np.zeros(len(occupancy))
+    layers = np.arange(len(occupancy))
+    bottom = np.zeros(len(occupancy))
     for region, colour, share in zip(REGIONS, colours, occupancy.T, strict=True):
         axis.bar(layers, share, bottom=bottom, width=0.86, color=colour, label=region)
         bottom = bottom + share
@@ -230,10 +342,13 @@ def stacked_bars(
     axis.grid(False)
 
 
-def _line(name: str, label: str, colour: str, *, zero: bool = False, noisy: bool = False) -> Plot:
+def _line(
+    name: str, label: str, colour: str, *, zero: bool = False, noisy: bool = False
+) -> Plot:
     """Returns the plot of a scalar of the log steps; with ``zero`` its axis starts at 0.
 
-    A noisy scalar is a faint line, with its running mean as a strong line unless there are too few values.
+    A noisy scalar is a faint line, with its running mean as a strong line unless there are too few
+    values.
     """
 
     @_plot(name.replace("_", "-"), f"{label} over the steps", label, zero=zero)
@@ -243,22 +358,28 @@ def _line(name: str, label: str, colour: str, *, zero: bool = False, noisy: bool
         if not np.isfinite(values).any():
             return
         if window > 1:
-            axis.plot(*thin(steps, values), color=COLOURS[colour], alpha=0.35, linewidth=1)
+            axis.plot(
+                *thin(steps, values), color=COLOURS[colour], alpha=0.35, linewidth=1
+            )
             values = smooth(values, window)
         axis.plot(*thin(steps, values), color=COLOURS[colour])
 
     return draw
 
 
-def _heat_maps(maps: list[tuple[str, np.ndarray, np.ndarray]], name: str, label: str) -> str:
+def _heat_maps(
+    maps: list[tuple[str, np.ndarray, np.ndarray]], name: str, label: str
+) -> str:
     """Draws (title, steps, values [T, L]) side by side on one colour scale."""
-    low, high = min(np.nanmin(v) for _, _, v in maps), max(np.nanmax(v) for _, _, v in maps)
+    low = min(np.nanmin(v) for _, _, v in maps)
+    high = max(np.nanmax(v) for _, _, v in maps)
     figure, axes = new_figure(4.2, columns=len(maps), sharey=True, squeeze=False)
     for axis, (title, steps, values) in zip(axes[0], maps, strict=True):
         at, values = evenly(steps, values, MAP_COLUMNS)
         half = 0.5 * (at[-1] - at[0]) / max(len(at) - 1, 1) or 0.5
         axis.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
-        ends, highest = (at[0] - half, at[-1] + half), high if high > low else low + 1e-6
+        ends = (at[0] - half, at[-1] + half)
+        highest = high if high > low else low + 1e-6
         image = _image(axis, values.T, ends, vmin=low, vmax=highest)
         axis.set(title=title, xlabel="step")
     axes[0][0].set_ylabel("layer")
@@ -266,16 +387,27 @@ def _heat_maps(maps: list[tuple[str, np.ndarray, np.ndarray]], name: str, label:
     return to_svg(figure, name, label)
 
 
-def _image(axis: Any, values: np.ndarray, ends: tuple[float, float], **colours: float) -> Any:
+def _image(
+    axis: Any, values: np.ndarray, ends: tuple[float, float], **colours: float
+) -> Any:
     """Draws values [L, columns], a row for each layer, between both ends of the other axis."""
     axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axis.grid(False)
-    options = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "viridis"}
-    return axis.imshow(values, extent=(*ends, -0.5, len(values) - 0.5), **options, **colours)
+    options = {
+        "aspect": "auto",
+        "origin": "lower",
+        "interpolation": "nearest",
+        "cmap": "viridis",
+    }
+    return axis.imshow(
+        values, extent=(*ends, -0.5, len(values) - 0.5), **options, **colours
+    )
 
 
 def _colour_bar(figure: Any, image: Any, axes: Any) -> None:
-    bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, pad=0.02, ticks=MaxNLocator(4))
+    bar = figure.colorbar(
+        image, ax=axes, location="bottom", aspect=40, pad=0.02, ticks=MaxNLocator(4)
+    )
     bar.outline.set_visible(False)
 
 
@@ -291,15 +423,26 @@ def histogram(history: History, mechanism: str) -> str | None:
     if histograms is None:
         return None
     together = _shares(histograms.counts.sum(axis=1))
-    acting = int(np.argmax((together > 0).sum(axis=1) > 1))  # before it acts, all multipliers are 1
+    acting = int(
+        np.argmax((together > 0).sum(axis=1) > 1)
+    )  # before it acts, all multipliers are 1
     bins = _shown(together[[acting, -1]])
-    first, last = together[acting][bins], together[-1][bins]
+    first = together[acting][bins]
+    last = together[-1][bins]
     figure, (upper, lower) = new_figure(5.4, rows=2, sharex=True)
     at = np.arange(len(last))
-    upper.bar(at, last, width=0.92, color=COLOURS["c1"], label=f"step {histograms.steps[-1]:.0f}")
+    upper.bar(
+        at,
+        last,
+        width=0.92,
+        color=COLOURS["c1"],
+        label=f"step {histograms.steps[-1]:.0f}",
+    )
     if acting < len(histograms.steps) - 1:
         label = f"step {histograms.steps[acting]:.0f}"
-        upper.step(at, first, where="mid", color=COLOURS["fg"], linewidth=1.3, label=label)
+        upper.step(
+            at, first, where="mid", color=COLOURS["fg"], linewidth=1.3, label=label
+        )
     upper.set(ylabel="share of all channels")
     legend(upper)
     shares = _shares(histograms.counts[-1])[:, bins]
@@ -313,7 +456,8 @@ def histogram(history: History, mechanism: str) -> str | None:
 
 
 def _by_module(history: History, name: str, value: str, title: str) -> str | None:
-    """Plots adapters' numbers by kind of module over the steps, and of every layer at the last step.
+    """Plots adapters' numbers by kind of module over the steps, and of every layer at the last
+    step.
 
     All layers together have the sum of the numbers, of norms the root of the sum of squares.
     """
@@ -322,21 +466,26 @@ def _by_module(history: History, name: str, value: str, title: str) -> str | Non
         return None
     figure, (upper, lower) = new_figure(5.0, rows=2)
     for index, (path, (steps, values)) in enumerate(drawn.items()):
-        colour, style = COLOURS[_LINES[index % len(_LINES)]], "-" if index < len(_LINES) else "--"
+        colour = COLOURS[_LINES[index % len(_LINES)]]
+        style = "-" if index < len(_LINES) else "--"
         line = {"color": colour, "linestyle": style}
         with np.errstate(over="ignore"):  # values of an edited log
             total = np.nansum(values, axis=1)
             if value == "norm":
                 total = np.sqrt(np.nansum(np.square(values), axis=1))
         upper.plot(*thin(steps, total), label=path.replace("layers/", ""), **line)
-        lower.plot(np.arange(values.shape[1]), values[-1], marker="o", markersize=3, **line)
+        lower.plot(
+            np.arange(values.shape[1]), values[-1], marker="o", markersize=3, **line
+        )
     upper.set(xlabel="step", ylabel=f"{value}, all layers")
     last = max(steps[-1] for steps, _ in drawn.values())
     lower.set(xlabel="layer", ylabel=f"{value}, step {last:.0f}")
     for axis in (upper, lower):
         axis.set_ylim(bottom=0)
     columns = 3 if max(map(len, drawn)) < 24 else 2
-    figure.legend(loc="outside upper center", ncols=columns, columnspacing=1, handlelength=1.2)
+    figure.legend(
+        loc="outside upper center", ncols=columns, columnspacing=1, handlelength=1.2
+    )
     return to_svg(figure, name, title)
 
 
@@ -358,9 +507,15 @@ def _label_bins(axis: Any, histograms: Histograms, bins: slice) -> None:
     edges = histograms.edges[first - 1 : bins.stop - 1]
     every = -(-len(edges) // _MOST_TICKS)
     # A tick of 1, if in range, is always shown: multipliers are read relative to it.
-    middle = int(np.argmin(np.abs(np.log(np.maximum(edges, 1e-12))))) if len(edges) else 0
+    if len(edges):
+        middle = int(np.argmin(np.abs(np.log(np.maximum(edges, 1e-12)))))
+    else:
+        middle = 0
     ticks = [index for index in range(len(edges)) if (index - middle) % every == 0]
-    axis.set_xticks([first + i - bins.start - 0.5 for i in ticks], [f"{edges[i]:.2g}" for i in ticks])
+    axis.set_xticks(
+        [first + i - bins.start - 0.5 for i in ticks],
+        [f"{edges[i]:.2g}" for i in ticks],
+    )
 
 
 # ---------------------------------------------------------------- the page's plots, in order
@@ -374,9 +529,13 @@ TRAINING: dict[str, Plot] = {
     "entropy": _line("entropy", "nats a token", "c2", zero=True, noisy=True),
     "divergence": _line("divergence", "nats a token", "c3", zero=True, noisy=True),
     "length": _line("length", "tokens a sample", "c1", zero=True, noisy=True),
-    "groups_alike": _line("groups_alike", "share of groups", "c3", zero=True, noisy=True),
+    "groups_alike": _line(
+        "groups_alike", "share of groups", "c3", zero=True, noisy=True
+    ),
     "learning_rate": _line("learning_rate", "learning rate", "c1"),
-    "speed": _line("tokens_per_second", "tokens per second", "c3", zero=True, noisy=True),
+    "speed": _line(
+        "tokens_per_second", "tokens per second", "c3", zero=True, noisy=True
+    ),
     "gradient": _line("grad_norm", "gradient norm", "c1", zero=True, noisy=True),
     "adapters": partial(
         _by_module,

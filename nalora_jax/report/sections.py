@@ -1,4 +1,5 @@
-"""What the sections of a report show: the metric before and after, main figures, samples, images, needles."""
+"""What the sections of a report show: the metric before and after, main figures, samples, images,
+needles."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ _CHANGES = {
 }
 LONGEST_SAMPLE = 1200  # maximum characters shown of a sample's completion
 _LONGEST_PROMPT = 20_000  # maximum characters of an unfolded prompt
-_PROMPT_ENDS = 320  # characters at both ends of a long prompt; the page unfolds the middle
+_PROMPT_ENDS = (
+    320  # characters at both ends of a long prompt; the page unfolds the middle
+)
 
 
 def headline(history: History) -> dict[str, Any] | None:
@@ -37,20 +40,32 @@ def headline(history: History) -> dict[str, Any] | None:
     if not outcome:
         return None
     chance = history.ends[-1]["eval"].get("chance")
-    edges = [edge for s in outcome for edge in (s.low, s.value, s.high) if edge is not None]
+    edges = [
+        edge for s in outcome for edge in (s.low, s.value, s.high) if edge is not None
+    ]
     edges += [chance] if chance is not None else []
-    low, high = min(edges), max(edges)
+    low = min(edges)
+    high = max(edges)
     pad = 0.08 * (high - low) or 1.0
     scale = (low - pad, high + pad)
-    labels, source = [f"step {outcome[0].step}"], ""
+    labels = [f"step {outcome[0].step}"]
+    source = ""
     if len(outcome) == 2:
-        labels, source = ["before", "after"], _source(history)
+        labels = ["before", "after"]
+        source = _source(history)
     return {
         "name": name,
-        "rows": [_range(label, score, scale) for label, score in zip(labels, outcome, strict=True)],
+        "rows": [
+            _range(label, score, scale)
+            for label, score in zip(labels, outcome, strict=True)
+        ],
         "ends": [f"{edge:.2f}" for edge in scale],
-        "chance": None if chance is None else {"value": f"{chance:.2f}", "at": _at(chance, scale)},
-        "verdict": _verdict(outcome, more_is_better, history.final.get("eval", {}).get("paired")),
+        "chance": None
+        if chance is None
+        else {"value": f"{chance:.2f}", "at": _at(chance, scale)},
+        "verdict": _verdict(
+            outcome, more_is_better, history.final.get("eval", {}).get("paired")
+        ),
         "n": outcome[-1].n,
         "source": source,
     }
@@ -71,18 +86,29 @@ def _source(history: History) -> str:
         )
     text = f"Before: {first}. After: the adapter of step {after['step']}, which was exported."
     if "initial" in before:
-        text += " Both on the same examples, which were not used to select the checkpoint."
+        text += (
+            " Both on the same examples, which were not used to select the checkpoint."
+        )
     chosen = [record["eval"].get("n") for record in history.evals if record["step"] > 0]
     if len(chosen) > 1 and (last := chosen[-1]):
-        few = ", too few to distinguish checkpoints: the selection is mostly chance" * (last < FEW)
+        few = ", too few to distinguish checkpoints: the selection is mostly chance" * (
+            last < FEW
+        )
         text += f" It was selected on {last} other examples{few}."
     if history.unreached_step is not None:
         text += f" It is plain LoRA: mechanisms act from step {history.unreached_step}."
     return text
 
 
-def _range(label: str, score: EvaluationScore, scale: tuple[float, float]) -> dict[str, Any]:
-    row = {"label": label, "value": f"{score.value:.3f}", "at": _at(score.value, scale), "interval": None}
+def _range(
+    label: str, score: EvaluationScore, scale: tuple[float, float]
+) -> dict[str, Any]:
+    row = {
+        "label": label,
+        "value": f"{score.value:.3f}",
+        "at": _at(score.value, scale),
+        "interval": None,
+    }
     if score.low is None or score.high is None:
         return row
     width = f"{100 * (score.high - score.low) / (scale[1] - scale[0]):.1f}%"
@@ -95,7 +121,9 @@ def _at(value: float, scale: tuple[float, float]) -> str:
 
 
 def _verdict(
-    scores: Sequence[EvaluationScore], more_is_better: bool, paired: Mapping[str, Any] | None
+    scores: Sequence[EvaluationScore],
+    more_is_better: bool,
+    paired: Mapping[str, Any] | None,
 ) -> str:
     """Returns one sentence about the difference, from paired items if the last evaluation has them.
 
@@ -115,10 +143,18 @@ def _verdict(
         counts = f"{paired['gained']} gained, {paired['lost']} lost, p = {paired['p_value']:.2g}"
         return f"{change} ({interval}; {counts})."
     first, second = scores
-    if first.low is None or first.high is None or second.low is None or second.high is None:
+    if (
+        first.low is None
+        or first.high is None
+        or second.low is None
+        or second.high is None
+    ):
         return f"{change}."
     apart = first.high < second.low or second.high < first.low
-    overlap = "do not overlap" if apart else "overlap: more items are needed for a conclusion"
+    if apart:
+        overlap = "do not overlap"
+    else:
+        overlap = "overlap: more items are needed for a conclusion"
     return f"{change}; the intervals {overlap}."
 
 
@@ -142,10 +178,14 @@ def _costs(history: History) -> Iterator[tuple[str, str, str]]:
     seconds = history.done.get("seconds") or {}
     stages = {name: value for name, value in seconds.items() if value is not None}
     if stages:
-        since = f" (since step {history.resumed[-1]})" if history.resumed else ""
+        if history.resumed:
+            since = f" (since step {history.resumed[-1]})"
+        else:
+            since = ""
         parts = ", ".join(f"{name} {duration(value)}" for name, value in stages.items())
         yield f"Wall time{since}", duration(sum(stages.values())), parts
-    device, host = history.last("peak_device_memory"), history.last("peak_memory")
+    device = history.last("peak_device_memory")
+    host = history.last("peak_memory")
     if device:
         also = f"; {_size(host)} of the host" if host else ""
         yield "Peak memory", _size(device), f"of the fullest device{also}"
@@ -181,16 +221,30 @@ def samples(history: History) -> list[dict[str, Any]]:
 def changes(history: History) -> dict[str, int]:
     """Returns the number of items by what training changed; {} without paired items."""
     values = history.final.get("eval", {})
-    paired, accuracy = values.get("paired") or {}, values.get("accuracy")
-    n, gained, lost = values.get("n"), paired.get("gained"), paired.get("lost")
-    if not (isinstance(accuracy, float) and all(isinstance(count, int) for count in (n, gained, lost))):
+    paired = values.get("paired") or {}
+    accuracy = values.get("accuracy")
+    n = values.get("n")
+    gained = paired.get("gained")
+    lost = paired.get("lost")
+    if not (
+        isinstance(accuracy, float)
+        and all(isinstance(count, int) for count in (n, gained, lost))
+    ):
         return {}  # no multiple choice
     right = round(accuracy * n) - gained  # both times
-    return {"gained": gained, "lost": lost, "right both times": right, _WRONG: n - right - gained - lost}
+    return {
+        "gained": gained,
+        "lost": lost,
+        "right both times": right,
+        _WRONG: n - right - gained - lost,
+    }
 
 
-def _proportional(pairs: list[list[Any]], changes: Mapping[str, int]) -> list[list[Any]]:
-    """Returns samples such that the shares of ``changes`` among them are about those of all items."""
+def _proportional(
+    pairs: list[list[Any]], changes: Mapping[str, int]
+) -> list[list[Any]]:
+    """Returns samples such that the shares of ``changes`` among them are about those of all
+    items."""
     if not changes:
         return pairs[:SHOWN]
     kinds: dict[str, list[list[Any]]] = {name: [] for name in changes}
@@ -208,12 +262,19 @@ def _proportional(pairs: list[list[Any]], changes: Mapping[str, int]) -> list[li
 def _sample_row(answers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     sample = answers[0][1]
     prompt = str(sample["prompt"])
-    said = [(label, _clip(a.get("answer")), a.get("correct"), _end(a)) for label, a in answers]
+    said = [
+        (label, _clip(a.get("answer")), a.get("correct"), _end(a))
+        for label, a in answers
+    ]
     return {
         "prompt": _ends(prompt),
-        "full": "" if _ends(prompt) == prompt or _turns(sample) else prompt[:_LONGEST_PROMPT],
+        "full": ""
+        if _ends(prompt) == prompt or _turns(sample)
+        else prompt[:_LONGEST_PROMPT],
         "image": picture(sample),
-        "expected": _clip(sample["expected"]) if sample.get("expected") is not None else None,
+        "expected": _clip(sample["expected"])
+        if sample.get("expected") is not None
+        else None,
         "turns": _turns(sample),
         "answers": said,
     }
@@ -231,14 +292,18 @@ def _turns(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the conversation before a completion as (role, text), if logged."""
     turns = sample.get("turns") or []
     return [
-        (str(turn["role"]), _ends(str(turn["text"]))) for turn in turns if {"role", "text"} <= turn.keys()
+        (str(turn["role"]), _ends(str(turn["text"])))
+        for turn in turns
+        if {"role", "text"} <= turn.keys()
     ]
 
 
 def read_rollouts(folder: Path) -> list[dict[str, Any]]:
-    """Returns samples of at most `SHOWN` logged steps of a run with rewards, evenly spaced with the last one.
+    """Returns samples of at most `SHOWN` logged steps of a run with rewards, evenly spaced with the
+    last one.
 
-    Each step has ``step`` and ``samples`` with ``prompt``, ``completion`` and ``rewards``, pairs of texts.
+    Each step has ``step`` and ``samples`` with ``prompt``, ``completion`` and ``rewards``, pairs of
+    texts.
 
     Raises:
       NaloraError: the file is damaged.
@@ -249,14 +314,34 @@ def read_rollouts(folder: Path) -> list[dict[str, Any]]:
     steps: dict[int, list[dict[str, Any]]] = {}
     try:
         for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            rewards = {n: "none" if v is None else f"{v:.3g}" for n, v in record["rewards"].items()}
-            sample = {"prompt": _ends(str(record["prompt"])), "completion": _clip(record["completion"])}
-            steps.setdefault(int(record["step"]), []).append(sample | {"rewards": list(rewards.items())})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            rewards = {
+                n: "none" if v is None else f"{v:.3g}"
+                for n, v in record["rewards"].items()
+            }
+            sample = {
+                "prompt": _ends(str(record["prompt"])),
+                "completion": _clip(record["completion"]),
+            }
+            steps.setdefault(int(record["step"]), []).append(
+                sample | {"rewards": list(rewards.items())}
+            )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         remedy = "delete it: the report then has no samples of rollouts"
-        raise NaloraError(str(path), expected="samples by step", found=error, remedy=remedy) from error
+        raise NaloraError(
+            str(path), expected="samples by step", found=error, remedy=remedy
+        ) from error
     numbers = sorted(steps)
-    shown = {numbers[round(i)] for i in np.linspace(0, len(numbers) - 1, min(SHOWN, len(numbers)))}
+    shown = {
+        numbers[round(i)]
+        for i in np.linspace(0, len(numbers) - 1, min(SHOWN, len(numbers)))
+    }
     return [{"step": step, "samples": steps[step]} for step in sorted(shown)]
 
 
@@ -264,7 +349,9 @@ def _end(sample: Mapping[str, Any]) -> str:
     """Returns the reason why a completion ended, or "" if not logged."""
     if "cut" not in sample:
         return ""
-    return "did not stop: cut off at the evaluation's limit" if sample["cut"] else "stopped by itself"
+    if sample["cut"]:
+        return "did not stop: cut off at the evaluation's limit"
+    return "stopped by itself"
 
 
 def _ends(text: str) -> str:
@@ -290,7 +377,9 @@ _PICTURE = "data:image/png;base64,"
 def picture(sample: Mapping[str, Any]) -> str:
     """Returns a sample's picture as a data URL, or "" for any other text from the log."""
     image = sample.get("image")
-    return image if isinstance(image, str) and image.startswith(_PICTURE) else ""
+    if isinstance(image, str) and image.startswith(_PICTURE):
+        return image
+    return ""
 
 
 def confusions(history: History) -> list[tuple[str, dict[str, Any]]]:
@@ -301,16 +390,27 @@ def confusions(history: History) -> list[tuple[str, dict[str, Any]]]:
     rows = []
     for label, record in (("before", history.initial), ("after", history.final)):
         values = record.get("eval", {})
-        names, matrix = values.get("classes"), values.get("confusion")
+        names = values.get("classes")
+        matrix = values.get("confusion")
         if names and matrix:
-            rows.append((label, {"classes": names, "rows": list(zip(names, matrix, strict=False))}))
+            rows.append(
+                (
+                    label,
+                    {"classes": names, "rows": list(zip(names, matrix, strict=False))},
+                )
+            )
     return rows
 
 
 def layer_labels(history: History, count: int) -> list[str]:
     """Returns the row names of per-layer tables: numbers, with the tower's name for two towers."""
     towers: Mapping[str, int] = next(
-        (record["towers"] for record in reversed(history.steps) if record.get("towers")), {}
+        (
+            record["towers"]
+            for record in reversed(history.steps)
+            if record.get("towers")
+        ),
+        {},
     )
     labels = [f"{name} {i}" for name, rows in towers.items() for i in range(int(rows))]
     return labels if len(labels) == count else [str(i) for i in range(count)]
@@ -338,13 +438,19 @@ def read_needle(folder: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = "delete it, or run nalora eval --needle again"
         expected = "results of nalora eval --needle"
-        raise NaloraError(str(path), expected=expected, found=error, remedy=remedy) from error
+        raise NaloraError(
+            str(path), expected=expected, found=error, remedy=remedy
+        ) from error
 
 
 def _needle_table(name: str, grid: Mapping[str, Any]) -> dict[str, Any]:
-    interval = f"95% interval {grid['low']:.3f} to {grid['high']:.3f}, {grid['n']} questions"
+    interval = (
+        f"95% interval {grid['low']:.3f} to {grid['high']:.3f}, {grid['n']} questions"
+    )
     heads, rows = needle_cells(grid)
-    title = f"{name.capitalize()}: {grid['accuracy']:.3f} ({interval}), by length and depth"
+    title = (
+        f"{name.capitalize()}: {grid['accuracy']:.3f} ({interval}), by length and depth"
+    )
     return {"title": title, "heads": heads, "rows": rows}
 
 
@@ -352,7 +458,10 @@ def needle_cells(grid: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Returns heads and rows of the table of `nalora_jax.evaluate.needle.needle_summary`."""
     heads = ["tokens", *(f"{depth}%" for depth in grid["depths"]), "all"]
     rows = [
-        [f"{row['length']:,}", *(f"{cell:.2f}" for cell in (*row["cells"], row["accuracy"]))]
+        [
+            f"{row['length']:,}",
+            *(f"{cell:.2f}" for cell in (*row["cells"], row["accuracy"])),
+        ]
         for row in grid["rows"]
     ]
     return heads, rows

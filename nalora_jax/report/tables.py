@@ -19,13 +19,15 @@ def number(value: float | None, digits: int = 4, *, missing: str = "–") -> str
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a Markdown table with its first column left-text_table and the others right-text_table."""
+    """Returns a Markdown table with its first column left-text_table and the others
+    right-text_table."""
     lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a table for a terminal with its first column left-text_table and the others right-text_table.
+    """Returns a table for a terminal with its first column left-text_table and the others
+    right-text_table.
 
     Example:
       >>> print(text_table(["tokens", "0%", "all"], [["512", "1.00", "0.98"]]))
@@ -35,4 +37,7 @@ def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [list(heads), *map(list, rows)]
     first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
     widths = [max(width + 2, 7) for width in others]
-    return "\n".join(line[0].ljust(first + 3) + "".join(map(str.rjust, line[1:], widths)) for line in lines)
+    return "\n".join(
+        line[0].ljust(first + 3) + "".join(map(str.rjust, line[1:], widths))
+        for line in lines
+    )

@@ -27,7 +27,9 @@ from nalora_jax.train.compilation import use_compilation_cache
 
 log = logging.getLogger(__name__)
 
-_WAIT_SECONDS = 5.0  # until another process may have finished a run that this process waits for
+_WAIT_SECONDS = (
+    5.0  # until another process may have finished a run that this process waits for
+)
 _compiled: list[float] = []  # seconds of each program that XLA compiles in this process
 
 
@@ -39,7 +41,13 @@ def _listen(event: str, duration_secs: float, **more: Any) -> None:
 jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
-def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = (), together: int = 0) -> int:
+def run_study(
+    protocol: Protocol,
+    *,
+    limit: int = 0,
+    methods: Sequence[str] = (),
+    together: int = 0,
+) -> int:
     """Performs runs until all are done, the budget is spent, or ``limit`` (0: none) were done here.
 
     Any number of processes may do this at once, on machines that share the folder's file system.
@@ -48,8 +56,8 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
       protocol: the study.
       limit: maximum number of runs.
       methods: methods whose runs are done; by default all. A run's result depends on no other run.
-      together: largest number of runs of a method that train in one program; 0: one on a CPU, and as many as
-        memory allows elsewhere.
+      together: largest number of runs of a method that train in one program; 0: one on a CPU, and
+        as many as memory allows elsewhere.
 
     Returns:
       The number of runs that this process did.
@@ -63,22 +71,38 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
         raise NaloraError("--methods", expected=expected, found=name)
     if not together and distributed.platform_of().name == "cpu":
         together = 1
-    store, resources, done = Records(protocol.folder), Resources(protocol, together), 0
+    store = Records(protocol.folder)
+    resources = Resources(protocol, together)
+    done = 0
     provenance.code_version()  # cached now, in case a loaded file is edited later
     if note := provenance.describe_old(store.read()):
         log.info("%s", note)
     limit = limit or sys.maxsize
     while done < limit:
         records = provenance.checked_records(protocol, store)
-        budget, spent = protocol.budget_hours, hours(records)
+        budget = protocol.budget_hours
+        spent = hours(records)
         if budget and spent >= budget:
-            log.info("the budget of %g hours is spent (%.1f): no further run starts", budget, spent)
+            log.info(
+                "the budget of %g hours is spent (%.1f): no further run starts",
+                budget,
+                spent,
+            )
             break
-        left = [run for run in pending(protocol, records) if not methods or run.cell.method in methods]
+        left = [
+            run
+            for run in pending(protocol, records)
+            if not methods or run.cell.method in methods
+        ]
         if not left:
             which = f"of {', '.join(methods)} " if methods else ""
             count = len(records)
-            log.info("%s: all runs %sare done; the study has %d records", protocol.folder, which, count)
+            log.info(
+                "%s: all runs %sare done; the study has %d records",
+                protocol.folder,
+                which,
+                count,
+            )
             break
         finished = _do_some(protocol, store, resources, left, limit - done)
         if not finished:
@@ -88,7 +112,9 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
     return done
 
 
-def _do_some(protocol: Protocol, store: Records, resources: Resources, left: list[Run], most: int) -> int:
+def _do_some(
+    protocol: Protocol, store: Records, resources: Resources, left: list[Run], most: int
+) -> int:
     """Performs the first runs of ``left`` without a claim; returns their number.
 
     They are at most ``most`` runs of one cell and stage, which share a program and fit in memory.
@@ -96,18 +122,24 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
     with ExitStack() as claims:
         claimed: list[tuple[Run, Path]] = []
         for run in left:
-            if claimed and (run.cell, run.stage) != (claimed[0][0].cell, claimed[0][0].stage):
+            if claimed and (run.cell, run.stage) != (
+                claimed[0][0].cell,
+                claimed[0][0].stage,
+            ):
                 continue
             snapshot = claims.enter_context(store.claim(run.id))
             # Another process may have finished it meanwhile.
-            if snapshot is not None and run.id not in provenance.checked_records(protocol, store):
+            if snapshot is not None and run.id not in provenance.checked_records(
+                protocol, store
+            ):
                 claimed.append((resources.placed(run), snapshot))
             fits = resources.fitting(run)
             if len(claimed) == min(most, 1 if fits is None else fits.capacity):
                 break
         if not claimed:
             return 0
-        records, commit = provenance.checked_records(protocol, store), None
+        records = provenance.checked_records(protocol, store)
+        commit = None
         for run, _ in claimed:
             if run.stage == "test":
                 commit = provenance.check_committed(protocol)
@@ -121,7 +153,11 @@ def _do_some(protocol: Protocol, store: Records, resources: Resources, left: lis
             finished = exact_values(record | {"commit": commit})
             store.append(finished | {"digest": provenance.record_digest(finished)})
             snapshot.unlink(missing_ok=True)
-            losses = (f"{name} loss {record[name]['loss']:.4f}" for name in _LOSSES if name in record)
+            losses = (
+                f"{name} loss {record[name]['loss']:.4f}"
+                for name in _LOSSES
+                if name in record
+            )
             outcome = "diverged" if record["diverged"] else ", ".join(losses)
             log.info("  %s in %.0f s", outcome, time.perf_counter() - began)
         return len(claimed)
@@ -150,28 +186,48 @@ def perform_all(
     """
     if runs[0].config.compute.compilation_cache:
         use_compilation_cache()
-    began, compiled = time.perf_counter(), len(_compiled)
-    started = [RunInProgress(run, resources, path) for run, path in zip(runs, snapshots, strict=True)]
-    provenance.check_records({**(records or {}), **{each.run.id: each.described for each in started}})
+    began = time.perf_counter()
+    compiled = len(_compiled)
+    started = [
+        RunInProgress(run, resources, path)
+        for run, path in zip(runs, snapshots, strict=True)
+    ]
+    provenance.check_records(
+        {**(records or {}), **{each.run.id: each.described for each in started}}
+    )
     fits = resources.fitting(runs[0])
-    states = [started[0].train()] if fits is None else _trained_together(started, fits.slots(len(runs)))
+    if fits is None:
+        states = [started[0].train()]
+    else:
+        states = _trained_together(started, fits.slots(len(runs)))
     share = (time.perf_counter() - began) / len(runs)
     performed = []
     for progress, state in zip(started, states, strict=True):
         began = time.perf_counter()
         record = progress.record(state)
         seconds = progress.seconds_before + share + time.perf_counter() - began
-        performed.append(record | {"seconds": seconds, "compilations": len(_compiled) - compiled})
+        performed.append(
+            record | {"seconds": seconds, "compilations": len(_compiled) - compiled}
+        )
     return performed
 
 
-def _trained_together(started: Sequence[RunInProgress], slots: int) -> list[TrainState | None]:
+def _trained_together(
+    started: Sequence[RunInProgress], slots: int
+) -> list[TrainState | None]:
     """Returns the trained state of each run of a program with ``slots``; None for diverged runs."""
     loops = [RunLoop(run.begin(), run.rows()) for run in started]
-    pairs = [(run, loop.follower.result.state) for run, loop in zip(started, loops, strict=True)]
-    assemblies = [replace(run.assembly, params=run.params, state=state) for run, state in pairs]
+    pairs = [
+        (run, loop.follower.result.state)
+        for run, loop in zip(started, loops, strict=True)
+    ]
+    assemblies = [
+        replace(run.assembly, params=run.params, state=state) for run, state in pairs
+    ]
     began = time.perf_counter()
     fit_all(SweepProgram(assemblies, slots=slots), loops)
     for progress in started:
         progress.training_seconds += (time.perf_counter() - began) / len(started)
-    return [loop.follower.result.state if loop.error is None else None for loop in loops]
+    return [
+        loop.follower.result.state if loop.error is None else None for loop in loops
+    ]

@@ -13,19 +13,32 @@ from nalora_jax.common.digests import json_digest
 from nalora_jax.config import DataConfig, RunConfig, VisionConfig
 from nalora_jax.data.images.opened import ImageData, ImageSource, open_images
 from nalora_jax.data.sources import check_disjoint
-from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
+from nalora_jax.evaluate.images import (
+    ClassEvaluator,
+    Encoders,
+    Images,
+    RetrievalEvaluator,
+)
 from nalora_jax.layout import distributed
 from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.study.language import Items, Subject
 from nalora_jax.study.plan import MEASURES
 from nalora_jax.train.kinds import dual
 from nalora_jax.train.program import Assembly
-from nalora_jax.weights.dual import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
+from nalora_jax.weights.dual import (
+    JOIN,
+    LoadedDual,
+    LoadedEncoder,
+    join,
+    load_dual,
+    load_encoder,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageItems(Items):
-    """Held-out images with their classes or captions; their digest is also of templates and image size."""
+    """Held-out images with their classes or captions; their digest is also of templates and image
+    size."""
 
     classes: tuple[str, ...] = ()
 
@@ -37,31 +50,44 @@ class DualEncoders(Subject):
     """
 
     def model(self, config: RunConfig) -> LoadedDual:
-        """Returns the run's base model; projections that join separate towers are drawn by its seed."""
-        vision, dtype, joined = config.vision, config.compute.dtype, _is_joined(config.model)
+        """Returns the run's base model; projections that join separate towers are drawn by its
+        seed."""
+        vision = config.vision
+        dtype = config.compute.dtype
+        joined = _is_joined(config.model)
         options: dict[str, Any] = {"d_out": vision.features, "loss": vision.loss}
         options["image_size"] = vision.image_size
 
         def load() -> LoadedDual:
             mesh = distributed.smallest_mesh(config.mesh)
             if joined:
-                return join(*self._towers(config), seed=config.seed, mesh=mesh, **options)
+                return join(
+                    *self._towers(config), seed=config.seed, mesh=mesh, **options
+                )
             return load_dual(config.model, dtype=dtype, mesh=mesh, **options)
 
         seed = config.seed if joined else 0
-        return self.once(("model", config.model, dtype, config.mesh, seed, *options.values()), load)
+        return self.once(
+            ("model", config.model, dtype, config.mesh, seed, *options.values()), load
+        )
 
     def _towers(self, config: RunConfig) -> list[LoadedEncoder]:
         """Returns the separate towers of a joined model."""
         options: dict[str, Any] = {"dtype": config.compute.dtype}
         towers = []
-        for prefix, name in zip(("image/", "text/"), config.model.split(JOIN, 1), strict=True):
+        for prefix, name in zip(
+            ("image/", "text/"), config.model.split(JOIN, 1), strict=True
+        ):
 
             def load(name: str = name.strip(), prefix: str = prefix) -> LoadedEncoder:
                 mesh = distributed.smallest_mesh(config.mesh)
                 return load_encoder(name, mesh=mesh, prefix=prefix, **options)
 
-            towers.append(self.once((prefix, name.strip(), config.compute.dtype, config.mesh), load))
+            towers.append(
+                self.once(
+                    (prefix, name.strip(), config.compute.dtype, config.mesh), load
+                )
+            )
         return towers
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
@@ -70,10 +96,17 @@ class DualEncoders(Subject):
         Of ``vision``, settings of the task and of image processing remain.
         """
         v = config.vision
-        vision = VisionConfig(v.task, features=v.features, loss=v.loss, image_size=v.image_size)
-        params, rows = self.params(config), self.data(config)
-        shapes = [(name, value.shape) for name, value in params.get(dual.CLASSES, {}).items()]
-        shapes += [(name, value.shape[1:]) for name, value in (rows.tokens or {}).items()]
+        vision = VisionConfig(
+            v.task, features=v.features, loss=v.loss, image_size=v.image_size
+        )
+        params = self.params(config)
+        rows = self.data(config)
+        shapes = [
+            (name, value.shape) for name, value in params.get(dual.CLASSES, {}).items()
+        ]
+        shapes += [
+            (name, value.shape[1:]) for name, value in (rows.tokens or {}).items()
+        ]
         return replace(config, data=DataConfig(), vision=vision), tuple(sorted(shapes))
 
     def assemble(
@@ -81,15 +114,25 @@ class DualEncoders(Subject):
     ) -> Assembly:
         """Returns adapters, optimizer and step."""
         loaded = self.model(config)
-        params, mesh = self.params(config), distributed.smallest_mesh(config.mesh)
-        return dual.assemble_dual(general, loaded.config, params, mesh, loaded.processor, last=last)
+        params = self.params(config)
+        mesh = distributed.smallest_mesh(config.mesh)
+        return dual.assemble_dual(
+            general, loaded.config, params, mesh, loaded.processor, last=last
+        )
 
     def params(self, config: RunConfig, assembly: Assembly | None = None) -> Any:
         """Returns both towers and the prompts of the task's classes."""
-        loaded, classes = self.model(config), self._classes(config, config.data)
+        loaded = self.model(config)
+        classes = self._classes(config, config.data)
         mesh = distributed.smallest_mesh(config.mesh)
         # The rules decide whether prompts are encoded once or in every step.
-        key = "params", loaded.fingerprint, classes, config.vision.templates, config.lora.rules
+        key = (
+            "params",
+            loaded.fingerprint,
+            classes,
+            config.vision.templates,
+            config.lora.rules,
+        )
         return self.once(key, lambda: dual.with_classes(config, loaded, classes, mesh))
 
     def base(self, config: RunConfig) -> tuple[str, Any]:
@@ -112,46 +155,79 @@ class DualEncoders(Subject):
 
         def draw() -> ImageData:
             source = self._source(config, config.data, config.data.train_split)
-            records = dual.trained_on(config, source, self._classes(config, config.data))
+            records = dual.trained_on(
+                config, source, self._classes(config, config.data)
+            )
             mesh = distributed.smallest_mesh(config.mesh)
             return dual.image_data(config, self.model(config), records, mesh)
 
-        return self.once(("rows", config.seed, config.data, config.vision, config.train), draw)
+        return self.once(
+            ("rows", config.seed, config.data, config.vision, config.train), draw
+        )
 
-    def adapters(self, config: RunConfig, assembly: Assembly, data: Any, seed: int) -> Any:
+    def adapters(
+        self, config: RunConfig, assembly: Assembly, data: Any, seed: int
+    ) -> Any:
         """Returns adapters with A drawn by ``seed``, and projections drawn by the run's seed."""
         loaded = self.model(config)
-        return init_lora(loaded.config, assembly.spec, jax.random.key(seed), loaded.params)
+        return init_lora(
+            loaded.config, assembly.spec, jax.random.key(seed), loaded.params
+        )
 
     def items(self, config: RunConfig, data: DataConfig) -> ImageItems:
         """Returns images, which are opened when they are measured."""
-        train, held = (self._source(config, data, split) for split in (data.train_split, data.eval_split))
-        if data.train_split != data.eval_split:  # equal: a probe, whose data is not trained on
+        train, held = (
+            self._source(config, data, split)
+            for split in (data.train_split, data.eval_split)
+        )
+        if (
+            data.train_split != data.eval_split
+        ):  # equal: a probe, whose data is not trained on
             check_disjoint(train, held)
         indices = dual.drawn_images(held, data.eval_limit)
         images = Images(held, indices[indices.argsort()])
-        classes, loaded = self._classes(config, data), self.model(config)
-        asked = [images.digest, classes, config.vision.templates, loaded.processor.output]
+        classes = self._classes(config, data)
+        loaded = self.model(config)
+        asked = [
+            images.digest,
+            classes,
+            config.vision.templates,
+            loaded.processor.output,
+        ]
         return ImageItems(json_digest(asked)[:16], len(images), config, images, classes)
 
     probe = items
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
         """Compares the spans of both splits."""
-        check_disjoint(*(self._source(config, config.data, split) for split in (tuned, tested)))
+        check_disjoint(
+            *(self._source(config, config.data, split) for split in (tuned, tested))
+        )
 
     def measure(
-        self, items: ImageItems, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False
+        self,
+        items: ImageItems,
+        assembly: Assembly,
+        params: Any,
+        lora: Any = None,
+        *,
+        whole: bool = False,
     ) -> dict[str, float]:
         """Returns ``loss`` and ``accuracy`` or recall; one pass computes all of them."""
-        model, loaded = assembly.eval_model.clone(stats=None), self.model(items.config)
+        model = assembly.eval_model.clone(stats=None)
+        loaded = self.model(items.config)
 
         def make() -> ClassEvaluator | RetrievalEvaluator:
             encoders = Encoders(model, loaded.processor, loaded.tokenizer)
-            return dual.image_evaluator(encoders, items.asked, items.classes, items.config.vision)
+            return dual.image_evaluator(
+                encoders, items.asked, items.classes, items.config.vision
+            )
 
-        # Compiled once for all methods with adapters of the same shapes; one model has one tokenizer.
-        measured = self.once((model, loaded.processor, items.digest), make).measure(params, lora)
+        # Compiled once for all methods with adapters of the same shapes; one model has one
+        # tokenizer.
+        measured = self.once((model, loaded.processor, items.digest), make).measure(
+            params, lora
+        )
         return {name: float(measured[name]) for name in MEASURES if name in measured}
 
     def _classes(self, config: RunConfig, data: DataConfig) -> tuple[str, ...]:

@@ -60,7 +60,8 @@ class Subject:
         return made
 
     def architecture(self, config: RunConfig) -> ModelConfig | None:
-        """Returns the base's architecture without reading weights; None: its memory is not estimated."""
+        """Returns the base's architecture without reading weights; None: its memory is not
+        estimated."""
         return None
 
     def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
@@ -72,7 +73,8 @@ class Subject:
 class LanguageItems(Items):
     """Items whose completions give the loss, and whose choices, if any, give the accuracy.
 
-    ``asked`` are the correct completions of all items; the digest is of the ids of prompts and completions.
+    ``asked`` are the correct completions of all items; the digest is of the ids of prompts and
+    completions.
     """
 
     choices: Sequence[ChoiceItem] = ()  # the items with choices
@@ -82,7 +84,9 @@ class LanguageItems(Items):
         """Returns the digest of prompts and completions, and the digest of any choices."""
         if not self.choices:
             return super().digests
-        ids = [[[list(ids) for ids in item.choice_ids], item.gold] for item in self.choices]
+        ids = [
+            [[list(ids) for ids in item.choice_ids], item.gold] for item in self.choices
+        ]
         return super().digests | {"choices": json_digest(ids)[:16]}
 
     def scoring(self, count: int) -> LanguageItems:
@@ -98,7 +102,8 @@ class Language(Subject):
 
     def model(self, config: RunConfig) -> model_files.LoadedModel:
         """Returns the run's base model."""
-        compute, added = config.compute, tokenizer.AddedTokens.of(config.data)
+        compute = config.compute
+        added = tokenizer.AddedTokens.of(config.data)
 
         def load() -> model_files.LoadedModel:
             mesh = distributed.smallest_mesh(config.mesh)
@@ -112,10 +117,13 @@ class Language(Subject):
 
     def architecture(self, config: RunConfig) -> ModelConfig:
         """Returns the config of the base."""
-        return model_files.open_files(_files(config)).described(tokenizer.AddedTokens.of(config.data))
+        return model_files.open_files(_files(config)).described(
+            tokenizer.AddedTokens.of(config.data)
+        )
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
-        """Returns the settings that determine the compiled step, and hashable facts about the data."""
+        """Returns the settings that determine the compiled step, and hashable facts about the
+        data."""
         facts = config.data.max_length, tokenizer.AddedTokens.of(config.data)
         return replace(config, data=DataConfig()), facts
 
@@ -124,9 +132,12 @@ class Language(Subject):
     ) -> Assembly:
         """Returns adapters, optimizer and step for the result of `program` for ``config``."""
         model = self.model(config)
-        mesh, parts = distributed.smallest_mesh(config.mesh), kinds.decoder_parts(general, model.config)
+        mesh = distributed.smallest_mesh(config.mesh)
+        parts = kinds.decoder_parts(general, model.config)
         made = assemble(general, model.config, model.params, mesh, last=last, **parts)
-        return start.in_components(made) if general.lora.init == "pissa" else made
+        if general.lora.init == "pissa":
+            return start.in_components(made)
+        return made
 
     def params(self, config: RunConfig, assembly: Assembly) -> Any:
         """Returns the frozen weights of a run: the base minus the initial adapters.
@@ -146,42 +157,59 @@ class Language(Subject):
         return self.model(config).fingerprint
 
     def data(self, config: RunConfig) -> Any:
-        """Returns the training rows in the order of the seed, with a ``fingerprint``: packed sequences."""
-        return pipeline.train_data(config.data, self.model(config).tokenizer, **inputs.stream_shape(config))
+        """Returns the training rows in the order of the seed, with a ``fingerprint``: packed
+        sequences."""
+        return pipeline.train_data(
+            config.data, self.model(config).tokenizer, **inputs.stream_shape(config)
+        )
 
     def source_digest(self, data: pipeline.TrainData) -> str:
         """Returns the digest of the tokenized examples of `data`, the same for every seed."""
         return data.store.fingerprint
 
-    def adapters(self, config: RunConfig, assembly: Assembly, data: Any, seed: int) -> Any:
+    def adapters(
+        self, config: RunConfig, assembly: Assembly, data: Any, seed: int
+    ) -> Any:
         """Returns adapters by the config's initialization, with A drawn by ``seed``."""
         model = self.model(config)
         if config.adapter:
             return initial_adapter.read_initial(config, model)
-        if assembly.initial is not None:  # PiSSA: determined by the base, not by the seed
+        if (
+            assembly.initial is not None
+        ):  # PiSSA: determined by the base, not by the seed
             return assembly.initial
         if config.lora.init == "lora_ga":  # determined by the batches, like `params`
             return self._started_at(config, assembly).initial
         if config.lora.init == "gradient":
             return start.first_adapters(assembly, model.config, data, seed)
-        return init_lora(model.config, assembly.spec, jax.random.key(seed), assembly.params)
+        return init_lora(
+            model.config, assembly.spec, jax.random.key(seed), assembly.params
+        )
 
     def _started_at(self, config: RunConfig, assembly: Assembly) -> Assembly:
         """Returns the assembly of a run with LoRA-GA; keeps the last one."""
         rows = (config.seed, config.data)
-        if self._started is None or self._started[0] is not assembly or self._started[1] != rows:
+        if (
+            self._started is None
+            or self._started[0] is not assembly
+            or self._started[1] != rows
+        ):
             self._started = None  # frees its kernels before new ones are allocated
-            lora = start.first_adapters(assembly, self.model(config).config, self.data(config), config.seed)
+            lora = start.first_adapters(
+                assembly, self.model(config).config, self.data(config), config.seed
+            )
             self._started = assembly, rows, start.starting_at(assembly, lora)
         return self._started[2]
 
     def items(self, config: RunConfig, data: DataConfig) -> Any:
-        """Returns held-out `Items` of ``data.eval_split``, at most ``data.eval_limit``: tokenized examples."""
+        """Returns held-out `Items` of ``data.eval_split``, at most ``data.eval_limit``: tokenized
+        examples."""
         return self.probe(config, data)
 
     def probe(self, config: RunConfig, data: DataConfig) -> Any:
         """Returns `Items` of other data than the run's, likewise."""
-        completions, choices = [], []
+        completions = []
+        choices = []
         for item in questions.eval_examples(data, self.model(config).tokenizer):
             if isinstance(item, ChoiceItem):
                 choices.append(item)
@@ -189,8 +217,12 @@ class Language(Subject):
                 ids = list(item.contexts[gold]), list(item.choice_ids[gold])
                 item = CompletionItem(*ids, item.prompt, item.choices[gold])
             completions.append(item)
-        digest = json_digest([[list(item.prompt_ids), list(item.completion_ids)] for item in completions])
-        return LanguageItems(digest[:16], len(completions), config, completions, choices)
+        digest = json_digest(
+            [[list(item.prompt_ids), list(item.completion_ids)] for item in completions]
+        )
+        return LanguageItems(
+            digest[:16], len(completions), config, completions, choices
+        )
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
         """Checks that two splits of the run's data share no record.
@@ -198,16 +230,27 @@ class Language(Subject):
         Raises:
           NaloraError: they do.
         """
-        sources.check_disjoint(*(sources.open_source(config.data, split) for split in (tuned, tested)))
+        sources.check_disjoint(
+            *(sources.open_source(config.data, split) for split in (tuned, tested))
+        )
 
     def measure(
-        self, items: Any, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False
+        self,
+        items: Any,
+        assembly: Assembly,
+        params: Any,
+        lora: Any = None,
+        *,
+        whole: bool = False,
     ) -> dict[str, float]:
-        """Returns the measures of an adapter, or of the weights alone: ``loss`` per completion token.
+        """Returns the measures of an adapter, or of the weights alone: ``loss`` per completion
+        token.
 
-        With ``whole``, they include measures that need separate programs: ``accuracy`` if there are choices.
+        With ``whole``, they include measures that need separate programs: ``accuracy`` if there are
+        choices.
         """
-        model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
+        model = assembly.eval_model
+        mesh = distributed.unless_single(assembly.mesh)
         scored = TextEvaluator(model, None, items.asked, mesh=mesh)
         values = {"loss": scored.measure(params, lora)["loss"]}
         if whole and items.choices:

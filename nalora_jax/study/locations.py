@@ -1,4 +1,5 @@
-"""Paths in a protocol, which are relative to its folder; names of models and data sets stay as they are."""
+"""Paths in a protocol, which are relative to its folder; names of models and data sets stay as they
+are."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def located(config: RunConfig, folder: Path) -> RunConfig:
       NaloraError: a path exists relative to the current folder only.
     """
     data = replace(config.data, dataset=locate_dataset(config.data.dataset, folder))
-    train, held = (located_from(split, folder) for split in (data.train_split, data.eval_split))
+    train, held = (
+        located_from(split, folder) for split in (data.train_split, data.eval_split)
+    )
     data = replace(data, train_split=train, eval_split=held)
     parts = [config.model]
     if config.vision.task in DUAL:  # an image and a text encoder
@@ -39,7 +42,9 @@ def locate_dataset(dataset: str, folder: Path) -> str:
     several = components(dataset)
     if len(several) == 1 and several[0][1] == 1:
         return located_from(dataset, folder)
-    return ",".join(f"{located_from(name, folder)}*{weight:g}" for name, weight in several)
+    return ",".join(
+        f"{located_from(name, folder)}*{weight:g}" for name, weight in several
+    )
 
 
 def located_from(text: str, folder: Path, *, is_model: bool = False) -> str:
@@ -63,5 +68,7 @@ def located_from(text: str, folder: Path, *, is_model: bool = False) -> str:
         expected = "a path relative to the study's folder"
         found = f"{text} relative to the current folder only"
         remedy = "change the path in the protocol, or move the file"
-        raise NaloraError(f"{folder}: {text}", expected=expected, found=found, remedy=remedy)
+        raise NaloraError(
+            f"{folder}: {text}", expected=expected, found=found, remedy=remedy
+        )
     return str(inside) if is_path else text

@@ -26,15 +26,25 @@ Stage = Literal["tune", "test"]
 _WAYS = ("image_to_text", "text_to_image")
 # Measures of items in records.
 MEASURES = (
-    *("loss", "accuracy", "recall", *(f"{way}_recall_{k}" for way in _WAYS for k in (1, 5))),
+    *(
+        "loss",
+        "accuracy",
+        "recall",
+        *(f"{way}_recall_{k}" for way in _WAYS for k in (1, 5)),
+    ),
     *("reward", "pass_1", "pass_8", "divergence"),
 )
 COSTS = ("loss", "divergence")  # measures of which less is better
 
 
 def others_of(metric: str) -> list[str]:
-    """Returns the measures other than the metric; the loss of a run with rewards is 1 minus the reward."""
-    return [name for name in MEASURES if name != metric and (metric, name) != ("reward", "loss")]
+    """Returns the measures other than the metric; the loss of a run with rewards is 1 minus the
+    reward."""
+    return [
+        name
+        for name in MEASURES
+        if name != metric and (metric, name) != ("reward", "loss")
+    ]
 
 
 class Cell(NamedTuple):
@@ -60,12 +70,17 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        """Returns the settings of the run, with those of an adapter that it starts from; paths are from here."""
+        """Returns the settings of the run, with those of an adapter that it starts from; paths are
+        from here."""
         settings = located(self._settings, self.protocol.folder)
         if settings.adapter:
-            path = settings.adapter if is_url(settings.adapter) else self.protocol.folder / settings.adapter
-            settings = with_adapter(replace(settings, adapter=str(path)), named={"model"})
-        return settings if self.mesh is None else replace(settings, mesh=self.mesh)
+            path = settings.adapter
+            if not is_url(path):
+                path = str(self.protocol.folder / path)
+            settings = with_adapter(replace(settings, adapter=path), named={"model"})
+        if self.mesh is None:
+            return settings
+        return replace(settings, mesh=self.mesh)
 
     @property
     def _settings(self) -> RunConfig:
@@ -78,7 +93,8 @@ class Run:
         Settings at their default are left out, so that records stay valid when settings are added.
         """
         settings = _changed(self._settings, RunConfig())
-        protocol, task = self.protocol, self.protocol.tasks[self.cell.task]
+        protocol = self.protocol
+        task = self.protocol.tasks[self.cell.task]
         measured: dict[str, Any] = {"evaluate_every": protocol.evaluate_every}
         if self.stage == "test":
             probes = {name: asdict(probe) for name, probe in protocol.probes.items()}
@@ -95,7 +111,10 @@ class Run:
         return _hash([self.stage, *self.cell, self.multiple, self.config_hash])
 
     def __str__(self) -> str:
-        multiple = f" ({self.multiple:g} x chosen)" if self.multiple != 1 else ""
+        if self.multiple != 1:
+            multiple = f" ({self.multiple:g} x chosen)"
+        else:
+            multiple = ""
         return f"{self.stage} {' '.join(self.cell)}, rate {self.rate:g}{multiple}, seed {self.seed}"
 
 
@@ -103,8 +122,8 @@ class Run:
 class Tuning:
     """The current grid of a cell."""
 
-    # Mean final `cost` of the validation items by rate, ascending, including added rates: infinite if
-    # a run diverged, None if one is missing.
+    # Mean final `cost` of the validation items by rate, ascending, including added rates: infinite
+    # if a run diverged, None if one is missing.
     costs: Mapping[float, float | None]
     at_edge: bool = False  # the best rate is at an end of the grid, which cannot grow
 
@@ -116,7 +135,11 @@ class Tuning:
     @property
     def chosen(self) -> float | None:
         """Returns a complete grid's best rate, the lowest of ties; None if all rates diverged."""
-        finite = {rate: loss for rate, loss in self.costs.items() if loss is not None and loss < math.inf}
+        finite = {
+            rate: loss
+            for rate, loss in self.costs.items()
+            if loss is not None and loss < math.inf
+        }
         if None in self.costs.values() or not finite:
             return None
         return min(finite, key=finite.__getitem__)
@@ -127,7 +150,9 @@ def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tun
     rates = [rounded_rate(rate) for rate in protocol.rates]
     added = {"low": 0, "high": 0}
     while True:
-        grid = Tuning({rate: _mean_loss(protocol, cell, rate, records) for rate in rates})
+        grid = Tuning(
+            {rate: _mean_loss(protocol, cell, rate, records) for rate in rates}
+        )
         if grid.chosen is None:
             return grid
         best = rates.index(grid.chosen)
@@ -147,7 +172,9 @@ def cost(metric: str, measured: Mapping[str, Any]) -> float:
     """
     if measured.get(metric) is None:
         remedy = "restore the record file"
-        raise NaloraError(f"records: {metric}", expected="a number", found="none", remedy=remedy)
+        raise NaloraError(
+            f"records: {metric}", expected="a number", found="none", remedy=remedy
+        )
     value = float(measured[metric])
     return value if metric in COSTS else 1.0 - value
 
@@ -159,19 +186,28 @@ def rounded_rate(rate: float) -> float:
 
 def tuning_runs(protocol: Protocol, cell: Cell, rates: Sequence[float]) -> list[Run]:
     """Returns the runs that choose the rate of ``cell``."""
-    return [Run(protocol, "tune", cell, rate, seed) for seed in protocol.tuning_seeds for rate in rates]
+    return [
+        Run(protocol, "tune", cell, rate, seed)
+        for seed in protocol.tuning_seeds
+        for rate in rates
+    ]
 
 
 def test_runs(protocol: Protocol, cell: Cell, chosen: float) -> list[Run]:
     """Returns the runs of ``cell`` that read the test items."""
     places = itertools.product(protocol.test_seeds, protocol.test_multiples)
-    return [Run(protocol, "test", cell, rounded_rate(chosen * m), seed, m) for seed, m in places]
+    return [
+        Run(protocol, "test", cell, rounded_rate(chosen * m), seed, m)
+        for seed, m in places
+    ]
 
 
 def cells(protocol: Protocol) -> list[Cell]:
     """Returns all cells, in the order of the file."""
     return list(
-        itertools.starmap(Cell, itertools.product(protocol.models, protocol.tasks, protocol.methods))
+        itertools.starmap(
+            Cell, itertools.product(protocol.models, protocol.tasks, protocol.methods)
+        )
     )
 
 
@@ -182,14 +218,30 @@ def wanted(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
     many seeds per method. Tests of a cell appear when its grid is complete.
     """
     grids = {cell: tuning(protocol, cell, records) for cell in cells(protocol)}
-    tunes = [run for cell, grid in grids.items() for run in tuning_runs(protocol, cell, grid.rates)]
+    tunes = [
+        run
+        for cell, grid in grids.items()
+        for run in tuning_runs(protocol, cell, grid.rates)
+    ]
     chosen = {cell: grid.chosen for cell, grid in grids.items() if grid.chosen}
-    tests = [run for cell, rate in chosen.items() for run in test_runs(protocol, cell, rate)]
+    tests = [
+        run for cell, rate in chosen.items() for run in test_runs(protocol, cell, rate)
+    ]
     place = {cell: index for index, cell in enumerate(grids)}
-    order = {seed: index for index, seed in enumerate((*protocol.tuning_seeds, *protocol.test_seeds))}
+    order = {
+        seed: index
+        for index, seed in enumerate((*protocol.tuning_seeds, *protocol.test_seeds))
+    }
 
     def by_seed(run: Run) -> tuple[Any, ...]:
-        return order[run.seed], run.cell.model, run.cell.task, run.multiple, place[run.cell], run.rate
+        return (
+            order[run.seed],
+            run.cell.model,
+            run.cell.task,
+            run.multiple,
+            place[run.cell],
+            run.rate,
+        )
 
     return sorted(tunes, key=by_seed) + sorted(tests, key=by_seed)
 
@@ -199,13 +251,18 @@ def pending(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
     return [run for run in wanted(protocol, records) if run.id not in records]
 
 
-def _mean_loss(protocol: Protocol, cell: Cell, rate: float, records: Mapping[str, Record]) -> float | None:
+def _mean_loss(
+    protocol: Protocol, cell: Cell, rate: float, records: Mapping[str, Record]
+) -> float | None:
     """Returns the mean over the tuning seeds; None if a run is missing."""
     runs = tuning_runs(protocol, cell, [rate])
     finished = [records[run.id] for run in runs if run.id in records]
     if len(finished) < len(runs):
         return None
-    costs = [math.inf if r["diverged"] else cost(protocol.metric, r["validation"]) for r in finished]
+    costs = [
+        math.inf if r["diverged"] else cost(protocol.metric, r["validation"])
+        for r in finished
+    ]
     return sum(costs) / len(costs)
 
 
@@ -214,7 +271,8 @@ def _changed(settings: Any, defaults: Any) -> Any:
     if not is_dataclass(settings):
         return settings
     pairs = {
-        each.name: (getattr(settings, each.name), getattr(defaults, each.name)) for each in fields(settings)
+        each.name: (getattr(settings, each.name), getattr(defaults, each.name))
+        for each in fields(settings)
     }
     return {name: _changed(*pair) for name, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -22,13 +22,19 @@ class Preferences(Language):
 
     def data(self, config: RunConfig) -> Any:
         """Returns packed pairs; they are tokenized once for all seeds."""
-        tokenizer, shape = self.model(config).tokenizer, inputs.stream_shape(replace(config, seed=0))
+        tokenizer = self.model(config).tokenizer
+        shape = inputs.stream_shape(replace(config, seed=0))
 
         def pack() -> Any:
             source, _ = sources.open_pair(config.data)
-            return preference.pair_data(source, config.data, config.preference, tokenizer, **shape)
+            return preference.pair_data(
+                source, config.data, config.preference, tokenizer, **shape
+            )
 
-        return replace(self.once(("rows", config.model, config.data, config.train), pack), seed=config.seed)
+        return replace(
+            self.once(("rows", config.model, config.data, config.train), pack),
+            seed=config.seed,
+        )
 
     def source_digest(self, data: Any) -> str:
         """Returns the digest of the tokenized pairs."""
@@ -36,17 +42,31 @@ class Preferences(Language):
         return fingerprint.rsplit(":", 1)[0]  # without the seed
 
     def items(self, config: RunConfig, data: DataConfig) -> Items:
-        """Returns tokenized pairs; their digest is of the ids of both completions with their prompts."""
+        """Returns tokenized pairs; their digest is of the ids of both completions with their
+        prompts."""
         _, records = sources.open_pair(data)
-        indices = np.sort(packing.permutation(len(records), _SEED)[: data.eval_limit or None]).tolist()
+        indices = np.sort(
+            packing.permutation(len(records), _SEED)[: data.eval_limit or None]
+        ).tolist()
         tokenizer = self.model(config).tokenizer
-        pairs = tuple(preference.tokenize_pairs(records, indices, data, config.preference, tokenizer))
+        pairs = tuple(
+            preference.tokenize_pairs(
+                records, indices, data, config.preference, tokenizer
+            )
+        )
         return Items(preference.pairs_digest(pairs)[:16], len(pairs), config, pairs)
 
     def measure(
-        self, items: Any, assembly: program.Assembly, params: Any, lora: Any = None, *, whole: bool = False
+        self,
+        items: Any,
+        assembly: program.Assembly,
+        params: Any,
+        lora: Any = None,
+        *,
+        whole: bool = False,
     ) -> dict[str, float]:
-        """Returns ``loss`` per pair, and ``accuracy``: the share of pairs whose chosen completion wins.
+        """Returns ``loss`` per pair, and ``accuracy``: the share of pairs whose chosen completion
+        wins.
 
         Completions of a probe have the measures of `Language`.
         """
@@ -54,10 +74,15 @@ class Preferences(Language):
             return super().measure(items, assembly, params, lora, whole=whole)
 
         def make() -> PreferenceEvaluator:  # it scores the reference once
-            tokenizer, mesh = self.model(items.config).tokenizer, distributed.unless_single(assembly.mesh)
+            tokenizer = self.model(items.config).tokenizer
+            mesh = distributed.unless_single(assembly.mesh)
             settings = items.config.preference
-            return PreferenceEvaluator(assembly.eval_model, tokenizer, items.asked, settings, mesh=mesh)
+            return PreferenceEvaluator(
+                assembly.eval_model, tokenizer, items.asked, settings, mesh=mesh
+            )
 
         # The process keeps its assemblies, so that an id is of one of them.
-        values = self.once(("evaluator", items.digest, id(assembly)), make).measure(params, lora)
+        values = self.once(("evaluator", items.digest, id(assembly)), make).measure(
+            params, lora
+        )
         return {"loss": values["loss"], "accuracy": values["rewards_accuracy"]}

@@ -32,22 +32,39 @@ log = logging.getLogger(__name__)
 
 
 # Whole-model numbers of a log step that records have.
-_LOGGED = ("loss", "grad_norm", "misalignment", "misalignment_limit", "reward", "entropy", "divergence")
+_LOGGED = (
+    "loss",
+    "grad_norm",
+    "misalignment",
+    "misalignment_limit",
+    "reward",
+    "entropy",
+    "divergence",
+)
 
 
 class RunInProgress:
     """A run in progress, and the hooks of its training loop."""
 
     def __init__(self, run: Run, resources: Resources, snapshot: Path) -> None:
-        self.run, self.resources, self.snapshot = run, resources, snapshot
-        self.subject, self.assembly = resources.subject(run.config), resources.assembly(run)
+        self.run = run
+        self.resources = resources
+        self.snapshot = snapshot
+        self.subject, self.assembly = (
+            resources.subject(run.config),
+            resources.assembly(run),
+        )
         self.params = self.subject.params(run.config, self.assembly)
         self.data = self.subject.data(run.config)
         self.items = {"validation": resources.validation_items(run)}
         if run.stage == "test":
-            self.items |= {"test": resources.test_items(run)} | resources.probe_items(run)
+            self.items |= {"test": resources.test_items(run)} | resources.probe_items(
+                run
+            )
         self.identity = self._identity()
-        self.curve: list[dict[str, float]] = []  # step and measures of the validation items
+        self.curve: list[
+            dict[str, float]
+        ] = []  # step and measures of the validation items
         self.training: list[dict[str, float]] = []  # the loop's log steps
         self.seconds_before = self.training_seconds = 0.0
         self._began = time.perf_counter()
@@ -56,10 +73,17 @@ class RunInProgress:
     def described(self) -> Record:
         """Returns what a record has before the run is trained."""
         run = self.run
-        return {"id": run.id, "stage": run.stage, **run.cell._asdict(), "seed": run.seed, **self.identity}
+        return {
+            "id": run.id,
+            "stage": run.stage,
+            **run.cell._asdict(),
+            "seed": run.seed,
+            **self.identity,
+        }
 
     def begin(self) -> Follower:
-        """Returns the actions after each step, from the snapshot's state and step if there is one."""
+        """Returns the actions after each step, from the snapshot's state and step if there is
+        one."""
         state = self.resources.start(self.run, self.data)
         self.parameters = trees.count_elements(state.lora)
         state, self._start = self._resumed(state)
@@ -80,8 +104,10 @@ class RunInProgress:
         return batches
 
     def train(self) -> TrainState | None:
-        """Trains all steps, resuming from the snapshot if there is one; returns None if the run diverged."""
-        assembly, params = self.assembly, self.assembly.view(self.params)
+        """Trains all steps, resuming from the snapshot if there is one; returns None if the run
+        diverged."""
+        assembly = self.assembly
+        params = self.assembly.view(self.params)
         step = self.subject.step(self.run.config, assembly, self.data)
         follower = self.begin()
         batches = self.rows()
@@ -96,11 +122,17 @@ class RunInProgress:
             self.training_seconds += time.perf_counter() - began
 
     def record(self, state: TrainState | None) -> Record:
-        """Measures the trained state (None: the run diverged), and returns the record without times."""
-        run, measured, losses = self.run, {}, [math.nan]
+        """Measures the trained state (None: the run diverged), and returns the record without
+        times."""
+        run = self.run
+        measured = {}
+        losses = [math.nan]
         if state is not None:
             measured = self._measured_all(state)
-            losses = [measured["validation"]["loss"], measured.get("test", {}).get("loss", 0.0)]
+            losses = [
+                measured["validation"]["loss"],
+                measured.get("test", {}).get("loss", 0.0),
+            ]
         peaks = peak_memory()
         return {
             **self.described,
@@ -124,11 +156,17 @@ class RunInProgress:
 
     def _measured_all(self, state: TrainState) -> dict[str, Any]:
         """Returns the final measures, for a test run including test items and probes."""
-        validation = {name: value for name, value in self.curve[-1].items() if name != "step"}
-        final: dict[str, Any] = {"validation": validation | {"n": self.items["validation"].count}}
+        validation = {
+            name: value for name, value in self.curve[-1].items() if name != "step"
+        }
+        final: dict[str, Any] = {
+            "validation": validation | {"n": self.items["validation"].count}
+        }
         for name, items in self.items.items():
             if name == "test":
-                final[name] = self._measured(state.lora, name, whole=True) | {"n": items.count}
+                final[name] = self._measured(state.lora, name, whole=True) | {
+                    "n": items.count
+                }
             elif name != "validation":
                 before = self.resources.measure_base(self.run, items)["loss"]
                 loss = self._measured(state.lora, name)["loss"]
@@ -147,7 +185,9 @@ class RunInProgress:
 
     def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
         """Stores whole-model numbers of a log step, and layer means of per-layer numbers."""
-        row = {"step": step} | {name: record[name] for name in _LOGGED if record.get(name) is not None}
+        row = {"step": step} | {
+            name: record[name] for name in _LOGGED if record.get(name) is not None
+        }
         for name, values in record.get("layers", {}).items():
             if values.ndim == 1 and name not in ("misalignment", "limit"):
                 row[f"mean_{name}"] = np.mean(values)
@@ -159,13 +199,22 @@ class RunInProgress:
         self.curve.append({"step": step} | values)
         return LoopEvaluation(-values["loss"], values)
 
-    def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
+    def save(
+        self, step: int, state: TrainState, measured: LoopEvaluation | None
+    ) -> None:
         """Writes the snapshot."""
         seconds = self.seconds_before + time.perf_counter() - self._began
-        notes = {"step": step, "curve": self.curve, "training": self.training, "seconds": seconds}
+        notes = {
+            "step": step,
+            "curve": self.curve,
+            "training": self.training,
+            "seconds": seconds,
+        }
         leaves = trees.flatten(state).items()
         arrays = {path: np.asarray(distributed.fetch(leaf)) for path, leaf in leaves}
-        write_snapshot(self.snapshot, arrays, exact_values(notes | {"identity": self.identity}))
+        write_snapshot(
+            self.snapshot, arrays, exact_values(notes | {"identity": self.identity})
+        )
 
     # ------------------------------------------------------------
 
@@ -176,12 +225,20 @@ class RunInProgress:
             return state, 0
         arrays, notes = saved
         before = notes["identity"]
-        if changed := [name for name, digest in self.identity.items() if before.get(name) != digest]:
+        if changed := [
+            name for name, digest in self.identity.items() if before.get(name) != digest
+        ]:
             names = ", ".join(changed)
-            log.info("  its snapshot is of other %s: the run starts from scratch", names)
+            log.info(
+                "  its snapshot is of other %s: the run starts from scratch", names
+            )
             return state, 0
-        state = trees.map_named(lambda path, leaf: jax.device_put(arrays[path], leaf.sharding), state)
-        self.curve, self.training, self.seconds_before = notes["curve"], notes["training"], notes["seconds"]
+        state = trees.map_named(
+            lambda path, leaf: jax.device_put(arrays[path], leaf.sharding), state
+        )
+        self.curve = notes["curve"]
+        self.training = notes["training"]
+        self.seconds_before = notes["seconds"]
         log.info("  resumes at step %d", notes["step"])
         return state, int(notes["step"])
 
@@ -190,13 +247,17 @@ class RunInProgress:
         return self.subject.measure(*place, lora, whole=whole)
 
     def _identity(self) -> dict[str, Any]:
-        """Returns the digests of code, rule files, adapter, base, data and items; see `study.provenance`.
+        """Returns the digests of code, rule files, adapter, base, data and items; see
+        `study.provenance`.
 
         The items have names such as "test" and "test choices".
         """
-        config, mechanisms = self.run.config, self.assembly.mechanisms
+        config = self.run.config
+        mechanisms = self.assembly.mechanisms
         gates = (mechanisms.activation, *dict(mechanisms.others).values())
-        definitions: list[Any] = [type(mechanism) for _, mechanism in mechanisms.entries]
+        definitions: list[Any] = [
+            type(mechanism) for _, mechanism in mechanisms.entries
+        ]
         definitions += [statistics.get(name).values for name in mechanisms.statistics]
         definitions += [activations.get(name).gate for name in gates]
         return {

@@ -35,14 +35,32 @@ from typing import Annotated, Any, Literal
 from nalora_jax.common.digests import json_digest
 from nalora_jax.common.imports import import_files
 from nalora_jax.config import DataConfig, LoRARule, RunConfig, VisionConfig, check
-from nalora_jax.config.structured import AMOUNT, COUNT, INTERNAL, SIZE, Range, check_ranges, structured
+from nalora_jax.config.structured import (
+    AMOUNT,
+    COUNT,
+    INTERNAL,
+    SIZE,
+    Range,
+    check_ranges,
+    structured,
+)
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.rules import make
 
 FILE = "protocol.toml"
 # Settings that methods must share, because their runs are paired, and settings of a run's files.
 _OF_THE_STUDY = (
-    *("model", "seed", "steps", "epochs", "data", "preference", "rl", "vision", "train"),
+    *(
+        "model",
+        "seed",
+        "steps",
+        "epochs",
+        "data",
+        "preference",
+        "rl",
+        "vision",
+        "train",
+    ),
     *("output", "resume", "callbacks", "debug"),
 )
 
@@ -125,15 +143,15 @@ class Protocol:
     extend: Annotated[int, COUNT] = 2
     # Multiples of the chosen rate at which each method is tested, including 1.
     test_multiples: tuple[float, ...] = (1.0,)
-    # Margin of equivalence as a share of the training gain: of the fall of the validation loss (or 1 -
-    # metric) from the base model to the baseline's tuning runs at its chosen rate.
+    # Margin of equivalence as a share of the training gain: of the fall of the validation loss (or
+    # 1 - metric) from the base model to the baseline's tuning runs at its chosen rate.
     margin_share: Annotated[float, Range("a share", "(0, 1)")] = 0.05
     # Margin in the metric's unit (nats per token or image), in place of a share; 0: by the share.
     margin: Annotated[float, AMOUNT] = 0.0
     # Total hours of all runs after which no further run starts (0: no limit).
     budget_hours: Annotated[float, AMOUNT] = 0.0
-    # sha256 of this protocol in earlier spellings of the same settings, which the records' history in the
-    # repository has; the tables show them.
+    # sha256 of this protocol in earlier spellings of the same settings, which the records' history
+    # in the repository has; the tables show them.
     respelled_from: tuple[str, ...] = ()
     # Not in the file: its path, and the sha256 of its content without comments and layout.
     path: Path = field(default=Path(FILE), compare=False, metadata=INTERNAL)
@@ -157,7 +175,9 @@ class Protocol:
         """Returns True if methods differ in their devices."""
         return any("mesh" in method.settings for method in self.methods.values())
 
-    def config(self, model: str, task: str, method: str, rate: float, seed: int) -> RunConfig:
+    def config(
+        self, model: str, task: str, method: str, rate: float, seed: int
+    ) -> RunConfig:
         """Returns the settings of one run.
 
         Raises:
@@ -171,21 +191,35 @@ class Protocol:
 
     def _first(self, method: str) -> RunConfig:
         """Returns the settings of a method on the first task with the first model."""
-        return self.config(self.models[0], next(iter(self.tasks)), method, self.rates[0], 0)
+        return self.config(
+            self.models[0], next(iter(self.tasks)), method, self.rates[0], 0
+        )
 
     def _of_method(self, task: str, method: str) -> RunConfig:
         chosen = self.tasks[task]
-        common = structured(RunConfig, self.run, "[run] ", base=RunConfig().without_mechanisms())
+        common = structured(
+            RunConfig, self.run, "[run] ", base=RunConfig().without_mechanisms()
+        )
         data = replace(common.data, dataset=chosen.dataset)
         data = structured(DataConfig, chosen.data, f"[tasks.{task}] data.", base=data)
-        splits: dict[str, Any] = {"train_split": chosen.train, "eval_split": chosen.validation}
+        splits: dict[str, Any] = {
+            "train_split": chosen.train,
+            "eval_split": chosen.validation,
+        }
         data = replace(data, eval_limit=chosen.validation_items, **splits)
-        vision = structured(VisionConfig, chosen.vision, f"[tasks.{task}] vision.", base=common.vision)
+        vision = structured(
+            VisionConfig, chosen.vision, f"[tasks.{task}] vision.", base=common.vision
+        )
         if vision.task == "chat":
             where = f"[tasks.{task}] vision task"
-            raise NaloraError(where, expected='"classify", "contrast", or none for text', found='"chat"')
+            raise NaloraError(
+                where,
+                expected='"classify", "contrast", or none for text',
+                found='"chat"',
+            )
         common = replace(common, data=data, vision=vision)
-        settings, where = self.methods[method].settings, f"[methods.{method}] settings."
+        settings = self.methods[method].settings
+        where = f"[methods.{method}] settings."
         config = structured(RunConfig, settings, where, base=common)
         if self.methods[method].no_gate:
             rules = (LoRARule(_GATES, rank=0), *config.lora.rules)
@@ -209,9 +243,15 @@ def read_protocol(path: str | Path) -> Protocol:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        found, remedy = error.strerror or error, f"give a study's folder with a {FILE}, or the file"
-        raise NaloraError(str(path), expected="a study", found=found, remedy=remedy) from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, no TOML, 5,000 digits, 3,000 brackets
+        found = error.strerror or error
+        remedy = f"give a study's folder with a {FILE}, or the file"
+        raise NaloraError(
+            str(path), expected="a study", found=found, remedy=remedy
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, no TOML, 5,000 digits, 3,000 brackets
         raise NaloraError(str(path), expected="a TOML file", found=error) from error
     digest = json_digest(table, sort_keys=True, default=str)  # dates as text
     try:
@@ -221,12 +261,17 @@ def read_protocol(path: str | Path) -> Protocol:
             if not fine:
                 raise NaloraError(where, expected=expected, found=actual)
     except NaloraError as error:
-        at, remedy = f"{path}: {error.where}", error.remedy
-        raise NaloraError(at, expected=error.expected, found=error.found, remedy=remedy) from error
+        at = f"{path}: {error.where}"
+        remedy = error.remedy
+        raise NaloraError(
+            at, expected=error.expected, found=error.found, remedy=remedy
+        ) from error
     return protocol
 
 
-Requirement = tuple[str, bool, str, object]  # field, True if it is met, expected and found values
+Requirement = tuple[
+    str, bool, str, object
+]  # field, True if it is met, expected and found values
 
 
 def _requirements(p: Protocol) -> Iterator[Requirement]:
@@ -237,14 +282,30 @@ def _requirements(p: Protocol) -> Iterator[Requirement]:
         yield name, bool(value), "at least one", "none"
         yield name, len(set(value)) == len(value), "no value twice", value
     ascending = list(p.rates) == sorted(p.rates) and p.rates[0] > 0
-    shared, multiples = set(p.tuning_seeds) & set(p.test_seeds), p.test_multiples
+    shared = set(p.tuning_seeds) & set(p.test_seeds)
+    multiples = p.test_multiples
     updates = p._first(p.baseline).rl.updates if p.baseline in p.methods else 1
     between = f"a multiple of rl.updates, {updates}: a run resumes between rollouts"
     yield "rates", ascending, "ascending rates above 0", p.rates
-    yield "rates", p.extend == 0 or len(p.rates) > 1, "two rates, to extend the grid", p.rates
-    yield "test_multiples", 1.0 in multiples and min(multiples) > 0, "1 among them", multiples
+    yield (
+        "rates",
+        p.extend == 0 or len(p.rates) > 1,
+        "two rates, to extend the grid",
+        p.rates,
+    )
+    yield (
+        "test_multiples",
+        1.0 in multiples and min(multiples) > 0,
+        "1 among them",
+        multiples,
+    )
     yield "test_seeds", not shared, "no seed that tunes", sorted(shared)
-    yield "baseline", p.baseline in p.methods, f"one of {', '.join(p.methods)}", p.baseline
+    yield (
+        "baseline",
+        p.baseline in p.methods,
+        f"one of {', '.join(p.methods)}",
+        p.baseline,
+    )
     for name, method in p.methods.items():
         yield from _method_requirements(p, name, method)
     for name, task in p.tasks.items():
@@ -258,29 +319,66 @@ def _requirements(p: Protocol) -> Iterator[Requirement]:
         config = p.config(model, name, method_name, p.rates[0], p.tuning_seeds[0])
         measured = "reward" if config.rl.rewards else config.vision.task
         fits = p.metric == "loss" or measured == of_metric[p.metric]
-        yield "metric", fits, f"a metric that [tasks.{name}] measures during training", p.metric
+        yield (
+            "metric",
+            fits,
+            f"a metric that [tasks.{name}] measures during training",
+            p.metric,
+        )
         kinds.add(bool(config.vision.task))
     yield "tasks", len(kinds) == 1, "tasks of text only or of images only", "both"
 
 
-def _method_requirements(p: Protocol, name: str, method: Method) -> Iterator[Requirement]:
+def _method_requirements(
+    p: Protocol, name: str, method: Method
+) -> Iterator[Requirement]:
     where = f"[methods.{name}]"
     exists = method.placebo_of in ("", *p.methods) and method.placebo_of != name
     yield f"{where} placebo_of", exists, "another method", method.placebo_of
-    owned = ", ".join(setting for setting in method.settings if setting in _OF_THE_STUDY)
-    yield f"{where} settings", not owned, "no setting that belongs in [run] or [tasks]", owned
+    owned = ", ".join(
+        setting for setting in method.settings if setting in _OF_THE_STUDY
+    )
+    yield (
+        f"{where} settings",
+        not owned,
+        "no setting that belongs in [run] or [tasks]",
+        owned,
+    )
     rate = "learning_rate" in method.settings.get("optimizer", {})
-    yield f"{where} settings", not rate, "no learning rate, which the grid gives", "optimizer.learning_rate"
+    yield (
+        f"{where} settings",
+        not rate,
+        "no learning rate, which the grid gives",
+        "optimizer.learning_rate",
+    )
 
 
 def _task_requirements(p: Protocol, name: str, task: Task) -> Iterator[Requirement]:
     check_ranges(task, f"[tasks.{name}] ")
-    where, count = f"[tasks.{name}] accuracy_items", task.accuracy_items
-    yield where, not (count and task.vision), "none for images: one pass scores all classes", count
+    where = f"[tasks.{name}] accuracy_items"
+    count = task.accuracy_items
+    yield (
+        where,
+        not (count and task.vision),
+        "none for images: one pass scores all classes",
+        count,
+    )
     config = p.config(p.models[0], name, p.baseline, p.rates[0], 0)
-    yield where, not (count and config.rl.rewards), "none for rewards: answers are generated", count
+    yield (
+        where,
+        not (count and config.rl.rewards),
+        "none for rewards: answers are generated",
+        count,
+    )
     if p.preference:
-        yield where, count == 0, "none for pairs: the loss scores both completions", count
+        yield (
+            where,
+            count == 0,
+            "none for pairs: the loss scores both completions",
+            count,
+        )
         limit = config.data.train_limit
-        expected = "0 for pairs: a slice such as train[:1000] is the same for every seed"
+        expected = (
+            "0 for pairs: a slice such as train[:1000] is the same for every seed"
+        )
         yield f"[tasks.{name}] data train_limit", limit == 0, expected, limit

@@ -41,7 +41,12 @@ _PACKAGE = Path(__file__).parents[1]
 _SOURCES = {".py", ".cc", ".h"}
 _LIBRARIES = {"nalora_jax", "jax", "numpy"}  # whose code or version is recorded
 _RESTORE = "restore it, or begin a new study in another folder"
-ADDED = ("rules", "base", "source", "digest")  # fields that records of earlier versions lack
+ADDED = (
+    "rules",
+    "base",
+    "source",
+    "digest",
+)  # fields that records of earlier versions lack
 # Fields that must agree: their description, and the fields of the records among which they must.
 _SHARED = {
     "base": ("base model", ("model",)),
@@ -59,7 +64,9 @@ def code_version() -> str:
     """Returns 12 digits of the sha256 of the package's Python and C++ sources, committed or not."""
     digest = hashlib.sha256()
     for path in sorted(path for path in _PACKAGE.rglob("*") if path.suffix in _SOURCES):
-        digest.update(str(path.relative_to(_PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
+        digest.update(
+            str(path.relative_to(_PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0"
+        )
     return digest.hexdigest()[:12]
 
 
@@ -75,9 +82,12 @@ def rule_files(definitions: Iterable[Any]) -> dict[str, str]:
             continue
         path = Path(getattr(sys.modules.get(module), "__file__", None) or "")
         if not path.is_file():
-            where, remedy = f"rules of the module {module}", "write the rule to a file and import it"
+            where = f"rules of the module {module}"
+            remedy = "write the rule to a file and import it"
             expected = "a file, whose digest the records hold"
-            raise NaloraError(where, expected=expected, found="a module without one", remedy=remedy)
+            raise NaloraError(
+                where, expected=expected, found="a module without one", remedy=remedy
+            )
         contents[path.name] = contents.get(path.name, b"") + path.read_bytes()
     return {name: digest_of(content) for name, content in contents.items()}
 
@@ -85,7 +95,9 @@ def rule_files(definitions: Iterable[Any]) -> dict[str, str]:
 def _module(definition: Any) -> str:
     while isinstance(definition, functools.partial):
         definition = definition.func
-    return getattr(inspect.unwrap(definition), "__module__", None) or "numpy"  # its ufuncs name no module
+    return (
+        getattr(inspect.unwrap(definition), "__module__", None) or "numpy"
+    )  # its ufuncs name no module
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
@@ -96,7 +108,11 @@ def record_digest(record: Mapping[str, Any]) -> str:
 
 def old_records(records: Mapping[str, Record]) -> list[str]:
     """Returns the ids of the records that an earlier version wrote without all digests."""
-    return [name for name, record in records.items() if not all(field in record for field in ADDED)]
+    return [
+        name
+        for name, record in records.items()
+        if not all(field in record for field in ADDED)
+    ]
 
 
 def describe_old(records: Mapping[str, Record]) -> str:
@@ -120,9 +136,16 @@ def check_records(records: Mapping[str, Record]) -> None:
         if record.get("digest") not in (None, record_digest(record)):
             expected = "the content that its digest was computed from"
             remedy = "restore the record file, or delete the line and do the run again"
-            raise NaloraError(f"record {name}", expected=expected, found="another content", remedy=remedy)
+            raise NaloraError(
+                f"record {name}",
+                expected=expected,
+                found="another content",
+                remedy=remedy,
+            )
     first: dict[tuple[Any, ...], tuple[str, Any]] = {}
-    for (field, (meaning, group)), (name, record) in itertools.product(_SHARED.items(), records.items()):
+    for (field, (meaning, group)), (name, record) in itertools.product(
+        _SHARED.items(), records.items()
+    ):
         place = {key: record.get(key) for key in group}
         values = record.get(field)
         if field != "items" or not isinstance(values, Mapping):
@@ -130,7 +153,9 @@ def check_records(records: Mapping[str, Record]) -> None:
         for item, digest in values.items():
             if digest is None:
                 continue
-            other, known = first.setdefault((field, *place.values(), item), (name, digest))
+            other, known = first.setdefault(
+                (field, *place.values(), item), (name, digest)
+            )
             if digest != known:
                 where = f"records {other} and {name}: {field} {item}".rstrip()
                 expected = f"the same for {', '.join(f'{key} {of}' for key, of in place.items())}: {known}"
@@ -165,26 +190,37 @@ def check_rules(protocol: Protocol, records: Mapping[str, Record]) -> None:
     """
     for method in protocol.methods:
         current = _current_rules(protocol, method)
-        of_method = [record for record in records.values() if record["method"] == method]
+        of_method = [
+            record for record in records.values() if record["method"] == method
+        ]
         for rules in (record["rules"] for record in of_method if "rules" in record):
             for file, digest in current.items():
                 if (recorded := rules.get(file)) != digest:
                     expected = f"the file of its runs, sha256 {str(recorded)[:16]}"
                     found = f"another content, sha256 {digest[:16]}"
                     where = f"[methods.{method}]: {file}"
-                    raise NaloraError(where, expected=expected, found=found, remedy=_RESTORE)
+                    raise NaloraError(
+                        where, expected=expected, found=found, remedy=_RESTORE
+                    )
 
 
 def _current_rules(protocol: Protocol, method: str) -> dict[str, str]:
     """Returns the digests of the files that define a method's mechanisms and statistics."""
-    config = protocol.config(protocol.models[0], next(iter(protocol.tasks)), method, 1.0, 0)
+    config = protocol.config(
+        protocol.models[0], next(iter(protocol.tasks)), method, 1.0, 0
+    )
     mechanisms = [make(text) for text in config.mechanisms]
     needed = {name for mechanism in mechanisms for name in mechanism.statistics}
-    return rule_files([*map(type, mechanisms), *(statistics.get(name).values for name in needed)])
+    return rule_files(
+        [*map(type, mechanisms), *(statistics.get(name).values for name in needed)]
+    )
 
 
 def check_tests(
-    protocol: Protocol, store: Records, records: Mapping[str, Record], listed: Sequence[Mapping[str, Any]]
+    protocol: Protocol,
+    store: Records,
+    records: Mapping[str, Record],
+    listed: Sequence[Mapping[str, Any]],
 ) -> None:
     """Checks that all tests were made under this protocol, and that finished tests have records.
 
@@ -202,19 +238,32 @@ def check_tests(
         missing or altered.
     """
     tests = [record for record in records.values() if record["stage"] == "test"]
-    digests = {str(entry["protocol"]) for entry in [*tests, *listed, *_committed_tests(protocol)]}
+    digests = {
+        str(entry["protocol"])
+        for entry in [*tests, *listed, *_committed_tests(protocol)]
+    }
     earlier = sorted(digests - {protocol.digest, *protocol.respelled_from})
     if earlier:
-        expected = f"the protocol that test items were read under, sha256 {earlier[0][:16]}"
+        expected = (
+            f"the protocol that test items were read under, sha256 {earlier[0][:16]}"
+        )
         found = f"another protocol, sha256 {protocol.digest[:16]}"
-        raise NaloraError(str(protocol.path), expected=expected, found=found, remedy=_RESTORE)
+        raise NaloraError(
+            str(protocol.path), expected=expected, found=found, remedy=_RESTORE
+        )
     finished = {entry["id"]: entry["record"] for entry in listed if entry.get("record")}
-    lost = [name for name, digest in finished.items() if records.get(name, {}).get("digest") != digest]
+    lost = [
+        name
+        for name, digest in finished.items()
+        if records.get(name, {}).get("digest") != digest
+    ]
     if lost:
         expected = f"the record of every finished test in {store.tests_path.name}"
         found = f"{len(lost)} missing or altered: {', '.join(lost[:3])}"
         remedy = "restore the record file, or begin a new study in another folder"
-        raise NaloraError(str(store.path), expected=expected, found=found, remedy=remedy)
+        raise NaloraError(
+            str(store.path), expected=expected, found=found, remedy=remedy
+        )
 
 
 def check_committed(protocol: Protocol) -> str | None:
@@ -231,16 +280,26 @@ def check_committed(protocol: Protocol) -> str | None:
     if not tracked or _git(protocol, "status", "--porcelain", "--", name):
         expected = "a committed protocol before test items are read"
         remedy = "commit it; the tuning runs are kept"
-        found = "changes that are not committed" if tracked else "a file that git does not know"
-        raise NaloraError(str(protocol.path), expected=expected, found=found, remedy=remedy)
+        if tracked:
+            found = "changes that are not committed"
+        else:
+            found = "a file that git does not know"
+        raise NaloraError(
+            str(protocol.path), expected=expected, found=found, remedy=remedy
+        )
     return _git(protocol, "log", "-1", "--format=%H", "--", name)
 
 
 def _committed_tests(protocol: Protocol) -> Iterator[dict[str, Any]]:
     """Yields all test records that were ever committed, including records deleted later."""
-    history = _git(protocol, "log", "--format=", "-p", "-U0", "--no-ext-diff", "--", FILE) or ""
+    history = (
+        _git(protocol, "log", "--format=", "-p", "-U0", "--no-ext-diff", "--", FILE)
+        or ""
+    )
     for line in history.splitlines():
-        with contextlib.suppress(ValueError):  # not a record; the current file is checked when it is read
+        with contextlib.suppress(
+            ValueError
+        ):  # not a record; the current file is checked when it is read
             record = json.loads(line[1:]) if line.startswith("+{") else {}
             if record.get("stage") == "test" and record.get("protocol"):
                 yield record
@@ -250,7 +309,9 @@ def _git(protocol: Protocol, *arguments: str) -> str | None:
     """Returns git's output for the study's folder, or None if it fails or is not installed."""
     command = ["git", "-C", str(protocol.folder.resolve()), *arguments]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        result = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False
+        )
     except FileNotFoundError:
         return None
     return result.stdout.strip() if result.returncode == 0 else None

@@ -24,7 +24,11 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.common.digests import digest_of
-from nalora_jax.common.files import make_unlinked_folder, open_unlinked, write_atomically
+from nalora_jax.common.files import (
+    make_unlinked_folder,
+    open_unlinked,
+    write_atomically,
+)
 from nalora_jax.common.locks import locked
 from nalora_jax.config.structured import has_type
 from nalora_jax.errors import NaloraError
@@ -38,8 +42,12 @@ Record = dict[str, Any]
 # Fields that a study reads: their type, and its description.
 _Row = dict[str, float | None]
 _NEEDED: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("stage", "model", "task", "method", "data", "protocol"), (str, "a text")),
-    **dict.fromkeys(("rate", "multiple", "seed", "seconds"), (float, "a finite number")),
+    **dict.fromkeys(
+        ("stage", "model", "task", "method", "data", "protocol"), (str, "a text")
+    ),
+    **dict.fromkeys(
+        ("rate", "multiple", "seed", "seconds"), (float, "a finite number")
+    ),
     **dict.fromkeys(("curve", "training"), (list[_Row], "rows of numbers by name")),
     "diverged": (bool, "true or false"),
     "validation": (_Row, "numbers by name"),
@@ -65,7 +73,8 @@ class Records:
         self.tests_path = self.folder / TESTS
 
     def read(self) -> dict[str, Record]:
-        """Returns the records by the id of their run, in the file's order, without an incomplete last line.
+        """Returns the records by the id of their run, in the file's order, without an incomplete
+        last line.
 
         Raises:
           NaloraError: a line is not a JSON object, or two records have the same id.
@@ -76,7 +85,11 @@ class Records:
             name = record.get("id")
             if not isinstance(name, str) or name in records:
                 expected = "a record of a run that has none yet"
-                raise NaloraError(f"{self.path}: line {number}", expected=expected, found=f"id {name!r}")
+                raise NaloraError(
+                    f"{self.path}: line {number}",
+                    expected=expected,
+                    found=f"id {name!r}",
+                )
             records[name] = record
         return records
 
@@ -92,8 +105,11 @@ class Records:
         entries = _lines(self.tests_path)
         for number, entry in enumerate(entries, start=1):
             if not {"id", "protocol"} <= entry.keys():
-                where, found = f"{self.tests_path}: line {number}", ", ".join(entry) or "neither"
-                raise NaloraError(where, expected="id and protocol of a test", found=found)
+                where = f"{self.tests_path}: line {number}"
+                found = ", ".join(entry) or "neither"
+                raise NaloraError(
+                    where, expected="id and protocol of a test", found=found
+                )
         return entries
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -115,14 +131,24 @@ class Records:
         Raises:
           NaloraError: the line cannot be written.
         """
-        entry = {"id": record["id"], "protocol": record["protocol"], "record": record.get("digest")}
-        self._append(self.tests_path, entry | {"time": datetime.now(UTC).isoformat(timespec="seconds")})
+        entry = {
+            "id": record["id"],
+            "protocol": record["protocol"],
+            "record": record.get("digest"),
+        }
+        self._append(
+            self.tests_path,
+            entry | {"time": datetime.now(UTC).isoformat(timespec="seconds")},
+        )
 
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:
         """Adds a line atomically, under a lock and after removing an incomplete line."""
         content = (json.dumps(exact_values(line), allow_nan=False) + "\n").encode()
         try:
-            with locked(self._claims() / "records.lock", wait=True), open_unlinked(path, "ab+") as file:
+            with (
+                locked(self._claims() / "records.lock", wait=True),
+                open_unlinked(path, "ab+") as file,
+            ):
                 file.seek(0)
                 file.seek(file.read().rfind(b"\n") + 1)
                 file.truncate()
@@ -131,7 +157,9 @@ class Records:
                 os.fsync(file.fileno())
         except OSError as error:
             remedy = "make room; the run resumes from its last evaluation"
-            raise NaloraError(str(path), expected="to append a line", found=error, remedy=remedy) from error
+            raise NaloraError(
+                str(path), expected="to append a line", found=error, remedy=remedy
+            ) from error
 
     @contextlib.contextmanager
     def claim(self, run: str) -> Iterator[Path | None]:
@@ -179,23 +207,29 @@ def _check_fields(record: Mapping[str, Any], where: str) -> None:
     missing = [name for name in _NEEDED if name not in record]
     wrong = []
     for name in filter(record.__contains__, _FIELDS):
-        hint, value = _FIELDS[name][0], record[name]
+        hint = _FIELDS[name][0]
+        value = record[name]
         if not has_type(value, hint) or not (hint is bool or _is_finite(value)):
             wrong.append((name, repr(value)[:100]))
     if 0 < len(missing) < len(_NEEDED):
         wrong.append((missing[0], "none"))
     for name, found in wrong:
         remedy = "the file was edited or damaged: restore that line, or delete it and do the run again"
-        raise NaloraError(f"{where}: {name}", expected=_FIELDS[name][1], found=found, remedy=remedy)
+        raise NaloraError(
+            f"{where}: {name}", expected=_FIELDS[name][1], found=found, remedy=remedy
+        )
 
 
 def _is_finite(value: Any) -> bool:
-    """Returns True if parsed JSON has no NaN, no infinity and, in place of a number, no true or false."""
+    """Returns True if parsed JSON has no NaN, no infinity and, in place of a number, no true or
+    false."""
     if isinstance(value, dict):
         return all(map(_is_finite, value.values()))
     if isinstance(value, list):
         return all(map(_is_finite, value))
-    return not isinstance(value, bool) and (not isinstance(value, int | float) or abs(value) < 1e300)
+    return not isinstance(value, bool) and (
+        not isinstance(value, int | float) or abs(value) < 1e300
+    )
 
 
 # ---------------------------------------------------------------- snapshots
@@ -205,7 +239,9 @@ log = logging.getLogger(__name__)
 _DIGEST = 64  # hexadecimal digits of a sha256, at the start of the file
 
 
-def write_snapshot(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> None:
+def write_snapshot(
+    path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]
+) -> None:
     """Replaces the file atomically; raises as `write_atomically`, and an earlier snapshot stays."""
     buffer = io.BytesIO()
     entries: dict[str, Any] = {f"array/{name}": value for name, value in arrays.items()}
@@ -220,8 +256,14 @@ def read_snapshot(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | 
         return None
     content = path.read_bytes()
     if digest_of(content[_DIGEST:]).encode() != content[:_DIGEST]:
-        log.warning("  the snapshot %s is damaged: the run starts from scratch", path.name)
+        log.warning(
+            "  the snapshot %s is damaged: the run starts from scratch", path.name
+        )
         return None
     with np.load(io.BytesIO(content[_DIGEST:])) as saved:
-        arrays = {name.removeprefix("array/"): saved[name] for name in saved.files if name != "notes"}
+        arrays = {
+            name.removeprefix("array/"): saved[name]
+            for name in saved.files
+            if name != "notes"
+        }
         return arrays, json.loads(str(saved["notes"]))

@@ -20,7 +20,9 @@ from nalora_jax.train.program import Assembly
 
 log = logging.getLogger(__name__)
 
-_RATE = "step_size"  # the factor of the optimizer's last stage, a traced value in its state
+_RATE = (
+    "step_size"  # the factor of the optimizer's last stage, a traced value in its state
+)
 
 
 class Resources(language.Subject):
@@ -28,12 +30,14 @@ class Resources(language.Subject):
 
     Args:
       protocol: the study.
-      together: largest number of runs of a cell that train in one program; 0: as many as memory allows.
+      together: largest number of runs of a cell that train in one program; 0: as many as memory
+        allows.
     """
 
     def __init__(self, protocol: Protocol, together: int = 1) -> None:
         super().__init__()
-        self.protocol, self._together = protocol, together
+        self.protocol = protocol
+        self._together = together
 
     def subject(self, config: RunConfig) -> Any:
         """Returns the kind of model that the run's task trains, as `Language`."""
@@ -47,7 +51,8 @@ class Resources(language.Subject):
         return self.once(kind, kind)
 
     def fitting(self, run: plan.Run) -> Fitting | None:
-        """Returns the mesh of programs of several runs, and how many fit; None if runs train one at a time.
+        """Returns the mesh of programs of several runs, and how many fit; None if runs train one at
+        a time.
 
         It is the same for all runs of a model, so that each model is loaded once.
         """
@@ -56,18 +61,23 @@ class Resources(language.Subject):
         return self.once(("fitting", run.cell.model), lambda: self._fitting(run.config))
 
     def _fitting(self, config: RunConfig) -> Fitting:
-        protocol, base = self.protocol, self.subject(config).architecture(config)
+        protocol = self.protocol
+        base = self.subject(config).architecture(config)
         tests = len(protocol.test_seeds) * len(protocol.test_multiples)
         most = max(len(protocol.rates) * len(protocol.tuning_seeds), tests)
         fits = Fitting.of(config, base, min(most, self._together or most))
         capacity = min(fits.capacity, self._together or fits.capacity)
         log.info("%s", fits.describe(capacity))
-        return replace(fits, layout=replace(fits.layout, runs_per_device=0), capacity=capacity)
+        return replace(
+            fits, layout=replace(fits.layout, runs_per_device=0), capacity=capacity
+        )
 
     def placed(self, run: plan.Run) -> plan.Run:
         """Returns the run on the mesh of programs of several runs, if there are any."""
         fits = self.fitting(run)
-        return run if fits is None else replace(run, mesh=fits.layout.into(run.config).mesh)
+        if fits is None:
+            return run
+        return replace(run, mesh=fits.layout.into(run.config).mesh)
 
     def assembly(self, run: plan.Run) -> Assembly:
         """Returns the run's method, compiled once for all its learning rates and seeds.
@@ -76,23 +86,38 @@ class Resources(language.Subject):
         value in the optimizer's state: every optimizer here is linear in its rate, weight decay
         included. Mechanisms that draw at random do so when the step is built: one program per seed.
         """
-        config, subject = run.config, self.subject(run.config)
-        draws = any(rule.draws or rule.permute >= 0 for rule in map(rules.make, config.mechanisms))
+        config = run.config
+        subject = self.subject(run.config)
+        draws = any(
+            rule.draws or rule.permute >= 0
+            for rule in map(rules.make, config.mechanisms)
+        )
         program, facts = subject.program(config)
         optimizer = replace(config.optimizer, learning_rate=1.0)
-        general = replace(program, seed=config.seed if draws else 0, optimizer=optimizer)
+        general = replace(
+            program, seed=config.seed if draws else 0, optimizer=optimizer
+        )
         last = optax.inject_hyperparams(optax.scale)(**{_RATE: 1.0})
-        assembly: Assembly = self.once((general, facts), lambda: subject.assemble(general, config, last))
+        assembly: Assembly = self.once(
+            (general, facts), lambda: subject.assemble(general, config, last)
+        )
         return assembly
 
     def start(self, run: plan.Run, data: Any) -> step.TrainState:
         """Returns the initial state, with the seed's A and the run's learning rate."""
-        config, assembly = run.config, self.assembly(run)
+        config = run.config
+        assembly = self.assembly(run)
         seed = config.seed + self.protocol.methods[run.cell.method].reseed
-        state = assembly.begin(self.subject(config).adapters(config, assembly, data, seed), config.seed)
+        state = assembly.begin(
+            self.subject(config).adapters(config, assembly, data, seed), config.seed
+        )
         rate = jnp.asarray(config.optimizer.learning_rate, jnp.float32)
-        rate_array = jax.device_put(rate, optax.tree.get(state.opt_state, _RATE).sharding)
-        return state._replace(opt_state=optax.tree.set(state.opt_state, **{_RATE: rate_array}))
+        rate_array = jax.device_put(
+            rate, optax.tree.get(state.opt_state, _RATE).sharding
+        )
+        return state._replace(
+            opt_state=optax.tree.set(state.opt_state, **{_RATE: rate_array})
+        )
 
     def validation_items(self, run: plan.Run) -> Any:
         """Returns the items that choose the learning rate."""
@@ -104,23 +129,33 @@ class Resources(language.Subject):
         Raises:
           NaloraError: some of them are used for training or tuning.
         """
-        task, data = self.protocol.tasks[run.cell.task], run.config.data
+        task = self.protocol.tasks[run.cell.task]
+        data = run.config.data
         test = locations.located_from(task.test, self.protocol.folder)
         # The error names the training split; test items must not overlap with validation items.
         self.subject(run.config).check_apart(run.config, data.eval_split, test)
-        items = self._drawn(run.config, replace(data, eval_split=test, eval_limit=task.test_items))
+        items = self._drawn(
+            run.config, replace(data, eval_split=test, eval_limit=task.test_items)
+        )
         if task.accuracy_items:
-            assert isinstance(items, language.LanguageItems), "the protocol refuses it for images"
+            assert isinstance(items, language.LanguageItems), (
+                "the protocol refuses it for images"
+            )
             items = items.scoring(task.accuracy_items)
         return items
 
     def probe_items(self, run: plan.Run) -> dict[str, language.Items]:
         """Returns items of other data, by the name of the probe."""
-        items, folder = {}, self.protocol.folder
+        items = {}
+        folder = self.protocol.folder
         for name, probe in self.protocol.probes.items():
             split = locations.located_from(probe.split, folder)
-            data = replace(run.config.data, dataset=locations.locate_dataset(probe.dataset, folder))
-            data = replace(data, train_split=split, eval_split=split, eval_limit=probe.items)
+            data = replace(
+                run.config.data, dataset=locations.locate_dataset(probe.dataset, folder)
+            )
+            data = replace(
+                data, train_split=split, eval_split=split, eval_limit=probe.items
+            )
             items[name] = self._drawn(run.config, data, "probe")
         return items
 
@@ -129,7 +164,9 @@ class Resources(language.Subject):
         subject = self.subject(run.config)
         name, params = subject.base(run.config)
         key = "base", name, run.config.compute, items.digest
-        return self.once(key, lambda: subject.measure(items, self.assembly(run), params))
+        return self.once(
+            key, lambda: subject.measure(items, self.assembly(run), params)
+        )
 
     def _drawn(self, config: RunConfig, data: DataConfig, kind: str = "items") -> Any:
         draw = getattr(self.subject(config), kind)

@@ -35,7 +35,9 @@ class Rewards(Language):
         records, _ = open_pair(config.data)
         model = self.model(config)
         shape = stream_shape(config) | {"context": model.config.max_positions}
-        return rl.PromptRows.of(records, config.data, model.tokenizer, rl=config.rl, **shape)
+        return rl.PromptRows.of(
+            records, config.data, model.tokenizer, rl=config.rl, **shape
+        )
 
     def source_digest(self, data: Any) -> str:
         """Returns the digest of the prompts."""
@@ -43,7 +45,8 @@ class Rewards(Language):
         return fingerprint.split(":", 1)[0]  # without the seed
 
     def step(self, config: RunConfig, assembly: Assembly, data: Any) -> Step:
-        """Returns the step with rollouts; no group is stored, since a run resumes from its evaluations."""
+        """Returns the step with rollouts; no group is stored, since a run resumes from its
+        evaluations."""
         return rl.RolloutStep(config, self.model(config), assembly, data, None)
 
     def items(self, config: RunConfig, data: DataConfig) -> Items:
@@ -52,22 +55,31 @@ class Rewards(Language):
         model = self.model(config)
         context = model.config.max_positions
         limit = min(data.max_length or context, context) - config.rl.max_new_tokens
-        parts = held_out_prompts(records, replace(data, select_limit=0), model.tokenizer, limit)
+        parts = held_out_prompts(
+            records, replace(data, select_limit=0), model.tokenizer, limit
+        )
         prompts = tuple(itertools.chain(*parts))
         return Items(rl.prompts_digest(prompts)[:16], len(prompts), config, prompts)
 
     def measure(
-        self, items: Any, assembly: Assembly, params: Any, lora: Any = None, *, whole: bool = False
+        self,
+        items: Any,
+        assembly: Assembly,
+        params: Any,
+        lora: Any = None,
+        *,
+        whole: bool = False,
     ) -> dict[str, float]:
         """Returns ``reward``, the mean of greedy answers, and ``loss``, 1 minus it.
 
-        With ``whole``, also of 8 samples of each prompt: the mean reward ``pass_1``, the mean of the prompts' best
-        rewards ``pass_8``, and the ``divergence`` from the base, a mean over tokens. Completions of a probe have
-        the measures of `Language`.
+        With ``whole``, also of 8 samples of each prompt: the mean reward ``pass_1``, the mean of
+        the prompts' best rewards ``pass_8``, and the ``divergence`` from the base, a mean over
+        tokens. Completions of a probe have the measures of `Language`.
         """
         if isinstance(items, LanguageItems):
             return super().measure(items, assembly, params, lora, whole=whole)
-        config, loaded = items.config, self.model(items.config)
+        config = items.config
+        loaded = self.model(items.config)
         evaluator = rl.RewardEvaluator(config.rl, loaded, assembly, items.asked)
         reward = float(evaluator.summary(evaluator.records(params, lora))["reward"])
         values = {"loss": 1.0 - reward, "reward": reward}
@@ -75,10 +87,16 @@ class Rewards(Language):
             values |= self._sampled(items, assembly, params, lora)
         return values
 
-    def _sampled(self, items: Items, assembly: Assembly, params: Any, lora: Any) -> dict[str, float]:
-        config, loaded, prompts = items.config, self.model(items.config), items.asked
+    def _sampled(
+        self, items: Items, assembly: Assembly, params: Any, lora: Any
+    ) -> dict[str, float]:
+        config = items.config
+        loaded = self.model(items.config)
+        prompts = items.asked
         longest = max(len(prompt.ids) for prompt in prompts)
-        drawn, mesh, count = replace(config.rl, samples=_DRAWN), assembly.mesh, len(prompts)
+        drawn = replace(config.rl, samples=_DRAWN)
+        mesh = assembly.mesh
+        count = len(prompts)
         parts = assembly.eval_model, assembly.params, loaded.tokenizer
         samples = Sampler(drawn, *parts, mesh, count, _SEED, longest)(lora, 0, prompts)
         rewards = rl.weighted_sum(config.rl, samples.rewards).reshape(-1, _DRAWN)
@@ -87,14 +105,22 @@ class Rewards(Language):
         batch = sample_batch(ids, samples, length)
         scores = rl.scores_of(config, assembly)
         # A start may have changed the base's weights in params.
-        of_policy, of_base = assembly.view(params), assembly.view(self.base(config)[1])
+        of_policy = assembly.view(params)
+        of_base = assembly.view(self.base(config)[1])
         divergences = []
         for start in range(0, len(ids), _ROWS):
-            rows = {name: _padded(value[start : start + _ROWS]) for name, value in batch.items()}
+            rows = {
+                name: _padded(value[start : start + _ROWS])
+                for name, value in batch.items()
+            }
             placed = distributed.make_global_batch(rows, assembly.mesh, rows_axis=0)
             policy = scores(of_policy, lora, placed, of_base=False)
-            ratio = np.asarray(distributed.fetch(scores(of_base, lora, placed, of_base=True) - policy))
-            divergences.append((np.expm1(ratio, dtype=np.float64) - ratio) * rows["loss_weights"])
+            ratio = np.asarray(
+                distributed.fetch(scores(of_base, lora, placed, of_base=True) - policy)
+            )
+            divergences.append(
+                (np.expm1(ratio, dtype=np.float64) - ratio) * rows["loss_weights"]
+            )
         tokens = batch["loss_weights"].sum()
         return {
             "pass_1": float(np.nanmean(rewards)),

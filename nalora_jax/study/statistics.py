@@ -12,7 +12,9 @@ from scipy import stats
 from nalora_jax.evaluate.statistics import mcnemar
 
 _MOST_SEEDS = 10_000
-_LEVEL, _POWER = 0.05, 0.8  # of the tests that seeds are counted for
+# of the tests that seeds are counted for
+_LEVEL = 0.05
+_POWER = 0.8
 # Records have nine significant digits, so differences below this share of the maximum are ties.
 _RESOLUTION = 1e-8
 
@@ -32,12 +34,18 @@ class Paired:
     better: int  # pairs with a difference below 0
     t_p: float  # two-sided paired t test
     sign_p: float  # exact two-sided sign test, without pairs that do not differ
-    wilcoxon_p: float  # exact two-sided signed-rank test, without pairs that do not differ
+    wilcoxon_p: (
+        float  # exact two-sided signed-rank test, without pairs that do not differ
+    )
     effect: float  # mean over deviation (Cohen's d_z)
     skewness: float  # of the sample; 0 for equal differences
     margin: float  # of equivalence; NaN if it is unknown
-    equivalent: bool  # two one-sided t tests at 5% reject a difference of the margin or more
-    seeds_needed: int | None  # pairs that detect the margin with a power of 80%; None above 10,000
+    equivalent: (
+        bool  # two one-sided t tests at 5% reject a difference of the margin or more
+    )
+    seeds_needed: (
+        int | None
+    )  # pairs that detect the margin with a power of 80%; None above 10,000
 
 
 def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Paired:
@@ -49,20 +57,31 @@ def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Pa
       margin: equivalence margin, in the unit of the losses. Without a margin above 0, NaN included,
         the methods are not equivalent.
     """
-    first, second = np.asarray(method, np.float64), np.asarray(other, np.float64)
+    first = np.asarray(method, np.float64)
+    second = np.asarray(other, np.float64)
     assert first.shape == second.shape == (first.size,)
     assert first.size
     difference = first - second
     resolution = _RESOLUTION * float(max(np.abs(first).max(), np.abs(second).max()))
     difference[np.abs(difference) <= resolution] = 0.0
-    n, mean = difference.size, float(difference.mean())
+    n = difference.size
+    mean = float(difference.mean())
     deviation = float(difference.std(ddof=1)) if n > 1 else math.nan
     low, high = t_interval(difference)
-    below, above = int(np.sum(difference < 0)), int(np.sum(difference > 0))
+    below = int(np.sum(difference < 0))
+    above = int(np.sum(difference > 0))
     # McNemar's test is the exact sign test.
-    tests = t_test(difference), mcnemar(below, above), signed_rank_test(difference, resolution)
+    tests = (
+        t_test(difference),
+        mcnemar(below, above),
+        signed_rank_test(difference, resolution),
+    )
     effect = mean / deviation if deviation > 0 else math.nan
-    equivalence = margin, is_equivalent(difference, margin), seeds_needed(deviation, margin)
+    equivalence = (
+        margin,
+        is_equivalent(difference, margin),
+        seeds_needed(deviation, margin),
+    )
     described = n, mean, low, high, deviation, below
     return Paired(*described, *tests, effect, skewness(difference), *equivalence)
 
@@ -75,7 +94,8 @@ def t_interval(difference: np.ndarray, confidence: float = 0.95) -> tuple[float,
     n = difference.size
     if n < 2:
         return -math.inf, math.inf
-    mean, error = float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(n)
+    mean = float(difference.mean())
+    error = float(difference.std(ddof=1)) / math.sqrt(n)
     reach = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * error
     return mean - reach, mean + reach
 
@@ -114,7 +134,8 @@ def signed_rank_test(difference: np.ndarray, resolution: float = 0.0) -> float:
     for rank in doubled:
         ways = np.convolve(ways, np.bincount([0, rank]) / 2)
     sums = np.arange(ways.size)
-    observed, center = doubled[nonzero > 0].sum(), doubled.sum() / 2
+    observed = doubled[nonzero > 0].sum()
+    center = doubled.sum() / 2
     return float(min(1.0, ways[np.abs(sums - center) >= abs(observed - center)].sum()))
 
 
@@ -133,7 +154,8 @@ def is_equivalent(difference: np.ndarray, margin: float) -> bool:
 
 
 def skewness(difference: np.ndarray) -> float:
-    """Returns the sample skewness of ``[n]`` values (g1, without a correction for n); 0 for equal values."""
+    """Returns the sample skewness of ``[n]`` values (g1, without a correction for n); 0 for equal
+    values."""
     if np.ptp(difference) <= _RESOLUTION * np.abs(difference).max():
         return 0.0
     return float(stats.skew(difference))
@@ -143,7 +165,8 @@ def seeds_needed(deviation: float, effect: float) -> int | None:
     """Returns the number of pairs with which a t test at 5% detects ``effect`` with a power of 80%.
 
     Returns:
-      At least 2; None if the deviation is unknown, the effect is not above 0, or 10,000 pairs are not enough.
+      At least 2; None if the deviation is unknown, the effect is not above 0, or 10,000 pairs are
+      not enough.
     """
     if not math.isfinite(deviation) or not effect > 0:
         return None
@@ -156,7 +179,9 @@ def seeds_needed(deviation: float, effect: float) -> int | None:
     for n in range(max(2, int(fewest)), _MOST_SEEDS + 1):
         limit = stats.t.ppf(1 - _LEVEL / 2, n - 1)
         shift = math.sqrt(n) * effect / deviation
-        reached = stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift)
+        reached = stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(
+            -limit, n - 1, shift
+        )
         if reached >= _POWER:
             return n
     return None
@@ -171,7 +196,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
       >>> holm([0.01, 0.04, 0.03])
       [0.03, 0.06, 0.06]
     """
-    adjusted, running = [math.nan] * len(p_values), 0.0
+    adjusted = [math.nan] * len(p_values)
+    running = 0.0
     defined = [index for index, p in enumerate(p_values) if math.isfinite(p)]
     ranked = sorted(defined, key=lambda index: p_values[index])
     for rank, index in enumerate(ranked):

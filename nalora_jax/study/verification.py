@@ -21,12 +21,24 @@ from nalora_jax.train.machine import describe_device
 # hundred steps, another summation order gives a smaller difference than this, another computation
 # a larger one.
 TOLERANCE = 1e-3
-_MEASURED = ("validation", "test", "probes", "curve", "training", "diverged", "parameters")
+_MEASURED = (
+    "validation",
+    "test",
+    "probes",
+    "curve",
+    "training",
+    "diverged",
+    "parameters",
+)
 _DIGESTS = ("rules", "adapter", "base", "source", "data", "items")
-_LOGGED_SHARE = 0.02  # tolerance of other numbers of a log step, as a share of their value
+_LOGGED_SHARE = (
+    0.02  # tolerance of other numbers of a log step, as a share of their value
+)
 
 
-def verify_records(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> str:
+def verify_records(
+    protocol: Protocol, *, count: int = 3, seed: int | None = None
+) -> str:
     """Checks all records, repeats ``count`` finished runs, and compares every recorded measure.
 
     The repeated runs are drawn from runs recorded on this kind of machine, if there are any:
@@ -45,24 +57,31 @@ def verify_records(protocol: Protocol, *, count: int = 3, seed: int | None = Non
       NaloraError: there is no record, records or protocol were changed (`checked_records`), or a
         repeated run differs from its record.
     """
-    store, resources = Records(protocol.folder), Resources(protocol)
+    store = Records(protocol.folder)
+    resources = Resources(protocol)
     records = checked_records(protocol, store)
     finished = [run for run in wanted(protocol, records) if run.id in records]
     if not finished:
-        raise NaloraError(str(protocol.folder), expected="at least one finished run", found="none")
+        raise NaloraError(
+            str(protocol.folder), expected="at least one finished run", found="none"
+        )
     here = describe_device()
     ours = [run for run in finished if records[run.id]["device"] == here] or finished
     lines = []
     for run in random.Random(seed).sample(ours, min(count, len(ours))):
         with tempfile.TemporaryDirectory() as folder:
             (made,) = perform_all([run], resources, [Path(folder) / "snapshot.npz"])
-        record, repeated = records[run.id], exact_values(made)
+        record = records[run.id]
+        repeated = exact_values(made)
         _compare(run, record, repeated)
         for name in (n for n in ("validation", "test") if n in record):
-            then, now = record[name]["loss"], repeated[name]["loss"]
+            then = record[name]["loss"]
+            now = repeated[name]["loss"]
             lines.append(f"{run}: {name} loss {then} in the record, {now} now")
     if len(ours) < len(finished):
-        lines.append(f"drawn from the {len(ours)} of {len(finished)} runs that were recorded on {here}")
+        lines.append(
+            f"drawn from the {len(ours)} of {len(finished)} runs that were recorded on {here}"
+        )
     if note := describe_old(records):
         lines.append(note)
     return "\n".join(lines)
@@ -73,7 +92,8 @@ def _compare(run: Run, record: Record, repeated: Record) -> None:
     differences: list[str] = []
     for name in _DIGESTS:
         if name in record:  # records of earlier versions have fewer digests
-            recorded, now = record[name], repeated[name]
+            recorded = record[name]
+            now = repeated[name]
             if name == "items":
                 now = {item: now.get(item) for item in recorded}
             differences += _differences(recorded, now, name)
@@ -81,14 +101,22 @@ def _compare(run: Run, record: Record, repeated: Record) -> None:
     for name in _MEASURED:
         differences += _differences(record.get(name), repeated.get(name), name, size)
     if differences:
-        where, found = f"{run}: {'; '.join(differences[:5])}", f"{len(differences)} differences"
+        where = f"{run}: {'; '.join(differences[:5])}"
+        found = f"{len(differences)} differences"
         expected = f"the record's digests, and its losses within {TOLERANCE:g}"
-        raise NaloraError(where, expected=expected, found=found, remedy=_explained(record, repeated))
+        raise NaloraError(
+            where, expected=expected, found=found, remedy=_explained(record, repeated)
+        )
 
 
 def _explained(record: Record, repeated: Record) -> str:
-    """Returns what else differs between a record and its repeated run, and how to repeat it exactly."""
-    others = [name for name in ("code", "versions", "device") if record.get(name) != repeated.get(name)]
+    """Returns what else differs between a record and its repeated run, and how to repeat it
+    exactly."""
+    others = [
+        name
+        for name in ("code", "versions", "device")
+        if record.get(name) != repeated.get(name)
+    ]
     if not others:
         return "code, versions and device are the record's: the record or its data were changed"
     commit = str(record.get("commit") or "")[:12] or "of an unknown commit"
@@ -98,7 +126,9 @@ def _explained(record: Record, repeated: Record) -> str:
     )
 
 
-def _differences(record: Any, repeated: Any, place: str, size: int = 0) -> Iterator[str]:
+def _differences(
+    record: Any, repeated: Any, place: str, size: int = 0
+) -> Iterator[str]:
     """Yields a description of every value that differs.
 
     Args:
@@ -113,8 +143,14 @@ def _differences(record: Any, repeated: Any, place: str, size: int = 0) -> Itera
         if not place.startswith("training"):  # a newer version may log more metrics
             names |= repeated.keys()
         for name in sorted(names):
-            yield from _differences(record.get(name), repeated.get(name), f"{place} {name}".strip(), count)
-    elif isinstance(record, list) and isinstance(repeated, list) and len(record) == len(repeated):
+            yield from _differences(
+                record.get(name), repeated.get(name), f"{place} {name}".strip(), count
+            )
+    elif (
+        isinstance(record, list)
+        and isinstance(repeated, list)
+        and len(record) == len(repeated)
+    ):
         for index, (first, second) in enumerate(zip(record, repeated, strict=True)):
             yield from _differences(first, second, f"{place}[{index}]", size)
     elif not _agree(record, repeated, place, size):

@@ -43,7 +43,9 @@ class RankState(NamedTuple):
     step: jax.Array  # int32 []
     sensitivity: dict[str, Any]  # EMA for every weight of the adapters
     uncertainty: dict[str, Any]  # EMA for every weight of the adapters
-    kept: dict[str, Any]  # bool for every entry of `singular`: kept by the last allocation
+    kept: dict[
+        str, Any
+    ]  # bool for every entry of `singular`: kept by the last allocation
 
 
 def adalora(
@@ -71,26 +73,45 @@ def adalora(
     Raises:
       NaloraError: the initial ranks do not exceed the ranks to keep.
     """
-    clip = optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()
+    if clip_norm > 0:
+        clip = optax.clip_by_global_norm(clip_norm)
+    else:
+        clip = optax.identity()
 
     def init(params: Any) -> RankState:
         leaves = _adapters(params, spec)
         _budgets(config, spec, leaves)
-        zeros = trees.unflatten({path: jnp.zeros_like(leaf) for path, leaf in leaves.items()})
+        zeros = trees.unflatten(
+            {path: jnp.zeros_like(leaf) for path, leaf in leaves.items()}
+        )
         singular = {f"{path}/singular": target for path, target in spec.targets}
-        used = {name: jnp.asarray(target.used(leaves[name].shape)) for name, target in singular.items()}
+        used = {
+            name: jnp.asarray(target.used(leaves[name].shape))
+            for name, target in singular.items()
+        }
         still = jax.tree.map(jnp.copy, zeros)
-        return RankState(inner.init(params), jnp.zeros([], jnp.int32), zeros, still, trees.unflatten(used))
+        return RankState(
+            inner.init(params),
+            jnp.zeros([], jnp.int32),
+            zeros,
+            still,
+            trees.unflatten(used),
+        )
 
-    def update(grads: Any, state: RankState, params: Any = None, **extra: Any) -> tuple[Any, RankState]:
+    def update(
+        grads: Any, state: RankState, params: Any = None, **extra: Any
+    ) -> tuple[Any, RankState]:
         step = state.step + 1
         grads = _penalised(grads, params, config.orthogonality, spec)
         updates, inner_state = inner.update(grads, state.inner, params, **extra)
         clipped, _ = clip.update(grads, clip.init(params))
         new = _adapters(optax.apply_updates(params, updates), spec)
-        moments = _smoothed(state, new, _adapters(clipped, spec), step, config, total_steps)
+        moments = _smoothed(
+            state, new, _adapters(clipped, spec), step, config, total_steps
+        )
         used, acts = _allocated(state, moments, step, config, spec, total_steps)
-        flat, now = trees.flatten(updates), trees.flatten(params)
+        flat = trees.flatten(updates)
+        now = trees.flatten(params)
         for path, keep in used.items():
             flat[path] = jnp.where(acts & ~keep, -now[path], flat[path])
         sensitivity, uncertainty = map(trees.unflatten, moments)
@@ -104,10 +125,16 @@ def adalora(
 def _adapters(tree: Any, spec: AdapterSpec) -> dict[str, jax.Array]:
     """Returns the leaves of the adapters by path."""
     leaves = trees.flatten(tree)
-    return {f"{path}/{name}": leaves[f"{path}/{name}"] for path, _ in spec.targets for name in _NAMES}
+    return {
+        f"{path}/{name}": leaves[f"{path}/{name}"]
+        for path, _ in spec.targets
+        for name in _NAMES
+    }
 
 
-def _budgets(config: AdaLoRAConfig, spec: AdapterSpec, leaves: dict[str, Any]) -> tuple[int, int]:
+def _budgets(
+    config: AdaLoRAConfig, spec: AdapterSpec, leaves: dict[str, Any]
+) -> tuple[int, int]:
     """Returns the number of components at the start and at the end of the allocation."""
     first = last = 0
     for path, target in spec.targets:
@@ -128,20 +155,27 @@ def _penalised(grads: Any, params: Any, weight: float, spec: AdapterSpec) -> Any
     """Adds the gradient of the penalty, see `_distance`, to ``grads``."""
     if not weight:
         return grads
-    penalty = jax.grad(lambda leaves: weight * _distance(leaves, spec))(_adapters(params, spec))
-    return trees.unflatten({path: g + penalty.get(path, 0.0) for path, g in trees.flatten(grads).items()})
+    penalty = jax.grad(lambda leaves: weight * _distance(leaves, spec))(
+        _adapters(params, spec)
+    )
+    return trees.unflatten(
+        {path: g + penalty.get(path, 0.0) for path, g in trees.flatten(grads).items()}
+    )
 
 
 def _distance(leaves: dict[str, jax.Array], spec: AdapterSpec) -> jax.Array:
     """Returns the mean Frobenius distance of ``A^T A`` and ``B B^T`` from the identity."""
-    total, count = jnp.zeros([]), 0
+    total = jnp.zeros([])
+    count = 0
     for path, target in spec.targets:
         used = target.used(leaves[f"{path}/singular"].shape)
         identity = used[..., None] * np.eye(used.shape[-1], dtype=np.float32)
         for name, product in (("a", "...dr,...ds->...rs"), ("b", "...rd,...sd->...rs")):
             factor = leaves[f"{path}/{name}"]
             gram = jnp.einsum(product, factor, factor, precision="highest")
-            norms = jnp.sqrt(jnp.sum((gram - identity) ** 2, axis=(-2, -1)) + 1e-30)  # differentiable at 0
+            norms = jnp.sqrt(
+                jnp.sum((gram - identity) ** 2, axis=(-2, -1)) + 1e-30
+            )  # differentiable at 0
             total += jnp.sum(jnp.where(used.any(-1), norms, 0.0))
             count += int(used.any(-1).sum())
     return total / count
@@ -156,12 +190,17 @@ def _smoothed(
     total_steps: int,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Returns sensitivity and uncertainty after a step; fixed after the last allocation."""
-    sensitivity, uncertainty = trees.flatten(state.sensitivity), trees.flatten(state.uncertainty)
+    sensitivity = trees.flatten(state.sensitivity)
+    uncertainty = trees.flatten(state.uncertainty)
     measures = step < config.steps(total_steps)[1]
     for path, leaf in params.items():
-        now, old, spread = jnp.abs(leaf * grads[path]), sensitivity[path], uncertainty[path]
+        now = jnp.abs(leaf * grads[path])
+        old = sensitivity[path]
+        spread = uncertainty[path]
         mean = config.sensitivity_decay * old + (1 - config.sensitivity_decay) * now
-        away = config.uncertainty_decay * spread + (1 - config.uncertainty_decay) * jnp.abs(now - mean)
+        away = config.uncertainty_decay * spread + (
+            1 - config.uncertainty_decay
+        ) * jnp.abs(now - mean)
         sensitivity[path] = jnp.where(measures, mean, old)
         uncertainty[path] = jnp.where(measures, away, spread)
     return sensitivity, uncertainty
@@ -179,15 +218,25 @@ def _allocated(
     element = {path: moments[0][path] * moments[1][path] for path in moments[0]}
     scores = {}
     for path, target in spec.targets:
-        score = element[f"{path}/singular"] + element[f"{path}/a"].mean(-2) + element[f"{path}/b"].mean(-1)
+        score = (
+            element[f"{path}/singular"]
+            + element[f"{path}/a"].mean(-2)
+            + element[f"{path}/b"].mean(-1)
+        )
         scores[f"{path}/singular"] = jnp.where(target.used(score.shape), score, jnp.inf)
     first, last = _budgets(config, spec, element)
     begin, end = config.steps(total_steps)
     left = jnp.clip((end - step) / max(end - begin, 1), 0.0, 1.0)
     budget = jnp.floor((first - last) * left**3 + last).astype(jnp.int32)
-    ranking = jnp.sort(jnp.concatenate([score.reshape(-1) for score in scores.values()]))
-    threshold = jnp.where(budget < first, ranking[jnp.maximum(first - budget - 1, 0)], -jnp.inf)
-    due = ((step > begin) & (step < end) & (step % config.interval == 0)) | (step == end)
+    ranking = jnp.sort(
+        jnp.concatenate([score.reshape(-1) for score in scores.values()])
+    )
+    threshold = jnp.where(
+        budget < first, ranking[jnp.maximum(first - budget - 1, 0)], -jnp.inf
+    )
+    due = ((step > begin) & (step < end) & (step % config.interval == 0)) | (
+        step == end
+    )
     before = trees.flatten(state.kept)
     used = {}
     for path, score in scores.items():

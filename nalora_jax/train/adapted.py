@@ -86,24 +86,35 @@ def load(
     quantized = None if quantize == "none" else quantize
     files = resolved or resolve_source(located.base)
     if located.adapter is not None:
-        files = replace(files, rope_scaling=recorded_fact(located.adapter, "rope_scaling"))
+        files = replace(
+            files, rope_scaling=recorded_fact(located.adapter, "rope_scaling")
+        )
     base = load_model(files, dtype=dtype, mesh=mesh, quantized=quantized, images=images)
-    lora, spec = None, AdapterSpec()
+    lora = None
+    spec = AdapterSpec()
     if located.adapter is not None:
         base = for_adapter(base, located.adapter, mesh)
-        lora, spec = import_adapter(located.adapter, base.config, fingerprint=base.fingerprint)
+        lora, spec = import_adapter(
+            located.adapter, base.config, fingerprint=base.fingerprint
+        )
     if mesh is not None:
         distributed.check_heads(
-            mesh.shape["tensor"], n_heads=base.config.n_heads, n_kv_heads=key_heads(base.config)
+            mesh.shape["tensor"],
+            n_heads=base.config.n_heads,
+            n_kv_heads=key_heads(base.config),
         )
-        lora = jax.device_put(lora, distributed.shardings(lora, mesh, distributed.STATE_RULES))
+        lora = jax.device_put(
+            lora, distributed.shardings(lora, mesh, distributed.STATE_RULES)
+        )
     numerics = numerics_for(dtype, platform_of(mesh), implementation)
     routing = distributed.row_sharding(mesh) if base.config.n_experts else None
     module = decoder_for(base.config, spec, numerics, routing_sharding=routing)
     return AdaptedModel(base, module, lora, located)
 
 
-def put_on(model: AdaptedModel, adapter: str | Path, mesh: Mesh | None = None) -> AdaptedModel | None:
+def put_on(
+    model: AdaptedModel, adapter: str | Path, mesh: Mesh | None = None
+) -> AdaptedModel | None:
     """Returns the base of ``model`` with another adapter; None if the folder has no adapter.
 
     Args:
@@ -120,7 +131,9 @@ def put_on(model: AdaptedModel, adapter: str | Path, mesh: Mesh | None = None) -
     base = model.base
     lora, spec = adapter_for(base, folder)
     if mesh is not None:
-        lora = jax.device_put(lora, distributed.shardings(lora, mesh, distributed.STATE_RULES))
+        lora = jax.device_put(
+            lora, distributed.shardings(lora, mesh, distributed.STATE_RULES)
+        )
     located = Located(model.located.base, folder, run_config(folder.parent))
     return AdaptedModel(base, model.module.clone(adapters=spec), lora, located)
 

@@ -60,8 +60,15 @@ def load_adapted_dual(
         seed=run.seed,
         image_size=vision.image_size,
     )
-    lora, spec = None, AdapterSpec()
+    lora = None
+    spec = AdapterSpec()
     if located.adapter is not None:
-        lora, spec = import_adapter(located.adapter, base.config, fingerprint=base.fingerprint)
-    module = DualEncoder(base.config, replace(spec, dropout=0.0), numerics_for(dtype, platform_of()))
-    return AdaptedDual(base, Encoders(module, base.processor, base.tokenizer), lora, located, spec)
+        lora, spec = import_adapter(
+            located.adapter, base.config, fingerprint=base.fingerprint
+        )
+    module = DualEncoder(
+        base.config, replace(spec, dropout=0.0), numerics_for(dtype, platform_of())
+    )
+    return AdaptedDual(
+        base, Encoders(module, base.processor, base.tokenizer), lora, located, spec
+    )

@@ -49,7 +49,9 @@ class Ended:
     step: int | None = None  # last step; None if the run was aborted
     best_step: int | None = None  # exported step
     message: str = ""  # reason for the abort
-    seconds: Mapping[str, float] = field(default_factory=dict)  # wall time by stage, in order
+    seconds: Mapping[str, float] = field(
+        default_factory=dict
+    )  # wall time by stage, in order
 
 
 class Callback:
@@ -92,7 +94,9 @@ class Callbacks(AbstractContextManager["Callbacks"]):
       callbacks: all other callbacks.
     """
 
-    def __init__(self, log: Callback | None, callbacks: Sequence[Callback] = ()) -> None:
+    def __init__(
+        self, log: Callback | None, callbacks: Sequence[Callback] = ()
+    ) -> None:
         self._own, self._others = log, list(callbacks)
 
     def start(self, started: Started) -> None:
@@ -112,7 +116,9 @@ class Callbacks(AbstractContextManager["Callbacks"]):
                 reason = " ".join(described(error).split())[:400]
                 expected = "a callback that can begin"
                 raise NaloraError(
-                    f"--callbacks, {type(callback).__name__}", expected=expected, found=reason
+                    f"--callbacks, {type(callback).__name__}",
+                    expected=expected,
+                    found=reason,
                 ) from error
         if self._own is not None:
             self._own.on_start(started)
@@ -130,7 +136,11 @@ class Callbacks(AbstractContextManager["Callbacks"]):
                 self._others.remove(callback)
                 name = type(callback).__name__
                 log.warning(
-                    "%s is left out from here on: %s: %s", name, type(error).__name__, error, exc_info=True
+                    "%s is left out from here on: %s: %s",
+                    name,
+                    type(error).__name__,
+                    error,
+                    exc_info=True,
                 )
 
     def __exit__(self, *error: object) -> None:
@@ -163,7 +173,10 @@ def make_callbacks(texts: Sequence[str]) -> list[Callback]:
         if MARK in text:
             remedy = "name --callbacks again: passwords and tokens are not recorded"
             raise NaloraError(
-                "--callbacks", expected="the callback with its password", found=text, remedy=remedy
+                "--callbacks",
+                expected="the callback with its password",
+                found=text,
+                remedy=remedy,
             )
     importlib.import_module("nalora_jax.train.log")  # registers the built-in callbacks
     return [from_text(_CALLBACKS, text) for text in texts]

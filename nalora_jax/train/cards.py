@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 
 def write_run_card(
-    folder: Path, job: Job, state: TrainState, before: Mapping[str, Any], after: Mapping[str, Any]
+    folder: Path,
+    job: Job,
+    state: TrainState,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
 ) -> None:
     """Writes README.md into the folder of a run's adapter, with settings and results.
 
@@ -48,7 +52,10 @@ def write_run_card(
 
 
 def base_card(
-    kind: Literal["adapter", "merged"], model: str, loaded: LoadedModel | LoadedDual, spec: AdapterSpec
+    kind: Literal["adapter", "merged"],
+    model: str,
+    loaded: LoadedModel | LoadedDual,
+    spec: AdapterSpec,
 ) -> Card:
     """Returns a card without settings and results of a run; ``model`` is the name of the base."""
     alias = alias_of(model)

@@ -69,7 +69,10 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         best_mode: Literal["max", "min"] = "max",
     ) -> None:
         where = buckets.url(str(folder))
-        self.folder: Any = epath.Path(where) if where else Path(folder).absolute()
+        if where:
+            self.folder: Any = epath.Path(where)
+        else:
+            self.folder = Path(folder).absolute()
         self._run = snapshot.plain({"base": fingerprint, "config": config})
         self._best_metric = best_metric
         worst = {"max": -math.inf, "min": math.inf}[best_mode]
@@ -80,7 +83,10 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         policies = [
             managers.LatestN(max(keep, 1)),
             managers.BestN(
-                get_metric_fn=rank, reverse=best_mode == "min", n=1, keep_checkpoints_without_metrics=False
+                get_metric_fn=rank,
+                reverse=best_mode == "min",
+                n=1,
+                keep_checkpoints_without_metrics=False,
             ),
         ]
         options = ocp.CheckpointManagerOptions(
@@ -93,7 +99,9 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         _hush_cancelled_writes()
         with _io_errors(f"checkpoints {self.folder}", "a folder that can be written"):
             on_first_process(self._set_unreadable_aside)
-            self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers())
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=options, handler_registry=handlers()
+            )
 
     def save(
         self,
@@ -112,7 +120,8 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
             ranked.
 
         Raises:
-          NaloraError: this write, or an earlier one in the background, failed. Earlier checkpoints are intact.
+          NaloraError: this write, or an earlier one in the background, failed. Earlier checkpoints
+            are intact.
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -128,9 +137,13 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         with self._write_errors():
             # force: Orbax skips steps below the latest one, which a run resumed from its best
             # checkpoint saves again.
-            return bool(self._manager.save(step, args=arguments, metrics=ranked, force=True))
+            return bool(
+                self._manager.save(step, args=arguments, metrics=ranked, force=True)
+            )
 
-    def restore(self, which: Literal["latest", "best"] | int, like: Any) -> tuple[Any, dict[str, Any]]:
+    def restore(
+        self, which: Literal["latest", "best"] | int, like: Any
+    ) -> tuple[Any, dict[str, Any]]:
         """Returns the train state and the data position of a checkpoint.
 
         If the latest or best checkpoint is damaged, it is moved to ``<folder>.damaged`` with a
@@ -150,7 +163,9 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         while True:
             step = self._find(which)
             ranked = self.metrics(step)
-            with _io_errors(f"checkpoint {self.folder / str(step)}", "a readable checkpoint"):
+            with _io_errors(
+                f"checkpoint {self.folder / str(step)}", "a readable checkpoint"
+            ):
                 damage = tell_all(partial(self._damage, step, ranked))
             if damage is None:
                 return self._read(step, like)
@@ -189,7 +204,10 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         aside = self.folder.with_name(f"{self.folder.name}.damaged")
         files.move_tree(self.folder / str(step), aside / str(step))
         log.warning(
-            "checkpoint %d is damaged (%s): moved to %s, taking an earlier one", step, damage, aside
+            "checkpoint %d is damaged (%s): moved to %s, taking an earlier one",
+            step,
+            damage,
+            aside,
         )
 
     def _set_unreadable_aside(self) -> None:
@@ -211,7 +229,9 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         """Checks and restores the checkpoint of ``step``."""
         where = f"checkpoint {self.folder / str(step)}"
         with _io_errors(where, "a readable checkpoint"):
-            small = ocp.args.Composite(run=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
+            small = ocp.args.Composite(
+                run=ocp.args.JsonRestore(), data=ocp.args.JsonRestore()
+            )
             meta = self._manager.restore(step, args=small)
             saved = trees.flatten(self._manager.item_metadata(step).state.tree)
         snapshot.check_run(where, meta.run, self._run)
@@ -221,7 +241,9 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
             restore_args = ocp.args.PyTreeRestore(
                 abstract, ocp.checkpoint_utils.construct_restore_args(abstract)
             )
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=restore_args))
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=restore_args)
+            )
         return snapshot.from_arrays(restored.state, like), meta.data
 
     def latest_step(self) -> int | None:
@@ -262,7 +284,9 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
             finally:
                 self._manager.close()
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    def __exit__(
+        self, kind: object, error: BaseException | None, trace: object
+    ) -> None:
         if error is None:
             self.close()
             return
@@ -283,7 +307,9 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
             yield
         except (OSError, ValueError, RuntimeError) as error:
             if jax.process_index() == 0:
-                for scrap in list(self.folder.glob(f"*{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*")):
+                for scrap in list(
+                    self.folder.glob(f"*{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*")
+                ):
                     with suppress(OSError):
                         epath.Path(scrap).rmtree()
             check_lost_peer(error)
@@ -293,10 +319,15 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
                 steps = list(self._manager.all_steps())
             remedy = f"steps {steps} are intact; make room, then continue with --resume"
             if not steps:
-                remedy = "no step is saved: make room, and start again in another --output"
+                remedy = (
+                    "no step is saved: make room, and start again in another --output"
+                )
             where = f"checkpoint in {self.folder}"
-            expected, actual = "to be written whole", _reason(error)
-            raise NaloraError(where, expected=expected, found=actual, remedy=remedy) from error
+            expected = "to be written whole"
+            actual = _reason(error)
+            raise NaloraError(
+                where, expected=expected, found=actual, remedy=remedy
+            ) from error
 
     def _find(self, which: Literal["latest", "best"] | int) -> int:
         self.wait()
@@ -306,11 +337,14 @@ class Checkpointer(AbstractContextManager["Checkpointer"]):
         elif which == "best":
             step = self.best_step()
         else:
-            step, expected = which, f"a checkpoint of step {which}"
+            step = which
+            expected = f"a checkpoint of step {which}"
         steps = list(self._manager.all_steps())
         if step is None or step not in steps:
             available = f"steps {steps}" if steps else "no checkpoint"
-            raise NaloraError(f"checkpoints {self.folder}", expected=expected, found=available)
+            raise NaloraError(
+                f"checkpoints {self.folder}", expected=expected, found=available
+            )
         return step
 
 
@@ -336,7 +370,9 @@ def _hush_cancelled_writes() -> None:
 
     def without_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
         error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        if not (
+            isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        ):
             before(unraisable)
 
     sys.unraisablehook = without_closed_loops
@@ -348,7 +384,9 @@ def _io_errors(where: str, expected: str) -> Iterator[None]:
         yield
     except NaloraError:
         raise
-    except Exception as error:  # storage layers raise any type, including bare Exception
+    except (
+        Exception
+    ) as error:  # storage layers raise any type, including bare Exception
         raise NaloraError(where, expected=expected, found=_reason(error)) from error
 
 
@@ -359,7 +397,11 @@ def _reason(error: Exception) -> str:
     system = re.search(r": ([^:]+) \[(?:os_error_code|tensorstore_spec)=", str(error))
     if system:
         return system[1]
-    text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()[0]
+    text = (
+        (getattr(error, "strerror", None) or str(error) or type(error).__name__)
+        .strip()
+        .splitlines()[0]
+    )
     return text if len(text) <= 200 else text[:200] + "..."
 
 
@@ -371,7 +413,8 @@ _LEAST_SHARE = 16 << 20  # bytes
 
 
 class _Digested:
-    """Part of a handler that writes the digests of an item's files, once all processes have written theirs."""
+    """Part of a handler that writes the digests of an item's files, once all processes have written
+    theirs."""
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)  # type: ignore[misc]
@@ -380,7 +423,9 @@ class _Digested:
 
 class _DigestedArrays(_Digested, ocp.PyTreeCheckpointHandler):
     def __init__(self) -> None:
-        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SHARE)
+        arrays = ocp.type_handlers.ArrayHandler(
+            min_slice_bytes_for_replica_parallel=_LEAST_SHARE
+        )
         on_host = ocp.type_handlers.NumpyHandler()
         registry = ocp.type_handlers.create_type_handler_registry(
             (jax.Array, arrays), (np.ndarray, on_host)

@@ -28,7 +28,9 @@ from nalora_jax.method.step import Batch, Step, TrainState
 log = logging.getLogger(__name__)
 
 _SECONDS = "jax_persistent_cache_min_compile_time_secs"
-_ENTRY, _DIGEST = "-cache", ".sha256"  # "-cache" is JAX's suffix
+# "-cache" is JAX's suffix
+_ENTRY = "-cache"
+_DIGEST = ".sha256"
 
 
 def use_compilation_cache() -> None:
@@ -43,7 +45,9 @@ def use_compilation_cache() -> None:
         log.warning("compiled programs are not kept: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update(_SECONDS, 0.1)  # also those of tiny models, so that a second run compiles little
+    jax.config.update(
+        _SECONDS, 0.1
+    )  # also those of tiny models, so that a second run compiles little
     _write_digests(folder)
 
 
@@ -52,7 +56,9 @@ def _remove_damaged(folder: Path) -> None:
     damaged = 0
     for entry in folder.glob(f"*{_ENTRY}"):
         with contextlib.suppress(FileNotFoundError):
-            actual, digest, listed = file_digest(entry), _beside(entry), None
+            actual = file_digest(entry)
+            digest = _beside(entry)
+            listed = None
             if digest.exists():
                 listed = digest.read_bytes()
             if listed == actual.encode():
@@ -66,7 +72,11 @@ def _remove_damaged(folder: Path) -> None:
         if not digest.with_suffix("").exists():
             digest.unlink(missing_ok=True)
     if damaged:
-        log.warning("compiled programs in %s were damaged (%d): compiling them again", folder, damaged)
+        log.warning(
+            "compiled programs in %s were damaged (%d): compiling them again",
+            folder,
+            damaged,
+        )
 
 
 @cache
@@ -77,8 +87,9 @@ def _write_digests(folder: Path) -> None:
     """
 
     def listen(event: str, duration_secs: float, **more: Any) -> None:
-        if event != "/jax/core/compile/backend_compile_duration" or duration_secs < getattr(
-            jax.config, _SECONDS
+        if (
+            event != "/jax/core/compile/backend_compile_duration"
+            or duration_secs < getattr(jax.config, _SECONDS)
         ):
             return
         # An entry without a digest is compiled again by the next process.
@@ -106,7 +117,9 @@ def compile_ahead(step: Step, params: Any, state: TrainState, batch: Batch) -> A
     """
     if not hasattr(step, "lower"):
         return None
-    compiled = step.lower(params, state, batch).compile()  # the call of the step finds this program
+    compiled = step.lower(
+        params, state, batch
+    ).compile()  # the call of the step finds this program
     (device, *_) = jax.tree.leaves(batch)[0].devices()
     if platform_name(device) == "cpu":
         settle_heap()
@@ -114,14 +127,17 @@ def compile_ahead(step: Step, params: Any, state: TrainState, batch: Batch) -> A
 
 
 # From malloc.h.
-_TRIM_THRESHOLD, _MMAP_MAX, _NEVER = -1, -4, 2**31 - 1
+_TRIM_THRESHOLD = -1
+_MMAP_MAX = -4
+_NEVER = 2**31 - 1
 
 
 def settle_heap() -> None:
     """Returns freed memory to the system and keeps later freed memory, if the C library is glibc.
 
-    The compilation of a step leaves some 300 MB in the heap, which would otherwise be held in addition
-    to the step's buffers for the whole run. A step's buffers on a CPU are one block, allocated in every
+    The compilation of a step leaves some 300 MB in the heap, which would otherwise be held in
+    addition to the step's buffers for the whole run. A step's buffers on a CPU are one block,
+    allocated in every
     step: glibc returns large blocks by default, and the system would fill it with zeros each time.
     """
     gc.collect()

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nalora_jax.common.digests import file_digest
-from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, RunConfig, check, config_from_dict
+from nalora_jax.config import (
+    DataConfig,
+    LoRAConfig,
+    LoRARule,
+    RunConfig,
+    check,
+    config_from_dict,
+)
 from nalora_jax.data.tokenizer import AddedTokens
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec
@@ -50,9 +57,12 @@ S = TypeVar("S")
 
 
 def with_adapter(
-    config: RunConfig, recorded: Mapping[str, Any] | None = None, named: Collection[str] = ()
+    config: RunConfig,
+    recorded: Mapping[str, Any] | None = None,
+    named: Collection[str] = (),
 ) -> RunConfig:
-    """Returns ``config`` with the settings of the adapter in ``config.adapter``; no weights are loaded.
+    """Returns ``config`` with the settings of the adapter in ``config.adapter``; no weights are
+    loaded.
 
     Settings that differ from their defaults count as named, and named settings stay as they are.
     With ``config.adapter_sha256`` the settings are complete, and only checked.
@@ -72,10 +82,13 @@ def with_adapter(
         return _filled(config, config_from_dict(recorded), named)
     check(config)
     folder = adapter_folder(Path(config.adapter))
-    digest, model = _checked_digest(config, folder), config.model
+    digest = _checked_digest(config, folder)
+    model = config.model
     if model == RunConfig().model and not ("model" in named or config.adapter_sha256):
         model = locate(config.adapter).base
-    files = replace(resolve_source(model), rope_scaling=recorded_fact(folder, "rope_scaling"))
+    files = replace(
+        resolve_source(model), rope_scaling=recorded_fact(folder, "rope_scaling")
+    )
     base, added = _with_tokens(files, folder, images=config.vision.task == "chat")
     spec = _spec(folder, digest, base)
     if not config.adapter_sha256:
@@ -92,11 +105,12 @@ def with_adapter(
 
 
 def read_initial(config: RunConfig, loaded: LoadedModel) -> dict[str, Any]:
-    """Returns the values of the run's initial adapter: a ``lora`` tree of float32 arrays on the host.
+    """Returns the values of the run's initial adapter: a ``lora`` tree of float32 arrays on the
+    host.
 
     Raises:
-      NaloraError: the adapter cannot be read, is another one than recorded, belongs to another base,
-        or differs from the run's settings.
+      NaloraError: the adapter cannot be read, is another one than recorded, belongs to another
+        base, or differs from the run's settings.
     """
     folder = adapter_folder(Path(config.adapter))
     _checked_digest(config, folder)
@@ -110,7 +124,10 @@ def warn_if_changed(config: RunConfig) -> None:
     try:
         digest = adapter_digest(adapter_folder(Path(config.adapter)))
     except NaloraError as error:
-        log.info("the adapter that the run started from cannot be read, and is not needed: %s", error)
+        log.info(
+            "the adapter that the run started from cannot be read, and is not needed: %s",
+            error,
+        )
         return
     if digest != config.adapter_sha256:
         log.warning(
@@ -131,7 +148,9 @@ def adapter_digest(folder: Path) -> str:
         return file_digest(path)
     except OSError as error:
         found = error.strerror or error
-        raise NaloraError(str(path), expected="the adapter's tensors", found=found) from error
+        raise NaloraError(
+            str(path), expected="the adapter's tensors", found=found
+        ) from error
 
 
 def _checked_digest(config: RunConfig, folder: Path) -> str:
@@ -161,19 +180,31 @@ def lora_rules(spec: AdapterSpec, base: ModelConfig) -> tuple[LoRARule, ...]:
       ``^layers/\\d+/(attn/q_proj|attn/v_proj)$:8:16``.
     """
     numbers = layer_numbers(base)
-    # By head and tail of a layer's path: rank and alpha of every layer. Several stacks have the same.
+    # By head and tail of a layer's path: rank and alpha of every layer. Several stacks have the
+    # same.
     projections: dict[tuple[str, str], dict[int, tuple[int, float]]] = {}
     for path, layers_of_path in numbers.items():
         head, _, tail = layer_path(path, 0).partition("layers/0/")
         target = spec.target(path) or TargetSpec.even(0, len(layers_of_path))
         # Logs keep nine digits, which determine a float32.
-        values = zip(target.ranks, (float(f"{alpha:.9g}") for alpha in target.alphas), strict=True)
-        projections.setdefault((head, tail), {}).update(zip(layers_of_path, values, strict=True))
+        values = zip(
+            target.ranks,
+            (float(f"{alpha:.9g}") for alpha in target.alphas),
+            strict=True,
+        )
+        projections.setdefault((head, tail), {}).update(
+            zip(layers_of_path, values, strict=True)
+        )
     alike: dict[tuple[str, str, int, float], list[str]] = {}
     for (head, tail), layers in projections.items():
         for rank, alpha in dict.fromkeys(layers.values()):
-            members = sorted(layer for layer, value in layers.items() if value == (rank, alpha))
-            where = r"\d+" if len(members) == len(layers) else f"({'|'.join(map(str, members))})"
+            members = sorted(
+                layer for layer, value in layers.items() if value == (rank, alpha)
+            )
+            if len(members) == len(layers):
+                where = r"\d+"
+            else:
+                where = f"({'|'.join(map(str, members))})"
             if rank:
                 alike.setdefault((head, where, rank, alpha), []).append(tail)
     return tuple(
@@ -188,7 +219,8 @@ def check_equal(run: AdapterSpec, adapter: AdapterSpec, folder: Path) -> None:
     Raises:
       NaloraError: names the first setting that differs.
     """
-    ours, theirs = _ranks(run), _ranks(adapter)
+    ours = _ranks(run)
+    theirs = _ranks(adapter)
 
     def at(ranks: Mapping[str, str], place: str) -> str:
         return f"{ranks.get(place, 'no adapter')} at {place}"
@@ -196,9 +228,20 @@ def check_equal(run: AdapterSpec, adapter: AdapterSpec, folder: Path) -> None:
     pairs: list[tuple[str, Any, Any]] = [
         ("--lora.rslora", run.rslora, adapter.rslora),
         ("--lora.dora", run.dora, adapter.dora),
-        ("--lora.modules-to-save", " ".join(run.saved) or "none", " ".join(adapter.saved) or "none"),
-        ("--lora.trainable-token-indices", dict(run.token_indices), dict(adapter.token_indices)),
-        *(("--lora.rules", at(ours, place), at(theirs, place)) for place in ours | theirs),
+        (
+            "--lora.modules-to-save",
+            " ".join(run.saved) or "none",
+            " ".join(adapter.saved) or "none",
+        ),
+        (
+            "--lora.trainable-token-indices",
+            dict(run.token_indices),
+            dict(adapter.token_indices),
+        ),
+        *(
+            ("--lora.rules", at(ours, place), at(theirs, place))
+            for place in ours | theirs
+        ),
     ]
     for flag, found, expected in pairs:
         if found != expected:
@@ -215,7 +258,9 @@ def _ranks(spec: AdapterSpec) -> dict[str, str]:
     return {
         f"{path}[{index}]": f"rank {rank}, alpha {alpha:.9g}"
         for path, target in spec.targets
-        for index, (rank, alpha) in enumerate(zip(target.ranks, target.alphas, strict=True))
+        for index, (rank, alpha) in enumerate(
+            zip(target.ranks, target.alphas, strict=True)
+        )
         if rank
     }
 
@@ -245,19 +290,31 @@ def _lora(spec: AdapterSpec, base: ModelConfig, folder: Path) -> LoRAConfig:
     return replace(lora, trainable_token_indices=rows, trainable_token_modules=modules)
 
 
-def _with_tokens(files: ResolvedSource, folder: Path, *, images: bool) -> tuple[ModelConfig, AddedTokens]:
-    """Returns the architecture of an adapter's base with the adapter's added tokens, and the tokens."""
+def _with_tokens(
+    files: ResolvedSource, folder: Path, *, images: bool
+) -> tuple[ModelConfig, AddedTokens]:
+    """Returns the architecture of an adapter's base with the adapter's added tokens, and the
+    tokens."""
     opened = open_files(files, images=images)
-    loaded = LoadedModel(opened.config, {}, opened.tokenizer_with(), files.name, "", None)
+    loaded = LoadedModel(
+        opened.config, {}, opened.tokenizer_with(), files.name, "", None
+    )
     loaded = for_adapter(loaded, folder)
     backend = loaded.tokenizer.backend
     ids = {text: backend.token_to_id(text) for text in loaded.added}
-    marks = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    marks = {
+        token.content
+        for token in backend.get_added_tokens_decoder().values()
+        if token.special
+    }
     plain = tuple(text for text in ids if text not in marks)
     added = AddedTokens(plain, tuple(text for text in ids if text in marks))
     config = replace(opened.config, vocab_size=loaded.config.vocab_size)
     if opened.added_ids(added) != ids or opened.described(added) != config:
-        listed = ", ".join(f"{text!r} ({token_id})" for text, token_id in ids.items()) or "no added tokens"
+        listed = (
+            ", ".join(f"{text!r} ({token_id})" for text, token_id in ids.items())
+            or "no added tokens"
+        )
         raise NaloraError(
             str(folder),
             expected="added tokens whose ids follow the base's, special ones first, and a row for each",
@@ -268,9 +325,12 @@ def _with_tokens(files: ResolvedSource, folder: Path, *, images: bool) -> tuple[
 
 
 def _filled(config: RunConfig, adapter: RunConfig, named: Collection[str]) -> RunConfig:
-    """Returns ``config`` with the adapter's value of every setting in `_SETTINGS` that was not named."""
+    """Returns ``config`` with the adapter's value of every setting in `_SETTINGS` that was not
+    named."""
     groups = {
-        group: _unnamed_from(getattr(config, group), getattr(adapter, group), group, named)
+        group: _unnamed_from(
+            getattr(config, group), getattr(adapter, group), group, named
+        )
         for group in ("data", "lora")
     }
     return _unnamed_from(replace(config, **groups), adapter, "", named)
@@ -281,7 +341,8 @@ def _unnamed_from(settings: S, adapter: S, group: str, named: Collection[str]) -
     values = {
         name: getattr(adapter, name)
         for name in _SETTINGS[group]
-        if f"{group}.{name}".lstrip(".") not in named and getattr(settings, name) == getattr(defaults, name)
+        if f"{group}.{name}".lstrip(".") not in named
+        and getattr(settings, name) == getattr(defaults, name)
     }
     changed: S = replace(settings, **values)  # type: ignore[type-var]
     return changed

@@ -1,4 +1,5 @@
-"""Settings and checks of a run before its model is loaded: data, steps, learning rate, mesh and rules."""
+"""Settings and checks of a run before its model is loaded: data, steps, learning rate, mesh and
+rules."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ log = logging.getLogger(__name__)
 _EVAL_EVERY = 50
 
 
-def open_records(data: DataConfig, source: Mapping[str, Source] | None = None) -> tuple[Source, Source]:
+def open_records(
+    data: DataConfig, source: Mapping[str, Source] | None = None
+) -> tuple[Source, Source]:
     """Opens the training and the held-out records, reads the first of each and logs their form.
 
     Raises:
@@ -41,7 +44,9 @@ def open_records(data: DataConfig, source: Mapping[str, Source] | None = None) -
     log.info("%s: %s", train.name, form_of(first, data) or f"fields {', '.join(first)}")
     if isinstance(train, MixedSource):
         log.info("records of an epoch: %s", train.describe())
-    drawn = [selected for selected in held_out.parts if isinstance(selected, SelectedSource)]
+    drawn = [
+        selected for selected in held_out.parts if isinstance(selected, SelectedSource)
+    ]
     if drawn:
         log.info(
             "no split is held out, so some records are, by a fixed draw: %s",
@@ -71,7 +76,14 @@ def settled(config: RunConfig, width: int, examples: int, noun: str) -> RunConfi
     if config.epochs:
         batch = config.train.batch_size
         steps = max(1, math.ceil(config.epochs * examples / batch))
-        log.info("%g epochs of %d %s: %d steps of %d", config.epochs, examples, noun, steps, batch)
+        log.info(
+            "%g epochs of %d %s: %d steps of %d",
+            config.epochs,
+            examples,
+            noun,
+            steps,
+            batch,
+        )
         config = replace(config, steps=steps)
     if not config.optimizer.learning_rate:
         config = with_learning_rate(config, width)
@@ -83,9 +95,14 @@ def settled(config: RunConfig, width: int, examples: int, noun: str) -> RunConfi
 
 
 def stream_shape(config: RunConfig, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Returns the arguments of a stream of training rows that a run's settings and mesh determine."""
+    """Returns the arguments of a stream of training rows that a run's settings and mesh
+    determine."""
     train = config.train
-    shape = {"batch_size": train.batch_size, "accumulate": train.accumulate, "seed": config.seed}
+    shape = {
+        "batch_size": train.batch_size,
+        "accumulate": train.accumulate,
+        "seed": config.seed,
+    }
     if mesh is None:
         return shape
     rows = distributed.process_rows(mesh, train.batch_size // train.accumulate)
@@ -108,7 +125,9 @@ def check_longest(longest: int, base: ModelConfig) -> None:
         )
 
 
-def check_layout(config: RunConfig, base: ModelConfig, files: ModelFiles, mesh: Mesh) -> None:
+def check_layout(
+    config: RunConfig, base: ModelConfig, files: ModelFiles, mesh: Mesh
+) -> None:
     """Checks that the model fits the mesh and the rules, from its config files only.
 
     Args:
@@ -118,15 +137,18 @@ def check_layout(config: RunConfig, base: ModelConfig, files: ModelFiles, mesh: 
       mesh: the devices.
 
     Raises:
-      NaloraError: an axis that splits a head or a row that must be whole, rows that the mesh does not
-        divide, rules that match nothing, an added token without a trained row, or a trained row without a token.
+      NaloraError: an axis that splits a head or a row that must be whole, rows that the mesh does
+        not divide, rules that match nothing, an added token without a trained row, or a trained row
+        without a token.
     """
     check_decoder(config, base, mesh)
     distributed.process_rows(mesh, config.train.batch_size // config.train.accumulate)
     _check_rows(config, files, base, adapter_spec(config, base))
 
 
-def _check_rows(config: RunConfig, files: ModelFiles, base: ModelConfig, spec: AdapterSpec) -> None:
+def _check_rows(
+    config: RunConfig, files: ModelFiles, base: ModelConfig, spec: AdapterSpec
+) -> None:
     """Checks that trained rows exist, and that added tokens have trained rows on both sides."""
     check_token_indices(spec, base)
     trained = dict(spec.token_indices)
@@ -138,9 +160,13 @@ def _check_rows(config: RunConfig, files: ModelFiles, base: ModelConfig, spec: A
         ("embed_tokens", trained.get("embed_tokens", ())),
         ("lm_head", head[1] if head else ()),
     ):
-        untrained = {text: token_id for text, token_id in new.items() if token_id not in ids}
+        untrained = {
+            text: token_id for text, token_id in new.items() if token_id not in ids
+        }
         if untrained and name not in spec.saved:
-            listed = ", ".join(f"{text!r} ({token_id})" for text, token_id in untrained.items())
+            listed = ", ".join(
+                f"{text!r} ({token_id})" for text, token_id in untrained.items()
+            )
             expected = f"{' '.join(map(str, new.values()))} among them, the ids of added tokens"
             raise NaloraError(
                 "--lora.trainable-token-indices",

@@ -41,24 +41,32 @@ class TrainingRows(Protocol):
 
 @dataclass(frozen=True)
 class Inputs:
-    """A run before its weights are read: all that ``--dry-run`` prints, and all that any layout has in common."""
+    """A run before its weights are read: all that ``--dry-run`` prints, and all that any layout has
+    in common."""
 
     config: RunConfig  # with concrete learning rate, sequence length, steps and evaluation interval
-    base: ModelConfig | None  # architecture, with rows for added tokens; None for image and text encoders
-    files: ModelFiles | None  # of the base model, opened once; None for image and text encoders
+    base: (
+        ModelConfig | None
+    )  # architecture, with rows for added tokens; None for image and text encoders
+    files: (
+        ModelFiles | None
+    )  # of the base model, opened once; None for image and text encoders
     data: Any  # training rows of all processes; records of image and text encoders
     held_out: tuple[
         Any, Any
     ]  # examples that results are reported on, and others that select the checkpoint
     questions: Mapping[str, str]  # digests of both
-    in_turns: bool | None = None  # True if the training texts are formatted by a chat template
+    in_turns: bool | None = (
+        None  # True if the training texts are formatted by a chat template
+    )
     start: Start | None = None  # makes the initial adapters
     answering: Answering | None = None  # completes held-out prompts for the report
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run on its devices, ready to start: its inputs with weights, compiled step and evaluators."""
+    """A run on its devices, ready to start: its inputs with weights, compiled step and
+    evaluators."""
 
     kind: Kind
     inputs: Inputs
@@ -77,26 +85,39 @@ class Job:
 class Start(Protocol):
     """The adapters that a run starts from: a module with these three functions."""
 
-    def with_adapter(self, config: RunConfig, recorded: Mapping[str, Any] | None, /) -> RunConfig:
+    def with_adapter(
+        self, config: RunConfig, recorded: Mapping[str, Any] | None, /
+    ) -> RunConfig:
         """Takes settings over from the adapter on disk that a run continues."""
 
     def with_start(
         self, assembly: Assembly, loaded: Any, data: TrainingRows, output: Output, /
     ) -> Assembly:
-        """Returns the assembly with the initial adapters that its settings ask for, before the first step."""
+        """Returns the assembly with the initial adapters that its settings ask for, before the
+        first step."""
 
-    def exportable_adapter(self, assembly: Assembly, lora: Any, /) -> tuple[Any, AdapterSpec]:
+    def exportable_adapter(
+        self, assembly: Assembly, lora: Any, /
+    ) -> tuple[Any, AdapterSpec]:
         """Returns trained adapters as plain LoRA of the original base, in host memory."""
 
 
 class Kind(Protocol):
     """A kind of run: a module with these four functions."""
 
-    def open_inputs(self, config: RunConfig, source: Mapping[str, Source] | None, /) -> Inputs:
+    def open_inputs(
+        self, config: RunConfig, source: Mapping[str, Source] | None, /
+    ) -> Inputs:
         """Opens a run's files and data and settles its settings."""
 
     def build_step(
-        self, inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None, /
+        self,
+        inputs: Inputs,
+        placed: RunConfig,
+        mesh: Mesh,
+        output: Output,
+        like: Job | None,
+        /,
     ) -> tuple[Any, Assembly, Any]:
         """Loads the base and builds the step and this process's rows.
 
@@ -108,7 +129,9 @@ class Kind(Protocol):
           like: a job with the same program, whose base and programs are shared.
         """
 
-    def evaluator(self, inputs: Inputs, loaded: Any, assembly: Assembly, items: Any, /) -> Any:
+    def evaluator(
+        self, inputs: Inputs, loaded: Any, assembly: Assembly, items: Any, /
+    ) -> Any:
         """Makes the evaluator of some held-out examples."""
 
     def export_run(

@@ -28,7 +28,9 @@ class Located:
 
     base: str  # a name for `weights.load_model`
     adapter: Path | None = None  # folder in PEFT's format
-    run: Mapping[str, Any] = field(default_factory=dict)  # config of the adapter's run, if any
+    run: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # config of the adapter's run, if any
 
 
 def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
@@ -48,7 +50,10 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
         if can_exist(Path(model)) and (Path(model) / METRICS).is_file():
             remedy = "finish the run (--resume), or name the base model"
             raise NaloraError(
-                str(model), expected="a run that exported its adapter", found="none yet", remedy=remedy
+                str(model),
+                expected="a run that exported its adapter",
+                found="none yet",
+                remedy=remedy,
             )
         if adapter is None:
             return Located(str(model))
@@ -64,7 +69,9 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
     run = run_config(adapter_of_model.parent)
     # The name of the exact weights, if it was recorded.
     base = _recorded(_header(adapter_of_model.parent), "base", "name", str)
-    return Located(base or run.get("model") or base_of(adapter_of_model), adapter_of_model, run)
+    return Located(
+        base or run.get("model") or base_of(adapter_of_model), adapter_of_model, run
+    )
 
 
 def holds_adapter(folder: str | Path) -> bool:
@@ -80,14 +87,18 @@ def adapter_folder(path: Path) -> Path:
     """
     located = found_adapter(path)
     if located is None:
-        actual = "neither" if can_exist(path) and path.is_dir() else "no such folder"
+        if can_exist(path) and path.is_dir():
+            actual = "neither"
+        else:
+            actual = "no such folder"
         expected = f"a folder with {CONFIG_NAME}, or a run's folder"
         raise NaloraError(str(path), expected=expected, found=actual)
     return located
 
 
 def base_of(adapter: Path) -> str:
-    """Returns the base model that an adapter's config names; of a copy, the copy that was trained on.
+    """Returns the base model that an adapter's config names; of a copy, the copy that was trained
+    on.
 
     Raises:
       NaloraError: the config cannot be read, or names none.
@@ -97,7 +108,10 @@ def base_of(adapter: Path) -> str:
     if not isinstance(name, str) or not name:
         remedy = "give the base model itself, and the adapter with --adapter"
         raise NaloraError(
-            f"{path}: base_model_name_or_path", expected="a model", found=repr(name), remedy=remedy
+            f"{path}: base_model_name_or_path",
+            expected="a model",
+            found=repr(name),
+            remedy=remedy,
         )
     copy = recorded_fact(adapter, "base")
     alias = alias_of(copy)
@@ -117,7 +131,9 @@ def run_config(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _recorded(header: Mapping[str, Any], group: str, name: str, kind: type[T]) -> T | None:
+def _recorded(
+    header: Mapping[str, Any], group: str, name: str, kind: type[T]
+) -> T | None:
     """Returns ``header[group][name]`` if it is a ``kind``."""
     fields = header.get(group)
     if isinstance(fields, dict) and isinstance(value := fields.get(name), kind):
@@ -163,7 +179,14 @@ def found_adapter(path: Path) -> Path | None:
         return _copied_adapter(url)
     if not can_exist(path / ADAPTER / CONFIG_NAME):
         return None
-    return next((folder for folder in (path, path / ADAPTER) if (folder / CONFIG_NAME).is_file()), None)
+    return next(
+        (
+            folder
+            for folder in (path, path / ADAPTER)
+            if (folder / CONFIG_NAME).is_file()
+        ),
+        None,
+    )
 
 
 def _copied_adapter(url: str) -> Path | None:

@@ -1,7 +1,8 @@
-"""Callbacks that write a run's log, and send its numbers to TensorBoard, Weights & Biases or MLflow.
+"""Callbacks that write a run's log, and send its numbers to TensorBoard, Weights & Biases or
+MLflow.
 
-`nalora_jax.evaluate.run_log` describes the log's lines and reads them. Each tracker imports its library
-when it is used, so a run only needs the libraries that its settings name.
+`nalora_jax.evaluate.run_log` describes the log's lines and reads them. Each tracker imports its
+library when it is used, so a run only needs the libraries that its settings name.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
         last line.
     """
 
-    def __init__(self, folder: str | Path, *, resume: int | None = None, goes_on: bool = True) -> None:
+    def __init__(
+        self, folder: str | Path, *, resume: int | None = None, goes_on: bool = True
+    ) -> None:
         self.path = Path(folder) / FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume is None and self.path.exists():
@@ -62,7 +65,12 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
         self._file = open_unlinked(self.path, "a", encoding="utf-8")
 
     def start(
-        self, config: Mapping[str, Any], *, versions: Mapping[str, str], device: str, **more: Any
+        self,
+        config: Mapping[str, Any],
+        *,
+        versions: Mapping[str, str],
+        device: str,
+        **more: Any,
     ) -> None:
         """Writes the first line of a new run (config, versions, device) or of a resumption."""
         machine = {"versions": dict(versions), "device": device}
@@ -100,7 +108,11 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
         if started.step:
             settings["settings"] = started.config
         self.start(
-            started.config, versions=started.versions, device=started.device, **settings, **started.more
+            started.config,
+            versions=started.versions,
+            device=started.device,
+            **settings,
+            **started.more,
         )
 
     def on_log(self, step: int, record: Mapping[str, Any]) -> None:
@@ -109,7 +121,11 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
 
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
         """Writes the line of an evaluation; per-example ``right`` only during training."""
-        logged = {name: value for name, value in values.items() if not (kind and name == "right")}
+        logged = {
+            name: value
+            for name, value in values.items()
+            if not (kind and name == "right")
+        }
         record: dict[str, Any] = {"step": step}
         if kind:
             record[kind] = True
@@ -133,8 +149,11 @@ class MetricsLog(Callback, AbstractContextManager["MetricsLog"]):
         self.close()
 
 
-def _rewind(path: Path, step: int, *, goes_on: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Removes the lines after ``step`` from the file; returns the remaining ones and `MetricsLog.begun`."""
+def _rewind(
+    path: Path, step: int, *, goes_on: bool
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Removes the lines after ``step`` from the file; returns the remaining ones and
+    `MetricsLog.begun`."""
     if not path.exists():
         return [], {}
     records = read_metrics(path)
@@ -146,9 +165,15 @@ def _rewind(path: Path, step: int, *, goes_on: bool) -> tuple[list[dict[str, Any
         for record in [r for r in earlier if _step(r) == step]:
             begun = record.get("resumed", {}).get("begun", begun)
             if "target_tokens" in record:
-                begun = {name: value for name, value in record.items() if isinstance(value, int | float)}
+                begun = {
+                    name: value
+                    for name, value in record.items()
+                    if isinstance(value, int | float)
+                }
                 earlier.remove(record)
-    write_atomically(path, "".join(json.dumps(seal(record)) + "\n" for record in earlier))
+    write_atomically(
+        path, "".join(json.dumps(seal(record)) + "\n" for record in earlier)
+    )
     return earlier, begun
 
 
@@ -163,10 +188,16 @@ def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
       >>> scalars({"step": 1, "loss": 2.0, "eval": {"n": 4}, "layers": {"limit": [0.2, None]}})
       [('train/loss', 2.0), ('eval/n', 4), ('limit/layer_00', 0.2)]
     """
-    numbers = [(f"train/{name}", value) for name, value in record.items() if name != "step"]
-    numbers += [(f"eval/{name}", value) for name, value in record.get("eval", {}).items()]
+    numbers = [
+        (f"train/{name}", value) for name, value in record.items() if name != "step"
+    ]
+    numbers += [
+        (f"eval/{name}", value) for name, value in record.get("eval", {}).items()
+    ]
     for name, rows in record.get("layers", {}).items():
-        numbers += [(f"{name}/layer_{index:02d}", row) for index, row in enumerate(rows)]
+        numbers += [
+            (f"{name}/layer_{index:02d}", row) for index, row in enumerate(rows)
+        ]
     return [
         (tag, value)
         for tag, value in numbers
@@ -187,10 +218,18 @@ class _Numbers(Callback):
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
         """Writes the numbers of an evaluation; base and result have separate tags."""
         numbers = scalars(
-            to_json({"eval": {name: value for name, value in values.items() if name != "right"}})
+            to_json(
+                {
+                    "eval": {
+                        name: value for name, value in values.items() if name != "right"
+                    }
+                }
+            )
         )
         tag = {"initial": "before/", "final": "after/"}.get(kind, "eval/")
-        self.write(step, {tag + name.removeprefix("eval/"): value for name, value in numbers})
+        self.write(
+            step, {tag + name.removeprefix("eval/"): value for name, value in numbers}
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers by tag."""
@@ -204,10 +243,14 @@ class TensorBoard(_Numbers):
 
     def on_start(self, started: Started) -> None:
         """Opens the files; a resumed run removes later steps, because it writes them again."""
-        from tensorboardX import SummaryWriter  # slow to import (protobuf), and rarely needed
+        from tensorboardX import (
+            SummaryWriter,
+        )  # slow to import (protobuf), and rarely needed
 
         purge = started.step + 1 if started.step else None
-        self._events: Any = SummaryWriter(str(started.folder / "tensorboard"), purge_step=purge)
+        self._events: Any = SummaryWriter(
+            str(started.folder / "tensorboard"), purge_step=purge
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one event per number."""
@@ -244,9 +287,16 @@ class Wandb(_Numbers):
             entity=self.entity or None,
             mode=self.mode or None,
             dir=str(started.folder),
-            id=_recorded_id(started, "wandb") or _record_id(started, "wandb", uuid.uuid4().hex),
+            id=_recorded_id(started, "wandb")
+            or _record_id(started, "wandb", uuid.uuid4().hex),
             resume="allow",
-            config=to_json({**started.config, "versions": started.versions, "device": started.device}),
+            config=to_json(
+                {
+                    **started.config,
+                    "versions": started.versions,
+                    "device": started.device,
+                }
+            ),
         )
         # The step is an ordinary metric, because a resumed run may write some steps again.
         self._run.define_metric("step")
@@ -283,12 +333,18 @@ class MLflow(_Numbers):
             self._client.update_run(self._id, status="RUNNING")
             return
         existing = self._client.get_experiment_by_name(self.experiment)
-        experiment = existing.experiment_id if existing else self._client.create_experiment(self.experiment)
+        if existing:
+            experiment = existing.experiment_id
+        else:
+            experiment = self._client.create_experiment(self.experiment)
         name = self.name or started.folder.resolve().name
         run_id = self._client.create_run(experiment, run_name=name).info.run_id
         self._id = _record_id(started, "mlflow", run_id)
         kind = self._mlflow.entities.Param
-        params = [kind(key, str(value)[:500]) for key, value in dotted(to_json(started.config))]
+        params = [
+            kind(key, str(value)[:500])
+            for key, value in dotted(to_json(started.config))
+        ]
         for first in range(0, len(params), 100):  # the API's limit per call
             self._client.log_batch(self._id, params=params[first : first + 100])
 
@@ -296,7 +352,8 @@ class MLflow(_Numbers):
         """Writes one batch of metrics."""
         now = int(time.time() * 1000)
         metrics = [
-            self._mlflow.entities.Metric(tag, float(value), now, step) for tag, value in values.items()
+            self._mlflow.entities.Metric(tag, float(value), now, step)
+            for tag, value in values.items()
         ]
         for first in range(0, len(metrics), 1000):
             self._client.log_batch(self._id, metrics=metrics[first : first + 1000])
@@ -330,5 +387,8 @@ def _imported(name: str) -> Any:
     except ImportError as error:
         remedy = f"pip install {name} (or nalora_jax with its extra `{name}`)"
         raise NaloraError(
-            f"--callbacks {name}", expected=f"the library {name}", found=error, remedy=remedy
+            f"--callbacks {name}",
+            expected=f"the library {name}",
+            found=error,
+            remedy=remedy,
         ) from error

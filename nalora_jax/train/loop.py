@@ -44,7 +44,9 @@ class Hooks(Protocol):
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
         """Computes the held-out metric, writes it and returns it."""
 
-    def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
+    def save(
+        self, step: int, state: TrainState, measured: LoopEvaluation | None
+    ) -> None:
         """Starts saving a checkpoint; ``measured`` is the evaluation of this step, if any."""
 
     def asked_to_stop(self, step: int) -> bool:
@@ -62,13 +64,21 @@ class Schedule:
     log_every: int
     eval_every: int
     save_every: int
-    patience: int = 0  # evaluations without a better metric before stopping; 0: never stop early
+    patience: int = (
+        0  # evaluations without a better metric before stopping; 0: never stop early
+    )
 
     @classmethod
     def of(cls, config: RunConfig) -> Schedule:
         """Returns the schedule of a run."""
         train = config.train
-        return cls(config.steps, train.log_every, train.eval_every, train.save_every, train.patience)
+        return cls(
+            config.steps,
+            train.log_every,
+            train.eval_every,
+            train.save_every,
+            train.patience,
+        )
 
     def evaluates(self, step: int) -> bool:
         """Returns True if the model is evaluated after ``step``."""
@@ -89,9 +99,13 @@ class FitResult:
 
     state: TrainState
     step: int
-    metrics: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out metric)
+    metrics: list[tuple[int, float]] = field(
+        default_factory=list
+    )  # (step, held-out metric)
     stopped_early: bool = False
-    interrupted: bool = False  # stopped by request; the state was saved, but not evaluated
+    interrupted: bool = (
+        False  # stopped by request; the state was saved, but not evaluated
+    )
 
 
 def run_steps(
@@ -117,7 +131,8 @@ def run_steps(
       TrainingDivergedError: a loss is not finite, or an adapter or optimizer moment of a state to
         save. Checkpoints of earlier steps are kept; a diverged state is never saved.
     """
-    profile, start = profile or Profile(), follower.result.step
+    profile = profile or Profile()
+    start = follower.result.step
     for step in range(start + 1, follower.schedule.steps + 1):
         batch = next(batches)
         if step == start + 1:
@@ -160,10 +175,14 @@ class Follower:
     ) -> None:
         self.result = FitResult(state, start)
         self.schedule = schedule
-        self._hooks, self._rate, self._params = hooks, learning_rate, params
+        self._hooks = hooks
+        self._rate = learning_rate
+        self._params = params
         self._meter = _Meter(begun or {})
 
-    def after(self, step: int, metrics: Mapping[str, Any], state: Callable[[], TrainState]) -> bool:
+    def after(
+        self, step: int, metrics: Mapping[str, Any], state: Callable[[], TrainState]
+    ) -> bool:
         """Acts after ``step``; returns False if the run ends.
 
         Args:
@@ -174,7 +193,9 @@ class Follower:
         Raises:
           TrainingDivergedError: see `run_steps`.
         """
-        hooks, schedule, result = self._hooks, self.schedule, self.result
+        hooks = self._hooks
+        schedule = self.schedule
+        result = self.result
         hooks.advance(step)
         self._meter.add(step, metrics)
         last = step == schedule.steps
@@ -183,9 +204,12 @@ class Follower:
         evaluates = schedule.evaluates(step) and not result.interrupted
         saves = schedule.saves(step) or result.interrupted
         if to_log or result.interrupted:
-            result.state, result.step = state(), step
+            result.state = state()
+            result.step = step
             with _naming_bad_weights(self._params):
-                record = self._meter.record(float(self._rate(step - 1)), complete=to_log)
+                record = self._meter.record(
+                    float(self._rate(step - 1)), complete=to_log
+                )
                 hooks.log(step, record, result.state)
                 if saves:
                     _refuse_diverged(step, result.state)
@@ -196,7 +220,11 @@ class Follower:
         if saves:
             hooks.save(step, result.state, measured)
             self._meter.restart_clock()
-        if evaluates and not last and _exhausted([m for _, m in result.metrics], schedule.patience):
+        if (
+            evaluates
+            and not last
+            and _exhausted([m for _, m in result.metrics], schedule.patience)
+        ):
             result.stopped_early = True
         return not (last or result.interrupted or result.stopped_early)
 
@@ -211,10 +239,14 @@ def _naming_bad_weights(params: Any) -> Iterator[None]:
         if not bad:
             raise
         fault = f"NaN or infinity in {len(bad)} of its arrays"
-        remedy = "the model's files are damaged, or were converted wrongly: replace them"
+        remedy = (
+            "the model's files are damaged, or were converted wrongly: replace them"
+        )
         row = first_bad_row(trees.flatten(params)[bad[0]])
         where = f"the base model: {bad[0]}[{row}]"
-        raise TrainingDivergedError(where, expected="finite numbers", found=fault, remedy=remedy) from error
+        raise TrainingDivergedError(
+            where, expected="finite numbers", found=fault, remedy=remedy
+        ) from error
 
 
 def _refuse_diverged(step: int, state: TrainState) -> None:
@@ -235,7 +267,11 @@ def _due(step: int, every: int) -> bool:
 
 def _exhausted(metrics: list[float], patience: int) -> bool:
     """Returns True if the last ``patience`` evaluations did not improve the best metric."""
-    return patience > 0 and len(metrics) > patience and max(metrics[-patience:]) <= max(metrics[:-patience])
+    return (
+        patience > 0
+        and len(metrics) > patience
+        and max(metrics[-patience:]) <= max(metrics[:-patience])
+    )
 
 
 class _Meter:
@@ -272,41 +308,61 @@ class _Meter:
         A record that is not complete has ``target_tokens``, the weight of its means.
         """
         names = ("loss", "tokens", "target_tokens", "grad_norm")
-        slim = [{k: m[k] for k in names} | dict(m.get("measured", {})) for _, m in self._steps]
-        fetched = jax.device_get((slim, self._steps[-1][1]["layers"], self._steps[-1][1].get("idle", {})))
+        slim = [
+            {k: m[k] for k in names} | dict(m.get("measured", {}))
+            for _, m in self._steps
+        ]
+        fetched = jax.device_get(
+            (slim, self._steps[-1][1]["layers"], self._steps[-1][1].get("idle", {}))
+        )
         seconds = time.perf_counter() - self._since
-        rows: list[dict[str, float]] = [{k: float(v) for k, v in row.items()} for row in fetched[0]]
+        rows: list[dict[str, float]] = [
+            {k: float(v) for k, v in row.items()} for row in fetched[0]
+        ]
         for (step, _), row in zip(self._steps, rows, strict=True):
             if not math.isfinite(row["loss"]):
                 raise TrainingDivergedError(
-                    f"step {step}: loss", expected="a finite number", found=row["loss"], remedy=_ANEW
+                    f"step {step}: loss",
+                    expected="a finite number",
+                    found=row["loss"],
+                    remedy=_ANEW,
                 )
         _require_acting(self._steps[-1][0], fetched[2])
         timed = rows[len(rows) - self._timed :]
         spent = seconds
         if self._begun:  # its means have the weight of all its steps
-            begun = {name: _number(self._begun.get(name)) for name in (*rows[0], "seconds")}
+            begun = {
+                name: _number(self._begun.get(name)) for name in (*rows[0], "seconds")
+            }
             spent += begun.pop("seconds")
             rows.insert(0, begun)
         targets = sum(row["target_tokens"] for row in rows)
         record = {
-            "loss": sum(row["loss"] * row["target_tokens"] for row in rows) / max(targets, 1.0),
+            "loss": sum(row["loss"] * row["target_tokens"] for row in rows)
+            / max(targets, 1.0),
             "learning_rate": learning_rate,
             "grad_norm": rows[-1]["grad_norm"],
             "tokens": sum(row["tokens"] for row in rows),
-            "tokens_per_second": sum(row["tokens"] for row in timed) / seconds if timed else None,
+            "tokens_per_second": sum(row["tokens"] for row in timed) / seconds
+            if timed
+            else None,
             "seconds": spent,
         }
         for name in sorted({*rows[0]} - {*names}):
-            known = [row for row in rows if not math.isnan(row[name])]  # NaN: not measured in this step
+            known = [
+                row for row in rows if not math.isnan(row[name])
+            ]  # NaN: not measured in this step
             weight = sum(row["target_tokens"] for row in known)
             record[name] = math.nan
             if known:
-                record[name] = sum(row[name] * row["target_tokens"] for row in known) / max(weight, 1.0)
+                record[name] = sum(
+                    row[name] * row["target_tokens"] for row in known
+                ) / max(weight, 1.0)
         record |= summarise_layers(fetched[1])
         if not complete:
             record["target_tokens"] = targets
-        self._steps, self._begun = [], {}
+        self._steps = []
+        self._begun = {}
         self.restart_clock()
         return record
 
@@ -337,9 +393,12 @@ def summarise_layers(blocks: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str
         return {}
     names = next(iter(blocks.values()))
     layers = {
-        name: np.concatenate([np.asarray(block[name]) for block in blocks.values()]) for name in names
+        name: np.concatenate([np.asarray(block[name]) for block in blocks.values()])
+        for name in names
     }
-    rows = {path.partition("/")[0]: len(block["feature"]) for path, block in blocks.items()}
+    rows = {
+        path.partition("/")[0]: len(block["feature"]) for path, block in blocks.items()
+    }
     feature = np.nan_to_num(np.asarray(layers["feature"], np.float64))
     total = np.sum(feature)
 

@@ -17,14 +17,28 @@ from nalora_jax.layout.distributed import platform_of
 def describe_device() -> str:
     """Returns number and kind of the devices, with the processor name of CPU devices."""
     platform = platform_of()
-    kind = processor.processor_name() if platform.name == "cpu" else platform.kind
+    if platform.name == "cpu":
+        kind = processor.processor_name()
+    else:
+        kind = platform.kind
     return f"{platform.devices} x {platform.name} ({kind})"
 
 
 def versions() -> dict[str, str]:
     """Returns versions of Python and of the libraries that determine a run's results."""
-    names = ("nalora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {"python": python.python_version()} | {name: installed_version(name) for name in names}
+    names = (
+        "nalora_jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "numpy",
+    )
+    return {"python": python.python_version()} | {
+        name: installed_version(name) for name in names
+    }
 
 
 def peak_memory() -> dict[str, int]:
@@ -42,7 +56,10 @@ def peak_memory() -> dict[str, int]:
         held = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
     if held:
         peaks["peak_memory"] = 1024 * int(held[1])
-    on_devices = [memory_statistics(device).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    on_devices = [
+        memory_statistics(device).get("peak_bytes_in_use", 0)
+        for device in jax.local_devices()
+    ]
     if any(on_devices):
         peaks["peak_device_memory"] = max(on_devices)
     return peaks
@@ -55,9 +72,14 @@ def host_memory(
     if not info.exists():
         return 0, 0
     lines = dict(re.findall(r"^(\w+):\s+(\d+) kB", info.read_text(), re.MULTILINE))
-    free, total = (1024 * int(lines.get(name, 0)) for name in ("MemAvailable", "MemTotal"))
+    free, total = (
+        1024 * int(lines.get(name, 0)) for name in ("MemAvailable", "MemTotal")
+    )
     try:
-        texts = {name: (group / f"memory.{name}").read_text() for name in ("max", "current", "stat")}
+        texts = {
+            name: (group / f"memory.{name}").read_text()
+            for name in ("max", "current", "stat")
+        }
         limit = int(texts["max"])
     except (OSError, ValueError):  # "max" without a limit
         return free, total
@@ -67,7 +89,8 @@ def host_memory(
 
 
 def device_memory() -> float:
-    """Returns the bytes of a device's memory; devices of a CPU share the memory of `host_memory`."""
+    """Returns the bytes of a device's memory; devices of a CPU share the memory of
+    `host_memory`."""
     devices = jax.local_devices()
     limit = memory_statistics(devices[0]).get("bytes_limit")
     if limit:

@@ -18,7 +18,10 @@ log = logging.getLogger(__name__)
 
 
 def mechanisms_of(
-    config: RunConfig, activation: str, blocks: Mapping[str, str], gates: Mapping[str, str]
+    config: RunConfig,
+    activation: str,
+    blocks: Mapping[str, str],
+    gates: Mapping[str, str],
 ) -> Mechanisms:
     """Returns the mechanisms of a run; none, with a warning, if no adapter is on a gate.
 
@@ -28,19 +31,27 @@ def mechanisms_of(
       blocks: activation of each measured block, by path.
       gates: see `nalora_jax.method.low_rank.find_gates`.
     """
-    steps, seed = config.steps, config.seed
-    mechanisms = make_mechanisms(config.mechanisms, activation=activation, total_steps=steps, seed=seed)
+    steps = config.steps
+    seed = config.seed
+    mechanisms = make_mechanisms(
+        config.mechanisms, activation=activation, total_steps=steps, seed=seed
+    )
     if mechanisms.entries and not gates:
         names = ", ".join(label for label, _ in mechanisms.entries)
-        message = "no adapter sits on a gate (gate_proj or in_proj): no mechanism acts (%s)"
+        message = (
+            "no adapter sits on a gate (gate_proj or in_proj): no mechanism acts (%s)"
+        )
         log.warning(message, names)
         return replace(mechanisms, entries=())
-    differing = tuple((path, name) for path, name in blocks.items() if name != activation)
+    differing = tuple(
+        (path, name) for path, name in blocks.items() if name != activation
+    )
     return replace(mechanisms, others=differing)
 
 
 def first_step(mechanisms: Mechanisms) -> int:
-    """Returns the first optimizer step in which a mechanism acts, counted from 1; 0 without mechanisms."""
+    """Returns the first optimizer step in which a mechanism acts, counted from 1; 0 without
+    mechanisms."""
     return min((mechanism.warmup + 1 for _, mechanism in mechanisms.entries), default=0)
 
 
@@ -48,13 +59,17 @@ def log_first_step(mechanisms: Mechanisms, steps: int) -> None:
     """Logs the step from which mechanisms act; warns if a run of ``steps`` steps ends before."""
     first = first_step(mechanisms)
     if first > steps:
-        message = "mechanisms act from step %d, and the run ends at step %d: it is plain LoRA"
+        message = (
+            "mechanisms act from step %d, and the run ends at step %d: it is plain LoRA"
+        )
         log.warning(message, first, steps)
     elif first:
         log.info("mechanisms act from step %d", first)
 
 
-def layer_metrics(mechanisms: Mechanisms) -> Callable[[BlockStats, BlockStats, Factors], BlockStats]:
+def layer_metrics(
+    mechanisms: Mechanisms,
+) -> Callable[[BlockStats, BlockStats, Factors], BlockStats]:
     """Returns the metrics of a step's blocks, for `nalora_jax.method.step.StepConfig.metrics`.
 
     The function takes sums by block (channels ``[layers, ..., d_ff]``, counts ``[layers, ...]``,
@@ -64,7 +79,9 @@ def layer_metrics(mechanisms: Mechanisms) -> Callable[[BlockStats, BlockStats, F
     of 1 or more), ``factor_min`` and ``factor_max``; ``[layers]`` each. Experts are averaged over.
     """
 
-    def metrics(stats: BlockStats, own_factors: BlockStats, factors: Factors) -> BlockStats:
+    def metrics(
+        stats: BlockStats, own_factors: BlockStats, factors: Factors
+    ) -> BlockStats:
         blocks = {path: layer_means(sums) for path, sums in stats.items()}
         for path, block in blocks.items():
             for label, mechanism in mechanisms.entries:
@@ -75,7 +92,10 @@ def layer_metrics(mechanisms: Mechanisms) -> Callable[[BlockStats, BlockStats, F
             if path in factors.get("update_b", {}):
                 joint = _by_layer(factors["update_b"][path])
                 block["favoured"] = jnp.mean((joint >= 1.0).astype(jnp.float32), axis=1)
-                block |= {"factor_min": jnp.min(joint, axis=1), "factor_max": jnp.max(joint, axis=1)}
+                block |= {
+                    "factor_min": jnp.min(joint, axis=1),
+                    "factor_max": jnp.max(joint, axis=1),
+                }
         return blocks
 
     return metrics
@@ -87,7 +107,8 @@ def _by_layer(factor: Array) -> Array:
 
 
 def layer_means(sums: Mapping[str, Array]) -> dict[str, Array]:
-    """Returns a block's log metrics: means over a layer's tokens, channels and experts, and `RATIOS`.
+    """Returns a block's log metrics: means over a layer's tokens, channels and experts, and
+    `RATIOS`.
 
     Args:
       sums: ``[layers, ..., d_ff]``, ``[layers, ..., parts, d_ff]``, counts ``[layers, ...]``; the
@@ -98,7 +119,11 @@ def layer_means(sums: Mapping[str, Array]) -> dict[str, Array]:
     """
     means: dict[str, Array] = {}
     totals = {name: _layer_total(value, _parts(name)) for name, value in sums.items()}
-    for name in (name for name in sums if name in statistics.TABLE and statistics.get(name).metric):
+    for name in (
+        name
+        for name in sums
+        if name in statistics.TABLE and statistics.get(name).metric
+    ):
         count = totals[statistics.get(name).count] * sums[name].shape[-1]
         if statistics.get(name).parts:
             count = count[:, None]
@@ -119,5 +144,8 @@ def _parts(name: str) -> int:
 
 def _layer_total(x: Array, parts: int) -> Array:
     """Returns ``[layers]``, or ``[layers, parts]``; not reshaped, since axes may be sharded."""
-    axes = (*range(1, x.ndim - 2), x.ndim - 1) if parts else tuple(range(1, x.ndim))
+    if parts:
+        axes = (*range(1, x.ndim - 2), x.ndim - 1)
+    else:
+        axes = tuple(range(1, x.ndim))
     return jnp.sum(x, axis=axes)

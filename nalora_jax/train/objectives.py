@@ -50,7 +50,9 @@ class NextToken:
     # The loss of a mesh's runs has chunks of fixed rows: the others are as many as one run needs.
     has_runs: bool = False
 
-    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
+    def loss(
+        self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array
+    ) -> Evaluated:
         """Returns the loss of ``[rows, seq]`` arrays; see `nalora_jax.method.step.Objective`."""
         hidden = self.hidden(variables, batch, key)
         if (trained := self.trained_head(variables["lora"], params)) is not None:
@@ -65,7 +67,9 @@ class NextToken:
                 shards=self.batch_shards,
             )
             return Evaluated(loss)
-        return Evaluated(self.cross_entropy(hidden, params, batch, batch["loss_weights"]))
+        return Evaluated(
+            self.cross_entropy(hidden, params, batch, batch["loss_weights"])
+        )
 
     def hidden(
         self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any
@@ -87,10 +91,14 @@ class NextToken:
         return hidden
 
     def base_hidden(self, variables: Mapping[str, Any], batch: Batch) -> jax.Array:
-        """Returns the hidden states of the base: the same weights with the adapter off, without dropout."""
+        """Returns the hidden states of the base: the same weights with the adapter off, without
+        dropout."""
         base = {name: tree for name, tree in variables.items() if name not in _ADAPTED}
         hidden: jax.Array = self.model.clone(adapters=AdapterSpec()).apply(
-            base, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+            base,
+            batch["tokens"],
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
         )
         return hidden
 
@@ -98,7 +106,9 @@ class NextToken:
         """Returns values of tokens ``[rows, seq]`` in the layout of the hidden states."""
         return split(values, self.row_sharding)
 
-    def trained_head(self, lora: Mapping[str, Any], params: Any) -> WholeHead | HeadRows | None:
+    def trained_head(
+        self, lora: Mapping[str, Any], params: Any
+    ) -> WholeHead | HeadRows | None:
         """Returns the head's trained leaves and frozen kernel; None if the head is frozen."""
         if "embed" not in lora and "lm_head" not in lora:
             return None
@@ -109,15 +119,22 @@ class NextToken:
             return None
         name, ids = rows
         group, leaf = ROWS[name].split("/")
-        return HeadRows(lora[group][leaf], self.kernel(params), ids, self.head.transposed)
+        return HeadRows(
+            lora[group][leaf], self.kernel(params), ids, self.head.transposed
+        )
 
     def kernel(self, params: Any) -> Any:
         """Returns the head's kernel in its stored form."""
-        kernel = params["embed"]["embedding"] if self.head.transposed else params["lm_head"]["kernel"]
+        if self.head.transposed:
+            kernel = params["embed"]["embedding"]
+        else:
+            kernel = params["lm_head"]["kernel"]
         for sharding in self.head_shardings:  # gathered once, for all chunks
             kernel = lax.with_sharding_constraint(kernel, sharding)
             if sharding is not self.head_shardings[-1]:
-                kernel = jax.tree.map(lambda x: in_stored_layout(x, self.numerics), kernel)
+                kernel = jax.tree.map(
+                    lambda x: in_stored_layout(x, self.numerics), kernel
+                )
         return kernel
 
     @property
@@ -125,8 +142,11 @@ class NextToken:
         """True if the loss gathers the rows that have a target."""
         return self.batch_shards == 1 and not self.has_runs
 
-    def cross_entropy(self, hidden: jax.Array, params: Any, batch: Batch, weights: jax.Array) -> jax.Array:
-        """Returns the cross-entropy of the targets, weighted by ``[rows, seq]`` and summed; hidden is of `parts`."""
+    def cross_entropy(
+        self, hidden: jax.Array, params: Any, batch: Batch, weights: jax.Array
+    ) -> jax.Array:
+        """Returns the cross-entropy of the targets, weighted by ``[rows, seq]`` and summed; hidden
+        is of `parts`."""
         return cross_entropy(
             hidden,
             self.kernel(params),
@@ -140,7 +160,8 @@ class NextToken:
         )
 
     def target_losses(self, hidden: jax.Array, params: Any, batch: Batch) -> jax.Array:
-        """Returns each token's loss times its weight, ``[rows, seq]``, without a gradient; hidden is of `parts`."""
+        """Returns each token's loss times its weight, ``[rows, seq]``, without a gradient; hidden
+        is of `parts`."""
         losses = target_losses(
             hidden,
             self.kernel(params),
@@ -174,4 +195,6 @@ def through_surrogate(
     value: jax.Array, surrogate: jax.Array, measured: Mapping[str, jax.Array]
 ) -> Evaluated:
     """Returns a loss with one value and the gradient of another, and metrics without a gradient."""
-    return Evaluated(lax.stop_gradient(value - surrogate) + surrogate, lax.stop_gradient(measured))
+    return Evaluated(
+        lax.stop_gradient(value - surrogate) + surrogate, lax.stop_gradient(measured)
+    )

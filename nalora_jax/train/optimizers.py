@@ -41,7 +41,9 @@ def make_optimizer(
     Raises:
       NaloraError: an unknown optimizer, or weight decay with one that has none.
     """
-    values = replace(config, **{name: value for name, value in numbers.items() if name in _OF_CONFIG})
+    values = replace(
+        config, **{name: value for name, value in numbers.items() if name in _OF_CONFIG}
+    )
     schedule = make_schedule(config, total_steps)
     if "rate_of_step" in numbers:
         schedule = partial(_rate_of_step, numbers["rate_of_step"])
@@ -52,7 +54,9 @@ def make_optimizer(
     if plus_ratio != 1:
         ratio = numbers.get("plus_ratio", plus_ratio)
         # After learning rate and weight decay: equivalent to a larger learning rate of B.
-        stages.append(_scale_leaves(lambda path: ratio if path.split("/")[-1] == "b" else 1.0))
+        stages.append(
+            _scale_leaves(lambda path: ratio if path.split("/")[-1] == "b" else 1.0)
+        )
     if config.rates:
         stages.append(scale_by_projection(config.rates))
     return optax.with_extra_args_support(optax.chain(*stages))
@@ -64,7 +68,8 @@ def _rate_of_step(rates: jax.Array, step: jax.Array) -> jax.Array:
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Returns the learning rate by step: linear warm-up to the peak, then constant or a decay to ``final_ratio`` of it.
+    """Returns the learning rate by step: linear warm-up to the peak, then constant or a decay to
+    ``final_ratio`` of it.
 
     Warm-up covers ``warmup_steps``, or ``ceil(warmup_share * total_steps)`` steps. It starts above
     0, so that the first step has an effect; with ``warmup_from_zero`` and a final ratio of 0 the
@@ -73,9 +78,13 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     if not config.learning_rate:
         remedy = "nalora_jax.train.optimizers decides it"
         raise NaloraError(
-            "--optimizer.learning-rate", expected="a number above 0", found="auto", remedy=remedy
+            "--optimizer.learning-rate",
+            expected="a number above 0",
+            found="auto",
+            remedy=remedy,
         )
-    peak, final = config.learning_rate, config.learning_rate * config.final_ratio
+    peak = config.learning_rate
+    final = config.learning_rate * config.final_ratio
     warmup = config.warmup_steps or math.ceil(config.warmup_share * total_steps)
     if not config.warmup_from_zero:
         warmup = min(warmup, total_steps - 1)
@@ -83,11 +92,15 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     decays: dict[str, optax.Schedule] = {
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, final, decay_steps),
-        "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_ratio),
+        "cosine": optax.cosine_decay_schedule(
+            peak, decay_steps, alpha=config.final_ratio
+        ),
     }
     if config.schedule not in decays:
         expected = f"one of {', '.join(decays)}"
-        raise NaloraError("--optimizer.schedule", expected=expected, found=config.schedule)
+        raise NaloraError(
+            "--optimizer.schedule", expected=expected, found=config.schedule
+        )
     if warmup <= 0:
         return decays[config.schedule]
     start = peak / (warmup + 1)
@@ -103,12 +116,17 @@ def _named_optimizer(
     decay = config.weight_decay
     match name:
         case "adamw":
-            return optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=decay)
+            return optax.adamw(
+                schedule, config.b1, config.b2, config.eps, weight_decay=decay
+            )
         case "adam" if decay == 0:
             return optax.adam(schedule, config.b1, config.b2, config.eps)
         case "adam":
             raise NaloraError(
-                "--optimizer.weight-decay", expected="0 with adam", found=decay, remedy="use adamw"
+                "--optimizer.weight-decay",
+                expected="0 with adam",
+                found=decay,
+                remedy="use adamw",
             )
         case "lion":
             return optax.lion(schedule, config.b1, config.b2, weight_decay=decay)
@@ -119,7 +137,9 @@ def _named_optimizer(
             # 0), and its weight decay ignores the learning rate.
             factored = (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
             return optax.chain(
-                *factored, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(schedule)
+                *factored,
+                optax.add_decayed_weights(decay),
+                optax.scale_by_learning_rate(schedule),
             )
     names = "adamw, adam, sgd, lion, adafactor"
     raise NaloraError("--optimizer.name", expected=f"one of {names}", found=name)
@@ -129,7 +149,8 @@ def _scale_leaves(factor: Callable[[str], Any]) -> optax.GradientTransformation:
     """Returns a transform that multiplies each update by the factor of its path.
 
     It comes after preconditioner, learning rate and weight decay, so that a factor is a ratio of
-    learning rates. Before Adam, which divides by the gradient's size, it would have almost no effect.
+    learning rates. Before Adam, which divides by the gradient's size, it would have almost no
+    effect.
     """
 
     def update_fn(updates: Any, params: Any = None) -> Any:
@@ -138,11 +159,15 @@ def _scale_leaves(factor: Callable[[str], Any]) -> optax.GradientTransformation:
     return optax.stateless(update_fn)
 
 
-def scale_by_projection(rates: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
-    """Returns a transform that multiplies the updates of A and B by the factor of the first matching rule.
+def scale_by_projection(
+    rates: Sequence[tuple[str, float]],
+) -> optax.GradientTransformation:
+    """Returns a transform that multiplies the updates of A and B by the factor of the first
+    matching rule.
 
     Args:
-      rates: (regular expression, factor) pairs, searched in stacked paths such as ``layers/ffn/gate_proj``.
+      rates: (regular expression, factor) pairs, searched in stacked paths such as
+        ``layers/ffn/gate_proj``.
 
     Raises:
       NaloraError: in ``init``, if a pattern matches no adapter or is not a regular expression.
@@ -164,13 +189,17 @@ def scale_by_projection(rates: Sequence[tuple[str, float]]) -> optax.GradientTra
 # studies/full_ffn_table (rank 8) and studies/gate_only_small_rank, from grids of factor 2.
 # Wider models: inversely proportional to the width, close to a public sweep (docs/method.md); not
 # measured here.
-_TUNED, _WIDTH = 4e-3, 576
+_TUNED = 4e-3
+_WIDTH = 576
 # Largest alpha with this rate. Above it the best rate falls with this power of alpha, at any rank
 # (studies/rate_by_rank, ranks 2 to 64).
-_ALPHA, _POWER = 16, 1 / 2
-# Gradient-subspace initialization has half of that from this alpha on (studies/rate_by_rank_gradient,
-# rank 64; at rank 16 its fixed criterion holds for one of two tasks).
-_GRADIENT_ALPHA, _GRADIENT = 128, 1 / 2
+_ALPHA = 16
+_POWER = 1 / 2
+# Gradient-subspace initialization has half of that from this alpha on
+# (studies/rate_by_rank_gradient, rank 64; at rank 16 its fixed criterion holds for one of two
+# tasks).
+_GRADIENT_ALPHA = 128
+_GRADIENT = 1 / 2
 # Image and text encoders: best rate of plain LoRA in each task of studies/few_shot_seeds.
 _ENCODERS = 1e-3
 # Factors on these rates. For preference losses: a guess, without evidence (docs/data.md).
@@ -189,10 +218,10 @@ def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
 
     The rate is 4e-3 up to a width of 576, as the studies found, and ``4e-3 * 576 / width`` for
     wider models, times ``sqrt(16 / alpha)`` if the largest alpha of the rules is above 16 (not with
-    AdaLoRA), and half of that for gradient-subspace initialization with an alpha of 128 or more; 1e-3
-    for image and text encoders. It is divided by 8 for preference losses, rewards and
-    LoRA-GA and by 4 for PiSSA, multiplied by 4 for AdaLoRA, and divided by the square root of LoRA+'s
-    ratio, which keeps the product of A's and B's rates.
+    AdaLoRA), and half of that for gradient-subspace initialization with an alpha of 128 or more;
+    1e-3 for image and text encoders. It is divided by 8 for preference losses, rewards and
+    LoRA-GA and by 4 for PiSSA, multiplied by 4 for AdaLoRA, and divided by the square root of
+    LoRA+'s ratio, which keeps the product of A's and B's rates.
 
     Args:
       config: the run's settings.
@@ -206,7 +235,12 @@ def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
         return config
     if settings.name not in _ADAPTIVE:
         expected = f"a learning rate with {settings.name}"
-        raise NaloraError("--optimizer.learning-rate", expected=expected, found="auto", remedy="name it")
+        raise NaloraError(
+            "--optimizer.learning-rate",
+            expected=expected,
+            found="auto",
+            remedy="name it",
+        )
     rate = _ENCODERS
     if width:
         rate = _TUNED * min(1.0, _WIDTH / width)
@@ -227,7 +261,11 @@ def _by_alpha(lora: LoRAConfig) -> float:
     """Returns the factor of the largest alpha, which is the residual's scale times the rank."""
     alphas = [
         rule.rank
-        * adapter_scale(2 * rule.rank if rule.alpha is None else rule.alpha, rule.rank, rslora=lora.rslora)
+        * adapter_scale(
+            2 * rule.rank if rule.alpha is None else rule.alpha,
+            rule.rank,
+            rslora=lora.rslora,
+        )
         for rule in lora.rules
     ]
     alpha = max(_ALPHA, *alphas)

@@ -1,4 +1,5 @@
-"""A run's output folder: its lock, its checks, its visibility to all processes, its copy in a store.
+"""A run's output folder: its lock, its checks, its visibility to all processes, its copy in a
+store.
 
 <output>/run.lock         the process that writes here, during a run
         /metrics.jsonl    metrics and settings (`nalora_jax.evaluate.run_log`)
@@ -11,8 +12,8 @@
 
 In an object store (``gs://bucket/run``, ``s3://bucket/run``), the first process writes to a local
 folder. Its finished files are copied to the store every 30 seconds and once more at the end; files
-that the run removed are removed from the store. A resumed run, on the same or another machine, first
-fetches the files of the store. Other processes fetch them too, but write no files.
+that the run removed are removed from the store. A resumed run, on the same or another machine,
+first fetches the files of the store. Other processes fetch them too, but write no files.
 
 In Google's store, all processes write checkpoints directly, through Orbax, and a commit file
 completes each; they are never copied. In other stores, one process copies its checkpoints like the
@@ -56,11 +57,18 @@ from nalora_jax.train.profile import FOLDER as PROFILE
 CHECKPOINTS = "checkpoints"
 START = "start"
 # Entries that a run may write before its first checkpoint.
-_BEGINNING = {"metrics.jsonl", "before.json", "tensorboard", "wandb", "mlflow", START, CHECKPOINTS, PROFILE}
+_BEGINNING = {
+    "metrics.jsonl",
+    "before.json",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    START,
+    CHECKPOINTS,
+    PROFILE,
+}
 _BEGINNING |= {ROLLOUTS, "rollouts"}  # with rewards
-_SEEN_WITHIN = (
-    20.0  # seconds in which a file has to appear on all hosts; NFS keeps listings for some seconds
-)
+_SEEN_WITHIN = 20.0  # seconds in which a file has to appear on all hosts; NFS keeps listings for some seconds
 
 Resume = bool | Literal["auto"]
 
@@ -111,7 +119,8 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
         checkpoint; another process writes to it; it cannot be written; a process does not see it;
         or a folder in it is a symbolic link.
     """
-    where, several = buckets.url(str(folder)), jax.process_count() > 1
+    where = buckets.url(str(folder))
+    several = jax.process_count() > 1
     if where is None:
         with _claimed(Output(Path(folder), False), resume) as output:
             if several:
@@ -123,7 +132,9 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
         remedy = "mount the bucket on every host (mountpoint-s3 for s3://) and name a folder in it"
         expected = f"a folder of a file system or gs://..., with {jax.process_count()} processes"
         raise NaloraError("--output", expected=expected, found=where, remedy=remedy)
-    with mirrored(where, fresh=not resume, without=(CHECKPOINTS,) if direct else ()) as mirror:
+    with mirrored(
+        where, fresh=not resume, without=(CHECKPOINTS,) if direct else ()
+    ) as mirror:
         if several:
             check_shared(mirror.store)
         if jax.process_index():
@@ -137,7 +148,9 @@ def _claimed(output: Output, resume: Resume) -> Iterator[Output]:
     """Locks a local folder within the block, and finds out if it contains a run to resume."""
     held: list[RunLock] = []
     try:
-        resumes = on_first_process(lambda: _claim(output.folder, output.checkpoints, resume, held))
+        resumes = on_first_process(
+            lambda: _claim(output.folder, output.checkpoints, resume, held)
+        )
         if jax.process_count() > 1:
             resumes = multihost_utils.broadcast_one_to_all(np.int32(bool(resumes)))
         yield replace(output, resumes=bool(resumes))
@@ -155,13 +168,17 @@ def check_shared(folder: Any) -> None:
     Raises:
       NaloraError: in every process, naming the processes that do not see the folder.
     """
-    number = multihost_utils.broadcast_one_to_all(np.frombuffer(secrets.token_bytes(8), np.uint32))
+    number = multihost_utils.broadcast_one_to_all(
+        np.frombuffer(secrets.token_bytes(8), np.uint32)
+    )
     mark = folder / f".shared-{number.tobytes().hex()}"
     on_first_process(mark.touch)
     until = time.monotonic() + _SEEN_WITHIN
     while not (visible := _is_seen(mark)) and time.monotonic() < until:
         time.sleep(0.1)
-    visible_to = np.asarray(multihost_utils.process_allgather(np.int32(visible))).ravel()
+    visible_to = np.asarray(
+        multihost_utils.process_allgather(np.int32(visible))
+    ).ravel()
     on_first_process(lambda: mark.unlink(missing_ok=True))
     if not visible_to.all():
         blind = ", ".join(map(str, np.flatnonzero(visible_to == 0)[:8]))
@@ -177,7 +194,9 @@ def check_shared(folder: Any) -> None:
 def _is_seen(mark: Any) -> bool:
     try:
         return bool(mark.exists())
-    except Exception:  # e.g. missing permissions; the other processes have to be notified
+    except (
+        Exception
+    ):  # e.g. missing permissions; the other processes have to be notified
         return False
 
 
@@ -185,7 +204,10 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[RunLock]) ->
     """Creates or checks the folder and locks it; returns True if there is a run to resume."""
     if path.exists() and not path.is_dir():
         raise NaloraError(
-            "--output", expected="a folder", found=f"the file {path}", remedy="choose another name"
+            "--output",
+            expected="a folder",
+            found=f"the file {path}",
+            remedy="choose another name",
         )
     if resume is True:
         _require_checkpoint(path, checkpoints)
@@ -245,14 +267,15 @@ def _require_checkpoint(path: Path, checkpoints: Any) -> None:
         return
     remedy = "start without --resume, or name the run's own --output"
     if (path / "adapter_config.json").exists():
-        remedy = (
-            f"the folder is an adapter, not a run: continue it with --adapter {path} and a new --output"
-        )
+        remedy = f"the folder is an adapter, not a run: continue it with --adapter {path} and a new --output"
     elif _files(path) and set(_files(path)) <= _BEGINNING:
-        remedy = (
-            "the run in it stopped before its first checkpoint: delete the folder, or start in another one"
-        )
-    raise NaloraError("--resume", expected=f"a checkpoint in {checkpoints}", found="none", remedy=remedy)
+        remedy = "the run in it stopped before its first checkpoint: delete the folder, or start in another one"
+    raise NaloraError(
+        "--resume",
+        expected=f"a checkpoint in {checkpoints}",
+        found="none",
+        remedy=remedy,
+    )
 
 
 def _files(path: Path) -> list[str]:
@@ -263,7 +286,9 @@ def _files(path: Path) -> list[str]:
 
 
 log = logging.getLogger(__name__)
-HOLDER = "lock"  # in the store: the machine that copies to it, and the time of its last copy
+HOLDER = (
+    "lock"  # in the store: the machine that copies to it, and the time of its last copy
+)
 _EVERY = 30.0  # seconds between two copies
 _DIRECT = "gs://"  # paths that Orbax and TensorStore write directly
 
@@ -288,7 +313,9 @@ def write_text(folder: str, name: str, text: str) -> None:
 
 
 @contextmanager
-def mirrored(where: str, *, fresh: bool, without: tuple[str, ...] = ()) -> Iterator[Mirror]:
+def mirrored(
+    where: str, *, fresh: bool, without: tuple[str, ...] = ()
+) -> Iterator[Mirror]:
     """Opens a local folder whose finished files are copied to the URL ``where``.
 
     Copying stops when the context ends. With several processes, each has a local folder. Only the
@@ -328,14 +355,18 @@ def mirrored(where: str, *, fresh: bool, without: tuple[str, ...] = ()) -> Itera
         yield mirror
         return
     stop = threading.Event()
-    thread = threading.Thread(target=_keep_copying, args=(mirror, stop), name="output copies", daemon=True)
+    thread = threading.Thread(
+        target=_keep_copying, args=(mirror, stop), name="output copies", daemon=True
+    )
     thread.start()
     try:
         yield mirror
     finally:
         stop.set()
         thread.join()
-        with _store_errors(where, f"to take the last files of the run, which are in {folder}"):
+        with _store_errors(
+            where, f"to take the last files of the run, which are in {folder}"
+        ):
             mirror.push()
             (mirror.store / HOLDER).unlink(missing_ok=True)
         log.info("output: %s", where)
@@ -348,7 +379,9 @@ class Mirror:
     where: str
     store: epath.Path
     folder: Path
-    without: tuple[str, ...] = ()  # folders at its top that are neither fetched nor copied
+    without: tuple[
+        str, ...
+    ] = ()  # folders at its top that are neither fetched nor copied
     # Size and time of each file at its last copy.
     _copied: dict[str, tuple[int, int]] = field(default_factory=dict)
     _copies: threading.Lock = field(default_factory=threading.Lock)
@@ -365,7 +398,8 @@ class Mirror:
                 holder = json.loads(lock.read_text())
                 age = time.time() - float(holder["time"])
             except (ValueError, KeyError, TypeError, RecursionError):
-                holder, age = {}, 0.0
+                holder = {}
+                age = 0.0
             if holder.get("host") != socket.gethostname() and age < 4 * _EVERY:
                 raise NaloraError(
                     f"--output {self.where}",
@@ -378,11 +412,15 @@ class Mirror:
     def fetch(self, within: str = "") -> None:
         """Replaces the local folder, or a folder ``within`` it, by its copy in the store."""
         here = self.folder / within
-        if here.exists():  # of an earlier run on this machine; the store has its last copies
+        if (
+            here.exists()
+        ):  # of an earlier run on this machine; the store has its last copies
             shutil.rmtree(here)
         here.mkdir(parents=True, exist_ok=True)
         for name in self.names():
-            if name.partition("/")[0] in self.without or not name.startswith(within and f"{within}/"):
+            if name.partition("/")[0] in self.without or not name.startswith(
+                within and f"{within}/"
+            ):
                 continue
             target = self.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -393,11 +431,17 @@ class Mirror:
         """Copies new and changed files, and removes deleted ones."""
         with self._copies:
             self._sign()
-            states = {name: _state(self.folder / name) for name in finished(self.folder)}
+            states = {
+                name: _state(self.folder / name) for name in finished(self.folder)
+            }
             # Digests first: they list the files that have to follow.
-            for name in sorted(states, key=lambda name: (Path(name).name != DIGESTS, name)):
+            for name in sorted(
+                states, key=lambda name: (Path(name).name != DIGESTS, name)
+            ):
                 if self._copied.get(name) != states[name]:
-                    epath.Path(self.folder / name).copy(self.store / name, overwrite=True)
+                    epath.Path(self.folder / name).copy(
+                        self.store / name, overwrite=True
+                    )
                     self._copied[name] = states[name]
             for name in self._copied.keys() - states.keys():
                 (self.store / name).unlink(missing_ok=True)
@@ -411,17 +455,25 @@ class Mirror:
         return [name for name in names if name != HOLDER and not name.startswith(".")]
 
     def _sign(self) -> None:
-        (self.store / HOLDER).write_text(json.dumps({"host": socket.gethostname(), "time": time.time()}))
+        (self.store / HOLDER).write_text(
+            json.dumps({"host": socket.gethostname(), "time": time.time()})
+        )
 
 
 def finished(folder: Path) -> list[str]:
     """Returns the files below ``folder`` except scratch files and uncommitted checkpoints."""
     names_found = []
     for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if ocp_path.atomicity_types.TMP_DIR_SUFFIX not in name]
+        folders[:] = [
+            name
+            for name in folders
+            if ocp_path.atomicity_types.TMP_DIR_SUFFIX not in name
+        ]
         within = Path(root).relative_to(folder)
         names_found += [
-            str(within / name) for name in names if not name.startswith(".") and name != RUN_LOCK
+            str(within / name)
+            for name in names
+            if not name.startswith(".") and name != RUN_LOCK
         ]
     return names_found
 
@@ -434,9 +486,13 @@ def _keep_copying(mirror: Mirror, stop: threading.Event) -> None:
             warned = False
         except FileNotFoundError:  # the run removed a file during the copy
             continue
-        except Exception as error:  # stores raise any type; the last copy does not suppress it
+        except (
+            Exception
+        ) as error:  # stores raise any type; the last copy does not suppress it
             if not warned:
-                log.warning("%s cannot be written (%s); trying again", mirror.where, error)
+                log.warning(
+                    "%s cannot be written (%s); trying again", mirror.where, error
+                )
             warned = True
 
 
@@ -476,4 +532,6 @@ def _store_errors(where: str, expected: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         remedy = "check the bucket and your rights"
-        raise NaloraError(f"--output {where}", expected=expected, found=reason, remedy=remedy) from error
+        raise NaloraError(
+            f"--output {where}", expected=expected, found=reason, remedy=remedy
+        ) from error

@@ -1,15 +1,18 @@
 """Policy gradients (`nalora_jax.ops.policy_losses`) as an objective of the training step.
 
-As in `nalora_jax.train.kinds.preference`, the loss depends on tokens only through their log-probabilities, so
-its gradient is that of a cross-entropy whose weights are the derivatives of the loss by the
-log-probabilities, and logits are computed in chunks. The base is the same weights with the adapter off.
+As in `nalora_jax.train.kinds.preference`, the loss depends on tokens only through their
+log-probabilities, so its gradient is that of a cross-entropy whose weights are the derivatives of
+the loss by the log-probabilities, and logits are computed in chunks. The base is the same weights
+with the adapter off.
 
-A batch has the arrays of text, one sample a row, whose loss weights are 1 for the sample's tokens, and
+A batch has the arrays of text, one sample a row, whose loss weights are 1 for the sample's tokens,
+and
 
     advantages  [rows]
     real        [rows]       0 for rows of padding
     sampled     [rows, seq]  log-probability of each target when it was sampled, by the generator
-    old         [rows, seq]  the same by the training program before the first of several updates; absent if
+    old         [rows, seq]  the same by the training program before the first of several updates;
+    absent if
                              there is one update, which computes it
     base        [rows, seq]  the same by the base; absent if the update computes it for its loss
 """
@@ -44,28 +47,39 @@ class Policy:
 
     @property
     def policy(self) -> NextToken:
-        """The objective whose logits are divided by the temperature: c tanh(s x / c) / T has scale s / T, cap c / T."""
-        head, t = self.text.head, self.temperature
-        return replace(self.text, head=head._replace(scale=head.scale / t, softcap=head.softcap / t))
+        """The objective whose logits are divided by the temperature: c tanh(s x / c) / T has scale
+        s / T, cap c / T."""
+        head = self.text.head
+        t = self.temperature
+        return replace(
+            self.text,
+            head=head._replace(scale=head.scale / t, softcap=head.softcap / t),
+        )
 
-    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
+    def loss(
+        self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array
+    ) -> Evaluated:
         """Returns the loss, see `nalora_jax.method.step.Objective`, and metrics of the samples.
 
-        Metrics are means over the same tokens as the loss: ``entropy`` (of the policy, estimated by minus
-        the log-probability of its own samples), ``divergence`` from the base, ``clipped`` (share of tokens
-        without a gradient), ``mismatch`` (absolute difference between the log-probabilities of generator and
-        training program) and ``mismatch_bound`` (total variation distance between their distributions of a
-        token, estimated by half of |ratio - 1|: it bounds by how much the probability of any event differs).
+        Metrics are means over the same tokens as the loss: ``entropy`` (of the policy, estimated by
+        minus the log-probability of its own samples), ``divergence`` from the base, ``clipped``
+        (share of tokens without a gradient), ``mismatch`` (absolute difference between the
+        log-probabilities of generator and training program) and ``mismatch_bound`` (total variation
+        distance between their distributions of a token, estimated by half of |ratio - 1|: it bounds
+        by how much the probability of any event differs).
         """
         mask = batch["loss_weights"]
         hidden = self.policy.hidden(variables, batch, key)
         log_probs = -self.policy.target_losses(hidden, params, batch)
-        old, base = batch.get("old", log_probs), batch.get("base")
+        old = batch.get("old", log_probs)
+        base = batch.get("base")
         if base is None:
             base = self.base_log_probs(variables, params, batch)
 
         def total(log_probs: jax.Array) -> tuple[jax.Array, Losses]:
-            losses = policy_loss(log_probs, old, base, mask, batch["advantages"], self.settings)
+            losses = policy_loss(
+                log_probs, old, base, mask, batch["advantages"], self.settings
+            )
             return losses.loss, losses
 
         (value, losses), slope = jax.value_and_grad(total, has_aux=True)(log_probs)
@@ -78,22 +92,30 @@ class Policy:
             "divergence": jnp.sum(share * losses.divergence),
             "clipped": jnp.sum(share * losses.clipped),
             "mismatch": jnp.sum(share * jnp.abs(old - batch["sampled"])),
-            "mismatch_bound": jnp.sum(share * jnp.abs(jnp.expm1(old - batch["sampled"]))) / 2,
+            "mismatch_bound": jnp.sum(
+                share * jnp.abs(jnp.expm1(old - batch["sampled"]))
+            )
+            / 2,
         }
         return through_surrogate(value, surrogate, measured)
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns the numbers of real tokens, and of what the loss is a mean over."""
-        return self.text.counts(batch)[0], denominator(batch["loss_weights"], batch["real"], self.settings)
+        return self.text.counts(batch)[0], denominator(
+            batch["loss_weights"], batch["real"], self.settings
+        )
 
     def log_probs(
         self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array
     ) -> jax.Array:
-        """Returns the policy's log-probabilities of the targets, ``[rows, seq]``; 0 without a loss weight."""
+        """Returns the policy's log-probabilities of the targets, ``[rows, seq]``; 0 without a loss
+        weight."""
         hidden = self.policy.hidden(variables, batch, key)
         return -self.policy.target_losses(hidden, params, batch)
 
-    def base_log_probs(self, variables: Mapping[str, Any], params: Any, batch: Batch) -> jax.Array:
+    def base_log_probs(
+        self, variables: Mapping[str, Any], params: Any, batch: Batch
+    ) -> jax.Array:
         """Returns the log-probabilities of the model without the adapter."""
         hidden = self.text.base_hidden(variables, batch)
         return -self.policy.target_losses(hidden, params, batch)

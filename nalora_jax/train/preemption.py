@@ -93,9 +93,13 @@ def stop_signals() -> Iterator[StopSignals]:
     before = {}
     # Several processes need JAX's handler of SIGTERM, and a Ctrl-C that reaches one process would
     # stop only that one.
-    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+    if (
+        jax.process_count() == 1
+        and threading.current_thread() is threading.main_thread()
+    ):
         before = {
-            number: signal.signal(number, signals.receive) for number in (signal.SIGTERM, signal.SIGINT)
+            number: signal.signal(number, signals.receive)
+            for number in (signal.SIGTERM, signal.SIGINT)
         }
     try:
         yield signals

@@ -34,7 +34,8 @@ class Profile(AbstractContextManager["Profile"]):
     """
 
     def __init__(self, steps: range = range(0), folder: Any = "") -> None:
-        self._steps, self._folder = steps, folder
+        self._steps = steps
+        self._folder = folder
         self._tracing = ExitStack()
         self._first = self._last = 0  # traced steps; 0 before and after
 
@@ -57,29 +58,46 @@ class Profile(AbstractContextManager["Profile"]):
     def _start(self, step: int) -> None:
         scratch = self._tracing.enter_context(tempfile.TemporaryDirectory())
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # the Python tracer slows down the steps that it times
+        options.python_tracer_level = (
+            0  # the Python tracer slows down the steps that it times
+        )
         try:
             jax.profiler.start_trace(scratch, profiler_options=options)
         except RuntimeError as error:
             self._tracing.close()
-            remedy = "stop the other trace of this process, or leave --debug.profile out"
+            remedy = (
+                "stop the other trace of this process, or leave --debug.profile out"
+            )
             raise NaloraError(
-                "--debug.profile", expected="a profiler that is free", found=error, remedy=remedy
+                "--debug.profile",
+                expected="a profiler that is free",
+                found=error,
+                remedy=remedy,
             ) from error
         self._first, self._scratch = step, Path(scratch)
 
     def _stop(self, step: int) -> None:
-        first, self._first = self._first, 0
+        first = self._first
+        self._first = 0
         with self._tracing:
             jax.profiler.stop_trace()
-            target = epath.Path(self._folder) / FOLDER / "plugins" / "profile" / f"steps_{first}-{step}"
+            target = (
+                epath.Path(self._folder)
+                / FOLDER
+                / "plugins"
+                / "profile"
+                / f"steps_{first}-{step}"
+            )
             target.mkdir(parents=True, exist_ok=True)
             for file in self._scratch.rglob("*.xplane.pb"):
                 name = f"process_{jax.process_index()}.xplane.pb"
                 with file.open("rb") as source, (target / name).open("wb") as sink:
                     shutil.copyfileobj(source, sink)
         log.info(
-            "profile of steps %d to %d: xprof --logdir %s", first, step, epath.Path(self._folder) / FOLDER
+            "profile of steps %d to %d: xprof --logdir %s",
+            first,
+            step,
+            epath.Path(self._folder) / FOLDER,
         )
 
     def __exit__(self, *error: object) -> None:

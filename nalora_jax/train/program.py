@@ -1,4 +1,5 @@
-"""The program of a run: model, mechanisms, optimizer and step; its assembly adds weights and a state.
+"""The program of a run: model, mechanisms, optimizer and step; its assembly adds weights and a
+state.
 
 A program computes nothing, so that its devices may be abstract. Kinds of runs give the program of a
 decoder their objective and their module.
@@ -25,8 +26,21 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.method.low_rank import find_gates
-from nalora_jax.method.measurement import CHECK_FAILED, CHECKS, GateChecks, GateStatsConfig, require_sound
-from nalora_jax.method.step import Objective, Step, StepConfig, TrainState, init_state, make_train_step
+from nalora_jax.method.measurement import (
+    CHECK_FAILED,
+    CHECKS,
+    GateChecks,
+    GateStatsConfig,
+    require_sound,
+)
+from nalora_jax.method.step import (
+    Objective,
+    Step,
+    StepConfig,
+    TrainState,
+    init_state,
+    make_train_step,
+)
 from nalora_jax.method.transform import Mechanisms, nalora
 from nalora_jax.models.adapters import adapter_shapes, adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
@@ -47,8 +61,9 @@ from nalora_jax.train.state_metrics import StateMetrics
 _STEPS = itertools.count()
 
 
-# Builds the step of an assembly, not compiled, for other values of its settings: adapters of its projections with other
-# scales or larger ranks, mechanisms with its memory, and numbers of the optimizer (`make_optimizer`).
+# Builds the step of an assembly, not compiled, for other values of its settings: adapters of its
+# projections with other scales or larger ranks, mechanisms with its memory, and numbers of the
+# optimizer (`make_optimizer`).
 PureStep = Callable[[AdapterSpec, Mechanisms, Mapping[str, Any]], Step]
 
 
@@ -138,8 +153,11 @@ MakeObjective = Callable[[NextToken], Objective]
 
 
 def check_decoder(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
-    """Raises an error if an axis splits what must be whole, or for another start of a model that sees."""
-    distributed.check_heads(mesh.shape["tensor"], n_heads=base.n_heads, n_kv_heads=key_heads(base))
+    """Raises an error if an axis splits what must be whole, or for another start of a model that
+    sees."""
+    distributed.check_heads(
+        mesh.shape["tensor"], n_heads=base.n_heads, n_kv_heads=key_heads(base)
+    )
     check_context(config, base, mesh)
     if base.sight is None:
         return
@@ -175,13 +193,20 @@ def decoder_program(
         plain = next_token(base, model, config.compute, mesh)
         return plain if objective is None else objective(plain)
 
-    lora, blocks = adapter_shapes(base, spec), measured_blocks(base, spec)
+    lora = adapter_shapes(base, spec)
+    blocks = measured_blocks(base, spec)
     config = with_learning_rate(config, base.d_model)
-    return run_program(config, model, lora, mesh, objective_of, blocks, base.activation, last=last)
+    return run_program(
+        config, model, lora, mesh, objective_of, blocks, base.activation, last=last
+    )
 
 
 def build_model(
-    config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Mesh, module: type[Decoder] = Decoder
+    config: RunConfig,
+    base: ModelConfig,
+    spec: AdapterSpec,
+    mesh: Mesh,
+    module: type[Decoder] = Decoder,
 ) -> Decoder:
     """Builds the decoder for training steps.
 
@@ -204,8 +229,10 @@ def build_model(
 
 
 def gate_stats(config: RunConfig, mesh: Mesh) -> GateStatsConfig:
-    """Returns the measurements of a run's gates, with the checks of ``--debug.check-gates`` if they are on."""
-    compute, debug = config.compute, config.debug
+    """Returns the measurements of a run's gates, with the checks of ``--debug.check-gates`` if they
+    are on."""
+    compute = config.compute
+    debug = config.debug
     return GateStatsConfig(
         compute.stats_stride,
         compute.probe_stride,
@@ -233,11 +260,14 @@ def run_program(
       model: for training steps, with the run's adapters.
       lora: the adapters, or their shapes.
       mesh, last: see `assemble`.
-      objective: makes the objective of a model that differs from ``model`` in the values of its adapters.
+      objective: makes the objective of a model that differs from ``model`` in the values of its
+        adapters.
       blocks: channel shape and activation of each measured block, by path.
       activation: of most blocks.
     """
-    gates, spec, optimizer_settings = find_gates(lora), model.adapters, config.optimizer
+    gates = find_gates(lora)
+    spec = model.adapters
+    optimizer_settings = config.optimizer
     shapes = {path: shape for path, (shape, _) in blocks.items()}
     activations = {path: name for path, (_, name) in blocks.items()}
     mechanisms = mechanisms_of(config, activation, activations, gates)
@@ -245,7 +275,9 @@ def run_program(
     def optimizer(
         mechanisms: Mechanisms, numbers: Mapping[str, Any]
     ) -> optax.GradientTransformationExtraArgs:
-        inner = make_optimizer(optimizer_settings, config.steps, config.lora.plus_ratio, numbers)
+        inner = make_optimizer(
+            optimizer_settings, config.steps, config.lora.plus_ratio, numbers
+        )
         whole = nalora(inner, mechanisms, gates)
         if last is not None:
             whole = optax.with_extra_args_support(optax.chain(whole, last))
@@ -256,52 +288,81 @@ def run_program(
 
     options: dict[str, Any] = {}
     if distributed.devices_per_run(mesh) > 1:
-        options["lora_sharding"] = distributed.shardings(lora, mesh, distributed.STEP_RULES)
-        masks = {distributed.fit_spec(P("tensor"), shape, mesh) for shape in shapes.values()}
-        options["mask_sharding"] = NamedSharding(mesh, masks.pop() if len(masks) == 1 else P())
+        options["lora_sharding"] = distributed.shardings(
+            lora, mesh, distributed.STEP_RULES
+        )
+        masks = {
+            distributed.fit_spec(P("tensor"), shape, mesh) for shape in shapes.values()
+        }
+        options["mask_sharding"] = NamedSharding(
+            mesh, masks.pop() if len(masks) == 1 else P()
+        )
     if config.debug.check_gates:
-        # Experts count their own tokens, and blocks of image and text towers read others than the batch's.
+        # Experts count their own tokens, and blocks of image and text towers read others than the
+        # batch's.
         flat = [path for path, shape in shapes.items() if len(shape) == 2]
         readers = [path for path in flat if path.startswith("layers/")]
         options["checks"] = tuple(CHECKS)
         options["verify"] = partial(require_sound, config=model.stats, readers=readers)
 
-    def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
+    def pure(
+        adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]
+    ) -> Step:
         # In a sweep whose runs have a device each, the step is a program of one device.
         numerics = replace(model.numerics, platform=distributed.platform_of_step(mesh))
         module = model.clone(adapters=adapters, numerics=numerics)
-        rows, metrics = distributed.row_sharding(mesh), layer_metrics(mechanisms)
-        settings = StepConfig(mechanisms, shapes, stats_sharding=rows, metrics=metrics, **options)
-        return make_train_step(optimizer(mechanisms, numbers), settings, objective(module))
+        rows = distributed.row_sharding(mesh)
+        metrics = layer_metrics(mechanisms)
+        settings = StepConfig(
+            mechanisms, shapes, stats_sharding=rows, metrics=metrics, **options
+        )
+        return make_train_step(
+            optimizer(mechanisms, numbers), settings, objective(module)
+        )
 
-    return RunProgram(config, model, spec, mesh, mechanisms, optimizer(mechanisms, {}), shapes, pure)
+    return RunProgram(
+        config, model, spec, mesh, mechanisms, optimizer(mechanisms, {}), shapes, pure
+    )
 
 
-def measured_blocks(base: ModelConfig, spec: AdapterSpec) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Returns channel shape and activation by block, of the decoder and of other blocks with adapters."""
+def measured_blocks(
+    base: ModelConfig, spec: AdapterSpec
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns channel shape and activation by block, of the decoder and of other blocks with
+    adapters."""
     adapted = {path.rpartition("/")[0] for path, _ in spec.targets}
     blocks = gate_blocks(base).items()
-    return {path: block for path, block in blocks if path.startswith("layers/") or path in adapted}
+    return {
+        path: block
+        for path, block in blocks
+        if path.startswith("layers/") or path in adapted
+    }
 
 
 def head_shardings(base: ModelConfig, mesh: Mesh) -> tuple[NamedSharding, ...]:
     """Returns the layouts that the head's kernel takes before the loss; none on one device.
 
-    The loss reads a kernel that only "tensor" splits, along the vocabulary: it processes the batch in
-    chunks, and a kernel that is split over "fsdp" would be gathered in each of them. An embedding,
-    whose columns "fsdp" splits, is first split by rows: gathered columns would be padded to a TPU's
-    tiles and transposed, 6.7 GB for the 2.8 GB of Gemma 4 31B over 32 chips.
+    The loss reads a kernel that only "tensor" splits, along the vocabulary: it processes the batch
+    in chunks, and a kernel that is split over "fsdp" would be gathered in each of them. An
+    embedding, whose columns "fsdp" splits, is first split by rows: gathered columns would be padded
+    to a TPU's tiles and transposed, 6.7 GB for the 2.8 GB of Gemma 4 31B over 32 chips.
     """
     if distributed.devices_per_run(mesh) == 1:
         return ()
-    shape, layouts = (base.d_model, base.vocab_size), [P(None, "tensor")]
+    shape = (base.d_model, base.vocab_size)
+    layouts = [P(None, "tensor")]
     if base.tie_embeddings:
         weights = tuple(axis for axis in ("tensor", *WEIGHT_AXES) if axis in mesh.shape)
-        shape, layouts = shape[::-1], [P(weights, None), P("tensor", None)]
-    return tuple(NamedSharding(mesh, distributed.fit_spec(spec, shape, mesh)) for spec in layouts)
+        shape = shape[::-1]
+        layouts = [P(weights, None), P("tensor", None)]
+    return tuple(
+        NamedSharding(mesh, distributed.fit_spec(spec, shape, mesh)) for spec in layouts
+    )
 
 
-def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: Mesh) -> NextToken:
+def next_token(
+    base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: Mesh
+) -> NextToken:
     """Returns the cross-entropy of a model's next tokens, with the layout of the loss on a mesh."""
     return NextToken(
         model,
@@ -328,11 +389,17 @@ def check_context(config: RunConfig, base: ModelConfig, mesh: Mesh) -> None:
     if shards == 1:
         return
     mixers = {stack.config.mixer for stack in stacks(base)} - {None}
-    whole = sorted(mixer.name for mixer in mixers if mixer is not None and not mixer.splits_rows)
+    whole = sorted(
+        mixer.name for mixer in mixers if mixer is not None and not mixer.splits_rows
+    )
     if whole:
-        raise context_error(shards, f"the layers {', '.join(whole)} of {base.model_type}")
+        raise context_error(
+            shards, f"the layers {', '.join(whole)} of {base.model_type}"
+        )
     if base.attn_dropout:
-        raise context_error(shards, f"the attention dropout of {base.model_type} ({base.attn_dropout})")
+        raise context_error(
+            shards, f"the attention dropout of {base.model_type} ({base.attn_dropout})"
+        )
     seq = config.data.max_length
     if seq and (padded := 2 * shards * block_length(seq, shards)) != seq:
         log.info(
@@ -383,7 +450,8 @@ def assemble(
     module: type[Decoder] = Decoder,
     like: Assembly | None = None,
 ) -> Assembly:
-    """Builds adapters, optimizer and step of a run on a decoder; the adapters start at zero (`nalora_jax.train.start`).
+    """Builds adapters, optimizer and step of a run on a decoder; the adapters start at zero
+    (`nalora_jax.train.start`).
 
     Args:
       config: the run's settings, checked.
@@ -405,9 +473,13 @@ def assemble(
     spec = adapter_spec(config, base)
     lora = init_lora(base, spec, jax.random.key(config.seed), params)
     if like is None or like.spec != spec:
-        program = decoder_program(config, base, spec, mesh, last=last, objective=objective, module=module)
+        program = decoder_program(
+            config, base, spec, mesh, last=last, objective=objective, module=module
+        )
         return assembled(program, params, lora)
-    program = decoder_program(config, base, spec, mesh, last=last, objective=objective, model=like.model)
+    program = decoder_program(
+        config, base, spec, mesh, last=last, objective=objective, model=like.model
+    )
     changes: dict[str, Any] = {"state": like.begin(lora, config.seed), "params": params}
     changes |= {"mechanisms": program.mechanisms, "pure": program.pure, "initial": None}
     return replace(like, config=config, **changes)
@@ -415,7 +487,8 @@ def assemble(
 
 def assembled(program: RunProgram, params: Any, lora: Any) -> Assembly:
     """Returns the assembly of a program with weights and initial adapters, whose B is 0."""
-    places, seed = program.places(lora), program.config.seed
+    places = program.places(lora)
+    seed = program.config.seed
     compiled = jax.jit(program.fresh, out_shardings=places)
 
     def begin(lora: Any, seed: int) -> TrainState:

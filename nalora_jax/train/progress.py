@@ -30,7 +30,8 @@ class Progress:
       ...     for step in range(1, 101):
       ...         progress.advance(step)                      # every step; touches no device value
       ...         if step % 10 == 0:
-      ...             progress.log(step, {"loss": 3.2, "learning_rate": 1e-3, "tokens_per_second": 900.0})
+      ...             progress.log(step, {"loss": 3.2, "learning_rate": 1e-3, "tokens_per_second":
+      900.0})
     """
 
     def __init__(
@@ -41,17 +42,25 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.total, self._clock = total, clock
+        self.total = total
+        self._clock = clock
         self.console = console or Console(highlight=False)
         self._first: tuple[int, float] | None = None
         self._bar: RichProgress | None = None
         self._numbers = STARTING
         self._listening = ExitStack()
         if self.console.is_terminal and not notes.as_json():
-            text = TextColumn("{task.completed:.0f}/{task.total:.0f}{task.fields[numbers]}", markup=False)
+            text = TextColumn(
+                "{task.completed:.0f}/{task.total:.0f}{task.fields[numbers]}",
+                markup=False,
+            )
             width = 16 if self.console.width >= 100 else 6
-            self._bar = RichProgress(BarColumn(bar_width=width), text, console=self.console)
-            self._task = self._bar.add_task("train", total=total, completed=start, numbers=self._numbers)
+            self._bar = RichProgress(
+                BarColumn(bar_width=width), text, console=self.console
+            )
+            self._task = self._bar.add_task(
+                "train", total=total, completed=start, numbers=self._numbers
+            )
 
     def advance(self, step: int) -> None:
         """Records that ``step`` steps have been started."""
@@ -66,8 +75,14 @@ class Progress:
         if step < self.total:
             left = self.seconds_left(step)
         if notes.as_json():
-            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-            self._write({"step": step, "total": self.total} | numbers | {"seconds_left": left})
+            numbers = {
+                name: value
+                for name, value in values.items()
+                if isinstance(value, int | float)
+            }
+            self._write(
+                {"step": step, "total": self.total} | numbers | {"seconds_left": left}
+            )
             return
         line = "".join(f"  {column}" for column in step_columns(values))
         if left is not None:
@@ -99,13 +114,18 @@ class Progress:
 
     def _write(self, values: Mapping[str, object]) -> None:
         """Prints one JSON object on a line."""
-        self.console.print(json.dumps(values), markup=False, highlight=False, soft_wrap=True)
+        self.console.print(
+            json.dumps(values), markup=False, highlight=False, soft_wrap=True
+        )
 
     def _counted(self, what: str, count: int, total: int | None) -> None:
         """Shows progress of work other than steps in the bar's line until it is done."""
         assert self._bar is not None
         done = total is not None and count >= total
-        numbers = self._numbers if done else f"  {notes.progress_text(what, count, total)}"
+        if done:
+            numbers = self._numbers
+        else:
+            numbers = f"  {notes.progress_text(what, count, total)}"
         self._bar.update(self._task, numbers=numbers)
 
     def __enter__(self) -> Progress:
@@ -124,8 +144,8 @@ def step_columns(values: Mapping[str, float | None]) -> list[str]:
     """Returns the numbers of a log step, each with its name or unit.
 
     Example:
-      >>> step_columns({"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0, "misalignment": 0.26})
-      ['loss 3.210', 'lr 1.0e-03', '1,234 tok/s', 'misalignment 0.260']
+      >>> step_columns({"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0,
+      "misalignment": 0.26}) ['loss 3.210', 'lr 1.0e-03', '1,234 tok/s', 'misalignment 0.260']
     """
     formats = {
         "loss": "loss {:.3f}",

@@ -4,10 +4,10 @@
     def short(prompt, completion, record):
         return -len(completion) / 100
 
-``--rl.rewards number short my_package.rewards:judge`` adds three; ``--rl.reward-weights`` weighs them.
-A reward is a function ``(prompt, completion, record) -> float``: the texts of the prompt and of the
-sample, and the record of the data set, in which ``answer`` is the reference completion unless the record
-has a field of that name.
+``--rl.rewards number short my_package.rewards:judge`` adds three; ``--rl.reward-weights`` weighs
+them. A reward is a function ``(prompt, completion, record) -> float``: the texts of the prompt and
+of the sample, and the record of the data set, in which ``answer`` is the reference completion
+unless the record has a field of that name.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ _REWARDS: Registry[Any] = Registry("reward", "nalora_jax.rewards", "--rl.rewards
 def register_reward(name: str) -> Callable[[Kind], Kind]:
     """Returns a decorator that registers a reward under ``name``.
 
-    It decorates a function ``(prompt, completion, record) -> float``, or a dataclass whose instances are
+    It decorates a function ``(prompt, completion, record) -> float``, or a dataclass whose
+    instances are
     such functions: ``name:field=value`` sets its fields.
     """
     return _REWARDS.decorator(name)
@@ -48,7 +49,8 @@ def register_reward(name: str) -> Callable[[Kind], Kind]:
 
 @register_reward("exact")
 def exact_reward(prompt: str, completion: str, record: Record) -> float:
-    """Returns 1 if the completion is the answer, apart from case, punctuation, articles and white space."""
+    """Returns 1 if the completion is the answer, apart from case, punctuation, articles and white
+    space."""
     return float(matches(completion, str(record["answer"]), normalised_text))
 
 
@@ -62,15 +64,20 @@ def number_reward(prompt: str, completion: str, record: Record) -> float:
 def choice_reward(prompt: str, completion: str, record: Record) -> float:
     """Returns 1 if the completion names the right choice: by its letter, or by its text.
 
-    Of several letters or texts of choices that stand alone, the first counts; "A" before a word in lower
-    case is an article. The right choice is ``record["gold"]``, an index of ``record["choices"]``, else the
-    letter in ``record["answer"]``.
+    Of several letters or texts of choices that stand alone, the first counts; "A" before a word in
+    lower case is an article. The right choice is ``record["gold"]``, an index of
+    ``record["choices"]``, else the letter in ``record["answer"]``.
     """
     texts = [str(text) for text in record.get("choices", ())]
     letters = [chr(ord("A") + index) for index in range(len(texts) or 26)]
-    gold = letters[record["gold"]] if texts else str(record["answer"]).strip().upper()[:1]
+    if texts:
+        gold = letters[record["gold"]]
+    else:
+        gold = str(record["answer"]).strip().upper()[:1]
     named = {"A(?! [a-z])" if letter == "A" else letter: letter for letter in letters}
-    named |= {re.escape(text): letter for letter, text in zip(letters, texts, strict=False)}
+    named |= {
+        re.escape(text): letter for letter, text in zip(letters, texts, strict=False)
+    }
     places = [
         (match.start(), -len(match.group()), letter)
         for text, letter in named.items()
@@ -101,18 +108,22 @@ class Format:
 
     def __call__(self, prompt: str, completion: str, record: Record) -> float:
         """Returns 1 if the completion is one block of thoughts in tags, then an answer."""
-        opening, closing = f"<{self.tag}>", f"</{self.tag}>"
+        opening = f"<{self.tag}>"
+        closing = f"</{self.tag}>"
         thought, _, answer = completion.strip().removeprefix(opening).partition(closing)
         once = completion.count(opening) == completion.count(closing) == 1
         return float(
-            once and completion.strip().startswith(opening) and bool(thought.strip() and answer.strip())
+            once
+            and completion.strip().startswith(opening)
+            and bool(thought.strip() and answer.strip())
         )
 
 
 @register_reward("length")
 @dataclass(frozen=True)
 class Length:
-    """Penalty of long completions, "soft overlong punishment" of arXiv 2503.14476 over characters."""
+    """Penalty of long completions, "soft overlong punishment" of arXiv 2503.14476 over
+    characters."""
 
     limit: int = 400
 
@@ -133,7 +144,9 @@ def make_reward(text: str) -> Reward:
             reward: Reward = getattr(importlib.import_module(name), rest)
         except (Exception, SystemExit) as error:
             expected = "MODULE:FUNCTION that can be imported"
-            raise NaloraError(f"--rl.rewards {text}", expected=expected, found=described(error)) from error
+            raise NaloraError(
+                f"--rl.rewards {text}", expected=expected, found=described(error)
+            ) from error
         return reward
     kind = _REWARDS.get(name)
     reward = from_text(_REWARDS, text) if isinstance(kind, type) else kind
@@ -143,8 +156,8 @@ def make_reward(text: str) -> Reward:
 class Scorer:
     """Computes the rewards of samples.
 
-    A call of a reward is interrupted after ``rl.reward_seconds`` in the main thread of a process on systems with
-    interval timers; code that never returns to Python is not.
+    A call of a reward is interrupted after ``rl.reward_seconds`` in the main thread of a process on
+    systems with interval timers; code that never returns to Python is not.
 
     Raises:
       NaloraError: see `make_reward`.
@@ -171,12 +184,15 @@ class Scorer:
         Raises:
           NaloraError: a reward raises, takes too long or returns no finite number.
         """
-        rl, expected = self._rl, "a finite number"
+        rl = self._rl
+        expected = "a finite number"
         if rl.reward_seconds:
             expected += f" within {rl.reward_seconds:g} s"
         values = np.full((len(completions), len(rl.rewards)), np.nan)
         for row, sample in enumerate(zip(prompts, completions, records, strict=True)):
-            for column, (name, reward) in enumerate(zip(rl.rewards, self._rewards, strict=True)):
+            for column, (name, reward) in enumerate(
+                zip(rl.rewards, self._rewards, strict=True)
+            ):
                 try:
                     values[row, column] = self._value(reward, *sample)
                 except Exception as error:
@@ -190,7 +206,9 @@ class Scorer:
                     ) from error
         return values
 
-    def _value(self, reward: Reward, prompt: str, completion: str, record: Record) -> float:
+    def _value(
+        self, reward: Reward, prompt: str, completion: str, record: Record
+    ) -> float:
         with _time_limit(self._rl.reward_seconds):
             value = float(reward(prompt, completion, record))
         if not math.isfinite(value):

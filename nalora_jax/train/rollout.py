@@ -1,8 +1,9 @@
 """Rollouts: groups of samples of the current policy, with their rewards, and the batch they become.
 
-The generator has the frozen weights and the mesh of the training step; nothing is copied. A rollout is a
-pure function of seed, step, weights and adapter: each row has its key. Groups that are complete are stored
-in the run's folder, so that a run that was killed within a rollout repeats at most one group of programs:
+The generator has the frozen weights and the mesh of the training step; nothing is copied. A rollout
+is a pure function of seed, step, weights and adapter: each row has its key. Groups that are
+complete are stored in the run's folder, so that a run that was killed within a rollout repeats at
+most one group of programs:
 
     <output>/rollouts/<step>-<attempt>-<digest of the adapter>.npz
 """
@@ -50,9 +51,13 @@ from nalora_jax.train.rewards import Scorer
 class Samples:
     """Completions of prompts, those of one prompt next to each other."""
 
-    tokens: np.ndarray  # int32 [prompts * samples, limit], with the stop token; NO_TOKEN after it
+    tokens: (
+        np.ndarray
+    )  # int32 [prompts * samples, limit], with the stop token; NO_TOKEN after it
     log_probs: np.ndarray  # float32, same shape, by the generator
-    rewards: np.ndarray  # float64 [prompts * samples, rewards]; NaN for a reward that failed
+    rewards: (
+        np.ndarray
+    )  # float64 [prompts * samples, rewards]; NaN for a reward that failed
     cut: np.ndarray  # bool [prompts * samples], True for samples without a stop token
 
     @property
@@ -64,7 +69,12 @@ class Samples:
     @staticmethod
     def joined(parts: Sequence[Samples]) -> Samples:
         """Returns the samples of several parts."""
-        return Samples(*(np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS))
+        return Samples(
+            *(
+                np.concatenate([getattr(part, name) for part in parts])
+                for name in _ARRAYS
+            )
+        )
 
     def replaced(self, prompts: np.ndarray, by: Samples, samples: int) -> Samples:
         """Returns the samples with those of ``prompts`` replaced by others.
@@ -76,9 +86,9 @@ class Samples:
         """
         arrays = [getattr(self, name).copy() for name in _ARRAYS]
         for array, name in zip(arrays, _ARRAYS, strict=True):
-            array.reshape(-1, samples, *array.shape[1:])[prompts] = getattr(by, name).reshape(
-                -1, samples, *array.shape[1:]
-            )
+            array.reshape(-1, samples, *array.shape[1:])[prompts] = getattr(
+                by, name
+            ).reshape(-1, samples, *array.shape[1:])
         return Samples(*arrays)
 
 
@@ -114,7 +124,8 @@ class Sampler:
     rows: int = ROWS
 
     def __post_init__(self) -> None:
-        context, switch = self.model.config.max_positions, switch_length(self.model.config.ropes)
+        context = self.model.config.max_positions
+        switch = switch_length(self.model.config.ropes)
         if switch is not None and switch < context:
             context = switch  # cached keys are invalid beyond
         if self.longest + self.rl.max_new_tokens > context:
@@ -133,19 +144,26 @@ class Sampler:
     def _stops(self) -> np.ndarray:
         """The stop tokens, padded."""
         stops = sorted(self.tokenizer.eos_ids)
-        return np.array(stops + [NO_TOKEN] * (bucket(len(stops), minimum=8) - len(stops)))
+        return np.array(
+            stops + [NO_TOKEN] * (bucket(len(stops), minimum=8) - len(stops))
+        )
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
         """Returns `program_shape` on this mesh."""
-        return program_shape(self.prompts, self.rl.samples, prompt_shards(self.mesh), self.rows)
+        return program_shape(
+            self.prompts, self.rl.samples, prompt_shards(self.mesh), self.rows
+        )
 
-    def __call__(self, lora: Any, step: int, prompts: Sequence[Prompt], *, attempt: int = 0) -> Samples:
+    def __call__(
+        self, lora: Any, step: int, prompts: Sequence[Prompt], *, attempt: int = 0
+    ) -> Samples:
         """Returns the samples of ``prompts``.
 
         Args:
           lora: the current adapter.
-          step: the training step that the samples are for; with the run's seed it determines the keys.
+          step: the training step that the samples are for; with the run's seed it determines the
+            keys.
           prompts: any number; a row's key depends on its place in the list.
           attempt: number of the rollout within the step; its keys differ.
 
@@ -161,8 +179,12 @@ class Sampler:
         for start in range(0, len(prompts), self.shape[0]):
             group = prompts[start : start + self.shape[0]]
             if (part := store.read(start)) is None:
-                rows = slice(start * self.rl.samples, (start + len(group)) * self.rl.samples)
-                part = self._scored(group, *self._generated(weights, group, seeds[rows].tolist()))
+                rows = slice(
+                    start * self.rl.samples, (start + len(group)) * self.rl.samples
+                )
+                part = self._scored(
+                    group, *self._generated(weights, group, seeds[rows].tolist())
+                )
                 store.write(start, part)
             parts.append(part)
         return Samples.joined(parts)
@@ -171,12 +193,16 @@ class Sampler:
         self, weights: Any, prompts: Sequence[Prompt], seeds: list[int]
     ) -> tuple[np.ndarray, np.ndarray]:
         _, count, samples = self.shape
-        parts = [prompt.ids for prompt in prompts for _ in range(self.rl.samples // samples)]
+        parts = [
+            prompt.ids for prompt in prompts for _ in range(self.rl.samples // samples)
+        ]
         padded = padded_rows([*parts, [0] * self.longest], count + 1)
         rows = {name: value[:count] for name, value in padded.items()}
         rows["lengths"][len(parts) :] = 1
         rows["live"] = np.arange(count) < len(parts)
-        sampling = make_sampling(count * samples, temperature=self.rl.temperature, seeds=seeds)
+        sampling = make_sampling(
+            count * samples, temperature=self.rl.temperature, seeds=seeds
+        )
         placed = place_batch({**rows, "sampling": sampling}, self.mesh)
         results = sample_groups(
             self.model,
@@ -185,14 +211,21 @@ class Sampler:
             samples=samples,
             limit=self.rl.max_new_tokens,
         )
-        tokens, log_probs = (np.asarray(fetch(x))[: len(prompts) * self.rl.samples] for x in results)
+        tokens, log_probs = (
+            np.asarray(fetch(x))[: len(prompts) * self.rl.samples] for x in results
+        )
         return tokens, log_probs
 
-    def _scored(self, prompts: Sequence[Prompt], tokens: np.ndarray, log_probs: np.ndarray) -> Samples:
+    def _scored(
+        self, prompts: Sequence[Prompt], tokens: np.ndarray, log_probs: np.ndarray
+    ) -> Samples:
         texts = [self.tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in tokens]
         of_rows = [prompt for prompt in prompts for _ in range(self.rl.samples)]
         rewards = self._scorer(
-            [p.text for p in of_rows], texts, [p.record for p in of_rows], [p.where for p in of_rows]
+            [p.text for p in of_rows],
+            texts,
+            [p.record for p in of_rows],
+            [p.where for p in of_rows],
         )
         if jax.process_count() > 1:  # a reward may not be the same in every process
             rewards = multihost_utils.broadcast_one_to_all(rewards)
@@ -212,9 +245,13 @@ class _Store:
         for path, leaf in trees.flatten(lora).items():
             digest.update(path.encode() + np.asarray(leaf).tobytes())
         self._path = folder / f"{name}-{digest.hexdigest()[:16]}.npz"
-        with suppress(OSError, ValueError, BadZipFile):  # absent or damaged: sampled again
+        with suppress(
+            OSError, ValueError, BadZipFile
+        ):  # absent or damaged: sampled again
             self._parts = dict(np.load(io.BytesIO(self._path.read_bytes())))
-        if not self._parts and name.endswith("-0"):  # a new step: remove the files of earlier ones
+        if not self._parts and name.endswith(
+            "-0"
+        ):  # a new step: remove the files of earlier ones
             shutil.rmtree(folder, ignore_errors=True)
 
     def read(self, start: int) -> Samples | None:
@@ -237,9 +274,14 @@ class _Store:
 
 
 def sample_batch(
-    prompts: Sequence[Sequence[int]], samples: Samples, length: int, *, masks_cut: bool = False
+    prompts: Sequence[Sequence[int]],
+    samples: Samples,
+    length: int,
+    *,
+    masks_cut: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays ``[rows, ...]`` that `nalora_jax.train.policy` reads, except for the advantages.
+    """Returns the arrays ``[rows, ...]`` that `nalora_jax.train.policy` reads, except for the
+    advantages.
 
     Each row has a sample.
 
@@ -250,18 +292,24 @@ def sample_batch(
       masks_cut: leave samples that the limit cut out of the loss.
     """
     rows = len(prompts)
-    ids, sampled = np.zeros((rows, length + 1), np.int32), np.zeros((rows, length + 1), np.float32)
-    mask, segments = np.zeros_like(sampled), np.zeros_like(ids)
+    ids = np.zeros((rows, length + 1), np.int32)
+    sampled = np.zeros((rows, length + 1), np.float32)
+    mask = np.zeros_like(sampled)
+    segments = np.zeros_like(ids)
     lengths = samples.lengths
     for row, (prompt, count) in enumerate(zip(prompts, lengths, strict=True)):
         new = slice(len(prompt), len(prompt) + count)
         ids[row, : len(prompt)], ids[row, new] = prompt, samples.tokens[row, :count]
         sampled[row, new] = samples.log_probs[row, :count]
-        mask[row, new], segments[row, : new.stop] = not (masks_cut and samples.cut[row]), 1
+        mask[row, new], segments[row, : new.stop] = (
+            not (masks_cut and samples.cut[row]),
+            1,
+        )
     return {
         "tokens": ids[:, :-1],
         "targets": ids[:, 1:],
-        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)) * segments[:, :-1],
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+        * segments[:, :-1],
         "segment_ids": segments[:, :-1],
         "loss_weights": mask[:, 1:],
         "sampled": sampled[:, 1:],

@@ -55,8 +55,11 @@ BEFORE = "before.json"  # in a run's folder: metrics of the base model and diges
 # Builds a job in a layout of its choice, by a function of settings whose layout is concrete.
 ChooseLayout = Callable[[RunConfig, ModelConfig, Callable[[RunConfig], Job]], Job]
 
-# Writes the card of a run's adapter, given its folder, the exported state and the metrics before and after.
-WriteCard = Callable[[Path, Job, TrainState, Mapping[str, Any], Mapping[str, Any]], None]
+# Writes the card of a run's adapter, given its folder, the exported state and the metrics before
+# and after.
+WriteCard = Callable[
+    [Path, Job, TrainState, Mapping[str, Any], Mapping[str, Any]], None
+]
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,14 @@ def fine_tune(
       write_report: writes the report into a run's folder and returns its path.
       data, format, callbacks, source: see `nalora_jax.run`, which also lists the errors.
     """
-    for flag, size in (("run", config.mesh.run), ("runs-per-device", config.mesh.runs_per_device)):
+    for flag, size in (
+        ("run", config.mesh.run),
+        ("runs-per-device", config.mesh.runs_per_device),
+    ):
         if size > 1:
-            raise NaloraError(f"--mesh.{flag}", expected="0 or 1 without --sweep", found=size)
+            raise NaloraError(
+                f"--mesh.{flag}", expected="0 or 1 without --sweep", found=size
+            )
     config, source = checked_settings(config, data, format, source)
     listeners = [*make_callbacks(config.callbacks), *callbacks]
     with (
@@ -126,7 +134,9 @@ def fine_tune(
             result = fit(job, state, session)
             state = best_state(job, result, session)
             spent.end("training")
-            return finish(job, state, result.step, session, spent, write_card, write_report)
+            return finish(
+                job, state, result.step, session, spent, write_card, write_report
+            )
 
 
 def checked_settings(
@@ -142,7 +152,9 @@ def checked_settings(
     """
     check(config)
     config = replace(config, imports=import_files(config.imports))
-    data_config, source = given_sources(config.data, data=data, source=source, format=format)
+    data_config, source = given_sources(
+        config.data, data=data, source=source, format=format
+    )
     for text in config.mechanisms:
         make(text)  # raises for an unknown name before anything is loaded
     return replace(config, data=data_config), source
@@ -150,14 +162,16 @@ def checked_settings(
 
 @contextmanager
 def attended() -> Iterator[StopSignals]:
-    """Connects the processes, and handles signals, a closed terminal and lost processes within the block."""
+    """Connects the processes, and handles signals, a closed terminal and lost processes within the
+    block."""
     with outliving_terminal():
         distributed.initialize_distributed()
         with distributed.lost_peers_named(), stop_signals() as stop:
             yield stop
 
 
-# ---------------------------------------------------------------- files, tokenizer, records, settled config
+# ---------------------------------------------------------------- files, tokenizer, records,
+# settled config
 
 
 def read_inputs(
@@ -175,7 +189,9 @@ def read_inputs(
     """
     if config.compute.compilation_cache:
         use_compilation_cache()
-    inputs = kind.open_inputs(start.with_adapter(config, session.recorded or None), source)
+    inputs = kind.open_inputs(
+        start.with_adapter(config, session.recorded or None), source
+    )
     session.check_continues(inputs.config)
     return replace(inputs, start=start, answering=answering)
 
@@ -183,11 +199,15 @@ def read_inputs(
 # ---------------------------------------------------------------- layout, weights, adapters, step
 
 
-def prepare_job(inputs: Inputs, kind: Kind, session: Session, choose_layout: ChooseLayout) -> Job:
-    """Returns the run in the layout that `choose_layout` accepts; encoders have the simplest one."""
+def prepare_job(
+    inputs: Inputs, kind: Kind, session: Session, choose_layout: ChooseLayout
+) -> Job:
+    """Returns the run in the layout that `choose_layout` accepts; encoders have the simplest
+    one."""
 
     def build(placed: RunConfig) -> Job:
-        # `inputs.config`, which is recorded, keeps its automatic fields; only `placed` has concrete ones.
+        # `inputs.config`, which is recorded, keeps its automatic fields; only `placed` has concrete
+        # ones.
         return built(inputs, kind, placed, checked_mesh(placed), session.output)
 
     if inputs.base is None:
@@ -196,13 +216,21 @@ def prepare_job(inputs: Inputs, kind: Kind, session: Session, choose_layout: Cho
 
 
 def built(
-    inputs: Inputs, kind: Kind, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None = None
+    inputs: Inputs,
+    kind: Kind,
+    placed: RunConfig,
+    mesh: Mesh,
+    output: Output,
+    like: Job | None = None,
 ) -> Job:
-    """Loads the base and builds step and evaluators; ``like`` is a job with the same program, to share."""
+    """Loads the base and builds step and evaluators; ``like`` is a job with the same program, to
+    share."""
     loaded, assembly, data = kind.build_step(inputs, placed, mesh, output, like)
     if like is not None and like.assembly.spec == assembly.spec:
         return Job(kind, inputs, loaded, assembly, data, like.evaluator, like.selector)
-    reported, selecting = (kind.evaluator(inputs, loaded, assembly, items) for items in inputs.held_out)
+    reported, selecting = (
+        kind.evaluator(inputs, loaded, assembly, items) for items in inputs.held_out
+    )
     return Job(kind, inputs, loaded, assembly, data, reported, selecting)
 
 
@@ -224,7 +252,8 @@ def restore(job: Job, session: Session) -> TrainState:
       NaloraError: a damaged checkpoint, other evaluation questions than before, or a callback that
         cannot start.
     """
-    config, assembly = job.config, job.assembly
+    config = job.config
+    assembly = job.assembly
     trained = f"{trees.count_elements(assembly.state.lora):,}"
     log.info("%s trained parameters on %s", trained, assembly.spec.describe())
     log.info("training data: %s", stream_text(job.data.describe()))
@@ -234,7 +263,9 @@ def restore(job: Job, session: Session) -> TrainState:
     if session.output.resumes:
         state, position = session.checkpointer.restore("latest", state)
         session.batches.set_state(position)
-        _log_resumption(config, int(state.step), session.recorded.get("steps", config.steps))
+        _log_resumption(
+            config, int(state.step), session.recorded.get("steps", config.steps)
+        )
         session.before = _known_before(session.output, job.inputs.questions)
     session.begin(int(state.step))
     return state
@@ -251,7 +282,10 @@ def _log_resumption(config: RunConfig, start: int, steps: int) -> None:
     last = ", the last one: no step is left" if start == config.steps else ""
     log.info("resumed from step %d%s", start, last)
     if steps != config.steps:
-        was, now = (float(make_schedule(config.optimizer, total)(start)) for total in (steps, config.steps))
+        was, now = (
+            float(make_schedule(config.optimizer, total)(start))
+            for total in (steps, config.steps)
+        )
         log.warning(
             "--steps %d instead of %d: the learning-rate schedule spans the steps, so it goes on at %.2e where it "
             "was at %.2e; the result is not that of an uninterrupted run",
@@ -259,7 +293,9 @@ def _log_resumption(config: RunConfig, start: int, steps: int) -> None:
         )
 
 
-def _known_before(output: Output, questions: Mapping[str, str]) -> dict[str, Any] | None:
+def _known_before(
+    output: Output, questions: Mapping[str, str]
+) -> dict[str, Any] | None:
     """Returns the base model's held-out metrics of a resumed run; None if not yet measured.
 
     Raises:
@@ -280,10 +316,13 @@ def _known_before(output: Output, questions: Mapping[str, str]) -> dict[str, Any
     return evaluation
 
 
-# ---------------------------------------------------------------- evaluate, train, evaluate, export, report
+# ---------------------------------------------------------------- evaluate, train, evaluate,
+# export, report
 
 
-def evaluate_base(job: Job, session: Session, measured: BaseMetrics | None = None) -> BaseMetrics | None:
+def evaluate_base(
+    job: Job, session: Session, measured: BaseMetrics | None = None
+) -> BaseMetrics | None:
     """Evaluates the base, unless an interrupted run did; returns the metrics for other runs.
 
     Args:
@@ -294,19 +333,26 @@ def evaluate_base(job: Job, session: Session, measured: BaseMetrics | None = Non
     if session.before:
         return measured
     if measured is None:
-        # Adapters that start at zero are included, so that base and result are measured with the same
-        # programs. Rewards of the base are exactly 0 only without adapters, by the reference's program.
+        # Adapters that start at zero are included, so that base and result are measured with the
+        # same programs. Rewards of the base are exactly 0 only without adapters, by the reference's
+        # program.
         base: tuple[Any, Any] = (job.loaded.params, None)
         if job.config.lora.init in UNCHANGED and job.config.preference.loss == "none":
             base = (job.assembly.params, job.assembly.state.lora)
-        measured = BaseMetrics(job.evaluator.measure(*base, samples=True), job.selector.measure(*base))
+        measured = BaseMetrics(
+            job.evaluator.measure(*base, samples=True), job.selector.measure(*base)
+        )
     before = session.before = dict(measured.reported)
     text = json.dumps(seal(before | {"questions": job.inputs.questions}))
-    distributed.on_first_process(lambda: write_atomically(session.output.folder / BEFORE, text))
+    distributed.on_first_process(
+        lambda: write_atomically(session.output.folder / BEFORE, text)
+    )
     session.callbacks.tell("on_eval", 0, before, "initial")
     session.progress.say(f"before: {describe(before)}")
     choosing = session.selected(0, measured.selecting)
-    say_counts(int(before.get("n", 0)), choosing.n, chosen=job.config.train.eval_every > 0)
+    say_counts(
+        int(before.get("n", 0)), choosing.n, chosen=job.config.train.eval_every > 0
+    )
     return measured
 
 
@@ -324,7 +370,12 @@ def fit(job: Job, state: TrainState, session: Session) -> loop.FitResult:
     profile = Profile(job.config.debug.profiled, session.output.common)
     with session.stop.between_steps(), profile:
         result = loop.run_steps(
-            assembly.step, params, state, batches, session.follower(state), profile=profile
+            assembly.step,
+            params,
+            state,
+            batches,
+            session.follower(state),
+            profile=profile,
         )
     if result.interrupted:
         raise session.stopped(result)
@@ -361,9 +412,13 @@ def finish(
       spent: times of its stages.
       write_card, write_report: see `fine_tune`.
     """
-    before, folder, best = session.before, session.output.folder, int(state.step)
+    before = session.before
+    folder = session.output.folder
+    best = int(state.step)
     assert before is not None
-    after: dict[str, Any] = job.evaluator.measure(job.assembly.params, state.lora, samples=True)
+    after: dict[str, Any] = job.evaluator.measure(
+        job.assembly.params, state.lora, samples=True
+    )
     if "right" in after and len(before.get("right", ())) == len(after["right"]):
         after["paired"] = compare(before["right"], after["right"])
     session.callbacks.tell("on_eval", best, after, "final")
@@ -373,7 +428,8 @@ def finish(
         message = "the exported adapter of step %d is that of plain LoRA: mechanisms act from step %d"
         log.warning(message, best, first)
     spent.end("evaluating the result")
-    adapter, after = folder / ADAPTER, after | {"step": best}
+    adapter = folder / ADAPTER
+    after = after | {"step": best}
     job.kind.export_run(job, adapter, state, session.output.share)
     write_card(adapter, job, state, before, after)
     spent.end("exporting")

@@ -63,7 +63,9 @@ class Session:
         callbacks: Sequence[Callback],
         console: Console | None = None,
     ) -> None:
-        self.output, self.stop, self.console = output, stop, console
+        self.output = output
+        self.stop = stop
+        self.console = console
         self.closing = ExitStack()
         self.recorded: Mapping[str, Any] = {}
         if output.resumes:
@@ -79,7 +81,8 @@ class Session:
         The checkpoints are checked again later, because they record settings in full precision.
 
         Raises:
-          NaloraError: the run has done more steps than ``config`` has, or a setting must not change.
+          NaloraError: the run has done more steps than ``config`` has, or a setting must not
+            change.
         """
         if not self.output.resumes:
             return
@@ -87,7 +90,9 @@ class Session:
         if done is not None and done > config.steps:
             remedy = "leave --steps out to go on as the run was, or start a new run in another --output"
             expected = f"{done} or more, which the run in {self.output.folder} has done"
-            raise NaloraError("--steps", expected=expected, found=config.steps, remedy=remedy)
+            raise NaloraError(
+                "--steps", expected=expected, found=config.steps, remedy=remedy
+            )
         if self.recorded:
             where = f"--resume {self.output.folder}"
             check_settings(where, self.recorded, to_json(redacted(config.to_dict())))
@@ -95,7 +100,11 @@ class Session:
     def open_checkpoints(self, job: Job) -> None:
         """Opens the checkpoints and the batches of a job."""
         config = job.config
-        self.job, self.batches, self.state_metrics = job, job.data.batches(), job.assembly.state_metrics
+        self.job, self.batches, self.state_metrics = (
+            job,
+            job.data.batches(),
+            job.assembly.state_metrics,
+        )
         self.checkpointer = self.closing.enter_context(
             Checkpointer(
                 self.output.checkpoints,
@@ -121,7 +130,9 @@ class Session:
             self.progress = Progress(config.steps, console=Console(quiet=True))
         else:
             goes_on = start < config.steps
-            metrics = MetricsLog(self.output.folder, resume=start or None, goes_on=goes_on)
+            metrics = MetricsLog(
+                self.output.folder, resume=start or None, goes_on=goes_on
+            )
             self._begun = metrics.begun
             self.callbacks = Callbacks(metrics, self._given)
             self.progress = Progress(config.steps, start=start, console=self.console)
@@ -144,20 +155,28 @@ class Session:
         """Notifies the callbacks of an error that ends the run."""
         try:
             yield
-        except (Exception, KeyboardInterrupt) as error:  # trackers mark every failed run
+        except (
+            Exception,
+            KeyboardInterrupt,
+        ) as error:  # trackers mark every failed run
             self.fail(error)
             raise
 
     def fail(self, error: BaseException) -> None:
         """Records the error that ended the run."""
-        self.callbacks.tell("on_end", Ended(message=redacted(bounded_text(error)) or "interrupted"))
+        self.callbacks.tell(
+            "on_end", Ended(message=redacted(bounded_text(error)) or "interrupted")
+        )
 
     def follower(self, state: TrainState) -> Follower:
         """Returns the actions after each step, which continue from a state."""
-        config, params = self.job.config, self.job.assembly.params
+        config = self.job.config
+        params = self.job.assembly.params
         # One program, not one for each operation.
         rate = jax.jit(make_schedule(config.optimizer, config.steps))
-        return Follower(self, Schedule.of(config), rate, state, int(state.step), params, self._begun)
+        return Follower(
+            self, Schedule.of(config), rate, state, int(state.step), params, self._begun
+        )
 
     def stopped(self, result: FitResult) -> Interrupted:
         """Returns the error of a run that a signal stopped, once its state is saved."""
@@ -171,16 +190,21 @@ class Session:
     def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
         """Writes and shows a log step, with metrics of the state and peak memory."""
         self.callbacks.tell(
-            "on_log", step, {**record, **self.state_metrics.measure(state), **peak_memory()}
+            "on_log",
+            step,
+            {**record, **self.state_metrics.measure(state), **peak_memory()},
         )
         self.progress.log(step, record)
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
         """Evaluates the adapter on the held-out examples that select the checkpoint."""
-        return self.selected(step, self.job.selector.measure(self.job.assembly.params, state.lora))
+        return self.selected(
+            step, self.job.selector.measure(self.job.assembly.params, state.lora)
+        )
 
     def selected(self, step: int, values: Mapping[str, Any]) -> LoopEvaluation:
-        """Logs the metrics of an adapter that may be selected, and returns the one that ranks it."""
+        """Logs the metrics of an adapter that may be selected, and returns the one that ranks
+        it."""
         selector = self.job.selector
         self.callbacks.tell("on_eval", step, values, "")
         self.progress.say(f"step {step}: {describe(values)}")
@@ -189,12 +213,15 @@ class Session:
             score = -value
         return LoopEvaluation(score, {selector.metric: value}, int(values.get("n", 0)))
 
-    def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
+    def save(
+        self, step: int, state: TrainState, measured: LoopEvaluation | None
+    ) -> None:
         """Starts writing a checkpoint, and waits for it if other runs write theirs.
 
         Checkpoints before AdaLoRA's ranks are settled are not ranked.
         """
-        config, metrics = self.job.config, None
+        config = self.job.config
+        metrics = None
         if measured is not None and step >= config.adalora.settled_at(config.steps):
             metrics = measured.metrics
         self.checkpointer.save(step, state, self.batches.get_state(), metrics)
@@ -209,7 +236,10 @@ class Session:
 
 @contextmanager
 def open_session(
-    config: RunConfig, stop: StopSignals, callbacks: Sequence[Callback], console: Console | None = None
+    config: RunConfig,
+    stop: StopSignals,
+    callbacks: Sequence[Callback],
+    console: Console | None = None,
 ) -> Iterator[Session]:
     """Locks the folder of a run. Its stages open more, which the caller closes by ``closing``.
 

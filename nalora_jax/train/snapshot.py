@@ -45,9 +45,16 @@ def to_arrays(state: Any) -> dict[str, Any]:
 
     Empty arrays are left out, because Orbax rejects them.
     """
-    flat = {path: leaf for path, leaf in trees.flatten(state).items() if math.prod(leaf.shape)}
+    flat = {
+        path: leaf
+        for path, leaf in trees.flatten(state).items()
+        if math.prod(leaf.shape)
+    }
     return trees.unflatten(
-        {path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in flat.items()}
+        {
+            path: jax.random.key_data(leaf) if _is_key(leaf) else leaf
+            for path, leaf in flat.items()
+        }
     )
 
 
@@ -55,12 +62,21 @@ def abstract(like: Any) -> dict[str, Any]:
     """Returns shapes, dtypes and shardings of `to_arrays` of ``like``."""
 
     def describe(leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
-        words = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(
+            jax.local_devices()[0]
+        )
+        if _is_key(leaf):
+            words = jax.eval_shape(jax.random.key_data, leaf)
+        else:
+            words = leaf
         return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=sharding)
 
     return trees.unflatten(
-        {path: describe(leaf) for path, leaf in trees.flatten(like).items() if math.prod(leaf.shape)}
+        {
+            path: describe(leaf)
+            for path, leaf in trees.flatten(like).items()
+            if math.prod(leaf.shape)
+        }
     )
 
 
@@ -87,7 +103,9 @@ def _key_impl(leaf: Any) -> str:
 
 def _settings(config: Any) -> dict[str, Any]:
     """Returns the settings that must not change on resume, by dotted name; None is a value."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(config, is_leaf=lambda value: value is None)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        config, is_leaf=lambda value: value is None
+    )
     named = {trees.path_name(path).replace("/", "."): value for path, value in leaves}
     return {
         name: value
@@ -109,7 +127,9 @@ def check_run(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> N
     check_settings(where, saved["config"], now["config"])
 
 
-def check_settings(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_settings(
+    where: str, saved: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
     """Raises a NaloraError for settings that change the result of a run; the message lists them.
 
     A setting that is newer than the saved run counts as its default there, which is how the run was
@@ -117,8 +137,10 @@ def check_settings(where: str, saved: Mapping[str, Any], now: Mapping[str, Any])
     """
     if _equal_rules(saved.get("mechanisms"), now.get("mechanisms")):
         saved = {**saved, "mechanisms": now["mechanisms"]}
-    before, after = _settings(saved), _settings(now)
-    defaults, absent = _settings(RunConfig().to_dict()), "(absent)"
+    before = _settings(saved)
+    after = _settings(now)
+    defaults = _settings(RunConfig().to_dict())
+    absent = "(absent)"
     before = {name: defaults[name] for name in after.keys() & defaults.keys()} | before
     pairs = {
         name: (before.get(name, absent), after.get(name, absent))
@@ -130,19 +152,24 @@ def check_settings(where: str, saved: Mapping[str, Any], now: Mapping[str, Any])
             where,
             expected="the settings that it was made with: "
             + ", ".join(f"{n} = {b!r}" for n, (b, _) in differing.items()),
-            found=", ".join(f"{name} = {value!r}" for name, (_, value) in differing.items()),
+            found=", ".join(
+                f"{name} = {value!r}" for name, (_, value) in differing.items()
+            ),
             remedy="restore these settings, or start a new run in another --output",
         )
 
 
 def _equal_rules(before: Any, after: Any) -> bool:
-    """Returns True if both lists name equal rules, perhaps one of them with settings at their default."""
+    """Returns True if both lists name equal rules, perhaps one of them with settings at their
+    default."""
     if not isinstance(before, list | tuple) or not isinstance(after, list | tuple):
         return False
     return list(map(make, before)) == list(map(make, after))
 
 
-def check_arrays(where: str, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_arrays(
+    where: str, saved: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
     """Raises an error for arrays with other names, shapes or dtypes, naming the first five."""
 
     def show(tree: Mapping[str, Any], name: str) -> str:
@@ -151,7 +178,9 @@ def check_arrays(where: str, saved: Mapping[str, Any], expected: Mapping[str, An
         return f"{np.dtype(tree[name].dtype)}{list(tree[name].shape)}"
 
     differing = [
-        name for name in sorted(saved.keys() | expected.keys()) if show(saved, name) != show(expected, name)
+        name
+        for name in sorted(saved.keys() | expected.keys())
+        if show(saved, name) != show(expected, name)
     ]
     if differing:
         listed = differing[:5]

@@ -1,4 +1,5 @@
-"""Initial adapters of a run: read from disk, or computed from its kernels or the gradient of its first batches.
+"""Initial adapters of a run: read from disk, or computed from its kernels or the gradient of its
+first batches.
 
 LoRA-GA's kernels are the base's kernels minus the initial update of its adapters. Another machine,
 or another number of devices, would compute singular vectors with other signs, and so other kernels.
@@ -58,7 +59,13 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.layout import distributed
 from nalora_jax.method import statistics
 from nalora_jax.method.low_rank import find_gates
-from nalora_jax.method.step import Batch, StepConfig, accumulate, micro_gradients, over_shards
+from nalora_jax.method.step import (
+    Batch,
+    StepConfig,
+    accumulate,
+    micro_gradients,
+    over_shards,
+)
 from nalora_jax.method.transform import Mechanisms
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
@@ -69,7 +76,12 @@ from nalora_jax.train.initial_adapter import with_adapter as with_adapter
 from nalora_jax.train.job import TrainingRows
 from nalora_jax.train.output import START, Output
 from nalora_jax.train.program import Assembly, measured_blocks, next_token
-from nalora_jax.weights.adapter_forms import difference_as_lora, lower_kernels, pissa_split, remaining_ranks
+from nalora_jax.weights.adapter_forms import (
+    difference_as_lora,
+    lower_kernels,
+    pissa_split,
+    remaining_ranks,
+)
 from nalora_jax.weights.model_files import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -77,12 +89,15 @@ _FILE = "adapter.safetensors"
 GRADIENT = ("gradient", "lora_ga")  # the values of --lora.init that read batches
 
 
-def with_start(assembly: Assembly, loaded: LoadedModel, data: TrainingRows, output: Output) -> Assembly:
+def with_start(
+    assembly: Assembly, loaded: LoadedModel, data: TrainingRows, output: Output
+) -> Assembly:
     """Returns the assembly with the initial adapters that the run's settings ask for.
 
     They are the principal components of the kernels, initialised in the gradient of the run's first
-    batches, read from the adapter that the run continues, or those of the assembly. A resumed run gets
-    its adapters from its checkpoint later; LoRA-GA's kernels are lowered by the stored initial adapters.
+    batches, read from the adapter that the run continues, or those of the assembly. A resumed run
+    gets its adapters from its checkpoint later; LoRA-GA's kernels are lowered by the stored initial
+    adapters.
 
     Args:
       assembly: the run's program and weights.
@@ -94,7 +109,8 @@ def with_start(assembly: Assembly, loaded: LoadedModel, data: TrainingRows, outp
       NaloraError: the initial adapters cannot be written or read, or are damaged; see also
         `nalora_jax.train.initial_adapter.read_initial`.
     """
-    config, folder = assembly.config, output.folder / START
+    config = assembly.config
+    folder = output.folder / START
     if config.lora.init == "pissa":
         return in_components(assembly)
     if config.lora.init in GRADIENT:
@@ -116,16 +132,23 @@ def with_start(assembly: Assembly, loaded: LoadedModel, data: TrainingRows, outp
         warn_if_changed(config)
     elif config.adapter:
         lora = read_initial(config, loaded)
-        log.info("adapters start from %s (SHA-256 %s...)", config.adapter, config.adapter_sha256[:16])
+        log.info(
+            "adapters start from %s (SHA-256 %s...)",
+            config.adapter,
+            config.adapter_sha256[:16],
+        )
         return replace(assembly, state=assembly.begin(lora, config.seed))
     return assembly
 
 
 def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
     """Adds the gates' initial adapters to ``params``; the probe measures updates from them."""
-    leaves, adapters = trees.flatten(params), trees.flatten(lora)
+    leaves = trees.flatten(params)
+    adapters = trees.flatten(lora)
     starts = {
-        f"{gate}/start_{name}": adapters[f"{gate}/{name}"] for gate in find_gates(lora) for name in "ab"
+        f"{gate}/start_{name}": adapters[f"{gate}/{name}"]
+        for gate in find_gates(lora)
+        for name in "ab"
     }
     start_shardings = distributed.shardings(starts, mesh, distributed.PARAM_RULES)
     return trees.unflatten(leaves | jax.device_put(starts, start_shardings))
@@ -138,18 +161,24 @@ def starting_at(assembly: Assembly, lora: Any) -> Assembly:
     The step function is shared, and must not be compiled yet: its params now include the initial
     adapters of the gates.
     """
-    initial = jax.tree.map(distributed.fetch, lora)  # a resumed run must start from the same bits
-    return _lowered(assembly, lower_kernels(assembly.params, initial, assembly.spec), initial)
+    initial = jax.tree.map(
+        distributed.fetch, lora
+    )  # a resumed run must start from the same bits
+    return _lowered(
+        assembly, lower_kernels(assembly.params, initial, assembly.spec), initial
+    )
 
 
 def in_components(assembly: Assembly) -> Assembly:
-    """Returns the assembly with PiSSA's initial adapters, the principal components of its kernels; as `starting_at`."""
+    """Returns the assembly with PiSSA's initial adapters, the principal components of its kernels;
+    as `starting_at`."""
     params, lora = pissa_split(assembly.params, assembly.spec)
     return _lowered(assembly, params, jax.tree.map(distributed.fetch, lora))
 
 
 def _lowered(assembly: Assembly, params: Any, initial: Any) -> Assembly:
-    """Returns the assembly with initial adapters in host memory on kernels that were lowered by them."""
+    """Returns the assembly with initial adapters in host memory on kernels that were lowered by
+    them."""
     params = _with_starts(params, initial, assembly.mesh)
     state = assembly.begin(initial, assembly.config.seed)
     return replace(assembly, params=params, state=state, initial=initial)
@@ -169,7 +198,9 @@ def exportable_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]
     return difference_as_lora(lora, assembly.initial, assembly.spec)
 
 
-def first_adapters(assembly: Assembly, base: ModelConfig, data: TrainingRows, seed: int) -> dict[str, Any]:
+def first_adapters(
+    assembly: Assembly, base: ModelConfig, data: TrainingRows, seed: int
+) -> dict[str, Any]:
     """Returns `gradient_adapters` of the first ``lora.gradient_batches`` batches of ``data``."""
     batches = data.batches()
     try:
@@ -182,7 +213,10 @@ def first_adapters(assembly: Assembly, base: ModelConfig, data: TrainingRows, se
 
 def _write(folder: Path, initial: Mapping[str, Any]) -> None:
     with new_folder(folder) as scratch:
-        leaves = {path: np.ascontiguousarray(leaf) for path, leaf in trees.flatten(initial).items()}
+        leaves = {
+            path: np.ascontiguousarray(leaf)
+            for path, leaf in trees.flatten(initial).items()
+        }
         save_file(leaves, scratch / _FILE)
         digests.write_digests(scratch)
 
@@ -196,7 +230,9 @@ def _read(folder: Path, assembly: Assembly) -> dict[str, Any]:
             leaves = load_file(folder / _FILE)
     except (OSError, SafetensorError) as error:
         damage = getattr(error, "strerror", None) or str(error)
-    shapes = {path: leaf.shape for path, leaf in trees.flatten(assembly.state.lora).items()}
+    shapes = {
+        path: leaf.shape for path, leaf in trees.flatten(assembly.state.lora).items()
+    }
     if damage is None and {path: leaf.shape for path, leaf in leaves.items()} != shapes:
         damage = "adapters of other projections or shapes"
     if damage is not None:
@@ -206,7 +242,9 @@ def _read(folder: Path, assembly: Assembly) -> dict[str, Any]:
             found=damage,
             remedy="restore that folder from a copy; without it the run cannot go on",
         )
-    return trees.unflatten({path: jax.numpy.asarray(leaf) for path, leaf in leaves.items()})
+    return trees.unflatten(
+        {path: jax.numpy.asarray(leaf) for path, leaf in leaves.items()}
+    )
 
 
 _ITERATIONS = 2
@@ -215,7 +253,9 @@ _COLUMN_NORM = 1 / math.sqrt(3.0)
 # LoRA-GA's gamma ("stable_gamma") in its authors' code and in PEFT.
 _STABLE_GAMMA = 16.0
 
-Matrices = dict[str, jax.Array]  # by path of the projection, ``[layers, (experts,) rows, columns]``
+Matrices = dict[
+    str, jax.Array
+]  # by path of the projection, ``[layers, (experts,) rows, columns]``
 
 
 def gradient_adapters(
@@ -236,58 +276,92 @@ def gradient_adapters(
     Returns:
       A tree like the result of `nalora_jax.models.adapters.init_lora`.
     """
-    spec, lora_config = assembly.spec, assembly.config.lora
+    spec = assembly.spec
+    lora_config = assembly.config.lora
     shapes = projection_shapes(base)
     ranks = {
-        path: target.rank * (2 if lora_config.init == "lora_ga" else 1) for path, target in spec.targets
+        path: target.rank * (2 if lora_config.init == "lora_ga" else 1)
+        for path, target in spec.targets
     }
-    wide = {path: min(count + max(8, count // 2), *shapes[path][-2:]) for path, count in ranks.items()}
+    wide = {
+        path: min(count + max(8, count // 2), *shapes[path][-2:])
+        for path, count in ranks.items()
+    }
     search = _Search(assembly, base, wide, batches)
     key = jax.random.key(seed)
     layers = depths(base)
     a = {
-        path: jax.random.normal(jax.random.fold_in(key, i), (layers[path], *shapes[path][:-1], width))
+        path: jax.random.normal(
+            jax.random.fold_in(key, i), (layers[path], *shapes[path][:-1], width)
+        )
         for i, (path, width) in enumerate(wide.items())
     }
     rows, slopes = search.rows(a)
-    weights = _weights(lora_config.gradient_weights, slopes, spec, jax.random.fold_in(key, len(wide)))
+    weights = _weights(
+        lora_config.gradient_weights, slopes, spec, jax.random.fold_in(key, len(wide))
+    )
     rows = _weighted(rows, weights)
     for _ in range(_ITERATIONS):
         columns = search.columns(
-            _weighted({path: _orthonormal_rows(row) for path, row in rows.items()}, weights)
+            _weighted(
+                {path: _orthonormal_rows(row) for path, row in rows.items()}, weights
+            )
         )
         a = {path: jnp.linalg.qr(column)[0] for path, column in columns.items()}
         rows = _weighted(search.rows(a)[0], weights)
-    parts = {path: jnp.linalg.svd(row, full_matrices=False) for path, row in rows.items()}
-    left = {path: jnp.matmul(a[path], u, precision="highest") for path, (u, _, _) in parts.items()}
-    return _place(left, {path: vt for path, (_, _, vt) in parts.items()}, assembly, base, seed)
+    parts = {
+        path: jnp.linalg.svd(row, full_matrices=False) for path, row in rows.items()
+    }
+    left = {
+        path: jnp.matmul(a[path], u, precision="highest")
+        for path, (u, _, _) in parts.items()
+    }
+    return _place(
+        left, {path: vt for path, (_, _, vt) in parts.items()}, assembly, base, seed
+    )
 
 
 class _Search:
     """Matmuls with G, computed as gradients of adapters at scale 1 with A = 0 or B = 0."""
 
     def __init__(
-        self, assembly: Assembly, base: ModelConfig, wide: Mapping[str, int], batches: Sequence[Batch]
+        self,
+        assembly: Assembly,
+        base: ModelConfig,
+        wide: Mapping[str, int],
+        batches: Sequence[Batch],
     ) -> None:
         layers = depths(base)
-        targets = tuple((path, TargetSpec.even(width, layers[path])) for path, width in wide.items())
-        self._spec, self._batches = AdapterSpec(targets), batches
+        targets = tuple(
+            (path, TargetSpec.even(width, layers[path])) for path, width in wide.items()
+        )
+        self._spec = AdapterSpec(targets)
+        self._batches = batches
         self._params = assembly.view(assembly.params)
         model = assembly.model.clone(adapters=self._spec)
         mesh = assembly.mesh
         none = Mechanisms((), base.activation)
-        blocks = {path: shape for path, (shape, _) in measured_blocks(base, self._spec).items()}
+        blocks = {
+            path: shape
+            for path, (shape, _) in measured_blocks(base, self._spec).items()
+        }
         config = StepConfig(none, blocks, stats_sharding=model.stats.sharding)
         objective = next_token(base, model, assembly.config.compute, mesh)
         evaluate = micro_gradients(objective, config)
 
         def gradients(params: Any, lora: Any, batch: Batch) -> dict[str, Any]:
             """Returns the first half of a step, without dropout: sums over target tokens."""
-            sums = accumulate(lambda b, k: evaluate(params, lora, {}, b, k), batch, jax.random.key(0))
-            stats = over_shards(sums["stats"], statistics.STANDARD, config.stats_sharding)
+            sums = accumulate(
+                lambda b, k: evaluate(params, lora, {}, b, k), batch, jax.random.key(0)
+            )
+            stats = over_shards(
+                sums["stats"], statistics.STANDARD, config.stats_sharding
+            )
             return sums | {"stats": stats}
 
-        self._sums = jax.jit(gradients, compiler_options=distributed.compiler_options(mesh))
+        self._sums = jax.jit(
+            gradients, compiler_options=distributed.compiler_options(mesh)
+        )
         self._zeros = trees.flatten(init_lora(base, self._spec, jax.random.key(0)))
         self._zeros = {path: jnp.zeros_like(leaf) for path, leaf in self._zeros.items()}
 
@@ -303,7 +377,9 @@ class _Search:
 
     def columns(self, b: Matrices) -> Matrices:
         """Returns ``G B^T``."""
-        grads = trees.flatten(self._total({f"{path}/b": value for path, value in b.items()})["grads"])
+        grads = trees.flatten(
+            self._total({f"{path}/b": value for path, value in b.items()})["grads"]
+        )
         return {path: grads[f"{path}/a"] for path in b}
 
     def _total(self, leaves: Mapping[str, jax.Array]) -> dict[str, Any]:
@@ -319,14 +395,18 @@ class _Search:
         return total | {"grads": jax.tree.map(lambda g: g / tokens, total["grads"])}
 
 
-def _weights(kind: str, slopes: Mapping[str, jax.Array], spec: AdapterSpec, key: jax.Array) -> Matrices:
+def _weights(
+    kind: str, slopes: Mapping[str, jax.Array], spec: AdapterSpec, key: jax.Array
+) -> Matrices:
     """Returns weights of the gates' output channels, mean 1 per layer; no entry: weight 1."""
     if kind == "ones":
         return {}
     gates = find_gates(trees.unflatten({f"{path}/b": 0 for path, _ in spec.targets}))
     weights = {}
     for index, (gate, block) in enumerate(gates.items()):
-        weight = slopes[block] / jnp.maximum(jnp.mean(slopes[block], axis=-1, keepdims=True), 1e-30)
+        weight = slopes[block] / jnp.maximum(
+            jnp.mean(slopes[block], axis=-1, keepdims=True), 1e-30
+        )
         if kind == "permuted":
             weight = jax.random.permutation(
                 jax.random.fold_in(key, index), weight, axis=-1, independent=True
@@ -337,7 +417,9 @@ def _weights(kind: str, slopes: Mapping[str, jax.Array], spec: AdapterSpec, key:
 
 def _weighted(rows: Matrices, weights: Matrices) -> Matrices:
     """Multiplies the columns of ``[..., k, d_out]`` by their weights."""
-    return rows | {path: rows[path] * weight[..., None, :] for path, weight in weights.items()}
+    return rows | {
+        path: rows[path] * weight[..., None, :] for path, weight in weights.items()
+    }
 
 
 def _orthonormal_rows(matrix: jax.Array) -> jax.Array:
@@ -353,20 +435,27 @@ def _place(
       left: ``[layers, ..., d_in, k]``, most important first.
       right: ``[layers, ..., k, d_out]``.
     """
-    leaves = trees.flatten(init_lora(base, assembly.spec, jax.random.key(seed), assembly.params))
+    leaves = trees.flatten(
+        init_lora(base, assembly.spec, jax.random.key(seed), assembly.params)
+    )
     lora_ga = assembly.config.lora.init == "lora_ga"
     for path, target in assembly.spec.targets:
-        a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
+        a = leaves[f"{path}/a"]
+        b = leaves[f"{path}/b"]
         used = target.used((*a.shape[:-2], target.rank))
         length = _COLUMN_NORM
         if lora_ga:
             length = b.shape[-1] ** 0.25 / math.sqrt(_STABLE_GAMMA)
-        leaves[f"{path}/a"] = jnp.where(used[..., None, :], length * left[path][..., : target.rank], 0.0)
+        leaves[f"{path}/a"] = jnp.where(
+            used[..., None, :], length * left[path][..., : target.rank], 0.0
+        )
         if lora_ga:
             second = np.array(target.ranks)[:, None] + np.arange(
                 target.rank
             )  # triplets r to 2r of each layer
-            second = second.reshape(len(target.ranks), *(1,) * (a.ndim - 3), target.rank, 1)
+            second = second.reshape(
+                len(target.ranks), *(1,) * (a.ndim - 3), target.rank, 1
+            )
             rows = jnp.take_along_axis(right[path], second, axis=-2)
             leaves[f"{path}/b"] = jnp.where(used[..., None], length * rows, 0.0)
     return trees.unflatten(leaves)

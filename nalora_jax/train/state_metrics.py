@@ -30,7 +30,8 @@ class StateMetrics:
     """
 
     def __init__(self, mechanisms: Mechanisms, spec: AdapterSpec, mesh: Mesh) -> None:
-        self.mechanisms, self.spec = mechanisms, spec
+        self.mechanisms = mechanisms
+        self.spec = spec
         self._compiled = jax.jit(self.compute, out_shardings=NamedSharding(mesh, P()))
 
     def compile_ahead(self, state: TrainState) -> None:
@@ -55,7 +56,10 @@ class StateMetrics:
     def record(self, counts: Any, norms: Any, ranks: Any) -> dict[str, Any]:
         """Returns the result of `compute`, in host memory, as `measure` does."""
         bins = {label: mechanism.bins for label, mechanism in self.mechanisms.entries}
-        histograms = {label: {"edges": bins[label], "counts": count} for label, count in counts.items()}
+        histograms = {
+            label: {"edges": bins[label], "counts": count}
+            for label, count in counts.items()
+        }
         metrics = {"histograms": histograms, "adapters": norms}
         if ranks:
             metrics["ranks"] = ranks
@@ -70,14 +74,17 @@ class StateMetrics:
             factors = own_factors(state.gate, self.mechanisms)
         bins = {label: mechanism.bins for label, mechanism in self.mechanisms.entries}
         counts = {
-            label: jnp.concatenate([factor_histogram(factor, bins[label]) for factor in of_blocks.values()])
+            label: jnp.concatenate(
+                [factor_histogram(factor, bins[label]) for factor in of_blocks.values()]
+            )
             for label, of_blocks in factors.items()
         }
         used = {}
         if self.spec.adalora:
             used = trees.flatten(state.opt_state.kept)
         ranks = {
-            path.removesuffix("/singular"): jnp.sum(_rows(leaf), axis=1) for path, leaf in used.items()
+            path.removesuffix("/singular"): jnp.sum(_rows(leaf), axis=1)
+            for path, leaf in used.items()
         }
         return counts, adapter_norms(trees.flatten(state.lora), self.spec), ranks
 
@@ -99,13 +106,18 @@ def factor_histogram(factor: jax.Array, edges: tuple[float, ...]) -> jax.Array:
     """
     rows = _rows(factor)
     reached = jnp.sum(
-        rows[:, None, :] >= np.asarray(edges, np.float32)[None, :, None], axis=-1, dtype=jnp.int32
+        rows[:, None, :] >= np.asarray(edges, np.float32)[None, :, None],
+        axis=-1,
+        dtype=jnp.int32,
     )
-    full, empty = jnp.full((len(rows), 1), rows.shape[1], jnp.int32), jnp.zeros((len(rows), 1), jnp.int32)
+    full = jnp.full((len(rows), 1), rows.shape[1], jnp.int32)
+    empty = jnp.zeros((len(rows), 1), jnp.int32)
     return -jnp.diff(jnp.concatenate([full, reached, empty], axis=1), axis=1)
 
 
-def adapter_norms(leaves: Mapping[str, jax.Array], spec: AdapterSpec) -> dict[str, jax.Array]:
+def adapter_norms(
+    leaves: Mapping[str, jax.Array], spec: AdapterSpec
+) -> dict[str, jax.Array]:
     """Returns the Frobenius norm of ``s A B`` of every layer, by path: [layers] float32.
 
     ``A B``, as large as the kernel, is never formed: its squared norm is the sum of the elements of
@@ -118,18 +130,22 @@ def adapter_norms(leaves: Mapping[str, jax.Array], spec: AdapterSpec) -> dict[st
     """
     norms = {}
     for path, _ in spec.targets:
-        a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
+        a = leaves[f"{path}/a"]
+        b = leaves[f"{path}/b"]
         if spec.adalora:
             a = a * leaves[f"{path}/singular"][..., None, :]
         of_a = jnp.einsum("l...dr,l...ds->l...rs", a, a, precision="highest")
         of_b = jnp.einsum("l...rd,l...sd->l...rs", b, b, precision="highest")
         squared = jnp.sum(of_a * of_b, axis=tuple(range(1, a.ndim)))
-        norms[path] = jnp.asarray(spec.scales(path)) * jnp.sqrt(jnp.maximum(squared, 0.0))
+        norms[path] = jnp.asarray(spec.scales(path)) * jnp.sqrt(
+            jnp.maximum(squared, 0.0)
+        )
     return norms
 
 
 def non_finite(state: Any) -> list[str]:
-    """Returns the paths of the floating-point arrays with NaN or infinity, e.g. ``["opt_state/0/mu/..."]``.
+    """Returns the paths of the floating-point arrays with NaN or infinity, e.g.
+    ``["opt_state/0/mu/..."]``.
 
     Reads the state once and fetches once; every process has to call it.
     """
@@ -141,11 +157,14 @@ def non_finite(state: Any) -> list[str]:
     if not floats:
         return []
     finite_leaves = jax.device_get(_all_finite(list(floats.values())))
-    return [path for path, finite in zip(floats, finite_leaves, strict=True) if not finite]
+    return [
+        path for path, finite in zip(floats, finite_leaves, strict=True) if not finite
+    ]
 
 
 def first_bad_row(array: jax.Array) -> int:
-    """Returns the first index of axis 0 with NaN or infinity: the layer, in an array of stacked layers."""
+    """Returns the first index of axis 0 with NaN or infinity: the layer, in an array of stacked
+    layers."""
     return int(jax.device_get(_first_bad_row(jnp.atleast_1d(array))))
 
 

@@ -1,4 +1,5 @@
-"""Equivalent forms of an adapter: of non-zero starts (PiSSA, LoRA-GA) and of allocated ranks (AdaLoRA).
+"""Equivalent forms of an adapter: of non-zero starts (PiSSA, LoRA-GA) and of allocated ranks
+(AdaLoRA).
 
 A kernel is split as ``W = W_low + s A0 B0``; training changes A and B on the frozen ``W_low``.
 Tools that load the original kernel need ``s (A B - A0 B0)``, a plain adapter of twice the rank.
@@ -21,7 +22,9 @@ from nalora_jax.models.adapters import merged_kernel, pad_rank
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, scale_divisor
 
 
-def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
+def lower_kernels(
+    params: Mapping[str, Any], start: Mapping[str, Any], spec: AdapterSpec
+) -> dict[str, Any]:
     """Subtracts the adapters' initial contribution from a model's weights.
 
     Args:
@@ -33,7 +36,8 @@ def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: Ada
       ``params`` with ``W - s A0 B0`` instead of every adapted kernel, in its dtype (rounded once)
       and with its sharding.
     """
-    leaves, adapters = flatten(params), flatten(start)
+    leaves = flatten(params)
+    adapters = flatten(start)
     for path, _ in spec.targets:
         kernel = leaves[f"{path}/kernel"]
         lower = jax.jit(_merged_stack, out_shardings=kernel.sharding)
@@ -43,7 +47,9 @@ def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: Ada
     return unflatten(leaves)
 
 
-def _merged_stack(kernel: jax.Array, a: jax.Array, b: jax.Array, scales: jax.Array) -> jax.Array:
+def _merged_stack(
+    kernel: jax.Array, a: jax.Array, b: jax.Array, scales: jax.Array
+) -> jax.Array:
     """Merges every layer of a stacked kernel ``[layers, ..., d_in, d_out]``.
 
     It computes one layer at a time, so that at most one layer is in memory in float32.
@@ -70,25 +76,38 @@ def difference_as_lora(
       start: the tree before training, same shapes.
       spec: the trained adapter's spec.
     """
-    now, before = flatten(lora), flatten(start)
+    now = flatten(lora)
+    before = flatten(start)
     factor = scale_divisor(2.0, rslora=spec.rslora)
     leaves = {path: leaf for path, leaf in now.items() if path.endswith("/magnitude")}
     targets = []
     for path, target in spec.targets:
         ranks = tuple(2 * rank for rank in target.ranks)
-        targets.append((path, TargetSpec(ranks, tuple(factor * alpha for alpha in target.alphas))))
-        (a, b), (a0, b0) = ([np.asarray(of[f"{path}/{name}"]) for name in "ab"] for of in (now, before))
+        targets.append(
+            (path, TargetSpec(ranks, tuple(factor * alpha for alpha in target.alphas)))
+        )
+        (a, b), (a0, b0) = (
+            [np.asarray(of[f"{path}/{name}"]) for name in "ab"] for of in (now, before)
+        )
         layers = []
         for i, rank in enumerate(target.ranks):
             joined_a = np.concatenate([a[i, ..., :rank], a0[i, ..., :rank]], axis=-1)
-            joined_b = np.concatenate([b[i, ..., :rank, :], -b0[i, ..., :rank, :]], axis=-2)
+            joined_b = np.concatenate(
+                [b[i, ..., :rank, :], -b0[i, ..., :rank, :]], axis=-2
+            )
             layers.append(pad_rank(joined_a, joined_b, 2 * a.shape[-1]))
-        leaves[f"{path}/a"], leaves[f"{path}/b"] = map(np.stack, zip(*layers, strict=True))
-    plain = AdapterSpec(tuple(targets), rslora=spec.rslora, dora=spec.dora, dropout=spec.dropout)
+        leaves[f"{path}/a"], leaves[f"{path}/b"] = map(
+            np.stack, zip(*layers, strict=True)
+        )
+    plain = AdapterSpec(
+        tuple(targets), rslora=spec.rslora, dora=spec.dora, dropout=spec.dropout
+    )
     return unflatten(leaves), plain
 
 
-def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[str, Any], AdapterSpec]:
+def remaining_ranks(
+    lora: Mapping[str, Any], spec: AdapterSpec
+) -> tuple[dict[str, Any], AdapterSpec]:
     """Converts ``s A diag(e) B`` to plain adapters without the ranks whose ``e`` is 0.
 
     A layer's alpha decreases with its rank, so that its scale stays the same; a layer with no
@@ -103,29 +122,46 @@ def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[st
       The tree, zero-padded to the largest rank of each projection, and its spec; both omit
       projections with no remaining rank.
     """
-    leaves, targets = flatten(lora), []
+    leaves = flatten(lora)
+    targets = []
     for path, target in spec.targets:
-        a, b, singular = (np.asarray(leaves.pop(f"{path}/{name}")) for name in ("a", "b", "singular"))
+        a, b, singular = (
+            np.asarray(leaves.pop(f"{path}/{name}")) for name in ("a", "b", "singular")
+        )
         nonzero = singular != 0
         ranks = tuple(int(layer.sum(-1).max()) for layer in nonzero)
         if not max(ranks):
             continue
         # Remaining ranks first, then zeros.
         first = np.argsort(~nonzero, axis=-1, kind="stable")[..., : max(ranks)]
-        leaves[f"{path}/a"] = np.take_along_axis(a * singular[..., None, :], first[..., None, :], axis=-1)
-        leaves[f"{path}/b"] = np.take_along_axis(b * nonzero[..., None], first[..., None], axis=-2)
-        shares = [rank / max(before, 1) for rank, before in zip(ranks, target.ranks, strict=True)]
+        leaves[f"{path}/a"] = np.take_along_axis(
+            a * singular[..., None, :], first[..., None, :], axis=-1
+        )
+        leaves[f"{path}/b"] = np.take_along_axis(
+            b * nonzero[..., None], first[..., None], axis=-2
+        )
+        shares = [
+            rank / max(before, 1)
+            for rank, before in zip(ranks, target.ranks, strict=True)
+        ]
         falls = [scale_divisor(share, rslora=spec.rslora) for share in shares]
-        alphas = tuple(alpha * fall or 1.0 for alpha, fall in zip(target.alphas, falls, strict=True))
+        alphas = tuple(
+            alpha * fall or 1.0
+            for alpha, fall in zip(target.alphas, falls, strict=True)
+        )
         targets.append((path, TargetSpec(ranks, alphas)))
-    return unflatten(leaves), replace(spec, targets=tuple(targets), dora=False, adalora=False, zero_a=False)
+    return unflatten(leaves), replace(
+        spec, targets=tuple(targets), dora=False, adalora=False, zero_a=False
+    )
 
 
 _ITERATIONS = 4  # of the randomized decomposition, as PEFT's ``pissa_niter_4``
 
 
 @partial(jax.jit, static_argnums=(1,))
-def pissa_init(kernel: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def pissa_init(
+    kernel: jax.Array, rank: int, scale: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Splits a kernel into its principal factors and the residual.
 
     The decomposition is randomized, which costs ``O(d_in d_out rank)`` instead of ``O(d_in d_out
@@ -144,11 +180,14 @@ def pissa_init(kernel: jax.Array, rank: int, scale: float) -> tuple[jax.Array, j
     w = kernel.astype(jnp.float32)
     u, s, vt = _randomized_svd(w, rank)
     root = jnp.sqrt(s / scale)
-    a, b = u * root[..., None, :], root[..., None] * vt
+    a = u * root[..., None, :]
+    b = root[..., None] * vt
     return a, b, merged_kernel(w, a, b, -scale).astype(kernel.dtype)
 
 
-def pissa_split(params: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+def pissa_split(
+    params: Mapping[str, Any], spec: AdapterSpec
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Moves every adapted kernel's principal components from the weights to the adapters.
 
     Args:
@@ -162,10 +201,15 @@ def pissa_split(params: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[str,
     leaves: dict[str, Any] = flatten(params)
     adapters: dict[str, Any] = {}
     for path, target in spec.targets:
-        kernel, layers = leaves[f"{path}/kernel"], []
+        kernel = leaves[f"{path}/kernel"]
+        layers = []
         *lead, d_in, d_out = kernel.shape[1:]
-        for i, (rank, scale) in enumerate(zip(target.ranks, spec.scales(path), strict=True)):
-            a, b, residual = jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out)), kernel[i]
+        for i, (rank, scale) in enumerate(
+            zip(target.ranks, spec.scales(path), strict=True)
+        ):
+            a = jnp.zeros((*lead, d_in, 0))
+            b = jnp.zeros((*lead, 0, d_out))
+            residual = kernel[i]
             if rank:
                 a, b, residual = pissa_init(kernel[i], rank, float(scale))
             layers.append((*pad_rank(a, b, target.rank), residual))
@@ -173,18 +217,23 @@ def pissa_split(params: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[str,
         adapters |= {f"{path}/a": a, f"{path}/b": b}
         leaves[f"{path}/kernel"] = jax.device_put(residual, kernel.sharding)
         if spec.dora:
-            adapters[f"{path}/magnitude"] = jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)
+            adapters[f"{path}/magnitude"] = jnp.linalg.norm(
+                kernel.astype(jnp.float32), axis=-2
+            )
     return unflatten(leaves), unflatten(adapters)
 
 
 def _randomized_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns ``u [..., d_in, rank], s [..., rank], vt [..., rank, d_out]``, with QR at every half step.
+    """Returns ``u [..., d_in, rank], s [..., rank], vt [..., rank, d_out]``, with QR at every half
+    step.
 
     Source: Halko, Martinsson and Tropp (arXiv 0909.4061), algorithms 4.4 and 5.1.
     """
     # Oversampling: the subspace is wider than the result.
     width = min(rank + max(8, rank // 2), *w.shape[-2:])
-    q = jax.random.normal(jax.random.key(0), (*w.shape[:-2], w.shape[-1], width), jnp.float32)
+    q = jax.random.normal(
+        jax.random.key(0), (*w.shape[:-2], w.shape[-1], width), jnp.float32
+    )
     q = jnp.linalg.qr(jnp.matmul(w, q, precision="highest"))[0]
     wt = jnp.swapaxes(w, -1, -2)
     for _ in range(_ITERATIONS):

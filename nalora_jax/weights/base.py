@@ -18,7 +18,12 @@ from nalora_jax.models.vision.config import Sight
 from nalora_jax.ops.quantize import Kind
 from nalora_jax.weights import gguf, hub  # noqa: F401  (the first enters GGUF files)
 from nalora_jax.weights.hf import ResolvedSource
-from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
+from nalora_jax.weights.model_files import (
+    LoadedModel,
+    ModelFiles,
+    load_weights,
+    open_files,
+)
 from nalora_jax.weights.tensors import require_dtype
 
 
@@ -33,11 +38,11 @@ def load_model(
     """Loads a model by name.
 
     Args:
-      source: an alias, a Hugging Face folder, a GGUF file or a hub id (see `weights.hub.resolve_source`),
-        or the result of `resolve_source`.
+      source: an alias, a Hugging Face folder, a GGUF file or a hub id (see
+        `weights.hub.resolve_source`), or the result of `resolve_source`.
       dtype: of the parameters, "bfloat16" or "float32".
-      mesh: devices that share the parameters, by the rules of `nalora_jax.layout.distributed`; the first
-        device by default.
+      mesh: devices that share the parameters, by the rules of `nalora_jax.layout.distributed`; the
+        first device by default.
       quantized: store the projections' kernels as "int8", "nf4" or "mxfp4"
         (`nalora_jax.ops.quantize`) instead of ``dtype``.
       images: load a multimodal model with its vision tower and projector; by default its text
@@ -56,15 +61,18 @@ def load_model(
 
 
 def seeing_files(files: ModelFiles) -> ModelFiles:
-    """Adds image tokens, image processor and the tower's tensors to the files of a model with a tower.
+    """Adds image tokens, image processor and the tower's tensors to the files of a model with a
+    tower.
 
     Raises:
       NaloraError: the processor or an image token is missing, or fits another model.
     """
-    sight, folder = files.config.sight, files.resolved.path
+    sight = files.config.sight
+    folder = files.resolved.path
     assert sight is not None, "the files were opened with images"
     tokens = image_tokens(sight, files.raw, files.tokenizer, str(folder))
-    processor, side = read_processor(folder), sight.tower.image_size
+    processor = read_processor(folder)
+    side = sight.tower.image_size
     if processor.output != (side, side):
         raise NaloraError(
             f"{folder}: image processor",
@@ -72,10 +80,14 @@ def seeing_files(files: ModelFiles) -> ModelFiles:
             found=processor.output,
             remedy="set size (and crop_size) to config.json's image_size",
         )
-    return replace(files, tokenizer=replace(files.tokenizer, images=tokens), processor=processor)
+    return replace(
+        files, tokenizer=replace(files.tokenizer, images=tokens), processor=processor
+    )
 
 
-def image_tokens(sight: Sight, raw: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> ImageTokens:
+def image_tokens(
+    sight: Sight, raw: Mapping[str, Any], tokenizer: Tokenizer, where: str
+) -> ImageTokens:
     """Returns the format in which a model writes an image into its text.
 
     Raises:
@@ -85,13 +97,26 @@ def image_tokens(sight: Sight, raw: Mapping[str, Any], tokenizer: Tokenizer, whe
     def named(token_id: int, field: str) -> str:
         text = tokenizer.backend.id_to_token(token_id)
         if text is None or tokenizer.encode(text, special=False) != [token_id]:
-            expected = f"a special token with the id {token_id}, as config.json's {field} says"
-            raise NaloraError(f"{where}: tokenizer.json", expected=expected, found=repr(text))
+            expected = (
+                f"a special token with the id {token_id}, as config.json's {field} says"
+            )
+            raise NaloraError(
+                f"{where}: tokenizer.json", expected=expected, found=repr(text)
+            )
         return text
 
     token = named(sight.image_token, "image_token_index")
     if sight.model_type != "gemma3":
         return ImageTokens(token, sight.image_token, sight.tokens, token)
-    f = Fields(raw, {"boi_token_index": 255_999, "eoi_token_index": 256_000}, f"{where}: config.json")
-    first, last = (named(f.integer(name, low=0), name) for name in ("boi_token_index", "eoi_token_index"))
-    return ImageTokens(token, sight.image_token, sight.tokens, first, f"\n\n{first}", f"{last}\n\n")
+    f = Fields(
+        raw,
+        {"boi_token_index": 255_999, "eoi_token_index": 256_000},
+        f"{where}: config.json",
+    )
+    first, last = (
+        named(f.integer(name, low=0), name)
+        for name in ("boi_token_index", "eoi_token_index")
+    )
+    return ImageTokens(
+        token, sight.image_token, sight.tokens, first, f"\n\n{first}", f"{last}\n\n"
+    )

@@ -1,4 +1,5 @@
-"""Model cards: the README.md of an adapter or a merged model, with the front matter that the hub reads.
+"""Model cards: the README.md of an adapter or a merged model, with the front matter that the hub
+reads.
 
 The text is in the template ``card.md.j2``.
 """
@@ -28,18 +29,25 @@ class Card:
     """
 
     kind: Literal["adapter", "merged"]
-    base_model: str  # a hub id, or a path; of a copy, its original (`origin` names the copy)
+    base_model: (
+        str  # a hub id, or a path; of a copy, its original (`origin` names the copy)
+    )
     spec: AdapterSpec
     run: RunConfig | None = None  # settings of the training run, if this library ran it
     command: str = ""  # the command line as typed
     license: str = ""  # of the base model: an SPDX name or a hub identifier
     before: Mapping[str, Any] | None = None  # evaluation of the base
     after: Mapping[str, Any] | None = None  # evaluation with the adapter
-    versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries that trained it
+    versions: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of the libraries that trained it
     device: str = ""  # hardware of the training run
     origin: Origin | None = None  # the base's file, number formats and digest
-    resized: int = 0  # rows of the embedding if tokens were added to the base; otherwise 0
-    # RoPE fields of the base's config.json if the run changed them (`models.rope_scaling.rope_settings`).
+    resized: int = (
+        0  # rows of the embedding if tokens were added to the base; otherwise 0
+    )
+    # RoPE fields of the base's config.json if the run changed them
+    # (`models.rope_scaling.rope_settings`).
     rope: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -58,23 +66,37 @@ def render_card(card: Card) -> str:
     The text shortens a local path of a base model or a data file to its last part. The front
     matter contains hub identifiers only, no paths.
     """
-    from huggingface_hub import ModelCard, ModelCardData  # a run needs them at its end only
+    from huggingface_hub import (
+        ModelCard,
+        ModelCardData,
+    )  # a run needs them at its end only
 
-    run, origin, merged = card.run, card.origin, card.kind == "merged"
+    run = card.run
+    origin = card.origin
+    merged = card.kind == "merged"
     images = run is not None and bool(run.vision.task)
     loadable = (origin and origin.copy_of) or card.base_model
     first = "first adapter" if run and run.adapter else "base"
     measured = {first: card.before, "with the adapter": card.after}
-    results = [(name, metrics) for name, metrics in measured.items() if metrics is not None]
-    values: dict[str, Any] = {function.__name__.lstrip("_"): function for function in _FUNCTIONS}
+    results = [
+        (name, metrics) for name, metrics in measured.items() if metrics is not None
+    ]
+    values: dict[str, Any] = {
+        function.__name__.lstrip("_"): function for function in _FUNCTIONS
+    }
     if run is not None:
         values["mechanisms"] = [_mechanism(rule) for rule in run.mechanisms]
         values["settings"] = json.dumps(published(run.to_dict()), indent=2)
     facts: dict[str, Any] = {}
     if is_hub_id(card.base_model):
-        facts |= {"base_model": card.base_model, "base_model_relation": "finetune" if merged else "adapter"}
+        facts |= {
+            "base_model": card.base_model,
+            "base_model_relation": "finetune" if merged else "adapter",
+        }
     if card.license:
-        facts["license"] = card.license.lower()  # SPDX: Apache-2.0; on the hub: apache-2.0
+        facts["license"] = (
+            card.license.lower()
+        )  # SPDX: Apache-2.0; on the hub: apache-2.0
     front_matter = ModelCardData(
         library_name="transformers" if merged else "peft",
         pipeline_tag="zero-shot-image-classification" if images else "text-generation",
@@ -91,10 +113,16 @@ def render_card(card: Card) -> str:
         images=images,
         loadable=loadable if is_hub_id(loadable) else "path/to/the/base",
         results=results,
-        scored=any(metrics.get("accuracy", metrics.get("recall")) is not None for _, metrics in results),
+        scored=any(
+            metrics.get("accuracy", metrics.get("recall")) is not None
+            for _, metrics in results
+        ),
         rope=json.dumps(dict(card.rope), indent=2),
         command=visible(published(card.command)),
-        versions=[markdown(f"{name} {version}") for name, version in sorted(card.versions.items())],
+        versions=[
+            markdown(f"{name} {version}")
+            for name, version in sorted(card.versions.items())
+        ],
         **values,
     )
     return f"{written}\n"

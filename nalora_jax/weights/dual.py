@@ -27,7 +27,12 @@ from nalora_jax.weights import hub
 from nalora_jax.weights.hf import ResolvedSource, open_tensors
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.origin import Origin, fingerprint, origin
-from nalora_jax.weights.tensors import TensorSource, load_params, param_shardings, require_dtype
+from nalora_jax.weights.tensors import (
+    TensorSource,
+    load_params,
+    param_shardings,
+    require_dtype,
+)
 
 # Separates the names of two towers that were trained separately.
 JOIN = "+"
@@ -88,8 +93,13 @@ def load_dual(
     """
     require_dtype(dtype)  # before the download
     if names := _towers(source):
-        towers = [load_encoder(name, dtype=dtype, mesh=mesh, prefix=path) for path, name in names.items()]
-        return join(*towers, mesh=mesh, d_out=d_out, loss=loss, seed=seed, image_size=image_size)
+        towers = [
+            load_encoder(name, dtype=dtype, mesh=mesh, prefix=path)
+            for path, name in names.items()
+        ]
+        return join(
+            *towers, mesh=mesh, d_out=d_out, loss=loss, seed=seed, image_size=image_size
+        )
     config, resolved = _described(source, families.read_dual)
     tensors, params = _weights(config, resolved, dtype, mesh)
     of = origin(config, resolved, tensors, together=mesh is not None)
@@ -98,16 +108,21 @@ def load_dual(
     return LoadedDual(config, params, tokenizer, processor, of.name, of.fingerprint, of)
 
 
-def described_dual(source: str, *, d_out: int = 0, loss: Loss = "softmax") -> DualConfig:
+def described_dual(
+    source: str, *, d_out: int = 0, loss: Loss = "softmax"
+) -> DualConfig:
     """Returns a dual encoder's description, without weights; arguments as in `load_dual`."""
     if names := _towers(source):
         image, text = (_tower(name)[0] for name in names.values())
-        return families.compose(image, text, d_out or min(image.d_model, text.d_model), loss)
+        return families.compose(
+            image, text, d_out or min(image.d_model, text.d_model), loss
+        )
     return _described(source, families.read_dual)[0]
 
 
 def _towers(source: str) -> dict[str, str]:
-    """Returns the names of two separately trained towers by their path in the tree; {} for one model."""
+    """Returns the names of two separately trained towers by their path in the tree; {} for one
+    model."""
     image, plus, text = source.partition(JOIN)
     if not plus or Path(source).exists():
         return {}
@@ -122,7 +137,8 @@ def _described(source: str, read: Callable[..., T]) -> tuple[T, ResolvedSource]:
 
 
 def _tower(source: str) -> tuple[EncoderConfig, ResolvedSource]:
-    """Returns a tower's architecture and files, with the pooling that sentence-transformers records for a BERT."""
+    """Returns a tower's architecture and files, with the pooling that sentence-transformers records
+    for a BERT."""
     config, resolved = _described(source, families.read_encoder)
     settings = read_json(resolved.path / "1_Pooling" / "config.json", missing={})
     if config.model_type == "bert" and settings.get("pooling_mode_cls_token"):
@@ -138,12 +154,17 @@ def _weights(
     prefix: str = "",
 ) -> tuple[TensorSource, dict[str, Any]]:
     """Returns the tensors of a model's files, and its parameters."""
-    tensors, shapes = open_tensors(resolved), config.param_shapes()
+    tensors = open_tensors(resolved)
+    shapes = config.param_shapes()
     shardings = param_shardings(shapes, mesh, prefix)
-    return tensors, load_params(shapes, tensors, keymap_for(config), dtype=dtype, shardings=shardings)
+    return tensors, load_params(
+        shapes, tensors, keymap_for(config), dtype=dtype, shardings=shardings
+    )
 
 
-def load_encoder(source: str, *, dtype: str, mesh: Mesh | None = None, prefix: str = "") -> LoadedEncoder:
+def load_encoder(
+    source: str, *, dtype: str, mesh: Mesh | None = None, prefix: str = ""
+) -> LoadedEncoder:
     """Loads one tower: an encoder's folder or hub id, or an alias of `hub.ENCODERS`.
 
     Args:
@@ -155,10 +176,23 @@ def load_encoder(source: str, *, dtype: str, mesh: Mesh | None = None, prefix: s
     """
     require_dtype(dtype)  # before the download
     config, resolved = _tower(source)
-    tokenizer = _tokenizer(resolved.path, config) if config.kind == "text" else None
-    processor = read_processor(resolved.path) if config.kind == "image" else None
+    if config.kind == "text":
+        tokenizer = _tokenizer(resolved.path, config)
+    else:
+        tokenizer = None
+    if config.kind == "image":
+        processor = read_processor(resolved.path)
+    else:
+        processor = None
     tensors, params = _weights(config, resolved, dtype, mesh, prefix)
-    return LoadedEncoder(config, params, tokenizer, processor, resolved.name, fingerprint(config, tensors))
+    return LoadedEncoder(
+        config,
+        params,
+        tokenizer,
+        processor,
+        resolved.name,
+        fingerprint(config, tensors),
+    )
 
 
 def join(
@@ -190,23 +224,33 @@ def join(
     ).hexdigest()
     name = f"{image.source}{JOIN}{text.source}"
     processor = _of_side(image.processor, image.config, image_size)
-    return LoadedDual(config, params | projections, text.tokenizer, processor, name, digest)
+    return LoadedDual(
+        config, params | projections, text.tokenizer, processor, name, digest
+    )
 
 
-def _of_side(processor: ImageProcessor, config: EncoderConfig, side: int) -> ImageProcessor:
+def _of_side(
+    processor: ImageProcessor, config: EncoderConfig, side: int
+) -> ImageProcessor:
     """Returns the processor for squares of ``side`` pixels; unchanged if ``side`` is 0."""
     if not side:
         return processor
     if config.any_shape:
-        remedy = "the number of patches is max_num_patches of its preprocessor_config.json"
+        remedy = (
+            "the number of patches is max_num_patches of its preprocessor_config.json"
+        )
         expected = "0 for a model that takes images of any shape"
-        raise NaloraError("--vision.image-size", expected=expected, found=side, remedy=remedy)
+        raise NaloraError(
+            "--vision.image-size", expected=expected, found=side, remedy=remedy
+        )
     if side % config.patch_size:
         expected = f"a multiple of the patch size, {config.patch_size}"
         raise NaloraError("--vision.image-size", expected=expected, found=side)
     if not (processor.shortest or processor.resize):
         where = "preprocessor_config.json: do_resize"
-        raise NaloraError(where, expected="true, with --vision.image-size", found="false")
+        raise NaloraError(
+            where, expected="true, with --vision.image-size", found="false"
+        )
     return processor.of_side(side)
 
 
@@ -215,17 +259,27 @@ def _fresh(config: DualConfig, seed: int, mesh: Mesh | None) -> dict[str, Any]:
 
     They are float32 because they are trained.
     """
-    projections = ("image/projection/kernel", "text/projection/kernel", "logit_scale", "logit_bias")
+    projections = (
+        "image/projection/kernel",
+        "text/projection/kernel",
+        "logit_scale",
+        "logit_bias",
+    )
     leaves = trees.flatten(init_params(config, jax.random.key(seed)))
     shardings = param_shardings(config.param_shapes(), mesh)
     fresh = {path: leaf for path, leaf in leaves.items() if path in projections}
     if shardings is not None:
-        fresh = {path: jax.device_put(leaf, shardings[path]) for path, leaf in fresh.items()}
+        fresh = {
+            path: jax.device_put(leaf, shardings[path]) for path, leaf in fresh.items()
+        }
     return trees.unflatten(fresh)
 
 
 def _tokenizer(folder: Path, config: EncoderConfig) -> TextTokenizer:
     fixed = config.pooling == "last"
     return read_text_tokenizer(
-        folder, max_length=config.max_positions, vocab_size=config.vocab_size, fixed=fixed
+        folder,
+        max_length=config.max_positions,
+        vocab_size=config.vocab_size,
+        fixed=fixed,
     )

@@ -31,7 +31,8 @@ def _rows(names: Mapping[str, str], stem: str = "", folder: str = "") -> Rows:
     """Returns weights and biases of dense layers and norms, and tables, by transformers' module."""
     rows: Rows = ()
     for theirs, ours in names.items():
-        name, path = f"{stem}{theirs}", f"{folder}{ours}"
+        name = f"{stem}{theirs}"
+        path = f"{folder}{ours}"
         if ours.endswith("/embedding"):
             rows += (TensorRow(f"{name}.weight", (path,)),)
             continue
@@ -50,13 +51,26 @@ def _layers(stem: str, names: Mapping[str, str]) -> Rows:
 _CLIP_LAYERS = _layers(
     "encoder.layers",
     {f"self_attn.{n}_proj": f"attn/{n}_proj" for n in "qkv"}
-    | {"self_attn.out_proj": "attn/o_proj", "mlp.fc1": "ffn/in_proj", "mlp.fc2": "ffn/out_proj"}
+    | {
+        "self_attn.out_proj": "attn/o_proj",
+        "mlp.fc1": "ffn/in_proj",
+        "mlp.fc2": "ffn/out_proj",
+    }
     | {"layer_norm1": "attn_norm", "layer_norm2": "ffn_norm"},
 )
-_TABLES = {"token_embedding": "tokens/embedding", "position_embedding": "positions/embedding"}
-_CLIP_TEXT = (*_rows(_TABLES, "embeddings."), *_rows({"final_layer_norm": "final_norm"}), *_CLIP_LAYERS)
+_TABLES = {
+    "token_embedding": "tokens/embedding",
+    "position_embedding": "positions/embedding",
+}
+_CLIP_TEXT = (
+    *_rows(_TABLES, "embeddings."),
+    *_rows({"final_layer_norm": "final_norm"}),
+    *_CLIP_LAYERS,
+)
 _SIGLIP_TEXT = (*_CLIP_TEXT, *_rows({"head": "projection"}))
-_PATCHES = TensorRow("embeddings.patch_embedding.weight", ("patches/kernel",), "patches")
+_PATCHES = TensorRow(
+    "embeddings.patch_embedding.weight", ("patches/kernel",), "patches"
+)
 _HEAD = {"attention.out_proj": "attn/o_proj", "layernorm": "norm"}
 _HEAD |= {"mlp.fc1": "ffn/in_proj", "mlp.fc2": "ffn/out_proj"}
 _QKV = tuple(f"pool/attn/{n}_proj" for n in "qkv")
@@ -65,11 +79,20 @@ _CLIP_VISION = (  # and SigLIP's
     _PATCHES,
     TensorRow("embeddings.patch_embedding.bias", ("patches/bias",)),
     # "layrnorm" is the spelling in the files.
-    *_rows({"embeddings.position_embedding": "positions/embedding", "pre_layrnorm": "embed_norm"}),
+    *_rows(
+        {
+            "embeddings.position_embedding": "positions/embedding",
+            "pre_layrnorm": "embed_norm",
+        }
+    ),
     *_rows({"post_layernorm": "final_norm"}),
     *_CLIP_LAYERS,
     TensorRow("head.probe", ("pool/probe",), "lead"),
-    TensorRow("head.attention.in_proj_weight", tuple(f"{path}/kernel" for path in _QKV), "transpose"),
+    TensorRow(
+        "head.attention.in_proj_weight",
+        tuple(f"{path}/kernel" for path in _QKV),
+        "transpose",
+    ),
     TensorRow("head.attention.in_proj_bias", tuple(f"{path}/bias" for path in _QKV)),
     *_rows(_HEAD, "head.", "pool/"),
 )
@@ -79,7 +102,9 @@ _SIGLIP2_VISION = tuple(
 _POOLER = _rows({"pooler.dense": "pooler"})
 _VIT = (
     TensorRow("embeddings.cls_token", ("class_token",), "lead"),
-    TensorRow("embeddings.patch_embeddings.projection.weight", ("patches/kernel",), "patches"),
+    TensorRow(
+        "embeddings.patch_embeddings.projection.weight", ("patches/kernel",), "patches"
+    ),
     TensorRow("embeddings.patch_embeddings.projection.bias", ("patches/bias",)),
     TensorRow("embeddings.position_embeddings", ("positions/embedding",), "lead"),
     *_rows({"layernorm": "final_norm"}),
@@ -91,24 +116,44 @@ _VIT_ATTENTION = {
 } | _OUTPUT
 _DENSE_FFN = {"intermediate.dense": "ffn/in_proj", "output.dense": "ffn/out_proj"}
 _VIT_NORMS = {"layernorm_before": "attn_norm", "layernorm_after": "ffn_norm"}
-_DINOV2_FFN = {"mlp.fc1": "ffn/in_proj", "mlp.fc2": "ffn/out_proj", "mlp.weights_out": "ffn/down_proj"}
-_GATED = tuple(f"layers/ffn/{n}_proj" for n in ("gate", "up"))  # one tensor in the files
+_DINOV2_FFN = {
+    "mlp.fc1": "ffn/in_proj",
+    "mlp.fc2": "ffn/out_proj",
+    "mlp.weights_out": "ffn/down_proj",
+}
+_GATED = tuple(
+    f"layers/ffn/{n}_proj" for n in ("gate", "up")
+)  # one tensor in the files
 _DINOV2 = (
     *_VIT,
-    *_layers("encoder.layer", _VIT_ATTENTION | _DINOV2_FFN | {"norm1": "attn_norm", "norm2": "ffn_norm"}),
+    *_layers(
+        "encoder.layer",
+        _VIT_ATTENTION | _DINOV2_FFN | {"norm1": "attn_norm", "norm2": "ffn_norm"},
+    ),
     TensorRow(
         "encoder.layer.{layer}.mlp.weights_in.weight",
         tuple(f"{path}/kernel" for path in _GATED),
         "transpose",
     ),
-    TensorRow("encoder.layer.{layer}.mlp.weights_in.bias", tuple(f"{path}/bias" for path in _GATED)),
+    TensorRow(
+        "encoder.layer.{layer}.mlp.weights_in.bias",
+        tuple(f"{path}/bias" for path in _GATED),
+    ),
     TensorRow("encoder.layer.{layer}.layer_scale1.lambda1", ("layers/attn_scale",)),
     TensorRow("encoder.layer.{layer}.layer_scale2.lambda1", ("layers/ffn_scale",)),
 )
-_BERT_TABLES = {"word_embeddings": "tokens/embedding", "position_embeddings": "positions/embedding"}
+_BERT_TABLES = {
+    "word_embeddings": "tokens/embedding",
+    "position_embeddings": "positions/embedding",
+}
 _BERT_TABLES |= {"token_type_embeddings": "types/embedding"}
-_BERT_ATTENTION = {f"attention.self.{n}": f"attn/{n[0]}_proj" for n in ("query", "key", "value")} | _OUTPUT
-_BERT_NORMS = {"attention.output.LayerNorm": "attn_norm", "output.LayerNorm": "ffn_norm"}
+_BERT_ATTENTION = {
+    f"attention.self.{n}": f"attn/{n[0]}_proj" for n in ("query", "key", "value")
+} | _OUTPUT
+_BERT_NORMS = {
+    "attention.output.LayerNorm": "attn_norm",
+    "output.LayerNorm": "ffn_norm",
+}
 _BERT = (
     *_rows(_BERT_TABLES | {"LayerNorm": "embed_norm"}, "embeddings."),
     *_layers("encoder.layer", _BERT_ATTENTION | _DENSE_FFN | _BERT_NORMS),
@@ -128,11 +173,18 @@ TABLES: dict[str, Rows] = {
 }
 _PROJECTORS: dict[str, Rows] = {
     "mlp": _rows(
-        {"linear_1": "in_proj", "linear_2": "out_proj"}, "multi_modal_projector.", "projector/ffn/"
+        {"linear_1": "in_proj", "linear_2": "out_proj"},
+        "multi_modal_projector.",
+        "projector/ffn/",
     ),
     "pooled": (
-        TensorRow("multi_modal_projector.mm_soft_emb_norm.weight", ("projector/norm/scale",)),
-        TensorRow("multi_modal_projector.mm_input_projection_weight", ("projector/projection/kernel",)),
+        TensorRow(
+            "multi_modal_projector.mm_soft_emb_norm.weight", ("projector/norm/scale",)
+        ),
+        TensorRow(
+            "multi_modal_projector.mm_input_projection_weight",
+            ("projector/projection/kernel",),
+        ),
     ),
 }
 
@@ -161,13 +213,23 @@ def _keymap(config: ModelConfig | DualConfig | EncoderConfig) -> KeyMap:
         assert config.sight is not None
         text = keymap_for(replace(config, sight=None))
         tensors = (*text.tensors, *_seen_tensors(config.sight))
-        ignored = (*(pattern for pattern in text.ignored if pattern not in SIGHT), r"position_ids$")
+        ignored = (
+            *(pattern for pattern in text.ignored if pattern not in SIGHT),
+            r"position_ids$",
+        )
         return KeyMap(tensors, ignored, text.aliases, (*text.renames, *_RENAMES))
-    shapes, pair = config.param_shapes(), isinstance(config, DualConfig)
-    towers = [config.image, config.text] if isinstance(config, DualConfig) else [config]
+    shapes = config.param_shapes()
+    pair = isinstance(config, DualConfig)
+    if isinstance(config, DualConfig):
+        towers = [config.image, config.text]
+    else:
+        towers = [config]
     tensors = tuple(_tensors(_names(config), shapes, towers[0]))
     check_covered(tensors, shapes, config.model_type)
-    ignored = _IGNORED if any(tower.pooler for tower in towers) else (*_IGNORED, _POOLER_UNUSED)
+    if any(tower.pooler for tower in towers):
+        ignored = _IGNORED
+    else:
+        ignored = (*_IGNORED, _POOLER_UNUSED)
     return KeyMap(tensors, ignored, (), () if pair else _WRAPPERS)
 
 
@@ -184,19 +246,29 @@ def _names(config: DualConfig | EncoderConfig | Sight) -> Rows:
     if not config.model_type.startswith("siglip"):
         change = ""
         for name, path in (("visual_projection", "image"), ("text_projection", "text")):
-            rows += (TensorRow(f"{name}.weight", (f"{path}/projection/kernel",), "transpose"),)
-    return rows + tuple(TensorRow(name, (name,), change) for name in ("logit_scale", "logit_bias"))
+            rows += (
+                TensorRow(
+                    f"{name}.weight", (f"{path}/projection/kernel",), "transpose"
+                ),
+            )
+    return rows + tuple(
+        TensorRow(name, (name,), change) for name in ("logit_scale", "logit_bias")
+    )
 
 
 def _prefixed(tower: EncoderConfig, path: str, prefix: str) -> Rows:
     return tuple(
-        TensorRow(prefix + row.name, tuple(path + name for name in row.paths), row.change)
+        TensorRow(
+            prefix + row.name, tuple(path + name for name in row.paths), row.change
+        )
         for row in TABLES[tower.model_type]
     )
 
 
 def _tensors(
-    rows: Iterable[TensorRow], shapes: Mapping[str, tuple[int, ...]], tower: EncoderConfig
+    rows: Iterable[TensorRow],
+    shapes: Mapping[str, tuple[int, ...]],
+    tower: EncoderConfig,
 ) -> Iterator[SourceTensor]:
     """Yields the tensors of the rows whose leaves a model has."""
     for row in rows:
@@ -210,10 +282,16 @@ def _tensors(
 
 
 def _seen_tensors(sight: Sight) -> Iterator[SourceTensor]:
-    """Yields tensors of tower and projector; weights of layers that are not run get a separate branch."""
-    run, ours = sight.running.param_shapes(), sight.param_shapes()
-    stored = {f"image/{path}": shape for path, shape in sight.tower.param_shapes().items()}
-    stored |= {path: shape for path, shape in ours.items() if path.startswith("projector/")}
+    """Yields tensors of tower and projector; weights of layers that are not run get a separate
+    branch."""
+    run = sight.running.param_shapes()
+    ours = sight.param_shapes()
+    stored = {
+        f"image/{path}": shape for path, shape in sight.tower.param_shapes().items()
+    }
+    stored |= {
+        path: shape for path, shape in ours.items() if path.startswith("projector/")
+    }
 
     def place(slot: Slot) -> Slot:
         path = slot.path.removeprefix("image/")
@@ -222,7 +300,9 @@ def _seen_tensors(sight: Sight) -> Iterator[SourceTensor]:
         if path not in run:
             return replace(slot, path=f"{UNUSED}/{path}")
         if slot.layer is not None and slot.layer >= sight.used_layers:
-            return replace(slot, path=f"{UNUSED}/{path}", layer=slot.layer - sight.used_layers)
+            return replace(
+                slot, path=f"{UNUSED}/{path}", layer=slot.layer - sight.used_layers
+            )
         return slot
 
     for tensor in _tensors(_names(sight), stored, sight.tower):
@@ -230,14 +310,24 @@ def _seen_tensors(sight: Sight) -> Iterator[SourceTensor]:
 
 
 def _modules(config: ModelConfig | DualConfig) -> dict[tuple[str, ...], str]:
-    """Returns transformers' module of each projection outside a decoder, by the stacked paths that it fuses.
+    """Returns transformers' module of each projection outside a decoder, by the stacked paths that
+    it fuses.
 
     Module names contain ``{layer}``.
     """
-    host, prefix = (config, "") if isinstance(config, DualConfig) else (config.sight, "model.")
+    host: DualConfig | Sight | None
+    if isinstance(config, DualConfig):
+        host = config
+        prefix = ""
+    else:
+        host = config.sight
+        prefix = "model."
     if host is None:
         return {}
-    towers = host.towers if isinstance(host, DualConfig) else {"image": host.tower}
+    if isinstance(host, DualConfig):
+        towers = host.towers
+    else:
+        towers = {"image": host.tower}
     modules = {}
     for row in _names(host):
         paths = tuple(path.removesuffix("/kernel") for path in row.paths)
@@ -254,7 +344,9 @@ def _in_memory(tower: EncoderConfig | None, name: str) -> str:
     name = re.sub(r"attention\.attention\.([qkv])\w+", r"attention.\1_proj", name)
     name = name.replace("attention.output.dense", "attention.o_proj")
     if tower.model_type == "vit":
-        name = name.replace("intermediate.dense", "mlp.fc1").replace("output.dense", "mlp.fc2")
+        name = name.replace("intermediate.dense", "mlp.fc1").replace(
+            "output.dense", "mlp.fc2"
+        )
         name = name.replace("encoder.layer.", "layers.")
     return name
 

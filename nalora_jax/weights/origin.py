@@ -57,11 +57,20 @@ class Origin:
     @staticmethod
     def from_dict(values: Mapping[str, str]) -> Origin:
         """Builds an Origin from `to_dict`'s result; missing fields (other versions) are empty."""
-        return Origin(**{field.name: values.get(field.name, "") for field in dataclasses.fields(Origin)})
+        return Origin(
+            **{
+                field.name: values.get(field.name, "")
+                for field in dataclasses.fields(Origin)
+            }
+        )
 
 
 def origin(
-    config: Any, resolved: ResolvedSource, source: TensorSource, *, together: bool = False
+    config: Any,
+    resolved: ResolvedSource,
+    source: TensorSource,
+    *,
+    together: bool = False,
 ) -> Origin:
     """Returns the origin of a model that `weights.hub.resolve_source` found.
 
@@ -74,7 +83,9 @@ def origin(
     file = PurePath(resolved.streamed or resolved.path).name
     format_ = {"gguf": "GGUF", "hf": "safetensors"}[resolved.kind]
     digest = fingerprint(config, source, together=together)
-    return Origin(resolved.name, file, format_, number_formats(source), digest, resolved.copy_of)
+    return Origin(
+        resolved.name, file, format_, number_formats(source), digest, resolved.copy_of
+    )
 
 
 def number_formats(source: TensorSource) -> str:
@@ -88,7 +99,9 @@ def number_formats(source: TensorSource) -> str:
         counts[source.stored(name).format] += math.prod(shape)
     total = sum(counts.values())
     frequent = [
-        (kind, count / max(1, total)) for kind, count in counts.most_common() if count >= _SHARE * total
+        (kind, count / max(1, total))
+        for kind, count in counts.most_common()
+        if count >= _SHARE * total
     ]
     if len(frequent) == 1:
         return frequent[0][0]
@@ -112,11 +125,15 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
     """
     names = sorted(source.shapes())
     pieces = [
-        (name, start) for name in names for start in range(0, max(1, source.stored(name).size), _CHUNK)
+        (name, start)
+        for name in names
+        for start in range(0, max(1, source.stored(name).size), _CHUNK)
     ]
-    count, index = 1, 0
+    count = 1
+    index = 0
     if together:
-        count, index = jax.process_count(), jax.process_index()
+        count = jax.process_count()
+        index = jax.process_index()
 
     def digest(name: str, start: int) -> np.ndarray:
         stored = source.stored(name)
@@ -125,11 +142,15 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
 
     digests = np.zeros((len(pieces), 32), np.uint8)
     with ThreadPoolExecutor(WORKERS) as pool:
-        for number, row in enumerate(pool.map(lambda piece: digest(*piece), pieces[index::count])):
+        for number, row in enumerate(
+            pool.map(lambda piece: digest(*piece), pieces[index::count])
+        ):
             digests[index + number * count] = row
     if count > 1:
         gathered = multihost_utils.process_allgather(digests)
-        digests = gathered.sum(axis=0, dtype=np.uint8)  # zero except on the hashing process
+        digests = gathered.sum(
+            axis=0, dtype=np.uint8
+        )  # zero except on the hashing process
     sha256 = hashlib.sha256(json.dumps(_stated(config), sort_keys=True).encode())
     shapes = source.shapes()
     for name in names:
@@ -141,8 +162,12 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
 def _stated(value: Any) -> Any:
     """Converts a dataclass to its non-default fields, so new fields keep old fingerprints."""
     if dataclasses.is_dataclass(value):
-        pairs = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {field.name: _stated(item) for field, item in pairs if item != field.default}
+        pairs = (
+            (field, getattr(value, field.name)) for field in dataclasses.fields(value)
+        )
+        return {
+            field.name: _stated(item) for field, item in pairs if item != field.default
+        }
     if not isinstance(value, tuple):
         return value
     return [_stated(item) for item in value]

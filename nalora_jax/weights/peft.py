@@ -1,4 +1,5 @@
-"""PEFT adapters on disk: writes a stacked tree as PEFT's files, reads such files, and verifies what was written."""
+"""PEFT adapters on disk: writes a stacked tree as PEFT's files, reads such files, and verifies what
+was written."""
 
 from __future__ import annotations
 
@@ -18,8 +19,18 @@ from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import depths, projection_shapes
-from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale, uniform_path
-from nalora_jax.weights.peft_config import CONFIG_NAME, TENSORS_NAME, PeftConfig, read_peft_config
+from nalora_jax.models.targets import (
+    AdapterSpec,
+    TargetSpec,
+    adapter_scale,
+    uniform_path,
+)
+from nalora_jax.weights.peft_config import (
+    CONFIG_NAME,
+    TENSORS_NAME,
+    PeftConfig,
+    read_peft_config,
+)
 from nalora_jax.weights.peft_modules import (
     ModuleAdapter,
     ModuleLayout,
@@ -99,8 +110,8 @@ def export_adapter(
     zero-padded to the largest and scales are folded into B, under one r and alpha. Projections
     that the family fuses get one exact adapter of the fused module. Experts are written as PEFT's
     target_parameters for transformers 5, and expert by expert for vLLM, unless the family's own
-    files stack them (gpt-oss), whose target_parameters vLLM reads. Parameters of a dual encoder that
-    were trained as a whole are in a third file, which this library reads.
+    files stack them (gpt-oss), whose target_parameters vLLM reads. Parameters of a dual encoder
+    that were trained as a whole are in a third file, which this library reads.
 
     Args:
       lora: stacked tree, e.g. ``layers/ffn/gate_proj/{a, b}``.
@@ -110,11 +121,12 @@ def export_adapter(
       base_model_name: hub id or path that other tools load as the base.
       target: the tool that must be able to load the files.
       max_lora_rank: vLLM's setting of that name.
-      base_weights: name by which this library loads a copy of that model, if the adapter was trained
-        on one; recorded in the file, from which `nalora_jax.train.located.base_of` reads it.
+      base_weights: name by which this library loads a copy of that model, if the adapter was
+        trained on one; recorded in the file, from which `nalora_jax.train.located.base_of` reads
+        it.
       fingerprint: of the base weights; recorded in the file, checked by `import_adapter`.
-      rope_scaling: RoPE scaling of the base if it is not its files'; recorded in the file, from which
-        `nalora_jax.train.adapted.load` reads it.
+      rope_scaling: RoPE scaling of the base if it is not its files'; recorded in the file, from
+        which `nalora_jax.train.adapted.load` reads it.
       overwrite: allow ``folder`` to contain an earlier adapter (its files, a README.md and a
         tokenizer's files), which is replaced.
       layout: module names, if they are not those of `layout_for` without a ``config.json``.
@@ -125,8 +137,11 @@ def export_adapter(
       NaloraError: the tool does not support a property of the adapter (the message names it); the
         folder has other content; or a write fails.
     """
-    layout, for_vllm = layout or layout_for(target, config), target == "vllm"
-    by_weight: set[str] = set()  # Linear modules that PEFT adapts by their weight only, as parameters
+    layout = layout or layout_for(target, config)
+    for_vllm = target == "vllm"
+    by_weight: set[str] = (
+        set()
+    )  # Linear modules that PEFT adapts by their weight only, as parameters
     if for_vllm:
         _check_vllm(spec)
     else:
@@ -139,21 +154,34 @@ def export_adapter(
     if for_vllm:
         entries = _for_vllm(entries, config, layout, max_lora_rank)
     else:
-        # PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored": with one
-        # rank and one scale no pattern is needed.
+        # PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored": with
+        # one rank and one scale no pattern is needed.
         parameters = [entry for entry in entries if entry.parameter]
-        entries = [entry for entry in entries if not entry.parameter] + _even(parameters)
-    settings = _settings(entries, config, layout, spec, rslora=spec.rslora and not for_vllm)
+        entries = [entry for entry in entries if not entry.parameter] + _even(
+            parameters
+        )
+    settings = _settings(
+        entries, config, layout, spec, rslora=spec.rslora and not for_vllm
+    )
     settings["base_model_name_or_path"] = base_model_name
     if for_vllm:
         copies = value_names(config, layout)
         copied = [entry for entry in entries if entry.place.name in copies]
-        entries += [replace(e, place=replace(e.place, name=copies[e.place.name])) for e in copied]
+        entries += [
+            replace(e, place=replace(e.place, name=copies[e.place.name]))
+            for e in copied
+        ]
     tensors = dict(_tensors(entries))
     if isinstance(config, ModelConfig):
         tensors |= table_tensors(lora, spec, config)
-    facts = {"base_fingerprint": fingerprint, "rope_scaling": rope_scaling, "base": base_weights}
-    metadata = {"format": "pt"} | {f"nalora.{name}": value for name, value in facts.items() if value}
+    facts = {
+        "base_fingerprint": fingerprint,
+        "rope_scaling": rope_scaling,
+        "base": base_weights,
+    }
+    metadata = {"format": "pt"} | {
+        f"nalora.{name}": value for name, value in facts.items() if value
+    }
     with new_folder(folder, replaces=OWN_FILES, overwrite=overwrite) as scratch:
         write_json(scratch / CONFIG_NAME, settings)
         write_tensors(scratch / TENSORS_NAME, tensors, metadata)
@@ -179,7 +207,9 @@ def layer_adapter(
     if target is None or target.ranks[layer] == 0:
         return None
     rank = target.ranks[layer]
-    a, b = (np.asarray(leaves[f"{path}/{name}"][layer], np.float32) for name in ("a", "b"))
+    a, b = (
+        np.asarray(leaves[f"{path}/{name}"][layer], np.float32) for name in ("a", "b")
+    )
     magnitude = None
     if spec.dora:
         magnitude = np.asarray(leaves[f"{path}/magnitude"][layer], np.float32)
@@ -188,7 +218,11 @@ def layer_adapter(
 
 
 def _entries(
-    lora: Mapping[str, Any], spec: AdapterSpec, config: Host, layout: ModuleLayout, by_weight: set[str]
+    lora: Mapping[str, Any],
+    spec: AdapterSpec,
+    config: Host,
+    layout: ModuleLayout,
+    by_weight: set[str],
 ) -> Iterator[Entry]:
     """Yields every adapted module, fused if the family fuses it.
 
@@ -206,20 +240,31 @@ def _entries(
         return layer_adapter(leaves, spec, path, index)
 
     for place in places_in(config, layout):
-        module, expert = place.module, place.expert
-        adapter = fuse([part(*slot) for slot in place.slots], place.widths, alternates=module.alternates)
+        module = place.module
+        expert = place.expert
+        adapter = fuse(
+            [part(*slot) for slot in place.slots],
+            place.widths,
+            alternates=module.alternates,
+        )
         if adapter is None:
             continue
         if expert is not None:
             adapter = ModuleAdapter(adapter.a[expert], adapter.b[expert], adapter.scale)
-        parameter = place.stacked or (module.form == "linear" and module.short in by_weight)
+        parameter = place.stacked or (
+            module.form == "linear" and module.short in by_weight
+        )
         if spec.dora and (adapter.magnitude is None or parameter):
-            expected, actual = "a Linear module (PEFT has no DoRA for experts)", "experts"
+            expected = "a Linear module (PEFT has no DoRA for experts)"
+            actual = "experts"
             if not parameter:
                 expected = "an adapter on every projection that the family fuses into this module, for its column norms"
                 actual = "some without"
             raise NaloraError(
-                f"DoRA at {place.name}", expected=expected, found=actual, remedy="merge the adapter instead"
+                f"DoRA at {place.name}",
+                expected=expected,
+                found=actual,
+                remedy="merge the adapter instead",
             )
         yield Entry(place, adapter, parameter)
 
@@ -230,7 +275,9 @@ def _even(entries: list[Entry]) -> list[Entry]:
         return []
     rank = max(entry.adapter.rank for entry in entries)
     scale = _most_common(entry.adapter.scale for entry in entries)
-    return [replace(entry, adapter=fold(entry.adapter, rank, scale)) for entry in entries]
+    return [
+        replace(entry, adapter=fold(entry.adapter, rank, scale)) for entry in entries
+    ]
 
 
 def _most_common(values: Iterable[Any]) -> Any:
@@ -241,33 +288,49 @@ def _most_common(values: Iterable[Any]) -> Any:
 def _check_vllm(spec: AdapterSpec) -> None:
     remedy = "vLLM takes no modules_to_save and no trainable_token_indices: merge it into the base instead"
     refuse_saved(spec, "--for vllm", remedy)
-    rule, actual = "no DoRA (vLLM's rule: use_dora is refused)", "a DoRA adapter"
+    rule = "no DoRA (vLLM's rule: use_dora is refused)"
+    actual = "a DoRA adapter"
     if not spec.dora:
         other = [path for path, _ in spec.targets if not path.startswith("layers/")]
         if not other:
             return
-        rule, actual = "adapters of the language model alone (vLLM's rule)", f"one at {other[0]}"
-    raise NaloraError("--for vllm", expected=rule, found=actual, remedy="merge it into the base instead")
+        rule = "adapters of the language model alone (vLLM's rule)"
+        actual = f"one at {other[0]}"
+    raise NaloraError(
+        "--for vllm",
+        expected=rule,
+        found=actual,
+        remedy="merge it into the base instead",
+    )
 
 
-def _for_vllm(entries: list[Entry], config: Host, layout: ModuleLayout, limit: int) -> list[Entry]:
+def _for_vllm(
+    entries: list[Entry], config: Host, layout: ModuleLayout, limit: int
+) -> list[Entry]:
     """Returns the adapters with one rank and scale, on every layer of each adapted module."""
     even = {entry.place.name: entry for entry in _even(entries)}
-    rank, scale = next((entry.adapter.rank, entry.adapter.scale) for entry in even.values())
+    rank, scale = next(
+        (entry.adapter.rank, entry.adapter.scale) for entry in even.values()
+    )
     if rank > limit:
         expected = f"at most {limit} (vLLM's rule: max_lora_rank)"
         remedy = f"start vLLM with --max-lora-rank {rank} or more and export with the same max_lora_rank"
-        raise NaloraError("--for vllm: rank", expected=expected, found=rank, remedy=remedy)
+        raise NaloraError(
+            "--for vllm: rank", expected=expected, found=rank, remedy=remedy
+        )
     adapted = {entry.place.module for entry in entries}
     shorts = {module.short for module in adapted if module.form != "stack"}
-    adapted |= {module for module in of_form(layout, "linear") if module.short in shorts}
+    adapted |= {
+        module for module in of_form(layout, "linear") if module.short in shorts
+    }
     # vLLM requires all three projections of the experts or none, and all stacks of experts or none.
     if of_form(tuple(adapted), "expert", "stack"):
         adapted |= set(of_form(layout, "expert", "stack"))
 
     def zeros(place: Place) -> ModuleAdapter:
         *lead, d_in, d_out = place.shape[0 if place.stacked else -2 :]
-        a, b = np.zeros((*lead, d_in, rank), np.float32), np.zeros((*lead, rank, d_out), np.float32)
+        a = np.zeros((*lead, d_in, rank), np.float32)
+        b = np.zeros((*lead, rank, d_out), np.float32)
         return ModuleAdapter(a, b, scale)
 
     return [
@@ -281,7 +344,9 @@ def _tensors(entries: list[Entry]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the name and the array of each tensor."""
     keys = tensor_keys(entry.place for entry in entries)
     for entry in entries:
-        key, a, b = keys[entry.place.name], entry.adapter.a.T, entry.adapter.b.T
+        key = keys[entry.place.name]
+        a = entry.adapter.a.T
+        b = entry.adapter.b.T
         if entry.place.stacked:
             # [experts, d_in, r] -> [experts * r, d_in]; [experts, r, d_out] -> [d_out, r * experts]
             a = entry.adapter.a.transpose(0, 2, 1).reshape(-1, entry.adapter.a.shape[1])
@@ -289,19 +354,34 @@ def _tensors(entries: list[Entry]) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{PREFIX}{key}.lora_A.weight", np.ascontiguousarray(a)
         yield f"{PREFIX}{key}.lora_B.weight", np.ascontiguousarray(b)
         if entry.adapter.magnitude is not None:
-            yield f"{PREFIX}{key}.lora_magnitude_vector", np.ascontiguousarray(entry.adapter.magnitude)
+            yield (
+                f"{PREFIX}{key}.lora_magnitude_vector",
+                np.ascontiguousarray(entry.adapter.magnitude),
+            )
 
 
 def _settings(
-    entries: list[Entry], config: Host, layout: ModuleLayout, spec: AdapterSpec, *, rslora: bool
+    entries: list[Entry],
+    config: Host,
+    layout: ModuleLayout,
+    spec: AdapterSpec,
+    *,
+    rslora: bool,
 ) -> dict[str, Any]:
     """Returns ``adapter_config.json`` without the base model's name."""
     dropout = spec.dropout
     if any(entry.parameter or entry.place.expert is not None for entry in entries):
-        dropout = 0.0  # it acts in training only, and PEFT refuses to load it for experts
-    alphas = [alpha_for(entry.adapter.scale, entry.adapter.rank, rslora=rslora) for entry in entries]
+        dropout = (
+            0.0  # it acts in training only, and PEFT refuses to load it for experts
+        )
+    alphas = [
+        alpha_for(entry.adapter.scale, entry.adapter.rank, rslora=rslora)
+        for entry in entries
+    ]
     rank, rank_pattern = _pattern([entry.adapter.rank for entry in entries], entries)
-    alpha, alpha_pattern = _pattern([int(a) if a.is_integer() else a for a in alphas], entries)
+    alpha, alpha_pattern = _pattern(
+        [int(a) if a.is_integer() else a for a in alphas], entries
+    )
     settings = {
         "alpha_pattern": alpha_pattern,
         "bias": "none",
@@ -320,8 +400,12 @@ def _settings(
         "use_rslora": rslora,
     }
     if any(entry.parameter for entry in entries):
-        adapted = [_parameter_names(entry.place) for entry in entries if entry.parameter]
-        existing = map(_parameter_names, places_in(config, of_form(layout, "linear", "stack")))
+        adapted = [
+            _parameter_names(entry.place) for entry in entries if entry.parameter
+        ]
+        existing = map(
+            _parameter_names, places_in(config, of_form(layout, "linear", "stack"))
+        )
         settings["target_parameters"] = _shortened(adapted, existing)
     return settings | token_settings(spec)
 
@@ -349,16 +433,23 @@ def _pattern(values: list[Any], entries: list[Entry]) -> tuple[Any, dict[str, An
     return usual, dict(sorted(pattern.items()))
 
 
-def _target_modules(entries: list[Entry], config: Host, layout: ModuleLayout) -> list[str]:
+def _target_modules(
+    entries: list[Entry], config: Host, layout: ModuleLayout
+) -> list[str]:
     """Returns short names of modules that are adapted in all layers, full names of the others."""
     names = [entry.place.name for entry in entries if not entry.parameter]
     # A vision tower has modules with the same short names as a decoder or a text tower.
     if not isinstance(config, ModelConfig) or config.sight is not None:
         return sorted(names)
-    # A short name would target the experts too, which a file of their stacks does not hold one by one.
+    # A short name would target the experts too, which a file of their stacks does not hold one by
+    # one.
     experts = of_form(layout, "expert") or of_form(module_layout(config), "expert")
-    existing = [place.name for place in places_in(config, of_form(layout, "linear") + experts)]
-    return _shortened(*([(name.rpartition(".")[2], name) for name in of] for of in (names, existing)))
+    existing = [
+        place.name for place in places_in(config, of_form(layout, "linear") + experts)
+    ]
+    return _shortened(
+        *([(name.rpartition(".")[2], name) for name in of] for of in (names, existing))
+    )
 
 
 def _parameter_names(place: Place) -> tuple[str, str]:
@@ -367,15 +458,20 @@ def _parameter_names(place: Place) -> tuple[str, str]:
     return place.module.in_layer + weight, place.name + weight
 
 
-def _shortened(adapted: Iterable[tuple[str, str]], existing: Iterable[tuple[str, str]]) -> list[str]:
-    """Returns short names whose full names are all adapted, full names of the others; pairs are (short, full)."""
+def _shortened(
+    adapted: Iterable[tuple[str, str]], existing: Iterable[tuple[str, str]]
+) -> list[str]:
+    """Returns short names whose full names are all adapted, full names of the others; pairs are
+    (short, full)."""
     groups: defaultdict[str, set[str]] = defaultdict(set)
     complete: defaultdict[str, set[str]] = defaultdict(set)
     for pairs, names in ((adapted, groups), (existing, complete)):
         for short, full in pairs:
             names[short].add(full)
     return sorted(
-        name for short, names in groups.items() for name in ({short} if names >= complete[short] else names)
+        name
+        for short, names in groups.items()
+        for name in ({short} if names >= complete[short] else names)
     )
 
 
@@ -395,7 +491,8 @@ def import_adapter(
     no part of an adapter is dropped silently.
 
     Args:
-      folder: contains ``adapter_config.json`` and ``adapter_model.safetensors``; may be in a bucket.
+      folder: contains ``adapter_config.json`` and ``adapter_model.safetensors``; may be in a
+        bucket.
       config: the base model, or a dual encoder.
       fingerprint: of the base model's weights; compared with the fingerprint recorded by
         `export_adapter`, if any.
@@ -409,7 +506,8 @@ def import_adapter(
         or tensor.
     """
     folder = buckets.local_path(folder)
-    path, peft = folder / TENSORS_NAME, read_peft_config(folder)
+    path = folder / TENSORS_NAME
+    peft = read_peft_config(folder)
     tensors, metadata = _read_tensors(path)
     noted = metadata.get("nalora.base_fingerprint")
     if noted and fingerprint and noted != fingerprint:
@@ -423,27 +521,40 @@ def import_adapter(
     trained = AdapterSpec()
     if not isinstance(config, ModelConfig):
         if named := peft.modules_to_save or peft.token_indices:
-            field = "modules_to_save" if peft.modules_to_save else "trainable_token_indices"
-            expected, actual = "null for image and text encoders", ", ".join(map(str, named))
+            if peft.modules_to_save:
+                field = "modules_to_save"
+            else:
+                field = "trainable_token_indices"
+            expected = "null for image and text encoders"
+            actual = ", ".join(map(str, named))
             raise NaloraError(f"{peft.where}: {field}", expected=expected, found=actual)
         tables = read_trained(folder, config)
     else:
         for key in tensors:
-            if key.startswith(tuple(f"{module}.lora_" for module in table_modules(config).values())):
-                remedy = (
-                    "train the table with modules_to_save, or merge the adapter in PEFT (merge_and_unload)"
+            if key.startswith(
+                tuple(f"{module}.lora_" for module in table_modules(config).values())
+            ):
+                remedy = "train the table with modules_to_save, or merge the adapter in PEFT (merge_and_unload)"
+                expected = "adapters of a model's layers"
+                actual = "an adapter of the embedding or the head"
+                raise NaloraError(
+                    f"{path}: {key}", expected=expected, found=actual, remedy=remedy
                 )
-                expected, actual = "adapters of a model's layers", "an adapter of the embedding or the head"
-                raise NaloraError(f"{path}: {key}", expected=expected, found=actual, remedy=remedy)
         tables, trained = take_tables(config, tensors, peft, str(path))
     modules = _by_module(tensors, path, dora=peft.dora)
     layout = layout_of(config, modules)
     for name, copy in value_names(config, layout).items():
-        if name in modules and copy in modules and all(map(np.array_equal, modules[name], modules[copy])):
+        if (
+            name in modules
+            and copy in modules
+            and all(map(np.array_equal, modules[name], modules[copy]))
+        ):
             del modules[copy]
     slots = _slots(layout, config, peft)
     _check_complete(peft, path, slots, modules)
-    adapters = _by_projection(config, peft, path, [(slots[key], modules[key]) for key in modules])
+    adapters = _by_projection(
+        config, peft, path, [(slots[key], modules[key]) for key in modules]
+    )
     leaves, spec = _stacked(config, peft, adapters)
     spec = replace(spec, saved=trained.saved, token_indices=trained.token_indices)
     return unflatten(leaves | tables), spec
@@ -452,12 +563,15 @@ def import_adapter(
 def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Returns every tensor of a file in float32, and the file's metadata."""
     if not path.is_file():
-        actual, remedy = "no such file", ""
+        actual = "no such file"
+        remedy = ""
         for name in ("adapter_model.pt", "adapter_model.bin"):
             if path.with_name(name).exists():
                 actual = f"only {name}, a pickle, which can run code when it is read"
                 remedy = "save it again with safe_serialization=True"
-        raise NaloraError(str(path), expected="the adapter's tensors", found=actual, remedy=remedy)
+        raise NaloraError(
+            str(path), expected="the adapter's tensors", found=actual, remedy=remedy
+        )
     stored, metadata = read_header(path)
     tensors = {}
     for name, tensor in stored.items():
@@ -466,7 +580,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             raise NaloraError(f"{path}: {name}", expected=expected, found=tensor.format)
         tensors[name] = read_whole(tensor).astype(np.float32)
         if not np.isfinite(tensors[name]).all():
-            raise NaloraError(f"{path}: {name}", expected="finite numbers", found="NaN or infinity")
+            raise NaloraError(
+                f"{path}: {name}", expected="finite numbers", found="NaN or infinity"
+            )
     return tensors, metadata
 
 
@@ -474,7 +590,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 Factors = list[np.ndarray]
 
 
-def _by_module(tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool) -> dict[str, Factors]:
+def _by_module(
+    tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool
+) -> dict[str, Factors]:
     """Groups tensors by module: ``{"model.layers.0.mlp.up_proj": [A, B]}``."""
     kinds = ["lora_A", "lora_B"] + ["lora_magnitude_vector"] * dora
     modules: dict[str, dict[str, np.ndarray]] = {}
@@ -485,15 +603,21 @@ def _by_module(tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool) -> 
             raise NaloraError(
                 f"{path}: {key}",
                 expected="keys such as base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
-                found="a tensor that no LoRA module reads" if key.startswith(PREFIX) else "another prefix",
+                found="a tensor that no LoRA module reads"
+                if key.startswith(PREFIX)
+                else "another prefix",
                 remedy="PEFT would ignore it silently; save the adapter with PEFT's save_pretrained",
             )
         modules.setdefault(match[1], {})[kind] = tensor
     for module, parts in modules.items():
         missing = [kind for kind in kinds if kind not in parts]
         if missing:
-            raise NaloraError(f"{path}: {module}", expected=" and ".join(missing), found="nothing")
-    return {module: [parts[kind] for kind in kinds] for module, parts in modules.items()}
+            raise NaloraError(
+                f"{path}: {module}", expected=" and ".join(missing), found="nothing"
+            )
+    return {
+        module: [parts[kind] for kind in kinds] for module, parts in modules.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -513,8 +637,12 @@ def _slots(layout: ModuleLayout, config: Host, peft: PeftConfig) -> dict[str, Sl
     linear = [place.name for place in places if not place.stacked]
     stacks = [place.name for place in places if place.stacked]
     modules = peft.targeted_modules(linear)
-    parameters = peft.targeted_parameters([*stacks, *(f"{name}.weight" for name in linear)])
-    places = [place for place in places if not place.stacked or place.name in parameters]
+    parameters = peft.targeted_parameters(
+        [*stacks, *(f"{name}.weight" for name in linear)]
+    )
+    places = [
+        place for place in places if not place.stacked or place.name in parameters
+    ]
     slots = {}
     for key, place in zip(tensor_keys(places).values(), places, strict=True):
         # An adapter on a Linear module's weight computes the same as an adapter on the module.
@@ -526,7 +654,10 @@ def _slots(layout: ModuleLayout, config: Host, peft: PeftConfig) -> dict[str, Sl
 
 
 def _check_complete(
-    peft: PeftConfig, path: Path, slots: Mapping[str, Slot], modules: Mapping[str, Factors]
+    peft: PeftConfig,
+    path: Path,
+    slots: Mapping[str, Slot],
+    modules: Mapping[str, Factors],
 ) -> None:
     """Checks that the file's modules and the targeted modules are the same."""
     for key in modules:
@@ -546,14 +677,22 @@ def _check_complete(
                 found=str(peft.target_modules)[:200],
                 remedy="PEFT would drop these tensors silently; add the module to the list",
             )
-    missing = [slot.place.name for slot in slots.values() if slot.targeted and slot.key not in modules]
+    missing = [
+        slot.place.name
+        for slot in slots.values()
+        if slot.targeted and slot.key not in modules
+    ]
     if missing or not modules:
-        where, actual = "tensors", "none, and no module that target_modules matches"
+        where = "tensors"
+        actual = "none, and no module that target_modules matches"
         if missing:
-            where, actual = missing[0], f"{len(missing)} modules without"
+            where = missing[0]
+            actual = f"{len(missing)} modules without"
         expected = "lora_A and lora_B of every module that target_modules names"
         remedy = "the file is incomplete, or the adapter belongs to another model"
-        raise NaloraError(f"{path}: {where}", expected=expected, found=actual, remedy=remedy)
+        raise NaloraError(
+            f"{path}: {where}", expected=expected, found=actual, remedy=remedy
+        )
 
 
 def _by_projection(
@@ -561,9 +700,12 @@ def _by_projection(
 ) -> dict[str, dict[int, ModuleAdapter]]:
     """Returns adapters by stacked path and layer."""
     adapters: defaultdict[str, dict[int, ModuleAdapter]] = defaultdict(dict)
-    experts: defaultdict[tuple[int, str, int], dict[int, ModuleAdapter]] = defaultdict(dict)
+    experts: defaultdict[tuple[int, str, int], dict[int, ModuleAdapter]] = defaultdict(
+        dict
+    )
     for slot, factors in filled:
-        place, adapter = slot.place, _adapter_of(peft, path, slot, factors)
+        place = slot.place
+        adapter = _adapter_of(peft, path, slot, factors)
         if place.expert is not None:
             experts[place.layer, *place.slots[0]][place.expert] = adapter
             continue
@@ -574,22 +716,35 @@ def _by_projection(
     for (layer, stacked, index), members in experts.items():
         count = projection_shapes(config)[stacked][0]
         if len(members) != count:
-            expected, actual = f"adapters on all {count}", len(members)
-            raise NaloraError(f"{path}: experts of layer {layer}", expected=expected, found=actual)
+            expected = f"adapters on all {count}"
+            actual = len(members)
+            raise NaloraError(
+                f"{path}: experts of layer {layer}", expected=expected, found=actual
+            )
         # Ranks are padded, and scales folded relative to the first expert's.
-        rank, scale = max(member.rank for member in members.values()), members[0].scale
+        rank = max(member.rank for member in members.values())
+        scale = members[0].scale
         padded = [fold(members[expert], rank, scale) for expert in range(count)]
-        a, b = np.stack([member.a for member in padded]), np.stack([member.b for member in padded])
+        a = np.stack([member.a for member in padded])
+        b = np.stack([member.b for member in padded])
         adapters[stacked][index] = ModuleAdapter(a, b, scale)
     return adapters
 
 
-def _adapter_of(peft: PeftConfig, path: Path, slot: Slot, factors: Factors) -> ModuleAdapter:
+def _adapter_of(
+    peft: PeftConfig, path: Path, slot: Slot, factors: Factors
+) -> ModuleAdapter:
     """Checks one slot's tensors and converts them to this library's layout."""
-    shape, rank, stacked = slot.place.shape, slot.rank, slot.place.stacked
+    shape = slot.place.shape
+    rank = slot.rank
+    stacked = slot.place.stacked
     d_in, d_out = shape[-2:]
     count = shape[0] if stacked else 1
-    kinds = {"a": (count * rank, d_in), "b": (d_out, count * rank), "magnitude": (d_out,)}
+    kinds = {
+        "a": (count * rank, d_in),
+        "b": (d_out, count * rank),
+        "magnitude": (d_out,),
+    }
     for tensor, (kind, size) in zip(factors, kinds.items(), strict=False):
         if tensor.shape != size:
             raise NaloraError(
@@ -601,13 +756,18 @@ def _adapter_of(peft: PeftConfig, path: Path, slot: Slot, factors: Factors) -> M
     if peft.dora and len(shape) > 2:
         expected = "false for experts (PEFT has no such adapter)"
         raise NaloraError(f"{peft.where}: use_dora", expected=expected, found="true")
-    a, b = factors[0].T, factors[1].T
-    if stacked:  # A is [experts * r, d_in], expert-major; B is [d_out, r * experts], rank-major
+    a = factors[0].T
+    b = factors[1].T
+    if (
+        stacked
+    ):  # A is [experts * r, d_in], expert-major; B is [d_out, r * experts], rank-major
         a = factors[0].reshape(count, rank, d_in).transpose(0, 2, 1)
         b = factors[1].reshape(d_out, rank, count).transpose(2, 1, 0)
     scale = adapter_scale(slot.alpha, rank, rslora=peft.rslora)
     adapter = ModuleAdapter(a, b, scale, factors[2] if peft.dora else None)
-    if stacked and b.any():  # PEFT pads the ranks of stacks; a fresh adapter (B = 0) keeps its rank
+    if (
+        stacked and b.any()
+    ):  # PEFT pads the ranks of stacks; a fresh adapter (B = 0) keeps its rank
         return compact(adapter)
     return adapter
 
@@ -616,25 +776,33 @@ def _stacked(
     config: Host, peft: PeftConfig, adapters: Mapping[str, Mapping[int, ModuleAdapter]]
 ) -> tuple[dict[str, np.ndarray], AdapterSpec]:
     """Stacks adapters over layers with zero-padding; returns leaves by path and their spec."""
-    shapes, numbers = projection_shapes(config), depths(config)
+    shapes = projection_shapes(config)
+    numbers = depths(config)
     leaves: dict[str, np.ndarray] = {}
     targets = []
     for path, layers in sorted(adapters.items()):
         *lead, d_in, d_out = shapes[path]
-        n, rank = numbers[path], max(adapter.rank for adapter in layers.values())
+        n = numbers[path]
+        rank = max(adapter.rank for adapter in layers.values())
         a = leaves[f"{path}/a"] = np.zeros((n, *lead, d_in, rank), np.float32)
         b = leaves[f"{path}/b"] = np.zeros((n, *lead, rank, d_out), np.float32)
         if peft.dora:  # layers without an adapter do not read theirs
             leaves[f"{path}/magnitude"] = np.ones((n, d_out), np.float32)
-        ranks, alphas = [0] * n, [1.0] * n
+        ranks = [0] * n
+        alphas = [1.0] * n
         for i, adapter in layers.items():
             ranks[i] = adapter.rank
             alphas[i] = alpha_for(adapter.scale, adapter.rank, rslora=peft.rslora)
-            a[i, ..., : adapter.rank], b[i, ..., : adapter.rank, :] = adapter.a, adapter.b
+            a[i, ..., : adapter.rank], b[i, ..., : adapter.rank, :] = (
+                adapter.a,
+                adapter.b,
+            )
             if adapter.magnitude is not None:
                 leaves[f"{path}/magnitude"][i] = adapter.magnitude
         targets.append((path, TargetSpec(tuple(ranks), tuple(alphas))))
-    return leaves, AdapterSpec(tuple(targets), rslora=peft.rslora, dora=peft.dora, dropout=peft.dropout)
+    return leaves, AdapterSpec(
+        tuple(targets), rslora=peft.rslora, dora=peft.dora, dropout=peft.dropout
+    )
 
 
 # ---------------------------------------------------------------- verification
@@ -662,19 +830,28 @@ def verify_export(
         layer.
     """
     loaded, loaded_spec = import_adapter(folder, config, fingerprint=fingerprint)
-    ours, theirs = flatten(lora), flatten(loaded)
+    ours = flatten(lora)
+    theirs = flatten(loaded)
     worst = 0.0
     if loaded_spec.token_indices != spec.token_indices:
         raise differs(f"{folder}: trainable_token_indices")
-    whole = {path for path in (*ours, *theirs) if path.rpartition("/")[2] not in ("a", "b", "magnitude")}
+    whole = {
+        path
+        for path in (*ours, *theirs)
+        if path.rpartition("/")[2] not in ("a", "b", "magnitude")
+    }
     for path in sorted(whole):
-        trained, read = (np.asarray(leaves.get(path, 0.0), np.float32) for leaves in (ours, theirs))
+        trained, read = (
+            np.asarray(leaves.get(path, 0.0), np.float32) for leaves in (ours, theirs)
+        )
         if not np.array_equal(trained, read):
             raise differs(f"{folder}: {path}")
     for path in sorted({path for path, _ in (*spec.targets, *loaded_spec.targets)}):
         for layer in range(depths(config)[path]):
             meant = layer_adapter(ours, spec, path, layer)
-            difference = _difference(meant, layer_adapter(theirs, loaded_spec, path, layer))
+            difference = _difference(
+                meant, layer_adapter(theirs, loaded_spec, path, layer)
+            )
             if difference > _FOLD_TOLERANCE:
                 raise differs(f"{folder}: {path}, layer {layer}")
             worst = max(worst, difference)
@@ -692,23 +869,37 @@ def differs(where: str) -> NaloraError:
 
 
 def _difference(first: ModuleAdapter | None, second: ModuleAdapter | None) -> float:
-    """Returns the relative difference of ``scale * B``, infinity if anything else that has an effect differs."""
+    """Returns the relative difference of ``scale * B``, infinity if anything else that has an
+    effect differs."""
     both = [compact(adapter) for adapter in (first, second) if adapter is not None]
-    live = [adapter for adapter in both if adapter.rank or adapter.magnitude is not None]
+    live = [
+        adapter for adapter in both if adapter.rank or adapter.magnitude is not None
+    ]
     if len(live) < 2:
         return np.inf if live else 0.0
     a, b = live
-    ours, theirs = (np.zeros(0) if adapter.magnitude is None else adapter.magnitude for adapter in live)
-    if a.b.shape != b.b.shape or not np.array_equal(a.a, b.a) or not np.array_equal(ours, theirs):
+    ours, theirs = (
+        np.zeros(0) if adapter.magnitude is None else adapter.magnitude
+        for adapter in live
+    )
+    if (
+        a.b.shape != b.b.shape
+        or not np.array_equal(a.a, b.a)
+        or not np.array_equal(ours, theirs)
+    ):
         return np.inf
     if a.scale == b.scale and np.array_equal(a.b, b.b):
         return 0.0
     expected, found = (adapter.scale * adapter.b.astype(np.float64) for adapter in live)
-    relative = np.abs(expected - found) / np.maximum(np.abs(expected), np.finfo(np.float32).tiny)
+    relative = np.abs(expected - found) / np.maximum(
+        np.abs(expected), np.finfo(np.float32).tiny
+    )
     return float(np.max(relative, initial=0.0))
 
 
-def max_logit_difference(first: Callable[[Any], Any], second: Callable[[Any], Any], tokens: Any) -> float:
+def max_logit_difference(
+    first: Callable[[Any], Any], second: Callable[[Any], Any], tokens: Any
+) -> float:
     """Returns the largest difference of two models' logits, relative to the largest logit.
 
     Args:
@@ -717,4 +908,6 @@ def max_logit_difference(first: Callable[[Any], Any], second: Callable[[Any], An
       tokens: input of both models, e.g. int32 ``[batch, seq]``.
     """
     a, b = (np.asarray(model(tokens), np.float64) for model in (first, second))
-    return float(np.max(np.abs(a - b)) / max(float(np.max(np.abs(a))), np.finfo(np.float32).tiny))
+    return float(
+        np.max(np.abs(a - b)) / max(float(np.max(np.abs(a))), np.finfo(np.float32).tiny)
+    )

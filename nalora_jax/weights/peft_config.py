@@ -28,14 +28,49 @@ _MAX_PATTERNS = 4096
 # with the original base.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
-# Fields that this module reads or that do not change the adapter's function: `init_lora_weights` and
-# its settings matter only through `_PLAIN_INITS`; PEFT ignores `fan_in_fan_out` for Linear layers.
+# Fields that this module reads or that do not change the adapter's function: `init_lora_weights`
+# and its settings matter only through `_PLAIN_INITS`; PEFT ignores `fan_in_fan_out` for Linear
+# layers.
 _SUPPORTED = {
-    *("r", "lora_alpha", "target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
-    *("layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "bias"),
-    *("peft_type", "task_type", "modules_to_save", "ensure_weight_tying", "trainable_token_indices"),
-    *("init_lora_weights", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "revision"),
-    *("base_model_name_or_path", "inference_mode", "auto_mapping", "peft_version", "fan_in_fan_out"),
+    *(
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+    ),
+    *(
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+        "lora_dropout",
+        "bias",
+    ),
+    *(
+        "peft_type",
+        "task_type",
+        "modules_to_save",
+        "ensure_weight_tying",
+        "trainable_token_indices",
+    ),
+    *(
+        "init_lora_weights",
+        "eva_config",
+        "corda_config",
+        "loftq_config",
+        "lora_ga_config",
+        "revision",
+    ),
+    *(
+        "base_model_name_or_path",
+        "inference_mode",
+        "auto_mapping",
+        "peft_version",
+        "fan_in_fan_out",
+    ),
     *("megatron_core", "runtime_config", "qalora_group_size"),
 }
 
@@ -57,14 +92,15 @@ def ids_by_table(value: Any) -> Mapping[str, Any]:
 
 
 class PeftConfig(Fields):
-    """The fields of ``adapter_config.json`` that determine an adapter's function; every error names the field.
+    """The fields of ``adapter_config.json`` that determine an adapter's function; every error names
+    the field.
 
     Module names are transformers' names, without PEFT's prefix:
     ``model.layers.3.mlp.gate_proj``.
 
     Raises:
-      NaloraError: rank, alpha or targets are missing or have the wrong type, or the adapter uses a feature that
-        this library does not support.
+      NaloraError: rank, alpha or targets are missing or have the wrong type, or the adapter uses a
+        feature that this library does not support.
     """
 
     def __init__(self, raw: Mapping[str, Any], where: str) -> None:
@@ -76,19 +112,25 @@ class PeftConfig(Fields):
         if not self.target_modules and not self.target_parameters:
             expected = "the adapted modules, as a list or a pattern"
             remedy = "name them: PEFT would fall back to defaults of its own and drop the other tensors"
-            raise self.error("target_modules", expected, raw.get("target_modules"), remedy)
+            raise self.error(
+                "target_modules", expected, raw.get("target_modules"), remedy
+            )
         self.rank = self.integer("r", high=_MAX_RANK)
         self.alpha = self.number("lora_alpha")
         self.exclude_modules = self._strings_or_regex("exclude_modules")
         # () means every layer.
-        self.layers_to_transform = self._sequence("layers_to_transform", int, "a list of layer numbers")
+        self.layers_to_transform = self._sequence(
+            "layers_to_transform", int, "a list of layer numbers"
+        )
         self.layers_pattern = self._patterns(
             "layers_pattern", self._strings("layers_pattern"), _layer_pattern
         )
         self.rank_pattern = self._by_pattern(
             "rank_pattern", lambda sub, key: sub.integer(key, high=_MAX_RANK)
         )
-        self.alpha_pattern = self._by_pattern("alpha_pattern", lambda sub, key: sub.number(key))
+        self.alpha_pattern = self._by_pattern(
+            "alpha_pattern", lambda sub, key: sub.number(key)
+        )
         self.rslora, self.dora = self.flag("use_rslora"), self.flag("use_dora")
         self.dropout = self.number("lora_dropout", default=0.0, zero=True)
         self.modules_to_save = self._strings("modules_to_save")
@@ -97,18 +139,27 @@ class PeftConfig(Fields):
         self.token_indices = self._indices("trainable_token_indices")
         if self.dropout >= 1:
             raise self.error("lora_dropout", "a number in [0, 1)", self.dropout)
-        if isinstance(self.target_modules, str) and (self.layers_to_transform or self.layers_pattern):
+        if isinstance(self.target_modules, str) and (
+            self.layers_to_transform or self.layers_pattern
+        ):
             expected = "null beside a target_modules that is a pattern (PEFT refuses the pair too)"
-            raise self.error("layers_to_transform", expected, raw.get("layers_to_transform"))
+            raise self.error(
+                "layers_to_transform", expected, raw.get("layers_to_transform")
+            )
 
     def targeted_modules(self, names: Sequence[str]) -> set[str]:
-        """Returns the targeted ones of a model's Linear modules, without the output head, as PEFT does."""
+        """Returns the targeted ones of a model's Linear modules, without the output head, as PEFT
+        does."""
         if isinstance(self.target_modules, str):
             named = set(names)
             if self.target_modules.lower() != "all-linear":
                 named = _matching(names, self.target_modules)
         else:
-            named = {name for name in _matching(names, self.target_modules) if self._in_layers(name)}
+            named = {
+                name
+                for name in _matching(names, self.target_modules)
+                if self._in_layers(name)
+            }
         return named - _matching(names, self.exclude_modules)
 
     def targeted_parameters(self, names: Sequence[str]) -> set[str]:
@@ -140,7 +191,9 @@ class PeftConfig(Fields):
         return tuple(value)
 
     def _strings(self, key: str) -> tuple[str, ...]:
-        return self._sequence(key, str, "a list of names") if self.raw.get(key) else ()
+        if self.raw.get(key):
+            return self._sequence(key, str, "a list of names")
+        return ()
 
     def _strings_or_regex(self, key: str) -> tuple[str, ...] | str:
         value = self.raw.get(key)
@@ -156,32 +209,45 @@ class PeftConfig(Fields):
             if name not in ROWS or name in indices:
                 expected = f"token ids of {' and '.join(ROWS)} (rows of other modules are not supported), each once"
                 raise self._refused(key, expected, module)
-            valid = isinstance(ids, list) and all(type(token_id) is int for token_id in ids)
+            valid = isinstance(ids, list) and all(
+                type(token_id) is int for token_id in ids
+            )
             if not valid or len(set(ids)) < len(ids):
-                expected = "a list of different token ids, or such lists by the table's name"
+                expected = (
+                    "a list of different token ids, or such lists by the table's name"
+                )
                 raise self._refused(key, expected, value)
             indices[name] = tuple(ids)
         return tuple((name, ids) for name, ids in sorted(indices.items()) if ids)
 
-    def _by_pattern(self, key: str, read: Callable[[Fields, str], Any]) -> dict[str, Any]:
+    def _by_pattern(
+        self, key: str, read: Callable[[Fields, str], Any]
+    ) -> dict[str, Any]:
         value = self.raw.get(key) or {}
         if not isinstance(value, dict):
             raise self._refused(key, "an object of pattern: value", value)
         inner = Fields(value, {}, f"{self.where}: {key}")
-        return {name: read(inner, name) for name in self._patterns(key, value, _suffix_pattern)}
+        return {
+            name: read(inner, name)
+            for name in self._patterns(key, value, _suffix_pattern)
+        }
 
     def _patterns(
         self, key: str, patterns: Collection[str], use: Callable[[str], str] = str
     ) -> tuple[str, ...]:
         """Returns the patterns if they and the expressions ``use(pattern)`` are valid."""
         if len(patterns) > _MAX_PATTERNS:
-            raise self._refused(key, f"at most {_MAX_PATTERNS:,} patterns", f"{len(patterns):,}")
+            raise self._refused(
+                key, f"at most {_MAX_PATTERNS:,} patterns", f"{len(patterns):,}"
+            )
         for pattern in patterns:
             try:
                 re.compile(pattern)
                 re.compile(use(pattern))
             except (re.error, OverflowError, RecursionError) as error:
-                raise self._refused(key, "a regular expression", f"{pattern!r} ({error})") from error
+                raise self._refused(
+                    key, "a regular expression", f"{pattern!r} ({error})"
+                ) from error
         return tuple(patterns)
 
     def _refused(self, key: str, expected: str, found: object) -> NaloraError:
@@ -189,25 +255,42 @@ class PeftConfig(Fields):
 
 
 def _refuse_unsupported(fields: Fields) -> None:
-    """Raises an error for a field that changes the function of an adapter in a way that is not supported."""
+    """Raises an error for a field that changes the function of an adapter in a way that is not
+    supported."""
     raw = fields.raw
     init = raw.get("init_lora_weights", True)
-    of_base = any(init is plain or (isinstance(plain, str) and init == plain) for plain in _PLAIN_INITS)
-    merge = "merge it in PEFT (merge_and_unload) and use the merged folder as the base"
-    convert = (
-        "convert it first: in PEFT, save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    of_base = any(
+        init is plain or (isinstance(plain, str) and init == plain)
+        for plain in _PLAIN_INITS
     )
+    merge = "merge it in PEFT (merge_and_unload) and use the merged folder as the base"
+    convert = "convert it first: in PEFT, save_pretrained(..., path_initial_model_for_weight_conversion=...)"
     for key, fine, expected, remedy in (
         ("peft_type", raw.get("peft_type") == "LORA", '"LORA"', merge),
         ("task_type", raw.get("task_type") in (None, "CAUSAL_LM"), '"CAUSAL_LM"', ""),
-        ("bias", raw.get("bias", "none") == "none", '"none" (trained biases are not supported)', ""),
-        ("init_lora_weights", of_base, "an adapter of the unchanged base weights", convert),
+        (
+            "bias",
+            raw.get("bias", "none") == "none",
+            '"none" (trained biases are not supported)',
+            "",
+        ),
+        (
+            "init_lora_weights",
+            of_base,
+            "an adapter of the unchanged base weights",
+            convert,
+        ),
     ):
         if not fine:
             raise fields.error(key, expected, repr(raw.get(key)), remedy)
     for key, value in fields.raw.items():
         # A field of a newer PEFT is harmless if it is off; if it is on it may change the function.
-        if key not in _SUPPORTED and value not in (None, False, "none") and value != [] and value != {}:
+        if (
+            key not in _SUPPORTED
+            and value not in (None, False, "none")
+            and value != []
+            and value != {}
+        ):
             expected = "null or false (the feature is not supported)"
             raise fields.error(key, expected, json.dumps(value)[:80])
 
@@ -215,8 +298,8 @@ def _refuse_unsupported(fields: Fields) -> None:
 def recorded_fact(folder: Path, fact: Literal["base", "rope_scaling"]) -> str:
     """Returns a fact that `export_adapter` recorded in an adapter's file; "" if it is not there.
 
-    "base" is the name that loads exactly the weights that the adapter was trained on, "rope_scaling" the base's
-    RoPE scaling if it was not its files'.
+    "base" is the name that loads exactly the weights that the adapter was trained on,
+    "rope_scaling" the base's RoPE scaling if it was not its files'.
     """
     try:
         return read_header(folder / TENSORS_NAME)[1].get(f"nalora.{fact}", "")
@@ -234,13 +317,15 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        expected, remedy = (
-            "the configuration of a PEFT adapter",
-            f"an adapter folder holds {CONFIG_NAME} and tensors",
+        expected = "the configuration of a PEFT adapter"
+        remedy = f"an adapter folder holds {CONFIG_NAME} and tensors"
+        raise NaloraError(
+            str(path), expected=expected, found="no such file", remedy=remedy
         )
-        raise NaloraError(str(path), expected=expected, found="no such file", remedy=remedy)
     if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise NaloraError(str(path), expected=f"at most {_MAX_CONFIG_BYTES} bytes", found="more")
+        raise NaloraError(
+            str(path), expected=f"at most {_MAX_CONFIG_BYTES} bytes", found="more"
+        )
     return PeftConfig(read_json(path), str(path))
 
 
@@ -258,16 +343,21 @@ _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 
 def _first_value(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """Returns the value of the first key that matches a suffix of ``name`` (PEFT's ``get_pattern_key``).
+    """Returns the value of the first key that matches a suffix of ``name`` (PEFT's
+    ``get_pattern_key``).
 
     A suffix starts at the beginning of the name or after a dot.
     """
-    matches = zip(pattern.values(), _compiled(tuple(pattern), _suffix_pattern), strict=True)
+    matches = zip(
+        pattern.values(), _compiled(tuple(pattern), _suffix_pattern), strict=True
+    )
     return next((value for value, key in matches if key.match(name)), default)
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(keys: tuple[str, ...], use: Callable[[str], str]) -> list[re.Pattern[str]]:
+def _compiled(
+    keys: tuple[str, ...], use: Callable[[str], str]
+) -> list[re.Pattern[str]]:
     return [re.compile(use(key)) for key in keys]
 
 

@@ -46,12 +46,17 @@ Form = Literal["linear", "expert", "stack"]
 
 @dataclass(frozen=True)
 class HostModule:
-    """A module (or parameter) in all layers that have it, and the projections whose outputs it concatenates."""
+    """A module (or parameter) in all layers that have it, and the projections whose outputs it
+    concatenates."""
 
     name: str  # "model.layers.{layer}.mlp.gate_up_proj"; one expert's "....experts.{expert}.w1"
-    parts: tuple[str, ...]  # uniform paths: ("layers/ffn/gate_proj", "layers/ffn/up_proj")
+    parts: tuple[
+        str, ...
+    ]  # uniform paths: ("layers/ffn/gate_proj", "layers/ffn/up_proj")
     form: Form = "linear"
-    alternates: bool = False  # the parts' outputs alternate instead of following each other
+    alternates: bool = (
+        False  # the parts' outputs alternate instead of following each other
+    )
 
     @property
     def short(self) -> str:
@@ -69,7 +74,9 @@ class HostModule:
 # Stacks are last, in the order in which they are registered.
 ModuleLayout = tuple[HostModule, ...]
 
-_TEXT, _TEXT_PART = "model.layers.", "model.language_model.layers."  # the latter in multimodal models
+# the latter in multimodal models
+_TEXT = "model.layers."
+_TEXT_PART = "model.language_model.layers."
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -82,42 +89,51 @@ def module_layout(config: Host) -> ModuleLayout:
     """Returns the modules whose weights are in a family's checkpoints.
 
     Example: the row ``model.layers.{layer}.mlp.gate_up_proj.weight`` of Phi-3's table is the
-    module ``model.layers.{layer}.mlp.gate_up_proj`` of ``layers/ffn/gate_proj`` and ``layers/ffn/up_proj``.
+    module ``model.layers.{layer}.mlp.gate_up_proj`` of ``layers/ffn/gate_proj`` and
+    ``layers/ffn/up_proj``.
     """
     modules: list[HostModule] = []
     if not isinstance(config, ModelConfig) or config.sight is not None:
-        modules = [HostModule(name, paths) for paths, name in OF_ENCODERS["modules"](config).items()]
+        modules = [
+            HostModule(name, paths)
+            for paths, name in OF_ENCODERS["modules"](config).items()
+        ]
     if not isinstance(config, ModelConfig):
         return tuple(modules)
     experts: list[HostModule] = []
     stacks: list[HostModule] = []
     family = family_of(config.model_type)
     for row in family.tensors:
-        paths, name = (
-            tuple(path.removesuffix("/kernel") for path in row.paths),
-            row.name.removesuffix(".weight"),
-        )
+        paths = tuple(path.removesuffix("/kernel") for path in row.paths)
+        name = row.name.removesuffix(".weight")
         if not row.paths[0].endswith("/kernel"):
             continue
         if row.experts is not False and layers_with(config, paths[0], experts=True):
             if "{expert}" in name:
                 experts.append(HostModule(name, paths, "expert"))
             else:
-                stacks.append(HostModule(name, paths, "stack", alternates=row.change == "columns"))
+                stacks.append(
+                    HostModule(name, paths, "stack", alternates=row.change == "columns")
+                )
         elif "{expert}" not in name and layers_with(config, paths[0], experts=False):
             modules.append(HostModule(name, paths))
     if experts:  # transformers 5 holds all experts of a layer in two parameters
-        folder, module = experts[0].parts[0].rpartition("/")[0], f"{_TEXT}{{layer}}.{family.experts}"
+        folder = experts[0].parts[0].rpartition("/")[0]
+        module = f"{_TEXT}{{layer}}.{family.experts}"
         gate_up = f"{folder}/gate_proj", f"{folder}/up_proj"
         stacks = [
             HostModule(f"{module}.gate_up_proj", gate_up, "stack"),
             HostModule(f"{module}.down_proj", (f"{folder}/down_proj",), "stack"),
         ]
     layout = (*modules, *experts, *stacks)
-    return layout if config.sight is None else _renamed(layout, {_TEXT: _TEXT_PART})
+    if config.sight is None:
+        return layout
+    return _renamed(layout, {_TEXT: _TEXT_PART})
 
 
-def layout_for(target: str, config: Host, raw: Mapping[str, Any] | None = None) -> ModuleLayout:
+def layout_for(
+    target: str, config: Host, raw: Mapping[str, Any] | None = None
+) -> ModuleLayout:
     """Returns the layout that a tool expects for a base with this ``config.json``.
 
     vLLM reads experts one by one, except gpt-oss's. If a text model is part of a multimodal one,
@@ -145,7 +161,9 @@ def _expert_by_expert(layout: ModuleLayout) -> ModuleLayout:
         return layout
     experts = (
         HostModule(
-            f"{stack.name.rpartition('.')[0]}.{{expert}}.{path.rpartition('/')[2]}", (path,), "expert"
+            f"{stack.name.rpartition('.')[0]}.{{expert}}.{path.rpartition('/')[2]}",
+            (path,),
+            "expert",
         )
         for stack in stacks
         for path in stack.parts
@@ -167,7 +185,11 @@ def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
 def layers_with(config: Host, path: str, *, experts: bool) -> frozenset[int]:
     """Returns the layers that have a projection at a uniform path, of experts or not."""
     shapes = projection_shapes(config)
-    places = ((layer, at) for (name, layer), (at, _) in stacked_places(config).items() if name == path)
+    places = (
+        (layer, at)
+        for (name, layer), (at, _) in stacked_places(config).items()
+        if name == path
+    )
     return frozenset(layer for layer, at in places if (len(shapes[at]) == 3) == experts)
 
 
@@ -191,10 +213,13 @@ class Place:
 
 def places_in(config: Host, layout: ModuleLayout) -> Iterator[Place]:
     """Yields the places of ``layout``, layer by layer."""
-    shapes, stacked_at = projection_shapes(config), stacked_places(config)
+    shapes = projection_shapes(config)
+    stacked_at = stacked_places(config)
     for layer in range(1 + max(layer for _, layer in stacked_at)):
         for module in layout:
-            if layer not in layers_with(config, module.parts[0], experts=module.form != "linear"):
+            if layer not in layers_with(
+                config, module.parts[0], experts=module.form != "linear"
+            ):
                 continue
             slots = tuple(stacked_at[path, layer] for path in module.parts)
             widths = tuple(shapes[path][-1] for path, _ in slots)
@@ -217,7 +242,9 @@ def tensor_keys(adapted: Iterable[Place]) -> dict[str, str]:
     for place in reversed(list(adapted)):
         keys[place.name] = place.name
         if place.stacked:
-            keys[place.name] = place.name.rpartition(".")[0] + ".base_layer" * wrapped[place.layer]
+            keys[place.name] = (
+                place.name.rpartition(".")[0] + ".base_layer" * wrapped[place.layer]
+            )
             wrapped[place.layer] += 1
     return dict(reversed(keys.items()))
 
@@ -241,29 +268,40 @@ def layout_of(config: Host, modules: Iterable[str]) -> ModuleLayout:
     If several releases match equally well, the latest is used. The modules of a text model may have
     their names in a multimodal model.
     """
-    layout, written = module_layout(config), set(modules)
+    layout = module_layout(config)
+    written = set(modules)
     if not isinstance(config, ModelConfig):
         return layout
     if config.sight is not None:
         layouts = [layout, *(_renamed(layout, names) for names in _EARLIER)]
         layout = max(
-            layouts, key=lambda each: len(written & {place.name for place in places_in(config, each)})
+            layouts,
+            key=lambda each: len(
+                written & {place.name for place in places_in(config, each)}
+            ),
         )
     elif any(name.startswith(_TEXT_PART) for name in written):
         layout = _renamed(layout, {_TEXT: _TEXT_PART})
-    return _expert_by_expert(layout) if any(map(_ONE_EXPERT.search, written)) else layout
+    if any(map(_ONE_EXPERT.search, written)):
+        return _expert_by_expert(layout)
+    return layout
 
 
-_KEYS, _VALUES = "layers/attn/k_proj", "layers/attn/v_proj"
+_KEYS = "layers/attn/k_proj"
+_VALUES = "layers/attn/v_proj"
 
 
 def value_names(config: Host, layout: ModuleLayout) -> dict[str, str]:
-    """Returns the name `v_proj` for each `k_proj` of layers whose values are the keys' projection (Gemma 4).
+    """Returns the name `v_proj` for each `k_proj` of layers whose values are the keys' projection
+    (Gemma 4).
 
-    vLLM loads the weight of `k_proj` into the slots of keys and of values, but an adapter only into the slot of
+    vLLM loads the weight of `k_proj` into the slots of keys and of values, but an adapter only into
+    the slot of
     its name: without a copy named `v_proj` it would serve values of the base.
     """
-    layers = layers_with(config, _KEYS, experts=False) - layers_with(config, _VALUES, experts=False)
+    layers = layers_with(config, _KEYS, experts=False) - layers_with(
+        config, _VALUES, experts=False
+    )
     return {
         place.name: f"{place.name.removesuffix('k_proj')}v_proj"
         for place in places_in(config, of_form(layout, "linear") if layers else ())
@@ -290,7 +328,10 @@ class ModuleAdapter:
 
 
 def fuse(
-    parts: Sequence[ModuleAdapter | None], widths: Sequence[int], *, alternates: bool = False
+    parts: Sequence[ModuleAdapter | None],
+    widths: Sequence[int],
+    *,
+    alternates: bool = False,
 ) -> ModuleAdapter | None:
     """Combines the adapters of a fused module's parts into one; None if no part has an adapter.
 
@@ -304,7 +345,9 @@ def fuse(
     present = [adapter for adapter in parts if adapter is not None]
     if len(parts) == 1 or not present:
         return parts[0]
-    a, scale, lead = present[0].a, present[0].scale, present[0].b.shape[:-2]
+    a = present[0].a
+    scale = present[0].scale
+    lead = present[0].b.shape[:-2]
     shared = all(np.array_equal(a, adapter.a) for adapter in present)
     if not shared:
         a = np.concatenate([adapter.a for adapter in present], axis=-1)
@@ -318,7 +361,11 @@ def fuse(
                 row += adapter.rank
         column += width
     if alternates:
-        b = b.reshape(*lead, a.shape[-1], len(parts), -1).swapaxes(-1, -2).reshape(b.shape)
+        b = (
+            b.reshape(*lead, a.shape[-1], len(parts), -1)
+            .swapaxes(-1, -2)
+            .reshape(b.shape)
+        )
     magnitude = None
     if present[0].magnitude is not None and len(present) == len(parts):
         magnitude = np.concatenate(
@@ -339,15 +386,24 @@ def split_fused(
         return [adapter]
     fresh = not adapter.b.any()
     parts: list[ModuleAdapter | None] = []
-    for number, (start, width) in enumerate(zip(np.cumsum([0, *widths[:-1]]), widths, strict=True)):
-        columns = slice(number, None, len(widths)) if alternates else slice(start, start + width)
+    for number, (start, width) in enumerate(
+        zip(np.cumsum([0, *widths[:-1]]), widths, strict=True)
+    ):
+        if alternates:
+            columns = slice(number, None, len(widths))
+        else:
+            columns = slice(start, start + width)
         block = adapter.b[..., columns]
         magnitude = None
         if adapter.magnitude is not None:
             magnitude = adapter.magnitude[start : start + width]
         # A part needs its magnitude to keep its column norms, so with DoRA every part stays.
-        keep = _live_ranks(block) | (fresh or (magnitude is not None and not block.any()))
-        piece = ModuleAdapter(adapter.a[..., keep], block[..., keep, :], adapter.scale, magnitude)
+        keep = _live_ranks(block) | (
+            fresh or (magnitude is not None and not block.any())
+        )
+        piece = ModuleAdapter(
+            adapter.a[..., keep], block[..., keep, :], adapter.scale, magnitude
+        )
         parts.append(piece if piece.rank else None)
     return parts
 
@@ -361,7 +417,9 @@ def fold(adapter: ModuleAdapter, rank: int, scale: float) -> ModuleAdapter:
 def compact(adapter: ModuleAdapter) -> ModuleAdapter:
     """Returns the equivalent adapter without the ranks whose row of B is zero."""
     keep = _live_ranks(adapter.b)
-    return ModuleAdapter(adapter.a[..., keep], adapter.b[..., keep, :], adapter.scale, adapter.magnitude)
+    return ModuleAdapter(
+        adapter.a[..., keep], adapter.b[..., keep, :], adapter.scale, adapter.magnitude
+    )
 
 
 def _live_ranks(b: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Converts PEFT's `LoraConfig` to the settings of a run.
 
 `PEFT` is the only list of the fields of `LoraConfig` and has all of them, so that none is dropped
-silently; docs/from_peft.md has a table of them. `rules_of` converts module names to ordered rules over
-this library's projections.
+silently; docs/from_peft.md has a table of them. `rules_of` converts module names to ordered rules
+over this library's projections.
 """
 
 from __future__ import annotations
@@ -38,14 +38,21 @@ class Field:
     """Conversion of a field."""
 
     ours: str = ""  # the setting, dotted; empty without one
-    value: Callable[[Any], Any] = lambda value: value  # our value of theirs; may be `Refused`
+    value: Callable[[Any], Any] = lambda value: (
+        value
+    )  # our value of theirs; may be `Refused`
     ignored: str = ""  # the reason that it does not matter here
 
 
 def _only(*accepted: Any, because: str) -> Field:
-    """Returns a field that accepts only ``accepted`` and empty values, which have no effect here."""
+    """Returns a field that accepts only ``accepted`` and empty values, which have no effect
+    here."""
     fine = (None, False, {}, [], *accepted)
-    return Field(value=lambda value: None if any(value == each for each in fine) else Refused(because))
+    return Field(
+        value=lambda value: (
+            None if any(value == each for each in fine) else Refused(because)
+        )
+    )
 
 
 def _init(value: Any) -> Any:
@@ -57,7 +64,9 @@ def _init(value: Any) -> Any:
         )
     if value in (True, None):
         return "default"
-    return Refused("there are PEFT's default and PiSSA; gaussian and others are not made here")
+    return Refused(
+        "there are PEFT's default and PiSSA; gaussian and others are not made here"
+    )
 
 
 def _saved(value: Any) -> Any:
@@ -77,21 +86,32 @@ def _indices(value: Any) -> Any:
     if not all(isinstance(ids, list | tuple) for ids in lists):
         return Refused("token ids are given as a list, or as lists by the table's name")
     if not set(_token_modules(value)) <= set(ROWS):
-        return Refused(f"rows of {' and '.join(ROWS)} are trained alone; other modules are not")
+        return Refused(
+            f"rows of {' and '.join(ROWS)} are trained alone; other modules are not"
+        )
     if any(list(ids) != list(lists[0]) for ids in lists):
-        return Refused("the same rows of both tables are trained here: give both the same list")
+        return Refused(
+            "the same rows of both tables are trained here: give both the same list"
+        )
     return list(lists[0])
 
 
 def _token_modules(value: Any) -> list[str]:
-    return sorted({str(name).rpartition(".")[2] for name, ids in ids_by_table(value).items() if ids})
+    return sorted(
+        {
+            str(name).rpartition(".")[2]
+            for name, ids in ids_by_table(value).items()
+            if ids
+        }
+    )
 
 
 _RULES = "lora.rules"  # of the fields that are combined into rules
 _OTHER_METHOD = "it is another method than LoRA, and is not implemented here"
 _IGNORED = {
     **dict.fromkeys(
-        ("eva_config", "corda_config", "loftq_config", "lora_ga_config"), "settings of an initialisation"
+        ("eva_config", "corda_config", "loftq_config", "lora_ga_config"),
+        "settings of an initialisation",
     ),
     "qalora_group_size": "a setting of use_qalora",
     "fan_in_fan_out": "without influence on Linear layers",
@@ -104,9 +124,12 @@ _IGNORED = {
 }
 PEFT: dict[str, Field] = {
     **dict.fromkeys(
-        ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform"), Field(_RULES)
+        ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform"),
+        Field(_RULES),
     ),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern", "target_parameters"), Field(_RULES)),
+    **dict.fromkeys(
+        ("rank_pattern", "alpha_pattern", "target_parameters"), Field(_RULES)
+    ),
     "layers_pattern": _only(because="layers are found by their number alone"),
     "lora_dropout": Field("lora.dropout"),
     "use_rslora": Field("lora.rslora"),
@@ -114,18 +137,28 @@ PEFT: dict[str, Field] = {
     "init_lora_weights": Field("lora.init", _init),
     "base_model_name_or_path": Field("model"),
     "bias": _only("none", because="biases stay as they are here"),
-    "task_type": _only("CAUSAL_LM", because="language models are trained here (images: --vision.task)"),
+    "task_type": _only(
+        "CAUSAL_LM", because="language models are trained here (images: --vision.task)"
+    ),
     "peft_type": _only("LORA", because=_OTHER_METHOD),
     "modules_to_save": Field("lora.modules_to_save", _saved),
     "trainable_token_indices": Field("lora.trainable_token_indices", _indices),
     "layer_replication": _only(because="layers are not repeated here"),
     "lora_bias": _only(because="adapters have no bias here"),
-    **dict.fromkeys(("alora_invocation_tokens", "use_qalora", "use_bdlora"), _only(because=_OTHER_METHOD)),
-    **dict.fromkeys(("velora_config", "monteclora_config", "arrow_config"), _only(because=_OTHER_METHOD)),
+    **dict.fromkeys(
+        ("alora_invocation_tokens", "use_qalora", "use_bdlora"),
+        _only(because=_OTHER_METHOD),
+    ),
+    **dict.fromkeys(
+        ("velora_config", "monteclora_config", "arrow_config"),
+        _only(because=_OTHER_METHOD),
+    ),
     "kasa_config": _only(because=_OTHER_METHOD),
     "megatron_config": _only(because="there is no Megatron here; see --mesh"),
     **{name: Field(ignored=reason) for name, reason in _IGNORED.items()},
-    "ensure_weight_tying": _only(because="a trained embedding and its head are apart here"),
+    "ensure_weight_tying": _only(
+        because="a trained embedding and its head are apart here"
+    ),
 }
 
 # ---------------------------------------------------------------- single fields
@@ -147,9 +180,16 @@ _ALLOCATION = (
     ("beta2", "uncertainty_decay", 0.85),
     ("orth_reg_weight", "orthogonality", 0.5),
 )
-_SHARES = (("tinit", "warmup_share"), ("tfinal", "final_share"))  # steps in PEFT, shares of them here
+_SHARES = (
+    ("tinit", "warmup_share"),
+    ("tfinal", "final_share"),
+)  # steps in PEFT, shares of them here
 # Fields of AdaLoraConfig alone.
-_ADALORA = {"init_r", "total_step", *(theirs for theirs, *_ in (*_ALLOCATION, *_SHARES))}
+_ADALORA = {
+    "init_r",
+    "total_step",
+    *(theirs for theirs, *_ in (*_ALLOCATION, *_SHARES)),
+}
 
 
 def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
@@ -160,7 +200,8 @@ def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     """
     values, allocation = _training_settings(values)
     settings: Settings = {}
-    notes, refused = [], []
+    notes = []
+    refused = []
     for name, value in values.items():
         field = PEFT.get(name)
         if field is None:
@@ -178,12 +219,19 @@ def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
             elif ours is not None and field.ours:
                 _put(settings, field.ours, ours)
     if refused:
-        expected, remedy = "settings that are supported here", "remove or change them"
-        raise NaloraError("LoraConfig", expected=expected, found="; ".join(refused), remedy=remedy)
+        expected = "settings that are supported here"
+        remedy = "remove or change them"
+        raise NaloraError(
+            "LoraConfig", expected=expected, found="; ".join(refused), remedy=remedy
+        )
     if values.get("target_parameters"):
         notes.append(_DENSE)
-    lora, indices = settings.get("lora", {}), values.get("trainable_token_indices")
-    if "embed_tokens" in lora.get("modules_to_save", ()) or "trainable_token_indices" in lora:
+    lora = settings.get("lora", {})
+    indices = values.get("trainable_token_indices")
+    if (
+        "embed_tokens" in lora.get("modules_to_save", ())
+        or "trainable_token_indices" in lora
+    ):
         notes.append(_RESIZED)
     settings |= allocation
     if isinstance(indices, Mapping) and "trainable_token_indices" in lora:
@@ -210,9 +258,15 @@ def _training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], Setti
     for theirs, name in _SHARES:
         steps = values.get(theirs) or 0
         if not isinstance(steps, int) or not 0 <= steps <= total:
-            raise NaloraError(theirs, expected=f"a number of steps up to {total}", found=shown(steps))
+            raise NaloraError(
+                theirs, expected=f"a number of steps up to {total}", found=shown(steps)
+            )
         ours[name] = steps / total
-    plain = {name: value for name, value in values.items() if name not in {*_ADALORA, "rank_pattern"}}
+    plain = {
+        name: value
+        for name, value in values.items()
+        if name not in {*_ADALORA, "rank_pattern"}
+    }
     plain |= {"peft_type": "LORA", "r": values.get("init_r", 12)}
     return plain, {"steps": total, "adalora": ours}
 
@@ -230,7 +284,15 @@ def _put(settings: Settings, name: str, value: Any) -> None:
 
 _PATH = re.compile(r"layers/(\w+)/(?:\w+/)?(\w*_proj\w*)/kernel")
 _NAME = re.compile(r"[\w.]+")
-_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of every model
+_LINEAR = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)  # of every model
 # transformers' stacks of all experts of a layer; the slash in front keeps shared experts out.
 _STACKS = {
     "gate_up_proj": "/ffn/(experts_ffn/)?(gate|up)_proj",
@@ -240,12 +302,13 @@ _STACKS = {
 
 @functools.cache
 def _modules() -> tuple[dict[str, str], str]:
-    """Returns the pattern of each of transformers' names in the paths that rules are searched in, and of outputs.
+    """Returns the pattern of each of transformers' names in the paths that rules are searched in,
+    and of outputs.
 
     Example: ``{"q_proj": "attn/q_proj", "qkv_proj": "(attn/q_proj|attn/k_proj|attn/v_proj)", ...}``
 
-    In "all-linear" outputs of linear attention and convolutions are in one rule with o_proj, because a rule must
-    match in every model.
+    In "all-linear" outputs of linear attention and convolutions are in one rule with o_proj,
+    because a rule must match in every model.
     """
     paths: dict[str, dict[str, None]] = {}
     for row in (row for family in BUILT_IN.values() for row in family.tensors):
@@ -254,19 +317,31 @@ def _modules() -> tuple[dict[str, str], str]:
             paths.setdefault(row.name.removesuffix(".weight").rpartition(".")[2], {})[
                 f"{match[1]}/{match[2]}"
             ] = None
-    everything = dict.fromkeys(path for of_module in paths.values() for path in of_module)
+    everything = dict.fromkeys(
+        path for of_module in paths.values() for path in of_module
+    )
 
     def pattern(names: Sequence[str]) -> str:
         """Returns an expression that is found in these paths only."""
-        exact = [p + "$" * any(other != p and other.startswith(p) for other in everything) for p in names]
+        exact = [
+            p + "$" * any(other != p and other.startswith(p) for other in everything)
+            for p in names
+        ]
         return exact[0] if len(exact) == 1 else f"({'|'.join(exact)})"
 
-    mixers = [path for path in everything if path.partition("/")[0] not in ("attn", "ffn", "tail")]
-    return {name: pattern(list(of)) for name, of in paths.items()}, pattern(["attn/o_proj", *mixers])
+    mixers = [
+        path
+        for path in everything
+        if path.partition("/")[0] not in ("attn", "ffn", "tail")
+    ]
+    return {name: pattern(list(of)) for name, of in paths.items()}, pattern(
+        ["attn/o_proj", *mixers]
+    )
 
 
 def rules_of(values: Mapping[str, Any]) -> list[str]:
-    """Returns rules ``PATTERN:RANK:ALPHA`` that target the same modules as the fields of a `LoraConfig`.
+    """Returns rules ``PATTERN:RANK:ALPHA`` that target the same modules as the fields of a
+    `LoraConfig`.
 
     Example:
       >>> common = {"r": 8, "lora_alpha": 16}
@@ -281,42 +356,76 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
     """
     for where in ("rank_pattern", "alpha_pattern"):
         if not isinstance(values.get(where), Mapping | None):
-            raise NaloraError(where, expected="values by name", found=shown(values[where]))
-    rank, alpha = values.get("r", 8), values.get("lora_alpha", 8)
-    ranks, alphas = (dict(values.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
+            raise NaloraError(
+                where, expected="values by name", found=shown(values[where])
+            )
+    rank = values.get("r", 8)
+    alpha = values.get("lora_alpha", 8)
+    ranks, alphas = (
+        dict(values.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")
+    )
     stacks = [
-        _stack_path(name) for name in _names(listed(values.get("target_parameters")), "target_parameters")
+        _stack_path(name)
+        for name in _names(listed(values.get("target_parameters")), "target_parameters")
     ]
-    targets, excluded = values.get("target_modules"), values.get("exclude_modules")
+    targets = values.get("target_modules")
+    excluded = values.get("exclude_modules")
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
     if isinstance(targets, str) and not everything:
-        expected, actual = 'names, or "all-linear"', f"the expression {targets!r}"
+        expected = 'names, or "all-linear"'
+        actual = f"the expression {targets!r}"
         remedy = "write it as --lora.rules: patterns are searched in paths such as layers/3/ffn/gate_proj"
-        raise NaloraError("target_modules", expected=expected, found=actual, remedy=remedy)
+        raise NaloraError(
+            "target_modules", expected=expected, found=actual, remedy=remedy
+        )
     if targets is None and not stacks:
-        expected, remedy = "names of modules", "PEFT's default depends on the model: name them"
-        raise NaloraError("target_modules", expected=expected, found="none", remedy=remedy)
+        expected = "names of modules"
+        remedy = "PEFT's default depends on the model: name them"
+        raise NaloraError(
+            "target_modules", expected=expected, found="none", remedy=remedy
+        )
     if isinstance(excluded, str):
-        raise NaloraError("exclude_modules", expected="names", found=f"the expression {excluded!r}")
-    out = {_path(name, "exclude_modules") for name in _names(excluded or [], "exclude_modules")}
+        raise NaloraError(
+            "exclude_modules", expected="names", found=f"the expression {excluded!r}"
+        )
+    out = {
+        _path(name, "exclude_modules")
+        for name in _names(excluded or [], "exclude_modules")
+    }
     if everything and any("linear_attn/" in path for path in out):
-        expected, actual = "no linear attention, next to all-linear", ", ".join(excluded or ())
+        expected = "no linear attention, next to all-linear"
+        actual = ", ".join(excluded or ())
         remedy = "list target_modules by name"
-        raise NaloraError("exclude_modules", expected=expected, found=actual, remedy=remedy)
-    named = _LINEAR if everything else _names([] if targets is None else targets, "target_modules")
-    paths = [path for name in named if (path := _path(name, "target_modules")) not in out]
+        raise NaloraError(
+            "exclude_modules", expected=expected, found=actual, remedy=remedy
+        )
+    named: Sequence[str] = _LINEAR
+    if not everything:
+        named = _names([] if targets is None else targets, "target_modules")
+    paths = [
+        path for name in named if (path := _path(name, "target_modules")) not in out
+    ]
     within = ""
     if numbers := listed(values.get("layers_to_transform")):
-        if not isinstance(numbers, Sequence) or not all(type(number) is int for number in numbers):
-            raise NaloraError("layers_to_transform", expected="layer numbers", found=shown(numbers))
+        if not isinstance(numbers, Sequence) or not all(
+            type(number) is int for number in numbers
+        ):
+            raise NaloraError(
+                "layers_to_transform", expected="layer numbers", found=shown(numbers)
+            )
         within = f"layers/({'|'.join(map(str, numbers))})/"
     rules = []
-    # Of rules the first that matches counts, so longer names come before the names that they end with.
-    for name in sorted(dict.fromkeys([*ranks, *alphas]), key=lambda name: -_bare(name).count(".")):
+    # Of rules the first that matches counts, so longer names come before the names that they end
+    # with.
+    for name in sorted(
+        dict.fromkeys([*ranks, *alphas]), key=lambda name: -_bare(name).count(".")
+    ):
         path = _path(name, "rank_pattern, alpha_pattern")
         scales = _first_value(ranks, name, rank), _first_value(alphas, name, alpha)
         # PEFT ignores a pattern for a module that is not targeted.
-        if _may_be_stack(name) and _without_layer(_stack_path(name)) in map(_without_layer, stacks):
+        if _may_be_stack(name) and _without_layer(_stack_path(name)) in map(
+            _without_layer, stacks
+        ):
             rules.append(_rule(_stack_path(name), *scales, ""))
         if _without_layer(path) in paths:
             rules.append(_rule(path, *scales, within))
@@ -330,44 +439,63 @@ def rules_of(values: Mapping[str, Any]) -> list[str]:
 
 
 def _names(value: Any, where: str) -> Sequence[str]:
-    if not isinstance(value, Sequence) or not all(isinstance(name, str) for name in value):
+    if not isinstance(value, Sequence) or not all(
+        isinstance(name, str) for name in value
+    ):
         raise NaloraError(where, expected="a list of names", found=shown(value))
     return value
 
 
 def _first_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Returns the value of the first key that ``name`` ends with, as PEFT looks it up for a module."""
+    """Returns the value of the first key that ``name`` ends with, as PEFT looks it up for a
+    module."""
     dotted = f".{_bare(name)}"
-    return next((value for key, value in pattern.items() if dotted.endswith(f".{_bare(key)}")), default)
+    return next(
+        (value for key, value in pattern.items() if dotted.endswith(f".{_bare(key)}")),
+        default,
+    )
 
 
 def _rule(path: str, rank: Any, alpha: Any, within: str) -> str:
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e38:
-        raise NaloraError("lora_alpha or alpha_pattern", expected="a number", found=shown(alpha))
+    if (
+        isinstance(alpha, bool)
+        or not isinstance(alpha, int | float)
+        or not abs(alpha) < 1e38
+    ):
+        raise NaloraError(
+            "lora_alpha or alpha_pattern", expected="a number", found=shown(alpha)
+        )
     pattern = path if path.startswith("layers/") else within + path
     return f"{pattern}:{rank}:{alpha:g}"
 
 
 def _path(name: str, where: str) -> str:
     """Returns the pattern of a module: in every layer, or in the layer that its name contains."""
-    bare, (modules, _) = _bare(name), _modules()
+    bare = _bare(name)
+    (modules, _) = _modules()
     last = bare.rpartition(".")[2]
     if last in TABLES:
         actual = f"{name!r}, which is trained as a whole here"
         remedy = f"leave it out, and add --lora.modules-to-save {last}"
-        raise NaloraError(where, expected="modules of a model's layers", found=actual, remedy=remedy)
+        raise NaloraError(
+            where, expected="modules of a model's layers", found=actual, remedy=remedy
+        )
     if not _NAME.fullmatch(bare) or last not in modules:
-        expected, remedy = f"modules of {', '.join(modules)}", "write it as --lora.rules by hand"
+        expected = f"modules of {', '.join(modules)}"
+        remedy = "write it as --lora.rules by hand"
         raise NaloraError(where, expected=expected, found=repr(name), remedy=remedy)
     return _in_layer(bare, modules[last])
 
 
 def _stack_path(name: str) -> str:
-    """Returns the pattern of a stack of experts: in every layer, or in the layer that its name contains."""
+    """Returns the pattern of a stack of experts: in every layer, or in the layer that its name
+    contains."""
     if not _may_be_stack(name):
         stacks = ", ".join(f"experts.{stack}" for stack in _STACKS)
         remedy = "name a Linear module in target_modules; routers and biases are not adapted here"
-        raise NaloraError("target_parameters", expected=stacks, found=repr(name), remedy=remedy)
+        raise NaloraError(
+            "target_parameters", expected=stacks, found=repr(name), remedy=remedy
+        )
     bare = _bare(name)
     return _in_layer(bare, _STACKS[bare.rpartition(".")[2]])
 
@@ -375,7 +503,9 @@ def _stack_path(name: str) -> str:
 def _in_layer(name: str, pattern: str) -> str:
     """Returns ``pattern`` for every layer, or for the layer that ``name`` contains."""
     layer = re.search(r"layers\.(\d+)\.", name)
-    return f"layers/{layer[1]}/{pattern.removeprefix('/')}" if layer else pattern
+    if layer:
+        return f"layers/{layer[1]}/{pattern.removeprefix('/')}"
+    return pattern
 
 
 def _may_be_stack(name: str) -> bool:

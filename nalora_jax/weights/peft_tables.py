@@ -1,4 +1,5 @@
-"""Trained tables (PEFT's ``modules_to_save``) and single trained rows (``trainable_token_indices``).
+"""Trained tables (PEFT's ``modules_to_save``) and single trained rows
+(``trainable_token_indices``).
 
 Trained tables are stored in the collection ``lora``, in float32, and replace the base's tables:
 
@@ -50,16 +51,21 @@ if TYPE_CHECKING:
     from nalora_jax.models.vision.config import DualConfig
 
 PREFIX = "base_model.model."
-_HEAD, _EMBEDDING = TABLES["lm_head"], TABLES["embed_tokens"]
-# Suffixes of a module with trained rows: its rows, and its table, which PEFT writes if it was resized.
-_ROWS, _RESIZED = "token_adapter.trainable_tokens_delta", "token_adapter.base_layer.weight"
+_HEAD = TABLES["lm_head"]
+_EMBEDDING = TABLES["embed_tokens"]
+# Suffixes of a module with trained rows: its rows, and its table, which PEFT writes if it was
+#   resized.
+_ROWS = "token_adapter.trainable_tokens_delta"
+_RESIZED = "token_adapter.base_layer.weight"
 
 
 def table_modules(config: ModelConfig) -> dict[str, str]:
-    """Returns each table's module in the keys of PEFT's tensors, e.g. ``base_model.model.lm_head``."""
+    """Returns each table's module in the keys of PEFT's tensors, e.g.
+    ``base_model.model.lm_head``."""
     names = {row.paths[0]: row.name for row in family_of(config.model_type).tensors}
     modules = {
-        name: names.get(path, f"{name}.weight").removesuffix(".weight") for name, path in TABLES.items()
+        name: names.get(path, f"{name}.weight").removesuffix(".weight")
+        for name, path in TABLES.items()
     }
     return {name: f"{PREFIX}{module}" for name, module in modules.items()}
 
@@ -79,8 +85,12 @@ def table_rows(folder: Path, config: ModelConfig) -> int | None:
     except NaloraError:
         return None  # the error is reported when the adapter is read
     modules = table_modules(config).values()
-    keys = [f"{module}.{suffix}" for suffix in ("weight", _RESIZED) for module in modules]
-    counts = {key: stored[key].shape[0] for key in keys if key in stored and stored[key].shape}
+    keys = [
+        f"{module}.{suffix}" for suffix in ("weight", _RESIZED) for module in modules
+    ]
+    counts = {
+        key: stored[key].shape[0] for key in keys if key in stored and stored[key].shape
+    }
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{count} of {key}" for key, count in counts.items())
         expected = "as many rows of the head as of the embedding"
@@ -89,7 +99,8 @@ def table_rows(folder: Path, config: ModelConfig) -> int | None:
 
 
 def rows_of_indices(folder: Path, config: ModelConfig) -> int | None:
-    """Returns the row count that an adapter's trained token ids need; None if the base's is enough."""
+    """Returns the row count that an adapter's trained token ids need; None if the base's is
+    enough."""
     try:
         indices = read_peft_config(folder).token_indices
     except NaloraError:
@@ -113,41 +124,58 @@ def take_tables(
       Leaves of the ``lora`` tree by path, and a spec of them alone.
 
     Raises:
-      NaloraError: an id has no row in the base, a module is not supported, or named twice, or a table or rows
-        are missing or have the wrong shape.
+      NaloraError: an id has no row in the base, a module is not supported, or named twice, or a
+        table or rows are missing or have the wrong shape.
     """
     named = tuple(name.rpartition(".")[2] for name in peft.modules_to_save)
     spec = AdapterSpec(saved=named, token_indices=peft.token_indices)
     remedy = "use its own base; if tokens were added, their tokenizer must be in the adapter's folder"
     check_token_indices(spec, config, f"{peft.where}: trainable_token_indices", remedy)
-    trained, shape = spec.own_rows(tied=config.tie_embeddings), (config.vocab_size, config.d_model)
-    modules, leaves = table_modules(config), {}
+    trained = spec.own_rows(tied=config.tie_embeddings)
+    shape = (config.vocab_size, config.d_model)
+    modules = table_modules(config)
+    leaves = {}
     for name, module in modules.items():
-        # A trained table is written a second time under its inner name, together with its original values.
+        # A trained table is written a second time under its inner name, together with its original
+        # values.
         for inner in ("modules_to_save", "original_module"):
             tensors.pop(f"{module}.{inner}.weight", None)
         # A tied head's rows, if they are in the file at all, are a copy of the embedding's.
-        ids = trained.get(name, trained.get("embed_tokens", ()) if config.tie_embeddings else ())
-        rows, table = (tensors.pop(f"{module}.{suffix}", None) for suffix in (_ROWS, _RESIZED))
+        ids = trained.get(
+            name, trained.get("embed_tokens", ()) if config.tie_embeddings else ()
+        )
+        rows, table = (
+            tensors.pop(f"{module}.{suffix}", None) for suffix in (_ROWS, _RESIZED)
+        )
         if rows is None and name in trained:
             expected = f"the trained rows of {name}"
-            raise NaloraError(f"{where}: {module}.{_ROWS}", expected=expected, found="nothing")
+            raise NaloraError(
+                f"{where}: {module}.{_ROWS}", expected=expected, found="nothing"
+            )
         if rows is not None and rows.shape != (len(ids), config.d_model):
             expected = f"shape {(len(ids), config.d_model)}, a row for each of trainable_token_indices"
-            raise NaloraError(f"{where}: {module}.{_ROWS}", expected=expected, found=f"shape {rows.shape}")
+            raise NaloraError(
+                f"{where}: {module}.{_ROWS}",
+                expected=expected,
+                found=f"shape {rows.shape}",
+            )
         if table is not None:  # whose shape is checked below
             if rows is not None and table.shape == shape:
                 table[list(ids)] = rows
             tensors[f"{module}.weight"] = table
         elif rows is not None and name in trained:
             leaves[ROWS[name]] = rows
-    # PEFT also writes a head that it keeps tied and, if the embedding was resized, both tables, even if
-    # they are not named.
-    present = [name for name, module in modules.items() if f"{module}.weight" in tensors]
+    # PEFT also writes a head that it keeps tied and, if the embedding was resized, both tables,
+    # even if they are not named.
+    present = [
+        name for name, module in modules.items() if f"{module}.weight" in tensors
+    ]
     for name in dict.fromkeys([*named, *present]):
         if name not in TABLES:
             expected = f"some of {', '.join(TABLES)} (other modules are not supported)"
-            raise NaloraError(f"{where}: modules_to_save", expected=expected, found=name)
+            raise NaloraError(
+                f"{where}: modules_to_save", expected=expected, found=name
+            )
         key = f"{modules[name]}.weight"
         table = tensors.pop(key, None)
         if table is None:
@@ -163,21 +191,35 @@ def take_tables(
                 remedy="an adapter with new tokens needs a base that is resized for them, as `nalora_jax.load` does",
             )
         leaves[TABLES[name]] = _flipped(name, table)
-    if peft.tied and config.tie_embeddings and _EMBEDDING in leaves and _HEAD not in leaves:
+    if (
+        peft.tied
+        and config.tie_embeddings
+        and _EMBEDDING in leaves
+        and _HEAD not in leaves
+    ):
         leaves[_HEAD] = np.ascontiguousarray(leaves[_EMBEDDING].T)
     with_rows = {name for name, path in ROWS.items() if path in leaves}
-    if "embed_tokens" in with_rows and "lm_head" not in trained:  # the head has the embedding's rows
+    if (
+        "embed_tokens" in with_rows and "lm_head" not in trained
+    ):  # the head has the embedding's rows
         with_rows.add("lm_head")
-    indices = tuple((name, ids) for name, ids in peft.token_indices if name in with_rows)
+    indices = tuple(
+        (name, ids) for name, ids in peft.token_indices if name in with_rows
+    )
     saved = tuple(name for name in TABLES if TABLES[name] in leaves)
     return leaves, AdapterSpec(saved=saved, token_indices=indices)
 
 
-def table_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig) -> dict[str, np.ndarray]:
+def table_tensors(
+    lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig
+) -> dict[str, np.ndarray]:
     """Returns the trained tables and rows by PEFT's key, in the layout of its files."""
-    leaves, modules = trees.flatten(lora), table_modules(config)
+    leaves = trees.flatten(lora)
+    modules = table_modules(config)
     tensors = {
-        f"{modules[name]}.weight": _flipped(name, np.asarray(leaves[TABLES[name]], np.float32))
+        f"{modules[name]}.weight": _flipped(
+            name, np.asarray(leaves[TABLES[name]], np.float32)
+        )
         for name in spec.saved
     }
     for name in spec.own_rows(tied=config.tie_embeddings):
@@ -186,12 +228,16 @@ def table_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfi
 
 
 def _flipped(name: str, table: np.ndarray) -> np.ndarray:
-    """Converts a table between PEFT's layout, ``[rows, d_model]``, and ours: the head is transposed."""
+    """Converts a table between PEFT's layout, ``[rows, d_model]``, and ours: the head is
+    transposed."""
     return table if name == "embed_tokens" else np.ascontiguousarray(table.T)
 
 
 def fold_saved(
-    config: ModelConfig, params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    spec: AdapterSpec,
 ) -> tuple[ModelConfig, dict[str, Any], AdapterSpec]:
     """Replaces the base's tables by the trained tables and trained rows.
 
@@ -202,7 +248,8 @@ def fold_saved(
     """
     if not spec.saved and not spec.token_indices:
         return config, dict(params), spec
-    leaves, trained = trees.flatten(params), trees.flatten(lora)
+    leaves = trees.flatten(params)
+    trained = trees.flatten(lora)
     rows = spec.own_rows(tied=config.tie_embeddings)
     tied = config.tie_embeddings and not spec.saved and "lm_head" not in rows
     if config.tie_embeddings and not tied:
@@ -210,10 +257,13 @@ def fold_saved(
     for name in spec.saved:
         leaves[TABLES[name]] = jnp.asarray(trained[TABLES[name]])
     for name, ids in rows.items():
-        table, new = jnp.asarray(leaves[TABLES[name]]), jnp.asarray(trained[ROWS[name]])
-        rows_of_table, new = table.at[np.array(ids)], new.astype(table.dtype)
+        table = jnp.asarray(leaves[TABLES[name]])
+        new = jnp.asarray(trained[ROWS[name]])
+        rows_of_table = table.at[np.array(ids)]
+        new = new.astype(table.dtype)
         if name == "lm_head":
-            rows_of_table, new = table.at[:, np.array(ids)], new.T
+            rows_of_table = table.at[:, np.array(ids)]
+            new = new.T
         leaves[TABLES[name]] = rows_of_table.set(new)
     remaining = replace(spec, saved=(), token_indices=())
     return replace(config, tie_embeddings=tied), trees.unflatten(leaves), remaining
@@ -228,7 +278,12 @@ def refuse_saved(spec: AdapterSpec, where: str, remedy: str) -> None:
     trained = [*spec.saved, *(f"rows of {name}" for name, _ in spec.token_indices)]
     if trained:
         actual = f"trained {' and '.join(trained)}"
-        raise NaloraError(where, expected="an adapter of projections alone", found=actual, remedy=remedy)
+        raise NaloraError(
+            where,
+            expected="an adapter of projections alone",
+            found=actual,
+            remedy=remedy,
+        )
 
 
 def token_settings(spec: AdapterSpec) -> dict[str, Any]:
@@ -256,7 +311,9 @@ _WHOLE = {
 }
 
 
-def trained_tensors(lora: Mapping[str, Any], config: DualConfig) -> dict[str, np.ndarray]:
+def trained_tensors(
+    lora: Mapping[str, Any], config: DualConfig
+) -> dict[str, np.ndarray]:
     """Returns the fully trained parameters by transformers' names, in the layout of its files."""
     leaves = trees.flatten(lora)
     return {
@@ -271,7 +328,8 @@ def read_trained(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
     Raises:
       NaloraError: the file is missing or damaged, or has other tensors.
     """
-    shapes, path = config.trained_shapes(), folder / TRAINED
+    shapes = config.trained_shapes()
+    path = folder / TRAINED
     leaves: dict[str, np.ndarray] = {}
     if not shapes:
         return leaves
@@ -281,6 +339,8 @@ def read_trained(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
         if stored is None or stored.shape != shape[::-1]:
             actual = "nothing" if stored is None else f"shape {stored.shape}"
             expected = f"a tensor for {name} {shape}"
-            raise NaloraError(f"{path}: {_WHOLE[name]}", expected=expected, found=actual)
+            raise NaloraError(
+                f"{path}: {_WHOLE[name]}", expected=expected, found=actual
+            )
         leaves[name] = np.array(read_whole(stored).T, order="C")
     return leaves

@@ -41,7 +41,15 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TORCH = {"format": "pt"}
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 
 
 @dataclass(frozen=True)
@@ -63,15 +71,21 @@ class FileTensor:
         try:
             data = np.fromfile(self.file, np.uint8, count, offset=self.start + start)
         except OSError as error:
-            raise NaloraError(str(self.file), expected="a file that can be read", found=error) from error
+            raise NaloraError(
+                str(self.file), expected="a file that can be read", found=error
+            ) from error
         if data.size != count:
-            expected, remedy = f"{count} bytes from {self.start + start}", "the file changed; load again"
-            raise NaloraError(str(self.file), expected=expected, found=data.size, remedy=remedy)
+            expected = f"{count} bytes from {self.start + start}"
+            remedy = "the file changed; load again"
+            raise NaloraError(
+                str(self.file), expected=expected, found=data.size, remedy=remedy
+            )
         return data
 
 
 def dtype_of(stored: FileTensor) -> np.dtype:
-    """Returns the NumPy type of a tensor's numbers; raw bytes if they are not floats (e.g. an unused mask)."""
+    """Returns the NumPy type of a tensor's numbers; raw bytes if they are not floats (e.g. an
+    unused mask)."""
     size = stored.size // max(1, math.prod(stored.shape))
     return DTYPES.get(stored.format) or np.dtype((np.void, size))
 
@@ -82,12 +96,17 @@ def read_whole(stored: FileTensor) -> np.ndarray:
 
 
 def read_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
-    """Returns the tensors of one file and its metadata, after the safetensors library has validated its header.
+    """Returns the tensors of one file and its metadata, after the safetensors library has validated
+    its header.
 
     Raises:
       NaloraError: the file is missing, truncated or damaged.
     """
-    with complaints(path), safe_open(str(path), framework="numpy"), path.open("rb") as file:
+    with (
+        complaints(path),
+        safe_open(str(path), framework="numpy"),
+        path.open("rb") as file,
+    ):
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", None) or {}
@@ -95,7 +114,11 @@ def read_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
         tensors[name] = FileTensor(
-            path, tuple(entry["shape"]), entry["dtype"], 8 + length + start, stop - start
+            path,
+            tuple(entry["shape"]),
+            entry["dtype"],
+            8 + length + start,
+            stop - start,
         )
     return tensors, metadata
 
@@ -108,7 +131,9 @@ def complaints(path: Path) -> Iterator[None]:
     except (SafetensorError, OSError) as error:
         expected = "a complete safetensors file"
         remedy = "download it again: it is truncated, damaged or of another format"
-        raise NaloraError(str(path), expected=expected, found=str(error), remedy=remedy) from error
+        raise NaloraError(
+            str(path), expected=expected, found=str(error), remedy=remedy
+        ) from error
 
 
 # ---------------------------------------------------------------- writing
@@ -124,12 +149,20 @@ def parse_size(text: str) -> int:
     Raises:
       NaloraError: the text is not a size, or is less than one byte.
     """
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
+    match = re.fullmatch(
+        r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMG]i?B)?",
+        text.strip(),
+        re.IGNORECASE | re.ASCII,
+    )
     size = 0
     if match:
         size = int(float(match[1]) * _UNITS[(match[2] or "").upper()])
     if size < 1:
-        raise NaloraError("--shard-size", expected="bytes, or a number with KB, MB or GB", found=repr(text))
+        raise NaloraError(
+            "--shard-size",
+            expected="bytes, or a number with KB, MB or GB",
+            found=repr(text),
+        )
     return size
 
 
@@ -155,13 +188,23 @@ def write_shards(
     """
     shards: list[dict[str, Any]] = [{}]
     for name, like in likes.items():
-        if shards[-1] and sum(map(size_of, shards[-1].values())) + size_of(like) > shard_bytes:
+        if (
+            shards[-1]
+            and sum(map(size_of, shards[-1].values())) + size_of(like) > shard_bytes
+        ):
             shards.append({})
         shards[-1][name] = like
     files = [SINGLE]
     if len(shards) > 1:
-        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        files = [
+            f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+            for i in range(len(shards))
+        ]
+        weight_map = {
+            name: file
+            for file, shard in zip(files, shards, strict=True)
+            for name in shard
+        }
         total = {"total_size": sum(map(size_of, likes.values()))}
         write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
     stream = iter(tensors)
@@ -169,7 +212,9 @@ def write_shards(
         _write_file(folder / file, shard, stream)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
     """Writes ``tensors``, sorted by name: equal tensors and metadata give equal bytes.
 
     The safetensors library's writer orders the metadata by a hash that differs between processes.
@@ -189,7 +234,11 @@ def _write_file(
     for name, like in likes.items():
         stop = start + size_of(like)
         kind = _NAMES[np.dtype(like.dtype)]
-        described[name] = {"dtype": kind, "shape": list(like.shape), "data_offsets": [start, stop]}
+        described[name] = {
+            "dtype": kind,
+            "shape": list(like.shape),
+            "data_offsets": [start, stop],
+        }
         start = stop
     header = json.dumps(described, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # readers map the data aligned
@@ -197,5 +246,9 @@ def _write_file(
         file.write(len(header).to_bytes(8, "little") + header)
         for expected, like in likes.items():
             name, array = next(tensors)
-            assert (name, array.shape, array.dtype) == (expected, like.shape, like.dtype), (name, like)
+            assert (name, array.shape, array.dtype) == (
+                expected,
+                like.shape,
+                like.dtype,
+            ), (name, like)
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -42,7 +42,8 @@ WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
 
 
 class TensorSource(ABC):
-    """The named tensors of a file or folder, in PyTorch's orientation (``[out, in]``), as headers describe them.
+    """The named tensors of a file or folder, in PyTorch's orientation (``[out, in]``), as headers
+    describe them.
 
     Attributes:
       where: the file or folder, for messages.
@@ -55,7 +56,8 @@ class TensorSource(ABC):
     remedy: str
 
     def __init__(self, where: str, tensors: Mapping[str, FileTensor]) -> None:
-        self.where, self._tensors = where, tensors
+        self.where = where
+        self._tensors = tensors
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -66,8 +68,11 @@ class TensorSource(ABC):
         """Raises an error if the tensor's number format is not supported."""
         tensor = self._tensors[name]
         if tensor.format not in self.readable:
-            where, expected = f"{tensor.file}: {name}", f"one of {', '.join(self.readable)}"
-            raise NaloraError(where, expected=expected, found=tensor.format, remedy=self.remedy)
+            where = f"{tensor.file}: {name}"
+            expected = f"one of {', '.join(self.readable)}"
+            raise NaloraError(
+                where, expected=expected, found=tensor.format, remedy=self.remedy
+            )
 
     def stored(self, name: str) -> FileTensor:
         """Returns the location and number format of a tensor's bytes."""
@@ -106,8 +111,12 @@ def load_params(
     fills: dict[str, list[_Fill]] = defaultdict(list)
     for tensor in keymap.tensors:
         for number, slot in enumerate(tensor.slots):
-            fills[slot.path].append(_Fill(names[tensor.name], tensor, number, slot.index))
-    where = shardings or defaultdict(lambda: SingleDeviceSharding(jax.local_devices()[0]))
+            fills[slot.path].append(
+                _Fill(names[tensor.name], tensor, number, slot.index)
+            )
+    where = shardings or defaultdict(
+        lambda: SingleDeviceSharding(jax.local_devices()[0])
+    )
     leaves: dict[str, Any] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
         for path, shape in shapes.items():
@@ -116,7 +125,9 @@ def load_params(
                 one = lambda index, dtype, read=read: read([index], dtype)[0]  # noqa: E731
                 leaves[path] = quantized_leaf(shape, quantized, where[path], one)
             else:
-                leaves[path] = _leaf(shape, DTYPES[leaf_dtype(path, dtype)], where[path], read)
+                leaves[path] = _leaf(
+                    shape, DTYPES[leaf_dtype(path, dtype)], where[path], read
+                )
     return trees.unflatten(leaves)
 
 
@@ -132,7 +143,10 @@ def param_shardings(
     """
     if mesh is None:
         return None
-    likes = {prefix + path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()}
+    likes = {
+        prefix + path: jax.ShapeDtypeStruct(shape, "float32")
+        for path, shape in shapes.items()
+    }
     placed = distributed.shardings(likes, mesh, distributed.PARAM_RULES)
     return {path.removeprefix(prefix): sharding for path, sharding in placed.items()}
 
@@ -143,7 +157,9 @@ def require_dtype(dtype: str) -> None:
         raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
 
 
-def check_tensors(source: TensorSource, keymap: KeyMap, dtype: str = "float32") -> dict[str, str]:
+def check_tensors(
+    source: TensorSource, keymap: KeyMap, dtype: str = "float32"
+) -> dict[str, str]:
     """Runs every check that needs no weights, and compares a tied head with the embedding.
 
     Returns:
@@ -153,7 +169,8 @@ def check_tensors(source: TensorSource, keymap: KeyMap, dtype: str = "float32") 
     names = keymap.check(source.shapes(), source.where)
     for name in names.values():
         source.check_readable(name)
-    shapes, aliases = source.shapes(), dict(keymap.aliases)
+    shapes = source.shapes()
+    aliases = dict(keymap.aliases)
     for name in shapes:
         if (other := aliases.get(keymap.canonical(name))) is None:
             continue
@@ -184,20 +201,36 @@ class _Fill:
     number: int  # of the part
     lead: tuple[int, ...]  # the leaf's leading indices: layer, expert
 
-    def within(self, buffer: np.ndarray, index: Index) -> Iterator[tuple[np.ndarray, Index]]:
-        """Yields the view of ``buffer``, which holds the slice ``index``, that this part fills, if it does."""
-        lead, trailing = index[: len(self.lead)], index[len(self.lead) :]
-        if all(place.start <= i < place.stop for i, place in zip(self.lead, lead, strict=True)):
-            at = tuple(i - place.start for i, place in zip(self.lead, lead, strict=True))
+    def within(
+        self, buffer: np.ndarray, index: Index
+    ) -> Iterator[tuple[np.ndarray, Index]]:
+        """Yields the view of ``buffer``, which holds the slice ``index``, that this part fills, if
+        it does."""
+        lead = index[: len(self.lead)]
+        trailing = index[len(self.lead) :]
+        if all(
+            place.start <= i < place.stop
+            for i, place in zip(self.lead, lead, strict=True)
+        ):
+            at = tuple(
+                i - place.start for i, place in zip(self.lead, lead, strict=True)
+            )
             yield buffer[(*at, ...)], trailing  # a view, of a scalar too
 
-    def into(self, target: np.ndarray, index: Index, source: TensorSource, share: tuple[int, int]) -> None:
+    def into(
+        self,
+        target: np.ndarray,
+        index: Index,
+        source: TensorSource,
+        share: tuple[int, int],
+    ) -> None:
         """Writes the slice ``index`` of this part, in our layout, to ``target`` of the same shape.
 
         Args:
           share: ``(k, n)`` writes the k-th of n pieces.
         """
-        (k, n), transform = share, self.tensor.transform
+        (k, n) = share
+        transform = self.tensor.transform
         if transform.mixes_rows:
             if k:  # the first share writes all of it
                 return
@@ -208,40 +241,59 @@ class _Fill:
         theirs = transform.reordered(index)
         blocks = list(_blocks(theirs, each=transform.swaps))
         for block in blocks[len(blocks) * k // n : len(blocks) * (k + 1) // n]:
-            read = source.read(self.name, self._shifted(block)).astype(target.dtype, copy=False)
+            read = source.read(self.name, self._shifted(block)).astype(
+                target.dtype, copy=False
+            )
             relative = tuple(
-                slice(b.start - t.start, b.stop - t.start) for b, t in zip(block, theirs, strict=True)
+                slice(b.start - t.start, b.stop - t.start)
+                for b, t in zip(block, theirs, strict=True)
             )
             target[transform.reordered(relative)] = transform.into(read)
 
     def _shifted(self, index: Index) -> Index:
         if self.tensor.transform.alternates:
-            step, last = len(self.tensor.slots), index[-1]
-            return (*index[:-1], slice(last.start * step + self.number, last.stop * step, step))
-        axis, first = self.tensor.axis, sum(self.tensor.rows[: self.number])
+            step = len(self.tensor.slots)
+            last = index[-1]
+            return (
+                *index[:-1],
+                slice(last.start * step + self.number, last.stop * step, step),
+            )
+        axis = self.tensor.axis
+        first = sum(self.tensor.rows[: self.number])
         shifted = slice(index[axis].start + first, index[axis].stop + first)
         return (*index[:axis], shifted, *index[axis + 1 :])
 
 
 def _read(
-    fills: Sequence[_Fill], source: TensorSource, pool: Executor, indices: Sequence[Index], dtype: Any
+    fills: Sequence[_Fill],
+    source: TensorSource,
+    pool: Executor,
+    indices: Sequence[Index],
+    dtype: Any,
 ) -> list[np.ndarray]:
     """Returns slices of a leaf, filled tensor by tensor.
 
     Ranges of a tensor that several slices need are read close together.
     """
-    buffers = [aligned(tuple(place.stop - place.start for place in index), dtype) for index in indices]
+    buffers = [
+        aligned(tuple(place.stop - place.start for place in index), dtype)
+        for index in indices
+    ]
     jobs = [
         (fill, *place)
         for fill in fills
         for index, buffer in zip(indices, buffers, strict=True)
         for place in fill.within(buffer, index)
     ]
-    shares = -(-WORKERS // max(1, len(jobs)))  # several workers share a tensor if there are few
+    shares = -(
+        -WORKERS // max(1, len(jobs))
+    )  # several workers share a tensor if there are few
 
     def run(job: tuple[_Fill, np.ndarray, Index], k: int) -> None:
         fill, target, index = job
-        with np.errstate(all="ignore"):  # no warnings about infinities and NaNs in the file
+        with np.errstate(
+            all="ignore"
+        ):  # no warnings about infinities and NaNs in the file
             fill.into(target, index, source, (k, shares))
 
     tasks = [(job, k) for job in jobs for k in range(shares)]
@@ -249,12 +301,21 @@ def _read(
     return buffers
 
 
-def _leaf(shape: tuple[int, ...], dtype: Any, sharding: Sharding, read: Callable[..., Any]) -> jax.Array:
+def _leaf(
+    shape: tuple[int, ...], dtype: Any, sharding: Sharding, read: Callable[..., Any]
+) -> jax.Array:
     """Returns the leaf as a global array; each distinct slice is read once per process."""
-    keys = list({span(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()})
+    keys = list(
+        {
+            span(index, shape)
+            for index in sharding.addressable_devices_indices_map(shape).values()
+        }
+    )
     slices = [tuple(slice(*bounds) for bounds in key) for key in keys]
     buffers = dict(zip(keys, read(slices, dtype), strict=True))
-    return jax.make_array_from_callback(shape, sharding, lambda index: buffers[span(index, shape)])
+    return jax.make_array_from_callback(
+        shape, sharding, lambda index: buffers[span(index, shape)]
+    )
 
 
 def whole(shape: tuple[int, ...]) -> Index:
@@ -272,19 +333,27 @@ def _blocks(index: Index, *, each: bool = False) -> Iterator[Index]:
         for i in range(first.start, first.stop):
             yield from ((slice(i, i + 1), *block) for block in _blocks(tuple(inner)))
         return
-    step = max(1, BLOCK // max(1, math.prod(place.stop - place.start for place in inner)))
+    step = max(
+        1, BLOCK // max(1, math.prod(place.stop - place.start for place in inner))
+    )
     for start in range(first.start, first.stop, step):
         yield (slice(start, min(start + step, first.stop)), *inner)
 
 
-_ALIGNMENT = 64  # bytes; XLA's requirement for a host buffer that it uses without a copy
-Index = tuple[slice, ...]  # start and stop are set; a step only where columns of several leaves alternate
+_ALIGNMENT = (
+    64  # bytes; XLA's requirement for a host buffer that it uses without a copy
+)
+Index = tuple[
+    slice, ...
+]  # start and stop are set; a step only where columns of several leaves alternate
 Key = tuple[tuple[int, int], ...]  # the same, hashable
 
 
 def span(index: Index | None, shape: tuple[int, ...]) -> Key:
     """Returns start and stop along every axis."""
-    return tuple(place.indices(size)[:2] for place, size in zip(index or (), shape, strict=True))
+    return tuple(
+        place.indices(size)[:2] for place, size in zip(index or (), shape, strict=True)
+    )
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -304,26 +373,41 @@ Read = Callable[[Index, Any], np.ndarray]  # of a slice of the float leaf
 _quantize = jax.jit(quantize, static_argnums=1)
 
 
-def quantized_leaf(shape: tuple[int, ...], kind: Kind, sharding: Sharding, read: Read) -> Quantized:
+def quantized_leaf(
+    shape: tuple[int, ...], kind: Kind, sharding: Sharding, read: Read
+) -> Quantized:
     """Quantizes this process's parts of the leaf, some output channels of one layer at a time."""
-    like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
+    like = jax.eval_shape(
+        partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32)
+    )
     wholes = (like.codes.shape, like.scales.shape)
     places = [_fitted(whole, sharding) for whole in wholes]
     held = [
-        {span(index, whole) for index in place.addressable_devices_indices_map(whole).values()}
+        {
+            span(index, whole)
+            for index in place.addressable_devices_indices_map(whole).values()
+        }
         for whole, place in zip(wholes, places, strict=True)
     ]
     parts = quantized_parts(shape, kind, held[0], held[1], read)
 
-    def placed(whole: tuple[int, ...], place: Sharding, of: Mapping[Key, np.ndarray]) -> jax.Array:
-        return jax.make_array_from_callback(whole, place, lambda index: of[span(index, whole)])
+    def placed(
+        whole: tuple[int, ...], place: Sharding, of: Mapping[Key, np.ndarray]
+    ) -> jax.Array:
+        return jax.make_array_from_callback(
+            whole, place, lambda index: of[span(index, whole)]
+        )
 
     codes, scales = (placed(*each) for each in zip(wholes, places, parts, strict=True))
     return Quantized(codes, scales, kind)
 
 
 def quantized_parts(
-    shape: tuple[int, ...], kind: Kind, codes: Iterable[Key], scales: Iterable[Key], read: Read
+    shape: tuple[int, ...],
+    kind: Kind,
+    codes: Iterable[Key],
+    scales: Iterable[Key],
+    read: Read,
 ) -> tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]]:
     """Computes parts of a quantized leaf, reading only the blocks of weights that they need.
 
@@ -337,7 +421,9 @@ def quantized_parts(
     Returns:
       The codes and the scales by part.
     """
-    like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
+    like = jax.eval_shape(
+        partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32)
+    )
     wholes = (like.codes, like.scales)
     inputs = [
         shape[-2] // array.shape[-2] for array in wholes
@@ -352,22 +438,33 @@ def quantized_parts(
     for (leads, (first, last)), members in groups.items():
         needed = np.zeros(shape[-2] // block, np.int8)
         for number, (*_, (start, stop), _) in members:
-            needed[start * inputs[number] // block : -(-stop * inputs[number] // block)] = 1
+            needed[
+                start * inputs[number] // block : -(-stop * inputs[number] // block)
+            ] = 1
         # Start and stop of each run of blocks.
-        spans = np.flatnonzero(np.diff(needed, prepend=0, append=0)).reshape(-1, 2) * block
+        spans = (
+            np.flatnonzero(np.diff(needed, prepend=0, append=0)).reshape(-1, 2) * block
+        )
         counts = tuple(stop - start for start, stop in leads)
         # With all rows, of which only the needed ones are touched and so take memory.
-        filled = [aligned((*counts, array.shape[-2], last - first), array.dtype) for array in wholes]
+        filled = [
+            aligned((*counts, array.shape[-2], last - first), array.dtype)
+            for array in wholes
+        ]
         for lead in np.ndindex(*counts):
             index = tuple(
-                slice(start + i, start + i + 1) for (start, _), i in zip(leads, lead, strict=True)
+                slice(start + i, start + i + 1)
+                for (start, _), i in zip(leads, lead, strict=True)
             )
             for begin, end in spans.tolist():
                 columns = max(1, _QUANTIZED // (end - begin))
                 for start in range(first, last, columns):
                     stop = min(start + columns, last)
                     quantized = _quantize(
-                        read((*index, slice(begin, end), slice(start, stop)), np.float32), kind
+                        read(
+                            (*index, slice(begin, end), slice(start, stop)), np.float32
+                        ),
+                        kind,
                     )
                     for array, per_row, block_of in zip(
                         filled, inputs, (quantized.codes, quantized.scales), strict=True
@@ -386,5 +483,8 @@ def _fitted(shape: tuple[int, ...], sharding: Sharding) -> Sharding:
         return sharding
     parts = [mesh_axes(entry) for entry in sharding.spec]
     ways = [math.prod(sharding.mesh.shape[name] for name in names) for names in parts]
-    axes = [names if size % n == 0 else None for names, n, size in zip(parts, ways, shape, strict=False)]
+    axes = [
+        names if size % n == 0 else None
+        for names, n, size in zip(parts, ways, shape, strict=False)
+    ]
     return NamedSharding(sharding.mesh, P(*axes))

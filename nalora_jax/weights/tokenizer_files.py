@@ -49,9 +49,14 @@ def copy_tokenizer(source: Path, folder: Path, *, images: bool = False) -> None:
       NaloraError: there is no tokenizer among them, or one of them is a link out of the folder.
     """
     _copy(source, folder, (*FILES, *(IMAGE_FILES if images else ())))
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        expected, remedy = "tokenizer.json", "give the base's folder"
-        raise NaloraError(str(source), expected=expected, found="no tokenizer", remedy=remedy)
+    if not any(
+        (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")
+    ):
+        expected = "tokenizer.json"
+        remedy = "give the base's folder"
+        raise NaloraError(
+            str(source), expected=expected, found="no tokenizer", remedy=remedy
+        )
 
 
 def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:
@@ -63,7 +68,9 @@ def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def write_extended(tokenizer: Tokenizer, source: Path, folder: Path, *, base: Path | None = None) -> None:
+def write_extended(
+    tokenizer: Tokenizer, source: Path, folder: Path, *, base: Path | None = None
+) -> None:
     """Writes a tokenizer with added tokens: the files of ``source`` with its vocabulary.
 
     Args:
@@ -88,13 +95,21 @@ def write_extended(tokenizer: Tokenizer, source: Path, folder: Path, *, base: Pa
     if "added_tokens_decoder" in settings or slow.is_file():
         flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
         listed = {
-            str(number): {flag: getattr(token, flag) for flag in flags} for number, token in added.items()
+            str(number): {flag: getattr(token, flag) for flag in flags}
+            for number, token in added.items()
         }
-        write_json(folder / "tokenizer_config.json", settings | {"added_tokens_decoder": listed})
+        write_json(
+            folder / "tokenizer_config.json",
+            settings | {"added_tokens_decoder": listed},
+        )
     if not has_templates(folder, settings):
         write_templates(tokenizer, folder)
     if slow.is_file():
-        write_json(slow, read_json(slow) | {token.content: number for number, token in added.items()})
+        write_json(
+            slow,
+            read_json(slow)
+            | {token.content: number for number, token in added.items()},
+        )
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
@@ -114,7 +129,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> N
             special_tokens=[(token, tokenizer.bos_id)],
         )
     backend.save(str(folder / "tokenizer.json"))
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    ids = {
+        "bos_token": tokenizer.bos_id,
+        "eos_token": tokenizer.eos_id,
+        "pad_token": tokenizer.pad_id,
+    }
     known = {name: number for name, number in ids.items() if number is not None}
     settings = {
         **(tokenizer.special_tokens or {}),
@@ -125,7 +144,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> N
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     write_json(folder / "tokenizer_config.json", settings)
-    generation: dict[str, Any] = {f"{name}_id": number for name, number in known.items()}
+    generation: dict[str, Any] = {
+        f"{name}_id": number for name, number in known.items()
+    }
     if len(tokenizer.eos_ids) > 1:
         generation["eos_token_id"] = list(tokenizer.eos_ids)
     write_json(folder / "generation_config.json", generation)

@@ -1,4 +1,5 @@
-"""The benchmarks' ratios and records, and the command for owners of GPUs and TPUs, on a CPU with a tiny model."""
+"""The benchmarks' ratios and records, and the command for owners of GPUs and TPUs, on a CPU with a
+tiny model."""
 
 from __future__ import annotations
 
@@ -30,8 +31,12 @@ def script() -> Iterator[ModuleType]:
 
 
 @pytest.mark.skipif(find_spec("peft") is None, reason="PEFT trains the same model")
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # PEFT and transformers
-def test_a_cpu_measures_and_reports_and_says_what_it_cannot_tell(script, monkeypatch, capsys, tmp_path):
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing:FutureWarning"
+)  # PEFT and transformers
+def test_a_cpu_measures_and_reports_and_says_what_it_cannot_tell(
+    script, monkeypatch, capsys, tmp_path
+):
     """Its measured processes are calls."""
     words = "benchmarks/accelerator.py --tiny --steps 2 --seq 16 --dtype float32 --report"
     monkeypatch.setattr(sys, "argv", words.split())
@@ -66,7 +71,9 @@ def test_the_ratio_is_paired_and_its_interval_covers_it(script):
 
 def test_results_name_their_machine_and_command_and_other_cases_stay(script, tmp_path, monkeypatch):
     common = script.common
-    monkeypatch.setattr(sys, "argv", ["/somewhere/part.py", "--model", "/home/me/model", "--steps", "3"])
+    monkeypatch.setattr(
+        sys, "argv", ["/somewhere/part.py", "--model", "/home/me/model", "--steps", "3"]
+    )
     common.save("part", "one", {"value": common.summary([3.0, 1.0, 2.0])}, folder=tmp_path)
     common.save("part", "two", {"value": 2, "path": "/home/me/model"}, folder=tmp_path)
     cases = common.load("part", tmp_path)["cases"]

@@ -37,7 +37,10 @@ def base(tmp_path_factory):
 def adapters(base):
     """Two adapters of different ranks, scales and places."""
     rules = [(LoRARule("ffn/", 2),), (LoRARule("layers/1/ffn", 0), LoRARule("", 5, 3.0))]
-    return [tiny.make_adapter(base.parent / f"adapter{i}", base, rules[i], 0.25, seed=i) for i in range(2)]
+    return [
+        tiny.make_adapter(base.parent / f"adapter{i}", base, rules[i], 0.25, seed=i)
+        for i in range(2)
+    ]
 
 
 def talk(monkeypatch, capsys, model, lines, *flags):
@@ -65,7 +68,9 @@ def test_a_conversation_remembers_its_turns_and_its_system_prompt(base, monkeypa
     assert len(set(said)) == 3
 
 
-def test_adapters_take_turns_in_a_conversation_and_nothing_is_compiled(base, adapters, monkeypatch, capsys):
+def test_adapters_take_turns_in_a_conversation_and_nothing_is_compiled(
+    base, adapters, monkeypatch, capsys
+):
     one, two = adapters
     counts, stream = [], Generator.stream
 
@@ -98,7 +103,9 @@ def test_an_adapter_that_was_trained_without_a_template_is_warned_of(
         assert ("was trained on prompts without a chat template" in err) == warned
 
 
-def test_what_is_wrong_is_said_and_the_conversation_goes_on(base, adapters, tmp_path, monkeypatch, capsys):
+def test_what_is_wrong_is_said_and_the_conversation_goes_on(
+    base, adapters, tmp_path, monkeypatch, capsys
+):
     lines = ["/adapter nowhere", "/adaptr x", "/help", "a " * 200, "a b c", "/exit", "never said"]
     said, err = talk(monkeypatch, capsys, base, lines)
     assert said == [answer(base, [("user", "a b c")])]
@@ -137,12 +144,17 @@ def test_generate_takes_messages(base, tmp_path, capsys):
     [
         ("", "expected --prompt or --messages, found neither"),
         ("{", "expected a JSON file"),
-        ('{"messages": 3}', 'expected a list of messages, or an object with "messages", found a int'),
+        (
+            '{"messages": 3}',
+            'expected a list of messages, or an object with "messages", found a int',
+        ),
         ('[{"role": "usr", "content": "a"}]', "messages[0]: role: expected a role"),
         ('[{"role": "assistant", "content": "a"}]', "expected a user's message last"),
     ],
 )
-def test_messages_that_are_none_are_refused_before_anything_is_loaded(tmp_path, capsys, content, said):
+def test_messages_that_are_none_are_refused_before_anything_is_loaded(
+    tmp_path, capsys, content, said
+):
     file = tmp_path / "messages.json"
     file.write_text(content)
     assert main(["generate", "no/model", *(["--messages", str(file)] if content else [])]) == 2

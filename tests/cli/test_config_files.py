@@ -71,7 +71,10 @@ def test_settings_survive_yaml(tmp_path: Path, config: RunConfig, changed_only: 
         ("lora: 3", r"a\.yaml: lora: expected settings by name, found 3"),
         ("step: 3", r"step: expected a field of RunConfig, .*; did you mean steps\?"),
         ("data: {dataste: x}", r"data\.dataste: expected a field of .*; did you mean dataset\?"),
-        ("optimizer: {learning_rate: fast}", r"optimizer\.learning_rate: expected a number, found 'fast'"),
+        (
+            "optimizer: {learning_rate: fast}",
+            r"optimizer\.learning_rate: expected a number, found 'fast'",
+        ),
         ("!!python/object/apply:os.system ['false']", "expected a YAML file"),
     ],
 )
@@ -99,7 +102,11 @@ def test_what_is_typed_short(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text(json.dumps({"run": recorded.to_dict()}) + "\n")
-    for words in (["--resume", str(folder)], [f"--resume={folder}"], ["--output", str(folder), "--resume"]):
+    for words in (
+        ["--resume", str(folder)],
+        [f"--resume={folder}"],
+        ["--output", str(folder), "--resume"],
+    ):
         _, args = command.parse(["train", *words])
         assert args.run == replace(recorded, output=str(folder), resume=True, epochs=0.0)
     _, args = command.parse(["train", "--resume", str(folder), "--steps", "99"])
@@ -116,7 +123,9 @@ def dry_run(
     def run(config: RunConfig, flags: str = "") -> str:
         settings = tmp_path / "settings.yaml"
         settings.write_text(as_yaml(config))
-        verbs.train(command.parse(["train", "--config", str(settings), "--dry-run", *flags.split()])[1])
+        verbs.train(
+            command.parse(["train", "--config", str(settings), "--dry-run", *flags.split()])[1]
+        )
         return capsys.readouterr().out
 
     return run
@@ -138,8 +147,8 @@ def test_a_dry_run_says_what_would_run_and_loads_no_weight(
     assert not (tmp_path / "run").exists()
     (tmp_path / "resolved.yaml").write_text(text)
     resolved = load_config(tmp_path / "resolved.yaml")
-    # 2 letters, the answer and its end: 3 positions. Rows of 8 would be 75% full, of 16 they are 94%.
-    # 48 records, five in a row, 8 rows a step.
+    # 2 letters, the answer and its end: 3 positions. Rows of 8 would be 75% full, of 16 they are
+    # 94%. 48 records, five in a row, 8 rows a step.
     figures = (resolved.optimizer.learning_rate, resolved.data.max_length, resolved.steps)
     assert figures == (0.004, 16, -(-3 * 10 // 8))
     assert "weight_decay" not in text  # the default
@@ -147,7 +156,9 @@ def test_a_dry_run_says_what_would_run_and_loads_no_weight(
     count = 2 * 3 * 4 * (16 + 32)  # of two layers' adapters of rank 4
     assert f"# adapters: {count:,} trained parameters, 3 projections a layer" in text
     assert f"# base model: {embed + 2 * (attention + ffn + 2 * 16) + 16:,} parameters" in text
-    assert "# held out: 4 examples that results are reported on, 2 that choose the checkpoint" in text
+    assert (
+        "# held out: 4 examples that results are reported on, 2 that choose the checkpoint" in text
+    )
     assert re.search(r"# memory of a device, estimated: 0\.0\d GB \(weights 0\.00, ", text)
     (tmp_path / "every.yaml").write_text(dry_run(config, "--all"))
     assert "weight_decay: 0.0" in (tmp_path / "every.yaml").read_text()
@@ -165,11 +176,15 @@ def test_a_dry_run_shows_every_warning_of_the_run_and_every_run_of_a_sweep(
 ) -> None:
     monkeypatch.setattr("nalora_jax.cli.dry_run.device_memory", lambda: 1000)
     train = TrainConfig(batch_size=8, eval_every=3)
-    config = tiny.make_config(tmp_path, mesh=MeshConfig(), steps=9, mechanisms=("hard",), train=train)
+    config = tiny.make_config(
+        tmp_path, mesh=MeshConfig(), steps=9, mechanisms=("hard",), train=train
+    )
     text = dry_run(config)
     assert "# mechanisms: hard, from step 11" in text
     assert f"#   nalora plan --model {config.model} --topology v5e:4x4 --seq" in text
-    assert "mechanisms act from step 11, and the run ends at step 9: it is plain LoRA" in caplog.text
+    assert (
+        "mechanisms act from step 11, and the run ends at step 9: it is plain LoRA" in caplog.text
+    )
     assert "only 2 examples choose the checkpoint" in caplog.text
     sweep = "--sweep mechanisms=hard,none --sweep lora.rules=gate_proj:2,up_proj:4:8 --steps 20"
     lines = dry_run(config, sweep).splitlines()[-5:]

@@ -24,7 +24,10 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
     tiny.make_model(folder / "model")
     tiny.make_questions(folder / "choices.jsonl", 40)
-    rows = [{"prompt": f"{a} b", "completion": f" {c} x"} for a, c in zip("cdefgh", "ijklmn", strict=True)]
+    rows = [
+        {"prompt": f"{a} b", "completion": f" {c} x"}
+        for a, c in zip("cdefgh", "ijklmn", strict=True)
+    ]
     (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for number, rule in enumerate((LoRARule("ffn/", 2), LoRARule("q_proj", 4))):
         tiny.make_adapter(folder / f"adapter{number}", folder / "model", [rule], 0.4, seed=number)
@@ -37,7 +40,10 @@ def evaluate(place, capsys, model, tasks, *flags):
     for file in (output, records):
         file.unlink(missing_ok=True)
     written = ["--output", str(output), "--records", str(records)]
-    assert main(["eval", str(place / model), "--tasks", tasks, "--dtype", "float32", *written, *flags]) == 0
+    assert (
+        main(["eval", str(place / model), "--tasks", tasks, "--dtype", "float32", *written, *flags])
+        == 0
+    )
     lines, numbers = capsys.readouterr().out.splitlines(), json.loads(output.read_text())["tasks"]
     return lines, numbers, [*map(json.loads, records.read_text().splitlines())]
 
@@ -50,10 +56,14 @@ def test_several_tasks_are_measured_as_each_alone_and_every_item_is_written(plac
     for line, (dataset, split, count) in zip(lines, places, strict=False):
         task = f"{dataset}[{split}]"
         assert line.startswith(f"{task}: ")
-        config = replace(tiny.make_config(place).data, dataset=dataset, train_split=split, eval_limit=20)
+        config = replace(
+            tiny.make_config(place).data, dataset=dataset, train_split=split, eval_limit=20
+        )
         items = eval_examples(config, model.base.tokenizer, split=split)
         alone = TextEvaluator(model.module, None, items).measure(model.base.params, model.lora)
-        assert numbers[task] == pytest.approx({name: alone[name] for name in numbers[task]}, rel=1e-6)
+        assert numbers[task] == pytest.approx(
+            {name: alone[name] for name in numbers[task]}, rel=1e-6
+        )
         mine = [record for record in records if record["task"] == task]
         assert [record["item"] for record in mine] == list(range(count))
         assert [record["prompt"] for record in mine] == [item.prompt for item in items]
@@ -67,7 +77,9 @@ def test_two_models_are_compared_item_by_item(place, capsys):
         flags = ["--against", other, "--limit", "0"]
         lines, numbers, records = evaluate(place, capsys, "adapter0", tasks, *flags)
         (task,) = numbers.values()
-        right = np.array([[r["correct"] for r in records if r["model"] == label] for label in ("", other)])
+        right = np.array(
+            [[r["correct"] for r in records if r["model"] == label] for label in ("", other)]
+        )
         gained, lost = int(np.sum(right[0] & ~right[1])), int(np.sum(~right[0] & right[1]))
         paired = task["comparison"]["accuracy"]
         assert (paired["gained"], paired["lost"], paired["n"]) == (gained, lost, 40)

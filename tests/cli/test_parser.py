@@ -87,13 +87,28 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
             "train --lora.init pisa",
             "--lora.init: expected one of default, pissa, lora_ga, gradient, zero_a",
         ),
-        ("train --lora.rules ffn", "--lora.rules: expected PATTERN:RANK[:ALPHA], e.g. 'ffn/gate_proj:16'"),
-        ("train extra", "nalora train: expected arguments that fit, found Unrecognized options: extra"),
-        ("fly", f"fly: expected a verb: {', '.join(KINDS)}, found none of that name; see nalora --help"),
+        (
+            "train --lora.rules ffn",
+            "--lora.rules: expected PATTERN:RANK[:ALPHA], e.g. 'ffn/gate_proj:16'",
+        ),
+        (
+            "train extra",
+            "nalora train: expected arguments that fit, found Unrecognized options: extra",
+        ),
+        (
+            "fly",
+            f"fly: expected a verb: {', '.join(KINDS)}, found none of that name; see nalora --help",
+        ),
         ("generate m --prompt \udcff", r"--prompt: expected text in UTF-8, found b'\xff'"),
-        (f"train --data.dataset {'a' * 300}", "--data.dataset: expected a path whose parts have 1 to 255"),
+        (
+            f"train --data.dataset {'a' * 300}",
+            "--data.dataset: expected a path whose parts have 1 to 255",
+        ),
         (f"export m --output {ROOT}", f"--output: expected a new or empty folder, found {ROOT}"),
-        ("eval m --output /etc/passwd/x", "--output: expected a path in a folder, found /etc/passwd/x"),
+        (
+            "eval m --output /etc/passwd/x",
+            "--output: expected a path in a folder, found /etc/passwd/x",
+        ),
         ("train --optimizer.eps inf", "--optimizer.eps: expected a "),
     ],
 )
@@ -138,7 +153,8 @@ def test_a_config_file_gives_the_defaults_of_all_flags(tmp_path, capsys, monkeyp
         assert args.run == dataclasses.replace(RunConfig(steps=7, seed=4), lora=args.run.lora)
         assert args.run.lora.dropout == 0.1
     assert re.search(
-        r"--steps INT\s[^-]*\(default: 7\)", help_of(capsys, monkeypatch, "train", "--config", str(path))
+        r"--steps INT\s[^-]*\(default: 7\)",
+        help_of(capsys, monkeypatch, "train", "--config", str(path)),
     )
     assert [found.name for found in tmp_path.iterdir()] == ["settings.py"]  # no bytecode beside it
 
@@ -174,7 +190,10 @@ def test_the_configs_of_the_repository_are_valid_and_say_their_command(path):
 def test_the_main_job_is_the_defaults():
     config = cli.load_config(ROOT / "configs" / "socialiqa_smollm2.py")
     assert config.data.max_length == pipeline.SHORTEST  # which rows of short questions come to
-    assert dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=0)) == RunConfig()
+    assert (
+        dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=0))
+        == RunConfig()
+    )
 
 
 def raising(error):

@@ -43,7 +43,9 @@ def test_steps_and_a_price_give_hours_and_cost(tmp_path, capsys):
     time = f"  time        at least {hours:.2f} hours for 2,000 steps"
     assert lines[1] == f"{time}, {16 * 1.2 * hours:,.2f} at 1.2 a chip and hour"
     million = 1.2 * 16 / (record["tokens_per_second"] * 3600 / 1e6)
-    assert lines[2] == f"  cost        at least {million:.4g} a million tokens, at 1.2 a chip and hour"
+    assert (
+        lines[2] == f"  cost        at least {million:.4g} a million tokens, at 1.2 a chip and hour"
+    )
     assert lines[4] == time
 
 
@@ -51,12 +53,24 @@ def test_steps_and_a_price_give_hours_and_cost(tmp_path, capsys):
     ("topology", "flags", "message"),
     [
         ("v5e:4x4x2", "", "--topology: expected a slice of v5e"),
-        ("v5e:4x8", "--mesh.tensor 16", "--mesh.tensor: .*32 query heads and 8 key/value heads, found 16"),
+        (
+            "v5e:4x8",
+            "--mesh.tensor 16",
+            "--mesh.tensor: .*32 query heads and 8 key/value heads, found 16",
+        ),
         ("2xv6e:4x4", "--mesh.data 1", "--mesh.data: .*2 slices.*found 1"),
-        ("v6e:4x4", "--seq 131073", "--seq: expected at most the model's 131,072 positions, found 131073"),
+        (
+            "v6e:4x4",
+            "--seq 131073",
+            "--seq: expected at most the model's 131,072 positions, found 131073",
+        ),
         ("v6e:4x4", "--model.rope-scaling llama3:factor=2", "--model.rope-scaling"),
         ("v6e:4x4", "--batch 7", "--train.batch-size"),
-        ("v6e:4x4", "--json /no/such/x", "--json: expected a file in an existing folder, found /no/such/x"),
+        (
+            "v6e:4x4",
+            "--json /no/such/x",
+            "--json: expected a file in an existing folder, found /no/such/x",
+        ),
         ("v6e:4x4", "--data.max-length auto", "--data.max-length: expected the tokens of a row"),
         ("v6e:4x4", "--vision.task classify", "--vision.task: expected a language model"),
     ],

@@ -83,7 +83,17 @@ def test_results_are_written_to_a_bucket_and_read_from_there(
     for out in ("imported", "b.vllm", "a.gguf"):
         target = {"b.vllm": "vllm", "a.gguf": "gguf"}.get(out, "peft")
         assert (
-            main(["export", "gs://bucket/exported", "--output", f"gs://bucket/{out}", "--for", target]) == 0
+            main(
+                [
+                    "export",
+                    "gs://bucket/exported",
+                    "--output",
+                    f"gs://bucket/{out}",
+                    "--for",
+                    target,
+                ]
+            )
+            == 0
         )
     merge = ["merge", "gs://bucket/run", "--output", "gs://bucket/merged", "--dtype", "float32"]
     assert main(merge) == 0
@@ -113,7 +123,9 @@ def test_sigterm_leaves_no_unfinished_output(run, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr("nalora_jax.weights.merge.write_shards", stop)
     assert main(["merge", str(run), "--output", str(tmp_path / "out")]) == 143
-    assert capsys.readouterr().err.endswith("interrupted by SIGTERM; no unfinished output was left\n")
+    assert capsys.readouterr().err.endswith(
+        "interrupted by SIGTERM; no unfinished output was left\n"
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,5 @@
-"""Data and models in buckets: an emulator of Google's store, and a store in memory under the scheme of S3."""
+"""Data and models in buckets: an emulator of Google's store, and a store in memory under the scheme
+of S3."""
 
 import io
 import json
@@ -36,7 +37,9 @@ def opened(name, split="train"):
 
 def test_a_file_in_a_bucket_gives_the_records_by_index(google):
     url = put("a.jsonl", LINES)
-    train, held = open_pair(DataConfig(dataset=url, train_split="train[:30]", eval_split="train[30:]"))
+    train, held = open_pair(
+        DataConfig(dataset=url, train_split="train[:30]", eval_split="train[30:]")
+    )
     assert train.read([29, 0]) == [RECORDS[29], RECORDS[0]]
     assert held[0] == RECORDS[30]
     assert train.where(2).startswith(url)
@@ -98,7 +101,9 @@ def test_a_model_is_streamed_from_a_bucket_into_the_same_shards(google, model, t
 def test_damaged_weights_in_a_bucket_are_refused(google, model):
     url = put_model(model, "damaged")
     put("damaged/model.safetensors", (model / "model.safetensors").read_bytes()[:-8])
-    with pytest.raises(NaloraError, match="gs://bucket/damaged/model.safetensors: expected a complete saf"):
+    with pytest.raises(
+        NaloraError, match="gs://bucket/damaged/model.safetensors: expected a complete saf"
+    ):
         load_model(url, dtype="float32")
 
 
@@ -138,5 +143,7 @@ def test_s3_takes_the_same_path(monkeypatch, model, tmp_path):
         InMemory().pipe_file(f"s3://bucket/llama/{path.name}", path.read_bytes())
     InMemory().pipe_file("s3://bucket/data/train.jsonl", LINES)
     assert opened("s3://bucket/data")[3] == RECORDS[3]
-    streamed, local = (load_model(name, dtype="float32") for name in ("s3://bucket/llama", str(model)))
+    streamed, local = (
+        load_model(name, dtype="float32") for name in ("s3://bucket/llama", str(model))
+    )
     assert streamed.fingerprint == local.fingerprint

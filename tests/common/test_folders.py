@@ -1,4 +1,5 @@
-"""Locks, and output folders that are whole or absent, whatever the file system says or kills the process."""
+"""Locks, and output folders that are whole or absent, whatever the file system says or kills the
+process."""
 
 import os
 import subprocess
@@ -12,12 +13,19 @@ from nalora_jax.errors import NaloraError
 
 
 def test_a_lock_is_one_process_s_and_of_no_link(tmp_path):
-    with locked(tmp_path / "a") as first, locked(tmp_path / "a") as second, locked(tmp_path / "b") as other:
+    with (
+        locked(tmp_path / "a") as first,
+        locked(tmp_path / "a") as second,
+        locked(tmp_path / "b") as other,
+    ):
         assert (first, second, other) == (True, False, True)
     with locked(tmp_path / "a", wait=True) as again:
         assert again
     (tmp_path / "link").symlink_to(tmp_path / "target")
-    with pytest.raises(NaloraError, match="a file, found a symbolic link"), locked(tmp_path / "link"):
+    with (
+        pytest.raises(NaloraError, match="a file, found a symbolic link"),
+        locked(tmp_path / "link"),
+    ):
         pass
     assert not (tmp_path / "target").exists()
 
@@ -27,7 +35,9 @@ def test_a_lock_that_another_host_gives_up_is_taken_and_its_file_is_the_one_that
 ):
     path = tmp_path / "run.lock"
     path.write_text('{"host": "elsewhere", "pid": 1}')
-    monkeypatch.setattr("time.sleep", lambda _: path.unlink(missing_ok=True))  # while this process waits
+    monkeypatch.setattr(
+        "time.sleep", lambda _: path.unlink(missing_ok=True)
+    )  # while this process waits
     lock = RunLock(path)
     assert f'"pid": {os.getpid()}' in path.read_text()
     with pytest.raises(NaloraError, match=f"found process {os.getpid()} on "):
@@ -45,7 +55,9 @@ with new_folder(sys.argv[1]) as folder:
 """
 
 
-def test_the_next_output_removes_what_a_killed_process_left_and_not_what_a_living_one_writes(tmp_path):
+def test_the_next_output_removes_what_a_killed_process_left_and_not_what_a_living_one_writes(
+    tmp_path,
+):
     def names():
         return {path.name for path in tmp_path.iterdir()}
 

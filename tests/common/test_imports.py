@@ -69,7 +69,9 @@ def test_settings_files_and_recorded_runs_execute_no_files(tmp_path, monkeypatch
     with pytest.raises(NaloraError, match=f"no imports, which execute files.*give --import {path}"):
         command.parse(["train", "--config", str(config)])
     run = {"kind": "config", "config": {"imports": [str(path)], "steps": 7}}
-    monkeypatch.setattr("nalora_jax.evaluate.run_log.recorded_settings", lambda folder: run["config"])
+    monkeypatch.setattr(
+        "nalora_jax.evaluate.run_log.recorded_settings", lambda folder: run["config"]
+    )
     _, args = command.parse(["train", "--output", str(tmp_path), "--resume"])
     assert (args.run.steps, args.run.imports) == (7, ())
     assert not imports.imported()

@@ -22,7 +22,10 @@ from nalora_jax.train.session import Session
         ("key AKIAABCDEFGHIJKLMNOP", f"key {MARK}"),
         ("s3://AKIAABCDEFGHIJKLMNOP:ab/cd+e@bucket/x", f"s3://{MARK}@bucket/x"),
         ("Authorization: Bearer abc.def-123", f"Authorization: Bearer {MARK}"),
-        ("run --password x --hub-token 'a b' --n 5", f"run --password {MARK} --hub-token {MARK} --n 5"),
+        (
+            "run --password x --hub-token 'a b' --n 5",
+            f"run --password {MARK} --hub-token {MARK} --n 5",
+        ),
         ("s3://b/a@b, https://host:80/x", "s3://b/a@b, https://host:80/x"),
         ("--max-new-tokens=5, --token --n 5", "--max-new-tokens=5, --token --n 5"),
     ],
@@ -32,11 +35,15 @@ def test_passwords_and_tokens_are_replaced(text, expected):
 
 
 def test_errors_on_the_terminal_and_in_the_log_of_a_run_have_no_secrets(capsys):
-    error = NaloraError("s3://KEY:SECRET@b/x?token=abc&n=1", expected="a folder", found="Bearer abcdefghi")
+    error = NaloraError(
+        "s3://KEY:SECRET@b/x?token=abc&n=1", expected="a folder", found="Bearer abcdefghi"
+    )
     said = f"s3://{MARK}@b/x?token={MARK}&n=1: expected a folder, found Bearer {MARK}"
     ended = []
     session = Session.__new__(Session)
-    session.callbacks = cast(Any, SimpleNamespace(tell=lambda event, ended_run: ended.append(ended_run)))
+    session.callbacks = cast(
+        Any, SimpleNamespace(tell=lambda event, ended_run: ended.append(ended_run))
+    )
 
     def failing():
         logging.getLogger("nalora_jax").warning("%s", error)
@@ -51,13 +58,18 @@ def test_errors_on_the_terminal_and_in_the_log_of_a_run_have_no_secrets(capsys):
 
 def test_a_setting_with_the_name_of_a_secret_is_replaced():
     settings = {"password": "x", "hub_token": "y", "user": "z", "add_tokens": ["<a>"]}
-    assert redacted({"auth": settings}) == {"auth": settings | {"password": MARK, "hub_token": MARK}}
+    assert redacted({"auth": settings}) == {
+        "auth": settings | {"password": MARK, "hub_token": MARK}
+    }
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("nalora train --data.train-split /home/me/a/x.jsonl", "nalora train --data.train-split x.jsonl"),
+        (
+            "nalora train --data.train-split /home/me/a/x.jsonl",
+            "nalora train --data.train-split x.jsonl",
+        ),
         ("nalora train --output '/home/me/a b/x'", "nalora train --output 'x'"),
         ("--config=~/secret/x.yaml ../up/y ./here/z", "--config=x.yaml y z"),
         ("mlflow:uri=file:///home/me/runs", "mlflow:uri=runs"),

@@ -41,7 +41,9 @@ def test_a_folder_appears_whole_or_not_at_all(google, tmp_path):
         assert list(emulator.stored(held, "whole")) == [uploads.MARK]
     assert emulator.stored(held, "whole") == FILES
     assert not list((tmp_path / "cache" / "uploads").iterdir())
-    with pytest.raises(NaloraError, match="whole: expected a new name .*found one that holds README.md"):
+    with pytest.raises(
+        NaloraError, match="whole: expected a new name .*found one that holds README.md"
+    ):
         uploads.require_free("gs://bucket/whole")
     with pytest.raises(NaloraError, match="whole: expected a new name"):
         write("gs://bucket/whole")

@@ -63,9 +63,17 @@ def test_every_number_of_a_run_has_a_range_at_its_field() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("train.accumulate", 3, r"--train\.batch-size: expected a multiple of --train\.accumulate \(3\)"),
+        (
+            "train.accumulate",
+            3,
+            r"--train\.batch-size: expected a multiple of --train\.accumulate \(3\)",
+        ),
         ("data", None, "RunConfig.data: expected a DataConfig, found None, a NoneType"),
-        ("lora.rules", ("ffn:8",), "RunConfig.lora.rules: expected a .*LoRARule, .*, found .*'ffn:8'"),
+        (
+            "lora.rules",
+            ("ffn:8",),
+            "RunConfig.lora.rules: expected a .*LoRARule, .*, found .*'ffn:8'",
+        ),
         ("model", 5, "RunConfig.model: expected a str, found 5, a int"),
         ("resume", "maybe", "RunConfig.resume"),
     ],
@@ -118,7 +126,12 @@ class Shelf:
 
 
 def test_tables_by_name_are_dataclasses():
-    table = {"name": "a", "sizes": [1, 2.5], "boxes": {"x": {"pattern": "p"}}, "notes": {"steps": [1]}}
+    table = {
+        "name": "a",
+        "sizes": [1, 2.5],
+        "boxes": {"x": {"pattern": "p"}},
+        "notes": {"steps": [1]},
+    }
     assert structured(Shelf, table) == Shelf("a", (1.0, 2.5), {"x": LoRARule("p")}, {"steps": [1]})
     assert isinstance(structured(Shelf, table).sizes[0], float)
 
@@ -127,7 +140,10 @@ def test_tables_by_name_are_dataclasses():
     ("table", "said"),
     [
         ({}, "file: name: expected a value, found none"),
-        ({"name": "a", "place": "b"}, "file: place: expected a field of Shelf, found none of that name"),
+        (
+            {"name": "a", "place": "b"},
+            "file: place: expected a field of Shelf, found none of that name",
+        ),
         ({"name": "a", "size": [1]}, r"size: expected a field of Shelf, .*; did you mean sizes\?"),
         ({"name": "a", "sizes": [1, "x"]}, r"sizes\[1\]: expected a number, found 'x'"),
         ({"name": "a", "boxes": {"x": {"rank": 1}}}, "file: boxes.x.pattern: expected a value"),

@@ -20,7 +20,8 @@ _CORPUS = [
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """Byte-level BPE with ChatML's special tokens: every text can be encoded, words take one or two tokens."""
+    """Byte-level BPE with ChatML's special tokens: every text can be encoded, words take one or two
+    tokens."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -16,7 +16,8 @@ def runs(ids, mask, tokenizer):
 
 
 def learned(record, tokenizer, **options):
-    """Returns the runs of loss tokens of a record, with the end of a text that the tokenizer adds."""
+    """Returns the runs of loss tokens of a record, with the end of a text that the tokenizer
+    adds."""
     rendered = render_record(record, DataConfig(**options), tokenizer, "here")
     (example,) = tokenize([rendered], tokenizer)
     return runs(example.ids.tolist(), example.answer.tolist(), tokenizer)

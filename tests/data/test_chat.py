@@ -34,7 +34,9 @@ def test_completion_counts_with_its_end(tokenizer):
 def test_begin_of_sequence_goes_in_front(tokenizer):
     wanting = dataclasses.replace(tokenizer, add_bos=True)
     records = {"prompt": "up", "completion": " is"}, {"messages": TALK}
-    text, chat = tokenize([render_record(record, CONFIG, wanting, "") for record in records], wanting)
+    text, chat = tokenize(
+        [render_record(record, CONFIG, wanting, "") for record in records], wanting
+    )
     expected = [*wanting.encode("up"), *wanting.encode(" is", special=False), wanting.eos_id]
     assert text.ids.tolist() == expected
     assert chat.ids[:2].tolist() == wanting.encode("<|im_start|>system", special=False)[:2]
@@ -45,7 +47,14 @@ def test_begin_of_sequence_goes_in_front(tokenizer):
     [
         ("answer", ["\n\nYes, the green hills<|im_end|>"]),
         ("assistant", ["the sky<|im_end|>", "\n\nYes, the green hills<|im_end|>"]),
-        ("all", ["".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in TALK).rstrip()]),
+        (
+            "all",
+            [
+                "".join(
+                    f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in TALK
+                ).rstrip()
+            ],
+        ),
     ],
 )
 def test_chat_masks_are_exact(tokenizer, loss_on, expected):
@@ -110,7 +119,8 @@ def test_an_end_of_sequence_token_that_ends_every_turn_is_part_of_the_answer(tok
 # ---------------------------------------------------------------- released templates
 
 
-# Of each released model: special tokens, then those at which its generation_config.json stops, the first is eos_token.
+# Of each released model: special tokens, then those at which its generation_config.json stops, the
+#   first is eos_token.
 MODELS = {
     "deepseek_r1_distill": (
         ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"), ("<｜end▁of▁sentence｜>",)),
@@ -163,12 +173,8 @@ EOS, PLAIN = "<｜end▁of▁sentence｜>", [user("Up?"), turn("the sky"), user(
 THOUGHTS = [user("Up?"), thought("hm", "the sky"), user("more"), thought("ho", "hills")]
 BARE = "\n<think></think>\n"
 WEATHER = ' to=functions.sky<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>'
-QWEN_CALL = (
-    "<tool_call>\n<function=sky>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call><|im_end|>"
-)
-GLM_CALL = (
-    "<tool_call>sky\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call><|observation|>"
-)
+QWEN_CALL = "<tool_call>\n<function=sky>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call><|im_end|>"
+GLM_CALL = "<tool_call>sky\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call><|observation|>"
 MASKS = {
     "R1 without thoughts": ("deepseek_r1_distill", PLAIN, [f"the sky{EOS}", f"<b>hills{EOS}"]),
     "R1 with thoughts": (
@@ -207,7 +213,9 @@ def test_masks_are_those_of_trls_training_templates(released, case):
     """TRL's mask for DeepSeek includes the generation prompt of a turn."""
     name, messages, _ = MASKS[case]
     ours = released(name)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=ours.backend, **ours.special_tokens)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=ours.backend, **ours.special_tokens
+    )
     output = theirs.apply_chat_template(
         messages,
         chat_template=(FOLDER / "trl" / f"{name}.jinja").read_text(),
@@ -233,14 +241,18 @@ REASONED_CALL = [*called(thinking="ask"), turn("warm", thinking="so")]
         ("qwen3_5", THOUGHTS, "ho\n</think>\n\nhills<|im_end|>"),
     ],
 )
-def test_turns_that_lose_their_reasoning_are_refused_with_a_way_that_works(released, name, messages, last):
+def test_turns_that_lose_their_reasoning_are_refused_with_a_way_that_works(
+    released, name, messages, last
+):
     ours = released(name)
     message = r"found one that rewrites messages\[1\].*use --data.loss-on answer"
     with pytest.raises(NaloraError, match=message):
         learned({"messages": messages}, ours, loss_on="assistant")
     (found,) = learned({"messages": messages}, ours, loss_on="answer")
     assert found.endswith(last)
-    (alone,) = learned({"messages": messages[:2]}, ours, loss_on="answer")  # one record for each turn
+    (alone,) = learned(
+        {"messages": messages[:2]}, ours, loss_on="answer"
+    )  # one record for each turn
     assert "ask" in alone or "hm" in alone
 
 
@@ -249,7 +261,9 @@ def test_a_turn_without_its_generation_prompt_is_refused_with_a_way_that_works(t
     template += "{% if add_generation_prompt %}[reply]{% endif %}"
     other = dataclasses.replace(tokenizer, chat_template=template)
     for loss_on in ("answer", "assistant"):
-        with pytest.raises(NaloraError, match=r"another beginning of messages\[3\].*or --data.loss-on all"):
+        with pytest.raises(
+            NaloraError, match=r"another beginning of messages\[3\].*or --data.loss-on all"
+        ):
             learned({"messages": PLAIN}, other, loss_on=loss_on)
     expected = "[user]Up?[assistant]the sky[user]more[assistant]<b>hills<|im_end|>"
     assert learned({"messages": PLAIN}, other, loss_on="all") == [expected]
@@ -264,7 +278,8 @@ def long_talk(thought):
 @pytest.mark.parametrize("thought", ["", "<think>\nhm\n</think>\n\n"])
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.jinja")), ids=lambda path: path.stem)
 def test_masks_of_long_chats_do_not_depend_on_short_contents(tokenizer, monkeypatch, path, thought):
-    """Released templates: those that rewrite contents are rendered in full, or refused as always."""
+    """Released templates: those that rewrite contents are rendered in full, or refused as
+    always."""
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     ours = dataclasses.replace(tokenizer, chat_template=path.read_text(), special_tokens=special)
     results = []

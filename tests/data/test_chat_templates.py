@@ -9,7 +9,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from nalora_jax.data.chat_templates import render_template
 
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": 2}}}
+CALL = {
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "Paris", "days": 2}},
+}
 MESSAGES = [
     {"role": "system", "content": "Be <b>brief</b> & kind — 東京 🙂."},
     {"role": "user", "content": "What's the weather in Paris?  \n"},
@@ -21,7 +24,8 @@ PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}]
 # Templates of widely used models, as they were published (Qwen's without its longest branches).
 TEMPLATES = {
-    path.stem: path.read_text() for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
+    path.stem: path.read_text()
+    for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 }
 
 
@@ -38,7 +42,10 @@ def test_templates_render_as_in_transformers(name):
 
 HOSTILE = {
     "a repetition": ("{{ 'a' * 10**9 }}", "4,000,000 characters"),
-    "a long text": ("{% for i in range(9999) %}{{ 'a' * 1000 }}{% endfor %}", "4,000,000 characters"),
+    "a long text": (
+        "{% for i in range(9999) %}{{ 'a' * 1000 }}{% endfor %}",
+        "4,000,000 characters",
+    ),
     "a format's width": ("{{ '%1000000000d' % 1 }}", "width"),
     "a format's width as a value": ("{{ '%*d' % (10**9, 1) }}", "width"),
     "a namespace that doubles by ~": (

@@ -52,13 +52,17 @@ def save_to_disk(folder, records):
     names = [f"data-0000{i}-of-00002.arrow" for i in range(2)]
     for name, part in zip(names, (records[:9], records[9:]), strict=True):
         write_arrow(folder / name, part, pa.ipc.new_stream)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": name} for name in names]})
+    )
     (folder / "dataset_info.json").write_text("{}")
 
 
 WRITERS = {
     "lines.json": lambda path: path.write_text("\n".join(map(json.dumps, RECORDS))),
-    "array.json": lambda path: path.write_text("\ufeff " + json.dumps(RECORDS, indent=1), encoding="utf-8"),
+    "array.json": lambda path: path.write_text(
+        "\ufeff " + json.dumps(RECORDS, indent=1), encoding="utf-8"
+    ),
     "a.csv": lambda path: path.write_text(delimited(","), encoding="utf-8-sig", newline=""),
     "a.TSV": lambda path: path.write_text(delimited("\t"), encoding="utf-8", newline=""),
     "a.parquet": lambda path: pq.write_table(pa.Table.from_pylist(RECORDS), path, row_group_size=4),
@@ -71,7 +75,9 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_kind_of_file_gives_the_records_by_index(tmp_path, name):
     WRITERS[name](tmp_path / name)
-    source, part = (opened(tmp_path / name, split) for split in ("train", "train[3:5]+train[-20%:]"))
+    source, part = (
+        opened(tmp_path / name, split) for split in ("train", "train[3:5]+train[-20%:]")
+    )
     assert len(source) == len(RECORDS)
     order = [22, 0, 7, 7, 13, 4, -1]
     assert source.read(order) == [RECORDS[i] for i in order]
@@ -163,4 +169,7 @@ def test_parquet_of_any_coding_gives_the_same_rows(tmp_path, coding):
     table = pa.table({"text": pa.array(text).cast(kind), "turns": turns, "n": range(300)})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=120, **options)
     taken = np.random.default_rng(0).permutation(300)
-    assert open_rows(tmp_path / "a.parquet").read(taken.tolist()) == table.take(pa.array(taken)).to_pylist()
+    assert (
+        open_rows(tmp_path / "a.parquet").read(taken.tolist())
+        == table.take(pa.array(taken)).to_pylist()
+    )

@@ -1,4 +1,5 @@
-"""ShareGPT, Alpaca, OpenAI's tool calls and conversational prompts are the same examples in other words."""
+"""ShareGPT, Alpaca, OpenAI's tool calls and conversational prompts are the same examples in other
+words."""
 
 import copy
 import json
@@ -25,9 +26,16 @@ TALK = [
 ]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS = [
-    {"type": "function", "function": {"name": "weather", "description": "A city's.", "parameters": SCHEMA}}
+    {
+        "type": "function",
+        "function": {"name": "weather", "description": "A city's.", "parameters": SCHEMA},
+    }
 ]
-CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+CALL = {
+    "id": "1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Paris"}'},
+}
 TOOL_TALK = [
     {"role": "user", "content": "Is it warm in Paris?"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
@@ -92,7 +100,10 @@ def test_alpaca_is_written_by_its_own_prompt_or_by_the_chat_template(tokenizer):
     same = {"messages": [question, {"role": "assistant", "content": "4"}]}
     assert text_of(record, tokenizer, chat=True) == text_of(same, tokenizer)
     assert "the chat template" in form_of(record, replace(CONFIG, chat=True))
-    named = {"prompt_field": "instruction", "completion_field": "output"}  # fields that somebody named win
+    named = {
+        "prompt_field": "instruction",
+        "completion_field": "output",
+    }  # fields that somebody named win
     assert text_of(record, tokenizer, **named) == "Add {input}.4"
 
 
@@ -100,8 +111,14 @@ def test_tool_calls_are_rendered_as_transformers_renders_them(with_tools):
     """Arguments and tools as objects or as JSON, with the nulls in them."""
     talk, tools = copy.deepcopy(TOOL_TALK), copy.deepcopy(TOOLS)
     arguments = {"city": "Paris", "day": None, "hours": [1, None]}
-    talk[1] |= {"content": "", "tool_calls": [{"function": {"name": "weather", "arguments": arguments}}]}
-    tools[0]["function"]["parameters"]["properties"]["day"] = {"default": None, "enum": ["today", None]}
+    talk[1] |= {
+        "content": "",
+        "tool_calls": [{"function": {"name": "weather", "arguments": arguments}}],
+    }
+    tools[0]["function"]["parameters"]["properties"]["day"] = {
+        "default": None,
+        "enum": ["today", None],
+    }
     expected = by_transformers(with_tools, talk, tools)
     assert '"day": null' in expected
     assert '"default": null' in expected
@@ -122,13 +139,17 @@ def test_what_arrow_fills_up_with_nulls_is_left_out(with_tools, tmp_path):
     functions = paris, {"name": "stop", "arguments": {"city": None, "now": True}}
     calls = [{"type": "function", "id": "1", "function": function} for function in functions]
     talks = [
-        [*TOOL_TALK[:1], {"role": "assistant", "tool_calls": [call]}, *TOOL_TALK[2:]] for call in calls
+        [*TOOL_TALK[:1], {"role": "assistant", "tool_calls": [call]}, *TOOL_TALK[2:]]
+        for call in calls
     ]
     table = pa.Table.from_pylist([{"messages": talk, "tools": TOOLS} for talk in talks])
     pq.write_table(table, tmp_path / "a.parquet")
     record = open_source(DataConfig(dataset=str(tmp_path / "a.parquet")), "train")[0]
     assert record["messages"][0]["tool_calls"] is None
-    assert record["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris", "now": None}
+    assert record["messages"][1]["tool_calls"][0]["function"]["arguments"] == {
+        "city": "Paris",
+        "now": None,
+    }
     same = render_record(WITH_TOOLS, CONFIG, with_tools, "x")
     assert render_record(record, CONFIG, with_tools, "x") == same
 

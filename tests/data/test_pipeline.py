@@ -143,7 +143,10 @@ def test_an_epoch_holds_every_example_once(open_data, config, tokenizer, pack):
         assert sorted(answers_of(epoch, tokenizer)) == expected
     assert answers_of(batches[:5], tokenizer) != answers_of(batches[size:][:5], tokenizer)
     assert data.describe()["rows_per_epoch"] == (size if pack else COUNT) <= COUNT
-    assert data.describe()["targets"] == sum(int(batch["loss_weights"].sum()) for batch in batches) // 2
+    assert (
+        data.describe()["targets"]
+        == sum(int(batch["loss_weights"].sum()) for batch in batches) // 2
+    )
 
 
 def test_resume_is_exact_across_epochs(open_data, config):
@@ -159,7 +162,9 @@ def test_resume_is_exact_across_epochs(open_data, config):
 
 def test_micro_batches_and_smaller_batches_divide_the_same_rows(open_data, config):
     def rows(batches):
-        return {n: np.concatenate([batch[n].reshape(-1, 64) for batch in batches]) for n in batches[0]}
+        return {
+            n: np.concatenate([batch[n].reshape(-1, 64) for batch in batches]) for n in batches[0]
+        }
 
     _, state = take(open_data(config, batch_size=8), 1)
     whole, _ = take(open_data(config, batch_size=8), 2, state)
@@ -177,7 +182,10 @@ def test_hosts_read_parts_of_the_same_batches(open_data, config):
     assert all(part_state == state for _, part_state in parts)
     order = np.argsort(np.concatenate(held))
     joined = [
-        {name: np.concatenate([batch[name] for batch in hosts], axis=1)[:, order] for name in hosts[0]}
+        {
+            name: np.concatenate([batch[name] for batch in hosts], axis=1)[:, order]
+            for name in hosts[0]
+        }
         for hosts in zip(*(batches for batches, _ in parts), strict=True)
     ]
     assert_same(joined, whole)
@@ -191,12 +199,15 @@ def test_position_of_other_data_is_refused(open_data, config, options, change):
 
 
 def test_limit_takes_the_first_of_the_shuffle(open_data, config):
-    one, again, other = (open_data(replace(config, train_limit=5), seed=seed).store for seed in (0, 0, 1))
+    one, again, other = (
+        open_data(replace(config, train_limit=5), seed=seed).store for seed in (0, 0, 1)
+    )
     assert one.counts.examples == 5
     assert one.fingerprint == again.fingerprint != other.fingerprint
 
 
-# ---------------------------------------------------------------- examples that are longer than a row
+# ---------------------------------------------------------------- examples that are longer than a
+# row
 
 
 def sky(*sizes):
@@ -208,13 +219,21 @@ def test_long_records_are_left_out_or_cut(open_records, tokenizer, caplog):
     records = sky(1, 1, 1, 9)
     dropped = open_records(*records, max_length=8, options={"context": 9}).describe()
     assert (dropped["examples"], dropped["dropped"], dropped["truncated"]) == (3, 1, 0)
-    assert "longer than the 9 tokens that a row may have with this model, --data.too-long" in caplog.text
+    assert (
+        "longer than the 9 tokens that a row may have with this model, --data.too-long"
+        in caplog.text
+    )
     assert "keeps all" not in caplog.text
     open_records(*records, max_length=8)
-    assert "left out 1 of 4 records (25%), longer than --data.max-length 8; --data.max" in caplog.text
+    assert (
+        "left out 1 of 4 records (25%), longer than --data.max-length 8; --data.max" in caplog.text
+    )
     data = open_records(*records, max_length=8, too_long="truncate")
     assert (data.describe()["examples"], data.describe()["truncated"]) == (4, 1)
-    assert answers_of(map(data.batch_at, range(data.rows_per_epoch)), tokenizer) == ["blue<|im_end|>"] * 4
+    assert (
+        answers_of(map(data.batch_at, range(data.rows_per_epoch)), tokenizer)
+        == ["blue<|im_end|>"] * 4
+    )
     rows = open_records(*records, {"text": "sky " * 9}, max_length=8, too_long="split").describe()
     assert (rows["split"], rows["dropped"], rows["truncated"]) == (2, 0, 0)
 
@@ -243,7 +262,12 @@ def test_data_that_give_no_rows_are_refused(open_records, records, settings, opt
         (3, 2, None, [1, 2, 3, 4, 5]),  # fits: 4 inputs and the token after
         (5, 2, None, [3, 4, 5, 6, 7]),  # the prompt goes from the left
         (5, 2, 1, [1, 4, 5, 6, 7]),  # but for its begin-of-sequence id
-        (3, 9, None, [3, 4, 5, 6, 7]),  # one token stays before the answer, which goes from the right
+        (
+            3,
+            9,
+            None,
+            [3, 4, 5, 6, 7],
+        ),  # one token stays before the answer, which goes from the right
         (3, 9, 1, [1, 4, 5, 6, 7]),
         (0, 9, None, [1, 2, 3, 4, 5]),
     ],
@@ -281,7 +305,9 @@ def test_every_token_of_a_split_document_is_a_target_once(data, max_length, begi
 @pytest.mark.parametrize(("last", "counted"), [(0, 9), (3, 3), (50, 9), (0.25, 3)])
 def test_loss_on_the_last_part(last, counted):
     example = Example(np.arange(10, dtype=np.int32), np.arange(10) > 0)
-    assert targets(rows_of(example, DataConfig(loss_last=last), BOS)) == list(range(10 - counted, 10))
+    assert targets(rows_of(example, DataConfig(loss_last=last), BOS)) == list(
+        range(10 - counted, 10)
+    )
 
 
 # ---------------------------------------------------------------- the cache of tokens
@@ -346,10 +372,14 @@ def test_rows_take_the_length_of_most_examples_within_bounds(sizes, pack, contex
 
 
 @pytest.mark.parametrize("limit", [0, 1])
-def test_lengths_are_those_of_all_records_and_of_both_answers_of_a_pair(open_records, tokenizer, limit):
+def test_lengths_are_those_of_all_records_and_of_both_answers_of_a_pair(
+    open_records, tokenizer, limit
+):
     options = {"train_limit": limit, "pack": False, "max_length": 0}
     assert 400 < open_records(*sky(4, 4, 400), **options).pattern.capacity <= 416
-    pairs = [{"prompt": "sky " * size, "chosen": "blue", "rejected": "green"} for size in (1, 1, 100)]
+    pairs = [
+        {"prompt": "sky " * size, "chosen": "blue", "rejected": "green"} for size in (1, 1, 100)
+    ]
     config, source = DataConfig(**options), RecordsSource("pairs", pairs)
     data = pair_data(source, config, PreferenceConfig("dpo"), tokenizer, batch_size=1, context=4096)
     assert 200 < data.pattern.capacity <= 224

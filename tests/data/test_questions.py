@@ -49,8 +49,14 @@ def test_choices_that_change_the_prompt(ask, tokenizer):
 def test_what_is_trained_is_what_is_scored(ask, trained, tokenizer, chat):
     """The tokens of a training example are the item's prompt, its gold choice, and the end."""
     (item,) = ask(choice(1), chat=chat)
-    assert item.choice_ids == [tokenizer.encode(text if chat else f" {text}") for text in ("up", "down")]
-    assert (item.gold, item.choices, list(item.contexts)) == (1, ["up", "down"], [item.prompt_ids] * 2)
+    assert item.choice_ids == [
+        tokenizer.encode(text if chat else f" {text}") for text in ("up", "down")
+    ]
+    assert (item.gold, item.choices, list(item.contexts)) == (
+        1,
+        ["up", "down"],
+        [item.prompt_ids] * 2,
+    )
     store, first = trained(choice(1), chat=chat).store, len(item.prompt_ids)
     assert store.tokens.tolist() == [*item.prompt_ids, *item.choice_ids[1], tokenizer.eos_id]
     assert store.answer.tolist() == [index >= first for index in range(len(store.tokens))]

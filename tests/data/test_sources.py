@@ -32,12 +32,18 @@ REFUSED = [
     ("socialiqa", "test", r"socialiqa, split: expected one of train, validation, .*found 'test'"),
     ("data.jsonl", "validation", r"data.jsonl\[validation\]: expected one split, \"train\""),
     ("data.jsonl*0,data.jsonl", "train", r"expected data sets with weights in \(0, 1000\]"),
-    ("needle:300", "train", "needle:WORDS, with WORDS one of 250, 500, .* 256000, found 'needle:300"),
+    (
+        "needle:300",
+        "train",
+        "needle:WORDS, with WORDS one of 250, 500, .* 256000, found 'needle:300",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("dataset", "split", "message"), REFUSED)
-def test_unknown_data_and_splits_are_refused(write_jsonl, monkeypatch, tmp_path, dataset, split, message):
+def test_unknown_data_and_splits_are_refused(
+    write_jsonl, monkeypatch, tmp_path, dataset, split, message
+):
     write_jsonl(*records("p", 20))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NaloraError, match=message):
@@ -48,7 +54,9 @@ def test_fingerprint_follows_the_content(write_jsonl):
     rows = records("p", 20)
     contents = {"one": rows, "same": rows, "other": [*rows[1:], rows[0]]}
     paths = [write_jsonl(*lines, name=f"{name}.jsonl") for name, lines in contents.items()]
-    one, same, other = (open_source(DataConfig(dataset=path), "train").fingerprint for path in paths)
+    one, same, other = (
+        open_source(DataConfig(dataset=path), "train").fingerprint for path in paths
+    )
     assert one == same != other
 
 
@@ -122,7 +130,10 @@ def test_users_own_tfds_data_set(tmp_path, monkeypatch):
     for read, message in (
         (lambda: open_source(config, "valid"), unreadable),
         (lambda: open_source(config, "train[oops"), r"tfds:pond_talk\[train\[oops"),
-        (lambda: open_images(config, photo, "train"), "photo: expected an image, found only the fields"),
+        (
+            lambda: open_images(config, photo, "train"),
+            "photo: expected an image, found only the fields",
+        ),
         (open_images(config, one, "test").classes, "--vision.classes: expected 2 names, found 1"),
     ):
         with pytest.raises(NaloraError, match=message):
@@ -161,7 +172,9 @@ def test_one_in_twenty_is_held_out_where_nothing_is_but_20_of_few(size, count):
     source = {"train": RecordsSource("mine", records("x", size))}
     train, held = open_pair(DataConfig(), source=source)
     assert (len(train), len(held)) == (size - count, count)
-    assert sorted(texts(train) + texts(held)) == sorted(record["prompt"] for record in records("x", size))
+    assert sorted(texts(train) + texts(held)) == sorted(
+        record["prompt"] for record in records("x", size)
+    )
     assert texts(open_pair(DataConfig(), source=source)[1]) == texts(held)
     assert train.fingerprint != held.fingerprint
     message = "mine: expected at least 4 records, of which two are held out, found 3"
@@ -185,9 +198,13 @@ def test_records_of_a_program():
     splits = {"train": records("x", 9), "validation": records("y", 5)}
     _, source = given_sources(DataConfig(), data=splits, format=None)
     assert [len(one) for one in open_pair(DataConfig(), source=source)] == [9, 5]
-    with pytest.raises(NaloraError, match="source: expected a split 'third', found train, validation"):
+    with pytest.raises(
+        NaloraError, match="source: expected a split 'third', found train, validation"
+    ):
         open_source(DataConfig(), "third", source=source)
-    with pytest.raises(NaloraError, match=r"data\['train'\], record 1: expected a dict, found a str"):
+    with pytest.raises(
+        NaloraError, match=r"data\['train'\], record 1: expected a dict, found a str"
+    ):
         given_sources(DataConfig(), data=[{}, "x"], format=None)
     with pytest.raises(NaloraError, match="run: expected data or source, found both"):
         given_sources(DataConfig(), data=[{}], source={}, format=None)
@@ -197,7 +214,9 @@ def test_a_function_makes_examples(write_jsonl):
     path = write_jsonl(*[{"q": f"q{i}", "a": i} for i in range(40)])
 
     def example(record):
-        return None if record["a"] == 3 else {"prompt": record["q"], "completion": f" {record['a']}"}
+        return (
+            None if record["a"] == 3 else {"prompt": record["q"], "completion": f" {record['a']}"}
+        )
 
     config, source = given_sources(DataConfig(dataset=path), format=example)
     assert config.dataset == path
@@ -242,8 +261,12 @@ def test_data_sets_of_the_hub(monkeypatch):
     part = open_source(config, "train[50%:]")
     assert part.spans == [("train", 20, 40)]
     assert part.read([1])[0]["completion"] == " ü1"
-    with pytest.raises(NaloraError, match=r"hf:org/none\[train\]: expected a data set that can be loaded"):
+    with pytest.raises(
+        NaloraError, match=r"hf:org/none\[train\]: expected a data set that can be loaded"
+    ):
         open_source(DataConfig(dataset="hf:org/none"), "train")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(NaloraError, match="hf:org/data: expected the library datasets, .*; pip install"):
+    with pytest.raises(
+        NaloraError, match="hf:org/data: expected the library datasets, .*; pip install"
+    ):
         open_source(DataConfig(dataset="hf:org/data"), "train")

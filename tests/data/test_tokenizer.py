@@ -59,12 +59,17 @@ def test_ids_and_text_equal_transformers(tmp_path, backend, begins):
     if begins:
         special = [("<|im_start|>", backend.token_to_id("<|im_start|>"))]
         single = "<|im_start|> $A"
-        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+        backend.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=special
+        )
     save(tmp_path, backend)
     backend.enable_truncation(4)  # which the saver used, and no reader shall
     backend.enable_padding(length=64)
     backend.save(str(tmp_path / "tokenizer.json"))
-    ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = (
+        Tokenizer.from_folder(tmp_path),
+        transformers.AutoTokenizer.from_pretrained(tmp_path),
+    )
     for text in TEXTS:
         ids = theirs.encode(text)
         assert ours.encode(text) == ids
@@ -81,7 +86,9 @@ def test_a_file_larger_than_any_tokenizer_is_refused_unread(tmp_path, monkeypatc
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate(1 << 30)  # without blocks on the disk
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it was read"))
-    with pytest.raises(NaloraError, match="json: expected a tokenizer of up to 256 MB, found 1024 MB"):
+    with pytest.raises(
+        NaloraError, match="json: expected a tokenizer of up to 256 MB, found 1024 MB"
+    ):
         Tokenizer.from_folder(tmp_path)
 
 
@@ -152,7 +159,9 @@ def test_a_template_for_tools_is_used_as_transformers_uses_it(folder, in_files, 
         expected = theirs.apply_chat_template(CHAT, tools=given, tokenize=False)
         assert ours.render_chat(CHAT, tools=given) == expected
     if not default:
-        with pytest.raises(NaloraError, match="chat template: .*found only one for chats with tools"):
+        with pytest.raises(
+            NaloraError, match="chat template: .*found only one for chats with tools"
+        ):
             ours.render_chat(CHAT)
     # Written files are read in the same way.
     (folder / "copy").mkdir()
@@ -186,8 +195,11 @@ def test_missing_and_damaged_files_are_named(folder, name, content, message):
 
 
 def test_added_tokens_are_those_of_transformers(folder):
-    """Ids and splits; a word of the vocabulary is a token of its own, and what is one already stays as it is."""
-    ours = Tokenizer.from_folder(folder).with_tokens(AddedTokens(("<id>", "way"), ("<call>", "<|im_end|>")))
+    """Ids and splits; a word of the vocabulary is a token of its own, and what is one already stays
+    as it is."""
+    ours = Tokenizer.from_folder(folder).with_tokens(
+        AddedTokens(("<id>", "way"), ("<call>", "<|im_end|>"))
+    )
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     theirs.add_special_tokens({"additional_special_tokens": ["<call>"]})
     theirs.add_tokens(["<id>", "way"])
@@ -197,7 +209,9 @@ def test_added_tokens_are_those_of_transformers(folder):
         ids = ours.encode(text, special=False)
         assert ids == theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-    with pytest.raises(NaloraError, match="added tokens: expected texts that are one token each, found ''"):
+    with pytest.raises(
+        NaloraError, match="added tokens: expected texts that are one token each, found ''"
+    ):
         ours.with_tokens(AddedTokens(("",)))
 
 

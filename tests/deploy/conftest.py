@@ -15,17 +15,20 @@ import pytest
 from nalora_jax.common import buckets
 from tests.deploy import stand_ins
 
-# Of the image (Ubuntu 22.04) what deploy/ uses. Neither python3.11 nor gcsfuse is among its commands.
-IMAGE = (
-    "bash cat cp cut date env grep gzip hostname mkdir nohup rm sed setsid sha256sum sleep tail tar dirname"
-)
+# Of the image (Ubuntu 22.04) what deploy/ uses. Neither python3.11 nor gcsfuse is among its
+# commands.
+IMAGE = "bash cat cp cut date env grep gzip hostname mkdir nohup rm sed setsid sha256sum sleep tail tar dirname"
 
 
 class Cloud:
     """Runs deploy/tpu_pod.sh on a laptop whose gcloud is tests/deploy/stand_ins.py."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.laptop, self.record = folder / "cloud", folder / "laptop", folder / "calls.jsonl"
+        self.folder, self.laptop, self.record = (
+            folder / "cloud",
+            folder / "laptop",
+            folder / "calls.jsonl",
+        )
         commands = self.folder / "commands"  # of a worker
         for path in (commands / "python3", commands / "gcloud", self.laptop / "gcloud"):
             stand_ins.write(path)
@@ -37,7 +40,14 @@ class Cloud:
 
     def pod(self, action: str, *words: str, name: str = "pod", **variables: str) -> Any:
         """Runs ``deploy/tpu_pod.sh ACTION NAME --zone ... WORDS`` to its end."""
-        command = [stand_ins.ROOT / "deploy" / "tpu_pod.sh", action, name, "--zone", "us-west4-a", *words]
+        command = [
+            stand_ins.ROOT / "deploy" / "tpu_pod.sh",
+            action,
+            name,
+            "--zone",
+            "us-west4-a",
+            *words,
+        ]
         options = {"env": self.environment | variables, "capture_output": True, "text": True}
         return subprocess.run(command, check=False, timeout=1500, **options)
 
@@ -53,7 +63,8 @@ class Cloud:
 
 @pytest.fixture(autouse=True)
 def no_earlier_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The buckets of the pages are empty: `--resume auto` finds no settings of an earlier run there."""
+    """The buckets of the pages are empty: `--resume auto` finds no settings of an earlier run
+    there."""
     monkeypatch.setattr(buckets, "exists", lambda name: False)
 
 

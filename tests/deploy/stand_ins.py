@@ -1,8 +1,11 @@
-"""Stands in for the commands of deploy/ and docs/tpu_from_zero.md, whose calls it appends to the file DEPLOY_RECORD.
+"""Stands in for the commands of deploy/ and docs/tpu_from_zero.md, whose calls it appends to the
+file DEPLOY_RECORD.
 
-gcloud executes what is sent to a worker in that worker's home, with the commands of the TPU VM image alone. A slice
-is a file in the folder CLOUD, NAME.queue: its state, and its nodes with two workers each. Options that the reference of
-gcloud lacks (compute tpus tpu-vm, compute tpus queued-resources) end with status 2, as there.
+gcloud executes what is sent to a worker in that worker's home, with the commands of the TPU VM
+image alone. A slice
+is a file in the folder CLOUD, NAME.queue: its state, and its nodes with two workers each. Options
+that the reference of gcloud lacks (compute tpus tpu-vm, compute tpus queued-resources) end with
+status 2, as there.
 """
 
 from __future__ import annotations
@@ -24,10 +27,14 @@ OPTIONS = {  # those that end with "=" take a value
     ("queued-resources", "list"): "--zone=",
     ("queued-resources", "describe"): "--zone= --format=",
     ("queued-resources", "delete"): "--zone= --force --quiet --async",
-    ("queued-resources", "create"): "--zone= --node-id= --node-count= --node-prefix= --accelerator-type="
+    (
+        "queued-resources",
+        "create",
+    ): "--zone= --node-id= --node-count= --node-prefix= --accelerator-type="
     " --runtime-version= --spot",
 }
-# A `nalora` whose runs wait for their SIGTERM, but for one that fails; other subcommands end at once.
+# A `nalora` whose runs wait for their SIGTERM, but for one that fails; other subcommands end at
+# once.
 NALORA = """#!/bin/bash
 [[ $1 == train ]] || exit 0
 [[ $* != *failing* ]] || exit 2
@@ -75,7 +82,9 @@ def tpus(kind: str, verb: str, *words: str) -> int | str:
     parser, cloud = argparse.ArgumentParser(allow_abbrev=False), Path(os.environ["CLOUD"])
     parser.add_argument("names", nargs="*")
     for option in OPTIONS[kind, verb].split():
-        parser.add_argument(option.rstrip("="), action="store" if option.endswith("=") else "store_true")
+        parser.add_argument(
+            option.rstrip("="), action="store" if option.endswith("=") else "store_true"
+        )
     args = parser.parse_args(words)
     assert args.zone, "--zone"
     *sources, name = args.names or [""]
@@ -89,7 +98,9 @@ def tpus(kind: str, verb: str, *words: str) -> int | str:
                 for home in homes:
                     shutil.copytree(sources[0], home / Path(sources[0]).name, dirs_exist_ok=True)
             else:
-                started = [subprocess.Popen(["bash", "-c", args.command], **on(home)) for home in homes]
+                started = [
+                    subprocess.Popen(["bash", "-c", args.command], **on(home)) for home in homes
+                ]
                 return max(process.wait() for process in started)
         case "queued-resources", "list":
             print("\n".join(path.stem for path in cloud.glob("*.queue")))
@@ -119,6 +130,13 @@ def workers(cloud: Path, node: str, which: str) -> list[Path]:
 
 def on(home: Path) -> dict[str, Any]:
     """Returns the options of `Popen` for a process on the machine with this home."""
-    variables = {name: os.environ[name] for name in ("CLOUD", "DEPLOY_RECORD", "NALORA_DELETE_AFTER")}
-    variables |= {"PATH": f"{home.parent}/commands", "HOME": str(home), "USER": "me", "LANG": "C.UTF-8"}
+    variables = {
+        name: os.environ[name] for name in ("CLOUD", "DEPLOY_RECORD", "NALORA_DELETE_AFTER")
+    }
+    variables |= {
+        "PATH": f"{home.parent}/commands",
+        "HOME": str(home),
+        "USER": "me",
+        "LANG": "C.UTF-8",
+    }
     return {"cwd": home, "env": variables}

@@ -68,7 +68,9 @@ def test_jobs_restart_lost_hosts_only_and_have_the_hosts_chips_and_flags_that_ag
     resources = container["resources"]
     assert resources["requests"] == resources["limits"]
     chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
-    assert spec["parallelism"] == spec["completions"] == chips / resources["limits"]["google.com/tpu"]
+    assert (
+        spec["parallelism"] == spec["completions"] == chips / resources["limits"]["google.com/tpu"]
+    )
     assert pod["terminationGracePeriodSeconds"] >= 60
     config = check(args.run)
     assert (verb, config.resume) == ("train", "auto")
@@ -78,7 +80,9 @@ def test_jobs_restart_lost_hosts_only_and_have_the_hosts_chips_and_flags_that_ag
 
 @pytest.mark.parametrize("name", ["study.sbatch", "slurm.sbatch"])
 def test_a_job_is_requeued_and_each_of_its_tasks_has_one_gpu_or_the_node(name: str) -> None:
-    options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", (DEPLOY / name).read_text(), re.MULTILINE))
+    options = dict(
+        re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", (DEPLOY / name).read_text(), re.MULTILINE)
+    )
     assert "requeue" in options
     assert options["signal"].startswith("TERM@")  # the time limit, too, ends with status 143
     if name == "slurm.sbatch":  # JAX gives task i of a node its GPU i
@@ -123,11 +127,18 @@ def test_slurm_requeues_interrupted_jobs_only(
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     environment |= {"HOME": str(tmp_path), "NALORA_ENV": str(tmp_path)}
     environment |= {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1"}
-    environment |= {"SLURM_CPUS_PER_TASK": "8", "SLURM_RESTART_COUNT": str(restarts), "STATUSES": statuses}
+    environment |= {
+        "SLURM_CPUS_PER_TASK": "8",
+        "SLURM_RESTART_COUNT": str(restarts),
+        "STATUSES": statuses,
+    }
     done = subprocess.run(["bash", DEPLOY / script, "x"], env=environment, check=False)
     assert "--cpus-per-task=8" in (tmp_path / "options").read_text().split()
     found = tmp_path / "requeued"
-    assert (done.returncode, found.read_text().strip() if found.exists() else "") == (status, requeued)
+    assert (done.returncode, found.read_text().strip() if found.exists() else "") == (
+        status,
+        requeued,
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Every command of docs/tpu_from_zero.md executed with stand-ins; the README's on pods and GPUs are among them."""
+"""Every command of docs/tpu_from_zero.md executed with stand-ins; the README's on pods and GPUs are
+among them."""
 
 from __future__ import annotations
 
@@ -82,5 +83,7 @@ def test_the_table_of_types_has_topologies_that_plan_knows_and_prices_by_chip() 
     for name, chips, kind, hosts, shape, price in rows:
         assert topology(shape).size == int(chips), name
         assert shape.startswith(f"{kind}:")
-        assert float(price) == pytest.approx(int(chips) * {"v5e": 1.2, "v6e": 2.7, "v5p": 4.2}[kind])
+        assert float(price) == pytest.approx(
+            int(chips) * {"v5e": 1.2, "v6e": 2.7, "v5p": 4.2}[kind]
+        )
         assert int(chips) / int(hosts) in (4, 8)

@@ -1,4 +1,5 @@
-"""deploy/tpu_pod.sh and deploy/tpu_worker.sh, executed on two workers with a `nalora` that waits or fails."""
+"""deploy/tpu_pod.sh and deploy/tpu_worker.sh, executed on two workers with a `nalora` that waits or
+fails."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def wait_until(condition: Callable[[], Any]) -> None:
 def test_a_run_starts_detached_with_a_private_token_and_stops_with_its_status(cloud) -> None:
     created = cloud.pod("create", "--type", "v5litepod-8", "--spot")
     assert BILLED in created.stdout, created.stderr
-    wanted = "--node-id pod --accelerator-type v5litepod-8 --runtime-version v2-alpha-tpuv5-lite --spot"
+    wanted = (
+        "--node-id pod --accelerator-type v5litepod-8 --runtime-version v2-alpha-tpuv5-lite --spot"
+    )
     assert wanted in " ".join(cloud.calls("gcloud")[0])
     started = cloud.pod("start", *RUN, HF_TOKEN="hf_secret")
     assert started.returncode == 0, started.stderr
@@ -45,7 +48,9 @@ def test_a_run_starts_detached_with_a_private_token_and_stops_with_its_status(cl
     command = "train --output gs://bucket/run --model a model --resume auto"
     assert command in cloud.pod("logs").stdout
     with (homes[0] / "nalora-launch" / "worker.sh").open("a") as script:
-        script.write("fi (\n")  # a next start replaces the file while this run's shell still reads it
+        script.write(
+            "fi (\n"
+        )  # a next start replaces the file while this run's shell still reads it
     stopped = cloud.pod("stop")
     assert "syntax error" not in logs[0].read_text()
     assert stopped.stdout.count("ended, status 143: stopped, with a checkpoint; start resumes") == 2
@@ -88,4 +93,6 @@ def test_a_slice_without_hosts_has_a_status_and_starts_nothing(cloud) -> None:
     assert expected in refused.stderr
     absent = cloud.pod("status", name="other")
     assert (absent.returncode, absent.stdout) == (2, "")
-    assert "error: other: expected a slice in us-west4-a, found none; create it first" in absent.stderr
+    assert (
+        "error: other: expected a slice in us-west4-a, found none; create it first" in absent.stderr
+    )

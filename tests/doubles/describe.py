@@ -1,9 +1,11 @@
-"""Writes descriptions.json: the devices of TPU slices and of GPU nodes as XLA's own compilers describe them.
+"""Writes descriptions.json: the devices of TPU slices and of GPU nodes as XLA's own compilers
+describe them.
 
     pip install 'jax[tpu,cuda12]'
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python tests/doubles/describe.py
 
-No TPU or GPU is used. A digest is of every device's id, process, coordinates and slice, in the order of `jax.devices`.
+No TPU or GPU is used. A digest is of every device's id, process, coordinates and slice, in the
+order of `jax.devices`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ DESCRIPTIONS: dict[str, dict[str, Any]] = {
 
 
 def digest(devices: Iterable[Any]) -> dict[str, Any]:
-    """What identifies the devices. A description of GPUs has 0 for every domain; the coordinates contain it."""
+    """What identifies the devices. A description of GPUs has 0 for every domain; the coordinates
+    contain it."""
     rows = []
     for device in devices:
         of_slice = getattr(device, "slice_index", None) if device.platform == "tpu" else None

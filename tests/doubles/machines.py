@@ -1,18 +1,24 @@
-"""A double of every machine that the documentation names; what its client gives and omits, the double gives and omits.
+"""A double of every machine that the documentation names; what its client gives and omits, the
+double gives and omits.
 
 Sources of the attributes; some machines name more:
 
-- TPU ids, coords and processes: descriptions by libtpu 0.0.42.1, compared device by device (`describe.py`).
-  Recorded on hardware: v6e 2x2 in jax-ml/jax#37230, v5e 2x2 in skypilot-org/skypilot#3947, several hosts (v4) in
-  huggingface/transformers#20252. Several slices: ids from 100,000 on and ``slice_index``, jax-ml/jax#26418.
-- TPU memory: vllm-project/vllm#16211 recorded 33,550,237,696 bytes on v6e; XLA's "15.75G hbm" on v5e; 95 GiB are
-  allocatable on v5p (cloud.google.com/tpu/docs/v5p).
-- GPU attributes: XLA, pjrt/gpu/se_gpu_topology_description.cc (`SetupDeviceDescription`). The domain is the rank of the
-  fabric's UUID if all GPUs have one (NVL72), else of the boot id (`BuildGlobalTopology` in
-  pjrt/distributed/topology_util.cc); ids ascend with the domain. Clients before XLA's partition_index give slice_index
-  alone, and the local device as the only coordinate (tfrt_gpu_client.cc).
-- GPU memory: `nvidia-smi`'s total, of which the client takes 75% (docs.jax.dev, GPU memory allocation).
-- Absent attributes, and ``local_hardware_id`` of None for devices of other processes: jaxlib 0.10.2.
+- TPU ids, coords and processes: descriptions by libtpu 0.0.42.1, compared device by device
+  (`describe.py`).
+  Recorded on hardware: v6e 2x2 in jax-ml/jax#37230, v5e 2x2 in skypilot-org/skypilot#3947, several
+  hosts (v4) in huggingface/transformers#20252. Several slices: ids from 100,000 on and
+  ``slice_index``, jax-ml/jax#26418.
+- TPU memory: vllm-project/vllm#16211 recorded 33,550,237,696 bytes on v6e; XLA's "15.75G hbm" on
+  v5e; 95 GiB are allocatable on v5p (cloud.google.com/tpu/docs/v5p).
+- GPU attributes: XLA, pjrt/gpu/se_gpu_topology_description.cc (`SetupDeviceDescription`). The
+  domain is the rank of the fabric's UUID if all GPUs have one (NVL72), else of the boot id
+  (`BuildGlobalTopology` in pjrt/distributed/topology_util.cc); ids ascend with the domain. Clients
+  before XLA's partition_index give slice_index alone, and the local device as the only coordinate
+  (tfrt_gpu_client.cc).
+- GPU memory: `nvidia-smi`'s total, of which the client takes 75% (docs.jax.dev, GPU memory
+  allocation).
+- Absent attributes, and ``local_hardware_id`` of None for devices of other processes: jaxlib
+  0.10.2.
 """
 
 from __future__ import annotations
@@ -23,7 +29,9 @@ from types import SimpleNamespace
 from typing import Any
 
 _GIB, _MIB = 2**30, 2**20
-_CLIENTS = {name: SimpleNamespace(platform=name, process_index=lambda: 0) for name in ("tpu", "gpu")}
+_CLIENTS = {
+    name: SimpleNamespace(platform=name, process_index=lambda: 0) for name in ("tpu", "gpu")
+}
 
 
 class Device:
@@ -50,7 +58,9 @@ def tpu(kind: str, memory: int, shape: Any, host: Any = (2, 2, 1), slices: int =
     """Chips of ``slices`` slices of ``shape``, with ``host`` chips on each host."""
     devices = []
     hosts = [size // chips for size, chips in zip(shape, host, strict=True)]
-    places = product(range(slices), *map(range, reversed(hosts)))  # the first coordinate runs fastest
+    places = product(
+        range(slices), *map(range, reversed(hosts))
+    )  # the first coordinate runs fastest
     for process, (index, hz, hy, hx) in enumerate(places):
         for local, (z, y, x) in enumerate(product(*map(range, reversed(host)))):
             coords = [hx * host[0] + x, hy * host[1] + y, hz * host[2] + z]
@@ -65,12 +75,19 @@ def tpu(kind: str, memory: int, shape: Any, host: Any = (2, 2, 1), slices: int =
 
 
 def gpu(
-    kind: str, memory: int, shape: Any, process_a_gpu: bool = False, cyclic: bool = False, old: bool = False
+    kind: str,
+    memory: int,
+    shape: Any,
+    process_a_gpu: bool = False,
+    cyclic: bool = False,
+    old: bool = False,
 ) -> list[Device]:
-    """GPUs of nodes or racks, of hosts in each, of GPUs in each (``shape``), in the order of `jax.devices`.
+    """GPUs of nodes or racks, of hosts in each, of GPUs in each (``shape``), in the order of
+    `jax.devices`.
 
-    Each host has a process, or each GPU as in deploy/slurm.sbatch; with ``cyclic`` processes go round the nodes (``srun
-    --distribution=cyclic``). An old client has the attributes of XLA before partition_index.
+    Each host has a process, or each GPU as in deploy/slurm.sbatch; with ``cyclic`` processes go
+    round the nodes (``srun --distribution=cyclic``). An old client has the attributes of XLA before
+    partition_index.
     """
     devices, (domains, hosts, gpus) = [], shape
     for domain, host, local in product(*map(range, shape)):
@@ -81,7 +98,11 @@ def gpu(
         attributes: dict[str, Any] = {"coords": [local], "slice_index": domain}
         if not old:
             attributes |= {"coords": coords, "partition_index": domain, "fabric_uuid": ""}
-        attributes |= {"platform": "gpu", "device_kind": kind, "device_vendor": "NVIDIA Corporation"}
+        attributes |= {
+            "platform": "gpu",
+            "device_kind": kind,
+            "device_vendor": "NVIDIA Corporation",
+        }
         attributes |= {"id": len(devices), "process_index": process, "local_hardware_id": local}
         devices.append(Device(memory * 3 // 4, domain, **attributes))
     return sorted(devices, key=lambda device: (device.process_index, device.id))

@@ -1,4 +1,5 @@
-"""Meshes of a run on the double of every machine: their devices, rows of each process, and `nalora plan`."""
+"""Meshes of a run on the double of every machine: their devices, rows of each process, and `nalora
+plan`."""
 
 from __future__ import annotations
 
@@ -23,11 +24,19 @@ from tests.doubles.machines import NAMES, machine
 DESCRIPTIONS = json.loads(FILE.read_text())
 SMALL = ModelConfig.from_hf(tiny.GROUPED)
 # Those of the pages, and an axis that takes what is left or stays within a node.
-FORMS = (MeshConfig(), MeshConfig(fsdp=8), MeshConfig(2, -1), MeshConfig(1, -1), MeshConfig(tensor=2))
+FORMS = (
+    MeshConfig(),
+    MeshConfig(fsdp=8),
+    MeshConfig(2, -1),
+    MeshConfig(1, -1),
+    MeshConfig(tensor=2),
+)
 
 
 def run(mesh: MeshConfig, rows: int) -> RunConfig:
-    return RunConfig(mesh=mesh, train=TrainConfig(batch_size=rows), data=DataConfig(max_length=1024))
+    return RunConfig(
+        mesh=mesh, train=TrainConfig(batch_size=rows), data=DataConfig(max_length=1024)
+    )
 
 
 def fits(name: str, form: MeshConfig) -> bool:
@@ -89,7 +98,9 @@ def test_the_peak_of_memory_is_of_local_devices(monkeypatch):
     local = [device for device in machine("2 x 8 H100") if device.process_index == 0]
     monkeypatch.setattr(jax, "local_devices", lambda: local)
     for index, device in enumerate(local):
-        monkeypatch.setattr(device, "memory_stats", lambda index=index: {"peak_bytes_in_use": 1000 + index})
+        monkeypatch.setattr(
+            device, "memory_stats", lambda index=index: {"peak_bytes_in_use": 1000 + index}
+        )
     assert peak_memory()["peak_device_memory"] == 1000 + len(local) - 1
 
 

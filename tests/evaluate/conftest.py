@@ -37,7 +37,9 @@ def model(llama: LlamaForCausalLM) -> Decoder:
 
 @pytest.fixture(scope="session")
 def variables(llama: LlamaForCausalLM, model: Decoder) -> dict:
-    params = params_from_tensors(model.config, lambda name: llama.get_parameter(name).detach().numpy())
+    params = params_from_tensors(
+        model.config, lambda name: llama.get_parameter(name).detach().numpy()
+    )
     return {"params": jax.tree.map(jnp.asarray, params)}
 
 
@@ -48,7 +50,8 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def torch_log_probs(llama: LlamaForCausalLM):
-    """Log-probabilities ``[continuation]`` of a continuation's tokens, one forward pass over one unpadded text."""
+    """Log-probabilities ``[continuation]`` of a continuation's tokens, one forward pass over one
+    unpadded text."""
 
     torch = pytest.importorskip("torch")
 

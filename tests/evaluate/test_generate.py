@@ -1,4 +1,5 @@
-"""Generation against full recomputation, one prompt at a time, and against transformers' filters."""
+"""Generation against full recomputation, one prompt at a time, and against transformers'
+filters."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def generator() -> Generator:
     """A model with adapters, whose logits are sharp, so that greedy choices are no coin tosses."""
     sizes = {"vocab_size": 257, "intermediate_size": 48, "max_position_embeddings": 96}
     config = ModelConfig.from_hf(tiny.GROUPED | sizes)
-    spec = resolve(LoRAConfig(rules=(LoRARule("ffn", rank=2),)), projection_shapes(config), config.n_layers)
+    spec = resolve(
+        LoRAConfig(rules=(LoRARule("ffn", rank=2),)), projection_shapes(config), config.n_layers
+    )
     params = jax.jit(lambda key: init_params(config, key))(jax.random.key(0))
     params["embed"]["embedding"] = params["embed"]["embedding"] * 20
     lora = jax.eval_shape(lambda: init_lora(config, spec, jax.random.key(0)))
@@ -46,7 +49,8 @@ def generator() -> Generator:
 def without_cache(
     generator: Generator, prompt: Sequence[int], count: int, penalty: float = 1.0
 ) -> list[int]:
-    """Greedy tokens, every one from a forward pass over the whole text so far, after transformers' own penalty."""
+    """Greedy tokens, every one from a forward pass over the whole text so far, after transformers'
+    own penalty."""
     import torch
     from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
@@ -56,7 +60,9 @@ def without_cache(
         padded[0, : len(ids)] = ids
         logits = tiny.logits_of(generator.model, generator.variables, padded)[:, len(ids) - 1]
         scores = torch.tensor(np.asarray(logits))
-        ids.append(int(RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), scores).argmax()))
+        ids.append(
+            int(RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), scores).argmax())
+        )
     return ids[len(prompt) :]
 
 
@@ -75,12 +81,16 @@ def test_greedy_equals_recomputation_for_every_prompt_of_a_batch(generator):
 def test_weights_and_prompts_on_a_mesh_give_the_same_text(generator):
     mesh = make_mesh(MeshConfig(4, 2))
     split = {
-        name: jax.device_put(generator.variables[name], shardings(generator.variables[name], mesh, rules))
+        name: jax.device_put(
+            generator.variables[name], shardings(generator.variables[name], mesh, rules)
+        )
         for name, rules in (("params", PARAM_RULES), ("lora", STEP_RULES))
     }
     prompts = prompts_of([3, 9, 5])
     sharded = Generator(generator.model, split, tiny.byte_tokenizer(), mesh=mesh)
-    assert sharded.generate(prompts, max_new_tokens=6) == generator.generate(prompts, max_new_tokens=6)
+    assert sharded.generate(prompts, max_new_tokens=6) == generator.generate(
+        prompts, max_new_tokens=6
+    )
 
 
 def test_every_step_draws_anew_by_the_seed_whatever_the_place_in_the_batch(generator):
@@ -105,7 +115,11 @@ def test_every_step_draws_anew_by_the_seed_whatever_the_place_in_the_batch(gener
 @example(seed=0, top_k=7, top_p=0.5, min_p=0.0, spread=0.01)  # half of seven tokens, not of all
 def test_filters_keep_what_transformers_keeps(seed, top_k, top_p, min_p, spread):
     import torch
-    from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers.generation.logits_process import (
+        MinPLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     logits = spread * np.random.default_rng(seed).standard_normal((3, 64)).astype(np.float32)
     expected = torch.tensor(logits)
@@ -167,7 +181,9 @@ def test_text_streams_hold_back_halves_of_characters(text, cuts):
 def test_text_streams_stop_before_a_stop_text_that_comes_in_parts():
     tokenizer = tiny.byte_tokenizer()
     stream = TextStream(tokenizer, ["###", "END"])
-    pieces = [stream.push(tokenizer.encode(text)) for text in ("one #", "# two EN", "D three", "more")]
+    pieces = [
+        stream.push(tokenizer.encode(text)) for text in ("one #", "# two EN", "D three", "more")
+    ]
     assert pieces == ["one ", "## two ", "", ""]
     assert stream.stopped
     assert stream.finish() == ""
@@ -194,7 +210,9 @@ def test_a_stop_text_ends_generation(generator):
         assert len(pieces) > (stops == ())
         assert "".join(pieces) == text
     ids = generator.complete(prompt, **options)[0].ids
-    assert made.ids == ids[: len(made.ids)]  # nothing of the stop text, nor of what was made after it
+    assert (
+        made.ids == ids[: len(made.ids)]
+    )  # nothing of the stop text, nor of what was made after it
     assert len(generator.tokenizer.decode(ids[: len(made.ids) + 1])) > len(made.text)
 
 
@@ -203,8 +221,19 @@ def test_prompts_and_settings_that_cannot_be_used_are_named(generator):
         with pytest.raises(NaloraError) as caught:
             generator.generate(["fine", prompt])
         assert (caught.value.where, caught.value.found) == ("prompt 1", found)
-    wrong = [("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("min_p", 1.5), ("stop", 5)]
-    wrong += [("repetition_penalty", 0.0), ("max_new_tokens", 0), ("max_new_tokens", 1.5), ("seed", 1.5)]
+    wrong = [
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("min_p", 1.5),
+        ("stop", 5),
+    ]
+    wrong += [
+        ("repetition_penalty", 0.0),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 1.5),
+        ("seed", 1.5),
+    ]
     for name, value in wrong:
         with pytest.raises(NaloraError) as caught:
             Settings(**{name: value})

@@ -1,4 +1,5 @@
-"""The harness's requests: against transformers always, against the harness's own model where it is installed."""
+"""The harness's requests: against transformers always, against the harness's own model where it is
+installed."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def test_log_likelihoods_equal_transformers(requests, tokenizer, torch_log_probs
     texts = [(up, ids(" up")), (up, ids(" down")), (ids("spaces move to what follows"), ids("  x"))]
     texts += [([END], ids(text)) for text in ("without a context", "begins with the start token")]
     expected = [torch_log_probs(*pair) for pair in (*texts, (whole[:-4], whole[-4:]))]
-    np.testing.assert_allclose([s for s, _ in scores], [table.sum() for table, _ in expected], rtol=1e-5)
+    np.testing.assert_allclose(
+        [s for s, _ in scores], [table.sum() for table, _ in expected], rtol=1e-5
+    )
     assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
 
 
@@ -73,7 +76,10 @@ def test_special_tokens_in_until_end_a_text(model, variables, tokenizer):
     special = replace(tokenizer, backend=backend)
     generator = Generator(model, variables, special)
     wanted = [request("one", {"until": until, "max_gen_toks": 12}) for until in ([], [token])]
-    assert Requests(generator).generate_until(wanted) == [special.decode(ids), special.decode(ids[:place])]
+    assert Requests(generator).generate_until(wanted) == [
+        special.decode(ids),
+        special.decode(ids[:place]),
+    ]
     stopped = generator.complete(["one"], max_new_tokens=12, stop=[token])[0]
     assert (stopped.ids, stopped.reason) == (ids[:place], "stop")
 
@@ -106,12 +112,16 @@ def test_a_missing_harness_says_what_to_install(monkeypatch, model, variables, t
 
 
 @pytest.mark.lm_eval
-def test_the_harness_gets_the_same_from_this_model_as_from_its_own(llama, model, variables, tokenizer):
+def test_the_harness_gets_the_same_from_this_model_as_from_its_own(
+    llama, model, variables, tokenizer
+):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
 
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, eos_token="<end>", pad_token="<end>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend, eos_token="<end>", pad_token="<end>"
+    )
     theirs = HFLM(pretrained=llama, tokenizer=fast, batch_size=2, device="cpu")
     ours = harness_model(model, variables, tokenizer)
 

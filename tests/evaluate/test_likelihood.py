@@ -11,12 +11,15 @@ from nalora_jax.evaluate.likelihood import _stems_and_tails, score_groups, split
 
 
 def random_groups(count: int) -> list:
-    """Questions of 1 to 4 choices; some contexts of one token, some differing within the question."""
+    """Questions of 1 to 4 choices; some contexts of one token, some differing within the
+    question."""
     rng = np.random.default_rng(0)
     groups = []
     for i in range(count):
         context = rng.integers(0, 256, [1, 9, 22][i % 3]).tolist()
-        pairs = [(context, rng.integers(0, 256, rng.integers(1, 7)).tolist()) for _ in range(1 + i % 4)]
+        pairs = [
+            (context, rng.integers(0, 256, rng.integers(1, 7)).tolist()) for _ in range(1 + i % 4)
+        ]
         if i % 2:
             half = context[: len(context) // 2]
             pairs = [(half + [100 + j] * (j + 1), pairs[0][1]) for j in range(len(pairs))]
@@ -32,11 +35,16 @@ def test_log_likelihoods_equal_transformers(model, variables, torch_log_probs, l
             likeliest, second = llama(torch.tensor([ids])).logits[0, -1].topk(2).indices.tolist()
         ids.append(likeliest)
     greedy = [(ids[:3], ids[3:]), (ids[:3], [*ids[3:-1], second])]
-    inside = [([5], [6, 7]), ([5, 6], [7])]  # a continuation that begins as the other's context ends
+    inside = [
+        ([5], [6, 7]),
+        ([5, 6], [7]),
+    ]  # a continuation that begins as the other's context ends
     groups = [*random_groups(10), greedy, inside]
     before, options = _stems_and_tails._cache_size(), {"fitting": groups, "batch_tokens": 48}
     scores = [
-        row for part in (groups[:7], groups[7:]) for row in score_groups(model, variables, part, **options)
+        row
+        for part in (groups[:7], groups[7:])
+        for row in score_groups(model, variables, part, **options)
     ]
     assert _stems_and_tails._cache_size() == before + 1
     for row, pairs in zip(scores, groups, strict=True):

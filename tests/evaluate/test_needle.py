@@ -28,7 +28,9 @@ class Deep:
     def __init__(self, questions, first):
         every = [item for items in questions.values() for item in items]
         self.answers = {
-            tuple(item.prompt_ids): f"{item.completion} More 12." if i // 2 % 5 >= first else " 7654321."
+            tuple(item.prompt_ids): f"{item.completion} More 12."
+            if i // 2 % 5 >= first
+            else " 7654321."
             for i, item in enumerate(every)
         }
 
@@ -61,7 +63,9 @@ def test_accuracy_by_length_and_depth(questions):
 
 
 def test_lengths_fit_the_question_and_the_context(questions, tokenizer):
-    with pytest.raises(NaloraError, match=r"--needle: expected lengths of at least \d+ tokens, found 100"):
+    with pytest.raises(
+        NaloraError, match=r"--needle: expected lengths of at least \d+ tokens, found 100"
+    ):
         needle_items(tokenizer, [100], haystack=HAYSTACK)
     short = Deep(questions, 0)
     short.max_length = 800

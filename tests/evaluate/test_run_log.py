@@ -13,7 +13,15 @@ from nalora_jax.evaluate.run_log import read_evaluation, read_metrics
 from nalora_jax.report.history import read_history
 
 EVAL = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "loss": 3.0, "n": 10}
-PAIRED = {"low": -0.1, "high": 0.2, "gained": 3, "lost": 1, "p_value": 0.3, "difference": 0.1, "n": 10}
+PAIRED = {
+    "low": -0.1,
+    "high": 0.2,
+    "gained": 3,
+    "lost": 1,
+    "p_value": 0.3,
+    "difference": 0.1,
+    "n": 10,
+}
 HISTOGRAM = {"edges": [0.5, 1, 2], "counts": [[0, 3, 1, 0]]}
 RUN = {"run": {"steps": 10}, "versions": {"jax": "1"}, "device": "cpu"}
 DEEP = json.loads('{"a":' * 50 + "1" + "}" * 50)
@@ -46,11 +54,19 @@ def test_a_field_of_the_wrong_kind_is_named_with_its_line(tmp_path, record, mess
 
 def test_layers_keep_their_shape_and_lines_of_a_later_version_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    lines = [RUN, {"of a later version": ["anything"]}, {"step": 1, "layers": {"limit": [0.1, None]}}]
+    lines = [
+        RUN,
+        {"of a later version": ["anything"]},
+        {"step": 1, "layers": {"limit": [0.1, None]}},
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_history(tmp_path).steps
     text = path.read_text()
-    for layers in ({"limit": [0.1]}, {"limit": [[0.1, 0.2], [0.1, 0.2]]}, {"feature": [0.1, 0.2, 0.3]}):
+    for layers in (
+        {"limit": [0.1]},
+        {"limit": [[0.1, 0.2], [0.1, 0.2]]},
+        {"feature": [0.1, 0.2, 0.3]},
+    ):
         path.write_text(text + json.dumps({"step": 2, "layers": layers}) + "\n")
         with pytest.raises(NaloraError, match="layers.*expected"):
             read_history(tmp_path)

@@ -34,7 +34,9 @@ def test_bootstrap_of_a_ratio_weighs_units_by_their_size():
     ratio = losses.sum() / tokens.sum()
     # The delta method's standard error of a ratio.
     error = np.std(losses - ratio * tokens, ddof=1) * math.sqrt(300) / tokens.sum()
-    np.testing.assert_allclose((low, high), (ratio - 1.96 * error, ratio + 1.96 * error), atol=0.15 * error)
+    np.testing.assert_allclose(
+        (low, high), (ratio - 1.96 * error, ratio + 1.96 * error), atol=0.15 * error
+    )
 
 
 def test_a_paired_comparison_sees_what_separate_intervals_hide():
@@ -48,6 +50,8 @@ def test_a_paired_comparison_sees_what_separate_intervals_hide():
     assert result["difference"] == pytest.approx(17 / 500)
     difference = after.astype(float) - before
     theirs = stats.bootstrap((difference,), np.mean, n_resamples=10_000, method="percentile", rng=1)
-    np.testing.assert_allclose((result["low"], result["high"]), theirs.confidence_interval, atol=0.003)
+    np.testing.assert_allclose(
+        (result["low"], result["high"]), theirs.confidence_interval, atol=0.003
+    )
     assert result["p_value"] == pytest.approx(stats.binomtest(3, 23).pvalue)
     assert wilson(int(before.sum()), 500)[1] > after.mean()

@@ -1,4 +1,5 @@
-"""Multiple choice and the loss of completions, by hand and against transformers, one document at a time."""
+"""Multiple choice and the loss of completions, by hand and against transformers, one document at a
+time."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from nalora_jax.models.stacks import param_shapes
 
 
 def question(prompt: str, choices: list[str], gold: int) -> ChoiceItem:
-    return ChoiceItem(list(prompt.encode()), [list(c.encode()) for c in choices], gold, prompt, choices)
+    return ChoiceItem(
+        list(prompt.encode()), [list(c.encode()) for c in choices], gold, prompt, choices
+    )
 
 
 QUESTIONS = [
@@ -60,7 +63,9 @@ def test_choices_with_prompts_of_their_own(model, variables, torch_log_probs):
     expected = [torch_log_probs(prompt, ending)[0].sum() for prompt in prompts]
     (record,) = TextEvaluator(model, None, [item]).records(variables["params"], None)
     assert record["answer"] == int(np.argmax(np.array(expected) / [len("big"), len("small")]))
-    np.testing.assert_allclose(record["loss"] / record["tokens"], -expected[0] / len(ending), rtol=1e-5)
+    np.testing.assert_allclose(
+        record["loss"] / record["tokens"], -expected[0] / len(ending), rtol=1e-5
+    )
 
 
 def test_loss_equals_transformers_and_is_weighted_by_tokens(model, variables, torch_log_probs):
@@ -84,16 +89,22 @@ def test_logits_of_a_long_row_are_never_held_together():
     raw = {"model_type": "llama", "num_attention_heads": 2, "rms_norm_eps": 1e-5, **sizes}
     config = ModelConfig.from_hf(raw | {"max_position_embeddings": 2**15})
     model, seq = Decoder(config), 8192
-    params = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(config).items()}
+    params = {
+        path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(config).items()
+    }
     variables = {"params": unflatten(params)}
 
     def rows(*shape: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {n: jax.ShapeDtypeStruct(shape, "int32") for n in ("tokens", "positions", "segments")}
+        return {
+            n: jax.ShapeDtypeStruct(shape, "int32") for n in ("tokens", "positions", "segments")
+        }
 
     compiled = []
     for stem, tail in ((seq, 32), (0, seq)):
         targets = [jax.ShapeDtypeStruct((1, 1, tail), dtype) for dtype in ("int32", "bool")]
         texts = rows(1, stem), rows(1, 1, tail)
-        compiled.append(likelihood._stems_and_tails.lower(model, variables, *texts, *targets).compile())
+        compiled.append(
+            likelihood._stems_and_tails.lower(model, variables, *texts, *targets).compile()
+        )
     logits = 4 * seq * config.vocab_size
     assert max(program.memory_analysis().temp_size_in_bytes for program in compiled) < logits / 8

@@ -1,10 +1,12 @@
-"""Every parser on damaged files, each input in a process of its own that may hang or fill memory without harm.
+"""Every parser on damaged files, each input in a process of its own that may hang or fill memory
+without harm.
 
-    python -m tests.fuzz --inputs 10000 --publish        # into docs/checkpoints.md; hours on two cores
-    python -m tests.fuzz --inputs 300 --only GGUF study
+    python -m tests.fuzz --inputs 10000 --publish        # into docs/checkpoints.md; hours on two
+    cores python -m tests.fuzz --inputs 300 --only GGUF study
 
-Prints a table: parser, inputs, untyped errors, hangs (10 seconds of the processor, or a minute), largest memory above
-that of another input. Exits with status 1 if there was an untyped error, a hang, or more than 1 GB.
+Prints a table: parser, inputs, untyped errors, hangs (10 seconds of the processor, or a minute),
+largest memory above that of another input. Exits with status 1 if there was an untyped error, a
+hang, or more than 1 GB.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class Tally:
 
 
 def attempt(parser: Parser, good: Path, seed: int, number: int) -> str:
-    """Reads a damaged copy of a folder, which depends on the number alone; returns an error that is not typed."""
+    """Reads a damaged copy of a folder, which depends on the number alone; returns an error that is
+    not typed."""
     rng = random.Random(f"{parser.name} {seed} {number}")
     with tempfile.TemporaryDirectory() as name:
         folder = shutil.copytree(good, Path(name) / "copy")
@@ -103,17 +106,27 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [each.name for each in PARSERS]
-    parser.add_argument("--inputs", type=int, default=1000, help="of each parser; of the slow one fewer")
+    parser.add_argument(
+        "--inputs", type=int, default=1000, help="of each parser; of the slow one fewer"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="some of the parsers")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parsers that run at a time")
-    parser.add_argument("--publish", action="store_true", help="put a summary into docs/checkpoints.md")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, help="some of the parsers"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="parsers that run at a time"
+    )
+    parser.add_argument(
+        "--publish", action="store_true", help="put a summary into docs/checkpoints.md"
+    )
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     print("| parser | inputs | untyped errors | hangs | largest memory |\n|---|---|---|---|---|")
     tallies = {}
     with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
-        running = pool.imap(partial(campaign, seed=args.seed, count=args.inputs), args.only, chunksize=1)
+        running = pool.imap(
+            partial(campaign, seed=args.seed, count=args.inputs), args.only, chunksize=1
+        )
         for name, tally in zip(args.only, running, strict=True):
             tallies[name] = tally
             counts = f"{tally.inputs:,} | {tally.untyped.total()} | {len(tally.hangs)}"
@@ -129,7 +142,8 @@ def main() -> int:
 
 
 def summary(tallies: dict[str, Tally]) -> str:
-    """Returns the lines of the page: totals over all parsers, their names, and those that failed."""
+    """Returns the lines of the page: totals over all parsers, their names, and those that
+    failed."""
     inputs = sum(tally.inputs for tally in tallies.values())
     untyped = sum(tally.untyped.total() for tally in tallies.values())
     hangs = [f"{len(tally.hangs)} of {name}" for name, tally in tallies.items() if tally.hangs]

@@ -1,4 +1,5 @@
-"""Seeded damage to files: what a full disk, a bad line, a careless editor or a hostile stranger leaves behind."""
+"""Seeded damage to files: what a full disk, a bad line, a careless editor or a hostile stranger
+leaves behind."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import random
 import re
 from pathlib import Path
 
-# Values of JSON, most of them also of YAML and TOML, that break what is written without thinking of them.
+# Values of JSON, most of them also of YAML and TOML, that break what is written without thinking of
+# them.
 _STRINGS = (
     *('""', f'"{"x" * 300}"', f'"{"x" * 100_000}"', r'"\ud800"', r'"\u0000"', '"../../etc/passwd"'),
     *('"(a+)+$"', '"("', "\"{{ 'a' * 10**9 }}\""),
@@ -26,7 +28,8 @@ _WORD = re.compile(r".[\w.+-]*", re.DOTALL)
 
 
 def damage(file: Path, rng: random.Random) -> None:
-    """Changes a file, or sometimes removes it, or puts a folder or a link to itself in its place."""
+    """Changes a file, or sometimes removes it, or puts a folder or a link to itself in its
+    place."""
     content = file.read_bytes()
     if rng.random() < 0.03:
         file.unlink()
@@ -40,7 +43,8 @@ def damage(file: Path, rng: random.Random) -> None:
 
 
 def _changed(content: bytes, rng: random.Random) -> bytes:
-    """Returns ``content`` with bits flipped, cut or spliced, or, mostly if it is text, with odd values."""
+    """Returns ``content`` with bits flipped, cut or spliced, or, mostly if it is text, with odd
+    values."""
     if rng.random() < 0.6:
         try:
             text = content.decode()
@@ -70,7 +74,8 @@ def _changed(content: bytes, rng: random.Random) -> bytes:
 
 
 def _with_odd_value(text: str, rng: random.Random) -> str:
-    """Replaces, removes or doubles a value of a JSON document or line, or a word of another text."""
+    """Replaces, removes or doubles a value of a JSON document or line, or a word of another
+    text."""
     places = [match.start() for match in _START.finditer(text)]
     if not places:
         return text

@@ -52,14 +52,22 @@ CHATML = (
 )
 TALK = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "ab"}]
 TEXT = "ab abc \n é 日本"
-ROWS = [{"prompt": f"question {n}", "completion": f" answer {n}", "label": n % 3} for n in range(40)]
+ROWS = [
+    {"prompt": f"question {n}", "completion": f" answer {n}", "label": n % 3} for n in range(40)
+]
 SETTINGS = """\
 model: smollm2-135m-instruct
 lora: {rules: [{pattern: "ffn/(gate|up|down)_proj", rank: 4}]}
 mechanisms: ["soft:power=2.0,warmup=5", curvature_cap]
 optimizer: &rates {learning_rate: 1.0e-3, schedule: cosine}
 """
-GENERATION = {"until": ["\n", "."], "max_gen_toks": 12, "do_sample": True, "temperature": 0.7, "top_k": 5}
+GENERATION = {
+    "until": ["\n", "."],
+    "max_gen_toks": 12,
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_k": 5,
+}
 GENERATION |= {"top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}
 # The smallest study of the repository, with enough of its records to have a rate chosen.
 STUDY = Path(__file__).parents[2] / "studies" / "emoji_alignment"
@@ -84,7 +92,9 @@ def write_tokenizer(folder: Path) -> None:
     backend.decoder = decoders.Strip(" ", 1, 0)
     backend.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "</s>", "bos_token": {"content": "<s>"}, "add_bos_token": True}
-    write_json(folder, tokenizer_config=settings, config=SHAPE, generation_config={"eos_token_id": [0, 1]})
+    write_json(
+        folder, tokenizer_config=settings, config=SHAPE, generation_config={"eos_token_id": [0, 1]}
+    )
     (folder / "chat_template.jinja").write_text(CHATML)
 
 
@@ -97,14 +107,18 @@ def use_tokenizer(folder: Path) -> None:
 def write_model(folder: Path) -> None:
     tensors = keymap_for(ModelConfig.from_hf(SHAPE), "hf").tensors
     save_file(
-        {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in tensors}, folder / "a.safetensors"
+        {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in tensors},
+        folder / "a.safetensors",
     )
     listed = {"metadata": {}, "weight_map": {tensor.name: "a.safetensors" for tensor in tensors}}
     write_json(folder, config=SHAPE, **{"model.safetensors.index": listed})
 
 
 def use_model(folder: Path) -> None:
-    config, source = ModelConfig.from_hf(read_json(folder / "config.json")), SafetensorsFolder(folder)
+    config, source = (
+        ModelConfig.from_hf(read_json(folder / "config.json")),
+        SafetensorsFolder(folder),
+    )
     if config.n_layers * max(1, config.n_experts) <= 256:
         for name in check_tensors(source, keymap_for(config, "hf")).values():
             source.read(name, tuple(slice(0, size) for size in source.shapes()[name])).sum()
@@ -112,9 +126,22 @@ def use_model(folder: Path) -> None:
 
 def write_adapter(folder: Path) -> None:
     names = ("gate_proj", "up_proj")
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": names, "bias": "none"}
-    settings |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": "owner/base", "lora_dropout": 0.1}
-    settings |= {"rank_pattern": {"layers.1.mlp.up_proj": 2}, "alpha_pattern": {r".*\.gate_proj": 4}}
+    settings = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": names,
+        "bias": "none",
+    }
+    settings |= {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "owner/base",
+        "lora_dropout": 0.1,
+    }
+    settings |= {
+        "rank_pattern": {"layers.1.mlp.up_proj": 2},
+        "alpha_pattern": {r".*\.gate_proj": 4},
+    }
     settings |= {"layers_to_transform": [0, 1], "layers_pattern": ["layers"], "use_dora": False}
     write_json(folder, adapter_config=settings)
     tensors = {}
@@ -123,11 +150,15 @@ def write_adapter(folder: Path) -> None:
     ):
         tensors[f"{path}.lora_A.weight"] = np.ones((2, 16), np.float32)
         tensors[f"{path}.lora_B.weight"] = np.ones((32, 2), np.float32)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"nalora.base_fingerprint": "all:0"})
+    save_file(
+        tensors, folder / "adapter_model.safetensors", metadata={"nalora.base_fingerprint": "all:0"}
+    )
 
 
 def use_adapter(folder: Path) -> None:
-    import_adapter(locate(folder).adapter or folder, ModelConfig.from_hf(SHAPE), fingerprint="all:0")
+    import_adapter(
+        locate(folder).adapter or folder, ModelConfig.from_hf(SHAPE), fingerprint="all:0"
+    )
 
 
 def write_gguf(folder: Path) -> None:
@@ -189,12 +220,30 @@ def use_settings(folder: Path) -> None:
 
 
 def write_images(folder: Path) -> None:
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     tower |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
     images = tower | {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8}
-    texts = tower | {"model_type": "clip_text_model", "vocab_size": 64, "max_position_embeddings": 16}
-    clip = {"model_type": "clip", "projection_dim": 8, "vision_config": images, "text_config": texts}
-    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "resample": 3}
+    texts = tower | {
+        "model_type": "clip_text_model",
+        "vocab_size": 64,
+        "max_position_embeddings": 16,
+    }
+    clip = {
+        "model_type": "clip",
+        "projection_dim": 8,
+        "vision_config": images,
+        "text_config": texts,
+    }
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 32},
+        "resample": 3,
+    }
     processor |= {
         "crop_size": {"height": 32, "width": 32},
         "do_center_crop": True,
@@ -202,7 +251,9 @@ def write_images(folder: Path) -> None:
     }
     processor |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
     write_json(folder, config=clip, preprocessor_config=processor)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8)
+    )
     for name in ("image.png", "image.jpg"):
         picture.save(folder / name)
 
@@ -216,9 +267,23 @@ def use_images(folder: Path) -> None:
 def write_log(folder: Path) -> None:
     """A run's log, without digests, which would find the damage before anything else does."""
     records = list(fake_records(20, layers=2, every=10))
-    paired = {"difference": 0.1, "low": -0.1, "high": 0.2, "gained": 3, "lost": 1, "p_value": 0.3, "n": 10}
+    paired = {
+        "difference": 0.1,
+        "low": -0.1,
+        "high": 0.2,
+        "gained": 3,
+        "lost": 1,
+        "p_value": 0.3,
+        "n": 10,
+    }
     records[-2]["eval"]["paired"] = paired
-    base = {"name": "x", "file": "x.gguf", "format": "GGUF", "numbers": "Q4_1", "fingerprint": "all:0"}
+    base = {
+        "name": "x",
+        "file": "x.gguf",
+        "format": "GGUF",
+        "numbers": "Q4_1",
+        "fingerprint": "all:0",
+    }
     write_run(folder, [{**records[0], "initial": True}, *records], RunConfig(steps=20), base=base)
     log = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -243,7 +308,8 @@ def use_folder(folder: Path) -> None:
 
 
 def use_page(folder: Path) -> None:
-    """Writes the report and the comparison page without their pictures, which take most of the time."""
+    """Writes the report and the comparison page without their pictures, which take most of the
+    time."""
     with mock.patch("nalora_jax.report.html._draw", return_value=[]):
         write_report(folder)
     with mock.patch("nalora_jax.report.compare._pictures", return_value=()):

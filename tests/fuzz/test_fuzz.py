@@ -1,4 +1,5 @@
-"""A short run of the fuzzers: damaged files are read or refused in words. ``python -m tests.fuzz`` is the long one."""
+"""A short run of the fuzzers: damaged files are read or refused in words. ``python -m tests.fuzz``
+is the long one."""
 
 import pytest
 

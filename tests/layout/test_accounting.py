@@ -1,4 +1,5 @@
-"""What is read from scheduled HLO, against programs whose flops, bytes and collectives are known."""
+"""What is read from scheduled HLO, against programs whose flops, bytes and collectives are
+known."""
 
 from __future__ import annotations
 
@@ -70,13 +71,15 @@ def test_gathers_inside_a_loop_count_every_time():
 def test_of_what_a_fusion_slices_those_elements_alone_move():
     few, every = 2 * 2 * 4 * 8 + 4 * 4 * 8, 2 * 64 * 8 + 4 * 64 * 8  # read and written
     assert Program(written("sliced")).memory_bytes == few + every
-    # So JAX 0.12's compiler for GPUs writes what puts a layer's results into their stack, and takes them out.
+    # So JAX 0.12's compiler for GPUs writes what puts a layer's results into their stack, and takes
+    # them out.
     layer, index = 2 * 64 * 8, 4
     assert Program(written("asynchronous")).memory_bytes == pytest.approx(4 * layer, abs=2 * index)
 
 
 def test_the_parts_of_one_collective_are_one_and_what_runs_between_them_hides_it():
-    # The TPU compiler cuts a gather into fusions that share its channel; `%again` merely reuses a computation.
+    # The TPU compiler cuts a gather into fusions that share its channel; `%again` merely reuses a
+    # computation.
     text = written("tpu_style").replace(
         "%again = f32[8,16]{1,0} fusion(%a, %x, %all-gather.3), kind=kOutput, calls=%step",
         "%c = f32[8,16]{1,0} convolution(%x, %all-gather.3), dim_labels=bf_io->bf",
@@ -84,17 +87,22 @@ def test_the_parts_of_one_collective_are_one_and_what_runs_between_them_hides_it
     gathers = [(c.kind, c.devices, c.received, c.overlapped) for c in Program(text).collectives]
     assert gathers == [("all-gather", 8, 32 * 16 * 2 * 7 / 8, False)] * 2
     product = "%other = f32[8,16]{1,0} convolution(%x, %w), dim_labels=bf_io->bf"
-    last = "%async_collective_fusion.2 = f32[8,16]{1,0} fusion(%a, %x, %w), kind=kOutput, calls=%step"
+    last = (
+        "%async_collective_fusion.2 = f32[8,16]{1,0} fusion(%a, %x, %w), kind=kOutput, calls=%step"
+    )
     between = text.replace("  %g = bf16", f"  {product}\n  {last}\n  %g = bf16")
     assert [c.overlapped for c in Program(between).collectives] == [True, False]
 
 
 def test_a_collective_that_continues_in_a_loop_counts_once():
-    """On v5e a gather that begins before the loop of a delta rule is advanced by the loop's matmuls."""
+    """On v5e a gather that begins before the loop of a delta rule is advanced by the loop's
+    matmuls."""
     text = written("continued_in_a_loop")
     once = text.replace('{"n":"64"}', '{"n":"1"}')
     assert Program(text).times["body"] == 64
-    assert [c.total for c in Program(text).collectives] == [c.total for c in Program(once).collectives]
+    assert [c.total for c in Program(text).collectives] == [
+        c.total for c in Program(once).collectives
+    ]
 
 
 def test_kernels_are_counted_by_name_as_often_as_they_run_and_products_by_group():
@@ -123,25 +131,38 @@ def test_groups_of_devices_in_every_form_that_compilers_write(groups, devices):
 
 
 def test_a_collective_between_slices_is_a_transfer_to_the_host_and_back():
-    """As the TPU's compiler writes it: what a slice has summed goes to the others through the hosts."""
+    """As the TPU's compiler writes it: what a slice has summed goes to the others through the
+    hosts."""
     text = written("between_slices")
     (found,) = [c for c in Program(text).collectives if c.between_slices]
-    assert (found.kind, found.received, found.times) == ("all-reduce between slices", 2 * 8 * 128 * 4, 1.0)
+    assert (found.kind, found.received, found.times) == (
+        "all-reduce between slices",
+        2 * 8 * 128 * 4,
+        1.0,
+    )
     assert found.overlapped
-    idle = text.replace("  %product = f32[8,16]{1,0} convolution(%x, %w), dim_labels=bf_io->bf\n", "")
+    idle = text.replace(
+        "  %product = f32[8,16]{1,0} convolution(%x, %w), dim_labels=bf_io->bf\n", ""
+    )
     assert [c.overlapped for c in Program(idle).collectives if c.between_slices] == [False]
 
 
 def test_what_goes_to_the_host_s_memory_and_comes_back():
-    """As compilers write it for TPUs and GPUs: a layer into the stack behind a product, a copy, a layer out of it."""
+    """As compilers write it for TPUs and GPUs: a layer into the stack behind a product, a copy, a
+    layer out of it."""
     program = Program(written("offloaded"))
     layer, array = 8 * 16 * 2, 32 * 4
     found = [(one.to_host, one.moved, one.times, one.overlapped) for one in program.transfers]
-    assert sorted(found) == [(False, layer, 1, False), (True, array, 1, False), (True, layer, 4, True)]
+    assert sorted(found) == [
+        (False, layer, 1, False),
+        (True, array, 1, False),
+        (True, layer, 4, True),
+    ]
     gpu = written("offloaded").replace("dynamic-update-slice-start(", "fusion-start(")
     gpu = gpu.replace("dynamic-slice-start(", "fusion-start(")
     assert Program(gpu).transfers == program.transfers
-    # In HBM: each of them once, the product's operands and result, and 9 bytes that the loop compares.
+    # In HBM: each of them once, the product's operands and result, and 9 bytes that the loop
+    #   compares.
     assert program.memory_bytes == 4 * (layer + 3 * layer + 9) + array + layer
 
 
@@ -158,7 +179,9 @@ def test_a_program_needs_the_smaller_of_sum_and_peak(temporary, peak, live):
     sizes = {"argument": 1e9, "temp": temporary, "host_temp": 0}
     analysis = SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in sizes.items()})
     analysis.peak_memory_in_bytes = peak
-    program = SimpleNamespace(memory_analysis=lambda: analysis, as_text=lambda: text, input_shardings=())
+    program = SimpleNamespace(
+        memory_analysis=lambda: analysis, as_text=lambda: text, input_shardings=()
+    )
     assert of_compiled(program).memory == live
 
 

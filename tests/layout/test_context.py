@@ -47,12 +47,15 @@ CONVOLUTION = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}
 
 
 def hybrid() -> ModelConfig:
-    """Returns a model with every kind of layer: a short convolution, a delta rule, sinks with experts."""
+    """Returns a model with every kind of layer: a short convolution, a delta rule, sinks with
+    experts."""
     base = ModelConfig.from_hf(RAW | WINDOWS)
     kinds: list[Any] = [()]
     for raw in (CONVOLUTION, DELTA_NET):
         of_family = ModelConfig.from_hf(RAW | raw)
-        mixer = next(stack.config.mixer for stack in stacks(of_family) if stack.config.mixer is not None)
+        mixer = next(
+            stack.config.mixer for stack in stacks(of_family) if stack.config.mixer is not None
+        )
         kinds.append((("mixer", mixer), ("n_experts", 0), ("up_limit", 0.0), ("ffn_bias", False)))
     windows = (GLOBAL_WINDOW, GLOBAL_WINDOW, *base.windows)
     return replace(base, n_layers=4, windows=windows, kinds=tuple(kinds), layer_kinds=(1, 2, 0, 0))
@@ -103,7 +106,8 @@ ALONE = MeshConfig(1, 1, 1, 8)
 
 
 def test_layers_of_split_rows_exchange_keys_and_values_only() -> None:
-    """Both passes gather keys and values, and their gradients are summed; all other collectives are of weights."""
+    """Both passes gather keys and values, and their gradients are summed; all other collectives are
+    of weights."""
     assembly, params = tiny.assembled(CONFIG, DENSE, ALONE, **decoder_parts(CONFIG, DENSE))
     text = assembly.step.lower(params, assembly.state, batch_of(assembly, 0)).compile().as_text()
     names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -126,14 +130,18 @@ def test_models_and_rows_that_cannot_be_split_are_refused() -> None:
             check_context(config, base, made)
 
 
-def test_held_out_losses_of_split_rows_are_those_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_losses_of_split_rows_are_those_of_whole_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(likelihood, "_LEAST_BLOCK", 4)
     params, results = init_params(DENSE, jax.random.key(1)), []
     items = [CompletionItem([5, 6, 7], list(range(8, 68)), "", "")] * 2
     for mesh in (None, distributed.make_mesh(ALONE)):
         placed = params
         if mesh is not None:
-            placed = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
+            placed = jax.device_put(
+                params, distributed.shardings(params, mesh, distributed.PARAM_RULES)
+            )
         evaluator = TextEvaluator(Decoder(DENSE), None, items, mesh=mesh)
         results.append(evaluator.measure(placed, None)["loss"])
     np.testing.assert_allclose(results[1], results[0], rtol=1e-6)

@@ -31,7 +31,8 @@ def compiled(memory: float, seconds: float) -> Compiled:
 
 
 def test_a_layout_that_does_not_fit_leads_to_a_smaller_one_in_one_line_of_the_log(caplog):
-    """The ratio of compiled to estimated memory applies to the others: 15 GB more of them would not fit either."""
+    """The ratio of compiled to estimated memory applies to the others: 15 GB more of them would not
+    fit either."""
     candidates = [layout(14, 1.0), layout(13.9, 1.1, fsdp=2), layout(10, 1.3, fsdp=8)]
     with caplog.at_level(logging.INFO, logger="nalora_jax.layout.decide"):
         found = searched(candidates, lambda one: compiled(1.2 * one.memory / 1e9, one.seconds))
@@ -46,7 +47,9 @@ def test_a_slow_program_is_compared_with_the_next_layouts_and_kept_if_they_are_s
     fast, slow = layout(12, 1.5), layout(9, 2.5)
     candidates = [layout(10, 1.0, fsdp=8), layout(8, 1.1, fsdp=8, remat="full")]
     factors = {8: 3.0, 1: 1.0}
-    found = searched([*candidates, fast, slow], lambda one: compiled(9, factors[one.fsdp] * one.seconds))
+    found = searched(
+        [*candidates, fast, slow], lambda one: compiled(9, factors[one.fsdp] * one.seconds)
+    )
     # Of the same mesh the other policy is taken to be as slow, so that it is not compiled.
     assert found == (fast, [candidates[0], fast])
     found = searched([*candidates, slow], lambda one: compiled(9, 1.4 * one.seconds))

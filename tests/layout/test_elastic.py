@@ -1,4 +1,5 @@
-"""A run of two processes that share every row loses one of them, and continues on a mesh of eight devices."""
+"""A run of two processes that share every row loses one of them, and continues on a mesh of eight
+devices."""
 
 from __future__ import annotations
 
@@ -35,13 +36,20 @@ if "pytest" not in sys.modules:
 """
 
 
-def test_a_run_that_loses_one_of_two_processes_continues_on_eight_devices(tmp_path, monkeypatch) -> None:
+def test_a_run_that_loses_one_of_two_processes_continues_on_eight_devices(
+    tmp_path, monkeypatch
+) -> None:
     train = TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=4)
-    config = tiny.make_config(tmp_path, steps=8, train=train, mesh=MeshConfig(1, 1, 1, 2), resume="auto")
+    config = tiny.make_config(
+        tmp_path, steps=8, train=train, mesh=MeshConfig(1, 1, 1, 2), resume="auto"
+    )
     settings = tiny.write_settings(config, tmp_path / "settings.py")
     settings.write_text(f"{settings.read_text()}\n{STALLED}")
     command = ["-m", "nalora_jax", "train", "--config", str(settings)]
-    variables = {"NALORA_CACHE": tiny.new_cache(tmp_path / "cache"), "NALORA_HEARTBEAT_TIMEOUT": "10"}
+    variables = {
+        "NALORA_CACHE": tiny.new_cache(tmp_path / "cache"),
+        "NALORA_HEARTBEAT_TIMEOUT": "10",
+    }
     variables["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
     first, second = tiny.start(command, count=2, **variables)
     tiny.wait_for_line(first, "step 2/")

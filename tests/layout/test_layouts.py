@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from nalora_jax.cli.planning.program import _weight, architecture
-from nalora_jax.config import ComputeConfig, DataConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.config import (
+    ComputeConfig,
+    DataConfig,
+    LoRAConfig,
+    MeshConfig,
+    RunConfig,
+    TrainConfig,
+)
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.estimates import (
     Layout,
@@ -49,7 +56,11 @@ def estimated(
 
 
 def test_what_the_user_fixes_stays():
-    assert chosen("llama-3.1-8b", "v6e:16x16", mesh=MeshConfig(fsdp=16, tensor=2)).mesh == (8, 16, 2)
+    assert chosen("llama-3.1-8b", "v6e:16x16", mesh=MeshConfig(fsdp=16, tensor=2)).mesh == (
+        8,
+        16,
+        2,
+    )
     assert chosen("llama-3.1-8b", "v6e:16x16", compute=ComputeConfig(remat="full")).remat == "full"
     assert chosen("llama-3.1-8b", "v6e:16x16", mesh=MeshConfig(fsdp=-1)).fsdp == 256
 
@@ -71,10 +82,12 @@ def test_attention_s_kernels_are_counted_by_the_blocks_that_they_compute():
     base = replace(architecture("llama-3.1-8b"), n_layers=2)
     windowed = replace(base, windows=(512, GLOBAL_WINDOW))
     splash = {"fwd_segmented_residuals": 4.0, "dkv_x": 2.0}
-    # Blocks of 1,024: 10 of 16; two products forward, which run twice, five behind it in one kernel.
+    # Blocks of 1,024: 10 of 16; two products forward, which run twice, five behind it in one
+    #   kernel.
     assert splash_flops(base, 4096, forward=1) == 2 * 7 * 2 * 10 * 1024**2 * 4096
     assert counted(base, "splash_mha", **splash) == splash_flops(base, 4096, forward=2)
-    # The same calls in two micro-batches; and a branch for each window, of which every layer takes one.
+    # The same calls in two micro-batches; and a branch for each window, of which every layer takes
+    # one.
     halved = {"forward": 1, "backward": 0.5}
     assert counted(base, "splash_mha", 2, **splash) == splash_flops(base, 4096, **halved)
     assert counted(windowed, "splash_mha", **splash) == splash_flops(windowed, 4096, **halved)
@@ -83,7 +96,10 @@ def test_attention_s_kernels_are_counted_by_the_blocks_that_they_compute():
     assert counted(base, "mha", forward=4.0, backward=2.0) == (4 * 2 + 2 * 7) * product
     # cuDNN's: five products; a window is visibility that it reads, and saves nothing.
     for model in (base, windowed):
-        assert counted(model, "cudnn_attention", forward=4.0, backward=2.0) == (4 * 2 + 2 * 5) * product
+        assert (
+            counted(model, "cudnn_attention", forward=4.0, backward=2.0)
+            == (4 * 2 + 2 * 5) * product
+        )
 
 
 def test_pairs_of_attention_are_counted_and_no_gradient_of_a_frozen_weight():
@@ -102,7 +118,8 @@ def test_pairs_of_attention_are_counted_and_no_gradient_of_a_frozen_weight():
     ("name", "released", "active"), [("20b", 13.76e9, 3.6e9), ("120b", 65.25e9, 5.1e9)]
 )
 def test_gpt_oss_takes_the_memory_of_its_released_files(name, released, active):
-    """Experts of 4.25 bits a weight, biases and sinks included; as many active parameters as its model card states."""
+    """Experts of 4.25 bits a weight, biases and sinks included; as many active parameters as its
+    model card states."""
     base = architecture(f"gpt-oss-{name}")
     compute = ComputeConfig(dtype="bfloat16", quantize="mxfp4")
     layers, ends, _ = weight_bytes(base, compute)
@@ -123,7 +140,8 @@ def test_links_of_the_torus_dimensions_that_a_collective_spans():
 
 
 def test_the_host_s_memory_is_taken_where_no_chip_has_room():
-    """98,304 tokens a chip: the layers' inputs alone are 26 GB, and leave behind products that take far longer."""
+    """98,304 tokens a chip: the layers' inputs alone are 26 GB, and leave behind products that take
+    far longer."""
     long = {"seq": 98304, "mesh": MeshConfig(tensor=1)}
     layout, machine = chosen("llama-3.1-8b", "v6e:16x16", **long), topology("v6e:16x16")
     assert layout.remat.endswith("_offload")
@@ -143,7 +161,9 @@ def test_a_row_that_chips_must_share_is_split_along_its_tokens():
     assert layout.short.startswith("data 1 x fsdp 1 x context 16 x tensor 1, ")
     assert layout.mfu > 0.45
     given = MeshConfig(context=8)
-    assert chosen("llama-3.1-8b", "v5e:4x4", seq=8192, rows=16).context == 1  # every chip has whole rows
+    assert (
+        chosen("llama-3.1-8b", "v5e:4x4", seq=8192, rows=16).context == 1
+    )  # every chip has whole rows
     assert chosen("llama-3.1-8b", "v5e:4x4", seq=8192, rows=16, mesh=given).context == 8
     whole = chosen("llama-3.1-8b", "v6e:2x4", seq=131_072, rows=1, mesh=MeshConfig(context=1))
     split = chosen("llama-3.1-8b", "v6e:2x4", seq=131_072, rows=1, mesh=given)
@@ -151,20 +171,32 @@ def test_a_row_that_chips_must_share_is_split_along_its_tokens():
 
 
 def test_estimates_agree_with_the_compiled_rows_of_the_table():
-    lines = (Path(__file__).parents[2] / "benchmarks" / "results" / "pods.jsonl").read_text().splitlines()
+    lines = (
+        (Path(__file__).parents[2] / "benchmarks" / "results" / "pods.jsonl")
+        .read_text()
+        .splitlines()
+    )
     # Gemma 3 and Qwen3 were compiled when their layers saved more arrays.
-    fitted, others = {"llama-3.1-8b", "llama-3.1-70b", "mixtral-8x7b"}, {"gemma-4-31b", "qwen3.5-9b"}
+    fitted, others = (
+        {"llama-3.1-8b", "llama-3.1-70b", "mixtral-8x7b"},
+        {"gemma-4-31b", "qwen3.5-9b"},
+    )
     too_low = {("gemma-4-31b", "8xh100"), ("gemma-4-31b", "v5e:16x16")}  # docs/pods.md
     rows = {(row["model"], row["topology"]): row for row in map(json.loads, lines)}
     assert len([model for model, _ in rows if model in fitted]) == 15
     for (model, where), row in rows.items():
         sizes = [row["layout"][axis] for axis in ("data", "fsdp", "tensor")]
         config = run(row["rows"], row["seq"])
-        layout = estimated(config, architecture(model), topology(where), sizes, row["layout"]["remat"])
+        layout = estimated(
+            config, architecture(model), topology(where), sizes, row["layout"]["remat"]
+        )
         if model in fitted:
             assert layout.memory == pytest.approx(row["memory"], rel=0.07), (model, where)
         if model in others:
-            assert (row["memory"] < 1.05 * layout.memory) == ((model, where) not in too_low), (model, where)
+            assert (row["memory"] < 1.05 * layout.memory) == ((model, where) not in too_low), (
+                model,
+                where,
+            )
         if model in fitted | others:
             assert 0.8 < row["seconds"] / layout.seconds < 1.25, (model, where)
 
@@ -181,7 +213,8 @@ def test_rows_of_the_table_keep_their_layouts():
 
 
 def test_few_tokens_are_sent_to_experts_and_many_gather_them():
-    """Of 128 experts a token meets 8: with 64 tokens a chip, rows are a thirtieth of the experts' bytes."""
+    """Of 128 experts a token meets 8: with 64 tokens a chip, rows are a thirtieth of the experts'
+    bytes."""
     model, where = "Qwen3-Coder-30B-A3B-Instruct", "v6e:4x4"
     few, gathered = (
         chosen(model, where, seq=64, mesh=MeshConfig(1, 16, 1), compute=ComputeConfig(experts=way))

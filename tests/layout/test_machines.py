@@ -38,7 +38,16 @@ def test_slices_have_the_sizes_of_cloud_tpu():
     for kind in ("v5e", "v6e"):
         assert [math.prod(shape) for shape in shapes(kind)] == [1, 4, 8, 16, 32, 64, 128, 256]
     v5p = list(shapes("v5p"))
-    documented = [(2, 2, 1), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16), (8, 16, 16)]
+    documented = [
+        (2, 2, 1),
+        (2, 4, 4),
+        (4, 4, 4),
+        (4, 4, 8),
+        (4, 8, 8),
+        (8, 8, 8),
+        (8, 8, 16),
+        (8, 16, 16),
+    ]
     assert {*documented, (16, 16, 16), (16, 16, 24)} <= set(v5p)
     assert math.prod(v5p[-1]) == 6144
 

@@ -1,4 +1,5 @@
-"""Meshes, the specs of all arrays, rows of processes, and the options that a step is compiled with."""
+"""Meshes, the specs of all arrays, rows of processes, and the options that a step is compiled
+with."""
 
 from __future__ import annotations
 
@@ -75,7 +76,10 @@ STATE = {
     "layers/group0/block0/ffn/down_proj/a": ((L, 8, F, RANK), P(None, None, BOTH)),
     "gate/memory/mask/layers/ffn/slope": ((L, F), P(None, BOTH)),
     "gate/memory/step_scale/layers/ffn/occupancy": ((L, 4, F), P(None, None, BOTH)),
-    "gate/memory/step_scale/layers/group0/block0/ffn/occupancy": ((L, 8, 4, F), P(None, None, None, BOTH)),
+    "gate/memory/step_scale/layers/group0/block0/ffn/occupancy": (
+        (L, 8, 4, F),
+        P(None, None, None, BOTH),
+    ),
     "gate/updates/layers/ffn": ((L,), P()),
     "gate_taps/layers/ffn/delta": ((L, F), P(None, BOTH)),
     "gate_taps/layers/ffn/tokens": ((L,), P()),
@@ -150,7 +154,8 @@ CLUSTER = (
 
 @pytest.fixture
 def calls(monkeypatch):
-    """A single machine's environment, and the arguments with which jax.distributed.initialize was called."""
+    """A single machine's environment, and the arguments with which jax.distributed.initialize was
+    called."""
     for name in CLUSTER:
         monkeypatch.delenv(name, raising=False)
     seen = []
@@ -167,7 +172,8 @@ COORDINATED = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "J
 
 
 @pytest.mark.parametrize(
-    "environment", [{"TPU_WORKER_HOSTNAMES": "a,b"}, GKE, {"SLURM_STEP_NUM_TASKS": "4"}, COORDINATED]
+    "environment",
+    [{"TPU_WORKER_HOSTNAMES": "a,b"}, GKE, {"SLURM_STEP_NUM_TASKS": "4"}, COORDINATED],
 )
 def test_many_hosts_are_recognised_from_the_environment(calls, monkeypatch, environment):
     assert distributed.initialize_distributed() is False
@@ -183,7 +189,9 @@ def test_many_hosts_are_recognised_from_the_environment(calls, monkeypatch, envi
 def test_an_incomplete_environment_is_named(calls, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-    with pytest.raises(NaloraError, match=r"JAX_NUM_PROCESSES: expected a whole number, found 'two'"):
+    with pytest.raises(
+        NaloraError, match=r"JAX_NUM_PROCESSES: expected a whole number, found 'two'"
+    ):
         distributed.initialize_distributed()
 
 
@@ -213,14 +221,21 @@ def options(platform: str, kind: str, fsdp: int) -> dict[str, object]:
 
 
 def test_options_are_the_platform_s_and_for_gathers_where_there_are_any():
-    assert options("tpu", "TPU v6 lite", 1) == options("tpu", "TPU v9", 8) == options("cpu", "cpu", 8) == {}
+    assert (
+        options("tpu", "TPU v6 lite", 1)
+        == options("tpu", "TPU v9", 8)
+        == options("cpu", "cpu", 8)
+        == {}
+    )
     whole, split = (options("gpu", "NVIDIA H100", fsdp) for fsdp in (1, 8))
     assert all(name.startswith("xla_gpu") for name in split)
     assert whole.items() < split.items()
-    # Options come and go with JAX's versions, and one that XLA does not know is an error when a run compiles its step.
+    # Options come and go with JAX's versions, and one that XLA does not know is an error when a run
+    # compiles its step.
     jax.jit(lambda: 0.0, compiler_options=split).lower().compile()
     assert sum("pipeline" in name for name in split) == 1
-    # libtpu refuses fused collectives elsewhere, for wrong results and hangs; those have SparseCores.
+    # libtpu refuses fused collectives elsewhere, for wrong results and hangs; those have
+    # SparseCores.
     assert FUSED in options("tpu", "TPU v5 lite", 8)
     for kind in ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e"):
         assert OFFLOADED in options("tpu", kind, 8)

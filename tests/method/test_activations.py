@@ -35,7 +35,9 @@ def reference(name, z):
     if name == "gelu_tanh":
         return sigmoid(2 * c * (z + 0.044715 * z**3), 2 * c * (1 + 3 * 0.044715 * z * z))
     if name == "gelu":
-        near, far = (c * z / special.erfcx(x / np.sqrt(2)) for x in (np.minimum(-z, 20.0), np.abs(z)))
+        near, far = (
+            c * z / special.erfcx(x / np.sqrt(2)) for x in (np.minimum(-z, 20.0), np.abs(z))
+        )
         return special.ndtr(z), np.where(z < 0, far, near)
     if name == "mish":
         e = np.exp(np.minimum(z, 40.0))
@@ -89,7 +91,9 @@ def test_finite_at_extremes_and_dtype_kept(name):
 def test_names_compute_what_transformers_computes(name):
     z, theirs = np.linspace(-6, 6, 481), "gelu_pytorch_tanh" if name == "gelu_tanh" else name
     expected = ACT2FN[theirs](torch.from_numpy(z)).numpy()
-    np.testing.assert_allclose(activations.get(name).phi(jnp.float32(z)), expected, rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        activations.get(name).phi(jnp.float32(z)), expected, rtol=2e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize(

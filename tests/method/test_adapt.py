@@ -1,4 +1,5 @@
-"""Adapters around users' models: the programs of docs/own_models.md, every kind of layer, and errors."""
+"""Adapters around users' models: the programs of docs/own_models.md, every kind of layer, and
+errors."""
 
 from __future__ import annotations
 
@@ -88,12 +89,18 @@ NAMES = ("delta", "curvature_cap", "homogeneity", "soft")  # statistics of all s
 @cache
 def linen(model: nn.Module, rules: Any = NAMES) -> tuple[Any, Any, Any]:
     variables = jax.jit(model.init)(jax.random.key(1), X)
-    adapted, _ = adapt(model, {"": 2}, {"gate": "silu"}, rules=rules, variables=variables, example=(X,))
+    adapted, _ = adapt(
+        model, {"": 2}, {"gate": "silu"}, rules=rules, variables=variables, example=(X,)
+    )
     lora = jax.jit(adapted.init)(jax.random.key(2))
     rng = np.random.default_rng(3)
 
     def fill(path: Any, leaf: jax.Array) -> jax.Array:
-        return jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32) if path[-1].key == "b" else leaf
+        return (
+            jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32)
+            if path[-1].key == "b"
+            else leaf
+        )
 
     return adapted, variables, jax.tree_util.tree_map_with_path(fill, lora)
 
@@ -130,8 +137,12 @@ def test_the_gradient_of_the_taps_is_the_statistics() -> None:
 
     of_one = jax.grad(lambda z, token: _loss_of(z, token, variables, lora))
     of_token = jax.jit(jax.vmap(of_one, in_axes=(None, 0)))(jnp.zeros(F), jnp.arange(10))
-    np.testing.assert_allclose(of_token.sum(0), jax.jit(jax.grad(loss))(gate["bias"]), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(taps["delta_squared"], (w * np.asarray(of_token) ** 2).sum(0), rtol=1e-4)
+    np.testing.assert_allclose(
+        of_token.sum(0), jax.jit(jax.grad(loss))(gate["bias"]), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        taps["delta_squared"], (w * np.asarray(of_token) ** 2).sum(0), rtol=1e-4
+    )
 
 
 def _loss_of(shift: jax.Array, token: jax.Array, variables: Any, lora: Any) -> jax.Array:
@@ -151,14 +162,17 @@ def test_scanned_and_rematerialized_layers_are_the_unrolled_ones() -> None:
     assert lora["blocks"]["gate"]["taps"]["occupancy"].shape == (3, 4, F)
     unrolled, _, _ = linen(Layers(False))
     apart = lambda tree: {f"block_{i}": jax.tree.map(lambda v: v[i], tree) for i in range(3)}  # noqa: B023, E731
-    theirs = gradients(unrolled, {"params": apart(variables["params"]["blocks"])}, apart(lora["blocks"]))
+    theirs = gradients(
+        unrolled, {"params": apart(variables["params"]["blocks"])}, apart(lora["blocks"])
+    )
     ours = apart(gradients(scanned, variables, lora)["blocks"])
     # In float32, with other fusions: the largest relative difference is 1.4e-4 with JAX 0.12.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, theirs)
 
 
 def test_the_inner_optimizer_sees_adapters_only() -> None:
-    """Without a rule, and with factors of 1, updates are those of the inner optimizer to the bit."""
+    """Without a rule, and with factors of 1, updates are those of the inner optimizer to the
+    bit."""
     adapted, variables, lora = linen(Block(), ("squared:warmup=5",))
     grads = gradients(adapted, variables, lora)
     bare = lambda tree: {name: {key: leaf[key] for key in "ab"} for name, leaf in tree.items()}  # noqa: E731
@@ -230,7 +244,11 @@ def test_every_class_of_linen_layers_is_adapted_and_merged() -> None:
     def run(variables: Any) -> list[jax.Array]:
         lora = jax.tree.map(lambda leaf: leaf + 0.1, adapted.init(jax.random.key(2)))
         merged = adapted.merge(variables, lora)
-        return [adapted.apply(variables, lora, X), model.apply(merged, X), model.apply(variables, X)]
+        return [
+            adapted.apply(variables, lora, X),
+            model.apply(merged, X),
+            model.apply(variables, X),
+        ]
 
     found, merged, plain = run(variables)
     np.testing.assert_allclose(found, merged, atol=1e-5)
@@ -291,7 +309,9 @@ class Shared(nnx.Module):
         ({"": 2}, {"": "silu"}, {"model": {}}, "adapt: expected a module of flax.linen or flax.nnx, found dict"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_adapted_is_named(layers: Any, gates: Any, options: Any, message: str) -> None:
+def test_what_cannot_be_adapted_is_named(
+    layers: Any, gates: Any, options: Any, message: str
+) -> None:
     model = options.get("model", Block())
     given: dict[str, Any] = {}
     if isinstance(model, nn.Module):

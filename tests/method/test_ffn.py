@@ -21,7 +21,8 @@ GATED = Adapters((("gate_proj", R), ("up_proj", R), ("down_proj", R)))
 
 
 def test_long_rows_give_no_more_positions_than_they_may() -> None:
-    """A row of 64 positions, at most 8 of them: stride 4 becomes 8, and the probe's 8 becomes 16."""
+    """A row of 64 positions, at most 8 of them: stride 4 becomes 8, and the probe's 8 becomes
+    16."""
 
     def measured(**stats: int) -> dict[str, jax.Array]:
         config = GateStatsConfig(**stats)
@@ -30,7 +31,10 @@ def test_long_rows_give_no_more_positions_than_they_may() -> None:
         x = jax.random.normal(jax.random.key(1), (2, 64, D))
         return jax.jit(lambda v: observed(block, v, x)[1])(variables)
 
-    bounded, strides = measured(stride=4, probe_stride=8, positions=8), measured(stride=8, probe_stride=16)
+    bounded, strides = (
+        measured(stride=4, probe_stride=8, positions=8),
+        measured(stride=8, probe_stride=16),
+    )
     for name, value in strides.items():
         np.testing.assert_array_equal(bounded[name], value, err_msg=name)
     assert (float(np.sum(strides["tokens"])), float(np.sum(strides["probe_tokens"]))) == (16.0, 8.0)
@@ -61,7 +65,11 @@ def layer_of(**options: Any) -> tuple[Layer, dict, jax.Array]:
     layer, rng = Layer(40, 4, use_bias=True, **options), np.random.default_rng(5)
     x = jnp.asarray(rng.normal(size=(2, 3, 16)), jnp.float32)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
-    return layer, jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape), jnp.float32), shapes), x
+    return (
+        layer,
+        jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape), jnp.float32), shapes),
+        x,
+    )
 
 
 def test_dora_is_the_papers_formula() -> None:
@@ -69,14 +77,18 @@ def test_dora_is_the_papers_formula() -> None:
     got, _ = layer.apply(variables, x, 0.5)
     params, lora = (jax.tree.map(np.float64, variables[name]) for name in ("params", "lora"))
     whole = params["kernel"] + 0.5 * lora["a"] @ lora["b"]
-    want = np.asarray(x) @ (whole / np.linalg.norm(whole, axis=0) * lora["magnitude"]) + params["bias"]
+    want = (
+        np.asarray(x) @ (whole / np.linalg.norm(whole, axis=0) * lora["magnitude"]) + params["bias"]
+    )
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_acts_on_the_adapter_only_and_only_in_training() -> None:
     layer, variables, x = layer_of(dropout=0.5)
     still, _ = layer.apply(variables, x)
-    moved, delta = layer.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(7)})
+    moved, delta = layer.apply(
+        variables, x, deterministic=False, rngs={"dropout": jax.random.key(7)}
+    )
     base, _ = layer.apply({"params": variables["params"]}, x)
     np.testing.assert_allclose(moved - delta, base, rtol=1e-5, atol=1e-5)
     assert np.abs(np.asarray(still - moved)).max() > 0.1

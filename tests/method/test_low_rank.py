@@ -1,4 +1,5 @@
-"""Adapted layers and the gated gradient against their formulas in float64, in every implementation."""
+"""Adapted layers and the gated gradient against their formulas in float64, in every
+implementation."""
 
 from __future__ import annotations
 
@@ -24,7 +25,11 @@ def draw(
 
     mask = jnp.abs(normal(d_out)) if masked else None
     layers = [
-        Dense(normal(d_in, d_out), Adapter(normal(d_in, 4), normal(4, d_out), 0.7, mask), normal(d_out))
+        Dense(
+            normal(d_in, d_out),
+            Adapter(normal(d_in, 4), normal(4, d_out), 0.7, mask),
+            normal(d_out),
+        )
     ]
     if several:
         layers.append(Dense(normal(d_in, 32), Adapter(normal(d_in, 4), normal(4, 32), 2.0)))
@@ -63,7 +68,8 @@ def exact(x: Any, layers: list[Dense], cotangents: list[jax.Array]) -> list[np.n
 def test_value_and_gradients_are_the_formulas(
     widths: tuple[int, int], masked: bool, dtype: str, several: bool, numerics: Any
 ) -> None:
-    """Of one layer, or of three that read one input: with an adapter and a mask, an adapter, and neither."""
+    """Of one layer, or of three that read one input: with an adapter and a mask, an adapter, and
+    neither."""
     x, layers, cotangents = draw(*widths, masked, several)
     chosen = numerics(dtype, result="float32")
 
@@ -81,25 +87,37 @@ def test_value_and_gradients_are_the_formulas(
         return ys, back(cotangents)
 
     factors = [layer.adapter[:2] for layer in layers if layer.adapter is not None]
-    for got, want in zip(jax.tree.leaves(run(x, factors)), exact(x, layers, cotangents), strict=True):
-        assert np.abs(got - want).max() <= (1e-5 if dtype == "float32" else 2**-6) * np.abs(want).max()
+    for got, want in zip(
+        jax.tree.leaves(run(x, factors)), exact(x, layers, cotangents), strict=True
+    ):
+        assert (
+            np.abs(got - want).max() <= (1e-5 if dtype == "float32" else 2**-6) * np.abs(want).max()
+        )
 
 
 def test_frozen_gradients_of_split_outputs_are_added_before_they_are_rounded() -> None:
-    """Adapters' gradients are added later, so that the compiler reduces one sum over devices for all layers.
+    """Adapters' gradients are added later, so that the compiler reduces one sum over devices for
+    all layers.
 
-    Float32 sums of these integers are exact, and their roundings to bfloat16 differ from the rounded sum.
+    Float32 sums of these integers are exact, and their roundings to bfloat16 differ from the
+    rounded sum.
     """
     rng = np.random.default_rng(0)
-    x, *cotangents = (jnp.asarray(rng.integers(-9, 10, (6, n)), jnp.bfloat16) for n in (16, 40, 40, 40))
+    x, *cotangents = (
+        jnp.asarray(rng.integers(-9, 10, (6, n)), jnp.bfloat16) for n in (16, 40, 40, 40)
+    )
     kernels = rng.integers(-9, 10, (3, 16, 40)).astype(np.float32)
     zero = Adapter(jnp.ones((16, 4)), jnp.zeros((4, 40)))
-    numerics = Numerics("bfloat16", "bfloat16", "bfloat16", platform=Platform("tpu", devices=2, tensor=2))
+    numerics = Numerics(
+        "bfloat16", "bfloat16", "bfloat16", platform=Platform("tpu", devices=2, tensor=2)
+    )
 
     def outputs(x: jax.Array) -> list[jax.Array]:
         layers = [Dense(jnp.asarray(kernel), zero) for kernel in kernels]
         return [layer.y for layer in parallel_dense(x, layers, numerics)]
 
     (gradient,) = jax.vjp(outputs, x)[1](cotangents)
-    exact = sum(np.asarray(g, np.float32) @ kernel.T for g, kernel in zip(cotangents, kernels, strict=True))
+    exact = sum(
+        np.asarray(g, np.float32) @ kernel.T for g, kernel in zip(cotangents, kernels, strict=True)
+    )
     np.testing.assert_array_equal(gradient, jnp.asarray(exact).astype(jnp.bfloat16))

@@ -1,4 +1,5 @@
-"""The rules: their formulas, what all entries of the registry have in common, and their averages."""
+"""The rules: their formulas, what all entries of the registry have in common, and their
+averages."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ from hypothesis import strategies as st
 from nalora_jax.errors import NaloraError
 from nalora_jax.method import rules, statistics, transform
 from nalora_jax.method.rules import MECHANISMS, CurvatureCap, HomogeneityStep, Mechanism, make
-from nalora_jax.method.transform import GateState, Mechanisms, channel_factors, make_mechanisms, own_factors
+from nalora_jax.method.transform import (
+    GateState,
+    Mechanisms,
+    channel_factors,
+    make_mechanisms,
+    own_factors,
+)
 
 PATH = "layers/ffn"
 
@@ -51,7 +58,9 @@ def test_soft_mask_is_the_clipped_power_of_the_ratio_to_the_mean():
     np.testing.assert_allclose(mask, np.clip(ratio**2, 0.1, 3.0), rtol=1e-5)
     assert (mask == np.float32(0.1)).any()
     assert (mask == 3).any()
-    np.testing.assert_array_equal(rules.soft_mask(jnp.zeros((1, 4)), 2.0, 0.1, 3.0), jnp.ones((1, 4)))
+    np.testing.assert_array_equal(
+        rules.soft_mask(jnp.zeros((1, 4)), 2.0, 0.1, 3.0), jnp.ones((1, 4))
+    )
 
 
 def test_importance_by_delta_is_a_power_of_its_second_moment():
@@ -83,7 +92,9 @@ def test_only_layers_whose_tokens_occupy_two_regions_are_scaled():
     occupancy[1] = shares(1, 5)
     scale = factors_of(rule, occupancy=occupancy)
     np.testing.assert_array_equal(scale[0], np.ones(5))
-    np.testing.assert_allclose(scale[1:], rules.homogeneity_scale(jnp.float32(occupancy[1:]), rule.gains))
+    np.testing.assert_allclose(
+        scale[1:], rules.homogeneity_scale(jnp.float32(occupancy[1:]), rule.gains)
+    )
     barely = np.zeros((1, 4, 5))
     barely[:, 2], barely[:, 1, 0] = 1, 0.05  # 0.05 of one channel in five is 0.01 of the layer
     assert (factors_of(rule, occupancy=barely) == 1).all()
@@ -104,7 +115,9 @@ def test_constant_without_a_meaningful_partition_and_said_once(name, caplog):
 
 def test_channels_that_have_moved_have_the_same_factor_to_the_bit_as_min_of_one_and_tau_over_chi():
     rng = np.random.default_rng(0)
-    excess, response = (jnp.asarray(10.0 ** rng.uniform(-12, 1, (4, 999)), jnp.float32) for _ in range(2))
+    excess, response = (
+        jnp.asarray(10.0 ** rng.uniform(-12, 1, (4, 999)), jnp.float32) for _ in range(2)
+    )
     expected = jnp.minimum(1.0, 0.1 * response / excess)
     np.testing.assert_array_equal(rules.curvature_cap(excess, response, 0.1), expected)
 
@@ -125,7 +138,16 @@ def only(*names: str, **options: Any) -> Mechanisms:
     return make_mechanisms(names, activation="silu", **options)
 
 
-MEASURED = ("slope", "occupancy", "feature", "selection", "linear", "excess", "response", "delta_squared")
+MEASURED = (
+    "slope",
+    "occupancy",
+    "feature",
+    "selection",
+    "linear",
+    "excess",
+    "response",
+    "delta_squared",
+)
 
 
 def stats_like(seed: int, tokens: Any = 20.0, shape: tuple[int, ...] = (L, F)) -> dict[str, Any]:
@@ -160,13 +182,19 @@ def test_every_entry_keeps_the_contract(name: str) -> None:
     joint = channel_factors(state, mechanisms)
     assert set(joint) == set(one.places)
     if one.reallocates:
-        np.testing.assert_allclose(jnp.mean(joint["update_b"][PATH] ** 2, axis=-1), np.ones(L), rtol=1e-5)
-    warm, after = (own_factors(state._replace(count=jnp.int32(n)), mechanisms)[label] for n in (2, 3))
+        np.testing.assert_allclose(
+            jnp.mean(joint["update_b"][PATH] ** 2, axis=-1), np.ones(L), rtol=1e-5
+        )
+    warm, after = (
+        own_factors(state._replace(count=jnp.int32(n)), mechanisms)[label] for n in (2, 3)
+    )
     assert (warm[PATH] == 1).all()
     assert (after[PATH] != 1).any()
     start = transform.init_gate_state({PATH: (L, F)}, mechanisms)._replace(count=jnp.int32(50))
     assert (own_factors(start, mechanisms)[label][PATH] == 1).all()
-    again = jax.eval_shape(lambda s: transform.update_gate_state(s, stats_like(1), mechanisms), state)
+    again = jax.eval_shape(
+        lambda s: transform.update_gate_state(s, stats_like(1), mechanisms), state
+    )
     assert again == jax.eval_shape(lambda s: s, state)
 
 
@@ -191,7 +219,8 @@ def test_a_placebo_has_the_same_factors_on_other_channels() -> None:
     np.testing.assert_array_equal(np.sort(moved[PATH], axis=-1), np.sort(rule[PATH], axis=-1))
     order = [np.argsort(np.argsort(x, axis=-1), axis=-1) for x in (moved[PATH], rule[PATH])]
     assert (order[0] != order[1]).mean() > 0.8
-    # Fixed in a run, another one in a run of another seed, and another one in every layer and block.
+    # Fixed in a run, another one in a run of another seed, and another one in every layer and
+    # block.
     (later,) = own_factors(state_after(placebo)._replace(count=jnp.int32(90)), placebo).values()
     np.testing.assert_array_equal(later[PATH], moved[PATH])
     other = only("squared:warmup=0,permute=4", seed=1)
@@ -217,16 +246,27 @@ def test_settings_are_read_by_type_and_refused_by_name() -> None:
         with pytest.raises(NaloraError, match=message):
             make(text)
     entries = only("curvature_cap", "delta:q=1", "delta:q=-1", "homogeneity", "soft").entries
-    assert [label for label, _ in entries] == ["step_scale", "delta", "delta_2", "homogeneity", "mask"]
+    assert [label for label, _ in entries] == [
+        "step_scale",
+        "delta",
+        "delta_2",
+        "homogeneity",
+        "mask",
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("squared", "mechanism 'squared': expected a name that is free"), ("no name", "a name of letters")],
+    [
+        ("squared", "mechanism 'squared': expected a name that is free"),
+        ("no name", "a name of letters"),
+    ],
 )
 def test_names_of_rules_are_free_and_of_letters(name: str, message: str) -> None:
     with pytest.raises(NaloraError, match=message):
-        rules.register_mechanism(name, statistics=("slope",))(lambda averages, context: averages["slope"])
+        rules.register_mechanism(name, statistics=("slope",))(
+            lambda averages, context: averages["slope"]
+        )
 
 
 def test_an_entry_point_is_loaded_when_it_is_asked_for(tmp_path: Any, monkeypatch: Any) -> None:
@@ -245,7 +285,9 @@ def test_an_entry_point_is_loaded_when_it_is_asked_for(tmp_path: Any, monkeypatc
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "from_a_package" in MECHANISMS.names()
     assert make("from_a_package:warmup=1").warmup == 1
-    with pytest.raises(NaloraError, match=r"entry point absent = 'my_rules:nothing'.*AttributeError"):
+    with pytest.raises(
+        NaloraError, match=r"entry point absent = 'my_rules:nothing'.*AttributeError"
+    ):
         make("absent")
     with pytest.raises(NaloraError, match=r"entry point ending = 'my_end'.*found SystemExit: 0"):
         make("ending")
@@ -263,7 +305,8 @@ def average(state: GateState, name: str) -> jax.Array:
 
 @pytest.mark.parametrize("shape", [(3, 6), (2, 4, 6)])
 def test_averages_are_bias_corrected(shape: tuple[int, ...]) -> None:
-    """By the number of updates of each layer or expert, which keeps its averages if it has no token."""
+    """By the number of updates of each layer or expert, which keeps its averages if it has no
+    token."""
     state, raw = transform.init_gate_state({PATH: shape}, BOTH), {"slope": 0.0, "occupancy": 0.0}
     updates = np.zeros(shape[:-1])
     for step in range(1, 6):
@@ -275,7 +318,9 @@ def test_averages_are_bias_corrected(shape: tuple[int, ...]) -> None:
         np.testing.assert_array_equal(state.updates[PATH], updates)
         for name, decay in (("slope", 0.9), ("occupancy", 0.6)):
             value = np.asarray(stats[PATH][name], np.float64)
-            count, n = (x.reshape(x.shape + (1,) * (value.ndim - x.ndim)) for x in (tokens, updates))
+            count, n = (
+                x.reshape(x.shape + (1,) * (value.ndim - x.ndim)) for x in (tokens, updates)
+            )
             moved = decay * raw[name] + (1 - decay) * value / np.maximum(count, 1)
             raw[name] = np.where(count > 0, moved, raw[name])
             np.testing.assert_allclose(average(state, name), raw[name] / (1 - decay**n), rtol=1e-5)

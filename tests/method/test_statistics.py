@@ -47,7 +47,8 @@ def test_gate_compensation_identity(z, dz, name, dtype):
 
 
 def test_misalignment_of_a_normal_gate():
-    # Design: 0.275 in the limit, 0.297 at dz of deviation 0.3, for SiLU with z ~ N(0, 1) and an independent dz.
+    # Design: 0.275 in the limit, 0.297 at dz of deviation 0.3, for SiLU with z ~ N(0, 1) and an
+    #   independent dz.
     z, dz = normal(4, 400_000, 1), normal(5, 400_000, 1, scale=0.3)
     sums = probe_statistics(z, dz, jnp.ones(400_000, bool), SILU)
     for name, value in (("misalignment", 0.297), ("limit", 0.275)):
@@ -80,7 +81,9 @@ def test_means_divide_by_their_own_count():
         "selection": jnp.array([[1.0, 1.0], [0.0, 0.6]]),
         "linear": jnp.array([[0.5, 1.0], [0.0, 0.3]]),
     }
-    slope, occupancy, feature = (statistics.mean(name, stats) for name in ("slope", "occupancy", "feature"))
+    slope, occupancy, feature = (
+        statistics.mean(name, stats) for name in ("slope", "occupancy", "feature")
+    )
     np.testing.assert_allclose(slope, [[0.5, 2.0], [np.nan, np.nan]])  # not measured is not 0
     np.testing.assert_allclose(occupancy[0], jnp.full((4, 2), 0.25))
     np.testing.assert_allclose(feature, [[1.0, 2.0], [3.0, 3.0]])
@@ -92,7 +95,8 @@ def test_means_divide_by_their_own_count():
 
 @partial(jax.jit, static_argnums=1)
 def sampled_both_ways(weights, stride):
-    """Positions and their weights, the positions of the first row alone, and the weights where they lie."""
+    """Positions and their weights, the positions of the first row alone, and the weights where they
+    lie."""
     places = jnp.broadcast_to(jnp.arange(weights.shape[1]), weights.shape)[..., None]
     taken = [reductions.sampled(x, weights, stride)[..., 0] for x in (places, weights[..., None])]
     alone = reductions.sampled(places[:1], weights[:1], stride)[..., 0]
@@ -109,7 +113,9 @@ def sampled_both_ways(weights, stride):
 def test_every_row_that_has_a_real_token_is_measured(lengths, start, width, stride):
     place = np.arange(width)[None, :]
     weights = ((place >= start) & (place < start + np.array(lengths)[:, None])).astype(np.float32)
-    positions, counted, alone, thinned = map(np.asarray, sampled_both_ways(jnp.asarray(weights), stride))
+    positions, counted, alone, thinned = map(
+        np.asarray, sampled_both_ways(jnp.asarray(weights), stride)
+    )
     np.testing.assert_array_equal(counted.sum(1) > 0, weights.sum(1) > 0)
     assert positions.shape[1] <= -(-width // stride)
     real = counted > 0

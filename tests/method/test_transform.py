@@ -35,7 +35,9 @@ def random_tree(seed):
 
     def pair(fan_in, fan_out):
         shapes = {"a": (L, fan_in, R), "b": (L, R, fan_out)}
-        return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+        return {
+            name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()
+        }
 
     gate, up, down = pair(D_MODEL, D_FF), pair(D_MODEL, D_FF), pair(D_FF, D_MODEL)
     return {"layers": {"ffn": {"gate_proj": gate, "up_proj": up, "down_proj": down}}}
@@ -43,8 +45,12 @@ def random_tree(seed):
 
 def stats(seed, tokens=5.0):
     rng = np.random.default_rng(seed)
-    shapes = {name: statistics.get(name).shape((L, D_FF)) for name in ("slope", "excess", "response")}
-    sums = {name: jnp.asarray(rng.uniform(size=shape), jnp.float32) for name, shape in shapes.items()}
+    shapes = {
+        name: statistics.get(name).shape((L, D_FF)) for name in ("slope", "excess", "response")
+    }
+    sums = {
+        name: jnp.asarray(rng.uniform(size=shape), jnp.float32) for name, shape in shapes.items()
+    }
     return {BLOCK: sums | {"tokens": jnp.full(L, tokens), "probe_tokens": jnp.full(L, tokens)}}
 
 
@@ -66,7 +72,9 @@ def test_a_compiled_step_keeps_its_state_and_multi_steps_is_one_step_on_the_mean
     assert update._cache_size() == 1
     mean = jax.tree.map(lambda *xs: sum(xs) / 2, *grads)
     expected, _ = jax.jit(optimizer.update)(mean, optimizer.init(params), params, **EXTRA)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), updates, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), updates, expected
+    )
 
 
 def test_columns_masked_out_keep_length_and_direction():
@@ -88,9 +96,12 @@ def test_columns_masked_out_keep_length_and_direction():
 
 def test_gates_are_those_of_the_tree():
     assert find_gates(random_tree(0)) == GATES
-    assert find_gates({"vision": {"in_proj": {"b": 0}}, "q_proj": {"b": 0}}) == {"vision/in_proj": "vision"}
+    assert find_gates({"vision": {"in_proj": {"b": 0}}, "q_proj": {"b": 0}}) == {
+        "vision/in_proj": "vision"
+    }
     with pytest.raises(
-        NaloraError, match=r"gates: expected a parameter layers/mlp/gate_proj/b, found .*down_proj/b"
+        NaloraError,
+        match=r"gates: expected a parameter layers/mlp/gate_proj/b, found .*down_proj/b",
     ):
         nalora(optax.sgd(1.0), ON, {"layers/mlp/gate_proj": BLOCK}).init(random_tree(0))
 
@@ -101,7 +112,10 @@ def test_what_is_missing_is_named():
     few = {BLOCK: {name: stats(0)[BLOCK][name] for name in ("slope", "tokens", "probe_tokens")}}
     for given, message in (
         ({}, "gate_stats=.*: expected the statistics of layers/ffn"),
-        ({"gate_stats": few}, "gate_stats: expected a leaf layers/ffn/excess.*measure with the rules"),
+        (
+            {"gate_stats": few},
+            "gate_stats: expected a leaf layers/ffn/excess.*measure with the rules",
+        ),
     ):
         with pytest.raises(NaloraError, match=message):
             optimizer.update(random_tree(0), state, **given)
@@ -122,7 +136,9 @@ def test_weight_decay_is_decoupled_and_follows_the_learning_rate(name):
     optimizers = (make_optimizer(settings, 20) for settings in (config, without))
     decayed, plain = (of.update(random_tree(100), of.init(params), params)[0] for of in optimizers)
     expected = jax.tree.map(lambda update, p: update - 2e-2 * 0.25 * p, plain, params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), decayed, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), decayed, expected
+    )
 
 
 def test_clipping_bounds_the_gradient():
@@ -140,5 +156,9 @@ def test_schedule(kind):
     rate = np.array([float(make_schedule(config, 100)(step)) for step in range(101)])
     np.testing.assert_allclose(rate[:11], 0.2 * np.arange(1, 12) / 11, rtol=1e-5)
     share = np.linspace(0, 1, 91)
-    decay = {"cosine": 0.5 * (1 + np.cos(np.pi * share)), "linear": 1 - share, "constant": np.ones(91)}
+    decay = {
+        "cosine": 0.5 * (1 + np.cos(np.pi * share)),
+        "linear": 1 - share,
+        "constant": np.ones(91),
+    }
     np.testing.assert_allclose(rate[10:], 0.2 * (0.25 + 0.75 * decay[kind]), rtol=1e-5)

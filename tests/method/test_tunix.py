@@ -1,4 +1,5 @@
-"""Tunix's models and its `PeftTrainer` as they are, with LoRA and with NA-LoRA (needs ``google-tunix``)."""
+"""Tunix's models and its `PeftTrainer` as they are, with LoRA and with NA-LoRA (needs
+``google-tunix``)."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def their_broadcasting() -> Iterator[None]:
 def llama() -> tuple[Any, str, Any]:
     from tunix.models.llama3 import model
 
-    config = model.ModelConfig(LAYERS, VOCAB, D, F, HEADS, WIDTH, KV, 10_000, 1e-5, weight_tying=True)
+    config = model.ModelConfig(
+        LAYERS, VOCAB, D, F, HEADS, WIDTH, KV, 10_000, 1e-5, weight_tying=True
+    )
     return with_weights(model.Llama3(config, rngs=nnx.Rngs(0))), "silu", model.Einsum
 
 
@@ -50,8 +53,16 @@ def gemma() -> tuple[Any, str, Any]:
     from tunix.models.gemma import model
 
     large = model.ModelConfig.gemma_2b()
-    sizes = {"num_embed": VOCAB, "embed_dim": D, "hidden_dim": F, "num_heads": HEADS, "head_dim": WIDTH}
-    config = replace(large, num_layers=LAYERS, attention_types=large.attention_types[:LAYERS], **sizes)
+    sizes = {
+        "num_embed": VOCAB,
+        "embed_dim": D,
+        "hidden_dim": F,
+        "num_heads": HEADS,
+        "head_dim": WIDTH,
+    }
+    config = replace(
+        large, num_layers=LAYERS, attention_types=large.attention_types[:LAYERS], **sizes
+    )
     return with_weights(model.Gemma(config, rngs=nnx.Rngs(0))), "gelu_new", model.Einsum
 
 
@@ -75,7 +86,12 @@ def model_input(_: Any) -> dict[str, Any]:
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
     mask = jnp.ones(TOKENS.shape, bool)
-    return {"input_tokens": TOKENS, "input_mask": mask, "positions": positions, "attention_mask": causal}
+    return {
+        "input_tokens": TOKENS,
+        "input_mask": mask,
+        "positions": positions,
+        "attention_mask": causal,
+    }
 
 
 def logits(model: Any) -> jax.Array:
@@ -85,7 +101,9 @@ def logits(model: Any) -> jax.Array:
 
 @pytest.mark.parametrize("rules", [(), ("curvature_cap:warmup=2",)], ids=["lora", "default"])
 @pytest.mark.parametrize("family", [llama, gemma])
-def test_the_trainer_of_tunix_trains_an_adapted_model(family: Any, rules: Any, tmp_path: Path) -> None:
+def test_the_trainer_of_tunix_trains_an_adapted_model(
+    family: Any, rules: Any, tmp_path: Path
+) -> None:
     from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 
     model, activation, einsum = family()
@@ -119,7 +137,9 @@ def test_the_trainer_of_tunix_trains_an_adapted_model(family: Any, rules: Any, t
 
 
 def loss(model: Any) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits(model)[:, :-1], TOKENS[:, 1:]).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits(model)[:, :-1], TOKENS[:, 1:]
+    ).mean()
 
 
 def check_export(adapted: Any, folder: Path) -> None:
@@ -129,7 +149,9 @@ def check_export(adapted: Any, folder: Path) -> None:
     for layer in range(LAYERS):
         for path, leaf in flat.items():
             match path.replace("/mlp/", "/ffn/").split("/"):
-                case ["layers", number, block, name, "lora", "a" | "b" as factor] if int(number) == layer:
+                case ["layers", number, block, name, "lora", "a" | "b" as factor] if (
+                    int(number) == layer
+                ):
                     leaves.setdefault(f"layers/{block}/{name}/{factor}", []).append(leaf)
     lora = trees.unflatten({path: np.stack(of_layers) for path, of_layers in leaves.items()})
     hf = {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": D, "intermediate_size": F}
@@ -141,5 +163,7 @@ def check_export(adapted: Any, folder: Path) -> None:
     assert len(tensors) == LAYERS * 7 * 2
     for theirs, ours in (("self_attn.q_proj", "attn/q_proj"), ("mlp.gate_proj", "mlp/gate_proj")):
         written = tensors[f"base_model.model.model.layers.1.{theirs}.lora_B.weight"]
-        np.testing.assert_allclose(written, np.asarray(flat[f"layers/1/{ours}/lora/b"]).T, rtol=1e-6)
+        np.testing.assert_allclose(
+            written, np.asarray(flat[f"layers/1/{ours}/lora/b"]).T, rtol=1e-6
+        )
         assert np.abs(written).max() > 0

@@ -19,7 +19,11 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale, resolve
 from tests import tiny
 
-SHAPES = {"layers/ffn/gate_proj": (16, 40), "layers/ffn/up_proj": (16, 40), "layers/attn/q_proj": (16, 12)}
+SHAPES = {
+    "layers/ffn/gate_proj": (16, 40),
+    "layers/ffn/up_proj": (16, 40),
+    "layers/attn/q_proj": (16, 12),
+}
 
 
 def test_scales_follow_lora_and_rslora() -> None:
@@ -30,7 +34,11 @@ def test_scales_follow_lora_and_rslora() -> None:
 
 def test_rules_decide_in_order_and_per_layer() -> None:
     config = LoRAConfig(
-        rules=(LoRARule(r"layers/1/ffn/gate", 2, 3.0), LoRARule("gate_proj", 8), LoRARule("q_proj", 4, 4.0))
+        rules=(
+            LoRARule(r"layers/1/ffn/gate", 2, 3.0),
+            LoRARule("gate_proj", 8),
+            LoRARule("q_proj", 4, 4.0),
+        )
     )
     spec = resolve(config, SHAPES, 3)
     assert spec.target("layers/ffn/gate_proj") == TargetSpec((8, 2, 8), (16.0, 3.0, 16.0))
@@ -43,7 +51,11 @@ def test_rules_decide_in_order_and_per_layer() -> None:
     [
         (LoRARule("nothing_like_it"), "default", "matches nothing.*layers/\\*/ffn/gate_proj"),
         (LoRARule("gate_proj", 17), "default", "rank.*0 to 16.*found 17"),
-        (LoRARule("gate_proj", 9), "lora_ga", "0 to 8 \\(half the smaller side, for LoRA-GA.*found 9"),
+        (
+            LoRARule("gate_proj", 9),
+            "lora_ga",
+            "0 to 8 \\(half the smaller side, for LoRA-GA.*found 9",
+        ),
         (LoRARule("gate_proj", 4, 0.0), "default", "alpha"),
         (LoRARule("gate_proj", 0), "default", "at least one adapter"),
         (LoRARule("gate_(proj"), "default", "regular expression"),
@@ -71,7 +83,9 @@ def test_zero_a_starts_with_a_gaussian_b() -> None:
     b = np.asarray(leaves["layers/ffn/gate_proj/b"])
     assert b.shape == (2, 8, 512)
     assert np.std(b[0]) == pytest.approx(1 / math.sqrt(3 * 64), rel=0.05)
-    assert abs(np.mean(np.abs(b[0]) / np.std(b[0])) - math.sqrt(2 / math.pi)) < 0.02  # of a Gaussian
+    assert (
+        abs(np.mean(np.abs(b[0]) / np.std(b[0])) - math.sqrt(2 / math.pi)) < 0.02
+    )  # of a Gaussian
     assert not np.any(b[1, 4:])  # beyond the layer's rank
 
 

@@ -22,10 +22,17 @@ from tests.models.family_fields import TINY
 LLAMA = TINY | {"model_type": "llama", "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 4}
 LLAMA |= {"max_position_embeddings": 64}
 
-# As the hub has them: transformers 4's fields, and nested configs that only say what differs from the class.
+# As the hub has them: transformers 4's fields, and nested configs that only say what differs from
+#   the class.
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16}
-YARN = {"rope_type": "yarn", "attention_factor": 1.2, "beta_fast": 32, "beta_slow": 1, "factor": 8.0}
+YARN = {
+    "rope_type": "yarn",
+    "attention_factor": 1.2,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 8.0,
+}
 YARN |= {"original_max_position_embeddings": 16}
 ALPHA = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1}
 SU = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
@@ -220,7 +227,9 @@ def test_parameters_are_counted_as_in_transformers(name):
     ours = ModelConfig.from_hf(raw)
     raw.pop("quantization_config", None)
     of_buffers = ("/correction", "tail/scale")
-    shapes = {path: shape for path, shape in param_shapes(ours).items() if not path.endswith(of_buffers)}
+    shapes = {
+        path: shape for path, shape in param_shapes(ours).items() if not path.endswith(of_buffers)
+    }
     count = sum(math.prod(shape) for shape in shapes.values())
     text = transformers.AutoConfig.for_model(**raw).get_text_config()
     with torch.device("meta"):

@@ -1,4 +1,5 @@
-"""Every field of every family's class in transformers, set to another value: used as there, or refused by name."""
+"""Every field of every family's class in transformers, set to another value: used as there, or
+refused by name."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ FURTHER: dict[str, Any] = {
     "hunyuan_v1_dense": {"head_dim": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
 }
-# Values of fields for which another number, flag or list of the same type would have no effect or no meaning.
+# Values of fields for which another number, flag or list of the same type would have no effect or
+# no meaning.
 VALUES: dict[str, Any] = {
     "hidden_size": 32, "hidden_act": "relu", "hidden_activation": "relu", "rms_norm_eps": 0.3, "norm_eps": 0.3,
     "full_attn_idxs": None,  # layer_types takes precedence
@@ -42,7 +44,8 @@ VALUES: dict[str, Any] = {
     "num_hidden_layers": 3, "use_bidirectional_attention": True, "attn_logit_softcapping": 0.5,
     "final_logit_softcapping": 0.5, "query_pre_attn_scalar": 2, "decoder_sparse_step": 2, "router_jitter_noise": 0.5,
 }  # fmt: skip
-# Fields that act in training, in generation or on other inputs only; here they may change our config.
+# Fields that act in training, in generation or on other inputs only; here they may change our
+# config.
 ELSEWHERE = {"attn_dropout", "residual_dropout", "max_positions"}
 TOKENS = torch.tensor(np.random.default_rng(0).integers(1, 32, (1, 14)))
 
@@ -62,7 +65,9 @@ def other_value(name: str, value: Any) -> Any:
 
 def small(family: str) -> dict[str, Any]:
     """Returns a family's defaults at tiny sizes, with windows shorter than the text."""
-    raw = CONFIG_MAPPING[family](**SIZES, **FURTHER.get(family, {})).to_dict() | {"model_type": family}
+    raw = CONFIG_MAPPING[family](**SIZES, **FURTHER.get(family, {})).to_dict() | {
+        "model_type": family
+    }
     return raw | ({} if raw.get("sliding_window") is None else {"sliding_window": 5})
 
 
@@ -75,7 +80,8 @@ def other_values(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def logits(raw: dict[str, Any]) -> torch.Tensor | None:
-    """Returns transformers' logits with weights that depend on the parameter's name, or None if it has none."""
+    """Returns transformers' logits with weights that depend on the parameter's name, or None if it
+    has none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -100,7 +106,11 @@ def logits(raw: dict[str, Any]) -> torch.Tensor | None:
 def ours(raw: dict[str, Any]) -> dict[str, Any] | None:
     """Returns our config without the fields of `ELSEWHERE`, or None if a field is refused."""
     try:
-        return {k: v for k, v in dataclasses.asdict(ModelConfig.from_hf(raw)).items() if k not in ELSEWHERE}
+        return {
+            k: v
+            for k, v in dataclasses.asdict(ModelConfig.from_hf(raw)).items()
+            if k not in ELSEWHERE
+        }
     except NaloraError:
         return None
 

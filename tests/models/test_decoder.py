@@ -30,12 +30,18 @@ RANKS = TargetSpec(ranks=(3, 0, 2), alphas=(6.0, 1.0, 1.0))
 
 
 def everywhere(config: ModelConfig, **options) -> AdapterSpec:
-    return AdapterSpec(tuple((path, RANKS) for path in sorted(projection_shapes(config))), **options)
+    return AdapterSpec(
+        tuple((path, RANKS) for path in sorted(projection_shapes(config))), **options
+    )
 
 
 def trained(config: ModelConfig, spec: AdapterSpec, params=None):
-    """Adapters whose B is not zero; the padding beyond a layer's rank stays zero, as in training."""
-    lora, rng = flatten(init_lora(config, spec, jax.random.key(1), params)), np.random.default_rng(0)
+    """Adapters whose B is not zero; the padding beyond a layer's rank stays zero, as in
+    training."""
+    lora, rng = (
+        flatten(init_lora(config, spec, jax.random.key(1), params)),
+        np.random.default_rng(0),
+    )
     for path, leaf in lora.items():
         noise = rng.normal(size=leaf.shape).astype(np.float32)
         if path.endswith("/b"):
@@ -66,17 +72,23 @@ def applied(model, variables, tokens, options):
 
 
 def run(model, params, tokens, lora=None, **options):
-    return applied(model, {"params": params} | ({} if lora is None else {"lora": lora}), tokens, options)
+    return applied(
+        model, {"params": params} | ({} if lora is None else {"lora": lora}), tokens, options
+    )
 
 
 def test_adapters_equal_merged_weights(config, params):
-    """Every projection with DoRA, ranks that differ by layer, a layer without; fresh adapters are the identity.
+    """Every projection with DoRA, ranks that differ by layer, a layer without; fresh adapters are
+    the identity.
 
     tests/weights/test_merge.py has the merged weights.
     """
     spec = everywhere(config, dora=True)
     lora, tokens = trained(config, spec, params), tokens_of(2, 8)
-    fresh, plain = init_lora(config, spec, jax.random.key(1), params), run(Decoder(config), params, tokens)
+    fresh, plain = (
+        init_lora(config, spec, jax.random.key(1), params),
+        run(Decoder(config), params, tokens),
+    )
     np.testing.assert_allclose(run(Decoder(config, spec), params, tokens, fresh), plain, atol=1e-5)
     tensors = dict(merged_tensors(config, jax.device_get(params), lora, spec))
     merged = run(Decoder(config), params_from_tensors(config, tensors.__getitem__), tokens)
@@ -87,7 +99,8 @@ def test_adapters_equal_merged_weights(config, params):
 
 @functools.cache
 def gradient(config: ModelConfig, remat: str = "none"):
-    """Returns the loss and the adapters' gradients as a function of parameters, adapters and mask."""
+    """Returns the loss and the adapters' gradients as a function of parameters, adapters and
+    mask."""
     model, tokens = Decoder(config, everywhere(config), remat=remat), tokens_of(2, 8)
 
     def loss(lora, params, mask):
@@ -106,13 +119,18 @@ def channels(config: ModelConfig) -> tuple[int, ...]:
 
 def test_mask_shapes_the_gates_a_and_nothing_else_in_every_way_to_save(config, params):
     shape, lora = channels(config), trained(config, everywhere(config))
-    masks = np.ones(shape, np.float32), np.random.default_rng(3).uniform(size=shape).astype(np.float32)
+    masks = (
+        np.ones(shape, np.float32),
+        np.random.default_rng(3).uniform(size=shape).astype(np.float32),
+    )
     (plain, without), (masked, with_mask) = (gradient(config)(lora, params, mask) for mask in masks)
     assert plain == masked
     if config.n_experts:
         # Rematerialization changes no gradient; XLA:CPU takes the host's memory for its own.
         _, saved = gradient(config, "dots_offload")(lora, params, masks[0])
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), without, saved)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), without, saved
+        )
     without, with_mask = flatten(without), flatten(with_mask)
     for path in without:
         same = np.allclose(without[path], with_mask[path], rtol=1e-5, atol=1e-5)
@@ -120,7 +138,8 @@ def test_mask_shapes_the_gates_a_and_nothing_else_in_every_way_to_save(config, p
 
 
 def test_statistics_are_sums_over_real_tokens(config, params):
-    """Packed rows with padding give the sum of what the sequences give alone, per layer (and expert) and channel."""
+    """Packed rows with padding give the sum of what the sequences give alone, per layer (and
+    expert) and channel."""
     spec, tokens = everywhere(config), tokens_of(1, 12)
     model = Decoder(config, spec, stats=GateStatsConfig(stride=1, probe_stride=1))
     variables = {"params": params, "lora": trained(config, spec)}

@@ -1,4 +1,5 @@
-"""Every family against transformers: tiny random models with every feature of their config switched on, in float32.
+"""Every family against transformers: tiny random models with every feature of their config switched
+on, in float32.
 
 `docs/make_parity.py` runs the same measurements and writes the table of the documentation.
 """
@@ -50,11 +51,17 @@ def rope(kind: str, theta: float = 1e4, **fields: Any) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": theta, **fields}
 
 
-LONGROPE = rope("longrope", partial_rotary_factor=0.5, short_factor=[1.0, 1.5], long_factor=[2.0, 3.5])
+LONGROPE = rope(
+    "longrope", partial_rotary_factor=0.5, short_factor=[1.0, 1.5], long_factor=[2.0, 3.5]
+)
 HEAD = {"head_dim": 16}
 WINDOWS = {"sliding_window": WINDOW}
 QWEN_WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW}
-BIAS, TIED, UNTIED = {"attention_bias": True}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+BIAS, TIED, UNTIED = (
+    {"attention_bias": True},
+    {"tie_word_embeddings": True},
+    {"tie_word_embeddings": False},
+)
 BIASES = BIAS | {"mlp_bias": True}
 GEMMA = {**HEAD, **WINDOWS, **BIAS, "query_pre_attn_scalar": 24, "final_logit_softcapping": 2.0}
 PROPORTIONAL = rope("proportional", 1e5, partial_rotary_factor=0.5)
@@ -81,7 +88,8 @@ class Case:
     family: str
     features: str
     config: dict = field(hash=False)
-    # transformers takes the longest row of a batch for everybody's RoPE length: compare rows of one length there.
+    # transformers takes the longest row of a batch for everybody's RoPE length: compare rows of one
+    # length there.
     one_length: bool = False
     # Norms of small values amplify the float32 rounding of a recurrence, in both libraries.
     tolerance: float = TOLERANCE
@@ -197,7 +205,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class Pair:
-    """The same weights in transformers and here; ours come from the files that transformers wrote."""
+    """The same weights in transformers and here; ours come from the files that transformers
+    wrote."""
 
     theirs: torch.nn.Module
     config: ModelConfig
@@ -223,12 +232,17 @@ def build(case: Case) -> Pair:
     torch.set_num_threads(1)
     torch.manual_seed(1)
     config = transformers.AutoConfig.for_model(case.family, **(SIZES | case.config))
-    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         scalars = [(name, x) for name, x in theirs.named_buffers() if name.endswith("layer_scalar")]
         for name, parameter in [*theirs.named_parameters(), *scalars]:
-            # Spread such that logits depend on the tokens and continuations do not run into one token at once.
-            tied = config.tie_word_embeddings  # a large tied embedding makes every token predict itself
+            # Spread such that logits depend on the tokens and continuations do not run into one
+            # token at once.
+            tied = (
+                config.tie_word_embeddings
+            )  # a large tied embedding makes every token predict itself
             spread = (0.05 if tied else 1.0) if "embed_tokens.weight" in name else 0.2
             of_scale = "norm" in name or "scal" in name
             offset = "gemma" in case.family and "gemma4" not in case.family  # files hold w of 1 + w
@@ -242,7 +256,9 @@ def build(case: Case) -> Pair:
         raw = json.loads((Path(folder) / "config.json").read_text())
         tensors = safetensors.numpy.load_file(Path(folder) / "model.safetensors")
     ours = ModelConfig.from_hf(raw)
-    names = keymap_for(ours, "hf").check({name: x.shape for name, x in tensors.items()}, case.family)
+    names = keymap_for(ours, "hf").check(
+        {name: x.shape for name, x in tensors.items()}, case.family
+    )
     return Pair(theirs, ours, params_from_tensors(ours, lambda name: tensors[names[name]]))
 
 
@@ -251,7 +267,8 @@ def random_tokens(rows: int, length: int) -> np.ndarray:
 
 
 def reset_rope(pair: Pair) -> None:
-    """Dynamic RoPE in transformers remembers the longest sequence that it has seen: each comparison starts afresh."""
+    """Dynamic RoPE in transformers remembers the longest sequence that it has seen: each comparison
+    starts afresh."""
     rope = getattr(pair.theirs.model, "rotary_emb", None)
     if getattr(rope, "rope_type", None) == "dynamic":
         rope.inv_freq, rope.max_seq_len_cached = rope.original_inv_freq, rope.original_max_seq_len
@@ -265,7 +282,9 @@ def reference(pair: Pair, tokens: np.ndarray, real: np.ndarray | None = None) ->
             return pair.theirs(torch.tensor(tokens)).logits.numpy()
         mask = torch.tensor(real.astype(np.int64))
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return pair.theirs(torch.tensor(tokens), attention_mask=mask, position_ids=positions).logits.numpy()
+        return pair.theirs(
+            torch.tensor(tokens), attention_mask=mask, position_ids=positions
+        ).logits.numpy()
 
 
 def difference(ours: jax.Array, theirs: np.ndarray, where: Any = ...) -> float:
@@ -322,7 +341,8 @@ def greedy(pair: Pair, tokens: np.ndarray, real: np.ndarray, steps: int) -> np.n
 
 
 def measure_greedy(case: Case, steps: int = 64) -> int:
-    """Tokens in agreement with ``transformers.generate``, of ``steps`` in each of two rows (left padding)."""
+    """Tokens in agreement with ``transformers.generate``, of ``steps`` in each of two rows (left
+    padding)."""
     pair, tokens = build(case), random_tokens(2, SHORT)
     real = np.ones_like(tokens, bool)
     if not case.one_length:
@@ -351,7 +371,9 @@ def random_adapters(config: ModelConfig) -> tuple[dict, AdapterSpec]:
     rng, leaves = np.random.default_rng(3), {}
     for path, (*lead, d_in, d_out) in shapes.items():
         for name, shape in {"a": (d_in, 2), "b": (2, d_out)}.items():
-            leaves[f"{path}/{name}"] = rng.normal(0, 0.1, (layers[path], *lead, *shape)).astype(np.float32)
+            leaves[f"{path}/{name}"] = rng.normal(0, 0.1, (layers[path], *lead, *shape)).astype(
+                np.float32
+            )
     return unflatten(leaves), spec
 
 
@@ -360,8 +382,8 @@ def kernel_gradients(
 ) -> dict[str, np.ndarray]:
     """transformers' gradients of the mean loss with the weights ``merged``, by our paths.
 
-    Without a mask of the padding, which follows all real tokens: in float64 transformers returns NaN for a
-    padding token whose window has padding only.
+    Without a mask of the padding, which follows all real tokens: in float64 transformers returns
+    NaN for a padding token whose window has padding only.
     """
     with tempfile.TemporaryDirectory() as folder:
         pair.theirs.config.save_pretrained(folder)
@@ -375,10 +397,14 @@ def kernel_gradients(
         longest = int(real.sum(axis=1).max())
         logits = model(torch.tensor(tokens[:, :longest])).logits
         targets = torch.tensor(np.where(real, tokens, -100))[:, 1:longest]
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten()).backward()
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), targets.flatten()
+        ).backward()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+                parameter.copy_(
+                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                )
         model.save_pretrained(folder)
         gradients = safetensors.numpy.load_file(Path(folder) / "model.safetensors")
     return flatten(params_from_tensors(pair.config, gradients.__getitem__))
@@ -399,18 +425,23 @@ def chain_rule(
 
 def largest_error(values: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
     """Largest difference over the largest entry of its leaf; NaN if any is."""
-    errors = [np.abs(values[path] - leaf).max() / np.abs(leaf).max() for path, leaf in reference.items()]
+    errors = [
+        np.abs(values[path] - leaf).max() / np.abs(leaf).max() for path, leaf in reference.items()
+    ]
     return float(np.max(errors))
 
 
 def measure_gradients(case: Case) -> tuple[float, float]:
-    """Largest error of the adapters' gradients, rematerialized, against transformers in float64, right padding.
+    """Largest error of the adapters' gradients, rematerialized, against transformers in float64,
+    right padding.
 
-    The second number is the error of transformers in float32, if ours is above 1e-4, and else 0: for some tokens
-    these random models amplify rounding.
+    The second number is the error of transformers in float32, if ours is above 1e-4, and else 0:
+    for some tokens these random models amplify rounding.
     """
     pair, tokens = build(case), random_tokens(2, SEQ)
-    real = np.arange(SEQ)[None] < np.array([SEQ - 3, SEQ - 3 if case.one_length else SHORT])[:, None]
+    real = (
+        np.arange(SEQ)[None] < np.array([SEQ - 3, SEQ - 3 if case.one_length else SHORT])[:, None]
+    )
     tokens = np.where(real, tokens, 0)
     lora, spec = random_adapters(pair.config)
     merged = dict(merged_tensors(pair.config, pair.params, lora, spec))
@@ -427,7 +458,9 @@ def measure_gradients(case: Case) -> tuple[float, float]:
         variables = {"params": pair.params, "lora": lora}
         hidden = model.apply(variables, tokens, segment_ids=real.astype(np.int32))
         logits = model.apply(variables, hidden, method="unembed")
-        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)[..., 0]
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)[
+            ..., 0
+        ]
         return jnp.sum(losses * real[:, 1:]) / real[:, 1:].sum()
 
     expected = theirs(torch.float64)
@@ -439,8 +472,18 @@ FIRST = {case.family: case for case in reversed(CASES)}
 DYNAMIC, PER_LAYER = (
     case for case in CASES if case.features.startswith(("dynamic RoPE", "per-layer embeddings"))
 )
-# Each needs a program of its own: one family for each kind of cache, and for each kind of adapted layer.
-CACHES = ("llama", "gemma3_text", "gemma4_text", "phi3", "ministral3", "qwen3_next", "lfm2", "gpt_oss")
+# Each needs a program of its own: one family for each kind of cache, and for each kind of adapted
+#   layer.
+CACHES = (
+    "llama",
+    "gemma3_text",
+    "gemma4_text",
+    "phi3",
+    "ministral3",
+    "qwen3_next",
+    "lfm2",
+    "gpt_oss",
+)
 LAYERS = ("llama", "qwen3_next", "lfm2", "gpt_oss", "glm4_moe")
 # One layer of each kind: every further one is compiled again.
 FEWER = {
@@ -487,7 +530,8 @@ def test_a_family_is_named_in_its_record_alone():
     package = Path(nalora_jax.__file__).parent
     texts = {path: path.read_text("utf-8") for path in package.rglob("*.py")}
     del texts[package / "weights/gguf.py"]  # llama.cpp's names of pre-tokenizers
-    # Defaults of `register_family` and of PEFT's "all-linear", and text models of multimodal models.
+    # Defaults of `register_family` and of PEFT's "all-linear", and text models of multimodal
+    # models.
     for family in records.BUILT_IN.keys() - {"llama", "gemma3_text"}:
         (group,) = (g for g in families.GROUPS if records.BUILT_IN[family] in vars(g).values())
         named = [path for path, text in texts.items() if f'"{family}"' in text]
@@ -514,7 +558,8 @@ def test_packed_rows_start_a_biased_convolution_anew():
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.one_length], ids=by_name)
 def test_a_row_has_its_own_rope_length_whatever_it_is_batched_with(case):
-    """transformers takes the longest row's for all: its short row depends on its neighbour, and ours does not."""
+    """transformers takes the longest row's for all: its short row depends on its neighbour, and
+    ours does not."""
     pair, tokens, short = build(case), random_tokens(2, SEQ), ORIGINAL - 4
     real = np.arange(SEQ)[None] < np.array([SEQ, short])[:, None]
     tokens = np.where(real, tokens, 0)

@@ -58,14 +58,16 @@ def test_experts_keep_the_layout_of_their_stack_on_tpus_until_a_layer_gathers_th
 
 
 def test_fewer_bytes_decide_between_rows_and_experts():
-    """Qwen3-30B-A3B over 16 devices: 1.2 GB of experts a layer, 4,096 tokens, or 16 times as many."""
+    """Qwen3-30B-A3B over 16 devices: 1.2 GB of experts a layer, 4,096 tokens, or 16 times as
+    many."""
     sizes = {"d_model": 2048, "wide": 2.0, "kernel_bytes": 128 * 3 * 2048 * 768 * 2.0}
     for rows, devices, sends in ((8 * 4096, 16, True), (8 * 16 * 4096, 16, False), (8, 1, False)):
         assert experts.exchanges_less(rows, devices=devices, **sizes) == sends
 
 
 def test_every_device_routes_its_own_tokens():
-    """The whole gradient, counted by the compiler: an eighth on each of eight devices, on either kind of axis."""
+    """The whole gradient, counted by the compiler: an eighth on each of eight devices, on either
+    kind of axis."""
 
     def flops(sharding: NamedSharding | None) -> float:
         module, variables = block(RANK, sharding=sharding, **WIDE), shapes_of(RANK)
@@ -74,7 +76,9 @@ def test_every_device_routes_its_own_tokens():
         def loss(lora, x, variables):
             return jnp.sum(module.apply({**variables, "lora": lora}, x))
 
-        made = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(variables["lora"], x, variables).compile()
+        made = (
+            jax.jit(jax.grad(loss, argnums=(0, 1))).lower(variables["lora"], x, variables).compile()
+        )
         return float(made.cost_analysis()["flops"])
 
     whole = flops(None)
@@ -94,9 +98,13 @@ def test_experts_are_gathered_if_a_block_has_too_few_rows(monkeypatch):
         @jax.jit
         def step(x, variables):
             def loss(x, lora, taps):
-                return jnp.sum(jnp.sin(module.apply(variables | {"lora": lora, "gate_taps": taps}, x)))
+                return jnp.sum(
+                    jnp.sin(module.apply(variables | {"lora": lora, "gate_taps": taps}, x))
+                )
 
-            return jax.value_and_grad(loss, argnums=(0, 1, 2))(x, variables["lora"], taps_of(module))
+            return jax.value_and_grad(loss, argnums=(0, 1, 2))(
+                x, variables["lora"], taps_of(module)
+            )
 
         return jax.device_get(step(x, variables))
 
@@ -111,7 +119,12 @@ GLM4_MOE = {"model_type": "glm4_moe", "n_routed_experts": 4, "moe_intermediate_s
 GLM4_MOE |= {"n_shared_experts": 2, "first_k_dense_replace": 0}
 # The second layer reads the keys of the first, and layers have embeddings.
 GEMMA4 = {"model_type": "gemma4_text", "hidden_size": 32, "layer_types": ["full_attention"] * 2}
-GEMMA4 |= {"num_key_value_heads": 4, "num_global_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16}
+GEMMA4 |= {
+    "num_key_value_heads": 4,
+    "num_global_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 16,
+}
 GEMMA4 |= {"attention_k_eq_v": True, "num_kv_shared_layers": 1, "use_double_wide_mlp": True}
 GEMMA4 |= {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 64}
 LLAMA = {"model_type": "llama", "rope_theta": 1e4, "attention_bias": True, "mlp_bias": True}
@@ -127,30 +140,44 @@ ADAPTED = {"dora": True, "dropout": 0.3}
         (GLM4_MOE, MeshConfig(2, 4, 1), "send", {"kind": "int8"}),
         (GEMMA4, MeshConfig(2, 2, 2), "gather", {}),
     ],
-    ids=lambda value: value.get("model_type", str(value)) if isinstance(value, dict) else str(value),
+    ids=lambda value: (
+        value.get("model_type", str(value)) if isinstance(value, dict) else str(value)
+    ),
 )
 def test_eight_devices_are_one(family, mesh, experts_way, options, monkeypatch):
-    """Loss, gradients and statistics through the scan over layers; tests/layout/test_context.py splits rows."""
+    """Loss, gradients and statistics through the scan over layers; tests/layout/test_context.py
+    splits rows."""
     monkeypatch.setattr(experts, "SLACK", 4.0)
     monkeypatch.setattr(experts, "LEAST", 1)
     options = dict(options)
     kind, base = options.pop("kind", None), ModelConfig.from_hf(MIXTRAL | family)
     remat = "dots" if family is LLAMA else "none"
-    checks = GateChecks(1e-5) if family in (LLAMA, GPT_OSS) else None  # of a dense block, and of experts
+    checks = (
+        GateChecks(1e-5) if family in (LLAMA, GPT_OSS) else None
+    )  # of a dense block, and of experts
     rules = LoRARule("(ffn|attn|tail)/", RANK), LoRARule("", 0)
     spec = resolve(LoRAConfig(rules=rules, **options), projection_shapes(base), layer_numbers(base))
     params = init_params(base, jax.random.key(0))
-    params = trees.map_named(lambda path, x: x + 0.3 if path.endswith(("bias", "sinks")) else x, params)
+    params = trees.map_named(
+        lambda path, x: x + 0.3 if path.endswith(("bias", "sinks")) else x, params
+    )
     lora = jax.tree.map(lambda x: x + 0.1, init_lora(base, spec, jax.random.key(1), params))
     params = quantize_params(params, kind) if kind else params
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 64, (ROWS, SEQ)).astype(np.int32)
     shapes = {f"{path}/mask": shape for path, (shape, _) in gate_blocks(base).items()}
-    masks = trees.unflatten({path: jnp.float32(rng.uniform(size=shape)) for path, shape in shapes.items()})
+    masks = trees.unflatten(
+        {path: jnp.float32(rng.uniform(size=shape)) for path, shape in shapes.items()}
+    )
 
     def run(sharding: NamedSharding | None) -> Any:
         stats = GateStatsConfig(stride=2, probe_stride=3, checks=checks, sharding=sharding)
-        given = {"remat": remat, "stats": stats, "activation_sharding": sharding, "experts": experts_way}
+        given = {
+            "remat": remat,
+            "stats": stats,
+            "activation_sharding": sharding,
+            "experts": experts_way,
+        }
         model = Decoder(base, spec, Numerics(), **given)
         placed, rows = params, tokens
         if sharding is not None:
@@ -188,15 +215,21 @@ def test_eight_devices_are_one(family, mesh, experts_way, options, monkeypatch):
         if name == "occupancy":  # counts, of numbers whose rounding may take them over a cut
             limit = 2
         np.testing.assert_allclose(ours[path], value, rtol=1e-4, atol=limit, err_msg=path)
-    assert {path.rpartition("/")[0] for path in trees.flatten(single["stats"])} == gate_blocks(base).keys()
+    assert {path.rpartition("/")[0] for path in trees.flatten(single["stats"])} == gate_blocks(
+        base
+    ).keys()
 
 
 def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
     """The model that a run evaluates, and the one that other verbs load."""
     base, mesh = ModelConfig.from_hf(MIXTRAL), distributed.make_mesh(MeshConfig(2, 2, 2))
-    trained = build_model(RunConfig(compute=ComputeConfig(dtype="float32")), base, AdapterSpec(), mesh)
+    trained = build_model(
+        RunConfig(compute=ComputeConfig(dtype="float32")), base, AdapterSpec(), mesh
+    )
     evaluated = Assembly.eval_model.fget(SimpleNamespace(model=trained))
-    loaded = SimpleNamespace(config=base, params=jax.eval_shape(init_params, base, jax.random.key(0)))
+    loaded = SimpleNamespace(
+        config=base, params=jax.eval_shape(init_params, base, jax.random.key(0))
+    )
     monkeypatch.setattr("nalora_jax.train.adapted.load_model", lambda *_, **__: loaded)
     for model in (evaluated, load("some", mesh=mesh, resolved=loaded).module):
         assert model.activation_sharding is None

@@ -1,4 +1,5 @@
-"""The mixture against loops over experts: gradients of adapters and statistics of every expert's channels."""
+"""The mixture against loops over experts: gradients of adapters and statistics of every expert's
+channels."""
 
 from __future__ import annotations
 
@@ -43,9 +44,13 @@ def test_grouped_adapter_is_each_experts_own_with_gradients(platform):
     def loop(x, a, b):
         ends = np.cumsum(SIZES)
         rows = [slice(end - n, end) for end, n in zip(ends, SIZES, strict=True)]
-        return jnp.concatenate([low_rank(x[rows[e]], a[e], b[e], 0.7, mask[e]) for e in range(EXPERTS)])
+        return jnp.concatenate(
+            [low_rank(x[rows[e]], a[e], b[e], 0.7, mask[e]) for e in range(EXPERTS)]
+        )
 
-    ours, back = jax.vjp(lambda x, a, b: grouped_residual(x, a, b, 0.7, groups, numerics, mask), x, a, b)
+    ours, back = jax.vjp(
+        lambda x, a, b: grouped_residual(x, a, b, 0.7, groups, numerics, mask), x, a, b
+    )
     theirs, back_loop = jax.vjp(loop, x, a, b)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     g = normal(10, F, seed=4)
@@ -67,7 +72,9 @@ def block(
     """The experts of a model of width D, with other ``fields`` of its config."""
     sizes = {"hidden_size": D, "intermediate_size": F, "num_local_experts": EXPERTS}
     config = dataclasses.replace(tiny_config("mixtral", num_experts_per_tok=2, **sizes), **fields)
-    adapters = Adapters(tuple((f"{name}_proj", rank) for name in ("gate", "up", "down")), dropout=dropout)
+    adapters = Adapters(
+        tuple((f"{name}_proj", rank) for name in ("gate", "up", "down")), dropout=dropout
+    )
     options = PartOptions("layers", "ffn", adapters, numerics, stats, None, sharding, experts)
     return MoEFFN(config, RouterSpec(), options)
 
@@ -79,7 +86,8 @@ def variables_of(module: MoEFFN):
 
 
 def test_statistics_of_gpt_oss_experts_against_float64():
-    """Biases of router and experts and the clamped gate, whose outputs test_families.py compares."""
+    """Biases of router and experts and the clamped gate, whose outputs test_families.py
+    compares."""
     stats, limit, slope = GateStatsConfig(stride=1, probe_stride=1), 0.9, 1.3
     name = f"clamped_swish({slope!r},{limit!r})"
     module = block(stats=stats, ffn_bias=True, router_bias=True, up_limit=limit, activation=name)
@@ -100,9 +108,14 @@ def test_statistics_of_gpt_oss_experts_against_float64():
         rows = flat[np.any(chosen == e, axis=1)]
         z, dz = rows @ gate["kernel"][e] + gate["bias"][e], rows @ a[e] @ b[e]
         full = z + dz
-        phi_slope = ((full + step) * rho(full + step) - (full - step) * rho(full - step)) / (2 * step)
+        phi_slope = ((full + step) * rho(full + step) - (full - step) * rho(full - step)) / (
+            2 * step
+        )
         above = full > limit
-        contracting, expanding = ((full >= cuts.z0) & (full < 0)) | above, (full >= 0) & (full < cuts.z1)
+        contracting, expanding = (
+            ((full >= cuts.z0) & (full < 0)) | above,
+            (full >= 0) & (full < cuts.z1),
+        )
         regions = full < cuts.z0, contracting, expanding & ~above
         drho, moved = (rho(z + step) - rho(z - step)) / (2 * step), (rho(full) - rho(z)) * full
         sums = {
@@ -115,7 +128,9 @@ def test_statistics_of_gpt_oss_experts_against_float64():
         of_expert = {key: value[e] for key, value in measured.items()}
         assert of_expert["tokens"] == len(rows)
         for key, value in sums.items():
-            np.testing.assert_allclose(of_expert[key], value.sum(axis=0), rtol=1e-4, atol=1e-5, err_msg=key)
+            np.testing.assert_allclose(
+                of_expert[key], value.sum(axis=0), rtol=1e-4, atol=1e-5, err_msg=key
+            )
         counts = [region.sum(axis=0) for region in regions]
         np.testing.assert_array_equal(of_expert["occupancy"], [*counts, len(rows) - sum(counts)])
         assert above.any()
@@ -131,7 +146,11 @@ def test_statistics_are_the_same_where_adapters_are_joined():
 
 
 def test_dropout_acts_on_the_adapters_input_only():
-    module, x, options = block(dropout=0.5), normal(1, 6, D), {"rngs": {"dropout": jax.random.key(0)}}
+    module, x, options = (
+        block(dropout=0.5),
+        normal(1, 6, D),
+        {"rngs": {"dropout": jax.random.key(0)}},
+    )
     still = jax.jit(lambda variables: module.apply(variables, x))
     drop = jax.jit(lambda variables: module.apply(variables, x, deterministic=False, **options))
     variables = variables_of(module)

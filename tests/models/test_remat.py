@@ -1,4 +1,5 @@
-"""Rematerialization policies: what a layer saves, in which memory, and where a policy is refused."""
+"""Rematerialization policies: what a layer saves, in which memory, and where a policy is
+refused."""
 
 from __future__ import annotations
 
@@ -24,7 +25,13 @@ from nalora_jax.ops.dispatch import Platform, numerics_for
 from tests.models.family_fields import tiny_config
 from tests.param_trees import init_params
 
-ROWS, SEQ, D, F, HEAD_DIM = 3, 256, 64, 48, 128  # splash attention takes whole blocks of tokens and heads
+ROWS, SEQ, D, F, HEAD_DIM = (
+    3,
+    256,
+    64,
+    48,
+    128,
+)  # splash attention takes whole blocks of tokens and heads
 
 
 def small(model_type: str, **fields: Any) -> ModelConfig:
@@ -34,7 +41,9 @@ def small(model_type: str, **fields: Any) -> ModelConfig:
 
 def traced(remat: str, implementation: str, base: ModelConfig, adapted: str) -> jax.stages.Traced:
     """The gradient of a decoder's loss, traced for a TPU that is not there."""
-    spec = resolve(LoRAConfig(rules=(LoRARule(adapted, 2),)), projection_shapes(base), layer_numbers(base))
+    spec = resolve(
+        LoRAConfig(rules=(LoRARule(adapted, 2),)), projection_shapes(base), layer_numbers(base)
+    )
     params = jax.eval_shape(lambda: init_params(base, jax.random.key(0)))
     lora = jax.eval_shape(lambda: init_lora(base, spec, jax.random.key(0)))
     platform = Platform("tpu", "TPU v6 lite", 1)
@@ -50,7 +59,9 @@ def traced(remat: str, implementation: str, base: ModelConfig, adapted: str) -> 
 def moved(text: str, memory: str) -> list[str]:
     """Types of the arrays that a program puts into a memory."""
     lines = [
-        line for line in text.splitlines() if "annotate_device_placement" in line and f'"{memory}"' in line
+        line
+        for line in text.splitlines()
+        if "annotate_device_placement" in line and f'"{memory}"' in line
     ]
     return [re.findall(r"tensor<([^>]*)>", line)[-1] for line in lines]
 
@@ -68,7 +79,8 @@ def test_what_a_policy_saves_goes_to_the_host_and_comes_back(remat):
 
 
 def saved_by_layers(jaxpr: Any) -> float:
-    """Returns the bf16 values per token that forward scans save, without ranks and norms' factors."""
+    """Returns the bf16 values per token that forward scans save, without ranks and norms'
+    factors."""
     widths = 0.0
     for equation in jaxpr.eqns:
         inner = [value.jaxpr for value in equation.params.values() if hasattr(value, "jaxpr")]
@@ -111,7 +123,11 @@ def test_estimated_values_are_those_that_layers_save(base, policies):
 def test_the_result_of_cudnn_is_saved_with_the_projections():
     """JAX gives it no name."""
     forward = fused._dot_product_attention_fwd_p_wrapper
-    assert [_policy(remat)(forward) for remat in ("full", "attention", "dots")] == [False, True, True]
+    assert [_policy(remat)(forward) for remat in ("full", "attention", "dots")] == [
+        False,
+        True,
+        True,
+    ]
     assert not _policy("dots")(fused._dot_product_attention_bwd_p_wrapper)
 
 
@@ -123,7 +139,8 @@ def test_experts_are_gathered_if_inputs_are_offloaded():
 
 def test_a_cpu_has_no_other_memory():
     with pytest.raises(
-        NaloraError, match=r"--compute.remat: expected .* on cpu, .* found dots_offload; use dots, or"
+        NaloraError,
+        match=r"--compute.remat: expected .* on cpu, .* found dots_offload; use dots, or",
     ):
         check_remat("dots_offload", "cpu")
     check_remat("dots_offload", "tpu")

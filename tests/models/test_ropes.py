@@ -28,7 +28,11 @@ def test_rms_norm_of_bf16_is_computed_in_float32():
 
 SHORT = {**SIZES, "model_type": "llama", "hidden_act": "silu", "max_position_embeddings": 16}
 SCALED = {**SHORT, "max_position_embeddings": 64, "rope_theta": 1e4}
-SCALED["rope_scaling"] = {"rope_type": "llama3", **TO_LLAMA3, "original_max_position_embeddings": 16}
+SCALED["rope_scaling"] = {
+    "rope_type": "llama3",
+    **TO_LLAMA3,
+    "original_max_position_embeddings": 16,
+}
 WINDOWED = {**SIZES, "model_type": "gemma3_text", "max_position_embeddings": 32}
 WINDOWED |= {"head_dim": 16, "sliding_window": 8, "layer_types": [SLIDING, FULL] * 2}
 GEMMA3 = {**WINDOWED, "rope_theta": 1e5, "rope_local_base_freq": 1e3}
@@ -37,7 +41,10 @@ MINISTRAL = {**SHORT, "model_type": "ministral3", "head_dim": 16}
 MINISTRAL["rope_parameters"] = rope(
     "yarn", factor=3.0, original_max_position_embeddings=6, llama_4_scaling_beta=0.6
 )
-NESTED = {**WINDOWED, "rope_parameters": {FULL: rope("default", 1e5), SLIDING: rope("default", 1e3)}}
+NESTED = {
+    **WINDOWED,
+    "rope_parameters": {FULL: rope("default", 1e5), SLIDING: rope("default", 1e3)},
+}
 
 
 @pytest.mark.parametrize(
@@ -84,8 +91,16 @@ def test_rotations_beyond_the_limit_equal_transformers(raw, text, context):
 
 def test_settings_for_other_tools_are_the_changed_fields():
     changed = with_rope_scaling(NESTED, "yarn:factor=2", "config.json")
-    full = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "rope_theta": 1e5}
-    expected = {"full_attention": full, "sliding_attention": NESTED["rope_parameters"]["sliding_attention"]}
+    full = {
+        "rope_type": "yarn",
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 1e5,
+    }
+    expected = {
+        "full_attention": full,
+        "sliding_attention": NESTED["rope_parameters"]["sliding_attention"],
+    }
     assert rope_settings(changed) == {"rope_parameters": expected, "max_position_embeddings": 64}
     seeing = with_rope_scaling(
         {"model_type": "gemma3", "text_config": NESTED}, "yarn:factor=2", "config.json"

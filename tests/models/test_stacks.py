@@ -15,7 +15,10 @@ from tests.models.family_fields import tiny_config
     [
         ((0, 1, 1, 1), [("group0/block0", (0,)), ("group1/block0", (1, 2, 3))]),
         ((0, 0, 0, 1) * 3, [(f"group0/block{i}", (i, i + 4, i + 8)) for i in range(4)]),
-        ((2, 0, 1, 0, 1), [("group0/block0", (0,)), ("group1/block0", (1, 3)), ("group1/block1", (2, 4))]),
+        (
+            (2, 0, 1, 0, 1),
+            [("group0/block0", (0,)), ("group1/block0", (1, 3)), ("group1/block1", (2, 4))],
+        ),
     ],
 )
 def test_layers_are_divided_into_the_fewest_compiled_blocks(kinds, expected):

@@ -2,11 +2,12 @@
 
     python -m tests.mutants                       # all; CONTRIBUTING.md states the time
     python -m tests.mutants method cap_inverted   # one room's, and one by name
-    python -m tests.mutants --list                # where each is in the package; exits with 1 if one is stale
+    python -m tests.mutants --list                # where each is in the package; exits with 1 if
+    one is stale
 
-A room is a TOML file next to this one; a mutant is a table of it: the line ``old``, by which the place is found in the
-whole package, the line ``new`` that replaces it, the reason, and the arguments of pytest that select the tests. A
-mutant is
+A room is a TOML file next to this one; a mutant is a table of it: the line ``old``, by which the
+place is found in the whole package, the line ``new`` that replaces it, the reason, and the
+arguments of pytest that select the tests. A mutant is
 
     caught   a test fails
     missed   all tests pass: one is missing
@@ -43,7 +44,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "nalora_jax"
 # Of the checkout, what tests read.
-COPIED = (PACKAGE, "tests", "benchmarks", "configs", "docs", "studies", "pyproject.toml", "train.py")
+COPIED = (
+    PACKAGE,
+    "tests",
+    "benchmarks",
+    "configs",
+    "docs",
+    "studies",
+    "pyproject.toml",
+    "train.py",
+)
 # What most tests import from other packages, so that forks need not: 2 to 6 CPU seconds a run.
 PRELOADED = (
     "jax", "flax.linen", "flax.nnx", "optax", "orbax.checkpoint", "grain", "hypothesis", "scipy.stats", "torch",
@@ -55,7 +65,8 @@ SECONDS = 900  # after which a run of tests is ended
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: the text that it replaces in one file of the package, and the tests that must notice."""
+    """A fault: the text that it replaces in one file of the package, and the tests that must
+    notice."""
 
     room: str
     name: str
@@ -83,7 +94,9 @@ def read_mutants(folder: Path = Path(__file__).parent) -> list[Mutant]:
         for path in sorted(folder.glob("*.toml"))
         for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items()
     ]
-    repeated = [name for name, count in Counter(mutant.name for mutant in mutants).items() if count > 1]
+    repeated = [
+        name for name, count in Counter(mutant.name for mutant in mutants).items() if count > 1
+    ]
     assert not repeated, f"mutants of one name: {repeated}"
     return mutants
 
@@ -104,13 +117,19 @@ class Copy:
         users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / PACKAGE
         kernels = Path(os.environ.get("NALORA_CACHE") or users) / "native"
         if kernels.exists():  # to compile them takes half a minute
-            shutil.copytree(kernels, self._cache / "native", ignore=shutil.ignore_patterns("making-*"))
+            shutil.copytree(
+                kernels, self._cache / "native", ignore=shutil.ignore_patterns("making-*")
+            )
         self._written = int(time.time())
 
     def run(self, tests: str) -> tuple[int, str, float]:
-        """Runs pytest and returns its exit status (-1: it was ended), its last lines and its CPU seconds."""
+        """Runs pytest and returns its exit status (-1: it was ended), its last lines and its CPU
+        seconds."""
         options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider"]
-        options += ["-W", "ignore:Module already imported"]  # a plugin that a preloaded package imports
+        options += [
+            "-W",
+            "ignore:Module already imported",
+        ]  # a plugin that a preloaded package imports
         with tempfile.TemporaryFile("w+") as output:
             process = os.fork()  # of a process that has imported what takes longest, see PRELOADED
             if process == 0:
@@ -137,10 +156,15 @@ class Copy:
             os.chdir(self.folder)
             os.environ |= {"NALORA_CACHE": str(self._cache), "PYTHONPATH": str(self.folder)}
             for name in [
-                one for one in sys.modules if one.partition(".")[0] in (PACKAGE, "tests", "benchmarks")
+                one
+                for one in sys.modules
+                if one.partition(".")[0] in (PACKAGE, "tests", "benchmarks")
             ]:
                 del sys.modules[name]
-            sys.path[:] = [str(self.folder), *(entry for entry in sys.path if entry not in ("", str(ROOT)))]
+            sys.path[:] = [
+                str(self.folder),
+                *(entry for entry in sys.path if entry not in ("", str(ROOT))),
+            ]
             status = pytest.main(list(arguments))
         except BaseException:
             traceback.print_exc()
@@ -188,12 +212,14 @@ def _judge(mutants: Sequence[Mutant]) -> list[Outcome]:
 def judge_all(
     root: Path, mutants: Sequence[Mutant], jobs: int, copied: Sequence[str] = COPIED
 ) -> Iterator[Outcome]:
-    """Yields the outcome of every mutant; ``jobs`` processes work side by side, each in its own copy of ``root``."""
+    """Yields the outcome of every mutant; ``jobs`` processes work side by side, each in its own
+    copy of ``root``."""
     groups: dict[str, list[Mutant]] = defaultdict(list)
     for mutant in mutants:
         groups[mutant.tests].append(mutant)
     with tempfile.TemporaryDirectory(prefix="nalora-mutants-") as scratch:
-        # Programs that a fault does not change are compiled once. The others as tests/conftest.py sets them.
+        # Programs that a fault does not change are compiled once. The others as tests/conftest.py
+        # sets them.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{scratch}/compiled"
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0"}
@@ -201,7 +227,9 @@ def judge_all(
             importlib.import_module(name)
         warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # no backend has started
         arguments = (root, Path(scratch), copied)
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _start, arguments) as pool:
+        with ProcessPoolExecutor(
+            jobs, multiprocessing.get_context("fork"), _start, arguments
+        ) as pool:
             for done in as_completed(pool.submit(_judge, group) for group in groups.values()):
                 yield from done.result()
 
@@ -212,12 +240,20 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutants or rooms; by default all")
-    parser.add_argument("--list", action="store_true", help="print them and their places, and run no test")
-    parser.add_argument("--jobs", type=int, default=2, help="copies of the package that work side by side")
+    parser.add_argument(
+        "--list", action="store_true", help="print them and their places, and run no test"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="copies of the package that work side by side"
+    )
     args = parser.parse_args()
     mutants = read_mutants()
-    if unknown := set(args.names) - {name for mutant in mutants for name in (mutant.name, mutant.room)}:
-        raise SystemExit(f"error: NAME: expected a room or a mutant of --list, found {', '.join(unknown)}")
+    if unknown := set(args.names) - {
+        name for mutant in mutants for name in (mutant.name, mutant.room)
+    }:
+        raise SystemExit(
+            f"error: NAME: expected a room or a mutant of --list, found {', '.join(unknown)}"
+        )
     mutants = [one for one in mutants if not args.names or {one.name, one.room} & set(args.names)]
     if args.list:
         stale = 0

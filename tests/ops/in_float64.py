@@ -8,7 +8,8 @@ import numpy as np
 
 
 def packed_rows(batch: int, seq: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns int32 positions and segments of rows with three segments and padding, or left padding and one."""
+    """Returns int32 positions and segments of rows with three segments and padding, or left padding
+    and one."""
     lengths = [[seq // 2, seq // 4, seq - seq // 2 - seq // 4 - 3, 3], [5, seq - 5]]
     segments = [np.repeat([1, 2, 3, 0], lengths[0]), np.repeat([0, 1], lengths[1])]
     positions = [np.concatenate([np.arange(n) for n in row]) for row in lengths]
@@ -32,7 +33,8 @@ def attention64(
     softcap: float = 0.0,
     sinks: Any = None,
 ) -> list[np.ndarray]:
-    """Returns result, log-sum-exps ``[batch, heads, seq]``, and gradients of q, k and v for the cotangent ``g``."""
+    """Returns result, log-sum-exps ``[batch, heads, seq]``, and gradients of q, k and v for the
+    cotangent ``g``."""
     q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, g))
     groups = q.shape[2] // k.shape[2]
     k, v = (np.repeat(x, groups, axis=2) for x in (k, v))

@@ -25,7 +25,9 @@ def draw(batch: int, seq: int, heads: int = 6, kv_heads: int = 2, dim: int = 8):
     return q.astype(np.float32), k.astype(np.float32), v.astype(np.float32)
 
 
-SINKS = np.array([-2.0, 0.5, 3.0, -1e4, 20.0, 1.0], np.float32)  # one that loses little, one that takes all
+SINKS = np.array(
+    [-2.0, 0.5, 3.0, -1e4, 20.0, 1.0], np.float32
+)  # one that loses little, one that takes all
 
 
 @pytest.mark.parametrize(
@@ -34,16 +36,21 @@ SINKS = np.array([-2.0, 0.5, 3.0, -1e4, 20.0, 1.0], np.float32)  # one that lose
         ((2, 24, 6, 2, 8), FAR, 1.5, SINKS),
         ((2, 40, 6, 2, 8), 7, 0.0, SINKS),  # one block, of which a native kernel keeps no result
         ((2, 150, 6, 2, 8), 70, 1.5, None),  # five, in pieces
-        # XLA:CPU folds a transposed operand or result into a product, and can run few of the results in bf16.
+        # XLA:CPU folds a transposed operand or result into a product, and can run few of the
+        # results in bf16.
         ((8, 1, 9, 3, 64), FAR, 0.0, None),
         ((1, 65, 8, 1, 128), FAR, 0.0, None),
     ],
 )
-def test_values_and_gradients_equal_the_formula(shape, window, softcap, sinks, numerics, monkeypatch):
+def test_values_and_gradients_equal_the_formula(
+    shape, window, softcap, sinks, numerics, monkeypatch
+):
     monkeypatch.setattr(module, "PIECE", 16 if shape[1] == 150 else 256)
     q, k, v = draw(*shape)
     rows = shape[:2]
-    positions, segments = packed_rows(*rows) if rows[1] > 1 else (np.zeros(rows, int), np.ones(rows, int))
+    positions, segments = (
+        packed_rows(*rows) if rows[1] > 1 else (np.zeros(rows, int), np.ones(rows, int))
+    )
     config, real = AttentionConfig(shape[-1] ** -0.5, softcap), (segments > 0)[..., None, None]
     given = visible(positions, segments, window), config.scale, softcap, sinks
     result = attention64(q, k, v, q, *given)[0]
@@ -53,7 +60,9 @@ def test_values_and_gradients_equal_the_formula(shape, window, softcap, sinks, n
     def run(q, k, v, s, of):
         def attend(q, k, v, s):
             keys = Keys(k, v, positions, segments, sinks=None if sinks is None else s)
-            return jnp.where(real, attention(q, keys, window, config, of), 0.0)  # padding's are never used
+            return jnp.where(
+                real, attention(q, keys, window, config, of), 0.0
+            )  # padding's are never used
 
         out, back = jax.vjp(attend, q, k, v, s)
         return out, *back(jnp.cos(out) * real)
@@ -71,16 +80,20 @@ def test_values_and_gradients_equal_the_formula(shape, window, softcap, sinks, n
     [(10, FAR, 0.0, None), (10, 7, 1.5, SINKS), (1024, 7, 1.5, SINKS)],
 )
 def test_blocks_of_a_cache_equal_the_formula(monkeypatch, block, window, softcap, sinks):
-    """A cache of 24 slots in blocks of 10, or as a whole; the last 4 slots are empty and hold anything."""
+    """A cache of 24 slots in blocks of 10, or as a whole; the last 4 slots are empty and hold
+    anything."""
     monkeypatch.setattr(module, "CACHE_BLOCK", block)
     q, k, v = draw(2, 90)
     positions, segments = packed_rows(2, 90)
     want = attention64(q, k, v, q, visible(positions, segments, window), 0.4, softcap, sinks)[0]
     before = [
-        np.concatenate([x[:, :20], np.full_like(x[:, :4], 7)], axis=1) for x in (k, v, positions, segments)
+        np.concatenate([x[:, :20], np.full_like(x[:, :4], 7)], axis=1)
+        for x in (k, v, positions, segments)
     ]
     before[3][:, 20:] = 0
-    cached = CachedKeys(before[0].transpose(0, 2, 3, 1), before[1].transpose(0, 2, 1, 3), *before[2:])
+    cached = CachedKeys(
+        before[0].transpose(0, 2, 3, 1), before[1].transpose(0, 2, 1, 3), *before[2:]
+    )
     keys = Keys(*(x[:, 20:] for x in (k, v, positions, segments)), None, sinks, cached)
     config = AttentionConfig(0.4, softcap)
     attend = jax.jit(lambda q, keys: attention(q, keys, window, config, PLAIN))
@@ -98,7 +111,11 @@ def test_memory_of_a_long_sequence_is_linear_and_the_upper_triangle_is_skipped()
         def loss(q, k, v, *places):
             return jnp.sum(attention(q, Keys(k, v, *places), FAR, AttentionConfig(0.4), PLAIN))
 
-        return jax.jit(jax.grad(loss, (0, 1, 2)) if gradient else loss).lower(q, k, v, row, row).compile()
+        return (
+            jax.jit(jax.grad(loss, (0, 1, 2)) if gradient else loss)
+            .lower(q, k, v, row, row)
+            .compile()
+        )
 
     memory = [compiled(seq).memory_analysis().temp_size_in_bytes for seq in (2048, 4096)]
     assert memory[1] < 2.3 * memory[0]
@@ -142,5 +159,7 @@ def test_whole_rows_equal_the_formula(seq, kind, numerics):
 
     made = jax.jit(run, static_argnums=0)
     for precision, tolerance in (("float32", 2e-6), ("bfloat16", 0.02)):
-        for found, want in zip(made(numerics(precision), q, k, v, g), (out, *gradients), strict=True):
+        for found, want in zip(
+            made(numerics(precision), q, k, v, g), (out, *gradients), strict=True
+        ):
             np.testing.assert_allclose(found, want, atol=tolerance * np.abs(want).max(), rtol=0)

@@ -1,4 +1,5 @@
-"""Attention kernels of accelerators and attention of split rows, against the plain function on whole rows.
+"""Attention kernels of accelerators and attention of split rows, against the plain function on
+whole rows.
 
 The TPU kernel and Triton's are interpreted, cuDNN's is tested by what it is given.
 """
@@ -45,14 +46,24 @@ def operands(batch: int, seq: int) -> tuple[Any, ...]:
 
 
 def results(
-    numerics: Numerics, window: int, config: AttentionConfig, *, batch=2, seq=256, starts=None, sinks=None
+    numerics: Numerics,
+    window: int,
+    config: AttentionConfig,
+    *,
+    batch=2,
+    seq=256,
+    starts=None,
+    sinks=None,
 ) -> tuple[jax.Array, ...]:
-    """Returns the result of real tokens and the gradients, of whole rows or of rows that the sharding splits."""
+    """Returns the result of real tokens and the gradients, of whole rows or of rows that the
+    sharding splits."""
     q, k, v, g, *places = operands(batch, seq)
     real = (places[1] > 0)[..., None, None]
 
     def whole(window, *heads):
-        return attention(heads[0], Keys(*heads[1:], *places, starts, sinks), window, config, numerics)
+        return attention(
+            heads[0], Keys(*heads[1:], *places, starts, sinks), window, config, numerics
+        )
 
     def in_parts(window, *heads):
         row = Row(*(None if x is None else padded(x, config.sharding) for x in (*places, starts)))
@@ -80,7 +91,9 @@ def results(
         ("triton", SPLIT, 40, (40, FAR)),
     ],
 )
-def test_kernels_and_split_rows_equal_the_plain_function(name, sharding, window, windows, monkeypatch):
+def test_kernels_and_split_rows_equal_the_plain_function(
+    name, sharding, window, windows, monkeypatch
+):
     """With several windows also with a soft cap and sinks."""
     softcap, sinks = (1.5, jnp.linspace(-2.0, 3.0, HEADS)) if len(windows) > 1 else (0.0, None)
     config = partial(AttentionConfig, 0.125, softcap, windows=windows, interpret=True)
@@ -104,7 +117,9 @@ def test_tokens_of_an_image_that_shards_divide_see_each_other():
     places = (np.arange(510) // 60 % 2 == 1)[None] & (segments > 0)
     starts = np.asarray(run_starts(*map(jnp.asarray, (places, positions, segments))))
     ours, whole = (
-        results(PLAIN, FAR, AttentionConfig(0.125, windows=(FAR,), sharding=of), seq=510, starts=starts)
+        results(
+            PLAIN, FAR, AttentionConfig(0.125, windows=(FAR,), sharding=of), seq=510, starts=starts
+        )
         for of in (SPLIT, None)
     )
     for one, other in zip(ours, whole, strict=True):
@@ -131,7 +146,9 @@ def test_a_layer_that_saves_products_does_not_run_splash_again():
     q, k, v, _, *places = operands(4, 256)
 
     def layer(q, k, v):
-        return jnp.sin(attention(q, Keys(k, v, *places), FAR, config, Numerics(implementation="splash")))
+        return jnp.sin(
+            attention(q, Keys(k, v, *places), FAR, config, Numerics(implementation="splash"))
+        )
 
     def forward_runs(policy) -> int:
         loss = jax.checkpoint(layer, policy=policy)
@@ -159,16 +176,22 @@ def test_blocks_divide_the_row_and_their_pairs_are_counted(seq, window, head_dim
 
 
 def test_cudnn_with_sinks_equals_the_plain_function(monkeypatch):
-    """Results and gradients, with JAX's own function on its XLA implementation in place of cuDNN."""
+    """Results and gradients, with JAX's own function on its XLA implementation in place of
+    cuDNN."""
     shapes = []
     monkeypatch.setattr(attention_gpu, "compiles", lambda q, k, *_: shapes.append((q, k)) or True)
 
     def in_float32(q, k, v, visible, scale):
-        return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], scale=scale, is_causal=True)
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=visible[:, None], scale=scale, is_causal=True
+        )
 
     monkeypatch.setattr(attention_gpu, "dot_product", in_float32)
     sinks = jnp.array([-2.0, 0.5, 3.0, 20.0])  # the last one takes all
-    cudnn, config = Numerics("bfloat16", residual="float32", implementation="cudnn"), AttentionConfig(0.125)
+    cudnn, config = (
+        Numerics("bfloat16", residual="float32", implementation="cudnn"),
+        AttentionConfig(0.125),
+    )
     ours, plain = (results(numerics, 40, config, sinks=sinks) for numerics in (cudnn, PLAIN))
     assert shapes == [((2, 258, HEADS, DIM + 8), (2, 258, KV_HEADS, DIM + 8))]
     without = results(PLAIN, 40, config)
@@ -177,7 +200,10 @@ def test_cudnn_with_sinks_equals_the_plain_function(monkeypatch):
         assert np.max(np.abs(expected - other)) > 0.1
 
 
-H100 = {"seq": 16384, "kind": "NVIDIA H100 80GB HBM3"}  # where visibility as an array has 512 MB a row
+H100 = {
+    "seq": 16384,
+    "kind": "NVIDIA H100 80GB HBM3",
+}  # where visibility as an array has 512 MB a row
 
 
 @pytest.mark.parametrize(
@@ -202,12 +228,24 @@ H100 = {"seq": 16384, "kind": "NVIDIA H100 80GB HBM3"}  # where visibility as an
 )
 def test_the_numerics_platform_chooses(monkeypatch, platform, changes, expected):
     """Whatever this machine has: the program is traced for the platform of its mesh."""
-    of = {"seq": 256, "kind": "", "devices": 1, "named": "auto", "dtype": "bfloat16", "windows": (FAR,)}
+    of = {
+        "seq": 256,
+        "kind": "",
+        "devices": 1,
+        "named": "auto",
+        "dtype": "bfloat16",
+        "windows": (FAR,),
+    }
     of |= {"softcap": 0.0, "dropout": False} | changes
     monkeypatch.setattr(attention_gpu, "compiles", lambda *_: True)
     asked = []
-    monkeypatch.setattr(attention_gpu, "dot_product", lambda q, *_, **__: asked.append("cudnn") or q)
-    q, k = (jax.ShapeDtypeStruct((1, of["seq"], heads, DIM), jnp.bfloat16) for heads in (HEADS, KV_HEADS))
+    monkeypatch.setattr(
+        attention_gpu, "dot_product", lambda q, *_, **__: asked.append("cudnn") or q
+    )
+    q, k = (
+        jax.ShapeDtypeStruct((1, of["seq"], heads, DIM), jnp.bfloat16)
+        for heads in (HEADS, KV_HEADS)
+    )
     row = jax.ShapeDtypeStruct((1, of["seq"]), jnp.int32)
     numerics = numerics_for(of["dtype"], Platform(platform, of["kind"], of["devices"]), of["named"])
     config = AttentionConfig(0.125, of["softcap"], 0.1, windows=of["windows"])

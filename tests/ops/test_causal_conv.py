@@ -1,4 +1,5 @@
-"""The causal convolution against torch, with packed segments, padding, and inputs of earlier calls."""
+"""The causal convolution against torch, with packed segments, padding, and inputs of earlier
+calls."""
 
 from __future__ import annotations
 

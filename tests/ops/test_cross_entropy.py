@@ -63,7 +63,9 @@ def test_value_and_gradient(sizes, targeted, head, options, numerics):
         prepared = prepare({"params": {part: {name: table}}}, numerics(dtype))["params"][part][name]
 
         def loss(h, table, dtype=dtype):
-            return cross_entropy(h, table, jnp.asarray(targets), weights, head, numerics(dtype), **options)
+            return cross_entropy(
+                h, table, jnp.asarray(targets), weights, head, numerics(dtype), **options
+            )
 
         run = jax.jit(jax.value_and_grad(lambda h, table, loss=loss: 3.0 * loss(h, table)))
         results = [run(hidden, of) for of in (table, prepared)]
@@ -79,7 +81,9 @@ def test_no_targets_and_extreme_logits_are_finite(size, targeted):
     hidden, kernel, targets, weights = _problem()
     given = (jnp.asarray(x, jnp.float32) for x in (size * hidden, kernel, targeted * weights))
     hidden, kernel, weights = given
-    value, gradient = jax.value_and_grad(cross_entropy)(hidden, kernel, jnp.asarray(targets), weights)
+    value, gradient = jax.value_and_grad(cross_entropy)(
+        hidden, kernel, jnp.asarray(targets), weights
+    )
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
     assert bool(np.any(gradient)) == (value != 0) == (targeted > 0)
@@ -88,22 +92,37 @@ def test_no_targets_and_extreme_logits_are_finite(size, targeted):
 @pytest.mark.parametrize(("compact", "transposed"), [(True, True), (True, False), (False, False)])
 def test_a_bf16_head_is_never_widened_or_copied_as_a_whole(compact, transposed):
     tokens, vocab, d = 64, 65536, 64
-    shapes = [((4, tokens // 4, d), "float32"), ((vocab, d) if transposed else (d, vocab), "bfloat16")]
+    shapes = [
+        ((4, tokens // 4, d), "float32"),
+        ((vocab, d) if transposed else (d, vocab), "bfloat16"),
+    ]
     hidden, kernel = (jax.ShapeDtypeStruct(*s) for s in shapes)
-    targets, weights = (jax.ShapeDtypeStruct((4, tokens // 4), dtype) for dtype in ("int32", "float32"))
-    half, head = numerics_for("bfloat16", Platform("cpu", "", 8)), Head(transposed)  # no kernel is native
+    targets, weights = (
+        jax.ShapeDtypeStruct((4, tokens // 4), dtype) for dtype in ("int32", "float32")
+    )
+    half, head = (
+        numerics_for("bfloat16", Platform("cpu", "", 8)),
+        Head(transposed),
+    )  # no kernel is native
     if compact:  # as the step has it: prepared on one device, bf16 on a mesh
-        kernel = prepare({"params": {"lm_head": {"kernel": kernel}}}, half)["params"]["lm_head"]["kernel"]
-    step = jax.grad(lambda h, k, t, w: cross_entropy(h, k, t, w, head, half, chunk=4, compact=compact))
+        kernel = prepare({"params": {"lm_head": {"kernel": kernel}}}, half)["params"]["lm_head"][
+            "kernel"
+        ]
+    step = jax.grad(
+        lambda h, k, t, w: cross_entropy(h, k, t, w, head, half, chunk=4, compact=compact)
+    )
     analysis = jax.jit(step).lower(hidden, kernel, targets, weights).compile().memory_analysis()
     assert analysis.temp_size_in_bytes < 0.8 * vocab * d * 2
 
 
 @pytest.mark.parametrize("transposed", [True, False])
 def test_whole_rows_of_logits_take_no_entries_of_the_head(transposed):
-    # A TPU or GPU would make a transposed copy of an untied head for it, and one that is split would be gathered.
+    # A TPU or GPU would make a transposed copy of an untied head for it, and one that is split
+    # would be gathered.
     hidden, kernel, targets, weights = _problem()
     table = jnp.asarray(kernel.T if transposed else kernel, jnp.float32)
     arguments = (jnp.asarray(targets), jnp.asarray(weights, jnp.float32))
-    step = jax.grad(lambda h: cross_entropy(h, table, *arguments, head=Head(transposed), compact=False))
+    step = jax.grad(
+        lambda h: cross_entropy(h, table, *arguments, head=Head(transposed), compact=False)
+    )
     assert "gather" not in str(jax.make_jaxpr(step)(jnp.asarray(hidden, jnp.float32)))

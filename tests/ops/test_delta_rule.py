@@ -1,4 +1,5 @@
-"""The gated delta rule against transformers: values, gradients, packed segments, padding, memory."""
+"""The gated delta rule against transformers: values, gradients, packed segments, padding,
+memory."""
 
 from __future__ import annotations
 
@@ -64,7 +65,10 @@ def test_packed_segments_and_their_gradients_equal_separate_rows(numerics):
 
     def loss(inputs):
         out, state = gated_delta_rule(inputs, segments, numerics=numerics)
-        return jnp.sum(jnp.where((segments > 0)[..., None, None, None], out * weights, 0.0)), (out, state)
+        return jnp.sum(jnp.where((segments > 0)[..., None, None, None], out * weights, 0.0)), (
+            out,
+            state,
+        )
 
     gradient, (out, state) = jax.jit(jax.grad(loss, has_aux=True))(inputs)
     start = 1
@@ -114,7 +118,9 @@ def test_training_saves_one_state_per_chunk():
     def temporary(seq: int) -> float:
         """Returns the bytes of temporary memory of a gradient, in states of one head."""
         shapes = (64,), (64,), (1, 64), (1,), (1,)
-        inputs = DeltaInputs(*(jax.ShapeDtypeStruct((1, seq, 1, *shape), "float32") for shape in shapes))
+        inputs = DeltaInputs(
+            *(jax.ShapeDtypeStruct((1, seq, 1, *shape), "float32") for shape in shapes)
+        )
         loss = lambda x: jnp.sum(jnp.square(gated_delta_rule(x, jnp.ones((1, seq), jnp.int32))[0]))  # noqa: E731
         compiled = jax.jit(jax.grad(loss)).lower(inputs).compile()
         return compiled.memory_analysis().temp_size_in_bytes / (64 * 64 * 4)

@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 
 from nalora_jax.ops.dispatch import Numerics, Platform
-from nalora_jax.ops.grouped_matmul import grouped_matmul, joins_factors, outer_of_all, triton_grouped_matmul
+from nalora_jax.ops.grouped_matmul import (
+    grouped_matmul,
+    joins_factors,
+    outer_of_all,
+    triton_grouped_matmul,
+)
 
 BF16 = Numerics("bfloat16", "float32", "bfloat16", "bfloat16")
-# Groups that begin and end within a tile of 128 rows, at its edges, that are empty, and several in one tile.
-# The last two are not whole tiles, and fewer rows than groups.
+# Groups that begin and end within a tile of 128 rows, at its edges, that are empty, and several in
+# one tile. The last two are not whole tiles, and fewer rows than groups.
 SIZES = ([100, 0, 156, 0], [1, 127, 128, 0], [5, 6, 7, 238], [100, 60, 0, 30], [0, 1, 0, 1])
 
 
@@ -20,13 +25,17 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.asarray(drawn.astype(jnp.float32))
 
 
-CASES = [(sizes, (192, 128), transposed) for sizes, transposed in zip(SIZES, (0, 1, 0, 1, 0), strict=True)]
+CASES = [
+    (sizes, (192, 128), transposed)
+    for sizes, transposed in zip(SIZES, (0, 1, 0, 1, 0), strict=True)
+]
 CASES += [([30, 0, 101, 9], (72, 90), transposed) for transposed in (0, 1)]
 
 
 @pytest.mark.parametrize(("sizes", "widths", "transposed"), CASES, ids=str)
 def test_every_row_goes_through_its_own_group_s_kernel(sizes, widths, transposed):
-    """Also in widths that tiles do not divide, as of gpt-oss: 1,440 with two devices on "tensor"."""
+    """Also in widths that tiles do not divide, as of gpt-oss: 1,440 with two devices on
+    "tensor"."""
     x, kernels = normal(sum(sizes), widths[0]), normal(4, *widths, seed=1)
     given = jnp.asarray(kernels.swapaxes(1, 2) if transposed else kernels)
     arguments = jnp.asarray(x), given, jnp.asarray(sizes, jnp.int32), BF16

@@ -1,4 +1,5 @@
-"""Losses and advantages of policy gradients equal those of TRL's trainers; see trl_policy_losses.py."""
+"""Losses and advantages of policy gradients equal those of TRL's trainers; see
+trl_policy_losses.py."""
 
 from __future__ import annotations
 
@@ -40,6 +41,8 @@ def test_loss_gradient_and_advantages_are_those_of_trl(case):
             return losses.loss / denominator(mask, jnp.ones(len(mask)), settings)
 
         loss, gradient = jax.value_and_grad(mean)(jnp.array(case["log_probs"], float))
-    np.testing.assert_allclose(gains, case["advantages"], rtol=1e-7, atol=1e-12)  # TRL sums in float32
+    np.testing.assert_allclose(
+        gains, case["advantages"], rtol=1e-7, atol=1e-12
+    )  # TRL sums in float32
     np.testing.assert_allclose(loss, case["loss"], rtol=1e-6)  # "dapo" divides by a float32
     np.testing.assert_allclose(gradient, case["gradient"], rtol=1e-6, atol=1e-12)

@@ -1,4 +1,5 @@
-"""Quantized kernels: codes are the nearest ones, products and gradients equal those of the expanded kernel."""
+"""Quantized kernels: codes are the nearest ones, products and gradients equal those of the expanded
+kernel."""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ def test_shards_together_have_the_sums_of_the_batch(rows, batch):
 
 
 def test_over_the_shards_only_what_is_asked_for_is_summed():
-    """``[layers, shards, experts, ...]``: the last region holds the tokens that the others leave."""
+    """``[layers, shards, experts, ...]``: the last region holds the tokens that the others
+    leave."""
     rng = np.random.default_rng(0)
     # [layers, shards, experts, d_ff, parts]
     regions = rng.multinomial(9, [0.1, 0.5, 0.3, 0.1], size=(2, 4, 3, D_FF))

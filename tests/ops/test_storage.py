@@ -12,7 +12,15 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.errors import NaloraError
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.ops.dispatch import Platform, numerics_for
-from nalora_jax.ops.storage import Bits, matmul, prepare, round_and_save, rounded, take_rows, view_bits
+from nalora_jax.ops.storage import (
+    Bits,
+    matmul,
+    prepare,
+    round_and_save,
+    rounded,
+    take_rows,
+    view_bits,
+)
 
 SEVERAL = numerics_for("bfloat16", Platform("cpu", "", 8))  # devices, where no kernel is native
 RNG = np.random.default_rng(0)
@@ -57,8 +65,12 @@ def test_an_implementation_that_is_not_there_is_refused_by_name():
 
 
 def test_rounding_is_the_conversion_to_bf16_and_differentiable(numerics):
-    ties = np.array([1.00390625, 1.01171875, -1.00390625])  # halfway between two bf16 numbers: to even
-    edges = np.array([0.0, -0.0, np.inf, -np.inf, 3.4e38, -3.4e38, 1e-45, 1e-39, np.finfo(np.float32).max])
+    ties = np.array(
+        [1.00390625, 1.01171875, -1.00390625]
+    )  # halfway between two bf16 numbers: to even
+    edges = np.array(
+        [0.0, -0.0, np.inf, -np.inf, 3.4e38, -3.4e38, 1e-45, 1e-39, np.finfo(np.float32).max]
+    )
     bits = RNG.integers(0, 2**32, 100_000, dtype=np.uint32).view(np.float32)
     x = jnp.asarray(np.concatenate([ties, edges, bits[np.isfinite(bits)]]).astype(np.float32))
     got = jax.jit(lambda x: rounded(x, "bfloat16", numerics()))(x)
@@ -67,7 +79,9 @@ def test_rounding_is_the_conversion_to_bf16_and_differentiable(numerics):
     assert np.isnan(
         rounded(jnp.asarray([np.nan, -np.nan]), "bfloat16", numerics()).astype(jnp.float32)
     ).all()
-    slope = jax.grad(lambda x: jnp.sum(rounded(x, "bfloat16", numerics()).astype(jnp.float32) ** 2))(x[:3])
+    slope = jax.grad(
+        lambda x: jnp.sum(rounded(x, "bfloat16", numerics()).astype(jnp.float32) ** 2)
+    )(x[:3])
     np.testing.assert_array_equal(slope, 2 * np.asarray(got[:3], np.float32))
     # What is saved for the backward pass passes the gradient on.
     value, back = jax.vjp(lambda x: round_and_save(x, numerics(residual="bfloat16")), x[:3])

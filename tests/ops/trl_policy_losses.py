@@ -1,4 +1,5 @@
-"""Writes trl_policy_losses.json: losses, their gradients and advantages by TRL's trainers, in float64.
+"""Writes trl_policy_losses.json: losses, their gradients and advantages by TRL's trainers, in
+float64.
 
     pip install trl==1.16.0 datasets
     python tests/ops/trl_policy_losses.py
@@ -130,7 +131,9 @@ def advantages(
     return scored["advantages"].numpy()
 
 
-def case(name: str, seed: int, beta: float, truncated: bool, flat: bool, unscored: bool) -> dict[str, Any]:
+def case(
+    name: str, seed: int, beta: float, truncated: bool, flat: bool, unscored: bool
+) -> dict[str, Any]:
     """Returns inputs and results of one case."""
     rng = np.random.default_rng(seed)
     old = -rng.exponential(1.0, (ROWS, TOKENS)).round(3)
@@ -154,8 +157,14 @@ def case(name: str, seed: int, beta: float, truncated: bool, flat: bool, unscore
         "completion_ids": zeros,
         "completion_mask": torch.tensor(mask),
     }
-    inputs |= {"old_per_token_logps": torch.tensor(old), "old_logps": torch.tensor((old * mask).sum(1))}
-    inputs |= {"ref_per_token_logps": torch.tensor(base), "num_items_in_batch": torch.tensor(mask.sum())}
+    inputs |= {
+        "old_per_token_logps": torch.tensor(old),
+        "old_logps": torch.tensor((old * mask).sum(1)),
+    }
+    inputs |= {
+        "ref_per_token_logps": torch.tensor(base),
+        "num_items_in_batch": torch.tensor(mask.sum()),
+    }
     loss = of.methods._compute_loss(of, None, inputs | {"advantages": torch.tensor(gains)})
     loss.backward()
     arrays = {

@@ -16,7 +16,9 @@ from nalora_jax.report.history import read_history
 from tests.report.conftest import fake_records, write_run
 
 NALORA = RunConfig(
-    steps=40, mechanisms=("soft:power=2", "homogeneity"), optimizer=OptimizerConfig(learning_rate=1e-3)
+    steps=40,
+    mechanisms=("soft:power=2", "homogeneity"),
+    optimizer=OptimizerConfig(learning_rate=1e-3),
 )
 LORA = NALORA.without_mechanisms()
 
@@ -40,7 +42,10 @@ def test_seeds_are_one_group_and_methods_have_their_names(folders: list[Path]) -
     faster = replace(LORA, optimizer=replace(LORA.optimizer, learning_rate=2e-3), seed=5)
     other = write_run(folders[0].parent / "faster", list(fake_records(40, layers=4)), faster)
     labels = [group.label for group in group_runs([*runs, read_history(other)])]
-    assert labels[::2] == ["NA-LoRA, learning_rate 0.001", "LoRA, mechanisms none, learning_rate 0.002"]
+    assert labels[::2] == [
+        "NA-LoRA, learning_rate 0.001",
+        "LoRA, mechanisms none, learning_rate 0.002",
+    ]
 
 
 def test_the_page_holds_every_group_and_loads_nothing(folders: list[Path]) -> None:

@@ -1,4 +1,5 @@
-"""report.html: what it says, that it loads nothing, and that it holds for any log; also of runs on images."""
+"""report.html: what it says, that it loads nothing, and that it holds for any log; also of runs on
+images."""
 
 from __future__ import annotations
 
@@ -60,7 +61,10 @@ def test_the_page_is_small_and_loads_nothing(text):
 def test_text_from_the_log_is_escaped(make_run):
     attack = "<script>alert(1)</script>\"'&{{ 7 * 7 }}"
     sample = {"prompt": attack, "answer": attack, "expected": attack, "correct": False}
-    records = [{"step": 0, "eval": {"accuracy": 0.5, "samples": [sample]}}, {"done": {"message": attack}}]
+    records = [
+        {"step": 0, "eval": {"accuracy": 0.5, "samples": [sample]}},
+        {"done": {"message": attack}},
+    ]
     config = RunConfig(model=attack, output=attack, lora=LoRAConfig(rules=(LoRARule(attack),)))
     folder = make_run(records, config)
     (folder / "adapter").mkdir()
@@ -125,23 +129,38 @@ def test_a_folder_without_a_run_is_refused_and_nothing_is_written(tmp_path):
         (None, [], None, []),
     ],
 )
-def test_the_ends_of_a_run_are_its_reported_evaluations_or_the_first_and_last(initial, along, final, ends):
+def test_the_ends_of_a_run_are_its_reported_evaluations_or_the_first_and_last(
+    initial, along, final, ends
+):
     def at(step, **kind):
         return {"step": step, **kind, "eval": {"loss": float(step)}}
 
     records = [at(step) for step in along]
     records += [at(0, initial=True)] if initial == 0 else []
     records += [at(final, final=True)] if final else []
-    kinds = [next((k for k in ("initial", "final") if k in r), r["step"]) for r in history_of(records).ends]
+    kinds = [
+        next((k for k in ("initial", "final") if k in r), r["step"])
+        for r in history_of(records).ends
+    ]
     assert kinds == ends
 
 
 PICTURE = "data:image/png;base64,iVBORw0KGgo="
-SAMPLE = {"prompt": "a.png", "image": PICTURE, "answer": "cat", "expected": "<dog>", "correct": False}
+SAMPLE = {
+    "prompt": "a.png",
+    "image": PICTURE,
+    "answer": "cat",
+    "expected": "<dog>",
+    "correct": False,
+}
 EVAL = {"accuracy": 0.5, "low": 0.1, "high": 0.9, "loss": 1.0, "n": 4, "samples": [SAMPLE]}
 EVAL |= {"classes": ["cat", "<dog>"], "confusion": [[2, 0], [2, 0]]}
 RECORDS = [
-    {"run": {"steps": 2, "output": "runs/x", "vision": {"task": "classify"}}, "versions": {}, "device": ""},
+    {
+        "run": {"steps": 2, "output": "runs/x", "vision": {"task": "classify"}},
+        "versions": {},
+        "device": "",
+    },
     {"step": 0, "initial": True, "eval": EVAL},
     {"step": 2, "layers": {"misalignment": [0.1, 0.2, 0.3]}, "towers": {"image": 2, "text": 1}},
     {"step": 2, "final": True, "eval": EVAL | {"confusion": [[2, 0], [0, 2]], "accuracy": 1.0}},
@@ -155,7 +174,10 @@ def test_pictures_confusion_and_towers_are_on_the_page_and_no_other_address() ->
     assert all(said in page for said in ("nalora eval runs/x", "&lt;dog&gt;", "text 0"))
     assert not any(said in page for said in ("nalora generate", "<dog>"))
     before, after = confusions(history)
-    assert before == ("before", {"classes": EVAL["classes"], "rows": [("cat", [2, 0]), ("<dog>", [2, 0])]})
+    assert before == (
+        "before",
+        {"classes": EVAL["classes"], "rows": [("cat", [2, 0]), ("<dog>", [2, 0])]},
+    )
     assert after[0] == "after"
     for found in ("https://example.org/a.png", "data:text/html;base64,AA==", 3, None):
         assert picture({"image": found}) == ""

@@ -15,7 +15,8 @@ def sigmoid(z):
 
 
 def silu_sums(z, dz):
-    """The statistics of pre-activations ``[tokens, L, C]``, as the blocks sum them, by their definitions."""
+    """The statistics of pre-activations ``[tokens, L, C]``, as the blocks sum them, by their
+    definitions."""
     rho = sigmoid(z)
     slope = np.abs(rho * (1 + z * (1 - rho)))
     region = np.stack([np.digitize(z, CUTS) == k for k in range(4)], -2)
@@ -51,9 +52,12 @@ def test_means_per_layer(sums, experts):
 
 
 def test_a_share_is_relative_to_the_layer_and_weighs_experts_by_their_tokens():
-    slope = np.array([[[1.0, 3.0, 4.0, 8.0], [1.0, 1.0, 1.0, 1.0]]])  # means over 10 and over 30 tokens
+    slope = np.array(
+        [[[1.0, 3.0, 4.0, 8.0], [1.0, 1.0, 1.0, 1.0]]]
+    )  # means over 10 and over 30 tokens
     tokens = np.array([[10.0, 30.0]])
-    # Expert 0: mean slope 4, three of four channels reach 2; channel 0 does not. Expert 1: all reach half of 1.
+    # Expert 0: mean slope 4, three of four channels reach 2; channel 0 does not. Expert 1: all
+    #   reach half of 1.
     np.testing.assert_allclose(
         responsive_share(slope * tokens[..., None], tokens), [(0.75 * 10 + 1.0 * 30) / 40]
     )
@@ -63,7 +67,9 @@ def test_a_share_is_relative_to_the_layer_and_weighs_experts_by_their_tokens():
 
 
 def test_layers_that_no_adapter_moves_take_the_limit_of_the_probe(sums):
-    still = sums | {name: sums[name] * [[1.0], [0.0], [1.0]] for name in ("feature", "selection", "linear")}
+    still = sums | {
+        name: sums[name] * [[1.0], [0.0], [1.0]] for name in ("feature", "selection", "linear")
+    }
     alone, probed = layer_summary(still), layer_summary(still, sums)
     for values in (alone.misalignment, alone.limit, probed.misalignment):
         np.testing.assert_array_equal(np.isnan(values), [False, True, False])

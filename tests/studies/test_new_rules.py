@@ -32,10 +32,19 @@ CPU = Numerics(platform=Platform("cpu"))
 
 @pytest.fixture
 def rules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The globals of feature_gradient.py; the names of the three files are registered for one test."""
+    """The globals of feature_gradient.py; the names of the three files are registered for one
+    test."""
     dispatch.register_all()
-    registered = {"_IMPORTED": imports, "IMPLEMENTATIONS": dispatch, "implementations": ffn.gated_mlp}
-    for name, owner in (*registered.items(), ("_values", MECHANISMS), ("_values", statistics.TABLE)):
+    registered = {
+        "_IMPORTED": imports,
+        "IMPLEMENTATIONS": dispatch,
+        "implementations": ffn.gated_mlp,
+    }
+    for name, owner in (
+        *registered.items(),
+        ("_values", MECHANISMS),
+        ("_values", statistics.TABLE),
+    ):
         monkeypatch.setattr(owner, name, dict(getattr(owner, name)))
     for name in ("agreement", "feature_gradient", "two_regions"):
         imports.import_file(str(STUDIES / f"{name}.py"))
@@ -46,7 +55,9 @@ def rules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def step() -> tuple[np.ndarray, np.ndarray]:
     """An update of B, and the shares of the four regions."""
     rng = np.random.default_rng(0)
-    update = rng.standard_normal((LAYERS, RANK, CHANNELS)) * rng.uniform(0.1, 2, (LAYERS, 1, CHANNELS))
+    update = rng.standard_normal((LAYERS, RANK, CHANNELS)) * rng.uniform(
+        0.1, 2, (LAYERS, 1, CHANNELS)
+    )
     occupancy = rng.dirichlet(np.ones(4), (LAYERS, CHANNELS)).swapaxes(1, 2)
     return update.astype(np.float32), occupancy
 
@@ -59,7 +70,9 @@ def stepped(rule: str, updates: np.ndarray, occupancy: np.ndarray) -> tuple[Any,
     state = init_gate_state({BLOCK: (LAYERS, CHANNELS)}, mechanisms)
     state = update_gate_state(state, {BLOCK: sums}, mechanisms)
     transform = scale_by_gates(mechanisms, GATES)
-    scaled, _ = transform.update({"gate": {"b": jnp.asarray(updates)}}, state, gate_stats={BLOCK: sums})
+    scaled, _ = transform.update(
+        {"gate": {"b": jnp.asarray(updates)}}, state, gate_stats={BLOCK: sums}
+    )
     return own_factors(state, mechanisms), np.asarray(scaled["gate"]["b"])
 
 
@@ -107,8 +120,13 @@ def block(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
 def gradients(rule: str, arrays: tuple[np.ndarray, ...]) -> tuple[Any, Any]:
     """The block's output and the gradients of x, A and B of its sum of squares."""
     x, gate, up, down, a, b = (jnp.asarray(array, jnp.float32) for array in arrays)
-    taps = statistics.taps(dict.fromkeys((*statistics.STANDARD, *([rule] if rule else []))), (CHANNELS,))
-    silu, measured = activations.get("silu"), Measurement(jnp.ones((1, TOKENS)), GateStatsConfig(), taps)
+    taps = statistics.taps(
+        dict.fromkeys((*statistics.STANDARD, *([rule] if rule else []))), (CHANNELS,)
+    )
+    silu, measured = (
+        activations.get("silu"),
+        Measurement(jnp.ones((1, TOKENS)), GateStatsConfig(), taps),
+    )
 
     def loss(x, a, b):
         layer = Dense(gate, Adapter(a, b, jnp.float32(0.5)))
@@ -119,7 +137,9 @@ def gradients(rule: str, arrays: tuple[np.ndarray, ...]) -> tuple[Any, Any]:
     return y, of
 
 
-def reference(keep: float, arrays: tuple[np.ndarray, ...], order: np.ndarray) -> tuple[np.ndarray, ...]:
+def reference(
+    keep: float, arrays: tuple[np.ndarray, ...], order: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """The gradients of A and B by NumPy, with the factor's channels in an order."""
     (x,), gate, up, down, a, b = arrays
     z = x @ gate + 0.5 * x @ a @ b
@@ -137,7 +157,9 @@ def test_the_adapter_of_a_gate_follows_the_feature(rules, rule) -> None:
     y, (of_x, *ours) = gradients(f"feature_gradient{rule}", arrays)
     plain_y, (plain_x, plain_a, _) = gradients("", arrays)
     np.testing.assert_array_equal(y, plain_y)
-    np.testing.assert_allclose(of_x, plain_x, rtol=1e-4, atol=1e-4)  # exact, also for the layers below
+    np.testing.assert_allclose(
+        of_x, plain_x, rtol=1e-4, atol=1e-4
+    )  # exact, also for the layers below
     order = rules["permutation"](CHANNELS) if rule else np.arange(CHANNELS)
     np.testing.assert_array_equal(np.sort(order), np.arange(CHANNELS))
     want = reference(0.5 if rule else 0.0, arrays, order)

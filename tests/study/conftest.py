@@ -68,7 +68,8 @@ reseed = 1000
 
 
 def write_study(folder: Path, base: Path, questions: Path, protocol: str = PROTOCOL) -> Path:
-    """Writes a protocol with the common settings, the base model and the questions; returns the folder."""
+    """Writes a protocol with the common settings, the base model and the questions; returns the
+    folder."""
     texts = {"SETTINGS": SETTINGS, "PROBE": PROBE}
     texts |= {"BASE": json.dumps(str(base)), "QUESTIONS": json.dumps(str(questions))}
     for name, text in texts.items():
@@ -111,7 +112,10 @@ def assert_starts_alone(kind: Any, run: Run, resources: Resources) -> None:
     mesh = make_mesh(run.config.mesh, jax.devices()[:1])
     job = built(inputs, kind, run.config, mesh, cast(Any, SimpleNamespace(folder=None)))
     data = resources.subject(run.config).data(run.config)
-    with contextlib.closing(job.data.batches()) as theirs, contextlib.closing(data.batches()) as ours:
+    with (
+        contextlib.closing(job.data.batches()) as theirs,
+        contextlib.closing(data.batches()) as ours,
+    ):
         for _ in range(2):
             jax.tree.map(np.testing.assert_array_equal, next(ours), next(theirs))
     starts = resources.start(run, data).lora, job.assembly.state.lora
@@ -136,5 +140,10 @@ def record_of(run: Run, loss: float) -> Record:
     measured = {"validation": {"loss": loss}, "test": {"loss": loss}, "curve": [], "training": []}
     described = {"rate": run.rate, "multiple": run.multiple, "seed": run.seed, "diverged": False}
     inputs = {"items": {"validation": "v", "test": "t"}, "data": f"data:{run.seed}"}
-    place = {"id": run.id, "stage": run.stage, **run.cell._asdict(), "protocol": run.protocol.digest}
+    place = {
+        "id": run.id,
+        "stage": run.stage,
+        **run.cell._asdict(),
+        "protocol": run.protocol.digest,
+    }
     return place | described | {"seconds": 36.0} | measured | inputs

@@ -1,4 +1,5 @@
-"""Runs of a tiny study: shared programs, pairs, interruption, other processes, and what stops a study."""
+"""Runs of a tiny study: shared programs, pairs, interruption, other processes, and what stops a
+study."""
 
 from __future__ import annotations
 
@@ -65,7 +66,10 @@ def test_a_method_is_compiled_once_for_all_its_rates_and_seeds(records: list[Rec
 
 def test_a_pair_shares_data_start_and_items(records: list[Record], resources: Resources) -> None:
     for seed in (1, 2):
-        pair = [by(records, stage="test", method=method, seed=seed) for method in ("lora", "half", "again")]
+        pair = [
+            by(records, stage="test", method=method, seed=seed)
+            for method in ("lora", "half", "again")
+        ]
         assert len({json.dumps([one["items"], one["data"]]) for one in pair}) == 1
     assert len({one["data"] for one in records}) == 3  # one order per seed
     assert len({json.dumps(one["items"]) for one in records if one["stage"] == "tune"}) == 1
@@ -78,7 +82,9 @@ def test_a_pair_shares_data_start_and_items(records: list[Record], resources: Re
     assert_starts_alone(text, wanted(resources.protocol, {})[0], resources)
 
 
-def test_the_curve_has_every_evaluation_and_only_tests_read_the_test_items(records: list[Record]) -> None:
+def test_the_curve_has_every_evaluation_and_only_tests_read_the_test_items(
+    records: list[Record],
+) -> None:
     for one in records:
         assert [point["step"] for point in one["curve"]] == [0, 4, 8]
         assert one["curve"][-1]["loss"] == one["validation"]["loss"] < one["curve"][0]["loss"]
@@ -137,7 +143,9 @@ def test_a_run_that_diverges_has_a_record_that_says_so(
         raise TrainingDivergedError("step 3: loss", expected="a finite number", found="nan")
 
     monkeypatch.setattr("nalora_jax.study.progress.run_steps", diverge)
-    (record,) = execution.perform_all(wanted(resources.protocol, {})[:1], resources, [tmp_path / "x.npz"])
+    (record,) = execution.perform_all(
+        wanted(resources.protocol, {})[:1], resources, [tmp_path / "x.npz"]
+    )
     assert record["diverged"]
     assert record["validation"] == {"loss": None}
     assert record["curve"] == records[0]["curve"][:1]
@@ -156,7 +164,9 @@ def test_records_are_reproduced_from_the_files_that_a_repository_holds(
 
 def test_processes_share_a_study_and_no_run_is_done_twice(quick: Protocol) -> None:
     counts: list[int] = []
-    threads = [threading.Thread(target=lambda: counts.append(execution.run_study(quick))) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: counts.append(execution.run_study(quick))) for _ in range(3)
+    ]
     for one in threads:
         one.start()
     for one in threads:
@@ -184,7 +194,9 @@ def test_splits_that_overlap_are_refused(study: Path, resources: Resources) -> N
         fresh.test_items(run)
 
 
-def test_half_a_line_of_a_crash_is_cut_and_a_run_with_two_records_is_an_error(tmp_path: Path) -> None:
+def test_half_a_line_of_a_crash_is_cut_and_a_run_with_two_records_is_an_error(
+    tmp_path: Path,
+) -> None:
     records = Records(tmp_path)
     records.append({"id": "a"})
     with records.path.open("a") as file:
@@ -202,7 +214,10 @@ def test_a_damaged_snapshot_is_not_used(tmp_path: Path, caplog: pytest.LogCaptur
     write_snapshot(path, {"step": np.int32(7)}, {"loss": 1 / 3})
     content = path.read_bytes()
     middle = len(content) // 2
-    for damaged in (content[:-9], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
+    for damaged in (
+        content[:-9],
+        content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+    ):
         path.write_bytes(damaged)
         assert read_snapshot(path) is None
     assert caplog.text.count("the snapshot run.npz is damaged: the run starts from scratch") == 2

@@ -63,13 +63,17 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resources_of(folder: Path, towers: tuple[Path, Path], data: Path, **tasks: str) -> Resources:
     """The study of these tasks' settings for images."""
-    written = "".join(TASK.replace("NAME", name).replace("VISION", of) for name, of in tasks.items())
+    written = "".join(
+        TASK.replace("NAME", name).replace("VISION", of) for name, of in tasks.items()
+    )
     base = Path("+".join(map(str, towers)))
     return Resources(read_protocol(write_study(folder, base, data, PROTOCOL + written)))
 
 
 def run_of(resources: Resources, task: str, method: str = "lora", seed: int = 1) -> Run:
-    return Run(resources.protocol, "test", Cell(resources.protocol.models[0], task, method), 1e-2, seed)
+    return Run(
+        resources.protocol, "test", Cell(resources.protocol.models[0], task, method), 1e-2, seed
+    )
 
 
 def test_pairs_share_rows_items_and_projections_and_programs_serve_all_seeds(

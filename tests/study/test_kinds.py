@@ -1,4 +1,5 @@
-"""Studies of preference pairs, with methods on different numbers of devices, and of runs with rewards."""
+"""Studies of preference pairs, with methods on different numbers of devices, and of runs with
+rewards."""
 
 from __future__ import annotations
 
@@ -44,14 +45,20 @@ settings.mesh.data = 2
 """
 
 
-def test_a_study_of_pairs_measures_starts_and_devices(base: Path, questions: Path, tmp_path: Path) -> None:
+def test_a_study_of_pairs_measures_starts_and_devices(
+    base: Path, questions: Path, tmp_path: Path
+) -> None:
     folder = write_study(tmp_path, base, questions, FEW_RUNS + PAIRS)
     assert main(["study", "run", str(folder), "--together", "4"]) == 0
     protocol, records = read_protocol(folder), Records(folder).read()
     by = {(r["stage"], r["method"]): r for r in records.values()}
     assert len(by) == 4
     for record in by.values():
-        assert record["curve"][0] == {"step": 0, "loss": pytest.approx(math.log(2)), "accuracy": 0.0}
+        assert record["curve"][0] == {
+            "step": 0,
+            "loss": pytest.approx(math.log(2)),
+            "accuracy": 0.0,
+        }
         assert abs(record["validation"]["loss"] - math.log(2)) > 1e-4
     for stage in ("tune", "test"):  # the same pairs on one and on two devices
         losses = {m: by[stage, m]["training"][-1]["loss"] for m in protocol.methods}
@@ -97,17 +104,24 @@ def early_words(answer: str) -> float:
 def test_a_study_of_rewards_trains_and_measures_as_a_run_does(
     base: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rewards._REWARDS, "_values", dict(rewards._REWARDS._values))  # forgets early_words
+    monkeypatch.setattr(
+        rewards._REWARDS, "_values", dict(rewards._REWARDS._values)
+    )  # forgets early_words
     (tmp_path / "early_words.py").write_text(EARLY_WORDS)
     folder = write_study(tmp_path, base, questions, FEW_RUNS + WITH_REWARDS)
     assert main(["study", "run", str(folder)]) == 0
     protocol, records = read_protocol(folder), Records(folder).read()
     first, resources = wanted(protocol, {})[0], Resources(protocol)
     assert_starts_alone(rl, first, resources)
-    loaded, items = resources.subject(first.config).model(first.config), resources.validation_items(first)
+    loaded, items = (
+        resources.subject(first.config).model(first.config),
+        resources.validation_items(first),
+    )
     generator = Generator(Decoder(loaded.config), {"params": loaded.params}, loaded.tokenizer)
     answers = generator.generate([prompt.ids for prompt in items.asked], max_new_tokens=4)
-    tuned, tested = (next(r for r in records.values() if r["stage"] == stage) for stage in ("tune", "test"))
+    tuned, tested = (
+        next(r for r in records.values() if r["stage"] == stage) for stage in ("tune", "test")
+    )
     assert tuned["curve"][0]["reward"] == pytest.approx(
         np.mean([early_words(answer) for answer in answers])
     )

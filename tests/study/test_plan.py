@@ -32,7 +32,8 @@ CELL = Cell("m", "t", "a")
 def done(
     protocol: Protocol, loss: Callable[[Run], float], stages: tuple[str, ...] = ("tune",)
 ) -> dict[str, Record]:
-    """Records of all runs that are wanted one after another, with these losses; infinite ones diverged."""
+    """Records of all runs that are wanted one after another, with these losses; infinite ones
+    diverged."""
     records: dict[str, Record] = {}
     while left := [run for run in pending(protocol, records) if run.stage in stages]:
         value = loss(left[0])
@@ -41,7 +42,8 @@ def done(
 
 
 def test_the_defaults_that_ids_leave_out_are_known() -> None:
-    """After a new setting, renew the digest. After a changed default too, and write the former default into the
+    """After a new setting, renew the digest. After a changed default too, and write the former
+    default into the
     protocols of unfinished studies: their earlier and later runs would have the same id."""
     defaults = json.dumps(RunConfig().to_dict(), sort_keys=True)
     assert hashlib.sha256(defaults.encode()).hexdigest()[:16] == "bce657aaca89fc5c"
@@ -72,16 +74,22 @@ def test_a_grid_is_extended_while_its_end_wins() -> None:
 
 
 def test_a_rate_at_which_one_seed_diverges_is_not_chosen() -> None:
-    records = done(PROTOCOL, lambda run: math.inf if run.rate == 4e-3 and run.seed == 1 else -run.rate)
+    records = done(
+        PROTOCOL, lambda run: math.inf if run.rate == 4e-3 and run.seed == 1 else -run.rate
+    )
     assert tuning(PROTOCOL, CELL, records).chosen == 2e-3
     assert all(run.stage == "tune" for run in wanted(PROTOCOL, done(PROTOCOL, lambda _: math.inf)))
 
 
 def test_an_id_says_everything_that_decides_a_result_and_nothing_else() -> None:
-    def run(protocol: Protocol = PROTOCOL, stage: str = "test", rate: float = 1e-3, seed: int = 5) -> str:
+    def run(
+        protocol: Protocol = PROTOCOL, stage: str = "test", rate: float = 1e-3, seed: int = 5
+    ) -> str:
         return Run(protocol, stage, CELL, rate, seed).id
 
-    assert run() == run(replace(PROTOCOL, question="another", test_seeds=(5, 6, 7), margin=0.1, extend=0))
+    assert run() == run(
+        replace(PROTOCOL, question="another", test_seeds=(5, 6, 7), margin=0.1, extend=0)
+    )
     others = [
         run(stage="tune"),
         run(rate=2e-3),
@@ -95,4 +103,6 @@ def test_an_id_says_everything_that_decides_a_result_and_nothing_else() -> None:
     assert len({run(), *others}) == len(others) + 1
     # What only a test reads does not concern a tuning run.
     tuned = run(stage="tune")
-    assert tuned == run(replace(PROTOCOL, tasks={"t": Task("socialiqa", test_items=7)}), stage="tune")
+    assert tuned == run(
+        replace(PROTOCOL, tasks={"t": Task("socialiqa", test_items=7)}), stage="tune"
+    )

@@ -57,15 +57,43 @@ def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
 
 WRONG = [
     ("^extend.*", "margin = -0.1", r"margin: expected a number in \[0, 1e6\], found -0.1"),
-    ("^items = 20", "items = -1", r"\[probes.z_again\] items: expected a whole number in .*, found -1"),
-    ("^steps = 8", "stepz = 8", r"\[run\] stepz: expected a field of RunConfig, .*did you mean steps\?"),
-    ("^settings.*", "settings.steps = 9", r"\[methods.half\] settings: expected no setting that belongs"),
-    ("^settings.*", "settings.optimizer.learning_rate = 1", "no learning rate, which the grid gives"),
-    ('^placebo_of = "half"', 'placebo_of = "x"', r"\[methods.again\] placebo_of: expected another method"),
-    ('^baseline = "lora"', 'baseline = "lore"', "baseline: expected one of lora, half, again, found lore"),
+    (
+        "^items = 20",
+        "items = -1",
+        r"\[probes.z_again\] items: expected a whole number in .*, found -1",
+    ),
+    (
+        "^steps = 8",
+        "stepz = 8",
+        r"\[run\] stepz: expected a field of RunConfig, .*did you mean steps\?",
+    ),
+    (
+        "^settings.*",
+        "settings.steps = 9",
+        r"\[methods.half\] settings: expected no setting that belongs",
+    ),
+    (
+        "^settings.*",
+        "settings.optimizer.learning_rate = 1",
+        "no learning rate, which the grid gives",
+    ),
+    (
+        '^placebo_of = "half"',
+        'placebo_of = "x"',
+        r"\[methods.again\] placebo_of: expected another method",
+    ),
+    (
+        '^baseline = "lora"',
+        'baseline = "lore"',
+        "baseline: expected one of lora, half, again, found lore",
+    ),
     ("^rates.*", "rates = [2e-2, 1e-2]", "rates: expected ascending rates"),
     ("^test_seeds.*", "test_seeds = [0, 1]", "test_seeds: expected no seed that tunes"),
-    ("^validation =", "valid =", r"tasks.z.valid: expected a field of Task, .*; did you mean validation\?"),
+    (
+        "^validation =",
+        "valid =",
+        r"tasks.z.valid: expected a field of Task, .*; did you mean validation\?",
+    ),
     ("^question =", "question", "expected a TOML file"),
     (
         "^steps = 8",

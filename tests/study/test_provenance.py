@@ -1,4 +1,5 @@
-"""Studies whose protocol, records, data, base or rules were changed, and those of this repository."""
+"""Studies whose protocol, records, data, base or rules were changed, and those of this
+repository."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ OTHER_PROTOCOL = "expected the protocol that test items were read under"
 
 def git(folder: Path, *arguments: str) -> None:
     identity = ["-c", "user.name=n", "-c", "user.email=e"]
-    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+    subprocess.run(
+        ["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True
+    )
 
 
 def commit(folder: Path, name: str) -> None:
@@ -173,7 +176,9 @@ def test_a_rule_whose_file_changed_does_not_count_as_done(
     record = {"id": run.id, "stage": "tune", "seed": 0, **run.cell._asdict(), **identity}
     check_rules(protocol, {run.id: record})
     rule.write_text(RULE.replace("{factor}", "2.0"))
-    with pytest.raises(NaloraError, match=r"\[methods.mine\]: my_rule.py: expected the file of its runs"):
+    with pytest.raises(
+        NaloraError, match=r"\[methods.mine\]: my_rule.py: expected the file of its runs"
+    ):
         check_rules(protocol, {run.id: record})
     del record["rules"]  # a record of an earlier version
     check_rules(protocol, {run.id: record})

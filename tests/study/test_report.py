@@ -38,7 +38,8 @@ def told(study: Path) -> Path:
 
 
 def record_of(run: Run) -> Record:
-    """Loss 3 plus the seed's part; "half" is 0.01 better but on one seed, and breaks at the multiple with seed 6."""
+    """Loss 3 plus the seed's part; "half" is 0.01 better but on one seed, and breaks at the
+    multiple with seed 6."""
     rng = np.random.default_rng(run.seed)
     loss = 3.0 + rng.normal(0, 0.05) + abs(np.log(run.rate / 2e-2)) * 0.1
     loss += {"lora": 0.0, "half": -0.01 if run.seed != 3 else 0.004, "again": 0.0}[run.cell.method]
@@ -61,7 +62,9 @@ def record_of(run: Run) -> Record:
 
 def row(text: str, *cells: str) -> list[str]:
     """Cells of the only table row that begins so."""
-    (found,) = [line for line in text.splitlines() if line.startswith("| " + " | ".join(cells) + " |")]
+    (found,) = [
+        line for line in text.splitlines() if line.startswith("| " + " | ".join(cells) + " |")
+    ]
     return [cell.strip() for cell in found.strip("| ").split("|")]
 
 
@@ -76,8 +79,11 @@ def losses(study: Path, method: str, multiple: float = 1.0) -> np.ndarray:
 
 
 def gain_of(records: Iterable[Record]) -> float:
-    """Returns the fall of the validation loss of the baseline's only tuning run at its chosen rate."""
-    (tuned,) = [r for r in records if (r["stage"], r["method"], r["rate"]) == ("tune", "lora", 2e-2)]
+    """Returns the fall of the validation loss of the baseline's only tuning run at its chosen
+    rate."""
+    (tuned,) = [
+        r for r in records if (r["stage"], r["method"], r["rate"]) == ("tune", "lora", 2e-2)
+    ]
     return 3.6 - float(tuned["validation"]["loss"])
 
 
@@ -108,7 +114,9 @@ def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
     assert re.search(r"\| lora \| \d\.\d+ \| \*\*\d\.\d+\*\* \|", text)  # the second rate is chosen
     assert re.search(r"\| half \|[^\n]*\(1\) \|", text)  # diverged at the multiple
     assert re.search(r"\| half \| 3\.5000 -0\.\d+ \|", text)
-    above = (losses(told, "half", 4.0) - losses(told, "lora", 4.0))[:-1]  # without the pair that diverged
+    above = (losses(told, "half", 4.0) - losses(told, "lora", 4.0))[
+        :-1
+    ]  # without the pair that diverged
     found = row(text, "x 4", "half", "lora", "z")
     assert (found[4], found[7]) == ("5", f"{sum(above < 0)}/5")
     assert float(found[5]) == pytest.approx(above.mean(), abs=6e-5)
@@ -119,7 +127,9 @@ def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
 def test_the_margin_is_a_share_of_what_training_gains(told: Path) -> None:
     protocol, records = read_protocol(told), Records(told).read()
     by_share = replace(protocol, margin=0.0, margin_share=0.1)
-    primary = [c for c in comparisons(by_share, results(by_share, records)) if c.measure.kind == "primary"]
+    primary = [
+        c for c in comparisons(by_share, results(by_share, records)) if c.measure.kind == "primary"
+    ]
     expected = 0.1 * gain_of(records.values())
     assert [c.paired.margin for c in primary] == pytest.approx([expected] * 3)
     assert row(render_results(by_share, records), "half", "lora", "z")[11] == "yes"  # within 0.06
@@ -133,7 +143,9 @@ def test_the_margin_is_a_share_of_what_training_gains(told: Path) -> None:
 def test_a_report_is_made_from_protocol_and_records_alone_to_the_byte(
     told: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = {path.relative_to(told): path.read_bytes() for path in write_tables(read_protocol(told))}
+    first = {
+        path.relative_to(told): path.read_bytes() for path in write_tables(read_protocol(told))
+    }
     other = tmp_path_factory.mktemp("clone")
     for name in ("protocol.toml", "records.jsonl"):
         (other / name).write_bytes((told / name).read_bytes())
@@ -153,5 +165,7 @@ def test_p_values_are_corrected_over_all_comparisons_with_the_baseline(told: Pat
     assert [c.t_holm for c in family] == holm([c.paired.t_p for c in family])
     assert [c.wilcoxon_holm for c in family] == holm([c.paired.wilcoxon_p for c in family])
     assert {c.family for c in compared if c.other != "lora"} == {4}
-    corrected = "corrected over the 8 comparisons with `lora` in this and the following tables, or the 4"
+    corrected = (
+        "corrected over the 8 comparisons with `lora` in this and the following tables, or the 4"
+    )
     assert corrected in render_results(protocol, records)

@@ -39,7 +39,9 @@ def test_the_signed_rank_test_counts_every_way_the_signs_can_fall_with_ties_too(
 
 def test_accuracies_that_differ_by_the_same_number_of_items_are_ties_despite_rounding() -> None:
     counts, other = np.array([180, 171, 190, 165, 177]), np.array([174, 165, 178, 164, 165])
-    recorded, theirs = (np.round(values / 300, 9) for values in (counts, other))  # as records hold them
+    recorded, theirs = (
+        np.round(values / 300, 9) for values in (counts, other)
+    )  # as records hold them
     exact = signed_rank_test((counts - other).astype(float))
     assert paired(recorded, theirs, 0.02).wilcoxon_p == exact == 0.0625
     assert paired(recorded, recorded + 1e-10, 0.02).better == 0
@@ -49,7 +51,11 @@ def test_equivalence_is_two_one_sided_t_tests() -> None:
     rng = np.random.default_rng(0)
     answers = []
     for mean in (0.0, 0.002, 0.004, 0.006):
-        for n in (3, 5, 10) * 20:  # in some only the 90% interval is within the margin, not the 95% one
+        for n in (
+            3,
+            5,
+            10,
+        ) * 20:  # in some only the 90% interval is within the margin, not the 95% one
             x = rng.normal(mean, 0.003, n)
             above = stats.ttest_1samp(x, -0.005, alternative="greater").pvalue
             below = stats.ttest_1samp(x, 0.005, alternative="less").pvalue
@@ -60,7 +66,12 @@ def test_equivalence_is_two_one_sided_t_tests() -> None:
 
 def test_what_one_pair_equal_pairs_and_an_unknown_margin_do_not_tell() -> None:
     one = paired([1.0], [2.0], 0.005)
-    assert (one.low, one.high, one.equivalent, one.seeds_needed) == (-math.inf, math.inf, False, None)
+    assert (one.low, one.high, one.equivalent, one.seeds_needed) == (
+        -math.inf,
+        math.inf,
+        False,
+        None,
+    )
     assert math.isnan(one.t_p)
     assert (t_test(np.ones(3)), t_test(np.zeros(3)), skewness(np.full(3, 0.1))) == (0.0, 1.0, 0.0)
     for margin in (math.nan, 0.0, -0.1):
@@ -70,12 +81,14 @@ def test_what_one_pair_equal_pairs_and_an_unknown_margin_do_not_tell() -> None:
 
 
 def test_seeds_needed_are_the_textbooks_sample_sizes() -> None:
-    # Cohen's small, medium and large effect at 80% and two-sided 5%, as G*Power 3.1 gives them for matched pairs.
+    # Cohen's small, medium and large effect at 80% and two-sided 5%, as G*Power 3.1 gives them for
+    # matched pairs.
     assert [seeds_needed(1.0, effect) for effect in (0.2, 0.5, 0.8)] == [199, 34, 15]
 
 
 def test_holm_adjusts_as_r_does() -> None:
-    # p.adjust(c(0.01, 0.02, 0.03, 0.04, 0.05), "holm") and p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm") in R.
+    # p.adjust(c(0.01, 0.02, 0.03, 0.04, 0.05), "holm") and p.adjust(c(0.01, 0.04, 0.03, 0.005),
+    # "holm") in R.
     assert holm([0.01, 0.02, 0.03, 0.04, 0.05]) == pytest.approx([0.05, 0.08, 0.09, 0.09, 0.09])
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.01, math.nan]) == pytest.approx([0.02, math.nan], nan_ok=True)

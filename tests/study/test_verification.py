@@ -39,7 +39,9 @@ RUN = Run(PROTOCOL, "test", CELL, 1e-2, 5)
         (lambda r: r.update(base="another"), "base another in the record"),
     ],
 )
-def test_every_recorded_measure_and_digest_is_compared(change: Callable[[Record], Any], place: str) -> None:
+def test_every_recorded_measure_and_digest_is_compared(
+    change: Callable[[Record], Any], place: str
+) -> None:
     altered = copying.deepcopy(RECORD)
     _compare(RUN, RECORD, altered)
     change(altered)

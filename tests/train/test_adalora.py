@@ -1,4 +1,5 @@
-"""AdaLoRA on experts and what is left of it; its steps are those of PEFT in tests/train/test_peft_training.py."""
+"""AdaLoRA on experts and what is left of it; its steps are those of PEFT in
+tests/train/test_peft_training.py."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ BASE = ModelConfig.from_hf(MIXTRAL)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_what_is_left_is_a_plain_adapter_of_fewer_ranks_that_computes_the_same(rslora: bool) -> None:
+def test_what_is_left_is_a_plain_adapter_of_fewer_ranks_that_computes_the_same(
+    rslora: bool,
+) -> None:
     """On experts, in layers of other ranks, and beside a table that is trained."""
     rules = LoRARule("layers/1/ffn", 2), LoRARule("layers/0/attn/q_proj", 0), LoRARule("_proj", 3)
     lora_config = LoRAConfig(rules=rules, rslora=rslora, modules_to_save=("embed_tokens",))

@@ -87,7 +87,9 @@ def test_an_adapter_of_a_copy_names_the_original_and_is_loaded_on_the_copy(tmp_p
     origin = replace(loaded.origin, name=ALIAS.mirror, copy_of=ALIAS.hub_id)
     loaded = replace(loaded, source=ALIAS.mirror, origin=origin)
     spec = adapter_spec(RunConfig(lora=LoRAConfig((LoRARule("gate_proj", 2),))), loaded.config)
-    write_adapter(tmp_path / "adapter", loaded, init_lora(loaded.config, spec, jax.random.key(0)), spec)
+    write_adapter(
+        tmp_path / "adapter", loaded, init_lora(loaded.config, spec, jax.random.key(0)), spec
+    )
     path = tmp_path / "adapter" / "adapter_config.json"
     settings = json.loads(path.read_text())
     assert settings["base_model_name_or_path"] == ALIAS.hub_id

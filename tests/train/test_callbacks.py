@@ -1,4 +1,5 @@
-"""Callbacks: settings, failures, and the numbers that trackers get; tests/test_run_data.py shows the order of calls."""
+"""Callbacks: settings, failures, and the numbers that trackers get; tests/test_run_data.py shows
+the order of calls."""
 
 from __future__ import annotations
 
@@ -22,7 +23,11 @@ from nalora_jax.train.callbacks import (
 )
 from nalora_jax.train.log import TensorBoard
 
-RECORD = {"loss": np.float32(1.5), "tokens_per_second": None, "layers": {"limit": np.array([0.25, np.nan])}}
+RECORD = {
+    "loss": np.float32(1.5),
+    "tokens_per_second": None,
+    "layers": {"limit": np.array([0.25, np.nan])},
+}
 EVAL = {"loss": 2.0, "n": 4, "samples": [{"prompt": "x"}], "right": [True]}
 
 
@@ -51,7 +56,10 @@ def test_settings_are_typed_as_their_defaults() -> None:
     assert isinstance(found[1], TensorBoard)
     for text, said in [
         ("none", "^--callbacks: expected one of .*loudest.*, found 'none'"),
-        ("loudest:time=3", "loudest:time=3: expected NAME:setting=value, with a setting of times, share"),
+        (
+            "loudest:time=3",
+            "loudest:time=3: expected NAME:setting=value, with a setting of times, share",
+        ),
         ("loudest:times=many", "expected times of type int, found 'many'"),
         ("loudest:on=perhaps", "expected on of type bool, found 'perhaps'"),
     ]:
@@ -102,7 +110,9 @@ def test_tensorboard_is_told_every_number(tmp_path: Path, monkeypatch: pytest.Mo
     writer.assert_called_with(str(tmp_path / "tensorboard"), purge_step=4)
 
 
-def test_weights_and_biases_is_told_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_is_told_every_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wandb = mock.MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     run = wandb.init.return_value
@@ -141,7 +151,9 @@ def test_mlflow_is_told_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert client.create_run.call_args.kwargs == {"run_name": "mine"}
     batches = [call.kwargs for call in client.log_batch.call_args_list]
     assert ("steps", "9") in batches[0]["params"]
-    metrics = [(tag, value, step) for one in batches for tag, value, _, step in one.get("metrics", ())]
+    metrics = [
+        (tag, value, step) for one in batches for tag, value, _, step in one.get("metrics", ())
+    ]
     assert ("train/loss", 1.5, 7) in metrics
     client.set_terminated.assert_called_with("r1", "FINISHED")
     tell(*make_callbacks(["mlflow"]), tmp_path, step=3, message="stopped")

@@ -21,9 +21,13 @@ CHAIN = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
 
 def make_state(seed: int, width: int = 64) -> dict[str, Any]:
-    """A small train state with every kind of leaf: float32, integers, bfloat16, an empty array, typed keys."""
+    """A small train state with every kind of leaf: float32, integers, bfloat16, an empty array,
+    typed keys."""
     keys = jax.random.split(jax.random.key(seed), 4)
-    adapter = {"a": jax.random.normal(keys[0], (3, width, 8)), "b": jax.random.normal(keys[1], (3, 8, 128))}
+    adapter = {
+        "a": jax.random.normal(keys[0], (3, width, 8)),
+        "b": jax.random.normal(keys[1], (3, 8, 128)),
+    }
     lora = {"layers": {"ffn": {"gate_proj": adapter}}}
     opt_state = jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), CHAIN.init(lora))
     gate = {
@@ -37,7 +41,9 @@ def make_state(seed: int, width: int = 64) -> dict[str, Any]:
 
 def assert_same_bits(left, right):
     assert jax.tree.structure(left) == jax.tree.structure(right)
-    for path, a, b in zip(trees.flatten(left), jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+    for path, a, b in zip(
+        trees.flatten(left), jax.tree.leaves(left), jax.tree.leaves(right), strict=True
+    ):
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             assert jax.random.key_impl(a) == jax.random.key_impl(b)
             a, b = jax.random.key_data(a), jax.random.key_data(b)
@@ -48,7 +54,9 @@ def assert_same_bits(left, right):
 DEFAULT = RunConfig()
 
 
-def opened(folder, config: RunConfig = DEFAULT, fingerprint: str = "sha256:aa", **options) -> Checkpointer:
+def opened(
+    folder, config: RunConfig = DEFAULT, fingerprint: str = "sha256:aa", **options
+) -> Checkpointer:
     return Checkpointer(folder, fingerprint=fingerprint, config=config.to_dict(), **options)
 
 
@@ -154,7 +162,9 @@ def saved_twice(folder):
     """Two checkpoints, steps 1 and 2, the second with the better metric."""
     with opened(folder, keep=3) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(step, make_state(step, width=8), {"row": 8 * step}, {"accuracy": step / 4})
+            checkpoints.save(
+                step, make_state(step, width=8), {"row": 8 * step}, {"accuracy": step / 4}
+            )
 
 
 def flip(path, position):
@@ -180,7 +190,9 @@ def test_one_flipped_bit_anywhere_in_the_newest_is_found_and_the_one_before_take
         flip(folder / name, position)
         caplog.clear()
         with opened(folder) as checkpoints:
-            restored, data = checkpoints.restore(("latest", "best")[number % 2], make_state(0, width=8))
+            restored, data = checkpoints.restore(
+                ("latest", "best")[number % 2], make_state(0, width=8)
+            )
             assert checkpoints.latest_step() == (2 if name.name in NOTES else 1), name
         step = int(restored["step"])
         assert_same_bits(restored, make_state(step, width=8))

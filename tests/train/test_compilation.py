@@ -22,7 +22,9 @@ def as_before() -> Iterator[None]:
     reset_cache()  # JAX holds on to the folder of its first use
 
 
-def test_the_folder_is_made_private_and_not_used_if_others_can_write_into_it(tmp_path, monkeypatch, caplog):
+def test_the_folder_is_made_private_and_not_used_if_others_can_write_into_it(
+    tmp_path, monkeypatch, caplog
+):
     folder, before = tmp_path / "compiled", jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
     folder.mkdir()
@@ -42,7 +44,8 @@ def test_a_flipped_bit_costs_a_compilation(tmp_path, monkeypatch, caplog):
     use_compilation_cache()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     reset_cache()
-    # The process needs no file of a program that it has compiled before: this one is of this test alone.
+    # The process needs no file of a program that it has compiled before: this one is of this test
+    # alone.
     jax.jit(lambda x: x * len(str(tmp_path)) + hash(str(tmp_path)) % 1_000_003).lower(1.0).compile()
     folder = tmp_path / "compiled"
     entry = min(folder.iterdir())
@@ -51,4 +54,6 @@ def test_a_flipped_bit_costs_a_compilation(tmp_path, monkeypatch, caplog):
     entry.write_bytes(content)
     use_compilation_cache()
     assert not list(folder.iterdir())
-    assert caplog.messages == [f"compiled programs in {folder} were damaged (1): compiling them again"]
+    assert caplog.messages == [
+        f"compiled programs in {folder} were damaged (1): compiling them again"
+    ]

@@ -56,7 +56,8 @@ def config(model: Path, data: Path, target: str, vision: VisionConfig) -> RunCon
 
 
 def steps(settings: RunConfig, mesh: Mesh, count: int) -> tuple[Job, Any, list[float]]:
-    """A run, its state after some steps, and their losses; the last step takes the first batch again."""
+    """A run, its state after some steps, and their losses; the last step takes the first batch
+    again."""
     job = built(dual.open_inputs(settings, None), dual, settings, mesh, None)
     state, params, losses = job.assembly.state, job.assembly.view(job.assembly.params), []
     source = job.data.batches()
@@ -68,10 +69,14 @@ def steps(settings: RunConfig, mesh: Mesh, count: int) -> tuple[Job, Any, list[f
     return job, state, losses
 
 
-def test_a_frozen_text_tower_is_encoded_once_and_gives_the_loss_of_an_adapted_one(dual_folder, colours):
-    """With adapters on images only, class features are constants of the step: its program has no text tower.
+def test_a_frozen_text_tower_is_encoded_once_and_gives_the_loss_of_an_adapted_one(
+    dual_folder, colours
+):
+    """With adapters on images only, class features are constants of the step: its program has no
+    text tower.
 
-    Before any step an adapter changes nothing, so the loss must not depend on who encodes the prompts.
+    Before any step an adapter changes nothing, so the loss must not depend on who encodes the
+    prompts.
     """
     folder, losses = dual_folder("clip", vision={"num_hidden_layers": 3}), []
     vision = VisionConfig(
@@ -85,8 +90,12 @@ def test_a_frozen_text_tower_is_encoded_once_and_gives_the_loss_of_an_adapted_on
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-def test_both_towers_learn_with_the_mechanisms_on_and_eight_devices_are_one(dual_folder, colours) -> None:
-    vision = VisionConfig("contrast", shots=4, augment="none", loss="sigmoid")  # softmax: tests/study
+def test_both_towers_learn_with_the_mechanisms_on_and_eight_devices_are_one(
+    dual_folder, colours
+) -> None:
+    vision = VisionConfig(
+        "contrast", shots=4, augment="none", loss="sigmoid"
+    )  # softmax: tests/study
     settings = config(dual_folder("clip"), colours, "ffn|attn/q_proj", vision)
     checked = replace(settings, debug=DebugConfig(check_gates=True))
     _, alone, losses = steps(checked, tiny.one_device(), 3)
@@ -113,5 +122,7 @@ def test_losses_are_those_of_the_papers() -> None:
         sigmoid_contrastive: float(-torch.nn.functional.logsigmoid(signs * (logits + bias)).sum()),
     }
     for function, loss in expected.items():
-        found = function(jnp.asarray(images), jnp.asarray(texts), jnp.float32(scale), jnp.float32(bias))
+        found = function(
+            jnp.asarray(images), jnp.asarray(texts), jnp.float32(scale), jnp.float32(bias)
+        )
         np.testing.assert_allclose(found, loss, rtol=1e-5)

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from nalora_jax.common.trees import flatten
-from nalora_jax.config import AdaLoRAConfig, LoRAConfig, LoRARule, PreferenceConfig, RunConfig, VisionConfig
+from nalora_jax.config import (
+    AdaLoRAConfig,
+    LoRAConfig,
+    LoRARule,
+    PreferenceConfig,
+    RunConfig,
+    VisionConfig,
+)
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
@@ -23,14 +30,20 @@ from nalora_jax.weights.base import load_model
 from nalora_jax.weights.model_files import LoadedModel
 from tests import tiny
 
-RULES = (LoRARule("layers/1/ffn/up_proj", 3, 5.0), LoRARule("ffn", 4, 6.0), LoRARule("q_proj", 2, 2.0))
+RULES = (
+    LoRARule("layers/1/ffn/up_proj", 3, 5.0),
+    LoRARule("ffn", 4, 6.0),
+    LoRARule("q_proj", 2, 2.0),
+)
 LORA = LoRAConfig(rules=RULES, rslora=True, dropout=0.25, modules_to_save=("embed_tokens",))
 TENSORS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return load_model(str(tiny.make_model(tmp_path_factory.mktemp("base") / "model")), dtype="float32")
+    return load_model(
+        str(tiny.make_model(tmp_path_factory.mktemp("base") / "model")), dtype="float32"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +110,16 @@ def test_rules_select_exactly_the_adapters_that_they_were_made_of() -> None:
         targets = {}
         for path, depth in depths(base).items():
             ranks = rng.choice([0, 2, 3], depth) if rng.random() < 0.5 else [2] * depth
-            alphas = [float(rng.choice([1, 2.5, 22.6274169979695])) if rank else 1.0 for rank in ranks]
+            alphas = [
+                float(rng.choice([1, 2.5, 22.6274169979695])) if rank else 1.0 for rank in ranks
+            ]
             targets[path] = TargetSpec(tuple(map(int, ranks)), tuple(alphas))
         spec = AdapterSpec(tuple((path, t) for path, t in sorted(targets.items()) if max(t.ranks)))
         found = adapter_spec(RunConfig(lora=LoRAConfig(lora_rules(spec, base))), base)
-        for (path, meant), (path_of_found, resolved) in zip(spec.targets, found.targets, strict=True):
+        for (path, meant), (path_of_found, resolved) in zip(
+            spec.targets, found.targets, strict=True
+        ):
             assert (path, meant.ranks) == (path_of_found, resolved.ranks)
-            np.testing.assert_allclose(resolved.scales(rslora=False), meant.scales(rslora=False), rtol=1e-7)
+            np.testing.assert_allclose(
+                resolved.scales(rslora=False), meant.scales(rslora=False), rtol=1e-7
+            )

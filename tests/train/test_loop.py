@@ -25,7 +25,9 @@ def make_hooks(scores: Sequence[float] = range(1, 100)) -> mock.Mock:
     return mock.Mock(**{"evaluate.side_effect": evaluate, "asked_to_stop.return_value": False})
 
 
-def run(hooks: mock.Mock, schedule: Schedule, *, diverges_at: int = 0, params: Any = None) -> FitResult:
+def run(
+    hooks: mock.Mock, schedule: Schedule, *, diverges_at: int = 0, params: Any = None
+) -> FitResult:
     """Steps whose loss is finite, also after a moment of the optimizer has become infinite."""
 
     @jax.jit
@@ -36,7 +38,9 @@ def run(hooks: mock.Mock, schedule: Schedule, *, diverges_at: int = 0, params: A
         metrics |= {name: now.astype(jnp.float32) for name in ("loss", "target_tokens")}
         return state._replace(step=now, opt_state=moments), metrics | {"layers": {}}
 
-    state = TrainState(jnp.int32(0), {"a": jnp.ones(3)}, {"mu": jnp.zeros(3)}, jnp.zeros(2, jnp.uint32))
+    state = TrainState(
+        jnp.int32(0), {"a": jnp.ones(3)}, {"mu": jnp.zeros(3)}, jnp.zeros(2, jnp.uint32)
+    )
     batches = itertools.repeat(jnp.zeros(1))
     follower = Follower(hooks, schedule, lambda _: 0.1, state, 0, params or {}, None)
     return run_steps(step, params or {}, state, batches, follower)
@@ -47,7 +51,9 @@ def test_it_evaluates_and_saves_at_its_intervals_and_after_the_last_step() -> No
     result = run(hooks, Schedule(steps=7, log_every=2, eval_every=4, save_every=3))
     assert (result.step, result.interrupted, result.stopped_early) == (7, False, False)
     assert [call.args[0] for call in hooks.evaluate.call_args_list] == [4, 7]
-    saved = [(step, measured and measured.score) for (step, _, measured), _ in hooks.save.call_args_list]
+    saved = [
+        (step, measured and measured.score) for (step, _, measured), _ in hooks.save.call_args_list
+    ]
     assert saved == [(3, None), (4, 4), (6, None), (7, 7)]
 
 
@@ -81,9 +87,7 @@ def test_a_state_that_has_diverged_is_not_saved_though_its_loss_is_finite() -> N
         run(hooks, schedule, diverges_at=3)
     assert [call.args[0] for call in hooks.save.call_args_list] == [2]
     kernels = jnp.ones((4, 2, 2)).at[2, 1, 0].set(jnp.nan)
-    message = (
-        r"the base model: layers/kernel\[2\]: expected finite numbers, found NaN .* in 1 of its arrays"
-    )
+    message = r"the base model: layers/kernel\[2\]: expected finite numbers, found NaN .* in 1 of its arrays"
     params = {"layers": {"kernel": kernels, "b": kernels[0]}}
     with pytest.raises(TrainingDivergedError, match=message):
         run(hooks, schedule, diverges_at=3, params=params)

@@ -44,7 +44,9 @@ def test_a_factor_is_a_learning_rate_of_its_own() -> None:
     alone = {"gate_proj": trained((), 5e-3), "up_proj": trained((), 2e-2)}
     for path, value in found.items():
         np.testing.assert_allclose(value, alone[path.split("/")[2]][path], rtol=1e-6)
-    assert not np.allclose(found["layers/ffn/gate_proj/a"], found["layers/ffn/up_proj/a"], atol=1e-3)
+    assert not np.allclose(
+        found["layers/ffn/gate_proj/a"], found["layers/ffn/up_proj/a"], atol=1e-3
+    )
 
 
 def test_a_negative_factor_and_a_pattern_without_an_adapter_are_refused() -> None:
@@ -75,8 +77,13 @@ def rules(*given: LoRARule, **more: object) -> dict[str, LoRAConfig]:
         (rules(LoRARule("ffn", 64, alpha=16.0)), 576, 0.004),
         # Its scale is that of alpha 128.
         (rules(LoRARule("ffn", 64, alpha=16.0), rslora=True), 576, 0.0014),
-        (rules(LoRARule("gate", 0, alpha=99.0), LoRARule("up", 2), LoRARule("attn", 16)), 576, 0.0028),
-        # Two rates that multiply, losses of pairs, adapters that start large, and those that start slowly.
+        (
+            rules(LoRARule("gate", 0, alpha=99.0), LoRARule("up", 2), LoRARule("attn", 16)),
+            576,
+            0.0028,
+        ),
+        # Two rates that multiply, losses of pairs, adapters that start large, and those that start
+        # slowly.
         ({"lora": LoRAConfig(plus_ratio=16.0)}, 576, 0.001),
         ({"preference": PreferenceConfig("dpo")}, 576, 0.0005),
         ({"lora": LoRAConfig(init="lora_ga")}, 576, 0.0005),
@@ -85,7 +92,9 @@ def rules(*given: LoRARule, **more: object) -> dict[str, LoRAConfig]:
         (rules(LoRARule("ffn", 64), init="gradient"), 576, 0.00071),
     ],
 )
-def test_the_automatic_rate_falls_with_the_width_and_follows_the_method(changes, width, rate) -> None:
+def test_the_automatic_rate_falls_with_the_width_and_follows_the_method(
+    changes, width, rate
+) -> None:
     assert with_learning_rate(replace(LEFT, **changes), width).optimizer.learning_rate == rate
 
 

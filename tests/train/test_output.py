@@ -47,7 +47,9 @@ def test_output_must_be_new_or_resumed(tmp_path: Path) -> None:
     for _ in range(2):
         assert not opened(new)
         assert list(new.iterdir()) == []
-    with pytest.raises(NaloraError, match=r"--resume: expected a checkpoint in .*checkpoints, found none"):
+    with pytest.raises(
+        NaloraError, match=r"--resume: expected a checkpoint in .*checkpoints, found none"
+    ):
         opened(new, True)
     save(new, 1)
     assert opened(new, True)
@@ -79,7 +81,9 @@ with open_output(sys.argv[1], False):
 """
 
 
-def test_a_second_process_is_refused_by_name_and_a_dead_one_s_lock_is_taken_over(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_by_name_and_a_dead_one_s_lock_is_taken_over(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "run"
     (holder,) = tiny.start(["-c", HOLDING, str(folder)])
     tiny.wait_for_line(holder, "held")
@@ -98,13 +102,19 @@ def test_a_second_process_is_refused_by_name_and_a_dead_one_s_lock_is_taken_over
     assert not (folder / LOCK).exists()
 
 
-def test_a_holder_on_another_host_is_believed_while_it_touches_the_file(tmp_path, monkeypatch) -> None:
+def test_a_holder_on_another_host_is_believed_while_it_touches_the_file(
+    tmp_path, monkeypatch
+) -> None:
     monkeypatch.setattr(locks, "_STALE", 0.1)
     holder = {"host": "pod-7", "pid": 12, "since": "today", "command": "train.py"}
     (tmp_path / LOCK).write_text(json.dumps(holder))
     with monkeypatch.context() as patch:
-        patch.setattr("time.sleep", lambda seconds: os.utime(tmp_path / LOCK))  # while this process waits
-        with pytest.raises(NaloraError, match=r"found process 12 on pod-7 since today \(train.py\)"):
+        patch.setattr(
+            "time.sleep", lambda seconds: os.utime(tmp_path / LOCK)
+        )  # while this process waits
+        with pytest.raises(
+            NaloraError, match=r"found process 12 on pod-7 since today \(train.py\)"
+        ):
             opened(tmp_path, "auto")
     assert not opened(tmp_path, "auto")  # nobody touches it any more
 
@@ -149,8 +159,11 @@ def test_what_is_finished_is_in_the_store_and_another_machine_goes_on_from_it(st
         (unfinished / "part").write_text("half")
         assert f"/bucket/run/{HOLDER}" in store
     assert "/bucket/run/metrics.jsonl" in store
-    assert not [name for name in store for part in ("half", "tmp", "lock", ".scratch") if part in name]
-    # The copy of the newest checkpoint is cut off after its digests: it is damaged, and the one before it taken.
+    assert not [
+        name for name in store for part in ("half", "tmp", "lock", ".scratch") if part in name
+    ]
+    # The copy of the newest checkpoint is cut off after its digests: it is damaged, and the one
+    # before it taken.
     order = [path for path in store if f"{FOLDER}/2/" in path]
     digests = [path for path in order if path.endswith("digests.json")]
     assert order[: len(digests)] == digests != []

@@ -1,4 +1,5 @@
-"""Three steps of every kind of adapter beside PEFT's own: the same start, rows and AdamW give the same updates."""
+"""Three steps of every kind of adapter beside PEFT's own: the same start, rows and AdamW give the
+same updates."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ import numpy as np
 import pytest
 
 from nalora_jax.common import trees
-from nalora_jax.config import AdaLoRAConfig, ComputeConfig, LoRAConfig, LoRARule, OptimizerConfig, RunConfig
+from nalora_jax.config import (
+    AdaLoRAConfig,
+    ComputeConfig,
+    LoRAConfig,
+    LoRARule,
+    OptimizerConfig,
+    RunConfig,
+)
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.program import Assembly, assemble
 from nalora_jax.train.start import gradient_adapters, in_components, starting_at
@@ -87,9 +95,13 @@ def our_start(
     return in_components(made) if method == "PiSSA" else made
 
 
-def their_start(base: tuple[Any, ModelConfig, Any], first: dict[str, np.ndarray], method: str) -> Any:
+def their_start(
+    base: tuple[Any, ModelConfig, Any], first: dict[str, np.ndarray], method: str
+) -> Any:
     model, own = copy.deepcopy(base[0]), METHODS[method][1]
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=NAMES, task_type="CAUSAL_LM", **own)
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=NAMES, task_type="CAUSAL_LM", **own
+    )
     if method == "LoRA-GA":
         config.lora_ga_config = peft.LoraGAConfig()
         peft.preprocess_loraga(model, config, lambda: their_loss(model, first).backward())
@@ -132,20 +144,25 @@ def their_adapters(theirs: Any) -> dict[str, np.ndarray]:
 
 
 def give(theirs: Any, ours: Assembly) -> None:
-    """Put our adapters and kernels into PEFT's model: singular vectors are determined up to their signs alone."""
+    """Put our adapters and kernels into PEFT's model: singular vectors are determined up to their
+    signs alone."""
     lora, params = trees.flatten(ours.state.lora), trees.flatten(ours.params)
     with torch.no_grad():
         for path, index, parameter in arrays(theirs):
             parameter.copy_(torch.tensor(np.asarray(lora[path][index]).T).reshape(parameter.shape))
         for path, index, module in places(theirs):
-            module.base_layer.weight.copy_(torch.tensor(np.asarray(params[f"{path}/kernel"][index]).T))
+            module.base_layer.weight.copy_(
+                torch.tensor(np.asarray(params[f"{path}/kernel"][index]).T)
+            )
 
 
 def check_start(ours: Assembly, theirs: Any, method: str) -> None:
     """What PEFT starts from is what we start from, as far as it is determined."""
     lora, params = trees.flatten(ours.state.lora), trees.flatten(ours.params)
     adapters = their_adapters(theirs)
-    near = 1e-3 if method == "PiSSA" else 1e-5  # ours takes a randomized decomposition, PEFT an exact one
+    near = (
+        1e-3 if method == "PiSSA" else 1e-5
+    )  # ours takes a randomized decomposition, PEFT an exact one
     assert lora.keys() == adapters.keys()
     for path, index, module in places(theirs):
         assert module.scaling["default"] == pytest.approx(float(ours.spec.scales(path)[index]))
@@ -154,7 +171,9 @@ def check_start(ours: Assembly, theirs: Any, method: str) -> None:
         if method == "LoRA-GA":  # PEFT leaves A at length 1 and multiplies B by the singular values
             for one, other in ((a, their_a), (b.T, their_b.T)):
                 lengths = np.linalg.norm(one, axis=0) * np.linalg.norm(other, axis=0)
-                np.testing.assert_allclose(np.abs(np.sum(one * other, axis=0)) / lengths, 1.0, atol=1e-3)
+                np.testing.assert_allclose(
+                    np.abs(np.sum(one * other, axis=0)) / lengths, 1.0, atol=1e-3
+                )
             continue
         np.testing.assert_allclose(a @ b, their_a @ their_b, atol=near)
         kernel = module.base_layer.weight.detach().numpy().T
@@ -164,7 +183,11 @@ def check_start(ours: Assembly, theirs: Any, method: str) -> None:
 
 
 def their_optimizer(theirs: Any, method: str) -> Any:
-    settings = {"lr": OPTIMIZER.learning_rate, "betas": (OPTIMIZER.b1, OPTIMIZER.b2), "eps": OPTIMIZER.eps}
+    settings = {
+        "lr": OPTIMIZER.learning_rate,
+        "betas": (OPTIMIZER.b1, OPTIMIZER.b2),
+        "eps": OPTIMIZER.eps,
+    }
     if method.endswith("LoRA+"):
         more = {"loraplus_lr_ratio": RATIO, "loraplus_weight_decay": OPTIMIZER.weight_decay}
         return optimizers.create_loraplus_optimizer(theirs, torch.optim.AdamW, **settings, **more)
@@ -204,7 +227,9 @@ def test_updates_are_those_of_peft(base, rows, steps, method) -> None:
 
 
 # As settings of ours: of 20 steps the first 4 have all ranks, and the ranks of step 15 stay.
-ADALORA = AdaLoRAConfig(target_rank=2, warmup_share=0.2, final_share=0.25, interval=3, orthogonality=0.5)
+ADALORA = AdaLoRAConfig(
+    target_rank=2, warmup_share=0.2, final_share=0.25, interval=3, orthogonality=0.5
+)
 
 
 def test_adalora_is_that_of_peft(base: Any, rows: list[dict[str, np.ndarray]]) -> None:
@@ -219,7 +244,9 @@ def test_adalora_is_that_of_peft(base: Any, rows: list[dict[str, np.ndarray]]) -
     give(theirs, ours)
     tuner, optimizer, state = theirs.base_model, their_optimizer(theirs, "AdaLoRA"), ours.state
     for name, value in their_adapters(theirs).items():
-        assert np.abs(value).max() == pytest.approx(0.0 if name.endswith("/singular") else 0.08, abs=0.04)
+        assert np.abs(value).max() == pytest.approx(
+            0.0 if name.endswith("/singular") else 0.08, abs=0.04
+        )
     taken = []
     for step in range(1, 21):
         batch = rows[step % len(rows)]
@@ -240,7 +267,8 @@ def test_adalora_is_that_of_peft(base: Any, rows: list[dict[str, np.ndarray]]) -
 
 
 def penalised(theirs: Any, loss: Any) -> Any:
-    """``loss`` with PEFT's penalty, which its forward pass adds to losses that it computes itself."""
+    """``loss`` with PEFT's penalty, which its forward pass adds to losses that it computes
+    itself."""
     output, tuner = SimpleNamespace(loss=loss.clone()), theirs.base_model
     inner, tuner.model.forward = tuner.model.forward, lambda: output
     try:

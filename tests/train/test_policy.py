@@ -54,7 +54,8 @@ def table(model, variables, batch) -> jax.Array:
 
 @pytest.mark.parametrize(("name", "updates"), [("grpo", "first"), ("dapo", "later")])
 def test_loss_and_gradient_are_those_of_the_formula(assembly, name: Name, updates: str) -> None:
-    """Of a new rollout, and of one that served updates; tests/ops/test_policy_losses.py has the other losses."""
+    """Of a new rollout, and of one that served updates; tests/ops/test_policy_losses.py has the
+    other losses."""
     made, state = assembly
     settings = PolicyLoss(name, *CLIPS[name], length=8, beta=0.1)
     text = next_token(BASE, made.eval_model, ComputeConfig(dtype="float32"), made.mesh)
@@ -85,12 +86,17 @@ def test_loss_and_gradient_are_those_of_the_formula(assembly, name: Name, update
     assert norm > 1e-4
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4 * norm), found, gradient)
     _, count = objective.counts(batch)
-    total, share = denominator(batch["loss_weights"], batch["real"], settings), batch["loss_weights"]
+    total, share = (
+        denominator(batch["loss_weights"], batch["real"], settings),
+        batch["loss_weights"],
+    )
     assert count == total == (13 if name == "dapo" else 3)
     if name != "dapo":
         share = share / np.maximum(share.sum(1, keepdims=True), 1)
     np.testing.assert_allclose(measured["entropy"], -(share * now).sum(), rtol=1e-4)
-    np.testing.assert_allclose(measured["mismatch"], np.abs(share * old).sum(), rtol=1e-4)  # sampled: 0
+    np.testing.assert_allclose(
+        measured["mismatch"], np.abs(share * old).sum(), rtol=1e-4
+    )  # sampled: 0
     distance = np.abs(np.exp(np.asarray(old, np.float64)) - 1) / 2
     np.testing.assert_allclose(measured["mismatch_bound"], (share * distance).sum(), rtol=1e-4)
     ratio = np.asarray(base - now)
@@ -100,7 +106,9 @@ def test_loss_and_gradient_are_those_of_the_formula(assembly, name: Name, update
 
 
 def test_temperature_acts_after_the_cap(assembly) -> None:
-    text = next_token(BASE, assembly[0].eval_model, ComputeConfig(dtype="float32"), assembly[0].mesh)
+    text = next_token(
+        BASE, assembly[0].eval_model, ComputeConfig(dtype="float32"), assembly[0].mesh
+    )
     text = replace(text, head=text.head._replace(softcap=5.0, scale=0.5))
     products = np.linspace(-40, 40, 9)
     found = Policy(text, PolicyLoss("grpo", 0.2, 0.2, 8), T).policy.head.logits(products)[0]

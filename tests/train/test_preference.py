@@ -162,7 +162,9 @@ def test_long_pairs_are_dropped_cut_or_refused(tokenizer, caplog):
     (chosen, _), (rejected, _) = sides(cut)[-1]
     assert tokenizer.decode(chosen).endswith("l m n")
     assert max(len(chosen), len(rejected)) == DATA.max_length // 2 + 1
-    with pytest.raises(NaloraError, match="pairs, record 5: expected at most --data.max-length 24 tokens"):
+    with pytest.raises(
+        NaloraError, match="pairs, record 5: expected at most --data.max-length 24 tokens"
+    ):
         pairs(tokenizer, replace(DATA, too_long="error"), records=[*RECORDS, long])
 
 
@@ -182,10 +184,13 @@ def test_records_that_are_no_pairs_name_themselves(tokenizer, record, said):
 
 @pytest.mark.usefixtures("one_device")
 def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
-    """Answers z over y, whatever the prompt: rewards rise, are logged, and the exported adapter has them."""
+    """Answers z over y, whatever the prompt: rewards rise, are logged, and the exported adapter has
+    them."""
     rng = np.random.default_rng(0)
     prompts = [" ".join(rng.choice(list("abcdefgh"), 2)) for _ in range(60)]
-    lines = [json.dumps({"prompt": prompt, "chosen": " z", "rejected": " y x"}) for prompt in prompts]
+    lines = [
+        json.dumps({"prompt": prompt, "chosen": " z", "rejected": " y x"}) for prompt in prompts
+    ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
     splits = {"train_split": "train[:80%]", "eval_split": "train[80%:]"}
     splits |= {"eval_limit": 4, "select_limit": 2}  # with so few, one program measures both

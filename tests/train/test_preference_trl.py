@@ -1,4 +1,5 @@
-"""The preference loss beside TRL's trainer, on the same batch (TRL is no part of the extra `test`)."""
+"""The preference loss beside TRL's trainer, on the same batch (TRL is no part of the extra
+`test`)."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def records():
 
     sizes = {"prompt": (2, 6), "chosen": (1, 6), "rejected": (1, 6)}
     return [
-        {name: " " * (name != "prompt") + text(*size) for name, size in sizes.items()} for _ in range(8)
+        {name: " " * (name != "prompt") + text(*size) for name, size in sizes.items()}
+        for _ in range(8)
     ]
 
 
@@ -47,7 +49,12 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = tokenizer.eos_token
-    settings = {"output_dir": str(tmp_path / "trl"), "loss_type": [kind], "beta": 0.7, "max_length": None}
+    settings = {
+        "output_dir": str(tmp_path / "trl"),
+        "loss_type": [kind],
+        "beta": 0.7,
+        "max_length": None,
+    }
     settings |= {"per_device_train_batch_size": 8, "use_cpu": True, "bf16": False, "report_to": []}
     trainer = trl.DPOTrainer(
         model=policy.merge_and_unload(),
@@ -66,7 +73,10 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
     data = pair_data(source, DataConfig(max_length=64), config, model.base.tokenizer, batch_size=2)
     ids = [row[row != tokenizer.pad_token_id].tolist() for row in theirs["input_ids"].numpy()]
     store = data.store
-    mine = [store.tokens[a:b].tolist() for a, b in zip(store.offsets[:-1], store.offsets[1:], strict=True)]
+    mine = [
+        store.tokens[a:b].tolist()
+        for a, b in zip(store.offsets[:-1], store.offsets[1:], strict=True)
+    ]
     # Without the end token, which is the padding there.
     assert sorted(ids) == sorted(row[:-1] for row in mine)
 
@@ -74,7 +84,8 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
     rows = data.rows_per_epoch
     batches = [data.batch_at(i) for i in range(0, rows, 2)]
     batch = {
-        name: np.concatenate([each[name] for each in batches], axis=1)[0][:rows] for name in batches[0]
+        name: np.concatenate([each[name] for each in batches], axis=1)[0][:rows]
+        for name in batches[0]
     }
     assert batch["pairs"].sum() == 8
     objective = Preference(NextToken(model.module, Head(transposed=True), Numerics()), config)
@@ -83,4 +94,6 @@ def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
     if kind == "sigmoid":
         for name in ("chosen", "rejected"):
             mean = float(found.measured[f"rewards_{name}"]) / 8
-            np.testing.assert_allclose(mean, np.mean(logged[f"rewards/{name}"]), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                mean, np.mean(logged[f"rewards/{name}"]), rtol=1e-4, atol=1e-5
+            )

@@ -35,7 +35,10 @@ def test_a_trace_holds_the_steps_that_were_asked_for_as_far_as_the_run_goes(tmp_
                 profile.end(step, state)
         (file,) = folder.rglob("*.pb")
         name = f"steps_{min(traced)}-{max(traced)}"
-        assert file.relative_to(folder).as_posix() == f"profile/plugins/profile/{name}/process_0.xplane.pb"
+        assert (
+            file.relative_to(folder).as_posix()
+            == f"profile/plugins/profile/{name}/process_0.xplane.pb"
+        )
         assert traced_steps(file) == traced
 
 

@@ -1,7 +1,8 @@
 """The whole step against torch in float64: blocks with both mechanisms.
 
-Two gated blocks, adapters on gate, up and down with nonzero B, padding, two micro-batches with unequal numbers of
-target tokens, masks and step scales that are not all one, AdamW with weight decay, twelve optimizer steps.
+Two gated blocks, adapters on gate, up and down with nonzero B, padding, two micro-batches with
+unequal numbers of target tokens, masks and step scales that are not all one, AdamW with weight
+decay, twelve optimizer steps.
 """
 
 from __future__ import annotations
@@ -40,7 +41,12 @@ class Tower(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, deterministic: bool
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        deterministic: bool,
     ) -> jax.Array:
         del positions
         table = self.param("embed", lambda _: {"embedding": jnp.zeros((V, D))})["embedding"]
@@ -50,7 +56,9 @@ class Tower(nn.Module):
             return x + block(x, SCALES, token_weights=weights, deterministic=deterministic), None
 
         adapters = Adapters(tuple((name, R) for name in SCALES))
-        block = GatedFFN(D, F, "silu", adapters, stats=GateStatsConfig(probe_stride=1), name="layers")
+        block = GatedFFN(
+            D, F, "silu", adapters, stats=GateStatsConfig(probe_stride=1), name="layers"
+        )
         scan = nn.scan(
             body,
             variable_axes={"params": 0, "lora": 0, "gate_mask": 0, "gate_taps": 0},
@@ -61,16 +69,20 @@ class Tower(nn.Module):
 
 
 class Reference:
-    """The same in float64 by torch, whose autograd and AdamW know nothing of masks, from the design's formulas."""
+    """The same in float64 by torch, whose autograd and AdamW know nothing of masks, from the
+    design's formulas."""
 
     def __init__(
         self, params: dict, lora: dict, importance: np.ndarray, occupancy: np.ndarray, count: int
     ) -> None:
         self.table = torch.tensor(np.asarray(params["embed"]["embedding"], np.float64))
-        self.w = {k: torch.tensor(np.asarray(params["layers"][k]["kernel"], np.float64)) for k in SCALES}
+        self.w = {
+            k: torch.tensor(np.asarray(params["layers"][k]["kernel"], np.float64)) for k in SCALES
+        }
         self.lora = {
             name: {
-                key: torch.tensor(np.asarray(x, np.float64), requires_grad=True) for key, x in leaf.items()
+                key: torch.tensor(np.asarray(x, np.float64), requires_grad=True)
+                for key, x in leaf.items()
             }
             for name, leaf in lora["layers"].items()
         }
@@ -91,7 +103,9 @@ class Reference:
     def equalised(factor: np.ndarray) -> torch.Tensor:
         return torch.tensor(factor / np.sqrt((factor**2).mean(axis=-1, keepdims=True)))
 
-    def project(self, name: str, i: int, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def project(
+        self, name: str, i: int, x: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         a, b, scale = self.lora[name]["a"][i], self.lora[name]["b"][i], SCALES[name]
         result = x @ self.w[name][i] + scale * (x @ a) @ b
         if mask is not None:  # a zero, through which A's gradient sees B times the mask
@@ -100,14 +114,18 @@ class Reference:
 
     def step(self, batch: dict[str, np.ndarray]) -> float:
         mask, joint = self.equalised(self.masks()), self.equalised(self.masks() * self.scales())
-        tokens, targets = (torch.tensor(batch[name]).flatten().long() for name in ("tokens", "targets"))
+        tokens, targets = (
+            torch.tensor(batch[name]).flatten().long() for name in ("tokens", "targets")
+        )
         weights = torch.tensor(batch["loss_weights"], dtype=torch.float64).flatten()
         x, gates = self.table[tokens], []
         for i in range(LAYERS):
             z = self.project("gate_proj", i, x, mask[i])
             z.retain_grad()
             gates.append(z)
-            x = x + self.project("down_proj", i, z * torch.sigmoid(z) * self.project("up_proj", i, x))
+            x = x + self.project(
+                "down_proj", i, z * torch.sigmoid(z) * self.project("up_proj", i, x)
+            )
         losses = torch.nn.functional.cross_entropy(x @ self.table.T, targets, reduction="none")
         loss = (weights * losses).sum() / weights.sum()
         self.optimizer.zero_grad()
@@ -116,11 +134,16 @@ class Reference:
         self.optimizer.step()
         with torch.no_grad():
             gate.copy_(before + (gate - before) * joint[:, None, :])
-        z, dz = (np.stack([x.detach().numpy() for x in each]) for each in (gates, [z.grad for z in gates]))
+        z, dz = (
+            np.stack([x.detach().numpy() for x in each])
+            for each in (gates, [z.grad for z in gates])
+        )
         real = (batch["segment_ids"].flatten() > 0) / np.sum(batch["segment_ids"] > 0)
         s, part = 1 / (1 + np.exp(-z)), activations.partition("silu")
         slope = np.einsum("t,ltc->lc", real, np.abs(s * (1 + z * (1 - s))))
-        edges = np.stack([z < part.z0, (z >= part.z0) & (z < 0), (z >= 0) & (z < part.z1), z >= part.z1])
+        edges = np.stack(
+            [z < part.z0, (z >= part.z0) & (z < 0), (z >= 0) & (z < part.z1), z >= part.z1]
+        )
         occupancy = np.einsum("t,kltc->lkc", real, edges)
         # Of the mean loss per target token.
         self.delta_squared = np.einsum("t,ltc->lc", real, dz**2)
@@ -145,11 +168,17 @@ def test_twelve_steps_agree_with_torch() -> None:
     rng, batch = np.random.default_rng(0), _batch(0)
     names, model = ("positions", "segment_ids"), Tower()
     rest = {name: jnp.asarray(batch[name][0]) for name in names}
-    variables = model.init(jax.random.key(0), jnp.asarray(batch["tokens"][0]), **rest, deterministic=True)
-    params, lora = _random_like(rng, variables["params"], 0.4), _random_like(rng, variables["lora"], 0.3)
+    variables = model.init(
+        jax.random.key(0), jnp.asarray(batch["tokens"][0]), **rest, deterministic=True
+    )
+    params, lora = (
+        _random_like(rng, variables["params"], 0.4),
+        _random_like(rng, variables["lora"], 0.3),
+    )
     assert set(lora["layers"]) == set(SCALES)
     inner = optax.adamw(LR, b1=B1, b2=B2, eps=EPS, weight_decay=DECAY)
-    # One with a statistic of the backward pass rides along, with an exponent of 0: it measures, and changes nothing.
+    # One with a statistic of the backward pass rides along, with an exponent of 0: it measures, and
+    # changes nothing.
     chosen = make_mechanisms((MASK, STEP, "delta:q=0,decay=0"), activation="silu")
     optimizer = nalora(inner, chosen, find_gates(lora))
     objective = NextToken(model, Head(transposed=True), Numerics())
@@ -162,7 +191,9 @@ def test_twelve_steps_agree_with_torch() -> None:
     occupancy = rng.dirichlet(np.ones(4), (LAYERS, F)).transpose(0, 2, 1).astype(np.float32)
     count = 5
     memory = {"mask": {"slope": importance}, "step_scale": {"occupancy": occupancy}}
-    kept = {label: {"layers": jax.tree.map(jnp.asarray, averages)} for label, averages in memory.items()}
+    kept = {
+        label: {"layers": jax.tree.map(jnp.asarray, averages)} for label, averages in memory.items()
+    }
     gate = state.gate._replace(
         memory=state.gate.memory | kept,
         updates={"layers": jnp.full((LAYERS,), count, jnp.int32)},
@@ -182,7 +213,9 @@ def test_twelve_steps_agree_with_torch() -> None:
         for name, leaf in reference.lora.items():
             for key, value in leaf.items():
                 ours, where = state.lora["layers"][name][key], f"{name}/{key}"
-                np.testing.assert_allclose(ours, value.detach(), rtol=2e-4, atol=2e-5, err_msg=where)
+                np.testing.assert_allclose(
+                    ours, value.detach(), rtol=2e-4, atol=2e-5, err_msg=where
+                )
         memory = state.gate.memory
         corrected = reference.importance / (1 - MASK.decay**reference.count)
         np.testing.assert_allclose(memory["mask"]["layers"]["slope"], corrected, rtol=1e-4)

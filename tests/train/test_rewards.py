@@ -63,7 +63,9 @@ def test_functions_of_modules_are_rewards() -> None:
     np.testing.assert_array_equal(values, [[4, 0], [2, 1]])
     with pytest.raises(NaloraError, match="MODULE:FUNCTION that can be imported, found .*once"):
         make_reward("rewards_of_a_test:once")
-    with pytest.raises(NaloraError, match="expected one of choice, exact, format, length, number, regex"):
+    with pytest.raises(
+        NaloraError, match="expected one of choice, exact, format, length, number, regex"
+    ):
         make_reward("nmber")
 
 
@@ -77,7 +79,9 @@ def test_metrics_of_rewards_have_names_of_their_own() -> None:
 
 
 def test_the_reward_of_the_page_is_registered_by_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    registered = {name: reward for name, reward in rewards._REWARDS._values.items() if name != "short"}
+    registered = {
+        name: reward for name, reward in rewards._REWARDS._values.items() if name != "short"
+    }
     monkeypatch.setattr(rewards._REWARDS, "_values", registered)
     page = (Path(__file__).parents[2] / "docs" / "rl.md").read_text(encoding="utf-8")
     exec(page.split('title="my_rewards.py"\n')[1].split("```")[0], {"__name__": "my_rewards"})
@@ -102,7 +106,9 @@ def test_a_reward_that_fails_names_itself_and_the_record_or_is_nan(reward: Any, 
     _module(judge=reward)
     arguments = ["p", "p"], ["ok", "ok"], [{}, {}], ["train.jsonl:7", "train.jsonl:8"]
     rl = RLConfig(rewards=("rewards_of_a_test:judge",), reward_seconds=0.05)
-    with pytest.raises(NaloraError, match=f"judge of train.jsonl:7: expected a finite number .*{found}"):
+    with pytest.raises(
+        NaloraError, match=f"judge of train.jsonl:7: expected a finite number .*{found}"
+    ):
         Scorer(rl)(*arguments)
     assert np.isnan(Scorer(replace(rl, ignore_reward_errors=True))(*arguments)).all()
 

@@ -61,7 +61,9 @@ def lora(assembly):
 @pytest.fixture(scope="module")
 def sampler(assembly, tokenizer) -> Sampler:
     made, _ = assembly
-    rl = RLConfig(samples=SAMPLES, max_new_tokens=LIMIT, temperature=0.9, rewards=rewarded(Counting()))
+    rl = RLConfig(
+        samples=SAMPLES, max_new_tokens=LIMIT, temperature=0.9, rewards=rewarded(Counting())
+    )
     options = {"prompts": len(TEXTS), "seed": 3, "longest": 6, "rows": 8}
     return Sampler(rl, made.eval_model, made.params, tokenizer, made.mesh, **options)
 
@@ -121,7 +123,9 @@ def test_groups_that_are_complete_are_not_sampled_again(sampler, asked, lora, tm
 
 def test_samples_that_the_limit_cut_can_be_left_out() -> None:
     tokens = np.array([[5, 6, NO_TOKEN], [5, 6, 7]], np.int32)
-    samples = Samples(tokens, np.zeros((2, 3), np.float32), np.zeros((2, 1)), np.array([False, True]))
+    samples = Samples(
+        tokens, np.zeros((2, 3), np.float32), np.zeros((2, 1)), np.array([False, True])
+    )
     batch = sample_batch([[1, 2], [3]], samples, 6, masks_cut=True)
     np.testing.assert_array_equal(batch["tokens"], [[1, 2, 5, 6, 0, 0], [3, 5, 6, 7, 0, 0]])
     np.testing.assert_array_equal(batch["loss_weights"], [[0, 1, 1, 0, 0, 0], [0] * 6])

@@ -1,4 +1,5 @@
-"""The gradient start against an SVD of the kernel's gradient in float64, and the start that is kept for resuming."""
+"""The gradient start against an SVD of the kernel's gradient in float64, and the start that is kept
+for resuming."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ torch = pytest.importorskip("torch")
 TORCH = tiny.torch_llama().double()
 BASE = ModelConfig.from_hf(TORCH.config.to_dict())
 PARAMS = jax.tree.map(
-    jnp.asarray, params_from_tensors(BASE, lambda name: TORCH.get_parameter(name).detach().float().numpy())
+    jnp.asarray,
+    params_from_tensors(BASE, lambda name: TORCH.get_parameter(name).detach().float().numpy()),
 )
 RULES = (LoRARule("layers/1/ffn/gate_proj", 2), LoRARule("ffn", 3), LoRARule("q_proj", 2))
 
@@ -38,7 +40,8 @@ BATCHES = [tiny.whole_batch(seed, (1, 4, 12), share=0.5) for seed in range(2)]
 
 
 def kernel_gradients(rows: list[dict[str, np.ndarray]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Of the summed loss, by transformers in float64; and the gates' pre-activations ``[layers, tokens, d_ff]``."""
+    """Of the summed loss, by transformers in float64; and the gates' pre-activations ``[layers,
+    tokens, d_ff]``."""
     seen: list[list[np.ndarray]] = [[], []]
     hooks = [
         layer.mlp.gate_proj.register_forward_hook(
@@ -55,7 +58,9 @@ def kernel_gradients(rows: list[dict[str, np.ndarray]]) -> tuple[dict[str, np.nd
         (losses * weights.flatten()).sum().backward()
     for hook in hooks:
         hook.remove()
-    tree = params_from_tensors(BASE, lambda name: TORCH.get_parameter(name).grad.numpy(), dtype=np.float64)
+    tree = params_from_tensors(
+        BASE, lambda name: TORCH.get_parameter(name).grad.numpy(), dtype=np.float64
+    )
     flat = {path.removesuffix("/kernel"): leaf for path, leaf in trees.flatten(tree).items()}
     return flat, np.array([np.concatenate(one) for one in seen])
 
@@ -79,7 +84,8 @@ def made() -> Assembly:
 
 
 def test_a_holds_the_left_singular_vectors_of_the_weighted_gradient_and_b_is_zero(made) -> None:
-    """A gate's columns are weighted by its slopes, and the placebo permutes them; other projections have none."""
+    """A gate's columns are weighted by its slopes, and the placebo permutes them; other projections
+    have none."""
     lora = trees.flatten(jax.device_get(gradient_adapters(made, BASE, BATCHES, seed=0)))
     (gradients, z), gate = kernel_gradients(BATCHES), "layers/ffn/gate_proj"
     sigmoid = 1 / (1 + np.exp(-z))
@@ -108,14 +114,18 @@ LOADED: Any = SimpleNamespace(config=BASE)
 @pytest.fixture(scope="module")
 def lowering(made: Assembly) -> Assembly:
     """The same, of a run that lowers its kernels."""
-    return replace(made, config=replace(made.config, lora=replace(made.config.lora, init="lora_ga")))
+    return replace(
+        made, config=replace(made.config, lora=replace(made.config.lora, init="lora_ga"))
+    )
 
 
 @pytest.fixture
 def begun(lowering: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Assembly:
     """As a run begins; its gradient can be taken once."""
     rng = np.random.default_rng(0)
-    lora = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), "float32"), lowering.state.lora)
+    lora = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), "float32"), lowering.state.lora
+    )
     found = iter([lora])
     monkeypatch.setattr(start, "first_adapters", lambda *_: next(found))
     return started(lowering, tmp_path, resumes=False)
@@ -129,7 +139,9 @@ def started(assembly: Assembly, folder: Path, *, resumes: bool = True) -> Assemb
 def test_a_continuation_has_the_start_to_the_bit(made, lowering, begun, tmp_path) -> None:
     assert started(made, tmp_path) is made  # nothing is lowered: its start is in the checkpoint
     again = started(lowering, tmp_path)
-    kernels = (trees.flatten(one.params)["layers/ffn/gate_proj/kernel"] for one in (lowering, begun))
+    kernels = (
+        trees.flatten(one.params)["layers/ffn/gate_proj/kernel"] for one in (lowering, begun)
+    )
     assert not np.array_equal(*kernels)
     for ours, theirs in ((again.params, begun.params), (again.initial, begun.initial)):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -141,7 +153,10 @@ def test_a_continuation_has_the_start_to_the_bit(made, lowering, begun, tmp_path
     ("found", "harm"),
     [
         ("No such file", lambda folder: shutil.rmtree(folder)),
-        ("not what was written", lambda folder: (folder / "adapter.safetensors").write_bytes(b"other")),
+        (
+            "not what was written",
+            lambda folder: (folder / "adapter.safetensors").write_bytes(b"other"),
+        ),
     ],
 )
 def test_a_start_that_is_not_there_or_damaged_is_refused(lowering, tmp_path, found, harm) -> None:

@@ -33,10 +33,15 @@ def test_norms_are_those_of_the_whole_updates() -> None:
         for (path, _), pair in zip(targets, shapes, strict=True)
         for name, shape in zip("ab", pair, strict=True)
     }
-    found = adapter_norms({name: jnp.asarray(leaf) for name, leaf in leaves.items()}, AdapterSpec(targets))
+    found = adapter_norms(
+        {name: jnp.asarray(leaf) for name, leaf in leaves.items()}, AdapterSpec(targets)
+    )
     for path, spec in targets:
         whole = leaves[f"{path}/a"].astype(np.float64) @ leaves[f"{path}/b"].astype(np.float64)
-        scale = [alpha / rank if rank else 0.0 for alpha, rank in zip(spec.alphas, spec.ranks, strict=True)]
+        scale = [
+            alpha / rank if rank else 0.0
+            for alpha, rank in zip(spec.alphas, spec.ranks, strict=True)
+        ]
         expected = scale * np.sqrt(np.square(whole).sum(axis=tuple(range(1, whole.ndim))))
         np.testing.assert_allclose(found[path], expected, rtol=1e-5)
     for path, _ in targets:

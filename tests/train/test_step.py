@@ -1,4 +1,5 @@
-"""The compiled step on a small decoder: splits, meshes and switches that must not matter, and those that must."""
+"""The compiled step on a small decoder: splits, meshes and switches that must not matter, and those
+that must."""
 
 from __future__ import annotations
 
@@ -35,9 +36,9 @@ from nalora_jax.train.program import Assembly
 from tests import tiny
 from tests.param_trees import bytes_per_device
 
-# Each key head has one query head, so that tensor divides both. SGD makes the adapters' movement proportional to the
-# gradient, so that comparing them compares gradients (of size 0.01 to 1); Adam would divide rounding noise by itself
-# where a gradient is tiny.
+# Each key head has one query head, so that tensor divides both. SGD makes the adapters' movement
+# proportional to the gradient, so that comparing them compares gradients (of size 0.01 to 1); Adam
+# would divide rounding noise by itself where a gradient is tiny.
 BASE = ModelConfig.from_hf(tiny.GROUPED | {"num_hidden_layers": 3, "num_key_value_heads": 4})
 CONFIG = RunConfig(
     steps=8,
@@ -53,7 +54,9 @@ SOUND = Decoder.apply
 def _batch(seed: int, accumulate: int = 1) -> dict[str, np.ndarray]:
     """The rows have very different numbers of targets."""
     flat = tiny.packed_batch(seed, ROWS, SEQ, np.linspace(0.05, 1, ROWS)[:, None])
-    return {name: value.reshape(accumulate, ROWS // accumulate, SEQ) for name, value in flat.items()}
+    return {
+        name: value.reshape(accumulate, ROWS // accumulate, SEQ) for name, value in flat.items()
+    }
 
 
 def _train(assembly: Assembly, params: Any, accumulate: int = 1) -> tuple[Any, list[Any]]:
@@ -73,8 +76,11 @@ def _assert_close(one: Any, other: Any, *, atol: float) -> None:
         np.testing.assert_allclose(value, second[path], rtol=1e-4, atol=atol, err_msg=path)
 
 
-def test_a_mesh_and_micro_batches_are_one_device_and_one_batch(capfd: pytest.CaptureFixture[str]) -> None:
-    """Also weights and state are split: over fsdp and tensor, and the adapters over the axis of their wide side."""
+def test_a_mesh_and_micro_batches_are_one_device_and_one_batch(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Also weights and state are split: over fsdp and tensor, and the adapters over the axis of
+    their wide side."""
     config = replace(CONFIG, mechanisms=(*CONFIG.mechanisms, "delta"))  # statistics of both passes
     alone, expected = _train(*tiny.assembled(config, BASE))
     mesh = MeshConfig(2, 2, 2)
@@ -88,7 +94,9 @@ def test_a_mesh_and_micro_batches_are_one_device_and_one_batch(capfd: pytest.Cap
         _assert_close(one, other, atol=1e-5)
     # Norms are replicated.
     sizes = mesh.fsdp * mesh.tensor, min(mesh.fsdp, mesh.tensor)
-    for tree, parts in zip((params, {"lora": state.lora, "opt": state.opt_state}), sizes, strict=True):
+    for tree, parts in zip(
+        (params, {"lora": state.lora, "opt": state.opt_state}), sizes, strict=True
+    ):
         per_device = bytes_per_device(tree)
         assert len(per_device) == 8
         assert max(per_device.values()) < (1 / parts + 0.05) * trees.size_bytes(tree)
@@ -105,7 +113,9 @@ def test_every_step_and_every_micro_batch_has_its_own_key_for_dropout() -> None:
             return jnp.float32(1), jnp.float32(1)
 
     optimizer = optax.with_extra_args_support(optax.sgd(0.1))
-    step = make_train_step(optimizer, StepConfig(make_mechanisms((), activation="silu"), {}), Draw())
+    step = make_train_step(
+        optimizer, StepConfig(make_mechanisms((), activation="silu"), {}), Draw()
+    )
     state = first = init_state(jnp.ones(2), optimizer, seed=0)
     means = []
     for micro_batches in (1, 2, 3):
@@ -174,7 +184,10 @@ def test_what_was_not_measured_is_not_a_number_and_stops_the_run() -> None:
     _, metrics = assembly.step(params, late, batch)
     for name in ("importance", "occupancy", "feature", "misalignment", "limit"):
         assert np.isnan(metrics["layers"]["layers/ffn"][name]).all(), name
-    assert {label: bool(x) for label, x in metrics["idle"].items()} == {"mask": True, "step_scale": True}
+    assert {label: bool(x) for label, x in metrics["idle"].items()} == {
+        "mask": True,
+        "step_scale": True,
+    }
     meter = _Meter({})
     meter.add(11, metrics)
     with pytest.raises(NaloraError, match="step 11: mask, step_scale: .*no token measured"):

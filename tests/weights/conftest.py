@@ -1,4 +1,5 @@
-"""Tiny transformers models of every family, and adapters for them, as references that nobody here wrote."""
+"""Tiny transformers models of every family, and adapters for them, as references that nobody here
+wrote."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def mixed(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[float, ...]]]:
-    """Returns ranks and alphas of all projections, which differ between layers and modules, for `random_lora`."""
+    """Returns ranks and alphas of all projections, which differ between layers and modules, for
+    `random_lora`."""
     rng, targets = np.random.default_rng(0), {}
     for path, layers in depths(config).items():
         ranks, alphas = rng.integers(1, 5, layers), rng.choice([1.5, 3.0, 8.0], layers)
@@ -98,7 +100,8 @@ def mixed(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[float, 
 
 @pytest.fixture
 def tiny_model() -> Callable[..., tuple[Any, ModelConfig]]:
-    """``tiny_model("llama", **changes) -> (torch model with random weights in eval mode, our config)``."""
+    """``tiny_model("llama", **changes) -> (torch model with random weights in eval mode, our
+    config)``."""
 
     def build(model_type: str, **changes: Any) -> tuple[Any, ModelConfig]:
         torch.manual_seed(0)
@@ -111,7 +114,9 @@ def tiny_model() -> Callable[..., tuple[Any, ModelConfig]]:
             ).eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for parameter in model.parameters():  # the defaults leave logits near zero and norms at one
+            for (
+                parameter
+            ) in model.parameters():  # the defaults leave logits near zero and norms at one
                 parameter.copy_(
                     torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.ndim == 1)
                 )
@@ -139,7 +144,8 @@ def params_of() -> Callable[[Any, ModelConfig], dict[str, Any]]:
 
 @pytest.fixture
 def random_lora() -> Callable[..., tuple[dict[str, Any], AdapterSpec]]:
-    """``random_lora(config, {"ffn/gate_proj": ((4, 4, 2), (8., 8., 6.))}, dora=True) -> (lora, spec)``, B nonzero."""
+    """``random_lora(config, {"ffn/gate_proj": ((4, 4, 2), (8., 8., 6.))}, dora=True) -> (lora,
+    spec)``, B nonzero."""
 
     def build(
         config: ModelConfig,
@@ -158,7 +164,9 @@ def random_lora() -> Callable[..., tuple[dict[str, Any], AdapterSpec]]:
                 a[layer, ..., rank:], b[layer, ..., rank:, :] = 0, 0
             leaves |= {f"{path}/a": a, f"{path}/b": b}
             if variant.get("dora"):
-                leaves[f"{path}/magnitude"] = rng.uniform(0.5, 2, (n, *lead, d_out)).astype(np.float32)
+                leaves[f"{path}/magnitude"] = rng.uniform(0.5, 2, (n, *lead, d_out)).astype(
+                    np.float32
+                )
             specs.append((path, TargetSpec(ranks, alphas)))
         return unflatten(leaves), AdapterSpec(tuple(specs), **variant)
 

@@ -21,7 +21,11 @@ Write = Callable[[gguf.GGUFWriter], Any]
 
 
 def write_model(
-    path: Path, architecture: str, raw: dict[str, Any], params: dict[str, Any], more: Write = lambda _: None
+    path: Path,
+    architecture: str,
+    raw: dict[str, Any],
+    params: dict[str, Any],
+    more: Write = lambda _: None,
 ) -> Path:
     """Writes a model; ``more`` adds what the architecture has besides."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -63,7 +67,9 @@ def add_shape(writer: gguf.GGUFWriter, raw: dict[str, Any]) -> None:
 def random_params(raw: dict[str, Any]) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     shapes = param_shapes(ModelConfig.from_hf(raw))
-    return unflatten({path: rng.standard_normal(shape, np.float32) * 0.3 for path, shape in shapes.items()})
+    return unflatten(
+        {path: rng.standard_normal(shape, np.float32) * 0.3 for path, shape in shapes.items()}
+    )
 
 
 def finish(writer: gguf.GGUFWriter, path: Path) -> Path:

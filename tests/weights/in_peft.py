@@ -1,4 +1,5 @@
-"""Models in PEFT and in transformers: wrapped with random adapters, saved and loaded; their logits equal ours."""
+"""Models in PEFT and in transformers: wrapped with random adapters, saved and loaded; their logits
+equal ours."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def wrap(model: Any, **config: Any) -> Any:
     """The model in PEFT, everything that is trained random."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied weights
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+        wrapped = peft.get_peft_model(
+            model, peft.LoraConfig(task_type="CAUSAL_LM", **config)
+        ).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -48,17 +51,22 @@ def save(wrapped: Any, folder: Path) -> Path:
 
 
 def load(model: Any, folder: Path, *, tied: bool = False) -> Any:
-    """The folder as PEFT loads it; a key that PEFT misses or ignores warns, and warnings are errors."""
+    """The folder as PEFT loads it; a key that PEFT misses or ignores warns, and warnings are
+    errors."""
     with warnings.catch_warnings():
         # PEFT on transformers, and on tied weights.
-        warnings.filterwarnings("ignore", "" if tied else "`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings(
+            "ignore", "" if tied else "`is_gradient_checkpointing` is deprecated"
+        )
         return peft.PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 def load_merged(folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager"
+        ).eval()
 
 
 def logits(model: Any, tokens: np.ndarray = TOKENS) -> np.ndarray:
@@ -96,7 +104,9 @@ def merge_equally(
         np.testing.assert_allclose(leaf, theirs[path], rtol=1e-5, atol=1e-5, err_msg=path)
 
 
-def write_adapter(folder: Path, settings: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> Path:
+def write_adapter(
+    folder: Path, settings: Mapping[str, Any], tensors: dict[str, np.ndarray]
+) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     save_file(tensors, folder / "adapter_model.safetensors")

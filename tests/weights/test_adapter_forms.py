@@ -1,4 +1,5 @@
-"""Adapters that do not start at zero: their start, what kernels give up to it, and the way back to plain LoRA."""
+"""Adapters that do not start at zero: their start, what kernels give up to it, and the way back to
+plain LoRA."""
 
 from __future__ import annotations
 
@@ -13,7 +14,12 @@ from nalora_jax.common.trees import flatten, unflatten
 from nalora_jax.config import MeshConfig
 from nalora_jax.layout import distributed
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.weights.adapter_forms import difference_as_lora, lower_kernels, pissa_init, pissa_split
+from nalora_jax.weights.adapter_forms import (
+    difference_as_lora,
+    lower_kernels,
+    pissa_init,
+    pissa_split,
+)
 
 
 def kernel(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -27,7 +33,8 @@ def test_the_split_is_the_best_approximation(shape):
     a, b, residual = pissa_init(jnp.asarray(w), 4, 2.0)
     u, s, vt = np.linalg.svd(w.astype(np.float64), full_matrices=False)
     best = (u[..., :4] * s[..., None, :4]) @ vt[..., :4, :]
-    # How many epsilons of the largest singular value a decomposition in float32 costs differs between processors.
+    # How many epsilons of the largest singular value a decomposition in float32 costs differs
+    # between processors.
     np.testing.assert_allclose(2.0 * a @ b, best, atol=20 * np.finfo(np.float32).eps * s.max())
     np.testing.assert_allclose(residual + 2.0 * a @ b, w, atol=1e-6)
     # The singular values are shared evenly, as in PEFT: both factors have the same column norms.
@@ -69,13 +76,16 @@ def test_trained_adapter_becomes_plain_lora_of_the_original_base(variant):
     assert (f"{path}/magnitude" in leaves) == spec.dora
     for layer in range(3):
         ours = (
-            w[layer] + plain.scales(path)[layer] * leaves[f"{path}/a"][layer] @ leaves[f"{path}/b"][layer]
+            w[layer]
+            + plain.scales(path)[layer] * leaves[f"{path}/a"][layer] @ leaves[f"{path}/b"][layer]
         )
         expected = residual[layer] + spec.scales(path)[layer] * a[layer] @ b[layer]
         np.testing.assert_allclose(ours, expected, atol=3e-6)
 
 
-@pytest.mark.parametrize(("lead", "dtype"), [((), "bfloat16"), ((4,), "float32")], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    ("lead", "dtype"), [((), "bfloat16"), ((4,), "float32")], ids=["dense", "experts"]
+)
 def test_kernels_are_lowered_in_place_and_rounded_once(lead, dtype):
     rng, path = np.random.default_rng(0), "layers/ffn/gate_proj"
     spec = AdapterSpec(((path, TargetSpec((3, 2), (6.0, 1.0))),))

@@ -51,9 +51,7 @@ LOCAL = RunConfig(
     ),
     callbacks=("mlflow:uri=https://me:pass@host/x", "own:folder=/home/me/x,token=abc"),
 )
-LOCAL_COMMAND = (
-    "nalora train --data.dataset '/home/me/a b/mine.jsonl' --callbacks mlflow:uri=https://me:pass@host/x"
-)
+LOCAL_COMMAND = "nalora train --data.dataset '/home/me/a b/mine.jsonl' --callbacks mlflow:uri=https://me:pass@host/x"
 # A card, what it says and what it does not say.
 CARDS: dict[str, tuple[Card, list[str], list[str]]] = {
     "a run": (
@@ -96,7 +94,11 @@ CARDS: dict[str, tuple[Card, list[str], list[str]]] = {
         ["mine.jsonl", "look it up"],
         ["me:pass", "token=abc", "base_model:", "license:", "/home"],
     ),
-    "plain LoRA": (replace(CARD, run=RunConfig(mechanisms=())), ["Trained with plain LoRA."], ["NA-LoRA"]),
+    "plain LoRA": (
+        replace(CARD, run=RunConfig(mechanisms=())),
+        ["Trained with plain LoRA."],
+        ["NA-LoRA"],
+    ),
     "no run": (BARE, ["base_model: org/base"], ["Measured result", "## Training"]),
 }
 
@@ -135,7 +137,9 @@ def test_no_name_is_read_as_markdown_or_html():
     run = RunConfig(model=bad, data=data, mechanisms=(bad,), callbacks=(bad,))
     measured = {"accuracy": 0.5, "n": bad}
     command = f"{bad}\n```\n{bad}"  # a fence of three would end here
-    card = Card("adapter", bad, SPEC, run, command, bad, measured, measured, {bad: bad}, bad, origin)
+    card = Card(
+        "adapter", bad, SPEC, run, command, bad, measured, measured, {bad: bad}, bad, origin
+    )
     page = MarkdownIt("commonmark", {"html": True}).enable("table")
     html = page.render(render_card(card).split("---\n", 2)[2])
     tags = {tag.strip("/").split()[0] for tag in re.findall(r"<(/?[a-zA-Z][^>]*)>", html)}

@@ -1,4 +1,5 @@
-"""Dual encoders: folders loaded tensor by tensor, adapters in PEFT's format, and what is refused."""
+"""Dual encoders: folders loaded tensor by tensor, adapters in PEFT's format, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def adapted(config: DualConfig, rules: tuple[LoRARule, ...], params: Any, **vari
 def test_a_folder_gives_the_logits_of_transformers_and_an_adapter_those_of_peft(
     dual_folder, tmp_path, family, length
 ):
-    """From pictures and sentences to logits: processor, tokenizer, weights, model and adapter at once."""
+    """From pictures and sentences to logits: processor, tokenizer, weights, model and adapter at
+    once."""
     folder, texts = dual_folder(family), ["a photo of a red square", "a green circle"]
     rng = np.random.default_rng(0)
     sizes = ((20, 30, 3), (16, 16, 3))
@@ -72,12 +74,16 @@ def test_a_folder_gives_the_logits_of_transformers_and_an_adapter_those_of_peft(
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     padding = {"padding": "max_length", "truncation": True, "max_length": length}
-    given = {**processor(images, return_tensors="pt"), **tokenizer(texts, return_tensors="pt", **padding)}
+    given = {
+        **processor(images, return_tensors="pt"),
+        **tokenizer(texts, return_tensors="pt", **padding),
+    }
     for name in ("token_type_ids", *(("attention_mask",) if family == "siglip2" else ())):
         given.pop(name, None)
     base = transformers.AutoModel.from_pretrained(folder).eval()
     with torch.no_grad(), warnings.catch_warnings():
-        # A key that PEFT misses or ignores warns, and is an error; what it says about transformers is not ours.
+        # A key that PEFT misses or ignores warns, and is an error; what it says about transformers
+        # is not ours.
         warnings.filterwarnings("ignore", category=FutureWarning)
         np.testing.assert_allclose(plain, base(**given).logits_per_image.numpy(), rtol=0, atol=1e-5)
         wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -87,7 +93,8 @@ def test_a_folder_gives_the_logits_of_transformers_and_an_adapter_those_of_peft(
 
 
 def test_towers_of_two_folders_and_one_of_a_mesh(tower_folders):
-    """Two towers that never met get projections; on a mesh every leaf lies where the rules say, with equal numbers."""
+    """Two towers that never met get projections; on a mesh every leaf lies where the rules say,
+    with equal numbers."""
     image, text = tower_folders
     one = load_dual(f"{image}+{text}", dtype="float32", seed=3)
     assert one.params["text"]["projection"]["kernel"].shape == (48, 32)
@@ -114,9 +121,14 @@ def test_what_is_wrong_is_named(dual_folder, tmp_path):
             load_dual(str(source), dtype="float32", **options)
 
     name = "vision_model.encoder.layers.1.mlp.fc1.weight"
-    save_file({key: value for key, value in whole.items() if key != name}, folder / "model.safetensors")
+    save_file(
+        {key: value for key, value in whole.items() if key != name}, folder / "model.safetensors"
+    )
     refused(f"no {name}")
-    save_file(whole | {"vision_model.embeddings.position_ids": np.arange(17)}, folder / "model.safetensors")
+    save_file(
+        whole | {"vision_model.embeddings.position_ids": np.arange(17)},
+        folder / "model.safetensors",
+    )
     load_dual(str(folder), dtype="float32")  # buffers of older files are known
     for changed, message in (
         ({"model_type": "blip"}, "model_type"),
@@ -126,15 +138,30 @@ def test_what_is_wrong_is_named(dual_folder, tmp_path):
     ):
         (folder / "config.json").write_text(json.dumps(config | changed))
         refused(message)
-    refused("--vision.image-size: expected a multiple of the patch size, 4, found 10", clip, image_size=10)
+    refused(
+        "--vision.image-size: expected a multiple of the patch size, 4, found 10",
+        clip,
+        image_size=10,
+    )
     several = dual_folder("siglip2")
     refused("0 for a model that takes images of any shape, found 8", several, image_size=8)
 
 
 def test_what_two_towers_train_is_written_and_read_back(tmp_path):
-    """Projections and temperature as a whole, and both projections of a gated block as PEFT's one module."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    gated = sizes | {"model_type": "dinov2", "use_swiglu_ffn": True, "image_size": 16, "patch_size": 4}
+    """Projections and temperature as a whole, and both projections of a gated block as PEFT's one
+    module."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    gated = sizes | {
+        "model_type": "dinov2",
+        "use_swiglu_ffn": True,
+        "image_size": 16,
+        "patch_size": 4,
+    }
     text = sizes | {"model_type": "bert", "vocab_size": 64, "max_position_embeddings": 12}
     config = compose(read_encoder(gated), read_encoder(text), 16)
     params, folder = init_params(config, jax.random.key(1)), tmp_path / "adapter"
@@ -152,5 +179,7 @@ def test_what_two_towers_train_is_written_and_read_back(tmp_path):
     for path in config.trained_shapes():
         np.testing.assert_array_equal(whole[path], trees.flatten(lora)[path], err_msg=path)
     (folder / "trained.safetensors").unlink()
-    with pytest.raises(NaloraError, match="trained.safetensors: expected a complete safetensors file"):
+    with pytest.raises(
+        NaloraError, match="trained.safetensors: expected a complete safetensors file"
+    ):
         import_adapter(folder, config)

@@ -1,4 +1,5 @@
-"""Experts in MXFP4 against transformers' dequantization, and stacked as transformers holds them in memory."""
+"""Experts in MXFP4 against transformers' dequantization, and stacked as transformers holds them in
+memory."""
 
 from __future__ import annotations
 
@@ -35,9 +36,19 @@ from nalora_jax.weights.tokenizer_files import copy_tokenizer
 from tests.weights.conftest import COMMON
 from tests.weights.folders import tokenizer_files
 
-ATTENTION = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+ATTENTION = [
+    "model.layers.*.self_attn",
+    "model.layers.*.mlp.router",
+    "model.embed_tokens",
+    "lm_head",
+]
 RELEASED = {"modules_to_not_convert": ATTENTION, "quant_method": "mxfp4"}
-SIZES = COMMON | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+SIZES = COMMON | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+}
 SIZES |= {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
 SIZES |= {"bos_token_id": None, "eos_token_id": None}
 
@@ -69,7 +80,11 @@ def transformers_floats(folder: Path, layer: int, name: str) -> np.ndarray:
     """``[E, d_in, d_out]`` by transformers' own conversion."""
     tensors = load_file(folder / "model.safetensors")
     stem = f"model.layers.{layer}.mlp.experts.{name}"
-    return convert_moe_packed_tensors(tensors[f"{stem}_blocks"], tensors[f"{stem}_scales"]).float().numpy()
+    return (
+        convert_moe_packed_tensors(tensors[f"{stem}_blocks"], tensors[f"{stem}_scales"])
+        .float()
+        .numpy()
+    )
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("float32", None), ("bfloat16", "mxfp4")])
@@ -98,7 +113,9 @@ def test_the_quantized_model_is_merged_as_its_floats(released, tmp_path):
     spec = AdapterSpec(((path, TargetSpec((2, 2), (4.0, 4.0))),))
     options = {"hf_config": model.hf_config, "tokenizer": partial(copy_tokenizer, released)}
     write_merged(tmp_path / "merged", model.config, model.params, lora, spec, **options)
-    found, stored = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", released))
+    found, stored = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", released)
+    )
     assert len(found) == len(stored) - 4  # blocks and scales of two kernels in two layers
     for name, tensor in found.items():
         assert tensor.dtype == torch.bfloat16
@@ -124,7 +141,9 @@ def test_blocks_without_their_scales_are_refused(released, tmp_path):
 def test_scales_of_all_sizes_are_exact():
     """Also the smallest and largest, as transformers' ldexp."""
     scales = torch.arange(2, 253, dtype=torch.uint8).reshape(1, -1, 1)
-    blocks = torch.arange(16, dtype=torch.uint8).mul(17).expand(1, scales.shape[1], 1, 16).contiguous()
+    blocks = (
+        torch.arange(16, dtype=torch.uint8).mul(17).expand(1, scales.shape[1], 1, 16).contiguous()
+    )
     want = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).numpy()
     stored = quantize(want[0], "mxfp4")
     np.testing.assert_array_equal(dequantize(stored), want[0])
@@ -137,7 +156,8 @@ def test_rounding_is_to_the_nearest_level_and_to_even_codes():
     np.testing.assert_array_equal(dequantize(quantize(numbers, "mxfp4")), expected)
 
 
-# ---------------------------------------------------------------- all experts of a layer in two tensors
+# ---------------------------------------------------------------- all experts of a layer in two
+# tensors
 
 
 MIXTURE = COMMON | {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2}
@@ -150,8 +170,12 @@ MIXTURE |= {"moe_intermediate_size": 24, "layer_types": ["full_attention"] * 2}
 def test_fused_experts_are_read_as_one_kernel_each(tmp_path, family, folder, monkeypatch):
     monkeypatch.setattr(tensors, "BLOCK", 64)  # several blocks an expert
     raw = transformers.AutoConfig.for_model(family, **MIXTURE)
-    saved = transformers.AutoModelForCausalLM.from_config(raw).state_dict()  # the form of its modules
-    save_file({name: tensor.clone() for name, tensor in saved.items()}, tmp_path / "model.safetensors")
+    saved = transformers.AutoModelForCausalLM.from_config(
+        raw
+    ).state_dict()  # the form of its modules
+    save_file(
+        {name: tensor.clone() for name, tensor in saved.items()}, tmp_path / "model.safetensors"
+    )
     config, source = ModelConfig.from_hf(raw.to_dict()), SafetensorsFolder(tmp_path)
     keymap = with_fused_experts(keymap_for(config), source.shapes())
     leaves = flatten(load_params(param_shapes(config), source, keymap, dtype="float32"))

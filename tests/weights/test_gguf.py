@@ -1,4 +1,5 @@
-"""GGUF files: against the gguf package's own reader and transformers reading the same file; adapters as such files."""
+"""GGUF files: against the gguf package's own reader and transformers reading the same file;
+adapters as such files."""
 
 from __future__ import annotations
 
@@ -51,7 +52,13 @@ def write_llama(path: Path, more: Write = lambda _: None, **changes: Any) -> Pat
 
 def test_metadata_equals_the_gguf_packages_reader(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    values: dict[str, Any] = {"uint8": 7, "int8": -7, "uint16": 700, "int16": -700, "uint32": 70_000}
+    values: dict[str, Any] = {
+        "uint8": 7,
+        "int8": -7,
+        "uint16": 700,
+        "int16": -700,
+        "uint32": 70_000,
+    }
     values |= {"int32": -70_000, "uint64": 2**40, "int64": -(2**40), "float32": 0.1, "float64": 0.1}
     values |= {"bool": True, "string": "é\n"}
     for kind, value in values.items():
@@ -92,7 +99,9 @@ def test_every_number_format_is_read_whole_and_in_slices(tmp_path, name):
         expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(6, 512)
         whole = file.read("two", (slice(0, 6), slice(0, 512)))
         np.testing.assert_array_equal(whole.astype(np.float32), expected)
-        np.testing.assert_array_equal(file.read("two", (slice(2, 5), slice(7, 70))), whole[2:5, 7:70])
+        np.testing.assert_array_equal(
+            file.read("two", (slice(2, 5), slice(7, 70))), whole[2:5, 7:70]
+        )
         cube = whole.reshape(3, 2, 512)
         for index in np.s_[1:3, 1:2, 3:9], np.s_[1:2, 1:2, 3:9]:  # of several matrices, and of one
             np.testing.assert_array_equal(file.read("three", index), cube[index])
@@ -100,7 +109,12 @@ def test_every_number_format_is_read_whole_and_in_slices(tmp_path, name):
     file.check_readable("two")
 
 
-YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 8}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5e5,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
 
 
 def fields(**values: Any) -> Write:
@@ -113,10 +127,20 @@ ADD_YARN |= {"rope_scaling_factor": 4.0, "rope_scaling_orig_ctx_len": 8}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 ADD_LINEAR = {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": 4.0}
 OLMO3 = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}
-MINISTRAL3 = YARN | {"beta_fast": 16.0, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.25}
+MINISTRAL3 = YARN | {
+    "beta_fast": 16.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+    "llama_4_scaling_beta": 0.25,
+}
 NO_WINDOW = {"sliding_window": None}
 ROTATIONS = {"no_rope_layer_interval": 4, "no_rope_layers": None, "num_hidden_layers": 5}
-GRANITE = {"embedding_scale": 6.0, "residual_scale": 0.4, "attention_scale": 0.3, "logit_scale": 4.0}
+GRANITE = {
+    "embedding_scale": 6.0,
+    "residual_scale": 0.4,
+    "attention_scale": 0.3,
+    "logit_scale": 4.0,
+}
 EXPERTS = {"expert_count": 4, "expert_used_count": 2}
 PATTERN = {"sliding_window": 4, "sliding_window_pattern": [True, False, True]}
 MISTRAL = {
@@ -128,7 +152,11 @@ CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 # By model type: llama.cpp's architecture, changes of the model, and what its file says.
 FAMILIES: dict[str, tuple[str, dict[str, Any], Write]] = {
     "llama": ("llama", {}, fields(rope_freq_base=1e4)),
-    "qwen2": ("qwen2", NO_WINDOW | {"rope_parameters": LINEAR}, fields(rope_freq_base=1e4, **ADD_LINEAR)),
+    "qwen2": (
+        "qwen2",
+        NO_WINDOW | {"rope_parameters": LINEAR},
+        fields(rope_freq_base=1e4, **ADD_LINEAR),
+    ),
     "qwen3": ("qwen3", NO_WINDOW, fields(rope_freq_base=1e4)),
     "gemma": ("gemma", {"head_dim": 8}, fields()),
     "gemma2": ("gemma2", {}, fields(sliding_window=4, **CAPS)),
@@ -149,7 +177,9 @@ def test_every_family_comes_back_from_its_file(tmp_path, tiny_model, params_of, 
     architecture, changes, more = FAMILIES[model_type]
     model, config = tiny_model(model_type, **changes)
     params = params_of(model, config)
-    file = GGUFFile(write_model(tmp_path / "m.gguf", architecture, model.config.to_dict(), params, more))
+    file = GGUFFile(
+        write_model(tmp_path / "m.gguf", architecture, model.config.to_dict(), params, more)
+    )
 
     assert ModelConfig.from_hf(hf_config(file)) == config
     loaded = load_params(param_shapes(config), file, keymap_for(config, "gguf"), dtype="float32")
@@ -168,9 +198,12 @@ TRANSFORMERS_READS = {
 
 @pytest.mark.parametrize("model_type", TRANSFORMERS_READS)
 def test_these_files_are_what_transformers_expects(tmp_path, tiny_model, params_of, model_type):
-    """An independent reader of names, row orders and norms: it must find the model that the file was written from."""
+    """An independent reader of names, row orders and norms: it must find the model that the file
+    was written from."""
     architecture, changes, more = FAMILIES[model_type]
-    model, config = tiny_model(model_type, **changes, **TRANSFORMERS_READS[model_type], hidden_size=32)
+    model, config = tiny_model(
+        model_type, **changes, **TRANSFORMERS_READS[model_type], hidden_size=32
+    )
     params = params_of(model, config)
     path = write_model(tmp_path / "m.gguf", architecture, model.config.to_dict(), params, more)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
@@ -194,11 +227,18 @@ def test_a_quantized_model_is_right_on_a_mesh_and_in_blocks(tmp_path, monkeypatc
     expected = flatten(params_from_tensors(config, stored.__getitem__, "gguf"))
     monkeypatch.setattr(tensors, "BLOCK", 40)
     for name, leaf in flatten(load_model(str(path), dtype="bfloat16", mesh=mesh).params).items():
-        np.testing.assert_array_equal(leaf, expected[name].astype("bfloat16"), strict=True, err_msg=name)
+        np.testing.assert_array_equal(
+            leaf, expected[name].astype("bfloat16"), strict=True, err_msg=name
+        )
 
 
 def test_llama3_divisors_become_its_settings_and_others_are_kept(tmp_path):
-    settings = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    settings = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
     settings |= {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
     wide = {"hidden_size": 64, "head_dim": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
     config = transformers.LlamaConfig(
@@ -214,7 +254,9 @@ def test_llama3_divisors_become_its_settings_and_others_are_kept(tmp_path):
     def rope() -> dict[str, Any]:
         return hf_config(GGUFFile(write_llama(tmp_path / "m.gguf", more, **wide)))["rope_scaling"]
 
-    assert rope() == {key: pytest.approx(value) for key, value in settings.items() if key != "rope_theta"}
+    assert rope() == {
+        key: pytest.approx(value) for key, value in settings.items() if key != "rope_theta"
+    }
 
     divisors[3] = 1.5  # nothing that Llama 3's rule gives
     found = rope()
@@ -251,7 +293,10 @@ def value(add: str, *given: Any) -> Write:
     [
         (value("uint32", "split.count", 3), "part of 3.*llama-gguf-split"),
         (value("string", "general.architecture", "mamba"), "general.architecture.*llama.*'mamba'"),
-        (value("tensor", "output.weight", np.ones((48, 16))), "weight: expected one of F32.*found F64"),
+        (
+            value("tensor", "output.weight", np.ones((48, 16))),
+            "weight: expected one of F32.*found F64",
+        ),
         (value("uint32", "llama.attention.sliding_window", 64), "sliding_window.*not supported"),
         (fields(causal_attention=False), "is_causal: expected true"),
         (fields(rope_dimension_count=2), "partial_rotary_factor"),
@@ -265,8 +310,11 @@ def test_models_that_are_refused(tmp_path, change, match):
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
-def test_adapter_file_is_the_difference_of_merged_and_base(family, tiny_model, random_lora, tmp_path):
-    """By llama.cpp's rule: W + alpha / rank * B A, with the rank of each tensor, in llama.cpp's row order."""
+def test_adapter_file_is_the_difference_of_merged_and_base(
+    family, tiny_model, random_lora, tmp_path
+):
+    """By llama.cpp's rule: W + alpha / rank * B A, with the rank of each tensor, in llama.cpp's row
+    order."""
     model, config = tiny_model(family)
     lora, spec = random_lora(config, mixed(config), rslora=True)
     params = random_params(model.config.to_dict())
@@ -280,13 +328,17 @@ def test_adapter_file_is_the_difference_of_merged_and_base(family, tiny_model, r
     alpha = reader.fields["adapter.lora.alpha"].contents()
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     before = dict(tensors_from_params(config, params, "gguf"))
-    for name, after in tensors_from_params(config, merged_params(config, params, lora, spec), "gguf"):
+    for name, after in tensors_from_params(
+        config, merged_params(config, params, lora, spec), "gguf"
+    ):
         a, b = stored.pop(f"{name}.lora_a", None), stored.pop(f"{name}.lora_b", None)
         delta = after - before[name]
         if a is None:
             assert not delta.any(), name
         else:
-            np.testing.assert_allclose(alpha / a.shape[-2] * (b @ a), delta, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                alpha / a.shape[-2] * (b @ a), delta, atol=1e-5, err_msg=name
+            )
     assert not stored
 
     verify_adapter_gguf(path, config, lora, spec)

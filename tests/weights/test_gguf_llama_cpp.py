@@ -26,7 +26,12 @@ from nalora_jax.weights.peft import export_adapter
 from tests import tiny
 from tests.weights.gguf_files import MODEL, WORDS, add_shape, random_params, write_tensors
 
-HF = MODEL | {"vocab_size": len(WORDS), "hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+HF = MODEL | {
+    "vocab_size": len(WORDS),
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "head_dim": 64,
+}
 IDS = list(range(3, 23))
 
 
@@ -77,7 +82,8 @@ def ours(model: Any) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Any]:
-    """A base in a GGUF file, a PEFT adapter of it with ranks and scales of every kind, and both as one model."""
+    """A base in a GGUF file, a PEFT adapter of it with ranks and scales of every kind, and both as
+    one model."""
     folder = tmp_path_factory.mktemp("adapted")
     base = write_base(folder / "base.gguf")
     model = load(str(base), dtype="float32")
@@ -113,7 +119,9 @@ def test_an_exported_adapter_gives_the_same_probabilities_there(adapted, tmp_pat
         ("without gate_proj", 1.0, "served wrongly: without gate_proj"),
     ],
 )
-def test_a_server_is_asked_what_it_does_with_an_adapter(served, scale, verdict, adapted, tmp_path, capsys):
+def test_a_server_is_asked_what_it_does_with_an_adapter(
+    served, scale, verdict, adapted, tmp_path, capsys
+):
     base, adapter, model = adapted
     params = server_params(base)
     if served:

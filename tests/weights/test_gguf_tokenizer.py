@@ -36,7 +36,11 @@ TEXTS = [
     "it's IT'S we'll WE'LL don't",
     "zażółć gęślą jaźń 한국어 العربية हिन्दी ไทย",
 ]
-CONTROL, USER_DEFINED, BYTE = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED, gguf.TokenType.BYTE
+CONTROL, USER_DEFINED, BYTE = (
+    gguf.TokenType.CONTROL,
+    gguf.TokenType.USER_DEFINED,
+    gguf.TokenType.BYTE,
+)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -65,10 +69,19 @@ def write(path: Path, architecture: str = "llama", **metadata: Any) -> Path:
     return finish(writer, path)
 
 
-def write_byte_level(path: Path, pre: str, tokens: list[str], merges: list[str], **more: Any) -> Path:
+def write_byte_level(
+    path: Path, pre: str, tokens: list[str], merges: list[str], **more: Any
+) -> Path:
     kinds = [CONTROL if token in SPECIAL else gguf.TokenType.NORMAL for token in tokens]
-    fields = {"tokenizer_model": "gpt2", "tokenizer_pre": pre, "token_list": tokens, "token_types": kinds}
-    return write(path, **fields, token_merges=merges, **({"bos_token_id": 1, "eos_token_id": 2} | more))
+    fields = {
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": pre,
+        "token_list": tokens,
+        "token_types": kinds,
+    }
+    return write(
+        path, **fields, token_merges=merges, **({"bos_token_id": 1, "eos_token_id": 2} | more)
+    )
 
 
 def theirs(path: Path) -> Any:
@@ -120,7 +133,8 @@ def test_stop_ids_template_and_special_tokens(tmp_path, vocabulary):
 
 
 def sentencepiece(more: list[tuple[str, int]]) -> dict[str, Any]:
-    """Token metadata of a SentencePiece BPE vocabulary: specials, ``more``, bytes, merged pieces, characters."""
+    """Token metadata of a SentencePiece BPE vocabulary: specials, ``more``, bytes, merged pieces,
+    characters."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.train_from_iterator(
@@ -164,19 +178,29 @@ def test_sentencepiece_vocabularies_equal_transformers(tmp_path, architecture, m
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"tokenizer_pre": "chameleon"}, "tokenizer.ggml.pre: expected one of .*smollm.*found 'chameleon'"),
+        (
+            {"tokenizer_pre": "chameleon"},
+            "tokenizer.ggml.pre: expected one of .*smollm.*found 'chameleon'",
+        ),
         ({"tokenizer_model": "bert"}, "tokenizer.ggml.model.*'bert'"),
         ({"token_merges": ["a b", "ab"]}, "merges: expected two tokens and one space"),
         ({"token_merges": ["qqq zzz"]}, "vocabulary and merges that fit together"),
         ({"token_types": [1, 2]}, "token_type: expected 703 numbers.*found 2"),
         ({"eos_token_id": 10_000}, "eos_token_id: expected an id below 703, found 10000"),
-        *(({name: None}, "no such key") for name in ("tokenizer_model", "token_merges", "eos_token_id")),
+        *(
+            ({name: None}, "no such key")
+            for name in ("tokenizer_model", "token_merges", "eos_token_id")
+        ),
     ],
 )
 def test_metadata_that_does_not_fit(tmp_path, vocabulary, change, match):
     tokens, merges = vocabulary
     tokens = [*tokens, *(f"<{i}>" for i in range(703 - len(tokens)))]
-    fields: dict[str, Any] = {"tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "token_list": tokens}
+    fields: dict[str, Any] = {
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": "smollm",
+        "token_list": tokens,
+    }
     fields |= {"token_types": [1] * 703, "token_merges": merges, "eos_token_id": 2} | change
     fields = {name: value for name, value in fields.items() if value is not None}
     with pytest.raises(NaloraError, match=match):

@@ -1,4 +1,5 @@
-"""Hugging Face folders: values, placement, quantization and identity of the weights, and what is refused."""
+"""Hugging Face folders: values, placement, quantization and identity of the weights, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def write_shards(folder: Path, tensors: dict[str, np.ndarray], count: int) -> No
     """Replaces the folder's file by ``count`` shards and their index."""
     (folder / "model.safetensors").unlink(missing_ok=True)
     names = sorted(tensors)
-    files = {name: f"model-{i % count + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(names)}
+    files = {
+        name: f"model-{i % count + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(names)
+    }
     for file in set(files.values()):
         save_file({name: tensors[name] for name in names if files[name] == file}, folder / file)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
@@ -69,9 +72,14 @@ def test_a_saved_torch_model_loads_from_shards(tmp_path, tiny_model, family, sto
         tensors = safetensors.torch.load_file(path)
         converted = {name: tensor.to(getattr(torch, stored)) for name, tensor in tensors.items()}
         safetensors.torch.save_file(converted, path, {"format": "pt"})
-        state |= {name: t.to(getattr(torch, dtype)).float().numpy() for name, t in converted.items()}
+        state |= {
+            name: t.to(getattr(torch, dtype)).float().numpy() for name, t in converted.items()
+        }
     model = load_model(str(tmp_path), dtype=dtype)
-    expected, found = flatten(params_from_tensors(model.config, state.__getitem__)), flatten(model.params)
+    expected, found = (
+        flatten(params_from_tensors(model.config, state.__getitem__)),
+        flatten(model.params),
+    )
     assert found.keys() == expected.keys()
     for name, leaf in found.items():
         assert leaf.dtype == dtype
@@ -108,7 +116,9 @@ def test_every_device_gets_its_shard_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "besides"), [(None, 3e6), ("nf4", 5e6)])
-def test_loading_takes_the_parameters_and_a_block_for_each_core(tmp_path, monkeypatch, kind, besides):
+def test_loading_takes_the_parameters_and_a_block_for_each_core(
+    tmp_path, monkeypatch, kind, besides
+):
     """A second copy of one leaf takes 4.2 MB, a whole kernel in floats 8.4 MB."""
     wide = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1024, "num_hidden_layers": 8}
     write_folder(tmp_path, RAW | wide)
@@ -173,7 +183,9 @@ def test_processes_share_the_hashing(folder, monkeypatch):
 def test_number_formats_are_listed_by_their_shares_of_the_weights(folder):
     tensors: dict[str, Any] = load_file(folder / "model.safetensors")
     total, mlp = (sum(t.size for n, t in tensors.items() if word in n) for word in ("", "mlp"))
-    half = {name: t.astype(ml_dtypes.bfloat16) if "mlp" in name else t for name, t in tensors.items()}
+    half = {
+        name: t.astype(ml_dtypes.bfloat16) if "mlp" in name else t for name, t in tensors.items()
+    }
     save_file(half, folder / "model.safetensors")
     numbers = f"BF16 ({mlp / total:.0%}), F32 ({1 - mlp / total:.0%})"
     assert origin.number_formats(SafetensorsFolder(folder)) == numbers
@@ -193,7 +205,8 @@ def test_codes_are_those_of_the_whole_model(tmp_path):
 @pytest.mark.parametrize(
     ("codes", "scales", "most"),
     [
-        # Rows 96 to 160 of the weights touch two blocks of 64, and one scale of each; columns 8 to 16 of 24.
+        # Rows 96 to 160 of the weights touch two blocks of 64, and one scale of each; columns 8 to
+        # 16 of 24.
         ([((0, 2), (48, 80), (8, 16))], [((0, 2), (1, 2), (8, 16))], 2 * 128 * 8),
         # Two chips of a torus: what lies between their rows is another process's.
         ([((0, 2), (0, 32), (0, 24)), ((0, 2), (96, 128), (0, 24))], [], 2 * 2 * 64 * 24),
@@ -244,9 +257,14 @@ def test_damaged_shards_and_indices(tmp_path):
     second.write_bytes(whole[:-10])
     refused(tmp_path, r"model-00002-of-00003.safetensors: expected a complete safetensors file")
     second.unlink()
-    refused(tmp_path, "index.json: expected the file 'model-00002-of-00003.saf.*found 1 of 3 files missing")
+    refused(
+        tmp_path,
+        "index.json: expected the file 'model-00002-of-00003.saf.*found 1 of 3 files missing",
+    )
     save_file({"other": np.ones(3, np.float32)}, second)
-    refused(tmp_path, "index.json: expected .* in model-00002-of-00003.saf.*, found a file without it")
+    refused(
+        tmp_path, "index.json: expected .* in model-00002-of-00003.saf.*, found a file without it"
+    )
     second.write_bytes(whole)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": f"../{second.name}"}}))
     refused(tmp_path, "expected the file .* that it names, found 1 of 1 files missing")
@@ -259,4 +277,6 @@ def test_damaged_shards_and_indices(tmp_path):
     for path in tmp_path.glob("*.safetensors"):
         path.unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
-    refused(tmp_path, "found no safetensors file; pytorch_model.bin is a pickle, which can run any code")
+    refused(
+        tmp_path, "found no safetensors file; pytorch_model.bin is a pickle, which can run any code"
+    )

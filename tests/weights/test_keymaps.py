@@ -63,7 +63,9 @@ def test_gguf_names_are_llama_cpps(family):
     theirs = gguf.get_tensor_name_map(arch, config.n_layers)
     hf, ours = keymap_for(config, "hf"), keymap_for(config, "gguf")
     hf_names = {slot: tensor.name for tensor in hf.tensors for slot in tensor.slots}
-    for gguf_name, slot in [(tensor.name, slot) for tensor in ours.tensors for slot in tensor.slots]:
+    for gguf_name, slot in [
+        (tensor.name, slot) for tensor in ours.tensors for slot in tensor.slots
+    ]:
         hf_name = hf_names[Slot(slot.path, slot.layer, 0 if "exps" in gguf_name else None)]
         if "exps" in gguf_name:  # the converter stacks the experts before it renames them
             hf_name = hf_name.replace("experts.0.", "experts.")

@@ -21,7 +21,12 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.merge import merged_tensors, write_merged
-from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
+from nalora_jax.weights.peft import (
+    export_adapter,
+    import_adapter,
+    max_logit_difference,
+    verify_export,
+)
 from nalora_jax.weights.shards import parse_size
 from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
 from tests.weights import in_peft
@@ -42,7 +47,9 @@ TARGETS = {
 
 def tokenizer() -> Tokenizer:
     special = ["<pad>", "<s>", "</s>", "<|im_start|>"]
-    words = {word: i for i, word in enumerate([*special, "<unk>", *string.ascii_lowercase, *" .,", "th"])}
+    words = {
+        word: i for i, word in enumerate([*special, "<unk>", *string.ascii_lowercase, *" .,", "th"])
+    }
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(words, [("t", "h")], unk_token="<unk>"))
     backend.decoder = tokenizers.decoders.Fuse()
     backend.add_special_tokens(special)
@@ -62,7 +69,9 @@ def test_merge_is_the_formula(variant, random_lora):
     config, params = ModelConfig.from_hf(raw), random_params(raw)
     lora, spec = random_lora(config, TARGETS, **variant)
 
-    merged, leaves, adapters = map(flatten, (merged_params(config, params, lora, spec), params, lora))
+    merged, leaves, adapters = map(
+        flatten, (merged_params(config, params, lora, spec), params, lora)
+    )
 
     for path, target in spec.targets:
         for layer, rank in enumerate(target.ranks):
@@ -81,7 +90,8 @@ def test_merge_is_the_formula(variant, random_lora):
 
 
 def test_merge_rounds_once(random_lora):
-    """bfloat16 weights: the sum is formed in float32 and rounded to nearest, not product and sum each."""
+    """bfloat16 weights: the sum is formed in float32 and rounded to nearest, not product and sum
+    each."""
     raw = COMMON | {"model_type": "llama"}
     config = ModelConfig.from_hf(raw)
     lora, spec = random_lora(config, {"ffn/gate_proj": ((4, 2, 1), (8.0, 3.0, 8.0))})
@@ -91,9 +101,22 @@ def test_merge_rounds_once(random_lora):
         np.testing.assert_array_equal(tensor, exact[name].astype(ml_dtypes.bfloat16), strict=True)
 
 
-DORA = ("qwen3", "gemma3_text", "phi3", "ministral3", "granite_swa", "lfm2", "ernie4_5", "qwen3_5_text")
+DORA = (
+    "qwen3",
+    "gemma3_text",
+    "phi3",
+    "ministral3",
+    "granite_swa",
+    "lfm2",
+    "ernie4_5",
+    "qwen3_5_text",
+)
 RSLORA = ("qwen2", "olmo3", "granite", "exaone4", "mixtral", "glm4_moe", "gpt_oss")
-FURTHER = [("qwen3_moe", {"mlp_only_layers": [1]}, ""), ("qwen3_moe", {}, "gate_proj"), ("phi3", {}, "ffn")]
+FURTHER = [
+    ("qwen3_moe", {"mlp_only_layers": [1]}, ""),
+    ("qwen3_moe", {}, "gate_proj"),
+    ("phi3", {}, "ffn"),
+]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +195,10 @@ def test_written_tokenizer_works_in_transformers(small, tmp_path):
 
 
 def test_tokenizer_files_of_the_base_are_copied_and_no_links_out_of_it(small, tmp_path):
-    base, copied = tmp_path / "base", ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja")
+    base, copied = (
+        tmp_path / "base",
+        ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja"),
+    )
     small.write(base)
     (base / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
     small.write(tmp_path / "m", tokenizer=partial(copy_tokenizer, base))
@@ -191,7 +217,10 @@ def test_tokenizer_files_of_the_base_are_copied_and_no_links_out_of_it(small, tm
 
 @pytest.mark.parametrize(
     ("family", "text", "name"),
-    [("gemma3", "gemma3_text", "Gemma3ForCausalLM"), ("mistral3", "ministral3", "Ministral3ForCausalLM")],
+    [
+        ("gemma3", "gemma3_text", "Gemma3ForCausalLM"),
+        ("mistral3", "ministral3", "Ministral3ForCausalLM"),
+    ],
 )
 def test_multimodal_base_becomes_its_text_model(family, text, name, tiny_model, tmp_path):
     model, config = tiny_model(text, tie_word_embeddings=True)
@@ -200,7 +229,9 @@ def test_multimodal_base_becomes_its_text_model(family, text, name, tiny_model, 
     write(tmp_path / "m", config, params, None, AdapterSpec(), hf_config=raw)
     loaded = load_merged(tmp_path / "m")
     assert type(loaded).__name__ == name
-    np.testing.assert_array_equal(loaded.model.embed_tokens.weight.detach(), params["embed"]["embedding"])
+    np.testing.assert_array_equal(
+        loaded.model.embed_tokens.weight.detach(), params["embed"]["embedding"]
+    )
 
 
 def test_one_tensor_in_memory_at_a_time(tiny_model, random_lora, tmp_path):
@@ -226,7 +257,11 @@ def test_bad_requests_leave_nothing(small, tmp_path):
 
 
 def test_shard_sizes_are_read_as_transformers_writes_them():
-    assert [parse_size(text) for text in ("8kb", "1.5 GiB", "2000000")] == [8000, 3 << 29, 2_000_000]
+    assert [parse_size(text) for text in ("8kb", "1.5 GiB", "2000000")] == [
+        8000,
+        3 << 29,
+        2_000_000,
+    ]
     for text in ("", "0", "-1GB", "5 TB", "1e9", "٥GB"):
         with pytest.raises(NaloraError, match="--shard-size: expected bytes, or a number with KB"):
             parse_size(text)

@@ -1,4 +1,5 @@
-"""Tokens that are added to a model: trained and exported by a run, and those of adapters that PEFT made."""
+"""Tokens that are added to a model: trained and exported by a run, and those of adapters that PEFT
+made."""
 
 from __future__ import annotations
 
@@ -44,12 +45,15 @@ def logits_of(model: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def make_run(folder: Path) -> RunConfig:
-    """Prompts with a token that the base does not know, answered by another one; its embeddings are one table."""
+    """Prompts with a token that the base does not know, answered by another one; its embeddings are
+    one table."""
     trained = LoRAConfig(rules=(LoRARule("ffn", 4),), trainable_token_indices=(29, 28, 3))
     config = tiny.make_config(folder, lora=trained, steps=12)
     lines = (folder / "questions.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"].replace(" ", "<go>") for line in lines]
-    records = [json.dumps({"prompt": prompt, "completion": " <out> <out> <out>"}) for prompt in prompts]
+    records = [
+        json.dumps({"prompt": prompt, "completion": " <out> <out> <out>"}) for prompt in prompts
+    ]
     (folder / "questions.jsonl").write_text("\n".join(records) + "\n")
     added = {"add_tokens": NEW.plain, "add_special_tokens": NEW.special}
     return replace(config, data=replace(config.data, **added))
@@ -67,7 +71,10 @@ def test_a_run_trains_new_tokens_and_transformers_and_peft_have_them(tmp_path, c
             run(replace(config, lora=replace(config.lora, trainable_token_indices=ids)))
     with caplog.at_level("INFO", "nalora_jax"):
         result = run(config)
-    assert "added tokens: '<go>' (28), '<out>' (29); the embedding grows from 28 to 30 rows" in caplog.text
+    assert (
+        "added tokens: '<go>' (28), '<out>' (29); the embedding grows from 28 to 30 rows"
+        in caplog.text
+    )
     assert result.after["loss"] < result.before["loss"]
     tensors = load_file(result.adapter / "adapter_model.safetensors")
     (key,) = (key for key in tensors if "lora" not in key)
@@ -75,7 +82,9 @@ def test_a_run_trains_new_tokens_and_transformers_and_peft_have_them(tmp_path, c
     written = json.loads((result.adapter / "adapter_config.json").read_text())
     assert (written["trainable_token_indices"], written["modules_to_save"]) == ([29, 28, 3], None)
     card = (result.adapter / "README.md").read_text()
-    assert "Trained rows beside them, one a token, and part of its files: 3 of embed_tokens." in card
+    assert (
+        "Trained rows beside them, one a token, and part of its files: 3 of embed_tokens." in card
+    )
     assert "base.resize_token_embeddings(30)" in card
 
     model = load(result.folder, dtype="float32")
@@ -86,7 +95,10 @@ def test_a_run_trains_new_tokens_and_transformers_and_peft_have_them(tmp_path, c
     tokens = np.array([[2, 28, 3, 29, 9]])
     expected = logits_of(model, tokens)
     assert expected[0, 2].argmax() == 29  # after a prompt with the one it writes the other
-    assert main(["merge", str(result.folder), "--output", str(tmp_path / "m"), "--dtype", "float32"]) == 0
+    assert (
+        main(["merge", str(result.folder), "--output", str(tmp_path / "m"), "--dtype", "float32"])
+        == 0
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transformers' resizing
         theirs = peft.AutoPeftModelForCausalLM.from_pretrained(result.adapter).eval()
@@ -97,7 +109,9 @@ def test_a_run_trains_new_tokens_and_transformers_and_peft_have_them(tmp_path, c
     for of in (result.adapter, tmp_path / "m"):
         fast = transformers.AutoTokenizer.from_pretrained(of)
         assert fast("a<go>b <out>")["input_ids"] == [2, 28, 3, 29]
-        assert fast.decode([28, 29], skip_special_tokens=True) == tokenizer.decode([28, 29]) == "<out>"
+        assert (
+            fast.decode([28, 29], skip_special_tokens=True) == tokenizer.decode([28, 29]) == "<out>"
+        )
 
 
 # ---------------------------------------------------------------- adapters of PEFT
@@ -121,7 +135,8 @@ def add(tokenizer: Any) -> Any:
 
 @pytest.fixture
 def theirs(tiny_model, tmp_path):
-    """Makes adapters with new tokens as users of PEFT do: ``theirs(tied, **settings)`` -> folder, logits."""
+    """Makes adapters with new tokens as users of PEFT do: ``theirs(tied, **settings)`` -> folder,
+    logits."""
 
     def make(
         *, tied: bool = False, words: int = 48, resize: bool = True, **settings: Any
@@ -171,7 +186,9 @@ def test_rows_that_a_base_has_to_spare_are_taken_and_shrunk_tables_are_read(thei
     model = load(folder, dtype="float32")
     assert (model.base.config.vocab_size, model.base.resized) == (48, 0)
     assert model.base.tokenizer.encode("<go> w5 <out>") == [40, 5, 41]
-    with pytest.raises(NaloraError, match="tables of at least 42 rows, one for each token, found 41"):
+    with pytest.raises(
+        NaloraError, match="tables of at least 42 rows, one for each token, found 41"
+    ):
         load(cut(folder, tmp_path / "cut", 41))
     # As by resize_token_embeddings(len(tokenizer)).
     smaller = load(cut(folder, tmp_path / "shrunk", 42), dtype="float32")
@@ -179,11 +196,14 @@ def test_rows_that_a_base_has_to_spare_are_taken_and_shrunk_tables_are_read(thei
     tokens = np.minimum(TOKENS, 41)
     ours, whole = logits_of(smaller, tokens), logits_of(model, tokens)
     np.testing.assert_allclose(ours, whole[..., :42], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(logits_of(model, np.minimum(TOKENS, 47)), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        logits_of(model, np.minimum(TOKENS, 47)), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def cut(folder: Path, copy: Path, rows: int, head: int | None = None) -> Path:
-    """A copy of the adapter with tables of ``rows`` rows, as far as it has them; ``head`` of the head."""
+    """A copy of the adapter with tables of ``rows`` rows, as far as it has them; ``head`` of the
+    head."""
     shutil.copytree(folder, copy)
     file = copy / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -209,7 +229,9 @@ def test_tokens_and_rows_that_do_not_fit_are_one_error_each(theirs, tmp_path):
     words = (renamed / "tokenizer.json").read_text().replace("<out>", "<end-of-it>")
     (renamed / "tokenizer.json").write_text(words)
     plain, same = load(tmp_path / "base", dtype="float32"), load(folder, dtype="float32")
-    refused(folder, "of the tokens and the 48 rows .* found one with '<go>' .48., '<out>'", onto=plain)
+    refused(
+        folder, "of the tokens and the 48 rows .* found one with '<go>' .48., '<out>'", onto=plain
+    )
     assert put_on(same, folder).base is same.base
     refused(renamed, "'<end-of-it>' as 49, where the model has '<out>' as 49", onto=same)
     (renamed / "tokenizer.json").write_text(words.replace('"w5"', '"v5"'))
@@ -219,7 +241,9 @@ def test_tokens_and_rows_that_do_not_fit_are_one_error_each(theirs, tmp_path):
 # ---------------------------------------------------------------- rows and settings
 
 
-def test_new_rows_are_means_on_any_mesh_and_known_tokens_are_left_alone(tiny_model, tmp_path, caplog):
+def test_new_rows_are_means_on_any_mesh_and_known_tokens_are_left_alone(
+    tiny_model, tmp_path, caplog
+):
     model, _ = tiny_model("llama", tie_word_embeddings=False)
     tokenizer = fast_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # which has no row

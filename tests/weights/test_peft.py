@@ -1,4 +1,5 @@
-"""Adapters of PEFT read here and written as PEFT reads them, and what is refused; families are in test_merge.py."""
+"""Adapters of PEFT read here and written as PEFT reads them, and what is refused; families are in
+test_merge.py."""
 
 from __future__ import annotations
 
@@ -36,9 +37,19 @@ IMPORTED = {
         "llama",
         {
             "target_modules": ["q_proj", "gate_proj", "mlp.down_proj", "up_proj"],
-            "rank_pattern": {"model.layers.1.mlp.gate_proj": 2, "q_proj": 3, "p_proj": 2, "mlp.up": 2}
+            "rank_pattern": {
+                "model.layers.1.mlp.gate_proj": 2,
+                "q_proj": 3,
+                "p_proj": 2,
+                "mlp.up": 2,
+            }
             | {r"^model\.layers\.[02].*down_proj": 5, "0.mlp.up_proj": 3},
-            "alpha_pattern": {"gate_proj": 5, "layers.2.self_attn.q_proj": 7.5, "roj": 1, "model": 1},
+            "alpha_pattern": {
+                "gate_proj": 5,
+                "layers.2.self_attn.q_proj": 7.5,
+                "roj": 1,
+                "model": 1,
+            },
             "use_rslora": True,
         },
     ),
@@ -62,7 +73,10 @@ IMPORTED = {
     "DoRA": ("llama", {"target_modules": ["q_proj", "gate_proj"], "use_dora": True}),
     "weights": (
         "llama",
-        {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight", "mlp.gate_proj.weight"]},
+        {
+            "target_modules": ["v_proj"],
+            "target_parameters": ["q_proj.weight", "mlp.gate_proj.weight"],
+        },
     ),
     "linear attention": ("qwen3_5_text", {"target_modules": "all-linear"}),
     "fused linear attention": (
@@ -71,8 +85,14 @@ IMPORTED = {
     ),
     "experts": ("glm4_moe", {"target_modules": [], "target_parameters": STACKS}),
     "experts with biases": ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": STACKS}),
-    "gate and up of experts": ("qwen3_moe", {"target_modules": [], "target_parameters": STACKS[:1]}),
-    "one matrix of experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": STACKS[1:]}),
+    "gate and up of experts": (
+        "qwen3_moe",
+        {"target_modules": [], "target_parameters": STACKS[:1]},
+    ),
+    "one matrix of experts": (
+        "mixtral",
+        {"target_modules": ["q_proj"], "target_parameters": STACKS[1:]},
+    ),
     "experts as modules": ("qwen3_moe", {"target_modules": [*MODULES, "o_proj"]}),
     "experts of old names": ("mixtral", {"target_modules": ["w1", "w2", "w3"]}),
 }
@@ -88,7 +108,10 @@ def test_imported_adapters_merge_as_in_peft_and_are_written_as_they_were(
 ):
     family, settings = IMPORTED[case]
     model, config = tiny_model(family)
-    params, wrapped = params_of(model, config), wrap(model, **({"r": 3, "lora_alpha": 8} | settings))
+    params, wrapped = (
+        params_of(model, config),
+        wrap(model, **({"r": 3, "lora_alpha": 8} | settings)),
+    )
     lora, spec = import_adapter(save(wrapped, tmp_path / "theirs"), config)
     assert spec.dropout == settings.get("lora_dropout", 0.0)
     merge_equally(params, lora, spec, config, wrapped, params_of)
@@ -103,7 +126,9 @@ def test_imported_adapters_merge_as_in_peft_and_are_written_as_they_were(
 
 def test_low_precision_is_read_as_float32(good):
     folder, _, tensors = good
-    save_file({name: t.astype(ml_dtypes.bfloat16) for name, t in tensors.items()}, folder / TENSORS_NAME)
+    save_file(
+        {name: t.astype(ml_dtypes.bfloat16) for name, t in tensors.items()}, folder / TENSORS_NAME
+    )
     leaves = flatten(import_adapter(folder, LLAMA)[0])
     expected = tensors[KEY].astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(leaves["layers/ffn/up_proj/a"][1].T, expected, strict=True)
@@ -130,11 +155,17 @@ def test_verify_export_notices_any_change(tiny_model, random_lora, tmp_path):
         verify_export(tmp_path / "a", lora, spec, config)
 
 
-# ---------------------------------------------------------------- forms of files that PEFT or transformers had
+# ---------------------------------------------------------------- forms of files that PEFT or
+# transformers had
 
 
 SIZES = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-TOWER = SIZES | {"model_type": "clip_vision_model", "hidden_size": 32, "image_size": 16, "patch_size": 4}
+TOWER = SIZES | {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "image_size": 16,
+    "patch_size": 4,
+}
 SEEING = {"model_type": "llava", "vision_config": TOWER, "image_token_index": 3}
 SEEING["text_config"] = COMMON | {"model_type": "llama"}
 PREFIXES = ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.")
@@ -148,11 +179,14 @@ PREFIXES = ("model.vision_tower.", "model.multi_modal_projector.", "model.langua
     ],
 )
 def test_models_that_see_have_the_names_of_transformers_4(earlier, tmp_path):
-    """Names of 4.52 to 4.57, and up to 4.51; patterns are matched against the names that the file has."""
+    """Names of 4.52 to 4.57, and up to 4.51; patterns are matched against the names that the file
+    has."""
     config = ModelConfig.from_hf(SEEING, images=True)
     rules = (LoRARule("in_proj|up_proj", 2),)
     spec = resolve(LoRAConfig(rules=rules), projection_shapes(config), layer_numbers(config))
-    lora = map_named(lambda path, leaf: leaf + len(path), init_lora(config, spec, jax.random.key(0)))
+    lora = map_named(
+        lambda path, leaf: leaf + len(path), init_lora(config, spec, jax.random.key(0))
+    )
     folder = export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b")
 
     tensors = load_file(folder / TENSORS_NAME)
@@ -190,9 +224,15 @@ BAD_CONFIGS = [
     ({"lora_alpha": float("nan")}, "lora_alpha"),
     ({"peft_type": "LOHA"}, "peft_type"),
     ({"bias": "lora_only"}, "bias"),
-    ({"modules_to_save": ["lm_head"]}, "expected the trained lm_head of modules_to_save, found nothing"),
+    (
+        {"modules_to_save": ["lm_head"]},
+        "expected the trained lm_head of modules_to_save, found nothing",
+    ),
     ({"modules_to_save": ["score"]}, "modules_to_save: expected some of embed_tokens, lm_head"),
-    ({INDICES: [1, 2]}, "token_adapter.trainable_tokens_delta: expected the trained rows of embed_to"),
+    (
+        {INDICES: [1, 2]},
+        "token_adapter.trainable_tokens_delta: expected the trained rows of embed_to",
+    ),
     ({INDICES: [47, 48]}, f"{INDICES}: expected token ids of the 48 rows .* found 48;"),
     ({INDICES: [1, 1]}, f"{INDICES}: expected a list of different token ids"),
     ({INDICES: {"wte": [5]}}, "expected token ids of embed_tokens and lm_head .* found wte"),
@@ -204,12 +244,21 @@ BAD_CONFIGS = [
     ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
     ({"target_modules": None}, "target_modules"),
     ({"target_modules": ["gate_proj", "up_proj"]}, "cover model.layers.0.mlp.down_proj"),
-    ({"target_modules": ["gate_proj", "up_proj", "down_proj", "q_proj"]}, "layers.0.self_attn.q_proj"),
+    (
+        {"target_modules": ["gate_proj", "up_proj", "down_proj", "q_proj"]},
+        "layers.0.self_attn.q_proj",
+    ),
     ({"target_modules": "(gate"}, "regular expression"),
     ({"target_modules": r".*mlp.*", "layers_to_transform": [0]}, "layers_to_transform"),
-    ({"layers_to_transform": [0], "layers_pattern": ["lay(ers"]}, "layers_pattern: expected a regular"),
+    (
+        {"layers_to_transform": [0], "layers_pattern": ["lay(ers"]},
+        "layers_pattern: expected a regular",
+    ),
     ({"rank_pattern": {"up_proj": 3}}, r"up_proj \(a\): expected shape \(3, 16\)"),
-    ({"rank_pattern": {"up_proj": 10**30}}, "rank_pattern: up_proj: expected a whole number from 1 to"),
+    (
+        {"rank_pattern": {"up_proj": 10**30}},
+        "rank_pattern: up_proj: expected a whole number from 1 to",
+    ),
     ({"alpha_pattern": PATTERNS}, "alpha_pattern: expected at most 4,096 patterns, found 100,000"),
     ({"use_dora": True}, "lora_magnitude_vector"),
     ({"lora_dropout": 1.5}, "lora_dropout"),
@@ -228,7 +277,10 @@ KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 MAGNITUDE = KEY.replace("lora_A.weight", "lora_magnitude_vector")
 BAD_TENSORS = [
     (lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}, "another prefix"),
-    (lambda t: {k.replace("lora_A.", "lora_A.default."): v for k, v in t.items()}, "save_pretrained"),
+    (
+        lambda t: {k.replace("lora_A.", "lora_A.default."): v for k, v in t.items()},
+        "save_pretrained",
+    ),
     (
         lambda t: {k.replace("model.layers", "transformer.layers"): v for k, v in t.items()},
         "unknown module",

@@ -1,4 +1,5 @@
-"""Settings of PEFT: every field is carried over, refused or named, and adapters are those that PEFT would make."""
+"""Settings of PEFT: every field is carried over, refused or named, and adapters are those that PEFT
+would make."""
 
 from __future__ import annotations
 
@@ -59,7 +60,11 @@ MADE: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": ["gate_proj", "up_proj"], "layers_to_transform": [0, 2]}),
     (
         "llama",
-        {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 2}, "use_rslora": True},
+        {
+            "target_modules": ["q_proj", "down_proj"],
+            "rank_pattern": {"down_proj": 2},
+            "use_rslora": True,
+        },
     ),
     # Patterns of modules that are not targeted have no effect.
     (
@@ -70,7 +75,8 @@ MADE: list[tuple[str, dict[str, Any]]] = [
             "alpha_pattern": {"model.layers.1.self_attn.o_proj": 1.0, "v_proj": 1},
         },
     ),
-    # A module has the value of the first key that its name ends with, and of each pattern by itself.
+    # A module has the value of the first key that its name ends with, and of each pattern by
+    # itself.
     (
         "llama",
         {
@@ -81,11 +87,17 @@ MADE: list[tuple[str, dict[str, Any]]] = [
     ),
     ("llama", {"target_modules": ["k_proj", "up_proj"], "exclude_modules": ["k_proj"]}),
     # Settings of target_modules, such as layers_to_transform, do not apply to parameters.
-    ("qwen2_moe", ON_STACKS | {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
+    (
+        "qwen2_moe",
+        ON_STACKS | {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
     (
         "qwen2_moe",
         ON_STACKS
-        | {"target_parameters": ["model.layers.1.mlp.experts.down_proj"], "target_modules": ["q_proj"]},
+        | {
+            "target_parameters": ["model.layers.1.mlp.experts.down_proj"],
+            "target_modules": ["q_proj"],
+        },
     ),
     (
         "qwen2_moe",
@@ -118,10 +130,15 @@ def test_the_adapters_are_those_that_peft_makes(family, settings, tiny_model):
         if hasattr(module, "lora_A"):
             part = getattr(module, "parameter_name", name.rpartition(".")[2])
             for ours in ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,):
-                expected[name.split(".")[2], ours] = module.r["default"], float(module.scaling["default"])
+                expected[name.split(".")[2], ours] = (
+                    module.r["default"],
+                    float(module.scaling["default"]),
+                )
 
     made, notes = from_peft(settings_in(theirs))
-    spec = resolve(settings_of(made, Path("mine.yaml")).lora, projection_shapes(base), base.n_layers)
+    spec = resolve(
+        settings_of(made, Path("mine.yaml")).lora, projection_shapes(base), base.n_layers
+    )
     found = {
         (str(layer), path.rpartition("/")[2]): (rank, pytest.approx(scale))
         for path, target in spec.targets
@@ -135,7 +152,12 @@ def test_the_adapters_are_those_that_peft_makes(family, settings, tiny_model):
 
 
 def test_all_that_is_refused_is_named_at_once():
-    bad = {"target_modules": ["q_proj"], "bias": "all", "use_qalora": True, "modules_to_save": ["norm"]}
+    bad = {
+        "target_modules": ["q_proj"],
+        "bias": "all",
+        "use_qalora": True,
+        "modules_to_save": ["norm"],
+    }
     with pytest.raises(NaloraError) as caught:
         from_peft(bad | {"init_lora_weights": "olora", "r": 8})
     for part in (
@@ -177,9 +199,18 @@ INDICES = "trainable_token_indices"
         ({"target_modules": [["q_proj"]]}, r"expected a list of names, found \[\['q_proj'\]\]"),
         ({"target_modules": ["q_proj", "model.embed_tokens"]}, f"'model.embed_tokens', {WHOLE}"),
         ({"modules_to_save": 5}, r"modules_to_save = 5 \(its value has another type\)"),
-        ({"ensure_weight_tying": True}, "ensure_weight_tying = True .a trained embedding and its head are"),
-        ({"alpha_pattern": {"q_proj": "x"}}, "lora_alpha or alpha_pattern: expected a number, found 'x'"),
-        ({INDICES: {"embed_tokens": [5], "lm_head": [6]}}, f"{INDICES} = .*give both the same list"),
+        (
+            {"ensure_weight_tying": True},
+            "ensure_weight_tying = True .a trained embedding and its head are",
+        ),
+        (
+            {"alpha_pattern": {"q_proj": "x"}},
+            "lora_alpha or alpha_pattern: expected a number, found 'x'",
+        ),
+        (
+            {INDICES: {"embed_tokens": [5], "lm_head": [6]}},
+            f"{INDICES} = .*give both the same list",
+        ),
         ({"target_parameters": ["self_attn.down_proj"]}, STACKS),
     ],
     ids=str,
@@ -189,7 +220,14 @@ def test_a_value_that_means_nothing_here_is_named(values, message):
         from_peft({"target_modules": ["q_proj"]} | values)
 
 
-ADALORA = {"peft_type": "ADALORA", "init_r": 4, "target_r": 1, "lora_alpha": 12, "tinit": 1, "tfinal": 2}
+ADALORA = {
+    "peft_type": "ADALORA",
+    "init_r": 4,
+    "target_r": 1,
+    "lora_alpha": 12,
+    "tinit": 1,
+    "tfinal": 2,
+}
 
 
 def test_settings_of_adalora_are_taken_over_and_its_files_are_refused(tmp_path):
@@ -225,7 +263,11 @@ def test_settings_of_adalora_are_taken_over_and_its_files_are_refused(tmp_path):
 def test_tables_and_rows_that_are_trained_are_kept(theirs, ours, tmp_path):
     made, notes = from_peft(settings_in(peft.LoraConfig(target_modules=["q_proj"], **theirs)))
     lora = settings_of(made, tmp_path / "mine.yaml").lora
-    assert (lora.modules_to_save, lora.trainable_token_indices, lora.trainable_token_modules) == ours
+    assert (
+        lora.modules_to_save,
+        lora.trainable_token_indices,
+        lora.trainable_token_modules,
+    ) == ours
     named = "name them in data.add_tokens or data.add_special_tokens, in their order"
     assert any(named in note for note in notes) == bool(ours[0] or ours[1])
 

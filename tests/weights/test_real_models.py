@@ -56,11 +56,15 @@ def test_smollm2_predicts_text_with_the_logits_of_transformers(smollm):
 
 
 def test_smollm2_tokens_and_chat_equal_transformers(smollm):
-    """By the rule of the model's own tokenizer.json, of which transformers 5.24 drops the first half."""
+    """By the rule of the model's own tokenizer.json, of which transformers 5.24 drops the first
+    half."""
     path, ours = Path(smollm.source), smollm.tokenizer
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     for text in TEXTS:
         ids = theirs.encode(text)

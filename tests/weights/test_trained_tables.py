@@ -1,4 +1,5 @@
-"""Tables of a model and rows of them that are trained, PEFT's modules_to_save and trainable_token_indices.
+"""Tables of a model and rows of them that are trained, PEFT's modules_to_save and
+trainable_token_indices.
 
 Against PEFT both ways, merged, in slots, and trained.
 """
@@ -67,7 +68,9 @@ MODES: dict[str, tuple[bool, dict[str, Any], set[str]]] = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_peft_s_files_mean_the_same_here_and_ours_the_same_there(tiny_model, params_of, tmp_path, mode):
+def test_peft_s_files_mean_the_same_here_and_ours_the_same_there(
+    tiny_model, params_of, tmp_path, mode
+):
     tied, settings, held = MODES[mode]
     model, config = tiny_model("llama", tie_word_embeddings=tied)
     params = params_of(model, config)
@@ -112,7 +115,9 @@ def test_peft_s_files_mean_the_same_here_and_ours_the_same_there(tiny_model, par
     for name in (name for name in tensors["ours"] if "lora_" not in name):
         longer = np.concatenate([tensors["ours"][name], np.zeros((2, 16), np.float32)])
         save_file(tensors["ours"] | {name: longer}, file.parent / TENSORS_NAME)
-        with pytest.raises(NaloraError, match="needs a base that is resized|a row for each of trainable"):
+        with pytest.raises(
+            NaloraError, match="needs a base that is resized|a row for each of trainable"
+        ):
             import_adapter(file.parent, config)
     save_file(tensors["ours"], file.parent / TENSORS_NAME)
     if INDICES in settings:  # a row would be put elsewhere
@@ -131,12 +136,28 @@ ADDED = LoRAConfig(modules_to_save=tuple(BOTH))
     ("lora", "changes", "said"),
     [
         (replace(TABLES, init="pissa"), {}, "lora.init: expected .* with --lora.modules-to-save"),
-        (TABLES, {"vision": VisionConfig("classify")}, "vision.task: expected .* --lora.modules-to-save"),
+        (
+            TABLES,
+            {"vision": VisionConfig("classify")},
+            "vision.task: expected .* --lora.modules-to-save",
+        ),
         (TABLES, {"preference": DPO}, "preference.loss: expected .* with --lora.modules-to-save"),
         (replace(SOME, trainable_token_indices=(5, 5)), {}, "token-indices: expected token ids"),
-        (replace(SOME, trainable_token_modules=()), {}, "token-modules: expected embed_tokens, lm_"),
-        (replace(SOME, modules_to_save=BOTH[:1]), {}, "tables that --lora.modules-to-save does not"),
-        (replace(SOME, init="pissa"), {}, "lora.init: expected default or zero_a with --lora.train"),
+        (
+            replace(SOME, trainable_token_modules=()),
+            {},
+            "token-modules: expected embed_tokens, lm_",
+        ),
+        (
+            replace(SOME, modules_to_save=BOTH[:1]),
+            {},
+            "tables that --lora.modules-to-save does not",
+        ),
+        (
+            replace(SOME, init="pissa"),
+            {},
+            "lora.init: expected default or zero_a with --lora.train",
+        ),
         (SOME, {"preference": DPO}, "preference.loss: expected none with --lora.trainable"),
         (ADDED, {"add_tokens": ("<a>", "<a>")}, "data.add-tokens: .* none empty or named twice"),
         (
@@ -156,7 +177,9 @@ def test_settings_are_judged(lora, changes, said):
 
 def test_a_tied_head_has_no_rows_beside_a_trained_table():
     config = ModelConfig.from_hf(COMMON | {"model_type": "llama", "tie_word_embeddings": True})
-    spec = resolve(replace(SOME, modules_to_save=("lm_head",)), projection_shapes(config), config.n_layers)
+    spec = resolve(
+        replace(SOME, modules_to_save=("lm_head",)), projection_shapes(config), config.n_layers
+    )
     with pytest.raises(
         NaloraError, match="-indices: .*a tied head has the embedding's rows.*found rows of"
     ):
@@ -178,18 +201,24 @@ def test_the_head_s_gradient_is_autodiff_s(ids):
     def plain(hidden, trained):
         whole = kernel.at[:, jnp.array(ids)].set(trained.T) if ids else trained
         scores = 4.0 * jnp.tanh(0.7 * hidden @ whole / 4.0)
-        picked = jnp.take_along_axis(jax.nn.log_softmax(scores), targets[..., None], axis=-1)[..., 0]
+        picked = jnp.take_along_axis(jax.nn.log_softmax(scores), targets[..., None], axis=-1)[
+            ..., 0
+        ]
         return -2 * jnp.sum(weights * picked)
 
     expected, gradients = jax.jit(jax.value_and_grad(plain, (0, 1)))(hidden, trained)
 
     def ours(hidden, trained):
         of = HeadRows(trained, kernel.T, ids, transposed=True) if ids else WholeHead(trained)
-        return 2 * trained_cross_entropy(hidden, of, targets, weights, head, Numerics(), chunk=3, shards=3)
+        return 2 * trained_cross_entropy(
+            hidden, of, targets, weights, head, Numerics(), chunk=3, shards=3
+        )
 
     found, back = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, trained)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), back, gradients)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), back, gradients
+    )
 
 
 def test_a_step_on_a_mesh_trains_by_the_gradient(tiny_model, params_of):
@@ -203,16 +232,23 @@ def test_a_step_on_a_mesh_trains_by_the_gradient(tiny_model, params_of):
     run = RunConfig(steps=4, lora=lora, compute=ComputeConfig(dtype="float32"), mesh=mesh)
     assembly = assemble(run, config, placed, devices)
     start = jax.device_get(assembly.state.lora)
-    np.testing.assert_array_equal(start["embed"]["rows"], params["embed"]["embedding"][np.array(IDS)])
+    np.testing.assert_array_equal(
+        start["embed"]["rows"], params["embed"]["embedding"][np.array(IDS)]
+    )
     np.testing.assert_array_equal(start["lm_head"]["kernel"], params["lm_head"]["kernel"])
 
     def plain(lora):
-        hidden = Decoder(config, assembly.spec).apply({"params": params, "lora": lora}, TOKENS[:, :-1])
+        hidden = Decoder(config, assembly.spec).apply(
+            {"params": params, "lora": lora}, TOKENS[:, :-1]
+        )
         scores = jax.nn.log_softmax(hidden @ lora["lm_head"]["kernel"])
         return -jnp.mean(jnp.take_along_axis(scores, TOKENS[:, 1:, None], axis=-1))
 
     value, gradients = jax.jit(jax.value_and_grad(plain))(start)
-    row = {"loss_weights": np.ones((1, 2, 7), np.float32), "segment_ids": np.ones((1, 2, 7), np.int32)}
+    row = {
+        "loss_weights": np.ones((1, 2, 7), np.float32),
+        "segment_ids": np.ones((1, 2, 7), np.int32),
+    }
     batch = row | {"tokens": TOKENS[None, :, :-1], "targets": TOKENS[None, :, 1:]}
     batch |= {"positions": np.tile(np.arange(7, dtype=np.int32), (1, 2, 1))}
     batch = distributed.make_global_batch(batch, devices, rows_axis=1)

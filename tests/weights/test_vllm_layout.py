@@ -1,4 +1,5 @@
-"""Adapters for vLLM: one rank and scale, and modules that its models have; the rules are those of its code."""
+"""Adapters for vLLM: one rank and scale, and modules that its models have; the rules are those of
+its code."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from tests.weights.in_peft import load, merge_equally
 from tests.weights.test_merge import TARGETS
 
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 20}
-GEMMA4 = COMMON | EXPERTS | {"model_type": "gemma4_text", "num_hidden_layers": 2, "global_head_dim": 8}
+GEMMA4 = (
+    COMMON | EXPERTS | {"model_type": "gemma4_text", "num_hidden_layers": 2, "global_head_dim": 8}
+)
 GEMMA4 |= {"layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0}
 GEMMA4 |= {"sliding_window": 4, "enable_moe_block": True, "top_k_experts": 2}
 KEYS_AS_VALUES = GEMMA4 | {
@@ -33,7 +36,9 @@ KEYS_AS_VALUES |= {
     "attention_k_eq_v": True,
     "enable_moe_block": False,
 }
-QWEN3_5 = COMMON | EXPERTS | DELTA_NET | {"model_type": "qwen3_5_moe_text", "num_experts_per_tok": 2}
+QWEN3_5 = (
+    COMMON | EXPERTS | DELTA_NET | {"model_type": "qwen3_5_moe_text", "num_experts_per_tok": 2}
+)
 QWEN3_5 |= {"shared_expert_intermediate_size": 12}
 KINDS = ("group0/block0", "group0/block1")  # sliding layers, and full layers
 PREFIX = "base_model.model."
@@ -44,7 +49,9 @@ def tensors_for(
 ) -> dict[str, np.ndarray]:
     """The tensors of an exported adapter, which is read back."""
     layout = None if raw is None else layout_for(target, config, raw)
-    export_adapter(*adapter, config, folder, base_model_name="org/base", target=target, layout=layout)
+    export_adapter(
+        *adapter, config, folder, base_model_name="org/base", target=target, layout=layout
+    )
     verify_export(folder, *adapter, config)
     return load_file(folder / "adapter_model.safetensors")
 
@@ -53,8 +60,8 @@ def modules_of(tensors: dict[str, np.ndarray]) -> set[str]:
     return {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors}
 
 
-# The common rank, and modules of experts: vLLM packs gate, up and down of every expert, all or none, and
-# reads gpt-oss's as PEFT writes them, if both parameters of every layer are there.
+# The common rank, and modules of experts: vLLM packs gate, up and down of every expert, all or
+# none, and reads gpt-oss's as PEFT writes them, if both parameters of every layer are there.
 @pytest.mark.parametrize(
     ("family", "rank", "experts"),
     [("llama", 5, 0), ("phi3", 9, 0), ("mixtral", 5, 36), ("glm4_moe", 4, 24), ("gpt_oss", 7, 6)],
@@ -94,7 +101,8 @@ EACH = [f"experts.{e}.{name}" for e in range(4) for name in ("gate_proj", "up_pr
 @pytest.mark.parametrize(
     ("raw", "model_type", "stem", "expected"),
     [
-        # The class of the released, multimodal folders reads both stacks of experts (its is_3d_moe_weight).
+        # The class of the released, multimodal folders reads both stacks of experts (its
+        # is_3d_moe_weight).
         (QWEN3_5, "qwen3_5_moe", "model.language_model.layers.0.mlp.", STACKS),
         (QWEN3_5, "qwen3_5_moe_text", "model.layers.0.mlp.", [*EACH, "shared_expert.down_proj"]),
         # The class of Gemma 4 refuses the stacks of its files (lora/model_manager.py).
@@ -107,15 +115,20 @@ def test_an_adapter_of_one_matrix_of_experts_has_them_all(
 ):
     """In the form that vLLM's class of the model reads."""
     config = ModelConfig.from_hf(raw)
-    chosen = {path: depth for path, depth in depths(config).items() if "experts_ffn/down_proj" in path}
+    chosen = {
+        path: depth for path, depth in depths(config).items() if "experts_ffn/down_proj" in path
+    }
     targets = {path.removeprefix("layers/"): ((2,) * n, (4.0,) * n) for path, n in chosen.items()}
     adapter = random_lora(config, targets)
-    modules = modules_of(tensors_for(tmp_path / "a", config, adapter, raw={"model_type": model_type}))
+    modules = modules_of(
+        tensors_for(tmp_path / "a", config, adapter, raw={"model_type": model_type})
+    )
     assert {name.removeprefix(stem) for name in modules if ".layers.0." in name} == set(expected)
 
 
 def test_vllm_gets_the_adapter_of_keys_for_values_too(random_lora, tmp_path):
-    """vLLM's qkv projection has both slots, filled with the weight of k_proj (its models/gemma4.py)."""
+    """vLLM's qkv projection has both slots, filled with the weight of k_proj (its
+    models/gemma4.py)."""
     config = ModelConfig.from_hf(KEYS_AS_VALUES)  # full layers have no v_proj
     names = [f"{kind}/{name}" for kind in KINDS for name in ("attn/k_proj", "ffn/down_proj")]
     targets = dict.fromkeys([*names, f"{KINDS[0]}/attn/v_proj"], ((2, 3), (4.0, 5.0)))
@@ -124,7 +137,9 @@ def test_vllm_gets_the_adapter_of_keys_for_values_too(random_lora, tmp_path):
     stem = PREFIX + "model.layers.{}.self_attn.{}.{}.weight"
     for layer in range(4):
         for factor in ("lora_A", "lora_B"):
-            keys, values = (tensors[stem.format(layer, name, factor)] for name in ("k_proj", "v_proj"))
+            keys, values = (
+                tensors[stem.format(layer, name, factor)] for name in ("k_proj", "v_proj")
+            )
             assert np.array_equal(keys, values) == (layer in (1, 3))
     of_peft = tensors_for(tmp_path / "peft", config, adapter, "peft")
     assert not any(".layers.1.self_attn.v_proj." in name for name in of_peft)

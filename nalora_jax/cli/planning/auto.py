@@ -1,4 +1,5 @@
-"""The choice of a run's layout by its compiled and its first step on the devices of this process."""
+"""The choice of a run's layout by its compiled and its first step on the devices of this
+process."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def accepted(
         gc.collect()  # frees the last layout's arrays on the devices
         placed = layout.into(config)
         job = build(placed)
-        assembly, batches = job.assembly, job.data.batches()
+        assembly = job.assembly
+        batches = job.data.batches()
         batch = distributed.make_global_batch(next(batches), assembly.mesh, rows_axis=1)
         batches.close()
         params = assembly.view(assembly.params)
@@ -71,8 +73,12 @@ def accepted(
             result = Compiled(figures.memory, figures.fits(where.chip), seconds)
         if result.fits:
             lora = jax.tree.map(distributed.fetch, assembly.state.lora)
-            jax.block_until_ready(assembly.step(params, assembly.state, batch))  # donates the state
-            job = replace(job, assembly=replace(assembly, state=assembly.begin(lora, config.seed)))
+            jax.block_until_ready(
+                assembly.step(params, assembly.state, batch)
+            )  # donates the state
+            job = replace(
+                job, assembly=replace(assembly, state=assembly.begin(lora, config.seed))
+            )
         jobs.append(job)
         return result
 

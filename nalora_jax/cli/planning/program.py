@@ -1,4 +1,5 @@
-"""The training step of a run for absent hardware: architectures by name, abstract devices, and arguments."""
+"""The training step of a run for absent hardware: architectures by name, abstract devices, and
+arguments."""
 
 from __future__ import annotations
 
@@ -53,37 +54,46 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def architecture(name: str, *, images: bool = False, rope_scaling: str = "") -> ModelConfig:
+def architecture(
+    name: str, *, images: bool = False, rope_scaling: str = ""
+) -> ModelConfig:
     """Returns the architecture called ``name``.
 
     A name is a key of `CONFIGS`, a ``config.json``, a Hugging Face folder, or a hub id: its last
     part is a key of `CONFIGS`, or its ``config.json`` is read from the hub's cache or downloaded.
     With ``images`` a multimodal model includes its image tower and projector; by default only its
-    text model is returned. ``rope_scaling`` replaces the model's (`nalora_jax.models.rope_scaling.with_rope_scaling`).
+    text model is returned. ``rope_scaling`` replaces the model's
+    (`nalora_jax.models.rope_scaling.with_rope_scaling`).
 
     Raises:
       NaloraError: the name is unknown, or its config or its new RoPE scaling is not supported.
     """
-    file, found = Path(name), repr(name)
+    file = Path(name)
+    found = repr(name)
     remedy = "download the model's config.json: planning needs nothing else"
     if file.is_dir():
         file /= "config.json"
     on_hub = _HUB_ID.fullmatch(name) is not None
     known = (name.rpartition("/")[2] if on_hub else name).lower()
-    raw, where = None, name
+    raw = None
+    where = name
     if file.suffix == ".json" and file.exists():
-        raw, where = read_json(file), str(file)
+        raw = read_json(file)
+        where = str(file)
     elif known in CONFIGS:
         raw = CONFIGS[known]
     elif on_hub:
         try:
             raw = read_json(hub.snapshot(name, "config.json") / "config.json")
         except NaloraError as error:
-            found, remedy = f"{error.found} ({name} on the hub)", error.remedy or remedy
+            found = f"{error.found} ({name} on the hub)"
+            remedy = error.remedy or remedy
     if raw is None:
         expected = f"a config.json, a folder that contains one, a hub id, or one of {', '.join(CONFIGS)}"
         raise NaloraError("--model", expected=expected, found=found, remedy=remedy)
-    return ModelConfig.from_hf(with_rope_scaling(raw, rope_scaling, where), where, images=images)
+    return ModelConfig.from_hf(
+        with_rope_scaling(raw, rope_scaling, where), where, images=images
+    )
 
 
 def devices(where: machines.Topology) -> Sequence[jax.Device]:
@@ -92,9 +102,11 @@ def devices(where: machines.Topology) -> Sequence[jax.Device]:
     Raises:
       NaloraError: the compiler is not installed, or it knows no such topology.
     """
-    module, extra = "jax_plugins.xla_cuda12", "cuda"
+    module = "jax_plugins.xla_cuda12"
+    extra = "cuda"
     if where.chip.platform == "tpu":
-        module, extra = "libtpu", "tpu"
+        module = "libtpu"
+        extra = "tpu"
     missing = True
     with suppress(ModuleNotFoundError):
         missing = importlib.util.find_spec(module) is None
@@ -137,7 +149,9 @@ def step_and_arguments(
         return program.compiled_step(places), (params, state, batch)
 
     def one(params: Any, state: Any, batch: Any, rates: jax.Array) -> Any:
-        return program.pure(program.spec, program.mechanisms, {"rate_of_step": rates})(params, state, batch)
+        return program.pure(program.spec, program.mechanisms, {"rate_of_step": rates})(
+            params, state, batch
+        )
 
     def of_runs(leaf: Any) -> Any:
         place = stacked_sharding(mesh, leaf.sharding)
@@ -145,7 +159,9 @@ def step_and_arguments(
 
     states, batches = jax.tree.map(of_runs, (state, batch))
     everywhere = NamedSharding(mesh, P())
-    rates = of_runs(jax.ShapeDtypeStruct((config.steps,), jnp.float32, sharding=everywhere))
+    rates = of_runs(
+        jax.ShapeDtypeStruct((config.steps,), jnp.float32, sharding=everywhere)
+    )
     active = of_runs(jax.ShapeDtypeStruct((), jnp.bool_, sharding=everywhere))
     step = step_of_runs(one, mesh, jax.tree.map(lambda leaf: leaf.sharding, states))
     return step, ({"params": params}, states, batches, rates, active)
@@ -154,15 +170,22 @@ def step_and_arguments(
 def _program_and_state(
     config: RunConfig, base: ModelConfig, mesh: Mesh
 ) -> tuple[RunProgram, Any, Any, Any]:
-    """Returns the program of a run, the shapes of its weights and state, and the state's shardings."""
+    """Returns the program of a run, the shapes of its weights and state, and the state's
+    shardings."""
     spec = adapters.adapter_spec(config, base)
-    program = decoder_program(config, base, spec, mesh, **decoder_parts(config, base, ImageProcessor()))
+    program = decoder_program(
+        config, base, spec, mesh, **decoder_parts(config, base, ImageProcessor())
+    )
     weights = {
-        path: _weight(path, shape, config.compute) for path, shape in stacks.param_shapes(base).items()
+        path: _weight(path, shape, config.compute)
+        for path, shape in stacks.param_shapes(base).items()
     }
-    params = gathered(placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], WEIGHT_AXES)
+    params = gathered(
+        placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], WEIGHT_AXES
+    )
     fresh = jax.eval_shape(
-        lambda lora: init_state(lora, program.optimizer, 0), adapters.adapter_shapes(base, spec)
+        lambda lora: init_state(lora, program.optimizer, 0),
+        adapters.adapter_shapes(base, spec),
     )
     state, places = placed(fresh, mesh, distributed.STATE_RULES)
     return program, params, state, places
@@ -171,19 +194,26 @@ def _program_and_state(
 def rollout_and_arguments(
     config: RunConfig, base: ModelConfig, mesh: Mesh
 ) -> tuple[Any, tuple[Any, ...], float]:
-    """Returns the jitted program that draws samples in a run with rewards, and the shapes of its arguments.
+    """Returns the jitted program that draws samples in a run with rewards, and the shapes of its
+    arguments.
 
-    Prompts fill the rows that samples leave. The last result are the bytes of a device for the optimizer, which
-    stay in its memory.
+    Prompts fill the rows that samples leave. The last result are the bytes of a device for the
+    optimizer, which stay in its memory.
     """
     rl = config.rl
     program, params, state, _ = _program_and_state(config, base, mesh)
     prompts = config.train.batch_size // rl.samples
-    _, count, samples = estimates.program_shape(prompts, rl.samples, distributed.prompt_shards(mesh))
-    longest = programs.padded_length(config.data.max_length - rl.max_new_tokens, minimum=16)
+    _, count, samples = estimates.program_shape(
+        prompts, rl.samples, distributed.prompt_shards(mesh)
+    )
+    longest = programs.padded_length(
+        config.data.max_length - rl.max_new_tokens, minimum=16
+    )
 
     def of(shape: tuple[int, ...], dtype: Any, spec: P = P(BATCH_AXES)) -> Any:  # noqa: B008
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
+        return jax.ShapeDtypeStruct(
+            shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec)
+        )
 
     sampling = make_sampling(count * samples, temperature=rl.temperature)
     rows = programs.Prompts(
@@ -193,15 +223,22 @@ def rollout_and_arguments(
         stop_ids=of((8,), "int32", P()),
         sampling=jax.tree.map(lambda x: of(x.shape, x.dtype), sampling),
     )
-    model, resident = program.eval_model, 0.0
+    model = program.eval_model
+    resident = 0.0
     for leaf in jax.tree.leaves(state.opt_state):
-        resident += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        resident += (
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        )
     weights = programs.view_weights(model, {"params": params, "lora": state.lora})
-    draw = jax.jit(partial(programs.sample_groups, model, samples=samples, limit=rl.max_new_tokens))
+    draw = jax.jit(
+        partial(programs.sample_groups, model, samples=samples, limit=rl.max_new_tokens)
+    )
     return draw, (weights, rows), resident
 
 
-def moved_weights(update: Figures, arguments: Any, rollout: Figures, drawn: Any) -> float:
+def moved_weights(
+    update: Figures, arguments: Any, rollout: Figures, drawn: Any
+) -> float:
     """Returns the bytes of weights that two compiled programs read in different shardings.
 
     Args:
@@ -209,15 +246,25 @@ def moved_weights(update: Figures, arguments: Any, rollout: Figures, drawn: Any)
       arguments, drawn: their arguments, of `step_and_arguments` and `rollout_and_arguments`.
     """
     places = [
-        jax.tree.unflatten(jax.tree.structure(of, is_leaf=lambda leaf: leaf is None), figures.inputs)[0]
+        jax.tree.unflatten(
+            jax.tree.structure(of, is_leaf=lambda leaf: leaf is None), figures.inputs
+        )[0]
         for of, figures in ((arguments, update), (drawn, rollout))
     ]
-    weights, first, second = map(trees.flatten, (arguments[0], places[0], places[1].body["params"]))
-    moved = [path for path in weights if len({first[path], second[path]} - {"None"}) > 1]
-    return sum(float(weights[path].size * weights[path].dtype.itemsize) for path in moved)
+    weights, first, second = map(
+        trees.flatten, (arguments[0], places[0], places[1].body["params"])
+    )
+    moved = [
+        path for path in weights if len({first[path], second[path]} - {"None"}) > 1
+    ]
+    return sum(
+        float(weights[path].size * weights[path].dtype.itemsize) for path in moved
+    )
 
 
-def _batch(config: RunConfig, base: ModelConfig, mesh: Mesh, images: int) -> dict[str, Any]:
+def _batch(
+    config: RunConfig, base: ModelConfig, mesh: Mesh, images: int
+) -> dict[str, Any]:
     """Returns the shapes of a step's batch."""
     by_rows = NamedSharding(mesh, P(None, BATCH_AXES))
     lead = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
@@ -225,9 +272,12 @@ def _batch(config: RunConfig, base: ModelConfig, mesh: Mesh, images: int) -> dic
     def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*lead, *shape), jnp.dtype(dtype), sharding=by_rows)
 
-    batch = {name: of((config.data.max_length,), dtype) for name, dtype in _BATCH.items()}
+    batch = {
+        name: of((config.data.max_length,), dtype) for name, dtype in _BATCH.items()
+    }
     if config.rl.rewards:
-        several, apart = config.rl.updates > 1, not updates_with_base(config.rl)
+        several = config.rl.updates > 1
+        apart = not updates_with_base(config.rl)
         names = ["sampled", *["old"] * several, *["base"] * apart]
         batch |= {name: of((config.data.max_length,), "float32") for name in names}
         batch |= {name: of((), "float32") for name in ("advantages", "real")}
@@ -235,7 +285,9 @@ def _batch(config: RunConfig, base: ModelConfig, mesh: Mesh, images: int) -> dic
         batch["pairs"] = of((1,), "float32")
     if base.sight is not None:
         tower = base.sight.tower
-        batch["pixels"] = of((images, tower.image_size, tower.image_size, tower.channels), "uint8")
+        batch["pixels"] = of(
+            (images, tower.image_size, tower.image_size, tower.channels), "uint8"
+        )
         batch["images"] = of((), "int32")
     return batch
 
@@ -244,7 +296,9 @@ def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:
     """Returns the shape of a frozen array in its storage form."""
     if compute.quantize == "none" or not re.search(kernels(compute.quantize), path):
         return jax.ShapeDtypeStruct(shape, targets.leaf_dtype(path, compute.dtype))
-    return jax.eval_shape(partial(quantize, kind=compute.quantize), jax.ShapeDtypeStruct(shape, "float32"))
+    return jax.eval_shape(
+        partial(quantize, kind=compute.quantize), jax.ShapeDtypeStruct(shape, "float32")
+    )
 
 
 def placed(tree: Any, mesh: Mesh, rules: distributed.Rules) -> tuple[Any, Any]:

@@ -19,7 +19,14 @@ from nalora_jax.config import RunConfig
 from nalora_jax.layout import accounting, distributed, estimates, machines
 from nalora_jax.layout.decide import Compiled, decide
 from nalora_jax.layout.distributed import prompt_shards
-from nalora_jax.layout.figures import Figures, Roofline, bounded, figures, kernel_flops, roofline
+from nalora_jax.layout.figures import (
+    Figures,
+    Roofline,
+    bounded,
+    figures,
+    kernel_flops,
+    roofline,
+)
 from nalora_jax.layout.layouts import fastest, fitting, fitting_sweep
 from nalora_jax.method.transform import with_gate_state
 from nalora_jax.models.config import ModelConfig
@@ -32,7 +39,9 @@ class RolloutPlan:
     figures: Figures
     bound: Roofline  # of one execution, in which every sample has the largest length
     programs: int  # executions in a step
-    resident: float  # bytes of a chip for the optimizer, which the program does not read
+    resident: (
+        float  # bytes of a chip for the optimizer, which the program does not read
+    )
     moved: float  # bytes of weights that are in other places than in the update
 
     @property
@@ -67,7 +76,10 @@ class Plan:
     @property
     def seconds(self) -> float:
         """The least seconds of a step; with rewards, of an update and its share of a rollout."""
-        drawn = 0.0 if self.rollout is None else self.rollout.seconds / self.config.rl.updates
+        if self.rollout is None:
+            drawn = 0.0
+        else:
+            drawn = self.rollout.seconds / self.config.rl.updates
         return self.bound.seconds + drawn
 
     @property
@@ -77,20 +89,28 @@ class Plan:
 
     def ratios(self) -> dict[str, float]:
         """Returns the ratios of NA-LoRA to LoRA."""
-        ours, other = self.nalora, self.lora
+        ours = self.nalora
+        other = self.lora
         pairs = {
             "flops": (ours.flops, other.flops),
             "HBM bytes": (ours.memory_bytes, other.memory_bytes),
             "collective bytes": (ours.moved(), other.moved()),
             "memory": (ours.memory, other.memory),
         }
-        return {name: first / second if second else 1.0 for name, (first, second) in pairs.items()}
+        return {
+            name: first / second if second else 1.0
+            for name, (first, second) in pairs.items()
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""
-        found, rollout = self.nalora, {}
+        found = self.nalora
+        rollout = {}
         if self.rollout is not None:
-            values = {n: getattr(self.rollout, n) for n in ("programs", "memory", "seconds", "moved")}
+            values = {
+                n: getattr(self.rollout, n)
+                for n in ("programs", "memory", "seconds", "moved")
+            }
             rollout = {"rollout": values | {"bound": asdict(self.rollout.bound)}}
         return (
             common_fields(self.config, self.where)
@@ -98,7 +118,10 @@ class Plan:
             | {
                 "layout": self.layout.record(),
                 "fits": self.fits,
-                **{name: getattr(found, name) for name in ("memory", "arguments", "host")},
+                **{
+                    name: getattr(found, name)
+                    for name in ("memory", "arguments", "host")
+                },
                 "limit": self.where.chip.memory,
                 "moved": found.moved(),
                 "hidden": found.moved(overlapped=True),
@@ -124,7 +147,9 @@ class SweepPlan:
     memory: float  # bytes of a chip
     seconds: float  # of a step of all runs of a program, by roofline
     mfu: float
-    collectives: tuple[accounting.Collective, ...] | None  # of the compiled step; None for an estimate
+    collectives: (
+        tuple[accounting.Collective, ...] | None
+    )  # of the compiled step; None for an estimate
 
     @property
     def programs(self) -> int:
@@ -134,8 +159,14 @@ class SweepPlan:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""
         return common_fields(self.config, self.where) | {
-            **{name: getattr(self, name) for name in ("runs", "programs", "memory", "seconds", "mfu")},
-            "mesh": {name: getattr(self.layout, name) for name in ("run", "runs_per_device", "fsdp")},
+            **{
+                name: getattr(self, name)
+                for name in ("runs", "programs", "memory", "seconds", "mfu")
+            },
+            "mesh": {
+                name: getattr(self.layout, name)
+                for name in ("run", "runs_per_device", "fsdp")
+            },
             "remat": self.layout.remat,
             "collectives": None if self.collectives is None else len(self.collectives),
         }
@@ -143,16 +174,19 @@ class SweepPlan:
 
 def common_fields(config: RunConfig, where: machines.Topology) -> dict[str, Any]:
     """Returns the fields that the records of all plans have."""
-    rows, seq = config.train.batch_size, config.data.max_length
+    rows = config.train.batch_size
+    seq = config.data.max_length
     return {"model": config.model, "topology": where.name, "rows": rows, "seq": seq}
 
 
-def plan(config: RunConfig, base: ModelConfig, where: machines.Topology, images: int = 0) -> Plan:
+def plan(
+    config: RunConfig, base: ModelConfig, where: machines.Topology, images: int = 0
+) -> Plan:
     """Decides a layout by compiled steps of NA-LoRA, compiles LoRA's step and bounds the time.
 
     Args:
-      config: the run, whose rows have ``data.max_length`` tokens; open settings of its mesh and remat
-        are chosen.
+      config: the run, whose rows have ``data.max_length`` tokens; open settings of its mesh and
+        remat are chosen.
       base: the model.
       where: the machine.
       images: images per row, for a vision-language model; bounds and MFU count only the decoder's
@@ -161,46 +195,68 @@ def plan(config: RunConfig, base: ModelConfig, where: machines.Topology, images:
     Raises:
       NaloraError: no layout fits, or the compiler is missing.
     """
-    layouts, compiled = fitting(config, base, where), _compiler(config, base, where, images=images)
+    layouts = fitting(config, base, where)
+    compiled = _compiler(config, base, where, images=images)
     layout, result, _ = decide(layouts, where.chip.memory, compiled, must_fit=False)
     placed = layout.into(config)
     concrete = placed.without_mechanisms()
     mesh = distributed.make_mesh(concrete.mesh, devices(where))
     step, arguments = step_and_arguments(concrete, base, mesh, images=images)
     other = figures(without_statistics(step, mesh), arguments)
-    rollout = _plan_rollout(placed, base, where, other, arguments) if config.rl.rewards else None
+    if config.rl.rewards:
+        rollout = _plan_rollout(placed, base, where, other, arguments)
+    else:
+        rollout = None
     ours, bound = result.program
     return Plan(config, where, layout, ours, other, bound, rollout)
 
 
 def _plan_rollout(
-    config: RunConfig, base: ModelConfig, where: machines.Topology, update: Figures, arguments: Any
+    config: RunConfig,
+    base: ModelConfig,
+    where: machines.Topology,
+    update: Figures,
+    arguments: Any,
 ) -> RolloutPlan:
     """Compiles the program of the samples in the layout of the update and bounds its time.
 
     ``update`` are figures of a step with ``arguments``.
     """
-    mesh, rl = distributed.make_mesh(config.mesh, devices(where)), config.rl
+    mesh = distributed.make_mesh(config.mesh, devices(where))
+    rl = config.rl
     shards = prompt_shards(mesh)
     draw, drawn, resident = rollout_and_arguments(config, base, mesh)
     found = figures(draw, drawn)
     wanted = config.train.batch_size // rl.samples
     prompts, count, _ = estimates.program_shape(wanted, rl.samples, shards)
     decoder, _ = estimates.decoder_alone(config, base)
-    shape = count / shards, config.data.max_length - rl.max_new_tokens, max(config.mesh.tensor, 1)
-    bound = bounded(found, found.flops + kernel_flops(found, decoder, *shape), 0.0, where)
+    shape = (
+        count / shards,
+        config.data.max_length - rl.max_new_tokens,
+        max(config.mesh.tensor, 1),
+    )
+    bound = bounded(
+        found, found.flops + kernel_flops(found, decoder, *shape), 0.0, where
+    )
     moved = moved_weights(update, arguments, found, drawn)
     return RolloutPlan(found, bound, math.ceil(wanted / prompts), resident, moved)
 
 
 def plan_sweep(
-    config: RunConfig, base: ModelConfig, where: machines.Topology, runs: int, *, compiles: bool = True
+    config: RunConfig,
+    base: ModelConfig,
+    where: machines.Topology,
+    runs: int,
+    *,
+    compiles: bool = True,
 ) -> SweepPlan:
-    """Compiles the step of a sweep in the fastest layout that fits, as `nalora_jax.layout.decide` does.
+    """Compiles the step of a sweep in the fastest layout that fits, as `nalora_jax.layout.decide`
+    does.
 
     Args:
       config: settings of a run, whose rows belong to one run; ``mesh.run`` and
-        ``mesh.runs_per_device`` are chosen if they are 0, the rematerialization policy if it is "auto".
+        ``mesh.runs_per_device`` are chosen if they are 0, the rematerialization policy if it is
+        "auto".
       base: the model.
       where: the machine.
       runs: number of runs.
@@ -213,17 +269,27 @@ def plan_sweep(
     if not compiles:
         layout = fastest(layouts)
         seconds = layout.seconds / math.ceil(runs / layout.together)
-        return SweepPlan(config, where, runs, layout, layout.memory, seconds, layout.mfu, None)
-    layout, result, _ = decide(layouts, where.chip.memory, _compiler(config, base, where, runs=runs))
+        return SweepPlan(
+            config, where, runs, layout, layout.memory, seconds, layout.mfu, None
+        )
+    layout, result, _ = decide(
+        layouts, where.chip.memory, _compiler(config, base, where, runs=runs)
+    )
     measured, bound = result.program
     resources = measured.memory, bound.seconds, bound.mfu, measured.collectives
     return SweepPlan(config, where, runs, layout, *resources)
 
 
 def _compiler(
-    config: RunConfig, base: ModelConfig, where: machines.Topology, *, images: int = 0, runs: int = 0
+    config: RunConfig,
+    base: ModelConfig,
+    where: machines.Topology,
+    *,
+    images: int = 0,
+    runs: int = 0,
 ) -> Callable[[estimates.Layout], Compiled]:
-    """Returns the function that compiles a layout's step, with figures and roofline as its program."""
+    """Returns the function that compiles a layout's step, with figures and roofline as its
+    program."""
     chips = devices(where)
 
     def compiled(layout: estimates.Layout) -> Compiled:
@@ -231,10 +297,14 @@ def _compiler(
         mesh = distributed.make_mesh(concrete.mesh, chips)
         together = layout.together if runs else 0
         programs = math.ceil(runs / together) if runs else 1
-        measured = figures(*step_and_arguments(concrete, base, mesh, images=images, runs=together))
+        measured = figures(
+            *step_and_arguments(concrete, base, mesh, images=images, runs=together)
+        )
         bound = roofline(measured, concrete, base, where)
         seconds = bound.seconds * programs + layout.rollout
-        return Compiled(measured.memory, measured.fits(where.chip), seconds, (measured, bound))
+        return Compiled(
+            measured.memory, measured.fits(where.chip), seconds, (measured, bound)
+        )
 
     return compiled
 
@@ -251,10 +321,14 @@ def without_statistics(step: Any, mesh: Any) -> Any:
         opt_state = with_gate_state(new.opt_state, state.gate)
         return new._replace(opt_state=opt_state), {"loss": metrics["loss"]}
 
-    return jax.jit(plain, donate_argnums=1, compiler_options=distributed.compiler_options(mesh))
+    return jax.jit(
+        plain, donate_argnums=1, compiler_options=distributed.compiler_options(mesh)
+    )
 
 
-def plan_lines(plan: Plan, *, steps: int = 0, price: float | None = None) -> Iterator[str]:
+def plan_lines(
+    plan: Plan, *, steps: int = 0, price: float | None = None
+) -> Iterator[str]:
     """Yields the plan as lines of text.
 
     Args:
@@ -262,13 +336,19 @@ def plan_lines(plan: Plan, *, steps: int = 0, price: float | None = None) -> Ite
       steps: of the run; 0: hours and their price are not shown.
       price: of one chip and hour, in any currency.
     """
-    chip, nalora, bound, where = plan.where.chip, plan.nalora, plan.bound, plan.where
-    rows, seq = plan.config.train.batch_size, plan.config.data.max_length
+    chip = plan.where.chip
+    nalora = plan.nalora
+    bound = plan.bound
+    where = plan.where
+    rows = plan.config.train.batch_size
+    seq = plan.config.data.max_length
     yield f"{plan.config.model} on {where.name} ({where.size} x {chip.name}), {rows} rows of {seq} tokens a step"
     yield f"  layout      {plan.layout}"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     yield f"  memory      {nalora.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}: {verdict}"
-    weights, temporary = (f"{size / 1e9:.2f}" for size in (plan.layout.weights, nalora.temporary))
+    weights, temporary = (
+        f"{size / 1e9:.2f}" for size in (plan.layout.weights, nalora.temporary)
+    )
     yield f"              arguments {nalora.arguments / 1e9:.2f} GB (weights {weights}), temporary {temporary}"
     for kind in sorted({c.kind for c in nalora.collectives}):
         same = [c for c in nalora.collectives if c.kind == kind]
@@ -276,7 +356,9 @@ def plan_lines(plan: Plan, *, steps: int = 0, price: float | None = None) -> Ite
         behind = sum(c.total for c in same if c.overlapped) / 1e9
         yield f"  {kind:<11} {received:.2f} GB received a chip and step, {behind:.2f} of them behind products"
     if nalora.custom_calls:
-        calls = (f"{name} x {times:g}" for name, times in sorted(nalora.custom_calls.items()))
+        calls = (
+            f"{name} x {times:g}" for name, times in sorted(nalora.custom_calls.items())
+        )
         yield "  kernels     " + ", ".join(calls)
     yield f"  matrix unit {_milliseconds(bound.matrix)}, at 75% of {chip.flops / 1e12:.0f} TFLOP/s ({chip.source})"
     yield f"  HBM         {_milliseconds(bound.hbm)}, at {chip.bandwidth / 1e9:,.0f} GB/s"
@@ -284,13 +366,18 @@ def plan_lines(plan: Plan, *, steps: int = 0, price: float | None = None) -> Ite
         matrix = _milliseconds(work.flops / chip.matrix_rate)
         hbm = _milliseconds(work.memory_bytes / chip.bandwidth)
         yield f"  {scope:<11} {matrix} of the matrix unit's and {hbm} of HBM's time"
-    hidden, exposed = _milliseconds(bound.hidden), _milliseconds(bound.exposed)
+    hidden = _milliseconds(bound.hidden)
+    exposed = _milliseconds(bound.exposed)
     yield f"  interconn.  {hidden} behind products, {exposed} not, at {chip.interconnect / 1e9:.0f} GB/s inbound"
     if nalora.host:
-        there, back = (sum(t.total for t in nalora.transfers if t.to_host == out) for out in (True, False))
+        there, back = (
+            sum(t.total for t in nalora.transfers if t.to_host == out)
+            for out in (True, False)
+        )
         moved = f"({there / 1e9:.2f} GB out and {back / 1e9:.2f} back a step)"
         yield f"  host        {nalora.host / 1e9:.2f} GB a chip of {chip.host_memory / 1e9:.0f} {moved}"
-        hidden, exposed = _milliseconds(bound.host), _milliseconds(bound.host_exposed)
+        hidden = _milliseconds(bound.host)
+        exposed = _milliseconds(bound.host_exposed)
         speed = f"{chip.host_link / 1e9:.0f} GB/s ({chip.host_source})"
         yield f"  host link   {hidden} behind products, {exposed} not, at {speed}"
     if plan.rollout is not None:
@@ -298,7 +385,9 @@ def plan_lines(plan: Plan, *, steps: int = 0, price: float | None = None) -> Ite
     rate = plan.tokens_per_second
     yield f"  at most     {rate:,.0f} tokens/s ({rate / where.size:,.0f} a chip), {plan.seconds:.3g} s a step"
     yield f"  implied MFU {bound.mfu:.1%}"
-    yield "  over LoRA   " + ", ".join(f"{name} {ratio:.4f}" for name, ratio in plan.ratios().items())
+    yield "  over LoRA   " + ", ".join(
+        f"{name} {ratio:.4f}" for name, ratio in plan.ratios().items()
+    )
     yield from cost_lines(where, plan.seconds, rate, steps, price)
 
 
@@ -307,7 +396,9 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _describe_rollout(plan: Plan, rollout: RolloutPlan) -> Iterator[str]:
-    rl, bound, chip = plan.config.rl, rollout.bound, plan.where.chip
+    rl = plan.config.rl
+    bound = rollout.bound
+    chip = plan.where.chip
     prompts = plan.config.train.batch_size // rl.samples
     yield f"  update      at least {plan.bound.seconds:.3g} s, as above"
     yield (
@@ -322,9 +413,13 @@ def _describe_rollout(plan: Plan, rollout: RolloutPlan) -> Iterator[str]:
     yield f"  between     {rollout.moved:,.0f} bytes of weights moved, by the weights' shardings in both programs"
 
 
-def describe_sweep(plan: SweepPlan, *, steps: int = 0, price: float | None = None) -> Iterator[str]:
+def describe_sweep(
+    plan: SweepPlan, *, steps: int = 0, price: float | None = None
+) -> Iterator[str]:
     """Yields the plan as lines of text; arguments as of `plan_lines`."""
-    chip, rows, seq = plan.where.chip, plan.config.train.batch_size, plan.config.data.max_length
+    chip = plan.where.chip
+    rows = plan.config.train.batch_size
+    seq = plan.config.data.max_length
     work = f"{plan.runs} runs of {rows} x {seq} tokens a step"
     yield f"{plan.config.model} on {plan.where.name} ({plan.where.size} x {chip.name}), {work}"
     yield f"  mesh        {plan.layout.short}; {plan.programs} program(s) after each other"
@@ -343,7 +438,11 @@ def describe_sweep(plan: SweepPlan, *, steps: int = 0, price: float | None = Non
 
 
 def cost_lines(
-    where: machines.Topology, seconds: float, tokens_per_second: float, steps: int, price: float | None
+    where: machines.Topology,
+    seconds: float,
+    tokens_per_second: float,
+    steps: int,
+    price: float | None,
 ) -> Iterator[str]:
     """Yields lines with the hours of a run, and with costs at ``price`` for a chip and hour.
 
@@ -361,7 +460,9 @@ def cost_lines(
         yield f"  cost        at least {cost:.4g} a million tokens, at {price:g} a chip and hour"
 
 
-def _time_line(where: machines.Topology, hours: float, work: str, price: float | None) -> str:
+def _time_line(
+    where: machines.Topology, hours: float, work: str, price: float | None
+) -> str:
     cost = ""
     if price is not None:
         cost = f", {hours * where.size * price:,.2f} at {price:g} a chip and hour"

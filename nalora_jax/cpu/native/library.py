@@ -27,7 +27,15 @@ _log = logging.getLogger(__name__)
 _MAIN = Path(__file__).with_name("kernels.cc")
 _SOURCES = (_MAIN, *sorted(_MAIN.parent.glob("*.h")))
 # -fno-trapping-math: otherwise loops with comparisons are vectorized only on targets with masks.
-_COMMON = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fno-trapping-math", "-fPIC", "-shared", "-w")
+_COMMON = (
+    "-O3",
+    "-std=c++17",
+    "-ffp-contract=fast",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+    "-w",
+)
 _VECTORS = (
     "-mavx512f",
     "-mavx512bw",
@@ -52,7 +60,8 @@ def chosen() -> str | None:
     AVX2 kernels are used on request only if the CPU has AVX-512, on which XLA multiplies twice as
     many values at a time. Raises a NaloraError if this CPU does not have the choice.
     """
-    choice, kinds = os.environ.get("NALORA_NATIVE", ""), processor.kinds()
+    choice = os.environ.get("NALORA_NATIVE", "")
+    kinds = processor.kinds()
     if choice == "0":
         return None
     if choice in ("", "1"):
@@ -71,7 +80,9 @@ def kind(devices: int = 1) -> str | None:
     operands of a foreign function. Raises what `chosen` raises.
     """
     name = chosen()
-    return name if name is not None and devices == 1 and _registered(name) else None
+    if name is not None and devices == 1 and _registered(name):
+        return name
+    return None
 
 
 @native_kind.implements("cpu")
@@ -80,22 +91,30 @@ def kind_for(numerics: Numerics) -> str:
     return (numerics.operand == "bfloat16" and kind(numerics.platform.devices)) or ""
 
 
-def call(function: str, shapes: Sequence[Any], **attributes: Any) -> Callable[..., list[jax.Array]]:
+def call(
+    function: str, shapes: Sequence[Any], **attributes: Any
+) -> Callable[..., list[jax.Array]]:
     """Returns a call of the library with results of these shapes; `jax.vmap` makes it a loop."""
-    called = jax.ffi.ffi_call(f"nalora_{function}_{kind()}", shapes, vmap_method="sequential")
+    called = jax.ffi.ffi_call(
+        f"nalora_{function}_{kind()}", shapes, vmap_method="sequential"
+    )
     return lambda *operands: list(called(*operands, **attributes))
 
 
 @cache
 def _registered(kind: str) -> bool:
-    """Registers the functions of a kind with XLA, once in a process: XLA rejects a second copy of the library.
+    """Registers the functions of a kind with XLA, once in a process: XLA rejects a second copy of
+    the library.
 
     The file may be another copy by then, of a process that compiled at the same time.
     """
     try:
         library = ctypes.CDLL(str(build(find_compiler(), kind)))
     except (OSError, RuntimeError) as error:
-        _log.warning("products and attention are XLA's, slower than this CPU's own instructions: %s", error)
+        _log.warning(
+            "products and attention are XLA's, slower than this CPU's own instructions: %s",
+            error,
+        )
         return False
     if library.nalora_prepare() != 0:  # this process may not use tiles
         return False
@@ -106,7 +125,8 @@ def _registered(kind: str) -> bool:
 
 
 def find_compiler() -> str:
-    """Returns ``$CXX``, or the first C++ compiler on the path; raises a RuntimeError if there is none."""
+    """Returns ``$CXX``, or the first C++ compiler on the path; raises a RuntimeError if there is
+    none."""
     for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
         if path := shutil.which(name):
             return path
@@ -124,7 +144,12 @@ def build(compiler: str, kind: str) -> Path:
     """
     flags = (*_COMMON, *_FLAGS[kind])
     sources = [source.read_text() for source in _SOURCES]
-    parts = [*sources, jaxlib.version.__version__, str(Path(compiler).resolve()), *flags]
+    parts = [
+        *sources,
+        jaxlib.version.__version__,
+        str(Path(compiler).resolve()),
+        *flags,
+    ]
     name = f"kernels-{digest_of(chr(0).join(parts))[:16]}"
     folder = private_dir(cache_dir() / "native")
     for existing in folder.glob(f"{name}-*.so"):
@@ -133,11 +158,23 @@ def build(compiler: str, kind: str) -> Path:
         existing.unlink(missing_ok=True)  # truncated or modified
     with tempfile.TemporaryDirectory(prefix="making-", dir=folder) as making:
         built = Path(making) / "kernels.so"
-        command = [compiler, *flags, "-I", jax.ffi.include_dir(), str(_MAIN), "-o", str(built)]
+        command = [
+            compiler,
+            *flags,
+            "-I",
+            jax.ffi.include_dir(),
+            str(_MAIN),
+            "-o",
+            str(built),
+        ]
         environment = {**os.environ, "TMPDIR": making}
-        done = subprocess.run(command, capture_output=True, env=environment, check=False)
+        done = subprocess.run(
+            command, capture_output=True, env=environment, check=False
+        )
         if done.returncode:
-            output = " ".join((done.stdout + done.stderr).decode(errors="replace").split())
+            output = " ".join(
+                (done.stdout + done.stderr).decode(errors="replace").split()
+            )
             raise RuntimeError(f"{compiler} could not compile {_MAIN}: {output[-500:]}")
         target = folder / f"{name}-{file_digest(built)[:32]}.so"
         built.replace(target)

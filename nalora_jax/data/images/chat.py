@@ -3,7 +3,8 @@
 OpenAI's form, an image by its file's path or a ``data:`` URL, and the form of transformers' chat
 templates::
 
-    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "cat.png"}},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
+    "cat.png"}},
                                                {"type": "text", "text": "What is this?"}]},
                   {"role": "assistant", "content": "A cat."}]}
 
@@ -71,7 +72,10 @@ class ChatImages(SourceView):
         super().__init__(source, change=self._converted)
         fields = f":{vision.image_field}:{vision.caption_field}:{vision.prompt}"
         self.fingerprint = f"images:{source.fingerprint}{fields}"
-        self._data, self._vision, self._tokens, self._folder = data, vision, tokens, folder
+        self._data = data
+        self._vision = vision
+        self._tokens = tokens
+        self._folder = folder
 
     def readable(self) -> SourceView:
         """Returns the records whose images can be read; the log names the others.
@@ -89,40 +93,65 @@ class ChatImages(SourceView):
 
     def _converted(self, record: Record, where: str) -> Record:
         """Returns a record as messages with images, or as a prompt that contains their tokens."""
-        data, vision = self._data, self._vision
-        fields = (name for name in (vision.image_field, "images") if record.get(name) is not None)
+        data = self._data
+        vision = self._vision
+        fields = (
+            name
+            for name in (vision.image_field, "images")
+            if record.get(name) is not None
+        )
         given = record.get(next(fields, ""), [])
         given = given if isinstance(given, list) else [given]
-        images = tuple(self._opened(image, f"{where}: {vision.image_field}") for image in given)
+        images = tuple(
+            self._opened(image, f"{where}: {vision.image_field}") for image in given
+        )
         row = canonical(record, data, where)
         if data.messages_field in row:
             messages, images = self._messages(row[data.messages_field], images, where)
             return type(row)({**row, data.messages_field: messages, IMAGES: images})
         if data.prompt_field in row:
             prompt = text_field(row, data.prompt_field, where)
-            answer = text_field(row, data.completion_field, where, "--data.completion-field")
+            answer = text_field(
+                row, data.completion_field, where, "--data.completion-field"
+            )
         else:
             prompt = vision.prompt
-            answer = text_field(row, vision.caption_field, where, "--vision.caption-field")
+            answer = text_field(
+                row, vision.caption_field, where, "--vision.caption-field"
+            )
         if _PLACEHOLDER not in prompt:
             prompt = f"{_PLACEHOLDER}\n" * len(images) + prompt
         if data.chat:
-            messages, images = self._messages(as_messages(prompt, answer), images, where)
+            messages, images = self._messages(
+                as_messages(prompt, answer), images, where
+            )
             return {data.messages_field: messages, IMAGES: images}
         if prompt.count(_PLACEHOLDER) != len(images):
             expected = f"{_PLACEHOLDER} once for each of {len(images)} images"
-            raise NaloraError(f"{where}: {data.prompt_field}", expected=expected, found=repr(prompt)[:80])
-        texts = [self._text(text, where) for text in (*prompt.split(_PLACEHOLDER), answer)]
+            raise NaloraError(
+                f"{where}: {data.prompt_field}",
+                expected=expected,
+                found=repr(prompt)[:80],
+            )
+        texts = [
+            self._text(text, where) for text in (*prompt.split(_PLACEHOLDER), answer)
+        ]
         answer = texts.pop()
         if not answer[:1].isspace():
             answer = f" {answer}"
         prompt = self._tokens.expansion.join(texts)
-        return {data.prompt_field: prompt, data.completion_field: answer, IMAGES: images}
+        return {
+            data.prompt_field: prompt,
+            data.completion_field: answer,
+            IMAGES: images,
+        }
 
     def _text(self, text: str, where: str) -> str:
         """Returns a text of the user, which must not contain image tokens."""
         if self._tokens.reserved(text):
-            expected = f"no {self._tokens.token} or {self._tokens.placeholder} in a text"
+            expected = (
+                f"no {self._tokens.token} or {self._tokens.placeholder} in a text"
+            )
             raise NaloraError(where, expected=expected, found=text[:80])
         return text
 
@@ -135,31 +164,46 @@ class ChatImages(SourceView):
         """
         if not isinstance(messages, list) or not messages:
             found = repr(messages)[:80]
-            raise NaloraError(f"{where}: messages", expected="a list of messages", found=found)
-        left, images, turns = list(images_given), [], []
+            raise NaloraError(
+                f"{where}: messages", expected="a list of messages", found=found
+            )
+        left = list(images_given)
+        images = []
+        turns = []
         for number, message in enumerate(messages):
             here = f"{where}: messages[{number}]"
             message = spoken(message, here)
-            answers, parts = message.get("role") == "assistant", []
+            answers = message.get("role") == "assistant"
+            parts = []
             for block in self._parts(message, here):
                 if isinstance(block, str):
                     parts.append({"type": "text", "text": self._text(block, here)})
                     continue
                 if answers:
-                    raise NaloraError(here, expected="texts from the assistant", found="an image")
+                    raise NaloraError(
+                        here, expected="texts from the assistant", found="an image"
+                    )
                 if block is None and not left:
                     expected = f"an image for every {_PLACEHOLDER}"
                     raise NaloraError(here, expected=expected, found="fewer images")
                 images.append(left.pop(0) if block is None else block)
                 parts.append({"type": "image"})
-            content = "".join(part["text"] for part in parts) if answers else Parts(parts)
+            content: str | Parts = Parts(parts)
+            if answers:
+                content = "".join(part["text"] for part in parts)
             turns.append({**message, "content": content})
         if left:
             actual = f"{len(left)} images more than places"
-            raise NaloraError(where, expected=f"{_PLACEHOLDER} in the text for every image", found=actual)
+            raise NaloraError(
+                where,
+                expected=f"{_PLACEHOLDER} in the text for every image",
+                found=actual,
+            )
         return turns, tuple(images)
 
-    def _parts(self, message: Mapping[str, Any], here: str) -> Iterator[str | Image | None]:
+    def _parts(
+        self, message: Mapping[str, Any], here: str
+    ) -> Iterator[str | Image | None]:
         """Yields a message's texts and images; None is an image in another field of the record."""
         content = message.get("content")
         if not isinstance(content, list):
@@ -171,15 +215,25 @@ class ChatImages(SourceView):
                 if text := text_field(block, "text", here):
                     yield text
             elif kind in ("image", "image_url"):
-                names = ("image", "path", "url") if kind == "image" else ("image_url",)
-                value = next((block[name] for name in names if block.get(name) is not None), None)
+                names: tuple[str, ...] = ("image_url",)
+                if kind == "image":
+                    names = ("image", "path", "url")
+                value = next(
+                    (block[name] for name in names if block.get(name) is not None), None
+                )
                 if kind == "image_url" and isinstance(value, dict):
                     value = value.get("url")
                 # A part without its image stands for one in the record's field, but not a URL.
-                yield None if value is None and kind == "image" else self._opened(value, here)
+                yield (
+                    None
+                    if value is None and kind == "image"
+                    else self._opened(value, here)
+                )
             else:
                 expected = 'parts of the type "text", "image" or "image_url"'
-                raise NaloraError(f"{here}: content", expected=expected, found=repr(block)[:80])
+                raise NaloraError(
+                    f"{here}: content", expected=expected, found=repr(block)[:80]
+                )
 
     def _opened(self, value: Any, where: str) -> Image:
         """Returns an image's bytes, or the path of its file."""
@@ -191,7 +245,8 @@ class ChatImages(SourceView):
             return _from_url(value, where)
         location = value.removeprefix("file://")
         if "://" in value and location == value:
-            expected, remedy = "an image's path or a data: URL", "download it, and name the file"
+            expected = "an image's path or a data: URL"
+            remedy = "download it, and name the file"
             raise NaloraError(where, expected=expected, found=value[:80], remedy=remedy)
         if self._folder is None:
             actual = f"the path {value[:80]}, of a data set without a folder"
@@ -199,7 +254,9 @@ class ChatImages(SourceView):
         return file_below(self._folder, location, where)
 
 
-def open_chats(config: DataConfig, vision: VisionConfig, split: str, tokens: ImageTokens) -> ChatImages:
+def open_chats(
+    config: DataConfig, vision: VisionConfig, split: str, tokens: ImageTokens
+) -> ChatImages:
     """Returns conversations about images: ``split`` of ``config.dataset``.
 
     Args:
@@ -215,18 +272,28 @@ def open_chats(config: DataConfig, vision: VisionConfig, split: str, tokens: Ima
     """
     name = config.dataset
     if len(components(name)) > 1:
-        raise NaloraError("--data.dataset", expected='one data set with --vision.task "chat"', found=name)
+        raise NaloraError(
+            "--data.dataset",
+            expected='one data set with --vision.task "chat"',
+            found=name,
+        )
     path = expand_user(split if Path(split).suffix and Path(split).exists() else name)
     lists = path.is_file() and path.suffix in (".csv", ".tsv")
     if name in IMAGE_SETS or name.startswith("tfds:") or path.is_dir() or lists:
-        return ChatImages(open_images(config, vision, split), config, vision, tokens, None)
+        return ChatImages(
+            open_images(config, vision, split), config, vision, tokens, None
+        )
     folder = path.parent if path.is_file() else Path.cwd()
-    return ChatImages(open_source(config, split), config, vision, tokens, folder.resolve())
+    return ChatImages(
+        open_source(config, split), config, vision, tokens, folder.resolve()
+    )
 
 
 def opened(image: Image, where: str, max_pixels: int) -> Any:
     """Returns an image as an RGB ``PIL.Image.Image``; ``where`` names its record in messages."""
-    return open_image(image, where if isinstance(image, bytes) else f"{where}: {image}", max_pixels)
+    return open_image(
+        image, where if isinstance(image, bytes) else f"{where}: {image}", max_pixels
+    )
 
 
 def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
@@ -237,15 +304,21 @@ def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list
     """
     tokens = tokenizer.images
     if tokens is None:
-        raise NaloraError("--image", expected="a model that sees images", found="a language model")
+        raise NaloraError(
+            "--image", expected="a model that sees images", found="a language model"
+        )
     if tokens.reserved(prompt):
         expected = f"no {tokens.token} in it: images come first"
         raise NaloraError("--prompt", expected=expected, found=repr(prompt)[:80])
     if not chat:
         return tokenizer.encode(f"{tokens.expansion}\n" * images + prompt)
     parts = Parts([*[{"type": "image"}] * images, {"type": "text", "text": prompt}])
-    text = tokenizer.render_chat([{"role": "user", "content": parts}], add_generation_prompt=True)
-    return tokenizer.encode(text, special=False)  # the template writes the begin-of-sequence token
+    text = tokenizer.render_chat(
+        [{"role": "user", "content": parts}], add_generation_prompt=True
+    )
+    return tokenizer.encode(
+        text, special=False
+    )  # the template writes the begin-of-sequence token
 
 
 def _split(text: str) -> Iterator[str | None]:
@@ -273,7 +346,9 @@ def _from_url(value: str, where: str) -> bytes:
         return base64.b64decode(body, validate=True)
     except (ValueError, binascii.Error) as error:
         found = f"{head[:40]}: {error}"
-        raise NaloraError(where, expected="data:image/...;base64,...", found=found) from error
+        raise NaloraError(
+            where, expected="data:image/...;base64,...", found=found
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,12 +383,18 @@ class RowImages:
 
 
 def row_images(
-    source: Source, data: TrainData, tokens: ImageTokens, processor: ImageProcessor, max_pixels: int
+    source: Source,
+    data: TrainData,
+    tokens: ImageTokens,
+    processor: ImageProcessor,
+    max_pixels: int,
 ) -> RowImages:
     """Returns the images of the rows of ``data``, whose tokens are those of ``source``."""
     store = data.store
     of_image = (store.tokens == tokens.token_id).astype(np.int64)
-    images = np.add.reduceat(of_image, store.offsets[:-1]) // tokens.count  # of each example
+    images = (
+        np.add.reduceat(of_image, store.offsets[:-1]) // tokens.count
+    )  # of each example
     places = image_places(data.pattern, store.lengths(), images)
     return RowImages(source, store.records, processor, max_pixels, places)
 
@@ -326,4 +407,6 @@ def image_places(pattern: Pattern, lengths: np.ndarray, images: np.ndarray) -> i
     """
     most = np.zeros(int(lengths.max()) + 1, np.int64)
     np.maximum.at(most, lengths, images)
-    return max(1, int(np.add.reduceat(most[pattern.lengths], pattern.starts[:-1]).max()))
+    return max(
+        1, int(np.add.reduceat(most[pattern.lengths], pattern.starts[:-1]).max())
+    )

@@ -32,7 +32,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
 
-# Pixels of an image. A small file can claim billions (a decompression bomb); it is refused before decoding.
+# Pixels of an image. A small file can claim billions (a decompression bomb); it is refused before
+# decoding.
 MAX_PIXELS = 50_000_000
 # Of the longer side to the shorter: the processor would reduce thinner images to a few pixels.
 _MAX_RATIO = 100
@@ -47,11 +48,16 @@ def pillow() -> Any:
     try:
         return importlib.import_module("PIL.Image")
     except ImportError as error:
-        expected, remedy = "the package Pillow", "pip install 'nalora_jax[vision]'"
-        raise NaloraError("images", expected=expected, found=error, remedy=remedy) from error
+        expected = "the package Pillow"
+        remedy = "pip install 'nalora_jax[vision]'"
+        raise NaloraError(
+            "images", expected=expected, found=error, remedy=remedy
+        ) from error
 
 
-def open_image(source: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Any:
+def open_image(
+    source: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS
+) -> Any:
     """Returns the image upright, as an RGB ``PIL.Image.Image``; transparent parts become white.
 
     The image is rotated and mirrored according to its EXIF orientation, as in transformers'
@@ -63,8 +69,8 @@ def open_image(source: str | Path | bytes, name: str = "", max_pixels: int = MAX
       max_pixels: limit of its size.
 
     Raises:
-      NaloraError: the file is missing, is not a complete still image of a known format, is too large
-        or too thin, or has 32-bit integers or floats, whose range is unknown.
+      NaloraError: the file is missing, is not a complete still image of a known format, is too
+        large or too thin, or has 32-bit integers or floats, whose range is unknown.
     """
     images = pillow()
     name = name or (str(source) if not isinstance(source, bytes) else "image")
@@ -72,7 +78,10 @@ def open_image(source: str | Path | bytes, name: str = "", max_pixels: int = MAX
         with warnings.catch_warnings():
             # Pillow warns about its size limit and odd metadata; `_check` names the image.
             warnings.simplefilter("ignore")
-            content = source if isinstance(source, bytes) else Path(source).read_bytes()
+            if isinstance(source, bytes):
+                content = source
+            else:
+                content = Path(source).read_bytes()
             image = images.open(io.BytesIO(content), formats=FORMATS)
             _check(image, name, max_pixels)
             image.load()
@@ -85,9 +94,14 @@ def open_image(source: str | Path | bytes, name: str = "", max_pixels: int = MAX
     except FileNotFoundError as error:
         raise NaloraError(name, expected="an image", found="no such file") from error
     except Exception as error:  # decoders raise many exception types
-        expected, found = f"a whole image ({', '.join(FORMATS)})", f"{type(error).__name__}: {error}"[:200]
-        remedy = "it is damaged, truncated or of another format: remove it or save it again"
-        raise NaloraError(name, expected=expected, found=found, remedy=remedy) from error
+        expected = f"a whole image ({', '.join(FORMATS)})"
+        found = f"{type(error).__name__}: {error}"[:200]
+        remedy = (
+            "it is damaged, truncated or of another format: remove it or save it again"
+        )
+        raise NaloraError(
+            name, expected=expected, found=found, remedy=remedy
+        ) from error
 
 
 def file_below(folder: Path, name: str, where: str) -> Path:
@@ -118,12 +132,16 @@ def _check(image: Any, name: str, max_pixels: int) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         remedy = "save one of them as an image of its own"
-        raise NaloraError(name, expected="a still image", found=f"{frames} frames", remedy=remedy)
+        raise NaloraError(
+            name, expected="a still image", found=f"{frames} frames", remedy=remedy
+        )
 
 
 def _too_large(name: str, max_pixels: int, found: object) -> NaloraError:
     remedy = "make it smaller; files that claim to be this large are often made to exhaust memory"
-    return NaloraError(name, expected=f"at most {max_pixels:,} pixels", found=found, remedy=remedy)
+    return NaloraError(
+        name, expected=f"at most {max_pixels:,} pixels", found=found, remedy=remedy
+    )
 
 
 def _eight_bits(image: Any, kind: str, name: str) -> Any:
@@ -132,14 +150,18 @@ def _eight_bits(image: Any, kind: str, name: str) -> Any:
     if image.mode == "F" or (image.mode == "I" and kind not in ("PNG", "PPM")):
         actual = f"mode {image.mode} (32 bits), whose range is not known"
         remedy = "scale its values to 0 to 255 and save it with 8 bits per channel"
-        raise NaloraError(name, expected="8 or 16 bits per channel", found=actual, remedy=remedy)
+        raise NaloraError(
+            name, expected="8 or 16 bits per channel", found=actual, remedy=remedy
+        )
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image)
     grey = pillow().fromarray((values >> 8).astype(np.uint8))
     clear = image.info.get("transparency")
     if clear is not None:
-        grey.putalpha(pillow().fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+        grey.putalpha(
+            pillow().fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+        )
     return grey
 
 
@@ -147,7 +169,8 @@ def flattened(image: Any) -> Any:
     """Returns ``image`` as RGB, with transparent parts white, as in transformers' processors."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
-    images, image = pillow(), image.convert("RGBA")
+    images = pillow()
+    image = image.convert("RGBA")
     white = images.new("RGBA", image.size, (255, 255, 255, 255))
     return images.alpha_composite(white, image).convert("RGB")
 
@@ -159,7 +182,12 @@ _CLIP = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 _HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-_ALWAYS = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+_ALWAYS = {
+    "do_resize": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+}
 _SQUARE = {"size": {"height": 224, "width": 224}}
 _LARGEST = 1e30  # bound on a channel's mean and standard deviation
 # Defaults of each processor class in transformers.
@@ -183,14 +211,18 @@ class ImageProcessor:
     """Preprocessing that is applied to every image."""
 
     resize: tuple[int, int] | None = None  # height and width
-    shortest: int = 0  # length of the shorter side, keeping the aspect ratio; 0: use `resize`
+    shortest: int = (
+        0  # length of the shorter side, keeping the aspect ratio; 0: use `resize`
+    )
     resample: int = 3  # Pillow's number of the filter
     # Height and width of the centre crop; smaller images are padded with black.
     crop: tuple[int, int] | None = None
     scale: float = 1 / 255  # multiplies grey levels
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
-    patch_size: int = 0  # above 0: images of any shape, as at most `max_patches` patches
+    patch_size: int = (
+        0  # above 0: images of any shape, as at most `max_patches` patches
+    )
     max_patches: int = 0
 
     @property
@@ -217,12 +249,14 @@ class ImageProcessor:
             image = image.resize(size[::-1], resample=self.resample)
         if self.crop is not None:
             height, width = self.crop
-            left, top = (image.width - width) // 2, (image.height - height) // 2
+            left = (image.width - width) // 2
+            top = (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
         return {"pixels": np.asarray(image, np.uint8)}
 
     def of_side(self, side: int) -> ImageProcessor:
-        """Returns the processor for squares of ``side`` pixels that crops the same share of an image."""
+        """Returns the processor for squares of ``side`` pixels that crops the same share of an
+        image."""
         output = self.output or (self.shortest, self.shortest)
         height, width = self.resize or output
         resize = crop = None
@@ -230,7 +264,12 @@ class ImageProcessor:
             resize = (round(height * side / output[0]), round(width * side / output[1]))
         if self.shortest or self.crop:
             crop = (side, side)
-        return replace(self, resize=resize, shortest=round(self.shortest * side / min(output)), crop=crop)
+        return replace(
+            self,
+            resize=resize,
+            shortest=round(self.shortest * side / min(output)),
+            crop=crop,
+        )
 
     def batch(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
         """Returns several images, stacked."""
@@ -238,24 +277,35 @@ class ImageProcessor:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def normalise(self, pixels: jax.Array) -> jax.Array:
-        """Converts uint8 pixels or patches ``[..., channels or patch * patch * channels]`` to normalised float32."""
+        """Converts uint8 pixels or patches ``[..., channels or patch * patch * channels]`` to
+        normalised float32."""
         repeats = pixels.shape[-1] // len(self.mean)
-        mean, std = (jnp.tile(jnp.asarray(v, jnp.float32), repeats) for v in (self.mean, self.std))
+        mean, std = (
+            jnp.tile(jnp.asarray(v, jnp.float32), repeats)
+            for v in (self.mean, self.std)
+        )
         x = pixels.astype(jnp.float32) * self.scale
         return (x - jnp.broadcast_to(mean, x.shape)) / jnp.broadcast_to(std, x.shape)
 
     def _patches(self, image: Any) -> dict[str, np.ndarray]:
         p = self.patch_size
         height, width = _fitting(image.height, image.width, p, self.max_patches)
-        pixels = np.asarray(image.resize((width, height), resample=self.resample), np.uint8)
-        rows, columns = height // p, width // p
+        pixels = np.asarray(
+            image.resize((width, height), resample=self.resample), np.uint8
+        )
+        rows = height // p
+        columns = width // p
         # [rows, p, columns, p, channels] -> [rows * columns, p * p * channels]
         patches = pixels.reshape(rows, p, columns, p, -1).transpose(0, 2, 1, 3, 4)
         patches = patches.reshape(rows * columns, -1)
         padded = np.zeros((self.max_patches, patches.shape[1]), np.uint8)
         padded[: len(patches)] = patches
         mask = np.arange(self.max_patches) < len(patches)
-        return {"pixels": padded, "shapes": np.asarray([rows, columns], np.int32), "mask": mask}
+        return {
+            "pixels": padded,
+            "shapes": np.asarray([rows, columns], np.int32),
+            "mask": mask,
+        }
 
 
 def read_processor(folder: Path) -> ImageProcessor:
@@ -267,20 +317,29 @@ def read_processor(folder: Path) -> ImageProcessor:
     path = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if path is None:
         way = "AutoImageProcessor.from_pretrained(model).save_pretrained(folder)"
-        where, remedy = str(folder / FILES[0]), f"save it with transformers: {way}"
-        raise NaloraError(where, expected="the file", found="nothing of that name", remedy=remedy)
-    raw, where = read_json(path), str(path)
+        where = str(folder / FILES[0])
+        remedy = f"save it with transformers: {way}"
+        raise NaloraError(
+            where, expected="the file", found="nothing of that name", remedy=remedy
+        )
+    raw = read_json(path)
+    where = str(path)
     raw = raw.get("image_processor", raw)
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or ""
     base_kind = str(kind).removesuffix("Fast").removesuffix("Pil")
     if base_kind not in DEFAULTS:
         expected = f"one of {', '.join(DEFAULTS)}"
-        raise NaloraError(f"{where}: image_processor_type", expected=expected, found=repr(kind))
+        raise NaloraError(
+            f"{where}: image_processor_type", expected=expected, found=repr(kind)
+        )
     f = Fields(raw, DEFAULTS[base_kind], where)
     for name in ("do_pad", "do_pan_and_scan"):
         f.refuse(name, "set it to false in the file, as the model's own is")
     scale = f.number("rescale_factor") if f.flag("do_rescale") else 1.0
-    values: dict[str, Any] = {"resample": f.integer("resample", low=0, high=_HAMMING), "scale": scale}
+    values: dict[str, Any] = {
+        "resample": f.integer("resample", low=0, high=_HAMMING),
+        "scale": scale,
+    }
     if f.flag("do_normalize"):
         values |= {"mean": _channels(f, "image_mean"), "std": _channels(f, "image_std")}
     if base_kind == "Siglip2ImageProcessor":
@@ -312,8 +371,14 @@ def _size(f: Fields, name: str) -> tuple[tuple[int, int] | None, int]:
 def _channels(f: Fields, name: str) -> tuple[float, ...]:
     values = f.items(name, 3, (int, float))
     least = 0.0 if name == "image_std" else -_LARGEST
-    if values is None or not all(least <= v <= _LARGEST for v in values) or (least == 0 and 0 in values):
-        raise f.error(name, "three finite numbers (above 0 for image_std)", str(values)[:80])
+    if (
+        values is None
+        or not all(least <= v <= _LARGEST for v in values)
+        or (least == 0 and 0 in values)
+    ):
+        raise f.error(
+            name, "three finite numbers (above 0 for image_std)", str(values)[:80]
+        )
     return tuple(float(v) for v in values)
 
 
@@ -324,10 +389,14 @@ def _fitting(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
     """
 
     def sized(factor: float) -> tuple[int, int]:
-        return tuple(max(patch, math.ceil(side * factor / patch) * patch) for side in (height, width))  # type: ignore[return-value]
+        return tuple(
+            max(patch, math.ceil(side * factor / patch) * patch)
+            for side in (height, width)
+        )  # type: ignore[return-value]
 
     precision = 1e-5
-    low, high = precision / 10, 100.0
+    low = precision / 10
+    high = 100.0
     while high - low >= precision:
         middle = (low + high) / 2
         tall, wide = sized(middle)
@@ -366,7 +435,9 @@ class TextTokenizer:
     left: bool = False
     lowercase: bool = False
 
-    def __call__(self, texts: Sequence[str], *, length: int = 0) -> dict[str, np.ndarray]:
+    def __call__(
+        self, texts: Sequence[str], *, length: int = 0
+    ) -> dict[str, np.ndarray]:
         """Returns ``tokens`` int32 and ``token_weights`` float32, ``[texts, length]``.
 
         The weight of padding is 0.
@@ -385,7 +456,9 @@ class TextTokenizer:
             longest = self.max_length
         length = length or min(self.max_length, -(-longest // _MULTIPLE) * _MULTIPLE)
         for row in rows:
-            row.pad(length, direction="left" if self.left else "right", pad_id=self.pad_id)
+            row.pad(
+                length, direction="left" if self.left else "right", pad_id=self.pad_id
+            )
         return {
             "tokens": np.array([row.ids for row in rows], np.int32),
             "token_weights": np.array([row.attention_mask for row in rows], np.float32),
@@ -402,13 +475,15 @@ def read_text_tokenizer(
         rows, or defines no padding token.
     """
     path = folder / "tokenizer.json"
-    backend, settings = read_backend(path), read_settings(folder)
+    backend = read_backend(path)
+    settings = read_settings(folder)
     if backend.get_vocab_size() > vocab_size:
         expected = f"at most {vocab_size} tokens, the rows of the embedding"
         raise NaloraError(str(path), expected=expected, found=backend.get_vocab_size())
     pad_id = backend.token_to_id(token_text(settings.get("pad_token")))
     if pad_id is None:
-        where, found = str(folder / "tokenizer_config.json"), repr(settings.get("pad_token"))
+        where = str(folder / "tokenizer_config.json")
+        found = repr(settings.get("pad_token"))
         remedy = "set pad_token to a token of the vocabulary"
         raise NaloraError(where, expected="pad_token", found=found, remedy=remedy)
     return TextTokenizer(

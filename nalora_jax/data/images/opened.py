@@ -1,7 +1,7 @@
 """Sources of images: data sets of this library and of TFDS, and folders with captions or classes.
 
-The image of a record is encoded or the path of a file, and is decoded on use. Batches of images, classes
-and captions are a function of the seed and the batch's number.
+The image of a record is encoded or the path of a file, and is decoded on use. Batches of images,
+classes and captions are a function of the seed and the batch's number.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ log = logging.getLogger(__name__)
 # Files that list a folder's images, by precedence; metadata.* are from Hugging Face's ImageFolder.
 LISTS = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "captions.csv")
 _CHUNK = 4096
-_THREADS, _SHOWN = 4, 20  # threads that check images; maximum of errors in the log
+# threads that check images; maximum of errors in the log
+_THREADS = 4
+_SHOWN = 20
 
 
 class ImageSource(SourceView):
@@ -53,7 +55,8 @@ class ImageSource(SourceView):
     Args:
       records: of any source; images are encoded, or the paths of files.
       fields: names of a record's image, class and caption fields.
-      class_names: names of the classes by label, as the data set lists them; () if labels are texts.
+      class_names: names of the classes by label, as the data set lists them; () if labels are
+        texts.
       change: of records, as of `JoinedSource`.
     """
 
@@ -69,7 +72,9 @@ class ImageSource(SourceView):
 
     def image(self, record: Mapping[str, Any], where: str) -> bytes | Path:
         """Returns the encoded image of a record, or its file."""
-        image: bytes | Path = self._value(record, "image", where, "an image", bytes | Path)
+        image: bytes | Path = self._value(
+            record, "image", where, "an image", bytes | Path
+        )
         return image
 
     def opened(self, index: int, record: Mapping[str, Any]) -> Any:
@@ -84,13 +89,18 @@ class ImageSource(SourceView):
             index = int(indices[place])
             self.opened(index, self[index])
 
-        places = places_without_error(self.name, len(indices), check, self.fields.broken)
+        places = places_without_error(
+            self.name, len(indices), check, self.fields.broken
+        )
         return np.asarray(indices, np.int64)[places]
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         """Returns the captions of the records at ``indices``."""
         pairs = zip(indices, self.read(indices), strict=True)
-        return [self._value(record, "caption", self.where(i), "a text", str) for i, record in pairs]
+        return [
+            self._value(record, "caption", self.where(i), "a text", str)
+            for i, record in pairs
+        ]
 
     @cached_property
     def _raw_labels(self) -> list[Any]:
@@ -99,28 +109,49 @@ class ImageSource(SourceView):
             indices = range(start, min(start + _CHUNK, len(self)))
             for i, record in zip(indices, self.read(indices), strict=True):
                 expected = "a class: a number or a name"
-                labels.append(self._value(record, "label", self.where(i), expected, int | str))
+                labels.append(
+                    self._value(record, "label", self.where(i), expected, int | str)
+                )
         return labels
 
-    def _value(self, record: Mapping[str, Any], kind: str, where: str, expected: str, types: Any) -> Any:
+    def _value(
+        self,
+        record: Mapping[str, Any],
+        kind: str,
+        where: str,
+        expected: str,
+        types: Any,
+    ) -> Any:
         """Returns the image, caption or label (``kind``) of a record."""
         field = getattr(self.fields, f"{kind}_field")
         value = record.get(field)
-        if isinstance(value, types) and not isinstance(value, bool) and str(value).strip():
+        if (
+            isinstance(value, types)
+            and not isinstance(value, bool)
+            and str(value).strip()
+        ):
             return value
-        remedy = f"name the field by --vision.{kind}-field (there are {', '.join(record)})"
-        raise NaloraError(f"{where}: {field}", expected=expected, found=shown(value), remedy=remedy)
+        remedy = (
+            f"name the field by --vision.{kind}-field (there are {', '.join(record)})"
+        )
+        raise NaloraError(
+            f"{where}: {field}", expected=expected, found=shown(value), remedy=remedy
+        )
 
     def labels(self, classes: Sequence[str]) -> np.ndarray:
-        """Returns the index in ``classes`` (names, by label) of every record's class: int32 ``[len(self)]``."""
+        """Returns the index in ``classes`` (names, by label) of every record's class: int32
+        ``[len(self)]``."""
         places = {name: i for i, name in enumerate(self.class_names or classes)}
         labels = np.empty(len(self), np.int32)
         for index, value in enumerate(self._raw_labels):
             place = value if isinstance(value, int) else places.get(value, -1)
             if not 0 <= place < len(classes):
                 where = f"{self.where(index)}: {self.fields.label_field}"
-                expected, found = f"one of {len(classes)} classes", repr(value)[:80]
-                remedy = "name every class by --vision.classes, in the order of the labels"
+                expected = f"one of {len(classes)} classes"
+                found = repr(value)[:80]
+                remedy = (
+                    "name every class by --vision.classes, in the order of the labels"
+                )
                 raise NaloraError(where, expected=expected, found=found, remedy=remedy)
             labels[index] = place
         return labels
@@ -133,24 +164,31 @@ class ImageSource(SourceView):
         Raises:
           NaloraError: labels are numbers without names, or names and labels differ in number.
         """
-        configured, listed = self.fields.classes, self.class_names
+        configured = self.fields.classes
+        listed = self.class_names
         if configured and listed and len(listed) != len(configured):
             expected = f"{len(listed)} names"
-            raise NaloraError("--vision.classes", expected=expected, found=len(configured))
+            raise NaloraError(
+                "--vision.classes", expected=expected, found=len(configured)
+            )
         if configured or listed:
             return configured or listed
         names = set(self._raw_labels)
         if not all(isinstance(name, str) for name in names):
             found = "numbers that the data set does not name"
             remedy = "name them by --vision.classes, in the order of the labels"
-            raise NaloraError(f"{self.name}: classes", expected="names", found=found, remedy=remedy)
+            raise NaloraError(
+                f"{self.name}: classes", expected="names", found=found, remedy=remedy
+            )
         return tuple(sorted(names))
 
 
 class TfdsImages(ImageSource):
     """One split expression of a TFDS data set, with images left encoded."""
 
-    def __init__(self, name: str, split: str, opener: Any, fields: VisionConfig) -> None:
+    def __init__(
+        self, name: str, split: str, opener: Any, fields: VisionConfig
+    ) -> None:
         import tensorflow_datasets as tfds
 
         field = fields.image_field
@@ -159,8 +197,11 @@ class TfdsImages(ImageSource):
         records = TfdsSource(name, split, encoded, encoded=field, timed=False)
         features = records.info.features
         if field not in features:
-            found, remedy = f"only the fields {', '.join(features)}", "name it by --vision.image-field"
-            raise NaloraError(f"{name}: {field}", expected="an image", found=found, remedy=remedy)
+            found = f"only the fields {', '.join(features)}"
+            remedy = "name it by --vision.image-field"
+            raise NaloraError(
+                f"{name}: {field}", expected="an image", found=found, remedy=remedy
+            )
         classes: Sequence[str] = ()
         if fields.label_field in features:  # TFDS's features have no `get`
             classes = getattr(features[fields.label_field], "names", None) or ()
@@ -169,40 +210,61 @@ class TfdsImages(ImageSource):
 
 
 def _listed_images(path: Path, split: str, fields: VisionConfig) -> ImageSource:
-    """Returns images of a folder, listed in a CSV or JSONL file or stored in one subfolder per class.
+    """Returns images of a folder, listed in a CSV or JSONL file or stored in one subfolder per
+    class.
 
     Args:
       path: the list, or the folder (with one of `LISTS` in it, or with subfolders).
       split: "train", or a slice of it such as "train[:80%]".
-      fields: see `VisionConfig`; the file name is in ``image_field`` or in file_name, image, file or path.
+      fields: see `VisionConfig`; the file name is in ``image_field`` or in file_name, image, file
+        or path.
     """
-    folder, lists = path, [path / name for name in LISTS if (path / name).is_file()]
+    folder = path
+    lists = [path / name for name in LISTS if (path / name).is_file()]
     if path.is_file():
-        folder, lists = path.parent, [path]
+        folder = path.parent
+        lists = [path]
     if lists:
         if lists[0].suffix.lower() not in (".jsonl", ".json", ".ndjson", *DELIMITERS):
-            expected, found = "a .csv or .jsonl file, or a folder", path.suffix or "no ending"
+            expected = "a .csv or .jsonl file, or a folder"
+            found = path.suffix or "no ending"
             raise NaloraError(str(path), expected=expected, found=found)
         listed = open_rows(lists[0])
         rows = listed.read(range(len(listed)))
     else:  # every image below the folder, with the name of its subfolder as the class
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+        files = sorted(
+            p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file()
+        )
         names = [p.relative_to(path) for p in files if p.parent != path]
-        rows = [{fields.image_field: str(name), fields.label_field: name.parts[0]} for name in names]
+        rows = [
+            {fields.image_field: str(name), fields.label_field: name.parts[0]}
+            for name in names
+        ]
     source = f"{path}[{split}]"
     if not rows:
         remedy = f"a folder holds one of {', '.join(LISTS)}, or a subfolder of images per class"
-        raise NaloraError(source, expected="at least one image", found="none", remedy=remedy)
-    root, named = folder.resolve(), (fields.image_field, "file_name", "image", "file", "path")
+        raise NaloraError(
+            source, expected="at least one image", found="none", remedy=remedy
+        )
+    root = folder.resolve()
+    named = (fields.image_field, "file_name", "image", "file", "path")
 
     def where(index: int) -> str:
-        return str(next((rows[index][name] for name in named if name in rows[index]), source))
+        return str(
+            next((rows[index][name] for name in named if name in rows[index]), source)
+        )
 
     def with_path(row: Record, _: str) -> Record:
-        name = next((row[field] for field in named if isinstance(row.get(field), str)), None)
-        return row if name is None else row | {fields.image_field: file_below(root, name, source)}
+        name = next(
+            (row[field] for field in named if isinstance(row.get(field), str)), None
+        )
+        if name is None:
+            return row
+        return row | {fields.image_field: file_below(root, name, source)}
 
-    records = FileSource(path, split, {"train": [loaded_rows(str(path), rows, where=where)]})
+    records = FileSource(
+        path, split, {"train": [loaded_rows(str(path), rows, where=where)]}
+    )
     images = ImageSource(records, fields, change=with_path)
     images.fingerprint = f"images:{digest_of(repr(rows))}:{split}"
     return images
@@ -210,11 +272,14 @@ def _listed_images(path: Path, split: str, fields: VisionConfig) -> ImageSource:
 
 # Opens a split of a registered data set: (split, fields, cache) -> source.
 ImageOpener = Callable[[str, VisionConfig, Path], ImageSource]
-IMAGE_SETS: Registry[ImageOpener] = Registry("image data set", "nalora_jax.image_sources")
+IMAGE_SETS: Registry[ImageOpener] = Registry(
+    "image data set", "nalora_jax.image_sources"
+)
 
 
 def register_images(name: str) -> Callable[[ImageOpener], ImageOpener]:
-    """Returns a decorator that makes a function ``(split, fields, cache) -> ImageSource`` selectable."""
+    """Returns a decorator that makes a function ``(split, fields, cache) -> ImageSource``
+    selectable."""
     return IMAGE_SETS.decorator(name)
 
 
@@ -239,15 +304,20 @@ def open_images(config: DataConfig, vision: VisionConfig, split: str) -> ImageSo
         return IMAGE_SETS.get(name)(split, vision, cache_dir())
     path = expand_user(name)
     if Path(split).exists():
-        path, split = Path(split), "train"
+        path = Path(split)
+        split = "train"
     if not path.exists():
         expected = 'a registered data set, "tfds:<name>", a folder of images, or a CSV or JSONL file'
         remedy = f"--import FILE registers data sets; registered: {', '.join(IMAGE_SETS.names()) or 'none'}"
-        raise NaloraError("--data.dataset", expected=expected, found=repr(name), remedy=remedy)
+        raise NaloraError(
+            "--data.dataset", expected=expected, found=repr(name), remedy=remedy
+        )
     return _listed_images(path, split, vision)
 
 
-def places_without_error(name: str, count: int, check: Callable[[int], None], broken: str) -> np.ndarray:
+def places_without_error(
+    name: str, count: int, check: Callable[[int], None], broken: str
+) -> np.ndarray:
     """Returns the places of ``count`` records that pass a check; logs the others.
 
     Args:
@@ -278,11 +348,15 @@ def places_without_error(name: str, count: int, check: Callable[[int], None], br
         log.warning("left out: %d more records", len(bad) - _SHOWN)
     if len(bad) == count:
         found = next(iter(bad), "none")
-        raise NaloraError(name, expected="at least one record with readable images", found=found)
+        raise NaloraError(
+            name, expected="at least one record with readable images", found=found
+        )
     return np.flatnonzero([not text for text in errors])
 
 
-def draw_shots(labels: np.ndarray, classes: Sequence[str], shots: int, seed: int) -> np.ndarray:
+def draw_shots(
+    labels: np.ndarray, classes: Sequence[str], shots: int, seed: int
+) -> np.ndarray:
     """Returns the ascending indices of ``shots`` records of every class; with 0, of all records.
 
     Draws are nested: fewer shots are a subset of more shots. A class with fewer records
@@ -297,7 +371,9 @@ def draw_shots(labels: np.ndarray, classes: Sequence[str], shots: int, seed: int
     for label, name in enumerate(classes):
         members = np.flatnonzero(labels == label)
         if not len(members):
-            raise NaloraError(f"class {name!r}", expected="at least one training image", found="none")
+            raise NaloraError(
+                f"class {name!r}", expected="at least one training image", found="none"
+            )
         if len(members) < shots:
             text = "class %r has %d training images, fewer than --vision.shots %d"
             log.warning(text, name, len(members), shots)
@@ -320,7 +396,9 @@ class ImageData(Stream):
     vision: VisionConfig
     seed: int
     labels: np.ndarray | None = None  # int32, by the source's index
-    tokens: dict[str, np.ndarray] | None = None  # of captions, by the position in ``indices``
+    tokens: dict[str, np.ndarray] | None = (
+        None  # of captions, by the position in ``indices``
+    )
 
     @property
     def rows_per_epoch(self) -> int:
@@ -329,10 +407,13 @@ class ImageData(Stream):
 
     @property
     def fingerprint(self) -> str:
-        """Returns the identity of the stream: the same on any number of hosts and at any batch size."""
+        """Returns the identity of the stream: the same on any number of hosts and at any batch
+        size."""
         v = self.vision
         chosen = hashlib.sha256(self.indices.tobytes()).hexdigest()[:16]
-        return f"{self.source.fingerprint}:{chosen}:{v.augment}:{v.crop_area}:{self.seed}"
+        return (
+            f"{self.source.fingerprint}:{chosen}:{v.augment}:{v.crop_area}:{self.seed}"
+        )
 
     def describe(self) -> dict[str, Any]:
         """Returns figures for the log."""
@@ -344,14 +425,21 @@ class ImageData(Stream):
         """Returns the arrays of these rows; images are opened and augmented."""
         count = len(self.indices)
         pairs = (divmod(row, count) for row in rows)
-        places = np.array([epoch_order(count, self.seed, epoch)[place] for epoch, place in pairs])
+        places = np.array(
+            [epoch_order(count, self.seed, epoch)[place] for epoch, place in pairs]
+        )
         indices = self.indices[places]
         records = self.source.read(indices.tolist())
         prepared = []
         for row, index, record in zip(rows, indices.tolist(), records, strict=True):
             image = self.source.opened(index, record)
-            prepared.append(self.processor(augmented(image, self.vision, generator(self.seed, row))))
-        batch = {name: np.stack([arrays[name] for arrays in prepared]) for name in prepared[0]}
+            prepared.append(
+                self.processor(augmented(image, self.vision, generator(self.seed, row)))
+            )
+        batch = {
+            name: np.stack([arrays[name] for arrays in prepared])
+            for name in prepared[0]
+        }
         if self.labels is not None:
             batch["labels"] = self.labels[indices]
         if self.tokens is not None:
@@ -360,9 +448,13 @@ class ImageData(Stream):
 
 
 def caption_tokens(
-    source: ImageSource, indices: np.ndarray, tokenizer: TextTokenizer, vision: VisionConfig
+    source: ImageSource,
+    indices: np.ndarray,
+    tokenizer: TextTokenizer,
+    vision: VisionConfig,
 ) -> dict[str, np.ndarray]:
-    """Returns ``tokens`` and ``token_weights`` of the captions of ``indices``, ``[records, seq]``."""
+    """Returns ``tokens`` and ``token_weights`` of the captions of ``indices``, ``[records,
+    seq]``."""
     limit = vision.caption_length
     if limit > tokenizer.max_length:
         expected = f"at most {tokenizer.max_length}"
@@ -410,8 +502,10 @@ def crop_box(
     for _ in range(_TRIES):
         area = rng.uniform(smallest, 1.0) * width * height
         ratio = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            left = int(rng.integers(width - w + 1))
+            top = int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
     return 0, 0, width, height

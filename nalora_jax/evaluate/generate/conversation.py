@@ -39,10 +39,16 @@ class Conversation:
 
     def reset(self) -> None:
         """Removes the turns and their images, not the system prompt."""
-        self.turns, self.images = [], []
+        self.turns = []
+        self.images = []
 
     def ask(
-        self, text: str, generator: Generator, *, images: Sequence[np.ndarray] = (), **settings: Any
+        self,
+        text: str,
+        generator: Generator,
+        *,
+        images: Sequence[np.ndarray] = (),
+        **settings: Any,
     ) -> Iterator[str]:
         """Yields the answer to ``text`` in pieces. After an error the conversation is unchanged.
 
@@ -58,8 +64,12 @@ class Conversation:
         """
         tokens = generator.tokenizer.images
         if tokens is not None and tokens.reserved(text):
-            raise NaloraError("message", expected=f"no {tokens.token} in it", found=repr(text)[:80])
-        parts = Parts([*[{"type": "image"}] * len(images), {"type": "text", "text": text}])
+            raise NaloraError(
+                "message", expected=f"no {tokens.token} in it", found=repr(text)[:80]
+            )
+        parts = Parts(
+            [*[{"type": "image"}] * len(images), {"type": "text", "text": text}]
+        )
         question: Message = {"role": "user", "content": parts if images else text}
         pictures = [*self.images, *images]
         prompt = chat_tokens(generator.tokenizer, [*self.messages, question])
@@ -75,7 +85,9 @@ class Conversation:
             yield piece
 
 
-def chat_tokens(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def chat_tokens(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
+) -> list[int]:
     """Returns the token ids of a conversation up to the start of the assistant's answer.
 
     The template writes the begin-of-sequence token.
@@ -83,7 +95,9 @@ def chat_tokens(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> 
     Raises:
       NaloraError: the model has no chat template, or its template rejects the messages.
     """
-    return tokenizer.encode(tokenizer.render_chat(messages, add_generation_prompt=True), special=False)
+    return tokenizer.encode(
+        tokenizer.render_chat(messages, add_generation_prompt=True), special=False
+    )
 
 
 def read_messages(path: Path) -> list[Message]:
@@ -95,7 +109,9 @@ def read_messages(path: Path) -> list[Message]:
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise NaloraError(f"--messages {path}", expected="a JSON file", found=error) from error
+        raise NaloraError(
+            f"--messages {path}", expected="a JSON file", found=error
+        ) from error
     if isinstance(parsed, dict):
         parsed = parsed.get("messages")
     if not isinstance(parsed, list) or not parsed:
@@ -109,13 +125,18 @@ def read_messages(path: Path) -> list[Message]:
         where = f"{path}: messages[{number}]"
         if not isinstance(message, dict):
             raise NaloraError(
-                where, expected='{"role": ..., "content": ...}', found=f"a {type(message).__name__}"
+                where,
+                expected='{"role": ..., "content": ...}',
+                found=f"a {type(message).__name__}",
             )
         check_role(text_field(message, "role", where), where)
         text_field(message, "content", where)
     if parsed[-1]["role"] == "assistant":
         remedy = "leave out the last message: it is what the model is asked for"
         raise NaloraError(
-            f"--messages {path}", expected="a user's message last", found="an assistant's", remedy=remedy
+            f"--messages {path}",
+            expected="a user's message last",
+            found="an assistant's",
+            remedy=remedy,
         )
     return parsed

@@ -53,12 +53,24 @@ class Settings(GenerationConfig):
     def __post_init__(self) -> None:
         """Raises a NaloraError that names the first setting out of range."""
         for name, allowed in ranges(Settings).items():
-            require_setting(name, allowed.holds(getattr(self, name)), str(allowed), getattr(self, name))
-        texts = isinstance(self.stop, Sequence) and all(isinstance(text, str) for text in self.stop)
+            require_setting(
+                name,
+                allowed.holds(getattr(self, name)),
+                str(allowed),
+                getattr(self, name),
+            )
+        texts = isinstance(self.stop, Sequence) and all(
+            isinstance(text, str) for text in self.stop
+        )
         require_setting("stop", texts, "a text, or texts", self.stop)
-        seeds = self.seed if isinstance(self.seed, Sequence | np.ndarray) else [self.seed]
+        if isinstance(self.seed, Sequence | np.ndarray):
+            seeds = self.seed
+        else:
+            seeds = [self.seed]
         valid = all(isinstance(seed, Integral) for seed in seeds)
-        require_setting("seed", valid, "a whole number, or one for each prompt", self.seed)
+        require_setting(
+            "seed", valid, "a whole number, or one for each prompt", self.seed
+        )
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -72,7 +84,10 @@ class Settings(GenerationConfig):
         if not isinstance(self.seed, Sequence):
             return (int(self.seed),) * count
         require_setting(
-            "seed", len(self.seed) == count, f"one number, or {count}: one for each prompt", len(self.seed)
+            "seed",
+            len(self.seed) == count,
+            f"one number, or {count}: one for each prompt",
+            len(self.seed),
         )
         return tuple(self.seed)
 
@@ -87,14 +102,19 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def with_options(settings: type) -> Callable[[Function], Function]:
-    """Returns a decorator that replaces ``**settings`` in a signature by the fields of a dataclass."""
+    """Returns a decorator that replaces ``**settings`` in a signature by the fields of a
+    dataclass."""
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
-        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        named = [
+            p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD
+        ]
         keyword = inspect.Parameter.KEYWORD_ONLY
         options = [
-            inspect.Parameter(option.name, keyword, default=option.default, annotation=option.type)
+            inspect.Parameter(
+                option.name, keyword, default=option.default, annotation=option.type
+            )
             for option in fields(settings)
         ]
         function.__signature__ = signature.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
@@ -125,10 +145,13 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(text for text in stop if text)
         self.ids: list[int] = []
-        # Decoding starts some tokens back, never at the newest: decoders treat a first token specially.
+        # Decoding starts some tokens back, never at the newest: decoders treat a first token
+        # specially.
         self._start = 0
         self._complete = 0  # tokens before this end in a whole character
-        self._shown = 0  # characters of the text since `_start` that were returned or held back
+        self._shown = (
+            0  # characters of the text since `_start` that were returned or held back
+        )
         self._held = ""  # possibly the beginning of a stop string
         self.stopped = False
 
@@ -160,9 +183,15 @@ class TextStream:
         text = self._held + piece
         ends = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if ends:
-            self.stopped, self._held = True, ""
+            self.stopped = True
+            self._held = ""
             return text[: min(ends)]
-        begun = (stop[:size] for stop in self._stop for size in range(1, len(stop)) if not final)
+        begun = (
+            stop[:size]
+            for stop in self._stop
+            for size in range(1, len(stop))
+            if not final
+        )
         held = max((len(start) for start in begun if text.endswith(start)), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
@@ -174,9 +203,17 @@ def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> frozenset[int]:
     Decoded text has no special tokens, so such a string can only be detected by the token.
     """
     added = tokenizer.backend.get_added_tokens_decoder().items()
-    special = {number: token.content for number, token in added if token.special and token.content}
+    special = {
+        number: token.content
+        for number, token in added
+        if token.special and token.content
+    }
     texts = tuple(stop.lstrip() for stop in stops)
-    return frozenset(n for n, content in special.items() if any(text.startswith(content) for text in texts))
+    return frozenset(
+        n
+        for n, content in special.items()
+        if any(text.startswith(content) for text in texts)
+    )
 
 
 # ---------------------------------------------------------------- generation
@@ -198,18 +235,28 @@ class Completion:
     # Without the stop token. If a stop text ended it: the tokens whose text is part of `text`,
     # without a token that extends into the stop text.
     ids: tuple[int, ...]
-    reason: Literal["stop", "length"]  # a stop token or text, or the maximum number of tokens
+    reason: Literal[
+        "stop", "length"
+    ]  # a stop token or text, or the maximum number of tokens
 
 
 def answering(
-    model: Decoder, tokenizer: Tokenizer, mesh: Mesh | None = None, processor: ImageProcessor | None = None
+    model: Decoder,
+    tokenizer: Tokenizer,
+    mesh: Mesh | None = None,
+    processor: ImageProcessor | None = None,
 ) -> Answers:
-    """Returns a function that completes prompts for the samples of an evaluator; `Generator` has the arguments."""
+    """Returns a function that completes prompts for the samples of an evaluator; `Generator` has
+    the arguments."""
 
     def answers(
-        variables: Mapping[str, Any], prompts: Sequence[Sequence[int]], images: Sequence[Any] | None
+        variables: Mapping[str, Any],
+        prompts: Sequence[Sequence[int]],
+        images: Sequence[Any] | None,
     ) -> list[Completion]:
-        generator = Generator(model, variables, tokenizer, mesh=mesh, processor=processor)
+        generator = Generator(
+            model, variables, tokenizer, mesh=mesh, processor=processor
+        )
         return generator.complete(prompts, images=images, max_new_tokens=SAMPLE_TOKENS)
 
     return answers
@@ -250,11 +297,19 @@ class Generator:
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         self.prefill_chunk = prefill_chunk
-        self.model, self.tokenizer, self.mesh, self.processor = model, tokenizer, mesh, processor
+        self.model = model
+        self.tokenizer = tokenizer
+        self.mesh = mesh
+        self.processor = processor
         context = model.config.max_positions
-        self.max_length = context if max_length is None else min(max_length, context)
+        if max_length is None:
+            self.max_length = context
+        else:
+            self.max_length = min(max_length, context)
         require_setting("max_length", self.max_length > 1, "at least 2", max_length)
-        require_setting("prefill_chunk", prefill_chunk >= 1, "at least 1", prefill_chunk)
+        require_setting(
+            "prefill_chunk", prefill_chunk >= 1, "at least 1", prefill_chunk
+        )
         self.variables = variables
         self._weights = view_weights(model, variables)
 
@@ -263,11 +318,16 @@ class Generator:
 
         It does not compile.
         """
-        variables = {name: tree for name, tree in self.variables.items() if name != "lora"}
+        variables = {
+            name: tree for name, tree in self.variables.items() if name != "lora"
+        }
         if lora is not None:
             variables["lora"] = lora
         generator = copy.copy(self)
-        generator.variables, generator._weights = variables, view_weights(self.model, variables)
+        generator.variables, generator._weights = (
+            variables,
+            view_weights(self.model, variables),
+        )
         return generator
 
     @with_options(Settings)
@@ -292,7 +352,9 @@ class Generator:
           NaloraError: a prompt is empty or fills the context, a setting is out of range, or a
             prompt's number of images differs from the number in its tokens.
         """
-        completions = self.complete(prompts, batch_size=batch_size, images=images, **settings)
+        completions = self.complete(
+            prompts, batch_size=batch_size, images=images, **settings
+        )
         return [completion.text for completion in completions]
 
     @with_options(Settings)
@@ -312,21 +374,34 @@ class Generator:
         if images is None:
             images = [()] * len(ids)
         require_setting(
-            "images", len(images) == len(ids), f"those of each of {len(ids)} prompts", len(images)
+            "images",
+            len(images) == len(ids),
+            f"those of each of {len(ids)} prompts",
+            len(images),
         )
         for number, (row, images_of_row) in enumerate(zip(ids, images, strict=True)):
             self._check_images(row, images_of_row, f"prompt {number}")
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of similar lengths
+        order = sorted(
+            range(len(ids)), key=lambda i: len(ids[i])
+        )  # batches of similar lengths
         completions: dict[int, Completion] = {}
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             images_of_batch = [images[i] for i in rows]
-            batch = _Batch(self, [ids[i] for i in rows], chosen, [seeds[i] for i in rows], images_of_batch)
+            batch = _Batch(
+                self,
+                [ids[i] for i in rows],
+                chosen,
+                [seeds[i] for i in rows],
+                images_of_batch,
+            )
             completions |= zip(rows, batch.run(), strict=True)
         return [completions[i] for i in range(len(ids))]
 
     @with_options(Settings)
-    def stream(self, prompt: Prompt, *, images: Images = (), **settings: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, *, images: Images = (), **settings: Any
+    ) -> Iterator[str]:
         """Yields pieces of the completion; joined, they equal the result of `generate`.
 
         A piece has no incomplete character and no part of a stop text. Errors are raised like in
@@ -342,17 +417,26 @@ class Generator:
         tokens = self.tokenizer.images
         if tokens is None or self.processor is None:
             require_setting(
-                "images", not images, "a model that sees, for images", f"{len(images)} for a language model"
+                "images",
+                not images,
+                "a model that sees, for images",
+                f"{len(images)} for a language model",
             )
         elif (places := ids.count(tokens.token_id)) != len(images) * tokens.count:
             expected = f"{tokens.count} tokens {tokens.token!r} for each of {len(images)} images"
             raise NaloraError(where, expected=expected, found=places)
 
     def _encode(self, prompt: Prompt, where: str) -> list[int]:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = list(prompt)
         if not prompt or not ids:
             raise NaloraError(
-                where, expected="a text", found="an empty one", remedy="write a prompt to go on from"
+                where,
+                expected="a text",
+                found="an empty one",
+                remedy="write a prompt to go on from",
             )
         vocab = self.model.config.vocab_size
         if not 0 <= min(ids) <= max(ids) < vocab:
@@ -372,7 +456,13 @@ class Generator:
         return ids
 
 
-SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # settings of `make_sampling`
+SAMPLED = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+)  # settings of `make_sampling`
 
 
 class _Batch:
@@ -388,15 +478,23 @@ class _Batch:
     ) -> None:
         self._generator, self._count, self._seeing = generator, len(ids), any(images)
         self._limits = np.array(
-            [min(settings.max_new_tokens, generator.max_length - len(row)) for row in ids]
+            [
+                min(settings.max_new_tokens, generator.max_length - len(row))
+                for row in ids
+            ]
         )
         chosen = settings.stop_ids
         if chosen is None:
             chosen = generator.tokenizer.eos_ids
-        self._stop_ids = frozenset(chosen) | special_stops(generator.tokenizer, settings.stop_texts)
-        self._streams = [TextStream(generator.tokenizer, settings.stop_texts) for _ in ids]
+        self._stop_ids = frozenset(chosen) | special_stops(
+            generator.tokenizer, settings.stop_texts
+        )
+        self._streams = [
+            TextStream(generator.tokenizer, settings.stop_texts) for _ in ids
+        ]
         self._ended = np.zeros(len(ids), bool)  # by a stop token or text
-        self._prompt_ids, mesh = ids, generator.mesh
+        self._prompt_ids = ids
+        mesh = generator.mesh
         batch = bucket(len(ids), multiple=prompt_shards(mesh))
         sampling = {name: getattr(settings, name) for name in SAMPLED}
         rows = {
@@ -417,7 +515,8 @@ class _Batch:
         generator = self._generator
         assert generator.processor is not None
         assert generator.processor.output is not None
-        rows, places = self._prompts.tokens.shape[0], bucket(max(map(len, images)))
+        rows = self._prompts.tokens.shape[0]
+        places = bucket(max(map(len, images)))
         pixels = np.zeros((rows, places, *generator.processor.output, 3), np.uint8)
         for row, images_of_row in enumerate(images):
             for place, image in enumerate(images_of_row):
@@ -430,33 +529,44 @@ class _Batch:
         texts = [""] * self._count
         for pieces in self.pieces(_BATCH_TOKENS):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-        decode, completions = self._generator.tokenizer.decode, []
+        decode = self._generator.tokenizer.decode
+        completions = []
         for text, stream, ended in zip(texts, self._streams, self._ended, strict=True):
             ids = stream.ids
             while stream.stopped and ids and len(decode(ids)) > len(text):
                 ids = ids[:-1]
-            completions.append(Completion(text, tuple(ids), "stop" if ended else "length"))
+            completions.append(
+                Completion(text, tuple(ids), "stop" if ended else "length")
+            )
         return completions
 
     def pieces(self, tokens: int) -> Iterator[list[str]]:
         """Yields each row's new text, at most ``tokens`` (up to `_BATCH_TOKENS`) at a time."""
-        generator, limit = self._generator, int(self._limits.max())
-        state, count = self._prefill(0), 1
+        generator = self._generator
+        limit = int(self._limits.max())
+        state = self._prefill(0)
+        count = 1
         new_tokens = fetch(state.token)[:, None]
         while True:
             pieces = [self._take(row, new_tokens[row]) for row in range(self._count)]
             counts = np.array([len(stream.ids) for stream in self._streams])
             finished = self._ended | (counts >= self._limits)
             if finished.all() or count >= limit:
-                yield [p + stream.finish() for p, stream in zip(pieces, self._streams, strict=True)]
+                yield [
+                    p + stream.finish()
+                    for p, stream in zip(pieces, self._streams, strict=True)
+                ]
                 return
             yield pieces
             if steps := min(tokens, limit - count, self._steps_before_switch(finished)):
                 padded = place_batch(
-                    np.pad(finished, (0, state.token.shape[0] - self._count)), generator.mesh
+                    np.pad(finished, (0, state.token.shape[0] - self._count)),
+                    generator.mesh,
                 )
                 arguments = state, self._prompts, padded, np.int32(steps)
-                state, new = decode(generator.model, generator._weights, *arguments, size=_BATCH_TOKENS)
+                state, new = decode(
+                    generator.model, generator._weights, *arguments, size=_BATCH_TOKENS
+                )
                 new_tokens = fetch(new)[:, :steps]
             else:
                 del state  # frees its cache before the new one is allocated
@@ -466,17 +576,28 @@ class _Batch:
 
     def _prefill(self, count: int) -> State:
         """Processes the prompts and ``count`` generated tokens, and generates one more token."""
-        generator, prompts = self._generator, self._prompts
-        ids = [[*ids, *stream.ids] for ids, stream in zip(self._prompt_ids, self._streams, strict=True)]
+        generator = self._generator
+        prompts = self._prompts
+        ids = [
+            [*ids, *stream.ids]
+            for ids, stream in zip(self._prompt_ids, self._streams, strict=True)
+        ]
         chunk = self._chunk(ids)
         if count:
             rows = self._padded(ids, prompts.tokens.shape[0])
             prompts = replace(prompts, **place_batch(rows, generator.mesh))
         slots = padded_length(
-            prompts.tokens.shape[1] + int(self._limits.max()) - count, minimum=32, chunk=chunk
+            prompts.tokens.shape[1] + int(self._limits.max()) - count,
+            minimum=32,
+            chunk=chunk,
         )
         return prefill(
-            generator.model, generator._weights, prompts, np.int32(count), slots=slots, chunk=chunk
+            generator.model,
+            generator._weights,
+            prompts,
+            np.int32(count),
+            slots=slots,
+            chunk=chunk,
         )
 
     def _chunk(self, ids: Sequence[list[int]]) -> int:
@@ -486,7 +607,8 @@ class _Batch:
 
     def _padded(self, ids: Sequence[list[int]], batch: int) -> dict[str, np.ndarray]:
         """Returns `padded_rows` of prompts, which have gaps if an image would be in two chunks."""
-        sight, uncut = self._generator.model.config.sight, None
+        sight = self._generator.model.config.sight
+        uncut = None
         if self._seeing and sight is not None and sight.mutual:
             uncut = sight.image_token
         return padded_rows(ids, batch, chunk=self._chunk(ids), uncut=uncut)
@@ -505,7 +627,8 @@ class _Batch:
             for row in np.flatnonzero(~finished).tolist()
         ]
         return min(
-            (switch + 1 - length for length in lengths if length <= switch + 1), default=_BATCH_TOKENS
+            (switch + 1 - length for length in lengths if length <= switch + 1),
+            default=_BATCH_TOKENS,
         )
 
     def _take(self, row: int, new_tokens: np.ndarray) -> str:
@@ -514,7 +637,10 @@ class _Batch:
             return ""
         stream = self._streams[row]
         tokens = new_tokens[: self._limits[row] - len(stream.ids)].tolist()
-        count = next((i for i, token in enumerate(tokens) if token in self._stop_ids), len(tokens))
+        count = next(
+            (i for i, token in enumerate(tokens) if token in self._stop_ids),
+            len(tokens),
+        )
         piece = stream.push(tokens[:count])
         self._ended[row] = count < len(tokens) or stream.stopped
         return piece

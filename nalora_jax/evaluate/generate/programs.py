@@ -1,4 +1,5 @@
-"""The compiled programs of generation: prefill, then decoding of several tokens a call; or whole groups of samples.
+"""The compiled programs of generation: prefill, then decoding of several tokens a call; or whole
+groups of samples.
 
 Both take weights, adapters, settings and the number of steps as arguments, so that a change of
 these does not compile another program. Programs are specialised to shapes only, and `bucket` keeps
@@ -19,7 +20,13 @@ import numpy as np
 from jax import lax
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.generate.sampling import Array, Sampling, next_tokens, seen_tokens, with_token
+from nalora_jax.evaluate.generate.sampling import (
+    Array,
+    Sampling,
+    next_tokens,
+    seen_tokens,
+    with_token,
+)
 from nalora_jax.models.cache import Cache, grow, repeat
 from nalora_jax.models.decoder import Decoder, init_cache
 from nalora_jax.ops.storage import prepare
@@ -45,7 +52,9 @@ class Weights(NamedTuple):
 class Prompts:
     """A batch of tokenized prompts with its generation settings."""
 
-    tokens: Array  # int32 [batch, seq], padded on the right; in chunks, negative in gaps
+    tokens: (
+        Array  # int32 [batch, seq], padded on the right; in chunks, negative in gaps
+    )
     lengths: Array  # int32 [batch], at least 1, gaps included
     live: Array  # bool [batch]; false for padding rows
     stop_ids: Array  # int32 [stops]
@@ -62,23 +71,33 @@ class State:
     token: jax.Array  # int32 [batch], the newest, not yet in the cache
     done: jax.Array  # bool [batch]
     step: jax.Array  # int32 [], tokens generated so far
-    seen: jax.Array | None = None  # bool [batch, vocab], tokens of the text, with a repetition penalty
+    seen: jax.Array | None = (
+        None  # bool [batch, vocab], tokens of the text, with a repetition penalty
+    )
 
 
 def view_weights(model: Decoder, variables: Mapping[str, Any]) -> Weights:
     """Converts ``{"params": ...}``, optionally with ``"lora"``, to the programs' layout."""
     head: dict[str, Any] = {
-        "params": {name: leaf for name, leaf in variables["params"].items() if name in _HEAD}
+        "params": {
+            name: leaf for name, leaf in variables["params"].items() if name in _HEAD
+        }
     }
-    if trained := {name: leaf for name, leaf in variables.get("lora", {}).items() if name in _HEAD}:
+    if trained := {
+        name: leaf for name, leaf in variables.get("lora", {}).items() if name in _HEAD
+    }:
         head["lora"] = trained
     return Weights(prepare(variables, model.numerics), head)
 
 
 @partial(jax.jit, static_argnames=("model", "processor"))
-def see(model: Decoder, processor: ImageProcessor, weights: Weights, pixels: Array) -> jax.Array:
+def see(
+    model: Decoder, processor: ImageProcessor, weights: Weights, pixels: Array
+) -> jax.Array:
     """Returns image-token features of uint8 pixels ``[batch, images, height, width, 3]``."""
-    features: jax.Array = model.apply(weights.body, processor.normalise(jnp.asarray(pixels)), method="see")
+    features: jax.Array = model.apply(
+        weights.body, processor.normalise(jnp.asarray(pixels)), method="see"
+    )
     return features
 
 
@@ -107,14 +126,21 @@ def prefill(
         last, cache = _in_chunks(model, weights, prompts, slots, chunk)
     else:
         last, cache = _at_once(model, weights, prompts)
-    step, logits = jnp.asarray(step), model.apply(weights.head, last, method="unembed")
-    seen_so_far = seen_tokens(prompts.sampling, prompts.tokens, prompts.lengths, logits.shape[-1])
+    step = jnp.asarray(step)
+    logits = model.apply(weights.head, last, method="unembed")
+    seen_so_far = seen_tokens(
+        prompts.sampling, prompts.tokens, prompts.lengths, logits.shape[-1]
+    )
     token = next_tokens(logits, prompts.sampling, step, seen_so_far)
     done = _stops(token, prompts.stop_ids) | ~prompts.live
-    return State(grow(cache, slots), token, done, step + 1, with_token(seen_so_far, token))
+    return State(
+        grow(cache, slots), token, done, step + 1, with_token(seen_so_far, token)
+    )
 
 
-def _at_once(model: Decoder, weights: Weights, prompts: Prompts) -> tuple[jax.Array, Cache]:
+def _at_once(
+    model: Decoder, weights: Weights, prompts: Prompts
+) -> tuple[jax.Array, Cache]:
     """Returns ``[batch, d_model]`` of the prompts' last tokens, and their cache."""
     batch = prompts.tokens.shape[0]
     hidden, cache = model.apply(
@@ -124,18 +150,18 @@ def _at_once(model: Decoder, weights: Weights, prompts: Prompts) -> tuple[jax.Ar
         cache=init_cache(model.config, batch, 0, model.numerics),
         features=prompts.features,
     )
-    return jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0], cache
+    return jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[
+        :, 0
+    ], cache
 
 
 def _in_chunks(
     model: Decoder, weights: Weights, prompts: Prompts, slots: int, chunk: int
 ) -> tuple[jax.Array, Cache]:
     """Returns the same, of ``chunk`` tokens of every prompt at a time."""
-    tokens, lengths, segments = (
-        jnp.asarray(prompts.tokens),
-        jnp.asarray(prompts.lengths),
-        _segments(prompts),
-    )
+    tokens = jnp.asarray(prompts.tokens)
+    lengths = jnp.asarray(prompts.lengths)
+    segments = _segments(prompts)
     of_chunk = partial(lax.dynamic_slice_in_dim, slice_size=chunk, axis=1)
 
     def step(i: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
@@ -149,7 +175,9 @@ def _in_chunks(
             lengths=jnp.sum(segments, axis=1),
         )
         place = lengths - 1 - i * chunk
-        here = jnp.take_along_axis(hidden, jnp.clip(place, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
+        here = jnp.take_along_axis(
+            hidden, jnp.clip(place, 0, chunk - 1)[:, None, None], axis=1
+        )[:, 0]
         return jnp.where(((place >= 0) & (place < chunk))[:, None], here, last), cache
 
     cache = init_cache(model.config, tokens.shape[0], slots, model.numerics)
@@ -166,18 +194,26 @@ def _segments(prompts: Prompts) -> jax.Array:
     return (within & (tokens >= 0)).astype(jnp.int32)
 
 
-def _features_from(model: Decoder, prompts: Prompts, start: jax.Array, chunk: int) -> jax.Array | None:
+def _features_from(
+    model: Decoder, prompts: Prompts, start: jax.Array, chunk: int
+) -> jax.Array | None:
     """Returns the features of the image tokens of every row starting at the token ``start``.
 
     They are ``[batch, places, d_model]`` with at most ``chunk`` places; None without images.
     """
     if prompts.features is None:
         return None
-    sight, features = model.config.sight, jnp.asarray(prompts.features)
+    sight = model.config.sight
+    features = jnp.asarray(prompts.features)
     assert sight is not None
     tokens = jnp.asarray(prompts.tokens)
-    earlier = (tokens == sight.image_token) & (jnp.arange(tokens.shape[1])[None] < start)
-    index = jnp.sum(earlier, axis=1)[:, None] + jnp.arange(min(chunk, features.shape[1]))[None]
+    earlier = (tokens == sight.image_token) & (
+        jnp.arange(tokens.shape[1])[None] < start
+    )
+    index = (
+        jnp.sum(earlier, axis=1)[:, None]
+        + jnp.arange(min(chunk, features.shape[1]))[None]
+    )
     return jnp.take_along_axis(features, index[..., None], axis=1, mode="fill")
 
 
@@ -207,15 +243,25 @@ def decode(
       The state, and int32 ``[batch, size]``: the tokens, `NO_TOKEN` after a row's end.
     """
 
-    def body(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
+    def body(
+        carry: tuple[jax.Array, State, jax.Array],
+    ) -> tuple[jax.Array, State, jax.Array]:
         i, state, new_tokens = carry
-        hidden, cache = model.apply(weights.body, state.token[:, None], cache=state.cache)
+        hidden, cache = model.apply(
+            weights.body, state.token[:, None], cache=state.cache
+        )
         logits = model.apply(weights.head, hidden[:, 0], method="unembed")
         token = next_tokens(logits, prompts.sampling, state.step, state.seen)
         column = jnp.where(state.done, NO_TOKEN, token)[:, None]
-        new_tokens = lax.dynamic_update_slice(new_tokens, column, (jnp.zeros_like(i), i))
+        new_tokens = lax.dynamic_update_slice(
+            new_tokens, column, (jnp.zeros_like(i), i)
+        )
         done = state.done | _stops(token, prompts.stop_ids)
-        return i + 1, State(cache, token, done, state.step + 1, with_token(state.seen, token)), new_tokens
+        return (
+            i + 1,
+            State(cache, token, done, state.step + 1, with_token(state.seen, token)),
+            new_tokens,
+        )
 
     def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
         i, state, _ = carry
@@ -223,7 +269,9 @@ def decode(
 
     new_tokens = jnp.full((state.token.shape[0], size), NO_TOKEN, jnp.int32)
     state = replace(state, done=state.done | finished)
-    _, state, new_tokens = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state, new_tokens))
+    _, state, new_tokens = lax.while_loop(
+        unfinished, body, (jnp.zeros((), jnp.int32), state, new_tokens)
+    )
     return state, new_tokens
 
 
@@ -239,19 +287,21 @@ def sample_groups(
     Args:
       model: the decoder.
       weights: from `view_weights`.
-      prompts: ``[prompts]`` of the arrays, except for ``sampling``, which has ``[prompts * samples]``;
-        its temperatures are above 0, and it has no repetition penalty.
+      prompts: ``[prompts]`` of the arrays, except for ``sampling``, which has ``[prompts *
+        samples]``; its temperatures are above 0, and it has no repetition penalty.
       samples: completions of each prompt.
       limit: maximum number of tokens of a completion.
 
     Returns:
-      int32 ``[prompts * samples, limit]``, samples of one prompt next to each other: tokens with the
-      stop token, then `NO_TOKEN`; and float32 of the same shape: the log-probability of each token
-      at its temperature, before top-k, top-p and min-p; 0 after the end.
+      int32 ``[prompts * samples, limit]``, samples of one prompt next to each other: tokens with
+      the stop token, then `NO_TOKEN`; and float32 of the same shape: the log-probability of each
+      token at its temperature, before top-k, top-p and min-p; 0 after the end.
     """
     last, cache = _at_once(model, weights, prompts)
     cache = grow(repeat(cache, samples), jnp.asarray(prompts.tokens).shape[1] + limit)
-    logits = model.apply(weights.head, jnp.repeat(last, samples, axis=0), method="unembed")
+    logits = model.apply(
+        weights.head, jnp.repeat(last, samples, axis=0), method="unembed"
+    )
     done = ~jnp.repeat(jnp.asarray(prompts.live), samples)
     tokens = jnp.full((done.shape[0], limit), NO_TOKEN, jnp.int32)
     log_probs = jnp.zeros((done.shape[0], limit), jnp.float32)
@@ -259,12 +309,19 @@ def sample_groups(
     def body(carry: Any) -> Any:
         i, cache, logits, done, tokens, log_probs = carry
         token = next_tokens(logits, prompts.sampling, i)
-        scaled = logits.astype(jnp.float32) / jnp.asarray(prompts.sampling.temperature)[:, None]
+        scaled = (
+            logits.astype(jnp.float32)
+            / jnp.asarray(prompts.sampling.temperature)[:, None]
+        )
         picked = jnp.take_along_axis(scaled, token[:, None], axis=1)[:, 0]
         log_prob = picked - jax.nn.logsumexp(scaled, axis=1)
         at = (jnp.zeros_like(i), i)
-        tokens = lax.dynamic_update_slice(tokens, jnp.where(done, NO_TOKEN, token)[:, None], at)
-        log_probs = lax.dynamic_update_slice(log_probs, jnp.where(done, 0.0, log_prob)[:, None], at)
+        tokens = lax.dynamic_update_slice(
+            tokens, jnp.where(done, NO_TOKEN, token)[:, None], at
+        )
+        log_probs = lax.dynamic_update_slice(
+            log_probs, jnp.where(done, 0.0, log_prob)[:, None], at
+        )
         done = done | _stops(token, prompts.stop_ids)
         hidden, cache = model.apply(weights.body, token[:, None], cache=cache)
         logits = model.apply(weights.head, hidden[:, 0], method="unembed")
@@ -325,22 +382,33 @@ def padded_length(size: int, *, minimum: int, chunk: int = 0) -> int:
 
 
 def padded_rows(
-    ids: Sequence[Sequence[int]], batch: int, *, chunk: int = 0, uncut: int | None = None
+    ids: Sequence[Sequence[int]],
+    batch: int,
+    *,
+    chunk: int = 0,
+    uncut: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Returns ``tokens``, padded on the right, and ``lengths`` of a batch; spare rows have one token.
+    """Returns ``tokens``, padded on the right, and ``lengths`` of a batch; spare rows have one
+    token.
 
     See `padded_length` for ``chunk``. Runs of the token ``uncut`` are not divided among chunks.
     """
     if chunk and uncut is not None:
         ids = [_with_uncut_runs(row, uncut, chunk) for row in ids]
-    tokens = np.zeros((batch, padded_length(max(map(len, ids)), minimum=16, chunk=chunk)), np.int32)
+    tokens = np.zeros(
+        (batch, padded_length(max(map(len, ids)), minimum=16, chunk=chunk)), np.int32
+    )
     for row, values in enumerate(ids):
         tokens[row, : len(values)] = values
-    return {"tokens": tokens, "lengths": np.array([*map(len, ids), *[1] * (batch - len(ids))], np.int32)}
+    return {
+        "tokens": tokens,
+        "lengths": np.array([*map(len, ids), *[1] * (batch - len(ids))], np.int32),
+    }
 
 
 def _with_uncut_runs(ids: Sequence[int], token: int, chunk: int) -> list[int]:
-    """Returns ``ids`` with gaps (`GAP`), so that no run of ``token`` crosses a multiple of ``chunk``.
+    """Returns ``ids`` with gaps (`GAP`), so that no run of ``token`` crosses a multiple of
+    ``chunk``.
 
     Raises:
       NaloraError: a run is longer than a chunk.
@@ -355,7 +423,12 @@ def _with_uncut_runs(ids: Sequence[int], token: int, chunk: int) -> list[int]:
         left = -len(row) % chunk
         if is_run and len(run) > chunk:
             expected = f"at least {len(run)}, the image tokens that see each other"
-            raise NaloraError("prefill_chunk", expected=expected, found=chunk, remedy="use larger chunks")
+            raise NaloraError(
+                "prefill_chunk",
+                expected=expected,
+                found=chunk,
+                remedy="use larger chunks",
+            )
         if is_run and len(run) > left:
             row += [GAP] * left
         row += run

@@ -33,7 +33,9 @@ class Sampling:
     top_p: Array  # float32 [batch]; kept probability, 1: all
     min_p: Array  # float32 [batch]; minimum probability relative to the maximum, 0: all
     seed: Array  # uint32 [batch]
-    repetition: Array | None = None  # float32 [batch], penalty of tokens in the text; None: 1 for all rows
+    repetition: Array | None = (
+        None  # float32 [batch], penalty of tokens in the text; None: 1 for all rows
+    )
 
 
 def make_sampling(
@@ -54,11 +56,15 @@ def make_sampling(
         top_p=np.full((batch,), top_p, np.float32),
         min_p=np.full((batch,), min_p, np.float32),
         seed=np.array([seed & 0xFFFFFFFF for seed in rows], np.uint32),
-        repetition=None if repetition_penalty == 1 else np.full((batch,), repetition_penalty, np.float32),
+        repetition=None
+        if repetition_penalty == 1
+        else np.full((batch,), repetition_penalty, np.float32),
     )
 
 
-def seen_tokens(sampling: Sampling, tokens: Array, lengths: Array, vocab: int) -> jax.Array | None:
+def seen_tokens(
+    sampling: Sampling, tokens: Array, lengths: Array, vocab: int
+) -> jax.Array | None:
     """Returns True for tokens that occur in a prompt; None without a repetition penalty.
 
     Args:
@@ -76,7 +82,11 @@ def seen_tokens(sampling: Sampling, tokens: Array, lengths: Array, vocab: int) -
     # Padding gets an id outside of the vocabulary, which the update drops.
     real = (jnp.arange(seq)[None] < lengths[:, None]) & (tokens >= 0)
     ids = jnp.where(real, tokens, vocab)
-    return jnp.zeros((batch, vocab), bool).at[jnp.arange(batch)[:, None], ids].set(True, mode="drop")
+    return (
+        jnp.zeros((batch, vocab), bool)
+        .at[jnp.arange(batch)[:, None], ids]
+        .set(True, mode="drop")
+    )
 
 
 def with_token(seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
@@ -87,7 +97,10 @@ def with_token(seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
 
 
 def next_tokens(
-    logits: jax.Array, sampling: Sampling, step: jax.Array, seen: jax.Array | None = None
+    logits: jax.Array,
+    sampling: Sampling,
+    step: jax.Array,
+    seen: jax.Array | None = None,
 ) -> jax.Array:
     """Returns one token for each row.
 
@@ -105,24 +118,34 @@ def next_tokens(
     if seen is not None:
         # Keskar et al., arXiv 1909.05858, as in transformers: seen tokens become less likely.
         penalty = jnp.asarray(sampling.repetition)[:, None]
-        logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+        logits = jnp.where(
+            seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits
+        )
     greedy = likeliest(logits)
     drawn = lax.cond(
-        jnp.any(sampling.temperature > 0), lambda: _draw(logits, sampling, step), lambda: greedy
+        jnp.any(sampling.temperature > 0),
+        lambda: _draw(logits, sampling, step),
+        lambda: greedy,
     )
     return jnp.where(sampling.temperature > 0, drawn, greedy)
 
 
 def _draw(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
-    scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
+    scaled = (
+        logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
+    )
     allowed = kept_tokens(scaled, sampling.top_k, sampling.top_p, sampling.min_p)
 
     def gumbel(seed: jax.Array) -> jax.Array:
         return jax.random.gumbel(
-            jax.random.fold_in(jax.random.key(seed), step), logits.shape[-1:], jnp.float32
+            jax.random.fold_in(jax.random.key(seed), step),
+            logits.shape[-1:],
+            jnp.float32,
         )
 
-    noisy = jnp.where(allowed, scaled, -jnp.inf) + jax.vmap(gumbel)(jnp.asarray(sampling.seed))
+    noisy = jnp.where(allowed, scaled, -jnp.inf) + jax.vmap(gumbel)(
+        jnp.asarray(sampling.seed)
+    )
     return likeliest(noisy)
 
 
@@ -134,9 +157,13 @@ def likeliest(logits: jax.Array) -> jax.Array:
     """
     vocab = logits.shape[-1]
     at = jnp.where(
-        logits == jnp.max(logits, axis=-1, keepdims=True), jnp.arange(vocab, dtype=jnp.int32)[None], vocab
+        logits == jnp.max(logits, axis=-1, keepdims=True),
+        jnp.arange(vocab, dtype=jnp.int32)[None],
+        vocab,
     )
-    return jnp.minimum(jnp.min(at, axis=-1), vocab - 1)  # within the vocabulary even if all are NaN
+    return jnp.minimum(
+        jnp.min(at, axis=-1), vocab - 1
+    )  # within the vocabulary even if all are NaN
 
 
 def kept_tokens(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> jax.Array:
@@ -180,7 +207,9 @@ def _threshold(p: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
     """
     bits = lax.bitcast_convert_type(p, jnp.int32)
 
-    def halve(_: jax.Array, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(
+        _: jax.Array, ends: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         low, high = ends  # the result is in [low, high]
         middle = (low + high) // 2
         above = jnp.sum(jnp.where(bits > middle[:, None], weights, 0.0), axis=-1)

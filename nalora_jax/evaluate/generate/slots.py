@@ -43,7 +43,9 @@ class AdapterSlot:
         """Returns the slot of a base for adapters of at most ``rank``."""
         targets = []
         for path, shape in sorted(projection_shapes(config).items()):
-            targets.append((path, TargetSpec.even(min(rank, *shape[-2:]), depths(config)[path])))
+            targets.append(
+                (path, TargetSpec.even(min(rank, *shape[-2:]), depths(config)[path]))
+            )
         return AdapterSlot(config, AdapterSpec(tuple(targets)))
 
     @staticmethod
@@ -59,7 +61,9 @@ class AdapterSlot:
         """
         return not spec.dora and not spec.token_indices
 
-    def fill(self, lora: Mapping[str, Any] | None, spec: AdapterSpec | None) -> dict[str, Any]:
+    def fill(
+        self, lora: Mapping[str, Any] | None, spec: AdapterSpec | None
+    ) -> dict[str, Any]:
         """Returns the adapter in the slot's shapes; zeros if there is no adapter.
 
         Fully trained tables are included; programs are compiled once with them and once without.
@@ -71,18 +75,29 @@ class AdapterSlot:
         Raises:
           NaloraError: a rank is larger than the slot's.
         """
-        lora, spec = lora or {}, spec or AdapterSpec()
+        lora = lora or {}
+        spec = spec or AdapterSpec()
         assert self.takes(spec)
-        tables, leaves = flatten(lora), {}
+        tables = flatten(lora)
+        leaves = {}
         for path, target in self.spec.targets:
-            *lead, d_in, d_out = (len(target.ranks), *projection_shapes(self.config)[path])
-            a, b = jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out))
+            *lead, d_in, d_out = (
+                len(target.ranks),
+                *projection_shapes(self.config)[path],
+            )
+            a = jnp.zeros((*lead, d_in, 0))
+            b = jnp.zeros((*lead, 0, d_out))
             if spec.target(path) is not None:
-                a, b = (jnp.asarray(tables[f"{path}/{name}"], jnp.float32) for name in "ab")
+                a, b = (
+                    jnp.asarray(tables[f"{path}/{name}"], jnp.float32) for name in "ab"
+                )
                 b = b * np.reshape(spec.scales(path), (-1,) + (1,) * (b.ndim - 1))
             if a.shape[-1] > target.rank:
-                expected, remedy = f"at most {target.rank}", "make the slot with a larger rank"
-                raise NaloraError(f"{path}: rank", expected=expected, found=a.shape[-1], remedy=remedy)
+                expected = f"at most {target.rank}"
+                remedy = "make the slot with a larger rank"
+                raise NaloraError(
+                    f"{path}: rank", expected=expected, found=a.shape[-1], remedy=remedy
+                )
             leaves[f"{path}/a"], leaves[f"{path}/b"] = pad_rank(a, b, target.rank)
         leaves |= {TABLES[name]: tables[TABLES[name]] for name in spec.saved}
         return unflatten(leaves)

@@ -1,4 +1,5 @@
-"""The families of models that this library has: one record per ``model_type``, in modules of related families.
+"""The families of models that this library has: one record per ``model_type``, in modules of
+related families.
 
 Importing this package enters them into the tables of `nalora_jax.models.family`.
 """
@@ -19,15 +20,21 @@ from nalora_jax.models.vision.families import SIGHTS
 
 GROUPS = (dense, mixtures, hybrids, gemma)
 for _group in GROUPS:
-    BUILT_IN.update({value.name: value for value in vars(_group).values() if isinstance(value, Family)})
+    BUILT_IN.update(
+        {
+            value.name: value
+            for value in vars(_group).values()
+            if isinstance(value, Family)
+        }
+    )
 MULTIMODAL.update(SIGHTS)
 
 
 def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:
     """Returns the config with the fields that all families share, updated with ``features``.
 
-    The features are fields of `ModelConfig`, and ``norm_topk``: False if the weights of a token's experts
-    do not have to sum to 1.
+    The features are fields of `ModelConfig`, and ``norm_topk``: False if the weights of a token's
+    experts do not have to sum to 1.
     """
     normalize = features.pop("norm_topk", True)
     if features.get("n_experts") and "ffn" not in features:

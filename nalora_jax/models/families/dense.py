@@ -1,4 +1,5 @@
-"""Families of dense decoders: Llama and its relatives, Mistral, Qwen2 and Qwen3, Granite, OLMo 2 and 3."""
+"""Families of dense decoders: Llama and its relatives, Mistral, Qwen2 and Qwen3, Granite, OLMo 2
+and 3."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ LLAMA = Family(
     "LlamaForCausalLM",
     lambda f: {"ffn_bias": f.flag("mlp_bias"), **attention_bias(f)},
     rows.HF_LLAMA,
-    gguf=GGUF("llama", rows.GGUF_LLAMA, matches=lambda r: not r.get("expert_count", int, 0)),
+    gguf=GGUF(
+        "llama", rows.GGUF_LLAMA, matches=lambda r: not r.get("expert_count", int, 0)
+    ),
 )
 
 
@@ -45,7 +48,12 @@ SMOLLM3 = Family(
     "SmolLM3ForCausalLM",
     _smollm3,
     rows.HF_LLAMA,
-    hf_defaults(tie_embeddings=True, rope_theta=2e6, no_rope_layer_interval=4, max_positions=32_768),
+    hf_defaults(
+        tie_embeddings=True,
+        rope_theta=2e6,
+        no_rope_layer_interval=4,
+        max_positions=32_768,
+    ),
     GGUF("smollm3", rows.GGUF_LLAMA),
 )
 
@@ -59,11 +67,14 @@ _PHI3 = RopeRules(
 def _phi3(f: Fields) -> Features:
     for feature in ("resid_pdrop", "embd_pdrop"):
         f.refuse(feature, "set it to 0: only attention and adapter dropout exist")
-    ropes, _ = read_ropes(f, readers.head_dim_of(f), readers.layer_types(f), rules=_PHI3)
+    ropes, _ = read_ropes(
+        f, readers.head_dim_of(f), readers.layer_types(f), rules=_PHI3
+    )
     return {"ropes": ropes, **readers.same_window(f)}
 
 
-_QKV, _GATE_UP = ("attn/q_proj", "attn/k_proj", "attn/v_proj"), ("ffn/gate_proj", "ffn/up_proj")
+_QKV = ("attn/q_proj", "attn/k_proj", "attn/v_proj")
+_GATE_UP = ("ffn/gate_proj", "ffn/up_proj")
 PHI3 = Family(
     "phi3",
     "Phi3ForCausalLM",
@@ -73,7 +84,11 @@ PHI3 = Family(
         {_QKV: "self_attn.qkv_proj", "attn/o_proj": "self_attn.o_proj"},
         {_GATE_UP: "mlp.gate_up_proj", "ffn/down_proj": "mlp.down_proj"},
     ),
-    {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "partial_rotary_factor": 1.0},
+    {
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "partial_rotary_factor": 1.0,
+    },
     GGUF(
         "phi3",
         rows.gguf(
@@ -124,7 +139,11 @@ ERNIE4_5 = Family(
     _ernie4_5,
     rows.HF_LLAMA,
     hf_defaults(
-        n_kv_heads=2, max_positions=131_072, norm_eps=1e-5, tie_embeddings=True, rope_theta=500_000.0
+        n_kv_heads=2,
+        max_positions=131_072,
+        norm_eps=1e-5,
+        tie_embeddings=True,
+        rope_theta=500_000.0,
     ),
 )
 
@@ -133,7 +152,9 @@ _POST_NORMS = {"pre_norm": False, "post_norm": True}
 
 def _exaone4(f: Fields) -> Features:
     windowed = f.get("sliding_window") is not None
-    kinds = readers.layer_types(f) or readers.periodic(f, f.integer("sliding_window_pattern"))
+    kinds = readers.layer_types(f) or readers.periodic(
+        f, f.integer("sliding_window_pattern")
+    )
     return {
         "rope_index": tuple(-1 if windowed and kind == FULL else 0 for kind in kinds),
         "windows": readers.windows_of(f, kinds),
@@ -148,7 +169,9 @@ EXAONE4 = Family(
     "Exaone4ForCausalLM",
     _exaone4,
     rows.HF_OLMO2,
-    hf_defaults(n_kv_heads=32, norm_eps=1e-5, sliding_window=4096, sliding_window_pattern=4),
+    hf_defaults(
+        n_kv_heads=32, norm_eps=1e-5, sliding_window=4096, sliding_window_pattern=4
+    ),
 )
 
 
@@ -171,7 +194,10 @@ HUNYUAN = Family(
     rows.hf(
         rows.PRE_NORMS,
         rows.ATTENTION,
-        {"attn/q_norm": "self_attn.query_layernorm", "attn/k_norm": "self_attn.key_layernorm"},
+        {
+            "attn/q_norm": "self_attn.query_layernorm",
+            "attn/k_norm": "self_attn.key_layernorm",
+        },
         rows.FFN,
     ),
     {"rms_norm_eps": 1e-5},
@@ -185,7 +211,11 @@ MISTRAL = Family(
     "MistralForCausalLM",
     readers.same_window,
     rows.HF_LLAMA,
-    {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
+    {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4096,
+    },
     # llama.cpp's files do not tell Mistral from Llama.
     GGUF("llama", rows.GGUF_LLAMA, matches=lambda r: False),
     multimodal="mistral3",
@@ -195,7 +225,8 @@ _BETA = "llama_4_scaling_beta"
 
 def _ministral3(f: Fields) -> Features:
     features = readers.one_rope(f, _BETA, "max_position_embeddings")
-    rope, (spec,) = rope_fields(f), features["ropes"]
+    rope = rope_fields(f)
+    (spec,) = features["ropes"]
     if growth := rope.number(_BETA, default=0.0, zero=True):
         # Queries grow from the original context; dynamic scaling starts at the model's context.
         if spec.kind in (*WITH_ORIGINAL, "longrope"):
@@ -234,14 +265,24 @@ MINISTRAL3 = Family(
     "Ministral3ForCausalLM",
     _ministral3,
     rows.HF_LLAMA,
-    hf_defaults(n_kv_heads=8, head_dim=128, max_positions=262_144, norm_eps=1e-5, rope_parameters=_YARN),
+    hf_defaults(
+        n_kv_heads=8,
+        head_dim=128,
+        max_positions=262_144,
+        norm_eps=1e-5,
+        rope_parameters=_YARN,
+    ),
     GGUF("mistral3", rows.GGUF_LLAMA, _ministral3_settings),
 )
 
 
 # ---------------------------------------------------------------- Qwen2 and Qwen3
 
-QWEN = {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32_768}
+QWEN = {
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "max_position_embeddings": 32_768,
+}
 
 
 def _late_windows(f: Fields) -> Features:
@@ -263,7 +304,10 @@ QWEN3 = Family(
     lambda f: {"qk_norm": "head", **_late_windows(f), **attention_bias(f)},
     rows.hf(rows.PRE_NORMS, rows.ATTENTION, rows.FFN, rows.QK_NORMS),
     QWEN | {"head_dim": 128},
-    GGUF("qwen3", rows.gguf(rows.GGUF_PRE, rows.GGUF_ATTENTION, rows.GGUF_FFN, rows.GGUF_QK)),
+    GGUF(
+        "qwen3",
+        rows.gguf(rows.GGUF_PRE, rows.GGUF_ATTENTION, rows.GGUF_FFN, rows.GGUF_QK),
+    ),
 )
 
 
@@ -307,12 +351,18 @@ GRANITE = Family(
 def _granite_swa(f: Fields) -> Features:
     """A base of RoPE for each layer; 0 means no rotation."""
     n_layers = readers.layer_count(f)
-    kinds = readers.layer_types(f) or [SLIDING if i % 4 else FULL for i in range(n_layers)]
+    kinds = readers.layer_types(f) or [
+        SLIDING if i % 4 else FULL for i in range(n_layers)
+    ]
     (spec,) = readers.one_rope(f)["ropes"]
-    bases = f.items("layer_rope_theta", n_layers, (int, float)) or [spec.theta] * n_layers
+    bases = (
+        f.items("layer_rope_theta", n_layers, (int, float)) or [spec.theta] * n_layers
+    )
     for base in bases:
         if base and not 1 < base < 1e30:
-            raise f.error("layer_rope_theta", "numbers above 1, or 0 for no rotation", base)
+            raise f.error(
+                "layer_rope_theta", "numbers above 1, or 0 for no rotation", base
+            )
     distinct = sorted({float(base) for base in bases if base}) or [spec.theta]
     return {
         "ropes": tuple(replace(spec, theta=base) for base in distinct),
@@ -329,7 +379,13 @@ GRANITE_SWA = Family(
     _granite_swa,
     (*rows.HF_LLAMA, rows.HF_SINKS),
     _GRANITE
-    | hf_defaults(n_kv_heads=4, max_positions=8192, norm_eps=1e-5, tie_embeddings=True, sliding_window=128),
+    | hf_defaults(
+        n_kv_heads=4,
+        max_positions=8192,
+        norm_eps=1e-5,
+        tie_embeddings=True,
+        sliding_window=128,
+    ),
 )
 
 
@@ -355,17 +411,36 @@ OLMO2 = Family(
 
 def _olmo3(f: Fields) -> Features:
     """Forms of the rotary parameters that releases of transformers disagree on are refused."""
-    kinds, parameters = readers.periodic(f, 4), f.mapping("rope_parameters")
+    kinds = readers.periodic(f, 4)
+    parameters = f.mapping("rope_parameters")
     if common := sorted(parameters.keys() - {FULL, SLIDING}):
-        raise f.error("rope_parameters", f"parameters for {FULL!r} and {SLIDING!r}", ", ".join(common))
-    stated = all("rope_theta" in (parameters.get(kind) or {}) for kind in (FULL, SLIDING))
+        raise f.error(
+            "rope_parameters",
+            f"parameters for {FULL!r} and {SLIDING!r}",
+            ", ".join(common),
+        )
+    stated = all(
+        "rope_theta" in (parameters.get(kind) or {}) for kind in (FULL, SLIDING)
+    )
     theta = f.number("rope_theta", default=_OLMO3_THETA)
     if theta != _OLMO3_THETA and not stated:
-        expected = f"{_OLMO3_THETA:g}: releases of transformers read other values differently"
-        raise f.error("rope_theta", expected, theta, "state it in rope_parameters for each kind of layer")
+        expected = (
+            f"{_OLMO3_THETA:g}: releases of transformers read other values differently"
+        )
+        raise f.error(
+            "rope_theta",
+            expected,
+            theta,
+            "state it in rope_parameters for each kind of layer",
+        )
     plain = {kind: {"rope_theta": _OLMO3_THETA} for kind in (FULL, SLIDING)}
     ropes, index = read_ropes(f, readers.head_dim_of(f), kinds, plain)
-    return {"ropes": ropes, "rope_index": index, "windows": readers.windows_of(f, kinds), **_olmo2(f)}
+    return {
+        "ropes": ropes,
+        "rope_index": index,
+        "windows": readers.windows_of(f, kinds),
+        **_olmo2(f),
+    }
 
 
 def _olmo3_settings(r: Metadata) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Gemma 1 to 4: norms of 1 + w, scaled embeddings, windows.
 
-Layers of Gemma 4: sliding and full layers differ in head size, key/value heads and RoPE; in full layers
-the values may be the unnormalized keys. Every layer ends in a scale of the residual stream. In small
-models every layer has embeddings of the tokens, and the last layers read keys and values of earlier
-layers; in mixtures every layer adds experts to its gated block.
+Layers of Gemma 4: sliding and full layers differ in head size, key/value heads and RoPE; in full
+layers the values may be the unnormalized keys. Every layer ends in a scale of the residual stream.
+In small models every layer has embeddings of the tokens, and the last layers read keys and values
+of earlier layers; in mixtures every layer adds experts to its gated block.
 """
 
 from __future__ import annotations
@@ -19,11 +19,19 @@ from nalora_jax.models.embedding import LayerEmbeddings
 from nalora_jax.models.family import GGUF, Family, Features, Metadata, hf_defaults
 from nalora_jax.models.moe import DenseAndExperts
 from nalora_jax.models.parts import ScaledTail
-from nalora_jax.models.readers import FULL, SLIDING, Overrides, activation_name, attention_bias
+from nalora_jax.models.readers import (
+    FULL,
+    SLIDING,
+    Overrides,
+    activation_name,
+    attention_bias,
+)
 from nalora_jax.models.ropes import RopeSpec, read_ropes
 
 _GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
-_DEFAULTS = hf_defaults(head_dim=256, tie_embeddings=True, query_pre_attn_scalar=256, sliding_window=4096)
+_DEFAULTS = hf_defaults(
+    head_dim=256, tie_embeddings=True, query_pre_attn_scalar=256, sliding_window=4096
+)
 
 
 def _gguf(*norms: rows.Modules) -> rows.Rows:
@@ -42,7 +50,9 @@ def _query_scalar(r: Metadata, *, largest: int) -> int:
 
 
 def _gemma(f: Fields) -> Features:
-    activation = activation_name(f, readers.first_present(f, "hidden_activation", "hidden_act"))
+    activation = activation_name(
+        f, readers.first_present(f, "hidden_activation", "hidden_act")
+    )
     if activation == "gelu":  # the first releases wrote "gelu" and meant the tanh form
         activation = activation_name(Fields({}, _GELU, f.where), "hidden_act")
     return {"activation": activation, **_traits(f)}
@@ -87,7 +97,9 @@ GEMMA2 = Family(
     rows.hf(rows.FOUR_NORMS, rows.ATTENTION, rows.FFN),
     _DEFAULTS
     | _GELU
-    | hf_defaults(max_positions=8192, final_logit_softcapping=30.0, attn_logit_softcapping=50.0),
+    | hf_defaults(
+        max_positions=8192, final_logit_softcapping=30.0, attn_logit_softcapping=50.0
+    ),
     GGUF(
         "gemma2",
         _gguf(rows.GGUF_PRE, rows.GGUF_POST),
@@ -103,7 +115,10 @@ GEMMA2 = Family(
 
 def _gemma3(f: Fields) -> Features:
     f.refuse("attn_logit_softcapping")
-    pattern = f.integer("sliding_window_pattern", default=f.integer("_sliding_window_pattern", default=6))
+    pattern = f.integer(
+        "sliding_window_pattern",
+        default=f.integer("_sliding_window_pattern", default=6),
+    )
     kinds = readers.periodic(f, pattern)
     thetas = {FULL: 1e6, SLIDING: f.number("rope_local_base_freq", default=10_000.0)}
     defaults = {kind: {"rope_theta": theta} for kind, theta in thetas.items()}
@@ -166,7 +181,11 @@ _GEMMA4 = _UNIFIED | hf_defaults(
 )
 _ROPES: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
-    FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+    FULL: {
+        "rope_type": "proportional",
+        "rope_theta": 1_000_000.0,
+        "partial_rotary_factor": 0.25,
+    },
 }
 _ROPE_TYPES = ("default", "linear", "proportional")
 
@@ -178,9 +197,16 @@ def _unified(f: Fields) -> Features:
 
 
 def _gemma4(f: Fields) -> Features:
-    if f.get("use_bidirectional_attention") != "vision":  # which is of image tokens only
+    if (
+        f.get("use_bidirectional_attention") != "vision"
+    ):  # which is of image tokens only
         f.refuse("use_bidirectional_attention")
-    for field in ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"):
+    for field in (
+        "rope_theta",
+        "rope_scaling",
+        "rope_local_base_freq",
+        "partial_rotary_factor",
+    ):
         f.refuse(field, "rotary embeddings are read from rope_parameters")
     types = readers.layer_types(f) or [*readers.periodic(f, 6)[:-1], FULL]
     if types[-1] != FULL:
@@ -208,10 +234,18 @@ def _layer_embeddings(f: Fields) -> Features:
     width = f.integer("hidden_size_per_layer_input", low=0, default=0)
     if not width:
         return {"tail": ScaledTail()}
-    rows_of_table, vocabulary = f.integer("vocab_size_per_layer_input"), f.integer("vocab_size")
+    rows_of_table = f.integer("vocab_size_per_layer_input")
+    vocabulary = f.integer("vocab_size")
     if rows_of_table < vocabulary:
-        raise f.error("vocab_size_per_layer_input", f"vocab_size ({vocabulary}) or more", rows_of_table)
-    return {"tail": ScaledTail(width), "layer_embeddings": LayerEmbeddings(rows_of_table, width)}
+        raise f.error(
+            "vocab_size_per_layer_input",
+            f"vocab_size ({vocabulary}) or more",
+            rows_of_table,
+        )
+    return {
+        "tail": ScaledTail(width),
+        "layer_embeddings": LayerEmbeddings(rows_of_table, width),
+    }
 
 
 def _layers(f: Fields, types: Sequence[str]) -> list[Overrides]:
@@ -221,7 +255,8 @@ def _layers(f: Fields, types: Sequence[str]) -> list[Overrides]:
     """
     of_type = {kind: _features(f, kind, types) for kind in sorted(set(types))}
     reading = f.integer("num_kv_shared_layers", low=0, high=2**10, default=0)
-    first, d_ff = len(types) - reading, f.integer("intermediate_size")
+    first = len(types) - reading
+    d_ff = f.integer("intermediate_size")
     if reading and set(types[: max(first, 0)]) != set(types):
         expected = "a layer of every type before the layers without keys"
         raise f.error("num_kv_shared_layers", expected, reading)
@@ -230,7 +265,8 @@ def _layers(f: Fields, types: Sequence[str]) -> list[Overrides]:
     layers = []
     for layer, kind in enumerate(types):
         keys_as_values = f.flag("attention_k_eq_v") and kind == FULL
-        mixer, width = NormedAttention(keys_as_values, hands=handing.get(layer, "")), d_ff
+        mixer = NormedAttention(keys_as_values, hands=handing.get(layer, ""))
+        width = d_ff
         if layer >= first:
             mixer = NormedAttention(reads=kind)
             width *= 1 + f.flag("use_double_wide_mlp")
@@ -248,7 +284,8 @@ def _feed_forward(f: Fields, width: int) -> Overrides:
 def _experts(f: Fields) -> dict[str, int]:
     if not f.flag("enable_moe_block"):
         return {}
-    n_experts, chosen = f.integer("num_experts", high=2**12), f.integer("top_k_experts", high=2**12)
+    n_experts = f.integer("num_experts", high=2**12)
+    chosen = f.integer("top_k_experts", high=2**12)
     if chosen > n_experts:
         raise f.error("top_k_experts", f"at most {n_experts} experts", chosen)
     return {"n_experts": n_experts, "experts_per_token": chosen}
@@ -268,22 +305,45 @@ def _features(f: Fields, kind: str, types: Sequence[str]) -> Overrides:
     elif kind == FULL:
         head_dim = f.integer("global_head_dim", high=2**16)
         if f.flag("attention_k_eq_v"):
-            kv_heads = f.integer("num_global_key_value_heads", high=2**16, default=kv_heads)
+            kv_heads = f.integer(
+                "num_global_key_value_heads", high=2**16, default=kv_heads
+            )
     if heads % kv_heads:
-        raise f.error(f"key/value heads of {kind}", f"a divisor of num_attention_heads ({heads})", kv_heads)
-    return ("head_dim", head_dim), ("n_kv_heads", kv_heads), ("ropes", _ropes(f, kind, head_dim))
+        raise f.error(
+            f"key/value heads of {kind}",
+            f"a divisor of num_attention_heads ({heads})",
+            kv_heads,
+        )
+    return (
+        ("head_dim", head_dim),
+        ("n_kv_heads", kv_heads),
+        ("ropes", _ropes(f, kind, head_dim)),
+    )
 
 
 def _listed_heads(
     f: Fields, kind: str, types: Sequence[str], head_dim: int, kv_heads: int
 ) -> tuple[int, int]:
     # transformers writes "05" for layer 5 of ten and more
-    listed = {name.lstrip("0") or "0": entry for name, entry in f.mapping("per_layer_config").items()}
+    listed = {
+        name.lstrip("0") or "0": entry
+        for name, entry in f.mapping("per_layer_config").items()
+    }
     unknown = listed.keys() - {str(layer) for layer in range(len(types))}
     if unknown:
-        raise f.error("per_layer_config", f"layers from 0 to {len(types) - 1}", ", ".join(sorted(unknown)))
-    entries = [listed.get(str(layer), {}) for layer, of_layer in enumerate(types) if of_layer == kind]
-    if not isinstance(entries[0], dict) or any(entry != entries[0] for entry in entries):
+        raise f.error(
+            "per_layer_config",
+            f"layers from 0 to {len(types) - 1}",
+            ", ".join(sorted(unknown)),
+        )
+    entries = [
+        listed.get(str(layer), {})
+        for layer, of_layer in enumerate(types)
+        if of_layer == kind
+    ]
+    if not isinstance(entries[0], dict) or any(
+        entry != entries[0] for entry in entries
+    ):
         expected = f"one JSON object for all layers of type {kind}"
         raise f.error("per_layer_config", expected, str(entries)[:60])
     entry = Fields(entries[0], {}, f"{f.where}: per_layer_config")
@@ -312,14 +372,18 @@ def _ropes(f: Fields, kind: str, head_dim: int) -> tuple[RopeSpec, ...]:
 _COMMON: dict[str, Any] = {
     "tensors": (
         *rows.hf(rows.FOUR_NORMS, rows.ATTENTION, rows.QK_NORMS, rows.FFN),
-        *rows.hf_modules({f"ffn/dense_ffn/{name}": f"mlp.{name}" for name in rows.GATED}),
+        *rows.hf_modules(
+            {f"ffn/dense_ffn/{name}": f"mlp.{name}" for name in rows.GATED}
+        ),
         rows.hf_row(
             "experts.gate_up_proj",
             "ffn/experts_ffn/gate_proj/kernel",
             "ffn/experts_ffn/up_proj/kernel",
             change="transpose",
         ),
-        rows.hf_row("experts.down_proj", "ffn/experts_ffn/down_proj/kernel", change="transpose"),
+        rows.hf_row(
+            "experts.down_proj", "ffn/experts_ffn/down_proj/kernel", change="transpose"
+        ),
         rows.hf_row("router.scale", "ffn/router_norm/scale"),
         rows.hf_row("router.per_expert_scale", "ffn/experts_ffn/router/scale"),
         rows.hf_row("layer_scalar", "tail/scale"),
@@ -334,18 +398,29 @@ _COMMON: dict[str, Any] = {
                 "tail/down_proj": "per_layer_projection",
             }
         ),
-        rows.TensorRow("model.embed_tokens_per_layer.weight", ("layer_embeddings/embedding",)),
         rows.TensorRow(
-            "model.per_layer_model_projection.weight", ("layer_embeddings/projection/kernel",), "transpose"
+            "model.embed_tokens_per_layer.weight", ("layer_embeddings/embedding",)
         ),
-        rows.TensorRow("model.per_layer_projection_norm.weight", ("layer_embeddings/norm/scale",)),
+        rows.TensorRow(
+            "model.per_layer_model_projection.weight",
+            ("layer_embeddings/projection/kernel",),
+            "transpose",
+        ),
+        rows.TensorRow(
+            "model.per_layer_projection_norm.weight", ("layer_embeddings/norm/scale",)
+        ),
     ),
     "checks": ("use_bidirectional_attention",),
     # Towers of images and sounds.
     "ignored": (r"^model\.(audio_tower|embed_(vision|audio)|vision_embedder)\.",),
 }
 GEMMA4 = Family(
-    "gemma4_text", "Gemma4ForCausalLM", _gemma4, defaults=_GEMMA4, multimodal="gemma4", **_COMMON
+    "gemma4_text",
+    "Gemma4ForCausalLM",
+    _gemma4,
+    defaults=_GEMMA4,
+    multimodal="gemma4",
+    **_COMMON,
 )
 GEMMA4_UNIFIED = Family(
     "gemma4_unified_text",

@@ -1,4 +1,5 @@
-"""Families whose layers have different mixers: Qwen3-Next, Qwen3.5 and LFM2, with or without experts."""
+"""Families whose layers have different mixers: Qwen3-Next, Qwen3.5 and LFM2, with or without
+experts."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ def _qwen3_5_moe(f: Fields) -> Features:
 def _with_experts(f: Fields, *, normalize: bool, fused: bool = False) -> Features:
     """Returns the fields of a model with experts and a gated shared expert, or dense layers."""
     features, mixers = _mixers(f, fused=fused)
-    experts, ffns = mixtures.qwen_experts(f, mixtures.gated_shared_expert(f, normalize=normalize))
+    experts, ffns = mixtures.qwen_experts(
+        f, mixtures.gated_shared_expert(f, normalize=normalize)
+    )
     layers = [(*mixer, *ffn) for mixer, ffn in zip(mixers, ffns, strict=True)]
     return features | experts | readers.fields_of_layers(layers)
 
@@ -43,18 +46,37 @@ def _with_experts(f: Fields, *, normalize: bool, fused: bool = False) -> Feature
 def _mixers(f: Fields, *, fused: bool = False) -> tuple[Features, list[Overrides]]:
     """Returns the fields of attention, and of every layer: of attention or of linear attention."""
     if f.get("attn_output_gate") is False:
-        raise f.error("attn_output_gate", "true: attention of this family has output gates", False)
+        raise f.error(
+            "attn_output_gate", "true: attention of this family has output gates", False
+        )
     kinds = readers.layer_types(f, _LINEAR)
     if kinds is None:
         interval = f.integer("full_attention_interval")
-        kinds = [_LINEAR if (i + 1) % interval else FULL for i in range(readers.layer_count(f))]
+        kinds = [
+            _LINEAR if (i + 1) % interval else FULL
+            for i in range(readers.layer_count(f))
+        ]
     # Sections of MRoPE have no effect on text, whose three positions are equal.
     rope = readers.one_rope(f, "mrope_section", "mrope_interleaved")
-    features = {"qk_norm": "head", "norm_offset": 1.0, "attn_gate": True, **attention_bias(f), **rope}
-    keys, values = (f.integer(f"linear_num_{name}_heads", high=2**16) for name in ("key", "value"))
+    features = {
+        "qk_norm": "head",
+        "norm_offset": 1.0,
+        "attn_gate": True,
+        **attention_bias(f),
+        **rope,
+    }
+    keys, values = (
+        f.integer(f"linear_num_{name}_heads", high=2**16) for name in ("key", "value")
+    )
     if values % keys:
-        raise f.error("linear_num_value_heads", f"a multiple of linear_num_key_heads ({keys})", values)
-    d_key, d_value = (f.integer(f"linear_{name}_head_dim", high=2**16) for name in ("key", "value"))
+        raise f.error(
+            "linear_num_value_heads",
+            f"a multiple of linear_num_key_heads ({keys})",
+            values,
+        )
+    d_key, d_value = (
+        f.integer(f"linear_{name}_head_dim", high=2**16) for name in ("key", "value")
+    )
     taps = f.integer("linear_conv_kernel_dim", high=2**10)
     mixer = GatedDeltaNet(keys, values, d_key, d_value, taps, fused)
     return features, [(("mixer", mixer),) if kind == _LINEAR else () for kind in kinds]
@@ -66,8 +88,16 @@ def _rows(*inputs: str) -> rows.Rows:
     names |= {"conv1d.weight": "conv/weight", "norm.weight": "norm/scale"}
     return (
         *rows.hf(rows.PRE_NORMS, rows.ATTENTION, rows.QK_NORMS),
-        *rows.hf_modules({f"linear_attn/{name}": f"linear_attn.{name}" for name in (*inputs, "out_proj")}),
-        *(rows.hf_row(f"linear_attn.{theirs}", f"linear_attn/{ours}") for theirs, ours in names.items()),
+        *rows.hf_modules(
+            {
+                f"linear_attn/{name}": f"linear_attn.{name}"
+                for name in (*inputs, "out_proj")
+            }
+        ),
+        *(
+            rows.hf_row(f"linear_attn.{theirs}", f"linear_attn/{ours}")
+            for theirs, ours in names.items()
+        ),
     )
 
 
@@ -89,7 +119,11 @@ _HYBRID: dict[str, Any] = hf_defaults(
 _QWEN3_5_DEFAULTS = _HYBRID | hf_defaults(
     vocab_size=248_320, d_model=4096, d_ff=12_288, n_layers=32, n_heads=16, n_kv_heads=4
 )
-_MOE = {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "decoder_sparse_step": 1}
+_MOE = {
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "decoder_sparse_step": 1,
+}
 QWEN3_5 = Family(
     "qwen3_5_text",
     "Qwen3_5ForCausalLM",
@@ -106,7 +140,9 @@ QWEN3_5_MOE = Family(
     (*_QWEN3_5_ROWS, *mixtures.QWEN_SHARED),
     _QWEN3_5_DEFAULTS
     | _MOE
-    | hf_defaults(d_model=2048, n_layers=40, n_kv_heads=2, n_experts=256, experts_per_token=8),
+    | hf_defaults(
+        d_model=2048, n_layers=40, n_kv_heads=2, n_experts=256, experts_per_token=8
+    ),
     ignored=_UNUSED,
     multimodal="qwen3_5_moe",
     stacks_in_vllm=True,
@@ -116,7 +152,9 @@ QWEN3_NEXT = Family(
     "Qwen3NextForCausalLM",
     lambda f: _with_experts(f, normalize=f.flag("norm_topk_prob"), fused=True),
     (*_rows("in_proj_qkvz", "in_proj_ba"), *mixtures.QWEN_SHARED),
-    _HYBRID | _MOE | {"num_key_value_heads": 2, "num_experts_per_tok": 10, "norm_topk_prob": True},
+    _HYBRID
+    | _MOE
+    | {"num_key_value_heads": 2, "num_experts_per_tok": 10, "norm_topk_prob": True},
     ignored=_UNUSED,
 )
 
@@ -132,7 +170,10 @@ _FFN: rows.Modules = {
 _LFM2_ROWS = (
     *rows.hf(
         {"attn_norm": "operator_norm", "ffn_norm": "ffn_norm"},
-        {"attn/q_norm": "self_attn.q_layernorm", "attn/k_norm": "self_attn.k_layernorm"},
+        {
+            "attn/q_norm": "self_attn.q_layernorm",
+            "attn/k_norm": "self_attn.k_layernorm",
+        },
         {**rows.ATTENTION, "attn/o_proj": "self_attn.out_proj"},
         {"conv/bcx_proj": "conv.in_proj", "conv/o_proj": "conv.out_proj"},
         norm="embedding_norm",
@@ -141,7 +182,11 @@ _LFM2_ROWS = (
     rows.hf_row("conv.conv.bias", "conv/taps_bias"),
 )
 _LFM2: dict[str, Any] = {"norm_eps": 1e-5} | hf_defaults(
-    n_kv_heads=8, max_positions=128_000, tie_embeddings=True, rope_theta=1e6, conv_L_cache=3
+    n_kv_heads=8,
+    max_positions=128_000,
+    tie_embeddings=True,
+    rope_theta=1e6,
+    conv_L_cache=3,
 )
 
 
@@ -159,14 +204,22 @@ def _base(f: Fields) -> Features:
 
 def _convolutions(f: Fields) -> list[Overrides]:
     """Returns the fields of attention and of convolutions, by layer."""
-    n_layers, attending = readers.layer_count(f), f.get("full_attn_idxs")
+    n_layers = readers.layer_count(f)
+    attending = f.get("full_attn_idxs")
     listed = isinstance(attending, list) and set(attending) <= set(range(n_layers))
     if attending is not None and not listed:
-        raise f.error("full_attn_idxs", f"a list of layers below {n_layers}", repr(attending)[:60])
+        raise f.error(
+            "full_attn_idxs", f"a list of layers below {n_layers}", repr(attending)[:60]
+        )
     names = readers.layer_types(f, _CONV)
     if names is None:
-        names = [FULL if attending is None or i in attending else _CONV for i in range(n_layers)]
-    mixer = ShortConvolution(f.integer("conv_L_cache", low=2, high=2**8), f.flag("conv_bias"))
+        names = [
+            FULL if attending is None or i in attending else _CONV
+            for i in range(n_layers)
+        ]
+    mixer = ShortConvolution(
+        f.integer("conv_L_cache", low=2, high=2**8), f.flag("conv_bias")
+    )
     return [(("mixer", mixer),) if name == _CONV else () for name in names]
 
 
@@ -192,19 +245,27 @@ LFM2 = Family(
     "Lfm2ForCausalLM",
     _lfm2,
     (*_LFM2_ROWS, *rows.hf_modules(_FFN)),
-    _LFM2 | {"block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": True},
+    _LFM2
+    | {
+        "block_multiple_of": 256,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": True,
+    },
 )
 
 
 def _lfm2_moe(f: Fields) -> Features:
-    n_dense, counts = (
-        f.integer("num_dense_layers", low=0, high=2**10),
-        mixtures.expert_counts(f, "num_experts"),
+    n_dense = f.integer("num_dense_layers", low=0, high=2**10)
+    counts = mixtures.expert_counts(f, "num_experts")
+    scale = f.number("routed_scaling_factor")
+    normalize = f.flag("norm_topk_prob")
+    ffn = Mixture(
+        RouterSpec("sigmoid", normalize, f.flag("use_expert_bias"), scale=scale)
     )
-    scale, normalize = f.number("routed_scaling_factor"), f.flag("norm_topk_prob")
-    ffn = Mixture(RouterSpec("sigmoid", normalize, f.flag("use_expert_bias"), scale=scale))
     mixers = _convolutions(f)
-    experts, ffns = mixtures.expert_fields(f, counts, ffn, [i < n_dense for i in range(len(mixers))])
+    experts, ffns = mixtures.expert_fields(
+        f, counts, ffn, [i < n_dense for i in range(len(mixers))]
+    )
     layers = [(*mixer, *of_ffn) for mixer, of_ffn in zip(mixers, ffns, strict=True)]
     return _base(f) | experts | readers.fields_of_layers(layers)
 

@@ -23,35 +23,55 @@ def plain_mixture(normalize: bool = True) -> Mixture:
 
 
 def expert_counts(f: Fields, *names: str, default: int | None = None) -> Features:
-    """Returns the number of experts, from the first of the fields ``names`` in the file, and of a token's."""
+    """Returns the number of experts, from the first of the fields ``names`` in the file, and of a
+    token's."""
     return {
-        "n_experts": f.integer(readers.first_present(f, *names), high=2**12, default=default),
+        "n_experts": f.integer(
+            readers.first_present(f, *names), high=2**12, default=default
+        ),
         "experts_per_token": f.integer("num_experts_per_tok", high=2**12),
     }
 
 
 def dense_layer(f: Fields) -> Overrides:
     """Returns the fields of a dense layer in a model with experts."""
-    fields = {"d_ff": f.integer("intermediate_size"), "n_experts": 0, "experts_per_token": 0, "ffn": None}
+    fields = {
+        "d_ff": f.integer("intermediate_size"),
+        "n_experts": 0,
+        "experts_per_token": 0,
+        "ffn": None,
+    }
     return tuple(fields.items())
 
 
 def expert_fields(
     f: Fields, counts: Features, ffn: Mixture | SharedExperts, dense: Sequence[bool]
 ) -> tuple[Features, list[Overrides]]:
-    """Returns the fields of narrow experts, and of every layer: ``dense`` marks layers without experts."""
+    """Returns the fields of narrow experts, and of every layer: ``dense`` marks layers without
+    experts."""
     fields = counts | {"d_ff": f.integer("moe_intermediate_size"), "ffn": ffn}
     return fields, [dense_layer(f) if is_dense else () for is_dense in dense]
 
 
-def qwen_experts(f: Fields, ffn: Mixture | SharedExperts) -> tuple[Features, list[Overrides]]:
+def qwen_experts(
+    f: Fields, ffn: Mixture | SharedExperts
+) -> tuple[Features, list[Overrides]]:
     """See `expert_fields`."""
-    n_layers, step = readers.layer_count(f), f.integer("decoder_sparse_step")
+    n_layers = readers.layer_count(f)
+    step = f.integer("decoder_sparse_step")
     listed = f.get("mlp_only_layers") or []
-    if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < n_layers for i in listed):
-        raise f.error("mlp_only_layers", f"numbers of layers from 0 to {n_layers - 1}", repr(listed)[:60])
+    if not isinstance(listed, list) or not all(
+        type(i) is int and 0 <= i < n_layers for i in listed
+    ):
+        raise f.error(
+            "mlp_only_layers",
+            f"numbers of layers from 0 to {n_layers - 1}",
+            repr(listed)[:60],
+        )
     counts = expert_counts(f, "num_experts", "num_local_experts")
-    return expert_fields(f, counts, ffn, [i in listed or (i + 1) % step != 0 for i in range(n_layers)])
+    return expert_fields(
+        f, counts, ffn, [i in listed or (i + 1) % step != 0 for i in range(n_layers)]
+    )
 
 
 def gated_shared_expert(f: Fields, *, normalize: bool) -> SharedExperts:
@@ -72,7 +92,10 @@ MIXTRAL = Family(
     "mixtral",
     "MixtralForCausalLM",
     _mixtral,
-    (*rows.hf(rows.PRE_NORMS, rows.ATTENTION), *rows.hf_experts("block_sparse_moe", ("w1", "w3", "w2"))),
+    (
+        *rows.hf(rows.PRE_NORMS, rows.ATTENTION),
+        *rows.hf_experts("block_sparse_moe", ("w1", "w3", "w2")),
+    ),
     hf_defaults(
         n_kv_heads=8,
         norm_eps=1e-5,
@@ -138,7 +161,13 @@ QWEN3_MOE = Family(
         *rows.hf_experts("mlp"),
         *rows.HF_DENSE_LAYERS,
     ),
-    QWEN | hf_defaults(n_kv_heads=4, moe_intermediate_size=768, experts_per_token=8, decoder_sparse_step=1),
+    QWEN
+    | hf_defaults(
+        n_kv_heads=4,
+        moe_intermediate_size=768,
+        experts_per_token=8,
+        decoder_sparse_step=1,
+    ),
     GGUF(
         "qwen3moe",
         rows.gguf(rows.GGUF_PRE, rows.GGUF_QK, rows.GGUF_ATTENTION, rows.GGUF_EXPERTS),
@@ -154,7 +183,9 @@ QWEN3_MOE = Family(
 
 def _qwen2_moe(f: Fields) -> Features:
     first = f.integer("max_window_layers", low=0)
-    experts, layers = qwen_experts(f, gated_shared_expert(f, normalize=f.flag("norm_topk_prob")))
+    experts, layers = qwen_experts(
+        f, gated_shared_expert(f, normalize=f.flag("norm_topk_prob"))
+    )
     return {
         "qkv_bias": f.flag("qkv_bias"),
         **readers.optional_windows(f, lambda i: i % 2 == 0 and i < first),
@@ -164,7 +195,9 @@ def _qwen2_moe(f: Fields) -> Features:
 
 QWEN_SHARED = (
     *rows.hf_experts("mlp", folder="ffn/experts_ffn"),
-    *rows.hf_modules({f"ffn/shared_ffn/{name}": f"mlp.shared_expert.{name}" for name in rows.GATED}),
+    *rows.hf_modules(
+        {f"ffn/shared_ffn/{name}": f"mlp.shared_expert.{name}" for name in rows.GATED}
+    ),
     *rows.hf_modules({"ffn/shared_gate": "mlp.shared_expert_gate"}),
     *rows.HF_DENSE_LAYERS,
 )
@@ -196,23 +229,34 @@ def _glm4_moe(f: Fields) -> Features:
         raise f.error("num_nextn_predict_layers", expected, mtp)
     first = f.integer("first_k_dense_replace", low=0, high=2**10)
     counts = expert_counts(f, "n_routed_experts", "num_local_experts")
-    d_shared = f.integer("n_shared_experts", high=2**10) * f.integer("moe_intermediate_size")
+    d_shared = f.integer("n_shared_experts", high=2**10) * f.integer(
+        "moe_intermediate_size"
+    )
     ffn = SharedExperts(d_shared, _sigmoid_router(f, **counts))
-    experts, layers = expert_fields(f, counts, ffn, [i < first for i in range(readers.layer_count(f))])
-    features = {"qkv_bias": f.flag("attention_bias"), "qk_norm": "head" if f.flag("use_qk_norm") else ""}
+    experts, layers = expert_fields(
+        f, counts, ffn, [i < first for i in range(readers.layer_count(f))]
+    )
+    features = {
+        "qkv_bias": f.flag("attention_bias"),
+        "qk_norm": "head" if f.flag("use_qk_norm") else "",
+    }
     return features | experts | readers.fields_of_layers(layers)
 
 
 def _sigmoid_router(f: Fields, n_experts: int, experts_per_token: int) -> RouterSpec:
     groups = f.integer("n_group", high=2**12)
     if n_experts % groups or n_experts // groups < 2:
-        raise f.error("n_group", f"equal groups of 2 or more of the {n_experts} experts", groups)
+        raise f.error(
+            "n_group", f"equal groups of 2 or more of the {n_experts} experts", groups
+        )
     top_groups = f.integer("topk_group", high=2**12)
     if top_groups > groups or top_groups * (n_experts // groups) < experts_per_token:
         expected = f"at most {groups} groups that hold num_experts_per_tok ({experts_per_token}) experts"
         raise f.error("topk_group", expected, top_groups)
     scale = f.number("routed_scaling_factor")
-    return RouterSpec("sigmoid", f.flag("norm_topk_prob"), True, groups, top_groups, scale)
+    return RouterSpec(
+        "sigmoid", f.flag("norm_topk_prob"), True, groups, top_groups, scale
+    )
 
 
 GLM4_MOE = Family(
@@ -222,8 +266,15 @@ GLM4_MOE = Family(
     (
         *rows.hf(rows.PRE_NORMS, rows.ATTENTION, rows.QK_NORMS),
         *rows.hf_experts("mlp", folder="ffn/experts_ffn"),
-        rows.hf_row("mlp.gate.e_score_correction_bias", "ffn/experts_ffn/router/correction"),
-        *rows.hf_modules({f"ffn/shared_ffn/{name}": f"mlp.shared_experts.{name}" for name in rows.GATED}),
+        rows.hf_row(
+            "mlp.gate.e_score_correction_bias", "ffn/experts_ffn/router/correction"
+        ),
+        *rows.hf_modules(
+            {
+                f"ffn/shared_ffn/{name}": f"mlp.shared_experts.{name}"
+                for name in rows.GATED
+            }
+        ),
         *rows.HF_DENSE_LAYERS,
     ),
     hf_defaults(
@@ -240,15 +291,17 @@ GLM4_MOE = Family(
         first_k_dense_replace=1,
         norm_topk_prob=True,
     ),
-    ignored=(r"^model\.layers\.{n_layers}\.",),  # the layer that predicts further tokens
+    ignored=(
+        r"^model\.layers\.{n_layers}\.",
+    ),  # the layer that predicts further tokens
 )
 
 
 # ---------------------------------------------------------------- gpt-oss
 #
-# Attention has a sink per head, biases and alternating windows. Experts and router have biases; the gate
-# is the clamped swish, and its factor is ``1 + clip(x W_up)``. The released files store the experts'
-# kernels in MXFP4 (`nalora_jax.weights.model_files`).
+# Attention has a sink per head, biases and alternating windows. Experts and router have biases; the
+# gate is the clamped swish, and its factor is ``1 + clip(x W_up)``. The released files store the
+# experts' kernels in MXFP4 (`nalora_jax.weights.model_files`).
 
 
 def _gpt_oss(f: Fields) -> Features:
@@ -272,16 +325,24 @@ def _gpt_oss(f: Fields) -> Features:
 
 def _check_quantization(f: Fields) -> None:
     """Refuses any quantization except the released files': MXFP4 experts, all others floats."""
-    stored = Fields(f.mapping("quantization_config"), {}, f"{f.where}: quantization_config")
+    stored = Fields(
+        f.mapping("quantization_config"), {}, f"{f.where}: quantization_config"
+    )
     if not stored.raw:
         return
-    method, listed = stored.get("quant_method"), stored.get("modules_to_not_convert")
+    method = stored.get("quant_method")
+    listed = stored.get("modules_to_not_convert")
     if method != "mxfp4":
-        expected, remedy = "'mxfp4', or no quantization_config", "load the unquantized model"
+        expected = "'mxfp4', or no quantization_config"
+        remedy = "load the unquantized model"
         raise stored.error("quant_method", expected, repr(method), remedy)
-    for key in sorted(stored.raw.keys() - {"quant_method", "modules_to_not_convert", "dequantize"}):
+    for key in sorted(
+        stored.raw.keys() - {"quant_method", "modules_to_not_convert", "dequantize"}
+    ):
         stored.refuse(key)
-    if not isinstance(listed, list | None) or any("experts" in str(module) for module in listed or ()):
+    if not isinstance(listed, list | None) or any(
+        "experts" in str(module) for module in listed or ()
+    ):
         expected = "a list of modules other than the experts"
         raise stored.error("modules_to_not_convert", expected, repr(listed)[:60])
 

@@ -1,4 +1,5 @@
-"""The architectures of encoders: one frozen dataclass for a tower, for a pair, and for a decoder's image tower.
+"""The architectures of encoders: one frozen dataclass for a tower, for a pair, and for a decoder's
+image tower.
 
 `families.py` fills them in from a Hugging Face ``config.json``.
 """
@@ -31,7 +32,9 @@ class EncoderConfig:
     # ---- inputs: text ...
     vocab_size: int = 0
     max_positions: int = 0
-    token_types: int = 0  # rows of a table whose row 0 is added to every token (BERT's segments)
+    token_types: int = (
+        0  # rows of a table whose row 0 is added to every token (BERT's segments)
+    )
     # The token whose first occurrence is pooled; 2: the largest id (CLIP's first files).
     eos_id: int = -1
     pad_id: int = 0
@@ -39,7 +42,9 @@ class EncoderConfig:
     image_size: int = 0  # pixels of the square that the position embeddings cover
     patch_size: int = 0
     channels: int = 3
-    any_shape: bool = False  # accepts patches of images of any shape, padded (SigLIP 2's NaFlex)
+    any_shape: bool = (
+        False  # accepts patches of images of any shape, padded (SigLIP 2's NaFlex)
+    )
     class_token: bool = False
     patch_bias: bool = False
     # ---- layers
@@ -49,7 +54,9 @@ class EncoderConfig:
     pre_norm: bool = True
     gated: bool = False  # phi(x W_gate) * (x W_up); False: phi(x W_in)
     qkv_bias: bool = True
-    layer_scale: bool = False  # a factor per channel on the outputs of attention and FFN
+    layer_scale: bool = (
+        False  # a factor per channel on the outputs of attention and FFN
+    )
     # ---- outputs
     final_norm: bool = True
     pooler: str = ""  # activation of a dense layer after the pooling: "tanh"
@@ -79,14 +86,23 @@ class EncoderConfig:
     def param_shapes(self) -> Shapes:
         """Returns the shape of every base parameter by path, layers stacked.
 
-        Example (ViT): ``{"patches/kernel": (3 p p, D), "class_token": (D,), ..., "layers/ffn/in_proj/kernel": ...}``
+        Example (ViT): ``{"patches/kernel": (3 p p, D), "class_token": (D,), ...,
+        "layers/ffn/in_proj/kernel": ...}``
         """
         d = self.d_model
         if self.kind == "text":
-            rows = {"tokens": self.vocab_size, "positions": self.max_positions, "types": self.token_types}
-            shapes: Shapes = {f"{name}/embedding": (n, d) for name, n in rows.items() if n}
+            rows = {
+                "tokens": self.vocab_size,
+                "positions": self.max_positions,
+                "types": self.token_types,
+            }
+            shapes: Shapes = {
+                f"{name}/embedding": (n, d) for name, n in rows.items() if n
+            }
         else:
-            shapes = _dense("patches", (self.channels * self.patch_size**2, d), self.patch_bias)
+            shapes = _dense(
+                "patches", (self.channels * self.patch_size**2, d), self.patch_bias
+            )
             if self.class_token:
                 shapes["class_token"] = (d,)
             shapes["positions/embedding"] = (self.grid**2 + self.class_token, d)
@@ -99,7 +115,9 @@ class EncoderConfig:
             layer |= _dense(path, shape, self.qkv_bias or not reads_input)
         if self.embed_norm:
             shapes |= _norm("embed_norm", d)
-        shapes |= {f"layers/{path}": (self.n_layers, *shape) for path, shape in layer.items()}
+        shapes |= {
+            f"layers/{path}": (self.n_layers, *shape) for path, shape in layer.items()
+        }
         if self.final_norm:
             shapes |= _norm("final_norm", d)
         if self.pooling == "attention":
@@ -116,8 +134,12 @@ class EncoderConfig:
 
     def projection_shapes(self) -> Shapes:
         """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""
-        d, f = self.d_model, self.d_ff
-        *wide, last = ("gate_proj", "up_proj", "down_proj") if self.gated else ("in_proj", "out_proj")
+        d = self.d_model
+        f = self.d_ff
+        if self.gated:
+            *wide, last = ("gate_proj", "up_proj", "down_proj")
+        else:
+            *wide, last = ("in_proj", "out_proj")
         shapes: Shapes = {f"layers/attn/{name}_proj": (d, d) for name in "qkvo"}
         shapes |= {f"layers/ffn/{name}": (d, f) for name in wide}
         return shapes | {f"layers/ffn/{last}": (f, d)}
@@ -157,7 +179,9 @@ class DualConfig:
         """
         shapes: Shapes = {}
         for name, tower in self.towers.items():
-            shapes |= {f"{name}/{path}": shape for path, shape in tower.param_shapes().items()}
+            shapes |= {
+                f"{name}/{path}": shape for path, shape in tower.param_shapes().items()
+            }
         shapes["logit_scale"] = ()
         if self.loss == "sigmoid":
             shapes["logit_bias"] = ()
@@ -173,7 +197,10 @@ class DualConfig:
 
     def depths(self) -> dict[str, int]:
         """Returns the number of stacked layers by path of `projection_shapes`."""
-        return {path: self.towers[path.partition("/")[0]].n_layers for path in self.projection_shapes()}
+        return {
+            path: self.towers[path.partition("/")[0]].n_layers
+            for path in self.projection_shapes()
+        }
 
     def trained_shapes(self) -> Shapes:
         """Returns the shape of every base parameter that is trained entirely, by path."""
@@ -199,7 +226,9 @@ class Sight:
 
     model_type: str  # of the multimodal model: "llava", "gemma3"
     tower: EncoderConfig  # as stored in the files
-    used_layers: int  # number of the tower's layers that are used, starting at the first
+    used_layers: (
+        int  # number of the tower's layers that are used, starting at the first
+    )
     final_norm: bool  # True if the tower's last norm is applied
     drop_first: bool  # leave out the class token's features
     d_model: int  # of the decoder
@@ -214,7 +243,12 @@ class Sight:
     @property
     def running(self) -> EncoderConfig:
         """The tower as it is used: without layers after the features and without pooling."""
-        return replace(self.tower, n_layers=self.used_layers, final_norm=self.final_norm, pooling="none")
+        return replace(
+            self.tower,
+            n_layers=self.used_layers,
+            final_norm=self.final_norm,
+            pooling="none",
+        )
 
     def param_shapes(self) -> Shapes:
         """Returns the shape of every parameter by path.
@@ -222,10 +256,14 @@ class Sight:
         Paths are ``image/...``, ``projector/...`` and, for weights that are not used,
         ``unused/...``.
         """
-        run, wide = self.running.param_shapes(), self.tower.d_model
+        run = self.running.param_shapes()
+        wide = self.tower.d_model
         shapes = {f"image/{path}": shape for path, shape in run.items()}
         if self.projector == "pooled":
-            shapes |= {"projector/norm/scale": (wide,), "projector/projection/kernel": (wide, self.d_model)}
+            shapes |= {
+                "projector/norm/scale": (wide,),
+                "projector/projection/kernel": (wide, self.d_model),
+            }
         for path, shape in self._mlp().items():
             shapes |= _dense(path, (1, *shape), self.bias)
         for path, shape in self.tower.param_shapes().items():
@@ -238,21 +276,31 @@ class Sight:
     def _mlp(self) -> Shapes:
         if self.projector != "mlp":
             return {}
-        wide, d = self.tower.d_model, self.d_model
+        wide = self.tower.d_model
+        d = self.d_model
         return {"projector/ffn/in_proj": (wide, d), "projector/ffn/out_proj": (d, d)}
 
     def projection_shapes(self) -> Shapes:
         """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""
         of_tower = self.running.projection_shapes()
-        return {f"image/{path}": shape for path, shape in of_tower.items()} | self._mlp()
+        return {
+            f"image/{path}": shape for path, shape in of_tower.items()
+        } | self._mlp()
 
     def depths(self) -> dict[str, int]:
         """Returns the number of stacked layers by path of `projection_shapes`."""
-        return dict.fromkeys(self.projection_shapes(), self.used_layers) | dict.fromkeys(self._mlp(), 1)
+        return dict.fromkeys(
+            self.projection_shapes(), self.used_layers
+        ) | dict.fromkeys(self._mlp(), 1)
 
     def gate_blocks(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the FFN blocks; see `nalora_jax.models.stacks.gate_blocks`."""
-        blocks = {"image/layers/ffn": ((self.used_layers, self.tower.d_ff), self.tower.activation)}
+        blocks = {
+            "image/layers/ffn": (
+                (self.used_layers, self.tower.d_ff),
+                self.tower.activation,
+            )
+        }
         if self.projector == "mlp":
             blocks["projector/ffn"] = ((1, self.d_model), self.activation)
         return {**blocks}

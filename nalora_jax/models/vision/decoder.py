@@ -34,12 +34,25 @@ class SeeingDecoder(Decoder):
         super().setup()
         sight = self.config.sight
         assert sight is not None
-        shared = (self.numerics, self.remat, self.stats, of_whole_rows(self.activation_sharding))
-        self.image = Encoder(sight.running, tower_adapters(self.adapters, "image"), *shared)
-        self.projector = Projector(sight, self.adapters, self.numerics, self.stats or GateStatsConfig())
+        shared = (
+            self.numerics,
+            self.remat,
+            self.stats,
+            of_whole_rows(self.activation_sharding),
+        )
+        self.image = Encoder(
+            sight.running, tower_adapters(self.adapters, "image"), *shared
+        )
+        self.projector = Projector(
+            sight, self.adapters, self.numerics, self.stats or GateStatsConfig()
+        )
 
     def see(
-        self, pixels: jax.Array, counts: jax.Array | None = None, *, deterministic: bool = True
+        self,
+        pixels: jax.Array,
+        counts: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
     ) -> jax.Array:
         """Returns the features that replace the image tokens.
 
@@ -60,7 +73,9 @@ class SeeingDecoder(Decoder):
             real = (jnp.arange(images)[None] < counts[:, None]).reshape(-1)
 
         def weights(seq: int) -> jax.Array | None:
-            return None if real is None else jnp.broadcast_to(real[:, None], (batch * images, seq))
+            if real is None:
+                return None
+            return jnp.broadcast_to(real[:, None], (batch * images, seq))
 
         tower = sight.tower
         x = self.image(
@@ -77,7 +92,9 @@ class SeeingDecoder(Decoder):
         """Calls `Decoder` with the same arguments."""
         if self.is_initializing():
             tower = self.config.sight.tower  # type: ignore[union-attr]
-            self.see(jnp.zeros((1, 1, tower.image_size, tower.image_size, tower.channels)))
+            self.see(
+                jnp.zeros((1, 1, tower.image_size, tower.image_size, tower.channels))
+            )
         return super().__call__(tokens, **options)
 
 
@@ -90,7 +107,9 @@ class Projector(nn.Module):
     stats: GateStatsConfig = GateStatsConfig()
 
     @nn.compact
-    def __call__(self, x: jax.Array, weights: jax.Array | None, *, deterministic: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, weights: jax.Array | None, *, deterministic: bool
+    ) -> jax.Array:
         """Returns ``[images, tokens, d_model]`` of ``[images, patches, d]``.
 
         ``weights`` are the tokens' weights in the statistics.
@@ -122,7 +141,9 @@ class _ProjectorLayer(SelfGatedFFN):
         self, carry: None, scales: dict[str, jax.Array], inputs: Any
     ) -> tuple[None, jax.Array]:
         x, weights = inputs
-        return carry, super().__call__(x, scales, token_weights=weights, deterministic=self.deterministic)
+        return carry, super().__call__(
+            x, scales, token_weights=weights, deterministic=self.deterministic
+        )
 
 
 def pooled_patches(x: jax.Array, tokens: int) -> jax.Array:
@@ -131,9 +152,14 @@ def pooled_patches(x: jax.Array, tokens: int) -> jax.Array:
     ``x`` is ``[images, side * side, d]``.
     """
     images, patches, d = x.shape
-    side, few = round(patches**0.5), round(tokens**0.5)
+    side = round(patches**0.5)
+    few = round(tokens**0.5)
     each = side // few
-    return x.reshape(images, few, each, few, each, d).mean(axis=(2, 4)).reshape(images, tokens, d)
+    return (
+        x.reshape(images, few, each, few, each, d)
+        .mean(axis=(2, 4))
+        .reshape(images, tokens, d)
+    )
 
 
 def decoder_for(config: ModelConfig, *arguments: Any, **options: Any) -> Decoder:

@@ -37,16 +37,27 @@ class DualEncoder(nn.Module):
 
     def setup(self) -> None:  # noqa: D102
         shared = (self.numerics, self.remat, self.stats, self.activation_sharding)
-        self.image = Encoder(self.config.image, tower_adapters(self.adapters, "image"), *shared)
-        self.text = Encoder(self.config.text, tower_adapters(self.adapters, "text"), *shared)
+        self.image = Encoder(
+            self.config.image, tower_adapters(self.adapters, "image"), *shared
+        )
+        self.text = Encoder(
+            self.config.text, tower_adapters(self.adapters, "text"), *shared
+        )
 
     def __call__(
-        self, images: Mapping[str, jax.Array], texts: Mapping[str, jax.Array], **options: Any
+        self,
+        images: Mapping[str, jax.Array],
+        texts: Mapping[str, jax.Array],
+        **options: Any,
     ) -> jax.Array:
         """Returns float32 logits ``[images, texts]``; options are passed to both towers."""
-        return self.logits(self.encode_image(images, **options), self.encode_text(texts, **options))
+        return self.logits(
+            self.encode_image(images, **options), self.encode_text(texts, **options)
+        )
 
-    def encode_image(self, images: Mapping[str, jax.Array], **options: Any) -> jax.Array:
+    def encode_image(
+        self, images: Mapping[str, jax.Array], **options: Any
+    ) -> jax.Array:
         """Returns float32 features ``[batch, features]`` of images, not normalised.
 
         ``images`` has ``pixels``, and ``shapes`` and ``mask`` if the family takes them; see
@@ -62,7 +73,10 @@ class DualEncoder(nn.Module):
         in attention, too, except in families that were trained to attend to padding (SigLIP).
         """
         weights = texts.get("token_weights")
-        mask = None if self.config.text.pooling == "last" or weights is None else weights > 0
+        if self.config.text.pooling == "last" or weights is None:
+            mask = None
+        else:
+            mask = weights > 0
         return self.text(texts["tokens"], mask=mask, token_weights=weights, **options)
 
     def logits(self, images: jax.Array, texts: jax.Array) -> jax.Array:
@@ -71,7 +85,9 @@ class DualEncoder(nn.Module):
         The inputs are ``[images, features]`` and ``[texts, features]``.
         """
         scale, bias = self.temperature()
-        cosines = jnp.einsum("if,tf->it", normalised(images), normalised(texts), precision="highest")
+        cosines = jnp.einsum(
+            "if,tf->it", normalised(images), normalised(texts), precision="highest"
+        )
         return cosines * scale + bias
 
     def temperature(self) -> tuple[jax.Array, jax.Array]:
@@ -79,7 +95,9 @@ class DualEncoder(nn.Module):
         return jnp.exp(self._scalar("logit_scale")), self._scalar("logit_bias")
 
     def _scalar(self, name: str) -> jax.Array:
-        value: jax.Array = self.get_variable("lora", name, self.get_variable("params", name, jnp.zeros(())))
+        value: jax.Array = self.get_variable(
+            "lora", name, self.get_variable("params", name, jnp.zeros(()))
+        )
         return value.astype(jnp.float32)
 
 
@@ -93,7 +111,10 @@ def tower_adapters(spec: AdapterSpec, tower: str) -> AdapterSpec:
     """Returns the adapters of one tower, by the tower's own paths."""
     prefix = f"{tower}/"
     return replace(
-        spec, targets=tuple((p.removeprefix(prefix), t) for p, t in spec.targets if p.startswith(prefix))
+        spec,
+        targets=tuple(
+            (p.removeprefix(prefix), t) for p, t in spec.targets if p.startswith(prefix)
+        ),
     )
 
 
@@ -126,7 +147,10 @@ def init_params(
 
 
 def init_lora(
-    config: DualConfig, spec: AdapterSpec, key: jax.Array, params: Mapping[str, Any] | None = None
+    config: DualConfig,
+    spec: AdapterSpec,
+    key: jax.Array,
+    params: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the initial values of all trained arrays: adapters and ``config.trained``.
 
@@ -139,9 +163,12 @@ def init_lora(
       params: base weights, needed for DoRA's magnitudes; arrays in ``config.trained`` start at
         their values in ``params``.
     """
-    shapes, depths = config.projection_shapes(), config.depths()
+    shapes = config.projection_shapes()
+    depths = config.depths()
     base = flatten(params or {})
-    leaves = fresh_adapters(spec, {path: (depths[path], *shapes[path]) for path in shapes}, key, base)
+    leaves = fresh_adapters(
+        spec, {path: (depths[path], *shapes[path]) for path in shapes}, key, base
+    )
     for path, shape in config.trained_shapes().items():
         leaves[path] = jnp.zeros(shape)
         if path in base:

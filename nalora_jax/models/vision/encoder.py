@@ -90,14 +90,21 @@ class Encoder(nn.Module):
           float32 ``[batch, features]``, not normalised.
         """
         c = self.config
-        x = self._embedded_text(inputs) if c.kind == "text" else self._embedded_image(inputs, shapes)
+        if c.kind == "text":
+            x = self._embedded_text(inputs)
+        else:
+            x = self._embedded_image(inputs, shapes)
         if c.embed_norm:
             x = LayerNorm(c.norm_eps, name="embed_norm")(x)
         x = constrain(x.astype(self.numerics.result), self.activation_sharding)
         if token_weights is None:
             token_weights = mask
         shared = Shared(mask, token_weights, deterministic)
-        options = self.numerics, self.stats or GateStatsConfig(), self.activation_sharding
+        options = (
+            self.numerics,
+            self.stats or GateStatsConfig(),
+            self.activation_sharding,
+        )
         block = stacked(EncoderBlock, self.remat, c.n_layers)
         layers = block(c, self.adapters, *options, name="layers")
         x, _ = layers(x, layer_scales(self.adapters, "layers"), shared)
@@ -111,10 +118,16 @@ class Encoder(nn.Module):
         c = self.config
         seq = tokens.shape[1]
         if seq > c.max_positions:
-            raise ValueError(f"text: expected at most {c.max_positions} tokens, found {seq}")
-        table = Embedding(c.vocab_size, c.d_model, self.activation_sharding, name="tokens")
+            raise ValueError(
+                f"text: expected at most {c.max_positions} tokens, found {seq}"
+            )
+        table = Embedding(
+            c.vocab_size, c.d_model, self.activation_sharding, name="tokens"
+        )
         x = table(tokens, self.numerics).astype(jnp.float32)
-        rows = Embedding(c.max_positions, c.d_model, name="positions")(jnp.arange(seq)[None], self.numerics)
+        rows = Embedding(c.max_positions, c.d_model, name="positions")(
+            jnp.arange(seq)[None], self.numerics
+        )
         if c.token_types:
             types = Embedding(c.token_types, c.d_model, name="types")
             rows = rows + types(jnp.zeros((1, 1), jnp.int32), self.numerics)
@@ -122,9 +135,13 @@ class Encoder(nn.Module):
 
     def _embedded_image(self, pixels: jax.Array, shapes: jax.Array | None) -> jax.Array:
         c = self.config
-        table = expand(Embedding(c.grid**2 + c.class_token, c.d_model, name="positions").table())
+        table = expand(
+            Embedding(c.grid**2 + c.class_token, c.d_model, name="positions").table()
+        )
         if c.any_shape:
-            assert shapes is not None, "a family that takes images of any shape needs their shapes"
+            assert shapes is not None, (
+                "a family that takes images of any shape needs their shapes"
+            )
             positions = resized_each(table, shapes, pixels.shape[1])
             patches = pixels
         else:
@@ -132,25 +149,38 @@ class Encoder(nn.Module):
             grid = height // c.patch_size, width // c.patch_size
             patches = patchify(pixels, c.patch_size)
             positions = resized(table[c.class_token :], *grid)[None]
-        x = PlainDense(c.d_model, c.patch_bias, self.numerics, name="patches")(patches).astype(jnp.float32)
+        x = PlainDense(c.d_model, c.patch_bias, self.numerics, name="patches")(
+            patches
+        ).astype(jnp.float32)
         x = x + jnp.broadcast_to(positions.astype(jnp.float32), x.shape)
         if not c.class_token:
             return x
-        first = self.param("class_token", nn.initializers.normal(0.02), (c.d_model,)) + table[0]
-        first = jnp.broadcast_to(lax.stop_gradient(first).astype(jnp.float32), (batch, 1, c.d_model))
+        first = (
+            self.param("class_token", nn.initializers.normal(0.02), (c.d_model,))
+            + table[0]
+        )
+        first = jnp.broadcast_to(
+            lax.stop_gradient(first).astype(jnp.float32), (batch, 1, c.d_model)
+        )
         return jnp.concatenate([first, x], axis=1)
 
-    def _features(self, x: jax.Array, inputs: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def _features(
+        self, x: jax.Array, inputs: jax.Array, mask: jax.Array | None
+    ) -> jax.Array:
         c = self.config
         y = self._pooled(x, inputs, mask).astype(jnp.float32)
         if c.pooler:
             y = PlainDense(c.d_model, True, self.numerics, name="pooler")(y)
             y = {"tanh": jnp.tanh}[c.pooler](y.astype(jnp.float32))
         if c.d_out:
-            y = PlainDense(c.d_out, c.projection_bias, self.numerics, name="projection")(y)
+            y = PlainDense(
+                c.d_out, c.projection_bias, self.numerics, name="projection"
+            )(y)
         return y.astype(jnp.float32)
 
-    def _pooled(self, x: jax.Array, inputs: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def _pooled(
+        self, x: jax.Array, inputs: jax.Array, mask: jax.Array | None
+    ) -> jax.Array:
         c = self.config
         if c.pooling == "first":
             return x[:, 0]
@@ -159,9 +189,14 @@ class Encoder(nn.Module):
         if c.pooling == "eos":
             # CLIP's end token is the largest id; early config files have the value 2.
             ends = inputs if c.eos_id == 2 else inputs == c.eos_id
-            return jnp.take_along_axis(x, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]
+            return jnp.take_along_axis(
+                x, jnp.argmax(ends, axis=1)[:, None, None], axis=1
+            )[:, 0]
         if c.pooling == "mean":
-            weights = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
+            if mask is None:
+                weights = jnp.ones(x.shape[:2])
+            else:
+                weights = mask.astype(jnp.float32)
             total = jnp.sum(x.astype(jnp.float32) * weights[..., None], axis=1)
             return total / jnp.maximum(jnp.sum(weights, axis=1), 1e-9)[:, None]
         return AttentionPooling(c, self.numerics, name="pool")(x, mask)
@@ -174,9 +209,12 @@ def patchify(pixels: jax.Array, patch: int) -> jax.Array:
     bottom are cut off, as by a strided convolution.
     """
     batch, height, width, channels = pixels.shape
-    rows, columns = height // patch, width // patch
+    rows = height // patch
+    columns = width // patch
     x = pixels[:, : rows * patch, : columns * patch]
-    x = x.reshape(batch, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(batch, rows, patch, columns, patch, channels).transpose(
+        0, 1, 3, 2, 4, 5
+    )
     return x.reshape(batch, rows * columns, patch * patch * channels)
 
 
@@ -207,11 +245,12 @@ class PlainDense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns ``[..., features]`` of ``[..., d_in]``."""
-        kernel, trained = (
-            frozen_kernel(self, (x.shape[-1], self.features)),
-            self.get_variable("lora", "kernel"),
-        )
-        y = matmul(x, kernel, self.numerics) if trained is None else jnp.dot(x.astype(jnp.float32), trained)
+        kernel = frozen_kernel(self, (x.shape[-1], self.features))
+        trained = self.get_variable("lora", "kernel")
+        if trained is None:
+            y = matmul(x, kernel, self.numerics)
+        else:
+            y = jnp.dot(x.astype(jnp.float32), trained)
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
@@ -228,9 +267,13 @@ class AttentionPooling(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Returns ``[batch, d_model]`` of ``[batch, seq, d_model]``."""
         c = self.config
-        probe = lax.stop_gradient(self.param("probe", nn.initializers.normal(0.02), (c.d_model,)))
+        probe = lax.stop_gradient(
+            self.param("probe", nn.initializers.normal(0.02), (c.d_model,))
+        )
         probe = jnp.broadcast_to(probe.astype(x.dtype), (x.shape[0], 1, c.d_model))
-        y = EncoderAttention(c, numerics=self.numerics, name="attn")(probe, x, {}, Shared(mask, None))
+        y = EncoderAttention(c, numerics=self.numerics, name="attn")(
+            probe, x, {}, Shared(mask, None)
+        )
         y = y.astype(jnp.float32)
         hidden = LayerNorm(c.norm_eps, name="norm")(y)
         hidden = FrozenFFN(c.d_ff, c.activation, self.numerics, name="ffn")(hidden)
@@ -261,17 +304,25 @@ class EncoderAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, source: jax.Array, scales: dict[str, jax.Array], shared: Shared
+        self,
+        x: jax.Array,
+        source: jax.Array,
+        scales: dict[str, jax.Array],
+        shared: Shared,
     ) -> jax.Array:
         """Returns ``[batch, queries, d_model]``; keys and values are computed from ``source``.
 
         ``source`` is ``[batch, keys, d_model]``.
         """
-        c, n, d = self.config, self.numerics, self.config.d_model
+        c = self.config
+        n = self.numerics
+        d = self.config.d_model
         adapters = part_adapters(self.adapters, "layers/attn")
         options = {"deterministic": shared.deterministic}
         q, k, v, o = (
-            adapters.dense(f"{name}_proj", d, d, scales, bias=name == "o" or c.qkv_bias, **options)
+            adapters.dense(
+                f"{name}_proj", d, d, scales, bias=name == "o" or c.qkv_bias, **options
+            )
             for name in "qkvo"
         )
         if x is source:
@@ -280,9 +331,17 @@ class EncoderAttention(nn.Module):
             projected = [adapted_dense(x, q, n), *parallel_dense(source, [k, v], n)]
         # [batch, seq, heads, head_dim]
         saved = (round_and_save(y, n) for y, _ in projected)
-        queries, keys, values = (y.reshape(*y.shape[:-1], c.n_heads, c.head_dim) for y in saved)
+        queries, keys, values = (
+            y.reshape(*y.shape[:-1], c.n_heads, c.head_dim) for y in saved
+        )
         out = full_attention(
-            queries, keys, values, n, scale=c.head_dim**-0.5, mask=shared.mask, causal=c.causal
+            queries,
+            keys,
+            values,
+            n,
+            scale=c.head_dim**-0.5,
+            mask=shared.mask,
+            causal=c.causal,
         ).astype(n.result)
         return adapted_dense(out.reshape(*x.shape[:-1], -1), o, n).y
 
@@ -301,14 +360,20 @@ class EncoderBlock(nn.Module):
         self, x: jax.Array, scales: dict[str, dict[str, jax.Array]], shared: Shared
     ) -> tuple[jax.Array, None]:
         """Returns ``[batch, seq, d_model]``, and None because no output is stacked over layers."""
-        c, n = self.config, self.numerics
+        c = self.config
+        n = self.numerics
         x = checkpoint_name(x, LAYER_INPUT)
 
         def attend(y: jax.Array) -> jax.Array:
-            return EncoderAttention(c, self.adapters, n, name="attn")(y, y, scales.get("attn", {}), shared)
+            return EncoderAttention(c, self.adapters, n, name="attn")(
+                y, y, scales.get("attn", {}), shared
+            )
 
         def feed(y: jax.Array) -> jax.Array:
-            options = {"token_weights": shared.token_weights, "deterministic": shared.deterministic}
+            options = {
+                "token_weights": shared.token_weights,
+                "deterministic": shared.deterministic,
+            }
             return self._ffn()(y, scales.get("ffn", {}), **options)
 
         for name, block in (("attn", attend), ("ffn", feed)):
@@ -318,8 +383,12 @@ class EncoderBlock(nn.Module):
                 y = norm(x).astype(n.result)
             y = block(y)
             if c.layer_scale:
-                scale = self.param(f"{name}_scale", nn.initializers.ones_init(), (c.d_model,))
-                y = y * jnp.broadcast_to(lax.stop_gradient(scale).astype(y.dtype), y.shape)
+                scale = self.param(
+                    f"{name}_scale", nn.initializers.ones_init(), (c.d_model,)
+                )
+                y = y * jnp.broadcast_to(
+                    lax.stop_gradient(scale).astype(y.dtype), y.shape
+                )
             x = x + y.astype(x.dtype)
             if not c.pre_norm:
                 x = norm(x).astype(n.result)
@@ -328,8 +397,16 @@ class EncoderBlock(nn.Module):
     def _ffn(self) -> GatedFFN | SelfGatedFFN:
         c = self.config
         kind = GatedFFN if c.gated else SelfGatedFFN
-        sizes, adapters = (c.d_model, c.d_ff, c.activation), part_adapters(self.adapters, "layers/ffn")
-        return kind(*sizes, adapters, use_bias=True, numerics=self.numerics, stats=self.stats, name="ffn")
+        sizes = (c.d_model, c.d_ff, c.activation)
+        adapters = part_adapters(self.adapters, "layers/ffn")
+        return kind(
+            *sizes,
+            adapters,
+            use_bias=True,
+            numerics=self.numerics,
+            stats=self.stats,
+            name="ffn",
+        )
 
 
 # ---------------------------------------------------------------- position embeddings
@@ -351,7 +428,9 @@ def cubic_weights(old: int, new: int) -> np.ndarray:
     for tap in range(-1, 3):
         distance = np.abs(centres - (first + tap))
         near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance**2 + 1
-        far = ((_CUBIC * distance - 5 * _CUBIC) * distance + 8 * _CUBIC) * distance - 4 * _CUBIC
+        far = (
+            (_CUBIC * distance - 5 * _CUBIC) * distance + 8 * _CUBIC
+        ) * distance - 4 * _CUBIC
         places = np.arange(new), np.clip(first + tap, 0, old - 1)
         np.add.at(weights, places, np.where(distance <= 1, near, far))
     return weights.astype(np.float32)
@@ -373,7 +452,9 @@ def resized(table: jax.Array, height: int, width: int) -> jax.Array:
     square = table.astype(jnp.float32).reshape(side, side, -1)
     rows, columns = (jnp.asarray(cubic_weights(side, n)) for n in (height, width))
     square = jnp.einsum("hs,std->htd", rows, square, precision="highest")
-    return jnp.einsum("wt,htd->hwd", columns, square, precision="highest").reshape(height * width, -1)
+    return jnp.einsum("wt,htd->hwd", columns, square, precision="highest").reshape(
+        height * width, -1
+    )
 
 
 def resized_each(table: jax.Array, shapes: jax.Array, length: int) -> jax.Array:
@@ -391,7 +472,9 @@ def resized_each(table: jax.Array, shapes: jax.Array, length: int) -> jax.Array:
     """
     side = round(table.shape[0] ** 0.5)
     sizes = shapes.astype(jnp.float32)[:, None, :]
-    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.float32)[None, :], (shapes.shape[0], length))
+    place = jnp.broadcast_to(
+        jnp.arange(length, dtype=jnp.float32)[None, :], (shapes.shape[0], length)
+    )
     row = jnp.floor(place / sizes[..., 1])
     index = jnp.stack([row, place - row * sizes[..., 1]], axis=-1)
     real = (place < sizes[..., 0] * sizes[..., 1])[..., None]
@@ -404,4 +487,10 @@ def resized_each(table: jax.Array, shapes: jax.Array, length: int) -> jax.Array:
     weights = jnp.maximum(1.0 - jnp.abs(source - centre[..., None]) / reach, 0.0)
     weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     square = table.astype(jnp.float32).reshape(side, side, -1)
-    return jnp.einsum("bns,bnt,std->bnd", weights[:, :, 0], weights[:, :, 1], square, precision="highest")
+    return jnp.einsum(
+        "bns,bnt,std->bnd",
+        weights[:, :, 0],
+        weights[:, :, 1],
+        square,
+        precision="highest",
+    )

@@ -29,22 +29,33 @@ def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
     """
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in DUAL:
-        raise NaloraError(f"{where}: model_type", expected=f"one of {', '.join(DUAL)}", found=repr(name))
-    f, towers = Fields(raw, {"projection_dim": 512}, where), []
+        raise NaloraError(
+            f"{where}: model_type",
+            expected=f"one of {', '.join(DUAL)}",
+            found=repr(name),
+        )
+    f = Fields(raw, {"projection_dim": 512}, where)
+    towers = []
     for kind, field in (("image", "vision"), ("text", "text")):
         settings = f.mapping(f"{field}_config")
         if name != _COMPOSED:
             settings |= {"model_type": f"{name}_{field}_model"}
         tower = read_encoder(settings, f"{where}: {field}_config")
         if tower.kind != kind:
-            raise f.error(f"{field}_config: model_type", f"an {kind} encoder", tower.model_type)
+            raise f.error(
+                f"{field}_config: model_type", f"an {kind} encoder", tower.model_type
+            )
         towers.append(tower)
     if name in ("clip", _COMPOSED):
-        # transformers' VisionTextDualEncoderModel projects the towers' pooled outputs, which for BERT and ViT
-        # include their dense layers.
+        # transformers' VisionTextDualEncoderModel projects the towers' pooled outputs, which for
+        # BERT and ViT include their dense layers.
         pooler: dict[str, Any] = {"pooling": "first", "pooler": "tanh"}
-        pooled, width = dict.fromkeys(("bert", "vit"), pooler), f.integer("projection_dim")
-        image, text = (replace(tower, d_out=width, **pooled.get(tower.model_type, {})) for tower in towers)
+        pooled = dict.fromkeys(("bert", "vit"), pooler)
+        width = f.integer("projection_dim")
+        image, text = (
+            replace(tower, d_out=width, **pooled.get(tower.model_type, {}))
+            for tower in towers
+        )
         return DualConfig(name, image, text)
     image, text = towers
     if image.features != text.features:
@@ -53,7 +64,9 @@ def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
     return DualConfig(name, image, text, loss="sigmoid")
 
 
-def compose(image: EncoderConfig, text: EncoderConfig, d_out: int, loss: Loss = "softmax") -> DualConfig:
+def compose(
+    image: EncoderConfig, text: EncoderConfig, d_out: int, loss: Loss = "softmax"
+) -> DualConfig:
     """Returns a pair of unrelated towers with new projections to ``d_out`` features.
 
     The projections are trained with the adapters.
@@ -63,8 +76,14 @@ def compose(image: EncoderConfig, text: EncoderConfig, d_out: int, loss: Loss = 
     """
     for name, tower in (("image", image), ("text", text)):
         if tower.kind != name:
-            raise NaloraError(f"{name} tower", expected=f"an encoder of {name}", found=tower.model_type)
-    image, text = (replace(tower, d_out=d_out, projection_bias=False) for tower in (image, text))
+            raise NaloraError(
+                f"{name} tower",
+                expected=f"an encoder of {name}",
+                found=tower.model_type,
+            )
+    image, text = (
+        replace(tower, d_out=d_out, projection_bias=False) for tower in (image, text)
+    )
     biases = ("logit_bias",) if loss == "sigmoid" else ()
     trained = ("image/projection", "text/projection", "logit_scale", *biases)
     return DualConfig(_COMPOSED, image, text, loss, trained)
@@ -79,7 +98,9 @@ def read_encoder(raw: Mapping[str, Any], where: str = "config.json") -> EncoderC
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in ENCODERS:
         raise NaloraError(
-            f"{where}: model_type", expected=f"one of {', '.join(ENCODERS)}", found=repr(name)
+            f"{where}: model_type",
+            expected=f"one of {', '.join(ENCODERS)}",
+            found=repr(name),
         )
     features, defaults = ENCODERS[name]
     f = Fields(raw, defaults, where)
@@ -97,7 +118,9 @@ def read_encoder(raw: Mapping[str, Any], where: str = "config.json") -> EncoderC
     )
     if config.d_model % config.n_heads:
         raise f.error(
-            "hidden_size", f"a multiple of num_attention_heads ({config.n_heads})", config.d_model
+            "hidden_size",
+            f"a multiple of num_attention_heads ({config.n_heads})",
+            config.d_model,
         )
     return config
 
@@ -114,10 +137,15 @@ def _text(f: Fields) -> dict[str, Any]:
 
 
 def _image(f: Fields) -> dict[str, Any]:
-    size, patch = _side(f, "image_size"), _side(f, "patch_size")
+    size = _side(f, "image_size")
+    patch = _side(f, "patch_size")
     if size % patch:
         raise f.error("image_size", f"a multiple of patch_size ({patch})", size)
-    return {"image_size": size, "patch_size": patch, "channels": f.integer("num_channels", high=64)}
+    return {
+        "image_size": size,
+        "patch_size": patch,
+        "channels": f.integer("num_channels", high=64),
+    }
 
 
 def _side(f: Fields, name: str) -> int:
@@ -140,16 +168,23 @@ def _siglip_text(f: Fields) -> dict[str, Any]:
 
 def _siglip_vision(f: Fields) -> dict[str, Any]:
     if f.get("vision_use_head") is False:
-        raise f.error("vision_use_head", "true: its pooling head makes the features", "false")
+        raise f.error(
+            "vision_use_head", "true: its pooling head makes the features", "false"
+        )
     return {"pooling": "attention", "patch_bias": True, **_image(f)}
 
 
 def _siglip2_vision(f: Fields) -> dict[str, Any]:
-    patches, patch = f.integer("num_patches"), _side(f, "patch_size")
+    patches = f.integer("num_patches")
+    patch = _side(f, "patch_size")
     side = math.isqrt(patches)
     if side * side != patches:
         raise f.error("num_patches", "a square number", patches)
-    size = {"image_size": side * patch, "patch_size": patch, "channels": f.integer("num_channels", high=64)}
+    size = {
+        "image_size": side * patch,
+        "patch_size": patch,
+        "channels": f.integer("num_channels", high=64),
+    }
     return {"pooling": "attention", "patch_bias": True, "any_shape": True, **size}
 
 
@@ -160,7 +195,8 @@ def _vit(f: Fields) -> dict[str, Any]:
 
 def _dinov2(f: Fields) -> dict[str, Any]:
     d_model = f.integer("hidden_size")
-    d_ff, gated = int(d_model * f.number("mlp_ratio")), f.flag("use_swiglu_ffn")
+    d_ff = int(d_model * f.number("mlp_ratio"))
+    gated = f.flag("use_swiglu_ffn")
     features = _vit(f) | {"layer_scale": True, "gated": gated, "d_ff": d_ff}
     if gated:
         # Two thirds, rounded up to a multiple of 8: as many parameters as an ungated block.
@@ -175,10 +211,20 @@ def _bert(f: Fields) -> dict[str, Any]:
     if kind not in (None, "absolute"):
         raise f.error("position_embedding_type", "'absolute'", repr(kind))
     norms = {"embed_norm": True, "pre_norm": False, "final_norm": False}
-    return {"token_types": f.integer("type_vocab_size"), "pooling": "mean", **norms, **_text(f)}
+    return {
+        "token_types": f.integer("type_vocab_size"),
+        "pooling": "mean",
+        **norms,
+        **_text(f),
+    }
 
 
-_SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_SIZES = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
 _PIXELS = {"num_channels": 3, "image_size": 224, "patch_size": 16}
 _CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _CLIP_TEXT = hf_defaults(d_model=512, d_ff=2048, n_heads=8, max_positions=77)
@@ -186,23 +232,39 @@ _CLIP_IDS = {"vocab_size": 49408, "pad_token_id": 1, "eos_token_id": 49407}
 _SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 _SIGLIP_TEXT = {"vocab_size": 32000, "max_position_embeddings": 64, "pad_token_id": 1}
 _GELU = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
-_BERT = {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 0}
+_BERT = {
+    "vocab_size": 30522,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "pad_token_id": 0,
+}
 
 # By ``model_type``: the fields that differ, and transformers' defaults of missing fields.
 ENCODERS: dict[str, tuple[Callable[[Fields], dict[str, Any]], dict[str, Any]]] = {
     "clip_vision_model": (
-        lambda f: {"pooling": "first", "class_token": True, "embed_norm": True, **_image(f)},
+        lambda f: {
+            "pooling": "first",
+            "class_token": True,
+            "embed_norm": True,
+            **_image(f),
+        },
         _SIZES | _PIXELS | _CLIP | {"patch_size": 32},
     ),
     "clip_text_model": (_clip_text, _SIZES | _CLIP | _CLIP_TEXT | _CLIP_IDS),
     "siglip_vision_model": (_siglip_vision, _SIZES | _PIXELS | _SIGLIP),
     "siglip_text_model": (_siglip_text, _SIZES | _SIGLIP | _SIGLIP_TEXT),
-    "siglip2_vision_model": (_siglip2_vision, _SIZES | _PIXELS | _SIGLIP | {"num_patches": 256}),
+    "siglip2_vision_model": (
+        _siglip2_vision,
+        _SIZES | _PIXELS | _SIGLIP | {"num_patches": 256},
+    ),
     "siglip2_text_model": (_siglip_text, _SIZES | _SIGLIP | _SIGLIP_TEXT),
     "vit": (_vit, _SIZES | _PIXELS | _GELU),
     "dinov2": (
         _dinov2,
-        _SIZES | _PIXELS | _GELU | {"layer_norm_eps": 1e-6, "patch_size": 14, "mlp_ratio": 4},
+        _SIZES
+        | _PIXELS
+        | _GELU
+        | {"layer_norm_eps": 1e-6, "patch_size": 14, "mlp_ratio": 4},
     ),
     "bert": (_bert, _SIZES | _GELU | _BERT),
 }
@@ -219,7 +281,11 @@ def _tower(f: Fields, defaults: Mapping[str, Any]) -> EncoderConfig:
     if headless:
         tower = replace(tower, pooling="none")
     if tower.kind != "image" or tower.any_shape:
-        raise f.error("vision_config: model_type", "a tower of images of one size", tower.model_type)
+        raise f.error(
+            "vision_config: model_type",
+            "a tower of images of one size",
+            tower.model_type,
+        )
     return tower
 
 
@@ -238,10 +304,14 @@ def _llava(f: Fields, d_model: int) -> Sight:
         raise f.error("vision_feature_layer", expected, repr(layer)[:60])
     used = layer % (tower.n_layers + 1)  # a negative number counts from the last layer
     if used < 1:
-        raise f.error("vision_feature_layer", "a layer's output, not the tower's input", layer)
+        raise f.error(
+            "vision_feature_layer", "a layer's output, not the tower's input", layer
+        )
     strategy = f.get("vision_feature_select_strategy")
     if strategy not in ("default", "full"):
-        raise f.error("vision_feature_select_strategy", "'default' or 'full'", repr(strategy))
+        raise f.error(
+            "vision_feature_select_strategy", "'default' or 'full'", repr(strategy)
+        )
     drop = strategy == "default"
     if drop and not tower.class_token:
         expected = "'full' for a tower without a class token"
@@ -270,7 +340,9 @@ def _gemma3(f: Fields, d_model: int) -> Sight:
     side = math.isqrt(tokens)
     if side * side != tokens or tower.grid % side:
         raise f.error(
-            "mm_tokens_per_image", f"the square of a divisor of {tower.grid} patches a side", tokens
+            "mm_tokens_per_image",
+            f"the square of a divisor of {tower.grid} patches a side",
+            tokens,
         )
     return Sight(
         "gemma3",

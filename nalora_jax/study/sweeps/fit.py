@@ -42,30 +42,48 @@ class Fitting:
         """
         if config.mesh.context not in (0, 1):
             expected = "1 in a sweep, whose rows are whole"
-            raise NaloraError("--mesh.context", expected=expected, found=config.mesh.context)
-        where, mesh = of_devices(jax.devices()), config.mesh
-        if base is not None and where is not None and mesh.data == mesh.fsdp == mesh.tensor == 0:
+            raise NaloraError(
+                "--mesh.context", expected=expected, found=config.mesh.context
+            )
+        where = of_devices(jax.devices())
+        mesh = config.mesh
+        if (
+            base is not None
+            and where is not None
+            and mesh.data == mesh.fsdp == mesh.tensor == 0
+        ):
             layout = layouts.fastest(layouts.fitting_sweep(config, base, where, count))
             return cls(layout, layout.together, base.d_model)
         limit = _USABLE * device_memory()
-        weights, run, width = 0.0, 1.0, 0
+        weights = 0.0
+        run = 1.0
+        width = 0
         if base is not None:
-            (weights, run), width = _bytes(config, base), base.d_model
+            (weights, run) = _bytes(config, base)
+            width = base.d_model
         experts = base is not None and base.n_experts > 0
         mesh = _mesh(config, count, weights / limit, experts)
         groups = max(mesh.run, 1)
         if experts:
             _check_experts(mesh)
         split = max(mesh.fsdp, 1) * max(mesh.tensor, 1)
-        fits = max(1, int((limit - weights / split) / (run / max(mesh.data, 1) / split)))
+        fits = max(
+            1, int((limit - weights / split) / (run / max(mesh.data, 1) / split))
+        )
         requested = mesh.runs_per_device
         if requested > fits:
-            expected = f"at most {fits} runs, which fit in {limit / 1e9:.1f} GB with the base"
-            raise NaloraError("--mesh.runs-per-device", expected=expected, found=requested)
+            expected = (
+                f"at most {fits} runs, which fit in {limit / 1e9:.1f} GB with the base"
+            )
+            raise NaloraError(
+                "--mesh.runs-per-device", expected=expected, found=requested
+            )
         per_group = requested or min(fits, math.ceil(count / groups))
         policies = (config.compute.remat, config.compute.experts)
         sizes = (mesh.data, mesh.fsdp, mesh.tensor)
-        layout = estimates.Layout(*sizes, *policies, run=mesh.run, runs_per_device=per_group)
+        layout = estimates.Layout(
+            *sizes, *policies, run=mesh.run, runs_per_device=per_group
+        )
         return cls(layout, groups * per_group, width)
 
     def next(self, left: int) -> int:
@@ -73,7 +91,8 @@ class Fitting:
         return math.ceil(left / math.ceil(left / self.capacity))
 
     def slots(self, count: int) -> int:
-        """Returns the length of the axis ``[runs]`` for ``count`` runs: a multiple of the groups."""
+        """Returns the length of the axis ``[runs]`` for ``count`` runs: a multiple of the
+        groups."""
         groups = max(self.layout.run, 1)
         return math.ceil(count / groups) * groups
 
@@ -85,8 +104,11 @@ class Fitting:
 
 def _check_experts(mesh: MeshConfig) -> None:
     """Raises a NaloraError if several groups of several devices each train a mixture of experts."""
-    devices, axes = distributed.platform_of().devices, (mesh.data, mesh.fsdp, mesh.tensor)
-    if mesh.run in (0, 1) or (mesh.run == devices and max(axes) <= 1 and min(axes) >= 0):
+    devices = distributed.platform_of().devices
+    axes = (mesh.data, mesh.fsdp, mesh.tensor)
+    if mesh.run in (0, 1) or (
+        mesh.run == devices and max(axes) <= 1 and min(axes) >= 0
+    ):
         return
     expected = "one device a run for mixtures of experts, or all devices for each"
     sizes = f"(data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor})"
@@ -102,7 +124,9 @@ def _bytes(config: RunConfig, base: ModelConfig) -> tuple[float, float]:
         remat = "none"
     whole = estimates.Layout(1, 1, 1, remat, config.compute.experts)
     # Bytes do not depend on the machine.
-    layout = estimates.estimate(whole, config, *estimates.decoder_alone(config, base), topology("v5e:1x1"))
+    layout = estimates.estimate(
+        whole, config, *estimates.decoder_alone(config, base), topology("v5e:1x1")
+    )
     return layout.weights, layout.state + layout.activations
 
 
@@ -113,7 +137,8 @@ def _mesh(config: RunConfig, count: int, share: float, experts: bool) -> MeshCon
     axes get the rest; a run of a mixture of experts gets one device or all. Without a choice every
     axis stays as it is.
     """
-    mesh, devices = config.mesh, distributed.platform_of().devices
+    mesh = config.mesh
+    devices = distributed.platform_of().devices
     if mesh.run or devices == 1:
         if mesh.run:
             return mesh
@@ -133,4 +158,10 @@ def _mesh(config: RunConfig, count: int, share: float, experts: bool) -> MeshCon
     # Groups without a run would be idle.
     size = next((size for size in sizes if devices // size <= count), sizes[-1])
     fsdp = mesh.fsdp if mesh.fsdp > 0 else size // fixed
-    return replace(mesh, data=max(mesh.data, 1), fsdp=fsdp, tensor=max(mesh.tensor, 1), run=devices // size)
+    return replace(
+        mesh,
+        data=max(mesh.data, 1),
+        fsdp=fsdp,
+        tensor=max(mesh.tensor, 1),
+        run=devices // size,
+    )

@@ -23,7 +23,9 @@ from nalora_jax.config import RunConfig, check, config_from_dict
 from nalora_jax.config.structured import structured
 from nalora_jax.errors import NaloraError
 
-FILE = "sweep.json"  # in the folder of a sweep: its options, its settings and their digest
+FILE = (
+    "sweep.json"  # in the folder of a sweep: its options, its settings and their digest
+)
 # Settings that all runs of a sweep have in common.
 _COMMON = re.compile(
     r"^(output|resume|imports|callbacks|mesh\b.*|debug\b.*|data\.workers|compute\.compilation_cache)$"
@@ -46,7 +48,9 @@ def axes_of(texts: Sequence[str]) -> list[Axis]:
     names = [name for name, _ in axes]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise NaloraError("--sweep", expected="each setting once", found=", ".join(twice))
+        raise NaloraError(
+            "--sweep", expected="each setting once", found=", ".join(twice)
+        )
     return axes
 
 
@@ -71,15 +75,19 @@ def check_names(configs: Sequence[RunConfig]) -> None:
     if not configs:
         raise NaloraError("sweep", expected="at least one run", found="none")
     outputs = [config.output for config in configs]
-    twice = sorted({Path(output).name for output in outputs if outputs.count(output) > 1})
+    twice = sorted(
+        {Path(output).name for output in outputs if outputs.count(output) > 1}
+    )
     if twice:
-        expected, found = "runs with different names", ", ".join(twice)
+        expected = "runs with different names"
+        found = ", ".join(twice)
         remedy = "leave equal values out; settings that differ in their group only need different names"
         raise NaloraError("--sweep", expected=expected, found=found, remedy=remedy)
 
 
 def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
-    """Returns the ``--sweep`` options and settings of a folder, a path or a URL; None without a sweep.
+    """Returns the ``--sweep`` options and settings of a folder, a path or a URL; None without a
+    sweep.
 
     Raises:
       NaloraError: its file is damaged or differs from its digest, or the bucket cannot be read.
@@ -91,32 +99,49 @@ def recorded_sweep(folder: str) -> tuple[tuple[str, ...], RunConfig] | None:
     try:
         record = unseal(json.loads(path.read_text(encoding="utf-8")), name)
         return tuple(map(str, record["sweep"])), config_from_dict(record["run"], name)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OSError,
+        RecursionError,
+    ) as error:
         if isinstance(error, NaloraError):
             raise
         remedy = "start the sweep again in another --output"
-        raise NaloraError(name, expected="the options of a sweep", found=error, remedy=remedy) from None
+        raise NaloraError(
+            name, expected="the options of a sweep", found=error, remedy=remedy
+        ) from None
 
 
 def _axis(text: str) -> Axis:
     name, equals, listed = text.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
     if not equals or not listed.strip():
-        raise NaloraError(f"--sweep {text}", expected="SETTING=VALUE,VALUE,...", found="no values")
+        raise NaloraError(
+            f"--sweep {text}", expected="SETTING=VALUE,VALUE,...", found="no values"
+        )
     if _COMMON.match(name) or is_dataclass(getattr(RunConfig(), name, None)):
-        expected, remedy = "a setting that may differ between runs", "give it once, outside of --sweep"
+        expected = "a setting that may differ between runs"
+        remedy = "give it once, outside of --sweep"
         raise NaloraError("--sweep", expected=expected, found=name, remedy=remedy)
     # A mechanism's settings have commas too: soft:power=2,high=3 is one value.
     words = [word.strip() for word in re.split(r",(?!\s*\w+=)", listed)]
     if "" in words:
-        found, remedy = "nothing after a comma", "remove the comma; a list without entries is none"
-        raise NaloraError(f"--sweep {text}", expected="a value", found=found, remedy=remedy)
+        found = "nothing after a comma"
+        remedy = "remove the comma; a list without entries is none"
+        raise NaloraError(
+            f"--sweep {text}", expected="a value", found=found, remedy=remedy
+        )
     return name, tuple(_value(name, word, f"--sweep {text}: ") for word in words)
 
 
 def _value(name: str, word: str, where: str) -> Any:
     """Returns the value of a word, of the narrowest type that the setting takes."""
-    *others, last = _readings(word, listed=isinstance(_setting(RunConfig(), name), tuple))
+    *others, last = _readings(
+        word, listed=isinstance(_setting(RunConfig(), name), tuple)
+    )
     for reading in others:
         with contextlib.suppress(NaloraError):
             return _setting(structured(RunConfig, _table({name: reading})), name)
@@ -127,7 +152,11 @@ def _readings(word: str, *, listed: bool) -> list[Any]:
     """Returns what a word may mean; entries of a list are joined by ``+``, numbers by ``/``."""
     if listed:
         words = re.split(r"\+(?=[A-Za-z(^])", word)
-        return [[] if word == "none" else words, [_number(entry) for entry in word.split("/")], words]
+        return [
+            [] if word == "none" else words,
+            [_number(entry) for entry in word.split("/")],
+            words,
+        ]
     flags = {"true": True, "yes": True, "false": False, "no": False}
     return [_number(word), flags.get(word.lower(), word), word]
 
@@ -153,15 +182,22 @@ def _table(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _setting(config: Any, name: str) -> Any:
     """Returns a setting by its dotted name; None if there is none of that name."""
-    return functools.reduce(lambda group, part: getattr(group, part, None), name.split("."), config)
+    return functools.reduce(
+        lambda group, part: getattr(group, part, None), name.split("."), config
+    )
 
 
 def _part(name: str, value: Any) -> str:
     """Returns a setting's part of a folder's name, e.g. ``learning-rate-0.001``."""
     label = str(value)
     if isinstance(value, tuple):
-        rules = (vars(rule).values() if is_dataclass(rule) else [rule] for rule in value)
-        names = ("-".join(str(number) for number in rule if number is not None) for rule in rules)
+        rules = (
+            vars(rule).values() if is_dataclass(rule) else [rule] for rule in value
+        )
+        names = (
+            "-".join(str(number) for number in rule if number is not None)
+            for rule in rules
+        )
         label = "+".join(names) or "none"
     elif isinstance(value, float):
         label = f"{value:g}"

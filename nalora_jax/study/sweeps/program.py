@@ -1,9 +1,9 @@
 """The program of several runs: their stacked states, the compiled step, and the training loop.
 
-The step is `jax.vmap` of a run's step, with the frozen base unbatched. States are padded with zeros to
-common shapes and stacked on an axis ``[runs]``. Padding a smaller rank is exact: columns of A and rows
-of B that are both zero have no gradient. Each run logs, evaluates and saves as a solo run does. A run
-that is finished, stopped early or diverged keeps its state while the others train.
+The step is `jax.vmap` of a run's step, with the frozen base unbatched. States are padded with zeros
+to common shapes and stacked on an axis ``[runs]``. Padding a smaller rank is exact: columns of A
+and rows of B that are both zero have no gradient. Each run logs, evaluates and saves as a solo run
+does. A run that is finished, stopped early or diverged keeps its state while the others train.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ from nalora_jax.common.notes import counting
 from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, TrainState
-from nalora_jax.study.sweeps.values import Values, mechanisms_with, spec_with, values_of, widest
+from nalora_jax.study.sweeps.values import (
+    Values,
+    mechanisms_with,
+    spec_with,
+    values_of,
+    widest,
+)
 from nalora_jax.train.loop import Follower
 from nalora_jax.train.preemption import StopSignals
 from nalora_jax.train.program import Assembly
@@ -40,7 +46,9 @@ Shapes = dict[str, tuple[int, ...]]  # by path
 def common_shapes(runs: Sequence[Any]) -> Shapes:
     """Returns the largest size of every axis by path, over trees of equal structure."""
     flat = [trees.flatten(run) for run in runs]
-    sizes = {path: zip(*(tree[path].shape for tree in flat), strict=True) for path in flat[0]}
+    sizes = {
+        path: zip(*(tree[path].shape for tree in flat), strict=True) for path in flat[0]
+    }
     return {path: tuple(map(max, of_axes)) for path, of_axes in sizes.items()}
 
 
@@ -49,15 +57,20 @@ def stacked_sharding(mesh: Mesh, solo: NamedSharding) -> NamedSharding:
     return NamedSharding(mesh, P(RUN if RUN in mesh.shape else None, *solo.spec))
 
 
-def batch_of(rows: Sequence[Mapping[str, np.ndarray]], mesh: Mesh) -> dict[str, jax.Array]:
+def batch_of(
+    rows: Sequence[Mapping[str, np.ndarray]], mesh: Mesh
+) -> dict[str, jax.Array]:
     """Returns global arrays ``[runs, accumulate, rows, ...]`` of the host batches of all runs.
 
     Args:
-      rows: by run, the arrays ``[accumulate, rows, ...]`` of `nalora_jax.layout.distributed.process_rows`.
+      rows: by run, the arrays ``[accumulate, rows, ...]`` of
+        `nalora_jax.layout.distributed.process_rows`.
       mesh: the sweep's devices.
     """
     stacked = {name: np.stack([run[name] for run in rows]) for name in rows[0]}
-    batch: dict[str, jax.Array] = distributed.make_global_batch(stacked, mesh, rows_axis=2)
+    batch: dict[str, jax.Array] = distributed.make_global_batch(
+        stacked, mesh, rows_axis=2
+    )
     return batch
 
 
@@ -65,7 +78,10 @@ def _padded(numpy: Any, array: Any, shape: tuple[int, ...]) -> Any:
     """Returns ``array`` with zeros up to ``shape``, by `numpy` or `jax.numpy`."""
     if array.shape == shape:
         return array
-    return numpy.pad(array, [(0, target - size) for size, target in zip(array.shape, shape, strict=True)])
+    return numpy.pad(
+        array,
+        [(0, target - size) for size, target in zip(array.shape, shape, strict=True)],
+    )
 
 
 def shared(runs: Sequence[Any], mesh: Mesh) -> tuple[Any, Any]:
@@ -76,13 +92,19 @@ def shared(runs: Sequence[Any], mesh: Mesh) -> tuple[Any, Any]:
     if all(run is runs[0] for run in runs):
         return runs[0], None
     flat = [trees.flatten(run) for run in runs]
-    differing = {path for path, leaf in flat[0].items() if any(tree[path] is not leaf for tree in flat)}
+    differing = {
+        path
+        for path, leaf in flat[0].items()
+        if any(tree[path] is not leaf for tree in flat)
+    }
     shapes = common_shapes([{path: tree[path] for path in differing} for tree in flat])
 
     def join(path: str, leaf: jax.Array) -> jax.Array:
         if path not in differing:
             return leaf
-        stacked = jnp.stack([_padded(jnp, jnp.asarray(tree[path]), shapes[path]) for tree in flat])
+        stacked = jnp.stack(
+            [_padded(jnp, jnp.asarray(tree[path]), shapes[path]) for tree in flat]
+        )
         sharding: Any = leaf.sharding
         return jax.device_put(stacked, stacked_sharding(mesh, sharding))
 
@@ -106,16 +128,21 @@ class SweepProgram:
       values: the values in which the runs differ, on the mesh.
     """
 
-    def __init__(self, runs: Sequence[Assembly], width: int = 0, slots: int = 0) -> None:
+    def __init__(
+        self, runs: Sequence[Assembly], width: int = 0, slots: int = 0
+    ) -> None:
         runs = [*runs, *[runs[-1]] * max(0, slots - len(runs))]
         first = runs[0]
-        self.runs, self.mesh = tuple(runs), first.mesh
+        self.runs = tuple(runs)
+        self.mesh = first.mesh
         self._spec = widest([run.spec for run in runs])
         self._shapes = common_shapes([run.state for run in runs])
         shape_of = lambda path, x: jax.ShapeDtypeStruct(self._shapes[path], x.dtype)  # noqa: E731
         padded = trees.map_named(shape_of, first.state)
         self._solo = distributed.shardings(padded, self.mesh, distributed.STATE_RULES)
-        self._places = jax.tree.map(lambda place: stacked_sharding(self.mesh, place), self._solo)
+        self._places = jax.tree.map(
+            lambda place: stacked_sharding(self.mesh, place), self._solo
+        )
         self._by_run = stacked_sharding(self.mesh, NamedSharding(self.mesh, P()))
         self.values: Values = jax.device_put(values_of(runs, width), self._by_run)
         weights, axes = shared([run.params for run in runs], self.mesh)
@@ -123,22 +150,38 @@ class SweepProgram:
         if axes is None:
             self.params = first.view(weights)
         else:
-            self.params, of_params = {"params": weights}, {"params": axes}
+            self.params = {"params": weights}
+            of_params = {"params": axes}
         self._compiled = step_of_runs(self._one, self.mesh, self._places, of_params)
         self._trains = lru_cache(maxsize=2)(self._trained)  # changes when a run ends
         taken = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
-        take = lambda states, index: jax.tree.map(lambda leaf: taken(leaf, index), states)  # noqa: E731
+
+        def take(states: Any, index: Any) -> Any:
+            return jax.tree.map(lambda leaf: taken(leaf, index), states)
+
         self._take: Any = jax.jit(take, out_shardings=self._solo)
-        self._measure: Any = jax.jit(jax.vmap(self._metrics_of_one), out_shardings=self._by_run)
+        self._measure: Any = jax.jit(
+            jax.vmap(self._metrics_of_one), out_shardings=self._by_run
+        )
 
     def begin(self, states: Sequence[TrainState]) -> TrainState:
-        """Returns the states of all runs as one state with an axis ``[runs]``; all processes must call it."""
+        """Returns the states of all runs as one state with an axis ``[runs]``; all processes must
+        call it."""
         filled = [*states, *[states[-1]] * (len(self.runs) - len(states))]
-        flat = [trees.flatten(jax.tree.map(distributed.fetch, state)) for state in filled]
+        flat = [
+            trees.flatten(jax.tree.map(distributed.fetch, state)) for state in filled
+        ]
 
         def join(path: str, place: NamedSharding) -> jax.Array:
-            stacked = np.stack([_padded(np, np.asarray(tree[path]), self._shapes[path]) for tree in flat])
-            return jax.make_array_from_callback(stacked.shape, place, stacked.__getitem__)
+            stacked = np.stack(
+                [
+                    _padded(np, np.asarray(tree[path]), self._shapes[path])
+                    for tree in flat
+                ]
+            )
+            return jax.make_array_from_callback(
+                stacked.shape, place, stacked.__getitem__
+            )
 
         joined: TrainState = trees.map_named(join, self._places)
         return joined
@@ -153,12 +196,16 @@ class SweepProgram:
           batch: arrays ``[runs, accumulate, rows, ...]``.
           active: by run; the state of other runs, and of filled slots, stays as it is.
         """
-        result: tuple[TrainState, dict[str, Any]] = self._compiled(*self._arguments(states, batch, active))
+        result: tuple[TrainState, dict[str, Any]] = self._compiled(
+            *self._arguments(states, batch, active)
+        )
         return result
 
     def lower(self, states: TrainState, batch: Batch) -> Any:
         """Returns the lowered step (``jax.stages.Lowered``)."""
-        return self._compiled.lower(*self._arguments(states, batch, [True] * len(self.runs)))
+        return self._compiled.lower(
+            *self._arguments(states, batch, [True] * len(self.runs))
+        )
 
     def state_of(self, states: TrainState, index: int) -> TrainState:
         """Returns the state of one run, with the shapes of its solo run."""
@@ -166,40 +213,63 @@ class SweepProgram:
 
         def without_padding(path: str, leaf: jax.Array) -> jax.Array:
             shape = solo[path].shape
-            return leaf if leaf.shape == shape else leaf[tuple(map(slice, shape))]
+            if leaf.shape == shape:
+                return leaf
+            return leaf[tuple(map(slice, shape))]
 
-        state: TrainState = trees.map_named(without_padding, self._take(states, jnp.int32(index)))
+        state: TrainState = trees.map_named(
+            without_padding, self._take(states, jnp.int32(index))
+        )
         return state
 
     def measure(self, states: TrainState) -> list[dict[str, Any]]:
         """Returns `nalora_jax.train.state_metrics.StateMetrics.measure` of every run."""
         measured = jax.tree.map(distributed.fetch, self._measure(states, self.values))
-        of_runs = (jax.tree.map(lambda leaf, i=i: leaf[i], measured) for i in range(len(self.runs)))
-        return [run.state_metrics.record(*each) for run, each in zip(self.runs, of_runs, strict=True)]
+        of_runs = (
+            jax.tree.map(lambda leaf, i=i: leaf[i], measured)
+            for i in range(len(self.runs))
+        )
+        return [
+            run.state_metrics.record(*each)
+            for run, each in zip(self.runs, of_runs, strict=True)
+        ]
 
     def _metrics_of_one(self, state: TrainState, values: Mapping[str, Any]) -> Any:
         mechanisms = mechanisms_with(self.runs[0].mechanisms, values)
-        return StateMetrics(mechanisms, spec_with(self._spec, values["scales"]), self.mesh).compute(state)
+        return StateMetrics(
+            mechanisms, spec_with(self._spec, values["scales"]), self.mesh
+        ).compute(state)
 
-    def _arguments(self, states: TrainState, batch: Batch, active: Sequence[bool]) -> tuple[Any, ...]:
+    def _arguments(
+        self, states: TrainState, batch: Batch, active: Sequence[bool]
+    ) -> tuple[Any, ...]:
         return self.params, states, batch, self.values, self._trains(tuple(active))
 
     def _trained(self, active: tuple[bool, ...]) -> jax.Array:
         """Returns ``active`` of all slots on the mesh."""
         trains = np.zeros(len(self.runs), bool)
         trains[: len(active)] = active
-        return jax.make_array_from_callback(trains.shape, self._by_run, trains.__getitem__)
+        return jax.make_array_from_callback(
+            trains.shape, self._by_run, trains.__getitem__
+        )
 
-    def _one(self, params: Any, state: TrainState, batch: Batch, values: Mapping[str, Any]) -> Any:
+    def _one(
+        self, params: Any, state: TrainState, batch: Batch, values: Mapping[str, Any]
+    ) -> Any:
         """Returns the step of one run."""
         first = self.runs[0]
         mechanisms = mechanisms_with(first.mechanisms, values)
-        step = first.pure(spec_with(self._spec, values["scales"]), mechanisms, values["numbers"])
+        step = first.pure(
+            spec_with(self._spec, values["scales"]), mechanisms, values["numbers"]
+        )
         return step(params, state, batch)
 
 
-def step_of_runs(step: Callable[..., Any], mesh: Mesh, places: Any, params_axes: Any = None) -> Any:
-    """Returns the jitted step ``(params, states, batch, values, active) -> (states, metrics)`` of all runs.
+def step_of_runs(
+    step: Callable[..., Any], mesh: Mesh, places: Any, params_axes: Any = None
+) -> Any:
+    """Returns the jitted step ``(params, states, batch, values, active) -> (states, metrics)`` of
+    all runs.
 
     Args:
       step: of one run, ``(params, state, batch, values) -> (state, metrics)``.
@@ -208,21 +278,29 @@ def step_of_runs(step: Callable[..., Any], mesh: Mesh, places: Any, params_axes:
       params_axes: axis ``[runs]`` of each array of the params, 0 or None; None: no array has it.
     """
 
-    def one(params: Any, state: TrainState, batch: Batch, values: Any, active: jax.Array) -> Any:
+    def one(
+        params: Any, state: TrainState, batch: Batch, values: Any, active: jax.Array
+    ) -> Any:
         after, metrics = step(params, state, batch, values)
-        return jax.tree.map(lambda new, old: jnp.where(active, new, old), after, state), metrics
+        return jax.tree.map(
+            lambda new, old: jnp.where(active, new, old), after, state
+        ), metrics
 
     in_axes = (params_axes, 0, 0, 0, 0)
 
     def by_axis(of_axis: Callable[..., Any], *trees_of_params: Any) -> Any:
-        return jax.tree.map(of_axis, params_axes, *trees_of_params, is_leaf=lambda axis: axis is None)
+        return jax.tree.map(
+            of_axis, params_axes, *trees_of_params, is_leaf=lambda axis: axis is None
+        )
 
     def together(params: Any, *stacked: Any) -> Any:
         """Returns the step of all runs; one run alone has the program of a solo run."""
         if stacked[-1].shape[0] > 1:
             return jax.vmap(one, in_axes)(params, *stacked)
         of_run = jax.tree.map(lambda x: x[0], stacked)
-        results = one(by_axis(lambda axis, x: x if axis is None else x[0], params), *of_run)
+        results = one(
+            by_axis(lambda axis, x: x if axis is None else x[0], params), *of_run
+        )
         return jax.tree.map(lambda x: x[None], results)
 
     of_runs: Callable[..., Any] = together
@@ -232,9 +310,14 @@ def step_of_runs(step: Callable[..., Any], mesh: Mesh, places: Any, params_axes:
         # Every device runs the program of one device, so no collective crosses the axis.
         of_params = by_axis(lambda axis: P() if axis is None else P(RUN))
         in_specs = (of_params, P(RUN), P(RUN), P(RUN), P(RUN))
-        of_runs = jax.shard_map(together, mesh=mesh, in_specs=in_specs, out_specs=P(RUN), check_vma=False)
-    out, options = stacked_sharding(mesh, NamedSharding(mesh, P())), distributed.compiler_options(mesh)
-    return jax.jit(of_runs, donate_argnums=1, out_shardings=(places, out), compiler_options=options)
+        of_runs = jax.shard_map(
+            together, mesh=mesh, in_specs=in_specs, out_specs=P(RUN), check_vma=False
+        )
+    out = stacked_sharding(mesh, NamedSharding(mesh, P()))
+    options = distributed.compiler_options(mesh)
+    return jax.jit(
+        of_runs, donate_argnums=1, out_shardings=(places, out), compiler_options=options
+    )
 
 
 # ---------------------------------------------------------------- loop
@@ -253,8 +336,11 @@ class RunLoop:
       error: set if the run diverged.
     """
 
-    def __init__(self, follower: Follower, batches: Iterator[Mapping[str, np.ndarray]]) -> None:
-        self.follower, self.step = follower, follower.result.step
+    def __init__(
+        self, follower: Follower, batches: Iterator[Mapping[str, np.ndarray]]
+    ) -> None:
+        self.follower = follower
+        self.step = follower.result.step
         self.active = self.step < follower.schedule.steps
         self.error: TrainingDivergedError | None = None
         self._batches = batches
@@ -277,7 +363,8 @@ class RunLoop:
         state: Callable[[], TrainState],
         measured: Callable[[], dict[str, Any]],
     ) -> None:
-        """Acts after a step with these metrics; ``state`` and ``measured`` return its state and their metrics."""
+        """Acts after a step with these metrics; ``state`` and ``measured`` return its state and
+        their metrics."""
         if not self.active:
             return
         self._measured = measured
@@ -285,7 +372,8 @@ class RunLoop:
         try:
             self.active = self.follower.after(self.step, metrics, state)
         except TrainingDivergedError as error:
-            self.active, self.error = False, error
+            self.active = False
+            self.error = error
 
 
 class StopOfAll(StopSignals):
@@ -293,7 +381,8 @@ class StopOfAll(StopSignals):
 
     def __init__(self, signals: StopSignals) -> None:
         super().__init__()
-        self._signals, self._asked = signals, False
+        self._signals = signals
+        self._asked = False
 
     @property
     def signal(self) -> Signals:
@@ -309,7 +398,9 @@ class StopOfAll(StopSignals):
         return self._asked
 
 
-def fit_all(program: SweepProgram, runs: Sequence[RunLoop], stop: StopOfAll | None = None) -> None:
+def fit_all(
+    program: SweepProgram, runs: Sequence[RunLoop], stop: StopOfAll | None = None
+) -> None:
     """Runs all steps of all runs.
 
     Args:
@@ -317,10 +408,13 @@ def fit_all(program: SweepProgram, runs: Sequence[RunLoop], stop: StopOfAll | No
       runs: in the program's order.
       stop: the stop request that the runs' hooks read.
     """
-    states, step = program.begin([run.follower.result.state for run in runs]), 0
+    states = program.begin([run.follower.result.state for run in runs])
+    step = 0
     while any(run.active for run in runs):
         rows = [run.batch() for run in runs]
-        batch = batch_of([*rows, *rows[-1:] * (len(program.runs) - len(rows))], program.mesh)
+        batch = batch_of(
+            [*rows, *rows[-1:] * (len(program.runs) - len(rows))], program.mesh
+        )
         if not step:
             with counting("compiling the step"):
                 program.lower(states, batch).compile()
@@ -332,14 +426,20 @@ def fit_all(program: SweepProgram, runs: Sequence[RunLoop], stop: StopOfAll | No
         measured = cache(partial(program.measure, states))
         for index, run in enumerate(runs):
             state = partial(program.state_of, states, index)
-            run.after(_OfRun(fetched, index), state, partial(lambda of, i: of()[i], measured, index))
+            run.after(
+                _OfRun(fetched, index),
+                state,
+                partial(lambda of, i: of()[i], measured, index),
+            )
 
 
 class _OfRun(Mapping[str, Any]):
-    """The metrics of one run, of those of all runs ``[runs, ...]``, which are fetched when they are first read."""
+    """The metrics of one run, of those of all runs ``[runs, ...]``, which are fetched when they are
+    first read."""
 
     def __init__(self, fetched: Callable[[], Mapping[str, Any]], index: int) -> None:
-        self._fetched, self._index = fetched, index
+        self._fetched = fetched
+        self._index = index
 
     def __getitem__(self, name: str) -> Any:
         return jax.tree.map(lambda leaf: leaf[self._index], self._fetched()[name])

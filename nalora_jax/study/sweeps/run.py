@@ -87,8 +87,13 @@ def sweep_grid(config: RunConfig, options: Sequence[str]) -> SweepResult:
       NaloraError: an option that cannot vary, and the errors of `sweep`.
     """
     configs = grid(config, axes_of(options))
-    settings = run_log.to_json(redaction.redacted(replace(config, resume=False).to_dict()))
-    text = json.dumps(digests.seal({"sweep": list(options), "run": settings}), indent=1) + "\n"
+    settings = run_log.to_json(
+        redaction.redacted(replace(config, resume=False).to_dict())
+    )
+    text = (
+        json.dumps(digests.seal({"sweep": list(options), "run": settings}), indent=1)
+        + "\n"
+    )
     return sweep(configs, locked=lambda: write_text(config.output, FILE, text))
 
 
@@ -115,7 +120,10 @@ def sweep(
       Interrupted: Ctrl-C or SIGTERM; the last completed step of every run is saved.
     """
     check_names(configs)
-    configs = [replace(check(config), mesh=configs[0].mesh, resume=configs[0].resume) for config in configs]
+    configs = [
+        replace(check(config), mesh=configs[0].mesh, resume=configs[0].resume)
+        for config in configs
+    ]
     first = configs[0].output
     folder = str(epath.Path(buckets.url(first) or first).parent)
     results: _Results = {}
@@ -125,20 +133,31 @@ def sweep(
         groups = values.grouped(runs, _key)
         log.info("%d runs in %d group(s), each of one program", len(runs), len(groups))
         firsts = [(group[0].inputs, len(group)) for group in groups]
-        fitting = [fit.Fitting.of(inputs.config, inputs.base, count) for inputs, count in firsts]
+        fitting = [
+            fit.Fitting.of(inputs.config, inputs.base, count)
+            for inputs, count in firsts
+        ]
         try:
             for group, fits in zip(groups, fitting, strict=True):
                 results |= _train_group(group, fits, stop)
         except Interrupted as stopped:
             way = way_on(replace(configs[0], output=folder))
             raise Interrupted(stopped.signal, stopped.saved, way) from None
-    diverged = {name: each for name, each in results.items() if isinstance(each, TrainingDivergedError)}
-    finished = {name: each for name, each in results.items() if isinstance(each, RunResult)}
+    diverged = {
+        name: each
+        for name, each in results.items()
+        if isinstance(each, TrainingDivergedError)
+    }
+    finished = {
+        name: each for name, each in results.items() if isinstance(each, RunResult)
+    }
     for name, error in diverged.items():
         log.warning("%s diverged and was frozen: %s", Path(name).name, error)
     if not finished:
         raise next(iter(diverged.values()))
-    distributed.on_first_process(lambda: write_text(folder, PAGE, _render_page(finished)))
+    distributed.on_first_process(
+        lambda: write_text(folder, PAGE, _render_page(finished))
+    )
     page = f"{folder}/{PAGE}"
     log.info("comparison: %s", page)
     return SweepResult(finished, diverged, page)
@@ -154,43 +173,70 @@ def _opened(
     """Locks the folder of a run and reads its settings, files and data."""
     config, source = checked_settings(config, data, format, None)
     resume: bool | Literal["auto"] = "auto" if config.resume else False
-    console, callbacks = _Named(Path(config.output).name), make_callbacks(config.callbacks)
-    session = stack.enter_context(open_session(replace(config, resume=resume), stop, callbacks, console))
-    return _Run(read_inputs(config, kinds.run_kind(config), start, answering, session, source), session)
+    console = _Named(Path(config.output).name)
+    callbacks = make_callbacks(config.callbacks)
+    session = stack.enter_context(
+        open_session(replace(config, resume=resume), stop, callbacks, console)
+    )
+    return _Run(
+        read_inputs(config, kinds.run_kind(config), start, answering, session, source),
+        session,
+    )
 
 
 def _key(run: _Run) -> str:
     """Returns the key of a run's program; its adapters are known for language models."""
-    config, base = run.inputs.config, run.inputs.base
-    return values.program_key(config, None if base is None else adapter_spec(config, base))
+    config = run.inputs.config
+    base = run.inputs.base
+    return values.program_key(
+        config, None if base is None else adapter_spec(config, base)
+    )
 
 
-def _train_group(runs: Sequence[_Run], fits: fit.Fitting, stop: preemption.StopSignals) -> _Results:
-    """Trains runs that share a program: one base, as many programs after each other as memory requires."""
+def _train_group(
+    runs: Sequence[_Run], fits: fit.Fitting, stop: preemption.StopSignals
+) -> _Results:
+    """Trains runs that share a program: one base, as many programs after each other as memory
+    requires."""
     mesh = checked_mesh(fits.layout.into(runs[0].inputs.config))
     results: _Results = {}
     first: Job | None = None
     while len(results) < len(runs):
         left = runs[len(results) :]
-        first, of_program = _train_together(left[: fits.next(len(left))], fits, mesh, stop, first)
+        first, of_program = _train_together(
+            left[: fits.next(len(left))], fits, mesh, stop, first
+        )
         results |= of_program
     return results
 
 
 def _train_together(
-    runs: Sequence[_Run], fits: fit.Fitting, mesh: Mesh, stop: preemption.StopSignals, like: Job | None
+    runs: Sequence[_Run],
+    fits: fit.Fitting,
+    mesh: Mesh,
+    stop: preemption.StopSignals,
+    like: Job | None,
 ) -> tuple[Job, _Results]:
-    """Trains runs in one program, with the base of an earlier job; returns a job and the results."""
-    spent, jobs, states = progress.Stages(), [], []
+    """Trains runs in one program, with the base of an earlier job; returns a job and the
+    results."""
+    spent = progress.Stages()
+    jobs = []
+    states = []
     results: _Results = {}
     with ExitStack() as stack:
         for inputs, session in runs:
             stack.enter_context(session.closing)
             placed = fits.layout.into(inputs.config)
-            jobs.append(built(inputs, kinds.run_kind(placed), placed, mesh, session.output, like))
+            jobs.append(
+                built(
+                    inputs, kinds.run_kind(placed), placed, mesh, session.output, like
+                )
+            )
             like = like or jobs[0]
             states.append(restore(jobs[-1], session))
-        measured: dict[str, BaseMetrics | None] = {}  # runs that ask the same questions share them
+        measured: dict[
+            str, BaseMetrics | None
+        ] = {}  # runs that ask the same questions share them
         for (inputs, session), job in zip(runs, jobs, strict=True):
             stack.enter_context(session.reporting_errors())
             questions = json.dumps(inputs.questions, sort_keys=True)
@@ -209,7 +255,9 @@ def _train_together(
             result = loop.follower.result
             best = best_state(job, result, session)
             writers = cards.write_run_card, html.write_report
-            results[inputs.config.output] = finish(job, best, result.step, session, spent, *writers)
+            results[inputs.config.output] = finish(
+                job, best, result.step, session, spent, *writers
+            )
     return like or jobs[0], results
 
 
@@ -221,11 +269,15 @@ def _fit(
     signals: preemption.StopSignals,
 ) -> list[RunLoop]:
     """Runs the steps of several runs in one program."""
-    stop, loops = StopOfAll(signals), []
-    program = SweepProgram([job.assembly for job in jobs], fits.width, slots=fits.slots(len(jobs)))
+    stop = StopOfAll(signals)
+    loops = []
+    program = SweepProgram(
+        [job.assembly for job in jobs], fits.width, slots=fits.slots(len(jobs))
+    )
     for session, state in zip(sessions, states, strict=True):
         loops.append(RunLoop(session.follower(state), session.batches))
-        session.state_metrics, session.stop = cast(Any, loops[-1]), stop
+        session.state_metrics = cast(Any, loops[-1])
+        session.stop = stop
         # Hosts meet at barriers while Orbax writes; barriers of two runs have the same name.
         session.waits_for_writes = jax.process_count() > 1
     log.info("%s", fits.describe(len(jobs)))
@@ -247,18 +299,26 @@ class _Named(Console):
 
 
 def _render_page(results: Mapping[str, RunResult]) -> str:
-    """Returns the comparison of runs, by their output; with too many settings for one page, of the best runs."""
+    """Returns the comparison of runs, by their output; with too many settings for one page, of the
+    best runs."""
 
-    def score(named: tuple[str, RunResult]) -> float:  # of the exported adapter, higher for better
+    def score(
+        named: tuple[str, RunResult],
+    ) -> float:  # of the exported adapter, higher for better
         after = named[1].after
         return float(after.get("accuracy", -after.get("loss", 0.0)))
 
     ranked = sorted(results.items(), key=score, reverse=True)
     for output, result in ranked:
         log.info("%s: %s", Path(output).name, evaluator.describe(result.after))
-    histories = {output: history.read_history(result.folder) for output, result in results.items()}
+    histories = {
+        output: history.read_history(result.folder)
+        for output, result in results.items()
+    }
     try:
         return compare.render_comparison(list(histories.values()))
     except NaloraError:
         log.info("the comparison shows the best %d of %d runs", _MOST, len(results))
-        return compare.render_comparison([histories[output] for output, _ in ranked[:_MOST]])
+        return compare.render_comparison(
+            [histories[output] for output, _ in ranked[:_MOST]]
+        )

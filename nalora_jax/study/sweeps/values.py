@@ -1,7 +1,8 @@
-"""Runs that share a program, and the values in which they differ, as arrays ``[runs, ...]`` that the step reads.
+"""Runs that share a program, and the values in which they differ, as arrays ``[runs, ...]`` that
+the step reads.
 
-Runs whose settings need different programs are trained by different programs. A setting that is equal
-in all runs of a program stays a constant of it, as in a solo run.
+Runs whose settings need different programs are trained by different programs. A setting that is
+equal in all runs of a program stays a constant of it, as in a solo run.
 """
 
 from __future__ import annotations
@@ -59,24 +60,39 @@ def program_key(config: RunConfig, spec: AdapterSpec | None) -> str:
       config: settings of a run, with concrete steps and sequence length.
       spec: its adapters; None if they are not known yet, so that the rules must be equal.
     """
-    named = {path.replace("/", "."): value for path, value in trees.flatten(config.to_dict()).items()}
-    fixed: dict[str, Any] = {n: value for n, value in named.items() if not _VALUES.search(n)}
+    named = {
+        path.replace("/", "."): value
+        for path, value in trees.flatten(config.to_dict()).items()
+    }
+    fixed: dict[str, Any] = {
+        n: value for n, value in named.items() if not _VALUES.search(n)
+    }
     if _is_static(config):  # ranks are allocated by the step count
         fixed |= {"steps": config.steps, "clip_norm": config.optimizer.clip_norm}
     if config.optimizer.name == "adam":  # refuses weight decay
         fixed["weight_decay"] = config.optimizer.weight_decay
     stages = [config.optimizer.clip_norm > 0, config.lora.plus_ratio != 1]
-    return json.dumps([fixed, stages, _adapters(config, spec), _rules(config)], sort_keys=True, default=str)
+    return json.dumps(
+        [fixed, stages, _adapters(config, spec), _rules(config)],
+        sort_keys=True,
+        default=str,
+    )
 
 
 def widest(specs: Sequence[AdapterSpec]) -> AdapterSpec:
     """Returns the adapters with the largest rank of every layer; scales come from the first."""
 
-    first, targets = specs[0], []
+    first = specs[0]
+    targets = []
     for path, target in first.targets:
         ranks = [dict(spec.targets)[path].ranks for spec in specs]
         largest = tuple(map(max, zip(*ranks, strict=True)))
-        targets.append((path, TargetSpec(largest, target.alphas, target.scales(rslora=first.rslora))))
+        targets.append(
+            (
+                path,
+                TargetSpec(largest, target.alphas, target.scales(rslora=first.rslora)),
+            )
+        )
     return replace(first, targets=tuple(targets))
 
 
@@ -90,7 +106,10 @@ def _adapters(config: RunConfig, spec: AdapterSpec | None) -> list[Any]:
     if spec is None:
         return list(config.lora.rules)
     ranks = _is_static(config)
-    return [(path, target.ranks if ranks else len(target.ranks)) for path, target in spec.targets]
+    return [
+        (path, target.ranks if ranks else len(target.ranks))
+        for path, target in spec.targets
+    ]
 
 
 def _rules(config: RunConfig) -> list[Any]:
@@ -99,11 +118,25 @@ def _rules(config: RunConfig) -> list[Any]:
     described = []
     for label, mechanism in mechanisms.entries:
         facts = {"seed": config.seed, "total_steps": config.steps}
-        fixed = {name: value for name, value in vars(mechanism).items() if name != "permute"}
+        fixed = {
+            name: value for name, value in vars(mechanism).items() if name != "permute"
+        }
         values = [*numeric_settings(mechanism), *facts]
-        traced = {name for name in values if accepts_traced(mechanism, name, mechanisms.activation)}
-        fixed = {name: value for name, value in (fixed | facts).items() if name not in traced}
-        described.append((label, f"{type(mechanism).__module__}.{type(mechanism).__qualname__}", fixed))
+        traced = {
+            name
+            for name in values
+            if accepts_traced(mechanism, name, mechanisms.activation)
+        }
+        fixed = {
+            name: value for name, value in (fixed | facts).items() if name not in traced
+        }
+        described.append(
+            (
+                label,
+                f"{type(mechanism).__module__}.{type(mechanism).__qualname__}",
+                fixed,
+            )
+        )
     return described
 
 
@@ -118,32 +151,50 @@ def values_of(runs: Sequence[Assembly], width: int) -> Values:
       width: of the model, for automatic learning rates; 0 for image and text encoders.
 
     Returns:
-      ``numbers`` of the optimizer, ``scales`` of the adapters by path, ``settings`` of the mechanisms by
-      (label, field), ``orders`` of permuted channels by (label, path), and ``facts``: seed and total steps.
+      ``numbers`` of the optimizer, ``scales`` of the adapters by path, ``settings`` of the
+      mechanisms by (label, field), ``orders`` of permuted channels by (label, path), and ``facts``:
+      seed and total steps.
     """
     configs = [with_learning_rate(run.config, width) for run in runs]
     mechanisms = [run.mechanisms for run in runs]
     settings = [
-        {(label, name): getattr(m, name) for label, m in each.entries for name in numeric_settings(m)}
+        {
+            (label, name): getattr(m, name)
+            for label, m in each.entries
+            for name in numeric_settings(m)
+        }
         for each in mechanisms
     ]
     names = [name for name in NUMBERS if hasattr(configs[0].optimizer, name)]
-    numbers = [{name: getattr(config.optimizer, name) for name in names} for config in configs]
+    numbers = [
+        {name: getattr(config.optimizer, name) for name in names} for config in configs
+    ]
     ratios = [{"plus_ratio": config.lora.plus_ratio} for config in configs]
-    scales = [{path: run.spec.scales(path) for path, _ in run.spec.targets} for run in runs]
+    scales = [
+        {path: run.spec.scales(path) for path, _ in run.spec.targets} for run in runs
+    ]
     return {
         "numbers": _differing(numbers) | _differing(ratios) | _rates(configs),
         "scales": _differing(scales),
         "settings": _differing(settings),
         "orders": _orders(runs),
-        "facts": _differing([{"seed": each.seed, "total_steps": each.total_steps} for each in mechanisms]),
+        "facts": _differing(
+            [
+                {"seed": each.seed, "total_steps": each.total_steps}
+                for each in mechanisms
+            ]
+        ),
     }
 
 
-def mechanisms_with(mechanisms: Mechanisms, values: Mapping[str, Mapping[Any, Any]]) -> Mechanisms:
+def mechanisms_with(
+    mechanisms: Mechanisms, values: Mapping[str, Mapping[Any, Any]]
+) -> Mechanisms:
     """Returns mechanisms with one run's values in place of their settings."""
     settings = values["settings"]
-    entries = tuple((label, _with_settings(label, m, settings)) for label, m in mechanisms.entries)
+    entries = tuple(
+        (label, _with_settings(label, m, settings)) for label, m in mechanisms.entries
+    )
     facts: dict[str, Any] = dict(values["facts"])
     return replace(mechanisms, entries=entries, orders=values["orders"], **facts)
 
@@ -152,7 +203,10 @@ def spec_with(spec: AdapterSpec, scales: Mapping[str, Any]) -> AdapterSpec:
     """Returns adapters with one run's scales by path."""
 
     targets = dict(spec.targets)
-    scaled = {path: TargetSpec(targets[path].ranks, targets[path].alphas, scales[path]) for path in scales}
+    scaled = {
+        path: TargetSpec(targets[path].ranks, targets[path].alphas, scales[path])
+        for path in scales
+    }
     return replace(spec, targets=tuple((targets | scaled).items()))
 
 
@@ -161,23 +215,33 @@ def accepts_traced(mechanism: Mechanism, name: str, activation: str) -> bool:
 
     ``name`` may also be a fact of `nalora_jax.method.rules.Context`: seed or total_steps.
     """
-    context = Mechanisms((("", mechanism),), activation).context(jnp.zeros((), jnp.int32), "layers/ffn")
+    context = Mechanisms((("", mechanism),), activation).context(
+        jnp.zeros((), jnp.int32), "layers/ffn"
+    )
     memory = jax.eval_shape(partial(mechanism.init, (2, 8)))
     counts = {statistics.get(key).count for key in mechanism.statistics}
     sums = memory | {key: jax.ShapeDtypeStruct((2,), "float32") for key in counts}
 
     def rule(value: Any, memory: Any, sums: Any, updates: Any) -> Any:
-        traced, traced_context = mechanism, context
+        traced = mechanism
+        traced_context = context
         if name in context._fields:
             traced_context = context._replace(**{name: value})
         else:
             traced = _with_settings("", mechanism, {("", name): value})
-        return traced.factor(memory, traced_context), traced.advance(memory, sums, updates)
+        return traced.factor(memory, traced_context), traced.advance(
+            memory, sums, updates
+        )
 
     try:
         value = jax.tree.map(jnp.asarray, getattr(mechanism, name, 0))
         jax.eval_shape(rule, value, memory, sums, jax.ShapeDtypeStruct((2,), "int32"))
-    except (TypeError, ValueError, KeyError, AttributeError):  # concretization: TypeError
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+    ):  # concretization: TypeError
         return False
     return True
 
@@ -188,12 +252,17 @@ def numeric_settings(mechanism: Mechanism) -> list[str]:
 
     def is_numeric(value: Any) -> bool:
         leaves = jax.tree.leaves(value)
-        return all(isinstance(leaf, int | float) and not isinstance(leaf, bool) for leaf in leaves)
+        return all(
+            isinstance(leaf, int | float) and not isinstance(leaf, bool)
+            for leaf in leaves
+        )
 
     return [name for name in names if is_numeric(getattr(mechanism, name))]
 
 
-def _with_settings(label: str, mechanism: Mechanism, settings: Mapping[tuple[str, str], Any]) -> Mechanism:
+def _with_settings(
+    label: str, mechanism: Mechanism, settings: Mapping[tuple[str, str], Any]
+) -> Mechanism:
     """Returns a copy with traced settings, whose ranges the runs have checked already."""
     traced = copy.copy(mechanism)
     for (owner, name), value in settings.items():
@@ -204,7 +273,11 @@ def _with_settings(label: str, mechanism: Mechanism, settings: Mapping[tuple[str
 
 def _differing(runs: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
     """Returns stacked values of the names whose values differ between runs."""
-    names = [name for name in runs[0] if any(not np.array_equal(run[name], runs[0][name]) for run in runs)]
+    names = [
+        name
+        for name in runs[0]
+        if any(not np.array_equal(run[name], runs[0][name]) for run in runs)
+    ]
     return {name: _stacked([run[name] for run in runs]) for name in names}
 
 
@@ -220,7 +293,9 @@ def _rates(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:
     """Returns the learning rate of every step, ``[runs, steps]``, if the schedules differ."""
     steps = jnp.arange(max(config.steps for config in configs))
     schedules = [make_schedule(config.optimizer, config.steps) for config in configs]
-    rates = np.stack([np.broadcast_to(schedule(steps), steps.shape) for schedule in schedules])
+    rates = np.stack(
+        [np.broadcast_to(schedule(steps), steps.shape) for schedule in schedules]
+    )
     if np.all(rates == rates[0]):
         return {}
     return {"rate_of_step": rates.astype(np.float32)}
@@ -228,16 +303,24 @@ def _rates(configs: Sequence[RunConfig]) -> dict[str, np.ndarray]:
 
 def _orders(runs: Sequence[Assembly]) -> dict[tuple[str, str], np.ndarray]:
     """Returns the channel orders ``[runs, ..., d_ff]`` of permutation controls that differ."""
-    orders, first = {}, runs[0]
+    orders = {}
+    first = runs[0]
     if first.state.gate is None:
         return {}
-    factors = jax.eval_shape(partial(own_factors, mechanisms=first.mechanisms), first.state.gate)
+    factors = jax.eval_shape(
+        partial(own_factors, mechanisms=first.mechanisms), first.state.gate
+    )
     for index, (label, _) in enumerate(first.mechanisms.entries):
-        controls = [(run.mechanisms.entries[index][1], run.mechanisms.seed) for run in runs]
+        controls = [
+            (run.mechanisms.entries[index][1], run.mechanisms.seed) for run in runs
+        ]
         drawn = {(control.permute, seed) for control, seed in controls}
         if len(drawn) == 1 or all(permute < 0 for permute, _ in drawn):
             continue
         for path, factor in factors[label].items():
-            stacked = [control.permutation(factor.shape, path, seed) for control, seed in controls]
+            stacked = [
+                control.permutation(factor.shape, path, seed)
+                for control, seed in controls
+            ]
             orders[label, path] = np.stack(stacked)
     return orders

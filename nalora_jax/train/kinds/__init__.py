@@ -36,8 +36,11 @@ def run_kind(config: RunConfig) -> Kind:
     return text
 
 
-def decoder_parts(config: RunConfig, base: ModelConfig, processor: Any = None) -> dict[str, Any]:
-    """Returns the objective and the module of a kind on a decoder, for `nalora_jax.train.program.assemble`.
+def decoder_parts(
+    config: RunConfig, base: ModelConfig, processor: Any = None
+) -> dict[str, Any]:
+    """Returns the objective and the module of a kind on a decoder, for
+    `nalora_jax.train.program.assemble`.
 
     Args:
       config: the run's settings.

@@ -30,7 +30,12 @@ from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Source
 from nalora_jax.data.sources import AUTO, check_disjoint
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
+from nalora_jax.evaluate.images import (
+    ClassEvaluator,
+    Encoders,
+    Images,
+    RetrievalEvaluator,
+)
 from nalora_jax.layout import distributed
 from nalora_jax.layout.distributed import platform_of
 from nalora_jax.method.step import Batch, Evaluated, TrainState
@@ -68,18 +73,24 @@ class ImageRecords:
     labels: np.ndarray | None  # int32, by the source's index
 
 
-def trained_on(config: RunConfig, source: ImageSource, classes: tuple[str, ...]) -> ImageRecords:
+def trained_on(
+    config: RunConfig, source: ImageSource, classes: tuple[str, ...]
+) -> ImageRecords:
     """Returns the training images of ``source``: all, or ``vision.shots`` of each class.
 
     Each image is opened; unreadable images are left out.
     """
-    data, vision = config.data, config.vision
-    labels, indices = None, np.arange(len(source))
+    data = config.data
+    vision = config.vision
+    labels = None
+    indices = np.arange(len(source))
     if classes:
         labels = source.labels(classes)
         indices = draw_shots(labels, classes, vision.shots, config.seed)
     if data.train_limit:
-        indices = np.sort(indices[permutation(len(indices), config.seed)[: data.train_limit]])
+        indices = np.sort(
+            indices[permutation(len(indices), config.seed)[: data.train_limit]]
+        )
     return ImageRecords(source, source.readable(indices), classes, labels)
 
 
@@ -89,11 +100,16 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     Raises:
       NaloraError: bad data, or records that are both trained on and held out.
     """
-    data, vision = config.data, config.vision
+    data = config.data
+    vision = config.vision
     train = open_images(data, vision, data.train_split)
-    held = open_images(data, vision, "validation" if data.eval_split == AUTO else data.eval_split)
+    held = open_images(
+        data, vision, "validation" if data.eval_split == AUTO else data.eval_split
+    )
     check_disjoint(train, held)
-    records = trained_on(config, train, train.classes() if vision.task == "classify" else ())
+    records = trained_on(
+        config, train, train.classes() if vision.task == "classify" else ()
+    )
     config = settled(config, 0, len(records.indices), "images")
     images = tuple(Images(held, indices) for indices in image_indices(config, held))
     questions = {"reported": images[0].digest, "selecting": images[1].digest}
@@ -105,13 +121,15 @@ def build_step(
 ) -> tuple[LoadedDual, Assembly, ImageData]:
     """Loads both towers, and builds adapters, step and this process's rows.
 
-    ``like`` is a job with the same program. Its base is shared, unless the seed draws the projections
-    between two separate towers.
+    ``like`` is a job with the same program. Its base is shared, unless the seed draws the
+    projections between two separate towers.
 
     Raises:
       NaloraError: bad settings or files.
     """
-    records, vision, compute = inputs.data, placed.vision, placed.compute
+    records = inputs.data
+    vision = placed.vision
+    compute = placed.compute
     if like is None or JOIN in placed.model:
         loaded = load_dual(
             placed.model,
@@ -124,7 +142,8 @@ def build_step(
         )
         params = with_classes(placed, loaded, records.classes, mesh)
     else:
-        loaded, params = cast(LoadedDual, like.loaded), like.assembly.params
+        loaded = cast(LoadedDual, like.loaded)
+        params = like.assembly.params
     assembly = assemble_dual(placed, loaded.config, params, mesh, loaded.processor)
     return loaded, assembly, image_data(placed, loaded, records, mesh)
 
@@ -137,9 +156,12 @@ def evaluator(
     return image_evaluator(encoders, images, inputs.data.classes, inputs.config.vision)
 
 
-def export_run(job: Job, folder: Path, state: TrainState, share: Callable[[str], None]) -> None:
+def export_run(
+    job: Job, folder: Path, state: TrainState, share: Callable[[str], None]
+) -> None:
     """Writes PEFT files of the trained adapter and verifies that a reload is bitwise equal."""
-    loaded, assembly = cast(LoadedDual, job.loaded), job.assembly
+    loaded = cast(LoadedDual, job.loaded)
+    assembly = job.assembly
     lora = jax.tree.map(distributed.fetch, state.lora)
     distributed.on_first_process(
         lambda: write_dual_adapter(folder, loaded, lora, assembly.spec, overwrite=True)
@@ -154,19 +176,36 @@ def with_classes(
     if not classes:
         return loaded.params
     spec = resolve_dual(config, loaded.config)
-    if "text" in adapted_towers(spec) or "text/projection" in loaded.config.trained:  # its output changes
-        prompts = [template.format(name) for name in classes for template in config.vision.templates]
+    if (
+        "text" in adapted_towers(spec) or "text/projection" in loaded.config.trained
+    ):  # its output changes
+        prompts = [
+            template.format(name)
+            for name in classes
+            for template in config.vision.templates
+        ]
         tokens = loaded.tokenizer(prompts)
         shape = (len(classes), len(config.vision.templates), -1)
-        inputs: dict[str, Any] = {name: value.reshape(shape) for name, value in tokens.items()}
+        inputs: dict[str, Any] = {
+            name: value.reshape(shape) for name, value in tokens.items()
+        }
     else:
-        numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
-        encoders = Encoders(
-            DualEncoder(loaded.config, numerics=numerics), loaded.processor, loaded.tokenizer
+        numerics = numerics_for(
+            config.compute.dtype, platform_of(mesh), config.compute.implementation
         )
-        features = encoders.classes({"params": loaded.params}, classes, config.vision.templates)
+        encoders = Encoders(
+            DualEncoder(loaded.config, numerics=numerics),
+            loaded.processor,
+            loaded.tokenizer,
+        )
+        features = encoders.classes(
+            {"params": loaded.params}, classes, config.vision.templates
+        )
         inputs = {"features": features}
-        log.info("class prompts: %d features made once, since the text tower stays as it is", len(features))
+        log.info(
+            "class prompts: %d features made once, since the text tower stays as it is",
+            len(features),
+        )
     replicated = NamedSharding(mesh, P())
     arrays = {
         name: jax.make_array_from_callback(value.shape, replicated, value.__getitem__)
@@ -175,14 +214,18 @@ def with_classes(
     return {**loaded.params, CLASSES: arrays}
 
 
-def image_data(config: RunConfig, loaded: LoadedDual, records: ImageRecords, mesh: Mesh) -> ImageData:
+def image_data(
+    config: RunConfig, loaded: LoadedDual, records: ImageRecords, mesh: Mesh
+) -> ImageData:
     """Returns the training rows of a run: images with classes, or with captions."""
     vision = config.vision
-    source, indices = records.source, records.indices
+    source = records.source
+    indices = records.indices
     tokens = None
     if not records.classes:
         tokens = caption_tokens(source, indices, loaded.tokenizer, vision)
-    image, size = loaded.config.image, loaded.processor.patch_size
+    image = loaded.config.image
+    size = loaded.processor.patch_size
     if image.any_shape and size != image.patch_size:
         where = "preprocessor_config.json: patch_size"
         raise NaloraError(where, expected=image.patch_size, found=size)
@@ -198,10 +241,14 @@ def image_data(config: RunConfig, loaded: LoadedDual, records: ImageRecords, mes
     )
 
 
-def image_indices(config: RunConfig, source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
+def image_indices(
+    config: RunConfig, source: ImageSource
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns indices of the reported images, and of images that select the checkpoint."""
     data = config.data
-    indices = drawn_images(source, data.eval_limit + data.select_limit if data.eval_limit else 0)
+    indices = drawn_images(
+        source, data.eval_limit + data.select_limit if data.eval_limit else 0
+    )
     cut = max(1, min(data.select_limit, len(indices) // 3))
     return np.sort(indices[cut:]), np.sort(indices[:cut])
 
@@ -214,7 +261,9 @@ def drawn_images(source: ImageSource, limit: int) -> np.ndarray:
     """
     indices = source.readable(permutation(len(source), _SEED)[: limit or len(source)])
     if len(indices) < 2:
-        raise NaloraError("--data.eval-split", expected="at least two images", found=len(indices))
+        raise NaloraError(
+            "--data.eval-split", expected="at least two images", found=len(indices)
+        )
     return indices
 
 
@@ -223,18 +272,32 @@ def image_evaluator(
 ) -> ClassEvaluator | RetrievalEvaluator:
     """Returns the evaluator of ``images``: by classes, or by captions without classes."""
     if not classes:
-        return RetrievalEvaluator(encoders, images, images.source.captions(images.indices.tolist()))
+        return RetrievalEvaluator(
+            encoders, images, images.source.captions(images.indices.tolist())
+        )
     labels = images.source.labels(classes)[images.indices]
     return ClassEvaluator(encoders, images, labels, classes, vision.templates)
 
 
 def write_dual_adapter(
-    folder: Path, loaded: LoadedDual, lora: Mapping[str, Any], spec: AdapterSpec, *, overwrite: bool = False
+    folder: Path,
+    loaded: LoadedDual,
+    lora: Mapping[str, Any],
+    spec: AdapterSpec,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Writes PEFT files of an adapter and verifies that a reload is bitwise equal."""
-    config, mark = loaded.config, loaded.fingerprint
+    config = loaded.config
+    mark = loaded.fingerprint
     export_adapter(
-        lora, spec, config, folder, base_model_name=loaded.source, fingerprint=mark, overwrite=overwrite
+        lora,
+        spec,
+        config,
+        folder,
+        base_model_name=loaded.source,
+        fingerprint=mark,
+        overwrite=overwrite,
     )
     verify_export(folder, lora, spec, config, fingerprint=mark)
 
@@ -251,20 +314,22 @@ def assemble_dual(
     """Builds adapters, optimizer and step of a run on a dual encoder.
 
     Args:
-      config, base, mesh, last: see `nalora_jax.train.program.assemble`; ``config.vision.task`` chooses
-        the objective.
+      config, base, mesh, last: see `nalora_jax.train.program.assemble`; ``config.vision.task``
+        chooses the objective.
       params: both towers' weights on ``mesh``, with the class prompts
         (`nalora_jax.train.kinds.dual.Classify`).
       processor: its image processor.
 
     Raises:
-      NaloraError: see `resolve_dual`; or an axis that splits a head or a row, or another start of the
-        adapters than the default one.
+      NaloraError: see `resolve_dual`; or an axis that splits a head or a row, or another start of
+        the adapters than the default one.
     """
     if (shards := distributed.context_size(mesh)) > 1:
         raise context_error(shards, "encoders of images and texts")
     for tower in base.towers.values():
-        distributed.check_heads(mesh.shape["tensor"], n_heads=tower.n_heads, n_kv_heads=tower.n_heads)
+        distributed.check_heads(
+            mesh.shape["tensor"], n_heads=tower.n_heads, n_kv_heads=tower.n_heads
+        )
     if config.lora.init != "default":
         expected = "default for image and text encoders"
         raise NaloraError("--lora.init", expected=expected, found=config.lora.init)
@@ -276,7 +341,9 @@ def assemble_dual(
         base,
         spec,
         numerics,
-        remat=chosen_remat(compute.remat, base.image.d_model, numerics, gated=base.image.gated),
+        remat=chosen_remat(
+            compute.remat, base.image.d_model, numerics, gated=base.image.gated
+        ),
         stats=gate_stats(config, mesh),
         activation_sharding=distributed.row_sharding(mesh),
     )
@@ -284,13 +351,20 @@ def assemble_dual(
 
     def objective(model: DualEncoder) -> Classify | Contrast:
         towers = Towers(model, processor, shared)
-        return Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
+        if config.vision.task == "classify":
+            return Classify(towers)
+        return Contrast(towers, base.loss)
 
     adapted = {name: base.towers[name] for name in adapted_towers(spec)}
-    blocks = {f"{name}/layers/ffn": ((t.n_layers, t.d_ff), t.activation) for name, t in adapted.items()}
+    blocks = {
+        f"{name}/layers/ffn": ((t.n_layers, t.d_ff), t.activation)
+        for name, t in adapted.items()
+    }
     activation = next(iter(adapted.values()), base.image).activation
     config = with_learning_rate(config)
-    program = run_program(config, model, lora, mesh, objective, blocks, activation, last=last)
+    program = run_program(
+        config, model, lora, mesh, objective, blocks, activation, last=last
+    )
     return assembled(program, params, lora)
 
 
@@ -304,7 +378,11 @@ def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:
 
 def adapted_towers(spec: AdapterSpec) -> tuple[str, ...]:
     """Returns the towers that have adapters."""
-    return tuple(tower for tower in TOWERS if any(path.startswith(f"{tower}/") for path, _ in spec.targets))
+    return tuple(
+        tower
+        for tower in TOWERS
+        if any(path.startswith(f"{tower}/") for path, _ in spec.targets)
+    )
 
 
 # Key of the class prompts in ``params``, next to the weights.
@@ -319,24 +397,39 @@ class Towers:
     processor: ImageProcessor
     mesh: Mesh | None = None
 
-    def images(self, variables: Mapping[str, Any], batch: Batch, key: jax.Array) -> jax.Array:
+    def images(
+        self, variables: Mapping[str, Any], batch: Batch, key: jax.Array
+    ) -> jax.Array:
         """Returns normalised features ``[rows, features]`` of uint8 ``pixels``."""
         inputs = {name: batch[name] for name in ("shapes", "mask") if name in batch}
         inputs["pixels"] = self.processor.normalise(batch["pixels"])
         return self._encode("image", variables, inputs, key)
 
-    def texts(self, variables: Mapping[str, Any], batch: Batch, key: jax.Array) -> jax.Array:
+    def texts(
+        self, variables: Mapping[str, Any], batch: Batch, key: jax.Array
+    ) -> jax.Array:
         """Returns normalised features ``[rows, features]`` of ``tokens``."""
-        return self._encode("text", variables, {n: batch[n] for n in ("tokens", "token_weights")}, key)
+        return self._encode(
+            "text", variables, {n: batch[n] for n in ("tokens", "token_weights")}, key
+        )
 
     def temperature(self, variables: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         """Returns the scale and the offset of the cosine similarities."""
-        temperature: tuple[jax.Array, jax.Array] = self.model.apply(variables, method="temperature")
+        temperature: tuple[jax.Array, jax.Array] = self.model.apply(
+            variables, method="temperature"
+        )
         return temperature
 
-    def _encode(self, tower: str, variables: Mapping[str, Any], inputs: Batch, key: jax.Array) -> jax.Array:
-        options: dict[str, Any] = {"method": f"encode_{tower}", "rngs": {"dropout": key}}
-        return normalised(self.model.apply(variables, inputs, deterministic=False, **options))
+    def _encode(
+        self, tower: str, variables: Mapping[str, Any], inputs: Batch, key: jax.Array
+    ) -> jax.Array:
+        options: dict[str, Any] = {
+            "method": f"encode_{tower}",
+            "rngs": {"dropout": key},
+        }
+        return normalised(
+            self.model.apply(variables, inputs, deterministic=False, **options)
+        )
 
 
 @dataclass(frozen=True)
@@ -350,7 +443,9 @@ class Classify:
 
     towers: Towers
 
-    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
+    def loss(
+        self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array
+    ) -> Evaluated:
         """Returns the loss, see `nalora_jax.method.step.Objective`.
 
         The batch has ``pixels`` and ``labels [rows]``.
@@ -369,13 +464,19 @@ class Classify:
         return rows, rows
 
     def _classes(
-        self, variables: Mapping[str, Any], classes: Mapping[str, jax.Array], key: jax.Array
+        self,
+        variables: Mapping[str, Any],
+        classes: Mapping[str, jax.Array],
+        key: jax.Array,
     ) -> jax.Array:
-        """Returns normalised features ``[classes, features]``; those of several prompts are averaged."""
+        """Returns normalised features ``[classes, features]``; those of several prompts are
+        averaged."""
         if "features" in classes:
             return classes["features"]
         count, prompts, _ = classes["tokens"].shape
-        flat = {name: value.reshape(count * prompts, -1) for name, value in classes.items()}
+        flat = {
+            name: value.reshape(count * prompts, -1) for name, value in classes.items()
+        }
         features = self.towers.texts(variables, flat, key)
         return normalised(jnp.mean(features.reshape(count, prompts, -1), axis=1))
 
@@ -387,7 +488,9 @@ class Contrast:
     towers: Towers
     kind: Literal["softmax", "sigmoid"] = "softmax"
 
-    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
+    def loss(
+        self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array
+    ) -> Evaluated:
         """Returns the loss, see `nalora_jax.method.step.Objective`.
 
         The batch has ``pixels``, ``tokens`` and ``token_weights``.
@@ -408,7 +511,11 @@ class Contrast:
 
 
 def softmax_contrastive(
-    images: jax.Array, texts: jax.Array, scale: jax.Array, bias: jax.Array, mesh: Mesh | None = None
+    images: jax.Array,
+    texts: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Returns CLIP's loss (arXiv 2103.00020), summed over rows: the mean of both cross-entropies.
 
@@ -420,21 +527,34 @@ def softmax_contrastive(
     """
     own_images, own_texts = (_placed(x, mesh, P(BATCH_AXES)) for x in (images, texts))
     total = jnp.zeros((), jnp.float32)
-    for anchors, candidates, pair in ((own_images, texts, own_texts), (own_texts, images, own_images)):
+    for anchors, candidates, pair in (
+        (own_images, texts, own_texts),
+        (own_texts, images, own_images),
+    ):
         logits = scale * jnp.einsum(
             "if,jf->ij", anchors, _placed(candidates, mesh, P()), precision="highest"
         )
-        total += jnp.sum(jax.nn.logsumexp(logits, axis=1) - scale * jnp.sum(anchors * pair, axis=1))
+        total += jnp.sum(
+            jax.nn.logsumexp(logits, axis=1) - scale * jnp.sum(anchors * pair, axis=1)
+        )
     return total / 2
 
 
 def sigmoid_contrastive(
-    images: jax.Array, texts: jax.Array, scale: jax.Array, bias: jax.Array, mesh: Mesh | None = None
+    images: jax.Array,
+    texts: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Returns SigLIP's loss (arXiv 2303.15343), summed over rows: binary cross-entropy by pair."""
     own_images, own_texts = (_placed(x, mesh, P(BATCH_AXES)) for x in (images, texts))
     logits = (
-        scale * jnp.einsum("if,jf->ij", own_images, _placed(texts, mesh, P()), precision="highest") + bias
+        scale
+        * jnp.einsum(
+            "if,jf->ij", own_images, _placed(texts, mesh, P()), precision="highest"
+        )
+        + bias
     )
     matching = scale * jnp.sum(own_images * own_texts, axis=1) + bias
     # -log sigmoid(-x) = softplus(x) of all pairs; matching ones: softplus(-x) = softplus(x) - x.

@@ -39,29 +39,43 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     Raises:
       NaloraError: a model or data that cannot be read, or settings that do not fit them.
     """
-    files = open_files(replace(resolve_source(config.model), rope_scaling=config.rope_scaling), images=True)
+    files = open_files(
+        replace(resolve_source(config.model), rope_scaling=config.rope_scaling),
+        images=True,
+    )
     if files.config.sight is not None:
         files = seeing_files(files)
     tokens = files.tokenizer.images
-    train, held = open_records(config.data, seen_sources(config.data, config.vision, tokens, source))
+    train, held = open_records(
+        config.data, seen_sources(config.data, config.vision, tokens, source)
+    )
     inputs = text.tokenized(config, files, train, held)
     assert tokens is not None
     assert files.processor is not None
-    data, max_pixels = inputs.data, config.vision.max_pixels
+    data = inputs.data
+    max_pixels = config.vision.max_pixels
     images = row_images(train, data, tokens, files.processor, max_pixels)
     return replace(inputs, data=replace(data, images=images), in_turns=True)
 
 
-def evaluator(inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: Any) -> TextEvaluator:
+def evaluator(
+    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: Any
+) -> TextEvaluator:
     """Returns the evaluator of some held-out conversations."""
-    return evaluator_of(loaded, assembly.eval_model, items, distributed.unless_single(assembly.mesh))
+    return evaluator_of(
+        loaded, assembly.eval_model, items, distributed.unless_single(assembly.mesh)
+    )
 
 
 def program_parts(config: RunConfig, processor: ImageProcessor) -> dict[str, Any]:
-    """Returns the module and the objective of a model that sees, for `nalora_jax.train.program.assemble`."""
+    """Returns the module and the objective of a model that sees, for
+    `nalora_jax.train.program.assemble`."""
 
     def objective(plain: NextToken) -> SeenNextToken:
-        fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+        fields = {
+            field.name: getattr(plain, field.name)
+            for field in dataclasses.fields(plain)
+        }
         return SeenNextToken(**fields, processor=processor)
 
     return {"module": SeeingDecoder, "objective": objective}
@@ -75,7 +89,9 @@ export_run = text.export_run
 class SeenNextToken(NextToken):
     """`NextToken` of a vision-language model whose packed sequences contain images."""
 
-    processor: Any = None  # `nalora_jax.data.images.files.ImageProcessor`: uint8 pixels to floats
+    processor: Any = (
+        None  # `nalora_jax.data.images.files.ImageProcessor`: uint8 pixels to floats
+    )
 
     def hidden(
         self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any
@@ -115,10 +131,14 @@ def seen_sources(
       NaloraError: bad data, or settings that truncate records, which would cut off images.
     """
     if tokens is None:
-        raise NaloraError("--model", expected="a model that sees images", found="a language model")
+        raise NaloraError(
+            "--model", expected="a model that sees images", found="a language model"
+        )
     if data.too_long in ("truncate", "split"):
         raise NaloraError(
-            "--data.too-long", expected="drop or error: half an image is none", found=data.too_long
+            "--data.too-long",
+            expected="drop or error: half an image is none",
+            found=data.too_long,
         )
     sources: dict[str, Source] = {}
     for split in dict.fromkeys(splits or (data.train_split, data.eval_split)):
@@ -130,7 +150,9 @@ def seen_sources(
             chats = ChatImages(source[split], data, vision, tokens, Path.cwd())
         else:
             raise NaloraError(
-                "source", expected=f"a split {split!r}", found=", ".join(sorted(source)) or "none"
+                "source",
+                expected=f"a split {split!r}",
+                found=", ".join(sorted(source)) or "none",
             )
         sources[split] = chats.readable()
     return sources

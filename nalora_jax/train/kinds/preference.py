@@ -44,10 +44,16 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     Raises:
       NaloraError: a model or pairs that cannot be read, pairs that do not fit, or too few held out.
     """
-    files = open_files(replace(resolve_source(config.model), rope_scaling=config.rope_scaling))
-    added, preference = AddedTokens.of(config.data), config.preference
-    base, tokenizer = files.described(added), files.tokenizer_with(added)
-    adapter_spec(config, base)  # raises for rules that match nothing, before data is tokenized
+    files = open_files(
+        replace(resolve_source(config.model), rope_scaling=config.rope_scaling)
+    )
+    added = AddedTokens.of(config.data)
+    preference = config.preference
+    base = files.described(added)
+    tokenizer = files.tokenizer_with(added)
+    adapter_spec(
+        config, base
+    )  # raises for rules that match nothing, before data is tokenized
     context = base.max_positions
     train, held = open_records(config.data, source)
     turns = in_turns(train.read([0])[0], config.data, preference.chosen_field)
@@ -61,17 +67,27 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
             found=f"one of {longest}",
             remedy=f"set --data.max-length to {2 * context} or less",
         )
-    config = replace(config, data=replace(config.data, max_length=data.pattern.capacity))
+    config = replace(
+        config, data=replace(config.data, max_length=data.pattern.capacity)
+    )
     config = settled(config, base.d_model, data.rows_per_epoch, "rows of pairs")
     pairs = held_out_pairs(held, config.data, preference, tokenizer, context)
-    questions = {"reported": pairs_digest(pairs[0]), "selecting": pairs_digest(pairs[1])}
+    questions = {
+        "reported": pairs_digest(pairs[0]),
+        "selecting": pairs_digest(pairs[1]),
+    }
     return Inputs(config, base, files, data, pairs, questions, turns)
 
 
-def evaluator(inputs: Inputs, loaded: LoadedModel, assembly: Assembly, pairs: Any) -> PreferenceEvaluator:
+def evaluator(
+    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, pairs: Any
+) -> PreferenceEvaluator:
     """Returns the evaluator of some held-out pairs."""
-    model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
-    return PreferenceEvaluator(model, loaded.tokenizer, pairs, inputs.config.preference, mesh=mesh)
+    model = assembly.eval_model
+    mesh = distributed.unless_single(assembly.mesh)
+    return PreferenceEvaluator(
+        model, loaded.tokenizer, pairs, inputs.config.preference, mesh=mesh
+    )
 
 
 def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
@@ -101,7 +117,9 @@ def dpo(chosen: jax.Array, rejected: jax.Array, config: PreferenceConfig) -> Pai
     """
     margin = config.beta * (chosen - rejected)
     smoothing = config.label_smoothing
-    loss = (1 - smoothing) * jax.nn.softplus(-margin) + smoothing * jax.nn.softplus(margin)
+    loss = (1 - smoothing) * jax.nn.softplus(-margin) + smoothing * jax.nn.softplus(
+        margin
+    )
     return Pairs(loss, config.beta * chosen, config.beta * rejected)
 
 
@@ -112,7 +130,9 @@ class Preference:
     policy: NextToken
     config: PreferenceConfig
 
-    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
+    def loss(
+        self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array
+    ) -> Evaluated:
         """Returns the loss, see `nalora_jax.method.step.Objective`.
 
         The batch has the arrays of text and ``pairs [rows, pairs]``.
@@ -129,11 +149,15 @@ class Preference:
         real = batch["pairs"]
 
         def total(ratios: jax.Array) -> tuple[jax.Array, Pairs]:
-            losses = dpo(ratios[..., 0] * per[..., 0], ratios[..., 1] * per[..., 1], self.config)
+            losses = dpo(
+                ratios[..., 0] * per[..., 0], ratios[..., 1] * per[..., 1], self.config
+            )
             return jnp.sum(real * losses.loss), losses
 
         (value, losses), slope = jax.value_and_grad(total, has_aux=True)(ratios)
-        surrogate = self.policy.cross_entropy(hidden, params, batch, self._by_token(-slope, batch))
+        surrogate = self.policy.cross_entropy(
+            hidden, params, batch, self._by_token(-slope, batch)
+        )
         measured = {
             "rewards_chosen": jnp.sum(real * losses.chosen),
             "rewards_rejected": jnp.sum(real * losses.rejected),
@@ -149,10 +173,15 @@ class Preference:
     def _by_answer(self, values: jax.Array, batch: Batch) -> jax.Array:
         """Sums ``[rows, seq]`` over each segment to ``[rows, pairs, 2]``; segment 0 is padding."""
         count = 2 * batch["pairs"].shape[1]
-        sums = jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, count + 1))(values, batch["segment_ids"])
+        sums = jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, count + 1))(
+            values, batch["segment_ids"]
+        )
         return sums[:, 1:].reshape(sums.shape[0], -1, 2)
 
     def _by_token(self, values: jax.Array, batch: Batch) -> jax.Array:
         """Spreads ``[rows, pairs, 2]`` over the loss tokens of ``[rows, seq]``; 0 elsewhere."""
         flat = jnp.pad(values.reshape(values.shape[0], -1), ((0, 0), (1, 0)))
-        return jnp.take_along_axis(flat, batch["segment_ids"], axis=1) * batch["loss_weights"]
+        return (
+            jnp.take_along_axis(flat, batch["segment_ids"], axis=1)
+            * batch["loss_weights"]
+        )

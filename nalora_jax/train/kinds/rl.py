@@ -1,8 +1,8 @@
 """Runs with rewards: the policy samples, rewards become advantages, and the policy is updated.
 
-A step has two programs: groups of samples of the current adapter (`nalora_jax.train.rollout`), and the
-update (`nalora_jax.train.policy`). Between them are the rewards, on the host. With several updates, the
-samples of one rollout serve as many steps.
+A step has two programs: groups of samples of the current adapter (`nalora_jax.train.rollout`), and
+the update (`nalora_jax.train.policy`). Between them are the rewards, on the host. With several
+updates, the samples of one rollout serve as many steps.
 """
 
 from __future__ import annotations
@@ -41,7 +41,12 @@ from nalora_jax.evaluate.run_log import ROLLOUTS
 from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.layout import distributed
 from nalora_jax.method.step import Batch, TrainState
-from nalora_jax.ops.policy_losses import CLIPS, PolicyLoss, advantages, divergence_penalty
+from nalora_jax.ops.policy_losses import (
+    CLIPS,
+    PolicyLoss,
+    advantages,
+    divergence_penalty,
+)
 from nalora_jax.train.inputs import open_records, settled, stream_shape
 from nalora_jax.train.job import Inputs, Job
 from nalora_jax.train.kinds import text
@@ -59,11 +64,14 @@ log = logging.getLogger(__name__)
 
 _SHOWN = 4  # samples of a step in the run's file of samples
 _MISMATCH = 0.1  # total variation distance between generator and training program, before a warning
-_PATIENCE = 10  # rollouts in a row without a difference between rewards, before a warning
+_PATIENCE = (
+    10  # rollouts in a row without a difference between rewards, before a warning
+)
 
 
 def metric_names(rl: RLConfig) -> list[str]:
-    """Returns the name of each reward in log and records: ``reward_`` with its name or its function's.
+    """Returns the name of each reward in log and records: ``reward_`` with its name or its
+    function's.
 
     Names differ, also from those of their standard deviations: the second of two has ``_2``.
     """
@@ -72,14 +80,19 @@ def metric_names(rl: RLConfig) -> list[str]:
     for reward in rl.rewards:
         name, _, rest = reward.partition(":")
         short = f"reward_{rest if rest and '=' not in rest else name}"
-        several = itertools.chain([short], (f"{short}_{number}" for number in itertools.count(2)))
-        names.append(next(name for name in several if used.isdisjoint((name, f"{name}_std"))))
+        several = itertools.chain(
+            [short], (f"{short}_{number}" for number in itertools.count(2))
+        )
+        names.append(
+            next(name for name in several if used.isdisjoint((name, f"{name}_std")))
+        )
         used |= {names[-1], f"{names[-1]}_std"}
     return names
 
 
 def weighted_sum(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:
-    """Returns the weighted sum of rewards ``[..., rewards]``; NaN if none of a sample's is known."""
+    """Returns the weighted sum of rewards ``[..., rewards]``; NaN if none of a sample's is
+    known."""
     weights = np.array(rl.reward_weights or [1.0] * len(rl.rewards))
     known = ~np.isnan(rewards)
     total = np.where(known, rewards * weights, 0.0).sum(-1)
@@ -89,8 +102,8 @@ def weighted_sum(rl: RLConfig, rewards: np.ndarray) -> np.ndarray:
 def updates_with_base(rl: RLConfig) -> bool:
     """Returns True if the update computes the base's log-probabilities, which its loss needs.
 
-    Otherwise they are an argument: of several updates and of "rloo" they are computed before, and without beta
-    they only show the divergence at log steps.
+    Otherwise they are an argument: of several updates and of "rloo" they are computed before, and
+    without beta they only show the divergence at log steps.
     """
     return rl.beta > 0 and rl.updates == 1 and rl.loss != "rloo"
 
@@ -98,7 +111,9 @@ def updates_with_base(rl: RLConfig) -> bool:
 def _policy(rl: RLConfig, plain: NextToken) -> Policy:
     """Returns the objective of a run with rewards."""
     low, high = CLIPS[rl.loss]
-    loss = PolicyLoss(rl.loss, rl.clip_low or low, rl.clip_high or high, rl.max_new_tokens, rl.beta)
+    loss = PolicyLoss(
+        rl.loss, rl.clip_low or low, rl.clip_high or high, rl.max_new_tokens, rl.beta
+    )
     return Policy(plain, loss, rl.temperature)
 
 
@@ -114,21 +129,29 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     """Opens the model's files and the prompts, tokenizes them and settles the settings.
 
     Raises:
-      NaloraError: a model, prompts or rewards that cannot be read, or settings that do not fit them.
+      NaloraError: a model, prompts or rewards that cannot be read, or settings that do not fit
+        them.
     """
     Scorer(config.rl)  # raises for unknown rewards, before data is read
-    files = open_files(replace(resolve_source(config.model), rope_scaling=config.rope_scaling))
-    added, rl = AddedTokens.of(config.data), config.rl
-    base, tokenizer = files.described(added), files.tokenizer_with(added)
+    files = open_files(
+        replace(resolve_source(config.model), rope_scaling=config.rope_scaling)
+    )
+    added = AddedTokens.of(config.data)
+    rl = config.rl
+    base = files.described(added)
+    tokenizer = files.tokenizer_with(added)
     train, held = open_records(config.data, source)
     turns = in_turns(train.read([0])[0], config.data)
     shape = stream_shape(config) | {"context": base.max_positions}
     data = PromptRows.of(train, config.data, tokenizer, rl=rl, **shape)
     config = replace(config, data=replace(config.data, max_length=data.length))
     config = settled(config, base.d_model, data.rows_per_epoch, "samples")
-    prompts = held_out_prompts(held, config.data, tokenizer, data.length - rl.max_new_tokens)
+    prompts = held_out_prompts(
+        held, config.data, tokenizer, data.length - rl.max_new_tokens
+    )
     questions = {
-        name: prompts_digest(of) for name, of in zip(("reported", "selecting"), prompts, strict=True)
+        name: prompts_digest(of)
+        for name, of in zip(("reported", "selecting"), prompts, strict=True)
     }
     return Inputs(config, base, files, data, prompts, questions, turns)
 
@@ -137,13 +160,17 @@ def build_step(
     inputs: Inputs, placed: RunConfig, mesh: Mesh, output: Output, like: Job | None
 ) -> tuple[LoadedModel, Assembly, PromptRows]:
     """Loads the base, and builds adapters and the step with its rollouts; see `text.build_step`."""
-    loaded, assembly, data = text.build_step(inputs, placed, mesh, output, like, program_parts)
+    loaded, assembly, data = text.build_step(
+        inputs, placed, mesh, output, like, program_parts
+    )
     data = replace(data, rollout=Rollout())
     step = RolloutStep(placed, loaded, assembly, data, output.folder)
     return loaded, replace(assembly, step=step), data
 
 
-def evaluator(inputs: Inputs, loaded: LoadedModel, assembly: Assembly, prompts: Any) -> RewardEvaluator:
+def evaluator(
+    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, prompts: Any
+) -> RewardEvaluator:
     """Returns the evaluator of some held-out prompts."""
     return RewardEvaluator(inputs.config.rl, loaded, assembly, prompts)
 
@@ -164,8 +191,12 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 class Rollout:
     """The batch of a rollout that serves several updates; empty between rollouts."""
 
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)  # [accumulate, rows of this process, ...]
-    figures: dict[str, float] = field(default_factory=dict)  # log metrics of the latest rollout
+    arrays: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # [accumulate, rows of this process, ...]
+    figures: dict[str, float] = field(
+        default_factory=dict
+    )  # log metrics of the latest rollout
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -195,7 +226,8 @@ class RolloutBatches(BatchIterator):
         self._rollout = data.rollout
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the position of the next batch, see `BatchIterator`, with the arrays of the rollout."""
+        """Returns the position of the next batch, see `BatchIterator`, with the arrays of the
+        rollout."""
         state = super().get_state()
         if self._rollout.arrays:
             buffer = io.BytesIO()
@@ -209,7 +241,9 @@ class RolloutBatches(BatchIterator):
         super().set_state(state)
         self._rollout.arrays = {}
         if "rollout" in state:
-            self._rollout.arrays = dict(np.load(io.BytesIO(base64.b64decode(state["rollout"]))))
+            self._rollout.arrays = dict(
+                np.load(io.BytesIO(base64.b64decode(state["rollout"])))
+            )
             self._rollout.figures = dict(state["figures"])
 
 
@@ -232,8 +266,12 @@ class RolloutStep:
         data: PromptRows,
         folder: Path | None,
     ) -> None:
-        rl, self._update, self._mesh = config.rl, assembly.step, assembly.mesh
-        self._config, self._data, self._file = config, data, folder and folder / ROLLOUTS
+        rl = config.rl
+        self._update = assembly.step
+        self._mesh = assembly.mesh
+        self._config = config
+        self._data = data
+        self._file = folder and folder / ROLLOUTS
         self._sampler = Sampler(
             rl,
             assembly.eval_model,
@@ -245,12 +283,19 @@ class RolloutStep:
             longest=data.longest,
             folder=folder and folder / "rollouts",
         )
-        self._warn, self._scores = EarlyWarnings(rl.max_new_tokens), scores_of(config, assembly)
+        self._warn, self._scores = (
+            EarlyWarnings(rl.max_new_tokens),
+            scores_of(config, assembly),
+        )
         self._begun = False
 
-    def __call__(self, params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+    def __call__(
+        self, params: Any, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Returns the state after one update, on a new rollout or on the one in progress."""
-        rl, rollout, number = self._config.rl, self._data.rollout, int(state.step)
+        rl = self._config.rl
+        rollout = self._data.rollout
+        number = int(state.step)
         if not self._begun:
             self._begun = True
             if self._file is not None:
@@ -264,7 +309,9 @@ class RolloutStep:
         if (number + 1) % rl.updates == 0:
             rollout.arrays = {}
         seconds = time.perf_counter() - started
-        measured = dict(metrics["measured"]) | rollout.figures | {"update_seconds": seconds}
+        measured = (
+            dict(metrics["measured"]) | rollout.figures | {"update_seconds": seconds}
+        )
         measured["update_tokens_per_second"] = float(metrics["tokens"]) / seconds
         if not self._needs_base(number // rl.updates * rl.updates):
             measured["divergence"] = math.nan
@@ -275,23 +322,25 @@ class RolloutStep:
         self, params: Any, state: TrainState, batch: Batch, number: int
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Returns the arrays of a new rollout, and its figures."""
-        rl, stream = self._config.rl, self._data
+        rl = self._config.rl
+        stream = self._data
         started = time.perf_counter()
         places = np.asarray(distributed.fetch(batch["prompt"])).ravel()[:: rl.samples]
         prompts = stream.prompts(places.tolist())
         samples = self._sampler(state.lora, number, prompts)
-        drawn_tokens, replaced = samples.lengths.sum(), 0
+        drawn_tokens = samples.lengths.sum()
+        replaced = 0
         for attempt in range(rl.resample):
-            flat = np.flatnonzero(_is_flat(weighted_sum(rl, samples.rewards), rl.samples))
+            flat = np.flatnonzero(
+                _is_flat(weighted_sum(rl, samples.rewards), rl.samples)
+            )
             if not len(flat):
                 break
             replaced += len(flat)
             others = stream.prompts(stream.others(number, attempt, len(flat)).tolist())
             drawn = self._sampler(state.lora, number, others, attempt=attempt + 1)
-            samples, drawn_tokens = (
-                samples.replaced(flat, drawn, rl.samples),
-                drawn_tokens + drawn.lengths.sum(),
-            )
+            samples = samples.replaced(flat, drawn, rl.samples)
+            drawn_tokens = drawn_tokens + drawn.lengths.sum()
             for place, other in zip(flat, others, strict=False):
                 prompts[place] = other
         seconds = time.perf_counter() - started
@@ -305,11 +354,16 @@ class RolloutStep:
             "rollout_seconds": seconds,
             "rollout_tokens_per_second": float(drawn_tokens) / seconds,
         }
-        for name, values in zip(["reward", *metric_names(rl)], [total, *samples.rewards.T], strict=True):
+        for name, values in zip(
+            ["reward", *metric_names(rl)], [total, *samples.rewards.T], strict=True
+        ):
             known = values[~np.isnan(values)]
             figures[name], figures[f"{name}_std"] = math.nan, math.nan
             if len(known):
-                figures[name], figures[f"{name}_std"] = float(known.mean()), float(known.std())
+                figures[name], figures[f"{name}_std"] = (
+                    float(known.mean()),
+                    float(known.std()),
+                )
         whole = sample_batch(ids, samples, stream.length, masks_cut=rl.mask_cut)
         has_penalty = rl.loss == "rloo" and rl.beta > 0
         old = whole["sampled"]
@@ -319,12 +373,18 @@ class RolloutStep:
         if self._needs_base(number) and not updates_with_base(rl):
             base = self._by_training_program(params, state, whole, of_base=True)
         if has_penalty:
-            total = total - divergence_penalty(old, base, whole["loss_weights"], rl.beta)
+            total = total - divergence_penalty(
+                old, base, whole["loss_weights"], rl.beta
+            )
         if rl.updates > 1:
             whole["old"] = old
         if not updates_with_base(rl):
             whole["base"] = base
-        whole["advantages"] = advantages(total.reshape(-1, rl.samples), rl.loss).ravel().astype(np.float32)
+        whole["advantages"] = (
+            advantages(total.reshape(-1, rl.samples), rl.loss)
+            .ravel()
+            .astype(np.float32)
+        )
         if self._is_shown(number):
             self._write(number + 1, prompts, samples)
         return self._rows(whole), figures
@@ -335,9 +395,11 @@ class RolloutStep:
         return any(map(Schedule.of(self._config).logs, served))
 
     def _needs_base(self, number: int) -> bool:
-        """Returns True if such a rollout needs the base's log-probabilities, for its loss or to show the divergence.
+        """Returns True if such a rollout needs the base's log-probabilities, for its loss or to
+        show the divergence.
 
-        With a start that changes the base's weights, the base is not the model with the adapter off.
+        With a start that changes the base's weights, the base is not the model with the adapter
+        off.
         """
         if self._config.lora.init not in UNCHANGED:
             return False
@@ -345,14 +407,26 @@ class RolloutStep:
 
     def _rows(self, whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns this process's rows ``[accumulate, rows, ...]``."""
-        accumulate, rows = self._data.accumulate, list(self._data.rows)
-        return {n: v.reshape(accumulate, -1, *v.shape[1:])[:, rows] for n, v in whole.items()}
+        accumulate = self._data.accumulate
+        rows = list(self._data.rows)
+        return {
+            n: v.reshape(accumulate, -1, *v.shape[1:])[:, rows]
+            for n, v in whole.items()
+        }
 
     def _by_training_program(
-        self, params: Any, state: TrainState, whole: Mapping[str, np.ndarray], *, of_base: bool
+        self,
+        params: Any,
+        state: TrainState,
+        whole: Mapping[str, np.ndarray],
+        *,
+        of_base: bool,
     ) -> np.ndarray:
-        """Returns log-probabilities ``[rows, seq]`` of policy or base before the update, by the training program."""
-        batch = distributed.make_global_batch(self._rows(whole), self._mesh, rows_axis=1)
+        """Returns log-probabilities ``[rows, seq]`` of policy or base before the update, by the
+        training program."""
+        batch = distributed.make_global_batch(
+            self._rows(whole), self._mesh, rows_axis=1
+        )
         log_probs = []
         for micro in range(self._data.accumulate):
             rows = {name: value[micro] for name, value in batch.items()}
@@ -364,11 +438,17 @@ class RolloutStep:
         """Appends some samples to the run's file."""
         if jax.process_index() or self._file is None:
             return
-        rl, tokenizer = self._config.rl, self._sampler.tokenizer
+        rl = self._config.rl
+        tokenizer = self._sampler.tokenizer
         with self._file.open("a", encoding="utf-8") as file:
             for row in range(min(_SHOWN, len(prompts))):
-                tokens, rewards = (x[row * rl.samples] for x in (samples.tokens, samples.rewards))
-                known = [None if math.isnan(reward) else reward for reward in rewards.tolist()]
+                tokens, rewards = (
+                    x[row * rl.samples] for x in (samples.tokens, samples.rewards)
+                )
+                known = [
+                    None if math.isnan(reward) else reward
+                    for reward in rewards.tolist()
+                ]
                 shown = {
                     "step": step,
                     "prompt": prompts[row].text,
@@ -379,16 +459,20 @@ class RolloutStep:
 
 
 def _forget_samples(file: Path, step: int) -> None:
-    """Removes the samples of later steps, which a resumed run repeats, and a line that was cut off."""
+    """Removes the samples of later steps, which a resumed run repeats, and a line that was cut
+    off."""
     if jax.process_index() or not file.exists():
         return
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]
-    write_atomically(file, "".join(line for line in whole if json.loads(line)["step"] <= step))
+    write_atomically(
+        file, "".join(line for line in whole if json.loads(line)["step"] <= step)
+    )
 
 
 class EarlyWarnings:
-    """Logs once each that all rewards are equal, that samples grow, that no entropy is left, or a large mismatch.
+    """Logs once each that all rewards are equal, that samples grow, that no entropy is left, or a
+    large mismatch.
 
     Args:
       limit: largest number of tokens of a sample.
@@ -401,7 +485,8 @@ class EarlyWarnings:
         self._logged: set[str] = set()
 
     def __call__(self, figures: Mapping[str, Any]) -> None:
-        """Reads the figures of a step: ``groups_alike``, ``length``, ``entropy`` and ``mismatch_bound``."""
+        """Reads the figures of a step: ``groups_alike``, ``length``, ``entropy`` and
+        ``mismatch_bound``."""
         names = ("groups_alike", "length", "entropy", "mismatch_bound")
         now = {name: float(figures[name]) for name in names}
         first = self._first = self._first or now
@@ -439,16 +524,21 @@ def _is_flat(rewards: np.ndarray, samples: int) -> np.ndarray:
 
 
 def scores_of(config: RunConfig, assembly: Assembly) -> Callable[..., jax.Array]:
-    """Returns the training program's log-probabilities ``(params, lora, rows, of_base=...) -> [rows, seq]``.
+    """Returns the training program's log-probabilities ``(params, lora, rows, of_base=...) ->
+    [rows, seq]``.
 
     ``rows`` is a batch of `nalora_jax.train.policy`; with ``of_base`` the adapter is off.
     """
-    plain = next_token(assembly.model.config, assembly.model, config.compute, assembly.mesh)
+    plain = next_token(
+        assembly.model.config, assembly.model, config.compute, assembly.mesh
+    )
     return partial(_scored, _policy(config.rl, plain))
 
 
 @partial(jax.jit, static_argnames=("objective", "of_base"))
-def _scored(objective: Policy, params: Any, lora: Any, batch: Batch, *, of_base: bool) -> jax.Array:
+def _scored(
+    objective: Policy, params: Any, lora: Any, batch: Batch, *, of_base: bool
+) -> jax.Array:
     frozen = params if "params" in params else {"params": params}
     variables = {**frozen, "lora": lora}
     if of_base:
@@ -474,31 +564,54 @@ class RewardEvaluator(Evaluator):
     mode: Literal["max"] = "max"
 
     def __init__(
-        self, rl: RLConfig, loaded: LoadedModel, assembly: Assembly, prompts: Sequence[Prompt]
+        self,
+        rl: RLConfig,
+        loaded: LoadedModel,
+        assembly: Assembly,
+        prompts: Sequence[Prompt],
     ) -> None:
         self._rl, self._scorer, self._prompts = rl, Scorer(rl), prompts
-        self._model, self._tokenizer = assembly.eval_model, loaded.tokenizer
+        self._model = assembly.eval_model
+        self._tokenizer = loaded.tokenizer
         self._mesh = distributed.unless_single(assembly.mesh)
 
     def records(self, params: Any, lora: Any | None) -> list[dict[str, Any]]:
-        """Returns prompt, answer, the weighted sum ``reward`` (NaN if unknown) and each reward of every prompt."""
-        generator = Generator(self._model, variables_of(params, lora), self._tokenizer, mesh=self._mesh)
+        """Returns prompt, answer, the weighted sum ``reward`` (NaN if unknown) and each reward of
+        every prompt."""
+        generator = Generator(
+            self._model, variables_of(params, lora), self._tokenizer, mesh=self._mesh
+        )
         prompts = self._prompts
-        answers = generator.generate([p.ids for p in prompts], max_new_tokens=self._rl.max_new_tokens)
-        texts, records, places = zip(*((p.text, p.record, p.where) for p in prompts), strict=True)
+        answers = generator.generate(
+            [p.ids for p in prompts], max_new_tokens=self._rl.max_new_tokens
+        )
+        texts, records, places = zip(
+            *((p.text, p.record, p.where) for p in prompts), strict=True
+        )
         rewards = self._scorer(texts, answers, records, places)
-        names, totals = metric_names(self._rl), weighted_sum(self._rl, rewards).tolist()
+        names = metric_names(self._rl)
+        totals = weighted_sum(self._rl, rewards).tolist()
         rows = zip(texts, answers, totals, rewards.tolist(), strict=True)
         return [
-            {"prompt": prompt, "answer": answer, "reward": total, **dict(zip(names, each, strict=True))}
+            {
+                "prompt": prompt,
+                "answer": answer,
+                "reward": total,
+                **dict(zip(names, each, strict=True)),
+            }
             for prompt, answer, total, each in rows
         ]
 
     def summary(self, records: Sequence[ItemRecord]) -> dict[str, Any]:
-        """Returns the mean ``reward``, its 95% interval ``low`` and ``high``, ``n``, and the mean of each reward."""
-        known = [record["reward"] for record in records if not math.isnan(record["reward"])]
+        """Returns the mean ``reward``, its 95% interval ``low`` and ``high``, ``n``, and the mean
+        of each reward."""
+        known = [
+            record["reward"] for record in records if not math.isnan(record["reward"])
+        ]
         if not known:
-            raise NaloraError("held-out prompts", expected="a reward of at least one", found="none")
+            raise NaloraError(
+                "held-out prompts", expected="a reward of at least one", found="none"
+            )
         low, high = bootstrap(np.array(known))
         values: dict[str, Any] = {
             "reward": float(np.mean(known)),
@@ -511,7 +624,9 @@ class RewardEvaluator(Evaluator):
                 values[name] = float(np.nanmean([record[name] for record in records]))
         return values
 
-    def samples(self, params: Any, lora: Any | None, records: Sequence[ItemRecord]) -> dict[str, Any]:
+    def samples(
+        self, params: Any, lora: Any | None, records: Sequence[ItemRecord]
+    ) -> dict[str, Any]:
         """Returns a few prompts with their completions and the reference completions."""
         pairs = zip(self._prompts[:SAMPLES], records, strict=False)
         shown = [

@@ -28,13 +28,29 @@ from nalora_jax.method.step import TrainState
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.targets import AdapterSpec
-from nalora_jax.train.inputs import check_layout, check_longest, open_records, settled, stream_shape
+from nalora_jax.train.inputs import (
+    check_layout,
+    check_longest,
+    open_records,
+    settled,
+    stream_shape,
+)
 from nalora_jax.train.job import Inputs, Job, original
 from nalora_jax.train.program import Assembly, assemble
 from nalora_jax.weights.hub import resolve_source
-from nalora_jax.weights.model_files import LoadedModel, ModelFiles, load_weights, open_files
+from nalora_jax.weights.model_files import (
+    LoadedModel,
+    ModelFiles,
+    load_weights,
+    open_files,
+)
 from nalora_jax.weights.new_tokens import tokenizer_writer, with_added
-from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
+from nalora_jax.weights.peft import (
+    export_adapter,
+    import_adapter,
+    max_logit_difference,
+    verify_export,
+)
 
 if TYPE_CHECKING:
     from nalora_jax.train.output import Output
@@ -48,20 +64,29 @@ def open_inputs(config: RunConfig, source: Mapping[str, Source] | None) -> Input
     Raises:
       NaloraError: a model or data that cannot be read, or settings that do not fit them.
     """
-    files = open_files(replace(resolve_source(config.model), rope_scaling=config.rope_scaling))
+    files = open_files(
+        replace(resolve_source(config.model), rope_scaling=config.rope_scaling)
+    )
     return tokenized(config, files, *open_records(config.data, source))
 
 
-def tokenized(config: RunConfig, files: ModelFiles, train: Source, held: Source) -> Inputs:
+def tokenized(
+    config: RunConfig, files: ModelFiles, train: Source, held: Source
+) -> Inputs:
     """Returns the inputs of a run on text, given opened files and records."""
     added = AddedTokens.of(config.data)
-    base, tokenizer = files.described(added), files.tokenizer_with(added)
-    adapter_spec(config, base)  # raises for rules that match nothing, before data is tokenized
+    base = files.described(added)
+    tokenizer = files.tokenizer_with(added)
+    adapter_spec(
+        config, base
+    )  # raises for rules that match nothing, before data is tokenized
     turns = in_turns(train.read([0])[0], config.data, config.preference.chosen_field)
     shape = stream_shape(config) | {"context": base.max_positions}
     data = packed_data(train, config.data, tokenizer, **shape)
     check_longest(int(data.store.lengths().max()), base)
-    config = replace(config, data=replace(config.data, max_length=data.pattern.capacity))
+    config = replace(
+        config, data=replace(config.data, max_length=data.pattern.capacity)
+    )
     config = settled(config, base.d_model, data.rows_per_epoch, "rows")
     items = held_out(held, config.data, tokenizer)
     questions = {"reported": digest(items[0]), "selecting": digest(items[1])}
@@ -69,7 +94,8 @@ def tokenized(config: RunConfig, files: ModelFiles, train: Source, held: Source)
 
 
 def program_parts(config: RunConfig, processor: Any) -> dict[str, Any]:
-    """Returns the arguments of `nalora_jax.train.program.assemble` that differ between kinds; none for text."""
+    """Returns the arguments of `nalora_jax.train.program.assemble` that differ between kinds; none
+    for text."""
     return {}
 
 
@@ -97,10 +123,15 @@ def build_step(
     assert inputs.base is not None
     assert inputs.files is not None
     check_layout(placed, inputs.base, inputs.files, mesh)
-    loaded = _loaded(inputs.files, placed, mesh) if like is None else cast(LoadedModel, like.loaded)
+    if like is None:
+        loaded = _loaded(inputs.files, placed, mesh)
+    else:
+        loaded = cast(LoadedModel, like.loaded)
     shared = None if like is None else like.assembly
     of_kind = parts(placed, inputs.files.processor)
-    assembly = assemble(placed, loaded.config, loaded.params, mesh, like=shared, **of_kind)
+    assembly = assemble(
+        placed, loaded.config, loaded.params, mesh, like=shared, **of_kind
+    )
     data = replace(inputs.data, **stream_shape(placed, mesh))
     assert inputs.start is not None
     return loaded, inputs.start.with_start(assembly, loaded, data, output), data
@@ -122,15 +153,23 @@ def _loaded(files: ModelFiles, config: RunConfig, mesh: Mesh) -> LoadedModel:
     return loaded
 
 
-def evaluator(inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: Any) -> TextEvaluator:
+def evaluator(
+    inputs: Inputs, loaded: LoadedModel, assembly: Assembly, items: Any
+) -> TextEvaluator:
     """Returns the evaluator of some held-out examples."""
-    model, mesh = assembly.eval_model, distributed.unless_single(assembly.mesh)
+    model = assembly.eval_model
+    mesh = distributed.unless_single(assembly.mesh)
     every = [*inputs.held_out[0], *inputs.held_out[1]]
-    answers = inputs.answering(model, loaded.tokenizer, mesh) if inputs.answering else None
+    if inputs.answering:
+        answers = inputs.answering(model, loaded.tokenizer, mesh)
+    else:
+        answers = None
     return TextEvaluator(model, answers, items, mesh=mesh, fitting=every)
 
 
-def export_run(job: Job, folder: Path, state: TrainState, share: Callable[[str], None]) -> None:
+def export_run(
+    job: Job, folder: Path, state: TrainState, share: Callable[[str], None]
+) -> None:
     """Writes PEFT files of the adapter and verifies them by reloading.
 
     Args:
@@ -142,10 +181,13 @@ def export_run(job: Job, folder: Path, state: TrainState, share: Callable[[str],
     Raises:
       NaloraError: the files cannot be written, or differ from the trained adapter.
     """
-    loaded, assembly = cast(LoadedModel, job.loaded), job.assembly
+    loaded = cast(LoadedModel, job.loaded)
+    assembly = job.assembly
     assert job.inputs.start is not None
     lora, spec = job.inputs.start.exportable_adapter(assembly, state.lora)
-    distributed.on_first_process(lambda: write_adapter(folder, loaded, lora, spec, overwrite=True))
+    distributed.on_first_process(
+        lambda: write_adapter(folder, loaded, lora, spec, overwrite=True)
+    )
     share(folder.name)
     difference = _difference(loaded, assembly, state.lora, folder, job.data.batches())
     # Lowered kernels were rounded to the base's dtype once. All other differences come from the
@@ -153,13 +195,21 @@ def export_run(job: Job, folder: Path, state: TrainState, share: Callable[[str],
     rounded = assembly.initial is not None and job.config.compute.dtype == "bfloat16"
     if not difference < (0.05 if rounded else 1e-3):
         raise NaloraError(
-            str(folder), expected="the trained adapter's logits", found=f"a difference of {difference:.1e}"
+            str(folder),
+            expected="the trained adapter's logits",
+            found=f"a difference of {difference:.1e}",
         )
-    log.info("adapter: %s (read back: logits differ by at most %.1e)", folder, difference)
+    log.info(
+        "adapter: %s (read back: logits differ by at most %.1e)", folder, difference
+    )
 
 
 def _difference(
-    loaded: LoadedModel, assembly: Assembly, lora: Any, folder: Path, batches: BatchIterator
+    loaded: LoadedModel,
+    assembly: Assembly,
+    lora: Any,
+    folder: Path,
+    batches: BatchIterator,
 ) -> float:
     """Returns the largest logit difference of trained and exported adapter on one training row."""
     batch = next(iter(batches))
@@ -191,7 +241,11 @@ def _difference(
 
 
 def write_adapter(
-    folder: Path, loaded: LoadedModel, lora: Mapping[str, Any], spec: AdapterSpec, **options: Any
+    folder: Path,
+    loaded: LoadedModel,
+    lora: Mapping[str, Any],
+    spec: AdapterSpec,
+    **options: Any,
 ) -> float:
     """Writes PEFT files of an adapter and verifies them; returns the difference (`verify_export`).
 
@@ -206,7 +260,11 @@ def write_adapter(
         base_weights=loaded.source if original(loaded) != loaded.source else "",
         fingerprint=loaded.fingerprint,
         rope_scaling=loaded.rope_scaling,
-        write_extra=tokenizer_writer(loaded) if loaded.added or loaded.resized else None,
+        write_extra=tokenizer_writer(loaded)
+        if loaded.added or loaded.resized
+        else None,
         **options,
     )
-    return verify_export(folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint)
+    return verify_export(
+        folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint
+    )

@@ -1,4 +1,5 @@
-"""Layouts of training runs, accepted by a compiled step and by the first step on (simulated) devices."""
+"""Layouts of training runs, accepted by a compiled step and by the first step on (simulated)
+devices."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def test_too_little_memory_leads_to_the_next_layout_and_each_step_is_compiled_on
     def build(inputs: Any, kind: Any, placed: Any, *others: Any, **options: Any) -> Any:
         meshes.append(placed.mesh)
         if len(meshes) == 1:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes")
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes"
+            )
         return built(inputs, kind, placed, *others, **options)
 
     def figures(program: Any) -> Any:
@@ -57,7 +60,9 @@ def test_too_little_memory_leads_to_the_next_layout_and_each_step_is_compiled_on
     with jax.log_compiles(), caplog.at_level(logging.INFO), pytest.raises(Chosen):
         nalora_jax.run(config)
     assert len(set(meshes)) == 3
-    compiled = [text for text in caplog.messages if "Finished XLA compilation of jit(train_step)" in text]
+    compiled = [
+        text for text in caplog.messages if "Finished XLA compilation of jit(train_step)" in text
+    ]
     assert len(compiled) == 2, caplog.messages  # training finds the accepted one compiled
     (line,) = [text for text in caplog.messages if "instead of" in text]
     assert "(out of memory); " in line

@@ -28,8 +28,15 @@ from tests import tiny
 
 LAYERS, D, D_FF, VOCAB, RANK = 3, 64, 128, 1024, 4
 ROWS = DataConfig(max_length=32)
-SIZES = {"vocab_size": VOCAB, "hidden_size": D, "intermediate_size": D_FF, "num_hidden_layers": LAYERS}
-BASE = ModelConfig.from_hf(tiny.HF | SIZES | {"num_attention_heads": 4, "tie_word_embeddings": False})
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": D,
+    "intermediate_size": D_FF,
+    "num_hidden_layers": LAYERS,
+}
+BASE = ModelConfig.from_hf(
+    tiny.HF | SIZES | {"num_attention_heads": 4, "tie_word_embeddings": False}
+)
 
 
 def settings(mesh: MeshConfig, *, chunk: int = 16, quantize: str = "none", **changes) -> RunConfig:
@@ -39,19 +46,25 @@ def settings(mesh: MeshConfig, *, chunk: int = 16, quantize: str = "none", **cha
 
 
 def compiled(tmp_path, mesh: MeshConfig, **changes):
-    step, arguments = step_and_arguments(settings(mesh, **changes), BASE, distributed.make_mesh(mesh))
+    step, arguments = step_and_arguments(
+        settings(mesh, **changes), BASE, distributed.make_mesh(mesh)
+    )
     return figures(step, arguments, cache=tmp_path)
 
 
 def test_the_head_is_gathered_once_a_step_and_quantized_kernels_as_codes(tmp_path):
-    found = compiled(tmp_path, MeshConfig(1, 8, 1), chunk=8, quantize="nf4")  # 8 chunks on each device
+    found = compiled(
+        tmp_path, MeshConfig(1, 8, 1), chunk=8, quantize="nf4"
+    )  # 8 chunks on each device
     head = [c for c in found.collectives if c.received == pytest.approx(VOCAB * D * 4 * 7 / 8)]
     assert head, "nothing as large as the head is gathered: what does the loss multiply by?"
     assert {c.times for c in head} == {1.0}
     # Whatever else stands in a loop is of one layer, not of the vocabulary.
     in_loops = [c for c in found.collectives if c.times > 1]
     assert max(c.received for c in in_loops) < VOCAB * D * 4 / 8
-    assert {c.times for c in in_loops} == {float(LAYERS)}, [c for c in in_loops if c.times != LAYERS]
+    assert {c.times for c in in_loops} == {float(LAYERS)}, [
+        c for c in in_loops if c.times != LAYERS
+    ]
     weights = (4 * D * D - 2 * D * D // 2 + 3 * D * D_FF) * 7 / 8
     gathered = sum(c.total for c in in_loops if c.kind == "all-gather") / LAYERS
     # Once forward and once backward, where the layer is made again from what has been gathered.
@@ -65,7 +78,8 @@ def test_replicated_weights_are_never_moved(tmp_path):
 
 
 def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch):
-    # Options of the compiler, as there are on TPUs and GPUs: those of a nested function are an error.
+    # Options of the compiler, as there are on TPUs and GPUs: those of a nested function are an
+    # error.
     options = {"xla_cpu_enable_fast_min_max": False}
     monkeypatch.setattr(distributed, "compiler_options", lambda mesh: options)
     found = []
@@ -87,7 +101,8 @@ def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch
         for one in found
     ]
     assert reduced[0] == pytest.approx(reduced[1])
-    # Once behind them slope and three of four occupancies are, besides a layer's figures for the log.
+    # Once behind them slope and three of four occupancies are, besides a layer's figures for the
+    # log.
     once = [sum(c.total for c in one.collectives if c.times < LAYERS) for one in found]
     assert 1.5 < (once[0] - once[1]) / (LAYERS * 4 * D_FF * 4) < 2.5
 
@@ -95,7 +110,9 @@ def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch
 def test_update_and_rollout_read_the_weights_in_the_same_places(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "devices", lambda _: jax.devices())
     mesh = MeshConfig(2, 2, 2)
-    config = settings(mesh, rl=RLConfig(rewards=("number",), samples=8, max_new_tokens=12), mechanisms=())
+    config = settings(
+        mesh, rl=RLConfig(rewards=("number",), samples=8, max_new_tokens=12), mechanisms=()
+    )
     devices = distributed.make_mesh(mesh)
     step, arguments = step_and_arguments(config, BASE, devices)
     update = figures(step, arguments, cache=tmp_path)
@@ -103,7 +120,10 @@ def test_update_and_rollout_read_the_weights_in_the_same_places(tmp_path, monkey
     assert rollout.moved == 0
     assert rollout.resident > 0
     _, drawn, _ = rollout_and_arguments(config, BASE, devices)
-    assert drawn[1].tokens.shape == (4, 24)  # two prompts, each on two shards, which draw four samples each
+    assert drawn[1].tokens.shape == (
+        4,
+        24,
+    )  # two prompts, each on two shards, which draw four samples each
     head = 2.0 * 4 * D * VOCAB / 2  # flops of the logits of a shard's samples
     assert rollout.figures.flops > 12 * head  # the loop counts as often as the limit says
     elsewhere = replace(rollout.figures, inputs=("PartitionSpec()",) * len(rollout.figures.inputs))

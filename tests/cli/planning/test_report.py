@@ -16,7 +16,14 @@ from nalora_jax.cli.planning.report import (
     plan_lines,
     plan_sweep,
 )
-from nalora_jax.config import DataConfig, MeshConfig, OptimizerConfig, RLConfig, RunConfig, TrainConfig
+from nalora_jax.config import (
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RLConfig,
+    RunConfig,
+    TrainConfig,
+)
 from nalora_jax.layout import distributed
 from nalora_jax.layout.accounting import Transfer
 from nalora_jax.layout.estimates import Layout, estimate

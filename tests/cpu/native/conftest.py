@@ -1,4 +1,5 @@
-"""The native kernels of every kind that this CPU has; with vectors only, also those for tiles, which are emulated."""
+"""The native kernels of every kind that this CPU has; with vectors only, also those for tiles,
+which are emulated."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ def decided_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_copy_of_the_library_is_not_registered_again(tmp_path, monkeypatch):
-    """A process that compiles at the same time replaces the file, and NALORA_NATIVE names the kind in two ways."""
+    """A process that compiles at the same time replaces the file, and NALORA_NATIVE names the kind
+    in two ways."""
     monkeypatch.setattr(library, "_registered", REGISTERED)
     jax.jit(jnp.sin)(1.0)  # XLA compares registrations once it has run
     monkeypatch.delenv("NALORA_NATIVE", raising=False)
@@ -73,7 +74,12 @@ AVX512 = "fma avx512f avx512bw avx512vl"
 @pytest.mark.parametrize(
     ("machine", "flags", "kinds", "named"),
     [
-        ("x86_64", f"{AVX512} avx512_bf16 amx_tile amx_bf16", ("tiles", "vectors"), "Xeon with AMX, "),
+        (
+            "x86_64",
+            f"{AVX512} avx512_bf16 amx_tile amx_bf16",
+            ("tiles", "vectors"),
+            "Xeon with AMX, ",
+        ),
         ("x86_64", f"{AVX512} avx512_bf16", ("vectors",), "Xeon with AVX512-BF16, "),
         ("x86_64", f"{AVX512} avx2", ("floats",), "Xeon with AVX2, "),
         ("x86_64", "avx2", (), "Xeon, "),
@@ -102,7 +108,9 @@ def test_kinds_are_those_that_the_cpu_has(machine, flags, kinds, named, tmp_path
         ((), set(), None),
     ],
 )
-def test_the_fastest_kind_is_taken_unless_xla_is_faster(kinds, features, expected, monkeypatch, caplog):
+def test_the_fastest_kind_is_taken_unless_xla_is_faster(
+    kinds, features, expected, monkeypatch, caplog
+):
     monkeypatch.setattr(processor, "kinds", lambda: kinds)
     monkeypatch.setattr(processor, "features", lambda: frozenset(features))
     for choice in ("", "1"):
@@ -113,7 +121,9 @@ def test_the_fastest_kind_is_taken_unless_xla_is_faster(kinds, features, expecte
     assert library.kind() is None
     assert caplog.messages == []
     monkeypatch.setenv("NALORA_NATIVE", "magic")
-    with pytest.raises(NaloraError, match="NALORA_NATIVE: expected 0, 1 or, on this CPU, .*found magic"):
+    with pytest.raises(
+        NaloraError, match="NALORA_NATIVE: expected 0, 1 or, on this CPU, .*found magic"
+    ):
         library.kind()
 
 
@@ -131,17 +141,23 @@ def test_matmuls_are_recomputed_where_that_is_faster(kind, d_model, gated, expec
     assert chosen_remat("auto", d_model, numerics_for("bfloat16", "cpu"), gated=gated) == expected
 
 
-# ---------------------------------------------------------------- what is in the cache is run, so it is checked
+# ---------------------------------------------------------------- what is in the cache is run, so
+# it is checked
 
 
 @pytest.fixture
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A library in the cache, which the compiler stub has "compiled": a copy of a small real one."""
+    """A library in the cache, which the compiler stub has "compiled": a copy of a small real
+    one."""
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     stub = tmp_path / "c++"
-    (source := stub.with_suffix(".cc")).write_text('extern "C" int nalora_prepare() { return 0; }\n')
+    (source := stub.with_suffix(".cc")).write_text(
+        'extern "C" int nalora_prepare() { return 0; }\n'
+    )
     small = stub.with_suffix(".so")
-    subprocess.run([library.find_compiler(), "-shared", "-fPIC", str(source), "-o", str(small)], check=True)
+    subprocess.run(
+        [library.find_compiler(), "-shared", "-fPIC", str(source), "-o", str(small)], check=True
+    )
     stub.write_text(f'#!/bin/sh\nfor last; do :; done\ncp {small} "$last"\n')
     stub.chmod(0o755)
     monkeypatch.setenv("CXX", str(stub))

@@ -1,4 +1,5 @@
-"""Products, attention and the sums over a vocabulary: against NumPy in float64, on random shapes and inputs."""
+"""Products, attention and the sums over a vocabulary: against NumPy in float64, on random shapes
+and inputs."""
 
 from __future__ import annotations
 
@@ -51,7 +52,10 @@ def test_sums_of_products(seed):
         terms, want = [], np.zeros((rows, columns))
         for depth in rng.choice([1, 8, 31, 32, 64, 100, 300], rng.integers(1, 4)):
             turned = bool(rng.integers(2))
-            x, y = draw(rng, rows, depth), draw(rng, *((columns, depth) if turned else (depth, columns)))
+            x, y = (
+                draw(rng, rows, depth),
+                draw(rng, *((columns, depth) if turned else (depth, columns))),
+            )
             terms.append(Term(x, in_stack(rng, y) if rng.integers(2) else y, turned))
             want += exact(x) @ (exact(y).T if turned else exact(y))
         sums.append(Sum(terms, ["float32", "bfloat16"][rng.integers(2)]))
@@ -65,9 +69,12 @@ def test_sums_of_products(seed):
         assert worst(got, want) < (1e-6 if asked.dtype == "float32" else 2**-8)
 
 
-@pytest.mark.parametrize(("rows", "depth", "columns"), [(1000, 40, 33), (300, 1100, 700), (33, 20_000, 70)])
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"), [(1000, 40, 33), (300, 1100, 700), (33, 20_000, 70)]
+)
 def test_groups_of_columns_are_shared_by_rows(rows, depth, columns):
-    """Several groups, and rows that are no whole number of what a thread takes; a panel beyond a group's size."""
+    """Several groups, and rows that are no whole number of what a thread takes; a panel beyond a
+    group's size."""
     rng = np.random.default_rng(0)
     x, y = draw(rng, rows, depth), draw(rng, depth, columns)
     assert worst(products(Sum([Term(x, y)]))[0], exact(x) @ exact(y)) < 1e-5
@@ -82,14 +89,19 @@ def test_what_is_not_a_number_is_passed_on():
     # A score is seen by who sees its key.
     rng = np.random.default_rng(0)
     q, k, v = (draw(rng, 1, 40, 1, 32) for _ in "qkv")
-    given = Heads(q, k.at[0, 20].set(jnp.nan), v, jnp.arange(40)[None], jnp.ones((1, 40), jnp.int32), 2**30)
+    given = Heads(
+        q, k.at[0, 20].set(jnp.nan), v, jnp.arange(40)[None], jnp.ones((1, 40), jnp.int32), 2**30
+    )
     out, _ = native_attention(given)
     np.testing.assert_array_equal(jnp.isnan(out[0]).any((1, 2)), np.arange(40) >= 20)
 
 
 @pytest.mark.parametrize("at", [-1, 1])
 def test_an_index_outside_of_its_stack_is_refused(at):
-    x, stack = jnp.zeros((4, 8), jnp.bfloat16), Bits(jnp.zeros((1, 8, 4), jnp.uint16), jnp.asarray(at))
+    x, stack = (
+        jnp.zeros((4, 8), jnp.bfloat16),
+        Bits(jnp.zeros((1, 8, 4), jnp.uint16), jnp.asarray(at)),
+    )
     with pytest.raises(Exception, match="an index is outside of its stack"):
         jax.block_until_ready(products(Sum([Term(x, stack)])))
 
@@ -120,7 +132,9 @@ def test_attention_and_its_gradient(batch, seq, heads, kv_heads, dim, window, so
     assert worst(logsumexp, want[1]) < 1e-6
     # Weights and slopes are rounded to 8 bits before they are summed, the result afterwards.
     assert worst(out, want[0]) < 2**-7
-    gradient = jax.jit(lambda arrays, *others: native_gradient(Heads(*arrays, window), *others, softcap))
+    gradient = jax.jit(
+        lambda arrays, *others: native_gradient(Heads(*arrays, window), *others, softcap)
+    )
     for held in (out,) if needs_result(seq, softcap) else (out, None):
         gradients = gradient(given[:5], held, logsumexp, g)
         for got, expected in zip(gradients, want[2:], strict=True):

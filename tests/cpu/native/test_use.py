@@ -1,4 +1,5 @@
-"""Where native kernels are called in a step, and that a step with them is a step by XLA, to the rounding of bf16."""
+"""Where native kernels are called in a step, and that a step with them is a step by XLA, to the
+rounding of bf16."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ import numpy as np
 import pytest
 
 from nalora_jax.common import trees
-from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig
+from nalora_jax.config import (
+    ComputeConfig,
+    LoRAConfig,
+    LoRARule,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 from nalora_jax.cpu import attention, cross_entropy, matmul
 from nalora_jax.cpu.matmul import Sum, Term, products
 from nalora_jax.cpu.native import library
@@ -37,13 +45,16 @@ CONFIG = RunConfig(
 
 @functools.cache
 def assembled(native: bool) -> tuple[Any, Any, Any]:
-    """A small decoder's program, its weights, matrices in bf16, as the program reads them, and its batches."""
+    """A small decoder's program, its weights, matrices in bf16, as the program reads them, and its
+    batches."""
     mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
     params = init_params(BASE, jax.random.key(1))
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, params)
     params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
     assembly = assemble(CONFIG, BASE, params, mesh)
-    rows = [{name: x[None] for name, x in tiny.packed_batch(seed, 8, 16).items()} for seed in range(3)]
+    rows = [
+        {name: x[None] for name, x in tiny.packed_batch(seed, 8, 16).items()} for seed in range(3)
+    ]
     batches = [distributed.make_global_batch(batch, mesh, rows_axis=1) for batch in rows]
     return assembly, assembly.view(params), batches
 
@@ -52,7 +63,9 @@ def test_three_steps_copy_no_kernel_and_are_those_of_xla_and_the_same_bits_twice
     called, call = set(), library.call
     for module in (attention, cross_entropy, matmul):
         monkeypatch.setattr(
-            module, "call", lambda name, *x, **options: called.add(name) or call(name, *x, **options)
+            module,
+            "call",
+            lambda name, *x, **options: called.add(name) or call(name, *x, **options),
         )
     assert numerics_for("bfloat16", "cpu").inner == "bfloat16"
     assembly, view, batches = assembled(True)
@@ -73,7 +86,9 @@ def test_three_steps_copy_no_kernel_and_are_those_of_xla_and_the_same_bits_twice
     def steps(native: bool) -> tuple[Any, list[Any]]:
         """Adapters and losses after three steps."""
         assembly, view, batches = assembled(native)
-        placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), start, assembly.state.lora)
+        placed = jax.tree.map(
+            lambda x, like: jax.device_put(x, like.sharding), start, assembly.state.lora
+        )
         state = jax.tree.map(jnp.array, assembly.state._replace(lora=placed))  # the step donates it
         losses = []
         for batch in batches:
@@ -91,7 +106,8 @@ def test_three_steps_copy_no_kernel_and_are_those_of_xla_and_the_same_bits_twice
     np.testing.assert_allclose(losses, losses_xla, rtol=2e-3)
     for path, moved in trees.flatten(jax.tree.map(np.subtract, lora, start)).items():
         want = trees.flatten(jax.tree.map(np.subtract, lora_xla, start))[path]
-        # Masks choose channels by thresholds, which roundings may cross: in norm, not element by element.
+        # Masks choose channels by thresholds, which roundings may cross: in norm, not element by
+        # element.
         assert np.linalg.norm(moved - want) < 0.1 * np.linalg.norm(want), path
 
 

@@ -30,7 +30,9 @@ def opened(folder, *records, chat=True, **vision):
     (folder / "b.png").write_bytes(png())
     path = folder / "chats.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return open_chats(DataConfig(str(path), chat=chat), VisionConfig("chat", **vision), "train", TOKENS)
+    return open_chats(
+        DataConfig(str(path), chat=chat), VisionConfig("chat", **vision), "train", TOKENS
+    )
 
 
 def openai(*parts):
@@ -62,7 +64,10 @@ def test_every_form_is_the_same_conversation(tmp_path):
 
 
 def test_images_stand_where_the_text_says(tmp_path):
-    turns = [{"from": "system", "value": "Be short."}, {"from": "human", "value": "<image> or <image>?"}]
+    turns = [
+        {"from": "system", "value": "Be short."},
+        {"from": "human", "value": "<image> or <image>?"},
+    ]
     turns.append({"from": "gpt", "value": "The first."})
     record = opened(tmp_path, {"image": ["b.png", "a.png"], "conversations": turns})[0]
     short, between, end = ({"type": "text", "text": text} for text in ("Be short.", " or ", "?"))
@@ -76,7 +81,9 @@ def test_a_caption_answers_the_prompt_of_the_settings(tmp_path):
     record = source[0]
     assert (record["prompt"], record["completion"]) == ("[<img><img>]\nSay:", " a cat")
     assert TOKENS.expanded("x<boi>y") == "x[<img><img>]y"
-    assert as_parts([{"role": "user", "content": "Hi"}])[0]["content"] == [{"type": "text", "text": "Hi"}]
+    assert as_parts([{"role": "user", "content": "Hi"}])[0]["content"] == [
+        {"type": "text", "text": "Hi"}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +95,10 @@ def test_a_caption_answers_the_prompt_of_the_settings(tmp_path):
         (openai(IMAGE, TEXT), "fewer images"),
         ({"image": ["a.png", "b.png"], **openai(IMAGE, TEXT)}, "more than places"),
         (openai({"type": "text", "text": "a <img> b"}), "no <img>"),
-        ({"messages": [{"role": "assistant", "content": [IMAGE]}], "image": "a.png"}, "texts from the"),
+        (
+            {"messages": [{"role": "assistant", "content": [IMAGE]}], "image": "a.png"},
+            "texts from the",
+        ),
         ({"image": "a.png", "text": "x"}, "--vision.caption-field"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Images are opened or refused by name, and processed as transformers does, to one grey level; so are texts."""
+"""Images are opened or refused by name, and processed as transformers does, to one grey level; so
+are texts."""
 
 import io
 import json
@@ -23,7 +24,9 @@ def encoded(image, kind="PNG", **options):
 
 
 def noise(width=20, height=12):
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def pixels_of(source):
@@ -44,7 +47,9 @@ def test_transparency_becomes_white_and_grey_becomes_rgb_within_the_limit_of_pix
         open_image(encoded(noise()), max_pixels=100)
 
 
-@pytest.mark.parametrize(("kind", "orientation"), [*(("JPEG", i) for i in range(1, 9)), ("TIFF", 6)])
+@pytest.mark.parametrize(
+    ("kind", "orientation"), [*(("JPEG", i) for i in range(1, 9)), ("TIFF", 6)]
+)
 def test_photos_are_turned_upright_as_transformers_turns_them(tmp_path, kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -82,7 +87,10 @@ def test_images_that_cannot_be_read_are_refused_by_name(case):
         open_image(image, "photo.img")
 
 
-CROP, CHANNELS = {"height": 61, "width": 50}, {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+CROP, CHANNELS = (
+    {"height": 61, "width": 50},
+    {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]},
+)
 CLIP = {"size": {"shortest_edge": 24}, "crop_size": {"height": 20, "width": 20}}
 CLIP_OF_10 = {"size": {"shortest_edge": 12}, "crop_size": {"height": 10, "width": 10}}
 CASES = {
@@ -134,7 +142,9 @@ def test_patches_of_any_shape_are_those_of_transformers(tmp_path):
         image = picture(*size)
         expected, found = theirs(image, return_tensors="np"), ours(image)
         np.testing.assert_array_equal(found["shapes"], expected["spatial_shapes"][0])
-        np.testing.assert_array_equal(found["mask"], expected["pixel_attention_mask"][0].astype(bool))
+        np.testing.assert_array_equal(
+            found["mask"], expected["pixel_attention_mask"][0].astype(bool)
+        )
         pixels = np.asarray(ours.normalise(jnp.asarray(found["pixels"])))[found["mask"]]
         levels = np.abs(pixels - expected["pixel_values"][0][found["mask"]]) * 0.5 * 255
         assert levels.max() < 1.0, size
@@ -162,7 +172,9 @@ def assert_same(folder, texts, *, length, padding=True, **options):
     """Returns our tokenizer of a folder, whose tokens are those of transformers."""
     ours = read_text_tokenizer(folder, max_length=length, **options)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    expected = theirs(texts, truncation=True, return_tensors="np", padding=padding, max_length=length)
+    expected = theirs(
+        texts, truncation=True, return_tensors="np", padding=padding, max_length=length
+    )
     found = ours(texts, length=expected["input_ids"].shape[1])
     np.testing.assert_array_equal(found["tokens"], expected["input_ids"])
     np.testing.assert_array_equal(found["token_weights"], expected["attention_mask"])
@@ -170,7 +182,8 @@ def assert_same(folder, texts, *, length, padding=True, **options):
 
 
 def test_texts_become_the_tokens_of_transformers(dual_folder, tmp_path):
-    """Random words, and byte-level BPE that ends words and WordPiece with its normaliser, from their files."""
+    """Random words, and byte-level BPE that ends words and WordPiece with its normaliser, from
+    their files."""
     texts = ["a photo of a red square", "A Green circle", "", "dress " * 30]
     assert_same(dual_folder("clip"), texts, length=12, vocab_size=40)
     ours = assert_same(
@@ -178,7 +191,14 @@ def test_texts_become_the_tokens_of_transformers(dual_folder, tmp_path):
     )
     assert ours(texts)["tokens"].shape == (4, 12)
     letters = "abcdefghijklmnopqrstuvwxyz!,"
-    words = [*letters, *(f"{c}</w>" for c in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
+    words = [
+        *letters,
+        *(f"{c}</w>" for c in letters),
+        "ca",
+        "cat</w>",
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     special = [f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")]
     pieces = [*special, *letters, *(f"##{c}" for c in letters), "cat", "##ty"]
     words, pieces = ({word: i for i, word in enumerate(listed)} for listed in (words, pieces))

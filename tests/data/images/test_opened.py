@@ -1,4 +1,5 @@
-"""Images by folder and by list: labels, captions, splits, what is broken, and batches as functions of their number."""
+"""Images by folder and by list: labels, captions, splits, what is broken, and batches as functions
+of their number."""
 
 import json
 
@@ -8,7 +9,14 @@ from PIL import Image
 
 from nalora_jax.config import DataConfig, VisionConfig
 from nalora_jax.data.images.files import ImageProcessor, open_image
-from nalora_jax.data.images.opened import ImageData, augmented, crop_box, draw_shots, generator, open_images
+from nalora_jax.data.images.opened import (
+    ImageData,
+    augmented,
+    crop_box,
+    draw_shots,
+    generator,
+    open_images,
+)
 from nalora_jax.errors import NaloraError
 
 
@@ -128,8 +136,12 @@ def test_batches_are_pure_and_every_epoch_holds_every_image(picture_folder):
     assert batches[0]["pixels"].shape == (1, 4, 12, 12, 3)
     for name, values in data(folder).batch_at(0).items():
         np.testing.assert_array_equal(values, batches[0][name])
-    np.testing.assert_array_equal(np.bincount(np.ravel([batch["labels"] for batch in batches])), [4, 4])
-    positions = {data(folder, **change).fingerprint for change in ({}, {"seed": 2}, {"augment": "flip"})}
+    np.testing.assert_array_equal(
+        np.bincount(np.ravel([batch["labels"] for batch in batches])), [4, 4]
+    )
+    positions = {
+        data(folder, **change).fingerprint for change in ({}, {"seed": 2}, {"augment": "flip"})
+    }
     assert len(positions) == 3
     still = data(folder, augment="none").batch_at(0)["pixels"]
     assert not np.array_equal(np.sort(still.ravel()), np.sort(batches[0]["pixels"].ravel()))

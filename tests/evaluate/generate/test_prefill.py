@@ -43,7 +43,9 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def complete(case: Case, prompts: list[list[int]], chunk: int, count: int) -> list[tuple[int, ...]]:
     pair = build(case)
-    generator = Generator(pair.model, {"params": pair.params}, byte_tokenizer(), prefill_chunk=chunk)
+    generator = Generator(
+        pair.model, {"params": pair.params}, byte_tokenizer(), prefill_chunk=chunk
+    )
     return [row.ids for row in generator.complete(prompts, max_new_tokens=count, stop_ids=())]
 
 
@@ -66,7 +68,9 @@ def test_greedy_tokens_across_the_switch_of_longrope_equal_transformers():
     prompts = [rng.integers(1, 128, ORIGINAL + more).tolist() for more in range(-8, 3)]
     for prompt, ids in zip(prompts, complete(PHI3, prompts, 2048, NEW_TOKENS), strict=True):
         with torch.no_grad():
-            whole = pair.theirs.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
+            whole = pair.theirs.generate(
+                torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False
+            )
         assert list(ids) == whole[0, len(prompt) :].tolist()
 
 
@@ -76,7 +80,9 @@ def test_choices_with_a_common_context_score_as_transformers_scores_them(case):
     rng, pair = np.random.default_rng(4), build(case)
     context = rng.integers(1, 128, ORIGINAL - 2).tolist()
     choices = [rng.integers(1, 128, length).tolist() for length in (2, 4, 9)]
-    (scores,) = score_groups(pair.model, {"params": pair.params}, [[(context, one) for one in choices]])
+    (scores,) = score_groups(
+        pair.model, {"params": pair.params}, [[(context, one) for one in choices]]
+    )
     for score, choice in zip(scores, choices, strict=True):
         logits = reference(pair, np.array([[*context, *choice[:-1]]]))[0, len(context) - 1 :]
         expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(choice)), choice].sum()
@@ -92,7 +98,8 @@ def test_prompts_with_images_are_processed_in_chunks(seeing_folder, short_blocks
     image, count = loaded.config.sight.image_token, loaded.config.sight.tokens
     rng, caches = np.random.default_rng(4), []
     texts = [
-        [3 if token == image else token for token in rng.integers(5, 40, n).tolist()] for n in (8, 3, 30)
+        [3 if token == image else token for token in rng.integers(5, 40, n).tolist()]
+        for n in (8, 3, 30)
     ]
     picture = [image] * count
     rows = [texts[0] + picture + texts[1] + picture + texts[2], texts[0] + picture, texts[1]]
@@ -127,11 +134,20 @@ def test_prompts_with_images_are_processed_in_chunks(seeing_folder, short_blocks
 def temporary_bytes(tokens: int, chunk: int) -> int:
     """Memory of the compiled prefill except arguments and results, which hold the cache."""
     raw = {"model_type": "llama", "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 8}
-    raw |= {"intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 4}
-    model = Decoder(ModelConfig.from_hf(raw | {"max_position_embeddings": 2**20, "rms_norm_eps": 1e-5}))
+    raw |= {
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+    }
+    model = Decoder(
+        ModelConfig.from_hf(raw | {"max_position_embeddings": 2**20, "rms_norm_eps": 1e-5})
+    )
     shapes = param_shapes(model.config).items()
     params = unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes})
-    weights = Weights({"params": params}, {"params": {name: params[name] for name in ("embed", "lm_head")}})
+    weights = Weights(
+        {"params": params}, {"params": {name: params[name] for name in ("embed", "lm_head")}}
+    )
     shapes = (((1, tokens), "int32"), ((1,), "int32"), ((1,), "bool"), ((8,), "int32"))
     prompts = Prompts(*(jax.ShapeDtypeStruct(*shape) for shape in shapes), make_sampling(1))
     compiled = prefill.lower(model, weights, prompts, slots=tokens + 64, chunk=chunk).compile()

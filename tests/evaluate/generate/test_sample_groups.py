@@ -32,7 +32,8 @@ def sampled(rows: list[list[int]], seeds: list[int], stop: int = NO_TOKEN) -> tu
 
 
 def test_log_probabilities_are_those_of_whole_texts() -> None:
-    """At temperature 0.7, of prompts of three lengths; each sample depends on its seed, not on its neighbors."""
+    """At temperature 0.7, of prompts of three lengths; each sample depends on its seed, not on its
+    neighbors."""
     pair = build(CASE)
     rng = np.random.default_rng(4)
     rows = [rng.integers(1, 128, length).tolist() for length in (5, 11, 8)]
@@ -59,6 +60,10 @@ def test_a_sample_ends_with_its_stop_token() -> None:
     for row in seeds:
         ends = np.flatnonzero(free[row] == stop)
         length = int(ends[0]) + 1 if len(ends) else LIMIT
-        np.testing.assert_array_equal(stopped[row], [*free[row, :length], *[NO_TOKEN] * (LIMIT - length)])
-        np.testing.assert_allclose(stopped_log_probs[row, :length], log_probs[row, :length], rtol=1e-6)
+        np.testing.assert_array_equal(
+            stopped[row], [*free[row, :length], *[NO_TOKEN] * (LIMIT - length)]
+        )
+        np.testing.assert_allclose(
+            stopped_log_probs[row, :length], log_probs[row, :length], rtol=1e-6
+        )
         assert not stopped_log_probs[row, length:].any()

@@ -1,4 +1,5 @@
-"""Every family of encoders against transformers: tiny random models, every feature of their configs on, float32."""
+"""Every family of encoders against transformers: tiny random models, every feature of their configs
+on, float32."""
 
 from __future__ import annotations
 
@@ -21,13 +22,19 @@ from tests.param_trees import encoder_params, tensors_from_params
 
 TOLERANCE = 1e-5  # largest absolute difference of features and logits
 DUAL = {
-    "CLIP: QuickGELU, end token by its id": ("clip", {"projection_dim": 24, "text": {"eos_token_id": 39}}),
+    "CLIP: QuickGELU, end token by its id": (
+        "clip",
+        {"projection_dim": 24, "text": {"eos_token_id": 39}},
+    ),
     "CLIP: GELU, end token the largest": (
         "clip",
         {"vision": {"hidden_act": "gelu", "num_hidden_layers": 3}, "text": {"hidden_act": "gelu"}},
     ),
     "SigLIP": ("siglip", {"text": {"projection_size": 32}}),
-    "ViT and BERT behind their dense layers": ("vision-text-dual-encoder", {"vision": {"qkv_bias": False}}),
+    "ViT and BERT behind their dense layers": (
+        "vision-text-dual-encoder",
+        {"vision": {"qkv_bias": False}},
+    ),
     "DINOv2 with SwiGLU and layer scale": (
         "vision-text-dual-encoder",
         {"vision": {"model_type": "dinov2", "use_swiglu_ffn": True, "mlp_ratio": 3}},
@@ -41,7 +48,9 @@ def inputs(side: int = 16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     pixels = rng.standard_normal((3, side, side, 3)).astype(np.float32)
     tokens = rng.integers(4, 38, (4, 10))
     mask = np.arange(10) < np.array([[10], [7], [4], [9]])
-    tokens[np.arange(4), mask.sum(1) - 1] = 39  # both the largest and the end token of the configs above
+    tokens[np.arange(4), mask.sum(1) - 1] = (
+        39  # both the largest and the end token of the configs above
+    )
     return pixels, np.where(mask, tokens, 0), mask
 
 
@@ -110,7 +119,12 @@ def test_siglip_2_sees_images_of_different_shapes(dual_folder) -> None:
 def test_positions_are_resized_for_images_of_another_size(tmp_path) -> None:
     torch.manual_seed(0)
     config = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=4, mlp_ratio=2
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=4,
+        mlp_ratio=2,
     )
     model = transformers.Dinov2Model(config).eval()
     ours = read_encoder(config.to_dict())

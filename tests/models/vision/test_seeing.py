@@ -1,4 +1,5 @@
-"""Decoders that see against transformers: logits of texts with images, through the models' own processors."""
+"""Decoders that see against transformers: logits of texts with images, through the models' own
+processors."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def ours(
     loaded: LoadedModel, rows: list[list[dict[str, Any]]], pictures: list[list[Any]]
 ) -> tuple[np.ndarray, Any]:
     """Padded token ids and float32 logits of conversations with their pictures."""
-    ids = [loaded.tokenizer.encode(loaded.tokenizer.render_chat(row), special=False) for row in rows]
+    ids = [
+        loaded.tokenizer.encode(loaded.tokenizer.render_chat(row), special=False) for row in rows
+    ]
     tokens = np.zeros((len(ids), max(map(len, ids))), np.int32)
     segments = np.zeros_like(tokens)
     assert loaded.processor is not None
@@ -60,7 +63,9 @@ def ours(
     model, processor = decoder_for(loaded.config), loaded.processor
 
     @jax.jit
-    def logits(variables: Any, tokens: jax.Array, segments: jax.Array, pixels: jax.Array) -> jax.Array:
+    def logits(
+        variables: Any, tokens: jax.Array, segments: jax.Array, pixels: jax.Array
+    ) -> jax.Array:
         features = model.apply(variables, processor.normalise(pixels), method="see")
         hidden = model.apply(variables, tokens, segment_ids=segments, features=features)
         return model.apply(variables, hidden, method="unembed")
@@ -77,11 +82,17 @@ def theirs(
     for row, seen in zip(rows, pictures, strict=True):
         left = iter(seen)
         user = [
-            {**part, "image": next(left)} if part["type"] == "image" else part for part in row[0]["content"]
+            {**part, "image": next(left)} if part["type"] == "image" else part
+            for part in row[0]["content"]
         ]
         filled.append([{"role": "user", "content": user}, *row[1:]])
     inputs = processor.apply_chat_template(
-        filled, tokenize=True, return_dict=True, return_tensors="pt", padding=True, padding_side="right"
+        filled,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+        padding_side="right",
     )
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -92,7 +103,8 @@ def theirs(
 def test_logits_are_transformers_own(
     seeing_folder, pictures, family: str, settings: dict[str, Any]
 ) -> None:
-    """Two conversations with one and two images of different sizes, padded, through both sides' own processors."""
+    """Two conversations with one and two images of different sizes, padded, through both sides' own
+    processors."""
     folder = seeing_folder(family, **settings)
     rows, seen = chats(2, 1), [pictures[:2], pictures[2:]]
     loaded = load_model(str(folder), dtype="float32", images=True)
@@ -125,7 +137,9 @@ def test_the_text_model_of_a_multimodal_folder_loads_alone(seeing_folder) -> Non
         ({"model_type": "mistral3"}, "sees images: one of llava, gemma3, found 'mistral3'"),
     ],
 )
-def test_what_is_not_done_is_refused_by_name(seeing_folder, changes: dict[str, Any], field: str) -> None:
+def test_what_is_not_done_is_refused_by_name(
+    seeing_folder, changes: dict[str, Any], field: str
+) -> None:
     raw = json.loads((seeing_folder("llava") / "config.json").read_text()) | changes
     with pytest.raises(NaloraError, match=field):
         ModelConfig.from_hf(raw, images=True)

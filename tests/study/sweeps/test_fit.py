@@ -18,7 +18,9 @@ from nalora_jax.study.sweeps.fit import Fitting
 pytestmark = pytest.mark.usefixtures("memory")
 
 BASE = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])
-CONFIG = replace(RunConfig(train=TrainConfig(batch_size=4)), data=replace(RunConfig().data, max_length=256))
+CONFIG = replace(
+    RunConfig(train=TrainConfig(batch_size=4)), data=replace(RunConfig().data, max_length=256)
+)
 
 
 @pytest.fixture
@@ -35,7 +37,9 @@ def test_each_run_gets_the_fewest_devices_that_hold_the_base() -> None:
 
 
 def test_more_runs_than_fit_train_after_each_other_in_equal_parts() -> None:
-    fitting = Fitting(Layout(1, 1, 1, "auto", "auto", run=4, runs_per_device=2), capacity=8, width=1)
+    fitting = Fitting(
+        Layout(1, 1, 1, "auto", "auto", run=4, runs_per_device=2), capacity=8, width=1
+    )
     assert [fitting.next(left) for left in (20, 13, 6)] == [7, 7, 6]
     assert fitting.slots(7) == 8
 
@@ -51,7 +55,11 @@ def test_experts_need_one_device_a_run() -> None:
 def test_known_chips_get_the_layout_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "of_devices", lambda _: topology("v6e:2x4"))
     fitting = Fitting.of(CONFIG, BASE, count=16)
-    assert (fitting.layout.run, fitting.layout.runs_per_device, fitting.layout.remat) == (8, 1, "dots")
+    assert (fitting.layout.run, fitting.layout.runs_per_device, fitting.layout.remat) == (
+        8,
+        1,
+        "dots",
+    )
     few_tokens = replace(CONFIG, train=TrainConfig(batch_size=1))
     fitting = Fitting.of(few_tokens, BASE, count=16)
     assert (fitting.layout.run, fitting.layout.runs_per_device, fitting.capacity) == (8, 2, 16)

@@ -49,23 +49,31 @@ def _batch(seed: int) -> dict[str, np.ndarray]:
     return {name: value[None] for name, value in tiny.packed_batch(seed, ROWS, SEQ).items()}
 
 
-def _assembled(configs: Sequence[RunConfig], base: ModelConfig = BASE, mesh: Any = None) -> list[Assembly]:
+def _assembled(
+    configs: Sequence[RunConfig], base: ModelConfig = BASE, mesh: Any = None
+) -> list[Assembly]:
     mesh = mesh or tiny.one_device()
     params = init_params(base, jax.random.key(1))
     params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
-    return [assemble(config, base, params, mesh, **decoder_parts(config, base)) for config in configs]
+    return [
+        assemble(config, base, params, mesh, **decoder_parts(config, base)) for config in configs
+    ]
 
 
 def _solo(run: Assembly, steps: int, batches: Any = None) -> Any:
     """The adapters and the last metrics of a run's steps, alone; donates its state."""
     state, params, batches = run.state, run.view(run.params), batches or _batch
     for i in range(steps):
-        batch = distributed.make_global_batch(batches(100 * run.config.seed + i), run.mesh, rows_axis=1)
+        batch = distributed.make_global_batch(
+            batches(100 * run.config.seed + i), run.mesh, rows_axis=1
+        )
         state, metrics = run.step(params, state, batch)
     return jax.device_get(state.lora), jax.device_get(metrics)
 
 
-def _together(runs: Sequence[Assembly], steps: int, batches: Any = None) -> tuple[SweepProgram, Any]:
+def _together(
+    runs: Sequence[Assembly], steps: int, batches: Any = None
+) -> tuple[SweepProgram, Any]:
     """The states and the last metrics of all runs after some steps of one program."""
     program, batches = SweepProgram(runs), batches or _batch
     states = program.begin([run.state for run in runs])
@@ -84,19 +92,24 @@ def _difference(one: Any, other: Any) -> float:
 def _started(run: Assembly) -> Assembly:
     """The run with random initial adapters of its own, which lower its kernels, as LoRA-GA's do."""
     rng = np.random.default_rng(run.config.seed)
-    start = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype), run.state.lora)
+    start = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype), run.state.lora
+    )
     return starting_at(run, start)
 
 
 def test_runs_of_one_program_equal_their_solo_runs() -> None:
-    """They differ in all that may differ: rates, schedule, decay, betas, clip, seed, alpha, rank, rules, kernels."""
+    """They differ in all that may differ: rates, schedule, decay, betas, clip, seed, alpha, rank,
+    rules, kernels."""
     rules = (LoRARule("ffn/(gate|up|down)_proj", 2, 5.0), LoRARule("attn/(q|v)_proj", 2))
     numbers = {"weight_decay": 0.1, "b1": 0.8, "b2": 0.95, "clip_norm": 0.3, "warmup_steps": 4}
     optimizer = OptimizerConfig(learning_rate=3e-3, schedule="linear", **numbers)
     mechanisms = "soft:warmup=3,power=1.5,decay=0.9", "curvature_cap:warmup=2,tau=0.05"
     changes = {"lora": LoRAConfig(rules=rules), "mechanisms": mechanisms, "optimizer": optimizer}
     changes |= {"train": TrainConfig(log_every=3, patience=2), "output": "runs/other"}
-    runs = [_started(run) for run in _assembled([CONFIG, replace(CONFIG, seed=1, steps=30, **changes)])]
+    runs = [
+        _started(run) for run in _assembled([CONFIG, replace(CONFIG, seed=1, steps=30, **changes)])
+    ]
     assert len({program_key(run.config, run.spec) for run in runs}) == 1
     program, (states, metrics) = _together(runs, 20)
     lora, alone = _solo(runs[1], 20)
@@ -111,7 +124,12 @@ def test_runs_of_one_program_equal_their_solo_runs() -> None:
 
 # SGD: Adam's first updates divide rounding errors by gradients of the same size.
 FOUR = [
-    replace(CONFIG, seed=seed, steps=4, optimizer=OptimizerConfig("sgd", 0.1 * (seed + 1), clip_norm=0.0))
+    replace(
+        CONFIG,
+        seed=seed,
+        steps=4,
+        optimizer=OptimizerConfig("sgd", 0.1 * (seed + 1), clip_norm=0.0),
+    )
     for seed in range(4)
 ]
 
@@ -133,7 +151,9 @@ def _variant(seed: int, rank: int = 2, **changes: Any) -> RunConfig:
     """A run of three steps whose rate depends on its seed."""
     lora = LoRAConfig(rules=(LoRARule("ffn", rank), LoRARule("q_proj", 2)))
     optimizer = OptimizerConfig("sgd", 0.1 * (seed + 1), clip_norm=0.0)
-    return replace(CONFIG, **{"seed": seed, "steps": 3, "lora": lora, "optimizer": optimizer} | changes)
+    return replace(
+        CONFIG, **{"seed": seed, "steps": 3, "lora": lora, "optimizer": optimizer} | changes
+    )
 
 
 def test_experts_of_several_runs_are_one_grouped_matmul() -> None:
@@ -145,7 +165,8 @@ def test_experts_of_several_runs_are_one_grouped_matmul() -> None:
 
 
 def _assert_like_solo(runs: Sequence[Assembly], batches: Any = None) -> None:
-    """Compares the last run of a program with its solo run; all of them share the code of the step."""
+    """Compares the last run of a program with its solo run; all of them share the code of the
+    step."""
     program, (states, metrics) = _together(runs, 3, batches)
     lora, alone = _solo(runs[-1], 3, batches)
     assert _difference(jax.device_get(program.state_of(states, len(runs) - 1).lora), lora) < 1e-4
@@ -155,9 +176,13 @@ def _assert_like_solo(runs: Sequence[Assembly], batches: Any = None) -> None:
 def test_preference_pairs_with_magnitudes_and_zero_a() -> None:
     lora = LoRAConfig(rules=(LoRARule("ffn", 2),), dora=True, init="zero_a", plus_ratio=2.0)
     settings = {"lora": lora, "preference": PreferenceConfig("dpo"), "mechanisms": ("hard",)}
-    configs = [_variant(0, **settings), _variant(1, **settings | {"lora": replace(lora, plus_ratio=3.0)})]
+    configs = [
+        _variant(0, **settings),
+        _variant(1, **settings | {"lora": replace(lora, plus_ratio=3.0)}),
+    ]
     _assert_like_solo(
-        _assembled(configs), lambda seed: _batch(seed) | {"pairs": np.ones((1, ROWS, 1), np.float32)}
+        _assembled(configs),
+        lambda seed: _batch(seed) | {"pairs": np.ones((1, ROWS, 1), np.float32)},
     )
 
 

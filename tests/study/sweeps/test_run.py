@@ -1,4 +1,5 @@
-"""Whole sweeps on a tiny model: the folders that they leave, divergence, interruption and resumption."""
+"""Whole sweeps on a tiny model: the folders that they leave, divergence, interruption and
+resumption."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ def test_each_run_leaves_what_its_solo_run_leaves(
     _assert_equal(Path(folder), alone.folder)
     assert tiny.logged(folder) == pytest.approx(tiny.logged(alone.folder), rel=1e-5)
     listings = [
-        sorted(p.relative_to(f).as_posix() for p in Path(f).glob("*")) for f in (folder, alone.folder)
+        sorted(p.relative_to(f).as_posix() for p in Path(f).glob("*"))
+        for f in (folder, alone.folder)
     ]
     assert listings[0] == listings[1]
 
@@ -95,7 +97,9 @@ def test_a_run_that_diverges_is_frozen_and_reported(swept: SweepResult) -> None:
 def test_a_sweep_that_sigterm_stopped_continues_with_other_programs(
     swept: SweepResult, base: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = tiny.write_settings(replace(base, output=str(tmp_path / "out")), tmp_path / "settings.py")
+    settings = tiny.write_settings(
+        replace(base, output=str(tmp_path / "out")), tmp_path / "settings.py"
+    )
     log, signals = Progress.log, []
 
     def stop_at_3(self: Progress, step: int, values: Any) -> None:
@@ -108,7 +112,10 @@ def test_a_sweep_that_sigterm_stopped_continues_with_other_programs(
         patch.setattr(Progress, "log", stop_at_3)
         options = ["--sweep", "optimizer.learning-rate=2e-2,1e-2"]
         assert main(["train", "--config", str(settings), *options]) == 143
-    assert f"saved step 3; continue with --output {tmp_path / 'out'} --resume" in capsys.readouterr().err
+    assert (
+        f"saved step 3; continue with --output {tmp_path / 'out'} --resume"
+        in capsys.readouterr().err
+    )
     assert '"sha256": ' in (tmp_path / "out" / "sweep.json").read_text()
     assert main(["train", "--resume", str(tmp_path / "out"), "--mesh.runs-per-device", "1"]) == 0
     for folder, rate in zip(swept.runs, ("0.02", "0.01"), strict=True):
@@ -124,7 +131,9 @@ def test_bad_sweeps_are_refused_before_the_weights_are_read(
     monkeypatch.setattr(text, "_loaded", None)
     configs = _configs(base, tmp_path)
     many, three = replace(base.mesh, runs_per_device=10**9), replace(base.mesh, run=3)
-    on_many, on_three = ([replace(config, mesh=mesh) for config in configs] for mesh in (many, three))
+    on_many, on_three = (
+        [replace(config, mesh=mesh) for config in configs] for mesh in (many, three)
+    )
     for runs, message in (
         ([], "expected at least one run, found none"),
         ([configs[0], configs[0]], "expected runs with different names, found rate-0.02"),

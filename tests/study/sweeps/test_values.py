@@ -6,13 +6,22 @@ from dataclasses import replace
 from typing import Any
 
 from nalora_jax.cli.planning.program import CONFIGS
-from nalora_jax.config import AdaLoRAConfig, LoRAConfig, LoRARule, OptimizerConfig, RunConfig, TrainConfig
+from nalora_jax.config import (
+    AdaLoRAConfig,
+    LoRAConfig,
+    LoRARule,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.study.sweeps.values import grouped, program_key
 
 BASE = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])
-CONFIG = RunConfig(mechanisms=("soft", "curvature_cap"), optimizer=OptimizerConfig(learning_rate=1e-3))
+CONFIG = RunConfig(
+    mechanisms=("soft", "curvature_cap"), optimizer=OptimizerConfig(learning_rate=1e-3)
+)
 
 
 def _key(config: RunConfig) -> str:
