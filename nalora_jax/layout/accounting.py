@@ -127,19 +127,22 @@ class Program:
     @cached_property
     def executed(self) -> tuple[tuple[Instruction, float], ...]:
         """All executed instructions, each with the number of its executions."""
-        every = ((c, self.times[c.name]) for c in self.computations.values())
-        return tuple(
-            (i, times) for c, times in every if times for i in c.instructions.values()
-        )
+        executed: list[tuple[Instruction, float]] = []
+        for computation in self.computations.values():
+            times = self.times[computation.name]
+            if times:
+                for instruction in computation.instructions.values():
+                    executed.append((instruction, times))
+        return tuple(executed)
 
     @cached_property
     def scheduled(self) -> tuple[tuple[Instruction, float], ...]:
         """The part of `executed` in computations that run in sequence: the entry, bodies of loops,
         branches."""
-        instructions = (
-            i for c in self.computations.values() for i in c.instructions.values()
-        )
-        fused = {inner.name for i in instructions for inner in _inner(i)}
+        fused: set[str] = set()
+        for computation in self.computations.values():
+            for instruction in computation.instructions.values():
+                fused.update(inner.name for inner in _inner(instruction))
         return tuple(
             (i, times) for i, times in self.executed if i.holder.name not in fused
         )
@@ -184,20 +187,17 @@ class Program:
         """
         name = re.compile(rf'op_name="[^"]*\b{scope}\b')
         inside: set[str] = set()  # computations of the scope's loops
-        pending = [
-            called
-            for loop, _ in self.executed
-            if loop.opcode == "while" and name.search(loop.attributes)
-            for called in loop.calls
-        ]
+        pending: list[Computation] = []
+        for loop, _ in self.executed:
+            if loop.opcode == "while" and name.search(loop.attributes):
+                pending += loop.calls
         while pending:
-            if (computation := pending.pop()).name not in inside:
-                inside.add(computation.name)
-                pending += [
-                    called
-                    for i in computation.instructions.values()
-                    for called in i.calls
-                ]
+            computation = pending.pop()
+            if computation.name in inside:
+                continue
+            inside.add(computation.name)
+            for instruction in computation.instructions.values():
+                pending += instruction.calls
 
         def belongs(instruction: Instruction) -> bool:
             return instruction.holder.name in inside or bool(
@@ -205,9 +205,8 @@ class Program:
             )
 
         flops = sum(times * flops_of(i) for i, times in self.executed if belongs(i))
-        return Work(
-            flops, sum(times * bytes_of(i) for i, times in self.scheduled if belongs(i))
-        )
+        size = sum(times * bytes_of(i) for i, times in self.scheduled if belongs(i))
+        return Work(flops, size)
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
@@ -215,12 +214,11 @@ class Program:
         collectives: list[Collective] = []
         holders = {i.holder.name: i.holder for i, _ in self.scheduled}
         parts_in = {name: _parts(holder) for name, holder in holders.items()}
-        parents = {
-            called.name: i.holder.name
-            for i, _ in self.scheduled
-            if i.opcode in _BLOCKS
-            for called in i.calls
-        }
+        parents: dict[str, str] = {}
+        for instruction, _ in self.scheduled:
+            if instruction.opcode in _BLOCKS:
+                for called in instruction.calls:
+                    parents[called.name] = instruction.holder.name
         for name, holder in holders.items():
             # A chain that began before a loop continues in the loop's matmuls.
             begun = parts_in.get(parents.get(name, ""), {})
@@ -319,25 +317,23 @@ def _between(send: Instruction, times: float) -> Collective:
     kinds = re.findall(r'megascale_transfer_type="(\w+)"', send.attributes)
     name = re.search(r'transfer_rendezvous="[^"]*"', send.attributes)
     every = list(send.holder.instructions.values())
-    back = [
+    receives = [
         i
         for i in every
         if i.opcode == "recv" and name is not None and name[0] in i.attributes
     ]
-    ends = [
-        every.index(user)
-        for i in back
-        for user in i.users
-        if user.opcode == "recv-done"
-    ]
+    end = 0
+    for receive in receives:
+        for user in receive.users:
+            if user.opcode == "recv-done":
+                end = max(end, every.index(user))
+    during = every[every.index(send) + 1 : end]
     return Collective(
         next(iter(kinds), "transfer").lower().replace("_", "-") + BETWEEN,
-        sum(i.shapes[0].size for i in back),
+        sum(i.shapes[0].size for i in receives),
         0,
         times,
-        any(
-            _multiplies(i) for i in every[every.index(send) + 1 : max(ends, default=0)]
-        ),
+        any(_multiplies(i) for i in during),
     )
 
 
@@ -367,11 +363,10 @@ def _multiplies(instruction: Instruction) -> bool:
             not _MARKS.search(instruction.attributes)
             and "Bitcast" not in instruction.attributes
         )
-    return any(
-        _multiplies(i)
-        for called in _inner(instruction)
-        for i in called.instructions.values()
-    )
+    for called in _inner(instruction):
+        if any(_multiplies(i) for i in called.instructions.values()):
+            return True
+    return False
 
 
 # ---------------------------------------------------------------- bytes

@@ -92,10 +92,11 @@ def _next(candidates: Sequence[Layout], limit: float, tried: Tried) -> Layout | 
 
     best = min((result.seconds for _, result in tried if result.fits), default=math.inf)
     failed = [other.mesh for other, result in tried if result is FAILED]
+    compiled = {id(layout) for layout, _ in tried}
     left = [
         layout
         for layout in candidates
-        if layout.mesh not in failed and all(layout is not other for other, _ in tried)
+        if layout.mesh not in failed and id(layout) not in compiled
     ]
     fitting = [
         layout for layout in left if memory(layout) <= limit and seconds(layout) < best

@@ -278,14 +278,10 @@ def useful_flops(base: ModelConfig, spec: AdapterSpec, rows: float, seq: int) ->
     """
     shapes = projection_shapes(base)
     adapters = sum(
-        sum(shapes[path][-2:]) * rank
-        for path, target in spec.targets
-        for rank in target.ranks
+        sum(shapes[path][-2:]) * sum(target.ranks) for path, target in spec.targets
     )
-    tokens = rows * seq
-    return tokens * (
-        4 * active_parameters(base) + 6 * adapters
-    ) + 3 * rows * attention_flops(base, seq)
+    of_token = 4 * active_parameters(base) + 6 * adapters
+    return rows * seq * of_token + 3 * rows * attention_flops(base, seq)
 
 
 def _expert_weights(config: ModelConfig) -> int:

@@ -199,14 +199,9 @@ def kernel_flops(
             / layers
         )
         return rows / accumulate * causal_flops(base, seq, products) / n_tensor
-    forward, backward = (
-        sum(
-            times
-            for name, times in calls.items()
-            if "splash" in name and f"_{direction}" in name
-        )
-        for direction in ("fwd", "dkv")
-    )
+    splash = {name: times for name, times in calls.items() if "splash" in name}
+    forward = sum(times for name, times in splash.items() if "_fwd" in name)
+    backward = sum(times for name, times in splash.items() if "_dkv" in name)
     if not forward:
         return 0.0
     # Every window is a branch, and each layer runs one of them.
@@ -254,16 +249,11 @@ def bounded(program: Figures, flops: float, useful: float, where: Topology) -> R
             return chip.network
         return where.inbound(collective.devices)
 
-    (hidden, exposed), (host, host_exposed) = (
-        [
-            sum(seconds for seconds, overlapped in times if overlapped == which)
-            for which in (True, False)
-        ]
-        for times in (
-            [(c.total / rate(c), c.overlapped) for c in program.collectives],
-            [(t.total / chip.host_link, t.overlapped) for t in program.transfers],
-        )
-    )
+    hidden = sum(c.total / rate(c) for c in program.collectives if c.overlapped)
+    exposed = sum(c.total / rate(c) for c in program.collectives if not c.overlapped)
+    link = chip.host_link
+    host = sum(t.total / link for t in program.transfers if t.overlapped)
+    host_exposed = sum(t.total / link for t in program.transfers if not t.overlapped)
     return Roofline(
         flops / chip.matrix_rate,
         program.memory_bytes / chip.bandwidth,

@@ -70,14 +70,14 @@ class Instruction:
     @cached_property
     def calls(self) -> tuple[Computation, ...]:
         """The computations that it runs; for a loop, body and condition."""
-        names = (
-            name.strip().lstrip("%")
-            for several, single in _CALLED.findall(self.attributes)
-            for name in (several or single).split(",")
-        )
-        return tuple(
-            self.holder.program[name] for name in names if name in self.holder.program
-        )
+        program = self.holder.program
+        called = []
+        for several, single in _CALLED.findall(self.attributes):
+            for text in (several or single).split(","):
+                name = text.strip().lstrip("%")
+                if name in program:
+                    called.append(program[name])
+        return tuple(called)
 
     @property
     def size(self) -> float:
@@ -207,14 +207,14 @@ def _add_instruction(holder: Computation, named: re.Match[str], line: str) -> No
     if opcode[1] in ("parameter", "constant"):
         operands = ()
         attributes = f"{inside}){attributes}"
-    shapes = tuple(
-        Shape(dtype, tuple(int(n) for n in dims.split(",") if n), int(space or 0))
-        for dtype, dims, space in _SHAPE.findall(line[:end])
-    )
+    shapes = []
+    for dtype, dims, space in _SHAPE.findall(line[:end]):
+        sizes = tuple(int(size) for size in dims.split(",") if size)
+        shapes.append(Shape(dtype, sizes, int(space or 0)))
     is_root = bool(named[1])
     name = named[2]
     holder.instructions[name] = Instruction(
-        name, opcode[1], shapes, operands, attributes, is_root, holder
+        name, opcode[1], tuple(shapes), operands, attributes, is_root, holder
     )
 
 
@@ -321,11 +321,11 @@ def _product_flops(instruction: Instruction) -> float:
         # padding and are not executed.
         places = range(first_tap, first_tap + out[axis] * stride, stride)
         inside = range(0, (data[axis] - 1) * spread + 1, spread)
-        met *= sum(
-            place + tap * step in inside
-            for place in places
-            for tap in range(kernel[axis])
-        )
+        executed = 0
+        for place in places:
+            for tap in range(kernel[axis]):
+                executed += place + tap * step in inside
+        met *= executed
     return 2.0 * out["b"] * out["f"] * kernel["i"] * met
 
 

@@ -166,12 +166,11 @@ def shapes(kind: str) -> Iterator[tuple[int, ...]]:
         return
     yield from _BELOW_A_CUBE
     sizes = range(1, _MOST_CUBES + 1)
-    cubes = [
-        (a, b, c)
-        for a in sizes
-        for b in range(a, _MOST_CUBES // a + 1)
-        for c in range(b, _MOST_CUBES // (a * b) + 1)
-    ]  # fmt: skip
+    cubes = []
+    for a in sizes:
+        for b in range(a, _MOST_CUBES // a + 1):
+            for c in range(b, _MOST_CUBES // (a * b) + 1):
+                cubes.append((a, b, c))
     for cube in sorted(cubes, key=lambda cube: (math.prod(cube), cube)):
         yield tuple(4 * size for size in cube)
 

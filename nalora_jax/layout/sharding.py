@@ -166,11 +166,12 @@ def _over_context(spec: P, mesh: Mesh) -> P:
         return spec
 
     def widened(axis: Any) -> Any:
-        names = (
-            name
-            for old in _names(axis)
-            for name in (WEIGHT_AXES if old == "fsdp" else (old,))
-        )
+        names: list[str] = []
+        for name in _names(axis):
+            if name == "fsdp":
+                names += WEIGHT_AXES
+            else:
+                names.append(name)
         return tuple(names) or None
 
     return P(*map(widened, spec))
