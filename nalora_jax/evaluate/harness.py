@@ -337,10 +337,9 @@ def compare_samples(
     Raises:
       NaloraError: the samples are not of the same items.
     """
-    ids = [
-        [(sample["doc_id"], sample.get("filter")) for sample in rows]
-        for rows in (other, model)
-    ]
+    ids = []
+    for rows in (other, model):
+        ids.append([(sample["doc_id"], sample.get("filter")) for sample in rows])
     if ids[0] != ids[1] or not model:
         items = "other items" if model else "no item"
         raise NaloraError(

@@ -337,16 +337,14 @@ def _shown(images: Images, records: Sequence[ItemRecord]) -> list[dict[str, Any]
         .astype(int)
         .tolist()
     )
-    return [
-        {
-            "prompt": records[place]["prompt"],
-            "image": thumbnail(image),
-            **{
-                name: records[place][name] for name in ("answer", "expected", "correct")
-            },
-        }
-        for place, image in zip(places, images[places], strict=True)
-    ]
+    samples = []
+    for place, image in zip(places, images[places], strict=True):
+        record = records[place]
+        sample = {"prompt": record["prompt"], "image": thumbnail(image)}
+        for name in ("answer", "expected", "correct"):
+            sample[name] = record[name]
+        samples.append(sample)
+    return samples
 
 
 def own_ranks(logits: np.ndarray) -> np.ndarray:

@@ -166,18 +166,10 @@ def needle_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = []
     for length in dict.fromkeys(record["length"] for record in records):
         of_length = [record for record in records if record["length"] == length]
-        cells = [
-            float(
-                np.mean(
-                    [
-                        record["correct"]
-                        for record in of_length
-                        if record["depth"] == depth
-                    ]
-                )
-            )
-            for depth in DEPTHS
-        ]
+        cells = []
+        for depth in DEPTHS:
+            correct = [r["correct"] for r in of_length if r["depth"] == depth]
+            cells.append(float(np.mean(correct)))
         rows.append({"length": length, "cells": cells} | _accuracy(of_length))
     return (
         {"depths": list(DEPTHS), "rows": rows}

@@ -106,10 +106,9 @@ class PreferenceEvaluator(Evaluator):
           ``rewards_rejected``, ``rewards_margin``, and ``rewards_accuracy``, the share of pairs
           whose chosen completion has the larger reward.
         """
-        losses, chosen, rejected = (
-            np.array([record[name] for record in records])
-            for name in ("loss", "rewards_chosen", "rewards_rejected")
-        )
+        losses = np.array([record["loss"] for record in records])
+        chosen = np.array([record["rewards_chosen"] for record in records])
+        rejected = np.array([record["rewards_rejected"] for record in records])
         low, high = bootstrap(losses)
         return {
             "loss": float(losses.mean()),

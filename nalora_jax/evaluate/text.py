@@ -135,10 +135,8 @@ class TextEvaluator(Evaluator):
           choice or the reference (for completions also ``perplexity``); ``low`` and ``high``, the
           95% interval of the accuracy or of the loss, over items; ``n``, items.
         """
-        losses, tokens = (
-            np.array([record[name] for record in records], np.float64)
-            for name in ("loss", "tokens")
-        )
+        losses = np.array([record["loss"] for record in records], np.float64)
+        tokens = np.array([record["tokens"] for record in records], np.float64)
         if not tokens.sum():
             raise NaloraError(
                 "evaluation data", expected="at least one target token", found="none"
@@ -198,22 +196,20 @@ class TextEvaluator(Evaluator):
         answers = self._answers(
             variables_of(params, lora), [item.prompt_ids for item in sampled], images
         )
-        return {
-            "samples": [
-                {
-                    "prompt": item.prompt.replace(image, "[image]")
-                    if image
-                    else item.prompt,
-                    "turns": [
-                        {"role": role, "text": text} for role, text in item.turns
-                    ],
-                    "answer": answer.text.strip(),
-                    "cut": answer.reason == "length",
-                    "expected": item.completion.strip(),
-                }
-                for item, answer in zip(sampled, answers, strict=True)
-            ]
-        }
+        samples = []
+        for item, answer in zip(sampled, answers, strict=True):
+            prompt = item.prompt
+            if image:
+                prompt = prompt.replace(image, "[image]")
+            sample = {
+                "prompt": prompt,
+                "turns": [{"role": role, "text": text} for role, text in item.turns],
+                "answer": answer.text.strip(),
+                "cut": answer.reason == "length",
+                "expected": item.completion.strip(),
+            }
+            samples.append(sample)
+        return {"samples": samples}
 
     def _scores(self, variables: Mapping[str, Any]) -> list[list[Score]]:
         """Returns the scores of every item's choices, or of its completion alone."""

@@ -150,11 +150,11 @@ def init_gate_state(
       shapes: channel shape of each block, e.g. ``{"layers/ffn": (L, d_ff)}``.
       mechanisms: of the run.
     """
+    memory = {}
+    for label, mechanism in mechanisms.entries:
+        memory[label] = {path: mechanism.init(shape) for path, shape in shapes.items()}
     return GateState(
-        memory={
-            label: {path: mechanism.init(shape) for path, shape in shapes.items()}
-            for label, mechanism in mechanisms.entries
-        },
+        memory=memory,
         updates={
             path: jnp.zeros(shape[:-1], jnp.int32) for path, shape in shapes.items()
         },

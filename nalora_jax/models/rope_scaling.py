@@ -111,15 +111,14 @@ def rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _rescalable(base: ModelConfig, text: str, where: str) -> RopeSpec:
     """Returns the RoPE of the layers with full attention, or of all layers if every layer has a
     window."""
-    layers = [
-        (window == GLOBAL_WINDOW, stack.config.ropes[rope])
-        for stack in stacks(base)
-        if stack.config.attends
-        for window, rope in zip(
-            stack.config.layer_windows, stack.config.layer_ropes, strict=True
-        )
-        if rope < len(stack.config.ropes)
-    ]
+    layers = []
+    for stack in stacks(base):
+        config = stack.config
+        if not config.attends:
+            continue
+        for window, rope in zip(config.layer_windows, config.layer_ropes, strict=True):
+            if rope < len(config.ropes):
+                layers.append((window == GLOBAL_WINDOW, config.ropes[rope]))
     full = {spec for is_full, spec in layers if is_full}
     specs = full or {spec for _, spec in layers}
     kinds = sorted({spec.kind for spec in specs})

@@ -125,13 +125,15 @@ def _of_parts(
 ) -> list[tuple[Stack, str, T]]:
     """Returns the stack and the stacked path of every fact of the layers' parts, which ``facts``
     names."""
-    return [
-        (stack, f"{stack.prefix}/{part.name}/{name}".removesuffix("/"), fact)
-        for stack in stacks(config)
-        for part in (*parts(stack.config), stack.config.tail)
-        if part is not None
-        for name, fact in facts(part, stack.config).items()
-    ]
+    rows = []
+    for stack in stacks(config):
+        for part in (*parts(stack.config), stack.config.tail):
+            if part is None:
+                continue
+            for name, fact in facts(part, stack.config).items():
+                path = f"{stack.prefix}/{part.name}/{name}".removesuffix("/")
+                rows.append((stack, path, fact))
+    return rows
 
 
 @functools.cache

@@ -181,7 +181,7 @@ class TextStream:
 
     def _release(self, piece: str, *, final: bool) -> str:
         text = self._held + piece
-        ends = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        ends = [text.find(stop) for stop in self._stop if stop in text]
         if ends:
             self.stopped = True
             self._held = ""
@@ -209,11 +209,11 @@ def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> frozenset[int]:
         if token.special and token.content
     }
     texts = tuple(stop.lstrip() for stop in stops)
-    return frozenset(
-        n
-        for n, content in special.items()
-        if any(text.startswith(content) for text in texts)
-    )
+    begun = set()
+    for number, content in special.items():
+        if any(text.startswith(content) for text in texts):
+            begun.add(number)
+    return frozenset(begun)
 
 
 # ---------------------------------------------------------------- generation
