@@ -196,7 +196,7 @@ def overview(verbs: Mapping[str, type]) -> str:
     """Returns the output of ``nalora --help``: one line per subcommand."""
     lines = ["usage: nalora VERB [ARGUMENTS]", ""]
     lines += ["Nonlinearity-aware LoRA for gated-FFN Transformers.", ""]
-    lines += [_entry(name, first_line(kind), indent=12) for name, kind in verbs.items()]
+    lines += [_entry(name, summary(kind), indent=12) for name, kind in verbs.items()]
     also = "with any verb:"
     lines += [
         "",
@@ -226,7 +226,7 @@ def short_help(verb: str, kind: type, common: Mapping[str, str]) -> str:
     """
     every = list(flags(kind))
     by_name = {flag.name: flag for flag in every}
-    lines = [f"usage: nalora {verb} [FLAGS]", "", fill(first_line(kind), width())]
+    lines = [f"usage: nalora {verb} [FLAGS]", "", fill(summary(kind), width())]
     for heading, names in common.items():
         lines += ["", f"{heading}:"]
         for flag in map(by_name.__getitem__, names.split()):
@@ -238,9 +238,14 @@ def short_help(verb: str, kind: type, common: Mapping[str, str]) -> str:
     for flag in every:
         if "." in flag.name:
             groups.setdefault(flag.owner, []).append(flag)
+    shown = set(" ".join(common.values()).split())
+    others = [flag.name for flag in every if "." not in flag.name]
+    others = [name for name in others if name not in shown]
+    if others:
+        lines.append(_entry("others", ", ".join(others), indent=17))
     for owner, members in groups.items():
         name = f"{members[0].name.partition('.')[0]}.*"
-        text = f"{first_line(owner)} ({len(members)} flags)"
+        text = f"{summary(owner)} ({len(members)} flags)"
         if len(members) == 1:
             name = members[0].name
             text = members[0].text
@@ -257,6 +262,7 @@ def _typed(value: Any) -> str:
     return "" if value is None or value is False else str(value)
 
 
-def first_line(kind: type) -> str:
-    """Returns the first line of a class's docstring."""
-    return (kind.__doc__ or "").strip().splitlines()[0]
+def summary(kind: type) -> str:
+    """Returns the first paragraph of a class's docstring, on one line."""
+    paragraph = (kind.__doc__ or "").strip().partition("\n\n")[0]
+    return " ".join(paragraph.split())

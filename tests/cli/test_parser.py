@@ -70,6 +70,13 @@ def test_every_flag_of_a_verb_has_help_and_a_default(capsys, monkeypatch, verb):
         assert re.search(rf"{flag.name}\b[^(]*{text} \((default: |required)", shown), flag.name
 
 
+def test_short_help_names_every_group_and_every_flag_without_a_group(capsys, monkeypatch):
+    shown = " ".join(help_of(capsys, monkeypatch, "train", flag="--help").split())
+    for flag in usage.flags(KINDS["train"]):
+        assert flag.name.partition(".")[0] in shown, flag.name
+    assert "rewards are computed, and it is updated. (" in shown  # no summary is cut
+
+
 OF_TRAIN = "expected a flag of nalora train, found none of that name"
 
 
