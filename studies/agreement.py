@@ -2,9 +2,9 @@
 
     nalora train --import studies/agreement.py --mechanisms agreement
 
-m / sqrt(v), with Adam's moments of B, is near 1 or -1 if the gradients of the last steps agree and
-near 0 if they cancel. The update of a column of B is that ratio times the learning rate, so its
-importance over the mean of its layer needs no moments.
+m / sqrt(v), with Adam's moments of B, is near 1 or -1 if the gradients of the last steps agree and near 0 if they
+cancel. The update of a column of B is that ratio times the learning rate, so its importance over the mean of its layer
+needs no moments.
 """
 
 from __future__ import annotations
@@ -29,35 +29,28 @@ def agreement(update: Array) -> Array:
 
 
 def keep_norm(factor: Array, update: Array) -> Array:
-    """Returns ``factor [..., d_ff]`` scaled so that ``update [..., r, d_ff]`` keeps its norm in
-    each layer."""
+    """Returns ``factor [..., d_ff]`` scaled so that ``update [..., r, d_ff]`` keeps its norm in each layer."""
     squares = jnp.sum(jnp.square(update), axis=-2)
     scaled = jnp.sum(squares * jnp.square(factor), axis=-1, keepdims=True)
     whole = jnp.sum(squares, axis=-1, keepdims=True)
-    return factor * jnp.where(
-        scaled > 0, jnp.sqrt(whole / jnp.where(scaled > 0, scaled, 1)), 1
-    )
+    return factor * jnp.where(scaled > 0, jnp.sqrt(whole / jnp.where(scaled > 0, scaled, 1)), 1)
 
 
 @register_mechanism("agreement")
 @dataclass(frozen=True)
 class Agreement(Mechanism):
-    """`agreement` on the update of B's columns, of which it keeps the norm, also if it is
-    permuted."""
+    """`agreement` on the update of B's columns, of which it keeps the norm, also if it is permuted."""
 
     statistics: ClassVar[tuple[str, ...]] = ("slope",)  # only its shape is used
     reallocates: ClassVar[bool] = False  # it normalizes itself: `keep_norm`
 
     def factor(self, memory: Mapping[str, Array], context: Context) -> Array:
-        """Returns the importances; ones for the log, which is written before the update is
-        known."""
+        """Returns the importances; ones for the log, which is written before the update is known."""
         if context.update is None:
             return jnp.ones_like(memory["slope"])
         return agreement(context.update)
 
-    def permuted(
-        self, factor: Array, context: Context, order: Array | None = None
-    ) -> Array:
+    def permuted(self, factor: Array, context: Context, order: Array | None = None) -> Array:
         """Returns the factors in their order, which keep the norm of the update."""
         factor = super().permuted(factor, context, order)
         return factor if context.update is None else keep_norm(factor, context.update)

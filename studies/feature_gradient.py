@@ -1,19 +1,16 @@
 """A gate's adapter that follows the gradient of the feature and not of the selection.
 
-    nalora train --import studies/feature_gradient.py --mechanisms feature_gradient   # or
-    feature_gradient_half
+    nalora train --import studies/feature_gradient.py --mechanisms feature_gradient   # or feature_gradient_half
 
-With phi(z) = rho(z) z, the cotangent of the adapter's output dz is g u phi'(z), phi' = rho + z
-rho'. The second term is the gradient through the selection weight. These rules multiply the
-cotangent that reaches A and B of the gate by
+With phi(z) = rho(z) z, the cotangent of the adapter's output dz is g u phi'(z), phi' = rho + z rho'. The second term is
+the gradient through the selection weight. These rules multiply the cotangent that reaches A and B of the gate by
 
     (rho + keep z rho') / phi',  clipped to [-10, 10]
 
-with keep = 0 (``feature_gradient``) or 1/2 (``feature_gradient_half``). Near the zero of phi' the
-factor has a pole, which the product with phi' removes but a permutation does not, hence the clip.
-The gradient of the block's input stays exact. ``feature_gradient_permuted`` and
-``feature_gradient_half_permuted`` are the controls: the same factors on other channels, by one
-permutation for all layers. The rules act on the training program alone, from the first step, and on
+with keep = 0 (``feature_gradient``) or 1/2 (``feature_gradient_half``). Near the zero of phi' the factor has a pole,
+which the product with phi' removes but a permutation does not, hence the clip. The gradient of the block's input stays
+exact. ``feature_gradient_permuted`` and ``feature_gradient_half_permuted`` are the controls: the same factors on other
+channels, by one permutation for all layers. The rules act on the training program alone, from the first step, and on
 CPUs.
 """
 
@@ -80,43 +77,23 @@ def gated_mlp(
     measurement: Measurement | None = None,
 ) -> tuple[Array, dict[str, Array] | None]:
     """Computes a block with one of the rules; other blocks are not implemented."""
-    chosen = (
-        ()
-        if measurement is None
-        else [name for name in RULES if name in measurement.taps]
-    )
+    chosen = () if measurement is None else [name for name in RULES if name in measurement.taps]
     if not chosen or measurement is None or gate.adapter is None:
         return NotImplemented
     if len(chosen) > 1 or up is None or not gate.is_plain:
-        expected = (
-            "one rule, on a block with gate and up projection and a plain adapter"
-        )
-        raise NaloraError(
-            "mechanism feature_gradient", expected=expected, found=", ".join(chosen)
-        )
+        expected = "one rule, on a block with gate and up projection and a plain adapter"
+        raise NaloraError("mechanism feature_gradient", expected=expected, found=", ".join(chosen))
     within, adapter = numerics.within(), gate.adapter
-    fixed = gate._replace(
-        adapter=lax.stop_gradient(adapter)
-    )  # x has its exact gradient, A and B none
+    fixed = gate._replace(adapter=lax.stop_gradient(adapter))  # x has its exact gradient, A and B none
     (z, delta), (u, _) = parallel_dense(x, [fixed, up], within)
     z = tapped(z, measurement)
     h, _ = ffn.gated_product(z, u, activation, numerics)
-    dz = (
-        adapter.scale
-        * (lax.stop_gradient(x).astype(jnp.float32) @ adapter.a)
-        @ adapter.b
-    )
+    dz = adapter.scale * (lax.stop_gradient(x).astype(jnp.float32) @ adapter.a) @ adapter.b
     at = lax.stop_gradient(z).astype(jnp.float32)
     rho, drho = activation.gate(at)
     of_gate = Gate(at, rho, drho, None)  # type: ignore[arg-type]  # the partition is not used
-    weight = (
-        lax.stop_gradient(u).astype(jnp.float32)
-        * (rho + at * drho)
-        * _factor(of_gate, chosen[0])
-    )
-    h = h + (weight * (dz - lax.stop_gradient(dz))).astype(
-        h.dtype
-    )  # adds 0, with a gradient
+    weight = lax.stop_gradient(u).astype(jnp.float32) * (rho + at * drho) * _factor(of_gate, chosen[0])
+    h = h + (weight * (dz - lax.stop_gradient(dz))).astype(h.dtype)  # adds 0, with a gradient
     y = adapted_dense(h, down, numerics).y
     return y, block_statistics(x, gate, z, delta, activation, numerics, measurement)
 
@@ -128,7 +105,5 @@ def _ones(averages, context):
 
 
 for _name in RULES:
-    register_statistic(
-        Statistic(_name, "gate", partial(_factor, name=_name), metric=_name)
-    )
+    register_statistic(Statistic(_name, "gate", partial(_factor, name=_name), metric=_name))
     register_mechanism(_name, statistics=(_name,), places=())(_ones)

@@ -4,8 +4,8 @@
 
 ``emoji`` has pictures (64 x 64 PNG) with names and categories, from one pinned npm package. A hash
 of its code points assigns each emoji to a split, so that splits are the same on every machine and
-do not change when emoji are added: about 70% train, 15% validation, 15% test. Skin-tone variants
-are left out, because nearly the same picture would be in several splits. The artwork is Twitter's
+do not change when emoji are added: about 70% train, 15% validation, 15% test. Skin-tone variants are
+left out, because nearly the same picture would be in several splits. The artwork is Twitter's
 (Twemoji), CC-BY 4.0.
 
 ``fashion_mnist`` (Zalando, MIT) has 28 x 28 grey pictures of ten kinds of clothing, from Debian's
@@ -85,14 +85,9 @@ _COMMANDS = {
 
 
 def archive_path(package: Package, cache: Path | None = None) -> Path:
-    """Returns the path of the archive in the cache; a user without the package manager may copy it
-    there."""
+    """Returns the path of the archive in the cache; a user without the package manager may copy it there."""
     ending = {"npm": "tgz", "apt": "deb"}[package.manager]
-    return (
-        (cache or cache_dir())
-        / "packages"
-        / f"{package.name}-{package.version}.{ending}"
-    )
+    return (cache or cache_dir()) / "packages" / f"{package.name}-{package.version}.{ending}"
 
 
 def fetch(package: Package, cache: Path | None = None) -> Path:
@@ -108,34 +103,21 @@ def fetch(package: Package, cache: Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     remedy = f"check the network, or put the archive at {target} yourself"
     command = [
-        part.format(name=package.name, version=package.version)
-        for part in _COMMANDS[package.manager]
+        part.format(name=package.name, version=package.version) for part in _COMMANDS[package.manager]
     ]
     where = f"package {package.name} {package.version}"
     if shutil.which(command[0]) is None:
         raise NaloraError(
-            where,
-            expected=f"{command[0]} to download it",
-            found="no such command",
-            remedy=remedy,
+            where, expected=f"{command[0]} to download it", found="no such command", remedy=remedy
         )
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         Path(scratch).chmod(0o755)  # apt downloads as a separate user
-        done = subprocess.run(
-            command, cwd=scratch, capture_output=True, text=True, check=False
-        )
-        archives = [
-            path for path in Path(scratch).iterdir() if path.suffix == target.suffix
-        ]
+        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+        archives = [path for path in Path(scratch).iterdir() if path.suffix == target.suffix]
         if done.returncode != 0 or len(archives) != 1:
-            reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or [
-                "no output"
-            ]
+            reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no output"]
             raise NaloraError(
-                where,
-                expected=f"{command[0]} to download it",
-                found=reason[0],
-                remedy=remedy,
+                where, expected=f"{command[0]} to download it", found=reason[0], remedy=remedy
             )
         _check(package, archives[0])
         archives[0].replace(target)
@@ -160,8 +142,7 @@ def member(package: Package, name: str, cache: Path | None = None) -> bytes:
 
 
 def _tar(path: Path) -> tarfile.TarFile:
-    """Returns the tar archive of a package; a Debian package is an ``ar`` archive with the tar file
-    as last member."""
+    """Returns the tar archive of a package; a Debian package is an ``ar`` archive with the tar file as last member."""
     if path.suffix != ".deb":
         return tarfile.open(path)
     content = path.read_bytes()
@@ -218,9 +199,7 @@ with registered.skip_registration():  # TFDS has a fashion_mnist, too
             features = {
                 "id": text(doc="code points, e.g. 1F600"),
                 "image": tfds.features.Image(shape=(64, 64, 4), encoding_format="png"),
-                "caption": text(
-                    doc="the emoji's name in lower case, e.g. grinning face"
-                ),
+                "caption": text(doc="the emoji's name in lower case, e.g. grinning face"),
                 "category": tfds.features.ClassLabel(names=list(CATEGORIES)),
                 "subcategory": text(doc="one of about a hundred, e.g. face-smiling"),
             }
@@ -233,18 +212,11 @@ with registered.skip_registration():  # TFDS has a fashion_mnist, too
                 disable_shuffling=True,  # readers shuffle with their seed
             )
 
-        def _split_generators(
-            self, dl_manager: Any
-        ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
             del dl_manager  # `fetch` downloads, with its checksum
-            return {
-                split: self._generate_examples(*bounds)
-                for split, bounds in EMOJI_SPLITS.items()
-            }
+            return {split: self._generate_examples(*bounds) for split, bounds in EMOJI_SPLITS.items()}
 
-        def _generate_examples(
-            self, low: int, high: int
-        ) -> Iterator[tuple[int, dict[str, Any]]]:
+        def _generate_examples(self, low: int, high: int) -> Iterator[tuple[int, dict[str, Any]]]:
             rows = {
                 f"{_ROOT}/img/twitter/64/{row['image']}": row
                 for row in _described()
@@ -289,10 +261,7 @@ def _described() -> list[dict[str, Any]]:
         rows = json.loads(archive.extractfile(f"{_ROOT}/emoji.json").read())
     if len(rows) != _COUNT:
         raise NaloraError(
-            str(path),
-            expected=f"{_COUNT} emoji",
-            found=len(rows),
-            remedy="delete it and run again",
+            str(path), expected=f"{_COUNT} emoji", found=len(rows), remedy="delete it and run again"
         )
     return [row for row in rows if row["has_img_twitter"]]
 
@@ -333,14 +302,9 @@ with registered.skip_registration():  # TFDS has a fashion_mnist, too
                 disable_shuffling=True,
             )
 
-        def _split_generators(
-            self, dl_manager: Any
-        ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
             del dl_manager  # `fetch` downloads, with its checksum
-            return {
-                split: self._generate_examples(*bounds)
-                for split, bounds in FASHION_SPLITS.items()
-            }
+            return {split: self._generate_examples(*bounds) for split, bounds in FASHION_SPLITS.items()}
 
         def _generate_examples(
             self, prefix: str, first: int, stop: int
@@ -358,9 +322,7 @@ def _idx(name: str) -> np.ndarray:
     content = gzip.decompress(member(FASHION_MNIST, name))
     magic = int.from_bytes(content[:4], "big")
     if magic not in _MAGIC:
-        raise NaloraError(
-            name, expected="an idx file of bytes", found=f"one that begins with {magic}"
-        )
+        raise NaloraError(name, expected="an idx file of bytes", found=f"one that begins with {magic}")
     n = _MAGIC[magic]
     shape = tuple(int(v) for v in np.frombuffer(content, ">i4", n, 4))
     return np.frombuffer(content, np.uint8, offset=4 + 4 * n).reshape(shape)
@@ -370,17 +332,12 @@ def _idx(name: str) -> np.ndarray:
 
 
 def _open(
-    builder: type[tfds.core.GeneratorBasedBuilder],
-    split: str,
-    fields: VisionConfig,
-    cache: Path,
+    builder: type[tfds.core.GeneratorBasedBuilder], split: str, fields: VisionConfig, cache: Path
 ) -> ImageSource:
     """Returns a split of a data set, which is prepared in the cache on first use."""
 
     def opener(**options: Any) -> Any:
-        data = prepared(
-            lambda: builder(data_dir=cache / "tfds", file_format="array_record")
-        )
+        data = prepared(lambda: builder(data_dir=cache / "tfds", file_format="array_record"))
         return data.as_data_source(split=split, **options)
 
     return TfdsImages(builder.name, split, opener, fields)

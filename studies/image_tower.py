@@ -77,56 +77,34 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
     from onnx import numpy_helper
 
     graph = onnx.load(str(path)).graph
-    arrays = {
-        tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer
-    }
-    weights = {
-        name: array for name, array in arrays.items() if not name.startswith("onnx::")
-    }
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights = {name: array for name, array in arrays.items() if not name.startswith("onnx::")}
     for node in graph.node:
         weights |= _matmul_weight(node, arrays)
     weights[f"{PREFIX}embeddings.position_embeddings"] = np.concatenate(
         [*_positions(graph, arrays)], axis=1
     )
-    named = {
-        name.removeprefix(PREFIX): array
-        for name, array in weights.items()
-        if name.startswith(PREFIX)
-    }
+    named = {name.removeprefix(PREFIX): array for name, array in weights.items() if name.startswith(PREFIX)}
     return {name: np.ascontiguousarray(array) for name, array in named.items()}
 
 
-def _matmul_weight(
-    node: Any, arrays: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def _matmul_weight(node: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the weight that a matmul reads, by its layer's name, in PyTorch's orientation."""
     if node.op_type not in ("MatMul", "Gemm") or not node.input[1].startswith("onnx::"):
         return {}
     array = arrays.get(node.input[1])
     if array is None or array.ndim != 2:
         return {}
-    layer = (
-        node.output[0].rpartition(f"/{node.op_type}")[0].strip("/").replace("/", ".")
-    )
-    transposed = any(
-        attribute.name == "transB" and attribute.i for attribute in node.attribute
-    )
+    layer = node.output[0].rpartition(f"/{node.op_type}")[0].strip("/").replace("/", ".")
+    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
     return {f"{layer}.weight": array if transposed else array.T}
 
 
 def _positions(graph: Any, arrays: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
     """Yields the class token's position embedding and the patches', which the export separates."""
-    read = {
-        name
-        for node in graph.node
-        if "/embeddings/" in node.output[0]
-        for name in node.input
-    }
-    embeddings = [
-        arrays[name] for name in read if name.startswith("onnx::") and name in arrays
-    ]
+    read = {name for node in graph.node if "/embeddings/" in node.output[0] for name in node.input}
+    embeddings = [arrays[name] for name in read if name.startswith("onnx::") and name in arrays]
     width = CONFIG["hidden_size"]
     yield from sorted(
-        (a for a in embeddings if a.ndim == 3 and a.shape[::2] == (1, width)),
-        key=lambda a: a.shape[1],
+        (a for a in embeddings if a.ndim == 3 and a.shape[::2] == (1, width)), key=lambda a: a.shape[1]
     )

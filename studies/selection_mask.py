@@ -16,9 +16,7 @@ from jax import Array
 from nalora_jax.method.rules import Context, SoftMask, register_mechanism, soft_mask
 from nalora_jax.method.statistics import Statistic, register_statistic
 
-register_statistic(
-    Statistic("selection_slope", "gate", lambda gate: jnp.abs(gate.drho))
-)
+register_statistic(Statistic("selection_slope", "gate", lambda gate: jnp.abs(gate.drho)))
 
 
 @register_mechanism("selection")

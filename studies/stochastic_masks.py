@@ -22,9 +22,7 @@ from jax import Array
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.rules import Context, Mechanism, register_mechanism, relative
 
-_LEAST = (
-    0.05  # lowest probability: rarer channels would take steps over 20 times as long
-)
+_LEAST = 0.05  # lowest probability: rarer channels would take steps over 20 times as long
 
 
 @register_mechanism("freeze")
@@ -55,18 +53,14 @@ class Freeze(Mechanism):
         """Returns 1 or 0 for all channels."""
         if context.total_steps <= 0:
             expected = "total_steps, the length of the run"
-            raise NaloraError(
-                "mechanism freeze", expected=expected, found=context.total_steps
-            )
+            raise NaloraError("mechanism freeze", expected=expected, found=context.total_steps)
         rests = context.step >= self.share * context.total_steps
         return jnp.where(rests, 0.0, jnp.ones_like(memory["slope"]))
 
 
 def keep_probability(importance: Array, keep: float, power: float) -> Array:
     """Returns ``keep (I / mean I)^power`` over each layer's channels [..., d_ff], in [0.05, 1]."""
-    return jnp.clip(
-        keep * jnp.maximum(relative(importance), 1e-12) ** power, _LEAST, 1.0
-    )
+    return jnp.clip(keep * jnp.maximum(relative(importance), 1e-12) ** power, _LEAST, 1.0)
 
 
 @dataclass(frozen=True)
@@ -86,9 +80,7 @@ class _Drawn(Mechanism):
         """Returns 0, or 1 over the probability; the draw depends on run seed, block and step."""
         block = zlib.crc32(context.block.encode()) & 0x7FFFFFFF
         key = jax.random.fold_in(jax.random.key(context.seed), block)
-        draw = jax.random.uniform(
-            jax.random.fold_in(key, context.step), probability.shape
-        )
+        draw = jax.random.uniform(jax.random.fold_in(key, context.step), probability.shape)
         return jnp.where(draw < probability, 1 / probability, 0.0)
 
 

@@ -1,5 +1,4 @@
-"""Registers ``sums``, additions with checked answers: ``sums:60`` has all pairs of numbers from 1
-to 60, shuffled.
+"""Registers ``sums``, additions with checked answers: ``sums:60`` has all pairs of numbers from 1 to 60, shuffled.
 
     nalora train --import studies/sums_data.py --data.dataset sums:60 --rl.rewards number
 
@@ -23,8 +22,7 @@ def records(largest: int) -> list[dict[str, str]]:
     pairs = [(a, b) for a in range(1, largest + 1) for b in range(1, largest + 1)]
     random.Random(0).shuffle(pairs)
     return [
-        {"prompt": f"4 + 3 = 7\n15 + 12 = 27\n{a} + {b} =", "completion": f" {a + b}"}
-        for a, b in pairs
+        {"prompt": f"4 + 3 = 7\n15 + 12 = 27\n{a} + {b} =", "completion": f" {a + b}"} for a, b in pairs
     ]
 
 
@@ -32,16 +30,9 @@ def records(largest: int) -> list[dict[str, str]]:
 def open_sums(argument: str, split: str) -> Source:
     """Returns a slice of the sums of numbers up to ``argument``."""
     if not argument.isdecimal() or not int(argument):
-        raise NaloraError(
-            f"sums:{argument}",
-            expected="the largest number, e.g. sums:60",
-            found=argument,
-        )
+        raise NaloraError(f"sums:{argument}", expected="the largest number, e.g. sums:60", found=argument)
     path = cache_dir() / f"sums-{int(argument)}.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            path,
-            "".join(json.dumps(record) + "\n" for record in records(int(argument))),
-        )
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in records(int(argument))))
     return FileSource(path, split)

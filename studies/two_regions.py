@@ -2,8 +2,8 @@
 
     nalora train --import studies/two_regions.py --mechanisms two_regions
 
-`nalora_jax.method.rules.HomogeneityStep` has four regions. The earlier activation functions of the
-paper's authors (IIEU, CSaN) treat the two sides of 0 differently and have no further cut.
+`nalora_jax.method.rules.HomogeneityStep` has four regions. The earlier activation functions of the paper's
+authors (IIEU, CSaN) treat the two sides of 0 differently and have no further cut.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ def two_region_scale(occupancy: Array, gains: Sequence[float]) -> Array:
     """Returns ``p g_0 + (1 - p) g_1`` of the share p of tokens with z < 0, ``[..., d_ff]``.
 
     Args:
-      occupancy: [..., 4, d_ff] shares of tokens (inverted, contracting, expanding, linear); the
-        first two are z < 0.
+      occupancy: [..., 4, d_ff] shares of tokens (inverted, contracting, expanding, linear); the first two are z < 0.
       gains: of both sides of 0.
     """
     negative = occupancy[..., 0, :] + occupancy[..., 1, :]
@@ -41,9 +40,7 @@ class TwoRegions(Mechanism):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(
-            "gains", len(self.gains) == 2 and min(self.gains) > 0, "two numbers above 0"
-        )
+        self._require("gains", len(self.gains) == 2 and min(self.gains) > 0, "two numbers above 0")
 
     def factor(self, memory: Mapping[str, Array], context: Context) -> Array:
         """Returns factors between the two gains."""

@@ -235,9 +235,8 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> Features:
         raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
     f = Fields(raw, {}, where)
     name = raw.get("model_type")
-    if not raw.get(
-        "is_causal", True
-    ):  # transformers then attends in both directions, also for null
+    # If it is false or null, transformers attends in both directions.
+    if raw.get("is_causal", True) is not True:
         expected = (
             "true, or no such field: attention to later tokens is not implemented"
         )

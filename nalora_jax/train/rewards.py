@@ -78,13 +78,14 @@ def choice_reward(prompt: str, completion: str, record: Record) -> float:
     named |= {
         re.escape(text): letter for letter, text in zip(letters, texts, strict=False)
     }
-    places = [
-        (match.start(), -len(match.group()), letter)
-        for text, letter in named.items()
-        for match in [re.search(rf"(?<!\w){text}(?!\w)", completion)]
-        if match
-    ]
-    return float(bool(places) and min(places)[2] == gold)
+    places = []
+    for text, letter in named.items():
+        match = re.search(rf"(?<!\w){text}(?!\w)", completion)
+        if match is not None:
+            places.append((match.start(), -len(match.group()), letter))
+    if not places:
+        return 0.0
+    return float(min(places)[2] == gold)
 
 
 @register_reward("regex")

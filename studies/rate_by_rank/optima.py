@@ -20,8 +20,7 @@ POWERS = (0, 1 / 3, 1 / 2, 2 / 3, 1)  # of 8 / rank
 
 
 def optimum(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """Returns the vertex of the parabola through the best rate and its neighbors; NaN at an end of
-    the grid.
+    """Returns the vertex of the parabola through the best rate and its neighbors; NaN at an end of the grid.
 
     The parabola is over the logarithm of the rate.
     """
@@ -29,9 +28,7 @@ def optimum(rates: Sequence[float], losses: Sequence[float]) -> float:
     if best in (0, len(rates) - 1):
         return float("nan")
     near = slice(best - 1, best + 2)
-    square, linear, _ = np.polyfit(
-        np.log2(rates[near]) - np.log2(rates[best]), losses[near], 2
-    )
+    square, linear, _ = np.polyfit(np.log2(rates[near]) - np.log2(rates[best]), losses[near], 2)
     return float(rates[best] * 2 ** (-linear / (2 * square)))
 
 
@@ -41,9 +38,7 @@ def excess(rates: Sequence[float], losses: Sequence[float], rate: float) -> floa
     Losses are interpolated linearly in the logarithm of the rate; NaN outside of the grid.
     """
     outside = float("nan")
-    return float(
-        np.interp(np.log2(rate), np.log2(rates), losses, outside, outside)
-    ) - min(losses)
+    return float(np.interp(np.log2(rate), np.log2(rates), losses, outside, outside)) - min(losses)
 
 
 def rank_and_scale(protocol: Protocol, result: MethodResult) -> tuple[int, float]:
@@ -54,9 +49,7 @@ def rank_and_scale(protocol: Protocol, result: MethodResult) -> tuple[int, float
 
 def main() -> None:
     """Prints a line for every method and task, then the fit and the rules of each series."""
-    protocol = read_protocol(
-        Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    )
+    protocol = read_protocol(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
     twice: list[tuple[int, float, MethodResult]] = []
     constant: list[tuple[int, float, MethodResult]] = []
     for result in results(protocol, Records(protocol.folder).read()):
@@ -65,13 +58,8 @@ def main() -> None:
         if tuned.chosen is None:
             print(f"{name}: its grid is not complete")
             continue
-        vertex, cost = (
-            optimum(tuned.rates, tuned.losses),
-            excess(tuned.rates, tuned.losses, AT_RANK_8),
-        )
-        print(
-            f"{name}: best {tuned.chosen:g}, vertex {vertex:.2g}, at {AT_RANK_8:g} {cost:+.4f}"
-        )
+        vertex, cost = optimum(tuned.rates, tuned.losses), excess(tuned.rates, tuned.losses, AT_RANK_8)
+        print(f"{name}: best {tuned.chosen:g}, vertex {vertex:.2g}, at {AT_RANK_8:g} {cost:+.4f}")
         if scale == 2:
             twice.append((rank, vertex, result))
         if scale * rank == 16:
@@ -85,24 +73,15 @@ def _print_rules(name: str, members: Sequence[tuple[int, float, MethodResult]]) 
     inside = [(rank, vertex) for rank, vertex, _ in members if np.isfinite(vertex)]
     ranks, vertices = np.array(inside).T
     slope, level = np.polyfit(np.log2(ranks / 8), np.log2(vertices), 1)
-    print(
-        f"{name}: {2**level:.2g} * (8 / rank)^{-slope:.2f} from {len(inside)} of {len(members)} optima"
-    )
+    print(f"{name}: {2**level:.2g} * (8 / rank)^{-slope:.2f} from {len(inside)} of {len(members)} optima")
     for power in POWERS:
         for highest in (AT_RANK_8, np.inf):
-            rates = [
-                min(AT_RANK_8 * (8 / rank) ** power, highest) for rank, _, _ in members
-            ]
+            rates = [min(AT_RANK_8 * (8 / rank) ** power, highest) for rank, _, _ in members]
             tunings = [result.tuning for _, _, result in members]
-            costs = [
-                excess(t.rates, t.losses, rate)
-                for t, rate in zip(tunings, rates, strict=True)
-            ]
+            costs = [excess(t.rates, t.losses, rate) for t, rate in zip(tunings, rates, strict=True)]
             if np.isfinite(costs).all():
                 rule = f"{AT_RANK_8:g} * (8 / rank)^{power:.2g}, at most {highest:g}"
-                print(
-                    f"  {rule}: mean excess {np.mean(costs):.4f}, largest {max(costs):.4f}"
-                )
+                print(f"  {rule}: mean excess {np.mean(costs):.4f}, largest {max(costs):.4f}")
 
 
 if __name__ == "__main__":

@@ -19,14 +19,10 @@ LIMITS = (0.01, 0.05)  # nats above the best rate's loss
 _POINTS = 10_001  # of the interpolated curve
 
 
-def width(
-    rates: Sequence[float], losses: Sequence[float], limit: float
-) -> tuple[float, bool]:
-    """Returns the doublings around the best rate within ``limit`` of its loss, and if they end in
-    the grid.
+def width(rates: Sequence[float], losses: Sequence[float], limit: float) -> tuple[float, bool]:
+    """Returns the doublings around the best rate within ``limit`` of its loss, and if they end in the grid.
 
-    Losses are interpolated linearly in the logarithm of the rate. Diverged runs have infinite
-    losses.
+    Losses are interpolated linearly in the logarithm of the rate. Diverged runs have infinite losses.
     """
     doublings = np.log2(rates)
     points = np.linspace(doublings[0], doublings[-1], _POINTS)
@@ -41,33 +37,23 @@ def width(
 
 def by_seed(result: MethodResult, seed: int) -> list[float]:
     """Returns the validation losses of a tuning seed, by rate; infinite for diverged runs."""
-    losses = {
-        r["rate"]: r["validation"]["loss"] for r in result.tuned if r["seed"] == seed
-    }
-    return [
-        np.inf if losses[rate] is None else losses[rate] for rate in result.tuning.rates
-    ]
+    losses = {r["rate"]: r["validation"]["loss"] for r in result.tuned if r["seed"] == seed}
+    return [np.inf if losses[rate] is None else losses[rate] for rate in result.tuning.rates]
 
 
 def main() -> None:
     """Prints a line for the mean curve of each start, and for each of its tuning seeds."""
-    protocol = read_protocol(
-        Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    )
+    protocol = read_protocol(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
     for result in results(protocol, Records(protocol.folder).read()):
         rates, mean = result.tuning.rates, result.tuning.losses
         if result.tuning.chosen is None:
             print(f"{result.cell.method}: its grid is not complete")
             continue
-        curves = {"mean": mean} | {
-            f"seed {seed}": by_seed(result, seed) for seed in protocol.tuning_seeds
-        }
+        curves = {"mean": mean} | {f"seed {seed}": by_seed(result, seed) for seed in protocol.tuning_seeds}
         for name, losses in curves.items():
             texts = [_text(*width(rates, losses, limit), limit) for limit in LIMITS]
             best = rates[int(np.argmin(losses))]
-            print(
-                f"{result.cell.method}, {name}: best {min(losses):.4f} at {best:g}; {'; '.join(texts)}"
-            )
+            print(f"{result.cell.method}, {name}: best {min(losses):.4f} at {best:g}; {'; '.join(texts)}")
 
 
 def _text(doublings: float, ends: bool, limit: float) -> str:

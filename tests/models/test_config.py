@@ -129,6 +129,7 @@ REFUSED = {
         {"model_type": "mistral", "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
         "layer_types",
     ),
+    "a mask that is a text": ({"is_causal": "no"}, "is_causal: expected true, .*found 'no'; use a causal"),
     "a mask in both directions": ({"is_causal": False}, "is_causal: expected true, .*found False; use a causal"),
     "one rotation for both kinds of OLMo 3's layers": (
         {"model_type": "olmo3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},

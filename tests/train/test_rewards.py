@@ -15,7 +15,7 @@ import pytest
 from nalora_jax.config import RLConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.train import rewards
-from nalora_jax.train.kinds.rl import metric_names
+from nalora_jax.train.kinds.rl import _forget_samples, metric_names
 from nalora_jax.train.rewards import Scorer, make_reward
 
 CHOICES = {"choices": ["a red fox", "no one", "an owl"], "gold": 2, "answer": "an owl"}
@@ -117,3 +117,22 @@ def test_a_regular_expression_that_backtracks_is_stopped() -> None:
     rl = RLConfig(rewards=("regex:pattern=^(a+)+$",), reward_seconds=0.2)
     with pytest.raises(NaloraError, match="no value after"):
         Scorer(rl)(["p"], ["a" * 40 + "b"], [{}], ["r"])
+
+
+def test_damaged_lines_of_shown_samples_are_dropped_on_resume(tmp_path, caplog):
+    file = tmp_path / "rollouts.jsonl"
+    lines = [b'{"step": 1, "samples": []}', b'{"step": 2, "samples": []}', b'{"step": 9}']
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        damaged = bytearray(lines[0])
+        damaged[rng.integers(len(damaged))] ^= 1 << rng.integers(8)
+        file.write_bytes(b"\n".join([bytes(damaged), *lines[1:]]) + b'\n{"step": 1')
+        _forget_samples(file, 2)
+        assert lines[1] in file.read_bytes().splitlines()
+        assert lines[2] not in file.read_bytes()
+        assert file.read_bytes().endswith(b"\n")
+    file.write_bytes(b'\xff{"step": 1}\n[]\n' + lines[0] + b"\n")
+    caplog.clear()
+    _forget_samples(file, 2)
+    assert file.read_bytes() == lines[0] + b"\n"
+    assert "dropped 2 lines that cannot be read" in caplog.text

@@ -459,15 +459,31 @@ class RolloutStep:
 
 
 def _forget_samples(file: Path, step: int) -> None:
-    """Removes the samples of later steps, which a resumed run repeats, and a line that was cut
-    off."""
+    """Removes the samples of later steps, which a resumed run repeats, and unreadable lines.
+
+    The samples are only displayed, so damage does not end the run.
+    """
     if jax.process_index() or not file.exists():
         return
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    write_atomically(
-        file, "".join(line for line in whole if json.loads(line)["step"] <= step)
-    )
+    lines = file.read_bytes().split(b"\n")
+    cut_off = (
+        lines.pop()
+    )  # after the last line's end: empty, unless a kill cut a line off
+    remaining = []
+    damaged = 0
+    for line in lines:
+        try:
+            record = json.loads(line)
+            of_run = int(record["step"]) <= step
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            damaged += 1
+            continue
+        if of_run:
+            remaining.append(line + b"\n")
+    if damaged:
+        log.warning("%s: dropped %d lines that cannot be read", file, damaged)
+    if cut_off or len(remaining) < len(lines):
+        write_atomically(file, b"".join(remaining))
 
 
 class EarlyWarnings:
