@@ -138,6 +138,21 @@ def test_a_base_alone_has_nothing_to_merge_or_export_which_is_said_before_it_is_
         assert "expected an adapter, found a base model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["inspect", "base", "--texts", " "], "--texts: expected at least one text with a token"),
+        (
+            ["export", "run", "--for", "gguf", "--output", "absent.bin"],
+            "--output: expected a name that ends in .gguf, found absent.bin",
+        ),
+    ],
+)
+def test_what_a_verb_cannot_do_is_refused_before_a_model_is_read(arguments, said, capsys):
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_inspect_measures_what_the_blocks_compute(base):
     """Against the statistics of one unpadded text at a time, added up here."""
     model = load(base, dtype="float32")
