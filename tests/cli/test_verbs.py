@@ -66,6 +66,15 @@ def test_generate_applies_the_chat_template_as_the_run_did(base, run, capsys):
     assert answers[0] == answers[1]  # this template appends " q"
 
 
+def test_samples_are_a_function_of_the_seed(base, capsys):
+    arguments = ["--prompt", "a b", "--max-new-tokens", "8", "--temperature", "5"]
+    answers = []
+    for seed in ("1", "1", "2"):
+        assert main(["generate", str(base), *arguments, "--seed", seed]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+
+
 def test_results_are_written_to_a_bucket_and_read_from_there(
     run, base, google, tmp_path, capsys, monkeypatch
 ):
