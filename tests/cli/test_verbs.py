@@ -66,6 +66,15 @@ def test_generate_applies_the_chat_template_as_the_run_did(base, run, capsys):
     assert answers[0] == answers[1]  # this template appends " q"
 
 
+def test_samples_are_a_function_of_the_seed(base, capsys):
+    arguments = ["--prompt", "a b", "--max-new-tokens", "8", "--temperature", "5"]
+    answers = []
+    for seed in ("1", "1", "2"):
+        assert main(["generate", str(base), *arguments, "--seed", seed]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+
+
 def test_results_are_written_to_a_bucket_and_read_from_there(
     run, base, google, tmp_path, capsys, monkeypatch
 ):
@@ -136,6 +145,21 @@ def test_a_base_alone_has_nothing_to_merge_or_export_which_is_said_before_it_is_
     for verb in ("merge", "export"):
         assert main([verb, str(base), "--output", str(tmp_path / "out")]) == 2
         assert "expected an adapter, found a base model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["inspect", "base", "--texts", " "], "--texts: expected at least one text with a token"),
+        (
+            ["export", "run", "--for", "gguf", "--output", "absent.bin"],
+            "--output: expected a name that ends in .gguf, found absent.bin",
+        ),
+    ],
+)
+def test_what_a_verb_cannot_do_is_refused_before_a_model_is_read(arguments, said, capsys):
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_inspect_measures_what_the_blocks_compute(base):

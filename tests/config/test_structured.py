@@ -85,6 +85,15 @@ def test_a_value_of_another_type_and_one_that_does_not_divide_are_named(
         check(with_field(name, value))
 
 
+def test_contrasted_pairs_are_not_split_into_micro_batches() -> None:
+    contrast = with_field("vision.task", "contrast")
+    split = dataclasses.replace(contrast.train, accumulate=2)
+    with pytest.raises(
+        NaloraError, match='--train.accumulate: expected 1 with --vision.task "contrast"'
+    ):
+        check(dataclasses.replace(check(contrast), train=split))
+
+
 def test_every_setting_comes_back_from_json() -> None:
     def changed(value, hint):
         if dataclasses.is_dataclass(value):

@@ -242,6 +242,16 @@ def test_settings_are_read_by_type_and_refused_by_name() -> None:
         "hard:keep=half": "keep of type float, found 'half'",
         "hard:keep=2": r"mechanism hard: keep: expected a share in \(0, 1\], found 2.0",
         "delta:decay=1": "mechanism delta: decay",
+        "delta:warmup=-1": "mechanism delta: warmup",
+        "delta:permute=-2": "mechanism delta: permute",
+        "delta:q=9": "mechanism delta: q: expected a number from -8 to 8",
+        "delta:limit=0.5": "mechanism delta: limit: expected 1 or more",
+        "soft:power=0": "mechanism soft: power",
+        "soft:low=1": "mechanism soft: low",
+        "soft:high=1": "mechanism soft: high",
+        "curvature_cap:tau=0": "mechanism curvature_cap: tau",
+        "homogeneity:gains=0/0/0/0": "mechanism homogeneity: gains: expected .* not all 0",
+        "homogeneity:min_occupancy=0.5": "mechanism homogeneity: min_occupancy",
     }.items():
         with pytest.raises(NaloraError, match=message):
             make(text)

@@ -128,3 +128,18 @@ def test_scalings_that_cannot_be_are_refused(raw, text, message):
     with pytest.raises(NaloraError, match="--model.rope-scaling") as caught:
         with_rope_scaling(raw, text, "config.json")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rope_theta": 1.0}, "rope_theta: expected a number above 1, found 1"),
+        (TO_LLAMA3 | {"rope_type": "llama3", "high_freq_factor": 1.0}, "more than low_freq_factor"),
+        ({"rope_type": "dynamic", "factor": 0.5}, "factor: expected 1 or more, found 0.5"),
+        ({"rope_type": "yarn", "factor": 0.5}, "factor: expected 1 or more, found 0.5"),
+    ],
+)
+def test_parameters_that_cannot_be_are_refused(parameters, message):
+    whole = {"rope_type": "default", "rope_theta": 1e4} | parameters
+    with pytest.raises(NaloraError, match=message):
+        ModelConfig.from_hf(SHORT | {"rope_parameters": whole})

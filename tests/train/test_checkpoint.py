@@ -146,6 +146,17 @@ def test_settings_that_do_not_may_change(tmp_path):
         checkpoints.restore("latest", X)
 
 
+def test_a_setting_newer_than_the_run_counts_as_its_default(tmp_path):
+    config = RunConfig().to_dict()
+    del config["lora"]["dora"]
+    with Checkpointer(tmp_path, fingerprint="sha256:aa", config=config) as checkpoints:
+        checkpoints.save(1, X, {})
+    changed = RunConfig(lora=LoRAConfig(dora=True))
+    said = "lora.dora = False, found lora.dora = True"
+    with opened(tmp_path, changed) as checkpoints, pytest.raises(NaloraError, match=said):
+        checkpoints.restore("latest", X)
+
+
 def test_an_interrupted_save_is_neither_seen_nor_kept(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, {"x": jnp.ones(3)}, {})

@@ -25,7 +25,7 @@ from nalora_jax.config import (
     RunConfig,
     TrainConfig,
 )
-from nalora_jax.data.preference import pair_data
+from nalora_jax.data.preference import pair_data, tokenize_pairs
 from nalora_jax.data.source import RecordsSource
 from nalora_jax.data.tokenizer import Tokenizer
 from nalora_jax.errors import NaloraError
@@ -152,6 +152,14 @@ def test_the_tokens_of_a_pair(tokenizer, record, texts):
     (pair,) = sides(pairs(tokenizer, replace(DATA, chat=len(texts[0]) > 3), records=[record]))
     assert tuple(tokenizer.decode(ids) for ids, _ in pair) == texts
     assert [count for _, count in pair] == [2, 2]  # the answer and the end
+
+
+@pytest.mark.parametrize(("choices", "gold"), [("wyyz", 1), ("zwy", 2)])
+def test_the_wrong_choice_after_the_right_one_is_rejected(tokenizer, choices, gold):
+    source = RecordsSource("choices", [{"prompt": "x", "choices": list(choices), "gold": gold}])
+    (pair,) = tokenize_pairs(source, [0], DATA, DPO, tokenizer)
+    answers = [tokenizer.decode(side.ids.tolist()) for side in (pair.chosen, pair.rejected)]
+    assert answers == ["x y", "x z"]
 
 
 def test_long_pairs_are_dropped_cut_or_refused(tokenizer, caplog):

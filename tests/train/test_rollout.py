@@ -12,6 +12,7 @@ import pytest
 from nalora_jax.config import ComputeConfig, PreferenceConfig, RLConfig
 from nalora_jax.data.prompts import Prompt
 from nalora_jax.data.tokenizer import Tokenizer
+from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.generate.programs import NO_TOKEN
 from nalora_jax.ops.policy_losses import PolicyLoss
 from nalora_jax.train.policy import Policy
@@ -119,6 +120,18 @@ def test_groups_that_are_complete_are_not_sampled_again(sampler, asked, lora, tm
     stored(reward := Counting(), jax.tree.map(lambda leaf: leaf + 1e-3, lora))  # another adapter
     assert reward.calls == len(asked) * SAMPLES
     assert len(list(folder.iterdir())) == 1
+
+
+def test_prompts_and_samples_fit_into_the_context_and_before_the_switch_of_longrope(sampler):
+    config = sampler.model.config
+    for changed in (
+        {"max_positions": 6 + LIMIT},
+        {"ropes": (replace(config.ropes[0], kind="longrope", max_positions=6 + LIMIT),)},
+    ):
+        model = sampler.model.clone(config=replace(config, **changed))
+        fits = replace(sampler, model=model)
+        with pytest.raises(NaloraError, match=f"--rl.max-new-tokens: expected at most {LIMIT - 1}"):
+            replace(fits, longest=7)
 
 
 def test_samples_that_the_limit_cut_can_be_left_out() -> None:

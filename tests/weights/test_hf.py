@@ -29,7 +29,7 @@ from nalora_jax.weights.base import load_model
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.origin import fingerprint
-from nalora_jax.weights.shards import INDEX
+from nalora_jax.weights.shards import INDEX, read_header
 from nalora_jax.weights.tensors import load_params, quantized_parts
 from tests.param_trees import bytes_per_device, params_from_tensors, quantize_params
 from tests.weights.folders import RAW, tokenizer_files, write_folder
@@ -236,6 +236,18 @@ def test_one_file_next_to_an_index_is_read_as_transformers_reads_it(tmp_path):
     np.testing.assert_array_equal(theirs.numpy(), whole[name])
     ours = load_model(str(tmp_path), dtype="float32").params["final_norm"]["scale"]
     np.testing.assert_array_equal(ours, whole[name])
+
+
+def test_files_that_change_after_their_header_was_read_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"x": np.ones(4, np.float32)}, path)
+    stored = read_header(path)[0]["x"]
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(NaloraError, match="expected 16 bytes from .*, found 12; the file changed"):
+        stored.read(0, 16)
+    path.unlink()
+    with pytest.raises(NaloraError, match="expected a file that can be read"):
+        stored.read(0, 16)
 
 
 def test_tensors_that_are_not_needed_may_have_any_format(tmp_path):

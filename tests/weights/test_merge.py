@@ -257,11 +257,9 @@ def test_bad_requests_leave_nothing(small, tmp_path):
 
 
 def test_shard_sizes_are_read_as_transformers_writes_them():
-    assert [parse_size(text) for text in ("8kb", "1.5 GiB", "2000000")] == [
-        8000,
-        3 << 29,
-        2_000_000,
-    ]
+    sizes = {"8kb": 8000, "3MB": 3_000_000, "5GB": 5 * 10**9, "2000000": 2_000_000}
+    sizes |= {"8KiB": 8 << 10, "3 MiB": 3 << 20, "1.5 GiB": 3 << 29}
+    assert {text: parse_size(text) for text in sizes} == sizes
     for text in ("", "0", "-1GB", "5 TB", "1e9", "٥GB"):
         with pytest.raises(NaloraError, match="--shard-size: expected bytes, or a number with KB"):
             parse_size(text)

@@ -307,6 +307,31 @@ def test_bad_tensors_are_refused_by_name(change, message, good, tmp_path):
         import_adapter(write_adapter(tmp_path / "bad", settings, change(tensors)), LLAMA)
 
 
+def test_an_adapter_without_one_of_the_experts_is_refused(tiny_model, random_lora, tmp_path):
+    _, config = tiny_model("mixtral")
+    lora, spec = random_lora(config, FFN)
+    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b", target="vllm")
+    settings = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    settings["target_modules"] = r".*experts\.[012]\.w[123]"
+    tensors = load_file(tmp_path / "a" / TENSORS_NAME)
+    kept = {key: tensor for key, tensor in tensors.items() if ".experts.3." not in key}
+    with pytest.raises(NaloraError, match=r"experts of layer 0: expected adapters on all 4"):
+        import_adapter(write_adapter(tmp_path / "bad", settings, kept), config)
+
+
+def test_magnitudes_of_experts_are_refused(tiny_model, tmp_path):
+    family, settings = IMPORTED["one matrix of experts"]
+    model, config = tiny_model(family)
+    folder = save(wrap(model, r=2, **settings), tmp_path / "a")
+    written = json.loads((folder / "adapter_config.json").read_text()) | {"use_dora": True}
+    tensors = load_file(folder / TENSORS_NAME)
+    for key in [key for key in tensors if key.endswith("lora_B.weight")]:
+        magnitude = np.ones(len(tensors[key]), np.float32)
+        tensors[key.replace("lora_B.weight", "lora_magnitude_vector")] = magnitude
+    with pytest.raises(NaloraError, match="use_dora: expected false for experts"):
+        import_adapter(write_adapter(tmp_path / "bad", written, tensors), config)
+
+
 def test_bad_files_are_refused(good, tmp_path):
     folder, *_ = good
 
