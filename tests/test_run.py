@@ -326,8 +326,9 @@ def test_a_run_resumes_from_its_checkpoint_though_its_adapter_has_changed(
     assert (resumed.adapter / "adapter_model.safetensors").read_bytes() == trained
 
 
-def test_words_of_the_command_line_about_an_adapter(finished, capsys):
+def test_words_of_the_command_line_about_an_adapter(finished, capsys, monkeypatch, tmp_path):
     """Each in one line, with a way on that exists."""
+    monkeypatch.chdir(tmp_path)  # not where README's first command has left runs/default
     adapter, data = str(finished[1].adapter), ["--data.dataset", finished[0].data.dataset]
     for words, expected in (
         (["--resume", adapter], f"an adapter, not a run: continue it with --adapter {adapter} and a new"),
