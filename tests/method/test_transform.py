@@ -162,3 +162,11 @@ def test_schedule(kind):
         "constant": np.ones(91),
     }
     np.testing.assert_allclose(rate[10:], 0.2 * (0.25 + 0.75 * decay[kind]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(0, 10), (7, 7), (200, 99)])
+def test_the_rate_peaks_after_the_steps_of_the_warmup(steps, expected):
+    config = OptimizerConfig(learning_rate=0.2, warmup_share=0.095, warmup_steps=steps)
+    rate = [float(make_schedule(config, 100)(step)) for step in range(100)]
+    assert int(np.argmax(rate)) == expected
+    assert max(rate) == pytest.approx(0.2)

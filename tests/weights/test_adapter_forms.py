@@ -63,6 +63,9 @@ def test_trained_adapter_becomes_plain_lora_of_the_original_base(variant):
     w = kernel((3, 16, 24))
     lowered, start = pissa_split(unflatten({f"{path}/kernel": jnp.asarray(w)}), spec)
     residual, initial = lowered["layers"]["ffn"]["gate_proj"]["kernel"], flatten(start)
+    if spec.dora:  # magnitudes of the original kernels, not of what PiSSA leaves
+        norms = np.linalg.norm(w, axis=-2)
+        np.testing.assert_allclose(initial[f"{path}/magnitude"], norms, rtol=1e-5)
     used = (np.arange(4) < np.array(ranks)[:, None])[:, None, :]
     a = initial[f"{path}/a"] + used * kernel((3, 16, 4), 1)
     b = initial[f"{path}/b"] + used.swapaxes(1, 2) * kernel((3, 4, 24), 2)
