@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -45,6 +44,8 @@ from nalora_jax.layout.estimates import ROWS, program_shape
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
 from nalora_jax.train.rewards import Scorer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -245,13 +246,9 @@ class _Store:
         for path, leaf in trees.flatten(lora).items():
             digest.update(path.encode() + np.asarray(leaf).tobytes())
         self._path = folder / f"{name}-{digest.hexdigest()[:16]}.npz"
-        with suppress(
-            OSError, ValueError, BadZipFile
-        ):  # absent or damaged: sampled again
-            self._parts = dict(np.load(io.BytesIO(self._path.read_bytes())))
-        if not self._parts and name.endswith(
-            "-0"
-        ):  # a new step: remove the files of earlier ones
+        self._parts = _read_stored(self._path)
+        if not self._parts and name.endswith("-0"):
+            # A new step: remove the files of earlier ones.
             shutil.rmtree(folder, ignore_errors=True)
 
     def read(self, start: int) -> Samples | None:
@@ -271,6 +268,20 @@ class _Store:
         np.savez(buffer, allow_pickle=False, **self._parts)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(self._path, buffer.getvalue())
+
+
+def _read_stored(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of a file; none if it is absent or damaged, so that they are sampled
+    again."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
+    except (
+        Exception
+    ):  # zipfile, zlib, ast and NumPy raise many types for damaged content
+        log.warning("%s cannot be read: its groups are sampled again", path)
+        return {}
 
 
 def sample_batch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -137,6 +137,8 @@ def check_settings(
     """
     if _equal_rules(saved.get("mechanisms"), now.get("mechanisms")):
         saved = {**saved, "mechanisms": now["mechanisms"]}
+    if _digests(saved.get("imports")) == _digests(now.get("imports")):
+        saved = {**saved, "imports": now.get("imports")}  # of other paths
     before = _settings(saved)
     after = _settings(now)
     defaults = _settings(RunConfig().to_dict())
@@ -165,6 +167,11 @@ def _equal_rules(before: Any, after: Any) -> bool:
     if not isinstance(before, list | tuple) or not isinstance(after, list | tuple):
         return False
     return list(map(make, before)) == list(map(make, after))
+
+
+def _digests(imports: Sequence[str] | None) -> list[str]:
+    """Returns the recorded digests of imported files, without their paths."""
+    return [name.rpartition("@")[2] for name in imports or ()]
 
 
 def check_arrays(

@@ -157,6 +157,17 @@ def test_a_setting_newer_than_the_run_counts_as_its_default(tmp_path):
         checkpoints.restore("latest", X)
 
 
+def test_an_imported_file_is_the_same_by_its_digest_and_not_by_its_path(tmp_path):
+    with opened(tmp_path, RunConfig(imports=("loud.py@0123456789ab",))) as checkpoints:
+        checkpoints.save(1, X, {})
+    moved = RunConfig(imports=("/home/me@work/loud.py@0123456789ab",))
+    with opened(tmp_path, moved) as checkpoints:
+        checkpoints.restore("latest", X)
+    changed = RunConfig(imports=("loud.py@ba9876543210",))
+    with opened(tmp_path, changed) as checkpoints, pytest.raises(NaloraError, match="imports"):
+        checkpoints.restore("latest", X)
+
+
 def test_an_interrupted_save_is_neither_seen_nor_kept(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, {"x": jnp.ones(3)}, {})

@@ -17,7 +17,7 @@ from nalora_jax.evaluate.generate.programs import NO_TOKEN
 from nalora_jax.ops.policy_losses import PolicyLoss
 from nalora_jax.train.policy import Policy
 from nalora_jax.train.program import next_token
-from nalora_jax.train.rollout import Sampler, Samples, sample_batch
+from nalora_jax.train.rollout import Sampler, Samples, _read_stored, sample_batch
 from tests import tiny
 from tests.train.test_preference import BASE, assembled
 
@@ -120,6 +120,25 @@ def test_groups_that_are_complete_are_not_sampled_again(sampler, asked, lora, tm
     stored(reward := Counting(), jax.tree.map(lambda leaf: leaf + 1e-3, lora))  # another adapter
     assert reward.calls == len(asked) * SAMPLES
     assert len(list(folder.iterdir())) == 1
+
+
+def test_a_damaged_file_of_samples_counts_as_absent(tmp_path):
+    file = tmp_path / "step.npz"
+    arrays = {"0-tokens": np.arange(40, dtype=np.int32), "0-rewards": np.ones((4, 1))}
+    np.savez(file, **arrays)
+    whole = file.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for place in rng.integers(len(whole), size=rng.integers(1, 4)):
+            damaged[place] = rng.integers(256)
+        file.write_bytes(
+            bytes(damaged[: rng.integers(1, len(whole)) if rng.random() < 0.3 else None])
+        )
+        for name, array in _read_stored(file).items():
+            if name in arrays:
+                np.testing.assert_array_equal(array, arrays[name])
+    assert _read_stored(tmp_path / "absent.npz") == {}
 
 
 def test_prompts_and_samples_fit_into_the_context_and_before_the_switch_of_longrope(sampler):
