@@ -277,9 +277,8 @@ def _read_stored(path: Path) -> dict[str, np.ndarray]:
         return {}
     try:
         return dict(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
-    except (
-        Exception
-    ):  # zipfile, zlib, ast and NumPy raise many types for damaged content
+    except Exception:
+        # zipfile, zlib, ast and NumPy raise many types for damaged content.
         log.warning("%s cannot be read: its groups are sampled again", path)
         return {}
 
