@@ -182,7 +182,7 @@ def read_inputs(
     session: Session,
     source: Mapping[str, Source] | None,
 ) -> Inputs:
-    """Reads all that a run needs before its weights; each file is session once.
+    """Reads all that a run needs before its weights; each file is opened once.
 
     Raises:
       NaloraError: bad files or data, or settings that do not continue the run in the folder.
