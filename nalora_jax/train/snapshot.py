@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -137,8 +137,8 @@ def check_settings(
     """
     if _equal_rules(saved.get("mechanisms"), now.get("mechanisms")):
         saved = {**saved, "mechanisms": now["mechanisms"]}
-    if _digests(saved.get("imports")) == _digests(now.get("imports")):
-        saved = {**saved, "imports": now.get("imports")}  # of other paths
+    if _equal_imports(saved.get("imports"), now.get("imports")):
+        saved = {**saved, "imports": now["imports"]}
     before = _settings(saved)
     after = _settings(now)
     defaults = _settings(RunConfig().to_dict())
@@ -169,9 +169,12 @@ def _equal_rules(before: Any, after: Any) -> bool:
     return list(map(make, before)) == list(map(make, after))
 
 
-def _digests(imports: Sequence[str] | None) -> list[str]:
-    """Returns the recorded digests of imported files, without their paths."""
-    return [name.rpartition("@")[2] for name in imports or ()]
+def _equal_imports(before: Any, after: Any) -> bool:
+    """Returns True if both lists name files of equal digests, perhaps by other paths."""
+    if not isinstance(before, list | tuple) or not isinstance(after, list | tuple):
+        return False
+    digests = [name.rpartition("@")[2] for name in before]
+    return digests == [name.rpartition("@")[2] for name in after]
 
 
 def check_arrays(
